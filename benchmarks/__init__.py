@@ -1,0 +1,1 @@
+"""Programs that measure; each prints what it measured and nothing that it did not."""

@@ -1,0 +1,5 @@
+"""``python -m cloud_broker_worker``."""
+
+from cloud_broker_worker.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""The broker: amqtt inside the process, or the configuration of a mosquitto."""

@@ -1,0 +1,77 @@
+"""``python -m cloud_broker_worker run DIR``: one worker process."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fleet.errors import ConfigError, FleetError, MissingExtraError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.callback()
+def options() -> None:
+    """A cloud worker: answers devices with the upper half of a language model."""
+
+
+@app.command()
+def run(
+    folder: Annotated[Path, typer.Argument(help="Identity folder of role worker.")],
+    bundle: Annotated[
+        Path | None, typer.Option(help="Model bundle; by default the one that the identity names.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch.")] = None,
+    kv_budget_mb: Annotated[int | None, typer.Option(min=1, help="Memory for KV caches, in MB.")] = None,
+) -> None:
+    """Serve devices until stopped."""
+    try:
+        import msgspec
+
+        from cloud_broker_worker.config import WorkerConfig
+        from cloud_broker_worker.worker import Worker
+    except ImportError as error:
+        raise MissingExtraError(
+            f"a worker needs {error.name}, which is not installed; run: pip install 'cecollm-fleet[worker]'"
+        ) from None
+    from fleet import topics
+    from fleet.identity import Identity
+    from fleet.manifest import Bundle
+    from fleet.mqtt import MqttTransport
+    from fleet.transport import Will
+
+    identity = Identity.load(folder)
+    model = bundle or (Path(identity.config.bundle) if identity.config.bundle else None)
+    if model is None:
+        raise ConfigError(f"{folder} names no bundle; pass one with --bundle DIR")
+    config = WorkerConfig()
+    if threads:
+        config = msgspec.structs.replace(config, num_threads=threads)
+    if kv_budget_mb:
+        config = msgspec.structs.replace(config, kv_budget_bytes=kv_budget_mb * 1_000_000)
+    loaded = Bundle.load(model, ("cloud",))
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    will = Will(topics.worker_status(identity.name), Worker.will())
+    with MqttTransport.connect(identity, will=will) as transport, Worker(transport, loaded, config):
+        manifest = loaded.manifest
+        layers = f"layers {manifest.upload_layer} to {manifest.model.num_layers}"
+        print(f"worker {identity.name} serves {manifest.model.name}, bundle {manifest.bundle_id}, {layers}", flush=True)
+        stop.wait()
+
+
+def main() -> None:
+    """Entry point: an error of ours is one line and exit status 1."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except FleetError as error:
+        print(f"worker: {error}", file=sys.stderr)
+        sys.exit(1)

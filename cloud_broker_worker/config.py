@@ -1,0 +1,21 @@
+"""Settings of one worker, each with its default."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+
+class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What an operator may set on a worker."""
+
+    num_threads: Annotated[int, Meta(ge=1, le=1024)] = min(8, os.cpu_count() or 1)
+    kv_budget_bytes: Annotated[int, Meta(ge=1)] = 1 << 30
+    max_batch_positions: Annotated[int, Meta(ge=1)] = 512
+    max_sessions_per_device: Annotated[int, Meta(ge=1)] = 8
+    session_ttl_s: Annotated[float, Meta(gt=0)] = 300.0
+    max_chunk_bytes: Annotated[int, Meta(ge=1024, le=256 * 1024)] = 96 * 1024
+    max_queued_messages: Annotated[int, Meta(ge=1)] = 10_000
+    retry_after_ms: Annotated[int, Meta(ge=0)] = 1000

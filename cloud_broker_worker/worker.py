@@ -1,0 +1,113 @@
+"""The worker: messages from the broker into the engine, the engine's answers back."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from types import TracebackType
+from typing import Final, Self
+
+from cloud_broker_worker.config import WorkerConfig
+from cloud_broker_worker.engine import Answer, Engine
+from cloud_broker_worker.upper_layers import UpperLayers
+from fleet import __version__, topics
+from fleet.codec import decode_to_worker, encode
+from fleet.errors import LinkError, ProtocolError
+from fleet.manifest import Bundle
+from fleet.messages import Open, ToWorker
+from fleet.report import WorkerStatus, encode_status
+from fleet.transport import Transport
+
+log = logging.getLogger(__name__)
+
+EXPIRY_CHECK_S: Final = 1.0
+STOP_TIMEOUT_S: Final = 5.0
+
+
+class Worker:
+    """Serves one bundle. Use as a context manager; it announces itself and serves until it is closed."""
+
+    def __init__(self, transport: Transport, bundle: Bundle, config: WorkerConfig) -> None:
+        """Raises BundleError when the cloud partition does not load."""
+        self.name = transport.name
+        self.engine = Engine(UpperLayers(bundle, config.num_threads), transport.name, config)
+        self._transport = transport
+        self._bundle_id = bundle.manifest.bundle_id
+        self._epoch = time.time_ns() // 1_000_000
+        self._inbox: queue.Queue[tuple[str, ToWorker] | None] = queue.Queue(config.max_queued_messages)
+        self._thread = threading.Thread(target=self._serve, name=f"worker-{self.name}", daemon=True)
+        self._stopping = threading.Event()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._transport.subscribe(f"{topics.PREFIX}/w/{self.name}/+/+", self._on_message)
+        self._transport.subscribe(topics.OPEN_FILTER, self._on_message, qos=1)
+        self._transport.on_up(self._announce)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stopping.set()
+        self._thread.join(STOP_TIMEOUT_S)
+        self._publish(topics.worker_status(self.name), self.will(), qos=1, retain=True)
+
+    @staticmethod
+    def will() -> bytes:
+        """The status payload of a worker that has gone."""
+        return encode_status(WorkerStatus(online=False, epoch=0))
+
+    def _announce(self) -> None:
+        status = WorkerStatus(True, self._epoch, (self._bundle_id,), __version__)
+        self._publish(topics.worker_status(self.name), encode_status(status), qos=1, retain=True)
+
+    def _on_message(self, topic: str, payload: bytes) -> None:
+        """Decides what a message is and queues it; who sent it says the topic, which the broker has checked."""
+        try:
+            message = decode_to_worker(payload)
+            if isinstance(message, Open):
+                (device,) = topics.parse(topic, "open", "+")
+            else:
+                _, device, session = topics.parse(topic, "w", "+", "+", "+")
+                if message.session != session:
+                    raise ProtocolError(f"expected session {session} of the topic, got {message.session}")
+            self._inbox.put_nowait((device, message))
+        except ProtocolError as error:
+            log.warning("message on %s dropped: %s", topic, error)
+        except queue.Full:
+            log.warning("message on %s dropped: %d messages wait already", topic, self._inbox.maxsize)
+
+    def _serve(self) -> None:
+        next_check = time.monotonic()
+        while not self._stopping.is_set():
+            try:
+                self._take(wait=not self.engine.has_work())
+                self._send(self.engine.step(time.monotonic()))
+                if time.monotonic() > next_check:
+                    self.engine.expire(time.monotonic())
+                    next_check = time.monotonic() + EXPIRY_CHECK_S
+            except Exception:  # the outermost boundary: one bad session must not end the worker
+                log.exception("the worker goes on after an error")
+
+    def _take(self, *, wait: bool) -> None:
+        """Hands all that has arrived to the engine; with `wait`, waits a little for a first message."""
+        try:
+            item = self._inbox.get(timeout=EXPIRY_CHECK_S / 5) if wait else self._inbox.get_nowait()
+            while item:
+                device, message = item
+                self._send(self.engine.handle(device, message, time.monotonic()))
+                item = self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _send(self, answers: list[Answer]) -> None:
+        for key, message in answers:
+            self._publish(topics.to_device(key.device, key.session), encode(message))
+
+    def _publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> None:
+        try:
+            self._transport.publish(topic, payload, qos=qos, retain=retain)
+        except LinkError as error:
+            log.warning("not sent on %s: %s", topic, error)

@@ -1,0 +1,43 @@
+"""Settings of one device, each with its default, read from `agent.json` in its identity folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta, Struct
+
+from fleet.errors import ConfigError
+from fleet.policy import Mode
+
+CONFIG_FILE: Final = "agent.json"
+
+
+class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What an operator may set on a device. `thresholds` empty means those of the bundle."""
+
+    mode: Mode = Mode.COLLABORATIVE
+    thresholds: tuple[Annotated[float, Meta(ge=0, le=1)], ...] = ()
+    num_threads: Annotated[int, Meta(ge=1, le=256)] = min(4, os.cpu_count() or 1)
+    max_positions: Annotated[int, Meta(ge=16, le=1 << 20)] = 2048
+    max_new_tokens: Annotated[int, Meta(ge=1)] = 128
+    max_queued_requests: Annotated[int, Meta(ge=1, le=1000)] = 8
+    assist_deadline_ms: Annotated[int, Meta(ge=1, le=600_000)] = 3000
+
+    @classmethod
+    def load(cls, folder: Path) -> AgentConfig:
+        """The settings in `folder`, or the defaults where it has no `agent.json`.
+
+        Raises:
+            ConfigError: the file is not JSON, or has a key that is unknown or out of range.
+        """
+        path = folder / CONFIG_FILE
+        if not path.exists():
+            return cls()
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except msgspec.MsgspecError as error:
+            known = ", ".join(cls.__struct_fields__)
+            raise ConfigError(f"{path}: {error}; known settings are {known}") from None

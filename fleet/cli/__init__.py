@@ -1,0 +1,284 @@
+"""The command `fleet`."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+
+from fleet.access import Role
+from fleet.cli.lazy import load
+from fleet.cli.state import DEFAULT_PORT, State, StateConfig
+from fleet.errors import ConfigError, FleetError, LinkError, UnknownDeviceError
+from fleet.policy import check_threshold, parse_mode
+from fleet.prompt import ChatMessage, PromptRequest
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+StateOption = Annotated[Path | None, typer.Option("--state", help="The fleet's folder (default: $FLEET_HOME).")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+ModeOption = Annotated[str | None, typer.Option("--mode", help="standalone or collaborative.")]
+ThresholdOption = Annotated[float | None, typer.Option(help="For all exits, 0 to 1; 1 switches the exits off.")]
+TokensOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Length limit of the answer.")]
+TemperatureOption = Annotated[float, typer.Option(min=0, max=5, help="0 is greedy.")]
+TopPOption = Annotated[float, typer.Option(help="Nucleus: smallest set of tokens with this probability.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
+BundleOption = Annotated[
+    Path | None, typer.Option(help="Model bundle (default: the default model's, built if missing).")
+]
+
+
+@app.callback()
+def options() -> None:
+    """One language model served by many small devices and a little cloud."""
+
+
+@app.command()
+def up(
+    state: StateOption = None,
+    host: Annotated[str, typer.Option(help="Address that the broker listens on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = DEFAULT_PORT,
+    bundle: BundleOption = None,
+) -> None:
+    """Start broker, registry, collector and one worker; stop them with Ctrl-C."""
+    from fleet.cli.serve import check_port, fleet_processes, resolve_bundle, stop_event
+
+    console = Console(stderr=True)
+    stop = stop_event()
+    check_port(host, port)
+    path = resolve_bundle(bundle, console.print)
+    fleet = State.create(state or State.default_folder(), StateConfig(host, port, str(path)))
+    with fleet_processes(fleet) as (server, worker):
+        print(worker.wait_ready())
+        print(
+            f"the fleet is up on {host}:{port}; next: fleet enroll NAME --out DIR, then edge-agent run DIR", flush=True
+        )
+        while not stop.wait(0.2):
+            for process in (server, worker):
+                if process.process.poll() is not None:
+                    raise FleetError(f"{process.title} ended with exit status {process.process.returncode}; see above")
+
+
+@app.command(hidden=True)
+def server(state: StateOption = None) -> None:
+    """Broker and collector alone; `fleet up` starts this."""
+    from fleet.cli.serve import run_server
+
+    run_server(State.load(state or State.default_folder()))
+
+
+@app.command()
+def enroll(
+    name: Annotated[str, typer.Argument(help="a-z, 0-9, '-' and '_'.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the identity folder (default: ./NAME).")] = None,
+    role: Annotated[str, typer.Option(help="device, app, worker or server.")] = "device",
+    allow: Annotated[list[str] | None, typer.Option(help="Device or group that an app may prompt; repeatable.")] = None,
+    group: Annotated[str | None, typer.Option(help="Group of a device.")] = None,
+    bundle: BundleOption = None,
+    state: StateOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make an identity: a certificate of the fleet's own authority, and its configuration."""
+    if role not in set(Role):
+        raise ConfigError(f"unknown role {role!r}: expected one of {', '.join(Role)}")
+    fleet = State.load(state or State.default_folder())
+    folder = (out or Path(name)).resolve()
+    fleet.enroll(name, Role(role), folder, group=group, allow=tuple(allow or ()), bundle=bundle and bundle.resolve())
+    following = f"edge-agent run {folder}" if role == Role.DEVICE else "use ca.pem, cert.pem and key.pem in there"
+    if as_json:
+        print(msgspec.json.encode({"name": name, "role": role, "folder": str(folder)}).decode())
+    else:
+        print(f"enrolled {role} {name} in {folder}; next: {following}")
+
+
+@app.command()
+def devices(state: StateOption = None, as_json: JsonOption = False) -> None:
+    """List the devices: online or not, bundle, last seen."""
+    from fleet.cli.views import print_rows
+
+    with State.load(state or State.default_folder()).registry() as registry:
+        print_rows(Console(), registry.devices(), "devices", as_json=as_json)
+
+
+@app.command()
+def stats(
+    device: Annotated[str | None, typer.Argument()] = None,
+    since: Annotated[str | None, typer.Option(help="For example 30m, 24h, 7d, or 2026-01-31.")] = None,
+    state: StateOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show where each device's tokens came from."""
+    from fleet.cli.views import print_rows
+
+    with State.load(state or State.default_folder()).registry() as registry:
+        print_rows(Console(), registry.stats(device, parse_since(since)), "tokens by source", as_json=as_json)
+
+
+@app.command()
+def sessions(
+    device: Annotated[str | None, typer.Argument()] = None,
+    limit: Annotated[int, typer.Option(min=1)] = 50,
+    state: StateOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the latest sessions between devices and workers."""
+    from fleet.cli.views import print_rows
+
+    with State.load(state or State.default_folder()).registry() as registry:
+        print_rows(Console(), registry.sessions(device, limit), "sessions", as_json=as_json)
+
+
+@app.command()
+def prompt(
+    device: str,
+    text: str,
+    mode: ModeOption = None,
+    threshold: ThresholdOption = None,
+    max_new_tokens: TokensOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    state: StateOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a device and stream its answer."""
+    request = make_request((ChatMessage("user", text),), mode, threshold, max_new_tokens, temperature, top_p, seed)
+    ask(State.load(state or State.default_folder()), device, [request], as_json=as_json)
+
+
+@app.command()
+def chat(
+    device: str,
+    mode: ModeOption = None,
+    threshold: ThresholdOption = None,
+    max_new_tokens: TokensOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    state: StateOption = None,
+) -> None:
+    """Talk with a device; it keeps the conversation. /reset forgets it, an empty line or Ctrl-D ends."""
+    from fleet.cli.chat import converse
+
+    base = make_request((), mode, threshold, max_new_tokens, temperature, top_p, seed)
+    converse(State.load(state or State.default_folder()), device, base)
+
+
+@app.command()
+def demo(
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSONL file of prompts.")] = None,
+    mode: ModeOption = None,
+    threshold: ThresholdOption = None,
+    max_new_tokens: TokensOption = 64,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    bundle: BundleOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the whole system on this machine and watch it answer."""
+    from fleet.cli.demo import PROMPTS, read_prompts, run_demo
+    from fleet.cli.serve import resolve_bundle
+
+    texts = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())] or list(PROMPTS)
+    requests = [
+        make_request((ChatMessage("user", text),), mode, threshold, max_new_tokens, temperature, top_p, seed)
+        for text in texts
+    ]
+    console = Console(stderr=as_json, highlight=False)
+    run_demo(resolve_bundle(bundle, Console(stderr=True).print), requests, console, as_json=as_json)
+
+
+def make_request(
+    messages: tuple[ChatMessage, ...],
+    mode: str | None,
+    threshold: float | None,
+    max_new_tokens: int | None,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> PromptRequest:
+    """A request from a command's options; raises ConfigError for a value outside its range."""
+    if not 0.0 < top_p <= 1.0:
+        raise ConfigError(f"top-p {top_p}: expected a number above 0 and at most 1")
+    if any(not message.content.strip() for message in messages):
+        raise ConfigError("the prompt is empty; give some text")
+    return PromptRequest(
+        messages=messages,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        mode=parse_mode(mode) if mode else None,
+        threshold=None if threshold is None else check_threshold(threshold),
+    )
+
+
+def online_device(fleet: State, device: str) -> Any:
+    """The registry's row of a device that is online.
+
+    Raises:
+        UnknownDeviceError: nobody enrolled it.
+        LinkError: it is offline.
+    """
+    with fleet.registry() as registry:
+        rows = {row.device: row for row in registry.devices()}
+    if device not in rows:
+        known = ", ".join(rows) or "none"
+        raise UnknownDeviceError(
+            f"unknown device {device!r}: enrolled are {known}; enrol it with 'fleet enroll {device}'"
+        )
+    if not rows[device].online:
+        raise LinkError(f"device {device} is offline; start it with 'edge-agent run DIR'")
+    return rows[device]
+
+
+def ask(fleet: State, device: str, requests: list[PromptRequest], *, as_json: bool) -> None:
+    """Sends requests as an operator and shows the answers."""
+    from fleet.cli.demo import follow
+    from fleet.client import PromptClient
+    from fleet.manifest import Bundle
+    from fleet.policy import exit_source
+
+    row = online_device(fleet, device)
+    exits = [exit_source(layer) for layer in Bundle.load(Path(fleet.config.bundle), ()).manifest.exits]
+    console = Console(stderr=as_json, highlight=False)
+    transport = load("fleet.mqtt").MqttTransport
+    with fleet.operator() as identity, transport.connect(identity) as link:
+        client = PromptClient(link)
+        results = [follow(console, client, device, request, exits) for request in requests]
+    if as_json:
+        with fleet.registry() as registry:
+            rows = registry.stats(device)
+        print(msgspec.json.encode({"bundle_id": row.bundle_id, "results": results, "stats": rows}).decode())
+
+
+def parse_since(value: str | None) -> float | None:
+    """Seconds since 1970 of "30m", "24h", "7d" ago, or of an ISO date; raises ConfigError."""
+    if value is None:
+        return None
+    if match := re.fullmatch(r"(\d+)([smhd])", value):
+        return time.time() - int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    try:
+        return datetime.fromisoformat(value).timestamp()
+    except ValueError:
+        raise ConfigError(f"since {value!r}: expected a span like 30m, 24h, 7d, or a date like 2026-01-31") from None
+
+
+def main() -> None:
+    """Entry point: an error of ours is one line and exit status 1."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except FleetError as error:
+        print(f"fleet: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,50 @@
+"""`fleet chat`: an interactive conversation with one device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from rich.console import Console
+
+from fleet.cli import online_device
+from fleet.cli.demo import follow
+from fleet.cli.state import State
+from fleet.cli.views import legend
+from fleet.client import PromptClient
+from fleet.errors import PromptError
+from fleet.manifest import Bundle
+from fleet.mqtt import MqttTransport
+from fleet.policy import exit_source
+from fleet.prompt import ChatMessage, PromptRequest
+
+RESET: Final = "/reset"
+
+
+def converse(fleet: State, device: str, base: PromptRequest) -> None:
+    """Reads turns from the terminal until an empty line or end of input; a refused turn is shown and forgotten."""
+    online_device(fleet, device)
+    exits = [exit_source(layer) for layer in Bundle.load(Path(fleet.config.bundle), ()).manifest.exits]
+    console = Console(highlight=False)
+    console.print(legend(exits))
+    messages: tuple[ChatMessage, ...] = ()
+    with fleet.operator() as identity, MqttTransport.connect(identity) as link:
+        client = PromptClient(link)
+        while turn := _read_turn(console):
+            if turn == RESET:
+                messages = ()
+                continue
+            asked = (*messages, ChatMessage("user", turn))
+            try:
+                result = follow(console, client, device, msgspec.structs.replace(base, messages=asked), exits)
+                messages = (*asked, ChatMessage("assistant", result.text))
+            except PromptError as error:
+                console.print(f"{error}")
+
+
+def _read_turn(console: Console) -> str:
+    try:
+        return console.input("\n> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""

@@ -1,0 +1,174 @@
+"""`fleet demo`: the whole system on this machine, as separate processes, with real TLS on loopback."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from rich.console import Console
+from rich.text import Text
+
+from fleet.access import Role
+from fleet.cli.processes import child
+from fleet.cli.serve import fleet_processes, free_port
+from fleet.cli.state import State, StateConfig
+from fleet.cli.views import legend, print_reply, print_rows, usage_line
+from fleet.client import PromptClient
+from fleet.errors import ConfigError, RegistryError
+from fleet.manifest import Bundle
+from fleet.mqtt import MqttTransport
+from fleet.policy import exit_source
+from fleet.prompt import PromptRequest, Reply
+
+DEVICE: Final = "edge-1"
+APP: Final = "demo"
+HOST: Final = "127.0.0.1"
+REGISTRY_TIMEOUT_S: Final = 15.0
+PROMPTS: Final = (
+    "What is the capital of France, and what is it known for?",
+    "Write a short note that asks a neighbour to water the plants.",
+    "Give three tips for saving energy at home.",
+)
+
+
+class Result(msgspec.Struct, frozen=True):
+    """One answer of the demo, or of ``fleet prompt``."""
+
+    prompt: str
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    sources: dict[str, int]
+    offload_rate: float
+    bytes_up: int
+    bytes_down: int
+    ttft_ms: float
+    tpot_ms: float
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a JSONL file: objects with `prompt`, or `instruction` and `input`, or `turns` (the first is taken).
+
+    Raises:
+        ConfigError: the file cannot be read or a line has none of them.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read prompts from {path}: {error}") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompts.append(_prompt_of(row))
+        except (ValueError, TypeError, LookupError) as error:
+            raise ConfigError(
+                f"{path}:{number}: expected an object with 'prompt', or 'instruction' and 'input', or 'turns': {error}"
+            ) from None
+    if not prompts:
+        raise ConfigError(f"{path} holds no prompts")
+    return prompts
+
+
+def _prompt_of(row: dict[str, Any]) -> str:
+    if "prompt" in row:
+        return str(row["prompt"])
+    if "turns" in row:
+        return str(row["turns"][0])
+    return "\n".join(filter(None, (str(row["instruction"]), str(row.get("input", "")))))
+
+
+def follow(console: Console, client: PromptClient, device: str, prompt: PromptRequest, exits: list[str]) -> Result:
+    """Streams one answer to the console and gives it whole."""
+    text, token_ids = "", []
+    final = Reply(0)
+    for reply in client.ask(device, prompt):
+        text, final = text + reply.text, reply
+        if reply.token_id is not None:
+            token_ids.append(reply.token_id)
+        print_reply(console, reply, exits)
+    usage = final.usage
+    if usage is None:
+        raise ConfigError(f"device {device} ended its answer without counts; is it of another version?")
+    console.print()
+    console.print(usage_line(usage, final.note))
+    return Result(
+        prompt.chat[-1].content, text, token_ids, final.finish_reason or "", usage.sources, usage.offload_rate,
+        usage.bytes_up, usage.bytes_down, usage.ttft_ms, usage.tpot_ms,
+    )  # fmt: skip
+
+
+@contextmanager
+def running_fleet(bundle: Path, folder: Path, say: Console) -> Iterator[tuple[State, MqttTransport]]:
+    """Broker, registry, worker and one device, ready; and an app's connection."""
+    state = State.create(folder, StateConfig(HOST, free_port(HOST), str(bundle)))
+    device = folder / "devices" / DEVICE
+    state.enroll(DEVICE, Role.DEVICE, device)
+    app = state.enroll(APP, Role.APP, folder / "apps" / APP, allow=(DEVICE,))
+    with (
+        fleet_processes(state) as (_, worker),
+        child("the device", "edge_agent", "run", str(device)) as edge,
+        MqttTransport.connect(app) as transport,
+    ):
+        for process in (worker, edge):
+            say.print(Text(process.wait_ready(), "dim"))
+        yield state, transport
+
+
+def run_demo(bundle: Path, requests: list[PromptRequest], console: Console, *, as_json: bool) -> None:
+    """Asks every prompt of one device, then shows the registry's counts.
+
+    Raises:
+        RegistryError: the registry's counts do not become those of the answers.
+    """
+    manifest = Bundle.load(bundle, ()).manifest
+    exits = [exit_source(layer) for layer in manifest.exits]
+    with (
+        tempfile.TemporaryDirectory(prefix="fleet-demo-") as folder,
+        running_fleet(bundle, Path(folder), console) as (
+            state,
+            transport,
+        ),
+    ):
+        client = PromptClient(transport)
+        console.print(legend(exits))
+        results = []
+        for request in requests:
+            console.print()
+            console.print(Text(f"> {request.chat[-1].content}", "bold"))
+            results.append(follow(console, client, DEVICE, request, exits))
+        stats = await_counts(state, results)
+    console.print()
+    if as_json:
+        print(msgspec.json.encode({"bundle_id": manifest.bundle_id, "results": results, "stats": stats}).decode())
+    else:
+        print_rows(console, stats, "what the registry counted", as_json=False)
+
+
+def await_counts(state: State, results: list[Result]) -> list[Any]:
+    """The registry's rows once they hold the answers' counts."""
+    wanted: Counter[str] = Counter()
+    for result in results:
+        wanted.update(result.sources)
+    deadline = time.monotonic() + REGISTRY_TIMEOUT_S
+    with state.registry() as registry:
+        while True:
+            rows = list(registry.stats(DEVICE))
+            counted = dict(rows[0].sources) if rows else {}
+            if rows and rows[0].generations == len(results) and counted == wanted:
+                return rows
+            if time.monotonic() > deadline:
+                raise RegistryError(
+                    f"expected {dict(wanted)} of {len(results)} answers in the registry within "
+                    f"{REGISTRY_TIMEOUT_S:g} s, got {counted}; the collector's log above says why"
+                )
+            time.sleep(0.1)

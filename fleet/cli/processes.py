@@ -1,0 +1,70 @@
+"""Child processes of `fleet up` and `fleet demo`: started with a deadline, stopped in good order."""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from fleet.errors import FleetError
+
+START_TIMEOUT_S: Final = 60.0
+STOP_TIMEOUT_S: Final = 10.0
+
+
+class Child:
+    """A process that prints one line when it is ready. What it prints on stderr goes to ours."""
+
+    def __init__(self, title: str, arguments: Sequence[str]) -> None:
+        self.title = title
+        # A worker and a device share the cores: OpenMP threads that wait must not burn them.
+        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *arguments], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.put(line.strip())
+        self._lines.put("")
+
+    def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> str:
+        """The line that says it is ready.
+
+        Raises:
+            FleetError: it ended, or said nothing in time.
+        """
+        try:
+            line = self._lines.get(timeout=timeout_s)
+        except queue.Empty:
+            raise FleetError(f"{self.title} was not ready within {timeout_s:g} s") from None
+        if not line:
+            raise FleetError(f"{self.title} did not start (exit status {self.process.wait(STOP_TIMEOUT_S)}); see above")
+        return line
+
+    def stop(self) -> None:
+        """Asks it to end, and kills it when it does not."""
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@contextmanager
+def child(title: str, *arguments: str) -> Iterator[Child]:
+    """Runs ``python -m <arguments>`` for the length of the block."""
+    running = Child(title, arguments)
+    try:
+        yield running
+    finally:
+        running.stop()

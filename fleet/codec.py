@@ -1,0 +1,90 @@
+"""Messages to bytes and back: msgpack, sizes checked before memory is taken, types checked before use."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Final, TypeVar, get_args
+
+import msgpack
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from fleet.errors import DecodeError, OversizedError
+from fleet.messages import MAX_CHUNK_BYTES, Context, Message, ToDevice, ToWorker
+
+MAX_ENVELOPE_BYTES: Final = MAX_CHUNK_BYTES + 4096
+HIDDEN_DTYPE: Final = "float16"
+
+Float16 = npt.NDArray[np.float16]
+T = TypeVar("T")
+
+
+def encode(message: Message) -> bytes:
+    """One message as a msgpack map with its ``type``."""
+    packed: bytes = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)))
+    return packed
+
+
+def decode(payload: bytes, expected: type[T]) -> T:
+    """One message out of `payload`; `expected` is a message type or a union of them. Unknown fields are ignored.
+
+    Raises:
+        OversizedError: the payload is larger than any message.
+        DecodeError: it is no msgpack map, of an unknown type, or a field is missing or out of range.
+    """
+    if len(payload) > MAX_ENVELOPE_BYTES:
+        raise OversizedError(f"expected a message of at most {MAX_ENVELOPE_BYTES} bytes, got {len(payload)}")
+    try:
+        raw = msgpack.unpackb(
+            payload, max_bin_len=MAX_CHUNK_BYTES, max_str_len=4096, max_array_len=4096, max_map_len=64, max_ext_len=0
+        )
+        return msgspec.convert(raw, expected)
+    except (ValueError, RecursionError, msgpack.exceptions.UnpackException) as error:
+        raise DecodeError(
+            f"expected one of these messages: {_names(expected)}; "
+            f"got {len(payload)} bytes that are none: {str(error) or type(error).__name__}"
+        ) from None
+
+
+def decode_to_worker(payload: bytes) -> ToWorker:
+    """What a device says to a worker; raises what :func:`decode` raises."""
+    message: ToWorker = decode(payload, ToWorker)  # type: ignore[arg-type]
+    return message
+
+
+def decode_to_device(payload: bytes) -> ToDevice:
+    """What a worker says to a device; raises what :func:`decode` raises."""
+    message: ToDevice = decode(payload, ToDevice)  # type: ignore[arg-type]
+    return message
+
+
+def _names(expected: object) -> str:
+    members: tuple[type, ...] = get_args(expected) or (expected,)
+    return ", ".join(member.__name__.lower() for member in members)
+
+
+def pack_context(session: str, start: int, hidden_states: Float16) -> Context:
+    """Hidden states [count, hidden] float16 of positions [start, start + count) as a message."""
+    data = np.ascontiguousarray(hidden_states, dtype="<f2").tobytes()
+    return Context(session, start, len(hidden_states), HIDDEN_DTYPE, data, zlib.crc32(data))
+
+
+def unpack_context(message: Context, hidden_size: int) -> Float16:
+    """The hidden states [count, hidden_size] float16 of a context message, read-only.
+
+    Raises:
+        DecodeError: another dtype, a wrong number of bytes, a wrong checksum, or values that are not finite.
+    """
+    wanted = message.count * hidden_size * 2
+    if message.dtype != HIDDEN_DTYPE or len(message.data) != wanted:
+        raise DecodeError(
+            f"expected {message.count} x {hidden_size} {HIDDEN_DTYPE} values ({wanted} bytes), "
+            f"got {len(message.data)} bytes of {message.dtype[:20]!r}"
+        )
+    if zlib.crc32(message.data) != message.crc32:
+        raise DecodeError(f"context at position {message.start}: the checksum does not match the data; send it again")
+    hidden_states = np.frombuffer(message.data, dtype="<f2").reshape(message.count, hidden_size)
+    if not np.isfinite(hidden_states).all():
+        raise DecodeError(f"context at position {message.start} holds values that are not finite")
+    return hidden_states

@@ -1,0 +1,126 @@
+"""Every error that this project raises on purpose.
+
+FleetError
+ +- ConfigError             a value on the command line or in a file is not usable
+ |   +- MissingExtraError   an optional part is not installed
+ +- BundleError             a bundle is missing, altered, or for something else
+ |   +- HeadsError          a file of exit heads does not fit
+ |   +- ExportError         a model cannot be exported
+ +- ProtocolError           bytes or messages that break the wire's rules
+ |   +- DecodeError         bytes that are no message
+ |   +- OversizedError      more bytes than the limit
+ |   +- OutOfOrderError     a message that is not legal in this state
+ |   +- TopicError          a topic or a name in it that is not ours
+ +- PromptError             a request of an app that cannot be served
+ |   +- BusyError           more requests at once than the device takes
+ +- LinkError               the broker cannot be reached, or refuses us
+ +- IdentityError           an identity folder or certificate is missing or wrong
+ +- RegistryError           the registry cannot answer
+     +- UnknownDeviceError  nobody enrolled that name
+
+A message says what was expected, what came, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class FleetError(Exception):
+    """Root of the tree. `code` is what travels on the wire and in ``--json``."""
+
+    code = "error"
+
+
+class ConfigError(FleetError):
+    """A value on the command line or in a configuration file is not usable."""
+
+    code = "bad_config"
+
+
+class MissingExtraError(ConfigError):
+    """An optional part of the distribution is not installed."""
+
+    code = "missing_extra"
+
+
+class BundleError(FleetError):
+    """A bundle is missing, altered, or made for something else."""
+
+    code = "bad_bundle"
+
+
+class HeadsError(BundleError):
+    """A file of exit heads does not fit the model."""
+
+    code = "bad_heads"
+
+
+class ExportError(BundleError):
+    """A model cannot be exported."""
+
+    code = "export_failed"
+
+
+class ProtocolError(FleetError):
+    """Bytes or messages that break the rules of the wire."""
+
+    code = "protocol"
+
+
+class DecodeError(ProtocolError):
+    """Bytes that are no message."""
+
+    code = "undecodable"
+
+
+class OversizedError(ProtocolError):
+    """More bytes than the limit."""
+
+    code = "oversized"
+
+
+class OutOfOrderError(ProtocolError):
+    """A message that is not legal in the session's state."""
+
+    code = "out_of_order"
+
+
+class TopicError(ProtocolError):
+    """A topic, or a name in one, that is not ours."""
+
+    code = "bad_topic"
+
+
+class PromptError(FleetError):
+    """A request of an app that cannot be served as it is."""
+
+    code = "bad_prompt"
+
+
+class BusyError(PromptError):
+    """More requests at once than the device takes."""
+
+    code = "busy"
+
+
+class LinkError(FleetError):
+    """The broker cannot be reached, or refuses us."""
+
+    code = "link"
+
+
+class IdentityError(FleetError):
+    """An identity folder or a certificate is missing or wrong."""
+
+    code = "bad_identity"
+
+
+class RegistryError(FleetError):
+    """The registry cannot answer."""
+
+    code = "registry"
+
+
+class UnknownDeviceError(RegistryError):
+    """Nobody enrolled that name."""
+
+    code = "unknown_device"

@@ -1,0 +1,135 @@
+"""A bundle: everything that a model needs on both sides, with a manifest whose hash is the bundle's id."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from fleet.errors import BundleError
+
+SCHEMA_VERSION: Final = 1
+MANIFEST_FILE: Final = "manifest.json"
+Side = Literal["edge", "cloud", "tokenizer"]
+
+
+class ModelInfo(Struct, frozen=True, forbid_unknown_fields=True):
+    """Sizes of the whole model."""
+
+    name: str
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    eos_token_ids: tuple[int, ...]
+
+
+class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
+    path: Annotated[str, Meta(pattern=r"\A(edge|cloud|tokenizer)/[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")]
+    num_bytes: int
+    sha256: str
+
+
+class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a bundle holds and how it was made. Layer ranges are half-open: an exit at 8 means [0, 8) has run."""
+
+    schema_version: int
+    model: ModelInfo
+    exits: tuple[int, ...]
+    split_layer: int
+    upload_layer: int
+    quantization: str
+    top_k: int
+    thresholds: tuple[float, ...]
+    parity: dict[str, float]
+    tools: dict[str, str]
+    files: tuple[FileEntry, ...]
+
+    @property
+    def bundle_id(self) -> str:
+        """First 32 hex digits of the SHA-256 of the canonical JSON. Edge and cloud only talk when theirs are equal."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:32]
+
+    @property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """Half-open layer ranges of the edge blocks, e.g. ((0, 8), (8, 15))."""
+        return tuple(zip((0, *self.exits[:-1]), self.exits, strict=True))
+
+
+class Bundle:
+    """A bundle's folder, its manifest, and only files that are what the manifest says."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def load(cls, folder: Path, sides: Iterable[Side] = ("edge", "cloud", "tokenizer")) -> Bundle:
+        """Reads the manifest and checks size and SHA-256 of every file of `sides`.
+
+        Raises:
+            BundleError: no manifest, another schema, or a file that is missing or altered.
+        """
+        path = folder / MANIFEST_FILE
+        try:
+            manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        except OSError as error:
+            raise BundleError(
+                f"no bundle in {folder}: cannot read {MANIFEST_FILE} ({error.strerror}); "
+                "make one with 'python -m onnx_export --out DIR'"
+            ) from None
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise BundleError(
+                f"{path} is no manifest of schema {SCHEMA_VERSION}: {error}; export the bundle again"
+            ) from None
+        if manifest.schema_version != SCHEMA_VERSION:
+            raise BundleError(
+                f"{path}: expected schema {SCHEMA_VERSION}, got {manifest.schema_version}; export the bundle again"
+            )
+        wanted = set(sides)
+        for entry in manifest.files:
+            if entry.path.split("/")[0] in wanted:
+                check_file(folder, entry)
+        return cls(folder, manifest)
+
+    def path(self, name: str) -> Path:
+        """Path of a file by its name in the manifest, e.g. ``edge/block_0.onnx``.
+
+        Raises:
+            BundleError: the manifest has no such file.
+        """
+        if all(entry.path != name for entry in self.manifest.files):
+            raise BundleError(f"bundle {self.manifest.bundle_id} has no file {name}; export the bundle again")
+        return self.folder / name
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_file(folder: Path, entry: FileEntry) -> None:
+    """Raises BundleError when the file is missing or is not what `entry` says."""
+    path = folder / entry.path
+    if not path.is_file():
+        raise BundleError(f"bundle file {path} is missing; export or copy the bundle again")
+    if path.stat().st_size != entry.num_bytes or hash_file(path) != entry.sha256:
+        raise BundleError(
+            f"bundle file {path} was altered: expected {entry.num_bytes} bytes with sha256 {entry.sha256[:16]}..., "
+            f"got {path.stat().st_size} bytes; export or copy the bundle again"
+        )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest as readable JSON."""
+    path = folder / MANIFEST_FILE
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2) + b"\n")

@@ -1,0 +1,246 @@
+"""The transport over MQTT 3.1.1 with TLS and a certificate on both sides."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import ssl
+import sys
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final, Self
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from fleet.errors import LinkError
+from fleet.identity import Identity
+from fleet.transport import MAX_QUEUED, Handler, Transport, Will, dispatch, guarded
+
+KEEP_ALIVE_S: Final = 15
+MAX_IN_FLIGHT: Final = 100  # QoS 1 messages sent and not yet acknowledged
+RECONNECT_S: Final = (1, 30)
+SUBSCRIBE_S: Final = 5.0
+CLOSE_S: Final = 3.0
+NOT_AUTHORIZED: Final = "Not authorized"
+
+logger = logging.getLogger(__name__)
+
+
+class MqttTransport(Transport):
+    """A connection under an identity's name, which is also its MQTT client id and user name."""
+
+    def __init__(self, identity: Identity, will: Will | None) -> None:
+        self.name = identity.name
+        self._where = f"{identity.config.host}:{identity.config.port}"
+        self._lock = threading.Lock()
+        self._subscriptions: dict[str, tuple[Handler, int]] = {}
+        self._callbacks: list[Callable[[], None]] = []
+        self._granted: dict[int, threading.Event] = {}
+        self._up = threading.Event()
+        self._answered = threading.Event()
+        self._heard = False  # whether this connection got its CONNACK
+        self._trouble = "it did not answer"
+        self._network_thread = 0
+        self._last: paho.MQTTMessageInfo | None = None
+        self._closed = False
+        client = paho.Client(CallbackAPIVersion.VERSION2, self.name, clean_session=True, protocol=paho.MQTTv311)
+        client.username_pw_set(self.name)
+        client.tls_set_context(identity.ssl_context())
+        client.max_inflight_messages_set(MAX_IN_FLIGHT)
+        client.max_queued_messages_set(MAX_QUEUED)
+        client.reconnect_delay_set(*RECONNECT_S)
+        if will:
+            client.will_set(will.topic, will.payload, qos=1, retain=True)
+        client.on_socket_open = _send_without_delay
+        client.on_connect = self._on_connect
+        client.on_connect_fail = self._on_connect_fail
+        client.on_disconnect = self._on_disconnect
+        client.on_subscribe = self._on_subscribe
+        client.on_message = self._on_message
+        self._client = client
+
+    @classmethod
+    def connect(
+        cls, identity: Identity, *, will: Will | None = None, timeout_s: float = 10.0, wait: bool = True
+    ) -> MqttTransport:
+        """Connects to the identity's broker; with ``wait=False`` returns at once and keeps trying.
+
+        Raises:
+            LinkError: the broker cannot be reached, or refuses us, or does not answer within `timeout_s`.
+            IdentityError: the certificate does not load.
+        """
+        transport = cls(identity, will)
+        client = transport._client
+        client.connect_timeout = max(0.1, min(timeout_s, 5.0))
+        client.connect_async(identity.config.host, identity.config.port, keepalive=KEEP_ALIVE_S)
+        client.loop_start()
+        if wait:
+            transport._answered.wait(timeout_s)
+            if not transport.is_up:
+                transport.close()
+                raise LinkError(f"no connection to the broker at {transport._where}: {transport._trouble}")
+        return transport
+
+    @property
+    def is_up(self) -> bool:
+        return self._up.is_set()
+
+    def publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> None:
+        if self._closed:
+            raise LinkError(f"{self.name} is closed; connect again")
+        if qos == 0 and not self.is_up:
+            raise LinkError(f"{self.name} has no link to the broker at {self._where}; send again when it is up")
+        info = self._client.publish(topic, payload, qos=qos, retain=retain)
+        if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
+            raise LinkError(f"{MAX_QUEUED} messages of {self.name} wait for the broker already; try later")
+        if qos == 0 and info.rc == MQTTErrorCode.MQTT_ERR_NO_CONN:
+            raise LinkError(f"{self.name} lost its link to the broker at {self._where}; send again when it is up")
+        if qos:
+            self._last = info
+
+    def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 0) -> None:
+        with self._lock:
+            self._subscriptions[topic_filter] = (handler, qos)
+        if self.is_up:
+            granted = self._request(topic_filter, qos)
+            if threading.get_ident() != self._network_thread:
+                granted.wait(SUBSCRIBE_S)
+
+    def unsubscribe(self, topic_filter: str) -> None:
+        with self._lock:
+            self._subscriptions.pop(topic_filter, None)
+        self._client.unsubscribe(topic_filter)
+
+    def on_up(self, callback: Callable[[], None]) -> None:
+        self._callbacks.append(callback)
+        if self.is_up:
+            callback()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        on_network_thread = threading.get_ident() == self._network_thread
+        if self.is_up and self._last and not on_network_thread:
+            self._last.wait_for_publish(CLOSE_S / 2)
+        self._client.disconnect()
+        # A network that hangs must not hold up whoever closes: paho's own join has no limit.
+        stopper = threading.Thread(target=self._client.loop_stop, name=f"close-{self.name}", daemon=True)
+        stopper.start()
+        if not on_network_thread:
+            stopper.join(CLOSE_S)
+        self._up.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _request(self, topic_filter: str, qos: int) -> threading.Event:
+        """Asks the broker for a subscription; the event is set by its answer."""
+        with self._lock:
+            _, mid = self._client.subscribe(topic_filter, qos)
+            granted = threading.Event()
+            if mid is None:
+                granted.set()
+            else:
+                self._granted[mid] = granted
+        return granted
+
+    def _on_connect(
+        self, _client: object, _data: object, _flags: object, reason: ReasonCode, _properties: Properties | None
+    ) -> None:
+        self._network_thread = threading.get_ident()
+        self._heard = True
+        if reason.is_failure:
+            self._fail(
+                f"it refuses {self.name} ({reason}); enroll it with 'fleet enroll {self.name}' on the broker's machine"
+                if str(reason) == NOT_AUTHORIZED
+                else f"it refuses the connection ({reason})"
+            )
+            return
+        self._up.set()
+        with self._lock:
+            self._granted.clear()
+            filters = [(topic_filter, qos) for topic_filter, (_, qos) in self._subscriptions.items()]
+        for topic_filter, qos in filters:
+            self._request(topic_filter, qos)
+        for callback in list(self._callbacks):
+            guarded(callback, "on_up callback")
+        self._answered.set()
+
+    def _on_connect_fail(self, _client: object, _data: object) -> None:
+        self._fail(_explain(sys.exc_info()[1]))
+
+    def _on_disconnect(
+        self, _client: object, _data: object, _flags: object, reason: ReasonCode, _properties: Properties | None
+    ) -> None:
+        was_up, heard = self.is_up, self._heard
+        self._heard = False
+        self._up.clear()
+        if self._closed:
+            return
+        if was_up:
+            logger.info("%s lost its link to the broker at %s (%s); connecting again", self.name, self._where, reason)
+        elif not heard:
+            self._fail(
+                "it closed the connection before it answered, as it does when our certificate is not of its fleet, "
+                f"has expired or was revoked; enroll {self.name} again"
+            )
+
+    def _fail(self, trouble: str) -> None:
+        if not self._answered.is_set() or trouble != self._trouble:
+            logger.info("no connection of %s to the broker at %s: %s", self.name, self._where, trouble)
+        self._trouble = trouble
+        self._answered.set()
+
+    def _on_subscribe(
+        self, _client: object, _data: object, mid: int, reasons: list[ReasonCode], _properties: Properties | None
+    ) -> None:
+        if any(reason.is_failure for reason in reasons):
+            logger.warning("the broker refused a subscription of %s: it is not allowed to read there", self.name)
+        with self._lock:
+            granted = self._granted.pop(mid, None)
+        if granted:
+            granted.set()
+
+    def _on_message(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
+        with self._lock:
+            handlers = [(topic_filter, handler) for topic_filter, (handler, _) in self._subscriptions.items()]
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            return
+        dispatch(handlers, topic, bytes(message.payload))
+
+
+def _send_without_delay(_client: object, _data: object, sock: object) -> None:
+    """paho leaves Nagle's algorithm on, which costs 40 ms a QoS 1 message."""
+    if isinstance(sock, socket.socket):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _explain(error: BaseException | None) -> str:
+    """What went wrong below MQTT, and the next step."""
+    match error:
+        case ssl.SSLCertVerificationError():
+            return f"its certificate is not what we trust ({error.verify_message}); enroll again to get its CA"
+        case ssl.SSLError():
+            return (
+                f"TLS failed ({error.reason or error}); check that the port is the broker's TLS port, or enroll again"
+            )
+        case ConnectionRefusedError():
+            return "nothing listens there; start it with 'fleet up', or correct host and port in identity.json"
+        case TimeoutError():
+            return "it did not answer in time; check the network and the host in identity.json"
+        case socket.gaierror():
+            return "no such host; correct the host in identity.json"
+        case _:
+            return f"{error or 'it did not answer'}; check the network and identity.json"

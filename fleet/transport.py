@@ -1,0 +1,82 @@
+"""The one seam for I/O between the parts of the fleet: publish, subscribe, and know whether the link is up."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Protocol, Self
+
+from fleet.topics import matches
+
+Handler = Callable[[str, bytes], None]
+MAX_QUEUED: Final = 1000  # QoS 1 messages kept for a link that is down
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Will:
+    """What the broker publishes (QoS 1, retained) when this client's connection breaks."""
+
+    topic: str
+    payload: bytes
+
+
+class Transport(Protocol):
+    """A connection to a broker under one name.
+
+    Handlers run one after the other on the transport's own thread; they must not block. After a lost connection
+    the transport connects again by itself, subscribes again, and calls every `on_up` callback again.
+    """
+
+    name: str
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the broker can be reached now."""
+        ...
+
+    def publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> None:
+        """Hands one message to the link. QoS 1 is queued while the link is down.
+
+        Raises:
+            LinkError: QoS 0 and the link is down, or the queue is full.
+        """
+        ...
+
+    def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 0) -> None:
+        """Calls ``handler(topic, payload)`` for what arrives under the filter, from now on and after reconnects."""
+        ...
+
+    def unsubscribe(self, topic_filter: str) -> None: ...
+
+    def on_up(self, callback: Callable[[], None]) -> None:
+        """Calls `callback` now if the link is up, and each time that it comes up: the place to announce oneself."""
+        ...
+
+    def close(self) -> None:
+        """Disconnects in good order (the will is not sent) within a few seconds."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+
+def dispatch(handlers: Iterable[tuple[str, Handler]], topic: str, payload: bytes) -> None:
+    """Calls every handler whose filter takes `topic`. One that fails is logged and stops nobody else."""
+    for topic_filter, handler in handlers:
+        if matches(topic_filter, topic):
+            guarded(lambda handler=handler: handler(topic, payload), f"handler of {topic_filter}")  # type: ignore[misc]
+
+
+def guarded(call: Callable[[], None], what: str) -> None:
+    """Runs a callback of somebody else on the transport's thread, which must outlive it."""
+    try:
+        call()
+    except Exception:
+        logger.exception("%s failed", what)

@@ -1,0 +1,31 @@
+"""Cloud partition: the upper layers, the final norm and the LM head as a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+LAYER_PREFIX = "model.layers."
+
+
+def write_cloud(model: Any, upload_layer: int, folder: Path) -> None:
+    """Layers [upload_layer, num_layers) renumbered from 0, with norm and untied LM head, float32; no embedding."""
+    folder.mkdir(parents=True)
+    config = model.config.to_dict()
+    config["num_hidden_layers"] -= upload_layer
+    config["tie_word_embeddings"] = False
+    if config.get("layer_types"):
+        config["layer_types"] = config["layer_types"][upload_layer:]
+    type(model.config).from_dict(config).save_pretrained(folder)
+    save_file(cloud_tensors(model, upload_layer), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cloud_tensors(model: Any, upload_layer: int) -> dict[str, torch.Tensor]:
+    """The partition's tensors by their names in the smaller model."""
+    tensors = {"model.norm.weight": model.model.norm.weight, "lm_head.weight": model.lm_head.weight}
+    for name, tensor in model.model.layers[upload_layer:].state_dict().items():
+        tensors[LAYER_PREFIX + name] = tensor
+    return {name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,240 @@
+"""Edge partition: Hugging Face's own layers and LM head as ONNX graphs with fused attention, rotary and norms.
+
+The layers run as they are. Three things are swapped while a graph is traced: attention becomes
+``com.microsoft::GroupQueryAttention``, which rotates and keeps the cache in place; the model's own rotary function
+becomes the identity; RMS norms become ``SimplifiedLayerNormalization``, on a copy of the layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.onnx import ops
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fleet.manifest import ModelInfo
+from onnx_export.heads import ExitHead, RmsNorm
+
+ATTENTION = "onnx_group_query"
+OPSET = 21
+TRACED_CHUNK = 5
+TRACED_CAPACITY = 64
+
+
+@dataclass
+class CacheInputs:
+    """What fused attention needs beside query, key and value while one block is traced."""
+
+    first_layer: int
+    past: tuple[Tensor, ...]
+    seqlens_k: Tensor
+    total_length: Tensor
+    cos: Tensor
+    sin: Tensor
+    present: list[Tensor] = field(default_factory=list)
+
+
+def group_query_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: None, *, cache: CacheInputs, **_: Any
+) -> tuple[Tensor, None]:
+    """query [1, heads, s, d], key and value [1, kv_heads, s, d], unrotated -> [1, s, heads, d]."""
+    batch, heads, length, dim = query.shape
+    q, k, v = (x.transpose(1, 2).reshape(batch, length, -1) for x in (query, key, value))
+    index = 2 * (module.layer_idx - cache.first_layer)
+    past_key, past_value = cache.past[index : index + 2]
+    out, *present = ops.symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        (q, k, v, past_key, past_value, cache.seqlens_k, cache.total_length, cache.cos, cache.sin),
+        attrs={"num_heads": heads, "kv_num_heads": key.shape[1], "scale": float(module.scaling), "do_rotary": 1},
+        dtypes=(q.dtype, past_key.dtype, past_value.dtype),
+        shapes=((batch, length, heads * dim), past_key.shape, past_value.shape),
+        version=1,
+    )
+    cache.present += present
+    return out.reshape(batch, length, heads, dim), None
+
+
+class FusedRmsNorm(nn.Module):
+    """x [..., hidden] -> [..., hidden] as one node."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        attributes = {"axis": -1, "epsilon": self.eps, "stash_type": 1}
+        return ops.symbolic(
+            "SimplifiedLayerNormalization", (x, self.weight), attrs=attributes, dtype=x.dtype, shape=x.shape, version=1
+        )
+
+
+def fuse_norms(module: nn.Module) -> None:
+    """Replaces every RMS norm below `module` by its fused form."""
+    for name, child in module.named_children():
+        if isinstance(child, RmsNorm):
+            setattr(module, name, FusedRmsNorm(child.weight, child.eps))
+        elif type(child).__name__.endswith("RMSNorm"):
+            setattr(module, name, FusedRmsNorm(child.weight, float(child.variance_epsilon)))
+        else:
+            fuse_norms(child)
+
+
+def rotary_tables(model: Any, max_positions: int) -> tuple[Tensor, Tensor]:
+    """The model's own cosines and sines, float32 [max_positions, head_dim / 2] each."""
+    with torch.no_grad():
+        cos, sin = model.model.rotary_emb(torch.zeros(1, 1), torch.arange(max_positions)[None])
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+
+class Block(nn.Module):
+    """Layers [start, stop), with the embedding in front of the first block and the exit head at the end.
+
+    forward: input (int64 [1, s] for the first block, else float32 [1, s, hidden]), seqlens_k int32 [1],
+    total_length int32 scalar, past keys and values float32 [1, kv_heads, capacity, head_dim] ->
+    hidden_states [1, s, hidden], exit_hidden [1, hidden] of the last position, and the present keys and values.
+    """
+
+    def __init__(self, model: Any, start: int, stop: int, head: ExitHead, info: ModelInfo, embedding: torch.dtype):
+        super().__init__()
+        self.start = start
+        self.layers = copy.deepcopy(model.model.layers[start:stop])
+        self.head = copy.deepcopy(head)
+        fuse_norms(self)
+        config = copy.deepcopy(model.config)
+        config._attn_implementation = ATTENTION
+        for layer in self.layers:
+            layer.self_attn.config = config
+        if start == 0:
+            self.register_buffer("embedding", model.model.embed_tokens.weight.detach().to(embedding))
+        cos, sin = rotary_tables(model, info.max_positions)
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
+
+    def forward(self, x: Tensor, seqlens_k: Tensor, total_length: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        cache = CacheInputs(self.start, past, seqlens_k, total_length, self.cos, self.sin)
+        hidden = nn.functional.embedding(x, self.embedding).float() if self.start == 0 else x
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=None, position_embeddings=(None, None), cache=cache)
+        return hidden, self.head(hidden[:, -1]), *cache.present
+
+
+class LmHead(nn.Module):
+    """exit_hidden [1, hidden] -> top_ids int64 [1, k], top_logprobs float32 [1, k] best first, confidence [1]."""
+
+    def __init__(self, weight: Tensor, top_k: int) -> None:
+        super().__init__()
+        self.lm_head = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        self.lm_head.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.top_k = top_k
+
+    def forward(self, exit_hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.lm_head(exit_hidden[None])[0]  # in three dimensions it becomes a MatMul, which quantises
+        top, ids = torch.topk(logits, self.top_k, -1)
+        logprobs = top - torch.logsumexp(logits, -1, keepdim=True)
+        return ids, logprobs, logprobs[:, 0].exp()
+
+
+@contextmanager
+def fused_tracing(model: Any) -> Iterator[None]:
+    """While it lasts, the model's module rotates nothing and its attention can be the fused one."""
+    modeling = sys.modules[type(model).__module__]
+    rotary = modeling.apply_rotary_pos_emb
+    modeling.apply_rotary_pos_emb = lambda q, k, *_args, **_kwargs: (q, k)
+    ALL_ATTENTION_FUNCTIONS[ATTENTION] = group_query_attention
+    try:
+        yield
+    finally:
+        modeling.apply_rotary_pos_emb = rotary
+        del ALL_ATTENTION_FUNCTIONS[ATTENTION]
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Holds back what torch's exporter says of its own insides, warnings by their exact words."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", r"# The axis name: capacity will not be used", UserWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def export_block(
+    model: Any, layers: tuple[int, int], head: ExitHead, info: ModelInfo, embedding: torch.dtype = torch.float32
+) -> onnx.ModelProto:
+    """Layers [start, stop) of `layers` as a graph; the embedding is stored as `embedding` and computed in float32."""
+    start, stop = layers
+    chunk, count = TRACED_CHUNK, 2 * (stop - start)
+    x = torch.zeros(1, chunk, dtype=torch.int64) if start == 0 else torch.zeros(1, chunk, info.hidden_size)
+    past = [torch.zeros(1, info.num_key_value_heads, TRACED_CAPACITY, info.head_dim) for _ in range(count)]
+    lengths = torch.tensor([chunk - 1], dtype=torch.int32), torch.tensor(chunk, dtype=torch.int32)
+    sequence = torch.export.Dim("sequence", min=1, max=info.max_positions)
+    capacity = torch.export.Dim("capacity", min=1, max=info.max_positions)
+    caches = [f"{i}.{part}" for i in range(stop - start) for part in ("key", "value")]
+    with fused_tracing(model):
+        return trace(
+            Block(model, start, stop, head, info, embedding),
+            (x, *lengths, *past),
+            inputs=["input", "seqlens_k", "total_length", *(f"past.{name}" for name in caches)],
+            outputs=["hidden_states", "exit_hidden", *(f"present.{name}" for name in caches)],
+            dynamic_shapes=({1: sequence}, None, None, tuple({2: capacity} for _ in past)),
+        )
+
+
+def export_lm_head(model: Any, info: ModelInfo, top_k: int) -> onnx.ModelProto:
+    """The model's LM head with top-k, log-probabilities and confidence as a graph."""
+    return trace(
+        LmHead(model.lm_head.weight, top_k),
+        (torch.zeros(1, info.hidden_size),),
+        inputs=["exit_hidden"],
+        outputs=["top_ids", "top_logprobs", "confidence"],
+        dynamic_shapes=None,
+    )
+
+
+def trace(
+    module: nn.Module, args: tuple[Tensor, ...], *, inputs: list[str], outputs: list[str], dynamic_shapes: Any
+) -> onnx.ModelProto:
+    """One module as a graph without traces of the machine that made it."""
+    with quiet_exporter(), torch.no_grad():
+        program = torch.onnx.export(
+            module.eval(),
+            args,
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=dynamic_shapes,
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert program is not None
+    graph = program.model_proto
+    for part in (
+        graph,
+        graph.graph,
+        *graph.graph.node,
+        *graph.graph.value_info,
+        *graph.graph.input,
+        *graph.graph.output,
+    ):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    return graph

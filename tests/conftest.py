@@ -1,0 +1,71 @@
+"""Models and bundles that many tests share, made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from fleet.manifest import Bundle
+from onnx_export.bundle import export_bundle
+from onnx_export.config import ExportConfig, Quantization
+from onnx_export.default import default_bundle
+from tests.tiny import make_tiny_checkpoint, make_tiny_heads
+
+MakeTinyBundle = Callable[..., Bundle]
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama of 4 layers, hidden 64, 384 ids."""
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """File of random heads for the tiny model's exits 1, 2 and 3."""
+    return make_tiny_heads(tmp_path_factory.mktemp("heads") / "tiny.heads.safetensors")
+
+
+@pytest.fixture(scope="session")
+def make_tiny_bundle(
+    tiny_checkpoint: Path, tiny_heads: Path, tmp_path_factory: pytest.TempPathFactory
+) -> MakeTinyBundle:
+    """Makes bundles of the tiny model, each kind once: (exits, split, upload_layer, quantization) -> Bundle."""
+
+    @cache
+    def make(
+        exits: tuple[int, ...] = (1, 2),
+        split: int | None = None,
+        upload_layer: int | None = None,
+        quantization: Quantization = "fp32",
+    ) -> Bundle:
+        out = tmp_path_factory.mktemp("bundle") / "tiny"
+        export_bundle(
+            ExportConfig(
+                out=out,
+                exits=exits,
+                model=str(tiny_checkpoint),
+                heads=tiny_heads,
+                split_layer=split,
+                upload_layer=upload_layer,
+                quantization=quantization,
+            )
+        )
+        return Bundle.load(out)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(make_tiny_bundle: MakeTinyBundle) -> Bundle:
+    """The tiny model in fp32 with exits 1 and 2."""
+    return make_tiny_bundle((1, 2))
+
+
+@pytest.fixture(scope="session")
+def real_bundle() -> Bundle:
+    """The default model's bundle, fetched and built if this machine has none yet."""
+    return Bundle.load(default_bundle(lambda line: print(line, flush=True)))

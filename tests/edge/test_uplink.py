@@ -1,0 +1,215 @@
+"""A device's session with a worker, against a scripted peer that speaks the real wire."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from edge_agent.uplink import Uplink
+from edge_agent.workers import Workers
+from fleet import topics
+from fleet.codec import decode_to_worker, encode, unpack_context
+from fleet.memory import MemoryBroker, MemoryTransport
+from fleet.messages import Assist, Close, Context, Gap, Open, Opened, Refused, Sampling, ToDevice, Token, ToWorker
+from fleet.report import WorkerStatus, encode_status
+from fleet.transport import Will
+
+WAIT_S = 10.0
+HIDDEN = 8
+SESSION = "s1"
+BUNDLE = "b1"
+
+
+class Peer:
+    """The worker's end: what the device sent, and whatever the test answers."""
+
+    def __init__(self, broker: MemoryBroker, name: str = "w1") -> None:
+        will = Will(topics.worker_status(name), encode_status(WorkerStatus(online=False, epoch=1)))
+        self.transport = broker.connect(name, will)
+        self.messages: queue.Queue[ToWorker] = queue.Queue()
+        self.num_bytes = 0
+        self.transport.subscribe(topics.OPEN_FILTER, self._on_message, qos=1)
+        self.transport.subscribe(f"{topics.PREFIX}/w/{name}/+/+", self._on_message)
+        self.announce(epoch=1)
+
+    def announce(self, epoch: int) -> None:
+        status = WorkerStatus(online=True, epoch=epoch, bundle_ids=(BUNDLE,))
+        self.transport.publish(topics.worker_status(self.transport.name), encode_status(status), qos=1, retain=True)
+
+    def _on_message(self, topic: str, payload: bytes) -> None:
+        self.num_bytes += len(payload)
+        self.messages.put(decode_to_worker(payload))
+
+    def next(self) -> ToWorker:
+        return self.messages.get(timeout=WAIT_S)
+
+    def say(self, message: ToDevice) -> None:
+        self.transport.publish(topics.to_device("d1", SESSION), encode(message))
+
+    def accept(self, max_chunk_bytes: int = 4096) -> None:
+        assert isinstance(self.next(), Open)
+        self.say(Opened(SESSION, self.transport.name, 0, max_chunk_bytes))
+
+
+class Device:
+    """A device's transport with one session on it."""
+
+    def __init__(self, broker: MemoryBroker, deadline_ms: int) -> None:
+        self.transport: MemoryTransport = broker.connect("d1")
+        self.workers = Workers(self.transport, lambda worker: self.uplink.worker_changed(worker))
+        self.uplink = Uplink(
+            self.transport, self.workers, SESSION, epoch=1, bundle_id=BUNDLE, sampling=Sampling(), max_positions=64,
+            hidden_size=HIDDEN, deadline_ms=deadline_ms,
+        )  # fmt: skip
+        self.transport.subscribe(topics.to_device("d1", "+"), lambda _, payload: self.uplink.receive(payload))
+        assert self.workers.why_none(BUNDLE) is None
+
+
+@pytest.fixture
+def broker() -> MemoryBroker:
+    return MemoryBroker()
+
+
+@pytest.fixture
+def peer(broker: MemoryBroker) -> Iterator[Peer]:
+    peer = Peer(broker)
+    yield peer
+    peer.transport.close()
+
+
+@pytest.fixture
+def device(broker: MemoryBroker, peer: Peer) -> Iterator[Device]:
+    device = Device(broker, deadline_ms=8000)
+    yield device
+    device.transport.close()
+
+
+def rows(start: int, count: int) -> np.ndarray:
+    return np.arange(start * HIDDEN, (start + count) * HIDDEN, dtype=np.float32).reshape(count, HIDDEN)
+
+
+def test_what_was_offered_before_the_worker_answered_is_sent_after_it(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        uplink.offer(rows(0, 3))
+        peer.accept()
+        message = peer.next()
+    assert isinstance(message, Context)
+    assert (message.start, message.count) == (0, 3)
+    np.testing.assert_array_equal(unpack_context(message, HIDDEN), rows(0, 3))
+
+
+def test_chunks_keep_to_the_workers_limit_and_each_position_goes_once(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        uplink.offer(rows(0, 64)[:, :].repeat(1, 0))
+        peer.accept(max_chunk_bytes=1024)
+        first = peer.next()
+    assert isinstance(first, Context)
+    assert first.count == 64
+    assert len(first.data) == 64 * HIDDEN * 2 <= 1024
+
+
+def test_an_assist_comes_after_the_context_that_it_needs(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 2))
+        answer: queue.Queue[Token | None] = queue.Queue()
+        import threading
+
+        asking = threading.Thread(target=lambda: answer.put(uplink.assist(1)))
+        asking.start()
+        context, assist = peer.next(), peer.next()
+        assert isinstance(context, Context)
+        assert isinstance(assist, Assist)
+        peer.say(Token(SESSION, assist.request, 1, 7, -0.5))
+        token = answer.get(timeout=WAIT_S)
+        asking.join(WAIT_S)
+    assert token is not None
+    assert (token.token_id, token.logprob) == (7, -0.5)
+
+
+def test_a_gap_is_mended_by_sending_again_from_there(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 5))
+        assert isinstance(peer.next(), Context)
+        peer.say(Gap(SESSION, 2))
+        again = peer.next()
+    assert isinstance(again, Context)
+    assert (again.start, again.count) == (2, 3)
+    np.testing.assert_array_equal(unpack_context(again, HIDDEN), rows(2, 3))
+
+
+def test_no_answer_by_the_deadline_loses_the_session_and_the_rest_does_not_wait(
+    broker: MemoryBroker, peer: Peer
+) -> None:
+    device = Device(broker, deadline_ms=50)
+    with device.uplink as uplink:
+        uplink.offer(rows(0, 1))
+        assert uplink.assist(0) is None
+        assert uplink.note is not None
+        assert "did not answer" in uplink.note
+        assert uplink.assist(0) is None
+        assert uplink.num_assists == 1
+    device.transport.close()
+
+
+def test_a_refusal_ends_the_wait_at_once_and_says_why(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        assert isinstance(peer.next(), Open)
+        peer.say(Refused(SESSION, "busy", 1000, "no memory for 64 positions"))
+        uplink.offer(rows(0, 1))
+        assert uplink.assist(0) is None
+        assert uplink.note is not None
+        assert "no memory" in uplink.note
+
+
+@pytest.mark.parametrize("gone", ["killed", "restarted"])
+def test_a_worker_that_goes_away_ends_the_wait_at_once(device: Device, peer: Peer, gone: str) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 1))
+        assert isinstance(peer.next(), Context)
+        if gone == "killed":
+            peer.transport.drop()
+        else:
+            peer.announce(epoch=2)
+        assert uplink.assist(0) is None
+        assert uplink.note is not None
+        assert "went away" in uplink.note
+
+
+def test_a_second_worker_that_took_the_session_too_is_told_to_forget_it(
+    broker: MemoryBroker, device: Device, peer: Peer
+) -> None:
+    second = Peer(broker, "w2")
+    with device.uplink:
+        peer.accept()
+        device_view = device.uplink
+        device_view.offer(rows(0, 1))
+        assert isinstance(peer.next(), Context)
+        second.accept()
+        assert isinstance(second.next(), Close)
+    second.transport.close()
+
+
+def test_every_byte_that_went_up_is_counted(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 4))
+        assert isinstance(peer.next(), Context)
+    assert isinstance(peer.next(), Close)
+    assert uplink.bytes_up == peer.num_bytes
+
+
+def test_a_cut_link_is_a_lost_session_not_a_crash(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 1))
+        assert isinstance(peer.next(), Context)
+        device.transport.drop()
+        assert uplink.assist(0) is None
+        assert uplink.note is not None
+        assert "link" in uplink.note

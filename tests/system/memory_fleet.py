@@ -1,0 +1,96 @@
+"""A device and a worker on the in-memory broker: everything real but the wire."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from cloud_broker_worker.config import WorkerConfig
+from cloud_broker_worker.worker import Worker
+from edge_agent.agent import Agent
+from edge_agent.config import AgentConfig
+from fleet import topics
+from fleet.client import PromptClient
+from fleet.manifest import Bundle
+from fleet.memory import MemoryBroker, MemoryTransport
+from fleet.prompt import PromptRequest, Reply
+from fleet.report import DeviceStatus, GenerationReport, WorkerStatus, decode_report, decode_status
+from fleet.transport import Will
+
+WAIT_S = 30.0
+DEVICE, WORKER, APP = "edge-1", "worker-1", "app-1"
+
+
+@dataclass
+class Answer:
+    """One answer, put together from its replies."""
+
+    replies: list[Reply] = field(default_factory=list)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [reply.token_id for reply in self.replies if reply.token_id is not None]
+
+    @property
+    def text(self) -> str:
+        return "".join(reply.text for reply in self.replies)
+
+    @property
+    def last(self) -> Reply:
+        return self.replies[-1]
+
+    @property
+    def sources(self) -> dict[str, int]:
+        assert self.last.usage is not None
+        return self.last.usage.sources
+
+
+class MemoryFleet:
+    """Starts parts one by one, so that a test can leave one out, stop it, or start it again."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.broker = MemoryBroker()
+        self.reports: queue.Queue[GenerationReport] = queue.Queue()
+        self._stack = stack
+        self._worker_status: queue.Queue[WorkerStatus] = queue.Queue()
+        self._device_status: queue.Queue[DeviceStatus] = queue.Queue()
+        self.watcher = self._connect("watcher")
+        self.watcher.subscribe(topics.DEVICE_STATS_FILTER, lambda _, p: self.reports.put(decode_report(p)), qos=1)
+        self.watcher.subscribe(
+            topics.WORKER_STATUS_FILTER, lambda _, p: self._worker_status.put(decode_status(p, WorkerStatus)), qos=1
+        )
+        self.watcher.subscribe(
+            topics.DEVICE_STATUS_FILTER, lambda _, p: self._device_status.put(decode_status(p, DeviceStatus)), qos=1
+        )
+        self.client = PromptClient(self._connect(APP))
+
+    def _connect(self, name: str, will: Will | None = None) -> MemoryTransport:
+        return self._stack.enter_context(self.broker.connect(name, will))
+
+    def start_worker(self, bundle: Bundle, config: WorkerConfig | None = None) -> tuple[Worker, MemoryTransport]:
+        gone = Worker.will()
+        transport = self._connect(WORKER, Will(topics.worker_status(WORKER), gone))
+        worker = Worker(transport, bundle, config or WorkerConfig(num_threads=1))
+        self._stack.enter_context(worker)
+        while not self._worker_status.get(timeout=WAIT_S).online:
+            pass
+        return worker, transport
+
+    def start_device(self, bundle: Bundle, config: AgentConfig | None = None) -> tuple[Agent, MemoryTransport]:
+        transport = self._connect(DEVICE, Will(topics.device_status(DEVICE), Agent.will()))
+        agent = Agent(transport, bundle, config or AgentConfig(num_threads=1))
+        self._stack.enter_context(agent)
+        while not self._device_status.get(timeout=WAIT_S).online:
+            pass
+        return agent, transport
+
+    def ask(self, prompt: PromptRequest) -> Answer:
+        return Answer(list(self.client.ask(DEVICE, prompt, timeout_s=WAIT_S)))
+
+
+@contextmanager
+def memory_fleet() -> Iterator[MemoryFleet]:
+    with ExitStack() as stack:
+        yield MemoryFleet(stack)
