@@ -15,7 +15,8 @@ class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     kv_budget_bytes: Annotated[int, Meta(ge=1)] = 1 << 30
     max_batch_positions: Annotated[int, Meta(ge=1)] = 512
     max_sessions_per_device: Annotated[int, Meta(ge=1)] = 8
+    idle_after_s: Annotated[float, Meta(ge=0)] = 10.0  # then a session may go when somebody else needs its memory
     session_ttl_s: Annotated[float, Meta(gt=0)] = 300.0
     max_chunk_bytes: Annotated[int, Meta(ge=1024, le=256 * 1024)] = 96 * 1024
-    max_queued_messages: Annotated[int, Meta(ge=1)] = 10_000
+    max_queued_messages: Annotated[int, Meta(ge=1)] = 1000
     retry_after_ms: Annotated[int, Meta(ge=0)] = 1000

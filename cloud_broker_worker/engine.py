@@ -9,8 +9,9 @@ import torch
 
 from cloud_broker_worker.config import WorkerConfig
 from cloud_broker_worker.kv_pool import PoolFullError
+from cloud_broker_worker.log_limit import LimitedLog
 from cloud_broker_worker.scheduler import schedule
-from cloud_broker_worker.session import Session, SessionKey, empty_hidden_states
+from cloud_broker_worker.session import Session, SessionKey
 from cloud_broker_worker.upper_layers import Chunk, UpperLayers
 from fleet.codec import unpack_context
 from fleet.errors import DecodeError
@@ -41,7 +42,7 @@ class Answer(NamedTuple):
 
 
 class Engine:
-    """Sessions and their caches. `now` is a monotonic time in seconds, given by the caller."""
+    """Sessions, least recently used first, and their caches. `now` is a monotonic time in seconds, by the caller."""
 
     def __init__(self, layers: UpperLayers, worker: str, config: WorkerConfig) -> None:
         self.pool = layers.new_pool(config.kv_budget_bytes)
@@ -50,6 +51,7 @@ class Engine:
         self._manifest = layers.manifest
         self._worker = worker
         self._config = config
+        self._log = LimitedLog(log)
 
     def handle(self, device: str, message: ToWorker, now: float) -> list[Answer]:
         """Takes one message of `device`; what is to be answered at once."""
@@ -66,6 +68,7 @@ class Engine:
                 Answer(key, self._refused(key, "unknown_session", "this worker has no such session; open it again"))
             ]
         session.last_used = now
+        self.sessions[key] = self.sessions.pop(key)
         answer = (
             self._context(session, message) if isinstance(message, Context) else self._assist(session, message, now)
         )
@@ -82,25 +85,34 @@ class Engine:
                 f"this worker serves bundle {bundle_id}, the device has {message.bundle_id}; use the same on both sides"
             )
             return self._refused(key, "bundle_mismatch", text)
-        limit = self._manifest.model.max_positions
+        limit = min(self._manifest.model.max_positions, self.pool.budget_bytes // self.pool.shape.num_bytes)
         if message.max_positions > limit:
             return self._refused(key, "too_long", f"expected at most {limit} positions, got {message.max_positions}")
         session = self.sessions.get(key)
-        if session is None:
-            self._evict(key.device, self.pool.num_bytes(message.max_positions))
+        if session is None or not same_terms(session.opening, message):
             try:
-                lease = self.pool.lease(message.max_positions)
+                session = self._admit(key, message, now)
             except PoolFullError as error:
                 return self._refused(key, error.code, str(error), self._config.retry_after_ms)
-            hidden_states = empty_hidden_states(message.max_positions, self._manifest.model.hidden_size)
-            session = self.sessions[key] = Session(key, message.sampling, lease, hidden_states, now)
         return Opened(key.session, self._worker, session.received, self._config.max_chunk_bytes)
+
+    def _admit(self, key: SessionKey, message: Open, now: float) -> Session:
+        """A fresh session, in the place of an earlier one of that name.
+
+        Raises:
+            PoolFullError: neither the budget nor the device's share holds it, and too few sessions are idle.
+        """
+        if key in self.sessions:
+            self._drop(self.sessions[key])
+        self._make_room(key.device, self.pool.num_bytes(message.max_positions), now)
+        session = self.sessions[key] = Session(key, message, self.pool.lease(message.max_positions), now)
+        return session
 
     def _context(self, session: Session, message: Context) -> ToDevice | None:
         try:
             rows = unpack_context(message, self._manifest.model.hidden_size)
         except DecodeError as error:
-            log.warning("context of %s dropped: %s", session.key, error)
+            self._log.warning("context of session %s of %s dropped: %s", *reversed(session.key), error)
             return self._gap(session)
         if message.start + message.count > session.lease.capacity:
             return self._refused(
@@ -116,16 +128,14 @@ class Engine:
         return Gap(session.key.session, session.received)
 
     def _assist(self, session: Session, message: Assist, now: float) -> ToDevice | None:
-        if message.position < session.lease.length:
-            if session.answer and session.answer.position == message.position:
-                return Token(
-                    message.session, message.request, message.position, session.answer.token_id, session.answer.logprob
-                )
-            if session.assist is None or session.assist.position != message.position:
-                text = f"expected a position from {session.lease.length} on, got {message.position}"
-                return self._refused(session.key, "stale", text)
+        answer = session.answer
+        if answer and (answer.request, answer.position) == (message.request, message.position):
+            return answer
         session.assist, session.assist_expires = message, now + message.deadline_ms / 1000
-        return Gap(message.session, session.received) if message.position >= session.received else None
+        if message.position < session.received:
+            return None
+        session.gap_reported = session.received
+        return Gap(message.session, session.received)
 
     def has_work(self) -> bool:
         """Whether a step would run anything."""
@@ -136,58 +146,74 @@ class Engine:
         for session in self.sessions.values():
             if session.assist and now > session.assist_expires:
                 session.assist = None
-        batch = schedule({key: s.num_pending for key, s in self.sessions.items()}, self._config.max_batch_positions)
+        pending = {key: session.num_pending for key, session in self.sessions.items()}
+        batch = schedule(pending, self._config.max_batch_positions)
         if not batch:
             return []
         sessions = [self.sessions[key] for key in batch]
         try:
-            logits = self._layers(
-                [Chunk(s.lease, s.pending(count)) for s, count in zip(sessions, batch.values(), strict=True)]
-            )
-        except RuntimeError as error:  # torch's: out of memory, a broken kernel
-            log.exception("a batch of %d sessions failed", len(sessions))
-            for session in sessions:
-                self._drop(session)
+            logits = self._layers([Chunk(s.lease, s.next_position, s.next_position + batch[s.key]) for s in sessions])
             return [
-                Answer(s.key, self._refused(s.key, "internal", f"the worker failed: {error}"[:500])) for s in sessions
+                Answer(s.key, self._answer(s, row))
+                for s, row in zip(sessions, logits, strict=True)
+                if batch[s.key] == pending[s.key]
             ]
-        return [
-            Answer(s.key, self._answer(s, row)) for s, row in zip(sessions, logits, strict=True) if s.num_pending == 0
-        ]
+        except Exception as error:  # whatever it was, only this batch's sessions pay for it
+            log.exception("a batch of %d sessions failed", len(sessions))
+            return [Answer(s.key, self._fail(s, f"{type(error).__name__}: {error}")) for s in sessions]
 
-    def _answer(self, session: Session, logits: torch.Tensor) -> Token:
+    def _answer(self, session: Session, logits: torch.Tensor) -> ToDevice:
         assist, session.assist = session.assist, None
-        if assist is None:
-            raise RuntimeError(f"session {session.key} ran without an assist")
-        token_id, logprob = choose(logits, assist.position, session.sampling, self._manifest.top_k)
+        if assist is None or not logits.isfinite().all():
+            return self._fail(session, "the upper layers gave no finite logits")
+        token_id, logprob = choose(logits, assist.position, session.opening.sampling, self._manifest.top_k)
         session.answer = Token(session.key.session, assist.request, assist.position, token_id, logprob)
         return session.answer
+
+    def _fail(self, session: Session, reason: str) -> Refused:
+        """Gives up a session whose cache cannot be trusted any more."""
+        self._drop(session)
+        return self._refused(session.key, "internal", f"the worker failed: {reason}"[:500])
 
     def expire(self, now: float) -> None:
         """Drops sessions that nobody has used for `session_ttl_s`."""
         for session in [s for s in self.sessions.values() if now - s.last_used > self._config.session_ttl_s]:
             self._drop(session)
 
-    def _evict(self, device: str, wanted_bytes: int) -> None:
-        """Makes room: the device's own oldest sessions above its share, then the longest idle ones of all."""
-        oldest = sorted(self.sessions.values(), key=lambda s: s.last_used)
-        own = [s for s in oldest if s.key.device == device]
-        for session in own[: max(0, len(own) + 1 - self._config.max_sessions_per_device)]:
+    def _make_room(self, device: str, num_bytes: int, now: float) -> None:
+        """Drops idle sessions, least recently used first: the device's own above its share, then anybody's.
+
+        Raises:
+            PoolFullError: the device has its share in use.
+        """
+        idle = [s for s in self.sessions.values() if s.is_idle(now - self._config.idle_after_s)]
+        limit = self._config.max_sessions_per_device
+        surplus = sum(key.device == device for key in self.sessions) + 1 - limit
+        own = [s for s in idle if s.key.device == device][: max(0, surplus)]
+        if len(own) < surplus:
+            raise PoolFullError(f"device {device} has {limit} sessions in use, which is its limit; close one first")
+        for session in own:
             self._drop(session)
-        if wanted_bytes > self.pool.budget_bytes:
-            return
-        for session in [s for s in oldest if s.key in self.sessions and s.assist is None]:
-            if self.pool.used_bytes + wanted_bytes <= self.pool.budget_bytes:
+        idle = [s for s in idle if s.key in self.sessions]
+        if not self.pool.fits(num_bytes - sum(s.lease.num_bytes for s in idle)):
+            return  # the pool says what is missing
+        for session in idle:
+            if self.pool.fits(num_bytes):
                 return
             self._drop(session)
 
     def _drop(self, session: Session) -> None:
-        del self.sessions[session.key]
+        self.sessions.pop(session.key, None)
         self.pool.release(session.lease)
 
     @staticmethod
     def _refused(key: SessionKey, code: str, message: str, retry_after_ms: int = 0) -> Refused:
         return Refused(key.session, code, retry_after_ms, message)
+
+
+def same_terms(one: Open, other: Open) -> bool:
+    """Whether two openings of a session ask for the same: then the second is the first one sent again."""
+    return (one.epoch, one.sampling, one.max_positions) == (other.epoch, other.sampling, other.max_positions)
 
 
 def choose(logits: torch.Tensor, position: int, sampling: Sampling, top_k: int) -> tuple[int, float]:

@@ -11,15 +11,14 @@ K = TypeVar("K")
 def schedule(pending: Mapping[K, int], max_positions: int) -> dict[K, int]:
     """How many positions of each session run in one batch of at most `max_positions`.
 
-    Sessions with few pending positions go first, so that a long prefill, which is cut to what is left, never holds up
-    short assists.
+    `pending` is in order of arrival, and no session waits for ever: when there are more sessions than `max_positions`
+    the first ones run. Each gets an equal share, and what short ones leave of theirs goes to the longer ones, so that
+    a long prefill never holds up short assists.
     """
+    waiting = [(key, count) for key, count in pending.items() if count > 0][:max_positions]
     batch: dict[K, int] = {}
     room = max_positions
-    for key, count in sorted(pending.items(), key=lambda item: item[1]):
-        if room == 0:
-            break
-        if count > 0:
-            batch[key] = min(count, room)
-            room -= batch[key]
+    for i, (key, count) in enumerate(sorted(waiting, key=lambda item: item[1])):
+        batch[key] = min(count, room // (len(waiting) - i))
+        room -= batch[key]
     return batch

@@ -18,8 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cloud_broker_worker.kv_pool import KvLease, KvPool
-from fleet.codec import Float16
+from cloud_broker_worker.kv_pool import KvLease, KvPool, KvShape
 from fleet.errors import BundleError
 from fleet.manifest import Bundle
 
@@ -27,20 +26,22 @@ ATTENTION: Final = "cecollm_ragged"
 
 
 class Chunk(NamedTuple):
-    """The next positions of one session: hidden_states [n, hidden] float16, to be appended to its cache."""
+    """Positions [start, stop) of one session; [0, start) have run, and `start` is at most the lease's length."""
 
     lease: KvLease
-    hidden_states: Float16
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
 class Span:
-    """Rows [first, first + count) of a batch are positions [start, start + count) of a cache."""
+    """Rows of a batch that are positions [start, stop) of a cache; `mask` [stop - start, stop] where it takes one."""
 
     lease: KvLease
-    first: int
+    rows: slice
     start: int
-    count: int
+    stop: int
+    mask: Tensor | None
 
 
 def ragged_attention(
@@ -58,23 +59,31 @@ def ragged_attention(
     out = torch.empty_like(query)
     layer = module.layer_idx
     for span in spans:
-        rows, end = slice(span.first, span.first + span.count), span.start + span.count
         keys, values = span.lease.keys[layer], span.lease.values[layer]
-        keys[:, span.start : end] = key[0, :, rows]
-        values[:, span.start : end] = value[0, :, rows]
-        mask = None
-        if span.count > 1 and span.start:
-            mask = torch.ones(span.count, end, dtype=torch.bool).tril_(span.start)
-        out[:, :, rows] = scaled_dot_product_attention(
-            query[:, :, rows],
-            keys[None, :, :end],
-            values[None, :, :end],
-            attn_mask=mask,
-            is_causal=span.count > 1 and not span.start,
+        keys[:, span.start : span.stop] = key[0, :, span.rows]
+        values[:, span.start : span.stop] = value[0, :, span.rows]
+        out[:, :, span.rows] = scaled_dot_product_attention(
+            query[:, :, span.rows],
+            keys[None, :, : span.stop],
+            values[None, :, : span.stop],
+            attn_mask=span.mask,
+            is_causal=span.start == 0 and span.stop > 1,
             scale=kwargs.get("scaling"),
             enable_gqa=True,
         )
     return out.transpose(1, 2), None
+
+
+def make_spans(chunks: Sequence[Chunk]) -> list[Span]:
+    """Lays the chunks one after the other. One row sees the whole cache, and a first chunk is plainly causal: only
+    several rows behind a prefix take a mask, made once for all layers."""
+    spans, first = [], 0
+    for lease, start, stop in chunks:
+        count = stop - start
+        mask = torch.ones(count, stop, dtype=torch.bool).tril_(start) if start and count > 1 else None
+        spans.append(Span(lease, slice(first, first + count), start, stop, mask))
+        first += count
+    return spans
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, ragged_attention)
@@ -98,26 +107,23 @@ class UpperLayers:
         """A pool of caches of this model's shape."""
         model = self.manifest.model
         num_layers = model.num_layers - self.manifest.upload_layer
-        return KvPool(num_layers, model.num_key_value_heads, model.head_dim, budget_bytes)
+        return KvPool(KvShape(num_layers, model.num_key_value_heads, model.head_dim, model.hidden_size), budget_bytes)
 
     @torch.inference_mode()
     def __call__(self, chunks: Sequence[Chunk]) -> Tensor:
         """Runs every chunk's positions and adds them to its cache; logits [len(chunks), vocab] of each one's last."""
-        spans, first = [], 0
-        for lease, hidden_states in chunks:
-            spans.append(Span(lease, first, lease.length, len(hidden_states)))
-            first += len(hidden_states)
-        rows = np.concatenate([chunk.hidden_states for chunk in chunks]).astype(np.float32)
-        hidden = torch.from_numpy(rows)[None]
-        positions = torch.cat([torch.arange(span.start, span.start + span.count) for span in spans])[None]
+        spans = make_spans(chunks)
+        rows = np.concatenate([lease.hidden_states[start:stop] for lease, start, stop in chunks])
+        hidden = torch.from_numpy(rows).float()[None]
+        positions = torch.cat([torch.arange(span.start, span.stop) for span in spans])[None]
         decoder = self._model.model
         rotary = decoder.rotary_emb(hidden, positions)
         for layer in decoder.layers:
             out = layer(hidden, position_ids=positions, position_embeddings=rotary, spans=spans)
             hidden = out[0] if isinstance(out, tuple) else out
         for span in spans:
-            span.lease.length += span.count
-        last = torch.tensor([span.first + span.count - 1 for span in spans])
+            span.lease.length = max(span.lease.length, span.stop)
+        last = torch.tensor([span.rows.stop - 1 for span in spans])
         logits: Tensor = self._model.lm_head(decoder.norm(hidden[0, last]))
         return logits
 

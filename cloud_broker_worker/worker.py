@@ -6,11 +6,13 @@ import logging
 import queue
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
 from cloud_broker_worker.config import WorkerConfig
 from cloud_broker_worker.engine import Answer, Engine
+from cloud_broker_worker.log_limit import LimitedLog
 from cloud_broker_worker.upper_layers import UpperLayers
 from fleet import __version__, topics
 from fleet.codec import decode_to_worker, encode
@@ -36,9 +38,10 @@ class Worker:
         self._transport = transport
         self._bundle_id = bundle.manifest.bundle_id
         self._epoch = time.time_ns() // 1_000_000
-        self._inbox: queue.Queue[tuple[str, ToWorker] | None] = queue.Queue(config.max_queued_messages)
+        self._inbox: queue.Queue[tuple[float, str, ToWorker]] = queue.Queue(config.max_queued_messages)
         self._thread = threading.Thread(target=self._serve, name=f"worker-{self.name}", daemon=True)
         self._stopping = threading.Event()
+        self._log = LimitedLog(log)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -53,6 +56,11 @@ class Worker:
         self._stopping.set()
         self._thread.join(STOP_TIMEOUT_S)
         self._publish(topics.worker_status(self.name), self.will(), qos=1, retain=True)
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
 
     @staticmethod
     def will() -> bytes:
@@ -73,11 +81,11 @@ class Worker:
                 _, device, session = topics.parse(topic, "w", "+", "+", "+")
                 if message.session != session:
                     raise ProtocolError(f"expected session {session} of the topic, got {message.session}")
-            self._inbox.put_nowait((device, message))
+            self._inbox.put_nowait((time.monotonic(), device, message))
         except ProtocolError as error:
-            log.warning("message on %s dropped: %s", topic, error)
+            self._log.warning("message on %s dropped: %s", topic, error)
         except queue.Full:
-            log.warning("message on %s dropped: %d messages wait already", topic, self._inbox.maxsize)
+            self._log.warning("message on %s dropped: %d messages wait already", topic, self._inbox.maxsize)
 
     def _serve(self) -> None:
         next_check = time.monotonic()
@@ -92,15 +100,13 @@ class Worker:
                 log.exception("the worker goes on after an error")
 
     def _take(self, *, wait: bool) -> None:
-        """Hands all that has arrived to the engine; with `wait`, waits a little for a first message."""
-        try:
+        """Hands what has arrived to the engine; with `wait`, waits a little for a first message."""
+        with suppress(queue.Empty):
             item = self._inbox.get(timeout=EXPIRY_CHECK_S / 5) if wait else self._inbox.get_nowait()
-            while item:
-                device, message = item
-                self._send(self.engine.handle(device, message, time.monotonic()))
+            for _ in range(self._inbox.maxsize):  # whoever floods us does not keep us from a step
+                arrived, device, message = item
+                self._send(self.engine.handle(device, message, arrived))
                 item = self._inbox.get_nowait()
-        except queue.Empty:
-            return
 
     def _send(self, answers: list[Answer]) -> None:
         for key, message in answers:
@@ -110,4 +116,4 @@ class Worker:
         try:
             self._transport.publish(topic, payload, qos=qos, retain=retain)
         except LinkError as error:
-            log.warning("not sent on %s: %s", topic, error)
+            self._log.warning("not sent on %s: %s", topic, error)

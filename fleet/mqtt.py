@@ -23,6 +23,7 @@ from fleet.transport import MAX_QUEUED, Handler, Transport, Will, dispatch, guar
 KEEP_ALIVE_S: Final = 15
 MAX_IN_FLIGHT: Final = 100  # QoS 1 messages sent and not yet acknowledged
 RECONNECT_S: Final = (1, 30)
+CONNECT_S: Final = 5.0
 SUBSCRIBE_S: Final = 5.0
 CLOSE_S: Final = 3.0
 NOT_AUTHORIZED: Final = "Not authorized"
@@ -49,7 +50,9 @@ class MqttTransport(Transport):
         self._closed = False
         client = paho.Client(CallbackAPIVersion.VERSION2, self.name, clean_session=True, protocol=paho.MQTTv311)
         client.username_pw_set(self.name)
-        client.tls_set_context(identity.ssl_context())
+        context = identity.ssl_context()
+        context.sslsocket_class = _TlsSocket
+        client.tls_set_context(context)
         client.max_inflight_messages_set(MAX_IN_FLIGHT)
         client.max_queued_messages_set(MAX_QUEUED)
         client.reconnect_delay_set(*RECONNECT_S)
@@ -75,7 +78,7 @@ class MqttTransport(Transport):
         """
         transport = cls(identity, will)
         client = transport._client
-        client.connect_timeout = max(0.1, min(timeout_s, 5.0))
+        client.connect_timeout = max(0.1, min(timeout_s, CONNECT_S))
         client.connect_async(identity.config.host, identity.config.port, keepalive=KEEP_ALIVE_S)
         client.loop_start()
         if wait:
@@ -100,6 +103,7 @@ class MqttTransport(Transport):
         if qos == 0 and info.rc == MQTTErrorCode.MQTT_ERR_NO_CONN:
             raise LinkError(f"{self.name} lost its link to the broker at {self._where}; send again when it is up")
         if qos:
+            info.rc = MQTTErrorCode.MQTT_ERR_SUCCESS  # paho keeps it, and would not let us wait for it otherwise
             self._last = info
 
     def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 0) -> None:
@@ -219,6 +223,18 @@ class MqttTransport(Transport):
         except UnicodeDecodeError:
             return
         dispatch(handlers, topic, bytes(message.payload))
+
+
+class _TlsSocket(ssl.SSLSocket):
+    """paho waits `KEEP_ALIVE_S` for a handshake, and leaves the socket open when it fails."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        self.settimeout(CONNECT_S)
+        try:
+            super().do_handshake(block)
+        except OSError:
+            self.close()
+            raise
 
 
 def _send_without_delay(_client: object, _data: object, sock: object) -> None:

@@ -45,7 +45,7 @@ class CacheInputs:
 
 
 def group_query_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: None, *, cache: CacheInputs, **_: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: None, *, cache: CacheInputs, **_: Any
 ) -> tuple[Tensor, None]:
     """query [1, heads, s, d], key and value [1, kv_heads, s, d], unrotated -> [1, s, heads, d]."""
     batch, heads, length, dim = query.shape
@@ -73,7 +73,7 @@ class FusedRmsNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        attributes = {"axis": -1, "epsilon": self.eps, "stash_type": 1}
+        attributes: dict[str, Any] = {"axis": -1, "epsilon": self.eps, "stash_type": 1}
         return ops.symbolic(
             "SimplifiedLayerNormalization", (x, self.weight), attrs=attributes, dtype=x.dtype, shape=x.shape, version=1
         )
@@ -85,9 +85,14 @@ def fuse_norms(module: nn.Module) -> None:
         if isinstance(child, RmsNorm):
             setattr(module, name, FusedRmsNorm(child.weight, child.eps))
         elif type(child).__name__.endswith("RMSNorm"):
-            setattr(module, name, FusedRmsNorm(child.weight, float(child.variance_epsilon)))
+            setattr(module, name, fused(child))
         else:
             fuse_norms(child)
+
+
+def fused(norm: Any) -> FusedRmsNorm:
+    """A Hugging Face RMS norm in its fused form."""
+    return FusedRmsNorm(norm.weight, float(norm.variance_epsilon))
 
 
 def rotary_tables(model: Any, max_positions: int) -> tuple[Tensor, Tensor]:
@@ -105,6 +110,10 @@ class Block(nn.Module):
     total_length int32 scalar, past keys and values float32 [1, kv_heads, capacity, head_dim] ->
     hidden_states [1, s, hidden], exit_hidden [1, hidden] of the last position, and the present keys and values.
     """
+
+    embedding: Tensor
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, model: Any, start: int, stop: int, head: ExitHead, info: ModelInfo, embedding: torch.dtype):
         super().__init__()
@@ -149,7 +158,7 @@ class LmHead(nn.Module):
 @contextmanager
 def fused_tracing(model: Any) -> Iterator[None]:
     """While it lasts, the model's module rotates nothing and its attention can be the fused one."""
-    modeling = sys.modules[type(model).__module__]
+    modeling: Any = sys.modules[type(model).__module__]
     rotary = modeling.apply_rotary_pos_emb
     modeling.apply_rotary_pos_emb = lambda q, k, *_args, **_kwargs: (q, k)
     ALL_ATTENTION_FUNCTIONS[ATTENTION] = group_query_attention

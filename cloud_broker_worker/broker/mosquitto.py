@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import getpass
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from fleet.access import Action, Grants, granted
+from fleet.access import Action, Grants
+from fleet.errors import ConfigError
 from fleet.identity import ServerTls
 
 CONFIG_FILE: Final = "mosquitto.conf"
 ACL_FILE: Final = "acl"
 MAX_PACKET_BYTES: Final = 1 << 20
+MAX_IN_FLIGHT: Final = 100
+MAX_QUEUED: Final = 10_000
 
+# Names come from certificates, and no client can take another's id. A CA alone decides who may connect; a name
+# without rights below can do nothing. Each identity has one connection: a second one ends the first.
 CONFIG: Final = """\
-# Written by cecollm-fleet. Names come from certificates; a client can take no other's id.
 listener {port} {host}
-cafile {tls.ca_file}
-certfile {tls.cert_file}
-keyfile {tls.key_file}
+user {user}
+cafile {ca}
+certfile {certificate}
+keyfile {key}
 tls_version tlsv1.2
 require_certificate true
 use_identity_as_username true
 use_username_as_clientid true
 allow_anonymous false
 acl_file {acl}
+max_qos 1
 set_tcp_nodelay true
-message_size_limit {max_bytes}
-max_queued_messages 10000
+max_packet_size {max_packet_bytes}
+max_inflight_messages {max_in_flight}
+max_queued_messages {max_queued}
 persistence false
 log_dest stderr
 log_type error
@@ -36,19 +44,41 @@ log_type warning
 
 
 def write_config(folder: Path, port: int, tls: ServerTls, grants: Iterable[Grants], host: str = "127.0.0.1") -> Path:
-    """Writes `mosquitto.conf` and the rights of every identity into `folder`; gives the path of the former."""
-    folder.mkdir(parents=True, exist_ok=True)
-    acl = folder / ACL_FILE
-    acl.write_text("\n".join(rule for grant in grants for rule in acl_lines(grant)) + "\n")
-    acl.chmod(0o600)
-    path = folder / CONFIG_FILE
-    path.write_text(CONFIG.format(port=port, host=host, tls=tls, acl=acl, max_bytes=MAX_PACKET_BYTES))
+    """Writes `mosquitto.conf` and the rights of every identity into `folder`; gives the path of the former.
+
+    A running mosquitto takes new rights on SIGHUP.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    path, acl = folder / CONFIG_FILE, folder / ACL_FILE
+    settings = CONFIG.format(
+        port=port,
+        host=host,
+        user=getpass.getuser(),
+        ca=tls.ca_file.resolve(),
+        certificate=tls.cert_file.resolve(),
+        key=tls.key_file.resolve(),
+        acl=acl.resolve(),
+        max_packet_bytes=MAX_PACKET_BYTES,
+        max_in_flight=MAX_IN_FLIGHT,
+        max_queued=MAX_QUEUED,
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        acl.touch(mode=0o600)
+        acl.write_text("".join(f"{rule}\n" for grant in grants for rule in acl_rules(grant)))
+        path.write_text(settings)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {CONFIG_FILE} into {folder}: {error.strerror}; choose another folder"
+        ) from None
     return path
 
 
-def acl_lines(grants: Grants) -> list[str]:
-    """The rights of one identity in mosquitto's ACL syntax."""
-    lines = [f"user {grants.name}"]
+def acl_rules(grants: Grants) -> list[str]:
+    """The rights of one identity as lines of mosquitto's ACL file."""
+    rules = [f"user {grants.name}"]
     for action, word in ((Action.PUBLISH, "write"), (Action.SUBSCRIBE, "read")):
-        lines += [f"topic {word} {f}" for f in granted(grants.role, grants.name, action, grants.targets)]
-    return lines
+        rules += [f"topic {word} {topic_filter}" for topic_filter in grants.filters[action]]
+    return rules

@@ -16,6 +16,8 @@ EXTRAS = {
     "provisioning": "server",
 }
 
+OWN = frozenset(prefix.partition(".")[0] for prefix in EXTRAS)
+
 
 def load(module: str) -> ModuleType:
     """Imports `module`.
@@ -25,7 +27,9 @@ def load(module: str) -> ModuleType:
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in OWN:
+            raise
         extra = next((extra for prefix, extra in EXTRAS.items() if module.startswith(prefix)), None)
         raise MissingExtraError(
             f"this command needs {error.name}, which is not installed; run: pip install 'cecollm-fleet[{extra}]'"

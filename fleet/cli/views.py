@@ -17,6 +17,11 @@ from fleet.prompt import Reply, Usage
 EXIT_STYLES: Final = ("green", "cyan", "blue", "bright_green")
 STYLES: Final = {CLOUD: "magenta", FALLBACK: "yellow"}
 BAR_WIDTH: Final = 30
+TIMES: Final = ("_at", "_seen", "_after")
+HEADERS: Final = {
+    "generations": "answers", "sources": "where tokens came from", "offload_rate": "offload", "bytes_up": "up, B",
+    "bytes_down": "down, B",
+}  # fmt: skip
 
 
 def source_style(source: str, exits: Sequence[str]) -> str:
@@ -77,27 +82,24 @@ def print_rows(console: Console, rows: Sequence[Any], title: str, *, as_json: bo
     table = Table(title=title, title_justify="left")
     fields = rows[0].__struct_fields__
     for name in fields:
-        numeric = isinstance(getattr(rows[0], name), int | float) and not name.endswith("_at")
-        table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
-    if "sources" in fields:
-        table.add_column("where tokens came from", no_wrap=True)
+        numeric = isinstance(getattr(rows[0], name), int | float) and not name.endswith(TIMES)
+        table.add_column(HEADERS.get(name, name.replace("_", " ")), justify="right" if numeric else "left")
     for row in rows:
-        cells: list[str | Text] = [_cell(name, getattr(row, name)) for name in fields]
-        if "sources" in fields:
-            cells.append(source_bar(row.sources))
-        table.add_row(*cells)
+        table.add_row(*(_cell(name, getattr(row, name)) for name in fields))
     console.print(table)
 
 
-def _cell(name: str, value: object) -> str:
+def _cell(name: str, value: object) -> str | Text:
     match value:
         case None:
             return "-"
         case bool():
             return "yes" if value else "no"
         case dict():
-            return sources_text(value)
-        case float() if name.endswith(("_at", "_seen", "_after")):
+            exits = exits_of(value)
+            counts = Text("  ").join(Text(f"{s} {n:,}", source_style(s, exits)) for s, n in value.items())
+            return Text("\n").join((source_bar(value), counts)) if value else "-"
+        case float() if name.endswith(TIMES):
             return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S")
         case float() if name.endswith("rate"):
             return f"{value:.1%}"

@@ -15,7 +15,7 @@ from fleet import topics
 from fleet.client import PromptClient
 from fleet.manifest import Bundle
 from fleet.memory import MemoryBroker, MemoryTransport
-from fleet.prompt import PromptRequest, Reply
+from fleet.prompt import PromptRequest, Reply, decode_reply
 from fleet.report import DeviceStatus, GenerationReport, WorkerStatus, decode_report, decode_status
 from fleet.transport import Will
 
@@ -65,6 +65,8 @@ class MemoryFleet:
             topics.DEVICE_STATUS_FILTER, lambda _, p: self._device_status.put(decode_status(p, DeviceStatus)), qos=1
         )
         self.client = PromptClient(self._connect(APP))
+        self._raw: dict[str, queue.Queue[Reply]] = {}
+        self.watcher.subscribe(topics.reply("+", "+", "+"), self._on_reply, qos=1)
 
     def _connect(self, name: str, will: Will | None = None) -> MemoryTransport:
         return self._stack.enter_context(self.broker.connect(name, will))
@@ -85,6 +87,13 @@ class MemoryFleet:
         while not self._device_status.get(timeout=WAIT_S).online:
             pass
         return agent, transport
+
+    def _on_reply(self, topic: str, payload: bytes) -> None:
+        self._raw.setdefault(topic.rsplit("/", 1)[1], queue.Queue()).put(decode_reply(payload))
+
+    def next_reply(self, request: str) -> Reply:
+        """The next reply to a request that was published by hand."""
+        return self._raw.setdefault(request, queue.Queue()).get(timeout=WAIT_S)
 
     def ask(self, prompt: PromptRequest) -> Answer:
         return Answer(list(self.client.ask(DEVICE, prompt, timeout_s=WAIT_S)))

@@ -1,0 +1,1 @@
+"""What the fleet knows and has counted: identities, devices, sessions, generations, tokens by source."""

@@ -1,0 +1,126 @@
+"""Opening the registry's database: SQLite by default, any SQLAlchemy URL, brought to the newest tables."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import alembic.command
+from alembic.config import Config
+from alembic.util import CommandError
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+from fleet.errors import MissingExtraError, RegistryError
+
+BUSY_TIMEOUT_S: Final = 30.0
+"""How long a write waits while another process writes to the same SQLite file."""
+
+
+logging.getLogger("alembic").setLevel(logging.WARNING)  # an ordinary start is no news
+
+
+def open_database(url_or_path: str | Path) -> Engine:
+    """An engine on the database, which is made or migrated first. Writes ask for ``writing(engine)``.
+
+    Raises:
+        RegistryError: the URL is none, the database cannot be reached, or a newer version of this program made it.
+        MissingExtraError: the database's driver is not installed.
+    """
+    url = _parse(url_or_path)
+    with registry_errors(url):
+        engine = _sqlite(url) if url.get_backend_name() == "sqlite" else _create(url)
+        try:
+            with writing(engine).begin() as connection:
+                _migrate(connection)
+        except BaseException:
+            engine.dispose()
+            raise
+    return engine
+
+
+def writing(engine: Engine) -> Engine:
+    """The same engine for transactions that write: SQLite then waits for its lock at the start, not in the middle."""
+    return engine.execution_options(sqlite_begin="IMMEDIATE")
+
+
+@contextmanager
+def registry_errors(url: URL) -> Iterator[None]:
+    """Turns what SQLAlchemy and Alembic raise into a RegistryError of one line."""
+    shown = url.render_as_string(hide_password=True)
+    try:
+        yield
+    except SQLAlchemyError as error:
+        reason = " ".join(str(getattr(error, "orig", None) or error).split())
+        raise RegistryError(f"the registry {shown} cannot answer: {reason}; check its path or URL") from None
+    except CommandError as error:
+        raise RegistryError(
+            f"the registry {shown} was made by another version ({error}); install that version or a newer one"
+        ) from None
+
+
+def alembic_config() -> Config:
+    """Alembic's configuration, with the migrations that are in this package."""
+    config = Config()
+    config.set_main_option("script_location", "fleet.registry:migrations")
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def _parse(url_or_path: str | Path) -> URL:
+    if isinstance(url_or_path, str) and "://" in url_or_path:
+        try:
+            return make_url(url_or_path)
+        except (ArgumentError, ValueError):
+            raise RegistryError(
+                "the registry's URL is none: expected a path or a URL like postgresql://user@host/fleet"
+            ) from None
+    return URL.create("sqlite", database=str(Path(url_or_path).absolute()))
+
+
+def _create(url: URL, **options: Any) -> Engine:
+    try:
+        return create_engine(url, pool_pre_ping=True, **options)
+    except NoSuchModuleError:
+        raise RegistryError(
+            f"no such kind of database: {url.drivername!r}; expected sqlite, postgresql or another of SQLAlchemy's"
+        ) from None
+    except ImportError as error:
+        raise MissingExtraError(
+            f"the registry {url.render_as_string(hide_password=True)} needs the driver {error.name}, "
+            f"which is not installed; run: pip install {error.name}"
+        ) from None
+
+
+def _sqlite(url: URL) -> Engine:
+    if url.database and url.database != ":memory:":
+        folder = Path(url.database).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RegistryError(f"cannot make the registry's folder {folder}: {error.strerror}") from None
+    engine = _create(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+
+    @event.listens_for(engine, "connect")
+    def connected(connection: sqlite3.Connection, _: object) -> None:
+        connection.isolation_level = None  # "begin" below says how a transaction starts
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    @event.listens_for(engine, "begin")
+    def begun(connection: Connection) -> None:
+        connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get('sqlite_begin', 'DEFERRED')}")
+
+    return engine
+
+
+def _migrate(connection: Connection) -> None:
+    config = alembic_config()
+    config.attributes["connection"] = connection
+    alembic.command.upgrade(config, "head")

@@ -1,0 +1,31 @@
+"""Questions about devices that reads and writes share."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlalchemy import ColumnElement, and_, exists, select
+from sqlalchemy.orm import Session
+
+from fleet.access import Role
+from fleet.errors import UnknownDeviceError
+from fleet.registry.models import IdentityRecord
+
+MAX_NAMES_SHOWN: Final = 20
+
+
+def is_device(name: str | None = None) -> ColumnElement[bool]:
+    """Condition: the identity is a device, and the one of that name when it is given."""
+    device = IdentityRecord.role == Role.DEVICE
+    return device if name is None else and_(device, IdentityRecord.name == name)
+
+
+def check_device(db: Session, device: str) -> None:
+    """Raises UnknownDeviceError, which names the enrolled ones, when nobody enrolled `device`."""
+    if db.scalar(select(exists().where(is_device(device)))):
+        return
+    names = db.scalars(select(IdentityRecord.name).where(is_device()).order_by(IdentityRecord.name)).all()
+    shown = ", ".join(names[:MAX_NAMES_SHOWN]) + (", ..." if len(names) > MAX_NAMES_SHOWN else "")
+    raise UnknownDeviceError(
+        f"unknown device {device[:80]!r}: enrolled are {shown or 'none'}; enrol it with 'fleet enroll {device[:80]}'"
+    )

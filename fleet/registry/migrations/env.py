@@ -1,0 +1,11 @@
+"""Alembic runs this for each command; the connection comes from `fleet.registry.database`."""
+
+from alembic import context
+
+from fleet.registry.models import Table
+
+context.configure(
+    connection=context.config.attributes["connection"], target_metadata=Table.metadata, render_as_batch=True
+)
+with context.begin_transaction():
+    context.run_migrations()

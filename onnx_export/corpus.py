@@ -1,0 +1,165 @@
+"""Training data for exit heads: what a model's own answers look like at the exits and at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from fleet.errors import ConfigError
+
+BATCH_SIZE = 64
+TEMPERATURES = (0.0, 0.8)  # batches take turns, so that heads see the likeliest answers and others
+
+
+@dataclass
+class States:
+    """Hidden states of n positions that each predict one token of an answer.
+
+    `exits`: by exit layer, float16 [n, hidden]; `final`: after the last layer and norm, float16 [n, hidden];
+    `conversation`: int64 [n], equal within one answer.
+    """
+
+    exits: dict[int, Tensor]
+    final: Tensor
+    conversation: Tensor
+
+    def __len__(self) -> int:
+        return self.final.shape[0]
+
+    def select(self, rows: Tensor) -> States:
+        """The positions that `rows`, indices or a mask, names."""
+        exits = {layer: states[rows] for layer, states in self.exits.items()}
+        return States(exits, self.final[rows], self.conversation[rows])
+
+    def split(self, every: int = 10) -> tuple[States, States]:
+        """Training and held-out positions: each `every`-th conversation is held out whole."""
+        held_out = self.conversation % every == 0
+        return self.select(~held_out), self.select(held_out)
+
+
+def concatenate(parts: Sequence[States]) -> States:
+    """All positions of `parts`, which have the same exits."""
+    exits = {layer: torch.cat([part.exits[layer] for part in parts]) for layer in parts[0].exits}
+    return States(exits, torch.cat([p.final for p in parts]), torch.cat([p.conversation for p in parts]))
+
+
+def read_prompts(paths: Iterable[Path]) -> list[str]:
+    """Prompts of JSON lines with `prompt`, or `instruction` and `input`.
+
+    Raises:
+        ConfigError: a file that cannot be read, or a line with neither.
+    """
+    prompts = []
+    for path in paths:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the prompts {path}: {error}") from None
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                prompt = row["prompt"] if "prompt" in row else f"{row['instruction']}\n{row.get('input', '')}"
+                prompts.append(prompt.strip())
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ConfigError(f"{path}:{number}: expected a JSON object with 'prompt' or 'instruction'") from None
+    return prompts
+
+
+def make_batches(
+    tokenizer: Any, prompts: Sequence[str], max_prompt_tokens: int, generator: torch.Generator
+) -> list[list[list[int]]]:
+    """Token ids of chats that are not too long, in batches of similar length, batches in random order."""
+    chats = [
+        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        for prompt in prompts
+    ]
+    order = torch.randperm(len(chats), generator=generator).tolist()
+    short = sorted((chats[i] for i in order if len(chats[i]) <= max_prompt_tokens), key=len)
+    batches = [short[i : i + BATCH_SIZE] for i in range(0, len(short), BATCH_SIZE)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def collect(
+    model: Any,
+    batches: Iterable[list[list[int]]],
+    exits: tuple[int, ...],
+    num_tokens: int,
+    max_new_tokens: int,
+    generator: torch.Generator,
+    progress: Callable[[int], None],
+) -> States:
+    """Lets the model answer until there are `num_tokens` positions or no prompt is left; `progress` hears how many.
+
+    Raises:
+        ConfigError: there is no prompt at all.
+    """
+    parts: list[States] = []
+    total = num_conversations = 0
+    for number, batch in enumerate(batches):
+        temperature = TEMPERATURES[number % len(TEMPERATURES)]
+        for part in answer(model, batch, exits, max_new_tokens, temperature, generator):
+            part.conversation += num_conversations
+            parts.append(part)
+            total += len(part)
+            progress(total)
+        num_conversations += len(batch)
+        if total >= num_tokens:
+            break
+    if not parts:
+        raise ConfigError("no prompt is short enough to train on; give others")
+    return concatenate(parts)
+
+
+@torch.no_grad()
+def answer(
+    model: Any,
+    prompts: list[list[int]],
+    exits: tuple[int, ...],
+    max_new_tokens: int,
+    temperature: float,
+    generator: torch.Generator,
+) -> Iterator[States]:
+    """One part for each new token of a batch; rows that have ended leave the batch when they are half of it."""
+    length = max(map(len, prompts))
+    input_ids = torch.tensor([[0] * (length - len(ids)) + ids for ids in prompts])
+    mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    ends = torch.tensor(model.generation_config.eos_token_id).reshape(-1)
+    rows, live, cache = torch.arange(len(prompts)), torch.ones(len(prompts), dtype=torch.bool), DynamicCache()
+    for _ in range(max_new_tokens):
+        output = model.model(
+            input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, output_hidden_states=True
+        )
+        final = output.last_hidden_state[:, -1]
+        states = {layer: output.hidden_states[layer][live, -1].half() for layer in exits}
+        yield States(states, final[live].half(), rows[live])
+        token_ids = choose(model.lm_head(final), temperature, generator)
+        live &= ~torch.isin(token_ids, ends)
+        if not live.any():
+            return
+        if 2 * int(live.sum()) <= len(live):
+            keep = live.nonzero().flatten()
+            cache.batch_select_indices(keep)
+            rows, token_ids, mask, positions, live = (
+                rows[keep],
+                token_ids[keep],
+                mask[keep],
+                positions[keep],
+                live[keep],
+            )
+        input_ids, positions = token_ids[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(input_ids)], 1)
+
+
+def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """Next token ids [batch] from logits [batch, vocab]; temperature 0 is greedy."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]

@@ -1,0 +1,176 @@
+"""Real brokers on free ports of 127.0.0.1, with TLS, and a small fleet that they know."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Final, Protocol
+
+import pytest
+
+from cloud_broker_worker.broker.embedded import EmbeddedBroker
+from cloud_broker_worker.broker.mosquitto import write_config
+from fleet.access import Grants, Role
+from fleet.identity import Identity, ServerTls
+from fleet.mqtt import MqttTransport
+from fleet.transport import Will
+from provisioning.authority import CertificateAuthority
+
+HOST: Final = "127.0.0.1"
+WAIT_S: Final = 10.0
+BROKERS: Final = ["amqtt", pytest.param("mosquitto", marks=pytest.mark.mosquitto)]
+FLEET: Final = (
+    Grants(Role.DEVICE, "d1"),
+    Grants(Role.DEVICE, "d2"),
+    Grants(Role.APP, "a1", ("d1",)),
+    Grants(Role.APP, "a2", ("d2",)),
+    Grants(Role.WORKER, "w1"),
+    Grants(Role.WORKER, "w2"),
+    Grants(Role.SERVER, "s1"),
+)
+
+
+class Inbox:
+    """A handler that keeps what it was given."""
+
+    def __init__(self) -> None:
+        self._items: SimpleQueue[tuple[str, bytes]] = SimpleQueue()
+
+    def __call__(self, topic: str, payload: bytes) -> None:
+        self._items.put((topic, payload))
+
+    def get(self, timeout_s: float = WAIT_S) -> tuple[str, bytes]:
+        """The next message; the test fails when none comes."""
+        try:
+            return self._items.get(timeout=timeout_s)
+        except Empty:
+            pytest.fail(f"no message came within {timeout_s} s")
+
+    def until(self, payload: bytes) -> list[bytes]:
+        """The payloads that came before `payload`."""
+        payloads: list[bytes] = []
+        while (got := self.get()[1]) != payload:
+            payloads.append(got)
+        return payloads
+
+    @property
+    def is_empty(self) -> bool:
+        return self._items.empty()
+
+
+class RunningBroker(Protocol):
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class Amqtt:
+    """The embedded broker, asking `known` for rights."""
+
+    def __init__(self, port: int, tls: ServerTls, known: dict[str, Grants]) -> None:
+        self._make = lambda: EmbeddedBroker(HOST, port, tls, known.get)
+        self._broker = self._make()
+
+    def start(self) -> None:
+        self._broker = self._make()
+        self._broker.__enter__()
+
+    def stop(self) -> None:
+        self._broker.__exit__(None, None, None)
+
+
+class Mosquitto:
+    """A mosquitto process with the configuration that we write."""
+
+    def __init__(self, port: int, tls: ServerTls, known: dict[str, Grants], folder: Path) -> None:
+        self._binary = find_mosquitto("mosquitto")
+        self._port = port
+        self._config = write_config(folder, port, tls, known.values())
+
+    def start(self) -> None:
+        self._process = subprocess.Popen([self._binary, "-c", str(self._config)])
+        wait_until(lambda: _listens(self._port), "mosquitto listens")
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(WAIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+class Site:
+    """One fleet: its authority, who is enrolled, and its broker."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.folder = folder
+        self.authority = CertificateAuthority.create(folder / "ca")
+        self.port = free_port()
+        self.tls = self.authority.server_tls(folder / "server", HOST)
+        self.known = {grants.name: grants for grants in FLEET}
+        self.broker: RunningBroker = (
+            Amqtt(self.port, self.tls, self.known)
+            if kind == "amqtt"
+            else Mosquitto(self.port, self.tls, self.known, folder / "mosquitto")
+        )
+
+    def identity(self, name: str, authority: CertificateAuthority | None = None) -> Identity:
+        """A certificate for `name`, enrolled or not, of this fleet's authority or another."""
+        role = self.known[name].role if name in self.known else Role.DEVICE
+        made_by = authority or self.authority
+        folder = self.folder / "identities" / f"{name}-{id(made_by)}"
+        return made_by.issue(name, role, folder, HOST, self.port)
+
+    def connect(self, name: str, will: Will | None = None) -> MqttTransport:
+        return MqttTransport.connect(self.identity(name), will=will)
+
+
+@contextmanager
+def running_site(kind: str, folder: Path) -> Iterator[Site]:
+    """A site whose broker runs; `kind` is amqtt or mosquitto."""
+    site = Site(kind, folder)
+    site.broker.start()
+    try:
+        yield site
+    finally:
+        site.broker.stop()
+
+
+def find_mosquitto(program: str) -> str:
+    """Path of mosquitto or one of its clients; skips the test without it, or fails where it must be there."""
+    path = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+    if path is None:
+        reason = f"{program} is not installed; on Debian: apt-get install mosquitto mosquitto-clients"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
+    """Polls ``condition()``; the test fails when it stays false."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {timeout_s} s in vain until {what}")
+        time.sleep(0.02)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0

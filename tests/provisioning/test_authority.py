@@ -1,0 +1,159 @@
+"""Certificates: what is in them, who accepts them, and how their keys are kept."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from fleet.access import Role
+from fleet.errors import IdentityError, TopicError
+from fleet.identity import Identity, ServerTls
+from provisioning.authority import CertificateAuthority
+
+
+def handshake(client: ssl.SSLContext, server: ssl.SSLContext, host: str) -> str:
+    """Both ends of a TLS handshake in memory; the CN that the server sees. Raises ssl.SSLError when one end refuses."""
+    client.verify_flags |= ssl.VerifyFlags.VERIFY_X509_STRICT
+    server.verify_flags |= ssl.VerifyFlags.VERIFY_X509_STRICT
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    near = client.wrap_bio(to_client, to_server, server_hostname=host)
+    far = server.wrap_bio(to_server, to_client, server_side=True)
+    done: set[ssl.SSLObject] = set()
+    for _ in range(10):
+        for end in (near, far):
+            try:
+                end.do_handshake()
+                done.add(end)
+            except ssl.SSLWantReadError:
+                pass
+        if len(done) == 2:
+            subject = dict(pair[0] for pair in (far.getpeercert() or {})["subject"])  # type: ignore[misc, index]
+            return str(subject["commonName"])
+    raise AssertionError("the handshake did not end")
+
+
+def server_context(tls: ServerTls) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=tls.ca_file)
+    context.load_cert_chain(tls.cert_file, tls.key_file)
+    context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+@pytest.mark.parametrize("host", ["broker.lan", "localhost", "127.0.0.1"])
+def test_client_and_broker_accept_each_other_by_the_strict_rules(
+    authority: CertificateAuthority, tmp_path: Path, host: str
+) -> None:
+    tls = authority.server_tls(tmp_path / "broker", "broker.lan")
+    device = authority.issue("edge-1", Role.DEVICE, tmp_path / "edge-1", "broker.lan", 8883)
+    assert handshake(device.ssl_context(), server_context(tls), host) == "edge-1"
+
+
+def test_a_client_refuses_a_broker_of_another_name(authority: CertificateAuthority, tmp_path: Path) -> None:
+    tls = authority.server_tls(tmp_path / "broker", "broker.lan")
+    device = authority.issue("edge-1", Role.DEVICE, tmp_path / "edge-1", "broker.lan", 8883)
+    with pytest.raises(ssl.SSLCertVerificationError, match="not valid for 'elsewhere.lan'"):
+        handshake(device.ssl_context(), server_context(tls), "elsewhere.lan")
+
+
+def test_a_client_refuses_a_broker_that_shows_a_devices_certificate(
+    authority: CertificateAuthority, tmp_path: Path
+) -> None:
+    device = authority.issue("edge-1", Role.DEVICE, tmp_path / "edge-1", "localhost", 8883)
+    thief = authority.issue("edge-2", Role.DEVICE, tmp_path / "edge-2", "localhost", 8883)
+    posing = ServerTls(*(thief.folder / name for name in ("ca.pem", "cert.pem", "key.pem")))
+    with pytest.raises(ssl.SSLCertVerificationError, match="purpose"):
+        handshake(device.ssl_context(), server_context(posing), "localhost")
+
+
+def test_a_broker_refuses_a_client_of_another_fleet(authority: CertificateAuthority, tmp_path: Path) -> None:
+    tls = authority.server_tls(tmp_path / "broker", "localhost")
+    stranger = CertificateAuthority.create(tmp_path / "other").issue(
+        "edge-1", Role.DEVICE, tmp_path / "edge-1", "localhost", 8883
+    )
+    (stranger.folder / "ca.pem").write_bytes(tls.ca_file.read_bytes())
+    with pytest.raises(ssl.SSLError, match="CERTIFICATE_VERIFY_FAILED"):
+        handshake(stranger.ssl_context(), server_context(tls), "localhost")
+
+
+def test_a_certificate_carries_name_role_key_type_and_its_end(authority: CertificateAuthority) -> None:
+    made = authority.certify("edge-1", Role.DEVICE)
+    certificate = x509.load_pem_x509_certificate(made.certificate)
+    subject = {attribute.oid: attribute.value for attribute in certificate.subject}
+    assert subject == {NameOID.COMMON_NAME: "edge-1", NameOID.ORGANIZATIONAL_UNIT_NAME: "device"}
+    public_key = certificate.public_key()
+    assert isinstance(public_key, ec.EllipticCurvePublicKey)
+    assert public_key.curve.name == "secp256r1"
+    assert (certificate.not_valid_after_utc - certificate.not_valid_before_utc).days == 90
+    assert certificate.not_valid_after_utc.timestamp() == made.not_after
+
+
+def test_a_private_key_does_not_show(authority: CertificateAuthority) -> None:
+    assert "PRIVATE KEY" not in repr(authority.certify("edge-1", Role.DEVICE))
+
+
+def test_keys_are_readable_by_their_owner_alone(authority: CertificateAuthority, tmp_path: Path) -> None:
+    authority.issue("edge-1", Role.DEVICE, tmp_path / "edge-1", "localhost", 8883)
+    modes = {path: (tmp_path / path).stat().st_mode & 0o777 for path in ("ca", "ca/ca-key.pem", "edge-1/key.pem")}
+    assert modes == {"ca": 0o700, "ca/ca-key.pem": 0o600, "edge-1/key.pem": 0o600}
+
+
+def test_an_identity_folder_holds_four_files_and_loads(authority: CertificateAuthority, tmp_path: Path) -> None:
+    issued = authority.issue("edge-1", Role.DEVICE, tmp_path / "edge-1", "broker.lan", 8883, tmp_path / "bundle")
+    assert {path.name for path in issued.folder.iterdir()} == {"ca.pem", "cert.pem", "key.pem", "identity.json"}
+    loaded = Identity.load(tmp_path / "edge-1")
+    assert loaded == issued
+    assert loaded.config.bundle == str(tmp_path / "bundle")
+
+
+def test_an_authority_that_is_loaded_again_signs_for_the_same_fleet(
+    authority: CertificateAuthority, tmp_path: Path
+) -> None:
+    tls = authority.server_tls(tmp_path / "broker", "localhost")
+    again = CertificateAuthority.load(tmp_path / "ca")
+    device = again.issue("edge-1", Role.DEVICE, tmp_path / "edge-1", "localhost", 8883)
+    assert handshake(device.ssl_context(), server_context(tls), "localhost") == "edge-1"
+
+
+@pytest.mark.usefixtures("authority")
+def test_an_authority_is_never_overwritten(tmp_path: Path) -> None:
+    before = (tmp_path / "ca" / "ca-key.pem").read_bytes()
+    with pytest.raises(IdentityError, match="name an empty or new folder"):
+        CertificateAuthority.create(tmp_path / "ca")
+    assert (tmp_path / "ca" / "ca-key.pem").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"ca"}
+
+
+def test_a_missing_authority_is_named(tmp_path: Path) -> None:
+    with pytest.raises(IdentityError, match=r"cannot read ca.pem .*'fleet up' makes one"):
+        CertificateAuthority.load(tmp_path)
+
+
+@pytest.mark.usefixtures("authority")
+@pytest.mark.parametrize("name", ["ca.pem", "ca-key.pem"])
+def test_an_altered_authority_does_not_load(tmp_path: Path, name: str) -> None:
+    (tmp_path / "ca" / name).write_text("nonsense")
+    with pytest.raises(IdentityError, match="does not load"):
+        CertificateAuthority.load(tmp_path / "ca")
+
+
+@pytest.mark.usefixtures("authority")
+def test_an_authority_with_anothers_key_does_not_load(tmp_path: Path) -> None:
+    CertificateAuthority.create(tmp_path / "other")
+    (tmp_path / "ca" / "ca-key.pem").write_bytes((tmp_path / "other" / "ca-key.pem").read_bytes())
+    with pytest.raises(IdentityError, match="is not the key of"):
+        CertificateAuthority.load(tmp_path / "ca")
+
+
+def test_a_name_that_may_not_stand_in_a_topic_gets_no_certificate(authority: CertificateAuthority) -> None:
+    with pytest.raises(TopicError):
+        authority.certify("edge/+", Role.DEVICE)
+
+
+def test_a_host_that_is_none_is_refused(authority: CertificateAuthority, tmp_path: Path) -> None:
+    with pytest.raises(IdentityError, match="expected a host name in ASCII or an IP address"):
+        authority.server_tls(tmp_path / "broker", "bröker.lan")

@@ -1,0 +1,49 @@
+"""A registry in a file of its own, and what a device would report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fleet.access import Role
+from fleet.registry.store import Registry
+from fleet.report import GenerationReport
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    with Registry.open(tmp_path / "registry.sqlite") as opened:
+        yield opened
+
+
+def add(
+    registry: Registry, name: str, role: Role = Role.DEVICE, group: str | None = None, targets: tuple[str, ...] = ()
+) -> None:
+    """Enrols without a certificate."""
+    registry.add_identity(name, role, group, targets, fingerprint="0" * 64, not_after=2e9)
+
+
+def report(generation: str = "g1", **changes: object) -> GenerationReport:
+    """10 tokens: 5 from exit 8, 2 from exit 15, 2 from the cloud, 1 fallback."""
+    values: dict[str, object] = {
+        "generation": generation,
+        "app": "app-1",
+        "request": "r1",
+        "session": "s1",
+        "worker": "worker-1",
+        "bundle_id": "b1",
+        "mode": "collaborative",
+        "started_at": 1000.0,
+        "prompt_tokens": 7,
+        "tokens": 10,
+        "sources": {"cloud": 2, "exit:15": 2, "fallback": 1, "exit:8": 5},
+        "assists": 3,
+        "bytes_up": 2000,
+        "bytes_down": 300,
+        "ttft_ms": 20.0,
+        "tpot_ms": 5.0,
+        "finish_reason": "stop",
+    }
+    return GenerationReport(**values | changes)  # type: ignore[arg-type]

@@ -1,0 +1,112 @@
+"""Opening: empty, old, newer, shared and unusable databases."""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import text
+
+from fleet.errors import MissingExtraError, RegistryError
+from fleet.registry.database import open_database
+from fleet.registry.models import Table
+from fleet.registry.store import Registry
+from tests.registry.conftest import add, report
+
+WAIT_S = 60
+
+
+def test_migrations_from_empty_give_the_tables_of_the_models(tmp_path: Path) -> None:
+    engine = open_database(tmp_path / "registry.sqlite")
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
+    engine.dispose()
+
+
+def test_a_registry_that_is_opened_again_still_knows_everything(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "registry.sqlite"
+    with Registry.open(path) as registry:
+        add(registry, "edge-1")
+        registry.record_report("edge-1", report())
+    with Registry.open(f"sqlite:///{path}") as registry:
+        assert registry.stats("edge-1")[0].tokens == 10
+
+
+def test_a_registry_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "registry.sqlite"
+    engine = open_database(path)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = 'later'"))
+    engine.dispose()
+    with pytest.raises(RegistryError, match="made by another version"):
+        Registry.open(path)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("nothing://host/db", "no such kind of database: 'nothing'"),
+        ("://", "expected a path or a URL"),
+        ("postgresql+psycopg2://me:secret@127.0.0.1:1/fleet", r"psycopg2|cannot answer"),
+        ("sqlite:////proc/none/registry.sqlite", "cannot"),
+    ],
+)
+def test_a_url_that_cannot_be_used_gives_one_line_without_its_password(url: str, says: str) -> None:
+    with pytest.raises((RegistryError, MissingExtraError), match=says) as raised:
+        Registry.open(url)
+    assert "\n" not in str(raised.value)
+    assert "secret" not in str(raised.value)
+
+
+def test_a_file_that_is_no_database_gives_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "registry.sqlite"
+    path.write_bytes(b"this is a shopping list, and it goes on for a while" * 20)
+    with pytest.raises(RegistryError, match="file is not a database") as raised:
+        Registry.open(path)
+    assert "\n" not in str(raised.value)
+
+
+def _write_reports(path: Path, writer: int, number: int, ready: Barrier) -> None:
+    ready.wait(WAIT_S)
+    with Registry.open(path) as registry:
+        for i in range(number):
+            registry.record_report("edge-1", report(f"g{writer}-{i}", session=f"s{i}"))
+            registry.record_report("edge-1", report(f"both-{i}", session=f"s{i}"))
+
+
+def test_processes_that_write_at_once_lose_nothing_and_count_nothing_twice(tmp_path: Path) -> None:
+    path = tmp_path / "registry.sqlite"
+    context = multiprocessing.get_context("spawn")
+    ready = context.Barrier(3)
+    writers = [context.Process(target=_write_reports, args=(path, writer, 20, ready)) for writer in (1, 2)]
+    with Registry.open(path) as registry:
+        add(registry, "edge-1")
+        for process in writers:
+            process.start()
+        ready.wait(WAIT_S)
+        for process in writers:
+            process.join(WAIT_S)
+        assert [process.exitcode for process in writers] == [0, 0]
+        (row,) = registry.stats()
+        assert (row.generations, row.tokens, len(registry.sessions())) == (60, 600, 20)
+
+
+def _open(path: Path, ready: Barrier) -> None:
+    ready.wait(WAIT_S)
+    Registry.open(path).close()
+
+
+def test_processes_that_open_a_new_registry_at_once_make_it_once(tmp_path: Path) -> None:
+    path = tmp_path / "registry.sqlite"
+    context = multiprocessing.get_context("spawn")
+    ready = context.Barrier(3)
+    openers = [context.Process(target=_open, args=(path, ready)) for _ in range(3)]
+    for process in openers:
+        process.start()
+    for process in openers:
+        process.join(WAIT_S)
+    assert [process.exitcode for process in openers] == [0, 0, 0]

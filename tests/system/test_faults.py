@@ -1,0 +1,113 @@
+"""Faults, caused for real: a worker that dies, a link that is cut, garbage on every topic."""
+
+from __future__ import annotations
+
+import pytest
+
+from cloud_broker_worker.config import WorkerConfig
+from edge_agent.config import AgentConfig
+from fleet import topics
+from fleet.manifest import Bundle
+from fleet.policy import CLOUD, FALLBACK
+from fleet.prompt import PromptRequest
+from tests.conftest import MakeTinyBundle
+from tests.system.memory_fleet import DEVICE, WAIT_S, WORKER, Answer, memory_fleet
+
+ASK_ALWAYS = PromptRequest(prompt="Tell me about the sea.", threshold=1.0, max_new_tokens=24)
+GARBAGE = (b"", b"\x00" * 10, b"\xc1", b"{}", b"\x81\xa4type\xa4open", b"\xdd\xff\xff\xff\xff", b"x" * 400_000)
+
+
+def test_a_worker_killed_in_mid_answer_leaves_the_device_to_finish_it(tiny_bundle: Bundle) -> None:
+    with memory_fleet() as fleet:
+        _, transport = fleet.start_worker(tiny_bundle)
+        fleet.start_device(tiny_bundle, AgentConfig(num_threads=1, assist_deadline_ms=500))
+        answer = Answer()
+        for reply in fleet.client.ask(DEVICE, ASK_ALWAYS, timeout_s=WAIT_S):
+            answer.replies.append(reply)
+            if reply.seq == 4:
+                transport.drop()
+        assert answer.last.error is None
+        assert answer.sources[CLOUD] >= 5
+        assert answer.sources[FALLBACK] >= 1
+        assert sum(answer.sources.values()) == len(answer.token_ids)
+        assert answer.last.note is not None
+
+
+def test_the_worker_started_again_serves_the_next_answer(tiny_bundle: Bundle) -> None:
+    with memory_fleet() as fleet:
+        worker, transport = fleet.start_worker(tiny_bundle)
+        fleet.start_device(tiny_bundle)
+        assert fleet.ask(ASK_ALWAYS).sources.keys() == {CLOUD}
+        transport.drop()
+        worker.__exit__(None, None, None)
+        assert fleet.ask(ASK_ALWAYS).sources.keys() == {FALLBACK}
+        fleet.start_worker(tiny_bundle)
+        assert fleet.ask(ASK_ALWAYS).sources.keys() == {CLOUD}
+
+
+def test_without_any_worker_the_answer_is_complete_and_says_why(tiny_bundle: Bundle) -> None:
+    with memory_fleet() as fleet:
+        fleet.start_device(tiny_bundle)
+        answer = fleet.ask(ASK_ALWAYS)
+    assert answer.sources.keys() == {FALLBACK}
+    assert answer.last.note is not None
+    assert "no cloud worker is online" in answer.last.note
+
+
+def test_bundles_that_differ_do_not_talk_and_both_are_named(
+    tiny_bundle: Bundle, make_tiny_bundle: MakeTinyBundle
+) -> None:
+    other = make_tiny_bundle((1, 3))
+    with memory_fleet() as fleet:
+        fleet.start_worker(other)
+        fleet.start_device(tiny_bundle)
+        answer = fleet.ask(ASK_ALWAYS)
+    assert answer.sources.keys() == {FALLBACK}
+    assert answer.last.note is not None
+    assert tiny_bundle.manifest.bundle_id in answer.last.note
+    assert other.manifest.bundle_id in answer.last.note
+
+
+@pytest.mark.parametrize("garbage", GARBAGE, ids=lambda g: f"{len(g)}bytes")
+def test_garbage_on_every_topic_disturbs_nobody(tiny_bundle: Bundle, garbage: bytes) -> None:
+    everywhere = [
+        topics.open_session(DEVICE), topics.open_session("UPPER"), topics.to_worker(WORKER, DEVICE, "s1"),
+        topics.to_device(DEVICE, "s1"), topics.worker_status(WORKER + "x"), topics.cancel(DEVICE, "x", "y"),
+        topics.prompt(DEVICE, "x", "y"), f"{topics.PREFIX}/w/{WORKER}/Ä/s1",
+    ]  # fmt: skip
+    with memory_fleet() as fleet:
+        fleet.start_worker(tiny_bundle)
+        fleet.start_device(tiny_bundle)
+        for topic in everywhere:
+            fleet.watcher.publish(topic, garbage)
+        assert fleet.ask(ASK_ALWAYS).sources.keys() == {CLOUD}
+
+
+def test_a_worker_without_room_refuses_and_the_device_goes_on_alone(tiny_bundle: Bundle) -> None:
+    with memory_fleet() as fleet:
+        fleet.start_worker(tiny_bundle, WorkerConfig(num_threads=1, kv_budget_bytes=1000))
+        fleet.start_device(tiny_bundle)
+        answer = fleet.ask(ASK_ALWAYS)
+    assert answer.sources.keys() == {FALLBACK}
+    assert answer.last.note is not None
+    assert "busy" in answer.last.note
+
+
+def test_a_device_whose_link_was_cut_serves_again_when_it_is_back(tiny_bundle: Bundle) -> None:
+    with memory_fleet() as fleet:
+        fleet.start_worker(tiny_bundle)
+        _, link = fleet.start_device(tiny_bundle)
+        link.drop()
+        link.restore()
+        assert fleet.ask(ASK_ALWAYS).sources.keys() == {CLOUD}
+
+
+def test_the_worker_keeps_nothing_of_answers_that_have_ended(tiny_bundle: Bundle) -> None:
+    with memory_fleet() as fleet:
+        worker, _ = fleet.start_worker(tiny_bundle)
+        fleet.start_device(tiny_bundle)
+        for _ in range(3):
+            fleet.ask(ASK_ALWAYS)
+        worker.__exit__(None, None, None)
+        worker.engine.pool.check_integrity()
+        assert len(worker.engine.sessions) <= 1

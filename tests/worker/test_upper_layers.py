@@ -1,0 +1,91 @@
+"""Parity: the worker's ragged batches against Hugging Face's forward of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cloud_broker_worker.kv_pool import KvLease
+from cloud_broker_worker.upper_layers import Chunk, UpperLayers
+from fleet.codec import Float16
+from fleet.errors import BundleError
+from fleet.manifest import Bundle
+from tests.worker.conftest import LayersAt, TinyModel
+
+IDS = [list(range(10, 47)), [7, 300, 12, 99, 5], list(range(200, 320)), [42] * 64]
+
+
+def filled(layers: UpperLayers, hidden_states: Float16) -> KvLease:
+    """A lease to which all of `hidden_states` were uploaded, and of which nothing has run."""
+    lease = layers.new_pool(1 << 24).lease(len(hidden_states))
+    lease.hidden_states[:] = hidden_states
+    return lease
+
+
+@pytest.mark.parametrize("upload_layer", [1, 2, 3])
+def test_the_upper_layers_equal_the_whole_model_at_every_upload_layer(
+    layers_at: LayersAt, whole: TinyModel, upload_layer: int
+) -> None:
+    hidden = whole.upload(IDS[0], upload_layer)
+    logits = layers_at(upload_layer)([Chunk(filled(layers_at(upload_layer), hidden), 0, len(hidden))])
+    torch.testing.assert_close(logits[0], whole.logits(hidden, upload_layer)[-1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("upload_layer", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_chunks_give_at_every_end_what_the_whole_sequence_gives_there(
+    layers_at: LayersAt, whole: TinyModel, upload_layer: int, size: int
+) -> None:
+    layers, hidden = layers_at(upload_layer), whole.upload(IDS[0], upload_layer)
+    expected, lease = whole.logits(hidden, upload_layer), filled(layers, hidden)
+    for start in range(0, len(hidden), size):
+        stop = min(start + size, len(hidden))
+        logits = layers([Chunk(lease, start, stop)])
+        torch.testing.assert_close(logits[0], expected[stop - 1], rtol=1e-4, atol=1e-4)
+    assert lease.length == len(hidden)
+
+
+def test_sessions_of_any_lengths_share_a_batch_and_each_equals_the_whole_model(
+    layers_at: LayersAt, whole: TinyModel
+) -> None:
+    layers, hidden = layers_at(2), [whole.upload(ids, 2) for ids in IDS]
+    leases = [filled(layers, rows) for rows in hidden]
+    layers([Chunk(lease, 0, lease.capacity // 2) for lease in leases])
+    logits = layers([Chunk(lease, lease.length, lease.capacity) for lease in leases])
+    for row, rows in zip(logits, hidden, strict=True):
+        torch.testing.assert_close(row, whole.logits(rows, 2)[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_another_session_in_the_batch_changes_nobodys_logits(layers_at: LayersAt, whole: TinyModel) -> None:
+    layers, rows = layers_at(2), whole.upload(IDS[0], 2)
+    alone = layers([Chunk(filled(layers, rows), 0, len(rows))])[0]
+    others = [filled(layers, whole.upload(ids, 2)) for ids in IDS[1:]]
+    mine = filled(layers, rows)
+    together = layers([*(Chunk(lease, 0, lease.capacity) for lease in others), Chunk(mine, 0, len(rows))])[-1]
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_position_that_runs_again_gives_the_same_logits_and_leaves_the_length(
+    layers_at: LayersAt, whole: TinyModel
+) -> None:
+    layers, rows = layers_at(2), whole.upload(IDS[0], 2)
+    lease = filled(layers, rows)
+    layers([Chunk(lease, 0, len(rows))])
+    again = layers([Chunk(lease, 20, 21)])
+    assert lease.length == len(rows)
+    torch.testing.assert_close(again[0], whole.logits(rows, 2)[20], rtol=1e-4, atol=1e-4)
+
+
+def test_a_partition_that_lacks_a_weight_is_refused_by_name_of_the_bundle(
+    cloud_bundle: Callable[[int], Bundle], tmp_path: Path
+) -> None:
+    deeper, shallower = cloud_bundle(1), cloud_bundle(3)
+    folder = tmp_path / "cloud"
+    folder.mkdir()
+    (folder / "config.json").write_bytes(deeper.path("cloud/config.json").read_bytes())
+    (folder / "model.safetensors").write_bytes(shallower.path("cloud/model.safetensors").read_bytes())
+    with pytest.raises(BundleError, match=r"does not load: .* weights are missing"):
+        UpperLayers(Bundle(tmp_path, deeper.manifest), num_threads=1)
