@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -31,6 +32,7 @@ def run(
     kv_budget_mb: Annotated[int | None, typer.Option(min=1, help="Memory for KV caches, in MB.")] = None,
 ) -> None:
     """Serve devices until stopped."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its waiting threads must not burn the cores
     try:
         import msgspec
 
@@ -41,12 +43,18 @@ def run(
             f"a worker needs {error.name}, which is not installed; run: pip install 'cecollm-fleet[worker]'"
         ) from None
     from fleet import topics
+    from fleet.access import Role
     from fleet.identity import Identity
     from fleet.manifest import Bundle
     from fleet.mqtt import MqttTransport
     from fleet.transport import Will
 
     identity = Identity.load(folder)
+    if identity.config.role is not Role.WORKER:
+        raise ConfigError(
+            f"{folder} is the identity of a {identity.config.role}, expected a worker's; "
+            "make one with 'fleet enroll NAME --role worker --out DIR'"
+        )
     model = bundle or (Path(identity.config.bundle) if identity.config.bundle else None)
     if model is None:
         raise ConfigError(f"{folder} names no bundle; pass one with --bundle DIR")

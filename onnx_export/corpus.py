@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fleet.errors import ConfigError
 
 BATCH_SIZE = 64
+ATTENTION = "grouped_on_cpu"
 TEMPERATURES = (0.0, 0.8)  # batches take turns, so that heads see the likeliest answers and others
 
 
@@ -104,11 +107,12 @@ def collect(
     total = num_conversations = 0
     for number, batch in enumerate(batches):
         temperature = TEMPERATURES[number % len(TEMPERATURES)]
-        for part in answer(model, batch, exits, max_new_tokens, temperature, generator):
-            part.conversation += num_conversations
-            parts.append(part)
-            total += len(part)
-            progress(total)
+        with own_attention(model):
+            for part in answer(model, batch, exits, max_new_tokens, temperature, generator):
+                part.conversation += num_conversations
+                parts.append(part)
+                total += len(part)
+                progress(total)
         num_conversations += len(batch)
         if total >= num_tokens:
             break
@@ -129,13 +133,18 @@ def answer(
     """One part for each new token of a batch; rows that have ended leave the batch when they are half of it."""
     length = max(map(len, prompts))
     input_ids = torch.tensor([[0] * (length - len(ids)) + ids for ids in prompts])
-    mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts])
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    starts = torch.tensor([length - len(ids) for ids in prompts])
     ends = torch.tensor(model.generation_config.eos_token_id).reshape(-1)
-    rows, live, cache = torch.arange(len(prompts)), torch.ones(len(prompts), dtype=torch.bool), DynamicCache()
+    cache = StaticCache(model.config, max_cache_len=length + max_new_tokens)
+    rows, live, columns = torch.arange(len(prompts)), torch.ones(len(prompts), dtype=torch.bool), torch.arange(length)
     for _ in range(max_new_tokens):
         output = model.model(
-            input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, output_hidden_states=True
+            input_ids,
+            attention_mask=causal_mask(starts, columns),
+            position_ids=(columns - starts[:, None]).clamp(min=0),
+            cache_position=columns,
+            past_key_values=cache,
+            output_hidden_states=True,
         )
         final = output.last_hidden_state[:, -1]
         states = {layer: output.hidden_states[layer][live, -1].half() for layer in exits}
@@ -146,16 +155,43 @@ def answer(
             return
         if 2 * int(live.sum()) <= len(live):
             keep = live.nonzero().flatten()
-            cache.batch_select_indices(keep)
-            rows, token_ids, mask, positions, live = (
-                rows[keep],
-                token_ids[keep],
-                mask[keep],
-                positions[keep],
-                live[keep],
-            )
-        input_ids, positions = token_ids[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, torch.ones_like(input_ids)], 1)
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[keep], layer.values[keep]
+            rows, token_ids, starts, live = rows[keep], token_ids[keep], starts[keep], live[keep]
+        input_ids, columns = token_ids[:, None], columns[-1:] + 1
+
+
+def causal_mask(starts: Tensor, columns: Tensor) -> Tensor:
+    """What is added to attention scores, float32 [batch, 1, s, columns so far]: -inf for padding and the future."""
+    past = torch.arange(int(columns[-1]) + 1)
+    hidden = (past > columns[:, None]) | (past < torch.minimum(starts[:, None], columns)[:, :, None])
+    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None]
+
+
+def grouped_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention that repeats no keys: query [b, heads, s, d], key and value [b, kv_heads, >= n, d] -> [b, s, heads, d]."""
+    batch, heads, length, dim = query.shape
+    num_columns = mask.shape[-1]
+    key, value = key[:, :, :num_columns], value[:, :, :num_columns]
+    grouped = query.reshape(batch, key.shape[1], -1, dim)
+    scores = (grouped @ key.transpose(2, 3)).mul_(scaling).view(batch, heads, length, num_columns).add_(mask)
+    weights = scores.softmax(-1).view(batch, key.shape[1], -1, num_columns)
+    return (weights @ value).view(batch, heads, length, dim).transpose(1, 2), None
+
+
+@contextmanager
+def own_attention(model: Any) -> Iterator[None]:
+    """While it lasts, `model` runs `grouped_attention`: on a CPU, copying keys for each query head costs most of the time."""
+    before = model.config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS[ATTENTION] = grouped_attention
+    model.config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+        del ALL_ATTENTION_FUNCTIONS[ATTENTION]
 
 
 def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import IO, Final
 
 from fleet.errors import FleetError
 
@@ -28,12 +28,12 @@ class Child:
             [sys.executable, "-m", *arguments], stdout=subprocess.PIPE, text=True, env=environment
         )
         self._lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True).start()
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._lines.put(line.strip())
+    def _read(self, stdout: IO[str]) -> None:
+        with stdout:
+            for line in stdout:
+                self._lines.put(line.strip())
         self._lines.put("")
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -77,6 +78,17 @@ def test_a_position_that_runs_again_gives_the_same_logits_and_leaves_the_length(
     again = layers([Chunk(lease, 20, 21)])
     assert lease.length == len(rows)
     torch.testing.assert_close(again[0], whole.logits(rows, 2)[20], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.real_model
+def test_chunks_equal_the_whole_sequence_on_the_real_model(real_bundle: Bundle) -> None:
+    layers = UpperLayers(real_bundle, num_threads=2)
+    rows = np.random.default_rng(0).standard_normal((24, real_bundle.manifest.model.hidden_size)).astype(np.float16)
+    at_once = layers([Chunk(filled(layers, rows), 0, 24)])
+    lease = filled(layers, rows)
+    for start, stop in ((0, 10), (10, 11), (11, 23), (23, 24)):
+        logits = layers([Chunk(lease, start, stop)])
+    torch.testing.assert_close(logits, at_once, rtol=1e-4, atol=1e-3)
 
 
 def test_a_partition_that_lacks_a_weight_is_refused_by_name_of_the_bundle(

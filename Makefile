@@ -1,0 +1,37 @@
+# One command each; demo and test set everything up themselves, and start at once the second time.
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' Makefile
+
+$(INSTALLED): pyproject.toml scripts/bootstrap.py
+	@$(PYTHON) scripts/bootstrap.py
+
+demo: $(INSTALLED)  ## Run the whole fleet on this machine and watch it answer (ARGS="--prompt ...")
+	@$(BIN)/fleet demo $(ARGS)
+
+test: $(INSTALLED)  ## Run all tests (ARGS="-k ...")
+	@scripts/install_mosquitto.sh
+	@echo "==> the default model's bundle: fetched and built if it is missing"
+	@$(BIN)/python -c "from onnx_export.default import default_bundle; print(default_bundle(print))"
+	@$(BIN)/pytest $(ARGS)
+
+check: $(INSTALLED)  ## Lint, format, types, import rules
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: $(INSTALLED)  ## Measure the time of one token, step by step
+	@$(BIN)/python -m benchmarks.step $(ARGS)
+
+clean:  ## Remove what was built here; the model's bundle in the user's cache stays
+	rm -rf .venv dist build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

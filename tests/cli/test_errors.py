@@ -1,0 +1,114 @@
+"""Bad input to the commands: one clear line, a non-zero exit status, no traceback."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fleet.manifest import Bundle
+
+TIMEOUT_S = 120
+
+
+def run(*arguments: str, module: str = "fleet.cli", **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+        env=os.environ | environment,
+    )  # fmt: skip
+
+
+def assert_one_clear_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    for word in words:
+        assert word in line
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Path:
+    """A fleet's folder as `fleet up` makes it; nothing of it runs."""
+    from fleet.cli.state import State, StateConfig
+
+    folder = tmp_path_factory.mktemp("fleet")
+    State.create(folder, StateConfig("127.0.0.1", 1, str(tiny_bundle.folder)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("demo", "--mode", "psychic"), ("unknown mode 'psychic'", "standalone, collaborative")),
+        (("demo", "--threshold", "1.5"), ("threshold 1.5", "0 to 1")),
+        (("demo", "--prompt", "  "), ("prompt is empty",)),
+        (("demo", "--top-p", "0"), ("top-p",)),
+        (("demo", "--prompts", "/no/such/file"), ("/no/such/file",)),
+        (("demo", "--bundle", "/no/bundle"), ("no bundle in /no/bundle", "onnx_export")),
+        (("stats", "--state", "/no/fleet"), ("no fleet in /no/fleet", "fleet up")),
+    ],
+)
+def test_bad_arguments(arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+    assert_one_clear_line(run(*arguments), *words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("prompt", "ghost", "hello"), ("unknown device 'ghost'", "fleet enroll ghost")),
+        (("stats", "ghost"), ("unknown device 'ghost'",)),
+        (("stats", "--since", "yesterday"), ("since 'yesterday'", "24h")),
+        (("enroll", "Bad Name"), ("'Bad Name'", "a-z")),
+        (("enroll", "x", "--role", "king"), ("unknown role 'king'",)),
+        (("enroll", "x", "--role", "app", "--allow", "ghost"), ("ghost",)),
+    ],
+)
+def test_bad_arguments_in_a_fleet(
+    state: Path, tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    extra = ("--out", str(tmp_path / "x")) if arguments[0] == "enroll" else ()
+    assert_one_clear_line(run(*arguments, *extra, "--state", str(state)), *words)
+
+
+def test_a_name_is_enrolled_once_and_an_offline_device_is_said_to_be_offline(state: Path, tmp_path: Path) -> None:
+    where = ("--state", str(state))
+    assert run("enroll", "sleeper", "--out", str(tmp_path / "a"), *where).returncode == 0
+    assert_one_clear_line(run("enroll", "sleeper", "--out", str(tmp_path / "b"), *where), "sleeper")
+    assert_one_clear_line(run("prompt", "sleeper", "hello", *where), "offline", "edge-agent run")
+
+
+def test_a_busy_port_is_named(tmp_path: Path, tiny_bundle: Bundle) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = str(holder.getsockname()[1])
+        result = run("up", "--port", port, "--bundle", str(tiny_bundle.folder), "--state", str(tmp_path / "fleet"))
+    assert_one_clear_line(result, port, "--port")
+
+
+def test_a_device_without_identity_says_how_to_get_one(tmp_path: Path) -> None:
+    assert_one_clear_line(run("run", str(tmp_path), module="edge_agent"), "no identity", "fleet enroll")
+
+
+def test_a_device_without_a_broker_says_where_it_looked(state: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lonely"
+    assert run("enroll", "lonely", "--out", str(out), "--state", str(state)).returncode == 0
+    assert_one_clear_line(run("run", str(out), module="edge_agent"), "127.0.0.1:1", "fleet up")
+
+
+def test_an_altered_bundle_is_refused_by_device_and_worker(state: Path, tmp_path: Path, tiny_bundle: Bundle) -> None:
+    altered = tmp_path / "altered"
+    shutil.copytree(tiny_bundle.folder, altered)
+    for name in ("edge/block_0.onnx", "cloud/model.safetensors"):
+        path = altered / name
+        path.write_bytes(path.read_bytes()[:-1] + b"\x00\x01")
+    worker = str(state / "identities" / "worker-1")
+    assert_one_clear_line(run("run", worker, "--bundle", str(altered), module="edge_agent"), "block_0.onnx", "altered")
+    assert_one_clear_line(
+        run("run", worker, "--bundle", str(altered), module="cloud_broker_worker"), "model.safetensors", "altered"
+    )
