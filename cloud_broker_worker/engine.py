@@ -85,7 +85,7 @@ class Engine:
                 f"this worker serves bundle {bundle_id}, the device has {message.bundle_id}; use the same on both sides"
             )
             return self._refused(key, "bundle_mismatch", text)
-        limit = min(self._manifest.model.max_positions, self.pool.budget_bytes // self.pool.shape.num_bytes)
+        limit = self._manifest.model.max_positions
         if message.max_positions > limit:
             return self._refused(key, "too_long", f"expected at most {limit} positions, got {message.max_positions}")
         session = self.sessions.get(key)
@@ -93,7 +93,8 @@ class Engine:
             try:
                 session = self._admit(key, message, now)
             except PoolFullError as error:
-                return self._refused(key, error.code, str(error), self._config.retry_after_ms)
+                can_ever_fit = self.pool.num_bytes(message.max_positions) <= self.pool.budget_bytes
+                return self._refused(key, error.code, str(error), self._config.retry_after_ms if can_ever_fit else 0)
         return Opened(key.session, self._worker, session.received, self._config.max_chunk_bytes)
 
     def _admit(self, key: SessionKey, message: Open, now: float) -> Session:

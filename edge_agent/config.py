@@ -38,6 +38,6 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
             return cls()
         try:
             return msgspec.json.decode(path.read_bytes(), type=cls)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             known = ", ".join(cls.__struct_fields__)
             raise ConfigError(f"{path}: {error}; known settings are {known}") from None

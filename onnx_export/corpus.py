@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
+from msgspec import Meta, Struct
 from torch import Tensor
 from transformers import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -75,6 +77,25 @@ def read_prompts(paths: Iterable[Path]) -> list[str]:
     return prompts
 
 
+class Answer(Struct):
+    """One answer that the model gave: token ids of the whole chat prompt and of the answer."""
+
+    prompt: Annotated[list[int], Meta(min_length=1)]
+    answer: Annotated[list[int], Meta(min_length=1)]
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """Earlier answers, as JSON lines.
+
+    Raises:
+        ConfigError: the file cannot be read or has another form.
+    """
+    try:
+        return msgspec.json.Decoder(Answer).decode_lines(path.read_bytes())
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ConfigError(f"{path}: expected JSON lines with token ids 'prompt' and 'answer': {error}") from None
+
+
 def make_batches(
     tokenizer: Any, prompts: Sequence[str], max_prompt_tokens: int, generator: torch.Generator
 ) -> list[list[list[int]]]:
@@ -97,15 +118,27 @@ def collect(
     max_new_tokens: int,
     generator: torch.Generator,
     progress: Callable[[int], None],
+    earlier: Iterable[Answer] = (),
 ) -> States:
     """Lets the model answer until there are `num_tokens` positions or no prompt is left; `progress` hears how many.
+
+    Answers that it gave `earlier` are read first, which is much faster.
 
     Raises:
         ConfigError: there is no prompt at all.
     """
     parts: list[States] = []
     total = num_conversations = 0
+    with own_attention(model):
+        for given in earlier:
+            if total >= num_tokens:
+                break
+            parts.append(replay(model, given, exits, num_conversations))
+            total, num_conversations = total + len(parts[-1]), num_conversations + 1
+            progress(total)
     for number, batch in enumerate(batches):
+        if total >= num_tokens:
+            break
         temperature = TEMPERATURES[number % len(TEMPERATURES)]
         with own_attention(model):
             for part in answer(model, batch, exits, max_new_tokens, temperature, generator):
@@ -114,11 +147,25 @@ def collect(
                 total += len(part)
                 progress(total)
         num_conversations += len(batch)
-        if total >= num_tokens:
-            break
     if not parts:
         raise ConfigError("no prompt is short enough to train on; give others")
     return concatenate(parts)
+
+
+@torch.no_grad()
+def replay(model: Any, given: Answer, exits: tuple[int, ...], conversation: int) -> States:
+    """The positions of one earlier answer."""
+    columns = torch.arange(len(given.prompt) + len(given.answer) - 1)
+    output = model.model(
+        torch.tensor([given.prompt + given.answer[:-1]]),
+        attention_mask=causal_mask(torch.tensor([0]), columns),
+        use_cache=False,
+        output_hidden_states=True,
+    )
+    first = len(given.prompt) - 1
+    states = {layer: output.hidden_states[layer][0, first:].half() for layer in exits}
+    final = output.last_hidden_state[0, first:].half()
+    return States(states, final, torch.full((len(final),), conversation))
 
 
 @torch.no_grad()
@@ -169,9 +216,9 @@ def causal_mask(starts: Tensor, columns: Tensor) -> Tensor:
 
 
 def grouped_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, **_: Any
+    _module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """Attention that repeats no keys: query [b, heads, s, d], key and value [b, kv_heads, >= n, d] -> [b, s, heads, d]."""
+    """query [b, heads, s, d], key and value [b, kv_heads, >= n, d], unrepeated -> [b, s, heads, d]."""
     batch, heads, length, dim = query.shape
     num_columns = mask.shape[-1]
     key, value = key[:, :, :num_columns], value[:, :, :num_columns]
@@ -183,7 +230,7 @@ def grouped_attention(
 
 @contextmanager
 def own_attention(model: Any) -> Iterator[None]:
-    """While it lasts, `model` runs `grouped_attention`: on a CPU, copying keys for each query head costs most of the time."""
+    """While it lasts, `model` runs `grouped_attention`: repeating keys for each query head costs most of the time."""
     before = model.config._attn_implementation
     ALL_ATTENTION_FUNCTIONS[ATTENTION] = grouped_attention
     model.config._attn_implementation = ATTENTION

@@ -23,7 +23,7 @@ from onnx_export.__main__ import parse_numbers
 from onnx_export.architecture import check_exits, check_model
 from onnx_export.checkpoint import resolve_model
 from onnx_export.config import DEFAULT_MODEL, DEFAULT_THRESHOLD, ExportConfig
-from onnx_export.corpus import States, collect, make_batches, read_prompts
+from onnx_export.corpus import States, collect, make_batches, read_answers, read_prompts
 from onnx_export.heads import ExitHead, save_heads, shared_heads
 
 RIDGE = 1e-3
@@ -108,6 +108,9 @@ def train(
     out: Annotated[Path, typer.Option(help="The heads file to write.")],
     prompts: Annotated[list[Path], typer.Option(help="JSON lines with 'prompt' or 'instruction'; can be repeated.")],
     exits: Annotated[str, typer.Option(help="Layers run before each exit, increasing.")] = "8,15",
+    answers: Annotated[
+        Path | None, typer.Option(help="Earlier answers of the model: JSON lines, ids 'prompt' and 'answer'.")
+    ] = None,
     model: Annotated[str, typer.Option(help="'default', a hub name or a checkpoint's folder.")] = DEFAULT_MODEL,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the model's own answers to learn from.")] = 150_000,
     epochs: Annotated[int, typer.Option(min=0, help="Passes of fine-tuning; 0 leaves the closed form.")] = 2,
@@ -121,7 +124,7 @@ def train(
         out=out.parent / f"{out.name}.bundle", exits=tuple(parse_numbers(exits, int, "--exits", "8,15"))
     )
     config.check()
-    texts = read_prompts(prompts)
+    texts, earlier = read_prompts(prompts), read_answers(answers) if answers else []
     source = resolve_model(model, console.print)
     language_model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
     check_model(language_model.config)
@@ -140,6 +143,7 @@ def train(
             max_new_tokens,
             generator,
             lambda done: progress.update(task, completed=done),
+            earlier,
         )
     training, held_out = states.split()
     report("untrained", heads, lm_head, held_out, console)

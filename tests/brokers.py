@@ -75,15 +75,16 @@ class Amqtt:
     """The embedded broker, asking `known` for rights."""
 
     def __init__(self, port: int, tls: ServerTls, known: dict[str, Grants]) -> None:
-        self._make = lambda: EmbeddedBroker(HOST, port, tls, known.get)
-        self._broker = self._make()
+        self._port, self._tls, self._known = port, tls, known
+        self._broker: EmbeddedBroker | None = None
 
     def start(self) -> None:
-        self._broker = self._make()
-        self._broker.__enter__()
+        self._broker = EmbeddedBroker(HOST, self._port, self._tls, self._known.get).__enter__()
 
     def stop(self) -> None:
-        self._broker.__exit__(None, None, None)
+        if self._broker:
+            self._broker.__exit__(None, None, None)
+            self._broker = None
 
 
 class Mosquitto:

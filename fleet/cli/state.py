@@ -59,7 +59,7 @@ class State:
             raise ConfigError(
                 f"no fleet in {folder}; start one with 'fleet up', or name its folder with --state"
             ) from None
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not usable: {error}") from None
 
     @classmethod
@@ -116,8 +116,10 @@ class State:
     def identity(self, name: str, role: Role) -> Identity:
         """One of the fleet's own identities, enrolled at its first use and pointed at the broker's address."""
         out = self.folder / "identities" / name
-        if not (out / "identity.json").exists():
-            return self.enroll(name, role, out)
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two commands may need a new identity at once
+            if not (out / "identity.json").exists():
+                return self.enroll(name, role, out)
         identity = Identity.load(out)
         current = msgspec.structs.replace(
             identity.config, host=self.config.host, port=self.config.port, bundle=self.config.bundle

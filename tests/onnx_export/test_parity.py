@@ -1,0 +1,168 @@
+"""The exported graphs compute what PyTorch computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fleet.errors import ExportError
+from fleet.manifest import Bundle
+from onnx_export import parity
+from onnx_export.bundle import export_bundle
+from onnx_export.config import ExportConfig, Quantization
+from onnx_export.heads import load_heads
+from tests.conftest import MakeTinyBundle
+from tests.tiny import VOCAB_SIZE, make_tiny_checkpoint
+
+EXITS = (1, 2, 3)
+TOKEN_IDS = np.random.default_rng(7).integers(0, VOCAB_SIZE, (1, 24))
+
+
+def load_tiny(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def reference(folder: Path) -> tuple[torch.Tensor, ...]:
+    """Hidden states [1, s, hidden] after the embedding and after each layer."""
+    with torch.no_grad():
+        states: tuple[torch.Tensor, ...] = (
+            load_tiny(folder)
+            .model(torch.from_numpy(TOKEN_IDS), output_hidden_states=True, use_cache=False)
+            .hidden_states
+        )
+    return states
+
+
+def run_blocks(bundle: Bundle, chunks: list[int]) -> list[parity.Floats]:
+    """Hidden states after each block, the tokens being fed in chunks of these sizes."""
+    bounds = np.cumsum(chunks)[:-1]
+    inputs: list[Any] = np.split(TOKEN_IDS, bounds, axis=1)
+    outputs = []
+    for i in range(len(bundle.manifest.exits)):
+        block = parity.BlockRunner(bundle.path(f"edge/block_{i}.onnx"), bundle.manifest.model, TOKEN_IDS.shape[1])
+        inputs = [block.run(chunk)[0] for chunk in inputs]
+        outputs.append(np.concatenate(inputs, axis=1))
+    return outputs
+
+
+def test_every_exit_of_the_fp32_graphs_equals_pytorch(make_tiny_bundle: MakeTinyBundle, tiny_checkpoint: Path) -> None:
+    states = reference(tiny_checkpoint)
+    outputs = run_blocks(make_tiny_bundle(EXITS), [24])
+    for layer, output in zip(EXITS, outputs, strict=True):
+        assert parity.relative_error(output, states[layer].numpy()) < 1e-4
+
+
+@pytest.mark.parametrize("chunks", [[1] * 24, [8, 1, 1, 5, 9]])
+def test_chunks_of_any_sizes_give_what_one_chunk_gives(make_tiny_bundle: MakeTinyBundle, chunks: list[int]) -> None:
+    bundle = make_tiny_bundle(EXITS)
+    for one, many in zip(run_blocks(bundle, [24]), run_blocks(bundle, chunks), strict=True):
+        assert parity.relative_error(many, one) < 1e-4
+
+
+def test_a_rewritten_position_leaves_nothing_of_the_old_one(tiny_bundle: Bundle) -> None:
+    block = parity.BlockRunner(tiny_bundle.path("edge/block_0.onnx"), tiny_bundle.manifest.model, 24)
+    expected = block.run(TOKEN_IDS[:, :10])[0]
+    block.length = 4
+    again = block.run(TOKEN_IDS[:, 4:10])[0]
+    assert parity.relative_error(again, expected[:, 4:]) < 1e-4
+
+
+def test_the_lm_head_gives_the_best_tokens_of_pytorch_first(
+    make_tiny_bundle: MakeTinyBundle, tiny_checkpoint: Path, tiny_heads: Path
+) -> None:
+    bundle, model = make_tiny_bundle(EXITS), load_tiny(tiny_checkpoint)
+    heads = load_heads(tiny_heads, EXITS, 64, model.config.rms_norm_eps)
+    state = reference(tiny_checkpoint)[1]
+    block = parity.BlockRunner(bundle.path("edge/block_0.onnx"), bundle.manifest.model, 24)
+    exit_hidden = block.run(TOKEN_IDS)[1]
+    lm_head = parity.open_session(bundle.path("edge/lm_head.onnx"))
+    top_ids, logprobs, confidence = lm_head.run(None, {"exit_hidden": exit_hidden})
+    with torch.no_grad():
+        exact = model.lm_head(heads[1](state[:, -1])).log_softmax(-1)[0]
+    expected = exact.topk(bundle.manifest.top_k)
+    np.testing.assert_array_equal(top_ids[0], expected.indices.numpy())
+    np.testing.assert_allclose(logprobs[0], expected.values.numpy(), atol=1e-4)
+    np.testing.assert_allclose(confidence, [exact.max().exp()], rtol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
+def test_other_families_of_the_llama_layout_export_too(model_type: str, tmp_path: Path) -> None:
+    overrides: dict[str, Any] = {"sliding_window": None} if model_type == "mistral" else {}
+    checkpoint = make_tiny_checkpoint(tmp_path / "model", model_type=model_type, **overrides)
+    out = tmp_path / "bundle"
+    manifest = export_bundle(ExportConfig(out=out, exits=(2,), model=str(checkpoint), quantization="fp32"))
+    output = run_blocks(Bundle.load(out), [9, 1, 14])[0]
+    assert manifest.model.architecture.lower().startswith(model_type)
+    assert parity.relative_error(output, reference(checkpoint)[2].numpy()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    ],
+    ids=["linear", "llama3", "yarn"],
+)
+def test_scaled_rotary_embeddings_export_too(scaling: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint = make_tiny_checkpoint(tmp_path / "model", rope_scaling=scaling)
+    export_bundle(ExportConfig(out=tmp_path / "bundle", exits=(2,), model=str(checkpoint), quantization="fp32"))
+    output = run_blocks(Bundle.load(tmp_path / "bundle"), [24])[0]
+    assert parity.relative_error(output, reference(checkpoint)[2].numpy()) < 1e-4
+
+
+def test_the_cloud_partition_continues_where_the_edge_stops(
+    make_tiny_bundle: MakeTinyBundle, tiny_checkpoint: Path
+) -> None:
+    bundle = make_tiny_bundle((1, 2), None, 1)
+    folder = bundle.folder / "cloud"
+    cloud = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation="eager").eval()
+    missing, unexpected = cloud.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    with torch.no_grad():
+        logits = cloud(inputs_embeds=reference(tiny_checkpoint)[1]).logits
+        expected = load_tiny(tiny_checkpoint)(torch.from_numpy(TOKEN_IDS)).logits
+    assert (missing, unexpected) == (["model.embed_tokens.weight"], [])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_int8_stores_every_large_weight_in_eight_bits(make_tiny_bundle: MakeTinyBundle) -> None:
+    bundle = make_tiny_bundle((1, 2), None, None, "int8")
+    for name in ("edge/block_0.onnx", "edge/block_1.onnx", "edge/lm_head.onnx"):
+        graph = onnx.load(bundle.path(name)).graph
+        assert not [node.name for node in graph.node if node.op_type == "MatMul"]
+        assert [node for node in graph.node if node.op_type == "MatMulNBits"]
+    embedding = [t for t in onnx.load(bundle.path("edge/block_0.onnx")).graph.initializer if t.dims[:1] == [VOCAB_SIZE]]
+    assert [tensor.data_type for tensor in embedding] == [onnx.TensorProto.FLOAT16]
+
+
+@pytest.mark.parametrize("quantization", ["fp32", "int8"])
+def test_the_manifest_tells_how_near_the_graphs_are(
+    make_tiny_bundle: MakeTinyBundle, quantization: Quantization
+) -> None:
+    figures = make_tiny_bundle((1, 2), None, None, quantization).manifest.parity
+    assert set(figures) == {"hidden.1", "hidden.2", "logprob.1", "logprob.2"}
+    assert max(figures["hidden.1"], figures["hidden.2"]) <= parity.LIMITS[quantization]
+
+
+def test_graphs_that_are_too_far_from_pytorch_fail_the_export() -> None:
+    with pytest.raises(ExportError, match=r"hidden\.2 has relative error 0\.01, expected at most 0\.0001 for fp32"):
+        parity.check({"hidden.1": 1e-6, "logprob.1": 1.0, "hidden.2": 0.01}, "fp32")
+
+
+def test_graphs_that_give_no_number_fail_the_export() -> None:
+    with pytest.raises(ExportError, match="differ from PyTorch"):
+        parity.check({"hidden.1": float("nan")}, "int8")

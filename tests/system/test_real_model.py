@@ -1,0 +1,60 @@
+"""The default model itself: what a person sees in `fleet demo` is the whole model's, and the exits are real."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks.whole_model import WholeModel
+from cloud_broker_worker.config import WorkerConfig
+from edge_agent.cascade import Cascade
+from edge_agent.config import AgentConfig
+from edge_agent.partition import Partition
+from fleet.manifest import Bundle
+from fleet.policy import CLOUD
+from fleet.prompt import PromptRequest
+from tests.system.memory_fleet import memory_fleet
+
+pytestmark = pytest.mark.real_model
+
+PROMPTS = ("What is the capital of France, and what is it known for?", "Write a haiku about rain.", "Name three fruits.")
+
+
+def test_with_every_exit_off_the_answers_are_the_whole_models(real_bundle: Bundle) -> None:
+    whole = WholeModel(real_bundle)
+    with memory_fleet() as fleet:
+        fleet.start_worker(real_bundle, WorkerConfig(num_threads=2))
+        fleet.start_device(real_bundle, AgentConfig(num_threads=2, assist_deadline_ms=30_000))
+        for prompt in PROMPTS:
+            answer = fleet.ask(PromptRequest(prompt=prompt, threshold=1.0, max_new_tokens=24))
+            assert answer.token_ids == whole.generate(prompt, 24)
+            assert answer.sources == {CLOUD: len(answer.token_ids)}
+        assert "Paris" in fleet.ask(PromptRequest(prompt=PROMPTS[0], threshold=1.0, max_new_tokens=16)).text
+
+
+def test_at_the_shipped_thresholds_exits_and_cloud_share_the_work(real_bundle: Bundle) -> None:
+    with memory_fleet() as fleet:
+        fleet.start_worker(real_bundle, WorkerConfig(num_threads=2))
+        fleet.start_device(real_bundle, AgentConfig(num_threads=2, assist_deadline_ms=30_000))
+        sources: dict[str, int] = {}
+        for prompt in PROMPTS:
+            for source, count in fleet.ask(PromptRequest(prompt=prompt, max_new_tokens=48)).sources.items():
+                sources[source] = sources.get(source, 0) + count
+    assert sources[CLOUD] > 0
+    assert sum(count for source, count in sources.items() if source.startswith("exit:")) > 0
+
+
+def test_chunked_and_stepwise_leave_the_same_caches_up_to_quantised_rounding(real_bundle: Bundle) -> None:
+    partition = Partition(real_bundle, num_threads=2)
+    token_ids = list(range(1000, 1024))
+    chunked, stepwise = Cascade(partition, 32), Cascade(partition, 32)
+    chunked.append(token_ids)
+    for block in range(2):
+        chunked.run(block)
+    for token_id in token_ids:
+        stepwise.append([token_id])
+        stepwise.run(0)
+    stepwise.run(1)
+    for block in range(2):
+        one, other = chunked.hidden_states(block, 0), stepwise.hidden_states(block, 0)
+        assert float(np.linalg.norm(one - other) / np.linalg.norm(other)) < 0.02
