@@ -39,11 +39,10 @@ def run(
         raise MissingExtraError(
             f"a device needs {error.name}, which is not installed; run: pip install 'cecollm-fleet[edge]'"
         ) from None
-    from fleet.mqtt import MqttTransport
-
     from fleet import topics
     from fleet.identity import Identity
     from fleet.manifest import Bundle
+    from fleet.mqtt import MqttTransport
     from fleet.transport import Will
 
     identity = Identity.load(folder)

@@ -16,7 +16,7 @@ from onnx_export.config import ExportConfig, require_packages
 
 EXITS: Final = (8, 15)
 PACKAGE: Final = Path(__file__).parent
-NOT_IN_BUNDLE: Final = ("__main__.py", "default.py", "train.py", "corpus.py")
+NOT_IN_BUNDLE: Final = ("__main__.py", "default.py", "train.py", "corpus.py", "fitting.py")
 TOOLS: Final = ("torch", "transformers", "onnx", "onnxruntime")
 
 

@@ -7,96 +7,29 @@ first in closed form (ridge regression on the final hidden states), then by the 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fleet.errors import FleetError
 from onnx_export.__main__ import parse_numbers
-from onnx_export.architecture import check_exits, check_model
-from onnx_export.checkpoint import resolve_model
-from onnx_export.config import DEFAULT_MODEL, DEFAULT_THRESHOLD, ExportConfig
-from onnx_export.corpus import States, collect, make_batches, read_answers, read_prompts
-from onnx_export.heads import ExitHead, save_heads, shared_heads
+from onnx_export.config import DEFAULT_MODEL, DEFAULT_THRESHOLD, ExportConfig, require_packages
 
-RIDGE = 1e-3
-CHUNK = 512  # positions a step: their logits over the whole vocabulary are what takes memory
-LEARNING_RATE = 5e-4
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Tick = Callable[[int], None]
-
-
-def fit_ridge(head: ExitHead, states: Tensor, final: Tensor) -> None:
-    """Sets the adapter to the ridge regression of `final` on the normalised `states`, both [n, hidden]."""
-    hidden = final.shape[1]
-    gram, cross = torch.zeros(hidden, hidden, dtype=torch.float64), torch.zeros(hidden, hidden, dtype=torch.float64)
-    with torch.no_grad():
-        for x, y in zip(states.split(CHUNK), final.split(CHUNK), strict=True):
-            normalised = head.norm(x.float()).double()
-            gram += normalised.T @ normalised
-            cross += normalised.T @ y.double()
-        ridge = RIDGE * gram.diagonal().mean() * torch.eye(hidden, dtype=torch.float64)
-        head.adapter.weight.copy_(torch.linalg.solve(gram + ridge, cross).T.float())
-
-
-def fine_tune(
-    heads: Mapping[int, ExitHead], lm_head: Tensor, train: States, epochs: int, generator: torch.Generator, tick: Tick
-) -> None:
-    """Minimises the divergence from the full model's distribution, over the full vocabulary, for all heads at once."""
-    parameters = [parameter.requires_grad_(True) for head in heads.values() for parameter in head.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
-    steps = epochs * -(-len(train) // CHUNK)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(train), generator=generator).split(CHUNK):
-            with torch.no_grad():
-                target = (train.final[rows].float() @ lm_head.T).softmax(-1)
-            for layer, head in heads.items():
-                logits = head(train.exits[layer][rows].float()) @ lm_head.T
-                cross_entropy = logits.logsumexp(-1) - torch.linalg.vecdot(target, logits)
-                cross_entropy.mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            tick(len(rows))
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-
-
-@torch.inference_mode()
-def evaluate(
-    heads: Mapping[int, ExitHead], lm_head: Tensor, states: States, threshold: float
-) -> tuple[dict[int, tuple[float, float, float]], float]:
-    """By exit: agreement with the full model's choice, share of confident positions, agreement among those.
-
-    The second value is the offload rate: the share of positions where no exit is confident.
-    """
-    agrees: dict[int, list[Tensor]] = {layer: [] for layer in heads}
-    confident: dict[int, list[Tensor]] = {layer: [] for layer in heads}
-    for rows in torch.arange(len(states)).split(CHUNK):
-        choice = (states.final[rows].float() @ lm_head.T).argmax(-1)
-        for layer, head in heads.items():
-            confidence, token_ids = (head(states.exits[layer][rows].float()) @ lm_head.T).softmax(-1).max(-1)
-            agrees[layer].append(token_ids == choice)
-            confident[layer].append(confidence >= threshold)
-    scores, anyone = {}, torch.zeros(len(states), dtype=torch.bool)
-    for layer in heads:
-        right, sure = torch.cat(agrees[layer]), torch.cat(confident[layer])
-        anyone |= sure
-        among = (right & sure).sum() / sure.sum().clamp(min=1)
-        scores[layer] = right.float().mean().item(), sure.float().mean().item(), among.item()
-    return scores, 1 - anyone.float().mean().item()
+    from onnx_export.corpus import States
+    from onnx_export.heads import ExitHead
 
 
 def report(name: str, heads: Mapping[int, ExitHead], lm_head: Tensor, states: States, console: Console) -> None:
     """Prints what `evaluate` finds on held-out positions."""
+    from onnx_export.fitting import evaluate
+
     scores, offload = evaluate(heads, lm_head, states, DEFAULT_THRESHOLD)
     for layer, (agreement, share, among) in scores.items():
         line = f"{name}: exit {layer} agrees with the full model on {agreement:.3f} of {len(states)} held-out tokens; "
@@ -119,6 +52,16 @@ def train(
     seed: Annotated[int, typer.Option(help="Of sampling and shuffling.")] = 0,
 ) -> None:
     """Train one head for each exit of MODEL and write them to OUT."""
+    require_packages()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from onnx_export.architecture import check_exits, check_model
+    from onnx_export.checkpoint import resolve_model
+    from onnx_export.corpus import collect, make_batches, read_answers, read_prompts
+    from onnx_export.fitting import fine_tune, fit_ridge
+    from onnx_export.heads import save_heads, shared_heads
+
     console = Console()
     config = ExportConfig(
         out=out.parent / f"{out.name}.bundle", exits=tuple(parse_numbers(exits, int, "--exits", "8,15"))

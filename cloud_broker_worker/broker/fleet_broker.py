@@ -70,6 +70,8 @@ class FleetBroker(Broker):
         self._writers.add(writer)
         connection = None
         try:
+            # asyncio does this itself only for sockets whose protocol number was named, which an accepted one's is not.
+            writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection = await self._let_in(reader, writer)
             if connection and await connection.serve(self):
                 connection.session.will_flag = False
@@ -208,7 +210,7 @@ class FleetBroker(Broker):
                     connection.abort("is not enrolled any more")
 
     async def _create_server_instance(self, *_: object) -> asyncio.Server:
-        """On the socket that was bound before; asyncio sets TCP_NODELAY on every connection."""
+        """On the socket that was bound before."""
         return await asyncio.start_server(
             lambda reader, writer: self.stream_connected(reader, writer, "default"),
             sock=self._socket,

@@ -16,7 +16,7 @@ from fleet.prompt import Reply, Usage
 
 EXIT_STYLES: Final = ("green", "cyan", "blue", "bright_green")
 STYLES: Final = {CLOUD: "magenta", FALLBACK: "yellow"}
-BAR_WIDTH: Final = 30
+BAR_WIDTH: Final = 18
 TIMES: Final = ("_at", "_seen", "_after")
 HEADERS: Final = {
     "generations": "answers", "sources": "where tokens came from", "offload_rate": "offload", "bytes_up": "up, B",

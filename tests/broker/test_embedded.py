@@ -67,6 +67,23 @@ def test_it_sends_no_wills_when_it_ends(amqtt_site: Site, caplog: pytest.LogCapt
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+def test_nagles_algorithm_is_off(amqtt_site: Site) -> None:
+    with raw.connected(amqtt_site.identity("d1")) as client:
+        accepted = [
+            sock
+            for sock in gc.get_objects()
+            if type(sock) is socket.socket and sock.fileno() >= 0 and _peer(sock) == client.getsockname()
+        ]
+        assert [bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)) for sock in accepted] == [True]
+
+
+def _peer(sock: socket.socket) -> object:
+    try:
+        return sock.getpeername()
+    except OSError:
+        return None
+
+
 def test_importing_it_does_not_import_amqtt() -> None:
     code = "import cloud_broker_worker.broker.embedded, sys; print('amqtt' in sys.modules, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from fleet.errors import ConfigError
 from onnx_export.corpus import Answer, States, answer, collect, concatenate, own_attention, read_prompts, replay
+from onnx_export.fitting import evaluate, fine_tune, fit_ridge
 from onnx_export.heads import load_heads, shared_heads
-from onnx_export.train import evaluate, fine_tune, fit_ridge
 
 EXITS = (1, 3)
 
@@ -83,7 +83,7 @@ def divergence(head: Any, lm_head: torch.Tensor, states: States) -> float:
     with torch.no_grad():
         target = (states.final.float() @ lm_head.T).log_softmax(-1)
         own = (head(states.exits[3].float()) @ lm_head.T).log_softmax(-1)
-        return (target.exp() * (target - own)).sum(-1).mean().item()
+        return float((target.exp() * (target - own)).sum(-1).mean())
 
 
 def test_prompts_come_in_both_forms_and_nothing_else(tmp_path: Path) -> None:

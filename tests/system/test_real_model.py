@@ -17,7 +17,7 @@ from tests.system.memory_fleet import memory_fleet
 
 pytestmark = pytest.mark.real_model
 
-PROMPTS = ("What is the capital of France, and what is it known for?", "Write a haiku about rain.", "Name three fruits.")
+PROMPTS = ("What is the capital of France, and what is it known for?", "Write a haiku.", "Name three fruits.")
 
 
 def test_with_every_exit_off_the_answers_are_the_whole_models(real_bundle: Bundle) -> None:

@@ -1,0 +1,59 @@
+"""The default model's exports, held to the same rules as the tiny one's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fleet.manifest import Bundle
+from onnx_export import parity
+from onnx_export.bundle import export_bundle
+from onnx_export.config import ExportConfig
+from onnx_export.default import EXITS, default_bundle
+
+pytestmark = pytest.mark.real_model
+TOKEN_IDS = np.random.default_rng(3).integers(3, 49152, (1, 12))
+
+
+@pytest.fixture(scope="module")
+def fp32_bundle(real_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The default model's edge without quantisation."""
+    assert real_bundle.manifest.exits == EXITS  # so that the model has been fetched
+    out = tmp_path_factory.mktemp("real") / "fp32"
+    export_bundle(ExportConfig(out=out, exits=EXITS, quantization="fp32"))
+    return Bundle.load(out)
+
+
+def test_the_real_models_fp32_graphs_equal_pytorch(fp32_bundle: Bundle) -> None:
+    assert {"hidden.8", "hidden.15"} <= set(fp32_bundle.manifest.parity)
+    assert max(fp32_bundle.manifest.parity[f"hidden.{layer}"] for layer in EXITS) < 1e-4
+
+
+def test_the_real_models_chunks_equal_its_steps(fp32_bundle: Bundle) -> None:
+    for chunks in ([1] * 12, [5, 1, 6]):
+        whole: list[NDArray[Any]] = [TOKEN_IDS]
+        parts: list[NDArray[Any]] = np.split(TOKEN_IDS, np.cumsum(chunks)[:-1], axis=1)
+        for i in range(len(EXITS)):
+            one, many = (
+                parity.BlockRunner(fp32_bundle.path(f"edge/block_{i}.onnx"), fp32_bundle.manifest.model, 12)
+                for _ in range(2)
+            )
+            whole, parts = [one.run(x)[0] for x in whole], [many.run(x)[0] for x in parts]
+            assert parity.relative_error(np.concatenate(parts, 1), whole[0]) < 1e-4
+
+
+def test_the_default_bundle_is_int8_and_near_pytorch(real_bundle: Bundle) -> None:
+    manifest = real_bundle.manifest
+    assert (manifest.quantization, manifest.split_layer, manifest.upload_layer) == ("int8", 15, 15)
+    assert manifest.model.eos_token_ids == (2,)
+    assert max(manifest.parity[f"hidden.{layer}"] for layer in EXITS) <= parity.LIMITS["int8"]
+
+
+def test_a_built_default_bundle_is_returned_without_building(real_bundle: Bundle) -> None:
+    lines: list[str] = []
+    folder: Path = default_bundle(lines.append)
+    assert (folder, lines) == (real_bundle.folder, [])
