@@ -20,7 +20,9 @@ def write_cloud(model: Any, upload_layer: int, folder: Path) -> None:
     if config.get("layer_types"):
         config["layer_types"] = config["layer_types"][upload_layer:]
     type(model.config).from_dict(config).save_pretrained(folder)
-    save_file(cloud_tensors(model, upload_layer), folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "model.safetensors"
+    save_file(cloud_tensors(model, upload_layer), path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes it readable to its owner alone
 
 
 def cloud_tensors(model: Any, upload_layer: int) -> dict[str, torch.Tensor]:

@@ -61,6 +61,7 @@ def save_heads(heads: dict[int, ExitHead], path: Path) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={"format": FORMAT})
+    path.chmod(0o644)  # safetensors makes it readable to its owner alone
 
 
 def load_heads(path: Path, exits: tuple[int, ...], hidden: int, eps: float) -> dict[int, ExitHead]:
