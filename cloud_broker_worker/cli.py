@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
-import sys
-import threading
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fleet.errors import ConfigError, FleetError, MissingExtraError
+from fleet.command import run_command, stop_event
+from fleet.errors import ConfigError, MissingExtraError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -64,9 +61,7 @@ def run(
     if kv_budget_mb:
         config = msgspec.structs.replace(config, kv_budget_bytes=kv_budget_mb * 1_000_000)
     loaded = Bundle.load(model, ("cloud",))
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = stop_event()
     will = Will(topics.worker_status(identity.name), Worker.will())
     with MqttTransport.connect(identity, will=will) as transport, Worker(transport, loaded, config):
         manifest = loaded.manifest
@@ -76,10 +71,5 @@ def run(
 
 
 def main() -> None:
-    """Entry point: an error of ours is one line and exit status 1."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        app()
-    except FleetError as error:
-        print(f"worker: {error}", file=sys.stderr)
-        sys.exit(1)
+    """Entry point."""
+    run_command("worker", app)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import signal
-import sys
-import threading
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fleet.errors import ConfigError, FleetError, MissingExtraError
+from fleet.command import run_command, stop_event
+from fleet.errors import ConfigError, MissingExtraError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -40,12 +37,18 @@ def run(
             f"a device needs {error.name}, which is not installed; run: pip install 'cecollm-fleet[edge]'"
         ) from None
     from fleet import topics
+    from fleet.access import Role
     from fleet.identity import Identity
     from fleet.manifest import Bundle
     from fleet.mqtt import MqttTransport
     from fleet.transport import Will
 
     identity = Identity.load(folder)
+    if identity.config.role is not Role.DEVICE:
+        raise ConfigError(
+            f"{folder} is the identity of a {identity.config.role}, expected a device's; "
+            "make one with 'fleet enroll NAME --out DIR'"
+        )
     config = AgentConfig.load(folder)
     if threads:
         config = msgspec.structs.replace(config, num_threads=threads)
@@ -53,9 +56,7 @@ def run(
     if model is None:
         raise ConfigError(f"{folder} names no bundle; pass one with --bundle DIR")
     loaded = Bundle.load(model, ("edge", "tokenizer"))
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = stop_event()
     will = Will(topics.device_status(identity.name), Agent.will())
     with MqttTransport.connect(identity, will=will) as transport, Agent(transport, loaded, config):
         manifest = loaded.manifest
@@ -68,10 +69,5 @@ def run(
 
 
 def main() -> None:
-    """Entry point: an error of ours is one line and exit status 1."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        app()
-    except FleetError as error:
-        print(f"edge-agent: {error}", file=sys.stderr)
-        sys.exit(1)
+    """Entry point."""
+    run_command("edge-agent", app)

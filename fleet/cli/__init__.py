@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +15,7 @@ from rich.console import Console
 from fleet.access import Role
 from fleet.cli.lazy import load
 from fleet.cli.state import DEFAULT_PORT, State, StateConfig
+from fleet.command import run_command, stop_event
 from fleet.errors import ConfigError, FleetError, LinkError, UnknownDeviceError
 from fleet.policy import check_threshold, parse_mode
 from fleet.prompt import ChatMessage, PromptRequest
@@ -49,7 +48,7 @@ def up(
     bundle: BundleOption = None,
 ) -> None:
     """Start broker, registry, collector and one worker; stop them with Ctrl-C."""
-    from fleet.cli.serve import check_port, fleet_processes, resolve_bundle, stop_event
+    from fleet.cli.serve import check_port, fleet_processes, resolve_bundle
 
     console = Console(stderr=True)
     stop = stop_event()
@@ -275,10 +274,5 @@ def parse_since(value: str | None) -> float | None:
 
 
 def main() -> None:
-    """Entry point: an error of ours is one line and exit status 1."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        app()
-    except FleetError as error:
-        print(f"fleet: {error}", file=sys.stderr)
-        sys.exit(1)
+    """Entry point."""
+    run_command("fleet", app)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fleet.access import Role
+from fleet.cli.lazy import require
 from fleet.cli.processes import child
 from fleet.cli.serve import fleet_processes, free_port
 from fleet.cli.state import State, StateConfig
@@ -110,6 +111,7 @@ def follow(console: Console, client: PromptClient, device: str, prompt: PromptRe
 @contextmanager
 def running_fleet(bundle: Path, folder: Path, say: Console) -> Iterator[tuple[State, MqttTransport]]:
     """Broker, registry, worker and one device, ready; and an app's connection."""
+    require("edge", "onnxruntime", "tokenizers")
     state = State.create(folder, StateConfig(HOST, free_port(HOST), str(bundle)))
     device = folder / "devices" / DEVICE
     state.enroll(DEVICE, Role.DEVICE, device)

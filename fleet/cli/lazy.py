@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 from fleet.errors import MissingExtraError
@@ -30,7 +31,22 @@ def load(module: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in OWN:
             raise
-        extra = next((extra for prefix, extra in EXTRAS.items() if module.startswith(prefix)), None)
-        raise MissingExtraError(
-            f"this command needs {error.name}, which is not installed; run: pip install 'cecollm-fleet[{extra}]'"
-        ) from None
+        extra = next((extra for prefix, extra in EXTRAS.items() if module.startswith(prefix)), "server")
+        raise missing(error.name or module, extra) from None
+
+
+def require(extra: str, *modules: str) -> None:
+    """Checks, without importing them, that the modules which `extra` brings are there.
+
+    Raises:
+        MissingExtraError: one is not.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise missing(module, extra)
+
+
+def missing(module: str, extra: str) -> MissingExtraError:
+    return MissingExtraError(
+        f"this command needs {module}, which is not installed; run: pip install 'cecollm-fleet[{extra}]'"
+    )

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import signal
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fleet.access import Role
-from fleet.cli.lazy import load
+from fleet.cli.lazy import load, require
 from fleet.cli.processes import Child, child
 from fleet.cli.state import COLLECTOR, WORKER, State
+from fleet.command import stop_event
 from fleet.errors import ConfigError
-
-
-def stop_event() -> threading.Event:
-    """Set by SIGTERM or SIGINT."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    return stop
 
 
 def check_port(host: str, port: int) -> None:
@@ -64,7 +55,7 @@ def run_server(state: State) -> None:
 def fleet_processes(state: State) -> Iterator[tuple[Child, Child]]:
     """Broker with registry, then a worker, as child processes; both are ready or starting when the block begins."""
     check_port(state.config.host, state.config.port)
-    load("cloud_broker_worker.worker")  # says now, in one line, what is not installed
+    require("worker", "torch", "transformers")
     with child("the broker", "fleet.cli", "server", "--state", str(state.folder)) as server:
         server.wait_ready()
         folder = state.identity(WORKER, Role.WORKER).folder

@@ -107,8 +107,10 @@ def test_an_altered_bundle_is_refused_by_device_and_worker(state: Path, tmp_path
     for name in ("edge/block_0.onnx", "cloud/model.safetensors"):
         path = altered / name
         path.write_bytes(path.read_bytes()[:-1] + b"\x00\x01")
-    worker = str(state / "identities" / "worker-1")
-    assert_one_clear_line(run("run", worker, "--bundle", str(altered), module="edge_agent"), "block_0.onnx", "altered")
+    worker, device = str(state / "identities" / "worker-1"), str(tmp_path / "device")
+    assert run("enroll", "careful", "--out", device, "--state", str(state)).returncode == 0
+    assert_one_clear_line(run("run", worker, module="edge_agent"), "expected a device's")
+    assert_one_clear_line(run("run", device, "--bundle", str(altered), module="edge_agent"), "block_0.onnx", "altered")
     assert_one_clear_line(
         run("run", worker, "--bundle", str(altered), module="cloud_broker_worker"), "model.safetensors", "altered"
     )

@@ -1,0 +1,29 @@
+"""What every command of ours does the same way: stop on a signal, and turn our errors into one line."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+from fleet.errors import FleetError
+
+
+def stop_event() -> threading.Event:
+    """Set by SIGTERM or SIGINT."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def run_command(name: str, command: Callable[[], object]) -> None:
+    """Runs a command line; an error of ours is one line on stderr and exit status 1."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        command()
+    except FleetError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(1)
