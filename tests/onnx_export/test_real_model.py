@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edge_agent.cascade import Cascade
+from edge_agent.partition import Partition
 from fleet.manifest import Bundle
 from onnx_export import parity
 from onnx_export.bundle import export_bundle
@@ -44,6 +46,22 @@ def test_the_real_models_chunks_equal_its_steps(fp32_bundle: Bundle) -> None:
             )
             whole, parts = [one.run(x)[0] for x in whole], [many.run(x)[0] for x in parts]
             assert parity.relative_error(np.concatenate(parts, 1), whole[0]) < 1e-4
+
+
+def test_a_backlog_of_the_real_model_filled_later_leaves_the_same_caches(fp32_bundle: Bundle) -> None:
+    partition = Partition(fp32_bundle, num_threads=2)
+    late, full = Cascade(partition, 12), Cascade(partition, 12)
+    for token_id in TOKEN_IDS[0].tolist():
+        late.append([token_id])
+        late.run(0)
+        full.append([token_id])
+        for block in range(len(EXITS)):
+            full.run(block)
+    assert (late.num_filled(0), late.num_filled(1)) == (12, 0)
+    late.run(1)
+    for block in range(len(EXITS)):
+        for one, other in zip(late.caches(block), full.caches(block), strict=True):
+            assert parity.relative_error(one, other) < 1e-4
 
 
 def test_the_default_bundle_is_int8_and_near_pytorch(real_bundle: Bundle) -> None:
