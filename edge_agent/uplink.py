@@ -189,9 +189,9 @@ class Uplink:
             with self._changed:
                 while not (message := self._due()) and self._state not in (LinkState.LOST, LinkState.CLOSED):
                     self._changed.wait()
-                if message is None:
-                    break
-                self._send(self._topic(), message)
+            if message is None:
+                break
+            self._send(self._topic(), message)  # not under the lock: the next token is being computed
         if self.worker:
             self._publish(self._topic(), Close(self.session))
 
@@ -212,7 +212,8 @@ class Uplink:
 
     def _send(self, topic: str, message: ToWorker, qos: int = 0) -> None:
         if not self._publish(topic, message, qos):
-            self._lose(LinkEvent.TIMEOUT, "the link to the broker went down")
+            with self._changed:
+                self._lose(LinkEvent.TIMEOUT, "the link to the broker went down")
 
     def _publish(self, topic: str, message: ToWorker, qos: int = 0) -> bool:
         payload = encode(message)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -10,7 +9,8 @@ from typing import Annotated, TypeVar
 import typer
 from rich.console import Console
 
-from fleet.errors import ConfigError, FleetError
+from fleet.command import run_command
+from fleet.errors import ConfigError
 from onnx_export.config import DEFAULT_MODEL, DEFAULT_THRESHOLD, QUANTIZATIONS, ExportConfig, require_packages
 
 N = TypeVar("N", int, float)
@@ -69,14 +69,10 @@ def parse_numbers(text: str, number: Callable[[str], N], option: str, example: s
 
 
 def main() -> None:
-    """Runs the command; an error of ours is one line and exit status 1."""
+    """Entry point."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(export)
-    try:
-        app(prog_name="python -m onnx_export")
-    except FleetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_command("python -m onnx_export", app)
 
 
 if __name__ == "__main__":

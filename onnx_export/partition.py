@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.onnx import ops
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fleet.errors import ExportError
 from fleet.manifest import ModelInfo
 from onnx_export.heads import ExitHead, RmsNorm
 
@@ -234,7 +235,8 @@ def trace(
             opset_version=OPSET,
             verbose=False,
         )
-    assert program is not None
+    if program is None:
+        raise ExportError("torch.onnx.export gave no graph; expected torch 2.13 with its dynamo exporter")
     graph = program.model_proto
     for part in (
         graph,

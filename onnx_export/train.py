@@ -6,7 +6,6 @@ first in closed form (ridge regression on the final hidden states), then by the 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fleet.errors import FleetError
+from fleet.command import run_command
 from onnx_export.__main__ import parse_numbers
 from onnx_export.config import DEFAULT_MODEL, DEFAULT_THRESHOLD, ExportConfig, require_packages
 
@@ -111,14 +110,10 @@ def bar(console: Console) -> Progress:
 
 
 def main() -> None:
-    """Runs the command; an error of ours is one line and exit status 1."""
+    """Entry point."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(train)
-    try:
-        app(prog_name="python -m onnx_export.train")
-    except FleetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_command("python -m onnx_export.train", app)
 
 
 if __name__ == "__main__":

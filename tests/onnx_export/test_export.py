@@ -164,7 +164,7 @@ def test_the_command_line_says_what_is_wrong_and_fails(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "onnx_export", "--exits", "8,x", "--out", str(tmp_path / "bundle")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 1
-    assert result.stderr == "error: --exits '8,x': expected numbers with commas between, e.g. 8,15\n"
+    assert result.stderr == "python -m onnx_export: --exits '8,x': expected numbers with commas between, e.g. 8,15\n"
 
 
 def test_the_command_line_needs_no_torch_to_refuse(tmp_path: Path) -> None:
