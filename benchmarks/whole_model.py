@@ -24,10 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from edge_agent.cascade import Cascade
 from edge_agent.partition import Partition
 from edge_agent.tokenizer import ChatTokenizer
-from fleet.cli.demo import read_prompts
 from fleet.cli.serve import resolve_bundle
 from fleet.manifest import Bundle
 from fleet.prompt import ChatMessage
+from fleet.prompt_file import read_prompts
 
 
 class WholeModel:

@@ -24,9 +24,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_heads(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """File of random heads for the tiny model's exits 1, 2 and 3."""
-    return make_tiny_heads(tmp_path_factory.mktemp("heads") / "tiny.heads.safetensors")
+    return make_tiny_heads(tmp_path_factory.mktemp("heads") / "tiny.heads.safetensors", tiny_checkpoint)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from onnx_export.heads import ExitHead, save_heads
+from onnx_export.heads import HeadKind, HeadsFile, fingerprint, new_head, save_heads
 
 VOCAB_SIZE = 384
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -67,13 +67,17 @@ def make_tiny_checkpoint(folder: Path, seed: int = 0, model_type: str = "llama",
     return folder
 
 
-def make_tiny_heads(path: Path, exits: tuple[int, ...] = (1, 2, 3), hidden: int = 64, seed: int = 1) -> Path:
-    """Random exit heads near the identity."""
+def make_tiny_heads(
+    path: Path, checkpoint: Path, exits: tuple[int, ...] = (1, 2, 3), kind: HeadKind = "linear", seed: int = 1
+) -> Path:
+    """Random exit heads for the model in `checkpoint`, near where training starts."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
     torch.manual_seed(seed)
     heads = {}
     for layer in exits:
-        heads[layer] = ExitHead(1 + 0.1 * torch.randn(hidden), 1e-6)
+        heads[layer] = new_head(kind, model, layer)
         with torch.no_grad():
-            heads[layer].adapter.weight.add_(torch.randn(hidden, hidden) * 0.02)
-    save_heads(heads, path)
+            for parameter in heads[layer].parameters():
+                parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else 0.02))
+    save_heads(HeadsFile(heads, kind, fingerprint(model)), path)
     return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections import Counter
@@ -52,40 +51,6 @@ class Result(msgspec.Struct, frozen=True):
     bytes_down: int
     ttft_ms: float
     tpot_ms: float
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a JSONL file: objects with `prompt`, or `instruction` and `input`, or `turns` (the first is taken).
-
-    Raises:
-        ConfigError: the file cannot be read or a line has none of them.
-    """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read prompts from {path}: {error}") from None
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompts.append(_prompt_of(row))
-        except (ValueError, TypeError, LookupError) as error:
-            raise ConfigError(
-                f"{path}:{number}: expected an object with 'prompt', or 'instruction' and 'input', or 'turns': {error}"
-            ) from None
-    if not prompts:
-        raise ConfigError(f"{path} holds no prompts")
-    return prompts
-
-
-def _prompt_of(row: dict[str, Any]) -> str:
-    if "prompt" in row:
-        return str(row["prompt"])
-    if "turns" in row:
-        return str(row["turns"][0])
-    return "\n".join(filter(None, (str(row["instruction"]), str(row.get("input", "")))))
 
 
 def follow(console: Console, client: PromptClient, device: str, prompt: PromptRequest, exits: list[str]) -> Result:

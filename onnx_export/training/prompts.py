@@ -1,0 +1,60 @@
+"""Prompts to train on: drawn from the model itself (Magpie, arXiv 2406.08464), and each only once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from fleet.errors import ExportError
+from onnx_export.training.generation import complete
+
+MARK: Final = "\N{REPLACEMENT CHARACTER}"  # stands for the user's words while the chat template is taken apart
+DRAW_TEMPERATURE: Final = 0.9
+LONGEST_DRAWN: Final = 48  # tokens
+FEWEST_WORDS: Final = 3
+LEAST_VARIETY: Final = 0.5  # distinct words per word
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """A chat template around the user's words, as token ids, and the token that ends them."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> ChatFormat:
+        """Raises ExportError when the template changes the user's words."""
+        chat = [{"role": "user", "content": MARK}]
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        if text.count(MARK) != 1:
+            raise ExportError("the chat template does not hold the user's words as they are; cannot train on it")
+        before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(MARK))
+        if not before or not after:
+            raise ExportError("the chat template has nothing before or after the user's words; cannot draw prompts")
+        return cls(tuple(before), tuple(after))
+
+
+def draw_prompts(model: Any, tokenizer: Any, chat: ChatFormat, count: int, generator: torch.Generator) -> list[str]:
+    """What the model puts into an empty user turn, `count` times, without what is no prompt."""
+    drawn = complete(model, [chat.before] * count, [chat.after[0]], LONGEST_DRAWN, DRAW_TEMPERATURE, generator)
+    texts = (tokenizer.decode(ids).strip() for ids in drawn if len(ids) < LONGEST_DRAWN)  # else it was cut off
+    return [text for text in texts if is_prompt(text)]
+
+
+def is_prompt(text: str) -> bool:
+    """Whether a text has some words and does not go round in circles."""
+    words = re.findall(r"\w+", text.lower())
+    return len(words) >= FEWEST_WORDS and len(set(words)) >= LEAST_VARIETY * len(words)
+
+
+def without_repeats(prompts: Sequence[str]) -> list[str]:
+    """The prompts in order, each once, whatever its case, punctuation and spaces."""
+    first: dict[str, str] = {}
+    for prompt in prompts:
+        first.setdefault(" ".join(re.findall(r"\w+", prompt.lower())), prompt)
+    return list(first.values())

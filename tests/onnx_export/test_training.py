@@ -1,0 +1,218 @@
+"""Training makes heads that agree with the full model more often, from text that it made itself and finds again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fleet.errors import ConfigError, ExportError
+from onnx_export.heads import HeadKind, load_heads, new_head
+from onnx_export.training.fitting import Candidates, FitConfig, Runner, fit, fit_ridge, judge, loss_of
+from onnx_export.training.generation import Answers, answer, complete, concatenate
+from onnx_export.training.prompts import ChatFormat, draw_prompts, is_prompt, without_repeats
+from onnx_export.training.train import TrainConfig, train_heads
+
+EXITS = (1, 3)
+END = 2
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Path) -> Any:
+    """The tiny model, ready to run."""
+    language_model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    return language_model.eval().requires_grad_(False)
+
+
+def random_prompts(count: int) -> list[list[int]]:
+    """Prompts of several lengths, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 384, (4 + i % 5,), generator=generator).tolist() for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def answers(model: Any) -> Answers:
+    """Answers of the tiny model to 64 prompts."""
+    parts = [random_prompts(64)[i : i + 32] for i in (0, 32)]
+    return concatenate([answer(model, part, EXITS, [END], 24, 0.0, torch.Generator()) for part in parts])
+
+
+def test_what_is_kept_of_an_answer_is_what_the_model_gives_for_it_alone(model: Any, answers: Answers) -> None:
+    for conversation in (0, 5, 40):
+        start, length = int(answers.starts[conversation]), int(answers.lengths[conversation])
+        ids = answers.token_ids[start : start + length].long()
+        assert ids[: int(answers.prompt_lengths[conversation])].tolist() == random_prompts(64)[conversation]
+        output = model(ids[None], output_hidden_states=True)
+        for layer in EXITS:
+            states = answers.hidden[layer][start : start + length].float()
+            torch.testing.assert_close(states, output.hidden_states[layer][0], rtol=1e-2, atol=1e-2)
+        positions, rows = answers.answering(conversation)
+        logprobs = output.logits[0, positions.start - start :].log_softmax(-1)
+        best = logprobs.topk(answers.top_ids.shape[1])
+        torch.testing.assert_close(answers.top_logprobs[rows].float(), best.values, rtol=1e-2, atol=1e-2)
+        assert answers.top_ids[rows][:-1, 0].tolist() == ids[positions.start - start + 1 :].tolist()
+
+
+def test_an_answer_ends_with_the_end_token_or_at_the_limit(answers: Answers) -> None:
+    for conversation in range(len(answers)):
+        _, rows = answers.answering(conversation)
+        chosen = answers.top_ids[rows, 0].tolist()
+        assert END not in chosen[:-1]
+        assert len(chosen) == 24 or chosen[-1] == END
+
+
+def test_a_batch_says_what_each_prompt_alone_says(model: Any) -> None:
+    together = complete(model, random_prompts(6), [END], 8, 0.0, torch.Generator())
+    alone = [complete(model, [prompt], [END], 8, 0.0, torch.Generator())[0] for prompt in random_prompts(6)]
+    assert together == alone
+
+
+def test_prompts_are_drawn_after_the_template_and_filtered(model: Any, tiny_checkpoint: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    chat = ChatFormat.of(tokenizer)
+    words = [40, 41, 42]
+    text = tokenizer.decode(words)
+    whole = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+    ids = whole if isinstance(whole, list) else whole["input_ids"]
+    assert [*chat.before, *words, *chat.after] == list(ids)
+    drawn = draw_prompts(model, tokenizer, chat, 64, torch.Generator().manual_seed(1))
+    assert all(is_prompt(text) for text in drawn)
+    assert len(drawn) < 64
+    assert not is_prompt("again and again and again and again and again")
+    assert not is_prompt("Too short.")
+    assert without_repeats(["What is this?", "what is  THIS", "Another one"]) == ["What is this?", "Another one"]
+
+
+def test_a_softmax_over_candidates_stands_for_the_whole_vocabulary() -> None:
+    torch.manual_seed(0)
+    lm_head, hidden = torch.randn(5000, 16), torch.randn(40, 16) * 0.5
+    teacher = (hidden @ lm_head.T + torch.randn(40, 5000)).log_softmax(-1)
+    best = teacher.topk(8)
+    exact = (hidden @ lm_head.T).log_softmax(-1)
+    inside = exact.gather(1, best.indices)
+    rest = torch.log1p(-inside.exp().sum(1))
+    probs = best.values.exp()
+    expected = (-(probs * inside).sum(1) - (1 - probs.sum(1)) * rest).mean()
+    losses = []
+    for seed in range(20):
+        candidates = Candidates(best.indices, 5000, 1500, torch.Generator().manual_seed(seed))
+        assert len(candidates.ids) < 2000
+        losses.append(loss_of(hidden, lm_head[candidates.ids], candidates.offset, candidates.targets, probs, hard=0.0))
+    assert float(torch.stack(losses).mean()) == pytest.approx(float(expected), rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "block"])
+def test_training_brings_each_kind_of_head_nearer_to_the_full_model(
+    model: Any, answers: Answers, kind: HeadKind
+) -> None:
+    everything = torch.arange(len(answers))
+    head = new_head(kind, model, 1, 32)
+    before = judge(head, 1, model, answers, everything)[1].float().mean()
+    config = FitConfig(epochs=12, learning_rate=3e-3)
+    fit({1: head}, model, answers, everything, config, lambda _: None)
+    after = judge(head, 1, model, answers, everything)[1].float().mean()
+    assert after > before + 0.1
+
+
+def test_the_closed_form_comes_nearer_to_the_final_states(model: Any, answers: Answers) -> None:
+    rows, targets = (
+        torch.cat([torch.arange(s.start, s.stop) for s in side])
+        for side in zip(*[answers.answering(c) for c in range(len(answers))], strict=True)
+    )
+    head = new_head("linear", model, 3)
+
+    def error() -> float:
+        return float((head(answers.hidden[3][rows].float()) - answers.final[targets].float()).pow(2).mean())
+
+    with torch.no_grad():
+        before = error()
+        fit_ridge(head, answers.hidden[3][rows], answers.final[targets])
+        assert error() < before
+
+
+def test_a_block_head_sees_the_whole_conversation_and_nothing_after(model: Any, answers: Answers) -> None:
+    head = new_head("block", model, 3)
+    runner = Runner(model, answers)
+    together = runner.forward(head, 3, [4, 9])
+    alone = torch.cat([runner.forward(head, 3, [4]), runner.forward(head, 3, [9])])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def tiny_config(folder: Path, checkpoint: Path, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "exits": (1, 2),
+        "tokens": 900,
+        "epochs": 1.0,
+        "max_new_tokens": 12,
+        "batch": 16,
+        "processes": 2,
+    }
+    return TrainConfig(
+        out=folder / "heads.safetensors", cache=folder / "cache", model=str(checkpoint), **values | changes
+    )
+
+
+def test_interrupted_training_goes_on_and_gives_the_same_heads(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    config = tiny_config(tmp_path / "whole", tiny_checkpoint)
+    train_heads(config)
+    code = (
+        "from pathlib import Path; from onnx_export.training.train import TrainConfig, train_heads\n"
+        f"if __name__ == '__main__': train_heads({tiny_config(tmp_path / 'cut', tiny_checkpoint)!r})\n"
+    )
+    script = tmp_path / "train.py"
+    script.write_text(code.replace("PosixPath", "Path"))
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    process = subprocess.Popen([sys.executable, str(script)], env=environment, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "cut").rglob("answers-*.safetensors")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(10)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").rglob("answers-*.safetensors")}
+    assert made
+    train_heads(tiny_config(tmp_path / "cut", tiny_checkpoint))
+    assert all(path.stat().st_mtime_ns == before for path, before in made.items())
+    one, other = (load_file(tmp_path / name / "heads.safetensors") for name in ("whole", "cut"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_heads_say_how_they_were_made(tmp_path: Path, tiny_checkpoint: Path, model: Any) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"one two three {i}\n" for i in range(20)))
+    config = tiny_config(tmp_path, tiny_checkpoint, prompts=(prompts,), kind="mlp", tokens=100, processes=1)
+    scores = train_heads(config)
+    file = load_heads(config.out, (1, 2), model)
+    assert file.kind == "mlp"
+    assert file.made_by["seed"] == "0"
+    assert len(file.made_by["sha256 of prompts.txt"]) == 64
+    assert set(scores) == {1, 2}
+    assert all(0 <= score.agreement <= 1 and len(score.confidence) == len(score.agrees) for score in scores.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"exits": (2, 1)}, ExportError, "expected increasing layer counts"),
+        ({"exits": (2, 2)}, ExportError, "expected increasing layer counts"),
+        ({"exits": (1, 4)}, ExportError, "expected layers from 1 to 3"),
+        ({"tokens": 0}, ConfigError, "tokens 0: expected at least 1"),
+        ({"kind": "tree"}, ConfigError, "unknown kind of exit head 'tree'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_any_work(
+    tmp_path: Path, tiny_checkpoint: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        train_heads(tiny_config(tmp_path, tiny_checkpoint, **changes))
+    assert not list(tmp_path.rglob("*.safetensors"))
