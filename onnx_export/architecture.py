@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from fleet.errors import ExportError
 from fleet.manifest import ModelInfo
-from onnx_export.config import ExportConfig, show
+from onnx_export.config import check_order, show
 
 SUPPORTED_MODEL_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3")
 SUPPORTED_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")  # their angles depend on the position alone
@@ -41,13 +41,22 @@ def uses_sliding_window(config: Any) -> bool:
     return layer_types is None or "sliding_attention" in layer_types
 
 
-def check_exits(config: ExportConfig, num_layers: int) -> None:
-    """Raises ExportError when an exit is not inside a model of `num_layers` layers."""
-    if config.exits[-1] >= num_layers:
+def check_exits(exits: tuple[int, ...], num_layers: int) -> None:
+    """Raises ExportError when `exits` do not increase or one is not inside a model of `num_layers` layers."""
+    check_order(exits)
+    if exits[-1] >= num_layers:
         raise ExportError(
-            f"exits {show(config.exits)}: expected layers from 1 to {num_layers - 1}, "
+            f"exits {show(exits)}: expected layers from 1 to {num_layers - 1}, "
             f"as the model has {num_layers} and the cloud needs at least one"
         )
+
+
+def lm_head_layers(config: Any) -> float:
+    """Weights of the LM head over those of one layer, from a transformers configuration."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    attention = 2 * hidden * head_dim * (heads + config.num_key_value_heads)
+    return float(config.vocab_size * hidden / (attention + 3 * hidden * config.intermediate_size))
 
 
 def model_info(name: str, model: Any, max_positions: int) -> ModelInfo:

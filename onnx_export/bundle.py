@@ -3,84 +3,125 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from fleet.errors import ExportError
-from fleet.manifest import SCHEMA_VERSION, FileEntry, Manifest, ModelInfo, hash_file, write_manifest
+from fleet.calibrated import find_calibration, read_calibration
+from fleet.errors import ConfigError, ExportError
+from fleet.exits.calibration import Calibration
+from fleet.manifest import SCHEMA_VERSION, FileEntry, Manifest, hash_file, write_manifest
 from onnx_export import parity
 from onnx_export.architecture import check_exits, check_model, model_info
+from onnx_export.assembly import Assembly
 from onnx_export.checkpoint import DEFAULT_NAME, resolve_model
 from onnx_export.cloud import write_cloud
-from onnx_export.config import DEFAULT_MODEL, ExportConfig, require_packages
-from onnx_export.heads import SHIPPED_HEADS, ExitHead, load_heads, shared_heads
-from onnx_export.partition import export_block, export_lm_head
-from onnx_export.quantize import quantize
+from onnx_export.config import DEFAULT_MODEL, DEFAULT_THRESHOLD, SHARED_HEAD, ExportConfig, require_packages, show
+from onnx_export.heads import SHIPPED_HEADS, HeadsFile, fingerprint, heads_digest, load_heads, shared_heads
+from onnx_export.parts import PartCache, default_parts
+from onnx_export.sources import tool_versions
+from onnx_export.staging import staged
 
-TOOLS = ("cecollm-fleet", "torch", "transformers", "onnx", "onnxruntime")
 LARGEST_INLINE_BYTES = 1 << 30  # protobuf holds 2 GiB at most; beyond this the weights go into a file beside the graph
 
 Progress = Callable[[str], None]
+Report = Callable[[Mapping[str, float], Mapping[str, float]], None]
 
 
-def export_bundle(config: ExportConfig, progress: Progress = lambda _: None) -> Manifest:
-    """Exports a model into ``config.out`` and returns the manifest; `progress` hears one line a stage.
+def export_bundle(
+    config: ExportConfig, progress: Progress = lambda _: None, report: Report = lambda *_: None
+) -> Manifest:
+    """Exports a model into ``config.out`` and returns the manifest.
+
+    `progress` hears one line a stage; `report` gets the figures of :mod:`onnx_export.parity` and their limits.
 
     Raises:
         ConfigError: a value that makes no sense, `out` is in use, or an extra is missing.
-        ExportError: the model or the exits cannot be exported, or the graphs differ from PyTorch.
+        ExportError: the model or the exits cannot be exported, the graphs differ from PyTorch, or the disk is full.
         HeadsError: the exit heads do not fit.
     """
     require_packages()
     config.check()
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{config.out.name}.", dir=config.out.parent) as temporary:
-        folder = Path(temporary) / "bundle"
-        folder.mkdir()
-        manifest = build(config, folder, progress)
-        if config.out.exists():
-            config.out.rmdir()
-        folder.rename(config.out)
+    try:
+        with staged(config.out, progress) as folder:
+            manifest = build(config, folder, progress, report)
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ExportError(
+            f"cannot write the bundle {config.out}: {reason}; nothing is left of it, make room and export again"
+        ) from error
     progress(f"bundle {manifest.bundle_id} in {config.out}")
     return manifest
 
 
-def build(config: ExportConfig, folder: Path, progress: Progress) -> Manifest:
+def build(config: ExportConfig, folder: Path, progress: Progress, report: Report) -> Manifest:
     """Fills an empty `folder` with a bundle."""
     model, tokenizer = load_model(config, progress)
     name = DEFAULT_NAME if config.model == DEFAULT_MODEL else Path(config.model).name
     info = model_info(name, model, config.max_positions)
     top_k = min(config.top_k, info.vocab_size)
-    heads = read_heads(config, model)
-    write_edge(config, model, heads, info, top_k, folder / "edge", progress)
-    progress("comparing the graphs with PyTorch")
-    errors = parity.measure(folder / "edge", model, heads, info)
-    parity.check(errors, config.quantization)
+    heads = read_heads(config, model, progress)
+    parts = PartCache(config.parts) if config.parts else default_parts()
+    assembly = Assembly(model, info, config.quantization, parts)
+    write_edge(assembly, config, heads, top_k, folder / "edge", progress)
+    windows = parity.text_windows(tokenizer, info.max_positions)
+    progress(f"comparing the graphs with PyTorch on {parity.NUM_TOKENS} tokens of text")
+    figures = parity.measure(folder / "edge", model, heads.heads, info, windows)
+    limits = parity.limits(config.quantization, heads.kind)
+    report(figures, limits)
+    parity.check(figures, limits)
     progress(f"writing layers [{config.upload}, {info.num_layers}) for the cloud")
     write_cloud(model, config.upload, folder / "cloud")
     write_tokenizer(tokenizer, config.model, folder / "tokenizer")
+    digest = heads_digest(heads.heads)
+    thresholds, calibration = choose_thresholds(config, digest)
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         model=info,
         exits=config.exits,
         split_layer=config.split,
         upload_layer=config.upload,
+        exit_head=heads.kind,
+        heads_sha256=digest,
+        calibration=calibration,
         quantization=config.quantization,
         top_k=top_k,
-        thresholds=config.exit_thresholds,
-        parity={name: float(f"{error:.3g}") for name, error in errors.items()},
-        tools={tool: version(tool) for tool in TOOLS},
+        thresholds=thresholds,
+        parity=figures,
+        tools=tool_versions(),
         files=tuple(list_files(folder)),
     )
     write_manifest(folder, manifest)
     return manifest
+
+
+def choose_thresholds(config: ExportConfig, heads_sha256: str) -> tuple[tuple[float, ...], Calibration | None]:
+    """Thresholds for the exits, and the calibration that they come from, if they come from one.
+
+    Raises:
+        ConfigError: the calibration that was given cannot be read or holds for another edge.
+    """
+    if config.thresholds:
+        return config.thresholds, None
+    edge = config.exits, config.quantization, heads_sha256
+    if config.calibration is not None:
+        given = read_calibration(config.calibration)
+        if not given.fits(*edge):
+            raise ConfigError(
+                f"{config.calibration} holds for exits {show(given.exits)}, {given.quantization} and heads "
+                f"{given.heads_sha256[:12]}, not for exits {show(config.exits)}, {config.quantization} and heads "
+                f"{heads_sha256[:12]}; calibrate the new bundle with 'fleet heads calibrate'"
+            )
+        return given.thresholds, given.calibration
+    shipped = find_calibration(SHIPPED_HEADS.parent.glob("*.calibration.json"), *edge)
+    if shipped is not None:
+        return shipped.thresholds, shipped.calibration
+    return (DEFAULT_THRESHOLD,) * len(config.exits), None
 
 
 def load_model(config: ExportConfig, progress: Progress) -> tuple[Any, Any]:
@@ -92,7 +133,7 @@ def load_model(config: ExportConfig, progress: Progress) -> tuple[Any, Any]:
     try:
         description = AutoConfig.from_pretrained(source)
         check_model(description)
-        check_exits(config, description.num_hidden_layers)
+        check_exits(config.exits, description.num_hidden_layers)
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
     except (OSError, ValueError) as error:
@@ -103,34 +144,30 @@ def load_model(config: ExportConfig, progress: Progress) -> tuple[Any, Any]:
     return model.eval().requires_grad_(False), tokenizer
 
 
-def read_heads(config: ExportConfig, model: Any) -> dict[int, ExitHead]:
-    """Exit heads by layer: given ones, the default model's shipped ones, or the model's own final norm."""
+def read_heads(config: ExportConfig, model: Any, progress: Progress) -> HeadsFile:
+    """Exit heads: given ones, the default model's shipped ones, or the model's own final norm."""
     path = config.heads or (SHIPPED_HEADS if config.model == DEFAULT_MODEL else None)
-    eps = float(model.config.rms_norm_eps)
-    if path is None:
-        return shared_heads(config.exits, model.model.norm.weight, eps)
-    return load_heads(path, config.exits, model.config.hidden_size, eps)
+    if config.exit_head == SHARED_HEAD or path is None:
+        if config.exit_head is None:
+            progress("no exit heads given: the exits share the model's final norm, as with --exit-head shared")
+        return HeadsFile(shared_heads(model, config.exits), "shared", fingerprint(model))
+    return load_heads(path, config.exits, model)
 
 
 def write_edge(
-    config: ExportConfig,
-    model: Any,
-    heads: Mapping[int, ExitHead],
-    info: ModelInfo,
-    top_k: int,
-    folder: Path,
-    progress: Progress,
+    assembly: Assembly, config: ExportConfig, heads: HeadsFile, top_k: int, folder: Path, progress: Progress
 ) -> None:
     """The blocks' graphs and the LM head's."""
     folder.mkdir()
-    embedding = torch.float32 if config.quantization == "fp32" else torch.float16
     starts = (0, *config.exits[:-1])
     for i, (start, stop) in enumerate(zip(starts, config.exits, strict=True)):
         progress(f"exporting layers [{start}, {stop}) as {config.quantization}")
-        graph = export_block(model, (start, stop), heads[stop], info, embedding)
-        save_graph(quantize(graph, config.quantization), folder / f"block_{i}.onnx")
+        graph, kept = assembly.block((start, stop), heads.heads[stop])
+        if kept:
+            progress(f"layers [{start}, {stop}) are as in an earlier export")
+        save_graph(graph, folder / f"block_{i}.onnx")
     progress(f"exporting the LM head as {config.quantization}")
-    save_graph(quantize(export_lm_head(model, info, top_k), config.quantization), folder / "lm_head.onnx")
+    save_graph(assembly.lm_head(top_k)[0], folder / "lm_head.onnx")
 
 
 def save_graph(graph: onnx.ModelProto, path: Path) -> None:
@@ -150,7 +187,7 @@ def write_tokenizer(tokenizer: Any, name: str, folder: Path) -> None:
     if not isinstance(tokenizer.chat_template, str):
         raise ExportError(f"the tokenizer of {name} has no single chat template; devices need one")
     folder.mkdir()
-    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
     (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
     (folder / "config.json").write_text(json.dumps(tokens) + "\n", encoding="utf-8")

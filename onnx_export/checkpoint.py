@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import platformdirs
 
@@ -40,6 +40,24 @@ def resolve_model(name_or_path: str, progress: Callable[[str], None] = lambda _:
         ExportError: the default model cannot be fetched or is not the expected file.
     """
     return str(default_checkpoint(progress)) if name_or_path == DEFAULT_MODEL else name_or_path
+
+
+def model_config(name_or_path: str) -> Any:
+    """The transformers configuration of a model.
+
+    Raises:
+        ExportError: there is none, or the model cannot be exported.
+    """
+    from transformers import AutoConfig
+
+    from onnx_export.architecture import check_model
+
+    try:
+        config = AutoConfig.from_pretrained(resolve_model(name_or_path))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"cannot read the configuration of {name_or_path!r}: {str(error).splitlines()[0]}") from None
+    check_model(config)
+    return config
 
 
 def default_checkpoint(progress: Callable[[str], None]) -> Path:

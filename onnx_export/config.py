@@ -23,7 +23,9 @@ EXTRA_PACKAGES: Final = (
     "safetensors",
     "gguf",
     "accelerate",
+    "filelock",
 )
+SHARED_HEAD: Final = "shared"
 
 
 @dataclass(frozen=True)
@@ -31,20 +33,25 @@ class ExportConfig:
     """One export. Layer numbers are half-open: an exit at 8 means that layers [0, 8) have run.
 
     `model` is ``default``, a hub name or a folder. Without `heads` the exits share the model's final norm, except for
-    the default model, whose trained heads ship with this package. `split_layer` must be the last exit, which it is when
-    left out; `upload_layer` is the split or an earlier exit. `max_positions` bounds a session's length in tokens.
+    the default model, whose trained heads ship with this package; with `exit_head` ``shared`` they do so on purpose, as
+    a model does that was trained with early exits (LayerSkip, arXiv 2404.16710). `split_layer` must be the last exit,
+    which it is when left out; `upload_layer` is the split or an earlier exit. `max_positions` bounds a session's length
+    in tokens. `parts` is the folder of graphs that later exports reuse, by default one in the user's cache.
     """
 
     out: Path
     exits: tuple[int, ...]
     model: str = DEFAULT_MODEL
     heads: Path | None = None
+    exit_head: str | None = None
     split_layer: int | None = None
     upload_layer: int | None = None
     quantization: Quantization = "int8"
     thresholds: tuple[float, ...] | None = None
+    calibration: Path | None = None
     max_positions: int = 8192
     top_k: int = 64
+    parts: Path | None = None
 
     @property
     def split(self) -> int:
@@ -54,30 +61,42 @@ class ExportConfig:
     def upload(self) -> int:
         return self.split if self.upload_layer is None else self.upload_layer
 
-    @property
-    def exit_thresholds(self) -> tuple[float, ...]:
-        return self.thresholds or (DEFAULT_THRESHOLD,) * len(self.exits)
-
     def check(self) -> None:
         """Raises ConfigError or ExportError for what no model could satisfy."""
         if self.quantization not in QUANTIZATIONS:
             raise ConfigError(f"unknown quantization {self.quantization!r}: expected one of {', '.join(QUANTIZATIONS)}")
-        if not self.exits or list(self.exits) != sorted(set(self.exits)) or self.exits[0] < 1:
-            raise ExportError(f"exits {show(self.exits)}: expected increasing layer counts from 1, e.g. 8,15")
+        if self.exit_head not in (None, SHARED_HEAD):
+            raise ConfigError(
+                f"unknown exit head {self.exit_head!r}: expected {SHARED_HEAD!r}, or trained ones with --heads"
+            )
+        if self.exit_head and self.heads:
+            raise ConfigError(f"--exit-head {self.exit_head} and --heads {self.heads}: give one of the two")
+        check_order(self.exits)
         if self.split != self.exits[-1]:
             raise ExportError(f"split {self.split}: expected the last exit, {self.exits[-1]}; leave --split out")
         if self.upload not in self.exits:
             raise ExportError(f"upload layer {self.upload}: expected one of the exits {show(self.exits)}")
-        if len(self.exit_thresholds) != len(self.exits):
-            raise ConfigError(
-                f"got {len(self.exit_thresholds)} thresholds for {len(self.exits)} exits; give one for each"
-            )
-        for threshold in self.exit_thresholds:
+        if self.thresholds and self.calibration:
+            raise ConfigError("--thresholds and --calibration: give one of the two")
+        if self.thresholds and len(self.thresholds) != len(self.exits):
+            raise ConfigError(f"got {len(self.thresholds)} thresholds for {len(self.exits)} exits; give one for each")
+        for threshold in self.thresholds or ():
             check_threshold(threshold)
         if self.max_positions < 8 or self.top_k < 1:
             raise ConfigError(f"max positions {self.max_positions} and top-k {self.top_k}: expected at least 8 and 1")
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise ConfigError(f"{self.out} exists and is not an empty folder; remove it or choose another --out")
+        check_free(self.out)
+
+
+def check_free(out: Path) -> None:
+    """Raises ConfigError unless `out` is free or an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder; remove it or choose another --out")
+
+
+def check_order(exits: tuple[int, ...]) -> None:
+    """Raises ExportError unless `exits` are layer counts from 1 that increase."""
+    if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1:
+        raise ExportError(f"exits {show(exits)}: expected increasing layer counts from 1, e.g. 8,15")
 
 
 def show(layers: tuple[int, ...]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
@@ -13,15 +12,14 @@ import platformdirs
 from fleet.errors import ConfigError
 from fleet.manifest import MANIFEST_FILE
 from onnx_export.config import ExportConfig, require_packages
+from onnx_export.sources import PACKAGE, source_digest
 
 EXITS: Final = (8, 15)
-PACKAGE: Final = Path(__file__).parent
-NOT_IN_BUNDLE: Final = ("__main__.py", "default.py", "train.py", "corpus.py", "fitting.py")
-TOOLS: Final = ("torch", "transformers", "onnx", "onnxruntime")
+DATA: Final = PACKAGE / "data"
 
 
 def default_bundle(progress: Callable[[str], None] = lambda _: None) -> Path:
-    """Folder of the default bundle: exits 8 and 15, int8. The first call fetches the model and builds it (minutes).
+    """Folder of the default bundle, int8. The first call fetches the model and builds it (a minute or two).
 
     Raises:
         MissingExtraError: it has to be built and the extra ``export`` is not installed.
@@ -35,28 +33,16 @@ def default_bundle(progress: Callable[[str], None] = lambda _: None) -> Path:
     from onnx_export.bundle import export_bundle
 
     try:
-        export_bundle(ExportConfig(out=folder, exits=EXITS), progress)
-    except (ConfigError, OSError):
+        export_bundle(ExportConfig(folder, EXITS), progress)
+    except ConfigError:
         if not (folder / MANIFEST_FILE).is_file():  # else another process was faster
             raise
     return folder
 
 
 def build_key() -> str:
-    """Changes whenever the bundle would: hash of the heads, of this package's sources and of the tools' versions."""
-    digest = hashlib.sha256()
-    paths = sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("data/*.safetensors"), PACKAGE.parent / "fleet/manifest.py"])
-    for path in paths:
-        if path.name not in NOT_IN_BUNDLE:
-            digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
-    for tool in TOOLS:
-        digest.update(f"{tool} {installed_version(tool)}\n".encode())
+    """Changes whenever the bundle would: hash of the exits, the heads, our sources and the tools' versions."""
+    digest = hashlib.sha256(f"{source_digest()} {ExportConfig(Path(), EXITS)}".encode())
+    for path in sorted(path for path in DATA.iterdir() if path.is_file()):
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
-
-
-def installed_version(package: str) -> str:
-    """A package's version without importing it, or ``none``."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"

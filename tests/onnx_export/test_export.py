@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import transformers.models.llama.modeling_llama as modeling
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fleet.errors import BundleError, ConfigError, ExportError, HeadsError, MissingExtraError
@@ -82,9 +84,10 @@ def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path: Path) -> None
 
 def test_heads_for_other_exits_or_another_model_are_refused(tmp_path: Path, tiny_checkpoint: Path) -> None:
     with pytest.raises(HeadsError, match=r"has heads for exits \[3\], not for 1"):
-        export(tmp_path / "a", tiny_checkpoint, heads=make_tiny_heads(tmp_path / "three", exits=(3,)))
-    with pytest.raises(HeadsError, match="the model has 64"):
-        export(tmp_path / "b", tiny_checkpoint, heads=make_tiny_heads(tmp_path / "wide", hidden=32))
+        export(tmp_path / "a", tiny_checkpoint, heads=make_tiny_heads(tmp_path / "three", tiny_checkpoint, exits=(3,)))
+    other = make_tiny_checkpoint(tmp_path / "other", seed=9)
+    with pytest.raises(HeadsError, match="trained for another model"):
+        export(tmp_path / "b", tiny_checkpoint, heads=make_tiny_heads(tmp_path / "others", other))
     (tmp_path / "garbage").write_bytes(b"no heads")
     with pytest.raises(HeadsError, match="cannot read the exit heads"):
         export(tmp_path / "c", tiny_checkpoint, heads=tmp_path / "garbage")
@@ -95,6 +98,36 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path, tiny_checkpoint: Path) ->
     with pytest.raises(ConfigError, match="is not an empty folder"):
         export(tmp_path, tiny_checkpoint)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_exits_share_the_final_norm_on_purpose_or_with_a_word(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    said: dict[str | None, list[str]] = {None: [], "shared": []}
+    for exit_head, lines in said.items():
+        config = ExportConfig(tmp_path / str(exit_head), (1,), str(tiny_checkpoint), None, exit_head)
+        assert export_bundle(config, lines.append).exit_head == "shared"
+    assert Bundle.load(tmp_path / "None").manifest == Bundle.load(tmp_path / "shared").manifest
+    assert any(line.startswith("no exit heads given") for line in said[None])
+    assert not any(line.startswith("no exit heads given") for line in said["shared"])
+
+
+def test_shared_heads_and_trained_ones_exclude_each_other(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_heads: Path
+) -> None:
+    with pytest.raises(ConfigError, match="give one of the two"):
+        export(tmp_path / "bundle", tiny_checkpoint, heads=tiny_heads, exit_head="shared")
+    with pytest.raises(ConfigError, match="unknown exit head 'none': expected 'shared'"):
+        export(tmp_path / "bundle", tiny_checkpoint, exit_head="none")
+
+
+def test_heads_that_are_no_numbers_fail_the_export(tmp_path: Path, tiny_checkpoint: Path, tiny_heads: Path) -> None:
+    tensors = load_file(tiny_heads)
+    with safe_open(tiny_heads, framework="pt") as file:
+        metadata = file.metadata()
+    tensors["exit.1.adapter.weight"][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "heads", metadata=metadata)
+    with pytest.raises(ExportError, match=r"exit_hidden\.1 is nan"):
+        export(tmp_path / "bundle", tiny_checkpoint, heads=tmp_path / "heads")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_an_export_that_fails_half_way_leaves_nothing(tmp_path: Path, tiny_checkpoint: Path) -> None:
@@ -118,7 +151,8 @@ def test_transformers_is_as_before_after_an_export(tiny_bundle: Bundle) -> None:
 
 def test_the_same_export_gives_the_same_graphs(make_tiny_bundle: MakeTinyBundle, tmp_path: Path) -> None:
     first = make_tiny_bundle((1, 2))
-    export(tmp_path / "again", make_tiny_checkpoint(tmp_path / "tiny"), heads=make_tiny_heads(tmp_path / "heads"))
+    checkpoint = make_tiny_checkpoint(tmp_path / "tiny")
+    export(tmp_path / "again", checkpoint, heads=make_tiny_heads(tmp_path / "heads", checkpoint))
     second = Bundle.load(tmp_path / "again")
     assert [entry.sha256 for entry in second.manifest.files] == [entry.sha256 for entry in first.manifest.files]
 
@@ -165,6 +199,23 @@ def test_the_command_line_says_what_is_wrong_and_fails(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 1
     assert result.stderr == "python -m onnx_export: --exits '8,x': expected numbers with commas between, e.g. 8,15\n"
+
+
+def test_fleet_export_is_the_same_command(tmp_path: Path) -> None:
+    def say(*command: str) -> tuple[int, str, str]:
+        result = subprocess.run(
+            [sys.executable, "-m", *command], capture_output=True, text=True, timeout=120, check=False
+        )
+        return result.returncode, result.stdout, result.stderr
+
+    status, stdout, stderr = say("fleet.cli", "export", "--help")
+    assert (status, stderr) == (0, "")
+    assert stdout.split("[OPTIONS]")[1].split() == say("onnx_export", "--help")[1].split("[OPTIONS]")[1].split()
+    bad = ("--out", str(tmp_path / "bundle"), "--exit-head", "none")
+    assert (
+        say("fleet.cli", "export", *bad)[2].replace("fleet:", "python -m onnx_export:") == say("onnx_export", *bad)[2]
+    )
+    assert say("fleet.cli", "export", "--colour", "red")[0] == 2
 
 
 def test_the_command_line_needs_no_torch_to_refuse(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import numpy_helper
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,9 +21,10 @@ from fleet.manifest import Bundle
 from onnx_export import parity
 from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig, Quantization
-from onnx_export.heads import load_heads
+from onnx_export.heads import HeadKind, load_heads
+from onnx_export.report import parity_table
 from tests.conftest import MakeTinyBundle
-from tests.tiny import VOCAB_SIZE, make_tiny_checkpoint
+from tests.tiny import VOCAB_SIZE, make_tiny_checkpoint, make_tiny_heads, make_tiny_tokenizer
 
 EXITS = (1, 2, 3)
 TOKEN_IDS = np.random.default_rng(7).integers(0, VOCAB_SIZE, (1, 24))
@@ -78,7 +83,7 @@ def test_the_lm_head_gives_the_best_tokens_of_pytorch_first(
     make_tiny_bundle: MakeTinyBundle, tiny_checkpoint: Path, tiny_heads: Path
 ) -> None:
     bundle, model = make_tiny_bundle(EXITS), load_tiny(tiny_checkpoint)
-    heads = load_heads(tiny_heads, EXITS, 64, model.config.rms_norm_eps)
+    heads = load_heads(tiny_heads, EXITS, model).heads
     state = reference(tiny_checkpoint)[1]
     block = parity.BlockRunner(bundle.path("edge/block_0.onnx"), bundle.manifest.model, 24)
     exit_hidden = block.run(TOKEN_IDS)[1]
@@ -154,15 +159,125 @@ def test_the_manifest_tells_how_near_the_graphs_are(
     make_tiny_bundle: MakeTinyBundle, quantization: Quantization
 ) -> None:
     figures = make_tiny_bundle((1, 2), None, None, quantization).manifest.parity
-    assert set(figures) == {"hidden.1", "hidden.2", "logprob.1", "logprob.2"}
-    assert max(figures["hidden.1"], figures["hidden.2"]) <= parity.LIMITS[quantization]
+    kinds = ("hidden", "steps", "exit_hidden", "logprob", "top1", "agreement")
+    assert set(figures) == {
+        *(f"{kind}.{layer}" for kind in kinds for layer in (1, 2)),
+        "lm_head.logprob",
+        "lm_head.top1",
+    }
+    parity.check(figures, parity.limits(quantization, "linear"))
 
 
-def test_graphs_that_are_too_far_from_pytorch_fail_the_export() -> None:
-    with pytest.raises(ExportError, match=r"hidden\.2 has relative error 0\.01, expected at most 0\.0001 for fp32"):
-        parity.check({"hidden.1": 1e-6, "logprob.1": 1.0, "hidden.2": 0.01}, "fp32")
+def test_figures_outside_their_limits_fail_the_export_by_name() -> None:
+    figures = {"hidden.1": 1e-6, "hidden.2": 0.01, "agreement.2": 0.5, "lm_head.top1": 1.0}
+    with pytest.raises(
+        ExportError, match=r"hidden\.2 is 0\.01, expected at most 0\.0001; agreement\.2 is 0\.5"
+    ) as raised:
+        parity.check(figures, parity.limits("fp32", "linear"))
+    assert "hidden.1" not in str(raised.value)
 
 
-def test_graphs_that_give_no_number_fail_the_export() -> None:
+@pytest.mark.parametrize("name", ["hidden.1", "agreement.1", "lm_head.logprob"])
+def test_graphs_that_give_no_number_fail_the_export(name: str) -> None:
     with pytest.raises(ExportError, match="differ from PyTorch"):
-        parity.check({"hidden.1": float("nan")}, "int8")
+        parity.check({name: float("nan")}, parity.limits("int8", "linear"))
+
+
+def zero_rows(weight: Any, _other: Any) -> None:
+    weight[:4] = 0
+
+
+def scale_rows(weight: Any, _other: Any) -> None:
+    weight[8:12] *= 1.02
+
+
+def swap(weight: Any, other: Any) -> None:
+    weight[:], other[:] = other.copy(), weight.copy()
+
+
+def flip_one(weight: Any, _other: Any) -> None:
+    weight[3, 3] = -weight[3, 3]
+
+
+@pytest.mark.parametrize("corrupt", [zero_rows, scale_rows, swap, flip_one])
+@pytest.mark.parametrize("quantization", ["fp32", "int8"])
+def test_a_head_that_was_corrupted_in_the_graph_fails_the_export(
+    quantization: Quantization,
+    corrupt: Callable[[Any, Any], None],
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    tiny_heads: Path,
+) -> None:
+    folder = tmp_path / ".bundle.partial" / "edge"
+
+    def corrupt_before_the_comparison(line: str) -> None:
+        if line.startswith("comparing"):
+            graphs = [onnx.load(folder / f"block_{i}.onnx") for i in range(2)]
+            tensors = [
+                next(t for t in graph.graph.initializer if t.name == "head/head.adapter.weight") for graph in graphs
+            ]
+            weights = [numpy_helper.to_array(tensor).copy() for tensor in tensors]
+            corrupt(*weights)
+            for i, graph in enumerate(graphs):
+                tensors[i].CopyFrom(numpy_helper.from_array(weights[i], tensors[i].name))
+                onnx.save_model(graph, folder / f"block_{i}.onnx")
+
+    config = ExportConfig(tmp_path / "bundle", (1, 2), str(tiny_checkpoint), tiny_heads, quantization=quantization)
+    with pytest.raises(ExportError, match=r"exit_hidden\.1 is .*, expected at most 0\.0001"):
+        export_bundle(config, corrupt_before_the_comparison)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("quantization", ["fp32", "int8"])
+def test_an_lm_head_that_was_corrupted_in_the_graph_fails_the_export(
+    quantization: Quantization, tmp_path: Path, tiny_checkpoint: Path, tiny_heads: Path
+) -> None:
+    path = tmp_path / ".bundle.partial" / "edge" / "lm_head.onnx"
+
+    def lose_tokens(line: str) -> None:
+        if line.startswith("comparing"):
+            graph = onnx.load(path)
+            tensor = max(graph.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+            weight = numpy_helper.to_array(tensor).copy()
+            if quantization == "int8":
+                weight[100:140] = 128  # its zero
+            else:
+                weight[:, 100:140] = 0
+            tensor.CopyFrom(numpy_helper.from_array(weight, tensor.name))
+            onnx.save_model(graph, path)
+
+    config = ExportConfig(tmp_path / "bundle", (1, 2), str(tiny_checkpoint), tiny_heads, quantization=quantization)
+    with pytest.raises(ExportError, match=r"lm_head\.logprob is"):
+        export_bundle(config, lose_tokens)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["shared", "linear", "mlp"])
+def test_heads_of_every_kind_equal_pytorch_in_int8_too(kind: HeadKind, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    heads = make_tiny_heads(tmp_path / "heads", tiny_checkpoint, (1, 2), kind)
+    config = ExportConfig(tmp_path / "bundle", (1, 2), str(tiny_checkpoint), heads, quantization="int8")
+    manifest = export_bundle(config)
+    assert manifest.exit_head == kind
+    assert max(manifest.parity["exit_hidden.1"], manifest.parity["exit_hidden.2"]) < 1e-5
+
+
+def test_a_wrong_token_counts_unless_pytorch_gives_it_the_same_probability() -> None:
+    logprobs = np.log(np.array([[0.5, 0.499, 0.001], [0.5, 0.3, 0.2]], np.float32))
+    assert parity.share_of_best(np.array([[0], [0]]), logprobs) == 1.0
+    assert parity.share_of_best(np.array([[1], [0]]), logprobs) == 1.0
+    assert parity.share_of_best(np.array([[2], [1]]), logprobs) == 0.0
+
+
+def test_the_text_is_cut_into_sequences_that_fit_the_model() -> None:
+    windows = parity.text_windows(make_tiny_tokenizer(), 100)
+    assert [window.shape for window in windows] == [(1, 100)] * 5 + [(1, 12)]
+    assert make_tiny_tokenizer().decode(windows[0][0]).startswith("A lighthouse keeper")
+
+
+def test_the_report_lists_every_figure_with_its_limit(make_tiny_bundle: MakeTinyBundle) -> None:
+    figures = make_tiny_bundle((1, 2)).manifest.parity
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(parity_table(figures, parity.limits("fp32", "linear")))
+    text = console.export_text()
+    assert [name for name in figures if name not in text] == []
+    assert "at most 0.0001" in text

@@ -1,0 +1,122 @@
+"""An export takes from earlier ones what has not changed, and its bundle is the same to the byte."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from threading import Barrier, Thread
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from fleet.manifest import Manifest
+from onnx_export import parts
+from onnx_export.bundle import export_bundle
+from onnx_export.config import ExportConfig
+from onnx_export.parts import PartCache, part_key
+from tests.tiny import make_tiny_heads
+
+KEPT = "are as in an earlier export"
+
+
+def export(out: Path, model: Path, heads: Path, cache: Path) -> tuple[Manifest, list[str]]:
+    lines: list[str] = []
+    config = ExportConfig(out, (1, 2), str(model), heads, parts=cache)
+    return export_bundle(config, lines.append), [line for line in lines if KEPT in line]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def make_graph(size: int = 4) -> onnx.ModelProto:
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [size], np.zeros(size, np.float32).tobytes(), raw=True)
+    return helper.make_model(helper.make_graph([], "g", [], [], [weight]))
+
+
+def test_new_heads_are_put_behind_the_layers_of_an_earlier_export(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    heads = [make_tiny_heads(tmp_path / f"heads{seed}", tiny_checkpoint, seed=seed) for seed in (1, 2)]
+    first, kept = export(tmp_path / "first", tiny_checkpoint, heads[0], tmp_path / "parts")
+    assert kept == []
+    second, kept = export(tmp_path / "second", tiny_checkpoint, heads[1], tmp_path / "parts")
+    assert len(kept) == 2
+    alone, _ = export(tmp_path / "alone", tiny_checkpoint, heads[1], tmp_path / "other parts")
+    assert content(tmp_path / "second") == content(tmp_path / "alone")
+    changed = {a.path for a, b in zip(first.files, second.files, strict=True) if a.sha256 != b.sha256}
+    assert changed == {"edge/block_0.onnx", "edge/block_1.onnx"}
+    assert second.bundle_id == alone.bundle_id != first.bundle_id
+
+
+def test_two_processes_write_the_same_bundle_to_the_byte(
+    tiny_checkpoint: Path, tiny_heads: Path, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        command = [sys.executable, "-m", "onnx_export", "--out", str(tmp_path / name / "bundle"), "--exits", "1,3"]
+        command += ["--model", str(tiny_checkpoint), "--heads", str(tiny_heads)]
+        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / name / "cache"), "PYTHONHASHSEED": str(len(name))}
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=280)
+    one, two = content(tmp_path / "one" / "bundle"), content(tmp_path / "two" / "bundle")
+    assert "manifest.json" in one
+    assert one == two
+
+
+def test_any_other_input_is_another_part() -> None:
+    import torch
+
+    weight = torch.zeros(2, 3)
+    keys = {
+        part_key({"w": weight}, layers=(0, 1)),
+        part_key({"w": weight}, layers=(0, 2)),
+        part_key({"w": weight.reshape(3, 2)}, layers=(0, 1)),
+        part_key({"w": weight + 1}, layers=(0, 1)),
+        part_key({"v": weight}, layers=(0, 1)),
+    }
+    assert len(keys) == 5
+    assert part_key({"w": torch.zeros(2, 3)}, layers=(0, 1)) in keys
+
+
+def test_a_damaged_part_is_made_again(tmp_path: Path) -> None:
+    cache = PartCache(tmp_path / "parts")
+    assert cache.get_or_make("key", make_graph)[1] is False
+    assert cache.get_or_make("key", make_graph) == (make_graph(), True)
+    file = tmp_path / "parts" / "key"
+    for damaged in (file.read_bytes()[:-1] + b"\xff", file.read_bytes()[:40], b""):
+        file.write_bytes(damaged)
+        assert cache.get_or_make("key", make_graph) == (make_graph(), False)
+        assert cache.get_or_make("key", make_graph)[1] is True
+
+
+def test_the_least_recently_used_parts_go_first(tmp_path: Path) -> None:
+    size = make_graph(100).ByteSize() + parts.DIGEST_BYTES
+    cache = PartCache(tmp_path, max_bytes=2 * size)
+    for made_at, key in enumerate(("used", "idle")):
+        cache.get_or_make(key, lambda: make_graph(100))
+        os.utime(tmp_path / key, (made_at, made_at))
+    assert cache.get_or_make("used", lambda: make_graph(100))[1] is True
+    cache.get_or_make("newest", lambda: make_graph(100))
+    assert {path.name for path in tmp_path.iterdir()} == {"used", "newest", parts.LOCK_FILE}
+
+
+def test_what_a_killed_writer_left_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / parts.PARTIAL_FILE).write_bytes(b"half a graph")
+    assert PartCache(tmp_path).get_or_make("key", make_graph)[1] is False
+    assert {path.name for path in tmp_path.iterdir()} == {"key", parts.LOCK_FILE}
+
+
+def test_two_writers_at_once_leave_whole_parts(tmp_path: Path) -> None:
+    together = Barrier(2)
+
+    def write() -> None:
+        together.wait()
+        for i in range(20):
+            PartCache(tmp_path).get_or_make(f"key{i}", lambda: make_graph(10_000))
+
+    threads = [Thread(target=write) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(PartCache(tmp_path).get_or_make(f"key{i}", make_graph)[1] for i in range(20))
