@@ -11,8 +11,9 @@ import msgspec
 from msgspec import Meta, Struct
 
 from fleet.errors import BundleError
+from fleet.exits.calibration import Calibration
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 MANIFEST_FILE: Final = "manifest.json"
 Side = Literal["edge", "cloud", "tokenizer"]
 
@@ -52,6 +53,9 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     parity: dict[str, float]
     tools: dict[str, str]
     files: tuple[FileEntry, ...]
+    exit_head: str = "shared"
+    heads_sha256: str = ""
+    calibration: Calibration | None = None
 
     @property
     def bundle_id(self) -> str:
@@ -62,6 +66,31 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     def blocks(self) -> tuple[tuple[int, int], ...]:
         """Half-open layer ranges of the edge blocks, e.g. ((0, 8), (8, 15))."""
         return tuple(zip((0, *self.exits[:-1]), self.exits, strict=True))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the bundle in `folder`; its files are not looked at.
+
+    Raises:
+        BundleError: there is none, or it has another schema.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except OSError as error:
+        raise BundleError(
+            f"no bundle in {folder}: cannot read {MANIFEST_FILE} ({error.strerror}); "
+            "make one with 'python -m onnx_export --out DIR'"
+        ) from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(
+            f"{path} is no manifest of schema {SCHEMA_VERSION}: {error}; export the bundle again"
+        ) from None
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{path}: expected schema {SCHEMA_VERSION}, got {manifest.schema_version}; export the bundle again"
+        )
+    return manifest
 
 
 class Bundle:
@@ -78,22 +107,7 @@ class Bundle:
         Raises:
             BundleError: no manifest, another schema, or a file that is missing or altered.
         """
-        path = folder / MANIFEST_FILE
-        try:
-            manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
-        except OSError as error:
-            raise BundleError(
-                f"no bundle in {folder}: cannot read {MANIFEST_FILE} ({error.strerror}); "
-                "make one with 'python -m onnx_export --out DIR'"
-            ) from None
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise BundleError(
-                f"{path} is no manifest of schema {SCHEMA_VERSION}: {error}; export the bundle again"
-            ) from None
-        if manifest.schema_version != SCHEMA_VERSION:
-            raise BundleError(
-                f"{path}: expected schema {SCHEMA_VERSION}, got {manifest.schema_version}; export the bundle again"
-            )
+        manifest = read_manifest(folder)
         wanted = set(sides)
         for entry in manifest.files:
             if entry.path.split("/")[0] in wanted:
@@ -130,6 +144,8 @@ def check_file(folder: Path, entry: FileEntry) -> None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes the manifest as readable JSON."""
+    """Writes the manifest as readable JSON, whole or not at all."""
     path = folder / MANIFEST_FILE
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2) + b"\n")
+    partial = folder / f".{MANIFEST_FILE}.partial"
+    partial.write_bytes(msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2) + b"\n")
+    partial.replace(path)

@@ -13,6 +13,9 @@ import typer
 from rich.console import Console
 
 from fleet.access import Role
+from fleet.cli.export import PASS_ON, export
+from fleet.cli.export import bundle as bundle_commands
+from fleet.cli.heads import app as heads_commands
 from fleet.cli.lazy import load
 from fleet.cli.state import DEFAULT_PORT, State, StateConfig
 from fleet.command import run_command, stop_event
@@ -21,6 +24,9 @@ from fleet.policy import check_threshold, parse_mode
 from fleet.prompt import ChatMessage, PromptRequest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command("export", context_settings=PASS_ON)(export)
+app.add_typer(bundle_commands, name="bundle")
+app.add_typer(heads_commands, name="heads")
 
 StateOption = Annotated[Path | None, typer.Option("--state", help="The fleet's folder (default: $FLEET_HOME).")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -185,8 +191,9 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Run the whole system on this machine and watch it answer."""
-    from fleet.cli.demo import PROMPTS, read_prompts, run_demo
+    from fleet.cli.demo import PROMPTS, run_demo
     from fleet.cli.serve import resolve_bundle
+    from fleet.prompt_file import read_prompts
 
     texts = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())] or list(PROMPTS)
     requests = [

@@ -1,0 +1,88 @@
+"""What every exit would have said at each position of the full model's own answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fleet.errors import ConfigError
+
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Records:
+    """n positions, e exits, shallow ones first.
+
+    `answer` int64 [n]: which answer a position belongs to. `confidence` float64 [n, e] in [0, 1]; `agrees` bool
+    [n, e]: whether the exit's best token is the full model's.
+    """
+
+    exits: tuple[int, ...]
+    answer: Ints
+    confidence: Floats
+    agrees: Bools
+
+    def __post_init__(self) -> None:
+        shape = len(self.answer), len(self.exits)
+        if self.confidence.shape != shape or self.agrees.shape != shape:
+            raise ConfigError(f"records of exits {self.exits}: expected arrays {shape}, got {self.confidence.shape}")
+        if not np.all((self.confidence >= 0) & (self.confidence <= 1)):
+            raise ConfigError("records hold a confidence that is no number from 0 to 1; the heads may be broken")
+
+    def __len__(self) -> int:
+        return len(self.answer)
+
+    @property
+    def num_answers(self) -> int:
+        return len(np.unique(self.answer))
+
+    def agreement(self) -> dict[int, float]:
+        """By exit: the share of all positions where its best token is the full model's."""
+        return dict(zip(self.exits, self.agrees.mean(0).tolist(), strict=True))
+
+    def only(self, exits: Sequence[int]) -> Records:
+        """The same positions, as a system with some of the exits sees them."""
+        columns = [self.exits.index(layer) for layer in exits]
+        return Records(tuple(exits), self.answer, self.confidence[:, columns], self.agrees[:, columns])
+
+    def select(self, answers: Ints) -> Records:
+        """The positions of some answers."""
+        rows = np.isin(self.answer, answers)
+        return Records(self.exits, self.answer[rows], self.confidence[rows], self.agrees[rows])
+
+    def split(self, share: float, seed: int = 0) -> tuple[Records, Records]:
+        """Whole answers at random: about `share` of them, and the rest."""
+        answers = np.random.default_rng(seed).permutation(np.unique(self.answer))
+        first = round(share * len(answers))
+        return self.select(answers[:first]), self.select(answers[first:])
+
+
+def save_records(records: Records, path: Path) -> None:
+    """Writes a NumPy .npz file."""
+    with path.open("wb") as file:
+        np.savez_compressed(
+            file,
+            exits=np.array(records.exits),
+            answer=records.answer,
+            confidence=records.confidence,
+            agrees=records.agrees,
+        )
+
+
+def load_records(path: Path) -> Records:
+    """Raises ConfigError when the file is no record of :func:`save_records`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            exits = tuple(int(layer) for layer in file["exits"])
+            return Records(exits, file["answer"], file["confidence"], file["agrees"])
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise ConfigError(
+            f"cannot read the records {path}: {error}; make them with 'fleet heads evaluate --records'"
+        ) from None

@@ -1,0 +1,96 @@
+"""Thresholds for all exits together give the least offload that an agreement allows."""
+
+from __future__ import annotations
+
+from itertools import pairwise, product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fleet.errors import ConfigError
+from fleet.exits.profile import choose, pareto
+from fleet.exits.records import Records, load_records, save_records
+from fleet.exits.thresholds import OFF, Point, best_thresholds, emitting, frontier, measure
+
+
+def make_records(num_answers: int, length: int, exits: tuple[int, ...] = (8, 15), seed: int = 0) -> Records:
+    """Positions whose exits are as right as they are confident, deeper ones more often both."""
+    random = np.random.default_rng(seed)
+    n = num_answers * length
+    confidence = np.column_stack([random.beta(1 + i, 2, n) for i in range(len(exits))])
+    agrees = random.random(confidence.shape) < confidence**0.5
+    return Records(exits, np.repeat(np.arange(num_answers), length), confidence, agrees)
+
+
+def test_the_first_exit_that_is_sure_emits_and_one_that_is_off_never_does() -> None:
+    records = Records(
+        (8, 15), np.zeros(4, int), np.array([[0.9, 0.1], [0.1, 0.9], [0.1, 0.1], [1, 1]]), np.ones((4, 2), bool)
+    )
+    assert emitting(records, (0.5, 0.5)).tolist() == [0, 1, 2, 0]
+    assert emitting(records, (OFF, 0.5)).tolist() == [2, 1, 2, 1]
+    assert emitting(records, (OFF, OFF)).tolist() == [2, 2, 2, 2]
+    assert measure(records, (0.5, 0.5)) == Point(1.0, 0.25, (0.5, 0.5))
+
+
+@pytest.mark.parametrize("target", [0.98, 0.9, 0.8])
+def test_the_search_is_as_good_as_trying_everything(target: float) -> None:
+    records = make_records(20, 10)
+    values = [np.append(np.unique(records.confidence[:, i]), OFF) for i in range(2)]
+    everything = (measure(records, pair) for pair in product(*values))
+    least = min(point.offload_rate for point in everything if point.agreement >= target)
+    found = best_thresholds(records, target)
+    assert found.agreement >= target
+    assert found.offload_rate <= least + 0.02  # the first exit is searched on a grid
+
+
+def test_one_exit_is_searched_exactly() -> None:
+    records = make_records(20, 20, (15,))
+    for target in (0.99, 0.95, 0.85):
+        everything = [measure(records, (value,)) for value in (*records.confidence[:, 0], OFF)]
+        least = min(point.offload_rate for point in everything if point.agreement >= target)
+        assert best_thresholds(records, target).offload_rate == pytest.approx(least)
+
+
+@pytest.mark.parametrize("exits", [(4,), (4, 8), (4, 8, 12), (2, 4, 8, 12)])
+def test_the_frontier_only_offloads_more_for_more_agreement(exits: tuple[int, ...]) -> None:
+    points = frontier(make_records(40, 20, exits))
+    assert all(len(point.thresholds) == len(exits) for point in points)
+    offload = [point.offload_rate for point in points]
+    assert all(before <= after + 0.005 for before, after in pairwise(offload))
+
+
+def test_equal_confidences_stay_together() -> None:
+    confidence, agrees = np.full((10, 1), 0.7), np.array([[True]] * 9 + [[False]])
+    records = Records((3,), np.zeros(10, int), confidence, agrees)
+    assert best_thresholds(records, 0.95) == Point(1.0, 1.0, (OFF,))
+    assert best_thresholds(records, 0.90).offload_rate == 0.0
+
+
+def test_choices_of_exits_count_lm_heads_and_all_layers_up_to_the_split() -> None:
+    choices = {choice.exits: choice for choice in choose(make_records(40, 20, (8, 15, 20)), 30, 8.0, 0.9)}
+    assert choices[(20,)].edge_cost == pytest.approx(28 / 38)
+    assert 28 / 38 < choices[(8, 20)].edge_cost <= 36 / 38
+    kept = pareto(list(choices.values()))
+    assert [choice.edge_cost for choice in kept] == sorted(choice.edge_cost for choice in kept)
+    assert choices[(20,)] in kept or any(choice.offload_rate <= choices[(20,)].offload_rate for choice in kept)
+
+
+def test_records_survive_a_file_and_garbage_does_not(tmp_path: Path) -> None:
+    records = make_records(3, 4)
+    save_records(records, tmp_path / "records.npz")
+    again = load_records(tmp_path / "records.npz")
+    assert again.exits == records.exits
+    np.testing.assert_array_equal(again.confidence, records.confidence)
+    (tmp_path / "garbage.npz").write_bytes(b"no records")
+    with pytest.raises(ConfigError, match="cannot read the records"):
+        load_records(tmp_path / "garbage.npz")
+
+
+def test_what_is_no_record_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no positions"):
+        frontier(Records((8,), np.zeros(0, int), np.zeros((0, 1)), np.zeros((0, 1), bool)))
+    with pytest.raises(ConfigError, match="no number from 0 to 1"):
+        Records((8,), np.zeros(1, int), np.array([[np.nan]]), np.ones((1, 1), bool))
+    with pytest.raises(ConfigError, match="searched for up to 4"):
+        frontier(make_records(2, 2, (1, 2, 3, 4, 5)))
