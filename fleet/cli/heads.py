@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fleet.calibrated import keep_calibration, write_calibrated
-from fleet.cli.training import profile, train
+from fleet.cli.training import draw, profile, train
 from fleet.errors import ConfigError
 from fleet.exits.calibration import calibrate, expected_calibration_error, measured_on
 from fleet.exits.plot import plot_curves
@@ -27,6 +27,7 @@ from fleet.prompt_file import read_prompts
 app = typer.Typer(no_args_is_help=True, help="Train, profile, evaluate and calibrate exits.", rich_markup_mode=None)
 app.command()(train)
 app.command()(profile)
+app.command()(draw)
 
 AT = (0.98, 0.95, 0.90)
 BundleOption = Annotated[Path | None, typer.Option(help="Bundle's folder (default: the default model's).")]

@@ -1,4 +1,4 @@
-"""`fleet heads train` and `fleet heads profile`: both let the model talk and fit heads to what its layers see."""
+"""`fleet heads train`, `profile` and `draw`: the model talks, and heads are fitted to what its layers see."""
 
 from __future__ import annotations
 
@@ -130,6 +130,25 @@ def profile(
         print(f"no exits cost at most {max_edge_cost:.0%} of the full model's work; raise --max-edge-cost")
     else:
         print(f"with at most {max_edge_cost:.0%} of the full model's work on the device: exits {best.name}")
+
+
+def draw(
+    out: Annotated[Path, typer.Option(help="The text file to write, one prompt a line.")],
+    count: Annotated[int, typer.Option(min=1, help="How many.")] = 300,
+    model: ModelOption = "default",
+    batch: BatchOption = 192,
+    seed: SeedOption = 1,
+) -> None:
+    """Draw prompts from the model itself, for calibration or a test, when there are none of your own."""
+    load("onnx_export.config").require_packages()
+    columns = TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("drawing", total=count)
+        drawn = load("onnx_export.training.train").draw(
+            model, count, seed, batch, lambda done: bar.update(task, completed=done)
+        )
+    out.write_text("".join(" ".join(prompt.split()) + "\n" for prompt in drawn), encoding="utf-8")
+    print(f"{count} prompts in {out}")
 
 
 def run(*, cache: Path | None, processes: int | None, **options: Any) -> Records:

@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fleet.errors import ConfigError, ExportError
+from fleet.errors import ConfigError
 from onnx_export.training.generation import TENSORS, TOP_K, Answers, answer
-from onnx_export.training.prompts import ChatFormat, draw_prompts, without_repeats
+from onnx_export.training.prompts import ChatFormat, check_yield, draw_prompts, without_repeats
 
 TEMPERATURES: Final = (0.0, 0.0, 0.7)  # shards take turns: mostly what devices will say, some variety
 FORMAT: Final = 1
@@ -31,7 +31,8 @@ FORMAT: Final = 1
 class CorpusConfig:
     """What the text is made of; the same values give the same shards on the same machine.
 
-    `source`: a checkpoint's folder or hub name. `batch` conversations make a shard.
+    `source`: a checkpoint's folder or hub name. `batch` conversations make a shard. `layers`, whose hidden states are
+    kept, have no part in what is said: a shard that lacks one is made again with it.
     """
 
     source: str
@@ -50,6 +51,12 @@ class Task:
     seed: int
     temperature: float = 0.0
     prompts: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the shard is there, with all layers."""
+        return self.path.exists() and set(self.layers) <= stored_layers(self.path)
 
 
 class Maker:
@@ -79,7 +86,7 @@ class Maker:
         answers = answer(
             self.model,
             [before + ids + after for ids in words],
-            self.config.layers,
+            task.layers,
             self.ends,
             self.config.max_new_tokens,
             task.temperature,
@@ -98,7 +105,8 @@ class Corpus:
     def __init__(self, folder: Path, config: CorpusConfig, given: Sequence[str], fingerprint: str) -> None:
         """The shards are in a subfolder of `folder`; `given`: prompts from files; `fingerprint`: the model's."""
         self.config = config
-        made_of = asdict(config) | {"given": list(given), "fingerprint": fingerprint, "format": FORMAT, "source": None}
+        made_of = asdict(config) | {"given": list(given), "fingerprint": fingerprint, "format": FORMAT}
+        del made_of["source"], made_of["layers"]
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = folder / key
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +152,8 @@ class Corpus:
         prompts = self._given[number // 3] if given else self._own[number - min((number + 1) // 3, len(self._given))]
         temperature = TEMPERATURES[number // 3 % len(TEMPERATURES)]
         path = self.folder / f"answers-{number:05}.safetensors"
-        return Task(path, shard_seed(self.config.seed, number), temperature, prompts)
+        layers = tuple(sorted({*self.config.layers, *stored_layers(path)}))
+        return Task(path, shard_seed(self.config.seed, number), temperature, prompts, layers)
 
     def _draw(self, makers: Makers) -> None:
         """Draws more prompts, or reads those that were drawn."""
@@ -158,8 +167,7 @@ class Corpus:
         drawn = [text for task in tasks for text in msgspec.json.decode(task.path.read_bytes(), type=list[str])]
         distinct, batch = without_repeats(drawn), self.config.batch
         self._own = [tuple(distinct[i : i + batch]) for i in range(0, len(distinct) - batch + 1, batch)]
-        if count * batch > 50 * (len(distinct) + batch):
-            raise ExportError("the model hardly puts a prompt into an empty user turn; is it a chat model?")
+        check_yield(2 * count * batch, len(distinct))
 
 
 def shard_seed(seed: int, number: int, drawing: bool = False) -> int:
@@ -210,7 +218,7 @@ class Makers:
 
     def make(self, tasks: Sequence[Task]) -> None:
         """Makes the shards that are missing."""
-        missing = [task for task in tasks if not task.path.exists()]
+        missing = [task for task in tasks if not task.is_done]
         if not missing:
             return
         if self._pool is None:
@@ -218,6 +226,14 @@ class Makers:
             self._pool = ProcessPoolExecutor(self.processes, context, start_maker, (self._config,))
         for future in [self._pool.submit(run_task, task) for task in missing]:
             future.result()
+
+
+def stored_layers(path: Path) -> set[int]:
+    """Layers whose hidden states a shard holds; none for prompts, or when there is no such file."""
+    if not path.exists() or path.suffix != ".safetensors":
+        return set()
+    with safe_open(path, framework="pt") as file:
+        return {int(key.removeprefix("hidden.")) for key in file.keys() if key.startswith("hidden.")}  # noqa: SIM118
 
 
 def count_tokens(path: Path) -> int:

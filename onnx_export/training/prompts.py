@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from onnx_export.training.generation import complete
 MARK: Final = "\N{REPLACEMENT CHARACTER}"  # stands for the user's words while the chat template is taken apart
 DRAW_TEMPERATURE: Final = 0.9
 LONGEST_DRAWN: Final = 48  # tokens
+MIN_YIELD: Final = 0.01
 FEWEST_WORDS: Final = 3
 LEAST_VARIETY: Final = 0.5  # distinct words per word
 
@@ -44,6 +46,34 @@ def draw_prompts(model: Any, tokenizer: Any, chat: ChatFormat, count: int, gener
     drawn = complete(model, [chat.before] * count, [chat.after[0]], LONGEST_DRAWN, DRAW_TEMPERATURE, generator)
     texts = (tokenizer.decode(ids).strip() for ids in drawn if len(ids) < LONGEST_DRAWN)  # else it was cut off
     return [text for text in texts if is_prompt(text)]
+
+
+def draw_many(
+    model: Any, tokenizer: Any, count: int, seed: int, batch: int, progress: Callable[[int], None]
+) -> list[str]:
+    """`count` different prompts; `progress` hears how many there are.
+
+    Raises:
+        ExportError: the model hardly puts a prompt into an empty user turn.
+    """
+    chat, generator = ChatFormat.of(tokenizer), torch.Generator().manual_seed(seed)
+    drawn: list[str] = []
+    for tries in itertools.count(1):
+        drawn = without_repeats(drawn + draw_prompts(model, tokenizer, chat, batch, generator))
+        progress(min(count, len(drawn)))
+        if len(drawn) >= count:
+            return drawn[:count]
+        check_yield(tries * batch, len(drawn))
+    raise AssertionError
+
+
+def check_yield(tried: int, drawn: int) -> None:
+    """Raises ExportError when next to nothing that was drawn is a prompt."""
+    if tried > 1000 and drawn < MIN_YIELD * tried:
+        raise ExportError(
+            f"{drawn} of {tried} texts that the model put into an empty user turn are prompts; is it a chat model? "
+            "Give prompts in files"
+        )
 
 
 def is_prompt(text: str) -> bool:

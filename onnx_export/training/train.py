@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fleet.errors import ConfigError
 from fleet.exits.records import Records
@@ -23,6 +23,7 @@ from onnx_export.heads import ExitHead, HeadKind, HeadsFile, fingerprint, new_he
 from onnx_export.training.corpus import Corpus, CorpusConfig, Makers, load_answers
 from onnx_export.training.fitting import FitConfig, fit, fit_ridge, judge
 from onnx_export.training.generation import Answers, concatenate
+from onnx_export.training.prompts import draw_many
 
 HELD_OUT: Final = 20  # every n-th conversation is not trained on
 Progress = Callable[[str, int, int], None]
@@ -88,6 +89,18 @@ def hear(heads: Mapping[int, ExitHead], model: Any, answers: Answers, conversati
     confidence, agrees = (torch.stack(columns, 1).numpy() for columns in zip(*said, strict=True))
     answer = torch.repeat_interleave(conversations, counts).numpy()
     return Records(tuple(sorted(heads)), answer, confidence.astype("float64").clip(0, 1), agrees)
+
+
+def draw(name: str, count: int, seed: int, batch: int, progress: Callable[[int], None] = lambda _: None) -> list[str]:
+    """Different prompts that a model puts into an empty user turn; `progress` hears how many there are.
+
+    Raises:
+        ExportError: the model cannot be exported, or puts no prompts there.
+    """
+    source = resolve_model(name)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
+    check_model(model.config)
+    return draw_many(model, AutoTokenizer.from_pretrained(source), count, seed, batch, progress)
 
 
 def generate(config: TrainConfig, source: str, model: Any, given: list[str], progress: Progress) -> Answers:

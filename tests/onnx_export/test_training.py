@@ -19,7 +19,14 @@ from fleet.errors import ConfigError, ExportError
 from onnx_export.heads import HeadKind, load_heads, new_head
 from onnx_export.training.fitting import Candidates, FitConfig, Runner, fit, fit_ridge, judge, loss_of
 from onnx_export.training.generation import Answers, answer, complete, concatenate
-from onnx_export.training.prompts import ChatFormat, draw_prompts, is_prompt, without_repeats
+from onnx_export.training.prompts import (
+    ChatFormat,
+    check_yield,
+    draw_many,
+    draw_prompts,
+    is_prompt,
+    without_repeats,
+)
 from onnx_export.training.train import TrainConfig, train_heads
 
 EXITS = (1, 3)
@@ -90,6 +97,17 @@ def test_prompts_are_drawn_after_the_template_and_filtered(model: Any, tiny_chec
     assert not is_prompt("again and again and again and again and again")
     assert not is_prompt("Too short.")
     assert without_repeats(["What is this?", "what is  THIS", "Another one"]) == ["What is this?", "Another one"]
+
+
+def test_drawn_prompts_are_different_and_come_again_with_their_seed(model: Any, tiny_checkpoint: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    counts: list[int] = []
+    drawn = draw_many(model, tokenizer, 10, 5, 32, counts.append)
+    assert len(set(drawn)) == 10 == counts[-1]
+    assert draw_many(model, tokenizer, 10, 5, 32, counts.append) == drawn
+    assert draw_many(model, tokenizer, 10, 6, 32, counts.append) != drawn
+    with pytest.raises(ExportError, match="is it a chat model"):
+        check_yield(2000, 3)
 
 
 def test_a_softmax_over_candidates_stands_for_the_whole_vocabulary() -> None:
@@ -187,17 +205,31 @@ def test_interrupted_training_goes_on_and_gives_the_same_heads(tmp_path: Path, t
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_other_exits_and_kinds_learn_from_the_same_answers(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    config = tiny_config(tmp_path, tiny_checkpoint, tokens=300, exits=(1,), processes=1)
+    train_heads(config)
+    (first,) = tmp_path.rglob("answers-00000.safetensors")
+    before = load_file(first)
+    train_heads(tiny_config(tmp_path, tiny_checkpoint, tokens=300, exits=(3,), processes=1))
+    after = load_file(first)
+    assert after.keys() - before.keys() == {"hidden.3"}
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    made = first.stat().st_mtime_ns
+    train_heads(tiny_config(tmp_path, tiny_checkpoint, tokens=300, exits=(1, 3), processes=1, kind="block"))
+    assert first.stat().st_mtime_ns == made
+
+
 def test_heads_say_how_they_were_made(tmp_path: Path, tiny_checkpoint: Path, model: Any) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"one two three {i}\n" for i in range(20)))
     config = tiny_config(tmp_path, tiny_checkpoint, prompts=(prompts,), kind="mlp", tokens=100, processes=1)
-    scores = train_heads(config)
+    records = train_heads(config)
     file = load_heads(config.out, (1, 2), model)
     assert file.kind == "mlp"
     assert file.made_by["seed"] == "0"
     assert len(file.made_by["sha256 of prompts.txt"]) == 64
-    assert set(scores) == {1, 2}
-    assert all(0 <= score.agreement <= 1 and len(score.confidence) == len(score.agrees) for score in scores.values())
+    assert records.exits == (1, 2)
+    assert len(records) > 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""What the default model's exits are worth, for the shipped configuration and others.
+
+    python -m benchmarks.exits --prompts FILE.jsonl [--exits 8,15]... [--plot docs/exits.svg] [--json]
+
+Each configuration is exported with the shipped heads, then every exit is asked at every position of the full model's
+own greedy answers, as deployed. Printed: agreement by exit, the offload rate at overall agreement 0.98, 0.95 and 0.90
+with the best thresholds for these prompts, and what the bundle's own thresholds give on them. Prompts should be ones
+that neither training nor calibration saw.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fleet.cli.heads import evaluation, print_exits, print_targets, recorded
+from fleet.exits.plot import plot_curves
+from fleet.exits.thresholds import Point, frontier, measure
+from fleet.manifest import Bundle
+from onnx_export.bundle import export_bundle
+from onnx_export.checkpoint import cache_folder
+from onnx_export.config import ExportConfig, show
+from onnx_export.default import EXITS, build_key, default_bundle
+
+
+def bundle_with(exits: tuple[int, ...], console: Console) -> Bundle:
+    """The default model with some exits, exported once."""
+    if exits == EXITS:
+        return Bundle.load(default_bundle(console.print))
+    folder = cache_folder() / "bundles" / f"exits-{show(exits)}-{build_key()}"
+    if not folder.exists():
+        export_bundle(ExportConfig(folder, exits), console.print)
+    return Bundle.load(folder)
+
+
+def run(
+    prompts: Annotated[list[Path], typer.Option(help="File of prompts; can be repeated.")],
+    exits: Annotated[list[str] | None, typer.Option(help="Configurations beside the shipped one.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    limit: Annotated[int | None, typer.Option(help="Only the first prompts.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curves into this SVG file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Measure the exits of one or more configurations on the same prompts."""
+    errors, console = Console(stderr=True), Console()
+    configurations = [EXITS, *(tuple(map(int, text.split(","))) for text in exits or ["8,15"])]
+    results: dict[str, Any] = {}
+    curves: dict[str, list[Point]] = {}
+    marks: dict[str, Point] = {}
+    for layers in dict.fromkeys(configurations):
+        bundle = bundle_with(layers, errors)
+        records = recorded(bundle, prompts, max_new_tokens, None, limit)
+        name = f"exits {show(layers)}" if len(layers) > 1 else f"exit {show(layers)}"
+        results[show(layers)] = evaluation(records, bundle.manifest.thresholds)
+        curves[name] = frontier(records)
+        if bundle.manifest.calibration is not None:
+            marks[f"{show(layers)}, calibrated"] = measure(records, bundle.manifest.thresholds)
+        if not as_json:
+            console.rule(f"{name}{' (shipped)' if layers == EXITS else ''}")
+            print_exits(console, results[show(layers)])
+            print_targets(console, records, bundle.manifest.thresholds)
+    if plot is not None:
+        plot.write_text(plot_curves("offload of SmolLM2-135M-Instruct", curves, marks))
+    if as_json:
+        print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    typer.run(run)

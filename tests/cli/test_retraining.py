@@ -1,0 +1,59 @@
+"""The commands of docs/retraining.md, in order, on the tiny model."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from fleet.manifest import Bundle
+from onnx_export.heads import load_heads
+
+PAGE = Path(__file__).parents[2] / "docs/retraining.md"
+WORDS = ("red", "green", "blue", "one", "two", "three", "sun", "moon", "sea", "tree", "bird", "stone")
+
+
+def prompts(first: int, count: int) -> str:
+    """Lines of words, all different."""
+    lines = []
+    for i in range(first, first + count):
+        lines.append(" ".join(WORDS[i // len(WORDS) ** place % len(WORDS)] for place in range(3)) + f" {i}")
+    return "\n".join(lines) + "\n"
+
+
+def test_every_command_of_the_page_runs_on_the_tiny_model(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    blocks = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 7
+    (tmp_path / "training.txt").write_text(prompts(0, 40))
+    (tmp_path / "calibration.txt").write_text(prompts(100, 60))
+    (tmp_path / "test.txt").write_text(prompts(200, 4))
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "MODEL": str(tiny_checkpoint),
+        "EXITS": "1,3",
+        "TOKENS": "4000",
+        "PROFILE_TOKENS": "2000",
+        "TARGET": "0.8",
+    }
+    result = subprocess.run(
+        ["bash", "-euxc", "".join(blocks)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500,
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:] + result.stdout[-2000:]
+    bundle = Bundle.load(tmp_path / "bundle")
+    assert bundle.manifest.calibration is not None
+    assert bundle.manifest.calibration.num_answers == 60
+    kept = msgspec.json.decode((tmp_path / "calibration.json").read_bytes())
+    assert tuple(kept["thresholds"]) == bundle.manifest.thresholds
+    assert (tmp_path / "curve.svg").read_text().startswith("<svg")
+    assert (tmp_path / "profile.svg").read_text().startswith("<svg")
+    assert "exit:" in result.stdout or "cloud" in result.stdout
+    from transformers import AutoModelForCausalLM
+
+    heads = load_heads(tmp_path / "heads.safetensors", (1, 3), AutoModelForCausalLM.from_pretrained(tiny_checkpoint))
+    assert heads.kind == bundle.manifest.exit_head == "linear"

@@ -1,0 +1,151 @@
+"""A calibrated bundle keeps its promise on prompts that neither training nor calibration saw; devices use it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fleet.calibrated import keep_calibration, read_calibration, write_calibrated
+from fleet.cli.record import record
+from fleet.errors import ConfigError
+from fleet.exits.calibration import answer_losses, calibrate
+from fleet.exits.records import Records
+from fleet.exits.thresholds import OFF, measure
+from fleet.manifest import Bundle
+from onnx_export.bundle import export_bundle
+from onnx_export.config import ExportConfig
+from onnx_export.training.train import TrainConfig, train_heads
+
+EXITS = (1, 3)
+TARGET = 0.9
+
+
+def prompts(first: int, count: int) -> list[str]:
+    """Prompts of a few numbers, all different."""
+    return [f"{i * 7919 % 10_007} {i * 104_729 % 9973} {i}" for i in range(first, first + count)]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny model with heads that were trained on what it draws and says."""
+    folder = tmp_path_factory.mktemp("trained")
+    heads = folder / "heads.safetensors"
+    train_heads(
+        TrainConfig(EXITS, heads, folder / "cache", str(tiny_checkpoint), tokens=4000, max_new_tokens=24, batch=96)
+    )
+    export_bundle(ExportConfig(folder / "bundle", EXITS, str(tiny_checkpoint), heads, quantization="fp32"))
+    return Bundle.load(folder / "bundle")
+
+
+@pytest.fixture(scope="module")
+def seen(trained: Bundle) -> Records:
+    """What the exits say on the prompts of the calibration."""
+    return record(trained, prompts(0, 250), 16, 1)
+
+
+def test_the_promise_holds_on_fresh_prompts(trained: Bundle, seen: Records) -> None:
+    thresholds, calibration = calibrate(seen, TARGET, 0.9)
+    fresh = record(trained, prompts(1000, 250), 16, 1)
+    assert 1 - answer_losses(fresh, thresholds).mean() >= TARGET
+    assert measure(fresh, thresholds).offload_rate < 1.0
+    assert calibration.num_answers == 250
+    assert calibration.num_tokens == len(seen)
+
+
+def test_a_recording_is_what_the_parts_say_one_by_one(trained: Bundle, seen: Records) -> None:
+    again = record(trained, prompts(0, 3), 16, 1)
+    some = seen.select(np.arange(3))
+    np.testing.assert_array_equal(again.agrees, some.agrees)
+    np.testing.assert_allclose(again.confidence, some.confidence, atol=1e-5)
+
+
+def test_a_calibrated_copy_shares_files_and_has_an_id_of_its_own(
+    trained: Bundle, seen: Records, tmp_path: Path
+) -> None:
+    thresholds, calibration = calibrate(seen, TARGET, 0.9)
+    manifest = write_calibrated(trained, thresholds, calibration, tmp_path / "copy")
+    copy = Bundle.load(tmp_path / "copy")
+    assert copy.manifest == manifest
+    assert copy.manifest.bundle_id != trained.manifest.bundle_id
+    assert Bundle.load(trained.folder).manifest == trained.manifest
+    with pytest.raises(ConfigError, match="is not an empty folder"):
+        write_calibrated(trained, thresholds, calibration, tmp_path / "copy")
+    keep_calibration(manifest, tmp_path / "kept.json")
+    kept = read_calibration(tmp_path / "kept.json")
+    assert kept.thresholds == thresholds
+    assert kept.fits(EXITS, "fp32", trained.manifest.heads_sha256)
+    assert not kept.fits((1, 2), "fp32", trained.manifest.heads_sha256)
+    assert not kept.fits(EXITS, "int8", trained.manifest.heads_sha256)
+
+
+def test_a_kept_calibration_is_for_its_own_heads_only(
+    trained: Bundle, seen: Records, tiny_checkpoint: Path, tiny_heads: Path, tmp_path: Path
+) -> None:
+    manifest = write_calibrated(trained, *calibrate(seen, TARGET, 0.9), tmp_path / "copy")
+    keep_calibration(manifest, tmp_path / "kept.json")
+    config = ExportConfig(
+        tmp_path / "other", EXITS, str(tiny_checkpoint), tiny_heads, quantization="fp32",
+        calibration=tmp_path / "kept.json",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="calibrate the new bundle"):
+        export_bundle(config)
+    assert not (tmp_path / "other").exists()
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fleet.cli", "heads", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_evaluate_prints_what_scripts_read(trained: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts(50, 5)))
+    files = "--bundle", str(trained.folder), "--prompts", str(tmp_path / "prompts.jsonl")
+    kept = "--records", str(tmp_path / "records.npz")
+    result = run("evaluate", *files, *kept, "--max-new-tokens", "8", "--json")
+    assert result.returncode == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout)
+    assert set(found) == {"tokens", "exits", "curve", "at", "deployed"}
+    assert set(found["exits"]) == {"1", "3"}
+    assert set(found["exits"]["1"]) == {"agreement", "ece"}
+    assert set(found["at"]) == {"0.98", "0.95", "0.90"}
+    assert all(set(point) == {"agreement", "offload_rate", "thresholds"} for point in found["curve"])
+    again = run("evaluate", "--bundle", str(trained.folder), *kept, "--json")
+    assert json.loads(again.stdout) == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("evaluate",), ("no prompts", "--prompts FILE")),
+        (("evaluate", "--prompts", "/no/such/file"), ("cannot read prompts", "/no/such/file")),
+        (("calibrate", "--prompts", "FEW"), ("2 answers are too few", "are needed")),
+        (("calibrate", "--prompts", "FEW", "--target-agreement", "1.5"), ("target agreement 1.5",)),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    trained: Bundle, tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    few = tmp_path / "few.txt"
+    few.write_text("one two three\nfour five six\n")
+    before = (trained.folder / "manifest.json").read_bytes()
+    given = [str(few) if argument == "FEW" else argument for argument in arguments]
+    result = run(*given, "--bundle", str(trained.folder), "--max-new-tokens", "4")
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    assert all(word in result.stderr.replace("\n", " ") for word in words), result.stderr
+    assert (trained.folder / "manifest.json").read_bytes() == before
+
+
+def test_thresholds_that_are_off_leave_every_token_to_the_cloud(seen: Records) -> None:
+    assert measure(seen, (OFF, OFF)).offload_rate == 1.0
