@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 import onnxruntime as ort
 
 from edge_agent.partition import Candidates, Float32, Int64, Partition
+
+PAST: Final = "past."
+PRESENT: Final = "present."
 
 
 class Cascade:
@@ -25,8 +29,8 @@ class Cascade:
         self._partition = partition
         self._token_ids = np.zeros((1, capacity), np.int64)
         self._runs = [
-            _BlockRun(session, capacity, model.hidden_size, model.num_key_value_heads, model.head_dim, end - start)
-            for session, (start, end) in zip(partition.blocks, partition.manifest.blocks, strict=True)
+            _BlockRun(session, capacity, model.hidden_size, model.num_key_value_heads, model.head_dim)
+            for session in partition.blocks
         ]
 
     def append(self, token_ids: Sequence[int]) -> None:
@@ -56,7 +60,10 @@ class Cascade:
         return run.hidden_states[start : run.filled]
 
     def caches(self, block: int) -> list[Float32]:
-        """Keys and values [kv_heads, filled, head_dim] float32 of the block's layers, in order; views."""
+        """Keys and values [kv_heads, filled, head_dim] float32 of the block's layers, in order; views.
+
+        The last pair is the exit head's where that has a layer of its own.
+        """
         run = self._runs[block]
         return [buffer[0, :, : run.filled] for buffer in run.buffers]
 
@@ -64,24 +71,22 @@ class Cascade:
 class _BlockRun:
     """One block's buffers for one sequence, bound once; the caches are written in place."""
 
-    def __init__(
-        self, session: ort.InferenceSession, capacity: int, hidden: int, kv_heads: int, head_dim: int, num_layers: int
-    ) -> None:
+    def __init__(self, session: ort.InferenceSession, capacity: int, hidden: int, kv_heads: int, head_dim: int) -> None:
+        pasts = [value.name for value in session.get_inputs() if value.name.startswith(PAST)]
         self.filled = 0
         self.hidden_states = np.empty((capacity, hidden), np.float32)
-        self.buffers = [np.zeros((1, kv_heads, capacity, head_dim), np.float32) for _ in range(2 * num_layers)]
+        self.buffers = [np.zeros((1, kv_heads, capacity, head_dim), np.float32) for _ in pasts]
         self._session = session
         self._binding = session.io_binding()
         self._exit_hidden = np.empty((1, hidden), np.float32)
         self._seqlens_k = np.zeros(1, np.int32)
         self._total_length = np.zeros((), np.int32)
         self._values = []  # OrtValues borrow the arrays: both must live as long as the binding
-        names = [f"{i}.{part}" for i in range(num_layers) for part in ("key", "value")]
-        for name, buffer in zip(names, self.buffers, strict=True):
+        for past, buffer in zip(pasts, self.buffers, strict=True):
             value = ort.OrtValue.ortvalue_from_numpy(buffer)
             self._values.append(value)
-            self._binding.bind_ortvalue_input(f"past.{name}", value)
-            self._binding.bind_ortvalue_output(f"present.{name}", value)
+            self._binding.bind_ortvalue_input(past, value)
+            self._binding.bind_ortvalue_output(past.replace(PAST, PRESENT, 1), value)
         self._bind_output("exit_hidden", self._exit_hidden)
 
     def _bind_output(self, name: str, array: Float32) -> None:

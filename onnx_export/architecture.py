@@ -11,12 +11,21 @@ from onnx_export.config import check_order, show
 SUPPORTED_MODEL_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3")
 SUPPORTED_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")  # their angles depend on the position alone
 
+HEAD_DIM_MULTIPLE: Final = 16
+"""What ONNX Runtime's attention takes when it rotates by itself."""
+
 
 def check_model(config: Any) -> None:
     """Raises ExportError in one line when a transformers configuration is of no model that can be exported."""
     if config.model_type not in SUPPORTED_MODEL_TYPES:
         raise ExportError(
             f"model type {config.model_type!r} cannot be exported: expected one of {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    if getattr(config, "quantization_config", None):
+        method = dict(config.quantization_config).get("quant_method", "unknown method")
+        raise ExportError(
+            f"a quantised checkpoint ({method}) cannot be exported: expected full weights; "
+            "give the model that it was made from, the export quantises it with --quantization"
         )
     rope = getattr(config, "rope_scaling", None) or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -31,6 +40,11 @@ def check_model(config: Any) -> None:
         raise ExportError(
             f"sliding-window attention (window {config.sliding_window}) cannot be exported; choose a model without it"
         )
+    if head_dim(config) % HEAD_DIM_MULTIPLE:
+        raise ExportError(
+            f"attention heads of {head_dim(config)} dimensions cannot be exported: "
+            f"expected a multiple of {HEAD_DIM_MULTIPLE}, which ONNX Runtime's attention needs"
+        )
 
 
 def uses_sliding_window(config: Any) -> bool:
@@ -39,6 +53,11 @@ def uses_sliding_window(config: Any) -> bool:
         return False
     layer_types = getattr(config, "layer_types", None)
     return layer_types is None or "sliding_attention" in layer_types
+
+
+def head_dim(config: Any) -> int:
+    """Dimensions of one attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def check_exits(exits: tuple[int, ...], num_layers: int) -> None:
@@ -53,9 +72,8 @@ def check_exits(exits: tuple[int, ...], num_layers: int) -> None:
 
 def lm_head_layers(config: Any) -> float:
     """Weights of the LM head over those of one layer, from a transformers configuration."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    attention = 2 * hidden * head_dim * (heads + config.num_key_value_heads)
+    hidden = config.hidden_size
+    attention = 2 * hidden * head_dim(config) * (config.num_attention_heads + config.num_key_value_heads)
     return float(config.vocab_size * hidden / (attention + 3 * hidden * config.intermediate_size))
 
 
@@ -73,7 +91,7 @@ def model_info(name: str, model: Any, max_positions: int) -> ModelInfo:
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_dim=head_dim(config),
         vocab_size=config.vocab_size,
         max_positions=min(max_positions, config.max_position_embeddings),
         eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else (eos,),

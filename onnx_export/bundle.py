@@ -19,7 +19,7 @@ from fleet.manifest import SCHEMA_VERSION, FileEntry, Manifest, hash_file, write
 from onnx_export import parity
 from onnx_export.architecture import check_exits, check_model, model_info
 from onnx_export.assembly import Assembly
-from onnx_export.checkpoint import DEFAULT_NAME, resolve_model
+from onnx_export.checkpoint import DEFAULT_NAME, load_pretrained, resolve_model
 from onnx_export.cloud import write_cloud
 from onnx_export.config import DEFAULT_MODEL, DEFAULT_THRESHOLD, SHARED_HEAD, ExportConfig, require_packages, show
 from onnx_export.heads import SHIPPED_HEADS, HeadsFile, fingerprint, heads_digest, load_heads, shared_heads
@@ -77,7 +77,7 @@ def build(config: ExportConfig, folder: Path, progress: Progress, report: Report
     parity.check(figures, limits)
     progress(f"writing layers [{config.upload}, {info.num_layers}) for the cloud")
     write_cloud(model, config.upload, folder / "cloud")
-    write_tokenizer(tokenizer, config.model, folder / "tokenizer")
+    write_tokenizer(tokenizer, folder / "tokenizer")
     digest = heads_digest(heads.heads)
     thresholds, calibration = choose_thresholds(config, digest)
     manifest = Manifest(
@@ -130,18 +130,35 @@ def load_model(config: ExportConfig, progress: Progress) -> tuple[Any, Any]:
     progress(f"loading {config.model}")
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():  # else the type is guessed from the path
         raise ExportError(f"cannot load model {config.model!r}: no config.json in it; expected a checkpoint's folder")
-    try:
-        description = AutoConfig.from_pretrained(source)
-        check_model(description)
-        check_exits(config.exits, description.num_hidden_layers)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    description = load_pretrained(AutoConfig, source, config.model)
+    check_model(description)
+    check_exits(config.exits, description.num_hidden_layers)
+    tokenizer = load_pretrained(AutoTokenizer, source, config.model)
+    check_tokenizer(tokenizer, config.model)
+    model, loaded = load_pretrained(
+        AutoModelForCausalLM,
+        source,
+        config.model,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+    )
+    if unused := sorted(loaded["unexpected_keys"]):
+        progress(f"{len(unused)} weights of the checkpoint have no place in the model, such as {unused[0]}: left out")
+    if missing := sorted(loaded["missing_keys"]):
         raise ExportError(
-            f"cannot load model {config.model!r}: {reason}; expected 'default', a hub name or a checkpoint's folder"
-        ) from error
+            f"model {config.model!r} lacks {len(missing)} of its weights, such as {missing[0]}; "
+            "expected a whole causal language model"
+        )
     return model.eval().requires_grad_(False), tokenizer
+
+
+def check_tokenizer(tokenizer: Any, name: str) -> None:
+    """Raises ExportError when a tokenizer has no fast form or no chat template, which devices need."""
+    if not tokenizer.is_fast:
+        raise ExportError(f"the tokenizer of {name} has no fast form (tokenizer.json), which devices need")
+    if not isinstance(tokenizer.chat_template, str):
+        raise ExportError(f"the tokenizer of {name} has no single chat template; devices need one")
 
 
 def read_heads(config: ExportConfig, model: Any, progress: Progress) -> HeadsFile:
@@ -176,16 +193,8 @@ def save_graph(graph: onnx.ModelProto, path: Path) -> None:
     onnx.save_model(graph, path, save_as_external_data=large, location=f"{path.name}.data" if large else None)
 
 
-def write_tokenizer(tokenizer: Any, name: str, folder: Path) -> None:
-    """What a device needs to speak text: ``tokenizer.json``, the chat template and the two special tokens in it.
-
-    Raises:
-        ExportError: the tokenizer has no fast form or no chat template.
-    """
-    if not tokenizer.is_fast:
-        raise ExportError(f"the tokenizer of {name} has no fast form (tokenizer.json), which devices need")
-    if not isinstance(tokenizer.chat_template, str):
-        raise ExportError(f"the tokenizer of {name} has no single chat template; devices need one")
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """What a device needs to speak text: ``tokenizer.json``, the chat template and the two special tokens in it."""
     folder.mkdir()
     (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
     (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")

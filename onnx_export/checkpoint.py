@@ -52,12 +52,26 @@ def model_config(name_or_path: str) -> Any:
 
     from onnx_export.architecture import check_model
 
-    try:
-        config = AutoConfig.from_pretrained(resolve_model(name_or_path))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"cannot read the configuration of {name_or_path!r}: {str(error).splitlines()[0]}") from None
+    config = load_pretrained(AutoConfig, resolve_model(name_or_path), name_or_path)
     check_model(config)
     return config
+
+
+def load_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
+    """What the transformers class `kind` loads from `source`, the model that the user calls `name`; no code of others.
+
+    Raises:
+        ExportError: it cannot be loaded.
+    """
+    try:
+        with quiet("transformers.modeling_utils", "transformers.integrations.tensor_parallel"):  # callers say more
+            return kind.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:  # transformers' errors have no common type of their own
+        reason = " ".join(str(error).split()).split(". ")[0].removesuffix(".")
+        raise ExportError(
+            f"cannot load model {name!r} with {kind.__name__}: {reason}; "
+            "expected 'default', a hub name or a checkpoint's folder"
+        ) from error
 
 
 def default_checkpoint(progress: Callable[[str], None]) -> Path:
@@ -119,11 +133,19 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 @contextmanager
 def quiet_reader() -> Iterator[None]:
     """Holds back the GGUF reader's own progress bar and its note on tokenizers, which it says itself to ignore."""
-    logger = logging.getLogger("transformers.models.llama.tokenization_llama_fast")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    with quiet("transformers.models.llama.tokenization_llama_fast"), redirect_stderr(io.StringIO()):
+        yield
+
+
+@contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """While it lasts, the loggers of these names give errors alone."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        with redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

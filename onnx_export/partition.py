@@ -8,7 +8,6 @@ becomes the identity; RMS norms become ``SimplifiedLayerNormalization``, on a co
 from __future__ import annotations
 
 import copy
-import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fleet.errors import ExportError
 from fleet.manifest import ModelInfo
+from onnx_export.checkpoint import quiet
 from onnx_export.heads import ExitHead, RmsNorm
 
 ATTENTION = "onnx_group_query"
@@ -107,6 +107,9 @@ def rotary_tables(model: Any, max_positions: int) -> tuple[Tensor, Tensor]:
 class Block(nn.Module):
     """Layers [start, stop), with the embedding in front of the first block and the exit head at the end.
 
+    A head's own layer, if it has one, runs over all positions with the last of the caches; `hidden_states` are what
+    goes into it.
+
     forward: input (int64 [1, s] for the first block, else float32 [1, s, hidden]), seqlens_k int32 [1],
     total_length int32 scalar, past keys and values float32 [1, kv_heads, capacity, head_dim] ->
     hidden_states [1, s, hidden], exit_hidden [1, hidden] of the last position, and the present keys and values.
@@ -124,7 +127,7 @@ class Block(nn.Module):
         fuse_norms(self)
         config = copy.deepcopy(model.config)
         config._attn_implementation = ATTENTION
-        for layer in self.layers:
+        for layer in (*self.layers, *own_layers(self.head)):
             layer.self_attn.config = config
         if start == 0:
             self.register_buffer("embedding", model.model.embed_tokens.weight.detach().to(embedding))
@@ -135,9 +138,18 @@ class Block(nn.Module):
     def forward(self, x: Tensor, seqlens_k: Tensor, total_length: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         cache = CacheInputs(self.start, past, seqlens_k, total_length, self.cos, self.sin)
         hidden = nn.functional.embedding(x, self.embedding).float() if self.start == 0 else x
+        given: dict[str, Any] = {"attention_mask": None, "position_embeddings": (None, None), "cache": cache}
         for layer in self.layers:
-            hidden = layer(hidden, attention_mask=None, position_embeddings=(None, None), cache=cache)
-        return hidden, self.head(hidden[:, -1]), *cache.present
+            hidden = layer(hidden, **given)
+        said = hidden
+        for layer in own_layers(self.head):
+            said = layer(said, **given)
+        return hidden, self.head(said[:, -1]), *cache.present
+
+
+def own_layers(head: ExitHead) -> list[nn.Module]:
+    """The head's own decoder layer, if it has one."""
+    return [] if head.layer is None else [head.layer]
 
 
 class LmHead(nn.Module):
@@ -173,18 +185,10 @@ def fused_tracing(model: Any) -> Iterator[None]:
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
     """Holds back what torch's exporter says of its own insides, warnings by their exact words."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-            warnings.filterwarnings("ignore", r"# The axis name: capacity will not be used", UserWarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with quiet("torch.onnx", "onnxscript", "onnx_ir"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", r"# The axis name: capacity will not be used", UserWarning)
+        yield
 
 
 def export_block(
@@ -192,13 +196,13 @@ def export_block(
 ) -> onnx.ModelProto:
     """Layers [start, stop) of `layers` as a graph; the embedding is stored as `embedding` and computed in float32."""
     start, stop = layers
-    chunk, count = TRACED_CHUNK, 2 * (stop - start)
+    chunk, num_caches = TRACED_CHUNK, stop - start + len(own_layers(head))
     x = torch.zeros(1, chunk, dtype=torch.int64) if start == 0 else torch.zeros(1, chunk, info.hidden_size)
-    past = [torch.zeros(1, info.num_key_value_heads, TRACED_CAPACITY, info.head_dim) for _ in range(count)]
+    past = [torch.zeros(1, info.num_key_value_heads, TRACED_CAPACITY, info.head_dim) for _ in range(2 * num_caches)]
     lengths = torch.tensor([chunk - 1], dtype=torch.int32), torch.tensor(chunk, dtype=torch.int32)
     sequence = torch.export.Dim("sequence", min=1, max=info.max_positions)
     capacity = torch.export.Dim("capacity", min=1, max=info.max_positions)
-    caches = [f"{i}.{part}" for i in range(stop - start) for part in ("key", "value")]
+    caches = [f"{i}.{part}" for i in range(num_caches) for part in ("key", "value")]
     with fused_tracing(model):
         return trace(
             Block(model, start, stop, head, info, embedding),

@@ -12,6 +12,7 @@ from fleet.manifest import Bundle
 from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig, Quantization
 from onnx_export.default import default_bundle
+from onnx_export.heads import HeadKind
 from tests.tiny import make_tiny_checkpoint, make_tiny_heads
 
 MakeTinyBundle = Callable[..., Bundle]
@@ -33,7 +34,7 @@ def tiny_heads(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 def make_tiny_bundle(
     tiny_checkpoint: Path, tiny_heads: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> MakeTinyBundle:
-    """Makes bundles of the tiny model, each kind once: (exits, split, upload_layer, quantization) -> Bundle."""
+    """Makes bundles of the tiny model, each once: (exits, split, upload_layer, quantization, head) -> Bundle."""
 
     @cache
     def make(
@@ -41,14 +42,16 @@ def make_tiny_bundle(
         split: int | None = None,
         upload_layer: int | None = None,
         quantization: Quantization = "fp32",
+        kind: HeadKind = "linear",
     ) -> Bundle:
         out = tmp_path_factory.mktemp("bundle") / "tiny"
+        heads = tiny_heads if kind == "linear" else make_tiny_heads(out.with_name("heads"), tiny_checkpoint, kind=kind)
         export_bundle(
             ExportConfig(
                 out=out,
                 exits=exits,
                 model=str(tiny_checkpoint),
-                heads=tiny_heads,
+                heads=heads,
                 split_layer=split,
                 upload_layer=upload_layer,
                 quantization=quantization,

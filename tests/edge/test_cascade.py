@@ -7,14 +7,14 @@ import pytest
 
 from edge_agent.cascade import Cascade
 from edge_agent.partition import Partition
-from fleet.manifest import Bundle
+from tests.conftest import MakeTinyBundle
 
 TOKENS = [5, 9, 300, 17, 42, 42, 8, 250, 3, 77]
 
 
-@pytest.fixture(scope="module")
-def partition(tiny_bundle: Bundle) -> Partition:
-    return Partition(tiny_bundle, num_threads=1)
+@pytest.fixture(scope="module", params=["linear", "block"])
+def partition(request: pytest.FixtureRequest, make_tiny_bundle: MakeTinyBundle) -> Partition:
+    return Partition(make_tiny_bundle(kind=request.param), num_threads=1)
 
 
 def run_all(partition: Partition, chunks: list[list[int]]) -> Cascade:

@@ -55,33 +55,6 @@ def test_options_that_fit_no_model_are_refused_by_name(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("model_type", "overrides", "message"),
-    [
-        ("gpt2", {}, "model type 'gpt2' cannot be exported: expected one of llama, mistral, qwen2, qwen3"),
-        ("mistral", {"sliding_window": 32}, "sliding-window attention"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, "sliding-window"),
-        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic'"),
-        ("llama", {"partial_rotary_factor": 0.5}, "partial rotary"),
-    ],
-)
-def test_models_that_cannot_be_exported_are_refused_in_one_line(
-    model_type: str, overrides: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    checkpoint = make_tiny_checkpoint(tmp_path / "model", model_type=model_type, **overrides)
-    with pytest.raises(ExportError, match=message) as raised:
-        export(tmp_path / "bundle", checkpoint)
-    assert "\n" not in str(raised.value)
-    assert not (tmp_path / "bundle").exists()
-
-
-def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ExportError, match=r"cannot load model .*no config\.json in it") as raised:
-        export(tmp_path / "bundle", tmp_path / "empty")
-    assert "\n" not in str(raised.value)
-
-
 def test_heads_for_other_exits_or_another_model_are_refused(tmp_path: Path, tiny_checkpoint: Path) -> None:
     with pytest.raises(HeadsError, match=r"has heads for exits \[3\], not for 1"):
         export(tmp_path / "a", tiny_checkpoint, heads=make_tiny_heads(tmp_path / "three", tiny_checkpoint, exits=(3,)))
