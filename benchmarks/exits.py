@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from fleet.cli.heads import evaluation, print_exits, print_targets, recorded
+from fleet.command import check_writable
 from fleet.exits.plot import plot_curves
 from fleet.exits.thresholds import Point, frontier, measure
 from fleet.manifest import Bundle
@@ -46,6 +47,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Measure the exits of one or more configurations on the same prompts."""
+    check_writable(plot=plot)
     errors, console = Console(stderr=True), Console()
     configurations = [EXITS, *(tuple(map(int, text.split(","))) for text in exits or ["8,15"])]
     results: dict[str, Any] = {}
@@ -53,7 +55,7 @@ def run(
     marks: dict[str, Point] = {}
     for layers in dict.fromkeys(configurations):
         bundle = bundle_with(layers, errors)
-        records = recorded(bundle, prompts, max_new_tokens, None, limit)
+        records = recorded(bundle, prompts, max_new_tokens, None, limit).records
         name = f"exits {show(layers)}" if len(layers) > 1 else f"exit {show(layers)}"
         results[show(layers)] = evaluation(records, bundle.manifest.thresholds)
         curves[name] = frontier(records)

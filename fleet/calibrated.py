@@ -70,20 +70,34 @@ def write_calibrated(
     The bundle's id changes with them, so devices and workers must both get it; a signature is dropped.
 
     Raises:
-        ConfigError: `out` is in use.
+        ConfigError: `out` is in use, or there is no room.
     """
     manifest = msgspec.structs.replace(bundle.manifest, thresholds=thresholds, calibration=calibration)
-    if out is None:
-        write_manifest(bundle.folder, manifest)
-        (bundle.folder / SIGNATURE_FILE).unlink(missing_ok=True)
-        return manifest
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    check_free(out)
+    try:
+        if out is None:
+            write_manifest(bundle.folder, manifest)
+            (bundle.folder / SIGNATURE_FILE).unlink(missing_ok=True)
+        else:
+            copy_with(bundle.folder, manifest, out)
+    except (OSError, shutil.Error) as error:
+        raise ConfigError(f"cannot write the calibrated bundle {out or bundle.folder}: {error}; make room") from error
+    return manifest
+
+
+def check_free(out: Path | None) -> None:
+    """Raises ConfigError unless `out` is free or an empty folder."""
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder; remove it or choose another --out")
+
+
+def copy_with(folder: Path, manifest: Manifest, out: Path) -> None:
+    """A copy of a bundle with another manifest, whole or not at all."""
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         shutil.copytree(
-            bundle.folder,
+            folder,
             partial,
             copy_function=link_or_copy,
             ignore=shutil.ignore_patterns(MANIFEST_FILE, SIGNATURE_FILE),
@@ -94,7 +108,6 @@ def write_calibrated(
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return manifest
 
 
 def link_or_copy(source: str, target: str) -> None:

@@ -7,8 +7,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
-from fleet.errors import FleetError
+from fleet.errors import ConfigError, FleetError
 
 
 def stop_event() -> threading.Event:
@@ -27,3 +28,10 @@ def run_command(name: str, command: Callable[[], object]) -> None:
     except FleetError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def check_writable(**paths: Path | None) -> None:
+    """Raises ConfigError when one of the files, by option, has no folder to be in: before the work, not after it."""
+    for option, path in paths.items():
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise ConfigError(f"--{option} {path}: expected a file in a folder that exists")

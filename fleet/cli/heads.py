@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -14,14 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fleet.calibrated import keep_calibration, write_calibrated
+from fleet.calibrated import check_free, keep_calibration, write_calibrated
 from fleet.cli.training import draw, profile, train
+from fleet.command import check_writable
 from fleet.errors import ConfigError
 from fleet.exits.calibration import calibrate, expected_calibration_error, measured_on
 from fleet.exits.plot import plot_curves
-from fleet.exits.records import Records, load_records, save_records
+from fleet.exits.records import Recording, Records, load_recording, save_recording
 from fleet.exits.thresholds import Point, best_thresholds, frontier, measure
-from fleet.manifest import Bundle, hash_file
+from fleet.manifest import Bundle, Manifest, hash_file
 from fleet.prompt_file import read_prompts
 
 app = typer.Typer(no_args_is_help=True, help="Train, profile, evaluate and calibrate exits.", rich_markup_mode=None)
@@ -39,26 +41,57 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def recorded(
     bundle: Bundle, prompts: Sequence[Path], max_new_tokens: int, kept: Path | None, limit: int | None = None
-) -> Records:
-    """What every exit says along the full model's answers: out of the file `kept`, or recorded now."""
+) -> Recording:
+    """What every exit says along the full model's answers: out of the file `kept`, or recorded now.
+
+    Raises:
+        ConfigError: there are no prompts, or `kept` is of another bundle or other answers.
+    """
+    parts, hashes = parts_sha256(bundle.manifest), tuple(hash_prompts(path) for path in prompts)
+    texts = [text for path in prompts for text in read_prompts(path)][:limit]
     if kept is not None and kept.exists():
-        records = load_records(kept)
-        if records.exits != bundle.manifest.exits:
-            raise ConfigError(f"{kept} holds exits {records.exits}, the bundle has {bundle.manifest.exits}; remove it")
-        return records
+        recording = load_recording(kept)
+        if recording.parts_sha256 != parts:
+            raise ConfigError(f"{kept} was recorded with another bundle; remove it, or give another --records")
+        was = recording.prompts_sha256, recording.num_prompts, recording.max_new_tokens
+        if prompts and was != (hashes, len(texts), max_new_tokens):
+            raise ConfigError(
+                f"{kept} was recorded with other prompts or another --max-new-tokens ({recording.max_new_tokens}); "
+                "leave --prompts out to read it, remove it, or give another --records"
+            )
+        return recording
     if not prompts:
         raise ConfigError("no prompts: give --prompts FILE, or --records FILE with an earlier recording")
-    texts = [text for path in prompts for text in read_prompts(path)][:limit]
     from fleet.cli.record import record
 
+    console = Console(stderr=True)
     columns = TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task("answering", total=len(texts))
         threads = len(os.sched_getaffinity(0))
         records = record(bundle, texts, max_new_tokens, threads, lambda done: bar.update(task, completed=done))
+    if left_out := len(texts) - records.num_answers:
+        console.print(f"{left_out} of {len(texts)} prompts are too long for the model and were left out")
+    recording = Recording(records, parts, hashes, len(texts), max_new_tokens)
     if kept is not None:
-        save_records(records, kept)
-    return records
+        save_recording(recording, kept)
+    return recording
+
+
+def parts_sha256(manifest: Manifest) -> str:
+    """Of what decides what the exits and the full model say: all files, but not the thresholds."""
+    parts = manifest.exits, manifest.upload_layer, manifest.files
+    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+
+
+def hash_prompts(path: Path) -> str:
+    """SHA-256 of a file of prompts.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    read_prompts(path)
+    return hash_file(path)
 
 
 def open_bundle(folder: Path | None) -> Bundle:
@@ -112,8 +145,9 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure the exits of a bundle, as deployed, along the full model's own greedy answers."""
+    check_writable(records=records, plot=plot)
     opened = open_bundle(bundle)
-    found = recorded(opened, prompts or (), max_new_tokens, records, limit)
+    found = recorded(opened, prompts or (), max_new_tokens, records, limit).records
     thresholds = opened.manifest.thresholds
     result = evaluation(found, thresholds)
     if plot is not None:
@@ -164,11 +198,12 @@ def calibrate_command(
     as_json: JsonOption = False,
 ) -> None:
     """Choose a threshold for each exit that keeps a target agreement, and write them into the bundle."""
+    check_writable(records=records, write=write)
+    check_free(out)
     opened = open_bundle(bundle)
-    found = recorded(opened, prompts or (), max_new_tokens, records)
-    thresholds, calibration = calibrate(
-        found, target_agreement, confidence, [hash_file(path) for path in prompts or ()]
-    )
+    recording = recorded(opened, prompts or (), max_new_tokens, records)
+    found = recording.records
+    thresholds, calibration = calibrate(found, target_agreement, confidence, recording.prompts_sha256)
     manifest = write_calibrated(opened, thresholds, calibration, out)
     if write is not None:
         keep_calibration(manifest, write)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from fleet.manifest import Bundle
 from fleet.prompt import ChatMessage
 
 BATCH: Final = 32  # answers at once: the cloud half runs them as one ragged batch
-POOL_BYTES: Final = 1 << 40  # the leases of one batch are all that is out
+POOL_BYTES: Final = 1 << 40  # no more leases are out than a batch has
 
 
 class Answering:
@@ -24,6 +25,7 @@ class Answering:
         self.cascade, self.lease, self.number = cascade, lease, number
         self.waiting = list(prompt_ids)
         self.count = 0
+        self.finished = False
 
 
 def record(
@@ -55,30 +57,25 @@ def record(
     if not fitting:
         raise ConfigError(f"none of {len(prompts)} prompts leaves room for {max_new_tokens} tokens; give shorter ones")
     rows: list[tuple[int, list[float], list[bool]]] = []
-    for first in range(0, len(fitting), BATCH):
-        batch = [
-            Answering(
-                cascade_of(partition, len(ids) + max_new_tokens), pool.lease(len(ids) + max_new_tokens), ids, first + i
-            )
-            for i, ids in enumerate(fitting[first : first + BATCH])
-        ]
-        while batch:
-            said = [ask_exits(answer, block, len(manifest.exits)) for answer in batch]
-            logits = upper([chunk_of(a.lease, a.lease.length, a.cascade.num_tokens) for a in batch])
-            for answer, exits, token_id in zip(batch, said, logits.argmax(-1).tolist(), strict=True):
-                rows.append(
-                    (answer.number, [e.confidence for e in exits], [int(e.token_ids[0]) == token_id for e in exits])
-                )
-                answer.waiting = [token_id]
-                answer.count += 1
-            going = []
-            for answer in batch:
-                if answer.waiting[0] in manifest.model.eos_token_ids or answer.count == max_new_tokens:
-                    pool.release(answer.lease)
-                else:
-                    going.append(answer)
-            batch = going
-            progress(min(first + BATCH, len(fitting)) - len(batch))
+    queue = deque(enumerate(fitting))
+    batch: list[Answering] = []
+    while queue or batch:
+        while queue and len(batch) < BATCH:
+            number, prompt_ids = queue.popleft()
+            capacity = len(prompt_ids) + max_new_tokens
+            batch.append(Answering(cascade_of(partition, capacity), pool.lease(capacity), prompt_ids, number))
+        said = [ask_exits(answer, block, len(manifest.exits)) for answer in batch]
+        logits = upper([chunk_of(a.lease, a.lease.length, a.cascade.num_tokens) for a in batch])
+        for answer, exits, token_id in zip(batch, said, logits.argmax(-1).tolist(), strict=True):
+            equal = [int(candidates.token_ids[0]) == token_id for candidates in exits]
+            rows.append((answer.number, [candidates.confidence for candidates in exits], equal))
+            answer.waiting = [token_id]
+            answer.count += 1
+            if token_id in manifest.model.eos_token_ids or answer.count == max_new_tokens:
+                pool.release(answer.lease)
+                answer.finished = True
+        batch = [answer for answer in batch if not answer.finished]
+        progress(len(fitting) - len(queue) - len(batch))
     rows.sort(key=lambda row: row[0])
     numbers, confidence, agrees = zip(*rows, strict=True)
     return Records(manifest.exits, np.array(numbers), np.array(confidence, np.float64), np.array(agrees))

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from fleet.cli.lazy import load
+from fleet.command import check_writable
 from fleet.exits.plot import plot_curves
 from fleet.exits.profile import Choice, choose, pareto
 from fleet.exits.records import Records
@@ -82,6 +83,8 @@ def profile(
     layers: Annotated[str, typer.Option(help="Layers to look at, or 'all', or 'even'.")] = "even",
     target_agreement: Annotated[float, typer.Option(help="Overall agreement with the full model.")] = 0.98,
     max_edge_cost: Annotated[float, typer.Option(help="Of a token, as a share of the full model's.")] = 0.85,
+    max_exits: Annotated[int, typer.Option(min=1, max=3, help="Exits that are tried together.")] = 2,
+    kind: Annotated[str, typer.Option(help="Of the heads; 'shared' trains nothing.")] = "linear",
     tokens: Annotated[int, typer.Option(help="Tokens of the model's own answers to learn from.")] = 60_000,
     epochs: Annotated[float, typer.Option(help="Passes over them.")] = 2.0,
     max_new_tokens: NewTokensOption = 128,
@@ -93,6 +96,7 @@ def profile(
     as_json: JsonOption = False,
 ) -> None:
     """Show where exits pay: quick heads at many layers, their agreement, and what exits and split they suggest."""
+    check_writable(plot=plot)
     config = load("onnx_export.checkpoint").model_config(model)
     looked_at = {
         "all": tuple(range(1, config.num_hidden_layers)),
@@ -104,6 +108,7 @@ def profile(
             exits=looked_at,
             prompts=tuple(prompts or ()),
             model=model,
+            kind=kind,
             tokens=tokens,
             epochs=epochs,
             max_new_tokens=max_new_tokens,
@@ -113,7 +118,7 @@ def profile(
             cache=cache,
         )
     lm_head = load("onnx_export.architecture").lm_head_layers(config)
-    choices = choose(records, config.num_hidden_layers, lm_head, target_agreement)
+    choices = choose(records, config.num_hidden_layers, lm_head, target_agreement, max_exits)
     affordable = [choice for choice in choices if choice.edge_cost <= max_edge_cost]
     best = min(affordable, key=lambda choice: (round(choice.offload_rate, 3), choice.edge_cost), default=None)
     if plot is not None:

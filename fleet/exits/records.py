@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,25 +65,59 @@ class Records:
         return self.select(answers[:first]), self.select(answers[first:])
 
 
-def save_records(records: Records, path: Path) -> None:
-    """Writes a NumPy .npz file."""
-    with path.open("wb") as file:
-        np.savez_compressed(
-            file,
-            exits=np.array(records.exits),
-            answer=records.answer,
-            confidence=records.confidence,
-            agrees=records.agrees,
-        )
+@dataclass(frozen=True)
+class Recording:
+    """Records with what they were made from, so that they are never taken for another bundle's or other prompts'.
+
+    `parts_sha256`: of the bundle's files, which its thresholds do not change. `num_prompts`: how many of the prompts
+    in the files were asked.
+    """
+
+    records: Records
+    parts_sha256: str
+    prompts_sha256: tuple[str, ...]
+    num_prompts: int
+    max_new_tokens: int
 
 
-def load_records(path: Path) -> Records:
-    """Raises ConfigError when the file is no record of :func:`save_records`."""
+def save_recording(recording: Recording, path: Path) -> None:
+    """Writes a NumPy .npz file, whole or not at all.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    records = recording.records
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with partial.open("wb") as file:
+            np.savez_compressed(
+                file,
+                exits=np.array(records.exits),
+                answer=records.answer,
+                confidence=records.confidence,
+                agrees=records.agrees,
+                parts_sha256=np.array(recording.parts_sha256),
+                prompts_sha256=np.array(recording.prompts_sha256, np.str_),
+                num_prompts=np.array(recording.num_prompts),
+                max_new_tokens=np.array(recording.max_new_tokens),
+            )
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ConfigError(f"cannot write the records {path}: {error.strerror}; choose another --records") from error
+
+
+def load_recording(path: Path) -> Recording:
+    """Raises ConfigError when the file is not one of :func:`save_recording`."""
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             exits = tuple(int(layer) for layer in file["exits"])
-            return Records(exits, file["answer"], file["confidence"], file["agrees"])
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise ConfigError(
-            f"cannot read the records {path}: {error}; make them with 'fleet heads evaluate --records'"
-        ) from None
+            return Recording(
+                Records(exits, file["answer"], file["confidence"], file["agrees"]),
+                str(file["parts_sha256"]),
+                tuple(map(str, file["prompts_sha256"])),
+                int(file["num_prompts"]),
+                int(file["max_new_tokens"]),
+            )
+    except (OSError, ValueError, TypeError, LookupError, EOFError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"cannot read the records {path}: {error}; remove the file and record again") from None

@@ -10,7 +10,7 @@ import pytest
 
 from fleet.errors import ConfigError
 from fleet.exits.profile import choose, pareto
-from fleet.exits.records import Records, load_records, save_records
+from fleet.exits.records import Recording, Records, load_recording, save_recording
 from fleet.exits.thresholds import OFF, Point, best_thresholds, emitting, frontier, measure
 
 
@@ -77,14 +77,32 @@ def test_choices_of_exits_count_lm_heads_and_all_layers_up_to_the_split() -> Non
 
 
 def test_records_survive_a_file_and_garbage_does_not(tmp_path: Path) -> None:
-    records = make_records(3, 4)
-    save_records(records, tmp_path / "records.npz")
-    again = load_records(tmp_path / "records.npz")
-    assert again.exits == records.exits
-    np.testing.assert_array_equal(again.confidence, records.confidence)
-    (tmp_path / "garbage.npz").write_bytes(b"no records")
-    with pytest.raises(ConfigError, match="cannot read the records"):
-        load_records(tmp_path / "garbage.npz")
+    recording = Recording(make_records(3, 4), "ab" * 32, ("cd" * 32, "ef" * 32), 3, 64)
+    path = tmp_path / "records.npz"
+    save_recording(recording, path)
+    again = load_recording(path)
+    assert (again.records.exits, again.parts_sha256, again.prompts_sha256, again.num_prompts, again.max_new_tokens) == (
+        recording.records.exits, recording.parts_sha256, recording.prompts_sha256, 3, 64,
+    )  # fmt: skip
+    for name in ("answer", "confidence", "agrees"):
+        np.testing.assert_array_equal(getattr(again.records, name), getattr(recording.records, name))
+    whole = path.read_bytes()
+    for garbage in (b"", b"no records", whole[: len(whole) // 2]):
+        path.write_bytes(garbage)
+        with pytest.raises(ConfigError, match="cannot read the records"):
+            load_recording(path)
+    with pytest.raises(ConfigError, match="cannot write the records"):
+        save_recording(recording, tmp_path / "none" / "records.npz")
+
+
+def test_many_positions_lose_next_to_nothing_to_the_grid() -> None:
+    records = make_records(200, 50)
+    for target in (0.98, 0.9):
+        found = best_thresholds(records, target)
+        finer = np.append(np.quantile(records.confidence, np.linspace(0, 1, 60), axis=0), [[OFF, OFF]], axis=0)
+        grid = [measure(records, (first, last)) for first, last in product(*finer.T)]
+        assert found.agreement >= target
+        assert found.offload_rate <= min(p.offload_rate for p in grid if p.agreement >= target) + 0.005
 
 
 def test_what_is_no_record_is_refused() -> None:

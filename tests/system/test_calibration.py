@@ -8,19 +8,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
+from edge_agent.config import AgentConfig
 from fleet.calibrated import keep_calibration, read_calibration, write_calibrated
+from fleet.cli.heads import recorded
 from fleet.cli.record import record
 from fleet.errors import ConfigError
 from fleet.exits.calibration import answer_losses, calibrate
 from fleet.exits.records import Records
 from fleet.exits.thresholds import OFF, measure
-from fleet.manifest import Bundle
+from fleet.manifest import Bundle, hash_file
+from fleet.policy import CLOUD
+from fleet.prompt import PromptRequest
 from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig
 from onnx_export.training.train import TrainConfig, train_heads
+from tests.conftest import MakeTinyBundle
+from tests.system.memory_fleet import memory_fleet
 
 EXITS = (1, 3)
 TARGET = 0.9
@@ -131,6 +138,9 @@ def test_evaluate_prints_what_scripts_read(trained: Bundle, tmp_path: Path) -> N
         (("evaluate", "--prompts", "/no/such/file"), ("cannot read prompts", "/no/such/file")),
         (("calibrate", "--prompts", "FEW"), ("2 answers are too few", "are needed")),
         (("calibrate", "--prompts", "FEW", "--target-agreement", "1.5"), ("target agreement 1.5",)),
+        (("calibrate", "--prompts", "FEW", "--write", "/no/such/folder/x.json"), ("--write /no/such", "that exists")),
+        (("calibrate", "--prompts", "FEW", "--out", "/usr"), ("not an empty folder",)),
+        (("evaluate", "--prompts", "FEW", "--plot", "/no/such/folder/x.svg"), ("--plot /no/such", "that exists")),
     ],
 )
 def test_bad_input_is_one_clear_line(
@@ -144,6 +154,69 @@ def test_bad_input_is_one_clear_line(
     assert result.returncode != 0
     assert "Traceback" not in result.stderr
     assert all(word in result.stderr.replace("\n", " ") for word in words), result.stderr
+    assert (trained.folder / "manifest.json").read_bytes() == before
+
+
+def test_a_device_uses_the_calibrated_thresholds_unless_told_otherwise(
+    trained: Bundle, seen: Records, tmp_path: Path
+) -> None:
+    thresholds, calibration = calibrate(seen, TARGET, 0.9)
+    write_calibrated(trained, thresholds, calibration, tmp_path / "copy")
+    bundle = Bundle.load(tmp_path / "copy")
+    asked = [PromptRequest(prompt=text, max_new_tokens=16) for text in prompts(2000, 12)]
+
+    def sources(config: AgentConfig, **override: Any) -> list[list[str | None]]:
+        with memory_fleet() as fleet:
+            fleet.start_worker(bundle)
+            fleet.start_device(bundle, config)
+            answers = [fleet.ask(msgspec.structs.replace(request, **override)) for request in asked]
+        return [[reply.source for reply in answer.replies if reply.token_id is not None] for answer in answers]
+
+    plain = AgentConfig(num_threads=1)
+    calibrated = sources(plain)
+    assert {source for answer in calibrated for source in answer} > {CLOUD}
+    assert calibrated == sources(plain, thresholds=thresholds)
+    assert {source for answer in sources(plain, threshold=1.0) for source in answer} == {CLOUD}
+    never = AgentConfig(num_threads=1, thresholds=(OFF, OFF))
+    assert {source for answer in sources(never) for source in answer} == {CLOUD}
+    assert sources(never, thresholds=thresholds) == calibrated
+
+
+def test_a_recording_serves_its_own_bundle_and_prompts_only(
+    trained: Bundle, make_tiny_bundle: MakeTinyBundle, tmp_path: Path
+) -> None:
+    first, other, kept = tmp_path / "first.txt", tmp_path / "other.txt", tmp_path / "records.npz"
+    first.write_text("\n".join(prompts(0, 6)))
+    other.write_text("\n".join(prompts(10, 6)))
+    recording = recorded(trained, [first], 8, kept)
+    again = recorded(trained, [first], 8, kept)
+    np.testing.assert_array_equal(again.records.confidence, recording.records.confidence)
+    assert recorded(trained, [], 64, kept).prompts_sha256 == (hash_file(first),)
+    calibrated = Bundle(trained.folder, msgspec.structs.replace(trained.manifest, thresholds=(0.5, 0.5)))
+    assert recorded(calibrated, [first], 8, kept).num_prompts == 6
+    for files, length, limit in (([other], 8, None), ([first], 9, None), ([first], 8, 3), ([first, other], 8, None)):
+        with pytest.raises(ConfigError, match="recorded with other prompts"):
+            recorded(trained, files, length, kept, limit)
+    with pytest.raises(ConfigError, match="recorded with another bundle"):
+        recorded(make_tiny_bundle(EXITS), [first], 8, kept)
+
+
+def test_the_batch_changes_nothing_when_answers_wait_for_a_place(trained: Bundle, seen: Records) -> None:
+    alone = [record(trained, [text], 16, 1) for text in prompts(60, 3)]
+    for number, single in enumerate(alone, 60):
+        together = seen.select(np.array([number]))
+        np.testing.assert_array_equal(single.agrees, together.agrees)
+        np.testing.assert_allclose(single.confidence, together.confidence, atol=1e-5)
+
+
+def test_a_copy_that_cannot_be_written_is_one_line_and_leaves_nothing(
+    trained: Bundle, seen: Records, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    before = (trained.folder / "manifest.json").read_bytes()
+    with pytest.raises(ConfigError, match="cannot write the calibrated bundle"):
+        write_calibrated(trained, *calibrate(seen, TARGET, 0.9), tmp_path / "file" / "copy")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
     assert (trained.folder / "manifest.json").read_bytes() == before
 
 
