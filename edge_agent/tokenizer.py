@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from datetime import datetime
 
 import jinja2
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -17,8 +21,18 @@ from fleet.prompt import ChatMessage
 REPLACEMENT = "\ufffd"
 
 
+class GenerationMark(Extension):
+    """``{% generation %}``, by which a template marks the assistant's words for training: what is inside, as it is."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class ChatTokenizer:
-    """The bundle's tokenizer and chat template."""
+    """The bundle's tokenizer and chat template, which may use what transformers gives to templates."""
 
     def __init__(self, bundle: Bundle) -> None:
         """Raises BundleError when a file is unusable."""
@@ -26,8 +40,10 @@ class ChatTokenizer:
             self._tokenizer = Tokenizer.from_file(str(bundle.path("tokenizer/tokenizer.json")))
             special = json.loads(bundle.path("tokenizer/config.json").read_text())
             source = bundle.path("tokenizer/chat_template.jinja").read_text()
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-            environment.globals["raise_exception"] = _raise
+            environment = ImmutableSandboxedEnvironment(
+                trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, GenerationMark]
+            )
+            environment.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
             self._template = environment.from_string(source)
         except (ValueError, jinja2.TemplateError, OSError) as error:
             raise BundleError(
@@ -73,6 +89,10 @@ class TextStream:
         """What is still held back, less a character that never became whole."""
         rest: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)[self._emitted :]
         return rest.rstrip(REPLACEMENT)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().astimezone().strftime(form)
 
 
 def _raise(message: str) -> None:

@@ -8,7 +8,7 @@ from fleet.errors import ExportError
 from fleet.manifest import ModelInfo
 from onnx_export.config import check_order, show
 
-SUPPORTED_MODEL_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED_MODEL_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 SUPPORTED_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")  # their angles depend on the position alone
 
 HEAD_DIM_MULTIPLE: Final = 16

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 LAYER_PREFIX = "model.layers."
+PER_LAYER = ("layer_types", "no_rope_layers")  # settings with one value a layer
 
 
 def write_cloud(model: Any, upload_layer: int, folder: Path) -> None:
@@ -17,8 +18,9 @@ def write_cloud(model: Any, upload_layer: int, folder: Path) -> None:
     config = model.config.to_dict()
     config["num_hidden_layers"] -= upload_layer
     config["tie_word_embeddings"] = False
-    if config.get("layer_types"):
-        config["layer_types"] = config["layer_types"][upload_layer:]
+    for key in PER_LAYER:
+        if config.get(key):
+            config[key] = config[key][upload_layer:]
     type(model.config).from_dict(config).save_pretrained(folder)
     path = folder / "model.safetensors"
     save_file(cloud_tensors(model, upload_layer), path, metadata={"format": "pt"})

@@ -48,15 +48,24 @@ class CacheInputs:
 def group_query_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: None, *, cache: CacheInputs, **_: Any
 ) -> tuple[Tensor, None]:
-    """query [1, heads, s, d], key and value [1, kv_heads, s, d], unrotated -> [1, s, heads, d]."""
+    """query [1, heads, s, d], key and value [1, kv_heads, s, d], unrotated -> [1, s, heads, d].
+
+    A layer without rotary embedding (SmolLM3 has some) says so by its `use_rope`.
+    """
     batch, heads, length, dim = query.shape
     q, k, v = (x.transpose(1, 2).reshape(batch, length, -1) for x in (query, key, value))
     index = 2 * (module.layer_idx - cache.first_layer)
     past_key, past_value = cache.past[index : index + 2]
+    rotary = (cache.cos, cache.sin) if getattr(module, "use_rope", True) else ()
     out, *present = ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        (q, k, v, past_key, past_value, cache.seqlens_k, cache.total_length, cache.cos, cache.sin),
-        attrs={"num_heads": heads, "kv_num_heads": key.shape[1], "scale": float(module.scaling), "do_rotary": 1},
+        (q, k, v, past_key, past_value, cache.seqlens_k, cache.total_length, *rotary),
+        attrs={
+            "num_heads": heads,
+            "kv_num_heads": key.shape[1],
+            "scale": float(module.scaling),
+            "do_rotary": int(bool(rotary)),
+        },
         dtypes=(q.dtype, past_key.dtype, past_value.dtype),
         shapes=((batch, length, heads * dim), past_key.shape, past_value.shape),
         version=1,
@@ -171,7 +180,7 @@ class LmHead(nn.Module):
 @contextmanager
 def fused_tracing(model: Any) -> Iterator[None]:
     """While it lasts, the model's module rotates nothing and its attention can be the fused one."""
-    modeling: Any = sys.modules[type(model).__module__]
+    modeling: Any = sys.modules[type(model.model.layers[0].self_attn).__module__]
     rotary = modeling.apply_rotary_pos_emb
     modeling.apply_rotary_pos_emb = lambda q, k, *_args, **_kwargs: (q, k)
     ALL_ATTENTION_FUNCTIONS[ATTENTION] = group_query_attention

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from edge_agent.tokenizer import ChatTokenizer
 from fleet.manifest import Bundle
 from fleet.prompt import ChatMessage
+from tests.tiny import make_tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +41,17 @@ def test_the_chat_template_ends_with_the_assistants_turn(tokenizer: ChatTokenize
         [ChatMessage("user", "hello"), ChatMessage("assistant", "hi"), ChatMessage("user", "x")]
     )
     assert 0 < len(one) < len(two)
+
+
+def test_templates_may_use_what_transformers_gives_them(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    template = (
+        "{{ strftime_now('today') }} {% for message in messages %}{% if message.role == 'system' %}{% continue %}"
+        "{% endif %}{% if message.role == 'assistant' %}{% generation %}<{{ message.content }}>{% endgeneration %}"
+        "{% else %}{{ message.content }}{% endif %}{% endfor %}"
+    )
+    shutil.copytree(tiny_bundle.folder / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(template)
+    tokenizer = ChatTokenizer(Bundle(tmp_path, tiny_bundle.manifest))
+    turns = [ChatMessage("system", "no"), ChatMessage("user", "a"), ChatMessage("assistant", "b")]
+    given = [{"role": turn.role, "content": turn.content} for turn in turns]
+    assert tokenizer.encode_chat(turns) == make_tiny_tokenizer().apply_chat_template(given, chat_template=template)

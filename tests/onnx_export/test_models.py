@@ -32,6 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "sliding_window": None, "tie_word_embeddings": False, "head_dim": 32},
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 1},
     "qwen2.5": {"model_type": "qwen2", "tie_word_embeddings": False, "rope_theta": 1e6, "rms_norm_eps": 1e-3},
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 0, 1], "num_hidden_layers": 4},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
     "qwen3-untied": {
         "model_type": "qwen3",
@@ -56,7 +57,7 @@ def export(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_device_and_worker_together_are_the_whole_model(name: str, tmp_path: Path) -> None:
-    checkpoint = make_tiny_checkpoint(tmp_path / "model", num_hidden_layers=3, **MODELS[name])
+    checkpoint = make_tiny_checkpoint(tmp_path / "model", **{"num_hidden_layers": 3} | MODELS[name])
     bundle, whole = export(tmp_path, checkpoint), TinyModel(checkpoint)
     assert verify_bundle(bundle.folder).findings == ()
     with torch.no_grad():
@@ -96,7 +97,7 @@ def test_a_model_trained_with_early_exits_needs_no_heads(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["qwen3-untied"])
 def test_other_models_export_in_eight_bits_too(name: str, tmp_path: Path) -> None:
-    checkpoint = make_tiny_checkpoint(tmp_path / "model", num_hidden_layers=3, **MODELS[name])
+    checkpoint = make_tiny_checkpoint(tmp_path / "model", **{"num_hidden_layers": 3} | MODELS[name])
     assert verify_bundle(export(tmp_path, checkpoint, "int8").folder).findings == ()
 
 
@@ -105,7 +106,7 @@ def test_other_models_export_in_eight_bits_too(name: str, tmp_path: Path) -> Non
     [
         *(
             (model_type, {}, f"model type '{model_type}' cannot be exported: expected one of llama, mistral, qwen2")
-            for model_type in ("gpt2", "gemma", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe", "phi3", "smollm3")
+            for model_type in ("gpt2", "gemma", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe", "phi3")
         ),
         ("mistral", {"sliding_window": 32}, "sliding-window attention"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, "sliding-window"),
