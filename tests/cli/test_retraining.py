@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from fleet.manifest import Bundle
 from onnx_export.heads import load_heads
@@ -25,6 +26,7 @@ def prompts(first: int, count: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+@pytest.mark.timeout(560)
 def test_every_command_of_the_page_runs_on_the_tiny_model(tmp_path: Path, tiny_checkpoint: Path) -> None:
     blocks = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) == 7
