@@ -141,6 +141,17 @@ def test_training_brings_each_kind_of_head_nearer_to_the_full_model(
     assert after > before + 0.1
 
 
+def test_a_head_is_the_same_whatever_is_trained_beside_it(model: Any, answers: Answers) -> None:
+    everything, config = torch.arange(len(answers)), FitConfig(epochs=2)
+    together = {layer: new_head("linear", model, layer) for layer in EXITS}
+    fit(together, model, answers, everything, config, lambda _: None)
+    for layer in EXITS:
+        alone = new_head("linear", model, layer)
+        fit({layer: alone}, model, answers, everything, config, lambda _: None)
+        assert torch.equal(alone.adapter.weight, together[layer].adapter.weight)
+        assert not torch.equal(alone.adapter.weight, torch.eye(len(alone.adapter.weight)))
+
+
 def test_the_closed_form_comes_nearer_to_the_final_states(model: Any, answers: Answers) -> None:
     rows, targets = (
         torch.cat([torch.arange(s.start, s.stop) for s in side])
