@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from fleet.command import check_free
 from fleet.errors import BundleError, ConfigError
 from fleet.exits.calibration import Calibration
 from fleet.manifest import MANIFEST_FILE, Bundle, Manifest, write_manifest
@@ -73,7 +74,8 @@ def write_calibrated(
         ConfigError: `out` is in use, or there is no room.
     """
     manifest = msgspec.structs.replace(bundle.manifest, thresholds=thresholds, calibration=calibration)
-    check_free(out)
+    if out is not None:
+        check_free(out)
     try:
         if out is None:
             write_manifest(bundle.folder, manifest)
@@ -83,12 +85,6 @@ def write_calibrated(
     except (OSError, shutil.Error) as error:
         raise ConfigError(f"cannot write the calibrated bundle {out or bundle.folder}: {error}; make room") from error
     return manifest
-
-
-def check_free(out: Path | None) -> None:
-    """Raises ConfigError unless `out` is free or an empty folder."""
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not an empty folder; remove it or choose another --out")
 
 
 def copy_with(folder: Path, manifest: Manifest, out: Path) -> None:

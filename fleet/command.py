@@ -35,3 +35,9 @@ def check_writable(**paths: Path | None) -> None:
     for option, path in paths.items():
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise ConfigError(f"--{option} {path}: expected a file in a folder that exists")
+
+
+def check_free(out: Path) -> None:
+    """Raises ConfigError unless `out` is free or an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder; remove it or choose another --out")

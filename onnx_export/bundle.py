@@ -128,8 +128,6 @@ def load_model(config: ExportConfig, progress: Progress) -> tuple[Any, Any]:
     """The model in float32 on the CPU and its tokenizer, after checking that it can be exported."""
     source = resolve_model(config.model, progress)
     progress(f"loading {config.model}")
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():  # else the type is guessed from the path
-        raise ExportError(f"cannot load model {config.model!r}: no config.json in it; expected a checkpoint's folder")
     description = load_pretrained(AutoConfig, source, config.model)
     check_model(description)
     check_exits(config.exits, description.num_hidden_layers)

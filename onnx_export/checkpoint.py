@@ -63,6 +63,8 @@ def load_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
     Raises:
         ExportError: it cannot be loaded.
     """
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():  # else the type is guessed from the path
+        raise ExportError(f"cannot load model {name!r}: no config.json in it; expected a checkpoint's folder")
     try:
         with quiet("transformers.modeling_utils", "transformers.integrations.tensor_parallel"):  # callers say more
             return kind.from_pretrained(source, trust_remote_code=False, **options)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, get_args
 
+from fleet.command import check_free
 from fleet.errors import ConfigError, ExportError, MissingExtraError
 from fleet.policy import check_threshold
 
@@ -85,12 +86,6 @@ class ExportConfig:
         if self.max_positions < 8 or self.top_k < 1:
             raise ConfigError(f"max positions {self.max_positions} and top-k {self.top_k}: expected at least 8 and 1")
         check_free(self.out)
-
-
-def check_free(out: Path) -> None:
-    """Raises ConfigError unless `out` is free or an empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not an empty folder; remove it or choose another --out")
 
 
 def check_order(exits: tuple[int, ...]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from onnx_export.config import check_free
+from fleet.command import check_free
 
 
 @contextmanager

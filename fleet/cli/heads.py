@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fleet.calibrated import check_free, keep_calibration, write_calibrated
+from fleet.calibrated import keep_calibration, write_calibrated
 from fleet.cli.training import draw, profile, train
-from fleet.command import check_writable
+from fleet.command import check_free, check_writable
 from fleet.errors import ConfigError
 from fleet.exits.calibration import calibrate, expected_calibration_error, measured_on
 from fleet.exits.plot import plot_curves
@@ -199,7 +199,8 @@ def calibrate_command(
 ) -> None:
     """Choose a threshold for each exit that keeps a target agreement, and write them into the bundle."""
     check_writable(records=records, write=write)
-    check_free(out)
+    if out is not None:
+        check_free(out)
     opened = open_bundle(bundle)
     recording = recorded(opened, prompts or (), max_new_tokens, records)
     found = recording.records

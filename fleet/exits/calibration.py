@@ -11,7 +11,7 @@ import numpy as np
 
 from fleet.errors import ConfigError
 from fleet.exits.records import Bools, Floats, Records
-from fleet.exits.thresholds import AGREEMENTS, OFF, Point, frontier, measure, wrong
+from fleet.exits.thresholds import AGREEMENTS, OFF, Point, emitting, frontier, measure, wrong
 
 METHOD: Final = "learn-then-test, betting"
 LARGEST_BET: Final = 0.9
@@ -103,8 +103,6 @@ def calibrate(
 
 def curve_point(records: Records, point: Point) -> CurvePoint:
     """A point with each exit's share of the tokens."""
-    from fleet.exits.thresholds import emitting
-
     source = emitting(records, point.thresholds)
     coverage = tuple(round(float((source == i).mean()), 4) for i in range(len(records.exits)))
     thresholds = tuple(round(threshold, 6) for threshold in point.thresholds)

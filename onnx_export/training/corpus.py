@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import torch
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fleet.errors import ConfigError
+from onnx_export.checkpoint import load_pretrained
 from onnx_export.training.generation import TENSORS, TOP_K, Answers, answer
 from onnx_export.training.prompts import ChatFormat, check_yield, draw_prompts, without_repeats
 
@@ -65,11 +66,10 @@ class Maker:
     def __init__(self, config: CorpusConfig) -> None:
         self.config = config
         cuda = torch.cuda.is_available()
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            config.source, dtype=torch.bfloat16 if cuda else torch.float32
-        )
+        dtype = torch.bfloat16 if cuda else torch.float32
+        model = load_pretrained(AutoModelForCausalLM, config.source, config.source, dtype=dtype)
         self.model = model.to("cuda" if cuda else "cpu").eval().requires_grad_(False)
-        self.tokenizer = AutoTokenizer.from_pretrained(config.source)
+        self.tokenizer = load_pretrained(AutoTokenizer, config.source, config.source)
         self.chat = ChatFormat.of(self.tokenizer)
         ends = model.generation_config.eos_token_id
         self.ends = [ends] if isinstance(ends, int) else list(ends)
@@ -119,7 +119,8 @@ class Corpus:
         """In random order, those that are not too long."""
         if not prompts:
             return []
-        ids = AutoTokenizer.from_pretrained(self.config.source)(prompts, add_special_tokens=False)["input_ids"]
+        tokenizer = load_pretrained(AutoTokenizer, self.config.source, self.config.source)
+        ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.config.seed)).tolist()
         return [prompts[i] for i in order if len(ids[i]) <= self.config.max_prompt_tokens]
 
@@ -176,7 +177,7 @@ def shard_seed(seed: int, number: int, drawing: bool = False) -> int:
     return int.from_bytes(digest[:6])
 
 
-_maker: Maker | None = None
+_maker: Maker  # in a process of the pool, once it has started
 
 
 def start_maker(config: CorpusConfig) -> None:
@@ -197,7 +198,6 @@ def end_with_parent() -> None:
 
 def run_task(task: Task) -> None:
     """In such a process."""
-    assert _maker is not None
     _maker.make(task)
 
 

@@ -96,14 +96,16 @@ class Generation:
         last: Tensor = output.last_hidden_state[:, -1]
         return last
 
-    def append(self, token_ids: Tensor, live: Tensor) -> None:
-        """Adds one token a row; rows that are not `live` go when they are a quarter of the batch."""
+    def append(self, token_ids: Tensor, live: Tensor) -> Tensor:
+        """Adds one token a row; rows that are not `live` go when they are a quarter of the batch. The new `live`."""
         if 4 * int(live.sum()) <= 3 * len(live):
             keep = live.nonzero().flatten()
+            live = live[keep]
             for layer in self.cache.layers:
                 layer.keys, layer.values = layer.keys[keep], layer.values[keep]
             self.rows, self.starts, token_ids = self.rows[keep], self.starts[keep], token_ids[keep]
         self.input_ids, self.columns = token_ids[:, None], self.columns[-1:] + 1
+        return live
 
 
 @torch.no_grad()
@@ -128,9 +130,7 @@ def complete(
                 said[row].append(token_id)
             if not live.any():
                 break
-            before = len(batch.rows)
-            batch.append(token_ids, live)
-            live = live if len(batch.rows) == before else torch.ones_like(batch.rows, dtype=torch.bool)
+            live = batch.append(token_ids, live)
     return said
 
 
@@ -158,22 +158,15 @@ def answer(
     top_logprobs = torch.empty(count, max_new_tokens, TOP_K, dtype=torch.float16)
     live = torch.ones(count, dtype=torch.bool, device=batch.device)
 
-    def keep(layer: int, output: Tensor) -> None:
-        end = written + output.shape[1]
-        hidden[layer][batch.rows.cpu(), written:end] = output.to("cpu", torch.float16)
-
     with own_attention(model), watch(model, layers) as seen:
         for step in range(max_new_tokens):
             seen.clear()
             final = batch.forward()
+            rows, start, end = batch.rows.cpu(), int(batch.columns[0]), int(batch.columns[-1]) + 1
             for layer in layers:
-                written = int(batch.columns[0])
-                for output in seen[layer]:
-                    keep(layer, output)
-                    written += output.shape[1]
+                hidden[layer][rows, start:end] = torch.cat(seen[layer], 1).to("cpu", torch.float16)
             logits = model.lm_head(final).float()
             top = logits.topk(TOP_K, -1)
-            rows = batch.rows.cpu()
             finals[rows, step] = final.to("cpu", torch.float16)
             top_ids[rows, step] = top.indices.to("cpu", torch.int32)
             top_logprobs[rows, step] = (top.values - logits.logsumexp(-1, keepdim=True)).to("cpu", torch.float16)
@@ -183,9 +176,7 @@ def answer(
             if not live.any() or step == max_new_tokens - 1:
                 break
             tokens[rows, width + step] = token_ids.to("cpu", torch.int32)
-            before = len(batch.rows)
-            batch.append(token_ids, live)
-            live = live if len(batch.rows) == before else torch.ones_like(batch.rows, dtype=torch.bool)
+            live = batch.append(token_ids, live)
     column = torch.arange(columns)
     real = (column >= first[:, None]) & (column < last[:, None])
     answering = torch.arange(max_new_tokens) < (last - width + 1)[:, None]

@@ -11,13 +11,13 @@ from typing import Any, Final
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fleet.errors import ConfigError
 from fleet.exits.records import Records
 from fleet.prompt_file import read_prompts
 from onnx_export.architecture import check_exits, check_model
-from onnx_export.checkpoint import resolve_model
+from onnx_export.checkpoint import load_pretrained, resolve_model
 from onnx_export.config import DEFAULT_MODEL
 from onnx_export.heads import ExitHead, HeadKind, HeadsFile, fingerprint, new_head, save_heads
 from onnx_export.training.corpus import Corpus, CorpusConfig, Makers, load_answers
@@ -68,8 +68,7 @@ def train_heads(config: TrainConfig, progress: Progress = lambda *_: None) -> Re
             raise ConfigError(f"{name.replace('_', '-')} {getattr(config, name)}: expected at least {least}")
     given = [prompt for path in config.prompts for prompt in read_prompts(path)]
     source = resolve_model(config.model, lambda line: progress(line, 0, 1))
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
-    check_model(model.config)
+    model = load_model(source, config.model)
     check_exits(config.exits, model.config.num_hidden_layers)
     heads = {layer: new_head(config.kind, model, layer, config.intermediate) for layer in config.exits}
     answers = generate(config, source, model, given, progress)
@@ -98,9 +97,18 @@ def draw(name: str, count: int, seed: int, batch: int, progress: Callable[[int],
         ExportError: the model cannot be exported, or puts no prompts there.
     """
     source = resolve_model(name)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
-    check_model(model.config)
-    return draw_many(model, AutoTokenizer.from_pretrained(source), count, seed, batch, progress)
+    model, tokenizer = load_model(source, name), load_pretrained(AutoTokenizer, source, name)
+    return draw_many(model, tokenizer, count, seed, batch, progress)
+
+
+def load_model(source: str, name: str) -> Any:
+    """A model that can be exported, in float32, frozen.
+
+    Raises:
+        ExportError: it cannot be loaded or exported.
+    """
+    check_model(load_pretrained(AutoConfig, source, name))
+    return load_pretrained(AutoModelForCausalLM, source, name, dtype=torch.float32).eval().requires_grad_(False)
 
 
 def generate(config: TrainConfig, source: str, model: Any, given: list[str], progress: Progress) -> Answers:

@@ -259,3 +259,10 @@ def test_what_makes_no_sense_is_refused_before_any_work(
     with pytest.raises(error, match=message):
         train_heads(tiny_config(tmp_path, tiny_checkpoint, **changes))
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_model_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ExportError, match="cannot load model") as raised:
+        train_heads(tiny_config(tmp_path, tmp_path / "empty"))
+    assert "\n" not in str(raised.value)
