@@ -29,8 +29,8 @@ check: $(INSTALLED)  ## Lint, format, types, import rules
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: $(INSTALLED)  ## Measure the time of one token, step by step
-	@$(BIN)/python -m benchmarks.step $(ARGS)
+bench: $(INSTALLED)  ## Measure the edge engine beside its peers, on an idle machine (ARGS="--only speed ...")
+	@$(BIN)/fleet bench edge $(ARGS)
 
 clean:  ## Remove what was built here; the model's bundle in the user's cache stays
 	rm -rf .venv dist build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The agent: takes prompts over MQTT, answers them one after the other, and reports each answer."""
+"""The agent: takes prompts over MQTT, answers some of them at once, and reports each answer."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import queue
 import threading
 import time
 import uuid
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Final, Self
 
@@ -16,8 +16,12 @@ import msgspec
 
 from edge_agent.config import AgentConfig
 from edge_agent.generator import Generator
+from edge_agent.jobs import Job, JobQueue
 from edge_agent.partition import Partition
-from edge_agent.tokenizer import ChatTokenizer
+from edge_agent.plan import MB, Plan, Planner
+from edge_agent.runtime import check_instruction_set, is_out_of_memory
+from edge_agent.tokenizer import ChatTokenizer, TextStream
+from edge_agent.turns import Turns
 from edge_agent.uplink import Uplink
 from edge_agent.workers import Workers
 from fleet import __version__, topics
@@ -26,7 +30,7 @@ from fleet.errors import BusyError, FleetError, LinkError, PromptError, Protocol
 from fleet.manifest import Bundle
 from fleet.messages import Close, Opened
 from fleet.policy import Mode, offload_rate
-from fleet.prompt import ErrorInfo, PromptRequest, Reply, Usage, parse_prompt
+from fleet.prompt import ErrorInfo, Reply, Usage, parse_prompt
 from fleet.report import DeviceStatus, GenerationReport, encode_report, encode_status
 from fleet.transport import Transport
 
@@ -35,65 +39,36 @@ log = logging.getLogger(__name__)
 STOP_TIMEOUT_S: Final = 5.0
 
 
-@dataclass
-class Job:
-    """One accepted request of an app, and how its answer has gone so far."""
-
-    app: str
-    request: str
-    prompt: PromptRequest
-    received_at: float = field(default_factory=time.time)
-    arrived: float = field(default_factory=time.monotonic)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    seq: int = 0
-    sources: dict[str, int] = field(default_factory=dict)
-    first_token: float = 0.0
-    last_token: float = 0.0
-
-    def count(self, source: str) -> None:
-        """Counts one token from `source`, now."""
-        self.last_token = time.monotonic()
-        self.first_token = self.first_token or self.last_token
-        self.sources[source] = self.sources.get(source, 0) + 1
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.sources.values())
-
-    @property
-    def ttft_ms(self) -> float:
-        """From the prompt's arrival, time in the queue included, to the first token."""
-        return max(0.0, self.first_token - self.arrived) * 1000
-
-    @property
-    def tpot_ms(self) -> float:
-        """Mean time per token after the first."""
-        return (self.last_token - self.first_token) * 1000 / max(1, self.num_tokens - 1)
-
-
 class Agent:
     """Serves one device. Use as a context manager; it announces itself and serves until it is closed."""
 
     def __init__(self, transport: Transport, bundle: Bundle, config: AgentConfig) -> None:
         """Raises BundleError or FleetError when the model does not load or the thresholds do not fit its exits."""
+        check_instruction_set(bundle.manifest)
         self.name = transport.name
         self._transport = transport
         self._manifest = bundle.manifest
         self._config = config
         self._epoch = time.time_ns() // 1_000_000
-        self._partition = Partition(bundle, config.num_threads)
-        self._tokenizer = ChatTokenizer(bundle)
-        self._thresholds = self._fit(config.thresholds or bundle.manifest.thresholds)
-        self._max_positions = min(config.max_positions, bundle.manifest.model.max_positions)
-        self._jobs: queue.Queue[Job | None] = queue.Queue()
+        self._tokenizer = ChatTokenizer(bundle)  # first: the partition gives back what loading has freed
+        self._partition = Partition(bundle, config.num_threads, config.provider)
+        self._planner = Planner(self._partition, self._tokenizer, config)
+        self._turns = Turns()
+        self._arrived: queue.Queue[Job | None] = queue.Queue()
+        self._jobs = JobQueue(config.cache_budget_mb * MB)
         self._active: dict[tuple[str, str], Job] = {}
+        self._stopping = False
         self._lock = threading.Lock()
-        self._uplink: Uplink | None = None
         self._workers = Workers(transport, self._worker_changed)
-        self._thread = threading.Thread(target=self._serve, name=f"agent-{self.name}", daemon=True)
+        self._planning = threading.Thread(target=self._plan_all, name=f"plan-{self.name}", daemon=True)
+        self._answering = [
+            threading.Thread(target=self._answer_all, name=f"answer-{self.name}-{i}", daemon=True)
+            for i in range(config.max_concurrent_requests)
+        ]
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        for thread in (self._planning, *self._answering):
+            thread.start()
         own = topics.PREFIX, self.name
         self._transport.subscribe("{}/d/{}/s/+".format(*own), self._on_session)
         self._transport.subscribe("{}/d/{}/cancel/+/+".format(*own), self._on_cancel, qos=1)
@@ -104,11 +79,18 @@ class Agent:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        """Cancels what is under way, takes no more, and waits for the end at most `STOP_TIMEOUT_S` seconds."""
+        deadline = time.monotonic() + STOP_TIMEOUT_S
         with self._lock:
-            for job in self._active.values():
-                job.cancelled.set()
-        self._jobs.put(None)
-        self._thread.join(STOP_TIMEOUT_S)
+            self._stopping = True
+            jobs = list(self._active.values())
+        for job in jobs:
+            self._cancel(job)
+        self._arrived.put(None)
+        self._planning.join(STOP_TIMEOUT_S)
+        self._jobs.close()
+        for thread in self._answering:
+            thread.join(max(0.0, deadline - time.monotonic()))
         self._publish(topics.device_status(self.name), self.will(), qos=1, retain=True)
 
     @staticmethod
@@ -119,14 +101,6 @@ class Agent:
     def _announce(self) -> None:
         status = DeviceStatus(True, self._epoch, self._manifest.bundle_id, __version__, self._config.mode)
         self._publish(topics.device_status(self.name), encode_status(status), qos=1, retain=True)
-
-    def _fit(self, thresholds: tuple[float, ...]) -> tuple[float, ...]:
-        exits = self._manifest.exits
-        if len(thresholds) != len(exits):
-            raise PromptError(
-                f"expected {len(exits)} thresholds, one for each of the exits {exits}, got {len(thresholds)}"
-            )
-        return thresholds
 
     # What arrives: decided on the transport's thread, quickly.
 
@@ -139,6 +113,8 @@ class Agent:
         try:
             job = Job(app, request, parse_prompt(payload))
             with self._lock:
+                if self._stopping:
+                    raise BusyError("this device is stopping; try again when it is back")
                 if (app, request) in self._active:
                     raise BusyError(f"request {request!r} of {app!r} is still being answered; use another request id")
                 if len(self._active) >= self._config.max_queued_requests:
@@ -147,11 +123,9 @@ class Agent:
                         "try again later"
                     )
                 self._active[app, request] = job
-            self._jobs.put(job)
+            self._arrived.put(job)
         except PromptError as error:
-            self._reply(
-                app, request, Reply(0, done=True, finish_reason="error", error=ErrorInfo(error.code, str(error)))
-            )
+            self._refuse(app, request, 0, error.code, str(error))
 
     def _on_cancel(self, topic: str, payload: bytes) -> None:
         del payload
@@ -161,14 +135,19 @@ class Agent:
             log.warning("cancel dropped: %s", error)
             return
         with self._lock:
-            if job := self._active.get((app, request)):
-                job.cancelled.set()
+            job = self._active.get((app, request))
+        if job:
+            self._cancel(job)
+
+    def _cancel(self, job: Job) -> None:
+        self._jobs.cancel(job)
+        if job.uplink:
+            job.uplink.abandon("the request was cancelled")
 
     def _on_session(self, topic: str, payload: bytes) -> None:
         try:
             _, session = topics.parse(topic, "d", "+", "s", "+")
-            uplink = self._uplink
-            if uplink and uplink.session == session:
+            if uplink := next((uplink for uplink in self._uplinks() if uplink.session == session), None):
                 uplink.receive(payload)
             elif isinstance(message := decode_to_device(payload), Opened) and message.session == session:
                 late = topics.to_worker(message.worker, self.name, session)
@@ -177,92 +156,103 @@ class Agent:
             log.warning("message on %s dropped: %s", topic, error)
 
     def _worker_changed(self, worker: str) -> None:
-        if uplink := self._uplink:
+        for uplink in self._uplinks():
             uplink.worker_changed(worker)
 
-    # Answers, one after the other, on the agent's own thread.
+    def _uplinks(self) -> list[Uplink]:
+        with self._lock:
+            return [job.uplink for job in self._active.values() if job.uplink]
 
-    def _serve(self) -> None:
-        while job := self._jobs.get():
-            try:
-                self._answer(job)
-            except FleetError as error:
-                self._fail(job, error.code, str(error))
-            except Exception as error:  # the outermost boundary: one bad request must not end the device
+    # Plans, in the order of the prompts; then answers, some at once, each on a thread of its own.
+
+    def _plan_all(self) -> None:
+        while job := self._arrived.get():
+            with self._failing(job):
+                self._jobs.put(job, self._planner.plan(job.prompt))
+
+    def _answer_all(self) -> None:
+        while True:
+            with self._jobs.take() as taken:
+                if taken is None:
+                    return
+                job, plan = taken
+                with self._failing(job):
+                    self._answer(job, plan)
+                    self._forget(job)
+
+    @contextmanager
+    def _failing(self, job: Job) -> Iterator[None]:
+        """Makes an error the job's last reply: one bad request must not end the device."""
+        try:
+            yield
+        except FleetError as error:
+            self._fail(job, error.code, str(error))
+        except Exception as error:  # the outermost boundary of a thread
+            if is_out_of_memory(error):
+                self._fail(
+                    job, "memory", "this device ran out of memory on this request; ask for fewer tokens, or lower its "
+                    "cache_budget_mb or max_concurrent_requests",
+                )  # fmt: skip
+            else:
                 log.exception("request %s of %s failed", job.request, job.app)
                 self._fail(job, "internal", f"the device failed on this request: {error}")
-            finally:
-                self._uplink = None
-                with self._lock:
-                    del self._active[job.app, job.request]
 
     def _fail(self, job: Job, code: str, message: str) -> None:
-        done = Reply(job.seq, done=True, finish_reason="error", error=ErrorInfo(code, message))
-        self._reply(job.app, job.request, done)
+        self._refuse(job.app, job.request, job.seq, code, message)
+        self._forget(job)
 
-    def _answer(self, job: Job) -> None:
-        prompt_ids = self._tokenizer.encode_chat(job.prompt.chat)
-        max_new_tokens = self._room(len(prompt_ids), job.prompt.max_new_tokens)
-        thresholds = self._request_thresholds(job.prompt)
-        mode = job.prompt.mode or self._config.mode
-        capacity = len(prompt_ids) + max_new_tokens
-        note = self._workers.why_none(self._manifest.bundle_id) if mode is Mode.COLLABORATIVE else None
-        uplink = self._connect(job, capacity) if mode is Mode.COLLABORATIVE and note is None else None
-        generator = Generator(
-            self._partition, capacity, thresholds, job.prompt.sampling, uplink, ask_cloud=mode is Mode.COLLABORATIVE
-        )
+    def _forget(self, job: Job) -> None:
+        with self._lock:
+            del self._active[job.app, job.request]
+
+    def _answer(self, job: Job, plan: Plan) -> None:
+        wants_cloud = plan.mode is Mode.COLLABORATIVE and not job.cancelled.is_set()
+        note = self._workers.why_none(self._manifest.bundle_id) if wants_cloud else None
+        uplink = self._connect(job, plan) if wants_cloud and note is None else None
         text = self._tokenizer.stream()
-        finish_reason = "length"
         with uplink or nullcontext():
-            for token in generator.generate(prompt_ids, max_new_tokens):
-                job.count(token.source)
-                self._stream(job, Reply(job.seq, text.push(token.token_id), token.token_id, token.source))
-                if token.token_id in self._manifest.model.eos_token_ids:
-                    finish_reason = "stop"
-                elif job.cancelled.is_set():
-                    finish_reason = "cancelled"
-                    break
-        report = self._report(job, uplink, mode, len(prompt_ids), finish_reason)
+            finish_reason = self._generate(job, plan, text)
+        report = self._report(job, plan, finish_reason)
         self._stream(job, Reply(
             job.seq, text.flush(), done=True, finish_reason=finish_reason, usage=_usage(report),
             bundle_id=report.bundle_id, note=uplink.note if uplink else note,
         ))  # fmt: skip
         self._publish(topics.device_stats(self.name), encode_report(report), qos=1)
 
-    def _connect(self, job: Job, capacity: int) -> Uplink:
-        self._uplink = Uplink(
+    def _generate(self, job: Job, plan: Plan, text: TextStream) -> str:
+        """Streams the answer's tokens; gives the reason why it ended."""
+        if job.cancelled.is_set():
+            return "cancelled"
+        ask_cloud = plan.mode is Mode.COLLABORATIVE
+        generator = Generator(
+            self._partition, plan.capacity, plan.thresholds, job.prompt.sampling, job.uplink,
+            ask_cloud=ask_cloud, turns=self._turns,
+        )  # fmt: skip
+        for token in generator.generate(plan.prompt_ids, plan.max_new_tokens):
+            job.count(token.source)
+            self._stream(job, Reply(job.seq, text.push(token.token_id), token.token_id, token.source))
+            if token.token_id in self._manifest.model.eos_token_ids:
+                return "stop"
+            if job.cancelled.is_set():
+                return "cancelled"
+        return "length"
+
+    def _connect(self, job: Job, plan: Plan) -> Uplink:
+        job.uplink = Uplink(
             self._transport,
             self._workers,
             uuid.uuid4().hex,
             epoch=self._epoch,
             bundle_id=self._manifest.bundle_id,
             sampling=job.prompt.sampling,
-            max_positions=capacity,
+            max_positions=plan.capacity,
             hidden_size=self._manifest.model.hidden_size,
             deadline_ms=self._config.assist_deadline_ms,
         )
-        return self._uplink
+        return job.uplink
 
-    def _room(self, num_prompt_tokens: int, wanted: int | None) -> int:
-        limit = self._config.max_new_tokens
-        max_new_tokens = min(wanted or limit, self._max_positions - 1)
-        if num_prompt_tokens + max_new_tokens > self._max_positions:
-            raise PromptError(
-                f"the prompt has {num_prompt_tokens} tokens and {max_new_tokens} new ones were asked for; this device "
-                f"holds {self._max_positions} positions; send a shorter prompt or ask for fewer tokens"
-            )
-        return max_new_tokens
-
-    def _request_thresholds(self, prompt: PromptRequest) -> tuple[float, ...]:
-        if prompt.thresholds is not None:
-            return self._fit(prompt.thresholds)
-        if prompt.threshold is not None:
-            return (prompt.threshold,) * len(self._manifest.exits)
-        return self._thresholds
-
-    def _report(
-        self, job: Job, uplink: Uplink | None, mode: Mode, prompt_tokens: int, finish_reason: str
-    ) -> GenerationReport:
+    def _report(self, job: Job, plan: Plan, finish_reason: str) -> GenerationReport:
+        uplink = job.uplink
         return GenerationReport(
             generation=uuid.uuid4().hex,
             app=job.app,
@@ -270,9 +260,9 @@ class Agent:
             session=uplink.session if uplink else None,
             worker=uplink.worker if uplink else None,
             bundle_id=self._manifest.bundle_id,
-            mode=mode,
+            mode=plan.mode,
             started_at=job.received_at,
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=len(plan.prompt_ids),
             tokens=job.num_tokens,
             sources=job.sources,
             assists=uplink.num_assists if uplink else 0,
@@ -286,6 +276,9 @@ class Agent:
     def _stream(self, job: Job, reply: Reply) -> None:
         self._reply(job.app, job.request, reply)
         job.seq += 1
+
+    def _refuse(self, app: str, request: str, seq: int, code: str, message: str) -> None:
+        self._reply(app, request, Reply(seq, done=True, finish_reason="error", error=ErrorInfo(code, message)))
 
     def _reply(self, app: str, request: str, reply: Reply) -> None:
         self._publish(topics.reply(self.name, app, request), msgspec.json.encode(reply), qos=1)

@@ -3,52 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 import numpy as np
 import onnxruntime as ort
 
-from edge_agent.partition import Candidates, Float32, Int64, Partition
+from edge_agent.partition import Candidates, Float32, Partition, bind_input, bind_output
 
 PAST: Final = "past."
 PRESENT: Final = "present."
+MAX_CHUNK: Final = 256
+"""Positions that a block runs at once: what it needs beside the caches stays small, however long a prompt is."""
 
 
 class Cascade:
     """The state of one sequence of at most `capacity` positions.
 
-    Block 0 runs over token ids; block i over the outputs of block i - 1. A block that is run takes every position
-    that the block before it has and it has not: the backlog of early exits and the newest position, as one chunk,
-    so that no KV cache ever has a hole (CE-CoLLM, arXiv 2411.02829, section 4).
+    Block 0 runs over embedded tokens; block i over the outputs of block i - 1. A block that is run takes every position
+    that the block before it has and it has not: the backlog of early exits and the newest position, in chunks, so that
+    no KV cache ever has a hole (CE-CoLLM, arXiv 2411.02829, section 4).
     """
 
     def __init__(self, partition: Partition, capacity: int) -> None:
-        model = partition.manifest.model
         self.capacity = capacity
         self.num_tokens = 0
         self._partition = partition
-        self._token_ids = np.zeros((1, capacity), np.int64)
-        self._runs = [
-            _BlockRun(session, capacity, model.hidden_size, model.num_key_value_heads, model.head_dim)
-            for session in partition.blocks
-        ]
+        self._token_ids = np.zeros(capacity, np.int64)
+        exit_hidden = np.empty((1, partition.manifest.model.hidden_size), np.float32)
+        self._lm_head = partition.lm_head(exit_hidden)
+        self._runs = [_BlockRun(session, capacity, exit_hidden) for session in partition.blocks]
+
+    @staticmethod
+    def num_bytes(partition: Partition, capacity: int) -> int:
+        """What a sequence of `capacity` positions takes: ids, and for each block its caches and outputs."""
+        model = partition.manifest.model
+        caches = sum(past.name.startswith(PAST) for block in partition.blocks for past in block.get_inputs())
+        floats = caches * model.num_key_value_heads * model.head_dim + len(partition.blocks) * model.hidden_size
+        return int(capacity * (np.dtype(np.int64).itemsize + floats * np.dtype(np.float32).itemsize))
 
     def append(self, token_ids: Sequence[int]) -> None:
         """Adds tokens; nothing runs yet. The caller keeps within `capacity`."""
         end = self.num_tokens + len(token_ids)
-        self._token_ids[0, self.num_tokens : end] = token_ids
+        self._token_ids[self.num_tokens : end] = token_ids
         self.num_tokens = end
 
-    def run(self, block: int) -> Candidates:
-        """Runs `block` over all that waits for it; the exit's candidates for the newest position."""
-        run = self._runs[block]
-        waiting: Int64 | Float32
-        if block == 0:
-            waiting = self._token_ids[:, run.filled : self.num_tokens]
-        else:
-            before = self._runs[block - 1]
-            waiting = before.hidden_states[None, run.filled : before.filled]
-        return self._partition.candidates(run(waiting))
+    def run(self, block: int, turn: AbstractContextManager[None] | None = None) -> Candidates:
+        """Runs `block` over all that waits for it; the exit's candidates for the newest position.
+
+        Each chunk runs inside `turn`, so that sequences which share one take turns even over long prompts.
+        """
+        run, turn = self._runs[block], turn or nullcontext()
+        end = self._runs[block - 1].filled if block else self.num_tokens
+        while True:
+            start, stop = run.filled, min(run.filled + MAX_CHUNK, end)
+            with turn:
+                if start < stop:
+                    run(self._inputs(block, start, stop))
+                if stop == end:
+                    return self._lm_head()
+
+    def _inputs(self, block: int, start: int, stop: int) -> Float32:
+        """What `block` runs over, [n, hidden] for positions [start, stop)."""
+        if block:
+            return self._runs[block - 1].hidden_states[start:stop]
+        return self._partition.embed(self._token_ids[start:stop])
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forgets every position from `num_tokens` on, in every block; nothing is copied."""
+        self.num_tokens = min(self.num_tokens, num_tokens)
+        for run in self._runs:
+            run.filled = min(run.filled, num_tokens)
 
     def num_filled(self, block: int) -> int:
         """Positions [0, n) that `block` has run."""
@@ -65,41 +90,49 @@ class Cascade:
         The last pair is the exit head's where that has a layer of its own.
         """
         run = self._runs[block]
-        return [buffer[0, :, : run.filled] for buffer in run.buffers]
+        return [cache[0, :, : run.filled] for cache in run.caches]
 
 
 class _BlockRun:
-    """One block's buffers for one sequence, bound once; the caches are written in place."""
+    """One block for one sequence. What stays in place is bound once; a step of one position binds nothing at all."""
 
-    def __init__(self, session: ort.InferenceSession, capacity: int, hidden: int, kv_heads: int, head_dim: int) -> None:
-        pasts = [value.name for value in session.get_inputs() if value.name.startswith(PAST)]
+    def __init__(self, session: ort.InferenceSession, capacity: int, exit_hidden: Float32) -> None:
+        hidden = exit_hidden.shape[1]
+        pasts = {value.name: value.shape for value in session.get_inputs() if value.name.startswith(PAST)}
         self.filled = 0
         self.hidden_states = np.empty((capacity, hidden), np.float32)
-        self.buffers = [np.zeros((1, kv_heads, capacity, head_dim), np.float32) for _ in pasts]
+        self.caches = [np.zeros((1, heads, capacity, dim), np.float32) for _, heads, _, dim in pasts.values()]
         self._session = session
-        self._binding = session.io_binding()
-        self._exit_hidden = np.empty((1, hidden), np.float32)
+        self._exit_hidden = exit_hidden  # a binding does not keep what it reads and writes alive
         self._seqlens_k = np.zeros(1, np.int32)
         self._total_length = np.zeros((), np.int32)
-        self._values = []  # OrtValues borrow the arrays: both must live as long as the binding
-        for past, buffer in zip(pasts, self.buffers, strict=True):
-            value = ort.OrtValue.ortvalue_from_numpy(buffer)
-            self._values.append(value)
-            self._binding.bind_ortvalue_input(past, value)
-            self._binding.bind_ortvalue_output(past.replace(PAST, PRESENT, 1), value)
-        self._bind_output("exit_hidden", self._exit_hidden)
+        self._one_input = np.empty((1, 1, hidden), np.float32)
+        self._one_output = np.empty((1, 1, hidden), np.float32)
+        self._chunk = self._bind(pasts)
+        self._step = self._bind(pasts)
+        bind_input(self._step, "input", self._one_input)
+        bind_output(self._step, "hidden_states", self._one_output)
 
-    def _bind_output(self, name: str, array: Float32) -> None:
-        self._binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+    def _bind(self, pasts: dict[str, list[int]]) -> ort.IOBinding:
+        binding = self._session.io_binding()
+        for past, cache in zip(pasts, self.caches, strict=True):
+            bind_input(binding, past, cache)
+            bind_output(binding, past.replace(PAST, PRESENT, 1), cache)
+        bind_input(binding, "seqlens_k", self._seqlens_k)
+        bind_input(binding, "total_length", self._total_length)
+        bind_output(binding, "exit_hidden", self._exit_hidden)
+        return binding
 
-    def __call__(self, waiting: Int64 | Float32) -> Float32:
-        """Runs over `waiting`, [1, n] int64 or [1, n, hidden] float32; gives exit_hidden [1, hidden] of the last."""
-        end = self.filled + waiting.shape[1]
+    def __call__(self, hidden_states: Float32) -> None:
+        """Runs over the next positions, [n, hidden]; `exit_hidden` is then that of the last."""
+        end = self.filled + len(hidden_states)
         self._seqlens_k[0], self._total_length[()] = end - 1, end
-        self._binding.bind_cpu_input("input", waiting)
-        self._binding.bind_cpu_input("seqlens_k", self._seqlens_k)
-        self._binding.bind_cpu_input("total_length", self._total_length)
-        self._bind_output("hidden_states", self.hidden_states[None, self.filled : end])
-        self._session.run_with_iobinding(self._binding)
+        if len(hidden_states) == 1:
+            self._one_input[0] = hidden_states
+            self._session.run_with_iobinding(self._step)
+            self.hidden_states[self.filled] = self._one_output[0, 0]
+        else:
+            bind_input(self._chunk, "input", hidden_states[None])
+            bind_output(self._chunk, "hidden_states", self.hidden_states[None, self.filled : end])
+            self._session.run_with_iobinding(self._chunk)
         self.filled = end
-        return self._exit_hidden

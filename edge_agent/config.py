@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -14,16 +14,24 @@ from fleet.policy import Mode
 
 CONFIG_FILE: Final = "agent.json"
 
+Provider = Literal["auto", "cpu", "cuda"]
+
 
 class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What an operator may set on a device. `thresholds` empty means those of the bundle."""
+    """What an operator may set on a device. `thresholds` empty means those of the bundle.
+
+    `max_queued_requests` counts those that are being answered, too.
+    """
 
     mode: Mode = Mode.COLLABORATIVE
     thresholds: tuple[Annotated[float, Meta(ge=0, le=1)], ...] = ()
+    provider: Provider = "auto"
     num_threads: Annotated[int, Meta(ge=1, le=256)] = min(4, os.cpu_count() or 1)
     max_positions: Annotated[int, Meta(ge=16, le=1 << 20)] = 2048
     max_new_tokens: Annotated[int, Meta(ge=1)] = 128
+    max_concurrent_requests: Annotated[int, Meta(ge=1, le=64)] = 4
     max_queued_requests: Annotated[int, Meta(ge=1, le=1000)] = 8
+    cache_budget_mb: Annotated[int, Meta(ge=1, le=1 << 20)] = 512
     assist_deadline_ms: Annotated[int, Meta(ge=1, le=600_000)] = 3000
 
     @classmethod

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from edge_agent.cascade import Cascade
 from edge_agent.partition import Candidates, Partition
+from edge_agent.turns import Turns
 from edge_agent.uplink import Uplink
 from fleet.messages import Sampling
 from fleet.policy import CLOUD, FALLBACK, exit_emits, exit_source
@@ -23,7 +24,10 @@ class GeneratedToken:
 
 
 class Generator:
-    """Generates one sequence. `uplink` None is standalone: the deepest exit then always emits."""
+    """Generates one sequence. `uplink` None is standalone: the deepest exit then always emits.
+
+    Generators that share `turns` run one chunk of a block at a time between them, each with all threads.
+    """
 
     def __init__(
         self,
@@ -34,6 +38,7 @@ class Generator:
         uplink: Uplink | None = None,
         *,
         ask_cloud: bool = False,
+        turns: Turns | None = None,
     ) -> None:
         self.cascade = Cascade(partition, capacity)
         self._manifest = partition.manifest
@@ -41,6 +46,7 @@ class Generator:
         self._sampling = sampling
         self._uplink = uplink
         self._ask_cloud = ask_cloud
+        self._turns = turns or Turns()
         self._offered = 0
 
     def generate(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Iterator[GeneratedToken]:
@@ -56,7 +62,7 @@ class Generator:
     def _next_token(self) -> GeneratedToken:
         position = self.cascade.num_tokens - 1
         for block, (exit_layer, threshold) in enumerate(zip(self._manifest.exits, self._thresholds, strict=True)):
-            candidates = self.cascade.run(block)
+            candidates = self.cascade.run(block, self._turns)
             if self._uplink and exit_layer == self._manifest.upload_layer:
                 self._uplink.offer(self.cascade.hidden_states(block, self._offered))
                 self._offered = self.cascade.num_filled(block)

@@ -140,6 +140,11 @@ class Uplink:
             if worker == self.worker and self._workers.epoch(worker) != self._worker_epoch:
                 self._lose(LinkEvent.WORKER_GONE, f"worker {worker} went away")
 
+    def abandon(self, note: str) -> None:
+        """Gives the session up: an assist that waits for the cloud ends now, and no other is asked."""
+        with self._changed:
+            self._lose(LinkEvent.TIMEOUT, note)
+
     def receive(self, payload: bytes) -> None:
         """Takes one message of the worker.
 

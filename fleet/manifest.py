@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 from fleet.errors import BundleError
 from fleet.exits.calibration import Calibration
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 MANIFEST_FILE: Final = "manifest.json"
 Side = Literal["edge", "cloud", "tokenizer"]
 
@@ -56,6 +56,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     exit_head: str = "shared"
     heads_sha256: str = ""
     calibration: Calibration | None = None
+    instruction_set: str = "any"
 
     @property
     def bundle_id(self) -> str:

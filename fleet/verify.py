@@ -13,10 +13,18 @@ import msgspec
 from msgspec import Struct
 
 from fleet.errors import BundleError
-from fleet.manifest import MANIFEST_FILE, Manifest, check_file, read_manifest
+from fleet.manifest import MANIFEST_FILE, Bundle, Manifest, check_file, read_manifest
 from fleet.signature import SIGNATURE_FILE, check_signature
+from fleet.tables import EMBEDDING, load_tables
 
-REQUIRED: Final = ("edge/lm_head.onnx", "cloud/config.json", "cloud/model.safetensors", "tokenizer/tokenizer.json")
+REQUIRED: Final = (
+    "edge/lm_head.onnx",
+    EMBEDDING,
+    "cloud/config.json",
+    "cloud/model.safetensors",
+    "tokenizer/tokenizer.json",
+)
+ONNX_TYPES: Final = {"float16": "float16", "float32": "float"}
 MAX_HEADER_BYTES: Final = 100_000_000
 """Of a safetensors file, by its own specification."""
 
@@ -118,7 +126,7 @@ def check_graphs(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield values
             continue
         expected: dict[str, tuple[Any, ...]] = {
-            "input": hidden if start else ("int64", 1, None),
+            "input": hidden,
             "seqlens_k": ("int32", 1),
             "total_length": ("int32",),
             "hidden_states": hidden,
@@ -133,12 +141,19 @@ def check_graphs(folder: Path, manifest: Manifest) -> Iterator[str]:
     if isinstance(values, str):
         yield values
         return
+    bundle = Bundle(folder, manifest)
+    try:
+        table = ONNX_TYPES[load_tables(bundle)[1].dtype.name]
+    except BundleError as error:
+        yield str(error)
+        return
     k = manifest.top_k
     yield from compare(
         "edge/lm_head.onnx",
         values,
         {
             "exit_hidden": ("float", 1, info.hidden_size),
+            "table": (table, info.vocab_size, info.hidden_size),
             "top_ids": ("int64", 1, k),
             "top_logprobs": ("float", 1, k),
             "confidence": ("float", 1),

@@ -29,7 +29,7 @@ def export(
     ] = None,
     split: Annotated[int | None, typer.Option(help="Layers on the edge: the last exit.")] = None,
     upload_layer: Annotated[int | None, typer.Option(help="Exit whose hidden states are uploaded: the last.")] = None,
-    quantization: Annotated[str, typer.Option(help=f"Of the edge: {', '.join(QUANTIZATIONS)}.")] = "int8",
+    quantization: Annotated[str, typer.Option(help=f"Of the edge: {', '.join(QUANTIZATIONS)}.")] = "balanced",
     thresholds: Annotated[str | None, typer.Option(help=f"One for each exit, else {DEFAULT_THRESHOLD}.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="Kept by 'fleet heads calibrate --write'.")] = None,
     max_positions: Annotated[int, typer.Option(help="Longest session, in tokens.")] = ExportConfig.max_positions,

@@ -16,7 +16,7 @@ from onnx_export.config import Quantization
 from onnx_export.heads import ExitHead
 from onnx_export.partition import export_block, export_lm_head, fuse_norms, trace
 from onnx_export.parts import PartCache, part_key
-from onnx_export.quantize import quantize
+from onnx_export.quantize import quantize, quantize_preview
 
 
 class NoHead(ExitHead):
@@ -60,29 +60,37 @@ class Assembly:
     def lm_head(self, top_k: int) -> tuple[onnx.ModelProto, bool]:
         """The LM head."""
         weight = self.model.lm_head.weight
-        key = part_key({"lm_head": weight}, part="lm_head", top_k=top_k, quantization=self.quantization)
+        key = part_key({"lm_head": weight}, part="lm_head", top_k=top_k, table=self.table)
         return self.parts.get_or_make(
-            key, lambda: quantize(export_lm_head(self.model, self.info, top_k), self.quantization)
+            key,
+            lambda: quantize_preview(export_lm_head(self.model, self.info, top_k, self.table), self.quantization),
         )
+
+    @property
+    def table(self) -> torch.dtype:
+        """How the embedding and the LM head's exact weights are stored."""
+        return torch.float32 if self.quantization == "fp32" else torch.float16
+
+    def tables(self) -> dict[str, Tensor]:
+        """The embedding, and the LM head's weights where they are not the same, [vocab, hidden] by name."""
+        embedding, lm_head = self.model.model.embed_tokens.weight, self.model.lm_head.weight
+        named = {"embedding": embedding} | ({} if torch.equal(embedding, lm_head) else {"lm_head": lm_head})
+        return {name: weight.detach().to(self.table) for name, weight in named.items()}
 
     def _layers(
         self, layers: tuple[int, int], head: ExitHead, head_tensors: dict[str, Tensor]
     ) -> tuple[onnx.ModelProto, bool]:
         start, stop = layers
-        dtype = torch.float32 if self.quantization == "fp32" else torch.float16
         tensors = dict(self.model.model.layers[start:stop].state_dict()) | head_tensors
-        if start == 0:
-            tensors["embedding"] = self.model.model.embed_tokens.weight
         key = part_key(
             tensors,
             part=f"layers {layers}",
             config=self.model.config.to_json_string(use_diff=False),
             info=self.info,
-            embedding=dtype,
             quantization=self.quantization,
         )
         return self.parts.get_or_make(
-            key, lambda: quantize(export_block(self.model, layers, head, self.info, dtype), self.quantization)
+            key, lambda: quantize(export_block(self.model, layers, head, self.info), self.quantization)
         )
 
     def _head(self, head: ExitHead) -> onnx.ModelProto:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from safetensors import SafetensorError
@@ -27,7 +28,8 @@ from onnx_export.parts import PartCache, default_parts
 from onnx_export.sources import tool_versions
 from onnx_export.staging import staged
 
-LARGEST_INLINE_BYTES = 1 << 30  # protobuf holds 2 GiB at most; beyond this the weights go into a file beside the graph
+LARGEST_INLINE_BYTES = 1 << 20
+"""Beyond this the weights go into a file beside the graph, which ONNX Runtime maps into memory instead of copying."""
 
 Progress = Callable[[str], None]
 Report = Callable[[Mapping[str, float], Mapping[str, float]], None]
@@ -172,7 +174,7 @@ def read_heads(config: ExportConfig, model: Any, progress: Progress) -> HeadsFil
 def write_edge(
     assembly: Assembly, config: ExportConfig, heads: HeadsFile, top_k: int, folder: Path, progress: Progress
 ) -> None:
-    """The blocks' graphs and the LM head's."""
+    """The blocks' graphs and the LM head's, the embedding and, where it is not the same, the LM head's weights."""
     folder.mkdir()
     starts = (0, *config.exits[:-1])
     for i, (start, stop) in enumerate(zip(starts, config.exits, strict=True)):
@@ -183,6 +185,8 @@ def write_edge(
         save_graph(graph, folder / f"block_{i}.onnx")
     progress(f"exporting the LM head as {config.quantization}")
     save_graph(assembly.lm_head(top_k)[0], folder / "lm_head.onnx")
+    for name, table in assembly.tables().items():
+        np.save(folder / f"{name}.npy", table.numpy())
 
 
 def save_graph(graph: onnx.ModelProto, path: Path) -> None:

@@ -11,7 +11,7 @@ from fleet.command import check_free
 from fleet.errors import ConfigError, ExportError, MissingExtraError
 from fleet.policy import check_threshold
 
-Quantization = Literal["fp32", "int8"]
+Quantization = Literal["fp32", "int8", "balanced", "int4"]
 QUANTIZATIONS: Final[tuple[str, ...]] = get_args(Quantization)
 DEFAULT_MODEL: Final = "default"
 DEFAULT_THRESHOLD: Final = 0.8
@@ -47,7 +47,7 @@ class ExportConfig:
     exit_head: str | None = None
     split_layer: int | None = None
     upload_layer: int | None = None
-    quantization: Quantization = "int8"
+    quantization: Quantization = "balanced"
     thresholds: tuple[float, ...] | None = None
     calibration: Path | None = None
     max_positions: int = 8192

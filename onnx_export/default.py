@@ -19,7 +19,7 @@ DATA: Final = PACKAGE / "data"
 
 
 def default_bundle(progress: Callable[[str], None] = lambda _: None) -> Path:
-    """Folder of the default bundle, int8. The first call fetches the model and builds it (a minute or two).
+    """Folder of the default bundle. The first call fetches the model and builds it (a minute or two).
 
     Raises:
         MissingExtraError: it has to be built and the extra ``export`` is not installed.

@@ -42,6 +42,8 @@ AT_LEAST: Final = ("top1", "agreement")
 LIMITS: Final[Mapping[Quantization, Mapping[str, float]]] = {
     "fp32": {"hidden": 1e-4, "steps": 1e-4, "exit_hidden": 1e-4, "logprob": 1e-3, "top1": 1.0, "agreement": 1.0},
     "int8": {"hidden": 0.25, "steps": 0.05, "exit_hidden": 1e-4, "logprob": 0.6, "top1": 0.9, "agreement": 0.85},
+    "balanced": {"hidden": 0.5, "steps": 0.1, "exit_hidden": 1e-4, "logprob": 0.6, "top1": 0.9, "agreement": 0.6},
+    "int4": {"hidden": 0.5, "steps": 0.1, "exit_hidden": 1e-4, "logprob": 0.6, "top1": 0.9, "agreement": 0.6},
 }
 """What was measured on the default model and on tiny random ones, with room for others (docs/adr/0008). An exit head is
 float32 in every preset, but for a layer of its own."""
@@ -49,6 +51,8 @@ float32 in every preset, but for a layer of its own."""
 BLOCK_HEAD_LIMITS: Final[Mapping[Quantization, Mapping[str, float]]] = {
     "fp32": {},
     "int8": {"exit_hidden": 0.25, "logprob": 2.5},
+    "balanced": {"exit_hidden": 0.5, "logprob": 2.5, "top1": 0.7},
+    "int4": {"exit_hidden": 0.5, "logprob": 2.5, "top1": 0.7},
 }
 """For a head with a layer of its own, which int8 changes as well: about twice what the default model's last layer gave
 behind its layers 8 and 15."""
@@ -57,7 +61,7 @@ behind its layers 8 and 15."""
 class BlockRunner:
     """One block's graph with a cache, run the plain way: no binding, a copy a call.
 
-    ``run``: input int64 [1, s] or float32 [1, s, hidden] -> hidden_states [1, s, hidden], exit_hidden [1, hidden].
+    ``run``: input float32 [1, s, hidden] -> hidden_states [1, s, hidden], exit_hidden [1, hidden].
     """
 
     def __init__(self, path: Path, info: ModelInfo, capacity: int) -> None:
@@ -125,14 +129,23 @@ def run_head(model: Any, head: ExitHead, hidden_states: Tensor) -> Tensor:
     return out
 
 
+def embed(edge: Path, token_ids: NDArray[np.int64]) -> Floats:
+    """token_ids int64 [1, s] -> float32 [1, s, hidden], by the embedding in `edge`."""
+    rows: Floats = np.load(edge / "embedding.npy", mmap_mode="r")[token_ids].astype(np.float32)
+    return rows
+
+
 class LmHeadGraph:
     """The LM head's graph: exit_hidden [s, hidden] -> top_ids int64 [s, k], top_logprobs float32 [s, k]."""
 
-    def __init__(self, path: Path) -> None:
-        self.session = open_session(path)
+    def __init__(self, edge: Path) -> None:
+        self.session = open_session(edge / "lm_head.onnx")
+        own = edge / "lm_head.npy"
+        self.table = np.load(own if own.exists() else edge / "embedding.npy")
 
     def run(self, exit_hidden: Floats) -> tuple[NDArray[np.int64], Floats]:
-        rows = [self.session.run(["top_ids", "top_logprobs"], {"exit_hidden": row[None]}) for row in exit_hidden]
+        outputs = ["top_ids", "top_logprobs"]
+        rows = [self.session.run(outputs, {"exit_hidden": row[None], "table": self.table}) for row in exit_hidden]
         return np.concatenate([ids for ids, _ in rows]), np.concatenate([logprobs for _, logprobs in rows])
 
 
@@ -182,12 +195,12 @@ def measure(
     layers = sorted(heads)
     capacity = max(window.shape[1] for window in windows)
     blocks = [BlockRunner(edge / f"block_{i}.onnx", info, capacity) for i in range(len(layers))]
-    lm_head = LmHeadGraph(edge / "lm_head.onnx")
+    lm_head = LmHeadGraph(edge)
     figures = Figures()
     with torch.no_grad(), one_thread():
         for window in windows:
             states = lower_layers(model, window, layers)
-            x: NDArray[Any] = window
+            x: Floats = embed(edge, window)
             for block, layer in zip(blocks, layers, strict=True):
                 block.length = 0
                 chunk = block.run(x)[0]

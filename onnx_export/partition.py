@@ -24,12 +24,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fleet.errors import ExportError
 from fleet.manifest import ModelInfo
 from onnx_export.checkpoint import quiet
+from onnx_export.fusion import fuse
 from onnx_export.heads import ExitHead, RmsNorm
 
 ATTENTION = "onnx_group_query"
 OPSET = 21
 TRACED_CHUNK = 5
 TRACED_CAPACITY = 64
+CANDIDATES_PER_TOKEN = 2
+"""Tokens with exact logits for each that is given, so that those which a coarse choice ranks too low are among them."""
+GROUP_SIZE = 64
 
 
 @dataclass
@@ -114,21 +118,20 @@ def rotary_tables(model: Any, max_positions: int) -> tuple[Tensor, Tensor]:
 
 
 class Block(nn.Module):
-    """Layers [start, stop), with the embedding in front of the first block and the exit head at the end.
+    """Layers [start, stop), with the exit head at the end.
 
     A head's own layer, if it has one, runs over all positions with the last of the caches; `hidden_states` are what
     goes into it.
 
-    forward: input (int64 [1, s] for the first block, else float32 [1, s, hidden]), seqlens_k int32 [1],
-    total_length int32 scalar, past keys and values float32 [1, kv_heads, capacity, head_dim] ->
+    forward: input float32 [1, s, hidden], seqlens_k int32 [1], total_length int32 scalar, past keys and values float32
+    [1, kv_heads, capacity, head_dim] ->
     hidden_states [1, s, hidden], exit_hidden [1, hidden] of the last position, and the present keys and values.
     """
 
-    embedding: Tensor
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, model: Any, start: int, stop: int, head: ExitHead, info: ModelInfo, embedding: torch.dtype):
+    def __init__(self, model: Any, start: int, stop: int, head: ExitHead, info: ModelInfo):
         super().__init__()
         self.start = start
         self.layers = copy.deepcopy(model.model.layers[start:stop])
@@ -138,15 +141,12 @@ class Block(nn.Module):
         config._attn_implementation = ATTENTION
         for layer in (*self.layers, *own_layers(self.head)):
             layer.self_attn.config = config
-        if start == 0:
-            self.register_buffer("embedding", model.model.embed_tokens.weight.detach().to(embedding))
         cos, sin = rotary_tables(model, info.max_positions)
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
 
-    def forward(self, x: Tensor, seqlens_k: Tensor, total_length: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, hidden: Tensor, seqlens_k: Tensor, total_length: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         cache = CacheInputs(self.start, past, seqlens_k, total_length, self.cos, self.sin)
-        hidden = nn.functional.embedding(x, self.embedding).float() if self.start == 0 else x
         given: dict[str, Any] = {"attention_mask": None, "position_embeddings": (None, None), "cache": cache}
         for layer in self.layers:
             hidden = layer(hidden, **given)
@@ -162,19 +162,46 @@ def own_layers(head: ExitHead) -> list[nn.Module]:
 
 
 class LmHead(nn.Module):
-    """exit_hidden [1, hidden] -> top_ids int64 [1, k], top_logprobs float32 [1, k] best first, confidence [1]."""
+    """The LM head in two steps: a product that may be coarse chooses tokens, whose logits are then computed exactly.
+
+    The exact weights are an input, so that a tied model keeps them once, as its embedding. What the chosen tokens'
+    exact logits change is put right in the sum of all probabilities as well; only what the others have there stays as
+    the coarse product gave it (docs/adr/0010).
+
+    forward: exit_hidden [1, hidden], table [vocab, hidden] of any float type -> top_ids int64 [1, k], top_logprobs
+    float32 [1, k] best first, confidence [1].
+    """
 
     def __init__(self, weight: Tensor, top_k: int) -> None:
         super().__init__()
         self.lm_head = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         self.lm_head.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.top_k = top_k
+        self.num_candidates = min(CANDIDATES_PER_TOKEN * top_k, weight.shape[0])
 
-    def forward(self, exit_hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self.lm_head(exit_hidden[None])[0]  # in three dimensions it becomes a MatMul, which quantises
-        top, ids = torch.topk(logits, self.top_k, -1)
-        logprobs = top - torch.logsumexp(logits, -1, keepdim=True)
-        return ids, logprobs, logprobs[:, 0].exp()
+    def forward(self, exit_hidden: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.lm_head(exit_hidden[None])[0, 0]  # in three dimensions it becomes a MatMul, which quantises
+        ids = best_ids(logits, self.num_candidates)
+        coarse, probabilities = logits.index_select(0, ids), logits.softmax(-1).index_select(0, ids)
+        log_sum = coarse.amax(-1) - probabilities.amax(-1).log()
+        exact = (exit_hidden @ table.index_select(0, ids).float().T)[0] - log_sum
+        others = (1 - probabilities.sum()).clamp(min=0)
+        top, order = (exact - (others + exact.exp().sum()).log()).topk(self.top_k)
+        return ids.index_select(0, order)[None], top[None], top[:1].exp()
+
+
+def best_ids(values: Tensor, k: int) -> Tensor:
+    """Where the k largest of values [n] are, int64 [k] in any order.
+
+    They lie in the k groups with the largest maxima, which are far quicker to find than they are.
+    """
+    if values.shape[0] % GROUP_SIZE or values.shape[0] <= k * GROUP_SIZE:
+        return values.topk(k, sorted=False).indices
+    groups = values.view(-1, GROUP_SIZE)
+    best = groups.amax(-1).topk(k, sorted=False).indices
+    chosen = groups.index_select(0, best).flatten().topk(k, sorted=False).indices
+    group = chosen.div(GROUP_SIZE, rounding_mode="floor")
+    return (best.index_select(0, group) - group) * GROUP_SIZE + chosen
 
 
 @contextmanager
@@ -200,34 +227,33 @@ def quiet_exporter() -> Iterator[None]:
         yield
 
 
-def export_block(
-    model: Any, layers: tuple[int, int], head: ExitHead, info: ModelInfo, embedding: torch.dtype = torch.float32
-) -> onnx.ModelProto:
-    """Layers [start, stop) of `layers` as a graph; the embedding is stored as `embedding` and computed in float32."""
+def export_block(model: Any, layers: tuple[int, int], head: ExitHead, info: ModelInfo) -> onnx.ModelProto:
+    """Layers [start, stop) of `layers` as a graph."""
     start, stop = layers
     chunk, num_caches = TRACED_CHUNK, stop - start + len(own_layers(head))
-    x = torch.zeros(1, chunk, dtype=torch.int64) if start == 0 else torch.zeros(1, chunk, info.hidden_size)
+    x = torch.zeros(1, chunk, info.hidden_size)
     past = [torch.zeros(1, info.num_key_value_heads, TRACED_CAPACITY, info.head_dim) for _ in range(2 * num_caches)]
     lengths = torch.tensor([chunk - 1], dtype=torch.int32), torch.tensor(chunk, dtype=torch.int32)
     sequence = torch.export.Dim("sequence", min=1, max=info.max_positions)
     capacity = torch.export.Dim("capacity", min=1, max=info.max_positions)
     caches = [f"{i}.{part}" for i in range(num_caches) for part in ("key", "value")]
     with fused_tracing(model):
-        return trace(
-            Block(model, start, stop, head, info, embedding),
+        graph = trace(
+            Block(model, start, stop, head, info),
             (x, *lengths, *past),
             inputs=["input", "seqlens_k", "total_length", *(f"past.{name}" for name in caches)],
             outputs=["hidden_states", "exit_hidden", *(f"present.{name}" for name in caches)],
             dynamic_shapes=({1: sequence}, None, None, tuple({2: capacity} for _ in past)),
         )
+    return fuse(graph)
 
 
-def export_lm_head(model: Any, info: ModelInfo, top_k: int) -> onnx.ModelProto:
-    """The model's LM head with top-k, log-probabilities and confidence as a graph."""
+def export_lm_head(model: Any, info: ModelInfo, top_k: int, table: torch.dtype) -> onnx.ModelProto:
+    """The model's LM head with top-k, log-probabilities and confidence; `table` is the type of its exact weights."""
     return trace(
         LmHead(model.lm_head.weight, top_k),
-        (torch.zeros(1, info.hidden_size),),
-        inputs=["exit_hidden"],
+        (torch.zeros(1, info.hidden_size), torch.zeros(info.vocab_size, info.hidden_size, dtype=table)),
+        inputs=["exit_hidden", "table"],
         outputs=["top_ids", "top_logprobs", "confidence"],
         dynamic_shapes=None,
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from onnx_export.heads import HeadKind, HeadsFile, fingerprint, new_head, save_heads
@@ -38,6 +39,15 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+@torch.no_grad()
+def round_to_grid(weight: Tensor) -> None:
+    """Rounds weight [n, k] to 16 steps from least to largest in each block of 32, as in llama.cpp's Q4_1 files."""
+    blocks = weight.view(weight.shape[0], -1, 32)
+    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+    step = (high - low) / 15
+    blocks.copy_(low + step * ((blocks - low) / step).round())
+
+
 def make_tiny_checkpoint(folder: Path, seed: int = 0, model_type: str = "llama", **overrides: Any) -> Path:
     """Random Hugging Face checkpoint in `folder`: 4 layers, hidden 64, 4 query and 2 key-value heads, 384 ids."""
     sizes = {
@@ -58,6 +68,10 @@ def make_tiny_checkpoint(folder: Path, seed: int = 0, model_type: str = "llama",
     config = AutoConfig.for_model(model_type, **sizes | overrides)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
+    for layer in model.model.layers:
+        for module in layer.modules():
+            if isinstance(module, nn.Linear) and module.in_features % 32 == 0:
+                round_to_grid(module.weight)
     with torch.no_grad():  # what starts at 1 or 0 would hide a mistake in a norm or a bias
         for name, parameter in model.named_parameters():
             if name.endswith(("norm.weight", "bias")):

@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 
 from fleet.access import Role
+from fleet.cli.bench import app as bench_commands
+from fleet.cli.doctor import doctor
 from fleet.cli.export import PASS_ON, export
 from fleet.cli.export import bundle as bundle_commands
 from fleet.cli.heads import app as heads_commands
@@ -25,8 +27,10 @@ from fleet.prompt import ChatMessage, PromptRequest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("export", context_settings=PASS_ON)(export)
+app.command("doctor")(doctor)
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(heads_commands, name="heads")
+app.add_typer(bench_commands, name="bench")
 
 StateOption = Annotated[Path | None, typer.Option("--state", help="The fleet's folder (default: $FLEET_HOME).")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

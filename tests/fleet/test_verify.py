@@ -202,8 +202,8 @@ def test_an_altered_bundle_is_not_signed(folder: Path, tmp_path: Path) -> None:
 
 def test_loading_ignores_the_signature_and_wants_the_schema(folder: Path) -> None:
     (folder / SIGNATURE_FILE).write_bytes(b"whatever")
-    assert Bundle.load(folder).manifest.schema_version == 2
+    assert Bundle.load(folder).manifest.schema_version == 3
     path = folder / MANIFEST_FILE
-    path.write_bytes(path.read_bytes().replace(b'"schema_version": 2', b'"schema_version": 1'))
-    with pytest.raises(BundleError, match="expected schema 2, got 1"):
+    path.write_bytes(path.read_bytes().replace(b'"schema_version": 3', b'"schema_version": 1'))
+    with pytest.raises(BundleError, match="expected schema 3, got 1"):
         Bundle.load(folder)

@@ -23,7 +23,7 @@ from fleet.prompt import PromptRequest
 from fleet.verify import verify_bundle
 from onnx_export import parity
 from onnx_export.bundle import export_bundle
-from onnx_export.config import ExportConfig
+from onnx_export.config import QUANTIZATIONS, ExportConfig, Quantization
 from onnx_export.heads import ExitHead, HeadKind, load_heads
 from tests.conftest import MakeTinyBundle
 from tests.system.memory_fleet import memory_fleet
@@ -83,7 +83,7 @@ def test_every_exit_equals_pytorch_at_every_step(
         )
 
 
-@pytest.mark.parametrize("quantization", ["fp32", "int8"])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bundle_with_heads_of_every_kind_is_good(
     make_tiny_bundle: MakeTinyBundle, kind: HeadKind, quantization: str
@@ -91,15 +91,16 @@ def test_a_bundle_with_heads_of_every_kind_is_good(
     bundle = make_tiny_bundle(EXITS, None, None, quantization, kind)
     verdict = verify_bundle(bundle.folder)
     assert (verdict.findings, verdict.notes) == ((), ())
-    if kind != "block":  # whose layer is int8 as well; the rest of a head is float32
+    if kind != "block":  # whose layer is quantised as well; the rest of a head is float32
         assert max(bundle.manifest.parity[f"exit_hidden.{layer}"] for layer in EXITS) < 1e-5
 
 
-def test_the_layer_of_a_block_head_is_stored_in_eight_bits(make_tiny_bundle: MakeTinyBundle) -> None:
-    graph = onnx.load(make_tiny_bundle(EXITS, None, None, "int8", "block").path("edge/block_0.onnx")).graph
+@pytest.mark.parametrize("quantization", ["int8", "balanced", "int4"])
+def test_the_layer_of_a_block_head_is_quantised(make_tiny_bundle: MakeTinyBundle, quantization: Quantization) -> None:
+    graph = onnx.load(make_tiny_bundle(EXITS, None, None, quantization, "block").path("edge/block_0.onnx")).graph
     operators = [node.op_type for node in graph.node]
     assert operators.count("GroupQueryAttention") == 2
-    assert operators.count("MatMulNBits") == 2 * 7
+    assert operators.count("MatMulNBits") == 2 * 4
     assert "MatMul" not in operators
 
 

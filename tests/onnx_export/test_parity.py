@@ -20,8 +20,9 @@ from fleet.errors import ExportError
 from fleet.manifest import Bundle
 from onnx_export import parity
 from onnx_export.bundle import export_bundle
-from onnx_export.config import ExportConfig, Quantization
+from onnx_export.config import QUANTIZATIONS, ExportConfig, Quantization
 from onnx_export.heads import load_heads
+from onnx_export.quantize import FLOAT_COMPUTE, INT8_COMPUTE
 from onnx_export.report import parity_table
 from tests.conftest import MakeTinyBundle
 from tests.tiny import VOCAB_SIZE, make_tiny_checkpoint, make_tiny_tokenizer
@@ -45,10 +46,14 @@ def reference(folder: Path) -> tuple[torch.Tensor, ...]:
     return states
 
 
+def embedded(bundle: Bundle) -> parity.Floats:
+    return parity.embed(bundle.folder / "edge", TOKEN_IDS)
+
+
 def run_blocks(bundle: Bundle, chunks: list[int]) -> list[parity.Floats]:
     """Hidden states after each block, the tokens being fed in chunks of these sizes."""
     bounds = np.cumsum(chunks)[:-1]
-    inputs: list[Any] = np.split(TOKEN_IDS, bounds, axis=1)
+    inputs = np.split(embedded(bundle), bounds, axis=1)
     outputs = []
     for i in range(len(bundle.manifest.exits)):
         block = parity.BlockRunner(bundle.path(f"edge/block_{i}.onnx"), bundle.manifest.model, TOKEN_IDS.shape[1])
@@ -73,9 +78,10 @@ def test_chunks_of_any_sizes_give_what_one_chunk_gives(make_tiny_bundle: MakeTin
 
 def test_a_rewritten_position_leaves_nothing_of_the_old_one(tiny_bundle: Bundle) -> None:
     block = parity.BlockRunner(tiny_bundle.path("edge/block_0.onnx"), tiny_bundle.manifest.model, 24)
-    expected = block.run(TOKEN_IDS[:, :10])[0]
+    inputs = embedded(tiny_bundle)
+    expected = block.run(inputs[:, :10])[0]
     block.length = 4
-    again = block.run(TOKEN_IDS[:, 4:10])[0]
+    again = block.run(inputs[:, 4:10])[0]
     assert parity.relative_error(again, expected[:, 4:]) < 1e-4
 
 
@@ -86,9 +92,10 @@ def test_the_lm_head_gives_the_best_tokens_of_pytorch_first(
     heads = load_heads(tiny_heads, EXITS, model).heads
     state = reference(tiny_checkpoint)[1]
     block = parity.BlockRunner(bundle.path("edge/block_0.onnx"), bundle.manifest.model, 24)
-    exit_hidden = block.run(TOKEN_IDS)[1]
-    lm_head = parity.open_session(bundle.path("edge/lm_head.onnx"))
-    top_ids, logprobs, confidence = lm_head.run(None, {"exit_hidden": exit_hidden})
+    exit_hidden = block.run(embedded(bundle))[1]
+    lm_head = parity.LmHeadGraph(bundle.folder / "edge")
+    inputs = {"exit_hidden": exit_hidden, "table": lm_head.table}
+    top_ids, logprobs, confidence = lm_head.session.run(None, inputs)
     with torch.no_grad():
         exact = model.lm_head(heads[1](state[:, -1])).log_softmax(-1)[0]
     expected = exact.topk(bundle.manifest.top_k)
@@ -133,17 +140,31 @@ def test_the_cloud_partition_continues_where_the_edge_stops(
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_int8_stores_every_large_weight_in_eight_bits(make_tiny_bundle: MakeTinyBundle) -> None:
-    bundle = make_tiny_bundle((1, 2), None, None, "int8")
-    for name in ("edge/block_0.onnx", "edge/block_1.onnx", "edge/lm_head.onnx"):
-        graph = onnx.load(bundle.path(name)).graph
-        assert not [node.name for node in graph.node if node.op_type == "MatMul"]
-        assert [node for node in graph.node if node.op_type == "MatMulNBits"]
-    embedding = [t for t in onnx.load(bundle.path("edge/block_0.onnx")).graph.initializer if t.dims[:1] == [VOCAB_SIZE]]
-    assert [tensor.data_type for tensor in embedding] == [onnx.TensorProto.FLOAT16]
+@pytest.mark.parametrize(("quantization", "bits"), [("int8", 8), ("balanced", 4), ("int4", 4)])
+def test_every_product_of_a_block_is_quantised_and_the_tables_are_fp16(
+    make_tiny_bundle: MakeTinyBundle, quantization: Quantization, bits: int
+) -> None:
+    bundle = make_tiny_bundle((1, 2), None, None, quantization)
+    for name, expected in (("edge/block_0.onnx", bits), ("edge/block_1.onnx", bits), ("edge/lm_head.onnx", 4)):
+        nodes = list(onnx.load(bundle.path(name)).graph.node)
+        assert [attribute(node, "bits") for node in nodes if node.op_type == "MatMulNBits"][:4] == [expected] * (
+            4 if "block" in name else 1
+        )
+        assert not [node for node in nodes if node.op_type == "MatMul" and "block" in name]
+    assert np.load(bundle.path("edge/embedding.npy")).dtype == np.float16
 
 
-@pytest.mark.parametrize("quantization", ["fp32", "int8"])
+def test_query_key_and_value_of_balanced_are_computed_in_float32(make_tiny_bundle: MakeTinyBundle) -> None:
+    nodes = onnx.load(make_tiny_bundle((1, 2), None, None, "balanced").path("edge/block_0.onnx")).graph.node
+    levels = [attribute(node, "accuracy_level") for node in nodes if node.op_type == "MatMulNBits"]
+    assert levels == [FLOAT_COMPUTE, *[INT8_COMPUTE] * 3]
+
+
+def attribute(node: onnx.NodeProto, name: str) -> int:
+    return int(next(attribute.i for attribute in node.attribute if attribute.name == name))
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_the_manifest_tells_how_near_the_graphs_are(
     make_tiny_bundle: MakeTinyBundle, quantization: Quantization
 ) -> None:
@@ -189,7 +210,7 @@ def flip_one(weight: Any, _other: Any) -> None:
 
 
 @pytest.mark.parametrize("corrupt", [zero_rows, scale_rows, swap, flip_one])
-@pytest.mark.parametrize("quantization", ["fp32", "int8"])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_a_head_that_was_corrupted_in_the_graph_fails_the_export(
     quantization: Quantization,
     corrupt: Callable[[Any, Any], None],
@@ -217,7 +238,7 @@ def test_a_head_that_was_corrupted_in_the_graph_fails_the_export(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("quantization", ["fp32", "int8"])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_an_lm_head_that_was_corrupted_in_the_graph_fails_the_export(
     quantization: Quantization, tmp_path: Path, tiny_checkpoint: Path, tiny_heads: Path
 ) -> None:
@@ -228,10 +249,10 @@ def test_an_lm_head_that_was_corrupted_in_the_graph_fails_the_export(
             graph = onnx.load(path)
             tensor = max(graph.graph.initializer, key=lambda tensor: len(tensor.raw_data))
             weight = numpy_helper.to_array(tensor).copy()
-            if quantization == "int8":
-                weight[100:140] = 128  # its zero
-            else:
+            if quantization == "fp32":
                 weight[:, 100:140] = 0
+            else:
+                weight[100:140] = 0x88  # its zero
             tensor.CopyFrom(numpy_helper.from_array(weight, tensor.name))
             onnx.save_model(graph, path)
 

@@ -38,8 +38,9 @@ def test_the_real_models_fp32_graphs_equal_pytorch(fp32_bundle: Bundle) -> None:
 
 def test_the_real_models_chunks_equal_its_steps(fp32_bundle: Bundle) -> None:
     for chunks in ([1] * 12, [5, 1, 6]):
-        whole: list[NDArray[Any]] = [TOKEN_IDS]
-        parts: list[NDArray[Any]] = np.split(TOKEN_IDS, np.cumsum(chunks)[:-1], axis=1)
+        inputs = parity.embed(fp32_bundle.folder / "edge", TOKEN_IDS)
+        whole: list[NDArray[Any]] = [inputs]
+        parts: list[NDArray[Any]] = np.split(inputs, np.cumsum(chunks)[:-1], axis=1)
         for i in range(len(EXITS)):
             one, many = (
                 parity.BlockRunner(fp32_bundle.path(f"edge/block_{i}.onnx"), fp32_bundle.manifest.model, 12)
@@ -65,11 +66,15 @@ def test_a_backlog_of_the_real_model_filled_later_leaves_the_same_caches(fp32_bu
             assert parity.relative_error(one, other) < 1e-4
 
 
-def test_the_default_bundle_is_int8_and_near_pytorch(real_bundle: Bundle) -> None:
+def test_the_default_bundle_is_balanced_and_near_pytorch(real_bundle: Bundle) -> None:
     manifest = real_bundle.manifest
-    assert (manifest.quantization, manifest.split_layer, manifest.upload_layer) == ("int8", SHIPPED[-1], SHIPPED[-1])
+    assert (manifest.quantization, manifest.split_layer, manifest.upload_layer) == (
+        "balanced",
+        SHIPPED[-1],
+        SHIPPED[-1],
+    )
     assert manifest.model.eos_token_ids == (2,)
-    parity.check(manifest.parity, parity.limits("int8", "linear"))
+    parity.check(manifest.parity, parity.limits("balanced", "linear"))
     assert min(manifest.parity[f"agreement.{layer}"] for layer in SHIPPED) >= 0.9
 
 

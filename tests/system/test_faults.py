@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
+import msgspec
 import pytest
 
 from cloud_broker_worker.config import WorkerConfig
 from edge_agent.config import AgentConfig
 from fleet import topics
+from fleet.errors import BundleError
 from fleet.manifest import Bundle
 from fleet.policy import CLOUD, FALLBACK
 from fleet.prompt import PromptRequest
@@ -111,3 +116,17 @@ def test_the_worker_keeps_nothing_of_answers_that_have_ended(tiny_bundle: Bundle
         worker.__exit__(None, None, None)
         worker.engine.pool.check_integrity()
         assert len(worker.engine.sessions) <= 1
+
+
+def test_a_bundle_for_another_machine_is_refused_at_start(tiny_bundle: Bundle) -> None:
+    other = Bundle(tiny_bundle.folder, msgspec.structs.replace(tiny_bundle.manifest, instruction_set="z80"))
+    with memory_fleet() as fleet, pytest.raises(BundleError, match="is for z80, this machine offers"):
+        fleet.start_device(other)
+
+
+def test_a_graph_that_does_not_load_is_refused_at_start(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_bundle.folder, tmp_path / "cut")
+    path = folder / "edge/block_1.onnx"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with memory_fleet() as fleet, pytest.raises(BundleError, match=r"cannot load .*block_1.onnx"):
+        fleet.start_device(Bundle(folder, tiny_bundle.manifest))

@@ -1,0 +1,136 @@
+"""Where a step's time goes, from ONNX Runtime's own profiler, and what the machine's memory would allow."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from edge_agent.cascade import Cascade
+from edge_agent.partition import Partition
+from fleet.manifest import Bundle
+
+POSITIONS: Final = (64, 1024)
+STEPS: Final = 40
+PRODUCTS: Final = ("MatMulNBits", "MatMul", "Gemm")
+ATTENTION: Final = "attention"
+KINDS: Final = {
+    **dict.fromkeys(PRODUCTS, "products"),
+    "GroupQueryAttention": ATTENTION,
+    "SimplifiedLayerNormalization": "norms",
+    "SkipSimplifiedLayerNormalization": "norms",
+}
+LM_HEAD: Final = "LM head"
+OTHER: Final = "small operators"
+BETWEEN: Final = "between operators"
+OUTSIDE: Final = "outside"
+BANDWIDTH_BYTES: Final = 1 << 29
+BANDWIDTH_TRIES: Final = 5
+
+
+class ProfiledPartition(Partition):
+    """A partition whose graphs write down how long each operator takes."""
+
+    def __init__(self, bundle: Bundle, num_threads: int, folder: Path) -> None:
+        super().__init__(bundle, num_threads)
+        self._names = ["block_0", "lm_head"]
+        sessions = [profiled(bundle.path(f"edge/{name}.onnx"), num_threads, folder / name) for name in self._names]
+        self.blocks, self._lm_head = sessions[:1], sessions[1]
+
+    def finish(self) -> dict[str, list[dict[str, Any]]]:
+        """The events of each graph."""
+        sessions = (*self.blocks, self._lm_head)
+        return {
+            name: json.loads(Path(session.end_profiling()).read_text())
+            for name, session in zip(self._names, sessions, strict=True)
+        }
+
+
+def profiled(path: Path, num_threads: int, prefix: Path) -> ort.InferenceSession:
+    """A graph like `edge_agent.runtime.load_session` gives it, with profiling on."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.log_severity_level = 3
+    options.enable_profiling = True
+    options.profile_file_prefix = str(prefix)
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def profile_steps(bundle: Path, num_threads: int, positions: Sequence[int] = POSITIONS) -> dict[int, dict[str, float]]:
+    """Microseconds a step from each of some positions on, by kind of work (medians), of a bundle with one block.
+
+    `between operators` is what ONNX Runtime takes beside them, the profiler's own writing included, and `outside` what
+    a step takes beyond its two runs: embedding, bindings, Python.
+    """
+    loaded = Bundle.load(bundle, ("edge",))
+    result = {}
+    for position in positions:
+        with tempfile.TemporaryDirectory(prefix="fleet-profile-") as folder:
+            partition = ProfiledPartition(loaded, num_threads, Path(folder))
+            cascade = Cascade(partition, position + STEPS)
+            cascade.append([100 + i % 200 for i in range(position)])
+            cascade.run(0)
+            times = []
+            for i in range(STEPS):
+                cascade.append([200 + i])
+                start = time.perf_counter()
+                cascade.run(0)
+                times.append((time.perf_counter() - start) * 1e6)
+            result[position] = step_times(times, partition.finish())
+    return result
+
+
+def step_times(whole: Sequence[float], events: Mapping[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """Medians by kind, in microseconds, of steps that took `whole`, each the last run of every graph so far."""
+    steps = [defaultdict(float, {OUTSIDE: time_us}) for time_us in whole]
+    for graph, listed in events.items():
+        runs = [event for event in listed if event["name"] == "model_run"][-len(steps) :]
+        operators = [event for event in listed if event["cat"] == "Node" and event["name"].endswith("kernel_time")]
+        for step, run in zip(steps, runs, strict=True):
+            inside = [event for event in operators if run["ts"] <= event["ts"] < run["ts"] + run["dur"]]
+            for event in inside:
+                step[LM_HEAD if graph == "lm_head" else KINDS.get(event["args"]["op_name"], OTHER)] += event["dur"]
+            step[BETWEEN] += run["dur"] - sum(event["dur"] for event in inside)
+            step[OUTSIDE] -= run["dur"]
+    return {kind: median(step[kind] for step in steps) for kind in set().union(*steps)}
+
+
+def operators_only(step: Mapping[str, float]) -> float:
+    """Microseconds of a step's operators but for attention."""
+    return sum(time_us for kind, time_us in step.items() if kind not in (ATTENTION, BETWEEN, OUTSIDE))
+
+
+def weight_bytes(bundle: Path) -> int:
+    """Bytes of the graphs' weights, which a step reads once; the rotary tables and shapes are not weights."""
+    total = 0
+    for path in sorted((bundle / "edge").glob("*.onnx")):
+        graph = onnx.load(path).graph
+        used = {name for node in graph.node if node.op_type in PRODUCTS for name in node.input[1:]}
+        total += sum(len(tensor.raw_data) for tensor in graph.initializer if tensor.name in used)
+    return total
+
+
+def read_bandwidth(num_threads: int) -> float:
+    """Bytes per second that threads read together from an array which fits no cache, at best."""
+    parts = np.array_split(np.ones(BANDWIDTH_BYTES // 4, np.float32), num_threads)
+    best = 0.0
+    for _ in range(BANDWIDTH_TRIES):
+        threads = [threading.Thread(target=part.max) for part in parts]
+        start = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        best = max(best, BANDWIDTH_BYTES / (time.perf_counter() - start))
+    return best

@@ -1,0 +1,61 @@
+"""llama.cpp as a driver of the benchmark, through xllamacpp: a GGUF file, on the CPU alone.
+
+    python -m benchmarks.drivers.llama_cpp --model FILE.gguf --threads N
+
+Its prebuilt wheel is made for any x86-64 machine with AVX2; `version` says with which instructions.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import xllamacpp
+
+from benchmarks.drivers.protocol import serve
+
+NUM_POSITIONS = 2048
+TIMEOUT_S = 120.0
+
+
+class LlamaCpp:
+    """See `benchmarks.drivers.protocol.Engine`."""
+
+    def __init__(self, model: Path, num_threads: int) -> None:
+        params = xllamacpp.CommonParams()
+        params.model.path = str(model)
+        params.n_ctx = NUM_POSITIONS
+        params.n_gpu_layers = 0
+        params.n_parallel = 1
+        params.cache_ram_mib = 0  # else it keeps every earlier prompt
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = num_threads
+        self._server = xllamacpp.Server(params)
+        instructions = [part.strip() for part in xllamacpp.get_system_info().removeprefix("CPU :").split("|")]
+        built_for = ", ".join(part.removesuffix(" = 1") for part in instructions if part.endswith(" = 1"))
+        self.version = f"xllamacpp {xllamacpp.__version__} ({built_for})"
+
+    def speed(self, prompt: list[int], new_tokens: int) -> dict[str, float]:
+        """By its own timings, which leave out the first token: that one comes from the prompt's evaluation."""
+        timings = self._complete(prompt, new_tokens + 1, ignore_eos=True)["timings"]
+        if timings["predicted_n"] != new_tokens + 1:
+            raise RuntimeError(f"expected {new_tokens + 1} tokens, got {timings['predicted_n']}")
+        return {"tokens_per_s": new_tokens / timings["predicted_ms"] * 1000}
+
+    def best(self, prompt: list[int], answer: list[int]) -> dict[str, list[int]]:
+        """One request a position; what it shares with the one before is in the cache, so that each costs one step."""
+        return {"best": [self._complete(prompt + answer[:i], 1)["tokens"][0] for i in range(len(answer))]}
+
+    def _complete(self, prompt: list[int], num_tokens: int, **options: Any) -> dict[str, Any]:
+        """Greedy, through its own server on loopback: the reply of the Python call has no token ids."""
+        request = {"prompt": prompt, "n_predict": num_tokens, "temperature": 0, "cache_prompt": True}
+        body = json.dumps(request | {"return_tokens": True} | options).encode()
+        url = f"{self._server.listening_address}/completion"
+        with urlopen(Request(url, body, {"Content-Type": "application/json"}), timeout=TIMEOUT_S) as response:
+            reply: dict[str, Any] = json.load(response)
+        return reply
+
+
+if __name__ == "__main__":
+    serve(LlamaCpp, __doc__)

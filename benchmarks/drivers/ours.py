@@ -1,0 +1,94 @@
+"""Our engine as a driver of the benchmark: an edge bundle, asked by JSON lines on stdin.
+
+    python -m benchmarks.drivers.ours --model BUNDLE --threads N
+
+A bundle whose only exit is the model's last layer is the whole model; the last block's candidates are then its own.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import onnxruntime as ort
+
+from benchmarks.drivers.protocol import serve
+from edge_agent.cascade import Cascade
+from edge_agent.partition import Candidates, Partition
+from fleet.manifest import Bundle
+
+WARM_UP: Final = 10  # answers until the allocators have what they need
+
+
+class OurEngine:
+    """See `benchmarks.drivers.protocol.Engine`; beside that, what only our engine is asked for."""
+
+    version = f"onnxruntime {ort.__version__}"
+
+    def __init__(self, bundle: Path, num_threads: int) -> None:
+        self.partition = Partition(Bundle.load(bundle, ("edge",)), num_threads)
+
+    def start(self, prompt: Sequence[int], room: int) -> tuple[Cascade, Candidates]:
+        """A sequence after its prompt, with room for `room` more positions."""
+        cascade = Cascade(self.partition, len(prompt) + room)
+        cascade.append(prompt)
+        return cascade, self.run(cascade)
+
+    def run(self, cascade: Cascade) -> Candidates:
+        """Every block over what is new."""
+        for block in range(len(self.partition.blocks)):
+            candidates = cascade.run(block)
+        return candidates
+
+    def step(self, cascade: Cascade, token_id: int) -> int:
+        """One more token; the best next one."""
+        cascade.append([token_id])
+        return int(self.run(cascade).token_ids[0])
+
+    def speed(self, prompt: Sequence[int], new_tokens: int) -> dict[str, float]:
+        """Greedy tokens per second after the prompt, end of sequence ignored."""
+        cascade, candidates = self.start(prompt, new_tokens)
+        token_id = int(candidates.token_ids[0])
+        start = time.perf_counter()
+        for _ in range(new_tokens):
+            token_id = self.step(cascade, token_id)
+        return {"tokens_per_s": new_tokens / (time.perf_counter() - start)}
+
+    def best(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, list[int]]:
+        """The best next token at each position of a given answer."""
+        cascade, candidates = self.start(prompt, len(answer))
+        following = [self.step(cascade, token_id) for token_id in answer[:-1]]
+        return {"best": [int(candidates.token_ids[0]), *following]}
+
+    def step_ms(self, prompt: Sequence[int], steps: int) -> dict[str, float]:
+        """Median time of one step, in ms."""
+        cascade, candidates = self.start(prompt, steps)
+        token_id, times = int(candidates.token_ids[0]), []
+        for _ in range(steps):
+            start = time.perf_counter()
+            token_id = self.step(cascade, token_id)
+            times.append(time.perf_counter() - start)
+        return {"ms": statistics.median(times) * 1000}
+
+    def growth(self, prompt: Sequence[int], answers: int, new_tokens: int) -> dict[str, float]:
+        """Change of the resident memory, in MB, over answers of a fresh sequence each, after `WARM_UP` of them."""
+        for _ in range(WARM_UP):
+            self.speed(prompt, new_tokens)
+        before = resident_mb()
+        for _ in range(answers):
+            self.speed(prompt, new_tokens)
+        return {kind: after - before[kind] for kind, after in resident_mb().items()}
+
+
+def resident_mb() -> dict[str, float]:
+    """Resident memory of this process, its own (anonymous) and that of mapped files, in MB of 10^6 bytes."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    names = {"own": "RssAnon", "mapped": "RssFile"}
+    return {kind: int(status[name].split()[0]) * 1024 / 1e6 for kind, name in names.items()}
+
+
+if __name__ == "__main__":
+    serve(OurEngine, __doc__)

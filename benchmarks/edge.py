@@ -1,0 +1,317 @@
+"""The edge engine beside its peers: speed and fidelity of the whole model, and what a device costs.
+
+    fleet bench edge [--presets balanced,int4,int8,fp32] [--rounds 7] [--only PARTS] [--no-peers] [--plot FILE] [--json]
+
+Every engine runs in a process of its own and they take turns, round by round, so that what the machine does besides
+meets all of them. Peers are llama.cpp on the model's own 4-bit file and onnxruntime-genai with its own int4, installed
+on first use into an environment of their own. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Annotated, Any, Final, get_args
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import breakdown, footprint
+from benchmarks.engines import Engine
+from benchmarks.fidelity import PROMPTS, Answer, agreement, default_answers
+from benchmarks.graphs import EdgeGraphs
+from benchmarks.peers import peers
+from fleet.command import check_writable, run_command
+from fleet.cpu import CPUINFO, instruction_sets
+from fleet.errors import ConfigError
+from fleet.exits.plot import COLOURS, text
+from onnx_export.config import QUANTIZATIONS, ExportConfig, Quantization
+from onnx_export.default import default_bundle
+
+OURS: Final = "ours"
+DEFAULT_PRESET: Final[Quantization] = ExportConfig(Path(), (1,)).quantization
+EXITS: Final = (7, 8, 15, 24)
+THREADS: Final = (1, 2)
+SPEED_PROMPT: Final = 64
+SPEED_TOKENS: Final = 128
+STEPS: Final = 60
+GROWTH_TOKENS: Final = 250
+GROWTH_ANSWERS: Final = 40
+PARTS: Final = ("speed", "fidelity", "exits", "footprint", "profile", "growth")
+
+Progress = Callable[[str], None]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def driver(bundle: Path, threads: int) -> list[str]:
+    """The command of our engine's process."""
+    module = "benchmarks.drivers.ours"
+    return [sys.executable, "-m", module, "--model", str(bundle), "--threads", str(threads)]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return {"tokens_per_s": middle, "tokens_per_s_low": low, "tokens_per_s_high": high}
+
+
+class EdgeBench:
+    """One run of the benchmark. `versions` and `idle_engines_cpu_percent` are known after `engines`."""
+
+    def __init__(
+        self, graphs: EdgeGraphs, presets: Sequence[Quantization], rounds: int, with_peers: bool, progress: Progress
+    ) -> None:
+        self._graphs = graphs
+        self._presets = presets
+        self._rounds = rounds
+        self._with_peers = with_peers
+        self._progress = progress
+        self.versions: dict[str, str] = {}
+        self.idle_engines_cpu_percent = 0.0
+
+    def _whole(self, preset: Quantization) -> Path:
+        return self._graphs.bundle(self._graphs.num_layers, preset)
+
+    def commands(self, threads: int) -> dict[tuple[str, str], list[str]]:
+        """The process of each engine, by engine and preset."""
+        ours = {(OURS, preset): driver(self._whole(preset), threads) for preset in self._presets}
+        others = peers(threads, self._progress) if self._with_peers else {}
+        return ours | {(engine, "4-bit"): command for engine, command in others.items()}
+
+    def engines(self, answers: Sequence[Answer], *, speed: bool) -> list[dict[str, Any]]:
+        """A row for each engine, preset and number of threads; fidelity, with answers, at the most threads alone."""
+        agreements: dict[tuple[str, str], float] = {}
+        rows: list[dict[str, Any]] = []
+        for threads in reversed(THREADS):
+            for key, values in self._run(threads, speed, [] if agreements else answers, agreements).items():
+                named = {"engine": key[0], "preset": key[1], "threads": threads}
+                rows.append({**named, **(spread(values) if speed else {})})
+        return [row | {"agreement": agreements.get((row["engine"], row["preset"]))} for row in rows]
+
+    def _run(
+        self, threads: int, speed: bool, answers: Sequence[Answer], agreements: dict[tuple[str, str], float]
+    ) -> dict[tuple[str, str], list[float]]:
+        with ExitStack() as stack:
+            engines = {}
+            for key, command in self.commands(threads).items():
+                self._progress(f"starting {' '.join(key)} with {threads} threads")
+                engines[key] = stack.enter_context(Engine(" ".join(key), command))
+                self.versions[key[0]] = engines[key].version
+            times: dict[tuple[str, str], list[float]] = {key: [] for key in engines}
+            prompt = list(range(100, 100 + SPEED_PROMPT))
+            for i in range(self._rounds + 1 if speed else 0):
+                self._progress(f"speed with {threads} threads, round {i} of {self._rounds}")
+                for key, engine in engines.items():
+                    others = [other.pid for other in engines.values() if other is not engine]
+                    with self._idle(others):
+                        rate = engine.ask("speed", prompt=prompt, new_tokens=SPEED_TOKENS)["tokens_per_s"]
+                    if i:  # the first round warms up
+                        times[key].append(rate)
+            for key, engine in engines.items():
+                if answers:
+                    self._progress(f"fidelity of {engine.name}")
+                    agreements[key] = agreement(engine, answers)
+            return times
+
+    def exit_steps(self) -> dict[str, float]:
+        """Time of a step that stops at an exit, LM head included, over that of a step through all layers."""
+        threads, prompt = max(THREADS), list(range(100, 100 + SPEED_PROMPT))
+        num_layers = self._graphs.num_layers
+        with ExitStack() as stack:
+            engines = {}
+            for layer in (*EXITS, num_layers):
+                bundle = self._graphs.bundle(layer, DEFAULT_PRESET)
+                engines[layer] = stack.enter_context(Engine(f"exit {layer}", driver(bundle, threads)))
+            times: dict[int, list[float]] = {layer: [] for layer in engines}
+            for i in range(self._rounds + 1):
+                self._progress(f"steps that stop at an exit, round {i} of {self._rounds}")
+                for layer, engine in engines.items():
+                    taken = engine.ask("step_ms", prompt=prompt, steps=STEPS)["ms"]
+                    if i:
+                        times[layer].append(taken)
+        whole = times[num_layers]
+        return {str(layer): median(a / b for a, b in zip(times[layer], whole, strict=True)) for layer in EXITS}
+
+    def profile(self) -> dict[str, Any]:
+        """Breakdown of a step, its growth with the position, and the bandwidth of the weights beside the machine's."""
+        bundle = self._whole(DEFAULT_PRESET)
+        result: dict[str, Any] = {"breakdown_us": {}, "position_ratio": {}, "read_bandwidth_gb_per_s": {}}
+        for threads in THREADS:
+            rounds = []
+            for i in range(1, self._rounds + 1):
+                self._progress(f"profile with {threads} threads, round {i} of {self._rounds}")
+                rounds.append(tuple(breakdown.profile_steps(bundle, threads).values()))
+            result["breakdown_us"][str(threads)] = {
+                kind: median(near[kind] for near, _ in rounds) for kind in rounds[0][0]
+            }
+            result["position_ratio"][str(threads)] = {
+                "without_attention": median(
+                    breakdown.operators_only(far) / breakdown.operators_only(near) for near, far in rounds
+                ),
+                "whole": median(sum(far.values()) / sum(near.values()) for near, far in rounds),
+            }
+            result["read_bandwidth_gb_per_s"][str(threads)] = breakdown.read_bandwidth(threads) / 1e9
+        result["weights_mb"] = {preset: breakdown.weight_bytes(self._whole(preset)) / 1e6 for preset in self._presets}
+        return result
+
+    def growth(self) -> dict[str, float]:
+        """Growth of the engine's memory over many answers after a warm-up, in MB."""
+        bundle = self._whole(DEFAULT_PRESET)
+        self._progress(f"memory over {GROWTH_ANSWERS * GROWTH_TOKENS} tokens")
+        with Engine(OURS, driver(bundle, max(THREADS))) as engine:
+            prompt = list(range(100, 100 + SPEED_PROMPT))
+            grown = engine.ask("growth", prompt=prompt, answers=GROWTH_ANSWERS, new_tokens=GROWTH_TOKENS)
+        return {f"{kind}_mb": megabytes for kind, megabytes in grown.items()}
+
+    @contextmanager
+    def _idle(self, pids: Sequence[int]) -> Iterator[None]:
+        """Notes how much of a core these processes use meanwhile, at most."""
+        before, start = sum(map(footprint.cpu_seconds, pids)), time.monotonic()
+        yield
+        used = sum(map(footprint.cpu_seconds, pids)) - before
+        percent = 100 * used / (time.monotonic() - start)
+        self.idle_engines_cpu_percent = max(self.idle_engines_cpu_percent, percent)
+
+
+def parse_list(given: str, known: Sequence[str], what: str) -> tuple[str, ...]:
+    """Names between commas. Raises ConfigError when one is not known."""
+    names = tuple(name.strip() for name in given.split(",") if name.strip())
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"unknown {what} {', '.join(unknown)}: expected some of {', '.join(known)}")
+    return names
+
+
+@app.command()
+def run(
+    presets: Annotated[str, typer.Option(help=f"Of ours: {', '.join(QUANTIZATIONS)}.")] = "balanced,int4,int8,fp32",
+    rounds: Annotated[int, typer.Option(min=1, help="In which the engines take turns.")] = 7,
+    only: Annotated[str, typer.Option(help="Parts to run.")] = ",".join(PARTS),
+    prompts: Annotated[Path, typer.Option(help="Prompts whose answers fidelity is measured on.")] = PROMPTS,
+    with_peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Other engines beside ours.")] = True,
+    plot: Annotated[Path | None, typer.Option(help="Draw speed and agreement into this SVG file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Measure the edge engine beside llama.cpp and onnxruntime-genai, and what a device costs."""
+    check_writable(plot=plot)
+    console = Console(stderr=True)
+    parts = parse_list(only, PARTS, "part")
+    chosen = parse_list(presets, get_args(Quantization), "preset")
+
+    def progress(line: str) -> None:
+        console.print(line, style="dim", highlight=False)
+
+    graphs = EdgeGraphs(progress)
+    bench = EdgeBench(graphs, chosen, rounds, with_peers, progress)  # type: ignore[arg-type]  # checked above
+    result: dict[str, Any] = {"rows": [], "machine": machine()}
+    answers = default_answers(graphs.model, prompts, progress) if "fidelity" in parts else []
+    if {"speed", "fidelity"} & set(parts):
+        result["rows"] = bench.engines(answers, speed="speed" in parts)
+        result["versions"] = bench.versions
+    if "speed" in parts:
+        result["idle_engines_cpu_percent"] = bench.idle_engines_cpu_percent
+    if "fidelity" in parts:
+        result["agreement_tokens"] = sum(len(answer.answer) for answer in answers)
+    if "exits" in parts:
+        result["exit_step_ratio"] = bench.exit_steps()
+    if "footprint" in parts:
+        result |= footprint.measure_footprint(default_bundle(console.print))
+    if "profile" in parts:
+        result |= bench.profile()
+    if "growth" in parts:
+        result["growth_10000_tokens"] = bench.growth()
+    if plot:
+        plot.write_text(plot_engines(result["rows"]), encoding="utf-8")
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_result(Console(), result)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures hold for."""
+    names = [
+        line.partition(":")[2].strip() for line in CPUINFO.read_text().splitlines() if line.startswith("model name")
+    ]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "instruction_sets": list(instruction_sets()),
+    }
+
+
+def print_result(console: Console, result: dict[str, Any]) -> None:
+    """The engines as a table, the rest as lines."""
+    if result["rows"]:
+        table = Table(title="the whole model, greedy", title_justify="left")
+        for header in ("engine", "preset", "threads", "tokens/s", "quartiles", "agreement"):
+            table.add_column(header, justify="left" if header in ("engine", "preset") else "right")
+        for row in result["rows"]:
+            speed = f"{row['tokens_per_s']:.1f}" if "tokens_per_s" in row else ""
+            quartiles = f"{row['tokens_per_s_low']:.1f} to {row['tokens_per_s_high']:.1f}" if speed else ""
+            same = "" if row["agreement"] is None else f"{row['agreement']:.4f}"
+            table.add_row(row["engine"], row["preset"], str(row["threads"]), speed, quartiles, same)
+        console.print(table)
+    for name, value in result.items():
+        if name != "rows":
+            console.print(f"{name}: {show(value)}", highlight=False)
+
+
+def show(value: Any) -> str:
+    """Fractions with three digits, mappings in braces."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {show(inner)}" for key, inner in value.items()) + "}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+WIDTH: Final = 720
+HEIGHT: Final = 420
+LEFT: Final = 64
+RIGHT: Final = 220
+TOP: Final = 40
+BOTTOM: Final = 52
+
+
+def plot_engines(rows: Sequence[dict[str, Any]]) -> str:
+    """An SVG with speed over agreement, one mark an engine with the most threads; rows without either are left out."""
+    whole = [row for row in rows if row["threads"] == max(THREADS) and row["agreement"] and "tokens_per_s" in row]
+    low = min([0.9, *(row["agreement"] for row in whole)])
+    top = max([1.0, *(row["tokens_per_s_high"] for row in whole)]) * 1.1
+
+    def place(same: float, speed: float) -> tuple[float, float]:
+        x = LEFT + (same - low) / (1 - low) * (WIDTH - LEFT - RIGHT)
+        return x, HEIGHT - BOTTOM - speed / top * (HEIGHT - TOP - BOTTOM)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        text(LEFT, 22, f"the whole model on {max(THREADS)} threads", size=15),
+    ]
+    for i in range(6):
+        x, y = place(low + (1 - low) * i / 5, top * i / 5)
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+        parts.append(text(LEFT - 8, y + 4, f"{top * i / 5:.0f}", anchor="end"))
+        parts.append(text(x, HEIGHT - BOTTOM + 18, f"{low + (1 - low) * i / 5:.3f}", anchor="middle"))
+    parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, "agreement with float32", anchor="middle"))
+    parts.append(text(16, HEIGHT / 2, "tokens per second", anchor="middle", turn=-90))
+    for i, row in enumerate(whole):
+        colour = COLOURS[i % len(COLOURS)]
+        x, y = place(row["agreement"], row["tokens_per_s"])
+        ends = [place(row["agreement"], row[f"tokens_per_s_{end}"])[1] for end in ("low", "high")]
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}" stroke="{colour}"/>')
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>')
+        parts.append(f'<rect x="{WIDTH - RIGHT + 14}" y="{TOP + 20 * i}" width="12" height="12" fill="{colour}"/>')
+        parts.append(text(WIDTH - RIGHT + 32, TOP + 10 + 20 * i, f"{row['engine']} {row['preset']}"))
+    return "\n".join([*parts, "</svg>", ""])
+
+
+if __name__ == "__main__":
+    run_command("benchmarks.edge", app)

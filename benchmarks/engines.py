@@ -1,0 +1,110 @@
+"""Engines in processes of their own, asked by JSON lines, each answer with a deadline."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Final, Self
+
+from fleet.errors import FleetError
+
+ROOT: Final = Path(__file__).parents[1]
+LOAD_TIMEOUT_S: Final = 300.0
+ANSWER_TIMEOUT_S: Final = 900.0
+STOP_TIMEOUT_S: Final = 10.0
+
+
+class Engine:
+    """One engine's process, loaded and waiting. Use as a context manager."""
+
+    def __init__(self, name: str, command: Sequence[str]) -> None:
+        """Raises FleetError when it does not start."""
+        self.name = name
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,  # the peers' environment knows the drivers from here
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
+        self._lines: queue.Queue[str] = queue.Queue()
+        self._errors: deque[str] = deque(maxlen=20)
+        for read, stream in ((self._lines.put, self._process.stdout), (self._errors.append, self._process.stderr)):
+            threading.Thread(target=forward, args=(stream, read), daemon=True).start()
+        try:
+            self.version = str(self._answer(LOAD_TIMEOUT_S)["ready"])
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+        """One request and its answer.
+
+        Raises:
+            FleetError: the engine says that it failed, ended, or did not answer in time.
+        """
+        stdin = self._process.stdin
+        if stdin is None:
+            raise FleetError(f"{self.name} was closed")
+        try:
+            stdin.write(json.dumps({"op": op, **arguments}) + "\n")
+            stdin.flush()
+        except BrokenPipeError:
+            raise self._ended() from None
+        return self._answer(ANSWER_TIMEOUT_S)
+
+    def _answer(self, timeout_s: float) -> dict[str, Any]:
+        try:
+            line = self._lines.get(timeout=timeout_s)
+        except queue.Empty:
+            raise FleetError(f"{self.name} gave no answer within {timeout_s:g} s") from None
+        if not line:
+            raise self._ended()
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise FleetError(f"{self.name} failed: {answer['error']}")
+        return answer
+
+    def _ended(self) -> FleetError:
+        status = self._process.wait(STOP_TIMEOUT_S)
+        said = " ".join("".join(self._errors).split())[-400:]
+        return FleetError(f"{self.name} ended with status {status}: {said or 'it said nothing'}")
+
+    def close(self) -> None:
+        """Ends the process, by force when it does not end by itself."""
+        if self._process.stdin:
+            self._process.stdin.close()
+        try:
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def forward(stream: IO[str], read: Any) -> None:
+    """Every line to `read`, and an empty one at the end."""
+    with stream:
+        for line in stream:
+            read(line)
+    read("")

@@ -1,0 +1,84 @@
+"""What a device costs the machine it runs on: start-up, memory, and CPU while nobody asks."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+from fleet.access import Role
+from fleet.cli.processes import child
+from fleet.cli.serve import free_port
+from fleet.cli.state import State, StateConfig
+from fleet.client import PromptClient
+from fleet.errors import FleetError
+from fleet.mqtt import MqttTransport
+from fleet.policy import Mode
+from fleet.prompt import ChatMessage, PromptRequest
+
+HOST: Final = "127.0.0.1"
+DEVICE: Final = "edge-1"
+IDLE_S: Final = 20.0
+NUM_ANSWERS: Final = 3
+QUESTION: Final = "Explain in a few sentences how a battery stores energy."
+
+
+def measure_footprint(bundle: Path, idle_s: float = IDLE_S) -> dict[str, float]:
+    """A real device in standalone mode, with a real broker, on the default settings.
+
+    Gives the time from the start of its process to the first text of an answer in s, its resident memory in MB after
+    three answers (`rss_mb`, of which `own_rss_mb` is not mapped from files; `peak_rss_mb` at most so far) and its use
+    of one core in percent while connected and idle.
+    """
+    prompt = PromptRequest(messages=(ChatMessage("user", QUESTION),), mode=Mode.STANDALONE, max_new_tokens=64)
+    with tempfile.TemporaryDirectory(prefix="fleet-bench-") as folder:
+        state = State.create(Path(folder), StateConfig(HOST, free_port(HOST), str(bundle)))
+        device = Path(folder) / "devices" / DEVICE
+        state.enroll(DEVICE, Role.DEVICE, device)
+        app = state.enroll("bench", Role.APP, Path(folder) / "apps" / "bench", allow=(DEVICE,))
+        with child("the broker", "fleet.cli", "server", "--state", str(state.folder)) as server:
+            server.wait_ready()
+            with MqttTransport.connect(app) as transport:
+                client = PromptClient(transport)
+                start = time.monotonic()
+                with child("the device", "edge_agent", "run", str(device)) as edge:
+                    edge.wait_ready()
+                    first = first_text_after(client, prompt, start)
+                    for _ in range(NUM_ANSWERS - 1):
+                        first_text_after(client, prompt, start)
+                    memory = memory_mb(edge.process.pid)
+                    idle = idle_percent(edge.process.pid, idle_s)
+    return {"start_to_first_token_s": first, **memory, "idle_cpu_percent": idle}
+
+
+def first_text_after(client: PromptClient, prompt: PromptRequest, start: float) -> float:
+    """Seconds from `start` to the first token of an answer, which is then read to its end."""
+    first = 0.0
+    for reply in client.ask(DEVICE, prompt):
+        if reply.token_id is not None and not first:
+            first = time.monotonic() - start
+    if not first:
+        raise FleetError(f"device {DEVICE} answered without a token; expected at least one")
+    return first
+
+
+def memory_mb(pid: int) -> dict[str, float]:
+    """Resident memory of a process, in MB of 10^6 bytes."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    names = {"rss_mb": "VmRSS", "own_rss_mb": "RssAnon", "peak_rss_mb": "VmHWM"}
+    return {key: int(status[name].split()[0]) * 1024 / 1e6 for key, name in names.items()}
+
+
+def idle_percent(pid: int, seconds: float) -> float:
+    """CPU time of a process over `seconds`, in percent of one core."""
+    before, start = cpu_seconds(pid), time.monotonic()
+    time.sleep(seconds)
+    return 100 * (cpu_seconds(pid) - before) / (time.monotonic() - start)
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

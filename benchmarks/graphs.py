@@ -1,0 +1,78 @@
+"""Edge bundles for measurements: one block from the embedding to a layer, the model's last one included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fleet.manifest import SCHEMA_VERSION, Manifest, write_manifest
+from onnx_export.architecture import model_info
+from onnx_export.assembly import Assembly
+from onnx_export.bundle import list_files, load_model, write_edge
+from onnx_export.checkpoint import cache_folder, model_config
+from onnx_export.config import DEFAULT_MODEL, ExportConfig, Quantization
+from onnx_export.heads import ExitHead, HeadKind, HeadsFile, fingerprint, new_head
+from onnx_export.parts import default_parts
+from onnx_export.sources import source_digest, tool_versions
+from onnx_export.staging import staged
+
+
+class EdgeGraphs:
+    """Makes a model's edge up to a layer, each once; those of the default model are kept in the user's cache.
+
+    An exit has a head of the default kind, `linear`, untrained, which costs what a trained one costs; the last layer
+    has the model's own norm, so that its best token is the model's.
+    """
+
+    def __init__(self, progress: Callable[[str], None], model: str = DEFAULT_MODEL, folder: Path | None = None) -> None:
+        self._progress = progress
+        self._name = model
+        self._folder = folder or cache_folder() / "bench" / source_digest()[:16]
+        self._loaded: tuple[Any, Any] | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the whole model."""
+        return int(model_config(self._name).num_hidden_layers)
+
+    def model(self) -> tuple[Any, Any]:
+        """The model in float32 and its tokenizer, loaded when first asked for."""
+        if self._loaded is None:
+            self._loaded = load_model(ExportConfig(Path(), (1,), model=self._name), self._progress)
+        return self._loaded
+
+    def bundle(self, layer: int, preset: Quantization) -> Path:
+        """A bundle's folder with edge graphs alone, layers [0, layer)."""
+        folder = self._folder / f"{preset}-{layer}"
+        if not folder.exists():
+            with staged(folder, self._progress) as partial:
+                self._write(partial, layer, preset)
+        return folder
+
+    def _write(self, folder: Path, layer: int, preset: Quantization) -> None:
+        model, _ = self.model()
+        config = ExportConfig(folder, (layer,), model=self._name, quantization=preset)
+        info = model_info(Path(self._name).name, model, config.max_positions)
+        top_k = min(config.top_k, info.vocab_size)
+        kind: HeadKind = "shared" if layer == info.num_layers else "linear"
+        head: ExitHead = new_head(kind, model, layer).requires_grad_(False)
+        heads = HeadsFile({layer: head}, kind, fingerprint(model))
+        write_edge(
+            Assembly(model, info, preset, default_parts()), config, heads, top_k, folder / "edge", self._progress
+        )
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            model=info,
+            exits=config.exits,
+            split_layer=layer,
+            upload_layer=layer,
+            exit_head=kind,
+            quantization=preset,
+            top_k=top_k,
+            thresholds=(1.0,),
+            parity={},
+            tools=tool_versions(),
+            files=tuple(list_files(folder)),
+        )
+        write_manifest(folder, manifest)

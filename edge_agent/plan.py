@@ -1,0 +1,83 @@
+"""What one request needs, decided before any work: token ids, room for the answer, thresholds, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from edge_agent.cascade import Cascade
+from edge_agent.config import AgentConfig
+from edge_agent.partition import Partition
+from edge_agent.tokenizer import ChatTokenizer
+from fleet.errors import PromptError
+from fleet.policy import Mode
+from fleet.prompt import PromptRequest
+
+MB: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request that fits the device. `num_bytes` is the memory of its caches."""
+
+    prompt_ids: list[int]
+    max_new_tokens: int
+    thresholds: tuple[float, ...]
+    mode: Mode
+    num_bytes: int
+
+    @property
+    def capacity(self) -> int:
+        """Positions of prompt and answer together."""
+        return len(self.prompt_ids) + self.max_new_tokens
+
+
+class Planner:
+    """Turns prompts into plans, or refuses them."""
+
+    def __init__(self, partition: Partition, tokenizer: ChatTokenizer, config: AgentConfig) -> None:
+        """Raises PromptError when the configured thresholds do not fit the bundle's exits."""
+        self._partition = partition
+        self._tokenizer = tokenizer
+        self._config = config
+        self._max_positions = min(config.max_positions, partition.manifest.model.max_positions)
+        self._thresholds = self._fit(config.thresholds or partition.manifest.thresholds)
+
+    def plan(self, prompt: PromptRequest) -> Plan:
+        """Raises PromptError when thresholds, length or memory do not fit this device, whatever else it does."""
+        prompt_ids = self._tokenizer.encode_chat(prompt.chat)
+        max_new_tokens = self._room(len(prompt_ids), prompt.max_new_tokens)
+        num_bytes = Cascade.num_bytes(self._partition, len(prompt_ids) + max_new_tokens)
+        if num_bytes > self._config.cache_budget_mb * MB:
+            raise PromptError(
+                f"a prompt of {len(prompt_ids)} tokens and {max_new_tokens} new ones need {num_bytes / MB:.1f} MB of "
+                f"caches; this device has {self._config.cache_budget_mb} MB for them (cache_budget_mb); send a shorter "
+                "prompt or ask for fewer tokens"
+            )
+        mode = prompt.mode or self._config.mode
+        return Plan(prompt_ids, max_new_tokens, self._request_thresholds(prompt), mode, num_bytes)
+
+    def _room(self, num_prompt_tokens: int, wanted: int | None) -> int:
+        room = self._max_positions - num_prompt_tokens
+        if room < (wanted or 1):
+            asked = f" and {wanted} new ones were asked for" if wanted else ""
+            raise PromptError(
+                f"the prompt has {num_prompt_tokens} tokens{asked}; this device holds {self._max_positions} positions "
+                "for both; send a shorter prompt or ask for fewer tokens"
+            )
+        return wanted or min(self._config.max_new_tokens, room)
+
+    def _request_thresholds(self, prompt: PromptRequest) -> tuple[float, ...]:
+        if prompt.thresholds is not None:
+            return self._fit(prompt.thresholds)
+        if prompt.threshold is not None:
+            return (prompt.threshold,) * len(self._partition.manifest.exits)
+        return self._thresholds
+
+    def _fit(self, thresholds: tuple[float, ...]) -> tuple[float, ...]:
+        exits = self._partition.manifest.exits
+        if len(thresholds) != len(exits):
+            raise PromptError(
+                f"expected {len(exits)} thresholds, one for each of the exits {exits}, got {len(thresholds)}"
+            )
+        return thresholds

@@ -1,0 +1,49 @@
+"""The LM head's two steps give what one exact step gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+from fleet.manifest import ModelInfo
+from onnx_export.partition import GROUP_SIZE, best_ids, export_lm_head
+from onnx_export.quantize import quantize_preview
+
+HIDDEN, VOCAB, TOP_K = 64, 16384, 8
+
+
+@pytest.mark.parametrize(("n", "k"), [(GROUP_SIZE * 40, 16), (GROUP_SIZE * 40, 39), (1000, 64), (GROUP_SIZE * 8, 8)])
+def test_the_best_are_found_group_by_group(n: int, k: int) -> None:
+    values = torch.randn(n, generator=torch.Generator().manual_seed(3))
+    assert set(best_ids(values, k).tolist()) == set(values.topk(k).indices.tolist())
+
+
+class Model:
+    """As much of a model as the LM head's export reads."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.lm_head = torch.nn.Linear(HIDDEN, VOCAB, bias=False)
+        self.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+def test_a_coarse_choice_and_exact_logits_give_the_exact_candidates(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator)
+    info: Any = ModelInfo("m", "M", 1, HIDDEN, 1, 1, HIDDEN, VOCAB, 64, (0,))
+    graph = quantize_preview(export_lm_head(Model(weight), info, TOP_K, torch.float16), "balanced")
+    session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    table = weight.half()
+    for _ in range(20):
+        hidden = torch.randn(1, HIDDEN, generator=generator) * 0.6
+        ids, logprobs, confidence = session.run(None, {"exit_hidden": hidden.numpy(), "table": table.numpy()})
+        exact = (hidden @ table.float().T).log_softmax(-1)[0]
+        expected = exact.topk(TOP_K)
+        np.testing.assert_array_equal(ids[0, :4], expected.indices.numpy()[:4])
+        np.testing.assert_allclose(logprobs[0], exact.numpy()[ids[0]], atol=0.05)  # the others' share is coarse
+        np.testing.assert_allclose(np.diff(logprobs[0]), np.diff(exact.numpy()[ids[0]]), atol=1e-4)
+        np.testing.assert_allclose(confidence[0], exact.max().exp().item(), rtol=0.05)

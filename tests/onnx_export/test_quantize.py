@@ -1,0 +1,96 @@
+"""Quantised products give what their weights say, however these lie on a grid."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from onnx_export.quantize import BLOCK_SIZE, Grid, quantize, quantize_symmetric
+
+Floats = NDArray[np.float32]
+RNG = np.random.default_rng(5)
+
+
+def on_a_grid(k: int, n: int) -> Floats:
+    """A weight [k, n] of 16 steps a block, 0 being anywhere between least and largest, which are both reached."""
+    blocks = RNG.integers(0, 16, (n, k // BLOCK_SIZE, BLOCK_SIZE))
+    blocks[..., 0], blocks[..., 1] = 0, 15
+    scale, zero = RNG.uniform(0.01, 0.1, blocks.shape[:2]), RNG.uniform(0, 15, blocks.shape[:2])
+    weight: Floats = ((blocks - zero[..., None]) * scale[..., None]).reshape(n, k).T.astype(np.float32)
+    return weight
+
+
+def inputs(length: int, k: int) -> Floats:
+    """[1, length, k] that rounding to 8 bits, block by block, leaves as it is: what is lost is lost by the weights."""
+    x = RNG.integers(-127, 128, (1, length, k)).astype(np.float32)
+    x[..., ::BLOCK_SIZE] = 127
+    return x / np.float32(127)
+
+
+def product_graph(weight: Floats) -> onnx.ModelProto:
+    k, n = weight.shape
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "s", k])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, "s", n])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def run(graph: onnx.ModelProto, x: Floats) -> Floats:
+    (y,) = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"]).run(["y"], {"x": x})
+    out: Floats = y
+    return out
+
+
+def error(graph: onnx.ModelProto, weight: Floats, x: Floats) -> float:
+    expected = x @ weight
+    return float(np.linalg.norm(run(graph, x) - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("k", [64, 96, 576])
+@pytest.mark.parametrize("length", [1, 7])
+def test_weights_on_a_grid_are_kept_in_four_bits_as_well_as_in_eight(k: int, length: int) -> None:
+    weight, x = on_a_grid(k, 48), inputs(length, k)
+    symmetric = quantize_symmetric(product_graph(weight), bits=4, block_size=BLOCK_SIZE)
+    assert error(quantize(product_graph(weight), "int8"), weight, x) < 0.01
+    assert error(quantize(product_graph(weight), "int4"), weight, x) < 0.01
+    assert error(symmetric, weight, x) > 0.03
+
+
+def test_a_grid_is_found_exactly() -> None:
+    weight = on_a_grid(128, 32)
+    grid = Grid.fit(weight)
+    found = (grid.steps * grid.scale[..., None] + grid.low[..., None]).reshape(32, 128).T
+    np.testing.assert_allclose(found, weight, atol=1e-6)
+
+
+def test_weights_on_no_grid_come_nearer_than_from_least_to_largest() -> None:
+    weight = RNG.standard_normal((256, 64)).astype(np.float32)
+    blocks = weight.T.reshape(64, 8, BLOCK_SIZE)
+    low = blocks.min(-1, keepdims=True)
+    step = (blocks.max(-1, keepdims=True) - low) / 15
+    plain = np.square(np.rint((blocks - low) / step) * step + low - blocks).sum()
+    grid = Grid.fit(weight)
+    fitted = np.square(grid.steps * grid.scale[..., None] + grid.low[..., None] - blocks).sum()
+    assert fitted < 0.95 * plain
+
+
+@pytest.mark.parametrize("weight", [np.zeros((64, 16)), np.full((64, 16), 0.25), np.full((64, 16), -3.0)])
+def test_constant_blocks_are_no_trouble(weight: Floats) -> None:
+    x, weight = inputs(3, 64), weight.astype(np.float32)
+    np.testing.assert_allclose(run(quantize(product_graph(weight), "int4"), x), x @ weight, atol=0.05)
+
+
+def test_inputs_without_whole_blocks_fall_back_to_eight_bits() -> None:
+    weight = RNG.standard_normal((48, 16)).astype(np.float32)
+    graph = quantize(product_graph(weight), "int4")
+    (node,) = graph.graph.node
+    assert (node.op_type, next(a.i for a in node.attribute if a.name == "bits")) == ("MatMulNBits", 8)
+    assert error(graph, weight, inputs(4, 48)) < 0.01
