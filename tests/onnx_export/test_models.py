@@ -95,10 +95,13 @@ def test_a_model_trained_with_early_exits_needs_no_heads(tmp_path: Path) -> None
         assert candidates.token_ids[0] == logprobs.argmax()
 
 
-@pytest.mark.parametrize("name", ["qwen3-untied"])
-def test_other_models_export_in_eight_bits_too(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "quantization"),
+    [("qwen3-untied", "int8"), ("qwen3-untied", "int4"), *((name, "balanced") for name in MODELS)],
+)
+def test_other_models_export_quantised_too(name: str, quantization: Quantization, tmp_path: Path) -> None:
     checkpoint = make_tiny_checkpoint(tmp_path / "model", **{"num_hidden_layers": 3} | MODELS[name])
-    assert verify_bundle(export(tmp_path, checkpoint, "int8").folder).findings == ()
+    assert verify_bundle(export(tmp_path, checkpoint, quantization).folder).findings == ()
 
 
 @pytest.mark.parametrize(
