@@ -55,7 +55,7 @@ def run(
     model = bundle or (Path(identity.config.bundle) if identity.config.bundle else None)
     if model is None:
         raise ConfigError(f"{folder} names no bundle; pass one with --bundle DIR")
-    config = WorkerConfig()
+    config = WorkerConfig(shared_opens=identity.config.shared_subscriptions)
     if threads:
         config = msgspec.structs.replace(config, num_threads=threads)
     if kv_budget_mb:
@@ -63,11 +63,13 @@ def run(
     loaded = Bundle.load(model, ("cloud",))
     stop = stop_event()
     will = Will(topics.worker_status(identity.name), Worker.will())
-    with MqttTransport.connect(identity, will=will) as transport, Worker(transport, loaded, config):
+    with MqttTransport.connect(identity, will=will) as transport, Worker(transport, loaded, config) as worker:
         manifest = loaded.manifest
         layers = f"layers {manifest.upload_layer} to {manifest.model.num_layers}"
         print(f"worker {identity.name} serves {manifest.model.name}, bundle {manifest.bundle_id}, {layers}", flush=True)
         stop.wait()
+        print(f"worker {identity.name} finishes its sessions; stop it again to leave them", flush=True)
+        worker.drain(stop_event())
 
 
 def main() -> None:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-import torch
-
+from cloud_broker_worker.answers import (
+    Candidates,
+    answer_of,
+    best_candidates,
+    make_choices,
+    num_candidates,
+    repeats,
+)
 from cloud_broker_worker.config import WorkerConfig
 from cloud_broker_worker.kv_pool import PoolFullError
 from cloud_broker_worker.log_limit import LimitedLog
+from cloud_broker_worker.memory import Memory
 from cloud_broker_worker.scheduler import schedule
 from cloud_broker_worker.session import Session, SessionKey
 from cloud_broker_worker.upper_layers import Chunk, UpperLayers
 from fleet.codec import unpack_context
 from fleet.errors import DecodeError
+from fleet.hidden_codec import CONTEXT_DTYPES
 from fleet.messages import (
     PROTOCOL,
     Assist,
@@ -23,13 +33,13 @@ from fleet.messages import (
     Gap,
     Open,
     Opened,
+    Received,
     Refused,
-    Sampling,
     ToDevice,
-    Token,
     ToWorker,
+    Verified,
+    Verify,
 )
-from fleet.sampling import draw
 
 log = logging.getLogger(__name__)
 
@@ -42,174 +52,238 @@ class Answer(NamedTuple):
 
 
 class Engine:
-    """Sessions, least recently used first, and their caches. `now` is a monotonic time in seconds, by the caller."""
+    """Sessions and what is asked of them. `clock` gives monotonic seconds; arrivals are times of the same clock."""
 
-    def __init__(self, layers: UpperLayers, worker: str, config: WorkerConfig) -> None:
+    def __init__(
+        self, layers: UpperLayers, worker: str, config: WorkerConfig, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.pool = layers.new_pool(config.kv_budget_bytes)
-        self.sessions: dict[SessionKey, Session] = {}
+        self.memory = Memory(self.pool, config)
+        self.sessions = self.memory.sessions
+        self.is_draining = False
         self._layers = layers
         self._manifest = layers.manifest
         self._worker = worker
         self._config = config
+        self._clock = clock
+        self._answers: list[Answer] = []
         self._log = LimitedLog(log)
 
-    def handle(self, device: str, message: ToWorker, now: float) -> list[Answer]:
+    # Messages.
+
+    def handle(self, device: str, message: ToWorker, arrived: float) -> list[Answer]:
         """Takes one message of `device`; what is to be answered at once."""
         key = SessionKey(device, message.session)
         if isinstance(message, Open):
-            return [Answer(key, self._open(key, message, now))]
-        session = self.sessions.get(key)
-        if isinstance(message, Close):
-            if session:
-                self._drop(session)
-            return []
-        if session is None:
-            return [
-                Answer(key, self._refused(key, "unknown_session", "this worker has no such session; open it again"))
-            ]
-        session.last_used = now
-        self.sessions[key] = self.sessions.pop(key)
-        answer = (
-            self._context(session, message) if isinstance(message, Context) else self._assist(session, message, now)
-        )
+            answer = self._open(key, message, arrived)
+        elif session := self.sessions.get(key):
+            session.last_used = arrived
+            answer = self._take(session, message, arrived)
+        elif isinstance(message, Close):
+            answer = None
+        else:
+            answer = self._refused(key, "unknown_session", "this worker has no such session; open it again")
         return [Answer(key, answer)] if answer else []
 
-    def _open(self, key: SessionKey, message: Open, now: float) -> ToDevice:
-        bundle_id = self._manifest.bundle_id
+    def _take(self, session: Session, message: Context | Assist | Verify | Close, arrived: float) -> ToDevice | None:
+        if isinstance(message, Context):
+            return self._context(session, message)
+        if isinstance(message, Close):
+            self.memory.drop(session)
+            return None
+        return self._ask(session, message, arrived)
+
+    def _open(self, key: SessionKey, message: Open, arrived: float) -> ToDevice | None:
+        session = self.sessions.get(key)
+        if session and message.epoch < session.opening.epoch:
+            return None  # late, from before the device started again
+        if session is None or not same_terms(session.opening, message) or session.branch != message.branch:
+            if refused := self._why_not(key, message):
+                return refused
+            try:
+                session = self.memory.admit(key, message, arrived)
+            except PoolFullError as error:
+                can_ever_fit = self.memory.can_ever_fit(message.max_positions)
+                return self._refused(key, error.code, str(error), self._config.retry_after_ms if can_ever_fit else 0)
+        session.last_used = arrived
+        config = self._config
+        return Opened(
+            key.session, self._worker, session.received, config.max_chunk_bytes, config.window_bytes, CONTEXT_DTYPES
+        )
+
+    def _why_not(self, key: SessionKey, message: Open) -> Refused | None:
+        """What keeps a session from being served here, whatever memory there is."""
+        bundle_id, limit = self._manifest.bundle_id, self._manifest.model.max_positions
         if message.protocol != PROTOCOL:
-            return self._refused(
-                key, "protocol_mismatch", f"expected protocol {PROTOCOL}, got {message.protocol}; update"
-            )
+            text = f"expected protocol {PROTOCOL}, got {message.protocol}; update"
+            return self._refused(key, "protocol_mismatch", text)
         if message.bundle_id != bundle_id:
-            text = (
-                f"this worker serves bundle {bundle_id}, the device has {message.bundle_id}; use the same on both sides"
-            )
-            return self._refused(key, "bundle_mismatch", text)
-        limit = self._manifest.model.max_positions
+            text = f"this worker serves bundle {bundle_id}, the device has {message.bundle_id}"
+            return self._refused(key, "bundle_mismatch", f"{text}; use the same on both sides")
         if message.max_positions > limit:
             return self._refused(key, "too_long", f"expected at most {limit} positions, got {message.max_positions}")
-        session = self.sessions.get(key)
-        if session is None or not same_terms(session.opening, message):
-            try:
-                session = self._admit(key, message, now)
-            except PoolFullError as error:
-                can_ever_fit = self.pool.num_bytes(message.max_positions) <= self.pool.budget_bytes
-                return self._refused(key, error.code, str(error), self._config.retry_after_ms if can_ever_fit else 0)
-        return Opened(key.session, self._worker, session.received, self._config.max_chunk_bytes)
-
-    def _admit(self, key: SessionKey, message: Open, now: float) -> Session:
-        """A fresh session, in the place of an earlier one of that name.
-
-        Raises:
-            PoolFullError: neither the budget nor the device's share holds it, and too few sessions are idle.
-        """
-        if key in self.sessions:
-            self._drop(self.sessions[key])
-        self._make_room(key.device, self.pool.num_bytes(message.max_positions), now)
-        session = self.sessions[key] = Session(key, message, self.pool.lease(message.max_positions), now)
-        return session
+        return self._stopping(key) if self.is_draining else None
 
     def _context(self, session: Session, message: Context) -> ToDevice | None:
+        if not session.is_on(message.branch):
+            return None
+        stop = message.start + message.count
+        if stop > session.capacity:
+            return self._too_long(session, stop)
         try:
             rows = unpack_context(message, self._manifest.model.hidden_size)
         except DecodeError as error:
             self._log.warning("context of session %s of %s dropped: %s", *reversed(session.key), error)
             return self._gap(session)
-        if message.start + message.count > session.lease.capacity:
-            return self._refused(
-                session.key, "too_long", f"position {message.start + message.count} of at most {session.lease.capacity}"
-            )
-        return None if session.take(message.start, rows) else self._gap(session)
+        num_new = session.take(message.start, rows)
+        if num_new is None:
+            return self._gap(session)
+        num_bytes = len(message.data)
+        if session.owes_receipt(num_bytes, self._config.window_bytes // 2, is_repeat=num_new == 0):
+            return Received(session.key.session, session.branch, session.received)
+        return None
 
-    def _gap(self, session: Session) -> ToDevice | None:
+    @staticmethod
+    def _gap(session: Session) -> ToDevice | None:
         """Says once what is missing, until something arrives."""
         if session.gap_reported == session.received:
             return None
         session.gap_reported = session.received
-        return Gap(session.key.session, session.received)
+        return Gap(session.key.session, session.branch, session.received)
 
-    def _assist(self, session: Session, message: Assist, now: float) -> ToDevice | None:
-        answer = session.answer
-        if answer and (answer.request, answer.position) == (message.request, message.position):
-            return answer
-        session.assist, session.assist_expires = message, now + message.deadline_ms / 1000
-        if message.position < session.received:
+    def _ask(self, session: Session, message: Assist | Verify, arrived: float) -> ToDevice | None:
+        if repeats(message, session.answer):
+            return session.answer
+        if message.request < session.last_request:
+            return None  # late: the device has asked something else since
+        if isinstance(message, Verify) and not session.is_on(message.branch):
             return None
-        session.gap_reported = session.received
-        return Gap(message.session, session.received)
+        stop = message.start + len(message.draft) if isinstance(message, Verify) else message.position + 1
+        if stop > session.capacity:
+            return self._too_long(session, stop)
+        session.ask(message, arrived)
+        if stop <= session.received:
+            return None
+        session.gap_reported = None  # who asks about what is not here does not know of the gap
+        return self._gap(session)
 
-    def has_work(self) -> bool:
-        """Whether a step would run anything."""
-        return any(session.num_pending for session in self.sessions.values())
+    # Steps.
 
-    def step(self, now: float) -> list[Answer]:
-        """Runs one ragged batch over the pending positions of every session whose assist can be answered."""
-        for session in self.sessions.values():
-            if session.assist and now > session.assist_expires:
-                session.assist = None
-        pending = {key: session.num_pending for key, session in self.sessions.items()}
-        batch = schedule(pending, self._config.max_batch_positions)
-        if not batch:
-            return []
-        sessions = [self.sessions[key] for key in batch]
-        try:
-            logits = self._layers([Chunk(s.lease, s.next_position, s.next_position + batch[s.key]) for s in sessions])
-            return [
-                Answer(s.key, self._answer(s, row))
-                for s, row in zip(sessions, logits, strict=True)
-                if batch[s.key] == pending[s.key]
-            ]
-        except Exception as error:  # whatever it was, only this batch's sessions pay for it
-            log.exception("a batch of %d sessions failed", len(sessions))
-            return [Answer(s.key, self._fail(s, f"{type(error).__name__}: {error}")) for s in sessions]
+    def step(self) -> list[Answer] | None:
+        """Runs one ragged batch over positions of many sessions; answers that are ready. None when nothing was to do.
 
-    def _answer(self, session: Session, logits: torch.Tensor) -> ToDevice:
-        assist, session.assist = session.assist, None
-        if assist is None or not logits.isfinite().all():
-            return self._fail(session, "the upper layers gave no finite logits")
-        token_id, logprob = choose(logits, assist.position, session.opening.sampling, self._manifest.top_k)
-        session.answer = Token(session.key.session, assist.request, assist.position, token_id, logprob)
-        return session.answer
-
-    def _fail(self, session: Session, reason: str) -> Refused:
-        """Gives up a session whose cache cannot be trusted any more."""
-        self._drop(session)
-        return self._refused(session.key, "internal", f"the worker failed: {reason}"[:500])
-
-    def expire(self, now: float) -> None:
-        """Drops sessions that nobody has used for `session_ttl_s`."""
-        for session in [s for s in self.sessions.values() if now - s.last_used > self._config.session_ttl_s]:
-            self._drop(session)
-
-    def _make_room(self, device: str, num_bytes: int, now: float) -> None:
-        """Drops idle sessions, least recently used first: the device's own above its share, then anybody's.
-
-        Raises:
-            PoolFullError: the device has its share in use.
+        Questions go first. When none can be answered, context that has arrived runs ahead of the next ones.
         """
-        idle = [s for s in self.sessions.values() if s.is_idle(now - self._config.idle_after_s)]
-        limit = self._config.max_sessions_per_device
-        surplus = sum(key.device == device for key in self.sessions) + 1 - limit
-        own = [s for s in idle if s.key.device == device][: max(0, surplus)]
-        if len(own) < surplus:
-            raise PoolFullError(f"device {device} has {limit} sessions in use, which is its limit; close one first")
-        for session in own:
-            self._drop(session)
-        idle = [s for s in idle if s.key in self.sessions]
-        if not self.pool.fits(num_bytes - sum(s.lease.num_bytes for s in idle)):
-            return  # the pool says what is missing
-        for session in idle:
-            if self.pool.fits(num_bytes):
+        now = self._clock()
+        for session in self.sessions.values():
+            if session.question and now > session.question.expires:
+                session.question = None
+        if batch := self._for_questions(now) or self._ahead(now):
+            self._run(batch)
+        answers, self._answers = self._answers, []
+        return answers if batch else answers or None
+
+    def _for_questions(self, now: float) -> dict[SessionKey, int]:
+        waiting = [(s.question.arrived, s) for s in self.sessions.values() if s.question and s.num_pending]
+        by_age = [session for _, session in sorted(waiting, key=lambda item: item[0])]
+        pending = {s.key: s.num_pending for s in self._with_caches(by_age, now)}
+        return schedule(pending, self._config.max_batch_positions)
+
+    def _ahead(self, now: float) -> dict[SessionKey, int]:
+        """Sessions in use whose context is not a draft: a draft may be rejected, so it runs when it is asked about."""
+        if not self._config.run_ahead_positions:
+            return {}
+        behind = [
+            s
+            for s in self.sessions.values()
+            if s.length < s.received and not s.drafts and not self.memory.is_idle(s, now)
+        ]
+        pending = {s.key: s.received - s.length for s in self._with_caches(behind, now)}
+        return schedule(pending, self._config.run_ahead_positions)
+
+    def _with_caches(self, sessions: Iterable[Session], now: float) -> list[Session]:
+        """Those that have a cache now, in this order."""
+        ready = []
+        for session in sessions:
+            try:
+                if self.memory.give_cache(session, now):
+                    ready.append(session)
+            except PoolFullError as error:
+                self._give_up(session, error.code, str(error), self._config.retry_after_ms)
+        return ready
+
+    def _run(self, batch: Mapping[SessionKey, int]) -> None:
+        """Runs so many positions of each session. Where that fails, one by one: only the guilty are given up."""
+        sessions = [self.sessions[key] for key in batch]
+        chunks = [next_chunk(session, batch[session.key]) for session in sessions]
+        try:
+            logits = self._layers(chunks)
+            samplings = [session.opening.sampling for session in sessions]
+            candidates = best_candidates(logits, num_candidates(samplings, self._manifest.top_k))
+        except Exception as error:  # whatever it was
+            if len(batch) == 1:
+                log.exception("session %s of %s failed", *reversed(sessions[0].key))
+                self._give_up(sessions[0], "internal", f"the worker failed: {type(error).__name__}: {error}")
                 return
-            self._drop(session)
+            log.warning("a batch of %d sessions failed, they run one by one: %s", len(batch), error)
+            for key, count in batch.items():
+                self._run({key: count})
+            return
+        first = 0
+        for session, chunk in zip(sessions, chunks, strict=True):
+            self._conclude(session, candidates.rows(first, first + chunk.num_outputs))
+            first += chunk.num_outputs
 
-    def _drop(self, session: Session) -> None:
-        self.sessions.pop(session.key, None)
-        self.pool.release(session.lease)
+    def _conclude(self, session: Session, candidates: Candidates) -> None:
+        """What follows from the tokens that the worker would choose after the positions that were asked about."""
+        question = session.question
+        if question is None or not len(candidates.token_ids):
+            return
+        if not candidates.is_finite.all():
+            self._give_up(session, "internal", "the worker failed: the upper layers gave no finite logits")
+            return
+        make_choices(question, candidates, session.opening.sampling)
+        if not question.is_decided:
+            return
+        busy_ms = max(0.0, self._clock() - question.arrived) * 1000
+        answer = session.answer = answer_of(question, session.key.session, busy_ms)
+        session.question = None
+        if isinstance(answer, Verified) and answer.token_id is not None:
+            session.rewind(answer.start + answer.accepted + 1, session.branch + 1)
+        self._answers.append(Answer(session.key, answer))
 
-    @staticmethod
-    def _refused(key: SessionKey, code: str, message: str, retry_after_ms: int = 0) -> Refused:
-        return Refused(key.session, code, retry_after_ms, message)
+    # Ends.
+
+    def expire(self) -> None:
+        """Drops sessions that nobody has used for `session_ttl_s`."""
+        now = self._clock()
+        for session in [s for s in self.sessions.values() if now - s.last_used > self._config.session_ttl_s]:
+            self.memory.drop(session)
+
+    def dismiss(self) -> list[Answer]:
+        """Drops every session and sends its device to another worker."""
+        sessions = list(self.sessions.values())
+        for session in sessions:
+            self.memory.drop(session)
+        return [Answer(session.key, self._stopping(session.key)) for session in sessions]
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError when sessions and memory do not agree: for tests, after every scenario."""
+        self.memory.check_integrity()
+
+    def _give_up(self, session: Session, code: str, reason: str, retry_after_ms: int = 0) -> None:
+        self.memory.drop(session)
+        self._answers.append(Answer(session.key, self._refused(session.key, code, reason[:500], retry_after_ms)))
+
+    def _stopping(self, key: SessionKey) -> Refused:
+        text = "this worker is stopping; open the session with another one"
+        return self._refused(key, "draining", text, self._config.retry_after_ms)
+
+    def _too_long(self, session: Session, stop: int) -> Refused:
+        return self._refused(session.key, "too_long", f"position {stop} of at most {session.capacity}")
+
+    def _refused(self, key: SessionKey, code: str, message: str, retry_after_ms: int = 0) -> Refused:
+        return Refused(key.session, code, retry_after_ms, message, self._worker)
 
 
 def same_terms(one: Open, other: Open) -> bool:
@@ -217,8 +291,10 @@ def same_terms(one: Open, other: Open) -> bool:
     return (one.epoch, one.sampling, one.max_positions) == (other.epoch, other.sampling, other.max_positions)
 
 
-def choose(logits: torch.Tensor, position: int, sampling: Sampling, top_k: int) -> tuple[int, float]:
-    """Token id and log-probability at temperature 1, drawn from the best `top_k` of logits [vocab]."""
-    logprobs, ids = torch.log_softmax(logits.float(), -1).topk(min(top_k, logits.shape[-1]))
-    chosen = draw(logprobs.numpy(), position, sampling)
-    return int(ids[chosen]), float(logprobs[chosen])
+def next_chunk(session: Session, count: int) -> Chunk:
+    """The session's next `count` positions; logits are wanted of those that its question is about."""
+    assert session.lease is not None
+    start = session.next_position
+    stop = start + count
+    num_outputs = max(0, stop - session.question.next_choice) if session.question else 0
+    return Chunk(session.lease, session.store.rows[start:stop], start, stop, num_outputs)

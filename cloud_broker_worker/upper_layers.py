@@ -20,17 +20,23 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cloud_broker_worker.kv_pool import KvLease, KvPool, KvShape
 from fleet.errors import BundleError
+from fleet.hidden_codec import Float16
 from fleet.manifest import Bundle
 
 ATTENTION: Final = "cecollm_ragged"
 
 
 class Chunk(NamedTuple):
-    """Positions [start, stop) of one session; [0, start) have run, and `start` is at most the lease's length."""
+    """Positions [start, stop) of one session; [0, start) have run, and `start` is at most the lease's length.
+
+    `hidden_states` [stop - start, hidden] float16 enter the upload layer; logits are wanted of the last `num_outputs`.
+    """
 
     lease: KvLease
+    hidden_states: Float16
     start: int
     stop: int
+    num_outputs: int = 1
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def make_spans(chunks: Sequence[Chunk]) -> list[Span]:
     """Lays the chunks one after the other. One row sees the whole cache, and a first chunk is plainly causal: only
     several rows behind a prefix take a mask, made once for all layers."""
     spans, first = [], 0
-    for lease, start, stop in chunks:
+    for lease, _, start, stop, _ in chunks:
         count = stop - start
         mask = torch.ones(count, stop, dtype=torch.bool).tril_(start) if start and count > 1 else None
         spans.append(Span(lease, slice(first, first + count), start, stop, mask))
@@ -111,9 +117,12 @@ class UpperLayers:
 
     @torch.inference_mode()
     def __call__(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Runs every chunk's positions and adds them to its cache; logits [len(chunks), vocab] of each one's last."""
+        """Runs every chunk's positions and adds them to its cache.
+
+        Gives logits [sum of num_outputs, vocab] float32, those of each chunk's last positions, in order.
+        """
         spans = make_spans(chunks)
-        rows = np.concatenate([lease.hidden_states[start:stop] for lease, start, stop in chunks])
+        rows = np.concatenate([chunk.hidden_states for chunk in chunks])
         hidden = torch.from_numpy(rows).float()[None]
         positions = torch.cat([torch.arange(span.start, span.stop) for span in spans])[None]
         decoder = self._model.model
@@ -123,8 +132,8 @@ class UpperLayers:
             hidden = out[0] if isinstance(out, tuple) else out
         for span in spans:
             span.lease.length = max(span.lease.length, span.stop)
-        last = torch.tensor([span.rows.stop - 1 for span in spans])
-        logits: Tensor = self._model.lm_head(decoder.norm(hidden[0, last]))
+        wanted = [torch.arange(s.rows.stop - c.num_outputs, s.rows.stop) for s, c in zip(spans, chunks, strict=True)]
+        logits: Tensor = self._model.lm_head(decoder.norm(hidden[0, torch.cat(wanted)]))
         return logits
 
 

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 EXPIRY_CHECK_S: Final = 1.0
 STOP_TIMEOUT_S: Final = 5.0
+DRAIN_CHECK_S: Final = 0.1
 
 
 class Worker:
@@ -37,16 +38,19 @@ class Worker:
         self.engine = Engine(UpperLayers(bundle, config.num_threads), transport.name, config)
         self._transport = transport
         self._bundle_id = bundle.manifest.bundle_id
+        self._config = config
+        self._announced = 0
         self._epoch = time.time_ns() // 1_000_000
         self._inbox: queue.Queue[tuple[float, str, ToWorker]] = queue.Queue(config.max_queued_messages)
         self._thread = threading.Thread(target=self._serve, name=f"worker-{self.name}", daemon=True)
+        self._open_filter = topics.SHARED_OPEN_FILTER if config.shared_opens else topics.OPEN_FILTER
         self._stopping = threading.Event()
         self._log = LimitedLog(log)
 
     def __enter__(self) -> Self:
         self._thread.start()
         self._transport.subscribe(f"{topics.PREFIX}/w/{self.name}/+/+", self._on_message)
-        self._transport.subscribe(topics.OPEN_FILTER, self._on_message, qos=1)
+        self._transport.subscribe(self._open_filter, self._on_message, qos=1)
         self._transport.on_up(self._announce)
         return self
 
@@ -55,7 +59,20 @@ class Worker:
     ) -> None:
         self._stopping.set()
         self._thread.join(STOP_TIMEOUT_S)
+        self._send(self.engine.dismiss())
         self._publish(topics.worker_status(self.name), self.will(), qos=1, retain=True)
+
+    def drain(self, hurry: threading.Event) -> None:
+        """Takes no more sessions and serves those that it has until they end, at most `drain_timeout_s` seconds.
+
+        Devices that know of another worker leave at once. Setting `hurry` ends the wait.
+        """
+        self.engine.is_draining = True
+        self._transport.unsubscribe(self._open_filter)
+        self._announce()
+        deadline = time.monotonic() + self._config.drain_timeout_s
+        while self.engine.sessions and time.monotonic() < deadline and not hurry.wait(DRAIN_CHECK_S):
+            pass
 
     @property
     def is_serving(self) -> bool:
@@ -68,7 +85,10 @@ class Worker:
         return encode_status(WorkerStatus(online=False, epoch=0))
 
     def _announce(self) -> None:
-        status = WorkerStatus(True, self._epoch, (self._bundle_id,), __version__)
+        self._announced = len(self.engine.sessions)
+        status = WorkerStatus(
+            True, self._epoch, (self._bundle_id,), __version__, self._announced, self.engine.is_draining
+        )
         self._publish(topics.worker_status(self.name), encode_status(status), qos=1, retain=True)
 
     def _on_message(self, topic: str, payload: bytes) -> None:
@@ -88,13 +108,17 @@ class Worker:
             self._log.warning("message on %s dropped: %d messages wait already", topic, self._inbox.maxsize)
 
     def _serve(self) -> None:
-        next_check = time.monotonic()
+        next_check, is_idle = time.monotonic(), True
         while not self._stopping.is_set():
             try:
-                self._take(wait=not self.engine.has_work())
-                self._send(self.engine.step(time.monotonic()))
+                self._take(wait=is_idle)
+                answers = self.engine.step()
+                is_idle = answers is None
+                self._send(answers or [])
                 if time.monotonic() > next_check:
-                    self.engine.expire(time.monotonic())
+                    self.engine.expire()
+                    if len(self.engine.sessions) != self._announced:
+                        self._announce()
                     next_check = time.monotonic() + EXPIRY_CHECK_S
             except Exception:  # the outermost boundary: one bad session must not end the worker
                 log.exception("the worker goes on after an error")

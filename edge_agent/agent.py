@@ -14,21 +14,26 @@ from typing import Final, Self
 
 import msgspec
 
+from edge_agent.acceptance import Acceptance
 from edge_agent.config import AgentConfig
+from edge_agent.decoder import Decoder
 from edge_agent.generator import Generator
 from edge_agent.jobs import Job, JobQueue
+from edge_agent.measurements import Measurements
+from edge_agent.modes import Modes
 from edge_agent.partition import Partition
 from edge_agent.plan import MB, Plan, Planner
 from edge_agent.runtime import check_instruction_set, is_out_of_memory
 from edge_agent.tokenizer import ChatTokenizer, TextStream
 from edge_agent.turns import Turns
 from edge_agent.uplink import Uplink
+from edge_agent.verified import VerifiedRun
 from edge_agent.workers import Workers
 from fleet import __version__, topics
 from fleet.codec import decode_to_device, encode
 from fleet.errors import BusyError, FleetError, LinkError, PromptError, ProtocolError
 from fleet.manifest import Bundle
-from fleet.messages import Close, Opened
+from fleet.messages import PROTOCOL, Close, Open, Opened
 from fleet.policy import Mode, offload_rate
 from fleet.prompt import ErrorInfo, Reply, Usage, parse_prompt
 from fleet.report import DeviceStatus, GenerationReport, encode_report, encode_status
@@ -37,6 +42,7 @@ from fleet.transport import Transport
 log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S: Final = 5.0
+MAX_FINISHED: Final = 32  # answers kept for an app that has missed some of its replies
 
 
 class Agent:
@@ -54,9 +60,12 @@ class Agent:
         self._partition = Partition(bundle, config.num_threads, config.provider)
         self._planner = Planner(self._partition, self._tokenizer, config)
         self._turns = Turns()
+        self._measurements = Measurements()
+        self._acceptance = Acceptance()
         self._arrived: queue.Queue[Job | None] = queue.Queue()
         self._jobs = JobQueue(config.cache_budget_mb * MB)
         self._active: dict[tuple[str, str], Job] = {}
+        self._finished: dict[tuple[str, str], Job] = {}
         self._stopping = False
         self._lock = threading.Lock()
         self._workers = Workers(transport, self._worker_changed)
@@ -113,10 +122,13 @@ class Agent:
         try:
             job = Job(app, request, parse_prompt(payload))
             with self._lock:
+                known = self._active.get((app, request)) or self._finished.get((app, request))
+            if known:
+                self._repeat(known)
+                return
+            with self._lock:
                 if self._stopping:
                     raise BusyError("this device is stopping; try again when it is back")
-                if (app, request) in self._active:
-                    raise BusyError(f"request {request!r} of {app!r} is still being answered; use another request id")
                 if len(self._active) >= self._config.max_queued_requests:
                     raise BusyError(
                         f"this device takes {self._config.max_queued_requests} requests at once and has as many; "
@@ -125,7 +137,13 @@ class Agent:
                 self._active[app, request] = job
             self._arrived.put(job)
         except PromptError as error:
-            self._refuse(app, request, 0, error.code, str(error))
+            refusal = msgspec.json.encode(_refusal(0, error.code, str(error)))
+            self._publish(topics.reply(self.name, app, request), refusal, qos=1)
+
+    def _repeat(self, job: Job) -> None:
+        """Sends again what has been said: a request that comes twice is one whose replies were lost."""
+        for payload in list(job.replies):
+            self._publish(topics.reply(self.name, job.app, job.request), payload, qos=1)
 
     def _on_cancel(self, topic: str, payload: bytes) -> None:
         del payload
@@ -198,24 +216,27 @@ class Agent:
                 self._fail(job, "internal", f"the device failed on this request: {error}")
 
     def _fail(self, job: Job, code: str, message: str) -> None:
-        self._refuse(job.app, job.request, job.seq, code, message)
+        self._stream(job, _refusal(len(job.replies), code, message))
         self._forget(job)
 
     def _forget(self, job: Job) -> None:
         with self._lock:
             del self._active[job.app, job.request]
+            job.uplink = job.verified = job.modes = None  # of what has ended only the replies are kept
+            self._finished[job.app, job.request] = job
+            while len(self._finished) > MAX_FINISHED:
+                del self._finished[next(iter(self._finished))]
 
     def _answer(self, job: Job, plan: Plan) -> None:
-        wants_cloud = plan.mode is Mode.COLLABORATIVE and not job.cancelled.is_set()
-        note = self._workers.why_none(self._manifest.bundle_id) if wants_cloud else None
-        uplink = self._connect(job, plan) if wants_cloud and note is None else None
+        wants_cloud = plan.mode is not Mode.STANDALONE and not job.cancelled.is_set()
+        uplink = self._connect(job, plan) if wants_cloud else None
         text = self._tokenizer.stream()
         with uplink or nullcontext():
             finish_reason = self._generate(job, plan, text)
         report = self._report(job, plan, finish_reason)
         self._stream(job, Reply(
-            job.seq, text.flush(), done=True, finish_reason=finish_reason, usage=_usage(report),
-            bundle_id=report.bundle_id, note=uplink.note if uplink else note,
+            len(job.replies), text.flush(), done=True, finish_reason=finish_reason, usage=_usage(report),
+            bundle_id=report.bundle_id, note=uplink.note if uplink else None,
         ))  # fmt: skip
         self._publish(topics.device_stats(self.name), encode_report(report), qos=1)
 
@@ -223,38 +244,49 @@ class Agent:
         """Streams the answer's tokens; gives the reason why it ended."""
         if job.cancelled.is_set():
             return "cancelled"
-        ask_cloud = plan.mode is Mode.COLLABORATIVE
-        generator = Generator(
-            self._partition, plan.capacity, plan.thresholds, job.prompt.sampling, job.uplink,
-            ask_cloud=ask_cloud, turns=self._turns,
+        generator = self._generator(job, plan)
+        tokens = generator.generate(
+            plan.prompt_ids, plan.max_new_tokens,
+            deadline=job.arrived + plan.deadline_s, is_cancelled=job.cancelled.is_set,
         )  # fmt: skip
-        for token in generator.generate(plan.prompt_ids, plan.max_new_tokens):
+        for token in tokens:
             job.count(token.source)
-            self._stream(job, Reply(job.seq, text.push(token.token_id), token.token_id, token.source))
+            self._stream(job, Reply(len(job.replies), text.push(token.token_id), token.token_id, token.source))
             if token.token_id in self._manifest.model.eos_token_ids:
                 return "stop"
-            if job.cancelled.is_set():
-                return "cancelled"
-        return "length"
+        return "cancelled" if job.cancelled.is_set() else "length"
+
+    def _generator(self, job: Job, plan: Plan) -> Generator:
+        decoder = Decoder(
+            self._partition, plan.capacity, plan.thresholds, job.prompt.sampling, job.uplink, self._turns,
+            self._measurements, one_by_one_from=len(plan.prompt_ids) if plan.is_exact else None,
+        )  # fmt: skip
+        eos, verified = self._manifest.model.eos_token_ids, None
+        if job.uplink and plan.mode in (Mode.VERIFIED, Mode.AUTO):
+            verified = VerifiedRun(
+                decoder, job.uplink, self._acceptance, self._measurements, eos, self._config.max_draft
+            )  # fmt: skip
+        job.verified = verified
+        job.modes = Modes(plan.mode, plan.targets, self._measurements, self._config.assist_deadline_ms)
+        return Generator(decoder, job.modes, eos, job.uplink, verified)
 
     def _connect(self, job: Job, plan: Plan) -> Uplink:
+        note = self._workers.why_none(self._manifest.bundle_id)
+        opening = Open(
+            uuid.uuid4().hex, self._epoch, self._manifest.bundle_id, PROTOCOL, job.prompt.sampling, plan.capacity,
+            self._config.assist_deadline_ms,
+        )  # fmt: skip
         job.uplink = Uplink(
-            self._transport,
-            self._workers,
-            uuid.uuid4().hex,
-            epoch=self._epoch,
-            bundle_id=self._manifest.bundle_id,
-            sampling=job.prompt.sampling,
-            max_positions=plan.capacity,
-            hidden_size=self._manifest.model.hidden_size,
-            deadline_ms=self._config.assist_deadline_ms,
-        )
+            self._transport, self._workers, opening, self._manifest.model.hidden_size, self._measurements,
+            upload_dtype=self._config.upload_dtype,
+        )  # fmt: skip
+        job.uplink.note = note
         return job.uplink
 
     def _report(self, job: Job, plan: Plan, finish_reason: str) -> GenerationReport:
         uplink = job.uplink
         return GenerationReport(
-            generation=uuid.uuid4().hex,
+            generation=job.generation,
             app=job.app,
             request=job.request,
             session=uplink.session if uplink else None,
@@ -271,17 +303,17 @@ class Agent:
             ttft_ms=job.ttft_ms,
             tpot_ms=job.tpot_ms,
             finish_reason=finish_reason,
+            verifies=uplink.num_verifies if uplink else 0,
+            drafted=job.verified.num_drafted if job.verified else 0,
+            switches=job.modes.switches if job.modes else (),
         )
 
     def _stream(self, job: Job, reply: Reply) -> None:
-        self._reply(job.app, job.request, reply)
-        job.seq += 1
-
-    def _refuse(self, app: str, request: str, seq: int, code: str, message: str) -> None:
-        self._reply(app, request, Reply(seq, done=True, finish_reason="error", error=ErrorInfo(code, message)))
-
-    def _reply(self, app: str, request: str, reply: Reply) -> None:
-        self._publish(topics.reply(self.name, app, request), msgspec.json.encode(reply), qos=1)
+        if not job.replies:
+            reply = msgspec.structs.replace(reply, generation=job.generation)
+        payload = msgspec.json.encode(reply)
+        job.replies.append(payload)
+        self._publish(topics.reply(self.name, job.app, job.request), payload, qos=1)
 
     def _publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> None:
         try:
@@ -290,8 +322,13 @@ class Agent:
             log.warning("not sent on %s: %s", topic, error)
 
 
+def _refusal(seq: int, code: str, message: str) -> Reply:
+    return Reply(seq, done=True, finish_reason="error", error=ErrorInfo(code, message))
+
+
 def _usage(report: GenerationReport) -> Usage:
     return Usage(
         report.prompt_tokens, report.tokens, report.sources, offload_rate(report.sources), report.bytes_up,
-        report.bytes_down, report.ttft_ms, report.tpot_ms,
+        report.bytes_down, report.ttft_ms, report.tpot_ms, report.assists + report.verifies, report.drafted,
+        report.switches,
     )  # fmt: skip

@@ -23,11 +23,15 @@ class Cascade:
     Block 0 runs over embedded tokens; block i over the outputs of block i - 1. A block that is run takes every position
     that the block before it has and it has not: the backlog of early exits and the newest position, in chunks, so that
     no KV cache ever has a hole (CE-CoLLM, arXiv 2411.02829, section 4).
+
+    Positions from `one_by_one_from` on run one at a time. A chunk is cheaper, but rounds otherwise than its positions
+    alone, and quantised activations make of the last bit of a float a step of their grid.
     """
 
-    def __init__(self, partition: Partition, capacity: int) -> None:
+    def __init__(self, partition: Partition, capacity: int, one_by_one_from: int | None = None) -> None:
         self.capacity = capacity
         self.num_tokens = 0
+        self._one_by_one_from = capacity if one_by_one_from is None else one_by_one_from
         self._partition = partition
         self._token_ids = np.zeros(capacity, np.int64)
         exit_hidden = np.empty((1, partition.manifest.model.hidden_size), np.float32)
@@ -53,15 +57,29 @@ class Cascade:
 
         Each chunk runs inside `turn`, so that sequences which share one take turns even over long prompts.
         """
-        run, turn = self._runs[block], turn or nullcontext()
-        end = self._runs[block - 1].filled if block else self.num_tokens
+        turn = turn or nullcontext()
         while True:
-            start, stop = run.filled, min(run.filled + MAX_CHUNK, end)
             with turn:
-                if start < stop:
-                    run(self._inputs(block, start, stop))
-                if stop == end:
+                if self._run_chunk(block):
                     return self._lm_head()
+
+    def fill(self, block: int, turn: AbstractContextManager[None] | None = None) -> None:
+        """Runs `block` over all that waits for it, as :meth:`run` does, and asks its exit nothing."""
+        turn, is_done = turn or nullcontext(), self._num_waiting(block) == 0
+        while not is_done:
+            with turn:
+                is_done = self._run_chunk(block)
+
+    def _num_waiting(self, block: int) -> int:
+        return (self._runs[block - 1].filled if block else self.num_tokens) - self._runs[block].filled
+
+    def _run_chunk(self, block: int) -> bool:
+        """Runs the next chunk of `block`, if one waits; whether that was the last."""
+        waiting, start = self._num_waiting(block), self._runs[block].filled
+        count = min(waiting, MAX_CHUNK, max(1, self._one_by_one_from - start))
+        if count:
+            self._runs[block](self._inputs(block, start, start + count))
+        return count == waiting
 
     def _inputs(self, block: int, start: int, stop: int) -> Float32:
         """What `block` runs over, [n, hidden] for positions [start, stop)."""

@@ -10,10 +10,13 @@ import msgspec
 from msgspec import Meta, Struct
 
 from fleet.errors import ConfigError
+from fleet.messages import MAX_DRAFT, DeadlineMs
 from fleet.policy import Mode
+from fleet.prompt import Share, TargetTpotMs
 
 CONFIG_FILE: Final = "agent.json"
 
+UploadDtype = Literal["float16", "int8"]
 Provider = Literal["auto", "cpu", "cuda"]
 
 
@@ -32,7 +35,13 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     max_concurrent_requests: Annotated[int, Meta(ge=1, le=64)] = 4
     max_queued_requests: Annotated[int, Meta(ge=1, le=1000)] = 8
     cache_budget_mb: Annotated[int, Meta(ge=1, le=1 << 20)] = 512
-    assist_deadline_ms: Annotated[int, Meta(ge=1, le=600_000)] = 3000
+    assist_deadline_ms: DeadlineMs = 3000
+    answer_deadline_ms: DeadlineMs = 300_000
+    target_tpot_ms: TargetTpotMs | None = None
+    min_agreement: Share | None = None
+    max_offload_rate: Share | None = None
+    upload_dtype: UploadDtype = "float16"
+    max_draft: Annotated[int, Meta(ge=1, le=MAX_DRAFT)] = 16
 
     @classmethod
     def load(cls, folder: Path) -> AgentConfig:

@@ -1,80 +1,92 @@
-"""One answer, token by token: exits first, then the cloud, then the deepest exit alone."""
+"""One answer, token by token, in whatever mode the moment calls for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
 
-from edge_agent.cascade import Cascade
-from edge_agent.partition import Candidates, Partition
-from edge_agent.turns import Turns
+from edge_agent.decoder import Decoder, GeneratedToken
+from edge_agent.modes import Modes
 from edge_agent.uplink import Uplink
-from fleet.messages import Sampling
-from fleet.policy import CLOUD, FALLBACK, exit_emits, exit_source
-from fleet.sampling import draw
-
-
-@dataclass(frozen=True)
-class GeneratedToken:
-    """A token, its log-probability at temperature 1 where it was chosen, and where that was."""
-
-    token_id: int
-    logprob: float
-    source: str
+from edge_agent.verified import VerifiedRun
+from fleet.errors import CloudError, DeadlineError
+from fleet.policy import CLOUD, FALLBACK, Mode, exit_source
 
 
 class Generator:
     """Generates one sequence. `uplink` None is standalone: the deepest exit then always emits.
 
-    Generators that share `turns` run one chunk of a block at a time between them, each with all threads.
+    `verified` is what verified mode needs; None where the mode cannot become that.
     """
 
     def __init__(
         self,
-        partition: Partition,
-        capacity: int,
-        thresholds: Sequence[float],
-        sampling: Sampling,
+        decoder: Decoder,
+        modes: Modes,
+        eos_token_ids: Sequence[int],
         uplink: Uplink | None = None,
-        *,
-        ask_cloud: bool = False,
-        turns: Turns | None = None,
+        verified: VerifiedRun | None = None,
     ) -> None:
-        self.cascade = Cascade(partition, capacity)
-        self._manifest = partition.manifest
-        self._thresholds = thresholds
-        self._sampling = sampling
+        self._decoder = decoder
+        self._modes = modes
+        self._eos_token_ids = eos_token_ids
         self._uplink = uplink
-        self._ask_cloud = ask_cloud
-        self._turns = turns or Turns()
-        self._offered = 0
+        self._verified = verified
 
-    def generate(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Iterator[GeneratedToken]:
-        """Up to `max_new_tokens` tokens; the last one may be an end-of-sequence token."""
-        self.cascade.append(prompt_ids)
-        for _ in range(max_new_tokens):
-            token = self._next_token()
-            yield token
-            if token.token_id in self._manifest.model.eos_token_ids:
-                return
-            self.cascade.append([token.token_id])
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        *,
+        deadline: float = float("inf"),
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> Iterator[GeneratedToken]:
+        """Up to `max_new_tokens` tokens; the last one may be an end-of-sequence token. Ends early when cancelled.
 
-    def _next_token(self) -> GeneratedToken:
-        position = self.cascade.num_tokens - 1
-        for block, (exit_layer, threshold) in enumerate(zip(self._manifest.exits, self._thresholds, strict=True)):
-            candidates = self.cascade.run(block, self._turns)
-            if self._uplink and exit_layer == self._manifest.upload_layer:
-                self._uplink.offer(self.cascade.hidden_states(block, self._offered))
-                self._offered = self.cascade.num_filled(block)
-            if exit_emits(candidates.confidence, threshold):
-                return self._draw(candidates, position, exit_source(exit_layer))
-        answer = self._uplink.assist(position) if self._uplink else None
-        if answer:
-            return GeneratedToken(answer.token_id, answer.logprob, CLOUD)
-        return self._draw(
-            candidates, position, FALLBACK if self._ask_cloud else exit_source(self._manifest.split_layer)
-        )
+        Raises:
+            DeadlineError: the monotonic clock has passed `deadline`.
+            CloudError: only the cloud may decide, and no worker takes the session.
+        """
+        self._decoder.text += prompt_ids
+        num_tokens = 0
+        while num_tokens < max_new_tokens and not is_cancelled():
+            if time.monotonic() >= deadline:
+                raise DeadlineError(self._why_late(num_tokens))
+            for token in self._advance(num_tokens, max_new_tokens - num_tokens):
+                num_tokens += 1
+                yield token
+                if token.token_id in self._eos_token_ids:
+                    return
 
-    def _draw(self, candidates: Candidates, position: int, source: str) -> GeneratedToken:
-        chosen = draw(candidates.logprobs, position, self._sampling)
-        return GeneratedToken(int(candidates.token_ids[chosen]), float(candidates.logprobs[chosen]), source)
+    def _why_late(self, num_tokens: int) -> str:
+        note = f" ({self._uplink.note})" if self._uplink and self._uplink.note else ""
+        return f"the answer's deadline passed after {num_tokens} tokens{note}; allow more time with deadline_ms"
+
+    def _advance(self, num_tokens: int, max_tokens: int) -> list[GeneratedToken]:
+        uplink, verified = self._uplink, self._verified
+        mode = self._modes.at(num_tokens, is_link_up=uplink is not None and uplink.may_answer)
+        if verified is None or uplink is None:
+            return [self._next_token(mode)]
+        if mode is Mode.VERIFIED:
+            if uplink.refusal and not self._modes.is_auto:
+                raise CloudError(f"no worker takes this answer ({uplink.refusal.code}): {uplink.refusal.message}")
+            return verified.advance(max_tokens)
+        if verified.has_drafts:
+            return verified.advance(max_tokens, draft=False) if uplink.is_open else verified.release()
+        return [self._next_token(mode)]
+
+    def _next_token(self, mode: Mode) -> GeneratedToken:
+        choice = self._decoder.choose()
+        token = GeneratedToken(choice.token_id, choice.logprob, exit_source(choice.exit_layer))
+        if not choice.is_sure:
+            token = self._ask(mode) or (
+                token if self._modes.is_alone else GeneratedToken(token.token_id, token.logprob, FALLBACK)
+            )
+        self._decoder.text.append(token.token_id)
+        return token
+
+    def _ask(self, mode: Mode) -> GeneratedToken | None:
+        if self._uplink is None or mode is Mode.STANDALONE:
+            return None
+        answer = self._uplink.assist(len(self._decoder.text) - 1, self._modes.wait_ms())
+        return GeneratedToken(answer.token_id, answer.logprob, CLOUD) if answer else None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from edge_agent.modes import Modes
 from edge_agent.plan import Plan
 from edge_agent.uplink import Uplink
+from edge_agent.verified import VerifiedRun
 from fleet.prompt import PromptRequest
 
 
@@ -20,11 +23,14 @@ class Job:
     app: str
     request: str
     prompt: PromptRequest
+    generation: str = field(default_factory=lambda: uuid.uuid4().hex)
     received_at: float = field(default_factory=time.time)
     arrived: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
     uplink: Uplink | None = None
-    seq: int = 0
+    verified: VerifiedRun | None = None
+    modes: Modes | None = None
+    replies: list[bytes] = field(default_factory=list)
     sources: dict[str, int] = field(default_factory=dict)
     first_token: float = 0.0
     last_token: float = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from edge_agent.adaptive import Targets
 from edge_agent.cascade import Cascade
 from edge_agent.config import AgentConfig
 from edge_agent.partition import Partition
@@ -14,17 +15,25 @@ from fleet.policy import Mode
 from fleet.prompt import PromptRequest
 
 MB: Final = 1 << 20
+DEFAULT_AGREEMENT: Final = 0.95  # what auto mode keeps where nobody says
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A request that fits the device. `num_bytes` is the memory of its caches."""
+    """A request that fits the device. `num_bytes` is the memory of its caches, `deadline_s` counts from its arrival."""
 
     prompt_ids: list[int]
     max_new_tokens: int
     thresholds: tuple[float, ...]
     mode: Mode
+    targets: Targets
+    deadline_s: float
     num_bytes: int
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every token has to be the full model's."""
+        return self.mode is Mode.VERIFIED or (self.mode is Mode.AUTO and self.targets.min_agreement == 1.0)
 
     @property
     def capacity(self) -> int:
@@ -55,7 +64,23 @@ class Planner:
                 "prompt or ask for fewer tokens"
             )
         mode = prompt.mode or self._config.mode
-        return Plan(prompt_ids, max_new_tokens, self._request_thresholds(prompt), mode, num_bytes)
+        deadline_s = (prompt.deadline_ms or self._config.answer_deadline_ms) / 1000
+        return Plan(
+            prompt_ids, max_new_tokens, self._request_thresholds(prompt), mode, self._targets(prompt), deadline_s,
+            num_bytes,
+        )  # fmt: skip
+
+    def _targets(self, prompt: PromptRequest) -> Targets:
+        config, calibration = self._config, self._partition.manifest.calibration
+        is_calibrated = calibration and self._request_thresholds(prompt) == self._partition.manifest.thresholds
+        promised = calibration.target_agreement if calibration and is_calibrated else None
+        agreement = config.min_agreement if prompt.min_agreement is None else prompt.min_agreement
+        return Targets(
+            config.target_tpot_ms if prompt.target_tpot_ms is None else prompt.target_tpot_ms,
+            DEFAULT_AGREEMENT if agreement is None else agreement,
+            config.max_offload_rate if prompt.max_offload_rate is None else prompt.max_offload_rate,
+            promised,
+        )
 
     def _room(self, num_prompt_tokens: int, wanted: int | None) -> int:
         room = self._max_positions - num_prompt_tokens

@@ -1,81 +1,93 @@
-"""A device's session with a cloud worker: hidden states go up in the background, assists are asked and awaited.
+"""A device's session with a cloud worker: hidden states go up in the background, questions are asked and awaited.
 
-The session keeps every hidden state in FP16. One thread sends [sent, available), in order; `opened` and `gap` move
-`sent` to what the worker has, so a loss is mended by sending again from there. An assist goes through the same
-thread, after the context that it needs.
+The session keeps every hidden state in FP16. One thread, the keeper, does all that has to be done in time: it opens the
+session, sends [sent, available) in order and within the worker's window, sends a question behind the context that it
+needs, asks again, and opens again what was lost. `opened` and `gap` move `sent` to what the worker has, so every loss
+is mended by sending again from there, to the same worker or another.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
-import numpy as np
+import msgspec
 
+from edge_agent.measurements import Measurements
+from edge_agent.outbox import Outbox
 from edge_agent.partition import Float32
+from edge_agent.question import Question
 from edge_agent.workers import Workers
 from fleet import topics
-from fleet.codec import decode_to_device, encode, pack_context
+from fleet.codec import decode_to_device, encode
 from fleet.errors import LinkError, ProtocolError
-from fleet.messages import PROTOCOL, Assist, Close, Gap, Open, Opened, Refused, Sampling, Token, ToWorker
-from fleet.policy import assist_deadline_ms
+from fleet.hidden_codec import FLOAT16
+from fleet.messages import Assist, Close, Gap, Open, Opened, Received, Refused, Token, ToWorker, Verified, Verify
+from fleet.policy import assist_deadline_ms, backoff_s
 from fleet.session import LinkEvent, LinkState, advance
 from fleet.transport import Transport
 
 log = logging.getLogger(__name__)
 
 LINK_CHECK_S: Final = 0.1
+IDLE_CHECK_S: Final = 1.0
 CLOSE_TIMEOUT_S: Final = 2.0
-NUM_TRIES: Final = 3  # an assist that got no answer is asked again, evenly over its deadline
+NUM_TRIES: Final = 3  # what got no answer is sent again, evenly over its deadline
+
+
+RETRIABLE: Final = ("internal", "unknown_session")  # said without a time, and yet worth another try
+
+
+class Message(NamedTuple):
+    topic: str
+    body: ToWorker
+    qos: int = 0
 
 
 class Uplink:
-    """One session. `offer` and `assist` are called by the generating thread, `receive` by the transport's."""
+    """One session. The generating thread offers and asks, the transport's thread calls `receive`."""
 
     def __init__(
         self,
         transport: Transport,
         workers: Workers,
-        session: str,
-        *,
-        epoch: int,
-        bundle_id: str,
-        sampling: Sampling,
-        max_positions: int,
+        opening: Open,
         hidden_size: int,
-        deadline_ms: int,
+        measurements: Measurements,
+        *,
+        upload_dtype: str = FLOAT16,
     ) -> None:
-        self.session = session
+        self.session = opening.session
         self.worker: str | None = None
         self.note: str | None = None
         self.num_assists = 0
+        self.num_verifies = 0
         self.bytes_up = 0
         self.bytes_down = 0
         self._transport = transport
         self._workers = workers
-        self._deadline_ms = deadline_ms
-        self._open = Open(session, epoch, bundle_id, PROTOCOL, sampling, max_positions, deadline_ms)
-        self._store = np.empty((max_positions, hidden_size), np.float16)
-        self._available = 0
-        self._sent = 0
-        self._answered = 0  # positions that the worker has certainly run
-        self._chunk_positions = 1
+        self._opening = opening
+        self._measurements = measurements
+        self._outbox = Outbox(self.session, opening.max_positions, hidden_size, upload_dtype)
+        self._open_at = 0.0
+        self._give_up_at = 0.0
+        self._num_losses = 0
+        self._num_failed_opens = 0
         self._worker_epoch: int | None = None
-        self._assist: Assist | None = None
-        self._assist_queued = False
-        self._token: Token | None = None
+        self._question: Question | None = None
+        self._num_questions = 0
+        self._refusal: Refused | None = None
         self._state = LinkState.IDLE
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._upload, name=f"upload-{session[:8]}", daemon=True)
+        self._thread = threading.Thread(target=self._keep, name=f"session-{self.session[:8]}", daemon=True)
 
     def __enter__(self) -> Self:
-        """Asks the workers to take the session; the answer is not waited for."""
-        with self._changed:
-            self._advance(LinkEvent.OPEN)
-            self._send(topics.open_session(self._transport.name), self._open, qos=1)
+        """Begins to ask the workers for the session; the answer is not waited for."""
         self._thread.start()
         return self
 
@@ -83,67 +95,129 @@ class Uplink:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         with self._changed:
-            self._advance(LinkEvent.CLOSE)
-            self._changed.notify_all()
+            if self._state is not LinkState.CLOSED:
+                self._advance(LinkEvent.CLOSE)
         self._thread.join(CLOSE_TIMEOUT_S)
+
+    # What the generating thread calls.
+
+    @property
+    def may_answer(self) -> bool:
+        """Whether a question has a chance now: the session is open, or is being opened for the first time."""
+        if self._num_losses == 0 and self._state is LinkState.IDLE:
+            return self._workers.serves(self._opening.bundle_id)
+        return self._state is LinkState.OPEN or (self._num_losses == 0 and self._state is LinkState.OPENING)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a worker has the session now."""
+        return self._state is LinkState.OPEN
+
+    @property
+    def refusal(self) -> Refused | None:
+        """Why a worker would not have the session, where asking again will not help."""
+        return self._refusal
+
+    @property
+    def num_round_trips(self) -> int:
+        return self.num_assists + self.num_verifies
 
     def offer(self, hidden_states: Float32) -> None:
         """Queues the next positions' hidden states [n, hidden] float32 for upload; they are kept as FP16."""
+        if not len(hidden_states):
+            return
         with self._changed:
-            end = self._available + len(hidden_states)
-            limit = np.finfo(np.float16).max
-            self._store[self._available : end] = np.clip(hidden_states, -limit, limit)
-            self._available = end
+            self._outbox.add(hidden_states)
             self._changed.notify_all()
 
-    def assist(self, position: int) -> Token | None:
-        """The cloud's token after `position`; None when the session is lost or the deadline passes.
+    def rewind(self, num_positions: int) -> None:
+        """Forgets every position from `num_positions` on and begins the next branch, as the worker has at a rejection.
 
-        Once a deadline has passed the session is lost: the rest of the answer does not wait again.
+        Without one, the worker sees a branch that it does not know and takes the session afresh.
         """
         with self._changed:
-            if self._state not in (LinkState.OPENING, LinkState.OPEN):
-                return None
-            wait_ms = assist_deadline_ms(self._deadline_ms, self._available - self._answered)
-            self._assist = Assist(self.session, self.num_assists, position, wait_ms)
-            self._assist_queued, self._token = True, None
-            self.num_assists += 1
+            self._outbox.rewind(num_positions)
             self._changed.notify_all()
-            token = self._await_token(time.monotonic() + wait_ms / 1000, wait_ms / 1000 / NUM_TRIES)
-            self._assist, self._assist_queued = None, False
-            if token is None and self._state in (LinkState.OPENING, LinkState.OPEN):
-                self.note = f"the cloud did not answer within {wait_ms} ms"
-                self._advance(LinkEvent.TIMEOUT)
-            elif token is not None:
-                self._answered = position + 1
-            return token
 
-    def _await_token(self, deadline: float, retry_s: float) -> Token | None:
-        retry_at = time.monotonic() + retry_s
-        while self._token is None and self._state in (LinkState.OPENING, LinkState.OPEN):
-            now = time.monotonic()
-            if now >= deadline:
+    def assist(self, position: int, wait_ms: int | None = None) -> Token | None:
+        """The cloud's token after `position`; None when the session is lost or the deadline passes.
+
+        Until a lost session is open again nobody waits for it.
+        """
+        with self._changed:
+            if not self.may_answer:
                 return None
-            if not self._transport.is_up:
-                self.note = "the link to the broker went down"
-                self._advance(LinkEvent.TIMEOUT)
+            body = Assist(self.session, self._num_questions, position, self._wait_ms(wait_ms))
+            self._ask(Question(body, survives_loss=False))
+            self.num_assists += 1
+            deadline = time.monotonic() + body.deadline_ms / 1000
+            while self._question and self._question.answer is None and time.monotonic() < deadline:
+                self._changed.wait(LINK_CHECK_S)
+            question, self._question = self._question, None
+            if question and question.answer is None:
+                self._lose(LinkEvent.TIMEOUT, f"the cloud did not answer within {body.deadline_ms} ms")
+        return question.answer if question and isinstance(question.answer, Token) else None
+
+    def ask_verify(self, start: int, draft: Sequence[int]) -> None:
+        """Asks whether draft[i] follows position `start + i`, for every i. The question outlives a lost session."""
+        with self._changed:
+            wait_ms = self._wait_ms(None)
+            body = Verify(self.session, self._num_questions, self._outbox.branch, start, tuple(draft), wait_ms)
+            self._ask(Question(body, survives_loss=True))
+            self.num_verifies += 1
+
+    def verdict(self, timeout_s: float) -> Verified | None:
+        """The answer to the verify that was asked, if it comes within `timeout_s` seconds."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            question = self._question
+            while question and question.answer is None and (left := deadline - time.monotonic()) > 0:
+                if self._state is LinkState.CLOSED or self._refusal:
+                    return None
+                self._changed.wait(min(left, LINK_CHECK_S))
+            if question is None or not isinstance(question.answer, Verified):
                 return None
-            if now >= retry_at:
-                self._assist_queued, retry_at = True, now + retry_s
-                self._changed.notify_all()
-            self._changed.wait(min(deadline - now, retry_at - now, LINK_CHECK_S) if retry_at > now else 0)
-        return self._token
+            self._question = None
+            return question.answer
+
+    def withdraw(self) -> None:
+        """Takes an unanswered question back."""
+        with self._changed:
+            self._question = None
+
+    @property
+    def _patience_s(self) -> float:
+        return self._opening.deadline_ms / 1000 / NUM_TRIES
+
+    def _wait_ms(self, wanted: int | None) -> int:
+        return assist_deadline_ms(
+            wanted or self._opening.deadline_ms, self._outbox.available - self._outbox.acknowledged
+        )
+
+    def _ask(self, question: Question) -> None:
+        self._question = question
+        self._num_questions += 1
+        self._changed.notify_all()
+
+    # What other threads report.
 
     def worker_changed(self, worker: str) -> None:
-        """A worker's status changed: when it is ours and is gone or has restarted, the session is lost."""
+        """A worker's status changed: when ours is gone or has restarted, or drains and another serves, move on."""
         with self._changed:
-            if worker == self.worker and self._workers.epoch(worker) != self._worker_epoch:
-                self._lose(LinkEvent.WORKER_GONE, f"worker {worker} went away")
+            if worker == self.worker and self._state is LinkState.OPEN:
+                if self._workers.epoch(worker) != self._worker_epoch:
+                    self._lose(LinkEvent.WORKER_GONE, f"worker {worker} went away")
+                elif self._workers.is_draining(worker) and self._workers.serves(self._opening.bundle_id):
+                    self._lose(LinkEvent.WORKER_GONE, f"worker {worker} is stopping")
+            self._changed.notify_all()
 
     def abandon(self, note: str) -> None:
-        """Gives the session up: an assist that waits for the cloud ends now, and no other is asked."""
+        """Gives the session up: a question that waits for the cloud ends now, and no other is asked."""
         with self._changed:
-            self._lose(LinkEvent.TIMEOUT, note)
+            self.note = note
+            self._question = None
+            if self._state is not LinkState.CLOSED:
+                self._advance(LinkEvent.CLOSE)
 
     def receive(self, payload: bytes) -> None:
         """Takes one message of the worker.
@@ -159,71 +233,148 @@ class Uplink:
             match message:
                 case Opened():
                     self._opened(message)
-                case Gap(expected=expected):
-                    self._sent = min(expected, self._sent)
-                case Token(request=request) if self._assist is not None and request == self._assist.request:
-                    self._token = message
-                case Refused(code=code, message=text):
-                    self._lose(LinkEvent.REFUSED, f"the worker refused ({code}): {text}")
+                case Gap(branch=branch, expected=expected) if branch == self._outbox.branch:
+                    self._outbox.go_back(expected)
+                case Received(branch=branch, count=count) if branch == self._outbox.branch:
+                    self._outbox.acknowledge(count)
+                case Token() | Verified():
+                    self._answered(message)
+                case Refused():
+                    self._refused(message)
                 case _:
-                    log.debug("session %s: a late answer is dropped", self.session)
+                    log.debug("session %s: what belongs to another branch is dropped", self.session)
             self._changed.notify_all()
 
     def _opened(self, message: Opened) -> None:
-        if self._state is not LinkState.OPENING:
+        if self._state in (LinkState.OPEN, LinkState.CLOSED):
             if message.worker != self.worker:  # another worker took it too: it may forget the session
-                self._publish(topics.to_worker(message.worker, self._transport.name, self.session), Close(self.session))
+                self._publish(Message(self._topic(message.worker), Close(self.session)))
             return
         self._advance(LinkEvent.OPENED)
         self.worker, self._worker_epoch = message.worker, self._workers.epoch(message.worker)
-        self._sent = min(message.received, self._available)
-        self._chunk_positions = max(1, message.max_chunk_bytes // self._store[0].nbytes)
+        self._num_failed_opens = 0
+        self._refusal = None
+        self._outbox.begin(message)
+        if self._question:
+            self._question.renew(self._num_questions, self._outbox.branch)
+            self._num_questions += 1
 
-    def _lose(self, event: LinkEvent, note: str) -> None:
-        if self._state in (LinkState.OPENING, LinkState.OPEN):
-            self.note = note
-            self._advance(event)
+    def _answered(self, message: Token | Verified) -> None:
+        question = self._question
+        if question is None or question.answer or not question.is_answered_by(message):
+            log.debug("session %s: an answer that nobody waits for is dropped: %s", self.session, message)
+            return
+        question.answer = message
+        self._outbox.acknowledge(message.start + 1 if isinstance(message, Verified) else message.position + 1)
+        if question.num_sent == 1:
+            self._measurements.round_trip(time.monotonic() - question.asked_at, message.busy_ms / 1000)
+
+    def _refused(self, message: Refused) -> None:
+        if self._state is LinkState.OPEN and message.worker not in (None, self.worker):
+            return  # another worker would not have taken it
+        note = f"the worker refused ({message.code}): {message.message}"
+        if self._state is LinkState.OPENING and message.retry_after_ms == 0 and message.code not in RETRIABLE:
+            self._refusal = message
+        wait_s = 0.0 if message.code == "draining" else message.retry_after_ms / 1000  # others may take it now
+        self._lose(LinkEvent.REFUSED, note, wait_s)
+
+    # The keeper.
+
+    def _keep(self) -> None:
+        """Does what is due until the session ends."""
+        while True:
+            with self._changed:
+                while (message := self._due(now := time.monotonic())) is None and self._state is not LinkState.CLOSED:
+                    self._changed.wait(self._until_due(now))
+            if message is None:
+                break
+            if not self._publish(message):  # not under the lock: the next token is being computed
+                with self._changed:
+                    self._lose(LinkEvent.TIMEOUT, "the link to the broker went down")
+        if self.worker:
+            self._publish(Message(self._topic(self.worker), Close(self.session)))
+
+    def _due(self, now: float) -> Message | None:
+        """The next message, if one is due; moves on what has waited too long."""
+        match self._state:
+            case LinkState.IDLE | LinkState.LOST:
+                return self._due_open(now)
+            case LinkState.OPENING:
+                if now >= self._give_up_at:
+                    self._lose(LinkEvent.TIMEOUT, "no worker took the session in time")
+                    return None
+                return self._again(now) if now >= self._open_at else None
+            case LinkState.OPEN:
+                if not self._transport.is_up:
+                    self._lose(LinkEvent.TIMEOUT, "the link to the broker went down")
+                    return None
+                return self._due_context(now) or self._due_question(now)
+            case _:
+                return None
+
+    def _due_open(self, now: float) -> Message | None:
+        if now < self._open_at or not self._transport.is_up or not self._workers.serves(self._opening.bundle_id):
+            return None
+        self._give_up_at = now + self._opening.deadline_ms / 1000
+        self._advance(LinkEvent.OPEN)
+        return self._again(now)
+
+    def _again(self, now: float) -> Message:
+        self._open_at = now + self._patience_s
+        opening = msgspec.structs.replace(self._opening, branch=self._outbox.branch)
+        return Message(topics.open_session(self._transport.name), opening, qos=1)
+
+    def _due_context(self, now: float) -> Message | None:
+        context = self._outbox.due(now, self._patience_s)
+        return Message(self._topic(self.worker), context) if context else None
+
+    def _due_question(self, now: float) -> Message | None:
+        question = self._question
+        if question is None or question.answer or self._outbox.sent < question.num_positions:
+            return None
+        if question.num_sent == 0:
+            question.asked_at = now
+        elif now >= question.asked_at + question.wait_s:  # an assist is given up by who waits for it
+            self._lose(LinkEvent.TIMEOUT, f"the cloud did not answer within {question.wait_s * 1000:.0f} ms")
+            return None
+        elif now < question.send_at:
+            return None
+        question.num_sent += 1
+        question.send_at = now + question.wait_s / NUM_TRIES
+        return Message(self._topic(self.worker), question.body)
+
+    def _until_due(self, now: float) -> float:
+        """Seconds until something may be due without anybody's saying so."""
+        if self._state is LinkState.OPENING:
+            return max(0.0, min(self._open_at, self._give_up_at) - now)
+        if self._state is LinkState.OPEN and self._question is None and self._outbox.sent >= self._outbox.available:
+            return IDLE_CHECK_S
+        return LINK_CHECK_S
+
+    def _lose(self, event: LinkEvent, note: str, retry_after_s: float = 0.0) -> None:
+        if self._state not in (LinkState.OPENING, LinkState.OPEN):
+            return
+        self.note = note
+        self._measurements.lost()
+        wait = 0.0 if event is LinkEvent.WORKER_GONE else backoff_s(self._num_failed_opens, random.random())
+        self._open_at = time.monotonic() + max(wait, retry_after_s)
+        self._num_failed_opens += 1
+        self._num_losses += 1
+        if self._question and not self._question.survives_loss:
+            self._question = None
+        self._advance(event)
 
     def _advance(self, event: LinkEvent) -> None:
         self._state = advance(self._state, event)
         self._changed.notify_all()
 
-    def _upload(self) -> None:
-        """Sends what is due until the session ends."""
-        while True:
-            with self._changed:
-                while not (message := self._due()) and self._state not in (LinkState.LOST, LinkState.CLOSED):
-                    self._changed.wait()
-            if message is None:
-                break
-            self._send(self._topic(), message)  # not under the lock: the next token is being computed
-        if self.worker:
-            self._publish(self._topic(), Close(self.session))
+    def _topic(self, worker: str | None) -> str:
+        return topics.to_worker(worker or "", self._transport.name, self.session)
 
-    def _due(self) -> ToWorker | None:
-        if self._state is not LinkState.OPEN:
-            return None
-        if self._sent < self._available:
-            start = self._sent
-            self._sent = min(self._available, start + self._chunk_positions)
-            return pack_context(self.session, start, self._store[start : self._sent])
-        if self._assist_queued:
-            self._assist_queued = False
-            return self._assist
-        return None
-
-    def _topic(self) -> str:
-        return topics.to_worker(self.worker or "", self._transport.name, self.session)
-
-    def _send(self, topic: str, message: ToWorker, qos: int = 0) -> None:
-        if not self._publish(topic, message, qos):
-            with self._changed:
-                self._lose(LinkEvent.TIMEOUT, "the link to the broker went down")
-
-    def _publish(self, topic: str, message: ToWorker, qos: int = 0) -> bool:
-        payload = encode(message)
+    def _publish(self, message: Message) -> bool:
+        payload = encode(message.body)
         try:
-            self._transport.publish(topic, payload, qos=qos)
+            self._transport.publish(message.topic, payload, qos=message.qos)
         except LinkError as error:
             log.debug("session %s: %s", self.session, error)
             return False

@@ -35,6 +35,17 @@ class Workers:
             status = self._online.get(worker)
         return status.epoch if status else None
 
+    def is_draining(self, worker: str) -> bool:
+        """Whether a worker has said that it takes no more sessions."""
+        with self._changed:
+            status = self._online.get(worker)
+        return status is not None and status.draining
+
+    def serves(self, bundle_id: str) -> bool:
+        """Whether some worker takes sessions of the bundle, as far as is known now."""
+        with self._changed:
+            return self._serves(bundle_id)
+
     def why_none(self, bundle_id: str) -> str | None:
         """None when some worker serves the bundle; else why not, and what to do.
 
@@ -56,7 +67,7 @@ class Workers:
         )
 
     def _serves(self, bundle_id: str) -> bool:
-        return any(bundle_id in status.bundle_ids for status in self._online.values())
+        return any(bundle_id in status.bundle_ids and not status.draining for status in self._online.values())
 
     def _link_up(self) -> None:
         with self._changed:

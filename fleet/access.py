@@ -65,9 +65,7 @@ def allows(grants: Iterable[str], requested: str) -> bool:
     A wildcard is inside only where the grant has one too, so ``d/+/status`` is never a way around ``d/a/status``.
     A shared subscription (``$share/<group>/<filter>``, MQTT 5 section 4.8.2) asks for its filter.
     """
-    if requested.startswith("$share/"):
-        requested = requested.split("/", 2)[-1]
-    levels = requested.split("/")
+    levels = topics.filter_of(requested).split("/")
     for grant in grants:
         wanted = grant.split("/")
         if len(wanted) == len(levels) and all(

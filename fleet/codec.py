@@ -7,16 +7,13 @@ from typing import Final, TypeVar, get_args
 
 import msgpack
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from fleet.errors import DecodeError, OversizedError
+from fleet.hidden_codec import FLOAT16, Float16, pack_rows, unpack_rows
 from fleet.messages import MAX_CHUNK_BYTES, Context, Message, ToDevice, ToWorker
 
 MAX_ENVELOPE_BYTES: Final = MAX_CHUNK_BYTES + 4096
-HIDDEN_DTYPE: Final = "float16"
 
-Float16 = npt.NDArray[np.float16]
 T = TypeVar("T")
 
 
@@ -64,10 +61,10 @@ def _names(expected: object) -> str:
     return ", ".join(member.__name__.lower() for member in members)
 
 
-def pack_context(session: str, start: int, hidden_states: Float16) -> Context:
+def pack_context(session: str, branch: int, start: int, hidden_states: Float16, dtype: str = FLOAT16) -> Context:
     """Hidden states [count, hidden] float16 of positions [start, start + count) as a message."""
-    data = np.ascontiguousarray(hidden_states, dtype="<f2").tobytes()
-    return Context(session, start, len(hidden_states), HIDDEN_DTYPE, data, zlib.crc32(data))
+    data = pack_rows(hidden_states, dtype)
+    return Context(session, branch, start, len(hidden_states), dtype, data, zlib.crc32(data))
 
 
 def unpack_context(message: Context, hidden_size: int) -> Float16:
@@ -76,15 +73,6 @@ def unpack_context(message: Context, hidden_size: int) -> Float16:
     Raises:
         DecodeError: another dtype, a wrong number of bytes, a wrong checksum, or values that are not finite.
     """
-    wanted = message.count * hidden_size * 2
-    if message.dtype != HIDDEN_DTYPE or len(message.data) != wanted:
-        raise DecodeError(
-            f"expected {message.count} x {hidden_size} {HIDDEN_DTYPE} values ({wanted} bytes), "
-            f"got {len(message.data)} bytes of {message.dtype[:20]!r}"
-        )
     if zlib.crc32(message.data) != message.crc32:
         raise DecodeError(f"context at position {message.start}: the checksum does not match the data; send it again")
-    hidden_states = np.frombuffer(message.data, dtype="<f2").reshape(message.count, hidden_size)
-    if not np.isfinite(hidden_states).all():
-        raise DecodeError(f"context at position {message.start} holds values that are not finite")
-    return hidden_states
+    return unpack_rows(message.data, message.count, hidden_size, message.dtype)

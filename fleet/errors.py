@@ -13,6 +13,8 @@ FleetError
  |   +- TopicError          a topic or a name in it that is not ours
  +- PromptError             a request of an app that cannot be served
  |   +- BusyError           more requests at once than the device takes
+ |   +- DeadlineError       an answer took longer than its app allowed
+ |   +- CloudError          an answer that only the cloud may give, and no worker does
  +- LinkError               the broker cannot be reached, or refuses us
  +- IdentityError           an identity folder or certificate is missing or wrong
  +- RegistryError           the registry cannot answer
@@ -100,6 +102,18 @@ class BusyError(PromptError):
     """More requests at once than the device takes."""
 
     code = "busy"
+
+
+class DeadlineError(PromptError):
+    """An answer took longer than its app allowed."""
+
+    code = "deadline"
+
+
+class CloudError(PromptError):
+    """Only the cloud may decide on this answer's tokens, and no worker does."""
+
+    code = "no_cloud"
 
 
 class LinkError(FleetError):

@@ -21,13 +21,17 @@ KEY_FILE: Final = "key.pem"
 
 
 class IdentityConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """What `identity.json` holds. `bundle` is the folder of the model that a device or worker serves."""
+    """What `identity.json` holds. `bundle` is the folder of the model that a device or worker serves.
+
+    `shared_subscriptions` says that the broker has them (MQTT 5 section 4.8.2; mosquitto has them for 3.1.1, too).
+    """
 
     name: Id
     role: Role
     host: str
     port: Annotated[int, Meta(ge=1, le=65535)]
     bundle: str | None = None
+    shared_subscriptions: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from typing import Annotated, Final, TypeAlias
 
 from msgspec import Meta, Struct
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 MAX_POSITIONS: Final = 1 << 20
 MAX_CHUNK_BYTES: Final = 256 * 1024
+MAX_DRAFT: Final = 64
 
 Id: TypeAlias = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9_-]{0,62}\Z")]
 Position: TypeAlias = Annotated[int, Meta(ge=0, lt=MAX_POSITIONS)]
@@ -32,7 +33,11 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Open(Struct, frozen=True, tag_field="type", tag="open"):
-    """Device to workers: take this session. `max_positions` bounds the KV cache that it will need."""
+    """Device to workers: take this session. `max_positions` bounds the KV cache that it will need.
+
+    `branch` is how many rejected drafts the device knows of: a worker that has the session on another branch starts
+    it afresh.
+    """
 
     session: Id
     epoch: Annotated[int, Meta(ge=0)]
@@ -41,21 +46,28 @@ class Open(Struct, frozen=True, tag_field="type", tag="open"):
     sampling: Sampling
     max_positions: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
     deadline_ms: DeadlineMs
+    branch: Count = 0
 
 
 class Opened(Struct, frozen=True, tag_field="type", tag="opened"):
-    """Worker to device: it is mine; `received` positions are already here."""
+    """Worker to device: it is mine; `received` positions are already here.
+
+    It takes context in any of `dtypes`, and at most `window_bytes` of it beyond what it has acknowledged.
+    """
 
     session: Id
     worker: Id
     received: Count
     max_chunk_bytes: Annotated[int, Meta(ge=1024, le=MAX_CHUNK_BYTES)]
+    window_bytes: Annotated[int, Meta(ge=1024)]
+    dtypes: Annotated[tuple[Annotated[str, Meta(max_length=32)], ...], Meta(min_length=1, max_length=16)]
 
 
 class Context(Struct, frozen=True, tag_field="type", tag="context"):
     """Device to worker: hidden states of positions [start, start + count), row-major, little-endian."""
 
     session: Id
+    branch: Count
     start: Position
     count: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
     dtype: str
@@ -72,30 +84,72 @@ class Assist(Struct, frozen=True, tag_field="type", tag="assist"):
     deadline_ms: DeadlineMs
 
 
+class Verify(Struct, frozen=True, tag_field="type", tag="verify"):
+    """Device to worker: is `draft[i]` the token that follows position `start + i`, for every i?"""
+
+    session: Id
+    request: Annotated[int, Meta(ge=0)]
+    branch: Count
+    start: Position
+    draft: Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_DRAFT)]
+    deadline_ms: DeadlineMs
+
+
 class Token(Struct, frozen=True, tag_field="type", tag="token"):
-    """Worker to device: the token that follows `position`, and its log-probability at temperature 1."""
+    """Worker to device: the token that follows `position`, and its log-probability at temperature 1.
+
+    `busy_ms` is how long the question was with the worker.
+    """
 
     session: Id
     request: Annotated[int, Meta(ge=0)]
     position: Position
     token_id: TokenId
     logprob: float
+    busy_ms: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
+
+
+class Verified(Struct, frozen=True, tag_field="type", tag="verified"):
+    """Worker to device: the first `accepted` tokens of the draft are mine, too.
+
+    `token_id` is the worker's own in the place of the first one that is not, None when all are accepted. A rejection
+    begins the next branch: both sides forget what lies behind position `start + accepted`. `logprobs` are those of the
+    accepted tokens and of `token_id`, at temperature 1.
+    """
+
+    session: Id
+    request: Annotated[int, Meta(ge=0)]
+    start: Position
+    accepted: Annotated[int, Meta(ge=0, le=MAX_DRAFT)]
+    token_id: TokenId | None
+    logprobs: Annotated[tuple[float, ...], Meta(max_length=MAX_DRAFT)]
+    busy_ms: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
+
+
+class Received(Struct, frozen=True, tag_field="type", tag="received"):
+    """Worker to device: positions [0, count) of this branch have arrived; the window moves on."""
+
+    session: Id
+    branch: Count
+    count: Count
 
 
 class Gap(Struct, frozen=True, tag_field="type", tag="gap"):
-    """Worker to device: positions from `expected` on are missing; send them again."""
+    """Worker to device: positions from `expected` on of this branch are missing; send them again."""
 
     session: Id
+    branch: Count
     expected: Count
 
 
 class Refused(Struct, frozen=True, tag_field="type", tag="refused"):
-    """Worker to device: not served. `retry_after_ms` 0 means that asking again will not help."""
+    """Worker to device: not served by `worker`. `retry_after_ms` 0 means that asking again will not help."""
 
     session: Id
     code: Id
     retry_after_ms: Annotated[int, Meta(ge=0)]
     message: Text
+    worker: Id | None = None
 
 
 class Close(Struct, frozen=True, tag_field="type", tag="close"):
@@ -104,6 +158,6 @@ class Close(Struct, frozen=True, tag_field="type", tag="close"):
     session: Id
 
 
-ToWorker: TypeAlias = Open | Context | Assist | Close
-ToDevice: TypeAlias = Opened | Token | Gap | Refused
+ToWorker: TypeAlias = Open | Context | Assist | Verify | Close
+ToDevice: TypeAlias = Opened | Token | Verified | Received | Gap | Refused
 Message: TypeAlias = ToWorker | ToDevice

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+from typing import Final
 
 from fleet.errors import ConfigError
 
 
 class Mode(StrEnum):
-    """Who may answer: the device alone, or the device and, when it is not sure, the cloud."""
+    """Who decides on a token.
+
+    `standalone`: the device alone. `collaborative`: the device and, where it is not sure, the cloud. `verified`: the
+    device drafts and the cloud confirms or corrects every token. `auto`: whichever of these suits the link and the
+    targets now.
+    """
 
     STANDALONE = "standalone"
     COLLABORATIVE = "collaborative"
+    VERIFIED = "verified"
+    AUTO = "auto"
 
 
 CLOUD = "cloud"
 FALLBACK = "fallback"
+LOOKUP = "lookup"  # copied from earlier text, and confirmed by the cloud
+NO_EXITS: Final = (LOOKUP, CLOUD, FALLBACK)
 
 
 def exit_source(exit_layer: int) -> str:
@@ -53,3 +63,8 @@ def offload_rate(sources: Mapping[str, int]) -> float:
 def assist_deadline_ms(base_ms: int, pending_positions: int) -> int:
     """How long to wait for an assist when the worker has `pending_positions` to run first: 10 ms more for each."""
     return min(base_ms + 10 * pending_positions, 600_000)
+
+
+def backoff_s(num_failures: int, random: float) -> float:
+    """Seconds before the next try: 0.25 doubled with each failure, at most 8, half of it by `random` from [0, 1)."""
+    return float(min(8.0, 0.25 * 2.0 ** min(num_failures, 10)) * (0.5 + random / 2))

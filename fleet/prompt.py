@@ -8,12 +8,15 @@ import msgspec
 from msgspec import Meta, Struct
 
 from fleet.errors import PromptError
-from fleet.messages import Sampling, Seed
+from fleet.messages import DeadlineMs, Sampling, Seed
 from fleet.policy import Mode
+from fleet.report import Switch
 
 MAX_PROMPT_BYTES: Final = 256 * 1024
 
 Threshold = Annotated[float, Meta(ge=0, le=1)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+TargetTpotMs = Annotated[float, Meta(gt=0, le=600_000)]
 
 
 class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,6 +37,10 @@ class PromptRequest(Struct, frozen=True, forbid_unknown_fields=True):
     mode: Mode | None = None
     threshold: Threshold | None = None
     thresholds: tuple[Threshold, ...] | None = None
+    deadline_ms: DeadlineMs | None = None
+    target_tpot_ms: TargetTpotMs | None = None
+    min_agreement: Share | None = None
+    max_offload_rate: Share | None = None
 
     @property
     def chat(self) -> tuple[ChatMessage, ...]:
@@ -51,7 +58,10 @@ class ErrorInfo(Struct, frozen=True):
 
 
 class Usage(Struct, frozen=True):
-    """Counts of one answer; times in milliseconds: to the first token, and per token after it."""
+    """Counts of one answer; times in milliseconds: to the first token, and per token after it.
+
+    `round_trips` are the questions that the device waited for; `switches` what auto mode decided, and why.
+    """
 
     prompt_tokens: int
     tokens: int
@@ -61,12 +71,16 @@ class Usage(Struct, frozen=True):
     bytes_down: int
     ttft_ms: float
     tpot_ms: float
+    round_trips: int = 0
+    drafted: int = 0
+    switches: tuple[Switch, ...] = ()
 
 
 class Reply(Struct, frozen=True, omit_defaults=True):
     """One message of the answer's stream. The last one has `done`, and `usage` or `error`.
 
-    `note` says why the cloud had no part in an answer that asked for it.
+    `note` says why the cloud had no part in an answer that asked for it. The first one names the `generation`: the
+    same request sent again brings the same replies again, unless the device has forgotten it and begins another.
     """
 
     seq: int
@@ -79,6 +93,7 @@ class Reply(Struct, frozen=True, omit_defaults=True):
     error: ErrorInfo | None = None
     bundle_id: str | None = None
     note: str | None = None
+    generation: str | None = None
 
 
 def parse_prompt(payload: bytes) -> PromptRequest:

@@ -19,7 +19,15 @@ Milliseconds: TypeAlias = Annotated[float, Meta(ge=0, le=1e12)]
 # Seconds since 1970, UTC, up to the year 9999: what a calendar can show.
 Timestamp: TypeAlias = Annotated[float, Meta(ge=0, lt=253_402_300_800)]
 Label: TypeAlias = Annotated[str, Meta(max_length=200)]
-Source: TypeAlias = Annotated[str, Meta(pattern=r"\A(exit:[0-9]{1,4}|cloud|fallback)\Z")]
+Source: TypeAlias = Annotated[str, Meta(pattern=r"\A(exit:[0-9]{1,4}|cloud|fallback|lookup)\Z")]
+
+
+class Switch(Struct, frozen=True):
+    """From the answer's token number `token` on the mode was `mode`, because of `reason`."""
+
+    token: Amount
+    mode: Label
+    reason: Label
 
 
 class GenerationReport(Struct, frozen=True):
@@ -42,6 +50,9 @@ class GenerationReport(Struct, frozen=True):
     ttft_ms: Milliseconds
     tpot_ms: Milliseconds
     finish_reason: Label
+    verifies: Amount = 0
+    drafted: Amount = 0
+    switches: tuple[Switch, ...] = ()
 
 
 class DeviceStatus(Struct, frozen=True):
@@ -62,6 +73,7 @@ class WorkerStatus(Struct, frozen=True):
     bundle_ids: tuple[Label, ...] = ()
     version: Label = ""
     num_sessions: Amount = 0
+    draining: bool = False
 
 
 def encode_report(report: GenerationReport) -> bytes:

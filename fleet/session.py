@@ -48,6 +48,8 @@ LEGAL: Final[dict[tuple[LinkState, LinkEvent], LinkState]] = {
     (LinkState.OPEN, LinkEvent.TIMEOUT): LinkState.LOST,
     (LinkState.OPEN, LinkEvent.WORKER_GONE): LinkState.LOST,
     (LinkState.OPEN, LinkEvent.CLOSE): LinkState.CLOSED,
+    (LinkState.LOST, LinkEvent.OPEN): LinkState.OPENING,
+    (LinkState.LOST, LinkEvent.OPENED): LinkState.OPEN,
     (LinkState.LOST, LinkEvent.CLOSE): LinkState.CLOSED,
 }
 

@@ -10,6 +10,7 @@ from fleet.errors import TopicError
 PREFIX: Final = "ce/v1"
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 OPEN_FILTER: Final = f"{PREFIX}/open/+"
+SHARED_OPEN_FILTER: Final = f"$share/workers/{OPEN_FILTER}"
 WORKER_STATUS_FILTER: Final = f"{PREFIX}/w/+/status"
 DEVICE_STATUS_FILTER: Final = f"{PREFIX}/d/+/status"
 DEVICE_STATS_FILTER: Final = f"{PREFIX}/d/+/stats"
@@ -84,9 +85,17 @@ def parse(topic: str, *shape: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+def filter_of(subscription: str) -> str:
+    """The topic filter of a subscription, shared or not."""
+    return subscription.split("/", 2)[-1] if subscription.startswith("$share/") else subscription
+
+
 def matches(topic_filter: str, topic: str) -> bool:
-    """Whether an MQTT filter (``+`` one level, ``#`` the rest) takes a topic; MQTT 3.1.1 section 4.7."""
-    wanted, got = topic_filter.split("/"), topic.split("/")
+    """Whether an MQTT filter (``+`` one level, ``#`` the rest) takes a topic; MQTT 3.1.1 section 4.7.
+
+    A shared subscription (``$share/<group>/<filter>``, MQTT 5 section 4.8.2) takes what its filter takes.
+    """
+    wanted, got = filter_of(topic_filter).split("/"), topic.split("/")
     for i, level in enumerate(wanted):
         if level == "#":
             return True

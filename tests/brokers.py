@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -97,7 +97,7 @@ class Mosquitto:
 
     def start(self) -> None:
         self._process = subprocess.Popen([self._binary, "-c", str(self._config)])
-        wait_until(lambda: _listens(self._port), "mosquitto listens")
+        wait_until(lambda: listens(self._port), "mosquitto listens")
 
     def stop(self) -> None:
         self._process.terminate()
@@ -111,12 +111,12 @@ class Mosquitto:
 class Site:
     """One fleet: its authority, who is enrolled, and its broker."""
 
-    def __init__(self, kind: str, folder: Path) -> None:
+    def __init__(self, kind: str, folder: Path, fleet: Iterable[Grants] = FLEET) -> None:
         self.folder = folder
         self.authority = CertificateAuthority.create(folder / "ca")
         self.port = free_port()
         self.tls = self.authority.server_tls(folder / "server", HOST)
-        self.known = {grants.name: grants for grants in FLEET}
+        self.known = {grants.name: grants for grants in fleet}
         self.broker: RunningBroker = (
             Amqtt(self.port, self.tls, self.known)
             if kind == "amqtt"
@@ -135,9 +135,9 @@ class Site:
 
 
 @contextmanager
-def running_site(kind: str, folder: Path) -> Iterator[Site]:
+def running_site(kind: str, folder: Path, fleet: Iterable[Grants] = FLEET) -> Iterator[Site]:
     """A site whose broker runs; `kind` is amqtt or mosquitto."""
-    site = Site(kind, folder)
+    site = Site(kind, folder, fleet)
     site.broker.start()
     try:
         yield site
@@ -172,6 +172,7 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT
         time.sleep(0.02)
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
+    """Whether somebody takes connections there."""
     with socket.socket() as probe:
         return probe.connect_ex((HOST, port)) == 0

@@ -34,7 +34,7 @@ app.add_typer(bench_commands, name="bench")
 
 StateOption = Annotated[Path | None, typer.Option("--state", help="The fleet's folder (default: $FLEET_HOME).")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-ModeOption = Annotated[str | None, typer.Option("--mode", help="standalone or collaborative.")]
+ModeOption = Annotated[str | None, typer.Option("--mode", help="standalone, collaborative, verified or auto.")]
 ThresholdOption = Annotated[float | None, typer.Option(help="For all exits, 0 to 1; 1 switches the exits off.")]
 TokensOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Length limit of the answer.")]
 TemperatureOption = Annotated[float, typer.Option(min=0, max=5, help="0 is greedy.")]

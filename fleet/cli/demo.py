@@ -26,6 +26,7 @@ from fleet.manifest import Bundle
 from fleet.mqtt import MqttTransport
 from fleet.policy import exit_source
 from fleet.prompt import PromptRequest, Reply
+from fleet.report import Switch
 
 DEVICE: Final = "edge-1"
 APP: Final = "demo"
@@ -51,6 +52,9 @@ class Result(msgspec.Struct, frozen=True):
     bytes_down: int
     ttft_ms: float
     tpot_ms: float
+    round_trips: int
+    drafted: int
+    switches: tuple[Switch, ...]
 
 
 def follow(console: Console, client: PromptClient, device: str, prompt: PromptRequest, exits: list[str]) -> Result:
@@ -69,7 +73,8 @@ def follow(console: Console, client: PromptClient, device: str, prompt: PromptRe
     console.print(usage_line(usage, final.note))
     return Result(
         prompt.chat[-1].content, text, token_ids, final.finish_reason or "", usage.sources, usage.offload_rate,
-        usage.bytes_up, usage.bytes_down, usage.ttft_ms, usage.tpot_ms,
+        usage.bytes_up, usage.bytes_down, usage.ttft_ms, usage.tpot_ms, usage.round_trips, usage.drafted,
+        usage.switches,
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ class Answering:
     def __init__(self, cascade: Any, lease: Any, prompt_ids: Sequence[int], number: int) -> None:
         self.cascade, self.lease, self.number = cascade, lease, number
         self.waiting = list(prompt_ids)
+        self.uploaded: Any = None  # [n, hidden] float16
         self.count = 0
         self.finished = False
 
@@ -65,14 +66,14 @@ def record(
             capacity = len(prompt_ids) + max_new_tokens
             batch.append(Answering(cascade_of(partition, capacity), pool.lease(capacity), prompt_ids, number))
         said = [ask_exits(answer, block, len(manifest.exits)) for answer in batch]
-        logits = upper([chunk_of(a.lease, a.lease.length, a.cascade.num_tokens) for a in batch])
+        logits = upper([chunk_of(a.lease, a.uploaded, a.lease.length, a.cascade.num_tokens) for a in batch])
         for answer, exits, token_id in zip(batch, said, logits.argmax(-1).tolist(), strict=True):
             equal = [int(candidates.token_ids[0]) == token_id for candidates in exits]
             rows.append((answer.number, [candidates.confidence for candidates in exits], equal))
             answer.waiting = [token_id]
             answer.count += 1
             if token_id in manifest.model.eos_token_ids or answer.count == max_new_tokens:
-                pool.release(answer.lease)
+                pool.take_back(answer.lease)
                 answer.finished = True
         batch = [answer for answer in batch if not answer.finished]
         progress(len(fitting) - len(queue) - len(batch))
@@ -82,9 +83,9 @@ def record(
 
 
 def ask_exits(answer: Answering, block: int, num_exits: int) -> list[Any]:
-    """Runs all blocks over what waits and hands the hidden states to the worker's half; what each exit says."""
+    """Runs all blocks over what waits, with the hidden states that a device would upload; what each exit says."""
     start = answer.cascade.num_filled(block)
     answer.cascade.append(answer.waiting)
     said = [answer.cascade.run(i) for i in range(num_exits)]
-    answer.lease.hidden_states[start : answer.cascade.num_tokens] = answer.cascade.hidden_states(block, start)
+    answer.uploaded = answer.cascade.hidden_states(block, start).astype(np.float16)
     return said

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fleet.policy import CLOUD, FALLBACK, offload_rate
+from fleet.policy import CLOUD, FALLBACK, LOOKUP, offload_rate
 from fleet.prompt import Reply, Usage
 
 EXIT_STYLES: Final = ("green", "cyan", "blue", "bright_green")
-STYLES: Final = {CLOUD: "magenta", FALLBACK: "yellow"}
+STYLES: Final = {LOOKUP: "bright_cyan", CLOUD: "magenta", FALLBACK: "yellow"}
 BAR_WIDTH: Final = 18
 TIMES: Final = ("_at", "_seen", "_after")
 HEADERS: Final = {
@@ -37,13 +37,13 @@ def exits_of(sources: Iterable[str]) -> list[str]:
 def legend(sources: Iterable[str]) -> Text:
     """The sources' names, each in its colour."""
     exits = exits_of(sources)
-    return Text("  ").join(Text(f"■ {s}", source_style(s, exits)) for s in (*exits, CLOUD, FALLBACK))
+    return Text("  ").join(Text(f"■ {s}", source_style(s, exits)) for s in (*exits, *STYLES))
 
 
 def source_bar(sources: Mapping[str, int]) -> Text:
     """Shares of the sources as a coloured bar."""
     total, exits, bar, drawn, seen = sum(sources.values()), exits_of(sources), Text(), 0, 0
-    for source in (*exits, CLOUD, FALLBACK):
+    for source in (*exits, *STYLES):
         seen += sources.get(source, 0)
         end = round(BAR_WIDTH * seen / total) if total else 0
         bar.append("█" * (end - drawn), source_style(source, exits))
@@ -66,9 +66,10 @@ def usage_line(usage: Usage, note: str | None) -> Text:
     line = (
         f"{usage.tokens} tokens: {sources_text(usage.sources)}; offload {offload_rate(usage.sources):.0%}; "
         f"up {usage.bytes_up:,} B, down {usage.bytes_down:,} B; "
-        f"first token {usage.ttft_ms:.0f} ms, then {usage.tpot_ms:.0f} ms a token"
+        f"{usage.round_trips} round trips; first token {usage.ttft_ms:.0f} ms, then {usage.tpot_ms:.0f} ms a token"
     )
-    return Text(f"[{line}{'; ' + note if note else ''}]", "dim")
+    switches = "".join(f"; from token {s.token} on {s.mode}: {s.reason}" for s in usage.switches)
+    return Text(f"[{line}{switches}{'; ' + note if note else ''}]", "dim")
 
 
 def print_rows(console: Console, rows: Sequence[Any], title: str, *, as_json: bool) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, sessionmaker
 
 from fleet.access import Grants, Role
-from fleet.policy import CLOUD, FALLBACK, offload_rate
+from fleet.policy import NO_EXITS, offload_rate
 from fleet.registry.database import open_database, registry_errors, writing
 from fleet.registry.devices import check_device, is_device
 from fleet.registry.enrolment import add_identity
@@ -264,7 +264,7 @@ def _total(column: SQLColumnExpression[int]) -> SQLColumnExpression[int]:
 
 
 def _depth(source: str) -> tuple[int, int]:
-    """Order of a source: exits by their layer, then the cloud, then fallback."""
-    if source in (CLOUD, FALLBACK):
-        return 1 + (source == FALLBACK), 0
+    """Order of a source: exits by their layer, then what is no exit."""
+    if source in NO_EXITS:
+        return 1 + NO_EXITS.index(source), 0
     return 0, int(source.removeprefix("exit:"))

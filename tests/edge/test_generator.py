@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from edge_agent.generator import GeneratedToken, Generator
+from edge_agent.adaptive import Targets
+from edge_agent.decoder import Decoder, GeneratedToken
+from edge_agent.generator import Generator
+from edge_agent.measurements import Measurements
+from edge_agent.modes import Modes
 from edge_agent.partition import Partition
+from fleet.errors import DeadlineError
 from fleet.manifest import Bundle
 from fleet.messages import Sampling
+from fleet.policy import Mode
 
 PROMPT = [5, 9, 300, 17, 42]
+EOS = (2,)
 
 
 @pytest.fixture(scope="module")
@@ -19,15 +26,17 @@ def partition(tiny_bundle: Bundle) -> Partition:
 
 def generate(
     partition: Partition, thresholds: tuple[float, ...], sampling: Sampling | None = None, *, ask_cloud: bool = False
-) -> tuple[list[GeneratedToken], Generator]:
-    generator = Generator(partition, 64, thresholds, sampling or Sampling(), ask_cloud=ask_cloud)
-    return list(generator.generate(PROMPT, 12)), generator
+) -> tuple[list[GeneratedToken], Decoder]:
+    mode = Mode.COLLABORATIVE if ask_cloud else Mode.STANDALONE
+    decoder = Decoder(partition, 64, thresholds, sampling or Sampling())
+    generator = Generator(decoder, Modes(mode, Targets(), Measurements(), 100), EOS)
+    return list(generator.generate(PROMPT, 12)), decoder
 
 
 def test_threshold_zero_emits_at_the_first_exit_and_runs_nothing_deeper(partition: Partition) -> None:
-    tokens, generator = generate(partition, (0.0, 0.0))
+    tokens, decoder = generate(partition, (0.0, 0.0))
     assert {token.source for token in tokens} == {"exit:1"}
-    assert generator.cascade.num_filled(1) == 0
+    assert decoder.cascade.num_filled(1) == 0
 
 
 def test_threshold_one_switches_an_exit_off(partition: Partition) -> None:
@@ -54,8 +63,33 @@ def test_a_seed_gives_the_same_answer_again_and_another_seed_another(partition: 
 
 
 def test_the_backlog_is_run_before_a_deeper_exit_speaks(partition: Partition) -> None:
-    first = Generator(partition, 64, (0.0, 0.0), Sampling())
-    tokens = list(first.generate(PROMPT, 6))
-    assert first.cascade.num_filled(1) == 0
-    first.cascade.run(1)
-    assert first.cascade.num_filled(1) == first.cascade.num_filled(0) == len(PROMPT) + len(tokens) - 1
+    tokens, decoder = generate(partition, (0.0, 0.0))
+    assert decoder.cascade.num_filled(1) == 0
+    decoder.cascade.run(1)
+    assert decoder.cascade.num_filled(1) == decoder.cascade.num_filled(0) == len(PROMPT) + len(tokens) - 1
+
+
+def test_what_is_cut_off_is_as_if_it_had_never_been(partition: Partition) -> None:
+    expected = Decoder(partition, 64, (1.0, 1.0), Sampling())
+    expected.text += [*PROMPT, 7]
+    decoder = Decoder(partition, 64, (1.0, 1.0), Sampling())
+    decoder.text += [*PROMPT, 8, 9]
+    decoder.choose()
+    decoder.truncate(len(PROMPT))
+    decoder.text.append(7)
+    choice, wanted = decoder.choose(), expected.choose()
+    assert choice.token_id == wanted.token_id
+    assert choice.logprob == pytest.approx(wanted.logprob, abs=1e-4)
+
+
+def test_an_answer_that_is_late_ends_with_an_error(partition: Partition) -> None:
+    decoder = Decoder(partition, 64, (1.0, 1.0), Sampling())
+    generator = Generator(decoder, Modes(Mode.STANDALONE, Targets(), Measurements(), 100), EOS)
+    with pytest.raises(DeadlineError, match="deadline passed after 0 tokens; allow more time"):
+        list(generator.generate(PROMPT, 12, deadline=float("-inf")))
+
+
+def test_a_cancelled_answer_ends(partition: Partition) -> None:
+    decoder = Decoder(partition, 64, (1.0, 1.0), Sampling())
+    generator = Generator(decoder, Modes(Mode.STANDALONE, Targets(), Measurements(), 100), EOS)
+    assert list(generator.generate(PROMPT, 12, is_cancelled=lambda: True)) == []

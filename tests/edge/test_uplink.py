@@ -8,12 +8,28 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from edge_agent.measurements import Measurements
 from edge_agent.uplink import Uplink
 from edge_agent.workers import Workers
 from fleet import topics
 from fleet.codec import decode_to_worker, encode, unpack_context
 from fleet.memory import MemoryBroker, MemoryTransport
-from fleet.messages import Assist, Close, Context, Gap, Open, Opened, Refused, Sampling, ToDevice, Token, ToWorker
+from fleet.messages import (
+    PROTOCOL,
+    Assist,
+    Close,
+    Context,
+    Gap,
+    Open,
+    Opened,
+    Refused,
+    Sampling,
+    ToDevice,
+    Token,
+    ToWorker,
+    Verified,
+    Verify,
+)
 from fleet.report import WorkerStatus, encode_status
 from fleet.transport import Will
 
@@ -21,6 +37,7 @@ WAIT_S = 10.0
 HIDDEN = 8
 SESSION = "s1"
 BUNDLE = "b1"
+WINDOW = 1 << 20
 
 
 class Peer:
@@ -35,8 +52,8 @@ class Peer:
         self.transport.subscribe(f"{topics.PREFIX}/w/{name}/+/+", self._on_message)
         self.announce(epoch=1)
 
-    def announce(self, epoch: int) -> None:
-        status = WorkerStatus(online=True, epoch=epoch, bundle_ids=(BUNDLE,))
+    def announce(self, epoch: int, *, draining: bool = False) -> None:
+        status = WorkerStatus(online=True, epoch=epoch, bundle_ids=(BUNDLE,), draining=draining)
         self.transport.publish(topics.worker_status(self.transport.name), encode_status(status), qos=1, retain=True)
 
     def _on_message(self, topic: str, payload: bytes) -> None:
@@ -51,7 +68,7 @@ class Peer:
 
     def accept(self, max_chunk_bytes: int = 4096) -> None:
         assert isinstance(self.next(), Open)
-        self.say(Opened(SESSION, self.transport.name, 0, max_chunk_bytes))
+        self.say(Opened(SESSION, self.transport.name, 0, max_chunk_bytes, WINDOW, ("float16",)))
 
 
 class Device:
@@ -61,8 +78,8 @@ class Device:
         self.transport: MemoryTransport = broker.connect("d1")
         self.workers = Workers(self.transport, lambda worker: self.uplink.worker_changed(worker))
         self.uplink = Uplink(
-            self.transport, self.workers, SESSION, epoch=1, bundle_id=BUNDLE, sampling=Sampling(), max_positions=64,
-            hidden_size=HIDDEN, deadline_ms=deadline_ms,
+            self.transport, self.workers, Open(SESSION, 1, BUNDLE, PROTOCOL, Sampling(), 64, deadline_ms), HIDDEN,
+            Measurements(),
         )  # fmt: skip
         self.transport.subscribe(topics.to_device("d1", "+"), lambda _, payload: self.uplink.receive(payload))
         assert self.workers.why_none(BUNDLE) is None
@@ -135,7 +152,7 @@ def test_a_gap_is_mended_by_sending_again_from_there(device: Device, peer: Peer)
         peer.accept()
         uplink.offer(rows(0, 5))
         assert isinstance(peer.next(), Context)
-        peer.say(Gap(SESSION, 2))
+        peer.say(Gap(SESSION, 0, 2))
         again = peer.next()
     assert isinstance(again, Context)
     assert (again.start, again.count) == (2, 3)
@@ -150,7 +167,7 @@ def test_no_answer_by_the_deadline_loses_the_session_and_the_rest_does_not_wait(
         uplink.offer(rows(0, 1))
         assert uplink.assist(0) is None
         assert uplink.note is not None
-        assert "did not answer" in uplink.note
+        assert "in time" in uplink.note
         assert uplink.assist(0) is None
         assert uplink.num_assists == 1
     device.transport.close()
@@ -213,3 +230,79 @@ def test_a_cut_link_is_a_lost_session_not_a_crash(device: Device, peer: Peer) ->
         assert uplink.assist(0) is None
         assert uplink.note is not None
         assert "link" in uplink.note
+
+
+def test_a_lost_session_is_opened_again_and_goes_on_where_the_worker_is(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 3))
+        assert isinstance(peer.next(), Context)
+        peer.say(Refused(SESSION, "unknown_session", 0, "open it again", "w1"))
+        opening = peer.next()
+        assert isinstance(opening, Open)
+        assert opening.session == SESSION
+        peer.say(Opened(SESSION, "w1", 1, 4096, WINDOW, ("float16",)))
+        context = peer.next()
+        assert isinstance(context, Context)
+        assert (context.start, context.count) == (1, 2)
+
+
+def test_a_verify_outlives_the_worker_and_is_asked_anew_of_the_next(
+    broker: MemoryBroker, device: Device, peer: Peer
+) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 3))
+        uplink.ask_verify(1, [7, 8])
+        assert isinstance(peer.next(), Context)
+        first = peer.next()
+        assert isinstance(first, Verify)
+        second = Peer(broker, "w2")
+        peer.transport.drop()
+        second.accept()
+        assert isinstance(second.next(), Context)
+        again = second.next()
+        assert isinstance(again, Verify)
+        assert again.request != first.request
+        peer.transport.restore()
+        peer.say(Verified(SESSION, first.request, 1, 0, 99, (-1.0,)))
+        second.say(Verified(SESSION, again.request, 1, 2, None, (-1.0, -1.0)))
+        verdict = uplink.verdict(WAIT_S)
+    assert verdict is not None
+    assert verdict.accepted == 2
+    second.transport.close()
+
+
+def test_another_workers_refusal_does_not_disturb_an_open_session(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        peer.say(Refused(SESSION, "busy", 1000, "no room", "w9"))
+        uplink.offer(rows(0, 1))
+        assert isinstance(peer.next(), Context)
+        assert uplink.is_open
+
+
+def test_a_rejection_begins_a_branch_that_the_next_opening_names(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 3))
+        assert isinstance(peer.next(), Context)
+        uplink.rewind(2)
+        uplink.offer(rows(7, 1))
+        context = peer.next()
+        assert isinstance(context, Context)
+        assert (context.branch, context.start, context.count) == (1, 2, 1)
+        peer.announce(epoch=2)
+        opening = peer.next()
+        assert isinstance(opening, Open)
+        assert opening.branch == 1
+
+
+def test_a_draining_worker_is_left_when_another_serves(broker: MemoryBroker, device: Device, peer: Peer) -> None:
+    with device.uplink:
+        peer.accept()
+        second = Peer(broker, "w2")
+        peer.announce(epoch=1, draining=True)
+        second.accept()
+        assert isinstance(peer.next(), Open)
+    second.transport.close()

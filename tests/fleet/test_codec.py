@@ -17,26 +17,30 @@ from fleet.messages import (
     Message,
     Open,
     Opened,
+    Received,
     Refused,
     Sampling,
     Token,
+    Verified,
+    Verify,
 )
 
 WIRE: list[tuple[Message, bytes]] = [
     (
         Open("s1", 7, "b1", 1, Sampling(0.5, 1.0, 40, 9), 2048, 1500),
-        b"\x88\xa4type\xa4open\xa7session\xa2s1\xa5epoch\x07\xa9bundle_id\xa2b1\xa8protocol\x01"
+        b"\x89\xa4type\xa4open\xa7session\xa2s1\xa5epoch\x07\xa9bundle_id\xa2b1\xa8protocol\x01"
         b"\xa8sampling\x84\xabtemperature\xcb\x3f\xe0\0\0\0\0\0\0\xa5top_p\xcb\x3f\xf0\0\0\0\0\0\0\xa5top_k\x28\xa4seed\x09"
-        b"\xadmax_positions\xcd\x08\x00\xabdeadline_ms\xcd\x05\xdc",
+        b"\xadmax_positions\xcd\x08\x00\xabdeadline_ms\xcd\x05\xdc\xa6branch\x00",
     ),
     (
-        Opened("s1", "w1", 300, 65536),
-        b"\x85\xa4type\xa6opened\xa7session\xa2s1\xa6worker\xa2w1\xa8received\xcd\x01\x2c"
-        b"\xafmax_chunk_bytes\xce\x00\x01\x00\x00",
+        Opened("s1", "w1", 300, 65536, 1 << 20, ("float16", "int8")),
+        b"\x87\xa4type\xa6opened\xa7session\xa2s1\xa6worker\xa2w1\xa8received\xcd\x01\x2c"
+        b"\xafmax_chunk_bytes\xce\x00\x01\x00\x00\xacwindow_bytes\xce\x00\x10\x00\x00"
+        b"\xa6dtypes\x92\xa7float16\xa4int8",
     ),
     (
-        Context("s1", 5, 1, "float16", b"\x00\x3c\x00\xc0", 0x97510158),
-        b"\x87\xa4type\xa7context\xa7session\xa2s1\xa5start\x05\xa5count\x01\xa5dtype\xa7float16"
+        Context("s1", 2, 5, 1, "float16", b"\x00\x3c\x00\xc0", 0x97510158),
+        b"\x88\xa4type\xa7context\xa7session\xa2s1\xa6branch\x02\xa5start\x05\xa5count\x01\xa5dtype\xa7float16"
         b"\xa4data\xc4\x04\x00\x3c\x00\xc0\xa5crc32\xce\x97\x51\x01\x58",
     ),
     (
@@ -44,15 +48,26 @@ WIRE: list[tuple[Message, bytes]] = [
         b"\x85\xa4type\xa6assist\xa7session\xa2s1\xa7request\x03\xa8position\x29\xabdeadline_ms\xcd\x05\xdc",
     ),
     (
-        Token("s1", 3, 41, 49151, -0.5),
-        b"\x86\xa4type\xa5token\xa7session\xa2s1\xa7request\x03\xa8position\x29\xa8token_id\xcd\xbf\xff"
-        b"\xa7logprob\xcb\xbf\xe0\0\0\0\0\0\0",
+        Verify("s1", 3, 2, 41, (7, 49151), 1500),
+        b"\x87\xa4type\xa6verify\xa7session\xa2s1\xa7request\x03\xa6branch\x02\xa5start\x29"
+        b"\xa5draft\x92\x07\xcd\xbf\xff\xabdeadline_ms\xcd\x05\xdc",
     ),
-    (Gap("s1", 17), b"\x83\xa4type\xa3gap\xa7session\xa2s1\xa8expected\x11"),
     (
-        Refused("s1", "no-memory", 2000, "try later"),
-        b"\x85\xa4type\xa7refused\xa7session\xa2s1\xa4code\xa9no-memory\xaeretry_after_ms\xcd\x07\xd0"
-        b"\xa7message\xa9try later",
+        Token("s1", 3, 41, 49151, -0.5, 2.0),
+        b"\x87\xa4type\xa5token\xa7session\xa2s1\xa7request\x03\xa8position\x29\xa8token_id\xcd\xbf\xff"
+        b"\xa7logprob\xcb\xbf\xe0\0\0\0\0\0\0\xa7busy_ms\xcb\x40\0\0\0\0\0\0\0",
+    ),
+    (
+        Verified("s1", 3, 41, 1, None, (-0.5,), 2.0),
+        b"\x88\xa4type\xa8verified\xa7session\xa2s1\xa7request\x03\xa5start\x29\xa8accepted\x01"
+        b"\xa8token_id\xc0\xa8logprobs\x91\xcb\xbf\xe0\0\0\0\0\0\0\xa7busy_ms\xcb\x40\0\0\0\0\0\0\0",
+    ),
+    (Received("s1", 2, 17), b"\x84\xa4type\xa8received\xa7session\xa2s1\xa6branch\x02\xa5count\x11"),
+    (Gap("s1", 2, 17), b"\x84\xa4type\xa3gap\xa7session\xa2s1\xa6branch\x02\xa8expected\x11"),
+    (
+        Refused("s1", "no-memory", 2000, "try later", "w1"),
+        b"\x86\xa4type\xa7refused\xa7session\xa2s1\xa4code\xa9no-memory\xaeretry_after_ms\xcd\x07\xd0"
+        b"\xa7message\xa9try later\xa6worker\xa2w1",
     ),
     (Close("s1"), b"\x82\xa4type\xa5close\xa7session\xa2s1"),
 ]
@@ -88,8 +103,8 @@ OUT_OF_RANGE = [
     Assist("s1", 0, 0, 600_001),
     Assist("S1", 0, 0, 1500),
     Assist("s" * 64, 0, 0, 1500),
-    Context("s1", 0, 0, "float16", b"", 0),
-    Context("s1", 0, 1, "float16", b"", 1 << 32),
+    Context("s1", 0, 0, 0, "float16", b"", 0),
+    Context("s1", 0, 0, 1, "float16", b"", 1 << 32),
     Open("s1", 0, "b1", 1, Sampling(temperature=-0.1), 2048, 1500),
     Open("s1", 0, "b1", 1, Sampling(temperature=float("nan")), 2048, 1500),
     Open("s1", 0, "b1", 1, Sampling(temperature=float("inf")), 2048, 1500),
@@ -97,6 +112,11 @@ OUT_OF_RANGE = [
     Open("s1", 0, "b1", 1, Sampling(seed=-1), 2048, 1500),
     Open("s1", 0, "b1", 1, Sampling(seed=1 << 63), 2048, 1500),
     Open("s1", 0, "b1", 1, Sampling(), 0, 1500),
+    Open("s1", 0, "b1", 1, Sampling(), 8, 1500, -1),
+    Verify("s1", 0, 0, 0, (), 1500),
+    Verify("s1", 0, 0, 0, (1,) * 65, 1500),
+    Verify("s1", 0, 0, 0, (-1,), 1500),
+    Verify("s1", 0, -1, 0, (1,), 1500),
 ]
 
 
@@ -117,7 +137,7 @@ def test_the_table_holds_every_message() -> None:
 @pytest.mark.parametrize("payload", BROKEN.values(), ids=BROKEN.keys())
 def test_bytes_that_are_no_message_are_refused_in_one_line(payload: bytes) -> None:
     with pytest.raises(
-        DecodeError, match=r"^expected one of these messages: open, context, assist, close; got \d+"
+        DecodeError, match=r"^expected one of these messages: open, context, assist, verify, close; got \d+"
     ) as e:
         decode_to_worker(payload)
     assert "\n" not in str(e.value)
@@ -148,12 +168,12 @@ def test_the_largest_seed_travels() -> None:
 
 def test_a_chunk_of_the_largest_size_travels() -> None:
     rows = np.zeros((MAX_CHUNK_BYTES // 128, 64), np.float16)
-    message = pack_context("s1", 0, rows)
+    message = pack_context("s1", 0, 0, rows)
     assert decode_to_worker(encode(message)) == message
 
 
 def test_a_chunk_of_more_than_the_largest_size_is_refused() -> None:
-    message = Context("s1", 0, 1, "float16", bytes(MAX_CHUNK_BYTES + 1), 0)
+    message = Context("s1", 0, 0, 1, "float16", bytes(MAX_CHUNK_BYTES + 1), 0)
     with pytest.raises(DecodeError):
         decode_to_worker(encode(message))
 
@@ -165,14 +185,14 @@ def test_a_payload_larger_than_any_message_is_refused_before_it_is_read() -> Non
 
 def test_hidden_states_come_back_bit_for_bit() -> None:
     rows = np.random.default_rng(0).normal(scale=100, size=(7, 64)).astype(np.float16)
-    message = pack_context("s1", 3, rows)
+    message = pack_context("s1", 0, 3, rows)
     assert (message.start, message.count) == (3, 7)
     assert np.array_equal(unpack_context(message, 64), rows)
 
 
 def test_hidden_states_travel_as_two_bytes_each_little_endian_and_row_by_row() -> None:
     rows = np.array([[1.0, -2.0], [0.5, 734.0]], dtype=">f2")
-    assert pack_context("s1", 0, rows.T).data == bytes.fromhex("003c 0038 00c0 bc61")
+    assert pack_context("s1", 0, 0, rows.T).data == bytes.fromhex("003c 0038 00c0 bc61")
 
 
 ONES = b"\x00\x3c" * 8
@@ -181,7 +201,7 @@ ONES = b"\x00\x3c" * 8
 @pytest.mark.parametrize(
     ("count", "dtype", "data", "crc32", "reason"),
     [
-        (2, "float32", ONES, zlib.crc32(ONES), "expected 2 x 4 float16 values"),
+        (2, "float32", ONES, zlib.crc32(ONES), "expected context in float16 or int8, got 'float32'"),
         (3, "float16", ONES, zlib.crc32(ONES), "expected 3 x 4 float16 values"),
         (2, "float16", ONES[1:], zlib.crc32(ONES[1:]), "got 15 bytes"),
         (2, "float16", ONES, zlib.crc32(ONES) ^ 1, "the checksum does not match"),
@@ -193,4 +213,4 @@ def test_hidden_states_that_are_not_what_the_message_says_are_refused(
     count: int, dtype: str, data: bytes, crc32: int, reason: str
 ) -> None:
     with pytest.raises(DecodeError, match=reason):
-        unpack_context(Context("s1", 0, count, dtype, data, crc32), 4)
+        unpack_context(Context("s1", 0, 0, count, dtype, data, crc32), 4)

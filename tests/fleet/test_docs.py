@@ -7,6 +7,7 @@ import pytest
 
 from fleet.access import RULES
 from fleet.messages import Message
+from fleet.policy import Mode
 from fleet.prompt import PromptRequest, Reply, Usage
 from fleet.report import DeviceStatus, GenerationReport, WorkerStatus
 from fleet.session import LEGAL
@@ -67,5 +68,5 @@ def test_the_functions_that_a_token_passes_exist() -> None:
     source = "\n".join(path.read_text() for path in MODULES)
     steps = ARCHITECTURE.split("## One token")[1]
     named = {name for dotted in re.findall(r"`([\w.]+)`", steps) for name in [dotted.split(".")[-1]]}
-    words = {"collaborative", "open", "opened", "context", "gap", "assist", "token", "cloud", "fallback"}
+    words = {*Mode, "open", "opened", "context", "gap", "assist", "token", "cloud", "fallback"}
     assert [name for name in sorted(named - words) if not re.search(rf"(def|class) {name}\b", source)] == []

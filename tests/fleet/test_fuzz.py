@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fleet.codec import decode_to_device, decode_to_worker, encode, unpack_context
 from fleet.errors import FleetError, PromptError, ProtocolError
+from fleet.hidden_codec import CONTEXT_DTYPES
 from fleet.messages import (
     Assist,
     Close,
@@ -16,11 +17,14 @@ from fleet.messages import (
     Message,
     Open,
     Opened,
+    Received,
     Refused,
     Sampling,
     ToDevice,
     Token,
     ToWorker,
+    Verified,
+    Verify,
 )
 from fleet.prompt import decode_reply, parse_prompt
 from fleet.report import DeviceStatus, WorkerStatus, decode_report, decode_status
@@ -35,17 +39,26 @@ SAMPLINGS = st.builds(
     st.integers(0, 1000),
     st.integers(0, (1 << 63) - 1),
 )
+TOKEN_IDS = st.integers(0, (1 << 31) - 1)
+DRAFTS = st.lists(TOKEN_IDS, min_size=1, max_size=64).map(tuple)
+LOGPROBS = st.floats(allow_nan=False)
+LOGPROB_LISTS = st.lists(LOGPROBS, max_size=64).map(tuple)
+TIMES = st.floats(0, 1e9)
+DTYPE_LISTS = st.lists(st.text(max_size=9), min_size=1, max_size=3).map(tuple)
 TO_WORKER = st.one_of(
-    st.builds(Open, NAMES, COUNTS, NAMES, COUNTS, SAMPLINGS, st.integers(1, 1 << 20), DEADLINES),
-    st.builds(Context, NAMES, COUNTS, st.integers(1, 100), st.text(max_size=9), st.binary(max_size=99), COUNTS),
+    st.builds(Open, NAMES, COUNTS, NAMES, COUNTS, SAMPLINGS, st.integers(1, 1 << 20), DEADLINES, COUNTS),
+    st.builds(Context, NAMES, COUNTS, COUNTS, st.integers(1, 100), st.text(max_size=9), st.binary(max_size=99), COUNTS),
     st.builds(Assist, NAMES, COUNTS, COUNTS, DEADLINES),
+    st.builds(Verify, NAMES, COUNTS, COUNTS, COUNTS, DRAFTS, DEADLINES),
     st.builds(Close, NAMES),
 )
 TO_DEVICE = st.one_of(
-    st.builds(Opened, NAMES, NAMES, COUNTS, st.integers(1024, 256 * 1024)),
-    st.builds(Token, NAMES, COUNTS, COUNTS, st.integers(0, (1 << 31) - 1), st.floats(allow_nan=False)),
-    st.builds(Gap, NAMES, COUNTS),
-    st.builds(Refused, NAMES, NAMES, COUNTS, st.text(max_size=1000)),
+    st.builds(Opened, NAMES, NAMES, COUNTS, st.integers(1024, 256 * 1024), st.integers(1024, 1 << 40), DTYPE_LISTS),
+    st.builds(Token, NAMES, COUNTS, COUNTS, TOKEN_IDS, LOGPROBS, TIMES),
+    st.builds(Verified, NAMES, COUNTS, COUNTS, st.integers(0, 64), st.none() | TOKEN_IDS, LOGPROB_LISTS, TIMES),
+    st.builds(Received, NAMES, COUNTS, COUNTS),
+    st.builds(Gap, NAMES, COUNTS, COUNTS),
+    st.builds(Refused, NAMES, NAMES, COUNTS, st.text(max_size=1000), st.none() | NAMES),
 )
 SCALARS = (
     st.none()
@@ -107,7 +120,10 @@ def test_a_message_with_one_byte_changed_gives_a_message_or_a_protocol_error(
         decode_to_device(bytes(payload))
 
 
-@given(st.builds(Context, NAMES, COUNTS, COUNTS, st.text(max_size=9), st.binary(max_size=99), COUNTS), COUNTS)
+DTYPES = st.text(max_size=9) | st.sampled_from(CONTEXT_DTYPES)
+
+
+@given(st.builds(Context, NAMES, COUNTS, COUNTS, COUNTS, DTYPES, st.binary(max_size=99), COUNTS), COUNTS)
 def test_any_context_gives_hidden_states_or_a_protocol_error(message: Context, hidden_size: int) -> None:
     with suppress(ProtocolError):
         unpack_context(message, hidden_size)

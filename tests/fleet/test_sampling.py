@@ -5,7 +5,7 @@ import numpy.typing as npt
 import pytest
 
 from fleet.messages import Sampling
-from fleet.sampling import draw
+from fleet.sampling import draw, gumbel
 
 Float32 = npt.NDArray[np.float32]
 
@@ -14,9 +14,13 @@ def logprobs(*probabilities: float) -> Float32:
     return np.log(np.array(probabilities, dtype=np.float32))
 
 
+def ids(candidates: Float32) -> npt.NDArray[np.int64]:
+    return np.arange(100, 100 + len(candidates))
+
+
 def drawn(candidates: Float32, sampling: Sampling, num_positions: int = 2000) -> npt.NDArray[np.int64]:
     """How often each candidate was drawn over many positions."""
-    chosen = [draw(candidates, position, sampling) for position in range(num_positions)]
+    chosen = [draw(candidates, ids(candidates), position, sampling) for position in range(num_positions)]
     return np.bincount(chosen, minlength=len(candidates))
 
 
@@ -27,13 +31,16 @@ def test_temperature_zero_takes_the_best_whatever_the_seed() -> None:
 def test_the_same_seed_and_position_give_the_same_draw() -> None:
     candidates = logprobs(*[0.05] * 20)
     sampling = Sampling(temperature=1.0, seed=7)
-    first = [draw(candidates, position, sampling) for position in range(50)]
-    assert [draw(candidates, position, sampling) for position in range(50)] == first
+    first = [draw(candidates, ids(candidates), position, sampling) for position in range(50)]
+    assert [draw(candidates, ids(candidates), position, sampling) for position in range(50)] == first
 
 
 def test_another_seed_gives_other_draws() -> None:
     candidates = logprobs(*[0.05] * 20)
-    one, other = ([draw(candidates, p, Sampling(temperature=1.0, seed=seed)) for p in range(50)] for seed in (1, 2))
+    one, other = (
+        [draw(candidates, ids(candidates), p, Sampling(temperature=1.0, seed=seed)) for p in range(50)]
+        for seed in (1, 2)
+    )
     assert one != other
 
 
@@ -74,13 +81,62 @@ def test_top_p_cuts_what_top_k_left_over() -> None:
 
 
 def test_one_candidate_is_always_drawn() -> None:
-    assert draw(logprobs(1.0), 0, Sampling(temperature=1.0)) == 0
+    assert draw(logprobs(1.0), np.array([7]), 0, Sampling(temperature=1.0)) == 0
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-7])
 def test_a_temperature_next_to_zero_is_as_good_as_greedy(temperature: float) -> None:
-    assert draw(logprobs(0.5, 0.3, 0.2), 5, Sampling(temperature=temperature)) == 0
+    assert draw(logprobs(0.5, 0.3, 0.2), np.arange(3), 5, Sampling(temperature=temperature)) == 0
 
 
 def test_the_largest_seed_and_position_can_be_drawn() -> None:
-    assert draw(logprobs(0.5, 0.5), (1 << 20) - 1, Sampling(temperature=1.0, seed=(1 << 63) - 1)) in (0, 1)
+    assert draw(logprobs(0.5, 0.5), np.arange(2), (1 << 20) - 1, Sampling(temperature=1.0, seed=(1 << 63) - 1)) in (
+        0,
+        1,
+    )
+
+
+def test_noise_has_the_moments_of_gumbels_distribution() -> None:
+    noise = np.concatenate([gumbel(seed, position, np.arange(64)) for seed in range(20) for position in range(20)])
+    assert noise.mean() == pytest.approx(0.5772, abs=0.03)
+    assert noise.var() == pytest.approx(np.pi**2 / 6, rel=0.03)
+
+
+@pytest.mark.parametrize(("one", "other"), [((1, 5), (1, 6)), ((1, 5), (2, 5)), ((1, 5), (5, 1)), ((0, 0), (0, 1))])
+def test_noise_of_another_seed_or_position_has_nothing_to_do_with_it(
+    one: tuple[int, int], other: tuple[int, int]
+) -> None:
+    tokens = np.arange(10_000)
+    correlation = np.corrcoef(gumbel(*one, tokens), gumbel(*other, tokens))[0, 1]
+    assert abs(correlation) < 0.04  # four standard deviations
+
+
+def test_noise_belongs_to_the_token_wherever_it_stands_among_the_candidates() -> None:
+    tokens = np.array([5, 9, 49_151])
+    np.testing.assert_array_equal(gumbel(3, 4, tokens)[::-1], gumbel(3, 4, tokens[::-1]))
+
+
+def test_noise_is_the_same_on_every_machine() -> None:
+    """Computed once and written down: a device and a worker of other makes have to agree."""
+    expected = [2.256828494283607, 1.1092902635532502, -0.9115597107309736]
+    np.testing.assert_allclose(gumbel(1, 2, np.array([0, 1, 49_151])), expected, rtol=1e-12)
+
+
+def test_two_that_draw_from_similar_distributions_mostly_draw_the_same() -> None:
+    """At least (1 - d) / (1 + d) of the time at a total variation distance of d (arXiv 2408.07978)."""
+    random = np.random.default_rng(5)
+    hot = Sampling(temperature=1.0, seed=3)
+    for _ in range(10):
+        p = random.dirichlet(np.ones(20))
+        q = 0.7 * p + 0.3 * random.dirichlet(np.ones(20))
+        same = 0
+        for position in range(2000):
+            chosen = []
+            for distribution in (p, q):
+                order = np.argsort(-distribution)
+                logs = np.log(distribution[order]).astype(np.float32)
+                chosen.append(order[draw(logs, order, position, hot)])
+            same += chosen[0] == chosen[1]
+        distance = np.abs(p - q).sum() / 2
+        assert same / 2000 > (1 - distance) / (1 + distance) - 0.03
+        assert same / 2000 < 1 - distance + 0.03

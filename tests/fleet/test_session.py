@@ -16,6 +16,8 @@ STATES = [
     ("open", "timeout", "lost"),
     ("open", "worker_gone", "lost"),
     ("open", "close", "closed"),
+    ("lost", "open", "opening"),
+    ("lost", "opened", "open"),
     ("lost", "close", "closed"),
 ]
 ILLEGAL = [(state, event) for state in LinkState for event in LinkEvent if (state, event) not in LEGAL]

@@ -71,17 +71,20 @@ class MemoryFleet:
     def _connect(self, name: str, will: Will | None = None) -> MemoryTransport:
         return self._stack.enter_context(self.broker.connect(name, will))
 
-    def start_worker(self, bundle: Bundle, config: WorkerConfig | None = None) -> tuple[Worker, MemoryTransport]:
-        gone = Worker.will()
-        transport = self._connect(WORKER, Will(topics.worker_status(WORKER), gone))
+    def start_worker(
+        self, bundle: Bundle, config: WorkerConfig | None = None, name: str = WORKER
+    ) -> tuple[Worker, MemoryTransport]:
+        transport = self._connect(name, Will(topics.worker_status(name), Worker.will()))
         worker = Worker(transport, bundle, config or WorkerConfig(num_threads=1))
         self._stack.enter_context(worker)
         while not self._worker_status.get(timeout=WAIT_S).online:
             pass
         return worker, transport
 
-    def start_device(self, bundle: Bundle, config: AgentConfig | None = None) -> tuple[Agent, MemoryTransport]:
-        transport = self._connect(DEVICE, Will(topics.device_status(DEVICE), Agent.will()))
+    def start_device(
+        self, bundle: Bundle, config: AgentConfig | None = None, name: str = DEVICE
+    ) -> tuple[Agent, MemoryTransport]:
+        transport = self._connect(name, Will(topics.device_status(name), Agent.will()))
         agent = Agent(transport, bundle, config or AgentConfig(num_threads=1))
         self._stack.enter_context(agent)
         while not self._device_status.get(timeout=WAIT_S).online:
@@ -95,8 +98,8 @@ class MemoryFleet:
         """The next reply to a request that was published by hand."""
         return self._raw.setdefault(request, queue.Queue()).get(timeout=WAIT_S)
 
-    def ask(self, prompt: PromptRequest) -> Answer:
-        return Answer(list(self.client.ask(DEVICE, prompt, timeout_s=WAIT_S)))
+    def ask(self, prompt: PromptRequest, device: str = DEVICE) -> Answer:
+        return Answer(list(self.client.ask(device, prompt, timeout_s=WAIT_S)))
 
 
 @contextmanager

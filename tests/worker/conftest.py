@@ -16,9 +16,10 @@ from cloud_broker_worker.config import WorkerConfig
 from cloud_broker_worker.engine import Engine
 from cloud_broker_worker.session import SessionKey
 from cloud_broker_worker.upper_layers import UpperLayers
-from fleet.codec import Float16, pack_context
+from fleet.codec import pack_context
+from fleet.hidden_codec import Float16
 from fleet.manifest import SCHEMA_VERSION, Bundle, Manifest, write_manifest
-from fleet.messages import PROTOCOL, Assist, Open, Sampling, ToDevice, Token, ToWorker
+from fleet.messages import PROTOCOL, Assist, Open, Sampling, ToDevice, Token, ToWorker, Verified, Verify
 from onnx_export.architecture import model_info
 from onnx_export.bundle import list_files
 from onnx_export.cloud import write_cloud
@@ -103,12 +104,23 @@ class Bench:
 
     def start(self, **settings: Any) -> Engine:
         """A fresh engine with these settings."""
-        self.engine = Engine(self.layers, "worker-1", WorkerConfig(num_threads=1, **settings))
+        config = WorkerConfig(**{"num_threads": 1, "run_ahead_positions": 0} | settings)
+        self.engine = Engine(self.layers, "worker-1", config, lambda: self.now)
         return self.engine
 
     def upload(self, num_positions: int, seed: int = 0) -> Float16:
         token_ids = np.random.default_rng(seed).integers(3, 384, num_positions).tolist()
         return self.whole.upload(token_ids, self.UPLOAD_LAYER)
+
+    def session_bytes(self, num_positions: int) -> int:
+        """What a session of that size takes with its cache."""
+        shape = self.engine.pool.shape
+        return num_positions * (shape.cache_bytes + shape.hidden_bytes)
+
+    def expected_tokens(self, hidden_states: Float16, start: int) -> tuple[int, ...]:
+        """The whole model's tokens after positions [start, n)."""
+        logits = self.whole.logits(hidden_states, self.UPLOAD_LAYER)[start:]
+        return tuple(int(token_id) for token_id in logits.argmax(-1))
 
     def expected_token(self, hidden_states: Float16) -> int:
         return int(self.whole.logits(hidden_states, self.UPLOAD_LAYER)[-1].argmax())
@@ -128,8 +140,15 @@ class Bench:
         }
         return self.tell(Open(**fields | changes), device)  # type: ignore[arg-type]
 
-    def context(self, rows: Float16, start: int = 0, session: str = "s1", device: str = DEVICE) -> list[ToDevice]:
-        return self.tell(pack_context(session, start, rows), device)
+    def context(
+        self, rows: Float16, start: int = 0, session: str = "s1", device: str = DEVICE, branch: int = 0
+    ) -> list[ToDevice]:
+        return self.tell(pack_context(session, branch, start, rows), device)
+
+    def verify(
+        self, start: int, draft: tuple[int, ...], request: int = 0, branch: int = 0, deadline_ms: int = 1000
+    ) -> list[ToDevice]:
+        return self.tell(Verify("s1", request, branch, start, draft, deadline_ms))
 
     def assist(
         self, position: int, request: int = 0, session: str = "s1", device: str = DEVICE, deadline_ms: int = 1000
@@ -137,7 +156,7 @@ class Bench:
         return self.tell(Assist(session, request, position, deadline_ms), device)
 
     def step(self) -> dict[SessionKey, ToDevice]:
-        return dict(self.engine.step(self.now))
+        return dict(self.engine.step() or [])
 
     def token(self, session: str = "s1", device: str = DEVICE) -> Token:
         """Steps once and expects this session's token."""
@@ -145,10 +164,15 @@ class Bench:
         assert isinstance(message, Token), message
         return message
 
+    def verdict(self) -> Verified:
+        """Steps once and expects the verdict of session s1."""
+        message = self.step()[SessionKey(DEVICE, "s1")]
+        assert isinstance(message, Verified), message
+        return message
+
 
 @pytest.fixture
 def bench(layers_at: LayersAt, whole: TinyModel) -> Iterator[Bench]:
     bench = Bench(layers_at(Bench.UPLOAD_LAYER), whole)
     yield bench
-    bench.engine.pool.check_integrity()
-    assert len(bench.engine.pool.leases) == len(bench.engine.sessions)
+    bench.engine.check_integrity()

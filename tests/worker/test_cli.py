@@ -95,8 +95,9 @@ def test_a_worker_process_says_when_it_is_ready_and_leaves_in_good_order_on_sigt
             finally:
                 killer.cancel()
                 process.kill()
-        gone = decode_status(inbox.get()[1], WorkerStatus)
+        draining, gone = (decode_status(inbox.get()[1], WorkerStatus) for _ in range(2))
     assert (process.returncode, stderr) == (0, "")
     assert born.online
     assert born.bundle_ids == (bundle.manifest.bundle_id,)
+    assert (draining.online, draining.draining) == (True, True)
     assert not gone.online

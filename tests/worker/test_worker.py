@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -17,7 +18,7 @@ from fleet import topics
 from fleet.codec import MAX_ENVELOPE_BYTES, decode_to_device, encode, pack_context
 from fleet.manifest import Bundle
 from fleet.memory import MemoryBroker, MemoryTransport
-from fleet.messages import PROTOCOL, Assist, Open, Opened, Refused, Sampling, ToDevice, Token, ToWorker
+from fleet.messages import PROTOCOL, Assist, Close, Open, Opened, Refused, Sampling, ToDevice, Token, ToWorker
 from fleet.report import WorkerStatus, decode_status
 from fleet.transport import Will
 from tests.worker.conftest import TinyModel
@@ -74,7 +75,7 @@ class Device:
         """Opens a session, uploads some positions, asks for the next token and expects the whole model's."""
         assert isinstance(self.open(session), Opened)
         rows = whole.upload(list(range(10, 10 + num_positions)), 2)
-        self.send(pack_context(session, 0, rows))
+        self.send(pack_context(session, 0, 0, rows))
         self.send(Assist(session, 0, num_positions - 1, 10_000))
         token = self.next_answer()
         assert isinstance(token, Token), token
@@ -84,11 +85,12 @@ class Device:
 class Site:
     """One broker, one worker, and as many devices as a test wants."""
 
-    def __init__(self, stack: ExitStack, bundle: Bundle) -> None:
+    def __init__(self, stack: ExitStack, bundle: Bundle, drain_timeout_s: float = WAIT_S) -> None:
         self.broker = MemoryBroker()
         self._stack, self._bundle = stack, bundle
         self.link = stack.enter_context(self.broker.connect(WORKER, Will(topics.worker_status(WORKER), Worker.will())))
-        self.worker = stack.enter_context(Worker(self.link, bundle, WorkerConfig(num_threads=1)))
+        config = WorkerConfig(num_threads=1, drain_timeout_s=drain_timeout_s)
+        self.worker = stack.enter_context(Worker(self.link, bundle, config))
 
     def device(self, name: str = DEVICE) -> Device:
         return Device(self._stack.enter_context(self.broker.connect(name)), self._bundle)
@@ -171,7 +173,52 @@ def test_a_device_cannot_reach_a_session_of_another(site: Site, whole: TinyModel
 
 def test_a_refusal_comes_to_the_device_that_asked(site: Site) -> None:
     device = site.device()
-    device.send(pack_context("s7", 0, np.zeros((1, 64), np.float16)))
+    device.send(pack_context("s7", 0, 0, np.zeros((1, 64), np.float16)))
     refused = device.next_answer()
     assert isinstance(refused, Refused)
     assert (refused.session, refused.code) == ("s7", "unknown_session")
+
+
+def test_a_draining_worker_takes_nobody_new_and_serves_its_sessions_to_their_end(
+    site: Site, whole: TinyModel, cloud_bundle: Callable[[int], Bundle]
+) -> None:
+    old, new = site.device("edge-1"), site.device("edge-2")
+    old.ask("s1", whole)
+    draining = threading.Thread(target=site.worker.drain, args=(threading.Event(),))
+    draining.start()
+    while not new.next_status().draining:
+        pass
+    message = Open("s2", 1, cloud_bundle(2).manifest.bundle_id, PROTOCOL, Sampling(), 64, 1000)
+    (refused,) = (answer.message for answer in site.worker.engine.handle("edge-2", message, 0.0))
+    assert isinstance(refused, Refused)
+    assert (refused.code, refused.worker) == ("draining", WORKER)
+    assert refused.retry_after_ms > 0
+    old.send(Assist("s1", 1, 5, 10_000))
+    assert isinstance(old.next_answer(), Token)
+    assert draining.is_alive()
+    old.send(Close("s1"))
+    draining.join(WAIT_S)
+    assert not draining.is_alive()
+
+
+def test_sessions_that_are_left_when_a_worker_stops_are_sent_to_another(
+    cloud_bundle: Callable[[int], Bundle], whole: TinyModel
+) -> None:
+    with ExitStack() as stack:
+        site = Site(stack, cloud_bundle(2), drain_timeout_s=0.0)
+        device = site.device()
+        device.ask("s1", whole)
+        site.worker.drain(threading.Event())
+        site.worker.__exit__(None, None, None)
+        refused = device.next_answer()
+        assert isinstance(refused, Refused)
+        assert refused.code == "draining"
+        assert site.worker.engine.pool.used_bytes == 0
+
+
+def test_a_worker_says_how_many_sessions_it_has(site: Site, whole: TinyModel) -> None:
+    device = site.device()
+    assert device.next_status().num_sessions == 0
+    device.ask("s1", whole)
+    while device.next_status().num_sessions != 1:
+        pass

@@ -1,0 +1,53 @@
+"""Prompt lookup: what followed the last time that the text went like this."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+MAX_NGRAM: Final = 4
+MIN_NGRAM: Final = 2
+
+
+class PromptLookup:
+    """Token ids of one sequence, and where each n-gram last ended in them.
+
+    A drafter without a model, after prompt lookup decoding (https://github.com/apoorvumang/prompt-lookup-decoding).
+    """
+
+    def __init__(self) -> None:
+        self._ids: list[int] = []
+        self._ends: dict[tuple[int, ...], list[int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Adds tokens."""
+        for token_id in token_ids:
+            self._ids.append(token_id)
+            for ngram in self._last_ngrams():
+                self._ends.setdefault(ngram, []).append(len(self._ids))
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forgets every token from `num_tokens` on."""
+        while len(self._ids) > num_tokens:
+            for ngram in self._last_ngrams():
+                self._ends[ngram].pop()
+            self._ids.pop()
+
+    def propose(self, max_tokens: int) -> list[int]:
+        """At most `max_tokens` tokens that followed the most recent earlier place with the same last tokens.
+
+        The longest n-gram that has one decides; none when even the shortest has not occurred before.
+        """
+        for ngram in self._last_ngrams():
+            ends = self._ends[ngram]
+            if len(ends) > 1:
+                return self._ids[ends[-2] : ends[-2] + max_tokens]
+        return []
+
+    def _last_ngrams(self) -> list[tuple[int, ...]]:
+        """Those that end the text, longest first."""
+        longest = min(MAX_NGRAM, len(self._ids))
+        return [tuple(self._ids[-n:]) for n in range(longest, MIN_NGRAM - 1, -1)]

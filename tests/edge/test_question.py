@@ -1,0 +1,63 @@
+"""Which answers a question takes."""
+
+from __future__ import annotations
+
+import pytest
+
+from edge_agent.question import Question
+from fleet.messages import Assist, Token, Verified, Verify
+
+ASSIST = Assist("s1", 3, 7, 100)
+VERIFY = Verify("s1", 3, 0, 7, (11, 12), 100)
+
+
+def verified(
+    accepted: int, token_id: int | None, *, request: int = 3, start: int = 7, num_logprobs: int = 2
+) -> Verified:
+    return Verified("s1", request, start, accepted, token_id, (-1.0,) * num_logprobs)
+
+
+@pytest.mark.parametrize(
+    ("body", "answer"),
+    [
+        (ASSIST, Token("s1", 3, 7, 5, -1.0)),
+        (VERIFY, verified(2, None)),
+        (VERIFY, verified(1, 99)),
+        (VERIFY, verified(0, 99, num_logprobs=1)),
+    ],
+)
+def test_an_answer_that_fits_is_taken(body: Assist | Verify, answer: Token | Verified) -> None:
+    assert Question(body, survives_loss=False).is_answered_by(answer)
+
+
+@pytest.mark.parametrize(
+    ("body", "answer"),
+    [
+        (ASSIST, Token("s1", 2, 7, 5, -1.0)),
+        (ASSIST, Token("s1", 3, 8, 5, -1.0)),
+        (ASSIST, verified(2, None)),
+        (VERIFY, Token("s1", 3, 7, 5, -1.0)),
+        (VERIFY, verified(2, None, request=2)),
+        (VERIFY, verified(2, None, start=8)),
+        (VERIFY, verified(2, 99, num_logprobs=3)),
+        (VERIFY, verified(1, None, num_logprobs=1)),
+        (VERIFY, verified(3, None, num_logprobs=3)),
+        (VERIFY, verified(1, 99, num_logprobs=1)),
+    ],
+    ids=str,
+)
+def test_an_answer_that_does_not_fit_is_none(body: Assist | Verify, answer: Token | Verified) -> None:
+    assert not Question(body, survives_loss=False).is_answered_by(answer)
+
+
+def test_a_renewed_question_takes_no_answer_to_the_earlier_one() -> None:
+    question = Question(VERIFY, survives_loss=True)
+    question.renew(request=4, branch=2)
+    assert not question.is_answered_by(verified(2, None))
+    assert question.is_answered_by(verified(2, None, request=4))
+    assert question.body == Verify("s1", 4, 2, 7, (11, 12), 100)
+
+
+def test_the_worker_needs_every_position_but_that_of_the_newest_guess() -> None:
+    assert Question(ASSIST, survives_loss=False).num_positions == 8
+    assert Question(VERIFY, survives_loss=True).num_positions == 9

@@ -1,0 +1,45 @@
+"""Auto mode in one answer: it collaborates, goes on alone while the cloud is away, and collaborates again."""
+
+from __future__ import annotations
+
+from edge_agent.config import AgentConfig
+from fleet.manifest import Bundle
+from fleet.memory import MemoryTransport
+from fleet.policy import CLOUD, FALLBACK, Mode
+from fleet.prompt import PromptRequest
+from tests.system.memory_fleet import DEVICE, WAIT_S, Answer, memory_fleet
+
+NUM_TOKENS = 400
+AWAY, BACK = 60, 160
+PROMPT = PromptRequest(
+    prompt="Tell me about the sea.", mode=Mode.AUTO, threshold=0.06, min_agreement=0.5, max_new_tokens=NUM_TOKENS
+)
+
+
+def ask(bundle: Bundle, prompt: PromptRequest, config: AgentConfig) -> tuple[Answer, MemoryTransport]:
+    with memory_fleet() as fleet:
+        _, cloud = fleet.start_worker(bundle)
+        fleet.start_device(bundle, config)
+        answer = Answer()
+        for reply in fleet.client.ask(DEVICE, prompt, timeout_s=WAIT_S):
+            answer.replies.append(reply)
+            if reply.seq == AWAY:
+                cloud.drop()
+            if reply.seq == BACK:
+                cloud.restore()
+    return answer, cloud
+
+
+def test_an_answer_goes_on_alone_while_the_cloud_is_away_and_comes_back_to_it(tiny_bundle: Bundle) -> None:
+    answer, _ = ask(tiny_bundle, PROMPT, AgentConfig(num_threads=1))
+    assert answer.last.error is None
+    assert answer.last.usage is not None
+    sources = [reply.source for reply in answer.replies if reply.token_id is not None]
+    assert len(sources) == NUM_TOKENS
+    assert CLOUD in sources[:AWAY]
+    assert FALLBACK in sources[AWAY:]
+    last_alone = max(i for i, source in enumerate(sources) if source == FALLBACK)
+    assert CLOUD in sources[last_alone:]
+    reasons = [(switch.mode, switch.reason) for switch in answer.last.usage.switches]
+    gone, back = (Mode.STANDALONE, "the link is down"), (Mode.COLLABORATIVE, "the link is back")
+    assert reasons.index(gone) < reasons.index(back)

@@ -1,0 +1,146 @@
+"""Two workers under a real mosquitto share fifty sessions, and one of them is killed with -9 half-way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from benchmarks.whole_model import WholeModel
+from edge_agent.agent import Agent
+from edge_agent.config import AgentConfig
+from fleet import topics
+from fleet.access import Grants, Role
+from fleet.client import PromptClient
+from fleet.errors import FleetError
+from fleet.identity import Identity
+from fleet.manifest import Bundle
+from fleet.policy import Mode
+from fleet.prompt import PromptRequest, Reply
+from fleet.report import GenerationReport, WorkerStatus, decode_report, decode_status
+from fleet.transport import Will
+from tests.brokers import Inbox, Site, running_site
+
+DEVICES = tuple(f"d{i}" for i in range(10))
+SESSIONS_EACH = 5
+NUM_SESSIONS = len(DEVICES) * SESSIONS_EACH
+FLEET = (
+    *(Grants(Role.DEVICE, name) for name in DEVICES),
+    Grants(Role.APP, "a1", DEVICES),
+    Grants(Role.WORKER, "w1"),
+    Grants(Role.WORKER, "w2"),
+    Grants(Role.SERVER, "s1"),
+)
+NUM_TOKENS = 64
+WAIT_S = 120.0
+
+
+@dataclass
+class Asked:
+    """One answer, and when its replies came."""
+
+    device: str
+    prompt: str
+    replies: list[Reply] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    error: FleetError | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [reply.token_id for reply in self.replies if reply.token_id is not None]
+
+    def wait_s(self, since: float) -> float:
+        """The longest time without a reply after `since`."""
+        later = [moment for moment in self.times if moment > since]
+        return max((b - a for a, b in pairwise([since, *later])), default=0.0)
+
+
+@contextmanager
+def worker_process(site: Site, name: str, bundle: Bundle) -> Iterator[subprocess.Popen[bytes]]:
+    identity = site.identity(name)
+    Identity(identity.folder, msgspec.structs.replace(identity.config, shared_subscriptions=True)).save()
+    command = [sys.executable, "-m", "cloud_broker_worker", "run", str(identity.folder), "--bundle", str(bundle.folder)]
+    with subprocess.Popen([*command, "--threads", "1"]) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def follow(client: PromptClient, asked: Asked, progress: threading.Semaphore) -> None:
+    request = PromptRequest(
+        prompt=asked.prompt, mode=Mode.VERIFIED, threshold=0.05, max_new_tokens=NUM_TOKENS, deadline_ms=100_000
+    )
+    try:
+        for reply in client.ask(asked.device, request, timeout_s=WAIT_S):
+            asked.times.append(time.monotonic())
+            asked.replies.append(reply)
+            if len(asked.replies) == NUM_TOKENS // 4:
+                progress.release()
+    except FleetError as error:
+        asked.error = error
+
+
+@pytest.mark.mosquitto
+def test_every_answer_ends_as_the_whole_models_though_a_worker_is_killed(tmp_path: Path, tiny_bundle: Bundle) -> None:
+    whole = WholeModel(tiny_bundle, num_threads=1)
+    reports, statuses, half_way = Inbox(), Inbox(), threading.Semaphore(0)
+    config = AgentConfig(num_threads=1, max_concurrent_requests=SESSIONS_EACH, assist_deadline_ms=2000)
+    asked = [Asked(DEVICES[i % len(DEVICES)], f"Tell me about number {i}.") for i in range(NUM_SESSIONS)]
+    with ExitStack() as stack:
+        site = stack.enter_context(running_site("mosquitto", tmp_path, FLEET))
+        watcher = stack.enter_context(site.connect("s1"))
+        watcher.subscribe(topics.WORKER_STATUS_FILTER, statuses, qos=1)
+        watcher.subscribe(topics.DEVICE_STATS_FILTER, reports, qos=1)
+        victim = stack.enter_context(worker_process(site, "w1", tiny_bundle))
+        stack.enter_context(worker_process(site, "w2", tiny_bundle))
+        online: set[str] = set()
+        while len(online) < 2:
+            topic, payload = statuses.get(WAIT_S)
+            if decode_status(payload, WorkerStatus).online:
+                online.add(topic)
+        for name in DEVICES:
+            edge = stack.enter_context(site.connect(name, Will(topics.device_status(name), Agent.will())))
+            stack.enter_context(Agent(edge, tiny_bundle, config))
+        client = PromptClient(stack.enter_context(site.connect("a1")))
+        threads = [threading.Thread(target=follow, args=(client, one, half_way), daemon=True) for one in asked]
+        for thread in threads:
+            thread.start()
+        for _ in range(NUM_SESSIONS // 4):
+            assert half_way.acquire(timeout=WAIT_S)
+        killed_at = time.monotonic()
+        os.kill(victim.pid, signal.SIGKILL)
+        for thread in threads:
+            thread.join(WAIT_S)
+        counted = [decode_report(reports.get()[1]) for _ in asked]
+    assert [one.error for one in asked if one.error] == []
+    for one in asked:
+        assert one.replies[-1].done
+        assert one.token_ids == whole.generate(one.prompt, NUM_TOKENS)
+    check_counts(counted, asked)
+    moved = [one for one in asked if one.replies[-1].note == "worker w1 went away"]
+    assert moved
+    worst = max(one.wait_s(killed_at) for one in moved)
+    print(f"{len(moved)} of {len(asked)} answers lost their worker; the worst waited {worst:.2f} s for its next reply")
+
+
+def check_counts(counted: list[GenerationReport], asked: list[Asked]) -> None:
+    """What the device reports is what it emitted; in the end all but the answers that were done are with w2."""
+    emitted = Counter(reply.source for one in asked for reply in one.replies if reply.source)
+    reported: Counter[str] = Counter()
+    for report in counted:
+        reported.update(report.sources)
+    assert reported == emitted
+    assert {report.worker for report in counted} >= {"w2"}
