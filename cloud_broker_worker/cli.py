@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -26,6 +26,7 @@ def run(
         Path | None, typer.Option(help="Model bundle; by default the one that the identity names.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch.")] = None,
+    weights: Annotated[str | None, typer.Option(help="float32, int8 or int4: fewer bits take less time.")] = None,
     kv_budget_mb: Annotated[int | None, typer.Option(min=1, help="Memory for KV caches, in MB.")] = None,
 ) -> None:
     """Serve devices until stopped."""
@@ -33,7 +34,7 @@ def run(
     try:
         import msgspec
 
-        from cloud_broker_worker.config import WorkerConfig
+        from cloud_broker_worker.config import Weights, WorkerConfig
         from cloud_broker_worker.worker import Worker
     except ImportError as error:
         raise MissingExtraError(
@@ -58,6 +59,10 @@ def run(
     config = WorkerConfig(shared_opens=identity.config.shared_subscriptions)
     if threads:
         config = msgspec.structs.replace(config, num_threads=threads)
+    if weights:
+        if weights not in get_args(Weights):
+            raise ConfigError(f"--weights {weights}: expected one of {', '.join(get_args(Weights))}")
+        config = msgspec.structs.replace(config, weights=weights)
     if kv_budget_mb:
         config = msgspec.structs.replace(config, kv_budget_bytes=kv_budget_mb * 1_000_000)
     loaded = Bundle.load(model, ("cloud",))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
+
+Weights = Literal["float32", "int8", "int4"]
 
 
 class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What an operator may set on a worker."""
 
     num_threads: Annotated[int, Meta(ge=1, le=1024)] = min(8, os.cpu_count() or 1)
+    weights: Weights = "float32"  # of the upper layers; int8 and int4 give slightly other logits in less time
     kv_budget_bytes: Annotated[int, Meta(ge=1)] = 1 << 30
     max_batch_positions: Annotated[int, Meta(ge=1)] = 512
     run_ahead_positions: Annotated[int, Meta(ge=0)] = 64  # at a time, while nobody waits; 0 runs what is asked for only

@@ -18,7 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from cloud_broker_worker.config import Weights
 from cloud_broker_worker.kv_pool import KvLease, KvPool, KvShape
+from cloud_broker_worker.weights import quantize
 from fleet.errors import BundleError
 from fleet.hidden_codec import Float16
 from fleet.manifest import Bundle
@@ -68,6 +70,11 @@ def ragged_attention(
         keys, values = span.lease.keys[layer], span.lease.values[layer]
         keys[:, span.start : span.stop] = key[0, :, span.rows]
         values[:, span.start : span.stop] = value[0, :, span.rows]
+        if span.stop - span.start == 1:
+            out[0, :, span.rows] = one_row_attention(
+                query[0, :, span.rows], keys[:, : span.stop], values[:, : span.stop], kwargs["scaling"]
+            )
+            continue
         out[:, :, span.rows] = scaled_dot_product_attention(
             query[:, :, span.rows],
             keys[None, :, : span.stop],
@@ -78,6 +85,14 @@ def ragged_attention(
             enable_gqa=True,
         )
     return out.transpose(1, 2), None
+
+
+def one_row_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """query [heads, 1, d], keys and values [kv_heads, n, d] -> [heads, 1, d]; three small products, where the general
+    kernel costs more to call than to run."""
+    grouped = query.reshape(len(keys), -1, query.shape[-1])
+    scores = torch.bmm(grouped, keys.transpose(1, 2)).mul_(scale)
+    return torch.bmm(scores.softmax(-1), values).reshape(query.shape)
 
 
 def make_spans(chunks: Sequence[Chunk]) -> list[Span]:
@@ -96,14 +111,15 @@ ALL_ATTENTION_FUNCTIONS.register(ATTENTION, ragged_attention)
 
 
 class UpperLayers:
-    """Layers [upload_layer, num_layers), final norm and LM head of a bundle, in float32."""
+    """Layers [upload_layer, num_layers), final norm and LM head of a bundle; weights in float32 or fewer bits."""
 
-    def __init__(self, bundle: Bundle, num_threads: int) -> None:
+    def __init__(self, bundle: Bundle, num_threads: int, weights: Weights = "float32") -> None:
         """Raises BundleError when the cloud partition does not load."""
         torch.set_num_threads(num_threads)
         self.manifest = bundle.manifest
         try:
             self._model = _load(bundle)
+            quantize(self._model, weights)
         except (OSError, ValueError, RuntimeError) as error:
             raise BundleError(
                 f"the cloud partition of {bundle.folder} does not load: {error}; export it again"

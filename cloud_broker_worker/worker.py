@@ -35,7 +35,7 @@ class Worker:
     def __init__(self, transport: Transport, bundle: Bundle, config: WorkerConfig) -> None:
         """Raises BundleError when the cloud partition does not load."""
         self.name = transport.name
-        self.engine = Engine(UpperLayers(bundle, config.num_threads), transport.name, config)
+        self.engine = Engine(UpperLayers(bundle, config.num_threads, config.weights), transport.name, config)
         self._transport = transport
         self._bundle_id = bundle.manifest.bundle_id
         self._config = config
@@ -45,6 +45,7 @@ class Worker:
         self._thread = threading.Thread(target=self._serve, name=f"worker-{self.name}", daemon=True)
         self._open_filter = topics.SHARED_OPEN_FILTER if config.shared_opens else topics.OPEN_FILTER
         self._stopping = threading.Event()
+        self._announcing = threading.Lock()
         self._log = LimitedLog(log)
 
     def __enter__(self) -> Self:
@@ -85,11 +86,12 @@ class Worker:
         return encode_status(WorkerStatus(online=False, epoch=0))
 
     def _announce(self) -> None:
-        self._announced = len(self.engine.sessions)
-        status = WorkerStatus(
-            True, self._epoch, (self._bundle_id,), __version__, self._announced, self.engine.is_draining
-        )
-        self._publish(topics.worker_status(self.name), encode_status(status), qos=1, retain=True)
+        with self._announcing:  # of two threads the later one must not publish the older status
+            self._announced = len(self.engine.sessions)
+            status = WorkerStatus(
+                True, self._epoch, (self._bundle_id,), __version__, self._announced, self.engine.is_draining
+            )
+            self._publish(topics.worker_status(self.name), encode_status(status), qos=1, retain=True)
 
     def _on_message(self, topic: str, payload: bytes) -> None:
         """Decides what a message is and queues it; who sent it says the topic, which the broker has checked."""
@@ -112,6 +114,7 @@ class Worker:
         while not self._stopping.is_set():
             try:
                 self._take(wait=is_idle)
+                is_idle = True  # also after an error: none is repeated in haste
                 answers = self.engine.step()
                 is_idle = answers is None
                 self._send(answers or [])

@@ -231,8 +231,12 @@ class Agent:
         wants_cloud = plan.mode is not Mode.STANDALONE and not job.cancelled.is_set()
         uplink = self._connect(job, plan) if wants_cloud else None
         text = self._tokenizer.stream()
-        with uplink or nullcontext():
-            finish_reason = self._generate(job, plan, text)
+        try:
+            with uplink or nullcontext():
+                finish_reason = self._generate(job, plan, text)
+        except PromptError:  # late, or without the cloud: what was emitted until then counts all the same
+            self._publish(topics.device_stats(self.name), encode_report(self._report(job, plan, "error")), qos=1)
+            raise
         report = self._report(job, plan, finish_reason)
         self._stream(job, Reply(
             len(job.replies), text.flush(), done=True, finish_reason=finish_reason, usage=_usage(report),

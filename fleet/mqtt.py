@@ -27,6 +27,7 @@ CONNECT_S: Final = 5.0
 SUBSCRIBE_S: Final = 5.0
 CLOSE_S: Final = 3.0
 NOT_AUTHORIZED: Final = "Not authorized"
+NOT_YET_VALID: Final = 9  # X509_V_ERR_CERT_NOT_YET_VALID of OpenSSL
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class MqttTransport(Transport):
         client.reconnect_delay_set(*RECONNECT_S)
         if will:
             client.will_set(will.topic, will.payload, qos=1, retain=True)
-        client.on_socket_open = _send_without_delay
+        client.on_socket_open = self._on_socket_open
         client.on_connect = self._on_connect
         client.on_connect_fail = self._on_connect_fail
         client.on_disconnect = self._on_disconnect
@@ -158,6 +159,12 @@ class MqttTransport(Transport):
                 self._granted[mid] = granted
         return granted
 
+    def _on_socket_open(self, _client: object, _data: object, sock: object) -> None:
+        """paho leaves Nagle's algorithm on, which costs 40 ms a QoS 1 message."""
+        self._heard = False
+        if isinstance(sock, socket.socket):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
     def _on_connect(
         self, _client: object, _data: object, _flags: object, reason: ReasonCode, _properties: Properties | None
     ) -> None:
@@ -187,7 +194,6 @@ class MqttTransport(Transport):
         self, _client: object, _data: object, _flags: object, reason: ReasonCode, _properties: Properties | None
     ) -> None:
         was_up, heard = self.is_up, self._heard
-        self._heard = False
         self._up.clear()
         if self._closed:
             return
@@ -226,7 +232,15 @@ class MqttTransport(Transport):
 
 
 class _TlsSocket(ssl.SSLSocket):
-    """paho waits `KEEP_ALIVE_S` for a handshake, and leaves the socket open when it fails."""
+    """paho waits `KEEP_ALIVE_S` for a handshake, and leaves the socket open when it fails; so does Python 3.11 when the
+    connection was reset before TLS began, which shows in a `recv`."""
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        try:
+            return super().recv(buflen, flags)
+        except ConnectionError:
+            self.close()
+            raise
 
     def do_handshake(self, block: bool = False) -> None:
         self.settimeout(CONNECT_S)
@@ -237,15 +251,11 @@ class _TlsSocket(ssl.SSLSocket):
             raise
 
 
-def _send_without_delay(_client: object, _data: object, sock: object) -> None:
-    """paho leaves Nagle's algorithm on, which costs 40 ms a QoS 1 message."""
-    if isinstance(sock, socket.socket):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
 def _explain(error: BaseException | None) -> str:
     """What went wrong below MQTT, and the next step."""
     match error:
+        case ssl.SSLCertVerificationError(verify_code=code) if code == NOT_YET_VALID:
+            return "its certificate is not valid yet by this machine's clock, which seems to be behind; set the clock"
         case ssl.SSLCertVerificationError():
             return f"its certificate is not what we trust ({error.verify_message}); enroll again to get its CA"
         case ssl.SSLError():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import pytest
 from cloud_broker_worker.config import WorkerConfig
 from edge_agent.config import AgentConfig
 from fleet import topics
-from fleet.errors import BundleError
+from fleet.errors import BundleError, PromptError
 from fleet.manifest import Bundle
-from fleet.policy import CLOUD, FALLBACK
+from fleet.policy import CLOUD, FALLBACK, Mode
 from fleet.prompt import PromptRequest
 from tests.conftest import MakeTinyBundle
 from tests.system.memory_fleet import DEVICE, WAIT_S, WORKER, Answer, memory_fleet
@@ -48,6 +49,27 @@ def test_the_worker_started_again_serves_the_next_answer(tiny_bundle: Bundle) ->
         assert fleet.ask(ASK_ALWAYS).sources.keys() == {FALLBACK}
         fleet.start_worker(tiny_bundle)
         assert fleet.ask(ASK_ALWAYS).sources.keys() == {CLOUD}
+
+
+def test_what_an_answer_has_emitted_when_its_deadline_passes_is_reported(tiny_bundle: Bundle) -> None:
+    asked = PromptRequest(
+        prompt="Tell me about the sea.", mode=Mode.VERIFIED, threshold=0.05, max_new_tokens=48, deadline_ms=1500
+    )
+    with memory_fleet() as fleet:
+        _, transport = fleet.start_worker(tiny_bundle)
+        fleet.start_device(tiny_bundle, AgentConfig(num_threads=1, assist_deadline_ms=500))
+        answer = Answer()
+
+        def ask() -> None:
+            for reply in fleet.client.ask(DEVICE, asked, timeout_s=WAIT_S):
+                answer.replies.append(reply)
+                if reply.seq == 4:
+                    transport.drop()
+
+        with pytest.raises(PromptError, match="deadline"):
+            ask()
+        assert len(answer.token_ids) >= 5
+        assert fleet.reports.get(timeout=WAIT_S).tokens == len(answer.token_ids)
 
 
 def test_without_any_worker_the_answer_is_complete_and_says_why(tiny_bundle: Bundle) -> None:
@@ -130,3 +152,21 @@ def test_a_graph_that_does_not_load_is_refused_at_start(tiny_bundle: Bundle, tmp
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with memory_fleet() as fleet, pytest.raises(BundleError, match=r"cannot load .*block_1.onnx"):
         fleet.start_device(Bundle(folder, tiny_bundle.manifest))
+
+
+def test_a_thousand_sessions_leave_no_memory_behind(tiny_bundle: Bundle) -> None:
+    asked = PromptRequest(prompt="0123456789 " * 20, mode=Mode.VERIFIED, threshold=0.05, max_new_tokens=2)
+    resident_bytes = []
+    with memory_fleet() as fleet:
+        worker, _ = fleet.start_worker(tiny_bundle)
+        fleet.start_device(tiny_bundle)
+        for _ in range(5):
+            for _ in range(200):
+                fleet.ask(asked)
+            resident_bytes.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+        worker.__exit__(None, None, None)
+        worker.engine.check_integrity()
+        assert len(worker.engine.sessions) <= 1
+    shape = worker.engine.pool.shape
+    kept_by_a_session = 220 * (shape.cache_bytes + shape.hidden_bytes)  # the prompt's positions
+    assert resident_bytes[-1] - resident_bytes[0] < 100 * kept_by_a_session  # and that were 800 sessions

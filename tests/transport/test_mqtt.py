@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import msgspec
@@ -14,9 +15,10 @@ import pytest
 from fleet import topics
 from fleet.errors import IdentityError, LinkError
 from fleet.identity import Identity
-from fleet.mqtt import MqttTransport
+from fleet.mqtt import MqttTransport, _TlsSocket
 from provisioning.authority import CertificateAuthority
 from tests.brokers import BROKERS, HOST, Inbox, Site, free_port, running_site, wait_until
+from tests.proxy import LINGER_0
 
 
 @pytest.fixture(params=BROKERS)
@@ -53,6 +55,12 @@ def test_a_broker_of_another_fleet_is_not_trusted(site: Site, tmp_path: Path) ->
         MqttTransport.connect(site.identity("d1", foreign))
 
 
+def test_a_clock_that_is_behind_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("provisioning.authority.CLOCK_SKEW", timedelta(days=-1))  # valid from tomorrow on
+    with running_site("amqtt", tmp_path) as site, pytest.raises(LinkError, match="set the clock"):
+        site.connect("d1")
+
+
 def test_a_certificate_of_another_fleet_is_refused_with_the_next_step(site: Site, tmp_path: Path) -> None:
     foreign = site.identity("d1", CertificateAuthority.create(tmp_path / "foreign"))
     (foreign.folder / "ca.pem").write_bytes(site.tls.ca_file.read_bytes())
@@ -81,6 +89,18 @@ def test_a_server_that_speaks_no_tls_is_named(site: Site) -> None:
         with pytest.raises(LinkError, match="TLS failed"):
             MqttTransport.connect(at(site.identity("d1"), plain.getsockname()[1]))
         thread.join(5)
+
+
+def test_a_connection_that_is_reset_before_tls_begins_is_closed(site: Site) -> None:
+    context = site.identity("d1").ssl_context()
+    context.sslsocket_class = _TlsSocket
+    with socket.create_server((HOST, 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        connection, _ = server.accept()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
+        connection.close()
+        with pytest.raises(ConnectionResetError):  # and no ResourceWarning, which is an error here
+            context.wrap_socket(client, server_hostname=HOST, do_handshake_on_connect=False)
 
 
 def test_a_broken_certificate_is_an_identity_error(site: Site) -> None:

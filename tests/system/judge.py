@@ -1,0 +1,65 @@
+"""Holds answers against the whole model's: every token, and every count."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+from benchmarks.whole_model import WholeModel
+from fleet.manifest import Bundle
+from fleet.policy import CLOUD, FALLBACK, Mode
+from fleet.prompt import PromptRequest
+from tests.system.memory_fleet import Answer
+
+_LOCK = threading.Lock()  # some scenarios run side by side
+DRAFT_THRESHOLD = 0.05  # low for the tiny model: its exits draft, and are wrong most of the time
+
+
+def request(prompt: str, mode: Mode = Mode.VERIFIED, num_tokens: int = 24, **changes: object) -> PromptRequest:
+    """One whose every token can be judged: verified, or with all exits off."""
+    threshold = DRAFT_THRESHOLD if mode is Mode.VERIFIED else 1.0
+    values = {"prompt": prompt, "mode": mode, "threshold": threshold, "max_new_tokens": num_tokens} | changes
+    return PromptRequest(**values)  # type: ignore[arg-type]
+
+
+def judge(bundle: Bundle, asked: PromptRequest, answer: Answer) -> None:
+    """Fails unless the answer is whole and right, and its counts are those of its tokens.
+
+    In verified mode the tokens are the whole model's; else those from the cloud are, behind whatever went before.
+    """
+    assert asked.prompt is not None
+    assert asked.max_new_tokens is not None
+    assert [reply.seq for reply in answer.replies] == list(range(len(answer.replies)))
+    assert answer.last.done
+    sources = Counter(reply.source for reply in answer.replies if reply.token_id is not None)
+    assert answer.sources == sources
+    assert answer.last.usage is not None
+    assert answer.last.usage.tokens == len(answer.token_ids) == sources.total()
+    if asked.mode is Mode.VERIFIED:
+        assert answer.token_ids == expected_tokens(bundle.folder, asked.prompt, asked.max_new_tokens)
+        assert FALLBACK not in sources
+        return
+    assert len(answer.token_ids) == asked.max_new_tokens or answer.last.finish_reason == "stop"
+    with _LOCK:
+        differences = _whole(bundle.folder).differences(asked.prompt, answer.token_ids)
+    not_whole = {difference.index for difference in differences}
+    from_cloud = {i for i, reply in enumerate(answer.replies) if reply.source == CLOUD}
+    assert not not_whole & from_cloud
+
+
+def expected_tokens(folder: Path, prompt: str, num_tokens: int) -> list[int]:
+    """The whole model's greedy answer."""
+    with _LOCK:
+        return _generated(folder, prompt, num_tokens)
+
+
+@cache
+def _generated(folder: Path, prompt: str, num_tokens: int) -> list[int]:
+    return _whole(folder).generate(prompt, num_tokens)
+
+
+@cache
+def _whole(folder: Path) -> WholeModel:
+    return WholeModel(Bundle.load(folder), num_threads=1)

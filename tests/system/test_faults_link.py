@@ -1,0 +1,83 @@
+"""Links that are slow, narrow, cut or frozen: answers end, they are right, and the neighbour's are, too."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import pytest
+
+from edge_agent.config import AgentConfig
+from fleet.cli.state import COLLECTOR
+from fleet.manifest import Bundle
+from fleet.policy import CLOUD, Mode
+from tests.proxy import Proxy, Shape
+from tests.system.judge import judge, request
+from tests.system.process_fleet import ASKED, DEVICE, DEVICES, FIRST, SLOW, ProcessFleet, process_fleet
+
+pytestmark = pytest.mark.mosquitto
+
+PROMPT, LONG_PROMPT = "How warm is it?", "0123456789 " * 30
+AWAY_S = 2.0
+CONFIG = AgentConfig(num_threads=1, assist_deadline_ms=1500)  # less than a link is away
+MODES = (Mode.VERIFIED, Mode.COLLABORATIVE)
+SHAPES = {
+    "200 ms, give or take 100": (Shape(latency_s=0.2, jitter_s=0.1), PROMPT, 12),
+    "1 Mbit/s": (Shape(latency_s=0.01, bytes_per_s=125_000, piece_bytes=1460), LONG_PROMPT, 48),
+    "slices of 7 bytes": (Shape(piece_bytes=7), LONG_PROMPT, 48),
+}
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Iterator[ProcessFleet]:
+    """A worker and two devices."""
+    with process_fleet("mosquitto", tmp_path_factory.mktemp("links"), tiny_bundle) as fleet, ExitStack() as parts:
+        parts.enter_context(fleet.worker())
+        for device in DEVICES:
+            parts.enter_context(fleet.device(device, CONFIG))
+        yield fleet
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_answers_over_a_bad_link_are_right(fleet: ProcessFleet, shape: str) -> None:
+    each_way, prompt, num_tokens = SHAPES[shape]
+    asked = [request(prompt, mode, num_tokens) for mode in MODES]
+    fleet.links[DEVICE].shape(each_way)
+    with fleet.neighbour_is_served(), ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(fleet.ask, asked))
+    fleet.links[DEVICE].shape(SLOW)
+    for one, answer in zip(asked, answers, strict=True):
+        judge(fleet.bundle, one, answer)
+        assert one.mode is Mode.VERIFIED or set(answer.sources) == {CLOUD}
+    fleet.check_counts()
+
+
+def refuse_for_a_while(link: Proxy) -> None:
+    link.refuse()
+    time.sleep(AWAY_S)
+    link.heal()
+
+
+def freeze_for_a_while(link: Proxy) -> None:
+    link.freeze()
+    time.sleep(AWAY_S)
+    link.heal()
+
+
+@pytest.mark.parametrize("fault", [Proxy.cut, Proxy.reset, refuse_for_a_while, freeze_for_a_while])
+def test_an_answer_outlives_its_devices_link(fleet: ProcessFleet, fault: Callable[[Proxy], None]) -> None:
+    fleet.answer_through(lambda: fault(fleet.links[DEVICE]))
+
+
+@pytest.mark.parametrize("fault", [Proxy.reset, freeze_for_a_while])
+def test_answers_outlive_their_workers_link(fleet: ProcessFleet, fault: Callable[[Proxy], None]) -> None:
+    fleet.answer_through(lambda: fault(fleet.links[FIRST]), may_neighbour_notice=True)
+
+
+def test_a_report_that_came_while_the_collector_was_away_is_counted(fleet: ProcessFleet) -> None:
+    fleet.links[COLLECTOR].refuse()
+    judge(fleet.bundle, ASKED, fleet.ask(ASKED))
+    fleet.links[COLLECTOR].heal()
+    fleet.check_counts()

@@ -1,0 +1,243 @@
+"""Messages lost, doubled, reordered, late, replayed or forged: the text is right, and nobody else notices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from queue import SimpleQueue
+from typing import Final
+
+import msgpack
+import msgspec
+import numpy as np
+import pytest
+
+from cloud_broker_worker.config import WorkerConfig
+from cloud_broker_worker.upper_layers import UpperLayers
+from cloud_broker_worker.worker import Worker
+from edge_agent.config import AgentConfig
+from fleet import topics
+from fleet.codec import decode_to_worker, encode, pack_context
+from fleet.errors import PromptError
+from fleet.manifest import Bundle
+from fleet.memory import MemoryTransport
+from fleet.messages import PROTOCOL, Assist, Close, Context, Open, Sampling, ToWorker, Verify
+from fleet.policy import CLOUD, Mode
+from fleet.transport import Will
+from tests.brokers import wait_until
+from tests.conftest import MakeTinyBundle
+from tests.hostile import PERFECT, HostileLink, Odds, Said
+from tests.system.judge import judge, request
+from tests.system.memory_fleet import DEVICE, WAIT_S, WORKER, Answer, MemoryFleet, memory_fleet
+
+NEIGHBOUR: Final = "edge-2"
+PROMPTS: Final = ("How warm is it?", "Say something about rivers.", "0123456789 " * 8)
+HASTY: Final = AgentConfig(num_threads=1, assist_deadline_ms=150)  # what is lost is asked for again after 50 ms
+SEEDS: Final = range(6)
+MODES: Final = (Mode.VERIFIED, Mode.COLLABORATIVE)
+NUM_BEFORE: Final = 16  # messages of a device in a session before something is forged
+FORGERIES: Final = (
+    "an earlier epoch", "another bundle", "not finite", "infinite", "too wide", "another count", "another dtype",
+    "wrong checksum", "positions that skip", "a branch to come", "questions out of turn",
+)  # fmt: skip
+
+
+class HostileFleet(MemoryFleet):
+    """A worker, a device `DEVICE` with a hostile link, and a neighbour that shall not notice."""
+
+    def __init__(self, stack: ExitStack, seed: int, odds: Odds) -> None:
+        self._seed, self._odds = seed, odds
+        super().__init__(stack)
+
+    def _connect(self, name: str, will: Will | None = None) -> MemoryTransport:
+        if name != DEVICE:
+            return super()._connect(name, will)
+        self.link = self._stack.enter_context(HostileLink(self.broker, name, will, self._seed, self._odds))
+        return self.link
+
+
+@contextmanager
+def hostile_fleet(bundle: Bundle, seed: int = 0, odds: Odds = PERFECT) -> Iterator[tuple[HostileFleet, Worker]]:
+    """Whatever the block does, the neighbour is answered as if nothing had been, and the worker keeps nothing wrong."""
+    with ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+        fleet = HostileFleet(stack, seed, odds)
+        worker, _ = fleet.start_worker(bundle)
+        fleet.start_device(bundle, HASTY)
+        fleet.start_device(bundle, AgentConfig(num_threads=1), name=NEIGHBOUR)
+        asked = request(PROMPTS[1], num_tokens=96)
+        beside = pool.submit(fleet.ask, asked, NEIGHBOUR)
+        yield fleet, worker
+        answer = beside.result(WAIT_S)
+        judge(bundle, asked, answer)
+        assert answer.last.note is None
+        worker.__exit__(None, None, None)
+        worker.engine.check_integrity()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_messages_lost_doubled_reordered_and_replayed_change_no_token(
+    tiny_bundle: Bundle, seed: int, mode: Mode
+) -> None:
+    with hostile_fleet(tiny_bundle, seed, Odds(lost=0.05, doubled=0.1, held=0.1, replayed=0.1)) as (fleet, _):
+        for prompt in PROMPTS[:2]:
+            asked = request(prompt, mode)
+            answer = fleet.ask(asked)
+            judge(tiny_bundle, asked, answer)
+            assert CLOUD in answer.sources
+    assert fleet.link.up.num_done > 0
+    assert fleet.link.down.num_done > 0
+
+
+def ask_while_forging(
+    fleet: HostileFleet, bundle: Bundle, mode: Mode, make: Callable[[Sequence[Said]], Iterable[Said]]
+) -> Answer:
+    """A right answer, in the midst of which the device says what ``make(said)`` gives as well."""
+    fleet.link.forge(NUM_BEFORE, make)
+    asked = request(PROMPTS[0], mode, num_tokens=48)
+    answer = fleet.ask(asked)
+    judge(bundle, asked, answer)
+    assert fleet.link.has_forged
+    assert CLOUD in answer.sources
+    return answer
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_closed_session_said_again_disturbs_nobody_and_leaves_nothing(tiny_bundle: Bundle, mode: Mode) -> None:
+    with hostile_fleet(tiny_bundle) as (fleet, worker):
+        asked = request(PROMPTS[2], mode)
+        judge(tiny_bundle, asked, fleet.ask(asked))
+        old = [said for said in fleet.link.said if not isinstance(decode_to_worker(said[1]), Close)]
+        assert len(old) > NUM_BEFORE
+        ask_while_forging(fleet, tiny_bundle, mode, lambda _: old)
+        wait_until(lambda: not worker.engine.sessions, "the device closed what it did not open", WAIT_S)
+        assert worker.engine.pool.used_bytes == 0
+
+
+def forgeries(said: Sequence[Said], bundle: Bundle) -> dict[str, list[ToWorker]]:
+    """What a device that went wrong might say in the session that it is in, by kind."""
+    messages = [decode_to_worker(payload) for _, payload in said]
+    opening = next(message for message in messages if isinstance(message, Open))
+    context = [message for message in messages if isinstance(message, Context)][-1]
+    session, branch, hidden_size = context.session, context.branch, bundle.manifest.model.hidden_size
+    rows = np.ones((1, hidden_size), np.float16)
+    wide = np.ones((1, hidden_size + 1), np.float16)
+    changed = msgspec.structs.replace
+    return {
+        "an earlier epoch": [changed(opening, epoch=opening.epoch - 1, max_positions=1, branch=branch)],
+        "another bundle": [changed(opening, bundle_id="other", branch=branch + 1), changed(opening, protocol=1)],
+        "not finite": [pack_context(session, branch, start, rows * np.float16("nan")) for start in range(82)],
+        "infinite": [pack_context(session, branch, start, rows * np.float16("inf")) for start in range(82)],
+        "too wide": [pack_context(session, branch, start, wide) for start in range(82)],
+        "another count": [changed(context, count=context.count + 1), changed(context, count=1 << 20)],
+        "another dtype": [changed(context, dtype="float64"), changed(context, dtype="x" * 4000)],
+        "wrong checksum": [changed(context, start=start, crc32=context.crc32 ^ 1) for start in range(82)],
+        "positions that skip": [pack_context(session, branch, start, rows) for start in (75, 1000, (1 << 20) - 1)],
+        "a branch to come": [pack_context(session, branch + 50, 0, rows)],
+        "questions out of turn": [
+            Assist(session, 0, 0, 1), Verify(session, 0, branch, 0, (1, 2, 3), 1),
+            Verify(session, 1, branch, 5, tuple(range(64)), 600_000), Assist(session, 1 << 60, 0, 1),
+            Assist(session, 1 << 60, (1 << 20) - 1, 1),
+        ],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", FORGERIES)
+def test_wrong_messages_in_the_midst_of_a_session_harm_no_answer(tiny_bundle: Bundle, kind: str, mode: Mode) -> None:
+    def forge(said: Sequence[Said]) -> Iterable[Said]:
+        opened, in_session = said[0][0], said[-1][0]
+        for message in forgeries(said, tiny_bundle)[kind]:
+            yield opened if isinstance(message, Open) else in_session, encode(message)
+
+    with hostile_fleet(tiny_bundle) as (fleet, _):
+        ask_while_forging(fleet, tiny_bundle, mode, forge)
+
+
+def nested(depth: int) -> bytes:
+    return b"\x91" * depth + b"\x90"
+
+
+def garbage(said: Sequence[Said]) -> list[bytes]:
+    """Bytes that are no messages: cut ones, ones with a bit flipped, and such as attack a decoder."""
+    cut = [payload[: len(payload) * part // 7] for _, payload in said[:8] for part in range(1, 7)]
+    random = np.random.default_rng(0)
+    flipped = []
+    for _, payload in said[:8]:
+        altered = bytearray(payload)
+        altered[random.integers(min(40, len(altered)))] ^= 1 << random.integers(8)
+        flipped.append(bytes(altered))
+    bombs = [b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff", nested(100), nested(100_000)]
+    oversized = msgpack.packb({"type": "context", "data": b"x" * 300_000})
+    return [b"", b"\xc1", b"\x00" * 10, *cut, *flipped, *bombs, oversized, b"x" * 1_000_000]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_garbage_in_the_midst_of_a_session_harms_no_answer(tiny_bundle: Bundle, mode: Mode) -> None:
+    def litter(said: Sequence[Said]) -> Iterable[Said]:
+        opened, in_session = said[0][0], said[-1][0]
+        for payload in garbage(said):
+            for topic in (opened, in_session, topics.to_device(DEVICE, in_session.rsplit("/", 1)[1])):
+                yield topic, payload
+
+    with hostile_fleet(tiny_bundle) as (fleet, _):
+        ask_while_forging(fleet, tiny_bundle, mode, litter)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_workers_that_claim_a_session_give_one_answer_and_one_lets_go(tiny_bundle: Bundle, mode: Mode) -> None:
+    with hostile_fleet(tiny_bundle) as (fleet, worker):
+        other, _ = fleet.start_worker(tiny_bundle, name="worker-2")
+        claims = SimpleQueue[object]()
+        fleet.watcher.subscribe(topics.to_device(DEVICE, "+"), lambda _, payload: claims.put(msgpack.unpackb(payload)))
+        for prompt in PROMPTS:
+            asked = request(prompt, mode)
+            judge(tiny_bundle, asked, fleet.ask(asked))
+        said = [claim for claim in (claims.get() for _ in range(claims.qsize())) if isinstance(claim, dict)]
+        assert {claim["worker"] for claim in said if claim["type"] == "opened"} == {WORKER, "worker-2"}
+        wait_until(lambda: not worker.engine.sessions, "the first worker keeps no session", WAIT_S)
+        wait_until(lambda: not other.engine.sessions, "the second worker keeps no session", WAIT_S)
+        other.__exit__(None, None, None)
+        other.engine.check_integrity()
+
+
+def test_an_answer_waits_for_room_on_a_full_worker(tiny_bundle: Bundle) -> None:
+    shape = UpperLayers(tiny_bundle, 1).new_pool(1).shape
+    config = WorkerConfig(
+        num_threads=1, kv_budget_bytes=100 * (shape.cache_bytes + shape.hidden_bytes), retry_after_ms=20
+    )
+    with memory_fleet() as fleet:
+        worker, _ = fleet.start_worker(tiny_bundle, config)
+        fleet.start_device(tiny_bundle, HASTY)
+        opening = Open("s1", 1, tiny_bundle.manifest.bundle_id, PROTOCOL, Sampling(), 90, 1000)
+        fleet.watcher.publish(topics.open_session(NEIGHBOUR), encode(opening))
+        fleet.watcher.subscribe(topics.to_device(DEVICE, "+"), lambda _, payload: make_room(payload))
+
+        def make_room(payload: bytes) -> None:
+            if msgpack.unpackb(payload)["type"] == "refused":
+                fleet.watcher.publish(topics.to_worker(WORKER, NEIGHBOUR, "s1"), encode(Close("s1")))
+
+        asked = request(PROMPTS[0], num_tokens=48)
+        answer = fleet.ask(asked)
+        judge(tiny_bundle, asked, answer)
+        assert answer.last.note is not None
+        assert "busy" in answer.last.note
+        worker.__exit__(None, None, None)
+        worker.engine.check_integrity()
+
+
+def test_a_worker_with_another_bundle_is_left_alone_and_the_error_names_both(
+    tiny_bundle: Bundle, make_tiny_bundle: MakeTinyBundle
+) -> None:
+    other = make_tiny_bundle((1, 3))
+    with memory_fleet() as fleet:
+        fleet.start_worker(tiny_bundle)
+        fleet.start_device(other)
+        fleet.start_device(tiny_bundle, name=NEIGHBOUR)
+        with pytest.raises(PromptError, match="deadline passed") as error:
+            fleet.ask(request(PROMPTS[0], deadline_ms=300))
+        assert other.manifest.bundle_id in str(error.value)
+        assert tiny_bundle.manifest.bundle_id in str(error.value)
+        asked = request(PROMPTS[0])
+        judge(tiny_bundle, asked, fleet.ask(asked, NEIGHBOUR))

@@ -1,0 +1,59 @@
+"""Fewer bits: close to float32, and still the same for a session whoever else is in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from cloud_broker_worker.config import Weights
+from cloud_broker_worker.upper_layers import UpperLayers
+from cloud_broker_worker.weights import Int4Linear, Int8Linear, quantize
+from fleet.manifest import Bundle
+from tests.worker.conftest import TinyModel
+from tests.worker.test_upper_layers import IDS, Sequence
+
+LIMITS: list[tuple[Weights, float]] = [("int8", 0.02), ("int4", 0.2)]
+
+
+@pytest.mark.parametrize(("kind", "limit"), [(Int8Linear, 0.01), (Int4Linear, 0.09)])
+def test_a_layer_with_fewer_bits_is_close_to_the_layer(kind: type[nn.Module], limit: float) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 64), torch.randn(2, 5, 64)
+    out, expected = kind(weight)(x), x @ weight.T
+    assert out.shape == expected.shape
+    assert out.dtype == torch.float32
+    assert (out - expected).norm() / expected.norm() < limit
+
+
+@pytest.mark.parametrize(("weights", "limit"), LIMITS)
+def test_logits_with_fewer_bits_are_close_to_those_in_float32(
+    cloud_bundle: Callable[[int], Bundle], whole: TinyModel, weights: Weights, limit: float
+) -> None:
+    layers, rows = UpperLayers(cloud_bundle(2), 1, weights), whole.upload(IDS[0], 2)
+    logits, expected = layers([Sequence(layers, rows).chunk(num_outputs=len(rows))]), whole.logits(rows, 2)
+    assert (logits - expected).norm() / expected.norm() < limit
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_with_fewer_bits_another_session_changes_nobodys_logits_either(
+    cloud_bundle: Callable[[int], Bundle], whole: TinyModel, weights: Weights
+) -> None:
+    layers = UpperLayers(cloud_bundle(2), 1, weights)
+    first, *others = [Sequence(layers, whole.upload(ids, 2)) for ids in IDS]
+    alone = layers([first.chunk(num_outputs=5)])
+    again = Sequence(layers, first.rows)
+    together = layers([*(other.chunk() for other in others), again.chunk(num_outputs=5)])[-5:]
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-2)
+
+
+def test_four_bits_leave_the_lm_head_and_odd_sizes_in_eight_and_biases_as_they_are() -> None:
+    model = nn.ModuleDict({
+        "narrow": nn.Linear(33, 32, bias=False), "wide": nn.Linear(64, 32, bias=False),
+        "biased": nn.Linear(64, 32), "lm_head": nn.Linear(64, 32, bias=False),
+    })  # fmt: skip
+    quantize(model, "int4")
+    kinds = {name: type(module) for name, module in model.items()}
+    assert kinds == {"narrow": Int8Linear, "wide": Int4Linear, "biased": nn.Linear, "lm_head": Int8Linear}
