@@ -60,7 +60,8 @@ class Worker:
     ) -> None:
         self._stopping.set()
         self._thread.join(STOP_TIMEOUT_S)
-        self._send(self.engine.dismiss())
+        if not self.is_serving:  # else a step still runs, and the devices find out by themselves
+            self._send(self.engine.dismiss())
         self._publish(topics.worker_status(self.name), self.will(), qos=1, retain=True)
 
     def drain(self, hurry: threading.Event) -> None:

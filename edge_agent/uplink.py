@@ -181,8 +181,14 @@ class Uplink:
             return question.answer
 
     def withdraw(self) -> None:
-        """Takes an unanswered question back."""
+        """Takes an unanswered question back.
+
+        A worker may have rejected its draft and be a branch ahead: the device goes to one that no worker can be on, and
+        the session is taken afresh.
+        """
         with self._changed:
+            if self._question and isinstance(self._question.body, Verify):
+                self._outbox.branch += 2
             self._question = None
 
     @property

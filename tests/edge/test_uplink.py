@@ -306,3 +306,17 @@ def test_a_draining_worker_is_left_when_another_serves(broker: MemoryBroker, dev
         second.accept()
         assert isinstance(peer.next(), Open)
     second.transport.close()
+
+
+def test_a_verify_that_was_taken_back_leaves_a_branch_on_which_no_worker_can_be(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 3))
+        uplink.ask_verify(1, [7, 8])
+        assert isinstance(peer.next(), Context)
+        assert isinstance(peer.next(), Verify)
+        uplink.withdraw()
+        peer.announce(epoch=2)
+        opening = peer.next()
+        assert isinstance(opening, Open)
+        assert opening.branch > 1  # where a worker that rejected the draft would be

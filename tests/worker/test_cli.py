@@ -8,17 +8,22 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import pytest
 
 from cloud_broker_worker.cli import main
 from fleet import topics
 from fleet.access import Role
+from fleet.codec import decode_to_device, encode
 from fleet.identity import Identity
 from fleet.manifest import Bundle
+from fleet.messages import PROTOCOL, Assist, Gap, Open, Opened, Refused, Sampling
+from fleet.mqtt import MqttTransport
 from fleet.report import WorkerStatus, decode_status
 from provisioning.authority import CertificateAuthority
-from tests.brokers import HOST, Inbox, free_port, running_site
+from tests.brokers import HOST, Inbox, Site, free_port, running_site
 
 START_S = 90.0
 
@@ -73,31 +78,84 @@ def test_a_broker_that_is_not_there_is_named(
     assert f"{HOST}:{identity.config.port}" in line
 
 
+class RunningWorker:
+    """Worker w1 as a process, and what it says in its status."""
+
+    def __init__(self, site: Site, server: MqttTransport, bundle: Bundle) -> None:
+        self.statuses = Inbox()
+        server.subscribe(topics.WORKER_STATUS_FILTER, self.statuses, qos=1)
+        folder = site.identity("w1").folder
+        command = [sys.executable, "-m", "cloud_broker_worker", "run", str(folder), "--bundle", str(bundle.folder)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self._killer = threading.Timer(START_S, self.process.kill)
+
+    def __enter__(self) -> Self:
+        self._killer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._killer.cancel()
+        self.process.kill()
+        self.process.communicate()
+
+    def ready_line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def next_status(self) -> WorkerStatus:
+        return decode_status(self.statuses.get()[1], WorkerStatus)
+
+    def end(self) -> tuple[int, str]:
+        """Exit status and stderr of a process that was told to stop."""
+        _, stderr = self.process.communicate(timeout=START_S)
+        return self.process.returncode, stderr
+
+
 def test_a_worker_process_says_when_it_is_ready_and_leaves_in_good_order_on_sigterm(
     tmp_path: Path, cloud_bundle: Callable[[int], Bundle]
 ) -> None:
     bundle = cloud_bundle(2)
-    with running_site("amqtt", tmp_path) as site, site.connect("s1") as server:
-        inbox = Inbox()
-        server.subscribe(topics.WORKER_STATUS_FILTER, inbox, qos=1)
-        folder = site.identity("w1").folder
-        command = [sys.executable, "-m", "cloud_broker_worker", "run", str(folder), "--bundle", str(bundle.folder)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            killer = threading.Timer(START_S, process.kill)
-            killer.start()
-            try:
-                assert process.stdout is not None
-                line = process.stdout.readline()
-                assert f"worker w1 serves tiny, bundle {bundle.manifest.bundle_id}, layers 2 to 4" in line
-                born = decode_status(inbox.get()[1], WorkerStatus)
-                process.send_signal(signal.SIGTERM)
-                _, stderr = process.communicate(timeout=START_S)
-            finally:
-                killer.cancel()
-                process.kill()
-        draining, gone = (decode_status(inbox.get()[1], WorkerStatus) for _ in range(2))
-    assert (process.returncode, stderr) == (0, "")
+    with (
+        running_site("amqtt", tmp_path) as site,
+        site.connect("s1") as server,
+        RunningWorker(site, server, bundle) as worker,
+    ):
+        assert f"worker w1 serves tiny, bundle {bundle.manifest.bundle_id}, layers 2 to 4" in worker.ready_line()
+        born = worker.next_status()
+        worker.process.send_signal(signal.SIGTERM)
+        assert worker.end() == (0, "")
+        draining, gone = worker.next_status(), worker.next_status()
     assert born.online
     assert born.bundle_ids == (bundle.manifest.bundle_id,)
     assert (draining.online, draining.draining) == (True, True)
     assert not gone.online
+
+
+def test_after_one_sigterm_sessions_are_served_on_and_after_a_second_they_are_sent_away(
+    tmp_path: Path, cloud_bundle: Callable[[int], Bundle]
+) -> None:
+    bundle = cloud_bundle(2)
+    with (
+        running_site("amqtt", tmp_path) as site,
+        site.connect("s1") as server,
+        site.connect("d1") as device,
+        RunningWorker(site, server, bundle) as worker,
+    ):
+        worker.ready_line()
+        answers = Inbox()
+        device.subscribe(topics.to_device("d1", "+"), answers)
+        opening = Open("a1", 1, bundle.manifest.bundle_id, PROTOCOL, Sampling(), 64, 60_000)
+        device.publish(topics.open_session("d1"), encode(opening), qos=1)
+        assert isinstance(decode_to_device(answers.get()[1]), Opened)
+        worker.process.send_signal(signal.SIGTERM)
+        while not worker.next_status().draining:
+            pass
+        device.publish(topics.to_worker("w1", "d1", "a1"), encode(Assist("a1", 0, 5, 60_000)))
+        assert decode_to_device(answers.get()[1]) == Gap("a1", 0, 0)
+        worker.process.send_signal(signal.SIGTERM)
+        refused = decode_to_device(answers.get()[1])
+        assert worker.end() == (0, "")
+    assert isinstance(refused, Refused)
+    assert (refused.code, refused.worker) == ("draining", "w1")
