@@ -14,6 +14,7 @@ GAIN: Final = 0.2  # a switch for speed alone must promise so much less time a t
 SLACK: Final = 0.1  # the present mode may miss a target by so much, another must keep it by so much
 MIN_WAIT_MS: Final = 250
 MAX_ROUND: Final = 16
+MIN_JUDGED: Final = 16  # drafts; from then on their acceptance is believed instead of the exits' confidence
 
 
 @dataclass(frozen=True)
@@ -46,18 +47,18 @@ class Decision:
 
 
 def predict(m: Snapshot, targets: Targets) -> dict[Mode, Prediction]:
-    """What each mode would do now, with step s, round trip r, share of unsure tokens u and mean confidence c.
+    """What each mode would do now, with step s, round trip r, share of unsure tokens u, and c, the share of the
+    device's own tokens that are the cloud's: as verifies found it, before that the exits' mean confidence.
 
     standalone: s a token; agreement c. collaborative: s + u r; agreement 1 - (1 - u)(1 - c where sure), or what is
-    promised. verified: a round of k drafts takes k s + r and gives 1 + c + ... + c^(k-1) tokens, at the best k, or as
-    many as were measured; agreement 1; the cloud corrects 1 - c of the tokens.
+    promised. verified: a round of k drafts takes k s + r and gives 1 + c + ... + c^(k-1) tokens, at the best k;
+    agreement 1; the cloud corrects 1 - c of the tokens.
     """
-    s, r, u, c = m.step_s, m.round_trip_s, m.unsure, min(m.confidence, 0.99)
+    s, r, u = m.step_s, m.round_trip_s, m.unsure
+    c = m.acceptance if m.num_judged >= MIN_JUDGED else m.confidence
     collaborative = 1 - (1 - u) * (1 - m.sure_confidence)
     rounds = [(sum(c**i for i in range(k)), k * s + r) for k in range(1, MAX_ROUND + 1)]
     tokens, seconds = max(rounds, key=lambda round_: round_[0] / max(round_[1], 1e-9))
-    if m.tokens_per_round:
-        tokens = m.tokens_per_round
     return {
         Mode.STANDALONE: Prediction(s, c, 0.0),
         Mode.COLLABORATIVE: Prediction(s + u * r, max(collaborative, targets.promised_agreement or 0.0), u),
@@ -102,10 +103,15 @@ def missed(prediction: Prediction, targets: Targets, *, is_current: bool = False
 
 
 def wait_ms(m: Snapshot, base_ms: int) -> int:
-    """How long an assist is worth waiting for: twice what TCP would wait (RFC 6298), at most `base_ms`."""
+    """How long an assist is worth waiting for: twice what TCP would wait, at most `base_ms`.
+
+    As in TCP (RFC 6298) each loss doubles it until something is answered: a link that has become slower than the wait
+    would never be measured otherwise.
+    """
     if m.num_round_trips == 0:
         return base_ms
-    return min(base_ms, max(MIN_WAIT_MS, round(2000 * (m.round_trip_s + 4 * m.round_trip_spread_s))))
+    patient_ms = max(MIN_WAIT_MS, 2000 * (m.round_trip_s + 4 * m.round_trip_spread_s))
+    return round(min(base_ms, patient_ms * (1 << min(m.num_losses, 16))))
 
 
 def _rank(prediction: Prediction, targets: Targets, *, is_current: bool) -> tuple[tuple[bool, bool, bool], float]:

@@ -34,6 +34,8 @@ class PromptLookup:
         while len(self._ids) > num_tokens:
             for ngram in self._last_ngrams():
                 self._ends[ngram].pop()
+                if not self._ends[ngram]:
+                    del self._ends[ngram]
             self._ids.pop()
 
     def propose(self, max_tokens: int) -> list[int]:

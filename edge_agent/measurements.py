@@ -6,26 +6,45 @@ import threading
 from dataclasses import dataclass, field
 from typing import Final
 
-WEIGHT: Final = 0.1  # of a new value, so that about the last twenty count
-OUTLIER: Final = 4.0  # a value counts as at most so many times the mean: one pause is not a trend
+OUTLIER: Final = 4.0  # a duration counts as at most so many times the mean: one pause is not a trend
 
 
 @dataclass
 class Mean:
-    """An exponentially weighted mean with its mean deviation; it begins as a plain one."""
+    """An exponentially weighted mean with its mean deviation; it begins as a plain one.
 
+    `weight` is that of a new value: about the last 2 / weight values count.
+    """
+
+    weight: float
     value: float = 0.0
     deviation: float = 0.0
     count: int = 0
 
     def add(self, value: float) -> None:
         """Counts a value that is 0 or more."""
-        if self.count >= 1 / WEIGHT and self.value > 0:
-            value = min(value, OUTLIER * self.value)
         self.count += 1
-        weight = max(WEIGHT, 1 / self.count)
+        weight = max(self.weight, 1 / self.count)
         self.deviation += (abs(value - self.value) - self.deviation) * weight if self.count > 1 else 0.0
         self.value += (value - self.value) * weight
+
+
+class Duration(Mean):
+    """The mean of durations, which a single outlier does not move far. A share must not be cut like this: of a rare
+    event every occurrence is an outlier."""
+
+    def add(self, value: float, *, is_outlier_possible: bool = True) -> None:
+        if is_outlier_possible and self.count >= 1 / self.weight and self.value > 0:
+            value = min(value, OUTLIER * self.value)
+        super().add(value)
+
+
+def _duration() -> Duration:
+    return Duration(weight=0.1)
+
+
+def _share() -> Mean:
+    return Mean(weight=0.02)
 
 
 @dataclass(frozen=True)
@@ -40,8 +59,8 @@ class Snapshot:
         unsure: share of the tokens of which no exit was sure.
         confidence: mean probability that the device's own token is the cloud's; `sure_confidence` where an exit was
             sure.
-        tokens_per_round: what a verify has confirmed; 0 before the first one.
-        num_losses: how often a session was lost.
+        acceptance: share of the judged drafts that the cloud accepted; `num_judged` on how many this rests.
+        num_losses: how often a session was lost since the last answer.
     """
 
     step_s: float = 0.0
@@ -53,7 +72,8 @@ class Snapshot:
     confidence: float = 0.0
     sure_confidence: float = 0.0
     num_choices: int = 0
-    tokens_per_round: float = 0.0
+    acceptance: float = 0.0
+    num_judged: int = 0
     num_losses: int = 0
 
 
@@ -61,13 +81,13 @@ class Snapshot:
 class Measurements:
     """Shared by all answers of a device; any thread may report."""
 
-    _step: Mean = field(default_factory=Mean)
-    _round_trip: Mean = field(default_factory=Mean)
-    _busy: Mean = field(default_factory=Mean)
-    _unsure: Mean = field(default_factory=Mean)
-    _confidence: Mean = field(default_factory=Mean)
-    _sure_confidence: Mean = field(default_factory=Mean)
-    _round: Mean = field(default_factory=Mean)
+    _step: Duration = field(default_factory=_duration)
+    _round_trip: Duration = field(default_factory=_duration)
+    _busy: Duration = field(default_factory=_duration)
+    _unsure: Mean = field(default_factory=_share)
+    _confidence: Mean = field(default_factory=_share)
+    _sure_confidence: Mean = field(default_factory=_share)
+    _acceptance: Mean = field(default_factory=_share)
     _num_losses: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -77,10 +97,14 @@ class Measurements:
             self._step.add(seconds)
 
     def round_trip(self, seconds: float, busy_s: float) -> None:
-        """A question was answered; `busy_s` of the time it was with the worker."""
+        """A question was answered; `busy_s` of the time it was with the worker.
+
+        After a loss a long time is no outlier: the link has become slow.
+        """
         with self._lock:
-            self._round_trip.add(seconds)
+            self._round_trip.add(seconds, is_outlier_possible=not self._num_losses)
             self._busy.add(busy_s)
+            self._num_losses = 0
 
     def chose(self, confidence: float, *, is_sure: bool) -> None:
         """The exits chose a token, and one of them was sure or none."""
@@ -90,10 +114,13 @@ class Measurements:
             if is_sure:
                 self._sure_confidence.add(confidence)
 
-    def verified(self, num_tokens: int) -> None:
-        """A verify has confirmed so many tokens, a correction included."""
+    def verified(self, num_drafted: int, num_accepted: int) -> None:
+        """A verify has judged drafts: the accepted ones, and the first one after them if there is one."""
         with self._lock:
-            self._round.add(num_tokens)
+            for _ in range(num_accepted):
+                self._acceptance.add(1.0)
+            if num_accepted < num_drafted:
+                self._acceptance.add(0.0)
 
     def lost(self) -> None:
         """A session was lost."""
@@ -106,5 +133,5 @@ class Measurements:
             return Snapshot(
                 self._step.value, self._round_trip.value, self._round_trip.deviation, self._round_trip.count,
                 self._busy.value, self._unsure.value, self._confidence.value, self._sure_confidence.value,
-                self._confidence.count, self._round.value, self._num_losses,
+                self._confidence.count, self._acceptance.value, self._acceptance.count, self._num_losses,
             )  # fmt: skip

@@ -272,7 +272,7 @@ class Uplink:
             return
         question.answer = message
         self._outbox.acknowledge(message.start + 1 if isinstance(message, Verified) else message.position + 1)
-        if question.num_sent == 1:
+        if question.num_sent:  # asked again or not: so long it took
             self._measurements.round_trip(time.monotonic() - question.asked_at, message.busy_ms / 1000)
 
     def _refused(self, message: Refused) -> None:

@@ -142,7 +142,7 @@ class VerifiedRun:
         asked, self._num_asked = self._drafts[: self._num_asked], 0
         for draft, is_accepted in zip(asked, [True] * verdict.accepted + [False], strict=False):
             self._acceptance.update(draft.confidence, accepted=is_accepted)
-        self._measurements.verified(verdict.accepted + (verdict.token_id is not None))
+        self._measurements.verified(len(asked), verdict.accepted)
         tokens = [
             GeneratedToken(draft.token_id, logprob, draft.source)
             for draft, logprob in zip(asked, verdict.logprobs, strict=False)

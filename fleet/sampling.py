@@ -40,8 +40,8 @@ def gumbel(seed: int, position: int, token_ids: npt.NDArray[np.int64]) -> npt.ND
     with np.errstate(over="ignore"):
         state = _mix(_mix(np.uint64(seed)) ^ np.uint64(position))
         bits = _mix(state ^ token_ids.astype(np.uint64))
-    uniform = (bits >> np.uint64(11)).astype(np.float64) + 0.5
-    return np.asarray(-np.log(-np.log(uniform * 2.0**-53)))
+    uniform = (bits >> np.uint64(12)).astype(np.float64) + 0.5  # 52 bits and a half: exact, never 0 or 2**52
+    return np.asarray(-np.log(-np.log(uniform * 2.0**-52)))
 
 
 def _mix(value: npt.NDArray[np.uint64] | np.uint64) -> npt.NDArray[np.uint64] | np.uint64:

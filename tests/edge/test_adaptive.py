@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
-from edge_agent.adaptive import MIN_TOKENS, MIN_WAIT_MS, Targets, decide, predict, wait_ms
+from edge_agent.adaptive import MIN_JUDGED, MIN_TOKENS, MIN_WAIT_MS, Targets, decide, predict, wait_ms
 from edge_agent.measurements import Measurements, Snapshot
 from edge_agent.modes import PROBE_TOKENS, Modes
 from fleet.policy import Mode
@@ -66,6 +67,13 @@ def test_no_switch_soon_after_another() -> None:
     slow = measured(200)
     assert decide(slow, Targets(min_agreement=0.95), TOGETHER, MIN_TOKENS - 1, is_link_up=True).mode is TOGETHER
     assert decide(slow, Targets(min_agreement=0.95), TOGETHER, MIN_TOKENS, is_link_up=True).mode is VERIFIED
+
+
+def test_what_verifies_have_found_is_believed_instead_of_the_confidence() -> None:
+    overconfident = replace(measured(200, confidence=0.95), acceptance=0.5, num_judged=MIN_JUDGED)
+    assert predict(overconfident, Targets()) == predict(measured(200, confidence=0.5), Targets())
+    few = replace(overconfident, num_judged=MIN_JUDGED - 1)
+    assert predict(few, Targets()) == predict(measured(200, confidence=0.95), Targets())
 
 
 def test_a_small_gain_is_no_reason() -> None:
@@ -130,3 +138,9 @@ def test_an_assist_is_worth_a_few_round_trips(round_trip_ms: float, spread_ms: f
     seen = Snapshot(round_trip_s=round_trip_ms / 1000, round_trip_spread_s=spread_ms / 1000, num_round_trips=5)
     assert wait_ms(seen, 3000) == expected
     assert wait_ms(Snapshot(), 3000) == 3000
+
+
+@pytest.mark.parametrize(("num_losses", "expected"), [(0, 600), (1, 1200), (2, 2400), (3, 3000), (10_000, 3000)])
+def test_each_loss_doubles_the_wait(num_losses: int, expected: int) -> None:
+    seen = Snapshot(round_trip_s=0.1, round_trip_spread_s=0.05, num_round_trips=5, num_losses=num_losses)
+    assert wait_ms(seen, 3000) == expected

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
-from edge_agent.measurements import Mean, Measurements
+from edge_agent.measurements import Duration, Mean, Measurements
 
 
 def test_the_first_values_make_a_plain_mean() -> None:
-    mean = Mean()
+    mean = Mean(weight=0.1)
     for value in (1.0, 2.0, 3.0):
         mean.add(value)
     assert mean.value == pytest.approx(2.0)
@@ -16,18 +18,58 @@ def test_the_first_values_make_a_plain_mean() -> None:
 
 
 def test_a_lasting_change_is_followed() -> None:
-    mean = Mean()
-    for value in [1.0] * 100 + [3.0] * 100:
+    mean = Duration(weight=0.1)
+    for value in [1.0] * 100 + [30.0] * 100:
         mean.add(value)
-    assert mean.value == pytest.approx(3.0, rel=0.01)
-    assert mean.deviation < 0.1
+    assert mean.value == pytest.approx(30.0, rel=0.01)
+    assert mean.deviation < 1.0
 
 
 def test_one_pause_is_not_a_trend() -> None:
-    mean = Mean()
+    mean = Duration(weight=0.1)
     for value in [1.0] * 100 + [1000.0]:
         mean.add(value)
     assert mean.value < 1.4
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.2, 0.5, 0.9])
+def test_the_share_of_a_rare_event_is_what_it_is(share: float) -> None:
+    noise, measurements = random.Random(3), Measurements()
+    seen = []
+    for _ in range(3000):
+        measurements.chose(0.9, is_sure=noise.random() >= share)
+        seen.append(measurements.snapshot().unsure)
+    assert sum(seen) / len(seen) == pytest.approx(share, abs=0.02)
+
+
+def test_acceptance_counts_the_drafts_that_were_judged() -> None:
+    measurements = Measurements()
+    measurements.verified(4, 4)
+    measurements.verified(6, 1)  # the second was wrong, and nothing is known of the other four
+    snapshot = measurements.snapshot()
+    assert snapshot.num_judged == 6
+    assert snapshot.acceptance == pytest.approx(5 / 6)
+
+
+def test_a_long_round_trip_counts_fully_after_a_loss() -> None:
+    after_loss, without = Measurements(), Measurements()
+    for measurements in (after_loss, without):
+        for _ in range(50):
+            measurements.round_trip(0.02, 0.005)
+    after_loss.lost()
+    for measurements in (after_loss, without):
+        measurements.round_trip(1.0, 0.005)
+    assert without.snapshot().round_trip_s == pytest.approx(0.02 + 0.1 * 0.06)
+    assert after_loss.snapshot().round_trip_s == pytest.approx(0.02 + 0.1 * 0.98)
+
+
+def test_losses_are_forgotten_with_the_next_answer() -> None:
+    measurements = Measurements()
+    measurements.lost()
+    measurements.lost()
+    assert measurements.snapshot().num_losses == 2
+    measurements.round_trip(0.1, 0.03)
+    assert measurements.snapshot().num_losses == 0
 
 
 def test_what_was_reported_is_in_the_snapshot() -> None:
@@ -36,11 +78,11 @@ def test_what_was_reported_is_in_the_snapshot() -> None:
     measurements.round_trip(0.1, 0.03)
     measurements.chose(0.9, is_sure=True)
     measurements.chose(0.5, is_sure=False)
-    measurements.verified(4)
+    measurements.verified(4, 4)
     measurements.lost()
     snapshot = measurements.snapshot()
     assert (snapshot.step_s, snapshot.round_trip_s, snapshot.busy_s) == (0.02, 0.1, 0.03)
     assert (snapshot.unsure, snapshot.sure_confidence) == (0.5, 0.9)
     assert snapshot.confidence == pytest.approx(0.7)
     assert (snapshot.num_round_trips, snapshot.num_choices, snapshot.num_losses) == (1, 2, 1)
-    assert snapshot.tokens_per_round == 4
+    assert snapshot.acceptance == 1.0

@@ -77,9 +77,10 @@ class Device:
     def __init__(self, broker: MemoryBroker, deadline_ms: int) -> None:
         self.transport: MemoryTransport = broker.connect("d1")
         self.workers = Workers(self.transport, lambda worker: self.uplink.worker_changed(worker))
+        self.measurements = Measurements()
         self.uplink = Uplink(
             self.transport, self.workers, Open(SESSION, 1, BUNDLE, PROTOCOL, Sampling(), 64, deadline_ms), HIDDEN,
-            Measurements(),
+            self.measurements,
         )  # fmt: skip
         self.transport.subscribe(topics.to_device("d1", "+"), lambda _, payload: self.uplink.receive(payload))
         assert self.workers.why_none(BUNDLE) is None
@@ -145,6 +146,22 @@ def test_an_assist_comes_after_the_context_that_it_needs(device: Device, peer: P
         asking.join(WAIT_S)
     assert token is not None
     assert (token.token_id, token.logprob) == (7, -0.5)
+
+
+def test_an_answer_to_a_repeated_question_is_measured_too(broker: MemoryBroker, peer: Peer) -> None:
+    device = Device(broker, deadline_ms=3000)
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 1))
+        uplink.ask_verify(0, [7])
+        assert isinstance(peer.next(), Context)
+        first, again = peer.next(), peer.next()
+        assert isinstance(again, Verify)
+        assert first == again
+        peer.say(Verified(SESSION, again.request, 0, 1, None, (-0.5,)))
+        assert uplink.verdict(WAIT_S) is not None
+    assert device.measurements.snapshot().num_round_trips == 1
+    device.transport.close()
 
 
 def test_a_gap_is_mended_by_sending_again_from_there(device: Device, peer: Peer) -> None:

@@ -1,5 +1,7 @@
 """Drawing a token."""
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -120,6 +122,73 @@ def test_noise_is_the_same_on_every_machine() -> None:
     """Computed once and written down: a device and a worker of other makes have to agree."""
     expected = [2.256828494283607, 1.1092902635532502, -0.9115597107309736]
     np.testing.assert_allclose(gumbel(1, 2, np.array([0, 1, 49_151])), expected, rtol=1e-12)
+
+
+def test_noise_is_finite_for_every_hash() -> None:
+    """The token whose hash is all ones or all zeros, by undoing the hash."""
+    state = splitmix64(splitmix64(3) ^ 4)
+    tokens = np.array([unmix(bits) ^ state for bits in (0, (1 << 64) - 1)], np.uint64).view(np.int64)
+    noise = gumbel(3, 4, tokens)
+    assert np.isfinite(noise).all()
+    assert noise[0] < -3.6
+    assert noise[1] > 36
+
+
+def splitmix64(value: int) -> int:
+    """The first output of the public reference (https://prng.di.unimi.it/splitmix64.c) for a state of `value`."""
+    value = (value + 0x9E3779B97F4A7C15) % (1 << 64)
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % (1 << 64)
+    value = (value ^ value >> 27) * 0x94D049BB133111EB % (1 << 64)
+    return value ^ value >> 31
+
+
+def unmix(bits: int) -> int:
+    """The state whose first output is `bits`."""
+    value = bits ^ bits >> 31 ^ bits >> 62
+    value = value * pow(0x94D049BB133111EB, -1, 1 << 64) % (1 << 64)
+    value ^= value >> 27 ^ value >> 54
+    value = value * pow(0xBF58476D1CE4E5B9, -1, 1 << 64) % (1 << 64)
+    value ^= value >> 30 ^ value >> 60
+    return (value - 0x9E3779B97F4A7C15) % (1 << 64)
+
+
+def test_the_hash_is_splitmix64() -> None:
+    """Published outputs for the seeds 0 and 1234567."""
+    assert splitmix64(0) == 0xE220A8397B1DCDAF
+    assert splitmix64(1234567) == 6457827717110365317
+    assert unmix(splitmix64(987654321)) == 987654321
+    uniform = ((splitmix64(splitmix64(splitmix64(3) ^ 4) ^ 5) >> 12) + 0.5) / 2**52
+    assert gumbel(3, 4, np.array([5]))[0] == pytest.approx(-math.log(-math.log(uniform)), rel=1e-12)
+
+
+def neighbours_table(pairs: list[tuple[tuple[int, int], tuple[int, int]]]) -> float:
+    """Chi-square of drawing twice from 0.4, 0.3, 0.2, 0.1, against independent draws; 15 degrees of freedom."""
+    probabilities = np.array([0.4, 0.3, 0.2, 0.1])
+    candidates = np.log(probabilities).astype(np.float32)
+    counts = np.zeros((4, 4))
+    for pair in pairs:
+        one, other = (
+            draw(candidates, ids(candidates), position, Sampling(temperature=1.0, seed=seed)) for seed, position in pair
+        )
+        counts[one, other] += 1
+    expected = len(pairs) * np.outer(probabilities, probabilities)
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize(
+    ("seed_step", "position_step"), [(0, 1), (1, 0), (1, 1)], ids=["next position", "next seed", "both"]
+)
+def test_neighbouring_draws_are_independent(seed_step: int, position_step: int) -> None:
+    pairs = [((2 * i, 100), (2 * i + seed_step, 100 + position_step)) for i in range(4000)]
+    assert neighbours_table(pairs) < 37.70  # 99.9% point
+
+
+def test_many_seeds_at_one_position_give_the_distribution() -> None:
+    probabilities = np.array([0.3, 0.2, 0.15, 0.12, 0.1, 0.08, 0.04, 0.01])
+    candidates = np.log(probabilities).astype(np.float32)
+    chosen = [draw(candidates, ids(candidates), 17, Sampling(temperature=1.0, seed=seed)) for seed in range(8000)]
+    expected = 8000 * probabilities
+    assert (((np.bincount(chosen, minlength=8) - expected) ** 2) / expected).sum() < 24.32  # 99.9% point, 7 degrees
 
 
 def test_two_that_draw_from_similar_distributions_mostly_draw_the_same() -> None:
