@@ -105,7 +105,7 @@ class Engine:
             except PoolFullError as error:
                 can_ever_fit = self.memory.can_ever_fit(message.max_positions)
                 return self._refused(key, error.code, str(error), self._config.retry_after_ms if can_ever_fit else 0)
-        session.last_used = arrived
+        session.last_used, session.last_request = arrived, -1
         config = self._config
         return Opened(
             key.session, self._worker, session.received, config.max_chunk_bytes, config.window_bytes, CONTEXT_DTYPES

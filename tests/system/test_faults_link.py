@@ -10,12 +10,11 @@ from contextlib import ExitStack
 import pytest
 
 from edge_agent.config import AgentConfig
-from fleet.cli.state import COLLECTOR
 from fleet.manifest import Bundle
 from fleet.policy import CLOUD, Mode
 from tests.proxy import Proxy, Shape
 from tests.system.judge import judge, request
-from tests.system.process_fleet import ASKED, DEVICE, DEVICES, FIRST, SLOW, ProcessFleet, process_fleet
+from tests.system.process_fleet import DEVICE, DEVICES, FIRST, SLOW, ProcessFleet, process_fleet
 
 pytestmark = pytest.mark.mosquitto
 
@@ -74,10 +73,3 @@ def test_an_answer_outlives_its_devices_link(fleet: ProcessFleet, fault: Callabl
 @pytest.mark.parametrize("fault", [Proxy.reset, freeze_for_a_while])
 def test_answers_outlive_their_workers_link(fleet: ProcessFleet, fault: Callable[[Proxy], None]) -> None:
     fleet.answer_through(lambda: fault(fleet.links[FIRST]), may_neighbour_notice=True)
-
-
-def test_a_report_that_came_while_the_collector_was_away_is_counted(fleet: ProcessFleet) -> None:
-    fleet.links[COLLECTOR].refuse()
-    judge(fleet.bundle, ASKED, fleet.ask(ASKED))
-    fleet.links[COLLECTOR].heal()
-    fleet.check_counts()

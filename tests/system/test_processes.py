@@ -121,6 +121,9 @@ def test_an_operator_prompts_and_sees_the_counts(state: Path) -> None:
     assert set(result) == {
         "prompt", "text", "token_ids", "finish_reason", "sources", "offload_rate", "bytes_up", "bytes_down", "ttft_ms",
         "tpot_ms",
+        "round_trips",
+        "drafted",
+        "switches",
     }  # fmt: skip
 
     counted = before[0]["tokens"] + len(result["token_ids"])
