@@ -55,7 +55,6 @@ class Snapshot:
         step_s: seconds that the device takes for a token.
         round_trip_s: from a question to its answer, the worker's part included; `round_trip_spread_s` its mean
             deviation; `num_round_trips` on how many this rests.
-        busy_s: the worker's part of it, queue and computing.
         unsure: share of the tokens of which no exit was sure.
         confidence: mean probability that the device's own token is the cloud's; `sure_confidence` where an exit was
             sure.
@@ -67,7 +66,6 @@ class Snapshot:
     round_trip_s: float = 0.0
     round_trip_spread_s: float = 0.0
     num_round_trips: int = 0
-    busy_s: float = 0.0
     unsure: float = 0.0
     confidence: float = 0.0
     sure_confidence: float = 0.0
@@ -83,7 +81,6 @@ class Measurements:
 
     _step: Duration = field(default_factory=_duration)
     _round_trip: Duration = field(default_factory=_duration)
-    _busy: Duration = field(default_factory=_duration)
     _unsure: Mean = field(default_factory=_share)
     _confidence: Mean = field(default_factory=_share)
     _sure_confidence: Mean = field(default_factory=_share)
@@ -96,14 +93,13 @@ class Measurements:
         with self._lock:
             self._step.add(seconds)
 
-    def round_trip(self, seconds: float, busy_s: float) -> None:
-        """A question was answered; `busy_s` of the time it was with the worker.
+    def round_trip(self, seconds: float) -> None:
+        """A question was answered, the worker's time included.
 
         After a loss a long time is no outlier: the link has become slow.
         """
         with self._lock:
             self._round_trip.add(seconds, is_outlier_possible=not self._num_losses)
-            self._busy.add(busy_s)
             self._num_losses = 0
 
     def chose(self, confidence: float, *, is_sure: bool) -> None:
@@ -132,6 +128,6 @@ class Measurements:
         with self._lock:
             return Snapshot(
                 self._step.value, self._round_trip.value, self._round_trip.deviation, self._round_trip.count,
-                self._busy.value, self._unsure.value, self._confidence.value, self._sure_confidence.value,
+                self._unsure.value, self._confidence.value, self._sure_confidence.value,
                 self._confidence.count, self._acceptance.value, self._acceptance.count, self._num_losses,
             )  # fmt: skip

@@ -14,7 +14,6 @@ class Question:
     """An assist or a verify on its way; the cloud has `body.deadline_ms` from the time that it is sent."""
 
     body: Assist | Verify
-    survives_loss: bool
     answer: Token | Verified | None = None
     asked_at: float = 0.0
     send_at: float = 0.0
@@ -23,6 +22,11 @@ class Question:
     @property
     def wait_s(self) -> float:
         return self.body.deadline_ms / 1000
+
+    @property
+    def survives_loss(self) -> bool:
+        """Whether it waits for the next worker: nobody else can answer a verify."""
+        return isinstance(self.body, Verify)
 
     @property
     def num_positions(self) -> int:

@@ -38,8 +38,6 @@ LINK_CHECK_S: Final = 0.1
 IDLE_CHECK_S: Final = 1.0
 CLOSE_TIMEOUT_S: Final = 2.0
 NUM_TRIES: Final = 3  # what got no answer is sent again, evenly over its deadline
-
-
 RETRIABLE: Final = ("internal", "unknown_session")  # said without a time, and yet worth another try
 
 
@@ -65,6 +63,7 @@ class Uplink:
         self.session = opening.session
         self.worker: str | None = None
         self.note: str | None = None
+        self.refusal: Refused | None = None  # why no worker takes it, where asking again will not help
         self.num_assists = 0
         self.num_verifies = 0
         self.bytes_up = 0
@@ -81,7 +80,6 @@ class Uplink:
         self._worker_epoch: int | None = None
         self._question: Question | None = None
         self._num_questions = 0
-        self._refusal: Refused | None = None
         self._state = LinkState.IDLE
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._keep, name=f"session-{self.session[:8]}", daemon=True)
@@ -113,15 +111,6 @@ class Uplink:
         """Whether a worker has the session now."""
         return self._state is LinkState.OPEN
 
-    @property
-    def refusal(self) -> Refused | None:
-        """Why a worker would not have the session, where asking again will not help."""
-        return self._refusal
-
-    @property
-    def num_round_trips(self) -> int:
-        return self.num_assists + self.num_verifies
-
     def offer(self, hidden_states: Float32) -> None:
         """Queues the next positions' hidden states [n, hidden] float32 for upload; they are kept as FP16."""
         if not len(hidden_states):
@@ -148,7 +137,7 @@ class Uplink:
             if not self.may_answer:
                 return None
             body = Assist(self.session, self._num_questions, position, self._wait_ms(wait_ms))
-            self._ask(Question(body, survives_loss=False))
+            self._ask(Question(body))
             self.num_assists += 1
             deadline = time.monotonic() + body.deadline_ms / 1000
             while self._question and self._question.answer is None and time.monotonic() < deadline:
@@ -163,7 +152,7 @@ class Uplink:
         with self._changed:
             wait_ms = self._wait_ms(None)
             body = Verify(self.session, self._num_questions, self._outbox.branch, start, tuple(draft), wait_ms)
-            self._ask(Question(body, survives_loss=True))
+            self._ask(Question(body))
             self.num_verifies += 1
 
     def verdict(self, timeout_s: float) -> Verified | None:
@@ -172,7 +161,7 @@ class Uplink:
         with self._changed:
             question = self._question
             while question and question.answer is None and (left := deadline - time.monotonic()) > 0:
-                if self._state is LinkState.CLOSED or self._refusal:
+                if self._state is LinkState.CLOSED or self.refusal:
                     return None
                 self._changed.wait(min(left, LINK_CHECK_S))
             if question is None or not isinstance(question.answer, Verified):
@@ -259,7 +248,7 @@ class Uplink:
         self._advance(LinkEvent.OPENED)
         self.worker, self._worker_epoch = message.worker, self._workers.epoch(message.worker)
         self._num_failed_opens = 0
-        self._refusal = None
+        self.refusal = None
         self._outbox.begin(message)
         if self._question:
             self._question.renew(self._num_questions, self._outbox.branch)
@@ -273,14 +262,14 @@ class Uplink:
         question.answer = message
         self._outbox.acknowledge(message.start + 1 if isinstance(message, Verified) else message.position + 1)
         if question.num_sent:  # asked again or not: so long it took
-            self._measurements.round_trip(time.monotonic() - question.asked_at, message.busy_ms / 1000)
+            self._measurements.round_trip(time.monotonic() - question.asked_at)
 
     def _refused(self, message: Refused) -> None:
         if self._state is LinkState.OPEN and message.worker not in (None, self.worker):
             return  # another worker would not have taken it
         note = f"the worker refused ({message.code}): {message.message}"
         if self._state is LinkState.OPENING and message.retry_after_ms == 0 and message.code not in RETRIABLE:
-            self._refusal = message
+            self.refusal = message
         wait_s = 0.0 if message.code == "draining" else message.retry_after_ms / 1000  # others may take it now
         self._lose(LinkEvent.REFUSED, note, wait_s)
 

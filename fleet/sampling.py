@@ -31,8 +31,8 @@ def draw(logprobs: npt.NDArray[np.float32], token_ids: npt.NDArray[np.int64], po
     probabilities = np.exp(scaled)
     probabilities /= probabilities.sum()
     kept = int(np.searchsorted(np.cumsum(probabilities), sampling.top_p)) + 1
-    noise = gumbel(sampling.seed, position, token_ids[:kept])
-    return int(np.argmax(scaled[:kept] + noise[: len(scaled)]))
+    scaled = scaled[:kept]
+    return int(np.argmax(scaled + gumbel(sampling.seed, position, token_ids[: len(scaled)])))
 
 
 def gumbel(seed: int, position: int, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

@@ -109,7 +109,7 @@ def test_modes_follow_a_link_that_is_good_slow_gone_and_back() -> None:
         measurements.step(0.02)
         measurements.chose(0.97 if token % 5 < 2 else 0.5, is_sure=token % 5 < 2)
         if phase != 2:
-            measurements.round_trip({0: 0.015, 1: 0.25, 3: 0.015}[phase], 0.005)
+            measurements.round_trip({0: 0.015, 1: 0.25, 3: 0.015}[phase])
     assert set(followed[:100]) == {TOGETHER}
     assert followed[150] is VERIFIED
     assert set(followed[200:300]) == {ALONE}
@@ -125,7 +125,7 @@ def test_a_device_that_is_alone_on_a_good_link_measures_it_now_and_then() -> Non
     measurements = modes._measurements
     measurements.step(0.02)
     measurements.chose(0.5, is_sure=False)
-    measurements.round_trip(0.5, 0.1)
+    measurements.round_trip(0.5)
     followed = [modes.at(token, is_link_up=True) for token in range(3 * PROBE_TOKENS)]
     assert followed[MIN_TOKENS:].count(TOGETHER) == 2
     assert len(modes.switches) == 1

@@ -55,10 +55,10 @@ def test_a_long_round_trip_counts_fully_after_a_loss() -> None:
     after_loss, without = Measurements(), Measurements()
     for measurements in (after_loss, without):
         for _ in range(50):
-            measurements.round_trip(0.02, 0.005)
+            measurements.round_trip(0.02)
     after_loss.lost()
     for measurements in (after_loss, without):
-        measurements.round_trip(1.0, 0.005)
+        measurements.round_trip(1.0)
     assert without.snapshot().round_trip_s == pytest.approx(0.02 + 0.1 * 0.06)
     assert after_loss.snapshot().round_trip_s == pytest.approx(0.02 + 0.1 * 0.98)
 
@@ -68,20 +68,20 @@ def test_losses_are_forgotten_with_the_next_answer() -> None:
     measurements.lost()
     measurements.lost()
     assert measurements.snapshot().num_losses == 2
-    measurements.round_trip(0.1, 0.03)
+    measurements.round_trip(0.1)
     assert measurements.snapshot().num_losses == 0
 
 
 def test_what_was_reported_is_in_the_snapshot() -> None:
     measurements = Measurements()
     measurements.step(0.02)
-    measurements.round_trip(0.1, 0.03)
+    measurements.round_trip(0.1)
     measurements.chose(0.9, is_sure=True)
     measurements.chose(0.5, is_sure=False)
     measurements.verified(4, 4)
     measurements.lost()
     snapshot = measurements.snapshot()
-    assert (snapshot.step_s, snapshot.round_trip_s, snapshot.busy_s) == (0.02, 0.1, 0.03)
+    assert (snapshot.step_s, snapshot.round_trip_s) == (0.02, 0.1)
     assert (snapshot.unsure, snapshot.sure_confidence) == (0.5, 0.9)
     assert snapshot.confidence == pytest.approx(0.7)
     assert (snapshot.num_round_trips, snapshot.num_choices, snapshot.num_losses) == (1, 2, 1)

@@ -27,7 +27,7 @@ def verified(
     ],
 )
 def test_an_answer_that_fits_is_taken(body: Assist | Verify, answer: Token | Verified) -> None:
-    assert Question(body, survives_loss=False).is_answered_by(answer)
+    assert Question(body).is_answered_by(answer)
 
 
 @pytest.mark.parametrize(
@@ -47,11 +47,11 @@ def test_an_answer_that_fits_is_taken(body: Assist | Verify, answer: Token | Ver
     ids=str,
 )
 def test_an_answer_that_does_not_fit_is_none(body: Assist | Verify, answer: Token | Verified) -> None:
-    assert not Question(body, survives_loss=False).is_answered_by(answer)
+    assert not Question(body).is_answered_by(answer)
 
 
 def test_a_renewed_question_takes_no_answer_to_the_earlier_one() -> None:
-    question = Question(VERIFY, survives_loss=True)
+    question = Question(VERIFY)
     question.renew(request=4, branch=2)
     assert not question.is_answered_by(verified(2, None))
     assert question.is_answered_by(verified(2, None, request=4))
@@ -59,5 +59,5 @@ def test_a_renewed_question_takes_no_answer_to_the_earlier_one() -> None:
 
 
 def test_the_worker_needs_every_position_but_that_of_the_newest_guess() -> None:
-    assert Question(ASSIST, survives_loss=False).num_positions == 8
-    assert Question(VERIFY, survives_loss=True).num_positions == 9
+    assert Question(ASSIST).num_positions == 8
+    assert Question(VERIFY).num_positions == 9

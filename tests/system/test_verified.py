@@ -10,13 +10,15 @@ import pytest
 from benchmarks.whole_model import WholeModel
 from cloud_broker_worker.config import WorkerConfig
 from edge_agent.config import AgentConfig
+from fleet import topics
+from fleet.codec import encode
 from fleet.errors import PromptError
 from fleet.manifest import Bundle
-from fleet.messages import Sampling
+from fleet.messages import Close, Sampling
 from fleet.policy import Mode
 from fleet.prompt import PromptRequest
 from tests.conftest import MakeTinyBundle
-from tests.system.memory_fleet import DEVICE, WAIT_S, Answer, MemoryFleet, memory_fleet
+from tests.system.memory_fleet import DEVICE, WAIT_S, WORKER, Answer, MemoryFleet, memory_fleet
 
 PROMPTS = ("How warm is it?", "Say something about rivers.", "0123456789 " * 8)
 LAYOUTS = [((1,), 1), ((3,), 3), ((1, 2), 2), ((1, 3), 1), ((2, 3), 3), ((1, 2, 3), 2)]
@@ -112,9 +114,17 @@ def test_a_link_that_was_cut_delays_the_text_and_changes_nothing(tiny_bundle: Bu
 def test_a_worker_that_forgot_the_session_gets_it_again(tiny_bundle: Bundle) -> None:
     expected = WholeModel(tiny_bundle, num_threads=1).generate(PROMPTS[1], NUM_TOKENS)
     with memory_fleet() as fleet:
-        fleet.start_worker(tiny_bundle, WorkerConfig(num_threads=1, session_ttl_s=1e-3))
+        worker, _ = fleet.start_worker(tiny_bundle)
         fleet.start_device(tiny_bundle)
-        assert fleet.ask(verified(PROMPTS[1])).token_ids == expected
+
+        def forget() -> None:
+            (key,) = worker.engine.sessions
+            fleet.watcher.publish(topics.to_worker(WORKER, *key), encode(Close(key.session)))
+
+        answer = interrupted(fleet, verified(PROMPTS[1]), 5, forget)
+    assert answer.token_ids == expected
+    assert answer.last.note is not None
+    assert "unknown_session" in answer.last.note
 
 
 def test_without_the_cloud_it_ends_at_its_deadline_with_an_error(tiny_bundle: Bundle) -> None:
@@ -134,9 +144,11 @@ def test_a_worker_that_can_never_take_it_ends_it_at_once(tiny_bundle: Bundle) ->
 
 def test_a_cancelled_one_ends_while_it_waits(tiny_bundle: Bundle) -> None:
     with memory_fleet() as fleet:
-        fleet.start_device(tiny_bundle)
+        fleet.start_device(tiny_bundle, AgentConfig(num_threads=1, max_concurrent_requests=1))
         stream = fleet.client.ask(DEVICE, verified(PROMPTS[0]), timeout_s=0.2)
         with pytest.raises(Exception, match="did not answer"):
             next(stream)
+        cancelled = fleet.reports.get(timeout=WAIT_S)
+        assert (cancelled.finish_reason, cancelled.tokens) == ("cancelled", 0)
         fleet.start_worker(tiny_bundle)
         assert fleet.ask(verified(PROMPTS[0])).last.finish_reason in ("stop", "length")
