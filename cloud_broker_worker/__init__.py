@@ -1,1 +1,7 @@
-"""The cloud's side: the worker with the upper layers, and the broker between it and the devices."""
+"""The cloud's side: sessions of many devices, the model's upper layers as one batch, and the embedded broker."""
+
+import os
+
+# Read when torch loads. Its threads spin for less than a millisecond, from one small product to the next, and then
+# sleep: to sleep at once doubles the time of a step, to spin on burns the cores of an idle worker.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")

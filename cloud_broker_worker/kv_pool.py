@@ -43,21 +43,21 @@ class KvShape:
 
 
 class KvLease:
-    """One session's cache: `keys` and `values` [layers, kv_heads, capacity, head_dim]; positions [0, length) have run.
+    """One session's cache: `layers`, each keys and values [2, kv_heads, capacity, head_dim]; positions [0, length)
+    have run.
 
     Its memory is not touched before it is written, so that a short session in a long lease takes little.
     """
 
     def __init__(self, shape: KvShape, capacity: int) -> None:
-        size = shape.num_layers, shape.num_kv_heads, capacity, shape.head_dim
-        self.keys = torch.empty(size, dtype=shape.dtype)
-        self.values = torch.empty(size, dtype=shape.dtype)
+        size = shape.num_layers, 2, shape.num_kv_heads, capacity, shape.head_dim
+        self.layers = torch.empty(size, dtype=shape.dtype).unbind()
         self.capacity = capacity
         self.length = 0
 
     @property
     def num_bytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return sum(layer.nbytes for layer in self.layers)
 
 
 class HiddenStore:

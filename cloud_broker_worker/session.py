@@ -29,13 +29,14 @@ class Choice(NamedTuple):
 class Question:
     """An assist or a verify that waits. Both ask for the tokens after positions [first, stop).
 
-    `choices` are those that have been made, from `first` on.
+    `choices` are those that have been made, from `first` on. It has begun once a step had positions of its session.
     """
 
     message: Assist | Verify
     arrived: float
     expires: float
     choices: list[Choice] = field(default_factory=list)
+    has_begun: bool = False
 
     @property
     def draft(self) -> tuple[int, ...]:

@@ -60,39 +60,44 @@ def ragged_attention(
     attention_mask: None,
     *,
     spans: Sequence[Span],
+    scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query [1, heads, rows, d], key and value [1, kv_heads, rows, d] -> [1, rows, heads, d]."""
-    del attention_mask
-    out = torch.empty_like(query)
-    layer = module.layer_idx
+    del attention_mask, kwargs
+    heads, dim = query.shape[1], query.shape[-1]
+    num_rows, kv_heads = query.shape[2], key.shape[1]
+    both = torch.stack((key[0], value[0]))
+    scaled = query[0].transpose(0, 1) * scaling  # [rows, heads, d]
+    out = torch.empty(num_rows, heads, dim)
+    grouped, grouped_out = (rows.view(num_rows, kv_heads, -1, dim) for rows in (scaled, out))
     for span in spans:
-        keys, values = span.lease.keys[layer], span.lease.values[layer]
-        keys[:, span.start : span.stop] = key[0, :, span.rows]
-        values[:, span.start : span.stop] = value[0, :, span.rows]
+        cache = span.lease.layers[module.layer_idx]
+        cache[:, :, span.start : span.stop] = both[:, :, span.rows]
+        keys, values = cache[:, :, : span.stop]
         if span.stop - span.start == 1:
-            out[0, :, span.rows] = one_row_attention(
-                query[0, :, span.rows], keys[:, : span.stop], values[:, : span.stop], kwargs["scaling"]
-            )
+            row = span.rows.start
+            one_row_attention(grouped[row], keys, values, out=grouped_out[row])
             continue
-        out[:, :, span.rows] = scaled_dot_product_attention(
+        rows = scaled_dot_product_attention(
             query[:, :, span.rows],
-            keys[None, :, : span.stop],
-            values[None, :, : span.stop],
+            keys[None],
+            values[None],
             attn_mask=span.mask,
             is_causal=span.start == 0 and span.stop > 1,
-            scale=kwargs.get("scaling"),
+            scale=scaling,
             enable_gqa=True,
         )
-    return out.transpose(1, 2), None
+        out[span.rows] = rows[0].transpose(0, 1)
+    return out[None], None
 
 
-def one_row_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """query [heads, 1, d], keys and values [kv_heads, n, d] -> [heads, 1, d]; three small products, where the general
-    kernel costs more to call than to run."""
-    grouped = query.reshape(len(keys), -1, query.shape[-1])
-    scores = torch.bmm(grouped, keys.transpose(1, 2)).mul_(scale)
-    return torch.bmm(scores.softmax(-1), values).reshape(query.shape)
+def one_row_attention(query: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+    """query [kv_heads, group, d], scaled, keys and values [kv_heads, n, d] -> out [kv_heads, group, d].
+
+    Three small kernels, where the general one costs more to call than to run.
+    """
+    torch.bmm(torch.bmm(query, keys.transpose(1, 2)).softmax(-1), values, out=out)
 
 
 def make_spans(chunks: Sequence[Chunk]) -> list[Span]:

@@ -413,7 +413,7 @@ def test_only_the_guilty_of_a_batch_that_fails_is_given_up(bench: Bench) -> None
     bench.step()
     sick = bench.engine.sessions[SessionKey(DEVICE, "sick")]
     assert sick.lease
-    sick.lease.keys = sick.lease.keys.transpose(2, 3)
+    sick.lease.layers = tuple(layer.transpose(2, 3) for layer in sick.lease.layers)
     for session in ("sick", "beside"):
         bench.assist(3, request=1, session=session)
     answers = bench.step()
@@ -432,7 +432,8 @@ def test_a_session_without_finite_logits_is_refused_alone(bench: Bench) -> None:
     bench.step()
     sick_lease = bench.engine.sessions[SessionKey(DEVICE, "sick")].lease
     assert sick_lease
-    sick_lease.values.fill_(torch.nan)
+    for layer in sick_lease.layers:
+        layer[1].fill_(torch.nan)
     for session in ("sick", "beside"):
         bench.assist(3, request=1, session=session)
     answers = bench.step()

@@ -1,0 +1,44 @@
+"""Cloud partitions for measurements: the default model's layers from any one on, the first included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fleet.manifest import Bundle, Manifest, write_manifest
+from onnx_export.bundle import list_files, load_model
+from onnx_export.checkpoint import cache_folder
+from onnx_export.cloud import write_cloud
+from onnx_export.config import ExportConfig
+from onnx_export.sources import source_digest
+from onnx_export.staging import staged
+
+
+class CloudPartitions:
+    """Makes them, each once, and keeps them in the user's cache."""
+
+    def __init__(self, manifest: Manifest, progress: Callable[[str], None]) -> None:
+        """`manifest` is a bundle's of the default model."""
+        self._manifest = manifest
+        self._progress = progress
+        self._folder = cache_folder() / "bench" / source_digest()[:16]
+        self._model: Any = None
+
+    def bundle(self, layer: int) -> Bundle:
+        """A bundle with the cloud's side alone, layers [layer, num_layers)."""
+        folder = self._folder / f"cloud-{layer}"
+        if not folder.exists():
+            with staged(folder, self._progress) as partial:
+                self._write(partial, layer)
+        return Bundle.load(folder)
+
+    def _write(self, folder: Path, layer: int) -> None:
+        if self._model is None:
+            self._model, _ = load_model(ExportConfig(Path(), (1,)), self._progress)
+        self._progress(f"writing layers [{layer}, {self._manifest.model.num_layers}) for the cloud")
+        write_cloud(self._model, layer, folder / "cloud")
+        manifest = msgspec.structs.replace(self._manifest, upload_layer=layer, files=tuple(list_files(folder)))
+        write_manifest(folder, manifest)

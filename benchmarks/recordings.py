@@ -1,0 +1,96 @@
+"""Answers recorded as deployed: what a device would upload, how sure its exits are, how long its steps take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cloud_broker_worker.kv_pool import KvLease
+from cloud_broker_worker.upper_layers import Chunk, UpperLayers
+from edge_agent.cascade import Cascade
+from edge_agent.partition import Partition
+from edge_agent.tokenizer import ChatTokenizer
+from fleet.hidden_codec import Float16
+from fleet.manifest import Bundle
+from fleet.policy import exit_emits
+from fleet.prompt import ChatMessage
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The full model's greedy answer to a prompt.
+
+    `hidden_states` [n, hidden] float16 are those of the upload layer, and `token_ids` [n] the tokens of the same
+    positions, of which the first `num_prompt` are the prompt's. For the token after position ``num_prompt - 1 + i``
+    exit k has `confidence[i][k]`, and its block took `seconds[i][k]` with the LM head; the prompt took the first
+    block `prefill_s` in all.
+    """
+
+    token_ids: list[int]
+    num_prompt: int
+    hidden_states: Float16
+    confidence: list[list[float]]
+    seconds: list[list[float]]
+    prefill_s: float
+
+    @property
+    def num_answer(self) -> int:
+        """Tokens of the answer; of the last one there is no hidden state, for nobody asks what follows it."""
+        return len(self.confidence)
+
+    def exit_at(self, i: int, thresholds: Sequence[float]) -> int | None:
+        """The first exit that is sure enough for token `i` of the answer."""
+        pairs = zip(self.confidence[i], thresholds, strict=True)
+        return next((k for k, (confidence, threshold) in enumerate(pairs) if exit_emits(confidence, threshold)), None)
+
+
+def offload_rate(recordings: Sequence[Recording], thresholds: Sequence[float]) -> float:
+    """The share of tokens that no exit is sure of."""
+    asked = [r.exit_at(i, thresholds) is None for r in recordings for i in range(r.num_answer)]
+    return sum(asked) / len(asked)
+
+
+def record(
+    bundle: Bundle, upper: UpperLayers, prompts: Sequence[str], num_tokens: int, progress: Callable[[str], None]
+) -> list[Recording]:
+    """Answers of exactly `num_tokens` tokens, on one thread; an end-of-sequence token does not end them."""
+    partition, tokenizer = Partition(bundle, 1), ChatTokenizer(bundle)
+    pool = upper.new_pool(1 << 40)
+    recordings = []
+    for number, prompt in enumerate(prompts, 1):
+        progress(f"recording answer {number} of {len(prompts)}")
+        prompt_ids = tokenizer.encode_chat([ChatMessage("user", prompt)])
+        lease = pool.lease(len(prompt_ids) + num_tokens)
+        recordings.append(_record(partition, upper, lease, prompt_ids, num_tokens))
+        pool.take_back(lease)
+    return recordings
+
+
+def _record(
+    partition: Partition, upper: UpperLayers, lease: KvLease, prompt_ids: Sequence[int], num_tokens: int
+) -> Recording:
+    manifest = partition.manifest
+    block, num_exits = manifest.exits.index(manifest.upload_layer), len(manifest.exits)
+    cascade = Cascade(partition, len(prompt_ids) + num_tokens)
+    token_ids, waiting = list(prompt_ids), list(prompt_ids)
+    confidence, seconds, prefill_s = [], [], 0.0
+    for i in range(num_tokens):
+        start = cascade.num_filled(block)
+        cascade.append(waiting)
+        candidates, times = [], []
+        for k in range(num_exits):
+            began = time.perf_counter()
+            candidates.append(cascade.run(k))
+            times.append(time.perf_counter() - began)
+        rows = cascade.hidden_states(block, start).astype(np.float16)
+        logits = upper([Chunk(lease, rows, start, cascade.num_filled(block))])
+        waiting = [int(logits.argmax())]
+        token_ids += waiting
+        confidence.append([c.confidence for c in candidates])
+        prefill_s = prefill_s or sum(times)
+        seconds.append(times if i else [0.0] * num_exits)
+    hidden_states = cascade.hidden_states(block, 0).astype(np.float16)
+    return Recording(token_ids[:-1], len(prompt_ids), hidden_states, confidence, seconds, prefill_s)

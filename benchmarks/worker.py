@@ -1,0 +1,318 @@
+"""The worker's engine: positions a second by sessions, devices that one core serves, round trips a token.
+
+    fleet bench worker [--only throughput,devices,round-trips] [--weights float32] [--json]
+
+Devices replay answers that were recorded as they are deployed, with real hidden states; the engine really runs, in
+virtual time (benchmarks/replay.py). A collaborating device works its recorded step times on a core of its own, asks
+about what no exit is sure of and waits a link's round trip for it. A cloud-only stream is the full model in the same
+engine, with no link between its tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import median, quantiles
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Final, get_args
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.edge import machine, parse_list
+from benchmarks.fidelity import PROMPTS
+from benchmarks.partitions import CloudPartitions
+from benchmarks.recordings import Recording, offload_rate, record
+from benchmarks.replay import Device, Worker
+from cloud_broker_worker.config import Weights, WorkerConfig
+from cloud_broker_worker.upper_layers import Chunk, UpperLayers
+from fleet.cli.demo import DEVICE, follow, running_fleet
+from fleet.client import PromptClient
+from fleet.command import run_command
+from fleet.hidden_codec import Float16
+from fleet.manifest import Bundle
+from fleet.policy import Mode, exit_source
+from fleet.prompt import PromptRequest
+from fleet.prompt_file import read_prompts
+from onnx_export.default import default_bundle
+
+PARTS: Final = ("throughput", "devices", "round-trips")
+SESSIONS: Final = (1, 4, 16, 64)
+HALF_LAYER: Final = 15
+NUM_RECORDINGS: Final = 16
+ROUNDS: Final = 3
+THRESHOLDS: Final = (0.6, 0.7, 0.8, 0.95, 1.0)
+WARM_UP_S: Final = 4.0
+MAX_DEVICES: Final = 512
+POOL_BYTES: Final = 1 << 34
+
+Progress = Callable[[str], None]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+class WorkerBench:
+    """One run. Weights of the worker are float32 unless it is told otherwise."""
+
+    def __init__(self, bundle: Bundle, weights: Weights, num_tokens: int, progress: Progress) -> None:
+        self.bundle = bundle
+        self._weights = weights
+        self._progress = progress
+        self._partitions = CloudPartitions(bundle.manifest, progress)
+        upper = UpperLayers(bundle, 1)
+        prompts = read_prompts(PROMPTS)[:NUM_RECORDINGS]
+        self.recordings = record(bundle, upper, prompts, num_tokens, progress)
+        self._embedding = np.load(bundle.path("edge/embedding.npy"), mmap_mode="r")
+
+    def _layers(self, layer: int | None, num_threads: int) -> UpperLayers:
+        bundle = self.bundle if layer is None else self._partitions.bundle(layer)
+        return UpperLayers(bundle, num_threads, self._weights)
+
+    def _config(self, num_threads: int) -> WorkerConfig:
+        return WorkerConfig(num_threads=num_threads, kv_budget_bytes=POOL_BYTES, idle_after_s=1e9)
+
+    def uploads(self, recording: Recording) -> Float16:
+        """What a device of the shipped bundle sends."""
+        return recording.hidden_states
+
+    def embeddings(self, recording: Recording) -> Float16:
+        """What a worker with every layer starts from."""
+        rows: Float16 = self._embedding[recording.token_ids].astype(np.float16)
+        return rows
+
+    def agreement(self) -> float:
+        """The share of the tokens of float32 that the worker's weights choose, too."""
+        layers, equal = self._layers(None, 1), 0
+        pool = layers.new_pool(POOL_BYTES)
+        for recording in self.recordings:
+            length, num_asked = len(recording.token_ids), recording.num_answer - 1
+            lease = pool.lease(length)
+            logits = layers([Chunk(lease, recording.hidden_states[:-1], 0, length - 1, num_asked)])
+            equal += int((logits.argmax(-1).numpy() == recording.token_ids[recording.num_prompt :]).sum())
+            pool.take_back(lease)
+        return equal / sum(recording.num_answer - 1 for recording in self.recordings)
+
+    # Throughput.
+
+    def throughput(self, num_threads: int) -> dict[str, dict[str, float]]:
+        """Sessions that all ask for every token: medians over the rounds, a row for each number of sessions."""
+        layers = self._layers(None, num_threads)
+        rounds: dict[int, list[dict[str, float]]] = {n: [] for n in SESSIONS}
+        for i in range(ROUNDS + 1):
+            for n in SESSIONS:
+                self._progress(f"{n} sessions that ask for every token, round {i} of {ROUNDS}")
+                measured = self._ask_always(layers, n, num_threads)
+                if i:  # the first round warms up
+                    rounds[n].append(measured)
+        rows = {str(n): {key: median(row[key] for row in rows) for key in rows[0]} for n, rows in rounds.items()}
+        for n in SESSIONS:
+            speedups = (a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(rounds[n], rounds[1], strict=True))
+            rows[str(n)]["speedup"] = median(speedups)
+        return rows
+
+    def _ask_always(self, layers: UpperLayers, num_sessions: int, num_threads: int) -> dict[str, float]:
+        thresholds = [1.0] * len(self.bundle.manifest.exits)
+        devices = [
+            Device(f"device-{i}", layers.manifest.bundle_id, self.uploads, thresholds, works=False)
+            for i in range(num_sessions)
+        ]
+        worker = Worker(layers, self._config(num_threads), time.perf_counter)
+        worker.serve((device, device.run([r])) for device, r in zip(devices, cycle(self.recordings), strict=False))
+        worker.engine.check_integrity()
+        start = max(device.answers[0][1] for device in devices)  # all have their prompts behind them
+        stop = min(device.tokens[-1][0] for device in devices)
+        waits = [wait for device in devices for at, wait in device.tokens if start < at <= stop]
+        p50, p99 = quantiles(waits, n=100)[49], quantiles(waits, n=100)[98]
+        return {
+            "tokens_per_s": len(waits) / (stop - start),
+            "assist_p50_ms": 1e3 * p50,
+            "assist_p99_ms": 1e3 * p99,
+        }
+
+    def one_position(self, num_threads: int) -> dict[str, float]:
+        """Milliseconds for one position of one session, by the first layer of the cloud's side."""
+        taken = {}
+        for layer in dict.fromkeys((self.bundle.manifest.upload_layer, HALF_LAYER)):
+            layers = self._layers(layer, num_threads)
+            rounds = [self._ask_always(layers, 1, num_threads)["assist_p50_ms"] for _ in range(ROUNDS)]
+            taken[str(layer)] = median(rounds)
+        return taken
+
+    # Devices a worker.
+
+    def devices(self, p95_ms: float, link_s: float, seconds: float) -> dict[str, Any]:
+        """How many of each kind one core serves with 95% of the tokens within `p95_ms`, and the curve over offload."""
+        shipped = self.bundle.manifest.thresholds
+        whole, upper = self._layers(0, 1), self._layers(None, 1)
+        never = (1.0,) * len(shipped)
+        streams = self._most("cloud-only streams", whole, never, p95_ms, 0.0, seconds)
+        curve = []
+        for thresholds in (shipped, *((value,) * len(shipped) for value in THRESHOLDS)):
+            rate = offload_rate(self.recordings, thresholds)
+            title = f"devices at an offload rate of {rate:.3f}"
+            found = self._most(title, upper, thresholds, p95_ms, link_s, seconds)
+            curve.append({"thresholds": list(thresholds), "offload_rate": rate, **found})
+        return {
+            "collaborative": curve[0],
+            "cloud_only": streams,
+            "curve": sorted(curve, key=lambda p: p["offload_rate"]),
+        }
+
+    def _most(
+        self, title: str, layers: UpperLayers, thresholds: Sequence[float], p95_ms: float, link_s: float, seconds: float
+    ) -> dict[str, Any]:
+
+        def measure(number: int) -> float:
+            self._progress(f"{title}: {number}")
+            return self._p95_ms(layers, number, thresholds, link_s, seconds)
+
+        number, points = highest_within(p95_ms, measure)
+        return {"devices": number, "p95_ms": {str(n): p95 for n, p95 in sorted(points.items())}}
+
+    def _p95_ms(
+        self, layers: UpperLayers, num_devices: int, thresholds: Sequence[float], link_s: float, seconds: float
+    ) -> float:
+        is_whole = layers.manifest.upload_layer == 0
+        worker = Worker(layers, self._config(1), time.thread_time)
+        devices = [
+            Device(
+                f"device-{i}", layers.manifest.bundle_id, self.embeddings if is_whole else self.uploads, thresholds,
+                link_s, start_s=WARM_UP_S * i / num_devices, works=not is_whole,
+            )
+            for i in range(num_devices)
+        ]  # fmt: skip
+        until = WARM_UP_S + seconds
+        worker.serve(((d, d.run(self._endless(i))) for i, d in enumerate(devices)), until)
+        waits = [wait for device in devices for at, wait in device.tokens if at > WARM_UP_S]
+        return 1e3 * quantiles(waits, n=20)[18]
+
+    def _endless(self, first: int) -> Any:
+        return islice(cycle(self.recordings), first % len(self.recordings), None)
+
+    # Round trips.
+
+    def round_trips(self, num_prompts: int, num_tokens: int, console: Console) -> dict[str, float]:
+        """A token, in a fleet of real processes: broker, worker and one device."""
+        exits = [exit_source(layer) for layer in self.bundle.manifest.exits]
+        quiet = Console(quiet=True)
+        result = {}
+        with (
+            TemporaryDirectory(prefix="fleet-bench-") as folder,
+            running_fleet(self.bundle.folder, Path(folder), console) as (_, transport),
+        ):
+            client = PromptClient(transport)
+            for mode in (Mode.COLLABORATIVE, Mode.VERIFIED):
+                answers = []
+                for number, prompt in enumerate(read_prompts(PROMPTS)[:num_prompts], 1):
+                    self._progress(f"{mode}: answer {number} of {num_prompts}")
+                    request = PromptRequest(prompt=prompt, max_new_tokens=num_tokens, mode=mode)
+                    answers.append(follow(quiet, client, DEVICE, request, exits))
+                result[str(mode)] = sum(a.round_trips for a in answers) / sum(len(a.token_ids) for a in answers)
+        return result
+
+    def session_bytes(self) -> dict[str, int]:
+        """Memory of the worker for each position of a session."""
+        shape = self._layers(None, 1).new_pool(1).shape
+        return {"cache": shape.cache_bytes, "hidden_states": shape.hidden_bytes}
+
+
+def highest_within(limit: float, measure: Callable[[int], float]) -> tuple[int, dict[int, float]]:
+    """The highest number, to a sixteenth of itself, whose measure is within a limit, and what was measured.
+
+    Doubled until it is not, then halved in between.
+    """
+    points: dict[int, float] = {}
+    low, high = 0, 1
+    while points.setdefault(high, measure(high)) <= limit and high < MAX_DEVICES:
+        low, high = high, 2 * high
+    while high - low > max(1, low // 16):
+        middle = (low + high) // 2
+        points[middle] = measure(middle)
+        low, high = (middle, high) if points[middle] <= limit else (low, middle)
+    return low, points
+
+
+@app.command()
+def run(
+    only: Annotated[str, typer.Option(help="Parts to run.")] = ",".join(PARTS),
+    weights: Annotated[str, typer.Option(help="Of the worker: float32, int8 or int4.")] = "float32",
+    threads: Annotated[int, typer.Option(min=1, help="Of the worker, for throughput.")] = os.cpu_count() or 1,
+    tokens: Annotated[int, typer.Option(min=8, help="Of each answer.")] = 48,
+    p95_ms: Annotated[float, typer.Option(min=1, help="Time per token that 95% keep within.")] = 100.0,
+    rtt_ms: Annotated[float, typer.Option(min=0, help="Round trip of a device's link.")] = 20.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Length of a measurement of devices, after a warm-up.")] = 8.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Measure what one worker serves."""
+    parts = parse_list(only, PARTS, "part")
+    (chosen,) = parse_list(weights, get_args(Weights), "kind of weights")
+    console = Console(stderr=True)
+
+    def progress(line: str) -> None:
+        console.print(line, style="dim", highlight=False)
+
+    bundle = Bundle.load(default_bundle(progress))
+    bench = WorkerBench(bundle, chosen, tokens, progress)  # type: ignore[arg-type]  # checked above
+    result: dict[str, Any] = {
+        "machine": machine(), "torch": torch.__version__, "bundle_id": bundle.manifest.bundle_id, "weights": chosen,
+        "bytes_per_position": bench.session_bytes(),
+    }  # fmt: skip
+    if "throughput" in parts:
+        result |= {
+            "threads": threads,
+            "sessions": bench.throughput(threads),
+            "one_position_ms": bench.one_position(threads),
+        }
+    if "devices" in parts:
+        found = bench.devices(p95_ms, rtt_ms / 2e3, seconds)
+        result["devices_per_worker"] = {kind: found[kind]["devices"] for kind in ("collaborative", "cloud_only")}
+        result |= {"p95_ms": p95_ms, "rtt_ms": rtt_ms, "devices": found}
+    if "round-trips" in parts:
+        result["round_trips_per_token"] = bench.round_trips(len(bench.recordings), tokens, console)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_result(Console(), result)
+
+
+def print_result(console: Console, result: dict[str, Any]) -> None:
+    """Tables for what was measured."""
+    if rows := result.get("sessions"):
+        table = Table(title=f"sessions that ask for every token, {result['threads']} threads", title_justify="left")
+        for header in ("sessions", "tokens/s", "of one session's", "p50, ms", "p99, ms"):
+            table.add_column(header, justify="right")
+        for number, row in rows.items():
+            table.add_row(
+                number, f"{row['tokens_per_s']:.0f}", f"{row['speedup']:.2f}", f"{row['assist_p50_ms']:.1f}",
+                f"{row['assist_p99_ms']:.1f}",
+            )  # fmt: skip
+        console.print(table)
+        for layer, taken in result["one_position_ms"].items():
+            console.print(f"one position from layer {layer} on: {taken:.1f} ms", highlight=False)
+    if found := result.get("devices"):
+        title = f"on one core, 95% of the tokens within {result['p95_ms']:g} ms, round trip {result['rtt_ms']:g} ms"
+        table = Table(title=title, title_justify="left")
+        for header in ("thresholds", "offload rate", "devices", "of cloud-only's"):
+            table.add_column(header, justify="right")
+        whole = found["cloud_only"]["devices"]
+        table.add_row("cloud-only streams", "1.000", str(whole), "1.00")
+        for point in found["curve"]:
+            named = ", ".join(f"{value:.3f}" for value in point["thresholds"])
+            ratio = point["devices"] / whole if whole else float("inf")
+            table.add_row(named, f"{point['offload_rate']:.3f}", str(point["devices"]), f"{ratio:.2f}")
+        console.print(table)
+    if "agreement" in result:
+        console.print(f"agreement of {result['weights']} with float32: {result['agreement']:.4f}", highlight=False)
+    for mode, rate in result.get("round_trips_per_token", {}).items():
+        console.print(f"{mode}: {rate:.3f} round trips a token", highlight=False)
+
+
+if __name__ == "__main__":
+    run_command("benchmarks.worker", app)

@@ -1,0 +1,104 @@
+"""The worker's benchmark on the tiny model: recordings are the whole model's, and a replay asks what they say."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+
+from benchmarks.recordings import Recording, offload_rate, record
+from benchmarks.replay import Device, Worker
+from benchmarks.whole_model import WholeModel
+from benchmarks.worker import highest_within
+from cloud_broker_worker.config import WorkerConfig
+from cloud_broker_worker.upper_layers import UpperLayers
+from fleet.hidden_codec import Float16
+from fleet.manifest import Bundle
+
+PROMPTS = ("How warm is it?", "Say something about rivers.")
+NUM_TOKENS = 8
+STEP_S = 0.25
+
+
+@pytest.fixture(scope="module")
+def upper(tiny_bundle: Bundle) -> UpperLayers:
+    return UpperLayers(tiny_bundle, 1)
+
+
+@pytest.fixture(scope="module")
+def recordings(tiny_bundle: Bundle, upper: UpperLayers) -> list[Recording]:
+    return record(tiny_bundle, upper, PROMPTS, NUM_TOKENS, lambda _: None)
+
+
+def uploads(recording: Recording) -> Float16:
+    return recording.hidden_states
+
+
+def ticks() -> Callable[[], float]:
+    """A clock on which everything takes `STEP_S` seconds."""
+    counter = itertools.count()
+    return lambda: STEP_S * next(counter)
+
+
+def worker_of(upper: UpperLayers, budget_bytes: int = 1 << 30) -> Worker:
+    return Worker(upper, WorkerConfig(num_threads=1, kv_budget_bytes=budget_bytes), ticks())
+
+
+def replay(upper: UpperLayers, recordings: list[Recording], thresholds: tuple[float, ...]) -> Device:
+    device = Device("d1", upper.manifest.bundle_id, uploads, thresholds, works=False)
+    worker = worker_of(upper)
+    worker.serve([(device, device.run(recordings))])
+    assert not worker.engine.sessions
+    worker.engine.check_integrity()
+    return device
+
+
+def test_a_recording_is_the_whole_models_answer(tiny_bundle: Bundle, recordings: list[Recording]) -> None:
+    whole = WholeModel(tiny_bundle, num_threads=1)
+    for prompt, recording in zip(PROMPTS, recordings, strict=True):
+        answer = recording.token_ids[recording.num_prompt :]
+        assert recording.num_answer == NUM_TOKENS
+        assert len(recording.hidden_states) == len(recording.token_ids)
+        assert answer == whole.generate(prompt, NUM_TOKENS - 1)[: len(answer)]
+
+
+def test_the_offload_rate_is_that_of_the_exits_that_are_sure(recordings: list[Recording]) -> None:
+    assert offload_rate(recordings, (1.0, 1.0)) == 1.0
+    assert offload_rate(recordings, (0.0, 1.0)) == 0.0
+    middle = sorted(c[0] for r in recordings for c in r.confidence)[NUM_TOKENS]
+    assert offload_rate(recordings, (middle, 1.0)) == pytest.approx(0.5)
+
+
+def test_a_device_with_all_exits_off_waits_for_the_worker_at_every_token(
+    upper: UpperLayers, recordings: list[Recording]
+) -> None:
+    device = replay(upper, recordings, (1.0, 1.0))
+    assert len(device.answers) == len(PROMPTS)
+    assert len(device.tokens) == len(PROMPTS) * (NUM_TOKENS - 1)
+    assert min(seconds for _, seconds in device.tokens) >= STEP_S
+
+
+def test_a_device_whose_exits_are_always_sure_never_waits(upper: UpperLayers, recordings: list[Recording]) -> None:
+    device = replay(upper, recordings, (0.0, 0.0))
+    assert len(device.tokens) == len(PROMPTS) * (NUM_TOKENS - 1)
+    assert {seconds for _, seconds in device.tokens} == {0.0}
+
+
+def test_a_refusal_ends_the_measurement(upper: UpperLayers, recordings: list[Recording]) -> None:
+    device = Device("d1", upper.manifest.bundle_id, uploads, (1.0, 1.0))
+    with pytest.raises(RuntimeError, match="refused d1: busy"):
+        worker_of(upper, budget_bytes=1).serve([(device, device.run(recordings))])
+
+
+def test_the_highest_number_within_a_limit_is_found_to_a_sixteenth() -> None:
+    asked = []
+
+    def measure(number: int) -> float:
+        asked.append(number)
+        return number / 10
+
+    number, points = highest_within(10.0, measure)
+    assert 94 <= number <= 100
+    assert points == {n: n / 10 for n in asked}
+    assert highest_within(0.05, measure)[0] == 0
