@@ -13,9 +13,18 @@ from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig, Quantization
 from onnx_export.default import default_bundle
 from onnx_export.heads import HeadKind
+from tests.postgresql import empty_url as empty_url  # fixtures
+from tests.postgresql import postgresql as postgresql
+from tests.postgresql import registry_url as registry_url
 from tests.tiny import make_tiny_checkpoint, make_tiny_heads
 
 MakeTinyBundle = Callable[..., Bundle]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long the test of exact answers under faults is."""
+    parser.addoption("--answers", type=int, default=5, help="prompts of the default model that are asked")
+    parser.addoption("--answer-tokens", type=int, default=48, help="tokens of each answer, at most")
 
 
 @pytest.fixture(scope="session")

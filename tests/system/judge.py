@@ -44,7 +44,7 @@ def judge(bundle: Bundle, asked: PromptRequest, answer: Answer) -> None:
     assert len(answer.token_ids) == asked.max_new_tokens or answer.last.finish_reason == "stop"
     with _LOCK:
         differences = _whole(bundle.folder).differences(asked.prompt, answer.token_ids)
-    not_whole = {difference.index for difference in differences}
+    not_whole = {difference.number for difference in differences}
     from_cloud = {i for i, reply in enumerate(answer.replies) if reply.source == CLOUD}
     assert not not_whole & from_cloud
 
