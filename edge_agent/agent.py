@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
@@ -23,6 +24,8 @@ from edge_agent.measurements import Measurements
 from edge_agent.modes import Modes
 from edge_agent.partition import Partition
 from edge_agent.plan import MB, Plan, Planner
+from edge_agent.reporter import Reporter
+from edge_agent.reports import ReportOutbox
 from edge_agent.runtime import check_instruction_set, is_out_of_memory
 from edge_agent.tokenizer import ChatTokenizer, TextStream
 from edge_agent.turns import Turns
@@ -36,7 +39,7 @@ from fleet.manifest import Bundle
 from fleet.messages import PROTOCOL, Close, Open, Opened
 from fleet.policy import Mode, offload_rate
 from fleet.prompt import ErrorInfo, Reply, Usage, parse_prompt
-from fleet.report import DeviceStatus, GenerationReport, encode_report, encode_status
+from fleet.report import DeviceStatus, GenerationReport, encode_status
 from fleet.transport import Transport
 
 log = logging.getLogger(__name__)
@@ -48,8 +51,13 @@ MAX_FINISHED: Final = 32  # answers kept for an app that has missed some of its 
 class Agent:
     """Serves one device. Use as a context manager; it announces itself and serves until it is closed."""
 
-    def __init__(self, transport: Transport, bundle: Bundle, config: AgentConfig) -> None:
-        """Raises BundleError or FleetError when the model does not load or the thresholds do not fit its exits."""
+    def __init__(
+        self, transport: Transport, bundle: Bundle, config: AgentConfig, reports_file: Path | None = None
+    ) -> None:
+        """Reports that wait for the collector are kept in `reports_file`, or else in memory.
+
+        Raises BundleError or FleetError when the model does not load or the thresholds do not fit its exits.
+        """
         check_instruction_set(bundle.manifest)
         self.name = transport.name
         self._transport = transport
@@ -69,6 +77,7 @@ class Agent:
         self._stopping = False
         self._lock = threading.Lock()
         self._workers = Workers(transport, self._worker_changed)
+        self._reporter = Reporter(transport, ReportOutbox(reports_file, config.max_kept_reports))
         self._planning = threading.Thread(target=self._plan_all, name=f"plan-{self.name}", daemon=True)
         self._answering = [
             threading.Thread(target=self._answer_all, name=f"answer-{self.name}-{i}", daemon=True)
@@ -78,6 +87,7 @@ class Agent:
     def __enter__(self) -> Self:
         for thread in (self._planning, *self._answering):
             thread.start()
+        self._reporter.__enter__()
         own = topics.PREFIX, self.name
         self._transport.subscribe("{}/d/{}/s/+".format(*own), self._on_session)
         self._transport.subscribe("{}/d/{}/cancel/+/+".format(*own), self._on_cancel, qos=1)
@@ -100,6 +110,7 @@ class Agent:
         self._jobs.close()
         for thread in self._answering:
             thread.join(max(0.0, deadline - time.monotonic()))
+        self._reporter.__exit__(kind, error, traceback)
         self._publish(topics.device_status(self.name), self.will(), qos=1, retain=True)
 
     @staticmethod
@@ -235,14 +246,14 @@ class Agent:
             with uplink or nullcontext():
                 finish_reason = self._generate(job, plan, text)
         except PromptError:  # late, or without the cloud: what was emitted until then counts all the same
-            self._publish(topics.device_stats(self.name), encode_report(self._report(job, plan, "error")), qos=1)
+            self._reporter.add(self._report(job, plan, "error"))
             raise
         report = self._report(job, plan, finish_reason)
+        self._reporter.add(report)
         self._stream(job, Reply(
             len(job.replies), text.flush(), done=True, finish_reason=finish_reason, usage=_usage(report),
             bundle_id=report.bundle_id, note=uplink.note if uplink else None,
         ))  # fmt: skip
-        self._publish(topics.device_stats(self.name), encode_report(report), qos=1)
 
     def _generate(self, job: Job, plan: Plan, text: TextStream) -> str:
         """Streams the answer's tokens; gives the reason why it ended."""

@@ -32,6 +32,7 @@ def run(
 
         from edge_agent.agent import Agent
         from edge_agent.config import AgentConfig
+        from edge_agent.reports import REPORTS_FILE
     except ImportError as error:
         raise MissingExtraError(
             f"a device needs {error.name}, which is not installed; run: pip install 'cecollm-fleet[edge]'"
@@ -58,7 +59,8 @@ def run(
     loaded = Bundle.load(model, ("edge", "tokenizer"))
     stop = stop_event()
     will = Will(topics.device_status(identity.name), Agent.will())
-    with MqttTransport.connect(identity, will=will) as transport, Agent(transport, loaded, config):
+    reports_file = folder / REPORTS_FILE
+    with MqttTransport.connect(identity, will=will) as transport, Agent(transport, loaded, config, reports_file):
         manifest = loaded.manifest
         exits = ", ".join(map(str, manifest.exits))
         print(

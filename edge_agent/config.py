@@ -23,7 +23,8 @@ Provider = Literal["auto", "cpu", "cuda"]
 class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What an operator may set on a device. `thresholds` empty means those of the bundle.
 
-    `max_queued_requests` counts those that are being answered, too.
+    `max_queued_requests` counts those that are being answered, too. `max_kept_reports` is how many reports wait on disk
+    for the collector before the oldest are summed up.
     """
 
     mode: Mode = Mode.COLLABORATIVE
@@ -34,6 +35,7 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     max_new_tokens: Annotated[int, Meta(ge=1)] = 128
     max_concurrent_requests: Annotated[int, Meta(ge=1, le=64)] = 4
     max_queued_requests: Annotated[int, Meta(ge=1, le=1000)] = 8
+    max_kept_reports: Annotated[int, Meta(ge=256, le=1 << 20)] = 10_000
     cache_budget_mb: Annotated[int, Meta(ge=1, le=1 << 20)] = 512
     assist_deadline_ms: DeadlineMs = 3000
     answer_deadline_ms: DeadlineMs = 300_000

@@ -32,7 +32,8 @@ RULES: Final[dict[Role, dict[Action, tuple[str, ...]]]] = {
             "d/{name}/status", "d/{name}/reply/+/+", "d/{name}/stats", "open/{name}", "w/+/{name}/+",
         ),
         Action.SUBSCRIBE: (
-            "d/{name}/config", "d/{name}/prompt/+/+", "d/{name}/cancel/+/+", "d/{name}/s/+", "w/+/status",
+            "d/{name}/config", "d/{name}/prompt/+/+", "d/{name}/cancel/+/+", "d/{name}/s/+", "d/{name}/reported",
+            "w/+/status",
         ),
     },
     Role.APP: {
@@ -44,7 +45,7 @@ RULES: Final[dict[Role, dict[Action, tuple[str, ...]]]] = {
         Action.SUBSCRIBE: ("open/+", "w/{name}/+/+"),
     },
     Role.SERVER: {
-        Action.PUBLISH: ("d/+/config", "d/+/prompt/{name}/+", "d/+/cancel/{name}/+"),
+        Action.PUBLISH: ("d/+/config", "d/+/reported", "d/+/prompt/{name}/+", "d/+/cancel/{name}/+"),
         Action.SUBSCRIBE: ("d/+/status", "d/+/stats", "d/+/reply/{name}/+", "w/+/status"),
     },
 }  # fmt: skip

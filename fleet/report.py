@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeAlias, TypeVar
+from typing import Annotated, Final, TypeAlias, TypeVar
 
 import msgpack
 import msgspec
@@ -13,12 +13,15 @@ from fleet.messages import Id
 
 MAX_REPORT_BYTES = 16 * 1024
 MAX_STATUS_BYTES = 16 * 1024
+MAX_RECEIPT_BYTES = 256 * 1024
+MAX_RECEIPT_ITEMS = 1024
+MAX_LABEL_LENGTH = 200
 
 Amount: TypeAlias = Annotated[int, Meta(ge=0, le=1 << 53)]
 Milliseconds: TypeAlias = Annotated[float, Meta(ge=0, le=1e12)]
 # Seconds since 1970, UTC, up to the year 9999: what a calendar can show.
 Timestamp: TypeAlias = Annotated[float, Meta(ge=0, lt=253_402_300_800)]
-Label: TypeAlias = Annotated[str, Meta(max_length=200)]
+Label: TypeAlias = Annotated[str, Meta(max_length=MAX_LABEL_LENGTH)]
 Source: TypeAlias = Annotated[str, Meta(pattern=r"\A(exit:[0-9]{1,4}|cloud|fallback|lookup)\Z")]
 
 
@@ -31,7 +34,10 @@ class Switch(Struct, frozen=True):
 
 
 class GenerationReport(Struct, frozen=True):
-    """One answer, counted. `generation` is unique in the fleet, so a report that comes twice counts once."""
+    """One answer, counted. `generation` is unique in the fleet, so a report that comes twice counts once.
+
+    With `answers` above 1 it is the sum of so many, made by a device that had no room for all of them.
+    """
 
     generation: Id
     app: Id
@@ -53,6 +59,17 @@ class GenerationReport(Struct, frozen=True):
     verifies: Amount = 0
     drafted: Amount = 0
     switches: tuple[Switch, ...] = ()
+    answers: Annotated[int, Meta(ge=1, le=1 << 53)] = 1
+
+
+class ReportReceipt(Struct, frozen=True):
+    """What has become of a device's reports: none of these generations needs to be sent again.
+
+    `refused` gives the reason why a report can never be stored. A receipt of nothing says that the collector is there.
+    """
+
+    stored: tuple[Id, ...] = ()
+    refused: dict[Id, Label] = {}
 
 
 class DeviceStatus(Struct, frozen=True):
@@ -86,12 +103,46 @@ def decode_report(payload: bytes) -> GenerationReport:
     if len(payload) > MAX_REPORT_BYTES:
         raise OversizedError(f"expected a report of at most {MAX_REPORT_BYTES} bytes, got {len(payload)}")
     try:
-        raw = msgpack.unpackb(
-            payload, max_str_len=4096, max_map_len=256, max_array_len=256, max_bin_len=0, max_ext_len=0
-        )
-        return msgspec.convert(raw, GenerationReport)
-    except (ValueError, RecursionError, msgpack.exceptions.UnpackException) as error:
+        return msgspec.convert(_unpack(payload, max_items=256), GenerationReport)
+    except NO_MESSAGE as error:
         raise DecodeError(f"expected a generation report, got {len(payload)} bytes that are none: {error}") from None
+
+
+def generation_of(payload: bytes) -> str | None:
+    """The generation that bytes which are no report speak of, if they do: that much is needed to refuse them."""
+    try:
+        return msgspec.convert(_unpack(payload[:MAX_REPORT_BYTES], max_items=256), _Named).generation
+    except NO_MESSAGE:
+        return None
+
+
+def encode_receipt(receipt: ReportReceipt) -> bytes:
+    packed: bytes = msgpack.packb(msgspec.to_builtins(receipt))
+    return packed
+
+
+def decode_receipt(payload: bytes) -> ReportReceipt:
+    """Raises OversizedError or DecodeError."""
+    if len(payload) > MAX_RECEIPT_BYTES:
+        raise OversizedError(f"expected a receipt of at most {MAX_RECEIPT_BYTES} bytes, got {len(payload)}")
+    try:
+        return msgspec.convert(_unpack(payload, max_items=MAX_RECEIPT_ITEMS), ReportReceipt)
+    except NO_MESSAGE as error:
+        raise DecodeError(f"expected a receipt, got {len(payload)} bytes that are none: {error}") from None
+
+
+class _Named(Struct):
+    generation: Id
+
+
+NO_MESSAGE: Final = (ValueError, RecursionError, msgpack.exceptions.UnpackException)
+
+
+def _unpack(payload: bytes, max_items: int) -> object:
+    value: object = msgpack.unpackb(
+        payload, max_str_len=4096, max_map_len=max_items, max_array_len=max_items, max_bin_len=0, max_ext_len=0
+    )
+    return value
 
 
 def encode_status(status: DeviceStatus | WorkerStatus) -> bytes:

@@ -37,6 +37,11 @@ def device_stats(device: str) -> str:
     return f"{PREFIX}/d/{device}/stats"
 
 
+def device_reported(device: str) -> str:
+    """Where the collector acknowledges what came on `device_stats`."""
+    return f"{PREFIX}/d/{device}/reported"
+
+
 def prompt(device: str, app: str, request: str) -> str:
     return f"{PREFIX}/d/{device}/prompt/{app}/{request}"
 

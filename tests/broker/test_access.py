@@ -139,6 +139,7 @@ def test_the_name_in_identity_json_cannot_be_anothers(amqtt_site: Site) -> None:
         ("a1", topics.prompt("d1", "a2", "r1"), "d1", "ce/v1/d/d1/prompt/+/+", "a1", topics.prompt("d1", "a1", "r1")),
         ("a1", topics.cancel("d2", "a1", "r1"), "d2", "ce/v1/d/d2/cancel/+/+", "a2", topics.cancel("d2", "a2", "r1")),
         ("a1", "ce/v1/d/d1/config", "d1", "ce/v1/d/d1/config", "s1", "ce/v1/d/d1/config"),
+        ("w1", topics.device_reported("d1"), "d1", "ce/v1/d/d1/reported", "s1", topics.device_reported("d1")),
         ("d1", "ce/v1/d/d1/config", "d1", "ce/v1/d/d1/config", "s1", "ce/v1/d/d1/config"),
         ("d1", topics.worker_status("w1"), "s1", topics.WORKER_STATUS_FILTER, "w1", topics.worker_status("w1")),
         ("w2", topics.worker_status("w1"), "d1", topics.WORKER_STATUS_FILTER, "w1", topics.worker_status("w1")),

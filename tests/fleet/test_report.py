@@ -8,15 +8,20 @@ import pytest
 
 from fleet.errors import DecodeError, OversizedError
 from fleet.report import (
+    MAX_RECEIPT_BYTES,
     MAX_REPORT_BYTES,
     MAX_STATUS_BYTES,
     DeviceStatus,
     GenerationReport,
+    ReportReceipt,
     WorkerStatus,
+    decode_receipt,
     decode_report,
     decode_status,
+    encode_receipt,
     encode_report,
     encode_status,
+    generation_of,
 )
 
 REPORT = GenerationReport(
@@ -89,6 +94,46 @@ def test_bytes_that_are_no_report_are_refused(payload: bytes) -> None:
 def test_a_report_that_is_too_large_is_refused_before_it_is_read() -> None:
     with pytest.raises(OversizedError, match=f"got {MAX_REPORT_BYTES + 1}"):
         decode_report(bytes(MAX_REPORT_BYTES + 1))
+
+
+def test_a_report_of_a_device_that_knows_no_sums_is_one_answer() -> None:
+    old = {name: value for name, value in msgspec.to_builtins(REPORT).items() if name != "answers"}
+    assert decode_report(msgpack.packb(old)).answers == 1
+
+
+@pytest.mark.parametrize(
+    ("payload", "generation"),
+    [
+        (altered(tokens=-1), "g1"),
+        (altered(generation="../g"), None),
+        (msgpack.packb({"generation": "g2"}), "g2"),
+        (b"\xc1", None),
+        (b"\x91" * 10_000, None),
+        (altered(app="a" * MAX_REPORT_BYTES), None),
+    ],
+)
+def test_what_is_no_report_may_still_say_which_it_was_to_be(payload: bytes, generation: str | None) -> None:
+    assert generation_of(payload) == generation
+
+
+@pytest.mark.parametrize(
+    "receipt", [ReportReceipt(), ReportReceipt(("g1", "g2")), ReportReceipt(("g1",), {"g3": "does not add up"})]
+)
+def test_a_receipt_comes_back_as_it_was(receipt: ReportReceipt) -> None:
+    assert decode_receipt(encode_receipt(receipt)) == receipt
+
+
+@pytest.mark.parametrize(
+    "raw", [[], {"stored": "g1"}, {"stored": ["../g"]}, {"refused": {"g1": 7}}, {"stored": ["g"] * 2000}]
+)
+def test_what_is_no_receipt_is_refused(raw: object) -> None:
+    with pytest.raises(DecodeError, match="expected a receipt"):
+        decode_receipt(msgpack.packb(raw))
+
+
+def test_a_receipt_that_is_too_large_is_refused_before_it_is_read() -> None:
+    with pytest.raises(OversizedError, match=f"got {MAX_RECEIPT_BYTES + 1}"):
+        decode_receipt(bytes(MAX_RECEIPT_BYTES + 1))
 
 
 @pytest.mark.parametrize(
