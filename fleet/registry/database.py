@@ -1,4 +1,4 @@
-"""Opening the registry's database: SQLite by default, any SQLAlchemy URL, brought to the newest tables."""
+"""Opening the registry's database, SQLite or PostgreSQL, and bringing it to the newest tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Final
 import alembic.command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, func, select
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
@@ -21,20 +21,23 @@ from fleet.errors import MissingExtraError, RegistryError
 BUSY_TIMEOUT_S: Final = 30.0
 """How long a write waits while another process writes to the same SQLite file."""
 
+CONNECT_TIMEOUT_S: Final = 10
+MIGRATION_LOCK: Final = 0xCEC0_11A3
+"""PostgreSQL's advisory lock for whoever migrates: several processes may open a new database at once."""
 
 logging.getLogger("alembic").setLevel(logging.WARNING)  # an ordinary start is no news
 
 
 def open_database(url_or_path: str | Path) -> Engine:
-    """An engine on the database, which is made or migrated first. Writes ask for ``writing(engine)``.
+    """An engine on the database, whose tables are made or migrated first. For `reading(engine)` or `writing(engine)`.
 
     Raises:
         RegistryError: the URL is none, the database cannot be reached, or a newer version of this program made it.
         MissingExtraError: the database's driver is not installed.
     """
-    url = _parse(url_or_path)
+    url = parse_url(url_or_path)
     with registry_errors(url):
-        engine = _sqlite(url) if url.get_backend_name() == "sqlite" else _create(url)
+        engine = _sqlite(url) if url.get_backend_name() == "sqlite" else _postgresql(url)
         try:
             with writing(engine).begin() as connection:
                 _migrate(connection)
@@ -42,6 +45,11 @@ def open_database(url_or_path: str | Path) -> Engine:
             engine.dispose()
             raise
     return engine
+
+
+def reading(engine: Engine) -> Engine:
+    """The same engine for transactions that read: all their questions see one moment, as they do in SQLite anyway."""
+    return engine if engine.name == "sqlite" else engine.execution_options(isolation_level="REPEATABLE READ")
 
 
 def writing(engine: Engine) -> Engine:
@@ -72,14 +80,19 @@ def alembic_config() -> Config:
     return config
 
 
-def _parse(url_or_path: str | Path) -> URL:
+def parse_url(url_or_path: str | Path) -> URL:
     if isinstance(url_or_path, str) and "://" in url_or_path:
         try:
-            return make_url(url_or_path)
+            url = make_url(url_or_path)
         except (ArgumentError, ValueError):
             raise RegistryError(
                 "the registry's URL is none: expected a path or a URL like postgresql://user@host/fleet"
             ) from None
+        if url.drivername in ("postgres", "postgresql"):
+            url = url.set(drivername="postgresql+psycopg")
+        if url.get_backend_name() not in ("sqlite", "postgresql"):
+            raise RegistryError(f"no such kind of registry: {url.drivername!r}; expected sqlite or postgresql")
+        return url
     return URL.create("sqlite", database=str(Path(url_or_path).absolute()))
 
 
@@ -87,14 +100,17 @@ def _create(url: URL, **options: Any) -> Engine:
     try:
         return create_engine(url, pool_pre_ping=True, **options)
     except NoSuchModuleError:
-        raise RegistryError(
-            f"no such kind of database: {url.drivername!r}; expected sqlite, postgresql or another of SQLAlchemy's"
-        ) from None
+        raise RegistryError(f"no such driver: {url.drivername!r}; expected sqlite or postgresql") from None
     except ImportError as error:
+        wanted = "'cecollm-fleet[postgres]'" if error.name == "psycopg" else error.name
         raise MissingExtraError(
             f"the registry {url.render_as_string(hide_password=True)} needs the driver {error.name}, "
-            f"which is not installed; run: pip install {error.name}"
+            f"which is not installed; run: pip install {wanted}"
         ) from None
+
+
+def _postgresql(url: URL) -> Engine:
+    return _create(url, connect_args={"connect_timeout": CONNECT_TIMEOUT_S})
 
 
 def _sqlite(url: URL) -> Engine:
@@ -121,6 +137,8 @@ def _sqlite(url: URL) -> Engine:
 
 
 def _migrate(connection: Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_advisory_xact_lock(MIGRATION_LOCK)))
     config = alembic_config()
     config.attributes["connection"] = connection
     alembic.command.upgrade(config, "head")

@@ -22,10 +22,14 @@ def is_device(name: str | None = None) -> ColumnElement[bool]:
 
 def check_device(db: Session, device: str) -> None:
     """Raises UnknownDeviceError, which names the enrolled ones, when nobody enrolled `device`."""
-    if db.scalar(select(exists().where(is_device(device)))):
-        return
+    if not db.scalar(select(exists().where(is_device(device)))):
+        raise unknown_device(db, device)
+
+
+def unknown_device(db: Session, device: str) -> UnknownDeviceError:
+    """The error for a device that nobody enrolled; it names those that are."""
     names = db.scalars(select(IdentityRecord.name).where(is_device()).order_by(IdentityRecord.name)).all()
     shown = ", ".join(names[:MAX_NAMES_SHOWN]) + (", ..." if len(names) > MAX_NAMES_SHOWN else "")
-    raise UnknownDeviceError(
+    return UnknownDeviceError(
         f"unknown device {device[:80]!r}: enrolled are {shown or 'none'}; enrol it with 'fleet enroll {device[:80]}'"
     )

@@ -1,10 +1,14 @@
-"""The registry's tables. Times are seconds since 1970, UTC; what comes from a device is unique to that device."""
+"""The registry's tables; the roll-ups' are in `rollup_tables`.
+
+Times are seconds since 1970, UTC; what comes from a device is unique to that device.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, TypeAlias
+import time
+from typing import Annotated, Any, TypeAlias
 
-from sqlalchemy import BigInteger, Double, ForeignKey, Index, MetaData, String, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, Double, ForeignKey, Index, MetaData, String, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Name: TypeAlias = Annotated[str, mapped_column(String(63))]
@@ -78,7 +82,11 @@ class SessionRecord(Table):
 
 
 class GenerationRecord(Table):
-    """One answer of a device."""
+    """One answer of a device, or so many as `answers` says.
+
+    It is kept for as long as the configuration says, counted from `recorded_at`. `switches` are the answer's, as
+    `fleet.report.Switch` in builtins.
+    """
 
     __tablename__ = "generations"
     __table_args__ = (UniqueConstraint("device", "generation"), Index(None, "device", "started_at"))
@@ -101,6 +109,11 @@ class GenerationRecord(Table):
     finish_reason: Mapped[Label]
     worker: Mapped[Name | None]
     session_id: Mapped[int | None] = mapped_column(ForeignKey("sessions.id"), index=True)
+    verifies: Mapped[Amount] = mapped_column(default=0)
+    drafted: Mapped[Amount] = mapped_column(default=0)
+    switches: Mapped[list[dict[str, Any]]] = mapped_column(JSON, default=list)
+    recorded_at: Mapped[Time] = mapped_column(default=time.time, index=True)
+    answers: Mapped[Amount] = mapped_column(default=1)
 
 
 class TokenCount(Table):

@@ -30,16 +30,59 @@ class IdentityRow(Struct, frozen=True):
     not_after: float
 
 
-class StatsRow(Struct, frozen=True):
-    """The sums of a device's generations. `sources` are in the order of depth: exits, cloud, fallback."""
+class Counts(Struct, frozen=True, kw_only=True):
+    """What answers add up to. `sources` and `shares` are in the order of depth: exits, lookup, cloud, fallback.
 
-    device: str
+    Quantiles are in ms, read from histograms, and None without answers. `switches` counts changes of mode by the new
+    mode and the kind of reason. `trend` is the offload rate of equal parts of the window, oldest first, None where
+    nothing was generated.
+    """
+
     generations: int
     tokens: int
     sources: dict[str, int]
+    shares: dict[str, float]
     offload_rate: float
     bytes_up: int
     bytes_down: int
+    prompt_tokens: int
+    errors: int
+    assists: int
+    verifies: int
+    drafted: int
+    ttft_p50_ms: float | None
+    ttft_p95_ms: float | None
+    tpot_p50_ms: float | None
+    tpot_p95_ms: float | None
+    switches: dict[str, int]
+    trend: tuple[float | None, ...]
+
+
+class StatsRow(Counts, frozen=True, kw_only=True):
+    """A device's counts; `last_seen` in seconds since 1970, None when it never came."""
+
+    device: str
+    group: str | None
+    online: bool
+    last_seen: float | None
+
+
+class GroupStats(Counts, frozen=True, kw_only=True):
+    """The counts of the devices that are in a group now; None are those in none."""
+
+    group: str | None
+
+
+class BundleStats(Counts, frozen=True, kw_only=True):
+    """The counts of a bundle, on whatever device."""
+
+    bundle_id: str
+
+
+class HourStats(Counts, frozen=True, kw_only=True):
+    """The counts of the answers that began in the hour from `hour_at` on, in seconds since 1970."""
+
+    hour_at: float
 
 
 class SessionRow(Struct, frozen=True):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from sqlalchemy import Engine, SQLColumnExpression, and_, func, or_, select, update
+from sqlalchemy import Engine, SQLColumnExpression, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, sessionmaker
 
 from fleet.access import Grants, Role
-from fleet.policy import NO_EXITS, offload_rate
-from fleet.registry.database import open_database, registry_errors, writing
+from fleet.registry.counting import By, Question
+from fleet.registry.database import open_database, reading, registry_errors, writing
 from fleet.registry.devices import check_device, is_device
 from fleet.registry.enrolment import add_identity
 from fleet.registry.models import (
@@ -23,10 +24,11 @@ from fleet.registry.models import (
     IdentityRecord,
     SessionRecord,
     StatusRecord,
-    TokenCount,
 )
-from fleet.registry.reports import store_report, store_status
-from fleet.registry.rows import DeviceRow, IdentityRow, SessionRow, StatsRow
+from fleet.registry.reports import Fate, Key, store_report, store_reports, store_status
+from fleet.registry.retention import forget
+from fleet.registry.rows import BundleStats, DeviceRow, GroupStats, HourStats, IdentityRow, SessionRow, StatsRow
+from fleet.registry.statistics import device_stats, grouped_stats
 from fleet.report import DeviceStatus, GenerationReport
 
 T = TypeVar("T")
@@ -37,7 +39,7 @@ class Registry:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._readers = sessionmaker(engine)
+        self._readers = sessionmaker(reading(engine))
         self._writers = sessionmaker(writing(engine))
 
     @classmethod
@@ -135,9 +137,13 @@ class Registry:
 
         Raises:
             UnknownDeviceError: nobody enrolled the device.
-            RegistryError: the sources do not add up to the tokens.
+            ReportError: it can never be stored; its sources do not add up to the tokens, for instance.
         """
         return self._write(lambda db: store_report(db, device, report))
+
+    def record_reports(self, reports: dict[Key, GenerationReport]) -> dict[Key, Fate]:
+        """Stores reports by device and generation in one transaction; what became of each."""
+        return self._write(lambda db: store_reports(db, reports))
 
     def devices(self) -> list[DeviceRow]:
         """Every enrolled device, by name."""
@@ -162,53 +168,38 @@ class Registry:
                 for identity, status in db.execute(query)
             ]
 
-    def stats(self, device: str | None = None, since: float | None = None) -> list[StatsRow]:
-        """The sums of generations, a row for each device; only those that started at `since` or later.
+    def stats(
+        self,
+        device: str | None = None,
+        since: float | None = None,
+        *,
+        group: str | None = None,
+        now: float | None = None,
+    ) -> list[StatsRow]:
+        """What devices' answers add up to, a row for each device; only of those that began at `since` or later.
 
         Raises:
             UnknownDeviceError: nobody enrolled `device`.
         """
-        counted = GenerationRecord.started_at >= since if since is not None else GenerationRecord.id.is_not(None)
-        sums = (
-            select(
-                IdentityRecord.name,
-                func.count(GenerationRecord.id),
-                _total(GenerationRecord.tokens),
-                _total(GenerationRecord.bytes_up),
-                _total(GenerationRecord.bytes_down),
-            )
-            .outerjoin(GenerationRecord, and_(GenerationRecord.device == IdentityRecord.name, counted))
-            .where(is_device(device))
-            .group_by(IdentityRecord.name)
-            .order_by(IdentityRecord.name)
-        )
-        by_source = (
-            select(GenerationRecord.device, TokenCount.source, _total(TokenCount.tokens))
-            .join(TokenCount, TokenCount.generation_id == GenerationRecord.id)
-            .where(counted)
-            .group_by(GenerationRecord.device, TokenCount.source)
-        )
-        if device is not None:
-            by_source = by_source.where(GenerationRecord.device == device)
         with self._reading() as db:
-            if device is not None:
-                check_device(db, device)
-            rows = db.execute(sums).all()
-            sources: dict[str, dict[str, int]] = {}
-            for name, source, tokens in sorted(db.execute(by_source), key=lambda row: _depth(row[1])):
-                sources.setdefault(name, {})[source] = int(tokens)
-        return [
-            StatsRow(
-                name,
-                generations,
-                int(tokens),
-                sources.get(name, {}),
-                round(offload_rate(sources.get(name, {})), 6),
-                int(bytes_up),
-                int(bytes_down),
-            )
-            for name, generations, tokens, bytes_up, bytes_down in rows
-        ]
+            return device_stats(db, Question(now or time.time(), since, device, group))
+
+    def stats_by(
+        self,
+        by: By,
+        device: str | None = None,
+        since: float | None = None,
+        *,
+        group: str | None = None,
+        now: float | None = None,
+    ) -> list[GroupStats] | list[BundleStats] | list[HourStats]:
+        """The same, a row for each group, bundle or hour that has answers.
+
+        Raises:
+            UnknownDeviceError: nobody enrolled `device`.
+        """
+        with self._reading() as db:
+            return grouped_stats(db, by, Question(now or time.time(), since, device, group))
 
     def sessions(self, device: str | None = None, limit: int = 50) -> list[SessionRow]:
         """The latest `limit` sessions, newest first.
@@ -222,7 +213,7 @@ class Registry:
                 SessionRecord.device,
                 SessionRecord.worker,
                 SessionRecord.opened_at,
-                func.count(GenerationRecord.id),
+                _total(GenerationRecord.answers),
                 _total(GenerationRecord.tokens),
                 _total(GenerationRecord.bytes_up),
                 _total(GenerationRecord.bytes_down),
@@ -238,10 +229,17 @@ class Registry:
                 query = query.where(SessionRecord.device == device)
             return [
                 SessionRow(
-                    *row[:4], generations=row[4], tokens=int(row[5]), bytes_up=int(row[6]), bytes_down=int(row[7])
+                    *row[:4], generations=int(row[4]), tokens=int(row[5]), bytes_up=int(row[6]), bytes_down=int(row[7])
                 )
                 for row in db.execute(query)
             ]
+
+    def forget_before(self, recorded_before: float, limit: int) -> int:
+        """Deletes at most `limit` generations that were recorded before then, with the sessions that they leave empty.
+
+        Returns how many went. Roll-ups, and so the statistics of whole hours, stay.
+        """
+        return self._write(lambda db: forget(db, recorded_before, limit))
 
     @contextmanager
     def _reading(self) -> Iterator[Session]:
@@ -261,10 +259,3 @@ class Registry:
 
 def _total(column: SQLColumnExpression[int]) -> SQLColumnExpression[int]:
     return func.coalesce(func.sum(column), 0)
-
-
-def _depth(source: str) -> tuple[int, int]:
-    """Order of a source: exits by their layer, then what is no exit."""
-    if source in NO_EXITS:
-        return 1 + NO_EXITS.index(source), 0
-    return 0, int(source.removeprefix("exit:"))

@@ -1,9 +1,8 @@
-"""A registry in a file of its own, and what a device would report."""
+"""A registry of its own for each test, once on SQLite and once on PostgreSQL, and what a device would report."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -13,8 +12,8 @@ from fleet.report import GenerationReport
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    with Registry.open(tmp_path / "registry.sqlite") as opened:
+def registry(registry_url: str) -> Iterator[Registry]:
+    with Registry.open(registry_url) as opened:
         yield opened
 
 

@@ -6,25 +6,91 @@ import multiprocessing
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
+import alembic.command
+import msgspec
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import text
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, create_engine, text
 
 from fleet.errors import MissingExtraError, RegistryError
-from fleet.registry.database import open_database
-from fleet.registry.models import Table
+from fleet.registry.database import alembic_config, open_database, parse_url
+from fleet.registry.rollup_tables import ROLLUPS
 from fleet.registry.store import Registry
+from fleet.report import GenerationReport
 from tests.registry.conftest import add, report
 
 WAIT_S = 60
 
 
-def test_migrations_from_empty_give_the_tables_of_the_models(tmp_path: Path) -> None:
-    engine = open_database(tmp_path / "registry.sqlite")
+def test_migrations_from_empty_give_the_tables_of_the_models(empty_url: str) -> None:
+    engine = open_database(empty_url)
     with engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
+        assert compare_metadata(MigrationContext.configure(connection), ROLLUPS.metadata) == []
     engine.dispose()
+
+
+def test_there_is_one_newest_migration() -> None:
+    assert len(ScriptDirectory.from_config(alembic_config()).get_heads()) == 1
+
+
+def test_a_registry_of_the_first_version_keeps_its_counts_and_gets_roll_ups(empty_url: str) -> None:
+    engine = create_engine(parse_url(empty_url))
+    with engine.begin() as connection:
+        config = alembic_config()
+        config.attributes["connection"] = connection
+        alembic.command.upgrade(config, "0001")
+        _fill_first_version(connection)
+    engine.dispose()
+    with Registry.open(empty_url) as registry:
+        assert registry.identities()[0].name == "edge-1"
+        (row,) = registry.stats(now=NOW)
+        add(registry, "twin")
+        for i in range(20):
+            registry.record_report("twin", _old_report(i))
+        as_if_new = registry.stats("twin", now=NOW)[0]
+        assert (row.generations, row.tokens, row.sources["cloud"]) == (20, 200, 40)
+        assert msgspec.structs.replace(row, device="twin") == as_if_new
+        assert registry.stats("edge-1", NOW - 7200, now=NOW)[0].generations == 2
+        assert not registry.record_report("edge-1", _old_report(0))
+
+
+NOW = 40 * 86_400.0 + 1800
+
+
+def _old_report(i: int) -> GenerationReport:
+    """One an hour; the last began half an hour before now."""
+    return report(
+        f"g{i}", started_at=NOW - 1800 - 3600 * i, ttft_ms=2.0 * 1.5**i, tpot_ms=1.0 + i, session=None, worker=None,
+        finish_reason="error" if i % 5 == 0 else "stop",
+    )  # fmt: skip
+
+
+def _fill_first_version(connection: Connection) -> None:
+    """Rows as the first version wrote them."""
+    connection.execute(
+        text(
+            "INSERT INTO identities (name, role, fingerprint, created_at, not_after, revoked) "
+            "VALUES ('edge-1', 'device', 'f', 0, 0, false)"
+        )
+    )
+    for i in range(20):
+        old = msgspec.to_builtins(_old_report(i))
+        names = [
+            "generation", "app", "request", "mode", "bundle_id", "started_at", "prompt_tokens", "tokens", "assists",
+            "bytes_up", "bytes_down", "ttft_ms", "tpot_ms", "finish_reason",
+        ]  # fmt: skip
+        values = ", ".join(f":{name}" for name in names)
+        id_ = connection.scalar(
+            text(f"INSERT INTO generations (device, {', '.join(names)}) VALUES ('edge-1', {values}) RETURNING id"),
+            {name: old[name] for name in names},
+        )
+        for source, tokens in old["sources"].items():
+            connection.execute(
+                text("INSERT INTO token_counts (generation_id, source, tokens) VALUES (:id, :source, :tokens)"),
+                {"id": id_, "source": source, "tokens": tokens},
+            )
 
 
 def test_a_registry_that_is_opened_again_still_knows_everything(tmp_path: Path) -> None:
@@ -36,20 +102,20 @@ def test_a_registry_that_is_opened_again_still_knows_everything(tmp_path: Path) 
         assert registry.stats("edge-1")[0].tokens == 10
 
 
-def test_a_registry_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "registry.sqlite"
-    engine = open_database(path)
+def test_a_registry_of_a_newer_version_is_left_alone(empty_url: str) -> None:
+    engine = open_database(empty_url)
     with engine.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = 'later'"))
     engine.dispose()
     with pytest.raises(RegistryError, match="made by another version"):
-        Registry.open(path)
+        Registry.open(empty_url)
 
 
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("nothing://host/db", "no such kind of database: 'nothing'"),
+        ("nothing://host/db", "no such kind of registry: 'nothing'; expected sqlite or postgresql"),
+        ("postgresql://me:secret@127.0.0.1:1/fleet", "cannot answer: .*refused"),
         ("://", "expected a path or a URL"),
         ("postgresql+psycopg2://me:secret@127.0.0.1:1/fleet", r"psycopg2|cannot answer"),
         ("sqlite:////proc/none/registry.sqlite", "cannot"),
@@ -70,20 +136,19 @@ def test_a_file_that_is_no_database_gives_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
-def _write_reports(path: Path, writer: int, number: int, ready: Barrier) -> None:
+def _write_reports(url: str, writer: int, number: int, ready: Barrier) -> None:
     ready.wait(WAIT_S)
-    with Registry.open(path) as registry:
+    with Registry.open(url) as registry:
         for i in range(number):
             registry.record_report("edge-1", report(f"g{writer}-{i}", session=f"s{i}"))
             registry.record_report("edge-1", report(f"both-{i}", session=f"s{i}"))
 
 
-def test_processes_that_write_at_once_lose_nothing_and_count_nothing_twice(tmp_path: Path) -> None:
-    path = tmp_path / "registry.sqlite"
+def test_processes_that_write_at_once_lose_nothing_and_count_nothing_twice(registry_url: str) -> None:
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(3)
-    writers = [context.Process(target=_write_reports, args=(path, writer, 20, ready)) for writer in (1, 2)]
-    with Registry.open(path) as registry:
+    writers = [context.Process(target=_write_reports, args=(registry_url, writer, 20, ready)) for writer in (1, 2)]
+    with Registry.open(registry_url) as registry:
         add(registry, "edge-1")
         for process in writers:
             process.start()
@@ -95,16 +160,15 @@ def test_processes_that_write_at_once_lose_nothing_and_count_nothing_twice(tmp_p
         assert (row.generations, row.tokens, len(registry.sessions())) == (60, 600, 20)
 
 
-def _open(path: Path, ready: Barrier) -> None:
+def _open(url: str, ready: Barrier) -> None:
     ready.wait(WAIT_S)
-    Registry.open(path).close()
+    Registry.open(url).close()
 
 
-def test_processes_that_open_a_new_registry_at_once_make_it_once(tmp_path: Path) -> None:
-    path = tmp_path / "registry.sqlite"
+def test_processes_that_open_a_new_registry_at_once_make_it_once(empty_url: str) -> None:
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(3)
-    openers = [context.Process(target=_open, args=(path, ready)) for _ in range(3)]
+    openers = [context.Process(target=_open, args=(empty_url, ready)) for _ in range(3)]
     for process in openers:
         process.start()
     for process in openers:

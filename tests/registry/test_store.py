@@ -16,15 +16,30 @@ def test_counts_of_several_generations_add_up(registry: Registry) -> None:
     add(registry, "edge-1")
     registry.record_report("edge-1", report("g1"))
     registry.record_report("edge-1", report("g2", tokens=6, sources={"exit:8": 6, "cloud": 0}))
-    (row,) = registry.stats()
+    (row,) = registry.stats(now=6 * 3600)
     assert msgspec.to_builtins(row) == {
         "device": "edge-1",
+        "group": None,
+        "online": False,
+        "last_seen": None,
         "generations": 2,
+        "errors": 0,
+        "prompt_tokens": 14,
         "tokens": 16,
         "sources": {"exit:8": 11, "exit:15": 2, "cloud": 2, "fallback": 1},
+        "shares": {"exit:8": 0.6875, "exit:15": 0.125, "cloud": 0.125, "fallback": 0.0625},
         "offload_rate": 0.125,
+        "assists": 6,
+        "verifies": 0,
+        "drafted": 0,
         "bytes_up": 4000,
         "bytes_down": 600,
+        "ttft_p50_ms": pytest.approx(20.0, rel=0.2),
+        "ttft_p95_ms": pytest.approx(20.0, rel=0.2),
+        "tpot_p50_ms": pytest.approx(5.0, rel=0.2),
+        "tpot_p95_ms": pytest.approx(5.0, rel=0.2),
+        "switches": {},
+        "trend": (0.125, None, None, None, None, None),
     }
 
 
@@ -67,9 +82,9 @@ def test_since_leaves_out_earlier_generations(registry: Registry) -> None:
     add(registry, "edge-1")
     registry.record_report("edge-1", report("g1", started_at=1000.0))
     registry.record_report("edge-1", report("g2", started_at=2000.0))
-    assert registry.stats(since=2000.0)[0].generations == 1
-    assert registry.stats(since=2000.0)[0].sources["exit:8"] == 5
-    assert registry.stats(since=2000.5)[0].tokens == 0
+    assert registry.stats(since=2000.0, now=3000.0)[0].generations == 1
+    assert registry.stats(since=2000.0, now=3000.0)[0].sources["exit:8"] == 5
+    assert registry.stats(since=2000.5, now=3000.0)[0].tokens == 0
 
 
 def test_a_device_without_generations_has_a_row_of_zeros(registry: Registry) -> None:

@@ -2,10 +2,10 @@
 
 from alembic import context
 
-from fleet.registry.models import Table
+from fleet.registry.rollup_tables import ROLLUPS
 
 context.configure(
-    connection=context.config.attributes["connection"], target_metadata=Table.metadata, render_as_batch=True
+    connection=context.config.attributes["connection"], target_metadata=ROLLUPS.metadata, render_as_batch=True
 )
 with context.begin_transaction():
     context.run_migrations()

@@ -1,0 +1,142 @@
+"""What is counted of a window, by device, group, bundle or hour: questions to roll-ups, and to generations.
+
+Roll-ups know whole hours. The generations themselves are asked for the part of an hour that a window of at most a day
+may begin with.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from typing import Any, Final, TypeAlias
+
+import msgspec
+from sqlalchemy import BigInteger, ColumnElement, Select, Table, and_, cast, func, or_, select
+from sqlalchemy.orm import Session
+
+from fleet.registry.devices import is_device
+from fleet.registry.models import GenerationRecord, IdentityRecord, TokenCount
+from fleet.registry.rollup_tables import AMOUNTS, HOUR_S, ROLLUPS, SOURCES, SWITCHES, TPOT, TTFT
+from fleet.registry.rollups import span_start
+from fleet.registry.tally import Tally
+from fleet.registry.window import Spans, beginning, ladder, rounded_up, trend_span_s
+from fleet.report import GenerationReport, Switch
+
+Key: TypeAlias = Any
+"""Of a row: a device's name, a group or None, a bundle's id, or the start of an hour."""
+
+COUNTS: Final = (*AMOUNTS, *TTFT, *TPOT)
+
+
+class By(StrEnum):
+    """What a row of the statistics is about."""
+
+    DEVICE = "device"
+    GROUP = "group"
+    BUNDLE = "bundle"
+    HOUR = "hour"
+
+
+class Question(msgspec.Struct, frozen=True):
+    """What to count: answers since `since` (None is ever) of one device, a group's or all; `now` ends the trend."""
+
+    now: float
+    since: float | None = None
+    device: str | None = None
+    group: str | None = None
+
+
+def count(db: Session, by: By, asked: Question) -> defaultdict[Key, Tally]:
+    """What was counted, by the rows' keys."""
+    tallies: defaultdict[Key, Tally] = defaultdict(Tally)
+    since = None if asked.since is None else beginning(asked.since, asked.now)
+    spans = ladder(since) if by is not By.HOUR else [Spans(HOUR_S, rounded_up(since or 0.0, HOUR_S), None)]
+    for key, *sums in db.execute(_sums(ROLLUPS, by, asked, spans)).all():
+        tallies[key].counts.update(dict(zip(COUNTS, sums, strict=True)))
+    for key, source, tokens in db.execute(_sums(SOURCES, by, asked, spans)).all():
+        tallies[key].sources[source] += tokens
+    for key, mode, reason, switches in db.execute(_sums(SWITCHES, by, asked, spans)).all():
+        tallies[key].switches[mode, reason] += switches
+    if since is not None and since % HOUR_S:
+        for key, report in _first_hour(db, by, asked, since):
+            tallies[key].add(report)
+    return tallies
+
+
+def _sums(table: Table, by: By, asked: Question, spans: Iterable[Spans]) -> Select[Any]:
+    """The amounts of a table's rows in `spans`, by the row's key and what else a row of it is about."""
+    about = [table.c[name] for name in ("source", "mode", "reason") if name in table.c]
+    sums = [cast(func.sum(column), BigInteger) for column in table.c if not column.primary_key]
+    return _keyed(table, by, asked, about, sums).where(or_(*(_within(table, part) for part in spans)))
+
+
+def trends(db: Session, by: By, asked: Question) -> defaultdict[Key, list[float | None]]:
+    """The offload rate of equal parts of the window, oldest first; None where nothing was generated."""
+    points: defaultdict[Key, list[float | None]] = defaultdict(list)
+    since = asked.since
+    if since is None:
+        oldest = db.scalar(select(func.min(ROLLUPS.c.start)).where(ROLLUPS.c.span_s == HOUR_S))
+        since = asked.now if oldest is None else oldest
+    span_s = trend_span_s(asked.now - since)
+    first, start = span_start(since, span_s), ROLLUPS.c.start
+    num_points = max(1, rounded_up(asked.now - first, span_s) // span_s)
+    sums = [cast(func.sum(ROLLUPS.c[name]), BigInteger) for name in ("tokens", "cloud_tokens")]
+    query = _keyed(ROLLUPS, by, asked, [start], sums).where(
+        _within(ROLLUPS, Spans(span_s, first, first + num_points * span_s))
+    )
+    points.default_factory = lambda: [None] * num_points
+    for key, at, tokens, cloud_tokens in db.execute(query).all():
+        if tokens:
+            points[key][(at - first) // span_s] = round(cloud_tokens / tokens, 6)
+    return points
+
+
+def _within(table: Table, part: Spans) -> ColumnElement[bool]:
+    condition = and_(table.c.span_s == part.span_s, table.c.start >= part.first)
+    return condition if part.end is None else and_(condition, table.c.start < part.end)
+
+
+def _keyed(table: Table, by: By, asked: Question, about: list[Any], sums: Sequence[ColumnElement[int]]) -> Select[Any]:
+    group = select(IdentityRecord.group).where(IdentityRecord.name == table.c.device).scalar_subquery()
+    key = {By.DEVICE: table.c.device, By.GROUP: group, By.BUNDLE: table.c.bundle_id, By.HOUR: table.c.start}[by]
+    query = select(key.label("key"), *about, *sums).group_by("key", *about)
+    if asked.device is not None:
+        query = query.where(table.c.device == asked.device)
+    if asked.group is not None:
+        query = query.where(table.c.device.in_(select(IdentityRecord.name).where(IdentityRecord.group == asked.group)))
+    return query
+
+
+def _first_hour(db: Session, by: By, asked: Question, since: float) -> Iterable[tuple[Key, GenerationReport]]:
+    """The generations from `since` to the end of its hour, each with its row's key."""
+    row, end = GenerationRecord, rounded_up(since, HOUR_S)
+    query = (
+        select(row, IdentityRecord.group)
+        .join(IdentityRecord, IdentityRecord.name == row.device)
+        .where(is_device(asked.device), row.started_at >= since, row.started_at < end)
+    )
+    if asked.group is not None:
+        query = query.where(IdentityRecord.group == asked.group)
+    generations = db.execute(query).all()
+    sources: defaultdict[int, dict[str, int]] = defaultdict(dict)
+    for id_, source, tokens in db.execute(
+        select(TokenCount.generation_id, TokenCount.source, TokenCount.tokens)
+        .join(row, row.id == TokenCount.generation_id)
+        .where(row.started_at >= since, row.started_at < end)
+    ):
+        sources[id_][source] = tokens
+    for record, group in generations:
+        key = {By.DEVICE: record.device, By.GROUP: group, By.BUNDLE: record.bundle_id, By.HOUR: end - HOUR_S}[by]
+        yield key, _report(record, sources[record.id])
+
+
+def _report(record: GenerationRecord, sources: dict[str, int]) -> GenerationReport:
+    return GenerationReport(
+        generation=record.generation, app=record.app, request=record.request, session=None, worker=record.worker,
+        bundle_id=record.bundle_id, mode=record.mode, started_at=record.started_at, prompt_tokens=record.prompt_tokens,
+        tokens=record.tokens, sources=sources, assists=record.assists, bytes_up=record.bytes_up,
+        bytes_down=record.bytes_down, ttft_ms=record.ttft_ms, tpot_ms=record.tpot_ms,
+        finish_reason=record.finish_reason, verifies=record.verifies, drafted=record.drafted,
+        switches=msgspec.convert(record.switches, tuple[Switch, ...]), answers=record.answers,
+    )  # fmt: skip

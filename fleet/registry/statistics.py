@@ -1,0 +1,87 @@
+"""What the fleet's answers add up to, as rows.
+
+A window of at most a day counts the answers that began in it; a longer one begins with its whole hour, and one of more
+than 8 days with its whole day. Groups are those of today: a device that has moved takes its past along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from fleet.policy import NO_EXITS, offload_rate
+from fleet.registry.counting import By, Question, count, trends
+from fleet.registry.devices import check_device, is_device
+from fleet.registry.models import IdentityRecord, StatusRecord
+from fleet.registry.rollup_tables import AMOUNTS, TPOT, TTFT
+from fleet.registry.rows import BundleStats, Counts, GroupStats, HourStats, StatsRow
+from fleet.registry.tally import Tally, quantile_ms
+
+PLAIN: Final = tuple(name for name in AMOUNTS if name in Counts.__struct_fields__)
+
+
+def device_stats(db: Session, asked: Question) -> list[StatsRow]:
+    """A row for each device, by name, also for one without answers; raises UnknownDeviceError."""
+    if asked.device is not None:
+        check_device(db, asked.device)
+    tallies, points = count(db, By.DEVICE, asked), trends(db, By.DEVICE, asked)
+    query = (
+        select(IdentityRecord.name, IdentityRecord.group, StatusRecord.online, StatusRecord.last_seen)
+        .outerjoin(StatusRecord, StatusRecord.device == IdentityRecord.name)
+        .where(is_device(asked.device))
+        .order_by(IdentityRecord.name)
+    )
+    if asked.group is not None:
+        query = query.where(IdentityRecord.group == asked.group)
+    return [
+        StatsRow(device=name, group=group, online=bool(online), last_seen=seen, **_counts(tallies[name], points[name]))
+        for name, group, online, seen in db.execute(query)
+    ]
+
+
+def grouped_stats(db: Session, by: By, asked: Question) -> list[GroupStats] | list[BundleStats] | list[HourStats]:
+    """A row for each group, bundle or hour that has answers, in order; raises UnknownDeviceError."""
+    if asked.device is not None:
+        check_device(db, asked.device)
+    tallies = count(db, by, asked)
+    points = trends(db, by, asked) if by is not By.HOUR else {}
+    rows = [
+        (key, _counts(tallies[key], points.get(key, ())))
+        for key in sorted(tallies, key=lambda key: (key is not None, key))
+    ]
+    if by is By.HOUR:
+        return [HourStats(hour_at=float(key), **counts) for key, counts in rows]
+    if by is By.BUNDLE:
+        return [BundleStats(bundle_id=key, **counts) for key, counts in rows]
+    return [GroupStats(group=key, **counts) for key, counts in rows]
+
+
+def _counts(tally: Tally, trend: Iterable[float | None]) -> dict[str, Any]:
+    """The fields of `Counts`."""
+    counts = tally.counts
+    sources = {source: tally.sources[source] for source in sorted(tally.sources, key=_depth)}
+    total = sum(sources.values())
+    ttft, tpot = [counts[name] for name in TTFT], [counts[name] for name in TPOT]
+    return {
+        "generations": counts["answers"], "sources": sources, "offload_rate": round(offload_rate(sources), 6),
+        "shares": {source: round(tokens / total, 6) for source, tokens in sources.items()} if total else {},
+        "ttft_p50_ms": _rounded(ttft, 0.5), "ttft_p95_ms": _rounded(ttft, 0.95),
+        "tpot_p50_ms": _rounded(tpot, 0.5), "tpot_p95_ms": _rounded(tpot, 0.95),
+        "switches": {f"{mode}: {reason}": n for (mode, reason), n in tally.switches.most_common()},
+        "trend": tuple(trend),
+    } | {name: counts[name] for name in PLAIN}  # fmt: skip
+
+
+def _rounded(histogram: list[int], q: float) -> float | None:
+    ms = quantile_ms(histogram, q)
+    return None if ms is None else round(ms, 3)
+
+
+def _depth(source: str) -> tuple[int, int]:
+    """Order of a source: exits by their layer, then what is no exit."""
+    if source in NO_EXITS:
+        return 1 + NO_EXITS.index(source), 0
+    return 0, int(source.removeprefix("exit:"))

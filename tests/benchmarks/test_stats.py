@@ -1,0 +1,35 @@
+"""The benchmark of the statistics measures what it says, on a small fleet."""
+
+from __future__ import annotations
+
+import json
+
+from typer.testing import CliRunner
+
+from benchmarks.stats import SINCE, fill
+from fleet.cli import app
+from fleet.registry.rollup_tables import SPANS_S
+from fleet.registry.store import Registry
+from fleet.registry.window import beginning, ladder
+from tests.postgresql import Databases
+
+DAY_S = 86_400
+DAYS = 5
+
+
+def test_it_prints_the_milliseconds_of_each_database(postgresql: Databases) -> None:
+    result = CliRunner().invoke(app, ["bench", "stats", "--devices", "3", "--days", "5", "--json"])
+    assert result.exception is None
+    times = json.loads(result.stdout)
+    assert set(times) == {"sqlite_ms", "postgresql_ms"}
+    assert min(times.values()) > 0
+
+
+def test_the_longer_spans_hold_the_hours_and_the_window_begins_where_most_are_needed(registry_url: str) -> None:
+    fill(registry_url, 2, DAYS)
+    days, rest = ladder(beginning(SINCE, SINCE + 30 * DAY_S))
+    assert (days.span_s, days.end, rest.span_s) == (DAY_S, days.first + 3 * DAY_S, SPANS_S[-1])
+    with Registry.open(registry_url) as registry:
+        for since in (None, SINCE):
+            rows = registry.stats(since=since, now=SINCE + DAYS * DAY_S)
+            assert [row.generations for row in rows] == [7 * 24 * DAYS] * 2

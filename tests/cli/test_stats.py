@@ -1,0 +1,161 @@
+"""`fleet stats`, `devices` and `device`: what operators see of a registry that was filled as devices would."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fleet.access import Role
+from fleet.cli import app
+from fleet.cli.state import State, StateConfig, keeping
+from fleet.cli.stats_views import spark
+from fleet.errors import ConfigError, FleetError
+from fleet.report import DeviceStatus, Switch
+from tests.registry.conftest import add, report
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fleet's folder whose registry holds two devices with answers and one without; nothing of it runs."""
+    path, now = tmp_path_factory.mktemp("fleet") / "state", time.time()
+    with State.create(path, StateConfig("127.0.0.1", 1, "/no/bundle")).registry() as registry:
+        add(registry, "edge-1", group="kitchen")
+        add(registry, "edge-2", group="attic")
+        add(registry, "edge-3")
+        registry.record_status("edge-1", DeviceStatus(True, 1, "b1", "0.1.0", "auto"), now)
+        switch = Switch(3, "standalone", "the link is down")
+        registry.record_report("edge-1", report("g1", started_at=now - 60, switches=(switch,)))
+        registry.record_report("edge-2", report("g2", started_at=now - 30 * 86_400, bundle_id="b2"))
+    return path
+
+
+def fleet(folder: Path, *arguments: str) -> str:
+    result = CliRunner().invoke(app, [*arguments, "--state", str(folder)], env={"COLUMNS": "150", "NO_COLOR": "1"})
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def fleet_json(folder: Path, *arguments: str) -> Any:
+    return json.loads(fleet(folder, *arguments, "--json"))
+
+
+def test_the_table_shows_where_tokens_came_from_how_fast_and_why_modes_changed(folder: Path) -> None:
+    out = fleet(folder, "stats")
+    for words in ("edge-1", "online", "exit:8 5 (50.0%)", "cloud 2 (20.0%)", "20.0%", "1 times standalone: the link is",
+                  "seen never", "2,000"):  # fmt: skip
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("by", "key", "values"),
+    [("group", "group", ["attic", "kitchen"]), ("bundle", "bundle_id", ["b1", "b2"])],
+)
+def test_rows_by_group_and_bundle(folder: Path, by: str, key: str, values: list[str]) -> None:
+    rows = fleet_json(folder, "stats", "--by", by)
+    assert [row[key] for row in rows] == values
+    assert [row["tokens"] for row in rows] == [10, 10]
+    assert values[0] in fleet(folder, "stats", "--by", by)
+
+
+def test_by_the_hour_it_is_of_the_last_day_unless_said_otherwise(folder: Path) -> None:
+    assert [row["tokens"] for row in fleet_json(folder, "stats", "--by", "hour")] == [10]
+    assert [row["tokens"] for row in fleet_json(folder, "stats", "--by", "hour", "--since", "40d")] == [10, 10]
+
+
+def test_stats_of_a_device_a_group_and_a_span(folder: Path) -> None:
+    assert [row["device"] for row in fleet_json(folder, "stats", "edge-2")] == ["edge-2"]
+    assert [row["device"] for row in fleet_json(folder, "stats", "--group", "kitchen")] == ["edge-1"]
+    assert [row["tokens"] for row in fleet_json(folder, "stats", "--since", "24h")] == [10, 0, 0]
+
+
+def test_the_csv_has_a_column_for_each_source(folder: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO(fleet(folder, "stats", "--csv"))))
+    assert [(row["device"], row["tokens"], row["exit:8"], row["fallback"], row["switches"]) for row in rows] == [
+        ("edge-1", "10", "5", "1", "1"), ("edge-2", "10", "5", "1", "0"), ("edge-3", "0", "0", "0", "0"),
+    ]  # fmt: skip
+
+
+def test_csv_of_nothing_is_a_header(folder: Path) -> None:
+    assert fleet(folder, "stats", "--csv", "--by", "hour", "--since", "2999-01-01").strip() == "switches"
+
+
+@pytest.mark.parametrize("by", ["device", "hour"])
+@pytest.mark.parametrize(("suffix", "begins"), [(".png", b"\x89PNG"), (".svg", b"<?xml")])
+def test_a_plot_is_a_picture_of_the_kind_that_its_name_says(
+    folder: Path, tmp_path: Path, by: str, suffix: str, begins: bytes
+) -> None:
+    path = tmp_path / f"stats{suffix}"
+    fleet(folder, "stats", "--by", by, "--since", "40d", "--plot", str(path))
+    assert path.read_bytes().startswith(begins)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--plot", "/no/folder/x.png"), "--plot /no/folder/x.png: expected a file"),
+        (("--plot", "stats.jpeg"), r"expected a file named \*.png or \*.svg"),
+        (("--csv", "--json"), "exclude each other"),
+        (("--since", "yesterday"), "expected a span like 30m"),
+        (("oven",), "unknown device 'oven'"),
+    ],
+)
+def test_what_cannot_be_shown_is_said_in_one_line(folder: Path, arguments: tuple[str, ...], says: str) -> None:
+    with pytest.raises(FleetError, match=says) as raised:
+        fleet(folder, "stats", *arguments)
+    assert "\n" not in str(raised.value)
+
+
+def test_devices_by_group_and_by_being_there(folder: Path) -> None:
+    assert [row["device"] for row in fleet_json(folder, "devices")] == ["edge-1", "edge-2", "edge-3"]
+    assert [row["device"] for row in fleet_json(folder, "devices", "--group", "attic")] == ["edge-2"]
+    assert [row["device"] for row in fleet_json(folder, "devices", "--online")] == ["edge-1"]
+    assert [row["device"] for row in fleet_json(folder, "devices", "--offline")] == ["edge-2", "edge-3"]
+
+
+def test_one_device_in_detail(folder: Path) -> None:
+    shown = fleet_json(folder, "device", "edge-1")
+    assert (shown["device"]["mode"], shown["stats"]["tokens"]) == ("auto", 10)
+    assert [session["session"] for session in shown["sessions"]] == ["s1"]
+    out = fleet(folder, "device", "edge-1")
+    for words in ("kitchen", "where tokens came from", "1 times standalone: the link is down", "latest sessions"):
+        assert words in out
+
+
+def test_a_bar_of_rates() -> None:
+    assert spark([0.0, None, 0.5, 1.0]) == "▁·▅█"
+
+
+def test_a_fleet_keeps_its_registry_and_retention_until_it_is_told_another(tmp_path: Path) -> None:
+    config = StateConfig("127.0.0.1", 1, "/no/bundle")
+    first = keeping(tmp_path, config, f"sqlite:///{tmp_path}/other.sqlite", 30)
+    State.create(tmp_path, first)
+    assert keeping(tmp_path, config, None, None) == first
+    assert keeping(tmp_path, config, first.registry, 7).retention_days == 7
+    with pytest.raises(ConfigError, match="another registry, where its devices are enrolled"):
+        keeping(tmp_path, config, "postgresql://elsewhere/fleet", None)
+
+
+def test_a_registry_that_cannot_be_opened_is_not_written_down(tmp_path: Path) -> None:
+    config = StateConfig("127.0.0.1", 1, "/no/bundle", registry="postgresql://fleet:secret@127.0.0.1:1/fleet")
+    with pytest.raises(FleetError, match="cannot answer") as raised:
+        State.create(tmp_path, config)
+    assert "secret" not in str(raised.value)
+    assert not (tmp_path / "fleet.json").exists()
+
+
+def test_only_the_operator_can_read_where_the_registry_is(folder: Path) -> None:
+    assert (folder / "fleet.json").stat().st_mode & 0o077 == 0
+    assert Role.SERVER in {row["role"] for row in _identities(folder)}
+
+
+def _identities(folder: Path) -> list[dict[str, Any]]:
+    with State.load(folder).registry() as registry:
+        return [{"role": row.role} for row in registry.identities()]

@@ -1,0 +1,69 @@
+"""Databases for tests: SQLite files, and databases of one PostgreSQL server a session."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from benchmarks.postgresql import PostgresqlServer, find_postgresql, postgresql_server
+from fleet.errors import ConfigError
+from fleet.registry.database import open_database
+
+READY: Final = "ready"  # the template that has the registry's tables
+
+
+class Databases:
+    """Hands out databases of one server by their URLs."""
+
+    def __init__(self, server: PostgresqlServer) -> None:
+        self.server = server
+        self._numbers = itertools.count(1)
+        open_database(server.create(READY)).dispose()
+
+    @contextmanager
+    def database(self, *, empty: bool = False) -> Iterator[str]:
+        """The URL of a new database, with the registry's tables unless it shall be `empty`."""
+        name = f"test-{next(self._numbers)}"
+        yield self.server.create(name, "template0" if empty else READY)
+        self.server.drop(name)
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[Databases]:
+    """Skips without a server on this machine, except under CI, where that is a failure."""
+    try:
+        find_postgresql()
+    except ConfigError as error:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(str(error))
+    with postgresql_server() as server:
+        yield Databases(server)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def registry_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Where a new registry may be opened."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/registry.sqlite"
+        return
+    databases: Databases = request.getfixturevalue("postgresql")
+    with databases.database() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A database without any table."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/empty.sqlite"
+        return
+    databases: Databases = request.getfixturevalue("postgresql")
+    with databases.database(empty=True) as url:
+        yield url

@@ -1,0 +1,171 @@
+"""Many devices report to one server, which is killed twice, and whose database is locked in between.
+
+At its full size: ``python -m tests.system.report_flood --devices 200 --reports 50000 --locked-s 20``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Final
+
+from sqlalchemy import create_engine, func, select
+
+from edge_agent.reports import REPORTS_FILE, ReportOutbox
+from fleet.access import Role
+from fleet.cli.processes import Child
+from fleet.cli.state import State, StateConfig
+from fleet.registry.models import GenerationRecord
+from provisioning.authority import CertificateAuthority
+from provisioning.enroll import enroll
+from tests.brokers import HOST, free_port, wait_until
+
+WAIT_S: Final = 240.0
+DEVICES_A_PROCESS: Final = 50  # paho's select() takes no file number beyond 1023, and a device has six files
+TOKENS_A_REPORT: Final = 10
+LOCK: Final = """
+import sqlite3, sys
+database = sqlite3.connect(sys.argv[1], 30, isolation_level=None)
+database.execute("BEGIN EXCLUSIVE")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+class Flood:
+    """A server in a process of its own, and devices in a few others."""
+
+    def __init__(self, folder: Path, num_devices: int, stack: ExitStack) -> None:
+        self.state = State.create(folder / "state", StateConfig(HOST, free_port(), str(folder)))
+        self.database = self.state.folder / "registry.sqlite"
+        self.registry = stack.enter_context(self.state.registry())
+        self._engine = create_engine(f"sqlite:///{self.database}")
+        stack.callback(self._engine.dispose)
+        self.server = self._start_server()
+        stack.callback(lambda: self.server.stop())
+        authority = CertificateAuthority.load(self.state.folder / "ca")
+        self.folders = [folder / f"d{i}" for i in range(num_devices)]
+        for each in self.folders:
+            port = self.state.config.port
+            enroll(self.registry, authority, each.name, Role.DEVICE, each, host=HOST, port=port)
+        self._processes = [
+            stack.enter_context(
+                process("-m", "tests.system.reporting_devices", *map(str, self.folders[i::num_processes]))
+            )
+            for num_processes in [-(-num_devices // DEVICES_A_PROCESS)]
+            for i in range(num_processes)
+        ]
+        for devices in self._processes:
+            expect(devices, "ready")
+
+    def restart_server(self, meanwhile: Callable[[], None]) -> None:
+        """Kills it, and starts it again after `meanwhile`."""
+        self.server.process.kill()
+        self.server.process.wait()
+        meanwhile()
+        self.server = self._start_server()
+
+    def _start_server(self) -> Child:
+        server = Child("the server", ("fleet.cli", "server", "--state", str(self.state.folder)))
+        server.wait_ready()
+        return server
+
+    def report(self, count: int) -> None:
+        """Every device makes `count` reports."""
+        for devices in self._processes:
+            assert devices.stdin
+            devices.stdin.write(f"{count}\n")
+            devices.stdin.flush()
+
+    @contextmanager
+    def database_locked(self) -> Iterator[None]:
+        """Another process has the database to itself."""
+        with process("-c", LOCK, str(self.database)) as holder:
+            expect(holder, "locked")
+            yield
+
+    def num_stored(self) -> int:
+        with self._engine.connect() as database:
+            return database.scalar(select(func.count()).select_from(GenerationRecord)) or 0
+
+    def until_stored(self, count: int) -> None:
+        wait_until(lambda: self.num_stored() >= count, f"{count} reports are stored", WAIT_S)
+
+    def generations(self) -> list[str]:
+        """What the registry's table holds, row by row."""
+        with self._engine.connect() as database:
+            return sorted(database.scalars(select(GenerationRecord.generation)))
+
+
+def flood(folder: Path, num_devices: int, num_reports: int, locked_s: float) -> None:
+    """Fails unless every report is in the registry exactly once at the end, and no device keeps any."""
+    each, began = num_reports // num_devices, time.monotonic()
+
+    def say(what: str) -> None:
+        print(f"{time.monotonic() - began:6.1f} s  {fleet.num_stored():6d} stored  {what}", flush=True)
+
+    with ExitStack() as stack:
+        fleet = Flood(folder, num_devices, stack)
+        say("devices are connected")
+        fleet.report(each // 3)
+        fleet.until_stored(num_reports // 10)
+        say("the server is killed")
+        fleet.restart_server(lambda: fleet.report(each // 3))
+        fleet.until_stored(num_reports * 4 // 10)
+        say("the database is locked")
+        with fleet.database_locked():
+            fleet.report(each - 2 * (each // 3))
+            time.sleep(locked_s)
+        fleet.until_stored(num_reports * 6 // 10)
+        say("the server is killed")
+        fleet.restart_server(lambda: None)
+        say("the server is back")
+        fleet.until_stored(num_reports)
+        say("all are stored")
+        wait_until(lambda: not any(map(num_kept, fleet.folders)), "no device keeps a report", WAIT_S)
+        say("all are acknowledged")
+        assert fleet.generations() == sorted(f"{it.name}-{i + 1}" for it in fleet.folders for i in range(each))
+        counted = {(row.generations, row.tokens) for row in fleet.registry.stats()}
+        assert counted == {(each, each * TOKENS_A_REPORT)}
+
+
+def num_kept(folder: Path) -> int:
+    outbox = ReportOutbox(folder / REPORTS_FILE, limit=10_000)
+    with outbox.transaction():
+        count = len(outbox)
+    outbox.close()
+    return count
+
+
+@contextmanager
+def process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Python with `arguments`, for the length of the block."""
+    command = [sys.executable, *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+        yield running
+        running.terminate()
+
+
+def expect(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdout
+    assert process.stdout.readline().strip() == line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--devices", type=int, default=200)
+    parser.add_argument("--reports", type=int, default=50_000)
+    parser.add_argument("--locked-s", type=float, default=20.0)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        flood(Path(folder), asked.devices, asked.reports, asked.locked_s)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""Reports of many devices through faults of the server and of its database."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.system.report_flood import flood
+
+
+def test_every_report_of_a_flood_is_counted_once_though_the_server_is_killed_and_its_database_locked(
+    tmp_path: Path,
+) -> None:
+    """At its full size this is ``python -m tests.system.report_flood``."""
+    flood(tmp_path, num_devices=40, num_reports=4000, locked_s=2.0)
