@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -28,14 +28,22 @@ def run(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch.")] = None,
     weights: Annotated[str | None, typer.Option(help="float32, int8 or int4: fewer bits take less time.")] = None,
     kv_budget_mb: Annotated[int | None, typer.Option(min=1, help="Memory for KV caches, in MB.")] = None,
+    drain_timeout: Annotated[
+        float | None, typer.Option(min=0, help="Seconds that sessions may still take once it is to stop.")
+    ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Serve /healthz, /readyz and /metrics over HTTP there.")
+    ] = None,
+    metrics_host: Annotated[str, typer.Option(help="Address of --metrics-port.")] = "127.0.0.1",
 ) -> None:
     """Serve devices until stopped."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its waiting threads must not burn the cores
     try:
         import msgspec
 
         from cloud_broker_worker.config import Weights, WorkerConfig
+        from cloud_broker_worker.metrics import WorkerMonitor
         from cloud_broker_worker.worker import Worker
+        from fleet.endpoint import Endpoint
     except ImportError as error:
         raise MissingExtraError(
             f"a worker needs {error.name}, which is not installed; run: pip install 'cecollm-fleet[worker]'"
@@ -56,22 +64,30 @@ def run(
     model = bundle or (Path(identity.config.bundle) if identity.config.bundle else None)
     if model is None:
         raise ConfigError(f"{folder} names no bundle; pass one with --bundle DIR")
-    config = WorkerConfig(shared_opens=identity.config.shared_subscriptions)
-    if threads:
-        config = msgspec.structs.replace(config, num_threads=threads)
-    if weights:
-        if weights not in get_args(Weights):
-            raise ConfigError(f"--weights {weights}: expected one of {', '.join(get_args(Weights))}")
-        config = msgspec.structs.replace(config, weights=weights)
-    if kv_budget_mb:
-        config = msgspec.structs.replace(config, kv_budget_bytes=kv_budget_mb * 1_000_000)
+    if weights and weights not in get_args(Weights):
+        raise ConfigError(f"--weights {weights}: expected one of {', '.join(get_args(Weights))}")
+    settings = {
+        "num_threads": threads,
+        "weights": weights,
+        "kv_budget_bytes": kv_budget_mb and kv_budget_mb * 1_000_000,
+        "drain_timeout_s": drain_timeout,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    config = msgspec.structs.replace(WorkerConfig(shared_opens=identity.config.shared_subscriptions), **given)
     loaded = Bundle.load(model, ("cloud",))
     stop = stop_event()
     will = Will(topics.worker_status(identity.name), Worker.will())
-    with MqttTransport.connect(identity, will=will) as transport, Worker(transport, loaded, config) as worker:
+    with ExitStack() as stack:
+        endpoint = None if metrics_port is None else stack.enter_context(Endpoint(metrics_host, metrics_port))
+        transport = stack.enter_context(MqttTransport.connect(identity, will=will))
+        worker = stack.enter_context(Worker(transport, loaded, config))
+        if endpoint:
+            endpoint.show(WorkerMonitor(worker))
         manifest = loaded.manifest
+        serves = f"{manifest.model.name}, bundle {manifest.bundle_id}"
         layers = f"layers {manifest.upload_layer} to {manifest.model.num_layers}"
-        print(f"worker {identity.name} serves {manifest.model.name}, bundle {manifest.bundle_id}, {layers}", flush=True)
+        where = f", metrics on {endpoint.url}" if endpoint else ""
+        print(f"worker {identity.name} serves {serves}, {layers}{where}", flush=True)
         stop.wait()
         print(f"worker {identity.name} finishes its sessions; stop it again to leave them", flush=True)
         worker.drain(stop_event())

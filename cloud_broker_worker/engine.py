@@ -21,6 +21,7 @@ from cloud_broker_worker.log_limit import LimitedLog
 from cloud_broker_worker.memory import Memory
 from cloud_broker_worker.scheduler import schedule
 from cloud_broker_worker.session import Session, SessionKey
+from cloud_broker_worker.tally import Tally
 from cloud_broker_worker.upper_layers import Chunk, UpperLayers
 from fleet.codec import unpack_context
 from fleet.errors import DecodeError
@@ -60,6 +61,7 @@ class Engine:
         self.pool = layers.new_pool(config.kv_budget_bytes)
         self.memory = Memory(self.pool, config)
         self.sessions = self.memory.sessions
+        self.tally = Tally()
         self.is_draining = False
         self._layers = layers
         self._manifest = layers.manifest
@@ -177,11 +179,21 @@ class Engine:
         now = self._clock()
         for session in self.sessions.values():
             if session.question and now > session.question.expires:
+                self.tally.num_expired += 1
                 session.question = None
         if batch := self._for_questions(now) or self._ahead(now):
+            self._count(batch, now)
             self._run(batch)
         answers, self._answers = self._answers, []
         return answers if batch else answers or None
+
+    def _count(self, batch: Mapping[SessionKey, int], now: float) -> None:
+        self.tally.num_positions += sum(batch.values())
+        for key in batch:
+            question = self.sessions[key].question
+            if question and not question.has_begun:
+                question.has_begun = True
+                self.tally.queued.add(now - question.arrived)
 
     def _for_questions(self, now: float) -> dict[SessionKey, int]:
         waiting = [(s.question.arrived, s) for s in self.sessions.values() if s.question and s.num_pending]
@@ -247,6 +259,7 @@ class Engine:
             return
         busy_ms = max(0.0, self._clock() - question.arrived) * 1000
         answer = session.answer = answer_of(question, session.key.session, busy_ms)
+        self.tally.answered["verify" if question.draft else "assist"].add(busy_ms / 1000)
         session.question = None
         if isinstance(answer, Verified) and answer.token_id is not None:
             session.rewind(answer.start + answer.accepted + 1, session.branch + 1)
@@ -283,6 +296,7 @@ class Engine:
         return self._refused(session.key, "too_long", f"position {stop} of at most {session.capacity}")
 
     def _refused(self, key: SessionKey, code: str, message: str, retry_after_ms: int = 0) -> Refused:
+        self.tally.refusals[code] += 1
         return Refused(key.session, code, retry_after_ms, message, self._worker)
 
 

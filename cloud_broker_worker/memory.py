@@ -21,6 +21,7 @@ class Memory:
     def __init__(self, pool: KvPool, config: WorkerConfig) -> None:
         self.pool = pool
         self.sessions: dict[SessionKey, Session] = {}
+        self.num_evictions = 0
         self._limits = Limits(
             pool.shape,
             config.kv_budget_bytes,
@@ -73,13 +74,17 @@ class Memory:
 
     def evict(self, session: Session) -> None:
         """Takes a session's cache; its hidden states stay."""
+        self.num_evictions += session.lease is not None
+        self._take_back(session)
+
+    def _take_back(self, session: Session) -> None:
         if session.lease:
             self.pool.take_back(session.lease)
             session.lease = None
 
     def drop(self, session: Session) -> None:
         """Forgets a session."""
-        self.evict(session)
+        self._take_back(session)
         self.pool.drop(session.store)
         self.sessions.pop(session.key, None)
 

@@ -30,7 +30,10 @@ DRAIN_CHECK_S: Final = 0.1
 
 
 class Worker:
-    """Serves one bundle. Use as a context manager; it announces itself and serves until it is closed."""
+    """Serves one bundle. Use as a context manager; it announces itself and serves until it is closed.
+
+    Its thread takes messages and runs a step in turns; `last_turn` is when it last began one, in monotonic seconds.
+    """
 
     def __init__(self, transport: Transport, bundle: Bundle, config: WorkerConfig) -> None:
         """Raises BundleError when the cloud partition does not load."""
@@ -40,6 +43,7 @@ class Worker:
         self._bundle_id = bundle.manifest.bundle_id
         self._config = config
         self._announced = 0
+        self.last_turn = time.monotonic()
         self._epoch = time.time_ns() // 1_000_000
         self._inbox: queue.Queue[tuple[float, str, ToWorker]] = queue.Queue(config.max_queued_messages)
         self._thread = threading.Thread(target=self._serve, name=f"worker-{self.name}", daemon=True)
@@ -81,6 +85,16 @@ class Worker:
         """Whether its thread runs."""
         return self._thread.is_alive()
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether it can reach the broker now."""
+        return self._transport.is_up
+
+    @property
+    def num_queued(self) -> int:
+        """Messages that have arrived and not been handled."""
+        return self._inbox.qsize()
+
     @staticmethod
     def will() -> bytes:
         """The status payload of a worker that has gone."""
@@ -113,6 +127,7 @@ class Worker:
     def _serve(self) -> None:
         next_check, is_idle = time.monotonic(), True
         while not self._stopping.is_set():
+            self.last_turn = time.monotonic()
             try:
                 self._take(wait=is_idle)
                 is_idle = True  # also after an error: none is repeated in haste

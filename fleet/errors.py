@@ -19,6 +19,7 @@ FleetError
  +- IdentityError           an identity folder or certificate is missing or wrong
  +- RegistryError           the registry cannot answer
      +- UnknownDeviceError  nobody enrolled that name
+     +- ReportError         a report that can never be stored
 
 A message says what was expected, what came, and what to do.
 """
@@ -138,3 +139,9 @@ class UnknownDeviceError(RegistryError):
     """Nobody enrolled that name."""
 
     code = "unknown_device"
+
+
+class ReportError(RegistryError):
+    """A report that can never be stored."""
+
+    code = "bad_report"

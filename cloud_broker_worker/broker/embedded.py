@@ -58,6 +58,11 @@ class EmbeddedBroker:
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join(STOP_S)
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
+
     def _run(self, broker_class: type[FleetBroker], listener: socket.socket, context: ssl.SSLContext) -> None:
         try:
             with listener:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import time
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,26 +11,32 @@ from rich.console import Console
 
 from fleet.access import Role
 from fleet.cli.bench import app as bench_commands
+from fleet.cli.cluster import MetricsPortOption, RegistryOption, RetentionOption, init, server
 from fleet.cli.doctor import doctor
 from fleet.cli.export import PASS_ON, export
 from fleet.cli.export import bundle as bundle_commands
 from fleet.cli.heads import app as heads_commands
 from fleet.cli.lazy import load
-from fleet.cli.state import DEFAULT_PORT, State, StateConfig
+from fleet.cli.state import DEFAULT_PORT, State, StateConfig, keeping
+from fleet.cli.stats import JsonOption, StateOption, device, devices, stats
 from fleet.command import run_command, stop_event
-from fleet.errors import ConfigError, FleetError, LinkError, UnknownDeviceError
+from fleet.errors import ConfigError, LinkError, UnknownDeviceError
+from fleet.identity import Identity
 from fleet.policy import check_threshold, parse_mode
 from fleet.prompt import ChatMessage, PromptRequest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("export", context_settings=PASS_ON)(export)
 app.command("doctor")(doctor)
+app.command("init")(init)
+app.command("server")(server)
+app.command("devices")(devices)
+app.command("device")(device)
+app.command("stats")(stats)
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(heads_commands, name="heads")
 app.add_typer(bench_commands, name="bench")
 
-StateOption = Annotated[Path | None, typer.Option("--state", help="The fleet's folder (default: $FLEET_HOME).")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 ModeOption = Annotated[str | None, typer.Option("--mode", help="standalone, collaborative, verified or auto.")]
 ThresholdOption = Annotated[float | None, typer.Option(help="For all exits, 0 to 1; 1 switches the exits off.")]
 TokensOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Length limit of the answer.")]
@@ -56,32 +59,30 @@ def up(
     host: Annotated[str, typer.Option(help="Address that the broker listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = DEFAULT_PORT,
     bundle: BundleOption = None,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="How many workers share the devices.")] = 1,
+    metrics_port: MetricsPortOption = None,
+    registry: RegistryOption = None,
+    retention_days: RetentionOption = None,
 ) -> None:
-    """Start broker, registry, collector and one worker; stop them with Ctrl-C."""
-    from fleet.cli.serve import check_port, fleet_processes, resolve_bundle
+    """Start broker, registry, collector and workers; stop them with Ctrl-C."""
+    from fleet.cli.serve import check_port, fleet_processes, resolve_bundle, watch
 
     console = Console(stderr=True)
     stop = stop_event()
     check_port(host, port)
     path = resolve_bundle(bundle, console.print)
-    fleet = State.create(state or State.default_folder(), StateConfig(host, port, str(path)))
-    with fleet_processes(fleet) as (server, worker):
-        print(worker.wait_ready())
+    folder = state or State.default_folder()
+    config = keeping(folder, StateConfig(host, port, str(path)), registry, retention_days)
+    fleet = State.create(folder, config)
+    with fleet_processes(fleet, workers, metrics_port) as (server, started):
+        for worker in started:
+            worker.wait_ready()
+        for process in (server, *started):
+            print(f"{process.ready_line} (process {process.process.pid})")
         print(
             f"the fleet is up on {host}:{port}; next: fleet enroll NAME --out DIR, then edge-agent run DIR", flush=True
         )
-        while not stop.wait(0.2):
-            for process in (server, worker):
-                if process.process.poll() is not None:
-                    raise FleetError(f"{process.title} ended with exit status {process.process.returncode}; see above")
-
-
-@app.command(hidden=True)
-def server(state: StateOption = None) -> None:
-    """Broker and collector alone; `fleet up` starts this."""
-    from fleet.cli.serve import run_server
-
-    run_server(State.load(state or State.default_folder()))
+        watch(server, started, stop)
 
 
 @app.command()
@@ -92,43 +93,29 @@ def enroll(
     allow: Annotated[list[str] | None, typer.Option(help="Device or group that an app may prompt; repeatable.")] = None,
     group: Annotated[str | None, typer.Option(help="Group of a device.")] = None,
     bundle: BundleOption = None,
+    shared_subscriptions: Annotated[
+        bool, typer.Option("--shared-subscriptions", help="A worker's broker has them (MQTT 5): one takes a session.")
+    ] = False,
     state: StateOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make an identity: a certificate of the fleet's own authority, and its configuration."""
     if role not in set(Role):
         raise ConfigError(f"unknown role {role!r}: expected one of {', '.join(Role)}")
+    if shared_subscriptions and role != Role.WORKER:
+        raise ConfigError(f"only a worker shares a subscription; {name!r} is to be a {role}: leave the option out")
     fleet = State.load(state or State.default_folder())
     folder = (out or Path(name)).resolve()
-    fleet.enroll(name, Role(role), folder, group=group, allow=tuple(allow or ()), bundle=bundle and bundle.resolve())
+    identity = fleet.enroll(
+        name, Role(role), folder, group=group, allow=tuple(allow or ()), bundle=bundle and bundle.resolve()
+    )
+    if shared_subscriptions:
+        Identity(folder, msgspec.structs.replace(identity.config, shared_subscriptions=True)).save()
     following = f"edge-agent run {folder}" if role == Role.DEVICE else "use ca.pem, cert.pem and key.pem in there"
     if as_json:
         print(msgspec.json.encode({"name": name, "role": role, "folder": str(folder)}).decode())
     else:
         print(f"enrolled {role} {name} in {folder}; next: {following}")
-
-
-@app.command()
-def devices(state: StateOption = None, as_json: JsonOption = False) -> None:
-    """List the devices: online or not, bundle, last seen."""
-    from fleet.cli.views import print_rows
-
-    with State.load(state or State.default_folder()).registry() as registry:
-        print_rows(Console(), registry.devices(), "devices", as_json=as_json)
-
-
-@app.command()
-def stats(
-    device: Annotated[str | None, typer.Argument()] = None,
-    since: Annotated[str | None, typer.Option(help="For example 30m, 24h, 7d, or 2026-01-31.")] = None,
-    state: StateOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show where each device's tokens came from."""
-    from fleet.cli.views import print_rows
-
-    with State.load(state or State.default_folder()).registry() as registry:
-        print_rows(Console(), registry.stats(device, parse_since(since)), "tokens by source", as_json=as_json)
 
 
 @app.command()
@@ -270,18 +257,6 @@ def ask(fleet: State, device: str, requests: list[PromptRequest], *, as_json: bo
         with fleet.registry() as registry:
             rows = registry.stats(device)
         print(msgspec.json.encode({"bundle_id": row.bundle_id, "results": results, "stats": rows}).decode())
-
-
-def parse_since(value: str | None) -> float | None:
-    """Seconds since 1970 of "30m", "24h", "7d" ago, or of an ISO date; raises ConfigError."""
-    if value is None:
-        return None
-    if match := re.fullmatch(r"(\d+)([smhd])", value):
-        return time.time() - int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
-    try:
-        return datetime.fromisoformat(value).timestamp()
-    except ValueError:
-        raise ConfigError(f"since {value!r}: expected a span like 30m, 24h, 7d, or a date like 2026-01-31") from None
 
 
 def main() -> None:

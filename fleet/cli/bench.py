@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from typing import Final
 
 import typer
 
@@ -12,18 +14,30 @@ from fleet.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Measure the engines on this machine, from a checkout.")
 
+BENCHES: Final = {
+    "edge": ("edge,export,server", "The edge engine beside llama.cpp and onnxruntime-genai, and what a device costs."),
+    "worker": ("edge,export,server,worker", "Sessions and devices that one worker serves, and round trips a token."),
+    "stats": ("server,postgres", "The statistics of 1,000 devices over 30 days, on SQLite and on PostgreSQL."),
+}
+"""By module of `benchmarks`, whose `app` it is: the extras that it needs, and what it measures."""
 
-@app.command(context_settings=PASS_ON)
-def edge(context: typer.Context) -> None:
-    """The edge engine beside llama.cpp and onnxruntime-genai, and what a device costs."""
-    try:
-        module = importlib.import_module("benchmarks.edge")
-    except ModuleNotFoundError as error:
-        if error.name == "benchmarks":
-            raise ConfigError(
-                "the benchmarks are not part of the installed package; run 'make bench' in a checkout of the project"
-            ) from None
-        if (error.name or "").partition(".")[0] in OWN:
-            raise
-        raise missing(error.name or "a package", "edge,export,server") from None
-    module.app(args=context.args, prog_name="fleet bench edge", standalone_mode=False)
+
+def _command(name: str, extras: str) -> Callable[[typer.Context], None]:
+    def run(context: typer.Context) -> None:
+        try:
+            module = importlib.import_module(f"benchmarks.{name}")
+        except ModuleNotFoundError as error:
+            if error.name == "benchmarks":
+                raise ConfigError(
+                    "the benchmarks are not part of the installed package; run them in a checkout of the project"
+                ) from None
+            if (error.name or "").partition(".")[0] in OWN:
+                raise
+            raise missing(error.name or "a package", extras) from None
+        module.app(args=context.args, prog_name=f"fleet bench {name}", standalone_mode=False)
+
+    return run
+
+
+for _name, (_extras, _help) in BENCHES.items():
+    app.command(_name, help=_help, context_settings=PASS_ON)(_command(_name, _extras))

@@ -19,7 +19,8 @@ from fleet.cli.lazy import require
 from fleet.cli.processes import child
 from fleet.cli.serve import fleet_processes, free_port
 from fleet.cli.state import State, StateConfig
-from fleet.cli.views import legend, print_reply, print_rows, usage_line
+from fleet.cli.stats_views import print_stats
+from fleet.cli.views import legend, print_reply, usage_line
 from fleet.client import PromptClient
 from fleet.errors import ConfigError, RegistryError
 from fleet.manifest import Bundle
@@ -87,7 +88,7 @@ def running_fleet(bundle: Path, folder: Path, say: Console) -> Iterator[tuple[St
     state.enroll(DEVICE, Role.DEVICE, device)
     app = state.enroll(APP, Role.APP, folder / "apps" / APP, allow=(DEVICE,))
     with (
-        fleet_processes(state) as (_, worker),
+        fleet_processes(state) as (_, (worker,)),
         child("the device", "edge_agent", "run", str(device)) as edge,
         MqttTransport.connect(app) as transport,
     ):
@@ -123,7 +124,7 @@ def run_demo(bundle: Path, requests: list[PromptRequest], console: Console, *, a
     if as_json:
         print(msgspec.json.encode({"bundle_id": manifest.bundle_id, "results": results, "stats": stats}).decode())
     else:
-        print_rows(console, stats, "what the registry counted", as_json=False)
+        print_stats(console, stats, "what the registry counted")
 
 
 def await_counts(state: State, results: list[Result]) -> list[Any]:

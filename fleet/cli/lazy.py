@@ -10,6 +10,7 @@ from fleet.errors import MissingExtraError
 
 EXTRAS = {
     "cloud_broker_worker.broker": "server",
+    "fleet.cli.stats_plot": "plots",
     "fleet.registry": "server",
     "onnx_export": "export",
     "cloud_broker_worker": "worker",

@@ -14,7 +14,8 @@ from typing import IO, Final
 from fleet.errors import FleetError
 
 START_TIMEOUT_S: Final = 60.0
-STOP_TIMEOUT_S: Final = 10.0
+DRAIN_TIMEOUT_S: Final = 5.0  # what `fleet up` leaves a worker's sessions; on its own it may take longer
+STOP_TIMEOUT_S: Final = 20.0  # more than a worker's sessions, its last step and its farewells take together
 
 
 class Child:
@@ -22,11 +23,12 @@ class Child:
 
     def __init__(self, title: str, arguments: Sequence[str]) -> None:
         self.title = title
-        # A worker and a device share the cores: OpenMP threads that wait must not burn them.
-        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", *arguments], stdout=subprocess.PIPE, text=True, env=environment
         )
+        self.ready_line = ""
+        self._is_stopping = False
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True).start()
 
@@ -48,11 +50,18 @@ class Child:
             raise FleetError(f"{self.title} was not ready within {timeout_s:g} s") from None
         if not line:
             raise FleetError(f"{self.title} did not start (exit status {self.process.wait(STOP_TIMEOUT_S)}); see above")
+        self.ready_line = line
         return line
+
+    def ask_to_stop(self) -> None:
+        """Once only: a second SIGTERM would tell a worker to leave its sessions at once."""
+        if not self._is_stopping:
+            self._is_stopping = True
+            self.process.terminate()
 
     def stop(self) -> None:
         """Asks it to end, and kills it when it does not."""
-        self.process.terminate()
+        self.ask_to_stop()
         try:
             self.process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:

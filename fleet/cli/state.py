@@ -25,15 +25,20 @@ if TYPE_CHECKING:
 STATE_FILE: Final = "fleet.json"
 DEFAULT_PORT: Final = 8883
 COLLECTOR: Final = "collector"
-WORKER: Final = "worker-1"
+WORKER: Final = "worker-1"  # the first of those that `fleet up` starts
 
 
 class StateConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the broker listens and which bundle the fleet serves."""
+    """Where the broker listens, which bundle the fleet serves, and what it remembers.
+
+    `registry` is the URL of a PostgreSQL database; None is a SQLite file in the folder.
+    """
 
     host: str
     port: Annotated[int, Meta(ge=1, le=65535)]
     bundle: str
+    registry: str | None = None
+    retention_days: Annotated[int, Meta(ge=1)] = 90
 
 
 class State:
@@ -67,7 +72,10 @@ class State:
         """Makes the folder, or brings an existing one to `config`; identities follow the broker's address."""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         state = cls(folder, config)
-        (folder / STATE_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
+        state.registry().close()  # one that cannot be opened is not written down
+        path = folder / STATE_FILE
+        path.touch(mode=0o600)  # a registry's URL may hold a password
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
         authority = load("provisioning.authority").CertificateAuthority
         if not (folder / "ca").exists():
             authority.create(folder / "ca")
@@ -77,7 +85,8 @@ class State:
 
     def registry(self) -> Registry:
         """Opens the registry; use it as a context manager."""
-        registry: Registry = load("fleet.registry.store").Registry.open(self.folder / "registry.sqlite")
+        where = self.config.registry or self.folder / "registry.sqlite"
+        registry: Registry = load("fleet.registry.store").Registry.open(where)
         return registry
 
     def enroll(
@@ -141,3 +150,22 @@ class State:
                     continue
                 yield identity
                 return
+
+
+def keeping(folder: Path, config: StateConfig, registry: str | None, retention_days: int | None) -> StateConfig:
+    """`config` with a registry and retention: those given, else those that the fleet in `folder` already has.
+
+    Raises:
+        ConfigError: the fleet has another registry, where everyone was enrolled.
+    """
+    kept = State.load(folder).config if (folder / STATE_FILE).exists() else None
+    if kept and registry not in (None, kept.registry):
+        raise ConfigError(
+            f"the fleet in {folder} has another registry, where its devices are enrolled; name a new folder with "
+            f"--state, or, if the same database has moved, write its URL into {folder / STATE_FILE}"
+        )
+    return msgspec.structs.replace(
+        config,
+        registry=kept.registry if kept else registry,
+        retention_days=retention_days or (kept or config).retention_days,
+    )

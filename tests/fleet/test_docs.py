@@ -9,7 +9,7 @@ from fleet.access import RULES
 from fleet.messages import Message
 from fleet.policy import Mode
 from fleet.prompt import PromptRequest, Reply, Usage
-from fleet.report import DeviceStatus, GenerationReport, WorkerStatus
+from fleet.report import DeviceStatus, GenerationReport, ReportReceipt, WorkerStatus
 from fleet.session import LEGAL
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,9 @@ def test_the_protocol_lists_every_field_of_every_message(message: type[Message])
     assert tuple(fields) == message.__struct_fields__
 
 
-@pytest.mark.parametrize("kind", [PromptRequest, Reply, Usage, DeviceStatus, WorkerStatus, GenerationReport])
+@pytest.mark.parametrize(
+    "kind", [PromptRequest, Reply, Usage, DeviceStatus, WorkerStatus, GenerationReport, ReportReceipt]
+)
 def test_the_protocol_names_every_field_of_what_apps_and_reports_hold(kind: type[PromptRequest]) -> None:
     assert [field for field in kind.__struct_fields__ if f"`{field}`" not in PROTOCOL] == []
 

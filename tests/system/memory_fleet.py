@@ -16,8 +16,16 @@ from fleet.client import PromptClient
 from fleet.manifest import Bundle
 from fleet.memory import MemoryBroker, MemoryTransport
 from fleet.prompt import PromptRequest, Reply, decode_reply
-from fleet.report import DeviceStatus, GenerationReport, WorkerStatus, decode_report, decode_status
-from fleet.transport import Will
+from fleet.report import (
+    DeviceStatus,
+    GenerationReport,
+    ReportReceipt,
+    WorkerStatus,
+    decode_report,
+    decode_status,
+    encode_receipt,
+)
+from fleet.transport import Transport, Will
 
 WAIT_S = 30.0
 DEVICE, WORKER, APP = "edge-1", "worker-1", "app-1"
@@ -57,7 +65,7 @@ class MemoryFleet:
         self._worker_status: queue.Queue[WorkerStatus] = queue.Queue()
         self._device_status: queue.Queue[DeviceStatus] = queue.Queue()
         self.watcher = self._connect("watcher")
-        self.watcher.subscribe(topics.DEVICE_STATS_FILTER, lambda _, p: self.reports.put(decode_report(p)), qos=1)
+        self.watcher.subscribe(topics.DEVICE_STATS_FILTER, self._on_report)
         self.watcher.subscribe(
             topics.WORKER_STATUS_FILTER, lambda _, p: self._worker_status.put(decode_status(p, WorkerStatus)), qos=1
         )
@@ -91,6 +99,9 @@ class MemoryFleet:
             pass
         return agent, transport
 
+    def _on_report(self, topic: str, payload: bytes) -> None:
+        self.reports.put(acknowledge(self.watcher, topic, payload))
+
     def _on_reply(self, topic: str, payload: bytes) -> None:
         self._raw.setdefault(topic.rsplit("/", 1)[1], queue.Queue()).put(decode_reply(payload))
 
@@ -100,6 +111,14 @@ class MemoryFleet:
 
     def ask(self, prompt: PromptRequest, device: str = DEVICE) -> Answer:
         return Answer(list(self.client.ask(device, prompt, timeout_s=WAIT_S)))
+
+
+def acknowledge(link: Transport, topic: str, payload: bytes) -> GenerationReport:
+    """The report that came on `topic`; its device is told that it is stored."""
+    report = decode_report(payload)
+    (device,) = topics.parse(topic, "d", "+", "stats")
+    link.publish(topics.device_reported(device), encode_receipt(ReportReceipt((report.generation,))))
+    return report
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from cloud_broker_worker.config import WorkerConfig
 from cloud_broker_worker.worker import Worker
 from edge_agent.agent import Agent
 from edge_agent.config import AgentConfig
+from edge_agent.reports import REPORTS_FILE
 from fleet import topics
 from fleet.access import Role
 from fleet.cli.processes import Child
@@ -78,7 +79,8 @@ class ProcessFleet:
         self.start_broker()
         if kind == "mosquitto":
             self._identities[COLLECTOR] = self._through_proxy(self._state.identity(COLLECTOR, Role.SERVER))
-            Collector(self._connect(COLLECTOR), self.registry)
+            self._collecting = stack.enter_context(ExitStack())
+            self.start_collector()
         watcher = self._connect("watcher")
         watcher.subscribe(topics.WORKER_STATUS_FILTER, self._on_status, qos=1)
         self.client = PromptClient(self._connect(APP))
@@ -120,6 +122,15 @@ class ProcessFleet:
         self._started.append(self.broker)
         wait_until(lambda: self.broker.poll() is None and listens(port), "mosquitto listens")
 
+    # The collector beside a mosquitto.
+
+    def start_collector(self) -> None:
+        link = self._collecting.enter_context(MqttTransport.connect(self._identities[COLLECTOR]))
+        self._collecting.enter_context(Collector(link, self.registry))
+
+    def stop_collector(self) -> None:
+        self._collecting.close()
+
     # Workers and devices, in this process or in one of their own.
 
     @contextmanager
@@ -159,7 +170,7 @@ class ProcessFleet:
         will = Will(topics.device_status(name), Agent.will())
         with (
             MqttTransport.connect(self._identities[name], will=will) as link,
-            Agent(link, self.bundle, config or AgentConfig(num_threads=1)) as agent,
+            Agent(link, self.bundle, config or AgentConfig(num_threads=1), self._folder / name / REPORTS_FILE) as agent,
         ):
             yield agent
 

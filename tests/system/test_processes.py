@@ -100,7 +100,7 @@ def test_the_demo_equals_the_whole_model_and_the_registry_counts_what_was_printe
     assert [r["token_ids"] for r in out["results"]] == [whole.generate(text, 16) for text in prompts]
     (row,) = out["stats"]
     tokens = sum(len(r["token_ids"]) for r in out["results"])
-    assert set(row) == {"device", "generations", "tokens", "sources", "offload_rate", "bytes_up", "bytes_down"}
+    assert set(row) >= {"device", "generations", "tokens", "sources", "offload_rate", "bytes_up", "bytes_down"}
     assert (row["generations"], row["tokens"], row["sources"]) == (3, tokens, {"cloud": tokens})
     assert row["bytes_up"] == sum(r["bytes_up"] for r in out["results"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -29,9 +30,10 @@ from fleet.identity import Identity
 from fleet.manifest import Bundle
 from fleet.policy import Mode
 from fleet.prompt import PromptRequest, Reply
-from fleet.report import GenerationReport, WorkerStatus, decode_report, decode_status
+from fleet.report import GenerationReport, WorkerStatus, decode_status
 from fleet.transport import Will
 from tests.brokers import Inbox, Site, running_site
+from tests.system.memory_fleet import acknowledge
 
 DEVICES = tuple(f"d{i}" for i in range(10))
 SESSIONS_EACH = 5
@@ -96,14 +98,15 @@ def follow(client: PromptClient, asked: Asked, progress: threading.Semaphore) ->
 @pytest.mark.mosquitto
 def test_every_answer_ends_as_the_whole_models_though_a_worker_is_killed(tmp_path: Path, tiny_bundle: Bundle) -> None:
     whole = WholeModel(tiny_bundle, num_threads=1)
-    reports, statuses, half_way = Inbox(), Inbox(), threading.Semaphore(0)
+    statuses, half_way = Inbox(), threading.Semaphore(0)
+    reports: queue.Queue[GenerationReport] = queue.Queue()
     config = AgentConfig(num_threads=1, max_concurrent_requests=SESSIONS_EACH, assist_deadline_ms=2000)
     asked = [Asked(DEVICES[i % len(DEVICES)], f"Tell me about number {i}.") for i in range(NUM_SESSIONS)]
     with ExitStack() as stack:
         site = stack.enter_context(running_site("mosquitto", tmp_path, FLEET))
         watcher = stack.enter_context(site.connect("s1"))
         watcher.subscribe(topics.WORKER_STATUS_FILTER, statuses, qos=1)
-        watcher.subscribe(topics.DEVICE_STATS_FILTER, reports, qos=1)
+        watcher.subscribe(topics.DEVICE_STATS_FILTER, lambda *it: reports.put(acknowledge(watcher, *it)))
         victim = stack.enter_context(worker_process(site, "w1", tiny_bundle))
         stack.enter_context(worker_process(site, "w2", tiny_bundle))
         online: set[str] = set()
@@ -124,12 +127,15 @@ def test_every_answer_ends_as_the_whole_models_though_a_worker_is_killed(tmp_pat
         os.kill(victim.pid, signal.SIGKILL)
         for thread in threads:
             thread.join(WAIT_S)
-        counted = [decode_report(reports.get()[1]) for _ in asked]
+        counted: dict[str, GenerationReport] = {}
+        while len(counted) < len(asked):
+            report = reports.get(timeout=WAIT_S)
+            counted[report.generation] = report
     assert [one.error for one in asked if one.error] == []
     for one in asked:
         assert one.replies[-1].done
         assert one.token_ids == whole.generate(one.prompt, NUM_TOKENS)
-    check_counts(counted, asked)
+    check_counts(list(counted.values()), asked)
     moved = [one for one in asked if one.replies[-1].note == "worker w1 went away"]
     assert moved
     worst = max(one.wait_s(killed_at) for one in moved)

@@ -81,12 +81,13 @@ def test_a_broker_that_is_not_there_is_named(
 class RunningWorker:
     """Worker w1 as a process, and what it says in its status."""
 
-    def __init__(self, site: Site, server: MqttTransport, bundle: Bundle) -> None:
+    def __init__(self, site: Site, server: MqttTransport, bundle: Bundle, *options: str) -> None:
+        self.bundle = bundle
         self.statuses = Inbox()
         server.subscribe(topics.WORKER_STATUS_FILTER, self.statuses, qos=1)
         folder = site.identity("w1").folder
         command = [sys.executable, "-m", "cloud_broker_worker", "run", str(folder), "--bundle", str(bundle.folder)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self._killer = threading.Timer(START_S, self.process.kill)
 
     def __enter__(self) -> Self:

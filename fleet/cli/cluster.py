@@ -1,0 +1,49 @@
+"""`fleet init` and `fleet server`: a fleet whose parts are started one by one, as in containers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fleet.cli.serve import run_server
+from fleet.cli.state import DEFAULT_PORT, State, StateConfig, keeping
+from fleet.cli.stats import StateOption
+
+RegistryOption = Annotated[
+    str | None, typer.Option(help="postgresql://USER@HOST/DATABASE (default: a SQLite file in the folder).")
+]
+RetentionOption = Annotated[
+    int | None, typer.Option(min=1, help="Forget single answers after so long; their counts by the hour stay.")
+]
+MetricsPortOption = Annotated[
+    int | None, typer.Option(min=0, max=65535, help="Serve /healthz, /readyz and /metrics over HTTP from there on.")
+]
+
+
+def init(
+    host: Annotated[str, typer.Option(help="Where devices and workers reach the broker.")],
+    bundle: Annotated[Path, typer.Option(help="Model bundle, where devices and workers will find it.")],
+    port: Annotated[int, typer.Option(min=1, max=65535)] = DEFAULT_PORT,
+    registry: RegistryOption = None,
+    retention_days: RetentionOption = None,
+    state: StateOption = None,
+) -> None:
+    """Make the fleet's folder, or change it: authority, registry, its own identities. Starts nothing."""
+    folder = state or State.default_folder()
+    fleet = State.create(folder, keeping(folder, StateConfig(host, port, str(bundle)), registry, retention_days))
+    print(f"a fleet in {fleet.folder} with its broker on {host}:{port}; next: fleet enroll, fleet server")
+
+
+def server(
+    state: StateOption = None,
+    broker: Annotated[bool, typer.Option(help="With the embedded broker, or with one that runs elsewhere.")] = True,
+    listen: Annotated[str | None, typer.Option(help="Address of the embedded broker (default: the fleet's).")] = None,
+    metrics_port: MetricsPortOption = None,
+    metrics_host: Annotated[str, typer.Option(help="Address of --metrics-port.")] = "127.0.0.1",
+) -> None:
+    """Run broker and collector alone; `fleet up` starts this."""
+    fleet = State.load(state or State.default_folder())
+    metrics = None if metrics_port is None else (metrics_host, metrics_port)
+    run_server(fleet, listen or fleet.config.host if broker else None, metrics)

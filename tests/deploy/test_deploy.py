@@ -1,0 +1,262 @@
+"""deploy/ fits the programs: commands, options, ports, images, metrics and times are those of the code.
+
+No container is built or started here, and no cluster is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from prometheus_client import CollectorRegistry, Metric, ProcessCollector
+
+import cloud_broker_worker.cli
+import fleet.cli
+from cloud_broker_worker import worker
+from cloud_broker_worker.config import WorkerConfig
+from cloud_broker_worker.metrics import WorkerMonitor
+from fleet.cli.state import State
+from fleet.manifest import Bundle
+from fleet.memory import MemoryBroker
+from fleet.metrics import FleetMonitor
+from fleet.registry.collector import Collector
+from fleet.registry.store import Registry
+from tests.deploy.files import (
+    DEPLOY,
+    ROOT,
+    YAML_FILES,
+    Run,
+    compose,
+    containers,
+    dockerfile,
+    documents,
+    environment,
+    image_name,
+    manifests,
+    runs,
+    seconds,
+    workloads,
+)
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SCALING = (ROOT / "docs/scaling.md").read_text()
+PROGRAMS = {
+    ("fleet",): fleet.cli.app,
+    ("python", "-m", "cloud_broker_worker"): cloud_broker_worker.cli.app,
+}
+REQUIRED = {  # beside apiVersion, kind and metadata.name
+    "Namespace": ("v1", ()),
+    "PersistentVolumeClaim": ("v1", ("accessModes", "resources")),
+    "Service": ("v1", ("selector", "ports")),
+    "Deployment": ("apps/v1", ("selector", "template")),
+    "StatefulSet": ("apps/v1", ("serviceName", "selector", "template")),
+    "PodDisruptionBudget": ("policy/v1", ("selector",)),
+    "ScaledObject": ("keda.sh/v1alpha1", ("scaleTargetRef", "triggers")),
+    "ServiceMonitor": ("monitoring.coreos.com/v1", ("selector", "endpoints")),
+}
+
+
+def option(arguments: list[str], name: str) -> str:
+    return arguments[arguments.index(name) + 1]
+
+
+# Programs.
+
+
+@pytest.mark.parametrize("path", YAML_FILES, ids=lambda path: str(path.relative_to(DEPLOY)))
+def test_every_yaml_file_is_one(path: Path) -> None:
+    assert all(isinstance(document, dict) for document in documents(path))
+
+
+@pytest.mark.parametrize("run", list(runs()), ids=lambda run: run.where)
+def test_every_command_is_one_of_ours_with_its_options(run: Run) -> None:
+    program = typer.main.get_command(PROGRAMS[tuple(dockerfile()[run.image].entrypoint)])
+    name, *arguments = run.arguments
+    command = program.commands[name]  # type: ignore[attr-defined]
+    command.make_context(name, arguments)  # raises for what it does not know
+
+
+def test_an_option_that_does_not_exist_would_be_found() -> None:
+    command = typer.main.get_command(cloud_broker_worker.cli.app).commands["run"]  # type: ignore[attr-defined]
+    with pytest.raises(Exception, match="No such option: --frobnicate"):
+        command.make_context("run", ["/identity", "--frobnicate"])
+
+
+def test_the_images_hold_what_the_project_is_built_of_and_extras_that_it_has() -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    copied = {word for line in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE) for word in line.split()}
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert copied == {*packages["packages"], "pyproject.toml", PROJECT["readme"], *PROJECT["license-files"]}
+    extras = {extra for found in re.findall(r"\.whl\)\[([\w,]+)\]", text) for extra in found.split(",")}
+    assert extras == {"server", "postgres", "worker"}
+    assert extras <= set(PROJECT["optional-dependencies"])
+
+
+def test_the_state_is_in_the_folder_that_is_mounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    folder = str(State.default_folder())
+    assert f"VOLUME {folder}" in dockerfile()["server"].lines
+    assert f"fleet:{folder}" in compose()["services"]["server"]["volumes"]
+    servers = [
+        container for workload in workloads() for container in containers(workload) if container["name"] == "server"
+    ]
+    assert [mount["mountPath"] for container in servers for mount in container["volumeMounts"]] == [folder]
+
+
+COMMANDS = re.findall(r"^ *(?:docker compose run --rm init|fleet) ([^#>\n]*)", SCALING, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if not line.startswith("bench")])
+def test_the_page_names_commands_that_exist(line: str) -> None:
+    name, *arguments = shlex.split(line) or compose()["services"]["init"]["command"]
+    command = typer.main.get_command(fleet.cli.app).commands[name]  # type: ignore[attr-defined]
+    command.make_context(name, arguments)
+
+
+# Images, ports, times.
+
+
+def test_images_are_targets_of_the_dockerfile_at_the_projects_version() -> None:
+    references = {service["image"] for service in compose()["services"].values()}
+    ours = {reference for reference in references if reference.startswith("cecollm-fleet/")}
+    assert ours == {f"cecollm-fleet/{name}:{PROJECT['version']}" for name in dockerfile()}
+    assert all(re.search(r":v?\d", reference) for reference in references), "each has a version"
+    for service in compose()["services"].values():
+        if "build" in service:
+            assert service["build"]["target"] == image_name(service["image"])
+    (kustomization,) = documents(DEPLOY / "kubernetes/kustomization.yaml")
+    tags = {image["name"]: image["newTag"] for image in kustomization["images"]}
+    used = {container["image"] for workload in workloads() for container in containers(workload)}
+    assert tags == dict.fromkeys(used, PROJECT["version"])
+
+
+def test_everybody_who_asks_for_metrics_asks_the_port_where_they_are() -> None:
+    (port,) = {option(run.arguments, "--metrics-port") for run in runs() if "--metrics-port" in run.arguments}
+    for image in dockerfile().values():
+        assert any(line.startswith("EXPOSE") and line.endswith(port) for line in image.lines)
+    checks = [service["healthcheck"]["test"] for name, service in compose()["services"].items() if "worker" in name]
+    assert all(f":{port}/healthz" in check[-1] for check in checks)
+    (prometheus,) = documents(DEPLOY / "compose/prometheus.yaml")
+    targets = {t for job in prometheus["scrape_configs"] for static in job["static_configs"] for t in static["targets"]}
+    ours = {name for name, s in compose()["services"].items() if s["image"].startswith("cecollm-fleet/")} - {"init"}
+    assert targets == {f"{name}:{port}" for name in ours}
+    for manifest in manifests():
+        if manifest["kind"] == "Service":
+            assert [str(p["port"]) for p in manifest["spec"]["ports"]] == [port]
+    for container in probed():
+        assert container["ports"] == [{"name": "metrics", "containerPort": int(port)}]
+
+
+def probed() -> list[dict[str, Any]]:
+    return [c for workload in workloads() for c in workload["spec"]["template"]["spec"]["containers"]]
+
+
+def test_liveness_asks_whether_it_lives_and_readiness_whether_it_serves() -> None:
+    for container in probed():
+        assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "metrics"}
+        assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "metrics"}
+        assert {"cpu", "memory"} <= set(container["resources"]["requests"])
+
+
+def test_a_worker_is_given_the_time_that_it_drains() -> None:
+    needed = {}
+    for run in runs():
+        if "--drain-timeout" in run.arguments:
+            needed[run.where] = float(option(run.arguments, "--drain-timeout")) + worker.STOP_TIMEOUT_S
+    given: dict[str, float] = {
+        f"compose {name}": seconds(service["stop_grace_period"])
+        for name, service in compose()["services"].items()
+        if "stop_grace_period" in service
+    }
+    for workload in workloads():
+        if grace := workload["spec"]["template"]["spec"].get("terminationGracePeriodSeconds"):
+            given[f"kubernetes {workload['metadata']['name']} worker"] = grace
+    assert needed.keys() == given.keys()
+    assert all(given[where] > needed[where] for where in needed)
+
+
+# Kubernetes objects.
+
+
+@pytest.mark.parametrize("manifest", manifests(), ids=lambda m: f"{m['kind']}-{m['metadata']['name']}")
+def test_an_object_has_what_its_kind_requires(manifest: dict[str, Any]) -> None:
+    version, fields = REQUIRED[manifest["kind"]]
+    assert manifest["apiVersion"] == version
+    assert manifest.keys() <= {"apiVersion", "kind", "metadata", "spec"}
+    assert set(fields) <= set(manifest.get("spec", {}))
+
+
+def test_selectors_find_pods_and_mounts_find_volumes() -> None:
+    pods = {workload["metadata"]["name"]: workload["spec"]["template"] for workload in workloads()}
+    labels = [pod["metadata"]["labels"] for pod in pods.values()]
+    for manifest in manifests():
+        selector = manifest.get("spec", {}).get("selector", {})
+        wanted = selector.get("matchLabels", selector if manifest["kind"] == "Service" else {})
+        assert not wanted or wanted in labels
+    for workload in workloads():
+        volumes = {volume["name"] for volume in workload["spec"]["template"]["spec"]["volumes"]}
+        mounted = {mount["name"] for container in containers(workload) for mount in container["volumeMounts"]}
+        assert mounted == volumes
+
+
+def test_names_that_objects_refer_to_are_there() -> None:
+    names = {(manifest["kind"], manifest["metadata"]["name"]) for manifest in manifests()}
+    for workload in workloads():
+        for volume in workload["spec"]["template"]["spec"]["volumes"]:
+            if claim := volume.get("persistentVolumeClaim"):
+                assert ("PersistentVolumeClaim", claim["claimName"]) in names
+        if workload["kind"] == "StatefulSet":
+            assert ("Service", workload["spec"]["serviceName"]) in names
+    (scaled,) = (manifest["spec"] for manifest in manifests() if manifest["kind"] == "ScaledObject")
+    assert (scaled["scaleTargetRef"]["kind"], scaled["scaleTargetRef"]["name"]) in names
+
+
+# Metrics.
+
+
+@pytest.fixture
+def exposed(tiny_bundle: Bundle, tmp_path: Path) -> set[str]:
+    """Names of all samples that the two endpoints can give."""
+    broker = MemoryBroker()
+    serving = worker.Worker(broker.connect("w1"), tiny_bundle, WorkerConfig(num_threads=1))
+    with Registry.open(tmp_path / "registry.sqlite") as registry, broker.connect("collector") as link:
+        monitors = WorkerMonitor(serving), FleetMonitor(registry, Collector(link, registry), link, None)
+        families = [family for monitor in monitors for family in monitor.collect()]
+    return {name for family in [*families, *process_metrics()] for name in sample_names(family)}
+
+
+def process_metrics() -> Iterable[Metric]:
+    return ProcessCollector(registry=CollectorRegistry()).collect()
+
+
+def sample_names(family: Metric) -> set[str]:
+    suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))
+    return {family.name + suffix for suffix in suffixes}
+
+
+def queried(queries: Iterable[str]) -> set[str]:
+    return set(re.findall(r"\b(?:fleet|process)_\w+", " ".join(queries)))
+
+
+def test_the_dashboard_shows_metrics_that_exist_and_leaves_none_of_ours_out(exposed: set[str]) -> None:
+    dashboard = json.loads((DEPLOY / "grafana/fleet.json").read_text())
+    shown = queried(target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", []))
+    assert shown <= exposed
+    ours = {name.removesuffix("_bucket") for name in exposed if name.startswith("fleet_")}
+    bare = {name.removesuffix("_bucket") for name in shown}
+    assert {name for name in ours - bare if not name.endswith(("_sum", "_count"))} == set()
+
+
+def test_workers_are_scaled_by_metrics_that_exist(exposed: set[str]) -> None:
+    (scaled,) = (manifest["spec"] for manifest in manifests() if manifest["kind"] == "ScaledObject")
+    used = queried(trigger["metadata"]["query"] for trigger in scaled["triggers"])
+    assert used
+    assert used <= exposed
