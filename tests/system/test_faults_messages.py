@@ -36,6 +36,7 @@ PROMPTS: Final = ("How warm is it?", "Say something about rivers.", "0123456789 
 HASTY: Final = AgentConfig(num_threads=1, assist_deadline_ms=150)  # what is lost is asked for again after 50 ms
 SEEDS: Final = range(6)
 MODES: Final = (Mode.VERIFIED, Mode.COLLABORATIVE)
+MOST_TRIES: Final = 10
 NUM_BEFORE: Final = 16  # messages of a device in a session before something is forged
 FORGERIES: Final = (
     "an earlier epoch", "another bundle", "not finite", "infinite", "too wide", "another count", "another dtype",
@@ -83,8 +84,11 @@ def test_messages_lost_doubled_reordered_and_replayed_change_no_token(
     with hostile_fleet(tiny_bundle, seed, Odds(lost=0.05, doubled=0.1, held=0.1, replayed=0.1)) as (fleet, _):
         for prompt in PROMPTS[:2]:
             asked = request(prompt, mode)
-            answer = fleet.ask(asked)
-            judge(tiny_bundle, asked, answer)
+            for _ in range(MOST_TRIES):  # a first question may be lost until the answer has gone on without the cloud
+                answer = fleet.ask(asked)
+                judge(tiny_bundle, asked, answer)
+                if CLOUD in answer.sources:
+                    break
             assert CLOUD in answer.sources
     assert fleet.link.up.num_done > 0
     assert fleet.link.down.num_done > 0
