@@ -112,14 +112,14 @@ def _identity(i: int, name: str) -> dict[str, Any]:
     group = f"group-{i % NUM_GROUPS:02d}"
     return {
         "name": name, "role": "device", "group": group, "fingerprint": "0" * 64, "created_at": 0.0, "not_after": 2e9,
-        "revoked": False,
+        "state": "active",
     }  # fmt: skip
 
 
 def _status(name: str) -> dict[str, Any]:
     return {
         "device": name, "online": True, "epoch": 1, "bundle_id": BUNDLE, "version": "0.1.0", "mode": "auto",
-        "last_seen": SINCE,
+        "last_seen": SINCE, "config_version": 0, "config_error": "",
     }  # fmt: skip
 
 

@@ -321,6 +321,8 @@ class Agent:
             verifies=uplink.num_verifies if uplink else 0,
             drafted=job.verified.num_drafted if job.verified else 0,
             switches=job.modes.switches if job.modes else (),
+            judged=job.verified.num_judged if job.verified else 0,
+            agreed=job.verified.num_agreed if job.verified else 0,
         )
 
     def _stream(self, job: Job, reply: Reply) -> None:

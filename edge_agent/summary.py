@@ -45,6 +45,8 @@ def summarise(reports: Sequence[GenerationReport], generation: str) -> Generatio
         verifies=sum(report.verifies for report in reports),
         drafted=sum(report.drafted for report in reports),
         answers=answers,
+        judged=sum(report.judged for report in reports),
+        agreed=sum(report.agreed for report in reports),
     )
 
 

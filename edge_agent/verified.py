@@ -54,7 +54,7 @@ class VerifiedRun:
         eos_token_ids: Collection[int],
         max_draft: int = MAX_DRAFT,
     ) -> None:
-        self.num_drafted = 0
+        self.num_drafted = self.num_judged = self.num_agreed = 0
         self._decoder = decoder
         self._uplink = uplink
         self._acceptance = acceptance
@@ -142,6 +142,9 @@ class VerifiedRun:
         asked, self._num_asked = self._drafts[: self._num_asked], 0
         for draft, is_accepted in zip(asked, [True] * verdict.accepted + [False], strict=False):
             self._acceptance.update(draft.confidence, accepted=is_accepted)
+            if draft.confidence is not None and draft.is_sure:
+                self.num_judged += 1
+                self.num_agreed += is_accepted
         self._measurements.verified(len(asked), verdict.accepted)
         tokens = [
             GeneratedToken(draft.token_id, logprob, draft.source)

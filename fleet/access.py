@@ -25,7 +25,7 @@ class Action(StrEnum):
     SUBSCRIBE = "subscribe"
 
 
-# `{name}` is the identity's own name, `{target}` each device that an app was allowed.
+# `{name}` is the identity's own name; `{target}` each device that an app was allowed, and for a device each such app.
 RULES: Final[dict[Role, dict[Action, tuple[str, ...]]]] = {
     Role.DEVICE: {
         Action.PUBLISH: (
@@ -33,26 +33,28 @@ RULES: Final[dict[Role, dict[Action, tuple[str, ...]]]] = {
         ),
         Action.SUBSCRIBE: (
             "d/{name}/config", "d/{name}/prompt/+/+", "d/{name}/cancel/+/+", "d/{name}/s/+", "d/{name}/reported",
-            "w/+/status",
+            "e/{target}/+", "w/+/status",
         ),
     },
     Role.APP: {
-        Action.PUBLISH: ("d/{target}/prompt/{name}/+", "d/{target}/cancel/{name}/+"),
+        Action.PUBLISH: ("d/{target}/prompt/{name}/+", "d/{target}/cancel/{name}/+", "e/{name}/+"),
         Action.SUBSCRIBE: ("d/+/reply/{name}/+", "d/{target}/status"),
     },
     Role.WORKER: {
         Action.PUBLISH: ("d/+/s/+", "w/{name}/status"),
-        Action.SUBSCRIBE: ("open/+", "w/{name}/+/+"),
+        Action.SUBSCRIBE: ("open/+", "w/{name}/+/+", "fleet/revoked"),
     },
     Role.SERVER: {
-        Action.PUBLISH: ("d/+/config", "d/+/reported", "d/+/prompt/{name}/+", "d/+/cancel/{name}/+"),
+        Action.PUBLISH: (
+            "d/+/config", "d/+/reported", "d/+/prompt/{name}/+", "d/+/cancel/{name}/+", "fleet/revoked",
+        ),
         Action.SUBSCRIBE: ("d/+/status", "d/+/stats", "d/+/reply/{name}/+", "w/+/status"),
     },
 }  # fmt: skip
 
 
 def granted(role: Role, name: str, action: Action, targets: Iterable[str] = ()) -> list[str]:
-    """The topic filters that an identity may use for `action`; `targets` are the devices that an app was allowed."""
+    """The topic filters that an identity may use for `action`; for `targets` see `Grants`."""
     filters = []
     for rule in RULES[role][action]:
         for target in targets if "{target}" in rule else ("",):
@@ -78,7 +80,10 @@ def allows(grants: Iterable[str], requested: str) -> bool:
 
 @dataclass(frozen=True)
 class Grants:
-    """What one enrolled identity may do; `targets` are the devices that an app was allowed, groups resolved."""
+    """What one enrolled identity may do.
+
+    `targets` are the devices that an app was allowed, groups and tags resolved; of a device, the apps that were so.
+    """
 
     role: Role
     name: str

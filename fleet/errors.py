@@ -17,6 +17,8 @@ FleetError
  |   +- CloudError          an answer that only the cloud may give, and no worker does
  +- LinkError               the broker cannot be reached, or refuses us
  +- IdentityError           an identity folder or certificate is missing or wrong
+ |   +- StateError          a change that is not legal in an identity's state
+ |   +- TokenError          an enrolment token that is not usable
  +- RegistryError           the registry cannot answer
      +- UnknownDeviceError  nobody enrolled that name
      +- ReportError         a report that can never be stored
@@ -127,6 +129,18 @@ class IdentityError(FleetError):
     """An identity folder or a certificate is missing or wrong."""
 
     code = "bad_identity"
+
+
+class StateError(IdentityError):
+    """A change that is not legal in an identity's state."""
+
+    code = "bad_state"
+
+
+class TokenError(IdentityError):
+    """An enrolment token is unknown, used, too old, or for another name."""
+
+    code = "bad_token"
 
 
 class RegistryError(FleetError):

@@ -36,7 +36,8 @@ class Switch(Struct, frozen=True):
 class GenerationReport(Struct, frozen=True):
     """One answer, counted. `generation` is unique in the fleet, so a report that comes twice counts once.
 
-    With `answers` above 1 it is the sum of so many, made by a device that had no room for all of them.
+    With `answers` above 1 it is the sum of so many, made by a device that had no room for all of them. Of `judged`
+    tokens that an exit was sure of, the cloud chose the same for `agreed`.
     """
 
     generation: Id
@@ -60,6 +61,8 @@ class GenerationReport(Struct, frozen=True):
     drafted: Amount = 0
     switches: tuple[Switch, ...] = ()
     answers: Annotated[int, Meta(ge=1, le=1 << 53)] = 1
+    judged: Amount = 0
+    agreed: Amount = 0
 
 
 class ReportReceipt(Struct, frozen=True):
@@ -73,13 +76,19 @@ class ReportReceipt(Struct, frozen=True):
 
 
 class DeviceStatus(Struct, frozen=True):
-    """Retained birth of a device, and with `online` false its last will."""
+    """Retained birth of a device, and with `online` false its last will.
+
+    `config_version` is that of the desired configuration which it follows, 0 for none; `config_error` says why it
+    cannot follow a newer one.
+    """
 
     online: bool
     epoch: Amount
     bundle_id: Label = ""
     version: Label = ""
     mode: Label = ""
+    config_version: Amount = 0
+    config_error: Label = ""
 
 
 class WorkerStatus(Struct, frozen=True):

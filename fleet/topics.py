@@ -14,6 +14,7 @@ SHARED_OPEN_FILTER: Final = f"$share/workers/{OPEN_FILTER}"
 WORKER_STATUS_FILTER: Final = f"{PREFIX}/w/+/status"
 DEVICE_STATUS_FILTER: Final = f"{PREFIX}/d/+/status"
 DEVICE_STATS_FILTER: Final = f"{PREFIX}/d/+/stats"
+REVOKED: Final = f"{PREFIX}/fleet/revoked"
 
 
 def check_name(name: str, what: str = "name") -> str:
@@ -37,6 +38,11 @@ def device_stats(device: str) -> str:
     return f"{PREFIX}/d/{device}/stats"
 
 
+def device_config(device: str) -> str:
+    """Where the fleet tells a device what it wants of it."""
+    return f"{PREFIX}/d/{device}/config"
+
+
 def device_reported(device: str) -> str:
     """Where the collector acknowledges what came on `device_stats`."""
     return f"{PREFIX}/d/{device}/reported"
@@ -52,6 +58,11 @@ def reply(device: str, app: str, request: str) -> str:
 
 def cancel(device: str, app: str, request: str) -> str:
     return f"{PREFIX}/d/{device}/cancel/{app}/{request}"
+
+
+def event(app: str, channel: str) -> str:
+    """Where an app or a sensor says something that devices may act on."""
+    return f"{PREFIX}/e/{app}/{channel}"
 
 
 def to_device(device: str, session: str) -> str:

@@ -43,7 +43,7 @@ MAX_FILTERS: Final = 100  # subscriptions of one connection
 MAX_CONNECTIONS_PER_NAME: Final = 16
 MAX_ROUTES: Final = 10_000
 MAX_TOPIC_BYTES: Final = 256
-RETAINED_TOPICS: Final = ("status", "config")  # last levels; others are delivered, but not kept
+RETAINED_TOPICS: Final = ("status", "config", "revoked")  # last levels; others are delivered, but not kept
 REFUSED: Final = 0x80
 
 logger = logging.getLogger(__name__)

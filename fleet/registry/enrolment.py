@@ -12,6 +12,7 @@ from fleet.access import Role
 from fleet.errors import IdentityError
 from fleet.registry.devices import is_device
 from fleet.registry.models import AllowedTarget, IdentityRecord
+from fleet.registry.states import State
 
 
 def add_identity(
@@ -33,7 +34,7 @@ def add_identity(
     for target in targets:
         _check_target(db, target)
     record = known or IdentityRecord(name=name, created_at=time.time())
-    record.role, record.group, record.revoked = role.value, group, False
+    record.role, record.group, record.state = role.value, group, State.ACTIVE
     record.fingerprint, record.not_after = fingerprint, not_after
     db.add(record)
     db.flush()

@@ -8,11 +8,12 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any, TypeAlias
 
-from sqlalchemy import JSON, BigInteger, Double, ForeignKey, Index, MetaData, String, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, Double, ForeignKey, Index, MetaData, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Name: TypeAlias = Annotated[str, mapped_column(String(63))]
 Label: TypeAlias = Annotated[str, mapped_column(String(200))]
+Digest: TypeAlias = Annotated[str, mapped_column(String(64))]
 Amount: TypeAlias = Annotated[int, mapped_column(BigInteger)]
 Time: TypeAlias = Annotated[float, mapped_column(Double)]
 Milliseconds: TypeAlias = Annotated[float, mapped_column(Double)]
@@ -32,26 +33,68 @@ class Table(DeclarativeBase):
 
 
 class IdentityRecord(Table):
-    """Everyone that was enrolled, and the SHA-256 of the certificate's DER."""
+    """Everyone that was enrolled: `state` of `fleet.registry.states`, and the SHA-256 of the newest certificate's DER.
+
+    One that is pending has no certificate yet: an empty `fingerprint`, and a `not_after` of 0.
+    """
 
     __tablename__ = "identities"
 
     name: Mapped[Name] = mapped_column(primary_key=True)
     role: Mapped[Name]
     group: Mapped[Name | None]
-    fingerprint: Mapped[str] = mapped_column(String(64))
+    fingerprint: Mapped[Digest]
     created_at: Mapped[Time]
     not_after: Mapped[Time]
-    revoked: Mapped[bool]
+    state: Mapped[Name]
+
+
+class TagRecord(Table):
+    """A device's tag."""
+
+    __tablename__ = "tags"
+
+    device: Mapped[Name] = mapped_column(ForeignKey("identities.name", ondelete="CASCADE"), primary_key=True)
+    key: Mapped[Name] = mapped_column(primary_key=True)
+    value: Mapped[Name]
 
 
 class AllowedTarget(Table):
-    """A device, or a group of devices, that an app may send prompts to."""
+    """A device, a group of devices, or a tag ``key=value`` of devices, that an app may send prompts to."""
 
     __tablename__ = "allowed_targets"
 
     app: Mapped[Name] = mapped_column(ForeignKey("identities.name", ondelete="CASCADE"), primary_key=True)
-    target: Mapped[Name] = mapped_column(primary_key=True)
+    target: Mapped[str] = mapped_column(String(127), primary_key=True)
+
+
+class TokenRecord(Table):
+    """An enrolment token: one use, by the first key that brings the secret; `key_hash` is the SHA-256 of its SPKI."""
+
+    __tablename__ = "tokens"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    name: Mapped[Name] = mapped_column(ForeignKey("identities.name", ondelete="CASCADE"), index=True)
+    secret_hash: Mapped[Digest]
+    created_at: Mapped[Time]
+    expires_at: Mapped[Time]
+    used_at: Mapped[Time | None]
+    key_hash: Mapped[Digest | None]
+
+
+class CertificateRecord(Table):
+    """A certificate of the fleet's authority; `serial` in lower-case hex, `pem` as it was handed out."""
+
+    __tablename__ = "certificates"
+
+    serial: Mapped[str] = mapped_column(String(40), primary_key=True)
+    name: Mapped[Name] = mapped_column(ForeignKey("identities.name", ondelete="CASCADE"), index=True)
+    fingerprint: Mapped[Digest] = mapped_column(unique=True)
+    key_hash: Mapped[Digest]
+    pem: Mapped[str] = mapped_column(Text)
+    not_before: Mapped[Time]
+    not_after: Mapped[Time]
+    revoked_at: Mapped[Time | None]
 
 
 class StatusRecord(Table):
@@ -66,6 +109,76 @@ class StatusRecord(Table):
     version: Mapped[Label]
     mode: Mapped[Label]
     last_seen: Mapped[Time]
+    config_version: Mapped[Amount] = mapped_column(default=0)
+    config_error: Mapped[Label] = mapped_column(default="")
+
+
+class WorkerRecord(Table):
+    """What a worker said last of itself."""
+
+    __tablename__ = "workers"
+
+    worker: Mapped[Name] = mapped_column(ForeignKey("identities.name", ondelete="CASCADE"), primary_key=True)
+    online: Mapped[bool]
+    epoch: Mapped[Amount]
+    bundle_ids: Mapped[list[str]] = mapped_column(JSON)
+    version: Mapped[Label]
+    num_sessions: Mapped[Amount]
+    draining: Mapped[bool]
+    last_seen: Mapped[Time]
+
+
+class ConfigChange(Table):
+    """A scope's settings from then on, whole; its `id` is a version. `target` is a device, a group, or "" for all."""
+
+    __tablename__ = "config_changes"
+    __table_args__ = (Index(None, "scope", "target"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    scope: Mapped[str] = mapped_column(String(6))
+    target: Mapped[Name]
+    settings: Mapped[dict[str, Any]] = mapped_column(JSON)
+    changed_at: Mapped[Time]
+
+
+class BundleRecord(Table):
+    """A bundle whose files the server hands out."""
+
+    __tablename__ = "bundles"
+
+    bundle_id: Mapped[Name] = mapped_column(primary_key=True)
+    model: Mapped[Label]
+    num_bytes: Mapped[Amount]
+    added_at: Mapped[Time]
+
+
+class RolloutRecord(Table):
+    """A bundle on its way to devices, stage by stage; `state` and `plan` are those of `fleet.registry.rollouts`."""
+
+    __tablename__ = "rollouts"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    bundle_id: Mapped[Name] = mapped_column(ForeignKey("bundles.bundle_id"))
+    state: Mapped[Name]
+    stage: Mapped[int]
+    plan: Mapped[dict[str, Any]] = mapped_column(JSON)
+    reason: Mapped[Label]
+    started_at: Mapped[Time]
+    stage_at: Mapped[Time]
+    ended_at: Mapped[Time | None]
+
+
+class AuditRecord(Table):
+    """A change: who made it, when, and what. Its `id` grows with every change, so that the newest says if any came."""
+
+    __tablename__ = "audit_log"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[Time]
+    actor: Mapped[Label]
+    action: Mapped[Name]
+    subject: Mapped[Label]
+    details: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
 class SessionRecord(Table):
@@ -114,6 +227,8 @@ class GenerationRecord(Table):
     switches: Mapped[list[dict[str, Any]]] = mapped_column(JSON, default=list)
     recorded_at: Mapped[Time] = mapped_column(default=time.time, index=True)
     answers: Mapped[Amount] = mapped_column(default=1)
+    judged: Mapped[Amount] = mapped_column(default=0)
+    agreed: Mapped[Amount] = mapped_column(default=0)
 
 
 class TokenCount(Table):

@@ -37,6 +37,8 @@ def store_status(db: Session, device: str, status: DeviceStatus, at: float) -> N
                 version=status.version,
                 mode=status.mode,
                 last_seen=at,
+                config_version=status.config_version,
+                config_error=status.config_error,
             )
         )
     elif known.online:

@@ -18,7 +18,7 @@ SPANS_S: Final = (HOUR_S, 6 * HOUR_S, 24 * HOUR_S, 96 * HOUR_S)
 
 AMOUNTS: Final = (
     "answers", "errors", "prompt_tokens", "tokens", "cloud_tokens", "fallback_tokens", "assists", "verifies", "drafted",
-    "bytes_up", "bytes_down",
+    "bytes_up", "bytes_down", "judged", "agreed",
 )  # fmt: skip
 
 NUM_BUCKETS: Final = 32

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from msgspec import Struct
 
 
@@ -35,7 +37,7 @@ class Counts(Struct, frozen=True, kw_only=True):
 
     Quantiles are in ms, read from histograms, and None without answers. `switches` counts changes of mode by the new
     mode and the kind of reason. `trend` is the offload rate of equal parts of the window, oldest first, None where
-    nothing was generated.
+    nothing was generated. Of `judged` tokens that an exit was sure of, the cloud chose the same for `agreed`.
     """
 
     generations: int
@@ -50,6 +52,8 @@ class Counts(Struct, frozen=True, kw_only=True):
     assists: int
     verifies: int
     drafted: int
+    judged: int
+    agreed: int
     ttft_p50_ms: float | None
     ttft_p95_ms: float | None
     tpot_p50_ms: float | None
@@ -96,3 +100,13 @@ class SessionRow(Struct, frozen=True):
     tokens: int
     bytes_up: int
     bytes_down: int
+
+
+class AuditRow(Struct, frozen=True):
+    """A change: when (seconds since 1970), who made it, what it was, and of whom or what."""
+
+    at: float
+    actor: str
+    action: str
+    subject: str
+    details: dict[str, Any]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import getpass
+import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 from sqlalchemy import Engine, SQLColumnExpression, func, or_, select, update
-from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session
 
 from fleet.access import Grants, Role
+from fleet.registry.audit import audit, audit_log, newest_change
 from fleet.registry.counting import By, Question
-from fleet.registry.database import open_database, reading, registry_errors, writing
+from fleet.registry.database import open_database
 from fleet.registry.devices import check_device, is_device
 from fleet.registry.enrolment import add_identity
 from fleet.registry.models import (
@@ -27,30 +28,42 @@ from fleet.registry.models import (
 )
 from fleet.registry.reports import Fate, Key, store_report, store_reports, store_status
 from fleet.registry.retention import forget
-from fleet.registry.rows import BundleStats, DeviceRow, GroupStats, HourStats, IdentityRow, SessionRow, StatsRow
+from fleet.registry.rows import (
+    AuditRow,
+    BundleStats,
+    DeviceRow,
+    GroupStats,
+    HourStats,
+    IdentityRow,
+    SessionRow,
+    StatsRow,
+)
+from fleet.registry.states import State, state_at
 from fleet.registry.statistics import device_stats, grouped_stats
+from fleet.registry.transactions import Transactions
 from fleet.report import DeviceStatus, GenerationReport
-
-T = TypeVar("T")
 
 
 class Registry:
-    """One database. Every method is one transaction; any thread, and several processes, may call at once."""
+    """One database. Every method is one transaction; any thread, and several processes, may call at once.
 
-    def __init__(self, engine: Engine) -> None:
+    `actor` is who makes the changes that go into the audit log.
+    """
+
+    def __init__(self, engine: Engine, actor: str) -> None:
+        self.actor = actor
         self._engine = engine
-        self._readers = sessionmaker(reading(engine))
-        self._writers = sessionmaker(writing(engine))
+        self._transactions = Transactions(engine)
 
     @classmethod
-    def open(cls, url_or_path: str | Path) -> Registry:
+    def open(cls, url_or_path: str | Path, actor: str | None = None) -> Registry:
         """Opens a SQLite file, or a database by its SQLAlchemy URL; makes or migrates its tables.
 
         Raises:
             RegistryError: it cannot be opened.
             MissingExtraError: its driver is not installed.
         """
-        return cls(open_database(url_or_path))
+        return cls(open_database(url_or_path), actor or f"{getpass.getuser()}@{socket.gethostname()}")
 
     def close(self) -> None:
         self._engine.dispose()
@@ -81,16 +94,17 @@ class Registry:
                 a target is neither a device nor a group.
         """
         wanted = tuple(targets)
-        self._write(
-            lambda db: add_identity(
-                db, name, role, group, wanted, fingerprint=fingerprint, not_after=not_after, replace=replace
-            )
-        )
+
+        def work(db: Session) -> None:
+            add_identity(db, name, role, group, wanted, fingerprint=fingerprint, not_after=not_after, replace=replace)
+            audit(db, self.actor, "enroll", name, role=role, group=group, allow=list(wanted))
+
+        self._transactions.write(work)
 
     def identities(self, role: Role | None = None) -> list[IdentityRow]:
         """Everyone that was enrolled, by name; only those of `role` when it is given."""
         query = select(IdentityRecord).order_by(IdentityRecord.name)
-        with self._reading() as db:
+        with self._transactions.reading() as db:
             records = db.scalars(query.where(IdentityRecord.role == role) if role else query).all()
             allowed = db.execute(select(AllowedTarget.app, AllowedTarget.target).order_by(AllowedTarget.target)).all()
         return [
@@ -108,9 +122,9 @@ class Registry:
 
     def grants(self, name: str) -> Grants | None:
         """What `name` may do, an app's groups resolved to today's devices; None for who is unknown or revoked."""
-        with self._reading() as db:
+        with self._transactions.reading() as db:
             record = db.get(IdentityRecord, name)
-            if record is None or record.revoked:
+            if record is None or state_at(record.state, record.not_after, time.time()) is not State.ACTIVE:
                 return None
             allowed = select(AllowedTarget.target).where(AllowedTarget.app == name)
             devices = (
@@ -126,11 +140,21 @@ class Registry:
         Raises:
             UnknownDeviceError: nobody enrolled it.
         """
-        self._write(lambda db: store_status(db, device, status, at))
+        self._transactions.write(lambda db: store_status(db, device, status, at))
+
+    def newest_change(self) -> int:
+        """A number that grows with every change in the audit log."""
+        with self._transactions.reading() as db:
+            return newest_change(db)
+
+    def audit_log(self, subject: str | None = None, since: float | None = None, limit: int = 100) -> list[AuditRow]:
+        """The latest changes, newest first: of one subject, and at `since` or later, where they are given."""
+        with self._transactions.reading() as db:
+            return audit_log(db, subject, since, limit)
 
     def all_offline(self) -> None:
         """Counts every device as offline until it is heard again: for the start, when nobody has listened."""
-        self._write(lambda db: db.execute(update(StatusRecord).values(online=False)))
+        self._transactions.write(lambda db: db.execute(update(StatusRecord).values(online=False)))
 
     def record_report(self, device: str, report: GenerationReport) -> bool:
         """Stores one answer's counts; False when this report has come before.
@@ -139,11 +163,11 @@ class Registry:
             UnknownDeviceError: nobody enrolled the device.
             ReportError: it can never be stored; its sources do not add up to the tokens, for instance.
         """
-        return self._write(lambda db: store_report(db, device, report))
+        return self._transactions.write(lambda db: store_report(db, device, report))
 
     def record_reports(self, reports: dict[Key, GenerationReport]) -> dict[Key, Fate]:
         """Stores reports by device and generation in one transaction; what became of each."""
-        return self._write(lambda db: store_reports(db, reports))
+        return self._transactions.write(lambda db: store_reports(db, reports))
 
     def devices(self) -> list[DeviceRow]:
         """Every enrolled device, by name."""
@@ -153,7 +177,7 @@ class Registry:
             .where(is_device())
             .order_by(IdentityRecord.name)
         )
-        with self._reading() as db:
+        with self._transactions.reading() as db:
             return [
                 DeviceRow(
                     identity.name,
@@ -181,7 +205,7 @@ class Registry:
         Raises:
             UnknownDeviceError: nobody enrolled `device`.
         """
-        with self._reading() as db:
+        with self._transactions.reading() as db:
             return device_stats(db, Question(now or time.time(), since, device, group))
 
     def stats_by(
@@ -198,7 +222,7 @@ class Registry:
         Raises:
             UnknownDeviceError: nobody enrolled `device`.
         """
-        with self._reading() as db:
+        with self._transactions.reading() as db:
             return grouped_stats(db, by, Question(now or time.time(), since, device, group))
 
     def sessions(self, device: str | None = None, limit: int = 50) -> list[SessionRow]:
@@ -223,7 +247,7 @@ class Registry:
             .order_by(SessionRecord.opened_at.desc(), SessionRecord.id.desc())
             .limit(limit)
         )
-        with self._reading() as db:
+        with self._transactions.reading() as db:
             if device is not None:
                 check_device(db, device)
                 query = query.where(SessionRecord.device == device)
@@ -239,22 +263,7 @@ class Registry:
 
         Returns how many went. Roll-ups, and so the statistics of whole hours, stay.
         """
-        return self._write(lambda db: forget(db, recorded_before, limit))
-
-    @contextmanager
-    def _reading(self) -> Iterator[Session]:
-        with registry_errors(self._engine.url), self._readers() as db:
-            yield db
-
-    def _write(self, work: Callable[[Session], T]) -> T:
-        """Runs `work` in a transaction, once more if another process has written the same row in the meantime."""
-        with registry_errors(self._engine.url):
-            try:
-                with self._writers.begin() as db:
-                    return work(db)
-            except IntegrityError:
-                with self._writers.begin() as db:
-                    return work(db)
+        return self._transactions.write(lambda db: forget(db, recorded_before, limit))
 
 
 def _total(column: SQLColumnExpression[int]) -> SQLColumnExpression[int]:

@@ -46,6 +46,8 @@ class Tally:
             drafted=limited(report.drafted),
             bytes_up=limited(report.bytes_up),
             bytes_down=limited(report.bytes_down),
+            judged=limited(report.judged),
+            agreed=limited(report.agreed),
         )
         if tokens:
             self.counts[TTFT[bucket(report.ttft_ms)]] += answers

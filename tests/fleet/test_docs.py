@@ -42,7 +42,7 @@ def test_the_protocol_names_every_field_of_what_apps_and_reports_hold(kind: type
 
 
 def test_the_protocol_lists_every_topic_that_anybody_may_use() -> None:
-    listed = re.findall(r"^\| `((?:d|w|open)/[^`]*)` \|", PROTOCOL, re.MULTILINE)
+    listed = re.findall(r"^\| `((?:d|w|e|fleet|open)/[^`]*)` \|", PROTOCOL, re.MULTILINE)
     shapes = {re.sub(r"<\w+>", "+", topic) for topic in listed}
     used = {re.sub(r"{\w+}", "+", rule) for rules in RULES.values() for role in rules.values() for rule in role}
     assert used == shapes

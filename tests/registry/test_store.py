@@ -32,6 +32,8 @@ def test_counts_of_several_generations_add_up(registry: Registry) -> None:
         "assists": 6,
         "verifies": 0,
         "drafted": 0,
+        "judged": 0,
+        "agreed": 0,
         "bytes_up": 4000,
         "bytes_down": 600,
         "ttft_p50_ms": pytest.approx(20.0, rel=0.2),

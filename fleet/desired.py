@@ -1,0 +1,80 @@
+"""What an operator wants of devices: settings, merged from those of all, of a group and of the device itself."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from fleet.errors import ConfigError, DecodeError, OversizedError
+from fleet.messages import MAX_DRAFT, DeadlineMs, Id
+from fleet.policy import Mode
+from fleet.prompt import Share, TargetTpotMs, Threshold
+from fleet.report import Amount
+
+MAX_DESIRED_BYTES: Final = 64 * 1024
+UploadDtype = Literal["float16", "int8"]
+
+
+class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """What can be changed while a device serves; None is not said, so that the next wider scope decides.
+
+    `bundle` is the id of the bundle that the device shall serve; `agreement_sample` the share of collaborative answers
+    whose tokens are put to the cloud as well, to see whether the exits still agree with it.
+    """
+
+    mode: Mode | None = None
+    threshold: Threshold | None = None
+    thresholds: tuple[Threshold, ...] | None = None
+    target_tpot_ms: TargetTpotMs | None = None
+    min_agreement: Share | None = None
+    max_offload_rate: Share | None = None
+    assist_deadline_ms: DeadlineMs | None = None
+    answer_deadline_ms: DeadlineMs | None = None
+    max_new_tokens: Annotated[int, Meta(ge=1, le=100_000)] | None = None
+    max_draft: Annotated[int, Meta(ge=1, le=MAX_DRAFT)] | None = None
+    upload_dtype: UploadDtype | None = None
+    agreement_sample: Share | None = None
+    bundle: Id | None = None
+
+
+class DesiredConfig(Struct, frozen=True):
+    """The retained message on `d/<device>/config`. Another version is another configuration, whether higher or not."""
+
+    version: Amount
+    settings: Settings
+
+
+def merge(*scopes: Settings) -> Settings:
+    """From the widest scope to the narrowest; one that gives `threshold` or `thresholds` decides on both."""
+    merged: dict[str, Any] = {}
+    for scope in scopes:
+        said = {name: value for name in scope.__struct_fields__ if (value := getattr(scope, name)) is not None}
+        if said.keys() & {"threshold", "thresholds"}:
+            merged.pop("threshold", None)
+            merged.pop("thresholds", None)
+        merged |= said
+    return Settings(**merged)
+
+
+def parse_settings(values: dict[str, Any]) -> Settings:
+    """Settings out of builtins; raises ConfigError that names what is known."""
+    try:
+        return msgspec.convert(values, Settings)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{error}; known settings are {', '.join(Settings.__struct_fields__)}") from None
+
+
+def encode_desired(desired: DesiredConfig) -> bytes:
+    return msgspec.json.encode(desired)
+
+
+def decode_desired(payload: bytes) -> DesiredConfig:
+    """Raises OversizedError or DecodeError."""
+    if len(payload) > MAX_DESIRED_BYTES:
+        raise OversizedError(f"expected a configuration of at most {MAX_DESIRED_BYTES} bytes, got {len(payload)}")
+    try:
+        return msgspec.json.decode(payload, type=DesiredConfig)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise DecodeError(f"expected a desired configuration in JSON: {error}") from None
