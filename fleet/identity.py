@@ -24,6 +24,8 @@ class IdentityConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """What `identity.json` holds. `bundle` is the folder of the model that a device or worker serves.
 
     `shared_subscriptions` says that the broker has them (MQTT 5 section 4.8.2; mosquitto has them for 3.1.1, too).
+    `server` is the base URL of the fleet's service, ``https://HOST:PORT``, where certificates are renewed and bundles
+    are; without it the identity is renewed by hand.
     """
 
     name: Id
@@ -32,6 +34,7 @@ class IdentityConfig(Struct, frozen=True, forbid_unknown_fields=True):
     port: Annotated[int, Meta(ge=1, le=65535)]
     bundle: str | None = None
     shared_subscriptions: bool = False
+    server: str | None = None
 
 
 @dataclass(frozen=True)

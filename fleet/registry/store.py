@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,7 +14,9 @@ from sqlalchemy import Engine, SQLColumnExpression, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from fleet.access import Grants, Role
+from fleet.desired import DesiredConfig, Settings
 from fleet.registry.audit import audit, audit_log, newest_change
+from fleet.registry.configs import Target, change_settings, current_settings, desired_configs
 from fleet.registry.counting import By, Question
 from fleet.registry.database import open_database
 from fleet.registry.devices import check_device, is_device
@@ -141,6 +143,27 @@ class Registry:
             UnknownDeviceError: nobody enrolled it.
         """
         self._transactions.write(lambda db: store_status(db, device, status, at))
+
+    def settings(self, target: Target) -> Settings:
+        """What was said last for one target alone."""
+        with self._transactions.reading() as db:
+            return current_settings(db, target)
+
+    def change_settings(self, target: Target, change: Callable[[Settings], Settings]) -> int:
+        """Puts ``change(settings)`` in the place of a target's settings; the new version.
+
+        Raises:
+            UnknownDeviceError: nobody enrolled the device.
+            ConfigError: no device is in the group.
+        """
+        return self._transactions.write(
+            lambda db: change_settings(db, self.actor, target, change(current_settings(db, target)))
+        )
+
+    def desired_configs(self, devices: Iterable[str] | None = None) -> dict[str, DesiredConfig]:
+        """What is wanted of each device, or of those named; version 0 where nothing was ever said."""
+        with self._transactions.reading() as db:
+            return desired_configs(db, devices)
 
     def newest_change(self) -> int:
         """A number that grows with every change in the audit log."""

@@ -1,0 +1,94 @@
+"""Desired configuration: settings of all devices, of a group, and of one device; each change is a version."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import NamedTuple
+
+import msgspec
+from sqlalchemy import exists, func, select
+from sqlalchemy.orm import Session
+
+from fleet.desired import DesiredConfig, Settings, merge
+from fleet.errors import ConfigError
+from fleet.registry.audit import audit
+from fleet.registry.devices import check_device, is_device
+from fleet.registry.models import ConfigChange, IdentityRecord
+
+
+class Scope(StrEnum):
+    """Whose settings; a narrower scope decides before a wider one."""
+
+    ALL = "all"
+    GROUP = "group"
+    DEVICE = "device"
+
+
+class Target(NamedTuple):
+    """A scope and its name: a device's, a group's, or "" for all."""
+
+    scope: Scope
+    name: str = ""
+
+    def __str__(self) -> str:
+        return self.scope if self.scope is Scope.ALL else f"{self.scope}:{self.name}"
+
+
+def current_settings(db: Session, target: Target) -> Settings:
+    """What was said last for `target` itself, without the wider scopes."""
+    query = (
+        select(ConfigChange.settings)
+        .where(ConfigChange.scope == target.scope, ConfigChange.target == target.name)
+        .order_by(ConfigChange.id.desc())
+        .limit(1)
+    )
+    return msgspec.convert(db.scalar(query) or {}, Settings)
+
+
+def change_settings(db: Session, actor: str, target: Target, settings: Settings) -> int:
+    """Makes `settings` all that is said for `target` from now on; gives the new version.
+
+    Raises:
+        UnknownDeviceError: nobody enrolled the device.
+        ConfigError: no device is in the group.
+    """
+    _check_target(db, target)
+    values = msgspec.to_builtins(settings)
+    change = ConfigChange(scope=target.scope, target=target.name, settings=values, changed_at=time.time())
+    db.add(change)
+    db.flush()
+    audit(db, actor, "config", str(target), version=change.id, settings=values)
+    return change.id
+
+
+def desired_configs(db: Session, devices: Iterable[str] | None = None) -> dict[str, DesiredConfig]:
+    """What is wanted of each device, or of `devices`: a version of 0 where nothing was ever said."""
+    newest = select(func.max(ConfigChange.id)).group_by(ConfigChange.scope, ConfigChange.target)
+    said = {
+        Target(Scope(row.scope), row.target): (row.id, msgspec.convert(row.settings, Settings))
+        for row in db.scalars(select(ConfigChange).where(ConfigChange.id.in_(newest)))
+    }
+    query = select(IdentityRecord.name, IdentityRecord.group).where(is_device()).order_by(IdentityRecord.name)
+    if devices is not None:
+        query = query.where(IdentityRecord.name.in_(list(devices)))
+    nothing = 0, Settings()
+    configs = {}
+    for name, group in db.execute(query):
+        scopes = [
+            said.get(Target(Scope.ALL), nothing),
+            said.get(Target(Scope.GROUP, group), nothing) if group else nothing,
+            said.get(Target(Scope.DEVICE, name), nothing),
+        ]
+        configs[name] = DesiredConfig(max(version for version, _ in scopes), merge(*(each for _, each in scopes)))
+    return configs
+
+
+def _check_target(db: Session, target: Target) -> None:
+    if target.scope is Scope.DEVICE:
+        check_device(db, target.name)
+    elif target.scope is Scope.GROUP and not db.scalar(
+        select(exists().where(is_device(), IdentityRecord.group == target.name))
+    ):
+        raise ConfigError(f"no device is in the group {target.name[:80]!r}; see 'fleet devices'")
