@@ -10,8 +10,10 @@ import typer
 from rich.console import Console
 
 from fleet.access import Role
+from fleet.cli.audit import audit
 from fleet.cli.bench import app as bench_commands
 from fleet.cli.cluster import MetricsPortOption, RegistryOption, RetentionOption, init, server
+from fleet.cli.config import app as config_commands
 from fleet.cli.doctor import doctor
 from fleet.cli.export import PASS_ON, export
 from fleet.cli.export import bundle as bundle_commands
@@ -33,6 +35,8 @@ app.command("server")(server)
 app.command("devices")(devices)
 app.command("device")(device)
 app.command("stats")(stats)
+app.command("audit")(audit)
+app.add_typer(config_commands, name="config")
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(heads_commands, name="heads")
 app.add_typer(bench_commands, name="bench")

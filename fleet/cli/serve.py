@@ -48,6 +48,7 @@ def run_server(state: State, listen: str | None, metrics: tuple[str, int] | None
     """
     broker_class = load("cloud_broker_worker.broker.embedded").EmbeddedBroker
     collector = load("fleet.registry.collector").Collector
+    watcher = load("fleet.registry.watcher").ChangeWatcher
     transport = load("fleet.mqtt").MqttTransport
     stop = stop_event()
     with ExitStack() as stack:
@@ -58,6 +59,11 @@ def run_server(state: State, listen: str | None, metrics: tuple[str, int] | None
         broker = listen and stack.enter_context(broker_class(listen, port, state.server_tls(), registry.grants))
         link = stack.enter_context(transport.connect(state.identity(COLLECTOR, Role.SERVER)))
         collecting = stack.enter_context(collector(link, registry))
+        changes, configs = watcher(registry), load("fleet.registry.publisher").ConfigPublisher(link, registry)
+        changes.add(configs.publish)
+        stack.enter_context(changes)
+        for follow_up in (configs.forget, changes.again):
+            link.on_up(follow_up)
         if endpoint:
             endpoint.show(load("fleet.metrics").FleetMonitor(registry, collecting, link, broker))
         opening = f"broker listens on {listen}:{port} (TLS)" if broker else f"collector at the broker on {host}:{port}"

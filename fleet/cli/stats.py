@@ -92,7 +92,7 @@ def device(
 
     with State.load(state or State.default_folder()).registry() as registry:
         (counts,) = registry.stats(name, parse_since(since))
-        row = next(row for row in registry.devices() if row.device == name)
+        row = registry.device(name)
         sessions = registry.sessions(name, NUM_SESSIONS)
     if as_json:
         print(msgspec.json.encode({"device": row, "stats": counts, "sessions": sessions}).decode())

@@ -18,6 +18,20 @@ class DeviceRow(Struct, frozen=True):
     version: str
     last_seen: float | None
     not_after: float
+    config_version: int
+    config_error: str
+
+
+class WorkerRow(Struct, frozen=True):
+    """What a worker said last; `last_seen` in seconds since 1970."""
+
+    worker: str
+    online: bool
+    draining: bool
+    bundle_ids: tuple[str, ...]
+    num_sessions: int
+    version: str
+    last_seen: float
 
 
 class IdentityRow(Struct, frozen=True):

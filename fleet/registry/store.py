@@ -27,8 +27,9 @@ from fleet.registry.models import (
     IdentityRecord,
     SessionRecord,
     StatusRecord,
+    WorkerRecord,
 )
-from fleet.registry.reports import Fate, Key, store_report, store_reports, store_status
+from fleet.registry.reports import Fate, Key, store_report, store_reports, store_status, store_worker
 from fleet.registry.retention import forget
 from fleet.registry.rows import (
     AuditRow,
@@ -39,11 +40,12 @@ from fleet.registry.rows import (
     IdentityRow,
     SessionRow,
     StatsRow,
+    WorkerRow,
 )
 from fleet.registry.states import State, state_at
 from fleet.registry.statistics import device_stats, grouped_stats
 from fleet.registry.transactions import Transactions
-from fleet.report import DeviceStatus, GenerationReport
+from fleet.report import DeviceStatus, GenerationReport, WorkerStatus
 
 
 class Registry:
@@ -176,8 +178,17 @@ class Registry:
             return audit_log(db, subject, since, limit)
 
     def all_offline(self) -> None:
-        """Counts every device as offline until it is heard again: for the start, when nobody has listened."""
-        self._transactions.write(lambda db: db.execute(update(StatusRecord).values(online=False)))
+        """Counts devices and workers as offline until they are heard again: for the start, when nobody has listened."""
+
+        def work(db: Session) -> None:
+            db.execute(update(StatusRecord).values(online=False))
+            db.execute(update(WorkerRecord).values(online=False))
+
+        self._transactions.write(work)
+
+    def record_worker(self, worker: str, status: WorkerStatus, at: float) -> None:
+        """Keeps what a worker says of itself, heard at `at`, if it was enrolled."""
+        self._transactions.write(lambda db: store_worker(db, worker, status, at))
 
     def record_report(self, device: str, report: GenerationReport) -> bool:
         """Stores one answer's counts; False when this report has come before.
@@ -191,6 +202,22 @@ class Registry:
     def record_reports(self, reports: dict[Key, GenerationReport]) -> dict[Key, Fate]:
         """Stores reports by device and generation in one transaction; what became of each."""
         return self._transactions.write(lambda db: store_reports(db, reports))
+
+    def workers(self) -> list[WorkerRow]:
+        """Every worker that was ever heard, by name."""
+        with self._transactions.reading() as db:
+            return [
+                WorkerRow(
+                    row.worker,
+                    row.online,
+                    row.draining,
+                    tuple(row.bundle_ids),
+                    row.num_sessions,
+                    row.version,
+                    row.last_seen,
+                )
+                for row in db.scalars(select(WorkerRecord).order_by(WorkerRecord.worker))
+            ]
 
     def devices(self) -> list[DeviceRow]:
         """Every enrolled device, by name."""
@@ -211,9 +238,17 @@ class Registry:
                     version=status.version if status else "",
                     last_seen=status.last_seen if status else None,
                     not_after=identity.not_after,
+                    config_version=status.config_version if status else 0,
+                    config_error=status.config_error if status else "",
                 )
                 for identity, status in db.execute(query)
             ]
+
+    def device(self, name: str) -> DeviceRow:
+        """Raises UnknownDeviceError when nobody enrolled `name`."""
+        with self._transactions.reading() as db:
+            check_device(db, name)
+        return next(row for row in self.devices() if row.device == name)
 
     def stats(
         self,
