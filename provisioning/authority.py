@@ -107,6 +107,11 @@ class CertificateAuthority:
             raise IdentityError(f"{folder / CA_KEY_FILE} is not the key of {folder / CA_FILE}; restore both files")
         return cls(certificate, private_key)
 
+    @property
+    def not_after(self) -> float:
+        """End of its life, seconds since 1970."""
+        return self._certificate.not_valid_after_utc.timestamp()
+
     def certify(self, name: str, role: Role) -> Certificate:
         """A client's new key and certificate: CN is its name, OU its role, valid for 90 days.
 

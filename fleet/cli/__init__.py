@@ -20,7 +20,7 @@ from fleet.cli.export import bundle as bundle_commands
 from fleet.cli.heads import app as heads_commands
 from fleet.cli.lazy import load
 from fleet.cli.state import DEFAULT_PORT, State, StateConfig, keeping
-from fleet.cli.stats import JsonOption, StateOption, device, devices, stats
+from fleet.cli.stats import JsonOption, StateOption, device, devices, stats, workers
 from fleet.command import run_command, stop_event
 from fleet.errors import ConfigError, LinkError, UnknownDeviceError
 from fleet.identity import Identity
@@ -34,6 +34,7 @@ app.command("init")(init)
 app.command("server")(server)
 app.command("devices")(devices)
 app.command("device")(device)
+app.command("workers")(workers)
 app.command("stats")(stats)
 app.command("audit")(audit)
 app.add_typer(config_commands, name="config")

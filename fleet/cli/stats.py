@@ -80,6 +80,14 @@ def devices(
     print_rows(Console(), rows, "devices", as_json=as_json)
 
 
+def workers(state: StateOption = None, as_json: JsonOption = False) -> None:
+    """List the workers: online or not, draining, which bundles, how many sessions."""
+    from fleet.cli.views import print_rows
+
+    with State.load(state or State.default_folder()).registry() as registry:
+        print_rows(Console(), registry.workers(), "workers", as_json=as_json)
+
+
 def device(
     name: Annotated[str, typer.Argument()],
     since: SinceOption = None,
