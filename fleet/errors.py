@@ -18,6 +18,7 @@ FleetError
  +- LinkError               the broker cannot be reached, or refuses us
  +- IdentityError           an identity folder or certificate is missing or wrong
  |   +- StateError          a change that is not legal in an identity's state
+ |   +- AccessError         an identity that may not have what it asks for
  |   +- CsrError            a signing request that is none, or for a key that we do not certify
  |   +- CredentialsError    no certificate, or one that the registry does not know
  |   +- TokenError          an enrolment token that is not usable
@@ -139,6 +140,12 @@ class StateError(IdentityError):
     """A change that is not legal in an identity's state."""
 
     code = "bad_state"
+
+
+class AccessError(IdentityError):
+    """An identity may not have what it asks for."""
+
+    code = "not_allowed"
 
 
 class CsrError(IdentityError):
