@@ -1,4 +1,4 @@
-"""`fleet up` and `fleet server`: broker, registry, collector and workers."""
+"""`fleet up` and `fleet server`: broker, registry, collector, service and workers."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from fleet.errors import ConfigError, FleetError
 WATCH_S: Final = 0.2
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises ConfigError when nothing can listen there."""
+def check_port(host: str, port: int, option: str = "--port") -> None:
+    """Raises ConfigError, which names the `option` for another port, when nothing can listen there."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"cannot listen on {host}:{port}: {error.strerror}; stop what uses it or choose another with --port"
+                f"cannot listen on {host}:{port}: {error.strerror}; stop what uses it or choose another with {option}"
             ) from None
 
 
@@ -42,9 +42,10 @@ def free_port(host: str) -> int:
 
 
 def run_server(state: State, listen: str | None, metrics: tuple[str, int] | None = None) -> None:
-    """Collector and broker in this process, until SIGTERM or SIGINT.
+    """Collector, broker and the HTTPS service in this process, until SIGTERM or SIGINT.
 
-    The broker listens on the address `listen`; without one it runs elsewhere. `metrics` is where to tell of them.
+    The latter two listen on the address `listen`; without one the broker runs elsewhere, and there is no service.
+    `metrics` is where to tell of them.
     """
     broker_class = load("cloud_broker_worker.broker.embedded").EmbeddedBroker
     collector = load("fleet.registry.collector").Collector
@@ -56,7 +57,8 @@ def run_server(state: State, listen: str | None, metrics: tuple[str, int] | None
         registry = stack.enter_context(state.registry())
         stack.enter_context(load("fleet.registry.retention").Retention(registry, state.config.retention_days))
         host, port = state.config.host, state.config.port
-        broker = listen and stack.enter_context(broker_class(listen, port, state.server_tls(), registry.grants))
+        tls = state.server_tls()
+        broker = listen and stack.enter_context(broker_class(listen, port, tls, registry.grants))
         link = stack.enter_context(transport.connect(state.identity(COLLECTOR, Role.SERVER)))
         collecting = stack.enter_context(collector(link, registry))
         changes, configs = watcher(registry), load("fleet.registry.publisher").ConfigPublisher(link, registry)
@@ -64,10 +66,14 @@ def run_server(state: State, listen: str | None, metrics: tuple[str, int] | None
         stack.enter_context(changes)
         for follow_up in (configs.forget, changes.again):
             link.on_up(follow_up)
+        service = None
+        if listen and state.config.service_port:
+            service = stack.enter_context(state.service(registry, listen, tls))
         if endpoint:
             endpoint.show(load("fleet.metrics").FleetMonitor(registry, collecting, link, broker))
         opening = f"broker listens on {listen}:{port} (TLS)" if broker else f"collector at the broker on {host}:{port}"
-        where = f", metrics on {endpoint.url}" if endpoint else ""
+        where = f", service on {service.url}" if service else ""
+        where += f", metrics on {endpoint.url}" if endpoint else ""
         print(f"{opening}, registry {state.folder}{where}", flush=True)
         stop.wait()
 
@@ -81,6 +87,8 @@ def fleet_processes(
     With a `metrics_port` the server tells of itself there, and the workers on the ports that follow.
     """
     check_port(state.config.host, state.config.port)
+    if state.config.service_port:
+        check_port(state.config.host, state.config.service_port, "--service-port")
     require("worker", "torch", "transformers")
     ports = [
         [] if metrics_port is None else ["--metrics-port", str(metrics_port and metrics_port + i)]

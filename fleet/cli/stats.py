@@ -117,9 +117,15 @@ def parse_since(value: str | None) -> float | None:
     """Seconds since 1970 of "30m", "24h", "7d" ago, or of an ISO date; raises ConfigError."""
     if value is None:
         return None
-    if match := re.fullmatch(r"(\d+)([smhd])", value):
-        return time.time() - int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": DAY_S}[match[2]]
+    if (span_s := parse_span(value)) is not None:
+        return time.time() - span_s
     try:
         return datetime.fromisoformat(value).timestamp()
     except ValueError:
         raise ConfigError(f"since {value!r}: expected a span like 30m, 24h, 7d, or a date like 2026-01-31") from None
+
+
+def parse_span(value: str) -> float | None:
+    """Seconds of a span like "90s", "30m", "24h" or "7d"; None when it is none."""
+    match = re.fullmatch(r"(\d+)([smhd])", value)
+    return int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": DAY_S}[match[2]] if match else None

@@ -20,6 +20,8 @@ class DeviceRow(Struct, frozen=True):
     not_after: float
     config_version: int
     config_error: str
+    state: str
+    tags: dict[str, str]
 
 
 class WorkerRow(Struct, frozen=True):
@@ -35,7 +37,10 @@ class WorkerRow(Struct, frozen=True):
 
 
 class IdentityRow(Struct, frozen=True):
-    """An enrolled identity; `targets` are the devices and groups that an app was allowed."""
+    """An enrolled identity; `targets` are the devices and groups that an app was allowed, `tags` a device's.
+
+    `state` is its state now, of `fleet.registry.states`.
+    """
 
     name: str
     role: str
@@ -44,6 +49,36 @@ class IdentityRow(Struct, frozen=True):
     fingerprint: str
     created_at: float
     not_after: float
+    state: str
+    tags: dict[str, str]
+
+
+class IssuedCertificate(Struct, frozen=True):
+    """A certificate as the registry keeps it: `serial`, SHA-256 of its DER and of its key's SPKI in hex; PEM; times."""
+
+    serial: str
+    fingerprint: str
+    key_hash: str
+    pem: str
+    not_before: float
+    not_after: float
+
+
+class Certified(Struct, frozen=True):
+    """What an identity gets when it joins or renews: its name, its role, and its certificate in PEM."""
+
+    name: str
+    role: str
+    pem: str
+
+
+class NewToken(Struct, frozen=True):
+    """An enrolment token as it is told once: `secret` is nowhere else. `expires_at` in seconds since 1970."""
+
+    name: str
+    id: str
+    secret: str
+    expires_at: float
 
 
 class Counts(Struct, frozen=True, kw_only=True):

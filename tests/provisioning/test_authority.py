@@ -82,14 +82,14 @@ def test_a_broker_refuses_a_client_of_another_fleet(authority: CertificateAuthor
 
 def test_a_certificate_carries_name_role_key_type_and_its_end(authority: CertificateAuthority) -> None:
     made = authority.certify("edge-1", Role.DEVICE)
-    certificate = x509.load_pem_x509_certificate(made.certificate)
+    certificate = x509.load_pem_x509_certificate(made.issued.pem.encode())
     subject = {attribute.oid: attribute.value for attribute in certificate.subject}
     assert subject == {NameOID.COMMON_NAME: "edge-1", NameOID.ORGANIZATIONAL_UNIT_NAME: "device"}
     public_key = certificate.public_key()
     assert isinstance(public_key, ec.EllipticCurvePublicKey)
     assert public_key.curve.name == "secp256r1"
     assert (certificate.not_valid_after_utc - certificate.not_valid_before_utc).days == 90
-    assert certificate.not_valid_after_utc.timestamp() == made.not_after
+    assert certificate.not_valid_after_utc.timestamp() == made.issued.not_after
 
 
 def test_a_private_key_does_not_show(authority: CertificateAuthority) -> None:
