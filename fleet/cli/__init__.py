@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from fleet.access import Role
+from fleet.cli.allow import allow, disallow, tag
 from fleet.cli.bench import app as bench_commands
 from fleet.cli.cluster import MetricsPortOption, RegistryOption, RetentionOption, init, server
 from fleet.cli.doctor import doctor
@@ -31,6 +32,9 @@ app.command("doctor")(doctor)
 app.command("init")(init)
 app.command("server")(server)
 app.command("devices")(devices)
+app.command("allow")(allow)
+app.command("disallow")(disallow)
+app.command("tag")(tag)
 app.command("device")(device)
 app.command("stats")(stats)
 app.add_typer(bundle_commands, name="bundle")
@@ -90,7 +94,7 @@ def enroll(
     name: Annotated[str, typer.Argument(help="a-z, 0-9, '-' and '_'.")],
     out: Annotated[Path | None, typer.Option(help="Where to write the identity folder (default: ./NAME).")] = None,
     role: Annotated[str, typer.Option(help="device, app, worker or server.")] = "device",
-    allow: Annotated[list[str] | None, typer.Option(help="Device or group that an app may prompt; repeatable.")] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="Device, group or tag an app may ask; repeatable.")] = None,
     group: Annotated[str | None, typer.Option(help="Group of a device.")] = None,
     bundle: BundleOption = None,
     shared_subscriptions: Annotated[

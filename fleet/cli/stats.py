@@ -65,6 +65,7 @@ def stats(
 def devices(
     group: GroupOption = None,
     online: Annotated[bool | None, typer.Option("--online/--offline", help="Only those that are.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Only those that have this tag, like floor=1.")] = None,
     state: StateOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -75,7 +76,9 @@ def devices(
         rows = [
             row
             for row in registry.devices()
-            if (group is None or row.group == group) and (online is None or row.online == online)
+            if (group is None or row.group == group)
+            and (online is None or row.online == online)
+            and (tag is None or tag in row.tags)
         ]
     print_rows(Console(), rows, "devices", as_json=as_json)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from sqlalchemy import and_, delete, exists, or_, select
 from sqlalchemy.orm import Session
 
+from fleet import topics
 from fleet.access import Role
 from fleet.errors import IdentityError
 from fleet.registry.devices import is_device
@@ -32,7 +33,7 @@ def add_identity(
         raise IdentityError(f"{name!r} is enrolled already, as {known.role}; choose another name")
     _check_names(db, name, group)
     for target in targets:
-        _check_target(db, target)
+        check_target(db, target)
     record = known or IdentityRecord(name=name, created_at=time.time())
     record.role, record.group, record.state = role.value, group, State.ACTIVE
     record.fingerprint, record.not_after = fingerprint, not_after
@@ -50,7 +51,13 @@ def _check_names(db: Session, name: str, group: str | None) -> None:
         raise IdentityError(f"group {group!r} is the name of an identity; choose another")
 
 
-def _check_target(db: Session, target: str) -> None:
+def check_target(db: Session, target: str) -> None:
+    """Raises IdentityError unless `target` is a device, a group of devices, or a tag ``key=value``."""
+    key, is_tag, value = target.partition("=")
+    if is_tag and topics.NAME.fullmatch(key) and topics.NAME.fullmatch(value):
+        return
     is_group = and_(is_device(), IdentityRecord.group == target)
     if not db.scalar(select(exists().where(or_(is_device(target), is_group)))):
-        raise IdentityError(f"cannot allow {target[:80]!r}: it is no enrolled device and no group; enrol it first")
+        raise IdentityError(
+            f"cannot allow {target[:80]!r}: it is no enrolled device, no group and no tag like floor=1; enrol it first"
+        )

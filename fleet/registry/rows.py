@@ -8,7 +8,10 @@ from msgspec import Struct
 
 
 class DeviceRow(Struct, frozen=True):
-    """An enrolled device and what it said last; times in seconds since 1970, None when it never came."""
+    """An enrolled device and what it said last; times in seconds since 1970, None when it never came.
+
+    `tags` are words like ``floor=1``.
+    """
 
     device: str
     group: str | None
@@ -18,10 +21,11 @@ class DeviceRow(Struct, frozen=True):
     version: str
     last_seen: float | None
     not_after: float
+    tags: tuple[str, ...] = ()
 
 
 class IdentityRow(Struct, frozen=True):
-    """An enrolled identity; `targets` are the devices and groups that an app was allowed."""
+    """An enrolled identity; `targets` are the devices, groups and tags that an app was allowed."""
 
     name: str
     role: str
