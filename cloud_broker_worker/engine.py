@@ -17,7 +17,6 @@ from cloud_broker_worker.answers import (
 )
 from cloud_broker_worker.config import WorkerConfig
 from cloud_broker_worker.kv_pool import PoolFullError
-from cloud_broker_worker.log_limit import LimitedLog
 from cloud_broker_worker.memory import Memory
 from cloud_broker_worker.scheduler import schedule
 from cloud_broker_worker.session import Session, SessionKey
@@ -26,6 +25,7 @@ from cloud_broker_worker.upper_layers import Chunk, UpperLayers
 from fleet.codec import unpack_context
 from fleet.errors import DecodeError
 from fleet.hidden_codec import CONTEXT_DTYPES
+from fleet.log_limit import LimitedLog
 from fleet.messages import (
     PROTOCOL,
     Assist,

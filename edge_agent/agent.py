@@ -28,6 +28,7 @@ from edge_agent.reporter import Reporter
 from edge_agent.reports import ReportOutbox
 from edge_agent.runtime import check_instruction_set, is_out_of_memory
 from edge_agent.tokenizer import ChatTokenizer, TextStream
+from edge_agent.triggers import EventTriggers
 from edge_agent.turns import Turns
 from edge_agent.uplink import Uplink
 from edge_agent.verified import VerifiedRun
@@ -76,6 +77,7 @@ class Agent:
         self._finished: dict[tuple[str, str], Job] = {}
         self._stopping = False
         self._lock = threading.Lock()
+        self._triggers = EventTriggers(transport, self._epoch, self._on_prompt, self._is_active)
         self._workers = Workers(transport, self._worker_changed)
         self._reporter = Reporter(transport, ReportOutbox(reports_file, config.max_kept_reports))
         self._planning = threading.Thread(target=self._plan_all, name=f"plan-{self.name}", daemon=True)
@@ -92,6 +94,7 @@ class Agent:
         self._transport.subscribe("{}/d/{}/s/+".format(*own), self._on_session)
         self._transport.subscribe("{}/d/{}/cancel/+/+".format(*own), self._on_cancel, qos=1)
         self._transport.subscribe("{}/d/{}/prompt/+/+".format(*own), self._on_prompt, qos=1)
+        self._triggers.set(self._config.triggers)
         self._transport.on_up(self._announce)
         return self
 
@@ -150,6 +153,9 @@ class Agent:
         except PromptError as error:
             refusal = msgspec.json.encode(_refusal(0, error.code, str(error)))
             self._publish(topics.reply(self.name, app, request), refusal, qos=1)
+
+    def _is_active(self, app: str, request: str) -> bool:
+        return (app, request) in self._active
 
     def _repeat(self, job: Job) -> None:
         """Sends again what has been said: a request that comes twice is one whose replies were lost."""

@@ -13,6 +13,7 @@ from fleet.errors import ConfigError
 from fleet.messages import MAX_DRAFT, DeadlineMs
 from fleet.policy import Mode
 from fleet.prompt import Share, TargetTpotMs
+from fleet.triggers import Triggers, check_triggers
 
 CONFIG_FILE: Final = "agent.json"
 
@@ -44,6 +45,11 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     max_offload_rate: Share | None = None
     upload_dtype: UploadDtype = "float16"
     max_draft: Annotated[int, Meta(ge=1, le=MAX_DRAFT)] = 16
+    triggers: Triggers = ()
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, which a decoder reports in its own error."""
+        check_triggers(self.triggers)
 
     @classmethod
     def load(cls, folder: Path) -> AgentConfig:

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from fleet.access import Role
 from fleet.errors import ConfigError, FleetError
-from fleet.topics import check_name
+from fleet.topics import NAME, check_name
 
 COLUMNS: Final = ("name", "group", "tags", "role", "allow")
 MAX_TAGS: Final = 32
@@ -36,7 +36,8 @@ class Enrolment(Struct, frozen=True):
         """
         check_name(self.name)
         for target in self.targets:
-            check_name(target, "target")
+            if not is_tag(target):
+                check_name(target, "target")
         if self.targets and self.role is not Role.APP:
             raise ConfigError(
                 f"only an app is allowed devices or groups; {self.name!r} is to be a {self.role}: leave --allow out"
@@ -73,15 +74,31 @@ def parse_role(role: str) -> Role:
     return Role(role)
 
 
+def is_tag(word: str) -> bool:
+    """Whether `word` is a tag like ``floor=1``."""
+    key, equals, value = word.partition("=")
+    return bool(equals and NAME.fullmatch(key) and NAME.fullmatch(value))
+
+
 def parse_tags(tags: Iterable[str]) -> dict[str, str]:
-    """Tags out of ``key=value``; raises ConfigError for anything else, and for a key that comes twice."""
+    """Tags out of ``key=value``.
+
+    Raises:
+        ConfigError: it is something else, or a key comes twice.
+        TopicError: key or value is no name.
+    """
     parsed: dict[str, str] = {}
     for tag in tags:
         key, equals, value = tag.partition("=")
         if not equals or key in parsed:
-            raise ConfigError(f"tag {tag[:80]!r}: expected key=value, and each key once")
-        parsed[key] = value
+            raise ConfigError(f"tag {tag[:80]!r}: expected key=value, for example floor=1, and each key once")
+        parsed[check_name(key, "key of a tag")] = check_name(value, "value of a tag")
     return parsed
+
+
+def tag_words(tags: Mapping[str, str]) -> list[str]:
+    """Tags as they are given on the command line."""
+    return [f"{key}={value}" for key, value in tags.items()]
 
 
 def read_enrolments(path: Path) -> list[Enrolment]:

@@ -26,6 +26,7 @@ RECONNECT_S: Final = (1, 30)
 CONNECT_S: Final = 5.0
 SUBSCRIBE_S: Final = 5.0
 CLOSE_S: Final = 3.0
+ASK_AGAIN_S: Final = 5.0  # for a subscription that was refused: rights may come later
 NOT_AUTHORIZED: Final = "Not authorized"
 NOT_YET_VALID: Final = 9  # X509_V_ERR_CERT_NOT_YET_VALID of OpenSSL
 
@@ -41,7 +42,9 @@ class MqttTransport(Transport):
         self._lock = threading.Lock()
         self._subscriptions: dict[str, tuple[Handler, int]] = {}
         self._callbacks: list[Callable[[], None]] = []
-        self._granted: dict[int, threading.Event] = {}
+        self._granted: dict[int, tuple[str, threading.Event]] = {}
+        self._refused: set[str] = set()
+        self._asking_again: threading.Timer | None = None
         self._up = threading.Event()
         self._answered = threading.Event()
         self._heard = False  # whether this connection got its CONNACK
@@ -118,6 +121,7 @@ class MqttTransport(Transport):
     def unsubscribe(self, topic_filter: str) -> None:
         with self._lock:
             self._subscriptions.pop(topic_filter, None)
+            self._refused.discard(topic_filter)
         self._client.unsubscribe(topic_filter)
 
     def on_up(self, callback: Callable[[], None]) -> None:
@@ -129,6 +133,9 @@ class MqttTransport(Transport):
         if self._closed:
             return
         self._closed = True
+        with self._lock:
+            if self._asking_again:
+                self._asking_again.cancel()
         on_network_thread = threading.get_ident() == self._network_thread
         if self.is_up and self._last and not on_network_thread:
             self._last.wait_for_publish(CLOSE_S / 2)
@@ -156,7 +163,7 @@ class MqttTransport(Transport):
             if mid is None:
                 granted.set()
             else:
-                self._granted[mid] = granted
+                self._granted[mid] = topic_filter, granted
         return granted
 
     def _on_socket_open(self, _client: object, _data: object, sock: object) -> None:
@@ -214,12 +221,30 @@ class MqttTransport(Transport):
     def _on_subscribe(
         self, _client: object, _data: object, mid: int, reasons: list[ReasonCode], _properties: Properties | None
     ) -> None:
-        if any(reason.is_failure for reason in reasons):
-            logger.warning("the broker refused a subscription of %s: it is not allowed to read there", self.name)
         with self._lock:
-            granted = self._granted.pop(mid, None)
-        if granted:
-            granted.set()
+            topic_filter, granted = self._granted.pop(mid, ("", threading.Event()))
+        if any(reason.is_failure for reason in reasons):
+            self._ask_again_later(topic_filter)
+        else:
+            self._refused.discard(topic_filter)
+        granted.set()
+
+    def _ask_again_later(self, topic_filter: str) -> None:
+        if topic_filter not in self._refused:
+            logger.warning("the broker does not let %s read %s; asking again until it does", self.name, topic_filter)
+        with self._lock:
+            self._refused.add(topic_filter)
+            if not self._closed and self._asking_again is None:
+                self._asking_again = threading.Timer(ASK_AGAIN_S, self._ask_again)
+                self._asking_again.daemon = True
+                self._asking_again.start()
+
+    def _ask_again(self) -> None:
+        with self._lock:
+            self._asking_again = None
+            wanted = [(each, self._subscriptions[each][1]) for each in self._refused & self._subscriptions.keys()]
+        for topic_filter, qos in wanted if self.is_up else ():
+            self._request(topic_filter, qos)
 
     def _on_message(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
         with self._lock:

@@ -9,7 +9,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from fleet.access import Role
+from fleet.cli.allow import allow, disallow, tag
 from fleet.cli.audit import audit
 from fleet.cli.bench import app as bench_commands
 from fleet.cli.cluster import (
@@ -44,6 +44,9 @@ app.command("suspend")(suspend)
 app.command("resume")(resume)
 app.command("revoke")(revoke)
 app.command("devices")(devices)
+app.command("allow")(allow)
+app.command("disallow")(disallow)
+app.command("tag")(tag)
 app.command("device")(device)
 app.command("workers")(workers)
 app.command("stats")(stats)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from fleet.cli.lazy import load
 from fleet.cli.state import State
+from fleet.enrolment import tag_words
 from fleet.errors import ConfigError
 
 NUM_SESSIONS: Final = 5
@@ -65,6 +66,8 @@ def stats(
 def devices(
     group: GroupOption = None,
     online: Annotated[bool | None, typer.Option("--online/--offline", help="Only those that are.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Only those that have this tag, like floor=1.")] = None,
+    standing: Annotated[str | None, typer.Option(help="Only those that are pending, active, revoked, ...")] = None,
     state: StateOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -75,7 +78,10 @@ def devices(
         rows = [
             row
             for row in registry.devices()
-            if (group is None or row.group == group) and (online is None or row.online == online)
+            if (group is None or row.group == group)
+            and (online is None or row.online == online)
+            and (tag is None or tag in tag_words(row.tags))
+            and (standing is None or row.state == standing)
         ]
     print_rows(Console(), rows, "devices", as_json=as_json)
 

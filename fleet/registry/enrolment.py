@@ -7,7 +7,7 @@ import time
 from sqlalchemy import and_, delete, exists, or_, select
 from sqlalchemy.orm import Session
 
-from fleet.enrolment import Enrolment
+from fleet.enrolment import Enrolment, is_tag
 from fleet.errors import IdentityError
 from fleet.registry.certificates import revoke_certificates
 from fleet.registry.devices import is_device
@@ -28,7 +28,7 @@ def enroll(db: Session, enrolment: Enrolment, *, replace: bool) -> IdentityRecor
     state = _next_state(known, now, replace=replace) if known else State.PENDING
     _check_names(db, enrolment.name, enrolment.group)
     for target in enrolment.targets:
-        _check_target(db, target)
+        check_target(db, target)
     record = known or IdentityRecord(name=enrolment.name, created_at=now)
     record.role, record.group, record.state = enrolment.role.value, enrolment.group, state
     record.fingerprint, record.not_after = "", 0.0
@@ -67,7 +67,12 @@ def _check_names(db: Session, name: str, group: str | None) -> None:
         raise IdentityError(f"group {group!r} is the name of an identity; choose another")
 
 
-def _check_target(db: Session, target: str) -> None:
+def check_target(db: Session, target: str) -> None:
+    """Raises IdentityError unless `target` is a device, a group of devices, or a tag ``key=value``."""
+    if is_tag(target):
+        return
     is_group = and_(is_device(), IdentityRecord.group == target)
     if not db.scalar(select(exists().where(or_(is_device(target), is_group)))):
-        raise IdentityError(f"cannot allow {target[:80]!r}: it is no enrolled device and no group; enrol it first")
+        raise IdentityError(
+            f"cannot allow {target[:80]!r}: it is no enrolled device, no group and no tag like floor=1; enrol it first"
+        )

@@ -8,7 +8,10 @@ from msgspec import Struct
 
 
 class DeviceRow(Struct, frozen=True):
-    """An enrolled device and what it said last; times in seconds since 1970, None when it never came."""
+    """An enrolled device and what it said last; times in seconds since 1970, None when it never came.
+
+    `state` is one of `fleet.registry.states`, now.
+    """
 
     device: str
     group: str | None

@@ -5,18 +5,19 @@ from __future__ import annotations
 import getpass
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from sqlalchemy import Engine, SQLColumnExpression, func, or_, select, update
+from sqlalchemy import Engine, SQLColumnExpression, func, select, update
 from sqlalchemy.orm import Session
 
 from fleet.access import Grants, Role
 from fleet.desired import DesiredConfig, Settings
 from fleet.enrolment import Enrolment
 from fleet.errors import StateError, TokenError
+from fleet.registry.allowed import all_tags, allow, change_tags, disallow, targets_of
 from fleet.registry.audit import audit, audit_log, newest_change
 from fleet.registry.certificates import MakeCertificate, holder, keep_certificate
 from fleet.registry.configs import Target, change_settings, current_settings, desired_configs
@@ -30,7 +31,6 @@ from fleet.registry.models import (
     IdentityRecord,
     SessionRecord,
     StatusRecord,
-    TagRecord,
     WorkerRecord,
 )
 from fleet.registry.reports import Fate, Key, store_report, store_reports, store_status, store_worker
@@ -104,7 +104,7 @@ class Registry:
 
         Raises:
             IdentityError: the name is taken (unless `replace`), is a group's, or the group's is a device's;
-                a target is neither a device nor a group.
+                a target is neither a device nor a group nor a tag.
         """
         wanted = Enrolment(name, role, group, targets=tuple(targets))
 
@@ -240,7 +240,7 @@ class Registry:
         with self._transactions.reading() as db:
             records = db.scalars(query.where(IdentityRecord.role == role) if role else query).all()
             allowed = db.execute(select(AllowedTarget.app, AllowedTarget.target).order_by(AllowedTarget.target)).all()
-            tags = _tags(db)
+            tags = all_tags(db)
         return [
             IdentityRow(
                 record.name,
@@ -257,18 +257,39 @@ class Registry:
         ]
 
     def grants(self, name: str) -> Grants | None:
-        """What `name` may do, an app's groups resolved to today's devices; None for who is unknown or revoked."""
+        """What `name` may do, with today's groups and tags; None for who is unknown, suspended, revoked or expired."""
         with self._transactions.reading() as db:
             record = db.get(IdentityRecord, name)
             if record is None or state_at(record.state, record.not_after, time.time()) is not State.ACTIVE:
                 return None
-            allowed = select(AllowedTarget.target).where(AllowedTarget.app == name)
-            devices = (
-                select(IdentityRecord.name)
-                .where(is_device(), or_(IdentityRecord.name.in_(allowed), IdentityRecord.group.in_(allowed)))
-                .order_by(IdentityRecord.name)
-            )
-            return Grants(Role(record.role), name, tuple(db.scalars(devices)))
+            return Grants(Role(record.role), name, targets_of(db, record))
+
+    def allow(self, app: str, targets: Iterable[str]) -> None:
+        """Lets an app prompt more devices, and them hear its events: devices, groups, or tags ``key=value``.
+
+        Raises:
+            IdentityError: `app` is no app, or a target is neither a device nor a group nor a tag.
+        """
+        wanted = tuple(targets)
+        self._transactions.write(lambda db: allow(db, self.actor, app, wanted))
+
+    def disallow(self, app: str, targets: Iterable[str]) -> None:
+        """Takes back what was allowed, by the same words.
+
+        Raises:
+            IdentityError: `app` is no app, or was not allowed one of them.
+        """
+        taken = tuple(targets)
+        self._transactions.write(lambda db: disallow(db, self.actor, app, taken))
+
+    def tag(self, device: str, tags: Mapping[str, str], remove: Iterable[str] = ()) -> None:
+        """Sets tags of a device, and takes those away whose keys are in `remove`.
+
+        Raises:
+            UnknownDeviceError: nobody enrolled it.
+        """
+        gone = tuple(remove)
+        self._transactions.write(lambda db: change_tags(db, self.actor, device, tags, gone))
 
     def record_status(self, device: str, status: DeviceStatus, at: float) -> None:
         """Keeps what a device says of itself, heard at `at`. A last will says no more than that it is gone.
@@ -361,7 +382,7 @@ class Registry:
         )
         now = time.time()
         with self._transactions.reading() as db:
-            tags = _tags(db)
+            tags = all_tags(db)
             return [
                 DeviceRow(
                     identity.name,
@@ -458,14 +479,6 @@ class Registry:
         Returns how many went. Roll-ups, and so the statistics of whole hours, stay.
         """
         return self._transactions.write(lambda db: forget(db, recorded_before, limit))
-
-
-def _tags(db: Session) -> dict[str, dict[str, str]]:
-    """Every device's tags, by key."""
-    tags: dict[str, dict[str, str]] = {}
-    for record in db.scalars(select(TagRecord).order_by(TagRecord.device, TagRecord.key)):
-        tags.setdefault(record.device, {})[record.key] = record.value
-    return tags
 
 
 def _total(column: SQLColumnExpression[int]) -> SQLColumnExpression[int]:
