@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ from fleet.access import Role
 from fleet.errors import IdentityError
 from fleet.identity import CA_FILE, CERT_FILE, IDENTITY_FILE, KEY_FILE, Identity, IdentityConfig, ServerTls
 from fleet.topics import check_name
+from provisioning.crl import CRL_DAYS, Revoked, sign_crl
 
 CA_KEY_FILE: Final = "ca-key.pem"
 CA_DAYS: Final = 3650
@@ -107,8 +109,12 @@ class CertificateAuthority:
             raise IdentityError(f"{folder / CA_KEY_FILE} is not the key of {folder / CA_FILE}; restore both files")
         return cls(certificate, private_key)
 
-    def certify(self, name: str, role: Role) -> Certificate:
-        """A client's new key and certificate: CN is its name, OU its role, valid for 90 days.
+    def crl(self, revoked: Iterable[Revoked], days: int = CRL_DAYS) -> bytes:
+        """The revocation list as PEM; see `provisioning.crl`."""
+        return sign_crl(self._certificate, self._private_key, revoked, days)
+
+    def certify(self, name: str, role: Role, life: timedelta = timedelta(days=LEAF_DAYS)) -> Certificate:
+        """A client's new key and certificate: CN is its name, OU its role, valid for `life`.
 
         Raises:
             TopicError: `name` may not stand in a topic.
@@ -116,7 +122,7 @@ class CertificateAuthority:
         extensions: list[tuple[x509.ExtensionType, bool]] = [
             (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), False)
         ]
-        return self._sign(check_name(name), role, extensions)
+        return self._sign(check_name(name), role, extensions, life)
 
     def issue(self, name: str, role: Role, out: Path, host: str, port: int, bundle: Path | None = None) -> Identity:
         """Makes an identity and writes its folder `out`; `host` and `port` say where the broker is.
@@ -141,11 +147,17 @@ class CertificateAuthority:
         self._sign("broker", Role.SERVER, extensions).write(folder)
         return ServerTls(folder / CA_FILE, folder / CERT_FILE, folder / KEY_FILE)
 
-    def _sign(self, name: str, role: Role, extensions: list[tuple[x509.ExtensionType, bool]]) -> Certificate:
+    def _sign(
+        self,
+        name: str,
+        role: Role,
+        extensions: list[tuple[x509.ExtensionType, bool]],
+        life: timedelta = timedelta(days=LEAF_DAYS),
+    ) -> Certificate:
         private_key = ec.generate_private_key(ec.SECP256R1())
         issuer_id = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         builder = (
-            _certificate(private_key.public_key(), _name(name, role), LEAF_DAYS)
+            _certificate(private_key.public_key(), _name(name, role), life)
             .issuer_name(self._certificate.subject)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(digital_signature=True), critical=True)
@@ -183,7 +195,7 @@ def write_identity(
 def _sign_authority(private_key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "CE-CoLLM Fleet authority")])
     return (
-        _certificate(private_key.public_key(), subject, CA_DAYS)
+        _certificate(private_key.public_key(), subject, timedelta(days=CA_DAYS))
         .issuer_name(subject)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(key_cert_sign=True, crl_sign=True), critical=True)
@@ -191,7 +203,7 @@ def _sign_authority(private_key: ec.EllipticCurvePrivateKey) -> x509.Certificate
     )
 
 
-def _certificate(key: ec.EllipticCurvePublicKey, subject: x509.Name, days: int) -> x509.CertificateBuilder:
+def _certificate(key: ec.EllipticCurvePublicKey, subject: x509.Name, life: timedelta) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
@@ -199,7 +211,7 @@ def _certificate(key: ec.EllipticCurvePublicKey, subject: x509.Name, days: int) 
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - CLOCK_SKEW)
-        .not_valid_after(now + timedelta(days=days))
+        .not_valid_after(now + life)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
 

@@ -55,7 +55,7 @@ def run_server(state: State, listen: str | None, metrics: tuple[str, int] | None
         registry = stack.enter_context(state.registry())
         stack.enter_context(load("fleet.registry.retention").Retention(registry, state.config.retention_days))
         host, port = state.config.host, state.config.port
-        broker = listen and stack.enter_context(broker_class(listen, port, state.server_tls(), registry.grants))
+        broker = listen and stack.enter_context(broker_class(listen, port, state.server_tls(), registry.admitted))
         link = stack.enter_context(transport.connect(state.identity(COLLECTOR, Role.SERVER)))
         collecting = stack.enter_context(collector(link, registry))
         if endpoint:

@@ -14,8 +14,10 @@ from sqlalchemy import Engine, SQLColumnExpression, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from fleet.access import Grants, Role
+from fleet.denial import MAX_DENIED
 from fleet.desired import DesiredConfig, Settings
 from fleet.registry.audit import audit, audit_log, newest_change
+from fleet.registry.certificates import active_names, denied, knows_certificate, revoked_certificates
 from fleet.registry.configs import Target, change_settings, current_settings, desired_configs
 from fleet.registry.counting import By, Question
 from fleet.registry.database import open_database
@@ -37,6 +39,7 @@ from fleet.registry.rows import (
     GroupStats,
     HourStats,
     IdentityRow,
+    RevokedCertificate,
     SessionRow,
     StatsRow,
 )
@@ -135,6 +138,31 @@ class Registry:
                 .order_by(IdentityRecord.name)
             )
             return Grants(Role(record.role), name, tuple(db.scalars(devices)))
+
+    def all_grants(self) -> list[Grants]:
+        """What everybody who is active may do, by name."""
+        with self._transactions.reading() as db:
+            names = active_names(db, time.time())
+        return [grants for name in names if (grants := self.grants(name))]
+
+    def knows_certificate(self, name: str, fingerprint: str) -> bool:
+        """Whether the certificate of `name` with this SHA-256 (of its DER, in hex) counts: handed out, not revoked."""
+        with self._transactions.reading() as db:
+            return knows_certificate(db, name, fingerprint)
+
+    def admitted(self, name: str, fingerprint: str) -> Grants | None:
+        """What the holder of a certificate may do; None when it does not count, or `name` is not active."""
+        return self.grants(name) if self.knows_certificate(name, fingerprint) else None
+
+    def revoked_certificates(self, now: float | None = None) -> list[RevokedCertificate]:
+        """What belongs on a revocation list: revoked or on hold, and not ended yet, by serial."""
+        with self._transactions.reading() as db:
+            return revoked_certificates(db, time.time() if now is None else now)
+
+    def denied(self, now: float | None = None, limit: int = MAX_DENIED) -> list[str]:
+        """The devices that are suspended, revoked or expired; at most `limit`, the latest certificates first."""
+        with self._transactions.reading() as db:
+            return denied(db, time.time() if now is None else now, limit)
 
     def record_status(self, device: str, status: DeviceStatus, at: float) -> None:
         """Keeps what a device says of itself, heard at `at`. A last will says no more than that it is gone.
