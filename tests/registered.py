@@ -1,4 +1,4 @@
-"""A site whose broker follows a real registry: who is enrolled, suspended and revoked there, and with what certificate."""
+"""A site whose broker follows a real registry: who is enrolled there, and with which certificates."""
 
 from __future__ import annotations
 

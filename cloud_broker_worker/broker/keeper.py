@@ -14,7 +14,7 @@ from fleet.errors import ConfigError
 RECHECK_S: Final = 60.0
 """Without a change certificates end and lists grow old; so often somebody looks."""
 HELD_S: Final = 120.0
-"""Who showed a certificate before it was revoked may wait with CONNECT for so long: mosquitto ends it after 95 seconds."""
+"""Who showed a certificate before it was revoked may wait with its CONNECT; mosquitto ends that after 95 seconds."""
 
 
 class Revoked(Protocol):

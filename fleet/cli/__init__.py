@@ -11,13 +11,14 @@ from rich.console import Console
 
 from fleet.access import Role
 from fleet.cli.bench import app as bench_commands
+from fleet.cli.broker import app as broker_commands
 from fleet.cli.cluster import MetricsPortOption, RegistryOption, RetentionOption, init, server
 from fleet.cli.doctor import doctor
 from fleet.cli.export import PASS_ON, export
 from fleet.cli.export import bundle as bundle_commands
 from fleet.cli.heads import app as heads_commands
 from fleet.cli.lazy import load
-from fleet.cli.state import DEFAULT_PORT, State, StateConfig, keeping
+from fleet.cli.state import DEFAULT_PORT, EMBEDDED, State, StateConfig, keeping
 from fleet.cli.stats import JsonOption, StateOption, device, devices, stats
 from fleet.command import run_command, stop_event
 from fleet.errors import ConfigError, LinkError, UnknownDeviceError
@@ -36,6 +37,7 @@ app.command("stats")(stats)
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(heads_commands, name="heads")
 app.add_typer(bench_commands, name="bench")
+app.add_typer(broker_commands, name="broker")
 
 ModeOption = Annotated[str | None, typer.Option("--mode", help="standalone, collaborative, verified or auto.")]
 ThresholdOption = Annotated[float | None, typer.Option(help="For all exits, 0 to 1; 1 switches the exits off.")]
@@ -63,26 +65,28 @@ def up(
     metrics_port: MetricsPortOption = None,
     registry: RegistryOption = None,
     retention_days: RetentionOption = None,
+    broker: Annotated[str, typer.Option(help="amqtt, in the server's process, or mosquitto beside it.")] = EMBEDDED,
 ) -> None:
     """Start broker, registry, collector and workers; stop them with Ctrl-C."""
-    from fleet.cli.serve import check_port, fleet_processes, resolve_bundle, watch
+    from fleet.cli.serve import check_broker, check_port, fleet_processes, resolve_bundle, watch
 
     console = Console(stderr=True)
+    check_broker(broker)
     stop = stop_event()
     check_port(host, port)
     path = resolve_bundle(bundle, console.print)
     folder = state or State.default_folder()
     config = keeping(folder, StateConfig(host, port, str(path)), registry, retention_days)
     fleet = State.create(folder, config)
-    with fleet_processes(fleet, workers, metrics_port) as (server, started):
+    with fleet_processes(fleet, workers, metrics_port, broker) as (servers, started):
         for worker in started:
             worker.wait_ready()
-        for process in (server, *started):
+        for process in (*servers, *started):
             print(f"{process.ready_line} (process {process.process.pid})")
         print(
             f"the fleet is up on {host}:{port}; next: fleet enroll NAME --out DIR, then edge-agent run DIR", flush=True
         )
-        watch(server, started, stop)
+        watch(servers, started, stop)
 
 
 @app.command()

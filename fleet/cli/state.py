@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 STATE_FILE: Final = "fleet.json"
 DEFAULT_PORT: Final = 8883
 COLLECTOR: Final = "collector"
+EMBEDDED: Final = "amqtt"  # the brokers that `fleet up` starts
+MOSQUITTO: Final = "mosquitto"
 WORKER: Final = "worker-1"  # the first of those that `fleet up` starts
 
 
