@@ -68,22 +68,12 @@ class RegisteredSite:
         """A new certificate for `name`, which is active from then on; earlier ones stay as they are."""
         out = self.folder / "identities" / f"{name}-{next(self._numbers)}"
         identity = self.authority.issue(name, role, out, HOST, self.port)
-        pem = (identity.folder / CERT_FILE).read_text()
-        certificate = x509.load_pem_x509_certificate(pem.encode())
+        certificate = x509.load_pem_x509_certificate((identity.folder / CERT_FILE).read_bytes())
         fingerprint, not_after = fingerprint_of(identity), certificate.not_valid_after_utc.timestamp()
         self.registry.add_identity(
             name, role, targets=targets, fingerprint=fingerprint, not_after=not_after, replace=True
         )
-        record = CertificateRecord(
-            serial=f"{certificate.serial_number:x}",
-            name=name,
-            fingerprint=fingerprint,
-            key_hash=fingerprint,
-            pem=pem,
-            not_before=certificate.not_valid_before_utc.timestamp(),
-            not_after=not_after,
-        )
-        self.registry._transactions.write(lambda db: db.add(record))
+        keep_certificate(self.registry, identity)
         self.identities[name] = identity
         return identity
 
@@ -92,23 +82,42 @@ class RegisteredSite:
         return MqttTransport.connect(self.identities[name], will=will)
 
     def revoke(self, name: str) -> None:
-        self._change(name, State.REVOKED, revoked_at=time.time())
+        change_state(self.registry, name, State.REVOKED)
 
     def suspend(self, name: str) -> None:
-        self._change(name, State.SUSPENDED)
+        change_state(self.registry, name, State.SUSPENDED)
 
     def resume(self, name: str) -> None:
-        self._change(name, State.ACTIVE)
+        change_state(self.registry, name, State.ACTIVE)
 
-    def _change(self, name: str, state: State, revoked_at: float | None = None) -> None:
-        def work(db: Session) -> None:
-            db.execute(update(IdentityRecord).where(IdentityRecord.name == name).values(state=state))
-            if revoked_at is not None:
-                of_name = CertificateRecord.name == name
-                db.execute(update(CertificateRecord).where(of_name).values(revoked_at=revoked_at))
-            audit(db, "tests", state, name)
 
-        self.registry._transactions.write(work)
+def keep_certificate(registry: Registry, identity: Identity) -> None:
+    """Puts an identity's certificate into the registry's table, if it is not there yet."""
+    pem = (identity.folder / CERT_FILE).read_text()
+    certificate = x509.load_pem_x509_certificate(pem.encode())
+    record = CertificateRecord(
+        serial=f"{certificate.serial_number:x}",
+        name=identity.name,
+        fingerprint=fingerprint_of(identity),
+        key_hash=fingerprint_of(identity),
+        pem=pem,
+        not_before=certificate.not_valid_before_utc.timestamp(),
+        not_after=certificate.not_valid_after_utc.timestamp(),
+    )
+    registry._transactions.write(lambda db: db.merge(record))
+
+
+def change_state(registry: Registry, name: str, state: State) -> None:
+    """Suspends, resumes or revokes; the latter with every certificate of the name."""
+
+    def work(db: Session) -> None:
+        db.execute(update(IdentityRecord).where(IdentityRecord.name == name).values(state=state))
+        if state is State.REVOKED:
+            of_name = CertificateRecord.name == name
+            db.execute(update(CertificateRecord).where(of_name).values(revoked_at=time.time()))
+        audit(db, "tests", state, name)
+
+    registry._transactions.write(work)
 
 
 @contextmanager

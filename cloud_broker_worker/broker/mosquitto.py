@@ -105,13 +105,13 @@ def acl_rules(grants: Grants) -> list[str]:
     return rules
 
 
-def find_mosquitto() -> str:
-    """Path of the program.
+def find_mosquitto(folders: str | None = None) -> str:
+    """Path of the program: in `folders`, separated by colons, or where the shell and Debian have theirs.
 
     Raises:
         ConfigError: it is not installed.
     """
-    path = shutil.which("mosquitto", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
+    path = shutil.which("mosquitto", path=folders or f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
     if path is None:
         raise ConfigError(
             "mosquitto is not installed; on Debian and Ubuntu: apt-get install mosquitto, or start without --broker"

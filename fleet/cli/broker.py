@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from fleet.access import Action, Grants
+from fleet.access import Action, Grants, Role
 from fleet.cli.lazy import load
 from fleet.cli.processes import Child
 from fleet.cli.state import MOSQUITTO, State
@@ -125,6 +125,7 @@ def start_mosquitto(fleet: State, folder: Path) -> Child:
         FleetError: it did not start.
     """
     program = load("cloud_broker_worker.broker.mosquitto").find_mosquitto()
+    fleet.identity("operator-1", Role.SERVER)  # so that a first `fleet prompt` finds its rights there
     with fleet.registry() as registry:
         path = write_mosquitto(fleet, registry, folder)
     process = Child(MOSQUITTO, ("-c", str(path)), (program,))
