@@ -63,6 +63,7 @@ class Engine:
         self.sessions = self.memory.sessions
         self.tally = Tally()
         self.is_draining = False
+        self.denied: frozenset[str] = frozenset()  # devices that are served no more
         self._layers = layers
         self._manifest = layers.manifest
         self._worker = worker
@@ -116,6 +117,8 @@ class Engine:
     def _why_not(self, key: SessionKey, message: Open) -> Refused | None:
         """What keeps a session from being served here, whatever memory there is."""
         bundle_id, limit = self._manifest.bundle_id, self._manifest.model.max_positions
+        if key.device in self.denied:
+            return self._revoked(key)
         if message.protocol != PROTOCOL:
             text = f"expected protocol {PROTOCOL}, got {message.protocol}; update"
             return self._refused(key, "protocol_mismatch", text)
@@ -273,6 +276,14 @@ class Engine:
         for session in [s for s in self.sessions.values() if now - s.last_used > self._config.session_ttl_s]:
             self.memory.drop(session)
 
+    def deny(self, devices: frozenset[str]) -> list[Answer]:
+        """Serves these devices no more, and those that were denied before again; drops their sessions."""
+        self.denied = devices
+        sessions = [session for session in self.sessions.values() if session.key.device in devices]
+        for session in sessions:
+            self.memory.drop(session)
+        return [Answer(session.key, self._revoked(session.key)) for session in sessions]
+
     def dismiss(self) -> list[Answer]:
         """Drops every session and sends its device to another worker."""
         sessions = list(self.sessions.values())
@@ -291,6 +302,9 @@ class Engine:
     def _stopping(self, key: SessionKey) -> Refused:
         text = "this worker is stopping; open the session with another one"
         return self._refused(key, "draining", text, self._config.retry_after_ms)
+
+    def _revoked(self, key: SessionKey) -> Refused:
+        return self._refused(key, "revoked", f"{key.device} is suspended, revoked or expired; enroll or resume it")
 
     def _too_long(self, session: Session, stop: int) -> Refused:
         return self._refused(session.key, "too_long", f"position {stop} of at most {session.capacity}")

@@ -15,6 +15,7 @@ from cloud_broker_worker.engine import Answer, Engine
 from cloud_broker_worker.upper_layers import UpperLayers
 from fleet import __version__, topics
 from fleet.codec import decode_to_worker, encode
+from fleet.denial import decode_denial
 from fleet.errors import LinkError, ProtocolError
 from fleet.log_limit import LimitedLog
 from fleet.manifest import Bundle
@@ -46,6 +47,7 @@ class Worker:
         self.last_turn = time.monotonic()
         self._epoch = time.time_ns() // 1_000_000
         self._inbox: queue.Queue[tuple[float, str, ToWorker]] = queue.Queue(config.max_queued_messages)
+        self._denied = self.engine.denied  # as it was heard last; the engine is the thread's alone
         self._thread = threading.Thread(target=self._serve, name=f"worker-{self.name}", daemon=True)
         self._open_filter = topics.SHARED_OPEN_FILTER if config.shared_opens else topics.OPEN_FILTER
         self._stopping = threading.Event()
@@ -54,6 +56,7 @@ class Worker:
 
     def __enter__(self) -> Self:
         self._thread.start()
+        self._transport.subscribe(topics.REVOKED, self._on_revoked, qos=1)
         self._transport.subscribe(f"{topics.PREFIX}/w/{self.name}/+/+", self._on_message)
         self._transport.subscribe(self._open_filter, self._on_message, qos=1)
         self._transport.on_up(self._announce)
@@ -124,11 +127,20 @@ class Worker:
         except queue.Full:
             self._log.warning("message on %s dropped: %d messages wait already", topic, self._inbox.maxsize)
 
+    def _on_revoked(self, topic: str, payload: bytes) -> None:
+        """Without such a message nobody is denied; what cannot be read changes nothing."""
+        try:
+            self._denied = decode_denial(payload)
+        except ProtocolError as error:
+            self._log.warning("message on %s dropped: %s", topic, error)
+
     def _serve(self) -> None:
         next_check, is_idle = time.monotonic(), True
         while not self._stopping.is_set():
             self.last_turn = time.monotonic()
             try:
+                if self._denied is not self.engine.denied:
+                    self._send(self.engine.deny(self._denied))
                 self._take(wait=is_idle)
                 is_idle = True  # also after an error: none is repeated in haste
                 answers = self.engine.step()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -21,11 +21,13 @@ from fleet.identity import CA_FILE, CERT_FILE, KEY_FILE, Identity, ServerTls
 from fleet.registry.rows import IssuedCertificate
 from fleet.topics import check_name
 from provisioning.certificate import Certificate, issued_certificate, write_file, write_identity
+from provisioning.crl import CRL_DAYS, Revoked, sign_crl
 from provisioning.site import Site
 
 CA_KEY_FILE: Final = "ca-key.pem"
 CA_DAYS: Final = 3650
 LEAF_DAYS: Final = 90
+LEAF_LIFE: Final = timedelta(days=LEAF_DAYS)
 CLOCK_SKEW: Final = timedelta(minutes=5)
 """How far back a certificate is valid, for devices whose clock is behind."""
 
@@ -98,24 +100,30 @@ class CertificateAuthority:
         """End of its life, seconds since 1970."""
         return self._certificate.not_valid_after_utc.timestamp()
 
-    def certify(self, name: str, role: Role) -> Certificate:
-        """A client's new key and certificate: CN is its name, OU its role, valid for 90 days.
+    def crl(self, revoked: Iterable[Revoked], days: int = CRL_DAYS) -> bytes:
+        """The revocation list as PEM; see `provisioning.crl`."""
+        return sign_crl(self._certificate, self._private_key, revoked, days)
+
+    def certify(self, name: str, role: Role, life: timedelta = LEAF_LIFE) -> Certificate:
+        """A client's new key and certificate: CN is its name, OU its role, valid for `life`.
 
         Raises:
             TopicError: `name` may not stand in a topic.
         """
         private_key = ec.generate_private_key(ec.SECP256R1())
-        issued = self.sign(private_key.public_key(), name, role)
+        issued = self.sign(private_key.public_key(), name, role, life)
         return Certificate(self._ca_pem, issued, _private_pem(private_key))
 
-    def sign(self, key: ec.EllipticCurvePublicKey, name: str, role: Role) -> IssuedCertificate:
-        """A client's certificate for a key that is its own: CN is its name, OU its role, valid for 90 days.
+    def sign(
+        self, key: ec.EllipticCurvePublicKey, name: str, role: Role, life: timedelta = LEAF_LIFE
+    ) -> IssuedCertificate:
+        """A client's certificate for a key that is its own: CN is its name, OU its role, valid for `life`.
 
         Raises:
             TopicError: `name` may not stand in a topic.
         """
         usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
-        return self._sign(key, check_name(name), role, [usage])
+        return self._sign(key, check_name(name), role, [usage], life)
 
     def issue(self, name: str, role: Role, out: Path, host: str, port: int, bundle: Path | None = None) -> Identity:
         """Makes an identity that no registry knows, in the folder `out`; `host` and `port` say where the broker is.
@@ -142,11 +150,16 @@ class CertificateAuthority:
         return ServerTls(folder / CA_FILE, folder / CERT_FILE, folder / KEY_FILE)
 
     def _sign(
-        self, key: ec.EllipticCurvePublicKey, name: str, role: Role, extensions: Sequence[x509.ExtensionType]
+        self,
+        key: ec.EllipticCurvePublicKey,
+        name: str,
+        role: Role,
+        extensions: Sequence[x509.ExtensionType],
+        life: timedelta = LEAF_LIFE,
     ) -> IssuedCertificate:
         issuer_id = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         builder = (
-            _certificate(key, _name(name, role), LEAF_DAYS)
+            _certificate(key, _name(name, role), life)
             .issuer_name(self._certificate.subject)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(digital_signature=True), critical=True)
@@ -160,7 +173,7 @@ class CertificateAuthority:
 def _sign_authority(private_key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "CE-CoLLM Fleet authority")])
     return (
-        _certificate(private_key.public_key(), subject, CA_DAYS)
+        _certificate(private_key.public_key(), subject, timedelta(days=CA_DAYS))
         .issuer_name(subject)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(key_cert_sign=True, crl_sign=True), critical=True)
@@ -168,7 +181,7 @@ def _sign_authority(private_key: ec.EllipticCurvePrivateKey) -> x509.Certificate
     )
 
 
-def _certificate(key: ec.EllipticCurvePublicKey, subject: x509.Name, days: int) -> x509.CertificateBuilder:
+def _certificate(key: ec.EllipticCurvePublicKey, subject: x509.Name, life: timedelta) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
@@ -176,7 +189,7 @@ def _certificate(key: ec.EllipticCurvePublicKey, subject: x509.Name, days: int) 
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - CLOCK_SKEW)
-        .not_valid_after(now + timedelta(days=days))
+        .not_valid_after(now + life)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
 

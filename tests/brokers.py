@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +20,9 @@ import pytest
 
 from cloud_broker_worker.broker.embedded import EmbeddedBroker
 from cloud_broker_worker.broker.mosquitto import write_config
+from cloud_broker_worker.broker.rights import Lookup
 from fleet.access import Grants, Role
-from fleet.identity import Identity, ServerTls
+from fleet.identity import CERT_FILE, Identity, ServerTls
 from fleet.mqtt import MqttTransport
 from fleet.transport import Will
 from provisioning.authority import CertificateAuthority
@@ -72,14 +76,14 @@ class RunningBroker(Protocol):
 
 
 class Amqtt:
-    """The embedded broker, asking `known` for rights."""
+    """The embedded broker, asking `lookup` for rights."""
 
-    def __init__(self, port: int, tls: ServerTls, known: dict[str, Grants]) -> None:
-        self._port, self._tls, self._known = port, tls, known
+    def __init__(self, port: int, tls: ServerTls, lookup: Lookup) -> None:
+        self._port, self._tls, self._lookup = port, tls, lookup
         self._broker: EmbeddedBroker | None = None
 
     def start(self) -> None:
-        self._broker = EmbeddedBroker(HOST, self._port, self._tls, self._known.get).__enter__()
+        self._broker = EmbeddedBroker(HOST, self._port, self._tls, self._lookup).__enter__()
 
     def stop(self) -> None:
         if self._broker:
@@ -88,12 +92,12 @@ class Amqtt:
 
 
 class Mosquitto:
-    """A mosquitto process with the configuration that we write."""
+    """A mosquitto process with a configuration that we wrote."""
 
-    def __init__(self, port: int, tls: ServerTls, known: dict[str, Grants], folder: Path) -> None:
+    def __init__(self, port: int, config: Path) -> None:
         self._binary = find_mosquitto("mosquitto")
         self._port = port
-        self._config = write_config(folder, port, tls, known.values())
+        self._config = config
 
     def start(self) -> None:
         self._process = subprocess.Popen([self._binary, "-c", str(self._config)])
@@ -117,18 +121,26 @@ class Site:
         self.port = free_port()
         self.tls = self.authority.server_tls(folder / "server", HOST)
         self.known = {grants.name: grants for grants in fleet}
+        self._issued: dict[str, set[str]] = defaultdict(set)
         self.broker: RunningBroker = (
-            Amqtt(self.port, self.tls, self.known)
+            Amqtt(self.port, self.tls, self.lookup)
             if kind == "amqtt"
-            else Mosquitto(self.port, self.tls, self.known, folder / "mosquitto")
+            else Mosquitto(self.port, write_config(folder / "mosquitto", self.port, self.tls, self.known.values()))
         )
+
+    def lookup(self, name: str, fingerprint: str) -> Grants | None:
+        """As the registry: who is enrolled, with a certificate that was made here."""
+        return self.known.get(name) if fingerprint in self._issued[name] else None
 
     def identity(self, name: str, authority: CertificateAuthority | None = None) -> Identity:
         """A certificate for `name`, enrolled or not, of this fleet's authority or another."""
         role = self.known[name].role if name in self.known else Role.DEVICE
         made_by = authority or self.authority
         folder = self.folder / "identities" / f"{name}-{id(made_by)}"
-        return made_by.issue(name, role, folder, HOST, self.port)
+        identity = made_by.issue(name, role, folder, HOST, self.port)
+        if made_by is self.authority:
+            self._issued[name].add(fingerprint_of(identity))
+        return identity
 
     def connect(self, name: str, will: Will | None = None) -> MqttTransport:
         return MqttTransport.connect(self.identity(name), will=will)
@@ -143,6 +155,12 @@ def running_site(kind: str, folder: Path, fleet: Iterable[Grants] = FLEET) -> It
         yield site
     finally:
         site.broker.stop()
+
+
+def fingerprint_of(identity: Identity) -> str:
+    """SHA-256 of the DER of an identity's certificate, in hex."""
+    pem = (identity.folder / CERT_FILE).read_text()
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
 
 
 def find_mosquitto(program: str) -> str:

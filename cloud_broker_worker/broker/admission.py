@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import ssl
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from amqtt.mqtt.connect import ConnectPacket
 from amqtt.session import Session
 
 from cloud_broker_worker.broker.packets import Packet
-from cloud_broker_worker.broker.rights import Rights
+from cloud_broker_worker.broker.rights import Holder, Rights
 from fleet.access import Action
 
 MQTT_3_1_1: Final = 4
@@ -26,30 +27,36 @@ class Refusal:
     reason: str
 
 
-def admit(packet: Packet | None, name: str | None, rights: Rights) -> Session | Refusal:
-    """The session of a client whose certificate says `name`, or why it gets none.
+def admit(packet: Packet | None, holder: Holder | None, rights: Rights) -> Session | Refusal:
+    """The session of a client that has shown the certificate of `holder`, or why it gets none.
 
-    Its client id and user name are `name`. Without a client id it gets one of its own below `name`, so that
-    ``mosquitto_sub`` and ``mosquitto_pub`` can run side by side with one app's certificate. Every session is clean.
+    Its client id and user name are the certificate's name. Without a client id it gets one of its own below that name,
+    so that ``mosquitto_sub`` and ``mosquitto_pub`` can run side by side with one app's certificate. Every session is
+    clean.
     """
     if not isinstance(packet, ConnectPacket):
         return Refusal(NOT_AUTHORIZED, f"expected CONNECT first, got {type(packet).__name__}")
     if packet.proto_name != "MQTT" or packet.proto_level != MQTT_3_1_1:
         return Refusal(UNACCEPTABLE_PROTOCOL_VERSION, f"expected MQTT 3.1.1, got level {packet.proto_level}")
     client_id = None if packet.client_id_is_random else packet.client_id
-    if name is None or client_id not in (None, name) or packet.username not in (None, name):
+    name = holder.name if holder else None
+    if holder is None or client_id not in (None, name) or packet.username not in (None, name):
         return Refusal(
             NOT_AUTHORIZED,
             f"certificate of {name!r}, client id {str(client_id)[:80]!r}, user name {str(packet.username)[:80]!r}: "
             "expected one and the same name",
         )
-    grants = rights.fresh(name)
+    grants = rights.fresh(holder)
     if grants is None:
-        return Refusal(NOT_AUTHORIZED, f"{name!r} is not enrolled; enroll it with 'fleet enroll {name}'")
+        return Refusal(
+            NOT_AUTHORIZED,
+            f"{name!r} is not enrolled, not active, or has another certificate now than the one it shows "
+            f"(SHA-256 {holder.fingerprint[:16]}...); enroll it with 'fleet enroll {name}'",
+        )
     if packet.will_flag and not grants.may(Action.PUBLISH, packet.will_topic or ""):
         return Refusal(NOT_AUTHORIZED, f"{name!r} may not publish its will to {str(packet.will_topic)[:200]!r}")
     session = Session()
-    session.client_id = client_id or f"{name}/{secrets.token_hex(8)}"
+    session.client_id = client_id or f"{holder.name}/{secrets.token_hex(8)}"
     session.clean_session = True
     session.keep_alive = packet.keep_alive
     session.will_flag = packet.will_flag
@@ -58,8 +65,9 @@ def admit(packet: Packet | None, name: str | None, rights: Rights) -> Session | 
     return session
 
 
-def common_name(tls: ssl.SSLObject | None) -> str | None:
-    """The one CN of the peer's certificate, which TLS has verified."""
+def holder_of(tls: ssl.SSLObject | None) -> Holder | None:
+    """Who has shown a certificate, which TLS has verified: one with exactly one CN."""
     subject: Any = (tls.getpeercert() or {}).get("subject", ()) if tls else ()
     names = [value for attributes in subject for key, value in attributes if key == "commonName"]
-    return str(names[0]) if len(names) == 1 else None
+    der = tls.getpeercert(binary_form=True) if tls else None
+    return Holder(str(names[0]), hashlib.sha256(der).hexdigest()) if len(names) == 1 and der else None

@@ -16,6 +16,7 @@ from amqtt.mqtt.unsubscribe import UnsubscribePacket
 from amqtt.session import Session
 
 from cloud_broker_worker.broker.packets import Packet, read_packet
+from cloud_broker_worker.broker.rights import Holder
 from fleet.errors import DecodeError
 
 MAX_UNSENT_BYTES: Final = 8 << 20
@@ -38,8 +39,11 @@ class Router(Protocol):
 class Connection:
     """A client that was let in: `name` is its certificate's, `session.client_id` this connection's."""
 
-    def __init__(self, name: str, session: Session, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.name = name
+    def __init__(
+        self, holder: Holder, session: Session, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.holder = holder
+        self.name = holder.name
         self.session = session
         self.filters: set[str] = set()
         self._reader = reader

@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 class EmbeddedBroker:
     """MQTT 3.1.1 over TLS with client certificates; `port` 0 takes a free one, which `port` then says.
 
-    `lookup` gives what the registry knows of a name, None for one that is not enrolled; it runs on the broker's thread.
+    `lookup` gives what the holder of a certificate may do by the registry, by name and SHA-256; None for who is not
+    enrolled, or not with this certificate. It runs on the broker's thread.
     """
 
     def __init__(self, host: str, port: int, tls: ServerTls, lookup: Lookup) -> None:

@@ -26,7 +26,7 @@ from amqtt.mqtt.unsuback import UnsubackPacket
 from amqtt.mqtt.unsubscribe import UnsubscribePacket
 from amqtt.session import Session
 
-from cloud_broker_worker.broker.admission import Refusal, admit, common_name
+from cloud_broker_worker.broker.admission import Refusal, admit, holder_of
 from cloud_broker_worker.broker.connection import Connection
 from cloud_broker_worker.broker.packets import read_packet
 from cloud_broker_worker.broker.rights import Rights
@@ -95,7 +95,7 @@ class FleetBroker(Broker):
             connection.send(PubackPacket.build(packet.variable_header.packet_id))
         if not self._is_live(connection):
             return
-        if self._rights.may(connection.name, Action.PUBLISH, topic):
+        if self._rights.may(connection.holder, Action.PUBLISH, topic):
             await self._publish(topic, packet.data, qos, retain=packet.retain_flag)
         else:
             logger.info("%s may not publish to %s", connection.name, topic[:200])
@@ -128,16 +128,17 @@ class FleetBroker(Broker):
     async def _let_in(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Connection | None:
         async with asyncio.timeout(CONNECT_S):
             packet = await read_packet(reader, MAX_CONNECT_BYTES)
-        name = common_name(writer.get_extra_info("ssl_object"))
-        session = admit(packet, name, self._rights)
-        if isinstance(session, Session) and self._is_one_too_many(session.client_id, str(name)):
-            session = Refusal(NOT_AUTHORIZED, f"{name!r} has {MAX_CONNECTIONS_PER_NAME} connections already")
+        holder = holder_of(writer.get_extra_info("ssl_object"))
+        session = admit(packet, holder, self._rights)
+        if isinstance(session, Session) and holder and self._is_one_too_many(session.client_id, holder.name):
+            session = Refusal(NOT_AUTHORIZED, f"{holder.name!r} has {MAX_CONNECTIONS_PER_NAME} connections already")
         if isinstance(session, Refusal):
             logger.warning("a connection from %s is refused: %s", writer.get_extra_info("peername"), session.reason)
             writer.write(ConnackPacket.build(0, session.code).to_bytes())
             return None
+        assert holder is not None  # nobody is admitted without
         await self._take_over(session.client_id)
-        connection = Connection(str(name), session, reader, writer)
+        connection = Connection(holder, session, reader, writer)
         self._sessions[session.client_id] = (session, connection)
         connection.send(ConnackPacket.build(0, CONNECTION_ACCEPTED))
         return connection
@@ -157,7 +158,7 @@ class FleetBroker(Broker):
             del self._sessions[session.client_id]
             await self._del_all_subscriptions(session)
             self._routes.clear()
-            if session.will_flag and self._rights.may(connection.name, Action.PUBLISH, session.will_topic):
+            if session.will_flag and self._rights.may(connection.holder, Action.PUBLISH, session.will_topic):
                 await self._publish(
                     session.will_topic, session.will_message, min(session.will_qos, MAX_QOS), retain=session.will_retain
                 )
@@ -168,7 +169,7 @@ class FleetBroker(Broker):
             await self.retain_message(None, topic, payload, qos)
         for client_id, granted_qos in self._route(topic).items():
             _, connection = self._sessions[client_id]
-            if self._rights.may(connection.name, Action.SUBSCRIBE, topic):
+            if self._rights.may(connection.holder, Action.SUBSCRIBE, topic):
                 connection.deliver(topic, payload, min(qos, granted_qos))
 
     def _route(self, topic: str) -> dict[str, int]:
@@ -198,16 +199,16 @@ class FleetBroker(Broker):
 
     async def _topic_filtering(self, session: Session, topic: str, action: MqttAction) -> bool:  # noqa: ARG002
         """amqtt asks this for subscriptions. A shared one would be granted and never deliver: MQTT 3.1.1 has none."""
-        name = session.client_id.split("/")[0]
-        return not topic.startswith("$") and self._rights.may(name, Action.SUBSCRIBE, topic)
+        _, connection = self._sessions[session.client_id]
+        return not topic.startswith("$") and self._rights.may(connection.holder, Action.SUBSCRIBE, topic)
 
     async def _session_monitor(self) -> None:
-        """Puts out who is not enrolled any more."""
+        """Puts out who is not active any more, or holds a certificate that was revoked."""
         while True:
             await asyncio.sleep(REVOCATION_S)
             for _, connection in list(self._sessions.values()):
-                if self._rights.of(connection.name) is None:
-                    connection.abort("is not enrolled any more")
+                if self._rights.of(connection.holder) is None:
+                    connection.abort("is not enrolled any more, or its certificate was revoked")
 
     async def _create_server_instance(self, *_: object) -> asyncio.Server:
         """On the socket that was bound before."""

@@ -1,8 +1,10 @@
-"""Configuration of a mosquitto that keeps the fleet's rules: one file of settings, one of rights."""
+"""Configuration of a mosquitto that keeps the fleet's rules: one file of settings, one of rights, a revocation list."""
 
 from __future__ import annotations
 
 import getpass
+import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
@@ -13,12 +15,15 @@ from fleet.identity import ServerTls
 
 CONFIG_FILE: Final = "mosquitto.conf"
 ACL_FILE: Final = "acl"
+CRL_FILE: Final = "crl.pem"
+PID_FILE: Final = "mosquitto.pid"
 MAX_PACKET_BYTES: Final = 1 << 20
 MAX_IN_FLIGHT: Final = 100
 MAX_QUEUED: Final = 10_000
 
-# Names come from certificates, and no client can take another's id. A CA alone decides who may connect; a name
-# without rights below can do nothing. Each identity has one connection: a second one ends the first.
+# Names come from certificates, and no client can take another's id. Who may connect is decided by the CA alone,
+# and the revocation list; a name without rights below can do nothing. Each identity has one connection: a second one
+# ends the first.
 CONFIG: Final = """\
 listener {port} {host}
 user {user}
@@ -43,10 +48,19 @@ log_type warning
 """
 
 
-def write_config(folder: Path, port: int, tls: ServerTls, grants: Iterable[Grants], host: str = "127.0.0.1") -> Path:
+def write_config(
+    folder: Path,
+    port: int,
+    tls: ServerTls,
+    grants: Iterable[Grants],
+    host: str = "127.0.0.1",
+    *,
+    has_crl: bool = False,
+) -> Path:
     """Writes `mosquitto.conf` and the rights of every identity into `folder`; gives the path of the former.
 
-    A running mosquitto takes new rights on SIGHUP.
+    A running mosquitto takes new rights on SIGHUP, and with `has_crl` a new `crl.pem`, which must be there when it
+    starts; then it also writes its process id to `mosquitto.pid`.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -64,10 +78,12 @@ def write_config(folder: Path, port: int, tls: ServerTls, grants: Iterable[Grant
         max_in_flight=MAX_IN_FLIGHT,
         max_queued=MAX_QUEUED,
     )
+    if has_crl:
+        settings += f"crlfile {(folder / CRL_FILE).resolve()}\npid_file {(folder / PID_FILE).resolve()}\n"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         acl.touch(mode=0o600)
-        acl.write_text("".join(f"{rule}\n" for grant in grants for rule in acl_rules(grant)))
+        acl.write_text(acl_text(grants))
         path.write_text(settings)
     except OSError as error:
         raise ConfigError(
@@ -76,9 +92,28 @@ def write_config(folder: Path, port: int, tls: ServerTls, grants: Iterable[Grant
     return path
 
 
+def acl_text(grants: Iterable[Grants]) -> str:
+    """What stands in mosquitto's ACL file."""
+    return "".join(f"{rule}\n" for grant in grants for rule in acl_rules(grant))
+
+
 def acl_rules(grants: Grants) -> list[str]:
     """The rights of one identity as lines of mosquitto's ACL file."""
     rules = [f"user {grants.name}"]
     for action, word in ((Action.PUBLISH, "write"), (Action.SUBSCRIBE, "read")):
         rules += [f"topic {word} {topic_filter}" for topic_filter in grants.filters[action]]
     return rules
+
+
+def find_mosquitto(folders: str | None = None) -> str:
+    """Path of the program: in `folders`, separated by colons, or where the shell and Debian have theirs.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    path = shutil.which("mosquitto", path=folders or f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
+    if path is None:
+        raise ConfigError(
+            "mosquitto is not installed; on Debian and Ubuntu: apt-get install mosquitto, or start without --broker"
+        )
+    return path

@@ -1,15 +1,13 @@
-"""What the registry says of a name, asked at most every two seconds."""
+"""What the registry says of who holds a certificate, asked at most every two seconds."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from fleet.access import Action, Grants
-
-Lookup = Callable[[str], Grants | None]
 
 CACHE_S: Final = 2.0
 MAX_CACHED: Final = 10_000
@@ -17,34 +15,45 @@ MAX_CACHED: Final = 10_000
 logger = logging.getLogger(__name__)
 
 
+class Holder(NamedTuple):
+    """Who shows a certificate: its CN, and the SHA-256 of its DER in hex."""
+
+    name: str
+    fingerprint: str
+
+
+Lookup = Callable[[str, str], Grants | None]
+"""By name and fingerprint; None for who is not enrolled, and for a certificate that does not count."""
+
+
 class Rights:
-    """Rights by name, so that a message costs no database query. When the registry fails, nobody has any."""
+    """Rights by holder, so that a message costs no database query. When the registry fails, nobody has any."""
 
     def __init__(self, lookup: Lookup, clock: Callable[[], float] = time.monotonic) -> None:
         self._lookup = lookup
         self._clock = clock
-        self._known: dict[str, tuple[float, Grants | None]] = {}
+        self._known: dict[Holder, tuple[float, Grants | None]] = {}
 
-    def of(self, name: str) -> Grants | None:
-        """The rights of `name`, at most `CACHE_S` seconds old; None when it is not enrolled, or not any more."""
-        asked_at, grants = self._known.get(name, (float("-inf"), None))
+    def of(self, holder: Holder) -> Grants | None:
+        """The rights of `holder`, at most `CACHE_S` seconds old; None when it has none, or none any more."""
+        asked_at, grants = self._known.get(holder, (float("-inf"), None))
         if self._clock() - asked_at >= CACHE_S:
-            grants = self.fresh(name)
+            grants = self.fresh(holder)
         return grants
 
-    def fresh(self, name: str) -> Grants | None:
-        """The rights of `name` now."""
+    def fresh(self, holder: Holder) -> Grants | None:
+        """The rights of `holder` now."""
         try:
-            grants = self._lookup(name)
+            grants = self._lookup(*holder)
         except Exception:
-            logger.exception("the registry cannot say what %r may do; it may do nothing", name[:80])
+            logger.exception("the registry cannot say what %r may do; it may do nothing", holder.name[:80])
             grants = None
         if len(self._known) >= MAX_CACHED:
             self._known.clear()
-        self._known[name] = self._clock(), grants
+        self._known[holder] = self._clock(), grants
         return grants
 
-    def may(self, name: str, action: Action, topic: str) -> bool:
-        """Whether `name` may publish to a topic, or subscribe to a filter."""
-        grants = self.of(name)
+    def may(self, holder: Holder, action: Action, topic: str) -> bool:
+        """Whether `holder` may publish to a topic, or subscribe to a filter."""
+        grants = self.of(holder)
         return grants is not None and grants.may(action, topic)

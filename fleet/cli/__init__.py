@@ -12,6 +12,7 @@ from rich.console import Console
 from fleet.cli.allow import allow, disallow, tag
 from fleet.cli.audit import audit
 from fleet.cli.bench import app as bench_commands
+from fleet.cli.broker import app as broker_commands
 from fleet.cli.cluster import (
     MetricsPortOption,
     RegistryOption,
@@ -27,7 +28,7 @@ from fleet.cli.export import PASS_ON, export
 from fleet.cli.export import bundle as bundle_commands
 from fleet.cli.heads import app as heads_commands
 from fleet.cli.lazy import load
-from fleet.cli.state import DEFAULT_PORT, DEFAULT_SERVICE_PORT, State, StateConfig, create_fleet, keeping
+from fleet.cli.state import DEFAULT_PORT, DEFAULT_SERVICE_PORT, EMBEDDED, State, StateConfig, create_fleet, keeping
 from fleet.cli.stats import JsonOption, StateOption, device, devices, stats, workers
 from fleet.command import run_command, stop_event
 from fleet.errors import ConfigError, LinkError, UnknownDeviceError
@@ -55,6 +56,7 @@ app.add_typer(config_commands, name="config")
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(heads_commands, name="heads")
 app.add_typer(bench_commands, name="bench")
+app.add_typer(broker_commands, name="broker")
 
 ModeOption = Annotated[str | None, typer.Option("--mode", help="standalone, collaborative, verified or auto.")]
 ThresholdOption = Annotated[float | None, typer.Option(help="For all exits, 0 to 1; 1 switches the exits off.")]
@@ -83,11 +85,13 @@ def up(
     metrics_port: MetricsPortOption = None,
     registry: RegistryOption = None,
     retention_days: RetentionOption = None,
+    broker: Annotated[str, typer.Option(help="amqtt, in the server's process, or mosquitto beside it.")] = EMBEDDED,
 ) -> None:
     """Start broker, registry, collector, service and workers; stop them with Ctrl-C."""
-    from fleet.cli.serve import check_port, fleet_processes, resolve_bundle, watch
+    from fleet.cli.serve import check_broker, check_port, fleet_processes, resolve_bundle, watch
 
     console = Console(stderr=True)
+    check_broker(broker)
     stop = stop_event()
     check_port(host, port)
     if service_port:
@@ -96,13 +100,13 @@ def up(
     folder = state or State.default_folder()
     config = StateConfig(host, port, str(path), service_port=service_port)
     fleet = create_fleet(folder, keeping(folder, config, registry, retention_days))
-    with fleet_processes(fleet, workers, metrics_port) as (server, started):
+    with fleet_processes(fleet, workers, metrics_port, broker) as (servers, started):
         for worker in started:
             worker.wait_ready()
-        for process in (server, *started):
+        for process in (*servers, *started):
             print(f"{process.ready_line} (process {process.process.pid})")
         print(f"the fleet is up on {host}:{port}; next: fleet enroll NAME", flush=True)
-        watch(server, started, stop)
+        watch(servers, started, stop)
 
 
 @app.command()

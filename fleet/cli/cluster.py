@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from fleet.cli.serve import run_server
+from fleet.cli.server import ServerOptions, run_server
 from fleet.cli.state import DEFAULT_PORT, DEFAULT_SERVICE_PORT, State, StateConfig, create_fleet, keeping
 from fleet.cli.stats import StateOption
+from fleet.errors import ConfigError
 
 RegistryOption = Annotated[
     str | None, typer.Option(help="postgresql://USER@HOST/DATABASE (default: a SQLite file in the folder).")
@@ -45,10 +46,18 @@ def server(
     state: StateOption = None,
     broker: Annotated[bool, typer.Option(help="With the embedded broker, or with one that runs elsewhere.")] = True,
     listen: Annotated[str | None, typer.Option(help="Address of broker and service (default: the fleet's).")] = None,
+    mosquitto: Annotated[
+        Path | None, typer.Option(help="With --no-broker: folder of `fleet broker config` to keep in step.")
+    ] = None,
+    reload: Annotated[
+        str | None, typer.Option(help="Command that makes that mosquitto read its files again (default: SIGHUP).")
+    ] = None,
     metrics_port: MetricsPortOption = None,
     metrics_host: Annotated[str, typer.Option(help="Address of --metrics-port.")] = "127.0.0.1",
 ) -> None:
     """Run broker, collector and service alone; `fleet up` starts this."""
+    if mosquitto and broker:
+        raise ConfigError("--mosquitto keeps a broker that runs elsewhere in step; add --no-broker")
     fleet = State.load(state or State.default_folder())
     metrics = None if metrics_port is None else (metrics_host, metrics_port)
-    run_server(fleet, listen or fleet.config.host if broker else None, metrics)
+    run_server(fleet, ServerOptions(listen, broker, mosquitto, reload, metrics))

@@ -1,4 +1,4 @@
-"""`fleet up` and `fleet server`: broker, registry, collector, service and workers."""
+"""`fleet up`: the server, a broker beside it, and workers, as child processes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,25 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from fleet.access import Role
+from fleet.cli.broker import start_mosquitto
 from fleet.cli.lazy import load, require
-from fleet.cli.processes import DRAIN_TIMEOUT_S, Child, child
-from fleet.cli.state import COLLECTOR, WORKER, State
-from fleet.command import stop_event
+from fleet.cli.processes import DRAIN_TIMEOUT_S, Child, child, running
+from fleet.cli.state import EMBEDDED, MOSQUITTO, WORKER, State
 from fleet.errors import ConfigError, FleetError
+from fleet.identity import Identity
 
 WATCH_S: Final = 0.2
+
+
+def check_broker(broker: str) -> None:
+    """Raises ConfigError when `fleet up` cannot start such a broker."""
+    if broker not in (EMBEDDED, MOSQUITTO):
+        raise ConfigError(f"--broker {broker}: expected {EMBEDDED} or {MOSQUITTO}")
+    if broker == MOSQUITTO:
+        load("cloud_broker_worker.broker.mosquitto").find_mosquitto()
 
 
 def check_port(host: str, port: int, option: str = "--port") -> None:
@@ -41,50 +52,14 @@ def free_port(host: str) -> int:
         return port
 
 
-def run_server(state: State, listen: str | None, metrics: tuple[str, int] | None = None) -> None:
-    """Collector, broker and the HTTPS service in this process, until SIGTERM or SIGINT.
-
-    The latter two listen on the address `listen`; without one the broker runs elsewhere, and there is no service.
-    `metrics` is where to tell of them.
-    """
-    broker_class = load("cloud_broker_worker.broker.embedded").EmbeddedBroker
-    collector = load("fleet.registry.collector").Collector
-    watcher = load("fleet.registry.watcher").ChangeWatcher
-    transport = load("fleet.mqtt").MqttTransport
-    stop = stop_event()
-    with ExitStack() as stack:
-        endpoint = stack.enter_context(load("fleet.endpoint").Endpoint(*metrics)) if metrics else None
-        registry = stack.enter_context(state.registry())
-        stack.enter_context(load("fleet.registry.retention").Retention(registry, state.config.retention_days))
-        host, port = state.config.host, state.config.port
-        tls = state.server_tls()
-        broker = listen and stack.enter_context(broker_class(listen, port, tls, registry.grants))
-        link = stack.enter_context(transport.connect(state.identity(COLLECTOR, Role.SERVER)))
-        collecting = stack.enter_context(collector(link, registry))
-        changes, configs = watcher(registry), load("fleet.registry.publisher").ConfigPublisher(link, registry)
-        changes.add(configs.publish)
-        stack.enter_context(changes)
-        for follow_up in (configs.forget, changes.again):
-            link.on_up(follow_up)
-        service = None
-        if listen and state.config.service_port:
-            service = stack.enter_context(state.service(registry, listen, tls))
-        if endpoint:
-            endpoint.show(load("fleet.metrics").FleetMonitor(registry, collecting, link, broker))
-        opening = f"broker listens on {listen}:{port} (TLS)" if broker else f"collector at the broker on {host}:{port}"
-        where = f", service on {service.url}" if service else ""
-        where += f", metrics on {endpoint.url}" if endpoint else ""
-        print(f"{opening}, registry {state.folder}{where}", flush=True)
-        stop.wait()
-
-
 @contextmanager
 def fleet_processes(
-    state: State, num_workers: int = 1, metrics_port: int | None = None
-) -> Iterator[tuple[Child, list[Child]]]:
-    """Broker with registry, then workers, as child processes; all are ready or starting when the block begins.
+    state: State, num_workers: int = 1, metrics_port: int | None = None, broker: str = EMBEDDED
+) -> Iterator[tuple[list[Child], list[Child]]]:
+    """Broker and registry, then workers, as child processes; all are ready or starting when the block begins.
 
-    With a `metrics_port` the server tells of itself there, and the workers on the ports that follow.
+    The embedded broker is the server's own; mosquitto is a process beside it. With a `metrics_port` the server tells of
+    itself there, and the workers on the ports that follow.
     """
     check_port(state.config.host, state.config.port)
     if state.config.service_port:
@@ -97,33 +72,45 @@ def fleet_processes(
     # Workers share the machine's cores; one alone takes as many as it thinks best.
     threads = [] if num_workers == 1 else ["--threads", str(max(1, (os.cpu_count() or 1) // num_workers))]
     options = ["--bundle", state.config.bundle, "--drain-timeout", str(DRAIN_TIMEOUT_S), *threads]
+    names = [WORKER.replace("1", str(number)) for number in range(1, num_workers + 1)]
+    folders = {name: _worker_folder(state, name, shares=broker == MOSQUITTO) for name in names}
     with ExitStack() as stack:
-        server = stack.enter_context(
-            child("the broker", "fleet.cli", "server", "--state", str(state.folder), *ports[0])
-        )
-        server.wait_ready()
+        servers, following = [], []
+        if broker == MOSQUITTO:
+            following = ["--no-broker", "--mosquitto", str(state.folder / MOSQUITTO)]
+            servers.append(stack.enter_context(running(start_mosquitto(state, state.folder / MOSQUITTO))))
+        title = "the server" if following else "the broker"
+        command = ("fleet.cli", "server", "--state", str(state.folder), *ports[0], *following)
+        servers.append(stack.enter_context(child(title, *command)))
+        servers[-1].wait_ready()
         workers = []
-        for number in range(1, num_workers + 1):
-            name = WORKER.replace("1", str(number))
-            folder = state.identity(name, Role.WORKER).folder
+        for number, (name, folder) in enumerate(folders.items(), start=1):
             command = ("cloud_broker_worker", "run", str(folder), *options, *ports[number])
             workers.append(stack.enter_context(child(f"worker {name}", *command)))
         for worker in workers:  # all drain at the same time
             stack.callback(worker.ask_to_stop)
-        yield server, workers
+        yield servers, workers
 
 
-def watch(server: Child, workers: list[Child], stop: threading.Event) -> None:
+def _worker_folder(state: State, name: str, *, shares: bool) -> Path:
+    """The identity folder of one of our workers; of several that share `open`, the broker tells one alone."""
+    identity = state.identity(name, Role.WORKER)
+    if identity.config.shared_subscriptions is not shares:
+        Identity(identity.folder, msgspec.structs.replace(identity.config, shared_subscriptions=shares)).save()
+    return identity.folder
+
+
+def watch(servers: list[Child], workers: list[Child], stop: threading.Event) -> None:
     """Waits until `stop` is set, and says which worker has ended meanwhile.
 
     Raises:
-        FleetError: the server has ended, or the last of the workers.
+        FleetError: the server or its broker has ended, or the last of the workers.
     """
     serving = list(workers)
     while not stop.wait(WATCH_S):
-        for ended in [process for process in (server, *serving) if process.process.poll() is not None]:
+        for ended in [process for process in (*servers, *serving) if process.process.poll() is not None]:
             line = f"{ended.title} ended with exit status {ended.process.returncode}"
-            if ended is server or len(serving) == 1:
+            if ended in servers or len(serving) == 1:
                 raise FleetError(f"{line}; see above")
             serving.remove(ended)
             print(f"fleet: {line}; {len(serving)} of {len(workers)} workers go on", file=sys.stderr, flush=True)

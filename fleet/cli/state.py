@@ -32,6 +32,8 @@ DEFAULT_PORT: Final = 8883
 DEFAULT_SERVICE_PORT: Final = 8443
 PASSPHRASE: Final = "FLEET_CA_PASSPHRASE"
 COLLECTOR: Final = "collector"
+EMBEDDED: Final = "amqtt"  # the brokers that `fleet up` starts
+MOSQUITTO: Final = "mosquitto"
 WORKER: Final = "worker-1"  # the first of those that `fleet up` starts
 
 

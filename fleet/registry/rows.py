@@ -154,6 +154,14 @@ class SessionRow(Struct, frozen=True):
     bytes_down: int
 
 
+class RevokedCertificate(Struct, frozen=True):
+    """A certificate that may not be used: `serial` in hex; `revoked_at` None is one on hold, which may come back."""
+
+    serial: str
+    name: str
+    revoked_at: float | None
+
+
 class AuditRow(Struct, frozen=True):
     """A change: when (seconds since 1970), who made it, what it was, and of whom or what."""
 

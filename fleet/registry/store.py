@@ -14,12 +14,21 @@ from sqlalchemy import Engine, SQLColumnExpression, func, select, update
 from sqlalchemy.orm import Session
 
 from fleet.access import Grants, Role
+from fleet.denial import MAX_DENIED
 from fleet.desired import DesiredConfig, Settings
 from fleet.enrolment import Enrolment
 from fleet.errors import StateError, TokenError
 from fleet.registry.allowed import all_tags, allow, change_tags, disallow, targets_of
 from fleet.registry.audit import audit, audit_log, newest_change
-from fleet.registry.certificates import MakeCertificate, holder, keep_certificate
+from fleet.registry.certificates import (
+    MakeCertificate,
+    active_names,
+    denied,
+    holder,
+    keep_certificate,
+    knows_certificate,
+    revoked_certificates,
+)
 from fleet.registry.configs import Target, change_settings, current_settings, desired_configs
 from fleet.registry.counting import By, Question
 from fleet.registry.database import open_database
@@ -45,6 +54,7 @@ from fleet.registry.rows import (
     IdentityRow,
     IssuedCertificate,
     NewToken,
+    RevokedCertificate,
     SessionRow,
     StatsRow,
     WorkerRow,
@@ -290,6 +300,31 @@ class Registry:
         """
         gone = tuple(remove)
         self._transactions.write(lambda db: change_tags(db, self.actor, device, tags, gone))
+
+    def all_grants(self) -> list[Grants]:
+        """What everybody who is active may do, by name."""
+        with self._transactions.reading() as db:
+            names = active_names(db, time.time())
+        return [grants for name in names if (grants := self.grants(name))]
+
+    def knows_certificate(self, name: str, fingerprint: str) -> bool:
+        """Whether the certificate of `name` with this SHA-256 (of its DER, in hex) counts: handed out, not revoked."""
+        with self._transactions.reading() as db:
+            return knows_certificate(db, name, fingerprint)
+
+    def admitted(self, name: str, fingerprint: str) -> Grants | None:
+        """What the holder of a certificate may do; None when it does not count, or `name` is not active."""
+        return self.grants(name) if self.knows_certificate(name, fingerprint) else None
+
+    def revoked_certificates(self, now: float | None = None) -> list[RevokedCertificate]:
+        """What belongs on a revocation list: revoked or on hold, and not ended yet, by serial."""
+        with self._transactions.reading() as db:
+            return revoked_certificates(db, time.time() if now is None else now)
+
+    def denied(self, now: float | None = None, limit: int = MAX_DENIED) -> list[str]:
+        """The devices that are suspended, revoked or expired; at most `limit`, the latest certificates first."""
+        with self._transactions.reading() as db:
+            return denied(db, time.time() if now is None else now, limit)
 
     def record_status(self, device: str, status: DeviceStatus, at: float) -> None:
         """Keeps what a device says of itself, heard at `at`. A last will says no more than that it is gone.

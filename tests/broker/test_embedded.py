@@ -32,19 +32,19 @@ SESSION = topics.to_device("d1", "s1")
 def test_a_busy_port_is_named_with_the_next_step(amqtt_site: Site) -> None:
     with (
         pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{amqtt_site.port}: the port is in use; stop what uses it"),
-        EmbeddedBroker(HOST, amqtt_site.port, amqtt_site.tls, amqtt_site.known.get),
+        EmbeddedBroker(HOST, amqtt_site.port, amqtt_site.tls, amqtt_site.lookup),
     ):
         pass
 
 
 def test_a_missing_certificate_is_named(amqtt_site: Site, tmp_path: Path) -> None:
     tls = ServerTls(amqtt_site.tls.ca_file, tmp_path / "absent.pem", amqtt_site.tls.key_file)
-    with pytest.raises(IdentityError, match=r"absent\.pem"), EmbeddedBroker(HOST, 0, tls, amqtt_site.known.get):
+    with pytest.raises(IdentityError, match=r"absent\.pem"), EmbeddedBroker(HOST, 0, tls, amqtt_site.lookup):
         pass
 
 
 def test_port_zero_takes_a_free_one(amqtt_site: Site) -> None:
-    with EmbeddedBroker(HOST, 0, amqtt_site.tls, amqtt_site.known.get) as broker:
+    with EmbeddedBroker(HOST, 0, amqtt_site.tls, amqtt_site.lookup) as broker:
         assert broker.port not in (0, amqtt_site.port)
 
 
@@ -237,7 +237,7 @@ def test_who_is_not_enrolled_any_more_is_disconnected(amqtt_site: Site) -> None:
 
 
 def test_a_registry_that_fails_lets_nobody_in(amqtt_site: Site, caplog: pytest.LogCaptureFixture) -> None:
-    def broken(_name: str) -> Grants | None:
+    def broken(_name: str, _fingerprint: str) -> Grants | None:
         raise OSError("the database is gone")
 
     with EmbeddedBroker(HOST, 0, amqtt_site.tls, broken) as broker:

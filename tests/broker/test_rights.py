@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from cloud_broker_worker.broker.mosquitto import acl_rules, write_config
-from cloud_broker_worker.broker.rights import CACHE_S, Rights
+from cloud_broker_worker.broker.rights import CACHE_S, Holder, Rights
 from fleet.access import Action, Grants, Role
 from fleet.errors import ConfigError
 from fleet.identity import ServerTls
 
 DEVICE = Grants(Role.DEVICE, "d1")
+HOLDER = Holder("d1", "a" * 64)
 TLS = ServerTls(Path("/tls/ca.pem"), Path("/tls/cert.pem"), Path("/tls/key.pem"))
 
 
@@ -21,29 +22,35 @@ class Registry:
         self.known: dict[str, Grants] = {"d1": DEVICE}
         self.num_questions = 0
 
-    def grants(self, name: str) -> Grants | None:
+    def admitted(self, name: str, fingerprint: str) -> Grants | None:
         self.num_questions += 1
-        return self.known.get(name)
+        return self.known.get(name) if fingerprint == HOLDER.fingerprint else None
 
 
 def test_the_registry_is_asked_once_in_two_seconds() -> None:
     registry, now = Registry(), [100.0]
-    rights = Rights(registry.grants, lambda: now[0])
-    assert [rights.of("d1"), rights.of("d1")] == [DEVICE, DEVICE]
+    rights = Rights(registry.admitted, lambda: now[0])
+    assert [rights.of(HOLDER), rights.of(HOLDER)] == [DEVICE, DEVICE]
     assert registry.num_questions == 1
 
 
 def test_rights_that_were_taken_away_are_gone_after_two_seconds() -> None:
     registry, now = Registry(), [100.0]
-    rights = Rights(registry.grants, lambda: now[0])
-    assert rights.may("d1", Action.PUBLISH, "ce/v1/d/d1/status")
+    rights = Rights(registry.admitted, lambda: now[0])
+    assert rights.may(HOLDER, Action.PUBLISH, "ce/v1/d/d1/status")
     registry.known.clear()
     now[0] += CACHE_S
-    assert not rights.may("d1", Action.PUBLISH, "ce/v1/d/d1/status")
+    assert not rights.may(HOLDER, Action.PUBLISH, "ce/v1/d/d1/status")
+
+
+def test_another_certificate_of_the_same_name_has_rights_of_its_own() -> None:
+    rights = Rights(Registry().admitted)
+    assert rights.of(HOLDER) == DEVICE
+    assert rights.of(Holder("d1", "b" * 64)) is None
 
 
 def test_a_name_that_nobody_enrolled_may_nothing() -> None:
-    assert not Rights(Registry().grants).may("d9", Action.PUBLISH, "ce/v1/d/d9/status")
+    assert not Rights(Registry().admitted).may(Holder("d9", HOLDER.fingerprint), Action.PUBLISH, "ce/v1/d/d9/status")
 
 
 @pytest.mark.parametrize(
@@ -70,6 +77,7 @@ def test_mosquitto_gets_the_same_rights_line_by_line() -> None:
         "user a1",
         "topic write ce/v1/d/d1/prompt/a1/+",
         "topic write ce/v1/d/d1/cancel/a1/+",
+        "topic write ce/v1/e/a1/+",
         "topic read ce/v1/d/+/reply/a1/+",
         "topic read ce/v1/d/d1/status",
     ]

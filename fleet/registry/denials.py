@@ -1,0 +1,38 @@
+"""Tells workers which devices they refuse: on every change, and whenever the broker may have forgotten it."""
+
+from __future__ import annotations
+
+from fleet import topics
+from fleet.denial import encode_denial
+from fleet.registry.store import Registry
+from fleet.transport import Transport
+
+
+class Denials:
+    """What the registry denies, retained at the broker; `publish` is a task of the `ChangeWatcher`."""
+
+    def __init__(self, transport: Transport, registry: Registry) -> None:
+        self._transport = transport
+        self._registry = registry
+        self._payload: bytes | None = None
+        transport.on_up(self._repeat)
+
+    def publish(self) -> None:
+        """Publishes the names, where they are others than before.
+
+        Raises:
+            RegistryError: the registry cannot answer.
+            LinkError: too many messages wait for the broker already.
+        """
+        payload = encode_denial(self._registry.denied())
+        if payload != self._payload:
+            self._send(payload)
+            self._payload = payload
+
+    def _repeat(self) -> None:
+        """On the transport's thread, which waits for no database: a broker that was started again has no messages."""
+        if self._payload is not None:
+            self._send(self._payload)
+
+    def _send(self, payload: bytes) -> None:
+        self._transport.publish(topics.REVOKED, payload, qos=1, retain=True)

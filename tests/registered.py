@@ -1,0 +1,78 @@
+"""A site whose broker follows a real registry: who is enrolled there, and with which certificates."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from cloud_broker_worker.broker.keeper import MosquittoKeeper
+from cloud_broker_worker.broker.mosquitto import CRL_FILE, PID_FILE, write_config
+from cloud_broker_worker.broker.reload import by_signal
+from fleet.access import Grants, Role
+from fleet.identity import Identity
+from fleet.mqtt import MqttTransport
+from fleet.registry.store import Registry
+from fleet.registry.watcher import ChangeWatcher
+from fleet.transport import Will
+from provisioning.authority import CertificateAuthority
+from provisioning.crl import CrlFile
+from provisioning.enroll import enroll
+from provisioning.eviction import Evictions
+from tests.brokers import FLEET, HOST, Amqtt, Mosquitto, RunningBroker, free_port
+
+
+class RegisteredSite:
+    """An authority, a registry with `fleet` in it, and a broker of either kind that asks it, or is kept equal to it."""
+
+    def __init__(self, kind: str, folder: Path, fleet: tuple[Grants, ...], stack: ExitStack) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.authority = CertificateAuthority.create(folder / "ca")
+        self.registry = stack.enter_context(Registry.open(folder / "registry.sqlite", "tests"))
+        self.identities: dict[str, Identity] = {}
+        self._numbers = itertools.count()
+        for grants in sorted(fleet, key=lambda grants: grants.role is Role.APP):  # devices before who may prompt them
+            self.enroll(grants.name, grants.role, grants.targets if grants.role is Role.APP else ())
+        self.tls = self.authority.server_tls(folder / "server", HOST)
+        self.watcher = ChangeWatcher(self.registry)
+        self.broker = self._start_amqtt() if kind == "amqtt" else self._start_mosquitto(folder / "mosquitto")
+        stack.callback(self.broker.stop)
+        stack.enter_context(self.watcher)
+
+    def _start_amqtt(self) -> RunningBroker:
+        broker = Amqtt(self.port, self.tls, self.registry.admitted)
+        broker.start()
+        return broker
+
+    def _start_mosquitto(self, folder: Path) -> RunningBroker:
+        config = write_config(folder, self.port, self.tls, self.registry.all_grants(), has_crl=True)
+        crl = CrlFile(folder / CRL_FILE, self.authority)
+        crl.update(self.registry.revoked_certificates(), time.time())
+        broker = Mosquitto(self.port, config)
+        broker.start()
+        evictions = Evictions(self.authority, HOST, self.port)
+        keeper = MosquittoKeeper(folder, self.registry, crl, by_signal(folder / PID_FILE), evictions)
+        self.watcher.add(keeper.sync, periodic=True)
+        return broker
+
+    def enroll(self, name: str, role: Role = Role.DEVICE, targets: tuple[str, ...] = ()) -> Identity:
+        """A new certificate for `name`, which is active from then on; earlier ones are revoked."""
+        out = self.folder / "identities" / f"{name}-{next(self._numbers)}"
+        self.identities[name] = enroll(
+            self.registry, self.authority, name, role, out, host=HOST, port=self.port, targets=targets, force=True
+        )
+        return self.identities[name]
+
+    def connect(self, name: str, will: Will | None = None) -> MqttTransport:
+        """Under the newest certificate of `name`."""
+        return MqttTransport.connect(self.identities[name], will=will)
+
+
+@contextmanager
+def registered_site(kind: str, folder: Path, fleet: tuple[Grants, ...] = FLEET) -> Iterator[RegisteredSite]:
+    """A site whose broker runs; `kind` is amqtt or mosquitto."""
+    with ExitStack() as stack:
+        yield RegisteredSite(kind, folder, fleet, stack)
