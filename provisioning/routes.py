@@ -32,7 +32,6 @@ from provisioning.rate_limit import RateLimit, peer_of
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 T = TypeVar("T")
 
-BODY_S: Final = 10.0
 ANSWER_S: Final = 60.0
 DOWNLOAD_S: Final = 3600.0  # then a device goes on from where it is
 PEM: Final = "application/x-pem-file"
@@ -43,8 +42,10 @@ log = logging.getLogger(__name__)
 class Routes:
     """Handlers of one application; everything that blocks runs in a thread."""
 
-    def __init__(self, office: Office, joins: RateLimit, renewals: RateLimit) -> None:
+    def __init__(self, office: Office, joins: RateLimit, renewals: RateLimit, body_s: float) -> None:
+        """`body_s` is how long a body may take to arrive."""
         self._office = office
+        self._body_s = body_s
         self._joins = joins
         self._renewals = renewals
 
@@ -70,13 +71,13 @@ class Routes:
     async def _join(self, request: web.Request) -> web.Response:
         if wait_s := self._joins.wait_s(peer_of(peer_address(request))):
             return too_many(wait_s)
-        body = await read_body(request, JoinRequest)
+        body = await read_body(request, JoinRequest, self._body_s)
         return in_json(await in_thread(self._office.join, body, peer_address(request)))
 
     async def _renew(self, request: web.Request) -> web.Response:
         if wait_s := self._renewals.wait_s(peer_of(peer_address(request))):
             return too_many(wait_s)
-        body = await read_body(request, RenewRequest)
+        body = await read_body(request, RenewRequest, self._body_s)
         return in_json(await in_thread(self._office.renew, body, client_fingerprint(request)))
 
     async def _bundle_file(self, request: web.Request) -> web.StreamResponse:
@@ -111,12 +112,12 @@ async def answer_problems(request: web.Request, handler: Handler) -> web.StreamR
         return problem(FleetError("internal"))
 
 
-async def read_body(request: web.Request, kind: type[T]) -> T:
+async def read_body(request: web.Request, kind: type[T], timeout_s: float) -> T:
     """Raises OversizedError, DecodeError, or HTTPRequestTimeout when the body does not come in time."""
     if (request.content_length or 0) > MAX_BODY_BYTES:
         raise OversizedError(f"expected a body of at most {MAX_BODY_BYTES} bytes, got {request.content_length}")
     try:
-        async with asyncio.timeout(BODY_S):
+        async with asyncio.timeout(timeout_s):
             data = await request.read()
     except TimeoutError:
         raise web.HTTPRequestTimeout from None

@@ -25,7 +25,7 @@ START_S: Final = 10.0
 STOP_S: Final = 5.0
 HANDSHAKE_S: Final = 10.0
 IDLE_S: Final = 15.0
-"""How long a connection may be silent between requests, or take to say what it wants."""
+"""How long a connection may be silent between requests, or take to say what it wants, or for a body."""
 
 JOINS_PER_MINUTE: Final = 10
 JOINS_AT_ONCE: Final = 20
@@ -56,6 +56,7 @@ class Service:
             office,
             joins or RateLimit(JOINS_PER_MINUTE, JOINS_AT_ONCE),
             RateLimit(JOINS_PER_MINUTE, JOINS_AT_ONCE),
+            body_s=idle_s,
         )
         self._started: Future[asyncio.AbstractEventLoop] = Future()
         self._stop = asyncio.Event()

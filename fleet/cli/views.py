@@ -98,7 +98,7 @@ def _cell(name: str, value: object) -> str | Text:
         case bool():
             return "yes" if value else "no"
         case dict() if name == "tags":
-            return "\n".join(tag_words(value)) or "-"
+            return ", ".join(tag_words(value)) or "-"
         case dict():
             exits = exits_of(value)
             counts = Text("  ").join(Text(f"{s} {n:,}", source_style(s, exits)) for s, n in value.items())

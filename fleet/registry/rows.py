@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from msgspec import Struct
@@ -75,12 +76,13 @@ class Certified(Struct, frozen=True):
     pem: str
 
 
-class NewToken(Struct, frozen=True):
+@dataclass(frozen=True)
+class NewToken:
     """An enrolment token as it is told once: `secret` is nowhere else. `expires_at` in seconds since 1970."""
 
     name: str
     id: str
-    secret: str
+    secret: str = field(repr=False)
     expires_at: float
 
 

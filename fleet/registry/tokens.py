@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from dataclasses import dataclass, field
 from typing import Final
 
-from msgspec import Struct
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
@@ -22,11 +22,12 @@ ID_BYTES: Final = 8
 SECRET_BYTES: Final = 32
 
 
-class Claim(Struct, frozen=True):
+@dataclass(frozen=True)
+class Claim:
     """Who wants to join: a token, and the SHA-256 of the key's SPKI; `name` where the signing request has one."""
 
     id: str
-    secret: str
+    secret: str = field(repr=False)
     key_hash: str
     name: str | None = None
 
@@ -34,9 +35,6 @@ class Claim(Struct, frozen=True):
     def secret_hash(self) -> str:
         """What the registry knows of the secret."""
         return hash_secret(self.secret)
-
-    def __repr__(self) -> str:
-        return f"Claim(id={self.id!r}, key_hash={self.key_hash!r}, name={self.name!r})"
 
 
 def hash_secret(secret: str) -> str:

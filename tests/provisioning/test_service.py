@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import ssl
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -76,7 +78,7 @@ def test_a_token_that_is_too_old_is_refused(desk: Desk) -> None:
 
 def test_an_unknown_token_and_a_wrong_secret_look_the_same(desk: Desk) -> None:
     token = desk.invite()
-    unknown = desk.join(msgspec.structs.replace(token, id="0" * 16), make_csr()[0])
+    unknown = desk.join(dataclasses.replace(token, id="0" * 16), make_csr()[0])
     wrong = desk.join(token, make_csr()[0], secret="0" * 64)
     assert (unknown.status, unknown.code) == (401, "unknown_token")
     assert (wrong.status, wrong.body) == (unknown.status, unknown.body)
@@ -142,6 +144,20 @@ def test_a_client_that_says_nothing_is_put_out(desk: Desk) -> None:
     assert _raw(desk, b"") == b""
     assert _raw(desk, b"POST /v1/join HTT") == b""
     assert time.monotonic() - start < TIMEOUT_S
+
+
+def test_a_client_that_speaks_too_slowly_is_put_out(desk: Desk) -> None:
+    start = time.monotonic()
+    with _connection(desk) as link, suppress(OSError):
+        while time.monotonic() - start < TIMEOUT_S:
+            link.sendall(b"x")
+            time.sleep(0.2)
+    assert time.monotonic() - start < TIMEOUT_S
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(desk: Desk) -> None:
+    reply = _raw(desk, b"POST /v1/join HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+    assert b" 408 " in reply.splitlines()[0]
 
 
 @pytest.mark.parametrize(
@@ -314,12 +330,14 @@ def test_nothing_but_what_the_manifest_names_is_given(desk: Desk, path: str) -> 
     assert b"PRIVATE" not in answer.body
 
 
+def _connection(desk: Desk) -> ssl.SSLSocket:
+    plain = socket.create_connection((HOST, desk.service.port), TIMEOUT_S)
+    return desk.context().wrap_socket(plain, server_hostname=HOST)
+
+
 def _raw(desk: Desk, data: bytes) -> bytes:
     """Everything that comes back for these bytes, until the service hangs up."""
-    with (
-        socket.create_connection((HOST, desk.service.port), TIMEOUT_S) as plain,
-        desk.context().wrap_socket(plain, server_hostname=HOST) as link,
-    ):
+    with _connection(desk) as link:
         link.sendall(data)
         reply = b""
         while part := link.recv(4096):
