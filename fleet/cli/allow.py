@@ -48,7 +48,8 @@ def tag(
     with State.load(state or State.default_folder()).registry() as registry:
         registry.tag(device, wanted, remove or ())
         (row,) = [row for row in registry.devices() if row.device == device]
-    _print(f"{device} has {', '.join(row.tags) or 'no tags'}", {"device": device, "tags": row.tags}, as_json=as_json)
+    shown = " ".join(f"{key}={value}" for key, value in row.tags.items()) or "no tags"
+    _print(f"{device} has {shown}", {"device": device, "tags": row.tags}, as_json=as_json)
 
 
 def parse_tag(word: str) -> tuple[str, str]:

@@ -66,6 +66,9 @@ def devices(
     group: GroupOption = None,
     online: Annotated[bool | None, typer.Option("--online/--offline", help="Only those that are.")] = None,
     tag: Annotated[str | None, typer.Option(help="Only those that have this tag, like floor=1.")] = None,
+    standing: Annotated[
+        str | None, typer.Option("--standing", help="Only those that are active, pending, suspended, ...")
+    ] = None,
     state: StateOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -78,7 +81,8 @@ def devices(
             for row in registry.devices()
             if (group is None or row.group == group)
             and (online is None or row.online == online)
-            and (tag is None or tag in row.tags)
+            and (tag is None or tag in (f"{key}={value}" for key, value in row.tags.items()))
+            and (standing is None or row.state == standing)
         ]
     print_rows(Console(), rows, "devices", as_json=as_json)
 

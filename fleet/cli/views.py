@@ -96,6 +96,8 @@ def _cell(name: str, value: object) -> str | Text:
             return "-"
         case bool():
             return "yes" if value else "no"
+        case dict() if name == "tags":
+            return " ".join(f"{key}={text}" for key, text in value.items()) or "-"
         case dict():
             exits = exits_of(value)
             counts = Text("  ").join(Text(f"{s} {n:,}", source_style(s, exits)) for s, n in value.items())

@@ -57,14 +57,6 @@ def change_tags(db: Session, actor: str, device: str, tags: Mapping[str, str], r
     audit(db, actor, "tag", device, tags=dict(tags), removed=[key for key in gone if key not in tags])
 
 
-def all_tags(db: Session) -> dict[str, tuple[str, ...]]:
-    """The tags of every device that has some, as ``key=value``, sorted."""
-    tags: dict[str, tuple[str, ...]] = {}
-    for device, tag in db.execute(select(TagRecord.device, _tag()).order_by(TagRecord.device, TagRecord.key)):
-        tags[device] = (*tags.get(device, ()), tag)
-    return tags
-
-
 def _targets(db: Session, app: str) -> Sequence[str]:
     query = select(AllowedTarget.target).where(AllowedTarget.app == app).order_by(AllowedTarget.target)
     return db.scalars(query).all()

@@ -8,10 +8,7 @@ from msgspec import Struct
 
 
 class DeviceRow(Struct, frozen=True):
-    """An enrolled device and what it said last; times in seconds since 1970, None when it never came.
-
-    `tags` are words like ``floor=1``.
-    """
+    """An enrolled device and what it said last; times in seconds since 1970, None when it never came."""
 
     device: str
     group: str | None
@@ -21,7 +18,8 @@ class DeviceRow(Struct, frozen=True):
     version: str
     last_seen: float | None
     not_after: float
-    tags: tuple[str, ...] = ()
+    state: str
+    tags: dict[str, str]
 
 
 class IdentityRow(Struct, frozen=True):

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from fleet.access import Grants, Role
 from fleet.desired import DesiredConfig, Settings
-from fleet.registry.allowed import all_tags, allow, change_tags, disallow, targets_of
+from fleet.registry.allowed import allow, change_tags, disallow, targets_of
 from fleet.registry.audit import audit, audit_log, newest_change
 from fleet.registry.configs import Target, change_settings, current_settings, desired_configs
 from fleet.registry.counting import By, Question
@@ -28,6 +28,7 @@ from fleet.registry.models import (
     IdentityRecord,
     SessionRecord,
     StatusRecord,
+    TagRecord,
 )
 from fleet.registry.reports import Fate, Key, store_report, store_reports, store_status
 from fleet.registry.retention import forget
@@ -222,8 +223,9 @@ class Registry:
             .where(is_device())
             .order_by(IdentityRecord.name)
         )
+        now = time.time()
         with self._transactions.reading() as db:
-            tags = all_tags(db)
+            tags = _tags(db)
             return [
                 DeviceRow(
                     identity.name,
@@ -234,7 +236,8 @@ class Registry:
                     version=status.version if status else "",
                     last_seen=status.last_seen if status else None,
                     not_after=identity.not_after,
-                    tags=tags.get(identity.name, ()),
+                    state=state_at(identity.state, identity.not_after, now),
+                    tags=tags.get(identity.name, {}),
                 )
                 for identity, status in db.execute(query)
             ]
@@ -311,6 +314,14 @@ class Registry:
         Returns how many went. Roll-ups, and so the statistics of whole hours, stay.
         """
         return self._transactions.write(lambda db: forget(db, recorded_before, limit))
+
+
+def _tags(db: Session) -> dict[str, dict[str, str]]:
+    """Every device's tags, by key."""
+    tags: dict[str, dict[str, str]] = {}
+    for record in db.scalars(select(TagRecord).order_by(TagRecord.device, TagRecord.key)):
+        tags.setdefault(record.device, {})[record.key] = record.value
+    return tags
 
 
 def _total(column: SQLColumnExpression[int]) -> SQLColumnExpression[int]:
