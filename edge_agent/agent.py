@@ -103,6 +103,7 @@ class Agent:
     ) -> None:
         """Cancels what is under way, takes no more, and waits for the end at most `STOP_TIMEOUT_S` seconds."""
         deadline = time.monotonic() + STOP_TIMEOUT_S
+        self._triggers.set(())
         with self._lock:
             self._stopping = True
             jobs = list(self._active.values())
