@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ssl
 import time
+import warnings
 from pathlib import Path
 from typing import Final
 
 import msgspec
+from urllib3.exceptions import InsecureRequestWarning
 
 from edge_agent.credentials import check_certificate, fingerprint, new_key, only_first, signing_request
 from edge_agent.files import create_file, write_file
@@ -67,7 +69,8 @@ def pinned_ca(server: str, ca_sha256: str, timeout_s: float) -> bytes:
     anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     anybody.check_hostname = False
     anybody.verify_mode = ssl.CERT_NONE
-    with Service(server, anybody) as service:
+    with Service(server, anybody) as service, warnings.catch_warnings():
+        warnings.simplefilter("ignore", InsecureRequestWarning)  # the hash decides
         ca = persistently(service.ca, timeout_s=timeout_s)
     try:
         found = fingerprint(ca)

@@ -14,7 +14,7 @@ from typing import Final, Self, TypeVar
 
 import msgspec
 import urllib3
-from urllib3.exceptions import HTTPError, TimeoutError  # noqa: A004 (urllib3's)
+from urllib3.exceptions import HTTPError, NewConnectionError, TimeoutError  # noqa: A004 (urllib3's)
 
 from fleet.errors import ConfigError, DecodeError, FleetError, ServiceAwayError, ServiceError
 from fleet.identity import Identity
@@ -154,9 +154,10 @@ class Service:
         cause = next((each for each in (*error.args, error.__cause__) if isinstance(each, ssl.SSLError)), None)
         if cause is not None:
             return ServiceError(f"no connection to {self.url}: {_explain_tls(cause)}")
-        if isinstance(error, TimeoutError):
+        if isinstance(error, TimeoutError) and not isinstance(error, NewConnectionError):
             return ServiceAwayError(f"{self.url} did not answer in time; check the network and the address")
-        return ServiceAwayError(f"no connection to {self.url} ({error}); check the network, the address and the port")
+        why = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
+        return ServiceAwayError(f"no connection to {self.url} ({why}); check the network, the address and the port")
 
 
 def persistently(call: Callable[[], T], *, timeout_s: float, stop: threading.Event | None = None) -> T:

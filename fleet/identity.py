@@ -81,7 +81,9 @@ class Identity:
         try:
             context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=self.folder / CA_FILE)
         except (ssl.SSLError, OSError) as error:
-            raise IdentityError(f"{self.folder / CA_FILE} does not load: {error}; enroll {self.name} again") from None
+            raise IdentityError(
+                f"the CA certificate of {self.name} in {self.folder} does not load: {error}; enroll it again"
+            ) from None
         self.load_certificate(context)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         return context
