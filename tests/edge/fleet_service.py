@@ -29,6 +29,7 @@ from tests.edge.certify import certify_key
 SECRET: Final = "5" * 64
 TOKEN_ID: Final = "1" * 16
 STOP_S: Final = 10.0
+SHUTDOWN_S: Final = 0.05
 
 
 @dataclass
@@ -118,11 +119,15 @@ class FleetService:
         context.load_verify_locations(self._tls.ca_file)
         context.load_cert_chain(self._tls.cert_file, self._tls.key_file)
         context.verify_mode = ssl.CERT_OPTIONAL
-        await web.TCPSite(runner, HOST, self.port, ssl_context=context).start()
+        assert runner.server
+        listener = await self._loop.create_server(
+            runner.server, HOST, self.port, ssl=context, ssl_shutdown_timeout=SHUTDOWN_S
+        )
         self._ready.set()
         await self._stopped.wait()
+        listener.close()
         await runner.cleanup()
-        await asyncio.sleep(0.05)  # connections close in the loop's next turns
+        await asyncio.sleep(2 * SHUTDOWN_S)  # until connections that nobody closed are closed
 
     @web.middleware
     async def _misbehave(self, request: web.Request, handler: web.Handler) -> web.StreamResponse:  # type: ignore[name-defined]
@@ -183,6 +188,7 @@ class FleetService:
         await response.prepare(request)
         if self.trouble.cuts_after and path.suffix == ".onnx":
             await response.write(data[start : start + self.trouble.cuts_after.pop(0)])
+            await asyncio.sleep(0.1)  # until it has been read
             _cut(request)
         else:
             await response.write(data[start:])
@@ -200,5 +206,5 @@ def _problem(status: int, code: str, message: str) -> web.Response:
 
 def _cut(request: web.Request) -> None:
     assert request.transport
-    request.transport.close()
+    request.transport.abort()
     raise ConnectionResetError
