@@ -16,6 +16,8 @@ FleetError
  |   +- DeadlineError       an answer took longer than its app allowed
  |   +- CloudError          an answer that only the cloud may give, and no worker does
  +- LinkError               the broker cannot be reached, or refuses us
+ |   +- ServiceError        the fleet's HTTPS service cannot be reached, or failed
+ |       +- ServiceAwayError   it may answer when it is asked again later
  +- IdentityError           an identity folder or certificate is missing or wrong
  |   +- StateError          a change that is not legal in an identity's state
  |   +- AccessError         an identity that may not have what it asks for
@@ -128,6 +130,22 @@ class LinkError(FleetError):
     """The broker cannot be reached, or refuses us."""
 
     code = "link"
+
+
+class ServiceError(LinkError):
+    """The fleet's HTTPS service cannot be reached, is not whom we trust, or failed."""
+
+    code = "service"
+
+
+class ServiceAwayError(ServiceError):
+    """The service does not answer now; asked again in `retry_after_s` seconds or later it may."""
+
+    code = "service_away"
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class IdentityError(FleetError):

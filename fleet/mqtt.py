@@ -38,6 +38,7 @@ class MqttTransport(Transport):
 
     def __init__(self, identity: Identity, will: Will | None) -> None:
         self.name = identity.name
+        self._identity = identity
         self._where = f"{identity.config.host}:{identity.config.port}"
         self._lock = threading.Lock()
         self._subscriptions: dict[str, tuple[Handler, int]] = {}
@@ -54,9 +55,9 @@ class MqttTransport(Transport):
         self._closed = False
         client = paho.Client(CallbackAPIVersion.VERSION2, self.name, clean_session=True, protocol=paho.MQTTv311)
         client.username_pw_set(self.name)
-        context = identity.ssl_context()
-        context.sslsocket_class = _TlsSocket
-        client.tls_set_context(context)
+        self._context = identity.ssl_context()
+        self._context.sslsocket_class = _TlsSocket
+        client.tls_set_context(self._context)
         client.max_inflight_messages_set(MAX_IN_FLIGHT)
         client.max_queued_messages_set(MAX_QUEUED)
         client.reconnect_delay_set(*RECONNECT_S)
@@ -129,6 +130,29 @@ class MqttTransport(Transport):
         if self.is_up:
             callback()
 
+    def off_up(self, callback: Callable[[], None]) -> None:
+        if callback in self._callbacks:
+            self._callbacks.remove(callback)
+
+    def renew(self) -> None:
+        """Connects anew with the certificate that the identity's folder has now; not for the transport's own thread.
+
+        In good order, so that no will is sent; what waits for an acknowledgement is sent again. A link that is down
+        comes back with the new certificate by itself. Waits at most `CLOSE_S` seconds, and for nobody's answer.
+
+        Raises:
+            IdentityError: the new files do not load; the connection stays as it is.
+        """
+        self._identity.load_certificate(self._context)  # paho takes no second context, but this one may change
+        if self._closed or not self.is_up:
+            return
+        if not self._end_connection():
+            logger.warning("%s could not close its connection in time; it is renewed when it breaks", self.name)
+            return
+        config = self._identity.config
+        self._client.connect_async(config.host, config.port, keepalive=KEEP_ALIVE_S)
+        self._client.loop_start()
+
     def close(self) -> None:
         if self._closed:
             return
@@ -136,16 +160,20 @@ class MqttTransport(Transport):
         with self._lock:
             if self._asking_again:
                 self._asking_again.cancel()
-        on_network_thread = threading.get_ident() == self._network_thread
-        if self.is_up and self._last and not on_network_thread:
+        if self.is_up and self._last and threading.get_ident() != self._network_thread:
             self._last.wait_for_publish(CLOSE_S / 2)
+        self._end_connection()
+        self._up.clear()
+
+    def _end_connection(self) -> bool:
+        """Says goodbye to the broker; whether paho's thread has ended, too, within `CLOSE_S` seconds."""
         self._client.disconnect()
         # A network that hangs must not hold up whoever closes: paho's own join has no limit.
         stopper = threading.Thread(target=self._client.loop_stop, name=f"close-{self.name}", daemon=True)
         stopper.start()
-        if not on_network_thread:
+        if threading.get_ident() != self._network_thread:
             stopper.join(CLOSE_S)
-        self._up.clear()
+        return not stopper.is_alive()
 
     def __enter__(self) -> Self:
         return self
