@@ -19,6 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 from fleet.access import Role
 from fleet.errors import IdentityError
 from fleet.identity import CA_FILE, CERT_FILE, IDENTITY_FILE, KEY_FILE, Identity, IdentityConfig, ServerTls
+from fleet.signature import write_signature
 from fleet.topics import check_name
 
 CA_KEY_FILE: Final = "ca-key.pem"
@@ -126,6 +127,10 @@ class CertificateAuthority:
             IdentityError: `out` cannot be written.
         """
         return write_identity(self.certify(name, role), name, role, out, host, port, bundle)
+
+    def sign_bundle(self, folder: Path) -> None:
+        """Signs the manifest of the bundle in `folder`; whoever has `ca.pem` can check it (`fleet.signature`)."""
+        write_signature(folder, self._private_key)
 
     def server_tls(self, folder: Path, host: str) -> ServerTls:
         """The broker's certificate for `host`, ``localhost`` and the loopback addresses, written anew into `folder`.

@@ -11,12 +11,14 @@ from rich.console import Console
 
 from fleet.access import Role
 from fleet.cli.bench import app as bench_commands
+from fleet.cli.bundles import add, list_bundles
 from fleet.cli.cluster import MetricsPortOption, RegistryOption, RetentionOption, init, server
 from fleet.cli.doctor import doctor
 from fleet.cli.export import PASS_ON, export
 from fleet.cli.export import bundle as bundle_commands
 from fleet.cli.heads import app as heads_commands
 from fleet.cli.lazy import load
+from fleet.cli.rollouts import pause, resume, rollback, rollout, status
 from fleet.cli.state import DEFAULT_PORT, State, StateConfig, keeping
 from fleet.cli.stats import JsonOption, StateOption, device, devices, stats
 from fleet.command import run_command, stop_event
@@ -33,6 +35,13 @@ app.command("server")(server)
 app.command("devices")(devices)
 app.command("device")(device)
 app.command("stats")(stats)
+bundle_commands.command("add")(add)
+bundle_commands.command("list")(list_bundles)
+bundle_commands.command("rollout")(rollout)
+bundle_commands.command("pause")(pause)
+bundle_commands.command("resume")(resume)
+bundle_commands.command("rollback")(rollback)
+bundle_commands.command("status")(status)
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(heads_commands, name="heads")
 app.add_typer(bench_commands, name="bench")
@@ -65,6 +74,7 @@ def up(
     retention_days: RetentionOption = None,
 ) -> None:
     """Start broker, registry, collector and workers; stop them with Ctrl-C."""
+    from fleet.cli.crew import Crew
     from fleet.cli.serve import check_port, fleet_processes, resolve_bundle, watch
 
     console = Console(stderr=True)
@@ -74,7 +84,8 @@ def up(
     folder = state or State.default_folder()
     config = keeping(folder, StateConfig(host, port, str(path)), registry, retention_days)
     fleet = State.create(folder, config)
-    with fleet_processes(fleet, workers, metrics_port) as (server, started):
+    default = fleet.keep_bundle(path)
+    with fleet_processes(fleet, workers, metrics_port) as (server, started), Crew(fleet, default, workers) as crew:
         for worker in started:
             worker.wait_ready()
         for process in (server, *started):
@@ -82,7 +93,7 @@ def up(
         print(
             f"the fleet is up on {host}:{port}; next: fleet enroll NAME --out DIR, then edge-agent run DIR", flush=True
         )
-        watch(server, started, stop)
+        watch(server, started, stop, crew.tend)
 
 
 @app.command()

@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
@@ -58,6 +58,9 @@ def run_server(state: State, listen: str | None, metrics: tuple[str, int] | None
         broker = listen and stack.enter_context(broker_class(listen, port, state.server_tls(), registry.grants))
         link = stack.enter_context(transport.connect(state.identity(COLLECTOR, Role.SERVER)))
         collecting = stack.enter_context(collector(link, registry))
+        watcher = load("fleet.registry.watcher").ChangeWatcher(registry)
+        watcher.add(load("fleet.registry.rolling").RolloutEngine(registry).step, periodic=True)
+        stack.enter_context(watcher)
         if endpoint:
             endpoint.show(load("fleet.metrics").FleetMonitor(registry, collecting, link, broker))
         opening = f"broker listens on {listen}:{port} (TLS)" if broker else f"collector at the broker on {host}:{port}"
@@ -90,7 +93,7 @@ def fleet_processes(
         server.wait_ready()
         workers = []
         for number in range(1, num_workers + 1):
-            name = WORKER.replace("1", str(number))
+            name = worker_name(number)
             folder = state.identity(name, Role.WORKER).folder
             command = ("cloud_broker_worker", "run", str(folder), *options, *ports[number])
             workers.append(stack.enter_context(child(f"worker {name}", *command)))
@@ -99,20 +102,25 @@ def fleet_processes(
         yield server, workers
 
 
-def watch(server: Child, workers: list[Child], stop: threading.Event) -> None:
-    """Waits until `stop` is set, and says which worker has ended meanwhile.
+def watch(server: Child, workers: list[Child], stop: threading.Event, tend: Callable[[], None] = lambda: None) -> None:
+    """Waits until `stop` is set, says which worker has ended meanwhile, and calls `tend` now and then.
 
     Raises:
         FleetError: the server has ended, or the last of the workers.
     """
     serving = list(workers)
     while not stop.wait(WATCH_S):
+        tend()
         for ended in [process for process in (server, *serving) if process.process.poll() is not None]:
             line = f"{ended.title} ended with exit status {ended.process.returncode}"
             if ended is server or len(serving) == 1:
                 raise FleetError(f"{line}; see above")
             serving.remove(ended)
             print(f"fleet: {line}; {len(serving)} of {len(workers)} workers go on", file=sys.stderr, flush=True)
+
+
+def worker_name(number: int) -> str:
+    return WORKER.replace("1", str(number))
 
 
 def resolve_bundle(bundle: Path | None, say: object) -> Path:

@@ -116,6 +116,27 @@ class State:
             )
         return identity
 
+    @property
+    def bundles(self) -> Path:
+        """Where the bundles lie that the server hands out, each in a folder of its id's name."""
+        return self.folder / "bundles"
+
+    def keep_bundle(self, source: Path) -> str:
+        """Takes the bundle in `source` among those that the server hands out, signed by the fleet; gives its id.
+
+        Raises:
+            BundleError: a file is missing or altered.
+            ConfigError: the fleet's folder cannot be written.
+        """
+        from fleet.bundle_store import keep_bundle
+
+        authority = load("provisioning.authority").CertificateAuthority.load(self.folder / "ca")
+        kept = keep_bundle(source, self.bundles, authority.sign_bundle)
+        manifest, num_bytes = kept.manifest, sum(entry.num_bytes for entry in kept.manifest.files)
+        with self.registry() as registry:
+            registry.add_bundle(manifest.bundle_id, manifest.model.name, num_bytes)
+        return manifest.bundle_id
+
     def server_tls(self) -> ServerTls:
         """The broker's certificate for its host, made anew when missing."""
         authority = load("provisioning.authority").CertificateAuthority.load(self.folder / "ca")

@@ -145,6 +145,11 @@ class Moment(NamedTuple):
     stage_at: float
     heard_since: float = 0.0
 
+    @property
+    def began(self) -> float:
+        """Since when the stage's devices could have taken the bundle, and we would know."""
+        return max(self.stage_at, self.heard_since)
+
 
 def fate_of(seen: Candidate, before: Before, bundle_id: str, plan: Plan, at: Moment) -> tuple[Fate, str]:
     """What has become of `bundle_id` on a device, and why if it has failed."""
@@ -156,7 +161,7 @@ def fate_of(seen: Candidate, before: Before, bundle_id: str, plan: Plan, at: Mom
         return Fate.ABSENT, ""
     if seen.bundle_id == bundle_id:
         return (Fate.FAILED, f"{seen.device} took it and went offline") if is_gone else (Fate.TAKEN, "")
-    since = max(at.stage_at, before.told_at, 0.0 if before.online else seen.last_seen)
+    since = max(at.began, before.told_at, 0.0 if before.online else seen.last_seen)
     if at.now >= since + plan.take_within_s:
         return Fate.FAILED, f"{seen.device} has not taken it within {plan.take_within_s:g} s"
     return Fate.PENDING, ""
@@ -191,7 +196,7 @@ def decide(course: Course, fates: Mapping[str, tuple[Fate, str]], at: Moment) ->
     if any(fate is Fate.PENDING for fate, _ in here.values()):
         return Decision(Step.WAIT, f"{num_taken} of {len(fates)} devices have taken it")
     if not num_taken:
-        if at.now >= at.stage_at + plan.take_within_s:
+        if at.now >= at.began + plan.take_within_s:
             return Decision(Step.FAIL, f"no device was there to take it within {plan.take_within_s:g} s")
         return Decision(Step.WAIT, "its devices are offline")
     return Decision(Step.WATCH, f"{num_taken} of {len(fates)} devices have taken it")

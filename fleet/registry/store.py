@@ -31,7 +31,8 @@ from fleet.registry.models import (
 )
 from fleet.registry.reports import Fate, Key, store_report, store_reports, store_status
 from fleet.registry.retention import forget
-from fleet.registry.rolling import change_rollout, due_steps, rollout_rows, start_rollout, take_step
+from fleet.registry.rolling import change_rollout, start_rollout, take_step
+from fleet.registry.rollout_looks import due_steps, rollout_rows
 from fleet.registry.rollout_states import RolloutEvent
 from fleet.registry.rollouts import Plan
 from fleet.registry.rows import (
