@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from fleet import topics
 from fleet.access import Role
 from fleet.cli.processes import child
-from fleet.cli.state import State, StateConfig
+from fleet.cli.state import WORKER, State, StateConfig
 from fleet.desired import Settings, decode_desired, encode_desired
 from fleet.identity import Identity
 from fleet.mqtt import MqttTransport
@@ -27,13 +27,12 @@ from fleet.registry.evidence import Limits
 from fleet.registry.models import WorkerRecord
 from fleet.registry.rollouts import Plan
 from fleet.registry.rows import RolloutRow
-from fleet.registry.store import Registry
-from fleet.report import DeviceStatus, encode_report, encode_status
+from fleet.report import DeviceStatus, WorkerStatus, encode_report, encode_status
 from fleet.transport import Will
 from tests.brokers import HOST, free_port, wait_until
 from tests.registry.conftest import report
 
-OLD, GOOD, BAD, BROKEN = "b-old", "b-good", "b-bad", "b-broken"
+OLD, GOOD, BAD, BROKEN = BUNDLES = ("b-old", "b-good", "b-bad", "b-broken")
 SOURCES: Final = {
     OLD: {"cloud": 2, "exit:8": 8},
     GOOD: {"cloud": 1, "exit:8": 9},
@@ -86,10 +85,13 @@ class Site:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.state = State.create(folder / "state", StateConfig(HOST, free_port(), str(folder)))
         self.registry = stack.enter_context(self.state.registry())
-        self._serve_all()
-        for bundle_id in (OLD, GOOD, BAD, BROKEN):
+        for bundle_id in BUNDLES:
             self.registry.add_bundle(bundle_id, "tiny", 1000)
+        self._serve_all()
         self.start_server(stack)
+        worker = stack.enter_context(MqttTransport.connect(self.state.identity(WORKER, Role.WORKER)))
+        birth = encode_status(WorkerStatus(online=True, epoch=1, bundle_ids=BUNDLES))
+        worker.on_up(lambda: worker.publish(topics.worker_status(WORKER), birth, qos=1, retain=True))
         self.devices = [Device(self.state.enroll(name, Role.DEVICE, folder / name), stack) for name in DEVICES]
         self._operator = stack.enter_context(MqttTransport.connect(stack.enter_context(self.state.operator())))
         self._stop = threading.Event()
@@ -122,7 +124,7 @@ class Site:
         with Session(engine) as db, db.begin():
             db.add(
                 WorkerRecord(
-                    worker="worker-1", online=True, epoch=1, bundle_ids=[OLD, GOOD, BAD, BROKEN], version="",
+                    worker=WORKER, online=True, epoch=1, bundle_ids=list(BUNDLES), version="",
                     num_sessions=0, draining=False, last_seen=time.time(),
                 )
             )  # fmt: skip
