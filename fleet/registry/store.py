@@ -33,7 +33,7 @@ from fleet.registry.certificates import (
 from fleet.registry.configs import Target, change_settings, current_settings, desired_configs
 from fleet.registry.counting import By, Question
 from fleet.registry.database import open_database
-from fleet.registry.devices import check_device, is_device
+from fleet.registry.devices import check_device, is_device, is_online
 from fleet.registry.enrolment import enroll
 from fleet.registry.models import (
     AllowedTarget,
@@ -417,7 +417,7 @@ class Registry:
     def devices(self) -> list[DeviceRow]:
         """Every enrolled device, by name."""
         query = (
-            select(IdentityRecord, StatusRecord)
+            select(IdentityRecord, StatusRecord, is_online())
             .outerjoin(StatusRecord, StatusRecord.device == IdentityRecord.name)
             .where(is_device())
             .order_by(IdentityRecord.name)
@@ -429,7 +429,7 @@ class Registry:
                 DeviceRow(
                     identity.name,
                     identity.group,
-                    online=bool(status and status.online),
+                    online=bool(online),
                     mode=status.mode if status else "",
                     bundle_id=status.bundle_id if status else "",
                     version=status.version if status else "",
@@ -440,7 +440,7 @@ class Registry:
                     state=state_at(identity.state, identity.not_after, now),
                     tags=tags.get(identity.name, {}),
                 )
-                for identity, status in db.execute(query)
+                for identity, status, online in db.execute(query)
             ]
 
     def device(self, name: str) -> DeviceRow:
