@@ -152,6 +152,11 @@ class Service:
     def _explain(self, error: HTTPError) -> ServiceError:
         """What went wrong below HTTP, and the next step."""
         cause = next((each for each in (*error.args, error.__cause__) if isinstance(each, ssl.SSLError)), None)
+        if isinstance(cause, ssl.SSLEOFError):
+            return ServiceAwayError(
+                f"{self.url} closed the connection, as it does when it stops, and when our certificate has expired, was "
+                "revoked or is another fleet's; check the clock, or join again with a new token"
+            )
         if cause is not None:
             return ServiceError(f"no connection to {self.url}: {_explain_tls(cause)}")
         if isinstance(error, TimeoutError) and not isinstance(error, NewConnectionError):

@@ -61,7 +61,7 @@ class Fleet(NamedTuple):
 @pytest.fixture
 def fleet(service: FleetService, tmp_path: Path) -> Fleet:
     service.bundles.mkdir()
-    bundle = make_bundle(service.bundles, tmp_path / "service" / "ca" / "ca-key.pem")
+    bundle = make_bundle(service.bundles, service.ca_key)
     return Fleet(service, bundle, service.identity(tmp_path / "kitchen"))
 
 
