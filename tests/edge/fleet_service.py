@@ -92,7 +92,8 @@ class FleetService:
         """The Ranges with which a path that ends so was asked for."""
         return [asked for _, path, asked in self.requests if path.endswith(ending)]
 
-    def refuse(self, status: int, code: str, message: str, times: int = 1, **headers: str) -> None:
+    def refuse(self, status: int, code: str, message: str, times: int = 1, retry_after: str | None = None) -> None:
+        headers = {"Retry-After": retry_after} if retry_after else {}
         self.trouble.refusals += [(status, ServiceProblem(code, message), headers)] * times
 
     def publish(self, folder: Path) -> Manifest:
@@ -169,8 +170,8 @@ class FleetService:
         certificate, key = self._certify(asked.csr)
         self.keys.append(key)
         reply = JoinReply(
-            self.name, Role.DEVICE, certificate, self.ca.decode(), HOST, self.broker_port, self.url, PREFIX, self.config,
-            self.bundle_id,
+            self.name, Role.DEVICE, certificate, self.ca.decode(), HOST, self.broker_port, self.url, PREFIX,
+            self.config, self.bundle_id,
         )  # fmt: skip
         return web.Response(body=msgspec.json.encode(reply))
 

@@ -149,7 +149,7 @@ def test_a_bundle_that_the_service_does_not_have_is_its_refusal(fleet: Fleet) ->
 def test_a_full_disk_is_said_and_leaves_what_is_served(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     served = fleet.bundles / "a" / "edge"
     served.mkdir(parents=True)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(BundleError, match=r"no room for bundle .* make room; the present bundle goes on"):
         fleet.fetch()
     assert served.is_dir()

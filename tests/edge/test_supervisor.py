@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import pytest
 
 from edge_agent.agent import Agent, refuse_prompts
@@ -129,12 +130,8 @@ def publish_broken(service: FleetService, folder: Path, tmp_path: Path) -> Manif
         type(entry)(entry.path, (copy / entry.path).stat().st_size, hash_file(copy / entry.path))
         for entry in manifest.files
     )
-    write_manifest(copy, type(manifest)(**{**as_dict(manifest), "files": files}))
+    write_manifest(copy, msgspec.structs.replace(manifest, files=files))
     return service.publish(copy)
-
-
-def as_dict(manifest: Manifest) -> dict[str, object]:
-    return {name: getattr(manifest, name) for name in manifest.__struct_fields__}
 
 
 def test_settings_are_followed_from_the_next_answer_on_without_a_restart(device: Device) -> None:
