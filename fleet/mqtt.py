@@ -151,6 +151,7 @@ class MqttTransport(Transport):
             return
         config = self._identity.config
         self._client.connect_async(config.host, config.port, keepalive=KEEP_ALIVE_S)
+        self._client._reset_sockets(sockpair_only=True)  # the loop makes new ones, and would leave these open
         self._client.loop_start()
 
     def close(self) -> None:

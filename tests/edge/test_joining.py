@@ -106,14 +106,14 @@ def test_a_service_that_is_away_for_a_moment_is_asked_again(service: FleetServic
 
 
 def test_who_is_told_to_wait_waits(service: FleetService, tmp_path: Path) -> None:
-    service.refuse(429, "busy", "too many", **{"Retry-After": "1"})
+    service.refuse(429, "busy", "too many", retry_after="1")
     started = time.monotonic()
     join(service.token, service.url, tmp_path)
     assert time.monotonic() - started >= 1.0
 
 
 def test_who_is_told_to_wait_beyond_the_deadline_gives_up(service: FleetService, tmp_path: Path) -> None:
-    service.refuse(429, "busy", "too many", **{"Retry-After": "600"})
+    service.refuse(429, "busy", "too many", retry_after="600")
     with pytest.raises(ServiceAwayError, match="too many") as caught:
         join(service.token, service.url, tmp_path)
     assert not isinstance(caught.value, BusyError)
