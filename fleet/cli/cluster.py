@@ -30,20 +30,23 @@ def init(
     bundle: Annotated[Path, typer.Option(help="Model bundle, where devices and workers will find it.")],
     port: Annotated[int, typer.Option(min=1, max=65535)] = DEFAULT_PORT,
     service_port: ServicePortOption = DEFAULT_SERVICE_PORT,
+    service_host: Annotated[str | None, typer.Option(help="Where devices reach the service (default: HOST).")] = None,
     registry: RegistryOption = None,
     retention_days: RetentionOption = None,
     state: StateOption = None,
 ) -> None:
     """Make the fleet's folder, or change it: authority, registry, its own identities. Starts nothing."""
     folder = state or State.default_folder()
-    config = StateConfig(host, port, str(bundle), service_port=service_port)
+    config = StateConfig(host, port, str(bundle), service_port=service_port, service_host=service_host)
     fleet = create_fleet(folder, keeping(folder, config, registry, retention_days))
     print(f"a fleet in {fleet.folder} with its broker on {host}:{port}; next: fleet enroll, fleet server")
 
 
 def server(
     state: StateOption = None,
-    broker: Annotated[bool, typer.Option(help="With the embedded broker, or with one that runs elsewhere.")] = True,
+    broker: Annotated[
+        bool, typer.Option(help="With the embedded broker, or with one elsewhere; the service then needs --listen.")
+    ] = True,
     listen: Annotated[str | None, typer.Option(help="Address of broker and service (default: the fleet's).")] = None,
     metrics_port: MetricsPortOption = None,
     metrics_host: Annotated[str, typer.Option(help="Address of --metrics-port.")] = "127.0.0.1",
@@ -51,4 +54,4 @@ def server(
     """Run broker, collector and service alone; `fleet up` starts this."""
     fleet = State.load(state or State.default_folder())
     metrics = None if metrics_port is None else (metrics_host, metrics_port)
-    run_server(fleet, listen or fleet.config.host if broker else None, metrics)
+    run_server(fleet, listen or (fleet.config.host if broker else None), metrics, broker=broker)
