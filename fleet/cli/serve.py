@@ -58,14 +58,14 @@ def run_server(
         registry = stack.enter_context(state.registry())
         stack.enter_context(load("fleet.registry.retention").Retention(registry, state.config.retention_days))
         host, port = state.config.host, state.config.port
-        tls = state.server_tls()
+        tls = state.server_tls() if listen else None
         embedded = None
-        if listen and broker:
+        if tls and broker:
             embedded = stack.enter_context(broker_class(listen, port, tls, registry.grants))
         link = stack.enter_context(transport.connect(state.identity(COLLECTOR, Role.SERVER)))
         collecting = stack.enter_context(collector(link, registry))
         service = None
-        if listen and state.config.service_port:
+        if tls and listen and state.config.service_port:
             service = stack.enter_context(state.service(registry, listen, tls))
         if endpoint:
             endpoint.show(load("fleet.metrics").FleetMonitor(registry, collecting, link, embedded))

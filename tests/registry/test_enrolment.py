@@ -135,7 +135,8 @@ def test_a_token_ends(registry: Registry) -> None:
 
 def test_a_wrong_secret_is_an_unknown_token(registry: Registry) -> None:
     token = invite(registry)
-    for changes in ({"secret": "0" * 64}, {"id": "0" * 16}):
+    wrong: list[dict[str, Any]] = [{"secret": "0" * 64}, {"id": "0" * 16}]
+    for changes in wrong:
         with pytest.raises(UnknownTokenError, match="unknown token"):
             join(registry, token, **changes)
 
