@@ -119,13 +119,12 @@ class CertificateAuthority:
             TopicError: `name` may not stand in a topic.
             IdentityError: `out` cannot be written.
         """
-        site = Site(host, port, bundle=bundle)
-        return write_identity(self.certify(name, role), out, site.identity_config(name, role))
+        return write_identity(
+            self.certify(name, role), out, Site(host, port, bundle=bundle).identity_config(name, role)
+        )
 
     def server_tls(self, folder: Path, *hosts: str) -> ServerTls:
-        """The certificate of broker and service for `hosts`, ``localhost`` and the loopback addresses.
-
-        It is written anew into `folder`.
+        """The broker's certificate for `hosts`, ``localhost`` and the loopback addresses, written anew into `folder`.
 
         Raises:
             IdentityError: one of them is no host name or address, or the folder cannot be written.

@@ -44,9 +44,7 @@ def init(
 
 def server(
     state: StateOption = None,
-    broker: Annotated[
-        bool, typer.Option(help="With the embedded broker, or with one elsewhere; the service then needs --listen.")
-    ] = True,
+    broker: Annotated[bool, typer.Option(help="With the embedded broker, or with one that runs elsewhere.")] = True,
     listen: Annotated[str | None, typer.Option(help="Address of broker and service (default: the fleet's).")] = None,
     metrics_port: MetricsPortOption = None,
     metrics_host: Annotated[str, typer.Option(help="Address of --metrics-port.")] = "127.0.0.1",
@@ -54,4 +52,4 @@ def server(
     """Run broker, collector and service alone; `fleet up` starts this."""
     fleet = State.load(state or State.default_folder())
     metrics = None if metrics_port is None else (metrics_host, metrics_port)
-    run_server(fleet, listen or (fleet.config.host if broker else None), metrics, broker=broker)
+    run_server(fleet, listen or fleet.config.host if broker else None, metrics)

@@ -41,13 +41,11 @@ def free_port(host: str) -> int:
         return port
 
 
-def run_server(
-    state: State, listen: str | None, metrics: tuple[str, int] | None = None, *, broker: bool = True
-) -> None:
+def run_server(state: State, listen: str | None, metrics: tuple[str, int] | None = None) -> None:
     """Collector, broker and the HTTPS service in this process, until SIGTERM or SIGINT.
 
-    The latter two listen on the address `listen`; without one there is neither. The broker runs elsewhere unless
-    `broker`. `metrics` is where to tell of them.
+    The latter two listen on the address `listen`; without one the broker runs elsewhere, and there is no service.
+    `metrics` is where to tell of them.
     """
     broker_class = load("cloud_broker_worker.broker.embedded").EmbeddedBroker
     collector = load("fleet.registry.collector").Collector
@@ -58,20 +56,16 @@ def run_server(
         registry = stack.enter_context(state.registry())
         stack.enter_context(load("fleet.registry.retention").Retention(registry, state.config.retention_days))
         host, port = state.config.host, state.config.port
-        tls = state.server_tls() if listen else None
-        embedded = None
-        if tls and broker:
-            embedded = stack.enter_context(broker_class(listen, port, tls, registry.grants))
+        tls = state.server_tls()
+        broker = listen and stack.enter_context(broker_class(listen, port, tls, registry.grants))
         link = stack.enter_context(transport.connect(state.identity(COLLECTOR, Role.SERVER)))
         collecting = stack.enter_context(collector(link, registry))
         service = None
-        if tls and listen and state.config.service_port:
+        if listen and state.config.service_port:
             service = stack.enter_context(state.service(registry, listen, tls))
         if endpoint:
-            endpoint.show(load("fleet.metrics").FleetMonitor(registry, collecting, link, embedded))
-        opening = (
-            f"broker listens on {listen}:{port} (TLS)" if embedded else f"collector at the broker on {host}:{port}"
-        )
+            endpoint.show(load("fleet.metrics").FleetMonitor(registry, collecting, link, broker))
+        opening = f"broker listens on {listen}:{port} (TLS)" if broker else f"collector at the broker on {host}:{port}"
         where = f", service on {service.url}" if service else ""
         where += f", metrics on {endpoint.url}" if endpoint else ""
         print(f"{opening}, registry {state.folder}{where}", flush=True)
