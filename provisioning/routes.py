@@ -69,16 +69,23 @@ class Routes:
         return web.Response(text=crl, content_type=PEM)
 
     async def _join(self, request: web.Request) -> web.Response:
-        if wait_s := self._joins.wait_s(peer_of(peer_address(request))):
-            return too_many(wait_s)
-        body = await read_body(request, JoinRequest, self._body_s)
-        return in_json(await in_thread(self._office.join, body, peer_address(request)))
+        peer = peer_address(request)
+        return await self._answer(request, self._joins, JoinRequest, lambda body: self._office.join(body, peer))
 
     async def _renew(self, request: web.Request) -> web.Response:
-        if wait_s := self._renewals.wait_s(peer_of(peer_address(request))):
+        shown = client_fingerprint(request)
+        return await self._answer(request, self._renewals, RenewRequest, lambda body: self._office.renew(body, shown))
+
+    async def _answer(
+        self, request: web.Request, limit: RateLimit, kind: type[T], work: Callable[[T], msgspec.Struct]
+    ) -> web.Response:
+        """What succeeds does not count: a hundred devices behind one address may join, and nobody may guess."""
+        peer = peer_of(peer_address(request))
+        if wait_s := limit.wait_s(peer):
             return too_many(wait_s)
-        body = await read_body(request, RenewRequest, self._body_s)
-        return in_json(await in_thread(self._office.renew, body, client_fingerprint(request)))
+        reply = await in_thread(work, await read_body(request, kind, self._body_s))
+        limit.give_back(peer)
+        return web.Response(body=msgspec.json.encode(reply), content_type="application/json")
 
     async def _bundle_file(self, request: web.Request) -> web.StreamResponse:
         bundle_id, name = request.match_info["bundle_id"], request.match_info["name"]
@@ -148,7 +155,3 @@ def peer_address(request: web.Request) -> str:
 def too_many(wait_s: float) -> web.Response:
     """429, with the time to wait."""
     return problem(BusyError(f"too many requests from this address; ask again in {math.ceil(wait_s)} s"), wait_s)
-
-
-def in_json(reply: msgspec.Struct) -> web.Response:
-    return web.Response(body=msgspec.json.encode(reply), content_type="application/json")

@@ -164,7 +164,7 @@ def test_a_certificate_for_another_key_is_not_taken(
     service: FleetService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = service.authority.certify("kitchen", Identity.load(service.identity(tmp_path / "id").folder).config.role)
-    monkeypatch.setattr(service, "_certify", lambda csr: (other.certificate.decode(), b""))
+    monkeypatch.setattr(service, "_certify", lambda csr: (other.issued.pem, b""))
     with pytest.raises(IdentityError, match="for another key than ours"):
         join(service.token, service.url, tmp_path / "out")
     assert not (tmp_path / "out" / "identity.json").exists()

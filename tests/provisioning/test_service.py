@@ -186,6 +186,15 @@ def test_too_many_joins_from_one_address_have_to_wait(
         assert desk.ask("GET", "/v1/ca").status == 200
 
 
+def test_joins_that_succeed_do_not_count(tmp_path: Path, registry: Registry, authority: CertificateAuthority) -> None:
+    office = Office(registry, authority, Site(HOST, 8883), lambda _: None)
+    tls = authority.server_tls(tmp_path / "broker", HOST)
+    with Service(HOST, 0, tls, office, joins=RateLimit(1, 1)) as service:
+        desk = Desk(tmp_path, registry, authority, service)
+        answers = [desk.join(desk.invite(f"edge-{i}"), make_csr()[0]) for i in range(3)]
+        assert [answer.status for answer in answers] == [200, 200, 200]
+
+
 def test_without_a_registry_it_says_so_and_where_it_is_stays_in_the_log(desk: Desk, tmp_path: Path) -> None:
     token = desk.invite()
     (tmp_path / "registry.sqlite").rename(tmp_path / "elsewhere")
