@@ -17,7 +17,7 @@ from fleet.access import Grants, Role
 from fleet.denial import MAX_DENIED
 from fleet.desired import DesiredConfig, Settings
 from fleet.registry.audit import audit, audit_log, newest_change
-from fleet.registry.certificates import active_names, denied, knows_certificate, revoked_certificates
+from fleet.registry.revocation import active_names, denied, knows_certificate, revoked_certificates
 from fleet.registry.configs import Target, change_settings, current_settings, desired_configs
 from fleet.registry.counting import By, Question
 from fleet.registry.database import open_database
