@@ -52,12 +52,6 @@ def denied(db: Session, now: float, limit: int) -> list[str]:
     return list(db.scalars(query))
 
 
-def active_names(db: Session, now: float) -> list[str]:
-    """Everybody who is active, by name."""
-    is_active = and_(IdentityRecord.state == State.ACTIVE, IdentityRecord.not_after > now)
-    return list(db.scalars(select(IdentityRecord.name).where(is_active).order_by(IdentityRecord.name)))
-
-
 def _is_out(now: float) -> ColumnElement[bool]:
     has_expired = and_(IdentityRecord.state == State.ACTIVE, IdentityRecord.not_after <= now)
     return or_(IdentityRecord.state.in_(BARRED), has_expired)

@@ -17,12 +17,12 @@ from fleet.access import Grants, Role
 from fleet.denial import MAX_DENIED
 from fleet.desired import DesiredConfig, Settings
 from fleet.registry.audit import audit, audit_log, newest_change
-from fleet.registry.revocation import active_names, denied, knows_certificate, revoked_certificates
 from fleet.registry.configs import Target, change_settings, current_settings, desired_configs
 from fleet.registry.counting import By, Question
 from fleet.registry.database import open_database
 from fleet.registry.devices import check_device, is_device
 from fleet.registry.enrolment import add_identity
+from fleet.registry.everybody import all_grants
 from fleet.registry.models import (
     AllowedTarget,
     GenerationRecord,
@@ -32,6 +32,7 @@ from fleet.registry.models import (
 )
 from fleet.registry.reports import Fate, Key, store_report, store_reports, store_status
 from fleet.registry.retention import forget
+from fleet.registry.revocation import denied, knows_certificate, revoked_certificates
 from fleet.registry.rows import (
     AuditRow,
     BundleStats,
@@ -142,8 +143,7 @@ class Registry:
     def all_grants(self) -> list[Grants]:
         """What everybody who is active may do, by name."""
         with self._transactions.reading() as db:
-            names = active_names(db, time.time())
-        return [grants for name in names if (grants := self.grants(name))]
+            return all_grants(db, time.time())
 
     def knows_certificate(self, name: str, fingerprint: str) -> bool:
         """Whether the certificate of `name` with this SHA-256 (of its DER, in hex) counts: handed out, not revoked."""

@@ -13,7 +13,7 @@ from fleet.access import Role
 from fleet.denial import decode_denial
 from fleet.memory import MemoryBroker
 from fleet.registry.denials import Denials
-from fleet.registry.models import CertificateRecord, IdentityRecord
+from fleet.registry.models import AllowedTarget, CertificateRecord, IdentityRecord, TagRecord
 from fleet.registry.states import State
 from fleet.registry.store import Registry
 from tests.brokers import Inbox
@@ -133,9 +133,26 @@ def test_of_too_many_denied_those_stay_whose_certificates_live_longest(registry:
 def test_everybodys_rights_are_those_of_who_is_active(registry: Registry) -> None:
     add(registry, "d1")
     add(registry, "d2")
-    add(registry, "a1", Role.APP, targets=("d1", "d2"))
+    add(registry, "hub", Role.SERVER)
     set_identity(registry, "d2", state=State.SUSPENDED)
-    assert registry.all_grants() == [registry.grants("a1"), registry.grants("d1")]
+    assert registry.all_grants() == [registry.grants("d1"), registry.grants("hub")]
+
+
+def test_everybodys_rights_resolve_names_groups_and_tags_both_ways(registry: Registry) -> None:
+    add(registry, "d1", group="lab")
+    add(registry, "d2", group="lab")
+    add(registry, "d3")
+    registry._transactions.write(lambda db: db.add(TagRecord(device="d3", key="floor", value="1")))
+    add(registry, "by-group", Role.APP, targets=("lab", "d1"))
+    add(registry, "by-tag", Role.APP)
+    registry._transactions.write(lambda db: db.add(AllowedTarget(app="by-tag", target="floor=1")))
+    assert {grants.name: grants.targets for grants in registry.all_grants()} == {
+        "by-group": ("d1", "d2"),
+        "by-tag": ("d3",),
+        "d1": ("by-group",),
+        "d2": ("by-group",),
+        "d3": ("by-tag",),
+    }
 
 
 def test_workers_are_told_who_is_denied_when_it_changes_and_when_the_link_comes_back(registry: Registry) -> None:
