@@ -139,8 +139,7 @@ class Worker:
         while not self._stopping.is_set():
             self.last_turn = time.monotonic()
             try:
-                if self._denied is not self.engine.denied:
-                    self._send(self.engine.deny(self._denied))
+                self._deny()
                 self._take(wait=is_idle)
                 is_idle = True  # also after an error: none is repeated in haste
                 answers = self.engine.step()
@@ -159,9 +158,14 @@ class Worker:
         with suppress(queue.Empty):
             item = self._inbox.get(timeout=EXPIRY_CHECK_S / 5) if wait else self._inbox.get_nowait()
             for _ in range(self._inbox.maxsize):  # whoever floods us does not keep us from a step
+                self._deny()  # what was heard before a message counts for it
                 arrived, device, message = item
                 self._send(self.engine.handle(device, message, arrived))
                 item = self._inbox.get_nowait()
+
+    def _deny(self) -> None:
+        if self._denied is not self.engine.denied:
+            self._send(self.engine.deny(self._denied))
 
     def _send(self, answers: list[Answer]) -> None:
         for key, message in answers:

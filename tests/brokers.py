@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Final, Protocol
@@ -22,6 +22,7 @@ from cloud_broker_worker.broker.embedded import EmbeddedBroker
 from cloud_broker_worker.broker.mosquitto import write_config
 from cloud_broker_worker.broker.rights import Lookup
 from fleet.access import Grants, Role
+from fleet.errors import LinkError
 from fleet.identity import CERT_FILE, Identity, ServerTls
 from fleet.mqtt import MqttTransport
 from fleet.transport import Will
@@ -155,6 +156,14 @@ def running_site(kind: str, folder: Path, fleet: Iterable[Grants] = FLEET) -> It
         yield site
     finally:
         site.broker.stop()
+
+
+def can_connect(identity: Identity) -> bool:
+    """Whether the broker lets it in; it leaves at once."""
+    with suppress(LinkError):
+        MqttTransport.connect(identity).close()
+        return True
+    return False
 
 
 def fingerprint_of(identity: Identity) -> str:

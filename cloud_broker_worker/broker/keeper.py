@@ -17,6 +17,10 @@ HELD_S: Final = 120.0
 """Who showed a certificate before it was revoked may wait with its CONNECT; mosquitto ends that after 95 seconds."""
 
 
+MAX_EVICTIONS: Final = 20
+"""In one round, about a second's worth: other tasks wait for it."""
+
+
 class Revoked(Protocol):
     """A certificate that may not be used, of `name`; `serial` in hex."""
 
@@ -125,7 +129,7 @@ class MosquittoKeeper:
     def _evict(self, now: float) -> bool:
         """Ends the sessions that are due; whether there were any."""
         due = [item for item in self._due if item[0] <= now] if self._evictions else []
-        for item in due:
+        for item in due[:MAX_EVICTIONS]:
             assert self._evictions is not None
             self._evictions.evict(item[1])
             self._due.remove(item)

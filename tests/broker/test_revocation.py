@@ -19,7 +19,7 @@ from fleet.transport import Will
 from provisioning.certificate import write_identity
 from provisioning.site import Site
 from tests.broker import raw
-from tests.brokers import BROKERS, HOST, Inbox, wait_until
+from tests.brokers import BROKERS, HOST, Inbox, can_connect, wait_until
 from tests.registered import RegisteredSite, registered_site
 
 OUT_S = 5.0
@@ -36,13 +36,6 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RegisteredS
 def mosquitto_site(tmp_path: Path) -> Iterator[RegisteredSite]:
     with registered_site("mosquitto", tmp_path) as running:
         yield running
-
-
-def can_connect(identity: Identity) -> bool:
-    with suppress(LinkError):
-        MqttTransport.connect(identity).close()
-        return True
-    return False
 
 
 def wait_until_out(identity: Identity) -> None:

@@ -23,6 +23,7 @@ from fleet.manifest import Bundle
 from fleet.mqtt import MqttTransport
 from fleet.prompt import PromptRequest
 from fleet.registry.denials import Denials
+from fleet.registry.watcher import ChangeWatcher
 from fleet.transport import Will
 from tests.brokers import BROKERS, wait_until
 from tests.registered import RegisteredSite, registered_site
@@ -49,7 +50,9 @@ class BusyFleet:
         self.errors: dict[str, str] = {}
         self._stop = threading.Event()
         server = stack.enter_context(site.connect("s1"))
-        site.watcher.add(Denials(server, site.registry).publish)
+        watcher = ChangeWatcher(site.registry)
+        watcher.add(Denials(server, site.registry).publish)
+        stack.enter_context(watcher)
         cloud = stack.enter_context(site.connect("w1", Will(topics.worker_status("w1"), Worker.will())))
         config = WorkerConfig(num_threads=1, shared_opens=False)
         self.worker = stack.enter_context(Worker(cloud, bundle, config))

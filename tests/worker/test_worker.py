@@ -16,6 +16,7 @@ from cloud_broker_worker.config import WorkerConfig
 from cloud_broker_worker.worker import Worker
 from fleet import topics
 from fleet.codec import MAX_ENVELOPE_BYTES, decode_to_device, encode, pack_context
+from fleet.denial import encode_denial
 from fleet.manifest import Bundle
 from fleet.memory import MemoryBroker, MemoryTransport
 from fleet.messages import PROTOCOL, Assist, Close, Open, Opened, Refused, Sampling, ToDevice, Token, ToWorker
@@ -222,3 +223,48 @@ def test_a_worker_says_how_many_sessions_it_has(site: Site, whole: TinyModel) ->
     device.ask("s1", whole)
     while device.next_status().num_sessions != 1:
         pass
+
+
+def revoke(site: Site, payload: bytes) -> None:
+    with site.broker.connect("hub") as server:
+        server.publish(topics.REVOKED, payload, qos=1, retain=True)
+
+
+def test_a_device_that_is_denied_loses_its_session_and_gets_no_other(site: Site, whole: TinyModel) -> None:
+    denied, other = site.device("edge-1"), site.device("edge-2")
+    denied.ask("s1", whole)
+    other.ask("s1", whole)
+    revoke(site, encode_denial(["edge-1"]))
+    ended = denied.next_answer()
+    assert isinstance(ended, Refused)
+    assert (ended.code, ended.session, ended.retry_after_ms) == ("revoked", "s1", 0)
+    refused = denied.open("s2")
+    assert isinstance(refused, Refused)
+    assert refused.code == "revoked"
+    other.ask("s2", whole)
+
+
+def test_a_worker_that_starts_later_knows_who_is_denied(cloud_bundle: Callable[[int], Bundle]) -> None:
+    broker = MemoryBroker()
+    with broker.connect("hub") as server, broker.connect(WORKER) as link, broker.connect(DEVICE) as other:
+        server.publish(topics.REVOKED, encode_denial([DEVICE]), qos=1, retain=True)
+        device = Device(other, cloud_bundle(2))
+        with Worker(link, cloud_bundle(2), WorkerConfig(num_threads=1)):
+            refused = device.open("s1")
+    assert isinstance(refused, Refused)
+    assert refused.code == "revoked"
+
+
+def test_a_device_that_is_denied_no_more_is_served_again(site: Site, whole: TinyModel) -> None:
+    device = site.device()
+    revoke(site, encode_denial([DEVICE]))
+    assert isinstance(device.open("s1"), Refused)
+    revoke(site, encode_denial([]))
+    device.ask("s2", whole)
+
+
+def test_a_list_that_cannot_be_read_changes_nothing(site: Site, whole: TinyModel) -> None:
+    device = site.device()
+    revoke(site, encode_denial([DEVICE]))
+    revoke(site, b'{"nobody": true}')
+    assert isinstance(device.open("s1"), Refused)

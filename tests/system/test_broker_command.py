@@ -1,0 +1,106 @@
+"""`fleet broker` as a person uses it: files for a mosquitto that is started by hand, and rights for other brokers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from fleet.access import Role
+from fleet.cli.processes import child
+from fleet.cli.state import State, StateConfig
+from fleet.identity import Identity
+from tests.brokers import HOST, can_connect, find_mosquitto, free_port, listens, wait_until
+
+WAIT_S = 60.0
+OUT_S = 5.0
+
+
+def fleet_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fleet.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> State:
+    """A fleet that nothing of runs, with the device `gw` and the app `app`, which may prompt it."""
+    made = State.create(tmp_path / "state", StateConfig(HOST, free_port(), str(tmp_path)))
+    for name, role, allow in (("gw", Role.DEVICE, ()), ("app", Role.APP, ("gw",))):
+        made.enroll(name, role, tmp_path / name, allow=allow)
+    return made
+
+
+@contextmanager
+def mosquitto(config: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen([find_mosquitto("mosquitto"), "-c", str(config)])
+    try:
+        wait_until(lambda: listens(port), "mosquitto listens")
+        yield process
+    finally:
+        process.terminate()
+        process.wait(WAIT_S)
+
+
+def test_the_rights_of_everybody_in_emqxs_words(state: State) -> None:
+    lines = fleet_command("broker", "rules", "--format", "emqx", "--state", str(state.folder)).stdout.splitlines()
+    assert (
+        '{allow, {username, "app"}, publish, ["ce/v1/d/gw/prompt/app/+", "ce/v1/d/gw/cancel/app/+", "ce/v1/e/app/+"]}.'
+        in lines
+    )
+    assert '{allow, {username, "app"}, subscribe, ["ce/v1/d/+/reply/app/+", "ce/v1/d/gw/status"]}.' in lines
+    assert lines[-1] == "{deny, all}."
+
+
+def test_the_rights_of_everybody_as_json(state: State) -> None:
+    rights = json.loads(fleet_command("broker", "rules", "--format", "json", "--state", str(state.folder)).stdout)
+    (app,) = (each for each in rights if each["name"] == "app")
+    assert app["role"] == "app"
+    assert app["subscribe"] == ["ce/v1/d/+/reply/app/+", "ce/v1/d/gw/status"]
+
+
+def test_a_format_that_nobody_knows_is_refused(state: State) -> None:
+    refused = fleet_command("broker", "rules", "--format", "hivemq", "--state", str(state.folder))
+    assert refused.returncode == 1
+    assert "expected one of mosquitto, emqx, json" in refused.stderr
+
+
+@pytest.mark.mosquitto
+def test_a_mosquitto_that_was_started_by_hand_follows_the_command_and_a_signal(state: State, tmp_path: Path) -> None:
+    out, device = tmp_path / "mosquitto", Identity.load(tmp_path / "gw")
+    write = ("broker", "config", "--out", str(out), "--state", str(state.folder))
+    assert fleet_command(*write).returncode == 0
+    assert "kill -HUP" in (out / "README").read_text()
+    with mosquitto(out / "mosquitto.conf", state.config.port) as process:
+        assert can_connect(device)
+        with state.registry() as registry:
+            registry.revoke("gw")
+        assert fleet_command(*write).returncode == 0
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: not can_connect(device), "it is refused", OUT_S)
+
+
+@pytest.mark.mosquitto
+def test_a_server_beside_a_mosquitto_keeps_it_in_step(state: State, tmp_path: Path) -> None:
+    out, device = tmp_path / "mosquitto", Identity.load(tmp_path / "gw")
+    where = ("--state", str(state.folder))
+    assert fleet_command("broker", "config", "--out", str(out), *where).returncode == 0
+    with ExitStack() as stack:
+        stack.enter_context(mosquitto(out / "mosquitto.conf", state.config.port))
+        server = ("fleet.cli", "server", "--no-broker", "--mosquitto", str(out), *where)
+        stack.enter_context(child("the server", *server)).wait_ready()
+        assert can_connect(device)
+        with state.registry() as registry:
+            registry.revoke("gw")
+        wait_until(lambda: not can_connect(device), "it is refused", OUT_S)
+
+
+def test_a_mosquitto_beside_the_embedded_broker_is_refused(state: State, tmp_path: Path) -> None:
+    refused = fleet_command("server", "--mosquitto", str(tmp_path), "--state", str(state.folder))
+    assert refused.returncode == 1
+    assert "add --no-broker" in refused.stderr

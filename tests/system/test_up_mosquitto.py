@@ -1,0 +1,107 @@
+"""`fleet up --broker mosquitto`: a real broker beside the server, which keeps it equal to the registry."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from benchmarks.whole_model import WholeModel
+from fleet.access import Role
+from fleet.cli.processes import child
+from fleet.cli.state import WORKER, State
+from fleet.client import PromptClient
+from fleet.identity import Identity
+from fleet.manifest import Bundle
+from fleet.mqtt import MqttTransport
+from fleet.policy import Mode
+from fleet.prompt import PromptRequest
+from tests.broker import raw
+from tests.brokers import can_connect, free_port, listens
+
+pytestmark = pytest.mark.mosquitto
+WAIT_S = 120.0
+OUT_S = 5.0
+NUM_TOKENS = 24
+
+
+class UpFleet:
+    """`fleet up --broker mosquitto` as a process; `pids` are those that it names: mosquitto's, the server's, ..."""
+
+    def __init__(self, folder: Path, bundle: Bundle, stack: ExitStack) -> None:
+        self.port = free_port()
+        command = (
+            "fleet.cli", "up", "--broker", "mosquitto", "--state", str(folder / "state"), "--port", str(self.port),
+            "--bundle", str(bundle.folder),
+        )  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        stack.callback(self.end)
+        self.pids = self._pids_until_up()
+        self.state = State.load(folder / "state")
+
+    def _pids_until_up(self) -> list[int]:
+        assert self.process.stdout is not None
+        killer = threading.Timer(WAIT_S, self.process.kill)
+        killer.start()
+        pids = []
+        for line in self.process.stdout:
+            if line.startswith("the fleet is up"):
+                break
+            pids += [int(pid) for pid in re.findall(r"\(process (\d+)\)", line)]
+        killer.cancel()
+        return pids
+
+    def enroll(self, name: str, role: Role, folder: Path, allow: tuple[str, ...] = ()) -> Identity:
+        return self.state.enroll(name, role, folder / name, allow=allow)
+
+    def end(self) -> str:
+        """What it has said on stderr, once it has ended."""
+        self.process.terminate()
+        try:
+            return self.process.communicate(timeout=WAIT_S)[1]
+        finally:
+            self.process.kill()
+
+
+def test_a_fleet_with_mosquitto_answers_and_a_revoked_device_is_out_within_five_seconds(
+    tmp_path: Path, tiny_bundle: Bundle
+) -> None:
+    request = PromptRequest(prompt="How warm is it?", mode=Mode.VERIFIED, max_new_tokens=NUM_TOKENS)
+    with ExitStack() as stack:
+        fleet = UpFleet(tmp_path, tiny_bundle, stack)
+        device = fleet.enroll("gw", Role.DEVICE, tmp_path)
+        app = fleet.enroll("app", Role.APP, tmp_path, allow=("gw",))
+        stack.enter_context(child("gw", "edge_agent", "run", str(device.folder), "--threads", "1")).wait_ready()
+        client = PromptClient(stack.enter_context(MqttTransport.connect(app)))
+        replies = list(client.ask("gw", request, timeout_s=WAIT_S))
+        tokens = [reply.token_id for reply in replies if reply.token_id is not None]
+        assert tokens == WholeModel(tiny_bundle, num_threads=1).generate("How warm is it?", NUM_TOKENS)
+        with raw.connected(fleet.enroll("thief", Role.DEVICE, tmp_path)) as thief:
+            with fleet.state.registry() as registry:
+                registry.revoke("thief")
+            thief.settimeout(OUT_S)
+            assert raw.is_closed(thief)
+        assert not can_connect(Identity.load(tmp_path / "thief"))
+        assert list(client.ask("gw", request, timeout_s=WAIT_S))[-1].finish_reason == replies[-1].finish_reason
+        worker = Identity.load(fleet.state.folder / "identities" / WORKER)
+        assert worker.config.shared_subscriptions
+        fleet.process.terminate()
+        assert fleet.process.wait(WAIT_S) == 0
+        assert not listens(fleet.port)
+
+
+def test_a_mosquitto_that_dies_ends_the_fleet_with_a_line_that_names_it(tmp_path: Path, tiny_bundle: Bundle) -> None:
+    with ExitStack() as stack:
+        fleet = UpFleet(tmp_path, tiny_bundle, stack)
+        os.kill(fleet.pids[0], signal.SIGKILL)
+        assert fleet.process.wait(WAIT_S) == 1
+        assert fleet.end().splitlines()[-1] == "fleet: mosquitto ended with exit status -9; see above"
