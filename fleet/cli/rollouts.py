@@ -157,3 +157,5 @@ def _say(row: Any, done: str, *, as_json: bool) -> None:
         print(msgspec.json.encode(row).decode())
     else:
         print(f"roll-out {row.id} of bundle {row.bundle_id} is {done}; see 'fleet bundle status'")
+        if row.state == "waiting" and row.doing:
+            print(f"it waits: {row.doing}")

@@ -10,6 +10,7 @@ deviations, and then that of `FINAL_Z` (Haybittle 1971, Peto 1976).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import Annotated, Final, NamedTuple
@@ -18,7 +19,7 @@ from msgspec import Meta, Struct
 
 from fleet.prompt import Share
 from fleet.registry.rollup_tables import BUCKETS_MS, NUM_BUCKETS, TPOT
-from fleet.registry.tally import Tally, quantile_ms
+from fleet.registry.tally import quantile_ms
 
 LOOK_Z: Final = 3.0
 FINAL_Z: Final = 1.645  # 95%, one-sided
@@ -59,15 +60,18 @@ class Counted(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """Answers of the new bundle; of the same devices with others; and of the other devices with others."""
+    """Answers of the new bundle; of the same devices with others; and of the other devices with others.
 
-    new: Tally
-    same: Tally
-    others: Tally
+    Each is counted by the columns of a roll-up.
+    """
+
+    new: Counter[str]
+    same: Counter[str]
+    others: Counter[str]
 
     @property
     def num_answers(self) -> int:
-        return self.new.counts["answers"]
+        return self.new["answers"]
 
 
 def wilson(counted: Counted, z: float) -> tuple[float, float]:
@@ -172,11 +176,10 @@ def _old(evidence: Evidence, part: str, whole: str, least: int) -> Counted:
     return same if same.n >= least or not others.n else others
 
 
-def _share(tally: Tally, part: str, whole: str) -> Counted:
-    counts = tally.counts
+def _share(counts: Counter[str], part: str, whole: str) -> Counted:
     amount = counts[whole]
     return Counted(min(1.0, counts[part] / amount), min(amount, counts["answers"])) if amount else Counted(0.0, 0)
 
 
-def _histogram(tally: Tally) -> list[int]:
-    return [tally.counts[name] for name in TPOT]
+def _histogram(counts: Counter[str]) -> list[int]:
+    return [counts[name] for name in TPOT]

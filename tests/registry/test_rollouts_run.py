@@ -153,7 +153,7 @@ def test_a_bad_bundle_stops_at_the_canary_and_is_undone(site: Site) -> None:
     assert row.reason == "offload 90.0%, before 20.0%, limit 10.0% more"
     assert said(site) == before
     assert site.step().state == "undone"
-    assert site.registry.audit_log("1")[0].actor == "rollout 1"
+    assert site.registry.audit_log("rollout:1")[0].actor == "rollout 1"
 
 
 def test_a_bad_bundle_is_undone_before_its_observation_is_over(site: Site) -> None:
@@ -391,7 +391,7 @@ def test_two_servers_take_each_step_once(site: Site) -> None:
     for _ in range(4):
         site.step()
         other.step()
-    stages = [each.details["stage"] for each in site.registry.audit_log("1") if each.action == "rollout_stage"]
+    stages = [each.details["stage"] for each in site.registry.audit_log("rollout:1") if each.action == "rollout_stage"]
     assert stages == [1]
 
 
