@@ -38,7 +38,7 @@ def rollout(
     min_answers: Annotated[int | None, typer.Option(help="Nothing is judged before (default 20).")] = None,
     max_failed: Annotated[float | None, typer.Option(help="Share of devices that may fail (default 0.1).")] = None,
     agreement_sample: Annotated[
-        float | None, typer.Option(help="Share of answers that the cloud judges meanwhile (default 0.1).")
+        float | None, typer.Option(help="Share of answers that the cloud judges meanwhile (default 0.25).")
     ] = None,
     observe: Annotated[str | None, typer.Option(help="How long a stage is watched at least (default 10m).")] = None,
     take_within: Annotated[str | None, typer.Option(help="Time to take the bundle (default 30m).")] = None,

@@ -306,3 +306,31 @@ def test_a_bundle_may_fail_as_often_as_the_one_before_it() -> None:
         each.outcome
         for each in examine(Evidence(counted(20, finish_reason="error"), old, NOTHING), Limits(), is_final=True)
     ]
+
+
+def test_judged_tokens_are_as_many_observations_as_the_answers_that_they_would_fill() -> None:
+    def outcomes(judged: int) -> list[str]:
+        new = counted(40, **cloud(2), judged=judged, agreed=0)
+        return [each.text for each in examine(Evidence(new, OLD, NOTHING), Limits(), is_final=True)]
+
+    assert not any(text.startswith("agreement") for text in outcomes(1))  # 4 of 40 answers' worth
+    assert any(text.startswith("agreement") for text in outcomes(2))
+
+
+def test_a_quantile_of_few_earlier_answers_is_taken_where_it_may_be_at_the_most() -> None:
+    few, many = (counted(6 * n, tpot_ms=5.0) + counted(4 * n, tpot_ms=20.0) for n in (2, 200))
+    new = counted(20, tpot_ms=20.0)
+    said = [
+        [each.outcome for each in examine(Evidence(new, old, NOTHING), Limits(), is_final=True)][-2]
+        for old in (few, many)
+    ]
+    assert said == [Outcome.UNSURE, Outcome.WORSE]
+
+
+def test_a_value_beyond_its_limit_is_watched_on_and_decides_at_last() -> None:
+    outcomes = [
+        examine(Evidence(counted(n, **cloud(4)), OLD, NOTHING), Limits(), is_final=True)[0].outcome
+        for n in (20, 199, 200)
+    ]
+    assert outcomes[0] is Outcome.UNSURE
+    assert outcomes[2] is Outcome.WORSE

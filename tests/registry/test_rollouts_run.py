@@ -289,7 +289,7 @@ def test_its_devices_and_as_many_others_are_sampled_while_it_lasts(site: Site) -
     site.registry.change_settings(Target(Scope.DEVICE, "d1"), lambda _: own)
     site.begin()
     assert {device: settings.agreement_sample for device, settings in said(site).items() if settings != Settings()} == {
-        "d0": 0.1, "d1": 0.1,
+        "d0": 0.25, "d1": 0.25,
     }  # fmt: skip
     site.stage(GOOD)
     assert site.on(NEW) == ["d0", "d1"]
