@@ -193,7 +193,7 @@ class State:
         out = self.folder / "identities" / name
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two commands may need a new identity at once
-            if not (out / "identity.json").exists():
+            if not self.has_identity(name):
                 return self.enroll(name, role, out)
         identity = Identity.load(out)
         current = msgspec.structs.replace(
@@ -207,6 +207,10 @@ class State:
             identity = Identity(out, current)
             identity.save()
         return identity
+
+    def has_identity(self, name: str) -> bool:
+        """Whether that is one of the fleet's own."""
+        return (self.folder / "identities" / name / "identity.json").exists()
 
     @contextmanager
     def operator(self) -> Iterator[Identity]:
