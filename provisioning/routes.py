@@ -12,6 +12,7 @@ from typing import Final, TypeVar
 
 import msgspec
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 
 from fleet.errors import BusyError, FleetError, OversizedError, RegistryError
 from fleet.joining import (
@@ -90,15 +91,21 @@ class Routes:
     async def _bundle_file(self, request: web.Request) -> web.StreamResponse:
         bundle_id, name = request.match_info["bundle_id"], request.match_info["name"]
         path = await in_thread(self._office.bundle_file, bundle_id, name, client_fingerprint(request))
-        response = web.FileResponse(path)
+        return TimedFile(path)
+
+
+class TimedFile(web.FileResponse):
+    """A file, or the range of it that was asked for, for who takes it within `DOWNLOAD_S` seconds."""
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         try:
             async with asyncio.timeout(DOWNLOAD_S):
-                await response.prepare(request)
+                return await super().prepare(request)
         except TimeoutError:
-            log.warning("%s did not take %s within %g s", peer_address(request), path, DOWNLOAD_S)
+            log.warning("%s did not take %s within %g s", peer_address(request), request.path, DOWNLOAD_S)
             if request.transport:
                 request.transport.abort()
-        return response
+            raise ConnectionResetError from None
 
 
 @web.middleware
@@ -147,7 +154,7 @@ def client_fingerprint(request: web.Request) -> str | None:
     return hashlib.sha256(certificate).hexdigest() if certificate else None
 
 
-def peer_address(request: web.Request) -> str:
+def peer_address(request: web.BaseRequest) -> str:
     """The address that the connection came from."""
     return request.remote or "0.0.0.0"
 

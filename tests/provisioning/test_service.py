@@ -294,11 +294,12 @@ def test_nobody_renews_for_another_name_or_with_the_old_key(desk: Desk) -> None:
 # Bundles.
 
 
-def test_a_device_and_a_worker_fetch_a_bundles_files(desk: Desk) -> None:
+def test_a_device_and_a_worker_fetch_a_bundles_files(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
     content = desk.write_bundle()
     for identity in (desk.identity(), desk.identity("worker-1", Role.WORKER)):
         assert desk.ask("GET", "/v1/bundles/b1/edge/block_0.onnx", None, identity).body == content
         assert "files" in desk.ask("GET", "/v1/bundles/b1/manifest.json", None, identity).json
+    assert caplog.records == []
 
 
 def test_a_download_goes_on_from_where_it_was(desk: Desk) -> None:
