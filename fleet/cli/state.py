@@ -179,11 +179,13 @@ class State:
 
     def service(self, registry: Registry, listen: str, tls: ServerTls) -> Any:
         """The HTTPS service, not yet started."""
+        authority = self.authority()
         office = load("provisioning.office").Office(
             registry,
-            self.authority(),
+            authority,
             self.site(),
             self.bundle_folder,
+            lambda: authority.crl(registry.revoked_certificates()).decode(),
             bundle_id=bundle_id_of(Path(self.config.bundle)),
         )
         return load("provisioning.service").Service(listen, self.config.service_port, tls, office)
