@@ -147,6 +147,15 @@ def test_a_clock_that_is_behind_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         join(service.token, service.url, tmp_path / "out")
 
 
+def test_a_certificate_that_has_expired_by_this_clock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("provisioning.authority.LEAF_DAYS", 0)
+    with (
+        FleetService(tmp_path / "service").running() as service,
+        pytest.raises(ServiceError, match="has expired by this machine's clock"),
+    ):
+        join(service.token, service.url, tmp_path / "out")
+
+
 def test_a_folder_that_is_complete_says_so(service: FleetService, tmp_path: Path) -> None:
     join(service.token, service.url, tmp_path)
     with pytest.raises(IdentityError, match="is complete: it is the identity of kitchen"):

@@ -118,6 +118,20 @@ def test_joining_twice_says_that_it_is_done(fleet: Fleet, tmp_path: Path) -> Non
     assert len(again.stderr.splitlines()) == 1
 
 
+def test_a_device_whose_bundle_did_not_come_has_joined_and_fetches_it_when_it_runs(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    assert fleet.service.bundle_id
+    there, away = fleet.service.bundles / fleet.service.bundle_id, fleet.service.bundles / "away"
+    there.replace(away)
+    joined = fleet.join(tmp_path / "d1")
+    assert joined.returncode == 1
+    assert "d1 has joined; its bundle is not here yet" in joined.stderr
+    away.replace(there)
+    with running(tmp_path / "d1"):
+        assert fleet.status(online=True).bundle_id == fleet.service.bundle_id
+
+
 def test_what_is_no_token_is_one_line_that_does_not_repeat_it(tmp_path: Path) -> None:
     result = edge_agent("join", "s3cret", "--server", "https://127.0.0.1:1", "--out", str(tmp_path / "d1"))
     assert result.returncode == 1
