@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from edge_agent.files import sync_folder, write_file
 from edge_agent.service import Service
 from edge_agent.slots import SlotStore, partial_name
 from fleet.errors import BundleError, ServiceAwayError
+from fleet.files import sync_folder, write_file
 from fleet.identity import CA_FILE, Identity
 from fleet.manifest import MANIFEST_FILE, FileEntry, Manifest, check_file, read_manifest
 from fleet.policy import backoff_s

@@ -9,10 +9,10 @@ from typing import Any, Final
 import msgspec
 
 from edge_agent.config import AgentConfig
-from edge_agent.files import write_file
 from edge_agent.slots import Slots, has_given_up
 from fleet.desired import DesiredConfig, Settings, decode_desired, encode_desired
 from fleet.errors import ConfigError, ProtocolError
+from fleet.files import write_file
 
 DESIRED_FILE: Final = "desired.json"
 NOTHING_WANTED: Final = DesiredConfig(0, Settings())

@@ -12,11 +12,11 @@ import msgspec
 from urllib3.exceptions import InsecureRequestWarning
 
 from edge_agent.credentials import check_certificate, fingerprint, new_key, only_first, signing_request
-from edge_agent.files import create_file, write_file
 from edge_agent.following import save_desired
 from edge_agent.service import Service, check_url, persistently
 from edge_agent.slots import Slots, SlotStore
 from fleet.errors import ConfigError, IdentityError, ServiceError
+from fleet.files import create_file, write_file
 from fleet.identity import CA_FILE, CERT_FILE, IDENTITY_FILE, KEY_FILE, Identity, IdentityConfig
 from fleet.joining import JoinReply, JoinRequest, Token
 from fleet.topics import PREFIX

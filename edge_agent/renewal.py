@@ -1,9 +1,4 @@
-"""A new key and certificate at two thirds of a certificate's life, without an end of service.
-
-Key and certificate are two files, and no file system replaces two at once. So both go into one, `renewed.pem`, in one
-step, and from then on that is what counts (`Identity.load_certificate`); then each takes its place, and `renewed.pem`
-goes. A process that dies anywhere in between leaves a pair that fits, and the next one finishes.
-"""
+"""A new key and certificate at two thirds of a certificate's life, without an end of service."""
 
 from __future__ import annotations
 
@@ -13,30 +8,22 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from edge_agent.credentials import check_certificate, lifetime, new_key, signing_request
-from edge_agent.files import sync_folder, write_file
 from edge_agent.service import Service, persistently
 from fleet.errors import FleetError, IdentityError
-from fleet.identity import CA_FILE, CERT_FILE, KEY_FILE, RENEWED_FILE, Identity
+from fleet.identity import CA_FILE, CERT_FILE, Identity
 from fleet.joining import RenewRequest
+from fleet.renewal import finish_renewal, renewal_in_s, replace_pair
 
-DUE: Final = 2 / 3  # of a certificate's life
-SPREAD: Final = 1 / 30  # of it, so that devices that joined together do not all ask together
 ASK_S: Final = 60.0
 CHECK_S: Final = 600.0  # a clock may be set meanwhile
 RETRY_S: Final = (1.0, CHECK_S)
 STOP_S: Final = 5.0
 
 log = logging.getLogger(__name__)
-
-
-def renewal_in_s(not_before: float, not_after: float, now: float, draw: float) -> float:
-    """Seconds until a certificate is due, 0 when it is: at two thirds of its life and up to `SPREAD` more by `draw`."""
-    return max(0.0, not_before + (not_after - not_before) * (DUE + SPREAD * draw) - now)
 
 
 def retry_in_s(not_after: float, now: float, draw: float) -> float:
@@ -59,22 +46,9 @@ def renew(identity: Identity, key: bytes, stop: threading.Event | None = None) -
     certificate = reply.certificate.encode()
     try:
         check_certificate(certificate, key, (identity.folder / CA_FILE).read_bytes(), identity.name, time.time())
-        write_file(identity.folder / RENEWED_FILE, certificate + key)
-        finish_renewal(identity.folder)
+        replace_pair(identity.folder, certificate, key)
     except OSError as error:
         raise IdentityError(f"cannot renew in {identity.folder}: {error.strerror}; the old certificate stays") from None
-
-
-def finish_renewal(folder: Path) -> None:
-    """Puts key and certificate of `renewed.pem` in their places, if there is one. Raises OSError."""
-    renewed = folder / RENEWED_FILE
-    if not renewed.exists():
-        return
-    certificate, key_begin, key = renewed.read_bytes().partition(b"-----BEGIN PRIVATE KEY-----")
-    write_file(folder / KEY_FILE, key_begin + key)
-    write_file(folder / CERT_FILE, certificate, mode=0o644)
-    renewed.unlink()
-    sync_folder(folder)
 
 
 class Renewer:

@@ -14,8 +14,8 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from edge_agent.files import write_file
 from fleet.errors import ConfigError
+from fleet.files import write_file
 from fleet.messages import Id
 from fleet.report import MAX_LABEL_LENGTH, Amount, Label
 

@@ -125,11 +125,22 @@ class ServerTls:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             context.load_verify_locations(self.ca_file)
+        except (ssl.SSLError, OSError) as error:
+            raise IdentityError(f"the CA certificate {self.ca_file} does not load: {error}; restore it") from None
+        self.load_certificate(context)
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        return context
+
+    def load_certificate(self, context: ssl.SSLContext) -> None:
+        """Puts certificate and key, as they are on disk now, into `context`; connections from then on see them.
+
+        Raises:
+            IdentityError: the files do not load.
+        """
+        try:
             context.load_cert_chain(self.cert_file, self.key_file)
         except (ssl.SSLError, OSError) as error:
             raise IdentityError(
                 f"the broker's certificate {self.cert_file} does not load: {error}; make it again with 'fleet up'"
             ) from None
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        return context

@@ -16,7 +16,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from fleet.errors import LinkError
+from fleet.errors import IdentityError, LinkError
 from fleet.identity import Identity
 from fleet.transport import MAX_QUEUED, Handler, Transport, Will, dispatch, guarded
 
@@ -52,7 +52,7 @@ class MqttTransport(Transport):
         self._trouble = "it did not answer"
         self._network_thread = 0
         self._last: paho.MQTTMessageInfo | None = None
-        self._closed = False
+        self._closed = threading.Event()
         client = paho.Client(CallbackAPIVersion.VERSION2, self.name, clean_session=True, protocol=paho.MQTTv311)
         client.username_pw_set(self.name)
         self._context = identity.ssl_context()
@@ -63,6 +63,7 @@ class MqttTransport(Transport):
         client.reconnect_delay_set(*RECONNECT_S)
         if will:
             client.will_set(will.topic, will.payload, qos=1, retain=True)
+        client.on_pre_connect = self._on_pre_connect
         client.on_socket_open = self._on_socket_open
         client.on_connect = self._on_connect
         client.on_connect_fail = self._on_connect_fail
@@ -98,7 +99,7 @@ class MqttTransport(Transport):
         return self._up.is_set()
 
     def publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> None:
-        if self._closed:
+        if self._closed.is_set():
             raise LinkError(f"{self.name} is closed; connect again")
         if qos == 0 and not self.is_up:
             raise LinkError(f"{self.name} has no link to the broker at {self._where}; send again when it is up")
@@ -144,12 +145,12 @@ class MqttTransport(Transport):
             IdentityError: the new files do not load; the connection stays as it is.
         """
         self._identity.load_certificate(self._context)  # paho takes no second context, but this one may change
-        if self._closed or not self.is_up:
+        if self._closed.is_set() or not self.is_up:
             return
         if not self._end_connection():
             logger.warning("%s could not close its connection in time; it is renewed when it breaks", self.name)
             return
-        if self._closed:
+        if self._closed.is_set():
             return
         config = self._identity.config
         self._client.connect_async(config.host, config.port, keepalive=KEEP_ALIVE_S)
@@ -157,9 +158,9 @@ class MqttTransport(Transport):
         self._client.loop_start()
 
     def close(self) -> None:
-        if self._closed:
+        if self._closed.is_set():
             return
-        self._closed = True
+        self._closed.set()
         with self._lock:
             if self._asking_again:
                 self._asking_again.cancel()
@@ -197,6 +198,13 @@ class MqttTransport(Transport):
                 self._granted[mid] = topic_filter, granted
         return granted
 
+    def _on_pre_connect(self, _client: object, _data: object) -> None:
+        """Whoever renewed the files meanwhile, the next connection is made with what they hold."""
+        try:
+            self._identity.load_certificate(self._context)
+        except IdentityError as error:
+            logger.warning("%s connects with the certificate that it had: %s", self.name, error)
+
     def _on_socket_open(self, _client: object, _data: object, sock: object) -> None:
         """paho leaves Nagle's algorithm on, which costs 40 ms a QoS 1 message."""
         self._heard = False
@@ -233,7 +241,7 @@ class MqttTransport(Transport):
     ) -> None:
         was_up, heard = self.is_up, self._heard
         self._up.clear()
-        if self._closed:
+        if self._closed.is_set():
             return
         if was_up:
             logger.info("%s lost its link to the broker at %s (%s); connecting again", self.name, self._where, reason)
@@ -265,7 +273,7 @@ class MqttTransport(Transport):
             logger.warning("the broker does not let %s read %s; asking again until it does", self.name, topic_filter)
         with self._lock:
             self._refused.add(topic_filter)
-            if not self._closed and self._asking_again is None:
+            if not self._closed.is_set() and self._asking_again is None:
                 self._asking_again = threading.Timer(ASK_AGAIN_S, self._ask_again)
                 self._asking_again.daemon = True
                 self._asking_again.start()

@@ -17,11 +17,12 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
 from fleet.access import Role
 from fleet.errors import IdentityError
+from fleet.files import write_file
 from fleet.identity import CA_FILE, CERT_FILE, KEY_FILE, Identity, ServerTls
 from fleet.registry.rows import IssuedCertificate
 from fleet.signature import write_signature
 from fleet.topics import check_name
-from provisioning.certificate import Certificate, issued_certificate, write_file, write_identity
+from provisioning.certificate import Certificate, issued_certificate, write_identity
 from provisioning.crl import CRL_DAYS, Revoked, sign_crl
 from provisioning.site import Site
 
@@ -63,8 +64,8 @@ class CertificateAuthority:
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".ca-") as made:  # mode 0700
                 content = Path(made) / "ca"
                 content.mkdir(mode=0o700)
-                write_file(content / CA_KEY_FILE, _private_pem(private_key, passphrase), mode=0o600)
-                write_file(content / CA_FILE, certificate.public_bytes(serialization.Encoding.PEM))
+                write_file(content / CA_KEY_FILE, _private_pem(private_key, passphrase))
+                write_file(content / CA_FILE, certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
                 content.rename(folder)
         except OSError as error:
             raise IdentityError(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fleet.errors import IdentityError
+from fleet.files import write_file
 from fleet.identity import CA_FILE, CERT_FILE, IDENTITY_FILE, KEY_FILE, Identity, IdentityConfig
 from fleet.registry.rows import IssuedCertificate
 
@@ -34,9 +33,9 @@ class Certificate:
         """
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_file(folder / KEY_FILE, self.private_key, mode=0o600)
-            write_file(folder / CERT_FILE, self.issued.pem.encode())
-            write_file(folder / CA_FILE, self.ca)
+            write_file(folder / KEY_FILE, self.private_key)
+            write_file(folder / CERT_FILE, self.issued.pem.encode(), mode=0o644)
+            write_file(folder / CA_FILE, self.ca, mode=0o644)
         except OSError as error:
             raise IdentityError(
                 f"cannot write an identity into {folder}: {error.strerror}; choose another folder"
@@ -51,7 +50,7 @@ def write_identity(certificate: Certificate, out: Path, config: IdentityConfig) 
     """
     certificate.write(out)
     try:
-        write_file(out / IDENTITY_FILE, msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
+        write_file(out / IDENTITY_FILE, msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n", mode=0o644)
     except OSError as error:
         raise IdentityError(f"cannot write {out / IDENTITY_FILE}: {error.strerror}; choose another folder") from None
     return Identity(out, config)
@@ -75,18 +74,3 @@ def hash_key(key: ec.EllipticCurvePublicKey) -> str:
     """SHA-256 of the key's SPKI (RFC 5280 section 4.1.2.7), in hex."""
     spki = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(spki).hexdigest()
-
-
-def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Replaces `path` by `data` in one step; it never has wider rights than `mode`."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # mode 0600
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(descriptor)
-        Path(temporary).chmod(mode)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

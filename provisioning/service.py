@@ -63,11 +63,11 @@ class Service:
 
     def __enter__(self) -> Self:
         """Raises ConfigError when it cannot listen there, IdentityError when its certificate does not load."""
-        context = self._tls.ssl_context()
-        context.verify_mode = ssl.CERT_OPTIONAL
+        self._context = self._tls.ssl_context()
+        self._context.verify_mode = ssl.CERT_OPTIONAL
         listener = _listen(self.host, self.port)
         self.port = listener.getsockname()[1]
-        self._thread = threading.Thread(target=self._run, args=(listener, context), name="service", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(listener, self._context), name="service", daemon=True)
         self._thread.start()
         self._loop = self._started.result(START_S)
         return self
@@ -78,6 +78,10 @@ class Service:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join(STOP_S)
+
+    def reload_certificate(self) -> None:
+        """Shows the certificate that is on disk now to whoever connects from then on; raises IdentityError."""
+        self._tls.load_certificate(self._context)
 
     @property
     def url(self) -> str:

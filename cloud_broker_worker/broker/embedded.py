@@ -42,11 +42,11 @@ class EmbeddedBroker:
 
     def __enter__(self) -> Self:
         """Raises ConfigError when it cannot listen there, IdentityError when its certificate does not load."""
-        broker_class, context = _broker_class(), self._tls.ssl_context()
+        broker_class, self._context = _broker_class(), self._tls.ssl_context()
         listener = _listen(self.host, self.port)
         self.port = listener.getsockname()[1]
         self._thread = threading.Thread(
-            target=self._run, args=(broker_class, listener, context), name="broker", daemon=True
+            target=self._run, args=(broker_class, listener, self._context), name="broker", daemon=True
         )
         self._thread.start()
         self._loop = self._started.result(START_S)
@@ -58,6 +58,10 @@ class EmbeddedBroker:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join(STOP_S)
+
+    def reload_certificate(self) -> None:
+        """Shows the certificate that is on disk now to whoever connects from then on; raises IdentityError."""
+        self._tls.load_certificate(self._context)
 
     @property
     def is_serving(self) -> bool:

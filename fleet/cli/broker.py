@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -97,7 +98,7 @@ def write_mosquitto(
     mosquitto = load("cloud_broker_worker.broker.mosquitto")
     crl = load("provisioning.crl")
     signer, leaf_days = fleet.authority(), load("provisioning.authority").LEAF_DAYS
-    tls = signer.server_tls(folder, fleet.config.host)
+    tls = fleet.server_tls(folder)
     path: Path = mosquitto.write_config(
         folder, port or fleet.config.port, tls, registry.all_grants(), host or fleet.config.host, has_crl=True
     )
@@ -136,14 +137,22 @@ def start_mosquitto(fleet: State, folder: Path) -> Child:
     return process
 
 
-def mosquitto_keeper(fleet: State, registry: Registry, folder: Path, reload: str | None) -> Any:
-    """What keeps the files in `folder` equal to the registry; `reload` is a command, None is SIGHUP.
+def mosquitto_reload(folder: Path, command: str | None) -> Callable[[], None]:
+    """What makes the mosquitto of `folder` read its files again: a command, or SIGHUP when it is None."""
+    how = load("cloud_broker_worker.broker.reload")
+    pid_file = folder / load("cloud_broker_worker.broker.mosquitto").PID_FILE
+    reload: Callable[[], None] = how.by_command(command) if command else how.by_signal(pid_file)
+    return reload
+
+
+def mosquitto_keeper(fleet: State, registry: Registry, folder: Path, reload: Callable[[], None]) -> Any:
+    """What keeps the files in `folder` equal to the registry.
 
     Raises:
         ConfigError: `write_mosquitto` has not been there.
         IdentityError: there is no certificate authority.
     """
-    mosquitto, how = load("cloud_broker_worker.broker.mosquitto"), load("cloud_broker_worker.broker.reload")
+    mosquitto = load("cloud_broker_worker.broker.mosquitto")
     if not (folder / mosquitto.CONFIG_FILE).exists():
         raise ConfigError(f"no {mosquitto.CONFIG_FILE} in {folder}; make it: fleet broker config --out {folder}")
     signer = fleet.authority()
@@ -151,6 +160,6 @@ def mosquitto_keeper(fleet: State, registry: Registry, folder: Path, reload: str
         folder,
         registry,
         load("provisioning.crl").CrlFile(folder / mosquitto.CRL_FILE, signer),
-        how.by_command(reload) if reload else how.by_signal(folder / mosquitto.PID_FILE),
+        reload,
         load("provisioning.eviction").Evictions(signer, fleet.config.host, fleet.config.port),
     )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fleet.access import Role
-from fleet.cli.broker import mosquitto_keeper
+from fleet.cli.broker import mosquitto_keeper, mosquitto_reload
 from fleet.cli.lazy import load
 from fleet.cli.state import COLLECTOR, State
+from fleet.cli.upkeep import Upkeep
 from fleet.command import stop_event
 
 if TYPE_CHECKING:
@@ -49,8 +51,9 @@ def run_server(state: State, options: ServerOptions) -> None:
         broker = stack.enter_context(broker_class(listen, port, tls, registry.admitted)) if options.has_broker else None
         link = stack.enter_context(transport.connect(state.identity(COLLECTOR, Role.SERVER)))
         collecting = stack.enter_context(collector(link, registry))
-        stack.enter_context(_follow_ups(state, registry, link, options))
         service = stack.enter_context(state.service(registry, listen, tls)) if state.config.service_port else None
+        shown = [each for each in (broker, service) if each]
+        stack.enter_context(_follow_ups(state, registry, link, options, shown))
         if endpoint:
             endpoint.show(load("fleet.metrics").FleetMonitor(registry, collecting, link, broker))
         opening = f"broker listens on {listen}:{port} (TLS)" if broker else f"collector at the broker on {host}:{port}"
@@ -60,15 +63,25 @@ def run_server(state: State, options: ServerOptions) -> None:
         stop.wait()
 
 
-def _follow_ups(state: State, registry: Registry, link: MqttTransport, options: ServerOptions) -> ChangeWatcher:
-    """What is done after each change of the registry, and again whenever the broker may have forgotten it."""
+def _follow_ups(
+    state: State, registry: Registry, link: MqttTransport, options: ServerOptions, shown: Sequence[Any]
+) -> ChangeWatcher:
+    """What is done after each change of the registry, and again whenever the broker may have forgotten it.
+
+    `shown` are those that show the server's certificate.
+    """
     watcher: ChangeWatcher = load("fleet.registry.watcher").ChangeWatcher(registry)
-    configs: Any = load("fleet.registry.publisher").ConfigPublisher(link, registry)
+    folders, reloads = [state.folder / "broker"], [each.reload_certificate for each in shown]
+    if options.mosquitto:  # first of all: who was revoked is to be out
+        reload = mosquitto_reload(options.mosquitto, options.reload)
+        watcher.add(mosquitto_keeper(state, registry, options.mosquitto, reload).sync, periodic=True)
+        folders.append(options.mosquitto)
+        reloads.append(reload)
+    configs = load("fleet.registry.publisher").ConfigPublisher(link, registry)
     watcher.add(load("fleet.registry.denials").Denials(link, registry).publish)
-    watcher.add(load("fleet.registry.rolling").RolloutEngine(registry).step, periodic=True)
     watcher.add(configs.publish)
-    if options.mosquitto:
-        watcher.add(mosquitto_keeper(state, registry, options.mosquitto, options.reload).sync, periodic=True)
+    watcher.add(load("fleet.registry.rolling").RolloutEngine(registry).step, periodic=True)
+    watcher.add(Upkeep(state, folders, reloads).tend, periodic=True)
     for again in (configs.forget, watcher.again):
         link.on_up(again)
     return watcher

@@ -5,11 +5,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import itertools
+import logging
 import os
 import ssl
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -20,12 +23,14 @@ from msgspec import Meta, Struct
 from fleet.access import Role
 from fleet.cli.lazy import load
 from fleet.enrolment import Enrolment
-from fleet.errors import BundleError, ConfigError
+from fleet.errors import BundleError, ConfigError, FleetError
 from fleet.identity import CA_FILE, Identity, ServerTls
 from fleet.manifest import read_manifest
 
 if TYPE_CHECKING:
     from fleet.registry.store import Registry
+
+log = logging.getLogger(__name__)
 
 STATE_FILE: Final = "fleet.json"
 DEFAULT_PORT: Final = 8883
@@ -164,10 +169,10 @@ class State:
             registry.add_bundle(manifest.bundle_id, manifest.model.name, num_bytes)
         return manifest.bundle_id
 
-    def server_tls(self) -> ServerTls:
-        """The certificate of broker and service for their hosts, made anew."""
+    def server_tls(self, folder: Path | None = None) -> ServerTls:
+        """The certificate of broker and service for their hosts, made anew in `folder`, by default the fleet's own."""
         hosts = filter(None, (self.config.host, self.config.service_host))
-        tls: ServerTls = self.authority().server_tls(self.folder / "broker", *hosts)
+        tls: ServerTls = self.authority().server_tls(folder or self.folder / "broker", *hosts)
         return tls
 
     def bundle_folder(self, bundle_id: str) -> Path | None:
@@ -180,12 +185,18 @@ class State:
     def service(self, registry: Registry, listen: str, tls: ServerTls) -> Any:
         """The HTTPS service, not yet started."""
         authority = self.authority()
+
+        @lru_cache(maxsize=1)
+        def crl_of_minute(minute: int) -> str:
+            del minute  # anybody may ask, and signing costs something
+            return str(authority.crl(registry.revoked_certificates()).decode())
+
         office = load("provisioning.office").Office(
             registry,
             authority,
             self.site(),
             self.bundle_folder,
-            lambda: authority.crl(registry.revoked_certificates()).decode(),
+            lambda: crl_of_minute(int(time.time() // 60)),
             bundle_id=bundle_id_of(Path(self.config.bundle)),
         )
         return load("provisioning.service").Service(listen, self.config.service_port, tls, office)
@@ -197,7 +208,8 @@ class State:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two commands may need a new identity at once
             if not self.has_identity(name):
                 return self.enroll(name, role, out)
-        identity = Identity.load(out)
+            identity = Identity.load(out)
+            self._renew_if_due(identity)
         current = msgspec.structs.replace(
             identity.config,
             host=self.config.host,
@@ -209,6 +221,22 @@ class State:
             identity = Identity(out, current)
             identity.save()
         return identity
+
+    def renew_own(self) -> None:
+        """Renews those of the fleet's own identities that are due; who uses one takes it at the next connection."""
+        for folder in sorted((self.folder / "identities").iterdir()):
+            if self.has_identity(folder.name):
+                self.identity(folder.name, Identity.load(folder).config.role)
+
+    def _renew_if_due(self, identity: Identity) -> None:
+        renewal = load("provisioning.renewal")
+        if not renewal.is_due(identity.folder):
+            return
+        try:
+            with self.registry() as registry:
+                renewal.renew_own(registry, self.authority(), identity)
+        except FleetError as error:
+            log.warning("the certificate of %s is due and not renewed: %s", identity.name, error)
 
     def has_identity(self, name: str) -> bool:
         """Whether that is one of the fleet's own."""

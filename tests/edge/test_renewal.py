@@ -12,11 +12,12 @@ import msgspec
 import pytest
 
 from edge_agent.credentials import lifetime, new_key, signing_request
-from edge_agent.renewal import Renewer, finish_renewal, renew, renewal_in_s, retry_in_s
+from edge_agent.renewal import Renewer, renew, retry_in_s
 from edge_agent.service import Service
 from fleet.errors import IdentityError, ServiceError
 from fleet.identity import CERT_FILE, KEY_FILE, RENEWED_FILE, Identity
 from fleet.joining import RenewRequest
+from fleet.renewal import finish_renewal, renewal_in_s
 from tests.brokers import wait_until
 from tests.edge.fleet_service import FleetService
 
