@@ -34,7 +34,7 @@ def measure_footprint(bundle: Path, idle_s: float = IDLE_S) -> dict[str, float]:
     """
     prompt = PromptRequest(messages=(ChatMessage("user", QUESTION),), mode=Mode.STANDALONE, max_new_tokens=64)
     with tempfile.TemporaryDirectory(prefix="fleet-bench-") as folder:
-        state = State.create(Path(folder), StateConfig(HOST, free_port(HOST), str(bundle)))
+        state = State.create(Path(folder), StateConfig(HOST, free_port(HOST), str(bundle), service_port=0))
         device = Path(folder) / "devices" / DEVICE
         state.enroll(DEVICE, Role.DEVICE, device)
         app = state.enroll("bench", Role.APP, Path(folder) / "apps" / "bench", allow=(DEVICE,))

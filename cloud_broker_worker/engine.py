@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from cloud_broker_worker.answers import (
@@ -17,7 +17,6 @@ from cloud_broker_worker.answers import (
 )
 from cloud_broker_worker.config import WorkerConfig
 from cloud_broker_worker.kv_pool import PoolFullError
-from cloud_broker_worker.log_limit import LimitedLog
 from cloud_broker_worker.memory import Memory
 from cloud_broker_worker.scheduler import schedule
 from cloud_broker_worker.session import Session, SessionKey
@@ -26,6 +25,7 @@ from cloud_broker_worker.upper_layers import Chunk, UpperLayers
 from fleet.codec import unpack_context
 from fleet.errors import DecodeError
 from fleet.hidden_codec import CONTEXT_DTYPES
+from fleet.log_limit import LimitedLog
 from fleet.messages import (
     PROTOCOL,
     Assist,
@@ -230,22 +230,25 @@ class Engine:
     def _run(self, batch: Mapping[SessionKey, int]) -> None:
         """Runs so many positions of each session. Where that fails, one by one: only the guilty are given up."""
         sessions = [self.sessions[key] for key in batch]
-        chunks = [next_chunk(session, batch[session.key]) for session in sessions]
+        self._run_chunks([(session, next_chunk(session, batch[session.key])) for session in sessions])
+
+    def _run_chunks(self, work: Sequence[tuple[Session, Chunk]]) -> None:
         try:
-            logits = self._layers(chunks)
-            samplings = [session.opening.sampling for session in sessions]
+            logits = self._layers([chunk for _, chunk in work])
+            samplings = [session.opening.sampling for session, _ in work]
             candidates = best_candidates(logits, num_candidates(samplings, self._manifest.top_k))
         except Exception as error:  # whatever it was
-            if len(batch) == 1:
-                log.exception("session %s of %s failed", *reversed(sessions[0].key))
-                self._give_up(sessions[0], "internal", f"the worker failed: {type(error).__name__}: {error}")
+            if len(work) == 1:
+                ((session, _),) = work
+                log.exception("session %s of %s failed", *reversed(session.key))
+                self._give_up(session, "internal", f"the worker failed: {type(error).__name__}: {error}")
                 return
-            log.warning("a batch of %d sessions failed, they run one by one: %s", len(batch), error)
-            for key, count in batch.items():
-                self._run({key: count})
+            log.warning("a batch of %d sessions failed, they run one by one: %s", len(work), error)
+            for one in work:  # the same positions again, though some may be in the cache by now
+                self._run_chunks([one])
             return
         first = 0
-        for session, chunk in zip(sessions, chunks, strict=True):
+        for session, chunk in work:
             self._conclude(session, candidates.rows(first, first + chunk.num_outputs))
             first += chunk.num_outputs
 

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from cloud_broker_worker.config import Weights
 
 GROUP: Final = 32
+LANES: Final = 16
+"""The 8-bit kernel takes so many inputs at a time, aligned, and checks nothing: a part of them ends the process."""
 
 
 class Int8Linear(nn.Module):
-    """y = x W^T with a scale for each output; x [..., in] float32 -> [..., out] float32."""
+    """y = x W^T with a scale for each output; x [..., in] float32 -> [..., out] float32; `in` in whole `LANES`."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -28,11 +30,14 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).bfloat16()
         out: Tensor = torch._weight_int8pack_mm(rows, self._weight, self._scale)
-        return out.float().reshape(*x.shape[:-1], -1)
+        return out.float().reshape(*x.shape[:-1], out.shape[-1])
 
 
 class Int4Linear(nn.Module):
-    """y = x W^T with a scale and an offset for each `GROUP` inputs; x [..., in] float32 -> [..., out] float32."""
+    """y = x W^T with a scale and an offset for each `GROUP` inputs; x [..., in] float32 -> [..., out] float32.
+
+    `in` comes in whole groups, `out` in whole 16s.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -47,18 +52,20 @@ class Int4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).bfloat16()
         out: Tensor = torch._weight_int4pack_mm_for_cpu(rows, self._weight, GROUP, self._grid)
-        return out.float().reshape(*x.shape[:-1], -1)
+        return out.float().reshape(*x.shape[:-1], out.shape[-1])
 
 
 def quantize(model: Any, weights: Weights) -> None:
     """Puts a model's linear layers into fewer bits, in place. The LM head, and what 4 bits cannot hold, takes 8.
 
-    A layer with a bias stays as it is.
+    A layer with a bias, or whose inputs do not come in whole `LANES`, stays as it is.
     """
     if weights == "float32":
         return
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear) or getattr(module, "bias", None) is not None:
+            continue
+        if module.in_features % LANES:
             continue
         fits_int4 = module.in_features % GROUP == 0 and module.out_features % 16 == 0
         kind = Int4Linear if weights == "int4" and fits_int4 and name != "lm_head" else Int8Linear

@@ -12,12 +12,12 @@ from typing import Final, Self
 
 from cloud_broker_worker.config import WorkerConfig
 from cloud_broker_worker.engine import Answer, Engine
-from cloud_broker_worker.log_limit import LimitedLog
 from cloud_broker_worker.upper_layers import UpperLayers
 from fleet import __version__, topics
 from fleet.codec import decode_to_worker, encode
 from fleet.denial import decode_denial
 from fleet.errors import LinkError, ProtocolError
+from fleet.log_limit import LimitedLog
 from fleet.manifest import Bundle
 from fleet.messages import Open, ToWorker
 from fleet.report import WorkerStatus, encode_status

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import queue
+import random
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +28,9 @@ from edge_agent.plan import MB, Plan, Planner
 from edge_agent.reporter import Reporter
 from edge_agent.reports import ReportOutbox
 from edge_agent.runtime import check_instruction_set, is_out_of_memory
+from edge_agent.self_test import check_step
 from edge_agent.tokenizer import ChatTokenizer, TextStream
+from edge_agent.triggers import EventTriggers
 from edge_agent.turns import Turns
 from edge_agent.uplink import Uplink
 from edge_agent.verified import VerifiedRun
@@ -39,7 +42,7 @@ from fleet.manifest import Bundle
 from fleet.messages import PROTOCOL, Close, Open, Opened
 from fleet.policy import Mode, offload_rate
 from fleet.prompt import ErrorInfo, Reply, Usage, parse_prompt
-from fleet.report import DeviceStatus, GenerationReport, encode_status
+from fleet.report import MAX_LABEL_LENGTH, DeviceStatus, GenerationReport, encode_status
 from fleet.transport import Transport
 
 log = logging.getLogger(__name__)
@@ -52,9 +55,18 @@ class Agent:
     """Serves one device. Use as a context manager; it announces itself and serves until it is closed."""
 
     def __init__(
-        self, transport: Transport, bundle: Bundle, config: AgentConfig, reports_file: Path | None = None
+        self,
+        transport: Transport,
+        bundle: Bundle,
+        config: AgentConfig,
+        reports_file: Path | None = None,
+        *,
+        draw: Callable[[], float] = random.random,
+        is_trial: bool = False,
     ) -> None:
         """Reports that wait for the collector are kept in `reports_file`, or else in memory.
+
+        By `draw`, numbers from [0, 1), answers are chosen that the cloud judges as a sample. On trial a step is run.
 
         Raises BundleError or FleetError when the model does not load or the thresholds do not fit its exits.
         """
@@ -63,10 +75,13 @@ class Agent:
         self._transport = transport
         self._manifest = bundle.manifest
         self._config = config
+        self._config_version, self._config_error = 0, ""
         self._epoch = time.time_ns() // 1_000_000
         self._tokenizer = ChatTokenizer(bundle)  # first: the partition gives back what loading has freed
         self._partition = Partition(bundle, config.num_threads, config.provider)
-        self._planner = Planner(self._partition, self._tokenizer, config)
+        if is_trial:
+            check_step(self._partition, self._tokenizer)
+        self._planner = Planner(self._partition, self._tokenizer, config, draw)
         self._turns = Turns()
         self._measurements = Measurements()
         self._acceptance = Acceptance()
@@ -76,6 +91,7 @@ class Agent:
         self._finished: dict[tuple[str, str], Job] = {}
         self._stopping = False
         self._lock = threading.Lock()
+        self._triggers = EventTriggers(transport, self._epoch, self._on_prompt, self._is_active)
         self._workers = Workers(transport, self._worker_changed)
         self._reporter = Reporter(transport, ReportOutbox(reports_file, config.max_kept_reports))
         self._planning = threading.Thread(target=self._plan_all, name=f"plan-{self.name}", daemon=True)
@@ -91,17 +107,27 @@ class Agent:
         own = topics.PREFIX, self.name
         self._transport.subscribe("{}/d/{}/s/+".format(*own), self._on_session)
         self._transport.subscribe("{}/d/{}/cancel/+/+".format(*own), self._on_cancel, qos=1)
-        self._transport.subscribe("{}/d/{}/prompt/+/+".format(*own), self._on_prompt, qos=1)
+        self._transport.subscribe(prompts_of(self.name), self._on_prompt, qos=1)
+        self._triggers.set(self._config.triggers)
         self._transport.on_up(self._announce)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Cancels what is under way, takes no more, and waits for the end at most `STOP_TIMEOUT_S` seconds."""
+        """Closes, and says that the device has gone."""
+        self.close()
+        self._publish(topics.device_status(self.name), self.will(), qos=1, retain=True)
+
+    def close(self) -> None:
+        """Cancels what is under way, takes no more, and waits for the end at most `STOP_TIMEOUT_S` seconds.
+
+        Prompts are refused as by a device that is busy, until somebody else takes them or the transport closes.
+        """
         deadline = time.monotonic() + STOP_TIMEOUT_S
+        self._triggers.set(())
+        self.hold()
         with self._lock:
-            self._stopping = True
             jobs = list(self._active.values())
         for job in jobs:
             self._cancel(job)
@@ -110,8 +136,38 @@ class Agent:
         self._jobs.close()
         for thread in self._answering:
             thread.join(max(0.0, deadline - time.monotonic()))
-        self._reporter.__exit__(kind, error, traceback)
-        self._publish(topics.device_status(self.name), self.will(), qos=1, retain=True)
+        self._reporter.__exit__(None, None, None)
+        self._workers.close()
+        self._transport.off_up(self._announce)
+        for topic in ("{}/d/{}/s/+", "{}/d/{}/cancel/+/+"):
+            self._transport.unsubscribe(topic.format(topics.PREFIX, self.name))
+
+    def hold(self, *, off: bool = False) -> None:
+        """Takes no more prompts, or with `off` takes them again; what is under way goes on."""
+        with self._lock:
+            self._stopping = not off
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is under way."""
+        with self._lock:
+            return not self._active
+
+    def follow(self, config: AgentConfig, version: int, error: str = "") -> None:
+        """Goes by `config` from the next prompt on, and tells the fleet which `version` of its configuration that is.
+
+        Only what :class:`fleet.desired.Settings` may say differs from the config before. `error` says why it is not a
+        newer version.
+
+        Raises:
+            PromptError: the thresholds do not fit the bundle's exits; everything stays as it was.
+        """
+        self._planner.follow(config)
+        self._config = config
+        self._config_version, self._config_error = version, error[:MAX_LABEL_LENGTH]
+        if self._planning.is_alive():
+            self._triggers.set(config.triggers)
+            self._announce()
 
     @staticmethod
     def will() -> bytes:
@@ -119,7 +175,10 @@ class Agent:
         return encode_status(DeviceStatus(online=False, epoch=0))
 
     def _announce(self) -> None:
-        status = DeviceStatus(True, self._epoch, self._manifest.bundle_id, __version__, self._config.mode)
+        status = DeviceStatus(
+            True, self._epoch, self._manifest.bundle_id, __version__, self._config.mode, self._config_version,
+            self._config_error,
+        )  # fmt: skip
         self._publish(topics.device_status(self.name), encode_status(status), qos=1, retain=True)
 
     # What arrives: decided on the transport's thread, quickly.
@@ -150,6 +209,9 @@ class Agent:
         except PromptError as error:
             refusal = msgspec.json.encode(_refusal(0, error.code, str(error)))
             self._publish(topics.reply(self.name, app, request), refusal, qos=1)
+
+    def _is_active(self, app: str, request: str) -> bool:
+        return (app, request) in self._active
 
     def _repeat(self, job: Job) -> None:
         """Sends again what has been said: a request that comes twice is one whose replies were lost."""
@@ -277,23 +339,25 @@ class Agent:
             self._measurements, one_by_one_from=len(plan.prompt_ids) if plan.is_exact else None,
         )  # fmt: skip
         eos, verified = self._manifest.model.eos_token_ids, None
-        if job.uplink and plan.mode in (Mode.VERIFIED, Mode.AUTO):
+        if job.uplink and (plan.is_sample or plan.mode in (Mode.VERIFIED, Mode.AUTO)):
             verified = VerifiedRun(
-                decoder, job.uplink, self._acceptance, self._measurements, eos, self._config.max_draft
+                decoder, job.uplink, self._acceptance, self._measurements, eos, plan.config.max_draft
             )  # fmt: skip
         job.verified = verified
-        job.modes = Modes(plan.mode, plan.targets, self._measurements, self._config.assist_deadline_ms)
+        job.modes = Modes(
+            plan.mode, plan.targets, self._measurements, plan.config.assist_deadline_ms, is_sample=plan.is_sample
+        )
         return Generator(decoder, job.modes, eos, job.uplink, verified)
 
     def _connect(self, job: Job, plan: Plan) -> Uplink:
         note = self._workers.why_none(self._manifest.bundle_id)
         opening = Open(
             uuid.uuid4().hex, self._epoch, self._manifest.bundle_id, PROTOCOL, job.prompt.sampling, plan.capacity,
-            self._config.assist_deadline_ms,
+            plan.config.assist_deadline_ms,
         )  # fmt: skip
         job.uplink = Uplink(
             self._transport, self._workers, opening, self._manifest.model.hidden_size, self._measurements,
-            upload_dtype=self._config.upload_dtype,
+            upload_dtype=plan.config.upload_dtype,
         )  # fmt: skip
         job.uplink.note = note
         return job.uplink
@@ -337,6 +401,27 @@ class Agent:
             self._transport.publish(topic, payload, qos=qos, retain=retain)
         except LinkError as error:
             log.warning("not sent on %s: %s", topic, error)
+
+
+def refuse_prompts(transport: Transport) -> None:
+    """Answers every prompt with `busy`, in the place of an agent that is closed, until another one takes them."""
+
+    def refuse(topic: str, payload: bytes) -> None:
+        del payload
+        try:
+            _, app, request = topics.parse(topic, "d", "+", "prompt", "+", "+")
+            error = BusyError("this device is changing its model; try again in a moment")
+            refusal = msgspec.json.encode(_refusal(0, error.code, str(error)))
+            transport.publish(topics.reply(transport.name, app, request), refusal, qos=1)
+        except (ProtocolError, LinkError) as error:
+            log.warning("prompt dropped: %s", error)
+
+    transport.subscribe(prompts_of(transport.name), refuse, qos=1)
+
+
+def prompts_of(device: str) -> str:
+    """The filter of all prompts to a device."""
+    return topics.prompt(device, "+", "+")
 
 
 def _refusal(seq: int, code: str, message: str) -> Reply:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from fleet.command import run_command, stop_event
 from fleet.errors import ConfigError, MissingExtraError
+from fleet.manifest import Manifest
+
+FETCH_S: Final = 3600.0  # for a bundle, when a device joins
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -27,20 +35,17 @@ def run(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of ONNX Runtime.")] = None,
 ) -> None:
     """Serve prompts until stopped."""
-    try:
-        import msgspec
+    _need("a device")
+    import msgspec
 
-        from edge_agent.agent import Agent
-        from edge_agent.config import AgentConfig
-        from edge_agent.reports import REPORTS_FILE
-    except ImportError as error:
-        raise MissingExtraError(
-            f"a device needs {error.name}, which is not installed; run: pip install 'cecollm-fleet[edge]'"
-        ) from None
+    from edge_agent.agent import Agent
+    from edge_agent.config import AgentConfig
+    from edge_agent.download import fetch_bundle
+    from edge_agent.renewal import Renewer
+    from edge_agent.supervisor import Supervisor
     from fleet import topics
     from fleet.access import Role
     from fleet.identity import Identity
-    from fleet.manifest import Bundle
     from fleet.mqtt import MqttTransport
     from fleet.transport import Will
 
@@ -53,21 +58,76 @@ def run(
     config = AgentConfig.load(folder)
     if threads:
         config = msgspec.structs.replace(config, num_threads=threads)
-    model = bundle or (Path(identity.config.bundle) if identity.config.bundle else None)
-    if model is None:
-        raise ConfigError(f"{folder} names no bundle; pass one with --bundle DIR")
-    loaded = Bundle.load(model, ("edge", "tokenizer"))
-    stop = stop_event()
-    will = Will(topics.device_status(identity.name), Agent.will())
-    reports_file = folder / REPORTS_FILE
-    with MqttTransport.connect(identity, will=will) as transport, Agent(transport, loaded, config, reports_file):
-        manifest = loaded.manifest
+
+    def say(manifest: Manifest) -> None:
         exits = ", ".join(map(str, manifest.exits))
         print(
             f"device {identity.name} serves {manifest.model.name}, bundle {manifest.bundle_id}, exits {exits}",
             flush=True,
         )
-        stop.wait()
+
+    base = bundle or (Path(identity.config.bundle) if identity.config.bundle else None)
+    supervisor = Supervisor(folder, config, base, partial(fetch_bundle, identity), say)
+    stop = stop_event()
+    supervisor.prepare(stop)
+    will = Will(topics.device_status(identity.name), Agent.will())
+    with MqttTransport.connect(identity, will=will) as transport, Renewer(identity, transport.renew):
+        supervisor.run(transport)
+
+
+@app.command()
+def join(
+    token: Annotated[str, typer.Argument(help="Token, printed by 'fleet enroll NAME'; '-' reads it from stdin.")],
+    server: Annotated[str, typer.Option(help="The fleet's service, https://HOST:PORT.")],
+    out: Annotated[Path, typer.Option(help="Identity folder to be made.")] = Path("device"),
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Join a fleet: make a key, have it certified, fetch the model."""
+    _need("joining")
+    import msgspec
+
+    from edge_agent.download import fetch_bundle
+    from edge_agent.joining import join as join_fleet
+    from edge_agent.service import persistently
+    from edge_agent.slots import SlotStore
+    from fleet.access import Role
+    from fleet.joining import Token
+
+    identity = join_fleet(Token.parse(sys.stdin.readline() if token == "-" else token), server, out)
+    bundle, stop = SlotStore(out).load().current, stop_event()
+    if bundle:
+        with _progress(f"bundle {bundle}") as progress:
+            persistently(lambda: fetch_bundle(identity, bundle, stop, progress), timeout_s=FETCH_S, stop=stop)
+    if as_json:
+        joined = {"folder": str(out), "bundle_id": bundle, **msgspec.to_builtins(identity.config)}
+        print(json.dumps(joined))
+    elif identity.config.role is Role.DEVICE:
+        print(f"{identity.name} has joined; start it with: edge-agent run {out}")
+    else:
+        print(f"{identity.name} has joined as {identity.config.role}; its identity is in {out}")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for bytes that are here and bytes of all; nothing where nobody looks."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda here, total: bar.update(task, completed=here, total=total)
+
+
+def _need(what: str) -> None:
+    """Raises MissingExtraError where the extra `edge` is not installed."""
+    try:
+        import edge_agent.supervisor  # noqa: F401 (which needs all of it)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{what} needs {error.name}, which is not installed; run: pip install 'cecollm-fleet[edge]'"
+        ) from None
 
 
 def main() -> None:

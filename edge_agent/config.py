@@ -9,14 +9,15 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from fleet.desired import UploadDtype
 from fleet.errors import ConfigError
 from fleet.messages import MAX_DRAFT, DeadlineMs
 from fleet.policy import Mode
 from fleet.prompt import Share, TargetTpotMs
+from fleet.triggers import Triggers, check_triggers
 
 CONFIG_FILE: Final = "agent.json"
 
-UploadDtype = Literal["float16", "int8"]
 Provider = Literal["auto", "cpu", "cuda"]
 
 
@@ -24,7 +25,8 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     """What an operator may set on a device. `thresholds` empty means those of the bundle.
 
     `max_queued_requests` counts those that are being answered, too. `max_kept_reports` is how many reports wait on disk
-    for the collector before the oldest are summed up.
+    for the collector before the oldest are summed up. `agreement_sample` is the share of collaborative answers whose
+    tokens are put to the cloud as well.
     """
 
     mode: Mode = Mode.COLLABORATIVE
@@ -44,6 +46,12 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     max_offload_rate: Share | None = None
     upload_dtype: UploadDtype = "float16"
     max_draft: Annotated[int, Meta(ge=1, le=MAX_DRAFT)] = 16
+    agreement_sample: Share = 0.0
+    triggers: Triggers = ()
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, which a decoder reports in its own error."""
+        check_triggers(self.triggers)
 
     @classmethod
     def load(cls, folder: Path) -> AgentConfig:

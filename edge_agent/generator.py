@@ -68,7 +68,7 @@ class Generator:
         if verified is None or uplink is None:
             return [self._next_token(mode)]
         if mode is Mode.VERIFIED:
-            if uplink.refusal and not self._modes.is_auto:
+            if uplink.refusal and self._modes.needs_cloud:
                 raise CloudError(f"no worker takes this answer ({uplink.refusal.code}): {uplink.refusal.message}")
             return verified.advance(max_tokens)
         if verified.has_drafts:

@@ -11,15 +11,23 @@ from fleet.report import Switch
 
 PROBE_TOKENS: Final = 64  # after so many tokens alone on a link that is up, the cloud is asked once, to measure it
 MAX_SWITCHES: Final = 50
+SAMPLED: Final = "this answer is a sample, by which the exits are judged"
 
 
 class Modes:
-    """The mode of one answer: a fixed one, or in `auto` whatever the measurements suggest."""
+    """The mode of one answer: a fixed one, or in `auto` whatever the measurements suggest.
 
-    def __init__(self, wanted: Mode, targets: Targets, measurements: Measurements, deadline_ms: int) -> None:
+    A sample of collaborative answers is verified as long as the cloud is there, and collaborative from then on.
+    """
+
+    def __init__(
+        self, wanted: Mode, targets: Targets, measurements: Measurements, deadline_ms: int, *, is_sample: bool = False
+    ) -> None:
         self.switches: tuple[Switch, ...] = ()
         self.is_auto = wanted is Mode.AUTO
         self.is_alone = wanted is Mode.STANDALONE
+        self.needs_cloud = wanted is Mode.VERIFIED
+        self._is_sample = is_sample
         self._current = Mode.COLLABORATIVE if self.is_auto else wanted
         self._since = 0
         self._was_up = True
@@ -29,6 +37,10 @@ class Modes:
 
     def at(self, num_tokens: int, *, is_link_up: bool) -> Mode:
         """The mode of the token after `num_tokens` others."""
+        if self._is_sample:
+            self._is_sample = is_link_up
+            mode, reason = (Mode.VERIFIED, SAMPLED) if is_link_up else (Mode.COLLABORATIVE, "the cloud is lost")
+            self._switch(num_tokens, mode, reason)
         if not self.is_auto:
             return self._current
         came_back, self._was_up = is_link_up and not self._was_up, is_link_up

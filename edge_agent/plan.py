@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,7 +22,10 @@ DEFAULT_AGREEMENT: Final = 0.95  # what auto mode keeps where nobody says
 
 @dataclass(frozen=True)
 class Plan:
-    """A request that fits the device. `num_bytes` is the memory of its caches, `deadline_s` counts from its arrival."""
+    """A request that fits the device. `num_bytes` is the memory of its caches, `deadline_s` counts from its arrival.
+
+    `config` are the settings of its whole answer. In a sample the cloud judges every token, as long as it is there.
+    """
 
     prompt_ids: list[int]
     max_new_tokens: int
@@ -29,6 +34,8 @@ class Plan:
     targets: Targets
     deadline_s: float
     num_bytes: int
+    config: AgentConfig
+    is_sample: bool = False
 
     @property
     def is_exact(self) -> bool:
@@ -42,37 +49,50 @@ class Plan:
 
 
 class Planner:
-    """Turns prompts into plans, or refuses them."""
+    """Turns prompts into plans, or refuses them. `draw` gives numbers from [0, 1), by which samples are chosen."""
 
-    def __init__(self, partition: Partition, tokenizer: ChatTokenizer, config: AgentConfig) -> None:
+    def __init__(
+        self,
+        partition: Partition,
+        tokenizer: ChatTokenizer,
+        config: AgentConfig,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
         """Raises PromptError when the configured thresholds do not fit the bundle's exits."""
         self._partition = partition
         self._tokenizer = tokenizer
-        self._config = config
+        self._draw = draw
         self._max_positions = min(config.max_positions, partition.manifest.model.max_positions)
-        self._thresholds = self._fit(config.thresholds or partition.manifest.thresholds)
+        self.follow(config)
+
+    def follow(self, config: AgentConfig) -> None:
+        """Plans by other settings from now on; raises PromptError, and changes nothing, as the constructor does."""
+        self._fit(config.thresholds or self._partition.manifest.thresholds)
+        self._config = config
 
     def plan(self, prompt: PromptRequest) -> Plan:
         """Raises PromptError when thresholds, length or memory do not fit this device, whatever else it does."""
+        config = self._config  # all by the same one, whatever is followed meanwhile
         prompt_ids = self._tokenizer.encode_chat(prompt.chat)
-        max_new_tokens = self._room(len(prompt_ids), prompt.max_new_tokens)
+        max_new_tokens = self._room(len(prompt_ids), prompt.max_new_tokens, config.max_new_tokens)
         num_bytes = Cascade.num_bytes(self._partition, len(prompt_ids) + max_new_tokens)
-        if num_bytes > self._config.cache_budget_mb * MB:
+        if num_bytes > config.cache_budget_mb * MB:
             raise PromptError(
                 f"a prompt of {len(prompt_ids)} tokens and {max_new_tokens} new ones need {num_bytes / MB:.1f} MB of "
-                f"caches; this device has {self._config.cache_budget_mb} MB for them (cache_budget_mb); send a shorter "
+                f"caches; this device has {config.cache_budget_mb} MB for them (cache_budget_mb); send a shorter "
                 "prompt or ask for fewer tokens"
             )
-        mode = prompt.mode or self._config.mode
-        deadline_s = (prompt.deadline_ms or self._config.answer_deadline_ms) / 1000
+        mode = prompt.mode or config.mode
+        deadline_s = (prompt.deadline_ms or config.answer_deadline_ms) / 1000
+        may_sample = prompt.mode is None and mode is Mode.COLLABORATIVE
         return Plan(
-            prompt_ids, max_new_tokens, self._request_thresholds(prompt), mode, self._targets(prompt), deadline_s,
-            num_bytes,
+            prompt_ids, max_new_tokens, self._request_thresholds(prompt, config), mode, self._targets(prompt, config),
+            deadline_s, num_bytes, config, is_sample=may_sample and self._draw() < config.agreement_sample,
         )  # fmt: skip
 
-    def _targets(self, prompt: PromptRequest) -> Targets:
-        config, calibration = self._config, self._partition.manifest.calibration
-        is_calibrated = calibration and self._request_thresholds(prompt) == self._partition.manifest.thresholds
+    def _targets(self, prompt: PromptRequest, config: AgentConfig) -> Targets:
+        calibration = self._partition.manifest.calibration
+        is_calibrated = calibration and self._request_thresholds(prompt, config) == self._partition.manifest.thresholds
         promised = calibration.target_agreement if calibration and is_calibrated else None
         agreement = config.min_agreement if prompt.min_agreement is None else prompt.min_agreement
         return Targets(
@@ -82,7 +102,7 @@ class Planner:
             promised,
         )
 
-    def _room(self, num_prompt_tokens: int, wanted: int | None) -> int:
+    def _room(self, num_prompt_tokens: int, wanted: int | None, at_most: int) -> int:
         room = self._max_positions - num_prompt_tokens
         if room < (wanted or 1):
             asked = f" and {wanted} new ones were asked for" if wanted else ""
@@ -90,14 +110,14 @@ class Planner:
                 f"the prompt has {num_prompt_tokens} tokens{asked}; this device holds {self._max_positions} positions "
                 "for both; send a shorter prompt or ask for fewer tokens"
             )
-        return wanted or min(self._config.max_new_tokens, room)
+        return wanted or min(at_most, room)
 
-    def _request_thresholds(self, prompt: PromptRequest) -> tuple[float, ...]:
+    def _request_thresholds(self, prompt: PromptRequest, config: AgentConfig) -> tuple[float, ...]:
         if prompt.thresholds is not None:
             return self._fit(prompt.thresholds)
         if prompt.threshold is not None:
             return (prompt.threshold,) * len(self._partition.manifest.exits)
-        return self._thresholds
+        return config.thresholds or self._partition.manifest.thresholds
 
     def _fit(self, thresholds: tuple[float, ...]) -> tuple[float, ...]:
         exits = self._partition.manifest.exits

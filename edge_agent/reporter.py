@@ -69,6 +69,8 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Puts what is left on disk, within `STOP_S` seconds."""
+        self._transport.unsubscribe(topics.device_reported(self._transport.name))
+        self._transport.off_up(self._wake.set)
         self._stopping = True
         self._wake.set()
         self._thread.join(STOP_S)

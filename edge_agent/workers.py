@@ -26,8 +26,14 @@ class Workers:
         self._up_since = time.monotonic()
         self._online: dict[str, WorkerStatus] = {}
         self._on_change = on_change
+        self._transport = transport
         transport.subscribe(topics.WORKER_STATUS_FILTER, self._on_status, qos=1)
         transport.on_up(self._link_up)
+
+    def close(self) -> None:
+        """Hears of them no more."""
+        self._transport.unsubscribe(topics.WORKER_STATUS_FILTER)
+        self._transport.off_up(self._link_up)
 
     def epoch(self, worker: str) -> int | None:
         """The epoch of a worker that is online, else None."""

@@ -12,6 +12,7 @@ from fleet.messages import MAX_DRAFT, DeadlineMs, Id
 from fleet.policy import Mode
 from fleet.prompt import Share, TargetTpotMs, Threshold
 from fleet.report import Amount
+from fleet.triggers import Triggers, check_triggers
 
 MAX_DESIRED_BYTES: Final = 64 * 1024
 UploadDtype = Literal["float16", "int8"]
@@ -37,6 +38,11 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, om
     upload_dtype: UploadDtype | None = None
     agreement_sample: Share | None = None
     bundle: Id | None = None
+    triggers: Triggers | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, which a decoder reports in its own error."""
+        check_triggers(self.triggers or ())
 
 
 class DesiredConfig(Struct, frozen=True):

@@ -16,9 +16,16 @@ FleetError
  |   +- DeadlineError       an answer took longer than its app allowed
  |   +- CloudError          an answer that only the cloud may give, and no worker does
  +- LinkError               the broker cannot be reached, or refuses us
+ |   +- ServiceError        the fleet's HTTPS service cannot be reached, or failed
+ |       +- ServiceAwayError   it may answer when it is asked again later
  +- IdentityError           an identity folder or certificate is missing or wrong
  |   +- StateError          a change that is not legal in an identity's state
+ |   +- AccessError         an identity that may not have what it asks for
+ |   +- CsrError            a signing request that is none, or for a key that we do not certify
+ |   +- CredentialsError    no certificate, or one that the registry does not know
  |   +- TokenError          an enrolment token that is not usable
+ |       +- UnknownTokenError, UsedTokenError, ExpiredTokenError
+ |       +- TokenNameError  for another name than the signing request's
  +- RegistryError           the registry cannot answer
      +- UnknownDeviceError  nobody enrolled that name
      +- ReportError         a report that can never be stored
@@ -125,6 +132,22 @@ class LinkError(FleetError):
     code = "link"
 
 
+class ServiceError(LinkError):
+    """The fleet's HTTPS service cannot be reached, is not whom we trust, or failed."""
+
+    code = "service"
+
+
+class ServiceAwayError(ServiceError):
+    """The service does not answer now; asked again in `retry_after_s` seconds or later it may."""
+
+    code = "service_away"
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class IdentityError(FleetError):
     """An identity folder or a certificate is missing or wrong."""
 
@@ -137,10 +160,52 @@ class StateError(IdentityError):
     code = "bad_state"
 
 
+class AccessError(IdentityError):
+    """An identity may not have what it asks for."""
+
+    code = "not_allowed"
+
+
+class CsrError(IdentityError):
+    """A certificate signing request is none, or its key is not of the kind that we certify."""
+
+    code = "bad_csr"
+
+
+class CredentialsError(IdentityError):
+    """Who asks has shown no certificate, or one that the registry does not know."""
+
+    code = "bad_credentials"
+
+
 class TokenError(IdentityError):
     """An enrolment token is unknown, used, too old, or for another name."""
 
     code = "bad_token"
+
+
+class UnknownTokenError(TokenError):
+    """No such token was made, or a newer one has replaced it."""
+
+    code = "unknown_token"
+
+
+class UsedTokenError(TokenError):
+    """Another key has used the token."""
+
+    code = "used_token"
+
+
+class ExpiredTokenError(TokenError):
+    """The token's time is over."""
+
+    code = "expired_token"
+
+
+class TokenNameError(TokenError):
+    """A signing request is for another name than the token, or the certificate, that came with it."""
+
+    code = "other_name"
 
 
 class RegistryError(FleetError):

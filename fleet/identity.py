@@ -18,6 +18,7 @@ IDENTITY_FILE: Final = "identity.json"
 CA_FILE: Final = "ca.pem"
 CERT_FILE: Final = "cert.pem"
 KEY_FILE: Final = "key.pem"
+RENEWED_FILE: Final = "renewed.pem"
 
 
 class IdentityConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -79,13 +80,32 @@ class Identity:
         """
         try:
             context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=self.folder / CA_FILE)
-            context.load_cert_chain(self.folder / CERT_FILE, self.folder / KEY_FILE)
+        except (ssl.SSLError, OSError) as error:
+            raise IdentityError(
+                f"the CA certificate of {self.name} in {self.folder} does not load: {error}; enroll it again"
+            ) from None
+        self.load_certificate(context)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        return context
+
+    def load_certificate(self, context: ssl.SSLContext) -> None:
+        """Puts our certificate and key, as they are on disk now, into `context`; its next connection uses them.
+
+        `renewed.pem` holds both of a renewal whose files are not in their places yet, and goes before them.
+
+        Raises:
+            IdentityError: the files do not load.
+        """
+        renewed = self.folder / RENEWED_FILE
+        try:
+            if renewed.exists():
+                context.load_cert_chain(renewed)
+            else:
+                context.load_cert_chain(self.folder / CERT_FILE, self.folder / KEY_FILE)
         except (ssl.SSLError, OSError) as error:
             raise IdentityError(
                 f"certificate of {self.name} in {self.folder} does not load: {error}; enroll it again"
             ) from None
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        return context
 
 
 @dataclass(frozen=True)

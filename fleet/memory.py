@@ -100,6 +100,10 @@ class MemoryTransport(Transport):
         if self._is_up:
             callback()
 
+    def off_up(self, callback: Callable[[], None]) -> None:
+        if callback in self._callbacks:
+            self._callbacks.remove(callback)
+
     def drop(self) -> None:
         """Cuts the link as a pulled plug does: the will is sent, and what was under way to us is lost."""
         if self._is_up:

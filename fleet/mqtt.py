@@ -26,6 +26,7 @@ RECONNECT_S: Final = (1, 30)
 CONNECT_S: Final = 5.0
 SUBSCRIBE_S: Final = 5.0
 CLOSE_S: Final = 3.0
+ASK_AGAIN_S: Final = 5.0  # for a subscription that was refused: rights may come later
 NOT_AUTHORIZED: Final = "Not authorized"
 NOT_YET_VALID: Final = 9  # X509_V_ERR_CERT_NOT_YET_VALID of OpenSSL
 
@@ -37,11 +38,14 @@ class MqttTransport(Transport):
 
     def __init__(self, identity: Identity, will: Will | None) -> None:
         self.name = identity.name
+        self._identity = identity
         self._where = f"{identity.config.host}:{identity.config.port}"
         self._lock = threading.Lock()
         self._subscriptions: dict[str, tuple[Handler, int]] = {}
         self._callbacks: list[Callable[[], None]] = []
-        self._granted: dict[int, threading.Event] = {}
+        self._granted: dict[int, tuple[str, threading.Event]] = {}
+        self._refused: set[str] = set()
+        self._asking_again: threading.Timer | None = None
         self._up = threading.Event()
         self._answered = threading.Event()
         self._heard = False  # whether this connection got its CONNACK
@@ -51,9 +55,9 @@ class MqttTransport(Transport):
         self._closed = False
         client = paho.Client(CallbackAPIVersion.VERSION2, self.name, clean_session=True, protocol=paho.MQTTv311)
         client.username_pw_set(self.name)
-        context = identity.ssl_context()
-        context.sslsocket_class = _TlsSocket
-        client.tls_set_context(context)
+        self._context = identity.ssl_context()
+        self._context.sslsocket_class = _TlsSocket
+        client.tls_set_context(self._context)
         client.max_inflight_messages_set(MAX_IN_FLIGHT)
         client.max_queued_messages_set(MAX_QUEUED)
         client.reconnect_delay_set(*RECONNECT_S)
@@ -118,6 +122,7 @@ class MqttTransport(Transport):
     def unsubscribe(self, topic_filter: str) -> None:
         with self._lock:
             self._subscriptions.pop(topic_filter, None)
+            self._refused.discard(topic_filter)
         self._client.unsubscribe(topic_filter)
 
     def on_up(self, callback: Callable[[], None]) -> None:
@@ -125,20 +130,50 @@ class MqttTransport(Transport):
         if self.is_up:
             callback()
 
+    def off_up(self, callback: Callable[[], None]) -> None:
+        if callback in self._callbacks:
+            self._callbacks.remove(callback)
+
+    def renew(self) -> None:
+        """Connects anew with the certificate that the identity's folder has now; not for the transport's own thread.
+
+        In good order, so that no will is sent; what waits for an acknowledgement is sent again. A link that is down
+        comes back with the new certificate by itself. Waits at most `CLOSE_S` seconds, and for nobody's answer.
+
+        Raises:
+            IdentityError: the new files do not load; the connection stays as it is.
+        """
+        self._identity.load_certificate(self._context)  # paho takes no second context, but this one may change
+        if self._closed or not self.is_up:
+            return
+        if not self._end_connection():
+            logger.warning("%s could not close its connection in time; it is renewed when it breaks", self.name)
+            return
+        config = self._identity.config
+        self._client.connect_async(config.host, config.port, keepalive=KEEP_ALIVE_S)
+        self._client.loop_start()
+
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
-        on_network_thread = threading.get_ident() == self._network_thread
-        if self.is_up and self._last and not on_network_thread:
+        with self._lock:
+            if self._asking_again:
+                self._asking_again.cancel()
+        if self.is_up and self._last and threading.get_ident() != self._network_thread:
             self._last.wait_for_publish(CLOSE_S / 2)
+        self._end_connection()
+        self._up.clear()
+
+    def _end_connection(self) -> bool:
+        """Says goodbye to the broker; whether paho's thread has ended, too, within `CLOSE_S` seconds."""
         self._client.disconnect()
         # A network that hangs must not hold up whoever closes: paho's own join has no limit.
         stopper = threading.Thread(target=self._client.loop_stop, name=f"close-{self.name}", daemon=True)
         stopper.start()
-        if not on_network_thread:
+        if threading.get_ident() != self._network_thread:
             stopper.join(CLOSE_S)
-        self._up.clear()
+        return not stopper.is_alive()
 
     def __enter__(self) -> Self:
         return self
@@ -156,7 +191,7 @@ class MqttTransport(Transport):
             if mid is None:
                 granted.set()
             else:
-                self._granted[mid] = granted
+                self._granted[mid] = topic_filter, granted
         return granted
 
     def _on_socket_open(self, _client: object, _data: object, sock: object) -> None:
@@ -214,12 +249,30 @@ class MqttTransport(Transport):
     def _on_subscribe(
         self, _client: object, _data: object, mid: int, reasons: list[ReasonCode], _properties: Properties | None
     ) -> None:
-        if any(reason.is_failure for reason in reasons):
-            logger.warning("the broker refused a subscription of %s: it is not allowed to read there", self.name)
         with self._lock:
-            granted = self._granted.pop(mid, None)
-        if granted:
-            granted.set()
+            topic_filter, granted = self._granted.pop(mid, ("", threading.Event()))
+        if any(reason.is_failure for reason in reasons):
+            self._ask_again_later(topic_filter)
+        else:
+            self._refused.discard(topic_filter)
+        granted.set()
+
+    def _ask_again_later(self, topic_filter: str) -> None:
+        if topic_filter not in self._refused:
+            logger.warning("the broker does not let %s read %s; asking again until it does", self.name, topic_filter)
+        with self._lock:
+            self._refused.add(topic_filter)
+            if not self._closed and self._asking_again is None:
+                self._asking_again = threading.Timer(ASK_AGAIN_S, self._ask_again)
+                self._asking_again.daemon = True
+                self._asking_again.start()
+
+    def _ask_again(self) -> None:
+        with self._lock:
+            self._asking_again = None
+            wanted = [(each, self._subscriptions[each][1]) for each in self._refused & self._subscriptions.keys()]
+        for topic_filter, qos in wanted if self.is_up else ():
+            self._request(topic_filter, qos)
 
     def _on_message(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
         with self._lock:

@@ -24,11 +24,9 @@ class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
     content: str
 
 
-class PromptRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """A request for one answer. Exactly one of `prompt` and `messages`; what is not given, the device decides."""
+class AnswerOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What may be said of how an answer is made; what is not given, the device decides."""
 
-    prompt: str | None = None
-    messages: tuple[ChatMessage, ...] | None = None
     max_new_tokens: Annotated[int, Meta(ge=1, le=100_000)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=5)] = 0.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -41,6 +39,13 @@ class PromptRequest(Struct, frozen=True, forbid_unknown_fields=True):
     target_tpot_ms: TargetTpotMs | None = None
     min_agreement: Share | None = None
     max_offload_rate: Share | None = None
+
+
+class PromptRequest(AnswerOptions, frozen=True, forbid_unknown_fields=True):
+    """A request for one answer. Exactly one of `prompt` and `messages`."""
+
+    prompt: str | None = None
+    messages: tuple[ChatMessage, ...] | None = None
 
     @property
     def chat(self) -> tuple[ChatMessage, ...]:

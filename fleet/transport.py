@@ -56,6 +56,10 @@ class Transport(Protocol):
         """Calls `callback` now if the link is up, and each time that it comes up: the place to announce oneself."""
         ...
 
+    def off_up(self, callback: Callable[[], None]) -> None:
+        """Calls `callback` no more."""
+        ...
+
     def close(self) -> None:
         """Disconnects in good order (the will is not sent) within a few seconds."""
         ...

@@ -3,73 +3,54 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
-import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
 from fleet.access import Role
 from fleet.errors import IdentityError
-from fleet.identity import CA_FILE, CERT_FILE, IDENTITY_FILE, KEY_FILE, Identity, IdentityConfig, ServerTls
+from fleet.identity import CA_FILE, CERT_FILE, KEY_FILE, Identity, ServerTls
+from fleet.registry.rows import IssuedCertificate
 from fleet.topics import check_name
+from provisioning.certificate import Certificate, issued_certificate, write_file, write_identity
 from provisioning.crl import CRL_DAYS, Revoked, sign_crl
+from provisioning.site import Site
 
 CA_KEY_FILE: Final = "ca-key.pem"
 CA_DAYS: Final = 3650
 LEAF_DAYS: Final = 90
+LEAF_LIFE: Final = timedelta(days=LEAF_DAYS)
 CLOCK_SKEW: Final = timedelta(minutes=5)
 """How far back a certificate is valid, for devices whose clock is behind."""
 
 
-@dataclass(frozen=True)
-class Certificate:
-    """A certificate with its private key, and the authority's certificate, all PEM; not written anywhere yet."""
-
-    ca: bytes
-    certificate: bytes
-    private_key: bytes = field(repr=False)
-    fingerprint: str
-    """SHA-256 of the certificate's DER, 64 hexadecimal digits."""
-    not_after: float
-    """End of its life, seconds since 1970."""
-
-    def write(self, folder: Path) -> None:
-        """Writes `ca.pem`, `cert.pem` and `key.pem` (mode 0600) into `folder`.
-
-        Raises:
-            IdentityError: the folder cannot be written.
-        """
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _write(folder / KEY_FILE, self.private_key, mode=0o600)
-            _write(folder / CERT_FILE, self.certificate)
-            _write(folder / CA_FILE, self.ca)
-        except OSError as error:
-            raise IdentityError(
-                f"cannot write an identity into {folder}: {error.strerror}; choose another folder"
-            ) from None
-
-
 class CertificateAuthority:
-    """Signs the certificates of one fleet. Its key stays in its folder (0700) in a file of mode 0600."""
+    """Signs the certificates of one fleet.
+
+    Its key stays in its folder (0700) in a file of mode 0600, encrypted where a passphrase was given.
+    """
 
     def __init__(self, certificate: x509.Certificate, private_key: ec.EllipticCurvePrivateKey) -> None:
         self._certificate = certificate
         self._private_key = private_key
         self._ca_pem = certificate.public_bytes(serialization.Encoding.PEM)
 
+    @property
+    def pem(self) -> str:
+        """Its certificate."""
+        return self._ca_pem.decode()
+
     @classmethod
-    def create(cls, folder: Path) -> CertificateAuthority:
-        """Makes a new authority in `folder`, whole or not at all.
+    def create(cls, folder: Path, passphrase: str | None = None) -> CertificateAuthority:
+        """Makes a new authority in `folder`, whole or not at all; a `passphrase` encrypts its key.
 
         Raises:
             IdentityError: the folder holds something already, or cannot be written.
@@ -81,8 +62,8 @@ class CertificateAuthority:
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".ca-") as made:  # mode 0700
                 content = Path(made) / "ca"
                 content.mkdir(mode=0o700)
-                _write(content / CA_KEY_FILE, _private_pem(private_key), mode=0o600)
-                _write(content / CA_FILE, certificate.public_bytes(serialization.Encoding.PEM))
+                write_file(content / CA_KEY_FILE, _private_pem(private_key, passphrase), mode=0o600)
+                write_file(content / CA_FILE, certificate.public_bytes(serialization.Encoding.PEM))
                 content.rename(folder)
         except OSError as error:
             raise IdentityError(
@@ -91,11 +72,16 @@ class CertificateAuthority:
         return cls(certificate, private_key)
 
     @classmethod
-    def load(cls, folder: Path) -> CertificateAuthority:
-        """Raises IdentityError when the authority's files are missing or are none."""
+    def load(cls, folder: Path, passphrase: str | None = None) -> CertificateAuthority:
+        """A `passphrase` is for an encrypted key; another needs none.
+
+        Raises:
+            IdentityError: the authority's files are missing or are none, or its key is encrypted and `passphrase` is
+                missing or wrong.
+        """
         try:
             certificate = x509.load_pem_x509_certificate((folder / CA_FILE).read_bytes())
-            private_key = serialization.load_pem_private_key((folder / CA_KEY_FILE).read_bytes(), password=None)
+            private_key = _load_key(folder / CA_KEY_FILE, passphrase)
         except OSError as error:
             raise IdentityError(
                 f"no certificate authority in {folder}: cannot read {Path(error.filename).name} ({error.strerror}); "
@@ -109,29 +95,46 @@ class CertificateAuthority:
             raise IdentityError(f"{folder / CA_KEY_FILE} is not the key of {folder / CA_FILE}; restore both files")
         return cls(certificate, private_key)
 
+    @property
+    def not_after(self) -> float:
+        """End of its life, seconds since 1970."""
+        return self._certificate.not_valid_after_utc.timestamp()
+
     def crl(self, revoked: Iterable[Revoked], days: int = CRL_DAYS) -> bytes:
         """The revocation list as PEM; see `provisioning.crl`."""
         return sign_crl(self._certificate, self._private_key, revoked, days)
 
-    def certify(self, name: str, role: Role, life: timedelta = timedelta(days=LEAF_DAYS)) -> Certificate:
+    def certify(self, name: str, role: Role, life: timedelta = LEAF_LIFE) -> Certificate:
         """A client's new key and certificate: CN is its name, OU its role, valid for `life`.
 
         Raises:
             TopicError: `name` may not stand in a topic.
         """
-        extensions: list[tuple[x509.ExtensionType, bool]] = [
-            (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), False)
-        ]
-        return self._sign(check_name(name), role, extensions, life)
+        private_key = ec.generate_private_key(ec.SECP256R1())
+        issued = self.sign(private_key.public_key(), name, role, life)
+        return Certificate(self._ca_pem, issued, _private_pem(private_key))
+
+    def sign(
+        self, key: ec.EllipticCurvePublicKey, name: str, role: Role, life: timedelta = LEAF_LIFE
+    ) -> IssuedCertificate:
+        """A client's certificate for a key that is its own: CN is its name, OU its role, valid for `life`.
+
+        Raises:
+            TopicError: `name` may not stand in a topic.
+        """
+        usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
+        return self._sign(key, check_name(name), role, [usage], life)
 
     def issue(self, name: str, role: Role, out: Path, host: str, port: int, bundle: Path | None = None) -> Identity:
-        """Makes an identity and writes its folder `out`; `host` and `port` say where the broker is.
+        """Makes an identity that no registry knows, in the folder `out`; `host` and `port` say where the broker is.
 
         Raises:
             TopicError: `name` may not stand in a topic.
             IdentityError: `out` cannot be written.
         """
-        return write_identity(self.certify(name, role), name, role, out, host, port, bundle)
+        return write_identity(
+            self.certify(name, role), out, Site(host, port, bundle=bundle).identity_config(name, role)
+        )
 
     def server_tls(self, folder: Path, host: str) -> ServerTls:
         """The broker's certificate for `host`, ``localhost`` and the loopback addresses, written anew into `folder`.
@@ -140,56 +143,31 @@ class CertificateAuthority:
             IdentityError: `host` is no host name or address, or the folder cannot be written.
         """
         names = [_general_name(name) for name in dict.fromkeys((host, "localhost", "127.0.0.1", "::1"))]
-        extensions: list[tuple[x509.ExtensionType, bool]] = [
-            (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False),
-            (x509.SubjectAlternativeName(names), False),
-        ]
-        self._sign("broker", Role.SERVER, extensions).write(folder)
+        extensions = [x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), x509.SubjectAlternativeName(names)]
+        private_key = ec.generate_private_key(ec.SECP256R1())
+        issued = self._sign(private_key.public_key(), "broker", Role.SERVER, extensions)
+        Certificate(self._ca_pem, issued, _private_pem(private_key)).write(folder)
         return ServerTls(folder / CA_FILE, folder / CERT_FILE, folder / KEY_FILE)
 
     def _sign(
         self,
+        key: ec.EllipticCurvePublicKey,
         name: str,
         role: Role,
-        extensions: list[tuple[x509.ExtensionType, bool]],
-        life: timedelta = timedelta(days=LEAF_DAYS),
-    ) -> Certificate:
-        private_key = ec.generate_private_key(ec.SECP256R1())
+        extensions: Sequence[x509.ExtensionType],
+        life: timedelta = LEAF_LIFE,
+    ) -> IssuedCertificate:
         issuer_id = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         builder = (
-            _certificate(private_key.public_key(), _name(name, role), life)
+            _certificate(key, _name(name, role), life)
             .issuer_name(self._certificate.subject)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(digital_signature=True), critical=True)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_id), critical=False)
         )
-        for extension, critical in extensions:
-            builder = builder.add_extension(extension, critical)
-        certificate = builder.sign(self._private_key, hashes.SHA256())
-        return Certificate(
-            ca=self._ca_pem,
-            certificate=certificate.public_bytes(serialization.Encoding.PEM),
-            private_key=_private_pem(private_key),
-            fingerprint=certificate.fingerprint(hashes.SHA256()).hex(),
-            not_after=certificate.not_valid_after_utc.timestamp(),
-        )
-
-
-def write_identity(
-    certificate: Certificate, name: str, role: Role, out: Path, host: str, port: int, bundle: Path | None
-) -> Identity:
-    """Writes an identity folder; `identity.json` comes last, so a folder that has one is complete.
-
-    Raises:
-        IdentityError: `out` cannot be written.
-    """
-    config = IdentityConfig(name, role, host, port, str(bundle.resolve()) if bundle else None)
-    certificate.write(out)
-    try:
-        _write(out / IDENTITY_FILE, msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
-    except OSError as error:
-        raise IdentityError(f"cannot write {out / IDENTITY_FILE}: {error.strerror}; choose another folder") from None
-    return Identity(out, config)
+        for extension in extensions:
+            builder = builder.add_extension(extension, critical=False)
+        return issued_certificate(builder.sign(self._private_key, hashes.SHA256()))
 
 
 def _sign_authority(private_key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
@@ -251,22 +229,21 @@ def _key_usage(
     )
 
 
-def _private_pem(private_key: ec.EllipticCurvePrivateKey) -> bytes:
-    return private_key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+def _private_pem(private_key: ec.EllipticCurvePrivateKey, passphrase: str | None = None) -> bytes:
+    encryption = (
+        serialization.BestAvailableEncryption(passphrase.encode()) if passphrase else serialization.NoEncryption()
     )
+    return private_key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
 
 
-def _write(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Replaces `path` by `data` in one step; it never has wider rights than `mode`."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # mode 0600
+def _load_key(path: Path, passphrase: str | None) -> PrivateKeyTypes:
+    """Raises IdentityError for a passphrase that is missing or wrong, ValueError or OSError for what is no key."""
+    data = path.read_bytes()
+    if b"BEGIN ENCRYPTED PRIVATE KEY" not in data:
+        return serialization.load_pem_private_key(data, password=None)
+    if not passphrase:
+        raise IdentityError(f"{path} is encrypted: expected its passphrase in the environment as FLEET_CA_PASSPHRASE")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(descriptor)
-        Path(temporary).chmod(mode)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        return serialization.load_pem_private_key(data, passphrase.encode())
+    except ValueError:
+        raise IdentityError(f"{path} does not open with this passphrase; set the right FLEET_CA_PASSPHRASE") from None

@@ -1,16 +1,18 @@
-"""Enrolment: a name enters the registry, and its identity folder is written."""
+"""Enrolment without the service: names enter the registry, and their identity folders are written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fleet.access import Role
-from fleet.errors import ConfigError, IdentityError
+from fleet.enrolment import Enrolment, check_all
+from fleet.errors import IdentityError
 from fleet.identity import IDENTITY_FILE, Identity
 from fleet.registry.store import Registry
-from fleet.topics import check_name
-from provisioning.authority import CertificateAuthority, write_identity
+from provisioning.authority import CertificateAuthority
+from provisioning.certificate import write_identity
+from provisioning.site import Site
 
 
 def enroll(
@@ -23,45 +25,57 @@ def enroll(
     host: str,
     port: int,
     group: str | None = None,
+    tags: Mapping[str, str] | None = None,
     targets: Iterable[str] = (),
     bundle: Path | None = None,
+    server: str | None = None,
     force: bool = False,
 ) -> Identity:
     """Enrols `name` and writes its identity folder `out`; the broker is at `host` and `port`.
 
     Args:
         group: a group that a device belongs to.
+        tags: a device's tags.
         targets: devices, or groups of them, that an app may send prompts to.
         bundle: the model that a device or worker serves; others have none.
+        server: the base URL of the fleet's service.
         force: replaces an identity of the same name, and what is in `out`.
 
     Raises:
         TopicError: a name may not stand in a topic.
-        ConfigError: targets for who is no app, or a group for who is no device.
+        ConfigError: targets for who is no app, or a group or tags for who is no device.
         IdentityError: the name is taken, a target is not enrolled, or `out` holds another identity or cannot
             be written.
     """
-    targets = tuple(check_name(target, "target") for target in targets)
-    if targets and role is not Role.APP:
-        raise ConfigError(f"only an app is allowed devices or groups; {name!r} is to be a {role}: leave --allow out")
-    if group is not None and role is not Role.DEVICE:
-        raise ConfigError(f"only a device belongs to a group; {name!r} is to be a {role}: leave --group out")
-    if group is not None:
-        check_name(group, "group")
-    certificate = authority.certify(name, role)
+    enrolment = Enrolment(name, role, group, dict(tags or {}), tuple(targets))
+    site = Site(host, port, server, bundle)
+    (identity,) = enroll_all(registry, authority, {out: enrolment}, site, force=force)
+    return identity
+
+
+def enroll_all(
+    registry: Registry,
+    authority: CertificateAuthority,
+    enrolments: Mapping[Path, Enrolment],
+    site: Site,
+    *,
+    force: bool = False,
+) -> Sequence[Identity]:
+    """Enrols all, or none where one of them cannot be, and writes the folder of each.
+
+    Raises:
+        FleetError: as `enroll`.
+    """
+    check_all(list(enrolments.values()))
+    certificates = {out: authority.certify(each.name, each.role) for out, each in enrolments.items()}
     if not force:
-        _check_free(out)
-    registry.add_identity(
-        name,
-        role,
-        group,
-        targets,
-        fingerprint=certificate.fingerprint,
-        not_after=certificate.not_after,
-        replace=force,
-    )
-    serves = bundle if role in (Role.DEVICE, Role.WORKER) else None
-    return write_identity(certificate, name, role, out, host, port, serves)
+        for out in enrolments:
+            _check_free(out)
+    registry.add_certified([(enrolments[out], made.issued) for out, made in certificates.items()], replace=force)
+    return [
+        write_identity(certificates[out], out, site.identity_config(each.name, each.role))
+        for out, each in enrolments.items()
+    ]
 
 
 def _check_free(out: Path) -> None:

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-import time
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
-from cryptography import x509
-
 from fleet.access import Role
 from fleet.mqtt import MqttTransport
-from provisioning.authority import CertificateAuthority, write_identity
+from fleet.registry.rows import IssuedCertificate, RevokedCertificate
+from provisioning.authority import CertificateAuthority
+from provisioning.certificate import write_identity
+from provisioning.site import Site
 
 LIFE: Final = timedelta(minutes=5)
 CONNECT_S: Final = 2.0
-
-
-@dataclass(frozen=True)
-class SpentCertificate:
-    """A certificate that was made for one eviction, and belongs on the revocation list until it ends."""
-
-    serial: str
-    name: str
-    revoked_at: float | None
-    not_after: float
 
 
 class Evictions:
@@ -37,9 +26,8 @@ class Evictions:
 
     def __init__(self, authority: CertificateAuthority, host: str, port: int) -> None:
         self._authority = authority
-        self._host = host
-        self._port = port
-        self._spent: list[SpentCertificate] = []
+        self._site = Site(host, port)
+        self._spent: list[tuple[str, IssuedCertificate]] = []
 
     def evict(self, name: str) -> None:
         """Ends the session of `name`, if it has one; its last will is sent as far as its rights still reach.
@@ -49,13 +37,12 @@ class Evictions:
             IdentityError: no temporary folder can be written.
         """
         made = self._authority.certify(name, Role.DEVICE, LIFE)
-        serial = x509.load_pem_x509_certificate(made.certificate).serial_number
-        self._spent.append(SpentCertificate(f"{serial:x}", name, time.time(), made.not_after))
+        self._spent.append((name, made.issued))
         with tempfile.TemporaryDirectory(prefix="fleet-eviction-") as folder:  # mode 0700
-            identity = write_identity(made, name, Role.DEVICE, Path(folder), self._host, self._port, None)
+            identity = write_identity(made, Path(folder), self._site.identity_config(name, Role.DEVICE))
             MqttTransport.connect(identity, timeout_s=CONNECT_S).close()
 
-    def spent(self, now: float) -> list[SpentCertificate]:
-        """The certificates of earlier evictions that have not ended yet."""
-        self._spent = [certificate for certificate in self._spent if certificate.not_after > now]
-        return self._spent
+    def spent(self, now: float) -> list[RevokedCertificate]:
+        """The certificates of earlier evictions that have not ended yet: they belong on the revocation list."""
+        self._spent = [(name, issued) for name, issued in self._spent if issued.not_after > now]
+        return [RevokedCertificate(issued.serial, name, issued.not_before) for name, issued in self._spent]

@@ -32,8 +32,8 @@ HOST: Final = "127.0.0.1"
 WAIT_S: Final = 10.0
 BROKERS: Final = ["amqtt", pytest.param("mosquitto", marks=pytest.mark.mosquitto)]
 FLEET: Final = (
-    Grants(Role.DEVICE, "d1"),
-    Grants(Role.DEVICE, "d2"),
+    Grants(Role.DEVICE, "d1", ("a1",)),
+    Grants(Role.DEVICE, "d2", ("a2",)),
     Grants(Role.APP, "a1", ("d1",)),
     Grants(Role.APP, "a2", ("d2",)),
     Grants(Role.WORKER, "w1"),

@@ -8,26 +8,20 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from cryptography import x509
-from sqlalchemy import update
-from sqlalchemy.orm import Session
-
 from cloud_broker_worker.broker.keeper import MosquittoKeeper
 from cloud_broker_worker.broker.mosquitto import CRL_FILE, PID_FILE, write_config
 from cloud_broker_worker.broker.reload import by_signal
 from fleet.access import Grants, Role
-from fleet.identity import CERT_FILE, Identity
+from fleet.identity import Identity
 from fleet.mqtt import MqttTransport
-from fleet.registry.audit import audit
-from fleet.registry.models import CertificateRecord, IdentityRecord
-from fleet.registry.states import State
 from fleet.registry.store import Registry
 from fleet.registry.watcher import ChangeWatcher
 from fleet.transport import Will
 from provisioning.authority import CertificateAuthority
 from provisioning.crl import CrlFile
+from provisioning.enroll import enroll
 from provisioning.eviction import Evictions
-from tests.brokers import FLEET, HOST, Amqtt, Mosquitto, RunningBroker, fingerprint_of, free_port
+from tests.brokers import FLEET, HOST, Amqtt, Mosquitto, RunningBroker, free_port
 
 
 class RegisteredSite:
@@ -41,7 +35,7 @@ class RegisteredSite:
         self.identities: dict[str, Identity] = {}
         self._numbers = itertools.count()
         for grants in sorted(fleet, key=lambda grants: grants.role is Role.APP):  # devices before who may prompt them
-            self.enroll(grants.name, grants.role, grants.targets)
+            self.enroll(grants.name, grants.role, grants.targets if grants.role is Role.APP else ())
         self.tls = self.authority.server_tls(folder / "server", HOST)
         self.watcher = ChangeWatcher(self.registry)
         self.broker = self._start_amqtt() if kind == "amqtt" else self._start_mosquitto(folder / "mosquitto")
@@ -65,59 +59,16 @@ class RegisteredSite:
         return broker
 
     def enroll(self, name: str, role: Role = Role.DEVICE, targets: tuple[str, ...] = ()) -> Identity:
-        """A new certificate for `name`, which is active from then on; earlier ones stay as they are."""
+        """A new certificate for `name`, which is active from then on; earlier ones are revoked."""
         out = self.folder / "identities" / f"{name}-{next(self._numbers)}"
-        identity = self.authority.issue(name, role, out, HOST, self.port)
-        certificate = x509.load_pem_x509_certificate((identity.folder / CERT_FILE).read_bytes())
-        fingerprint, not_after = fingerprint_of(identity), certificate.not_valid_after_utc.timestamp()
-        self.registry.add_identity(
-            name, role, targets=targets, fingerprint=fingerprint, not_after=not_after, replace=True
+        self.identities[name] = enroll(
+            self.registry, self.authority, name, role, out, host=HOST, port=self.port, targets=targets, force=True
         )
-        keep_certificate(self.registry, identity)
-        self.identities[name] = identity
-        return identity
+        return self.identities[name]
 
     def connect(self, name: str, will: Will | None = None) -> MqttTransport:
         """Under the newest certificate of `name`."""
         return MqttTransport.connect(self.identities[name], will=will)
-
-    def revoke(self, name: str) -> None:
-        change_state(self.registry, name, State.REVOKED)
-
-    def suspend(self, name: str) -> None:
-        change_state(self.registry, name, State.SUSPENDED)
-
-    def resume(self, name: str) -> None:
-        change_state(self.registry, name, State.ACTIVE)
-
-
-def keep_certificate(registry: Registry, identity: Identity) -> None:
-    """Puts an identity's certificate into the registry's table, if it is not there yet."""
-    pem = (identity.folder / CERT_FILE).read_text()
-    certificate = x509.load_pem_x509_certificate(pem.encode())
-    record = CertificateRecord(
-        serial=f"{certificate.serial_number:x}",
-        name=identity.name,
-        fingerprint=fingerprint_of(identity),
-        key_hash=fingerprint_of(identity),
-        pem=pem,
-        not_before=certificate.not_valid_before_utc.timestamp(),
-        not_after=certificate.not_valid_after_utc.timestamp(),
-    )
-    registry._transactions.write(lambda db: db.merge(record))
-
-
-def change_state(registry: Registry, name: str, state: State) -> None:
-    """Suspends, resumes or revokes; the latter with every certificate of the name."""
-
-    def work(db: Session) -> None:
-        db.execute(update(IdentityRecord).where(IdentityRecord.name == name).values(state=state))
-        if state is State.REVOKED:
-            of_name = CertificateRecord.name == name
-            db.execute(update(CertificateRecord).where(of_name).values(revoked_at=time.time()))
-        audit(db, "tests", state, name)
-
-    registry._transactions.write(work)
 
 
 @contextmanager

@@ -9,20 +9,29 @@ import msgspec
 import typer
 from rich.console import Console
 
-from fleet.access import Role
+from fleet.cli.allow import allow, disallow, tag
+from fleet.cli.audit import audit
 from fleet.cli.bench import app as bench_commands
 from fleet.cli.broker import app as broker_commands
-from fleet.cli.cluster import MetricsPortOption, RegistryOption, RetentionOption, init, server
+from fleet.cli.cluster import (
+    MetricsPortOption,
+    RegistryOption,
+    RetentionOption,
+    ServicePortOption,
+    init,
+    server,
+)
+from fleet.cli.config import app as config_commands
 from fleet.cli.doctor import doctor
+from fleet.cli.enroll import enroll, resume, revoke, suspend
 from fleet.cli.export import PASS_ON, export
 from fleet.cli.export import bundle as bundle_commands
 from fleet.cli.heads import app as heads_commands
 from fleet.cli.lazy import load
-from fleet.cli.state import DEFAULT_PORT, EMBEDDED, State, StateConfig, keeping
-from fleet.cli.stats import JsonOption, StateOption, device, devices, stats
+from fleet.cli.state import DEFAULT_PORT, DEFAULT_SERVICE_PORT, EMBEDDED, State, StateConfig, create_fleet, keeping
+from fleet.cli.stats import JsonOption, StateOption, device, devices, stats, workers
 from fleet.command import run_command, stop_event
 from fleet.errors import ConfigError, LinkError, UnknownDeviceError
-from fleet.identity import Identity
 from fleet.policy import check_threshold, parse_mode
 from fleet.prompt import ChatMessage, PromptRequest
 
@@ -31,9 +40,19 @@ app.command("export", context_settings=PASS_ON)(export)
 app.command("doctor")(doctor)
 app.command("init")(init)
 app.command("server")(server)
+app.command("enroll")(enroll)
+app.command("suspend")(suspend)
+app.command("resume")(resume)
+app.command("revoke")(revoke)
 app.command("devices")(devices)
+app.command("allow")(allow)
+app.command("disallow")(disallow)
+app.command("tag")(tag)
 app.command("device")(device)
+app.command("workers")(workers)
 app.command("stats")(stats)
+app.command("audit")(audit)
+app.add_typer(config_commands, name="config")
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(heads_commands, name="heads")
 app.add_typer(bench_commands, name="bench")
@@ -62,64 +81,32 @@ def up(
     port: Annotated[int, typer.Option(min=1, max=65535)] = DEFAULT_PORT,
     bundle: BundleOption = None,
     workers: Annotated[int, typer.Option(min=1, max=64, help="How many workers share the devices.")] = 1,
+    service_port: ServicePortOption = DEFAULT_SERVICE_PORT,
     metrics_port: MetricsPortOption = None,
     registry: RegistryOption = None,
     retention_days: RetentionOption = None,
     broker: Annotated[str, typer.Option(help="amqtt, in the server's process, or mosquitto beside it.")] = EMBEDDED,
 ) -> None:
-    """Start broker, registry, collector and workers; stop them with Ctrl-C."""
+    """Start broker, registry, collector, service and workers; stop them with Ctrl-C."""
     from fleet.cli.serve import check_broker, check_port, fleet_processes, resolve_bundle, watch
 
     console = Console(stderr=True)
     check_broker(broker)
     stop = stop_event()
     check_port(host, port)
+    if service_port:
+        check_port(host, service_port, "--service-port")
     path = resolve_bundle(bundle, console.print)
     folder = state or State.default_folder()
-    config = keeping(folder, StateConfig(host, port, str(path)), registry, retention_days)
-    fleet = State.create(folder, config)
+    config = StateConfig(host, port, str(path), service_port=service_port)
+    fleet = create_fleet(folder, keeping(folder, config, registry, retention_days))
     with fleet_processes(fleet, workers, metrics_port, broker) as (servers, started):
         for worker in started:
             worker.wait_ready()
         for process in (*servers, *started):
             print(f"{process.ready_line} (process {process.process.pid})")
-        print(
-            f"the fleet is up on {host}:{port}; next: fleet enroll NAME --out DIR, then edge-agent run DIR", flush=True
-        )
+        print(f"the fleet is up on {host}:{port}; next: fleet enroll NAME", flush=True)
         watch(servers, started, stop)
-
-
-@app.command()
-def enroll(
-    name: Annotated[str, typer.Argument(help="a-z, 0-9, '-' and '_'.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write the identity folder (default: ./NAME).")] = None,
-    role: Annotated[str, typer.Option(help="device, app, worker or server.")] = "device",
-    allow: Annotated[list[str] | None, typer.Option(help="Device or group that an app may prompt; repeatable.")] = None,
-    group: Annotated[str | None, typer.Option(help="Group of a device.")] = None,
-    bundle: BundleOption = None,
-    shared_subscriptions: Annotated[
-        bool, typer.Option("--shared-subscriptions", help="A worker's broker has them (MQTT 5): one takes a session.")
-    ] = False,
-    state: StateOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Make an identity: a certificate of the fleet's own authority, and its configuration."""
-    if role not in set(Role):
-        raise ConfigError(f"unknown role {role!r}: expected one of {', '.join(Role)}")
-    if shared_subscriptions and role != Role.WORKER:
-        raise ConfigError(f"only a worker shares a subscription; {name!r} is to be a {role}: leave the option out")
-    fleet = State.load(state or State.default_folder())
-    folder = (out or Path(name)).resolve()
-    identity = fleet.enroll(
-        name, Role(role), folder, group=group, allow=tuple(allow or ()), bundle=bundle and bundle.resolve()
-    )
-    if shared_subscriptions:
-        Identity(folder, msgspec.structs.replace(identity.config, shared_subscriptions=True)).save()
-    following = f"edge-agent run {folder}" if role == Role.DEVICE else "use ca.pem, cert.pem and key.pem in there"
-    if as_json:
-        print(msgspec.json.encode({"name": name, "role": role, "folder": str(folder)}).decode())
-    else:
-        print(f"enrolled {role} {name} in {folder}; next: {following}")
 
 
 @app.command()

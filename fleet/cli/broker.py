@@ -96,8 +96,7 @@ def write_mosquitto(
     """
     mosquitto = load("cloud_broker_worker.broker.mosquitto")
     crl = load("provisioning.crl")
-    authority = load("provisioning.authority")
-    signer = authority.CertificateAuthority.load(fleet.folder / "ca")
+    signer, leaf_days = fleet.authority(), load("provisioning.authority").LEAF_DAYS
     tls = signer.server_tls(folder, fleet.config.host)
     path: Path = mosquitto.write_config(
         folder, port or fleet.config.port, tls, registry.all_grants(), host or fleet.config.host, has_crl=True
@@ -111,7 +110,7 @@ def write_mosquitto(
             folder=folder,
             pid_file=folder / mosquitto.PID_FILE,
             crl_days=crl.CRL_DAYS,
-            leaf_days=authority.LEAF_DAYS,
+            leaf_days=leaf_days,
         )
     )
     return path
@@ -147,7 +146,7 @@ def mosquitto_keeper(fleet: State, registry: Registry, folder: Path, reload: str
     mosquitto, how = load("cloud_broker_worker.broker.mosquitto"), load("cloud_broker_worker.broker.reload")
     if not (folder / mosquitto.CONFIG_FILE).exists():
         raise ConfigError(f"no {mosquitto.CONFIG_FILE} in {folder}; make it: fleet broker config --out {folder}")
-    signer = load("provisioning.authority").CertificateAuthority.load(fleet.folder / "ca")
+    signer = fleet.authority()
     return load("cloud_broker_worker.broker.keeper").MosquittoKeeper(
         folder,
         registry,

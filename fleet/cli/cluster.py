@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fleet.cli.serve import run_server
-from fleet.cli.state import DEFAULT_PORT, State, StateConfig, keeping
+from fleet.cli.server import ServerOptions, run_server
+from fleet.cli.state import DEFAULT_PORT, DEFAULT_SERVICE_PORT, State, StateConfig, create_fleet, keeping
 from fleet.cli.stats import StateOption
 from fleet.errors import ConfigError
 
@@ -21,26 +21,31 @@ RetentionOption = Annotated[
 MetricsPortOption = Annotated[
     int | None, typer.Option(min=0, max=65535, help="Serve /healthz, /readyz and /metrics over HTTP from there on.")
 ]
+ServicePortOption = Annotated[
+    int, typer.Option(min=0, max=65535, help="Port of the HTTPS service where devices join; 0 is no service.")
+]
 
 
 def init(
     host: Annotated[str, typer.Option(help="Where devices and workers reach the broker.")],
     bundle: Annotated[Path, typer.Option(help="Model bundle, where devices and workers will find it.")],
     port: Annotated[int, typer.Option(min=1, max=65535)] = DEFAULT_PORT,
+    service_port: ServicePortOption = DEFAULT_SERVICE_PORT,
     registry: RegistryOption = None,
     retention_days: RetentionOption = None,
     state: StateOption = None,
 ) -> None:
     """Make the fleet's folder, or change it: authority, registry, its own identities. Starts nothing."""
     folder = state or State.default_folder()
-    fleet = State.create(folder, keeping(folder, StateConfig(host, port, str(bundle)), registry, retention_days))
+    config = StateConfig(host, port, str(bundle), service_port=service_port)
+    fleet = create_fleet(folder, keeping(folder, config, registry, retention_days))
     print(f"a fleet in {fleet.folder} with its broker on {host}:{port}; next: fleet enroll, fleet server")
 
 
 def server(
     state: StateOption = None,
     broker: Annotated[bool, typer.Option(help="With the embedded broker, or with one that runs elsewhere.")] = True,
-    listen: Annotated[str | None, typer.Option(help="Address of the embedded broker (default: the fleet's).")] = None,
+    listen: Annotated[str | None, typer.Option(help="Address of broker and service (default: the fleet's).")] = None,
     mosquitto: Annotated[
         Path | None, typer.Option(help="With --no-broker: folder of `fleet broker config` to keep in step.")
     ] = None,
@@ -50,9 +55,9 @@ def server(
     metrics_port: MetricsPortOption = None,
     metrics_host: Annotated[str, typer.Option(help="Address of --metrics-port.")] = "127.0.0.1",
 ) -> None:
-    """Run broker and collector alone; `fleet up` starts this."""
+    """Run broker, collector and service alone; `fleet up` starts this."""
     if mosquitto and broker:
         raise ConfigError("--mosquitto keeps a broker that runs elsewhere in step; add --no-broker")
     fleet = State.load(state or State.default_folder())
     metrics = None if metrics_port is None else (metrics_host, metrics_port)
-    run_server(fleet, listen or fleet.config.host if broker else None, metrics, mosquitto, reload)
+    run_server(fleet, ServerOptions(listen, broker, mosquitto, reload, metrics))

@@ -83,7 +83,8 @@ def follow(console: Console, client: PromptClient, device: str, prompt: PromptRe
 def running_fleet(bundle: Path, folder: Path, say: Console) -> Iterator[tuple[State, MqttTransport]]:
     """Broker, registry, worker and one device, ready; and an app's connection."""
     require("edge", "onnxruntime", "tokenizers")
-    state = State.create(folder, StateConfig(HOST, free_port(HOST), str(bundle)))
+    config = StateConfig(HOST, free_port(HOST), str(bundle), service_port=free_port(HOST))
+    state = State.create(folder, config)
     device = folder / "devices" / DEVICE
     state.enroll(DEVICE, Role.DEVICE, device)
     app = state.enroll(APP, Role.APP, folder / "apps" / APP, allow=(DEVICE,))

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Final
 
 import msgspec
 import typer
@@ -17,7 +17,10 @@ from msgspec import Struct
 from packaging.requirements import Requirement
 
 from fleet import __version__
+from fleet.cli.checkup import Check, check_fleet
 from fleet.cli.lazy import load
+from fleet.cli.state import STATE_FILE, State
+from fleet.cli.stats import JsonOption, StateOption
 from fleet.cpu import instruction_sets
 from fleet.errors import ConfigError
 
@@ -53,12 +56,14 @@ class Diagnosis(Struct, frozen=True):
     free_disk_bytes: int
     extras: tuple[Extra, ...]
     mosquitto: str | None
+    fleet: tuple[Check, ...]
     problems: tuple[str, ...]
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False) -> None:
-    """Say what this machine has for each part of a fleet; exit status 1 when something is wrong."""
-    diagnosis = diagnose()
+def doctor(state: StateOption = None, as_json: JsonOption = False) -> None:
+    """Say what this machine has for each part of a fleet, and how its fleet is; exit status 1 if something is wrong."""
+    folder = state or State.default_folder()
+    diagnosis = diagnose(check_fleet(folder) if state or (folder / STATE_FILE).exists() else ())
     if as_json:
         print(msgspec.json.encode(diagnosis).decode())
     else:
@@ -67,7 +72,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON inst
         raise typer.Exit(1)
 
 
-def diagnose() -> Diagnosis:
+def diagnose(fleet: tuple[Check, ...] = ()) -> Diagnosis:
     """Looks at this machine and this Python's packages; nothing heavy is imported but ONNX Runtime, if it is there."""
     wanted = requirements()
     problems = [
@@ -103,7 +108,8 @@ def diagnose() -> Diagnosis:
         free_disk_bytes=shutil.disk_usage(Path.home()).free,
         extras=tuple(examine(name, missing(wanted, name), runtimes) for name in EXTRAS),
         mosquitto=shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:{MOSQUITTO_FOLDERS}"),
-        problems=tuple(problems),
+        fleet=fleet,
+        problems=(*problems, *(f"{check.name}: {check.problem}" for check in fleet if check.problem)),
     )
 
 
@@ -178,5 +184,6 @@ def lines(diagnosis: Diagnosis) -> list[str]:
         )
     facts["packages"] = ", ".join(f"{name} {found}" for name, found in diagnosis.packages.items())
     width = max(map(len, facts))
+    checked = [f"{check.name:{width}}  {check.found}" for check in diagnosis.fleet]
     found = [f"problem: {problem}" for problem in diagnosis.problems] or ["no problem found"]
-    return [*(f"{name:{width}}  {value}" for name, value in facts.items()), *found]
+    return [*(f"{name:{width}}  {value}" for name, value in facts.items()), *checked, *found]

@@ -1,4 +1,4 @@
-"""`fleet up` and `fleet server`: broker, registry, collector and workers."""
+"""`fleet up`: the server, a broker beside it, and workers, as child processes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from typing import Final
 import msgspec
 
 from fleet.access import Role
-from fleet.cli.broker import mosquitto_keeper, start_mosquitto
+from fleet.cli.broker import start_mosquitto
 from fleet.cli.lazy import load, require
 from fleet.cli.processes import DRAIN_TIMEOUT_S, Child, child, running
-from fleet.cli.state import COLLECTOR, EMBEDDED, MOSQUITTO, WORKER, State
-from fleet.command import stop_event
+from fleet.cli.state import EMBEDDED, MOSQUITTO, WORKER, State
 from fleet.errors import ConfigError, FleetError
 from fleet.identity import Identity
 
@@ -33,15 +32,15 @@ def check_broker(broker: str) -> None:
         load("cloud_broker_worker.broker.mosquitto").find_mosquitto()
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises ConfigError when nothing can listen there."""
+def check_port(host: str, port: int, option: str = "--port") -> None:
+    """Raises ConfigError, which names the `option` for another port, when nothing can listen there."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"cannot listen on {host}:{port}: {error.strerror}; stop what uses it or choose another with --port"
+                f"cannot listen on {host}:{port}: {error.strerror}; stop what uses it or choose another with {option}"
             ) from None
 
 
@@ -51,43 +50,6 @@ def free_port(host: str) -> int:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def run_server(
-    state: State,
-    listen: str | None,
-    metrics: tuple[str, int] | None = None,
-    mosquitto: Path | None = None,
-    reload: str | None = None,
-) -> None:
-    """Collector and broker in this process, until SIGTERM or SIGINT.
-
-    The broker listens on the address `listen`; without one it runs elsewhere. `metrics` is where to tell of them.
-    `mosquitto` is the folder of one that is to follow the registry, and `reload` the command that tells it.
-    """
-    broker_class = load("cloud_broker_worker.broker.embedded").EmbeddedBroker
-    collector = load("fleet.registry.collector").Collector
-    transport = load("fleet.mqtt").MqttTransport
-    stop = stop_event()
-    with ExitStack() as stack:
-        endpoint = stack.enter_context(load("fleet.endpoint").Endpoint(*metrics)) if metrics else None
-        registry = stack.enter_context(state.registry())
-        stack.enter_context(load("fleet.registry.retention").Retention(registry, state.config.retention_days))
-        host, port = state.config.host, state.config.port
-        broker = listen and stack.enter_context(broker_class(listen, port, state.server_tls(), registry.admitted))
-        link = stack.enter_context(transport.connect(state.identity(COLLECTOR, Role.SERVER)))
-        collecting = stack.enter_context(collector(link, registry))
-        watcher = load("fleet.registry.watcher").ChangeWatcher(registry)
-        watcher.add(load("fleet.registry.denials").Denials(link, registry).publish)
-        if mosquitto:
-            watcher.add(mosquitto_keeper(state, registry, mosquitto, reload).sync, periodic=True)
-        stack.enter_context(watcher)
-        if endpoint:
-            endpoint.show(load("fleet.metrics").FleetMonitor(registry, collecting, link, broker))
-        opening = f"broker listens on {listen}:{port} (TLS)" if broker else f"collector at the broker on {host}:{port}"
-        where = f", metrics on {endpoint.url}" if endpoint else ""
-        print(f"{opening}, registry {state.folder}{where}", flush=True)
-        stop.wait()
 
 
 @contextmanager
@@ -100,6 +62,8 @@ def fleet_processes(
     itself there, and the workers on the ports that follow.
     """
     check_port(state.config.host, state.config.port)
+    if state.config.service_port:
+        check_port(state.config.host, state.config.service_port, "--service-port")
     require("worker", "torch", "transformers")
     ports = [
         [] if metrics_port is None else ["--metrics-port", str(metrics_port and metrics_port + i)]

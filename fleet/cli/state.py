@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import itertools
 import os
-from collections.abc import Iterator
+import ssl
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 import platformdirs
@@ -16,14 +19,18 @@ from msgspec import Meta, Struct
 
 from fleet.access import Role
 from fleet.cli.lazy import load
-from fleet.errors import ConfigError
-from fleet.identity import Identity, ServerTls
+from fleet.enrolment import Enrolment
+from fleet.errors import BundleError, ConfigError
+from fleet.identity import CA_FILE, Identity, ServerTls
+from fleet.manifest import read_manifest
 
 if TYPE_CHECKING:
     from fleet.registry.store import Registry
 
 STATE_FILE: Final = "fleet.json"
 DEFAULT_PORT: Final = 8883
+DEFAULT_SERVICE_PORT: Final = 8443
+PASSPHRASE: Final = "FLEET_CA_PASSPHRASE"
 COLLECTOR: Final = "collector"
 EMBEDDED: Final = "amqtt"  # the brokers that `fleet up` starts
 MOSQUITTO: Final = "mosquitto"
@@ -33,7 +40,8 @@ WORKER: Final = "worker-1"  # the first of those that `fleet up` starts
 class StateConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Where the broker listens, which bundle the fleet serves, and what it remembers.
 
-    `registry` is the URL of a PostgreSQL database; None is a SQLite file in the folder.
+    `registry` is the URL of a PostgreSQL database; None is a SQLite file in the folder. The HTTPS service is on the
+    same host at `service_port`; 0 is none.
     """
 
     host: str
@@ -41,6 +49,7 @@ class StateConfig(Struct, frozen=True, forbid_unknown_fields=True):
     bundle: str
     registry: str | None = None
     retention_days: Annotated[int, Meta(ge=1)] = 90
+    service_port: Annotated[int, Meta(ge=0, le=65535)] = DEFAULT_SERVICE_PORT
 
 
 class State:
@@ -80,7 +89,7 @@ class State:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
         authority = load("provisioning.authority").CertificateAuthority
         if not (folder / "ca").exists():
-            authority.create(folder / "ca")
+            authority.create(folder / "ca", os.environ.get(PASSPHRASE))
         state.identity(COLLECTOR, Role.SERVER)
         state.identity(WORKER, Role.WORKER)
         return state
@@ -90,6 +99,26 @@ class State:
         where = self.config.registry or self.folder / "registry.sqlite"
         registry: Registry = load("fleet.registry.store").Registry.open(where)
         return registry
+
+    def authority(self) -> Any:
+        """The certificate authority, its key opened by ``$FLEET_CA_PASSPHRASE`` where it is encrypted.
+
+        Raises:
+            IdentityError: it is missing, or its key cannot be opened.
+        """
+        authority = load("provisioning.authority").CertificateAuthority
+        return authority.load(self.folder / "ca", os.environ.get(PASSPHRASE))
+
+    def ca_sha256(self) -> str:
+        """SHA-256 of the authority's certificate; its key is not needed."""
+        pem = (self.folder / "ca" / CA_FILE).read_text()
+        return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
+
+    def site(self, bundle: Path | None = None, *, shared_subscriptions: bool = False) -> Any:
+        """Where identities find this fleet."""
+        module, config = load("provisioning.site"), self.config
+        server = module.base_url(config.host, config.service_port) if config.service_port else None
+        return module.Site(config.host, config.port, server, bundle or Path(config.bundle), shared_subscriptions)
 
     def enroll(
         self,
@@ -102,27 +131,39 @@ class State:
         bundle: Path | None = None,
     ) -> Identity:
         """Enrols `name` and writes its identity folder to `out`; raises IdentityError when the name is taken."""
-        authority = load("provisioning.authority").CertificateAuthority.load(self.folder / "ca")
-        with self.registry() as registry:
-            identity: Identity = load("provisioning.enroll").enroll(
-                registry,
-                authority,
-                name,
-                role,
-                out,
-                host=self.config.host,
-                port=self.config.port,
-                group=group,
-                targets=allow,
-                bundle=bundle or Path(self.config.bundle),
-            )
+        (identity,) = self.enroll_all({out: Enrolment(name, role, group, targets=allow)}, self.site(bundle))
         return identity
+
+    def enroll_all(self, enrolments: Mapping[Path, Enrolment], site: Any, *, force: bool = False) -> Sequence[Identity]:
+        """Enrols all or none, and writes a folder for each; raises FleetError when one of them cannot be."""
+        with self.registry() as registry:
+            identities: Sequence[Identity] = load("provisioning.enroll").enroll_all(
+                registry, self.authority(), enrolments, site, force=force
+            )
+        return identities
 
     def server_tls(self) -> ServerTls:
         """The broker's certificate for its host, made anew when missing."""
-        authority = load("provisioning.authority").CertificateAuthority.load(self.folder / "ca")
-        tls: ServerTls = authority.server_tls(self.folder / "broker", self.config.host)
+        tls: ServerTls = self.authority().server_tls(self.folder / "broker", self.config.host)
         return tls
+
+    def bundle_folder(self, bundle_id: str) -> Path | None:
+        """Where a bundle of that id is: among those that were added, or the fleet's own."""
+        for folder in (self.folder / "bundles" / bundle_id, Path(self.config.bundle)):
+            if bundle_id_of(folder) == bundle_id:
+                return folder
+        return None
+
+    def service(self, registry: Registry, listen: str, tls: ServerTls) -> Any:
+        """The HTTPS service, not yet started."""
+        office = load("provisioning.office").Office(
+            registry,
+            self.authority(),
+            self.site(),
+            self.bundle_folder,
+            bundle_id=bundle_id_of(Path(self.config.bundle)),
+        )
+        return load("provisioning.service").Service(listen, self.config.service_port, tls, office)
 
     def identity(self, name: str, role: Role) -> Identity:
         """One of the fleet's own identities, enrolled at its first use and pointed at the broker's address."""
@@ -133,7 +174,11 @@ class State:
                 return self.enroll(name, role, out)
         identity = Identity.load(out)
         current = msgspec.structs.replace(
-            identity.config, host=self.config.host, port=self.config.port, bundle=self.config.bundle
+            identity.config,
+            host=self.config.host,
+            port=self.config.port,
+            bundle=self.config.bundle,
+            server=self.site().server,
         )
         if current != identity.config:
             identity = Identity(out, current)
@@ -152,6 +197,24 @@ class State:
                     continue
                 yield identity
                 return
+
+
+def create_fleet(folder: Path, config: StateConfig) -> State:
+    """`State.create` for an operator, who is told once when the authority's key lies there as it is."""
+    is_new = not (folder / "ca").exists()
+    state = State.create(folder, config)
+    if is_new and not os.environ.get(PASSPHRASE):
+        key = folder / "ca" / "ca-key.pem"
+        print(f"fleet: {key} is not encrypted (mode 0600); set {PASSPHRASE} before the first start", file=sys.stderr)
+    return state
+
+
+def bundle_id_of(folder: Path) -> str | None:
+    """The id of the bundle in `folder`; None when there is none."""
+    try:
+        return read_manifest(folder).bundle_id
+    except BundleError:
+        return None
 
 
 def keeping(folder: Path, config: StateConfig, registry: str | None, retention_days: int | None) -> StateConfig:

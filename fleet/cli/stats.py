@@ -15,6 +15,7 @@ from rich.console import Console
 
 from fleet.cli.lazy import load
 from fleet.cli.state import State
+from fleet.enrolment import tag_words
 from fleet.errors import ConfigError
 
 NUM_SESSIONS: Final = 5
@@ -65,6 +66,8 @@ def stats(
 def devices(
     group: GroupOption = None,
     online: Annotated[bool | None, typer.Option("--online/--offline", help="Only those that are.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Only those that have this tag, like floor=1.")] = None,
+    standing: Annotated[str | None, typer.Option(help="Only those that are pending, active, revoked, ...")] = None,
     state: StateOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -75,9 +78,20 @@ def devices(
         rows = [
             row
             for row in registry.devices()
-            if (group is None or row.group == group) and (online is None or row.online == online)
+            if (group is None or row.group == group)
+            and (online is None or row.online == online)
+            and (tag is None or tag in tag_words(row.tags))
+            and (standing is None or row.state == standing)
         ]
     print_rows(Console(), rows, "devices", as_json=as_json)
+
+
+def workers(state: StateOption = None, as_json: JsonOption = False) -> None:
+    """List the workers: online or not, draining, which bundles, how many sessions."""
+    from fleet.cli.views import print_rows
+
+    with State.load(state or State.default_folder()).registry() as registry:
+        print_rows(Console(), registry.workers(), "workers", as_json=as_json)
 
 
 def device(
@@ -92,7 +106,7 @@ def device(
 
     with State.load(state or State.default_folder()).registry() as registry:
         (counts,) = registry.stats(name, parse_since(since))
-        row = next(row for row in registry.devices() if row.device == name)
+        row = registry.device(name)
         sessions = registry.sessions(name, NUM_SESSIONS)
     if as_json:
         print(msgspec.json.encode({"device": row, "stats": counts, "sessions": sessions}).decode())
@@ -109,9 +123,15 @@ def parse_since(value: str | None) -> float | None:
     """Seconds since 1970 of "30m", "24h", "7d" ago, or of an ISO date; raises ConfigError."""
     if value is None:
         return None
-    if match := re.fullmatch(r"(\d+)([smhd])", value):
-        return time.time() - int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": DAY_S}[match[2]]
+    if (span_s := parse_span(value)) is not None:
+        return time.time() - span_s
     try:
         return datetime.fromisoformat(value).timestamp()
     except ValueError:
         raise ConfigError(f"since {value!r}: expected a span like 30m, 24h, 7d, or a date like 2026-01-31") from None
+
+
+def parse_span(value: str) -> float | None:
+    """Seconds of a span like "90s", "30m", "24h" or "7d"; None when it is none."""
+    match = re.fullmatch(r"(\d+)([smhd])", value)
+    return int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": DAY_S}[match[2]] if match else None

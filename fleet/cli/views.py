@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fleet.enrolment import tag_words
 from fleet.policy import CLOUD, FALLBACK, LOOKUP, offload_rate
 from fleet.prompt import Reply, Usage
 
@@ -96,6 +97,8 @@ def _cell(name: str, value: object) -> str | Text:
             return "-"
         case bool():
             return "yes" if value else "no"
+        case dict() if name == "tags":
+            return ", ".join(tag_words(value)) or "-"
         case dict():
             exits = exits_of(value)
             counts = Text("  ").join(Text(f"{s} {n:,}", source_style(s, exits)) for s, n in value.items())

@@ -1,4 +1,4 @@
-"""The collector: what devices publish of themselves and of their answers goes into the registry."""
+"""The collector: what devices and workers publish of themselves and of their answers goes into the registry."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
@@ -27,6 +28,7 @@ from fleet.report import (
     MAX_LABEL_LENGTH,
     DeviceStatus,
     ReportReceipt,
+    WorkerStatus,
     decode_report,
     decode_status,
     encode_receipt,
@@ -67,6 +69,7 @@ class Collector:
         self._registry.all_offline()
         self._thread.start()
         self._transport.subscribe(topics.DEVICE_STATUS_FILTER, self._on_status, qos=1)
+        self._transport.subscribe(topics.WORKER_STATUS_FILTER, self._on_worker, qos=1)
         self._transport.subscribe(topics.DEVICE_STATS_FILTER, self._on_report)
         return self
 
@@ -84,6 +87,13 @@ class Collector:
         try:
             (device,) = topics.parse(topic, "d", "+", "status")
             self._inbox.put_status(Heard(device, decode_status(payload, DeviceStatus), time.time()))
+        except ProtocolError as error:
+            _log_dropped(topic, error)
+
+    def _on_worker(self, topic: str, payload: bytes) -> None:
+        try:
+            (worker,) = topics.parse(topic, "w", "+", "status")
+            self._inbox.put_status(Heard(worker, decode_status(payload, WorkerStatus), time.time()))
         except ProtocolError as error:
             _log_dropped(topic, error)
 
@@ -113,13 +123,16 @@ class Collector:
 
     def _store(self, batch: Batch) -> None:
         ready = set(batch.turned_away)
-        for heard in batch.statuses:
+        for name, status, at in batch.statuses:
             try:
-                self._insist(lambda heard=heard: self._registry.record_status(*heard))  # type: ignore[misc]
+                if isinstance(status, WorkerStatus):
+                    self._insist(partial(self._registry.record_worker, name, status, at))
+                    continue
+                self._insist(partial(self._registry.record_status, name, status, at))
             except UnknownDeviceError as error:
-                _log_dropped(topics.device_status(heard.device), error)
+                _log_dropped(topics.device_status(name), error)
             else:
-                ready.add(heard.device)
+                ready.add(name)
         if batch.reports:
             self._acknowledge(self._insist(lambda: self._registry.record_reports(batch.reports)))
         for device in ready:

@@ -3,43 +3,60 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 from sqlalchemy import and_, delete, exists, or_, select
 from sqlalchemy.orm import Session
 
-from fleet.access import Role
+from fleet.enrolment import Enrolment, is_tag
 from fleet.errors import IdentityError
+from fleet.registry.certificates import revoke_certificates
 from fleet.registry.devices import is_device
-from fleet.registry.models import AllowedTarget, IdentityRecord
-from fleet.registry.states import State
+from fleet.registry.models import AllowedTarget, IdentityRecord, TagRecord
+from fleet.registry.states import Change, State, next_state, state_at
+from fleet.registry.tokens import forget_tokens
 
 
-def add_identity(
-    db: Session,
-    name: str,
-    role: Role,
-    group: str | None,
-    targets: Sequence[str],
-    *,
-    fingerprint: str,
-    not_after: float,
-    replace: bool,
-) -> None:
-    """Raises IdentityError; see `Registry.add_identity`."""
-    known = db.get(IdentityRecord, name)
-    if known and not replace:
-        raise IdentityError(f"{name!r} is enrolled already, as {known.role}; choose another name")
-    _check_names(db, name, group)
-    for target in targets:
-        _check_target(db, target)
-    record = known or IdentityRecord(name=name, created_at=time.time())
-    record.role, record.group, record.state = role.value, group, State.ACTIVE
-    record.fingerprint, record.not_after = fingerprint, not_after
+def enroll(db: Session, enrolment: Enrolment, *, replace: bool) -> IdentityRecord:
+    """Makes or changes an identity, which then waits for a certificate; what it had before counts no more.
+
+    Raises:
+        IdentityError: it is active or suspended (unless `replace`), its name is a group's, or its group's is a name;
+            a target is neither a device nor a group.
+    """
+    now = time.time()
+    known = db.get(IdentityRecord, enrolment.name, with_for_update=True)
+    state = _next_state(known, now, replace=replace) if known else State.PENDING
+    _check_names(db, enrolment.name, enrolment.group)
+    for target in enrolment.targets:
+        check_target(db, target)
+    record = known or IdentityRecord(name=enrolment.name, created_at=now)
+    record.role, record.group, record.state = enrolment.role.value, enrolment.group, state
+    record.fingerprint, record.not_after = "", 0.0
     db.add(record)
     db.flush()
-    db.execute(delete(AllowedTarget).where(AllowedTarget.app == name))
-    db.add_all(AllowedTarget(app=name, target=target) for target in dict.fromkeys(targets))
+    if known:
+        revoke_certificates(db, known.name, now)
+        forget_tokens(db, known.name)
+    _replace_details(db, enrolment)
+    return record
+
+
+def _next_state(known: IdentityRecord, now: float, *, replace: bool) -> State:
+    state = state_at(known.state, known.not_after, now)
+    if state in (State.ACTIVE, State.SUSPENDED):
+        if not replace:
+            raise IdentityError(
+                f"{known.name!r} is enrolled already, as {known.role}; choose another name, or replace it with --force"
+            )
+        state = next_state(known.name, state, Change.REVOKE)
+    return next_state(known.name, state, Change.ENROLL)
+
+
+def _replace_details(db: Session, enrolment: Enrolment) -> None:
+    db.execute(delete(AllowedTarget).where(AllowedTarget.app == enrolment.name))
+    db.execute(delete(TagRecord).where(TagRecord.device == enrolment.name))
+    db.add_all(AllowedTarget(app=enrolment.name, target=target) for target in dict.fromkeys(enrolment.targets))
+    db.add_all(TagRecord(device=enrolment.name, key=key, value=value) for key, value in enrolment.tags.items())
 
 
 def _check_names(db: Session, name: str, group: str | None) -> None:
@@ -50,7 +67,12 @@ def _check_names(db: Session, name: str, group: str | None) -> None:
         raise IdentityError(f"group {group!r} is the name of an identity; choose another")
 
 
-def _check_target(db: Session, target: str) -> None:
+def check_target(db: Session, target: str) -> None:
+    """Raises IdentityError unless `target` is a device, a group of devices, or a tag ``key=value``."""
+    if is_tag(target):
+        return
     is_group = and_(is_device(), IdentityRecord.group == target)
     if not db.scalar(select(exists().where(or_(is_device(target), is_group)))):
-        raise IdentityError(f"cannot allow {target[:80]!r}: it is no enrolled device and no group; enrol it first")
+        raise IdentityError(
+            f"cannot allow {target[:80]!r}: it is no enrolled device, no group and no tag like floor=1; enrol it first"
+        )

@@ -1,4 +1,4 @@
-"""What has arrived from devices and is not stored yet: bounded memory between two threads."""
+"""What has arrived from devices and workers and is not stored yet: bounded memory between two threads."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fleet.registry.reports import Key
-from fleet.report import DeviceStatus, GenerationReport
+from fleet.report import DeviceStatus, GenerationReport, WorkerStatus
 
 
 class Heard(NamedTuple):
-    """A status of a device, heard `at`."""
+    """A status of a device or a worker, heard `at`."""
 
-    device: str
-    status: DeviceStatus
+    name: str
+    status: DeviceStatus | WorkerStatus
     at: float
 
 
@@ -29,7 +29,7 @@ class Batch:
 
 
 class Inbox:
-    """At most `max_reports` reports, and of each device what its statuses come to."""
+    """At most `max_reports` reports, and of each device and worker what its statuses come to."""
 
     def __init__(self, max_reports: int) -> None:
         self._max_reports = max_reports
@@ -42,8 +42,8 @@ class Inbox:
     def put_status(self, heard: Heard) -> None:
         """A last will adds to the birth before it; a birth makes all before it old."""
         with self._changed:
-            earlier = [] if heard.status.online else self._statuses.get(heard.device, [])
-            self._statuses[heard.device] = [*(it for it in earlier if it.status.online), heard]
+            earlier = [] if heard.status.online else self._statuses.get(heard.name, [])
+            self._statuses[heard.name] = [*(it for it in earlier if it.status.online), heard]
             self._changed.notify()
 
     def put_report(self, device: str, report: GenerationReport) -> bool:

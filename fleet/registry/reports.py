@@ -5,16 +5,25 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import msgspec
-from sqlalchemy import case, func, select, tuple_
+from sqlalchemy import case, exists, func, select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session
 
+from fleet.access import Role
 from fleet.errors import RegistryError, ReportError
 from fleet.registry.devices import check_device, is_device, unknown_device
-from fleet.registry.models import GenerationRecord, IdentityRecord, SessionRecord, StatusRecord, Table, TokenCount
+from fleet.registry.models import (
+    GenerationRecord,
+    IdentityRecord,
+    SessionRecord,
+    StatusRecord,
+    Table,
+    TokenCount,
+    WorkerRecord,
+)
 from fleet.registry.rollups import add_to_rollups
-from fleet.report import DeviceStatus, GenerationReport
+from fleet.report import DeviceStatus, GenerationReport, WorkerStatus
 
 Key: TypeAlias = tuple[str, str]
 """A device and a name that is unique to it: of a generation, or of a session."""
@@ -43,6 +52,17 @@ def store_status(db: Session, device: str, status: DeviceStatus, at: float) -> N
         )
     elif known.online:
         known.online, known.last_seen = False, at
+
+
+def store_worker(db: Session, worker: str, status: WorkerStatus, at: float) -> None:
+    """Of one that was not enrolled nothing is kept. A last will says no more than that the worker is gone."""
+    known = db.get(WorkerRecord, worker)
+    if not status.online:
+        if known and known.online:
+            known.online, known.last_seen = False, at
+    elif db.scalar(select(exists().where(IdentityRecord.name == worker, IdentityRecord.role == Role.WORKER))):
+        said = msgspec.to_builtins(status) | {"bundle_ids": list(status.bundle_ids)}
+        db.merge(WorkerRecord(worker=worker, last_seen=at, **said))
 
 
 def store_report(db: Session, device: str, report: GenerationReport) -> bool:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from msgspec import Struct
 
 
 class DeviceRow(Struct, frozen=True):
-    """An enrolled device and what it said last; times in seconds since 1970, None when it never came."""
+    """An enrolled device and what it said last; times in seconds since 1970, None when it never came.
+
+    `state` is one of `fleet.registry.states`, now.
+    """
 
     device: str
     group: str | None
@@ -18,10 +22,29 @@ class DeviceRow(Struct, frozen=True):
     version: str
     last_seen: float | None
     not_after: float
+    config_version: int
+    config_error: str
+    state: str
+    tags: dict[str, str]
+
+
+class WorkerRow(Struct, frozen=True):
+    """What a worker said last; `last_seen` in seconds since 1970."""
+
+    worker: str
+    online: bool
+    draining: bool
+    bundle_ids: tuple[str, ...]
+    num_sessions: int
+    version: str
+    last_seen: float
 
 
 class IdentityRow(Struct, frozen=True):
-    """An enrolled identity; `targets` are the devices and groups that an app was allowed."""
+    """An enrolled identity; `targets` are the devices and groups that an app was allowed, `tags` a device's.
+
+    `state` is its state now, of `fleet.registry.states`.
+    """
 
     name: str
     role: str
@@ -30,6 +53,37 @@ class IdentityRow(Struct, frozen=True):
     fingerprint: str
     created_at: float
     not_after: float
+    state: str
+    tags: dict[str, str]
+
+
+class IssuedCertificate(Struct, frozen=True):
+    """A certificate as the registry keeps it: `serial`, SHA-256 of its DER and of its key's SPKI in hex; PEM; times."""
+
+    serial: str
+    fingerprint: str
+    key_hash: str
+    pem: str
+    not_before: float
+    not_after: float
+
+
+class Certified(Struct, frozen=True):
+    """What an identity gets when it joins or renews: its name, its role, and its certificate in PEM."""
+
+    name: str
+    role: str
+    pem: str
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """An enrolment token as it is told once: `secret` is nowhere else. `expires_at` in seconds since 1970."""
+
+    name: str
+    id: str
+    secret: str = field(repr=False)
+    expires_at: float
 
 
 class Counts(Struct, frozen=True, kw_only=True):

@@ -5,23 +5,34 @@ from __future__ import annotations
 import getpass
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from sqlalchemy import Engine, SQLColumnExpression, func, or_, select, update
+from sqlalchemy import Engine, SQLColumnExpression, func, select, update
 from sqlalchemy.orm import Session
 
 from fleet.access import Grants, Role
 from fleet.denial import MAX_DENIED
 from fleet.desired import DesiredConfig, Settings
+from fleet.enrolment import Enrolment
+from fleet.errors import StateError, TokenError
+from fleet.registry.allowed import all_tags, allow, change_tags, disallow, targets_of
 from fleet.registry.audit import audit, audit_log, newest_change
+from fleet.registry.certificates import (
+    MakeCertificate,
+    denied,
+    holder,
+    keep_certificate,
+    knows_certificate,
+    revoked_certificates,
+)
 from fleet.registry.configs import Target, change_settings, current_settings, desired_configs
 from fleet.registry.counting import By, Question
 from fleet.registry.database import open_database
 from fleet.registry.devices import check_device, is_device
-from fleet.registry.enrolment import add_identity
+from fleet.registry.enrolment import enroll
 from fleet.registry.everybody import all_grants
 from fleet.registry.models import (
     AllowedTarget,
@@ -29,25 +40,31 @@ from fleet.registry.models import (
     IdentityRecord,
     SessionRecord,
     StatusRecord,
+    WorkerRecord,
 )
-from fleet.registry.reports import Fate, Key, store_report, store_reports, store_status
+from fleet.registry.reports import Fate, Key, store_report, store_reports, store_status, store_worker
 from fleet.registry.retention import forget
-from fleet.registry.revocation import denied, knows_certificate, revoked_certificates
 from fleet.registry.rows import (
     AuditRow,
     BundleStats,
+    Certified,
     DeviceRow,
     GroupStats,
     HourStats,
     IdentityRow,
+    IssuedCertificate,
+    NewToken,
     RevokedCertificate,
     SessionRow,
     StatsRow,
+    WorkerRow,
 )
-from fleet.registry.states import State, state_at
+from fleet.registry.standing import change_state, renew
+from fleet.registry.states import Change, State, next_state, state_at
 from fleet.registry.statistics import device_stats, grouped_stats
+from fleet.registry.tokens import Claim, add_token, join, name_of_token
 from fleet.registry.transactions import Transactions
-from fleet.report import DeviceStatus, GenerationReport
+from fleet.report import DeviceStatus, GenerationReport, WorkerStatus
 
 
 class Registry:
@@ -93,26 +110,147 @@ class Registry:
         not_after: float,
         replace: bool = False,
     ) -> None:
-        """Enrols `name`. `targets` are devices, or groups of them, that an app may send prompts to.
+        """Enrols `name` with a certificate that the registry does not keep. `targets` are as in `Enrolment`.
 
         Raises:
             IdentityError: the name is taken (unless `replace`), is a group's, or the group's is a device's;
-                a target is neither a device nor a group.
+                a target is neither a device nor a group nor a tag.
         """
-        wanted = tuple(targets)
+        wanted = Enrolment(name, role, group, targets=tuple(targets))
 
         def work(db: Session) -> None:
-            add_identity(db, name, role, group, wanted, fingerprint=fingerprint, not_after=not_after, replace=replace)
-            audit(db, self.actor, "enroll", name, role=role, group=group, allow=list(wanted))
+            record = enroll(db, wanted, replace=replace)
+            record.state = next_state(name, State.PENDING, Change.JOIN)
+            record.fingerprint, record.not_after = fingerprint, not_after
+            self._audit_enrolment(db, wanted)
 
         self._transactions.write(work)
 
+    def add_certified(self, enrolled: Iterable[tuple[Enrolment, IssuedCertificate]], *, replace: bool = False) -> None:
+        """Enrols each with a certificate that was made for it: all of them, or none.
+
+        Raises:
+            IdentityError: as `add_identity`.
+        """
+        pairs = sorted(enrolled, key=lambda pair: pair[0].role is Role.APP)  # after the devices that they are allowed
+
+        def work(db: Session) -> None:
+            for wanted, issued in pairs:
+                record = enroll(db, wanted, replace=replace)
+                record.state = next_state(wanted.name, State.PENDING, Change.JOIN)
+                keep_certificate(db, record, issued)
+                self._audit_enrolment(db, wanted, serial=issued.serial)
+
+        self._transactions.write(work)
+
+    def enroll(self, enrolments: Iterable[Enrolment], ttl_s: float, *, replace: bool = False) -> list[NewToken]:
+        """Makes or changes identities that wait to join, all of them or none: a token each, good for `ttl_s` seconds.
+
+        Raises:
+            IdentityError: as `add_identity`.
+        """
+        wanted = list(enrolments)
+
+        def work(db: Session) -> list[NewToken]:
+            tokens = {}
+            for each in sorted(wanted, key=lambda each: each.role is Role.APP):
+                enroll(db, each, replace=replace)
+                tokens[each.name] = token = add_token(db, each.name, ttl_s, time.time())
+                self._audit_enrolment(db, each, token=token.id, expires_at=token.expires_at)
+            return [tokens[each.name] for each in wanted]
+
+        return self._transactions.write(work)
+
+    def _audit_enrolment(self, db: Session, enrolment: Enrolment, **details: str | float) -> None:
+        described = {"role": enrolment.role.value, "group": enrolment.group, "allow": list(enrolment.targets)}
+        audit(db, self.actor, Change.ENROLL, enrolment.name, **described, tags=enrolment.tags, **details)
+
+    def join(self, claim: Claim, make: MakeCertificate, *, actor: str, now: float | None = None) -> Certified:
+        """Uses a token up: the first key that brings it gets a certificate, and the very same when it asks again.
+
+        `actor` is who asks, for the audit log.
+
+        Raises:
+            UnknownTokenError: no such token, or another secret.
+            UsedTokenError: another key was first.
+            ExpiredTokenError: nobody used it in time.
+            TokenNameError: the claim has a name, and the token is for another.
+            StateError: the identity was suspended, revoked or has expired.
+        """
+        at = now or time.time()
+        try:
+            return self._transactions.write(lambda db: join(db, actor, claim, make, at))
+        except (TokenError, StateError) as error:
+            code = error.code
+            self._transactions.write(
+                lambda db: audit(
+                    db, actor, "join_refused", name_of_token(db, claim.id) or claim.id, token=claim.id, code=code
+                )
+            )
+            raise
+
+    def renew(
+        self,
+        fingerprint: str,
+        key_hash: str,
+        make: MakeCertificate,
+        *,
+        csr_name: str | None = None,
+        now: float | None = None,
+    ) -> Certified:
+        """A certificate for another key of whoever holds the one with `fingerprint`, and the same when asked again.
+
+        Raises:
+            CredentialsError: nobody holds it.
+            StateError: it was revoked, or its identity is not active.
+            TokenNameError: `csr_name` is given and is another's.
+            CsrError: the key is the same.
+        """
+        at = now or time.time()
+        return self._transactions.write(lambda db: renew(db, fingerprint, key_hash, csr_name, make, at))
+
+    def role_of(self, fingerprint: str, now: float | None = None) -> tuple[str, Role]:
+        """The name and role of whoever holds a certificate.
+
+        Raises:
+            CredentialsError: nobody holds it.
+            StateError: it was revoked, or its identity is not active.
+        """
+        with self._transactions.reading() as db:
+            record = holder(db, fingerprint, now or time.time())
+            return record.name, Role(record.role)
+
+    def suspend(self, name: str) -> None:
+        """Takes an identity's rights away until it is resumed.
+
+        Raises:
+            UnknownDeviceError: nobody enrolled `name`.
+            StateError: it is not active.
+        """
+        self._change_state(name, Change.SUSPEND)
+
+    def resume(self, name: str) -> None:
+        """Raises UnknownDeviceError, or StateError when it is not suspended."""
+        self._change_state(name, Change.RESUME)
+
+    def revoke(self, name: str) -> None:
+        """Takes an identity's rights away for good, and revokes its certificates.
+
+        Raises:
+            UnknownDeviceError: nobody enrolled `name`.
+        """
+        self._change_state(name, Change.REVOKE)
+
+    def _change_state(self, name: str, change: Change) -> None:
+        self._transactions.write(lambda db: change_state(db, self.actor, name, change, time.time()))
+
     def identities(self, role: Role | None = None) -> list[IdentityRow]:
         """Everyone that was enrolled, by name; only those of `role` when it is given."""
-        query = select(IdentityRecord).order_by(IdentityRecord.name)
+        query, now = select(IdentityRecord).order_by(IdentityRecord.name), time.time()
         with self._transactions.reading() as db:
             records = db.scalars(query.where(IdentityRecord.role == role) if role else query).all()
             allowed = db.execute(select(AllowedTarget.app, AllowedTarget.target).order_by(AllowedTarget.target)).all()
+            tags = all_tags(db)
         return [
             IdentityRow(
                 record.name,
@@ -122,23 +260,46 @@ class Registry:
                 record.fingerprint,
                 record.created_at,
                 record.not_after,
+                state_at(record.state, record.not_after, now),
+                tags.get(record.name, {}),
             )
             for record in records
         ]
 
     def grants(self, name: str) -> Grants | None:
-        """What `name` may do, an app's groups resolved to today's devices; None for who is unknown or revoked."""
+        """What `name` may do, with today's groups and tags; None for who is unknown, suspended, revoked or expired."""
         with self._transactions.reading() as db:
             record = db.get(IdentityRecord, name)
             if record is None or state_at(record.state, record.not_after, time.time()) is not State.ACTIVE:
                 return None
-            allowed = select(AllowedTarget.target).where(AllowedTarget.app == name)
-            devices = (
-                select(IdentityRecord.name)
-                .where(is_device(), or_(IdentityRecord.name.in_(allowed), IdentityRecord.group.in_(allowed)))
-                .order_by(IdentityRecord.name)
-            )
-            return Grants(Role(record.role), name, tuple(db.scalars(devices)))
+            return Grants(Role(record.role), name, targets_of(db, record))
+
+    def allow(self, app: str, targets: Iterable[str]) -> None:
+        """Lets an app prompt more devices, and them hear its events: devices, groups, or tags ``key=value``.
+
+        Raises:
+            IdentityError: `app` is no app, or a target is neither a device nor a group nor a tag.
+        """
+        wanted = tuple(targets)
+        self._transactions.write(lambda db: allow(db, self.actor, app, wanted))
+
+    def disallow(self, app: str, targets: Iterable[str]) -> None:
+        """Takes back what was allowed, by the same words.
+
+        Raises:
+            IdentityError: `app` is no app, or was not allowed one of them.
+        """
+        taken = tuple(targets)
+        self._transactions.write(lambda db: disallow(db, self.actor, app, taken))
+
+    def tag(self, device: str, tags: Mapping[str, str], remove: Iterable[str] = ()) -> None:
+        """Sets tags of a device, and takes those away whose keys are in `remove`.
+
+        Raises:
+            UnknownDeviceError: nobody enrolled it.
+        """
+        gone = tuple(remove)
+        self._transactions.write(lambda db: change_tags(db, self.actor, device, tags, gone))
 
     def all_grants(self) -> list[Grants]:
         """What everybody who is active may do, by name."""
@@ -204,8 +365,17 @@ class Registry:
             return audit_log(db, subject, since, limit)
 
     def all_offline(self) -> None:
-        """Counts every device as offline until it is heard again: for the start, when nobody has listened."""
-        self._transactions.write(lambda db: db.execute(update(StatusRecord).values(online=False)))
+        """Counts devices and workers as offline until they are heard again: for the start, when nobody has listened."""
+
+        def work(db: Session) -> None:
+            db.execute(update(StatusRecord).values(online=False))
+            db.execute(update(WorkerRecord).values(online=False))
+
+        self._transactions.write(work)
+
+    def record_worker(self, worker: str, status: WorkerStatus, at: float) -> None:
+        """Keeps what a worker says of itself, heard at `at`, if it was enrolled."""
+        self._transactions.write(lambda db: store_worker(db, worker, status, at))
 
     def record_report(self, device: str, report: GenerationReport) -> bool:
         """Stores one answer's counts; False when this report has come before.
@@ -220,6 +390,22 @@ class Registry:
         """Stores reports by device and generation in one transaction; what became of each."""
         return self._transactions.write(lambda db: store_reports(db, reports))
 
+    def workers(self) -> list[WorkerRow]:
+        """Every worker that was ever heard, by name."""
+        with self._transactions.reading() as db:
+            return [
+                WorkerRow(
+                    row.worker,
+                    row.online,
+                    row.draining,
+                    tuple(row.bundle_ids),
+                    row.num_sessions,
+                    row.version,
+                    row.last_seen,
+                )
+                for row in db.scalars(select(WorkerRecord).order_by(WorkerRecord.worker))
+            ]
+
     def devices(self) -> list[DeviceRow]:
         """Every enrolled device, by name."""
         query = (
@@ -228,7 +414,9 @@ class Registry:
             .where(is_device())
             .order_by(IdentityRecord.name)
         )
+        now = time.time()
         with self._transactions.reading() as db:
+            tags = all_tags(db)
             return [
                 DeviceRow(
                     identity.name,
@@ -239,9 +427,19 @@ class Registry:
                     version=status.version if status else "",
                     last_seen=status.last_seen if status else None,
                     not_after=identity.not_after,
+                    config_version=status.config_version if status else 0,
+                    config_error=status.config_error if status else "",
+                    state=state_at(identity.state, identity.not_after, now),
+                    tags=tags.get(identity.name, {}),
                 )
                 for identity, status in db.execute(query)
             ]
+
+    def device(self, name: str) -> DeviceRow:
+        """Raises UnknownDeviceError when nobody enrolled `name`."""
+        with self._transactions.reading() as db:
+            check_device(db, name)
+        return next(row for row in self.devices() if row.device == name)
 
     def stats(
         self,

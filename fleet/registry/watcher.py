@@ -27,12 +27,17 @@ class ChangeWatcher:
         self._registry = registry
         self._poll_s = poll_s
         self._tasks: list[_Task] = []
-        self._stop = threading.Event()
+        self._again = threading.Event()
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="changes", daemon=True)
 
     def add(self, work: Callable[[], None], *, periodic: bool = False) -> None:
         """Before the block begins. `work` runs on the watcher's thread, one after the other; it must not wait long."""
         self._tasks.append(_Task(work, periodic))
+
+    def again(self) -> None:
+        """Has every task run again soon, from any thread: after a link came back, for instance."""
+        self._again.set()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -41,11 +46,12 @@ class ChangeWatcher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stop.set()
+        self._closing = True
+        self._again.set()
         self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
-        while True:
+        while not self._closing:
             try:
                 newest = self._registry.newest_change()
             except FleetError as error:
@@ -53,14 +59,19 @@ class ChangeWatcher:
             else:
                 for task in self._tasks:
                     task.run(newest)
-            if self._stop.wait(self._poll_s):
-                return
+            if self._again.wait(self._poll_s):
+                self._again.clear()
+                for task in self._tasks:
+                    task.forget()
 
 
 class _Task:
     def __init__(self, work: Callable[[], None], periodic: bool) -> None:
         self._work = work
         self._periodic = periodic
+        self._done = -1
+
+    def forget(self) -> None:
         self._done = -1
 
     def run(self, newest: int) -> None:

@@ -14,11 +14,10 @@ from cloud_broker_worker.broker.mosquitto import find_mosquitto
 from cloud_broker_worker.broker.reload import by_command, by_signal
 from fleet.access import Role
 from fleet.errors import ConfigError, LinkError
-from fleet.registry.states import State
 from fleet.registry.store import Registry
 from provisioning.authority import CertificateAuthority
 from provisioning.crl import CrlFile
-from tests.registered import change_state, keep_certificate
+from provisioning.enroll import enroll
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,7 @@ class Kept:
         return [Spent(f"{number:x}", name) for number, name in enumerate(self.evicted, start=1)]
 
     def enroll(self, name: str) -> None:
-        made = self.authority.issue(name, Role.DEVICE, self.folder / name, "localhost", 8883)
-        self.registry.add_identity(name, Role.DEVICE, fingerprint=name, not_after=2e9)
-        keep_certificate(self.registry, made)
+        enroll(self.registry, self.authority, name, Role.DEVICE, self.folder / name, host="localhost", port=8883)
 
     def sync(self) -> int:
         """How often the broker was told."""
@@ -91,20 +88,20 @@ def test_without_a_change_nothing_is_written_and_nobody_told(kept: Kept) -> None
 
 
 def test_a_revoked_name_loses_its_rights_and_its_session(kept: Kept) -> None:
-    change_state(kept.registry, "d1", State.REVOKED)
+    kept.registry.revoke("d1")
     kept.sync()
     assert kept.evicted == ["d1"]
     assert "user d1\n" not in (kept.folder / "acl").read_text()
 
 
 def test_the_certificate_of_an_eviction_is_on_the_list_afterwards(kept: Kept) -> None:
-    change_state(kept.registry, "d1", State.REVOKED)
+    kept.registry.revoke("d1")
     assert kept.sync() == 2
     assert kept.sync() == 0
 
 
 def test_a_session_is_ended_once_more_when_nobody_can_be_left_who_was_let_in_and_silent(kept: Kept) -> None:
-    change_state(kept.registry, "d1", State.REVOKED)
+    kept.registry.revoke("d1")
     kept.sync()
     kept.now += HELD_S - 1
     kept.sync()
@@ -134,7 +131,7 @@ def test_a_broker_that_could_not_be_told_is_told_later(kept: Kept) -> None:
 
 
 def test_a_session_that_could_not_be_ended_is_ended_later(kept: Kept) -> None:
-    change_state(kept.registry, "d1", State.REVOKED)
+    kept.registry.revoke("d1")
     kept.broken = LinkError
     with pytest.raises(LinkError):
         kept.keeper.sync()

@@ -16,7 +16,8 @@ from fleet.errors import LinkError
 from fleet.identity import Identity
 from fleet.mqtt import MqttTransport
 from fleet.transport import Will
-from provisioning.authority import write_identity
+from provisioning.certificate import write_identity
+from provisioning.site import Site
 from tests.broker import raw
 from tests.brokers import BROKERS, HOST, Inbox, can_connect, wait_until
 from tests.registered import RegisteredSite, registered_site
@@ -43,7 +44,7 @@ def wait_until_out(identity: Identity) -> None:
 
 def test_a_revoked_devices_connection_ends_within_five_seconds(site: RegisteredSite) -> None:
     with raw.connected(site.identities["d1"]) as sock, raw.connected(site.identities["d2"]) as other:
-        site.revoke("d1")
+        site.registry.revoke("d1")
         revoked_at = time.monotonic()
         assert raw.is_closed(sock)
         assert time.monotonic() - revoked_at < OUT_S
@@ -56,7 +57,7 @@ def test_who_connects_again_and_again_while_revoked_stays_out(site: RegisteredSi
     inbox = Inbox()
     with site.connect("s1") as watcher, site.connect("d2") as honest:
         watcher.subscribe(topics.DEVICE_STATUS_FILTER, inbox, qos=1)
-        site.revoke("d1")
+        site.registry.revoke("d1")
         wait_until_out(site.identities["d1"])
         for _ in range(5):
             with suppress(LinkError), site.connect("d1", Will(topics.device_status("d1"), b"will")) as revoked:
@@ -67,7 +68,7 @@ def test_who_connects_again_and_again_while_revoked_stays_out(site: RegisteredSi
 
 def test_the_old_certificate_of_a_name_that_was_enrolled_again_is_refused(site: RegisteredSite) -> None:
     old = site.identities["d1"]
-    site.revoke("d1")
+    site.registry.revoke("d1")
     wait_until_out(old)
     new = site.enroll("d1")
     wait_until(lambda: can_connect(new), "the new certificate is taken", OUT_S)
@@ -78,7 +79,7 @@ def test_a_thief_with_the_old_certificate_reaches_nothing_of_the_name_that_was_e
     site: RegisteredSite,
 ) -> None:
     old, inbox = site.identities["d1"], Inbox()
-    site.revoke("d1")
+    site.registry.revoke("d1")
     wait_until_out(old)
     site.enroll("d1")
     with site.connect("a1") as app, site.connect("d1") as device:
@@ -93,16 +94,17 @@ def test_a_thief_with_the_old_certificate_reaches_nothing_of_the_name_that_was_e
 
 def test_a_suspended_device_is_out_and_comes_back_with_the_same_certificate(site: RegisteredSite) -> None:
     with raw.connected(site.identities["d1"]) as sock:
-        site.suspend("d1")
+        site.registry.suspend("d1")
         assert raw.is_closed(sock)
         assert not can_connect(site.identities["d1"])
-    site.resume("d1")
+    site.registry.resume("d1")
     wait_until(lambda: can_connect(site.identities["d1"]), "it is let in again", OUT_S)
 
 
 def test_an_expired_certificate_is_refused(site: RegisteredSite, tmp_path: Path) -> None:
     made = site.authority.certify("d1", Role.DEVICE, timedelta(seconds=-1))
-    assert not can_connect(write_identity(made, "d1", Role.DEVICE, tmp_path / "late", HOST, site.port, None))
+    config = Site(HOST, site.port).identity_config("d1", Role.DEVICE)
+    assert not can_connect(write_identity(made, tmp_path / "late", config))
 
 
 def test_a_device_that_is_enrolled_later_is_let_in_with_its_rights(site: RegisteredSite) -> None:
@@ -131,7 +133,7 @@ def test_who_showed_its_certificate_before_it_was_revoked_and_speaks_after_it_ma
         raw.tls_socket(site.identities["d1"]) as silent,
     ):
         watcher.subscribe(topics.DEVICE_STATUS_FILTER, inbox, qos=1)
-        site.revoke("d1")
+        site.registry.revoke("d1")
         assert raw.is_closed(open_one)
         silent.sendall(raw.connect("d1") + raw.publish(topics.device_status("d1"), b"revoked", qos=1))
         raw.receive(silent, 8)

@@ -6,6 +6,7 @@ import queue
 import threading
 
 from edge_agent.adaptive import Targets
+from edge_agent.config import AgentConfig
 from edge_agent.jobs import Job, JobQueue
 from edge_agent.plan import Plan
 from fleet.policy import Mode
@@ -17,7 +18,7 @@ BUDGET = 100
 
 def put(jobs: JobQueue, request: str, num_bytes: int) -> Job:
     job = Job("app", request, PromptRequest(prompt="x"))
-    jobs.put(job, Plan([1], 1, (1.0,), Mode.STANDALONE, Targets(), 60.0, num_bytes))
+    jobs.put(job, Plan([1], 1, (1.0,), Mode.STANDALONE, Targets(), 60.0, num_bytes, AgentConfig()))
     return job
 
 

@@ -11,6 +11,7 @@ from fleet.policy import Mode
 from fleet.prompt import PromptRequest, Reply, Usage
 from fleet.report import DeviceStatus, GenerationReport, ReportReceipt, WorkerStatus
 from fleet.session import LEGAL
+from fleet.triggers import Trigger
 
 ROOT = Path(__file__).parents[2]
 PROTOCOL = (ROOT / "docs/protocol.md").read_text()
@@ -35,7 +36,7 @@ def test_the_protocol_lists_every_field_of_every_message(message: type[Message])
 
 
 @pytest.mark.parametrize(
-    "kind", [PromptRequest, Reply, Usage, DeviceStatus, WorkerStatus, GenerationReport, ReportReceipt]
+    "kind", [PromptRequest, Reply, Usage, Trigger, DeviceStatus, WorkerStatus, GenerationReport, ReportReceipt]
 )
 def test_the_protocol_names_every_field_of_what_apps_and_reports_hold(kind: type[PromptRequest]) -> None:
     assert [field for field in kind.__struct_fields__ if f"`{field}`" not in PROTOCOL] == []

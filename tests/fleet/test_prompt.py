@@ -31,7 +31,9 @@ ACCEPTED: list[tuple[bytes, PromptRequest]] = [
     (
         b'{"prompt": "hi", "max_new_tokens": 5, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "seed": 3,'
         b' "mode": "standalone", "threshold": 0.8}',
-        PromptRequest("hi", None, 5, 0.7, 0.9, 40, 3, Mode.STANDALONE, 0.8),
+        PromptRequest(
+            "hi", max_new_tokens=5, temperature=0.7, top_p=0.9, top_k=40, seed=3, mode=Mode.STANDALONE, threshold=0.8
+        ),
     ),
     (b'{"prompt": "hi", "thresholds": [0.8, 1]}', PromptRequest("hi", thresholds=(0.8, 1.0))),
     (b'{"prompt": "hi", "seed": 9223372036854775807}', PromptRequest("hi", seed=(1 << 63) - 1)),

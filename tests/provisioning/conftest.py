@@ -1,14 +1,39 @@
-"""A certificate authority and a registry of their own for each test."""
+"""A certificate authority, a registry and a service of their own for each test."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import ssl
 from collections.abc import Iterator
+from dataclasses import dataclass
+from http.client import HTTPSConnection
 from pathlib import Path
+from typing import Any, Final
 
+import msgspec
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
+from fleet.access import Role
+from fleet.enrolment import Enrolment
+from fleet.identity import Identity
+from fleet.joining import JoinReply
+from fleet.manifest import SCHEMA_VERSION, FileEntry, Manifest, ModelInfo, write_manifest
+from fleet.registry.rows import NewToken
 from fleet.registry.store import Registry
 from provisioning.authority import CertificateAuthority
+from provisioning.enroll import enroll
+from provisioning.office import Office
+from provisioning.rate_limit import RateLimit
+from provisioning.service import Service
+from provisioning.site import Site
+
+HOST: Final = "127.0.0.1"
+TIMEOUT_S: Final = 10.0
 
 
 @pytest.fixture
@@ -20,3 +45,103 @@ def authority(tmp_path: Path) -> CertificateAuthority:
 def registry(tmp_path: Path) -> Iterator[Registry]:
     with Registry.open(tmp_path / "registry.sqlite") as opened:
         yield opened
+
+
+def make_csr(
+    name: str | None = None, key: ec.EllipticCurvePrivateKey | None = None
+) -> tuple[str, ec.EllipticCurvePrivateKey]:
+    """A signing request as a device makes it, and its key."""
+    key = key or ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)] if name else [])
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
+    return request.public_bytes(serialization.Encoding.PEM).decode(), key
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the service said."""
+
+    status: int
+    body: bytes
+    headers: dict[str, str]
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def code(self) -> str:
+        """Of a `ServiceProblem`."""
+        assert set(self.json) == {"code", "message"}
+        return str(self.json["code"])
+
+
+class Desk:
+    """A running service, and both sides of it."""
+
+    def __init__(self, folder: Path, registry: Registry, authority: CertificateAuthority, service: Service) -> None:
+        self.folder, self.registry, self.authority, self.service = folder, registry, authority, service
+
+    def invite(self, name: str = "edge-1", role: Role = Role.DEVICE, ttl_s: float = 900) -> NewToken:
+        (token,) = self.registry.enroll([Enrolment(name, role)], ttl_s)
+        return token
+
+    def identity(self, name: str = "edge-1", role: Role = Role.DEVICE) -> Identity:
+        """Enrolled without the service."""
+        return enroll(self.registry, self.authority, name, role, self.folder / name, host=HOST, port=8883)
+
+    def write_bundle(self) -> bytes:
+        """A bundle `b1` with one file, and one beside it that its manifest does not name; the file's bytes."""
+        folder, content = self.folder / "bundles" / "b1", bytes(range(256)) * 40
+        (folder / "edge").mkdir(parents=True)
+        (folder / "edge" / "block_0.onnx").write_bytes(content)
+        (folder / "secret").write_text("PRIVATE")
+        entry = FileEntry("edge/block_0.onnx", len(content), hashlib.sha256(content).hexdigest())
+        model = ModelInfo("tiny", "llama", 4, 64, 4, 2, 16, 384, 128, (0,))
+        write_manifest(folder, Manifest(SCHEMA_VERSION, model, (1, 2), 2, 2, "fp32", 8, (1.0, 1.0), {}, {}, (entry,)))
+        return content
+
+    def context(self, identity: Identity | None = None) -> ssl.SSLContext:
+        if identity:
+            return identity.ssl_context()
+        return ssl.create_default_context(cadata=self.authority.pem)
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        identity: Identity | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Answer:
+        connection = HTTPSConnection(HOST, self.service.port, timeout=TIMEOUT_S, context=self.context(identity))
+        try:
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            return Answer(response.status, response.read(), dict(response.headers))
+        finally:
+            connection.close()
+
+    def join(self, token: NewToken, csr: str, secret: str | None = None) -> Answer:
+        body = {"id": token.id, "secret": secret or token.secret, "csr": csr}
+        return self.ask("POST", "/v1/join", json.dumps(body).encode())
+
+    def joined(self, name: str = "edge-1", role: Role = Role.DEVICE) -> JoinReply:
+        """Enrolled and joined as a device does it."""
+        csr, _ = make_csr(name)
+        answer = self.join(self.invite(name, role), csr)
+        assert answer.status == 200, answer.body
+        return msgspec.json.decode(answer.body, type=JoinReply)
+
+    def renew(self, identity: Identity | None, csr: str) -> Answer:
+        return self.ask("POST", "/v1/renew", json.dumps({"csr": csr}).encode(), identity)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, registry: Registry, authority: CertificateAuthority) -> Iterator[Desk]:
+    site = Site(HOST, 8883, "https://127.0.0.1:8443", tmp_path)
+    folders = {"b1": tmp_path / "bundles" / "b1"}
+    office = Office(registry, authority, site, folders.get, bundle_id="b1")
+    tls = authority.server_tls(tmp_path / "broker", HOST)
+    with Service(HOST, 0, tls, office, joins=RateLimit(600, 50), idle_s=1.0) as service:
+        yield Desk(tmp_path, registry, authority, service)

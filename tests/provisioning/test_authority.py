@@ -82,14 +82,14 @@ def test_a_broker_refuses_a_client_of_another_fleet(authority: CertificateAuthor
 
 def test_a_certificate_carries_name_role_key_type_and_its_end(authority: CertificateAuthority) -> None:
     made = authority.certify("edge-1", Role.DEVICE)
-    certificate = x509.load_pem_x509_certificate(made.certificate)
+    certificate = x509.load_pem_x509_certificate(made.issued.pem.encode())
     subject = {attribute.oid: attribute.value for attribute in certificate.subject}
     assert subject == {NameOID.COMMON_NAME: "edge-1", NameOID.ORGANIZATIONAL_UNIT_NAME: "device"}
     public_key = certificate.public_key()
     assert isinstance(public_key, ec.EllipticCurvePublicKey)
     assert public_key.curve.name == "secp256r1"
     assert (certificate.not_valid_after_utc - certificate.not_valid_before_utc).days == 90
-    assert certificate.not_valid_after_utc.timestamp() == made.not_after
+    assert certificate.not_valid_after_utc.timestamp() == made.issued.not_after
 
 
 def test_a_private_key_does_not_show(authority: CertificateAuthority) -> None:
@@ -157,3 +157,19 @@ def test_a_name_that_may_not_stand_in_a_topic_gets_no_certificate(authority: Cer
 def test_a_host_that_is_none_is_refused(authority: CertificateAuthority, tmp_path: Path) -> None:
     with pytest.raises(IdentityError, match="expected a host name in ASCII or an IP address"):
         authority.server_tls(tmp_path / "broker", "bröker.lan")
+
+
+def test_an_encrypted_key_opens_with_its_passphrase_alone(tmp_path: Path) -> None:
+    CertificateAuthority.create(tmp_path / "ca", "correct horse")
+    stored = (tmp_path / "ca" / "ca-key.pem").read_text()
+    assert stored.startswith("-----BEGIN ENCRYPTED PRIVATE KEY-----")
+    assert CertificateAuthority.load(tmp_path / "ca", "correct horse").certify("edge-1", Role.DEVICE)
+    with pytest.raises(IdentityError, match="does not open with this passphrase"):
+        CertificateAuthority.load(tmp_path / "ca", "battery staple")
+    with pytest.raises(IdentityError, match=r"ca-key.pem is encrypted: expected its passphrase.*FLEET_CA_PASSPHRASE"):
+        CertificateAuthority.load(tmp_path / "ca")
+
+
+@pytest.mark.usefixtures("authority")
+def test_a_key_that_is_not_encrypted_needs_no_passphrase(tmp_path: Path) -> None:
+    assert CertificateAuthority.load(tmp_path / "ca", "for another fleet")

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from fleet import topics
+from fleet.access import Role
 from fleet.memory import MemoryBroker, MemoryTransport
 from fleet.registry import collector as module
 from fleet.registry.collector import Collector
@@ -21,6 +22,7 @@ from fleet.report import (
     DeviceStatus,
     GenerationReport,
     ReportReceipt,
+    WorkerStatus,
     decode_receipt,
     encode_report,
     encode_status,
@@ -73,6 +75,19 @@ def test_a_report_is_acknowledged_once_it_is_stored(edge: Registry) -> None:
         fleet.report("edge-1", report())
         assert fleet.receipt() == ReportReceipt(("g1",))
         assert edge.stats()[0].generations == 1
+
+
+def test_a_worker_is_known_from_what_it_says_until_its_last_will(registry: Registry) -> None:
+    add(registry, "cloud-1", Role.WORKER)
+    with site(registry) as fleet:
+        for worker in ("stranger", "cloud-1"):
+            fleet.send(topics.worker_status(worker), encode_status(WorkerStatus(True, 1, ("b1", "b2"), num_sessions=3)))
+        wait_until(lambda: bool(registry.workers()), "the worker is known")
+        (row,) = registry.workers()
+        assert (row.worker, row.online, row.bundle_ids, row.num_sessions) == ("cloud-1", True, ("b1", "b2"), 3)
+        fleet.send(topics.worker_status("cloud-1"), encode_status(WorkerStatus(False, 0)))
+        wait_until(lambda: not registry.workers()[0].online, "the worker is gone")
+        assert registry.workers()[0].bundle_ids == ("b1", "b2")
 
 
 def test_a_report_that_comes_twice_is_acknowledged_twice_and_counted_once(edge: Registry) -> None:

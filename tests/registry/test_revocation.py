@@ -17,7 +17,6 @@ from fleet.registry.models import AllowedTarget, CertificateRecord, IdentityReco
 from fleet.registry.states import State
 from fleet.registry.store import Registry
 from tests.brokers import Inbox
-from tests.registered import change_state
 from tests.registry.conftest import add
 
 NEWEST: Final = "0" * 64  # what `add` says
@@ -49,14 +48,14 @@ def test_an_earlier_certificate_counts_until_it_is_revoked(registry: Registry) -
     add(registry, "d1")
     keep(registry, "d1", "1", OLDER)
     assert registry.knows_certificate("d1", OLDER)
-    change_state(registry, "d1", State.REVOKED)
+    registry.revoke("d1")
     assert not registry.knows_certificate("d1", OLDER)
 
 
 def test_the_newest_certificate_does_not_count_once_it_is_revoked(registry: Registry) -> None:
     add(registry, "d1")
     keep(registry, "d1", "1", NEWEST)
-    change_state(registry, "d1", State.REVOKED)
+    registry.revoke("d1")
     set_identity(registry, "d1", state=State.ACTIVE)
     assert not registry.knows_certificate("d1", NEWEST)
     assert registry.admitted("d1", NEWEST) is None
@@ -88,8 +87,8 @@ def test_the_revocation_list_names_what_was_revoked_and_what_is_on_hold_and_has_
         add(registry, name)
         keep(registry, name, f"{len(name):x}", f"{name:0>64}")
     keep(registry, "out", "e0", "e" * 64, not_after=NOW - 1)
-    change_state(registry, "held", State.SUSPENDED)
-    change_state(registry, "out", State.REVOKED)
+    registry.suspend("held")
+    registry.revoke("out")
     listed = {row.serial: (row.name, row.revoked_at is None) for row in registry.revoked_certificates()}
     assert listed == {"4": ("held", True), "3": ("out", False)}
 
@@ -97,16 +96,16 @@ def test_the_revocation_list_names_what_was_revoked_and_what_is_on_hold_and_has_
 def test_who_is_resumed_leaves_the_revocation_list(registry: Registry) -> None:
     add(registry, "d1")
     keep(registry, "d1", "1", OLDER)
-    change_state(registry, "d1", State.SUSPENDED)
+    registry.suspend("d1")
     assert registry.revoked_certificates() != []
-    change_state(registry, "d1", State.ACTIVE)
+    registry.resume("d1")
     assert registry.revoked_certificates() == []
 
 
 def test_a_revoked_certificate_stays_on_the_list_when_its_name_is_enrolled_again(registry: Registry) -> None:
     add(registry, "d1")
     keep(registry, "d1", "1", OLDER)
-    change_state(registry, "d1", State.REVOKED)
+    registry.revoke("d1")
     set_identity(registry, "d1", state=State.ACTIVE, fingerprint=NEWEST)
     assert [row.serial for row in registry.revoked_certificates()] == ["1"]
 
@@ -115,9 +114,9 @@ def test_denied_are_devices_that_are_suspended_revoked_or_expired(registry: Regi
     for name in ("active", "expired", "held", "out", "waiting"):
         add(registry, name)
     add(registry, "app", Role.APP)
-    change_state(registry, "app", State.REVOKED)
-    change_state(registry, "held", State.SUSPENDED)
-    change_state(registry, "out", State.REVOKED)
+    registry.revoke("app")
+    registry.suspend("held")
+    registry.revoke("out")
     set_identity(registry, "expired", not_after=NOW - 1)
     set_identity(registry, "waiting", state=State.PENDING, not_after=0.0)
     assert set(registry.denied()) == {"expired", "held", "out"}
@@ -163,7 +162,7 @@ def test_workers_are_told_who_is_denied_when_it_changes_and_when_the_link_comes_
         denials = Denials(server, registry)
         denials.publish()
         denials.publish()
-        change_state(registry, "d1", State.REVOKED)
+        registry.revoke("d1")
         denials.publish()
         server.drop()
         server.restore()

@@ -64,7 +64,7 @@ class ProcessFleet:
         self._kind, self._folder, self._stack = kind, folder, stack
         self._has_shared_subscriptions = kind == "mosquitto"
         port = free_port()
-        self._state = State.create(folder / "state", StateConfig(HOST, port, str(bundle.folder)))
+        self._state = State.create(folder / "state", StateConfig(HOST, port, str(bundle.folder), service_port=0))
         self.links = {
             name: stack.enter_context(Proxy(port)) for name in (*DEVICES, *WORKERS, APP, "watcher", COLLECTOR)
         }

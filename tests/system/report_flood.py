@@ -42,7 +42,7 @@ class Flood:
     """A server in a process of its own, and devices in a few others."""
 
     def __init__(self, folder: Path, num_devices: int, stack: ExitStack) -> None:
-        self.state = State.create(folder / "state", StateConfig(HOST, free_port(), str(folder)))
+        self.state = State.create(folder / "state", StateConfig(HOST, free_port(), str(folder), service_port=0))
         self.database = self.state.folder / "registry.sqlite"
         self.registry = stack.enter_context(self.state.registry())
         self._engine = create_engine(f"sqlite:///{self.database}")

@@ -16,9 +16,7 @@ from fleet.access import Role
 from fleet.cli.processes import child
 from fleet.cli.state import State, StateConfig
 from fleet.identity import Identity
-from fleet.registry.states import State as IdentityState
 from tests.brokers import HOST, can_connect, find_mosquitto, free_port, listens, wait_until
-from tests.registered import change_state, keep_certificate
 
 WAIT_S = 60.0
 OUT_S = 5.0
@@ -34,9 +32,7 @@ def state(tmp_path: Path) -> State:
     """A fleet that nothing of runs, with the device `gw` and the app `app`, which may prompt it."""
     made = State.create(tmp_path / "state", StateConfig(HOST, free_port(), str(tmp_path)))
     for name, role, allow in (("gw", Role.DEVICE, ()), ("app", Role.APP, ("gw",))):
-        identity = made.enroll(name, role, tmp_path / name, allow=allow)
-        with made.registry() as registry:
-            keep_certificate(registry, identity)
+        made.enroll(name, role, tmp_path / name, allow=allow)
     return made
 
 
@@ -83,7 +79,7 @@ def test_a_mosquitto_that_was_started_by_hand_follows_the_command_and_a_signal(s
     with mosquitto(out / "mosquitto.conf", state.config.port) as process:
         assert can_connect(device)
         with state.registry() as registry:
-            change_state(registry, "gw", IdentityState.REVOKED)
+            registry.revoke("gw")
         assert fleet_command(*write).returncode == 0
         process.send_signal(signal.SIGHUP)
         wait_until(lambda: not can_connect(device), "it is refused", OUT_S)
@@ -100,7 +96,7 @@ def test_a_server_beside_a_mosquitto_keeps_it_in_step(state: State, tmp_path: Pa
         stack.enter_context(child("the server", *server)).wait_ready()
         assert can_connect(device)
         with state.registry() as registry:
-            change_state(registry, "gw", IdentityState.REVOKED)
+            registry.revoke("gw")
         wait_until(lambda: not can_connect(device), "it is refused", OUT_S)
 
 

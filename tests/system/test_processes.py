@@ -64,12 +64,10 @@ def state(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Iter
     """A running fleet with one device, `gateway`."""
     folder = tmp_path_factory.mktemp("fleet")
     where = str(folder / "state")
-    port = str(free_port("127.0.0.1"))
+    ports = ("--port", str(free_port("127.0.0.1")), "--service-port", str(free_port("127.0.0.1")))
     with ExitStack() as stack:
         bundle = str(tiny_bundle.folder)
-        stack.enter_context(
-            started("fleet up", "fleet.cli", "up", "--state", where, "--port", port, "--bundle", bundle)
-        )
+        stack.enter_context(started("fleet up", "fleet.cli", "up", "--state", where, *ports, "--bundle", bundle))
         assert (
             fleet("enroll", "gateway", "--group", "lab", "--state", where, "--out", str(folder / "gw")).returncode == 0
         )
@@ -150,7 +148,8 @@ def test_a_mode_that_a_device_does_not_know_never_reaches_it(state: Path) -> Non
 
 
 def test_a_worker_killed_with_9_in_mid_answer_and_started_again(tmp_path: Path, tiny_bundle: Bundle) -> None:
-    state = State.create(tmp_path / "state", StateConfig("127.0.0.1", free_port("127.0.0.1"), str(tiny_bundle.folder)))
+    config = StateConfig("127.0.0.1", free_port("127.0.0.1"), str(tiny_bundle.folder), service_port=0)
+    state = State.create(tmp_path / "state", config)
     device, app = tmp_path / "gw", tmp_path / "app"
     state.enroll("gw", Role.DEVICE, device)
     request = PromptRequest(prompt="Tell me about rivers.", threshold=1.0, max_new_tokens=100)

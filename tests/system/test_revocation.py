@@ -98,7 +98,7 @@ def test_one_of_twenty_busy_devices_is_revoked_and_out_within_five_seconds_and_t
     with ExitStack() as stack:
         fleet = BusyFleet(site, tiny_bundle, stack)
         wait_until(lambda: all(fleet.answers[name] for name in DEVICES), "every device has answered", WAIT_S)
-        site.revoke(REVOKED)
+        site.registry.revoke(REVOKED)
         revoked_at = time.monotonic()
         wait_until(lambda: not fleet.links[REVOKED].is_up, "it is disconnected", OUT_S)
         wait_until(

@@ -23,10 +23,8 @@ from fleet.manifest import Bundle
 from fleet.mqtt import MqttTransport
 from fleet.policy import Mode
 from fleet.prompt import PromptRequest
-from fleet.registry.states import State as IdentityState
 from tests.broker import raw
 from tests.brokers import can_connect, free_port, listens
-from tests.registered import change_state, keep_certificate
 
 pytestmark = pytest.mark.mosquitto
 WAIT_S = 120.0
@@ -63,10 +61,7 @@ class UpFleet:
         return pids
 
     def enroll(self, name: str, role: Role, folder: Path, allow: tuple[str, ...] = ()) -> Identity:
-        identity = self.state.enroll(name, role, folder / name, allow=allow)
-        with self.state.registry() as registry:
-            keep_certificate(registry, identity)
-        return identity
+        return self.state.enroll(name, role, folder / name, allow=allow)
 
     def end(self) -> str:
         """What it has said on stderr, once it has ended."""
@@ -92,7 +87,7 @@ def test_a_fleet_with_mosquitto_answers_and_a_revoked_device_is_out_within_five_
         assert tokens == WholeModel(tiny_bundle, num_threads=1).generate("How warm is it?", NUM_TOKENS)
         with raw.connected(fleet.enroll("thief", Role.DEVICE, tmp_path)) as thief:
             with fleet.state.registry() as registry:
-                change_state(registry, "thief", IdentityState.REVOKED)
+                registry.revoke("thief")
             thief.settimeout(OUT_S)
             assert raw.is_closed(thief)
         assert not can_connect(Identity.load(tmp_path / "thief"))

@@ -47,7 +47,7 @@ class UpFleet:
         state = folder / "state"
         command = (
             "fleet.cli", "up", "--state", str(state), "--port", str(free_port()), "--bundle", str(bundle.folder),
-            "--workers", "2", "--metrics-port", "0",
+            "--workers", "2", "--metrics-port", "0", "--service-port", "0",
         )  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

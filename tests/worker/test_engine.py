@@ -424,6 +424,28 @@ def test_only_the_guilty_of_a_batch_that_fails_is_given_up(bench: Bench) -> None
     assert token.token_id == bench.expected_token(bench.upload(4))
 
 
+def test_a_batch_that_fails_when_its_caches_are_written_runs_the_same_positions_again(bench: Bench) -> None:
+    bench.start(max_batch_positions=8)  # two batches for 8 positions of each session
+    rows = bench.upload(8)
+    for session in ("s1", "s2"):
+        bench.open(session)
+        bench.context(rows, session=session)
+        bench.assist(7, session=session)
+
+    def fail(*_: object) -> None:
+        failing.remove()
+        raise MemoryError("no room for the logits")
+
+    failing = bench.layers._model.lm_head.register_forward_pre_hook(fail)
+    assert bench.step() == {}
+    assert {session.length for session in bench.engine.sessions.values()} == {4}
+    answers = bench.step()
+    for session in ("s1", "s2"):
+        token = answers[SessionKey(DEVICE, session)]
+        assert isinstance(token, Token)
+        assert token.token_id == bench.expected_token(rows)
+
+
 def test_a_session_without_finite_logits_is_refused_alone(bench: Bench) -> None:
     for session in ("sick", "beside"):
         bench.open(session, sampling=Sampling(temperature=1.0))

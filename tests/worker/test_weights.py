@@ -28,6 +28,40 @@ def test_a_layer_with_fewer_bits_is_close_to_the_layer(kind: type[nn.Module], li
     assert (out - expected).norm() / expected.norm() < limit
 
 
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+def test_a_layer_with_fewer_bits_gives_no_rows_for_none(kind: type[nn.Module]) -> None:
+    assert kind(torch.randn(96, 64))(torch.empty(0, 64)).shape == (0, 96)
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize(("num_in", "num_out"), [(64, 64), (576, 192), (160, 1008)])
+def test_each_row_of_a_batch_is_computed_as_it_is_alone(
+    kind: type[nn.Module], num_threads: int, num_in: int, num_out: int
+) -> None:
+    torch.manual_seed(0)
+    layer, x = kind(torch.randn(num_out, num_in)), torch.randn(70, num_in)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        alone = torch.cat([layer(row[None]) for row in x])
+        for num_rows in range(1, 71):
+            assert torch.equal(layer(x[:num_rows]), alone[:num_rows]), num_rows
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+@pytest.mark.parametrize(("weights", "limit"), LIMITS)
+def test_a_prompt_in_pieces_gives_with_fewer_bits_what_it_gives_at_once(
+    cloud_bundle: Callable[[int], Bundle], whole: TinyModel, weights: Weights, limit: float
+) -> None:
+    layers, rows = UpperLayers(cloud_bundle(2), 1, weights), whole.upload(IDS[0], 2)
+    sequence = Sequence(layers, rows)
+    assert layers([sequence.chunk(0, 20, num_outputs=0)]).shape == (0, 384)
+    logits, at_once = layers([sequence.chunk(20)]), layers([Sequence(layers, rows).chunk()])
+    assert (logits - at_once).norm() / at_once.norm() < limit
+
+
 @pytest.mark.parametrize(("weights", "limit"), LIMITS)
 def test_logits_with_fewer_bits_are_close_to_those_in_float32(
     cloud_bundle: Callable[[int], Bundle], whole: TinyModel, weights: Weights, limit: float
@@ -49,11 +83,13 @@ def test_with_fewer_bits_another_session_changes_nobodys_logits_either(
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-2)
 
 
-def test_four_bits_leave_the_lm_head_and_odd_sizes_in_eight_and_biases_as_they_are() -> None:
+def test_four_bits_leave_the_lm_head_and_odd_sizes_in_eight_and_what_neither_takes_as_it_is() -> None:
     model = nn.ModuleDict({
-        "narrow": nn.Linear(33, 32, bias=False), "wide": nn.Linear(64, 32, bias=False),
-        "biased": nn.Linear(64, 32), "lm_head": nn.Linear(64, 32, bias=False),
+        "narrow": nn.Linear(48, 32, bias=False), "wide": nn.Linear(64, 32, bias=False),
+        "odd": nn.Linear(33, 32, bias=False), "biased": nn.Linear(64, 32), "lm_head": nn.Linear(64, 32, bias=False),
     })  # fmt: skip
     quantize(model, "int4")
     kinds = {name: type(module) for name, module in model.items()}
-    assert kinds == {"narrow": Int8Linear, "wide": Int4Linear, "biased": nn.Linear, "lm_head": Int8Linear}
+    assert kinds == {
+        "narrow": Int8Linear, "wide": Int4Linear, "odd": nn.Linear, "biased": nn.Linear, "lm_head": Int8Linear,
+    }  # fmt: skip

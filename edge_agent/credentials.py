@@ -1,0 +1,95 @@
+"""A device's own key, the request to certify it, and whether a certificate is the one that was asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from fleet.errors import IdentityError
+
+
+def new_key() -> bytes:
+    """A new P-256 private key: PKCS 8 in PEM, without a password."""
+    return ec.generate_private_key(ec.SECP256R1()).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def signing_request(key: bytes, name: str | None = None) -> str:
+    """A certificate signing request in PEM for `key`; its CN is `name` where that is known.
+
+    Raises:
+        IdentityError: `key` is no P-256 private key in PEM.
+    """
+    subject = [x509.NameAttribute(NameOID.COMMON_NAME, name)] if name else []
+    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name(subject))
+    return request.sign(_load_key(key), hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+
+
+def fingerprint(certificate: bytes) -> str:
+    """SHA-256 of a certificate's DER, in hex; it comes in PEM. Raises IdentityError."""
+    return hashlib.sha256(_load(certificate).public_bytes(serialization.Encoding.DER)).hexdigest()
+
+
+def only_first(certificate: bytes) -> bytes:
+    """The first certificate in PEM and nothing that stands behind it. Raises IdentityError."""
+    return _load(certificate).public_bytes(serialization.Encoding.PEM)
+
+
+def lifetime(certificate: bytes) -> tuple[float, float]:
+    """From when until when a certificate in PEM is valid, seconds since 1970. Raises IdentityError."""
+    loaded = _load(certificate)
+    return loaded.not_valid_before_utc.timestamp(), loaded.not_valid_after_utc.timestamp()
+
+
+def check_certificate(certificate: bytes, key: bytes, ca: bytes, name: str, now: float) -> None:
+    """Whether `certificate` (all PEM) is what a device can use: of our key, by our CA, for `name`, and valid `now`.
+
+    Raises:
+        IdentityError: it is not.
+    """
+    loaded, authority = _load(certificate), _load(ca)
+    if loaded.public_key() != _load_key(key).public_key():
+        raise IdentityError("the certificate that came is for another key than ours; ask the fleet's operator")
+    try:
+        loaded.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        raise IdentityError("the certificate that came is not by the fleet's CA; ask the fleet's operator") from None
+    names = [attribute.value for attribute in loaded.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    if names != [name]:
+        raise IdentityError(f"the certificate that came is for {names}, expected {name}; ask the fleet's operator")
+    begin, end = lifetime(certificate)
+    if not begin <= now < end:
+        raise IdentityError(
+            f"the certificate that came is valid from {_day(begin)} to {_day(end)}, and this machine's clock says "
+            f"{_day(now)}; set the clock"
+        )
+
+
+def _load(certificate: bytes) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(certificate)
+    except ValueError:
+        raise IdentityError(
+            f"expected a certificate in PEM, got {len(certificate)} bytes that are none; ask the fleet's operator"
+        ) from None
+
+
+def _load_key(key: bytes) -> ec.EllipticCurvePrivateKey:
+    try:
+        loaded = serialization.load_pem_private_key(key, password=None)
+    except (ValueError, TypeError) as error:
+        raise IdentityError(f"the private key is not usable: {error}; remove key.pem and join again") from None
+    if not isinstance(loaded, ec.EllipticCurvePrivateKey) or loaded.curve.name != "secp256r1":
+        raise IdentityError("expected a private key on the curve P-256; remove key.pem and join again")
+    return loaded
+
+
+def _day(timestamp: float) -> str:
+    return datetime.fromtimestamp(timestamp, UTC).strftime("%Y-%m-%d %H:%M UTC")

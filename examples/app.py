@@ -1,0 +1,52 @@
+"""An app with nothing but paho-mqtt: asks a device, and prints its answer as it streams.
+
+    fleet enroll display --role app --allow kitchen --out display
+    python app.py display kitchen "How warm is it?"
+
+Fields of prompts and replies are in docs/protocol.md.
+"""
+
+import json
+import sys
+import uuid
+from pathlib import Path
+
+import paho.mqtt.client as mqtt
+
+
+def main(folder: Path, device: str, prompt: str) -> int:
+    """Exit status 0 when the device answered, 1 when it refused."""
+    identity = json.loads((folder / "identity.json").read_text())
+    name, request = identity["name"], uuid.uuid4().hex
+    printed, status = 0, 0
+
+    def on_connect(client: mqtt.Client, *_: object) -> None:
+        client.subscribe(f"ce/v1/d/{device}/reply/{name}/{request}", qos=1)
+
+    def on_subscribe(client: mqtt.Client, *_: object) -> None:
+        # Again after a lost connection: the device knows the request, and repeats what it has said.
+        wishes = {"prompt": prompt, "max_new_tokens": 48}
+        client.publish(f"ce/v1/d/{device}/prompt/{name}/{request}", json.dumps(wishes), qos=1)
+
+    def on_message(client: mqtt.Client, _data: object, message: mqtt.MQTTMessage) -> None:
+        nonlocal printed, status
+        reply = json.loads(message.payload)
+        if reply["seq"] != printed:
+            return  # a repetition
+        printed += 1
+        print(reply.get("text", ""), end="", flush=True)
+        if reply.get("done"):
+            status = 1 if "error" in reply else 0
+            print(f"\n{reply.get('error') or reply['usage']['sources']}")
+            client.disconnect()
+
+    client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
+    client.on_connect, client.on_subscribe, client.on_message = on_connect, on_subscribe, on_message
+    client.tls_set(*(str(folder / file) for file in ("ca.pem", "cert.pem", "key.pem")))
+    client.connect(identity["host"], identity["port"])
+    client.loop_forever()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))

@@ -1,0 +1,47 @@
+"""`fleet audit`: every change, who made it and when."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+import typer
+from msgspec import Struct
+from rich.console import Console
+
+from fleet.cli.state import State
+from fleet.cli.stats import JsonOption, SinceOption, StateOption, parse_since
+
+
+class Line(Struct, frozen=True):
+    """An entry as it is shown."""
+
+    changed_at: float
+    actor: str
+    action: str
+    subject: str
+    what: str
+
+
+def audit(
+    subject: Annotated[str | None, typer.Argument(help="Only of this device, app, group or bundle.")] = None,
+    since: SinceOption = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, the newest.")] = 50,
+    state: StateOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the latest changes to the fleet, newest first."""
+    from fleet.cli.views import print_rows
+
+    with State.load(state or State.default_folder()).registry() as registry:
+        rows = registry.audit_log(subject, parse_since(since), limit)
+    if as_json:
+        print(msgspec.json.encode(rows).decode())
+        return
+    lines = [Line(row.at, row.actor, row.action, row.subject, _in_words(row.details)) for row in rows]
+    print_rows(Console(), lines, "changes", as_json=False)
+
+
+def _in_words(details: dict[str, object]) -> str:
+    said = {key: value for key, value in details.items() if value not in (None, [], {}, "")}
+    return " ".join(f"{key}={msgspec.json.encode(value).decode()}" for key, value in said.items())

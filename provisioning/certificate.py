@@ -1,0 +1,92 @@
+"""A certificate with its private key, and the folder of an identity that is made of it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fleet.errors import IdentityError
+from fleet.identity import CA_FILE, CERT_FILE, IDENTITY_FILE, KEY_FILE, Identity, IdentityConfig
+from fleet.registry.rows import IssuedCertificate
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A certificate with its private key, and the authority's certificate, all PEM; not written anywhere yet."""
+
+    ca: bytes
+    issued: IssuedCertificate
+    private_key: bytes = field(repr=False)
+
+    def write(self, folder: Path) -> None:
+        """Writes `ca.pem`, `cert.pem` and `key.pem` (mode 0600) into `folder`.
+
+        Raises:
+            IdentityError: the folder cannot be written.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_file(folder / KEY_FILE, self.private_key, mode=0o600)
+            write_file(folder / CERT_FILE, self.issued.pem.encode())
+            write_file(folder / CA_FILE, self.ca)
+        except OSError as error:
+            raise IdentityError(
+                f"cannot write an identity into {folder}: {error.strerror}; choose another folder"
+            ) from None
+
+
+def write_identity(certificate: Certificate, out: Path, config: IdentityConfig) -> Identity:
+    """Writes an identity folder; `identity.json` comes last, so a folder that has one is complete.
+
+    Raises:
+        IdentityError: `out` cannot be written.
+    """
+    certificate.write(out)
+    try:
+        write_file(out / IDENTITY_FILE, msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
+    except OSError as error:
+        raise IdentityError(f"cannot write {out / IDENTITY_FILE}: {error.strerror}; choose another folder") from None
+    return Identity(out, config)
+
+
+def issued_certificate(certificate: x509.Certificate) -> IssuedCertificate:
+    """A certificate as the registry keeps it."""
+    key = certificate.public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey), "the authority signs for nothing else"
+    return IssuedCertificate(
+        serial=f"{certificate.serial_number:x}",
+        fingerprint=certificate.fingerprint(hashes.SHA256()).hex(),
+        key_hash=hash_key(key),
+        pem=certificate.public_bytes(serialization.Encoding.PEM).decode(),
+        not_before=certificate.not_valid_before_utc.timestamp(),
+        not_after=certificate.not_valid_after_utc.timestamp(),
+    )
+
+
+def hash_key(key: ec.EllipticCurvePublicKey) -> str:
+    """SHA-256 of the key's SPKI (RFC 5280 section 4.1.2.7), in hex."""
+    spki = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(spki).hexdigest()
+
+
+def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Replaces `path` by `data` in one step; it never has wider rights than `mode`."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # mode 0600
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        Path(temporary).chmod(mode)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

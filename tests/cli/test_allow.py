@@ -1,0 +1,74 @@
+"""`fleet allow`, `disallow` and `tag` as a person runs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from fleet.access import Role
+from fleet.cli.state import State, StateConfig
+from tests.cli.test_errors import assert_one_clear_line, run
+from tests.registry.conftest import add
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A fleet's folder: two devices and an app that was allowed nothing."""
+    with State.create(tmp_path / "state", StateConfig("127.0.0.1", 1, "/no/bundle")).registry() as registry:
+        add(registry, "kitchen", group="home")
+        add(registry, "attic")
+        add(registry, "phone", Role.APP)
+    return tmp_path / "state"
+
+
+def run_json(home: Path, *arguments: str) -> Any:
+    done = run(*arguments, "--json", "--state", str(home))
+    assert done.returncode == 0, done.stderr
+    return msgspec.json.decode(done.stdout)
+
+
+def test_an_app_is_allowed_devices_by_name_and_tag_and_loses_them_again(home: Path) -> None:
+    assert run_json(home, "tag", "kitchen", "floor=1", "wing=east") == {
+        "device": "kitchen", "tags": {"floor": "1", "wing": "east"},
+    }  # fmt: skip
+    assert run_json(home, "allow", "phone", "floor=1", "attic") == {"app": "phone", "targets": ["attic", "floor=1"]}
+    with State.load(home).registry() as registry:
+        grants = registry.grants("phone")
+        assert grants is not None
+        assert grants.targets == ("attic", "kitchen")
+    assert run_json(home, "disallow", "phone", "attic") == {"app": "phone", "targets": ["floor=1"]}
+    assert run_json(home, "tag", "kitchen", "--remove", "floor") == {"device": "kitchen", "tags": {"wing": "east"}}
+    with State.load(home).registry() as registry:
+        grants = registry.grants("phone")
+        assert grants is not None
+        assert grants.targets == ()
+
+
+def test_devices_are_listed_by_tag_and_by_standing(home: Path) -> None:
+    run_json(home, "tag", "kitchen", "floor=1")
+    assert [row["device"] for row in run_json(home, "devices", "--tag", "floor=1")] == ["kitchen"]
+    assert run_json(home, "devices", "--tag", "floor=2") == []
+    assert len(run_json(home, "devices", "--standing", "active")) == 2
+    assert run_json(home, "devices", "--standing", "suspended") == []
+    table = run("devices", "--state", str(home), COLUMNS="200")
+    assert "floor=1" in table.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("allow", "phone", "cellar"), ("cannot allow 'cellar'", "enrol it first")),
+        (("allow", "kitchen", "attic"), ("expected the name of an app, got 'kitchen'", "it is a device")),
+        (("allow", "ghost", "attic"), ("'ghost'", "fleet enroll ghost --role app")),
+        (("disallow", "phone", "attic"), ("was not allowed attic", "nothing")),
+        (("tag", "kitchen"), ("nothing to do", "--remove")),
+        (("tag", "kitchen", "first-floor"), ("'first-floor'", "KEY=VALUE")),
+        (("tag", "kitchen", "Floor=1"), ("'Floor'", "a-z")),
+        (("tag", "ghost", "floor=1"), ("unknown device 'ghost'",)),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(home: Path, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+    assert_one_clear_line(run(*arguments, "--state", str(home)), *words)

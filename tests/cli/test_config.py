@@ -1,0 +1,106 @@
+"""`fleet config` and `fleet audit` on a registry that two devices are in."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fleet.cli import app
+from fleet.cli.state import State, StateConfig
+from fleet.errors import ConfigError, FleetError, UnknownDeviceError
+from fleet.report import DeviceStatus
+from tests.registry.conftest import add
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "state"
+    with State.create(path, StateConfig("127.0.0.1", 1, "/no/bundle")).registry() as registry:
+        add(registry, "edge-1", group="kitchen")
+        add(registry, "edge-2")
+    return path
+
+
+def fleet(folder: Path, *arguments: str) -> str:
+    result = CliRunner().invoke(app, [*arguments, "--state", str(folder)], env={"COLUMNS": "150", "NO_COLOR": "1"})
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def fleet_json(folder: Path, *arguments: str) -> Any:
+    return json.loads(fleet(folder, *arguments, "--json"))
+
+
+def test_what_is_set_for_a_device_shows_with_its_version(folder: Path) -> None:
+    made = fleet_json(folder, "config", "set", "edge-1", "threshold=0.8", "mode=auto")
+    assert made["settings"] == {"mode": "auto", "threshold": 0.8}
+    shown = fleet_json(folder, "config", "show", "edge-1")
+    assert (shown["version"], shown["settings"]) == (made["version"], made["settings"])
+    assert "threshold=0.8" in fleet(folder, "config", "show", "edge-1")
+
+
+def test_a_group_and_all_reach_their_devices_and_can_be_taken_back(folder: Path) -> None:
+    fleet(folder, "config", "set", "--all", "max_draft=4")
+    fleet(folder, "config", "set", "--group", "kitchen", "max_draft=8", "thresholds=[0.5]")
+    assert fleet_json(folder, "config", "show", "edge-1")["settings"] == {"max_draft": 8, "thresholds": [0.5]}
+    assert fleet_json(folder, "config", "show", "edge-2")["settings"] == {"max_draft": 4}
+    fleet(folder, "config", "unset", "--group", "kitchen", "max_draft")
+    assert fleet_json(folder, "config", "show", "edge-1")["settings"] == {"max_draft": 4, "thresholds": [0.5]}
+
+
+def test_a_value_may_come_from_a_file(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "thresholds.json").write_text("[0.25, 0.5]")
+    made = fleet_json(folder, "config", "set", "edge-1", f"thresholds=@{tmp_path}/thresholds.json")
+    assert made["settings"] == {"thresholds": [0.25, 0.5]}
+
+
+def test_diff_lists_who_has_not_followed_and_why(folder: Path) -> None:
+    version = fleet_json(folder, "config", "set", "--all", "max_draft=4")["version"]
+    with State.load(folder).registry() as registry:
+        follows = DeviceStatus(True, 1, "b", "0.1.0", "auto", config_version=version)
+        registry.record_status("edge-2", follows, time.time())
+    assert [row["device"] for row in fleet_json(folder, "config", "diff")] == ["edge-1"]
+    with State.load(folder).registry() as registry:
+        fails = DeviceStatus(True, 1, "b", "0.1.0", "auto", config_version=version, config_error="no such bundle")
+        registry.record_status("edge-1", follows, time.time())
+        registry.record_status("edge-2", fails, time.time())
+    assert [row["config_error"] for row in fleet_json(folder, "config", "diff")] == ["no such bundle"]
+    with State.load(folder).registry() as registry:
+        registry.record_status("edge-2", follows, time.time())
+    assert "all 2 devices follow" in fleet(folder, "config", "diff")
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "says"),
+    [
+        (("edge-9", "max_draft=4"), UnknownDeviceError, "unknown device 'edge-9'"),
+        (("edge-1", "treshold=0.5"), ConfigError, "known settings are mode, threshold"),
+        (("edge-1", "threshold=high"), ConfigError, "Expected `float"),
+        (("edge-1",), ConfigError, "nothing to set"),
+        (("max_draft=4",), ConfigError, "expected one device, or --group G, or --all"),
+        (("edge-1", "--all", "max_draft=4"), ConfigError, "expected one device"),
+        (("--group", "attic", "max_draft=4"), ConfigError, "no device is in the group 'attic'"),
+        (("edge-1", "thresholds=@/no/file"), ConfigError, "cannot read /no/file"),
+    ],
+)
+def test_what_cannot_be_set_is_refused_in_a_line(
+    folder: Path, words: tuple[str, ...], kind: type[FleetError], says: str
+) -> None:
+    with pytest.raises(kind, match=says):
+        fleet(folder, "config", "set", *words)
+    assert fleet_json(folder, "config", "show", "--all")["settings"] == {}
+
+
+def test_the_audit_log_says_who_changed_what_newest_first(folder: Path) -> None:
+    fleet(folder, "config", "set", "edge-1", "max_draft=4")
+    newest, *earlier = fleet_json(folder, "audit")
+    assert (newest["action"], newest["subject"]) == ("config", "device:edge-1")
+    assert {row["subject"] for row in earlier} >= {"edge-1", "edge-2", "collector"}
+    assert [row["subject"] for row in fleet_json(folder, "audit", "edge-2")] == ["edge-2"]
+    assert 'settings={"max_draft":4}' in fleet(folder, "audit", "device:edge-1")

@@ -1,0 +1,284 @@
+"""`fleet enroll`, `suspend`, `resume` and `revoke`, as an operator types them; and what `fleet server` then serves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import ssl
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fleet.access import Role
+from fleet.cli import app
+from fleet.cli.processes import child
+from fleet.cli.serve import free_port
+from fleet.cli.state import PASSPHRASE, State, StateConfig, create_fleet
+from fleet.errors import ConfigError, FleetError, IdentityError, StateError, TopicError, UnknownDeviceError
+from fleet.identity import Identity
+from fleet.joining import Token
+from tests.provisioning.conftest import make_csr
+
+HOST = "127.0.0.1"
+
+
+@pytest.fixture(scope="module")
+def fresh_fleet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return State.create(tmp_path_factory.mktemp("fresh") / "state", StateConfig(HOST, 1, "/no/bundle")).folder
+
+
+@pytest.fixture
+def fleet_folder(tmp_path: Path, fresh_fleet: Path) -> Path:
+    """A fleet of its own for each test; nothing of it runs."""
+    return Path(shutil.copytree(fresh_fleet, tmp_path / "state"))
+
+
+def fleet(folder: Path, *arguments: str) -> str:
+    """What a command prints; raises what it raises."""
+    result = CliRunner().invoke(app, [*arguments, "--state", str(folder)], env={"COLUMNS": "200"})
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def fleet_json(folder: Path, *arguments: str) -> Any:
+    return json.loads(fleet(folder, *arguments, "--json"))
+
+
+def names(folder: Path) -> set[str]:
+    with State.load(folder).registry() as registry:
+        return {row.name for row in registry.identities()} - {"collector", "worker-1"}
+
+
+def test_a_device_is_enrolled_with_one_line_to_run_on_it(fleet_folder: Path) -> None:
+    said = fleet(fleet_folder, "enroll", "kitchen", "--group", "home", "--tag", "site=roof", "--tag", "arch=arm64")
+    first, command = said.splitlines()
+    assert first.startswith("enrolled device kitchen; run this there, once, before 20")
+    words = command.split()
+    assert [*words[:2], *words[3:]] == ["edge-agent", "join", "--server", "https://127.0.0.1:8443"]
+    assert Token.parse(words[2]).ca_sha256 == State.load(fleet_folder).ca_sha256()
+    (row,) = fleet_json(fleet_folder, "devices")
+    assert (row["device"], row["group"], row["state"]) == ("kitchen", "home", "pending")
+    assert row["tags"] == {"arch": "arm64", "site": "roof"}
+
+
+def test_devices_are_shown_with_state_and_tags(fleet_folder: Path) -> None:
+    fleet(fleet_folder, "enroll", "kitchen", "--tag", "site=roof")
+    shown = fleet(fleet_folder, "devices")
+    assert "site=roof" in shown
+    assert "pending" in shown
+
+
+def test_a_token_in_json_ends_when_it_was_told_to(fleet_folder: Path) -> None:
+    made = [fleet_json(fleet_folder, "enroll", "kitchen", *ttl) for ttl in ((), ("--ttl", "24h"))]
+    assert set(made[0]) == {"name", "role", "token", "expires_at", "command"}
+    assert made[1]["expires_at"] - made[0]["expires_at"] == pytest.approx(23.75 * 3600, abs=60)
+
+
+def test_a_token_needs_no_key_of_the_authority(fleet_folder: Path) -> None:
+    (fleet_folder / "ca" / "ca-key.pem").unlink()
+    assert fleet_json(fleet_folder, "enroll", "kitchen")["token"]
+
+
+def test_a_folder_is_made_offline_and_says_where_the_service_is(fleet_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "kitchen"
+    said = fleet(fleet_folder, "enroll", "kitchen", "--tag", "site=roof", "--out", str(out))
+    assert f"next: edge-agent run {out}" in said
+    assert Identity.load(out).config.server == "https://127.0.0.1:8443"
+    with State.load(fleet_folder).registry() as registry:
+        (row,) = registry.identities(Role.DEVICE)
+        assert (row.state, row.tags) == ("active", {"site": "roof"})
+        assert registry.role_of(row.fingerprint) == ("kitchen", Role.DEVICE)
+
+
+def test_an_identity_is_replaced_with_force(fleet_folder: Path, tmp_path: Path) -> None:
+    out = ("--out", str(tmp_path / "kitchen"))
+    fleet(fleet_folder, "enroll", "kitchen", *out)
+    with pytest.raises(IdentityError, match="--force"):
+        fleet(fleet_folder, "enroll", "kitchen")
+    assert fleet_json(fleet_folder, "enroll", "kitchen", "--force")["token"]
+    fleet(fleet_folder, "enroll", "kitchen", "--force", *out)
+
+
+def test_without_a_service_there_is_no_token(tmp_path: Path) -> None:
+    State.create(tmp_path, StateConfig(HOST, 1, "/no/bundle", service_port=0))
+    with pytest.raises(ConfigError, match=r"no service to join at; give --out DIR, or start it with --service-port"):
+        fleet(tmp_path, "enroll", "kitchen")
+    fleet(tmp_path, "enroll", "kitchen", "--out", str(tmp_path / "kitchen"))
+    assert Identity.load(tmp_path / "kitchen").config.server is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ((), ConfigError, "a NAME or --from FILE"),
+        (("x", "--from", "y.csv"), ConfigError, "a NAME or --from FILE"),
+        (("--from", "y.csv", "--group", "g"), ConfigError, "the file says role, group"),
+        (("--from", "/no/file.csv"), ConfigError, "cannot read /no/file.csv"),
+        (("x", "--ttl", "soon"), ConfigError, "ttl 'soon': expected a span like 15m"),
+        (("x", "--ttl", "31d"), ConfigError, "at most 30d"),
+        (("x", "--ttl", "0s"), ConfigError, "expected a span"),
+        (("x", "--tag", "roof"), ConfigError, "tag 'roof': expected key=value"),
+        (("x", "--tag", "a=1", "--tag", "a=2"), ConfigError, "each key once"),
+        (("x", "--tag", "Site=roof"), TopicError, "key of a tag 'Site'"),
+        (("x", "--role", "app", "--tag", "a=1"), ConfigError, "only a device has tags"),
+        (("x", "--bundle", "/b"), ConfigError, "give --out DIR, too"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_and_enrols_nobody(
+    fleet_folder: Path, arguments: tuple[str, ...], error: type[FleetError], says: str
+) -> None:
+    with pytest.raises(error, match=says) as raised:
+        fleet(fleet_folder, "enroll", *arguments)
+    assert "\n" not in str(raised.value)
+    assert names(fleet_folder) == set()
+
+
+# A whole batch.
+
+BATCH = """\
+name,group,tags,role,allow
+phone,,,app,kitchen home
+kitchen,home,site=roof arch=arm64,,
+hall,,,device,
+"""
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> Path:
+    path = tmp_path / "batch.csv"
+    path.write_text(BATCH)
+    return path
+
+
+def test_a_file_enrols_a_whole_batch_with_a_token_each(fleet_folder: Path, batch: Path) -> None:
+    made = fleet_json(fleet_folder, "enroll", "--from", str(batch))
+    assert [(each["name"], each["role"]) for each in made] == [
+        ("phone", "app"),
+        ("kitchen", "device"),
+        ("hall", "device"),
+    ]
+    assert len({each["token"] for each in made}) == 3
+    with State.load(fleet_folder).registry() as registry:
+        rows = {row.name: row for row in registry.identities()}
+    assert (rows["phone"].targets, rows["kitchen"].group) == (("home", "kitchen"), "home")
+    assert rows["kitchen"].tags == {"arch": "arm64", "site": "roof"}
+    assert fleet(fleet_folder, "enroll", "--from", str(batch)).count("edge-agent join") == 3  # nobody has joined yet
+
+
+def test_or_with_a_folder_each(fleet_folder: Path, batch: Path, tmp_path: Path) -> None:
+    made = fleet_json(fleet_folder, "enroll", "--from", str(batch), "--out", str(tmp_path / "out"))
+    assert [Identity.load(Path(each["folder"])).name for each in made] == ["phone", "kitchen", "hall"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "expected the columns name, group, tags, role, allow.* got none"),
+        ("name\n", "has no rows"),
+        ("name,colour\na,red\n", "got name, colour"),
+        ("group\nhome\n", "of which name must be there"),
+        ("name\nok\nNot Ok\n", "line 3: name 'Not Ok'"),
+        ("name,role\nok,\nx,king\n", "line 3: unknown role 'king'"),
+        ("name,tags\nok,roof\n", "line 2: tag 'roof': expected key=value"),
+        ("name,allow\nok,hall\n", "line 2: only an app is allowed"),
+        ("name\nok\nok\n", "'ok' comes twice"),
+        ("name\nok,more\n", "line 2: more cells than columns"),
+        ("name,role,allow\nok,,\nphone,app,attic\n", "cannot allow 'attic'"),
+        ("name,group\nok,hall\nhall,\n", "'hall' is the name of a group"),
+        ('name\n"ok', "is no CSV file in UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("offline", [False, True])
+def test_one_bad_row_enrols_nobody(
+    fleet_folder: Path, batch: Path, tmp_path: Path, text: str, says: str, offline: bool
+) -> None:
+    batch.write_text(text)
+    extra = ("--out", str(tmp_path / "out")) if offline else ()
+    with pytest.raises(FleetError, match=says):
+        fleet(fleet_folder, "enroll", "--from", str(batch), *extra)
+    assert names(fleet_folder) == set()
+    assert not list(tmp_path.glob("out/*/identity.json"))
+
+
+# Standing.
+
+
+def test_an_operator_suspends_resumes_and_revokes(fleet_folder: Path, tmp_path: Path) -> None:
+    fleet(fleet_folder, "enroll", "kitchen", "--out", str(tmp_path / "kitchen"))
+    assert fleet(fleet_folder, "suspend", "kitchen") == "device kitchen is suspended\n"
+    assert fleet_json(fleet_folder, "resume", "kitchen")["state"] == "active"
+    assert fleet(fleet_folder, "revoke", "kitchen") == "device kitchen is revoked\n"
+    with pytest.raises(StateError, match="cannot suspend 'kitchen', which is revoked"):
+        fleet(fleet_folder, "suspend", "kitchen")
+    with pytest.raises(UnknownDeviceError, match="nobody enrolled 'oven'"):
+        fleet(fleet_folder, "revoke", "oven")
+
+
+# The authority's passphrase.
+
+
+def test_a_fleet_with_a_passphrase_opens_with_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = StateConfig(HOST, 1, "/no/bundle")
+    monkeypatch.setenv(PASSPHRASE, "correct horse")
+    create_fleet(tmp_path / "state", config)
+    assert capsys.readouterr().err == ""
+    assert b"ENCRYPTED" in (tmp_path / "state" / "ca" / "ca-key.pem").read_bytes()
+    out = ("--out", str(tmp_path / "kitchen"))
+    monkeypatch.setenv(PASSPHRASE, "battery staple")
+    with pytest.raises(IdentityError, match="does not open with this passphrase"):
+        fleet(tmp_path / "state", "enroll", "kitchen", *out)
+    monkeypatch.delenv(PASSPHRASE)
+    with pytest.raises(IdentityError, match=f"is encrypted: .*{PASSPHRASE}"):
+        fleet(tmp_path / "state", "enroll", "kitchen", *out)
+    assert names(tmp_path / "state") == set()
+    monkeypatch.setenv(PASSPHRASE, "correct horse")
+    fleet(tmp_path / "state", "enroll", "kitchen", *out)
+
+
+def test_a_key_that_is_not_encrypted_is_told_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(PASSPHRASE, raising=False)
+    for _ in range(2):
+        create_fleet(tmp_path / "state", StateConfig(HOST, 1, "/no/bundle"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is not encrypted" in line
+    assert PASSPHRASE in line
+
+
+# The server.
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[State]:
+    """`fleet server` in a process of its own."""
+    config = StateConfig(HOST, free_port(HOST), "/no/bundle", service_port=free_port(HOST))
+    state = State.create(tmp_path / "state", config)
+    with child("the server", "fleet.cli", "server", "--state", str(state.folder)) as server:
+        line = server.wait_ready()
+        assert f"service on https://{HOST}:{config.service_port}" in line
+        yield state
+
+
+def test_a_device_joins_at_the_service_of_a_running_fleet(served: State) -> None:
+    made = fleet_json(served.folder, "enroll", "kitchen")
+    token, server = Token.parse(made["command"].split()[2]), made["command"].split()[-1]
+    csr, _ = make_csr("kitchen")
+    body = json.dumps({"id": token.id, "secret": token.secret, "csr": csr}).encode()
+    context = ssl.create_default_context(cafile=served.folder / "ca" / "ca.pem")
+    request = urllib.request.Request(f"{server}/v1/join", body)
+    with urllib.request.urlopen(request, timeout=10, context=context) as response:
+        reply = json.load(response)
+    assert (reply["name"], reply["port"], reply["server"]) == ("kitchen", served.config.port, server)
+    (row,) = fleet_json(served.folder, "devices")
+    assert row["state"] == "active"
+    with served.registry() as registry:
+        joined = registry.audit_log("kitchen")[0]
+    assert (joined.actor, joined.action) == (HOST, "join")

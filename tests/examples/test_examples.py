@@ -1,0 +1,128 @@
+"""Every example does what it says, on a running fleet."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+import msgspec
+import pytest
+
+from fleet import topics
+from fleet.access import Role
+from fleet.cli.processes import Child
+from fleet.cli.state import State, StateConfig
+from fleet.identity import Identity
+from fleet.manifest import Bundle
+from fleet.mqtt import MqttTransport
+from fleet.prompt import Reply, decode_reply
+from tests.brokers import HOST, find_mosquitto, free_port, wait_until
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+TIMEOUT_S = 120.0
+
+
+class Home:
+    """A fleet of one device, `kitchen`, that has the example's triggers; a sensor and a display."""
+
+    def __init__(self, folder: Path, bundle: Bundle, stack: ExitStack) -> None:
+        self.folder = folder
+        self.state = State.create(folder / "state", StateConfig(HOST, free_port(), str(bundle.folder)))
+        self._start(stack, "fleet.cli", "up", "--state", str(self.state.folder), "--port", str(self.port),
+                    "--bundle", str(bundle.folder))  # fmt: skip
+        self.state.enroll("kitchen", Role.DEVICE, folder / "kitchen")
+        triggers = json.loads((EXAMPLES / "triggers.json").read_text())
+        (folder / "kitchen" / "agent.json").write_text(json.dumps({"triggers": triggers, "max_new_tokens": 8}))
+        for app in ("thermostat", "display"):
+            self.state.enroll(app, Role.APP, folder / app, allow=("kitchen",))
+        self._start(stack, "edge_agent", "run", str(folder / "kitchen"), "--threads", "1")
+        wait_until(self._is_online, "kitchen is online", TIMEOUT_S)
+
+    @property
+    def port(self) -> int:
+        return self.state.config.port
+
+    def _start(self, stack: ExitStack, *arguments: str) -> None:
+        child = Child(arguments[0], arguments)
+        stack.callback(child.stop)
+        child.wait_ready()
+
+    def _is_online(self) -> bool:
+        with self.state.registry() as registry:
+            return registry.devices()[0].online
+
+    def run(self, *words: str, text: str = "", folder: Path | None = None) -> str:
+        """What a command printed, in a folder that holds the identities' folders."""
+        programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        done = subprocess.run(
+            words, input=text, cwd=folder or self.folder, capture_output=True, text=True, timeout=TIMEOUT_S,
+            check=False, env=os.environ | {"PATH": programs, "FLEET_HOME": str(self.state.folder), "NO_COLOR": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Iterator[Home]:
+    with ExitStack() as stack:
+        yield Home(tmp_path_factory.mktemp("home"), tiny_bundle, stack)
+
+
+@pytest.mark.mosquitto
+def test_a_warm_kitchen_makes_the_device_talk_to_the_display(home: Home) -> None:
+    find_mosquitto("mosquitto_pub")
+    replies: SimpleQueue[tuple[str, Reply]] = SimpleQueue()
+    with MqttTransport.connect(Identity.load(home.folder / "display")) as display:
+        display.subscribe(
+            topics.reply("kitchen", "display", "+"),
+            lambda topic, payload: replies.put((topic.rsplit("/", 1)[1], decode_reply(payload))),
+            qos=1,
+        )
+        home.run(
+            "sh", str(EXAMPLES / "sensor.sh"), "thermostat", HOST, str(home.port), text="21.5\nbroken\n31.27\n40\n"
+        )
+        answer = [replies.get(timeout=TIMEOUT_S)]
+        while not answer[-1][1].done:
+            answer.append(replies.get(timeout=TIMEOUT_S))
+        with pytest.raises(Empty):  # 21.5 is not warm, and 40 came within a minute of 31.27
+            replies.get(timeout=1.0)
+    assert {request.rsplit("-", 2)[0] for request, _ in answer} == {"too-warm"}
+    assert len({request for request, _ in answer}) == 1
+    assert answer[-1][1].usage is not None
+    with home.state.registry() as registry:
+        wait_until(lambda: registry.stats("kitchen")[0].generations >= 1, "the registry counts the answer", TIMEOUT_S)
+
+
+def test_an_app_with_nothing_but_paho_prints_an_answer(home: Home) -> None:
+    printed = home.run(sys.executable, str(EXAMPLES / "app.py"), "display", "kitchen", "How warm is it?")
+    text, counts = printed.rsplit("\n", 2)[:2]
+    assert text
+    assert sum(msgspec.json.decode(counts.replace("'", '"')).values()) > 0
+
+
+def test_the_app_is_one_that_needs_no_library_of_ours() -> None:
+    source = (EXAMPLES / "app.py").read_text()
+    imported = [line.split()[1] for line in source.splitlines() if line.startswith(("import", "from"))]
+    assert imported == ["json", "sys", "uuid", "pathlib", "paho.mqtt.client"]
+
+
+def test_an_operators_session_goes_through(home: Home, tmp_path: Path) -> None:
+    printed = home.run("sh", str(EXAMPLES / "operator.sh"), folder=tmp_path)
+    assert "tablet may ask floor=1" in printed
+    assert "tablet may ask nobody" in printed
+    assert "kitchen has floor=1\n" in printed
+    with home.state.registry() as registry:
+        assert [row.action for row in registry.audit_log("tablet")[:2]] == ["disallow", "allow"]
+
+
+@pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.iterdir()))
+def test_every_example_is_listed_in_the_readme_and_run_here(example: str) -> None:
+    assert f"(examples/{example})" in (ROOT / "README.md").read_text()
+    assert f'EXAMPLES / "{example}"' in Path(__file__).read_text()

@@ -1,0 +1,176 @@
+"""Messages of every kind that is on the wire, as real parts say them, and how their receivers read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import msgpack
+import msgspec
+import numpy as np
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from fleet import topics
+from fleet.access import Role
+from fleet.codec import decode_to_device, decode_to_worker, encode, pack_context, unpack_context
+from fleet.desired import DesiredConfig, Settings, decode_desired, encode_desired
+from fleet.errors import DecodeError, FleetError, PromptError, ProtocolError, TokenError
+from fleet.hidden_codec import INT8
+from fleet.joining import JoinReply, JoinRequest, RenewReply, RenewRequest, ServiceProblem, Token, decode_body
+from fleet.manifest import Bundle
+from fleet.messages import PROTOCOL, Assist, Close, Context, Open, Sampling, ToDevice, ToWorker
+from fleet.policy import Mode
+from fleet.prompt import ChatMessage, PromptRequest, decode_reply, parse_prompt
+from fleet.report import (
+    DeviceStatus,
+    WorkerStatus,
+    decode_receipt,
+    decode_report,
+    decode_status,
+    encode_receipt,
+    encode_report,
+    encode_status,
+    generation_of,
+)
+from tests.system.memory_fleet import DEVICE, WAIT_S, WORKER, MemoryFleet, memory_fleet
+
+HIDDEN_SIZE: Final = 64  # of the tiny model
+BY_HAND: Final = "edge-2"
+Reader: TypeAlias = tuple[Callable[[bytes], object], type[FleetError]]
+
+
+class Recorded(NamedTuple):
+    """What was said, on a topic or, with an empty one, over HTTPS or by hand.
+
+    `kind` is a message's type within a session, and else a name of our own.
+    """
+
+    kind: str
+    topic: str
+    payload: bytes
+
+
+# Reading, and making bytes again of what was read.
+
+
+def _session(payload: bytes, decode: Callable[[bytes], ToWorker | ToDevice]) -> None:
+    message = decode(payload)
+    encode(message)
+    if isinstance(message, Context):
+        unpack_context(message, HIDDEN_SIZE)
+
+
+def _report(payload: bytes) -> None:
+    generation_of(payload)
+    encode_report(decode_report(payload))
+
+
+def _body(kind: type[msgspec.Struct]) -> Reader:
+    return lambda payload: msgspec.json.encode(decode_body(payload, kind)), DecodeError
+
+
+SESSION: Final[list[Reader]] = [
+    (lambda payload: _session(payload, decode_to_worker), ProtocolError),
+    (lambda payload: _session(payload, decode_to_device), ProtocolError),
+]
+SESSION_KINDS: Final = frozenset(kind.__name__.lower() for kind in (*ToWorker.__args__, *ToDevice.__args__))
+READERS: Final[dict[str, list[Reader]]] = dict.fromkeys(SESSION_KINDS, SESSION) | {
+    "prompt": [(lambda payload: msgspec.json.encode(parse_prompt(payload)), PromptError)],
+    "reply": [(lambda payload: msgspec.json.encode(decode_reply(payload)), PromptError)],
+    "device status": [(lambda payload: encode_status(decode_status(payload, DeviceStatus)), ProtocolError)],
+    "worker status": [(lambda payload: encode_status(decode_status(payload, WorkerStatus)), ProtocolError)],
+    "stats": [(_report, ProtocolError)],
+    "reported": [(lambda payload: encode_receipt(decode_receipt(payload)), ProtocolError)],
+    "config": [(lambda payload: encode_desired(decode_desired(payload)), ProtocolError)],
+    "enrolment token": [(lambda payload: str(Token.parse(payload.decode(errors="replace"))), TokenError)],
+    "join request": [_body(JoinRequest)],
+    "join reply": [_body(JoinReply)],
+    "renew request": [_body(RenewRequest)],
+    "renew reply": [_body(RenewReply)],
+    "problem": [_body(ServiceProblem)],
+}
+"""Who reads each kind, and what they may raise; a message of a session, both sides."""
+
+
+# Recording.
+
+
+def record(bundle: Bundle) -> list[Recorded]:
+    """All that a device and a worker say with the tiny `bundle`, and what is said when a device joins."""
+    said: SimpleQueue[tuple[str, bytes]] = SimpleQueue()
+    with memory_fleet() as fleet:
+        fleet.watcher.subscribe("ce/#", lambda topic, payload: said.put((topic, payload)))
+        fleet.start_worker(bundle)
+        fleet.start_device(bundle)
+        for request in _requests():
+            with suppress(PromptError):
+                fleet.ask(request)
+        fleet.reports.get(timeout=WAIT_S)
+        _talk_by_hand(fleet, bundle.manifest.bundle_id)
+    everything = [said.get() for _ in range(said.qsize())]
+    recorded = [Recorded(_kind(topic, payload), topic, payload) for topic, payload in everything]
+    return recorded + [Recorded(kind, "", payload) for kind, payload in _joining().items()]
+
+
+def _requests() -> tuple[PromptRequest, ...]:
+    chat = ChatMessage("system", "Be brief."), ChatMessage("user", "What are rivers, \u00e4hm \u2603 \U0001f30a?")
+    return (
+        PromptRequest(prompt="How warm is it?", threshold=1.0, max_new_tokens=8),
+        PromptRequest(messages=chat, mode=Mode.VERIFIED, threshold=0.05, max_new_tokens=16, temperature=0.7, seed=3),
+        PromptRequest(prompt="0123456789", mode=Mode.AUTO, target_tpot_ms=0.01, min_agreement=0.5, max_new_tokens=16),
+        PromptRequest(prompt="It has two exits.", thresholds=(0.5,) * 9),  # the reply is an error
+    )
+
+
+def _talk_by_hand(fleet: MemoryFleet, bundle_id: str) -> None:
+    """What a device says that provokes a worker to say the rest."""
+    session, rows = "s1", np.random.default_rng(0).standard_normal((4, HIDDEN_SIZE)).astype(np.float16)
+    answers: SimpleQueue[bytes] = SimpleQueue()
+    fleet.watcher.subscribe(topics.to_device(BY_HAND, session), lambda _, payload: answers.put(payload))
+    opening = Open(session, 1, bundle_id, PROTOCOL, Sampling(), 64, 1000)
+    fleet.watcher.publish(topics.open_session(BY_HAND), encode(opening))
+    answers.get(timeout=WAIT_S)
+    for messages in (
+        (pack_context(session, 0, 0, rows, INT8), pack_context(session, 0, 0, rows)),  # twice: received
+        (pack_context(session, 0, 9, rows),),  # some are missing: gap
+        (Close(session), Assist(session, 0, 3, 1000)),  # of no session: refused
+    ):
+        for message in messages:
+            fleet.watcher.publish(topics.to_worker(WORKER, BY_HAND, session), encode(message))
+        answers.get(timeout=WAIT_S)
+
+
+def _kind(topic: str, payload: bytes) -> str:
+    first, *rest = topic.removeprefix(f"{topics.PREFIX}/").split("/")
+    if rest[1:] == ["status"]:
+        return "worker status" if first == "w" else "device status"
+    if first == "d" and rest[1] != "s":
+        return rest[1]
+    fields: dict[str, Any] = msgpack.unpackb(payload)
+    return str(fields["type"])
+
+
+def _joining() -> dict[str, bytes]:
+    """A signing request stands for certificates, too, which are PEM as it is."""
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, DEVICE)])
+    request = x509.CertificateSigningRequestBuilder().subject_name(name)
+    pem = request.sign(ec.generate_private_key(ec.SECP256R1()), SHA256()).public_bytes(Encoding.PEM).decode()
+    token = Token("5e" * 32, "0123456789abcdef", "c0" * 32)
+    config = DesiredConfig(7, Settings(mode=Mode.AUTO, thresholds=(0.5, 1.0), target_tpot_ms=40.0, bundle="b1"))
+    reply = JoinReply(
+        DEVICE, Role.DEVICE, pem, pem, "fleet.example", 8883, "https://fleet.example:8443", topics.PREFIX, config, "b1"
+    )
+    bodies = {
+        "join request": JoinRequest(token.id, token.secret, pem),
+        "join reply": reply,
+        "renew request": RenewRequest(pem),
+        "renew reply": RenewReply(pem),
+        "problem": ServiceProblem(TokenError.code, "that token was used; ask for another one"),
+    }
+    said = {kind: msgspec.json.encode(body) for kind, body in bodies.items()}
+    return said | {"config": encode_desired(config), "enrolment token": str(token).encode()}
