@@ -49,7 +49,7 @@ class Worker:
         self._inbox: queue.Queue[tuple[float, str, ToWorker]] = queue.Queue(config.max_queued_messages)
         self._denied = self.engine.denied  # as it was heard last; the engine is the thread's alone
         self._thread = threading.Thread(target=self._serve, name=f"worker-{self.name}", daemon=True)
-        self._open_filter = topics.SHARED_OPEN_FILTER if config.shared_opens else topics.OPEN_FILTER
+        self._open_filter = topics.shared_open_filter(self._bundle_id) if config.shared_opens else topics.OPEN_FILTER
         self._stopping = threading.Event()
         self._announcing = threading.Lock()
         self._log = LimitedLog(log)

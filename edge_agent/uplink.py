@@ -267,6 +267,8 @@ class Uplink:
     def _refused(self, message: Refused) -> None:
         if self._state is LinkState.OPEN and message.worker not in (None, self.worker):
             return  # another worker would not have taken it
+        if message.code == "bundle_mismatch" and self._workers.serves(self._opening.bundle_id):
+            return  # one of another bundle, beside those that serve ours
         note = f"the worker refused ({message.code}): {message.message}"
         if self._state is LinkState.OPENING and message.retry_after_ms == 0 and message.code not in RETRIABLE:
             self.refusal = message

@@ -3,6 +3,7 @@
 FleetError
  +- ConfigError             a value on the command line or in a file is not usable
  |   +- MissingExtraError   an optional part is not installed
+ |   +- RolloutError        a roll-out that cannot be started, or not be changed in that way
  +- BundleError             a bundle is missing, altered, or for something else
  |   +- HeadsError          a file of exit heads does not fit
  |   +- ExportError         a model cannot be exported
@@ -52,6 +53,12 @@ class MissingExtraError(ConfigError):
     """An optional part of the distribution is not installed."""
 
     code = "missing_extra"
+
+
+class RolloutError(ConfigError):
+    """A roll-out that cannot be started, or a change that is not legal in its state."""
+
+    code = "bad_rollout"
 
 
 class BundleError(FleetError):

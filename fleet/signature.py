@@ -29,6 +29,11 @@ def sign_bundle(folder: Path, key: Path) -> None:
         raise wrong_key(key, "an unencrypted private key") from error
     if not isinstance(private_key, ec.EllipticCurvePrivateKey) or private_key.curve.name != "secp256r1":
         raise wrong_key(key, "an unencrypted private key")
+    write_signature(folder, private_key)
+
+
+def write_signature(folder: Path, private_key: ec.EllipticCurvePrivateKey) -> None:
+    """Writes the signature by a P-256 key, whole or not at all."""
     signature = private_key.sign((folder / MANIFEST_FILE).read_bytes(), ALGORITHM)
     partial = folder / f".{SIGNATURE_FILE}.partial"
     try:

@@ -10,7 +10,6 @@ from fleet.errors import TopicError
 PREFIX: Final = "ce/v1"
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 OPEN_FILTER: Final = f"{PREFIX}/open/+"
-SHARED_OPEN_FILTER: Final = f"$share/workers/{OPEN_FILTER}"
 WORKER_STATUS_FILTER: Final = f"{PREFIX}/w/+/status"
 DEVICE_STATUS_FILTER: Final = f"{PREFIX}/d/+/status"
 DEVICE_STATS_FILTER: Final = f"{PREFIX}/d/+/stats"
@@ -77,6 +76,11 @@ def to_worker(worker: str, device: str, session: str) -> str:
 
 def open_session(device: str) -> str:
     return f"{PREFIX}/open/{device}"
+
+
+def shared_open_filter(bundle_id: str) -> str:
+    """Where one of the workers that serve a bundle takes each session; those of other bundles get it as well."""
+    return f"$share/{bundle_id}/{OPEN_FILTER}"
 
 
 def worker_status(worker: str) -> str:

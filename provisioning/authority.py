@@ -19,6 +19,7 @@ from fleet.access import Role
 from fleet.errors import IdentityError
 from fleet.identity import CA_FILE, CERT_FILE, KEY_FILE, Identity, ServerTls
 from fleet.registry.rows import IssuedCertificate
+from fleet.signature import write_signature
 from fleet.topics import check_name
 from provisioning.certificate import Certificate, issued_certificate, write_file, write_identity
 from provisioning.crl import CRL_DAYS, Revoked, sign_crl
@@ -135,6 +136,10 @@ class CertificateAuthority:
         return write_identity(
             self.certify(name, role), out, Site(host, port, bundle=bundle).identity_config(name, role)
         )
+
+    def sign_bundle(self, folder: Path) -> None:
+        """Signs the manifest of the bundle in `folder`; whoever has `ca.pem` can check it (`fleet.signature`)."""
+        write_signature(folder, self._private_key)
 
     def server_tls(self, folder: Path, host: str) -> ServerTls:
         """The broker's certificate for `host`, ``localhost`` and the loopback addresses, written anew into `folder`.

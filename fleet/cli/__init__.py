@@ -13,6 +13,7 @@ from fleet.cli.allow import allow, disallow, tag
 from fleet.cli.audit import audit
 from fleet.cli.bench import app as bench_commands
 from fleet.cli.broker import app as broker_commands
+from fleet.cli.bundles import add_bundle_commands
 from fleet.cli.cluster import (
     MetricsPortOption,
     RegistryOption,
@@ -28,7 +29,17 @@ from fleet.cli.export import PASS_ON, export
 from fleet.cli.export import bundle as bundle_commands
 from fleet.cli.heads import app as heads_commands
 from fleet.cli.lazy import load
-from fleet.cli.state import DEFAULT_PORT, DEFAULT_SERVICE_PORT, EMBEDDED, State, StateConfig, create_fleet, keeping
+from fleet.cli.rollouts import add_rollout_commands
+from fleet.cli.state import (
+    DEFAULT_PORT,
+    DEFAULT_SERVICE_PORT,
+    EMBEDDED,
+    MOSQUITTO,
+    State,
+    StateConfig,
+    create_fleet,
+    keeping,
+)
 from fleet.cli.stats import JsonOption, StateOption, device, devices, stats, workers
 from fleet.command import run_command, stop_event
 from fleet.errors import ConfigError, LinkError, UnknownDeviceError
@@ -53,6 +64,8 @@ app.command("workers")(workers)
 app.command("stats")(stats)
 app.command("audit")(audit)
 app.add_typer(config_commands, name="config")
+add_bundle_commands(bundle_commands)
+add_rollout_commands(bundle_commands)
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(heads_commands, name="heads")
 app.add_typer(bench_commands, name="bench")
@@ -88,6 +101,7 @@ def up(
     broker: Annotated[str, typer.Option(help="amqtt, in the server's process, or mosquitto beside it.")] = EMBEDDED,
 ) -> None:
     """Start broker, registry, collector, service and workers; stop them with Ctrl-C."""
+    from fleet.cli.crew import Crew
     from fleet.cli.serve import check_broker, check_port, fleet_processes, resolve_bundle, watch
 
     console = Console(stderr=True)
@@ -100,13 +114,17 @@ def up(
     folder = state or State.default_folder()
     config = StateConfig(host, port, str(path), service_port=service_port)
     fleet = create_fleet(folder, keeping(folder, config, registry, retention_days))
-    with fleet_processes(fleet, workers, metrics_port, broker) as (servers, started):
+    default = fleet.keep_bundle(path)
+    with (
+        fleet_processes(fleet, workers, metrics_port, broker) as (servers, started),
+        Crew(fleet, default, workers, shares=broker == MOSQUITTO) as crew,
+    ):
         for worker in started:
             worker.wait_ready()
         for process in (*servers, *started):
             print(f"{process.ready_line} (process {process.process.pid})")
         print(f"the fleet is up on {host}:{port}; next: fleet enroll NAME", flush=True)
-        watch(servers, started, stop)
+        watch(servers, started, stop, crew.tend)
 
 
 @app.command()

@@ -11,7 +11,7 @@ import typer
 from fleet.cli.lazy import load
 from fleet.errors import ConfigError
 
-bundle = typer.Typer(no_args_is_help=True, help="Check and sign bundles.", rich_markup_mode=None)
+bundle = typer.Typer(no_args_is_help=True, help="Check, sign, keep and roll out bundles.", rich_markup_mode=None)
 FOLDER = typer.Argument(metavar="DIR", help="The bundle's folder.")
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 

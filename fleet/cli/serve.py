@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
@@ -72,8 +72,8 @@ def fleet_processes(
     # Workers share the machine's cores; one alone takes as many as it thinks best.
     threads = [] if num_workers == 1 else ["--threads", str(max(1, (os.cpu_count() or 1) // num_workers))]
     options = ["--bundle", state.config.bundle, "--drain-timeout", str(DRAIN_TIMEOUT_S), *threads]
-    names = [WORKER.replace("1", str(number)) for number in range(1, num_workers + 1)]
-    folders = {name: _worker_folder(state, name, shares=broker == MOSQUITTO) for name in names}
+    names = [worker_name(number) for number in range(1, num_workers + 1)]
+    folders = {name: worker_folder(state, name, shares=broker == MOSQUITTO) for name in names}
     with ExitStack() as stack:
         servers, following = [], []
         if broker == MOSQUITTO:
@@ -92,7 +92,7 @@ def fleet_processes(
         yield servers, workers
 
 
-def _worker_folder(state: State, name: str, *, shares: bool) -> Path:
+def worker_folder(state: State, name: str, *, shares: bool) -> Path:
     """The identity folder of one of our workers; of several that share `open`, the broker tells one alone."""
     identity = state.identity(name, Role.WORKER)
     if identity.config.shared_subscriptions is not shares:
@@ -100,20 +100,25 @@ def _worker_folder(state: State, name: str, *, shares: bool) -> Path:
     return identity.folder
 
 
-def watch(servers: list[Child], workers: list[Child], stop: threading.Event) -> None:
-    """Waits until `stop` is set, and says which worker has ended meanwhile.
+def watch(servers: list[Child], workers: list[Child], stop: threading.Event, tend: Callable[[], None]) -> None:
+    """Waits until `stop` is set, says which worker has ended meanwhile, and calls `tend` now and then.
 
     Raises:
         FleetError: the server or its broker has ended, or the last of the workers.
     """
     serving = list(workers)
     while not stop.wait(WATCH_S):
+        tend()
         for ended in [process for process in (*servers, *serving) if process.process.poll() is not None]:
             line = f"{ended.title} ended with exit status {ended.process.returncode}"
             if ended in servers or len(serving) == 1:
                 raise FleetError(f"{line}; see above")
             serving.remove(ended)
             print(f"fleet: {line}; {len(serving)} of {len(workers)} workers go on", file=sys.stderr, flush=True)
+
+
+def worker_name(number: int) -> str:
+    return WORKER.replace("1", str(number))
 
 
 def resolve_bundle(bundle: Path | None, say: object) -> Path:

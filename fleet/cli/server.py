@@ -65,6 +65,7 @@ def _follow_ups(state: State, registry: Registry, link: MqttTransport, options: 
     watcher: ChangeWatcher = load("fleet.registry.watcher").ChangeWatcher(registry)
     configs: Any = load("fleet.registry.publisher").ConfigPublisher(link, registry)
     watcher.add(load("fleet.registry.denials").Denials(link, registry).publish)
+    watcher.add(load("fleet.registry.rolling").RolloutEngine(registry).step, periodic=True)
     watcher.add(configs.publish)
     if options.mosquitto:
         watcher.add(mosquitto_keeper(state, registry, options.mosquitto, options.reload).sync, periodic=True)

@@ -142,6 +142,26 @@ class State:
             )
         return identities
 
+    @property
+    def bundles(self) -> Path:
+        """Where the bundles lie that the server hands out, each in a folder of its id's name."""
+        return self.folder / "bundles"
+
+    def keep_bundle(self, source: Path) -> str:
+        """Takes the bundle in `source` among those that the server hands out, signed by the fleet; gives its id.
+
+        Raises:
+            BundleError: a file is missing or altered.
+            ConfigError: the fleet's folder cannot be written.
+        """
+        from fleet.bundle_store import keep_bundle
+
+        kept = keep_bundle(source, self.bundles, self.authority().sign_bundle)
+        manifest, num_bytes = kept.manifest, sum(entry.num_bytes for entry in kept.manifest.files)
+        with self.registry() as registry:
+            registry.add_bundle(manifest.bundle_id, manifest.model.name, num_bytes)
+        return manifest.bundle_id
+
     def server_tls(self) -> ServerTls:
         """The broker's certificate for its host, made anew when missing."""
         tls: ServerTls = self.authority().server_tls(self.folder / "broker", self.config.host)
@@ -149,7 +169,7 @@ class State:
 
     def bundle_folder(self, bundle_id: str) -> Path | None:
         """Where a bundle of that id is: among those that were added, or the fleet's own."""
-        for folder in (self.folder / "bundles" / bundle_id, Path(self.config.bundle)):
+        for folder in (self.bundles / bundle_id, Path(self.config.bundle)):
             if bundle_id_of(folder) == bundle_id:
                 return folder
         return None

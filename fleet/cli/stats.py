@@ -72,7 +72,7 @@ def devices(
     as_json: JsonOption = False,
 ) -> None:
     """List the devices: online or not, bundle, last seen."""
-    from fleet.cli.views import print_rows
+    from fleet.cli.stats_views import print_devices
 
     with State.load(state or State.default_folder()).registry() as registry:
         rows = [
@@ -83,7 +83,10 @@ def devices(
             and (tag is None or tag in tag_words(row.tags))
             and (standing is None or row.state == standing)
         ]
-    print_rows(Console(), rows, "devices", as_json=as_json)
+    if as_json:
+        print(msgspec.json.encode(rows).decode())
+    else:
+        print_devices(Console(), rows)
 
 
 def workers(state: StateOption = None, as_json: JsonOption = False) -> None:
@@ -101,7 +104,7 @@ def device(
     as_json: JsonOption = False,
 ) -> None:
     """Show one device in detail: what it said last, its counts and its latest sessions."""
-    from fleet.cli.stats_views import print_stats
+    from fleet.cli.stats_views import print_devices, print_stats
     from fleet.cli.views import print_rows
 
     with State.load(state or State.default_folder()).registry() as registry:
@@ -112,7 +115,7 @@ def device(
         print(msgspec.json.encode({"device": row, "stats": counts, "sessions": sessions}).decode())
         return
     console = Console()
-    print_rows(console, [row], name, as_json=False)
+    print_devices(console, [row])
     print_stats(console, [counts], "answers")
     for reason, times in counts.switches.items():
         console.print(f"{times:,} times {reason}", highlight=False)

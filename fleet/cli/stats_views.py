@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fleet.cli.views import exits_of, source_bar, source_style
+from fleet.enrolment import tag_words
 
 LEVELS: Final = "▁▂▃▄▅▆▇█"
 KEYS: Final = ("device", "group", "bundle_id", "hour_at")
@@ -43,6 +44,29 @@ def print_stats(console: Console, rows: Sequence[Any], title: str) -> None:
     table.add_column("p50, p95, bytes", no_wrap=True)
     for row in rows:
         table.add_row(_name(row), _sources(row), _costs(row))
+    console.print(table)
+
+
+def print_devices(console: Console, rows: Sequence[Any]) -> None:
+    """Devices as a table that fits a terminal; `--json` has every field."""
+    if not rows:
+        console.print("devices: none yet; enrol one with 'fleet enroll NAME'")
+        return
+    table = Table(title="devices", title_justify="left", show_lines=True)
+    for header in ("device", "state", "serves", "configuration", "certificate ends"):
+        table.add_column(header, overflow="fold")
+    for row in rows:
+        seen = Text("online", "green") if row.online else Text(f"seen {_time(row.last_seen)}", "dim")
+        belongs = [Text(word, "dim") for word in (row.group, " ".join(tag_words(row.tags))) if word]
+        followed = Text(f"version {row.config_version}" if row.config_version else "its own")
+        problem = [Text(row.config_error, "red")] if row.config_error else []
+        table.add_row(
+            Text("\n").join((Text(row.device, "bold"), *belongs)),
+            Text("\n").join((Text(row.state), seen)),
+            Text("\n").join((Text(row.mode or "-"), Text(row.bundle_id[:8], "dim"))),
+            Text("\n").join((followed, *problem)),
+            _time(row.not_after or None),
+        )
     console.print(table)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 from sqlalchemy import exists, func, select
@@ -36,6 +36,9 @@ class Target(NamedTuple):
         return self.scope if self.scope is Scope.ALL else f"{self.scope}:{self.name}"
 
 
+NOTHING: Final = 0, Settings()
+
+
 def current_settings(db: Session, target: Target) -> Settings:
     """What was said last for `target` itself, without the wider scopes."""
     query = (
@@ -63,26 +66,47 @@ def change_settings(db: Session, actor: str, target: Target, settings: Settings)
     return change.id
 
 
+def change_scope(
+    db: Session, actor: str, scope: Scope, names: Collection[str], change: Callable[[str, Settings], Settings]
+) -> None:
+    """Puts ``change(name, settings)`` in the place of the settings of many at once; who keeps them gets no version."""
+    said = _said(db)
+    changes = {}
+    for name in names:
+        settings = said.get(Target(scope, name), NOTHING)[1]
+        if (changed := change(name, settings)) != settings:
+            values = msgspec.to_builtins(changed)
+            changes[name] = ConfigChange(scope=scope, target=name, settings=values, changed_at=time.time())
+    db.add_all(changes.values())
+    db.flush()
+    for name, made in changes.items():
+        audit(db, actor, "config", str(Target(scope, name)), version=made.id, settings=made.settings)
+
+
 def desired_configs(db: Session, devices: Iterable[str] | None = None) -> dict[str, DesiredConfig]:
     """What is wanted of each device, or of `devices`: a version of 0 where nothing was ever said."""
-    newest = select(func.max(ConfigChange.id)).group_by(ConfigChange.scope, ConfigChange.target)
-    said = {
-        Target(Scope(row.scope), row.target): (row.id, msgspec.convert(row.settings, Settings))
-        for row in db.scalars(select(ConfigChange).where(ConfigChange.id.in_(newest)))
-    }
+    said = _said(db)
     query = select(IdentityRecord.name, IdentityRecord.group).where(is_device()).order_by(IdentityRecord.name)
     if devices is not None:
         query = query.where(IdentityRecord.name.in_(list(devices)))
-    nothing = 0, Settings()
     configs = {}
     for name, group in db.execute(query):
         scopes = [
-            said.get(Target(Scope.ALL), nothing),
-            said.get(Target(Scope.GROUP, group), nothing) if group else nothing,
-            said.get(Target(Scope.DEVICE, name), nothing),
+            said.get(Target(Scope.ALL), NOTHING),
+            said.get(Target(Scope.GROUP, group), NOTHING) if group else NOTHING,
+            said.get(Target(Scope.DEVICE, name), NOTHING),
         ]
         configs[name] = DesiredConfig(max(version for version, _ in scopes), merge(*(each for _, each in scopes)))
     return configs
+
+
+def _said(db: Session) -> dict[Target, tuple[int, Settings]]:
+    """What was said last for every target, with its version."""
+    newest = select(func.max(ConfigChange.id)).group_by(ConfigChange.scope, ConfigChange.target)
+    return {
+        Target(Scope(row.scope), row.target): (row.id, msgspec.convert(row.settings, Settings))
+        for row in db.scalars(select(ConfigChange).where(ConfigChange.id.in_(newest)))
+    }
 
 
 def _check_target(db: Session, target: Target) -> None:

@@ -9,7 +9,8 @@ from sqlalchemy.orm import Session
 
 from fleet.access import Role
 from fleet.errors import UnknownDeviceError
-from fleet.registry.models import IdentityRecord
+from fleet.registry.models import IdentityRecord, StatusRecord
+from fleet.registry.states import State
 
 MAX_NAMES_SHOWN: Final = 20
 
@@ -18,6 +19,11 @@ def is_device(name: str | None = None) -> ColumnElement[bool]:
     """Condition: the identity is a device, and the one of that name when it is given."""
     device = IdentityRecord.role == Role.DEVICE
     return device if name is None else and_(device, IdentityRecord.name == name)
+
+
+def is_online() -> ColumnElement[bool]:
+    """Condition: the device said last that it is there, and may be. Who was put out has no word at the broker."""
+    return and_(StatusRecord.online, IdentityRecord.state == State.ACTIVE)
 
 
 def check_device(db: Session, device: str) -> None:

@@ -172,3 +172,47 @@ class AuditRow(Struct, frozen=True):
     action: str
     subject: str
     details: dict[str, Any]
+
+
+class BundleRow(Struct, frozen=True):
+    """A bundle whose files the server hands out.
+
+    `devices` are online and serve it, `wanted` are to serve it by the settings; `workers` serve it. `rollout` is one
+    that is open.
+    """
+
+    bundle_id: str
+    model: str
+    num_bytes: int
+    added_at: float
+    devices: int
+    wanted: int
+    workers: tuple[str, ...]
+    rollout: int | None
+    rollout_state: str
+
+
+class RolloutRow(Struct, frozen=True, kw_only=True):
+    """A roll-out: `stage` counts from 1, 0 is none yet; `devices` those that were told, by what has become of them.
+
+    `answers` and `findings` are of this stage, `doing` is what it waits for; `reason` is that of its last change.
+    Times are in seconds since 1970.
+    """
+
+    id: int
+    bundle_id: str
+    group: str | None
+    state: str
+    stage: int
+    num_stages: int
+    num_targets: int
+    num_told: int
+    devices: dict[str, int]
+    answers: int
+    findings: tuple[str, ...]
+    doing: str
+    reason: str
+    started_at: float
+    stage_at: float
+    ended_at: float | None
+    plan: dict[str, Any]

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from fleet.policy import NO_EXITS, offload_rate
 from fleet.registry.counting import By, Question, count, trends
-from fleet.registry.devices import check_device, is_device
+from fleet.registry.devices import check_device, is_device, is_online
 from fleet.registry.models import IdentityRecord, StatusRecord
 from fleet.registry.rollup_tables import AMOUNTS, TPOT, TTFT
 from fleet.registry.rows import BundleStats, Counts, GroupStats, HourStats, StatsRow
@@ -29,7 +29,7 @@ def device_stats(db: Session, asked: Question) -> list[StatsRow]:
         check_device(db, asked.device)
     tallies, points = count(db, By.DEVICE, asked), trends(db, By.DEVICE, asked)
     query = (
-        select(IdentityRecord.name, IdentityRecord.group, StatusRecord.online, StatusRecord.last_seen)
+        select(IdentityRecord.name, IdentityRecord.group, is_online(), StatusRecord.last_seen)
         .outerjoin(StatusRecord, StatusRecord.device == IdentityRecord.name)
         .where(is_device(asked.device))
         .order_by(IdentityRecord.name)

@@ -20,6 +20,7 @@ from fleet.enrolment import Enrolment
 from fleet.errors import StateError, TokenError
 from fleet.registry.allowed import all_tags, allow, change_tags, disallow, targets_of
 from fleet.registry.audit import audit, audit_log, newest_change
+from fleet.registry.bundles import add_bundle, bundle_rows, serving_workers, wanted_bundles
 from fleet.registry.certificates import (
     MakeCertificate,
     denied,
@@ -31,7 +32,7 @@ from fleet.registry.certificates import (
 from fleet.registry.configs import Target, change_settings, current_settings, desired_configs
 from fleet.registry.counting import By, Question
 from fleet.registry.database import open_database
-from fleet.registry.devices import check_device, is_device
+from fleet.registry.devices import check_device, is_device, is_online
 from fleet.registry.enrolment import enroll
 from fleet.registry.everybody import all_grants
 from fleet.registry.models import (
@@ -44,8 +45,13 @@ from fleet.registry.models import (
 )
 from fleet.registry.reports import Fate, Key, store_report, store_reports, store_status, store_worker
 from fleet.registry.retention import forget
+from fleet.registry.rolling import change_rollout, start_rollout, take_step
+from fleet.registry.rollout_looks import due_steps, rollout_rows
+from fleet.registry.rollout_states import RolloutEvent
+from fleet.registry.rollouts import Plan
 from fleet.registry.rows import (
     AuditRow,
+    BundleRow,
     BundleStats,
     Certified,
     DeviceRow,
@@ -55,6 +61,7 @@ from fleet.registry.rows import (
     IssuedCertificate,
     NewToken,
     RevokedCertificate,
+    RolloutRow,
     SessionRow,
     StatsRow,
     WorkerRow,
@@ -409,7 +416,7 @@ class Registry:
     def devices(self) -> list[DeviceRow]:
         """Every enrolled device, by name."""
         query = (
-            select(IdentityRecord, StatusRecord)
+            select(IdentityRecord, StatusRecord, is_online())
             .outerjoin(StatusRecord, StatusRecord.device == IdentityRecord.name)
             .where(is_device())
             .order_by(IdentityRecord.name)
@@ -421,7 +428,7 @@ class Registry:
                 DeviceRow(
                     identity.name,
                     identity.group,
-                    online=bool(status and status.online),
+                    online=bool(online),
                     mode=status.mode if status else "",
                     bundle_id=status.bundle_id if status else "",
                     version=status.version if status else "",
@@ -432,7 +439,7 @@ class Registry:
                     state=state_at(identity.state, identity.not_after, now),
                     tags=tags.get(identity.name, {}),
                 )
-                for identity, status in db.execute(query)
+                for identity, status, online in db.execute(query)
             ]
 
     def device(self, name: str) -> DeviceRow:
@@ -513,6 +520,56 @@ class Registry:
         Returns how many went. Roll-ups, and so the statistics of whole hours, stay.
         """
         return self._transactions.write(lambda db: forget(db, recorded_before, limit))
+
+    def add_bundle(self, bundle_id: str, model: str, num_bytes: int) -> bool:
+        """Keeps that the server has a bundle's files; False when that was known."""
+        return self._transactions.write(lambda db: add_bundle(db, self.actor, bundle_id, model, num_bytes))
+
+    def bundles(self) -> list[BundleRow]:
+        """Every bundle that was added, the newest first."""
+        with self._transactions.reading() as db:
+            return bundle_rows(db)
+
+    def wanted_bundles(self) -> dict[str, int]:
+        """How many devices are wanted on each bundle; 0 for one that is used, or that an open roll-out brings."""
+        with self._transactions.reading() as db:
+            return wanted_bundles(db)
+
+    def serving_workers(self) -> dict[str, list[str]]:
+        """The workers that take sessions, by bundle."""
+        with self._transactions.reading() as db:
+            return serving_workers(db)
+
+    def start_rollout(self, bundle_id: str, plan: Plan, now: float | None = None) -> int:
+        """Begins to bring a bundle to devices, stage by stage; gives the roll-out's id.
+
+        Raises:
+            RolloutError: the plan is not usable, the bundle is unknown, there is no such device, or another roll-out is
+                open over some of them.
+        """
+        at = now or time.time()
+        return self._transactions.write(lambda db: start_rollout(db, self.actor, bundle_id, plan, at))
+
+    def change_rollout(self, rollout: int | None, event: RolloutEvent, now: float | None = None) -> int:
+        """Pauses, resumes or undoes a roll-out, None for the open one; gives its id.
+
+        Raises:
+            RolloutError: there is none, more than one, or the change is not legal in its state.
+        """
+        at = now or time.time()
+        return self._transactions.write(lambda db: change_rollout(db, self.actor, rollout, event, at))
+
+    def step_rollouts(self, now: float, heard_since: float) -> None:
+        """Takes every open roll-out a step further; statuses are heard since `heard_since` only."""
+        with self._transactions.reading() as db:
+            due = due_steps(db, now, heard_since)
+        for each in due:
+            self._transactions.write(lambda db, each=each: take_step(db, each, now))  # type: ignore[misc]
+
+    def rollouts(self, now: float | None = None, limit: int = 20) -> list[RolloutRow]:
+        """The latest roll-outs, newest first, and how far the open ones are."""
+        with self._transactions.reading() as db:
+            return rollout_rows(db, now or time.time(), limit)
 
 
 def _total(column: SQLColumnExpression[int]) -> SQLColumnExpression[int]:

@@ -1,0 +1,157 @@
+"""`fleet bundle`: what is kept, and roll-outs by hand. Without a server they wait, and nothing else moves them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+from typer.testing import CliRunner
+
+from fleet.cli import app
+from fleet.cli.crew import LEAVE_S, Orders, orders
+from fleet.cli.rollouts import parse_span, progress
+from fleet.cli.state import State, StateConfig
+from fleet.errors import BundleError, ConfigError, FleetError, RolloutError
+from fleet.manifest import Bundle
+from fleet.registry.rollouts import Fate
+from fleet.registry.rows import RolloutRow
+from fleet.report import DeviceStatus
+from fleet.verify import verify_bundle
+from tests.registry.conftest import add
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, tiny_bundle: Bundle) -> State:
+    state = State.create(tmp_path / "state", StateConfig("127.0.0.1", 1, str(tiny_bundle.folder)))
+    with state.registry() as registry:
+        for i in range(10):
+            add(registry, f"d{i}", group="home" if i < 4 else "lab")
+            registry.record_status(f"d{i}", DeviceStatus(online=True, epoch=1, bundle_id="other"), 1.0)
+    return state
+
+
+def run(fleet: State, *arguments: str) -> str:
+    result = CliRunner().invoke(app, ["bundle", *arguments, "--state", str(fleet.folder)])
+    if isinstance(result.exception, FleetError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def rows(fleet: State) -> list[RolloutRow]:
+    return msgspec.json.decode(run(fleet, "status", "--json"), type=list[RolloutRow])
+
+
+@pytest.fixture
+def bundle_id(fleet: State, tiny_bundle: Bundle) -> str:
+    run(fleet, "add", str(tiny_bundle.folder))
+    return tiny_bundle.manifest.bundle_id
+
+
+def test_an_added_bundle_is_kept_signed_and_listed(fleet: State, tiny_bundle: Bundle) -> None:
+    added = msgspec.json.decode(run(fleet, "add", str(tiny_bundle.folder), "--json"))
+    assert verify_bundle(Path(added["folder"]), fleet.folder / "ca" / "ca.pem").signature == "valid"
+    (row,) = msgspec.json.decode(run(fleet, "list", "--json"))
+    assert (row["bundle_id"], row["devices"], row["wanted"], row["rollout"]) == (added["bundle_id"], 0, 0, None)
+    assert row["num_bytes"] == sum(entry.num_bytes for entry in tiny_bundle.manifest.files)
+    assert "is in" in run(fleet, "add", str(tiny_bundle.folder))
+
+
+def test_a_damaged_bundle_is_refused_in_one_line(fleet: State, tmp_path: Path, tiny_bundle: Bundle) -> None:
+    shutil.copytree(tiny_bundle.folder, tmp_path / "damaged")
+    (tmp_path / "damaged" / "more").touch()
+    with pytest.raises(BundleError, match=r"is not added: file .*more is not in the manifest.*fleet bundle verify"):
+        run(fleet, "add", str(tmp_path / "damaged"))
+    assert msgspec.json.decode(run(fleet, "list", "--json")) == []
+
+
+def test_a_roll_out_is_begun_with_its_plan_paused_resumed_and_undone(fleet: State, bundle_id: str) -> None:
+    line = run(
+        fleet, "rollout", bundle_id, "--group", "lab", "--canary", "2", "--stages", "50,100", "--observe", "30s",
+        "--max-tpot-ratio", "2", "--min-answers", "5",
+    )  # fmt: skip
+    assert line == f"roll-out 1 of bundle {bundle_id} is begun; see 'fleet bundle status'\n"
+    (row,) = rows(fleet)
+    assert (row.state, row.stage, row.num_stages, row.num_targets) == ("waiting", 0, 3, 6)
+    assert row.doing.startswith(f"no worker serves bundle {bundle_id}")
+    assert (row.plan["group"], row.plan["canary"], row.plan["percentages"]) == ("lab", 2, [50, 100])
+    assert (row.plan["observe_s"], row.plan["take_within_s"]) == (30.0, 1800.0)
+    assert (row.plan["limits"]["max_tpot_ratio"], row.plan["limits"]["max_offload_increase"]) == (2.0, 0.1)
+    assert run(fleet, "pause").startswith("roll-out 1 ")
+    assert rows(fleet)[0].state == "paused"
+    assert msgspec.json.decode(run(fleet, "resume", "1", "--json"))["state"] == "waiting"
+    assert "is undone" in run(fleet, "rollback")
+    assert (rows(fleet)[0].state, rows(fleet)[0].reason) == ("undone", "by hand")
+
+
+def test_the_list_says_which_bundle_is_being_rolled_out(fleet: State, bundle_id: str) -> None:
+    run(fleet, "rollout", bundle_id)
+    (row,) = msgspec.json.decode(run(fleet, "list", "--json"))
+    assert (row["rollout"], row["rollout_state"]) == (1, "waiting")
+    shown = run(fleet, "list")
+    assert bundle_id in shown
+    assert "waiting" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("rollout", "b-none"), "unknown bundle 'b-none': there are none"),
+        (("pause",), "open roll-outs are none"),
+        (("rollback", "3"), "unknown roll-out 3"),
+        (("status", "3"), "unknown roll-out 3"),
+        (("rollout", "b", "--stages", "10,x"), "stages '10,x': expected percentages"),
+        (("rollout", "b", "--stages", "10,50"), "stages '10,50': expected growing percentages that end with 100"),
+        (("rollout", "b", "--observe", "10"), "span '10': expected a number with its unit"),
+        (("rollout", "b", "--max-error-rate", "2"), "plan is not usable"),
+    ],
+)
+def test_what_cannot_be_done_is_one_clear_line(fleet: State, arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(fleet, *arguments)
+
+
+def test_a_second_roll_out_over_the_same_devices_is_refused(fleet: State, bundle_id: str) -> None:
+    run(fleet, "rollout", bundle_id, "--group", "lab")
+    with pytest.raises(RolloutError, match=r"roll-out 1 .* is waiting over the same devices"):
+        run(fleet, "rollout", bundle_id)
+
+
+def test_the_progress_of_a_roll_out_in_a_few_lines() -> None:
+    row = RolloutRow(
+        id=3, bundle_id="b-new", group=None, state="running", stage=2, num_stages=4, num_targets=20, num_told=5,
+        devices={Fate.PENDING: 0, Fate.TAKEN: 4, Fate.FAILED: 0, Fate.ABSENT: 1}, answers=1234,
+        findings=("fine: errors 0.0%, limit 5.0%",), doing="watched for 12 of 600 s", reason="no worse than before",
+        started_at=100.0, stage_at=150.0, ended_at=None, plan={},
+    )  # fmt: skip
+    assert progress(row, 1300.0).plain.splitlines() == [
+        "roll-out 3: bundle b-new to all devices, running",
+        "  ██████░░░░░░░░░░░░░░░░░░ stage 2 of 4, 5 of 20 devices, 1,200 s",
+        "  4 taken, 1 absent; 1,234 answers",
+        "  fine: errors 0.0%, limit 5.0%",
+        "  watched for 12 of 600 s",
+    ]
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("30s", 30.0), ("10m", 600.0), ("1.5h", 5400.0), ("2d", 172_800.0)])
+def test_spans_have_a_unit(text: str, seconds: float) -> None:
+    assert parse_span(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("wanted", "served", "last_wanted", "expected"),
+    [
+        ({"b1"}, (), {}, Orders(["b1"], [])),
+        ({"b1"}, ("b1",), {}, Orders([], [])),
+        ({"b1"}, (), {"b1": 1000.0}, Orders([], [])),
+        ((), (), {"b1": 1000.0 - LEAVE_S + 1}, Orders([], [])),
+        ((), (), {"b1": 1000.0 - LEAVE_S}, Orders([], ["b1"])),
+        ({"b2"}, (), {"b1": 0.0, "b2": 0.0}, Orders([], ["b1"])),
+    ],
+)
+def test_a_worker_is_started_for_what_nobody_serves_and_stopped_when_nobody_has_wanted_it_for_a_while(
+    wanted: set[str], served: tuple[str, ...], last_wanted: dict[str, float], expected: Orders
+) -> None:
+    assert orders(wanted, served, last_wanted, 1000.0) == expected

@@ -1,0 +1,186 @@
+"""A bad bundle and a good one, brought to ten devices over a real broker by a server in a process of its own."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session
+
+from fleet import topics
+from fleet.access import Role
+from fleet.cli.processes import child
+from fleet.cli.state import WORKER, State, StateConfig
+from fleet.desired import Settings, decode_desired, encode_desired
+from fleet.identity import Identity
+from fleet.mqtt import MqttTransport
+from fleet.registry.configs import Scope, Target
+from fleet.registry.evidence import Limits
+from fleet.registry.models import WorkerRecord
+from fleet.registry.rollouts import Plan
+from fleet.registry.rows import RolloutRow
+from fleet.report import DeviceStatus, WorkerStatus, encode_report, encode_status
+from fleet.transport import Will
+from tests.brokers import HOST, free_port, wait_until
+from tests.registry.conftest import report
+
+OLD, GOOD, BAD, BROKEN = BUNDLES = ("b-old", "b-good", "b-bad", "b-broken")
+SOURCES: Final = {
+    OLD: {"cloud": 2, "exit:8": 8},
+    GOOD: {"cloud": 1, "exit:8": 9},
+    BAD: {"cloud": 9, "exit:8": 1},  # its exits are sure of nothing
+}
+DEVICES: Final = [f"d{i}" for i in range(10)]
+PLAN: Final = Plan(
+    percentages=(50, 100), observe_s=3.0, take_within_s=60.0, offline_after_s=30.0, limits=Limits(min_answers=20)
+)
+WAIT_S: Final = 90.0
+
+
+class Device:
+    """One that takes every bundle that is wanted of it but `BROKEN`, and answers as the bundle is."""
+
+    def __init__(self, identity: Identity, stack: ExitStack) -> None:
+        self.name = identity.name
+        self.bundle_id = OLD
+        self._status = DeviceStatus(online=True, epoch=1, bundle_id=OLD)
+        self._generations = itertools.count()
+        will = Will(topics.device_status(self.name), encode_status(DeviceStatus(online=False, epoch=1)))
+        self._link = stack.enter_context(MqttTransport.connect(identity, will=will))
+        self._link.on_up(self._announce)
+        self._link.subscribe(topics.device_config(self.name), self._on_config, qos=1)
+
+    def answer(self) -> None:
+        made = report(
+            f"{self.name}-{next(self._generations)}", bundle_id=self.bundle_id, sources=SOURCES[self.bundle_id],
+            started_at=time.time(),
+        )  # fmt: skip
+        self._link.publish(topics.device_stats(self.name), encode_report(made), qos=1)
+
+    def _on_config(self, _: str, payload: bytes) -> None:
+        desired = decode_desired(payload)
+        wanted = desired.settings.bundle or OLD
+        error = "the graphs do not load" if wanted == BROKEN else ""
+        self.bundle_id = self.bundle_id if error else wanted
+        self._status = DeviceStatus(
+            online=True, epoch=1, bundle_id=self.bundle_id, config_version=desired.version, config_error=error
+        )
+        self._announce()
+
+    def _announce(self) -> None:
+        self._link.publish(topics.device_status(self.name), encode_status(self._status), qos=1, retain=True)
+
+
+class Site:
+    """A server, ten devices that answer all the time, and what tells them what is wanted of them."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.state = State.create(folder / "state", StateConfig(HOST, free_port(), str(folder)))
+        self.registry = stack.enter_context(self.state.registry())
+        for bundle_id in BUNDLES:
+            self.registry.add_bundle(bundle_id, "tiny", 1000)
+        self._serve_all()
+        self.start_server(stack)
+        worker = stack.enter_context(MqttTransport.connect(self.state.identity(WORKER, Role.WORKER)))
+        birth = encode_status(WorkerStatus(online=True, epoch=1, bundle_ids=BUNDLES))
+        worker.on_up(lambda: worker.publish(topics.worker_status(WORKER), birth, qos=1, retain=True))
+        self.devices = [Device(self.state.enroll(name, Role.DEVICE, folder / name), stack) for name in DEVICES]
+        self._operator = stack.enter_context(MqttTransport.connect(stack.enter_context(self.state.operator())))
+        self._stop = threading.Event()
+        thread = threading.Thread(target=self._tell_and_answer)
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(self._stop.set)
+
+    def start_server(self, stack: ExitStack) -> None:
+        self.server = stack.enter_context(child("the server", "fleet.cli", "server", "--state", str(self.state.folder)))
+        self.server.wait_ready()
+
+    def row(self) -> RolloutRow:
+        return self.registry.rollouts()[0]
+
+    def serving(self) -> dict[str, int]:
+        """How many devices serve each bundle."""
+        served = [device.bundle_id for device in self.devices]
+        return {bundle_id: served.count(bundle_id) for bundle_id in SOURCES if bundle_id in served}
+
+    def said(self) -> dict[str, Settings]:
+        return {name: self.registry.settings(Target(Scope.DEVICE, name)) for name in DEVICES}
+
+    def until(self, state: str) -> RolloutRow:
+        wait_until(lambda: self.row().state == state, f"the roll-out is {state}, not {self.row()}", WAIT_S)
+        return self.row()
+
+    def _serve_all(self) -> None:
+        engine = create_engine(f"sqlite:///{self.state.folder / 'registry.sqlite'}")
+        with Session(engine) as db, db.begin():
+            db.add(
+                WorkerRecord(
+                    worker=WORKER, online=True, epoch=1, bundle_ids=list(BUNDLES), version="",
+                    num_sessions=0, draining=False, last_seen=time.time(),
+                )
+            )  # fmt: skip
+        engine.dispose()
+
+    def _tell_and_answer(self) -> None:
+        told: dict[str, int] = {}
+        while not self._stop.wait(0.2):
+            for name, config in self.registry.desired_configs().items():
+                if told.get(name) != config.version:
+                    self._operator.publish(topics.device_config(name), encode_desired(config), qos=1, retain=True)
+                    told[name] = config.version
+            for device in self.devices:
+                device.answer()
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[Site]:
+    with ExitStack() as stack:
+        yield Site(folder, stack)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    with running(tmp_path) as made:
+        yield made
+
+
+def test_a_bad_bundle_stops_at_the_canary_and_a_good_one_comes_to_all(site: Site) -> None:
+    wait_until(lambda: site.registry.stats()[0].generations > 20, "the old bundle has answered", WAIT_S)
+    site.registry.start_rollout(BAD, PLAN)
+    row = site.until("undone")
+    assert (row.stage, row.num_told) == (1, 1)
+    assert row.reason.startswith("offload ")
+    wait_until(lambda: site.serving() == {OLD: 10}, "the old bundle is back", WAIT_S)
+    assert set(site.said().values()) == {Settings()}
+
+    site.registry.start_rollout(GOOD, msgspec.structs.replace(PLAN, canary=2))
+    row = site.until("completed")
+    assert (row.stage, row.num_told) == (3, 10)
+    wait_until(lambda: site.serving() == {GOOD: 10}, "all have the good bundle", WAIT_S)
+    assert set(site.said().values()) == {Settings()}
+    assert site.registry.settings(Target(Scope.ALL)) == Settings(bundle=GOOD)
+
+
+def test_one_that_a_device_cannot_load_is_undone_at_once(site: Site) -> None:
+    site.registry.start_rollout(BROKEN, PLAN)
+    assert site.until("undone").reason == "d0 reports: the graphs do not load"
+    assert site.serving() == {OLD: 10}
+
+
+def test_a_roll_out_goes_on_when_the_server_is_started_again(site: Site) -> None:
+    site.registry.start_rollout(GOOD, PLAN)
+    wait_until(lambda: site.row().stage == 2, "it is in the second stage", WAIT_S)
+    site.server.stop()
+    with ExitStack() as stack:
+        site.start_server(stack)
+        site.until("completed")
+    assert site.registry.settings(Target(Scope.ALL)) == Settings(bundle=GOOD)

@@ -1,0 +1,50 @@
+"""`fleet up` hands its bundle out, and starts a worker for another one as soon as a device is wanted on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from fleet import topics
+from fleet.access import Role
+from fleet.cli.processes import child
+from fleet.cli.state import State
+from fleet.desired import Settings
+from fleet.manifest import Bundle
+from fleet.mqtt import MqttTransport
+from fleet.registry.configs import Scope, Target
+from fleet.report import WorkerStatus, decode_status
+from fleet.verify import verify_bundle
+from tests.brokers import free_port, wait_until
+
+WAIT_S = 120.0
+
+
+def test_a_wanted_bundle_gets_a_worker_of_its_own_until_the_fleet_goes(
+    tmp_path: Path, tiny_bundle: Bundle, make_tiny_bundle: Callable[..., Bundle]
+) -> None:
+    folder, other = tmp_path / "state", make_tiny_bundle((1,))
+    options = "--state", str(folder), "--port", str(free_port()), "--bundle", str(tiny_bundle.folder)
+    heard: dict[str, WorkerStatus] = {}
+
+    def hear(topic: str, payload: bytes) -> None:
+        heard[topics.parse(topic, "w", "+", "status")[0]] = decode_status(payload, WorkerStatus)
+
+    with ExitStack() as stack:
+        up = stack.enter_context(child("the fleet", "fleet.cli", "up", *options))
+        up.wait_ready(WAIT_S)
+        state = State.load(folder)
+        kept = state.bundles / tiny_bundle.manifest.bundle_id
+        assert verify_bundle(kept, folder / "ca" / "ca.pem").signature == "valid"
+        state.enroll("gw", Role.DEVICE, tmp_path / "gw")
+        bundle_id = state.keep_bundle(other.folder)
+        registry = stack.enter_context(state.registry())
+        link = stack.enter_context(MqttTransport.connect(stack.enter_context(state.operator())))
+        link.subscribe(topics.WORKER_STATUS_FILTER, hear, qos=1)
+        registry.change_settings(Target(Scope.DEVICE, "gw"), lambda _: Settings(bundle=bundle_id))
+        wait_until(lambda: "worker-2" in heard and heard["worker-2"].online, "a second worker is there", WAIT_S)
+        assert heard["worker-2"].bundle_ids == (bundle_id,)
+        assert heard["worker-1"].bundle_ids == (tiny_bundle.manifest.bundle_id,)
+        up.stop()
+        assert up.process.returncode == 0
