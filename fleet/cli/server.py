@@ -64,11 +64,11 @@ def _follow_ups(state: State, registry: Registry, link: MqttTransport, options: 
     """What is done after each change of the registry, and again whenever the broker may have forgotten it."""
     watcher: ChangeWatcher = load("fleet.registry.watcher").ChangeWatcher(registry)
     configs: Any = load("fleet.registry.publisher").ConfigPublisher(link, registry)
+    if options.mosquitto:  # first: nothing else is as urgent as who is out
+        watcher.add(mosquitto_keeper(state, registry, options.mosquitto, options.reload).sync, periodic=True)
     watcher.add(load("fleet.registry.denials").Denials(link, registry).publish)
     watcher.add(load("fleet.registry.rolling").RolloutEngine(registry).step, periodic=True)
     watcher.add(configs.publish)
-    if options.mosquitto:
-        watcher.add(mosquitto_keeper(state, registry, options.mosquitto, options.reload).sync, periodic=True)
     for again in (configs.forget, watcher.again):
         link.on_up(again)
     return watcher
