@@ -13,7 +13,7 @@ from typing import Annotated, Final
 import typer
 
 from fleet.command import run_command, stop_event
-from fleet.errors import ConfigError, MissingExtraError
+from fleet.errors import ConfigError, FleetError, MissingExtraError
 from fleet.manifest import Manifest
 
 FETCH_S: Final = 3600.0  # for a bundle, when a device joins
@@ -96,8 +96,13 @@ def join(
     identity = join_fleet(Token.parse(sys.stdin.readline() if token == "-" else token), server, out)
     bundle, stop = SlotStore(out).load().current, stop_event()
     if bundle:
-        with _progress(f"bundle {bundle}") as progress:
-            persistently(lambda: fetch_bundle(identity, bundle, stop, progress), timeout_s=FETCH_S, stop=stop)
+        try:
+            with _progress(f"bundle {bundle}") as progress:
+                persistently(lambda: fetch_bundle(identity, bundle, stop, progress), timeout_s=FETCH_S, stop=stop)
+        except FleetError as error:
+            raise type(error)(
+                f"{identity.name} has joined; its bundle is not here yet: {error}; 'edge-agent run {out}' fetches it"
+            ) from None
     if as_json:
         joined = {"folder": str(out), "bundle_id": bundle, **msgspec.to_builtins(identity.config)}
         print(json.dumps(joined))

@@ -151,13 +151,20 @@ class Service:
 
     def _explain(self, error: HTTPError) -> ServiceError:
         """What went wrong below HTTP, and the next step."""
-        cause = next((each for each in (*error.args, error.__cause__) if isinstance(each, ssl.SSLError)), None)
-        if cause is not None:
+        cause = next((each for each in (*error.args, error.__cause__) if isinstance(each, OSError)), None)
+        if isinstance(error, NewConnectionError):
+            why = cause.strerror if cause else error
+            return ServiceAwayError(f"no connection to {self.url} ({why}); check the network, the address and the port")
+        if isinstance(cause, ssl.SSLEOFError | ConnectionError):
+            return ServiceAwayError(
+                f"{self.url} closed the connection, as it does when it stops, or when our certificate has expired, was "
+                "revoked or is another fleet's; if that lasts, check the clock, or join again with a new token"
+            )
+        if isinstance(cause, ssl.SSLError):
             return ServiceError(f"no connection to {self.url}: {_explain_tls(cause)}")
-        if isinstance(error, TimeoutError) and not isinstance(error, NewConnectionError):
+        if isinstance(error, TimeoutError):
             return ServiceAwayError(f"{self.url} did not answer in time; check the network and the address")
-        why = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
-        return ServiceAwayError(f"no connection to {self.url} ({why}); check the network, the address and the port")
+        return ServiceAwayError(f"no connection to {self.url} ({error}); check the network")
 
 
 def persistently(call: Callable[[], T], *, timeout_s: float, stop: threading.Event | None = None) -> T:

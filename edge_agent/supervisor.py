@@ -82,7 +82,8 @@ class Supervisor:
         """
         self._stop = stop
         self._base_id = self._read_base()
-        self._set_slots(resume(self._store.load()))
+        self._slots = self._store.load()
+        self._record(resume(self._slots))
         if self._slots.given_up:
             self._error = str(self._slots.given_up)
             log.warning("%s", self._error)
@@ -186,36 +187,38 @@ class Supervisor:
         """Puts the bundle that is wanted on trial; when it does not start, the one before it goes on."""
         if not self._drained():
             return
-        try:
-            self._set_slots(attempt(self._slots, wanted.settings.bundle or "", wanted.version))
-        except ConfigError as error:
-            self._tell(str(error))
+        before = self._slots
+        if error := self._record(attempt(before, wanted.settings.bundle or "", wanted.version)):
+            self._slots = before  # a trial that nobody would know of must not begin
+            self._tell(error)
             self._hold(off=True)
             return
         self._leave()
-        if (reason := self._try(wanted, folder)) is None:
-            self._set_slots(confirm(self._slots))
+        if reason := self._try(wanted, folder):
+            self._record(give_up(self._slots, reason))
+            self._error = str(self._slots.given_up)
+            log.warning("%s; %s goes on", self._error, self._serving)
+            self._start(self._bundle, self._config, self._followed.version, self._error)
+        else:
+            self._error = self._record(confirm(self._slots))
             self._keep(wanted)
             self._store.remove_unneeded(self._slots)
-            return
-        self._set_slots(give_up(self._slots, reason))
-        self._error = str(self._slots.given_up)
-        log.warning("%s; %s goes on", self._error, self._serving)
-        self._start(self._bundle, self._config, self._followed.version, self._error)
+            if self._agent:  # now that it would survive the power
+                self._agent.follow(self._config, wanted.version, self._error)
 
-    def _try(self, wanted: DesiredConfig, folder: Path) -> str | None:
-        """Starts on another bundle; why it does not start, if it does not."""
+    def _try(self, wanted: DesiredConfig, folder: Path) -> str:
+        """Starts on another bundle; why it does not start, empty if it does."""
         try:
             bundle = Bundle.load(folder, SIDES)
             config = lay_over(self._own, wanted.settings, bundle.manifest.exits)
-            self._start(bundle, config, wanted.version, is_trial=True)
+            self._start(bundle, config, self._followed.version, is_trial=True)
         except FleetError as error:
             return str(error)
         except Exception as error:  # whatever it is, the device has to go back
             log.exception("bundle %s does not start", wanted.settings.bundle)
             return f"it does not start: {error}"
-        self._bundle, self._config, self._error = bundle, config, ""
-        return None
+        self._bundle, self._config = bundle, config
+        return ""
 
     def _drained(self) -> bool:
         """Lets what is under way end, at most `drain_s` seconds; false when the device is to stop."""
@@ -270,14 +273,16 @@ class Supervisor:
         except BundleError:
             return None
 
-    def _set_slots(self, slots: Slots) -> None:
-        """Raises ConfigError when they cannot be kept: a trial that nobody knows of must not begin."""
-        if slots != self._slots:
-            try:
+    def _record(self, slots: Slots) -> str:
+        """Goes by other slots; why they are not on disk, empty if they are."""
+        is_new, self._slots = slots != self._slots, slots
+        try:
+            if is_new:
                 self._store.save(slots)
-            except OSError as error:
-                raise ConfigError(f"cannot write into {self._folder}: {error.strerror}; make room") from None
-        self._slots = slots
+        except OSError as error:
+            log.warning("slots of bundles are not kept in %s: %s", self._folder, error)
+            return f"cannot write into {self._folder}: {error.strerror}; make room"
+        return ""
 
     def _keep(self, desired: DesiredConfig) -> None:
         self._followed = desired

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -18,6 +18,8 @@ from fleet.transport import Handler, Transport
 from fleet.triggers import Fields, Trigger, event_filters, make_prompt, read_event, request_name
 
 log = logging.getLogger(__name__)
+
+LOG_S: Final = 10.0
 
 Asked: TypeAlias = tuple[str, str]  # app, request
 
@@ -34,7 +36,7 @@ class EventTriggers:
 
     An event that pulls one is handed to `on_prompt` as the message that the app would have sent; `is_active` says
     whether the answer to such a request is still under way. An event that is no good costs one line in the log, and of
-    many such lines one a second.
+    many such lines one in `LOG_S` seconds.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class EventTriggers:
         self._numbers = itertools.count(1)
         self._armed: dict[str, _Armed] = {}
         self._filters: set[str] = set()
-        self._log = LimitedLog(log)
+        self._log = LimitedLog(log, LOG_S)
 
     def set(self, triggers: Iterable[Trigger]) -> None:
         """Puts `triggers` in the place of those until now; one that keeps its name keeps its rate.

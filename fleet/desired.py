@@ -15,6 +15,7 @@ from fleet.report import Amount
 from fleet.triggers import Triggers, check_triggers
 
 MAX_DESIRED_BYTES: Final = 64 * 1024
+MAX_SETTINGS_BYTES: Final = 60 * 1024  # leaves room for the small settings of other scopes
 UploadDtype = Literal["float16", "int8"]
 
 
@@ -65,11 +66,16 @@ def merge(*scopes: Settings) -> Settings:
 
 
 def parse_settings(values: dict[str, Any]) -> Settings:
-    """Settings out of builtins; raises ConfigError that names what is known."""
+    """Settings out of builtins; raises ConfigError that names what is known, or how large they may be."""
     try:
-        return msgspec.convert(values, Settings)
+        settings = msgspec.convert(values, Settings)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{error}; known settings are {', '.join(Settings.__struct_fields__)}") from None
+    if (size := len(msgspec.json.encode(settings))) > MAX_SETTINGS_BYTES:
+        raise ConfigError(
+            f"expected settings of at most {MAX_SETTINGS_BYTES} bytes as JSON, got {size}; shorten the triggers"
+        )
+    return settings
 
 
 def encode_desired(desired: DesiredConfig) -> bytes:

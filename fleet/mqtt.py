@@ -149,8 +149,11 @@ class MqttTransport(Transport):
         if not self._end_connection():
             logger.warning("%s could not close its connection in time; it is renewed when it breaks", self.name)
             return
+        if self._closed:
+            return
         config = self._identity.config
         self._client.connect_async(config.host, config.port, keepalive=KEEP_ALIVE_S)
+        self._client._reset_sockets(sockpair_only=True)  # the loop makes new ones, and would leave these open
         self._client.loop_start()
 
     def close(self) -> None:

@@ -27,9 +27,9 @@ MAX_TEMPLATE: Final = 2000
 MAX_TEXT: Final = 16 * 1024  # characters of a template that was filled
 
 TriggerName: TypeAlias = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9_-]{0,31}\Z")]  # leaves a request's id room
-Events: TypeAlias = Annotated[str, Meta(pattern=rf"\A{topics.NAME.pattern}/({topics.NAME.pattern}|\+)\Z")]
 Fields: TypeAlias = dict[str, Any]
 
+EVENTS: Final = re.compile(rf"{topics.NAME.pattern}/({topics.NAME.pattern}|\+)")
 PATH: Final = re.compile(r"[^\W\d][\w-]*(?:\.[\w-]+)*")
 SPEC: Final = re.compile(r"[<>^]?\+?\d{0,2},?(\.\d{1,2})?[defgs%]?")
 CONDITION: Final = re.compile(rf"\s*({PATH.pattern})\s*(==|!=|<=|>=|<|>)\s*(.+?)\s*")
@@ -51,7 +51,7 @@ class Trigger(AnswerOptions, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """
 
     name: TriggerName
-    events: Events
+    events: str
     template: Annotated[str, Meta(min_length=1, max_length=MAX_TEMPLATE)]
     when: Annotated[str, Meta(max_length=200)] | None = None
     reply_to: Id | None = None
@@ -59,7 +59,9 @@ class Trigger(AnswerOptions, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     max_in_flight: Annotated[int, Meta(ge=1, le=64)] = 4
 
     def __post_init__(self) -> None:
-        """Raises ValueError, which a decoder reports in its own error, for a template or condition that is none."""
+        """Raises ValueError, which a decoder reports in its own error, for what is no events, template or condition."""
+        if not EVENTS.fullmatch(self.events):
+            raise ValueError(f"expected events like thermostat/warmth or thermostat/+, got {self.events[:80]!r}")
         _pieces(self.template)
         if self.when is not None:
             _condition(self.when)

@@ -141,13 +141,13 @@ class CertificateAuthority:
         """Signs the manifest of the bundle in `folder`; whoever has `ca.pem` can check it (`fleet.signature`)."""
         write_signature(folder, self._private_key)
 
-    def server_tls(self, folder: Path, host: str) -> ServerTls:
-        """The broker's certificate for `host`, ``localhost`` and the loopback addresses, written anew into `folder`.
+    def server_tls(self, folder: Path, *hosts: str) -> ServerTls:
+        """The broker's certificate for `hosts`, ``localhost`` and the loopback addresses, written anew into `folder`.
 
         Raises:
-            IdentityError: `host` is no host name or address, or the folder cannot be written.
+            IdentityError: one of them is no host name or address, or the folder cannot be written.
         """
-        names = [_general_name(name) for name in dict.fromkeys((host, "localhost", "127.0.0.1", "::1"))]
+        names = [_general_name(name) for name in dict.fromkeys((*hosts, "localhost", "127.0.0.1", "::1"))]
         extensions = [x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), x509.SubjectAlternativeName(names)]
         private_key = ec.generate_private_key(ec.SECP256R1())
         issued = self._sign(private_key.public_key(), "broker", Role.SERVER, extensions)

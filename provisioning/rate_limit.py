@@ -11,7 +11,7 @@ MAX_PEERS: Final = 10_000
 
 
 class RateLimit:
-    """A token bucket for each peer: `burst` at once, then `per_minute`. Not for several threads.
+    """A token bucket for each peer: `burst` at once, then `per_minute`. For one thread.
 
     It knows `MAX_PEERS` at most; whoever has been quiet for longest is forgotten first.
     """
@@ -32,6 +32,12 @@ class RateLimit:
         if len(self._buckets) > MAX_PEERS:
             del self._buckets[next(iter(self._buckets))]
         return 0.0 if is_allowed else (1 - left) / self._per_s
+
+    def give_back(self, peer: str) -> None:
+        """What `peer` asked last does not count."""
+        if known := self._buckets.get(peer):
+            left, at = known
+            self._buckets[peer] = min(self._burst, left + 1), at
 
 
 def peer_of(address: str) -> str:

@@ -12,6 +12,7 @@ from typing import Final, TypeVar
 
 import msgspec
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 
 from fleet.errors import BusyError, FleetError, OversizedError, RegistryError
 from fleet.joining import (
@@ -69,29 +70,42 @@ class Routes:
         return web.Response(text=crl, content_type=PEM)
 
     async def _join(self, request: web.Request) -> web.Response:
-        if wait_s := self._joins.wait_s(peer_of(peer_address(request))):
-            return too_many(wait_s)
-        body = await read_body(request, JoinRequest, self._body_s)
-        return in_json(await in_thread(self._office.join, body, peer_address(request)))
+        peer = peer_address(request)
+        return await self._answer(request, self._joins, JoinRequest, lambda body: self._office.join(body, peer))
 
     async def _renew(self, request: web.Request) -> web.Response:
-        if wait_s := self._renewals.wait_s(peer_of(peer_address(request))):
+        shown = client_fingerprint(request)
+        return await self._answer(request, self._renewals, RenewRequest, lambda body: self._office.renew(body, shown))
+
+    async def _answer(
+        self, request: web.Request, limit: RateLimit, kind: type[T], work: Callable[[T], msgspec.Struct]
+    ) -> web.Response:
+        """What succeeds does not count: a hundred devices behind one address may join, and nobody may guess."""
+        peer = peer_of(peer_address(request))
+        if wait_s := limit.wait_s(peer):
             return too_many(wait_s)
-        body = await read_body(request, RenewRequest, self._body_s)
-        return in_json(await in_thread(self._office.renew, body, client_fingerprint(request)))
+        reply = await in_thread(work, await read_body(request, kind, self._body_s))
+        limit.give_back(peer)
+        return web.Response(body=msgspec.json.encode(reply), content_type="application/json")
 
     async def _bundle_file(self, request: web.Request) -> web.StreamResponse:
         bundle_id, name = request.match_info["bundle_id"], request.match_info["name"]
         path = await in_thread(self._office.bundle_file, bundle_id, name, client_fingerprint(request))
-        response = web.FileResponse(path)
+        return TimedFile(path)
+
+
+class TimedFile(web.FileResponse):
+    """A file, or the range of it that was asked for, for who takes it within `DOWNLOAD_S` seconds."""
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         try:
             async with asyncio.timeout(DOWNLOAD_S):
-                await response.prepare(request)
+                return await super().prepare(request)
         except TimeoutError:
-            log.warning("%s did not take %s within %g s", peer_address(request), path, DOWNLOAD_S)
+            log.warning("%s did not take %s within %g s", peer_address(request), request.path, DOWNLOAD_S)
             if request.transport:
                 request.transport.abort()
-        return response
+            raise ConnectionResetError from None
 
 
 @web.middleware
@@ -140,7 +154,7 @@ def client_fingerprint(request: web.Request) -> str | None:
     return hashlib.sha256(certificate).hexdigest() if certificate else None
 
 
-def peer_address(request: web.Request) -> str:
+def peer_address(request: web.BaseRequest) -> str:
     """The address that the connection came from."""
     return request.remote or "0.0.0.0"
 
@@ -148,7 +162,3 @@ def peer_address(request: web.Request) -> str:
 def too_many(wait_s: float) -> web.Response:
     """429, with the time to wait."""
     return problem(BusyError(f"too many requests from this address; ask again in {math.ceil(wait_s)} s"), wait_s)
-
-
-def in_json(reply: msgspec.Struct) -> web.Response:
-    return web.Response(body=msgspec.json.encode(reply), content_type="application/json")

@@ -31,13 +31,14 @@ def init(
     bundle: Annotated[Path, typer.Option(help="Model bundle, where devices and workers will find it.")],
     port: Annotated[int, typer.Option(min=1, max=65535)] = DEFAULT_PORT,
     service_port: ServicePortOption = DEFAULT_SERVICE_PORT,
+    service_host: Annotated[str | None, typer.Option(help="Where devices reach the service (default: HOST).")] = None,
     registry: RegistryOption = None,
     retention_days: RetentionOption = None,
     state: StateOption = None,
 ) -> None:
     """Make the fleet's folder, or change it: authority, registry, its own identities. Starts nothing."""
     folder = state or State.default_folder()
-    config = StateConfig(host, port, str(bundle), service_port=service_port)
+    config = StateConfig(host, port, str(bundle), service_port=service_port, service_host=service_host)
     fleet = create_fleet(folder, keeping(folder, config, registry, retention_days))
     print(f"a fleet in {fleet.folder} with its broker on {host}:{port}; next: fleet enroll, fleet server")
 

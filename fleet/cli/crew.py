@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, NamedTuple, Self
@@ -108,7 +108,7 @@ class Crew:
         self._replace_ended(now)
 
     def _start(self, bundle_id: str, now: float) -> None:
-        name = self._free_name(each.name for each in (*self._hired.values(), *self._leaving))
+        name = self._free_name()
         folder = worker_folder(self.state, name, shares=self.shares)
         threads = str(max(1, (os.cpu_count() or 1) // (self.num_workers + 1)))
         process = Child(
@@ -133,8 +133,12 @@ class Crew:
                 del self._hired[bundle_id]
                 self._start(bundle_id, now)
 
-    def _free_name(self, taken: Iterable[str]) -> str:
-        names = set(taken)
+    def _free_name(self) -> str:
+        """One that none of our workers has, nor an identity that was enrolled for another machine."""
+        names = {each.name for each in (*self._hired.values(), *self._leaving)}
+        for row in self._registry.identities():
+            if not self.state.has_identity(row.name):
+                names.add(row.name)
         number = self.num_workers + 1
         while worker_name(number) in names:
             number += 1

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 import typer
@@ -17,6 +17,9 @@ from fleet.cli.stats import DAY_S, JsonOption, StateOption, parse_span
 from fleet.enrolment import Enrolment, check_all, parse_role, parse_tags, read_enrolments
 from fleet.errors import ConfigError
 from fleet.joining import Token
+
+if TYPE_CHECKING:
+    from fleet.registry.store import Registry
 
 MAX_TTL_S: Final = 30 * DAY_S
 
@@ -104,20 +107,20 @@ def enroll(
 
 def suspend(name: NameArgument, state: StateOption = None, as_json: JsonOption = False) -> None:
     """Take an identity's rights away until it is resumed."""
-    change(name, "suspend", state, as_json=as_json)
+    change(name, lambda registry: registry.suspend(name), state, as_json=as_json)
 
 
 def resume(name: NameArgument, state: StateOption = None, as_json: JsonOption = False) -> None:
     """Give a suspended identity its rights back."""
-    change(name, "resume", state, as_json=as_json)
+    change(name, lambda registry: registry.resume(name), state, as_json=as_json)
 
 
 def revoke(name: NameArgument, state: StateOption = None, as_json: JsonOption = False) -> None:
     """Take an identity's rights away for good, and revoke its certificates."""
-    change(name, "revoke", state, as_json=as_json)
+    change(name, lambda registry: registry.revoke(name), state, as_json=as_json)
 
 
-def change(name: str, what: Literal["suspend", "resume", "revoke"], state: Path | None, *, as_json: bool) -> None:
+def change(name: str, work: Callable[[Registry], None], state: Path | None, *, as_json: bool) -> None:
     """Changes a state, and shows what it has become.
 
     Raises:
@@ -125,7 +128,7 @@ def change(name: str, what: Literal["suspend", "resume", "revoke"], state: Path 
         StateError: the change is not legal.
     """
     with State.load(state or State.default_folder()).registry() as registry:
-        getattr(registry, what)(name)
+        work(registry)
         (row,) = (row for row in registry.identities() if row.name == name)
     print(msgspec.json.encode(row).decode() if as_json else f"{row.role} {name} is {row.state}")
 

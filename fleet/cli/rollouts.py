@@ -38,7 +38,7 @@ def rollout(
     min_answers: Annotated[int | None, typer.Option(help="Nothing is judged before (default 20).")] = None,
     max_failed: Annotated[float | None, typer.Option(help="Share of devices that may fail (default 0.1).")] = None,
     agreement_sample: Annotated[
-        float | None, typer.Option(help="Share of answers that the cloud judges meanwhile (default 0.1).")
+        float | None, typer.Option(help="Share of answers that the cloud judges meanwhile (default 0.25).")
     ] = None,
     observe: Annotated[str | None, typer.Option(help="How long a stage is watched at least (default 10m).")] = None,
     take_within: Annotated[str | None, typer.Option(help="Time to take the bundle (default 30m).")] = None,
@@ -157,6 +157,8 @@ def _say(row: Any, done: str, *, as_json: bool) -> None:
         print(msgspec.json.encode(row).decode())
     else:
         print(f"roll-out {row.id} of bundle {row.bundle_id} is {done}; see 'fleet bundle status'")
+        if row.state == "waiting" and row.doing:
+            print(f"it waits: {row.doing}")
 
 
 def add_rollout_commands(app: typer.Typer) -> None:

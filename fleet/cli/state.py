@@ -40,8 +40,8 @@ WORKER: Final = "worker-1"  # the first of those that `fleet up` starts
 class StateConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Where the broker listens, which bundle the fleet serves, and what it remembers.
 
-    `registry` is the URL of a PostgreSQL database; None is a SQLite file in the folder. The HTTPS service is on the
-    same host at `service_port`; 0 is none.
+    `registry` is the URL of a PostgreSQL database; None is a SQLite file in the folder. The HTTPS service is at
+    `service_port`, 0 is none, and on the broker's host unless `service_host` says another.
     """
 
     host: str
@@ -50,6 +50,7 @@ class StateConfig(Struct, frozen=True, forbid_unknown_fields=True):
     registry: str | None = None
     retention_days: Annotated[int, Meta(ge=1)] = 90
     service_port: Annotated[int, Meta(ge=0, le=65535)] = DEFAULT_SERVICE_PORT
+    service_host: str | None = None
 
 
 class State:
@@ -117,7 +118,8 @@ class State:
     def site(self, bundle: Path | None = None, *, shared_subscriptions: bool = False) -> Any:
         """Where identities find this fleet."""
         module, config = load("provisioning.site"), self.config
-        server = module.base_url(config.host, config.service_port) if config.service_port else None
+        host = config.service_host or config.host
+        server = module.base_url(host, config.service_port) if config.service_port else None
         return module.Site(config.host, config.port, server, bundle or Path(config.bundle), shared_subscriptions)
 
     def enroll(
@@ -163,8 +165,9 @@ class State:
         return manifest.bundle_id
 
     def server_tls(self) -> ServerTls:
-        """The broker's certificate for its host, made anew when missing."""
-        tls: ServerTls = self.authority().server_tls(self.folder / "broker", self.config.host)
+        """The certificate of broker and service for their hosts, made anew."""
+        hosts = filter(None, (self.config.host, self.config.service_host))
+        tls: ServerTls = self.authority().server_tls(self.folder / "broker", *hosts)
         return tls
 
     def bundle_folder(self, bundle_id: str) -> Path | None:
@@ -176,11 +179,13 @@ class State:
 
     def service(self, registry: Registry, listen: str, tls: ServerTls) -> Any:
         """The HTTPS service, not yet started."""
+        authority = self.authority()
         office = load("provisioning.office").Office(
             registry,
-            self.authority(),
+            authority,
             self.site(),
             self.bundle_folder,
+            lambda: authority.crl(registry.revoked_certificates()).decode(),
             bundle_id=bundle_id_of(Path(self.config.bundle)),
         )
         return load("provisioning.service").Service(listen, self.config.service_port, tls, office)
@@ -190,7 +195,7 @@ class State:
         out = self.folder / "identities" / name
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two commands may need a new identity at once
-            if not (out / "identity.json").exists():
+            if not self.has_identity(name):
                 return self.enroll(name, role, out)
         identity = Identity.load(out)
         current = msgspec.structs.replace(
@@ -204,6 +209,10 @@ class State:
             identity = Identity(out, current)
             identity.save()
         return identity
+
+    def has_identity(self, name: str) -> bool:
+        """Whether that is one of the fleet's own."""
+        return (self.folder / "identities" / name / "identity.json").exists()
 
     @contextmanager
     def operator(self) -> Iterator[Identity]:

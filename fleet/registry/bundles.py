@@ -21,7 +21,7 @@ def add_bundle(db: Session, actor: str, bundle_id: str, model: str, num_bytes: i
     if db.get(BundleRecord, bundle_id) is not None:
         return False
     db.add(BundleRecord(bundle_id=bundle_id, model=model[:200], num_bytes=num_bytes, added_at=time.time()))
-    audit(db, actor, "bundle", bundle_id, model=model, num_bytes=num_bytes)
+    audit(db, actor, "bundle", f"bundle:{bundle_id}", model=model, num_bytes=num_bytes)
     return True
 
 

@@ -1,20 +1,17 @@
-"""Certificates that the fleet's authority gave out: whose they are, which still count, and whose devices are out."""
+"""Certificates that the fleet's authority gave out: whose they are, and whether they still count."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from sqlalchemy import ColumnElement, and_, or_, select, update
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from fleet.access import Role
 from fleet.errors import CredentialsError, StateError
-from fleet.registry.devices import is_device
 from fleet.registry.models import CertificateRecord, IdentityRecord
-from fleet.registry.rows import IssuedCertificate, RevokedCertificate
+from fleet.registry.rows import IssuedCertificate
 from fleet.registry.states import State, state_at
-
-BARRED = (State.SUSPENDED, State.REVOKED)
 
 MakeCertificate = Callable[[str, Role], IssuedCertificate]
 """Signs for a name and its role."""
@@ -76,53 +73,3 @@ def holder(db: Session, fingerprint: str, now: float) -> IdentityRecord:
     if certificate and certificate.revoked_at is not None:
         raise StateError(f"this certificate of {record.name!r} was revoked; use the newest, or enrol again")
     return record
-
-
-def knows_certificate(db: Session, name: str, fingerprint: str) -> bool:
-    """Whether a certificate of `name` with this SHA-256 is the newest, or one of those kept and not revoked."""
-    kept = select(CertificateRecord.revoked_at).where(
-        CertificateRecord.name == name, CertificateRecord.fingerprint == fingerprint
-    )
-    if row := db.execute(kept).first():
-        return row.revoked_at is None
-    newest = db.scalar(select(IdentityRecord.fingerprint).where(IdentityRecord.name == name))
-    return bool(fingerprint) and newest == fingerprint
-
-
-def revoked_certificates(db: Session, now: float) -> list[RevokedCertificate]:
-    """Those that may not be used and have not ended yet, by serial: revoked, or of who is suspended or revoked.
-
-    The latter come back when the name is resumed: on hold, in the words of RFC 5280 section 5.3.1.
-    """
-    query = (
-        select(CertificateRecord.serial, CertificateRecord.name, CertificateRecord.revoked_at)
-        .join(IdentityRecord, IdentityRecord.name == CertificateRecord.name)
-        .where(
-            CertificateRecord.not_after > now,
-            or_(CertificateRecord.revoked_at.is_not(None), IdentityRecord.state.in_(BARRED)),
-        )
-        .order_by(CertificateRecord.serial)
-    )
-    return [RevokedCertificate(*row) for row in db.execute(query)]
-
-
-def denied(db: Session, now: float, limit: int) -> list[str]:
-    """Names of the devices that are suspended, revoked or expired; those first whose certificate lives longest."""
-    query = (
-        select(IdentityRecord.name)
-        .where(is_device(), _is_out(now))
-        .order_by(IdentityRecord.not_after.desc(), IdentityRecord.name)
-        .limit(limit)
-    )
-    return list(db.scalars(query))
-
-
-def active_names(db: Session, now: float) -> list[str]:
-    """Everybody who is active, by name."""
-    is_active = and_(IdentityRecord.state == State.ACTIVE, IdentityRecord.not_after > now)
-    return list(db.scalars(select(IdentityRecord.name).where(is_active).order_by(IdentityRecord.name)))
-
-
-def _is_out(now: float) -> ColumnElement[bool]:
-    has_expired = and_(IdentityRecord.state == State.ACTIVE, IdentityRecord.not_after <= now)
-    return or_(IdentityRecord.state.in_(BARRED), has_expired)

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 
 import msgspec
 from sqlalchemy import BigInteger, ColumnElement, Select, Table, and_, cast, func, or_, select
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.orm import Session
 
 from fleet.registry.devices import is_device
 from fleet.registry.models import GenerationRecord, IdentityRecord, TokenCount
@@ -41,7 +41,7 @@ class By(StrEnum):
 class Question(msgspec.Struct, frozen=True):
     """What to count: answers since `since` (None is ever) of one device, a group's or all; `now` ends the trend.
 
-    `devices` are those that are counted, and `without` those that are not.
+    `devices` are those that are counted, None is every one of these.
     """
 
     now: float
@@ -49,7 +49,6 @@ class Question(msgspec.Struct, frozen=True):
     device: str | None = None
     group: str | None = None
     devices: tuple[str, ...] | None = None
-    without: tuple[str, ...] = ()
 
 
 def count(db: Session, by: By, asked: Question) -> defaultdict[Key, Tally]:
@@ -110,16 +109,7 @@ def _keyed(table: Table, by: By, asked: Question, about: list[Any], sums: Sequen
         query = query.where(table.c.device == asked.device)
     if asked.group is not None:
         query = query.where(table.c.device.in_(select(IdentityRecord.name).where(IdentityRecord.group == asked.group)))
-    return query.where(*_among(table.c.device, asked))
-
-
-def _among(device: ColumnElement[str] | InstrumentedAttribute[str], asked: Question) -> list[ColumnElement[bool]]:
-    conditions: list[ColumnElement[bool]] = []
-    if asked.devices is not None:
-        conditions.append(device.in_(asked.devices))
-    if asked.without:
-        conditions.append(device.not_in(asked.without))
-    return conditions
+    return query if asked.devices is None else query.where(table.c.device.in_(asked.devices))
 
 
 def _first_hour(db: Session, by: By, asked: Question, since: float) -> Iterable[tuple[Key, GenerationReport]]:
@@ -132,7 +122,9 @@ def _first_hour(db: Session, by: By, asked: Question, since: float) -> Iterable[
     )
     if asked.group is not None:
         query = query.where(IdentityRecord.group == asked.group)
-    generations = db.execute(query.where(*_among(row.device, asked))).all()
+    if asked.devices is not None:
+        query = query.where(row.device.in_(asked.devices))
+    generations = db.execute(query).all()
     sources: defaultdict[int, dict[str, int]] = defaultdict(dict)
     for id_, source, tokens in db.execute(
         select(TokenCount.generation_id, TokenCount.source, TokenCount.tokens)

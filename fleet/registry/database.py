@@ -19,9 +19,13 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from fleet.errors import MissingExtraError, RegistryError
 
 BUSY_TIMEOUT_S: Final = 30.0
-"""How long a write waits while another process writes to the same SQLite file."""
+"""How long a write waits for what another process has locked: the SQLite file, or rows in PostgreSQL."""
 
 CONNECT_TIMEOUT_S: Final = 10
+PRIMARY_CODE: Final = 0xFF  # of SQLite's extended ones
+LOCKED: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, "55P03"})
+FULL: Final = frozenset({sqlite3.SQLITE_FULL, "53100"})
+BROKEN: Final = frozenset({sqlite3.SQLITE_CORRUPT, "XX001", "XX002"})
 MIGRATION_LOCK: Final = 0xCEC0_11A3
 """PostgreSQL's advisory lock for whoever migrates: several processes may open a new database at once."""
 
@@ -64,12 +68,27 @@ def registry_errors(url: URL) -> Iterator[None]:
     try:
         yield
     except SQLAlchemyError as error:
-        reason = " ".join(str(getattr(error, "orig", None) or error).split())
-        raise RegistryError(f"the registry {shown} cannot answer: {reason}; check its path or URL") from None
+        raise RegistryError(f"the registry {shown} {_what_failed(error)}") from None
     except CommandError as error:
         raise RegistryError(
             f"the registry {shown} was made by another version ({error}); install that version or a newer one"
         ) from None
+
+
+def _what_failed(error: SQLAlchemyError) -> str:
+    """What the database says, and what to do about it."""
+    cause = getattr(error, "orig", None) or error
+    code = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorcode", 0) & PRIMARY_CODE
+    reason = " ".join(str(cause).split())
+    if code in LOCKED:
+        return f"was locked for {BUSY_TIMEOUT_S:g} s ({reason}); end the process that holds it, or try again"
+    if code in FULL:
+        return f"has no room for more ({reason}); free some on its disk: nothing of this change is stored"
+    if code == sqlite3.SQLITE_IOERR:
+        return f"cannot use its disk ({reason}); see whether that is full or broken"
+    if code in BROKEN:
+        return f"is damaged ({reason}); put a backup in its place"
+    return f"cannot answer: {reason}; check its path or URL"
 
 
 def alembic_config() -> Config:
@@ -110,7 +129,35 @@ def _create(url: URL, **options: Any) -> Engine:
 
 
 def _postgresql(url: URL) -> Engine:
-    return _create(url, connect_args={"connect_timeout": CONNECT_TIMEOUT_S})
+    engine = _create(url, connect_args={"connect_timeout": CONNECT_TIMEOUT_S})
+
+    @event.listens_for(engine, "connect")
+    def connected(connection: Any, _: object) -> None:
+        connection.execute(f"SET lock_timeout = {round(1000 * BUSY_TIMEOUT_S)}")
+        connection.commit()
+
+    return engine
+
+
+class _SqliteFile:
+    """The file of a SQLite registry: the one that was opened, or no other."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._opened: tuple[int, int] | None = None
+
+    def check(self) -> None:
+        """Raises RegistryError when it is gone, or another is in its place: SQLite would write where nobody reads, or
+        into a new file."""
+        try:
+            status = self._path.stat()
+            found = status.st_dev, status.st_ino
+        except OSError:
+            found = None
+        if self._opened and found != self._opened:
+            what = "another file is in its place; start again to use that" if found else "its file is gone; put it back"
+            raise RegistryError(f"the registry {self._path} cannot answer: {what}")
+        self._opened = found
 
 
 def _sqlite(url: URL) -> Engine:
@@ -121,6 +168,12 @@ def _sqlite(url: URL) -> Engine:
         except OSError as error:
             raise RegistryError(f"cannot make the registry's folder {folder}: {error.strerror}") from None
     engine = _create(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+    file = _SqliteFile(Path(url.database)) if url.database and url.database != ":memory:" else None
+
+    @event.listens_for(engine, "do_connect")
+    def connecting(*_: object) -> None:
+        if file:
+            file.check()
 
     @event.listens_for(engine, "connect")
     def connected(connection: sqlite3.Connection, _: object) -> None:
@@ -131,6 +184,8 @@ def _sqlite(url: URL) -> Engine:
 
     @event.listens_for(engine, "begin")
     def begun(connection: Connection) -> None:
+        if file:
+            file.check()
         connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get('sqlite_begin', 'DEFERRED')}")
 
     return engine

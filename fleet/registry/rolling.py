@@ -15,9 +15,17 @@ from fleet.errors import RolloutError
 from fleet.registry.audit import audit
 from fleet.registry.bundles import check_bundle
 from fleet.registry.configs import Scope, change_scope
-from fleet.registry.models import IdentityRecord, RolloutRecord
+from fleet.registry.models import BundleRecord, IdentityRecord, RolloutRecord
 from fleet.registry.rollout_looks import Due, missing_worker
-from fleet.registry.rollout_records import candidates, course_of, enter, keep_course, open_rollouts, watch
+from fleet.registry.rollout_records import (
+    candidates,
+    course_of,
+    enter,
+    keep_course,
+    open_rollouts,
+    subject_of,
+    watch,
+)
 from fleet.registry.rollout_states import RolloutEvent, RolloutState, next_state
 from fleet.registry.rollouts import (
     Before,
@@ -65,6 +73,7 @@ def start_rollout(db: Session, actor: str, bundle_id: str, plan: Plan, now: floa
             open over some of them.
     """
     plan = check_plan(plan)
+    db.execute(select(BundleRecord.bundle_id).order_by(BundleRecord.bundle_id).with_for_update())  # one start at a time
     check_bundle(db, bundle_id)
     for other in open_rollouts(db):
         if None in (plan.group, group := course_of(other).plan.group) or group == plan.group:
@@ -84,7 +93,7 @@ def start_rollout(db: Session, actor: str, bundle_id: str, plan: Plan, now: floa
     )  # fmt: skip
     db.add(record)
     db.flush()
-    audit(db, actor, "rollout", str(record.id), bundle=bundle_id, plan=msgspec.to_builtins(plan))
+    audit(db, actor, "rollout", subject_of(record), bundle=bundle_id, plan=msgspec.to_builtins(plan))
     return record.id
 
 
@@ -94,7 +103,8 @@ def change_rollout(db: Session, actor: str, rollout: int | None, event: RolloutE
     Raises:
         RolloutError: there is none, more than one, or the change is not legal in its state.
     """
-    record = db.get(RolloutRecord, rollout, with_for_update=True) if rollout is not None else the_open_one(db)
+    number = the_open_one(db) if rollout is None else rollout
+    record = db.get(RolloutRecord, number, with_for_update=True, populate_existing=True)
     if record is None:
         raise RolloutError(f"unknown roll-out {rollout}; see 'fleet bundle status'")
     next_state(record.id, RolloutState(record.state), event)  # before anything is put back
@@ -104,10 +114,11 @@ def change_rollout(db: Session, actor: str, rollout: int | None, event: RolloutE
     return record.id
 
 
-def the_open_one(db: Session) -> RolloutRecord:
-    found = open_rollouts(db)
+def the_open_one(db: Session) -> int:
+    """Raises RolloutError when none or more than one is open."""
+    found = [record.id for record in open_rollouts(db)]
     if len(found) != 1:
-        shown = ", ".join(str(each.id) for each in found) or "none"
+        shown = ", ".join(map(str, found)) or "none"
         raise RolloutError(f"open roll-outs are {shown}; name one of them")
     return found[0]
 
@@ -170,7 +181,7 @@ def advance(db: Session, actor: str, record: RolloutRecord, reason: str, now: fl
     change_scope(db, actor, Scope.DEVICE, controls, sample_only)
     record.stage, record.stage_at, record.reason = number, now, reason[:200]
     keep_course(record, Course(course.plan, members, told))
-    audit(db, actor, "rollout_stage", str(record.id), stage=number, devices=len(new), reason=reason)
+    audit(db, actor, "rollout_stage", subject_of(record), stage=number, devices=len(new), reason=reason)
 
 
 def complete(db: Session, actor: str, record: RolloutRecord, course: Course) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
@@ -16,10 +18,11 @@ from fleet.registry.rollout_records import candidates, course_of, open_rollouts
 from fleet.registry.rollout_states import OPEN, RolloutState
 from fleet.registry.rollouts import Decision, Fate, Moment, Plan, Step, decide, fate_of, judge
 from fleet.registry.rows import RolloutRow
-from fleet.registry.tally import Tally
 
 BASELINE_S: Final = 86_400.0
 """How long before the roll-out answers of other bundles are compared with."""
+
+CHUNK: Final = 10_000
 
 
 class Look(NamedTuple):
@@ -80,11 +83,13 @@ def evidence_of(
     db: Session, record: RolloutRecord, plan: Plan, members: tuple[str, ...], since: float, now: float
 ) -> Evidence:
     """Answers of a stage's devices that began at `since` or later, and those to compare with."""
-    before = record.started_at - BASELINE_S
-    new = count(db, By.BUNDLE, Question(now, since, devices=members))[record.bundle_id]
-    same = count(db, By.BUNDLE, Question(now, before, group=plan.group, devices=members))
-    others = count(db, By.BUNDLE, Question(now, before, group=plan.group, without=members))
-    return Evidence(new, _without(same, record.bundle_id), _without(others, record.bundle_id))
+    new = _count(db, Question(now, since), members)[record.bundle_id]
+    if new["answers"] < plan.limits.min_answers:
+        return Evidence(new, Counter(), Counter())
+    asked = Question(now, record.started_at - BASELINE_S, group=plan.group)
+    same, everyone = _count(db, asked, members), count(db, By.BUNDLE, asked)
+    others = _without({bundle_id: tally.counts for bundle_id, tally in everyone.items()}, record.bundle_id)
+    return Evidence(new, mine := _without(same, record.bundle_id), others - mine)
 
 
 def due_steps(db: Session, now: float, heard_since: float) -> list[Due]:
@@ -121,10 +126,16 @@ def rollout_rows(db: Session, now: float, limit: int) -> list[RolloutRow]:
     return rows
 
 
-def _without(tallies: dict[str, Tally], bundle_id: str) -> Tally:
+def _count(db: Session, asked: Question, devices: Sequence[str]) -> defaultdict[str, Counter[str]]:
+    """Counts of some devices by bundle, a chunk after the other: a statement takes only so many parameters."""
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for i in range(0, len(devices), CHUNK):
+        chunk = msgspec.structs.replace(asked, devices=tuple(devices[i : i + CHUNK]))
+        for bundle_id, tally in count(db, By.BUNDLE, chunk).items():
+            counts[bundle_id].update(tally.counts)
+    return counts
+
+
+def _without(counts: Mapping[str, Counter[str]], bundle_id: str) -> Counter[str]:
     """The sums over all other bundles."""
-    total = Tally()
-    for other, tally in tallies.items():
-        if other != bundle_id:
-            total.counts.update(tally.counts)
-    return total
+    return sum((each for other, each in counts.items() if other != bundle_id), Counter())

@@ -22,6 +22,11 @@ def course_of(record: RolloutRecord) -> Course:
     return msgspec.convert(record.plan, Course)
 
 
+def subject_of(record: RolloutRecord) -> str:
+    """How the audit log names it."""
+    return f"rollout:{record.id}"
+
+
 def watch(record: RolloutRecord, since: float | None) -> None:
     keep_course(record, msgspec.structs.replace(course_of(record), watched_from=since))
 
@@ -36,7 +41,7 @@ def enter(db: Session, actor: str, record: RolloutRecord, event: RolloutEvent, r
     record.state, record.reason = state, " ".join(reason.split())[:200]
     if state not in OPEN:
         record.ended_at = now
-    audit(db, actor, "rollout", str(record.id), state=state, stage=record.stage, reason=record.reason)
+    audit(db, actor, "rollout", subject_of(record), state=state, stage=record.stage, reason=record.reason)
 
 
 def candidates(db: Session, group: str | None, now: float) -> list[Candidate]:

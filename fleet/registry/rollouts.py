@@ -39,7 +39,7 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     take_within_s: Positive = 1800.0
     offline_after_s: Positive = 120.0
     max_failed: Share = 0.1
-    agreement_sample: Share = 0.1
+    agreement_sample: Share = 0.25
 
     @property
     def num_stages(self) -> int:

@@ -21,14 +21,7 @@ from fleet.errors import StateError, TokenError
 from fleet.registry.allowed import all_tags, allow, change_tags, disallow, targets_of
 from fleet.registry.audit import audit, audit_log, newest_change
 from fleet.registry.bundles import add_bundle, bundle_rows, serving_workers, wanted_bundles
-from fleet.registry.certificates import (
-    MakeCertificate,
-    denied,
-    holder,
-    keep_certificate,
-    knows_certificate,
-    revoked_certificates,
-)
+from fleet.registry.certificates import MakeCertificate, holder, keep_certificate
 from fleet.registry.configs import Target, change_settings, current_settings, desired_configs
 from fleet.registry.counting import By, Question
 from fleet.registry.database import open_database
@@ -45,6 +38,7 @@ from fleet.registry.models import (
 )
 from fleet.registry.reports import Fate, Key, store_report, store_reports, store_status, store_worker
 from fleet.registry.retention import forget
+from fleet.registry.revocation import denied, knows_certificate, revoked_certificates
 from fleet.registry.rolling import change_rollout, start_rollout, take_step
 from fleet.registry.rollout_looks import due_steps, rollout_rows
 from fleet.registry.rollout_states import RolloutEvent

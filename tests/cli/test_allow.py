@@ -65,7 +65,7 @@ def test_devices_are_listed_by_tag_and_by_standing(home: Path) -> None:
         (("allow", "ghost", "attic"), ("'ghost'", "fleet enroll ghost --role app")),
         (("disallow", "phone", "attic"), ("was not allowed attic", "nothing")),
         (("tag", "kitchen"), ("nothing to do", "--remove")),
-        (("tag", "kitchen", "first-floor"), ("'first-floor'", "KEY=VALUE")),
+        (("tag", "kitchen", "first-floor"), ("'first-floor'", "for example floor=1")),
         (("tag", "kitchen", "Floor=1"), ("'Floor'", "a-z")),
         (("tag", "ghost", "floor=1"), ("unknown device 'ghost'",)),
     ],

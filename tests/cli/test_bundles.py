@@ -72,7 +72,10 @@ def test_a_roll_out_is_begun_with_its_plan_paused_resumed_and_undone(fleet: Stat
         fleet, "rollout", bundle_id, "--group", "lab", "--canary", "2", "--stages", "50,100", "--observe", "30s",
         "--max-tpot-ratio", "2", "--min-answers", "5",
     )  # fmt: skip
-    assert line == f"roll-out 1 of bundle {bundle_id} is begun; see 'fleet bundle status'\n"
+    assert line.splitlines() == [
+        f"roll-out 1 of bundle {bundle_id} is begun; see 'fleet bundle status'",
+        f"it waits: no worker serves bundle {bundle_id}: 'fleet up' starts one; elsewhere start one with --bundle",
+    ]
     (row,) = rows(fleet)
     assert (row.state, row.stage, row.num_stages, row.num_targets) == ("waiting", 0, 3, 6)
     assert row.doing.startswith(f"no worker serves bundle {bundle_id}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 from typer.testing import CliRunner
 
 from fleet.access import Role
@@ -265,6 +266,15 @@ def served(tmp_path: Path) -> Iterator[State]:
         line = server.wait_ready()
         assert f"service on https://{HOST}:{config.service_port}" in line
         yield state
+
+
+def test_the_service_may_be_on_another_host_than_the_broker(tmp_path: Path) -> None:
+    folder, address = tmp_path / "state", ("--host", "mqtt.example", "--service-host", "fleet.example")
+    fleet(folder, "init", *address, "--bundle", "/no/bundle")
+    assert fleet_json(folder, "enroll", "kitchen")["command"].endswith("--server https://fleet.example:8443")
+    certificate = x509.load_pem_x509_certificate(State.load(folder).server_tls().cert_file.read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["mqtt.example", "fleet.example", "localhost"]
 
 
 def test_a_device_joins_at_the_service_of_a_running_fleet(served: State) -> None:

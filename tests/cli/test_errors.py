@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fleet.cli.serve import free_port
 from fleet.manifest import Bundle
 
 TIMEOUT_S = 120
@@ -82,13 +83,16 @@ def test_a_name_is_enrolled_once_and_an_offline_device_is_said_to_be_offline(sta
     assert_one_clear_line(run("prompt", "sleeper", "hello", *where), "offline", "edge-agent run")
 
 
-def test_a_busy_port_is_named(tmp_path: Path, tiny_bundle: Bundle) -> None:
+@pytest.mark.parametrize("option", ["--port", "--service-port"])
+def test_a_busy_port_is_named(tmp_path: Path, tiny_bundle: Bundle, option: str) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         port = str(holder.getsockname()[1])
-        result = run("up", "--port", port, "--bundle", str(tiny_bundle.folder), "--state", str(tmp_path / "fleet"))
-    assert_one_clear_line(result, port, "--port")
+        ports = {"--port": free_port("127.0.0.1"), "--service-port": free_port("127.0.0.1"), option: port}
+        options = [str(word) for pair in ports.items() for word in pair]
+        result = run("up", *options, "--bundle", str(tiny_bundle.folder), "--state", str(tmp_path / "fleet"))
+    assert_one_clear_line(result, port, option)
 
 
 def test_a_device_without_identity_says_how_to_get_one(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import ssl
 import threading
 from collections.abc import Iterator
@@ -21,8 +22,10 @@ from fleet.access import Role
 from fleet.desired import DesiredConfig, Settings
 from fleet.identity import IDENTITY_FILE, Identity, IdentityConfig
 from fleet.joining import JoinReply, JoinRequest, RenewReply, RenewRequest, ServiceProblem, Token, decode_body
+from fleet.manifest import Manifest, read_manifest
+from fleet.signature import sign_bundle
 from fleet.topics import PREFIX
-from provisioning.authority import CertificateAuthority
+from provisioning.authority import CertificateAuthority, _private_pem
 from tests.brokers import HOST, free_port
 from tests.edge.certify import certify_key
 
@@ -49,12 +52,17 @@ class FleetService:
 
     def __init__(self, folder: Path, authority: CertificateAuthority | None = None) -> None:
         self.authority = authority or CertificateAuthority.create(folder / "ca")
+        self.ca_key = folder / "ca-key.pem"
+        self.ca_key.parent.mkdir(exist_ok=True)
+        self.ca_key.write_bytes(_private_pem(self.authority._private_key))
         self.port = free_port()
         self.url = f"https://{HOST}:{self.port}"
         self.bundles = folder / "bundles"
         self.trouble = Trouble()
         self.requests: list[tuple[str, str, str]] = []
         self.keys: list[bytes] = []
+        self.name = "kitchen"
+        self.broker_port = 8883
         self.bundle_id: str | None = None
         self.config = DesiredConfig(1, Settings())
         self.life = timedelta(days=90)
@@ -73,10 +81,10 @@ class FleetService:
 
         return Token(fingerprint(self.ca), TOKEN_ID, SECRET)
 
-    def identity(self, folder: Path, name: str = "kitchen") -> Identity:
+    def identity(self, folder: Path) -> Identity:
         """An identity folder as `edge-agent join` makes it, without joining."""
-        self.authority.issue(name, Role.DEVICE, folder, HOST, self.port)
-        config = IdentityConfig(name, Role.DEVICE, HOST, self.port, server=self.url)
+        self.authority.issue(self.name, Role.DEVICE, folder, HOST, self.port)
+        config = IdentityConfig(self.name, Role.DEVICE, HOST, self.port, server=self.url)
         (folder / IDENTITY_FILE).write_bytes(msgspec.json.encode(config))
         return Identity.load(folder)
 
@@ -84,8 +92,17 @@ class FleetService:
         """The Ranges with which a path that ends so was asked for."""
         return [asked for _, path, asked in self.requests if path.endswith(ending)]
 
-    def refuse(self, status: int, code: str, message: str, times: int = 1, **headers: str) -> None:
+    def refuse(self, status: int, code: str, message: str, times: int = 1, retry_after: str | None = None) -> None:
+        headers = {"Retry-After": retry_after} if retry_after else {}
         self.trouble.refusals += [(status, ServiceProblem(code, message), headers)] * times
+
+    def publish(self, folder: Path) -> Manifest:
+        """Signs a copy of a bundle and puts it where devices find it."""
+        manifest = read_manifest(folder)
+        copy = self.bundles / manifest.bundle_id
+        shutil.copytree(folder, copy)
+        sign_bundle(copy, self.ca_key)
+        return manifest
 
     # The server.
 
@@ -153,8 +170,8 @@ class FleetService:
         certificate, key = self._certify(asked.csr)
         self.keys.append(key)
         reply = JoinReply(
-            "kitchen", Role.DEVICE, certificate, self.ca.decode(), HOST, 8883, self.url, PREFIX, self.config,
-            self.bundle_id,
+            self.name, Role.DEVICE, certificate, self.ca.decode(), HOST, self.broker_port, self.url, PREFIX,
+            self.config, self.bundle_id,
         )  # fmt: skip
         return web.Response(body=msgspec.json.encode(reply))
 
@@ -168,7 +185,7 @@ class FleetService:
     def _certify(self, csr: str) -> tuple[str, bytes]:
         key = x509.load_pem_x509_csr(csr.encode()).public_key()
         spki = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-        return certify_key(self.authority, key, "kitchen", self.life).decode(), spki
+        return certify_key(self.authority, key, self.name, self.life).decode(), spki
 
     async def _file(self, request: web.Request) -> web.StreamResponse:
         path = self.bundles / request.match_info["bundle"] / request.match_info["file"]

@@ -61,7 +61,7 @@ class Fleet(NamedTuple):
 @pytest.fixture
 def fleet(service: FleetService, tmp_path: Path) -> Fleet:
     service.bundles.mkdir()
-    bundle = make_bundle(service.bundles, tmp_path / "service" / "ca" / "ca-key.pem")
+    bundle = make_bundle(service.bundles, service.ca_key)
     return Fleet(service, bundle, service.identity(tmp_path / "kitchen"))
 
 
@@ -149,7 +149,7 @@ def test_a_bundle_that_the_service_does_not_have_is_its_refusal(fleet: Fleet) ->
 def test_a_full_disk_is_said_and_leaves_what_is_served(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     served = fleet.bundles / "a" / "edge"
     served.mkdir(parents=True)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(BundleError, match=r"no room for bundle .* make room; the present bundle goes on"):
         fleet.fetch()
     assert served.is_dir()

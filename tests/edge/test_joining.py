@@ -106,14 +106,14 @@ def test_a_service_that_is_away_for_a_moment_is_asked_again(service: FleetServic
 
 
 def test_who_is_told_to_wait_waits(service: FleetService, tmp_path: Path) -> None:
-    service.refuse(429, "busy", "too many", **{"Retry-After": "1"})
+    service.refuse(429, "busy", "too many", retry_after="1")
     started = time.monotonic()
     join(service.token, service.url, tmp_path)
     assert time.monotonic() - started >= 1.0
 
 
 def test_who_is_told_to_wait_beyond_the_deadline_gives_up(service: FleetService, tmp_path: Path) -> None:
-    service.refuse(429, "busy", "too many", **{"Retry-After": "600"})
+    service.refuse(429, "busy", "too many", retry_after="600")
     with pytest.raises(ServiceAwayError, match="too many") as caught:
         join(service.token, service.url, tmp_path)
     assert not isinstance(caught.value, BusyError)
@@ -147,6 +147,15 @@ def test_a_clock_that_is_behind_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         join(service.token, service.url, tmp_path / "out")
 
 
+def test_a_certificate_that_has_expired_by_this_clock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("provisioning.authority.LEAF_DAYS", 0)
+    with (
+        FleetService(tmp_path / "service").running() as service,
+        pytest.raises(ServiceError, match="has expired by this machine's clock"),
+    ):
+        join(service.token, service.url, tmp_path / "out")
+
+
 def test_a_folder_that_is_complete_says_so(service: FleetService, tmp_path: Path) -> None:
     join(service.token, service.url, tmp_path)
     with pytest.raises(IdentityError, match="is complete: it is the identity of kitchen"):
@@ -164,7 +173,7 @@ def test_a_certificate_for_another_key_is_not_taken(
     service: FleetService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = service.authority.certify("kitchen", Identity.load(service.identity(tmp_path / "id").folder).config.role)
-    monkeypatch.setattr(service, "_certify", lambda csr: (other.certificate.decode(), b""))
+    monkeypatch.setattr(service, "_certify", lambda csr: (other.issued.pem, b""))
     with pytest.raises(IdentityError, match="for another key than ours"):
         join(service.token, service.url, tmp_path / "out")
     assert not (tmp_path / "out" / "identity.json").exists()

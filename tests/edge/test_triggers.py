@@ -166,6 +166,15 @@ def test_a_device_answers_an_event_and_streams_to_the_app(tiny_bundle: Bundle) -
         assert (report.app, report.request, report.mode) == (APP, request, "standalone")
 
 
+def test_a_device_that_has_stopped_hears_no_events(tiny_bundle: Bundle) -> None:
+    config = AgentConfig(num_threads=1, triggers=(trigger(),))
+    with memory_fleet() as fleet:
+        agent, transport = fleet.start_device(tiny_bundle, config)
+        assert topics.event(APP, "warmth") in transport._handlers
+        agent.__exit__(None, None, None)
+        assert topics.event(APP, "warmth") not in transport._handlers
+
+
 def test_a_device_with_a_flood_of_events_still_answers_its_apps(tiny_bundle: Bundle) -> None:
     config = AgentConfig(num_threads=1, max_queued_requests=8, triggers=(trigger(max_new_tokens=4),))
     with memory_fleet() as fleet:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from tests.brokers import HOST, find_mosquitto, free_port, wait_until
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
+TRIGGERS = EXAMPLES / "triggers.json"
 TIMEOUT_S = 120.0
 
 
@@ -34,16 +34,17 @@ class Home:
 
     def __init__(self, folder: Path, bundle: Bundle, stack: ExitStack) -> None:
         self.folder = folder
-        self.state = State.create(folder / "state", StateConfig(HOST, free_port(), str(bundle.folder)))
+        config = StateConfig(HOST, free_port(), str(bundle.folder), service_port=free_port())
+        self.state = State.create(folder / "state", config)
         self._start(stack, "fleet.cli", "up", "--state", str(self.state.folder), "--port", str(self.port),
-                    "--bundle", str(bundle.folder))  # fmt: skip
+                    "--service-port", str(config.service_port), "--bundle", str(bundle.folder))  # fmt: skip
         self.state.enroll("kitchen", Role.DEVICE, folder / "kitchen")
-        triggers = json.loads((EXAMPLES / "triggers.json").read_text())
-        (folder / "kitchen" / "agent.json").write_text(json.dumps({"triggers": triggers, "max_new_tokens": 8}))
         for app in ("thermostat", "display"):
             self.state.enroll(app, Role.APP, folder / app, allow=("kitchen",))
         self._start(stack, "edge_agent", "run", str(folder / "kitchen"), "--threads", "1")
         wait_until(self._is_online, "kitchen is online", TIMEOUT_S)
+        self.run("fleet", "config", "set", "kitchen", f"triggers=@{TRIGGERS}", "max_new_tokens=8")
+        wait_until(self._follows, "kitchen follows its configuration", TIMEOUT_S)
 
     @property
     def port(self) -> int:
@@ -57,6 +58,11 @@ class Home:
     def _is_online(self) -> bool:
         with self.state.registry() as registry:
             return registry.devices()[0].online
+
+    def _follows(self) -> bool:
+        with self.state.registry() as registry:
+            wanted = registry.desired_configs(["kitchen"])["kitchen"].version
+            return registry.devices()[0].config_version == wanted
 
     def run(self, *words: str, text: str = "", folder: Path | None = None) -> str:
         """What a command printed, in a folder that holds the identities' folders."""

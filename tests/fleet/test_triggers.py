@@ -218,7 +218,7 @@ def test_a_trigger_takes_its_apps_events(events: str, channel: str, takes: bool)
 
 @pytest.mark.parametrize("events", ["", "warmth", "+/warmth", "#", "a/#", "a/b/c", "A/b", "a/", "/b"])
 def test_events_are_those_of_one_app(events: str) -> None:
-    with pytest.raises(msgspec.ValidationError):
+    with pytest.raises(msgspec.ValidationError, match="expected events like thermostat/warmth"):
         trigger(events=events)
 
 
@@ -250,6 +250,12 @@ def test_two_triggers_have_two_names() -> None:
     values = msgspec.to_builtins(trigger())
     with pytest.raises(ConfigError, match="a name of its own for each trigger, got warm more than once"):
         parse_settings({"triggers": [values, values]})
+
+
+def test_triggers_that_no_device_would_take_are_refused_where_they_are_set() -> None:
+    triggers = [msgspec.to_builtins(trigger(name=f"t{i}", template="\u20ac" * 2000)) for i in range(16)]
+    with pytest.raises(ConfigError, match=r"at most 61440 bytes as JSON, got .*; shorten the triggers"):
+        parse_settings({"triggers": triggers})
 
 
 def test_settings_keep_their_triggers_on_the_wire() -> None:

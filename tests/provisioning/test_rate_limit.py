@@ -26,6 +26,17 @@ def test_a_burst_is_allowed_and_then_so_many_a_minute() -> None:
     assert limit.wait_s("a") > 0
 
 
+def test_what_is_given_back_does_not_count() -> None:
+    limit = RateLimit(10, 1, Clock())
+    for _ in range(5):
+        assert limit.wait_s("a") == 0
+        limit.give_back("a")
+    limit.give_back("a")
+    limit.give_back("stranger")
+    assert limit.wait_s("a") == 0
+    assert limit.wait_s("a") > 0
+
+
 def test_who_was_quiet_has_no_more_than_a_burst() -> None:
     clock = Clock()
     limit = RateLimit(10, 2, clock)

@@ -186,6 +186,15 @@ def test_too_many_joins_from_one_address_have_to_wait(
         assert desk.ask("GET", "/v1/ca").status == 200
 
 
+def test_joins_that_succeed_do_not_count(tmp_path: Path, registry: Registry, authority: CertificateAuthority) -> None:
+    office = Office(registry, authority, Site(HOST, 8883), lambda _: None)
+    tls = authority.server_tls(tmp_path / "broker", HOST)
+    with Service(HOST, 0, tls, office, joins=RateLimit(1, 1)) as service:
+        desk = Desk(tmp_path, registry, authority, service)
+        answers = [desk.join(desk.invite(f"edge-{i}"), make_csr()[0]) for i in range(3)]
+        assert [answer.status for answer in answers] == [200, 200, 200]
+
+
 def test_without_a_registry_it_says_so_and_where_it_is_stays_in_the_log(desk: Desk, tmp_path: Path) -> None:
     token = desk.invite()
     (tmp_path / "registry.sqlite").rename(tmp_path / "elsewhere")
@@ -285,11 +294,12 @@ def test_nobody_renews_for_another_name_or_with_the_old_key(desk: Desk) -> None:
 # Bundles.
 
 
-def test_a_device_and_a_worker_fetch_a_bundles_files(desk: Desk) -> None:
+def test_a_device_and_a_worker_fetch_a_bundles_files(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
     content = desk.write_bundle()
     for identity in (desk.identity(), desk.identity("worker-1", Role.WORKER)):
         assert desk.ask("GET", "/v1/bundles/b1/edge/block_0.onnx", None, identity).body == content
         assert "files" in desk.ask("GET", "/v1/bundles/b1/manifest.json", None, identity).json
+    assert caplog.records == []
 
 
 def test_a_download_goes_on_from_where_it_was(desk: Desk) -> None:

@@ -6,20 +6,19 @@ import multiprocessing
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
-import alembic.command
 import msgspec
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, create_engine, text
+from sqlalchemy import text
 
 from fleet.errors import MissingExtraError, RegistryError
-from fleet.registry.database import alembic_config, open_database, parse_url
+from fleet.registry.database import alembic_config, open_database
 from fleet.registry.rollup_tables import ROLLUPS
 from fleet.registry.store import Registry
-from fleet.report import GenerationReport
 from tests.registry.conftest import add, report
+from tests.registry.old_versions import NOW, make_old_registry, old_report, rows_of
 
 WAIT_S = 60
 
@@ -36,61 +35,18 @@ def test_there_is_one_newest_migration() -> None:
 
 
 def test_a_registry_of_the_first_version_keeps_its_counts_and_gets_roll_ups(empty_url: str) -> None:
-    engine = create_engine(parse_url(empty_url))
-    with engine.begin() as connection:
-        config = alembic_config()
-        config.attributes["connection"] = connection
-        alembic.command.upgrade(config, "0001")
-        _fill_first_version(connection)
-    engine.dispose()
+    make_old_registry(empty_url, "0001")
     with Registry.open(empty_url) as registry:
-        assert registry.identities()[0].name == "edge-1"
-        (row,) = registry.stats(now=NOW)
-        add(registry, "twin")
+        assert "edge-1" in {row.name for row in registry.identities()}
+        (row,) = registry.stats("edge-1", now=NOW)
+        add(registry, "twin", group="north")
         for i in range(20):
-            registry.record_report("twin", _old_report(i))
+            registry.record_report("twin", old_report(i))
         as_if_new = registry.stats("twin", now=NOW)[0]
         assert (row.generations, row.tokens, row.sources["cloud"]) == (20, 200, 40)
-        assert msgspec.structs.replace(row, device="twin") == as_if_new
+        assert msgspec.structs.replace(row, device="twin", online=False, last_seen=None) == as_if_new
         assert registry.stats("edge-1", NOW - 7200, now=NOW)[0].generations == 2
-        assert not registry.record_report("edge-1", _old_report(0))
-
-
-NOW = 40 * 86_400.0 + 1800
-
-
-def _old_report(i: int) -> GenerationReport:
-    """One an hour; the last began half an hour before now."""
-    return report(
-        f"g{i}", started_at=NOW - 1800 - 3600 * i, ttft_ms=2.0 * 1.5**i, tpot_ms=1.0 + i, session=None, worker=None,
-        finish_reason="error" if i % 5 == 0 else "stop",
-    )  # fmt: skip
-
-
-def _fill_first_version(connection: Connection) -> None:
-    """Rows as the first version wrote them."""
-    connection.execute(
-        text(
-            "INSERT INTO identities (name, role, fingerprint, created_at, not_after, revoked) "
-            "VALUES ('edge-1', 'device', 'f', 0, 0, false)"
-        )
-    )
-    for i in range(20):
-        old = msgspec.to_builtins(_old_report(i))
-        names = [
-            "generation", "app", "request", "mode", "bundle_id", "started_at", "prompt_tokens", "tokens", "assists",
-            "bytes_up", "bytes_down", "ttft_ms", "tpot_ms", "finish_reason",
-        ]  # fmt: skip
-        values = ", ".join(f":{name}" for name in names)
-        id_ = connection.scalar(
-            text(f"INSERT INTO generations (device, {', '.join(names)}) VALUES ('edge-1', {values}) RETURNING id"),
-            {name: old[name] for name in names},
-        )
-        for source, tokens in old["sources"].items():
-            connection.execute(
-                text("INSERT INTO token_counts (generation_id, source, tokens) VALUES (:id, :source, :tokens)"),
-                {"id": id_, "source": source, "tokens": tokens},
-            )
+        assert not registry.record_report("edge-1", old_report(0))
 
 
 def test_a_registry_that_is_opened_again_still_knows_everything(tmp_path: Path) -> None:
@@ -109,6 +65,8 @@ def test_a_registry_of_a_newer_version_is_left_alone(empty_url: str) -> None:
     engine.dispose()
     with pytest.raises(RegistryError, match="made by another version"):
         Registry.open(empty_url)
+    (row,) = rows_of(empty_url)["alembic_version"]
+    assert row["version_num"] == "later"
 
 
 @pytest.mark.parametrize(

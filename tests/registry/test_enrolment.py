@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
@@ -53,7 +54,7 @@ def invite(registry: Registry, name: str = "edge-1", ttl_s: float = 900, *, repl
     return token
 
 
-def join(registry: Registry, token: NewToken, number: int = 1, **changes: str) -> Certified:
+def join(registry: Registry, token: NewToken, number: int = 1, **changes: Any) -> Certified:
     claim = dataclasses.replace(Claim(token.id, token.secret, key(number)), **changes)
     return registry.join(claim, lambda name, role: issue(key(number)), actor="192.0.2.7")
 
@@ -134,7 +135,8 @@ def test_a_token_ends(registry: Registry) -> None:
 
 def test_a_wrong_secret_is_an_unknown_token(registry: Registry) -> None:
     token = invite(registry)
-    for changes in ({"secret": "0" * 64}, {"id": "0" * 16}):
+    wrong: list[dict[str, Any]] = [{"secret": "0" * 64}, {"id": "0" * 16}]
+    for changes in wrong:
         with pytest.raises(UnknownTokenError, match="unknown token"):
             join(registry, token, **changes)
 

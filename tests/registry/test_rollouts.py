@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import msgspec
 import pytest
 
@@ -250,11 +252,11 @@ def test_the_share_of_a_histogram_above_a_time() -> None:
     assert share_above([0] * 32, 60.0) == 0.0
 
 
-def tally(answers: int, **changes: object) -> Tally:
+def counted(answers: int, **changes: object) -> Counter[str]:
     made = Tally()
     for i in range(answers):
         made.add(report(f"g{i}", **changes))
-    return made
+    return made.counts
 
 
 def cloud(tokens: int) -> dict[str, object]:
@@ -262,45 +264,73 @@ def cloud(tokens: int) -> dict[str, object]:
     return {"sources": {"cloud": tokens, "exit:8": 10 - tokens}}
 
 
-OLD = tally(100, **cloud(2), judged=5, agreed=5)
-NOTHING = Tally()
+OLD = counted(100, **cloud(2), judged=5, agreed=5)
+NOTHING: Counter[str] = Counter()
 
 
 @pytest.mark.parametrize(
     ("new", "outcomes"),
     [
-        (tally(19, **cloud(10)), []),
-        (tally(20, **cloud(2), judged=5, agreed=5), ["fine"] * 5),
-        (tally(20, **cloud(9)), ["worse", "fine", "fine", "fine"]),
-        (tally(20, **cloud(4)), ["unsure", "fine", "fine", "fine"]),
-        (tally(200, **cloud(4)), ["worse", "fine", "fine", "fine"]),
-        (tally(20, **cloud(2), judged=5, agreed=3), ["fine", "worse", "fine", "fine", "fine"]),
-        (tally(20, **cloud(2), judged=50, agreed=46), ["fine", "unsure", "fine", "fine", "fine"]),
-        (tally(20, **cloud(2), finish_reason="error"), ["fine", "worse", "fine", "fine"]),
-        (tally(20, **cloud(2), tpot_ms=50.0), ["fine", "fine", "worse", "worse"]),
+        (counted(19, **cloud(10)), []),
+        (counted(20, **cloud(2), judged=5, agreed=5), ["fine"] * 5),
+        (counted(20, **cloud(9)), ["worse", "fine", "fine", "fine"]),
+        (counted(20, **cloud(4)), ["unsure", "fine", "fine", "fine"]),
+        (counted(200, **cloud(4)), ["worse", "fine", "fine", "fine"]),
+        (counted(20, **cloud(2), judged=5, agreed=3), ["fine", "worse", "fine", "fine", "fine"]),
+        (counted(20, **cloud(2), judged=50, agreed=46), ["fine", "unsure", "fine", "fine", "fine"]),
+        (counted(20, **cloud(2), finish_reason="error"), ["fine", "worse", "fine", "fine"]),
+        (counted(20, **cloud(2), tpot_ms=50.0), ["fine", "fine", "worse", "worse"]),
     ],
 )
-def test_what_answers_say_of_a_bundle(new: Tally, outcomes: list[str]) -> None:
+def test_what_answers_say_of_a_bundle(new: Counter[str], outcomes: list[str]) -> None:
     found = examine(Evidence(new, OLD, NOTHING), Limits(), is_final=True)
     assert [each.outcome for each in found] == outcomes
 
 
 def test_what_the_same_devices_did_goes_before_what_others_do() -> None:
-    others = tally(100, **cloud(9))
-    (found, *_) = examine(Evidence(tally(20, **cloud(9)), OLD, others), Limits(), is_final=True)
+    others = counted(100, **cloud(9))
+    (found, *_) = examine(Evidence(counted(20, **cloud(9)), OLD, others), Limits(), is_final=True)
     assert found == (Outcome.WORSE, "offload 90.0%, before 20.0%, limit 10.0% more")
-    (found, *_) = examine(Evidence(tally(20, **cloud(9)), tally(3, **cloud(0)), others), Limits(), is_final=True)
+    (found, *_) = examine(Evidence(counted(20, **cloud(9)), counted(3, **cloud(0)), others), Limits(), is_final=True)
     assert found == (Outcome.FINE, "offload 90.0%, before 90.0%, limit 10.0% more")
 
 
 def test_where_there_is_nothing_to_compare_with_only_errors_are_judged() -> None:
-    found = examine(Evidence(tally(20, **cloud(9)), NOTHING, NOTHING), Limits(), is_final=True)
+    found = examine(Evidence(counted(20, **cloud(9)), NOTHING, NOTHING), Limits(), is_final=True)
     assert found == [Finding(Outcome.FINE, "errors 0.0%, limit 5.0%")]
 
 
 def test_a_bundle_may_fail_as_often_as_the_one_before_it() -> None:
-    old = tally(100, finish_reason="error")
+    old = counted(100, finish_reason="error")
     assert Outcome.WORSE not in [
         each.outcome
-        for each in examine(Evidence(tally(20, finish_reason="error"), old, NOTHING), Limits(), is_final=True)
+        for each in examine(Evidence(counted(20, finish_reason="error"), old, NOTHING), Limits(), is_final=True)
     ]
+
+
+def test_judged_tokens_are_as_many_observations_as_the_answers_that_they_would_fill() -> None:
+    def outcomes(judged: int) -> list[str]:
+        new = counted(40, **cloud(2), judged=judged, agreed=0)
+        return [each.text for each in examine(Evidence(new, OLD, NOTHING), Limits(), is_final=True)]
+
+    assert not any(text.startswith("agreement") for text in outcomes(1))  # 4 of 40 answers' worth
+    assert any(text.startswith("agreement") for text in outcomes(2))
+
+
+def test_a_quantile_of_few_earlier_answers_is_taken_where_it_may_be_at_the_most() -> None:
+    few, many = (counted(6 * n, tpot_ms=5.0) + counted(4 * n, tpot_ms=20.0) for n in (2, 200))
+    new = counted(20, tpot_ms=20.0)
+    said = [
+        [each.outcome for each in examine(Evidence(new, old, NOTHING), Limits(), is_final=True)][-2]
+        for old in (few, many)
+    ]
+    assert said == [Outcome.UNSURE, Outcome.WORSE]
+
+
+def test_a_value_beyond_its_limit_is_watched_on_and_decides_at_last() -> None:
+    outcomes = [
+        examine(Evidence(counted(n, **cloud(4)), OLD, NOTHING), Limits(), is_final=True)[0].outcome
+        for n in (20, 199, 200)
+    ]
+    assert outcomes[0] is Outcome.UNSURE
+    assert outcomes[2] is Outcome.WORSE

@@ -153,7 +153,7 @@ def test_a_bad_bundle_stops_at_the_canary_and_is_undone(site: Site) -> None:
     assert row.reason == "offload 90.0%, before 20.0%, limit 10.0% more"
     assert said(site) == before
     assert site.step().state == "undone"
-    assert site.registry.audit_log("1")[0].actor == "rollout 1"
+    assert site.registry.audit_log("rollout:1")[0].actor == "rollout 1"
 
 
 def test_a_bad_bundle_is_undone_before_its_observation_is_over(site: Site) -> None:
@@ -289,7 +289,7 @@ def test_its_devices_and_as_many_others_are_sampled_while_it_lasts(site: Site) -
     site.registry.change_settings(Target(Scope.DEVICE, "d1"), lambda _: own)
     site.begin()
     assert {device: settings.agreement_sample for device, settings in said(site).items() if settings != Settings()} == {
-        "d0": 0.1, "d1": 0.1,
+        "d0": 0.25, "d1": 0.25,
     }  # fmt: skip
     site.stage(GOOD)
     assert site.on(NEW) == ["d0", "d1"]
@@ -391,7 +391,7 @@ def test_two_servers_take_each_step_once(site: Site) -> None:
     for _ in range(4):
         site.step()
         other.step()
-    stages = [each.details["stage"] for each in site.registry.audit_log("1") if each.action == "rollout_stage"]
+    stages = [each.details["stage"] for each in site.registry.audit_log("rollout:1") if each.action == "rollout_stage"]
     assert stages == [1]
 
 

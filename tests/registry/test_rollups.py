@@ -253,3 +253,10 @@ def test_reasons_that_differ_in_figures_alone_are_one_kind() -> None:
         kind_of("31 ms a token predicted, verified 40, wanted 12.5") == "# ms a token predicted, verified #, wanted #"
     )
     assert len(kind_of("x" * 200)) == 120
+
+
+def test_judged_and_agreed_tokens_count_in_the_part_of_an_hour_too(registry: Registry) -> None:
+    add(registry, "edge-1")
+    registry.record_report("edge-1", report(started_at=NOW, judged=4, agreed=3))
+    (row,) = registry.stats(since=NOW - 60.0, now=NOW + 60.0)
+    assert (row.judged, row.agreed) == (4, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 import pytest
 
@@ -214,3 +215,16 @@ def test_closing_twice_does_no_harm(world: World) -> None:
     device = world.connect("d1")
     device.close()
     device.close()
+
+
+def test_a_callback_that_was_taken_back_is_not_called_again(world: World) -> None:
+    device, calls = world.connect("d1"), []
+    kept = threading.Event()
+    device.on_up(gone := lambda: calls.append(1))
+    device.on_up(lambda: kept.set() if calls else None)
+    device.off_up(gone)
+    kept.clear()
+    with world.outage():
+        pass
+    assert kept.wait(30)
+    assert calls == [1]

@@ -1,4 +1,4 @@
-"""Twenty devices generate with the help of a worker; one of them is revoked, and is out, and no other notices."""
+"""Twenty busy devices and a worker: one device is revoked and no other notices; all renew and nothing is lost."""
 
 from __future__ import annotations
 
@@ -6,26 +6,35 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cloud_broker_worker.config import WorkerConfig
 from cloud_broker_worker.worker import Worker
 from edge_agent.agent import Agent
 from edge_agent.config import AgentConfig
+from edge_agent.credentials import new_key
+from edge_agent.renewal import renew
 from fleet import topics
 from fleet.access import Grants, Role
 from fleet.client import PromptClient
 from fleet.errors import FleetError, LinkError
+from fleet.identity import Identity
 from fleet.manifest import Bundle
 from fleet.mqtt import MqttTransport
 from fleet.prompt import PromptRequest
+from fleet.registry.collector import Collector
 from fleet.registry.denials import Denials
 from fleet.registry.watcher import ChangeWatcher
 from fleet.transport import Will
-from tests.brokers import BROKERS, wait_until
+from provisioning.office import Office
+from provisioning.service import Service
+from provisioning.site import Site
+from tests.brokers import BROKERS, HOST, fingerprint_of, wait_until
 from tests.registered import RegisteredSite, registered_site
 
 DEVICES = tuple(f"d{i}" for i in range(20))
@@ -38,7 +47,8 @@ FLEET = (
 )
 OUT_S = 5.0
 WAIT_S = 120.0
-REQUEST = PromptRequest(prompt="How warm is it?", threshold=1.0, max_new_tokens=8)
+NUM_TOKENS = 8
+REQUEST = PromptRequest(prompt="How warm is it?", threshold=1.0, max_new_tokens=NUM_TOKENS)
 
 
 class BusyFleet:
@@ -48,8 +58,10 @@ class BusyFleet:
         self.answers: Counter[str] = Counter()
         self.connections: Counter[str] = Counter()
         self.errors: dict[str, str] = {}
+        self.sources = {"cloud"}
         self._stop = threading.Event()
         server = stack.enter_context(site.connect("s1"))
+        stack.enter_context(Collector(server, site.registry))
         watcher = ChangeWatcher(site.registry)
         watcher.add(Denials(server, site.registry).publish)
         stack.enter_context(watcher)
@@ -64,7 +76,7 @@ class BusyFleet:
             self.links[name] = link
         client = PromptClient(stack.enter_context(site.connect("a1")))
         self._threads = [threading.Thread(target=self._ask, args=(client, name), daemon=True) for name in DEVICES]
-        stack.callback(self._end)
+        stack.callback(self.stop_asking)
         for thread in self._threads:
             thread.start()
 
@@ -75,11 +87,12 @@ class BusyFleet:
             except FleetError as error:
                 self.errors[name] = str(error)
                 return
-            if last.usage is None or set(last.usage.sources) != {"cloud"}:
+            if last.usage is None or last.usage.tokens != NUM_TOKENS or set(last.usage.sources) - self.sources:
                 self.errors[name] = f"{last}"
             self.answers[name] += 1
 
-    def _end(self) -> None:
+    def stop_asking(self) -> None:
+        """Returns when every question that was asked has its answer."""
         self._stop.set()
         for thread in self._threads:
             thread.join(WAIT_S)
@@ -112,3 +125,43 @@ def test_one_of_twenty_busy_devices_is_revoked_and_out_within_five_seconds_and_t
             pytest.fail("it was let in again")
     assert fleet.connections == dict.fromkeys(DEVICES, 1)
     assert set(fleet.errors) <= {REVOKED}
+
+
+@contextmanager
+def service(site: RegisteredSite) -> Iterator[str]:
+    """The base URL of the service where a site's identities renew."""
+    office = Office(site.registry, site.authority, Site(HOST, site.port), lambda _: None)
+    with Service(HOST, 0, site.tls, office) as running:
+        yield running.url
+
+
+def test_twenty_busy_devices_renew_their_certificates_and_no_answer_is_lost(
+    site: RegisteredSite, tiny_bundle: Bundle
+) -> None:
+    with ExitStack() as stack:
+        url = stack.enter_context(service(site))
+        old = {name: fingerprint_of(site.identities[name]) for name in DEVICES}
+        fleet = BusyFleet(site, tiny_bundle, stack)
+        fleet.sources |= {"fallback"}  # while it connects anew a device goes on alone
+        wait_until(lambda: all(fleet.answers[name] for name in DEVICES), "every device has answered", WAIT_S)
+
+        def rotate(name: str) -> None:
+            identity = site.identities[name]
+            config = msgspec.structs.replace(identity.config, server=url)
+            renew(Identity(identity.folder, config), new_key())
+            fleet.links[name].renew()
+
+        with ThreadPoolExecutor(len(DEVICES)) as pool:
+            list(pool.map(rotate, DEVICES))
+        before = Counter(fleet.answers)
+        wait_until(lambda: all(fleet.answers[name] >= before[name] + 2 for name in DEVICES), "they go on", WAIT_S)
+        fleet.stop_asking()
+        assert fleet.errors == {}
+        new = {name: fingerprint_of(site.identities[name]) for name in DEVICES}
+        assert not set(new.values()) & set(old.values())
+        assert all(site.registry.knows_certificate(name, new[name]) for name in DEVICES)
+        wait_until(
+            lambda: {row.device: row.generations for row in site.registry.stats()} == fleet.answers,
+            "the registry counts every answer once", WAIT_S,
+        )  # fmt: skip
+    assert fleet.connections == dict.fromkeys(DEVICES, 2)
