@@ -36,7 +36,7 @@ from fleet.topics import matches
 
 CONNECT_S: Final = 10.0
 CLOSE_S: Final = 2.0
-REVOCATION_S: Final = 2.0
+REVOCATION_S: Final = 1.0  # and what is known of a name is two seconds old at the most
 MAX_CONNECT_BYTES: Final = 64 * 1024
 MAX_QOS: Final = 1
 MAX_FILTERS: Final = 100  # subscriptions of one connection

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cloud_broker_worker.broker.keeper import HELD_S, RECHECK_S, MosquittoKeeper
+from cloud_broker_worker.broker.keeper import HELD_S, MAX_EVICTIONS, RECHECK_S, MosquittoKeeper
 from cloud_broker_worker.broker.mosquitto import find_mosquitto
 from cloud_broker_worker.broker.reload import by_command, by_signal
 from fleet.access import Role
@@ -109,6 +109,19 @@ def test_a_session_is_ended_once_more_when_nobody_can_be_left_who_was_let_in_and
     kept.now += 1
     kept.sync()
     assert kept.evicted == ["d1", "d1"]
+
+
+def test_of_many_revoked_at_once_some_are_put_out_in_each_round(kept: Kept) -> None:
+    names = [f"n{i:02}" for i in range(MAX_EVICTIONS + 1)]
+    for name in names:
+        kept.enroll(name)
+    kept.sync()
+    for name in names:
+        kept.registry.revoke(name)
+    kept.sync()
+    assert len(kept.evicted) == MAX_EVICTIONS
+    kept.sync()
+    assert sorted(kept.evicted) == names
 
 
 def test_a_certificate_that_ends_takes_its_rights_along_within_a_minute(kept: Kept) -> None:

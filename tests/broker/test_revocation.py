@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cloud_broker_worker.broker import keeper
 from fleet import topics
 from fleet.access import Role
 from fleet.errors import LinkError
@@ -139,3 +140,19 @@ def test_who_showed_its_certificate_before_it_was_revoked_and_speaks_after_it_ma
         raw.receive(silent, 8)
         honest.publish(topics.device_status("d2"), MARKER, qos=1)
         assert inbox.until(MARKER) == []
+
+
+@pytest.mark.mosquitto
+def test_who_was_let_in_late_is_put_out_when_its_name_belongs_to_another_device_already(
+    mosquitto_site: RegisteredSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "HELD_S", 6.0)  # as if mosquitto had no patience with silent connections
+    site, old = mosquitto_site, mosquitto_site.identities["d1"]
+    with raw.tls_socket(old) as silent:
+        site.registry.revoke("d1")
+        wait_until_out(old)
+        new = site.enroll("d1")
+        silent.sendall(raw.connect("d1"))
+        assert raw.receive(silent, 4) == raw.ACCEPTED
+        assert raw.is_closed(silent)
+    wait_until(lambda: can_connect(new), "the device itself is let in", OUT_S)
