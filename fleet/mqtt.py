@@ -140,7 +140,7 @@ class MqttTransport(Transport):
             IdentityError: the new files do not load; the connection stays as it is.
         """
         self._identity.load_certificate(self._context)  # paho takes no second context, but this one may change
-        if self._closed or not self.is_up:
+        if not self.is_up:
             return
         if not self._end_connection():
             logger.warning("%s could not close its connection in time; it is renewed when it breaks", self.name)
