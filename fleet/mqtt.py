@@ -139,18 +139,16 @@ class MqttTransport(Transport):
         """Connects anew with the certificate that the identity's folder has now; not for the transport's own thread.
 
         In good order, so that no will is sent; what waits for an acknowledgement is sent again. A link that is down
-        comes back with the new certificate by itself. Waits at most `CLOSE_S` seconds, and for nobody's answer.
+        comes back with the new certificate by itself. Waits for nobody's answer, but for the end of a network that
+        hangs, which keep-alive notices, at most twice `KEEP_ALIVE_S` seconds.
 
         Raises:
             IdentityError: the new files do not load; the connection stays as it is.
         """
         self._identity.load_certificate(self._context)  # paho takes no second context, but this one may change
-        if self._closed.is_set() or not self.is_up:
+        if not self.is_up:
             return
-        if not self._end_connection():
-            logger.warning("%s could not close its connection in time; it is renewed when it breaks", self.name)
-            return
-        if self._closed.is_set():
+        if not self._end_connection(2 * KEEP_ALIVE_S) or self._closed.is_set():
             return
         config = self._identity.config
         self._client.connect_async(config.host, config.port, keepalive=KEEP_ALIVE_S)
@@ -166,17 +164,17 @@ class MqttTransport(Transport):
                 self._asking_again.cancel()
         if self.is_up and self._last and threading.get_ident() != self._network_thread:
             self._last.wait_for_publish(CLOSE_S / 2)
-        self._end_connection()
+        self._end_connection(CLOSE_S)
         self._up.clear()
 
-    def _end_connection(self) -> bool:
-        """Says goodbye to the broker; whether paho's thread has ended, too, within `CLOSE_S` seconds."""
+    def _end_connection(self, timeout_s: float) -> bool:
+        """Says goodbye to the broker; whether paho's thread has ended, too, within `timeout_s`."""
         self._client.disconnect()
         # A network that hangs must not hold up whoever closes: paho's own join has no limit.
         stopper = threading.Thread(target=self._client.loop_stop, name=f"close-{self.name}", daemon=True)
         stopper.start()
         if threading.get_ident() != self._network_thread:
-            stopper.join(CLOSE_S)
+            stopper.join(timeout_s)
         return not stopper.is_alive()
 
     def __enter__(self) -> Self:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +23,7 @@ from fleet.mqtt import MqttTransport
 from fleet.policy import Mode
 from fleet.prompt import PromptRequest
 from fleet.report import DeviceStatus, decode_status
-from tests.brokers import Inbox, Site, running_site
+from tests.brokers import Inbox, Site, running_site, wait_until
 from tests.conftest import MakeTinyBundle
 from tests.edge.fleet_service import FleetService
 
@@ -154,3 +155,16 @@ def test_a_device_that_is_killed_comes_back_on_what_it_had(fleet: Fleet, other: 
         status = fleet.status(online=True)
         assert (status.bundle_id, status.config_version) == (other.bundle_id, 3)
         assert list(fleet.client.ask("d1", ASKED))[-1].bundle_id == other.bundle_id
+
+
+def test_a_device_renews_its_certificate_and_serves_on(fleet: Fleet, tmp_path: Path) -> None:
+    out = tmp_path / "d1"
+    fleet.service.life = timedelta(seconds=90)
+    fleet.join(out)
+    fleet.service.life = timedelta(days=90)
+    before = (out / "key.pem").read_bytes()
+    with running(out):
+        assert fleet.status().online
+        wait_until(lambda: (out / "key.pem").read_bytes() != before, "the key is another", TIMEOUT_S)
+        assert list(fleet.client.ask("d1", ASKED))[-1].finish_reason == "length"
+    assert fleet.service.paths("/renew") == [""]
