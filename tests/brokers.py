@@ -140,8 +140,12 @@ class Site:
         folder = self.folder / "identities" / f"{name}-{id(made_by)}"
         identity = made_by.issue(name, role, folder, HOST, self.port)
         if made_by is self.authority:
-            self._issued[name].add(fingerprint_of(identity))
+            self.admit(identity)
         return identity
+
+    def admit(self, identity: Identity) -> None:
+        """Has the certificate that is in an identity's folder now count."""
+        self._issued[identity.name].add(fingerprint_of(identity))
 
     def connect(self, name: str, will: Will | None = None) -> MqttTransport:
         return MqttTransport.connect(self.identity(name), will=will)

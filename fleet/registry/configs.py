@@ -85,19 +85,31 @@ def change_scope(
 
 def desired_configs(db: Session, devices: Iterable[str] | None = None) -> dict[str, DesiredConfig]:
     """What is wanted of each device, or of `devices`: a version of 0 where nothing was ever said."""
+    return {
+        name: DesiredConfig(max(version for version, _ in scopes), merge(*(each for _, each in scopes)))
+        for name, scopes in _scopes(db, devices).items()
+    }
+
+
+def wider_settings(db: Session, devices: Iterable[str]) -> dict[str, Settings]:
+    """What is said for each of `devices` by the scopes beyond itself."""
+    return {name: merge(*(each for _, each in scopes[:-1])) for name, scopes in _scopes(db, devices).items()}
+
+
+def _scopes(db: Session, devices: Iterable[str] | None) -> dict[str, list[tuple[int, Settings]]]:
+    """What was said of each device, by name: for all, for its group, and for itself."""
     said = _said(db)
     query = select(IdentityRecord.name, IdentityRecord.group).where(is_device()).order_by(IdentityRecord.name)
     if devices is not None:
         query = query.where(IdentityRecord.name.in_(list(devices)))
-    configs = {}
-    for name, group in db.execute(query):
-        scopes = [
+    return {
+        name: [
             said.get(Target(Scope.ALL), NOTHING),
             said.get(Target(Scope.GROUP, group), NOTHING) if group else NOTHING,
             said.get(Target(Scope.DEVICE, name), NOTHING),
         ]
-        configs[name] = DesiredConfig(max(version for version, _ in scopes), merge(*(each for _, each in scopes)))
-    return configs
+        for name, group in db.execute(query)
+    }
 
 
 def _said(db: Session) -> dict[Target, tuple[int, Settings]]:

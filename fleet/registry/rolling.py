@@ -14,7 +14,7 @@ from fleet.desired import Settings
 from fleet.errors import RolloutError
 from fleet.registry.audit import audit
 from fleet.registry.bundles import check_bundle
-from fleet.registry.configs import Scope, change_scope
+from fleet.registry.configs import Scope, change_scope, wider_settings
 from fleet.registry.models import BundleRecord, IdentityRecord, RolloutRecord
 from fleet.registry.rollout_looks import Due, missing_worker
 from fleet.registry.rollout_records import (
@@ -165,7 +165,7 @@ def advance(db: Session, actor: str, record: RolloutRecord, reason: str, now: fl
 
     def tell(device: str, settings: Settings) -> Settings:
         seen = by_name[device]
-        before = Before(now, seen.online, settings.bundle, settings.agreement_sample, seen.error)
+        before = Before(now, seen.online, settings.bundle, settings.agreement_sample, seen.error, seen.bundle_id)
         if device in told:  # as a control it had the sample's share before
             before = msgspec.structs.replace(before, agreement_sample=told.pop(device).agreement_sample)
         members[device] = before
@@ -193,23 +193,33 @@ def complete(db: Session, actor: str, record: RolloutRecord, course: Course) -> 
     if not group:
         groups = {name for name in db.scalars(select(IdentityRecord.group).distinct()) if name}
         change_scope(db, actor, Scope.GROUP, groups, lambda _, settings: msgspec.structs.replace(settings, bundle=None))
-    restore(db, actor, record, course, lambda _: None)
+    restore(db, actor, record, course, lambda *_: None)
 
 
 def put_back(db: Session, actor: str, record: RolloutRecord) -> None:
-    """Gives every device that was told its earlier bundle and share of samples."""
-    restore(db, actor, record, course_of(record), lambda before: before.bundle)
+    """Gives every device that was told its earlier bundle and share of samples.
+
+    A device that is told of no bundle stays with the one that it serves. So where nobody said which, it is told the one
+    that it had.
+    """
+    course = course_of(record)
+    wider = wider_settings(db, course.members)
+
+    def earlier(device: str, before: Before) -> str | None:
+        return before.bundle or (None if wider[device].bundle else before.served or None)
+
+    restore(db, actor, record, course, earlier)
 
 
 def restore(
-    db: Session, actor: str, record: RolloutRecord, course: Course, bundle: Callable[[Before], str | None]
+    db: Session, actor: str, record: RolloutRecord, course: Course, bundle: Callable[[str, Before], str | None]
 ) -> None:
     """What somebody has said meanwhile of another setting, or of another bundle, stays."""
     told = course.controls | course.members
 
     def change(device: str, settings: Settings) -> Settings:
         before = told[device]
-        kept = settings.bundle if settings.bundle != record.bundle_id else bundle(before)
+        kept = settings.bundle if settings.bundle != record.bundle_id else bundle(device, before)
         share = settings.agreement_sample
         if share == (course.plan.agreement_sample or None):
             share = before.agreement_sample

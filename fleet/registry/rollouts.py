@@ -64,13 +64,17 @@ def check_plan(plan: Plan) -> Plan:
 
 
 class Before(Struct, frozen=True):
-    """What a roll-out found when it told a device at `told_at`, and puts back: settings of the device's own scope."""
+    """What a roll-out found when it told a device at `told_at`, and puts back: settings of the device's own scope.
+
+    `served` is the bundle that the device said it served.
+    """
 
     told_at: float
     online: bool = True
     bundle: str | None = None
     agreement_sample: float | None = None
     error: str = ""
+    served: str = ""
 
 
 class Course(Struct, frozen=True):

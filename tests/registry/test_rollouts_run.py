@@ -50,6 +50,7 @@ class Site:
         self.serves(OLD, NEW)
         for bundle_id in (OLD, NEW):
             registry.add_bundle(bundle_id, "tiny", 1000)
+        registry.change_settings(Target(Scope.ALL), lambda _: Settings(bundle=OLD))
         self.answers(10, GOOD)
         self.now += 3600.0
 
@@ -141,6 +142,13 @@ def test_a_good_bundle_goes_through_every_stage_to_all(site: Site) -> None:
     assert site.registry.settings(Target(Scope.ALL)).bundle == NEW
     assert set(said(site).values()) == {Settings()}
     assert site.on(NEW) == DEVICES
+
+
+def test_a_device_goes_back_to_what_it_served_though_nobody_had_said_so(site: Site) -> None:
+    site.registry.change_settings(Target(Scope.ALL), lambda _: Settings())
+    site.begin()
+    site.stage(BAD)
+    assert said(site)["d0"] == Settings(bundle=OLD)
 
 
 def test_a_bad_bundle_stops_at_the_canary_and_is_undone(site: Site) -> None:
@@ -312,7 +320,7 @@ def test_a_group_keeps_it_to_itself(site: Site) -> None:
     site.stage(GOOD)
     assert site.stage(GOOD).state == "completed"
     assert site.registry.settings(Target(Scope.GROUP, "lab")) == Settings(bundle=NEW)
-    assert site.registry.settings(Target(Scope.ALL)) == Settings()
+    assert site.registry.settings(Target(Scope.ALL)) == Settings(bundle=OLD)
     assert site.on(NEW) == ["d4", "d5", "d6", "d7", "d8", "d9"]
 
 
@@ -368,6 +376,7 @@ def restarted(site: Site) -> Iterator[None]:
     site.registry.all_offline()
     site.engine = site.new_engine()
     yield
+    site.serves(OLD, NEW)
     for device in DEVICES:
         site.says(device, site.wanted(device).bundle or OLD)
 
@@ -378,7 +387,7 @@ def test_it_goes_on_after_a_restart_of_the_server_in_any_stage(site: Site) -> No
         site.take()
         site.step()
         with restarted(site):
-            assert site.step().state == "running"
+            assert site.step().state == "waiting"  # for a worker to be heard
         assert site.stage(GOOD).stage == number
     with restarted(site):
         site.step()
@@ -409,6 +418,6 @@ def test_bundles_say_who_serves_them_and_who_is_wanted_on_them(site: Site) -> No
     rows = {row.bundle_id: row for row in site.registry.bundles()}
     new, old = rows[NEW], rows[OLD]
     assert (new.devices, new.wanted, new.workers, new.rollout, new.rollout_state) == (0, 1, ("worker-1",), 1, "running")
-    assert (old.devices, old.wanted, old.rollout, old.rollout_state) == (10, 0, None, "")
+    assert (old.devices, old.wanted, old.rollout, old.rollout_state) == (10, 9, None, "")
     assert not site.registry.add_bundle(NEW, "tiny", 1000)
-    assert site.registry.wanted_bundles() == {OLD: 0, NEW: 1}
+    assert site.registry.wanted_bundles() == {OLD: 9, NEW: 1}

@@ -78,7 +78,8 @@ class MqttWorld:
         wait_until(lambda: not any(t.is_up for t in self._transports), "every link is down")
         yield
         self._site.broker.start()
-        wait_until(lambda: all(t.is_up or t._closed.is_set() for t in self._transports), "every link is up again", timeout_s=30)
+        links = [link for link in self._transports if not link._closed.is_set()]
+        wait_until(lambda: all(link.is_up for link in links), "every link is up again", timeout_s=30)
 
 
 @pytest.fixture(params=["memory", *BROKERS])

@@ -44,6 +44,7 @@ def put_certificate(site: Site, identity: Identity, life: timedelta = timedelta(
     certificate = certify_key(site.authority, load_pem_private_key(key, None).public_key(), identity.name, life)  # type: ignore[arg-type]
     (identity.folder / KEY_FILE).write_bytes(key)
     (identity.folder / CERT_FILE).write_bytes(certificate)
+    site.admit(identity)
 
 
 def test_a_connection_that_is_renewed_takes_the_new_certificate(site: Site) -> None:
