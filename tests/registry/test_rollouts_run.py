@@ -388,9 +388,11 @@ def test_it_goes_on_after_a_restart_of_the_server_in_any_stage(site: Site) -> No
         site.step()
         with restarted(site):
             assert site.step().state == "waiting"  # for a worker to be heard
+        assert site.step().state == "running"
         assert site.stage(GOOD).stage == number
     with restarted(site):
         site.step()
+    site.step()
     assert site.stage(GOOD).state == "completed"
 
 
