@@ -22,7 +22,7 @@ import fleet.cli
 from cloud_broker_worker import worker
 from cloud_broker_worker.config import WorkerConfig
 from cloud_broker_worker.metrics import WorkerMonitor
-from fleet.cli.state import State
+from fleet.cli.state import DEFAULT_SERVICE_PORT, State
 from fleet.manifest import Bundle
 from fleet.memory import MemoryBroker
 from fleet.metrics import FleetMonitor
@@ -138,6 +138,17 @@ def test_images_are_targets_of_the_dockerfile_at_the_projects_version() -> None:
     assert tags == dict.fromkeys(used, PROJECT["version"])
 
 
+def test_devices_reach_the_service_where_it_listens() -> None:
+    inside = [document for document in manifests() if document["metadata"]["name"] == "server"]
+    (service,) = [document for document in inside if document["kind"] == "Service"]
+    (server,) = [document for document in inside if document["kind"] == "Deployment"]
+    assert {"name": "service", "port": DEFAULT_SERVICE_PORT} in service["spec"]["ports"]
+    *_, container = containers(server)
+    assert {"name": "service", "containerPort": DEFAULT_SERVICE_PORT} in container["ports"]
+    assert option(container["args"], "--listen") == "0.0.0.0"
+    assert f"{DEFAULT_SERVICE_PORT}:{DEFAULT_SERVICE_PORT}" in compose()["services"]["server"]["ports"]
+
+
 def test_everybody_who_asks_for_metrics_asks_the_port_where_they_are() -> None:
     (port,) = {option(run.arguments, "--metrics-port") for run in runs() if "--metrics-port" in run.arguments}
     for image in dockerfile().values():
@@ -150,9 +161,9 @@ def test_everybody_who_asks_for_metrics_asks_the_port_where_they_are() -> None:
     assert targets == {f"{name}:{port}" for name in ours}
     for manifest in manifests():
         if manifest["kind"] == "Service":
-            assert [str(p["port"]) for p in manifest["spec"]["ports"]] == [port]
+            assert [str(p["port"]) for p in manifest["spec"]["ports"] if p["name"] == "metrics"] == [port]
     for container in probed():
-        assert container["ports"] == [{"name": "metrics", "containerPort": int(port)}]
+        assert {"name": "metrics", "containerPort": int(port)} in container["ports"]
 
 
 def probed() -> list[dict[str, Any]]:
