@@ -14,13 +14,15 @@ import msgspec
 import pytest
 
 from benchmarks.postgresql import find_postgresql
+from fleet.access import Role
 from fleet.cli.serve import free_port
 from fleet.cli.state import State, StateConfig
 from fleet.manifest import Bundle
 from tests.postgresql import Databases
 from tests.registry.conftest import add, report
 
-PAGE = (Path(__file__).parents[2] / "docs/operations.md").read_text()
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/operations.md").read_text()
 TIMEOUT_S = 120
 
 
@@ -119,6 +121,46 @@ def _up(command: str, folder: Path, home: Path, url: str, bundle: Bundle) -> Non
             process.communicate()
 
 
+@pytest.mark.packaging
+def test_the_install_lines_give_the_commands_that_the_page_goes_on_with(tmp_path: Path) -> None:
+    script = commands("Install").replace("'.[server,worker,export,edge,postgres]'", f"--no-deps {ROOT}")
+    run(script, tmp_path, tmp_path / "home")
+    assert {"fleet", "edge-agent"} <= {path.name for path in (tmp_path / "fleet-venv/bin").iterdir()}
+
+
+def test_doctor_as_the_page_says_speaks_json_and_fails_where_the_broker_is_away(tmp_path: Path) -> None:
+    fill(tmp_path / "home", None)
+    done = subprocess.run(
+        ["bash", "-c", commands("Install", "a timer can run it")], env=environment(tmp_path / "home"),
+        capture_output=True, timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert any(problem.startswith("broker") for problem in msgspec.json.decode(done.stdout)["problems"])
+
+
+def test_with_a_passphrase_the_authoritys_key_is_encrypted_and_needed(tmp_path: Path, tiny_bundle: Bundle) -> None:
+    home = tmp_path / "home"
+    (tmp_path / "passphrase").write_text("correct horse")
+    run(f"BUNDLE={tiny_bundle.folder}\n{commands('TLS')}", tmp_path, home)
+    assert b"ENCRYPTED" in (home / "ca/ca-key.pem").read_bytes()
+    refused = subprocess.run(
+        ["fleet", "enroll", "kitchen", "--out", "kitchen"], cwd=tmp_path, env=environment(home), capture_output=True,
+        text=True, timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
+    assert refused.returncode == 1
+    assert "FLEET_CA_PASSPHRASE" in refused.stderr
+
+
+def test_a_device_is_suspended_resumed_and_revoked_and_the_audit_log_says_so(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    state = State.create(home, StateConfig("127.0.0.1", 1, "/no/bundle"))
+    state.enroll("kitchen", Role.DEVICE, tmp_path / "kitchen")
+    run(commands("Somebody goes, or a device is stolen"), tmp_path, home)
+    with state.registry() as registry:
+        assert registry.device("kitchen").state == "revoked"
+        assert [row.action for row in registry.audit_log("kitchen")] == ["revoke", "resume", "suspend", "enroll"]
+
+
 @pytest.mark.parametrize(
     "line", [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
 )
@@ -126,5 +168,7 @@ def test_every_line_of_commands_is_one_that_a_test_here_runs(line: str) -> None:
     run_here = [
         commands("Which registry"), commands("How long single answers are kept"), commands("Backup", "SQLite:"),
         commands("Backup", "PostgreSQL:"), commands("Restore", "SQLite:"), commands("Restore", "PostgreSQL:"),
+        commands("Install"), commands("Install", "a timer can run it"), commands("TLS"),
+        commands("Somebody goes, or a device is stolen"),
     ]  # fmt: skip
     assert any(line in block for block in run_here)
