@@ -38,7 +38,7 @@ def measure_footprint(bundle: Path, idle_s: float = IDLE_S) -> dict[str, float]:
         device = Path(folder) / "devices" / DEVICE
         state.enroll(DEVICE, Role.DEVICE, device)
         app = state.enroll("bench", Role.APP, Path(folder) / "apps" / "bench", allow=(DEVICE,))
-        with child("the broker", "fleet.cli", "server", "--state", str(state.folder)) as server:
+        with child("the broker", "fleet.cli", "server", "--home", str(state.folder)) as server:
             server.wait_ready()
             with MqttTransport.connect(app) as transport:
                 client = PromptClient(transport)

@@ -80,7 +80,7 @@ def fleet_processes(
             following = ["--no-broker", "--mosquitto", str(state.folder / MOSQUITTO)]
             servers.append(stack.enter_context(running(start_mosquitto(state, state.folder / MOSQUITTO))))
         title = "the server" if following else "the broker"
-        command = ("fleet.cli", "server", "--state", str(state.folder), *ports[0], *following)
+        command = ("fleet.cli", "server", "--home", str(state.folder), *ports[0], *following)
         servers.append(stack.enter_context(child(title, *command)))
         servers[-1].wait_ready()
         workers = []

@@ -79,7 +79,7 @@ class State:
             return cls(folder, msgspec.json.decode(path.read_bytes(), type=StateConfig))
         except OSError:
             raise ConfigError(
-                f"no fleet in {folder}; start one with 'fleet up', or name its folder with --state"
+                f"no fleet in {folder}; start one with 'fleet up', or name its folder with --home"
             ) from None
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not usable: {error}") from None
@@ -284,7 +284,7 @@ def keeping(folder: Path, config: StateConfig, registry: str | None, retention_d
     if kept and registry not in (None, kept.registry):
         raise ConfigError(
             f"the fleet in {folder} has another registry, where its devices are enrolled; name a new folder with "
-            f"--state, or, if the same database has moved, write its URL into {folder / STATE_FILE}"
+            f"--home, or, if the same database has moved, write its URL into {folder / STATE_FILE}"
         )
     return msgspec.structs.replace(
         config,

@@ -21,7 +21,7 @@ from fleet.errors import ConfigError
 NUM_SESSIONS: Final = 5
 DAY_S: Final = 86_400
 
-StateOption = Annotated[Path | None, typer.Option("--state", help="The fleet's folder (default: $FLEET_HOME).")]
+StateOption = Annotated[Path | None, typer.Option("--home", help="The fleet's folder (default: $FLEET_HOME).")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 GroupOption = Annotated[str | None, typer.Option("--group", help="Only the devices of this group.")]
 ByOption = Annotated[Literal["device", "group", "bundle", "hour"], typer.Option("--by", help="What a row is about.")]
@@ -67,21 +67,21 @@ def devices(
     group: GroupOption = None,
     online: Annotated[bool | None, typer.Option("--online/--offline", help="Only those that are.")] = None,
     tag: Annotated[str | None, typer.Option(help="Only those that have this tag, like floor=1.")] = None,
-    standing: Annotated[str | None, typer.Option(help="Only those that are pending, active, revoked, ...")] = None,
-    state: StateOption = None,
+    state: Annotated[str | None, typer.Option(help="Only those that are pending, active, revoked, ...")] = None,
+    home: StateOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the devices: online or not, bundle, last seen."""
     from fleet.cli.stats_views import print_devices
 
-    with State.load(state or State.default_folder()).registry() as registry:
+    with State.load(home or State.default_folder()).registry() as registry:
         rows = [
             row
             for row in registry.devices()
             if (group is None or row.group == group)
             and (online is None or row.online == online)
             and (tag is None or tag in tag_words(row.tags))
-            and (standing is None or row.state == standing)
+            and (state is None or row.state == state)
         ]
     if as_json:
         print(msgspec.json.encode(rows).decode())

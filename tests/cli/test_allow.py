@@ -25,7 +25,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def run_json(home: Path, *arguments: str) -> Any:
-    done = run(*arguments, "--json", "--state", str(home))
+    done = run(*arguments, "--json", "--home", str(home))
     assert done.returncode == 0, done.stderr
     return msgspec.json.decode(done.stdout)
 
@@ -47,13 +47,13 @@ def test_an_app_is_allowed_devices_by_name_and_tag_and_loses_them_again(home: Pa
         assert grants.targets == ()
 
 
-def test_devices_are_listed_by_tag_and_by_standing(home: Path) -> None:
+def test_devices_are_listed_by_tag_and_by_state(home: Path) -> None:
     run_json(home, "tag", "kitchen", "floor=1")
     assert [row["device"] for row in run_json(home, "devices", "--tag", "floor=1")] == ["kitchen"]
     assert run_json(home, "devices", "--tag", "floor=2") == []
-    assert len(run_json(home, "devices", "--standing", "active")) == 2
-    assert run_json(home, "devices", "--standing", "suspended") == []
-    table = run("devices", "--state", str(home), COLUMNS="200")
+    assert len(run_json(home, "devices", "--state", "active")) == 2
+    assert run_json(home, "devices", "--state", "suspended") == []
+    table = run("devices", "--home", str(home), COLUMNS="200")
     assert "floor=1" in table.stdout
 
 
@@ -71,4 +71,4 @@ def test_devices_are_listed_by_tag_and_by_standing(home: Path) -> None:
     ],
 )
 def test_a_mistake_is_told_in_one_line(home: Path, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
-    assert_one_clear_line(run(*arguments, "--state", str(home)), *words)
+    assert_one_clear_line(run(*arguments, "--home", str(home)), *words)

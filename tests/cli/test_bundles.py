@@ -33,7 +33,7 @@ def fleet(tmp_path: Path, tiny_bundle: Bundle) -> State:
 
 
 def run(fleet: State, *arguments: str) -> str:
-    result = CliRunner().invoke(app, ["bundle", *arguments, "--state", str(fleet.folder)])
+    result = CliRunner().invoke(app, ["bundle", *arguments, "--home", str(fleet.folder)])
     if isinstance(result.exception, FleetError):
         raise result.exception
     assert result.exit_code == 0, result.output

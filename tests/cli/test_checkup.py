@@ -37,12 +37,12 @@ def problems(state: State) -> dict[str, str]:
 
 
 def doctor(state: State) -> tuple[int, Any]:
-    result = CliRunner().invoke(app, ["doctor", "--state", str(state.folder), "--json"])
+    result = CliRunner().invoke(app, ["doctor", "--home", str(state.folder), "--json"])
     return result.exit_code, json.loads(result.stdout)
 
 
 def test_a_fleet_whose_broker_runs_has_no_problem(state: State) -> None:
-    with child("the broker", "fleet.cli", "server", "--state", str(state.folder)) as server:
+    with child("the broker", "fleet.cli", "server", "--home", str(state.folder)) as server:
         server.wait_ready()
         status, diagnosis = doctor(state)
     assert (status, diagnosis["problems"]) == (0, [])

@@ -40,7 +40,7 @@ def fleet_folder(tmp_path: Path, fresh_fleet: Path) -> Path:
 
 def fleet(folder: Path, *arguments: str) -> str:
     """What a command prints; raises what it raises."""
-    result = CliRunner().invoke(app, [*arguments, "--state", str(folder)], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, [*arguments, "--home", str(folder)], env={"COLUMNS": "200"})
     if result.exception is not None:
         raise result.exception
     return result.stdout
@@ -262,7 +262,7 @@ def served(tmp_path: Path) -> Iterator[State]:
     """`fleet server` in a process of its own."""
     config = StateConfig(HOST, free_port(HOST), "/no/bundle", service_port=free_port(HOST))
     state = State.create(tmp_path / "state", config)
-    with child("the server", "fleet.cli", "server", "--state", str(state.folder)) as server:
+    with child("the server", "fleet.cli", "server", "--home", str(state.folder)) as server:
         line = server.wait_ready()
         assert f"service on https://{HOST}:{config.service_port}" in line
         yield state

@@ -51,7 +51,7 @@ def state(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Path
         (("demo", "--top-p", "0"), ("top-p",)),
         (("demo", "--prompts", "/no/such/file"), ("/no/such/file",)),
         (("demo", "--bundle", "/no/bundle"), ("no bundle in /no/bundle", "onnx_export")),
-        (("stats", "--state", "/no/fleet"), ("no fleet in /no/fleet", "fleet up")),
+        (("stats", "--home", "/no/fleet"), ("no fleet in /no/fleet", "fleet up")),
     ],
 )
 def test_bad_arguments(arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
@@ -73,11 +73,11 @@ def test_bad_arguments_in_a_fleet(
     state: Path, tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     extra = ("--out", str(tmp_path / "x")) if arguments[0] == "enroll" else ()
-    assert_one_clear_line(run(*arguments, *extra, "--state", str(state)), *words)
+    assert_one_clear_line(run(*arguments, *extra, "--home", str(state)), *words)
 
 
 def test_a_name_is_enrolled_once_and_an_offline_device_is_said_to_be_offline(state: Path, tmp_path: Path) -> None:
-    where = ("--state", str(state))
+    where = ("--home", str(state))
     assert run("enroll", "sleeper", "--out", str(tmp_path / "a"), *where).returncode == 0
     assert_one_clear_line(run("enroll", "sleeper", "--out", str(tmp_path / "b"), *where), "sleeper")
     assert_one_clear_line(run("prompt", "sleeper", "hello", *where), "offline", "edge-agent run")
@@ -91,7 +91,7 @@ def test_a_busy_port_is_named(tmp_path: Path, tiny_bundle: Bundle, option: str) 
         port = str(holder.getsockname()[1])
         ports = {"--port": free_port("127.0.0.1"), "--service-port": free_port("127.0.0.1"), option: port}
         options = [str(word) for pair in ports.items() for word in pair]
-        result = run("up", *options, "--bundle", str(tiny_bundle.folder), "--state", str(tmp_path / "fleet"))
+        result = run("up", *options, "--bundle", str(tiny_bundle.folder), "--home", str(tmp_path / "fleet"))
     assert_one_clear_line(result, port, option)
 
 
@@ -101,7 +101,7 @@ def test_a_device_without_identity_says_how_to_get_one(tmp_path: Path) -> None:
 
 def test_a_device_without_a_broker_says_where_it_looked(state: Path, tmp_path: Path) -> None:
     out = tmp_path / "lonely"
-    assert run("enroll", "lonely", "--out", str(out), "--state", str(state)).returncode == 0
+    assert run("enroll", "lonely", "--out", str(out), "--home", str(state)).returncode == 0
     assert_one_clear_line(run("run", str(out), module="edge_agent"), "127.0.0.1:1", "fleet up")
 
 
@@ -112,7 +112,7 @@ def test_an_altered_bundle_is_refused_by_device_and_worker(state: Path, tmp_path
         path = altered / name
         path.write_bytes(path.read_bytes()[:-1] + b"\x00\x01")
     worker, device = str(state / "identities" / "worker-1"), str(tmp_path / "device")
-    assert run("enroll", "careful", "--out", device, "--state", str(state)).returncode == 0
+    assert run("enroll", "careful", "--out", device, "--home", str(state)).returncode == 0
     assert_one_clear_line(run("run", worker, module="edge_agent"), "expected a device's")
     assert_one_clear_line(run("run", device, "--bundle", str(altered), module="edge_agent"), "block_0.onnx", "altered")
     assert_one_clear_line(

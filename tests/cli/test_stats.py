@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fleet(folder: Path, *arguments: str) -> str:
-    result = CliRunner().invoke(app, [*arguments, "--state", str(folder)], env={"COLUMNS": "150", "NO_COLOR": "1"})
+    result = CliRunner().invoke(app, [*arguments, "--home", str(folder)], env={"COLUMNS": "150", "NO_COLOR": "1"})
     if result.exception is not None:
         raise result.exception
     return result.stdout

@@ -36,7 +36,7 @@ class Home:
         self.folder = folder
         config = StateConfig(HOST, free_port(), str(bundle.folder), service_port=free_port())
         self.state = State.create(folder / "state", config)
-        self._start(stack, "fleet.cli", "up", "--state", str(self.state.folder), "--port", str(self.port),
+        self._start(stack, "fleet.cli", "up", "--home", str(self.state.folder), "--port", str(self.port),
                     "--service-port", str(config.service_port), "--bundle", str(bundle.folder))  # fmt: skip
         self.state.enroll("kitchen", Role.DEVICE, folder / "kitchen")
         for app in ("thermostat", "display"):

@@ -112,7 +112,7 @@ class ProcessFleet:
     def start_broker(self) -> None:
         """Starts it, or starts it again; returns when it listens."""
         if self._kind == "amqtt":
-            self.broker = self._child("the broker", "fleet.cli", "server", "--state", str(self._state.folder))
+            self.broker = self._child("the broker", "fleet.cli", "server", "--home", str(self._state.folder))
             return
         names = (*DEVICES, *WORKERS, APP, "watcher", COLLECTOR)
         grants = [granted for name in names if (granted := self.registry.grants(name))]

@@ -72,7 +72,7 @@ class Flood:
         self.server = self._start_server()
 
     def _start_server(self) -> Child:
-        server = Child("the server", ("fleet.cli", "server", "--state", str(self.state.folder)))
+        server = Child("the server", ("fleet.cli", "server", "--home", str(self.state.folder)))
         server.wait_ready()
         return server
 

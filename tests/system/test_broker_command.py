@@ -48,7 +48,7 @@ def mosquitto(config: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_the_rights_of_everybody_in_emqxs_words(state: State) -> None:
-    lines = fleet_command("broker", "rules", "--format", "emqx", "--state", str(state.folder)).stdout.splitlines()
+    lines = fleet_command("broker", "rules", "--format", "emqx", "--home", str(state.folder)).stdout.splitlines()
     assert (
         '{allow, {username, "app"}, publish, ["ce/v1/d/gw/prompt/app/+", "ce/v1/d/gw/cancel/app/+", "ce/v1/e/app/+"]}.'
         in lines
@@ -58,14 +58,14 @@ def test_the_rights_of_everybody_in_emqxs_words(state: State) -> None:
 
 
 def test_the_rights_of_everybody_as_json(state: State) -> None:
-    rights = json.loads(fleet_command("broker", "rules", "--format", "json", "--state", str(state.folder)).stdout)
+    rights = json.loads(fleet_command("broker", "rules", "--format", "json", "--home", str(state.folder)).stdout)
     (app,) = (each for each in rights if each["name"] == "app")
     assert app["role"] == "app"
     assert app["subscribe"] == ["ce/v1/d/+/reply/app/+", "ce/v1/d/gw/status"]
 
 
 def test_a_format_that_nobody_knows_is_refused(state: State) -> None:
-    refused = fleet_command("broker", "rules", "--format", "hivemq", "--state", str(state.folder))
+    refused = fleet_command("broker", "rules", "--format", "hivemq", "--home", str(state.folder))
     assert refused.returncode == 1
     assert "expected one of mosquitto, emqx, json" in refused.stderr
 
@@ -73,7 +73,7 @@ def test_a_format_that_nobody_knows_is_refused(state: State) -> None:
 @pytest.mark.mosquitto
 def test_a_mosquitto_that_was_started_by_hand_follows_the_command_and_a_signal(state: State, tmp_path: Path) -> None:
     out, device = tmp_path / "mosquitto", Identity.load(tmp_path / "gw")
-    write = ("broker", "config", "--out", str(out), "--state", str(state.folder))
+    write = ("broker", "config", "--out", str(out), "--home", str(state.folder))
     assert fleet_command(*write).returncode == 0
     assert "kill -HUP" in (out / "README").read_text()
     with mosquitto(out / "mosquitto.conf", state.config.port) as process:
@@ -88,7 +88,7 @@ def test_a_mosquitto_that_was_started_by_hand_follows_the_command_and_a_signal(s
 @pytest.mark.mosquitto
 def test_a_server_beside_a_mosquitto_keeps_it_in_step(state: State, tmp_path: Path) -> None:
     out, device = tmp_path / "mosquitto", Identity.load(tmp_path / "gw")
-    where = ("--state", str(state.folder))
+    where = ("--home", str(state.folder))
     assert fleet_command("broker", "config", "--out", str(out), *where).returncode == 0
     with ExitStack() as stack:
         stack.enter_context(mosquitto(out / "mosquitto.conf", state.config.port))
@@ -101,6 +101,6 @@ def test_a_server_beside_a_mosquitto_keeps_it_in_step(state: State, tmp_path: Pa
 
 
 def test_a_mosquitto_beside_the_embedded_broker_is_refused(state: State, tmp_path: Path) -> None:
-    refused = fleet_command("server", "--mosquitto", str(tmp_path), "--state", str(state.folder))
+    refused = fleet_command("server", "--mosquitto", str(tmp_path), "--home", str(state.folder))
     assert refused.returncode == 1
     assert "add --no-broker" in refused.stderr

@@ -67,12 +67,12 @@ def state(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Iter
     ports = ("--port", str(free_port("127.0.0.1")), "--service-port", str(free_port("127.0.0.1")))
     with ExitStack() as stack:
         bundle = str(tiny_bundle.folder)
-        stack.enter_context(started("fleet up", "fleet.cli", "up", "--state", where, *ports, "--bundle", bundle))
+        stack.enter_context(started("fleet up", "fleet.cli", "up", "--home", where, *ports, "--bundle", bundle))
         assert (
-            fleet("enroll", "gateway", "--group", "lab", "--state", where, "--out", str(folder / "gw")).returncode == 0
+            fleet("enroll", "gateway", "--group", "lab", "--home", where, "--out", str(folder / "gw")).returncode == 0
         )
         stack.enter_context(started("gateway", "edge_agent", "run", str(folder / "gw"), "--threads", "1"))
-        wait_for(lambda: fleet_json("devices", "--state", where)[0]["online"])
+        wait_for(lambda: fleet_json("devices", "--home", where)[0]["online"])
         yield Path(where)
 
 
@@ -111,7 +111,7 @@ def test_the_demo_is_plain_text_in_a_pipe(tiny_bundle: Bundle) -> None:
 
 
 def test_an_operator_prompts_and_sees_the_counts(state: Path) -> None:
-    where = ("--state", str(state))
+    where = ("--home", str(state))
     before = fleet_json("stats", "gateway", *where)
     out = fleet_json("prompt", "gateway", "hello", "--threshold", "1", "--max-new-tokens", "5", *where)
     (result,) = out["results"]
@@ -133,7 +133,7 @@ def test_an_operator_prompts_and_sees_the_counts(state: Path) -> None:
 
 def test_a_conversation_in_the_terminal(state: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "fleet.cli", "chat", "gateway", "--max-new-tokens", "4", "--state", str(state)],
+        [sys.executable, "-m", "fleet.cli", "chat", "gateway", "--max-new-tokens", "4", "--home", str(state)],
         input="hello\nand again\n\n", capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
         env=os.environ | COLORS,
     )  # fmt: skip
@@ -142,7 +142,7 @@ def test_a_conversation_in_the_terminal(state: Path) -> None:
 
 
 def test_a_mode_that_a_device_does_not_know_never_reaches_it(state: Path) -> None:
-    result = fleet("prompt", "gateway", "hello", "--mode", "psychic", "--state", str(state))
+    result = fleet("prompt", "gateway", "hello", "--mode", "psychic", "--home", str(state))
     assert result.returncode == 1
     assert "psychic" in result.stderr
 
@@ -155,7 +155,7 @@ def test_a_worker_killed_with_9_in_mid_answer_and_started_again(tmp_path: Path, 
     request = PromptRequest(prompt="Tell me about rivers.", threshold=1.0, max_new_tokens=100)
     worker = ("the worker", "cloud_broker_worker", "run", str(state.folder / "identities" / WORKER), "--threads", "1")
     with ExitStack() as stack:
-        stack.enter_context(started("the broker", "fleet.cli", "server", "--state", str(state.folder)))
+        stack.enter_context(started("the broker", "fleet.cli", "server", "--home", str(state.folder)))
         first = stack.enter_context(started(*worker))
         stack.enter_context(started("gw", "edge_agent", "run", str(device), "--threads", "1"))
         identity = state.enroll("app", Role.APP, app, allow=("gw",))

@@ -101,7 +101,7 @@ class Site:
         stack.callback(self._stop.set)
 
     def start_server(self, stack: ExitStack) -> None:
-        self.server = stack.enter_context(child("the server", "fleet.cli", "server", "--state", str(self.state.folder)))
+        self.server = stack.enter_context(child("the server", "fleet.cli", "server", "--home", str(self.state.folder)))
         self.server.wait_ready()
 
     def row(self) -> RolloutRow:

@@ -25,7 +25,16 @@ def test_a_wanted_bundle_gets_a_worker_of_its_own_until_the_fleet_goes(
     tmp_path: Path, tiny_bundle: Bundle, make_tiny_bundle: Callable[..., Bundle]
 ) -> None:
     folder, other = tmp_path / "state", make_tiny_bundle((1,))
-    options = "--state", str(folder), "--port", str(free_port()), "--bundle", str(tiny_bundle.folder)
+    options = (
+        "--home",
+        str(folder),
+        "--port",
+        str(free_port()),
+        "--service-port",
+        "0",
+        "--bundle",
+        str(tiny_bundle.folder),
+    )
     heard: dict[str, WorkerStatus] = {}
 
     def hear(topic: str, payload: bytes) -> None:

@@ -38,8 +38,8 @@ class UpFleet:
     def __init__(self, folder: Path, bundle: Bundle, stack: ExitStack) -> None:
         self.port = free_port()
         command = (
-            "fleet.cli", "up", "--broker", "mosquitto", "--state", str(folder / "state"), "--port", str(self.port),
-            "--bundle", str(bundle.folder),
+            "fleet.cli", "up", "--broker", "mosquitto", "--home", str(folder / "state"), "--port", str(self.port),
+            "--service-port", "0", "--bundle", str(bundle.folder),
         )  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -46,7 +46,7 @@ class UpFleet:
     def __init__(self, folder: Path, bundle: Bundle, stack: ExitStack) -> None:
         state = folder / "state"
         command = (
-            "fleet.cli", "up", "--state", str(state), "--port", str(free_port()), "--bundle", str(bundle.folder),
+            "fleet.cli", "up", "--home", str(state), "--port", str(free_port()), "--bundle", str(bundle.folder),
             "--workers", "2", "--metrics-port", "0", "--service-port", "0",
         )  # fmt: skip
         self.process = subprocess.Popen(
@@ -163,7 +163,7 @@ def fleet_command(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_parts_that_are_started_one_by_one_meet_at_a_broker_that_runs_elsewhere(
     tmp_path: Path, tiny_bundle: Bundle
 ) -> None:
-    where, port = ("--state", str(tmp_path / "state")), free_port()
+    where, port = ("--home", str(tmp_path / "state")), free_port()
     made = fleet_command("init", "--host", HOST, "--port", str(port), "--bundle", str(tiny_bundle.folder), *where)
     assert made.returncode == 0, made.stderr
     for name in ("w1", "w2"):
@@ -188,6 +188,6 @@ def test_parts_that_are_started_one_by_one_meet_at_a_broker_that_runs_elsewhere(
 
 
 def test_only_a_worker_shares_a_subscription(tmp_path: Path) -> None:
-    refused = fleet_command("enroll", "d1", "--shared-subscriptions", "--state", str(tmp_path))
+    refused = fleet_command("enroll", "d1", "--shared-subscriptions", "--home", str(tmp_path))
     assert refused.returncode == 1
     assert "only a worker shares a subscription" in refused.stderr
