@@ -38,3 +38,11 @@ class Transactions:
             except IntegrityError:
                 with self._writers.begin() as db:
                     return work(db)
+
+
+class Part:
+    """A part of the registry's questions and changes; `actor` is who makes the changes."""
+
+    def __init__(self, transactions: Transactions, actor: str) -> None:
+        self.actor = actor
+        self._transactions = transactions
