@@ -8,6 +8,7 @@ import ssl
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
@@ -103,7 +104,12 @@ class MqttTransport(Transport):
             raise LinkError(f"{self.name} is closed; connect again")
         if qos == 0 and not self.is_up:
             raise LinkError(f"{self.name} has no link to the broker at {self._where}; send again when it is up")
-        info = self._client.publish(topic, payload, qos=qos, retain=retain)
+        try:
+            info = self._client.publish(topic, payload, qos=qos, retain=retain)
+        except OSError:  # a renewal replaces the sockets that wake paho's thread; it keeps QoS 1 all the same
+            if qos:
+                return
+            raise LinkError(f"{self.name} connects anew to the broker at {self._where}; send again") from None
         if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
             raise LinkError(f"{MAX_QUEUED} messages of {self.name} wait for the broker already; try later")
         if qos == 0 and info.rc == MQTTErrorCode.MQTT_ERR_NO_CONN:
@@ -124,7 +130,8 @@ class MqttTransport(Transport):
         with self._lock:
             self._subscriptions.pop(topic_filter, None)
             self._refused.discard(topic_filter)
-        self._client.unsubscribe(topic_filter)
+        with suppress(OSError):  # as in `publish`; the next connection does not subscribe to it
+            self._client.unsubscribe(topic_filter)
 
     def on_up(self, callback: Callable[[], None]) -> None:
         self._callbacks.append(callback)
@@ -188,7 +195,10 @@ class MqttTransport(Transport):
     def _request(self, topic_filter: str, qos: int) -> threading.Event:
         """Asks the broker for a subscription; the event is set by its answer."""
         with self._lock:
-            _, mid = self._client.subscribe(topic_filter, qos)
+            try:
+                _, mid = self._client.subscribe(topic_filter, qos)
+            except OSError:  # as in `publish`; the next connection subscribes to all
+                mid = None
             granted = threading.Event()
             if mid is None:
                 granted.set()

@@ -161,11 +161,11 @@ class CertificateAuthority:
         name: str,
         role: Role,
         extensions: Sequence[x509.ExtensionType],
-        life: timedelta = LEAF_LIFE,
+        life: timedelta | None = None,
     ) -> IssuedCertificate:
         issuer_id = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         builder = (
-            _certificate(key, _name(name, role), life)
+            _certificate(key, _name(name, role), LEAF_LIFE if life is None else life)
             .issuer_name(self._certificate.subject)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(digital_signature=True), critical=True)

@@ -148,7 +148,7 @@ def test_a_clock_that_is_behind_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_certificate_that_has_expired_by_this_clock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("provisioning.authority.LEAF_DAYS", 0)
+    monkeypatch.setattr("provisioning.authority.LEAF_LIFE", timedelta(0))
     with (
         FleetService(tmp_path / "service").running() as service,
         pytest.raises(ServiceError, match="has expired by this machine's clock"),

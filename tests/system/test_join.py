@@ -79,6 +79,7 @@ class Fleet:
 def fleet(tmp_path: Path, tiny_bundle: Bundle) -> Iterator[Fleet]:
     with ExitStack() as stack:
         site = stack.enter_context(running_site("amqtt", tmp_path))
+        site.admit_any("d1")
         service = FleetService(tmp_path / "service", site.authority)
         service.name, service.broker_port = "d1", site.port
         service.bundle_id = service.publish(tiny_bundle.folder).bundle_id

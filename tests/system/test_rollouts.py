@@ -87,6 +87,7 @@ class Site:
         self.registry = stack.enter_context(self.state.registry())
         for bundle_id in BUNDLES:
             self.registry.add_bundle(bundle_id, "tiny", 1000)
+        self.registry.change_settings(Target(Scope.ALL), lambda _: Settings(bundle=OLD))
         self._serve_all()
         self.start_server(stack)
         worker = stack.enter_context(MqttTransport.connect(self.state.identity(WORKER, Role.WORKER)))
