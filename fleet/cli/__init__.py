@@ -248,15 +248,22 @@ def online_device(fleet: State, device: str) -> Any:
     return rows[device]
 
 
+def exits_served(fleet: State, bundle_id: str) -> list[str]:
+    """The sources of a device's exits, in order of depth; none for a bundle that is not here."""
+    from fleet.manifest import Bundle
+    from fleet.policy import exit_source
+
+    folder = fleet.bundle_folder(bundle_id)
+    return [exit_source(layer) for layer in Bundle.load(folder, ()).manifest.exits] if folder else []
+
+
 def ask(fleet: State, device: str, requests: list[PromptRequest], *, as_json: bool) -> None:
     """Sends requests as an operator and shows the answers."""
     from fleet.cli.demo import follow
     from fleet.client import PromptClient
-    from fleet.manifest import Bundle
-    from fleet.policy import exit_source
 
     row = online_device(fleet, device)
-    exits = [exit_source(layer) for layer in Bundle.load(Path(fleet.config.bundle), ()).manifest.exits]
+    exits = exits_served(fleet, row.bundle_id)
     console = Console(stderr=as_json, highlight=False)
     transport = load("fleet.mqtt").MqttTransport
     with fleet.operator() as identity, transport.connect(identity) as link:

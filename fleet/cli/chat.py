@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Final
 
 import msgspec
 from rich.console import Console
 
-from fleet.cli import online_device
+from fleet.cli import exits_served, online_device
 from fleet.cli.demo import follow
 from fleet.cli.state import State
 from fleet.cli.views import legend
 from fleet.client import PromptClient
 from fleet.errors import PromptError
-from fleet.manifest import Bundle
 from fleet.mqtt import MqttTransport
-from fleet.policy import exit_source
 from fleet.prompt import ChatMessage, PromptRequest
 
 RESET: Final = "/reset"
@@ -24,8 +21,7 @@ RESET: Final = "/reset"
 
 def converse(fleet: State, device: str, base: PromptRequest) -> None:
     """Reads turns from the terminal until an empty line or end of input; a refused turn is shown and forgotten."""
-    online_device(fleet, device)
-    exits = [exit_source(layer) for layer in Bundle.load(Path(fleet.config.bundle), ()).manifest.exits]
+    exits = exits_served(fleet, online_device(fleet, device).bundle_id)
     console = Console(highlight=False)
     console.print(legend(exits))
     messages: tuple[ChatMessage, ...] = ()

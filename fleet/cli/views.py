@@ -26,8 +26,8 @@ HEADERS: Final = {
 
 
 def source_style(source: str, exits: Sequence[str]) -> str:
-    """The colour of a source; exits take theirs in order of depth."""
-    return STYLES.get(source) or EXIT_STYLES[exits.index(source) % len(EXIT_STYLES)]
+    """The colour of a source; exits take theirs in order of depth, one that is not among them the first."""
+    return STYLES.get(source) or EXIT_STYLES[exits.index(source) % len(EXIT_STYLES) if source in exits else 0]
 
 
 def exits_of(sources: Iterable[str]) -> list[str]:

@@ -29,7 +29,9 @@ from tests.registry.conftest import add
 @pytest.fixture
 def state(tmp_path: Path, tiny_bundle: Bundle) -> State:
     """A fleet whose processes do not run."""
-    return State.create(tmp_path / "state", StateConfig("127.0.0.1", free_port(), str(tiny_bundle.folder)))
+    return State.create(
+        tmp_path / "state", StateConfig("127.0.0.1", free_port(), str(tiny_bundle.folder), service_port=0)
+    )
 
 
 def problems(state: State) -> dict[str, str]:
@@ -77,7 +79,7 @@ def alter_the_bundle(state: State) -> None:
     copy = state.folder / "copy"
     shutil.copytree(state.config.bundle, copy)
     (copy / "edge/block_0.onnx").write_bytes(b"other")
-    State.create(state.folder, StateConfig("127.0.0.1", state.config.port, str(copy)))
+    State.create(state.folder, StateConfig("127.0.0.1", state.config.port, str(copy), service_port=0))
 
 
 def serve_another_bundle(state: State) -> None:

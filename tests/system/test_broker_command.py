@@ -30,7 +30,7 @@ def fleet_command(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def state(tmp_path: Path) -> State:
     """A fleet that nothing of runs, with the device `gw` and the app `app`, which may prompt it."""
-    made = State.create(tmp_path / "state", StateConfig(HOST, free_port(), str(tmp_path)))
+    made = State.create(tmp_path / "state", StateConfig(HOST, free_port(), str(tmp_path), service_port=0))
     for name, role, allow in (("gw", Role.DEVICE, ()), ("app", Role.APP, ("gw",))):
         made.enroll(name, role, tmp_path / name, allow=allow)
     return made

@@ -83,7 +83,7 @@ class Site:
     """A server, ten devices that answer all the time, and what tells them what is wanted of them."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self.state = State.create(folder / "state", StateConfig(HOST, free_port(), str(folder)))
+        self.state = State.create(folder / "state", StateConfig(HOST, free_port(), str(folder), service_port=0))
         self.registry = stack.enter_context(self.state.registry())
         for bundle_id in BUNDLES:
             self.registry.add_bundle(bundle_id, "tiny", 1000)
