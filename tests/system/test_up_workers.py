@@ -164,7 +164,9 @@ def test_parts_that_are_started_one_by_one_meet_at_a_broker_that_runs_elsewhere(
     tmp_path: Path, tiny_bundle: Bundle
 ) -> None:
     where, port = ("--home", str(tmp_path / "state")), free_port()
-    made = fleet_command("init", "--host", HOST, "--port", str(port), "--bundle", str(tiny_bundle.folder), *where)
+    made = fleet_command(
+        "init", "--host", HOST, "--port", str(port), "--service-port", "0", "--bundle", str(tiny_bundle.folder), *where
+    )
     assert made.returncode == 0, made.stderr
     for name in ("w1", "w2"):
         out = ("--role", "worker", "--shared-subscriptions", "--out", str(tmp_path / name))
