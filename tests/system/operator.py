@@ -17,7 +17,7 @@ from typing import Any, Final
 from fleet.manifest import Bundle
 from tests.brokers import free_port
 
-TIMEOUT_S: Final = 120.0
+TIMEOUT_S: Final = 240.0
 
 
 class Operator:

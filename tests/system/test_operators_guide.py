@@ -54,12 +54,14 @@ def test_the_guide_has_ten_lines() -> None:
     assert len(GUIDE) == 10
 
 
+@pytest.mark.timeout(900)
 def test_the_guide_works_on_sqlite_with_the_embedded_broker(tmp_path: Path, tiny_bundle: Bundle) -> None:
     with operator(tmp_path, tiny_bundle) as typing:
         follow_the_guide(typing)
 
 
 @pytest.mark.mosquitto
+@pytest.mark.timeout(900)
 def test_the_guide_works_on_postgresql_with_mosquitto(
     tmp_path: Path, tiny_bundle: Bundle, postgresql: Databases
 ) -> None:

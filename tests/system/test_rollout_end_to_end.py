@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from fleet.manifest import Bundle, read_manifest, write_manifest
 from tests.brokers import wait_until
@@ -50,6 +51,7 @@ def unstartable(bundle: Bundle, folder: Path) -> Bundle:
     return Bundle.load(folder)
 
 
+@pytest.mark.timeout(900)
 def test_a_device_takes_a_good_bundle_and_goes_back_from_one_that_does_not_start(
     tmp_path: Path, tiny_bundle: Bundle, make_tiny_bundle: Callable[..., Bundle]
 ) -> None:
