@@ -1,0 +1,148 @@
+"""What was measured, a row for each answer, kept in a file of JSON lines: a run that was cut off goes on from there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from fleet.errors import ConfigError
+
+
+class Link(Struct, frozen=True):
+    """Round trip in ms and bandwidth each way in Mbit/s; of 0 both are those of loopback."""
+
+    rtt_ms: float = 0.0
+    mbit_s: float = 0.0
+
+
+class Traffic(Struct, frozen=True):
+    """What went over the device's link for one answer: bytes of TCP payload, TLS included, and MQTT messages."""
+
+    bytes_up: int
+    bytes_down: int
+    messages_up: int
+    messages_down: int
+
+
+class Row(Struct, frozen=True, kw_only=True):
+    """One answer of one system to one sample.
+
+    `system` is as in `benchmarks.paper.systems.SYSTEMS`. Times are seen from the device; `edge_s` and `cloud_s` are
+    seconds of CPU that either side spent on it, each with one thread. `tokens_from` counts tokens by source.
+    `round_trips` are those that the device waited for; `positions_edge` and `positions_cloud` are (position, layer)
+    pairs that ran on either side, and `head_calls` runs of the LM head on both: work, where `cloud_s` is time.
+    """
+
+    part: str
+    system: str
+    dataset: str
+    sample: int
+    repeat: int
+    link: Link
+    run: str
+    prompt_tokens: int
+    token_ids: tuple[int, ...]
+    tokens_from: dict[str, int]
+    ttft_ms: float
+    total_ms: float
+    edge_s: float
+    cloud_s: float
+    traffic: Traffic
+    round_trips: int
+    layer_positions_edge: int
+    layer_positions_cloud: int
+    head_calls: int
+    joules: float | None = None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What it is a measurement of; there is one row for each."""
+        return self.part, self.system, self.dataset, self.sample, self.repeat, self.link.rtt_ms, self.link.mbit_s
+
+
+class Scored(Struct, frozen=True, kw_only=True):
+    """One answer of one system to a sample of a task, and what it is worth.
+
+    `score` is the task's metric of this answer; `preference`, for yes/no tasks, log P(yes) - log P(no). `nll` is the
+    mean negative log-likelihood of the answer's tokens under the full model.
+    """
+
+    system: str
+    dataset: str
+    sample: int
+    run: str
+    text: str
+    token_ids: tuple[int, ...]
+    tokens_from: dict[str, int]
+    score: float | None = None
+    label: int | None = None
+    preference: float | None = None
+    nll: float | None = None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What it is a score of; there is one for each."""
+        return self.system, self.dataset, self.sample
+
+
+class Run(Struct, frozen=True, kw_only=True):
+    """Under which conditions rows were measured; they name it by `run`."""
+
+    run: str
+    machine: dict[str, object]
+    versions: dict[str, str]
+    bundle_id: str
+    seed: int
+    at: float
+
+
+KeyedT = TypeVar("KeyedT", Row, Scored)
+
+
+class RowFile(Generic[KeyedT]):
+    """A file of rows of one kind. Appends are whole lines on the disk; a torn last line is dropped."""
+
+    def __init__(self, path: Path, kind: type[KeyedT]) -> None:
+        """Raises ConfigError when the file holds something else."""
+        self._path = path
+        self._decoder: msgspec.json.Decoder[KeyedT] = msgspec.json.Decoder(kind)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._rows: dict[tuple[object, ...], KeyedT] = {row.key: row for row in self._read()}
+
+    def _read(self) -> Iterator[KeyedT]:
+        if not self._path.exists():
+            return
+        content = self._path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.truncate(self._path, len(whole))
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                yield self._decoder.decode(line)
+            except msgspec.MsgspecError as error:
+                raise ConfigError(
+                    f"{self._path}, line {number}: expected a row of this version, got something else ({error}); "
+                    "move the file away and run again"
+                ) from None
+
+    def __contains__(self, key: tuple[object, ...]) -> bool:
+        return key in self._rows
+
+    def __iter__(self) -> Iterator[KeyedT]:
+        return iter(self._rows.values())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, row: KeyedT) -> None:
+        """Keeps a row, also through a crash of the machine."""
+        self._rows[row.key] = row
+        with self._path.open("ab") as file:
+            file.write(msgspec.json.encode(row) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
