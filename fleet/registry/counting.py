@@ -56,11 +56,11 @@ def count(db: Session, by: By, asked: Question) -> defaultdict[Key, Tally]:
     tallies: defaultdict[Key, Tally] = defaultdict(Tally)
     since = None if asked.since is None else beginning(asked.since, asked.now)
     spans = ladder(since) if by is not By.HOUR else [Spans(HOUR_S, rounded_up(since or 0.0, HOUR_S), None)]
-    for key, *sums in db.execute(_sums(ROLLUPS, by, asked, spans)).all():
+    for key, *sums in db.execute(_sums(ROLLUPS, by, asked, spans)):
         tallies[key].counts.update(dict(zip(COUNTS, sums, strict=True)))
-    for key, source, tokens in db.execute(_sums(SOURCES, by, asked, spans)).all():
+    for key, source, tokens in db.execute(_sums(SOURCES, by, asked, spans)):
         tallies[key].sources[source] += tokens
-    for key, mode, reason, switches in db.execute(_sums(SWITCHES, by, asked, spans)).all():
+    for key, mode, reason, switches in db.execute(_sums(SWITCHES, by, asked, spans)):
         tallies[key].switches[mode, reason] += switches
     if since is not None and since % HOUR_S:
         for key, report in _first_hour(db, by, asked, since):
@@ -90,7 +90,7 @@ def trends(db: Session, by: By, asked: Question) -> defaultdict[Key, list[float 
         _within(ROLLUPS, Spans(span_s, first, first + num_points * span_s))
     )
     points.default_factory = lambda: [None] * num_points
-    for key, at, tokens, cloud_tokens in db.execute(query).all():
+    for key, at, tokens, cloud_tokens in db.execute(query):
         if tokens:
             points[key][(at - first) // span_s] = round(cloud_tokens / tokens, 6)
     return points

@@ -13,7 +13,7 @@ from sqlalchemy import BigInteger, Column, ForeignKey, Integer, String, Table
 from fleet.registry.models import Table as Base
 
 HOUR_S: Final = 3600
-SPANS_S: Final = (HOUR_S, 6 * HOUR_S, 24 * HOUR_S, 96 * HOUR_S)
+SPANS_S: Final = (HOUR_S, 6 * HOUR_S, 24 * HOUR_S, 4 * 24 * HOUR_S, 16 * 24 * HOUR_S)
 """Lengths of the levels; each is a multiple of the one before."""
 
 AMOUNTS: Final = (

@@ -18,7 +18,7 @@ from fleet.registry.devices import check_device, is_device, is_online
 from fleet.registry.models import IdentityRecord, StatusRecord
 from fleet.registry.rollup_tables import AMOUNTS, TPOT, TTFT
 from fleet.registry.rows import BundleStats, Counts, GroupStats, HourStats, StatsRow
-from fleet.registry.tally import Tally, quantile_ms
+from fleet.registry.tally import Tally, quantiles_ms
 
 PLAIN: Final = tuple(name for name in AMOUNTS if name in Counts.__struct_fields__)
 
@@ -64,20 +64,18 @@ def _counts(tally: Tally, trend: Iterable[float | None]) -> dict[str, Any]:
     counts = tally.counts
     sources = {source: tally.sources[source] for source in sorted(tally.sources, key=_depth)}
     total = sum(sources.values())
-    ttft, tpot = [counts[name] for name in TTFT], [counts[name] for name in TPOT]
+    ttft, tpot = (_p50_p95([counts[name] for name in names]) for names in (TTFT, TPOT))
     return {
         "generations": counts["answers"], "sources": sources, "offload_rate": round(offload_rate(sources), 6),
         "shares": {source: round(tokens / total, 6) for source, tokens in sources.items()} if total else {},
-        "ttft_p50_ms": _rounded(ttft, 0.5), "ttft_p95_ms": _rounded(ttft, 0.95),
-        "tpot_p50_ms": _rounded(tpot, 0.5), "tpot_p95_ms": _rounded(tpot, 0.95),
+        "ttft_p50_ms": ttft[0], "ttft_p95_ms": ttft[1], "tpot_p50_ms": tpot[0], "tpot_p95_ms": tpot[1],
         "switches": {f"{mode}: {reason}": n for (mode, reason), n in tally.switches.most_common()},
         "trend": tuple(trend),
     } | {name: counts[name] for name in PLAIN}  # fmt: skip
 
 
-def _rounded(histogram: list[int], q: float) -> float | None:
-    ms = quantile_ms(histogram, q)
-    return None if ms is None else round(ms, 3)
+def _p50_p95(histogram: list[int]) -> list[float | None]:
+    return [ms if ms is None else round(ms, 3) for ms in quantiles_ms(histogram, (0.5, 0.95))]
 
 
 def _depth(source: str) -> tuple[int, int]:

@@ -72,14 +72,20 @@ def kind_of(reason: str) -> str:
 
 
 def quantile_ms(counts: Sequence[int], q: float) -> float | None:
-    """The `q`-quantile of a histogram with `NUM_BUCKETS` counts, 0 < q <= 1; None when it is empty.
+    """The `q`-quantile of a histogram with `NUM_BUCKETS` counts, 0 < q <= 1; None when it is empty."""
+    return quantiles_ms(counts, (q,))[0]
+
+
+def quantiles_ms(counts: Sequence[int], qs: Sequence[float]) -> list[float | None]:
+    """Several quantiles of one histogram.
 
     Linear within its bucket, whose ends are a factor of 1.41 apart; above the last end it is that end.
     """
     below = list(accumulate(counts))
-    if not below[-1]:
-        return None
-    rank = q * below[-1]
+    return [_at(counts, below, q * below[-1]) if below[-1] else None for q in qs]
+
+
+def _at(counts: Sequence[int], below: Sequence[int], rank: float) -> float:
     i = bisect_left(below, rank)
     if i == NUM_BUCKETS - 1:
         return BUCKETS_MS[-1]

@@ -27,8 +27,9 @@ def test_it_prints_the_milliseconds_of_each_database(postgresql: Databases) -> N
 
 def test_the_longer_spans_hold_the_hours_and_the_window_begins_where_most_are_needed(registry_url: str) -> None:
     fill(registry_url, 2, DAYS)
-    days, rest = ladder(beginning(SINCE, SINCE + 30 * DAY_S))
-    assert (days.span_s, days.end, rest.span_s) == (DAY_S, days.first + 3 * DAY_S, SPANS_S[-1])
+    days, fours, rest = ladder(beginning(SINCE, SINCE + 30 * DAY_S))
+    assert (days.span_s, days.end, fours.end) == (DAY_S, days.first + 3 * DAY_S, fours.first + 12 * DAY_S)
+    assert (fours.span_s, rest.span_s) == SPANS_S[-2:]
     with Registry.open(registry_url) as registry:
         for since in (None, SINCE):
             rows = registry.stats(since=since, now=SINCE + DAYS * DAY_S)
