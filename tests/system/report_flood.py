@@ -1,6 +1,7 @@
-"""Many devices report to one server, which is killed twice, and whose database is locked in between.
+"""Many devices report to one server, which is killed twice, and whose database is away in between.
 
-At its full size: ``python -m tests.system.report_flood --devices 200 --reports 50000 --locked-s 20``.
+SQLite's file is locked by somebody else, PostgreSQL's server is stopped. At its full size:
+``python -m tests.system.report_flood --devices 200 --reports 50000 --away-s 20 [--postgresql]``.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Final
 
 from sqlalchemy import create_engine, func, select
 
+from benchmarks.postgresql import PostgresqlServer, postgresql_server
 from edge_agent.reports import REPORTS_FILE, ReportOutbox
 from fleet.access import Role
 from fleet.cli.processes import Child
 from fleet.cli.state import State, StateConfig
+from fleet.registry.database import parse_url
 from fleet.registry.models import GenerationRecord
 from provisioning.authority import CertificateAuthority
 from provisioning.enroll import enroll
@@ -41,11 +44,13 @@ sys.stdin.read()
 class Flood:
     """A server in a process of its own, and devices in a few others."""
 
-    def __init__(self, folder: Path, num_devices: int, stack: ExitStack) -> None:
-        self.state = State.create(folder / "state", StateConfig(HOST, free_port(), str(folder), service_port=0))
-        self.database = self.state.folder / "registry.sqlite"
+    def __init__(self, folder: Path, num_devices: int, postgresql: PostgresqlServer | None, stack: ExitStack) -> None:
+        url = postgresql.create("flood") if postgresql else None
+        config = StateConfig(HOST, free_port(), str(folder), registry=url, service_port=0)
+        self.state = State.create(folder / "state", config)
+        self._file, self._postgresql = self.state.folder / "registry.sqlite", postgresql
         self.registry = stack.enter_context(self.state.registry())
-        self._engine = create_engine(f"sqlite:///{self.database}")
+        self._engine = create_engine(parse_url(url or self._file), pool_pre_ping=True)
         stack.callback(self._engine.dispose)
         self.server = self._start_server()
         stack.callback(lambda: self.server.stop())
@@ -84,9 +89,14 @@ class Flood:
             devices.stdin.flush()
 
     @contextmanager
-    def database_locked(self) -> Iterator[None]:
-        """Another process has the database to itself."""
-        with process("-c", LOCK, str(self.database)) as holder:
+    def database_away(self) -> Iterator[None]:
+        """Another process has the file to itself, or the database's server is stopped."""
+        if self._postgresql:
+            self._postgresql.stop()
+            yield
+            self._postgresql.start()
+            return
+        with process("-c", LOCK, str(self._file)) as holder:
             expect(holder, "locked")
             yield
 
@@ -103,7 +113,9 @@ class Flood:
             return sorted(database.scalars(select(GenerationRecord.generation)))
 
 
-def flood(folder: Path, num_devices: int, num_reports: int, locked_s: float) -> None:
+def flood(
+    folder: Path, num_devices: int, num_reports: int, away_s: float, postgresql: PostgresqlServer | None = None
+) -> None:
     """Fails unless every report is in the registry exactly once at the end, and no device keeps any."""
     each, began = num_reports // num_devices, time.monotonic()
 
@@ -111,17 +123,17 @@ def flood(folder: Path, num_devices: int, num_reports: int, locked_s: float) -> 
         print(f"{time.monotonic() - began:6.1f} s  {fleet.num_stored():6d} stored  {what}", flush=True)
 
     with ExitStack() as stack:
-        fleet = Flood(folder, num_devices, stack)
+        fleet = Flood(folder, num_devices, postgresql, stack)
         say("devices are connected")
         fleet.report(each // 3)
         fleet.until_stored(num_reports // 10)
         say("the server is killed")
         fleet.restart_server(lambda: fleet.report(each // 3))
         fleet.until_stored(num_reports * 4 // 10)
-        say("the database is locked")
-        with fleet.database_locked():
+        say("the database is away")
+        with fleet.database_away():
             fleet.report(each - 2 * (each // 3))
-            time.sleep(locked_s)
+            time.sleep(away_s)
         fleet.until_stored(num_reports * 6 // 10)
         say("the server is killed")
         fleet.restart_server(lambda: None)
@@ -161,10 +173,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devices", type=int, default=200)
     parser.add_argument("--reports", type=int, default=50_000)
-    parser.add_argument("--locked-s", type=float, default=20.0)
+    parser.add_argument("--away-s", type=float, default=20.0)
+    parser.add_argument("--postgresql", action="store_true")
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        flood(Path(folder), asked.devices, asked.reports, asked.locked_s)
+    database: AbstractContextManager[PostgresqlServer | None] = (
+        postgresql_server() if asked.postgresql else nullcontext()
+    )
+    with tempfile.TemporaryDirectory() as folder, database as server:
+        flood(Path(folder), asked.devices, asked.reports, asked.away_s, server)
 
 
 if __name__ == "__main__":
