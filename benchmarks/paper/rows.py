@@ -34,8 +34,9 @@ class Row(Struct, frozen=True, kw_only=True):
 
     `system` is as in `benchmarks.paper.systems.SYSTEMS`. Times are seen from the device; `edge_s` and `cloud_s` are
     seconds of CPU that either side spent on it, each with one thread. `tokens_from` counts tokens by source.
-    `round_trips` are those that the device waited for; `positions_edge` and `positions_cloud` are (position, layer)
-    pairs that ran on either side, and `head_calls` runs of the LM head on both: work, where `cloud_s` is time.
+    `round_trips` are those that the device waited for; `layer_positions_edge` and `layer_positions_cloud` are
+    (position, layer) pairs that ran on either side, and `head_calls` positions that the LM head looked at on both,
+    `head_calls_cloud` of them on the cloud's: work, where `cloud_s` is time.
     """
 
     part: str
@@ -57,6 +58,7 @@ class Row(Struct, frozen=True, kw_only=True):
     layer_positions_edge: int
     layer_positions_cloud: int
     head_calls: int
+    head_calls_cloud: int = 0
     joules: float | None = None
 
     @property
@@ -90,6 +92,24 @@ class Scored(Struct, frozen=True, kw_only=True):
         return self.system, self.dataset, self.sample
 
 
+class ModelSizes(Struct, frozen=True):
+    """What the work of an answer is counted in. Parameters are those of one layer's products, and of the LM head's."""
+
+    name: str
+    num_layers: int
+    exits: tuple[int, ...]
+    split_layer: int
+    upload_layer: int
+    thresholds: tuple[float, ...]
+    layer_parameters: int
+    head_parameters: int
+
+    @property
+    def head_layers(self) -> float:
+        """The LM head's parameters over a layer's."""
+        return self.head_parameters / self.layer_parameters
+
+
 class Run(Struct, frozen=True, kw_only=True):
     """Under which conditions rows were measured; they name it by `run`."""
 
@@ -97,6 +117,8 @@ class Run(Struct, frozen=True, kw_only=True):
     machine: dict[str, object]
     versions: dict[str, str]
     bundle_id: str
+    model: ModelSizes
+    size: str
     seed: int
     at: float
 
