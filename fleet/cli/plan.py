@@ -65,9 +65,10 @@ def print_plan(console: Console, made: Plan) -> None:
     console.print(made.advice)
     for fit in made.fits:
         exits, processor = ",".join(map(str, fit["exits"])), fit["machine"].get("processor")
+        errors = fit["errors"]
         console.print(
-            f"exits {exits} of {fit['model']}, measured on {processor} with steps of {fit['edge_step_ms']:.1f} ms on the "
-            f"device and {fit['cloud_step_ms']:.1f} ms in the cloud; on links that were held back the prediction was off "
-            f"by {fit['errors']['median']:.1%} in the middle and {fit['errors']['highest']:.1%} at most",
+            f"exits {exits} of {fit['model']}, measured on {processor} with steps of {fit['edge_step_ms']:.1f} ms on "
+            f"the device and {fit['cloud_step_ms']:.1f} ms in the cloud; on links that were held back the prediction "
+            f"was off by {errors['median']:.1%} in the middle and {errors['highest']:.1%} at most",
             style="dim",
         )
