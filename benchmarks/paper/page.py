@@ -53,7 +53,7 @@ def blocks(summary: Summary) -> dict[str, str]:
     """Markdown by name of the part; parts without figures are left out."""
     from benchmarks.paper.plots import pictures
 
-    drawn = {name for name, _ in pictures(summary)}
+    drawn = pictures(summary)
     found = {"conditions": conditions(summary.run)}
     for part, tables in sheets(summary).items():
         shown = [f"![{name}](paper-{name}.svg)" for name in PICTURES.get(part, ()) if name in drawn]

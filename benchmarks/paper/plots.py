@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,22 @@ def draw(summary: Summary, folder: Path) -> dict[str, Path]:
         ConfigError: it cannot be written.
     """
     with mpl.rc_context({"svg.hashsalt": "paper", "svg.fonttype": "none"}):
-        return {name: _save(figure, folder / f"paper-{name}.svg") for name, figure in pictures(summary)}
+        return {name: _save(make(), folder / f"paper-{name}.svg") for name, make in pictures(summary).items()}
 
 
-def pictures(summary: Summary) -> Iterator[tuple[str, Figure]]:
-    """By name, in the order of the page."""
+def pictures(summary: Summary) -> dict[str, Callable[[], Figure]]:
+    """How each is made, by name, in the order of the page."""
     table = [one for one in summary.figures if one.part == "table"]
     grid = [one for one in summary.figures if one.part == "latency"]
+    scored = [row for row in summary.accuracy if None not in (row.get("score"), row.get("offload_rate"))]
+    found: dict[str, Callable[[], Figure]] = {}
     if table:
-        yield "time", _bars(table)
-        yield "bytes", _bytes(table)
+        found |= {"time": partial(_bars, table), "bytes": partial(_bytes, table)}
     if grid:
-        yield "latency", _latency(grid)
-    if scored := [row for row in summary.accuracy if None not in (row.get("score"), row.get("offload_rate"))]:
-        yield "accuracy", _accuracy(scored)
+        found["latency"] = partial(_latency, grid)
+    if scored:
+        found["accuracy"] = partial(_accuracy, scored)
+    return found
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -176,7 +176,7 @@ def claims(table: Sequence[Figures]) -> Sheet:
         elif claim.name in of:
             own = of[claim.name](one)
         else:
-            own = f"{naive.bytes / 1e3:,.0f} KB to {one.bytes / 1e3:,.0f} KB" if naive else NONE
+            own = f"{naive.bytes / 1e3:,.1f} KB to {one.bytes / 1e3:,.1f} KB" if naive else NONE
         rows.append([f"{claim.dataset}: {claim.name}", paper, own])
     return Sheet("the paper's other figures, and ours at the same threshold", ["figure", "paper", "ours"], rows)
 
