@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -94,27 +94,36 @@ def advise(
     if best.mode == CLOUD_ONLY:
         words.append("A device of its own does not pay here, unless the link may fail or the cloud's time is scarce.")
     elif cloud is not None:
-        words.append(f"Cloud-only takes {cloud.total_ms / 1e3:.2f} s.")
-    words += _turns("a round trip of", "ms", load.rtt_ms, name, by_rtt)
-    words += _turns("", "Mbit/s", load.mbit_s, name, by_bandwidth)
-    rtts, mbits = zip(*(fit.rtt_ms for fit in fits), strict=True), zip(*(fit.mbit_s for fit in fits), strict=True)
-    for what, value, ((*lows,), (*highs,)) in (("round trip", load.rtt_ms, rtts), ("bandwidth", load.mbit_s, mbits)):
-        if not min(lows) <= value <= max(highs):
-            words.append(f"This {what} was not measured ({min(lows):g} to {max(highs):g} were): expect less of it.")
+        never = all(CLOUD_ONLY not in (turn.below, turn.above) for turn in (*by_rtt, *by_bandwidth))
+        slower = f" and is not faster at any round trip or bandwidth from {RANGE[0]:g} to {RANGE[1]:g}" if never else ""
+        words.append(f"Cloud-only takes {cloud.total_ms / 1e3:.2f} s{slower}.")
+    for what, unit, value, turns, measured in (
+        ("a round trip of ", "ms", load.rtt_ms, by_rtt, _reach(fit.rtt_ms for fit in fits)),
+        ("", "Mbit/s", load.mbit_s, by_bandwidth, _reach(fit.mbit_s for fit in fits)),
+    ):
+        words += _turns(what, unit, value, name, turns)
+        if not measured[0] <= value <= measured[1]:
+            words.append(f"{value:g} {unit} is beyond what was measured ({measured[0]:g} to {measured[1]:g}).")
     if len({fit.exits for fit in fits}) == 1:
         exits = ", ".join(map(str, fits[0].exits))
         words.append(f"Only exits {exits} were measured: whether another split suits better cannot be said.")
     return " ".join(words)
 
 
-def _turns(before: str, unit: str, value: float, name: str, found: Sequence[Crossing]) -> Iterator[str]:
+def _reach(spans: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """From the lowest to the highest of some."""
+    lows, highs = zip(*spans, strict=True)
+    return min(lows), max(highs)
+
+
+def _turns(what: str, unit: str, value: float, name: str, found: Sequence[Crossing]) -> Iterator[str]:
     """The nearest crossings on either side."""
     below = [crossing for crossing in found if crossing.at <= value and crossing.above == name]
     above = [crossing for crossing in found if crossing.at > value and crossing.below == name]
     if below:
-        yield f"Below {before} {below[-1].at:.3g} {unit} {below[-1].below} is faster.".replace("  ", " ")
+        yield f"Below {what}{below[-1].at:.3g} {unit} {below[-1].below} is faster."
     if above:
-        yield f"From {before} {above[0].at:.3g} {unit} on {above[0].above} is faster.".replace("  ", " ")
+        yield f"From {what}{above[0].at:.3g} {unit} on {above[0].above} is faster."
 
 
 def _title(expectation: Expectation, fits: Sequence[Fit]) -> str:

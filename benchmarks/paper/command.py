@@ -72,7 +72,7 @@ def run(
             results = Results.begin(folder, new_run(opened, size, seed))
             measure_parts(parts, results, opened, data, progress)
     if refit:
-        print_fit(*keep_fit(results), as_json=as_json)
+        print_fit(*keep_fit(results, DATA), as_json=as_json)
         return
     summary = results.summary()
     if plot is not None:
@@ -110,7 +110,7 @@ def measure_parts(
         score(size, bundle, load, results.scored, run.run, progress)
 
 
-def keep_fit(results: Results, path: Path = DATA) -> tuple[Fit, list[HeldBack]]:
+def keep_fit(results: Results, path: Path) -> tuple[Fit, list[HeldBack]]:
     """Fits `fleet plan` and writes its data: beside fits of other exits of the same model, in the place of the same."""
     fitted, checked = fit(results.rows, results.run)
     others = read_fits(path) if path.exists() else ()

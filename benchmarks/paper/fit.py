@@ -159,19 +159,17 @@ class Work:
 
 def setting_of(name: str, rows: Sequence[Row], agreed: float | None, work: Work) -> Setting:
     """One system's counts, from its rows over the links that are fitted; its times are the plain sum yet."""
-    mode, _, value = name.partition("@")
-    threshold = float(value) if value not in ("", "calibrated") else None
+    value = name.partition("@")[2]
     positions = np.array([[row.prompt_tokens, len(row.token_ids)] for row in rows], float)
     prompt_bytes, token_bytes = non_negative(positions, np.array([num_bytes(row) for row in rows], float))
     by_rtt: dict[float, list[Row]] = defaultdict(list)
     for row in rows:
         by_rtt[row.link.rtt_ms].append(row)
-    is_exact = mode in (Mode.VERIFIED, CLOUD_ONLY) or threshold == 1.0
     return Setting(
         name=name,
-        mode=mode,
-        threshold=threshold,
-        agreement=1.0 if is_exact else agreed,
+        mode=next(mode for mode in MODES if name.startswith(mode)),
+        threshold=float(value) if value not in ("", "calibrated") else None,
+        agreement=1.0 if name in (*REFERENCES, CLOUD_ONLY) else agreed,
         prompt_edge=fmean(work.prompt(row, "edge") for row in rows),
         prompt_cloud=fmean(work.prompt(row, "cloud") for row in rows),
         prompt_bytes=prompt_bytes,

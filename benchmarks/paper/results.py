@@ -23,7 +23,9 @@ from fleet.errors import BundleError, ConfigError
 from fleet.manifest import Bundle
 
 PACKAGES: Final = ("cecollm-fleet", "onnxruntime", "torch", "transformers")
-CONDITIONS: Final = ("machine", "versions", "bundle_id", "size", "seed")
+CONDITIONS: Final = {
+    "machine": "machine", "versions": "set of versions", "bundle_id": "bundle", "size": "size", "seed": "seed",
+}  # fmt: skip
 
 
 class Results:
@@ -57,11 +59,11 @@ class Results:
                 file.flush()
                 os.fsync(file.fileno())
             return cls(folder, run)
-        for name in CONDITIONS:
-            was, now = getattr(kept, name), getattr(run, name)
+        for field, name in CONDITIONS.items():
+            was, now = getattr(kept, field), getattr(run, field)
             if was != now:
                 raise ConfigError(
-                    f"{folder} holds rows of another {name.replace('_', ' ')}: {_show(was)}, now {_show(now)}; "
+                    f"{folder} holds rows measured with another {name}: {_show(was)}, now {_show(now)}; "
                     "give another --out, or move the folder away"
                 )
         return cls(folder, kept)

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import msgspec
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from fleet.advice import Plan
 from fleet.advice import plan as make_plan
-from fleet.plan import DATA, Load, read_fits
+from fleet.plan import CLOUD_ONLY, DATA, Load, read_fits
 from fleet.policy import DEFAULT_AGREEMENT
 
 
@@ -40,18 +41,17 @@ def plan(
 
 def print_plan(console: Console, made: Plan) -> None:
     """What to expect, the best first, and the advice."""
-    table = Table()
-    for i, header in enumerate(
-        (
-            "mode", "exits", "first token, ms", "ms a token", "answer, s", "KB", "round trips", "from the cloud",
-            "agreement",
-        )
-    ):  # fmt: skip
-        table.add_column(header, justify="right" if i > 1 else "left")
+    has_splits = len({one.exits for one in made.expectations}) > 1
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    table.add_column("mode", no_wrap=True)
+    for header in (*(["exits"] if has_splits else []), "ttft, ms", "ms/token", "total, s", "KB", "trips", "cloud"):
+        table.add_column(header, justify="right")
+    table.add_column("agrees", justify="right")
     for one in made.expectations:
+        exits = "-" if one.mode == CLOUD_ONLY else ",".join(map(str, one.exits))
         table.add_row(
             one.name,
-            ",".join(map(str, one.exits)),
+            *([exits] if has_splits else []),
             f"{one.ttft_ms:.0f}",
             f"{one.token_ms:.1f}",
             f"{one.total_ms / 1e3:.2f}",

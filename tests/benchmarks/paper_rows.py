@@ -67,9 +67,10 @@ def answer(system: str, link: Link, sample: int, prompt: int, tokens: int, facto
     edge_ms, cloud_ms = EDGE_STEP_MS * steps["edge"], CLOUD_STEP_MS * steps["cloud"]
     transfer_ms = num_bytes * 8 / (1000 * link.mbit_s)
     total = OVERLAP.get(system, 1.0) * (edge_ms + cloud_ms) + trips * (link.rtt_ms + EXTRA_MS) + transfer_ms
+    from_cloud = {"standalone": 0, "cloud_only": tokens}.get(system, asked)
     return row(
         system, part="latency", link=link, sample=sample, prompt_tokens=prompt, token_ids=tuple(range(tokens)),
-        tokens_from={"cloud": asked, "exit:24": tokens - asked} if edge else {"cloud": tokens}, total_ms=total * factor,
+        tokens_from={"cloud": from_cloud, "exit:24": tokens - from_cloud}, total_ms=total * factor,
         ttft_ms=total * factor / 20, edge_s=edge_ms * factor / 1e3, cloud_s=cloud_ms * factor / 1e3,
         traffic=Traffic(num_bytes, 0, messages, 0), round_trips=trips, layer_positions_edge=edge,
         layer_positions_cloud=cloud, head_calls=heads + heads_cloud, head_calls_cloud=heads_cloud,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
 from benchmarks.paper.fit import fit, non_negative
 from benchmarks.paper.rows import Link
-from benchmarks.paper.sizes import GRID
+from benchmarks.paper.sizes import GRID, PAPER_LINK, SIZES
 from fleet.errors import ConfigError
 from fleet.plan import Fit
 from tests.benchmarks import paper_rows as known
@@ -65,6 +66,15 @@ def test_the_plan_agrees_with_the_reference_up_to_the_first_other_token() -> Non
     agreed = next(s.agreement for s in fitted.settings if s.name == "collaborative@0.8")
     assert agreed is not None
     assert 0.99 < agreed < 1
+
+
+def test_a_small_run_has_links_enough() -> None:
+    rows = list(linear_rows(SIZES["small"].links, samples=1))
+    rows += [msgspec.structs.replace(r, system="collaborative_int8@calibrated") for r in rows if "@" in r.system]
+    fitted, checked = fit(rows, RUN)
+    assert {one.link for one in checked} == {PAPER_LINK}
+    assert max(one.error for one in checked) < 0.15
+    assert {(s.mode, s.threshold) for s in fitted.settings if "_int8" in s.name} == {("collaborative", None)}
 
 
 def test_too_few_links_or_systems_are_refused_with_what_to_run() -> None:
