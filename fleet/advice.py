@@ -95,7 +95,8 @@ def advise(
         words.append("A device of its own does not pay here, unless the link may fail or the cloud's time is scarce.")
     elif cloud is not None:
         never = all(CLOUD_ONLY not in (turn.below, turn.above) for turn in (*by_rtt, *by_bandwidth))
-        slower = f" and is not faster at any round trip or bandwidth from {RANGE[0]:g} to {RANGE[1]:g}" if never else ""
+        reach = f"from {RANGE[0]:g} to {RANGE[1]:g}"
+        slower = f", and no other round trip or bandwidth {reach} alone makes it the fastest" if never else ""
         words.append(f"Cloud-only takes {cloud.total_ms / 1e3:.2f} s{slower}.")
     for what, unit, value, turns, measured in (
         ("a round trip of ", "ms", load.rtt_ms, by_rtt, _reach(fit.rtt_ms for fit in fits)),

@@ -48,7 +48,7 @@ def fit(rows: Iterable[Row], run: Run) -> tuple[Fit, list[HeldBack]]:
     """The constants, and how far off they are where they were not fitted.
 
     Raises:
-        ConfigError: there are too few links, or too few systems.
+        ConfigError: there are too few links or systems, or none was measured over enough of both kinds of links.
     """
     answers: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -89,6 +89,8 @@ def fit(rows: Iterable[Row], run: Run) -> tuple[Fit, list[HeldBack]]:
     settings = tuple(with_shares(counted, setting, by_system[setting.name]) for setting in counted.settings)
     result = msgspec.structs.replace(counted, settings=settings)
     checked = check(result, held)
+    if not checked:
+        raise ConfigError("no system was measured both over links to fit and over others; finish the part 'latency'")
     errors = [one.error for one in checked]
     summary = {
         "held_back": float(len(errors)),

@@ -16,6 +16,7 @@ from benchmarks.paper.command import PARTS, app, keep_fit
 from benchmarks.paper.results import Results, model_sizes, new_run
 from benchmarks.paper.rows import Row, RowFile
 from benchmarks.paper.sizes import SIZES, Size
+from fleet.cli import app as fleet_app
 from fleet.errors import ConfigError
 from fleet.manifest import Bundle
 from fleet.plan import read_fits
@@ -87,6 +88,11 @@ def test_sizes_are_those_of_the_bundles_model(tiny_bundle: Bundle) -> None:
 def test_bad_arguments_are_refused_before_any_work(arguments: tuple[str, ...], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         bench(*arguments)
+
+
+def test_the_fleets_command_hands_its_options_on() -> None:
+    with pytest.raises(ConfigError, match="--size 'huge'"):
+        fleet_app(args=["bench", "paper", "--size", "huge"], standalone_mode=False)
 
 
 def test_every_part_is_measured_once_and_shown(

@@ -82,6 +82,9 @@ def test_too_few_links_or_systems_are_refused_with_what_to_run() -> None:
         fit(linear_rows((Link(1.0, 10.0), Link(5.0, 10.0))), RUN)
     with pytest.raises(ConfigError, match="no latency rows of cloud_only"):
         fit([row for row in linear_rows() if row.system != "cloud_only"], RUN)
+    apart = [r for r in linear_rows(SIZES["small"].links) if (r.system == "verified") == (r.link == PAPER_LINK)]
+    with pytest.raises(ConfigError, match="no system was measured both over links to fit and over others"):
+        fit(apart, RUN)
 
 
 def test_least_squares_have_no_term_below_zero() -> None:
