@@ -8,11 +8,12 @@ import queue
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self
 
+from benchmarks.processes import cpu_s
 from fleet.errors import FleetError
 
 ROOT: Final = Path(__file__).parents[1]
@@ -50,12 +51,27 @@ class Engine:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def cpu_s(self) -> float:
+        """Seconds of CPU that the process has taken, all threads."""
+        return cpu_s(self.pid)
+
     def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         """One request and its answer.
 
         Raises:
             FleetError: the engine says that it failed, ended, or did not answer in time.
         """
+        self._request(op, arguments)
+        return self._answer(ANSWER_TIMEOUT_S)
+
+    def stream(self, op: str, **arguments: Any) -> Iterator[dict[str, Any]]:
+        """One request that has many answers, each as it comes; to be taken to its end. Raises as `ask` does."""
+        self._request(op, arguments)
+        while "done" not in (answer := self._answer(ANSWER_TIMEOUT_S)):
+            yield answer
+
+    def _request(self, op: str, arguments: dict[str, Any]) -> None:
         stdin = self._process.stdin
         if stdin is None:
             raise FleetError(f"{self.name} was closed")
@@ -64,7 +80,6 @@ class Engine:
             stdin.flush()
         except BrokenPipeError:
             raise self._ended() from None
-        return self._answer(ANSWER_TIMEOUT_S)
 
     def _answer(self, timeout_s: float) -> dict[str, Any]:
         try:
