@@ -25,8 +25,10 @@ STOP_TIMEOUT_S: Final = 10.0
 class Engine:
     """One engine's process, loaded and waiting. Use as a context manager."""
 
-    def __init__(self, name: str, command: Sequence[str]) -> None:
-        """Raises FleetError when it does not start."""
+    version = ""
+
+    def __init__(self, name: str, command: Sequence[str], *, wait: bool = True) -> None:
+        """With ``wait=False`` it still loads when this returns. Raises FleetError when it does not start."""
         self.name = name
         self._process = subprocess.Popen(
             command,
@@ -41,6 +43,11 @@ class Engine:
         self._errors: deque[str] = deque(maxlen=20)
         for read, stream in ((self._lines.put, self._process.stdout), (self._errors.append, self._process.stderr)):
             threading.Thread(target=forward, args=(stream, read), daemon=True).start()
+        if wait:
+            self.wait_ready()
+
+    def wait_ready(self) -> None:
+        """Returns when it has loaded. Raises FleetError when it ended, or did not load in time; it is closed then."""
         try:
             self.version = str(self._answer(LOAD_TIMEOUT_S)["ready"])
         except BaseException:
@@ -50,6 +57,11 @@ class Engine:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def status(self) -> int | None:
+        """Its exit status; None while it runs."""
+        return self._process.poll()
 
     @property
     def cpu_s(self) -> float:

@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a broker, which counts bytes and does to a link what networks do: slow it, cut it, and worse."""
+"""A TCP proxy before a broker, which counts bytes and does to a link what networks do: slow it, cut it, and worse."""
 
 from __future__ import annotations
 

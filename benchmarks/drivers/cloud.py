@@ -90,8 +90,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     identity = Identity.load(arguments.identity)
     with ExitStack() as stack:
-        sides = () if arguments.peer else ("cloud",)
-        bundle = Bundle.load(arguments.bundle, sides)
+        bundle = Bundle.load(arguments.bundle, () if arguments.peer else ("cloud",))
         model, version = load(bundle, arguments.embedding, arguments.peer, stack)
         will = Will(topics.worker_status(identity.name), Worker.will())
         link = stack.enter_context(MqttTransport.connect(identity, will=will))

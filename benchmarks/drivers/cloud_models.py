@@ -36,7 +36,7 @@ class _Layers:
 
     def __init__(self, bundle: Bundle) -> None:
         self.positions = self.head_calls = 0
-        self.pid = None
+        self.pid: int | None = None
         self._layers = UpperLayers(bundle, 1)
         self._pool = self._layers.new_pool(POOL_BYTES)
         self._lease: KvLease | None = None
@@ -110,7 +110,7 @@ class PeerCloudModel:
     def __init__(self, engine: Engine, num_layers: int, eos_token_ids: Sequence[int]) -> None:
         self.num_layers = num_layers
         self.positions = self.head_calls = 0
-        self.pid = engine.pid
+        self.pid: int | None = engine.pid
         self._engine = engine
         self._eos = list(eos_token_ids)
 
