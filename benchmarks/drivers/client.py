@@ -32,7 +32,7 @@ from fleet.report import WorkerStatus, decode_status
 from fleet.transport import Transport
 
 TOKEN_TIMEOUT_S: Final = 60.0
-WORKER_TIMEOUT_S: Final = 30.0
+WORKER_TIMEOUT_S: Final = 10.0
 
 
 class Channel:

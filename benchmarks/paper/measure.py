@@ -5,7 +5,7 @@ Every system answers a sample before the next sample is taken, so that what else
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from typing import Final, NamedTuple
 
@@ -35,7 +35,7 @@ Progress = Callable[[str], None]
 
 
 class Case(NamedTuple):
-    """One row that is to be measured, as its key has it."""
+    """One row that is to be measured, as its key has it, and how long an answer may be."""
 
     part: str
     system: str
@@ -43,10 +43,11 @@ class Case(NamedTuple):
     sample: int
     repeat: int
     link: Link
+    max_new_tokens: int
 
     @property
     def key(self) -> tuple[object, ...]:
-        return (*self[:-1], self.link.rtt_ms, self.link.mbit_s)
+        return *self[:5], self.link.rtt_ms, self.link.mbit_s
 
 
 def measure(
@@ -69,17 +70,15 @@ def measure(
     """
     bench = _Bench(samples, rows, run, progress)
     models = models or PaperModels(bundle, progress)
-    if TABLE in parts:
-        bench.fill(table_cases(size), size.table_tokens, models)
-    if LATENCY in parts:
-        bench.fill(latency_cases(size), size.latency_tokens, models)
+    cases = [*(table_cases(size) if TABLE in parts else ()), *(latency_cases(size) if LATENCY in parts else ())]
+    bench.fill(cases, models)
     if PROPORTIONS in parts:
         same_class = models.float32()
         link = proportional_link(bench, size, same_class)
-        bench.fill(proportional_cases(size, link), size.table_tokens, same_class)
+        bench.fill(proportional_cases(size, link), same_class)
     if PEER in parts:
         try:
-            bench.fill(peer_cases(size), size.table_tokens, models)
+            bench.fill(peer_cases(size), models)
         except FleetError as error:
             progress(f"without the peers: {error}")
 
@@ -88,7 +87,7 @@ def table_cases(size: Size) -> Iterator[Case]:
     """Every system of ours over the paper's link; the naive split, which takes seconds a token, less often."""
     for dataset, sample, system in product(DATASETS, range(size.table_samples), OWN):
         if system != NAIVE_SPLIT or sample < size.naive_samples:
-            yield Case(TABLE, system, dataset, sample, 0, PAPER_LINK)
+            yield Case(TABLE, system, dataset, sample, 0, PAPER_LINK, size.table_tokens)
 
 
 def latency_cases(size: Size) -> Iterator[Case]:
@@ -98,25 +97,26 @@ def latency_cases(size: Size) -> Iterator[Case]:
         range(size.latency_repeats), range(size.latency_samples), size.links, MAIN
     ):
         if system != NAIVE_SPLIT or (link in (PAPER_LINK, fastest) and sample < size.naive_samples):
-            yield Case(LATENCY, system, ALPACA, sample, repeat, link)
+            yield Case(LATENCY, system, ALPACA, sample, repeat, link, size.latency_tokens)
 
 
 def proportional_cases(size: Size, link: Link) -> Iterator[Case]:
     """The systems of the paper's table where a step of either side takes what it takes there, beside the other."""
     for sample, system in product(range(size.table_samples), PROPORTIONAL):
-        yield Case(PROPORTIONS, system, ALPACA, sample, 0, link)
+        yield Case(PROPORTIONS, system, ALPACA, sample, 0, link, size.table_tokens)
 
 
 def peer_cases(size: Size) -> Iterator[Case]:
     """Other projects' engines, alone on the device and behind the paper's link."""
     for sample, system in product(range(size.table_samples), PEERS):
-        yield Case(PEER, system, ALPACA, sample, 0, PAPER_LINK if SYSTEMS[system].cloud else LOOPBACK)
+        link = PAPER_LINK if SYSTEMS[system].cloud else LOOPBACK
+        yield Case(PEER, system, ALPACA, sample, 0, link, size.table_tokens)
 
 
 def proportional_link(bench: _Bench, size: Size, models: PaperModels) -> Link:
     """The paper's bandwidth, and its round trip by the step of the full model, of which there is a row as well."""
-    case = Case(PROPORTIONS, CLOUD_ONLY, ALPACA, 0, 0, Link(0.0, PAPER_LINK.mbit_s))
-    bench.fill(iter([case]), size.table_tokens, models)
+    case = Case(PROPORTIONS, CLOUD_ONLY, ALPACA, 0, 0, Link(0.0, PAPER_LINK.mbit_s), size.table_tokens)
+    bench.fill([case], models)
     row = next(row for row in bench.rows if row.key == case.key)
     step_ms = (row.total_ms - row.ttft_ms) / max(1, len(row.token_ids) - 1)
     return Link(round(PAPER_RTT_STEPS * step_ms, 1), PAPER_LINK.mbit_s)
@@ -131,7 +131,7 @@ class _Bench:
         self._run = run
         self._progress = progress
 
-    def fill(self, cases: Iterator[Case], max_new_tokens: int, models: PaperModels) -> None:
+    def fill(self, cases: Iterable[Case], models: PaperModels) -> None:
         """Measures those that there are no rows of, all on one testbed."""
         missing = [case for case in cases if case.key not in self.rows]
         if not missing:
@@ -146,13 +146,14 @@ class _Bench:
             for number, case in enumerate(missing, 1):
                 where = f"{case.link.rtt_ms:g} ms, {case.link.mbit_s:g} Mbit/s"
                 self._progress(f"{case.part} {number} of {len(missing)}: {case.system}, {case.dataset}, {where}")
-                self._add(testbed, case, prompts[case.dataset][case.sample], max_new_tokens)
+                self._add(testbed, case, prompts[case.dataset][case.sample])
 
-    def _add(self, testbed: Testbed, case: Case, prompt: str, max_new_tokens: int) -> None:
-        answer, cost = testbed.answer(case.system, prompt, max_new_tokens, case.link)
+    def _add(self, testbed: Testbed, case: Case, prompt: str) -> None:
+        answer, cost = testbed.answer(case.system, prompt, case.max_new_tokens, case.link)
         self.rows.add(
             Row(
-                **case._asdict(), run=self._run, prompt_tokens=answer.prompt_tokens, token_ids=answer.token_ids,
+                part=case.part, system=case.system, dataset=case.dataset, sample=case.sample, repeat=case.repeat,
+                link=case.link, run=self._run, prompt_tokens=answer.prompt_tokens, token_ids=answer.token_ids,
                 tokens_from=answer.tokens_from, ttft_ms=answer.ttft_ms, total_ms=answer.total_ms, edge_s=cost.edge_s,
                 cloud_s=cost.cloud_s, traffic=cost.traffic, round_trips=answer.round_trips,
                 layer_positions_edge=answer.layer_positions, layer_positions_cloud=cost.layer_positions,

@@ -185,6 +185,8 @@ class Testbed:
         """
         system = SYSTEMS[name]
         cloud = self._clouds[system.cloud] if system.cloud else None
+        if cloud:
+            cloud.check()
         self._shape(system.device, link)
         before, cpu_before, joules_before = self._tallies(system), self._cpu_s(system), energy_j()
         try:
