@@ -20,6 +20,8 @@ from rich.console import Console
 
 from benchmarks.edge import parse_list
 from benchmarks.paper.fit import HeldBack, fit
+from benchmarks.paper.measure import PARTS as MEASURED
+from benchmarks.paper.measure import measure
 from benchmarks.paper.report import Summary, conditions, encode, held_back, sheets
 from benchmarks.paper.results import Results, new_run
 from benchmarks.paper.sizes import SIZES
@@ -30,7 +32,6 @@ from fleet.plan import DATA, Fit, read_fits, write_fits
 from onnx_export.checkpoint import cache_folder
 from onnx_export.default import default_bundle
 
-MEASURED: Final = ("table", "latency", "proportions", "peers")
 PARTS: Final = (*MEASURED, "accuracy")
 
 Progress = Callable[[str], None]
@@ -93,21 +94,21 @@ def measure_parts(
         return
     size, run = SIZES[results.run.size], results.run
     load_set = import_module("benchmarks.paper.sets").load
+    accuracy = import_module("benchmarks.paper.accuracy")
+    fits = accuracy.fits(bundle, size)
     progress(f"rows in {results.folder}: {len(results.rows)} measured before, {len(results.scored)} scored")
 
     def load(name: str, num: int) -> Sequence[Any]:
-        samples: Sequence[Any] = load_set(name, num, run.seed, data)
+        samples: Sequence[Any] = load_set(name, num, run.seed, data, fits=fits, progress=progress)
         return samples
 
     def prompts(name: str, num: int) -> list[str]:
         return [sample.prompt for sample in load(name, num)]
 
     if measured := tuple(part for part in MEASURED if part in parts):
-        measure = import_module("benchmarks.paper.measure").measure
         measure(size, bundle, prompts, results.rows, run.run, progress, measured)
     if "accuracy" in parts:
-        score = import_module("benchmarks.paper.accuracy").score
-        score(size, bundle, load, results.scored, run.run, progress)
+        accuracy.score(size, bundle, load, results.scored, run.run, progress)
 
 
 def keep_fit(results: Results, path: Path) -> tuple[Fit, list[HeldBack]]:

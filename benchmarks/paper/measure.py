@@ -157,6 +157,6 @@ class _Bench:
                 tokens_from=answer.tokens_from, ttft_ms=answer.ttft_ms, total_ms=answer.total_ms, edge_s=cost.edge_s,
                 cloud_s=cost.cloud_s, traffic=cost.traffic, round_trips=answer.round_trips,
                 layer_positions_edge=answer.layer_positions, layer_positions_cloud=cost.layer_positions,
-                head_calls=answer.head_calls + cost.head_calls, joules=cost.joules,
+                head_calls=answer.head_calls + cost.head_calls, head_calls_cloud=cost.head_calls, joules=cost.joules,
             )
         )  # fmt: skip

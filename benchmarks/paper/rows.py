@@ -58,7 +58,7 @@ class Row(Struct, frozen=True, kw_only=True):
     layer_positions_edge: int
     layer_positions_cloud: int
     head_calls: int
-    head_calls_cloud: int = 0
+    head_calls_cloud: int
     joules: float | None = None
 
     @property

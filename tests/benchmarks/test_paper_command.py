@@ -100,8 +100,12 @@ def test_every_part_is_measured_once_and_shown(
 ) -> None:
     calls: list[object] = []
 
-    def load(name: str, num: int, seed: int, source: Path | None) -> list[SimpleNamespace]:
+    def load(name: str, num: int, seed: int, source: Path | None, **options: object) -> list[SimpleNamespace]:
+        assert set(options) == {"fits", "progress"}
         return [SimpleNamespace(prompt=f"{name} {i} of {seed} from {source}") for i in range(num)]
+
+    def fits(bundle: Bundle, size: Size) -> Callable[[str], bool]:
+        return lambda prompt: True
 
     def measure(
         size: Size, bundle: Bundle, samples: Callable[[str, int], Sequence[str]], rows: RowFile[Row], run: str,
@@ -110,7 +114,8 @@ def test_every_part_is_measured_once_and_shown(
         calls.append((size, bundle.manifest.bundle_id, samples("alpaca", 2), parts))
         rows.add(row("cloud_only", run=run))
 
-    for name, function in (("sets", load), ("measure", measure)):
+    monkeypatch.setattr(command, "measure", measure)
+    for name, function in (("sets", load), ("accuracy", fits)):
         module = ModuleType(f"benchmarks.paper.{name}")
         setattr(module, function.__name__, function)
         monkeypatch.setitem(sys.modules, module.__name__, module)
