@@ -9,6 +9,7 @@ Rows are kept as they are measured: the same command goes on where another was c
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -33,6 +34,7 @@ from onnx_export.checkpoint import cache_folder
 from onnx_export.default import default_bundle
 
 PARTS: Final = (*MEASURED, "accuracy")
+BUSY: Final = 0.5  # load average before anything is measured
 
 Progress = Callable[[str], None]
 
@@ -96,6 +98,8 @@ def measure_parts(
     load_set = import_module("benchmarks.paper.sets").load
     accuracy = import_module("benchmarks.paper.accuracy")
     fits = accuracy.fits(bundle, size)
+    if (load_average := os.getloadavg()[0]) > BUSY:
+        progress(f"the machine is busy (load {load_average:.1f}): times will be too long, and differ from row to row")
     progress(f"rows in {results.folder}: {len(results.rows)} measured before, {len(results.scored)} scored")
 
     def load(name: str, num: int) -> Sequence[Any]:

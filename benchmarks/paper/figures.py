@@ -28,12 +28,14 @@ class Spread(Struct, frozen=True):
 
 class Reduction(Struct, frozen=True, kw_only=True):
     """By how much less a system takes than a baseline for the same samples, as shares of the baseline's sums; negative
-    where it takes more. None where the baseline takes nothing of it."""
+    where it takes more. None where the baseline takes nothing of it. `tokens` says whether the answers are of one
+    length: where the texts differ, so may their ends, and the rest compares different work."""
 
     total: float | None
     cloud_time: float | None
     cloud_work: float | None
     bytes: float | None
+    tokens: float | None
 
 
 class Figures(Struct, frozen=True, kw_only=True):
@@ -43,7 +45,8 @@ class Figures(Struct, frozen=True, kw_only=True):
     left of the total, waiting included, and below 0 where both sides work at once. `sources` are shares of all tokens;
     `confident` is the share that an exit of the device emitted. `cloud_gflop` counts 2 operations for each parameter
     that a position meets; attention over earlier positions is left out. `agreement` is that with cloud-only, see
-    :func:`agreement`. `fewer_than_cached`: fewer bytes and fewer round trips than the cached split.
+    :func:`agreement`. `fewer_than_cached`: fewer bytes a position, the prompt's included, and fewer round trips a token
+    than the cached split, for answers may be of other lengths.
     """
 
     part: str
@@ -164,6 +167,7 @@ def reduction(rows: Sequence[Row], baseline: Sequence[Row], model: ModelSizes) -
         cloud_time=less(lambda row: row.cloud_s),
         cloud_work=less(lambda row: cloud_gflop(row, model)),
         bytes=less(num_bytes),
+        tokens=less(lambda row: len(row.token_ids)),
     )
 
 
@@ -190,7 +194,10 @@ def _fewer_than_cached(rows: Sequence[Row], systems: Mapping[str, Sequence[Row]]
         return None
     samples = {row.sample for row in cached} & {row.sample for row in rows}
 
-    def mean(side: Sequence[Row], of: Callable[[Row], float]) -> float:
-        return fmean(of(row) for row in side if row.sample in samples)
+    def rates(side: Sequence[Row]) -> tuple[float, float]:
+        same = [row for row in side if row.sample in samples]
+        tokens = sum(len(row.token_ids) for row in same)
+        positions = tokens + sum(row.prompt_tokens for row in same)
+        return sum(map(num_bytes, same)) / max(1, positions), sum(row.round_trips for row in same) / max(1, tokens)
 
-    return bool(samples) and all(mean(rows, of) < mean(cached, of) for of in (num_bytes, lambda row: row.round_trips))
+    return bool(samples) and all(ours < theirs for ours, theirs in zip(rates(rows), rates(cached), strict=True))

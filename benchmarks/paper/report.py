@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from statistics import fmean
 from typing import Any, Final
 
 import msgspec
@@ -16,6 +17,8 @@ from benchmarks.paper.rows import Run
 from benchmarks.scaling import markdown
 
 PAPERS: Final = "collaborative@0.8"  # CE-CoLLM at its threshold
+SAME_LENGTH: Final = 0.05  # tokens more or less, as a share, with which answers still count as equally long
+OTHER_LENGTH: Final = " (other length)"
 NONE: Final = "-"
 YES_NO: Final = {True: "yes", False: "no", None: NONE}
 
@@ -86,15 +89,25 @@ def times(group: Sequence[Figures]) -> Sheet:
         [
             one.system,
             f"{one.answers}",
+            f"{one.tokens:.0f}",
             quartiles(one.total_s, 2),
             f"{one.token_ms.median:.0f}",
             f"{one.ttft_ms.median:.0f}",
             *(f"{value:.2f}" for value in (one.edge_s, one.cloud_s, one.communication_s)),
-            percent(less.total if (less := one.against.get(CLOUD_ONLY)) else None),
+            compared(one, CLOUD_ONLY, "total"),
         ]
         for one in group
     ]
-    header = ["system", "answers", "total, s (quartiles)", "ms a token", "first token, ms", "edge, s", "cloud, s"]
+    header = [
+        "system",
+        "answers",
+        "tokens",
+        "total, s (quartiles)",
+        "ms a token",
+        "first token, ms",
+        "edge, s",
+        "cloud, s",
+    ]
     return Sheet(
         f"time: {where(group[0])}", [*header, "communication and waiting, s", "less time than cloud-only"], rows
     )
@@ -104,7 +117,6 @@ def traffic(group: Sequence[Figures]) -> Sheet:
     """What goes over the link, and what the cloud does."""
     rows = []
     for one in group:
-        cloud, naive = one.against.get(CLOUD_ONLY), one.against.get(NAIVE)
         rows.append(
             [
                 one.system,
@@ -114,9 +126,9 @@ def traffic(group: Sequence[Figures]) -> Sheet:
                 f"{one.offload_rate:.1%}",
                 f"{one.confident:.1%}",
                 f"{one.cloud_gflop:.1f}",
-                percent(cloud.cloud_time if cloud else None),
-                percent(cloud.cloud_work if cloud else None),
-                percent(naive.bytes if naive else None),
+                compared(one, CLOUD_ONLY, "cloud_time"),
+                compared(one, CLOUD_ONLY, "cloud_work"),
+                compared(one, NAIVE, "bytes"),
                 YES_NO[one.fewer_than_cached],
                 NONE if one.agreement is None else f"{one.agreement:.3f}",
                 NONE if one.joules is None else f"{one.joules:.1f}",
@@ -162,8 +174,8 @@ def claims(table: Sequence[Figures]) -> Sheet:
     """The paper's other figures beside those of the same threshold here."""
     ours = {(one.dataset, one.system): one for one in table}
     of: dict[str, Callable[[Figures], str]] = {
-        "less total time than cloud-only": lambda one: percent(_less(one, "total")),
-        "less cloud time than cloud-only": lambda one: percent(_less(one, "cloud_time")),
+        "less total time than cloud-only": lambda one: compared(one, CLOUD_ONLY, "total"),
+        "less cloud time than cloud-only": lambda one: compared(one, CLOUD_ONLY, "cloud_time"),
         "tokens asked of the cloud": lambda one: percent(one.offload_rate),
         "tokens confident at the first exit": lambda one: percent(first_exit(one)),
     }
@@ -181,10 +193,13 @@ def claims(table: Sequence[Figures]) -> Sheet:
     return Sheet("the paper's other figures, and ours at the same threshold", ["figure", "paper", "ours"], rows)
 
 
-def _less(one: Figures, name: str) -> float | None:
-    found = one.against.get(CLOUD_ONLY)
-    value: float | None = getattr(found, name) if found else None
-    return value
+def compared(one: Figures, baseline: str, name: str) -> str:
+    """A reduction, marked where the baseline's answers are of another length."""
+    less = one.against.get(baseline)
+    if less is None:
+        return NONE
+    is_other = less.tokens is not None and abs(less.tokens) > SAME_LENGTH
+    return percent(getattr(less, name)) + (OTHER_LENGTH if is_other else "")
 
 
 def first_exit(one: Figures) -> float | None:
@@ -201,10 +216,15 @@ def latency(found: Sequence[Figures]) -> Iterator[Sheet]:
         at = {(one.system, one.link.rtt_ms): one.total_s.median for one in here}
         systems = dict.fromkeys(one.system for one in here)
         rows = [
-            [system, *(f"{at[system, rtt]:.2f}" if (system, rtt) in at else NONE for rtt in rtts)] for system in systems
+            [
+                system,
+                f"{fmean(one.tokens for one in here if one.system == system):.0f}",
+                *(f"{at[system, rtt]:.2f}" if (system, rtt) in at else NONE for rtt in rtts),
+            ]
+            for system in systems
         ]
         title = f"median seconds of an answer at {mbit_s:g} Mbit/s, by round trip"
-        yield Sheet(title, ["system", *(f"{rtt:g} ms" for rtt in rtts)], rows)
+        yield Sheet(title, ["system", "tokens", *(f"{rtt:g} ms" for rtt in rtts)], rows)
 
 
 def held_back(checked: Sequence[HeldBack]) -> Iterator[Sheet]:
