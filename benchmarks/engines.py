@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self
 
-from benchmarks.processes import cpu_s
 from fleet.errors import FleetError
 
 ROOT: Final = Path(__file__).parents[1]
@@ -62,11 +61,6 @@ class Engine:
     def status(self) -> int | None:
         """Its exit status; None while it runs."""
         return self._process.poll()
-
-    @property
-    def cpu_s(self) -> float:
-        """Seconds of CPU that the process has taken, all threads."""
-        return cpu_s(self.pid)
 
     def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         """One request and its answer.

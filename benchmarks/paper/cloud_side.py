@@ -6,8 +6,7 @@ import re
 import urllib.request
 from typing import Final, Protocol
 
-from benchmarks.engines import Engine
-from benchmarks.processes import cpu_s
+from benchmarks.engines import LOAD_TIMEOUT_S, Engine
 from fleet.cli.processes import Child
 from fleet.errors import FleetError
 
@@ -16,7 +15,7 @@ POSITIONS: Final = re.compile(r"^fleet_worker_positions_total (\S+)$", re.MULTIL
 
 
 class CloudSide(Protocol):
-    """`cpu_s` is of the process that computes."""
+    """`pid` is of the process that computes."""
 
     def wait_ready(self) -> object:
         """Returns when it serves. Raises FleetError when it does not start."""
@@ -27,7 +26,7 @@ class CloudSide(Protocol):
         ...
 
     @property
-    def cpu_s(self) -> float: ...
+    def pid(self) -> int: ...
 
     def work(self, questioned: int) -> tuple[int, int]:
         """(position, layer) pairs and runs of the LM head since it started; `questioned` more tokens were asked of it
@@ -44,15 +43,15 @@ class WorkerSide:
         self._head_calls = 0
 
     def wait_ready(self) -> None:
-        self._process.wait_ready()
+        self._process.wait_ready(LOAD_TIMEOUT_S)  # others load on the same core
 
     def check(self) -> None:
         if (status := self._process.process.poll()) is not None:
             raise FleetError(f"{self._process.title} ended with status {status} while it was measured")
 
     @property
-    def cpu_s(self) -> float:
-        return cpu_s(self._process.process.pid)
+    def pid(self) -> int:
+        return self._process.process.pid
 
     def work(self, questioned: int) -> tuple[int, int]:
         url = self._process.ready_line.rpartition("metrics on ")[2]
@@ -80,8 +79,8 @@ class BaselineSide:
             raise FleetError(f"{self._engine.name} ended with status {status} while it was measured")
 
     @property
-    def cpu_s(self) -> float:
-        return cpu_s(self._pid)
+    def pid(self) -> int:
+        return self._pid
 
     def work(self, questioned: int) -> tuple[int, int]:
         del questioned  # it counts by itself

@@ -10,10 +10,10 @@ from itertools import product
 from typing import Final, NamedTuple
 
 from benchmarks.paper.models import PaperModels
+from benchmarks.paper.rig import LOOPBACK, Rig
 from benchmarks.paper.rows import Link, Row, RowFile
 from benchmarks.paper.sizes import PAPER_LINK, Size
 from benchmarks.paper.systems import CALIBRATED, CLOUD_ONLY, NAIVE_SPLIT, OWN, PEERS, SYSTEMS
-from benchmarks.paper.testbed import LOOPBACK, Testbed
 from fleet.errors import FleetError
 from fleet.manifest import Bundle
 
@@ -132,24 +132,24 @@ class _Bench:
         self._progress = progress
 
     def fill(self, cases: Iterable[Case], models: PaperModels) -> None:
-        """Measures those that there are no rows of, all on one testbed."""
+        """Measures those that there are no rows of, all on one rig."""
         missing = [case for case in cases if case.key not in self.rows]
         if not missing:
             return
         counts = {case.dataset: 1 + max(c.sample for c in missing if c.dataset == case.dataset) for case in missing}
         prompts = {dataset: self._samples(dataset, count) for dataset, count in counts.items()}
         names = dict.fromkeys(case.system for case in missing)
-        with Testbed(models, [SYSTEMS[name] for name in names], self._progress) as testbed:
+        with Rig(models, [SYSTEMS[name] for name in names], self._progress) as rig:
             for name in names:
                 self._progress(f"warming up {name}")
-                testbed.answer(name, WARM_UP_PROMPT, WARM_UP_TOKENS, LOOPBACK)
+                rig.answer(name, WARM_UP_PROMPT, WARM_UP_TOKENS, LOOPBACK)
             for number, case in enumerate(missing, 1):
                 where = f"{case.link.rtt_ms:g} ms, {case.link.mbit_s:g} Mbit/s"
                 self._progress(f"{case.part} {number} of {len(missing)}: {case.system}, {case.dataset}, {where}")
-                self._add(testbed, case, prompts[case.dataset][case.sample])
+                self._add(rig, case, prompts[case.dataset][case.sample])
 
-    def _add(self, testbed: Testbed, case: Case, prompt: str) -> None:
-        answer, cost = testbed.answer(case.system, prompt, case.max_new_tokens, case.link)
+    def _add(self, rig: Rig, case: Case, prompt: str) -> None:
+        answer, cost = rig.answer(case.system, prompt, case.max_new_tokens, case.link)
         self.rows.add(
             Row(
                 part=case.part, system=case.system, dataset=case.dataset, sample=case.sample, repeat=case.repeat,

@@ -12,7 +12,7 @@ Cloud = Literal["worker", "whole", "upper", "llama.cpp", "genai"]
 
 @dataclass(frozen=True)
 class System:
-    """`device` and `cloud` name processes of `benchmarks.paper.testbed`; `op` and `options` are what the device's is
+    """`device` and `cloud` name processes of `benchmarks.paper.rig`; `op` and `options` are what the device's is
     asked for. `threshold` None are the bundle's own, where a system has any."""
 
     name: str

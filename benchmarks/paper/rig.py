@@ -25,7 +25,7 @@ from benchmarks.paper.models import PaperModels
 from benchmarks.paper.rows import Link, Traffic
 from benchmarks.paper.systems import SYSTEMS, Cloud, Device, System
 from benchmarks.peers import peers
-from benchmarks.processes import energy_j, started_on, two_cores
+from benchmarks.processes import cpu_s, energy_j, started_on, two_cores
 from cloud_broker_worker.broker.mosquitto import find_mosquitto
 from edge_agent.tokenizer import ChatTokenizer
 from fleet.access import Role
@@ -74,7 +74,7 @@ class Tallies(NamedTuple):
     head_calls: int
 
 
-class Testbed:
+class Rig:
     """Runs what `systems` need. Use as a context manager; every process ends with it."""
 
     def __init__(self, models: PaperModels, systems: Iterable[System], progress: Progress) -> None:
@@ -175,6 +175,13 @@ class Testbed:
             return python("benchmarks.drivers.client", **options)
         return python("benchmarks.drivers.agent", **options, upload="int8" if device == "agent_int8" else "float16")
 
+    def cloud_pid(self, name: str) -> int:
+        """The process that computes in a system's cloud."""
+        system = SYSTEMS[name]
+        if system.cloud is None:
+            raise FleetError(f"{name} has no cloud")
+        return self._clouds[system.cloud].pid
+
     # Answers.
 
     def answer(self, name: str, prompt: str, max_new_tokens: int, link: Link) -> tuple[Answer, Cost]:
@@ -187,9 +194,9 @@ class Testbed:
         cloud = self._clouds[system.cloud] if system.cloud else None
         if cloud:
             cloud.check()
-        self._shape(system.device, link)
-        before, cpu_before, joules_before = self._tallies(system), self._cpu_s(system), energy_j()
         try:
+            self._shape(system.device, link)
+            before, cpu_before, joules_before = self._tallies(system), self._cpu_s(system), energy_j()
             answer = self._ask(system, prompt, max_new_tokens)
             joules_after = energy_j()
             self._until_quiet(system, link)
@@ -247,7 +254,8 @@ class Testbed:
 
     def _cpu_s(self, system: System) -> tuple[float, float]:
         """Seconds of CPU that device and cloud have taken."""
-        return self._devices[system.device].cpu_s, self._clouds[system.cloud].cpu_s if system.cloud else 0.0
+        cloud = self._clouds[system.cloud] if system.cloud else None
+        return cpu_s(self._devices[system.device].pid), cpu_s(cloud.pid) if cloud else 0.0
 
     def _until_quiet(self, system: System, link: Link) -> None:
         """Returns when no byte has come for a while."""
