@@ -70,8 +70,10 @@ class Row(Struct, frozen=True, kw_only=True):
 class Scored(Struct, frozen=True, kw_only=True):
     """One answer of one system to a sample of a task, and what it is worth.
 
-    `score` is the task's metric of this answer; `preference`, for yes/no tasks, log P(yes) - log P(no). `nll` is the
-    mean negative log-likelihood of the answer's tokens under the full model.
+    `score` is the task's metric of this answer and `details` all of them by name; `preference`, for tasks of two
+    choices, log P(first) - log P(second) where the token was chosen. Of the deployed full model, along the answer's own
+    tokens, are: `nll`, their mean negative log-likelihood, `agreement`, the share that it would have chosen itself, and
+    `gap`, by how much its logit of another token exceeds the answer's at most.
     """
 
     system: str
@@ -85,6 +87,9 @@ class Scored(Struct, frozen=True, kw_only=True):
     label: int | None = None
     preference: float | None = None
     nll: float | None = None
+    agreement: float | None = None
+    gap: float | None = None
+    details: dict[str, float] = {}
 
     @property
     def key(self) -> tuple[object, ...]:
