@@ -11,21 +11,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import msgspec
 import typer
 from rich.console import Console
 
 from benchmarks.edge import parse_list
+from benchmarks.paper.accuracy import fits, score
 from benchmarks.paper.fit import HeldBack, fit
 from benchmarks.paper.measure import PARTS as MEASURED
 from benchmarks.paper.measure import measure
 from benchmarks.paper.report import Summary, conditions, encode, held_back, sheets
 from benchmarks.paper.results import Results, new_run
+from benchmarks.paper.sets import load as load_set
 from benchmarks.paper.sizes import SIZES
+from benchmarks.paper.tasks import Sample
 from fleet.command import run_command
 from fleet.errors import ConfigError
 from fleet.manifest import Bundle
@@ -95,16 +97,13 @@ def measure_parts(
     if not parts:
         return
     size, run = SIZES[results.run.size], results.run
-    load_set = import_module("benchmarks.paper.sets").load
-    accuracy = import_module("benchmarks.paper.accuracy")
-    fits = accuracy.fits(bundle, size)
+    fitting = fits(bundle, size)
     if (load_average := os.getloadavg()[0]) > BUSY:
         progress(f"the machine is busy (load {load_average:.1f}): times will be too long, and differ from row to row")
     progress(f"rows in {results.folder}: {len(results.rows)} measured before, {len(results.scored)} scored")
 
-    def load(name: str, num: int) -> Sequence[Any]:
-        samples: Sequence[Any] = load_set(name, num, run.seed, data, fits=fits, progress=progress)
-        return samples
+    def load(name: str, num: int) -> list[Sample]:
+        return load_set(name, num, run.seed, data, fits=fitting, progress=progress)
 
     def prompts(name: str, num: int) -> list[str]:
         return [sample.prompt for sample in load(name, num)]
@@ -112,7 +111,7 @@ def measure_parts(
     if measured := tuple(part for part in MEASURED if part in parts):
         measure(size, bundle, prompts, results.rows, run.run, progress, measured)
     if "accuracy" in parts:
-        accuracy.score(size, bundle, load, results.scored, run.run, progress)
+        score(size, bundle, load, results.scored, run.run, progress)
 
 
 def keep_fit(results: Results, path: Path) -> tuple[Fit, list[HeldBack]]:

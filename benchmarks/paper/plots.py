@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from benchmarks.paper.accuracy_summary import Accuracy
 from benchmarks.paper.figures import Figures
 from benchmarks.paper.report import Summary
 from fleet.errors import ConfigError
@@ -30,14 +31,13 @@ def pictures(summary: Summary) -> dict[str, Callable[[], Figure]]:
     """How each is made, by name, in the order of the page."""
     table = [one for one in summary.figures if one.part == "table"]
     grid = [one for one in summary.figures if one.part == "latency"]
-    scored = [row for row in summary.accuracy if None not in (row.get("score"), row.get("offload_rate"))]
     found: dict[str, Callable[[], Figure]] = {}
     if table:
         found |= {"time": partial(_bars, table), "bytes": partial(_bytes, table)}
     if grid:
         found["latency"] = partial(_latency, grid)
-    if scored:
-        found["accuracy"] = partial(_accuracy, scored)
+    if summary.accuracy:
+        found["accuracy"] = partial(_accuracy, summary.accuracy)
     return found
 
 
@@ -112,16 +112,17 @@ def _latency(grid: Sequence[Figures]) -> Figure:
     return figure
 
 
-def _accuracy(scored: Sequence[dict[str, Any]]) -> Figure:
-    """A task's score over the share of tokens from the cloud, a panel a dataset, a mark a system."""
-    datasets = list(dict.fromkeys(str(row["dataset"]) for row in scored))
+def _accuracy(scored: Sequence[Accuracy]) -> Figure:
+    """A task's metric over the share of tokens from the cloud, a panel a dataset, a mark a system with its interval."""
+    datasets = list(dict.fromkeys(row.dataset for row in scored))
     figure, axes = _panels(datasets, 5)
-    colours = _colours([str(row["system"]) for row in scored])
+    colours = _colours([row.system for row in scored])
     for axis, dataset in zip(axes, datasets, strict=True):
-        for row in scored:
-            if row["dataset"] == dataset:
-                name = str(row["system"])
-                axis.scatter(row["offload_rate"], row["score"], color=colours[name], label=name)
-        axis.set(xlabel="offload rate", ylabel="score", xlim=(-0.05, 1.05))
+        here = [row for row in scored if row.dataset == dataset]
+        for row in here:
+            colour = colours[row.system]
+            axis.vlines(row.offload_rate, row.low, row.high, color=colour, linewidth=1)
+            axis.scatter(row.offload_rate, row.value, color=colour, label=row.system)
+        axis.set(xlabel="offload rate", ylabel=here[0].metric, xlim=(-0.05, 1.05))
     axes[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return figure

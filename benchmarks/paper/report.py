@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Struct
 from rich.table import Table
 
+from benchmarks.paper.accuracy_summary import Accuracy
 from benchmarks.paper.figures import CLOUD_ONLY, NAIVE, Figures, Spread
 from benchmarks.paper.fit import HeldBack
 from benchmarks.paper.published import CLAIMS, QUALITY, SOURCE, TIMES, Published
@@ -26,13 +27,13 @@ YES_NO: Final = {True: "yes", False: "no", None: NONE}
 class Summary(Struct, frozen=True, kw_only=True):
     """What `fleet bench paper --json` prints and benchmarks/data/paper.json holds.
 
-    `accuracy` has a row for each dataset and system, as `benchmarks.paper.accuracy.summary` gives it; `held_back` are
+    `accuracy` has a row for each dataset and system; `held_back` are
     the links that the planner's fit was checked on, where there were enough.
     """
 
     run: Run
     figures: list[Figures]
-    accuracy: list[dict[str, Any]] = []
+    accuracy: list[Accuracy] = []
     held_back: list[HeldBack] = []
 
 
@@ -130,7 +131,7 @@ def traffic(group: Sequence[Figures]) -> Sheet:
                 compared(one, CLOUD_ONLY, "cloud_work"),
                 compared(one, NAIVE, "bytes"),
                 YES_NO[one.fewer_than_cached],
-                NONE if one.agreement is None else f"{one.agreement:.3f}",
+                figure(one.agreement),
                 NONE if one.joules is None else f"{one.joules:.1f}",
             ]
         )
@@ -238,26 +239,36 @@ def held_back(checked: Sequence[HeldBack]) -> Iterator[Sheet]:
         yield Sheet("links that the planner's fit did not see", header, rows)
 
 
-def accuracy(found: Sequence[dict[str, Any]]) -> list[Sheet]:
+def accuracy(found: Sequence[Accuracy]) -> list[Sheet]:
     """Scores by dataset and system, with the paper's beside ours of its threshold and of cloud-only."""
     if not found:
         return []
-    names = list(dict.fromkeys(name for row in found for name in row))
     rows = []
-    for row in found:
-        papers = QUALITY.get(str(row.get("dataset")), ())
-        beside = dict(zip((PAPERS, CLOUD_ONLY), papers, strict=False)).get(str(row.get("system")))
-        rows.append([*(cell(row.get(name)) for name in names), NONE if beside is None else f"{beside:.3f}"])
-    return [Sheet("scores", [*(name.replace("_", " ") for name in names), "paper's score"], rows)]
+    for one in found:
+        papers = dict(zip((PAPERS, CLOUD_ONLY), QUALITY.get(one.dataset, ()), strict=False))
+        rows.append(
+            [
+                f"{one.dataset}: {one.system}",
+                f"{one.num}",
+                one.metric,
+                f"{one.value:.3f} ({one.low:.3f} to {one.high:.3f})",
+                figure(papers.get(one.system)),
+                YES_NO[one.is_within_full],
+                *(figure(one.details.get(name)) for name in ("majority", "auc")),
+                f"{one.agreement:.3f}",
+                f"{one.perplexity:.2f}",
+                f"{one.offload_rate:.1%}",
+            ]
+        )
+    header = [
+        "dataset and system", "answers", "metric", "value (95%)", "paper's", "within the full model's interval",
+        "majority", "AUC", "agreement with the full model", "perplexity", "tokens of the cloud",
+    ]  # fmt: skip
+    return [Sheet("scores", header, rows)]
 
 
-def cell(value: Any) -> str:
-    """A figure of any kind."""
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    if isinstance(value, list):
-        return " to ".join(map(cell, value))
-    return NONE if value is None else str(value)
+def figure(value: float | None) -> str:
+    return NONE if value is None else f"{value:.3f}"
 
 
 def where(one: Figures) -> str:

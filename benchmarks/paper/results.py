@@ -7,14 +7,14 @@ import os
 import platform
 import secrets
 import time
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from benchmarks.edge import machine
+from benchmarks.paper.accuracy_summary import summary as accuracy
 from benchmarks.paper.figures import figures
 from benchmarks.paper.fit import HeldBack, fit
 from benchmarks.paper.report import Summary
@@ -74,16 +74,9 @@ class Results:
         return Summary(
             run=self.run,
             figures=figures(found, self.run.model),
-            accuracy=self._accuracy(),
+            accuracy=accuracy(self.scored),
             held_back=_held_back(found, self.run),
         )
-
-    def _accuracy(self) -> list[dict[str, Any]]:
-        if not len(self.scored):
-            return []
-        summary = import_module("benchmarks.paper.accuracy").summary
-        rows: list[dict[str, Any]] = msgspec.to_builtins(summary(self.scored))
-        return rows
 
 
 def new_run(bundle: Bundle, size: str, seed: int) -> Run:

@@ -34,7 +34,9 @@ BENCHES: Final = {
         "stats", "server,postgres", "The statistics of 1,000 devices over 30 days, on SQLite and on PostgreSQL."
     ),
     "paper": Bench(
-        "paper.command", "edge,export,server,worker,plots", "The CE-CoLLM paper's experiments, beside other baselines."
+        "paper.command",
+        "edge,export,server,worker,plots,bench",
+        "The CE-CoLLM paper's experiments, beside other baselines.",
     ),
 }
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -114,11 +113,8 @@ def test_every_part_is_measured_once_and_shown(
         calls.append((size, bundle.manifest.bundle_id, samples("alpaca", 2), parts))
         rows.add(row("cloud_only", run=run))
 
-    monkeypatch.setattr(command, "measure", measure)
-    for name, function in (("sets", load), ("accuracy", fits)):
-        module = ModuleType(f"benchmarks.paper.{name}")
-        setattr(module, function.__name__, function)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name, function in (("measure", measure), ("load_set", load), ("fits", fits)):
+        monkeypatch.setattr(command, name, function)
     where = ("--bundle", str(tiny_bundle.folder), "--out", str(tmp_path / "rows"), "--seed", "5", "--json")
     bench(*where, "--only", "latency,table", "--data", str(tmp_path), "--plot", str(tmp_path / "pictures"))
     prompts = [f"alpaca {i} of 5 from {tmp_path}" for i in range(2)]

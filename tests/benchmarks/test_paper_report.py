@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from benchmarks.paper.accuracy_summary import Accuracy
 from benchmarks.paper.figures import Figures, agreement, figures, spread
 from benchmarks.paper.fit import fit
 from benchmarks.paper.page import BLOCK, EMPTY, PAGE, filled, read_summary
@@ -107,9 +108,12 @@ def test_a_spread_is_median_and_quartiles() -> None:
 # What is shown.
 
 ACCURACY = [
-    {"dataset": "boolq", "system": name, "score": score, "offload_rate": rate}
-    for name, score, rate in (("cloud_only", 0.6, 1.0), ("collaborative@0.8", 0.55, 0.4))
-]
+    Accuracy(
+        dataset="boolq", system=name, metric="accuracy", value=value, low=0.5, high=0.7, num=8, agreement=1.0,
+        details={"majority": 0.6}, perplexity=1.5, offload_rate=rate, is_within_full=True,
+    )
+    for name, value, rate in (("cloud_only", 0.6, 1.0), ("collaborative@0.8", 0.55, 0.4))
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +144,9 @@ def test_the_papers_figures_stand_beside_ours(summary: Summary) -> None:
     assert rows["alpaca: bytes an answer, naive split to CE-CoLLM"] == ["112 MB to 957 KB", "15.0 KB to 0.8 KB"]
     assert rows["xsum: less cloud time than cloud-only"] == ["84.5%", "-"]
     (scores,) = sheets(summary)["accuracy"]
-    assert [line[-1] for line in scores.rows] == ["0.646", "0.658"]
+    assert [line[4] for line in scores.rows] == ["0.646", "0.658"]
+    assert scores.rows[0][2:4] == ["accuracy", "0.600 (0.500 to 0.700)"]
+    assert scores.rows[0][6:8] == ["0.600", "-"]
 
 
 def test_the_summary_survives_its_file(summary: Summary, tmp_path: Path) -> None:
