@@ -84,7 +84,10 @@ if __name__ == "__main__":
     parser.add_argument("--upload", default="float16")
     arguments = parser.parse_args()
     identity, bundle = Identity.load(arguments.identity), Bundle.load(arguments.bundle, ("edge", "tokenizer"))
-    config = AgentConfig(num_threads=1, upload_dtype=arguments.upload, assist_deadline_ms=ASSIST_DEADLINE_MS)
+    config = AgentConfig(
+        num_threads=1, max_positions=bundle.manifest.model.max_positions, upload_dtype=arguments.upload,
+        assist_deadline_ms=ASSIST_DEADLINE_MS,
+    )  # fmt: skip
     will = Will(topics.device_status(identity.name), Agent.will())
     with MqttTransport.connect(identity, will=will) as link:
         app = LocalApp(link)

@@ -133,11 +133,15 @@ class _Bench:
 
     def fill(self, cases: Iterable[Case], models: PaperModels) -> None:
         """Measures those that there are no rows of, all on one rig."""
-        missing = [case for case in cases if case.key not in self.rows]
+        wanted = [case for case in cases if case.key not in self.rows]
+        counts = {case.dataset: 1 + max(c.sample for c in wanted if c.dataset == case.dataset) for case in wanted}
+        prompts = {dataset: self._samples(dataset, count) for dataset, count in counts.items()}
+        for dataset, count in counts.items():
+            if len(prompts[dataset]) < count:
+                self._progress(f"{dataset} has {len(prompts[dataset])} samples, of which {count} were wanted")
+        missing = [case for case in wanted if case.sample < len(prompts[case.dataset])]
         if not missing:
             return
-        counts = {case.dataset: 1 + max(c.sample for c in missing if c.dataset == case.dataset) for case in missing}
-        prompts = {dataset: self._samples(dataset, count) for dataset, count in counts.items()}
         names = dict.fromkeys(case.system for case in missing)
         with Rig(models, [SYSTEMS[name] for name in names], self._progress) as rig:
             for name in names:
