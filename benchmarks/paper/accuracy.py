@@ -140,7 +140,8 @@ class Scorer:
         return self._token_answer(whole[0, len(prompt_ids) :].tolist(), CLOUD)
 
     def _token_answer(self, token_ids: list[int], source: str) -> Answer:
-        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        stream = self._chat.stream()  # as a device does it
+        text = "".join([stream.push(token_id) for token_id in token_ids]) + stream.flush()
         return Answer(text, tuple(token_ids), {source: len(token_ids)})
 
     # Tasks of which the first token decides.

@@ -13,7 +13,6 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
-from sklearn.metrics import roc_auc_score
 
 NUM_RESAMPLES: Final = 2000
 LEVEL: Final = 0.95
@@ -77,9 +76,14 @@ def majority(labels: Sequence[int]) -> float:
 def auc(preferences: Sequence[float], labels: Sequence[int]) -> float | None:
     """Probability that a sample of label 1 has a higher preference than one of label 0; None without both labels.
 
-    Unlike accuracy it does not depend on where the line between yes and no is drawn.
+    Unlike accuracy it does not depend on where the line between yes and no is drawn. A tie counts half, as in Mann
+    and Whitney's U, which takes microseconds where `sklearn.metrics.roc_auc_score` takes a millisecond.
     """
-    return float(roc_auc_score(labels, preferences)) if len(set(labels)) == 2 else None
+    values, is_first = np.asarray(preferences), np.asarray(labels) == 1
+    first, second = values[is_first][:, None], values[~is_first]
+    if not first.size or not second.size:
+        return None
+    return float((first > second).mean() + (first == second).mean() / 2)
 
 
 def perplexity(nlls: Sequence[float], num_tokens: Sequence[int]) -> float:
