@@ -8,7 +8,7 @@ import queue
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self
@@ -24,8 +24,10 @@ STOP_TIMEOUT_S: Final = 10.0
 class Engine:
     """One engine's process, loaded and waiting. Use as a context manager."""
 
-    def __init__(self, name: str, command: Sequence[str]) -> None:
-        """Raises FleetError when it does not start."""
+    version = ""
+
+    def __init__(self, name: str, command: Sequence[str], *, wait: bool = True) -> None:
+        """With ``wait=False`` it still loads when this returns. Raises FleetError when it does not start."""
         self.name = name
         self._process = subprocess.Popen(
             command,
@@ -40,6 +42,11 @@ class Engine:
         self._errors: deque[str] = deque(maxlen=20)
         for read, stream in ((self._lines.put, self._process.stdout), (self._errors.append, self._process.stderr)):
             threading.Thread(target=forward, args=(stream, read), daemon=True).start()
+        if wait:
+            self.wait_ready()
+
+    def wait_ready(self) -> None:
+        """Returns when it has loaded. Raises FleetError when it ended, or did not load in time; it is closed then."""
         try:
             self.version = str(self._answer(LOAD_TIMEOUT_S)["ready"])
         except BaseException:
@@ -50,12 +57,27 @@ class Engine:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def status(self) -> int | None:
+        """Its exit status; None while it runs."""
+        return self._process.poll()
+
     def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         """One request and its answer.
 
         Raises:
             FleetError: the engine says that it failed, ended, or did not answer in time.
         """
+        self._request(op, arguments)
+        return self._answer(ANSWER_TIMEOUT_S)
+
+    def stream(self, op: str, **arguments: Any) -> Iterator[dict[str, Any]]:
+        """One request that has many answers, each as it comes; to be taken to its end. Raises as `ask` does."""
+        self._request(op, arguments)
+        while "done" not in (answer := self._answer(ANSWER_TIMEOUT_S)):
+            yield answer
+
+    def _request(self, op: str, arguments: dict[str, Any]) -> None:
         stdin = self._process.stdin
         if stdin is None:
             raise FleetError(f"{self.name} was closed")
@@ -64,7 +86,6 @@ class Engine:
             stdin.flush()
         except BrokenPipeError:
             raise self._ended() from None
-        return self._answer(ANSWER_TIMEOUT_S)
 
     def _answer(self, timeout_s: float) -> dict[str, Any]:
         try:

@@ -1,4 +1,4 @@
-"""Cloud partitions for measurements: the default model's layers from any one on, the first included."""
+"""Cloud partitions for measurements: a model's layers from any one on, the first included."""
 
 from __future__ import annotations
 
@@ -12,19 +12,26 @@ from fleet.manifest import Bundle, Manifest, write_manifest
 from onnx_export.bundle import list_files, load_model
 from onnx_export.checkpoint import cache_folder
 from onnx_export.cloud import write_cloud
-from onnx_export.config import ExportConfig
+from onnx_export.config import DEFAULT_MODEL, ExportConfig
 from onnx_export.sources import source_digest
 from onnx_export.staging import staged
 
 
 class CloudPartitions:
-    """Makes them, each once, and keeps them in the user's cache."""
+    """Makes them, each once; those of the default model are kept in the user's cache."""
 
-    def __init__(self, manifest: Manifest, progress: Callable[[str], None]) -> None:
-        """`manifest` is a bundle's of the default model."""
+    def __init__(
+        self,
+        manifest: Manifest,
+        progress: Callable[[str], None],
+        model: str = DEFAULT_MODEL,
+        folder: Path | None = None,
+    ) -> None:
+        """`manifest` is a bundle's of `model`."""
         self._manifest = manifest
         self._progress = progress
-        self._folder = cache_folder() / "bench" / source_digest()[:16]
+        self._name = model
+        self._folder = folder or cache_folder() / "bench" / source_digest()[:16]
         self._model: Any = None
 
     def bundle(self, layer: int) -> Bundle:
@@ -37,7 +44,7 @@ class CloudPartitions:
 
     def _write(self, folder: Path, layer: int) -> None:
         if self._model is None:
-            self._model, _ = load_model(ExportConfig(Path(), (1,)), self._progress)
+            self._model, _ = load_model(ExportConfig(Path(), (1,), model=self._name), self._progress)
         self._progress(f"writing layers [{layer}, {self._manifest.model.num_layers}) for the cloud")
         write_cloud(self._model, layer, folder / "cloud")
         manifest = msgspec.structs.replace(self._manifest, upload_layer=layer, files=tuple(list_files(folder)))

@@ -23,7 +23,7 @@ from edge_agent.generator import Generator
 from edge_agent.jobs import Job, JobQueue
 from edge_agent.measurements import Measurements
 from edge_agent.modes import Modes
-from edge_agent.partition import Partition
+from edge_agent.partition import Partition, Work
 from edge_agent.plan import MB, Plan, Planner
 from edge_agent.reporter import Reporter
 from edge_agent.reports import ReportOutbox
@@ -146,6 +146,11 @@ class Agent:
         """Takes no more prompts, or with `off` takes them again; what is under way goes on."""
         with self._lock:
             self._stopping = not off
+
+    @property
+    def work(self) -> Work:
+        """What its model has run so far."""
+        return self._partition.work
 
     @property
     def is_idle(self) -> bool:

@@ -61,6 +61,7 @@ class Cascade:
         while True:
             with turn:
                 if self._run_chunk(block):
+                    self._partition.work.head_calls += 1
                     return self._lm_head()
 
     def fill(self, block: int, turn: AbstractContextManager[None] | None = None) -> None:
@@ -79,6 +80,7 @@ class Cascade:
         count = min(waiting, MAX_CHUNK, max(1, self._one_by_one_from - start))
         if count:
             self._runs[block](self._inputs(block, start, start + count))
+            self._partition.work.positions[block] += count
         return count == waiting
 
     def _inputs(self, block: int, start: int, stop: int) -> Float32:

@@ -27,6 +27,15 @@ class Candidates:
     confidence: float
 
 
+@dataclass
+class Work:
+    """What has run since the graphs were loaded, what was forgotten again included: `positions` of each block, and
+    calls of the LM head."""
+
+    positions: list[int]
+    head_calls: int = 0
+
+
 class Partition:
     """The graphs of a bundle, loaded once and shared by every sequence on the device.
 
@@ -40,6 +49,7 @@ class Partition:
         self.manifest = bundle.manifest
         names = [*(f"edge/block_{i}.onnx" for i in range(len(bundle.manifest.exits))), "edge/lm_head.onnx"]
         *self.blocks, self._lm_head = [load_session(bundle.path(n), runtime, bundle.manifest.tools) for n in names]
+        self.work = Work([0] * len(self.blocks))
         self._embedding, self._table = load_tables(bundle)
         release_freed_memory()
 

@@ -13,11 +13,10 @@ from edge_agent.config import AgentConfig
 from edge_agent.partition import Partition
 from edge_agent.tokenizer import ChatTokenizer
 from fleet.errors import PromptError
-from fleet.policy import Mode
+from fleet.policy import DEFAULT_AGREEMENT, Mode
 from fleet.prompt import PromptRequest
 
 MB: Final = 1 << 20
-DEFAULT_AGREEMENT: Final = 0.95  # what auto mode keeps where nobody says
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class Mode(StrEnum):
 CLOUD = "cloud"
 FALLBACK = "fallback"
 LOOKUP = "lookup"  # copied from earlier text, and confirmed by the cloud
+DEFAULT_AGREEMENT: Final = 0.95  # what auto mode and `fleet plan` keep where nobody says
 NO_EXITS: Final = (LOOKUP, CLOUD, FALLBACK)
 
 

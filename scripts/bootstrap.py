@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 TORCH = "torch==2.13.0"
-EXTRAS = "edge,worker,export,server,postgres,plots,dev"
+EXTRAS = "edge,worker,export,server,postgres,plots,bench,dev"
 
 
 def run(what, *command):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ NUM_POSITIONS = 2048
 
 
 class GenAi:
-    """See `benchmarks.drivers.protocol.Engine`."""
+    """See `benchmarks.drivers.protocol.Peer`."""
 
     def __init__(self, model: Path, num_threads: int) -> None:
         config = og.Config(str(model))
@@ -45,6 +46,16 @@ class GenAi:
             generator.append_tokens(np.array([token_id], np.int32))
             best.append(int(generator.get_logits()[0, -1].argmax()))
         return {"best": best}
+
+    def generate(self, prompt: list[int], new_tokens: int, eos: list[int]) -> Iterator[dict[str, int]]:
+        """Its own greedy search."""
+        generator = self._start(prompt)
+        for _ in range(new_tokens):
+            generator.generate_next_token()
+            token_id = int(generator.get_next_tokens()[0])
+            yield {"token_id": token_id}
+            if token_id in eos:
+                return
 
     def _start(self, prompt: list[int], **options: Any) -> Any:
         params = og.GeneratorParams(self._model)

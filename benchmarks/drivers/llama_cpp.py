@@ -8,6 +8,7 @@ Its prebuilt wheel is made for any x86-64 machine with AVX2; `version` says with
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -21,7 +22,7 @@ TIMEOUT_S = 120.0
 
 
 class LlamaCpp:
-    """See `benchmarks.drivers.protocol.Engine`."""
+    """See `benchmarks.drivers.protocol.Peer`."""
 
     def __init__(self, model: Path, num_threads: int) -> None:
         params = xllamacpp.CommonParams()
@@ -47,14 +48,33 @@ class LlamaCpp:
         """One request a position; what it shares with the one before is in the cache, so that each costs one step."""
         return {"best": [self._complete(prompt + answer[:i], 1)["tokens"][0] for i in range(len(answer))]}
 
+    def generate(self, prompt: list[int], new_tokens: int, eos: list[int]) -> Iterator[dict[str, int]]:
+        """As its server streams it; no earlier prompt is kept. It names no token that ends an answer: the first of
+        `eos` stands for it."""
+        options = {"cache_prompt": False, "stream": True}
+        with self._post(prompt, new_tokens, **options) as response:
+            for line in response:
+                if not line.startswith(b"data: {"):
+                    continue
+                part = json.loads(line.removeprefix(b"data: "))
+                if part.get("stop"):
+                    if part.get("stop_type") == "eos":
+                        yield {"token_id": eos[0]}
+                    continue
+                for token_id in part["tokens"]:
+                    yield {"token_id": token_id}
+
     def _complete(self, prompt: list[int], num_tokens: int, **options: Any) -> dict[str, Any]:
+        with self._post(prompt, num_tokens, **options) as response:
+            reply: dict[str, Any] = json.load(response)
+        return reply
+
+    def _post(self, prompt: list[int], num_tokens: int, **options: Any) -> Any:
         """Greedy, through its own server on loopback: the reply of the Python call has no token ids."""
         request = {"prompt": prompt, "n_predict": num_tokens, "temperature": 0, "cache_prompt": True}
         body = json.dumps(request | {"return_tokens": True} | options).encode()
         url = f"{self._server.listening_address}/completion"
-        with urlopen(Request(url, body, {"Content-Type": "application/json"}), timeout=TIMEOUT_S) as response:
-            reply: dict[str, Any] = json.load(response)
-        return reply
+        return urlopen(Request(url, body, {"Content-Type": "application/json"}), timeout=TIMEOUT_S)
 
 
 if __name__ == "__main__":

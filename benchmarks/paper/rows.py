@@ -34,8 +34,9 @@ class Row(Struct, frozen=True, kw_only=True):
 
     `system` is as in `benchmarks.paper.systems.SYSTEMS`. Times are seen from the device; `edge_s` and `cloud_s` are
     seconds of CPU that either side spent on it, each with one thread. `tokens_from` counts tokens by source.
-    `round_trips` are those that the device waited for; `positions_edge` and `positions_cloud` are (position, layer)
-    pairs that ran on either side, and `head_calls` runs of the LM head on both: work, where `cloud_s` is time.
+    `round_trips` are those that the device waited for; `layer_positions_edge` and `layer_positions_cloud` are
+    (position, layer) pairs that ran on either side, and `head_calls` positions that the LM head looked at on both,
+    `head_calls_cloud` of them on the cloud's: work, where `cloud_s` is time.
     """
 
     part: str
@@ -57,6 +58,7 @@ class Row(Struct, frozen=True, kw_only=True):
     layer_positions_edge: int
     layer_positions_cloud: int
     head_calls: int
+    head_calls_cloud: int
     joules: float | None = None
 
     @property
@@ -68,8 +70,10 @@ class Row(Struct, frozen=True, kw_only=True):
 class Scored(Struct, frozen=True, kw_only=True):
     """One answer of one system to a sample of a task, and what it is worth.
 
-    `score` is the task's metric of this answer; `preference`, for yes/no tasks, log P(yes) - log P(no). `nll` is the
-    mean negative log-likelihood of the answer's tokens under the full model.
+    `score` is the task's metric of this answer and `details` all of them by name; `preference`, for tasks of two
+    choices, log P(first) - log P(second) where the token was chosen. Of the deployed full model, along the answer's own
+    tokens, are: `nll`, their mean negative log-likelihood, `agreement`, the share that it would have chosen itself, and
+    `gap`, by how much its logit of another token exceeds the answer's at most.
     """
 
     system: str
@@ -83,11 +87,32 @@ class Scored(Struct, frozen=True, kw_only=True):
     label: int | None = None
     preference: float | None = None
     nll: float | None = None
+    agreement: float | None = None
+    gap: float | None = None
+    details: dict[str, float] = {}
 
     @property
     def key(self) -> tuple[object, ...]:
         """What it is a score of; there is one for each."""
         return self.system, self.dataset, self.sample
+
+
+class ModelSizes(Struct, frozen=True):
+    """What the work of an answer is counted in. Parameters are those of one layer's products, and of the LM head's."""
+
+    name: str
+    num_layers: int
+    exits: tuple[int, ...]
+    split_layer: int
+    upload_layer: int
+    thresholds: tuple[float, ...]
+    layer_parameters: int
+    head_parameters: int
+
+    @property
+    def head_layers(self) -> float:
+        """The LM head's parameters over a layer's."""
+        return self.head_parameters / self.layer_parameters
 
 
 class Run(Struct, frozen=True, kw_only=True):
@@ -97,6 +122,8 @@ class Run(Struct, frozen=True, kw_only=True):
     machine: dict[str, object]
     versions: dict[str, str]
     bundle_id: str
+    model: ModelSizes
+    size: str
     seed: int
     at: float
 

@@ -13,11 +13,12 @@ GRID: Final = tuple(Link(rtt, mbit) for mbit in (10.0, 31.0, 100.0) for rtt in (
 
 
 class Size(Struct, frozen=True, kw_only=True):
-    """Samples of each dataset and tokens of each answer, by experiment."""
+    """Samples of each dataset and tokens of each answer, by experiment; `naive_samples` are the naive split's."""
 
     name: str
     table_samples: int
     table_tokens: int
+    naive_samples: int
     links: tuple[Link, ...]
     latency_samples: int
     latency_tokens: int
@@ -29,13 +30,13 @@ SIZES: Final = {
     size.name: size
     for size in (
         Size(
-            name="small", table_samples=2, table_tokens=32,
+            name="small", table_samples=2, table_tokens=32, naive_samples=1,
             links=(Link(5.0, 100.0), PAPER_LINK, Link(100.0, 10.0)),
             latency_samples=1, latency_tokens=32, latency_repeats=2, scored_samples=8,
         ),
         Size(
-            name="full", table_samples=100, table_tokens=100, links=GRID, latency_samples=4, latency_tokens=100,
-            latency_repeats=3, scored_samples=100,
+            name="full", table_samples=100, table_tokens=100, naive_samples=4, links=GRID, latency_samples=4,
+            latency_tokens=100, latency_repeats=3, scored_samples=100,
         ),
     )
 }  # fmt: skip

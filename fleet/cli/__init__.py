@@ -29,6 +29,7 @@ from fleet.cli.export import PASS_ON, export
 from fleet.cli.export import bundle as bundle_commands
 from fleet.cli.heads import app as heads_commands
 from fleet.cli.lazy import load
+from fleet.cli.plan import plan
 from fleet.cli.rollouts import add_rollout_commands
 from fleet.cli.state import (
     DEFAULT_PORT,
@@ -63,6 +64,7 @@ app.command("device")(device)
 app.command("workers")(workers)
 app.command("stats")(stats)
 app.command("audit")(audit)
+app.command("plan")(plan)
 app.add_typer(config_commands, name="config")
 add_bundle_commands(bundle_commands)
 add_rollout_commands(bundle_commands)

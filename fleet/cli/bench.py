@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 import typer
 
@@ -14,18 +14,37 @@ from fleet.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Measure the engines on this machine, from a checkout.")
 
+
+class Bench(NamedTuple):
+    """A module of `benchmarks` with an `app`, the extras that it needs, and what it measures."""
+
+    module: str
+    extras: str
+    help: str
+
+
 BENCHES: Final = {
-    "edge": ("edge,export,server", "The edge engine beside llama.cpp and onnxruntime-genai, and what a device costs."),
-    "worker": ("edge,export,server,worker", "Sessions and devices that one worker serves, and round trips a token."),
-    "stats": ("server,postgres", "The statistics of 1,000 devices over 30 days, on SQLite and on PostgreSQL."),
+    "edge": Bench(
+        "edge", "edge,export,server", "The edge engine beside llama.cpp and onnxruntime-genai, and what a device costs."
+    ),
+    "worker": Bench(
+        "worker", "edge,export,server,worker", "Sessions and devices that one worker serves, and round trips a token."
+    ),
+    "stats": Bench(
+        "stats", "server,postgres", "The statistics of 1,000 devices over 30 days, on SQLite and on PostgreSQL."
+    ),
+    "paper": Bench(
+        "paper.command",
+        "edge,export,server,worker,plots,bench",
+        "The CE-CoLLM paper's experiments, beside other baselines.",
+    ),
 }
-"""By module of `benchmarks`, whose `app` it is: the extras that it needs, and what it measures."""
 
 
-def _command(name: str, extras: str) -> Callable[[typer.Context], None]:
+def _command(name: str, bench: Bench) -> Callable[[typer.Context], None]:
     def run(context: typer.Context) -> None:
         try:
-            module = importlib.import_module(f"benchmarks.{name}")
+            module = importlib.import_module(f"benchmarks.{bench.module}")
         except ModuleNotFoundError as error:
             if error.name == "benchmarks":
                 raise ConfigError(
@@ -33,11 +52,11 @@ def _command(name: str, extras: str) -> Callable[[typer.Context], None]:
                 ) from None
             if (error.name or "").partition(".")[0] in OWN:
                 raise
-            raise missing(error.name or "a package", extras) from None
+            raise missing(error.name or "a package", bench.extras) from None
         module.app(args=context.args, prog_name=f"fleet bench {name}", standalone_mode=False)
 
     return run
 
 
-for _name, (_extras, _help) in BENCHES.items():
-    app.command(_name, help=_help, context_settings=PASS_ON)(_command(_name, _extras))
+for _name, _bench in BENCHES.items():
+    app.command(_name, help=_bench.help, context_settings=PASS_ON)(_command(_name, _bench))

@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
@@ -75,14 +75,7 @@ def fleet_processes(
     names = [worker_name(number) for number in range(1, num_workers + 1)]
     folders = {name: worker_folder(state, name, shares=broker == MOSQUITTO) for name in names}
     with ExitStack() as stack:
-        servers, following = [], []
-        if broker == MOSQUITTO:
-            following = ["--no-broker", "--mosquitto", str(state.folder / MOSQUITTO)]
-            servers.append(stack.enter_context(running(start_mosquitto(state, state.folder / MOSQUITTO))))
-        title = "the server" if following else "the broker"
-        command = ("fleet.cli", "server", "--home", str(state.folder), *ports[0], *following)
-        servers.append(stack.enter_context(child(title, *command)))
-        servers[-1].wait_ready()
+        servers = stack.enter_context(server_processes(state, ports[0], broker))
         workers = []
         for number, (name, folder) in enumerate(folders.items(), start=1):
             command = ("cloud_broker_worker", "run", str(folder), *options, *ports[number])
@@ -90,6 +83,21 @@ def fleet_processes(
         for worker in workers:  # all drain at the same time
             stack.callback(worker.ask_to_stop)
         yield servers, workers
+
+
+@contextmanager
+def server_processes(state: State, options: Sequence[str] = (), broker: str = EMBEDDED) -> Iterator[list[Child]]:
+    """Broker and registry as child processes, ready when the block begins; `options` are the server's."""
+    with ExitStack() as stack:
+        servers, following = [], []
+        if broker == MOSQUITTO:
+            following = ["--no-broker", "--mosquitto", str(state.folder / MOSQUITTO)]
+            servers.append(stack.enter_context(running(start_mosquitto(state, state.folder / MOSQUITTO))))
+        title = "the server" if following else "the broker"
+        command = ("fleet.cli", "server", "--home", str(state.folder), *options, *following)
+        servers.append(stack.enter_context(child(title, *command)))
+        servers[-1].wait_ready()
+        yield servers
 
 
 def worker_folder(state: State, name: str, *, shares: bool) -> Path:

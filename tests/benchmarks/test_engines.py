@@ -75,3 +75,19 @@ def test_an_engine_that_does_not_answer_meets_a_deadline(monkeypatch: pytest.Mon
         pytest.raises(FleetError, match=r"peer gave no answer within 0\.1 s"),
     ):
         engine.ask("speed", prompt=PROMPT, new_tokens=8)
+
+
+def test_an_engine_streams_and_is_asked_again() -> None:
+    stream = (
+        "import json, sys\n"
+        "from benchmarks.drivers.protocol import serve_lines\n"
+        "class Counter:\n"
+        "    version = '1'\n"
+        "    def count(self, to): yield from ({'n': i} for i in range(to))\n"
+        "serve_lines(Counter)\n"
+    )
+    with Engine("counter", [sys.executable, "-c", stream], wait=False) as engine:
+        engine.wait_ready()
+        assert [line["n"] for line in engine.stream("count", to=3)] == [0, 1, 2]
+        assert list(engine.stream("count", to=0)) == []
+        assert engine.status is None

@@ -13,6 +13,7 @@ from typing import Any, Final, TypeAlias
 
 import msgspec
 
+from benchmarks.proxy import Proxy, Shape
 from cloud_broker_worker.broker.mosquitto import write_config
 from cloud_broker_worker.config import WorkerConfig
 from cloud_broker_worker.worker import Worker
@@ -32,7 +33,6 @@ from fleet.registry.collector import Collector
 from fleet.report import WorkerStatus, decode_status
 from fleet.transport import Will
 from tests.brokers import HOST, find_mosquitto, free_port, listens, wait_until
-from tests.proxy import Proxy, Shape
 from tests.system.judge import judge, request
 from tests.system.memory_fleet import Answer
 

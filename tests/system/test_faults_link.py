@@ -9,10 +9,10 @@ from contextlib import ExitStack
 
 import pytest
 
+from benchmarks.proxy import Proxy, Shape
 from edge_agent.config import AgentConfig
 from fleet.manifest import Bundle
 from fleet.policy import CLOUD, Mode
-from tests.proxy import Proxy, Shape
 from tests.system.judge import judge, request
 from tests.system.process_fleet import DEVICE, DEVICES, FIRST, SLOW, ProcessFleet, process_fleet
 

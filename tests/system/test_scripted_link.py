@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.proxy import Shape
 from edge_agent.config import AgentConfig
 from fleet.manifest import Bundle
 from fleet.policy import CLOUD, Mode
 from fleet.prompt import PromptRequest
-from tests.proxy import Shape
 from tests.system.memory_fleet import Answer
 from tests.system.process_fleet import FIRST, SLOW, ProcessFleet, process_fleet
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from benchmarks.proxy import LINGER_0
 from fleet import topics
 from fleet.errors import IdentityError, LinkError
 from fleet.identity import Identity
 from fleet.mqtt import MqttTransport, _TlsSocket
 from provisioning.authority import CertificateAuthority
 from tests.brokers import BROKERS, HOST, Inbox, Site, free_port, running_site, wait_until
-from tests.proxy import LINGER_0
 
 
 @pytest.fixture(params=BROKERS)

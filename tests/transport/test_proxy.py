@@ -10,8 +10,8 @@ from itertools import pairwise
 
 import pytest
 
+from benchmarks.proxy import Pace, Proxy, Shape
 from tests.brokers import HOST, WAIT_S
-from tests.proxy import Pace, Proxy, Shape
 
 MESSAGE = bytes(range(256)) * 40
 
@@ -59,6 +59,13 @@ def test_bytes_pass_both_ways(proxy: Proxy) -> None:
     with connect(proxy) as one, connect(proxy) as other:
         assert echoes(one)
         assert echoes(other)
+
+
+def test_bytes_are_counted_each_way(proxy: Proxy) -> None:
+    with connect(proxy) as connection:
+        connection.sendall(MESSAGE)
+        assert receive(connection, len(MESSAGE)) == MESSAGE
+        assert proxy.num_bytes == {"up": len(MESSAGE), "down": len(MESSAGE)}
 
 
 def test_small_late_pieces_keep_their_order(proxy: Proxy) -> None:

@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a broker, which does to a link what networks do: slow it, cut it, and worse."""
+"""A TCP proxy before a broker, which counts bytes and does to a link what networks do: slow it, cut it, and worse."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import random
 import socket
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 HOST: Final = "127.0.0.1"
 CALL_S: Final = 10.0
 MAX_QUEUED_PIECES: Final = 64
 LINGER_0: Final = struct.pack("ii", 1, 0)  # a close then sends RST
+
+Way = Literal["up", "down"]
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,15 @@ class Pace:
 class Proxy:
     """Forwards connections to `target` on this machine. What is done to it holds for live connections and new ones.
 
-    Use as a context manager; its methods return when the change is made. `port` is where it listens.
+    Use as a context manager; its methods return when the change is made. `port` is where it listens, and `num_bytes`
+    counts what has come each way. asyncio's usual loops sleep whole milliseconds; `new_loop` may make a finer one.
     """
 
-    def __init__(self, target: int, seed: int = 0) -> None:
-        self.up = self.down = Shape()
+    def __init__(
+        self, target: int, seed: int = 0, new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+    ) -> None:
+        self.shapes: dict[Way, Shape] = {"up": Shape(), "down": Shape()}
+        self.num_bytes: Counter[Way] = Counter()
         self.num_connections = 0
         self._target = target
         self._seed = seed
@@ -61,7 +68,8 @@ class Proxy:
         self._tasks: set[asyncio.Task[None]] = set()
         self._placeholder: socket.socket | None = None
         self._started: Future[asyncio.AbstractEventLoop] = Future()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name=f"proxy-{target}", daemon=True)
+        self._new_loop = new_loop
+        self._thread = threading.Thread(target=self._run_loop, name=f"proxy-{target}", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -76,7 +84,7 @@ class Proxy:
 
     def shape(self, up: Shape, down: Shape | None = None) -> None:
         """Gives both ways a shape, `down` that of `up` where it is not given."""
-        self.up, self.down = up, down or up
+        self.shapes = {"up": up, "down": down or up}
 
     def cut(self) -> None:
         """Closes every connection; new ones are taken."""
@@ -109,6 +117,10 @@ class Proxy:
                 await result
 
         asyncio.run_coroutine_threadsafe(call(), self._loop).result(CALL_S)
+
+    def _run_loop(self) -> None:
+        with asyncio.Runner(loop_factory=self._new_loop) as runner:
+            runner.run(self._run())
 
     async def _run(self) -> None:
         self._stopping, self._gate = asyncio.Event(), asyncio.Event()
@@ -186,9 +198,9 @@ class _Connection:
         tasks = [
             asyncio.ensure_future(task)
             for task in (
-                self._read(near, ups, up, lambda: self._proxy.up),
+                self._read(near, ups, up, "up"),
                 self._write(self._ends[1], ups, gate),
-                self._read(far, downs, down, lambda: self._proxy.down),
+                self._read(far, downs, down, "down"),
                 self._write(self._ends[0], downs, gate),
             )
         ]
@@ -199,20 +211,17 @@ class _Connection:
         await self.end(reset=False)
 
     async def _read(
-        self,
-        reader: asyncio.StreamReader,
-        queue: asyncio.Queue[tuple[float, bytes]],
-        pace: Pace,
-        shape: Callable[[], Shape],
+        self, reader: asyncio.StreamReader, queue: asyncio.Queue[tuple[float, bytes]], pace: Pace, way: Way
     ) -> None:
         clock, piece = asyncio.get_running_loop().time, b"-"
         while piece:
             try:
-                piece = await reader.read(shape().piece_bytes)
+                piece = await reader.read(self._proxy.shapes[way].piece_bytes)
             except OSError:
                 piece = b""
+            self._proxy.num_bytes[way] += len(piece)
             if not self.swallows:
-                await queue.put((pace.due(clock(), len(piece), shape()), piece))
+                await queue.put((pace.due(clock(), len(piece), self._proxy.shapes[way]), piece))
 
     async def _write(
         self, writer: asyncio.StreamWriter, queue: asyncio.Queue[tuple[float, bytes]], gate: asyncio.Event

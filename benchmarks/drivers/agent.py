@@ -1,0 +1,95 @@
+"""Our device as it is deployed, asked by an app on it: the real agent over the fleet's broker, by JSON lines.
+
+python -m benchmarks.drivers.agent --identity FOLDER --bundle FOLDER --upload float16
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import onnxruntime as ort
+
+from benchmarks.drivers.answer import Stopwatch
+from benchmarks.drivers.local_app import LocalApp
+from benchmarks.drivers.protocol import serve_lines
+from edge_agent.agent import Agent
+from edge_agent.config import AgentConfig
+from fleet import topics
+from fleet.errors import FleetError
+from fleet.identity import Identity
+from fleet.manifest import Bundle, Manifest
+from fleet.mqtt import MqttTransport
+from fleet.policy import Mode
+from fleet.prompt import PromptRequest
+from fleet.transport import Will
+
+# A machine that stumbles for a moment must not turn cloud tokens into the device's own.
+ASSIST_DEADLINE_MS: Final = 60_000
+
+
+class AgentDriver:
+    """Answers in any mode, with any thresholds."""
+
+    version = f"onnxruntime {ort.__version__}"
+
+    def __init__(self, agent: Agent, app: LocalApp, manifest: Manifest) -> None:
+        self._agent = agent
+        self._app = app
+        self._manifest = manifest
+
+    def answer(
+        self, prompt: str, max_new_tokens: int, mode: str, thresholds: Sequence[float] | None = None
+    ) -> dict[str, Any]:
+        """A greedy one; `thresholds` are the bundle's by default. See `Answer`, and `counts` for the rest."""
+        request = PromptRequest(
+            prompt=prompt, max_new_tokens=max_new_tokens, mode=Mode(mode),
+            thresholds=None if thresholds is None else tuple(thresholds),
+        )  # fmt: skip
+        before, usage = self._work(), None
+        watch = Stopwatch()
+        for reply in self._app.ask(request):
+            if reply.token_id is not None and reply.source:
+                watch.add(reply.token_id, reply.source)
+            usage = reply.usage
+        if usage is None:
+            raise FleetError("the agent ended its answer without counts; it is of another version")
+        layer_positions, head_calls = (after - earlier for after, earlier in zip(self._work(), before, strict=True))
+        answer = watch.answer(
+            usage.prompt_tokens, round_trips=usage.round_trips, layer_positions=layer_positions, head_calls=head_calls
+        )
+        return dict(msgspec.to_builtins(answer))
+
+    def counts(self) -> dict[str, int]:
+        """Messages so far, and since the last call the tokens that workers were asked to choose."""
+        return {
+            "messages_up": self._app.messages_up, "messages_down": self._app.messages_down,
+            "questioned": self._app.take_num_questioned(),
+        }  # fmt: skip
+
+    def _work(self) -> tuple[int, int]:
+        work = self._agent.work
+        layers = [stop - start for start, stop in pairwise((0, *self._manifest.exits))]
+        return sum(n * of for n, of in zip(work.positions, layers, strict=True)), work.head_calls
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--identity", type=Path, required=True)
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--upload", default="float16")
+    arguments = parser.parse_args()
+    identity, bundle = Identity.load(arguments.identity), Bundle.load(arguments.bundle, ("edge", "tokenizer"))
+    config = AgentConfig(
+        num_threads=1, max_positions=bundle.manifest.model.max_positions, upload_dtype=arguments.upload,
+        assist_deadline_ms=ASSIST_DEADLINE_MS,
+    )  # fmt: skip
+    will = Will(topics.device_status(identity.name), Agent.will())
+    with MqttTransport.connect(identity, will=will) as link:
+        app = LocalApp(link)
+        with Agent(app, bundle, config) as agent:
+            serve_lines(lambda: AgentDriver(agent, app, bundle.manifest))

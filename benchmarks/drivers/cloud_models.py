@@ -1,0 +1,125 @@
+"""The baselines' models on the cloud's side: the whole one, its upper half, and a peer's. One session at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+
+from benchmarks.drivers.wire import Hidden, Prompt, Rows, ToCloud
+from benchmarks.engines import Engine
+from cloud_broker_worker.kv_pool import KvLease
+from cloud_broker_worker.upper_layers import Chunk, UpperLayers
+from fleet.errors import ProtocolError
+from fleet.manifest import Bundle
+
+POOL_BYTES: Final = 1 << 34
+
+
+class CloudModel(Protocol):
+    """`positions` have run so far, each through all `num_layers`, and the LM head `head_calls` times."""
+
+    num_layers: int
+    positions: int
+    head_calls: int
+    pid: int | None  # of the process that computes, where it is another
+
+    def answer(self, session: str, message: ToCloud) -> Iterator[int]:
+        """Greedy tokens, each when it is known. Raises ProtocolError when it is asked something else."""
+        ...
+
+
+class _Layers:
+    """Layers of a bundle in the worker's own engine."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.positions = self.head_calls = 0
+        self.pid: int | None = None
+        self._layers = UpperLayers(bundle, 1)
+        self._pool = self._layers.new_pool(POOL_BYTES)
+        self._lease: KvLease | None = None
+        self._model = bundle.manifest.model
+        self.num_layers = self._model.num_layers - bundle.manifest.upload_layer
+
+    def _begin(self, capacity: int) -> KvLease:
+        """A cache for a new session; the one before has ended."""
+        if self._lease:
+            self._pool.take_back(self._lease)
+        self._lease = self._pool.lease(capacity)
+        return self._lease
+
+    def _next(self, lease: KvLease, rows: Rows) -> int:
+        """The best token behind the next positions' hidden states [n, hidden]."""
+        start, stop = lease.length, lease.length + len(rows)
+        self.positions += len(rows)
+        self.head_calls += 1
+        return int(self._layers([Chunk(lease, rows, start, stop)]).argmax())
+
+
+class WholeCloudModel(_Layers):
+    """A cloud-only service's."""
+
+    def __init__(self, bundle: Bundle, embedding: Path) -> None:
+        """`bundle` has every layer; `embedding` is a file [vocab, hidden]."""
+        super().__init__(bundle)
+        self._embedding = np.load(embedding, mmap_mode="r")
+
+    def answer(self, session: str, message: ToCloud) -> Iterator[int]:
+        if not isinstance(message, Prompt):
+            raise ProtocolError(f"expected a prompt in session {session}, got hidden states")
+        lease = self._begin(len(message.token_ids) + message.max_new_tokens)
+        token_ids: Sequence[int] = message.token_ids
+        for _ in range(message.max_new_tokens):
+            token_id = self._next(lease, self._embedding[list(token_ids)].astype(np.float16))
+            yield token_id
+            if token_id in self._model.eos_token_ids:
+                return
+            token_ids = [token_id]
+
+
+class UpperCloudModel(_Layers):
+    """A split model's upper half. What has run stays in its cache, also where all of it is sent again."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle)
+        self._session = ""
+        self._pieces: list[Rows] = []
+        self._start = 0
+
+    def answer(self, session: str, message: ToCloud) -> Iterator[int]:
+        if not isinstance(message, Hidden):
+            raise ProtocolError(f"expected hidden states in session {session}, got a prompt")
+        if session != self._session or self._lease is None:
+            self._begin(message.capacity)
+            self._session, self._pieces = session, []
+        if not self._pieces:
+            self._start = message.start
+        self._pieces.append(message.rows(self._model.hidden_size))
+        if message.is_last and self._lease:
+            rows, self._pieces = np.concatenate(self._pieces), []
+            if self._start > self._lease.length:
+                raise ProtocolError(f"expected positions from {self._lease.length} on, got them from {self._start} on")
+            yield self._next(self._lease, rows[self._lease.length - self._start :])
+
+
+class PeerCloudModel:
+    """Another project's engine, in a process of its own."""
+
+    def __init__(self, engine: Engine, num_layers: int, eos_token_ids: Sequence[int]) -> None:
+        self.num_layers = num_layers
+        self.positions = self.head_calls = 0
+        self.pid: int | None = engine.pid
+        self._engine = engine
+        self._eos = list(eos_token_ids)
+
+    def answer(self, session: str, message: ToCloud) -> Iterator[int]:
+        if not isinstance(message, Prompt):
+            raise ProtocolError(f"expected a prompt in session {session}, got hidden states")
+        self.positions += len(message.token_ids) - 1
+        arguments = {"prompt": list(message.token_ids), "new_tokens": message.max_new_tokens, "eos": self._eos}
+        for line in self._engine.stream("generate", **arguments):
+            self.positions += 1  # the token before it
+            self.head_calls += 1
+            yield int(line["token_id"])

@@ -1,0 +1,242 @@
+"""Answers of our modes and of the models that they stand for, scored (ADR 0024).
+
+The agent and the worker answer as deployed, on a broker in memory. A first token needs no answer: all thresholds
+decide on the same exits and logits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from benchmarks.paper.full_model import FullModel, Reading
+from benchmarks.paper.in_process import Answer, InProcessFleet, in_process_fleet
+from benchmarks.paper.rows import RowFile, Scored
+from benchmarks.paper.scores import rouge, word_f1
+from benchmarks.paper.sizes import Size
+from benchmarks.paper.tasks import TASKS, Sample
+from edge_agent.config import AgentConfig
+from edge_agent.partition import Candidates
+from edge_agent.tokenizer import ChatTokenizer
+from fleet.errors import ConfigError
+from fleet.manifest import Bundle, Manifest
+from fleet.policy import CLOUD, Mode, exit_emits, exit_source
+from fleet.prompt import ChatMessage, PromptRequest
+from onnx_export.bundle import load_model
+from onnx_export.config import DEFAULT_MODEL, ExportConfig
+
+FULL: Final = "full"
+CLOUD_ONLY: Final = "cloud_only"
+VERIFIED: Final = "verified"
+TIE: Final = 1e-3  # two logits so close may change places when a batch of another size rounds them
+
+MODES: Final = {
+    FULL: PromptRequest(mode=Mode.COLLABORATIVE, threshold=1.0),
+    "collaborative@0.7": PromptRequest(mode=Mode.COLLABORATIVE, threshold=0.7),
+    "collaborative@0.8": PromptRequest(mode=Mode.COLLABORATIVE, threshold=0.8),
+    "collaborative@0.9": PromptRequest(mode=Mode.COLLABORATIVE, threshold=0.9),
+    "collaborative@calibrated": PromptRequest(mode=Mode.COLLABORATIVE),
+    VERIFIED: PromptRequest(mode=Mode.VERIFIED),
+    "standalone": PromptRequest(mode=Mode.STANDALONE),
+}
+SYSTEMS: Final = (CLOUD_ONLY, *MODES)
+
+Progress = Callable[[str], None]
+Load = Callable[[str, int], Sequence[Sample]]
+Choices = tuple[list[int], list[int]]
+
+
+def fits(bundle: Bundle, size: Size) -> Callable[[str], bool]:
+    """Whether a prompt and the longest answer to it fit the positions that a device has by default."""
+    room = min(AgentConfig().max_positions, bundle.manifest.model.max_positions) - size.table_tokens
+    room -= max(task.max_tokens or 0 for task in TASKS.values())
+    tokenizer = ChatTokenizer(bundle)
+    return lambda prompt: len(tokenizer.encode_chat([ChatMessage("user", prompt)])) <= room
+
+
+def score(
+    size: Size,
+    bundle: Bundle,
+    load: Load,
+    scored: RowFile[Scored],
+    run: str,
+    progress: Progress,
+    *,
+    model: str = DEFAULT_MODEL,
+) -> None:
+    """Adds to `scored` what it lacks: each system's answer to `size.scored_samples` samples of each task.
+
+    `load` gives so many samples of a data set; `model` is the checkpoint that the bundle was made of.
+
+    Raises:
+        ConfigError: `model` is not of the bundle's shape, or `load` raises it.
+        LinkError: the machine is too busy even for ten minutes' patience.
+    """
+    num_threads = max(1, (os.cpu_count() or 1) // 2)  # both sides share the machine
+    with in_process_fleet(bundle, num_threads, max_requests=len(MODES)) as fleet:
+        scorer = Scorer(bundle, model, num_threads, fleet, run, progress)
+        for dataset in TASKS:
+            samples = load(dataset, size.scored_samples)
+            for number, sample in enumerate(samples, 1):
+                lacking = [s for s in SYSTEMS if (s, dataset, sample.id) not in scored]
+                if lacking:
+                    progress(f"{dataset}: sample {number} of {len(samples)}")
+                    for row in scorer.rows(dataset, sample, lacking, size.table_tokens):
+                        scored.add(row)
+
+
+class Scorer:
+    """Answers samples and scores the answers."""
+
+    def __init__(
+        self, bundle: Bundle, model: str, num_threads: int, fleet: InProcessFleet, run: str, progress: Progress
+    ) -> None:
+        self._manifest = bundle.manifest
+        self._model_name = model
+        self._fleet = fleet
+        self._run = run
+        self._progress = progress
+        self._full = FullModel(bundle, num_threads)
+        self._chat = ChatTokenizer(bundle)
+        self._tokenizer: Any = Tokenizer.from_file(str(bundle.path("tokenizer/tokenizer.json")))
+
+    def rows(self, dataset: str, sample: Sample, systems: Sequence[str], max_tokens: int) -> list[Scored]:
+        """One row for each of `systems`, of which there is at least one; the device answers for all at once."""
+        task = TASKS[dataset]
+        max_tokens = 1 if task.choices else task.max_tokens or max_tokens
+        prompt_ids = self._chat.encode_chat([ChatMessage("user", sample.prompt)])
+        asked = [s for s in systems if s in MODES and (s == VERIFIED or not task.choices)]
+        requests = [msgspec.structs.replace(MODES[s], prompt=sample.prompt, max_new_tokens=max_tokens) for s in asked]
+        with ThreadPoolExecutor(len(MODES)) as pool:
+            answers = dict(zip(asked, pool.map(self._fleet.ask, requests), strict=True))
+        reading = self._full.read(prompt_ids, max_tokens)
+        rows = []
+        for system in systems:
+            preference = None
+            if task.choices:
+                chosen, preference = self._choose(self._choices(*task.choices), system, prompt_ids, reading)
+                answers.setdefault(system, chosen)
+            elif system == CLOUD_ONLY:
+                answers[system] = self._of_checkpoint(prompt_ids, max_tokens)
+            rows.append(self._row(dataset, sample, system, answers[system], reading, preference))
+        return rows
+
+    def _of_checkpoint(self, prompt_ids: list[int], max_tokens: int) -> Answer:
+        given = torch.tensor([prompt_ids])
+        with torch.inference_mode():
+            whole = self._checkpoint.generate(
+                given, attention_mask=torch.ones_like(given), max_new_tokens=max_tokens, do_sample=False,
+                eos_token_id=list(self._manifest.model.eos_token_ids),
+            )  # fmt: skip
+        return self._token_answer(whole[0, len(prompt_ids) :].tolist(), CLOUD)
+
+    def _token_answer(self, token_ids: list[int], source: str) -> Answer:
+        stream = self._chat.stream()  # as a device does it
+        text = "".join([stream.push(token_id) for token_id in token_ids]) + stream.flush()
+        return Answer(text, tuple(token_ids), {source: len(token_ids)})
+
+    # Tasks of which the first token decides.
+
+    def _choose(self, choices: Choices, system: str, prompt_ids: list[int], reading: Reading) -> tuple[Answer, float]:
+        """The first token, and which choice is preferred by whoever decides on it."""
+        logits = reading.logits
+        if system == CLOUD_ONLY:
+            with torch.inference_mode():
+                logits = self._checkpoint(torch.tensor([prompt_ids]), logits_to_keep=1).logits[0, -1]
+        elif system != VERIFIED and (number := self._deciding_exit(MODES[system], reading.exits)) is not None:
+            candidates, source = reading.exits[number], exit_source(self._manifest.exits[number])
+            answer = self._token_answer([int(candidates.token_ids[0])], source)
+            return answer, exit_preference(candidates, choices)
+        return self._token_answer([int(logits.argmax())], CLOUD), logits_preference(logits, choices)
+
+    def _deciding_exit(self, request: PromptRequest, exits: Sequence[Candidates]) -> int | None:
+        """The first exit that is sure; without one the deepest where the device is alone, else None, the cloud."""
+        thresholds = self._manifest.thresholds if request.threshold is None else (request.threshold,) * len(exits)
+        pairs = enumerate(zip(exits, thresholds, strict=True))
+        sure = (number for number, (exit_, threshold) in pairs if exit_emits(exit_.confidence, threshold))
+        return next(sure, len(exits) - 1 if request.mode is Mode.STANDALONE else None)
+
+    def _choices(self, first: str, second: str) -> Choices:
+        """First tokens of either word, with a capital or without."""
+        return self._first_tokens(first), self._first_tokens(second)
+
+    def _first_tokens(self, word: str) -> list[int]:
+        return sorted({self._tokenizer.encode(w, add_special_tokens=False).ids[0] for w in (word, word.lower())})
+
+    def _row(
+        self,
+        dataset: str,
+        sample: Sample,
+        system: str,
+        answer: Answer,
+        reading: Reading,
+        preference: float | None = None,
+    ) -> Scored:
+        verdict = reading.judge(answer.token_ids)
+        if system == VERIFIED and verdict.agreement < 1:
+            kind = "a tie" if verdict.gap <= TIE else "NOT a tie"
+            self._progress(
+                f"{dataset}, sample {sample.id}: a verified token is not the full model's choice; the logits lie "
+                f"{verdict.gap:.2g} apart, {kind}"
+            )
+        details = measure(dataset, answer.text, sample, preference)
+        return Scored(
+            system=system, dataset=dataset, sample=sample.id, run=self._run, text=answer.text,
+            token_ids=answer.token_ids, tokens_from=answer.tokens_from, score=next(iter(details.values()), None),
+            details=details, label=sample.label, preference=preference, nll=verdict.nll, agreement=verdict.agreement,
+            gap=verdict.gap,
+        )  # fmt: skip
+
+    @cached_property
+    def _checkpoint(self) -> Any:
+        model, _ = load_model(ExportConfig(Path(), (1,), model=self._model_name), self._progress)
+        check_shape(model.config, self._manifest, self._model_name)
+        return model
+
+
+def check_shape(config: Any, manifest: Manifest, name: str) -> None:
+    """Raises ConfigError when a checkpoint cannot be the one that a bundle was made of."""
+    got = config.num_hidden_layers, config.hidden_size, config.vocab_size
+    expected = manifest.model.num_layers, manifest.model.hidden_size, manifest.model.vocab_size
+    if got != expected:
+        raise ConfigError(
+            f"expected the checkpoint of {manifest.model.name} (layers, hidden size, vocabulary {expected}), got "
+            f"{name} ({got}); name the model that the bundle was made of"
+        )
+
+
+def measure(dataset: str, text: str, sample: Sample, preference: float | None) -> dict[str, float]:
+    """The task's metrics of one answer by name, the main one first; none where there is nothing to hold it against."""
+    if preference is not None:
+        return {"accuracy": float((preference > 0) == bool(sample.label))}
+    if dataset == "quac":
+        return {"f1": word_f1(text, sample.references)}
+    if dataset == "xsum":
+        found = rouge(text, sample.references[0])
+        return {"rougeL": found.rouge_l, "rouge1": found.rouge1, "rouge2": found.rouge2}
+    return {}
+
+
+def logits_preference(logits: Tensor, choices: Choices) -> float:
+    """log P(first) - log P(second) of logits [vocab]; a choice has the probability of its tokens together."""
+    first, second = (float(logits[ids].logsumexp(0)) for ids in choices)
+    return first - second
+
+
+def exit_preference(candidates: Candidates, choices: Choices) -> float:
+    """The same by an exit's candidates; of a choice that is not among them no more is known than the least one's."""
+    logprobs = dict(zip(candidates.token_ids.tolist(), candidates.logprobs.tolist(), strict=True))
+    least = float(candidates.logprobs.min())
+    first, second = (
+        float(torch.tensor([logprobs[i] for i in ids if i in logprobs] or [least]).logsumexp(0)) for ids in choices
+    )
+    return first - second

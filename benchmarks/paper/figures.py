@@ -1,0 +1,203 @@
+"""From rows to figures: what an answer took, where, and how that compares with the baselines."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean, quantiles
+from typing import Final
+
+from msgspec import Struct
+
+from benchmarks.paper.rows import Link, ModelSizes, Row
+from fleet.policy import offload_rate
+
+CLOUD_ONLY: Final = "cloud_only"
+NAIVE: Final = "naive_split"
+CACHED: Final = ("cached_split_fp16", "cached_split_fp32")  # the harder one to beat first
+OURS: Final = ("collaborative", "verified")
+
+
+class Spread(Struct, frozen=True):
+    """Median and quartiles."""
+
+    low: float
+    median: float
+    high: float
+
+
+class Reduction(Struct, frozen=True, kw_only=True):
+    """By how much less a system takes than a baseline for the same samples, as shares of the baseline's sums; negative
+    where it takes more. None where the baseline takes nothing of it. `tokens` says whether the answers are of one
+    length: where the texts differ, so may their ends, and the rest compares different work."""
+
+    total: float | None
+    cloud_time: float | None
+    cloud_work: float | None
+    bytes: float | None
+    tokens: float | None
+
+
+class Figures(Struct, frozen=True, kw_only=True):
+    """All answers of one system in one part to one dataset over one link.
+
+    Without `Spread` they are means of an answer. Edge and cloud time are seconds of CPU; `communication_s` is what is
+    left of the total, waiting included, and below 0 where both sides work at once. `sources` are shares of all tokens;
+    `confident` is the share that an exit of the device emitted. `cloud_gflop` counts 2 operations for each parameter
+    that a position meets; attention over earlier positions is left out. `agreement` is that with cloud-only, see
+    :func:`agreement`. `fewer_than_cached`: fewer bytes a position, the prompt's included, and fewer round trips a token
+    than the cached split, for answers may be of other lengths.
+    """
+
+    part: str
+    dataset: str
+    system: str
+    link: Link
+    answers: int
+    tokens: float
+    prompt_tokens: float
+    total_s: Spread
+    token_ms: Spread
+    ttft_ms: Spread
+    edge_s: float
+    cloud_s: float
+    communication_s: float
+    bytes_up: float
+    bytes_down: float
+    messages: float
+    round_trips: float
+    offload_rate: float
+    confident: float
+    sources: dict[str, float]
+    cloud_gflop: float
+    joules: float | None
+    agreement: float | None
+    against: dict[str, Reduction]
+    fewer_than_cached: bool | None
+
+    @property
+    def bytes(self) -> float:
+        """Up and down."""
+        return self.bytes_up + self.bytes_down
+
+
+def figures(rows: Iterable[Row], model: ModelSizes) -> list[Figures]:
+    """One for each part, dataset, link and system, in the order in which they were measured."""
+    groups: dict[tuple[str, str, Link], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        groups[row.part, row.dataset, row.link][row.system].append(row)
+    return [_figures(system_rows, systems, model) for systems in groups.values() for system_rows in systems.values()]
+
+
+def _figures(rows: Sequence[Row], systems: Mapping[str, Sequence[Row]], model: ModelSizes) -> Figures:
+    first = rows[0]
+    sources: dict[str, int] = defaultdict(int)
+    for row in rows:
+        for source, count in row.tokens_from.items():
+            sources[source] += count
+    tokens = max(1, sum(sources.values()))
+    joules = [row.joules for row in rows if row.joules is not None]
+    edge_s, cloud_s = fmean(row.edge_s for row in rows), fmean(row.cloud_s for row in rows)
+    return Figures(
+        part=first.part,
+        dataset=first.dataset,
+        system=first.system,
+        link=first.link,
+        answers=len(rows),
+        tokens=fmean(len(row.token_ids) for row in rows),
+        prompt_tokens=fmean(row.prompt_tokens for row in rows),
+        total_s=spread([row.total_ms / 1e3 for row in rows]),
+        token_ms=spread([(row.total_ms - row.ttft_ms) / max(1, len(row.token_ids) - 1) for row in rows]),
+        ttft_ms=spread([row.ttft_ms for row in rows]),
+        edge_s=edge_s,
+        cloud_s=cloud_s,
+        communication_s=fmean(row.total_ms / 1e3 for row in rows) - edge_s - cloud_s,
+        bytes_up=fmean(row.traffic.bytes_up for row in rows),
+        bytes_down=fmean(row.traffic.bytes_down for row in rows),
+        messages=fmean(map(num_messages, rows)),
+        round_trips=fmean(row.round_trips for row in rows),
+        offload_rate=offload_rate(sources),
+        confident=sum(n for source, n in sources.items() if source.startswith("exit:")) / tokens,
+        sources={source: n / tokens for source, n in sources.items()},
+        cloud_gflop=fmean(cloud_gflop(row, model) for row in rows),
+        joules=fmean(joules) if joules else None,
+        agreement=agreement(rows, systems.get(CLOUD_ONLY, ())),
+        against={
+            name: less
+            for name in (CLOUD_ONLY, NAIVE, *CACHED)
+            if name != first.system and (less := reduction(rows, systems.get(name, ()), model))
+        },
+        fewer_than_cached=_fewer_than_cached(rows, systems) if first.system.startswith(OURS) else None,
+    )
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Quartiles of one or more values, both ends included."""
+    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return Spread(low, middle, high)
+
+
+def cloud_gflop(row: Row, model: ModelSizes) -> float:
+    """Work of the cloud on one answer, in 10^9 floating-point operations."""
+    layers = row.layer_positions_cloud * model.layer_parameters
+    return 2e-9 * (layers + row.head_calls_cloud * model.head_parameters)
+
+
+def num_bytes(row: Row) -> int:
+    return row.traffic.bytes_up + row.traffic.bytes_down
+
+
+def num_messages(row: Row) -> int:
+    return row.traffic.messages_up + row.traffic.messages_down
+
+
+def reduction(rows: Sequence[Row], baseline: Sequence[Row], model: ModelSizes) -> Reduction | None:
+    """Over the answers that both have, by sample and repeat; None when there are none."""
+    theirs = {(row.sample, row.repeat): row for row in baseline}
+    pairs = [(row, theirs[row.sample, row.repeat]) for row in rows if (row.sample, row.repeat) in theirs]
+    if not pairs:
+        return None
+
+    def less(of: Callable[[Row], float]) -> float | None:
+        ours, whole = (sum(map(of, side)) for side in zip(*pairs, strict=True))
+        return 1 - ours / whole if whole else None
+
+    return Reduction(
+        total=less(lambda row: row.total_ms),
+        cloud_time=less(lambda row: row.cloud_s),
+        cloud_work=less(lambda row: cloud_gflop(row, model)),
+        bytes=less(num_bytes),
+        tokens=less(lambda row: len(row.token_ids)),
+    )
+
+
+def agreement(rows: Sequence[Row], reference: Sequence[Row]) -> float | None:
+    """The share of tokens that are the reference's, up to and including the first that is not, for behind it the texts
+    are different ones; every sample once. None when no sample has a reference."""
+    theirs = {_text_of(row): row.token_ids for row in reference}
+    ours = {_text_of(row): row.token_ids for row in rows if _text_of(row) in theirs}
+    same = seen = 0
+    for sample, ids in ours.items():
+        pairs = list(zip(ids, theirs[sample], strict=False))
+        equal = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        same, seen = same + equal, seen + min(equal + 1, len(pairs))
+    return same / seen if seen else None
+
+
+def _text_of(row: Row) -> tuple[str, str, int]:
+    return row.part, row.dataset, row.sample
+
+
+def _fewer_than_cached(rows: Sequence[Row], systems: Mapping[str, Sequence[Row]]) -> bool | None:
+    cached = next((systems[name] for name in CACHED if name in systems), None)
+    if cached is None:
+        return None
+    samples = {row.sample for row in cached} & {row.sample for row in rows}
+
+    def rates(side: Sequence[Row]) -> tuple[float, float]:
+        same = [row for row in side if row.sample in samples]
+        tokens = sum(len(row.token_ids) for row in same)
+        positions = tokens + sum(row.prompt_tokens for row in same)
+        return sum(map(num_bytes, same)) / max(1, positions), sum(row.round_trips for row in same) / max(1, tokens)
+
+    return bool(samples) and all(ours < theirs for ours, theirs in zip(rates(rows), rates(cached), strict=True))

@@ -1,0 +1,80 @@
+"""The deployed full model in one process, as a judge: what it says along a text that is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cloud_broker_worker.upper_layers import Chunk, UpperLayers
+from edge_agent.cascade import Cascade
+from edge_agent.partition import Candidates, Partition
+from fleet.manifest import Bundle
+
+
+class Verdict(NamedTuple):
+    """The full model's word on an answer, each token judged behind the answer's own ones.
+
+    `nll` is the mean negative log-likelihood, `agreement` the share of tokens that are its own choice, and `gap` by how
+    much a logit exceeds that of the answer's token at most: a gap near 0 is a tie, which rounding decides.
+    """
+
+    nll: float
+    agreement: float
+    gap: float
+
+
+class FullModel:
+    """Both halves of a bundle: the device's blocks, FP16 between them, and the cloud's layers."""
+
+    def __init__(self, bundle: Bundle, num_threads: int) -> None:
+        """Raises BundleError when the bundle does not load."""
+        self.partition = Partition(bundle, num_threads)
+        self.upper = UpperLayers(bundle, num_threads)
+
+    def read(self, prompt_ids: Sequence[int], max_tokens: int) -> Reading:
+        """Runs a prompt; answers of at most `max_tokens` tokens can be judged behind it."""
+        return Reading(self, prompt_ids, max_tokens)
+
+
+class Reading:
+    """A prompt that the full model has read: `exits` is what each exit says of the next token, `logits` [vocab] what
+    the full model says."""
+
+    def __init__(self, model: FullModel, prompt_ids: Sequence[int], max_tokens: int) -> None:
+        manifest = model.partition.manifest
+        self._upper = model.upper
+        self._block = manifest.exits.index(manifest.upload_layer)
+        self._num_prompt, capacity = len(prompt_ids), len(prompt_ids) + max_tokens
+        self._lease = model.upper.new_pool(1 << 40).lease(capacity)
+        self._cascade = Cascade(model.partition, capacity, one_by_one_from=self._num_prompt)  # as a device does it
+        self._cascade.append(prompt_ids)
+        self.exits: list[Candidates] = [self._cascade.run(block) for block in range(len(manifest.exits))]
+        self.logits: Tensor = self._run(0, self._num_prompt, 1)[0]
+
+    def _run(self, start: int, stop: int, num_outputs: int) -> Tensor:
+        rows = self._cascade.hidden_states(self._block, start)[: stop - start].astype(np.float16)
+        return self._upper([Chunk(self._lease, rows, start, stop, num_outputs)])
+
+    def judge(self, token_ids: Sequence[int]) -> Verdict:
+        """The verdict on an answer of at least one token."""
+        logits, wanted = self.logits_along(token_ids), torch.tensor(token_ids)[:, None]
+        own = logits.gather(1, wanted)
+        nll = -logits.log_softmax(-1).gather(1, wanted).mean()
+        gaps = logits.max(-1, keepdim=True).values - own
+        agreement = (logits.argmax(-1, keepdim=True) == wanted).float().mean()
+        return Verdict(float(nll), float(agreement), float(gaps.max()))
+
+    def logits_along(self, token_ids: Sequence[int]) -> Tensor:
+        """Logits [n, vocab] for each of n tokens, behind those before it."""
+        start, count = self._num_prompt, len(token_ids) - 1
+        if not count:
+            return self.logits[None]
+        self._cascade.truncate(start)
+        self._cascade.append(token_ids[:-1])
+        for block in range(self._block + 1):
+            self._cascade.fill(block)
+        return torch.cat([self.logits[None], self._run(start, start + count, count)])

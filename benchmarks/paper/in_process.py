@@ -1,0 +1,85 @@
+"""A device and a worker in one process, with nothing but the wire left out."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, NamedTuple
+
+from cloud_broker_worker.config import WorkerConfig
+from cloud_broker_worker.worker import Worker
+from edge_agent.agent import Agent
+from edge_agent.config import AgentConfig
+from fleet import topics
+from fleet.client import PromptClient
+from fleet.errors import LinkError
+from fleet.manifest import Bundle
+from fleet.memory import MemoryBroker
+from fleet.policy import FALLBACK
+from fleet.prompt import PromptRequest
+from fleet.report import DeviceStatus, WorkerStatus, decode_status
+
+DEVICE: Final = "edge-1"
+WORKER: Final = "worker-1"
+PATIENCE_MS: Final = 600_000  # a busy machine must not change an answer
+START_S: Final = 60.0
+
+
+class Answer(NamedTuple):
+    """An answer of a device; `tokens_from` counts its tokens by source."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    tokens_from: dict[str, int]
+
+
+class InProcessFleet:
+    """The agent and the worker as they are deployed, on the in-memory broker."""
+
+    def __init__(self, client: PromptClient) -> None:
+        self._client = client
+
+    def ask(self, request: PromptRequest) -> Answer:
+        """The device's answer.
+
+        Raises:
+            PromptError: the device refuses the request.
+            LinkError: the cloud was asked and did not answer.
+        """
+        replies = list(self._client.ask(DEVICE, request, timeout_s=PATIENCE_MS / 1000))
+        usage = replies[-1].usage
+        sources = usage.sources if usage else {}
+        if FALLBACK in sources:
+            raise LinkError(
+                f"expected the cloud's tokens, got {sources[FALLBACK]} of the device that the cloud should have "
+                f"judged ({replies[-1].note}); run again when the machine is less busy"
+            )
+        token_ids = tuple(reply.token_id for reply in replies if reply.token_id is not None)
+        return Answer("".join(reply.text for reply in replies), token_ids, sources)
+
+
+@contextmanager
+def in_process_fleet(bundle: Bundle, num_threads: int, max_requests: int = 1) -> Iterator[InProcessFleet]:
+    """Starts the worker, then the device, each with `num_threads`, and waits for both.
+
+    The device answers `max_requests` at once.
+    """
+    agent_config = AgentConfig(
+        num_threads=num_threads, max_concurrent_requests=max_requests, assist_deadline_ms=PATIENCE_MS,
+        answer_deadline_ms=PATIENCE_MS,
+    )  # fmt: skip
+    broker = MemoryBroker()
+    with broker.connect("app") as app, broker.connect(WORKER) as worker_link, broker.connect(DEVICE) as device_link:
+        online: queue.Queue[bool] = queue.Queue()
+        app.subscribe(
+            topics.WORKER_STATUS_FILTER, lambda _, p: online.put(decode_status(p, WorkerStatus).online), qos=1
+        )
+        app.subscribe(
+            topics.DEVICE_STATUS_FILTER, lambda _, p: online.put(decode_status(p, DeviceStatus).online), qos=1
+        )
+        with Worker(worker_link, bundle, WorkerConfig(num_threads=num_threads)):
+            online.get(timeout=START_S)
+            with Agent(device_link, bundle, agent_config):
+                online.get(timeout=START_S)
+                yield InProcessFleet(PromptClient(app))

@@ -1,0 +1,54 @@
+"""The models of the paper's experiments: the deployed bundle, the whole model for a cloud, and a float32 edge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.partitions import CloudPartitions
+from fleet.manifest import Bundle
+from onnx_export.bundle import export_bundle
+from onnx_export.checkpoint import cache_folder
+from onnx_export.config import DEFAULT_MODEL, ExportConfig
+from onnx_export.sources import source_digest
+
+
+class PaperModels:
+    """Makes what is missing, each once, in `folder`; that of the default model is in the user's cache."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        progress: Callable[[str], None],
+        *,
+        model: str = DEFAULT_MODEL,
+        heads: Path | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """`bundle` is one of `model`, with the exit `heads`; see `ExportConfig`."""
+        self.bundle = bundle
+        self._progress = progress
+        self._model = model
+        self._heads = heads
+        self._folder = folder or cache_folder() / "bench" / source_digest()[:16]
+
+    def whole(self) -> Bundle:
+        """Every layer in float32, for the cloud."""
+        partitions = CloudPartitions(self.bundle.manifest, self._progress, self._model, self._folder)
+        return partitions.bundle(0)
+
+    def float32(self) -> PaperModels:
+        """The same split, its edge in float32 as well, with the thresholds of the deployed one."""
+        manifest = self.bundle.manifest
+        exits = "-".join(map(str, manifest.exits))
+        folder = self._folder / f"float32-{manifest.bundle_id[:16]}-{exits}"
+        if not folder.exists():
+            export_bundle(
+                ExportConfig(
+                    folder, manifest.exits, model=self._model, heads=self._heads, upload_layer=manifest.upload_layer,
+                    quantization="fp32", thresholds=manifest.thresholds, max_positions=manifest.model.max_positions,
+                ),
+                self._progress,
+            )  # fmt: skip
+        bundle = Bundle.load(folder)
+        return PaperModels(bundle, self._progress, model=self._model, heads=self._heads, folder=self._folder)

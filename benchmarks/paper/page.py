@@ -1,0 +1,81 @@
+"""The generated parts of docs/benchmarks.md, from a small summary of a run that is kept in benchmarks/data/paper.json.
+
+    python -m benchmarks.paper.page                      # writes the page and its pictures again
+    python -m benchmarks.paper.page --rows DIR           # from rows of 'fleet bench paper --out DIR', which it sums up
+
+A part stands between `<!-- paper:NAME -->` and `<!-- end -->`; what is outside is written by hand.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+import typer
+
+from benchmarks.paper.report import Summary, conditions, encode, sheets
+from fleet.command import run_command
+from fleet.errors import ConfigError
+
+ROOT: Final = Path(__file__).parents[2]
+PAGE: Final = ROOT / "docs/benchmarks.md"
+DATA: Final = ROOT / "benchmarks/data/paper.json"
+BLOCK: Final = re.compile(r"(<!-- paper:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+EMPTY: Final = "*Nothing is kept here yet.*"
+PICTURES: Final = {"table": ("time", "bytes"), "latency": ("latency",), "accuracy": ("accuracy",)}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def read_summary(path: Path = DATA) -> Summary | None:
+    """None when nothing is kept yet.
+
+    Raises:
+        ConfigError: the file is something else.
+    """
+    if not path.exists():
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Summary)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"{path}: expected a summary of this version, got something else ({error})") from None
+
+
+def filled(page: str, summary: Summary | None) -> str:
+    """The page with what the summary gives in each of its parts."""
+    found = blocks(summary) if summary is not None else {}
+    return BLOCK.sub(lambda match: f"{match[1]}{found.get(match[2], EMPTY)}\n{match[3]}", page)
+
+
+def blocks(summary: Summary) -> dict[str, str]:
+    """Markdown by name of the part; parts without figures are left out."""
+    from benchmarks.paper.plots import pictures
+
+    drawn = pictures(summary)
+    found = {"conditions": conditions(summary.run)}
+    for part, tables in sheets(summary).items():
+        shown = [f"![{name}](paper-{name}.svg)" for name in PICTURES.get(part, ()) if name in drawn]
+        if tables:
+            found[part] = "\n\n".join([*shown, *(table.markdown() for table in tables)])
+    return found
+
+
+@app.command()
+def run(rows: Annotated[Path | None, typer.Option(help="Folder of 'fleet bench paper'.")] = None) -> None:
+    """Write the page's generated parts and its pictures."""
+    from benchmarks.paper.plots import draw
+
+    if rows is not None:
+        from benchmarks.paper.results import Results
+
+        DATA.write_bytes(encode(Results.open(rows).summary()))
+    summary = read_summary()
+    PAGE.write_text(filled(PAGE.read_text(), summary))
+    if summary is not None:
+        draw(summary, PAGE.parent)
+
+
+if __name__ == "__main__":
+    run_command("benchmarks.paper.page", app)

@@ -1,0 +1,142 @@
+"""The folder of a run: its rows, its scores, and what they hold for."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import secrets
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from benchmarks.edge import machine
+from benchmarks.paper.accuracy_summary import summary as accuracy
+from benchmarks.paper.figures import figures
+from benchmarks.paper.fit import HeldBack, fit
+from benchmarks.paper.report import Summary
+from benchmarks.paper.rows import ModelSizes, Row, RowFile, Run, Scored
+from fleet.errors import BundleError, ConfigError
+from fleet.manifest import Bundle
+
+PACKAGES: Final = ("cecollm-fleet", "onnxruntime", "torch", "transformers")
+CONDITIONS: Final = {
+    "machine": "machine", "versions": "set of versions", "bundle_id": "bundle", "size": "size", "seed": "seed",
+}  # fmt: skip
+
+
+class Results:
+    """Rows that were all measured under one `run`'s conditions."""
+
+    def __init__(self, folder: Path, run: Run) -> None:
+        self.folder = folder
+        self.run = run
+        self.rows: RowFile[Row] = RowFile(folder / "rows.jsonl", Row)
+        self.scored: RowFile[Scored] = RowFile(folder / "scores.jsonl", Scored)
+
+    @classmethod
+    def open(cls, folder: Path) -> Results:
+        """Raises ConfigError when nothing was measured there."""
+        if (run := _read_run(folder)) is None:
+            raise ConfigError(f"nothing was measured in {folder}; run 'fleet bench paper', or give another --out")
+        return cls(folder, run)
+
+    @classmethod
+    def begin(cls, folder: Path, run: Run) -> Results:
+        """Goes on with the rows that are there.
+
+        Raises:
+            ConfigError: they were measured under other conditions: medians over both would mean nothing.
+        """
+        kept = _read_run(folder)
+        if kept is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "runs.jsonl").open("wb") as file:
+                file.write(msgspec.json.encode(run) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            return cls(folder, run)
+        for field, name in CONDITIONS.items():
+            was, now = getattr(kept, field), getattr(run, field)
+            if was != now:
+                raise ConfigError(
+                    f"{folder} holds rows measured with another {name}: {_show(was)}, now {_show(now)}; "
+                    "give another --out, or move the folder away"
+                )
+        return cls(folder, kept)
+
+    def summary(self) -> Summary:
+        """All figures."""
+        found = [*self.rows]
+        return Summary(
+            run=self.run,
+            figures=figures(found, self.run.model),
+            accuracy=accuracy(self.scored),
+            held_back=_held_back(found, self.run),
+        )
+
+
+def new_run(bundle: Bundle, size: str, seed: int) -> Run:
+    """The conditions here and now."""
+    return Run(
+        run=secrets.token_hex(4),
+        machine=msgspec.json.decode(msgspec.json.encode(machine())),
+        versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        bundle_id=bundle.manifest.bundle_id,
+        model=model_sizes(bundle),
+        size=size,
+        seed=seed,
+        at=time.time(),
+    )
+
+
+def model_sizes(bundle: Bundle) -> ModelSizes:
+    """From the manifest, and the width of the MLP from the cloud's configuration.
+
+    Raises:
+        BundleError: that cannot be read.
+    """
+    manifest, path = bundle.manifest, bundle.path("cloud/config.json")
+    try:
+        intermediate = int(json.loads(path.read_text())["intermediate_size"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise BundleError(f"{path}: expected a model's configuration ({error}); export the bundle again") from None
+    model = manifest.model
+    attention = 2 * model.head_dim * (model.num_attention_heads + model.num_key_value_heads)
+    return ModelSizes(
+        name=model.name,
+        num_layers=model.num_layers,
+        exits=manifest.exits,
+        split_layer=manifest.split_layer,
+        upload_layer=manifest.upload_layer,
+        thresholds=manifest.thresholds,
+        layer_parameters=model.hidden_size * (attention + 3 * intermediate),
+        head_parameters=model.hidden_size * model.vocab_size,
+    )
+
+
+def _held_back(rows: list[Row], run: Run) -> list[HeldBack]:
+    """Nothing where the rows are too few for a fit."""
+    try:
+        return fit(rows, run)[1]
+    except ConfigError:
+        return []
+
+
+def _read_run(folder: Path) -> Run | None:
+    path = folder / "runs.jsonl"
+    if not path.exists():
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes().strip(), type=Run)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(
+            f"{path}: expected a run of this version, got something else ({error}); move the folder away"
+        ) from None
+
+
+def _show(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

