@@ -334,7 +334,7 @@ class Agent:
         for token in tokens:
             job.count(token.source)
             self._stream(job, Reply(len(job.replies), text.push(token.token_id), token.token_id, token.source))
-            if token.token_id in self._manifest.model.eos_token_ids:
+            if token.token_id in plan.eos_token_ids:
                 return "stop"
         return "cancelled" if job.cancelled.is_set() else "length"
 
@@ -343,7 +343,7 @@ class Agent:
             self._partition, plan.capacity, plan.thresholds, job.prompt.sampling, job.uplink, self._turns,
             self._measurements, one_by_one_from=len(plan.prompt_ids) if plan.is_exact else None,
         )  # fmt: skip
-        eos, verified = self._manifest.model.eos_token_ids, None
+        eos, verified = plan.eos_token_ids, None
         if job.uplink and (plan.is_sample or plan.mode in (Mode.VERIFIED, Mode.AUTO)):
             verified = VerifiedRun(
                 decoder, job.uplink, self._acceptance, self._measurements, eos, plan.config.max_draft

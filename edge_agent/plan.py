@@ -34,6 +34,7 @@ class Plan:
     deadline_s: float
     num_bytes: int
     config: AgentConfig
+    eos_token_ids: tuple[int, ...]
     is_sample: bool = False
 
     @property
@@ -86,7 +87,8 @@ class Planner:
         may_sample = prompt.mode is None and mode is Mode.COLLABORATIVE
         return Plan(
             prompt_ids, max_new_tokens, self._request_thresholds(prompt, config), mode, self._targets(prompt, config),
-            deadline_s, num_bytes, config, is_sample=may_sample and self._draw() < config.agreement_sample,
+            deadline_s, num_bytes, config, () if prompt.ignore_eos else self._partition.manifest.model.eos_token_ids,
+            is_sample=may_sample and self._draw() < config.agreement_sample,
         )  # fmt: skip
 
     def _targets(self, prompt: PromptRequest, config: AgentConfig) -> Targets:

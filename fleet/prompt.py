@@ -39,6 +39,7 @@ class AnswerOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     target_tpot_ms: TargetTpotMs | None = None
     min_agreement: Share | None = None
     max_offload_rate: Share | None = None
+    ignore_eos: bool = False
 
 
 class PromptRequest(AnswerOptions, frozen=True, forbid_unknown_fields=True):

@@ -47,7 +47,7 @@ class AgentDriver:
     ) -> dict[str, Any]:
         """A greedy one; `thresholds` are the bundle's by default. See `Answer`, and `counts` for the rest."""
         request = PromptRequest(
-            prompt=prompt, max_new_tokens=max_new_tokens, mode=Mode(mode),
+            prompt=prompt, max_new_tokens=max_new_tokens, mode=Mode(mode), ignore_eos=True,
             thresholds=None if thresholds is None else tuple(thresholds),
         )  # fmt: skip
         before, usage = self._work(), None

@@ -125,7 +125,7 @@ class ClientDriver:
         session, watch = self._channel.open(worker), Stopwatch()
         prompt_ids = self._encode(prompt)
         session.send(Prompt(tuple(prompt_ids), max_new_tokens))
-        while len(watch.token_ids) < max_new_tokens and not self._has_ended(watch):
+        while len(watch.token_ids) < max_new_tokens:
             watch.add(session.token(), CLOUD)
         return built(watch.answer(len(prompt_ids), round_trips=1))
 
@@ -141,7 +141,7 @@ class ClientDriver:
         capacity = len(prompt_ids) + max_new_tokens
         cascade, waiting, sent = Cascade(self._partition, capacity), prompt_ids, 0
         top = self._manifest.exits.index(self._manifest.upload_layer)
-        while len(watch.token_ids) < max_new_tokens and not self._has_ended(watch):
+        while len(watch.token_ids) < max_new_tokens:
             cascade.append(waiting)
             for block in range(top + 1):
                 cascade.fill(block)
@@ -160,9 +160,6 @@ class ClientDriver:
 
     def _encode(self, prompt: str) -> list[int]:
         return self._tokenizer.encode_chat([ChatMessage("user", prompt)])
-
-    def _has_ended(self, watch: Stopwatch) -> bool:
-        return bool(watch.token_ids) and watch.token_ids[-1] in self._manifest.model.eos_token_ids
 
 
 def built(answer: Answer) -> dict[str, Any]:

@@ -73,8 +73,7 @@ def load(bundle: Bundle, embedding: Path | None, peer: list[str] | None, stack: 
     """The model that the command line names, and its version."""
     if peer:
         engine = stack.enter_context(Engine("peer", peer))
-        model = bundle.manifest.model
-        return PeerCloudModel(engine, model.num_layers, model.eos_token_ids), engine.version
+        return PeerCloudModel(engine, bundle.manifest.model.num_layers), engine.version
     import torch
 
     version = f"torch {torch.__version__}"

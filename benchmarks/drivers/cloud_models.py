@@ -74,8 +74,6 @@ class WholeCloudModel(_Layers):
         for _ in range(message.max_new_tokens):
             token_id = self._next(lease, self._embedding[list(token_ids)].astype(np.float16))
             yield token_id
-            if token_id in self._model.eos_token_ids:
-                return
             token_ids = [token_id]
 
 
@@ -107,18 +105,17 @@ class UpperCloudModel(_Layers):
 class PeerCloudModel:
     """Another project's engine, in a process of its own."""
 
-    def __init__(self, engine: Engine, num_layers: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, engine: Engine, num_layers: int) -> None:
         self.num_layers = num_layers
         self.positions = self.head_calls = 0
         self.pid: int | None = engine.pid
         self._engine = engine
-        self._eos = list(eos_token_ids)
 
     def answer(self, session: str, message: ToCloud) -> Iterator[int]:
         if not isinstance(message, Prompt):
             raise ProtocolError(f"expected a prompt in session {session}, got hidden states")
         self.positions += len(message.token_ids) - 1
-        arguments = {"prompt": list(message.token_ids), "new_tokens": message.max_new_tokens, "eos": self._eos}
+        arguments = {"prompt": list(message.token_ids), "new_tokens": message.max_new_tokens}
         for line in self._engine.stream("generate", **arguments):
             self.positions += 1  # the token before it
             self.head_calls += 1

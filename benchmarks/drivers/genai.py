@@ -47,15 +47,12 @@ class GenAi:
             best.append(int(generator.get_logits()[0, -1].argmax()))
         return {"best": best}
 
-    def generate(self, prompt: list[int], new_tokens: int, eos: list[int]) -> Iterator[dict[str, int]]:
+    def generate(self, prompt: list[int], new_tokens: int) -> Iterator[dict[str, int]]:
         """Its own greedy search."""
-        generator = self._start(prompt)
+        generator = self._start(prompt, min_length=len(prompt) + new_tokens + 1)
         for _ in range(new_tokens):
             generator.generate_next_token()
-            token_id = int(generator.get_next_tokens()[0])
-            yield {"token_id": token_id}
-            if token_id in eos:
-                return
+            yield {"token_id": int(generator.get_next_tokens()[0])}
 
     def _start(self, prompt: list[int], **options: Any) -> Any:
         params = og.GeneratorParams(self._model)

@@ -48,20 +48,15 @@ class LlamaCpp:
         """One request a position; what it shares with the one before is in the cache, so that each costs one step."""
         return {"best": [self._complete(prompt + answer[:i], 1)["tokens"][0] for i in range(len(answer))]}
 
-    def generate(self, prompt: list[int], new_tokens: int, eos: list[int]) -> Iterator[dict[str, int]]:
-        """As its server streams it; no earlier prompt is kept. It names no token that ends an answer: the first of
-        `eos` stands for it."""
-        options = {"cache_prompt": False, "stream": True}
+    def generate(self, prompt: list[int], new_tokens: int) -> Iterator[dict[str, int]]:
+        """As its server streams it; no earlier prompt is kept."""
+        options = {"cache_prompt": False, "stream": True, "ignore_eos": True}
         with self._post(prompt, new_tokens, **options) as response:
             for line in response:
                 if not line.startswith(b"data: {"):
                     continue
                 part = json.loads(line.removeprefix(b"data: "))
-                if part.get("stop"):
-                    if part.get("stop_type") == "eos":
-                        yield {"token_id": eos[0]}
-                    continue
-                for token_id in part["tokens"]:
+                for token_id in [] if part.get("stop") else part["tokens"]:
                     yield {"token_id": token_id}
 
     def _complete(self, prompt: list[int], num_tokens: int, **options: Any) -> dict[str, Any]:

@@ -30,8 +30,8 @@ class Engine(Protocol):
 class Peer(Engine, Protocol):
     """One that answers prompts as well."""
 
-    def generate(self, prompt: list[int], new_tokens: int, eos: list[int]) -> Iterator[Mapping[str, Any]]:
-        """`token_id` of each greedy token at once, at most `new_tokens`; one of `eos` is the last."""
+    def generate(self, prompt: list[int], new_tokens: int) -> Iterator[Mapping[str, Any]]:
+        """`token_id` of each of `new_tokens` greedy tokens, at once; end of sequence is ignored."""
 
 
 def serve(load: Callable[[Path, int], Engine], description: str | None) -> None:

@@ -1,6 +1,6 @@
 """The experiments of the CE-CoLLM paper (arXiv 2411.02829) on this system, beside stronger baselines.
 
-    fleet bench paper [--size small|full] [--only table,latency] [--data DIR] [--out DIR] [--plot DIR] [--json]
+    fleet bench paper [--size small|medium|full] [--only table,latency] [--data DIR] [--out DIR] [--plot DIR] [--json]
     fleet bench paper --only ''         # measures nothing more, and prints what there is
     fleet bench paper --fit             # fits 'fleet plan' to the rows that there are
 

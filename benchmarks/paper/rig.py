@@ -229,8 +229,7 @@ class Rig:
         model = self._models.bundle.manifest.model
         prompt_ids = self._tokenizer.encode_chat([ChatMessage("user", prompt)])
         watch = Stopwatch()
-        arguments = {"prompt": prompt_ids, "new_tokens": max_new_tokens, "eos": list(model.eos_token_ids)}
-        for line in device.stream("generate", **arguments):
+        for line in device.stream("generate", prompt=prompt_ids, new_tokens=max_new_tokens):
             watch.add(line["token_id"], f"exit:{model.num_layers}")
         num_tokens = len(watch.token_ids)
         positions = len(prompt_ids) + num_tokens - 1

@@ -78,7 +78,7 @@ def test_sizes_are_those_of_the_bundles_model(tiny_bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--size", "huge"), "--size 'huge': expected one of small, full"),
+        (("--size", "huge"), "--size 'huge': expected one of small, medium, full"),
         (("--only", "table,lunch"), f"unknown part lunch: expected some of {', '.join(PARTS)}"),
         (("--data", "/no/sets"), "--data /no/sets: expected a folder"),
         (("--fit", "--out", "/no/rows"), "nothing was measured in /no/rows"),

@@ -18,7 +18,7 @@ BUDGET = 100
 
 def put(jobs: JobQueue, request: str, num_bytes: int) -> Job:
     job = Job("app", request, PromptRequest(prompt="x"))
-    jobs.put(job, Plan([1], 1, (1.0,), Mode.STANDALONE, Targets(), 60.0, num_bytes, AgentConfig()))
+    jobs.put(job, Plan([1], 1, (1.0,), Mode.STANDALONE, Targets(), 60.0, num_bytes, AgentConfig(), ()))
     return job
 
 

@@ -41,6 +41,11 @@ def test_what_the_request_names_goes_before_the_settings(planner: Planner) -> No
     assert (plan.max_new_tokens, plan.mode, plan.thresholds) == (3, Mode.STANDALONE, (0.75, 0.75))
 
 
+def test_no_token_ends_an_answer_that_ignores_the_end_of_sequence(planner: Planner, partition: Partition) -> None:
+    assert planner.plan(SHORT).eos_token_ids == partition.manifest.model.eos_token_ids != ()
+    assert planner.plan(PromptRequest(prompt="x", ignore_eos=True)).eos_token_ids == ()
+
+
 @pytest.mark.parametrize(
     ("prompt", "says"),
     [
