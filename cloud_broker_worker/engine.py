@@ -205,15 +205,18 @@ class Engine:
         return schedule(pending, self._config.max_batch_positions)
 
     def _ahead(self, now: float) -> dict[SessionKey, int]:
-        """Sessions in use whose context is not a draft: a draft may be rejected, so it runs when it is asked about."""
+        """Sessions in use whose context is not a draft: a draft may be rejected, so it runs when it is asked about.
+
+        The newest position waits: a question is about it, and would run it once more for its logits.
+        """
         if not self._config.run_ahead_positions:
             return {}
         behind = [
             s
             for s in self.sessions.values()
-            if s.length < s.received and not s.drafts and not self.memory.is_idle(s, now)
+            if s.length < s.received - 1 and not s.drafts and not self.memory.is_idle(s, now)
         ]
-        pending = {s.key: s.received - s.length for s in self._with_caches(behind, now)}
+        pending = {s.key: s.received - 1 - s.length for s in self._with_caches(behind, now)}
         return schedule(pending, self._config.run_ahead_positions)
 
     def _with_caches(self, sessions: Iterable[Session], now: float) -> list[Session]:

@@ -127,10 +127,11 @@ def test_run_ahead_gives_the_same_answer_with_nothing_left_to_run_but_the_questi
     while bench.engine.step() is not None:
         pass
     session = bench.engine.sessions[SessionKey(DEVICE, "a")]
-    assert session.length == 12
+    assert session.length == 11
     bench.assist(11, session="a")
     assert session.num_pending == 1
     assert bench.token("a").token_id == expected(bench, "a")
+    assert bench.engine.tally.num_positions == 12  # none of them twice
 
 
 def test_when_the_machine_has_less_memory_than_the_budget_the_session_is_refused_and_others_serve_on(

@@ -180,7 +180,7 @@ def test_context_runs_ahead_while_nobody_asks_but_drafts_do_not(bench: Bench) ->
     lengths = []
     while bench.engine.step() is not None:
         lengths.append(next(iter(bench.engine.sessions.values())).length)
-    assert lengths == [5, 10, 15, 16]
+    assert lengths == [5, 10, 15]
     bench.verify(START, bench.expected_tokens(rows, START))
     bench.verdict()
     bench.context(bench.upload(NUM_ROWS + 2)[NUM_ROWS:], start=NUM_ROWS)
