@@ -82,7 +82,8 @@ def _quac(number: int, row: Row, random: Random) -> Sample | None:
     chosen = random.choice(answerable)
     history = "".join(f"Question: {q}\nAnswer: {a[0]}\n" for q, a in questions[:chosen]).replace(NO_ANSWER, "unknown")
     question, answers = questions[chosen]
-    prompt = f"{context}\n\n{history}Question: {question}\nAnswer with words of the text."
+    task = "Answer the last question with a quote from the text."
+    prompt = f"{task}\n\nText: {context}\n\n{history}Question: {question}\nAnswer:"
     return Sample(id=number, prompt=prompt, references=tuple(dict.fromkeys(answers)))
 
 
