@@ -117,16 +117,18 @@ class Scorer:
         asked = [s for s in systems if s in MODES and (s == VERIFIED or not task.choices)]
         requests = [msgspec.structs.replace(MODES[s], prompt=sample.prompt, max_new_tokens=max_tokens) for s in asked]
         with ThreadPoolExecutor(len(MODES)) as pool:
-            answers = dict(zip(asked, pool.map(self._fleet.ask, requests), strict=True))
-        reading = self._full.read(prompt_ids, max_tokens)
+            futures = {s: pool.submit(self._fleet.ask, request) for s, request in zip(asked, requests, strict=True)}
+            answers = {}
+            if CLOUD_ONLY in systems and not task.choices:
+                answers[CLOUD_ONLY] = self._of_checkpoint(prompt_ids, max_tokens)  # meanwhile
+            reading = self._full.read(prompt_ids, max_tokens)
+            answers |= {system: future.result() for system, future in futures.items()}
         rows = []
         for system in systems:
             preference = None
             if task.choices:
                 chosen, preference = self._choose(self._choices(*task.choices), system, prompt_ids, reading)
                 answers.setdefault(system, chosen)
-            elif system == CLOUD_ONLY:
-                answers[system] = self._of_checkpoint(prompt_ids, max_tokens)
             rows.append(self._row(dataset, sample, system, answers[system], reading, preference))
         return rows
 
@@ -200,6 +202,7 @@ class Scorer:
     def _checkpoint(self) -> Any:
         model, _ = load_model(ExportConfig(Path(), (1,), model=self._model_name), self._progress)
         check_shape(model.config, self._manifest, self._model_name)
+        model.set_attn_implementation("sdpa")  # export wants it eager, which is slow on long prompts
         return model
 
 
