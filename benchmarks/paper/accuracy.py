@@ -37,6 +37,7 @@ from onnx_export.config import DEFAULT_MODEL, ExportConfig
 FULL: Final = "full"
 CLOUD_ONLY: Final = "cloud_only"
 VERIFIED: Final = "verified"
+MAX_POSITIONS: Final = 1024  # nine prompts in ten fit, and a few long ones would take most of the time
 TIE: Final = 1e-3  # two logits so close may change places when a batch of another size rounds them
 
 MODES: Final = {
@@ -55,10 +56,10 @@ Load = Callable[[str, int], Sequence[Sample]]
 Choices = tuple[list[int], list[int]]
 
 
-def fits(bundle: Bundle, size: Size) -> Callable[[str], bool]:
-    """Whether a prompt and the longest answer to it fit the positions that a device has by default."""
-    room = min(AgentConfig().max_positions, bundle.manifest.model.max_positions) - size.table_tokens
-    room -= max(task.max_tokens or 0 for task in TASKS.values())
+def fits(bundle: Bundle, size: Size, max_positions: int = MAX_POSITIONS) -> Callable[[str], bool]:
+    """Whether a prompt and the longest answer to it fit the device's positions and `max_positions`."""
+    longest = max(size.table_tokens, *(task.max_tokens or 0 for task in TASKS.values()))
+    room = min(max_positions, AgentConfig().max_positions, bundle.manifest.model.max_positions) - longest
     tokenizer = ChatTokenizer(bundle)
     return lambda prompt: len(tokenizer.encode_chat([ChatMessage("user", prompt)])) <= room
 
