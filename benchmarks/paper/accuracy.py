@@ -37,6 +37,7 @@ from onnx_export.config import DEFAULT_MODEL, ExportConfig
 FULL: Final = "full"
 CLOUD_ONLY: Final = "cloud_only"
 VERIFIED: Final = "verified"
+MAX_POSITIONS: Final = 1024  # nine prompts in ten fit, and a few long ones would take most of the time
 TIE: Final = 1e-3  # two logits so close may change places when a batch of another size rounds them
 
 MODES: Final = {
@@ -55,10 +56,10 @@ Load = Callable[[str, int], Sequence[Sample]]
 Choices = tuple[list[int], list[int]]
 
 
-def fits(bundle: Bundle, size: Size) -> Callable[[str], bool]:
-    """Whether a prompt and the longest answer to it fit the positions that a device has by default."""
-    room = min(AgentConfig().max_positions, bundle.manifest.model.max_positions) - size.table_tokens
-    room -= max(task.max_tokens or 0 for task in TASKS.values())
+def fits(bundle: Bundle, size: Size, max_positions: int = MAX_POSITIONS) -> Callable[[str], bool]:
+    """Whether a prompt and the longest answer to it fit the device's positions and `max_positions`."""
+    longest = max(size.table_tokens, *(task.max_tokens or 0 for task in TASKS.values()))
+    room = min(max_positions, AgentConfig().max_positions, bundle.manifest.model.max_positions) - longest
     tokenizer = ChatTokenizer(bundle)
     return lambda prompt: len(tokenizer.encode_chat([ChatMessage("user", prompt)])) <= room
 
@@ -117,16 +118,18 @@ class Scorer:
         asked = [s for s in systems if s in MODES and (s == VERIFIED or not task.choices)]
         requests = [msgspec.structs.replace(MODES[s], prompt=sample.prompt, max_new_tokens=max_tokens) for s in asked]
         with ThreadPoolExecutor(len(MODES)) as pool:
-            answers = dict(zip(asked, pool.map(self._fleet.ask, requests), strict=True))
-        reading = self._full.read(prompt_ids, max_tokens)
+            futures = {s: pool.submit(self._fleet.ask, request) for s, request in zip(asked, requests, strict=True)}
+            answers = {}
+            if CLOUD_ONLY in systems and not task.choices:
+                answers[CLOUD_ONLY] = self._of_checkpoint(prompt_ids, max_tokens)  # meanwhile
+            reading = self._full.read(prompt_ids, max_tokens)
+            answers |= {system: future.result() for system, future in futures.items()}
         rows = []
         for system in systems:
             preference = None
             if task.choices:
                 chosen, preference = self._choose(self._choices(*task.choices), system, prompt_ids, reading)
                 answers.setdefault(system, chosen)
-            elif system == CLOUD_ONLY:
-                answers[system] = self._of_checkpoint(prompt_ids, max_tokens)
             rows.append(self._row(dataset, sample, system, answers[system], reading, preference))
         return rows
 
@@ -200,6 +203,7 @@ class Scorer:
     def _checkpoint(self) -> Any:
         model, _ = load_model(ExportConfig(Path(), (1,), model=self._model_name), self._progress)
         check_shape(model.config, self._manifest, self._model_name)
+        model.set_attn_implementation("sdpa")  # export wants it eager, which is slow on long prompts
         return model
 
 

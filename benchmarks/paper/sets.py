@@ -64,7 +64,7 @@ def load(
         elif sample:
             num_long += 1
     if num_long:
-        progress(f"{name}: {num_long} prompts were left out, for they are longer than the model's positions")
+        progress(f"{name}: {num_long} prompts were left out, for they are too long")
     if not samples:
         raise ConfigError(f"{where(0)}: expected samples of {name}, got none that fit")
     return samples

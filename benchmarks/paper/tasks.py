@@ -17,6 +17,7 @@ from msgspec import Struct
 
 Row = Mapping[str, Any]
 
+HISTORY: Final = 2  # questions of QuAC that are told before one is asked, as to its paper's best model
 NO_ANSWER: Final = "CANNOTANSWER"  # QuAC's mark of a question that the text does not answer
 
 
@@ -74,15 +75,18 @@ def _alpaca(number: int, row: Row, _: Random) -> Sample:
 
 
 def _quac(number: int, row: Row, random: Random) -> Sample | None:
-    """One question of the dialogue that the text answers, behind those before it and their first answers."""
+    """One question of the dialogue that the text answers, behind the `HISTORY` before it and their first answers."""
     context, questions = _dialogue(row)
     answerable = [i for i, (_, answers) in enumerate(questions) if NO_ANSWER not in answers]
     if not answerable:
         return None
     chosen = random.choice(answerable)
-    history = "".join(f"Question: {q}\nAnswer: {a[0]}\n" for q, a in questions[:chosen]).replace(NO_ANSWER, "unknown")
+    history = "".join(
+        f"Question: {q}\nAnswer: {a[0]}\n" for q, a in questions[max(0, chosen - HISTORY) : chosen]
+    ).replace(NO_ANSWER, "unknown")
     question, answers = questions[chosen]
-    prompt = f"{context}\n\n{history}Question: {question}\nAnswer with words of the text."
+    task = "Answer the last question with a quote from the text."
+    prompt = f"{task}\n\nText: {context}\n\n{history}Question: {question}\nAnswer:"
     return Sample(id=number, prompt=prompt, references=tuple(dict.fromkeys(answers)))
 
 

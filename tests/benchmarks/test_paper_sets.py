@@ -105,7 +105,7 @@ def test_long_prompts_are_left_out_and_counted(tmp_path: Path) -> None:
     said: list[str] = []
     samples = load("alpaca", 3, 0, folder, fits=lambda prompt: len(prompt) < 50, progress=said.append)
     assert [sample.id for sample in samples] == [0]
-    assert said == ["alpaca: 2 prompts were left out, for they are longer than the model's positions"]
+    assert said == ["alpaca: 2 prompts were left out, for they are too long"]
     with pytest.raises(ConfigError, match="none that fit"):
         load("alpaca", 3, 0, folder, fits=lambda _: False)
 
