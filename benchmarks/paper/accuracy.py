@@ -80,7 +80,7 @@ def score(
 
     Raises:
         ConfigError: `model` is not of the bundle's shape, or `load` raises it.
-        LinkError: the machine is too busy even for ten minutes' patience.
+        LinkError: the machine is so busy that a token takes a minute.
     """
     num_threads = max(1, (os.cpu_count() or 1) // 2)  # both sides share the machine
     with in_process_fleet(bundle, num_threads, max_requests=len(MODES)) as fleet:
