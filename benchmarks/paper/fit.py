@@ -27,6 +27,7 @@ from fleet.policy import Mode, offload_rate
 Floats = npt.NDArray[np.float64]
 
 PART: Final = "latency"
+TABLE: Final = "table"
 MODES: Final = (Mode.STANDALONE, Mode.COLLABORATIVE, Mode.VERIFIED, CLOUD_ONLY)
 REFERENCES: Final = (Mode.VERIFIED, "collaborative@1.0")  # both give the deployed full model's tokens
 PULL: Final = 0.1  # towards the plain sum, where rows do not tell terms apart
@@ -53,7 +54,8 @@ def fit(rows: Iterable[Row], run: Run) -> tuple[Fit, list[HeldBack]]:
     answers: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         answers[row.system].append(row)
-    taken = [row for name in answers if name.startswith(MODES) for row in answers[name] if row.part == PART]
+    measured = [row for name in answers if name.startswith(MODES) for row in answers[name]]
+    taken = [row for row in measured if row.part == PART]
     links = sorted({row.link for row in taken}, key=lambda link: (link.mbit_s, link.rtt_ms))
     if len(links) < 3:
         raise ConfigError(
@@ -64,7 +66,9 @@ def fit(rows: Iterable[Row], run: Run) -> tuple[Fit, list[HeldBack]]:
     if missing := [mode for mode in (Mode.STANDALONE, CLOUD_ONLY) if all(row.system != mode for row in fitted)]:
         raise ConfigError(f"no latency rows of {', '.join(missing)}, which give the time of a step; measure them, too")
     work = Work(run.model)
-    edge, cloud = work.side(fitted, "edge"), work.side(fitted, "cloud")
+    # Answers of other lengths to longer prompts tell a step, a prompt's position and a message apart.
+    told = fitted + [row for row in measured if row.part == TABLE and row.link not in set(links) - seen]
+    edge, cloud = work.side(told, "edge"), work.side(told, "cloud")
     by_system: dict[str, list[Row]] = defaultdict(list)
     for row in fitted:
         by_system[row.system].append(row)
