@@ -41,6 +41,7 @@ HOST: Final = "127.0.0.1"
 LOOPBACK: Final = Link()
 QUIET_S: Final = 0.1  # without a byte on a link, beside its round trip
 QUIET_TIMEOUT_S: Final = 20.0
+ENDING_S: Final = 1.0  # from a connection that is reset to the end of the process behind it
 PEER_NAMES: Final = {"llama.cpp": "llama.cpp", "genai": "onnxruntime-genai"}
 WORKERS: Final[dict[Cloud, str]] = {
     "worker": WORKER, "whole": "cloud-whole", "upper": "cloud-upper", "llama.cpp": "cloud-llama-cpp",
@@ -203,7 +204,7 @@ class Rig:
             cpu_after, after = self._cpu_s(system), self._tallies(system)
         except (FleetError, OSError) as error:
             if cloud:
-                cloud.check()  # that it has gone says more than what the device made of it
+                check_for(ENDING_S, cloud)  # that it has gone says more than what the device made of it
             raise FleetError(f"{name}: {error}") from error
         if cloud:
             cloud.check()  # the agent goes on without
@@ -304,3 +305,11 @@ def python(module: str, **options: object) -> list[str]:
     """The command of one of our drivers."""
     given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     return [sys.executable, "-m", module, *given]
+
+
+def check_for(seconds: float, cloud: CloudSide) -> None:
+    """Raises FleetError as soon as it has ended."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        cloud.check()
+        time.sleep(0.01)
