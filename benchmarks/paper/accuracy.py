@@ -23,6 +23,7 @@ from benchmarks.paper.in_process import Answer, InProcessFleet, in_process_fleet
 from benchmarks.paper.rows import RowFile, Scored
 from benchmarks.paper.scores import rouge, word_f1
 from benchmarks.paper.sizes import Size
+from benchmarks.paper.systems import CLOUD_ONLY
 from benchmarks.paper.tasks import TASKS, Sample
 from edge_agent.config import AgentConfig
 from edge_agent.partition import Candidates
@@ -35,7 +36,6 @@ from onnx_export.bundle import load_model
 from onnx_export.config import DEFAULT_MODEL, ExportConfig
 
 FULL: Final = "full"
-CLOUD_ONLY: Final = "cloud_only"
 VERIFIED: Final = "verified"
 MAX_POSITIONS: Final = 1024  # nine prompts in ten fit, and a few long ones would take most of the time
 TIE: Final = 1e-3  # two logits so close may change places when a batch of another size rounds them

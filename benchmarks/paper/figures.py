@@ -10,10 +10,9 @@ from typing import Final
 from msgspec import Struct
 
 from benchmarks.paper.rows import Link, ModelSizes, Row
+from benchmarks.paper.systems import CLOUD_ONLY, NAIVE_SPLIT
 from fleet.policy import offload_rate
 
-CLOUD_ONLY: Final = "cloud_only"
-NAIVE: Final = "naive_split"
 CACHED: Final = ("cached_split_fp16", "cached_split_fp32")  # the harder one to beat first
 OURS: Final = ("collaborative", "verified")
 
@@ -28,14 +27,13 @@ class Spread(Struct, frozen=True):
 
 class Reduction(Struct, frozen=True, kw_only=True):
     """By how much less a system takes than a baseline for the same samples, as shares of the baseline's sums; negative
-    where it takes more. None where the baseline takes nothing of it. `tokens` says whether the answers are of one
-    length: where the texts differ, so may their ends, and the rest compares different work."""
+    where it takes more. None where the baseline takes nothing of it."""
 
     total: float | None
     cloud_time: float | None
     cloud_work: float | None
     bytes: float | None
-    tokens: float | None
+    round_trips: float | None
 
 
 class Figures(Struct, frozen=True, kw_only=True):
@@ -45,8 +43,7 @@ class Figures(Struct, frozen=True, kw_only=True):
     left of the total, waiting included, and below 0 where both sides work at once. `sources` are shares of all tokens;
     `confident` is the share that an exit of the device emitted. `cloud_gflop` counts 2 operations for each parameter
     that a position meets; attention over earlier positions is left out. `agreement` is that with cloud-only, see
-    :func:`agreement`. `fewer_than_cached`: fewer bytes a position, the prompt's included, and fewer round trips a token
-    than the cached split, for answers may be of other lengths.
+    :func:`agreement`. `fewer_than_cached`: both fewer bytes and fewer round trips than the cached split.
     """
 
     part: str
@@ -97,6 +94,11 @@ def _figures(rows: Sequence[Row], systems: Mapping[str, Sequence[Row]], model: M
             sources[source] += count
     tokens = max(1, sum(sources.values()))
     joules = [row.joules for row in rows if row.joules is not None]
+    against = {
+        name: less
+        for name in (CLOUD_ONLY, NAIVE_SPLIT, *CACHED)
+        if name != first.system and (less := reduction(rows, systems.get(name, ()), model))
+    }
     edge_s, cloud_s = fmean(row.edge_s for row in rows), fmean(row.cloud_s for row in rows)
     return Figures(
         part=first.part,
@@ -122,12 +124,8 @@ def _figures(rows: Sequence[Row], systems: Mapping[str, Sequence[Row]], model: M
         cloud_gflop=fmean(cloud_gflop(row, model) for row in rows),
         joules=fmean(joules) if joules else None,
         agreement=agreement(rows, systems.get(CLOUD_ONLY, ())),
-        against={
-            name: less
-            for name in (CLOUD_ONLY, NAIVE, *CACHED)
-            if name != first.system and (less := reduction(rows, systems.get(name, ()), model))
-        },
-        fewer_than_cached=_fewer_than_cached(rows, systems) if first.system.startswith(OURS) else None,
+        against=against,
+        fewer_than_cached=_fewer_than_cached(against) if first.system.startswith(OURS) else None,
     )
 
 
@@ -167,7 +165,7 @@ def reduction(rows: Sequence[Row], baseline: Sequence[Row], model: ModelSizes) -
         cloud_time=less(lambda row: row.cloud_s),
         cloud_work=less(lambda row: cloud_gflop(row, model)),
         bytes=less(num_bytes),
-        tokens=less(lambda row: len(row.token_ids)),
+        round_trips=less(lambda row: row.round_trips),
     )
 
 
@@ -188,16 +186,6 @@ def _text_of(row: Row) -> tuple[str, str, int]:
     return row.part, row.dataset, row.sample
 
 
-def _fewer_than_cached(rows: Sequence[Row], systems: Mapping[str, Sequence[Row]]) -> bool | None:
-    cached = next((systems[name] for name in CACHED if name in systems), None)
-    if cached is None:
-        return None
-    samples = {row.sample for row in cached} & {row.sample for row in rows}
-
-    def rates(side: Sequence[Row]) -> tuple[float, float]:
-        same = [row for row in side if row.sample in samples]
-        tokens = sum(len(row.token_ids) for row in same)
-        positions = tokens + sum(row.prompt_tokens for row in same)
-        return sum(map(num_bytes, same)) / max(1, positions), sum(row.round_trips for row in same) / max(1, tokens)
-
-    return bool(samples) and all(ours < theirs for ours, theirs in zip(rates(rows), rates(cached), strict=True))
+def _fewer_than_cached(against: Mapping[str, Reduction]) -> bool | None:
+    less = next((against[name] for name in CACHED if name in against), None)
+    return None if less is None else (less.bytes or 0) > 0 and (less.round_trips or 0) > 0

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from benchmarks.paper.figures import agreement, num_bytes, num_messages
+from benchmarks.paper.measure import LATENCY, TABLE
 from benchmarks.paper.rows import Link, ModelSizes, Row, Run
 from fleet.errors import ConfigError
 from fleet.plan import CLOUD_ONLY, Counts, Fit, Load, Setting, Shares, Side, expect, terms, transfer_ms
@@ -26,8 +27,6 @@ from fleet.policy import Mode, offload_rate
 
 Floats = npt.NDArray[np.float64]
 
-PART: Final = "latency"
-TABLE: Final = "table"
 MODES: Final = (Mode.STANDALONE, Mode.COLLABORATIVE, Mode.VERIFIED, CLOUD_ONLY)
 REFERENCES: Final = (Mode.VERIFIED, "collaborative@1.0")  # both give the deployed full model's tokens
 PULL: Final = 0.1  # towards the plain sum, where rows do not tell terms apart
@@ -55,7 +54,7 @@ def fit(rows: Iterable[Row], run: Run) -> tuple[Fit, list[HeldBack]]:
     for row in rows:
         answers[row.system].append(row)
     measured = [row for name in answers if name.startswith(MODES) for row in answers[name]]
-    taken = [row for row in measured if row.part == PART]
+    taken = [row for row in measured if row.part == LATENCY]
     links = sorted({row.link for row in taken}, key=lambda link: (link.mbit_s, link.rtt_ms))
     if len(links) < 3:
         raise ConfigError(

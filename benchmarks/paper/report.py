@@ -11,15 +11,14 @@ from msgspec import Struct
 from rich.table import Table
 
 from benchmarks.paper.accuracy_summary import Accuracy
-from benchmarks.paper.figures import CLOUD_ONLY, NAIVE, Figures, Spread
+from benchmarks.paper.figures import Figures, Spread
 from benchmarks.paper.fit import HeldBack
 from benchmarks.paper.published import CLAIMS, QUALITY, SOURCE, TIMES, Published
 from benchmarks.paper.rows import Run
+from benchmarks.paper.systems import CLOUD_ONLY, NAIVE_SPLIT
 from benchmarks.scaling import markdown
 
 PAPERS: Final = "collaborative@0.8"  # CE-CoLLM at its threshold
-SAME_LENGTH: Final = 0.05  # tokens more or less, as a share, with which answers still count as equally long
-OTHER_LENGTH: Final = " (other length)"
 NONE: Final = "-"
 YES_NO: Final = {True: "yes", False: "no", None: NONE}
 
@@ -129,7 +128,7 @@ def traffic(group: Sequence[Figures]) -> Sheet:
                 f"{one.cloud_gflop:.1f}",
                 compared(one, CLOUD_ONLY, "cloud_time"),
                 compared(one, CLOUD_ONLY, "cloud_work"),
-                compared(one, NAIVE, "bytes"),
+                compared(one, NAIVE_SPLIT, "bytes"),
                 YES_NO[one.fewer_than_cached],
                 figure(one.agreement),
                 NONE if one.joules is None else f"{one.joules:.1f}",
@@ -182,7 +181,7 @@ def claims(table: Sequence[Figures]) -> Sheet:
     }
     rows = []
     for claim in CLAIMS:
-        one, naive = ours.get((claim.dataset, PAPERS)), ours.get((claim.dataset, NAIVE))
+        one, naive = ours.get((claim.dataset, PAPERS)), ours.get((claim.dataset, NAIVE_SPLIT))
         paper = claim.value if isinstance(claim.value, str) else f"{claim.value:.1%}"
         if one is None:
             own = NONE
@@ -195,12 +194,9 @@ def claims(table: Sequence[Figures]) -> Sheet:
 
 
 def compared(one: Figures, baseline: str, name: str) -> str:
-    """A reduction, marked where the baseline's answers are of another length."""
+    """A reduction, where there is the baseline."""
     less = one.against.get(baseline)
-    if less is None:
-        return NONE
-    is_other = less.tokens is not None and abs(less.tokens) > SAME_LENGTH
-    return percent(getattr(less, name)) + (OTHER_LENGTH if is_other else "")
+    return NONE if less is None else percent(getattr(less, name))
 
 
 def first_exit(one: Figures) -> float | None:

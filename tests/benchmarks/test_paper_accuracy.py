@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.paper.accuracy import CLOUD_ONLY, FULL, MODES, SYSTEMS, VERIFIED, exit_preference, fits, score
+from benchmarks.paper.accuracy import FULL, MODES, SYSTEMS, VERIFIED, exit_preference, fits, score
 from benchmarks.paper.accuracy_summary import Difference, summary, verified_differences
 from benchmarks.paper.full_model import FullModel
 from benchmarks.paper.in_process import InProcessFleet, in_process_fleet
 from benchmarks.paper.rows import RowFile, Scored
 from benchmarks.paper.sizes import SIZES
+from benchmarks.paper.systems import CLOUD_ONLY
 from benchmarks.paper.tasks import TASKS, Sample
 from benchmarks.whole_model import WholeModel
 from edge_agent.partition import Candidates
