@@ -77,7 +77,7 @@ class FleetBroker(Broker):
                 connection.session.will_flag = False
         except (ProtocolError, OSError) as error:  # TimeoutError and SSLError are of the latter
             who = connection.session.client_id if connection else writer.get_extra_info("peername")
-            logger.info("connection of %s ended: %s", who, error or type(error).__name__)
+            logger.info("connection of %s ended: %s", who, str(error) or type(error).__name__)
         except Exception:
             logger.exception("connection of %s ended", connection.session.client_id if connection else "a stranger")
         finally:

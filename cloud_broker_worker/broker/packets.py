@@ -8,12 +8,13 @@ from typing import Final, TypeAlias
 from amqtt.adapters import BufferReader
 from amqtt.errors import AMQTTError, CodecError, MQTTError, NoDataError
 from amqtt.mqtt import packet_class
-from amqtt.mqtt.packet import MQTTFixedHeader, MQTTPacket
+from amqtt.mqtt.packet import PUBLISH, PUBREL, SUBSCRIBE, UNSUBSCRIBE, MQTTFixedHeader, MQTTPacket
 
 from fleet.errors import DecodeError, OversizedError
 
 MAX_PACKET_BYTES: Final = 1 << 20
 MAX_LENGTH_BYTES: Final = 4
+FLAGS: Final = {PUBREL: 0b0010, SUBSCRIBE: 0b0010, UNSUBSCRIBE: 0b0010}  # of all others none, but for PUBLISH
 
 Packet: TypeAlias = MQTTPacket
 
@@ -29,12 +30,15 @@ async def read_packet(stream: asyncio.StreamReader, max_bytes: int = MAX_PACKET_
         first = (await stream.readexactly(1))[0]
     except asyncio.IncompleteReadError:
         return None
+    kind, flags = first >> 4, first & 0x0F
+    if kind != PUBLISH and flags != FLAGS.get(kind, 0):  # section 2.2.2; what speaks another protocol ends here
+        raise DecodeError(f"expected an MQTT 3.1.1 packet, got the first byte {first:#04x}")
     try:
         length = await _read_length(stream)
         if length > max_bytes:
             raise OversizedError(f"expected a packet of at most {max_bytes} bytes, got one of {length}")
         body = BufferReader(await stream.readexactly(length))
-        header = MQTTFixedHeader(first >> 4, first & 0x0F, length)
+        header = MQTTFixedHeader(kind, flags, length)
         packet: Packet = await packet_class(header).from_stream(body, fixed_header=header)
     except (AMQTTError, MQTTError, CodecError, NoDataError, ValueError, asyncio.IncompleteReadError) as error:
         raise DecodeError(f"expected an MQTT 3.1.1 packet, got bytes that are none: {error}") from None

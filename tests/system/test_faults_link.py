@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -20,7 +20,8 @@ pytestmark = pytest.mark.mosquitto
 
 PROMPT, LONG_PROMPT = "How warm is it?", "0123456789 " * 30
 AWAY_S = 2.0
-CONFIG = AgentConfig(num_threads=1, assist_deadline_ms=1500)  # less than a link is away
+HASTY = AgentConfig(num_threads=1, assist_deadline_ms=1500)  # less than a link is away
+PATIENT = AgentConfig(num_threads=1, assist_deadline_ms=60_000)
 MODES = (Mode.VERIFIED, Mode.COLLABORATIVE)
 SHAPES = {
     "200 ms, give or take 100": (Shape(latency_s=0.2, jitter_s=0.1), PROMPT, 12),
@@ -31,12 +32,17 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Iterator[ProcessFleet]:
-    """A worker and two devices."""
-    with process_fleet("mosquitto", tmp_path_factory.mktemp("links"), tiny_bundle) as fleet, ExitStack() as parts:
-        parts.enter_context(fleet.worker())
-        for device in DEVICES:
-            parts.enter_context(fleet.device(device, CONFIG))
+    """A worker; the tests start the devices."""
+    with process_fleet("mosquitto", tmp_path_factory.mktemp("links"), tiny_bundle) as fleet, fleet.worker():
         yield fleet
+
+
+@contextmanager
+def devices(fleet: ProcessFleet, config: AgentConfig) -> Iterator[None]:
+    with ExitStack() as parts:
+        for name in DEVICES:
+            parts.enter_context(fleet.device(name, config))
+        yield
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -44,7 +50,7 @@ def test_answers_over_a_bad_link_are_right(fleet: ProcessFleet, shape: str) -> N
     each_way, prompt, num_tokens = SHAPES[shape]
     asked = [request(prompt, mode, num_tokens) for mode in MODES]
     fleet.links[DEVICE].shape(each_way)
-    with fleet.neighbour_is_served(), ThreadPoolExecutor(2) as pool:
+    with devices(fleet, PATIENT), fleet.neighbour_is_served(), ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(fleet.ask, asked))
     fleet.links[DEVICE].shape(SLOW)
     for one, answer in zip(asked, answers, strict=True):
@@ -67,9 +73,11 @@ def freeze_for_a_while(link: Proxy) -> None:
 
 @pytest.mark.parametrize("fault", [Proxy.cut, Proxy.reset, refuse_for_a_while, freeze_for_a_while])
 def test_an_answer_outlives_its_devices_link(fleet: ProcessFleet, fault: Callable[[Proxy], None]) -> None:
-    fleet.answer_through(lambda: fault(fleet.links[DEVICE]))
+    with devices(fleet, HASTY):
+        fleet.answer_through(lambda: fault(fleet.links[DEVICE]))
 
 
 @pytest.mark.parametrize("fault", [Proxy.reset, freeze_for_a_while])
 def test_answers_outlive_their_workers_link(fleet: ProcessFleet, fault: Callable[[Proxy], None]) -> None:
-    fleet.answer_through(lambda: fault(fleet.links[FIRST]), may_neighbour_notice=True)
+    with devices(fleet, HASTY):
+        fleet.answer_through(lambda: fault(fleet.links[FIRST]), may_neighbour_notice=True)
