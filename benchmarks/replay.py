@@ -16,9 +16,10 @@ from benchmarks.recordings import Recording
 from cloud_broker_worker.config import WorkerConfig
 from cloud_broker_worker.engine import Engine
 from cloud_broker_worker.upper_layers import UpperLayers
+from edge_agent.uplink import HELD_POSITIONS
 from fleet.codec import decode_to_worker, encode, pack_context
 from fleet.hidden_codec import Float16
-from fleet.messages import PROTOCOL, Assist, Close, Open, Refused, Sampling, Token, ToWorker
+from fleet.messages import PROTOCOL, Assist, Close, Context, Open, Refused, Sampling, Token, ToWorker
 
 DEADLINE_MS: Final = 600_000
 CHUNK_POSITIONS: Final = 64
@@ -62,11 +63,13 @@ class Device:
             blocks = recording.seconds[i][: None if exit_number is None else exit_number + 1]
             now = yield sum(blocks) if self.works else 0.0
             stop = recording.num_prompt + i
-            if len(blocks) == len(recording.seconds[i]):  # the upload layer has run
-                yield list(contexts(session, rows, sent, stop))
+            if exit_number is None or (len(blocks) == len(recording.seconds[i]) and stop - sent > HELD_POSITIONS):
+                pieces = list(contexts(session, rows, sent, stop))
                 sent = stop
+                last_piece = pieces.pop() if exit_number is None else None
+                yield [*pieces]
             if exit_number is None:
-                yield [Assist(session, next(request), stop - 1, DEADLINE_MS)]
+                yield [Assist(session, next(request), stop - 1, DEADLINE_MS, last_piece)]
                 now = yield None
             if i:
                 self.tokens.append((now, now - last))
@@ -76,7 +79,7 @@ class Device:
         yield [Close(session)]
 
 
-def contexts(session: str, rows: Float16, start: int, stop: int) -> Iterable[ToWorker]:
+def contexts(session: str, rows: Float16, start: int, stop: int) -> Iterable[Context]:
     """Positions [start, stop) as messages."""
     for first in range(start, stop, CHUNK_POSITIONS):
         yield pack_context(session, 0, first, rows[first : min(first + CHUNK_POSITIONS, stop)])

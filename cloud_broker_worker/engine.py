@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from cloud_broker_worker.answers import (
     Candidates,
     answer_of,
@@ -78,23 +80,29 @@ class Engine:
         """Takes one message of `device`; what is to be answered at once."""
         key = SessionKey(device, message.session)
         if isinstance(message, Open):
-            answer = self._open(key, message, arrived)
+            answers = [self._open(key, message, arrived)]
         elif session := self.sessions.get(key):
             session.last_used = arrived
-            answer = self._take(session, message, arrived)
+            answers = self._take(session, message, arrived)
         elif isinstance(message, Close):
-            answer = None
+            answers = []
         else:
-            answer = self._refused(key, "unknown_session", "this worker has no such session; open it again")
-        return [Answer(key, answer)] if answer else []
+            answers = [self._refused(key, "unknown_session", "this worker has no such session; open it again")]
+        return [Answer(key, answer) for answer in answers if answer]
 
-    def _take(self, session: Session, message: Context | Assist | Verify | Close, arrived: float) -> ToDevice | None:
+    def _take(
+        self, session: Session, message: Context | Assist | Verify | Close, arrived: float
+    ) -> list[ToDevice | None]:
         if isinstance(message, Context):
-            return self._context(session, message)
+            return [self._context(session, message)]
         if isinstance(message, Close):
             self.memory.drop(session)
-            return None
-        return self._ask(session, message, arrived)
+            return []
+        if message.context is None:
+            return [self._ask(session, message, arrived)]
+        of_context = self._context(session, message.context)
+        of_question = self._ask(session, msgspec.structs.replace(message, context=None), arrived)
+        return [of_context] if of_context == of_question else [of_context, of_question]
 
     def _open(self, key: SessionKey, message: Open, arrived: float) -> ToDevice | None:
         session = self.sessions.get(key)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import queue
 import random
+import secrets
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -48,6 +48,7 @@ from fleet.transport import Transport
 log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S: Final = 5.0
+SESSION_BYTES: Final = 8  # of a name that is in every message, and need only differ from others of this device
 MAX_FINISHED: Final = 32  # answers kept for an app that has missed some of its replies
 
 
@@ -357,8 +358,8 @@ class Agent:
     def _connect(self, job: Job, plan: Plan) -> Uplink:
         note = self._workers.why_none(self._manifest.bundle_id)
         opening = Open(
-            uuid.uuid4().hex, self._epoch, self._manifest.bundle_id, PROTOCOL, job.prompt.sampling, plan.capacity,
-            plan.config.assist_deadline_ms,
+            secrets.token_hex(SESSION_BYTES), self._epoch, self._manifest.bundle_id, PROTOCOL, job.prompt.sampling,
+            plan.capacity, plan.config.assist_deadline_ms,
         )  # fmt: skip
         job.uplink = Uplink(
             self._transport, self._workers, opening, self._manifest.model.hidden_size, self._measurements,

@@ -1,9 +1,11 @@
 """A device's session with a cloud worker: hidden states go up in the background, questions are asked and awaited.
 
 The session keeps every hidden state in FP16. One thread, the keeper, does all that has to be done in time: it opens the
-session, sends [sent, available) in order and within the worker's window, sends a question behind the context that it
-needs, asks again, and opens again what was lost. `opened` and `gap` move `sent` to what the worker has, so every loss
-is mended by sending again from there, to the same worker or another.
+session, sends [sent, available) in order and within the worker's window, sends a question with the last of the context
+that it needs, asks again, and opens again what was lost. `opened` and `gap` move `sent` to what the worker has, so
+every loss is mended by sending again from there, to the same worker or another.
+
+A few positions that nobody has asked about wait for company: they go with the next question, in one message (ADR 0025).
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 LINK_CHECK_S: Final = 0.1
 IDLE_CHECK_S: Final = 1.0
 CLOSE_TIMEOUT_S: Final = 2.0
+HELD_POSITIONS: Final = 3  # more than these go up without a question
 NUM_TRIES: Final = 3  # what got no answer is sent again, evenly over its deadline
 RETRIABLE: Final = ("internal", "unknown_session")  # said without a time, and yet worth another try
 
@@ -322,8 +325,24 @@ class Uplink:
         return Message(topics.open_session(self._transport.name), opening, qos=1)
 
     def _due_context(self, now: float) -> Message | None:
+        """The next chunk; with the question, when it is the last that a new one needs."""
+        if self._is_held:
+            return None
         context = self._outbox.due(now, self._patience_s)
-        return Message(self._topic(self.worker), context) if context else None
+        if context is None:
+            return None
+        question = self._question
+        if question and question.num_sent == 0 and (asked := self._due_question(now)):
+            return asked._replace(body=msgspec.structs.replace(question.body, context=context))
+        return Message(self._topic(self.worker), context)
+
+    @property
+    def _is_held(self) -> bool:
+        """Whether what has not been sent is little, and no question needs it."""
+        outbox, question = self._outbox, self._question
+        if question and question.answer is None and outbox.sent < question.num_positions:
+            return False
+        return outbox.available - outbox.sent <= HELD_POSITIONS
 
     def _due_question(self, now: float) -> Message | None:
         question = self._question
@@ -344,7 +363,7 @@ class Uplink:
         """Seconds until something may be due without anybody's saying so."""
         if self._state is LinkState.OPENING:
             return max(0.0, min(self._open_at, self._give_up_at) - now)
-        if self._state is LinkState.OPEN and self._question is None and self._outbox.sent >= self._outbox.available:
+        if self._state is LinkState.OPEN and self._question is None and self._is_held:
             return IDLE_CHECK_S
         return LINK_CHECK_S
 

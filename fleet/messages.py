@@ -75,17 +75,24 @@ class Context(Struct, frozen=True, tag_field="type", tag="context"):
     crc32: Annotated[int, Meta(ge=0, lt=1 << 32)]
 
 
-class Assist(Struct, frozen=True, tag_field="type", tag="assist"):
-    """Device to worker: which token follows `position`?"""
+class Assist(Struct, frozen=True, omit_defaults=True, tag_field="type", tag="assist"):
+    """Device to worker: which token follows `position`? A `context` counts as if it had come just before."""
 
     session: Id
     request: Annotated[int, Meta(ge=0)]
     position: Position
     deadline_ms: DeadlineMs
+    context: Context | None = None
+
+    def __post_init__(self) -> None:
+        _check_session(self)
 
 
-class Verify(Struct, frozen=True, tag_field="type", tag="verify"):
-    """Device to worker: is `draft[i]` the token that follows position `start + i`, for every i?"""
+class Verify(Struct, frozen=True, omit_defaults=True, tag_field="type", tag="verify"):
+    """Device to worker: is `draft[i]` the token that follows position `start + i`, for every i?
+
+    A `context` counts as if it had come just before.
+    """
 
     session: Id
     request: Annotated[int, Meta(ge=0)]
@@ -93,6 +100,15 @@ class Verify(Struct, frozen=True, tag_field="type", tag="verify"):
     start: Position
     draft: Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_DRAFT)]
     deadline_ms: DeadlineMs
+    context: Context | None = None
+
+    def __post_init__(self) -> None:
+        _check_session(self)
+
+
+def _check_session(question: Assist | Verify) -> None:
+    if question.context and question.context.session != question.session:
+        raise ValueError(f"expected context of session {question.session}, got {question.context.session}")
 
 
 class Token(Struct, frozen=True, tag_field="type", tag="token"):

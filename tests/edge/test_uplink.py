@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import numpy as np
 import pytest
 
 from edge_agent.measurements import Measurements
-from edge_agent.uplink import Uplink
+from edge_agent.uplink import HELD_POSITIONS, Uplink
 from edge_agent.workers import Workers
 from fleet import topics
 from fleet.codec import decode_to_worker, encode, unpack_context
@@ -79,7 +81,7 @@ class Device:
         self.workers = Workers(self.transport, lambda worker: self.uplink.worker_changed(worker))
         self.measurements = Measurements()
         self.uplink = Uplink(
-            self.transport, self.workers, Open(SESSION, 1, BUNDLE, PROTOCOL, Sampling(), 64, deadline_ms), HIDDEN,
+            self.transport, self.workers, Open(SESSION, 1, BUNDLE, PROTOCOL, Sampling(), 128, deadline_ms), HIDDEN,
             self.measurements,
         )  # fmt: skip
         self.transport.subscribe(topics.to_device("d1", "+"), lambda _, payload: self.uplink.receive(payload))
@@ -111,12 +113,12 @@ def rows(start: int, count: int) -> np.ndarray:
 
 def test_what_was_offered_before_the_worker_answered_is_sent_after_it(device: Device, peer: Peer) -> None:
     with device.uplink as uplink:
-        uplink.offer(rows(0, 3))
+        uplink.offer(rows(0, 4))
         peer.accept()
         message = peer.next()
     assert isinstance(message, Context)
-    assert (message.start, message.count) == (0, 3)
-    np.testing.assert_array_equal(unpack_context(message, HIDDEN), rows(0, 3))
+    assert (message.start, message.count) == (0, 4)
+    np.testing.assert_array_equal(unpack_context(message, HIDDEN), rows(0, 4))
 
 
 def test_chunks_keep_to_the_workers_limit_and_each_position_goes_once(device: Device, peer: Peer) -> None:
@@ -129,23 +131,49 @@ def test_chunks_keep_to_the_workers_limit_and_each_position_goes_once(device: De
     assert len(first.data) == 64 * HIDDEN * 2 <= 1024
 
 
-def test_an_assist_comes_after_the_context_that_it_needs(device: Device, peer: Peer) -> None:
-    with device.uplink as uplink:
+def test_an_assist_brings_the_context_that_it_needs(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink, ThreadPoolExecutor(1) as pool:
         peer.accept()
         uplink.offer(rows(0, 2))
-        answer: queue.Queue[Token | None] = queue.Queue()
-        import threading
-
-        asking = threading.Thread(target=lambda: answer.put(uplink.assist(1)))
-        asking.start()
-        context, assist = peer.next(), peer.next()
-        assert isinstance(context, Context)
+        asking = pool.submit(uplink.assist, 1)
+        assist = peer.next()
         assert isinstance(assist, Assist)
+        assert assist.context
+        assert (assist.context.start, assist.context.count) == (0, 2)
         peer.say(Token(SESSION, assist.request, 1, 7, -0.5))
-        token = answer.get(timeout=WAIT_S)
-        asking.join(WAIT_S)
+        token = asking.result(WAIT_S)
     assert token is not None
     assert (token.token_id, token.logprob) == (7, -0.5)
+
+
+def test_of_more_context_than_a_chunk_only_the_last_goes_with_the_question(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept(max_chunk_bytes=1024)
+        for start in range(0, 70, 35):  # 64 positions are a chunk
+            uplink.offer(rows(start, 35))
+        uplink.ask_verify(68, [7, 8])
+        counts = []
+        while isinstance(message := peer.next(), Context):
+            counts.append(message.count)
+        assert isinstance(message, Verify)
+        assert message.context
+        assert sum(counts) + message.context.count == 70
+
+
+def test_a_few_positions_wait_for_a_question_or_for_more(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        for position in range(HELD_POSITIONS + 1):
+            uplink.offer(rows(position, 1))
+        context = peer.next()
+        assert isinstance(context, Context)
+        assert (context.start, context.count) == (0, HELD_POSITIONS + 1)
+        uplink.offer(rows(context.count, 1))
+        uplink.ask_verify(context.count, [7])
+        verify = peer.next()
+        assert isinstance(verify, Verify)
+        assert verify.context
+        assert (verify.context.start, verify.context.count) == (context.count, 1)
 
 
 def test_an_answer_to_a_repeated_question_is_measured_too(broker: MemoryBroker, peer: Peer) -> None:
@@ -154,10 +182,11 @@ def test_an_answer_to_a_repeated_question_is_measured_too(broker: MemoryBroker, 
         peer.accept()
         uplink.offer(rows(0, 1))
         uplink.ask_verify(0, [7])
-        assert isinstance(peer.next(), Context)
         first, again = peer.next(), peer.next()
+        assert isinstance(first, Verify)
         assert isinstance(again, Verify)
-        assert first == again
+        assert first.context
+        assert again == msgspec.structs.replace(first, context=None)
         peer.say(Verified(SESSION, again.request, 0, 1, None, (-0.5,)))
         assert uplink.verdict(WAIT_S) is not None
     assert device.measurements.snapshot().num_round_trips == 1
@@ -169,11 +198,11 @@ def test_a_gap_is_mended_by_sending_again_from_there(device: Device, peer: Peer)
         peer.accept()
         uplink.offer(rows(0, 5))
         assert isinstance(peer.next(), Context)
-        peer.say(Gap(SESSION, 0, 2))
+        peer.say(Gap(SESSION, 0, 1))
         again = peer.next()
     assert isinstance(again, Context)
-    assert (again.start, again.count) == (2, 3)
-    np.testing.assert_array_equal(unpack_context(again, HIDDEN), rows(2, 3))
+    assert (again.start, again.count) == (1, 4)
+    np.testing.assert_array_equal(unpack_context(again, HIDDEN), rows(1, 4))
 
 
 def test_no_answer_by_the_deadline_loses_the_session_and_the_rest_does_not_wait(
@@ -204,7 +233,7 @@ def test_a_refusal_ends_the_wait_at_once_and_says_why(device: Device, peer: Peer
 def test_a_worker_that_goes_away_ends_the_wait_at_once(device: Device, peer: Peer, gone: str) -> None:
     with device.uplink as uplink:
         peer.accept()
-        uplink.offer(rows(0, 1))
+        uplink.offer(rows(0, 4))
         assert isinstance(peer.next(), Context)
         if gone == "killed":
             peer.transport.drop()
@@ -222,7 +251,7 @@ def test_a_second_worker_that_took_the_session_too_is_told_to_forget_it(
     with device.uplink:
         peer.accept()
         device_view = device.uplink
-        device_view.offer(rows(0, 1))
+        device_view.offer(rows(0, 4))
         assert isinstance(peer.next(), Context)
         second.accept()
         assert isinstance(second.next(), Close)
@@ -241,7 +270,7 @@ def test_every_byte_that_went_up_is_counted(device: Device, peer: Peer) -> None:
 def test_a_cut_link_is_a_lost_session_not_a_crash(device: Device, peer: Peer) -> None:
     with device.uplink as uplink:
         peer.accept()
-        uplink.offer(rows(0, 1))
+        uplink.offer(rows(0, 4))
         assert isinstance(peer.next(), Context)
         device.transport.drop()
         assert uplink.assist(0) is None
@@ -252,16 +281,18 @@ def test_a_cut_link_is_a_lost_session_not_a_crash(device: Device, peer: Peer) ->
 def test_a_lost_session_is_opened_again_and_goes_on_where_the_worker_is(device: Device, peer: Peer) -> None:
     with device.uplink as uplink:
         peer.accept()
-        uplink.offer(rows(0, 3))
+        uplink.offer(rows(0, 4))
         assert isinstance(peer.next(), Context)
         peer.say(Refused(SESSION, "unknown_session", 0, "open it again", "w1"))
         opening = peer.next()
         assert isinstance(opening, Open)
         assert opening.session == SESSION
         peer.say(Opened(SESSION, "w1", 1, 4096, WINDOW, ("float16",)))
-        context = peer.next()
-        assert isinstance(context, Context)
-        assert (context.start, context.count) == (1, 2)
+        uplink.ask_verify(3, [7])
+        again = peer.next()
+        assert isinstance(again, Verify)
+        assert again.context
+        assert (again.context.start, again.context.count) == (1, 3)
 
 
 def test_a_verify_outlives_the_worker_and_is_asked_anew_of_the_next(
@@ -271,15 +302,15 @@ def test_a_verify_outlives_the_worker_and_is_asked_anew_of_the_next(
         peer.accept()
         uplink.offer(rows(0, 3))
         uplink.ask_verify(1, [7, 8])
-        assert isinstance(peer.next(), Context)
         first = peer.next()
         assert isinstance(first, Verify)
         second = Peer(broker, "w2")
         peer.transport.drop()
         second.accept()
-        assert isinstance(second.next(), Context)
         again = second.next()
         assert isinstance(again, Verify)
+        assert again.context
+        assert again.context.start == 0
         assert again.request != first.request
         peer.transport.restore()
         peer.say(Verified(SESSION, first.request, 1, 0, 99, (-1.0,)))
@@ -294,7 +325,7 @@ def test_another_workers_refusal_does_not_disturb_an_open_session(device: Device
     with device.uplink as uplink:
         peer.accept()
         peer.say(Refused(SESSION, "busy", 1000, "no room", "w9"))
-        uplink.offer(rows(0, 1))
+        uplink.offer(rows(0, 4))
         assert isinstance(peer.next(), Context)
         assert uplink.is_open
 
@@ -302,13 +333,13 @@ def test_another_workers_refusal_does_not_disturb_an_open_session(device: Device
 def test_a_rejection_begins_a_branch_that_the_next_opening_names(device: Device, peer: Peer) -> None:
     with device.uplink as uplink:
         peer.accept()
-        uplink.offer(rows(0, 3))
+        uplink.offer(rows(0, 4))
         assert isinstance(peer.next(), Context)
         uplink.rewind(2)
-        uplink.offer(rows(7, 1))
+        uplink.offer(rows(7, 4))
         context = peer.next()
         assert isinstance(context, Context)
-        assert (context.branch, context.start, context.count) == (1, 2, 1)
+        assert (context.branch, context.start, context.count) == (1, 2, 4)
         peer.announce(epoch=2)
         opening = peer.next()
         assert isinstance(opening, Open)
@@ -330,7 +361,6 @@ def test_a_verify_that_was_taken_back_leaves_a_branch_on_which_no_worker_can_be(
         peer.accept()
         uplink.offer(rows(0, 3))
         uplink.ask_verify(1, [7, 8])
-        assert isinstance(peer.next(), Context)
         assert isinstance(peer.next(), Verify)
         uplink.withdraw()
         peer.announce(epoch=2)

@@ -48,6 +48,12 @@ WIRE: list[tuple[Message, bytes]] = [
         b"\x85\xa4type\xa6assist\xa7session\xa2s1\xa7request\x03\xa8position\x29\xabdeadline_ms\xcd\x05\xdc",
     ),
     (
+        Assist("s1", 3, 5, 1500, Context("s1", 2, 5, 1, "float16", b"\x00\x3c\x00\xc0", 0x97510158)),
+        b"\x86\xa4type\xa6assist\xa7session\xa2s1\xa7request\x03\xa8position\x05\xabdeadline_ms\xcd\x05\xdc"
+        b"\xa7context\x88\xa4type\xa7context\xa7session\xa2s1\xa6branch\x02\xa5start\x05\xa5count\x01"
+        b"\xa5dtype\xa7float16\xa4data\xc4\x04\x00\x3c\x00\xc0\xa5crc32\xce\x97\x51\x01\x58",
+    ),
+    (
         Verify("s1", 3, 2, 41, (7, 49151), 1500),
         b"\x87\xa4type\xa6verify\xa7session\xa2s1\xa7request\x03\xa6branch\x02\xa5start\x29"
         b"\xa5draft\x92\x07\xcd\xbf\xff\xabdeadline_ms\xcd\x05\xdc",
@@ -87,6 +93,9 @@ BROKEN = {
     "a session with a slash": b"\x82\xa4type\xa5close\xa7session\xa3s/1",
     "a session with a line end": b"\x82\xa4type\xa5close\xa7session\xa3s1\n",
     "text that is not UTF-8": b"\x82\xa4type\xa5close\xa7session\xa2\xff\xff",
+    "a question with another session's context": b"\x86\xa4type\xa6assist\xa7session\xa2s1\xa7request\x03"
+    b"\xa8position\x05\xabdeadline_ms\xcd\x05\xdc\xa7context\x88\xa4type\xa7context\xa7session\xa2s2\xa6branch\x02"
+    b"\xa5start\x05\xa5count\x01\xa5dtype\xa7float16\xa4data\xc4\x00\xa5crc32\x00",
     "a key that is a list": b"\x81\x90\x01",
     "an extension type": b"\x82\xa4type\xa5close\xa7session\xd4\x05\x00",
     "a list that claims four thousand million items": b"\xdd\xff\xff\xff\xff",

@@ -188,6 +188,26 @@ def test_a_session_that_nobody_opened_is_unknown(bench: Bench, message: Assist |
 # assist
 
 
+def test_an_assist_may_bring_its_context(bench: Bench) -> None:
+    rows = bench.upload(12)
+    bench.open()
+    bench.context(rows[:8])
+    message = Assist("s1", 0, 11, 1000, pack_context("s1", 0, 8, rows[8:]))
+    assert bench.tell(message) == []
+    token = bench.token()
+    assert token.token_id == bench.expected_token(rows)
+    assert bench.tell(message)[-1] == token  # sent again
+
+
+def test_context_that_comes_with_a_question_and_behind_a_hole_gives_one_gap(bench: Bench) -> None:
+    rows = bench.upload(12)
+    bench.open()
+    bench.context(rows[:4])
+    assert bench.tell(Assist("s1", 0, 11, 1000, pack_context("s1", 0, 8, rows[8:]))) == [Gap("s1", 0, 4)]
+    bench.context(rows[4:], start=4)
+    assert bench.token().token_id == bench.expected_token(rows)
+
+
 def test_the_same_assist_again_gets_the_same_answer_without_running_again(bench: Bench) -> None:
     bench.open(sampling=Sampling(temperature=1.5, seed=7))
     bench.context(bench.upload(8))
