@@ -27,11 +27,23 @@ from fleet.cli.lazy import require
 from fleet.errors import ConfigError
 from fleet.registry.database import open_database, writing
 from fleet.registry.models import IdentityRecord, StatusRecord
-from fleet.registry.rollup_tables import AMOUNTS, HOUR_S, LEVELS, ROLLUPS, SOURCES, SPANS_S, SWITCHES, TPOT, TTFT
+from fleet.registry.rollup_tables import (
+    AMOUNTS,
+    DAY_S,
+    HOUR_S,
+    LEVELS,
+    ROLLUPS,
+    SOURCES,
+    SPANS_S,
+    SUMMED,
+    SWITCHES,
+    TPOT,
+    TTFT,
+)
 from fleet.registry.rollups import span_start
 from fleet.registry.store import Registry
 
-SINCE: Final = 1293 * SPANS_S[-1] + SPANS_S[-3] + 1800.0  # one day into a longest span: most spans, 3 + 3 + 1
+SINCE: Final = 1293 * SPANS_S[-1] + DAY_S + 1800.0  # one day into a longest span: most spans, one of each length
 NUM_GROUPS: Final = 20
 ANSWERS: Final = 7
 TOKENS: Final = {"exit:15": 180, "exit:24": 120, "cloud": 140, "fallback": 8}
@@ -144,8 +156,8 @@ def _rollups(names: list[str], hours: range) -> Iterator[Row]:
 def _sources(names: list[str], hours: range) -> Iterator[Row]:
     for hour in hours:
         for name in names:
-            for source, tokens in TOKENS.items():
-                yield HOUR_S, hour, name, BUNDLE, source, tokens
+            for source in TOKENS.keys() - SUMMED.keys():
+                yield HOUR_S, hour, name, BUNDLE, source, TOKENS[source]
 
 
 def _switches(names: list[str], hours: range) -> Iterator[Row]:

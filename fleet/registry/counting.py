@@ -6,7 +6,7 @@ may begin with.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import Any, Final, TypeAlias
@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from fleet.registry.devices import is_device
 from fleet.registry.models import GenerationRecord, IdentityRecord, TokenCount
-from fleet.registry.rollup_tables import AMOUNTS, HOUR_S, ROLLUPS, SOURCES, SWITCHES, TPOT, TTFT
+from fleet.registry.rollup_tables import AMOUNTS, HOUR_S, ROLLUPS, SOURCES, SUMMED, SWITCHES, TPOT, TTFT
 from fleet.registry.rollups import span_start
 from fleet.registry.tally import Tally
 from fleet.registry.window import Spans, beginning, ladder, rounded_up, trend_span_s
@@ -56,11 +56,12 @@ def count(db: Session, by: By, asked: Question) -> defaultdict[Key, Tally]:
     tallies: defaultdict[Key, Tally] = defaultdict(Tally)
     since = None if asked.since is None else beginning(asked.since, asked.now)
     spans = ladder(since) if by is not By.HOUR else [Spans(HOUR_S, rounded_up(since or 0.0, HOUR_S), None)]
-    for key, *sums in db.execute(_sums(ROLLUPS, by, asked, spans)):
-        tallies[key].counts.update(dict(zip(COUNTS, sums, strict=True)))
-    for key, source, tokens in db.execute(_sums(SOURCES, by, asked, spans)):
+    for key, *sums in db.execute(_sums(ROLLUPS, by, asked, spans)).all():
+        tallies[key] = Tally(counts := Counter(dict(zip(COUNTS, sums, strict=True))))
+        tallies[key].sources.update({source: n for source, name in SUMMED.items() if (n := counts[name])})
+    for key, source, tokens in db.execute(_sums(SOURCES, by, asked, spans)).all():
         tallies[key].sources[source] += tokens
-    for key, mode, reason, switches in db.execute(_sums(SWITCHES, by, asked, spans)):
+    for key, mode, reason, switches in db.execute(_sums(SWITCHES, by, asked, spans)).all():
         tallies[key].switches[mode, reason] += switches
     if since is not None and since % HOUR_S:
         for key, report in _first_hour(db, by, asked, since):
@@ -90,7 +91,7 @@ def trends(db: Session, by: By, asked: Question) -> defaultdict[Key, list[float 
         _within(ROLLUPS, Spans(span_s, first, first + num_points * span_s))
     )
     points.default_factory = lambda: [None] * num_points
-    for key, at, tokens, cloud_tokens in db.execute(query):
+    for key, at, tokens, cloud_tokens in db.execute(query).all():
         if tokens:
             points[key][(at - first) // span_s] = round(cloud_tokens / tokens, 6)
     return points

@@ -10,11 +10,16 @@ from typing import Final
 
 from sqlalchemy import BigInteger, Column, ForeignKey, Integer, String, Table
 
+from fleet.policy import CLOUD, FALLBACK
 from fleet.registry.models import Table as Base
 
 HOUR_S: Final = 3600
-SPANS_S: Final = (HOUR_S, 6 * HOUR_S, 24 * HOUR_S, 4 * 24 * HOUR_S, 16 * 24 * HOUR_S)
+DAY_S: Final = 24 * HOUR_S
+SPANS_S: Final = (HOUR_S, 6 * HOUR_S, DAY_S, 2 * DAY_S, 4 * DAY_S, 8 * DAY_S, 16 * DAY_S)
 """Lengths of the levels; each is a multiple of the one before."""
+
+SUMMED: Final = {CLOUD: "cloud_tokens", FALLBACK: "fallback_tokens"}
+"""Sources whose tokens are amounts of `ROLLUPS`; those of all others are rows of `SOURCES`."""
 
 AMOUNTS: Final = (
     "answers", "errors", "prompt_tokens", "tokens", "cloud_tokens", "fallback_tokens", "assists", "verifies", "drafted",

@@ -10,7 +10,7 @@ from sqlalchemy import Table
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from fleet.registry.rollup_tables import ROLLUPS, SOURCES, SPANS_S, SWITCHES
+from fleet.registry.rollup_tables import ROLLUPS, SOURCES, SPANS_S, SUMMED, SWITCHES
 from fleet.registry.tally import Tally
 from fleet.report import GenerationReport
 
@@ -27,7 +27,11 @@ def add_to_rollups(db: Session, reports: Iterable[tuple[str, GenerationReport]])
     for (span_s, start, device, bundle_id), tally in sorted(tallies.items()):  # one order for all: no deadlock
         key = {"span_s": span_s, "start": start, "device": device, "bundle_id": bundle_id}
         rolled.append(key | tally.counts)
-        sources += [{**key, "source": source, "tokens": n} for source, n in sorted(tally.sources.items())]
+        sources += [
+            {**key, "source": source, "tokens": n}
+            for source, n in sorted(tally.sources.items())
+            if source not in SUMMED
+        ]
         switches += [{**key, "mode": m, "reason": r, "switches": n} for (m, r), n in sorted(tally.switches.items())]
     for table, rows in ((ROLLUPS, rolled), (SOURCES, sources), (SWITCHES, switches)):
         _add(db, table, rows)

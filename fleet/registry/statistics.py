@@ -6,7 +6,9 @@ than 8 days with its whole day. Groups are those of today: a device that has mov
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cache
+from operator import itemgetter
 from typing import Any, Final
 
 from sqlalchemy import select
@@ -21,6 +23,8 @@ from fleet.registry.rows import BundleStats, Counts, GroupStats, HourStats, Stat
 from fleet.registry.tally import Tally, quantiles_ms
 
 PLAIN: Final = tuple(name for name in AMOUNTS if name in Counts.__struct_fields__)
+
+HISTOGRAMS: Final = itemgetter(*TTFT), itemgetter(*TPOT)
 
 
 def device_stats(db: Session, asked: Question) -> list[StatsRow]:
@@ -64,7 +68,7 @@ def _counts(tally: Tally, trend: Iterable[float | None]) -> dict[str, Any]:
     counts = tally.counts
     sources = {source: tally.sources[source] for source in sorted(tally.sources, key=_depth)}
     total = sum(sources.values())
-    ttft, tpot = (_p50_p95([counts[name] for name in names]) for names in (TTFT, TPOT))
+    ttft, tpot = (_p50_p95(histogram(counts)) for histogram in HISTOGRAMS)
     return {
         "generations": counts["answers"], "sources": sources, "offload_rate": round(offload_rate(sources), 6),
         "shares": {source: round(tokens / total, 6) for source, tokens in sources.items()} if total else {},
@@ -74,10 +78,11 @@ def _counts(tally: Tally, trend: Iterable[float | None]) -> dict[str, Any]:
     } | {name: counts[name] for name in PLAIN}  # fmt: skip
 
 
-def _p50_p95(histogram: list[int]) -> list[float | None]:
+def _p50_p95(histogram: Sequence[int]) -> list[float | None]:
     return [ms if ms is None else round(ms, 3) for ms in quantiles_ms(histogram, (0.5, 0.95))]
 
 
+@cache
 def _depth(source: str) -> tuple[int, int]:
     """Order of a source: exits by their layer, then what is no exit."""
     if source in NO_EXITS:

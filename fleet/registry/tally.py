@@ -53,7 +53,7 @@ class Tally:
             self.counts[TTFT[bucket(report.ttft_ms)]] += answers
         if tokens > answers:
             self.counts[TPOT[bucket(report.tpot_ms)]] += answers
-        self.sources.update({source: limited(count) for source, count in report.sources.items()})
+        self.sources.update({source: limited(count) for source, count in report.sources.items() if count})
         self.switches.update((switch.mode[:63], kind_of(switch.reason)) for switch in report.switches)
 
 

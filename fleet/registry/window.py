@@ -5,9 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Final, NamedTuple
 
-from fleet.registry.rollup_tables import HOUR_S, SPANS_S
+from fleet.registry.rollup_tables import DAY_S, HOUR_S, SPANS_S
 
-DAY_S: Final = 24 * HOUR_S
 EXACT_S: Final = DAY_S
 """A window that began longer ago begins with its whole hour: it is read from roll-ups alone."""
 

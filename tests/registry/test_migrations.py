@@ -11,7 +11,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import create_engine
 
 from fleet.registry.database import parse_url
-from fleet.registry.rollup_tables import HOUR_S, LEVELS, ROLLUPS, SPANS_S
+from fleet.registry.rollup_tables import HOUR_S, LEVELS, ROLLUPS, SPANS_S, SUMMED
 from fleet.registry.states import State
 from fleet.registry.store import Registry
 from tests.registry.old_versions import NOW, make_old_registry, rows_of
@@ -31,6 +31,8 @@ def test_every_row_of_an_earlier_version_is_there_with_all_that_it_said(empty_ur
     del before["alembic_version"]
     for table, rows in before.items():
         there = [row for row in after[table] if row.get("span_s") not in added_spans]
+        if table == "rollup_sources":
+            rows = [row for row in rows if row["source"] not in SUMMED]
         kept = [{name: row[name] for name in rows[0]} for row in there] if rows else there
         assert sorted(kept, key=str) == sorted(rows, key=str), table
 
