@@ -30,6 +30,8 @@ def main():
         run(
             "making .venv (needs Python's venv, on Debian the package python3-venv)", sys.executable, "-m", "venv", VENV
         )
+    # An older pip takes minutes longer to find versions that fit together.
+    run("bringing .venv's pip up to date", python, "-m", "pip", "install", "--quiet", "--upgrade", "pip")
     install = [python, "-m", "pip", "install", "--disable-pip-version-check"]
     if not sys.stdout.isatty():
         install.append("--quiet")
