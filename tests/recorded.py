@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -23,7 +23,7 @@ from fleet.errors import DecodeError, FleetError, PromptError, ProtocolError, To
 from fleet.hidden_codec import INT8
 from fleet.joining import JoinReply, JoinRequest, RenewReply, RenewRequest, ServiceProblem, Token, decode_body
 from fleet.manifest import Bundle
-from fleet.messages import PROTOCOL, Assist, Close, Context, Open, Sampling, ToDevice, ToWorker
+from fleet.messages import PROTOCOL, Assist, Close, Context, Open, Sampling, ToDevice, ToWorker, Verify
 from fleet.policy import Mode
 from fleet.prompt import ChatMessage, PromptRequest, decode_reply, parse_prompt
 from fleet.report import (
@@ -58,11 +58,17 @@ class Recorded(NamedTuple):
 # Reading, and making bytes again of what was read.
 
 
+def contexts_of(messages: Iterable[ToWorker | ToDevice]) -> list[Context]:
+    """All context, whether it came by itself or with a question."""
+    contexts = [m.context if isinstance(m, Assist | Verify) else m for m in messages]
+    return [context for context in contexts if isinstance(context, Context)]
+
+
 def _session(payload: bytes, decode: Callable[[bytes], ToWorker | ToDevice]) -> None:
     message = decode(payload)
     encode(message)
-    if isinstance(message, Context):
-        unpack_context(message, HIDDEN_SIZE)
+    for context in contexts_of([message]):
+        unpack_context(context, HIDDEN_SIZE)
 
 
 def _report(payload: bytes) -> None:
