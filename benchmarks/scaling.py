@@ -23,6 +23,7 @@ import msgspec
 import typer
 
 from benchmarks.edge import machine
+from edge_agent.uplink import HELD_POSITIONS
 from fleet.access import Role
 from fleet.registry.collector import MAX_BATCH
 from fleet.registry.store import Registry
@@ -30,7 +31,7 @@ from fleet.report import GenerationReport
 
 DATA: Final = Path(__file__).parent / "data/scaling.json"
 FLEETS: Final = (1_000, 10_000, 100_000, 1_000_000)
-MESSAGES_PER_ROUND_TRIP: Final = 3  # at most: context, question, answer
+MESSAGES_PER_ROUND_TRIP: Final = 2  # question with its context, answer
 # Prompt, open, opened, first context and its receipt, close, last reply, report and its receipt.
 MESSAGES_PER_ANSWER: Final = 9
 NUM_REPORTS: Final = 5_000
@@ -65,7 +66,8 @@ class Answer(msgspec.Struct, frozen=True):
     @property
     def messages(self) -> float:
         """That the broker takes in, replies included: one a token."""
-        return MESSAGES_PER_ROUND_TRIP * self.round_trips + self.tokens + MESSAGES_PER_ANSWER
+        alone = (self.tokens - self.round_trips) / (HELD_POSITIONS + 1)  # context that nobody asks about, at most
+        return MESSAGES_PER_ROUND_TRIP * self.round_trips + alone + self.tokens + MESSAGES_PER_ANSWER
 
 
 class Capacity(msgspec.Struct, frozen=True):
