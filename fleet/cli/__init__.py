@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import msgspec
 import typer
@@ -46,6 +47,9 @@ from fleet.command import run_command, stop_event
 from fleet.errors import ConfigError, LinkError, UnknownDeviceError
 from fleet.policy import check_threshold, parse_mode
 from fleet.prompt import ChatMessage, PromptRequest
+
+ARRIVAL_S: Final = 5.0  # of what a device says of itself, in the registry
+ARRIVAL_CHECK_S: Final = 0.2
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("export", context_settings=PASS_ON)(export)
@@ -232,22 +236,26 @@ def make_request(
 
 
 def online_device(fleet: State, device: str) -> Any:
-    """The registry's row of a device that is online.
+    """The registry's row of a device that is online; one that has just started has a moment to get there.
 
     Raises:
         UnknownDeviceError: nobody enrolled it.
         LinkError: it is offline.
     """
+    deadline = time.monotonic() + ARRIVAL_S
     with fleet.registry() as registry:
-        rows = {row.device: row for row in registry.devices()}
-    if device not in rows:
-        known = ", ".join(rows) or "none"
-        raise UnknownDeviceError(
-            f"unknown device {device!r}: enrolled are {known}; enrol it with 'fleet enroll {device}'"
-        )
-    if not rows[device].online:
-        raise LinkError(f"device {device} is offline; start it with 'edge-agent run DIR'")
-    return rows[device]
+        while True:
+            rows = {row.device: row for row in registry.devices()}
+            if device not in rows:
+                known = ", ".join(rows) or "none"
+                raise UnknownDeviceError(
+                    f"unknown device {device!r}: enrolled are {known}; enrol it with 'fleet enroll {device}'"
+                )
+            if rows[device].online:
+                return rows[device]
+            if rows[device].state != "active" or time.monotonic() > deadline:
+                raise LinkError(f"device {device} is offline; start it with 'edge-agent run DIR'")
+            time.sleep(ARRIVAL_CHECK_S)
 
 
 def exits_served(fleet: State, bundle_id: str) -> list[str]:
