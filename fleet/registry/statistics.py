@@ -7,7 +7,7 @@ than 8 days with its whole day. Groups are those of today: a device that has mov
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import lru_cache
 from operator import itemgetter
 from typing import Any, Final
 
@@ -82,7 +82,7 @@ def _p50_p95(histogram: Sequence[int]) -> list[float | None]:
     return [ms if ms is None else round(ms, 3) for ms in quantiles_ms(histogram, (0.5, 0.95))]
 
 
-@cache
+@lru_cache(1024)  # devices name their sources
 def _depth(source: str) -> tuple[int, int]:
     """Order of a source: exits by their layer, then what is no exit."""
     if source in NO_EXITS:
