@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import time
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ def stats(
         load("fleet.cli.stats_plot").check_plot(plot)
     began, now = parse_since(since), time.time()
     with State.load(state or State.default_folder()).registry() as registry:
+        gc.freeze()  # what is loaded stays: a garbage collection among many rows need not go through it (60 ms)
         if by == "device":
             rows: Sequence[Any] = registry.stats(device, began, group=group, now=now)
         else:

@@ -40,9 +40,11 @@ def device_stats(db: Session, asked: Question) -> list[StatsRow]:
     )
     if asked.group is not None:
         query = query.where(IdentityRecord.group == asked.group)
+    found = db.execute(query).all()
+    counts = _counts([(tallies[name], points[name]) for name, *_ in found])
     return [
-        StatsRow(device=name, group=group, online=bool(online), last_seen=seen, **_counts(tallies[name], points[name]))
-        for name, group, online, seen in db.execute(query)
+        StatsRow(device=name, group=group, online=bool(online), last_seen=seen, **row)
+        for (name, group, online, seen), row in zip(found, counts, strict=True)
     ]
 
 
@@ -52,10 +54,8 @@ def grouped_stats(db: Session, by: By, asked: Question) -> list[GroupStats] | li
         check_device(db, asked.device)
     tallies = count(db, by, asked)
     points = trends(db, by, asked) if by is not By.HOUR else {}
-    rows = [
-        (key, _counts(tallies[key], points.get(key, ())))
-        for key in sorted(tallies, key=lambda key: (key is not None, key))
-    ]
+    keys = sorted(tallies, key=lambda key: (key is not None, key))
+    rows = list(zip(keys, _counts([(tallies[key], points.get(key, ())) for key in keys]), strict=True))
     if by is By.HOUR:
         return [HourStats(hour_at=float(key), **counts) for key, counts in rows]
     if by is By.BUNDLE:
@@ -63,23 +63,25 @@ def grouped_stats(db: Session, by: By, asked: Question) -> list[GroupStats] | li
     return [GroupStats(group=key, **counts) for key, counts in rows]
 
 
-def _counts(tally: Tally, trend: Iterable[float | None]) -> dict[str, Any]:
-    """The fields of `Counts`."""
-    counts = tally.counts
-    sources = {source: tally.sources[source] for source in sorted(tally.sources, key=_depth)}
-    total = sum(sources.values())
-    ttft, tpot = (_p50_p95(histogram(counts)) for histogram in HISTOGRAMS)
-    return {
-        "generations": counts["answers"], "sources": sources, "offload_rate": round(offload_rate(sources), 6),
-        "shares": {source: round(tokens / total, 6) for source, tokens in sources.items()} if total else {},
-        "ttft_p50_ms": ttft[0], "ttft_p95_ms": ttft[1], "tpot_p50_ms": tpot[0], "tpot_p95_ms": tpot[1],
-        "switches": {f"{mode}: {reason}": n for (mode, reason), n in tally.switches.most_common()},
-        "trend": tuple(trend),
-    } | {name: counts[name] for name in PLAIN}  # fmt: skip
-
-
-def _p50_p95(histogram: Sequence[int]) -> list[float | None]:
-    return [ms if ms is None else round(ms, 3) for ms in quantiles_ms(histogram, (0.5, 0.95))]
+def _counts(found: Sequence[tuple[Tally, Iterable[float | None]]]) -> list[dict[str, Any]]:
+    """The fields of `Counts` for each tally and its trend."""
+    quantiles = [
+        [ms if ms is None else round(ms, 3) for ms in quantile]
+        for histogram in HISTOGRAMS
+        for quantile in quantiles_ms([histogram(tally.counts) for tally, _ in found], (0.5, 0.95))
+    ]
+    rows: list[dict[str, Any]] = []
+    for (tally, trend), *times in zip(found, *quantiles, strict=True):
+        counts, sources = tally.counts, {name: tally.sources[name] for name in sorted(tally.sources, key=_depth)}
+        total = sum(sources.values())
+        rows.append({
+            "generations": counts["answers"], "sources": sources, "offload_rate": round(offload_rate(sources), 6),
+            "shares": {source: round(tokens / total, 6) for source, tokens in sources.items()} if total else {},
+            "switches": {f"{mode}: {reason}": n for (mode, reason), n in tally.switches.most_common()},
+            "trend": tuple(trend), **{name: counts[name] for name in PLAIN}, "ttft_p50_ms": times[0],
+            "ttft_p95_ms": times[1], "tpot_p50_ms": times[2], "tpot_p95_ms": times[3],
+        })  # fmt: skip
+    return rows
 
 
 @lru_cache(1024)  # devices name their sources

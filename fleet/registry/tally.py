@@ -7,11 +7,12 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Final
 
+import numpy as np
+
 from fleet.policy import CLOUD, FALLBACK
-from fleet.registry.rollup_tables import BUCKETS_MS, NUM_BUCKETS, TPOT, TTFT
+from fleet.registry.rollup_tables import BUCKETS_MS, TPOT, TTFT
 from fleet.report import GenerationReport
 
 MAX_AMOUNT: Final = 1 << 40
@@ -20,6 +21,9 @@ MAX_AMOUNT: Final = 1 << 40
 MAX_ANSWERS: Final = 1 << 20
 
 MAX_REASON: Final = 120
+ENDS_MS: Final = np.array([0.0, *BUCKETS_MS, BUCKETS_MS[-1]])
+"""Between which the buckets lie; the last one, which has no end, is a point."""
+
 FIGURE: Final = re.compile(r"\d+(\.\d+)?")
 
 
@@ -73,21 +77,24 @@ def kind_of(reason: str) -> str:
 
 def quantile_ms(counts: Sequence[int], q: float) -> float | None:
     """The `q`-quantile of a histogram with `NUM_BUCKETS` counts, 0 < q <= 1; None when it is empty."""
-    return quantiles_ms(counts, (q,))[0]
+    return quantiles_ms([counts], (q,))[0][0]
 
 
-def quantiles_ms(counts: Sequence[int], qs: Sequence[float]) -> list[float | None]:
-    """Several quantiles of one histogram.
+def quantiles_ms(histograms: Sequence[Sequence[int]], qs: Sequence[float]) -> list[list[float | None]]:
+    """For each of `qs` the quantile of every histogram.
 
     Linear within its bucket, whose ends are a factor of 1.41 apart; above the last end it is that end.
     """
-    below = list(accumulate(counts))
-    return [_at(counts, below, q * below[-1]) if below[-1] else None for q in qs]
-
-
-def _at(counts: Sequence[int], below: Sequence[int], rank: float) -> float:
-    i = bisect_left(below, rank)
-    if i == NUM_BUCKETS - 1:
-        return BUCKETS_MS[-1]
-    low = BUCKETS_MS[i - 1] if i else 0.0
-    return low + (BUCKETS_MS[i] - low) * (rank - below[i] + counts[i]) / counts[i]
+    if not len(histograms):
+        return [[] for _ in qs]
+    counts = np.array(histograms, np.int64)
+    below, row = counts.cumsum(1), np.arange(len(counts))
+    total, quantiles = below[:, -1], []
+    for q in qs:
+        rank = q * total
+        bucket = (below < rank[:, None]).sum(1)
+        inside = counts[row, bucket]
+        share = (rank - below[row, bucket] + inside) / np.maximum(inside, 1)
+        ms = ENDS_MS[bucket] + (ENDS_MS[bucket + 1] - ENDS_MS[bucket]) * share
+        quantiles.append([value if number else None for value, number in zip(ms.tolist(), total.tolist(), strict=True)])
+    return quantiles
