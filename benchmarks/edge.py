@@ -3,8 +3,8 @@
     fleet bench edge [--presets balanced,int4,int8,fp32] [--rounds 7] [--only PARTS] [--no-peers] [--plot FILE] [--json]
 
 Every engine runs in a process of its own and they take turns, round by round, so that what the machine does besides
-meets all of them. Peers are llama.cpp on the model's own 4-bit file and onnxruntime-genai with its own int4, installed
-on first use into an environment of their own. Run it on an idle machine.
+meets all of them. Peers are llama.cpp on the model's own 4-bit file and onnxruntime-genai with its own int4 and int8,
+installed on first use into an environment of their own. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class EdgeBench:
         """The process of each engine, by engine and preset."""
         ours = {(OURS, preset): driver(self._whole(preset), threads) for preset in self._presets}
         others = peers(threads, self._progress) if self._with_peers else {}
-        return ours | {(engine, "4-bit"): command for engine, command in others.items()}
+        return ours | others
 
     def engines(self, answers: Sequence[Answer], *, speed: bool) -> list[dict[str, Any]]:
         """A row for each engine, preset and number of threads; fidelity, with answers, at the most threads alone."""

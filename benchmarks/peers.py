@@ -18,28 +18,29 @@ from onnx_export.staging import staged
 
 PACKAGES: Final = ("xllamacpp==2026.10.11549", "onnxruntime-genai==0.18.0", "onnxruntime==1.32.0")
 BUILDER_PACKAGES: Final = ("torch==2.13.0", "transformers==5.23.0", "onnx==1.23.2", "onnx-ir==1.1.0")
-BUILDER_OPTIONS: Final = ("int4_block_size=32", "int4_accuracy_level=4")
+BUILDER_OPTIONS: Final = ("block_size=32", "accuracy_level=4")
+GENAI_PRESETS: Final = ("int4", "int8")
 INSTALL_TIMEOUT_S: Final = 3600.0
 BUILD_TIMEOUT_S: Final = 900.0
 
 Progress = Callable[[str], None]
 
 
-def peers(threads: int, progress: Progress) -> dict[str, list[str]]:
-    """The command of each peer's driver, by the peer's name. The first call installs them and makes their models.
+def peers(threads: int, progress: Progress) -> dict[tuple[str, str], list[str]]:
+    """The command of each peer's driver, by the peer's name and preset. The first call installs them and makes their
+    models.
 
     Raises:
         FleetError: they cannot be installed, or a model cannot be made.
     """
     folder = cache_folder() / "bench" / f"peers-{peers_key()}"
     python = environment(folder / "environment", progress) / "bin" / "python"
-    models = {
-        "llama.cpp": ("llama_cpp", gguf(folder / "gguf", progress)),
-        "onnxruntime-genai": ("genai", genai_model(folder / "genai", python, progress)),
-    }
+    models = {("llama.cpp", "Q4_1"): ("llama_cpp", gguf(folder / "gguf", progress))}
+    for preset in GENAI_PRESETS:
+        models["onnxruntime-genai", preset] = "genai", genai_model(folder / f"genai-{preset}", preset, python, progress)
     return {
-        engine: [str(python), "-m", f"benchmarks.drivers.{driver}", "--model", str(model), "--threads", str(threads)]
-        for engine, (driver, model) in models.items()
+        key: [str(python), "-m", f"benchmarks.drivers.{driver}", "--model", str(model), "--threads", str(threads)]
+        for key, (driver, model) in models.items()
     }
 
 
@@ -70,14 +71,14 @@ def gguf(folder: Path, progress: Progress) -> Path:
     return folder / GGUF_MEMBER
 
 
-def genai_model(folder: Path, python: Path, progress: Progress) -> Path:
-    """The default model as onnxruntime-genai's own builder makes it for the CPU with 4-bit weights."""
+def genai_model(folder: Path, preset: str, python: Path, progress: Progress) -> Path:
+    """The default model as onnxruntime-genai's own builder makes it for the CPU, with weights of 4 or 8 bits."""
     if not folder.exists():
         source = default_checkpoint(progress)
         with staged(folder, progress) as partial, tempfile.TemporaryDirectory() as work:
-            progress("building onnxruntime-genai's int4 model")
+            progress(f"building onnxruntime-genai's {preset} model")
             command = [str(python), "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(partial)]
-            command += ["-p", "int4", "-e", "cpu", "-c", work, "--extra_options", *BUILDER_OPTIONS]
+            command += ["-p", preset, "-e", "cpu", "-c", work, "--extra_options", *BUILDER_OPTIONS]
             call("build onnxruntime-genai's model", command, BUILD_TIMEOUT_S, {"HF_HUB_OFFLINE": "1"})
     return folder
 

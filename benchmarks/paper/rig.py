@@ -42,7 +42,7 @@ LOOPBACK: Final = Link()
 QUIET_S: Final = 0.1  # without a byte on a link, beside its round trip
 QUIET_TIMEOUT_S: Final = 20.0
 ENDING_S: Final = 1.0  # from a connection that is reset to the end of the process behind it
-PEER_NAMES: Final = {"llama.cpp": "llama.cpp", "genai": "onnxruntime-genai"}
+PEER_NAMES: Final = {"llama.cpp": ("llama.cpp", "Q4_1"), "genai": ("onnxruntime-genai", "int4")}
 WORKERS: Final[dict[Cloud, str]] = {
     "worker": WORKER, "whole": "cloud-whole", "upper": "cloud-upper", "llama.cpp": "cloud-llama-cpp",
     "genai": "cloud-genai",
@@ -87,7 +87,7 @@ class Rig:
         self._clouds: dict[Cloud, CloudSide] = {}
         self._links: dict[Device, Engine] = {}
         self._shapes: dict[Device, Link] = {}
-        self._peers: dict[str, list[str]] = {}
+        self._peers: dict[tuple[str, str], list[str]] = {}
         self._tokenizer = ChatTokenizer(models.bundle)
 
     def __enter__(self) -> Self:
