@@ -130,6 +130,11 @@ class UpperLayers:
                 f"the cloud partition of {bundle.folder} does not load: {error}; export it again"
             ) from None
 
+    @property
+    def weight_bytes(self) -> int:
+        """What a step reads of the weights."""
+        return sum(tensor.nbytes for tensor in (*self._model.parameters(), *self._model.buffers()))
+
     def new_pool(self, budget_bytes: int) -> KvPool:
         """A pool of caches of this model's shape."""
         model = self.manifest.model

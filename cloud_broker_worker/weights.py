@@ -21,11 +21,14 @@ LANES: Final = 16
 class Int8Linear(nn.Module):
     """y = x W^T with a scale for each output; x [..., in] float32 -> [..., out] float32; `in` in whole `LANES`."""
 
+    _weight: Tensor
+    _scale: Tensor
+
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         scale = weight.abs().amax(1).clamp(min=1e-8) / 127
-        self._weight = (weight / scale[:, None]).round().to(torch.int8)
-        self._scale = scale.bfloat16()
+        self.register_buffer("_weight", (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("_scale", scale.bfloat16())
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).bfloat16()
@@ -39,6 +42,9 @@ class Int4Linear(nn.Module):
     `in` comes in whole groups, `out` in whole 16s.
     """
 
+    _weight: Tensor
+    _grid: Tensor
+
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         groups = weight.reshape(len(weight), -1, GROUP)
@@ -46,8 +52,8 @@ class Int4Linear(nn.Module):
         scale = ((groups.amax(-1, keepdim=True) - low) / 15).clamp(min=1e-8)
         codes = ((groups - low) / scale).round().clamp(0, 15).to(torch.int32).reshape(weight.shape)
         offset = low + 8 * scale  # the kernel takes (code - 8) * scale + offset
-        self._weight = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
-        self._grid = torch.cat((scale, offset), -1).transpose(0, 1).contiguous().bfloat16()
+        self.register_buffer("_weight", torch._convert_weight_to_int4pack_for_cpu(codes, 1))
+        self.register_buffer("_grid", torch.cat((scale, offset), -1).transpose(0, 1).contiguous().bfloat16())
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).bfloat16()
