@@ -17,9 +17,9 @@ from cloud_broker_worker.config import WorkerConfig
 from cloud_broker_worker.engine import Engine
 from cloud_broker_worker.upper_layers import UpperLayers
 from edge_agent.uplink import HELD_POSITIONS
-from fleet.codec import decode_to_worker, encode, pack_context
+from fleet.codec import decode_to_worker, encode, pack_chunk
 from fleet.hidden_codec import Float16
-from fleet.messages import PROTOCOL, Assist, Close, Context, Open, Refused, Sampling, Token, ToWorker
+from fleet.messages import PROTOCOL, Assist, Close, Context, ContextChunk, Open, Refused, Sampling, Token, ToWorker
 
 DEADLINE_MS: Final = 600_000
 CHUNK_POSITIONS: Final = 64
@@ -64,10 +64,10 @@ class Device:
             now = yield sum(blocks) if self.works else 0.0
             stop = recording.num_prompt + i
             if exit_number is None or (len(blocks) == len(recording.seconds[i]) and stop - sent > HELD_POSITIONS):
-                pieces = list(contexts(session, rows, sent, stop))
+                pieces = list(chunks(rows, sent, stop))
                 sent = stop
                 last_piece = pieces.pop() if exit_number is None else None
-                yield [*pieces]
+                yield [Context(session, piece) for piece in pieces]
             if exit_number is None:
                 yield [Assist(session, next(request), stop - 1, DEADLINE_MS, last_piece)]
                 now = yield None
@@ -79,10 +79,10 @@ class Device:
         yield [Close(session)]
 
 
-def contexts(session: str, rows: Float16, start: int, stop: int) -> Iterable[Context]:
-    """Positions [start, stop) as messages."""
+def chunks(rows: Float16, start: int, stop: int) -> Iterable[ContextChunk]:
+    """Positions [start, stop) for messages."""
     for first in range(start, stop, CHUNK_POSITIONS):
-        yield pack_context(session, 0, first, rows[first : min(first + CHUNK_POSITIONS, stop)])
+        yield pack_chunk(0, first, rows[first : min(first + CHUNK_POSITIONS, stop)])
 
 
 class Worker:

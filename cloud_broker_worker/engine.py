@@ -24,7 +24,7 @@ from cloud_broker_worker.scheduler import schedule
 from cloud_broker_worker.session import Session, SessionKey
 from cloud_broker_worker.tally import Tally
 from cloud_broker_worker.upper_layers import Chunk, UpperLayers
-from fleet.codec import unpack_context
+from fleet.codec import unpack_chunk
 from fleet.errors import DecodeError
 from fleet.hidden_codec import CONTEXT_DTYPES
 from fleet.log_limit import LimitedLog
@@ -33,6 +33,7 @@ from fleet.messages import (
     Assist,
     Close,
     Context,
+    ContextChunk,
     Gap,
     Open,
     Opened,
@@ -94,15 +95,15 @@ class Engine:
         self, session: Session, message: Context | Assist | Verify | Close, arrived: float
     ) -> list[ToDevice | None]:
         if isinstance(message, Context):
-            return [self._context(session, message)]
+            return [self._store(session, message.chunk)]
         if isinstance(message, Close):
             self.memory.drop(session)
             return []
-        if message.context is None:
+        if message.chunk is None:
             return [self._ask(session, message, arrived)]
-        of_context = self._context(session, message.context)
-        of_question = self._ask(session, msgspec.structs.replace(message, context=None), arrived)
-        return [of_context] if of_context == of_question else [of_context, of_question]
+        of_chunk = self._store(session, message.chunk)
+        of_question = self._ask(session, msgspec.structs.replace(message, chunk=None), arrived)
+        return [of_chunk] if of_chunk == of_question else [of_chunk, of_question]
 
     def _open(self, key: SessionKey, message: Open, arrived: float) -> ToDevice | None:
         session = self.sessions.get(key)
@@ -137,21 +138,21 @@ class Engine:
             return self._refused(key, "too_long", f"expected at most {limit} positions, got {message.max_positions}")
         return self._stopping(key) if self.is_draining else None
 
-    def _context(self, session: Session, message: Context) -> ToDevice | None:
-        if not session.is_on(message.branch):
+    def _store(self, session: Session, chunk: ContextChunk) -> ToDevice | None:
+        if not session.is_on(chunk.branch):
             return None
-        stop = message.start + message.count
+        stop = chunk.start + chunk.count
         if stop > session.capacity:
             return self._too_long(session, stop)
         try:
-            rows = unpack_context(message, self._manifest.model.hidden_size)
+            rows = unpack_chunk(chunk, self._manifest.model.hidden_size)
         except DecodeError as error:
             self._log.warning("context of session %s of %s dropped: %s", *reversed(session.key), error)
             return self._gap(session)
-        num_new = session.take(message.start, rows)
+        num_new = session.take(chunk.start, rows)
         if num_new is None:
             return self._gap(session)
-        num_bytes = len(message.data)
+        num_bytes = len(chunk.data)
         if session.owes_receipt(num_bytes, self._config.window_bytes // 2, is_repeat=num_new == 0):
             return Received(session.key.session, session.branch, session.received)
         return None

@@ -48,7 +48,7 @@ from fleet.transport import Transport
 log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S: Final = 5.0
-SESSION_BYTES: Final = 8  # of a name that is in every message, and need only differ from others of this device
+SESSION_BYTES: Final = 5  # of a name that is in every message, and need only differ from others of this device
 MAX_FINISHED: Final = 32  # answers kept for an app that has missed some of its replies
 
 

@@ -7,9 +7,9 @@ from typing import Final
 import numpy as np
 
 from edge_agent.partition import Float32
-from fleet.codec import pack_context
+from fleet.codec import pack_chunk
 from fleet.hidden_codec import FLOAT16, row_bytes
-from fleet.messages import Context, Opened
+from fleet.messages import ContextChunk, Opened
 
 LIMIT: Final = np.finfo(np.float16).max
 
@@ -20,12 +20,11 @@ class Outbox:
     What is between the last two never exceeds the worker's window. Every loss is mended by moving `sent` back.
     """
 
-    def __init__(self, session: str, capacity: int, hidden_size: int, dtype: str = FLOAT16) -> None:
+    def __init__(self, capacity: int, hidden_size: int, dtype: str = FLOAT16) -> None:
         self.branch = 0
         self.available = 0
         self.sent = 0
         self.acknowledged = 0
-        self._session = session
         self._rows = np.empty((capacity, hidden_size), np.float16)
         self._wanted_dtype = dtype
         self._dtype = FLOAT16
@@ -67,7 +66,7 @@ class Outbox:
         self.sent = min(self.sent, expected)
         self.acknowledge(expected)
 
-    def due(self, now: float, patience_s: float) -> Context | None:
+    def due(self, now: float, patience_s: float) -> ContextChunk | None:
         """The next chunk; None when all is sent or the window is full. After `patience_s` seconds of a full window it
         begins again behind what was acknowledged: the chunks or their receipts got lost."""
         if self.sent >= self.available:
@@ -80,4 +79,4 @@ class Outbox:
             self._stalled_at, self.sent, room = None, self.acknowledged, self._window
         start = self.sent
         self.sent = min(self.available, start + min(self._max_chunk, room))
-        return pack_context(self._session, self.branch, start, self._rows[start : self.sent], self._dtype)
+        return pack_chunk(self.branch, start, self._rows[start : self.sent], self._dtype)

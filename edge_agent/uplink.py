@@ -29,7 +29,20 @@ from fleet import topics
 from fleet.codec import decode_to_device, encode
 from fleet.errors import LinkError, ProtocolError
 from fleet.hidden_codec import FLOAT16
-from fleet.messages import Assist, Close, Gap, Open, Opened, Received, Refused, Token, ToWorker, Verified, Verify
+from fleet.messages import (
+    Assist,
+    Close,
+    Context,
+    Gap,
+    Open,
+    Opened,
+    Received,
+    Refused,
+    Token,
+    ToWorker,
+    Verified,
+    Verify,
+)
 from fleet.policy import assist_deadline_ms, backoff_s
 from fleet.session import LinkEvent, LinkState, advance
 from fleet.transport import Transport
@@ -75,7 +88,7 @@ class Uplink:
         self._workers = workers
         self._opening = opening
         self._measurements = measurements
-        self._outbox = Outbox(self.session, opening.max_positions, hidden_size, upload_dtype)
+        self._outbox = Outbox(opening.max_positions, hidden_size, upload_dtype)
         self._open_at = 0.0
         self._give_up_at = 0.0
         self._num_losses = 0
@@ -328,13 +341,13 @@ class Uplink:
         """The next chunk; with the question, when it is the last that a new one needs."""
         if self._is_held:
             return None
-        context = self._outbox.due(now, self._patience_s)
-        if context is None:
+        chunk = self._outbox.due(now, self._patience_s)
+        if chunk is None:
             return None
         question = self._question
         if question and question.num_sent == 0 and (asked := self._due_question(now)):
-            return asked._replace(body=msgspec.structs.replace(question.body, context=context))
-        return Message(self._topic(self.worker), context)
+            return asked._replace(body=msgspec.structs.replace(question.body, chunk=chunk))
+        return Message(self._topic(self.worker), Context(self.session, chunk))
 
     @property
     def _is_held(self) -> bool:

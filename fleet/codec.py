@@ -10,7 +10,7 @@ import msgspec
 
 from fleet.errors import DecodeError, OversizedError
 from fleet.hidden_codec import FLOAT16, Float16, pack_rows, unpack_rows
-from fleet.messages import MAX_CHUNK_BYTES, Context, Message, ToDevice, ToWorker
+from fleet.messages import MAX_CHUNK_BYTES, ContextChunk, Message, ToDevice, ToWorker
 
 MAX_ENVELOPE_BYTES: Final = MAX_CHUNK_BYTES + 4096
 
@@ -61,18 +61,18 @@ def _names(expected: object) -> str:
     return ", ".join(member.__name__.lower() for member in members)
 
 
-def pack_context(session: str, branch: int, start: int, hidden_states: Float16, dtype: str = FLOAT16) -> Context:
-    """Hidden states [count, hidden] float16 of positions [start, start + count) as a message."""
+def pack_chunk(branch: int, start: int, hidden_states: Float16, dtype: str = FLOAT16) -> ContextChunk:
+    """Hidden states [count, hidden] float16 of positions [start, start + count), ready for a message."""
     data = pack_rows(hidden_states, dtype)
-    return Context(session, branch, start, len(hidden_states), dtype, data, zlib.crc32(data))
+    return ContextChunk(branch, start, len(hidden_states), data, zlib.crc32(data), dtype)
 
 
-def unpack_context(message: Context, hidden_size: int) -> Float16:
-    """The hidden states [count, hidden_size] float16 of a context message, read-only.
+def unpack_chunk(chunk: ContextChunk, hidden_size: int) -> Float16:
+    """The hidden states [count, hidden_size] float16 of a chunk, read-only.
 
     Raises:
         DecodeError: another dtype, a wrong number of bytes, a wrong checksum, or values that are not finite.
     """
-    if zlib.crc32(message.data) != message.crc32:
-        raise DecodeError(f"context at position {message.start}: the checksum does not match the data; send it again")
-    return unpack_rows(message.data, message.count, hidden_size, message.dtype)
+    if zlib.crc32(chunk.data) != chunk.crc32:
+        raise DecodeError(f"context at position {chunk.start}: the checksum does not match the data; send it again")
+    return unpack_rows(chunk.data, chunk.count, hidden_size, chunk.dtype)

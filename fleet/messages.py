@@ -9,7 +9,7 @@ from typing import Annotated, Final, TypeAlias
 
 from msgspec import Meta, Struct
 
-PROTOCOL: Final = 2
+PROTOCOL: Final = 3
 MAX_POSITIONS: Final = 1 << 20
 MAX_CHUNK_BYTES: Final = 256 * 1024
 MAX_DRAFT: Final = 64
@@ -63,35 +63,38 @@ class Opened(Struct, frozen=True, tag_field="type", tag="opened"):
     dtypes: Annotated[tuple[Annotated[str, Meta(max_length=32)], ...], Meta(min_length=1, max_length=16)]
 
 
-class Context(Struct, frozen=True, tag_field="type", tag="context"):
-    """Device to worker: hidden states of positions [start, start + count), row-major, little-endian."""
+class ContextChunk(Struct, frozen=True, omit_defaults=True):
+    """Hidden states of positions [start, start + count), row-major, little-endian."""
 
-    session: Id
     branch: Count
     start: Position
     count: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
-    dtype: str
     data: Annotated[bytes, Meta(max_length=MAX_CHUNK_BYTES)]
     crc32: Annotated[int, Meta(ge=0, lt=1 << 32)]
+    dtype: str = "float16"
+
+
+class Context(Struct, frozen=True, tag_field="type", tag="context"):
+    """Device to worker: the next hidden states, before anybody asks."""
+
+    session: Id
+    chunk: ContextChunk
 
 
 class Assist(Struct, frozen=True, omit_defaults=True, tag_field="type", tag="assist"):
-    """Device to worker: which token follows `position`? A `context` counts as if it had come just before."""
+    """Device to worker: which token follows `position`? A `chunk` counts as if it had come just before."""
 
     session: Id
     request: Annotated[int, Meta(ge=0)]
     position: Position
     deadline_ms: DeadlineMs
-    context: Context | None = None
-
-    def __post_init__(self) -> None:
-        _check_session(self)
+    chunk: ContextChunk | None = None
 
 
 class Verify(Struct, frozen=True, omit_defaults=True, tag_field="type", tag="verify"):
     """Device to worker: is `draft[i]` the token that follows position `start + i`, for every i?
 
-    A `context` counts as if it had come just before.
+    A `chunk` counts as if it had come just before.
     """
 
     session: Id
@@ -100,15 +103,7 @@ class Verify(Struct, frozen=True, omit_defaults=True, tag_field="type", tag="ver
     start: Position
     draft: Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_DRAFT)]
     deadline_ms: DeadlineMs
-    context: Context | None = None
-
-    def __post_init__(self) -> None:
-        _check_session(self)
-
-
-def _check_session(question: Assist | Verify) -> None:
-    if question.context and question.context.session != question.session:
-        raise ValueError(f"expected context of session {question.session}, got {question.context.session}")
+    chunk: ContextChunk | None = None
 
 
 class Token(Struct, frozen=True, tag_field="type", tag="token"):

@@ -17,13 +17,13 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from fleet import topics
 from fleet.access import Role
-from fleet.codec import decode_to_device, decode_to_worker, encode, pack_context, unpack_context
+from fleet.codec import decode_to_device, decode_to_worker, encode, pack_chunk, unpack_chunk
 from fleet.desired import DesiredConfig, Settings, decode_desired, encode_desired
 from fleet.errors import DecodeError, FleetError, PromptError, ProtocolError, TokenError
 from fleet.hidden_codec import INT8
 from fleet.joining import JoinReply, JoinRequest, RenewReply, RenewRequest, ServiceProblem, Token, decode_body
 from fleet.manifest import Bundle
-from fleet.messages import PROTOCOL, Assist, Close, Context, Open, Sampling, ToDevice, ToWorker, Verify
+from fleet.messages import PROTOCOL, Assist, Close, Context, ContextChunk, Open, Sampling, ToDevice, ToWorker, Verify
 from fleet.policy import Mode
 from fleet.prompt import ChatMessage, PromptRequest, decode_reply, parse_prompt
 from fleet.report import (
@@ -58,17 +58,16 @@ class Recorded(NamedTuple):
 # Reading, and making bytes again of what was read.
 
 
-def contexts_of(messages: Iterable[ToWorker | ToDevice]) -> list[Context]:
+def chunks_of(messages: Iterable[ToWorker | ToDevice]) -> list[ContextChunk]:
     """All context, whether it came by itself or with a question."""
-    contexts = [m.context if isinstance(m, Assist | Verify) else m for m in messages]
-    return [context for context in contexts if isinstance(context, Context)]
+    return [m.chunk for m in messages if isinstance(m, Context | Assist | Verify) and m.chunk]
 
 
 def _session(payload: bytes, decode: Callable[[bytes], ToWorker | ToDevice]) -> None:
     message = decode(payload)
     encode(message)
-    for context in contexts_of([message]):
-        unpack_context(context, HIDDEN_SIZE)
+    for chunk in chunks_of([message]):
+        unpack_chunk(chunk, HIDDEN_SIZE)
 
 
 def _report(payload: bytes) -> None:
@@ -142,8 +141,8 @@ def _talk_by_hand(fleet: MemoryFleet, bundle_id: str) -> None:
     fleet.watcher.publish(topics.open_session(BY_HAND), encode(opening))
     answers.get(timeout=WAIT_S)
     for messages in (
-        (pack_context(session, 0, 0, rows, INT8), pack_context(session, 0, 0, rows)),  # twice: received
-        (pack_context(session, 0, 9, rows),),  # some are missing: gap
+        (Context(session, pack_chunk(0, 0, rows, INT8)), Context(session, pack_chunk(0, 0, rows))),  # twice: received
+        (Context(session, pack_chunk(0, 9, rows)),),  # some are missing: gap
         (Close(session), Assist(session, 0, 3, 1000)),  # of no session: refused
     ):
         for message in messages:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from edge_agent.outbox import Outbox
-from fleet.codec import unpack_context
-from fleet.messages import Context, Opened
+from fleet.codec import unpack_chunk
+from fleet.messages import ContextChunk, Opened
 
 HIDDEN = 8
 ROW_BYTES = 2 * HIDDEN
@@ -21,28 +21,28 @@ def rows(start: int, count: int) -> np.ndarray:
 def outbox(
     num_rows: int, *, received: int = 0, chunk: int = 4096, window: int = 4096, dtypes: tuple[str, ...] = ("float16",)
 ) -> Outbox:
-    box = Outbox("s1", 64, HIDDEN)
+    box = Outbox(64, HIDDEN)
     box.add(rows(0, num_rows))
     box.begin(Opened("s1", "w1", received, chunk, window, dtypes))
     return box
 
 
-def sent(box: Outbox, now: float = 0.0) -> list[Context]:
+def sent(box: Outbox, now: float = 0.0) -> list[ContextChunk]:
     """Everything that is due at `now`."""
-    contexts = []
-    while context := box.due(now, PATIENCE_S):
-        contexts.append(context)
-    return contexts
+    chunks = []
+    while chunk := box.due(now, PATIENCE_S):
+        chunks.append(chunk)
+    return chunks
 
 
-def spans(contexts: list[Context]) -> list[tuple[int, int]]:
-    return [(context.start, context.start + context.count) for context in contexts]
+def spans(chunks: list[ContextChunk]) -> list[tuple[int, int]]:
+    return [(chunk.start, chunk.start + chunk.count) for chunk in chunks]
 
 
 def test_every_position_goes_once_in_chunks_that_the_worker_takes() -> None:
-    contexts = sent(outbox(10, chunk=4 * ROW_BYTES))
-    assert spans(contexts) == [(0, 4), (4, 8), (8, 10)]
-    np.testing.assert_array_equal(np.concatenate([unpack_context(c, HIDDEN) for c in contexts]), rows(0, 10))
+    chunks = sent(outbox(10, chunk=4 * ROW_BYTES))
+    assert spans(chunks) == [(0, 4), (4, 8), (8, 10)]
+    np.testing.assert_array_equal(np.concatenate([unpack_chunk(c, HIDDEN) for c in chunks]), rows(0, 10))
 
 
 def test_what_the_worker_has_already_is_not_sent() -> None:
@@ -75,12 +75,12 @@ def test_a_gap_is_mended_from_where_it_begins() -> None:
 
 def test_a_rewind_begins_another_branch_behind_what_is_kept() -> None:
     box = outbox(6)
-    assert {context.branch for context in sent(box)} == {0}
+    assert {chunk.branch for chunk in sent(box)} == {0}
     box.rewind(4)
     box.add(rows(20, 1))
-    (context,) = sent(box)
-    assert (context.branch, context.start) == (1, 4)
-    np.testing.assert_array_equal(unpack_context(context, HIDDEN), rows(20, 1))
+    (chunk,) = sent(box)
+    assert (chunk.branch, chunk.start) == (1, 4)
+    np.testing.assert_array_equal(unpack_chunk(chunk, HIDDEN), rows(20, 1))
 
 
 def test_another_worker_gets_everything_of_the_present_branch() -> None:
@@ -100,8 +100,8 @@ def test_a_receipt_for_more_than_there_is_means_all_of_it() -> None:
 
 @pytest.mark.parametrize("value", [1e9, -1e9, 70000.0])
 def test_what_fp16_cannot_hold_is_clipped(value: float) -> None:
-    box = Outbox("s1", 4, HIDDEN)
+    box = Outbox(4, HIDDEN)
     box.add(np.full((1, HIDDEN), value, np.float32))
     box.begin(Opened("s1", "w1", 0, 4096, 4096, ("float16",)))
-    (context,) = sent(box)
-    assert np.abs(unpack_context(context, HIDDEN)).max() == np.finfo(np.float16).max
+    (chunk,) = sent(box)
+    assert np.abs(unpack_chunk(chunk, HIDDEN)).max() == np.finfo(np.float16).max

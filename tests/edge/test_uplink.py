@@ -14,7 +14,7 @@ from edge_agent.measurements import Measurements
 from edge_agent.uplink import HELD_POSITIONS, Uplink
 from edge_agent.workers import Workers
 from fleet import topics
-from fleet.codec import decode_to_worker, encode, unpack_context
+from fleet.codec import decode_to_worker, encode, unpack_chunk
 from fleet.memory import MemoryBroker, MemoryTransport
 from fleet.messages import (
     PROTOCOL,
@@ -117,8 +117,8 @@ def test_what_was_offered_before_the_worker_answered_is_sent_after_it(device: De
         peer.accept()
         message = peer.next()
     assert isinstance(message, Context)
-    assert (message.start, message.count) == (0, 4)
-    np.testing.assert_array_equal(unpack_context(message, HIDDEN), rows(0, 4))
+    assert (message.chunk.start, message.chunk.count) == (0, 4)
+    np.testing.assert_array_equal(unpack_chunk(message.chunk, HIDDEN), rows(0, 4))
 
 
 def test_chunks_keep_to_the_workers_limit_and_each_position_goes_once(device: Device, peer: Peer) -> None:
@@ -127,8 +127,8 @@ def test_chunks_keep_to_the_workers_limit_and_each_position_goes_once(device: De
         peer.accept(max_chunk_bytes=1024)
         first = peer.next()
     assert isinstance(first, Context)
-    assert first.count == 64
-    assert len(first.data) == 64 * HIDDEN * 2 <= 1024
+    assert first.chunk.count == 64
+    assert len(first.chunk.data) == 64 * HIDDEN * 2 <= 1024
 
 
 def test_an_assist_brings_the_context_that_it_needs(device: Device, peer: Peer) -> None:
@@ -138,8 +138,8 @@ def test_an_assist_brings_the_context_that_it_needs(device: Device, peer: Peer) 
         asking = pool.submit(uplink.assist, 1)
         assist = peer.next()
         assert isinstance(assist, Assist)
-        assert assist.context
-        assert (assist.context.start, assist.context.count) == (0, 2)
+        assert assist.chunk
+        assert (assist.chunk.start, assist.chunk.count) == (0, 2)
         peer.say(Token(SESSION, assist.request, 1, 7, -0.5))
         token = asking.result(WAIT_S)
     assert token is not None
@@ -154,10 +154,10 @@ def test_of_more_context_than_a_chunk_only_the_last_goes_with_the_question(devic
         uplink.ask_verify(68, [7, 8])
         counts = []
         while isinstance(message := peer.next(), Context):
-            counts.append(message.count)
+            counts.append(message.chunk.count)
         assert isinstance(message, Verify)
-        assert message.context
-        assert sum(counts) + message.context.count == 70
+        assert message.chunk
+        assert sum(counts) + message.chunk.count == 70
 
 
 def test_a_few_positions_wait_for_a_question_or_for_more(device: Device, peer: Peer) -> None:
@@ -167,13 +167,13 @@ def test_a_few_positions_wait_for_a_question_or_for_more(device: Device, peer: P
             uplink.offer(rows(position, 1))
         context = peer.next()
         assert isinstance(context, Context)
-        assert (context.start, context.count) == (0, HELD_POSITIONS + 1)
-        uplink.offer(rows(context.count, 1))
-        uplink.ask_verify(context.count, [7])
+        assert (context.chunk.start, context.chunk.count) == (0, HELD_POSITIONS + 1)
+        uplink.offer(rows(HELD_POSITIONS + 1, 1))
+        uplink.ask_verify(HELD_POSITIONS + 1, [7])
         verify = peer.next()
         assert isinstance(verify, Verify)
-        assert verify.context
-        assert (verify.context.start, verify.context.count) == (context.count, 1)
+        assert verify.chunk
+        assert (verify.chunk.start, verify.chunk.count) == (HELD_POSITIONS + 1, 1)
 
 
 def test_an_answer_to_a_repeated_question_is_measured_too(broker: MemoryBroker, peer: Peer) -> None:
@@ -185,8 +185,8 @@ def test_an_answer_to_a_repeated_question_is_measured_too(broker: MemoryBroker, 
         first, again = peer.next(), peer.next()
         assert isinstance(first, Verify)
         assert isinstance(again, Verify)
-        assert first.context
-        assert again == msgspec.structs.replace(first, context=None)
+        assert first.chunk
+        assert again == msgspec.structs.replace(first, chunk=None)
         peer.say(Verified(SESSION, again.request, 0, 1, None, (-0.5,)))
         assert uplink.verdict(WAIT_S) is not None
     assert device.measurements.snapshot().num_round_trips == 1
@@ -201,8 +201,8 @@ def test_a_gap_is_mended_by_sending_again_from_there(device: Device, peer: Peer)
         peer.say(Gap(SESSION, 0, 1))
         again = peer.next()
     assert isinstance(again, Context)
-    assert (again.start, again.count) == (1, 4)
-    np.testing.assert_array_equal(unpack_context(again, HIDDEN), rows(1, 4))
+    assert (again.chunk.start, again.chunk.count) == (1, 4)
+    np.testing.assert_array_equal(unpack_chunk(again.chunk, HIDDEN), rows(1, 4))
 
 
 def test_no_answer_by_the_deadline_loses_the_session_and_the_rest_does_not_wait(
@@ -291,8 +291,8 @@ def test_a_lost_session_is_opened_again_and_goes_on_where_the_worker_is(device: 
         uplink.ask_verify(3, [7])
         again = peer.next()
         assert isinstance(again, Verify)
-        assert again.context
-        assert (again.context.start, again.context.count) == (1, 3)
+        assert again.chunk
+        assert (again.chunk.start, again.chunk.count) == (1, 3)
 
 
 def test_a_verify_outlives_the_worker_and_is_asked_anew_of_the_next(
@@ -309,8 +309,8 @@ def test_a_verify_outlives_the_worker_and_is_asked_anew_of_the_next(
         second.accept()
         again = second.next()
         assert isinstance(again, Verify)
-        assert again.context
-        assert again.context.start == 0
+        assert again.chunk
+        assert again.chunk.start == 0
         assert again.request != first.request
         peer.transport.restore()
         peer.say(Verified(SESSION, first.request, 1, 0, 99, (-1.0,)))
@@ -339,7 +339,7 @@ def test_a_rejection_begins_a_branch_that_the_next_opening_names(device: Device,
         uplink.offer(rows(7, 4))
         context = peer.next()
         assert isinstance(context, Context)
-        assert (context.branch, context.start, context.count) == (1, 2, 4)
+        assert (context.chunk.branch, context.chunk.start, context.chunk.count) == (1, 2, 4)
         peer.announce(epoch=2)
         opening = peer.next()
         assert isinstance(opening, Open)

@@ -6,13 +6,14 @@ import msgpack
 import numpy as np
 import pytest
 
-from fleet.codec import MAX_ENVELOPE_BYTES, decode, decode_to_worker, encode, pack_context, unpack_context
+from fleet.codec import MAX_ENVELOPE_BYTES, decode, decode_to_worker, encode, pack_chunk, unpack_chunk
 from fleet.errors import DecodeError, OversizedError
 from fleet.messages import (
     MAX_CHUNK_BYTES,
     Assist,
     Close,
     Context,
+    ContextChunk,
     Gap,
     Message,
     Open,
@@ -39,8 +40,8 @@ WIRE: list[tuple[Message, bytes]] = [
         b"\xa6dtypes\x92\xa7float16\xa4int8",
     ),
     (
-        Context("s1", 2, 5, 1, "float16", b"\x00\x3c\x00\xc0", 0x97510158),
-        b"\x88\xa4type\xa7context\xa7session\xa2s1\xa6branch\x02\xa5start\x05\xa5count\x01\xa5dtype\xa7float16"
+        Context("s1", ContextChunk(2, 5, 1, b"\x00\x3c\x00\xc0", 0x97510158)),
+        b"\x83\xa4type\xa7context\xa7session\xa2s1\xa5chunk\x85\xa6branch\x02\xa5start\x05\xa5count\x01"
         b"\xa4data\xc4\x04\x00\x3c\x00\xc0\xa5crc32\xce\x97\x51\x01\x58",
     ),
     (
@@ -48,10 +49,10 @@ WIRE: list[tuple[Message, bytes]] = [
         b"\x85\xa4type\xa6assist\xa7session\xa2s1\xa7request\x03\xa8position\x29\xabdeadline_ms\xcd\x05\xdc",
     ),
     (
-        Assist("s1", 3, 5, 1500, Context("s1", 2, 5, 1, "float16", b"\x00\x3c\x00\xc0", 0x97510158)),
+        Assist("s1", 3, 5, 1500, ContextChunk(2, 5, 1, b"\x00\x3c\x00\xc0", 0x97510158, "int8")),
         b"\x86\xa4type\xa6assist\xa7session\xa2s1\xa7request\x03\xa8position\x05\xabdeadline_ms\xcd\x05\xdc"
-        b"\xa7context\x88\xa4type\xa7context\xa7session\xa2s1\xa6branch\x02\xa5start\x05\xa5count\x01"
-        b"\xa5dtype\xa7float16\xa4data\xc4\x04\x00\x3c\x00\xc0\xa5crc32\xce\x97\x51\x01\x58",
+        b"\xa5chunk\x86\xa6branch\x02\xa5start\x05\xa5count\x01"
+        b"\xa4data\xc4\x04\x00\x3c\x00\xc0\xa5crc32\xce\x97\x51\x01\x58\xa5dtype\xa4int8",
     ),
     (
         Verify("s1", 3, 2, 41, (7, 49151), 1500),
@@ -93,9 +94,8 @@ BROKEN = {
     "a session with a slash": b"\x82\xa4type\xa5close\xa7session\xa3s/1",
     "a session with a line end": b"\x82\xa4type\xa5close\xa7session\xa3s1\n",
     "text that is not UTF-8": b"\x82\xa4type\xa5close\xa7session\xa2\xff\xff",
-    "a question with another session's context": b"\x86\xa4type\xa6assist\xa7session\xa2s1\xa7request\x03"
-    b"\xa8position\x05\xabdeadline_ms\xcd\x05\xdc\xa7context\x88\xa4type\xa7context\xa7session\xa2s2\xa6branch\x02"
-    b"\xa5start\x05\xa5count\x01\xa5dtype\xa7float16\xa4data\xc4\x00\xa5crc32\x00",
+    "a question whose chunk is a number": b"\x86\xa4type\xa6assist\xa7session\xa2s1\xa7request\x03"
+    b"\xa8position\x05\xabdeadline_ms\xcd\x05\xdc\xa5chunk\x07",
     "a key that is a list": b"\x81\x90\x01",
     "an extension type": b"\x82\xa4type\xa5close\xa7session\xd4\x05\x00",
     "a list that claims four thousand million items": b"\xdd\xff\xff\xff\xff",
@@ -112,8 +112,8 @@ OUT_OF_RANGE = [
     Assist("s1", 0, 0, 600_001),
     Assist("S1", 0, 0, 1500),
     Assist("s" * 64, 0, 0, 1500),
-    Context("s1", 0, 0, 0, "float16", b"", 0),
-    Context("s1", 0, 0, 1, "float16", b"", 1 << 32),
+    Context("s1", ContextChunk(0, 0, 0, b"", 0)),
+    Context("s1", ContextChunk(0, 0, 1, b"", 1 << 32)),
     Open("s1", 0, "b1", 1, Sampling(temperature=-0.1), 2048, 1500),
     Open("s1", 0, "b1", 1, Sampling(temperature=float("nan")), 2048, 1500),
     Open("s1", 0, "b1", 1, Sampling(temperature=float("inf")), 2048, 1500),
@@ -177,12 +177,12 @@ def test_the_largest_seed_travels() -> None:
 
 def test_a_chunk_of_the_largest_size_travels() -> None:
     rows = np.zeros((MAX_CHUNK_BYTES // 128, 64), np.float16)
-    message = pack_context("s1", 0, 0, rows)
+    message = Context("s1", pack_chunk(0, 0, rows))
     assert decode_to_worker(encode(message)) == message
 
 
 def test_a_chunk_of_more_than_the_largest_size_is_refused() -> None:
-    message = Context("s1", 0, 0, 1, "float16", bytes(MAX_CHUNK_BYTES + 1), 0)
+    message = Context("s1", ContextChunk(0, 0, 1, bytes(MAX_CHUNK_BYTES + 1), 0))
     with pytest.raises(DecodeError):
         decode_to_worker(encode(message))
 
@@ -194,14 +194,14 @@ def test_a_payload_larger_than_any_message_is_refused_before_it_is_read() -> Non
 
 def test_hidden_states_come_back_bit_for_bit() -> None:
     rows = np.random.default_rng(0).normal(scale=100, size=(7, 64)).astype(np.float16)
-    message = pack_context("s1", 0, 3, rows)
-    assert (message.start, message.count) == (3, 7)
-    assert np.array_equal(unpack_context(message, 64), rows)
+    chunk = pack_chunk(0, 3, rows)
+    assert (chunk.start, chunk.count) == (3, 7)
+    assert np.array_equal(unpack_chunk(chunk, 64), rows)
 
 
 def test_hidden_states_travel_as_two_bytes_each_little_endian_and_row_by_row() -> None:
     rows = np.array([[1.0, -2.0], [0.5, 734.0]], dtype=">f2")
-    assert pack_context("s1", 0, 0, rows.T).data == bytes.fromhex("003c 0038 00c0 bc61")
+    assert pack_chunk(0, 0, rows.T).data == bytes.fromhex("003c 0038 00c0 bc61")
 
 
 ONES = b"\x00\x3c" * 8
@@ -222,4 +222,4 @@ def test_hidden_states_that_are_not_what_the_message_says_are_refused(
     count: int, dtype: str, data: bytes, crc32: int, reason: str
 ) -> None:
     with pytest.raises(DecodeError, match=reason):
-        unpack_context(Context("s1", 0, 0, count, dtype, data, crc32), 4)
+        unpack_chunk(ContextChunk(0, 0, count, data, crc32, dtype), 4)

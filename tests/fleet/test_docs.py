@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fleet.access import RULES
-from fleet.messages import Message
+from fleet.messages import ContextChunk, Message
 from fleet.policy import Mode
 from fleet.prompt import PromptRequest, Reply, Usage
 from fleet.report import DeviceStatus, GenerationReport, ReportReceipt, WorkerStatus
@@ -33,6 +33,13 @@ def test_the_protocol_lists_every_field_of_every_message(message: type[Message])
     assert table
     fields = [line.split("|")[2].strip(" `") for line in table[0].splitlines()]
     assert tuple(fields) == message.__struct_fields__
+
+
+def test_the_protocol_lists_every_field_of_a_chunk() -> None:
+    table = re.search(r"^### Chunks\n(?:[^|].*\n|\n)*\|.*\n\|---.*\n((?:\|.*\n)*)", PROTOCOL, re.MULTILINE)
+    assert table
+    fields = [line.split("|")[1].strip(" `") for line in table[1].splitlines()]
+    assert tuple(fields) == ContextChunk.__struct_fields__
 
 
 @pytest.mark.parametrize(

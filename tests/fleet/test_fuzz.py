@@ -6,13 +6,14 @@ import msgpack
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleet.codec import decode_to_device, decode_to_worker, encode, unpack_context
+from fleet.codec import decode_to_device, decode_to_worker, encode, unpack_chunk
 from fleet.errors import FleetError, PromptError, ProtocolError
 from fleet.hidden_codec import CONTEXT_DTYPES
 from fleet.messages import (
     Assist,
     Close,
     Context,
+    ContextChunk,
     Gap,
     Message,
     Open,
@@ -45,11 +46,14 @@ LOGPROBS = st.floats(allow_nan=False)
 LOGPROB_LISTS = st.lists(LOGPROBS, max_size=64).map(tuple)
 TIMES = st.floats(0, 1e9)
 DTYPE_LISTS = st.lists(st.text(max_size=9), min_size=1, max_size=3).map(tuple)
+CHUNKS = st.builds(
+    ContextChunk, COUNTS, COUNTS, st.integers(1, 100), st.binary(max_size=99), COUNTS, st.text(max_size=9)
+)
 TO_WORKER = st.one_of(
     st.builds(Open, NAMES, COUNTS, NAMES, COUNTS, SAMPLINGS, st.integers(1, 1 << 20), DEADLINES, COUNTS),
-    st.builds(Context, NAMES, COUNTS, COUNTS, st.integers(1, 100), st.text(max_size=9), st.binary(max_size=99), COUNTS),
-    st.builds(Assist, NAMES, COUNTS, COUNTS, DEADLINES),
-    st.builds(Verify, NAMES, COUNTS, COUNTS, COUNTS, DRAFTS, DEADLINES),
+    st.builds(Context, NAMES, CHUNKS),
+    st.builds(Assist, NAMES, COUNTS, COUNTS, DEADLINES, st.none() | CHUNKS),
+    st.builds(Verify, NAMES, COUNTS, COUNTS, COUNTS, DRAFTS, DEADLINES, st.none() | CHUNKS),
     st.builds(Close, NAMES),
 )
 TO_DEVICE = st.one_of(
@@ -123,10 +127,10 @@ def test_a_message_with_one_byte_changed_gives_a_message_or_a_protocol_error(
 DTYPES = st.text(max_size=9) | st.sampled_from(CONTEXT_DTYPES)
 
 
-@given(st.builds(Context, NAMES, COUNTS, COUNTS, COUNTS, DTYPES, st.binary(max_size=99), COUNTS), COUNTS)
-def test_any_context_gives_hidden_states_or_a_protocol_error(message: Context, hidden_size: int) -> None:
+@given(st.builds(ContextChunk, COUNTS, COUNTS, COUNTS, st.binary(max_size=99), COUNTS, DTYPES), COUNTS)
+def test_any_chunk_gives_hidden_states_or_a_protocol_error(chunk: ContextChunk, hidden_size: int) -> None:
     with suppress(ProtocolError):
-        unpack_context(message, hidden_size)
+        unpack_chunk(chunk, hidden_size)
 
 
 @given(st.binary(max_size=200) | VALUES.map(msgpack.packb))

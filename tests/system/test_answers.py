@@ -8,13 +8,13 @@ import pytest
 
 from edge_agent.config import AgentConfig
 from fleet import topics
-from fleet.codec import decode_to_worker, unpack_context
+from fleet.codec import decode_to_worker, unpack_chunk
 from fleet.errors import PromptError
 from fleet.manifest import Bundle
 from fleet.policy import CLOUD, Mode
 from fleet.prompt import ChatMessage, PromptRequest
 from tests.conftest import MakeTinyBundle
-from tests.recorded import contexts_of
+from tests.recorded import chunks_of
 from tests.system.memory_fleet import APP, DEVICE, WAIT_S, memory_fleet
 
 PROMPT = "Tell me about the sea."
@@ -37,7 +37,7 @@ def test_each_position_goes_up_once_in_fp16_and_the_counted_bytes_are_those_on_t
         fleet.reports.get(timeout=WAIT_S)
     usage = answer.last.usage
     assert usage is not None
-    contexts = contexts_of(map(decode_to_worker, sent))
+    contexts = chunks_of(map(decode_to_worker, sent))
     positions = [p for context in contexts for p in range(context.start, context.start + context.count)]
     assert positions == list(range(len(positions)))
     assert all(context.dtype == "float16" for context in contexts)
@@ -56,7 +56,7 @@ def test_what_goes_up_are_the_hidden_states_at_the_upload_layer(tiny_bundle: Bun
         fleet.start_device(tiny_bundle)
         fleet.ask(PromptRequest(prompt=PROMPT, threshold=1.0, max_new_tokens=8))
     rows = np.concatenate(
-        [unpack_context(c, tiny_bundle.manifest.model.hidden_size) for c in contexts_of(map(decode_to_worker, sent))]
+        [unpack_chunk(c, tiny_bundle.manifest.model.hidden_size) for c in chunks_of(map(decode_to_worker, sent))]
     )
     assert np.isfinite(rows).all()
     assert len(np.unique(rows, axis=0)) == len(rows)

@@ -18,17 +18,17 @@ from cloud_broker_worker.upper_layers import UpperLayers
 from cloud_broker_worker.worker import Worker
 from edge_agent.config import AgentConfig
 from fleet import topics
-from fleet.codec import decode_to_worker, encode, pack_context
+from fleet.codec import decode_to_worker, encode, pack_chunk
 from fleet.errors import PromptError
 from fleet.manifest import Bundle
 from fleet.memory import MemoryTransport
-from fleet.messages import PROTOCOL, Assist, Close, Open, Sampling, ToWorker, Verify
+from fleet.messages import PROTOCOL, Assist, Close, Context, ContextChunk, Open, Sampling, ToWorker, Verify
 from fleet.policy import CLOUD, Mode
 from fleet.transport import Will
 from tests.brokers import wait_until
 from tests.conftest import MakeTinyBundle
 from tests.hostile import PERFECT, HostileLink, Odds, Said
-from tests.recorded import contexts_of
+from tests.recorded import chunks_of
 from tests.system.judge import judge, request
 from tests.system.memory_fleet import DEVICE, WAIT_S, WORKER, Answer, MemoryFleet, memory_fleet
 
@@ -125,33 +125,37 @@ def forgeries(said: Sequence[Said], bundle: Bundle) -> dict[str, list[ToWorker]]
     """What a device that went wrong might say in the session that it is in, by kind."""
     messages = [decode_to_worker(payload) for _, payload in said]
     opening = next(message for message in messages if isinstance(message, Open))
-    context = contexts_of(messages)[-1]
-    session, branch, hidden_size = context.session, context.branch, bundle.manifest.model.hidden_size
+    chunk = chunks_of(messages)[-1]
+    session, branch, hidden_size = opening.session, chunk.branch, bundle.manifest.model.hidden_size
     rows = np.ones((1, hidden_size), np.float16)
     wide = np.ones((1, hidden_size + 1), np.float16)
-    not_finite = [pack_context(session, branch, start, rows * np.float16("nan")) for start in range(82)]
+    not_finite = [pack_chunk(branch, start, rows * np.float16("nan")) for start in range(82)]
     changed = msgspec.structs.replace
+
+    def sent(*chunks: ContextChunk) -> list[ToWorker]:
+        return [Context(session, chunk) for chunk in chunks]
+
     return {
         "an earlier epoch": [changed(opening, epoch=opening.epoch - 1, max_positions=1, branch=branch)],
         "another bundle": [changed(opening, bundle_id="other", branch=branch + 1), changed(opening, protocol=1)],
-        "not finite": [*not_finite],
-        "infinite": [pack_context(session, branch, start, rows * np.float16("inf")) for start in range(82)],
-        "too wide": [pack_context(session, branch, start, wide) for start in range(82)],
-        "another count": [changed(context, count=context.count + 1), changed(context, count=1 << 20)],
-        "another dtype": [changed(context, dtype="float64"), changed(context, dtype="x" * 4000)],
-        "wrong checksum": [changed(context, start=start, crc32=context.crc32 ^ 1) for start in range(82)],
-        "positions that skip": [pack_context(session, branch, start, rows) for start in (75, 1000, (1 << 20) - 1)],
-        "a branch to come": [pack_context(session, branch + 50, 0, rows)],
+        "not finite": sent(*not_finite),
+        "infinite": sent(*(pack_chunk(branch, start, rows * np.float16("inf")) for start in range(82))),
+        "too wide": sent(*(pack_chunk(branch, start, wide) for start in range(82))),
+        "another count": sent(changed(chunk, count=chunk.count + 1), changed(chunk, count=1 << 20)),
+        "another dtype": sent(changed(chunk, dtype="float64"), changed(chunk, dtype="x" * 4000)),
+        "wrong checksum": sent(*(changed(chunk, start=start, crc32=chunk.crc32 ^ 1) for start in range(82))),
+        "positions that skip": sent(*(pack_chunk(branch, start, rows) for start in (75, 1000, (1 << 20) - 1))),
+        "a branch to come": sent(pack_chunk(branch + 50, 0, rows)),
         "questions out of turn": [
             Assist(session, 0, 0, 1), Verify(session, 0, branch, 0, (1, 2, 3), 1),
             Verify(session, 1, branch, 5, tuple(range(64)), 600_000), Assist(session, 1 << 60, 0, 1),
             Assist(session, 1 << 60, (1 << 20) - 1, 1),
         ],
         "questions with wrong context": [
-            Assist(session, 0, 0, 1, pack_context(session, branch, 0, wide)),
-            Assist(session, 0, 0, 1, changed(context, start=context.start + context.count + 1)),
+            Assist(session, 0, 0, 1, pack_chunk(branch, 0, wide)),
+            Assist(session, 0, 0, 1, changed(chunk, start=chunk.start + chunk.count + 1)),
             *(Assist(session, 0, 0, 1, nan) for nan in not_finite),
-            Verify(session, 0, branch, 0, (1,), 1, changed(context, crc32=context.crc32 ^ 1)),
+            Verify(session, 0, branch, 0, (1,), 1, changed(chunk, crc32=chunk.crc32 ^ 1)),
         ],
     }  # fmt: skip
 

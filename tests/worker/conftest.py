@@ -16,10 +16,10 @@ from cloud_broker_worker.config import WorkerConfig
 from cloud_broker_worker.engine import Engine
 from cloud_broker_worker.session import SessionKey
 from cloud_broker_worker.upper_layers import UpperLayers
-from fleet.codec import pack_context
+from fleet.codec import pack_chunk
 from fleet.hidden_codec import Float16
 from fleet.manifest import SCHEMA_VERSION, Bundle, Manifest, write_manifest
-from fleet.messages import PROTOCOL, Assist, Open, Sampling, ToDevice, Token, ToWorker, Verified, Verify
+from fleet.messages import PROTOCOL, Assist, Context, Open, Sampling, ToDevice, Token, ToWorker, Verified, Verify
 from onnx_export.architecture import model_info
 from onnx_export.bundle import list_files
 from onnx_export.cloud import write_cloud
@@ -143,7 +143,7 @@ class Bench:
     def context(
         self, rows: Float16, start: int = 0, session: str = "s1", device: str = DEVICE, branch: int = 0
     ) -> list[ToDevice]:
-        return self.tell(pack_context(session, branch, start, rows), device)
+        return self.tell(Context(session, pack_chunk(branch, start, rows)), device)
 
     def verify(
         self, start: int, draft: tuple[int, ...], request: int = 0, branch: int = 0, deadline_ms: int = 1000

@@ -10,7 +10,7 @@ import torch
 from msgspec.structs import replace
 
 from cloud_broker_worker.session import SessionKey
-from fleet.codec import pack_context
+from fleet.codec import pack_chunk
 from fleet.hidden_codec import CONTEXT_DTYPES
 from fleet.messages import PROTOCOL, Assist, Close, Context, Gap, Opened, Refused, Sampling, ToDevice, Token
 from tests.worker.conftest import DEVICE, Bench
@@ -145,10 +145,6 @@ def test_a_duplicate_with_other_values_does_not_change_what_arrived_first(bench:
     assert bench.token().token_id == bench.expected_token(rows)
 
 
-def altered(message: Context, **changes: Any) -> Context:
-    return replace(message, **changes)
-
-
 @pytest.mark.parametrize(
     "changes",
     [{"crc32": 1}, {"dtype": "float32"}, {"data": b"\x00" * 10}, {"count": 3}],
@@ -157,7 +153,7 @@ def altered(message: Context, **changes: Any) -> Context:
 def test_a_spoiled_context_is_not_taken_and_is_asked_for_again(bench: Bench, changes: dict[str, Any]) -> None:
     rows = bench.upload(8)
     bench.open()
-    assert bench.tell(altered(pack_context("s1", 0, 0, rows), **changes)) == [Gap("s1", 0, 0)]
+    assert bench.tell(Context("s1", replace(pack_chunk(0, 0, rows), **changes))) == [Gap("s1", 0, 0)]
     assert bench.context(rows) == []
     bench.assist(7)
     assert bench.token().token_id == bench.expected_token(rows)
@@ -180,7 +176,9 @@ def test_context_beyond_what_was_opened_is_refused_and_the_rest_serves_on(bench:
     assert bench.token().token_id == bench.expected_token(rows[:9])
 
 
-@pytest.mark.parametrize("message", [Assist("s9", 0, 0, 100), pack_context("s9", 0, 0, np.zeros((1, 64), np.float16))])
+@pytest.mark.parametrize(
+    "message", [Assist("s9", 0, 0, 100), Context("s9", pack_chunk(0, 0, np.zeros((1, 64), np.float16)))]
+)
 def test_a_session_that_nobody_opened_is_unknown(bench: Bench, message: Assist | Context) -> None:
     assert refusal(bench.tell(message)).code == "unknown_session"
 
@@ -192,7 +190,7 @@ def test_an_assist_may_bring_its_context(bench: Bench) -> None:
     rows = bench.upload(12)
     bench.open()
     bench.context(rows[:8])
-    message = Assist("s1", 0, 11, 1000, pack_context("s1", 0, 8, rows[8:]))
+    message = Assist("s1", 0, 11, 1000, pack_chunk(0, 8, rows[8:]))
     assert bench.tell(message) == []
     token = bench.token()
     assert token.token_id == bench.expected_token(rows)
@@ -203,7 +201,7 @@ def test_context_that_comes_with_a_question_and_behind_a_hole_gives_one_gap(benc
     rows = bench.upload(12)
     bench.open()
     bench.context(rows[:4])
-    assert bench.tell(Assist("s1", 0, 11, 1000, pack_context("s1", 0, 8, rows[8:]))) == [Gap("s1", 0, 4)]
+    assert bench.tell(Assist("s1", 0, 11, 1000, pack_chunk(0, 8, rows[8:]))) == [Gap("s1", 0, 4)]
     bench.context(rows[4:], start=4)
     assert bench.token().token_id == bench.expected_token(rows)
 

@@ -6,8 +6,8 @@ import pytest
 from msgspec.structs import replace
 
 from cloud_broker_worker.session import SessionKey
-from fleet.codec import pack_context
-from fleet.messages import Close, Gap, Opened, Token
+from fleet.codec import pack_chunk
+from fleet.messages import Close, Context, Gap, Opened, Token
 from tests.worker.conftest import DEVICE, Bench
 
 
@@ -97,9 +97,9 @@ def test_a_position_beyond_the_session_is_refused_and_the_session_lives(bench: B
 
 def test_context_of_an_earlier_branch_is_dropped_before_it_is_looked_at(bench: Bench) -> None:
     bench.open(branch=3)
-    broken = replace(pack_context("s1", 2, 0, bench.upload(4)), crc32=1)
-    assert bench.tell(broken) == []
-    assert bench.tell(replace(broken, branch=3)) == [Gap("s1", 3, 0)]
+    broken = replace(pack_chunk(2, 0, bench.upload(4)), crc32=1)
+    assert bench.tell(Context("s1", broken)) == []
+    assert bench.tell(Context("s1", replace(broken, branch=3))) == [Gap("s1", 3, 0)]
 
 
 def test_what_follows_a_close_is_answered_once_each_and_opens_nothing(bench: Bench) -> None:

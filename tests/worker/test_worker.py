@@ -15,11 +15,11 @@ import pytest
 from cloud_broker_worker.config import WorkerConfig
 from cloud_broker_worker.worker import Worker
 from fleet import topics
-from fleet.codec import MAX_ENVELOPE_BYTES, decode_to_device, encode, pack_context
+from fleet.codec import MAX_ENVELOPE_BYTES, decode_to_device, encode, pack_chunk
 from fleet.denial import encode_denial
 from fleet.manifest import Bundle
 from fleet.memory import MemoryBroker, MemoryTransport
-from fleet.messages import PROTOCOL, Assist, Close, Open, Opened, Refused, Sampling, ToDevice, Token, ToWorker
+from fleet.messages import PROTOCOL, Assist, Close, Context, Open, Opened, Refused, Sampling, ToDevice, Token, ToWorker
 from fleet.report import WorkerStatus, decode_status
 from fleet.transport import Will
 from tests.worker.conftest import TinyModel
@@ -76,7 +76,7 @@ class Device:
         """Opens a session, uploads some positions, asks for the next token and expects the whole model's."""
         assert isinstance(self.open(session), Opened)
         rows = whole.upload(list(range(10, 10 + num_positions)), 2)
-        self.send(pack_context(session, 0, 0, rows))
+        self.send(Context(session, pack_chunk(0, 0, rows)))
         self.send(Assist(session, 0, num_positions - 1, 10_000))
         token = self.next_answer()
         assert isinstance(token, Token), token
@@ -174,7 +174,7 @@ def test_a_device_cannot_reach_a_session_of_another(site: Site, whole: TinyModel
 
 def test_a_refusal_comes_to_the_device_that_asked(site: Site) -> None:
     device = site.device()
-    device.send(pack_context("s7", 0, 0, np.zeros((1, 64), np.float16)))
+    device.send(Context("s7", pack_chunk(0, 0, np.zeros((1, 64), np.float16))))
     refused = device.next_answer()
     assert isinstance(refused, Refused)
     assert (refused.session, refused.code) == ("s7", "unknown_session")
