@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cloud_broker_worker.config import Weights
 from cloud_broker_worker.kv_pool import KvLease, KvPool, KvShape
-from cloud_broker_worker.weights import quantize
+from cloud_broker_worker.weights import prepare, weight_bytes
 from fleet.errors import BundleError
 from fleet.hidden_codec import Float16
 from fleet.manifest import Bundle
@@ -124,7 +124,7 @@ class UpperLayers:
         self.manifest = bundle.manifest
         try:
             self._model = _load(bundle)
-            quantize(self._model, weights)
+            prepare(self._model, weights)
         except (OSError, ValueError, RuntimeError) as error:
             raise BundleError(
                 f"the cloud partition of {bundle.folder} does not load: {error}; export it again"
@@ -133,7 +133,7 @@ class UpperLayers:
     @property
     def weight_bytes(self) -> int:
         """What a step reads of the weights."""
-        return sum(tensor.nbytes for tensor in (*self._model.parameters(), *self._model.buffers()))
+        return weight_bytes(self._model)
 
     def new_pool(self, budget_bytes: int) -> KvPool:
         """A pool of caches of this model's shape."""

@@ -1,7 +1,7 @@
-"""Linear layers with fewer bits: weights in 8 or 4 bits, activations in bfloat16, by PyTorch's own kernels for CPUs.
+"""Linear layers as a worker runs them, by PyTorch's own kernels for CPUs: in float32, or with weights of 8 or 4 bits.
 
-Weights alone are quantised, and each row of a batch is computed as it is alone, bit for bit, so a session's logits do
-not depend on whom it shares a batch with.
+With fewer bits weights alone are quantised, activations are in bfloat16, and each row of a batch is computed as it is
+alone, bit for bit, so a session's logits do not depend on whom it shares a batch with. In float32 they do by rounding.
 """
 
 from __future__ import annotations
@@ -16,6 +16,24 @@ from cloud_broker_worker.config import Weights
 GROUP: Final = 32
 LANES: Final = 16
 """The 8-bit kernel takes so many inputs at a time, aligned, and checks nothing: a part of them ends the process."""
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b in float32; the weight lies as oneDNN reads it best. x [..., in] float32 -> [..., out] float32.
+
+    What PyTorch calls by itself, MKL, takes two to four times as long for the few rows of a batch on processors that
+    are not Intel's (docs/worker.md).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.num_bytes = weight.nbytes + (0 if bias is None else bias.nbytes)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        self._bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return out
 
 
 class Int8Linear(nn.Module):
@@ -61,19 +79,29 @@ class Int4Linear(nn.Module):
         return out.float().reshape(*x.shape[:-1], out.shape[-1])
 
 
-def quantize(model: Any, weights: Weights) -> None:
-    """Puts a model's linear layers into fewer bits, in place. The LM head, and what 4 bits cannot hold, takes 8.
+def prepare(model: Any, weights: Weights) -> None:
+    """Makes a model's linear layers those of this module, in place.
 
-    A layer with a bias, or whose inputs do not come in whole `LANES`, stays as it is.
+    Of fewer bits the LM head, and what 4 bits cannot hold, takes 8. A layer with a bias, or whose inputs do not come in
+    whole `LANES`, keeps float32.
     """
-    if weights == "float32":
-        return
     for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) or getattr(module, "bias", None) is not None:
-            continue
-        if module.in_features % LANES:
-            continue
-        fits_int4 = module.in_features % GROUP == 0 and module.out_features % 16 == 0
-        kind = Int4Linear if weights == "int4" and fits_int4 and name != "lm_head" else Int8Linear
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, kind(module.weight.detach()))
+        if isinstance(module, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, _prepared(name, module, weights))
+
+
+def _prepared(name: str, layer: nn.Linear, weights: Weights) -> nn.Module:
+    biased: Tensor | None = getattr(layer, "bias", None)
+    weight, bias = layer.weight.detach(), None if biased is None else biased.detach()
+    if weights == "float32" or bias is not None or layer.in_features % LANES:
+        has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        return PackedLinear(weight, bias) if has_onednn else layer
+    fits_int4 = layer.in_features % GROUP == 0 and layer.out_features % 16 == 0
+    return Int4Linear(weight) if weights == "int4" and fits_int4 and name != "lm_head" else Int8Linear(weight)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """What a step reads of a prepared model's weights."""
+    packed = [module.num_bytes for module in model.modules() if isinstance(module, PackedLinear)]
+    return sum(packed, start=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())))

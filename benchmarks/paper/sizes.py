@@ -35,7 +35,7 @@ SIZES: Final = {
             latency_samples=1, latency_tokens=32, latency_repeats=2, scored_samples=4,
         ),
         Size(
-            name="medium", table_samples=3, table_tokens=64, naive_samples=2,
+            name="medium", table_samples=3, table_tokens=100, naive_samples=2,
             links=tuple(Link(rtt, mbit) for mbit in (10.0, 31.0, 100.0) for rtt in (5.0, 20.0, 100.0)),
             latency_samples=2, latency_tokens=32, latency_repeats=1, scored_samples=8,
         ),

@@ -10,12 +10,26 @@ from torch import nn
 
 from cloud_broker_worker.config import Weights
 from cloud_broker_worker.upper_layers import UpperLayers
-from cloud_broker_worker.weights import Int4Linear, Int8Linear, quantize
+from cloud_broker_worker.weights import Int4Linear, Int8Linear, PackedLinear, prepare, weight_bytes
 from fleet.manifest import Bundle
 from tests.worker.conftest import TinyModel
 from tests.worker.test_upper_layers import IDS, Sequence
 
 LIMITS: list[tuple[Weights, float]] = [("int8", 0.02), ("int4", 0.2)]
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", [(0, 33), (1, 33), (17, 33), (2, 5, 33)])
+def test_a_packed_layer_is_the_layer(has_bias: bool, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.ModuleDict({"layer": nn.Linear(33, 96, bias=has_bias)}), torch.randn(shape)
+    with torch.inference_mode():
+        expected = model["layer"](x)
+        num_bytes = weight_bytes(model)
+        prepare(model, "float32")
+        assert isinstance(model["layer"], PackedLinear)
+        torch.testing.assert_close(model["layer"](x), expected, rtol=1e-5, atol=1e-5)
+    assert weight_bytes(model) == num_bytes
 
 
 @pytest.mark.parametrize(("kind", "limit"), [(Int8Linear, 0.01), (Int4Linear, 0.09)])
@@ -83,13 +97,13 @@ def test_with_fewer_bits_another_session_changes_nobodys_logits_either(
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-2)
 
 
-def test_four_bits_leave_the_lm_head_and_odd_sizes_in_eight_and_what_neither_takes_as_it_is() -> None:
+def test_four_bits_leave_the_lm_head_and_odd_sizes_in_eight_and_what_neither_takes_in_float32() -> None:
     model = nn.ModuleDict({
         "narrow": nn.Linear(48, 32, bias=False), "wide": nn.Linear(64, 32, bias=False),
         "odd": nn.Linear(33, 32, bias=False), "biased": nn.Linear(64, 32), "lm_head": nn.Linear(64, 32, bias=False),
     })  # fmt: skip
-    quantize(model, "int4")
+    prepare(model, "int4")
     kinds = {name: type(module) for name, module in model.items()}
     assert kinds == {
-        "narrow": Int8Linear, "wide": Int4Linear, "odd": nn.Linear, "biased": nn.Linear, "lm_head": Int8Linear,
+        "narrow": Int8Linear, "wide": Int4Linear, "odd": PackedLinear, "biased": PackedLinear, "lm_head": Int8Linear,
     }  # fmt: skip
