@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from fleet.errors import MissingExtraError, RegistryError
 BUSY_TIMEOUT_S: Final = 30.0
 """How long a write waits for what another process has locked: the SQLite file, or rows in PostgreSQL."""
 
+RETRY_S: Final = 0.05
 CONNECT_TIMEOUT_S: Final = 10
 PRIMARY_CODE: Final = 0xFF  # of SQLite's extended ones
 LOCKED: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, "55P03"})
@@ -160,6 +162,20 @@ class _SqliteFile:
         self._opened = found
 
 
+def use_wal(connection: sqlite3.Connection) -> None:
+    """Write-ahead logging, which lets others read. SQLite does not wait by itself when another process changes it, too:
+    both have just made the file."""
+    give_up_at = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & PRIMARY_CODE not in LOCKED or time.monotonic() >= give_up_at:
+                raise
+            time.sleep(RETRY_S)
+
+
 def _sqlite(url: URL) -> Engine:
     if url.database and url.database != ":memory:":
         folder = Path(url.database).parent
@@ -178,7 +194,7 @@ def _sqlite(url: URL) -> Engine:
     @event.listens_for(engine, "connect")
     def connected(connection: sqlite3.Connection, _: object) -> None:
         connection.isolation_level = None  # "begin" below says how a transaction starts
-        connection.execute("PRAGMA journal_mode=WAL")
+        use_wal(connection)
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute("PRAGMA foreign_keys=ON")
 
