@@ -56,7 +56,7 @@ class Worker:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        self._transport.subscribe(topics.REVOKED, self._on_revoked, qos=1)
+        self._transport.subscribe(topics.REVOKED, self._on_revoked, qos=1, retained=True)
         self._transport.subscribe(f"{topics.PREFIX}/w/{self.name}/+/+", self._on_message)
         self._transport.subscribe(self._open_filter, self._on_message, qos=1)
         self._transport.on_up(self._announce)

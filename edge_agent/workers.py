@@ -27,7 +27,7 @@ class Workers:
         self._online: dict[str, WorkerStatus] = {}
         self._on_change = on_change
         self._transport = transport
-        transport.subscribe(topics.WORKER_STATUS_FILTER, self._on_status, qos=1)
+        transport.subscribe(topics.WORKER_STATUS_FILTER, self._on_status, qos=1, retained=True)
         transport.on_up(self._link_up)
 
     def close(self) -> None:

@@ -86,7 +86,14 @@ class MemoryTransport(Transport):
                 return
         self._broker._publish(topic, payload, retain=retain)
 
-    def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 0) -> None:  # noqa: ARG002 (both are sure)
+    def subscribe(
+        self,
+        topic_filter: str,
+        handler: Handler,
+        *,
+        qos: int = 0,  # noqa: ARG002 (all are sure)
+        retained: bool = False,  # noqa: ARG002 (all are sure)
+    ) -> None:
         with self._lock:
             self._handlers[topic_filter] = handler
         self._broker._offer_retained(self, topic_filter)

@@ -19,6 +19,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from fleet.errors import IdentityError, LinkError
 from fleet.identity import Identity
+from fleet.topics import matches
 from fleet.transport import MAX_QUEUED, Handler, Transport, Will, dispatch, guarded
 
 KEEP_ALIVE_S: Final = 15
@@ -27,7 +28,7 @@ RECONNECT_S: Final = (1, 30)
 CONNECT_S: Final = 5.0
 SUBSCRIBE_S: Final = 5.0
 CLOSE_S: Final = 3.0
-ASK_AGAIN_S: Final = 5.0  # for a subscription that was refused: rights may come later
+ASK_AGAIN_S: Final = (1.0, 60.0)  # for a subscription that was refused, or brought nothing: rights may come later
 NOT_AUTHORIZED: Final = "Not authorized"
 NOT_YET_VALID: Final = 9  # X509_V_ERR_CERT_NOT_YET_VALID of OpenSSL
 
@@ -46,6 +47,9 @@ class MqttTransport(Transport):
         self._callbacks: list[Callable[[], None]] = []
         self._granted: dict[int, tuple[str, threading.Event]] = {}
         self._refused: set[str] = set()
+        self._retained: set[str] = set()  # filters under which something is retained
+        self._silent: set[str] = set()  # those of them that have brought nothing on this connection
+        self._ask_again_s = ASK_AGAIN_S[0]
         self._asking_again: threading.Timer | None = None
         self._up = threading.Event()
         self._answered = threading.Event()
@@ -118,10 +122,15 @@ class MqttTransport(Transport):
             info.rc = MQTTErrorCode.MQTT_ERR_SUCCESS  # paho keeps it, and would not let us wait for it otherwise
             self._last = info
 
-    def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 0) -> None:
+    def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 0, retained: bool = False) -> None:
         with self._lock:
             self._subscriptions[topic_filter] = (handler, qos)
+            if retained:
+                self._retained.add(topic_filter)
+                self._silent.add(topic_filter)
         if self.is_up:
+            if retained:
+                self._ask_again_later()
             granted = self._request(topic_filter, qos)
             if threading.get_ident() != self._network_thread:
                 granted.wait(SUBSCRIBE_S)
@@ -129,7 +138,8 @@ class MqttTransport(Transport):
     def unsubscribe(self, topic_filter: str) -> None:
         with self._lock:
             self._subscriptions.pop(topic_filter, None)
-            self._refused.discard(topic_filter)
+            for some in (self._refused, self._retained, self._silent):
+                some.discard(topic_filter)
         with suppress(OSError):  # as in `publish`; the next connection does not subscribe to it
             self._client.unsubscribe(topic_filter)
 
@@ -234,12 +244,21 @@ class MqttTransport(Transport):
         self._up.set()
         with self._lock:
             self._granted.clear()
+            self._silent = set(self._retained)
+            self._ask_again_s = ASK_AGAIN_S[0]
+        self._begin()
+        if self._silent:
+            self._ask_again_later()
+        self._answered.set()
+
+    def _begin(self) -> None:
+        """What a connection begins with."""
+        with self._lock:
             filters = [(topic_filter, qos) for topic_filter, (_, qos) in self._subscriptions.items()]
         for topic_filter, qos in filters:
             self._request(topic_filter, qos)
         for callback in list(self._callbacks):
             guarded(callback, "on_up callback")
-        self._answered.set()
 
     def _on_connect_fail(self, _client: object, _data: object) -> None:
         self._fail(_explain(sys.exc_info()[1]))
@@ -271,27 +290,35 @@ class MqttTransport(Transport):
         with self._lock:
             topic_filter, granted = self._granted.pop(mid, ("", threading.Event()))
         if any(reason.is_failure for reason in reasons):
-            self._ask_again_later(topic_filter)
+            if topic_filter not in self._refused:
+                text = "the broker does not let %s read %s; asking again until it does"
+                logger.warning(text, self.name, topic_filter)
+            self._refused.add(topic_filter)
+            self._ask_again_later()
         else:
             self._refused.discard(topic_filter)
         granted.set()
 
-    def _ask_again_later(self, topic_filter: str) -> None:
-        if topic_filter not in self._refused:
-            logger.warning("the broker does not let %s read %s; asking again until it does", self.name, topic_filter)
+    def _ask_again_later(self) -> None:
         with self._lock:
-            self._refused.add(topic_filter)
             if not self._closed.is_set() and self._asking_again is None:
-                self._asking_again = threading.Timer(ASK_AGAIN_S, self._ask_again)
+                self._asking_again = threading.Timer(self._ask_again_s, self._ask_again)
                 self._asking_again.daemon = True
                 self._asking_again.start()
 
     def _ask_again(self) -> None:
         with self._lock:
             self._asking_again = None
-            wanted = [(each, self._subscriptions[each][1]) for each in self._refused & self._subscriptions.keys()]
-        for topic_filter, qos in wanted if self.is_up else ():
+            self._ask_again_s = min(1.5 * self._ask_again_s, ASK_AGAIN_S[1])
+            wanted = (self._refused | self._silent) & self._subscriptions.keys()
+            filters = [(each, self._subscriptions[each][1]) for each in wanted]
+            still_silent = bool(self._silent)
+        if not self.is_up:
+            return  # the next connection asks for all
+        for topic_filter, qos in filters:
             self._request(topic_filter, qos)
+        if still_silent:
+            self._ask_again_later()
 
     def _on_message(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
         with self._lock:
@@ -300,6 +327,12 @@ class MqttTransport(Transport):
             topic = message.topic
         except UnicodeDecodeError:
             return
+        if self._silent and (heard := {each for each in self._silent if matches(each, topic)}):
+            with self._lock:
+                self._silent -= heard
+            if self._ask_again_s > ASK_AGAIN_S[0]:  # it has been asked again: our rights have come
+                self._ask_again_s = ASK_AGAIN_S[0]
+                self._begin()
         dispatch(handlers, topic, bytes(message.payload))
 
 

@@ -46,8 +46,13 @@ class Transport(Protocol):
         """
         ...
 
-    def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 0) -> None:
-        """Calls ``handler(topic, payload)`` for what arrives under the filter, from now on and after reconnects."""
+    def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 0, retained: bool = False) -> None:
+        """Calls ``handler(topic, payload)`` for what arrives under the filter, from now on and after reconnects.
+
+        `retained` says that something is retained there as a rule. A broker that does not know our rights yet sends
+        nothing and drops what we say, without a word; so where nothing comes it is asked again. What comes then is as
+        if the link had come up: every filter is subscribed to once more, and the `on_up` callbacks are called.
+        """
         ...
 
     def unsubscribe(self, topic_filter: str) -> None: ...

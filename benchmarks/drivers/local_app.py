@@ -72,7 +72,7 @@ class LocalApp(Transport):
             self._questions.append(payload)
         self._link.publish(topic, payload, qos=qos, retain=retain)
 
-    def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 0) -> None:
+    def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 0, retained: bool = False) -> None:
         if topic_filter == prompts_of(self.name):
             self._on_prompt = handler
             return
@@ -81,7 +81,7 @@ class LocalApp(Transport):
             self.messages_down += 1
             handler(topic, payload)
 
-        self._link.subscribe(topic_filter, counting, qos=qos)
+        self._link.subscribe(topic_filter, counting, qos=qos, retained=retained)
 
     def unsubscribe(self, topic_filter: str) -> None:
         self._link.unsubscribe(topic_filter)

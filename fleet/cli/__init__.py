@@ -49,6 +49,7 @@ from fleet.policy import check_threshold, parse_mode
 from fleet.prompt import ChatMessage, PromptRequest
 
 ARRIVAL_S: Final = 5.0  # of what a device says of itself, in the registry
+FIRST_ARRIVAL_S: Final = 15.0  # of one that has never said anything: a broker may not know its rights yet
 ARRIVAL_CHECK_S: Final = 0.2
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -242,7 +243,7 @@ def online_device(fleet: State, device: str) -> Any:
         UnknownDeviceError: nobody enrolled it.
         LinkError: it is offline.
     """
-    deadline = time.monotonic() + ARRIVAL_S
+    began = time.monotonic()
     with fleet.registry() as registry:
         while True:
             rows = {row.device: row for row in registry.devices()}
@@ -253,7 +254,8 @@ def online_device(fleet: State, device: str) -> Any:
                 )
             if rows[device].online:
                 return rows[device]
-            if rows[device].state != "active" or time.monotonic() > deadline:
+            patience_s = FIRST_ARRIVAL_S if rows[device].last_seen is None else ARRIVAL_S
+            if rows[device].state != "active" or time.monotonic() > began + patience_s:
                 raise LinkError(f"device {device} is offline; start it with 'edge-agent run DIR'")
             time.sleep(ARRIVAL_CHECK_S)
 

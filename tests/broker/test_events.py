@@ -85,7 +85,7 @@ def test_what_is_allowed_while_a_device_is_connected_takes_effect(registry: Regi
         assert not is_heard()
         registry.allow(THERMOSTAT, [KITCHEN])
         site.known.update({grants.name: grants for grants in granted(registry)})
-        wait_until(is_heard, "the device hears the app", ASK_AGAIN_S + CACHE_S + WAIT_S)
+        wait_until(is_heard, "the device hears the app", ASK_AGAIN_S[1] + CACHE_S + WAIT_S)
 
 
 def test_what_was_taken_back_reaches_nobody_any_more(registry: Registry, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.whole_model import WholeModel
+from fleet import topics
 from fleet.access import Role
 from fleet.cli.processes import child
 from fleet.cli.state import WORKER, State
@@ -23,8 +24,9 @@ from fleet.manifest import Bundle
 from fleet.mqtt import MqttTransport
 from fleet.policy import Mode
 from fleet.prompt import PromptRequest
+from fleet.report import DeviceStatus, encode_status
 from tests.broker import raw
-from tests.brokers import can_connect, free_port, listens
+from tests.brokers import can_connect, free_port, listens, wait_until
 
 pytestmark = pytest.mark.mosquitto
 WAIT_S = 120.0
@@ -97,6 +99,20 @@ def test_a_fleet_with_mosquitto_answers_and_a_revoked_device_is_out_within_five_
         fleet.process.terminate()
         assert fleet.process.wait(WAIT_S) == 0
         assert not listens(fleet.port)
+
+
+def test_a_device_that_comes_before_its_rights_is_heard_once_it_has_them(tmp_path: Path, tiny_bundle: Bundle) -> None:
+    """Until mosquitto has read the new rights it sends such a device nothing and drops what it says, without a word."""
+    with ExitStack() as stack:
+        fleet = UpFleet(tmp_path, tiny_bundle, stack)
+        transport = stack.enter_context(MqttTransport.connect(fleet.enroll("early", Role.DEVICE, tmp_path)))
+        status = encode_status(DeviceStatus(online=True, epoch=1))
+        transport.on_up(lambda: transport.publish(topics.device_status("early"), status, qos=1, retain=True))
+        heard = threading.Event()
+        transport.subscribe(topics.WORKER_STATUS_FILTER, lambda topic, payload: heard.set(), qos=1, retained=True)
+        assert heard.wait(WAIT_S)
+        with fleet.state.registry() as registry:
+            wait_until(lambda: registry.devices()[0].online, "the device's word is in the registry", WAIT_S)
 
 
 def test_a_mosquitto_that_dies_ends_the_fleet_with_a_line_that_names_it(tmp_path: Path, tiny_bundle: Bundle) -> None:
