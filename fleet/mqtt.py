@@ -293,7 +293,8 @@ class MqttTransport(Transport):
             if topic_filter not in self._refused:
                 text = "the broker does not let %s read %s; asking again until it does"
                 logger.warning(text, self.name, topic_filter)
-            self._refused.add(topic_filter)
+            with self._lock:
+                self._refused.add(topic_filter)
             self._ask_again_later()
         else:
             self._refused.discard(topic_filter)
@@ -321,18 +322,19 @@ class MqttTransport(Transport):
             self._ask_again_later()
 
     def _on_message(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
-        with self._lock:
-            handlers = [(topic_filter, handler) for topic_filter, (handler, _) in self._subscriptions.items()]
         try:
             topic = message.topic
         except UnicodeDecodeError:
             return
-        if self._silent and (heard := {each for each in self._silent if matches(each, topic)}):
-            with self._lock:
-                self._silent -= heard
-            if self._ask_again_s > ASK_AGAIN_S[0]:  # it has been asked again: our rights have come
+        with self._lock:
+            handlers = [(topic_filter, handler) for topic_filter, (handler, _) in self._subscriptions.items()]
+            heard = {each for each in self._silent if matches(each, topic)}
+            self._silent -= heard
+            rights_have_come = bool(heard) and self._ask_again_s > ASK_AGAIN_S[0]  # only after it was asked again
+            if rights_have_come:
                 self._ask_again_s = ASK_AGAIN_S[0]
-                self._begin()
+        if rights_have_come:
+            self._begin()
         dispatch(handlers, topic, bytes(message.payload))
 
 
