@@ -21,6 +21,7 @@ from edge_agent.config import AgentConfig
 from edge_agent.decoder import Decoder
 from edge_agent.generator import Generator
 from edge_agent.jobs import Job, JobQueue
+from edge_agent.lookahead import Lookahead
 from edge_agent.measurements import Measurements
 from edge_agent.modes import Modes
 from edge_agent.partition import Partition, Work
@@ -344,7 +345,9 @@ class Agent:
             self._partition, plan.capacity, plan.thresholds, job.prompt.sampling, job.uplink, self._turns,
             self._measurements, one_by_one_from=len(plan.prompt_ids) if plan.is_exact else None,
         )  # fmt: skip
-        eos, verified = plan.eos_token_ids, None
+        eos, lookahead, verified = plan.eos_token_ids, None, None
+        if job.uplink:
+            lookahead = Lookahead(decoder, self._acceptance, self._measurements, eos)
         if job.uplink and (plan.is_sample or plan.mode in (Mode.VERIFIED, Mode.AUTO)):
             verified = VerifiedRun(
                 decoder, job.uplink, self._acceptance, self._measurements, eos, plan.config.max_draft
@@ -353,7 +356,7 @@ class Agent:
         job.modes = Modes(
             plan.mode, plan.targets, self._measurements, plan.config.assist_deadline_ms, is_sample=plan.is_sample
         )
-        return Generator(decoder, job.modes, eos, job.uplink, verified)
+        return Generator(decoder, job.modes, eos, job.uplink, lookahead, verified)
 
     def _connect(self, job: Job, plan: Plan) -> Uplink:
         note = self._workers.why_none(self._manifest.bundle_id)

@@ -1,4 +1,4 @@
-"""When a run of drafts is long enough to be sent to the cloud."""
+"""How far drafts are worth their time: a run that is sent to the cloud, or guesses while an answer is awaited."""
 
 from __future__ import annotations
 
@@ -30,3 +30,12 @@ def worth_drafting(chances: Sequence[float], elapsed_s: float, step_s: float, ro
     mean = survivals[-1] ** (1 / len(survivals))
     gain = expected_tokens([*chances, mean]) - expected_tokens(chances)
     return gain * (elapsed_s + round_trip_s) > expected_tokens(chances) * step_s
+
+
+def worth_guessing(chance: float, step_s: float, wait_s: float) -> bool:
+    """Whether a step behind a guess saves time on average, when the cloud's word is expected in `wait_s` seconds.
+
+    A right guess, which it is with probability `chance`, saves of the step what lies within the wait; a wrong one keeps
+    the device busy for what lies beyond it.
+    """
+    return chance * min(step_s, wait_s) >= (1 - chance) * max(0.0, step_s - wait_s)

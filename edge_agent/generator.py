@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from edge_agent.decoder import Decoder, GeneratedToken
+from edge_agent.decoder import Choice, Decoder, GeneratedToken
+from edge_agent.lookahead import Lookahead
 from edge_agent.modes import Modes
 from edge_agent.uplink import Uplink
 from edge_agent.verified import VerifiedRun
@@ -16,7 +17,8 @@ from fleet.policy import CLOUD, FALLBACK, Mode, exit_source
 class Generator:
     """Generates one sequence. `uplink` None is standalone: the deepest exit then always emits.
 
-    `verified` is what verified mode needs; None where the mode cannot become that.
+    `lookahead` is what the device does while it waits, `verified` what verified mode needs; None where the mode cannot
+    become that.
     """
 
     def __init__(
@@ -25,12 +27,14 @@ class Generator:
         modes: Modes,
         eos_token_ids: Sequence[int],
         uplink: Uplink | None = None,
+        lookahead: Lookahead | None = None,
         verified: VerifiedRun | None = None,
     ) -> None:
         self._decoder = decoder
         self._modes = modes
         self._eos_token_ids = eos_token_ids
         self._uplink = uplink
+        self._lookahead = lookahead
         self._verified = verified
 
     def generate(
@@ -66,27 +70,33 @@ class Generator:
         uplink, verified = self._uplink, self._verified
         mode = self._modes.at(num_tokens, is_link_up=uplink is not None and uplink.may_answer)
         if verified is None or uplink is None:
-            return [self._next_token(mode)]
+            return [self._next_token(mode, max_tokens)]
         if mode is Mode.VERIFIED:
             if uplink.refusal and self._modes.needs_cloud:
                 raise CloudError(f"no worker takes this answer ({uplink.refusal.code}): {uplink.refusal.message}")
             return verified.advance(max_tokens)
         if verified.has_drafts:
             return verified.advance(max_tokens, draft=False) if uplink.is_open else verified.release()
-        return [self._next_token(mode)]
+        return [self._next_token(mode, max_tokens)]
 
-    def _next_token(self, mode: Mode) -> GeneratedToken:
+    def _next_token(self, mode: Mode, max_tokens: int) -> GeneratedToken:
         choice = self._decoder.choose()
         token = GeneratedToken(choice.token_id, choice.logprob, exit_source(choice.exit_layer))
         if not choice.is_sure:
-            token = self._ask(mode) or (
+            token = self._ask(mode, choice, max_tokens) or (
                 token if self._modes.is_alone else GeneratedToken(token.token_id, token.logprob, FALLBACK)
             )
         self._decoder.text.append(token.token_id)
         return token
 
-    def _ask(self, mode: Mode) -> GeneratedToken | None:
-        if self._uplink is None or mode is Mode.STANDALONE:
+    def _ask(self, mode: Mode, choice: Choice, max_tokens: int) -> GeneratedToken | None:
+        uplink, lookahead = self._uplink, self._lookahead
+        if uplink is None or mode is Mode.STANDALONE:
             return None
-        answer = self._uplink.assist(len(self._decoder.text) - 1, self._modes.wait_ms())
-        return GeneratedToken(answer.token_id, answer.logprob, CLOUD) if answer else None
+        steps = lookahead.steps(choice, max_tokens) if lookahead else ()
+        answer = uplink.assist(len(self._decoder.text) - 1, self._modes.wait_ms(), steps)
+        if answer is None:
+            return None
+        if lookahead:
+            lookahead.judge(choice, answer.token_id)
+        return GeneratedToken(answer.token_id, answer.logprob, CLOUD)

@@ -58,6 +58,7 @@ class Snapshot:
         unsure: share of the tokens of which no exit was sure.
         confidence: mean probability that the device's own token is the cloud's; `sure_confidence` where an exit was
             sure.
+        right: share of the cloud's tokens that the device had guessed while it waited.
         acceptance: share of the judged drafts that the cloud accepted; `num_judged` on how many this rests.
         num_losses: how often a session was lost since the last answer.
     """
@@ -70,6 +71,7 @@ class Snapshot:
     confidence: float = 0.0
     sure_confidence: float = 0.0
     num_choices: int = 0
+    right: float = 0.0
     acceptance: float = 0.0
     num_judged: int = 0
     num_losses: int = 0
@@ -84,6 +86,7 @@ class Measurements:
     _unsure: Mean = field(default_factory=_share)
     _confidence: Mean = field(default_factory=_share)
     _sure_confidence: Mean = field(default_factory=_share)
+    _right: Mean = field(default_factory=_share)
     _acceptance: Mean = field(default_factory=_share)
     _num_losses: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -110,6 +113,11 @@ class Measurements:
             if is_sure:
                 self._sure_confidence.add(confidence)
 
+    def guessed(self, *, is_right: bool) -> None:
+        """The cloud said what the device's exits would have, or something else."""
+        with self._lock:
+            self._right.add(float(is_right))
+
     def verified(self, num_drafted: int, num_accepted: int) -> None:
         """A verify has judged drafts: the accepted ones, and the first one after them if there is one."""
         with self._lock:
@@ -128,6 +136,6 @@ class Measurements:
         with self._lock:
             return Snapshot(
                 self._step.value, self._round_trip.value, self._round_trip.deviation, self._round_trip.count,
-                self._unsure.value, self._confidence.value, self._sure_confidence.value,
-                self._confidence.count, self._acceptance.value, self._acceptance.count, self._num_losses,
+                self._unsure.value, self._confidence.value, self._sure_confidence.value, self._confidence.count,
+                self._right.value, self._acceptance.value, self._acceptance.count, self._num_losses,
             )  # fmt: skip

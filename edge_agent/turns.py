@@ -37,5 +37,10 @@ class Turns:
                 self._taken = False
 
     @property
+    def is_free(self) -> bool:
+        """Whether nobody has it."""
+        return not self._taken
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)

@@ -14,7 +14,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
@@ -144,10 +144,10 @@ class Uplink:
             self._outbox.rewind(num_positions)
             self._changed.notify_all()
 
-    def assist(self, position: int, wait_ms: int | None = None) -> Token | None:
+    def assist(self, position: int, wait_ms: int | None = None, meanwhile: Iterable[object] = ()) -> Token | None:
         """The cloud's token after `position`; None when the session is lost or the deadline passes.
 
-        Until a lost session is open again nobody waits for it.
+        Until a lost session is open again nobody waits for it. While one waits, `meanwhile` is advanced, step by step.
         """
         with self._changed:
             if not self.may_answer:
@@ -155,8 +155,12 @@ class Uplink:
             body = Assist(self.session, self._num_questions, position, self._wait_ms(wait_ms))
             self._ask(Question(body))
             self.num_assists += 1
-            deadline = time.monotonic() + body.deadline_ms / 1000
-            while self._question and self._question.answer is None and time.monotonic() < deadline:
+        deadline = time.monotonic() + body.deadline_ms / 1000
+        for _ in meanwhile:
+            if not self._is_waiting or time.monotonic() >= deadline:
+                break
+        with self._changed:
+            while self._is_waiting and time.monotonic() < deadline:
                 self._changed.wait(LINK_CHECK_S)
             question, self._question = self._question, None
             if question and question.answer is None:
@@ -195,6 +199,11 @@ class Uplink:
             if self._question and isinstance(self._question.body, Verify):
                 self._outbox.branch += 2
             self._question = None
+
+    @property
+    def _is_waiting(self) -> bool:
+        question = self._question
+        return question is not None and question.answer is None
 
     @property
     def _patience_s(self) -> float:

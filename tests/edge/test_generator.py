@@ -82,6 +82,20 @@ def test_what_is_cut_off_is_as_if_it_had_never_been(partition: Partition) -> Non
     assert choice.logprob == pytest.approx(wanted.logprob, abs=1e-4)
 
 
+def test_a_cut_text_is_asked_for_its_own_next_token(partition: Partition) -> None:
+    expected = Decoder(partition, 64, (1.0, 1.0), Sampling())
+    expected.text += PROMPT
+    decoder = Decoder(partition, 64, (1.0, 1.0), Sampling())
+    decoder.text += PROMPT
+    decoder.choose()
+    decoder.text += [8, 9]
+    decoder.choose()
+    decoder.truncate(len(PROMPT))
+    choice, wanted = decoder.choose(), expected.choose()
+    assert choice.token_id == wanted.token_id
+    assert choice.logprob == pytest.approx(wanted.logprob, abs=1e-4)
+
+
 def test_an_answer_that_is_late_ends_with_an_error(partition: Partition) -> None:
     decoder = Decoder(partition, 64, (1.0, 1.0), Sampling())
     generator = Generator(decoder, Modes(Mode.STANDALONE, Targets(), Measurements(), 100), EOS)

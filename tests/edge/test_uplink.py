@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -144,6 +145,26 @@ def test_an_assist_brings_the_context_that_it_needs(device: Device, peer: Peer) 
         token = asking.result(WAIT_S)
     assert token is not None
     assert (token.token_id, token.logprob) == (7, -0.5)
+
+
+def test_what_is_done_meanwhile_ends_with_the_answer(device: Device, peer: Peer) -> None:
+    def meanwhile() -> Iterator[None]:
+        assist = peer.next()
+        assert isinstance(assist, Assist)
+        yield
+        peer.say(Token(SESSION, assist.request, 1, 7, -0.5))
+        give_up = time.monotonic() + WAIT_S
+        while device.measurements.snapshot().num_round_trips == 0 and time.monotonic() < give_up:
+            time.sleep(0.001)
+        yield
+        raise AssertionError("advanced after the answer")
+
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 2))
+        token = uplink.assist(1, meanwhile=meanwhile())
+    assert token is not None
+    assert token.token_id == 7
 
 
 def test_of_more_context_than_a_chunk_only_the_last_goes_with_the_question(device: Device, peer: Peer) -> None:
