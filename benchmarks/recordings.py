@@ -25,13 +25,14 @@ class Recording:
 
     `hidden_states` [n, hidden] float16 are those of the upload layer, and `token_ids` [n] the tokens of the same
     positions, of which the first `num_prompt` are the prompt's. For the token after position ``num_prompt - 1 + i``
-    exit k has `confidence[i][k]`, and its block took `seconds[i][k]` with the LM head; the prompt took the first
-    block `prefill_s` in all.
+    exit k has `confidence[i][k]`, and its block took `seconds[i][k]` with the LM head; the deepest exit's best token is
+    `guesses[i]`. The prompt took the blocks `prefill_s` in all.
     """
 
     token_ids: list[int]
     num_prompt: int
     hidden_states: Float16
+    guesses: list[int]
     confidence: list[list[float]]
     seconds: list[list[float]]
     prefill_s: float
@@ -40,6 +41,11 @@ class Recording:
     def num_answer(self) -> int:
         """Tokens of the answer; of the last one there is no hidden state, for nobody asks what follows it."""
         return len(self.confidence)
+
+    def is_guessed(self, i: int) -> bool:
+        """Whether the deepest exit's best token is token `i` of the answer; not known of the last one."""
+        position = self.num_prompt + i
+        return position < len(self.token_ids) and self.guesses[i] == self.token_ids[position]
 
     def exit_at(self, i: int, thresholds: Sequence[float]) -> int | None:
         """The first exit that is sure enough for token `i` of the answer."""
@@ -76,7 +82,7 @@ def _record(
     block, num_exits = manifest.exits.index(manifest.upload_layer), len(manifest.exits)
     cascade = Cascade(partition, len(prompt_ids) + num_tokens)
     token_ids, waiting = list(prompt_ids), list(prompt_ids)
-    confidence, seconds, prefill_s = [], [], 0.0
+    guesses, confidence, seconds, prefill_s = [], [], [], 0.0
     for i in range(num_tokens):
         start = cascade.num_filled(block)
         cascade.append(waiting)
@@ -89,8 +95,9 @@ def _record(
         logits = upper([Chunk(lease, rows, start, cascade.num_filled(block))])
         waiting = [int(logits.argmax())]
         token_ids += waiting
+        guesses.append(int(candidates[-1].token_ids[0]))
         confidence.append([c.confidence for c in candidates])
         prefill_s = prefill_s or sum(times)
         seconds.append(times if i else [0.0] * num_exits)
     hidden_states = cascade.hidden_states(block, 0).astype(np.float16)
-    return Recording(token_ids[:-1], len(prompt_ids), hidden_states, confidence, seconds, prefill_s)
+    return Recording(token_ids[:-1], len(prompt_ids), hidden_states, guesses, confidence, seconds, prefill_s)

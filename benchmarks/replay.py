@@ -47,7 +47,11 @@ class Device:
     answers: list[tuple[float, float]] = field(default_factory=list)
 
     def run(self, recordings: Iterable[Recording]) -> Steps:
-        """Answers one recording after the other."""
+        """Answers one recording after the other.
+
+        While it waits it goes on from its own guess (edge_agent/lookahead.py), up to the next token that it has to ask
+        about; behind a wrong guess it has at least one step to finish.
+        """
         yield self.start_s
         for number, recording in enumerate(recordings):
             yield from self._answer(f"{self.name}-{number}", recording)
@@ -58,10 +62,13 @@ class Device:
         size = len(rows) + 1
         began = yield [Open(session, 0, self.bundle_id, PROTOCOL, Sampling(), size, DEADLINE_MS)]
         now = yield recording.prefill_s if self.works else 0.0
+        free = now  # when it could begin the step of the next token
         for i in range(recording.num_answer):
             exit_number = recording.exit_at(i, self.thresholds)
             blocks = recording.seconds[i][: None if exit_number is None else exit_number + 1]
-            now = yield sum(blocks) if self.works else 0.0
+            free += sum(blocks) if self.works else 0.0
+            if free > now:
+                now = yield free - now
             stop = recording.num_prompt + i
             if exit_number is None or (len(blocks) == len(recording.seconds[i]) and stop - sent > HELD_POSITIONS):
                 pieces = list(chunks(rows, sent, stop))
@@ -69,8 +76,11 @@ class Device:
                 last_piece = pieces.pop() if exit_number is None else None
                 yield [Context(session, piece) for piece in pieces]
             if exit_number is None:
+                free = now
                 yield [Assist(session, next(request), stop - 1, DEADLINE_MS, last_piece)]
                 now = yield None
+                if not recording.is_guessed(i):
+                    free = max(now, free + (sum(blocks) if self.works else 0.0))
             if i:
                 self.tokens.append((now, now - last))
             else:

@@ -4,8 +4,8 @@
 
 Devices replay answers that were recorded as they are deployed, with real hidden states; the engine really runs, in
 virtual time (benchmarks/replay.py). A collaborating device works its recorded step times on a core of its own, asks
-about what no exit is sure of and waits a link's round trip for it. A cloud-only stream is the full model in the same
-engine, with no link between its tokens.
+about what no exit is sure of and waits a link's round trip for it, in which it goes on from its guess. A cloud-only
+stream is the full model in the same engine, with no link between its tokens.
 """
 
 from __future__ import annotations

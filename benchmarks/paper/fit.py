@@ -141,8 +141,14 @@ class Work:
         return min(deepest, row.layer_positions_cloud / positions) / model.num_layers
 
     def steps(self, row: Row, side: str) -> float:
-        """Those of the answer, without the prompt's."""
+        """Those of the answer, without the prompt's.
+
+        The positions of one question run together in the cloud, and weights that are read once for all of them make
+        them about as expensive as one: a split's cloud takes a step of its layers for each question.
+        """
         is_edge, model = side == "edge", self._model
+        if not is_edge and row.layer_positions_edge and row.layer_positions_cloud:
+            return row.round_trips * (model.num_layers - model.upload_layer + model.head_layers) / self._step_layers
         layers = row.layer_positions_edge if is_edge else row.layer_positions_cloud
         heads = row.head_calls - row.head_calls_cloud if is_edge else row.head_calls_cloud
         layers_of_answer = layers - self.prompt(row, side) * model.num_layers * row.prompt_tokens

@@ -12,18 +12,19 @@ from typing import Final, NamedTuple
 from benchmarks.paper.models import PaperModels
 from benchmarks.paper.rig import LOOPBACK, Rig
 from benchmarks.paper.rows import Link, Row, RowFile
-from benchmarks.paper.sizes import PAPER_LINK, Size
+from benchmarks.paper.sizes import PAPER_LINK, SLOW_LINK, Size
 from benchmarks.paper.systems import CALIBRATED, CLOUD_ONLY, NAIVE_SPLIT, OWN, PEERS, SYSTEMS
 from fleet.errors import FleetError
 from fleet.manifest import Bundle
 
-TABLE, LATENCY, PROPORTIONS, PEER = "table", "latency", "proportions", "peers"
-PARTS: Final = (TABLE, LATENCY, PROPORTIONS, PEER)
+TABLE, SLOW, LATENCY, PROPORTIONS, PEER = "table", "slow", "latency", "proportions", "peers"
+PARTS: Final = (TABLE, SLOW, LATENCY, PROPORTIONS, PEER)
 ALPACA: Final = "alpaca"
 DATASETS: Final = (ALPACA, "xsum")
 MAIN: Final = (
     "standalone", CALIBRATED, "collaborative@0.8", "verified", CLOUD_ONLY, "cached_split_fp16", NAIVE_SPLIT,
 )  # fmt: skip
+AGAINST_NAIVE: Final = (CLOUD_ONLY, CALIBRATED, "cached_split_fp16", NAIVE_SPLIT)
 PROPORTIONAL: Final = (CLOUD_ONLY, CALIBRATED, "collaborative@0.8", "verified")
 PAPER_RTT_STEPS: Final = 0.1
 """The paper's round trip in steps of its full model."""
@@ -70,8 +71,8 @@ def measure(
     """
     bench = _Bench(samples, rows, run, progress)
     models = models or PaperModels(bundle, progress)
-    cases = [*(table_cases(size) if TABLE in parts else ()), *(latency_cases(size) if LATENCY in parts else ())]
-    bench.fill(cases, models)
+    experiments = {TABLE: table_cases, SLOW: slow_cases, LATENCY: latency_cases}
+    bench.fill([case for part, cases in experiments.items() if part in parts for case in cases(size)], models)
     if PROPORTIONS in parts:
         same_class = models.float32()
         link = proportional_link(bench, size, same_class)
@@ -88,6 +89,12 @@ def table_cases(size: Size) -> Iterator[Case]:
     for dataset, sample, system in product(DATASETS, range(size.table_samples), OWN):
         if system != NAIVE_SPLIT or sample < size.naive_samples:
             yield Case(TABLE, system, dataset, sample, 0, PAPER_LINK, size.table_tokens)
+
+
+def slow_cases(size: Size) -> Iterator[Case]:
+    """What the naive split, whose time is its bytes', loses against where a link is slower than the paper's."""
+    for sample, system in product(range(size.naive_samples), AGAINST_NAIVE):
+        yield Case(SLOW, system, ALPACA, sample, 0, SLOW_LINK, size.table_tokens)
 
 
 def latency_cases(size: Size) -> Iterator[Case]:

@@ -65,6 +65,7 @@ def sheets(summary: Summary) -> dict[str, list[Sheet]]:
     table = by_part.get("table", [])
     return {
         "table": [sheet for group in _groups(table) for sheet in (times(group), traffic(group))],
+        "slow": [sheet for group in _groups(by_part.get("slow", [])) for sheet in (times(group), traffic(group))],
         "published": [*published_times(table), claims(table)] if table else [],
         "latency": [*latency(by_part.get("latency", [])), *held_back(summary.held_back)],
         "proportions": [
@@ -95,6 +96,7 @@ def times(group: Sequence[Figures]) -> Sheet:
             f"{one.ttft_ms.median:.0f}",
             *(f"{value:.2f}" for value in (one.edge_s, one.cloud_s, one.communication_s)),
             compared(one, CLOUD_ONLY, "total"),
+            compared(one, NAIVE_SPLIT, "total"),
         ]
         for one in group
     ]
@@ -107,10 +109,11 @@ def times(group: Sequence[Figures]) -> Sheet:
         "first token, ms",
         "edge, s",
         "cloud, s",
+        "communication and waiting, s",
+        "less time than cloud-only",
+        "less time than the naive split",
     ]
-    return Sheet(
-        f"time: {where(group[0])}", [*header, "communication and waiting, s", "less time than cloud-only"], rows
-    )
+    return Sheet(f"time: {where(group[0])}", header, rows)
 
 
 def traffic(group: Sequence[Figures]) -> Sheet:

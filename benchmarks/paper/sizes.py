@@ -9,6 +9,7 @@ from msgspec import Struct
 from benchmarks.paper.rows import Link
 
 PAPER_LINK: Final = Link(20.0, 31.0)
+SLOW_LINK: Final = Link(20.0, 10.0)
 GRID: Final = tuple(Link(rtt, mbit) for mbit in (10.0, 31.0, 100.0) for rtt in (1.0, 5.0, 20.0, 50.0, 100.0))
 
 

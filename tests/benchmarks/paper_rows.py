@@ -64,6 +64,9 @@ def answer(system: str, link: Link, sample: int, prompt: int, tokens: int, facto
             ("cloud", cloud, cloud // max(1, cloud) * (6 if edge else 30) * prompt, heads_cloud),
         )
     }
+    if edge and cloud:  # the positions of one question run together
+        of_questions = trips * (6 + MODEL.head_layers) / (30 + MODEL.head_layers)
+        steps["cloud"] = of_questions + PROMPT_STEPS * prompt * 6 / 30 + MESSAGE_STEPS * messages
     edge_ms, cloud_ms = EDGE_STEP_MS * steps["edge"], CLOUD_STEP_MS * steps["cloud"]
     transfer_ms = num_bytes * 8 / (1000 * link.mbit_s)
     total = OVERLAP.get(system, 1.0) * (edge_ms + cloud_ms) + trips * (link.rtt_ms + EXTRA_MS) + transfer_ms

@@ -18,11 +18,11 @@ from benchmarks.drivers.wire import Hidden, Said, decode_to_cloud, encode, piece
 from benchmarks.fidelity import greedy_answers
 from benchmarks.graphs import EdgeGraphs
 from benchmarks.paper import measure as measuring
-from benchmarks.paper.measure import LATENCY, TABLE, latency_cases, measure, table_cases
+from benchmarks.paper.measure import LATENCY, TABLE, latency_cases, measure, slow_cases, table_cases
 from benchmarks.paper.models import PaperModels
 from benchmarks.paper.rig import LOOPBACK, Rig
 from benchmarks.paper.rows import Link, Row, RowFile
-from benchmarks.paper.sizes import PAPER_LINK, SIZES, Size
+from benchmarks.paper.sizes import PAPER_LINK, SIZES, SLOW_LINK, Size
 from benchmarks.paper.systems import NAIVE_SPLIT, OWN, SYSTEMS
 from cloud_broker_worker.worker import Worker
 from fleet import topics
@@ -186,10 +186,10 @@ def test_what_is_no_message_is_refused() -> None:
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_the_naive_split_is_measured_less_often(size: Size) -> None:
-    cases = [*table_cases(size), *latency_cases(size)]
+    cases = [*table_cases(size), *slow_cases(size), *latency_cases(size)]
     assert len({case.key for case in cases}) == len(cases)
     assert {case.system for case in cases} == set(OWN)
     assert 0 < sum(case.system == NAIVE_SPLIT for case in cases) < sum(case.system == "verified" for case in cases)
     naive = {case.link for case in cases if case.system == NAIVE_SPLIT}
-    assert naive == {PAPER_LINK, min(size.links, key=lambda link: (link.rtt_ms, -link.mbit_s))}
+    assert naive == {PAPER_LINK, SLOW_LINK, min(size.links, key=lambda link: (link.rtt_ms, -link.mbit_s))}
     assert Link(100.0, 10.0) not in naive

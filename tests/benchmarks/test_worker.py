@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -84,6 +85,23 @@ def test_a_device_whose_exits_are_always_sure_never_waits(upper: UpperLayers, re
     device = replay(upper, recordings, (0.0, 0.0))
     assert len(device.tokens) == len(PROMPTS) * (NUM_TOKENS - 1)
     assert {seconds for _, seconds in device.tokens} == {0.0}
+
+
+def test_a_step_behind_a_right_guess_takes_no_time(upper: UpperLayers, recordings: list[Recording]) -> None:
+    waits = {}
+    for is_right in (True, False):
+        recording = recordings[0]
+        answer = recording.token_ids[recording.num_prompt :]
+        assert [recording.is_guessed(i) for i in range(len(answer))] == [
+            guess == token for guess, token in zip(recording.guesses, answer, strict=False)
+        ]
+        guesses = [*answer, 0] if is_right else [-1] * NUM_TOKENS
+        told = replace(recording, guesses=guesses, seconds=[[0.04, 0.06]] * NUM_TOKENS)
+        device = Device("d1", upper.manifest.bundle_id, uploads, (1.0, 1.0))
+        worker_of(upper).serve([(device, device.run([told]))])
+        waits[is_right] = [seconds for _, seconds in device.tokens]
+    spared = [slow - fast for slow, fast in zip(waits[False], waits[True], strict=True)]
+    assert spared == pytest.approx([0.1] * len(spared))
 
 
 def test_a_refusal_ends_the_measurement(upper: UpperLayers, recordings: list[Recording]) -> None:
