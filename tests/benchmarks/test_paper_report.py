@@ -173,5 +173,5 @@ def test_every_part_has_its_place_on_the_page(summary: Summary) -> None:
     page = filled(PAGE.read_text(), summary)
     assert "**time: alpaca over 20 ms, 31 Mbit/s**" in page
     assert "![latency](paper-latency.svg)" in page
-    assert page.count(EMPTY) == 2
+    assert page.count(EMPTY) == 3
     assert filled(page, None).count(EMPTY) == len(places)
