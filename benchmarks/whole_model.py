@@ -120,7 +120,7 @@ def run(
     if compare is None:
         print(json.dumps({"token_ids": [model.generate(text, max_new_tokens) for text in texts]}))
         return
-    answers = [result["token_ids"] for result in json.loads(compare.read_text())["results"]]
+    answers = [result["token_ids"] for result in json.loads(compare.read_text())["results"][:limit]]
     num_differing, num_excused = 0, 0
     for text, token_ids in zip(texts, answers, strict=True):
         for difference in model.differences(text, token_ids):
