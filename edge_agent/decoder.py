@@ -113,7 +113,7 @@ class Decoder:
             token_id = self.text[position]
             self.cascade.truncate(position)
             self.cascade.append([token_id])
-        is_step = position - self.cascade.num_filled(0) == 0
+        is_step = position == self.cascade.num_filled(0)
         for block, threshold in enumerate(self._thresholds):
             candidates = self.cascade.run(block, self._turns)
             self._offer(block)

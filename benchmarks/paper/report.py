@@ -64,16 +64,19 @@ def sheets(summary: Summary) -> dict[str, list[Sheet]]:
         by_part.setdefault(one.part, []).append(one)
     table = by_part.get("table", [])
     return {
-        "table": [sheet for group in _groups(table) for sheet in (times(group), traffic(group))],
-        "slow": [sheet for group in _groups(by_part.get("slow", [])) for sheet in (times(group), traffic(group))],
+        "table": _times_and_traffic(table),
+        "slow": _times_and_traffic(by_part.get("slow", [])),
         "published": [*published_times(table), claims(table)] if table else [],
         "latency": [*latency(by_part.get("latency", [])), *held_back(summary.held_back)],
-        "proportions": [
-            sheet for group in _groups(by_part.get("proportions", [])) for sheet in (times(group), traffic(group))
-        ],
+        "proportions": _times_and_traffic(by_part.get("proportions", [])),
         "peers": [times(group) for group in _groups(by_part.get("peers", []))],
         "accuracy": accuracy(summary.accuracy),
     }
+
+
+def _times_and_traffic(found: Iterable[Figures]) -> list[Sheet]:
+    """Two tables for each dataset and link."""
+    return [sheet for group in _groups(found) for sheet in (times(group), traffic(group))]
 
 
 def _groups(found: Iterable[Figures]) -> Iterator[list[Figures]]:
