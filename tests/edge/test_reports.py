@@ -45,7 +45,8 @@ from tests.edge.test_reports import QUICK, Collector, device
 from fleet.memory import MemoryBroker
 from tests.registry.conftest import report
 
-resource.setrlimit(resource.RLIMIT_FSIZE, (32768, 32768))  # as if the disk were full: no file grows beyond this
+limit = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # as if the disk were full: no file grows beyond this
 broker = MemoryBroker()
 collector = Collector(broker)
 with device(broker, Path(sys.argv[1]), QUICK) as (reporter, _):
@@ -293,10 +294,21 @@ def test_a_file_that_is_no_outbox_is_said_once_and_reports_are_sent_all_the_same
 
 
 def test_a_disk_that_is_full_is_said_once_and_reports_are_sent_all_the_same(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "reports.sqlite")]
+    assert on_full_disk(tmp_path, 4096) == ["reports cannot be kept in"]  # not even an empty outbox fits
+
+
+def test_a_disk_with_room_for_some_reports_has_each_change_said_once(tmp_path: Path) -> None:
+    said = on_full_disk(tmp_path, 32768)  # how often it is full depends on how many are put there at once
+    assert said
+    assert said == [("reports cannot be kept in", "reports are kept on disk")[i % 2] for i in range(len(said))]
+
+
+def on_full_disk(folder: Path, limit: int) -> list[str]:
+    """What a device says, in five words a line, that sends 100 reports while no file can exceed `limit` bytes."""
+    command = [sys.executable, "-c", FULL_DISK, str(folder / "reports.sqlite"), str(limit)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout == "100\n"
-    assert result.stderr.count("reports cannot be kept in") == 1
+    return [" ".join(line.split()[:5]) for line in result.stderr.splitlines()]
 
 
 def test_when_the_disk_is_well_again_what_was_only_in_memory_is_written_down(
