@@ -42,10 +42,10 @@ class Recording:
         """Tokens of the answer; of the last one there is no hidden state, for nobody asks what follows it."""
         return len(self.confidence)
 
-    def is_guessed(self, i: int) -> bool:
-        """Whether the deepest exit's best token is token `i` of the answer; not known of the last one."""
+    def token_id(self, i: int) -> int:
+        """Token `i` of the answer; the device's guess at the last one, which is not known."""
         position = self.num_prompt + i
-        return position < len(self.token_ids) and self.guesses[i] == self.token_ids[position]
+        return self.token_ids[position] if position < len(self.token_ids) else self.guesses[i]
 
     def exit_at(self, i: int, thresholds: Sequence[float]) -> int | None:
         """The first exit that is sure enough for token `i` of the answer."""

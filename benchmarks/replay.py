@@ -10,16 +10,21 @@ import heapq
 import itertools
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from itertools import pairwise
+from math import prod
+from typing import Final, NamedTuple, TypeAlias
 
 from benchmarks.recordings import Recording
 from cloud_broker_worker.config import WorkerConfig
 from cloud_broker_worker.engine import Engine
 from cloud_broker_worker.upper_layers import UpperLayers
+from edge_agent.acceptance import Acceptance
+from edge_agent.drafting import worth_drafting, worth_guessing
+from edge_agent.measurements import Mean
 from edge_agent.uplink import HELD_POSITIONS
 from fleet.codec import decode_to_worker, encode, pack_chunk
 from fleet.hidden_codec import Float16
-from fleet.messages import PROTOCOL, Assist, Close, Context, ContextChunk, Open, Refused, Sampling, Token, ToWorker
+from fleet.messages import PROTOCOL, Close, Context, ContextChunk, Open, Refused, Sampling, ToWorker, Verified, Verify
 
 DEADLINE_MS: Final = 600_000
 CHUNK_POSITIONS: Final = 64
@@ -33,7 +38,8 @@ time."""
 class Device:
     """One device: its messages are due at the worker after `link_s` seconds, and so are the answers here.
 
-    `tokens` are (time, seconds since the token before) of each token but an answer's first.
+    It collaborates as in edge_agent/draft_run.py. With `works` false its steps take no time, and it asks for each token
+    alone, as if it knew it. `tokens` are (time, seconds since the token before) of each token but an answer's first.
     """
 
     name: str
@@ -45,54 +51,132 @@ class Device:
     works: bool = True
     tokens: list[tuple[float, float]] = field(default_factory=list)
     answers: list[tuple[float, float]] = field(default_factory=list)
+    verdict: Verified | None = None  # the worker's last one
+    _acceptance: Acceptance = field(default_factory=Acceptance)
+    _round_trip: Mean = field(default_factory=lambda: Mean(0.1))
 
     def run(self, recordings: Iterable[Recording]) -> Steps:
-        """Answers one recording after the other.
-
-        While it waits it goes on from its own guess (edge_agent/lookahead.py), up to the next token that it has to ask
-        about; behind a wrong guess it has at least one step to finish.
-        """
+        """Answers one recording after the other."""
         yield self.start_s
         for number, recording in enumerate(recordings):
             yield from self._answer(f"{self.name}-{number}", recording)
 
     def _answer(self, session: str, recording: Recording) -> Steps:
-        rows, sent, last = self.rows(recording), 0, 0.0
-        request = itertools.count()
-        size = len(rows) + 1
+        size = len(recording.token_ids) + 1
         began = yield [Open(session, 0, self.bundle_id, PROTOCOL, Sampling(), size, DEADLINE_MS)]
         now = yield recording.prefill_s if self.works else 0.0
-        free = now  # when it could begin the step of the next token
-        for i in range(recording.num_answer):
-            exit_number = recording.exit_at(i, self.thresholds)
-            blocks = recording.seconds[i][: None if exit_number is None else exit_number + 1]
-            free += sum(blocks) if self.works else 0.0
-            if free > now:
-                now = yield free - now
-            stop = recording.num_prompt + i
-            if exit_number is None or (len(blocks) == len(recording.seconds[i]) and stop - sent > HELD_POSITIONS):
-                pieces = list(chunks(rows, sent, stop))
-                sent = stop
-                last_piece = pieces.pop() if exit_number is None else None
-                yield [Context(session, piece) for piece in pieces]
-            if exit_number is None:
-                free = now
-                yield [Assist(session, next(request), stop - 1, DEADLINE_MS, last_piece)]
-                now = yield None
-                if not recording.is_guessed(i):
-                    free = max(now, free + (sum(blocks) if self.works else 0.0))
-            if i:
-                self.tokens.append((now, now - last))
+        upload = _Upload(session, self.rows(recording))
+        drafts: list[_Draft] = []
+        times: list[float] = []  # of the tokens that are certain
+        while len(times) < recording.num_answer:
+            if not drafts or self._is_worth_another(drafts, recording, len(times)):
+                drafts.append(draft := self._draft(recording, len(times) + len(drafts)))
+                now = yield draft.seconds
             else:
-                self.answers.append((began, now))
-            last = now
+                num_asked = max(k for k, draft in enumerate(drafts, 1) if not draft.is_sure)
+                start, asked_at = recording.num_prompt - 1 + len(times), now
+                yield upload.question(start, drafts[:num_asked])
+                answered_at = yield None
+                self._round_trip.add(answered_at - asked_at)
+                while now < answered_at and self._goes_on(drafts, recording, len(times), now - asked_at):
+                    drafts.append(draft := self._draft(recording, len(times) + len(drafts)))
+                    now += draft.seconds
+                now = (yield now - answered_at) if now > answered_at else answered_at
+                num_new, is_rejected = self._settle(drafts)
+                times += [now] * num_new
+                drafts = [] if is_rejected else drafts[num_new:]
+                if is_rejected:
+                    upload.rewind(recording.num_prompt - 1 + len(times))
+            while drafts and drafts[0].is_sure:
+                times.append(now)
+                if drafts.pop(0).is_deepest:
+                    yield upload.held(recording.num_prompt - 1 + len(times))
+        self.answers.append((began, times[0]))
+        self.tokens += [(at, at - before) for before, at in pairwise(times)]
         yield [Close(session)]
 
+    def _draft(self, recording: Recording, i: int) -> _Draft:
+        exit_number, deepest = recording.exit_at(i, self.thresholds), len(self.thresholds) - 1
+        block, is_sure = (deepest, False) if exit_number is None else (exit_number, True)
+        confidence = recording.confidence[i][block]
+        return _Draft(
+            recording.guesses[i] if self.works and not is_sure else recording.token_id(i),
+            confidence,
+            1.0 if is_sure else self._acceptance.probability(confidence),
+            sum(recording.seconds[i][: block + 1]) if self.works else 0.0,
+            is_sure,
+            block == deepest,
+        )
 
-def chunks(rows: Float16, start: int, stop: int) -> Iterable[ContextChunk]:
-    """Positions [start, stop) for messages."""
-    for first in range(start, stop, CHUNK_POSITIONS):
-        yield pack_chunk(0, first, rows[first : min(first + CHUNK_POSITIONS, stop)])
+    def _is_worth_another(self, drafts: Sequence[_Draft], recording: Recording, num_certain: int) -> bool:
+        if not self.works or num_certain + len(drafts) == recording.num_answer:
+            return False
+        return worth_drafting(_survival(drafts), drafts[-1].seconds, self._round_trip.value)
+
+    def _goes_on(self, drafts: Sequence[_Draft], recording: Recording, num_certain: int, elapsed_s: float) -> bool:
+        if not self.works or num_certain + len(drafts) == recording.num_answer:
+            return False
+        return worth_guessing(_survival(drafts), drafts[-1].seconds, max(0.0, self._round_trip.value - elapsed_s))
+
+    def _settle(self, drafts: Sequence[_Draft]) -> tuple[int, bool]:
+        """How many tokens the verdict makes certain, and whether the last of them is the worker's own."""
+        assert self.verdict is not None
+        num_accepted, is_rejected = self.verdict.accepted, self.verdict.token_id is not None
+        judged = [True] * num_accepted + [False] * is_rejected
+        for draft, is_accepted in zip(drafts, judged, strict=False):
+            if not draft.is_sure:
+                self._acceptance.update(draft.confidence, accepted=is_accepted)
+        return len(judged), is_rejected
+
+
+class _Draft(NamedTuple):
+    """A token that the device chose, and the seconds that it took."""
+
+    token_id: int
+    confidence: float
+    chance: float
+    seconds: float
+    is_sure: bool
+    is_deepest: bool
+
+
+def _survival(drafts: Iterable[_Draft]) -> float:
+    return prod(draft.chance for draft in drafts)
+
+
+class _Upload:
+    """What a session sends, in order."""
+
+    def __init__(self, session: str, rows: Float16) -> None:
+        self._session = session
+        self._rows = rows
+        self._sent = self._branch = self._request = 0
+
+    def question(self, start: int, drafts: Sequence[_Draft]) -> list[ToWorker]:
+        """Whether these follow position `start`, with the context that this needs."""
+        pieces = self._chunks(start + len(drafts))
+        last = pieces.pop() if pieces else None
+        self._request += 1
+        token_ids = tuple(draft.token_id for draft in drafts)
+        trusted = tuple(i for i, draft in enumerate(drafts) if draft.is_sure)
+        verify = Verify(self._session, self._request, self._branch, start, token_ids, DEADLINE_MS, last, trusted)
+        return [*(Context(self._session, piece) for piece in pieces), verify]
+
+    def held(self, stop: int) -> list[ToWorker]:
+        """Positions up to `stop`, once they are too many to wait for a question."""
+        if stop - self._sent <= HELD_POSITIONS:
+            return []
+        return [Context(self._session, piece) for piece in self._chunks(stop)]
+
+    def rewind(self, num_positions: int) -> None:
+        """Forgets every position from `num_positions` on, as the worker does."""
+        self._sent = min(self._sent, num_positions)
+        self._branch += 1
+
+    def _chunks(self, stop: int) -> list[ContextChunk]:
+        starts = range(self._sent, stop, CHUNK_POSITIONS)
+        self._sent = max(self._sent, stop)
+        return [pack_chunk(self._branch, i, self._rows[i : min(i + CHUNK_POSITIONS, stop)]) for i in starts]
 
 
 class Worker:
@@ -140,9 +224,10 @@ class Worker:
             encode(answer.message)
         self._spend(self._cpu() - began)
         for answer in answers or ():
-            if not isinstance(answer.message, Token):
-                raise RuntimeError(f"expected a token for {answer.key.device}, got {answer.message}")
+            if not isinstance(answer.message, Verified):
+                raise RuntimeError(f"expected a verdict for {answer.key.device}, got {answer.message}")
             device, steps = self._waiting.pop(answer.key.device)
+            device.verdict = answer.message
             self._push(self.now + device.link_s, device, steps)
         return answers is not None
 

@@ -4,7 +4,7 @@
 
 Devices replay answers that were recorded as they are deployed, with real hidden states; the engine really runs, in
 virtual time (benchmarks/replay.py). A collaborating device works its recorded step times on a core of its own, asks
-about what no exit is sure of and waits a link's round trip for it, in which it goes on from its guess. A cloud-only
+about what no exit is sure of and drafts on during a link's round trip (edge_agent/draft_run.py). A cloud-only
 stream is the full model in the same engine, with no link between its tokens.
 """
 

@@ -48,6 +48,9 @@ def make_choices(question: Question, candidates: Candidates, sampling: Sampling)
     for token_ids, logprobs in zip(candidates.token_ids, candidates.logprobs, strict=True):
         if question.is_decided:
             return
+        if (index := len(question.choices)) in question.trusted:
+            question.choices.append(Choice(question.draft[index], 0.0))
+            continue
         chosen = draw(logprobs, token_ids, question.next_choice, sampling)
         question.choices.append(Choice(int(token_ids[chosen]), float(logprobs[chosen])))
 

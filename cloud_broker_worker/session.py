@@ -44,6 +44,11 @@ class Question:
         return self.message.draft if isinstance(self.message, Verify) else ()
 
     @property
+    def trusted(self) -> tuple[int, ...]:
+        """Indices of the draft's tokens that are the answer's without a choice."""
+        return self.message.trusted if isinstance(self.message, Verify) else ()
+
+    @property
     def first(self) -> int:
         return self.message.start if isinstance(self.message, Verify) else self.message.position
 

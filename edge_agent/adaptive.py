@@ -50,13 +50,14 @@ def predict(m: Snapshot, targets: Targets) -> dict[Mode, Prediction]:
     """What each mode would do now, with step s, round trip r, share of unsure tokens u, and c, the share of the
     device's own tokens that are the cloud's: as verifies found it, before that the exits' mean confidence.
 
-    standalone: s a token; agreement c. collaborative: s + u r, less the step that goes on meanwhile where the device
-    guesses right; agreement 1 - (1 - u)(1 - c where sure), or what is promised. verified: a round of k drafts takes
-    k s + r and gives 1 + c + ... + c^(k-1) tokens, at the best k; agreement 1; the cloud corrects 1 - c of the tokens.
+    standalone: s a token; agreement c. collaborative: s + u r, where behind a draft that is right the next step goes on
+    meanwhile, and about every second one shares its round trip with the next; agreement 1 - (1 - u)(1 - c where sure),
+    or what is promised. verified: a round of k drafts takes k s + r and gives 1 + c + ... + c^(k-1) tokens, at the best
+    k; agreement 1; the cloud corrects 1 - c of the tokens.
     """
     s, r, u = m.step_s, m.round_trip_s, m.unsure
     c = m.acceptance if m.num_judged >= MIN_JUDGED else m.confidence
-    asked_s = r - m.right * min(s, r)
+    asked_s = (1 - m.right / 2) * r - m.right * min(s, r)
     agreement = max(1 - (1 - u) * (1 - m.sure_confidence), targets.promised_agreement or 0.0)
     rounds = [(sum(c**i for i in range(k)), k * s + r) for k in range(1, MAX_ROUND + 1)]
     tokens, seconds = max(rounds, key=lambda round_: round_[0] / max(round_[1], 1e-9))

@@ -19,9 +19,9 @@ import msgspec
 from edge_agent.acceptance import Acceptance
 from edge_agent.config import AgentConfig
 from edge_agent.decoder import Decoder
+from edge_agent.draft_run import DraftRun
 from edge_agent.generator import Generator
 from edge_agent.jobs import Job, JobQueue
-from edge_agent.lookahead import Lookahead
 from edge_agent.measurements import Measurements
 from edge_agent.modes import Modes
 from edge_agent.partition import Partition, Work
@@ -34,7 +34,6 @@ from edge_agent.tokenizer import ChatTokenizer, TextStream
 from edge_agent.triggers import EventTriggers
 from edge_agent.turns import Turns
 from edge_agent.uplink import Uplink
-from edge_agent.verified import VerifiedRun
 from edge_agent.workers import Workers
 from fleet import __version__, topics
 from fleet.codec import decode_to_device, encode
@@ -302,7 +301,7 @@ class Agent:
     def _forget(self, job: Job) -> None:
         with self._lock:
             del self._active[job.app, job.request]
-            job.uplink = job.verified = job.modes = None  # of what has ended only the replies are kept
+            job.uplink = job.drafts = job.modes = None  # of what has ended only the replies are kept
             self._finished[job.app, job.request] = job
             while len(self._finished) > MAX_FINISHED:
                 del self._finished[next(iter(self._finished))]
@@ -345,18 +344,15 @@ class Agent:
             self._partition, plan.capacity, plan.thresholds, job.prompt.sampling, job.uplink, self._turns,
             self._measurements, one_by_one_from=len(plan.prompt_ids) if plan.is_exact else None,
         )  # fmt: skip
-        eos, lookahead, verified = plan.eos_token_ids, None, None
+        eos = plan.eos_token_ids
         if job.uplink:
-            lookahead = Lookahead(decoder, self._acceptance, self._measurements, eos)
-        if job.uplink and (plan.is_sample or plan.mode in (Mode.VERIFIED, Mode.AUTO)):
-            verified = VerifiedRun(
+            job.drafts = DraftRun(
                 decoder, job.uplink, self._acceptance, self._measurements, eos, plan.config.max_draft
             )  # fmt: skip
-        job.verified = verified
         job.modes = Modes(
             plan.mode, plan.targets, self._measurements, plan.config.assist_deadline_ms, is_sample=plan.is_sample
         )
-        return Generator(decoder, job.modes, eos, job.uplink, lookahead, verified)
+        return Generator(decoder, job.modes, eos, job.uplink, job.drafts)
 
     def _connect(self, job: Job, plan: Plan) -> Uplink:
         note = self._workers.why_none(self._manifest.bundle_id)
@@ -392,10 +388,10 @@ class Agent:
             tpot_ms=job.tpot_ms,
             finish_reason=finish_reason,
             verifies=uplink.num_verifies if uplink else 0,
-            drafted=job.verified.num_drafted if job.verified else 0,
+            drafted=job.drafts.num_drafted if job.drafts else 0,
             switches=job.modes.switches if job.modes else (),
-            judged=job.verified.num_judged if job.verified else 0,
-            agreed=job.verified.num_agreed if job.verified else 0,
+            judged=job.drafts.num_judged if job.drafts else 0,
+            agreed=job.drafts.num_agreed if job.drafts else 0,
         )
 
     def _stream(self, job: Job, reply: Reply) -> None:

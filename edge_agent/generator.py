@@ -5,21 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from edge_agent.decoder import Choice, Decoder, GeneratedToken
-from edge_agent.lookahead import Lookahead
+from edge_agent.decoder import Decoder, GeneratedToken
+from edge_agent.draft_run import DraftRun
 from edge_agent.modes import Modes
 from edge_agent.uplink import Uplink
-from edge_agent.verified import VerifiedRun
 from fleet.errors import CloudError, DeadlineError
-from fleet.policy import CLOUD, FALLBACK, Mode, exit_source
+from fleet.policy import FALLBACK, Mode, exit_source
 
 
 class Generator:
-    """Generates one sequence. `uplink` None is standalone: the deepest exit then always emits.
-
-    `lookahead` is what the device does while it waits, `verified` what verified mode needs; None where the mode cannot
-    become that.
-    """
+    """Generates one sequence. Without `uplink` and `run` it is alone: the deepest exit then always emits."""
 
     def __init__(
         self,
@@ -27,15 +22,13 @@ class Generator:
         modes: Modes,
         eos_token_ids: Sequence[int],
         uplink: Uplink | None = None,
-        lookahead: Lookahead | None = None,
-        verified: VerifiedRun | None = None,
+        run: DraftRun | None = None,
     ) -> None:
         self._decoder = decoder
         self._modes = modes
         self._eos_token_ids = eos_token_ids
         self._uplink = uplink
-        self._lookahead = lookahead
-        self._verified = verified
+        self._run = run
 
     def generate(
         self,
@@ -67,36 +60,24 @@ class Generator:
         return f"the answer's deadline passed after {num_tokens} tokens{note}; allow more time with deadline_ms"
 
     def _advance(self, num_tokens: int, max_tokens: int) -> list[GeneratedToken]:
-        uplink, verified = self._uplink, self._verified
+        uplink, run = self._uplink, self._run
         mode = self._modes.at(num_tokens, is_link_up=uplink is not None and uplink.may_answer)
-        if verified is None or uplink is None:
-            return [self._next_token(mode, max_tokens)]
+        if uplink is None or run is None:
+            return [self._own_token()]
         if mode is Mode.VERIFIED:
             if uplink.refusal and self._modes.needs_cloud:
                 raise CloudError(f"no worker takes this answer ({uplink.refusal.code}): {uplink.refusal.message}")
-            return verified.advance(max_tokens)
-        if verified.has_drafts:
-            return verified.advance(max_tokens, draft=False) if uplink.is_open else verified.release()
-        return [self._next_token(mode, max_tokens)]
+            return run.advance(max_tokens)
+        if not uplink.may_answer or (mode is Mode.STANDALONE and not uplink.has_question):
+            return run.release() if run.has_drafts else [self._own_token()]
+        return run.advance(
+            max_tokens if mode is Mode.COLLABORATIVE else 0, trusts_exits=True, wait_ms=self._modes.wait_ms()
+        )
 
-    def _next_token(self, mode: Mode, max_tokens: int) -> GeneratedToken:
+    def _own_token(self) -> GeneratedToken:
         choice = self._decoder.choose()
-        token = GeneratedToken(choice.token_id, choice.logprob, exit_source(choice.exit_layer))
-        if not choice.is_sure:
-            token = self._ask(mode, choice, max_tokens) or (
-                token if self._modes.is_alone else GeneratedToken(token.token_id, token.logprob, FALLBACK)
-            )
-        self._decoder.text.append(token.token_id)
-        return token
-
-    def _ask(self, mode: Mode, choice: Choice, max_tokens: int) -> GeneratedToken | None:
-        uplink, lookahead = self._uplink, self._lookahead
-        if uplink is None or mode is Mode.STANDALONE:
-            return None
-        steps = lookahead.steps(choice, max_tokens) if lookahead else ()
-        answer = uplink.assist(len(self._decoder.text) - 1, self._modes.wait_ms(), steps)
-        if answer is None:
-            return None
-        if lookahead:
-            lookahead.judge(choice, answer.token_id)
-        return GeneratedToken(answer.token_id, answer.logprob, CLOUD)
+        self._decoder.text.append(choice.token_id)
+        is_wanted = choice.is_sure or self._modes.is_alone
+        return GeneratedToken(
+            choice.token_id, choice.logprob, exit_source(choice.exit_layer) if is_wanted else FALLBACK
+        )

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from edge_agent.draft_run import DraftRun
 from edge_agent.modes import Modes
 from edge_agent.plan import Plan
 from edge_agent.uplink import Uplink
-from edge_agent.verified import VerifiedRun
 from fleet.prompt import PromptRequest
 
 
@@ -28,7 +28,7 @@ class Job:
     arrived: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
     uplink: Uplink | None = None
-    verified: VerifiedRun | None = None
+    drafts: DraftRun | None = None
     modes: Modes | None = None
     replies: list[bytes] = field(default_factory=list)
     sources: dict[str, int] = field(default_factory=dict)

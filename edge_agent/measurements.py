@@ -58,7 +58,7 @@ class Snapshot:
         unsure: share of the tokens of which no exit was sure.
         confidence: mean probability that the device's own token is the cloud's; `sure_confidence` where an exit was
             sure.
-        right: share of the cloud's tokens that the device had guessed while it waited.
+        right: share of the judged drafts that no exit was sure of and the cloud accepted.
         acceptance: share of the judged drafts that the cloud accepted; `num_judged` on how many this rests.
         num_losses: how often a session was lost since the last answer.
     """
@@ -114,17 +114,14 @@ class Measurements:
                 self._sure_confidence.add(confidence)
 
     def guessed(self, *, is_right: bool) -> None:
-        """The cloud said what the device's exits would have, or something else."""
+        """The cloud has judged a draft that no exit was sure of."""
         with self._lock:
             self._right.add(float(is_right))
 
-    def verified(self, num_drafted: int, num_accepted: int) -> None:
-        """A verify has judged drafts: the accepted ones, and the first one after them if there is one."""
+    def judged(self, *, is_accepted: bool) -> None:
+        """The cloud has judged a draft."""
         with self._lock:
-            for _ in range(num_accepted):
-                self._acceptance.add(1.0)
-            if num_accepted < num_drafted:
-                self._acceptance.add(0.0)
+            self._acceptance.add(float(is_accepted))
 
     def lost(self) -> None:
         """A session was lost."""

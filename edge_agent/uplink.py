@@ -11,10 +11,11 @@ A few positions that nobody has asked about wait for company: they go with the n
 from __future__ import annotations
 
 import logging
+import math
 import random
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
@@ -30,7 +31,6 @@ from fleet.codec import decode_to_device, encode
 from fleet.errors import LinkError, ProtocolError
 from fleet.hidden_codec import FLOAT16
 from fleet.messages import (
-    Assist,
     Close,
     Context,
     Gap,
@@ -38,7 +38,6 @@ from fleet.messages import (
     Opened,
     Received,
     Refused,
-    Token,
     ToWorker,
     Verified,
     Verify,
@@ -53,6 +52,7 @@ LINK_CHECK_S: Final = 0.1
 IDLE_CHECK_S: Final = 1.0
 CLOSE_TIMEOUT_S: Final = 2.0
 HELD_POSITIONS: Final = 3  # more than these go up without a question
+HAND_OVER_S: Final = 0.02  # a question has so long to reach the network before other work begins
 NUM_TRIES: Final = 3  # what got no answer is sent again, evenly over its deadline
 RETRIABLE: Final = ("internal", "unknown_session")  # said without a time, and yet worth another try
 
@@ -61,6 +61,7 @@ class Message(NamedTuple):
     topic: str
     body: ToWorker
     qos: int = 0
+    question: Question | None = None  # the one that it asks
 
 
 class Uplink:
@@ -94,10 +95,11 @@ class Uplink:
         self._num_losses = 0
         self._num_failed_opens = 0
         self._worker_epoch: int | None = None
+        self._holders: set[str] = set()  # workers that have taken the session, and may have some of it still
         self._question: Question | None = None
         self._num_questions = 0
         self._state = LinkState.IDLE
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # on a lock that a thread may take twice
         self._thread = threading.Thread(target=self._keep, name=f"session-{self.session[:8]}", daemon=True)
 
     def __enter__(self) -> Self:
@@ -144,66 +146,77 @@ class Uplink:
             self._outbox.rewind(num_positions)
             self._changed.notify_all()
 
-    def assist(self, position: int, wait_ms: int | None = None, meanwhile: Iterable[object] = ()) -> Token | None:
-        """The cloud's token after `position`; None when the session is lost or the deadline passes.
+    @property
+    def has_question(self) -> bool:
+        """Whether a question is out, or its answer has not been taken."""
+        return self._question is not None
 
-        Until a lost session is open again nobody waits for it. While one waits, `meanwhile` is advanced, step by step.
+    def ask(
+        self,
+        start: int,
+        draft: Sequence[int],
+        trusted: Sequence[int] = (),
+        wait_ms: int | None = None,
+        *,
+        gives_up: bool = False,
+    ) -> None:
+        """Asks whether draft[i] follows position `start + i`, for every i that is not `trusted`.
+
+        Returns when the question is on its way. It outlives a lost session; one that `gives_up` does not, nor its
+        deadline of `wait_ms` milliseconds.
         """
         with self._changed:
-            if not self.may_answer:
-                return None
-            body = Assist(self.session, self._num_questions, position, self._wait_ms(wait_ms))
-            self._ask(Question(body))
-            self.num_assists += 1
-        deadline = time.monotonic() + body.deadline_ms / 1000
-        for _ in meanwhile:
-            if not self._is_waiting or time.monotonic() >= deadline:
-                break
-        with self._changed:
-            while self._is_waiting and time.monotonic() < deadline:
-                self._changed.wait(LINK_CHECK_S)
-            question, self._question = self._question, None
-            if question and question.answer is None:
-                self._lose(LinkEvent.TIMEOUT, f"the cloud did not answer within {body.deadline_ms} ms")
-        return question.answer if question and isinstance(question.answer, Token) else None
-
-    def ask_verify(self, start: int, draft: Sequence[int]) -> None:
-        """Asks whether draft[i] follows position `start + i`, for every i. The question outlives a lost session."""
-        with self._changed:
-            wait_ms = self._wait_ms(None)
-            body = Verify(self.session, self._num_questions, self._outbox.branch, start, tuple(draft), wait_ms)
-            self._ask(Question(body))
-            self.num_verifies += 1
+            wait_ms = self._wait_ms(wait_ms)
+            body = Verify(
+                self.session, self._num_questions, self._outbox.branch, start, tuple(draft), wait_ms,
+                trusted=tuple(trusted),
+            )  # fmt: skip
+            self._question = Question(body)
+            self._num_questions += 1
+            if gives_up:
+                self._question.give_up_at = time.monotonic() + wait_ms / 1000
+                self.num_assists += 1
+            else:
+                self.num_verifies += 1
+            self._changed.notify_all()
+        self._let_go()
 
     def verdict(self, timeout_s: float) -> Verified | None:
-        """The answer to the verify that was asked, if it comes within `timeout_s` seconds."""
+        """The answer to the question, if it comes within `timeout_s` seconds."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            question = self._question
-            while question and question.answer is None and (left := deadline - time.monotonic()) > 0:
-                if self._state is LinkState.CLOSED or self.refusal:
+            while (question := self._question) and question.answer is None:
+                now = time.monotonic()
+                if now >= question.give_up_at:
+                    self._lose(LinkEvent.TIMEOUT, f"the cloud did not answer within {question.body.deadline_ms} ms")
+                    self.withdraw()
                     return None
-                self._changed.wait(min(left, LINK_CHECK_S))
-            if question is None or not isinstance(question.answer, Verified):
-                return None
+                if now >= deadline or self._state is LinkState.CLOSED or self.refusal:
+                    return None
+                self._changed.wait(min(deadline - now, question.give_up_at - now, LINK_CHECK_S))
             self._question = None
-            return question.answer
+            return question.answer if question else None
 
     def withdraw(self) -> None:
         """Takes an unanswered question back.
 
-        A worker may have rejected its draft and be a branch ahead: the device goes to one that no worker can be on, and
-        the session is taken afresh.
+        A worker may have rejected its draft and be a branch ahead: the device goes to one that no worker can be on.
         """
         with self._changed:
-            if self._question and isinstance(self._question.body, Verify):
-                self._outbox.branch += 2
+            if self._question:
+                self._outbox.fork(self._question.body.start + 1)
             self._question = None
 
+    def _let_go(self) -> None:
+        """Returns when the question has gone to the network: a step that began before would keep a core from it."""
+        deadline = time.monotonic() + HAND_OVER_S
+        with self._changed:
+            while self._is_going and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(left)
+
     @property
-    def _is_waiting(self) -> bool:
-        question = self._question
-        return question is not None and question.answer is None
+    def _is_going(self) -> bool:
+        return self.is_open and self._question is not None and not self._question.has_gone
 
     @property
     def _patience_s(self) -> float:
@@ -213,11 +226,6 @@ class Uplink:
         return assist_deadline_ms(
             wanted or self._opening.deadline_ms, self._outbox.available - self._outbox.acknowledged
         )
-
-    def _ask(self, question: Question) -> None:
-        self._question = question
-        self._num_questions += 1
-        self._changed.notify_all()
 
     # What other threads report.
 
@@ -257,7 +265,7 @@ class Uplink:
                     self._outbox.go_back(expected)
                 case Received(branch=branch, count=count) if branch == self._outbox.branch:
                     self._outbox.acknowledge(count)
-                case Token() | Verified():
+                case Verified():
                     self._answered(message)
                 case Refused():
                     self._refused(message)
@@ -274,18 +282,19 @@ class Uplink:
         self.worker, self._worker_epoch = message.worker, self._workers.epoch(message.worker)
         self._num_failed_opens = 0
         self.refusal = None
-        self._outbox.begin(message)
+        self._holders.add(message.worker)
+        self._outbox.begin(message, is_only_one=len(self._holders) == 1)
         if self._question:
             self._question.renew(self._num_questions, self._outbox.branch)
             self._num_questions += 1
 
-    def _answered(self, message: Token | Verified) -> None:
+    def _answered(self, message: Verified) -> None:
         question = self._question
         if question is None or question.answer or not question.is_answered_by(message):
             log.debug("session %s: an answer that nobody waits for is dropped: %s", self.session, message)
             return
         question.answer = message
-        self._outbox.acknowledge(message.start + 1 if isinstance(message, Verified) else message.position + 1)
+        self._outbox.acknowledge(message.start + 1)
         if question.num_sent:  # asked again or not: so long it took
             self._measurements.round_trip(time.monotonic() - question.asked_at)
 
@@ -313,6 +322,11 @@ class Uplink:
             if not self._publish(message):  # not under the lock: the next token is being computed
                 with self._changed:
                     self._lose(LinkEvent.TIMEOUT, "the link to the broker went down")
+            elif message.question:
+                self._transport.flush(HAND_OVER_S)
+                with self._changed:
+                    message.question.has_gone = True
+                    self._changed.notify_all()
         if self.worker:
             self._publish(Message(self._topic(self.worker), Close(self.session)))
 
@@ -343,7 +357,9 @@ class Uplink:
 
     def _again(self, now: float) -> Message:
         self._open_at = now + self._patience_s
-        opening = msgspec.structs.replace(self._opening, branch=self._outbox.branch)
+        outbox, question = self._outbox, self._question
+        common = min(outbox.common, question.body.start + 1) if question else outbox.common
+        opening = msgspec.structs.replace(self._opening, branch=outbox.branch, common=common)
         return Message(topics.open_session(self._transport.name), opening, qos=1)
 
     def _due_context(self, now: float) -> Message | None:
@@ -372,14 +388,14 @@ class Uplink:
             return None
         if question.num_sent == 0:
             question.asked_at = now
-        elif now >= question.asked_at + question.wait_s:  # an assist is given up by who waits for it
+        elif now >= question.asked_at + question.wait_s:
             self._lose(LinkEvent.TIMEOUT, f"the cloud did not answer within {question.wait_s * 1000:.0f} ms")
             return None
         elif now < question.send_at:
             return None
         question.num_sent += 1
         question.send_at = now + question.wait_s / NUM_TRIES
-        return Message(self._topic(self.worker), question.body)
+        return Message(self._topic(self.worker), question.body, question=question)
 
     def _until_due(self, now: float) -> float:
         """Seconds until something may be due without anybody's saying so."""
@@ -398,8 +414,8 @@ class Uplink:
         self._open_at = time.monotonic() + max(wait, retry_after_s)
         self._num_failed_opens += 1
         self._num_losses += 1
-        if self._question and not self._question.survives_loss:
-            self._question = None
+        if self._question and self._question.answer is None and self._question.give_up_at < math.inf:
+            self.withdraw()
         self._advance(event)
 
     def _advance(self, event: LinkEvent) -> None:

@@ -86,6 +86,9 @@ class MemoryTransport(Transport):
                 return
         self._broker._publish(topic, payload, retain=retain)
 
+    def flush(self, timeout_s: float) -> None:
+        pass  # nothing waits on a link that is up
+
     def subscribe(
         self,
         topic_filter: str,

@@ -35,8 +35,8 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
 class Open(Struct, frozen=True, tag_field="type", tag="open"):
     """Device to workers: take this session. `max_positions` bounds the KV cache that it will need.
 
-    `branch` is how many rejected drafts the device knows of: a worker that has the session on another branch starts
-    it afresh.
+    `branch` is how many rejected drafts the device knows of. A worker that has the session on another branch goes over
+    to this one, and keeps of what it has the first `common` positions, which every branch has in common.
     """
 
     session: Id
@@ -47,6 +47,7 @@ class Open(Struct, frozen=True, tag_field="type", tag="open"):
     max_positions: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
     deadline_ms: DeadlineMs
     branch: Count = 0
+    common: Count = 0
 
 
 class Opened(Struct, frozen=True, tag_field="type", tag="opened"):
@@ -94,7 +95,8 @@ class Assist(Struct, frozen=True, omit_defaults=True, tag_field="type", tag="ass
 class Verify(Struct, frozen=True, omit_defaults=True, tag_field="type", tag="verify"):
     """Device to worker: is `draft[i]` the token that follows position `start + i`, for every i?
 
-    A `chunk` counts as if it had come just before.
+    Those of the indices `trusted` need no judge: they are accepted as they are. A `chunk` counts as if it had come just
+    before.
     """
 
     session: Id
@@ -104,6 +106,7 @@ class Verify(Struct, frozen=True, omit_defaults=True, tag_field="type", tag="ver
     draft: Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_DRAFT)]
     deadline_ms: DeadlineMs
     chunk: ContextChunk | None = None
+    trusted: Annotated[tuple[Annotated[int, Meta(ge=0, lt=MAX_DRAFT)], ...], Meta(max_length=MAX_DRAFT)] = ()
 
 
 class Token(Struct, frozen=True, tag_field="type", tag="token"):
@@ -125,7 +128,7 @@ class Verified(Struct, frozen=True, tag_field="type", tag="verified"):
 
     `token_id` is the worker's own in the place of the first one that is not, None when all are accepted. A rejection
     begins the next branch: both sides forget what lies behind position `start + accepted`. `logprobs` are those of the
-    accepted tokens and of `token_id`, at temperature 1.
+    accepted tokens and of `token_id`, at temperature 1; 0 of one that was trusted.
     """
 
     session: Id

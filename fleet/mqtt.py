@@ -56,7 +56,8 @@ class MqttTransport(Transport):
         self._heard = False  # whether this connection got its CONNACK
         self._trouble = "it did not answer"
         self._network_thread = 0
-        self._last: paho.MQTTMessageInfo | None = None
+        self._newest: paho.MQTTMessageInfo | None = None  # with QoS 0
+        self._last: paho.MQTTMessageInfo | None = None  # with QoS 1
         self._closed = threading.Event()
         client = paho.Client(CallbackAPIVersion.VERSION2, self.name, clean_session=True, protocol=paho.MQTTv311)
         client.username_pw_set(self.name)
@@ -118,9 +119,16 @@ class MqttTransport(Transport):
             raise LinkError(f"{MAX_QUEUED} messages of {self.name} wait for the broker already; try later")
         if qos == 0 and info.rc == MQTTErrorCode.MQTT_ERR_NO_CONN:
             raise LinkError(f"{self.name} lost its link to the broker at {self._where}; send again when it is up")
-        if qos:
+        if qos == 0:
+            self._newest = info
+        else:
             info.rc = MQTTErrorCode.MQTT_ERR_SUCCESS  # paho keeps it, and would not let us wait for it otherwise
             self._last = info
+
+    def flush(self, timeout_s: float) -> None:
+        if self._newest and threading.get_ident() != self._network_thread:
+            with suppress(RuntimeError):  # the link has gone
+                self._newest.wait_for_publish(timeout_s)
 
     def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 0, retained: bool = False) -> None:
         with self._lock:

@@ -46,6 +46,10 @@ class Transport(Protocol):
         """
         ...
 
+    def flush(self, timeout_s: float) -> None:
+        """Returns when what was published has gone to the network, or after `timeout_s` seconds."""
+        ...
+
     def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 0, retained: bool = False) -> None:
         """Calls ``handler(topic, payload)`` for what arrives under the filter, from now on and after reconnects.
 

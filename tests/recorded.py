@@ -143,7 +143,8 @@ def _talk_by_hand(fleet: MemoryFleet, bundle_id: str) -> None:
     for messages in (
         (Context(session, pack_chunk(0, 0, rows, INT8)), Context(session, pack_chunk(0, 0, rows))),  # twice: received
         (Context(session, pack_chunk(0, 9, rows)),),  # some are missing: gap
-        (Close(session), Assist(session, 0, 3, 1000)),  # of no session: refused
+        (Assist(session, 0, 3, 1000),),  # our devices draft: token
+        (Close(session), Assist(session, 1, 3, 1000)),  # of no session: refused
     ):
         for message in messages:
             fleet.watcher.publish(topics.to_worker(WORKER, BY_HAND, session), encode(message))

@@ -72,6 +72,9 @@ class LocalApp(Transport):
             self._questions.append(payload)
         self._link.publish(topic, payload, qos=qos, retain=retain)
 
+    def flush(self, timeout_s: float) -> None:
+        self._link.flush(timeout_s)
+
     def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 0, retained: bool = False) -> None:
         if topic_filter == prompts_of(self.name):
             self._on_prompt = handler

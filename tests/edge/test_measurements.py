@@ -44,8 +44,8 @@ def test_the_share_of_a_rare_event_is_what_it_is(share: float) -> None:
 
 def test_acceptance_counts_the_drafts_that_were_judged() -> None:
     measurements = Measurements()
-    measurements.verified(4, 4)
-    measurements.verified(6, 1)  # the second was wrong, and nothing is known of the other four
+    for is_accepted in (True, True, True, True, True, False):
+        measurements.judged(is_accepted=is_accepted)
     snapshot = measurements.snapshot()
     assert snapshot.num_judged == 6
     assert snapshot.acceptance == pytest.approx(5 / 6)
@@ -78,7 +78,8 @@ def test_what_was_reported_is_in_the_snapshot() -> None:
     measurements.round_trip(0.1)
     measurements.chose(0.9, is_sure=True)
     measurements.chose(0.5, is_sure=False)
-    measurements.verified(4, 4)
+    for _ in range(4):
+        measurements.judged(is_accepted=True)
     measurements.lost()
     snapshot = measurements.snapshot()
     assert (snapshot.step_s, snapshot.round_trip_s) == (0.02, 0.1)

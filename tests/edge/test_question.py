@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from edge_agent.question import Question
-from fleet.messages import Assist, Token, Verified, Verify
+from fleet.messages import Verified, Verify
 
-ASSIST = Assist("s1", 3, 7, 100)
 VERIFY = Verify("s1", 3, 0, 7, (11, 12), 100)
 
 
@@ -17,37 +16,25 @@ def verified(
     return Verified("s1", request, start, accepted, token_id, (-1.0,) * num_logprobs)
 
 
-@pytest.mark.parametrize(
-    ("body", "answer"),
-    [
-        (ASSIST, Token("s1", 3, 7, 5, -1.0)),
-        (VERIFY, verified(2, None)),
-        (VERIFY, verified(1, 99)),
-        (VERIFY, verified(0, 99, num_logprobs=1)),
-    ],
-)
-def test_an_answer_that_fits_is_taken(body: Assist | Verify, answer: Token | Verified) -> None:
-    assert Question(body).is_answered_by(answer)
+@pytest.mark.parametrize("answer", [verified(2, None), verified(1, 99), verified(0, 99, num_logprobs=1)])
+def test_an_answer_that_fits_is_taken(answer: Verified) -> None:
+    assert Question(VERIFY).is_answered_by(answer)
 
 
 @pytest.mark.parametrize(
-    ("body", "answer"),
+    "answer",
     [
-        (ASSIST, Token("s1", 2, 7, 5, -1.0)),
-        (ASSIST, Token("s1", 3, 8, 5, -1.0)),
-        (ASSIST, verified(2, None)),
-        (VERIFY, Token("s1", 3, 7, 5, -1.0)),
-        (VERIFY, verified(2, None, request=2)),
-        (VERIFY, verified(2, None, start=8)),
-        (VERIFY, verified(2, 99, num_logprobs=3)),
-        (VERIFY, verified(1, None, num_logprobs=1)),
-        (VERIFY, verified(3, None, num_logprobs=3)),
-        (VERIFY, verified(1, 99, num_logprobs=1)),
+        verified(2, None, request=2),
+        verified(2, None, start=8),
+        verified(2, 99, num_logprobs=3),
+        verified(1, None, num_logprobs=1),
+        verified(3, None, num_logprobs=3),
+        verified(1, 99, num_logprobs=1),
     ],
     ids=str,
 )
-def test_an_answer_that_does_not_fit_is_none(body: Assist | Verify, answer: Token | Verified) -> None:
-    assert not Question(body).is_answered_by(answer)
+def test_an_answer_that_does_not_fit_is_none(answer: Verified) -> None:
+    assert not Question(VERIFY).is_answered_by(answer)
 
 
 def test_a_renewed_question_takes_no_answer_to_the_earlier_one() -> None:
@@ -59,5 +46,4 @@ def test_a_renewed_question_takes_no_answer_to_the_earlier_one() -> None:
 
 
 def test_the_worker_needs_every_position_but_that_of_the_newest_guess() -> None:
-    assert Question(ASSIST).num_positions == 8
     assert Question(VERIFY).num_positions == 9

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import queue
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import numpy as np
@@ -19,7 +17,6 @@ from fleet.codec import decode_to_worker, encode, unpack_chunk
 from fleet.memory import MemoryBroker, MemoryTransport
 from fleet.messages import (
     PROTOCOL,
-    Assist,
     Close,
     Context,
     Gap,
@@ -28,7 +25,6 @@ from fleet.messages import (
     Refused,
     Sampling,
     ToDevice,
-    Token,
     ToWorker,
     Verified,
     Verify,
@@ -132,39 +128,20 @@ def test_chunks_keep_to_the_workers_limit_and_each_position_goes_once(device: De
     assert len(first.chunk.data) == 64 * HIDDEN * 2 <= 1024
 
 
-def test_an_assist_brings_the_context_that_it_needs(device: Device, peer: Peer) -> None:
-    with device.uplink as uplink, ThreadPoolExecutor(1) as pool:
-        peer.accept()
-        uplink.offer(rows(0, 2))
-        asking = pool.submit(uplink.assist, 1)
-        assist = peer.next()
-        assert isinstance(assist, Assist)
-        assert assist.chunk
-        assert (assist.chunk.start, assist.chunk.count) == (0, 2)
-        peer.say(Token(SESSION, assist.request, 1, 7, -0.5))
-        token = asking.result(WAIT_S)
-    assert token is not None
-    assert (token.token_id, token.logprob) == (7, -0.5)
-
-
-def test_what_is_done_meanwhile_ends_with_the_answer(device: Device, peer: Peer) -> None:
-    def meanwhile() -> Iterator[None]:
-        assist = peer.next()
-        assert isinstance(assist, Assist)
-        yield
-        peer.say(Token(SESSION, assist.request, 1, 7, -0.5))
-        give_up = time.monotonic() + WAIT_S
-        while device.measurements.snapshot().num_round_trips == 0 and time.monotonic() < give_up:
-            time.sleep(0.001)
-        yield
-        raise AssertionError("advanced after the answer")
-
+def test_a_question_brings_the_context_that_it_needs(device: Device, peer: Peer) -> None:
     with device.uplink as uplink:
         peer.accept()
-        uplink.offer(rows(0, 2))
-        token = uplink.assist(1, meanwhile=meanwhile())
-    assert token is not None
-    assert token.token_id == 7
+        uplink.offer(rows(0, 3))
+        uplink.ask(1, [7, 8], [1])
+        verify = peer.next()
+        assert isinstance(verify, Verify)
+        assert verify.chunk
+        assert (verify.chunk.start, verify.chunk.count, verify.trusted) == (0, 3, (1,))
+        peer.say(Verified(SESSION, verify.request, 1, 0, 9, (-0.5,)))
+        verdict = uplink.verdict(WAIT_S)
+        assert not uplink.has_question
+    assert verdict is not None
+    assert (verdict.accepted, verdict.token_id) == (0, 9)
 
 
 def test_of_more_context_than_a_chunk_only_the_last_goes_with_the_question(device: Device, peer: Peer) -> None:
@@ -172,7 +149,7 @@ def test_of_more_context_than_a_chunk_only_the_last_goes_with_the_question(devic
         peer.accept(max_chunk_bytes=1024)
         for start in range(0, 70, 35):  # 64 positions are a chunk
             uplink.offer(rows(start, 35))
-        uplink.ask_verify(68, [7, 8])
+        uplink.ask(68, [7, 8])
         counts = []
         while isinstance(message := peer.next(), Context):
             counts.append(message.chunk.count)
@@ -190,7 +167,7 @@ def test_a_few_positions_wait_for_a_question_or_for_more(device: Device, peer: P
         assert isinstance(context, Context)
         assert (context.chunk.start, context.chunk.count) == (0, HELD_POSITIONS + 1)
         uplink.offer(rows(HELD_POSITIONS + 1, 1))
-        uplink.ask_verify(HELD_POSITIONS + 1, [7])
+        uplink.ask(HELD_POSITIONS + 1, [7])
         verify = peer.next()
         assert isinstance(verify, Verify)
         assert verify.chunk
@@ -202,7 +179,7 @@ def test_an_answer_to_a_repeated_question_is_measured_too(broker: MemoryBroker, 
     with device.uplink as uplink:
         peer.accept()
         uplink.offer(rows(0, 1))
-        uplink.ask_verify(0, [7])
+        uplink.ask(0, [7])
         first, again = peer.next(), peer.next()
         assert isinstance(first, Verify)
         assert isinstance(again, Verify)
@@ -232,11 +209,12 @@ def test_no_answer_by_the_deadline_loses_the_session_and_the_rest_does_not_wait(
     device = Device(broker, deadline_ms=50)
     with device.uplink as uplink:
         uplink.offer(rows(0, 1))
-        assert uplink.assist(0) is None
+        uplink.ask(0, [7], gives_up=True)
+        assert uplink.verdict(WAIT_S) is None
+        assert not uplink.has_question
+        assert not uplink.may_answer
         assert uplink.note is not None
         assert "in time" in uplink.note
-        assert uplink.assist(0) is None
-        assert uplink.num_assists == 1
     device.transport.close()
 
 
@@ -245,7 +223,8 @@ def test_a_refusal_ends_the_wait_at_once_and_says_why(device: Device, peer: Peer
         assert isinstance(peer.next(), Open)
         peer.say(Refused(SESSION, "busy", 1000, "no memory for 64 positions"))
         uplink.offer(rows(0, 1))
-        assert uplink.assist(0) is None
+        uplink.ask(0, [7], gives_up=True)
+        assert uplink.verdict(WAIT_S) is None
         assert uplink.note is not None
         assert "no memory" in uplink.note
 
@@ -260,7 +239,8 @@ def test_a_worker_that_goes_away_ends_the_wait_at_once(device: Device, peer: Pee
             peer.transport.drop()
         else:
             peer.announce(epoch=2)
-        assert uplink.assist(0) is None
+        uplink.ask(0, [7], gives_up=True)
+        assert uplink.verdict(WAIT_S) is None
         assert uplink.note is not None
         assert "went away" in uplink.note
 
@@ -294,7 +274,8 @@ def test_a_cut_link_is_a_lost_session_not_a_crash(device: Device, peer: Peer) ->
         uplink.offer(rows(0, 4))
         assert isinstance(peer.next(), Context)
         device.transport.drop()
-        assert uplink.assist(0) is None
+        uplink.ask(0, [7], gives_up=True)
+        assert uplink.verdict(WAIT_S) is None
         assert uplink.note is not None
         assert "link" in uplink.note
 
@@ -309,7 +290,7 @@ def test_a_lost_session_is_opened_again_and_goes_on_where_the_worker_is(device: 
         assert isinstance(opening, Open)
         assert opening.session == SESSION
         peer.say(Opened(SESSION, "w1", 1, 4096, WINDOW, ("float16",)))
-        uplink.ask_verify(3, [7])
+        uplink.ask(3, [7])
         again = peer.next()
         assert isinstance(again, Verify)
         assert again.chunk
@@ -322,7 +303,7 @@ def test_a_verify_outlives_the_worker_and_is_asked_anew_of_the_next(
     with device.uplink as uplink:
         peer.accept()
         uplink.offer(rows(0, 3))
-        uplink.ask_verify(1, [7, 8])
+        uplink.ask(1, [7, 8])
         first = peer.next()
         assert isinstance(first, Verify)
         second = Peer(broker, "w2")
@@ -381,7 +362,7 @@ def test_a_verify_that_was_taken_back_leaves_a_branch_on_which_no_worker_can_be(
     with device.uplink as uplink:
         peer.accept()
         uplink.offer(rows(0, 3))
-        uplink.ask_verify(1, [7, 8])
+        uplink.ask(1, [7, 8])
         assert isinstance(peer.next(), Verify)
         uplink.withdraw()
         peer.announce(epoch=2)

@@ -146,9 +146,15 @@ class Bench:
         return self.tell(Context(session, pack_chunk(branch, start, rows)), device)
 
     def verify(
-        self, start: int, draft: tuple[int, ...], request: int = 0, branch: int = 0, deadline_ms: int = 1000
+        self,
+        start: int,
+        draft: tuple[int, ...],
+        request: int = 0,
+        branch: int = 0,
+        deadline_ms: int = 1000,
+        trusted: tuple[int, ...] = (),
     ) -> list[ToDevice]:
-        return self.tell(Verify("s1", request, branch, start, draft, deadline_ms))
+        return self.tell(Verify("s1", request, branch, start, draft, deadline_ms, trusted=trusted))
 
     def assist(
         self, position: int, request: int = 0, session: str = "s1", device: str = DEVICE, deadline_ms: int = 1000

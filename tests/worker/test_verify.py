@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fleet.messages import Gap, Received, Sampling, Verified
+from fleet.messages import Gap, Opened, Received, Sampling, Verified
 from tests.worker.conftest import Bench
 
 NUM_ROWS, START = 16, 9
@@ -75,11 +75,28 @@ def test_a_branch_that_the_worker_does_not_know_begins_from_nothing(bench: Bench
     assert bench.verdict().accepted == len(expected)
 
 
-def test_opening_it_on_another_branch_starts_it_afresh(bench: Bench, expected: Tokens) -> None:
-    (opened,) = bench.open(branch=2)
-    assert opened.received == 0  # type: ignore[union-attr]
-    (again,) = bench.open(branch=2)
-    assert again == opened
+@pytest.mark.parametrize(("common", "kept"), [(0, 0), (START + 1, START + 1), (NUM_ROWS + 9, NUM_ROWS)])
+def test_opening_it_on_another_branch_keeps_what_all_branches_have_in_common(
+    bench: Bench, expected: Tokens, common: int, kept: int
+) -> None:
+    (opened,) = bench.open(branch=2, common=common)
+    assert isinstance(opened, Opened)
+    assert opened.received == kept
+    assert bench.open(branch=2) == [opened]
+    bench.context(bench.upload(NUM_ROWS)[kept:], start=kept, branch=2)
+    bench.verify(START, expected, branch=2)
+    assert bench.verdict().accepted == len(expected)
+
+
+def test_a_trusted_token_is_accepted_whatever_it_is_and_what_follows_it_is_judged(
+    bench: Bench, expected: Tokens
+) -> None:
+    bench.verify(START, spoiled(expected, 1), trusted=(1,))
+    verdict = bench.verdict()
+    assert verdict.accepted == len(expected)
+    assert verdict.logprobs[1] == 0.0
+    bench.verify(START, spoiled(spoiled(expected, 1), 2), request=1, trusted=(1,))
+    assert bench.verdict().accepted == 2
 
 
 def test_the_same_verify_again_gets_the_same_verdict(bench: Bench, expected: Tokens) -> None:
