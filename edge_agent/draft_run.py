@@ -85,8 +85,7 @@ class DraftRun:
 
         With `trusts_exits` a token of which an exit is sure is certain once all before it are, nothing is looked up,
         behind which an exit could have been sure, and the device goes on alone when no verdict comes within `wait_ms`.
-        At most `max_tokens` are drafted; with 0 what there is is settled.
-        Waits at most `SLICE_S` seconds.
+        At most `max_tokens` are drafted; with 0 what there is is settled. Waits at most `SLICE_S` seconds.
         """
         if self._num_asked and not self._uplink.has_question:  # lost
             self._num_asked = 0
@@ -155,9 +154,9 @@ class DraftRun:
         drafts = [Draft(choice.token_id, choice.logprob, source, chance, choice.confidence, choice.is_sure)]
         if not (trusts_exits or choice.is_sure) and self._acceptance.lookup_probability > chance:
             drafts = self._looked_up(min(room, MAX_LOOKUP)) or drafts
+        self.num_drafted += len(drafts) if self._drafts or not is_certain else 0
         self._drafts += drafts
         self._decoder.text += [draft.token_id for draft in drafts]
-        self.num_drafted += len(drafts)
 
     def _looked_up(self, room: int) -> list[Draft]:
         """What followed the last time that the text went like this."""
@@ -198,7 +197,8 @@ class DraftRun:
 
     def _learn(self, draft: Draft, *, is_accepted: bool) -> None:
         self._acceptance.update(draft.confidence, accepted=is_accepted)
-        self._measurements.judged(is_accepted=is_accepted)
+        if not self._asked_trusting:  # of the unsure ones alone, which are judged then, that share would be another
+            self._measurements.judged(is_accepted=is_accepted)
         if draft.confidence is None:
             return
         if draft.is_sure:

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import msgspec
+import paho.mqtt.client as paho
 import pytest
 
 from benchmarks.proxy import LINGER_0
@@ -19,6 +20,8 @@ from fleet.identity import Identity
 from fleet.mqtt import MqttTransport, _TlsSocket
 from provisioning.authority import CertificateAuthority
 from tests.brokers import BROKERS, HOST, Inbox, Site, free_port, running_site, wait_until
+
+WAIT_S = 10.0
 
 
 @pytest.fixture(params=BROKERS)
@@ -36,6 +39,17 @@ def test_nagles_algorithm_is_off(site: Site) -> None:
         sock = device._client.socket()
         assert isinstance(sock, socket.socket)
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_a_flush_returns_when_the_message_has_gone_or_its_time_is_over(site: Site) -> None:
+    with site.connect("d1") as device:
+        device.flush(WAIT_S)  # of nothing
+        device.publish(topics.to_worker("w1", "d1", "s1"), b"x" * 100_000)
+        device.flush(WAIT_S)
+        assert device._newest
+        assert device._newest.is_published()
+        device._newest = paho.MQTTMessageInfo(0)  # one that never goes
+        device.flush(0.01)
 
 
 def test_a_port_where_nobody_listens_is_named(site: Site) -> None:
