@@ -6,6 +6,7 @@ that it needs, asks again, and opens again what was lost. `opened` and `gap` mov
 every loss is mended by sending again from there, to the same worker or another.
 
 A few positions that nobody has asked about wait for company: they go with the next question, in one message (ADR 0025).
+While a question is out everything behind it waits: those are drafts, and may be rejected with the ones before them.
 """
 
 from __future__ import annotations
@@ -163,9 +164,11 @@ class Uplink:
         """Asks whether draft[i] follows position `start + i`, for every i that is not `trusted`.
 
         Returns when the question is on its way. It outlives a lost session; one that `gives_up` does not, nor its
-        deadline of `wait_ms` milliseconds.
+        deadline of `wait_ms` milliseconds, and where nobody may answer there is none.
         """
         with self._changed:
+            if gives_up and not self.may_answer:
+                return
             wait_ms = self._wait_ms(wait_ms)
             body = Verify(
                 self.session, self._num_questions, self._outbox.branch, start, tuple(draft), wait_ms,
@@ -376,10 +379,10 @@ class Uplink:
 
     @property
     def _is_held(self) -> bool:
-        """Whether what has not been sent is little, and no question needs it."""
+        """Whether what has not been sent is not needed yet: little, or drafts behind those that are being judged."""
         outbox, question = self._outbox, self._question
-        if question and question.answer is None and outbox.sent < question.num_positions:
-            return False
+        if question and question.answer is None:
+            return outbox.sent >= question.num_positions
         return outbox.available - outbox.sent <= HELD_POSITIONS
 
     def _due_question(self, now: float) -> Message | None:

@@ -174,6 +174,22 @@ def test_a_few_positions_wait_for_a_question_or_for_more(device: Device, peer: P
         assert (verify.chunk.start, verify.chunk.count) == (HELD_POSITIONS + 1, 1)
 
 
+def test_drafts_behind_a_question_wait_for_its_answer(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 2))
+        uplink.ask(1, [7])
+        first = peer.next()
+        assert isinstance(first, Verify)
+        uplink.offer(rows(2, 9))
+        peer.say(Verified(SESSION, first.request, 1, 1, None, (-0.5,)))
+        assert uplink.verdict(WAIT_S)
+        context = peer.next()
+        assert isinstance(context, Context)
+        assert (context.chunk.start, context.chunk.count) == (2, 9)
+    assert isinstance(peer.next(), Close)
+
+
 def test_an_answer_to_a_repeated_question_is_measured_too(broker: MemoryBroker, peer: Peer) -> None:
     device = Device(broker, deadline_ms=3000)
     with device.uplink as uplink:
