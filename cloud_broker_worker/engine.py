@@ -109,7 +109,7 @@ class Engine:
         session = self.sessions.get(key)
         if session and message.epoch < session.opening.epoch:
             return None  # late, from before the device started again
-        if session is None or not same_terms(session.opening, message):
+        if session is None or not same_terms(session.opening, message) or session.branch != message.branch:
             if refused := self._why_not(key, message):
                 return refused
             try:
@@ -117,8 +117,6 @@ class Engine:
             except PoolFullError as error:
                 can_ever_fit = self.memory.can_ever_fit(message.max_positions)
                 return self._refused(key, error.code, str(error), self._config.retry_after_ms if can_ever_fit else 0)
-        if session.branch != message.branch:
-            session.rewind(message.common, message.branch)
         session.last_used, session.last_request = arrived, -1
         config = self._config
         return Opened(

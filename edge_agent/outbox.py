@@ -17,13 +17,11 @@ LIMIT: Final = np.finfo(np.float16).max
 class Outbox:
     """Positions [0, available) in FP16, of which [0, sent) have been sent and [0, acknowledged) have arrived.
 
-    What is between the last two never exceeds the worker's window. Every loss is mended by moving `sent` back. A worker
-    that is on another branch has positions [0, common) as they are here.
+    What is between the last two never exceeds the worker's window. Every loss is mended by moving `sent` back.
     """
 
     def __init__(self, capacity: int, hidden_size: int, dtype: str = FLOAT16) -> None:
         self.branch = 0
-        self.common = capacity
         self.available = 0
         self.sent = 0
         self.acknowledged = 0
@@ -43,23 +41,12 @@ class Outbox:
     def rewind(self, num_positions: int) -> None:
         """Forgets every position from `num_positions` on and begins the next branch."""
         self.branch += 1
-        self.common = min(self.common, num_positions)
         self.available = min(self.available, num_positions)
         self.sent = min(self.sent, num_positions)
         self.acknowledged = min(self.acknowledged, num_positions)
 
-    def fork(self, common: int) -> None:
-        """Goes to a branch that no worker can be on; whatever it has made of a draft, it has [0, common) as we do."""
-        self.branch += 2
-        self.common = min(self.common, common)
-
-    def begin(self, opened: Opened, *, is_only_one: bool = True) -> None:
-        """Goes on from what the worker has, within the limits that it names.
-
-        If it `is_only_one` that ever had the session, there is none left on another branch.
-        """
-        if is_only_one:
-            self.common = len(self._rows)
+    def begin(self, opened: Opened) -> None:
+        """Goes on from what the worker has, within the limits that it names."""
         self._dtype = self._wanted_dtype if self._wanted_dtype in opened.dtypes else FLOAT16
         size = row_bytes(self._rows.shape[1], self._dtype)
         self._max_chunk = max(1, opened.max_chunk_bytes // size)

@@ -96,7 +96,6 @@ class Uplink:
         self._num_losses = 0
         self._num_failed_opens = 0
         self._worker_epoch: int | None = None
-        self._holders: set[str] = set()  # workers that have taken the session, and may have some of it still
         self._question: Question | None = None
         self._num_questions = 0
         self._state = LinkState.IDLE
@@ -203,11 +202,12 @@ class Uplink:
     def withdraw(self) -> None:
         """Takes an unanswered question back.
 
-        A worker may have rejected its draft and be a branch ahead: the device goes to one that no worker can be on.
+        A worker may have rejected its draft and be a branch ahead: the device goes to one that no worker can be on, and
+        the session is taken afresh.
         """
         with self._changed:
             if self._question:
-                self._outbox.fork(self._question.body.start + 1)
+                self._outbox.branch += 2
             self._question = None
 
     def _let_go(self) -> None:
@@ -285,8 +285,7 @@ class Uplink:
         self.worker, self._worker_epoch = message.worker, self._workers.epoch(message.worker)
         self._num_failed_opens = 0
         self.refusal = None
-        self._holders.add(message.worker)
-        self._outbox.begin(message, is_only_one=len(self._holders) == 1)
+        self._outbox.begin(message)
         if self._question:
             self._question.renew(self._num_questions, self._outbox.branch)
             self._num_questions += 1
@@ -360,9 +359,7 @@ class Uplink:
 
     def _again(self, now: float) -> Message:
         self._open_at = now + self._patience_s
-        outbox, question = self._outbox, self._question
-        common = min(outbox.common, question.body.start + 1) if question else outbox.common
-        opening = msgspec.structs.replace(self._opening, branch=outbox.branch, common=common)
+        opening = msgspec.structs.replace(self._opening, branch=self._outbox.branch)
         return Message(topics.open_session(self._transport.name), opening, qos=1)
 
     def _due_context(self, now: float) -> Message | None:

@@ -35,8 +35,8 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
 class Open(Struct, frozen=True, tag_field="type", tag="open"):
     """Device to workers: take this session. `max_positions` bounds the KV cache that it will need.
 
-    `branch` is how many rejected drafts the device knows of. A worker that has the session on another branch goes over
-    to this one, and keeps of what it has the first `common` positions, which every branch has in common.
+    `branch` is how many rejected drafts the device knows of: a worker that has the session on another branch starts
+    it afresh.
     """
 
     session: Id
@@ -47,7 +47,6 @@ class Open(Struct, frozen=True, tag_field="type", tag="open"):
     max_positions: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
     deadline_ms: DeadlineMs
     branch: Count = 0
-    common: Count = 0
 
 
 class Opened(Struct, frozen=True, tag_field="type", tag="opened"):

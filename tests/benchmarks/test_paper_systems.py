@@ -84,8 +84,8 @@ def test_tokens_are_counted_by_where_they_are_from(rows: dict[str, Row]) -> None
 
 
 def test_a_split_waits_once_a_token(rows: dict[str, Row]) -> None:
-    assert {rows[name].round_trips for name in (*SPLITS, "collaborative@1.0")} == {TOKENS}
-    assert 0 < rows["verified"].round_trips <= TOKENS
+    assert {rows[name].round_trips for name in SPLITS} == {TOKENS}
+    assert all(0 < rows[name].round_trips <= TOKENS for name in ("collaborative@1.0", "verified"))
     assert rows["standalone"].round_trips == 0
     assert rows[NAIVE_SPLIT].traffic.messages_up == rows[NAIVE_SPLIT].traffic.messages_down == TOKENS
 
@@ -114,7 +114,7 @@ def test_work_is_counted_on_the_side_where_it_is_done(rows: dict[str, Row], tiny
     assert ours.layer_positions_edge >= positions * split  # steps behind wrong guesses are work, too
     assert ours.layer_positions_cloud >= positions * (model.num_layers - split)
     assert ours.head_calls >= TOKENS * (1 + len(tiny_bundle.manifest.exits))
-    assert ours.head_calls_cloud == TOKENS
+    assert ours.head_calls_cloud >= TOKENS
     assert rows["verified"].layer_positions_edge > rows["standalone"].layer_positions_edge > 0
     assert rows["standalone"].layer_positions_cloud == 0
 

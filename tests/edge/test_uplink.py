@@ -234,32 +234,6 @@ def test_no_answer_by_the_deadline_loses_the_session_and_the_rest_does_not_wait(
     device.transport.close()
 
 
-def test_a_worker_that_took_the_session_alone_leaves_nothing_in_doubt(
-    broker: MemoryBroker, device: Device, peer: Peer
-) -> None:
-    def reopened() -> Open:
-        opening = peer.next()
-        while not isinstance(opening, Open):
-            opening = peer.next()
-        peer.say(Opened(SESSION, "w1", opening.common, 4096, WINDOW, ("float16",)))
-        return opening
-
-    with device.uplink as uplink:
-        peer.accept()
-        uplink.offer(rows(0, 3))
-        uplink.ask(1, [7, 8])
-        assert isinstance(peer.next(), Verify)
-        uplink.withdraw()
-        peer.announce(epoch=2)
-        assert reopened().common == 2
-        uplink.offer(rows(3, 4))
-        assert isinstance(peer.next(), Context)
-        uplink.ask(5, [7])
-        assert isinstance(peer.next(), Verify)
-        peer.announce(epoch=3)
-        assert reopened().common == 6
-
-
 def test_a_refusal_ends_the_wait_at_once_and_says_why(device: Device, peer: Peer) -> None:
     with device.uplink as uplink:
         assert isinstance(peer.next(), Open)
@@ -411,4 +385,3 @@ def test_a_verify_that_was_taken_back_leaves_a_branch_on_which_no_worker_can_be(
         opening = peer.next()
         assert isinstance(opening, Open)
         assert opening.branch > 1  # where a worker that rejected the draft would be
-        assert opening.common == 2  # whatever it made of the draft

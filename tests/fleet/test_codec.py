@@ -29,10 +29,9 @@ from fleet.messages import (
 WIRE: list[tuple[Message, bytes]] = [
     (
         Open("s1", 7, "b1", 1, Sampling(0.5, 1.0, 40, 9), 2048, 1500),
-        b"\x8a\xa4type\xa4open\xa7session\xa2s1\xa5epoch\x07\xa9bundle_id\xa2b1\xa8protocol\x01"
+        b"\x89\xa4type\xa4open\xa7session\xa2s1\xa5epoch\x07\xa9bundle_id\xa2b1\xa8protocol\x01"
         b"\xa8sampling\x84\xabtemperature\xcb\x3f\xe0\0\0\0\0\0\0\xa5top_p\xcb\x3f\xf0\0\0\0\0\0\0\xa5top_k\x28\xa4seed\x09"
-        b"\xadmax_positions\xcd\x08\x00\xabdeadline_ms\xcd\x05\xdc\xa6branch\x00"
-        b"\xa6common\x00",
+        b"\xadmax_positions\xcd\x08\x00\xabdeadline_ms\xcd\x05\xdc\xa6branch\x00",
     ),
     (
         Opened("s1", "w1", 300, 65536, 1 << 20, ("float16", "int8")),

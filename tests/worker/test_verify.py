@@ -75,17 +75,11 @@ def test_a_branch_that_the_worker_does_not_know_begins_from_nothing(bench: Bench
     assert bench.verdict().accepted == len(expected)
 
 
-@pytest.mark.parametrize(("common", "kept"), [(0, 0), (START + 1, START + 1), (NUM_ROWS + 9, NUM_ROWS)])
-def test_opening_it_on_another_branch_keeps_what_all_branches_have_in_common(
-    bench: Bench, expected: Tokens, common: int, kept: int
-) -> None:
-    (opened,) = bench.open(branch=2, common=common)
+def test_opening_it_on_another_branch_starts_it_afresh(bench: Bench, expected: Tokens) -> None:
+    (opened,) = bench.open(branch=2)
     assert isinstance(opened, Opened)
-    assert opened.received == kept
+    assert opened.received == 0
     assert bench.open(branch=2) == [opened]
-    bench.context(bench.upload(NUM_ROWS)[kept:], start=kept, branch=2)
-    bench.verify(START, expected, branch=2)
-    assert bench.verdict().accepted == len(expected)
 
 
 def test_a_trusted_token_is_accepted_whatever_it_is_and_what_follows_it_is_judged(
