@@ -69,7 +69,8 @@ class Device:
         drafts: list[_Draft] = []
         times: list[float] = []  # of the tokens that are certain
         while len(times) < recording.num_answer:
-            if not drafts or self._is_worth_another(drafts, recording, len(times)):
+            may_draft = self._may_draft(drafts, recording, len(times))
+            if not drafts or (may_draft and self._is_worth_another(drafts)):
                 drafts.append(draft := self._draft(recording, len(times) + len(drafts)))
                 now = yield draft.seconds
             else:
@@ -78,7 +79,11 @@ class Device:
                 yield upload.question(start, drafts[:num_asked])
                 answered_at = yield None
                 self._round_trip.add(answered_at - asked_at)
-                while now < answered_at and self._goes_on(drafts, recording, len(times), now - asked_at):
+                while (
+                    now < answered_at
+                    and self._may_draft(drafts, recording, len(times))
+                    and self._goes_on(drafts, now - asked_at)
+                ):
                     drafts.append(draft := self._draft(recording, len(times) + len(drafts)))
                     now += draft.seconds
                 now = (yield now - answered_at) if now > answered_at else answered_at
@@ -108,14 +113,13 @@ class Device:
             block == deepest,
         )
 
-    def _is_worth_another(self, drafts: Sequence[_Draft], recording: Recording, num_certain: int) -> bool:
-        if not self.works or num_certain + len(drafts) == recording.num_answer:
-            return False
+    def _may_draft(self, drafts: Sequence[_Draft], recording: Recording, num_certain: int) -> bool:
+        return self.works and num_certain + len(drafts) < recording.num_answer
+
+    def _is_worth_another(self, drafts: Sequence[_Draft]) -> bool:
         return worth_drafting(_survival(drafts), drafts[-1].seconds, self._round_trip.value)
 
-    def _goes_on(self, drafts: Sequence[_Draft], recording: Recording, num_certain: int, elapsed_s: float) -> bool:
-        if not self.works or num_certain + len(drafts) == recording.num_answer:
-            return False
+    def _goes_on(self, drafts: Sequence[_Draft], elapsed_s: float) -> bool:
         return worth_guessing(_survival(drafts), drafts[-1].seconds, max(0.0, self._round_trip.value - elapsed_s))
 
     def _settle(self, drafts: Sequence[_Draft]) -> tuple[int, bool]:

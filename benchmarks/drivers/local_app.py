@@ -13,7 +13,7 @@ from edge_agent.agent import prompts_of
 from fleet import topics
 from fleet.codec import decode_to_worker
 from fleet.errors import FleetError
-from fleet.messages import Assist, Verify
+from fleet.messages import Verify
 from fleet.prompt import PromptRequest, Reply, decode_reply
 from fleet.transport import Handler, Transport
 
@@ -108,10 +108,5 @@ class LocalApp(Transport):
 
 
 def _num_rows(payload: bytes) -> int:
-    match decode_to_worker(payload):
-        case Assist():
-            return 1
-        case Verify(draft=draft):
-            return len(draft)
-        case _:
-            return 0
+    message = decode_to_worker(payload)
+    return len(message.draft) if isinstance(message, Verify) else 0
