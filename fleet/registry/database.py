@@ -22,11 +22,23 @@ from fleet.errors import MissingExtraError, RegistryError
 BUSY_TIMEOUT_S: Final = 30.0
 """How long a write waits for what another process has locked: the SQLite file, or rows in PostgreSQL."""
 
+QUERY_TIMEOUT_S: Final = 60.0
+"""How long PostgreSQL works on one statement; a migration may take longer."""
+
 RETRY_S: Final = 0.05
 CONNECT_TIMEOUT_S: Final = 10
+LOST_SERVER: Final = {
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
+"""By libpq's names, in seconds and milliseconds: a connection whose server says nothing at all ends after a minute."""
+
 PRIMARY_CODE: Final = 0xFF  # of SQLite's extended ones
 LOCKED: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, "55P03"})
 FULL: Final = frozenset({sqlite3.SQLITE_FULL, "53100"})
+SLOW: Final = "57014"
 BROKEN: Final = frozenset({sqlite3.SQLITE_CORRUPT, "XX001", "XX002"})
 MIGRATION_LOCK: Final = 0xCEC0_11A3
 """PostgreSQL's advisory lock for whoever migrates: several processes may open a new database at once."""
@@ -84,6 +96,8 @@ def _what_failed(error: SQLAlchemyError) -> str:
     reason = " ".join(str(cause).split())
     if code in LOCKED:
         return f"was locked for {BUSY_TIMEOUT_S:g} s ({reason}); end the process that holds it, or try again"
+    if code == SLOW:
+        return f"worked for {QUERY_TIMEOUT_S:g} s on one question ({reason}); ask for less, or see what keeps it busy"
     if code in FULL:
         return f"has no room for more ({reason}); free some on its disk: nothing of this change is stored"
     if code == sqlite3.SQLITE_IOERR:
@@ -131,11 +145,12 @@ def _create(url: URL, **options: Any) -> Engine:
 
 
 def _postgresql(url: URL) -> Engine:
-    engine = _create(url, connect_args={"connect_timeout": CONNECT_TIMEOUT_S})
+    engine = _create(url, connect_args={"connect_timeout": CONNECT_TIMEOUT_S, **LOST_SERVER})
 
     @event.listens_for(engine, "connect")
     def connected(connection: Any, _: object) -> None:
         connection.execute(f"SET lock_timeout = {round(1000 * BUSY_TIMEOUT_S)}")
+        connection.execute(f"SET statement_timeout = {round(1000 * QUERY_TIMEOUT_S)}")
         connection.commit()
 
     return engine
@@ -209,6 +224,7 @@ def _sqlite(url: URL) -> Engine:
 
 def _migrate(connection: Connection) -> None:
     if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
         connection.execute(select(func.pg_advisory_xact_lock(MIGRATION_LOCK)))
     config = alembic_config()
     config.attributes["connection"] = connection

@@ -123,6 +123,19 @@ def test_opening_a_postgresql_registry_that_somebody_migrates_does_not_wait_for_
             Registry.open(url)
 
 
+def test_a_question_that_postgresql_works_on_for_too_long_is_given_up(
+    postgresql: Databases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "QUERY_TIMEOUT_S", 0.3)
+    with postgresql.database() as url, Registry.open(url) as registry:
+        add(registry, "edge-1")
+        with psycopg.connect(url) as other:
+            other.execute("ALTER TABLE identities RENAME TO kept")
+            other.execute("CREATE VIEW identities AS SELECT kept.* FROM kept, pg_sleep(60)")
+        with pytest.raises(RegistryError, match=r"worked for 0.3 s on one question \(.*\); ask for less"):
+            registry.identities()
+
+
 def test_a_sqlite_file_that_is_deleted_is_missed_and_no_other_is_made(tmp_path: Path) -> None:
     path = tmp_path / "registry.sqlite"
     with Registry.open(path) as registry:
