@@ -91,8 +91,9 @@ def _record(
             began = time.perf_counter()
             candidates.append(cascade.run(k))
             times.append(time.perf_counter() - began)
+        stop = cascade.num_filled(block)
         rows = cascade.hidden_states(block, start).astype(np.float16)
-        logits = upper([Chunk(lease, rows, start, cascade.num_filled(block))])
+        logits = upper([Chunk(lease, rows, start, stop, [stop - 1])])
         waiting = [int(logits.argmax())]
         token_ids += waiting
         guesses.append(int(candidates[-1].token_ids[0]))

@@ -94,9 +94,9 @@ class WorkerBench:
         layers, equal = self._layers(None, 1), 0
         pool = layers.new_pool(POOL_BYTES)
         for recording in self.recordings:
-            length, num_asked = len(recording.token_ids), recording.num_answer - 1
-            lease = pool.lease(length)
-            logits = layers([Chunk(lease, recording.hidden_states[:-1], 0, length - 1, num_asked)])
+            length, stop = len(recording.token_ids), len(recording.token_ids) - 1
+            lease, asked = pool.lease(length), range(recording.num_prompt - 1, stop)
+            logits = layers([Chunk(lease, recording.hidden_states[:-1], 0, stop, asked)])
             equal += int((logits.argmax(-1).numpy() == recording.token_ids[recording.num_prompt :]).sum())
             pool.take_back(lease)
         return equal / sum(recording.num_answer - 1 for recording in self.recordings)

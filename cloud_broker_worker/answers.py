@@ -44,15 +44,20 @@ def num_candidates(samplings: Sequence[Sampling], top_k: int) -> int:
 
 
 def make_choices(question: Question, candidates: Candidates, sampling: Sampling) -> None:
-    """Chooses the tokens that follow the next positions of a question, until it is decided."""
-    for token_ids, logprobs in zip(candidates.token_ids, candidates.logprobs, strict=True):
-        if question.is_decided:
-            return
+    """Chooses the tokens that follow the next positions of a question, until it is decided.
+
+    `candidates` are those after the next positions that are judged; a trusted token takes none.
+    """
+    rows = zip(candidates.token_ids, candidates.logprobs, strict=True)
+    while not question.is_decided:
         if (index := len(question.choices)) in question.trusted:
             question.choices.append(Choice(question.draft[index], 0.0))
-            continue
-        chosen = draw(logprobs, token_ids, question.next_choice, sampling)
-        question.choices.append(Choice(int(token_ids[chosen]), float(logprobs[chosen])))
+        elif row := next(rows, None):
+            token_ids, logprobs = row
+            chosen = draw(logprobs, token_ids, question.next_choice, sampling)
+            question.choices.append(Choice(int(token_ids[chosen]), float(logprobs[chosen])))
+        else:
+            return
 
 
 def answer_of(question: Question, session: str, busy_ms: float) -> Token | Verified:

@@ -261,13 +261,13 @@ class Engine:
             return
         first = 0
         for session, chunk in work:
-            self._conclude(session, candidates.rows(first, first + chunk.num_outputs))
-            first += chunk.num_outputs
+            self._conclude(session, candidates.rows(first, first + len(chunk.outputs)))
+            first += len(chunk.outputs)
 
     def _conclude(self, session: Session, candidates: Candidates) -> None:
         """What follows from the tokens that the worker would choose after the positions that were asked about."""
         question = session.question
-        if question is None or not len(candidates.token_ids):
+        if question is None:
             return
         if not candidates.is_finite.all():
             self._give_up(session, "internal", "the worker failed: the upper layers gave no finite logits")
@@ -339,5 +339,5 @@ def next_chunk(session: Session, count: int) -> Chunk:
     assert session.lease is not None
     start = session.next_position
     stop = start + count
-    num_outputs = max(0, stop - session.question.next_choice) if session.question else 0
-    return Chunk(session.lease, session.store.rows[start:stop], start, stop, num_outputs)
+    outputs = session.question.judged(stop) if session.question else []
+    return Chunk(session.lease, session.store.rows[start:stop], start, stop, outputs)

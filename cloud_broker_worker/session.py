@@ -61,6 +61,10 @@ class Question:
         """The position after which the next token is to be chosen."""
         return self.first + len(self.choices)
 
+    def judged(self, stop: int) -> list[int]:
+        """The positions before `stop` after which tokens are still to be chosen, without those that are trusted."""
+        return [i for i in range(self.next_choice, min(stop, self.stop)) if i - self.first not in self.trusted]
+
     @property
     def num_accepted(self) -> int:
         """How many of the choices are the draft's, up to the first that is not."""

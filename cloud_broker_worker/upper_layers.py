@@ -31,14 +31,14 @@ ATTENTION: Final = "cecollm_ragged"
 class Chunk(NamedTuple):
     """Positions [start, stop) of one session; [0, start) have run, and `start` is at most the lease's length.
 
-    `hidden_states` [stop - start, hidden] float16 enter the upload layer; logits are wanted of the last `num_outputs`.
+    `hidden_states` [stop - start, hidden] float16 enter the upload layer; logits are wanted of the positions `outputs`.
     """
 
     lease: KvLease
     hidden_states: Float16
     start: int
     stop: int
-    num_outputs: int = 1
+    outputs: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class UpperLayers:
     def __call__(self, chunks: Sequence[Chunk]) -> Tensor:
         """Runs every chunk's positions and adds them to its cache.
 
-        Gives logits [sum of num_outputs, vocab] float32, those of each chunk's last positions, in order.
+        Gives logits [number of outputs, vocab] float32, chunk by chunk.
         """
         spans = make_spans(chunks)
         rows = np.concatenate([chunk.hidden_states for chunk in chunks])
@@ -158,8 +158,8 @@ class UpperLayers:
             hidden = out[0] if isinstance(out, tuple) else out
         for span in spans:
             span.lease.length = max(span.lease.length, span.stop)
-        wanted = [torch.arange(s.rows.stop - c.num_outputs, s.rows.stop) for s, c in zip(spans, chunks, strict=True)]
-        logits: Tensor = self._model.lm_head(decoder.norm(hidden[0, torch.cat(wanted)]))
+        wanted = [s.rows.start + i - c.start for s, c in zip(spans, chunks, strict=True) for i in c.outputs]
+        logits: Tensor = self._model.lm_head(decoder.norm(hidden[0, torch.tensor(wanted, dtype=torch.long)]))
         return logits
 
 

@@ -55,7 +55,7 @@ class _Layers:
         start, stop = lease.length, lease.length + len(rows)
         self.positions += len(rows)
         self.head_calls += 1
-        return int(self._layers([Chunk(lease, rows, start, stop)]).argmax())
+        return int(self._layers([Chunk(lease, rows, start, stop, [stop - 1])]).argmax())
 
 
 class WholeCloudModel(_Layers):

@@ -57,7 +57,7 @@ class Reading:
 
     def _run(self, start: int, stop: int, num_outputs: int) -> Tensor:
         rows = self._cascade.hidden_states(self._block, start)[: stop - start].astype(np.float16)
-        return self._upper([Chunk(self._lease, rows, start, stop, num_outputs)])
+        return self._upper([Chunk(self._lease, rows, start, stop, range(stop - num_outputs, stop))])
 
     def judge(self, token_ids: Sequence[int]) -> Verdict:
         """The verdict on an answer of at least one token."""

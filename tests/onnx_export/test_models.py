@@ -73,7 +73,7 @@ def test_device_and_worker_together_are_the_whole_model(name: str, tmp_path: Pat
                 logprobs = whole.model.lm_head(state).log_softmax(-1).numpy()
             np.testing.assert_allclose(candidates.logprobs, logprobs[candidates.token_ids], atol=1e-4)
         uploaded = cascade.hidden_states(len(EXITS) - 1, 0).astype(np.float16)
-        logits = upper([Chunk(lease, uploaded[start:], start, stop)])[0]
+        logits = upper([Chunk(lease, uploaded[start:], start, stop, [stop - 1])])[0]
         torch.testing.assert_close(logits, whole.logits(uploaded, 2)[-1], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(logits, expected.logits[0, stop - 1], rtol=0, atol=0.02)  # uploads are float16
     for block, layer in enumerate(EXITS):

@@ -32,7 +32,7 @@ class Sequence:
 
     def chunk(self, start: int = 0, stop: int | None = None, num_outputs: int = 1) -> Chunk:
         stop = len(self.rows) if stop is None else stop
-        return Chunk(self.lease, self.rows[start:stop], start, stop, num_outputs)
+        return Chunk(self.lease, self.rows[start:stop], start, stop, range(stop - num_outputs, stop))
 
 
 @pytest.mark.parametrize("upload_layer", [1, 2, 3])

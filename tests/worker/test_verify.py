@@ -93,6 +93,36 @@ def test_a_trusted_token_is_accepted_whatever_it_is_and_what_follows_it_is_judge
     assert bench.verdict().accepted == 2
 
 
+def test_a_draft_that_is_trusted_whole_is_accepted_and_the_next_question_is_answered_right(
+    bench: Bench, expected: Tokens
+) -> None:
+    bench.verify(START, spoiled(expected[:-1], 0), trusted=tuple(range(len(expected) - 1)))
+    verdict = bench.verdict()
+    assert (verdict.accepted, set(verdict.logprobs)) == (len(expected) - 1, {0.0})
+    bench.assist(NUM_ROWS - 1, request=1)
+    assert bench.token().token_id == expected[-1]
+
+
+@pytest.mark.parametrize("max_batch_positions", [1, 3, 64])
+def test_logits_are_computed_for_judged_tokens_alone(bench: Bench, max_batch_positions: int) -> None:
+    bench.start(max_batch_positions=max_batch_positions)
+    bench.open()
+    rows = bench.upload(NUM_ROWS)
+    expected = bench.expected_tokens(rows, START)
+    bench.context(rows)
+    counted: list[int] = []
+    hook = bench.layers._model.lm_head.register_forward_hook(lambda _, args, out: counted.append(len(out)))
+    try:
+        bench.verify(START, expected, trusted=(0, 2, 3))
+        answers = [message for _ in range(NUM_ROWS) for message in bench.step().values()]
+    finally:
+        hook.remove()
+    (verdict,) = answers
+    assert isinstance(verdict, Verified)
+    assert verdict.accepted == len(expected)
+    assert sum(counted) == len(expected) - 3
+
+
 def test_the_same_verify_again_gets_the_same_verdict(bench: Bench, expected: Tokens) -> None:
     draft = spoiled(expected, 1)
     bench.verify(START, draft, request=7)
