@@ -32,9 +32,9 @@ class Candidates(NamedTuple):
 def best_candidates(logits: torch.Tensor, num_candidates: int) -> Candidates:
     """Those of logits [rows, vocab], at most `num_candidates` of each row."""
     logits = logits.float()
-    normalizer = logits.logsumexp(-1, keepdim=True)
+    normalizer = logits.logsumexp(-1, keepdim=True)  # NaN or infinite as soon as a logit is NaN or +inf
     best, token_ids = logits.topk(min(num_candidates, logits.shape[-1]))
-    is_finite = logits.isfinite().all(-1)
+    is_finite = normalizer[:, 0].isfinite()
     return Candidates(token_ids.cpu().numpy(), (best - normalizer).cpu().numpy(), is_finite.cpu().numpy())
 
 
