@@ -66,7 +66,11 @@ def record(
             capacity = len(prompt_ids) + max_new_tokens
             batch.append(Answering(cascade_of(partition, capacity), pool.lease(capacity), prompt_ids, number))
         said = [ask_exits(answer, block, len(manifest.exits)) for answer in batch]
-        logits = upper([chunk_of(a.lease, a.uploaded, a.lease.length, a.cascade.num_tokens) for a in batch])
+        stops = [answer.cascade.num_tokens for answer in batch]
+        logits = upper([
+            chunk_of(answer.lease, answer.uploaded, answer.lease.length, stop, [stop - 1])
+            for answer, stop in zip(batch, stops, strict=True)
+        ])  # fmt: skip
         for answer, exits, token_id in zip(batch, said, logits.argmax(-1).tolist(), strict=True):
             equal = [int(candidates.token_ids[0]) == token_id for candidates in exits]
             rows.append((answer.number, [candidates.confidence for candidates in exits], equal))
