@@ -29,10 +29,10 @@ from benchmarks.engines import Engine
 from benchmarks.fidelity import PROMPTS, Answer, agreement, default_answers
 from benchmarks.graphs import EdgeGraphs
 from benchmarks.peers import peers
+from fleet.cli.lazy import load, require
 from fleet.command import check_writable, run_command
 from fleet.cpu import CPUINFO, instruction_sets
 from fleet.errors import ConfigError
-from fleet.exits.plot import COLOURS, text
 from onnx_export.config import QUANTIZATIONS, ExportConfig, Quantization
 from onnx_export.default import default_bundle
 
@@ -202,6 +202,8 @@ def run(
 ) -> None:
     """Measure the edge engine beside llama.cpp and onnxruntime-genai, and what a device costs."""
     check_writable(plot=plot)
+    if plot:
+        require("plots", "matplotlib")
     console = Console(stderr=True)
     parts = parse_list(only, PARTS, "part")
     chosen = parse_list(presets, get_args(Quantization), "preset")
@@ -229,7 +231,7 @@ def run(
     if "growth" in parts:
         result["growth_10000_tokens"] = bench.growth()
     if plot:
-        plot.write_text(plot_engines(result["rows"]), encoding="utf-8")
+        load("fleet.plots").save(load("benchmarks.plots").plot_engines(result["rows"]), plot)
     if as_json:
         print(json.dumps(result))
     else:
@@ -270,47 +272,6 @@ def show(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {show(inner)}" for key, inner in value.items()) + "}"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-WIDTH: Final = 720
-HEIGHT: Final = 420
-LEFT: Final = 64
-RIGHT: Final = 220
-TOP: Final = 40
-BOTTOM: Final = 52
-
-
-def plot_engines(rows: Sequence[dict[str, Any]]) -> str:
-    """An SVG with speed over agreement, one mark an engine with the most threads; rows without either are left out."""
-    whole = [row for row in rows if row["threads"] == max(THREADS) and row["agreement"] and "tokens_per_s" in row]
-    low = min([0.9, *(row["agreement"] for row in whole)])
-    top = max([1.0, *(row["tokens_per_s_high"] for row in whole)]) * 1.1
-
-    def place(same: float, speed: float) -> tuple[float, float]:
-        x = LEFT + (same - low) / (1 - low) * (WIDTH - LEFT - RIGHT)
-        return x, HEIGHT - BOTTOM - speed / top * (HEIGHT - TOP - BOTTOM)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        text(LEFT, 22, f"the whole model on {max(THREADS)} threads", size=15),
-    ]
-    for i in range(6):
-        x, y = place(low + (1 - low) * i / 5, top * i / 5)
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(text(LEFT - 8, y + 4, f"{top * i / 5:.0f}", anchor="end"))
-        parts.append(text(x, HEIGHT - BOTTOM + 18, f"{low + (1 - low) * i / 5:.3f}", anchor="middle"))
-    parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, "agreement with float32", anchor="middle"))
-    parts.append(text(16, HEIGHT / 2, "tokens per second", anchor="middle", turn=-90))
-    for i, row in enumerate(whole):
-        colour = COLOURS[i % len(COLOURS)]
-        x, y = place(row["agreement"], row["tokens_per_s"])
-        ends = [place(row["agreement"], row[f"tokens_per_s_{end}"])[1] for end in ("low", "high")]
-        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}" stroke="{colour}"/>')
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>')
-        parts.append(f'<rect x="{WIDTH - RIGHT + 14}" y="{TOP + 20 * i}" width="12" height="12" fill="{colour}"/>')
-        parts.append(text(WIDTH - RIGHT + 32, TOP + 10 + 20 * i, f"{row['engine']} {row['preset']}"))
-    return "\n".join([*parts, "</svg>", ""])
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ import typer
 from rich.console import Console
 
 from fleet.cli.heads import evaluation, print_exits, print_targets, recorded
+from fleet.cli.lazy import load, require
 from fleet.command import check_writable
-from fleet.exits.plot import plot_curves
 from fleet.exits.thresholds import Point, frontier, measure
 from fleet.manifest import Bundle
 from onnx_export.bundle import export_bundle
@@ -48,6 +48,8 @@ def run(
 ) -> None:
     """Measure the exits of one or more configurations on the same prompts."""
     check_writable(plot=plot)
+    if plot:
+        require("plots", "matplotlib")
     errors, console = Console(stderr=True), Console()
     configurations = [EXITS, *(tuple(map(int, text.split(","))) for text in exits or ["8,15"])]
     results: dict[str, Any] = {}
@@ -66,7 +68,8 @@ def run(
             print_exits(console, results[show(layers)])
             print_targets(console, records, bundle.manifest.thresholds)
     if plot is not None:
-        plot.write_text(plot_curves("offload of SmolLM2-135M-Instruct", curves, marks))
+        figure = load("fleet.exits.plot").plot_curves("offload of SmolLM2-135M-Instruct", curves, marks)
+        load("fleet.plots").save(figure, plot)
     if as_json:
         print(json.dumps(results))
 

@@ -35,9 +35,9 @@ from benchmarks.replay import Device, Worker
 from cloud_broker_worker.config import Weights, WorkerConfig
 from cloud_broker_worker.upper_layers import Chunk, UpperLayers
 from fleet.cli.demo import DEVICE, follow, running_fleet
+from fleet.cli.lazy import load, require
 from fleet.client import PromptClient
 from fleet.command import check_writable, run_command
-from fleet.exits.plot import COLOURS, text
 from fleet.hidden_codec import Float16
 from fleet.manifest import Bundle
 from fleet.policy import Mode, exit_source
@@ -244,47 +244,6 @@ def highest_within(limit: float, measure: Callable[[int], float]) -> tuple[int, 
     return low, points
 
 
-WIDTH: Final = 720
-HEIGHT: Final = 360
-LEFT: Final = 64
-RIGHT: Final = 40
-TOP: Final = 40
-BOTTOM: Final = 52
-
-
-def plot_devices(result: dict[str, Any]) -> str:
-    """An SVG of the devices that one core serves, over the offload rate, beside the streams of the whole model."""
-    found = result["devices"]
-    points = [(point["offload_rate"], point["devices"]) for point in found["curve"]]
-    streams = found["cloud_only"]["devices"]
-    top = 1.1 * max(streams, *(devices for _, devices in points))
-
-    def place(rate: float, devices: float) -> tuple[float, float]:
-        return LEFT + rate * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - devices / top * (HEIGHT - TOP - BOTTOM)
-
-    title = f"devices on one core, 95% of the tokens within {result['p95_ms']:g} ms"
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        text(LEFT, 22, title, size=15),
-    ]
-    for i in range(6):
-        x, y = place(i / 5, top * i / 5)
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(text(LEFT - 8, y + 4, f"{top * i / 5:.1f}", anchor="end"))
-        parts.append(text(x, HEIGHT - BOTTOM + 18, f"{i / 5:.0%}", anchor="middle"))
-    parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, "offload rate", anchor="middle"))
-    places = [place(*point) for point in points]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    parts.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS[0]}" stroke-width="2"/>')
-    parts.extend(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{COLOURS[0]}"/>' for x, y in places)
-    x, y = place(0, streams)
-    parts.append(f'<line x1="{x}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="{COLOURS[1]}"/>')
-    parts.append(text(x + 8, y - 6, "cloud-only streams of the whole model"))
-    parts.append(text(x + 8, places[0][1] - 6, "collaborating devices"))
-    return "\n".join([*parts, "</svg>", ""])
-
-
 @app.command()
 def run(
     only: Annotated[str, typer.Option(help="Parts to run.")] = ",".join(PARTS),
@@ -299,6 +258,8 @@ def run(
 ) -> None:
     """Measure what one worker serves."""
     check_writable(plot=plot)
+    if plot:
+        require("plots", "matplotlib")
     parts = parse_list(only, PARTS, "part")
     (chosen,) = parse_list(weights, get_args(Weights), "kind of weights")
     console = Console(stderr=True)
@@ -324,7 +285,7 @@ def run(
         result["devices_per_worker"] = {kind: found[kind]["devices"] for kind in ("collaborative", "cloud_only")}
         result |= {"p95_ms": p95_ms, "rtt_ms": rtt_ms, "devices": found}
         if plot:
-            plot.write_text(plot_devices(result), encoding="utf-8")
+            load("fleet.plots").save(load("benchmarks.plots").plot_devices(result), plot)
     if "round-trips" in parts:
         result["round_trips_per_token"] = bench.round_trips(len(bench.recordings), tokens, console)
     if as_json:
@@ -349,7 +310,6 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
             read = result["weights_mb"][layer]
             console.print(f"one position from layer {layer} on: {taken:.1f} ms, {read:.0f} MB read", highlight=False)
         console.print(f"this machine reads {result['read_gb_per_s']:.1f} GB/s", highlight=False)
-        console.print(f"agreement of the weights with float32: {result['agreement']:.4f}", highlight=False)
     if found := result.get("devices"):
         title = f"on one core, 95% of the tokens within {result['p95_ms']:g} ms, round trip {result['rtt_ms']:g} ms"
         table = Table(title=title, title_justify="left")

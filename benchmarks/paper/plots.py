@@ -1,4 +1,4 @@
-"""The figures as pictures: SVG files of matplotlib, the same bytes for the same figures."""
+"""The figures as pictures: SVG files of matplotlib."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from benchmarks.paper.accuracy_summary import Accuracy
 from benchmarks.paper.figures import Figures
 from benchmarks.paper.report import Summary
 from fleet.errors import ConfigError
-from fleet.exits.plot import COLOURS
+from fleet.plots import COLOURS, save
 
 
 def draw(summary: Summary, folder: Path) -> dict[str, Path]:
@@ -23,8 +22,11 @@ def draw(summary: Summary, folder: Path) -> dict[str, Path]:
     Raises:
         ConfigError: it cannot be written.
     """
-    with mpl.rc_context({"svg.hashsalt": "paper", "svg.fonttype": "none"}):
-        return {name: _save(make(), folder / f"paper-{name}.svg") for name, make in pictures(summary).items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write {folder}: {error.strerror}; choose another --plot") from None
+    return {name: save(make(), folder / f"paper-{name}.svg") for name, make in pictures(summary).items()}
 
 
 def pictures(summary: Summary) -> dict[str, Callable[[], Figure]]:
@@ -39,15 +41,6 @@ def pictures(summary: Summary) -> dict[str, Callable[[], Figure]]:
     if summary.accuracy:
         found["accuracy"] = partial(_accuracy, summary.accuracy)
     return found
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None})
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}; choose another --plot") from None
-    return path
 
 
 def _colours(names: Sequence[str]) -> dict[str, str]:

@@ -16,11 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fleet.calibrated import keep_calibration, write_calibrated
+from fleet.cli.lazy import load, require
 from fleet.cli.training import draw, profile, train
 from fleet.command import check_free, check_writable
 from fleet.errors import ConfigError
 from fleet.exits.calibration import calibrate, expected_calibration_error, measured_on
-from fleet.exits.plot import plot_curves
 from fleet.exits.records import Recording, Records, load_recording, save_recording
 from fleet.exits.thresholds import Point, best_thresholds, frontier, measure
 from fleet.manifest import Bundle, Manifest, hash_file
@@ -146,13 +146,16 @@ def evaluate(
 ) -> None:
     """Measure the exits of a bundle, as deployed, along the full model's own greedy answers."""
     check_writable(records=records, plot=plot)
+    if plot:
+        require("plots", "matplotlib")
     opened = open_bundle(bundle)
     found = recorded(opened, prompts or (), max_new_tokens, records, limit).records
     thresholds = opened.manifest.thresholds
     result = evaluation(found, thresholds)
     if plot is not None:
         name = f"exits {', '.join(map(str, found.exits))}"
-        plot.write_text(plot_curves(opened.manifest.model.name, {name: frontier(found)}))
+        figure = load("fleet.exits.plot").plot_curves(opened.manifest.model.name, {name: frontier(found)})
+        load("fleet.plots").save(figure, plot)
     if as_json:
         print(json.dumps(result))
         return

@@ -9,8 +9,11 @@ from types import ModuleType
 from fleet.errors import MissingExtraError
 
 EXTRAS = {
+    "benchmarks.plots": "plots",
     "cloud_broker_worker.broker": "server",
     "fleet.cli.stats_plot": "plots",
+    "fleet.exits.plot": "plots",
+    "fleet.plots": "plots",
     "fleet.registry": "server",
     "onnx_export": "export",
     "cloud_broker_worker": "worker",

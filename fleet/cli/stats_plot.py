@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from fleet.cli.stats_views import key_of
 from fleet.cli.views import STYLES, exits_of
 from fleet.errors import ConfigError
+from fleet.plots import save
 
 SUFFIXES: Final = (".png", ".svg")
 MAX_ROWS: Final = 30
@@ -55,7 +56,4 @@ def plot_stats(rows: Sequence[Any], path: Path) -> None:
     trend.set(ylim=(0, 1), ylabel="offload rate", xlabel="oldest to newest")
     if lines:
         trend.legend(fontsize="small")
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+    save(figure, path)

@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fleet.cli.lazy import load
+from fleet.cli.lazy import load, require
 from fleet.command import check_writable
-from fleet.exits.plot import plot_curves
 from fleet.exits.profile import Choice, choose, pareto
 from fleet.exits.records import Records
 from fleet.exits.thresholds import frontier
@@ -97,6 +96,8 @@ def profile(
 ) -> None:
     """Show where exits pay: quick heads at many layers, their agreement, and what exits and split they suggest."""
     check_writable(plot=plot)
+    if plot:
+        require("plots", "matplotlib")
     config = load("onnx_export.checkpoint").model_config(model)
     looked_at = {
         "all": tuple(range(1, config.num_hidden_layers)),
@@ -123,7 +124,8 @@ def profile(
     best = min(affordable, key=lambda choice: (round(choice.offload_rate, 3), choice.edge_cost), default=None)
     if plot is not None:
         curves = {f"exit {layer}": frontier(records.only([layer])) for layer in records.exits[-PLOTTED:]}
-        plot.write_text(plot_curves(f"{model}: one exit, heads trained on {tokens} tokens", curves))
+        title = f"{model}: one exit, heads trained on {tokens} tokens"
+        load("fleet.plots").save(load("fleet.exits.plot").plot_curves(title, curves), plot)
     if as_json:
         agreement = {str(layer): share for layer, share in records.agreement().items()}
         shown = [choice.json() for choice in choices]

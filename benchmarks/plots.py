@@ -1,0 +1,50 @@
+"""What the benches of the edge and of the worker measured, as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from fleet.plots import COLOURS
+
+
+def plot_engines(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Speed over agreement, one mark an engine with the most threads; rows without either are left out."""
+    num_threads = max(row["threads"] for row in rows)
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    whole = [row for row in rows if row["threads"] == num_threads and row["agreement"] and "tokens_per_s" in row]
+    for i, row in enumerate(whole):
+        colour = COLOURS[i % len(COLOURS)]
+        axes.vlines(row["agreement"], row["tokens_per_s_low"], row["tokens_per_s_high"], color=colour)
+        axes.scatter(row["agreement"], row["tokens_per_s"], color=colour, label=f"{row['engine']} {row['preset']}")
+    axes.set(
+        title=f"the whole model on {num_threads} threads", xlabel="agreement with float32",
+        ylabel="tokens per second",
+    )  # fmt: skip
+    axes.set_xlim(right=1)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", color="#ddd")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def plot_devices(result: dict[str, Any]) -> Figure:
+    """The devices that one core serves, over the offload rate, beside the streams of the whole model."""
+    found = result["devices"]
+    rates, devices = zip(*((point["offload_rate"], point["devices"]) for point in found["curve"]), strict=True)
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(rates, devices, marker="o", color=COLOURS[0], label="collaborating devices")
+    streams = "cloud-only streams of the whole model"
+    axes.axhline(found["cloud_only"]["devices"], color=COLOURS[1], label=streams)
+    title = f"devices on one core, 95% of the tokens within {result['p95_ms']:g} ms"
+    axes.set(title=title, xlabel="offload rate", xlim=(0, 1))
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(axis="y", color="#ddd")
+    axes.legend()
+    return figure

@@ -1,0 +1,27 @@
+"""Pictures: figures of matplotlib as files, the same bytes for the same figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from fleet.errors import ConfigError
+
+COLOURS: Final = ("#0b6e4f", "#c1440e", "#3a5a98", "#8a2be2", "#7a6c00", "#444444")
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Writes it, as the kind of picture that the file's suffix names.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        with mpl.rc_context({"svg.hashsalt": "fleet", "svg.fonttype": "none"}):
+            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}; choose another --plot") from None
+    return path
