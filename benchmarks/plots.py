@@ -20,7 +20,8 @@ def plot_engines(rows: Sequence[dict[str, Any]]) -> Figure:
     for i, row in enumerate(whole):
         colour = COLOURS[i % len(COLOURS)]
         axes.vlines(row["agreement"], row["tokens_per_s_low"], row["tokens_per_s_high"], color=colour)
-        axes.scatter(row["agreement"], row["tokens_per_s"], color=colour, label=f"{row['engine']} {row['preset']}")
+        name = f"{row['engine']} {row['preset']}"
+        axes.scatter(row["agreement"], row["tokens_per_s"], color=colour, label=name, clip_on=False)
     axes.set(
         title=f"the whole model on {num_threads} threads", xlabel="agreement with float32",
         ylabel="tokens per second",
@@ -38,7 +39,7 @@ def plot_devices(result: dict[str, Any]) -> Figure:
     rates, devices = zip(*((point["offload_rate"], point["devices"]) for point in found["curve"]), strict=True)
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(rates, devices, marker="o", color=COLOURS[0], label="collaborating devices")
+    axes.plot(rates, devices, marker="o", color=COLOURS[0], label="collaborating devices", clip_on=False)
     streams = "cloud-only streams of the whole model"
     axes.axhline(found["cloud_only"]["devices"], color=COLOURS[1], label=streams)
     title = f"devices on one core, 95% of the tokens within {result['p95_ms']:g} ms"

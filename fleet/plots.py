@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from fleet.errors import ConfigError
 
-COLOURS: Final = ("#0b6e4f", "#c1440e", "#3a5a98", "#8a2be2", "#7a6c00", "#444444")
+COLOURS: Final = ("#0b6e4f", "#c1440e", "#3a5a98", "#8a2be2", "#7a6c00", "#444444", "#1797a8")
 
 
 def save(figure: Figure, path: Path) -> Path:
