@@ -29,8 +29,8 @@ from benchmarks.engines import Engine
 from benchmarks.fidelity import PROMPTS, Answer, agreement, default_answers
 from benchmarks.graphs import EdgeGraphs
 from benchmarks.peers import peers
-from fleet.cli.lazy import load, require
-from fleet.command import check_writable, run_command
+from fleet.cli.lazy import load
+from fleet.command import run_command
 from fleet.cpu import CPUINFO, instruction_sets
 from fleet.errors import ConfigError
 from onnx_export.config import QUANTIZATIONS, ExportConfig, Quantization
@@ -197,13 +197,12 @@ def run(
     only: Annotated[str, typer.Option(help="Parts to run.")] = ",".join(PARTS),
     prompts: Annotated[Path, typer.Option(help="Prompts whose answers fidelity is measured on.")] = PROMPTS,
     with_peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Other engines beside ours.")] = True,
-    plot: Annotated[Path | None, typer.Option(help="Draw speed and agreement into this SVG file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw speed and agreement into *.svg or *.png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Measure the edge engine beside llama.cpp and onnxruntime-genai, and what a device costs."""
-    check_writable(plot=plot)
     if plot:
-        require("plots", "matplotlib")
+        load("fleet.plots").check_plot(plot)
     console = Console(stderr=True)
     parts = parse_list(only, PARTS, "part")
     chosen = parse_list(presets, get_args(Quantization), "preset")

@@ -18,8 +18,7 @@ import typer
 from rich.console import Console
 
 from fleet.cli.heads import evaluation, print_exits, print_targets, recorded
-from fleet.cli.lazy import load, require
-from fleet.command import check_writable
+from fleet.cli.lazy import load
 from fleet.exits.thresholds import Point, frontier, measure
 from fleet.manifest import Bundle
 from onnx_export.bundle import export_bundle
@@ -43,13 +42,12 @@ def run(
     exits: Annotated[list[str] | None, typer.Option(help="Configurations beside the shipped one.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     limit: Annotated[int | None, typer.Option(help="Only the first prompts.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the curves into this SVG file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curves into *.svg or *.png.")] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Measure the exits of one or more configurations on the same prompts."""
-    check_writable(plot=plot)
     if plot:
-        require("plots", "matplotlib")
+        load("fleet.plots").check_plot(plot)
     errors, console = Console(stderr=True), Console()
     configurations = [EXITS, *(tuple(map(int, text.split(","))) for text in exits or ["8,15"])]
     results: dict[str, Any] = {}

@@ -35,9 +35,9 @@ from benchmarks.replay import Device, Worker
 from cloud_broker_worker.config import Weights, WorkerConfig
 from cloud_broker_worker.upper_layers import Chunk, UpperLayers
 from fleet.cli.demo import DEVICE, follow, running_fleet
-from fleet.cli.lazy import load, require
+from fleet.cli.lazy import load
 from fleet.client import PromptClient
-from fleet.command import check_writable, run_command
+from fleet.command import run_command
 from fleet.hidden_codec import Float16
 from fleet.manifest import Bundle
 from fleet.policy import Mode, exit_source
@@ -253,13 +253,12 @@ def run(
     p95_ms: Annotated[float, typer.Option(min=1, help="Time per token that 95% keep within.")] = 100.0,
     rtt_ms: Annotated[float, typer.Option(min=0, help="Round trip of a device's link.")] = 20.0,
     seconds: Annotated[float, typer.Option(min=1, help="Length of a measurement of devices, after a warm-up.")] = 8.0,
-    plot: Annotated[Path | None, typer.Option(help="Draw devices over the offload rate into this SVG file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw devices over the offload rate, *.svg or *.png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Measure what one worker serves."""
-    check_writable(plot=plot)
     if plot:
-        require("plots", "matplotlib")
+        load("fleet.plots").check_plot(plot)
     parts = parse_list(only, PARTS, "part")
     (chosen,) = parse_list(weights, get_args(Weights), "kind of weights")
     console = Console(stderr=True)

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fleet.calibrated import keep_calibration, write_calibrated
-from fleet.cli.lazy import load, require
+from fleet.cli.lazy import load
 from fleet.cli.training import draw, profile, train
 from fleet.command import check_free, check_writable
 from fleet.errors import ConfigError
@@ -141,13 +141,13 @@ def evaluate(
     max_new_tokens: TokensOption = 64,
     limit: Annotated[int | None, typer.Option(help="Only the first prompts.")] = None,
     records: RecordsOption = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the curve into this SVG file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curve into *.svg or *.png.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the exits of a bundle, as deployed, along the full model's own greedy answers."""
-    check_writable(records=records, plot=plot)
+    check_writable(records=records)
     if plot:
-        require("plots", "matplotlib")
+        load("fleet.plots").check_plot(plot)
     opened = open_bundle(bundle)
     found = recorded(opened, prompts or (), max_new_tokens, records, limit).records
     thresholds = opened.manifest.thresholds

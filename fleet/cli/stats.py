@@ -45,7 +45,7 @@ def stats(
     if as_csv and as_json:
         raise ConfigError("--csv and --json exclude each other; give one of them")
     if plot is not None:
-        load("fleet.cli.stats_plot").check_plot(plot)
+        load("fleet.plots").check_plot(plot)
     began, now = parse_since(since), time.time()
     with State.load(state or State.default_folder()).registry() as registry:
         gc.freeze()  # what is loaded stays: a garbage collection among many rows need not go through it (60 ms)

@@ -10,19 +10,11 @@ from matplotlib.figure import Figure
 
 from fleet.cli.stats_views import key_of
 from fleet.cli.views import STYLES, exits_of
-from fleet.errors import ConfigError
 from fleet.plots import save
 
-SUFFIXES: Final = (".png", ".svg")
 MAX_ROWS: Final = 30
 COLOURS: Final = {"cloud": "#a2307f", "fallback": "#c9a400", "lookup": "#28a5b5"}
 EXIT_COLOURS: Final = ("#2e8b57", "#1f77b4", "#4b4bc8", "#7fbf7f")
-
-
-def check_plot(path: Path) -> None:
-    """Raises ConfigError when it is no name of a picture in a folder that exists."""
-    if path.suffix not in SUFFIXES or path.is_dir() or not path.absolute().parent.is_dir():
-        raise ConfigError(f"--plot {path}: expected a file named *.png or *.svg in a folder that exists")
 
 
 def plot_stats(rows: Sequence[Any], path: Path) -> None:

@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fleet.cli.lazy import load, require
-from fleet.command import check_writable
+from fleet.cli.lazy import load
 from fleet.exits.profile import Choice, choose, pareto
 from fleet.exits.records import Records
 from fleet.exits.thresholds import frontier
@@ -91,13 +90,12 @@ def profile(
     processes: ProcessesOption = None,
     seed: SeedOption = 0,
     cache: CacheOption = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw offload over agreement into this SVG file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw offload over agreement, *.svg or *.png.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show where exits pay: quick heads at many layers, their agreement, and what exits and split they suggest."""
-    check_writable(plot=plot)
     if plot:
-        require("plots", "matplotlib")
+        load("fleet.plots").check_plot(plot)
     config = load("onnx_export.checkpoint").model_config(model)
     looked_at = {
         "all": tuple(range(1, config.num_hidden_layers)),
