@@ -30,6 +30,7 @@ from tests.scrape import get, scrape
 
 WAIT_S = 120.0
 NUM_TOKENS = 48
+MANY_TOKENS = 300  # of an answer that goes on for longer than it takes to stop its device
 
 
 @dataclass
@@ -76,8 +77,8 @@ class UpFleet:
         killer.cancel()
         return lines
 
-    def ask(self, prompt: str) -> Iterator[Reply]:
-        request = PromptRequest(prompt=prompt, mode=Mode.VERIFIED, max_new_tokens=NUM_TOKENS)
+    def ask(self, prompt: str, max_new_tokens: int = NUM_TOKENS) -> Iterator[Reply]:
+        request = PromptRequest(prompt=prompt, mode=Mode.VERIFIED, max_new_tokens=max_new_tokens)
         return self._client.ask("gw", request, timeout_s=WAIT_S)
 
 
@@ -125,7 +126,7 @@ def test_a_worker_that_is_told_to_stop_drains_while_the_other_serves_and_the_las
 ) -> None:
     prompt = "Tell me about rivers."
     with up(tmp_path, tiny_bundle) as fleet:
-        answer = fleet.ask(prompt)
+        answer = fleet.ask(prompt, MANY_TOKENS)
         replies = [next(answer) for _ in range(3)]
         fleet.device.process.send_signal(signal.SIGSTOP)  # so that the answer does not end before the worker does
         wait_until(lambda: len(holders(fleet.workers)) == 1, "one of the two has the session", WAIT_S)
@@ -136,7 +137,7 @@ def test_a_worker_that_is_told_to_stop_drains_while_the_other_serves_and_the_las
         assert get(f"{staying.url}/readyz") == (200, "ok\n")
         fleet.device.process.send_signal(signal.SIGCONT)
         replies += answer
-        assert token_ids(replies) == WholeModel(tiny_bundle, num_threads=1).generate(prompt, NUM_TOKENS)
+        assert token_ids(replies) == WholeModel(tiny_bundle, num_threads=1).generate(prompt, MANY_TOKENS)
         assert replies[-1].note is not None, "the answer ended before its worker left"
         wait_until(lambda: not is_alive(leaving.pid), "it has left", WAIT_S)
         os.kill(staying.pid, signal.SIGKILL)
