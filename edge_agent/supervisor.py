@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 from typing import Final
 
 from edge_agent.agent import Agent, refuse_prompts
@@ -65,7 +65,7 @@ class Supervisor:
         self._config = own
         self._error = ""
         self._agent: Agent | None = None
-        self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._events: Queue[Callable[[], None]] = Queue()  # a SimpleQueue may wait for ever after a signal
         self._stop = threading.Event()
         self._fetcher = BundleFetcher(
             fetch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
 import signal
 import sys
@@ -15,8 +16,13 @@ from fleet.errors import ConfigError, FleetError
 def stop_event() -> threading.Event:
     """Set by SIGTERM or SIGINT."""
     stop = threading.Event()
+
+    def on_signal(*_: object) -> None:
+        # The event's lock may be held by what the signal interrupts, so `set` must not be called from here.
+        _thread.start_new_thread(stop.set, ())
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, on_signal)
     return stop
 
 

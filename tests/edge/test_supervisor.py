@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import queue
 import shutil
+import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,7 +21,7 @@ from edge_agent.agent import Agent, refuse_prompts
 from edge_agent.config import AgentConfig
 from edge_agent.download import fetch_bundle
 from edge_agent.slots import Slots, SlotStore, attempt
-from edge_agent.supervisor import Supervisor
+from edge_agent.supervisor import CHECK_S, Supervisor
 from fleet import topics
 from fleet.client import PromptClient
 from fleet.desired import DesiredConfig, Settings, encode_desired
@@ -337,3 +339,30 @@ def test_between_two_agents_a_prompt_is_refused_as_busy(device: Device) -> None:
     with pytest.raises(PromptError, match="changing its model"):
         device.ask()
     link.close()
+
+
+def test_a_signal_whose_handler_outlasts_the_wait_for_events_stops_the_device(
+    device: Device, identity: Identity, tiny_bundle: Bundle
+) -> None:
+    """After such a signal a `SimpleQueue` of CPython 3.11 waits for ever. Signals come to the main thread alone."""
+    stop, main = threading.Event(), threading.main_thread().ident
+    assert main == threading.get_ident()
+
+    def on_signal(*_: object) -> None:
+        time.sleep(2 * CHECK_S)
+        stop.set()
+
+    def send_signal() -> None:
+        device.status(lambda status: status.online)
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, on_signal)
+    try:
+        with device.broker.connect(NAME) as link:
+            supervisor = Supervisor(identity.folder, OWN, tiny_bundle.folder, partial(fetch_bundle, identity))
+            supervisor.prepare(stop)
+            threading.Thread(target=send_signal, daemon=True).start()
+            supervisor.run(link)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert not device.status(lambda status: not status.online).online
