@@ -16,6 +16,7 @@ from cloud_broker_worker.config import Weights
 GROUP: Final = 32
 LANES: Final = 16
 """The 8-bit kernel takes so many inputs at a time, aligned, and checks nothing: a part of them ends the process."""
+NUM_CANDIDATES: Final = 32
 
 
 class PackedLinear(nn.Module):
@@ -79,11 +80,31 @@ class Int4Linear(nn.Module):
         return out.float().reshape(*x.shape[:-1], out.shape[-1])
 
 
+class TwoStepHead(nn.Module):
+    """An LM head of 4 bits that chooses `NUM_CANDIDATES` tokens, whose logits are then computed with weights of 16.
+
+    The other tokens' logits stay as the 4 bits gave them. The device's LM head works in the same way (ADR 0010).
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self._coarse = Int4Linear(weight)
+        self._table = weight.half()
+        self._num_candidates = min(NUM_CANDIDATES, len(weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [rows, in] float32 -> logits [rows, vocab] float32."""
+        logits: Tensor = self._coarse(x)
+        ids = logits.topk(self._num_candidates, sorted=False).indices
+        fine = (self._table[ids].float() * x[:, None]).sum(-1)  # not a product of matrices: it depends on no other row
+        return logits.scatter_(-1, ids, fine)
+
+
 def prepare(model: Any, weights: Weights) -> None:
     """Makes a model's linear layers those of this module, in place.
 
-    Of fewer bits the LM head, and what 4 bits cannot hold, takes 8. A layer with a bias, or whose inputs do not come in
-    whole `LANES`, keeps float32.
+    Of fewer bits the LM head runs in two steps. What 4 bits cannot hold takes 8, and a layer with a bias, or whose
+    inputs do not come in whole `LANES`, keeps float32.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
@@ -98,10 +119,12 @@ def _prepared(name: str, layer: nn.Linear, weights: Weights) -> nn.Module:
         has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         return PackedLinear(weight, bias) if has_onednn else layer
     fits_int4 = layer.in_features % GROUP == 0 and layer.out_features % 16 == 0
-    return Int4Linear(weight) if weights == "int4" and fits_int4 and name != "lm_head" else Int8Linear(weight)
+    if name == "lm_head" and fits_int4:
+        return TwoStepHead(weight)
+    return Int4Linear(weight) if weights == "int4" and fits_int4 else Int8Linear(weight)
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """What a step reads of a prepared model's weights."""
+    """What a step reads of a prepared model's weights, but for the rows of a few candidates."""
     packed = [module.num_bytes for module in model.modules() if isinstance(module, PackedLinear)]
     return sum(packed, start=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())))
