@@ -38,7 +38,7 @@ SIZES: Final = {
         Size(
             name="medium", table_samples=3, table_tokens=100, naive_samples=2,
             links=tuple(Link(rtt, mbit) for mbit in (10.0, 31.0, 100.0) for rtt in (5.0, 20.0, 100.0)),
-            latency_samples=2, latency_tokens=32, latency_repeats=1, scored_samples=8,
+            latency_samples=2, latency_tokens=32, latency_repeats=1, scored_samples=32,
         ),
         Size(
             name="full", table_samples=100, table_tokens=100, naive_samples=4, links=GRID, latency_samples=4,
