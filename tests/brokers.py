@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import shutil
 import socket
 import ssl
@@ -29,6 +30,7 @@ from fleet.transport import Will
 from provisioning.authority import CertificateAuthority
 
 HOST: Final = "127.0.0.1"
+PORTS: Final = range(15_000, 32_000)
 WAIT_S: Final = 10.0
 BROKERS: Final = ["amqtt", pytest.param("mosquitto", marks=pytest.mark.mosquitto)]
 FLEET: Final = (
@@ -193,10 +195,13 @@ def find_mosquitto(program: str) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody listens on, drawn from below those that outgoing connections take meanwhile."""
+    for _ in range(100):
+        port = random.SystemRandom().choice(PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((HOST, port))
+            return port
+    raise AssertionError(f"no port of {PORTS} is free")
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 from fleet.access import Role
 from fleet.cli import app
 from fleet.cli.processes import child
-from fleet.cli.serve import free_port
 from fleet.cli.state import PASSPHRASE, State, StateConfig, create_fleet
 from fleet.errors import ConfigError, FleetError, IdentityError, StateError, TopicError, UnknownDeviceError
 from fleet.identity import Identity
 from fleet.joining import Token
+from tests.brokers import free_port
 from tests.provisioning.conftest import make_csr
 
 HOST = "127.0.0.1"
@@ -260,7 +260,7 @@ def test_a_key_that_is_not_encrypted_is_told_of_once(
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[State]:
     """`fleet server` in a process of its own."""
-    config = StateConfig(HOST, free_port(HOST), "/no/bundle", service_port=free_port(HOST))
+    config = StateConfig(HOST, free_port(), "/no/bundle", service_port=free_port())
     state = State.create(tmp_path / "state", config)
     with child("the server", "fleet.cli", "server", "--home", str(state.folder)) as server:
         line = server.wait_ready()

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fleet.cli.serve import free_port
 from fleet.manifest import Bundle
+from tests.brokers import free_port
 
 TIMEOUT_S = 120
 
@@ -89,7 +89,7 @@ def test_a_busy_port_is_named(tmp_path: Path, tiny_bundle: Bundle, option: str) 
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         port = str(holder.getsockname()[1])
-        ports = {"--port": free_port("127.0.0.1"), "--service-port": free_port("127.0.0.1"), option: port}
+        ports = {"--port": free_port(), "--service-port": free_port(), option: port}
         options = [str(word) for pair in ports.items() for word in pair]
         result = run("up", *options, "--bundle", str(tiny_bundle.folder), "--home", str(tmp_path / "fleet"))
     assert_one_clear_line(result, port, option)

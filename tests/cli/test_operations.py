@@ -15,9 +15,9 @@ import pytest
 
 from benchmarks.postgresql import find_postgresql
 from fleet.access import Role
-from fleet.cli.serve import free_port
 from fleet.cli.state import State, StateConfig
 from fleet.manifest import Bundle
+from tests.brokers import free_port
 from tests.postgresql import Databases
 from tests.registry.conftest import add, report
 
@@ -103,7 +103,7 @@ def test_a_fleet_starts_on_a_new_postgresql_database_and_keeps_it(
 
 def _up(command: str, folder: Path, home: Path, url: str, bundle: Bundle) -> None:
     """Runs `fleet up` as written, on a free port and with the tiny bundle, until it says that it is up."""
-    options = f"--port {free_port('127.0.0.1')} --service-port 0 --bundle {bundle.folder}"
+    options = f"--port {free_port()} --service-port 0 --bundle {bundle.folder}"
     process = subprocess.Popen(
         ["bash", "-c", f"exec {command.strip()} {options}"], cwd=folder, env=environment(home, url),
         stdout=subprocess.PIPE, text=True,

@@ -18,12 +18,12 @@ import pytest
 from benchmarks.whole_model import WholeModel
 from fleet.access import Role
 from fleet.cli.processes import Child
-from fleet.cli.serve import free_port
 from fleet.cli.state import WORKER, State, StateConfig
 from fleet.client import PromptClient
 from fleet.manifest import Bundle
 from fleet.mqtt import MqttTransport
 from fleet.prompt import PromptRequest
+from tests.brokers import free_port
 
 TIMEOUT_S = 180
 COLORS = {"NO_COLOR": "1"}
@@ -64,7 +64,7 @@ def state(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Iter
     """A running fleet with one device, `gateway`."""
     folder = tmp_path_factory.mktemp("fleet")
     where = str(folder / "state")
-    ports = ("--port", str(free_port("127.0.0.1")), "--service-port", str(free_port("127.0.0.1")))
+    ports = ("--port", str(free_port()), "--service-port", str(free_port()))
     with ExitStack() as stack:
         bundle = str(tiny_bundle.folder)
         stack.enter_context(started("fleet up", "fleet.cli", "up", "--home", where, *ports, "--bundle", bundle))
@@ -148,7 +148,7 @@ def test_a_mode_that_a_device_does_not_know_never_reaches_it(state: Path) -> Non
 
 
 def test_a_worker_killed_with_9_in_mid_answer_and_started_again(tmp_path: Path, tiny_bundle: Bundle) -> None:
-    config = StateConfig("127.0.0.1", free_port("127.0.0.1"), str(tiny_bundle.folder), service_port=0)
+    config = StateConfig("127.0.0.1", free_port(), str(tiny_bundle.folder), service_port=0)
     state = State.create(tmp_path / "state", config)
     device, app = tmp_path / "gw", tmp_path / "app"
     state.enroll("gw", Role.DEVICE, device)
