@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Protocol, Self
 
+from fleet.errors import LinkError
 from fleet.topics import matches
 
 Handler = Callable[[str, bytes], None]
@@ -85,6 +86,14 @@ def dispatch(handlers: Iterable[tuple[str, Handler]], topic: str, payload: bytes
     for topic_filter, handler in handlers:
         if matches(topic_filter, topic):
             guarded(lambda handler=handler: handler(topic, payload), f"handler of {topic_filter}")  # type: ignore[misc]
+
+
+def publish_or_log(transport: Transport, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> None:
+    """Publishes; a message that cannot be sent costs a line in the log."""
+    try:
+        transport.publish(topic, payload, qos=qos, retain=retain)
+    except LinkError as error:
+        logger.warning("not sent on %s: %s", topic, error)
 
 
 def guarded(call: Callable[[], None], what: str) -> None:

@@ -1,4 +1,5 @@
-"""A device in a process whose memory is limited: asked for much, then for little. Prints the last replies as JSON."""
+"""A device in a process whose memory is limited: asked for much, then for little. Prints the last
+replies and the reports as JSON."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from fleet.manifest import Bundle
 from fleet.memory import MemoryBroker
 from fleet.policy import Mode
 from fleet.prompt import PromptRequest, Reply, decode_reply
+from fleet.report import GenerationReport, decode_report
 
 WAIT_S = 60.0
 HEADROOM_BYTES = 16 << 20
@@ -32,8 +34,10 @@ def main(folder: Path, max_new_tokens: int) -> None:
     broker = MemoryBroker()
     config = AgentConfig(num_threads=1, max_positions=8192, cache_budget_mb=1024)
     replies: queue.Queue[Reply] = queue.Queue()
+    reports: queue.Queue[GenerationReport] = queue.Queue()
     with broker.connect("app") as app, broker.connect("device") as link, Agent(link, Bundle.load(folder), config):
         app.subscribe(topics.reply("device", "app", "+"), lambda _, payload: replies.put(decode_reply(payload)))
+        app.subscribe(topics.device_stats("device"), lambda _, payload: reports.put(decode_report(payload)))
         limit_memory()
         last = []
         for request, length in ("large", max_new_tokens), ("small", 4):
@@ -42,7 +46,8 @@ def main(folder: Path, max_new_tokens: int) -> None:
             while not (reply := replies.get(timeout=WAIT_S)).done:
                 pass
             last.append(reply)
-        print(msgspec.json.encode(last).decode())
+        reported = [reports.get(timeout=WAIT_S) for _ in last]
+        print(msgspec.json.encode({"replies": last, "reports": reported}).decode())
 
 
 if __name__ == "__main__":

@@ -220,7 +220,9 @@ def test_a_request_for_more_memory_than_the_process_gets_fails_alone(long_bundle
         env=os.environ | {"MALLOC_ARENA_MAX": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    large, small = json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    large, small = found["replies"]
     assert large["error"]["code"] == "memory"
     assert "out of memory" in large["error"]["message"]
     assert small["finish_reason"] in ("length", "stop")
+    assert [report["finish_reason"] for report in found["reports"]] == ["error", small["finish_reason"]]
