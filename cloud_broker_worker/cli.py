@@ -8,7 +8,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from fleet.command import run_command, stop_event
+from fleet.command import run_command, stop_event, wait_stopped
 from fleet.errors import ConfigError, MissingExtraError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -88,7 +88,7 @@ def run(
         layers = f"layers {manifest.upload_layer} to {manifest.model.num_layers}"
         where = f", metrics on {endpoint.url}" if endpoint else ""
         print(f"worker {identity.name} serves {serves}, {layers}{where}", flush=True)
-        stop.wait()
+        wait_stopped(stop)
         print(f"worker {identity.name} finishes its sessions; stop it again to leave them", flush=True)
         worker.drain(stop_event())
 

@@ -9,8 +9,11 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from fleet.errors import ConfigError, FleetError
+
+CHECK_S: Final = 0.25
 
 
 def stop_event() -> threading.Event:
@@ -24,6 +27,16 @@ def stop_event() -> threading.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     return stop
+
+
+def wait_stopped(stop: threading.Event) -> None:
+    """Returns when `stop` is set; for the main thread, which alone runs handlers.
+
+    Looks now and then: the kernel may give a signal to another thread, one that is being started for instance, and the
+    main thread is not woken then.
+    """
+    while not stop.wait(CHECK_S):
+        pass
 
 
 def run_command(name: str, command: Callable[[], object]) -> None:

@@ -113,7 +113,6 @@ def up(
 
     console = Console(stderr=True)
     check_broker(broker)
-    stop = stop_event()
     check_port(host, port)
     if service_port:
         check_port(host, service_port, "--service-port")
@@ -122,6 +121,7 @@ def up(
     config = StateConfig(host, port, str(path), service_port=service_port)
     fleet = create_fleet(folder, keeping(folder, config, registry, retention_days))
     default = fleet.keep_bundle(path)
+    stop = stop_event()  # until now a signal ends it at once
     with (
         fleet_processes(fleet, workers, metrics_port, broker) as (servers, started),
         Crew(fleet, default, workers, shares=broker == MOSQUITTO) as crew,

@@ -13,7 +13,7 @@ from fleet.cli.broker import mosquitto_keeper, mosquitto_reload
 from fleet.cli.lazy import load
 from fleet.cli.state import COLLECTOR, State
 from fleet.cli.upkeep import Upkeep
-from fleet.command import stop_event
+from fleet.command import stop_event, wait_stopped
 
 if TYPE_CHECKING:
     from fleet.mqtt import MqttTransport
@@ -60,7 +60,7 @@ def run_server(state: State, options: ServerOptions) -> None:
         where = f", service on {service.url}" if service else ""
         where += f", metrics on {endpoint.url}" if endpoint else ""
         print(f"{opening}, registry {state.folder}{where}", flush=True)
-        stop.wait()
+        wait_stopped(stop)
 
 
 def _follow_ups(
