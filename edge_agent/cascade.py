@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
@@ -10,6 +10,8 @@ import numpy as np
 import onnxruntime as ort
 
 from edge_agent.partition import Candidates, Float32, Partition, bind_input, bind_output
+
+Turn = Callable[[], AbstractContextManager[None]]
 
 PAST: Final = "past."
 PRESENT: Final = "present."
@@ -52,23 +54,22 @@ class Cascade:
         self._token_ids[self.num_tokens : end] = token_ids
         self.num_tokens = end
 
-    def run(self, block: int, turn: AbstractContextManager[None] | None = None) -> Candidates:
+    def run(self, block: int, turn: Turn = nullcontext) -> Candidates:
         """Runs `block` over all that waits for it; the exit's candidates for the newest position.
 
-        Each chunk runs inside `turn`, so that sequences which share one take turns even over long prompts.
+        Each chunk runs inside a `turn()`, so that sequences which share one take turns even over long prompts.
         """
-        turn = turn or nullcontext()
         while True:
-            with turn:
+            with turn():
                 if self._run_chunk(block):
                     self._partition.work.head_calls += 1
                     return self._lm_head()
 
-    def fill(self, block: int, turn: AbstractContextManager[None] | None = None) -> None:
+    def fill(self, block: int, turn: Turn = nullcontext) -> None:
         """Runs `block` over all that waits for it, as :meth:`run` does, and asks its exit nothing."""
-        turn, is_done = turn or nullcontext(), self._num_waiting(block) == 0
+        is_done = self._num_waiting(block) == 0
         while not is_done:
-            with turn:
+            with turn():
                 is_done = self._run_chunk(block)
 
     def _num_waiting(self, block: int) -> int:

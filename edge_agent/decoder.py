@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from edge_agent.cascade import Cascade
@@ -39,6 +40,8 @@ class GeneratedToken:
 class Decoder:
     """Runs a sequence through the cascade. Decoders that share `turns` run one chunk of a block at a time.
 
+    `check` is called before each chunk, and may raise what ends the sequence: a long prompt takes a while.
+
     `text` are all tokens; those that nothing has needed yet have not run. The outputs of the block that ends at the
     upload layer are offered to `uplink`, each position once. With `one_by_one_from` every position from there on has
     the very bits that it has where nothing is drafted (see :class:`Cascade`).
@@ -58,6 +61,7 @@ class Decoder:
     ) -> None:
         self.cascade = Cascade(partition, capacity, one_by_one_from)
         self.text: list[int] = []
+        self.check: Callable[[], None] = lambda: None
         self._manifest = partition.manifest
         self._upload_block = self._manifest.exits.index(self._manifest.upload_layer)
         self._thresholds = thresholds
@@ -81,7 +85,7 @@ class Decoder:
             self.cascade.append(self.text[position:])
         is_step = position == self.cascade.num_filled(0)
         for block, threshold in enumerate(self._thresholds):
-            candidates = self.cascade.run(block, self._turns)
+            candidates = self.cascade.run(block, self._turn)
             self._offer(block)
             if is_sure := exit_emits(candidates.confidence, threshold):
                 break
@@ -98,7 +102,7 @@ class Decoder:
         """Puts positions [0, num_positions) on their way up: runs what exits have left undone of them."""
         self._append(num_positions)
         for block in range(self._upload_block + 1):
-            self.cascade.fill(block, self._turns)
+            self.cascade.fill(block, self._turn)
         self._offer(self._upload_block)
 
     def truncate(self, num_tokens: int) -> None:
@@ -106,6 +110,12 @@ class Decoder:
         del self.text[num_tokens:]
         self.cascade.truncate(num_tokens)
         self._num_offered = min(self._num_offered, num_tokens)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        self.check()
+        with self._turns:
+            yield
 
     def _append(self, num_tokens: int) -> None:
         """Gives the cascade the text's first `num_tokens` tokens."""

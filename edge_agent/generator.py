@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 from edge_agent.decoder import Decoder, GeneratedToken
 from edge_agent.draft_run import DraftRun
@@ -11,6 +12,10 @@ from edge_agent.modes import Modes
 from edge_agent.uplink import Uplink
 from fleet.errors import CloudError, DeadlineError
 from fleet.policy import FALLBACK, Mode, exit_source
+
+
+class _CancelledError(Exception):
+    """Ends a sequence within a step."""
 
 
 class Generator:
@@ -46,14 +51,22 @@ class Generator:
         """
         self._decoder.text += prompt_ids
         num_tokens = 0
-        while num_tokens < max_new_tokens and not is_cancelled():
+
+        def check() -> None:
+            if is_cancelled():
+                raise _CancelledError
             if time.monotonic() >= deadline:
                 raise DeadlineError(self._why_late(num_tokens))
-            for token in self._advance(num_tokens, max_new_tokens - num_tokens):
-                num_tokens += 1
-                yield token
-                if token.token_id in self._eos_token_ids:
-                    return
+
+        self._decoder.check = check
+        with suppress(_CancelledError):
+            while num_tokens < max_new_tokens:
+                check()
+                for token in self._advance(num_tokens, max_new_tokens - num_tokens):
+                    num_tokens += 1
+                    yield token
+                    if token.token_id in self._eos_token_ids:
+                        return
 
     def _why_late(self, num_tokens: int) -> str:
         note = f" ({self._uplink.note})" if self._uplink and self._uplink.note else ""

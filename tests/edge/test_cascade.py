@@ -65,7 +65,7 @@ def test_a_prompt_of_several_chunks_leaves_what_single_steps_leave(partition: Pa
             turns.append(whole.num_filled(0))
 
     whole.append(prompt)
-    expected = whole.run(0, Turn())
+    expected = whole.run(0, Turn)
     for token in prompt:
         stepwise.append([token])
         candidates = stepwise.run(0)

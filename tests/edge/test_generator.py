@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edge_agent.adaptive import Targets
+from edge_agent.cascade import MAX_CHUNK
 from edge_agent.decoder import Decoder, GeneratedToken
 from edge_agent.generator import Generator
 from edge_agent.measurements import Measurements
@@ -101,6 +102,24 @@ def test_an_answer_that_is_late_ends_with_an_error(partition: Partition) -> None
     generator = Generator(decoder, Modes(Mode.STANDALONE, Targets(), Measurements(), 100), EOS)
     with pytest.raises(DeadlineError, match="deadline passed after 0 tokens; allow more time"):
         list(generator.generate(PROMPT, 12, deadline=float("-inf")))
+
+
+def test_a_long_prompt_is_given_up_between_two_chunks(partition: Partition) -> None:
+    decoder = Decoder(partition, 4 * MAX_CHUNK, (1.0, 1.0), Sampling())
+    generator = Generator(decoder, Modes(Mode.STANDALONE, Targets(), Measurements(), 100), EOS)
+    prompt = [i % 300 for i in range(3 * MAX_CHUNK)]
+    is_cancelled = lambda: decoder.cascade.num_filled(0) >= MAX_CHUNK  # noqa: E731
+    assert list(generator.generate(prompt, 12, is_cancelled=is_cancelled)) == []
+    assert (decoder.cascade.num_filled(0), decoder.cascade.num_filled(1)) == (MAX_CHUNK, 0)
+
+
+def test_a_deadline_that_passes_in_a_long_prompt_ends_it(partition: Partition, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(partition, 4 * MAX_CHUNK, (1.0, 1.0), Sampling())
+    generator = Generator(decoder, Modes(Mode.STANDALONE, Targets(), Measurements(), 100), EOS)
+    monkeypatch.setattr("edge_agent.generator.time.monotonic", lambda: float(decoder.cascade.num_filled(0)))
+    with pytest.raises(DeadlineError, match="after 0 tokens"):
+        list(generator.generate([7] * 3 * MAX_CHUNK, 12, deadline=2.0 * MAX_CHUNK))
+    assert decoder.cascade.num_filled(0) == 2 * MAX_CHUNK
 
 
 def test_a_cancelled_answer_ends(partition: Partition) -> None:
