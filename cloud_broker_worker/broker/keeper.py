@@ -105,11 +105,11 @@ class MosquittoKeeper:
         revoked = list(self._source.revoked_certificates(now))
         spent = self._evictions.spent(now) if self._evictions else ()
         listed = self._crl.update([*revoked, *spent], now)
-        has_changed = self._write_acl() or listed is not None
         names = dict.fromkeys(each.name for each in revoked if listed and _canonical(each.serial) in listed)
         self._due += [(at, name) for name in names for at in (now, now + HELD_S)]
-        if has_changed or self._must_reload:
-            self._must_reload = True  # until it has succeeded
+        self._must_reload |= listed is not None
+        self._must_reload |= self._write_acl()
+        if self._must_reload:  # until it has succeeded
             self._reload()
             self._must_reload = False
 

@@ -23,6 +23,7 @@ class Upkeep:
         self._state = state
         self._server_folders = server_folders
         self._reloads = reloads
+        self._waiting: list[Callable[[], None]] = []  # reloads that have not succeeded yet
         self._next_check = 0.0
 
     def tend(self) -> None:
@@ -33,8 +34,10 @@ class Upkeep:
         self._state.renew_own()
         is_due = load("provisioning.renewal").is_due
         if due := [folder for folder in self._server_folders if is_due(folder)]:
+            self._waiting = list(self._reloads)
             for folder in due:
                 self._state.server_tls(folder)
-            for reload in self._reloads:
-                reload()
+        while self._waiting:
+            self._waiting[0]()
+            del self._waiting[0]
         self._next_check = now + CHECK_S

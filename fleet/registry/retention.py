@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DAY_S: Final = 86_400.0
 PASS_S: Final = 3600.0
 PAUSE_S: Final = 0.2
+CLOSE_S: Final = 5.0
 BATCH: Final = 500
 
 log = logging.getLogger(__name__)
@@ -58,13 +59,15 @@ class Retention:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
         while not self._stop.is_set():
+            num_forgotten = 0
             try:
                 num_forgotten = self._registry.forget_before(time.time() - self._days * DAY_S, BATCH)
             except RegistryError as error:
                 log.warning("nothing was forgotten this time: %s", error)
-                num_forgotten = 0
+            except Exception:  # the outermost boundary of a thread
+                log.exception("nothing was forgotten this time")
             self._stop.wait(PAUSE_S if num_forgotten == BATCH else PASS_S)

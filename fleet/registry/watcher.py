@@ -56,6 +56,8 @@ class ChangeWatcher:
                 newest = self._registry.newest_change()
             except FleetError as error:
                 log.warning("changes are not seen: %s", error)
+            except Exception:  # the outermost boundary of a thread
+                log.exception("changes are not seen")
             else:
                 for task in self._tasks:
                     task.run(newest)

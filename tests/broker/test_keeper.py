@@ -94,6 +94,18 @@ def test_a_revoked_name_loses_its_rights_and_its_session(kept: Kept) -> None:
     assert "user d1\n" not in (kept.folder / "acl").read_text()
 
 
+def test_who_was_revoked_loses_the_session_though_the_rights_could_not_be_written_at_first(kept: Kept) -> None:
+    kept.registry.revoke("d1")
+    (kept.folder / "acl").unlink()
+    (kept.folder / "acl").mkdir()
+    with pytest.raises(ConfigError, match="cannot write"):
+        kept.sync()
+    assert (kept.evicted, kept.reloads) == ([], 1)
+    (kept.folder / "acl").rmdir()
+    assert kept.sync() == 2
+    assert kept.evicted == ["d1"]
+
+
 def test_the_certificate_of_an_eviction_is_on_the_list_afterwards(kept: Kept) -> None:
     kept.registry.revoke("d1")
     assert kept.sync() == 2

@@ -14,6 +14,7 @@ from cloud_broker_worker.broker.embedded import EmbeddedBroker
 from fleet.access import Role
 from fleet.cli.state import State, StateConfig
 from fleet.cli.upkeep import Upkeep
+from fleet.errors import ConfigError
 from fleet.identity import CERT_FILE, KEY_FILE, Identity
 from fleet.mqtt import MqttTransport
 from fleet.registry.store import Registry
@@ -99,6 +100,23 @@ def test_upkeep_renews_what_is_due_and_makes_the_broker_show_it(state: State, re
         assert not is_due(tls.cert_file.parent)
         with MqttTransport.connect(state.identity(COLLECTOR, Role.SERVER)) as link:
             assert link.is_up
+
+
+def test_upkeep_repeats_a_reload_that_failed_and_those_behind_it(state: State) -> None:
+    tls, calls = state.server_tls(), list[str]()
+
+    def reload() -> None:
+        calls.append("failed" if not calls else "reloaded")
+        if calls == ["failed"]:
+            raise ConfigError("no process")
+
+    make_old(state, tls.cert_file.parent)
+    upkeep = Upkeep(state, [tls.cert_file.parent], [reload, lambda: calls.append("next")])
+    with pytest.raises(ConfigError):
+        upkeep.tend()
+    upkeep.tend()
+    upkeep.tend()
+    assert calls == ["failed", "reloaded", "next"]
 
 
 def test_upkeep_renews_the_fleets_own_identities(state: State, monkeypatch: pytest.MonkeyPatch) -> None:

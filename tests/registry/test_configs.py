@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from pathlib import Path
 
@@ -124,6 +125,22 @@ def test_a_task_that_fails_is_tried_again_and_holds_up_no_other(fleet: Registry)
         for _ in range(5):
             assert others.acquire(timeout=10)
     assert len(attempts) == 3
+
+
+def test_the_watcher_outlives_what_nobody_foresaw(fleet: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, newest, left = threading.Semaphore(0), fleet.newest_change, [1, 1]
+
+    def out_of_descriptors() -> int:
+        if left:
+            left.pop()
+            raise OSError(errno.EMFILE, "Too many open files")
+        return newest()
+
+    monkeypatch.setattr(fleet, "newest_change", out_of_descriptors)
+    watcher = ChangeWatcher(fleet, poll_s=0.02)
+    watcher.add(runs.release)
+    with watcher:
+        assert runs.acquire(timeout=10)
 
 
 def test_changes_are_seen_again_once_the_registry_answers(tmp_path: Path) -> None:
