@@ -27,8 +27,8 @@ class Workers:
         self._online: dict[str, WorkerStatus] = {}
         self._on_change = on_change
         self._transport = transport
+        transport.on_up(self._link_up)  # before anything comes
         transport.subscribe(topics.WORKER_STATUS_FILTER, self._on_status, qos=1, retained=True)
-        transport.on_up(self._link_up)
 
     def close(self) -> None:
         """Hears of them no more."""
@@ -76,8 +76,10 @@ class Workers:
         return any(bundle_id in status.bundle_ids and not status.draining for status in self._online.values())
 
     def _link_up(self) -> None:
+        """A broker may have forgotten workers that left while we were away; those that are there it names again."""
         with self._changed:
             self._up_since = time.monotonic()
+            self._online.clear()
 
     def _on_status(self, topic: str, payload: bytes) -> None:
         try:

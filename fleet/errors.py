@@ -227,6 +227,12 @@ class UnknownDeviceError(RegistryError):
     code = "unknown_device"
 
 
+class ValueRefusedError(RegistryError):
+    """The registry's database does not take a value, and never will."""
+
+    code = "value_refused"
+
+
 class ReportError(RegistryError):
     """A report that can never be stored."""
 

@@ -10,7 +10,7 @@ from typing import Self
 
 from fleet.errors import LinkError
 from fleet.topics import matches
-from fleet.transport import MAX_QUEUED, Handler, Transport, Will, dispatch, guarded
+from fleet.transport import MAX_QUEUED, MAX_RETAINED, Handler, Transport, Will, dispatch, guarded
 
 
 class MemoryBroker:
@@ -79,7 +79,7 @@ class MemoryTransport(Transport):
                 raise LinkError(f"{self.name} is closed; connect again")
             if not self._is_up and qos == 0:
                 raise LinkError(f"{self.name} has no link to the broker; send again when it is up")
-            if not self._is_up and len(self._waiting) >= MAX_QUEUED:
+            if not self._is_up and len(self._waiting) >= MAX_QUEUED + (MAX_RETAINED if retain else 0):
                 raise LinkError(f"{MAX_QUEUED} messages of {self.name} wait for the broker already; try later")
             if not self._is_up:
                 self._waiting.append((topic, payload, retain))
@@ -129,11 +129,11 @@ class MemoryTransport(Transport):
             self._is_up = True
             self._link += 1
             callbacks, filters = list(self._callbacks), list(self._handlers)
+        for callback in callbacks:
+            self._jobs.put(lambda callback=callback: guarded(callback, "on_up callback"))  # type: ignore[misc]
         self._broker._attach(self)
         for topic_filter in filters:
             self._broker._offer_retained(self, topic_filter)
-        for callback in callbacks:
-            self._jobs.put(lambda callback=callback: guarded(callback, "on_up callback"))  # type: ignore[misc]
         self._jobs.put(self._send_waiting)
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from fleet.errors import IdentityError, LinkError
 from fleet.identity import Identity
 from fleet.topics import matches
-from fleet.transport import MAX_QUEUED, Handler, Transport, Will, dispatch, guarded
+from fleet.transport import MAX_QUEUED, MAX_RETAINED, Handler, Transport, Will, dispatch, guarded
 
 KEEP_ALIVE_S: Final = 15
 MAX_IN_FLIGHT: Final = 100  # QoS 1 messages sent and not yet acknowledged
@@ -65,7 +65,7 @@ class MqttTransport(Transport):
         self._context.sslsocket_class = _TlsSocket
         client.tls_set_context(self._context)
         client.max_inflight_messages_set(MAX_IN_FLIGHT)
-        client.max_queued_messages_set(MAX_QUEUED)
+        client.max_queued_messages_set(MAX_QUEUED + MAX_RETAINED)
         client.reconnect_delay_set(*RECONNECT_S)
         if will:
             client.will_set(will.topic, will.payload, qos=1, retain=True)
@@ -109,6 +109,8 @@ class MqttTransport(Transport):
             raise LinkError(f"{self.name} is closed; connect again")
         if qos == 0 and not self.is_up:
             raise LinkError(f"{self.name} has no link to the broker at {self._where}; send again when it is up")
+        if qos and not retain and len(self._client._out_messages) >= MAX_QUEUED:
+            raise self._full()
         try:
             info = self._client.publish(topic, payload, qos=qos, retain=retain)
         except OSError:  # a renewal replaces the sockets that wake paho's thread; it keeps QoS 1 all the same
@@ -116,7 +118,7 @@ class MqttTransport(Transport):
                 return
             raise LinkError(f"{self.name} connects anew to the broker at {self._where}; send again") from None
         if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
-            raise LinkError(f"{MAX_QUEUED} messages of {self.name} wait for the broker already; try later")
+            raise self._full()
         if qos == 0 and info.rc == MQTTErrorCode.MQTT_ERR_NO_CONN:
             raise LinkError(f"{self.name} lost its link to the broker at {self._where}; send again when it is up")
         if qos == 0:
@@ -124,6 +126,9 @@ class MqttTransport(Transport):
         else:
             info.rc = MQTTErrorCode.MQTT_ERR_SUCCESS  # paho keeps it, and would not let us wait for it otherwise
             self._last = info
+
+    def _full(self) -> LinkError:
+        return LinkError(f"{MAX_QUEUED} messages of {self.name} wait for the broker already; try later")
 
     def flush(self, timeout_s: float) -> None:
         if self._newest and threading.get_ident() != self._network_thread:
@@ -311,9 +316,11 @@ class MqttTransport(Transport):
     def _ask_again_later(self) -> None:
         with self._lock:
             if not self._closed.is_set() and self._asking_again is None:
-                self._asking_again = threading.Timer(self._ask_again_s, self._ask_again)
-                self._asking_again.daemon = True
-                self._asking_again.start()
+                timer = threading.Timer(self._ask_again_s, self._ask_again)
+                timer.daemon = True
+                with suppress(RuntimeError):  # no thread to be had, on paho's own, which must go on: later, then
+                    timer.start()
+                    self._asking_again = timer
 
     def _ask_again(self) -> None:
         with self._lock:

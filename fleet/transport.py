@@ -13,6 +13,7 @@ from fleet.topics import matches
 
 Handler = Callable[[str, bytes], None]
 MAX_QUEUED: Final = 1000  # QoS 1 messages kept for a link that is down
+MAX_RETAINED: Final = 100  # so many retained ones beside them: what one is must not get lost behind what one said
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,10 @@ class Transport(Protocol):
     def unsubscribe(self, topic_filter: str) -> None: ...
 
     def on_up(self, callback: Callable[[], None]) -> None:
-        """Calls `callback` now if the link is up, and each time that it comes up: the place to announce oneself."""
+        """Calls `callback` now if the link is up, and each time that it comes up: the place to announce oneself.
+
+        Then it is called before what is retained comes again.
+        """
         ...
 
     def off_up(self, callback: Callable[[], None]) -> None:

@@ -20,6 +20,7 @@ from fleet.errors import (
     ReportError,
     TopicError,
     UnknownDeviceError,
+    ValueRefusedError,
 )
 from fleet.registry.inbox import Batch, Heard, Inbox
 from fleet.registry.reports import Fate, Key
@@ -68,6 +69,7 @@ class Collector:
         """Raises RegistryError when the registry cannot answer."""
         self._registry.all_offline()
         self._thread.start()
+        self._transport.on_up(self._inbox.begin_link)
         self._transport.subscribe(topics.DEVICE_STATUS_FILTER, self._on_status, qos=1)
         self._transport.subscribe(topics.WORKER_STATUS_FILTER, self._on_worker, qos=1)
         self._transport.subscribe(topics.DEVICE_STATS_FILTER, self._on_report)
@@ -77,6 +79,7 @@ class Collector:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Stores what has arrived, if it can within `CLOSE_S` seconds."""
+        self._transport.off_up(self._inbox.begin_link)
         self._closing.set()
         self._inbox.close()
         self._thread.join(CLOSE_S)
@@ -123,13 +126,15 @@ class Collector:
 
     def _store(self, batch: Batch) -> None:
         ready = set(batch.turned_away)
+        if batch.is_new_link:
+            self._insist(self._registry.all_offline)
         for name, status, at in batch.statuses:
             try:
                 if isinstance(status, WorkerStatus):
                     self._insist(partial(self._registry.record_worker, name, status, at))
                     continue
                 self._insist(partial(self._registry.record_status, name, status, at))
-            except UnknownDeviceError as error:
+            except (UnknownDeviceError, ValueRefusedError) as error:
                 _log_dropped(topics.device_status(name), error)
             else:
                 ready.add(name)
@@ -143,12 +148,12 @@ class Collector:
 
         Raises:
             RegistryError: the registry cannot answer, and we are closing.
-            UnknownDeviceError: as the registry.
+            UnknownDeviceError, ValueRefusedError: as the registry.
         """
         for attempt, pause_s in enumerate(_pauses_s()):
             try:
                 result = work()
-            except UnknownDeviceError:
+            except (UnknownDeviceError, ValueRefusedError):
                 raise
             except RegistryError as error:
                 if attempt == 0:

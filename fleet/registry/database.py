@@ -15,9 +15,9 @@ from alembic.config import Config
 from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event, func, select
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DataError, NoSuchModuleError, SQLAlchemyError
 
-from fleet.errors import MissingExtraError, RegistryError
+from fleet.errors import MissingExtraError, RegistryError, ValueRefusedError
 
 BUSY_TIMEOUT_S: Final = 30.0
 """How long a write waits for what another process has locked: the SQLite file, or rows in PostgreSQL."""
@@ -81,6 +81,8 @@ def registry_errors(url: URL) -> Iterator[None]:
     shown = url.render_as_string(hide_password=True)
     try:
         yield
+    except DataError as error:
+        raise ValueRefusedError(f"the registry {shown} does not take a value: {_one_line(error.orig)}") from None
     except SQLAlchemyError as error:
         raise RegistryError(f"the registry {shown} {_what_failed(error)}") from None
     except CommandError as error:
@@ -93,7 +95,7 @@ def _what_failed(error: SQLAlchemyError) -> str:
     """What the database says, and what to do about it."""
     cause = getattr(error, "orig", None) or error
     code = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorcode", 0) & PRIMARY_CODE
-    reason = " ".join(str(cause).split())
+    reason = _one_line(cause)
     if code in LOCKED:
         return f"was locked for {BUSY_TIMEOUT_S:g} s ({reason}); end the process that holds it, or try again"
     if code == SLOW:
@@ -105,6 +107,10 @@ def _what_failed(error: SQLAlchemyError) -> str:
     if code in BROKEN:
         return f"is damaged ({reason}); put a backup in its place"
     return f"cannot answer: {reason}; check its path or URL"
+
+
+def _one_line(error: BaseException | None) -> str:
+    return " ".join(str(error).split())
 
 
 def alembic_config() -> Config:

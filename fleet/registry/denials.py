@@ -9,13 +9,14 @@ from fleet.transport import Transport
 
 
 class Denials:
-    """What the registry denies, retained at the broker; `publish` is a task of the `ChangeWatcher`."""
+    """What the registry denies, retained at the broker; `publish` is a task of the `ChangeWatcher`, also when the link
+    comes up."""
 
     def __init__(self, transport: Transport, registry: Registry) -> None:
         self._transport = transport
         self._registry = registry
         self._payload: bytes | None = None
-        transport.on_up(self._repeat)
+        transport.on_up(self._forget)
 
     def publish(self) -> None:
         """Publishes the names, where they are others than before.
@@ -26,13 +27,9 @@ class Denials:
         """
         payload = encode_denial(self._registry.denied())
         if payload != self._payload:
-            self._send(payload)
+            self._transport.publish(topics.REVOKED, payload, qos=1, retain=True)
             self._payload = payload
 
-    def _repeat(self) -> None:
-        """On the transport's thread, which waits for no database: a broker that was started again has no messages."""
-        if self._payload is not None:
-            self._send(self._payload)
-
-    def _send(self, payload: bytes) -> None:
-        self._transport.publish(topics.REVOKED, payload, qos=1, retain=True)
+    def _forget(self) -> None:
+        """A broker that was started again has no messages."""
+        self._payload = None

@@ -21,8 +21,12 @@ class Heard(NamedTuple):
 
 @dataclass
 class Batch:
-    """What one attempt stores; `turned_away` are devices that may send again now."""
+    """What one attempt stores; `turned_away` are devices that may send again now.
 
+    With `is_new_link` nobody counts as online but those that the statuses say are.
+    """
+
+    is_new_link: bool = False
     statuses: list[Heard] = field(default_factory=list)
     reports: dict[Key, GenerationReport] = field(default_factory=dict)
     turned_away: set[str] = field(default_factory=set)
@@ -37,7 +41,15 @@ class Inbox:
         self._reports: deque[tuple[Key, GenerationReport]] = deque()
         self._statuses: dict[str, list[Heard]] = {}
         self._turned_away: set[str] = set()
+        self._is_new_link = False
         self._closed = False
+
+    def begin_link(self) -> None:
+        """The broker may have forgotten those who left meanwhile, and says again who is there: forgets it, too."""
+        with self._changed:
+            self._statuses.clear()
+            self._is_new_link = True
+            self._changed.notify()
 
     def put_status(self, heard: Heard) -> None:
         """A last will adds to the birth before it; a birth makes all before it old."""
@@ -63,7 +75,8 @@ class Inbox:
                 self._changed.wait(timeout_s)
             if self._closed and not self._has_any():
                 return None
-            batch = Batch(statuses=[heard for each in self._statuses.values() for heard in each])
+            batch = Batch(self._is_new_link, [heard for each in self._statuses.values() for heard in each])
+            self._is_new_link = False
             self._statuses.clear()
             while self._reports and len(batch.reports) < max_reports:
                 key, report = self._reports.popleft()
@@ -78,4 +91,4 @@ class Inbox:
             self._changed.notify()
 
     def _has_any(self) -> bool:
-        return bool(self._statuses or self._reports)
+        return bool(self._is_new_link or self._statuses or self._reports)

@@ -186,6 +186,42 @@ def test_a_value_that_the_database_refuses_harms_no_other_of_its_batch(edge: Reg
     assert edge.stats()[0].generations == (8 if odd is True else 7)
 
 
+def test_a_status_that_the_database_refuses_holds_up_nobody(edge: Registry) -> None:
+    """PostgreSQL takes no NUL in a text; SQLite does."""
+    add(edge, "edge-2")
+    add(edge, "cloud-1", Role.WORKER)
+    with site(edge) as fleet:
+        fleet.send(topics.device_status("edge-2"), encode_status(DeviceStatus(True, 1, version="\0")))
+        fleet.send(topics.worker_status("cloud-1"), encode_status(WorkerStatus(True, 1, version="\0")))
+        fleet.send(topics.device_status("edge-1"), encode_status(ONLINE))
+        fleet.report("edge-1", report())
+        wait_until(lambda: bool(fleet.receipt().stored), "the report is stored")
+    assert {row.device: row.online for row in edge.devices()}["edge-1"]
+
+
+def test_whoever_left_while_the_broker_was_away_is_offline_when_it_is_back(edge: Registry) -> None:
+    add(edge, "edge-2")
+    add(edge, "cloud-1", Role.WORKER)
+    births = {
+        topics.device_status("edge-1"): encode_status(ONLINE),
+        topics.device_status("edge-2"): encode_status(ONLINE),
+        topics.worker_status("cloud-1"): encode_status(WorkerStatus(True, 1)),
+    }
+
+    def online() -> set[str]:
+        return {row.device for row in edge.devices() if row.online} | {w.worker for w in edge.workers() if w.online}
+
+    with site(edge) as fleet:
+        for topic, payload in births.items():
+            fleet.device.publish(topic, payload, qos=1, retain=True)
+        wait_until(lambda: online() == {"edge-1", "edge-2", "cloud-1"}, "all are online")
+        fleet.collector_link.drop()
+        for topic in (topics.device_status("edge-2"), topics.worker_status("cloud-1")):
+            fleet.device.publish(topic, b"", qos=1, retain=True)  # what a broker that was started again knows of them
+        fleet.collector_link.restore()
+        wait_until(lambda: online() == {"edge-1"}, "who left is offline")
+
+
 def test_messages_of_a_device_that_nobody_enrolled_are_dropped_in_one_line_each(
     edge: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Final
 
@@ -159,13 +160,17 @@ def test_workers_are_told_who_is_denied_when_it_changes_and_when_the_link_comes_
     broker, inbox = MemoryBroker(), Inbox()
     with broker.connect("hub") as server, broker.connect("w1") as worker:
         worker.subscribe(topics.REVOKED, inbox)
-        denials = Denials(server, registry)
+        denials, again = Denials(server, registry), threading.Semaphore(0)
+        server.on_up(again.release)  # as the server does, which has the watcher run its tasks then
+        assert again.acquire(timeout=10)
         denials.publish()
         denials.publish()
         registry.revoke("d1")
         denials.publish()
         server.drop()
         server.restore()
+        assert again.acquire(timeout=10)
+        denials.publish()
         told = [decode_denial(inbox.get()[1]) for _ in range(3)]
     assert told == [frozenset(), {"d1"}, {"d1"}]
     assert inbox.is_empty

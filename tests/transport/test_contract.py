@@ -10,7 +10,7 @@ import pytest
 from fleet import topics
 from fleet.errors import LinkError
 from fleet.transport import MAX_QUEUED, Will
-from tests.brokers import Inbox, wait_until
+from tests.brokers import WAIT_S, Inbox, wait_until
 from tests.transport.conftest import World
 
 SESSION = topics.to_device("d1", "s1")
@@ -201,6 +201,41 @@ def test_the_queue_of_an_outage_has_a_limit(world: World) -> None:
             device.publish(STATUS, b"queued", qos=1)
         with pytest.raises(LinkError, match="wait for the broker"):
             device.publish(STATUS, b"one too many", qos=1)
+
+
+def test_what_is_retained_goes_into_a_full_queue(world: World) -> None:
+    device = world.connect("d1")
+    with world.outage():
+        for _ in range(MAX_QUEUED):
+            device.publish(STATUS, b"queued", qos=1)
+        device.publish(STATUS, b"born", qos=1, retain=True)
+    watcher, inbox = world.connect("s1"), Inbox()
+
+    def is_there() -> bool:
+        watcher.subscribe(topics.DEVICE_STATUS_FILTER, inbox, qos=1)
+        return not inbox.is_empty and inbox.get() == (STATUS, b"born")
+
+    wait_until(is_there, "the retained message came")
+
+
+def test_when_the_link_comes_up_callbacks_are_called_before_anything_comes(world: World) -> None:
+    watcher, order, came = world.connect("s1"), [], threading.Event()
+
+    def on_status(topic: str, payload: bytes) -> None:
+        order.append(topic)
+        came.set()
+
+    watcher.on_up(lambda: order.append("up"))
+    watcher.subscribe(topics.DEVICE_STATUS_FILTER, on_status, qos=1)
+    device = world.connect("d1")
+    device.on_up(lambda: device.publish(STATUS, b"born", qos=1, retain=True))
+    assert came.wait(WAIT_S)
+    order.clear()
+    came.clear()
+    with world.outage():
+        pass
+    assert came.wait(WAIT_S)
+    assert order[:2] == ["up", STATUS]
 
 
 def test_a_closed_transport_refuses_messages(world: World) -> None:
