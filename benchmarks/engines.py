@@ -40,8 +40,13 @@ class Engine:
         )
         self._lines: queue.Queue[str] = queue.Queue()
         self._errors: deque[str] = deque(maxlen=20)
-        for read, stream in ((self._lines.put, self._process.stdout), (self._errors.append, self._process.stderr)):
-            threading.Thread(target=forward, args=(stream, read), daemon=True).start()
+        readers = [
+            threading.Thread(target=forward, args=(stream, read), daemon=True)
+            for read, stream in ((self._lines.put, self._process.stdout), (self._errors.append, self._process.stderr))
+        ]
+        for reader in readers:
+            reader.start()
+        self._error_reader = readers[1]
         if wait:
             self.wait_ready()
 
@@ -101,6 +106,7 @@ class Engine:
 
     def _ended(self) -> FleetError:
         status = self._process.wait(STOP_TIMEOUT_S)
+        self._error_reader.join(STOP_TIMEOUT_S)  # its last words may come behind the end of its answers
         said = " ".join("".join(self._errors).split())[-400:]
         return FleetError(f"{self.name} ended with status {status}: {said or 'it said nothing'}")
 

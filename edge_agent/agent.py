@@ -213,9 +213,12 @@ class Agent:
         return (app, request) in self._active
 
     def _repeat(self, job: Job) -> None:
-        """Sends again what has been said: a request that comes twice is one whose replies were lost."""
+        """Sends again what has been said: a request that comes twice is one whose replies were lost.
+
+        At QoS 0, of which any number may be on its way; who misses some of them asks again.
+        """
         for payload in list(job.replies):
-            publish_or_log(self._transport, topics.reply(self.name, job.app, job.request), payload, qos=1)
+            publish_or_log(self._transport, topics.reply(self.name, job.app, job.request), payload)
 
     def _on_cancel(self, topic: str, payload: bytes) -> None:
         del payload

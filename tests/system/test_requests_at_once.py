@@ -24,10 +24,12 @@ from fleet.errors import PromptError
 from fleet.manifest import Bundle
 from fleet.messages import Open
 from fleet.policy import CLOUD, Mode
-from fleet.prompt import PromptRequest
+from fleet.prompt import PromptRequest, decode_reply
 from fleet.report import WorkerStatus, encode_status
+from fleet.transport import MAX_QUEUED
 from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig
+from tests.brokers import Inbox, running_site
 from tests.system.memory_fleet import APP, DEVICE, WAIT_S, WORKER, Answer, MemoryFleet, memory_fleet
 from tests.tiny import make_tiny_checkpoint, make_tiny_heads
 
@@ -211,6 +213,23 @@ def test_closing_ends_every_answer_and_every_thread(tiny_bundle: Bundle) -> None
         ends = {finish(fleet, request).last.finish_reason for request in requests}
     assert ends <= {"cancelled", "stop", "length"}
     assert "cancelled" in ends
+
+
+def test_an_answer_of_more_replies_than_a_link_keeps_is_repeated_whole(long_bundle: Bundle, tmp_path: Path) -> None:
+    asked = msgspec.structs.replace(ALONE, max_new_tokens=MAX_QUEUED + 100)
+    config = AgentConfig(num_threads=1, max_positions=2 * MAX_QUEUED)
+    topic, replies = topics.prompt("d1", "a1", "r1"), Inbox()
+    with (
+        running_site("amqtt", tmp_path) as site,
+        site.connect("a1") as app,
+        site.connect("d1") as link,
+        Agent(link, long_bundle, config),
+    ):
+        app.subscribe(topics.reply("d1", "a1", "r1"), replies, qos=1)
+        for _ in range(2):
+            app.publish(topic, msgspec.json.encode(asked), qos=1)
+            seqs = [decode_reply(replies.get(WAIT_S)[1]).seq for _ in range(MAX_QUEUED + 101)]
+            assert seqs == list(range(MAX_QUEUED + 101))
 
 
 def test_a_request_for_more_memory_than_the_process_gets_fails_alone(long_bundle: Bundle) -> None:
