@@ -171,6 +171,9 @@ class Engine:
         if message.request < session.last_request:
             return None  # late: the device has asked something else since
         if isinstance(message, Verify) and not session.is_on(message.branch):
+            if session.answer and message.request > session.answer.request and message.branch < session.branch:
+                text = "this session is a branch ahead: its last answer was not heard; open it again"
+                return self._refused(session.key, "unknown_session", text)
             return None
         stop = message.start + len(message.draft) if isinstance(message, Verify) else message.position + 1
         if stop > session.capacity:

@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 EXPIRY_CHECK_S: Final = 1.0
 STOP_TIMEOUT_S: Final = 5.0
 DRAIN_CHECK_S: Final = 0.1
+QUEUE_SHARE: Final = 0.25  # of the messages that wait may be one device's, so that none keeps out the others
 
 
 class Worker:
@@ -47,6 +49,8 @@ class Worker:
         self.last_turn = time.monotonic()
         self._epoch = time.time_ns() // 1_000_000
         self._inbox: queue.Queue[tuple[float, str, ToWorker]] = queue.Queue(config.max_queued_messages)
+        self._queued = Counter[str]()  # messages of each device in there
+        self._counting = threading.Lock()
         self._denied = self.engine.denied  # as it was heard last; the engine is the thread's alone
         self._thread = threading.Thread(target=self._serve, name=f"worker-{self.name}", daemon=True)
         self._open_filter = topics.shared_open_filter(self._bundle_id) if config.shared_opens else topics.OPEN_FILTER
@@ -121,11 +125,16 @@ class Worker:
                 _, device, session = topics.parse(topic, "w", "+", "+", "+")
                 if message.session != session:
                     raise ProtocolError(f"expected session {session} of the topic, got {message.session}")
-            self._inbox.put_nowait((time.monotonic(), device, message))
         except ProtocolError as error:
             self._log.warning("message on %s dropped: %s", topic, error)
-        except queue.Full:
-            self._log.warning("message on %s dropped: %d messages wait already", topic, self._inbox.maxsize)
+            return
+        with self._counting:
+            if self._queued[device] >= self._inbox.maxsize * QUEUE_SHARE or self._inbox.full():
+                text = "message on %s dropped: %d messages wait already, %d of them its device's"
+                self._log.warning(text, topic, self._inbox.qsize(), self._queued[device])
+                return
+            self._queued[device] += 1
+            self._inbox.put_nowait((time.monotonic(), device, message))
 
     def _on_revoked(self, topic: str, payload: bytes) -> None:
         """Without such a message nobody is denied; what cannot be read changes nothing."""
@@ -160,6 +169,10 @@ class Worker:
             for _ in range(self._inbox.maxsize):  # whoever floods us does not keep us from a step
                 self._deny()  # what was heard before a message counts for it
                 arrived, device, message = item
+                with self._counting:
+                    self._queued[device] -= 1
+                    if not self._queued[device]:
+                        del self._queued[device]
                 self._send(self.engine.handle(device, message, arrived))
                 item = self._inbox.get_nowait()
 

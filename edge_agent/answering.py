@@ -113,8 +113,9 @@ class Answerer:
             job.drafts = DraftRun(
                 decoder, job.uplink, self._acceptance, self._measurements, eos, plan.config.max_draft
             )  # fmt: skip
+        mode = Mode.VERIFIED if plan.is_exact else plan.mode
         job.modes = Modes(
-            plan.mode, plan.targets, self._measurements, plan.config.assist_deadline_ms, is_sample=plan.is_sample
+            mode, plan.targets, self._measurements, plan.config.assist_deadline_ms, is_sample=plan.is_sample
         )
         return Generator(decoder, job.modes, eos, job.uplink, job.drafts)
 

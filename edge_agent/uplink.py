@@ -95,6 +95,7 @@ class Uplink:
         self._give_up_at = 0.0
         self._num_losses = 0
         self._num_failed_opens = 0
+        self._refused_by: set[str] = set()  # workers that will never take the session
         self._worker_epoch: int | None = None
         self._question: Question | None = None
         self._num_questions = 0
@@ -285,6 +286,7 @@ class Uplink:
         self.worker, self._worker_epoch = message.worker, self._workers.epoch(message.worker)
         self._num_failed_opens = 0
         self.refusal = None
+        self._refused_by.clear()
         self._outbox.begin(message)
         if self._question:
             self._question.renew(self._num_questions, self._outbox.branch)
@@ -303,11 +305,15 @@ class Uplink:
     def _refused(self, message: Refused) -> None:
         if self._state is LinkState.OPEN and message.worker not in (None, self.worker):
             return  # another worker would not have taken it
-        if message.code == "bundle_mismatch" and self._workers.serves(self._opening.bundle_id):
+        bundle = self._opening.bundle_id
+        if message.code == "bundle_mismatch" and self._workers.serves(bundle):
             return  # one of another bundle, beside those that serve ours
         note = f"the worker refused ({message.code}): {message.message}"
-        if self._state is LinkState.OPENING and message.retry_after_ms == 0 and message.code not in RETRIABLE:
-            self.refusal = message
+        is_final = message.retry_after_ms == 0 and message.code not in RETRIABLE
+        if self._state is LinkState.OPENING and is_final:
+            self._refused_by.add(message.worker or "")
+            if message.worker is None or not self._workers.serves(bundle, beside=self._refused_by):
+                self.refusal = message
         wait_s = 0.0 if message.code == "draining" else message.retry_after_ms / 1000  # others may take it now
         self._lose(LinkEvent.REFUSED, note, wait_s)
 

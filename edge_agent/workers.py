@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
 
 from fleet import topics
@@ -47,10 +47,10 @@ class Workers:
             status = self._online.get(worker)
         return status is not None and status.draining
 
-    def serves(self, bundle_id: str) -> bool:
-        """Whether some worker takes sessions of the bundle, as far as is known now."""
+    def serves(self, bundle_id: str, *, beside: Collection[str] = ()) -> bool:
+        """Whether some worker `beside` those takes sessions of the bundle, as far as is known now."""
         with self._changed:
-            return self._serves(bundle_id)
+            return self._serves(bundle_id, beside)
 
     def why_none(self, bundle_id: str) -> str | None:
         """None when some worker serves the bundle; else why not, and what to do.
@@ -72,8 +72,12 @@ class Workers:
             "use the same bundle on both sides"
         )
 
-    def _serves(self, bundle_id: str) -> bool:
-        return any(bundle_id in status.bundle_ids and not status.draining for status in self._online.values())
+    def _serves(self, bundle_id: str, beside: Collection[str] = ()) -> bool:
+        return any(
+            bundle_id in status.bundle_ids and not status.draining
+            for name, status in self._online.items()
+            if name not in beside
+        )
 
     def _link_up(self) -> None:
         """A broker may have forgotten workers that left while we were away; those that are there it names again."""

@@ -31,6 +31,7 @@ from fleet.messages import (
 )
 from fleet.report import WorkerStatus, encode_status
 from fleet.transport import Will
+from tests.brokers import wait_until
 
 WAIT_S = 10.0
 HIDDEN = 8
@@ -243,6 +244,21 @@ def test_a_refusal_ends_the_wait_at_once_and_says_why(device: Device, peer: Peer
         assert uplink.verdict(WAIT_S) is None
         assert uplink.note is not None
         assert "no memory" in uplink.note
+
+
+def test_one_workers_refusal_for_good_is_not_the_last_word_while_another_serves(
+    broker: MemoryBroker, device: Device, peer: Peer
+) -> None:
+    other = Peer(broker, "w2")
+    wait_until(lambda: device.workers.epoch("w2") == 1, "the other is known")
+    with device.uplink as uplink:
+        assert isinstance(peer.next(), Open)
+        peer.say(Refused(SESSION, "busy", 0, "never enough memory", "w1"))
+        assert isinstance(peer.next(), Open), "it asks again"
+        assert uplink.refusal is None
+        other.say(Refused(SESSION, "protocol_mismatch", 0, "another protocol", "w2"))
+        wait_until(lambda: uplink.refusal is not None, "nobody is left")
+    other.transport.close()
 
 
 @pytest.mark.parametrize("gone", ["killed", "restarted"])

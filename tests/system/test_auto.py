@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
+from msgspec.structs import replace
+
+from benchmarks.whole_model import WholeModel
 from edge_agent.config import AgentConfig
 from fleet.manifest import Bundle
 from fleet.memory import MemoryTransport
@@ -43,3 +48,19 @@ def test_an_answer_goes_on_alone_while_the_cloud_is_away_and_comes_back_to_it(ti
     reasons = [(switch.mode, switch.reason) for switch in answer.last.usage.switches]
     gone, back = (Mode.STANDALONE, "the link is down"), (Mode.COLLABORATIVE, "the link is back")
     assert reasons.index(gone) < reasons.index(back)
+
+
+def test_who_asks_for_nothing_but_the_full_models_tokens_gets_them_also_after_an_outage(tiny_bundle: Bundle) -> None:
+    prompt = replace(PROMPT, min_agreement=1.0)
+    with memory_fleet() as fleet:
+        _, cloud = fleet.start_worker(tiny_bundle)
+        fleet.start_device(tiny_bundle)
+        answer = Answer()
+        for reply in fleet.client.ask(DEVICE, prompt, timeout_s=WAIT_S):
+            answer.replies.append(reply)
+            if reply.seq == AWAY:
+                cloud.drop()
+                threading.Timer(0.5, cloud.restore).start()
+    assert answer.last.error is None
+    assert FALLBACK not in answer.sources
+    assert answer.token_ids == WholeModel(tiny_bundle, num_threads=1).generate("Tell me about the sea.", NUM_TOKENS)

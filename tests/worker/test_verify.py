@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fleet.messages import Gap, Opened, Received, Sampling, Verified
+from fleet.messages import Gap, Opened, Received, Refused, Sampling, Verified
 from tests.worker.conftest import Bench
 
 NUM_ROWS, START = 16, 9
@@ -62,9 +62,21 @@ def test_what_belongs_to_an_earlier_branch_is_dropped_silently(bench: Bench, exp
     bench.verify(START, spoiled(expected, 0))
     bench.verdict()
     assert bench.context(bench.upload(NUM_ROWS)[START + 1 :], start=START + 1, branch=0) == []
-    assert bench.verify(START + 1, expected[1:], request=1, branch=0) == []
     assert bench.step() == {}
     assert next(iter(bench.engine.sessions.values())).received == START + 1
+
+
+def test_who_has_not_heard_the_rejection_and_asks_anew_is_told_to_open_again(bench: Bench, expected: Tokens) -> None:
+    """As after an `opened` that overtook the verdict, when the device has given its question another number."""
+    bench.verify(START, spoiled(expected, 0))
+    verdict = bench.verdict()
+    assert bench.verify(START, spoiled(expected, 0)) == [verdict]
+    (refused,) = bench.verify(START, spoiled(expected, 0), request=1, branch=0)
+    assert isinstance(refused, Refused)
+    assert (refused.code, refused.retry_after_ms) == ("unknown_session", 0)
+    (opened,) = bench.open(branch=0)
+    assert isinstance(opened, Opened)
+    assert opened.received == 0
 
 
 def test_a_branch_that_the_worker_does_not_know_begins_from_nothing(bench: Bench, expected: Tokens) -> None:

@@ -268,3 +268,18 @@ def test_a_list_that_cannot_be_read_changes_nothing(site: Site, whole: TinyModel
     revoke(site, encode_denial([DEVICE]))
     revoke(site, b'{"nobody": true}')
     assert isinstance(device.open("s1"), Refused)
+
+
+def test_one_devices_flood_leaves_room_for_the_others(tiny_bundle: Bundle) -> None:
+    broker = MemoryBroker()
+    with broker.connect(WORKER) as link:
+        worker = Worker(link, tiny_bundle, WorkerConfig(num_threads=1, max_queued_messages=16))  # which takes none yet
+        for _ in range(40):
+            worker._on_message(topics.to_worker(WORKER, DEVICE, "s1"), encode(Close("s1")))
+        assert worker.num_queued == 4
+        for i in range(40):
+            worker._on_message(topics.to_worker(WORKER, f"edge-{i + 2}", "s1"), encode(Close("s1")))
+        assert worker.num_queued == 16
+        worker._take(wait=False)
+        worker._on_message(topics.to_worker(WORKER, DEVICE, "s1"), encode(Close("s1")))
+        assert worker.num_queued == 1
