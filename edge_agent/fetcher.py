@@ -11,6 +11,7 @@ from typing import Final
 
 from fleet.errors import FleetError, ServiceAwayError
 from fleet.policy import backoff_s
+from fleet.report import NOT_YET
 
 RETRY_FACTOR: Final = 15  # of the usual back-off: at most two minutes
 STOP_S: Final = 5.0
@@ -22,7 +23,7 @@ class BundleFetcher:
     """Fetches one bundle at a time by `fetch`, which is asked again while it raises ServiceAwayError.
 
     On a thread of its own `on_done` is told the bundle and its folder, and `on_error` the bundle and what is in the
-    way, for good or until the next try.
+    way: for good or, where that begins with `NOT_YET`, until the next try.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class BundleFetcher:
                 if stop.is_set():
                     return
                 log.info("bundle %s: %s", bundle, error)
-                self._on_error(bundle, f"{error}; it is tried again")
+                self._on_error(bundle, f"{NOT_YET}{error}; it is tried again")
                 stop.wait(max(RETRY_FACTOR * backoff_s(num_failures, random.random()), error.retry_after_s))
                 num_failures += 1
             except FleetError as error:

@@ -24,6 +24,7 @@ from fleet import topics
 from fleet.desired import DesiredConfig, decode_desired
 from fleet.errors import BundleError, ConfigError, FleetError, PromptError, ProtocolError
 from fleet.manifest import Bundle, Manifest, read_manifest
+from fleet.report import NOT_YET
 from fleet.transport import Transport
 
 DRAIN_S: Final = 60.0  # what is under way may take so long before a device changes its bundle
@@ -172,7 +173,7 @@ class Supervisor:
 
     def _not_fetched(self, bundle: str, error: str) -> None:
         if bundle == self._wanted.settings.bundle:
-            self._tell(f"bundle {bundle}: {error}")
+            self._tell(error if error.startswith(NOT_YET) else f"bundle {bundle}: {error}")
 
     def _tell(self, error: str) -> None:
         """Says why the configuration that is wanted is not followed, or that there is nothing to say."""

@@ -66,9 +66,8 @@ def allows(grants: Iterable[str], requested: str) -> bool:
     """Whether a topic, or a subscription filter, lies wholly inside one of the granted filters.
 
     A wildcard is inside only where the grant has one too, so ``d/+/status`` is never a way around ``d/a/status``.
-    A shared subscription (``$share/<group>/<filter>``, MQTT 5 section 4.8.2) asks for its filter.
     """
-    levels = topics.filter_of(requested).split("/")
+    levels = requested.split("/")
     for grant in grants:
         wanted = grant.split("/")
         if len(wanted) == len(levels) and all(
@@ -95,5 +94,8 @@ class Grants:
         return {action: granted(self.role, self.name, action, self.targets) for action in Action}
 
     def may(self, action: Action, topic: str) -> bool:
-        """Whether `action` is granted on a topic or, to subscribe, on a filter."""
-        return allows(self.filters[action], topic)
+        """Whether `action` is granted on a topic or, to subscribe, on a filter.
+
+        A shared subscription (``$share/<group>/<filter>``, MQTT 5 section 4.8.2) asks for its filter.
+        """
+        return allows(self.filters[action], topics.filter_of(topic) if action is Action.SUBSCRIBE else topic)

@@ -12,6 +12,7 @@ from fleet.errors import DecodeError, OversizedError
 from fleet.messages import Id
 
 MAX_REPORT_BYTES = 16 * 1024
+NOT_YET = "not yet: "  # what a `config_error` begins with that passes by itself
 MAX_STATUS_BYTES = 16 * 1024
 MAX_RECEIPT_BYTES = 256 * 1024
 MAX_RECEIPT_ITEMS = 1024

@@ -12,6 +12,7 @@ NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 OPEN_FILTER: Final = f"{PREFIX}/open/+"
 WORKER_STATUS_FILTER: Final = f"{PREFIX}/w/+/status"
 DEVICE_STATUS_FILTER: Final = f"{PREFIX}/d/+/status"
+DEVICE_CONFIG_FILTER: Final = f"{PREFIX}/d/+/config"
 DEVICE_STATS_FILTER: Final = f"{PREFIX}/d/+/stats"
 REVOKED: Final = f"{PREFIX}/fleet/revoked"
 

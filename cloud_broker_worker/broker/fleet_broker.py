@@ -30,6 +30,7 @@ from cloud_broker_worker.broker.admission import Refusal, admit, holder_of
 from cloud_broker_worker.broker.connection import Connection
 from cloud_broker_worker.broker.packets import read_packet
 from cloud_broker_worker.broker.rights import Rights
+from fleet import topics
 from fleet.access import Action
 from fleet.errors import DecodeError, ProtocolError
 from fleet.topics import matches
@@ -43,7 +44,13 @@ MAX_FILTERS: Final = 100  # subscriptions of one connection
 MAX_CONNECTIONS_PER_NAME: Final = 16
 MAX_ROUTES: Final = 10_000
 MAX_TOPIC_BYTES: Final = 256
-RETAINED_TOPICS: Final = ("status", "config", "revoked")  # last levels; others are delivered, but not kept
+RETAINED: Final = (
+    topics.DEVICE_STATUS_FILTER,
+    topics.DEVICE_CONFIG_FILTER,
+    topics.WORKER_STATUS_FILTER,
+    topics.REVOKED,
+)
+"""What is kept; other messages are delivered, and as many as there are names in them could be sent."""
 REFUSED: Final = 0x80
 
 logger = logging.getLogger(__name__)
@@ -165,7 +172,7 @@ class FleetBroker(Broker):
 
     async def _publish(self, topic: str, payload: bytes, qos: int, *, retain: bool) -> None:
         """Nothing in here waits: messages reach every subscriber in the order in which they came."""
-        if retain and topic.rsplit("/", 1)[-1] in RETAINED_TOPICS:
+        if retain and any(matches(each, topic) for each in RETAINED):
             await self.retain_message(None, topic, payload, qos)
         for client_id, granted_qos in self._route(topic).items():
             _, connection = self._sessions[client_id]

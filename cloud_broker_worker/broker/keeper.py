@@ -16,6 +16,8 @@ RECHECK_S: Final = 60.0
 HELD_S: Final = 120.0
 """Who showed a certificate before it was revoked may wait with its CONNECT; mosquitto ends that after 95 seconds."""
 
+RECENT_S: Final = 86_400.0
+"""Who was revoked so shortly before we began may still have a session: whoever kept the files then may have died."""
 
 MAX_EVICTIONS: Final = 20
 """In one round, about a second's worth: other tasks wait for it."""
@@ -81,7 +83,8 @@ class MosquittoKeeper:
         self._clock = clock
         self._seen = -1
         self._checked_at = float("-inf")
-        self._must_reload = False
+        self._must_reload = True  # what the files say the broker may not have been told before we began
+        self._is_first = True
         self._due: list[tuple[float, str]] = []  # when whose session is to be ended
 
     def sync(self) -> None:
@@ -105,7 +108,13 @@ class MosquittoKeeper:
         revoked = list(self._source.revoked_certificates(now))
         spent = self._evictions.spent(now) if self._evictions else ()
         listed = self._crl.update([*revoked, *spent], now)
-        names = dict.fromkeys(each.name for each in revoked if listed and _canonical(each.serial) in listed)
+        is_first, self._is_first = self._is_first, False
+        names = dict.fromkeys(
+            each.name
+            for each in revoked
+            if (listed and _canonical(each.serial) in listed)
+            or (is_first and each.revoked_at is not None and each.revoked_at > now - RECENT_S)
+        )
         self._due += [(at, name) for name in names for at in (now, now + HELD_S)]
         self._must_reload |= listed is not None
         self._must_reload |= self._write_acl()

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from fleet.desired import DesiredConfig, Settings, merge
 from fleet.errors import ConfigError
 from fleet.registry.audit import audit
+from fleet.registry.database import CONFIG_LOCK, take_turns
 from fleet.registry.devices import check_device, is_device
 from fleet.registry.models import ConfigChange, IdentityRecord
 
@@ -50,26 +51,28 @@ def current_settings(db: Session, target: Target) -> Settings:
     return msgspec.convert(db.scalar(query) or {}, Settings)
 
 
-def change_settings(db: Session, actor: str, target: Target, settings: Settings) -> int:
-    """Makes `settings` all that is said for `target` from now on; gives the new version.
+def change_settings(db: Session, actor: str, target: Target, change: Callable[[Settings], Settings]) -> int:
+    """Puts ``change(settings)`` in the place of all that is said for `target`; gives the new version.
 
     Raises:
         UnknownDeviceError: nobody enrolled the device.
         ConfigError: no device is in the group.
     """
     _check_target(db, target)
-    values = msgspec.to_builtins(settings)
-    change = ConfigChange(scope=target.scope, target=target.name, settings=values, changed_at=time.time())
-    db.add(change)
+    take_turns(db, CONFIG_LOCK)
+    values = msgspec.to_builtins(change(current_settings(db, target)))
+    made = ConfigChange(scope=target.scope, target=target.name, settings=values, changed_at=time.time())
+    db.add(made)
     db.flush()
-    audit(db, actor, "config", str(target), version=change.id, settings=values)
-    return change.id
+    audit(db, actor, "config", str(target), version=made.id, settings=values)
+    return made.id
 
 
 def change_scope(
     db: Session, actor: str, scope: Scope, names: Collection[str], change: Callable[[str, Settings], Settings]
 ) -> None:
     """Puts ``change(name, settings)`` in the place of the settings of many at once; who keeps them gets no version."""
+    take_turns(db, CONFIG_LOCK)
     said = _said(db)
     changes = {}
     for name in names:

@@ -16,6 +16,7 @@ from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event, func, select
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DataError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from fleet.errors import MissingExtraError, RegistryError, ValueRefusedError
 
@@ -42,6 +43,9 @@ SLOW: Final = "57014"
 BROKEN: Final = frozenset({sqlite3.SQLITE_CORRUPT, "XX001", "XX002"})
 MIGRATION_LOCK: Final = 0xCEC0_11A3
 """PostgreSQL's advisory lock for whoever migrates: several processes may open a new database at once."""
+
+CONFIG_LOCK: Final = 0xCEC0_11A4
+"""And for whoever changes settings: a change is made of what was said last."""
 
 logging.getLogger("alembic").setLevel(logging.WARNING)  # an ordinary start is no news
 
@@ -107,6 +111,12 @@ def _what_failed(error: SQLAlchemyError) -> str:
     if code in BROKEN:
         return f"is damaged ({reason}); put a backup in its place"
     return f"cannot answer: {reason}; check its path or URL"
+
+
+def take_turns(db: Session, lock: int) -> None:
+    """Until the transaction's end nobody else has `lock`; in SQLite transactions that write take turns anyway."""
+    if db.get_bind().dialect.name == "postgresql":
+        db.execute(select(func.pg_advisory_xact_lock(lock)))
 
 
 def _one_line(error: BaseException | None) -> str:

@@ -16,6 +16,7 @@ from msgspec import Meta, Struct
 from fleet.errors import RolloutError
 from fleet.prompt import Share
 from fleet.registry.evidence import Finding, Limits, Outcome
+from fleet.report import NOT_YET
 
 Positive = Annotated[float, Meta(gt=0, le=1e8)]
 Percentage = Annotated[int, Meta(ge=1, le=100)]
@@ -159,7 +160,7 @@ def fate_of(seen: Candidate, before: Before, bundle_id: str, plan: Plan, at: Mom
     """What has become of `bundle_id` on a device, and why if it has failed."""
     offline_s = 0.0 if seen.online else at.now - max(seen.last_seen, at.heard_since)
     is_gone = offline_s >= plan.offline_after_s
-    if seen.error and seen.error != before.error:
+    if seen.error and seen.error != before.error and not seen.error.startswith(NOT_YET):
         return Fate.FAILED, f"{seen.device} reports: {seen.error}"
     if is_gone and seen.last_seen < before.told_at:
         return Fate.ABSENT, ""

@@ -42,6 +42,8 @@ def renew(
     """A certificate for another key of whoever holds one. See `Registry.renew`."""
     record = holder(db, fingerprint, now)
     db.refresh(record, with_for_update=True)
+    db.expire_all()  # whoever held the record's lock before us may have revoked the certificate
+    holder(db, fingerprint, now)
     state = next_state(record.name, state_at(record.state, record.not_after, now), Change.RENEW)
     if csr_name not in (None, record.name):
         raise TokenNameError(

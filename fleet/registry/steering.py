@@ -34,9 +34,7 @@ class Steering(Part):
             UnknownDeviceError: nobody enrolled the device.
             ConfigError: no device is in the group.
         """
-        return self._transactions.write(
-            lambda db: change_settings(db, self.actor, target, change(current_settings(db, target)))
-        )
+        return self._transactions.write(lambda db: change_settings(db, self.actor, target, change))
 
     def desired_configs(self, devices: Iterable[str] | None = None) -> dict[str, DesiredConfig]:
         """What is wanted of each device, or of those named; version 0 where nothing was ever said."""

@@ -279,8 +279,9 @@ def test_overlapping_subscriptions_bring_a_message_once(amqtt_site: Site) -> Non
         assert raw.receive(sock, len(wanted)) == wanted
 
 
-def test_only_status_and_config_are_kept_for_later(amqtt_site: Site) -> None:
-    inbox, topic = Inbox(), topics.reply("d1", "a1", "r1")
+@pytest.mark.parametrize("request_name", ["r1", "status", "config", "revoked"])
+def test_only_status_and_config_are_kept_for_later(amqtt_site: Site, request_name: str) -> None:
+    inbox, topic = Inbox(), topics.reply("d1", "a1", request_name)
     with amqtt_site.connect("d1") as device, amqtt_site.connect("a1") as app:
         device.publish(topic, b"kept for ever", qos=1, retain=True)
         app.subscribe("ce/v1/d/d1/status", inbox, qos=1)

@@ -155,6 +155,21 @@ def test_a_broker_that_could_not_be_told_is_told_later(kept: Kept) -> None:
     assert kept.sync() == 1
 
 
+def test_what_the_broker_was_not_told_before_a_restart_it_is_told_then(kept: Kept) -> None:
+    kept.registry.revoke("d1")
+    kept.broken = ConfigError
+    with pytest.raises(ConfigError):
+        kept.keeper.sync()
+    kept.broken = None
+    kept.keeper = MosquittoKeeper(
+        kept.folder, kept.registry, CrlFile(kept.folder / "crl.pem", kept.authority), kept._reload, kept,
+        lambda: kept.now,
+    )  # fmt: skip
+    kept.sync()
+    assert kept.reloads == 3, "at first, now, and for the certificate that ended the session"
+    assert kept.evicted == ["d1"]
+
+
 def test_a_session_that_could_not_be_ended_is_ended_later(kept: Kept) -> None:
     kept.registry.revoke("d1")
     kept.broken = LinkError

@@ -2,7 +2,8 @@
 
 import pytest
 
-from fleet.access import RULES, Action, Role, allows, granted
+from fleet import topics
+from fleet.access import RULES, Action, Grants, Role, granted
 
 PUBLISH, SUBSCRIBE = Action.PUBLISH, Action.SUBSCRIBE
 NAMES = {Role.DEVICE: "a", Role.APP: "app", Role.WORKER: "w", Role.SERVER: "hub"}
@@ -126,7 +127,7 @@ def full(topic: str) -> str:
 
 
 def may(role: Role, action: Action, topic: str) -> bool:
-    return allows(granted(role, NAMES[role], action, TARGETS), full(topic))
+    return Grants(role, NAMES[role], TARGETS).may(action, full(topic))
 
 
 @pytest.mark.parametrize(("role", "action", "topic"), ALLOWED)
@@ -160,3 +161,10 @@ def test_whoever_subscribes_to_a_topic_has_somebody_who_may_publish_it() -> None
 def _may_meet(one: str, other: str) -> bool:
     levels = list(zip(one.split("/"), other.split("/"), strict=False))
     return one.count("/") == other.count("/") and all(a == b or "+" in (a, b) for a, b in levels)
+
+
+def test_a_shared_subscription_is_one_to_subscribe_and_nothing_to_publish_on() -> None:
+    grants = Grants(Role.WORKER, "w1")
+    assert grants.may(Action.SUBSCRIBE, f"$share/b1/{topics.OPEN_FILTER}")
+    assert grants.may(Action.PUBLISH, topics.worker_status("w1"))
+    assert not grants.may(Action.PUBLISH, f"$share/b1/{topics.worker_status('w1')}")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from fleet import topics
 from fleet.desired import DesiredConfig, Settings, decode_desired
@@ -57,6 +60,20 @@ def test_a_change_sees_what_was_said_before(fleet: Registry) -> None:
     fleet.change_settings(EDGE, lambda settings: Settings(max_draft=(settings.max_draft or 0) + 1))
     assert fleet.settings(EDGE) == Settings(max_draft=3)
     assert fleet.settings(ALL) == Settings()
+
+
+def test_of_two_changes_at_once_each_sees_the_other(fleet: Registry, registry_url: str) -> None:
+    with Registry.open(registry_url, "somebody else") as other, ThreadPoolExecutor(1) as pool:
+
+        def slowly(settings: Settings) -> Settings:
+            futures.append(pool.submit(other.change_settings, EDGE, partial(replace, threshold=0.5)))
+            assert wait(futures, timeout=0.3).not_done, "it has to wait for us"
+            return replace(settings, max_draft=2)
+
+        futures: list[Future[int]] = []
+        first = fleet.change_settings(EDGE, slowly)
+        assert futures[0].result(30) > first
+    assert fleet.settings(EDGE) == Settings(max_draft=2, threshold=0.5)
 
 
 def test_a_change_is_in_the_audit_log_with_who_made_it(fleet: Registry) -> None:

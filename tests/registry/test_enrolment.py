@@ -7,11 +7,12 @@ import hashlib
 import itertools
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any
 
 import pytest
+from sqlalchemy.orm import Session
 
 from fleet.access import Grants, Role
 from fleet.enrolment import Enrolment
@@ -27,6 +28,8 @@ from fleet.errors import (
     UnknownTokenError,
     UsedTokenError,
 )
+from fleet.registry.certificates import revoke_certificates
+from fleet.registry.models import IdentityRecord
 from fleet.registry.rows import Certified, IssuedCertificate, NewToken
 from fleet.registry.states import State
 from fleet.registry.store import Registry
@@ -300,6 +303,23 @@ def test_a_renewal_needs_a_new_key_and_its_own_name(registry: Registry) -> None:
         renew(registry, fingerprint_of(registry), 1)
     with pytest.raises(TokenNameError, match="is for 'edge-2': expected the certificate's 'edge-1'"):
         renew(registry, fingerprint_of(registry), 2, csr_name="edge-2")
+
+
+def test_a_renewal_that_waited_for_a_new_enrolment_is_refused(registry: Registry) -> None:
+    """Whoever has a stolen key and asks all the time must not get a certificate past the one that replaces it."""
+    join(registry, invite(registry))
+    stolen, futures = fingerprint_of(registry), list[Future[Certified]]()
+
+    def replace(db: Session) -> None:
+        db.get(IdentityRecord, "edge-1", with_for_update=True)
+        futures.append(pool.submit(renew, registry, stolen, 2))
+        assert wait(futures, timeout=0.3).not_done, "it has to wait for us"
+        revoke_certificates(db, "edge-1", time.time())
+
+    with ThreadPoolExecutor(1) as pool:
+        registry._transactions.write(replace)
+        with pytest.raises(StateError, match="was revoked"):
+            futures[0].result(30)
 
 
 @pytest.mark.parametrize("change", [Registry.suspend, Registry.revoke])

@@ -39,6 +39,7 @@ from fleet.registry.rollouts import (
     next_stage,
 )
 from fleet.registry.tally import Tally, bucket
+from fleet.report import NOT_YET
 from tests.registry.conftest import report
 
 DEVICES = [Candidate(f"d{i:02}", "home" if i < 4 else None) for i in range(20)]
@@ -161,6 +162,12 @@ def test_what_becomes_of_the_bundle_on_a_device(seen: Candidate, now: float, fat
 def test_an_error_that_a_device_had_before_it_was_told_is_not_the_bundles() -> None:
     seen = Candidate("d", bundle_id="new", error="bad thresholds")
     assert fate_of(seen, Before(100.0, error="bad thresholds"), "new", Plan(), Moment(150.0, 100.0))[0] is Fate.TAKEN
+
+
+def test_an_error_that_passes_is_waited_for() -> None:
+    seen = Candidate("d", error=f"{NOT_YET}the registry is away; it is tried again")
+    assert fate_of(seen, Before(100.0), "new", Plan(), Moment(150.0, 100.0))[0] is Fate.PENDING
+    assert fate_of(seen, Before(100.0), "new", Plan(), Moment(5000.0, 100.0))[0] is Fate.FAILED
 
 
 def test_nobody_is_gone_before_a_server_that_has_just_started_could_hear_them() -> None:
