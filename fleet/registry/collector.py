@@ -67,9 +67,10 @@ class Collector:
 
     def __enter__(self) -> Self:
         """Raises RegistryError when the registry cannot answer."""
-        self._registry.all_offline()
-        self._thread.start()
         self._transport.on_up(self._inbox.begin_link)
+        self._registry.all_offline()
+        self._inbox.take(0, 0.0)  # the link's beginning, of which nothing has come yet
+        self._thread.start()
         self._transport.subscribe(topics.DEVICE_STATUS_FILTER, self._on_status, qos=1)
         self._transport.subscribe(topics.WORKER_STATUS_FILTER, self._on_worker, qos=1)
         self._transport.subscribe(topics.DEVICE_STATS_FILTER, self._on_report)
