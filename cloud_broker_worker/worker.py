@@ -129,12 +129,14 @@ class Worker:
             self._log.warning("message on %s dropped: %s", topic, error)
             return
         with self._counting:
-            if self._queued[device] >= self._inbox.maxsize * QUEUE_SHARE or self._inbox.full():
-                text = "message on %s dropped: %d messages wait already, %d of them its device's"
-                self._log.warning(text, topic, self._inbox.qsize(), self._queued[device])
-                return
-            self._queued[device] += 1
-            self._inbox.put_nowait((time.monotonic(), device, message))
+            num_own = self._queued[device]
+            has_room = num_own < self._inbox.maxsize * QUEUE_SHARE and not self._inbox.full()
+            if has_room:
+                self._queued[device] = num_own + 1
+                self._inbox.put_nowait((time.monotonic(), device, message))
+        if not has_room:
+            text = "message on %s dropped: %d messages wait already, %d of them its device's"
+            self._log.warning(text, topic, self._inbox.qsize(), num_own)
 
     def _on_revoked(self, topic: str, payload: bytes) -> None:
         """Without such a message nobody is denied; what cannot be read changes nothing."""

@@ -50,7 +50,7 @@ RETAINED: Final = (
     topics.WORKER_STATUS_FILTER,
     topics.REVOKED,
 )
-"""What is kept; other messages are delivered, and as many as there are names in them could be sent."""
+"""What is kept. Other messages are delivered only: a client can think of any number of topics for them."""
 REFUSED: Final = 0x80
 
 logger = logging.getLogger(__name__)
