@@ -16,9 +16,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from edge_agent.cascade import Cascade
-from edge_agent.partition import Partition
-from fleet.manifest import Bundle
+from edge_agent.engine.cascade import Cascade
+from edge_agent.engine.partition import Partition
+from fleet.bundles.manifest import Bundle
 
 POSITIONS: Final = (64, 1024)
 STEPS: Final = 40
@@ -57,7 +57,7 @@ class ProfiledPartition(Partition):
 
 
 def profiled(path: Path, num_threads: int, prefix: Path) -> ort.InferenceSession:
-    """A graph like `edge_agent.runtime.load_session` gives it, with profiling on."""
+    """A graph like `edge_agent.engine.ort_runtime.load_session` gives it, with profiling on."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.log_severity_level = 3

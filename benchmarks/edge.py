@@ -29,12 +29,12 @@ from benchmarks.engines import Engine
 from benchmarks.fidelity import PROMPTS, Answer, agreement, default_answers
 from benchmarks.graphs import EdgeGraphs
 from benchmarks.peers import peers
-from fleet.cli.lazy import load
-from fleet.command import run_command
-from fleet.cpu import CPUINFO, instruction_sets
+from fleet.bundles.instruction_sets import CPUINFO, instruction_sets
 from fleet.errors import ConfigError
+from fleet.utils.cli_runtime import run_command
+from fleet.utils.optional_imports import load
 from onnx_export.config import QUANTIZATIONS, ExportConfig, Quantization
-from onnx_export.default import default_bundle
+from onnx_export.default_bundle import default_bundle
 
 OURS: Final = "ours"
 DEFAULT_PRESET: Final[Quantization] = ExportConfig(Path(), (1,)).quantization
@@ -202,7 +202,7 @@ def run(
 ) -> None:
     """Measure the edge engine beside llama.cpp and onnxruntime-genai, and what a device costs."""
     if plot:
-        load("fleet.plots").check_plot(plot)
+        load("fleet.utils.plots").check_plot(plot)
     console = Console(stderr=True)
     parts = parse_list(only, PARTS, "part")
     chosen = parse_list(presets, get_args(Quantization), "preset")
@@ -230,7 +230,7 @@ def run(
     if "growth" in parts:
         result["growth_10000_tokens"] = bench.growth()
     if plot:
-        load("fleet.plots").save(load("benchmarks.plots").plot_engines(result["rows"]), plot)
+        load("fleet.utils.plots").save(load("benchmarks.plots").plot_engines(result["rows"]), plot)
     if as_json:
         print(json.dumps(result))
     else:

@@ -17,14 +17,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from fleet.bundles.manifest import Bundle
 from fleet.cli.heads import evaluation, print_exits, print_targets, recorded
-from fleet.cli.lazy import load
 from fleet.exits.thresholds import Point, frontier, measure
-from fleet.manifest import Bundle
+from fleet.utils.optional_imports import load
 from onnx_export.bundle import export_bundle
 from onnx_export.checkpoint import cache_folder
 from onnx_export.config import ExportConfig, show
-from onnx_export.default import EXITS, build_key, default_bundle
+from onnx_export.default_bundle import EXITS, build_key, default_bundle
 
 
 def bundle_with(exits: tuple[int, ...], console: Console) -> Bundle:
@@ -47,7 +47,7 @@ def run(
 ) -> None:
     """Measure the exits of one or more configurations on the same prompts."""
     if plot:
-        load("fleet.plots").check_plot(plot)
+        load("fleet.utils.plots").check_plot(plot)
     errors, console = Console(stderr=True), Console()
     configurations = [EXITS, *(tuple(map(int, text.split(","))) for text in exits or ["8,15"])]
     results: dict[str, Any] = {}
@@ -67,7 +67,7 @@ def run(
             print_targets(console, records, bundle.manifest.thresholds)
     if plot is not None:
         figure = load("fleet.exits.plot").plot_curves("offload of SmolLM2-135M-Instruct", curves, marks)
-        load("fleet.plots").save(figure, plot)
+        load("fleet.utils.plots").save(figure, plot)
     if as_json:
         print(json.dumps(results))
 

@@ -12,9 +12,9 @@ from typing import Any, Final
 import torch
 
 from benchmarks.engines import Engine
-from fleet.prompt_file import read_prompts
+from fleet.utils.prompt_file import read_prompts
 from onnx_export.checkpoint import WHEEL_SHA256, cache_folder
-from onnx_export.sources import tool_versions
+from onnx_export.fingerprints import tool_versions
 
 PROMPTS: Final = Path(__file__).parent / "data" / "prompts.txt"
 NEW_TOKENS: Final = 64

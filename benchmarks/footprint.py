@@ -8,15 +8,15 @@ import time
 from pathlib import Path
 from typing import Final
 
-from fleet.access import Role
-from fleet.cli.processes import child
-from fleet.cli.serve import free_port
-from fleet.cli.state import State, StateConfig
-from fleet.client import PromptClient
 from fleet.errors import FleetError
-from fleet.mqtt import MqttTransport
-from fleet.policy import Mode
-from fleet.prompt import ChatMessage, PromptRequest
+from fleet.protocol.access import Role
+from fleet.protocol.modes import Mode
+from fleet.protocol.prompt import ChatMessage, PromptRequest
+from fleet.server.child_process import child
+from fleet.server.home import State, StateConfig
+from fleet.server.supervisor import free_port
+from fleet.transport.mqtt import MqttTransport
+from fleet.transport.prompt_client import PromptClient
 
 HOST: Final = "127.0.0.1"
 DEVICE: Final = "edge-1"

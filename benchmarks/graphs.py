@@ -6,16 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fleet.manifest import SCHEMA_VERSION, Manifest, write_manifest
+from fleet.bundles.manifest import SCHEMA_VERSION, Manifest, write_manifest
 from onnx_export.architecture import model_info
 from onnx_export.assembly import Assembly
+from onnx_export.atomic_folder import staged
 from onnx_export.bundle import list_files, load_model, write_edge
 from onnx_export.checkpoint import cache_folder, model_config
 from onnx_export.config import DEFAULT_MODEL, ExportConfig, Quantization
+from onnx_export.fingerprints import source_digest, tool_versions
+from onnx_export.graph_cache import default_parts
 from onnx_export.heads import ExitHead, HeadKind, HeadsFile, fingerprint, new_head
-from onnx_export.parts import default_parts
-from onnx_export.sources import source_digest, tool_versions
-from onnx_export.staging import staged
 
 
 class EdgeGraphs:

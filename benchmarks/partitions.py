@@ -8,13 +8,13 @@ from typing import Any
 
 import msgspec
 
-from fleet.manifest import Bundle, Manifest, write_manifest
+from fleet.bundles.manifest import Bundle, Manifest, write_manifest
+from onnx_export.atomic_folder import staged
 from onnx_export.bundle import list_files, load_model
 from onnx_export.checkpoint import cache_folder
 from onnx_export.cloud import write_cloud
 from onnx_export.config import DEFAULT_MODEL, ExportConfig
-from onnx_export.sources import source_digest
-from onnx_export.staging import staged
+from onnx_export.fingerprints import source_digest
 
 
 class CloudPartitions:

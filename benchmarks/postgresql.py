@@ -15,8 +15,8 @@ from typing import Any, Final
 
 import psycopg
 
-from fleet.cli.serve import free_port
 from fleet.errors import ConfigError
+from fleet.server.supervisor import free_port
 
 DEADLINE_S: Final = 60.0
 HOST: Final = "127.0.0.1"

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cloud_broker_worker.kv_pool import KvLease
-from cloud_broker_worker.upper_layers import Chunk, UpperLayers
-from edge_agent.cascade import Cascade
-from edge_agent.partition import Partition
-from edge_agent.tokenizer import ChatTokenizer
-from fleet.hidden_codec import Float16
-from fleet.manifest import Bundle
-from fleet.policy import exit_emits
-from fleet.prompt import ChatMessage
+from cloud_broker_worker.worker.kv_pool import KvLease
+from cloud_broker_worker.worker.upper_layers import Chunk, UpperLayers
+from edge_agent.engine.cascade import Cascade
+from edge_agent.engine.partition import Partition
+from edge_agent.engine.tokenizer import ChatTokenizer
+from fleet.bundles.manifest import Bundle
+from fleet.exits.exit_policy import exit_emits
+from fleet.protocol.hidden_states import Float16
+from fleet.protocol.prompt import ChatMessage
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,27 @@ from math import prod
 from typing import Final, NamedTuple, TypeAlias
 
 from benchmarks.recordings import Recording
-from cloud_broker_worker.config import WorkerConfig
-from cloud_broker_worker.engine import Engine
-from cloud_broker_worker.upper_layers import UpperLayers
-from edge_agent.acceptance import Acceptance
-from edge_agent.drafting import worth_drafting, worth_guessing
+from cloud_broker_worker.worker.config import WorkerConfig
+from cloud_broker_worker.worker.engine import Engine
+from cloud_broker_worker.worker.upper_layers import UpperLayers
+from edge_agent.generation.acceptance_rate import Acceptance
+from edge_agent.generation.draft_policy import worth_drafting, worth_guessing
 from edge_agent.measurements import Mean
-from edge_agent.uplink import HELD_POSITIONS
-from fleet.codec import decode_to_worker, encode, pack_chunk
-from fleet.hidden_codec import Float16
-from fleet.messages import PROTOCOL, Close, Context, ContextChunk, Open, Refused, Sampling, ToWorker, Verified, Verify
+from edge_agent.session.cloud_session import HELD_POSITIONS
+from fleet.protocol.codec import decode_to_worker, encode, pack_chunk
+from fleet.protocol.hidden_states import Float16
+from fleet.protocol.messages import (
+    PROTOCOL,
+    Close,
+    Context,
+    ContextChunk,
+    Open,
+    Refused,
+    Sampling,
+    ToWorker,
+    Verified,
+    Verify,
+)
 
 DEADLINE_MS: Final = 600_000
 CHUNK_POSITIONS: Final = 64
@@ -38,7 +49,7 @@ time."""
 class Device:
     """One device: its messages are due at the worker after `link_s` seconds, and so are the answers here.
 
-    It collaborates as in edge_agent/draft_run.py. With `works` false its steps take no time, and it asks for each token
+    It collaborates as in edge_agent/generation/speculative.py. With `works` false its steps take no time, and it asks for each token
     alone, as if it knew it. `tokens` are (time, seconds since the token before) of each token but an answer's first.
     """
 

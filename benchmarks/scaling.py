@@ -23,11 +23,11 @@ import msgspec
 import typer
 
 from benchmarks.edge import machine
-from edge_agent.uplink import HELD_POSITIONS
-from fleet.access import Role
-from fleet.registry.collector import MAX_BATCH
+from edge_agent.session.cloud_session import HELD_POSITIONS
+from fleet.protocol.access import Role
+from fleet.protocol.report import GenerationReport
 from fleet.registry.store import Registry
-from fleet.report import GenerationReport
+from fleet.server.collector import MAX_BATCH
 
 DATA: Final = Path(__file__).parent / "data/scaling.json"
 FLEETS: Final = (1_000, 10_000, 100_000, 1_000_000)

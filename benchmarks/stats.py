@@ -24,11 +24,10 @@ import typer
 from rich.console import Console
 from sqlalchemy import Connection, Engine, insert, text
 
-from fleet.cli.lazy import require
 from fleet.errors import ConfigError
 from fleet.registry.database import open_database, writing
 from fleet.registry.models import IdentityRecord, StatusRecord
-from fleet.registry.rollup_tables import (
+from fleet.registry.stats.rollup_tables import (
     AMOUNTS,
     DAY_S,
     HOUR_S,
@@ -41,8 +40,9 @@ from fleet.registry.rollup_tables import (
     TPOT,
     TTFT,
 )
-from fleet.registry.rollups import span_start
+from fleet.registry.stats.rollups import span_start
 from fleet.registry.store import Registry
+from fleet.utils.optional_imports import require
 
 SINCE: Final = 1293 * SPANS_S[-1] + DAY_S + 1800.0  # one day into a longest span: most spans, one of each length
 NUM_GROUPS: Final = 20

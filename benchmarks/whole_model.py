@@ -22,15 +22,15 @@ import typer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from edge_agent.cascade import Cascade
-from edge_agent.partition import Partition
-from edge_agent.tokenizer import ChatTokenizer
-from fleet.cli.serve import resolve_bundle
-from fleet.manifest import Bundle
-from fleet.messages import Sampling
-from fleet.prompt import ChatMessage
-from fleet.prompt_file import read_prompts
-from fleet.sampling import draw
+from edge_agent.engine.cascade import Cascade
+from edge_agent.engine.partition import Partition
+from edge_agent.engine.tokenizer import ChatTokenizer
+from fleet.bundles.manifest import Bundle
+from fleet.protocol.messages import Sampling
+from fleet.protocol.prompt import ChatMessage
+from fleet.protocol.sampling import draw
+from fleet.server.supervisor import resolve_bundle
+from fleet.utils.prompt_file import read_prompts
 
 TIE: Final = 1e-3
 

@@ -4,7 +4,7 @@
 
 Devices replay answers that were recorded as they are deployed, with real hidden states; the engine really runs, in
 virtual time (benchmarks/replay.py). A collaborating device works its recorded step times on a core of its own, asks
-about what no exit is sure of and drafts on during a link's round trip (edge_agent/draft_run.py). A cloud-only
+about what no exit is sure of and drafts on during a link's round trip (edge_agent/generation/speculative.py). A cloud-only
 stream is the full model in the same engine, with no link between its tokens.
 """
 
@@ -32,18 +32,18 @@ from benchmarks.fidelity import PROMPTS
 from benchmarks.partitions import CloudPartitions
 from benchmarks.recordings import Recording, offload_rate, record
 from benchmarks.replay import Device, Worker
-from cloud_broker_worker.config import Weights, WorkerConfig
-from cloud_broker_worker.upper_layers import Chunk, UpperLayers
+from cloud_broker_worker.worker.config import Weights, WorkerConfig
+from cloud_broker_worker.worker.upper_layers import Chunk, UpperLayers
+from fleet.bundles.manifest import Bundle
 from fleet.cli.demo import DEVICE, follow, running_fleet
-from fleet.cli.lazy import load
-from fleet.client import PromptClient
-from fleet.command import run_command
-from fleet.hidden_codec import Float16
-from fleet.manifest import Bundle
-from fleet.policy import Mode, exit_source
-from fleet.prompt import PromptRequest
-from fleet.prompt_file import read_prompts
-from onnx_export.default import default_bundle
+from fleet.protocol.hidden_states import Float16
+from fleet.protocol.modes import Mode, exit_source
+from fleet.protocol.prompt import PromptRequest
+from fleet.transport.prompt_client import PromptClient
+from fleet.utils.cli_runtime import run_command
+from fleet.utils.optional_imports import load
+from fleet.utils.prompt_file import read_prompts
+from onnx_export.default_bundle import default_bundle
 
 PARTS: Final = ("throughput", "devices", "round-trips")
 SESSIONS: Final = (1, 4, 16, 64)
@@ -264,7 +264,7 @@ def run(
 ) -> None:
     """Measure what one worker serves."""
     if plot:
-        load("fleet.plots").check_plot(plot)
+        load("fleet.utils.plots").check_plot(plot)
     parts = parse_list(only, PARTS, "part")
     (chosen,) = parse_list(weights, get_args(Weights), "kind of weights")
     console = Console(stderr=True)
@@ -290,7 +290,7 @@ def run(
         result["devices_per_worker"] = {kind: found[kind]["devices"] for kind in ("collaborative", "cloud_only")}
         result |= {"p95_ms": p95_ms, "rtt_ms": rtt_ms, "devices": found}
         if plot:
-            load("fleet.plots").save(load("benchmarks.plots").plot_devices(result), plot)
+            load("fleet.utils.plots").save(load("benchmarks.plots").plot_devices(result), plot)
     if "round-trips" in parts:
         result["round_trips_per_token"] = bench.round_trips(len(bench.recordings), tokens, console)
     if as_json:

@@ -1,7 +1,1 @@
-"""The cloud's side: sessions of many devices, the model's upper layers as one batch, and the embedded broker."""
-
-import os
-
-# Read when torch loads. Its threads spin for less than a millisecond, from one small product to the next, and then
-# sleep: to sleep at once doubles the time of a step, to spin on burns the cores of an idle worker.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+"""The cloud side: the worker that runs the upper layers, and the MQTT brokers."""

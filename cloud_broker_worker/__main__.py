@@ -1,5 +1,5 @@
 """``python -m cloud_broker_worker``."""
 
-from cloud_broker_worker.cli import main
+from cloud_broker_worker.worker.cli import main
 
 main()

@@ -1,1 +1,1 @@
-"""The device: ONNX Runtime partition with early exits, upload in the background, and the agent that serves prompts."""
+"""The device: the model in ONNX Runtime with early exits, and the agent that serves prompts."""

@@ -12,9 +12,9 @@ from typing import Annotated, Final
 
 import typer
 
-from fleet.command import run_command, stop_event
+from fleet.bundles.manifest import Manifest
 from fleet.errors import ConfigError, FleetError, MissingExtraError
-from fleet.manifest import Manifest
+from fleet.utils.cli_runtime import run_command, stop_event
 
 FETCH_S: Final = 3600.0  # for a bundle, when a device joins
 
@@ -38,16 +38,16 @@ def run(
     _need("a device")
     import msgspec
 
-    from edge_agent.agent import Agent
     from edge_agent.config import AgentConfig
-    from edge_agent.download import fetch_bundle
-    from edge_agent.renewal import Renewer
-    from edge_agent.supervisor import Supervisor
-    from fleet import topics
-    from fleet.access import Role
-    from fleet.identity import Identity
-    from fleet.mqtt import MqttTransport
-    from fleet.transport import Will
+    from edge_agent.provisioning.certificate_renewer import Renewer
+    from edge_agent.serving.agent import Agent
+    from edge_agent.update.download import fetch_bundle
+    from edge_agent.update.supervisor import Supervisor
+    from fleet.identity.identity import Identity
+    from fleet.protocol import topics
+    from fleet.protocol.access import Role
+    from fleet.transport.base import Will
+    from fleet.transport.mqtt import MqttTransport
 
     identity = Identity.load(folder)
     if identity.config.role is not Role.DEVICE:
@@ -86,12 +86,12 @@ def join(
     _need("joining")
     import msgspec
 
-    from edge_agent.download import fetch_bundle
-    from edge_agent.joining import join as join_fleet
-    from edge_agent.service import persistently
-    from edge_agent.slots import SlotStore
-    from fleet.access import Role
-    from fleet.joining import Token
+    from edge_agent.provisioning.join import join as join_fleet
+    from edge_agent.service_client import persistently
+    from edge_agent.state.bundle_slots import SlotStore
+    from edge_agent.update.download import fetch_bundle
+    from fleet.protocol.access import Role
+    from fleet.protocol.enrolment_api import Token
 
     identity = join_fleet(Token.parse(sys.stdin.readline() if token == "-" else token), server, out)
     bundle, stop = SlotStore(out).load().current, stop_event()
@@ -128,7 +128,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
 def _need(what: str) -> None:
     """Raises MissingExtraError where the extra `edge` is not installed."""
     try:
-        import edge_agent.supervisor  # noqa: F401 (which needs all of it)
+        import edge_agent.update.supervisor  # noqa: F401 (which needs all of it)
     except ImportError as error:
         raise MissingExtraError(
             f"{what} needs {error.name}, which is not installed; run: pip install 'cecollm-fleet[edge]'"

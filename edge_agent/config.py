@@ -9,12 +9,12 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from fleet.desired import UploadDtype
 from fleet.errors import ConfigError
-from fleet.messages import MAX_DRAFT, DeadlineMs
-from fleet.policy import Mode
-from fleet.prompt import Share, TargetTpotMs
-from fleet.triggers import Triggers, check_triggers
+from fleet.protocol.desired_config import UploadDtype
+from fleet.protocol.messages import MAX_DRAFT, DeadlineMs
+from fleet.protocol.modes import Mode
+from fleet.protocol.prompt import Share, TargetTpotMs
+from fleet.protocol.triggers import Triggers, check_triggers
 
 CONFIG_FILE: Final = "agent.json"
 

@@ -1,1 +1,1 @@
-"""Makes bundles: exit heads, edge blocks and LM head as ONNX graphs, the cloud partition, and the manifest."""
+"""Export of a Hugging Face model as a bundle: exit heads, ONNX graphs, cloud partition, manifest."""

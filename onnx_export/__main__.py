@@ -9,10 +9,10 @@ from typing import Annotated, TypeVar
 import typer
 from rich.console import Console
 
-from fleet.command import run_command
 from fleet.errors import ConfigError
+from fleet.utils.cli_runtime import run_command
 from onnx_export.config import DEFAULT_MODEL, DEFAULT_THRESHOLD, QUANTIZATIONS, ExportConfig, require_packages, show
-from onnx_export.default import EXITS
+from onnx_export.default_bundle import EXITS
 
 N = TypeVar("N", int, float)
 

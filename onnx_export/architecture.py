@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from fleet.bundles.manifest import ModelInfo
 from fleet.errors import ExportError
-from fleet.manifest import ModelInfo
 from onnx_export.config import check_order, show
 
 SUPPORTED_MODEL_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3", "smollm3")

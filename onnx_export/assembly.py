@@ -11,11 +11,11 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from fleet.manifest import ModelInfo
+from fleet.bundles.manifest import ModelInfo
 from onnx_export.config import Quantization
+from onnx_export.graph_cache import PartCache, part_key
 from onnx_export.heads import ExitHead
 from onnx_export.partition import export_block, export_lm_head, fuse_norms, trace
-from onnx_export.parts import PartCache, part_key
 from onnx_export.quantize import quantize, quantize_preview
 
 

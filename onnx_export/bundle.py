@@ -13,20 +13,20 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from fleet.calibrated import find_calibration, read_calibration
+from fleet.bundles.calibration_file import find_calibration, read_calibration
+from fleet.bundles.manifest import SCHEMA_VERSION, FileEntry, Manifest, hash_file, write_manifest
 from fleet.errors import ConfigError, ExportError
 from fleet.exits.calibration import Calibration
-from fleet.manifest import SCHEMA_VERSION, FileEntry, Manifest, hash_file, write_manifest
 from onnx_export import parity
 from onnx_export.architecture import check_exits, check_model, model_info
 from onnx_export.assembly import Assembly
+from onnx_export.atomic_folder import staged
 from onnx_export.checkpoint import DEFAULT_NAME, load_pretrained, resolve_model
 from onnx_export.cloud import write_cloud
 from onnx_export.config import DEFAULT_MODEL, DEFAULT_THRESHOLD, SHARED_HEAD, ExportConfig, require_packages, show
+from onnx_export.fingerprints import tool_versions
+from onnx_export.graph_cache import PartCache, default_parts
 from onnx_export.heads import SHIPPED_HEADS, HeadsFile, fingerprint, heads_digest, load_heads, shared_heads
-from onnx_export.parts import PartCache, default_parts
-from onnx_export.sources import tool_versions
-from onnx_export.staging import staged
 
 LARGEST_INLINE_BYTES = 1 << 20
 """Beyond this the weights go into a file beside the graph, which ONNX Runtime maps into memory instead of copying."""

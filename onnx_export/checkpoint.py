@@ -16,8 +16,8 @@ from typing import Any, Final
 
 import platformdirs
 
+from fleet.bundles.manifest import hash_file
 from fleet.errors import ExportError, MissingExtraError
-from fleet.manifest import hash_file
 from onnx_export.config import DEFAULT_MODEL
 
 DEFAULT_NAME: Final = "SmolLM2-135M-Instruct"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, get_args
 
-from fleet.command import check_free
 from fleet.errors import ConfigError, ExportError, MissingExtraError
-from fleet.policy import check_threshold
+from fleet.exits.exit_policy import check_threshold
+from fleet.utils.cli_runtime import check_free
 
 Quantization = Literal["fp32", "int8", "balanced", "int4"]
 QUANTIZATIONS: Final[tuple[str, ...]] = get_args(Quantization)

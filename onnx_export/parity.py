@@ -28,8 +28,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fleet.bundles.manifest import ModelInfo
 from fleet.errors import ExportError
-from fleet.manifest import ModelInfo
 from onnx_export.config import Quantization
 from onnx_export.heads import ExitHead, HeadKind
 

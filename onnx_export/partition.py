@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.onnx import ops
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fleet.bundles.manifest import ModelInfo
 from fleet.errors import ExportError
-from fleet.manifest import ModelInfo
 from onnx_export.checkpoint import quiet
 from onnx_export.fusion import fuse
 from onnx_export.heads import ExitHead, RmsNorm

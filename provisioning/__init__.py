@@ -1,1 +1,1 @@
-"""Who belongs to the fleet: its certificate authority, and the identities that it makes."""
+"""Enrolment of devices: the certificate authority and the HTTPS service."""

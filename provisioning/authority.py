@@ -15,16 +15,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
-from fleet.access import Role
+from fleet.bundles.signature import write_signature
 from fleet.errors import IdentityError
-from fleet.files import write_file
-from fleet.identity import CA_FILE, CERT_FILE, KEY_FILE, Identity, ServerTls
-from fleet.registry.rows import IssuedCertificate
-from fleet.signature import write_signature
-from fleet.topics import check_name
+from fleet.identity.identity import CA_FILE, CERT_FILE, KEY_FILE, Identity, ServerTls
+from fleet.protocol.access import Role
+from fleet.protocol.topics import check_name
+from fleet.registry.results import IssuedCertificate
+from fleet.utils.atomic_files import write_file
 from provisioning.certificate import Certificate, issued_certificate, write_identity
 from provisioning.crl import CRL_DAYS, Revoked, sign_crl
-from provisioning.site import Site
+from provisioning.fleet_address import Site
 
 CA_KEY_FILE: Final = "ca-key.pem"
 CA_DAYS: Final = 3650
@@ -139,7 +139,7 @@ class CertificateAuthority:
         )
 
     def sign_bundle(self, folder: Path) -> None:
-        """Signs the manifest of the bundle in `folder`; whoever has `ca.pem` can check it (`fleet.signature`)."""
+        """Signs the manifest of the bundle in `folder`; whoever has `ca.pem` can check it (`fleet.bundles.signature`)."""
         write_signature(folder, self._private_key)
 
     def server_tls(self, folder: Path, *hosts: str) -> ServerTls:

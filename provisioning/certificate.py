@@ -12,9 +12,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fleet.errors import IdentityError
-from fleet.files import write_file
-from fleet.identity import CA_FILE, CERT_FILE, IDENTITY_FILE, KEY_FILE, Identity, IdentityConfig
-from fleet.registry.rows import IssuedCertificate
+from fleet.identity.identity import CA_FILE, CERT_FILE, IDENTITY_FILE, KEY_FILE, Identity, IdentityConfig
+from fleet.registry.results import IssuedCertificate
+from fleet.utils.atomic_files import write_file
 
 
 @dataclass(frozen=True)

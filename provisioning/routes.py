@@ -15,7 +15,7 @@ from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
 from fleet.errors import BusyError, FleetError, OversizedError, RegistryError
-from fleet.joining import (
+from fleet.protocol.enrolment_api import (
     BUNDLES_PATH,
     CA_PATH,
     CRL_PATH,
@@ -26,8 +26,8 @@ from fleet.joining import (
     RenewRequest,
     decode_body,
 )
-from provisioning.office import Office
-from provisioning.problems import http_problem, problem, status_of
+from provisioning.enrolment_service import Office
+from provisioning.http_errors import http_problem, problem, status_of
 from provisioning.rate_limit import RateLimit, peer_of
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

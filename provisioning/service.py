@@ -9,12 +9,12 @@ from typing import Final
 
 from aiohttp import web
 
-from fleet.identity import ServerTls
-from fleet.tls_server import STOP_S, TlsServer
-from provisioning.office import Office
+from fleet.identity.identity import ServerTls
+from fleet.transport.tls_server import STOP_S, TlsServer
+from provisioning.enrolment_service import Office
+from provisioning.fleet_address import base_url
 from provisioning.rate_limit import RateLimit
 from provisioning.routes import Routes
-from provisioning.site import base_url
 
 HANDSHAKE_S: Final = 10.0
 IDLE_S: Final = 15.0

@@ -21,12 +21,12 @@ import pytest
 
 from cloud_broker_worker.broker.embedded import EmbeddedBroker
 from cloud_broker_worker.broker.mosquitto import write_config
-from cloud_broker_worker.broker.rights import Lookup
-from fleet.access import Grants, Role
+from cloud_broker_worker.broker.rights_cache import Lookup
 from fleet.errors import LinkError
-from fleet.identity import CERT_FILE, Identity, ServerTls
-from fleet.mqtt import MqttTransport
-from fleet.transport import Will
+from fleet.identity.identity import CERT_FILE, Identity, ServerTls
+from fleet.protocol.access import Grants, Role
+from fleet.transport.base import Will
+from fleet.transport.mqtt import MqttTransport
 from provisioning.authority import CertificateAuthority
 
 HOST: Final = "127.0.0.1"

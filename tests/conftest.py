@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fleet.manifest import Bundle
+from fleet.bundles.manifest import Bundle
 from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig, Quantization
-from onnx_export.default import default_bundle
+from onnx_export.default_bundle import default_bundle
 from onnx_export.heads import HeadKind
 from tests.postgresql import empty_url as empty_url  # fixtures
 from tests.postgresql import postgresql as postgresql

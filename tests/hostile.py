@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, TypeAlias, TypeVar
 
-from fleet.memory import MemoryBroker, MemoryTransport
-from fleet.topics import PREFIX
-from fleet.transport import Will
+from fleet.protocol.topics import PREFIX
+from fleet.transport.base import Will
+from fleet.transport.in_memory import MemoryBroker, MemoryTransport
 
 T = TypeVar("T")
 Said: TypeAlias = tuple[str, bytes]

@@ -15,18 +15,37 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from fleet import topics
-from fleet.access import Role
-from fleet.codec import decode_to_device, decode_to_worker, encode, pack_chunk, unpack_chunk
-from fleet.desired import DesiredConfig, Settings, decode_desired, encode_desired
+from fleet.bundles.manifest import Bundle
 from fleet.errors import DecodeError, FleetError, PromptError, ProtocolError, TokenError
-from fleet.hidden_codec import INT8
-from fleet.joining import JoinReply, JoinRequest, RenewReply, RenewRequest, ServiceProblem, Token, decode_body
-from fleet.manifest import Bundle
-from fleet.messages import PROTOCOL, Assist, Close, Context, ContextChunk, Open, Sampling, ToDevice, ToWorker, Verify
-from fleet.policy import Mode
-from fleet.prompt import ChatMessage, PromptRequest, decode_reply, parse_prompt
-from fleet.report import (
+from fleet.protocol import topics
+from fleet.protocol.access import Role
+from fleet.protocol.codec import decode_to_device, decode_to_worker, encode, pack_chunk, unpack_chunk
+from fleet.protocol.desired_config import DesiredConfig, Settings, decode_desired, encode_desired
+from fleet.protocol.enrolment_api import (
+    JoinReply,
+    JoinRequest,
+    RenewReply,
+    RenewRequest,
+    ServiceProblem,
+    Token,
+    decode_body,
+)
+from fleet.protocol.hidden_states import INT8
+from fleet.protocol.messages import (
+    PROTOCOL,
+    Assist,
+    Close,
+    Context,
+    ContextChunk,
+    Open,
+    Sampling,
+    ToDevice,
+    ToWorker,
+    Verify,
+)
+from fleet.protocol.modes import Mode
+from fleet.protocol.prompt import ChatMessage, PromptRequest, decode_reply, parse_prompt
+from fleet.protocol.report import (
     DeviceStatus,
     WorkerStatus,
     decode_receipt,

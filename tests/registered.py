@@ -8,19 +8,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from cloud_broker_worker.broker.keeper import MosquittoKeeper
 from cloud_broker_worker.broker.mosquitto import CRL_FILE, PID_FILE, write_config
-from cloud_broker_worker.broker.reload import by_signal
-from fleet.access import Grants, Role
-from fleet.identity import Identity
-from fleet.mqtt import MqttTransport
+from cloud_broker_worker.broker.mosquitto_reload import by_signal
+from cloud_broker_worker.broker.mosquitto_sync import MosquittoKeeper
+from fleet.identity.identity import Identity
+from fleet.protocol.access import Grants, Role
 from fleet.registry.store import Registry
-from fleet.registry.watcher import ChangeWatcher
-from fleet.transport import Will
+from fleet.server.change_watcher import ChangeWatcher
+from fleet.transport.base import Will
+from fleet.transport.mqtt import MqttTransport
 from provisioning.authority import CertificateAuthority
 from provisioning.crl import CrlFile
-from provisioning.enroll import enroll
-from provisioning.eviction import Evictions
+from provisioning.offline_enrolment import enroll
+from provisioning.session_takeover import Evictions
 from tests.brokers import FLEET, HOST, Amqtt, Mosquitto, RunningBroker, free_port
 
 

@@ -17,16 +17,16 @@ import onnxruntime as ort
 from benchmarks.drivers.answer import Stopwatch
 from benchmarks.drivers.local_app import LocalApp
 from benchmarks.drivers.protocol import serve_lines
-from edge_agent.agent import Agent
 from edge_agent.config import AgentConfig
-from fleet import topics
+from edge_agent.serving.agent import Agent
+from fleet.bundles.manifest import Bundle, Manifest
 from fleet.errors import FleetError
-from fleet.identity import Identity
-from fleet.manifest import Bundle, Manifest
-from fleet.mqtt import MqttTransport
-from fleet.policy import Mode
-from fleet.prompt import PromptRequest
-from fleet.transport import Will
+from fleet.identity.identity import Identity
+from fleet.protocol import topics
+from fleet.protocol.modes import Mode
+from fleet.protocol.prompt import PromptRequest
+from fleet.transport.base import Will
+from fleet.transport.mqtt import MqttTransport
 
 # A machine that stumbles for a moment must not turn cloud tokens into the device's own.
 ASSIST_DEADLINE_MS: Final = 60_000

@@ -18,18 +18,18 @@ import onnxruntime as ort
 from benchmarks.drivers.answer import Answer, Stopwatch
 from benchmarks.drivers.protocol import serve_lines
 from benchmarks.drivers.wire import Dtype, Failed, Prompt, ToCloud, decode_to_client, encode, pieces
-from edge_agent.cascade import Cascade
-from edge_agent.partition import Partition
-from edge_agent.tokenizer import ChatTokenizer
-from fleet import topics
+from edge_agent.engine.cascade import Cascade
+from edge_agent.engine.partition import Partition
+from edge_agent.engine.tokenizer import ChatTokenizer
+from fleet.bundles.manifest import Bundle
 from fleet.errors import FleetError
-from fleet.identity import Identity
-from fleet.manifest import Bundle
-from fleet.mqtt import MqttTransport
-from fleet.policy import CLOUD
-from fleet.prompt import ChatMessage
-from fleet.report import WorkerStatus, decode_status
-from fleet.transport import Transport
+from fleet.identity.identity import Identity
+from fleet.protocol import topics
+from fleet.protocol.modes import CLOUD
+from fleet.protocol.prompt import ChatMessage
+from fleet.protocol.report import WorkerStatus, decode_status
+from fleet.transport.base import Transport
+from fleet.transport.mqtt import MqttTransport
 
 TOKEN_TIMEOUT_S: Final = 60.0
 WORKER_TIMEOUT_S: Final = 10.0

@@ -21,13 +21,14 @@ from benchmarks.drivers.cloud_models import CloudModel, PeerCloudModel, UpperClo
 from benchmarks.drivers.protocol import serve_lines
 from benchmarks.drivers.wire import Failed, Said, ToClient, decode_to_cloud, encode
 from benchmarks.engines import Engine
-from cloud_broker_worker.worker import Worker
-from fleet import __version__, topics
-from fleet.identity import Identity
-from fleet.manifest import Bundle
-from fleet.mqtt import MqttTransport
-from fleet.report import WorkerStatus, encode_status
-from fleet.transport import Transport, Will
+from cloud_broker_worker.worker.worker import Worker
+from fleet import __version__
+from fleet.bundles.manifest import Bundle
+from fleet.identity.identity import Identity
+from fleet.protocol import topics
+from fleet.protocol.report import WorkerStatus, encode_status
+from fleet.transport.base import Transport, Will
+from fleet.transport.mqtt import MqttTransport
 
 log = logging.getLogger(__name__)
 

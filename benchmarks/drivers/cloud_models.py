@@ -10,10 +10,10 @@ import numpy as np
 
 from benchmarks.drivers.wire import Hidden, Prompt, Rows, ToCloud
 from benchmarks.engines import Engine
-from cloud_broker_worker.kv_pool import KvLease
-from cloud_broker_worker.upper_layers import Chunk, UpperLayers
+from cloud_broker_worker.worker.kv_pool import KvLease
+from cloud_broker_worker.worker.upper_layers import Chunk, UpperLayers
+from fleet.bundles.manifest import Bundle
 from fleet.errors import ProtocolError
-from fleet.manifest import Bundle
 
 POOL_BYTES: Final = 1 << 34
 

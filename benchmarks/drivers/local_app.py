@@ -9,13 +9,13 @@ from typing import Final, Self
 
 import msgspec
 
-from edge_agent.agent import prompts_of
-from fleet import topics
-from fleet.codec import decode_to_worker
+from edge_agent.serving.agent import prompts_of
 from fleet.errors import FleetError
-from fleet.messages import Verify
-from fleet.prompt import PromptRequest, Reply, decode_reply
-from fleet.transport import Handler, Transport
+from fleet.protocol import topics
+from fleet.protocol.codec import decode_to_worker
+from fleet.protocol.messages import Verify
+from fleet.protocol.prompt import PromptRequest, Reply, decode_reply
+from fleet.transport.base import Handler, Transport
 
 APP: Final = "app"
 REPLY_TIMEOUT_S: Final = 120.0  # from one reply to the next

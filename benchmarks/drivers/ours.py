@@ -16,9 +16,9 @@ from typing import Final
 import onnxruntime as ort
 
 from benchmarks.drivers.protocol import serve
-from edge_agent.cascade import Cascade
-from edge_agent.partition import Candidates, Partition
-from fleet.manifest import Bundle
+from edge_agent.engine.cascade import Cascade
+from edge_agent.engine.partition import Candidates, Partition
+from fleet.bundles.manifest import Bundle
 
 WARM_UP: Final = 10  # answers until the allocators have what they need
 

@@ -26,12 +26,13 @@ from benchmarks.paper.sizes import Size
 from benchmarks.paper.systems import CLOUD_ONLY
 from benchmarks.paper.tasks import TASKS, Sample
 from edge_agent.config import AgentConfig
-from edge_agent.partition import Candidates
-from edge_agent.tokenizer import ChatTokenizer
+from edge_agent.engine.partition import Candidates
+from edge_agent.engine.tokenizer import ChatTokenizer
+from fleet.bundles.manifest import Bundle, Manifest
 from fleet.errors import ConfigError
-from fleet.manifest import Bundle, Manifest
-from fleet.policy import CLOUD, Mode, exit_emits, exit_source
-from fleet.prompt import ChatMessage, PromptRequest
+from fleet.exits.exit_policy import exit_emits
+from fleet.protocol.modes import CLOUD, Mode, exit_source
+from fleet.protocol.prompt import ChatMessage, PromptRequest
 from onnx_export.bundle import load_model
 from onnx_export.config import DEFAULT_MODEL, ExportConfig
 

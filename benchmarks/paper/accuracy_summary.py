@@ -12,7 +12,7 @@ from benchmarks.paper.accuracy import FULL, SYSTEMS, TIE, VERIFIED
 from benchmarks.paper.rows import Scored
 from benchmarks.paper.scores import Statistic, auc, interval, majority, mean, perplexity
 from benchmarks.paper.tasks import TASKS
-from fleet.policy import offload_rate
+from fleet.protocol.modes import offload_rate
 
 PERPLEXITY: Final = "perplexity"  # the metric where nothing is right or wrong
 

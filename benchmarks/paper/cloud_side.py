@@ -7,8 +7,8 @@ import urllib.request
 from typing import Final, Protocol
 
 from benchmarks.engines import LOAD_TIMEOUT_S, Engine
-from fleet.cli.processes import Child
 from fleet.errors import FleetError
+from fleet.server.child_process import Child
 
 TIMEOUT_S: Final = 30.0
 POSITIONS: Final = re.compile(r"^fleet_worker_positions_total (\S+)$", re.MULTILINE)

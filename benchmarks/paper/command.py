@@ -28,12 +28,12 @@ from benchmarks.paper.results import Results, new_run
 from benchmarks.paper.sets import load as load_set
 from benchmarks.paper.sizes import SIZES
 from benchmarks.paper.tasks import Sample
-from fleet.command import run_command
+from fleet.bundles.manifest import Bundle
 from fleet.errors import ConfigError
-from fleet.manifest import Bundle
-from fleet.plan import DATA, Fit, read_fits, write_fits
+from fleet.planning.cost_model import DATA, Fit, read_fits, write_fits
+from fleet.utils.cli_runtime import run_command
 from onnx_export.checkpoint import cache_folder
-from onnx_export.default import default_bundle
+from onnx_export.default_bundle import default_bundle
 
 PARTS: Final = (*MEASURED, "accuracy")
 BUSY: Final = 0.5  # load average before anything is measured

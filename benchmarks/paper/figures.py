@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from benchmarks.paper.rows import Link, ModelSizes, Row
 from benchmarks.paper.systems import CLOUD_ONLY, NAIVE_SPLIT
-from fleet.policy import offload_rate
+from fleet.protocol.modes import offload_rate
 
 CACHED: Final = ("cached_split_fp16", "cached_split_fp32")  # the harder one to beat first
 OURS: Final = ("collaborative", "verified")

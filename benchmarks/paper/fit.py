@@ -1,4 +1,4 @@
-"""The constants of `fleet.plan`, fitted to the latency rows of some links and checked on the others.
+"""The constants of `fleet.planning.cost_model`, fitted to the latency rows of some links and checked on the others.
 
 Every second link of the grid is held back, as on a chessboard of round trips and bandwidths. Times are fitted by least
 squares of relative errors, with no term below zero: first both sides' CPU over steps, prompt and messages, for all
@@ -22,8 +22,8 @@ from benchmarks.paper.figures import agreement, num_bytes, num_messages
 from benchmarks.paper.measure import LATENCY, TABLE
 from benchmarks.paper.rows import Link, ModelSizes, Row, Run
 from fleet.errors import ConfigError
-from fleet.plan import CLOUD_ONLY, Counts, Fit, Load, Setting, Shares, Side, expect, terms, transfer_ms
-from fleet.policy import Mode, offload_rate
+from fleet.planning.cost_model import CLOUD_ONLY, Counts, Fit, Load, Setting, Shares, Side, expect, terms, transfer_ms
+from fleet.protocol.modes import Mode, offload_rate
 
 Floats = npt.NDArray[np.float64]
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cloud_broker_worker.upper_layers import Chunk, UpperLayers
-from edge_agent.cascade import Cascade
-from edge_agent.partition import Candidates, Partition
-from fleet.manifest import Bundle
+from cloud_broker_worker.worker.upper_layers import Chunk, UpperLayers
+from edge_agent.engine.cascade import Cascade
+from edge_agent.engine.partition import Candidates, Partition
+from fleet.bundles.manifest import Bundle
 
 
 class Verdict(NamedTuple):

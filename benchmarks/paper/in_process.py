@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final, NamedTuple
 
-from cloud_broker_worker.config import WorkerConfig
-from cloud_broker_worker.worker import Worker
-from edge_agent.agent import Agent
+from cloud_broker_worker.worker.config import WorkerConfig
+from cloud_broker_worker.worker.worker import Worker
 from edge_agent.config import AgentConfig
-from fleet import topics
-from fleet.client import PromptClient
+from edge_agent.serving.agent import Agent
+from fleet.bundles.manifest import Bundle
 from fleet.errors import LinkError
-from fleet.manifest import Bundle
-from fleet.memory import MemoryBroker
-from fleet.policy import FALLBACK
-from fleet.prompt import PromptRequest
-from fleet.report import DeviceStatus, WorkerStatus, decode_status
+from fleet.protocol import topics
+from fleet.protocol.modes import FALLBACK
+from fleet.protocol.prompt import PromptRequest
+from fleet.protocol.report import DeviceStatus, WorkerStatus, decode_status
+from fleet.transport.in_memory import MemoryBroker
+from fleet.transport.prompt_client import PromptClient
 
 DEVICE: Final = "edge-1"
 WORKER: Final = "worker-1"

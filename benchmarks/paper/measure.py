@@ -14,8 +14,8 @@ from benchmarks.paper.rig import LOOPBACK, Rig
 from benchmarks.paper.rows import Link, Row, RowFile
 from benchmarks.paper.sizes import PAPER_LINK, SLOW_LINK, Size
 from benchmarks.paper.systems import CALIBRATED, CLOUD_ONLY, NAIVE_SPLIT, OWN, PEERS, SYSTEMS
+from fleet.bundles.manifest import Bundle
 from fleet.errors import FleetError
-from fleet.manifest import Bundle
 
 TABLE, SLOW, LATENCY, PROPORTIONS, PEER = "table", "slow", "latency", "proportions", "peers"
 PARTS: Final = (TABLE, SLOW, LATENCY, PROPORTIONS, PEER)

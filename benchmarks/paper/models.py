@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.partitions import CloudPartitions
-from fleet.manifest import Bundle
+from fleet.bundles.manifest import Bundle
 from onnx_export.bundle import export_bundle
 from onnx_export.checkpoint import cache_folder
 from onnx_export.config import DEFAULT_MODEL, ExportConfig
-from onnx_export.sources import source_digest
+from onnx_export.fingerprints import source_digest
 
 
 class PaperModels:

@@ -16,8 +16,8 @@ import msgspec
 import typer
 
 from benchmarks.paper.report import Summary, conditions, encode, sheets
-from fleet.command import run_command
 from fleet.errors import ConfigError
+from fleet.utils.cli_runtime import run_command
 
 ROOT: Final = Path(__file__).parents[2]
 PAGE: Final = ROOT / "docs/benchmarks.md"

@@ -13,7 +13,7 @@ from benchmarks.paper.accuracy_summary import Accuracy
 from benchmarks.paper.figures import Figures
 from benchmarks.paper.report import Summary
 from fleet.errors import ConfigError
-from fleet.plots import COLOURS, save
+from fleet.utils.plots import COLOURS, save
 
 
 def draw(summary: Summary, folder: Path) -> dict[str, Path]:

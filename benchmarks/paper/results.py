@@ -19,8 +19,8 @@ from benchmarks.paper.figures import figures
 from benchmarks.paper.fit import HeldBack, fit
 from benchmarks.paper.report import Summary
 from benchmarks.paper.rows import ModelSizes, Row, RowFile, Run, Scored
+from fleet.bundles.manifest import Bundle
 from fleet.errors import BundleError, ConfigError
-from fleet.manifest import Bundle
 
 PACKAGES: Final = ("cecollm-fleet", "onnxruntime", "torch", "transformers")
 CONDITIONS: Final = {

@@ -27,15 +27,15 @@ from benchmarks.paper.systems import SYSTEMS, Cloud, Device, System
 from benchmarks.peers import peers
 from benchmarks.processes import cpu_s, energy_j, started_on, two_cores
 from cloud_broker_worker.broker.mosquitto import find_mosquitto
-from edge_agent.tokenizer import ChatTokenizer
-from fleet.access import Role
-from fleet.cli.processes import child
-from fleet.cli.serve import free_port, server_processes
-from fleet.cli.state import EMBEDDED, MOSQUITTO, WORKER, State, StateConfig
+from edge_agent.engine.tokenizer import ChatTokenizer
+from fleet.bundles.manifest import Bundle
 from fleet.errors import ConfigError, FleetError
-from fleet.identity import Identity
-from fleet.manifest import Bundle
-from fleet.prompt import ChatMessage
+from fleet.identity.identity import Identity
+from fleet.protocol.access import Role
+from fleet.protocol.prompt import ChatMessage
+from fleet.server.child_process import child
+from fleet.server.home import EMBEDDED, MOSQUITTO, WORKER, State, StateConfig
+from fleet.server.supervisor import free_port, server_processes
 
 HOST: Final = "127.0.0.1"
 LOOPBACK: Final = Link()

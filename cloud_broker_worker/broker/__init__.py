@@ -1,1 +1,1 @@
-"""The broker: amqtt inside the process, or the configuration of a mosquitto."""
+"""MQTT brokers: the embedded one, and the configuration of mosquitto."""

@@ -13,8 +13,8 @@ from amqtt.mqtt.connect import ConnectPacket
 from amqtt.session import Session
 
 from cloud_broker_worker.broker.packets import Packet
-from cloud_broker_worker.broker.rights import Holder, Rights
-from fleet.access import Action
+from cloud_broker_worker.broker.rights_cache import Holder, Rights
+from fleet.protocol.access import Action
 
 MQTT_3_1_1: Final = 4
 

@@ -16,7 +16,7 @@ from amqtt.mqtt.unsubscribe import UnsubscribePacket
 from amqtt.session import Session
 
 from cloud_broker_worker.broker.packets import Packet, read_packet
-from cloud_broker_worker.broker.rights import Holder
+from cloud_broker_worker.broker.rights_cache import Holder
 from fleet.errors import DecodeError
 
 MAX_UNSENT_BYTES: Final = 8 << 20

@@ -8,10 +8,10 @@ import socket
 import ssl
 from typing import TYPE_CHECKING, Self
 
-from cloud_broker_worker.broker.rights import Lookup, Rights
+from cloud_broker_worker.broker.rights_cache import Lookup, Rights
 from fleet.errors import MissingExtraError
-from fleet.identity import ServerTls
-from fleet.tls_server import STOP_S, TlsServer
+from fleet.identity.identity import ServerTls
+from fleet.transport.tls_server import STOP_S, TlsServer
 
 if TYPE_CHECKING:
     from cloud_broker_worker.broker.fleet_broker import FleetBroker

@@ -29,11 +29,11 @@ from amqtt.session import Session
 from cloud_broker_worker.broker.admission import Refusal, admit, holder_of
 from cloud_broker_worker.broker.connection import Connection
 from cloud_broker_worker.broker.packets import read_packet
-from cloud_broker_worker.broker.rights import Rights
-from fleet import topics
-from fleet.access import Action
+from cloud_broker_worker.broker.rights_cache import Rights
 from fleet.errors import DecodeError, ProtocolError
-from fleet.topics import matches
+from fleet.protocol import topics
+from fleet.protocol.access import Action
+from fleet.protocol.topics import matches
 
 CONNECT_S: Final = 10.0
 CLOSE_S: Final = 2.0

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from fleet.access import Action, Grants
 from fleet.errors import ConfigError
-from fleet.identity import ServerTls
+from fleet.identity.identity import ServerTls
+from fleet.protocol.access import Action, Grants
 
 CONFIG_FILE: Final = "mosquitto.conf"
 ACL_FILE: Final = "acl"

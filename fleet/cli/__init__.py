@@ -15,7 +15,13 @@ from fleet.cli.audit import audit
 from fleet.cli.bench import app as bench_commands
 from fleet.cli.broker import app as broker_commands
 from fleet.cli.bundles import add_bundle_commands
-from fleet.cli.cluster import (
+from fleet.cli.config import app as config_commands
+from fleet.cli.doctor import doctor
+from fleet.cli.enroll import enroll, resume, revoke, suspend
+from fleet.cli.export import PASS_ON, export
+from fleet.cli.export import bundle as bundle_commands
+from fleet.cli.heads import app as heads_commands
+from fleet.cli.init import (
     MetricsPortOption,
     RegistryOption,
     RetentionOption,
@@ -23,16 +29,14 @@ from fleet.cli.cluster import (
     init,
     server,
 )
-from fleet.cli.config import app as config_commands
-from fleet.cli.doctor import doctor
-from fleet.cli.enroll import enroll, resume, revoke, suspend
-from fleet.cli.export import PASS_ON, export
-from fleet.cli.export import bundle as bundle_commands
-from fleet.cli.heads import app as heads_commands
-from fleet.cli.lazy import load
 from fleet.cli.plan import plan
 from fleet.cli.rollouts import add_rollout_commands
-from fleet.cli.state import (
+from fleet.cli.stats import JsonOption, StateOption, device, devices, stats, workers
+from fleet.errors import ConfigError, LinkError, UnknownDeviceError
+from fleet.exits.exit_policy import check_threshold
+from fleet.protocol.modes import parse_mode
+from fleet.protocol.prompt import ChatMessage, PromptRequest
+from fleet.server.home import (
     DEFAULT_PORT,
     DEFAULT_SERVICE_PORT,
     EMBEDDED,
@@ -42,11 +46,8 @@ from fleet.cli.state import (
     create_fleet,
     keeping,
 )
-from fleet.cli.stats import JsonOption, StateOption, device, devices, stats, workers
-from fleet.command import run_command, stop_event
-from fleet.errors import ConfigError, LinkError, UnknownDeviceError
-from fleet.policy import check_threshold, parse_mode
-from fleet.prompt import ChatMessage, PromptRequest
+from fleet.utils.cli_runtime import run_command, stop_event
+from fleet.utils.optional_imports import load
 
 ARRIVAL_S: Final = 5.0  # of what a device says of itself, in the registry
 FIRST_ARRIVAL_S: Final = 15.0  # of one that has never said anything: a broker may not know its rights yet
@@ -108,8 +109,8 @@ def up(
     broker: Annotated[str, typer.Option(help="amqtt, in the server's process, or mosquitto beside it.")] = EMBEDDED,
 ) -> None:
     """Start broker, registry, collector, service and workers; stop them with Ctrl-C."""
-    from fleet.cli.crew import Crew
-    from fleet.cli.serve import check_broker, check_port, fleet_processes, resolve_bundle, watch
+    from fleet.server.supervisor import check_broker, check_port, fleet_processes, resolve_bundle, watch
+    from fleet.server.worker_pool import Crew
 
     console = Console(stderr=True)
     check_broker(broker)
@@ -199,8 +200,8 @@ def demo(
 ) -> None:
     """Run the whole system on this machine and watch it answer."""
     from fleet.cli.demo import PROMPTS, run_demo
-    from fleet.cli.serve import resolve_bundle
-    from fleet.prompt_file import read_prompts
+    from fleet.server.supervisor import resolve_bundle
+    from fleet.utils.prompt_file import read_prompts
 
     texts = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())] or list(PROMPTS)
     requests = [
@@ -262,8 +263,8 @@ def online_device(fleet: State, device: str) -> Any:
 
 def exits_served(fleet: State, bundle_id: str) -> list[str]:
     """The sources of a device's exits, in order of depth; none for a bundle that is not here."""
-    from fleet.manifest import Bundle
-    from fleet.policy import exit_source
+    from fleet.bundles.manifest import Bundle
+    from fleet.protocol.modes import exit_source
 
     folder = fleet.bundle_folder(bundle_id)
     return [exit_source(layer) for layer in Bundle.load(folder, ()).manifest.exits] if folder else []
@@ -272,12 +273,12 @@ def exits_served(fleet: State, bundle_id: str) -> list[str]:
 def ask(fleet: State, device: str, requests: list[PromptRequest], *, as_json: bool) -> None:
     """Sends requests as an operator and shows the answers."""
     from fleet.cli.demo import follow
-    from fleet.client import PromptClient
+    from fleet.transport.prompt_client import PromptClient
 
     row = online_device(fleet, device)
     exits = exits_served(fleet, row.bundle_id)
     console = Console(stderr=as_json, highlight=False)
-    transport = load("fleet.mqtt").MqttTransport
+    transport = load("fleet.transport.mqtt").MqttTransport
     with fleet.operator() as identity, transport.connect(identity) as link:
         client = PromptClient(link)
         results = [follow(console, client, device, request, exits) for request in requests]

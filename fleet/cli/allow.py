@@ -7,10 +7,10 @@ from typing import Annotated
 import msgspec
 import typer
 
-from fleet.cli.state import State
 from fleet.cli.stats import JsonOption, StateOption
-from fleet.enrolment import parse_tags, tag_words
 from fleet.errors import ConfigError
+from fleet.identity.enrolment import parse_tags, tag_words
+from fleet.server.home import State
 
 AppArgument = Annotated[str, typer.Argument(metavar="APP", help="An app or a sensor.")]
 TargetsArgument = Annotated[list[str], typer.Argument(metavar="TARGET...", help="Devices, groups, or tags KEY=VALUE.")]

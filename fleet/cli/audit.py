@@ -9,8 +9,8 @@ import typer
 from msgspec import Struct
 from rich.console import Console
 
-from fleet.cli.state import State
 from fleet.cli.stats import JsonOption, SinceOption, StateOption, parse_since
+from fleet.server.home import State
 
 
 class Line(Struct, frozen=True):

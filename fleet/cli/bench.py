@@ -9,8 +9,8 @@ from typing import Final, NamedTuple
 import typer
 
 from fleet.cli.export import PASS_ON
-from fleet.cli.lazy import OWN, missing
 from fleet.errors import ConfigError
+from fleet.utils.optional_imports import OWN, missing
 
 app = typer.Typer(no_args_is_help=True, help="Measure the engines on this machine, from a checkout.")
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from fleet.access import Action, Grants, Role
-from fleet.cli.lazy import load
-from fleet.cli.processes import Child
-from fleet.cli.state import MOSQUITTO, State
 from fleet.cli.stats import StateOption
 from fleet.errors import ConfigError
+from fleet.protocol.access import Action, Grants, Role
+from fleet.server.child_process import Child
+from fleet.server.home import MOSQUITTO, State
+from fleet.utils.optional_imports import load
 
 if TYPE_CHECKING:
     from fleet.registry.store import Registry
@@ -139,7 +139,7 @@ def start_mosquitto(fleet: State, folder: Path) -> Child:
 
 def mosquitto_reload(folder: Path, command: str | None) -> Callable[[], None]:
     """What makes the mosquitto of `folder` read its files again: a command, or SIGHUP when it is None."""
-    how = load("cloud_broker_worker.broker.reload")
+    how = load("cloud_broker_worker.broker.mosquitto_reload")
     pid_file = folder / load("cloud_broker_worker.broker.mosquitto").PID_FILE
     reload: Callable[[], None] = how.by_command(command) if command else how.by_signal(pid_file)
     return reload
@@ -156,10 +156,10 @@ def mosquitto_keeper(fleet: State, registry: Registry, folder: Path, reload: Cal
     if not (folder / mosquitto.CONFIG_FILE).exists():
         raise ConfigError(f"no {mosquitto.CONFIG_FILE} in {folder}; make it: fleet broker config --out {folder}")
     signer = fleet.authority()
-    return load("cloud_broker_worker.broker.keeper").MosquittoKeeper(
+    return load("cloud_broker_worker.broker.mosquitto_sync").MosquittoKeeper(
         folder,
         registry,
         load("provisioning.crl").CrlFile(folder / mosquitto.CRL_FILE, signer),
         reload,
-        load("provisioning.eviction").Evictions(signer, fleet.config.host, fleet.config.port),
+        load("provisioning.session_takeover").Evictions(signer, fleet.config.host, fleet.config.port),
     )

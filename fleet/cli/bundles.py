@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fleet.cli.state import State
 from fleet.cli.stats import JsonOption, StateOption
 from fleet.errors import BundleError
+from fleet.server.home import State
 
 MB: Final = 1_000_000
 
@@ -24,7 +24,7 @@ def add(
     as_json: JsonOption = False,
 ) -> None:
     """Check a bundle, sign it with the fleet's key and keep it, so that devices can fetch it."""
-    from fleet.verify import verify_bundle
+    from fleet.bundles.verify import verify_bundle
 
     fleet = State.load(state or State.default_folder())
     verdict = verify_bundle(folder)

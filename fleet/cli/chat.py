@@ -9,12 +9,12 @@ from rich.console import Console
 
 from fleet.cli import exits_served, online_device
 from fleet.cli.demo import follow
-from fleet.cli.state import State
 from fleet.cli.views import legend
-from fleet.client import PromptClient
 from fleet.errors import PromptError
-from fleet.mqtt import MqttTransport
-from fleet.prompt import ChatMessage, PromptRequest
+from fleet.protocol.prompt import ChatMessage, PromptRequest
+from fleet.server.home import State
+from fleet.transport.mqtt import MqttTransport
+from fleet.transport.prompt_client import PromptClient
 
 RESET: Final = "/reset"
 

@@ -13,14 +13,14 @@ from msgspec import Struct
 from msgspec.structs import replace
 from rich.console import Console
 
-from fleet.cli.lazy import load
-from fleet.cli.state import State
 from fleet.cli.stats import JsonOption, StateOption
-from fleet.desired import Settings, merge, parse_settings
 from fleet.errors import ConfigError
+from fleet.protocol.desired_config import Settings, merge, parse_settings
+from fleet.server.home import State
+from fleet.utils.optional_imports import load
 
 if TYPE_CHECKING:
-    from fleet.registry.configs import Target
+    from fleet.registry.settings import Target
     from fleet.registry.store import Registry
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
@@ -124,7 +124,7 @@ def diff(
 
 def _target(names: list[str], group: str | None, *, everywhere: bool) -> Target:
     """Exactly one of a device's name, --group and --all."""
-    configs = load("fleet.registry.configs")
+    configs = load("fleet.registry.settings")
     if len(names) + (group is not None) + everywhere != 1:
         raise ConfigError(f"expected one device, or --group G, or --all, got {', '.join(names) or 'none of them'}")
     if group is not None:

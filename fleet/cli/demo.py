@@ -14,20 +14,20 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from fleet.access import Role
-from fleet.cli.lazy import require
-from fleet.cli.processes import child
-from fleet.cli.serve import fleet_processes, free_port
-from fleet.cli.state import State, StateConfig
+from fleet.bundles.manifest import Bundle
 from fleet.cli.stats_views import print_stats
 from fleet.cli.views import legend, print_reply, usage_line
-from fleet.client import PromptClient
 from fleet.errors import ConfigError, RegistryError
-from fleet.manifest import Bundle
-from fleet.mqtt import MqttTransport
-from fleet.policy import exit_source
-from fleet.prompt import PromptRequest, Reply
-from fleet.report import Switch
+from fleet.protocol.access import Role
+from fleet.protocol.modes import exit_source
+from fleet.protocol.prompt import PromptRequest, Reply
+from fleet.protocol.report import Switch
+from fleet.server.child_process import child
+from fleet.server.home import State, StateConfig
+from fleet.server.supervisor import fleet_processes, free_port
+from fleet.transport.mqtt import MqttTransport
+from fleet.transport.prompt_client import PromptClient
+from fleet.utils.optional_imports import require
 
 DEVICE: Final = "edge-1"
 APP: Final = "demo"

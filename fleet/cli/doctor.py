@@ -17,12 +17,12 @@ from msgspec import Struct
 from packaging.requirements import Requirement
 
 from fleet import __version__
-from fleet.cli.checkup import Check, check_fleet
-from fleet.cli.lazy import load
-from fleet.cli.state import STATE_FILE, State
+from fleet.bundles.instruction_sets import instruction_sets
+from fleet.cli.fleet_checks import Check, check_fleet
 from fleet.cli.stats import JsonOption, StateOption
-from fleet.cpu import instruction_sets
 from fleet.errors import ConfigError
+from fleet.server.home import STATE_FILE, State
+from fleet.utils.optional_imports import load
 
 DISTRIBUTION: Final = "cecollm-fleet"
 EXTRAS: Final = ("edge", "edge-gpu", "worker", "export", "server")

@@ -11,12 +11,12 @@ import msgspec
 import typer
 from msgspec import Struct
 
-from fleet.access import Role
-from fleet.cli.state import State
 from fleet.cli.stats import DAY_S, JsonOption, StateOption, parse_span
-from fleet.enrolment import Enrolment, check_all, parse_role, parse_tags, read_enrolments
 from fleet.errors import ConfigError
-from fleet.joining import Token
+from fleet.identity.enrolment import Enrolment, check_all, parse_role, parse_tags, read_enrolments
+from fleet.protocol.access import Role
+from fleet.protocol.enrolment_api import Token
+from fleet.server.home import State
 
 if TYPE_CHECKING:
     from fleet.registry.store import Registry

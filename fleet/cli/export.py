@@ -8,8 +8,8 @@ from typing import Annotated
 import msgspec
 import typer
 
-from fleet.cli.lazy import load
 from fleet.errors import ConfigError
+from fleet.utils.optional_imports import load
 
 bundle = typer.Typer(no_args_is_help=True, help="Check, sign, keep and roll out bundles.", rich_markup_mode=None)
 FOLDER = typer.Argument(metavar="DIR", help="The bundle's folder.")
@@ -28,7 +28,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check manifest, hashes, shapes and signature of a bundle; exit status 1 when something is wrong."""
-    from fleet.verify import verify_bundle
+    from fleet.bundles.verify import verify_bundle
 
     verdict = verify_bundle(folder, key)
     if as_json:
@@ -50,8 +50,8 @@ def sign(
     key: Annotated[Path, typer.Option(help="Private key (PEM, P-256).")],
 ) -> None:
     """Check a bundle and sign its manifest."""
-    from fleet.manifest import Bundle
-    from fleet.signature import SIGNATURE_FILE, sign_bundle
+    from fleet.bundles.manifest import Bundle
+    from fleet.bundles.signature import SIGNATURE_FILE, sign_bundle
 
     checked = Bundle.load(folder)
     try:

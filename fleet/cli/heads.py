@@ -15,16 +15,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fleet.calibrated import keep_calibration, write_calibrated
-from fleet.cli.lazy import load
+from fleet.bundles.calibration_file import keep_calibration, write_calibrated
+from fleet.bundles.manifest import Bundle, Manifest, hash_file
 from fleet.cli.training import draw, profile, train
-from fleet.command import check_free, check_writable
 from fleet.errors import ConfigError
 from fleet.exits.calibration import calibrate, expected_calibration_error, measured_on
 from fleet.exits.records import Recording, Records, load_recording, save_recording
 from fleet.exits.thresholds import Point, best_thresholds, frontier, measure
-from fleet.manifest import Bundle, Manifest, hash_file
-from fleet.prompt_file import read_prompts
+from fleet.utils.cli_runtime import check_free, check_writable
+from fleet.utils.optional_imports import load
+from fleet.utils.prompt_file import read_prompts
 
 app = typer.Typer(no_args_is_help=True, help="Train, profile, evaluate and calibrate exits.", rich_markup_mode=None)
 app.command()(train)
@@ -62,7 +62,7 @@ def recorded(
         return recording
     if not prompts:
         raise ConfigError("no prompts: give --prompts FILE, or --records FILE with an earlier recording")
-    from fleet.cli.record import record
+    from fleet.cli.record_exits import record
 
     console = Console(stderr=True)
     columns = TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -96,7 +96,7 @@ def hash_prompts(path: Path) -> str:
 
 def open_bundle(folder: Path | None) -> Bundle:
     """The bundle in `folder`, or the default model's."""
-    from fleet.cli.serve import resolve_bundle
+    from fleet.server.supervisor import resolve_bundle
 
     return Bundle.load(resolve_bundle(folder, Console(stderr=True).print))
 
@@ -147,7 +147,7 @@ def evaluate(
     """Measure the exits of a bundle, as deployed, along the full model's own greedy answers."""
     check_writable(records=records)
     if plot:
-        load("fleet.plots").check_plot(plot)
+        load("fleet.utils.plots").check_plot(plot)
     opened = open_bundle(bundle)
     found = recorded(opened, prompts or (), max_new_tokens, records, limit).records
     thresholds = opened.manifest.thresholds
@@ -155,7 +155,7 @@ def evaluate(
     if plot is not None:
         name = f"exits {', '.join(map(str, found.exits))}"
         figure = load("fleet.exits.plot").plot_curves(opened.manifest.model.name, {name: frontier(found)})
-        load("fleet.plots").save(figure, plot)
+        load("fleet.utils.plots").save(figure, plot)
     if as_json:
         print(json.dumps(result))
         return

@@ -11,10 +11,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fleet.advice import Plan
-from fleet.advice import plan as make_plan
-from fleet.plan import CLOUD_ONLY, DATA, Load, read_fits
-from fleet.policy import DEFAULT_AGREEMENT
+from fleet.planning.advice import Plan
+from fleet.planning.advice import plan as make_plan
+from fleet.planning.cost_model import CLOUD_ONLY, DATA, Load, read_fits
+from fleet.protocol.modes import DEFAULT_AGREEMENT
 
 
 def plan(

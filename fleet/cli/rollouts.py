@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from fleet.cli.lazy import load
-from fleet.cli.state import State
 from fleet.cli.stats import GroupOption, JsonOption, StateOption
 from fleet.errors import ConfigError
+from fleet.server.home import State
+from fleet.utils.optional_imports import load
 
 BAR_WIDTH: Final = 24
 UNITS_S: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
@@ -57,8 +57,8 @@ def rollout(
         "observe_s": observe and parse_span(observe), "take_within_s": take_within and parse_span(take_within),
         "offline_after_s": offline_after and parse_span(offline_after),
     }  # fmt: skip
-    plan = load("fleet.registry.rollouts").Plan(
-        limits=load("fleet.registry.evidence").Limits(**_given(limits)), **_given(values)
+    plan = load("fleet.registry.rollouts.plan").Plan(
+        limits=load("fleet.registry.rollouts.canary_analysis").Limits(**_given(limits)), **_given(values)
     )
     with State.load(state or State.default_folder()).registry() as registry:
         number = registry.start_rollout(bundle_id, plan)
@@ -147,7 +147,7 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 
 def _change(rollout: int | None, event: str, done: str, state: Path | None, *, as_json: bool) -> None:
     with State.load(state or State.default_folder()).registry() as registry:
-        number = registry.change_rollout(rollout, load("fleet.registry.rollout_states").RolloutEvent(event))
+        number = registry.change_rollout(rollout, load("fleet.registry.rollouts.states").RolloutEvent(event))
         row = next(row for row in registry.rollouts(limit=10_000) if row.id == number)
     _say(row, done, as_json=as_json)
 

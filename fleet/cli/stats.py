@@ -14,10 +14,10 @@ import msgspec
 import typer
 from rich.console import Console
 
-from fleet.cli.lazy import load
-from fleet.cli.state import State
-from fleet.enrolment import tag_words
 from fleet.errors import ConfigError
+from fleet.identity.enrolment import tag_words
+from fleet.server.home import State
+from fleet.utils.optional_imports import load
 
 NUM_SESSIONS: Final = 5
 DAY_S: Final = 86_400
@@ -45,7 +45,7 @@ def stats(
     if as_csv and as_json:
         raise ConfigError("--csv and --json exclude each other; give one of them")
     if plot is not None:
-        load("fleet.plots").check_plot(plot)
+        load("fleet.utils.plots").check_plot(plot)
     began, now = parse_since(since), time.time()
     with State.load(state or State.default_folder()).registry() as registry:
         gc.freeze()  # what is loaded stays: a garbage collection among many rows need not go through it (60 ms)
@@ -54,7 +54,7 @@ def stats(
         else:
             if by == "hour" and began is None:
                 began = now - DAY_S
-            rows = registry.stats_by(load("fleet.registry.counting").By(by), device, began, group=group, now=now)
+            rows = registry.stats_by(load("fleet.registry.stats.queries").By(by), device, began, group=group, now=now)
     if plot is not None:
         load("fleet.cli.stats_plot").plot_stats(rows, plot)
     if as_csv:

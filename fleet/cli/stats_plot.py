@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from fleet.cli.stats_views import key_of
 from fleet.cli.views import STYLES, exits_of
-from fleet.plots import save
+from fleet.utils.plots import save
 
 MAX_ROWS: Final = 30
 COLOURS: Final = {"cloud": "#a2307f", "fallback": "#c9a400", "lookup": "#28a5b5"}

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fleet.cli.views import exits_of, source_bar, source_style
-from fleet.enrolment import tag_words
+from fleet.identity.enrolment import tag_words
 
 LEVELS: Final = "▁▂▃▄▅▆▇█"
 KEYS: Final = ("device", "group", "bundle_id", "hour_at")

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fleet.cli.lazy import load
 from fleet.exits.profile import Choice, choose, pareto
 from fleet.exits.records import Records
 from fleet.exits.thresholds import frontier
+from fleet.utils.optional_imports import load
 
 PLOTTED: Final = 6  # deepest layers
 ModelOption = Annotated[str, typer.Option(help="'default', a hub name or a checkpoint's folder.")]
@@ -95,7 +95,7 @@ def profile(
 ) -> None:
     """Show where exits pay: quick heads at many layers, their agreement, and what exits and split they suggest."""
     if plot:
-        load("fleet.plots").check_plot(plot)
+        load("fleet.utils.plots").check_plot(plot)
     config = load("onnx_export.checkpoint").model_config(model)
     looked_at = {
         "all": tuple(range(1, config.num_hidden_layers)),
@@ -123,7 +123,7 @@ def profile(
     if plot is not None:
         curves = {f"exit {layer}": frontier(records.only([layer])) for layer in records.exits[-PLOTTED:]}
         title = f"{model}: one exit, heads trained on {tokens} tokens"
-        load("fleet.plots").save(load("fleet.exits.plot").plot_curves(title, curves), plot)
+        load("fleet.utils.plots").save(load("fleet.exits.plot").plot_curves(title, curves), plot)
     if as_json:
         agreement = {str(layer): share for layer, share in records.agreement().items()}
         shown = [choice.json() for choice in choices]

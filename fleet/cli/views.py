@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fleet.enrolment import tag_words
-from fleet.policy import CLOUD, FALLBACK, LOOKUP, offload_rate
-from fleet.prompt import Reply, Usage
+from fleet.identity.enrolment import tag_words
+from fleet.protocol.modes import CLOUD, FALLBACK, LOOKUP, offload_rate
+from fleet.protocol.prompt import Reply, Usage
 
 EXIT_STYLES: Final = ("green", "cyan", "blue", "bright_green")
 STYLES: Final = {LOOKUP: "bright_cyan", CLOUD: "magenta", FALLBACK: "yellow"}

@@ -1,1 +1,1 @@
-"""What exits are worth: records of what they said, thresholds that keep a promise, and how sure that is."""
+"""Evaluation and calibration of early exits, in NumPy."""

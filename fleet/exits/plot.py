@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from fleet.exits.thresholds import Point
-from fleet.plots import COLOURS
+from fleet.utils.plots import COLOURS
 
 
 def plot_curves(title: str, curves: Mapping[str, Sequence[Point]], marks: Mapping[str, Point] | None = None) -> Figure:

@@ -11,7 +11,7 @@ import numpy as np
 from fleet.errors import ConfigError
 from fleet.exits.records import Bools, Floats, Ints, Records
 
-OFF: Final = 1.0  # a threshold that switches an exit off, see fleet.policy.exit_emits
+OFF: Final = 1.0  # a threshold that switches an exit off, see fleet.protocol.modes.exit_emits
 GRID: Final = {1: 0, 2: 64, 3: 24, 4: 10}  # thresholds that are tried for each exit but the last
 FINE: Final = 2048  # and for the last one
 SAME: Final = 0.0025  # offload rates that near are equal; then the one with more early exits wins

@@ -1,1 +1,1 @@
-"""What the fleet knows and has counted: identities, devices, sessions, generations, tokens by source."""
+"""The database of identities, devices, sessions, generations and roll-outs (SQLAlchemy)."""

@@ -9,7 +9,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from fleet.registry.models import AuditRecord
-from fleet.registry.rows import AuditRow
+from fleet.registry.results import AuditRow
 
 
 def audit(db: Session, actor: str, action: str, subject: str, **details: Any) -> None:

@@ -10,10 +10,10 @@ from sqlalchemy.orm import Session
 
 from fleet.errors import RolloutError
 from fleet.registry.audit import audit
-from fleet.registry.configs import desired_configs
 from fleet.registry.models import BundleRecord, RolloutRecord, StatusRecord, WorkerRecord
-from fleet.registry.rollout_states import OPEN
-from fleet.registry.rows import BundleRow
+from fleet.registry.results import BundleRow
+from fleet.registry.rollouts.states import OPEN
+from fleet.registry.settings import desired_configs
 
 
 def add_bundle(db: Session, actor: str, bundle_id: str, model: str, num_bytes: int) -> bool:

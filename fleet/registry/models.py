@@ -33,7 +33,7 @@ class Table(DeclarativeBase):
 
 
 class IdentityRecord(Table):
-    """Everyone that was enrolled: `state` of `fleet.registry.states`, and the SHA-256 of the newest certificate's DER.
+    """Everyone that was enrolled: `state` of `fleet.registry.identities.states`, and the SHA-256 of the newest certificate's DER.
 
     One that is pending has no certificate yet: an empty `fingerprint`, and a `not_after` of 0.
     """
@@ -153,7 +153,7 @@ class BundleRecord(Table):
 
 
 class RolloutRecord(Table):
-    """A bundle on its way to devices, stage by stage; `state` and `plan` are those of `fleet.registry.rollouts`."""
+    """A bundle on its way to devices, stage by stage; `state` and `plan` are those of `fleet.registry.rollouts.plan`."""
 
     __tablename__ = "rollouts"
 
@@ -198,7 +198,7 @@ class GenerationRecord(Table):
     """One answer of a device, or so many as `answers` says.
 
     It is kept for as long as the configuration says, counted from `recorded_at`. `switches` are the answer's, as
-    `fleet.report.Switch` in builtins.
+    `fleet.protocol.report.Switch` in builtins.
     """
 
     __tablename__ = "generations"

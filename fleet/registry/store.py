@@ -12,12 +12,14 @@ from typing import Self
 from sqlalchemy import Engine, SQLColumnExpression, func, select, update
 from sqlalchemy.orm import Session
 
-from fleet.registry.allowed import all_tags
+from fleet.protocol.report import DeviceStatus, GenerationReport, WorkerStatus
 from fleet.registry.audit import audit_log, newest_change
-from fleet.registry.counting import By, Question
 from fleet.registry.database import open_database
-from fleet.registry.devices import check_device, is_device, is_online
-from fleet.registry.membership import Membership
+from fleet.registry.desired_state import Steering
+from fleet.registry.identities.devices import check_device, is_device, is_online
+from fleet.registry.identities.grants import all_tags
+from fleet.registry.identities.repository import Membership
+from fleet.registry.identities.states import state_at
 from fleet.registry.models import (
     GenerationRecord,
     IdentityRecord,
@@ -25,9 +27,7 @@ from fleet.registry.models import (
     StatusRecord,
     WorkerRecord,
 )
-from fleet.registry.reports import Fate, Key, store_report, store_reports, store_status, store_worker
-from fleet.registry.retention import forget
-from fleet.registry.rows import (
+from fleet.registry.results import (
     AuditRow,
     BundleStats,
     DeviceRow,
@@ -37,11 +37,11 @@ from fleet.registry.rows import (
     StatsRow,
     WorkerRow,
 )
-from fleet.registry.states import state_at
-from fleet.registry.statistics import device_stats, grouped_stats
-from fleet.registry.steering import Steering
+from fleet.registry.stats.ingest import Fate, Key, store_report, store_reports, store_status, store_worker
+from fleet.registry.stats.queries import By, Question
+from fleet.registry.stats.summaries import device_stats, grouped_stats
 from fleet.registry.transactions import Transactions
-from fleet.report import DeviceStatus, GenerationReport, WorkerStatus
+from fleet.server.retention import forget
 
 
 class Registry(Membership, Steering):

@@ -1,1 +1,1 @@
-"""Exit heads from prompts: what the model says, what its layers see of it, and the fit."""
+"""Training of exit heads on the model's own answers."""

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fleet.errors import ConfigError
 from fleet.exits.records import Records
-from fleet.prompt_file import read_prompts
+from fleet.utils.prompt_file import read_prompts
 from onnx_export.architecture import check_exits, check_model
 from onnx_export.checkpoint import load_pretrained, resolve_model
 from onnx_export.config import DEFAULT_MODEL

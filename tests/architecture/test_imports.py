@@ -19,10 +19,10 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
-        ("edge_agent.agent", {"torch", "transformers", "sqlalchemy", "alembic", "amqtt"}),
+        ("edge_agent.serving.agent", {"torch", "transformers", "sqlalchemy", "alembic", "amqtt"}),
         ("edge_agent.cli", {"torch", "transformers", "sqlalchemy", "alembic", "amqtt"}),
-        ("cloud_broker_worker.worker", {"onnxruntime", "sqlalchemy"}),
-        ("provisioning.enroll", {"torch", "onnxruntime"}),
+        ("cloud_broker_worker.worker.worker", {"onnxruntime", "sqlalchemy"}),
+        ("provisioning.offline_enrolment", {"torch", "onnxruntime"}),
         ("fleet.cli", {"torch", "transformers", "onnxruntime", "sqlalchemy", "amqtt"}),
     ],
 )

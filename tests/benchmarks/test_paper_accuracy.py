@@ -19,11 +19,11 @@ from benchmarks.paper.sizes import SIZES
 from benchmarks.paper.systems import CLOUD_ONLY
 from benchmarks.paper.tasks import TASKS, Sample
 from benchmarks.whole_model import WholeModel
-from edge_agent.partition import Candidates
-from edge_agent.tokenizer import ChatTokenizer
+from edge_agent.engine.partition import Candidates
+from edge_agent.engine.tokenizer import ChatTokenizer
+from fleet.bundles.manifest import Bundle
 from fleet.errors import ConfigError
-from fleet.manifest import Bundle
-from fleet.prompt import ChatMessage, PromptRequest
+from fleet.protocol.prompt import ChatMessage, PromptRequest
 from tests.tiny import make_tiny_checkpoint
 
 SIZE = msgspec.structs.replace(SIZES["small"], scored_samples=2, table_tokens=8)

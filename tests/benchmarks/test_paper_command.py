@@ -15,10 +15,10 @@ from benchmarks.paper.command import PARTS, app, keep_fit
 from benchmarks.paper.results import Results, model_sizes, new_run
 from benchmarks.paper.rows import Row, RowFile
 from benchmarks.paper.sizes import SIZES, Size
+from fleet.bundles.manifest import Bundle
 from fleet.cli import app as fleet_app
 from fleet.errors import ConfigError
-from fleet.manifest import Bundle
-from fleet.plan import read_fits
+from fleet.planning.cost_model import read_fits
 from tests.benchmarks.paper_rows import RUN, linear_rows, row
 
 

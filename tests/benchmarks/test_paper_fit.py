@@ -10,7 +10,7 @@ from benchmarks.paper.fit import fit, non_negative
 from benchmarks.paper.rows import Link
 from benchmarks.paper.sizes import GRID, PAPER_LINK, SIZES
 from fleet.errors import ConfigError
-from fleet.plan import Fit
+from fleet.planning.cost_model import Fit
 from tests.benchmarks import paper_rows as known
 from tests.benchmarks.paper_rows import RUN, linear_rows
 

@@ -24,12 +24,12 @@ from benchmarks.paper.rig import LOOPBACK, Rig
 from benchmarks.paper.rows import Link, Row, RowFile
 from benchmarks.paper.sizes import PAPER_LINK, SIZES, SLOW_LINK, Size
 from benchmarks.paper.systems import NAIVE_SPLIT, OWN, SYSTEMS
-from cloud_broker_worker.worker import Worker
-from fleet import topics
+from cloud_broker_worker.worker.worker import Worker
+from fleet.bundles.manifest import Bundle
 from fleet.errors import DecodeError, FleetError
-from fleet.manifest import Bundle
-from fleet.memory import MemoryBroker
-from fleet.report import WorkerStatus, encode_status
+from fleet.protocol import topics
+from fleet.protocol.report import WorkerStatus, encode_status
+from fleet.transport.in_memory import MemoryBroker
 
 TOKENS = 12
 PROMPT = "How warm is it?"

@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from benchmarks.stats import SINCE, fill
 from fleet.cli import app
-from fleet.registry.rollup_tables import SPANS_S
+from fleet.registry.stats.rollup_tables import SPANS_S
+from fleet.registry.stats.time_spans import beginning, ladder
 from fleet.registry.store import Registry
-from fleet.registry.window import beginning, ladder
 from tests.postgresql import Databases
 
 DAY_S = 86_400

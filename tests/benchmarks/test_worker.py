@@ -14,10 +14,10 @@ from benchmarks.recordings import Recording, offload_rate, record
 from benchmarks.replay import Device, Worker
 from benchmarks.whole_model import WholeModel
 from benchmarks.worker import highest_within
-from cloud_broker_worker.config import WorkerConfig
-from cloud_broker_worker.upper_layers import UpperLayers
-from fleet.hidden_codec import Float16
-from fleet.manifest import Bundle
+from cloud_broker_worker.worker.config import WorkerConfig
+from cloud_broker_worker.worker.upper_layers import UpperLayers
+from fleet.bundles.manifest import Bundle
+from fleet.protocol.hidden_states import Float16
 
 PROMPTS = ("How warm is it?", "Say something about rivers.")
 NUM_TOKENS = 8

@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from fleet.access import Role
-from fleet.cli.state import State, StateConfig
+from fleet.protocol.access import Role
+from fleet.server.home import State, StateConfig
 from tests.cli.test_errors import assert_one_clear_line, run
-from tests.registry.conftest import add
+from tests.fleet.conftest import add
 
 
 @pytest.fixture

@@ -9,17 +9,17 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
+from fleet.bundles.manifest import Bundle
+from fleet.bundles.verify import verify_bundle
 from fleet.cli import app
-from fleet.cli.crew import LEAVE_S, Orders, orders
 from fleet.cli.rollouts import parse_span, progress
-from fleet.cli.state import State, StateConfig
 from fleet.errors import BundleError, ConfigError, FleetError, RolloutError
-from fleet.manifest import Bundle
-from fleet.registry.rollouts import Fate
-from fleet.registry.rows import RolloutRow
-from fleet.report import DeviceStatus
-from fleet.verify import verify_bundle
-from tests.registry.conftest import add
+from fleet.protocol.report import DeviceStatus
+from fleet.registry.results import RolloutRow
+from fleet.registry.rollouts.plan import Fate
+from fleet.server.home import State, StateConfig
+from fleet.server.worker_pool import LEAVE_S, Orders, orders
+from tests.fleet.conftest import add
 
 
 @pytest.fixture

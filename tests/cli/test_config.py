@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from fleet.cli import app
-from fleet.cli.state import State, StateConfig
 from fleet.errors import ConfigError, FleetError, UnknownDeviceError
-from fleet.report import DeviceStatus
-from tests.registry.conftest import add
+from fleet.protocol.report import DeviceStatus
+from fleet.server.home import State, StateConfig
+from tests.fleet.conftest import add
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from edge_agent.config import AgentConfig
-from fleet.cpu import instruction_sets
+from fleet.bundles.instruction_sets import instruction_sets
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 120

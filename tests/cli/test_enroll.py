@@ -14,13 +14,13 @@ import pytest
 from cryptography import x509
 from typer.testing import CliRunner
 
-from fleet.access import Role
 from fleet.cli import app
-from fleet.cli.processes import child
-from fleet.cli.state import PASSPHRASE, State, StateConfig, create_fleet
 from fleet.errors import ConfigError, FleetError, IdentityError, StateError, TopicError, UnknownDeviceError
-from fleet.identity import Identity
-from fleet.joining import Token
+from fleet.identity.identity import Identity
+from fleet.protocol.access import Role
+from fleet.protocol.enrolment_api import Token
+from fleet.server.child_process import child
+from fleet.server.home import PASSPHRASE, State, StateConfig, create_fleet
 from tests.brokers import free_port
 from tests.provisioning.conftest import make_csr
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fleet.manifest import Bundle
+from fleet.bundles.manifest import Bundle
 from tests.brokers import free_port
 
 TIMEOUT_S = 120
@@ -35,7 +35,7 @@ def assert_one_clear_line(result: subprocess.CompletedProcess[str], *words: str)
 @pytest.fixture(scope="module")
 def state(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Path:
     """A fleet's folder as `fleet up` makes it; nothing of it runs."""
-    from fleet.cli.state import State, StateConfig
+    from fleet.server.home import State, StateConfig
 
     folder = tmp_path_factory.mktemp("fleet")
     State.create(folder, StateConfig("127.0.0.1", 1, str(tiny_bundle.folder)))

@@ -14,12 +14,12 @@ import msgspec
 import pytest
 
 from benchmarks.postgresql import find_postgresql
-from fleet.access import Role
-from fleet.cli.state import State, StateConfig
-from fleet.manifest import Bundle
+from fleet.bundles.manifest import Bundle
+from fleet.protocol.access import Role
+from fleet.server.home import State, StateConfig
 from tests.brokers import free_port
+from tests.fleet.conftest import add, report
 from tests.postgresql import Databases
-from tests.registry.conftest import add, report
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/operations.md").read_text()

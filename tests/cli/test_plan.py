@@ -9,7 +9,7 @@ import pytest
 from benchmarks.paper.fit import fit
 from fleet.cli import app
 from fleet.errors import ConfigError
-from fleet.plan import write_fits
+from fleet.planning.cost_model import write_fits
 from tests.benchmarks.paper_rows import RUN, linear_rows
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from fleet.manifest import Bundle
+from fleet.bundles.manifest import Bundle
 from onnx_export.heads import load_heads
 
 PAGE = Path(__file__).parents[2] / "docs/retraining.md"

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fleet.access import Role
 from fleet.cli import app
-from fleet.cli.state import State, StateConfig, keeping
 from fleet.cli.stats_views import spark
 from fleet.errors import ConfigError, FleetError
-from fleet.report import DeviceStatus, Switch
-from tests.registry.conftest import add, report
+from fleet.protocol.access import Role
+from fleet.protocol.report import DeviceStatus, Switch
+from fleet.server.home import State, StateConfig, keeping
+from tests.fleet.conftest import add, report
 
 
 @pytest.fixture(scope="module")

@@ -17,17 +17,17 @@ import pytest
 import typer.main
 from prometheus_client import CollectorRegistry, Metric, ProcessCollector
 
-import cloud_broker_worker.cli
+import cloud_broker_worker.worker.cli
 import fleet.cli
-from cloud_broker_worker import worker
-from cloud_broker_worker.config import WorkerConfig
-from cloud_broker_worker.metrics import WorkerMonitor
-from fleet.cli.state import DEFAULT_SERVICE_PORT, State
-from fleet.manifest import Bundle
-from fleet.memory import MemoryBroker
-from fleet.metrics import FleetMonitor
-from fleet.registry.collector import Collector
+from cloud_broker_worker.worker import worker
+from cloud_broker_worker.worker.config import WorkerConfig
+from cloud_broker_worker.worker.metrics import WorkerMonitor
+from fleet.bundles.manifest import Bundle
 from fleet.registry.store import Registry
+from fleet.server.collector import Collector
+from fleet.server.home import DEFAULT_SERVICE_PORT, State
+from fleet.server.metrics import FleetMonitor
+from fleet.transport.in_memory import MemoryBroker
 from tests.deploy.files import (
     DEPLOY,
     ROOT,
@@ -49,7 +49,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SCALING = (ROOT / "docs/scaling.md").read_text()
 PROGRAMS = {
     ("fleet",): fleet.cli.app,
-    ("python", "-m", "cloud_broker_worker"): cloud_broker_worker.cli.app,
+    ("python", "-m", "cloud_broker_worker"): cloud_broker_worker.worker.cli.app,
 }
 REQUIRED = {  # beside apiVersion, kind and metadata.name
     "Namespace": ("v1", ()),
@@ -84,7 +84,7 @@ def test_every_command_is_one_of_ours_with_its_options(run: Run) -> None:
 
 
 def test_an_option_that_does_not_exist_would_be_found() -> None:
-    command = typer.main.get_command(cloud_broker_worker.cli.app).commands["run"]  # type: ignore[attr-defined]
+    command = typer.main.get_command(cloud_broker_worker.worker.cli.app).commands["run"]  # type: ignore[attr-defined]
     with pytest.raises(Exception, match="No such option: --frobnicate"):
         command.make_context("run", ["/identity", "--frobnicate"])
 

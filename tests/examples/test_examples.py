@@ -13,14 +13,14 @@ from queue import Empty, SimpleQueue
 import msgspec
 import pytest
 
-from fleet import topics
-from fleet.access import Role
-from fleet.cli.processes import Child
-from fleet.cli.state import State, StateConfig
-from fleet.identity import Identity
-from fleet.manifest import Bundle
-from fleet.mqtt import MqttTransport
-from fleet.prompt import Reply, decode_reply
+from fleet.bundles.manifest import Bundle
+from fleet.identity.identity import Identity
+from fleet.protocol import topics
+from fleet.protocol.access import Role
+from fleet.protocol.prompt import Reply, decode_reply
+from fleet.server.child_process import Child
+from fleet.server.home import State, StateConfig
+from fleet.transport.mqtt import MqttTransport
 from tests.brokers import HOST, find_mosquitto, free_port, wait_until
 
 ROOT = Path(__file__).parents[2]

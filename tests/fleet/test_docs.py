@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from fleet.access import RULES
-from fleet.messages import ContextChunk, Message
-from fleet.policy import Mode
-from fleet.prompt import PromptRequest, Reply, Usage
-from fleet.report import DeviceStatus, GenerationReport, ReportReceipt, WorkerStatus
-from fleet.session import LEGAL
-from fleet.triggers import Trigger
+from fleet.protocol.access import RULES
+from fleet.protocol.messages import ContextChunk, Message
+from fleet.protocol.modes import Mode
+from fleet.protocol.prompt import PromptRequest, Reply, Usage
+from fleet.protocol.report import DeviceStatus, GenerationReport, ReportReceipt, WorkerStatus
+from fleet.protocol.session import LEGAL
+from fleet.protocol.triggers import Trigger
 
 ROOT = Path(__file__).parents[2]
 PROTOCOL = (ROOT / "docs/protocol.md").read_text()

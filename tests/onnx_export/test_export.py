@@ -14,13 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fleet.bundles.manifest import Bundle
 from fleet.errors import BundleError, ConfigError, ExportError, HeadsError, MissingExtraError
-from fleet.manifest import Bundle
 from onnx_export import config as config_module
 from onnx_export.bundle import export_bundle
 from onnx_export.checkpoint import check_wheel, resolve_model
 from onnx_export.config import ExportConfig, require_packages
-from onnx_export.default import build_key
+from onnx_export.default_bundle import build_key
 from tests.conftest import MakeTinyBundle
 from tests.tiny import make_tiny_checkpoint, make_tiny_heads
 

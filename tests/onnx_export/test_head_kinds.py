@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks.whole_model import WholeModel
-from edge_agent.cascade import Cascade
-from edge_agent.partition import Partition
+from edge_agent.engine.cascade import Cascade
+from edge_agent.engine.partition import Partition
+from fleet.bundles.verify import verify_bundle
 from fleet.errors import ExportError
-from fleet.policy import CLOUD
-from fleet.prompt import PromptRequest
-from fleet.verify import verify_bundle
+from fleet.protocol.modes import CLOUD
+from fleet.protocol.prompt import PromptRequest
 from onnx_export import parity
 from onnx_export.bundle import export_bundle
 from onnx_export.config import QUANTIZATIONS, ExportConfig, Quantization

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from fleet.manifest import ModelInfo
+from fleet.bundles.manifest import ModelInfo
 from onnx_export.partition import GROUP_SIZE, best_ids, export_lm_head
 from onnx_export.quantize import quantize_preview
 

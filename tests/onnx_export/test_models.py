@@ -11,18 +11,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cloud_broker_worker.upper_layers import Chunk, UpperLayers
-from edge_agent.cascade import Cascade
-from edge_agent.partition import Partition
+from cloud_broker_worker.worker.upper_layers import Chunk, UpperLayers
+from edge_agent.engine.cascade import Cascade
+from edge_agent.engine.partition import Partition
+from fleet.bundles.manifest import Bundle
+from fleet.bundles.verify import verify_bundle
 from fleet.errors import ExportError
-from fleet.manifest import Bundle
-from fleet.verify import verify_bundle
 from onnx_export.architecture import check_model
 from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig, Quantization
 from onnx_export.parity import relative_error
+from tests.cloud_broker_worker.worker.conftest import TinyModel
 from tests.tiny import VOCAB_SIZE, make_tiny_checkpoint
-from tests.worker.conftest import TinyModel
 
 EXITS = (2,)
 TOKENS: list[int] = np.random.default_rng(5).integers(0, VOCAB_SIZE, 20).tolist()

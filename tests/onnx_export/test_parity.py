@@ -16,8 +16,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fleet.bundles.manifest import Bundle
 from fleet.errors import ExportError
-from fleet.manifest import Bundle
 from onnx_export import parity
 from onnx_export.bundle import export_bundle
 from onnx_export.config import QUANTIZATIONS, ExportConfig, Quantization

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge_agent.cascade import Cascade
-from edge_agent.partition import Partition
-from fleet.manifest import Bundle
+from edge_agent.engine.cascade import Cascade
+from edge_agent.engine.partition import Partition
+from fleet.bundles.manifest import Bundle
 from onnx_export import parity
 from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig
-from onnx_export.default import EXITS as SHIPPED
-from onnx_export.default import default_bundle
+from onnx_export.default_bundle import EXITS as SHIPPED
+from onnx_export.default_bundle import default_bundle
 
 pytestmark = pytest.mark.real_model
 EXITS = 8, 15  # a quarter and a half, as in the paper

@@ -12,11 +12,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from fleet.manifest import Manifest
-from onnx_export import parts
+from fleet.bundles.manifest import Manifest
+from onnx_export import graph_cache as parts
 from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig
-from onnx_export.parts import PartCache, part_key
+from onnx_export.graph_cache import PartCache, part_key
 from tests.tiny import make_tiny_heads
 
 KEPT = "are as in an earlier export"

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from fleet import topics
-from fleet.client import PromptClient
-from fleet.manifest import Bundle
-from fleet.policy import Mode
-from fleet.prompt import PromptRequest
-from fleet.report import DeviceStatus, decode_status
+from fleet.bundles.manifest import Bundle
+from fleet.protocol import topics
+from fleet.protocol.modes import Mode
+from fleet.protocol.prompt import PromptRequest
+from fleet.protocol.report import DeviceStatus, decode_status
+from fleet.transport.prompt_client import PromptClient
 from tests.brokers import WAIT_S, Inbox, running_site
 
 pytestmark = [pytest.mark.packaging, pytest.mark.timeout(600)]

@@ -18,19 +18,19 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fleet.access import Role
-from fleet.enrolment import Enrolment
-from fleet.identity import Identity
-from fleet.joining import JoinReply
-from fleet.manifest import SCHEMA_VERSION, FileEntry, Manifest, ModelInfo, write_manifest
-from fleet.registry.rows import NewToken
+from fleet.bundles.manifest import SCHEMA_VERSION, FileEntry, Manifest, ModelInfo, write_manifest
+from fleet.identity.enrolment import Enrolment
+from fleet.identity.identity import Identity
+from fleet.protocol.access import Role
+from fleet.protocol.enrolment_api import JoinReply
+from fleet.registry.results import NewToken
 from fleet.registry.store import Registry
 from provisioning.authority import CertificateAuthority
-from provisioning.enroll import enroll
-from provisioning.office import Office
+from provisioning.enrolment_service import Office
+from provisioning.fleet_address import Site
+from provisioning.offline_enrolment import enroll
 from provisioning.rate_limit import RateLimit
 from provisioning.service import Service
-from provisioning.site import Site
 
 HOST: Final = "127.0.0.1"
 TIMEOUT_S: Final = 10.0

@@ -10,9 +10,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fleet.access import Role
 from fleet.errors import IdentityError, TopicError
-from fleet.identity import Identity, ServerTls
+from fleet.identity.identity import Identity, ServerTls
+from fleet.protocol.access import Role
 from provisioning.authority import CertificateAuthority
 
 

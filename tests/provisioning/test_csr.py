@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 from cryptography.x509.oid import NameOID
 
-from fleet.access import Role
 from fleet.errors import CsrError
+from fleet.protocol.access import Role
 from provisioning.authority import CertificateAuthority
 from provisioning.certificate import hash_key
 from provisioning.csr import SigningRequest

@@ -16,18 +16,18 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fleet.access import Role
-from fleet.enrolment import Enrolment
 from fleet.errors import ConfigError, RegistryError
-from fleet.identity import CA_FILE, Identity, IdentityConfig
-from fleet.joining import MAX_BODY_BYTES, JoinReply
-from fleet.registry.configs import Scope, Target
+from fleet.identity.enrolment import Enrolment
+from fleet.identity.identity import CA_FILE, Identity, IdentityConfig
+from fleet.protocol.access import Role
+from fleet.protocol.enrolment_api import MAX_BODY_BYTES, JoinReply
+from fleet.registry.settings import Scope, Target
 from fleet.registry.store import Registry
 from provisioning.authority import CertificateAuthority
-from provisioning.office import Office
+from provisioning.enrolment_service import Office
+from provisioning.fleet_address import Site
 from provisioning.rate_limit import RateLimit
 from provisioning.service import Service
-from provisioning.site import Site
 from tests.provisioning.conftest import HOST, TIMEOUT_S, Desk, make_csr
 
 # Joining.

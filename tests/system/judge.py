@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.whole_model import WholeModel
-from fleet.manifest import Bundle
-from fleet.policy import CLOUD, FALLBACK, Mode
-from fleet.prompt import PromptRequest
+from fleet.bundles.manifest import Bundle
+from fleet.protocol.modes import CLOUD, FALLBACK, Mode
+from fleet.protocol.prompt import PromptRequest
 from tests.system.memory_fleet import Answer
 
 _LOCK = threading.Lock()  # some scenarios run side by side

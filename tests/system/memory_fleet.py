@@ -7,16 +7,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-from cloud_broker_worker.config import WorkerConfig
-from cloud_broker_worker.worker import Worker
-from edge_agent.agent import Agent
+from cloud_broker_worker.worker.config import WorkerConfig
+from cloud_broker_worker.worker.worker import Worker
 from edge_agent.config import AgentConfig
-from fleet import topics
-from fleet.client import PromptClient
-from fleet.manifest import Bundle
-from fleet.memory import MemoryBroker, MemoryTransport
-from fleet.prompt import PromptRequest, Reply, decode_reply
-from fleet.report import (
+from edge_agent.serving.agent import Agent
+from fleet.bundles.manifest import Bundle
+from fleet.protocol import topics
+from fleet.protocol.prompt import PromptRequest, Reply, decode_reply
+from fleet.protocol.report import (
     DeviceStatus,
     GenerationReport,
     ReportReceipt,
@@ -25,7 +23,9 @@ from fleet.report import (
     decode_status,
     encode_receipt,
 )
-from fleet.transport import Transport, Will
+from fleet.transport.base import Transport, Will
+from fleet.transport.in_memory import MemoryBroker, MemoryTransport
+from fleet.transport.prompt_client import PromptClient
 
 WAIT_S = 30.0
 DEVICE, WORKER, APP = "edge-1", "worker-1", "app-1"

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from fleet.manifest import Bundle
+from fleet.bundles.manifest import Bundle
 from tests.brokers import free_port
 
 TIMEOUT_S: Final = 240.0

@@ -15,23 +15,23 @@ import msgspec
 
 from benchmarks.proxy import Proxy, Shape
 from cloud_broker_worker.broker.mosquitto import write_config
-from cloud_broker_worker.config import WorkerConfig
-from cloud_broker_worker.worker import Worker
-from edge_agent.agent import Agent
+from cloud_broker_worker.worker.config import WorkerConfig
+from cloud_broker_worker.worker.worker import Worker
 from edge_agent.config import AgentConfig
-from edge_agent.reports import REPORTS_FILE
-from fleet import topics
-from fleet.access import Role
-from fleet.cli.processes import Child
-from fleet.cli.state import COLLECTOR, State, StateConfig
-from fleet.client import PromptClient
-from fleet.identity import Identity
-from fleet.manifest import Bundle
-from fleet.mqtt import MqttTransport
-from fleet.prompt import PromptRequest
-from fleet.registry.collector import Collector
-from fleet.report import WorkerStatus, decode_status
-from fleet.transport import Will
+from edge_agent.reporting.report_outbox import REPORTS_FILE
+from edge_agent.serving.agent import Agent
+from fleet.bundles.manifest import Bundle
+from fleet.identity.identity import Identity
+from fleet.protocol import topics
+from fleet.protocol.access import Role
+from fleet.protocol.prompt import PromptRequest
+from fleet.protocol.report import WorkerStatus, decode_status
+from fleet.server.child_process import Child
+from fleet.server.collector import Collector
+from fleet.server.home import COLLECTOR, State, StateConfig
+from fleet.transport.base import Will
+from fleet.transport.mqtt import MqttTransport
+from fleet.transport.prompt_client import PromptClient
 from tests.brokers import HOST, find_mosquitto, free_port, listens, wait_until
 from tests.system.judge import judge, request
 from tests.system.memory_fleet import Answer

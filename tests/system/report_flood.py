@@ -19,14 +19,14 @@ from typing import Final
 from sqlalchemy import create_engine, func, select
 
 from benchmarks.postgresql import PostgresqlServer, postgresql_server
-from edge_agent.reports import REPORTS_FILE, ReportOutbox
-from fleet.access import Role
-from fleet.cli.processes import Child
-from fleet.cli.state import State, StateConfig
+from edge_agent.reporting.report_outbox import REPORTS_FILE, ReportOutbox
+from fleet.protocol.access import Role
 from fleet.registry.database import parse_url
 from fleet.registry.models import GenerationRecord
+from fleet.server.child_process import Child
+from fleet.server.home import State, StateConfig
 from provisioning.authority import CertificateAuthority
-from provisioning.enroll import enroll
+from provisioning.offline_enrolment import enroll
 from tests.brokers import HOST, free_port, wait_until
 
 WAIT_S: Final = 240.0

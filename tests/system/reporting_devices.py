@@ -12,13 +12,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-from edge_agent.reporter import Reporter
-from edge_agent.reports import REPORTS_FILE, ReportOutbox
-from fleet import topics
-from fleet.identity import Identity
-from fleet.mqtt import MqttTransport
-from fleet.report import DeviceStatus, encode_status
-from tests.registry.conftest import report
+from edge_agent.reporting.report_outbox import REPORTS_FILE, ReportOutbox
+from edge_agent.reporting.reporter import Reporter
+from fleet.identity.identity import Identity
+from fleet.protocol import topics
+from fleet.protocol.report import DeviceStatus, encode_status
+from fleet.transport.mqtt import MqttTransport
+from tests.fleet.conftest import report
 
 RETRY_S: Final = 2.0, 8.0
 REPORTS_A_SESSION: Final = 8

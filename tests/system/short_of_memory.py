@@ -10,14 +10,14 @@ from pathlib import Path
 
 import msgspec
 
-from edge_agent.agent import Agent
 from edge_agent.config import AgentConfig
-from fleet import topics
-from fleet.manifest import Bundle
-from fleet.memory import MemoryBroker
-from fleet.policy import Mode
-from fleet.prompt import PromptRequest, Reply, decode_reply
-from fleet.report import GenerationReport, decode_report
+from edge_agent.serving.agent import Agent
+from fleet.bundles.manifest import Bundle
+from fleet.protocol import topics
+from fleet.protocol.modes import Mode
+from fleet.protocol.prompt import PromptRequest, Reply, decode_reply
+from fleet.protocol.report import GenerationReport, decode_report
+from fleet.transport.in_memory import MemoryBroker
 
 WAIT_S = 60.0
 HEADROOM_BYTES = 16 << 20

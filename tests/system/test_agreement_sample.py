@@ -7,13 +7,13 @@ import itertools
 import pytest
 
 from edge_agent.config import AgentConfig
-from edge_agent.partition import Partition
-from edge_agent.plan import Planner
-from edge_agent.tokenizer import ChatTokenizer
-from fleet.manifest import Bundle
-from fleet.policy import Mode
-from fleet.prompt import PromptRequest
-from fleet.report import GenerationReport
+from edge_agent.engine.partition import Partition
+from edge_agent.engine.tokenizer import ChatTokenizer
+from edge_agent.serving.request_planner import Planner
+from fleet.bundles.manifest import Bundle
+from fleet.protocol.modes import Mode
+from fleet.protocol.prompt import PromptRequest
+from fleet.protocol.report import GenerationReport
 from tests.system.memory_fleet import WAIT_S, Answer, MemoryFleet, memory_fleet
 
 SAMPLED = AgentConfig(num_threads=1, agreement_sample=1.0, thresholds=(0.0, 0.0), assist_deadline_ms=500)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from edge_agent.config import AgentConfig
-from fleet import topics
-from fleet.codec import decode_to_worker, unpack_chunk
+from fleet.bundles.manifest import Bundle
 from fleet.errors import PromptError
-from fleet.manifest import Bundle
-from fleet.policy import CLOUD, Mode
-from fleet.prompt import ChatMessage, PromptRequest
+from fleet.protocol import topics
+from fleet.protocol.codec import decode_to_worker, unpack_chunk
+from fleet.protocol.modes import CLOUD, Mode
+from fleet.protocol.prompt import ChatMessage, PromptRequest
 from tests.conftest import MakeTinyBundle
 from tests.recorded import chunks_of
 from tests.system.memory_fleet import APP, DEVICE, WAIT_S, memory_fleet

@@ -8,10 +8,10 @@ from msgspec.structs import replace
 
 from benchmarks.whole_model import WholeModel
 from edge_agent.config import AgentConfig
-from fleet.manifest import Bundle
-from fleet.memory import MemoryTransport
-from fleet.policy import CLOUD, FALLBACK, Mode
-from fleet.prompt import PromptRequest
+from fleet.bundles.manifest import Bundle
+from fleet.protocol.modes import CLOUD, FALLBACK, Mode
+from fleet.protocol.prompt import PromptRequest
+from fleet.transport.in_memory import MemoryTransport
 from tests.system.memory_fleet import DEVICE, WAIT_S, Answer, memory_fleet
 
 NUM_TOKENS = 400

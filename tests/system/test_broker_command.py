@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from fleet.access import Role
-from fleet.cli.processes import child
-from fleet.cli.state import State, StateConfig
-from fleet.identity import Identity
+from fleet.identity.identity import Identity
+from fleet.protocol.access import Role
+from fleet.server.child_process import child
+from fleet.server.home import State, StateConfig
 from tests.brokers import HOST, can_connect, find_mosquitto, free_port, listens, wait_until
 
 WAIT_S = 60.0

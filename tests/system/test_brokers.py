@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 
 from benchmarks.whole_model import WholeModel
-from cloud_broker_worker.config import WorkerConfig
-from cloud_broker_worker.worker import Worker
-from edge_agent.agent import Agent
+from cloud_broker_worker.worker.config import WorkerConfig
+from cloud_broker_worker.worker.worker import Worker
 from edge_agent.config import AgentConfig
-from fleet import topics
-from fleet.client import PromptClient
-from fleet.identity import Identity
-from fleet.manifest import Bundle
-from fleet.prompt import PromptRequest
-from fleet.report import WorkerStatus, decode_status
-from fleet.transport import Will
+from edge_agent.serving.agent import Agent
+from fleet.bundles.manifest import Bundle
+from fleet.identity.identity import Identity
+from fleet.protocol import topics
+from fleet.protocol.prompt import PromptRequest
+from fleet.protocol.report import WorkerStatus, decode_status
+from fleet.transport.base import Will
+from fleet.transport.prompt_client import PromptClient
 from tests.brokers import BROKERS, HOST, Inbox, Site, find_mosquitto, running_site
 
 TIMEOUT_S = 60

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 
 from edge_agent.config import AgentConfig
-from fleet.calibrated import keep_calibration, read_calibration, write_calibrated
+from fleet.bundles.calibration_file import keep_calibration, read_calibration, write_calibrated
+from fleet.bundles.manifest import Bundle, hash_file
 from fleet.cli.heads import recorded
-from fleet.cli.record import record
+from fleet.cli.record_exits import record
 from fleet.errors import ConfigError
 from fleet.exits.calibration import answer_losses, calibrate
 from fleet.exits.records import Records
 from fleet.exits.thresholds import OFF, measure
-from fleet.manifest import Bundle, hash_file
-from fleet.policy import CLOUD
-from fleet.prompt import PromptRequest
+from fleet.protocol.modes import CLOUD
+from fleet.protocol.prompt import PromptRequest
 from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig
 from onnx_export.training.train import TrainConfig, train_heads

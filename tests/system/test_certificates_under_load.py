@@ -14,27 +14,27 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cloud_broker_worker.config import WorkerConfig
-from cloud_broker_worker.worker import Worker
-from edge_agent.agent import Agent
+from cloud_broker_worker.worker.config import WorkerConfig
+from cloud_broker_worker.worker.worker import Worker
 from edge_agent.config import AgentConfig
-from edge_agent.credentials import new_key
-from edge_agent.renewal import renew
-from fleet import topics
-from fleet.access import Grants, Role
-from fleet.client import PromptClient
+from edge_agent.provisioning.certificate_renewer import renew
+from edge_agent.provisioning.credentials import new_key
+from edge_agent.serving.agent import Agent
+from fleet.bundles.manifest import Bundle
 from fleet.errors import FleetError, LinkError
-from fleet.identity import Identity
-from fleet.manifest import Bundle
-from fleet.mqtt import MqttTransport
-from fleet.prompt import PromptRequest
-from fleet.registry.collector import Collector
-from fleet.registry.denials import Denials
-from fleet.registry.watcher import ChangeWatcher
-from fleet.transport import Will
-from provisioning.office import Office
+from fleet.identity.identity import Identity
+from fleet.protocol import topics
+from fleet.protocol.access import Grants, Role
+from fleet.protocol.prompt import PromptRequest
+from fleet.server.change_watcher import ChangeWatcher
+from fleet.server.collector import Collector
+from fleet.server.denylist_publisher import Denials
+from fleet.transport.base import Will
+from fleet.transport.mqtt import MqttTransport
+from fleet.transport.prompt_client import PromptClient
+from provisioning.enrolment_service import Office
+from provisioning.fleet_address import Site
 from provisioning.service import Service
-from provisioning.site import Site
 from tests.brokers import BROKERS, HOST, fingerprint_of, wait_until
 from tests.registered import RegisteredSite, registered_site
 
@@ -111,7 +111,7 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RegisteredS
 def test_one_of_twenty_busy_devices_is_revoked_and_out_within_five_seconds_and_the_others_go_on(
     site: RegisteredSite, tiny_bundle: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "fleet.mqtt")
+    caplog.set_level(logging.INFO, "fleet.transport.mqtt")
     others = [name for name in DEVICES if name != REVOKED]
     with ExitStack() as stack:
         fleet = BusyFleet(site, tiny_bundle, stack)
@@ -143,7 +143,7 @@ def service(site: RegisteredSite) -> Iterator[str]:
 def test_twenty_busy_devices_renew_their_certificates_and_no_answer_is_lost(
     site: RegisteredSite, tiny_bundle: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "fleet.mqtt")
+    caplog.set_level(logging.INFO, "fleet.transport.mqtt")
     with ExitStack() as stack:
         url = stack.enter_context(service(site))
         old = {name: fingerprint_of(site.identities[name]) for name in DEVICES}

@@ -8,11 +8,11 @@ import pytest
 from transformers import DynamicCache
 
 from benchmarks.whole_model import WholeModel
-from edge_agent.cascade import Cascade
-from edge_agent.decoder import Decoder
-from fleet.messages import Sampling
-from fleet.policy import CLOUD, exit_source
-from fleet.prompt import ChatMessage, PromptRequest
+from edge_agent.engine.cascade import Cascade
+from edge_agent.generation.decoder import Decoder
+from fleet.protocol.messages import Sampling
+from fleet.protocol.modes import CLOUD, exit_source
+from fleet.protocol.prompt import ChatMessage, PromptRequest
 from tests.conftest import MakeTinyBundle
 from tests.system.memory_fleet import memory_fleet
 

@@ -18,10 +18,10 @@ import pytest
 from benchmarks.fidelity import PROMPTS
 from benchmarks.whole_model import TIE, WholeModel
 from edge_agent.config import AgentConfig
-from fleet.manifest import Bundle
-from fleet.policy import FALLBACK, Mode
-from fleet.prompt import PromptRequest
-from fleet.prompt_file import read_prompts
+from fleet.bundles.manifest import Bundle
+from fleet.protocol.modes import FALLBACK, Mode
+from fleet.protocol.prompt import PromptRequest
+from fleet.utils.prompt_file import read_prompts
 from tests.system.process_fleet import DEVICE, FIRST, ProcessFleet, process_fleet
 
 pytestmark = [pytest.mark.real_model, pytest.mark.mosquitto]

@@ -9,13 +9,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cloud_broker_worker.config import WorkerConfig
+from cloud_broker_worker.worker.config import WorkerConfig
 from edge_agent.config import AgentConfig
-from fleet import topics
+from fleet.bundles.manifest import Bundle
 from fleet.errors import BundleError, PromptError
-from fleet.manifest import Bundle
-from fleet.policy import CLOUD, FALLBACK, Mode
-from fleet.prompt import PromptRequest
+from fleet.protocol import topics
+from fleet.protocol.modes import CLOUD, FALLBACK, Mode
+from fleet.protocol.prompt import PromptRequest
 from tests.conftest import MakeTinyBundle
 from tests.system.memory_fleet import DEVICE, WAIT_S, WORKER, Answer, memory_fleet
 

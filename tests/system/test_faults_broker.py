@@ -9,8 +9,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from fleet.manifest import Bundle
-from fleet.policy import CLOUD, Mode
+from fleet.bundles.manifest import Bundle
+from fleet.protocol.modes import CLOUD, Mode
 from tests.brokers import BROKERS
 from tests.system.judge import judge, request
 from tests.system.process_fleet import ANSWER_S, DEVICE, NEIGHBOUR, WAIT_S, ProcessFleet, process_fleet

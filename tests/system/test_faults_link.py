@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.proxy import Proxy, Shape
 from edge_agent.config import AgentConfig
-from fleet.manifest import Bundle
-from fleet.policy import CLOUD, Mode
+from fleet.bundles.manifest import Bundle
+from fleet.protocol.modes import CLOUD, Mode
 from tests.system.judge import judge, request
 from tests.system.process_fleet import DEVICE, DEVICES, FIRST, SLOW, ProcessFleet, process_fleet
 

@@ -11,10 +11,10 @@ from contextlib import ExitStack
 
 import pytest
 
-from cloud_broker_worker.config import WorkerConfig
+from cloud_broker_worker.worker.config import WorkerConfig
 from edge_agent.config import AgentConfig
+from fleet.bundles.manifest import Bundle
 from fleet.errors import FleetError, LinkError
-from fleet.manifest import Bundle
 from tests.brokers import wait_until
 from tests.system.judge import judge
 from tests.system.process_fleet import (

@@ -13,18 +13,18 @@ import msgspec
 import numpy as np
 import pytest
 
-from cloud_broker_worker.config import WorkerConfig
-from cloud_broker_worker.upper_layers import UpperLayers
-from cloud_broker_worker.worker import Worker
+from cloud_broker_worker.worker.config import WorkerConfig
+from cloud_broker_worker.worker.upper_layers import UpperLayers
+from cloud_broker_worker.worker.worker import Worker
 from edge_agent.config import AgentConfig
-from fleet import topics
-from fleet.codec import decode_to_worker, encode, pack_chunk
+from fleet.bundles.manifest import Bundle
 from fleet.errors import PromptError
-from fleet.manifest import Bundle
-from fleet.memory import MemoryTransport
-from fleet.messages import PROTOCOL, Assist, Close, Context, ContextChunk, Open, Sampling, ToWorker, Verify
-from fleet.policy import CLOUD, Mode
-from fleet.transport import Will
+from fleet.protocol import topics
+from fleet.protocol.codec import decode_to_worker, encode, pack_chunk
+from fleet.protocol.messages import PROTOCOL, Assist, Close, Context, ContextChunk, Open, Sampling, ToWorker, Verify
+from fleet.protocol.modes import CLOUD, Mode
+from fleet.transport.base import Will
+from fleet.transport.in_memory import MemoryTransport
 from tests.brokers import wait_until
 from tests.conftest import MakeTinyBundle
 from tests.hostile import PERFECT, HostileLink, Odds, Said

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from fleet.manifest import Bundle
+from fleet.bundles.manifest import Bundle
 from tests.system.judge import judge
 from tests.system.process_fleet import ASKED, DEVICE, FIRST, NEIGHBOUR, SECOND, ProcessFleet, process_fleet
 

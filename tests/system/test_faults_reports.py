@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.reports import REPORTS_FILE
-from fleet.manifest import Bundle
-from fleet.policy import Mode
+from edge_agent.reporting.report_outbox import REPORTS_FILE
+from fleet.bundles.manifest import Bundle
+from fleet.protocol.modes import Mode
 from tests.brokers import wait_until
 from tests.system.judge import request
 from tests.system.process_fleet import DEVICE, WAIT_S, process_fleet

@@ -15,17 +15,17 @@ from typing import Any, Final
 
 import pytest
 
-from fleet import topics
-from fleet.client import PromptClient
-from fleet.desired import DesiredConfig, Settings, encode_desired
-from fleet.manifest import Bundle, Manifest
-from fleet.mqtt import MqttTransport
-from fleet.policy import Mode
-from fleet.prompt import PromptRequest
-from fleet.report import DeviceStatus, decode_status
+from fleet.bundles.manifest import Bundle, Manifest
+from fleet.protocol import topics
+from fleet.protocol.desired_config import DesiredConfig, Settings, encode_desired
+from fleet.protocol.modes import Mode
+from fleet.protocol.prompt import PromptRequest
+from fleet.protocol.report import DeviceStatus, decode_status
+from fleet.transport.mqtt import MqttTransport
+from fleet.transport.prompt_client import PromptClient
 from tests.brokers import Inbox, Site, running_site, wait_until
 from tests.conftest import MakeTinyBundle
-from tests.edge.fleet_service import FleetService
+from tests.edge_agent.fleet_service import FleetService
 
 TIMEOUT_S: Final = 60
 ASKED: Final = PromptRequest(prompt="How warm is it?", max_new_tokens=4)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from fleet import topics
-from fleet.client import PromptClient
+from fleet.bundles.manifest import Bundle
 from fleet.errors import LinkError
-from fleet.manifest import Bundle
-from fleet.memory import MemoryTransport
-from fleet.policy import Mode
-from fleet.prompt import PromptRequest, Reply
+from fleet.protocol import topics
+from fleet.protocol.modes import Mode
+from fleet.protocol.prompt import PromptRequest, Reply
+from fleet.transport.in_memory import MemoryTransport
+from fleet.transport.prompt_client import PromptClient
 from tests.system.memory_fleet import APP, DEVICE, WAIT_S, MemoryFleet, memory_fleet
 
 ALONE = PromptRequest(prompt="How warm is it?", mode=Mode.STANDALONE, max_new_tokens=24)

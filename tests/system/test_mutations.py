@@ -9,10 +9,10 @@ from itertools import cycle, islice
 
 import pytest
 
-from fleet import topics
+from fleet.bundles.manifest import Bundle
 from fleet.errors import FleetError
-from fleet.manifest import Bundle
-from fleet.report import WorkerStatus, encode_status
+from fleet.protocol import topics
+from fleet.protocol.report import WorkerStatus, encode_status
 from tests.mutations import Mutator
 from tests.recorded import READERS, Recorded, record
 from tests.system.judge import judge, request

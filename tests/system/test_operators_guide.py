@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fleet.manifest import Bundle
+from fleet.bundles.manifest import Bundle
 from tests.brokers import wait_until
 from tests.postgresql import Databases
 from tests.system.operator import TIMEOUT_S, Operator, operator

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from benchmarks.whole_model import WholeModel
-from fleet.manifest import Bundle
-from fleet.policy import CLOUD
-from fleet.prompt import PromptRequest
+from fleet.bundles.manifest import Bundle
+from fleet.protocol.modes import CLOUD
+from fleet.protocol.prompt import PromptRequest
 from tests.system.memory_fleet import memory_fleet
 
 PROMPTS = ("How warm is it?", "Say something about rivers.", "0123456789 " * 8)

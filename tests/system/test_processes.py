@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 from benchmarks.whole_model import WholeModel
-from fleet.access import Role
-from fleet.cli.processes import Child
-from fleet.cli.state import WORKER, State, StateConfig
-from fleet.client import PromptClient
-from fleet.manifest import Bundle
-from fleet.mqtt import MqttTransport
-from fleet.prompt import PromptRequest
+from fleet.bundles.manifest import Bundle
+from fleet.protocol.access import Role
+from fleet.protocol.prompt import PromptRequest
+from fleet.server.child_process import Child
+from fleet.server.home import WORKER, State, StateConfig
+from fleet.transport.mqtt import MqttTransport
+from fleet.transport.prompt_client import PromptClient
 from tests.brokers import free_port
 
 TIMEOUT_S = 180

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.whole_model import WholeModel
-from cloud_broker_worker.config import WorkerConfig
+from cloud_broker_worker.worker.config import WorkerConfig
 from edge_agent.config import AgentConfig
-from fleet.manifest import Bundle
-from fleet.policy import CLOUD
-from fleet.prompt import PromptRequest
+from fleet.bundles.manifest import Bundle
+from fleet.protocol.modes import CLOUD
+from fleet.protocol.prompt import PromptRequest
 from tests.system.memory_fleet import memory_fleet
 
 pytestmark = pytest.mark.real_model

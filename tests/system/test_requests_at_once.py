@@ -15,18 +15,18 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge_agent.agent import Agent
-from edge_agent.cascade import Cascade
 from edge_agent.config import AgentConfig
-from fleet import topics
-from fleet.codec import decode_to_worker
+from edge_agent.engine.cascade import Cascade
+from edge_agent.serving.agent import Agent
+from fleet.bundles.manifest import Bundle
 from fleet.errors import PromptError
-from fleet.manifest import Bundle
-from fleet.messages import Open
-from fleet.policy import CLOUD, Mode
-from fleet.prompt import PromptRequest, decode_reply
-from fleet.report import WorkerStatus, encode_status
-from fleet.transport import MAX_QUEUED
+from fleet.protocol import topics
+from fleet.protocol.codec import decode_to_worker
+from fleet.protocol.messages import Open
+from fleet.protocol.modes import CLOUD, Mode
+from fleet.protocol.prompt import PromptRequest, decode_reply
+from fleet.protocol.report import WorkerStatus, encode_status
+from fleet.transport.base import MAX_QUEUED
 from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig
 from tests.brokers import Inbox, running_site

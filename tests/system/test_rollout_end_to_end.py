@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from fleet.manifest import Bundle, read_manifest, write_manifest
+from fleet.bundles.manifest import Bundle, read_manifest, write_manifest
 from tests.brokers import wait_until
 from tests.system.operator import TIMEOUT_S, Operator, operator
 

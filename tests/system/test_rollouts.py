@@ -15,22 +15,22 @@ import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
-from fleet import topics
-from fleet.access import Role
-from fleet.cli.processes import child
-from fleet.cli.state import WORKER, State, StateConfig
-from fleet.desired import Settings, decode_desired, encode_desired
-from fleet.identity import Identity
-from fleet.mqtt import MqttTransport
-from fleet.registry.configs import Scope, Target
-from fleet.registry.evidence import Limits
+from fleet.identity.identity import Identity
+from fleet.protocol import topics
+from fleet.protocol.access import Role
+from fleet.protocol.desired_config import Settings, decode_desired, encode_desired
+from fleet.protocol.report import DeviceStatus, WorkerStatus, encode_report, encode_status
 from fleet.registry.models import WorkerRecord
-from fleet.registry.rollouts import Plan
-from fleet.registry.rows import RolloutRow
-from fleet.report import DeviceStatus, WorkerStatus, encode_report, encode_status
-from fleet.transport import Will
+from fleet.registry.results import RolloutRow
+from fleet.registry.rollouts.canary_analysis import Limits
+from fleet.registry.rollouts.plan import Plan
+from fleet.registry.settings import Scope, Target
+from fleet.server.child_process import child
+from fleet.server.home import WORKER, State, StateConfig
+from fleet.transport.base import Will
+from fleet.transport.mqtt import MqttTransport
 from tests.brokers import HOST, free_port, wait_until
-from tests.registry.conftest import report
+from tests.fleet.conftest import report
 
 OLD, GOOD, BAD, BROKEN = BUNDLES = ("b-old", "b-good", "b-bad", "b-broken")
 SOURCES: Final = {

@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks.proxy import Shape
 from edge_agent.config import AgentConfig
-from fleet.manifest import Bundle
-from fleet.policy import CLOUD, Mode
-from fleet.prompt import PromptRequest
+from fleet.bundles.manifest import Bundle
+from fleet.protocol.modes import CLOUD, Mode
+from fleet.protocol.prompt import PromptRequest
 from tests.system.memory_fleet import Answer
 from tests.system.process_fleet import FIRST, SLOW, ProcessFleet, process_fleet
 

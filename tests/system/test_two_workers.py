@@ -20,18 +20,18 @@ import msgspec
 import pytest
 
 from benchmarks.whole_model import WholeModel
-from edge_agent.agent import Agent
 from edge_agent.config import AgentConfig
-from fleet import topics
-from fleet.access import Grants, Role
-from fleet.client import PromptClient
+from edge_agent.serving.agent import Agent
+from fleet.bundles.manifest import Bundle
 from fleet.errors import FleetError
-from fleet.identity import Identity
-from fleet.manifest import Bundle
-from fleet.policy import Mode
-from fleet.prompt import PromptRequest, Reply
-from fleet.report import GenerationReport, WorkerStatus, decode_status
-from fleet.transport import Will
+from fleet.identity.identity import Identity
+from fleet.protocol import topics
+from fleet.protocol.access import Grants, Role
+from fleet.protocol.modes import Mode
+from fleet.protocol.prompt import PromptRequest, Reply
+from fleet.protocol.report import GenerationReport, WorkerStatus, decode_status
+from fleet.transport.base import Will
+from fleet.transport.prompt_client import PromptClient
 from tests.brokers import Inbox, Site, running_site
 from tests.system.memory_fleet import acknowledge
 

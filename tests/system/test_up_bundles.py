@@ -6,16 +6,16 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from fleet import topics
-from fleet.access import Role
-from fleet.cli.processes import child
-from fleet.cli.state import State
-from fleet.desired import Settings
-from fleet.manifest import Bundle
-from fleet.mqtt import MqttTransport
-from fleet.registry.configs import Scope, Target
-from fleet.report import WorkerStatus, decode_status
-from fleet.verify import verify_bundle
+from fleet.bundles.manifest import Bundle
+from fleet.bundles.verify import verify_bundle
+from fleet.protocol import topics
+from fleet.protocol.access import Role
+from fleet.protocol.desired_config import Settings
+from fleet.protocol.report import WorkerStatus, decode_status
+from fleet.registry.settings import Scope, Target
+from fleet.server.child_process import child
+from fleet.server.home import State
+from fleet.transport.mqtt import MqttTransport
 from tests.brokers import free_port, wait_until
 
 WAIT_S = 120.0

@@ -14,19 +14,19 @@ from pathlib import Path
 import pytest
 
 from benchmarks.whole_model import WholeModel
-from fleet import topics
-from fleet.access import Role
-from fleet.cli.processes import child
-from fleet.cli.state import WORKER, State
-from fleet.client import PromptClient
-from fleet.identity import Identity
-from fleet.manifest import Bundle
-from fleet.mqtt import MqttTransport
-from fleet.policy import Mode
-from fleet.prompt import PromptRequest
-from fleet.report import DeviceStatus, encode_status
-from tests.broker import raw
+from fleet.bundles.manifest import Bundle
+from fleet.identity.identity import Identity
+from fleet.protocol import topics
+from fleet.protocol.access import Role
+from fleet.protocol.modes import Mode
+from fleet.protocol.prompt import PromptRequest
+from fleet.protocol.report import DeviceStatus, encode_status
+from fleet.server.child_process import child
+from fleet.server.home import WORKER, State
+from fleet.transport.mqtt import MqttTransport
+from fleet.transport.prompt_client import PromptClient
 from tests.brokers import can_connect, free_port, listens, wait_until
+from tests.cloud_broker_worker.broker import raw
 
 pytestmark = pytest.mark.mosquitto
 WAIT_S = 120.0

@@ -17,14 +17,14 @@ import pytest
 
 from benchmarks.whole_model import WholeModel
 from cloud_broker_worker.broker.mosquitto import write_config
-from fleet.access import Role
-from fleet.cli.processes import Child, child
-from fleet.cli.state import COLLECTOR, State
-from fleet.client import PromptClient
-from fleet.manifest import Bundle
-from fleet.mqtt import MqttTransport
-from fleet.policy import Mode
-from fleet.prompt import PromptRequest, Reply
+from fleet.bundles.manifest import Bundle
+from fleet.protocol.access import Role
+from fleet.protocol.modes import Mode
+from fleet.protocol.prompt import PromptRequest, Reply
+from fleet.server.child_process import Child, child
+from fleet.server.home import COLLECTOR, State
+from fleet.transport.mqtt import MqttTransport
+from fleet.transport.prompt_client import PromptClient
 from tests.brokers import HOST, find_mosquitto, free_port, listens, wait_until
 from tests.scrape import get, scrape
 

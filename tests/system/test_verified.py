@@ -8,15 +8,15 @@ import msgspec
 import pytest
 
 from benchmarks.whole_model import WholeModel
-from cloud_broker_worker.config import WorkerConfig
+from cloud_broker_worker.worker.config import WorkerConfig
 from edge_agent.config import AgentConfig
-from fleet import topics
-from fleet.codec import encode
+from fleet.bundles.manifest import Bundle
 from fleet.errors import PromptError
-from fleet.manifest import Bundle
-from fleet.messages import Close, Sampling
-from fleet.policy import Mode
-from fleet.prompt import PromptRequest
+from fleet.protocol import topics
+from fleet.protocol.codec import encode
+from fleet.protocol.messages import Close, Sampling
+from fleet.protocol.modes import Mode
+from fleet.protocol.prompt import PromptRequest
 from tests.conftest import MakeTinyBundle
 from tests.system.memory_fleet import DEVICE, WAIT_S, WORKER, Answer, MemoryFleet, memory_fleet
 

@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from fleet.registry.rollup_tables import ROLLUPS
+from fleet.registry.stats.rollup_tables import ROLLUPS
 
 context.configure(
     connection=context.config.attributes["connection"], target_metadata=ROLLUPS.metadata, render_as_batch=True

@@ -1,0 +1,7 @@
+"""The worker: the sessions of many devices, and the upper layers of the model as one batch."""
+
+import os
+
+# Read when torch loads. Its threads spin for less than a millisecond, from one small product to the next, and then
+# sleep: to sleep at once doubles the time of a step, to spin on burns the cores of an idle worker.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")

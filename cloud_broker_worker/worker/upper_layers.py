@@ -1,0 +1,177 @@
+"""The model's upper layers: Hugging Face's own code, run over one ragged batch of many sessions.
+
+Rows of all sessions go through every linear layer together; attention, registered as a function of our own in
+transformers' ALL_ATTENTION_FUNCTIONS, runs per session on that session's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from cloud_broker_worker.worker.config import Weights
+from cloud_broker_worker.worker.kv_pool import KvLease, KvPool, KvShape
+from cloud_broker_worker.worker.packed_linear import prepare, weight_bytes
+from fleet.bundles.manifest import Bundle
+from fleet.errors import BundleError
+from fleet.protocol.hidden_states import Float16
+
+ATTENTION: Final = "cecollm_ragged"
+
+
+class Chunk(NamedTuple):
+    """Positions [start, stop) of one session; [0, start) have run, and `start` is at most the lease's length.
+
+    `hidden_states` [stop - start, hidden] float16 enter the upload layer; logits are wanted of the positions `outputs`.
+    """
+
+    lease: KvLease
+    hidden_states: Float16
+    start: int
+    stop: int
+    outputs: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows of a batch that are positions [start, stop) of a cache; `mask` [stop - start, stop] where it takes one."""
+
+    lease: KvLease
+    rows: slice
+    start: int
+    stop: int
+    mask: Tensor | None
+
+
+def ragged_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    spans: Sequence[Span],
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query [1, heads, rows, d], key and value [1, kv_heads, rows, d] -> [1, rows, heads, d]."""
+    del attention_mask, kwargs
+    heads, dim = query.shape[1], query.shape[-1]
+    num_rows, kv_heads = query.shape[2], key.shape[1]
+    both = torch.stack((key[0], value[0]))
+    scaled = query[0].transpose(0, 1) * scaling  # [rows, heads, d]
+    out = torch.empty(num_rows, heads, dim)
+    grouped, grouped_out = (rows.view(num_rows, kv_heads, -1, dim) for rows in (scaled, out))
+    for span in spans:
+        cache = span.lease.layers[module.layer_idx]
+        cache[:, :, span.start : span.stop] = both[:, :, span.rows]
+        keys, values = cache[:, :, : span.stop]
+        if span.stop - span.start == 1:
+            row = span.rows.start
+            one_row_attention(grouped[row], keys, values, out=grouped_out[row])
+            continue
+        rows = scaled_dot_product_attention(
+            query[:, :, span.rows],
+            keys[None],
+            values[None],
+            attn_mask=span.mask,
+            is_causal=span.start == 0 and span.stop > 1,
+            scale=scaling,
+            enable_gqa=True,
+        )
+        out[span.rows] = rows[0].transpose(0, 1)
+    return out[None], None
+
+
+def one_row_attention(query: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+    """query [kv_heads, group, d], scaled, keys and values [kv_heads, n, d] -> out [kv_heads, group, d].
+
+    Three small kernels, where the general one costs more to call than to run.
+    """
+    torch.bmm(torch.bmm(query, keys.transpose(1, 2)).softmax(-1), values, out=out)
+
+
+def make_spans(chunks: Sequence[Chunk]) -> list[Span]:
+    """Lays the chunks one after the other. One row sees the whole cache, and a first chunk is plainly causal: only
+    several rows behind a prefix take a mask, made once for all layers."""
+    spans, first = [], 0
+    for lease, _, start, stop, _ in chunks:
+        count = stop - start
+        mask = torch.ones(count, stop, dtype=torch.bool).tril_(start) if start and count > 1 else None
+        spans.append(Span(lease, slice(first, first + count), start, stop, mask))
+        first += count
+    return spans
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, ragged_attention)
+
+
+class UpperLayers:
+    """Layers [upload_layer, num_layers), final norm and LM head of a bundle; weights in float32 or fewer bits."""
+
+    def __init__(self, bundle: Bundle, num_threads: int, weights: Weights = "float32") -> None:
+        """Raises BundleError when the cloud partition does not load."""
+        torch.set_num_threads(num_threads)
+        self.manifest = bundle.manifest
+        try:
+            self._model = _load(bundle)
+            prepare(self._model, weights)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BundleError(
+                f"the cloud partition of {bundle.folder} does not load: {error}; export it again"
+            ) from None
+
+    @property
+    def weight_bytes(self) -> int:
+        """What a step reads of the weights."""
+        return weight_bytes(self._model)
+
+    def new_pool(self, budget_bytes: int) -> KvPool:
+        """A pool of caches of this model's shape."""
+        model = self.manifest.model
+        num_layers = model.num_layers - self.manifest.upload_layer
+        return KvPool(KvShape(num_layers, model.num_key_value_heads, model.head_dim, model.hidden_size), budget_bytes)
+
+    @torch.inference_mode()
+    def __call__(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Runs every chunk's positions and adds them to its cache.
+
+        Gives logits [number of outputs, vocab] float32, chunk by chunk.
+        """
+        spans = make_spans(chunks)
+        rows = np.concatenate([chunk.hidden_states for chunk in chunks])
+        hidden = torch.from_numpy(rows).float()[None]
+        positions = torch.cat([torch.arange(span.start, span.stop) for span in spans])[None]
+        decoder = self._model.model
+        rotary = decoder.rotary_emb(hidden, positions)
+        for layer in decoder.layers:
+            out = layer(hidden, position_ids=positions, position_embeddings=rotary, spans=spans)
+            hidden = out[0] if isinstance(out, tuple) else out
+        for span in spans:
+            span.lease.length = max(span.lease.length, span.stop)
+        wanted = [s.rows.start + i - c.start for s, c in zip(spans, chunks, strict=True) for i in c.outputs]
+        logits: Tensor = self._model.lm_head(decoder.norm(hidden[0, torch.tensor(wanted, dtype=torch.long)]))
+        return logits
+
+
+def _load(bundle: Bundle) -> Any:
+    config = AutoConfig.from_pretrained(bundle.folder / "cloud", attn_implementation=ATTENTION)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    missing, unexpected = model.load_state_dict(
+        load_file(bundle.path("cloud/model.safetensors")), strict=False, assign=True
+    )
+    if unexpected or set(missing) - {"model.embed_tokens.weight"}:
+        raise ValueError(f"{len(missing)} weights are missing, {len(unexpected)} do not belong there")
+    model.model.embed_tokens = None  # the device has it
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # its table is computed, not stored
+    return model.float().eval().requires_grad_(False)

@@ -1,0 +1,1 @@
+"""The lower layers of the model in ONNX Runtime, and the tokenizer."""

@@ -1,0 +1,106 @@
+"""ONNX Runtime as this project uses it: threads, provider, graphs, and what its errors mean."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+import onnxruntime as ort
+
+from edge_agent.config import Provider
+from fleet.bundles.instruction_sets import covers, instruction_sets
+from fleet.bundles.manifest import Manifest
+from fleet.errors import BundleError, ConfigError
+
+CUDA: Final = "CUDAExecutionProvider"
+CPU: Final = "CPUExecutionProvider"
+UNKNOWN_TOOLS: Final[Mapping[str, str]] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How graphs run. `auto` is CUDA where the installed ONNX Runtime offers it, else the CPU."""
+
+    num_threads: int = 1
+    provider: Provider = "auto"
+
+    @property
+    def providers(self) -> list[str]:
+        """What ONNX Runtime is asked for, the wanted one first; raises ConfigError when it is not installed."""
+        return choose_providers(self.provider, ort.get_available_providers())
+
+
+def choose_providers(wanted: Provider, available: Collection[str]) -> list[str]:
+    """The execution providers for a setting, of those that are `available`; the CPU takes what CUDA cannot.
+
+    Raises:
+        ConfigError: CUDA is wanted and not there.
+    """
+    if wanted == "cuda" and CUDA not in available:
+        raise ConfigError(
+            f"provider 'cuda' needs {CUDA}, ONNX Runtime {ort.__version__} here offers {', '.join(available)}; "
+            "run: pip uninstall -y onnxruntime && pip install 'cecollm-fleet[edge-gpu]', or set provider to 'cpu'"
+        )
+    return [CUDA, CPU] if wanted != "cpu" and CUDA in available else [CPU]
+
+
+def load_session(path: Path, runtime: Runtime, tools: Mapping[str, str] = UNKNOWN_TOOLS) -> ort.InferenceSession:
+    """A graph, ready to run. `tools` are the versions that made it, from the manifest.
+
+    The threads spin between the operators of a run, where handing over counts, and sleep when it ends: a device that
+    waits uses no CPU. Each graph has threads of its own, because ONNX Runtime's shared pool knows no such end
+    (`force_spinning_stop` is for pools of one session).
+
+    Raises:
+        BundleError: ONNX Runtime cannot load it.
+        ConfigError: the provider that was asked for is not installed, or does not start.
+    """
+    providers = runtime.providers
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = runtime.num_threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        session = ort.InferenceSession(path, options, providers=providers)
+    except Exception as error:  # noqa: BLE001  ONNX Runtime's errors have no common type of their own
+        made_with = tools.get("onnxruntime", "an unknown version")
+        raise BundleError(
+            f"ONNX Runtime {ort.__version__} cannot load {path}, which was made with {made_with}: "
+            f"{' '.join(str(error).split())}; if that is newer, upgrade ONNX Runtime, else export or copy the "
+            "bundle again"
+        ) from None
+    if runtime.provider == "cuda" and CUDA not in session.get_providers():  # ONNX Runtime itself goes on without
+        raise ConfigError(
+            f"{CUDA} is installed but does not start: check the driver and the CUDA and cuDNN libraries, "
+            "or set provider to 'cpu'"
+        )
+    return session
+
+
+def release_freed_memory() -> None:
+    """Gives what loading has freed back to the system, where the C library can (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def check_instruction_set(manifest: Manifest) -> None:
+    """Raises BundleError when the bundle's graphs were made for instructions that this machine does not have."""
+    wanted = manifest.instruction_set
+    here = instruction_sets()
+    if not covers(here, wanted):
+        raise BundleError(
+            f"bundle {manifest.bundle_id} is for {wanted}, this machine offers {', '.join(here) or 'none we know'}; "
+            "export it for one of these, or use a preset that runs on any machine"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of NumPy or ONNX Runtime, which has no type for it, says that memory could not be had."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "Failed to allocate memory" in text or "bad_alloc" in text

@@ -1,0 +1,1 @@
+"""Token generation: exits, speculative decoding and the choice of mode."""

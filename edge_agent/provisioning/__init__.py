@@ -1,0 +1,1 @@
+"""Joining a fleet, and renewing the device's certificate."""

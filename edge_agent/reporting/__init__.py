@@ -1,0 +1,1 @@
+"""Reports to the collector, kept on disk until they are acknowledged."""

@@ -1,0 +1,186 @@
+"""Delivers reports: each is put on disk, published, and forgotten once the collector has it."""
+
+from __future__ import annotations
+
+import logging
+import random
+import sqlite3
+import threading
+import time
+from collections import deque
+from types import TracebackType
+from typing import Final, NamedTuple, Self
+
+from edge_agent.reporting.report_outbox import ReportOutbox
+from fleet.errors import LinkError, ProtocolError
+from fleet.protocol import topics
+from fleet.protocol.report import GenerationReport, ReportReceipt, decode_receipt, encode_report
+from fleet.transport.base import Transport, guarded
+
+log = logging.getLogger(__name__)
+
+FIRST_WINDOW: Final = 4
+MAX_WINDOW: Final = 128  # replies of answers go over the same link
+SLOW_S: Final = 1.0  # a receipt that takes longer makes the window smaller
+RETRY_S: Final = (5.0, 120.0)  # a report is sent again after so long, at first and at the most
+MAX_UNSAVED: Final = 1000  # reports in memory while the disk fails
+MIN_PAUSE_S: Final = 0.05
+STOP_S: Final = 5.0
+
+
+class InFlight(NamedTuple):
+    """A report that was sent and not acknowledged."""
+
+    payload: bytes
+    sent_at: float
+
+
+class Reporter:
+    """One device's reports on their way to the collector; a context manager with one thread.
+
+    At most a window of them is on its way. The window begins small, grows with each receipt that comes within `SLOW_S`,
+    shrinks with each that takes longer, and begins anew when none comes: thus a fleet that comes back at once shares
+    what its collector can do, and no queue grows between them.
+    """
+
+    def __init__(self, transport: Transport, outbox: ReportOutbox, retry_s: tuple[float, float] = RETRY_S) -> None:
+        self._transport = transport
+        self._outbox = outbox
+        self._min_retry_s, self._max_retry_s = retry_s
+        self._new: deque[GenerationReport] = deque()
+        self._receipts: deque[ReportReceipt] = deque()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._unsaved: dict[str, bytes] = {}  # by generation, as what follows
+        self._acknowledged: set[str] = set()
+        self._in_flight: dict[str, InFlight] = {}
+        self._last_taken = 0
+        self._disk_fails = False
+        self._window, self._retry_s = FIRST_WINDOW, self._min_retry_s
+        self._thread = threading.Thread(target=self._run, name=f"report-{transport.name}", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._transport.subscribe(topics.device_reported(self._transport.name), self._on_receipt)
+        self._transport.on_up(self._wake.set)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Puts what is left on disk, within `STOP_S` seconds."""
+        self._transport.unsubscribe(topics.device_reported(self._transport.name))
+        self._transport.off_up(self._wake.set)
+        self._stopping = True
+        self._wake.set()
+        self._thread.join(STOP_S)
+
+    def add(self, report: GenerationReport) -> None:
+        """Takes charge of a report; never waits."""
+        self._new.append(report)
+        self._wake.set()
+
+    def _on_receipt(self, topic: str, payload: bytes) -> None:
+        try:
+            self._receipts.append(decode_receipt(payload))
+        except ProtocolError as error:
+            log.warning("message on %s dropped: %s", topic, error)
+        self._wake.set()
+
+    # Everything below runs on the reporter's own thread.
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._wake.wait(self._patience_s())
+            self._wake.clear()
+            guarded(self._turn, "reporting")
+        guarded(self._turn, "reporting")
+        self._outbox.close()
+
+    def _patience_s(self) -> float:
+        """How long to sleep when nobody wakes us."""
+        if not self._in_flight or not self._transport.is_up:
+            return self._max_retry_s
+        oldest = min(it.sent_at for it in self._in_flight.values())
+        return max(MIN_PAUSE_S, oldest + self._retry_s - time.monotonic())
+
+    def _turn(self) -> None:
+        """Hears what was acknowledged, keeps what is new, sends what is due; one transaction on disk."""
+        while self._receipts:
+            self._hear(self._receipts.popleft())
+        while self._new:
+            report = self._new.popleft()
+            self._unsaved[report.generation] = encode_report(report)
+        is_up = self._transport.is_up
+        due = self._overdue() if is_up else {}
+        try:
+            due |= self._keep(self._window - len(self._in_flight) if is_up else 0)
+        except (sqlite3.Error, OSError) as error:
+            self._do_without_disk(error)
+            due |= {generation: it for generation, it in self._unsaved.items() if generation not in self._in_flight}
+        if is_up:
+            self._send(due)
+
+    def _hear(self, receipt: ReportReceipt) -> None:
+        if not receipt.stored and not receipt.refused:  # the collector is there, and may have missed what was sent
+            self._in_flight.clear()
+            self._begin_anew()
+            return
+        for generation, reason in receipt.refused.items():
+            log.warning("the collector refused the report of generation %s: %s", generation, reason)
+        slow = time.monotonic() - SLOW_S
+        for generation in (*receipt.stored, *receipt.refused):
+            self._acknowledged.add(generation)
+            self._unsaved.pop(generation, None)
+            if sent := self._in_flight.pop(generation, None):
+                self._window = min(MAX_WINDOW, max(1, self._window + (1 if sent.sent_at > slow else -1)))
+        self._retry_s = self._min_retry_s
+
+    def _begin_anew(self) -> None:
+        self._last_taken = 0
+        self._window = FIRST_WINDOW
+        self._retry_s = self._min_retry_s
+
+    def _overdue(self) -> dict[str, bytes]:
+        """What has waited too long for its receipt; the wait is doubled then."""
+        latest = time.monotonic() - self._retry_s
+        due = {generation: it.payload for generation, it in self._in_flight.items() if it.sent_at <= latest}
+        if due:
+            self._window = FIRST_WINDOW
+            self._retry_s = min(self._max_retry_s, 2 * self._retry_s) * random.uniform(0.8, 1.0)
+        return due
+
+    def _keep(self, room: int) -> dict[str, bytes]:
+        """Brings the disk up to date; the next reports from there, for which there is `room`."""
+        with self._outbox.transaction():
+            self._outbox.remove(self._acknowledged)
+            self._outbox.add(self._unsaved, sent=self._disk_fails)  # while it failed they were sent from memory
+            kept = self._outbox.take(self._last_taken, max(0, room))
+        self._acknowledged.clear()
+        self._unsaved.clear()
+        if self._disk_fails:
+            self._disk_fails = False
+            log.warning("reports are kept on disk again")
+        if kept:
+            self._last_taken = kept[-1].id
+        return {generation: payload for _, generation, payload in kept}
+
+    def _do_without_disk(self, error: Exception) -> None:
+        if not self._disk_fails:
+            self._disk_fails = True
+            log.warning("%s", self._outbox.explain(error))
+        self._last_taken = 0  # whoever repairs the disk may begin a new file
+        while len(self._unsaved) > MAX_UNSAVED:
+            lost = next(iter(self._unsaved))
+            del self._unsaved[lost]
+            self._in_flight.pop(lost, None)
+            log.warning("the report of generation %s is given up: there is no disk, and no collector", lost)
+
+    def _send(self, reports: dict[str, bytes]) -> None:
+        now = time.monotonic()
+        self._in_flight.update({generation: InFlight(payload, now) for generation, payload in reports.items()})
+        try:
+            for payload in reports.values():
+                self._transport.publish(topics.device_stats(self._transport.name), payload)
+        except LinkError as error:  # they are sent again in time
+            log.info("reports wait: %s", error)

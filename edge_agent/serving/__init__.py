@@ -1,0 +1,1 @@
+"""The agent that serves prompts: requests, answers, triggers."""

@@ -1,0 +1,1 @@
+"""The device's session with a cloud worker."""

@@ -1,0 +1,1 @@
+"""The state that a device keeps on disk: bundle slots and desired configuration."""

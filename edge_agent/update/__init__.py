@@ -1,0 +1,1 @@
+"""Bundle updates: download, trial and replacement of the running agent."""

@@ -1,0 +1,1 @@
+"""Model bundles: manifest, signature, verification and storage."""

@@ -1,0 +1,1 @@
+"""Identity folders, enrolment requests and the rotation of certificates."""

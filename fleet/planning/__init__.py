@@ -1,0 +1,1 @@
+"""Predictions of latency and cost for a link and two machines."""

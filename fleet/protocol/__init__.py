@@ -1,0 +1,1 @@
+"""The wire protocol: topics, rights, messages and their encoding. No I/O."""

@@ -1,0 +1,78 @@
+"""Messages to bytes and back: msgpack, sizes checked before memory is taken, types checked before use."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Final, TypeVar, get_args
+
+import msgpack
+import msgspec
+
+from fleet.errors import DecodeError, OversizedError
+from fleet.protocol.hidden_states import FLOAT16, Float16, pack_rows, unpack_rows
+from fleet.protocol.messages import MAX_CHUNK_BYTES, ContextChunk, Message, ToDevice, ToWorker
+
+MAX_ENVELOPE_BYTES: Final = MAX_CHUNK_BYTES + 4096
+
+T = TypeVar("T")
+
+
+def encode(message: Message) -> bytes:
+    """One message as a msgpack map with its ``type``."""
+    packed: bytes = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)))
+    return packed
+
+
+def decode(payload: bytes, expected: type[T]) -> T:
+    """One message out of `payload`; `expected` is a message type or a union of them. Unknown fields are ignored.
+
+    Raises:
+        OversizedError: the payload is larger than any message.
+        DecodeError: it is no msgpack map, of an unknown type, or a field is missing or out of range.
+    """
+    if len(payload) > MAX_ENVELOPE_BYTES:
+        raise OversizedError(f"expected a message of at most {MAX_ENVELOPE_BYTES} bytes, got {len(payload)}")
+    try:
+        raw = msgpack.unpackb(
+            payload, max_bin_len=MAX_CHUNK_BYTES, max_str_len=4096, max_array_len=4096, max_map_len=64, max_ext_len=0
+        )
+        return msgspec.convert(raw, expected)
+    except (ValueError, RecursionError, msgpack.exceptions.UnpackException) as error:
+        raise DecodeError(
+            f"expected one of these messages: {_names(expected)}; "
+            f"got {len(payload)} bytes that are none: {str(error) or type(error).__name__}"
+        ) from None
+
+
+def decode_to_worker(payload: bytes) -> ToWorker:
+    """What a device says to a worker; raises what :func:`decode` raises."""
+    message: ToWorker = decode(payload, ToWorker)  # type: ignore[arg-type]
+    return message
+
+
+def decode_to_device(payload: bytes) -> ToDevice:
+    """What a worker says to a device; raises what :func:`decode` raises."""
+    message: ToDevice = decode(payload, ToDevice)  # type: ignore[arg-type]
+    return message
+
+
+def _names(expected: object) -> str:
+    members: tuple[type, ...] = get_args(expected) or (expected,)
+    return ", ".join(member.__name__.lower() for member in members)
+
+
+def pack_chunk(branch: int, start: int, hidden_states: Float16, dtype: str = FLOAT16) -> ContextChunk:
+    """Hidden states [count, hidden] float16 of positions [start, start + count), ready for a message."""
+    data = pack_rows(hidden_states, dtype)
+    return ContextChunk(branch, start, len(hidden_states), data, zlib.crc32(data), dtype)
+
+
+def unpack_chunk(chunk: ContextChunk, hidden_size: int) -> Float16:
+    """The hidden states [count, hidden_size] float16 of a chunk, read-only.
+
+    Raises:
+        DecodeError: another dtype, a wrong number of bytes, a wrong checksum, or values that are not finite.
+    """
+    if zlib.crc32(chunk.data) != chunk.crc32:
+        raise DecodeError(f"context at position {chunk.start}: the checksum does not match the data; send it again")
+    return unpack_rows(chunk.data, chunk.count, hidden_size, chunk.dtype)

@@ -1,0 +1,1 @@
+"""Identities: their life cycle, certificates, enrolment tokens and rights."""

@@ -1,0 +1,1 @@
+"""Roll-outs of bundles: plan, canary analysis, states and steps."""

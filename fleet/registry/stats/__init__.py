@@ -1,0 +1,1 @@
+"""Statistics: reports stored, aggregated, rolled up and queried."""

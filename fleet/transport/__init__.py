@@ -1,0 +1,1 @@
+"""Publish and subscribe over MQTT or in memory, and the client for prompts."""

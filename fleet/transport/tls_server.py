@@ -1,0 +1,96 @@
+"""A TLS server on a thread and an event loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+import ssl
+import threading
+from abc import ABC, abstractmethod
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Final, Self
+
+from fleet.errors import ConfigError
+from fleet.identity.identity import ServerTls
+
+START_S: Final = 10.0
+STOP_S: Final = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class TlsServer(ABC):
+    """A context manager; `port` 0 takes a free one, which `port` then says. Errors and the thread have its `name`."""
+
+    def __init__(self, name: str, host: str, port: int, tls: ServerTls, other: str = "choose another port") -> None:
+        """`other` says how to take another port, behind an "or"."""
+        self.host = host
+        self.port = port
+        self._name = name
+        self._tls = tls
+        self._other = other
+        self._started: Future[asyncio.AbstractEventLoop] = Future()
+        self._stop = asyncio.Event()
+
+    def __enter__(self) -> Self:
+        """Raises ConfigError when it cannot listen there, IdentityError when its certificate does not load."""
+        self._context = self._ssl_context()
+        listener = self._listen()
+        self.port = listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._run, args=(listener,), name=self._name, daemon=True)
+        self._thread.start()
+        self._loop = self._started.result(START_S)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(STOP_S)
+
+    def reload_certificate(self) -> None:
+        """Shows the certificate that is on disk now to whoever connects from then on; raises IdentityError."""
+        self._tls.load_certificate(self._context)
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
+
+    @abstractmethod
+    async def _serve(self, listener: socket.socket, context: ssl.SSLContext) -> None:
+        """Starts to serve, awaits `_until_stopped`, and ends within `STOP_S` seconds."""
+
+    async def _until_stopped(self) -> None:
+        """Says that it serves, and waits until it shall no more."""
+        self._started.set_result(asyncio.get_running_loop())
+        await self._stop.wait()
+
+    def _ssl_context(self) -> ssl.SSLContext:
+        return self._tls.ssl_context()
+
+    def _run(self, listener: socket.socket) -> None:
+        try:
+            with listener:
+                asyncio.run(self._serve(listener, self._context))
+        except Exception as error:
+            if self._started.done():
+                log.exception("the %s on port %d stopped", self._name, self.port)
+            else:
+                self._started.set_exception(error)
+
+    def _listen(self) -> socket.socket:
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        try:
+            return socket.create_server((self.host, self.port), family=family, backlog=128)
+        except (OSError, OverflowError) as error:
+            reason = str(error)
+            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                reason = "the port is in use; stop what uses it"
+            raise ConfigError(
+                f"the {self._name} cannot listen on {self.host}:{self.port}: {reason}, or {self._other}"
+            ) from None

@@ -1,0 +1,1 @@
+"""Helpers that know nothing of the fleet: files, logs, plots, command-line errors."""

@@ -1,0 +1,48 @@
+"""The default model's bundle, built once and kept in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import platformdirs
+
+from fleet.bundles.manifest import MANIFEST_FILE
+from fleet.errors import ConfigError
+from onnx_export.config import ExportConfig, require_packages
+from onnx_export.fingerprints import PACKAGE, source_digest
+
+EXITS: Final = (24,)
+DATA: Final = PACKAGE / "data"
+
+
+def default_bundle(progress: Callable[[str], None] = lambda _: None) -> Path:
+    """Folder of the default bundle. The first call fetches the model and builds it (a minute or two).
+
+    Raises:
+        MissingExtraError: it has to be built and the extra ``export`` is not installed.
+        ExportError: the model cannot be fetched or exported.
+    """
+    folder = platformdirs.user_cache_path("cecollm-fleet") / "bundles" / f"default-{build_key()}"
+    if (folder / MANIFEST_FILE).is_file():
+        return folder
+    require_packages()
+    progress("building the default bundle (the first time only)")
+    from onnx_export.bundle import export_bundle
+
+    try:
+        export_bundle(ExportConfig(folder, EXITS), progress)
+    except ConfigError:
+        if not (folder / MANIFEST_FILE).is_file():  # else another process was faster
+            raise
+    return folder
+
+
+def build_key() -> str:
+    """Changes whenever the bundle would: hash of the exits, the heads, our sources and the tools' versions."""
+    digest = hashlib.sha256(f"{source_digest()} {ExportConfig(Path(), EXITS)}".encode())
+    for path in sorted(path for path in DATA.iterdir() if path.is_file()):
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]

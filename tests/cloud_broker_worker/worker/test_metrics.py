@@ -1,0 +1,240 @@
+"""What a worker tells of itself: counts of its engine, and whether it is alive and ready."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from cloud_broker_worker.worker.config import WorkerConfig
+from cloud_broker_worker.worker.counters import BOUNDS_S, Durations
+from cloud_broker_worker.worker.metrics import WorkerMonitor
+from cloud_broker_worker.worker.worker import Worker
+from fleet.bundles.manifest import Bundle
+from fleet.errors import ConfigError
+from fleet.monitoring.http_endpoint import Endpoint
+from fleet.protocol import topics
+from fleet.protocol.codec import decode_to_device, encode
+from fleet.protocol.messages import PROTOCOL, Open, Opened, Sampling
+from fleet.transport.in_memory import MemoryBroker
+from tests.brokers import HOST, Inbox, free_port, running_site, wait_until
+from tests.cloud_broker_worker.worker.conftest import Bench, TinyModel
+from tests.cloud_broker_worker.worker.test_cli import RunningWorker
+from tests.cloud_broker_worker.worker.test_worker import Site
+from tests.scrape import get, scrape
+
+WAIT_S = 30.0
+
+
+# What the engine counts.
+
+
+def test_a_duration_is_counted_below_its_bound_and_in_the_sum() -> None:
+    durations = Durations()
+    for duration_s in (0.0, BOUNDS_S[0], BOUNDS_S[0] * 1.01, 99.0):
+        durations.add(duration_s)
+    assert durations.cumulative() == [2, 3, *[3] * (len(BOUNDS_S) - 2), 4]
+    assert durations.sum_s == pytest.approx(99.0 + BOUNDS_S[0] * 2.01)
+
+
+def test_every_position_that_runs_is_counted(bench: Bench) -> None:
+    bench.open()
+    bench.context(bench.upload(6))
+    bench.assist(5)
+    bench.token()
+    bench.assist(5, request=1)  # asked anew: its last position runs again
+    bench.token()
+    assert bench.engine.tally.num_positions == 7
+
+
+def test_an_answer_is_counted_with_the_time_since_its_question_arrived(bench: Bench) -> None:
+    bench.open()
+    bench.context(bench.upload(6))
+    bench.assist(5)
+    bench.now += 0.3
+    bench.token()
+    tally = bench.engine.tally
+    assert tally.queued.sum_s == pytest.approx(0.3)
+    assert tally.answered["assist"].sum_s == pytest.approx(0.3)
+    assert tally.answered["verify"].cumulative()[-1] == 0
+
+
+def test_a_verify_is_counted_as_one(bench: Bench) -> None:
+    rows = bench.upload(6)
+    bench.open()
+    bench.context(rows)
+    bench.verify(3, bench.expected_tokens(rows, 3)[:2])
+    bench.verdict()
+    assert bench.engine.tally.answered["verify"].cumulative()[-1] == 1
+
+
+def test_a_question_that_takes_many_steps_is_queued_until_the_first(bench: Bench) -> None:
+    bench.start(max_batch_positions=2)
+    bench.open()
+    bench.context(bench.upload(6))
+    bench.assist(5)
+    for _ in range(3):
+        bench.now += 0.1
+        bench.step()
+    tally = bench.engine.tally
+    assert tally.queued.cumulative()[-1] == tally.answered["assist"].cumulative()[-1] == 1
+    assert tally.queued.sum_s == pytest.approx(0.1)
+    assert tally.answered["assist"].sum_s == pytest.approx(0.3)
+
+
+def test_a_question_that_nobody_waits_for_any_more_is_counted(bench: Bench) -> None:
+    bench.open()
+    bench.assist(5, deadline_ms=100)
+    bench.now += 1
+    bench.step()
+    assert bench.engine.tally.num_expired == 1
+
+
+def test_a_refusal_is_counted_by_its_code(bench: Bench) -> None:
+    bench.open(bundle_id="other")
+    bench.open(bundle_id="other")
+    bench.assist(0, session="unknown")
+    assert dict(bench.engine.tally.refusals) == {"bundle_mismatch": 2, "unknown_session": 1}
+
+
+def test_an_evicted_cache_is_counted_and_one_that_ends_with_its_session_is_not(bench: Bench) -> None:
+    shape = bench.engine.pool.shape
+    bench.start(kv_budget_bytes=64 * (shape.cache_bytes + 2 * shape.hidden_bytes), idle_after_s=0.0)
+    for session in ("s1", "s2"):
+        assert isinstance(bench.open(session)[0], Opened)
+        bench.context(bench.upload(6), session=session)
+        bench.assist(5, session=session)
+        bench.token(session)
+    assert bench.engine.memory.num_evictions == 1
+    bench.engine.dismiss()
+    assert bench.engine.memory.num_evictions == 1
+
+
+# What the endpoint tells.
+
+
+@contextmanager
+def told(worker: Worker, stall_s: float = WAIT_S) -> Iterator[str]:
+    """URL of an endpoint that tells of `worker`."""
+    with Endpoint(HOST, 0) as endpoint:
+        endpoint.show(WorkerMonitor(worker, stall_s))
+        yield endpoint.url
+
+
+@pytest.fixture
+def site(cloud_bundle: Callable[[int], Bundle]) -> Iterator[Site]:
+    with ExitStack() as stack:
+        yield Site(stack, cloud_bundle(2))
+
+
+def test_the_metrics_are_those_of_what_a_worker_did(site: Site, whole: TinyModel) -> None:
+    device = site.device()
+    device.ask("s1", whole, num_positions=6)
+    with told(site.worker) as url:
+        samples = scrape(url)
+    pool = site.worker.engine.pool
+    assert samples["fleet_worker_sessions"] == 1
+    assert samples["fleet_worker_positions_total"] >= 6
+    assert samples['fleet_worker_answer_seconds_count{kind="assist"}'] == 1
+    assert samples['fleet_worker_answer_seconds_bucket{kind="assist",le="+Inf"}'] == 1
+    assert samples["fleet_worker_queue_seconds_count"] == 1
+    assert samples["fleet_worker_kv_used_bytes"] == pool.used_bytes > 0
+    assert samples["fleet_worker_kv_budget_bytes"] == pool.budget_bytes
+    assert samples["fleet_worker_connected"] == 1
+    assert samples["process_resident_memory_bytes"] > 0
+
+
+def test_a_question_that_could_be_answered_is_in_the_queue(bench: Bench, cloud_bundle: Callable[[int], Bundle]) -> None:
+    worker = Worker(MemoryBroker().connect("worker-1"), cloud_bundle(2), WorkerConfig(num_threads=1))
+    bench.engine = worker.engine  # its thread has not been started: nobody steps
+    bench.open()
+    bench.context(bench.upload(6))
+    bench.assist(9)  # its context is not here: nothing that more workers could do
+    bench.open("s2")
+    bench.context(bench.upload(6), session="s2")
+    bench.assist(5, session="s2")
+    values = {s.name: s.value for family in WorkerMonitor(worker).collect() for s in family.samples}
+    assert values["fleet_worker_sessions"] == 2
+    assert values["fleet_worker_waiting_questions"] == 1
+    assert values["fleet_worker_oldest_question_seconds"] > 0
+
+
+def test_a_worker_is_ready_until_it_drains(site: Site, whole: TinyModel) -> None:
+    site.device().ask("s1", whole)
+    hurry = threading.Event()
+    with told(site.worker) as url:
+        assert get(f"{url}/readyz") == get(f"{url}/healthz") == (200, "ok\n")
+        draining = threading.Thread(target=site.worker.drain, args=(hurry,))
+        draining.start()
+        wait_until(lambda: scrape(url)["fleet_worker_draining"] == 1, "it drains", WAIT_S)
+        assert get(f"{url}/readyz") == (503, "the worker is draining\n")
+        assert get(f"{url}/healthz") == (200, "ok\n")
+        hurry.set()
+        draining.join(WAIT_S)
+
+
+def test_a_worker_without_a_broker_is_alive_and_not_ready(site: Site) -> None:
+    with told(site.worker) as url:
+        site.link.drop()
+        assert get(f"{url}/readyz") == (503, "the worker has no connection to the broker\n")
+        assert get(f"{url}/healthz") == (200, "ok\n")
+        site.link.restore()
+        assert get(f"{url}/readyz") == (200, "ok\n")
+
+
+def test_a_worker_that_is_stuck_in_a_step_is_unhealthy_until_it_goes_on(site: Site) -> None:
+    go_on, turn = threading.Event(), site.worker.engine.step
+
+    def stuck() -> None:
+        go_on.wait(WAIT_S)
+        site.worker.engine.step = turn  # type: ignore[method-assign]
+
+    with told(site.worker, stall_s=1.0) as url:
+        site.worker.engine.step = stuck  # type: ignore[method-assign]
+        wait_until(lambda: get(f"{url}/healthz")[0] == 503, "it is unhealthy", WAIT_S)
+        assert "has been in one step" in get(f"{url}/healthz")[1]
+        go_on.set()
+        wait_until(lambda: get(f"{url}/healthz") == (200, "ok\n"), "it is healthy again", WAIT_S)
+
+
+def test_a_worker_whose_thread_has_ended_is_unhealthy(cloud_bundle: Callable[[int], Bundle]) -> None:
+    with MemoryBroker().connect("worker-1") as link:
+        with Worker(link, cloud_bundle(2), WorkerConfig(num_threads=1)) as worker:
+            pass
+        with told(worker) as url:
+            assert get(f"{url}/healthz") == (503, "the worker's thread has ended\n")
+
+
+def test_a_process_that_still_starts_is_alive_and_not_ready() -> None:
+    with Endpoint(HOST, 0) as endpoint:
+        assert get(f"{endpoint.url}/healthz") == (200, "ok\n")
+        assert get(f"{endpoint.url}/readyz") == (503, "it is starting\n")
+        assert get(f"{endpoint.url}/")[0] == 404
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    port = free_port()
+    with Endpoint(HOST, port), pytest.raises(ConfigError, match=f"{HOST}:{port}.*--metrics-port"):
+        Endpoint(HOST, port)
+
+
+def test_a_worker_process_tells_of_itself_and_leaves_after_its_drain_timeout(
+    tmp_path: Path, cloud_bundle: Callable[[int], Bundle]
+) -> None:
+    with running_site("amqtt", tmp_path) as site, site.connect("s1") as server, site.connect("d1") as link:
+        options = ("--metrics-port", "0", "--drain-timeout", "0")
+        with RunningWorker(site, server, cloud_bundle(2), *options) as worker:
+            url = worker.ready_line().split("metrics on ")[1].strip()
+            assert get(f"{url}/readyz") == (200, "ok\n")
+            opening = Open("a1", 1, worker.bundle.manifest.bundle_id, PROTOCOL, Sampling(), 64, 60_000)
+            answers = Inbox()
+            link.subscribe(topics.to_device("d1", "+"), answers)
+            link.publish(topics.open_session("d1"), encode(opening), qos=1)
+            assert isinstance(decode_to_device(answers.get()[1]), Opened)
+            assert scrape(url)["fleet_worker_sessions"] == 1
+            worker.process.send_signal(signal.SIGTERM)
+            assert worker.end() == (0, "")

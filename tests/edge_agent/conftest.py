@@ -1,0 +1,17 @@
+"""A fleet's service that runs, for tests of what a device says to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.edge_agent.fleet_service import FleetService
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[FleetService]:
+    """A service on 127.0.0.1 with a CA of its own."""
+    with FleetService(tmp_path / "service").running() as running:
+        yield running

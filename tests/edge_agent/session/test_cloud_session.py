@@ -1,0 +1,403 @@
+"""A device's session with a worker, against a scripted peer that speaks the real wire."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+
+import msgspec
+import numpy as np
+import pytest
+
+from edge_agent.measurements import Measurements
+from edge_agent.session.cloud_session import HELD_POSITIONS, Uplink
+from edge_agent.session.worker_directory import Workers
+from fleet.protocol import topics
+from fleet.protocol.codec import decode_to_worker, encode, unpack_chunk
+from fleet.protocol.messages import (
+    PROTOCOL,
+    Close,
+    Context,
+    Gap,
+    Open,
+    Opened,
+    Refused,
+    Sampling,
+    ToDevice,
+    ToWorker,
+    Verified,
+    Verify,
+)
+from fleet.protocol.report import WorkerStatus, encode_status
+from fleet.transport.base import Will
+from fleet.transport.in_memory import MemoryBroker, MemoryTransport
+from tests.brokers import wait_until
+
+WAIT_S = 10.0
+HIDDEN = 8
+SESSION = "s1"
+BUNDLE = "b1"
+WINDOW = 1 << 20
+
+
+class Peer:
+    """The worker's end: what the device sent, and whatever the test answers."""
+
+    def __init__(self, broker: MemoryBroker, name: str = "w1") -> None:
+        will = Will(topics.worker_status(name), encode_status(WorkerStatus(online=False, epoch=1)))
+        self.transport = broker.connect(name, will)
+        self.messages: queue.Queue[ToWorker] = queue.Queue()
+        self.num_bytes = 0
+        self.transport.subscribe(topics.OPEN_FILTER, self._on_message, qos=1)
+        self.transport.subscribe(f"{topics.PREFIX}/w/{name}/+/+", self._on_message)
+        self.announce(epoch=1)
+
+    def announce(self, epoch: int, *, draining: bool = False) -> None:
+        status = WorkerStatus(online=True, epoch=epoch, bundle_ids=(BUNDLE,), draining=draining)
+        self.transport.publish(topics.worker_status(self.transport.name), encode_status(status), qos=1, retain=True)
+
+    def _on_message(self, topic: str, payload: bytes) -> None:
+        self.num_bytes += len(payload)
+        self.messages.put(decode_to_worker(payload))
+
+    def next(self) -> ToWorker:
+        return self.messages.get(timeout=WAIT_S)
+
+    def say(self, message: ToDevice) -> None:
+        self.transport.publish(topics.to_device("d1", SESSION), encode(message))
+
+    def accept(self, max_chunk_bytes: int = 4096) -> None:
+        assert isinstance(self.next(), Open)
+        self.say(Opened(SESSION, self.transport.name, 0, max_chunk_bytes, WINDOW, ("float16",)))
+
+
+class Device:
+    """A device's transport with one session on it."""
+
+    def __init__(self, broker: MemoryBroker, deadline_ms: int) -> None:
+        self.transport: MemoryTransport = broker.connect("d1")
+        self.workers = Workers(self.transport, lambda worker: self.uplink.worker_changed(worker))
+        self.measurements = Measurements()
+        self.uplink = Uplink(
+            self.transport, self.workers, Open(SESSION, 1, BUNDLE, PROTOCOL, Sampling(), 128, deadline_ms), HIDDEN,
+            self.measurements,
+        )  # fmt: skip
+        self.transport.subscribe(topics.to_device("d1", "+"), lambda _, payload: self.uplink.receive(payload))
+        assert self.workers.why_none(BUNDLE) is None
+
+
+@pytest.fixture
+def broker() -> MemoryBroker:
+    return MemoryBroker()
+
+
+@pytest.fixture
+def peer(broker: MemoryBroker) -> Iterator[Peer]:
+    peer = Peer(broker)
+    yield peer
+    peer.transport.close()
+
+
+@pytest.fixture
+def device(broker: MemoryBroker, peer: Peer) -> Iterator[Device]:
+    device = Device(broker, deadline_ms=8000)
+    yield device
+    device.transport.close()
+
+
+def rows(start: int, count: int) -> np.ndarray:
+    return np.arange(start * HIDDEN, (start + count) * HIDDEN, dtype=np.float32).reshape(count, HIDDEN)
+
+
+def test_what_was_offered_before_the_worker_answered_is_sent_after_it(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        uplink.offer(rows(0, 4))
+        peer.accept()
+        message = peer.next()
+    assert isinstance(message, Context)
+    assert (message.chunk.start, message.chunk.count) == (0, 4)
+    np.testing.assert_array_equal(unpack_chunk(message.chunk, HIDDEN), rows(0, 4))
+
+
+def test_chunks_keep_to_the_workers_limit_and_each_position_goes_once(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        uplink.offer(rows(0, 64)[:, :].repeat(1, 0))
+        peer.accept(max_chunk_bytes=1024)
+        first = peer.next()
+    assert isinstance(first, Context)
+    assert first.chunk.count == 64
+    assert len(first.chunk.data) == 64 * HIDDEN * 2 <= 1024
+
+
+def test_a_question_brings_the_context_that_it_needs(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 3))
+        uplink.ask(1, [7, 8], [1])
+        verify = peer.next()
+        assert isinstance(verify, Verify)
+        assert verify.chunk
+        assert (verify.chunk.start, verify.chunk.count, verify.trusted) == (0, 3, (1,))
+        peer.say(Verified(SESSION, verify.request, 1, 0, 9, (-0.5,)))
+        verdict = uplink.verdict(WAIT_S)
+        assert not uplink.has_question
+    assert verdict is not None
+    assert (verdict.accepted, verdict.token_id) == (0, 9)
+
+
+def test_of_more_context_than_a_chunk_only_the_last_goes_with_the_question(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept(max_chunk_bytes=1024)
+        for start in range(0, 70, 35):  # 64 positions are a chunk
+            uplink.offer(rows(start, 35))
+        uplink.ask(68, [7, 8])
+        counts = []
+        while isinstance(message := peer.next(), Context):
+            counts.append(message.chunk.count)
+        assert isinstance(message, Verify)
+        assert message.chunk
+        assert sum(counts) + message.chunk.count == 70
+
+
+def test_a_few_positions_wait_for_a_question_or_for_more(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        for position in range(HELD_POSITIONS + 1):
+            uplink.offer(rows(position, 1))
+        context = peer.next()
+        assert isinstance(context, Context)
+        assert (context.chunk.start, context.chunk.count) == (0, HELD_POSITIONS + 1)
+        uplink.offer(rows(HELD_POSITIONS + 1, 1))
+        uplink.ask(HELD_POSITIONS + 1, [7])
+        verify = peer.next()
+        assert isinstance(verify, Verify)
+        assert verify.chunk
+        assert (verify.chunk.start, verify.chunk.count) == (HELD_POSITIONS + 1, 1)
+
+
+def test_drafts_behind_a_question_wait_for_its_answer(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 2))
+        uplink.ask(1, [7])
+        first = peer.next()
+        assert isinstance(first, Verify)
+        uplink.offer(rows(2, 9))
+        peer.say(Verified(SESSION, first.request, 1, 1, None, (-0.5,)))
+        assert uplink.verdict(WAIT_S)
+        context = peer.next()
+        assert isinstance(context, Context)
+        assert (context.chunk.start, context.chunk.count) == (2, 9)
+    assert isinstance(peer.next(), Close)
+
+
+def test_an_answer_to_a_repeated_question_is_measured_too(broker: MemoryBroker, peer: Peer) -> None:
+    device = Device(broker, deadline_ms=3000)
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 1))
+        uplink.ask(0, [7])
+        first, again = peer.next(), peer.next()
+        assert isinstance(first, Verify)
+        assert isinstance(again, Verify)
+        assert first.chunk
+        assert again == msgspec.structs.replace(first, chunk=None)
+        peer.say(Verified(SESSION, again.request, 0, 1, None, (-0.5,)))
+        assert uplink.verdict(WAIT_S) is not None
+    assert device.measurements.snapshot().num_round_trips == 1
+    device.transport.close()
+
+
+def test_a_gap_is_mended_by_sending_again_from_there(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 5))
+        assert isinstance(peer.next(), Context)
+        peer.say(Gap(SESSION, 0, 1))
+        again = peer.next()
+    assert isinstance(again, Context)
+    assert (again.chunk.start, again.chunk.count) == (1, 4)
+    np.testing.assert_array_equal(unpack_chunk(again.chunk, HIDDEN), rows(1, 4))
+
+
+def test_no_answer_by_the_deadline_loses_the_session_and_the_rest_does_not_wait(
+    broker: MemoryBroker, peer: Peer
+) -> None:
+    device = Device(broker, deadline_ms=50)
+    with device.uplink as uplink:
+        uplink.offer(rows(0, 1))
+        uplink.ask(0, [7], gives_up=True)
+        assert uplink.verdict(WAIT_S) is None
+        assert not uplink.has_question
+        assert not uplink.may_answer
+        assert uplink.note is not None
+        assert "in time" in uplink.note
+    device.transport.close()
+
+
+def test_a_refusal_ends_the_wait_at_once_and_says_why(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        assert isinstance(peer.next(), Open)
+        peer.say(Refused(SESSION, "busy", 1000, "no memory for 64 positions"))
+        uplink.offer(rows(0, 1))
+        uplink.ask(0, [7], gives_up=True)
+        assert uplink.verdict(WAIT_S) is None
+        assert uplink.note is not None
+        assert "no memory" in uplink.note
+
+
+def test_one_workers_refusal_for_good_is_not_the_last_word_while_another_serves(
+    broker: MemoryBroker, device: Device, peer: Peer
+) -> None:
+    other = Peer(broker, "w2")
+    wait_until(lambda: device.workers.epoch("w2") == 1, "the other is known")
+    with device.uplink as uplink:
+        assert isinstance(peer.next(), Open)
+        peer.say(Refused(SESSION, "busy", 0, "never enough memory", "w1"))
+        assert isinstance(peer.next(), Open), "it asks again"
+        assert uplink.refusal is None
+        other.say(Refused(SESSION, "protocol_mismatch", 0, "another protocol", "w2"))
+        wait_until(lambda: uplink.refusal is not None, "nobody is left")
+    other.transport.close()
+
+
+@pytest.mark.parametrize("gone", ["killed", "restarted"])
+def test_a_worker_that_goes_away_ends_the_wait_at_once(device: Device, peer: Peer, gone: str) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 4))
+        assert isinstance(peer.next(), Context)
+        if gone == "killed":
+            peer.transport.drop()
+        else:
+            peer.announce(epoch=2)
+        uplink.ask(0, [7], gives_up=True)
+        assert uplink.verdict(WAIT_S) is None
+        assert uplink.note is not None
+        assert "went away" in uplink.note
+
+
+def test_a_second_worker_that_took_the_session_too_is_told_to_forget_it(
+    broker: MemoryBroker, device: Device, peer: Peer
+) -> None:
+    second = Peer(broker, "w2")
+    with device.uplink:
+        peer.accept()
+        device_view = device.uplink
+        device_view.offer(rows(0, 4))
+        assert isinstance(peer.next(), Context)
+        second.accept()
+        assert isinstance(second.next(), Close)
+    second.transport.close()
+
+
+def test_every_byte_that_went_up_is_counted(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 4))
+        assert isinstance(peer.next(), Context)
+    assert isinstance(peer.next(), Close)
+    assert uplink.bytes_up == peer.num_bytes
+
+
+def test_a_cut_link_is_a_lost_session_not_a_crash(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 4))
+        assert isinstance(peer.next(), Context)
+        device.transport.drop()
+        uplink.ask(0, [7], gives_up=True)
+        assert uplink.verdict(WAIT_S) is None
+        assert uplink.note is not None
+        assert "link" in uplink.note
+
+
+def test_a_lost_session_is_opened_again_and_goes_on_where_the_worker_is(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 4))
+        assert isinstance(peer.next(), Context)
+        peer.say(Refused(SESSION, "unknown_session", 0, "open it again", "w1"))
+        opening = peer.next()
+        assert isinstance(opening, Open)
+        assert opening.session == SESSION
+        peer.say(Opened(SESSION, "w1", 1, 4096, WINDOW, ("float16",)))
+        uplink.ask(3, [7])
+        again = peer.next()
+        assert isinstance(again, Verify)
+        assert again.chunk
+        assert (again.chunk.start, again.chunk.count) == (1, 3)
+
+
+def test_a_verify_outlives_the_worker_and_is_asked_anew_of_the_next(
+    broker: MemoryBroker, device: Device, peer: Peer
+) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 3))
+        uplink.ask(1, [7, 8])
+        first = peer.next()
+        assert isinstance(first, Verify)
+        second = Peer(broker, "w2")
+        peer.transport.drop()
+        second.accept()
+        again = second.next()
+        assert isinstance(again, Verify)
+        assert again.chunk
+        assert again.chunk.start == 0
+        assert again.request != first.request
+        peer.transport.restore()
+        peer.say(Verified(SESSION, first.request, 1, 0, 99, (-1.0,)))
+        second.say(Verified(SESSION, again.request, 1, 2, None, (-1.0, -1.0)))
+        verdict = uplink.verdict(WAIT_S)
+    assert verdict is not None
+    assert verdict.accepted == 2
+    second.transport.close()
+
+
+def test_another_workers_refusal_does_not_disturb_an_open_session(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        peer.say(Refused(SESSION, "busy", 1000, "no room", "w9"))
+        uplink.offer(rows(0, 4))
+        assert isinstance(peer.next(), Context)
+        assert uplink.is_open
+
+
+def test_a_rejection_begins_a_branch_that_the_next_opening_names(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 4))
+        assert isinstance(peer.next(), Context)
+        uplink.rewind(2)
+        uplink.offer(rows(7, 4))
+        context = peer.next()
+        assert isinstance(context, Context)
+        assert (context.chunk.branch, context.chunk.start, context.chunk.count) == (1, 2, 4)
+        peer.announce(epoch=2)
+        opening = peer.next()
+        assert isinstance(opening, Open)
+        assert opening.branch == 1
+
+
+def test_a_draining_worker_is_left_when_another_serves(broker: MemoryBroker, device: Device, peer: Peer) -> None:
+    with device.uplink:
+        peer.accept()
+        second = Peer(broker, "w2")
+        peer.announce(epoch=1, draining=True)
+        second.accept()
+        assert isinstance(peer.next(), Open)
+    second.transport.close()
+
+
+def test_a_verify_that_was_taken_back_leaves_a_branch_on_which_no_worker_can_be(device: Device, peer: Peer) -> None:
+    with device.uplink as uplink:
+        peer.accept()
+        uplink.offer(rows(0, 3))
+        uplink.ask(1, [7, 8])
+        assert isinstance(peer.next(), Verify)
+        uplink.withdraw()
+        peer.announce(epoch=2)
+        opening = peer.next()
+        assert isinstance(opening, Open)
+        assert opening.branch > 1  # where a worker that rejected the draft would be

@@ -1,0 +1,76 @@
+"""What a device makes of the configuration that the fleet wants: plain functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edge_agent.config import AgentConfig
+from edge_agent.state.bundle_slots import GivenUp, Slots
+from edge_agent.state.desired_state import NOTHING_WANTED, Step, lay_over, load_desired, next_step, save_desired
+from fleet.errors import ConfigError
+from fleet.protocol.desired_config import DesiredConfig, Settings
+from fleet.protocol.modes import Mode
+
+OWN = AgentConfig(mode=Mode.STANDALONE, thresholds=(0.5, 0.6), max_draft=3, num_threads=1)
+EXITS = (1, 2)
+
+
+def test_what_the_fleet_says_goes_before_the_devices_own() -> None:
+    config = lay_over(OWN, Settings(mode=Mode.AUTO, max_new_tokens=9, min_agreement=0.0), EXITS)
+    assert (config.mode, config.max_new_tokens, config.min_agreement) == (Mode.AUTO, 9, 0.0)
+    assert (config.thresholds, config.max_draft, config.num_threads) == ((0.5, 0.6), 3, 1)
+
+
+def test_every_setting_of_the_fleet_but_the_bundle_is_one_of_the_devices() -> None:
+    known = {*AgentConfig.__struct_fields__, "threshold", "bundle"}
+    assert set(Settings.__struct_fields__) <= known
+
+
+def test_one_threshold_is_that_of_every_exit() -> None:
+    assert lay_over(OWN, Settings(threshold=0.9), EXITS).thresholds == (0.9, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("own", "settings", "whose"),
+    [
+        (AgentConfig(), Settings(thresholds=(0.5,)), "the fleet's configuration has 1 thresholds"),
+        (AgentConfig(thresholds=(0.1, 0.2, 0.3)), Settings(), "agent.json has 3 thresholds"),
+    ],
+)
+def test_thresholds_that_do_not_fit_the_exits_are_refused(own: AgentConfig, settings: Settings, whose: str) -> None:
+    with pytest.raises(ConfigError, match=whose):
+        lay_over(own, settings, EXITS)
+
+
+FOLLOWED = DesiredConfig(4, Settings(bundle="a"))
+GIVEN_UP = Slots(current="a", given_up=GivenUp("b", 5, "no memory"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "slots", "serving", "step"),
+    [
+        (FOLLOWED, Slots("a"), "a", Step.STAY),
+        (FOLLOWED, Slots("z"), "z", Step.CHANGE),
+        (DesiredConfig(5, Settings()), Slots("a"), "a", Step.ADOPT),
+        (DesiredConfig(3, Settings(bundle="a")), Slots("a"), "a", Step.ADOPT),
+        (DesiredConfig(5, Settings(bundle="b")), Slots("a"), "a", Step.CHANGE),
+        (DesiredConfig(5, Settings(bundle="b")), GIVEN_UP, "a", Step.REFUSE),
+        (DesiredConfig(6, Settings(bundle="b")), GIVEN_UP, "a", Step.CHANGE),
+    ],
+)
+def test_what_follows_from_a_configuration(wanted: DesiredConfig, slots: Slots, serving: str, step: Step) -> None:
+    assert next_step(wanted, FOLLOWED, slots, serving) is step
+
+
+def test_a_configuration_survives_the_process(tmp_path: Path) -> None:
+    save_desired(tmp_path, FOLLOWED)
+    assert load_desired(tmp_path) == FOLLOWED
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b'{"version": -1, "settings": {}}'])
+def test_without_a_readable_configuration_nothing_is_wanted(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "desired.json").write_bytes(content)
+    assert load_desired(tmp_path) == NOTHING_WANTED

@@ -1,0 +1,159 @@
+"""Bundles: only files that are what the manifest says."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from fleet.bundles.manifest import MANIFEST_FILE, SCHEMA_VERSION, Bundle, FileEntry, Manifest, ModelInfo, write_manifest
+from fleet.errors import BundleError
+
+FILES = {
+    "edge/block_0.onnx": b"lower layers",
+    "edge/lm_head.onnx": b"head",
+    "cloud/model.safetensors": b"upper layers",
+    "tokenizer/tokenizer.json": b"{}",
+}
+
+
+def manifest(files: dict[str, bytes] = FILES, **changes: Any) -> Manifest:
+    entries = tuple(FileEntry(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items())
+    fields: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "model": ModelInfo("tiny", "LlamaForCausalLM", 4, 64, 4, 2, 16, 384, 512, (2,)),
+        "exits": (1, 2),
+        "split_layer": 2,
+        "upload_layer": 2,
+        "quantization": "fp32",
+        "top_k": 64,
+        "thresholds": (0.8, 0.8),
+        "parity": {"hidden_states": 1e-6, "logits": 1e-5},
+        "tools": {"torch": "2", "onnx": "1"},
+        "files": entries,
+    }
+    return Manifest(**fields | changes)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, data in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    write_manifest(tmp_path, manifest())
+    return tmp_path
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    """The manifest's JSON with other values, whether or not a manifest may have them."""
+    path = folder / MANIFEST_FILE
+    path.write_bytes(msgspec.json.encode(msgspec.json.decode(path.read_bytes()) | changes))
+
+
+def test_a_bundle_is_read_as_it_was_written(folder: Path) -> None:
+    assert Bundle.load(folder).manifest == manifest()
+
+
+def test_the_id_is_the_same_on_every_machine() -> None:
+    assert manifest().bundle_id == "0f8dc984857cfb847a7103c7f07c9549"
+
+
+def test_the_id_does_not_depend_on_the_order_in_which_things_were_noted(folder: Path) -> None:
+    assert manifest(tools={"onnx": "1", "torch": "2"}).bundle_id == manifest().bundle_id
+    path = folder / MANIFEST_FILE
+    fields = msgspec.json.decode(path.read_bytes())
+    path.write_bytes(msgspec.json.encode(dict(reversed(fields.items()))))
+    assert Bundle.load(folder).manifest.bundle_id == manifest().bundle_id
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"upload_layer": 1}, {"thresholds": (0.8, 0.9)}, {"files": FILES | {"edge/lm_head.onnx": b"hEad"}}],
+)
+def test_the_id_is_another_when_anything_in_the_bundle_is(changes: dict[str, Any]) -> None:
+    assert manifest(**changes).bundle_id != manifest().bundle_id
+
+
+def test_the_blocks_are_the_layers_between_the_exits() -> None:
+    assert manifest(exits=(8, 15)).blocks == ((0, 8), (8, 15))
+
+
+def test_a_file_is_found_by_its_name(folder: Path) -> None:
+    assert Bundle.load(folder).path("edge/lm_head.onnx").read_bytes() == b"head"
+
+
+@pytest.mark.parametrize("name", ["edge/block_9.onnx", "../manifest.json", "manifest.json", ""])
+def test_a_file_that_the_manifest_does_not_name_is_not_given_out(folder: Path, name: str) -> None:
+    with pytest.raises(BundleError, match="has no file"):
+        Bundle.load(folder).path(name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_altered_at_the_same_length_is_found(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"X" * len(FILES[name]))
+    with pytest.raises(BundleError, match=f"{name} was altered"):
+        Bundle.load(folder)
+
+
+def test_a_file_cut_short_is_found(folder: Path) -> None:
+    (folder / "cloud/model.safetensors").write_bytes(b"upper")
+    with pytest.raises(BundleError, match=r"altered: expected 12 bytes .* got 5 bytes"):
+        Bundle.load(folder)
+
+
+def test_a_missing_file_is_found(folder: Path) -> None:
+    (folder / "edge/block_0.onnx").unlink()
+    with pytest.raises(BundleError, match=r"edge/block_0.onnx is missing; export or copy"):
+        Bundle.load(folder)
+
+
+def test_a_device_needs_no_files_of_the_cloud(folder: Path) -> None:
+    (folder / "cloud/model.safetensors").unlink()
+    assert Bundle.load(folder, ("edge", "tokenizer")).manifest == manifest()
+
+
+def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"no bundle in .*manifest.json"):
+        Bundle.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret",
+        "/etc/passwd",
+        "edge/../../secret",
+        "edge/..",
+        "edge/.hidden",
+        "edge/a/b",
+        "edge/",
+        "edge\\a",
+        "other/a",
+        "edge/a\n",
+        "",
+    ],
+)
+def test_a_file_name_that_leaves_the_bundles_folders_is_refused(folder: Path, name: str) -> None:
+    rewrite(folder, files=[{"path": name, "num_bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}])
+    with pytest.raises(BundleError, match="is no manifest"):
+        Bundle.load(folder)
+
+
+def test_another_schema_is_refused_with_both_numbers(folder: Path) -> None:
+    rewrite(folder, schema_version=SCHEMA_VERSION + 1)
+    with pytest.raises(BundleError, match=f"expected schema {SCHEMA_VERSION}, got {SCHEMA_VERSION + 1}"):
+        Bundle.load(folder)
+
+
+def test_an_unknown_field_is_refused(folder: Path) -> None:
+    rewrite(folder, colour="red")
+    with pytest.raises(BundleError, match="colour"):
+        Bundle.load(folder)
+
+
+@pytest.mark.parametrize("payload", [b"", b"{", b"[]", b"\xff", b'{"schema_version": "\xff"}', b"[" * 10_000])
+def test_a_file_that_is_no_manifest_is_refused(folder: Path, payload: bytes) -> None:
+    (folder / MANIFEST_FILE).write_bytes(payload)
+    with pytest.raises(BundleError, match="is no manifest of schema"):
+        Bundle.load(folder)

@@ -1,0 +1,64 @@
+"""Settings: merged from wide to narrow, parsed, on the wire."""
+
+from __future__ import annotations
+
+import pytest
+
+from fleet.errors import ConfigError, DecodeError, OversizedError
+from fleet.protocol.desired_config import (
+    MAX_DESIRED_BYTES,
+    DesiredConfig,
+    Settings,
+    decode_desired,
+    encode_desired,
+    merge,
+    parse_settings,
+)
+from fleet.protocol.modes import Mode
+
+
+@pytest.mark.parametrize(
+    ("scopes", "merged"),
+    [
+        ((), Settings()),
+        ((Settings(max_draft=4), Settings(mode=Mode.AUTO)), Settings(max_draft=4, mode=Mode.AUTO)),
+        ((Settings(max_draft=4), Settings(max_draft=8), Settings()), Settings(max_draft=8)),
+        ((Settings(threshold=0.5), Settings(thresholds=(0.7, 0.8))), Settings(thresholds=(0.7, 0.8))),
+        ((Settings(thresholds=(0.7, 0.8)), Settings(threshold=0.5)), Settings(threshold=0.5)),
+        ((Settings(agreement_sample=0.2), Settings(agreement_sample=0.0)), Settings(agreement_sample=0.0)),
+    ],
+)
+def test_the_narrowest_scope_that_says_anything_decides(scopes: tuple[Settings, ...], merged: Settings) -> None:
+    assert merge(*scopes) == merged
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"treshold": 0.5}, "unknown field `treshold`.*known settings are mode, threshold"),
+        ({"threshold": 1.5}, r"<= 1.0.*\$.threshold"),
+        ({"mode": "fast"}, "Invalid enum value 'fast'"),
+        ({"max_draft": 0}, ">= 1"),
+        ({"bundle": "../etc"}, "bundle"),
+    ],
+)
+def test_a_setting_that_is_none_is_refused_by_name(values: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_settings(values)
+
+
+def test_what_is_not_said_is_not_on_the_wire() -> None:
+    desired = DesiredConfig(7, Settings(mode=Mode.AUTO))
+    assert encode_desired(desired) == b'{"version":7,"settings":{"mode":"auto"}}'
+    assert decode_desired(encode_desired(desired)) == desired
+
+
+@pytest.mark.parametrize("payload", [b"", b"{}", b"[1]", b'{"version":-1,"settings":{}}', b"\xff", b"[" * 10_000])
+def test_bytes_that_are_no_configuration_are_refused(payload: bytes) -> None:
+    with pytest.raises(DecodeError):
+        decode_desired(payload)
+
+
+def test_a_configuration_beyond_the_limit_is_not_looked_at() -> None:
+    with pytest.raises(OversizedError):
+        decode_desired(b" " * (MAX_DESIRED_BYTES + 1))

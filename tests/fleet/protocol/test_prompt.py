@@ -1,0 +1,128 @@
+"""Requests of apps, and the answer's stream."""
+
+import msgspec
+import pytest
+
+from fleet.errors import PromptError
+from fleet.protocol.messages import Sampling
+from fleet.protocol.modes import Mode
+from fleet.protocol.prompt import (
+    MAX_PROMPT_BYTES,
+    ChatMessage,
+    ErrorInfo,
+    PromptRequest,
+    Reply,
+    Usage,
+    decode_reply,
+    parse_prompt,
+)
+
+ACCEPTED: list[tuple[bytes, PromptRequest]] = [
+    (b"How warm is it?", PromptRequest(prompt="How warm is it?")),
+    ("Wie warm ist es in Zürich?".encode(), PromptRequest(prompt="Wie warm ist es in Zürich?")),
+    (b'"quoted"', PromptRequest(prompt='"quoted"')),
+    (b"[1, 2]", PromptRequest(prompt="[1, 2]")),
+    (b'{"prompt": "hi"}', PromptRequest(prompt="hi")),
+    (b' \n {"prompt": "hi"} ', PromptRequest(prompt="hi")),
+    (
+        b'{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]}',
+        PromptRequest(messages=(ChatMessage("system", "Be brief."), ChatMessage("user", "hi"))),
+    ),
+    (
+        b'{"prompt": "hi", "max_new_tokens": 5, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "seed": 3,'
+        b' "mode": "standalone", "threshold": 0.8}',
+        PromptRequest(
+            "hi", max_new_tokens=5, temperature=0.7, top_p=0.9, top_k=40, seed=3, mode=Mode.STANDALONE, threshold=0.8
+        ),
+    ),
+    (b'{"prompt": "hi", "thresholds": [0.8, 1]}', PromptRequest("hi", thresholds=(0.8, 1.0))),
+    (b'{"prompt": "hi", "seed": 9223372036854775807}', PromptRequest("hi", seed=(1 << 63) - 1)),
+]
+
+REFUSED = {
+    "nothing": (b"", "the prompt is empty"),
+    "blanks": (b" \n\t", "the prompt is empty"),
+    "an empty prompt": (b'{"prompt": ""}', "the prompt is empty"),
+    "no messages": (b'{"messages": []}', "the prompt is empty"),
+    "empty messages": (b'{"messages": [{"role": "user", "content": " "}]}', "the prompt is empty"),
+    "neither": (b"{}", "exactly one of 'prompt' and 'messages'"),
+    "both": (
+        b'{"prompt": "hi", "messages": [{"role": "user", "content": "hi"}]}',
+        "exactly one of 'prompt' and 'messages'",
+    ),
+    "JSON cut short": (b'{"prompt": "hi"', "expected a JSON object"),
+    "two objects": (b'{"prompt": "hi"}{}', "expected a JSON object"),
+    "nested too deep": (b'{"messages": ' + b"[" * 10_000, "expected a JSON object"),
+    "text that is not UTF-8": (b"caf\xe9", "expected UTF-8 text"),
+    "JSON that is not UTF-8": (b'{"prompt": "caf\xe9"}', "expected a JSON object"),
+    "half a surrogate pair": (b'{"prompt": "\\ud800"}', "expected a JSON object"),
+    "an unknown field": (b'{"prompt": "hi", "max_tokens": 5}', "max_tokens"),
+    "an unknown field in a message": (b'{"messages": [{"role": "user", "content": "a", "name": "b"}]}', "name"),
+    "an unknown role": (b'{"messages": [{"role": "robot", "content": "a"}]}', "robot"),
+    "an unknown mode": (b'{"prompt": "hi", "mode": "cloudy"}', "cloudy"),
+    "a threshold above one": (b'{"prompt": "hi", "threshold": 1.5}', "threshold"),
+    "a threshold below zero": (b'{"prompt": "hi", "thresholds": [0.5, -0.5]}', "thresholds"),
+    "a negative temperature": (b'{"prompt": "hi", "temperature": -1}', "temperature"),
+    "a number too large for a float": (b'{"prompt": "hi", "temperature": 1e400}', "expected a JSON object"),
+    "not a number": (b'{"prompt": "hi", "temperature": NaN}', "expected a JSON object"),
+    "a top_p of zero": (b'{"prompt": "hi", "top_p": 0}', "top_p"),
+    "no tokens": (b'{"prompt": "hi", "max_new_tokens": 0}', "max_new_tokens"),
+    "tokens as text": (b'{"prompt": "hi", "max_new_tokens": "5"}', "max_new_tokens"),
+    "a seed too large": (b'{"prompt": "hi", "seed": 9223372036854775808}', "seed"),
+    "too long": (b"a" * (MAX_PROMPT_BYTES + 1), f"at most {MAX_PROMPT_BYTES} bytes, got {MAX_PROMPT_BYTES + 1}"),
+}
+
+
+@pytest.mark.parametrize(("payload", "request_"), ACCEPTED)
+def test_a_payload_is_plain_text_or_a_json_object(payload: bytes, request_: PromptRequest) -> None:
+    assert parse_prompt(payload) == request_
+
+
+@pytest.mark.parametrize(("payload", "reason"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_request_that_cannot_be_served_is_refused_in_one_line_that_says_why(payload: bytes, reason: str) -> None:
+    with pytest.raises(PromptError, match=reason) as caught:
+        parse_prompt(payload)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_of_the_largest_size_is_taken() -> None:
+    assert parse_prompt(b"a" * MAX_PROMPT_BYTES).prompt == "a" * MAX_PROMPT_BYTES
+
+
+def test_a_prompt_is_a_conversation_of_one_message() -> None:
+    assert parse_prompt(b"hi").chat == (ChatMessage("user", "hi"),)
+
+
+def test_a_request_that_says_nothing_of_sampling_is_greedy() -> None:
+    assert parse_prompt(b"hi").sampling == Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
+
+
+REPLIES = [
+    Reply(0, "Hel", 12, "exit:8"),
+    Reply(1, "", 13, "cloud"),
+    Reply(
+        2,
+        done=True,
+        finish_reason="stop",
+        usage=Usage(9, 2, {"exit:8": 1, "cloud": 1}, 0.5, 11_000, 90, 80.0, 20.0),
+        bundle_id="b1",
+    ),
+    Reply(0, done=True, finish_reason="error", error=ErrorInfo("busy", "4 requests are already waiting; try again")),
+]
+
+
+@pytest.mark.parametrize("reply", REPLIES)
+def test_a_reply_comes_back_as_it_was(reply: Reply) -> None:
+    assert decode_reply(msgspec.json.encode(reply)) == reply
+
+
+def test_a_reply_says_only_what_it_has_to_say() -> None:
+    assert (
+        msgspec.json.encode(Reply(0, "Hel", 12, "exit:8")) == b'{"seq":0,"text":"Hel","token_id":12,"source":"exit:8"}'
+    )
+
+
+@pytest.mark.parametrize("payload", [b"", b"hi", b"{}", b'{"seq": "0"}', b'{"seq": 0, "text": "\xff"}', b"\xff"])
+def test_bytes_that_are_no_reply_are_refused(payload: bytes) -> None:
+    with pytest.raises(PromptError, match="expected a reply in JSON"):
+        decode_reply(payload)

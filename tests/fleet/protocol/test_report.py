@@ -1,0 +1,177 @@
+"""Reports of generations, and births and deaths."""
+
+from typing import Any
+
+import msgpack
+import msgspec
+import pytest
+
+from fleet.errors import DecodeError, OversizedError
+from fleet.protocol.report import (
+    MAX_RECEIPT_BYTES,
+    MAX_REPORT_BYTES,
+    MAX_STATUS_BYTES,
+    DeviceStatus,
+    GenerationReport,
+    ReportReceipt,
+    WorkerStatus,
+    decode_receipt,
+    decode_report,
+    decode_status,
+    encode_receipt,
+    encode_report,
+    encode_status,
+    generation_of,
+)
+
+REPORT = GenerationReport(
+    generation="g1",
+    app="app",
+    request="r1",
+    session="s1",
+    worker="w1",
+    bundle_id="b1",
+    mode="collaborative",
+    started_at=1_700_000_000.5,
+    prompt_tokens=12,
+    tokens=4,
+    sources={"exit:8": 1, "exit:15": 1, "cloud": 1, "fallback": 1},
+    assists=2,
+    bytes_up=4096,
+    bytes_down=512,
+    ttft_ms=81.5,
+    tpot_ms=12.25,
+    finish_reason="stop",
+)
+
+
+def altered(**changes: Any) -> bytes:
+    packed: bytes = msgpack.packb(msgspec.to_builtins(REPORT) | changes)
+    return packed
+
+
+def test_a_report_comes_back_as_it_was() -> None:
+    assert decode_report(encode_report(REPORT)) == REPORT
+
+
+def test_a_report_of_a_generation_without_a_session_comes_back_as_it_was() -> None:
+    alone = msgspec.structs.replace(REPORT, session=None, worker=None, mode="standalone")
+    assert decode_report(encode_report(alone)) == alone
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokens": -1},
+        {"tokens": 1 << 60},
+        {"tokens": "4"},
+        {"sources": {"exit:8; drop table": 1}},
+        {"sources": {"cloud\n": 1}},
+        {"sources": {"cloud": -1}},
+        {"generation": "../g"},
+        {"generation": "g1\n"},
+        {"app": "A"},
+        {"ttft_ms": -1.0},
+        {"ttft_ms": float("nan")},
+        {"tpot_ms": float("inf")},
+        {"started_at": float("nan")},
+        {"started_at": -1.0},
+        {"started_at": 1e15},
+        {"mode": "m" * 201},
+    ],
+)
+def test_a_report_with_a_value_that_cannot_be_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(DecodeError, match="expected a generation report"):
+        decode_report(altered(**changes))
+
+
+@pytest.mark.parametrize("payload", [b"", b"\xc1", b"hello", b"\x80", b"\x91" * 10_000, altered() + b"x"])
+def test_bytes_that_are_no_report_are_refused(payload: bytes) -> None:
+    with pytest.raises(DecodeError, match="expected a generation report"):
+        decode_report(payload)
+
+
+def test_a_report_that_is_too_large_is_refused_before_it_is_read() -> None:
+    with pytest.raises(OversizedError, match=f"got {MAX_REPORT_BYTES + 1}"):
+        decode_report(bytes(MAX_REPORT_BYTES + 1))
+
+
+def test_a_report_of_a_device_that_knows_no_sums_is_one_answer() -> None:
+    old = {name: value for name, value in msgspec.to_builtins(REPORT).items() if name != "answers"}
+    assert decode_report(msgpack.packb(old)).answers == 1
+
+
+@pytest.mark.parametrize(
+    ("payload", "generation"),
+    [
+        (altered(tokens=-1), "g1"),
+        (altered(generation="../g"), None),
+        (msgpack.packb({"generation": "g2"}), "g2"),
+        (b"\xc1", None),
+        (b"\x91" * 10_000, None),
+        (altered(app="a" * MAX_REPORT_BYTES), None),
+    ],
+)
+def test_what_is_no_report_may_still_say_which_it_was_to_be(payload: bytes, generation: str | None) -> None:
+    assert generation_of(payload) == generation
+
+
+@pytest.mark.parametrize(
+    "receipt", [ReportReceipt(), ReportReceipt(("g1", "g2")), ReportReceipt(("g1",), {"g3": "does not add up"})]
+)
+def test_a_receipt_comes_back_as_it_was(receipt: ReportReceipt) -> None:
+    assert decode_receipt(encode_receipt(receipt)) == receipt
+
+
+@pytest.mark.parametrize(
+    "raw", [[], {"stored": "g1"}, {"stored": ["../g"]}, {"refused": {"g1": 7}}, {"stored": ["g"] * 2000}]
+)
+def test_what_is_no_receipt_is_refused(raw: object) -> None:
+    with pytest.raises(DecodeError, match="expected a receipt"):
+        decode_receipt(msgpack.packb(raw))
+
+
+def test_a_receipt_that_is_too_large_is_refused_before_it_is_read() -> None:
+    with pytest.raises(OversizedError, match=f"got {MAX_RECEIPT_BYTES + 1}"):
+        decode_receipt(bytes(MAX_RECEIPT_BYTES + 1))
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        DeviceStatus(True, 7, "b1", "0.1.0", "collaborative"),
+        DeviceStatus(False, 7),
+        WorkerStatus(True, 3, ("b1", "b2"), "0.1.0", 5),
+        WorkerStatus(False, 3),
+    ],
+)
+def test_a_status_comes_back_as_it_was(status: DeviceStatus | WorkerStatus) -> None:
+    decoded: DeviceStatus | WorkerStatus
+    if isinstance(status, DeviceStatus):
+        decoded = decode_status(encode_status(status), DeviceStatus)
+    else:
+        decoded = decode_status(encode_status(status), WorkerStatus)
+    assert decoded == status
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"{}",
+        b"offline",
+        b'{"online": "yes", "epoch": 1}',
+        b'{"online": true, "epoch": -1}',
+        b'{"online": true, "epoch": 99999999999999999999999}',
+        b'{"online": true, "epoch": 1, "mode": "\xff"}',
+        b'{"online":' + b"[" * 10_000,
+    ],
+)
+def test_bytes_that_are_no_status_are_refused(payload: bytes) -> None:
+    with pytest.raises(DecodeError, match="expected a DeviceStatus in JSON"):
+        decode_status(payload, DeviceStatus)
+
+
+def test_a_status_that_is_too_large_is_refused_before_it_is_read() -> None:
+    with pytest.raises(OversizedError, match=f"got {MAX_STATUS_BYTES + 1}"):
+        decode_status(bytes(MAX_STATUS_BYTES + 1), WorkerStatus)

@@ -1,0 +1,268 @@
+"""Which events become prompts, and which prompts."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fleet.errors import ConfigError, DecodeError, OversizedError, PromptError
+from fleet.protocol.desired_config import Settings, parse_settings
+from fleet.protocol.modes import Mode
+from fleet.protocol.prompt import AnswerOptions, PromptRequest
+from fleet.protocol.triggers import (
+    MAX_EVENT_BYTES,
+    MAX_TEXT,
+    Trigger,
+    event_filters,
+    fill,
+    make_prompt,
+    read_event,
+    request_name,
+)
+
+WARM = b'{"room": "kitchen", "sensor": {"celsius": 31.27, "ok": true}, "last": [30, 31], "note": null}'
+
+
+def trigger(**changes: Any) -> Trigger:
+    """As it comes in JSON."""
+    values = {"name": "warm", "events": "thermostat/warmth", "template": "It is warm."}
+    return msgspec.convert(values | changes, Trigger)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("It is {sensor.celsius:.1f} degrees in the {room}.", "It is 31.3 degrees in the kitchen."),
+        ("{sensor.celsius}", "31.27"),
+        ("{last.0:+d} {last.1:4d}", "+30   31"),
+        ("{room:>8}", " kitchen"),
+        ("{sensor.ok} {note} {last}", "true null [30,31]"),
+        ("{{room}} {channel}", "{room} warmth"),
+        ("{payload}", WARM.decode()),
+        ("{sensor}", '{"celsius":31.27,"ok":true}'),
+    ],
+)
+def test_a_template_is_filled_with_the_fields_of_the_event(template: str, text: str) -> None:
+    assert fill(template, read_event("warmth", WARM)) == text
+
+
+@pytest.mark.parametrize(
+    ("payload", "text"),
+    [
+        (b"The window is open.", "The window is open."),
+        (b" 21.5\n", "21.5"),
+        (b"007", "007"),
+        (b'"open"', '"open"'),
+        (b"[1, 2]", "[1, 2]"),
+        ("grüß".encode(), "grüß"),
+    ],
+)
+def test_plain_text_is_the_payload(payload: bytes, text: str) -> None:
+    assert fill("{payload}", read_event("warmth", payload)) == text
+
+
+def test_a_number_alone_can_be_formatted_and_compared() -> None:
+    event = read_event("warmth", b"31.27")
+    assert fill("{payload:.1f}", event) == "31.3"
+    assert make_prompt(trigger(when="payload > 31"), event)
+    assert not make_prompt(trigger(when="payload > 32"), event)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{room.__class__}", "{room.upper}", "{last.__len__}", "{sensor.items}", "{cellar}", "{sensor.humidity}",
+        "{last.2}", "{last.-1}", "{room.0}",
+    ],
+)  # fmt: skip
+def test_a_path_leads_to_plain_data_and_nowhere_else(template: str) -> None:
+    with pytest.raises(PromptError, match="expected a field"):
+        fill(template, read_event("warmth", WARM))
+
+
+@pytest.mark.parametrize("template", ["{room:.1f}", "{sensor:.1f}", "{sensor.ok:d}", "{note:>5}", "{sensor.celsius:d}"])
+def test_a_value_that_does_not_fit_its_format_is_named(template: str) -> None:
+    with pytest.raises(PromptError, match=r"expected a value that fits \{"):
+        fill(template, read_event("warmth", WARM))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{", "}", "{}", "{0}", "{room", "{a b}", "{room[0]}", "{room!r}", "{room:{width}}", "{room:999}",
+        "{room:.999f}", "{_.x!s}", "{room:x<5}", "", "x" * 2001,
+    ],
+)  # fmt: skip
+def test_a_bad_template_is_no_trigger(template: str) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        trigger(template=template)
+
+
+def test_what_a_template_makes_is_bounded() -> None:
+    event = read_event("warmth", b"x" * (MAX_TEXT // 10))
+    with pytest.raises(PromptError, match="at most 16384 characters"):
+        fill("{payload}" * 200, event)
+
+
+@pytest.mark.parametrize("payload", [b"", b"  \n"])
+def test_an_empty_prompt_is_none(payload: bytes) -> None:
+    with pytest.raises(PromptError, match="empty prompt"):
+        fill("{payload}", read_event("warmth", payload))
+
+
+@pytest.mark.parametrize(
+    ("when", "holds"),
+    [
+        ("sensor.celsius > 31", True),
+        ("sensor.celsius>31.27", False),
+        ("sensor.celsius >= 31.27", True),
+        ("sensor.celsius < 1e2", True),
+        ("sensor.celsius <= 31", False),
+        ("last.0 == 30", True),
+        ("last.0 != 30", False),
+        ('room == "kitchen"', True),
+        ('room < "l"', True),
+        ('channel != "warmth"', False),
+        ("sensor.ok == true", True),
+        ("sensor.ok == 1", False),
+        ("note == null", True),
+        ('note != "x"', True),
+    ],
+)
+def test_a_condition_compares_a_field_with_a_value(when: str, holds: bool) -> None:
+    assert (make_prompt(trigger(when=when), read_event("warmth", WARM)) is not None) is holds
+
+
+@pytest.mark.parametrize("when", ["room > 3", 'sensor.celsius > "3"', "sensor.ok > 0", "note > 0", "last > 0"])
+def test_what_cannot_be_compared_is_named(when: str) -> None:
+    with pytest.raises(PromptError, match=r"expected a (number|text) at"):
+        make_prompt(trigger(when=when), read_event("warmth", WARM))
+
+
+def test_a_condition_on_a_field_that_is_missing_is_an_error() -> None:
+    with pytest.raises(PromptError, match="expected a field 'humidity'"):
+        make_prompt(trigger(when="humidity > 3"), read_event("warmth", WARM))
+
+
+@pytest.mark.parametrize(
+    "when", ["", "warm", "celsius", "celsius >", "> 3", "celsius = 3", "celsius > warm", "celsius > [3]", "a()> 3"]
+)
+def test_a_bad_condition_is_no_trigger(when: str) -> None:
+    with pytest.raises(msgspec.ValidationError, match="condition like celsius > 30"):
+        trigger(when=when)
+
+
+@pytest.mark.parametrize(
+    ("payload", "error"),
+    [
+        (b'{"room": "kitchen"', DecodeError),
+        (b"{room}", DecodeError),
+        (b"{" * 5000, DecodeError),
+        (b'{"a":' + b"[" * 5000, DecodeError),
+        (b'{"a": 1e400}', DecodeError),
+        (b"\xff\xfe", DecodeError),
+        (b"x" * (MAX_EVENT_BYTES + 1), OversizedError),
+    ],
+)
+def test_a_bad_event_is_refused(payload: bytes, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        read_event("warmth", payload)
+
+
+@given(st.binary(max_size=200) | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+).map(lambda value: msgspec.json.encode({"room": value})))  # fmt: skip
+def test_no_payload_does_more_than_make_a_prompt_or_an_error_of_ours(payload: bytes) -> None:
+    for each in (trigger(template="{room:.1f}"), trigger(template="{room} {payload}", when="room > 3")):
+        with suppress(DecodeError, OversizedError, PromptError):
+            prompt = make_prompt(each, read_event("warmth", payload))
+            assert prompt is None or prompt.prompt
+
+
+@given(st.text(max_size=60))
+def test_no_template_does_more_than_be_refused_or_be_filled(template: str) -> None:
+    with suppress(msgspec.ValidationError, PromptError):
+        prompt = make_prompt(trigger(template=template), read_event("warmth", WARM))
+        assert prompt
+        assert prompt.prompt
+
+
+def test_the_prompt_has_the_triggers_wishes() -> None:
+    wishes = {"max_new_tokens": 8, "mode": "standalone", "temperature": 0.5, "seed": 7, "deadline_ms": 1000}
+    assert make_prompt(trigger(**wishes), read_event("warmth", b"")) == PromptRequest(
+        prompt="It is warm.", max_new_tokens=8, mode=Mode.STANDALONE, temperature=0.5, seed=7, deadline_ms=1000
+    )
+
+
+def test_a_trigger_may_wish_whatever_a_prompt_may() -> None:
+    assert set(AnswerOptions.__struct_fields__) == set(PromptRequest.__struct_fields__) - {"prompt", "messages"}
+    assert set(trigger().options()) == set(AnswerOptions.__struct_fields__)
+
+
+@pytest.mark.parametrize(
+    ("events", "channel", "takes"),
+    [
+        ("thermostat/warmth", "warmth", True), ("thermostat/warmth", "door", False), ("thermostat/+", "door", True),
+        ("other/+", "door", False),
+    ],
+)  # fmt: skip
+def test_a_trigger_takes_its_apps_events(events: str, channel: str, takes: bool) -> None:
+    assert trigger(events=events).takes("thermostat", channel) is takes
+
+
+@pytest.mark.parametrize("events", ["", "warmth", "+/warmth", "#", "a/#", "a/b/c", "A/b", "a/", "/b"])
+def test_events_are_those_of_one_app(events: str) -> None:
+    with pytest.raises(msgspec.ValidationError, match="expected events like thermostat/warmth"):
+        trigger(events=events)
+
+
+def test_each_event_is_subscribed_to_once() -> None:
+    triggers = [
+        trigger(name=str(i), events=events)
+        for i, events in enumerate(["a/x", "a/x", "a/y", "b/z", "b/+", "c/+", "c/+", "ab/y"])
+    ]
+    assert event_filters(triggers) == {
+        f"ce/v1/e/{events}" for events in ("a/x", "a/y", "b/+", "c/+", "ab/y")
+    }  # fmt: skip
+
+
+def test_the_rate_allows_one_in_each_interval() -> None:
+    slow = trigger(min_interval_s=60)
+    assert slow.is_due(float("-inf"), 0.0)
+    assert not slow.is_due(100.0, 159.9)
+    assert slow.is_due(100.0, 160.0)
+
+
+def test_the_longest_trigger_makes_a_legal_request() -> None:
+    named = trigger(name="a" * 32)
+    request = request_name(named, (1 << 44) - 1, 10**9)
+    assert len(request) <= 63
+    assert request_name(named, 1, 2) != request_name(named, 1, 3) != request_name(named, 2, 3)
+
+
+def test_two_triggers_have_two_names() -> None:
+    values = msgspec.to_builtins(trigger())
+    with pytest.raises(ConfigError, match="a name of its own for each trigger, got warm more than once"):
+        parse_settings({"triggers": [values, values]})
+
+
+def test_triggers_that_no_device_would_take_are_refused_where_they_are_set() -> None:
+    triggers = [msgspec.to_builtins(trigger(name=f"t{i}", template="\u20ac" * 2000)) for i in range(16)]
+    with pytest.raises(ConfigError, match=r"at most 61440 bytes as JSON, got .*; shorten the triggers"):
+        parse_settings({"triggers": triggers})
+
+
+def test_settings_keep_their_triggers_on_the_wire() -> None:
+    settings = Settings(triggers=(trigger(when="payload > 30", reply_to="display", min_interval_s=60),))
+    assert msgspec.json.decode(msgspec.json.encode(settings), type=Settings) == settings
+
+
+def test_a_trigger_with_an_unknown_field_is_refused() -> None:
+    with pytest.raises(msgspec.ValidationError, match="unknown field `promt`"):
+        trigger(promt="x")

@@ -1,0 +1,266 @@
+"""A database that is locked, away, gone or without room: each gives its own clear error, and nothing is half done."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+from sqlalchemy import event
+from sqlalchemy.pool import Pool
+
+from benchmarks.postgresql import OWNER
+from fleet.errors import RegistryError
+from fleet.registry import database
+from fleet.registry.store import Registry
+from tests.fleet.conftest import add, report
+from tests.fleet.registry.old_versions import make_old_registry, rows_of
+from tests.postgresql import Databases
+
+LOCKER = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("BEGIN IMMEDIATE")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def locked(url: str) -> Iterator[None]:
+    """Another process holds what a write needs: SQLite's lock, or a table."""
+    if url.startswith("postgresql"):
+        with psycopg.connect(url) as connection:
+            connection.execute("LOCK TABLE identities IN EXCLUSIVE MODE")
+            yield
+            connection.rollback()
+        return
+    path = url.removeprefix("sqlite:///")
+    locker = subprocess.Popen(
+        [sys.executable, "-c", LOCKER, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with locker:
+        assert locker.stdout
+        assert locker.stdout.readline() == "locked\n"
+        yield
+        locker.communicate(timeout=10)
+
+
+def num_until_full(registry: Registry) -> int:
+    """Reports that are stored until there is no room for another."""
+    number, refusal = 0, ""
+    while not refusal and number < 10_000:
+        try:
+            registry.record_report("edge-1", report(f"g{number}", session=f"s{number}"))
+            number += 1
+        except RegistryError as error:
+            refusal = str(error)
+    assert re.search(r"has no room for more \(.*nothing of this change is stored\Z", refusal)
+    return number
+
+
+def check_whole(registry: Registry, num_reports: int) -> None:
+    """Answers, tokens by source, sessions and roll-ups are those of so many reports."""
+    (row,) = registry.stats()
+    assert (row.generations, sum(row.sources.values())) == (num_reports, 10 * num_reports)
+    assert len(registry.sessions(limit=10_000)) == num_reports
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """SQLite files that are opened from now on do not grow."""
+
+    def limit(connection: sqlite3.Connection, _: object) -> None:
+        (count,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count = {count}")
+
+    event.listen(Pool, "connect", limit)
+    try:
+        yield
+    finally:
+        event.remove(Pool, "connect", limit)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.3)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_write_to_a_locked_registry_gives_up_in_time_and_works_when_it_is_free(registry_url: str) -> None:
+    with Registry.open(registry_url) as registry:
+        add(registry, "edge-1")
+        with locked(registry_url):
+            with pytest.raises(RegistryError, match=r"was locked for 0.3 s \(.*\); end the process that holds it"):
+                add(registry, "edge-2")
+            assert [row.name for row in registry.identities()] == ["edge-1"]
+        add(registry, "edge-2")
+        assert [row.name for row in registry.identities()] == ["edge-1", "edge-2"]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_opening_a_locked_sqlite_registry_says_that_it_is_locked(tmp_path: Path) -> None:
+    path = tmp_path / "registry.sqlite"
+    Registry.open(path).close()
+    with locked(f"sqlite:///{path}"), pytest.raises(RegistryError, match="was locked"):
+        Registry.open(path)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_opening_a_postgresql_registry_that_somebody_migrates_does_not_wait_for_ever(postgresql: Databases) -> None:
+    with postgresql.database() as url, psycopg.connect(url) as other:
+        other.execute("SELECT pg_advisory_lock(%s)", (database.MIGRATION_LOCK,))
+        with pytest.raises(RegistryError, match="was locked"):
+            Registry.open(url)
+
+
+def test_a_question_that_postgresql_works_on_for_too_long_is_given_up(
+    postgresql: Databases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "QUERY_TIMEOUT_S", 0.3)
+    with postgresql.database() as url, Registry.open(url) as registry:
+        add(registry, "edge-1")
+        with psycopg.connect(url) as other:
+            other.execute("ALTER TABLE identities RENAME TO kept")
+            other.execute("CREATE VIEW identities AS SELECT kept.* FROM kept, pg_sleep(60)")
+        with pytest.raises(RegistryError, match=r"worked for 0.3 s on one question \(.*\); ask for less"):
+            registry.identities()
+
+
+def test_a_sqlite_file_that_is_deleted_is_missed_and_no_other_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "registry.sqlite"
+    with Registry.open(path) as registry:
+        add(registry, "edge-1")
+        path.rename(tmp_path / "away")
+        for _ in range(2):
+            with pytest.raises(RegistryError, match="its file is gone; put it back"):
+                add(registry, "edge-2")
+            registry.close()  # the next question opens the file again
+        assert not path.exists()
+        (tmp_path / "away").rename(path)
+        assert [row.name for row in registry.identities()] == ["edge-1"]
+
+
+def test_a_sqlite_file_in_place_of_the_one_that_was_opened_is_not_written_to(tmp_path: Path) -> None:
+    path = tmp_path / "registry.sqlite"
+    with Registry.open(path) as registry:
+        path.unlink()
+        Registry.open(path).close()
+        with pytest.raises(RegistryError, match="another file is in its place; start again"):
+            add(registry, "edge-1")
+    with Registry.open(path) as registry:
+        assert registry.identities() == []
+
+
+def test_a_postgresql_server_that_stops_is_missed_and_found_again(postgresql: Databases) -> None:
+    with postgresql.database() as url, Registry.open(url) as registry:
+        add(registry, "edge-1")
+        postgresql.server.stop()
+        try:
+            with pytest.raises(RegistryError, match=r"cannot answer: .*refused.*; check its path or URL"):
+                add(registry, "edge-2")
+            with pytest.raises(RegistryError, match=r"cannot answer: .*refused"):
+                Registry.open(url)
+        finally:
+            postgresql.server.start()
+        assert [row.name for row in registry.identities()] == ["edge-1"]
+
+
+def test_a_postgresql_database_that_is_dropped_is_missed(postgresql: Databases) -> None:
+    url = postgresql.server.create("dropped", "ready")
+    with Registry.open(url) as registry:
+        postgresql.server.drop("dropped")
+        with pytest.raises(RegistryError, match=r"cannot answer: .*does not exist"):
+            add(registry, "edge-1")
+
+
+def test_a_file_that_is_damaged_is_called_so(tmp_path: Path) -> None:
+    path = tmp_path / "registry.sqlite"
+    with Registry.open(path) as registry:
+        add(registry, "edge-1")
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (path.stat().st_size - 4096))
+    with pytest.raises(RegistryError, match=r"is damaged .*; put a backup in its place"):
+        Registry.open(path).identities()
+
+
+def test_a_sqlite_registry_without_room_stores_whole_reports_or_none(tmp_path: Path) -> None:
+    with Registry.open(tmp_path / "registry.sqlite") as registry, no_room():
+        registry.close()  # the next question connects anew, with no more room than there is
+        add(registry, "edge-1")
+        number = num_until_full(registry)
+    with Registry.open(tmp_path / "registry.sqlite") as registry:
+        check_whole(registry, number)
+        registry.record_report("edge-1", report("later", session="later"))
+        check_whole(registry, number + 1)
+
+
+def test_a_migration_without_room_leaves_the_tables_of_the_earlier_version(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/registry.sqlite"
+    make_old_registry(url, "0001")
+    before = rows_of(url)
+    with no_room(), pytest.raises(RegistryError, match="has no room for more"):
+        Registry.open(url)
+    assert rows_of(url) == before
+    Registry.open(url).close()
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A folder on a disk of 16 MB that PostgreSQL may use; skips who may not mount one."""
+    folder = Path(tempfile.mkdtemp(prefix="fleet-disk-"))
+    try:
+        folder.chmod(0o755)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, check=False
+        )
+        if os.geteuid() != 0 or mounted.returncode:
+            reason = "only root may mount a small disk"
+            pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+        shutil.chown(folder, OWNER)
+        yield folder
+        subprocess.run(["umount", folder], check=True)
+    finally:
+        folder.rmdir()
+
+
+def test_a_postgresql_registry_without_room_stores_whole_reports_or_none(
+    postgresql: Databases, small_disk: Path
+) -> None:
+    server = postgresql.server
+    with psycopg.connect(server.url("postgres"), autocommit=True) as connection:
+        connection.execute(f"CREATE TABLESPACE small LOCATION '{small_disk}'")
+        connection.execute("CREATE DATABASE small TEMPLATE template0 TABLESPACE small")
+        try:
+            with Registry.open(server.url("small")) as registry:
+                add(registry, "edge-1")
+                ballast = small_disk / "ballast"
+                fill_up(ballast)
+                number = num_until_full(registry)
+                check_whole(registry, number)
+                ballast.unlink()
+                registry.record_report("edge-1", report("later", session="later"))
+                check_whole(registry, number + 1)
+        finally:
+            connection.execute("DROP DATABASE small WITH (FORCE)")
+            connection.execute("DROP TABLESPACE small")
+
+
+def fill_up(path: Path) -> None:
+    """A file that leaves no room beside it."""
+    with path.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            return

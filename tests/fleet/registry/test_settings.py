@@ -1,0 +1,176 @@
+"""Desired configuration in the registry, published, and what follows from changes."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from fleet.errors import ConfigError, LinkError, UnknownDeviceError
+from fleet.protocol import topics
+from fleet.protocol.desired_config import DesiredConfig, Settings, decode_desired
+from fleet.protocol.modes import Mode
+from fleet.registry.settings import Scope, Target
+from fleet.registry.store import Registry
+from fleet.server.change_watcher import ChangeWatcher
+from fleet.server.config_publisher import ConfigPublisher
+from fleet.transport.in_memory import MemoryBroker
+from tests.brokers import Inbox, wait_until
+from tests.fleet.conftest import add
+
+ALL = Target(Scope.ALL)
+KITCHEN = Target(Scope.GROUP, "kitchen")
+EDGE = Target(Scope.DEVICE, "edge-1")
+
+
+@pytest.fixture
+def fleet(registry: Registry) -> Registry:
+    """edge-1 in the kitchen, and edge-2 in no group."""
+    add(registry, "edge-1", group="kitchen")
+    add(registry, "edge-2")
+    return registry
+
+
+def change(registry: Registry, target: Target, settings: Settings) -> int:
+    return registry.change_settings(target, lambda _: settings)
+
+
+def test_nothing_said_is_version_0(fleet: Registry) -> None:
+    assert fleet.desired_configs() == dict.fromkeys(("edge-1", "edge-2"), DesiredConfig(0, Settings()))
+
+
+def test_a_device_follows_the_narrowest_scope_and_its_newest_version(fleet: Registry) -> None:
+    device = change(fleet, EDGE, Settings(max_draft=2))
+    group = change(fleet, KITCHEN, Settings(max_draft=4, mode=Mode.AUTO))
+    everywhere = change(fleet, ALL, Settings(threshold=0.5, mode=Mode.STANDALONE))
+    assert device < group < everywhere
+    assert fleet.desired_configs() == {
+        "edge-1": DesiredConfig(everywhere, Settings(threshold=0.5, mode=Mode.AUTO, max_draft=2)),
+        "edge-2": DesiredConfig(everywhere, Settings(threshold=0.5, mode=Mode.STANDALONE)),
+    }
+
+
+def test_a_change_sees_what_was_said_before(fleet: Registry) -> None:
+    change(fleet, EDGE, Settings(max_draft=2))
+    fleet.change_settings(EDGE, lambda settings: Settings(max_draft=(settings.max_draft or 0) + 1))
+    assert fleet.settings(EDGE) == Settings(max_draft=3)
+    assert fleet.settings(ALL) == Settings()
+
+
+def test_of_two_changes_at_once_each_sees_the_other(fleet: Registry, registry_url: str) -> None:
+    with Registry.open(registry_url, "somebody else") as other, ThreadPoolExecutor(1) as pool:
+
+        def slowly(settings: Settings) -> Settings:
+            futures.append(pool.submit(other.change_settings, EDGE, partial(replace, threshold=0.5)))
+            assert wait(futures, timeout=0.3).not_done, "it has to wait for us"
+            return replace(settings, max_draft=2)
+
+        futures: list[Future[int]] = []
+        first = fleet.change_settings(EDGE, slowly)
+        assert futures[0].result(30) > first
+    assert fleet.settings(EDGE) == Settings(max_draft=2, threshold=0.5)
+
+
+def test_a_change_is_in_the_audit_log_with_who_made_it(fleet: Registry) -> None:
+    version = change(fleet, KITCHEN, Settings(max_draft=4))
+    (row,) = fleet.audit_log("group:kitchen")
+    assert (row.actor, row.action) == (fleet.actor, "config")
+    assert row.details == {"version": version, "settings": {"max_draft": 4}}
+
+
+def test_settings_of_nobody_are_refused_and_leave_no_trace(fleet: Registry) -> None:
+    newest = fleet.newest_change()
+    with pytest.raises(UnknownDeviceError, match="unknown device 'edge-9'"):
+        change(fleet, Target(Scope.DEVICE, "edge-9"), Settings(max_draft=4))
+    with pytest.raises(ConfigError, match="no device is in the group 'attic'"):
+        change(fleet, Target(Scope.GROUP, "attic"), Settings(max_draft=4))
+    assert fleet.newest_change() == newest
+
+
+def test_a_device_reads_what_is_wanted_of_it_also_when_it_comes_later(fleet: Registry) -> None:
+    broker = MemoryBroker()
+    with broker.connect("server") as server:
+        publisher = ConfigPublisher(server, fleet)
+        version = change(fleet, EDGE, Settings(max_draft=2))
+        publisher.publish()
+        with broker.connect("edge-1") as device:
+            inbox = Inbox()
+            device.subscribe(topics.device_config("edge-1"), inbox)
+            assert decode_desired(inbox.get()[1]) == DesiredConfig(version, Settings(max_draft=2))
+            publisher.publish()
+            assert inbox.is_empty
+            newer = change(fleet, ALL, Settings(threshold=0.5))
+            publisher.publish()
+            assert decode_desired(inbox.get()[1]).version == newer
+            publisher.forget()
+            publisher.publish()
+            assert decode_desired(inbox.get()[1]).version == newer
+
+
+def test_a_task_runs_at_the_start_and_after_each_change_of_another_process(fleet: Registry, registry_url: str) -> None:
+    runs = threading.Semaphore(0)
+    watcher = ChangeWatcher(fleet, poll_s=0.02)
+    watcher.add(runs.release)
+    with watcher, Registry.open(registry_url, "somebody else") as other:
+        assert runs.acquire(timeout=10)
+        assert not runs.acquire(timeout=0.2)
+        change(other, EDGE, Settings(max_draft=2))
+        assert runs.acquire(timeout=10)
+        watcher.again()
+        assert runs.acquire(timeout=10)
+
+
+def test_a_task_that_fails_is_tried_again_and_holds_up_no_other(fleet: Registry) -> None:
+    attempts, others = [], threading.Semaphore(0)
+
+    def failing() -> None:
+        attempts.append(1)
+        if len(attempts) < 3:
+            raise LinkError("the link is down")
+
+    watcher = ChangeWatcher(fleet, poll_s=0.02)
+    watcher.add(failing)
+    watcher.add(others.release, periodic=True)
+    with watcher:
+        wait_until(lambda: len(attempts) == 3, "the third attempt")
+        assert others.acquire(timeout=10)
+        for _ in range(5):
+            assert others.acquire(timeout=10)
+    assert len(attempts) == 3
+
+
+def test_the_watcher_outlives_what_nobody_foresaw(fleet: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, newest, left = threading.Semaphore(0), fleet.newest_change, [1, 1]
+
+    def out_of_descriptors() -> int:
+        if left:
+            left.pop()
+            raise OSError(errno.EMFILE, "Too many open files")
+        return newest()
+
+    monkeypatch.setattr(fleet, "newest_change", out_of_descriptors)
+    watcher = ChangeWatcher(fleet, poll_s=0.02)
+    watcher.add(runs.release)
+    with watcher:
+        assert runs.acquire(timeout=10)
+
+
+def test_changes_are_seen_again_once_the_registry_answers(tmp_path: Path) -> None:
+    path, runs = tmp_path / "registry.sqlite", threading.Semaphore(0)
+    with Registry.open(path) as registry:
+        add(registry, "edge-1")
+        watcher = ChangeWatcher(registry, poll_s=0.02)
+        watcher.add(runs.release)
+        with watcher:
+            assert runs.acquire(timeout=10)
+            path.rename(tmp_path / "away")
+            path.touch()
+            assert not runs.acquire(timeout=0.3)
+            (tmp_path / "away").replace(path)
+            change(registry, EDGE, Settings(max_draft=2))
+            assert runs.acquire(timeout=10)

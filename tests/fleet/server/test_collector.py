@@ -1,0 +1,326 @@
+"""The collector between the broker and the registry."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from fleet.protocol import topics
+from fleet.protocol.access import Role
+from fleet.protocol.report import (
+    DeviceStatus,
+    GenerationReport,
+    ReportReceipt,
+    WorkerStatus,
+    decode_receipt,
+    encode_report,
+    encode_status,
+)
+from fleet.registry.store import Registry
+from fleet.server import collector as module
+from fleet.server.collector import Collector
+from fleet.server.collector_queue import Heard, Inbox
+from fleet.transport.in_memory import MemoryBroker, MemoryTransport
+from tests.brokers import Inbox as Received
+from tests.brokers import wait_until
+from tests.fleet.conftest import add, report
+
+ONLINE = DeviceStatus(True, 1, "b1", "0.1.0", "standalone")
+
+
+class Site:
+    """A collector on an in-memory broker, and the device edge-1 that hears its receipts."""
+
+    def __init__(self, device: MemoryTransport, collector_link: MemoryTransport, collector: Collector) -> None:
+        self.device, self.collector_link, self.collector = device, collector_link, collector
+        self._receipts = Received()
+        device.subscribe(topics.device_reported("+"), self._receipts)
+
+    def send(self, topic: str, payload: bytes) -> None:
+        self.device.publish(topic, payload, qos=1)
+
+    def report(self, device: str, what: GenerationReport) -> None:
+        self.send(topics.device_stats(device), encode_report(what))
+
+    def receipt(self) -> ReportReceipt:
+        return decode_receipt(self._receipts.get()[1])
+
+
+@contextmanager
+def site(registry: Registry, max_waiting: int = 1000) -> Iterator[Site]:
+    broker = MemoryBroker()
+    with (
+        broker.connect("edge-1") as device,
+        broker.connect("collector") as server,
+        Collector(server, registry, max_waiting) as collector,
+    ):
+        yield Site(device, server, collector)
+
+
+@pytest.fixture
+def edge(registry: Registry) -> Registry:
+    """A registry that knows edge-1."""
+    add(registry, "edge-1")
+    return registry
+
+
+def test_a_report_is_acknowledged_once_it_is_stored(edge: Registry) -> None:
+    with site(edge) as fleet:
+        fleet.report("edge-1", report())
+        assert fleet.receipt() == ReportReceipt(("g1",))
+        assert edge.stats()[0].generations == 1
+
+
+def test_a_worker_is_known_from_what_it_says_until_its_last_will(registry: Registry) -> None:
+    add(registry, "cloud-1", Role.WORKER)
+    with site(registry) as fleet:
+        for worker in ("stranger", "cloud-1"):
+            fleet.send(topics.worker_status(worker), encode_status(WorkerStatus(True, 1, ("b1", "b2"), num_sessions=3)))
+        wait_until(lambda: bool(registry.workers()), "the worker is known")
+        (row,) = registry.workers()
+        assert (row.worker, row.online, row.bundle_ids, row.num_sessions) == ("cloud-1", True, ("b1", "b2"), 3)
+        fleet.send(topics.worker_status("cloud-1"), encode_status(WorkerStatus(False, 0)))
+        wait_until(lambda: not registry.workers()[0].online, "the worker is gone")
+        assert registry.workers()[0].bundle_ids == ("b1", "b2")
+
+
+def test_a_report_that_comes_twice_is_acknowledged_twice_and_counted_once(edge: Registry) -> None:
+    with site(edge) as fleet:
+        for _ in range(2):
+            fleet.report("edge-1", report())
+            assert fleet.receipt() == ReportReceipt(("g1",))
+        assert edge.stats()[0].generations == 1
+        assert fleet.collector.reports == {"stored": 1, "repeated": 1, "refused": 0, "dropped": 0}
+
+
+def test_a_report_of_several_answers_counts_as_so_many(edge: Registry) -> None:
+    with site(edge) as fleet:
+        fleet.report("edge-1", report(answers=5))
+        fleet.receipt()
+    assert edge.stats()[0].generations == 5
+
+
+def test_a_birth_is_stored_and_answered_with_a_receipt_of_nothing(edge: Registry) -> None:
+    with site(edge) as fleet:
+        fleet.send(topics.device_status("edge-1"), encode_status(ONLINE))
+        assert fleet.receipt() == ReportReceipt()
+        assert edge.devices()[0].online
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"garbage\n\nof two lines", b"\xc1" * 10, b"\x80", b"{}", b"\x81\xa1a" * 3000, b"\xdd\xff\xff\xff\xff"],
+)
+def test_garbage_is_dropped_in_one_line_and_the_others_are_served(
+    edge: Registry, caplog: pytest.LogCaptureFixture, payload: bytes
+) -> None:
+    with site(edge) as fleet, caplog.at_level(logging.INFO):
+        fleet.send(topics.device_stats("edge-1"), payload)
+        fleet.send(topics.device_status("edge-1"), payload)
+        fleet.report("edge-1", report())
+        assert fleet.receipt() == ReportReceipt(("g1",))
+        assert len(caplog.messages) == 2
+        assert all(line.startswith("dropped a message on 'ce/v1/d/edge-1/") for line in caplog.messages)
+        assert not any("\n" in line for line in caplog.messages)
+    assert edge.stats()[0].tokens == 10
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokens": -1},
+        {"tokens": 11},
+        {"sources": {"moon": 10}},
+        {"started_at": float("nan")},
+        {"ttft_ms": float("inf")},
+        {"bytes_up": 1 << 60},
+        {"finish_reason": 7},
+        {"answers": 0},
+    ],
+)
+def test_a_report_of_impossible_values_is_refused_with_its_reason(
+    edge: Registry, caplog: pytest.LogCaptureFixture, changes: dict[str, object]
+) -> None:
+    with site(edge) as fleet:
+        fleet.report("edge-1", msgspec.structs.replace(report(), **changes))
+        receipt = fleet.receipt()
+    assert receipt.stored == ()
+    assert receipt.refused.keys() == {"g1"}
+    assert len(caplog.messages) == 1
+    assert receipt.refused["g1"] in caplog.messages[0]
+    assert edge.stats()[0].generations == 0
+
+
+def test_a_report_without_a_usable_name_is_dropped_and_nobody_is_told(edge: Registry) -> None:
+    with site(edge) as fleet:
+        fleet.report("edge-1", report("../../etc"))
+        fleet.report("edge-1", report())
+        assert fleet.receipt() == ReportReceipt(("g1",))
+        assert fleet.collector.reports["refused"] == 1
+
+
+def test_a_bad_report_harms_no_other_of_its_batch(edge: Registry) -> None:
+    wrong = report("wrong", tokens=11)
+    fates = edge.record_reports(
+        {("edge-1", it.generation): it for it in (report("g1"), wrong, report("g2"))} | {("oven", "g1"): report("g1")}
+    )
+    assert [fate for fate in fates.values() if isinstance(fate, bool)] == [True, True]
+    assert "add up to 10" in str(fates["edge-1", "wrong"])
+    assert "unknown device 'oven'" in str(fates["oven", "g1"])
+    assert edge.stats()[0].generations == 2
+
+
+def test_a_value_that_the_database_refuses_harms_no_other_of_its_batch(edge: Registry) -> None:
+    """PostgreSQL takes no NUL in a text; SQLite does."""
+    reports = [report(f"g{i}", finish_reason="\0" if i == 3 else "stop") for i in range(8)]
+    fates = edge.record_reports({("edge-1", it.generation): it for it in reports})
+    odd = fates.pop(("edge-1", "g3"))
+    assert set(fates.values()) == {True}
+    assert odd is True or "refuses generation g3" in str(odd)
+    assert edge.stats()[0].generations == (8 if odd is True else 7)
+
+
+def test_a_status_that_the_database_refuses_holds_up_nobody(edge: Registry) -> None:
+    """PostgreSQL takes no NUL in a text; SQLite does."""
+    add(edge, "edge-2")
+    add(edge, "cloud-1", Role.WORKER)
+    with site(edge) as fleet:
+        fleet.send(topics.device_status("edge-2"), encode_status(DeviceStatus(True, 1, version="\0")))
+        fleet.send(topics.worker_status("cloud-1"), encode_status(WorkerStatus(True, 1, version="\0")))
+        fleet.send(topics.device_status("edge-1"), encode_status(ONLINE))
+        fleet.report("edge-1", report())
+        wait_until(lambda: bool(fleet.receipt().stored), "the report is stored")
+    assert {row.device: row.online for row in edge.devices()}["edge-1"]
+
+
+def test_whoever_left_while_the_broker_was_away_is_offline_when_it_is_back(edge: Registry) -> None:
+    add(edge, "edge-2")
+    add(edge, "cloud-1", Role.WORKER)
+    births = {
+        topics.device_status("edge-1"): encode_status(ONLINE),
+        topics.device_status("edge-2"): encode_status(ONLINE),
+        topics.worker_status("cloud-1"): encode_status(WorkerStatus(True, 1)),
+    }
+
+    def online() -> set[str]:
+        return {row.device for row in edge.devices() if row.online} | {w.worker for w in edge.workers() if w.online}
+
+    with site(edge) as fleet:
+        for topic, payload in births.items():
+            fleet.device.publish(topic, payload, qos=1, retain=True)
+        wait_until(lambda: online() == {"edge-1", "edge-2", "cloud-1"}, "all are online")
+        fleet.collector_link.drop()
+        for topic in (topics.device_status("edge-2"), topics.worker_status("cloud-1")):
+            fleet.device.publish(topic, b"", qos=1, retain=True)  # what a broker that was started again knows of them
+        fleet.collector_link.restore()
+        wait_until(lambda: online() == {"edge-1"}, "who left is offline")
+
+
+def test_messages_of_a_device_that_nobody_enrolled_are_dropped_in_one_line_each(
+    edge: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    with site(edge) as fleet:
+        fleet.report("oven", report())
+        fleet.send(topics.device_status("oven"), encode_status(DeviceStatus(True, 1)))
+        fleet.send("ce/v1/d/Not A Name/stats", encode_report(report()))
+        fleet.report("edge-1", report())
+        assert fleet.receipt() == ReportReceipt(("g1",)), "the oven is not told to forget"
+        wait_until(lambda: len(caplog.messages) == 3, "three lines are logged")
+    assert [row.generations for row in edge.stats()] == [1]
+
+
+def test_the_devices_name_is_the_topics_whatever_the_payload_says(edge: Registry) -> None:
+    add(edge, "edge-2")
+    forged = msgspec.msgpack.encode(msgspec.to_builtins(report()) | {"device": "edge-2"})
+    with site(edge) as fleet:
+        fleet.send(topics.device_stats("edge-1"), forged)
+        fleet.receipt()
+    assert {row.device: row.generations for row in edge.stats()} == {"edge-1": 1, "edge-2": 0}
+
+
+def test_a_device_that_died_while_nobody_listened_is_offline_at_the_next_start(edge: Registry) -> None:
+    edge.record_status("edge-1", DeviceStatus(True, 1), 10.0)
+    with site(edge):
+        assert not edge.devices()[0].online
+
+
+def test_a_device_that_is_still_there_is_online_after_a_new_start_and_knows_of_it(edge: Registry) -> None:
+    broker, receipts = MemoryBroker(), Received()
+    with broker.connect("edge-1") as device, broker.connect("collector") as server:
+        device.subscribe(topics.device_reported("edge-1"), receipts)
+        device.publish(topics.device_status("edge-1"), encode_status(DeviceStatus(True, 1)), qos=1, retain=True)
+        with Collector(server, edge):
+            assert decode_receipt(receipts.get()[1]) == ReportReceipt()
+            assert edge.devices()[0].online
+
+
+def test_what_a_birth_and_a_last_will_said_while_the_registry_was_away_is_kept(edge: Registry) -> None:
+    inbox = Inbox(max_reports=10)
+    for at, status in enumerate(
+        (ONLINE, DeviceStatus(False, 0), ONLINE, DeviceStatus(False, 0), DeviceStatus(False, 0))
+    ):
+        inbox.put_status(Heard("edge-1", status, float(at)))
+    batch = inbox.take(max_reports=10, timeout_s=0.0)
+    assert batch is not None
+    assert [(heard.status, heard.at) for heard in batch.statuses] == [(ONLINE, 2.0), (DeviceStatus(False, 0), 4.0)]
+
+
+def test_a_registry_that_is_away_is_said_once_and_loses_nothing_that_was_heard(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Registry.open(tmp_path / "registry.sqlite") as registry:
+        add(registry, "edge-1")
+        with site(registry) as fleet:
+            (tmp_path / "registry.sqlite").rename(tmp_path / "away.sqlite")
+            registry.close()
+            (tmp_path / "registry.sqlite").mkdir()
+            fleet.report("edge-1", report("g1"))
+            wait_until(lambda: bool(caplog.messages), "the collector has noticed")
+            assert "cannot answer" in caplog.messages[0]
+            fleet.report("edge-1", report("g2"))
+            (tmp_path / "registry.sqlite").rmdir()
+            (tmp_path / "away.sqlite").rename(tmp_path / "registry.sqlite")
+            assert fleet.receipt().stored == ("g1",)
+            assert fleet.receipt().stored == ("g2",)
+        assert registry.stats()[0].generations == 2
+    assert ["cannot answer" in line for line in caplog.messages] == [True, False]
+
+
+def test_who_found_no_room_is_told_when_there_is_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_BATCH", 1)
+    path = tmp_path / "registry.sqlite"
+    with Registry.open(path) as registry:
+        add(registry, "edge-1")
+        with site(registry, max_waiting=2) as fleet:
+            lock = sqlite3.connect(path, isolation_level=None)
+            lock.execute("BEGIN IMMEDIATE")
+            for i in range(8):
+                fleet.report("edge-1", report(f"g{i}"))
+            wait_until(lambda: fleet.collector.reports["dropped"] >= 5, "the collector has no room")
+            lock.close()
+            stored: set[str] = set()
+            while (receipt := fleet.receipt()) != ReportReceipt():
+                stored.update(receipt.stored)
+            dropped = {f"g{i}" for i in range(8)} - stored
+            assert len(dropped) == fleet.collector.reports["dropped"]
+            for generation in dropped:
+                fleet.report("edge-1", report(generation))
+                fleet.receipt()
+        assert registry.stats()[0].generations == 8
+
+
+def test_what_was_heard_before_the_end_is_stored(edge: Registry) -> None:
+    with site(edge) as fleet:
+        for i in range(50):
+            fleet.report("edge-1", report(f"g{i}"))
+        heard = Received()
+        fleet.collector_link.subscribe("the-end", heard)
+        fleet.send("the-end", b"")
+        heard.get()
+    assert edge.stats()[0].generations == 50

@@ -1,0 +1,105 @@
+"""What the fleet server tells of itself: sums over the registry, and whether it is alive and ready."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fleet.monitoring.http_endpoint import Endpoint
+from fleet.protocol import topics
+from fleet.protocol.report import DeviceStatus, encode_report
+from fleet.registry.store import Registry
+from fleet.server.collector import Collector
+from fleet.server.metrics import FleetMonitor
+from fleet.transport.in_memory import MemoryBroker, MemoryTransport
+from tests.brokers import HOST, wait_until
+from tests.fleet.conftest import add, report
+from tests.scrape import get, scrape
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    with Registry.open(tmp_path / "registry.sqlite") as opened:
+        yield opened
+
+
+class Server:
+    """A collector on a broker in memory, which it takes for its own, and its endpoint."""
+
+    def __init__(self, registry: Registry, collector: Collector, link: MemoryTransport, endpoint: Endpoint) -> None:
+        self.link, self.url = link, endpoint.url
+        self.is_serving = True
+        endpoint.show(FleetMonitor(registry, collector, link, self))
+
+
+@contextmanager
+def server(registry: Registry) -> Iterator[tuple[Server, MemoryTransport]]:
+    broker = MemoryBroker()
+    with (
+        broker.connect("collector") as link,
+        broker.connect("edge-1") as device,
+        Collector(link, registry) as collector,
+        Endpoint(HOST, 0) as endpoint,
+    ):
+        yield Server(registry, collector, link, endpoint), device
+
+
+def test_devices_tokens_and_offload_are_summed_by_group(registry: Registry) -> None:
+    for name, group in (("a1", "lab"), ("a2", "lab"), ("b1", None)):
+        add(registry, name, group=group)
+        registry.record_report(name, report())
+    with server(registry) as (told, _):
+        registry.record_status("a1", DeviceStatus(True, 1, "b", "0.1.0", "standalone"), 1000.0)
+        samples = scrape(told.url)
+    assert samples['fleet_devices{group="lab",state="online"}'] == 1
+    assert samples['fleet_devices{group="lab",state="offline"}'] == 1
+    assert samples['fleet_devices{group="",state="offline"}'] == 1
+    assert samples['fleet_tokens_total{group="lab",source="exit:8"}'] == 10
+    assert samples['fleet_tokens_total{group="",source="cloud"}'] == 2
+    assert samples['fleet_offload_rate{group="lab"}'] == pytest.approx(0.2)
+    assert samples['fleet_generations_total{group="lab"}'] == 2
+    assert samples['fleet_session_bytes_total{direction="up",group="lab"}'] == 4000
+
+
+def test_reports_are_counted_by_what_became_of_them(registry: Registry) -> None:
+    add(registry, "edge-1")
+    with server(registry) as (told, device):
+        for payload in (encode_report(report("g1")), encode_report(report("g1")), b"garbage"):
+            device.publish(topics.device_stats("edge-1"), payload, qos=1)
+
+        def outcomes() -> list[float]:
+            samples = scrape(told.url)
+            return [samples[f'fleet_reports_total{{outcome="{name}"}}'] for name in ("stored", "repeated", "refused")]
+
+        wait_until(lambda: sum(outcomes()) >= 2, "the reports are dealt with")
+        stored, _, refused = outcomes()
+    assert (stored, refused) == (1, 1)
+
+
+def test_a_server_without_a_link_is_alive_and_not_ready(registry: Registry) -> None:
+    with server(registry) as (told, _):
+        assert get(f"{told.url}/readyz") == (200, "ok\n")
+        told.link.drop()
+        assert get(f"{told.url}/readyz") == (503, "the collector has no connection to the broker\n")
+        assert get(f"{told.url}/healthz") == (200, "ok\n")
+
+
+def test_a_server_whose_broker_has_ended_is_unhealthy(registry: Registry) -> None:
+    with server(registry) as (told, _):
+        told.is_serving = False
+        assert get(f"{told.url}/healthz") == (503, "the broker's thread has ended\n")
+
+
+def test_a_registry_that_cannot_answer_fails_the_scrape_and_not_the_process(registry: Registry, tmp_path: Path) -> None:
+    with server(registry) as (told, _):
+        registry.close()
+        (tmp_path / "registry.sqlite").unlink()
+        (tmp_path / "registry.sqlite").mkdir()
+        status, reason = get(f"{told.url}/readyz")
+        assert status == 503
+        assert "the registry" in reason
+        assert get(f"{told.url}/metrics") == (503, reason)
+        assert get(f"{told.url}/healthz") == (200, "ok\n")

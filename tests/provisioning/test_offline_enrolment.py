@@ -1,0 +1,103 @@
+"""Enrolment: what enters the registry, what is written, and what is refused before either."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+
+from fleet.errors import ConfigError, FleetError, IdentityError, TopicError
+from fleet.identity.identity import Identity
+from fleet.protocol.access import Grants, Role
+from fleet.registry.store import Registry
+from provisioning.authority import CertificateAuthority
+from provisioning.offline_enrolment import enroll
+
+
+class Office:
+    """Enrols into one fleet; folders are named after the identities."""
+
+    def __init__(self, registry: Registry, authority: CertificateAuthority, folder: Path) -> None:
+        self.registry, self.folder, self._authority = registry, folder, authority
+
+    def enroll(self, name: str, role: Role = Role.DEVICE, **options: Any) -> Identity:
+        out = options.pop("out", self.folder / name)
+        return enroll(self.registry, self._authority, name, role, out, host="localhost", port=8883, **options)
+
+
+@pytest.fixture
+def office(registry: Registry, authority: CertificateAuthority, tmp_path: Path) -> Office:
+    return Office(registry, authority, tmp_path / "out")
+
+
+def test_the_registry_knows_the_certificate_that_was_written(office: Office) -> None:
+    identity = office.enroll("edge-1", group="kitchen")
+    certificate = x509.load_pem_x509_certificate((identity.folder / "cert.pem").read_bytes())
+    (row,) = office.registry.identities()
+    assert (row.name, row.role, row.group) == ("edge-1", "device", "kitchen")
+    assert row.fingerprint == certificate.fingerprint(hashes.SHA256()).hex()
+    assert row.not_after == certificate.not_valid_after_utc.timestamp()
+
+
+def test_an_app_is_allowed_devices_and_groups(office: Office) -> None:
+    office.enroll("edge-1", group="kitchen")
+    office.enroll("edge-2")
+    office.enroll("phone", Role.APP, targets=["kitchen", "edge-2"])
+    assert office.registry.grants("phone") == Grants(Role.APP, "phone", ("edge-1", "edge-2"))
+
+
+def test_devices_and_workers_are_told_their_bundle_and_apps_are_not(office: Office, tmp_path: Path) -> None:
+    roles = {"edge-1": Role.DEVICE, "worker-1": Role.WORKER, "phone": Role.APP, "watcher": Role.SERVER}
+    bundles = {name: office.enroll(name, role, bundle=tmp_path).config.bundle for name, role in roles.items()}
+    assert bundles == {"edge-1": str(tmp_path), "worker-1": str(tmp_path), "phone": None, "watcher": None}
+
+
+def test_a_name_that_is_taken_is_refused_and_nothing_is_written(office: Office, tmp_path: Path) -> None:
+    office.enroll("edge-1")
+    with pytest.raises(IdentityError, match="'edge-1' is enrolled already"):
+        office.enroll("edge-1", out=tmp_path / "elsewhere")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_force_replaces_an_identity(office: Office) -> None:
+    first = office.enroll("edge-1")
+    old = (first.folder / "cert.pem").read_bytes()
+    office.enroll("edge-1", force=True)
+    assert (first.folder / "cert.pem").read_bytes() != old
+    assert len(office.registry.identities()) == 1
+
+
+def test_a_folder_that_holds_an_identity_is_refused_and_the_name_stays_free(office: Office) -> None:
+    office.enroll("edge-1")
+    with pytest.raises(IdentityError, match="holds an identity already"):
+        office.enroll("edge-2", out=office.folder / "edge-1")
+    assert office.registry.grants("edge-2") is None
+
+
+def test_a_folder_that_cannot_be_made_leaves_the_name_free(office: Office, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(IdentityError, match="cannot make the folder"):
+        office.enroll("edge-1", out=tmp_path / "file" / "edge-1")
+    assert office.registry.grants("edge-1") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "options", "error", "says"),
+    [
+        ("Edge 1", Role.DEVICE, {}, TopicError, "expected 1 to 63 characters"),
+        ("edge-1", Role.DEVICE, {"group": "a/b"}, TopicError, "group 'a/b'"),
+        ("phone", Role.APP, {"targets": ["#"]}, TopicError, "target '#'"),
+        ("edge-1", Role.DEVICE, {"targets": ["edge-2"]}, ConfigError, "leave --allow out"),
+        ("phone", Role.APP, {"group": "kitchen"}, ConfigError, "leave --group out"),
+        ("phone", Role.APP, {"targets": ["attic"]}, IdentityError, "cannot allow 'attic'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_and_enrols_nobody(
+    office: Office, name: str, role: Role, options: dict[str, Any], error: type[FleetError], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        office.enroll(name, role, **options)
+    assert office.registry.identities() == []
