@@ -13,7 +13,7 @@ from fleet.protocol.access import Role
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import ChatMessage, PromptRequest
 from fleet.server.child_process import child
-from fleet.server.home import State, StateConfig
+from fleet.server.home import FleetConfig, FleetHome
 from fleet.server.supervisor import free_port
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
@@ -34,7 +34,7 @@ def measure_footprint(bundle: Path, idle_s: float = IDLE_S) -> dict[str, float]:
     """
     prompt = PromptRequest(messages=(ChatMessage("user", QUESTION),), mode=Mode.STANDALONE, max_new_tokens=64)
     with tempfile.TemporaryDirectory(prefix="fleet-bench-") as folder:
-        state = State.create(Path(folder), StateConfig(HOST, free_port(HOST), str(bundle), service_port=0))
+        state = FleetHome.create(Path(folder), FleetConfig(HOST, free_port(HOST), str(bundle), service_port=0))
         device = Path(folder) / "devices" / DEVICE
         state.enroll(DEVICE, Role.DEVICE, device)
         app = state.enroll("bench", Role.APP, Path(folder) / "apps" / "bench", allow=(DEVICE,))

@@ -18,7 +18,7 @@ from benchmarks.recordings import Recording
 from cloud_broker_worker.worker.config import WorkerConfig
 from cloud_broker_worker.worker.engine import Engine
 from cloud_broker_worker.worker.upper_layers import UpperLayers
-from edge_agent.generation.acceptance_rate import Acceptance
+from edge_agent.generation.acceptance_rate import AcceptanceRate
 from edge_agent.generation.draft_policy import worth_drafting, worth_guessing
 from edge_agent.measurements import Mean
 from edge_agent.session.cloud_session import HELD_POSITIONS
@@ -63,7 +63,7 @@ class Device:
     tokens: list[tuple[float, float]] = field(default_factory=list)
     answers: list[tuple[float, float]] = field(default_factory=list)
     verdict: Verified | None = None  # the worker's last one
-    _acceptance: Acceptance = field(default_factory=Acceptance)
+    _acceptance: AcceptanceRate = field(default_factory=AcceptanceRate)
     _round_trip: Mean = field(default_factory=lambda: Mean(0.1))
 
     def run(self, recordings: Iterable[Recording]) -> Steps:

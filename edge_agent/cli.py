@@ -91,9 +91,9 @@ def join(
     from edge_agent.state.bundle_slots import SlotStore
     from edge_agent.update.download import fetch_bundle
     from fleet.protocol.access import Role
-    from fleet.protocol.enrolment_api import Token
+    from fleet.protocol.enrolment_api import EnrolmentToken
 
-    identity = join_fleet(Token.parse(sys.stdin.readline() if token == "-" else token), server, out)
+    identity = join_fleet(EnrolmentToken.parse(sys.stdin.readline() if token == "-" else token), server, out)
     bundle, stop = SlotStore(out).load().current, stop_event()
     if bundle:
         try:

@@ -42,7 +42,7 @@ NOT_YET_VALID, EXPIRED = 9, 10  # X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_C
 T = TypeVar("T")
 
 
-class Service:
+class ServiceClient:
     """One service at `url`, ``https://HOST:PORT``. Every call asks once and raises ServiceAwayError where asking again
     may help; `persistently` asks again."""
 
@@ -53,7 +53,7 @@ class Service:
         self._pool = urllib3.PoolManager(ssl_context=context, timeout=timeout, retries=False)
 
     @classmethod
-    def of(cls, identity: Identity) -> Service:
+    def of(cls, identity: Identity) -> ServiceClient:
         """The service of an identity's fleet, under its certificate.
 
         Raises:

@@ -24,7 +24,7 @@ from fleet.registry.results import IssuedCertificate
 from fleet.utils.atomic_files import write_file
 from provisioning.certificate import Certificate, issued_certificate, write_identity
 from provisioning.crl import CRL_DAYS, Revoked, sign_crl
-from provisioning.fleet_address import Site
+from provisioning.fleet_address import FleetAddress
 
 CA_KEY_FILE: Final = "ca-key.pem"
 CA_DAYS: Final = 3650
@@ -135,7 +135,7 @@ class CertificateAuthority:
             IdentityError: `out` cannot be written.
         """
         return write_identity(
-            self.certify(name, role), out, Site(host, port, bundle=bundle).identity_config(name, role)
+            self.certify(name, role), out, FleetAddress(host, port, bundle=bundle).identity_config(name, role)
         )
 
     def sign_bundle(self, folder: Path) -> None:

@@ -18,14 +18,14 @@ from fleet.registry.results import IssuedCertificate
 from fleet.registry.store import Registry
 from provisioning.authority import CertificateAuthority
 from provisioning.csr import SigningRequest
-from provisioning.fleet_address import Site
+from provisioning.fleet_address import FleetAddress
 
 FindBundle = Callable[[str], Path | None]
 SERVING = Role.DEVICE, Role.WORKER
 
 
 @dataclass(frozen=True)
-class Office:
+class EnrolmentService:
     """Blocks on the registry and on the disk; any thread may call.
 
     `find_bundle` gives the folder of a bundle by its id, None where there is none; `crl` the PEM of the newest list of
@@ -34,7 +34,7 @@ class Office:
 
     registry: Registry
     authority: CertificateAuthority
-    site: Site
+    site: FleetAddress
     find_bundle: FindBundle
     crl: Callable[[], str | None] = lambda: None
     bundle_id: str | None = None

@@ -10,7 +10,7 @@ from fleet.protocol.access import Role
 
 
 @dataclass(frozen=True)
-class Site:
+class FleetAddress:
     """The broker's `host` and `port`, and the base URL of the service as `server`, where there is one.
 
     `bundle` is the folder of the model that devices and workers serve; `shared_subscriptions` says that the broker has

@@ -12,7 +12,7 @@ from fleet.protocol.access import Role
 from fleet.registry.store import Registry
 from provisioning.authority import CertificateAuthority
 from provisioning.certificate import write_identity
-from provisioning.fleet_address import Site
+from provisioning.fleet_address import FleetAddress
 
 
 def enroll(
@@ -48,7 +48,7 @@ def enroll(
             be written.
     """
     enrolment = Enrolment(name, role, group, dict(tags or {}), tuple(targets))
-    site = Site(host, port, server, bundle)
+    site = FleetAddress(host, port, server, bundle)
     (identity,) = enroll_all(registry, authority, {out: enrolment}, site, force=force)
     return identity
 
@@ -57,7 +57,7 @@ def enroll_all(
     registry: Registry,
     authority: CertificateAuthority,
     enrolments: Mapping[Path, Enrolment],
-    site: Site,
+    site: FleetAddress,
     *,
     force: bool = False,
 ) -> Sequence[Identity]:

@@ -1,4 +1,4 @@
-"""The service's HTTP: paths, limits and deadlines around an `Office`."""
+"""The service's HTTP: paths, limits and deadlines around an `EnrolmentService`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fleet.protocol.enrolment_api import (
     RenewRequest,
     decode_body,
 )
-from provisioning.enrolment_service import Office
+from provisioning.enrolment_service import EnrolmentService
 from provisioning.http_errors import http_problem, problem, status_of
 from provisioning.rate_limit import RateLimit, peer_of
 
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 class Routes:
     """Handlers of one application; everything that blocks runs in a thread."""
 
-    def __init__(self, office: Office, joins: RateLimit, renewals: RateLimit, body_s: float) -> None:
+    def __init__(self, office: EnrolmentService, joins: RateLimit, renewals: RateLimit, body_s: float) -> None:
         """`body_s` is how long a body may take to arrive."""
         self._office = office
         self._body_s = body_s

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from fleet.identity.identity import ServerTls
 from fleet.transport.tls_server import STOP_S, TlsServer
-from provisioning.enrolment_service import Office
+from provisioning.enrolment_service import EnrolmentService
 from provisioning.fleet_address import base_url
 from provisioning.rate_limit import RateLimit
 from provisioning.routes import Routes
@@ -24,7 +24,7 @@ JOINS_PER_MINUTE: Final = 10
 JOINS_AT_ONCE: Final = 20
 
 
-class Service(TlsServer):
+class EnrolmentServer(TlsServer):
     """A context manager; `port` 0 takes a free one, which `port` then says.
 
     Who shows a certificate shows one of the fleet's own, or is not let in; who shows none can join.
@@ -35,7 +35,7 @@ class Service(TlsServer):
         host: str,
         port: int,
         tls: ServerTls,
-        office: Office,
+        office: EnrolmentService,
         joins: RateLimit | None = None,
         idle_s: float = IDLE_S,
     ) -> None:

@@ -12,13 +12,13 @@ from fleet.registry.results import IssuedCertificate, RevokedCertificate
 from fleet.transport.mqtt import MqttTransport
 from provisioning.authority import CertificateAuthority
 from provisioning.certificate import write_identity
-from provisioning.fleet_address import Site
+from provisioning.fleet_address import FleetAddress
 
 LIFE: Final = timedelta(minutes=5)
 CONNECT_S: Final = 2.0
 
 
-class Evictions:
+class SessionTakeover:
     """Takes over the sessions of names at the broker on `host` and `port`, with certificates that live five minutes.
 
     Their keys are on disk for the length of one connection, in a folder of ours alone.
@@ -26,7 +26,7 @@ class Evictions:
 
     def __init__(self, authority: CertificateAuthority, host: str, port: int) -> None:
         self._authority = authority
-        self._site = Site(host, port)
+        self._site = FleetAddress(host, port)
         self._spent: list[tuple[str, IssuedCertificate]] = []
 
     def evict(self, name: str) -> None:

@@ -11,7 +11,7 @@ from typing import Final, Generic, TypeAlias, TypeVar
 
 from fleet.protocol.topics import PREFIX
 from fleet.transport.base import Will
-from fleet.transport.in_memory import MemoryBroker, MemoryTransport
+from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
 
 T = TypeVar("T")
 Said: TypeAlias = tuple[str, bytes]
@@ -69,13 +69,13 @@ class Mischief(Generic[T]):
             return arriving
 
 
-class HostileLink(MemoryTransport):
+class HostileLink(InMemoryTransport):
     """A device's link: what it says within sessions suffers, and what workers say to it; the rest comes twice at most.
 
     QoS 1 loses nothing, but it repeats. `said` is what the device has said within sessions.
     """
 
-    def __init__(self, broker: MemoryBroker, name: str, will: Will | None, seed: int, odds: Odds) -> None:
+    def __init__(self, broker: InMemoryBroker, name: str, will: Will | None, seed: int, odds: Odds) -> None:
         self.said: list[Said] = []
         self.up: Mischief[Said] = Mischief(seed, odds)
         self.down: Mischief[Said] = Mischief(seed + 1, odds)

@@ -22,12 +22,12 @@ from fleet.protocol.access import Role
 from fleet.protocol.codec import decode_to_device, decode_to_worker, encode, pack_chunk, unpack_chunk
 from fleet.protocol.desired_config import DesiredConfig, Settings, decode_desired, encode_desired
 from fleet.protocol.enrolment_api import (
+    EnrolmentToken,
     JoinReply,
     JoinRequest,
     RenewReply,
     RenewRequest,
     ServiceProblem,
-    Token,
     decode_body,
 )
 from fleet.protocol.hidden_states import INT8
@@ -111,7 +111,7 @@ READERS: Final[dict[str, list[Reader]]] = dict.fromkeys(SESSION_KINDS, SESSION) 
     "stats": [(_report, ProtocolError)],
     "reported": [(lambda payload: encode_receipt(decode_receipt(payload)), ProtocolError)],
     "config": [(lambda payload: encode_desired(decode_desired(payload)), ProtocolError)],
-    "enrolment token": [(lambda payload: str(Token.parse(payload.decode(errors="replace"))), TokenError)],
+    "enrolment token": [(lambda payload: str(EnrolmentToken.parse(payload.decode(errors="replace"))), TokenError)],
     "join request": [_body(JoinRequest)],
     "join reply": [_body(JoinReply)],
     "renew request": [_body(RenewRequest)],
@@ -185,7 +185,7 @@ def _joining() -> dict[str, bytes]:
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, DEVICE)])
     request = x509.CertificateSigningRequestBuilder().subject_name(name)
     pem = request.sign(ec.generate_private_key(ec.SECP256R1()), SHA256()).public_bytes(Encoding.PEM).decode()
-    token = Token("5e" * 32, "0123456789abcdef", "c0" * 32)
+    token = EnrolmentToken("5e" * 32, "0123456789abcdef", "c0" * 32)
     config = DesiredConfig(7, Settings(mode=Mode.AUTO, thresholds=(0.5, 1.0), target_tpot_ms=40.0, bundle="b1"))
     reply = JoinReply(
         DEVICE, Role.DEVICE, pem, pem, "fleet.example", 8883, "https://fleet.example:8443", topics.PREFIX, config, "b1"

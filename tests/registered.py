@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cloud_broker_worker.broker.mosquitto import CRL_FILE, PID_FILE, write_config
 from cloud_broker_worker.broker.mosquitto_reload import by_signal
-from cloud_broker_worker.broker.mosquitto_sync import MosquittoKeeper
+from cloud_broker_worker.broker.mosquitto_sync import MosquittoSync
 from fleet.identity.identity import Identity
 from fleet.protocol.access import Grants, Role
 from fleet.registry.store import Registry
@@ -20,7 +20,7 @@ from fleet.transport.mqtt import MqttTransport
 from provisioning.authority import CertificateAuthority
 from provisioning.crl import CrlFile
 from provisioning.offline_enrolment import enroll
-from provisioning.session_takeover import Evictions
+from provisioning.session_takeover import SessionTakeover
 from tests.brokers import FLEET, HOST, Amqtt, Mosquitto, RunningBroker, free_port
 
 
@@ -53,8 +53,8 @@ class RegisteredSite:
         crl.update(self.registry.revoked_certificates(), time.time())
         broker = Mosquitto(self.port, config)
         broker.start()
-        evictions = Evictions(self.authority, HOST, self.port)
-        keeper = MosquittoKeeper(folder, self.registry, crl, by_signal(folder / PID_FILE), evictions)
+        evictions = SessionTakeover(self.authority, HOST, self.port)
+        keeper = MosquittoSync(folder, self.registry, crl, by_signal(folder / PID_FILE), evictions)
         self.watcher.add(keeper.sync, periodic=True)
         return broker
 

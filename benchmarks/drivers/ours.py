@@ -17,7 +17,7 @@ import onnxruntime as ort
 
 from benchmarks.drivers.protocol import serve
 from edge_agent.engine.cascade import Cascade
-from edge_agent.engine.partition import Candidates, Partition
+from edge_agent.engine.partition import ExitCandidates, Partition
 from fleet.bundles.manifest import Bundle
 
 WARM_UP: Final = 10  # answers until the allocators have what they need
@@ -31,13 +31,13 @@ class OurEngine:
     def __init__(self, bundle: Path, num_threads: int) -> None:
         self.partition = Partition(Bundle.load(bundle, ("edge",)), num_threads)
 
-    def start(self, prompt: Sequence[int], room: int) -> tuple[Cascade, Candidates]:
+    def start(self, prompt: Sequence[int], room: int) -> tuple[Cascade, ExitCandidates]:
         """A sequence after its prompt, with room for `room` more positions."""
         cascade = Cascade(self.partition, len(prompt) + room)
         cascade.append(prompt)
         return cascade, self.run(cascade)
 
-    def run(self, cascade: Cascade) -> Candidates:
+    def run(self, cascade: Cascade) -> ExitCandidates:
         """Every block over what is new."""
         for block in range(len(self.partition.blocks)):
             candidates = cascade.run(block)

@@ -26,7 +26,7 @@ from benchmarks.paper.sizes import Size
 from benchmarks.paper.systems import CLOUD_ONLY
 from benchmarks.paper.tasks import TASKS, Sample
 from edge_agent.config import AgentConfig
-from edge_agent.engine.partition import Candidates
+from edge_agent.engine.partition import ExitCandidates
 from edge_agent.engine.tokenizer import ChatTokenizer
 from fleet.bundles.manifest import Bundle, Manifest
 from fleet.errors import ConfigError
@@ -162,7 +162,7 @@ class Scorer:
             return answer, exit_preference(candidates, choices)
         return self._token_answer([int(logits.argmax())], CLOUD), logits_preference(logits, choices)
 
-    def _deciding_exit(self, request: PromptRequest, exits: Sequence[Candidates]) -> int | None:
+    def _deciding_exit(self, request: PromptRequest, exits: Sequence[ExitCandidates]) -> int | None:
         """The first exit that is sure; without one the deepest where the device is alone, else None, the cloud."""
         thresholds = self._manifest.thresholds if request.threshold is None else (request.threshold,) * len(exits)
         pairs = enumerate(zip(exits, thresholds, strict=True))
@@ -237,7 +237,7 @@ def logits_preference(logits: Tensor, choices: Choices) -> float:
     return first - second
 
 
-def exit_preference(candidates: Candidates, choices: Choices) -> float:
+def exit_preference(candidates: ExitCandidates, choices: Choices) -> float:
     """The same by an exit's candidates; of a choice that is not among them no more is known than the least one's."""
     logprobs = dict(zip(candidates.token_ids.tolist(), candidates.logprobs.tolist(), strict=True))
     least = float(candidates.logprobs.min())

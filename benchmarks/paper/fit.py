@@ -22,7 +22,18 @@ from benchmarks.paper.figures import agreement, num_bytes, num_messages
 from benchmarks.paper.measure import LATENCY, TABLE
 from benchmarks.paper.rows import Link, ModelSizes, Row, Run
 from fleet.errors import ConfigError
-from fleet.planning.cost_model import CLOUD_ONLY, Counts, Fit, Load, Setting, Shares, Side, expect, terms, transfer_ms
+from fleet.planning.cost_model import (
+    CLOUD_ONLY,
+    Fit,
+    Load,
+    Setting,
+    Shares,
+    Side,
+    StepCounts,
+    expect,
+    terms,
+    transfer_ms,
+)
 from fleet.protocol.modes import Mode, offload_rate
 
 Floats = npt.NDArray[np.float64]
@@ -191,14 +202,14 @@ def setting_of(name: str, rows: Sequence[Row], agreed: float | None, work: Work)
     )
 
 
-def counts_of(rtt_ms: float, rows: Sequence[Row], work: Work) -> Counts:
+def counts_of(rtt_ms: float, rows: Sequence[Row], work: Work) -> StepCounts:
     """A token's, over all rows."""
     tokens = max(1, sum(len(row.token_ids) for row in rows))
     sources: dict[str, int] = defaultdict(int)
     for row in rows:
         for source, count in row.tokens_from.items():
             sources[source] += count
-    return Counts(
+    return StepCounts(
         rtt_ms=rtt_ms,
         edge_steps=sum(work.steps(row, "edge") for row in rows) / tokens,
         cloud_steps=sum(work.steps(row, "cloud") for row in rows) / tokens,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cloud_broker_worker.worker.upper_layers import Chunk, UpperLayers
 from edge_agent.engine.cascade import Cascade
-from edge_agent.engine.partition import Candidates, Partition
+from edge_agent.engine.partition import ExitCandidates, Partition
 from fleet.bundles.manifest import Bundle
 
 
@@ -52,7 +52,7 @@ class Reading:
         self._lease = model.upper.new_pool(1 << 40).lease(capacity)
         self._cascade = Cascade(model.partition, capacity, one_by_one_from=self._num_prompt)  # as a device does it
         self._cascade.append(prompt_ids)
-        self.exits: list[Candidates] = [self._cascade.run(block) for block in range(len(manifest.exits))]
+        self.exits: list[ExitCandidates] = [self._cascade.run(block) for block in range(len(manifest.exits))]
         self.logits: Tensor = self._run(0, self._num_prompt, 1)[0]
 
     def _run(self, start: int, stop: int, num_outputs: int) -> Tensor:

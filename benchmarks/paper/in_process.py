@@ -17,7 +17,7 @@ from fleet.protocol import topics
 from fleet.protocol.modes import FALLBACK
 from fleet.protocol.prompt import PromptRequest
 from fleet.protocol.report import DeviceStatus, WorkerStatus, decode_status
-from fleet.transport.in_memory import MemoryBroker
+from fleet.transport.in_memory import InMemoryBroker
 from fleet.transport.prompt_client import PromptClient
 
 DEVICE: Final = "edge-1"
@@ -70,7 +70,7 @@ def in_process_fleet(bundle: Bundle, num_threads: int, max_requests: int = 1) ->
         num_threads=num_threads, max_concurrent_requests=max_requests, assist_deadline_ms=ASSIST_MS,
         answer_deadline_ms=ANSWER_MS,
     )  # fmt: skip
-    broker = MemoryBroker()
+    broker = InMemoryBroker()
     with broker.connect("app") as app, broker.connect(WORKER) as worker_link, broker.connect(DEVICE) as device_link:
         online: queue.Queue[bool] = queue.Queue()
         app.subscribe(

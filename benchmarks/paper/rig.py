@@ -34,7 +34,7 @@ from fleet.identity.identity import Identity
 from fleet.protocol.access import Role
 from fleet.protocol.prompt import ChatMessage
 from fleet.server.child_process import child
-from fleet.server.home import EMBEDDED, MOSQUITTO, WORKER, State, StateConfig
+from fleet.server.home import EMBEDDED, MOSQUITTO, WORKER, FleetConfig, FleetHome
 from fleet.server.supervisor import free_port, server_processes
 
 HOST: Final = "127.0.0.1"
@@ -115,7 +115,7 @@ class Rig:
         whole = self._models.whole() if "whole" in clouds else None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-paper-")))
         bundle = str(self._models.bundle.folder)
-        state = State.create(folder / "state", StateConfig(HOST, free_port(HOST), bundle, service_port=0))
+        state = FleetHome.create(folder / "state", FleetConfig(HOST, free_port(HOST), bundle, service_port=0))
         identities, workers = self._enroll(state, folder, devices, clouds)
         self._progress(f"starting {len(devices)} devices and {len(clouds)} clouds")
         with started_on(cloud_core):
@@ -138,7 +138,7 @@ class Rig:
             engine.wait_ready()
 
     def _enroll(
-        self, state: State, folder: Path, devices: Iterable[Device], clouds: Iterable[Cloud]
+        self, state: FleetHome, folder: Path, devices: Iterable[Device], clouds: Iterable[Cloud]
     ) -> tuple[dict[Device, Identity], dict[Cloud, Identity]]:
         """Identities of all who speak to the broker: a peer's engine on the device's side does not."""
         own = [device for device in devices if device not in PEER_NAMES]

@@ -16,7 +16,7 @@ from amqtt.mqtt.unsubscribe import UnsubscribePacket
 from amqtt.session import Session
 
 from cloud_broker_worker.broker.packets import Packet, read_packet
-from cloud_broker_worker.broker.rights_cache import Holder
+from cloud_broker_worker.broker.rights_cache import CertificateHolder
 from fleet.errors import DecodeError
 
 MAX_UNSENT_BYTES: Final = 8 << 20
@@ -40,7 +40,7 @@ class Connection:
     """A client that was let in: `name` is its certificate's, `session.client_id` this connection's."""
 
     def __init__(
-        self, holder: Holder, session: Session, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, holder: CertificateHolder, session: Session, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         self.holder = holder
         self.name = holder.name

@@ -8,7 +8,7 @@ import socket
 import ssl
 from typing import TYPE_CHECKING, Self
 
-from cloud_broker_worker.broker.rights_cache import Lookup, Rights
+from cloud_broker_worker.broker.rights_cache import Lookup, RightsCache
 from fleet.errors import MissingExtraError
 from fleet.identity.identity import ServerTls
 from fleet.transport.tls_server import STOP_S, TlsServer
@@ -26,7 +26,7 @@ class EmbeddedBroker(TlsServer):
 
     def __init__(self, host: str, port: int, tls: ServerTls, lookup: Lookup) -> None:
         super().__init__("broker", host, port, tls)
-        self._rights = Rights(lookup)
+        self._rights = RightsCache(lookup)
 
     def __enter__(self) -> Self:
         """Raises what `TlsServer` does, and MissingExtraError without amqtt."""

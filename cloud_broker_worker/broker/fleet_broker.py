@@ -26,10 +26,10 @@ from amqtt.mqtt.unsuback import UnsubackPacket
 from amqtt.mqtt.unsubscribe import UnsubscribePacket
 from amqtt.session import Session
 
-from cloud_broker_worker.broker.admission import Refusal, admit, holder_of
+from cloud_broker_worker.broker.admission import ConnectRefusal, admit, holder_of
 from cloud_broker_worker.broker.connection import Connection
 from cloud_broker_worker.broker.packets import read_packet
-from cloud_broker_worker.broker.rights_cache import Rights
+from cloud_broker_worker.broker.rights_cache import RightsCache
 from fleet.errors import DecodeError, ProtocolError
 from fleet.protocol import topics
 from fleet.protocol.access import Action
@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 class FleetBroker(Broker):
     """A client's certificate, client id and user name are one name, and `rights` says what that may do."""
 
-    def __init__(self, listener: socket.socket, tls: ssl.SSLContext, rights: Rights) -> None:
+    def __init__(self, listener: socket.socket, tls: ssl.SSLContext, rights: RightsCache) -> None:
         super().__init__(BrokerConfig(listeners={"default": ListenerConfig(bind="127.0.0.1:0")}, plugins={}))
         self._socket = listener
         self._tls = tls
@@ -138,8 +138,10 @@ class FleetBroker(Broker):
         holder = holder_of(writer.get_extra_info("ssl_object"))
         session = admit(packet, holder, self._rights)
         if isinstance(session, Session) and holder and self._is_one_too_many(session.client_id, holder.name):
-            session = Refusal(NOT_AUTHORIZED, f"{holder.name!r} has {MAX_CONNECTIONS_PER_NAME} connections already")
-        if isinstance(session, Refusal):
+            session = ConnectRefusal(
+                NOT_AUTHORIZED, f"{holder.name!r} has {MAX_CONNECTIONS_PER_NAME} connections already"
+            )
+        if isinstance(session, ConnectRefusal):
             logger.warning("a connection from %s is refused: %s", writer.get_extra_info("peername"), session.reason)
             writer.write(ConnackPacket.build(0, session.code).to_bytes())
             return None

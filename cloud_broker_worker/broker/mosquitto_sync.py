@@ -36,7 +36,7 @@ class Revoked(Protocol):
     def revoked_at(self) -> float | None: ...
 
 
-class Source(Protocol):
+class RightsSource(Protocol):
     """What is to be kept: the registry."""
 
     def newest_change(self) -> int: ...
@@ -60,7 +60,7 @@ class Evicting(Protocol):
     def spent(self, now: float) -> Iterable[Revoked]: ...
 
 
-class MosquittoKeeper:
+class MosquittoSync:
     """Writes `acl` and the revocation list into `folder` when they differ, and has `reload` tell the broker.
 
     Without `evictions` connections that are open stay so: for a broker that does not run.
@@ -69,7 +69,7 @@ class MosquittoKeeper:
     def __init__(
         self,
         folder: Path,
-        source: Source,
+        source: RightsSource,
         crl: RevocationList,
         reload: Callable[[], None],
         evictions: Evicting | None = None,

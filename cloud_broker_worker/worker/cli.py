@@ -43,7 +43,7 @@ def run(
         from cloud_broker_worker.worker.config import Weights, WorkerConfig
         from cloud_broker_worker.worker.metrics import WorkerMonitor
         from cloud_broker_worker.worker.worker import Worker
-        from fleet.monitoring.http_endpoint import Endpoint
+        from fleet.monitoring.http_endpoint import HttpEndpoint
     except ImportError as error:
         raise MissingExtraError(
             f"a worker needs {error.name}, which is not installed; run: pip install 'cecollm-fleet[worker]'"
@@ -78,7 +78,7 @@ def run(
     stop = stop_event()
     will = Will(topics.worker_status(identity.name), Worker.will())
     with ExitStack() as stack:
-        endpoint = None if metrics_port is None else stack.enter_context(Endpoint(metrics_host, metrics_port))
+        endpoint = None if metrics_port is None else stack.enter_context(HttpEndpoint(metrics_host, metrics_port))
         transport = stack.enter_context(MqttTransport.connect(identity, will=will))
         worker = stack.enter_context(Worker(transport, loaded, config))
         if endpoint:

@@ -30,7 +30,7 @@ class Durations:
 
 
 @dataclass
-class Tally:
+class WorkerCounters:
     """Counts since the engine was made; they only grow.
 
     Attributes:

@@ -10,14 +10,14 @@ from typing import NamedTuple
 import msgspec
 
 from cloud_broker_worker.worker.config import WorkerConfig
-from cloud_broker_worker.worker.counters import Tally
+from cloud_broker_worker.worker.counters import WorkerCounters
 from cloud_broker_worker.worker.kv_pool import PoolFullError
 from cloud_broker_worker.worker.scheduler import schedule
 from cloud_broker_worker.worker.session import Session, SessionKey
-from cloud_broker_worker.worker.session_store import Memory
+from cloud_broker_worker.worker.session_store import SessionStore
 from cloud_broker_worker.worker.upper_layers import Chunk, UpperLayers
 from cloud_broker_worker.worker.verification import (
-    Candidates,
+    TokenCandidates,
     answer_of,
     best_candidates,
     make_choices,
@@ -43,12 +43,12 @@ from fleet.protocol.messages import (
     Verified,
     Verify,
 )
-from fleet.utils.rate_limited_log import LimitedLog
+from fleet.utils.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
 
-class Answer(NamedTuple):
+class EngineResponse(NamedTuple):
     """A message for a session's device."""
 
     key: SessionKey
@@ -62,9 +62,9 @@ class Engine:
         self, layers: UpperLayers, worker: str, config: WorkerConfig, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.pool = layers.new_pool(config.kv_budget_bytes)
-        self.memory = Memory(self.pool, config)
+        self.memory = SessionStore(self.pool, config)
         self.sessions = self.memory.sessions
-        self.tally = Tally()
+        self.tally = WorkerCounters()
         self.is_draining = False
         self.denied: frozenset[str] = frozenset()  # devices that are served no more
         self._layers = layers
@@ -72,12 +72,12 @@ class Engine:
         self._worker = worker
         self._config = config
         self._clock = clock
-        self._answers: list[Answer] = []
-        self._log = LimitedLog(log)
+        self._answers: list[EngineResponse] = []
+        self._log = RateLimitedLog(log)
 
     # Messages.
 
-    def handle(self, device: str, message: ToWorker, arrived: float) -> list[Answer]:
+    def handle(self, device: str, message: ToWorker, arrived: float) -> list[EngineResponse]:
         """Takes one message of `device`; what is to be answered at once."""
         key = SessionKey(device, message.session)
         if isinstance(message, Open):
@@ -89,7 +89,7 @@ class Engine:
             answers = []
         else:
             answers = [self._refused(key, "unknown_session", "this worker has no such session; open it again")]
-        return [Answer(key, answer) for answer in answers if answer]
+        return [EngineResponse(key, answer) for answer in answers if answer]
 
     def _take(
         self, session: Session, message: Context | Assist | Verify | Close, arrived: float
@@ -186,7 +186,7 @@ class Engine:
 
     # Steps.
 
-    def step(self) -> list[Answer] | None:
+    def step(self) -> list[EngineResponse] | None:
         """Runs one ragged batch over positions of many sessions; answers that are ready. None when nothing was to do.
 
         Questions go first. When none can be answered, context that has arrived runs ahead of the next ones.
@@ -267,7 +267,7 @@ class Engine:
             self._conclude(session, candidates.rows(first, first + len(chunk.outputs)))
             first += len(chunk.outputs)
 
-    def _conclude(self, session: Session, candidates: Candidates) -> None:
+    def _conclude(self, session: Session, candidates: TokenCandidates) -> None:
         """What follows from the tokens that the worker would choose after the positions that were asked about."""
         question = session.question
         if question is None:
@@ -284,7 +284,7 @@ class Engine:
         session.question = None
         if isinstance(answer, Verified) and answer.token_id is not None:
             session.rewind(answer.start + answer.accepted + 1, session.branch + 1)
-        self._answers.append(Answer(session.key, answer))
+        self._answers.append(EngineResponse(session.key, answer))
 
     # Ends.
 
@@ -294,20 +294,20 @@ class Engine:
         for session in [s for s in self.sessions.values() if now - s.last_used > self._config.session_ttl_s]:
             self.memory.drop(session)
 
-    def deny(self, devices: frozenset[str]) -> list[Answer]:
+    def deny(self, devices: frozenset[str]) -> list[EngineResponse]:
         """Serves these devices no more, and those that were denied before again; drops their sessions."""
         self.denied = devices
         sessions = [session for session in self.sessions.values() if session.key.device in devices]
         for session in sessions:
             self.memory.drop(session)
-        return [Answer(session.key, self._revoked(session.key)) for session in sessions]
+        return [EngineResponse(session.key, self._revoked(session.key)) for session in sessions]
 
-    def dismiss(self) -> list[Answer]:
+    def dismiss(self) -> list[EngineResponse]:
         """Drops every session and sends its device to another worker."""
         sessions = list(self.sessions.values())
         for session in sessions:
             self.memory.drop(session)
-        return [Answer(session.key, self._stopping(session.key)) for session in sessions]
+        return [EngineResponse(session.key, self._stopping(session.key)) for session in sessions]
 
     def check_integrity(self) -> None:
         """Raises RuntimeError when sessions and memory do not agree: for tests, after every scenario."""
@@ -315,7 +315,9 @@ class Engine:
 
     def _give_up(self, session: Session, code: str, reason: str, retry_after_ms: int = 0) -> None:
         self.memory.drop(session)
-        self._answers.append(Answer(session.key, self._refused(session.key, code, reason[:500], retry_after_ms)))
+        self._answers.append(
+            EngineResponse(session.key, self._refused(session.key, code, reason[:500], retry_after_ms))
+        )
 
     def _stopping(self, key: SessionKey) -> Refused:
         text = "this worker is stopping; open the session with another one"

@@ -16,7 +16,7 @@ from cloud_broker_worker.worker.session import Session
 
 
 @dataclass(frozen=True)
-class Limits:
+class MemoryLimits:
     """Bytes for everything, bytes for one device's caches while others need some, and how many sessions a device has.
 
     A session is idle when nobody has used it for `idle_after_s` seconds.
@@ -39,7 +39,7 @@ class Limits:
 
 
 def sessions_to_drop(
-    sessions: Collection[Session], device: str, num_positions: int, limits: Limits, now: float
+    sessions: Collection[Session], device: str, num_positions: int, limits: MemoryLimits, now: float
 ) -> list[Session]:
     """Idle sessions that have to go before `device` gets another one of `num_positions`.
 
@@ -71,7 +71,9 @@ def sessions_to_drop(
     return dropped
 
 
-def claimed_bytes(sessions: Collection[Session], device: str, num_positions: int, limits: Limits, now: float) -> float:
+def claimed_bytes(
+    sessions: Collection[Session], device: str, num_positions: int, limits: MemoryLimits, now: float
+) -> float:
     """Bytes that these sessions may claim beside a new one of `device`; others have no claim beyond their share."""
     caches = Counter({device: limits.cache_bytes(num_positions)})
     for session in sessions:
@@ -83,7 +85,7 @@ def claimed_bytes(sessions: Collection[Session], device: str, num_positions: int
     return hidden + max(in_use, largest)
 
 
-def may_go_for(session: Session, other: Session, limits: Limits, now: float) -> bool:
+def may_go_for(session: Session, other: Session, limits: MemoryLimits, now: float) -> bool:
     """Whether `other` may lose its cache to `session`: to a question that can be answered unless its own has waited
     longer, and to context that only runs ahead when it is idle."""
     if session.question is None or session.num_pending == 0:
@@ -107,7 +109,7 @@ def caches_to_evict(candidates: Iterable[Session], num_bytes: int, over_share: C
     return victims
 
 
-def devices_over_share(sessions: Iterable[Session], limits: Limits, newcomer: Session | None = None) -> set[str]:
+def devices_over_share(sessions: Iterable[Session], limits: MemoryLimits, newcomer: Session | None = None) -> set[str]:
     """Devices whose caches take more than their share; with a `newcomer`, as if it had its cache already."""
     used = Counter[str]()
     for session in sessions:

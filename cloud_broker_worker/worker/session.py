@@ -18,7 +18,7 @@ class SessionKey(NamedTuple):
     session: str
 
 
-class Choice(NamedTuple):
+class TokenChoice(NamedTuple):
     """The worker's token after a position, and its log-probability at temperature 1."""
 
     token_id: int
@@ -26,7 +26,7 @@ class Choice(NamedTuple):
 
 
 @dataclass
-class Question:
+class VerifyJob:
     """An assist or a verify that waits. Both ask for the tokens after positions [first, stop).
 
     `choices` are those that have been made, from `first` on. It has begun once a step had positions of its session.
@@ -35,7 +35,7 @@ class Question:
     message: Assist | Verify
     arrived: float
     expires: float
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[TokenChoice] = field(default_factory=list)
     has_begun: bool = False
 
     @property
@@ -91,7 +91,7 @@ class Session:
     branch: int
     received: int = 0
     lease: KvLease | None = None
-    question: Question | None = None
+    question: VerifyJob | None = None
     answer: Token | Verified | None = None
     last_request: int = -1
     drafts: bool = False
@@ -113,7 +113,7 @@ class Session:
         if self.question and self.question.message == message:
             self.question.expires = max(expires, self.question.expires)
             return
-        self.question = Question(message, now, expires)
+        self.question = VerifyJob(message, now, expires)
         self.last_request = message.request
         self.drafts = isinstance(message, Verify)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cloud_broker_worker.worker.config import WorkerConfig
 from cloud_broker_worker.worker.eviction_policy import (
-    Limits,
+    MemoryLimits,
     caches_to_evict,
     devices_over_share,
     may_go_for,
@@ -15,14 +15,14 @@ from cloud_broker_worker.worker.session import Session, SessionKey
 from fleet.protocol.messages import Open
 
 
-class Memory:
+class SessionStore:
     """Every session keeps its hidden states; caches come and go with the need for them."""
 
     def __init__(self, pool: KvPool, config: WorkerConfig) -> None:
         self.pool = pool
         self.sessions: dict[SessionKey, Session] = {}
         self.num_evictions = 0
-        self._limits = Limits(
+        self._limits = MemoryLimits(
             pool.shape,
             config.kv_budget_bytes,
             config.max_device_share * config.kv_budget_bytes,

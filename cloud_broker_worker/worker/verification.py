@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cloud_broker_worker.worker.session import Choice, Question
+from cloud_broker_worker.worker.session import TokenChoice, VerifyJob
 from fleet.protocol.messages import Assist, Sampling, Token, Verified, Verify
 from fleet.protocol.sampling import draw
 
 
-class Candidates(NamedTuple):
+class TokenCandidates(NamedTuple):
     """The best tokens after each of some positions, best first.
 
     `token_ids` [rows, k] int64, `logprobs` [rows, k] float32 at temperature 1; `is_finite` [rows] bool.
@@ -24,18 +24,18 @@ class Candidates(NamedTuple):
     logprobs: npt.NDArray[np.float32]
     is_finite: npt.NDArray[np.bool_]
 
-    def rows(self, start: int, stop: int) -> Candidates:
+    def rows(self, start: int, stop: int) -> TokenCandidates:
         """Those after positions [start, stop) of these."""
-        return Candidates(self.token_ids[start:stop], self.logprobs[start:stop], self.is_finite[start:stop])
+        return TokenCandidates(self.token_ids[start:stop], self.logprobs[start:stop], self.is_finite[start:stop])
 
 
-def best_candidates(logits: torch.Tensor, num_candidates: int) -> Candidates:
+def best_candidates(logits: torch.Tensor, num_candidates: int) -> TokenCandidates:
     """Those of logits [rows, vocab], at most `num_candidates` of each row."""
     logits = logits.float()
     normalizer = logits.logsumexp(-1, keepdim=True)  # NaN or infinite as soon as a logit is NaN or +inf
     best, token_ids = logits.topk(min(num_candidates, logits.shape[-1]))
     is_finite = normalizer[:, 0].isfinite()
-    return Candidates(token_ids.cpu().numpy(), (best - normalizer).cpu().numpy(), is_finite.cpu().numpy())
+    return TokenCandidates(token_ids.cpu().numpy(), (best - normalizer).cpu().numpy(), is_finite.cpu().numpy())
 
 
 def num_candidates(samplings: Sequence[Sampling], top_k: int) -> int:
@@ -43,7 +43,7 @@ def num_candidates(samplings: Sequence[Sampling], top_k: int) -> int:
     return top_k if any(sampling.temperature for sampling in samplings) else 1
 
 
-def make_choices(question: Question, candidates: Candidates, sampling: Sampling) -> None:
+def make_choices(question: VerifyJob, candidates: TokenCandidates, sampling: Sampling) -> None:
     """Chooses the tokens that follow the next positions of a question, until it is decided.
 
     `candidates` are those after the next positions that are judged; a trusted token takes none.
@@ -51,16 +51,16 @@ def make_choices(question: Question, candidates: Candidates, sampling: Sampling)
     rows = zip(candidates.token_ids, candidates.logprobs, strict=True)
     while not question.is_decided:
         if (index := len(question.choices)) in question.trusted:
-            question.choices.append(Choice(question.draft[index], 0.0))
+            question.choices.append(TokenChoice(question.draft[index], 0.0))
         elif row := next(rows, None):
             token_ids, logprobs = row
             chosen = draw(logprobs, token_ids, question.next_choice, sampling)
-            question.choices.append(Choice(int(token_ids[chosen]), float(logprobs[chosen])))
+            question.choices.append(TokenChoice(int(token_ids[chosen]), float(logprobs[chosen])))
         else:
             return
 
 
-def answer_of(question: Question, session: str, busy_ms: float) -> Token | Verified:
+def answer_of(question: VerifyJob, session: str, busy_ms: float) -> Token | Verified:
     """What is said to a question whose choices are made."""
     message, choices = question.message, question.choices
     if isinstance(message, Assist):

@@ -12,18 +12,18 @@ from types import TracebackType
 from typing import Final, Self
 
 from cloud_broker_worker.worker.config import WorkerConfig
-from cloud_broker_worker.worker.engine import Answer, Engine
+from cloud_broker_worker.worker.engine import Engine, EngineResponse
 from cloud_broker_worker.worker.upper_layers import UpperLayers
 from fleet import __version__
 from fleet.bundles.manifest import Bundle
 from fleet.errors import LinkError, ProtocolError
 from fleet.protocol import topics
 from fleet.protocol.codec import decode_to_worker, encode
-from fleet.protocol.denylist import decode_denial
+from fleet.protocol.denylist import decode_denylist
 from fleet.protocol.messages import Open, ToWorker
 from fleet.protocol.report import WorkerStatus, encode_status
 from fleet.transport.base import Transport
-from fleet.utils.rate_limited_log import LimitedLog
+from fleet.utils.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Worker:
         self._open_filter = topics.shared_open_filter(self._bundle_id) if config.shared_opens else topics.OPEN_FILTER
         self._stopping = threading.Event()
         self._announcing = threading.Lock()
-        self._log = LimitedLog(log)
+        self._log = RateLimitedLog(log)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -142,7 +142,7 @@ class Worker:
     def _on_revoked(self, topic: str, payload: bytes) -> None:
         """Without such a message nobody is denied; what cannot be read changes nothing."""
         try:
-            self._denied = decode_denial(payload)
+            self._denied = decode_denylist(payload)
         except ProtocolError as error:
             self._log.warning("message on %s dropped: %s", topic, error)
 
@@ -183,7 +183,7 @@ class Worker:
         if self._denied is not self.engine.denied:
             self._send(self.engine.deny(self._denied))
 
-    def _send(self, answers: list[Answer]) -> None:
+    def _send(self, answers: list[EngineResponse]) -> None:
         for key, message in answers:
             self._publish(topics.to_device(key.device, key.session), encode(message))
 

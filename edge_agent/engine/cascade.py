@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 import onnxruntime as ort
 
-from edge_agent.engine.partition import Candidates, Float32, Partition, bind_input, bind_output
+from edge_agent.engine.partition import ExitCandidates, Float32, Partition, bind_input, bind_output
 
 Turn = Callable[[], AbstractContextManager[None]]
 
@@ -54,7 +54,7 @@ class Cascade:
         self._token_ids[self.num_tokens : end] = token_ids
         self.num_tokens = end
 
-    def run(self, block: int, turn: Turn = nullcontext) -> Candidates:
+    def run(self, block: int, turn: Turn = nullcontext) -> ExitCandidates:
         """Runs `block` over all that waits for it; the exit's candidates for the newest position.
 
         Each chunk runs inside a `turn()`, so that sequences which share one take turns even over long prompts.

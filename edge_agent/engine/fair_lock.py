@@ -7,7 +7,7 @@ from collections import deque
 from types import TracebackType
 
 
-class Turns:
+class FairLock:
     """A lock that is given in the order in which it was asked for. `with turns:` waits for a turn and takes it.
 
     Python's own lock may be won again and again by the thread that has just let go of it.

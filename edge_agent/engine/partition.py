@@ -19,7 +19,7 @@ Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Candidates:
+class ExitCandidates:
     """What an exit says of the next token: ids [k] int64 and log-probabilities [k] float32, best first."""
 
     token_ids: Int64
@@ -28,7 +28,7 @@ class Candidates:
 
 
 @dataclass
-class Work:
+class WorkCounter:
     """What has run since the graphs were loaded, what was forgotten again included: `positions` of each block, and
     calls of the LM head."""
 
@@ -49,7 +49,7 @@ class Partition:
         self.manifest = bundle.manifest
         names = [*(f"edge/block_{i}.onnx" for i in range(len(bundle.manifest.exits))), "edge/lm_head.onnx"]
         *self.blocks, self._lm_head = [load_session(bundle.path(n), runtime, bundle.manifest.tools) for n in names]
-        self.work = Work([0] * len(self.blocks))
+        self.work = WorkCounter([0] * len(self.blocks))
         self._embedding, self._table = load_tables(bundle)
         release_freed_memory()
 
@@ -78,10 +78,10 @@ class LmHeadRun:
         bind_output(self._binding, "top_logprobs", self._logprobs)
         bind_output(self._binding, "confidence", self._confidence)
 
-    def __call__(self) -> Candidates:
+    def __call__(self) -> ExitCandidates:
         """Runs it."""
         self._session.run_with_iobinding(self._binding)
-        return Candidates(self._ids[0].copy(), self._logprobs[0].copy(), float(self._confidence[0]))
+        return ExitCandidates(self._ids[0].copy(), self._logprobs[0].copy(), float(self._confidence[0]))
 
 
 def bind_input(binding: ort.IOBinding, name: str, array: npt.NDArray[Any]) -> None:

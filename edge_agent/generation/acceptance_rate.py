@@ -11,7 +11,7 @@ DECAY: Final = 0.995  # what was measured about two hundred drafts ago counts a 
 LOOKUP_PRIOR: Final = 0.5
 
 
-class Acceptance:
+class AcceptanceRate:
     """Learned from verdicts, by all answers of a device. Before there are any, a confidence speaks for itself."""
 
     def __init__(self) -> None:

@@ -8,17 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from edge_agent.engine.cascade import Cascade
-from edge_agent.engine.fair_lock import Turns
+from edge_agent.engine.fair_lock import FairLock
 from edge_agent.engine.partition import Partition
 from edge_agent.measurements import Measurements
-from edge_agent.session.cloud_session import Uplink
+from edge_agent.session.cloud_session import CloudSession
 from fleet.exits.exit_policy import exit_emits
 from fleet.protocol.messages import Sampling
 from fleet.protocol.sampling import draw
 
 
 @dataclass(frozen=True)
-class Choice:
+class ExitChoice:
     """A token that an exit chose, its log-probability at temperature 1, and whether the exit is sure enough to emit."""
 
     token_id: int
@@ -53,8 +53,8 @@ class Decoder:
         capacity: int,
         thresholds: Sequence[float],
         sampling: Sampling,
-        uplink: Uplink | None = None,
-        turns: Turns | None = None,
+        uplink: CloudSession | None = None,
+        turns: FairLock | None = None,
         measurements: Measurements | None = None,
         *,
         one_by_one_from: int | None = None,
@@ -67,7 +67,7 @@ class Decoder:
         self._thresholds = thresholds
         self._sampling = sampling
         self._uplink = uplink
-        self._turns = turns or Turns()
+        self._turns = turns or FairLock()
         self._measurements = measurements or Measurements()
         self._num_offered = 0
 
@@ -76,7 +76,7 @@ class Decoder:
         """Whether nobody else is at the model."""
         return self._turns.is_free
 
-    def choose(self) -> Choice:
+    def choose(self) -> ExitChoice:
         """The token after the newest position: by the first exit that is sure, else by the deepest."""
         self._append(len(self.text))
         position, started = self.cascade.num_tokens - 1, time.monotonic()
@@ -93,7 +93,7 @@ class Decoder:
             self._measurements.step(time.monotonic() - started)
         self._measurements.chose(candidates.confidence, is_sure=is_sure)
         chosen = draw(candidates.logprobs, candidates.token_ids, position, self._sampling)
-        return Choice(
+        return ExitChoice(
             int(candidates.token_ids[chosen]), float(candidates.logprobs[chosen]), self._manifest.exits[block],
             candidates.confidence, is_sure,
         )  # fmt: skip

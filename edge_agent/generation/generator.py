@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 from edge_agent.generation.decoder import Decoder, GeneratedToken
-from edge_agent.generation.mode_controller import Modes
-from edge_agent.generation.speculative import DraftRun
-from edge_agent.session.cloud_session import Uplink
+from edge_agent.generation.mode_controller import ModeController
+from edge_agent.generation.speculative import SpeculativeDecoder
+from edge_agent.session.cloud_session import CloudSession
 from fleet.errors import CloudError, DeadlineError
 from fleet.protocol.modes import FALLBACK, Mode, exit_source
 
@@ -24,10 +24,10 @@ class Generator:
     def __init__(
         self,
         decoder: Decoder,
-        modes: Modes,
+        modes: ModeController,
         eos_token_ids: Sequence[int],
-        uplink: Uplink | None = None,
-        run: DraftRun | None = None,
+        uplink: CloudSession | None = None,
+        run: SpeculativeDecoder | None = None,
     ) -> None:
         self._decoder = decoder
         self._modes = modes

@@ -14,7 +14,7 @@ MAX_SWITCHES: Final = 50
 SAMPLED: Final = "this answer is a sample, by which the exits are judged"
 
 
-class Modes:
+class ModeController:
     """The mode of one answer: a fixed one, or in `auto` whatever the measurements suggest.
 
     A sample of collaborative answers is verified as long as the cloud is there, and collaborative from then on.

@@ -41,7 +41,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Decision:
+class ModeDecision:
     mode: Mode
     reason: str
 
@@ -68,7 +68,7 @@ def predict(m: Snapshot, targets: Targets) -> dict[Mode, Prediction]:
     }
 
 
-def decide(m: Snapshot, targets: Targets, current: Mode, tokens_since_switch: int, *, is_link_up: bool) -> Decision:
+def decide(m: Snapshot, targets: Targets, current: Mode, tokens_since_switch: int, *, is_link_up: bool) -> ModeDecision:
     """The mode of the next token, and why.
 
     Without the link a device is alone, unless only the exact text will do (`min_agreement` 1). Otherwise the mode that
@@ -77,19 +77,19 @@ def decide(m: Snapshot, targets: Targets, current: Mode, tokens_since_switch: in
     """
     if not is_link_up:
         if targets.min_agreement == 1.0:
-            return Decision(Mode.VERIFIED, "the link is down, and only the cloud's own text will do")
-        return Decision(Mode.STANDALONE, "the link is down")
+            return ModeDecision(Mode.VERIFIED, "the link is down, and only the cloud's own text will do")
+        return ModeDecision(Mode.STANDALONE, "the link is down")
     if m.num_round_trips == 0 or m.num_choices == 0:
-        return Decision(Mode.COLLABORATIVE, "nothing is measured yet")
+        return ModeDecision(Mode.COLLABORATIVE, "nothing is measured yet")
     predictions = predict(m, targets)
     best = min(predictions, key=lambda mode: _rank(predictions[mode], targets, is_current=mode is current))
     now, then = predictions[current], predictions[best]
     missed_now = missed(now, targets, is_current=True)
     if best is current or tokens_since_switch < MIN_TOKENS:
-        return Decision(current, "as before")
+        return ModeDecision(current, "as before")
     if missed_now <= missed(then, targets) and not _is_better(then, now, targets):
-        return Decision(current, "as before")
-    return Decision(best, _why(predictions, best, current, missed_now, targets))
+        return ModeDecision(current, "as before")
+    return ModeDecision(best, _why(predictions, best, current, missed_now, targets))
 
 
 def missed(prediction: Prediction, targets: Targets, *, is_current: bool = False) -> tuple[bool, bool, bool]:

@@ -14,12 +14,12 @@ from itertools import takewhile
 from math import prod
 from typing import Final
 
-from edge_agent.generation.acceptance_rate import Acceptance
+from edge_agent.generation.acceptance_rate import AcceptanceRate
 from edge_agent.generation.decoder import Decoder, GeneratedToken
 from edge_agent.generation.draft_policy import worth_drafting, worth_guessing
 from edge_agent.generation.prompt_lookup import PromptLookup
 from edge_agent.measurements import Measurements
-from edge_agent.session.cloud_session import Uplink
+from edge_agent.session.cloud_session import CloudSession
 from fleet.protocol.messages import MAX_DRAFT, Verified
 from fleet.protocol.modes import CLOUD, FALLBACK, LOOKUP, exit_source
 
@@ -46,7 +46,7 @@ class Draft:
         return GeneratedToken(self.token_id, self.logprob, self.source if self.is_sure else FALLBACK)
 
 
-class DraftRun:
+class SpeculativeDecoder:
     """The drafts of one sequence, which stand at the end of the decoder's text.
 
     The cloud is being asked about the first `num_asked` of them, when `asked_trusting` about the unsure ones alone.
@@ -55,8 +55,8 @@ class DraftRun:
     def __init__(
         self,
         decoder: Decoder,
-        uplink: Uplink,
-        acceptance: Acceptance,
+        uplink: CloudSession,
+        acceptance: AcceptanceRate,
         measurements: Measurements,
         eos_token_ids: Collection[int],
         max_draft: int = MAX_DRAFT,

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from edge_agent.provisioning.credentials import check_certificate, lifetime, new_key, signing_request
-from edge_agent.service_client import Service, persistently
+from edge_agent.service_client import ServiceClient, persistently
 from fleet.errors import FleetError, IdentityError
 from fleet.identity.certificate_rotation import finish_renewal, renewal_in_s, replace_pair
 from fleet.identity.identity import CA_FILE, CERT_FILE, Identity
@@ -40,7 +40,7 @@ def renew(identity: Identity, key: bytes, stop: threading.Event | None = None) -
         IdentityError: we are refused, or what came is not ours, or cannot be written.
         ServiceError: the service cannot be reached.
     """
-    with Service.of(identity) as service:
+    with ServiceClient.of(identity) as service:
         request = RenewRequest(signing_request(key, identity.name))
         reply = persistently(lambda: service.renew(request), timeout_s=ASK_S, stop=stop)
     certificate = reply.certificate.encode()

@@ -12,19 +12,19 @@ import msgspec
 from urllib3.exceptions import InsecureRequestWarning
 
 from edge_agent.provisioning.credentials import check_certificate, fingerprint, new_key, only_first, signing_request
-from edge_agent.service_client import Service, check_url, persistently
+from edge_agent.service_client import ServiceClient, check_url, persistently
 from edge_agent.state.bundle_slots import Slots, SlotStore
 from edge_agent.state.desired_state import save_desired
 from fleet.errors import ConfigError, IdentityError, ServiceError
 from fleet.identity.identity import CA_FILE, CERT_FILE, IDENTITY_FILE, KEY_FILE, Identity, IdentityConfig
-from fleet.protocol.enrolment_api import JoinReply, JoinRequest, Token
+from fleet.protocol.enrolment_api import EnrolmentToken, JoinReply, JoinRequest
 from fleet.protocol.topics import PREFIX
 from fleet.utils.atomic_files import create_file, write_file
 
 JOIN_S: Final = 120.0
 
 
-def join(token: Token, server: str, out: Path, *, timeout_s: float = JOIN_S) -> Identity:
+def join(token: EnrolmentToken, server: str, out: Path, *, timeout_s: float = JOIN_S) -> Identity:
     """Joins the fleet whose service is at `server`, and writes the identity folder `out`; `identity.json` comes last.
 
     The key is on disk before anybody is asked, so that whoever lost the reply asks again with the same key, and gets
@@ -45,7 +45,7 @@ def join(token: Token, server: str, out: Path, *, timeout_s: float = JOIN_S) -> 
     key = own_key(out)
     ca = pinned_ca(server, token.ca_sha256, timeout_s)
     request = JoinRequest(token.id, token.secret, signing_request(key))
-    with Service(server, trusting_only(ca)) as service:
+    with ServiceClient(server, trusting_only(ca)) as service:
         reply = persistently(lambda: service.join(request), timeout_s=deadline - time.monotonic())
     return write_identity(out, reply, key, ca)
 
@@ -69,7 +69,7 @@ def pinned_ca(server: str, ca_sha256: str, timeout_s: float) -> bytes:
     anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     anybody.check_hostname = False
     anybody.verify_mode = ssl.CERT_NONE
-    with Service(server, anybody) as service, warnings.catch_warnings():
+    with ServiceClient(server, anybody) as service, warnings.catch_warnings():
         warnings.simplefilter("ignore", InsecureRequestWarning)  # the hash decides
         ca = persistently(service.ca, timeout_s=timeout_s)
     try:

@@ -26,7 +26,7 @@ CREATE TABLE IF NOT EXISTS reports (
 INSERT: Final = "INSERT OR IGNORE INTO reports (generation, sent, payload) VALUES (?, ?, ?)"
 
 
-class Kept(NamedTuple):
+class StoredReport(NamedTuple):
     """One report; later ones have a larger `id`."""
 
     id: int
@@ -88,10 +88,10 @@ class ReportOutbox:
     def remove(self, generations: Iterable[str]) -> None:
         self._here.executemany("DELETE FROM reports WHERE generation = ?", [(each,) for each in generations])
 
-    def take(self, after: int, count: int) -> list[Kept]:
+    def take(self, after: int, count: int) -> list[StoredReport]:
         """The first `count` reports behind the id `after`, which are on record as sent from now on."""
         query = "SELECT id, generation, payload FROM reports WHERE id > ? ORDER BY id LIMIT ?"
-        kept = [Kept(*row) for row in self._here.execute(query, (after, count))]
+        kept = [StoredReport(*row) for row in self._here.execute(query, (after, count))]
         if kept:
             unsent = "UPDATE reports SET sent = 1 WHERE sent = 0 AND id BETWEEN ? AND ?"
             self._here.execute(unsent, (kept[0].id, kept[-1].id))

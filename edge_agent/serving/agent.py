@@ -16,19 +16,19 @@ from typing import Final, Self
 import msgspec
 
 from edge_agent.config import AgentConfig
-from edge_agent.engine.fair_lock import Turns
+from edge_agent.engine.fair_lock import FairLock
 from edge_agent.engine.ort_runtime import check_instruction_set, is_out_of_memory
-from edge_agent.engine.partition import Partition, Work
+from edge_agent.engine.partition import Partition, WorkCounter
 from edge_agent.engine.tokenizer import ChatTokenizer
 from edge_agent.reporting.report_outbox import ReportOutbox
 from edge_agent.reporting.reporter import Reporter
 from edge_agent.serving.answerer import Answerer, refusal
 from edge_agent.serving.event_triggers import EventTriggers
 from edge_agent.serving.job_queue import Job, JobQueue
-from edge_agent.serving.request_planner import MB, Planner
+from edge_agent.serving.request_planner import MB, RequestPlanner
 from edge_agent.serving.self_test import check_step
-from edge_agent.session.cloud_session import Uplink
-from edge_agent.session.worker_directory import Workers
+from edge_agent.session.cloud_session import CloudSession
+from edge_agent.session.worker_directory import WorkerDirectory
 from fleet import __version__
 from fleet.bundles.manifest import Bundle
 from fleet.errors import BusyError, FleetError, PromptError, ProtocolError
@@ -75,8 +75,8 @@ class Agent:
         self._partition = Partition(bundle, config.num_threads, config.provider)
         if is_trial:
             check_step(self._partition, self._tokenizer)
-        self._planner = Planner(self._partition, self._tokenizer, config, draw)
-        self._turns = Turns()
+        self._planner = RequestPlanner(self._partition, self._tokenizer, config, draw)
+        self._turns = FairLock()
         self._arrived: queue.Queue[Job | None] = queue.Queue()
         self._jobs = JobQueue(config.cache_budget_mb * MB)
         self._active: dict[tuple[str, str], Job] = {}
@@ -84,7 +84,7 @@ class Agent:
         self._stopping = False
         self._lock = threading.Lock()
         self._triggers = EventTriggers(transport, self._epoch, self._on_prompt, self._is_active)
-        self._workers = Workers(transport, self._worker_changed)
+        self._workers = WorkerDirectory(transport, self._worker_changed)
         self._reporter = Reporter(transport, ReportOutbox(reports_file, config.max_kept_reports))
         self._answerer = Answerer(
             transport, self._workers, self._reporter, self._manifest, self._partition, self._tokenizer, self._turns,
@@ -144,7 +144,7 @@ class Agent:
             self._stopping = not off
 
     @property
-    def work(self) -> Work:
+    def work(self) -> WorkCounter:
         """What its model has run so far."""
         return self._partition.work
 
@@ -253,7 +253,7 @@ class Agent:
         for uplink in self._uplinks():
             uplink.worker_changed(worker)
 
-    def _uplinks(self) -> list[Uplink]:
+    def _uplinks(self) -> list[CloudSession]:
         with self._lock:
             return [job.uplink for job in self._active.values() if job.uplink]
 

@@ -8,20 +8,20 @@ from typing import Final
 
 import msgspec
 
-from edge_agent.engine.fair_lock import Turns
+from edge_agent.engine.fair_lock import FairLock
 from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer, TextStream
-from edge_agent.generation.acceptance_rate import Acceptance
+from edge_agent.generation.acceptance_rate import AcceptanceRate
 from edge_agent.generation.decoder import Decoder
 from edge_agent.generation.generator import Generator
-from edge_agent.generation.mode_controller import Modes
-from edge_agent.generation.speculative import DraftRun
+from edge_agent.generation.mode_controller import ModeController
+from edge_agent.generation.speculative import SpeculativeDecoder
 from edge_agent.measurements import Measurements
 from edge_agent.reporting.reporter import Reporter
 from edge_agent.serving.job_queue import Job
-from edge_agent.serving.request_planner import Plan
-from edge_agent.session.cloud_session import Uplink
-from edge_agent.session.worker_directory import Workers
+from edge_agent.serving.request_planner import RequestPlan
+from edge_agent.session.cloud_session import CloudSession
+from edge_agent.session.worker_directory import WorkerDirectory
 from fleet.bundles.manifest import Manifest
 from fleet.protocol import topics
 from fleet.protocol.messages import PROTOCOL, Open
@@ -39,12 +39,12 @@ class Answerer:
     def __init__(
         self,
         transport: Transport,
-        workers: Workers,
+        workers: WorkerDirectory,
         reporter: Reporter,
         manifest: Manifest,
         partition: Partition,
         tokenizer: ChatTokenizer,
-        turns: Turns,
+        turns: FairLock,
         epoch: int,
     ) -> None:
         self._transport = transport
@@ -56,7 +56,7 @@ class Answerer:
         self._turns = turns
         self._epoch = epoch
         self._measurements = Measurements()
-        self._acceptance = Acceptance()
+        self._acceptance = AcceptanceRate()
 
     def reply(self, job: Job, reply: Reply) -> None:
         """Publishes a job's next reply, and keeps it for an app that asks again."""
@@ -66,7 +66,7 @@ class Answerer:
         job.replies.append(payload)
         publish_or_log(self._transport, topics.reply(self._transport.name, job.app, job.request), payload, qos=1)
 
-    def answer(self, job: Job, plan: Plan) -> None:
+    def answer(self, job: Job, plan: RequestPlan) -> None:
         """Streams the answer, and reports what it took, up to an error, too.
 
         Raises PromptError when the answer is late, or cannot go on without the cloud.
@@ -87,7 +87,7 @@ class Answerer:
             bundle_id=report.bundle_id, note=uplink.note if uplink else None,
         ))  # fmt: skip
 
-    def _generate(self, job: Job, plan: Plan, text: TextStream) -> str:
+    def _generate(self, job: Job, plan: RequestPlan, text: TextStream) -> str:
         """Streams the answer's tokens; gives the reason why it ended."""
         if job.cancelled.is_set():
             return "cancelled"
@@ -103,29 +103,29 @@ class Answerer:
                 return "stop"
         return "cancelled" if job.cancelled.is_set() else "length"
 
-    def _generator(self, job: Job, plan: Plan) -> Generator:
+    def _generator(self, job: Job, plan: RequestPlan) -> Generator:
         decoder = Decoder(
             self._partition, plan.capacity, plan.thresholds, job.prompt.sampling, job.uplink, self._turns,
             self._measurements, one_by_one_from=len(plan.prompt_ids) if plan.is_exact else None,
         )  # fmt: skip
         eos = plan.eos_token_ids
         if job.uplink:
-            job.drafts = DraftRun(
+            job.drafts = SpeculativeDecoder(
                 decoder, job.uplink, self._acceptance, self._measurements, eos, plan.config.max_draft
             )  # fmt: skip
         mode = Mode.VERIFIED if plan.is_exact else plan.mode
-        job.modes = Modes(
+        job.modes = ModeController(
             mode, plan.targets, self._measurements, plan.config.assist_deadline_ms, is_sample=plan.is_sample
         )
         return Generator(decoder, job.modes, eos, job.uplink, job.drafts)
 
-    def _connect(self, job: Job, plan: Plan) -> Uplink:
+    def _connect(self, job: Job, plan: RequestPlan) -> CloudSession:
         note = self._workers.why_none(self._manifest.bundle_id)
         opening = Open(
             secrets.token_hex(SESSION_BYTES), self._epoch, self._manifest.bundle_id, PROTOCOL, job.prompt.sampling,
             plan.capacity, plan.config.assist_deadline_ms,
         )  # fmt: skip
-        job.uplink = Uplink(
+        job.uplink = CloudSession(
             self._transport, self._workers, opening, self._manifest.model.hidden_size, self._measurements,
             upload_dtype=plan.config.upload_dtype,
         )  # fmt: skip
@@ -138,7 +138,7 @@ def refusal(seq: int, code: str, message: str) -> Reply:
     return Reply(seq, done=True, finish_reason="error", error=ErrorInfo(code, message))
 
 
-def _report(job: Job, plan: Plan, bundle_id: str, finish_reason: str) -> GenerationReport:
+def _report(job: Job, plan: RequestPlan, bundle_id: str, finish_reason: str) -> GenerationReport:
     uplink = job.uplink
     return GenerationReport(
         generation=job.generation,

@@ -15,7 +15,7 @@ from fleet.errors import FleetError
 from fleet.protocol import topics
 from fleet.protocol.triggers import Fields, Trigger, event_filters, make_prompt, read_event, request_name
 from fleet.transport.base import Handler, Transport
-from fleet.utils.rate_limited_log import LimitedLog
+from fleet.utils.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class EventTriggers:
         self._numbers = itertools.count(1)
         self._armed: dict[str, _Armed] = {}
         self._filters: set[str] = set()
-        self._log = LimitedLog(log, LOG_S)
+        self._log = RateLimitedLog(log, LOG_S)
 
     def set(self, triggers: Iterable[Trigger]) -> None:
         """Puts `triggers` in the place of those until now; one that keeps its name keeps its rate.

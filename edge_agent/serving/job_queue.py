@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from edge_agent.generation.mode_controller import Modes
-from edge_agent.generation.speculative import DraftRun
-from edge_agent.serving.request_planner import Plan
-from edge_agent.session.cloud_session import Uplink
+from edge_agent.generation.mode_controller import ModeController
+from edge_agent.generation.speculative import SpeculativeDecoder
+from edge_agent.serving.request_planner import RequestPlan
+from edge_agent.session.cloud_session import CloudSession
 from fleet.protocol.prompt import PromptRequest
 
 
@@ -27,9 +27,9 @@ class Job:
     received_at: float = field(default_factory=time.time)
     arrived: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
-    uplink: Uplink | None = None
-    drafts: DraftRun | None = None
-    modes: Modes | None = None
+    uplink: CloudSession | None = None
+    drafts: SpeculativeDecoder | None = None
+    modes: ModeController | None = None
     replies: list[bytes] = field(default_factory=list)
     sources: dict[str, int] = field(default_factory=dict)
     first_token: float = 0.0
@@ -65,7 +65,7 @@ class JobQueue:
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self._changed = threading.Condition()
-        self._waiting: list[tuple[Job, Plan]] = []
+        self._waiting: list[tuple[Job, RequestPlan]] = []
         self._leased: dict[Job, int] = {}
         self._closed = False
 
@@ -77,7 +77,7 @@ class JobQueue:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def put(self, job: Job, plan: Plan) -> None:
+    def put(self, job: Job, plan: RequestPlan) -> None:
         """Queues a job whose plan fits the whole budget."""
         with self._changed:
             self._waiting.append((job, plan))
@@ -96,7 +96,7 @@ class JobQueue:
             self._changed.notify_all()
 
     @contextmanager
-    def take(self) -> Iterator[tuple[Job, Plan] | None]:
+    def take(self) -> Iterator[tuple[Job, RequestPlan] | None]:
         """The next job, which holds its memory until the block ends; None when the queue is closed and empty."""
         with self._changed:
             while (index := self._next()) is None and not (self._closed and not self._waiting):

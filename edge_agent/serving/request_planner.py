@@ -20,7 +20,7 @@ MB: Final = 1 << 20
 
 
 @dataclass(frozen=True)
-class Plan:
+class RequestPlan:
     """A request that fits the device. `num_bytes` is the memory of its caches, `deadline_s` counts from its arrival.
 
     `config` are the settings of its whole answer. In a sample the cloud judges every token, as long as it is there.
@@ -48,7 +48,7 @@ class Plan:
         return len(self.prompt_ids) + self.max_new_tokens
 
 
-class Planner:
+class RequestPlanner:
     """Turns prompts into plans, or refuses them. `draw` gives numbers from [0, 1), by which samples are chosen."""
 
     def __init__(
@@ -70,7 +70,7 @@ class Planner:
         self._fit(config.thresholds or self._partition.manifest.thresholds)
         self._config = config
 
-    def plan(self, prompt: PromptRequest) -> Plan:
+    def plan(self, prompt: PromptRequest) -> RequestPlan:
         """Raises PromptError when thresholds, length or memory do not fit this device, whatever else it does."""
         config = self._config  # all by the same one, whatever is followed meanwhile
         prompt_ids = self._tokenizer.encode_chat(prompt.chat)
@@ -85,7 +85,7 @@ class Planner:
         mode = prompt.mode or config.mode
         deadline_s = (prompt.deadline_ms or config.answer_deadline_ms) / 1000
         may_sample = prompt.mode is None and mode is Mode.COLLABORATIVE
-        return Plan(
+        return RequestPlan(
             prompt_ids, max_new_tokens, self._request_thresholds(prompt, config), mode, self._targets(prompt, config),
             deadline_s, num_bytes, config, () if prompt.ignore_eos else self._partition.manifest.model.eos_token_ids,
             is_sample=may_sample and self._draw() < config.agreement_sample,

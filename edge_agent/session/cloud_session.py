@@ -24,9 +24,9 @@ import msgspec
 
 from edge_agent.engine.partition import Float32
 from edge_agent.measurements import Measurements
-from edge_agent.session.pending_verify import Question
-from edge_agent.session.upload_buffer import Outbox
-from edge_agent.session.worker_directory import Workers
+from edge_agent.session.pending_verify import PendingVerify
+from edge_agent.session.upload_buffer import UploadBuffer
+from edge_agent.session.worker_directory import WorkerDirectory
 from fleet.errors import LinkError, ProtocolError
 from fleet.protocol import topics
 from fleet.protocol.codec import decode_to_device, encode
@@ -59,20 +59,20 @@ NUM_TRIES: Final = 3  # what got no answer is sent again, evenly over its deadli
 RETRIABLE: Final = ("internal", "unknown_session")  # said without a time, and yet worth another try
 
 
-class Message(NamedTuple):
+class OutgoingMessage(NamedTuple):
     topic: str
     body: ToWorker
     qos: int = 0
-    question: Question | None = None  # the one that it asks
+    question: PendingVerify | None = None  # the one that it asks
 
 
-class Uplink:
+class CloudSession:
     """One session. The generating thread offers and asks, the transport's thread calls `receive`."""
 
     def __init__(
         self,
         transport: Transport,
-        workers: Workers,
+        workers: WorkerDirectory,
         opening: Open,
         hidden_size: int,
         measurements: Measurements,
@@ -91,14 +91,14 @@ class Uplink:
         self._workers = workers
         self._opening = opening
         self._measurements = measurements
-        self._outbox = Outbox(opening.max_positions, hidden_size, upload_dtype)
+        self._outbox = UploadBuffer(opening.max_positions, hidden_size, upload_dtype)
         self._open_at = 0.0
         self._give_up_at = 0.0
         self._num_losses = 0
         self._num_failed_opens = 0
         self._refused_by: set[str] = set()  # workers that will never take the session
         self._worker_epoch: int | None = None
-        self._question: Question | None = None
+        self._question: PendingVerify | None = None
         self._num_questions = 0
         self._state = LinkState.IDLE
         self._changed = threading.Condition()  # on a lock that a thread may take twice
@@ -175,7 +175,7 @@ class Uplink:
                 self.session, self._num_questions, self._outbox.branch, start, tuple(draft), wait_ms,
                 trusted=tuple(trusted),
             )  # fmt: skip
-            self._question = Question(body)
+            self._question = PendingVerify(body)
             self._num_questions += 1
             if gives_up:
                 self._question.give_up_at = time.monotonic() + wait_ms / 1000
@@ -281,7 +281,7 @@ class Uplink:
     def _opened(self, message: Opened) -> None:
         if self._state in (LinkState.OPEN, LinkState.CLOSED):
             if message.worker != self.worker:  # another worker took it too: it may forget the session
-                self._publish(Message(self._topic(message.worker), Close(self.session)))
+                self._publish(OutgoingMessage(self._topic(message.worker), Close(self.session)))
             return
         self._advance(LinkEvent.OPENED)
         self.worker, self._worker_epoch = message.worker, self._workers.epoch(message.worker)
@@ -337,9 +337,9 @@ class Uplink:
                     message.question.has_gone = True
                     self._changed.notify_all()
         if self.worker:
-            self._publish(Message(self._topic(self.worker), Close(self.session)))
+            self._publish(OutgoingMessage(self._topic(self.worker), Close(self.session)))
 
-    def _due(self, now: float) -> Message | None:
+    def _due(self, now: float) -> OutgoingMessage | None:
         """The next message, if one is due; moves on what has waited too long."""
         match self._state:
             case LinkState.IDLE | LinkState.LOST:
@@ -357,19 +357,19 @@ class Uplink:
             case _:
                 return None
 
-    def _due_open(self, now: float) -> Message | None:
+    def _due_open(self, now: float) -> OutgoingMessage | None:
         if now < self._open_at or not self._transport.is_up or not self._workers.serves(self._opening.bundle_id):
             return None
         self._give_up_at = now + self._opening.deadline_ms / 1000
         self._advance(LinkEvent.OPEN)
         return self._again(now)
 
-    def _again(self, now: float) -> Message:
+    def _again(self, now: float) -> OutgoingMessage:
         self._open_at = now + self._patience_s
         opening = msgspec.structs.replace(self._opening, branch=self._outbox.branch)
-        return Message(topics.open_session(self._transport.name), opening, qos=1)
+        return OutgoingMessage(topics.open_session(self._transport.name), opening, qos=1)
 
-    def _due_context(self, now: float) -> Message | None:
+    def _due_context(self, now: float) -> OutgoingMessage | None:
         """The next chunk; with the question, when it is the last that a new one needs."""
         if self._is_held:
             return None
@@ -379,7 +379,7 @@ class Uplink:
         question = self._question
         if question and question.num_sent == 0 and (asked := self._due_question(now)):
             return asked._replace(body=msgspec.structs.replace(question.body, chunk=chunk))
-        return Message(self._topic(self.worker), Context(self.session, chunk))
+        return OutgoingMessage(self._topic(self.worker), Context(self.session, chunk))
 
     @property
     def _is_held(self) -> bool:
@@ -389,7 +389,7 @@ class Uplink:
             return outbox.sent >= question.num_positions
         return outbox.available - outbox.sent <= HELD_POSITIONS
 
-    def _due_question(self, now: float) -> Message | None:
+    def _due_question(self, now: float) -> OutgoingMessage | None:
         question = self._question
         if question is None or question.answer or self._outbox.sent < question.num_positions:
             return None
@@ -402,7 +402,7 @@ class Uplink:
             return None
         question.num_sent += 1
         question.send_at = now + question.wait_s / NUM_TRIES
-        return Message(self._topic(self.worker), question.body, question=question)
+        return OutgoingMessage(self._topic(self.worker), question.body, question=question)
 
     def _until_due(self, now: float) -> float:
         """Seconds until something may be due without anybody's saying so."""
@@ -432,7 +432,7 @@ class Uplink:
     def _topic(self, worker: str | None) -> str:
         return topics.to_worker(worker or "", self._transport.name, self.session)
 
-    def _publish(self, message: Message) -> bool:
+    def _publish(self, message: OutgoingMessage) -> bool:
         payload = encode(message.body)
         try:
             self._transport.publish(message.topic, payload, qos=message.qos)

@@ -11,7 +11,7 @@ from fleet.protocol.messages import Verified, Verify
 
 
 @dataclass
-class Question:
+class PendingVerify:
     """A verify on its way; the cloud has `body.deadline_ms` from the time that it is sent.
 
     At `give_up_at`, in monotonic seconds, nobody waits for it any more; one that is given up never waits for another

@@ -14,7 +14,7 @@ from fleet.protocol.messages import ContextChunk, Opened
 LIMIT: Final = np.finfo(np.float16).max
 
 
-class Outbox:
+class UploadBuffer:
     """Positions [0, available) in FP16, of which [0, sent) have been sent and [0, acknowledged) have arrived.
 
     What is between the last two never exceeds the worker's window. Every loss is mended by moving `sent` back.

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 GRACE_S: Final = 1.0  # retained statuses arrive this soon after the link came up
 
 
-class Workers:
+class WorkerDirectory:
     """The workers that say they are online. A worker that restarted has another epoch."""
 
     def __init__(self, transport: Transport, on_change: Callable[[str], None]) -> None:

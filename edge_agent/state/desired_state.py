@@ -18,7 +18,7 @@ DESIRED_FILE: Final = "desired.json"
 NOTHING_WANTED: Final = DesiredConfig(0, Settings())
 
 
-class Step(StrEnum):
+class ConfigStep(StrEnum):
     """What follows from a configuration that is wanted."""
 
     STAY = "stay"
@@ -27,15 +27,15 @@ class Step(StrEnum):
     REFUSE = "refuse"
 
 
-def next_step(wanted: DesiredConfig, followed: DesiredConfig, slots: Slots, serving: str) -> Step:
+def next_step(wanted: DesiredConfig, followed: DesiredConfig, slots: Slots, serving: str) -> ConfigStep:
     """What to do about `wanted` on a device that follows another configuration and serves the bundle `serving`.
 
     A configuration that names no bundle leaves the device with the one that it serves.
     """
     bundle = wanted.settings.bundle
     if bundle in (None, serving):
-        return Step.STAY if wanted == followed else Step.ADOPT
-    return Step.REFUSE if has_given_up(slots, bundle, wanted.version) else Step.CHANGE
+        return ConfigStep.STAY if wanted == followed else ConfigStep.ADOPT
+    return ConfigStep.REFUSE if has_given_up(slots, bundle, wanted.version) else ConfigStep.CHANGE
 
 
 def lay_over(own: AgentConfig, settings: Settings, exits: tuple[int, ...]) -> AgentConfig:

@@ -19,7 +19,7 @@ STOP_S: Final = 5.0
 log = logging.getLogger(__name__)
 
 
-class BundleFetcher:
+class BackgroundDownload:
     """Fetches one bundle at a time by `fetch`, which is asked again while it raises ServiceAwayError.
 
     On a thread of its own `on_done` is told the bundle and its folder, and `on_error` the bundle and what is in the

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from edge_agent.service_client import Service
+from edge_agent.service_client import ServiceClient
 from edge_agent.state.bundle_slots import SlotStore, partial_name
 from fleet.bundles.manifest import MANIFEST_FILE, FileEntry, Manifest, check_file, read_manifest
 from fleet.bundles.signature import SIGNATURE_FILE, check_signature
@@ -39,7 +39,7 @@ class BundleDownload:
     """
 
     def __init__(
-        self, service: Service, bundle_id: str, bundles: Path, ca: Path, progress: Progress | None = None
+        self, service: ServiceClient, bundle_id: str, bundles: Path, ca: Path, progress: Progress | None = None
     ) -> None:
         self._service = service
         self._bundle_id = bundle_id
@@ -168,7 +168,7 @@ def fetch_bundle(identity: Identity, bundle_id: str, stop: threading.Event, prog
 
     Raises what :meth:`BundleDownload.run` raises, and ConfigError when the identity names no service.
     """
-    with Service.of(identity) as service:
+    with ServiceClient.of(identity) as service:
         bundles = SlotStore(identity.folder).bundles
         return BundleDownload(service, bundle_id, bundles, identity.folder / CA_FILE, progress).run(stop)
 

@@ -18,8 +18,8 @@ from edge_agent.reporting.report_outbox import REPORTS_FILE
 from edge_agent.service_client import persistently
 from edge_agent.serving.agent import Agent, refuse_prompts
 from edge_agent.state.bundle_slots import Slots, SlotStore, attempt, confirm, give_up, resume
-from edge_agent.state.desired_state import NOTHING_WANTED, Step, lay_over, load_desired, next_step, save_desired
-from edge_agent.update.background_download import BundleFetcher
+from edge_agent.state.desired_state import NOTHING_WANTED, ConfigStep, lay_over, load_desired, next_step, save_desired
+from edge_agent.update.background_download import BackgroundDownload
 from fleet.bundles.manifest import Bundle, Manifest, read_manifest
 from fleet.errors import BundleError, ConfigError, FleetError, PromptError, ProtocolError
 from fleet.protocol import topics
@@ -68,7 +68,7 @@ class Supervisor:
         self._agent: Agent | None = None
         self._events: Queue[Callable[[], None]] = Queue()  # a SimpleQueue may wait for ever after a signal
         self._stop = threading.Event()
-        self._fetcher = BundleFetcher(
+        self._fetcher = BackgroundDownload(
             fetch,
             lambda bundle, path: self._events.put(partial(self._fetched, bundle, path)),
             lambda bundle, error: self._events.put(partial(self._not_fetched, bundle, error)),
@@ -133,16 +133,16 @@ class Supervisor:
     def _want(self, wanted: DesiredConfig) -> None:
         self._wanted = wanted
         step = next_step(wanted, self._followed, self._slots, self._serving)
-        if step is not Step.CHANGE:
+        if step is not ConfigStep.CHANGE:
             self._fetcher.cancel()
         match step:
-            case Step.STAY:
+            case ConfigStep.STAY:
                 self._tell("")
-            case Step.ADOPT:
+            case ConfigStep.ADOPT:
                 self._adopt(wanted)
-            case Step.REFUSE:
+            case ConfigStep.REFUSE:
                 self._tell(str(self._slots.given_up))
-            case Step.CHANGE:
+            case ConfigStep.CHANGE:
                 self._change(wanted)
 
     def _adopt(self, wanted: DesiredConfig) -> None:

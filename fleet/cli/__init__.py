@@ -41,8 +41,8 @@ from fleet.server.home import (
     DEFAULT_SERVICE_PORT,
     EMBEDDED,
     MOSQUITTO,
-    State,
-    StateConfig,
+    FleetConfig,
+    FleetHome,
     create_fleet,
     keeping,
 )
@@ -110,7 +110,7 @@ def up(
 ) -> None:
     """Start broker, registry, collector, service and workers; stop them with Ctrl-C."""
     from fleet.server.supervisor import check_broker, check_port, fleet_processes, resolve_bundle, watch
-    from fleet.server.worker_pool import Crew
+    from fleet.server.worker_pool import WorkerPool
 
     console = Console(stderr=True)
     check_broker(broker)
@@ -118,14 +118,14 @@ def up(
     if service_port:
         check_port(host, service_port, "--service-port")
     path = resolve_bundle(bundle, console.print)
-    folder = state or State.default_folder()
-    config = StateConfig(host, port, str(path), service_port=service_port)
+    folder = state or FleetHome.default_folder()
+    config = FleetConfig(host, port, str(path), service_port=service_port)
     fleet = create_fleet(folder, keeping(folder, config, registry, retention_days))
     default = fleet.keep_bundle(path)
     stop = stop_event()  # until now a signal ends it at once
     with (
         fleet_processes(fleet, workers, metrics_port, broker) as (servers, started),
-        Crew(fleet, default, workers, shares=broker == MOSQUITTO) as crew,
+        WorkerPool(fleet, default, workers, shares=broker == MOSQUITTO) as crew,
     ):
         for worker in started:
             worker.wait_ready()
@@ -145,7 +145,7 @@ def sessions(
     """List the latest sessions between devices and workers."""
     from fleet.cli.views import print_rows
 
-    with State.load(state or State.default_folder()).registry() as registry:
+    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
         print_rows(Console(), registry.sessions(device, limit), "sessions", as_json=as_json)
 
 
@@ -164,7 +164,7 @@ def prompt(
 ) -> None:
     """Ask a device and stream its answer."""
     request = make_request((ChatMessage("user", text),), mode, threshold, max_new_tokens, temperature, top_p, seed)
-    ask(State.load(state or State.default_folder()), device, [request], as_json=as_json)
+    ask(FleetHome.load(state or FleetHome.default_folder()), device, [request], as_json=as_json)
 
 
 @app.command()
@@ -182,7 +182,7 @@ def chat(
     from fleet.cli.chat import converse
 
     base = make_request((), mode, threshold, max_new_tokens, temperature, top_p, seed)
-    converse(State.load(state or State.default_folder()), device, base)
+    converse(FleetHome.load(state or FleetHome.default_folder()), device, base)
 
 
 @app.command()
@@ -237,7 +237,7 @@ def make_request(
     )
 
 
-def online_device(fleet: State, device: str) -> Any:
+def online_device(fleet: FleetHome, device: str) -> Any:
     """The registry's row of a device that is online; one that has just started has a moment to get there.
 
     Raises:
@@ -261,7 +261,7 @@ def online_device(fleet: State, device: str) -> Any:
             time.sleep(ARRIVAL_CHECK_S)
 
 
-def exits_served(fleet: State, bundle_id: str) -> list[str]:
+def exits_served(fleet: FleetHome, bundle_id: str) -> list[str]:
     """The sources of a device's exits, in order of depth; none for a bundle that is not here."""
     from fleet.bundles.manifest import Bundle
     from fleet.protocol.modes import exit_source
@@ -270,7 +270,7 @@ def exits_served(fleet: State, bundle_id: str) -> list[str]:
     return [exit_source(layer) for layer in Bundle.load(folder, ()).manifest.exits] if folder else []
 
 
-def ask(fleet: State, device: str, requests: list[PromptRequest], *, as_json: bool) -> None:
+def ask(fleet: FleetHome, device: str, requests: list[PromptRequest], *, as_json: bool) -> None:
     """Sends requests as an operator and shows the answers."""
     from fleet.cli.demo import follow
     from fleet.transport.prompt_client import PromptClient

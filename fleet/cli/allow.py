@@ -10,7 +10,7 @@ import typer
 from fleet.cli.stats import JsonOption, StateOption
 from fleet.errors import ConfigError
 from fleet.identity.enrolment import parse_tags, tag_words
-from fleet.server.home import State
+from fleet.server.home import FleetHome
 
 AppArgument = Annotated[str, typer.Argument(metavar="APP", help="An app or a sensor.")]
 TargetsArgument = Annotated[list[str], typer.Argument(metavar="TARGET...", help="Devices, groups, or tags KEY=VALUE.")]
@@ -18,7 +18,7 @@ TargetsArgument = Annotated[list[str], typer.Argument(metavar="TARGET...", help=
 
 def allow(app: AppArgument, targets: TargetsArgument, state: StateOption = None, as_json: JsonOption = False) -> None:
     """Let an app prompt devices, and devices act on its events, from now on."""
-    with State.load(state or State.default_folder()).registry() as registry:
+    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
         registry.allow(app, targets)
         (row,) = [row for row in registry.identities() if row.name == app]
     _print(f"{app} may ask {', '.join(row.targets)}", {"app": app, "targets": row.targets}, as_json=as_json)
@@ -28,7 +28,7 @@ def disallow(
     app: AppArgument, targets: TargetsArgument, state: StateOption = None, as_json: JsonOption = False
 ) -> None:
     """Take back what 'fleet allow' or 'fleet enroll --allow' gave, by the same words."""
-    with State.load(state or State.default_folder()).registry() as registry:
+    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
         registry.disallow(app, targets)
         (row,) = [row for row in registry.identities() if row.name == app]
     _print(f"{app} may ask {', '.join(row.targets) or 'nobody'}", {"app": app, "targets": row.targets}, as_json=as_json)
@@ -45,7 +45,7 @@ def tag(
     if not tags and not remove:
         raise ConfigError("nothing to do: give tags like floor=1, or --remove floor")
     wanted = parse_tags(tags or ())
-    with State.load(state or State.default_folder()).registry() as registry:
+    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
         registry.tag(device, wanted, remove or ())
         row = registry.device(device)
     _print(

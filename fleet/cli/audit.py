@@ -10,7 +10,7 @@ from msgspec import Struct
 from rich.console import Console
 
 from fleet.cli.stats import JsonOption, SinceOption, StateOption, parse_since
-from fleet.server.home import State
+from fleet.server.home import FleetHome
 
 
 class Line(Struct, frozen=True):
@@ -33,7 +33,7 @@ def audit(
     """List the latest changes to the fleet, newest first."""
     from fleet.cli.views import print_rows
 
-    with State.load(state or State.default_folder()).registry() as registry:
+    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
         rows = registry.audit_log(subject, parse_since(since), limit)
     if as_json:
         print(msgspec.json.encode(rows).decode())

@@ -14,7 +14,7 @@ from fleet.cli.stats import StateOption
 from fleet.errors import ConfigError
 from fleet.protocol.access import Action, Grants, Role
 from fleet.server.child_process import Child
-from fleet.server.home import MOSQUITTO, State
+from fleet.server.home import MOSQUITTO, FleetHome
 from fleet.utils.optional_imports import load
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def config(
     state: StateOption = None,
 ) -> None:
     """Write mosquitto.conf, acl, crl.pem and certificates into a folder, with a README; again after changes."""
-    fleet = State.load(state or State.default_folder())
+    fleet = FleetHome.load(state or FleetHome.default_folder())
     with fleet.registry() as registry:
         path = write_mosquitto(fleet, registry, out.resolve(), host, port)
     print(f"wrote {path} with rights, revocation list and certificates; next: mosquitto -c {path}, see README there")
@@ -66,7 +66,7 @@ def rules(form: FormatOption = "mosquitto", state: StateOption = None) -> None:
     """Print what everybody who is active may publish and subscribe, for a broker's ACL."""
     if form not in FORMATS:
         raise ConfigError(f"--format {form}: expected one of {', '.join(FORMATS)}")
-    with State.load(state or State.default_folder()).registry() as registry:
+    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
         print(format_rules(registry.all_grants(), form), end="")
 
 
@@ -87,7 +87,7 @@ def format_rules(grants: list[Grants], form: str) -> str:
 
 
 def write_mosquitto(
-    fleet: State, registry: Registry, folder: Path, host: str | None = None, port: int | None = None
+    fleet: FleetHome, registry: Registry, folder: Path, host: str | None = None, port: int | None = None
 ) -> Path:
     """Writes everything that a mosquitto for `fleet` reads into `folder`; gives the path of its `mosquitto.conf`.
 
@@ -117,7 +117,7 @@ def write_mosquitto(
     return path
 
 
-def start_mosquitto(fleet: State, folder: Path) -> Child:
+def start_mosquitto(fleet: FleetHome, folder: Path) -> Child:
     """A mosquitto for `fleet` on its port, which listens already; `folder` is where its files are.
 
     Raises:
@@ -145,7 +145,7 @@ def mosquitto_reload(folder: Path, command: str | None) -> Callable[[], None]:
     return reload
 
 
-def mosquitto_keeper(fleet: State, registry: Registry, folder: Path, reload: Callable[[], None]) -> Any:
+def mosquitto_keeper(fleet: FleetHome, registry: Registry, folder: Path, reload: Callable[[], None]) -> Any:
     """What keeps the files in `folder` equal to the registry.
 
     Raises:
@@ -156,10 +156,10 @@ def mosquitto_keeper(fleet: State, registry: Registry, folder: Path, reload: Cal
     if not (folder / mosquitto.CONFIG_FILE).exists():
         raise ConfigError(f"no {mosquitto.CONFIG_FILE} in {folder}; make it: fleet broker config --out {folder}")
     signer = fleet.authority()
-    return load("cloud_broker_worker.broker.mosquitto_sync").MosquittoKeeper(
+    return load("cloud_broker_worker.broker.mosquitto_sync").MosquittoSync(
         folder,
         registry,
         load("provisioning.crl").CrlFile(folder / mosquitto.CRL_FILE, signer),
         reload,
-        load("provisioning.session_takeover").Evictions(signer, fleet.config.host, fleet.config.port),
+        load("provisioning.session_takeover").SessionTakeover(signer, fleet.config.host, fleet.config.port),
     )

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fleet.cli.stats import JsonOption, StateOption
 from fleet.errors import BundleError
-from fleet.server.home import State
+from fleet.server.home import FleetHome
 
 MB: Final = 1_000_000
 
@@ -26,7 +26,7 @@ def add(
     """Check a bundle, sign it with the fleet's key and keep it, so that devices can fetch it."""
     from fleet.bundles.verify import verify_bundle
 
-    fleet = State.load(state or State.default_folder())
+    fleet = FleetHome.load(state or FleetHome.default_folder())
     verdict = verify_bundle(folder)
     if not verdict.ok:
         more = f", and {len(verdict.findings) - 1} more" if len(verdict.findings) > 1 else ""
@@ -41,7 +41,7 @@ def add(
 
 def list_bundles(state: StateOption = None, as_json: JsonOption = False) -> None:
     """List the bundles: devices that serve or want each, workers, an open roll-out."""
-    with State.load(state or State.default_folder()).registry() as registry:
+    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
         rows = registry.bundles()
     if as_json:
         print(msgspec.json.encode(rows).decode())

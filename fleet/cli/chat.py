@@ -12,14 +12,14 @@ from fleet.cli.demo import follow
 from fleet.cli.views import legend
 from fleet.errors import PromptError
 from fleet.protocol.prompt import ChatMessage, PromptRequest
-from fleet.server.home import State
+from fleet.server.home import FleetHome
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
 
 RESET: Final = "/reset"
 
 
-def converse(fleet: State, device: str, base: PromptRequest) -> None:
+def converse(fleet: FleetHome, device: str, base: PromptRequest) -> None:
     """Reads turns from the terminal until an empty line or end of input; a refused turn is shown and forgotten."""
     exits = exits_served(fleet, online_device(fleet, device).bundle_id)
     console = Console(highlight=False)

@@ -16,7 +16,7 @@ from rich.console import Console
 from fleet.cli.stats import JsonOption, StateOption
 from fleet.errors import ConfigError
 from fleet.protocol.desired_config import Settings, merge, parse_settings
-from fleet.server.home import State
+from fleet.server.home import FleetHome
 from fleet.utils.optional_imports import load
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def set_(
     changes = parse_settings(dict(map(_parse_pair, pairs)))
     if not pairs:
         raise ConfigError(f"nothing to set: expected KEY=VALUE; known settings are {_known()}")
-    with State.load(state or State.default_folder()).registry() as registry:
+    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
         _change(registry, target, lambda settings: merge(settings, changes), as_json=as_json)
 
 
@@ -72,7 +72,7 @@ def unset(
     target = _target([word for word in words if word not in keys], group, everywhere=everywhere)
     if not keys:
         raise ConfigError(f"nothing to unset: known settings are {_known()}")
-    with State.load(state or State.default_folder()).registry() as registry:
+    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
         nothing = dict.fromkeys(keys)
         _change(registry, target, lambda settings: replace(settings, **nothing), as_json=as_json)
 
@@ -87,7 +87,7 @@ def show(
 ) -> None:
     """Show what is wanted: of a device in the end, or what was said for a group or for all."""
     target = _target([device] if device else [], group, everywhere=everywhere)
-    with State.load(state or State.default_folder()).registry() as registry:
+    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
         if device is None:
             shown: dict[str, Any] = {"target": str(target), "settings": registry.settings(target)}
         else:
@@ -106,7 +106,7 @@ def diff(
     """List the devices that have not followed: the version wanted, the one followed, and why."""
     from fleet.cli.views import print_rows
 
-    with State.load(state or State.default_folder()).registry() as registry:
+    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
         wanted = registry.desired_configs()
         rows = [
             Follower(

@@ -23,7 +23,7 @@ from fleet.protocol.modes import exit_source
 from fleet.protocol.prompt import PromptRequest, Reply
 from fleet.protocol.report import Switch
 from fleet.server.child_process import child
-from fleet.server.home import State, StateConfig
+from fleet.server.home import FleetConfig, FleetHome
 from fleet.server.supervisor import fleet_processes, free_port
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
@@ -80,11 +80,11 @@ def follow(console: Console, client: PromptClient, device: str, prompt: PromptRe
 
 
 @contextmanager
-def running_fleet(bundle: Path, folder: Path, say: Console) -> Iterator[tuple[State, MqttTransport]]:
+def running_fleet(bundle: Path, folder: Path, say: Console) -> Iterator[tuple[FleetHome, MqttTransport]]:
     """Broker, registry, worker and one device, ready; and an app's connection."""
     require("edge", "onnxruntime", "tokenizers")
-    config = StateConfig(HOST, free_port(HOST), str(bundle), service_port=free_port(HOST))
-    state = State.create(folder, config)
+    config = FleetConfig(HOST, free_port(HOST), str(bundle), service_port=free_port(HOST))
+    state = FleetHome.create(folder, config)
     device = folder / "devices" / DEVICE
     state.enroll(DEVICE, Role.DEVICE, device)
     app = state.enroll(APP, Role.APP, folder / "apps" / APP, allow=(DEVICE,))
@@ -128,7 +128,7 @@ def run_demo(bundle: Path, requests: list[PromptRequest], console: Console, *, a
         print_stats(console, stats, "what the registry counted")
 
 
-def await_counts(state: State, results: list[Result]) -> list[Any]:
+def await_counts(state: FleetHome, results: list[Result]) -> list[Any]:
     """The registry's rows once they hold the answers' counts."""
     wanted: Counter[str] = Counter()
     for result in results:

@@ -21,7 +21,7 @@ from fleet.bundles.instruction_sets import instruction_sets
 from fleet.cli.fleet_checks import Check, check_fleet
 from fleet.cli.stats import JsonOption, StateOption
 from fleet.errors import ConfigError
-from fleet.server.home import STATE_FILE, State
+from fleet.server.home import STATE_FILE, FleetHome
 from fleet.utils.optional_imports import load
 
 DISTRIBUTION: Final = "cecollm-fleet"
@@ -62,7 +62,7 @@ class Diagnosis(Struct, frozen=True):
 
 def doctor(state: StateOption = None, as_json: JsonOption = False) -> None:
     """Say what this machine has for each part of a fleet, and how its fleet is; exit status 1 if something is wrong."""
-    folder = state or State.default_folder()
+    folder = state or FleetHome.default_folder()
     diagnosis = diagnose(check_fleet(folder) if state or (folder / STATE_FILE).exists() else ())
     if as_json:
         print(msgspec.json.encode(diagnosis).decode())

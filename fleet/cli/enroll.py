@@ -15,8 +15,8 @@ from fleet.cli.stats import DAY_S, JsonOption, StateOption, parse_span
 from fleet.errors import ConfigError
 from fleet.identity.enrolment import Enrolment, check_all, parse_role, parse_tags, read_enrolments
 from fleet.protocol.access import Role
-from fleet.protocol.enrolment_api import Token
-from fleet.server.home import State
+from fleet.protocol.enrolment_api import EnrolmentToken
+from fleet.server.home import FleetHome
 
 if TYPE_CHECKING:
     from fleet.registry.store import Registry
@@ -88,7 +88,7 @@ def enroll(
         check_all(wanted)
     if shared_subscriptions and any(each.role is not Role.WORKER for each in wanted):
         raise ConfigError(f"only a worker shares a subscription; {wanted[0].name!r} is none: leave the option out")
-    fleet = State.load(state or State.default_folder())
+    fleet = FleetHome.load(state or FleetHome.default_folder())
     made: Sequence[Invitation | Issued]
     if out is None:
         if bundle or shared_subscriptions:
@@ -127,13 +127,13 @@ def change(name: str, work: Callable[[Registry], None], state: Path | None, *, a
         UnknownDeviceError: nobody enrolled `name`.
         StateError: the change is not legal.
     """
-    with State.load(state or State.default_folder()).registry() as registry:
+    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
         work(registry)
         (row,) = (row for row in registry.identities() if row.name == name)
     print(msgspec.json.encode(row).decode() if as_json else f"{row.role} {name} is {row.state}")
 
 
-def invite(fleet: State, wanted: Sequence[Enrolment], ttl_s: float, *, force: bool) -> list[Invitation]:
+def invite(fleet: FleetHome, wanted: Sequence[Enrolment], ttl_s: float, *, force: bool) -> list[Invitation]:
     """Enrols all or none; a token for each.
 
     Raises:
@@ -148,7 +148,7 @@ def invite(fleet: State, wanted: Sequence[Enrolment], ttl_s: float, *, force: bo
     ca_sha256 = fleet.ca_sha256()
     invitations = []
     for each, made in zip(wanted, tokens, strict=True):
-        token = str(Token(ca_sha256, made.id, made.secret))
+        token = str(EnrolmentToken(ca_sha256, made.id, made.secret))
         command = f"edge-agent join {token} --server {server}"
         invitations.append(Invitation(each.name, each.role, token, made.expires_at, command))
     return invitations

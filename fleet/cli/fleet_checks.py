@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from fleet.bundles.manifest import Bundle
 from fleet.errors import FleetError
-from fleet.server.home import State
+from fleet.server.home import FleetHome
 from fleet.utils.optional_imports import load
 
 DAY_S: Final = 86_400.0
@@ -38,12 +38,12 @@ Finding = tuple[str, str]
 
 def check_fleet(folder: Path) -> tuple[Check, ...]:
     """Looks at the fleet in `folder`; a part that cannot be looked at is a problem of its own, and stops no other."""
-    state = State.load(folder)
+    state = FleetHome.load(folder)
     return tuple(_checks(state))
 
 
-def _checks(state: State) -> Iterator[Check]:
-    looks: tuple[tuple[str, Callable[[State], Finding]], ...] = (
+def _checks(state: FleetHome) -> Iterator[Check]:
+    looks: tuple[tuple[str, Callable[[FleetHome], Finding]], ...] = (
         ("registry", _registry), ("authority", _authority), ("clock", _clock), ("certificates", _certificates),
         ("broker", _broker), ("bundle", _bundle), ("configuration", _configuration), ("disk", _disk),
     )  # fmt: skip
@@ -54,7 +54,7 @@ def _checks(state: State) -> Iterator[Check]:
             yield Check(name, "cannot be used", str(error))
 
 
-def _registry(state: State) -> Finding:
+def _registry(state: FleetHome) -> Finding:
     with state.registry() as registry:
         devices, workers = registry.devices(), registry.workers()
     online = sum(device.online for device in devices), sum(worker.online for worker in workers)
@@ -62,14 +62,14 @@ def _registry(state: State) -> Finding:
     return found, "" if online[1] or not online[0] else "no worker is online, so devices are alone; see 'fleet up'"
 
 
-def _authority(state: State) -> Finding:
+def _authority(state: FleetHome) -> Finding:
     authority = load("provisioning.authority").CertificateAuthority.load(state.folder / "ca")
     days = (authority.not_after - time.time()) / DAY_S
     problem = f"the authority ends in {days:.0f} days; make a new fleet and enrol everybody anew before that"
     return f"ends in {days:.0f} days", problem if days < CA_DAYS else ""
 
 
-def _clock(state: State) -> Finding:
+def _clock(state: FleetHome) -> Finding:
     """The registry was written by clocks, too: nothing in it can be from the future."""
     with state.registry() as registry:
         newest = max((row.at for row in registry.audit_log(limit=1)), default=0.0)
@@ -80,7 +80,7 @@ def _clock(state: State) -> Finding:
     return f"{behind:.0f} s behind the registry", "this machine's clock is behind; set it, or nobody can connect"
 
 
-def _certificates(state: State) -> Finding:
+def _certificates(state: FleetHome) -> Finding:
     with state.registry() as registry:
         identities = registry.identities()
     soon = sorted(
@@ -95,14 +95,14 @@ def _certificates(state: State) -> Finding:
     )
 
 
-def _broker(state: State) -> Finding:
+def _broker(state: FleetHome) -> Finding:
     where = f"{state.config.host}:{state.config.port}"
     with state.operator() as identity:
         load("fleet.transport.mqtt").MqttTransport.connect(identity, timeout_s=CONNECT_S).close()
     return f"answers on {where}", ""
 
 
-def _bundle(state: State) -> Finding:
+def _bundle(state: FleetHome) -> Finding:
     bundle = Bundle.load(Path(state.config.bundle))
     with state.registry() as registry:
         served = {bundle_id for row in registry.workers() if row.online for bundle_id in row.bundle_ids}
@@ -114,7 +114,7 @@ def _bundle(state: State) -> Finding:
     return found, f"no worker serves the bundle of {names}; start one with it, or set their bundle with 'fleet config'"
 
 
-def _configuration(state: State) -> Finding:
+def _configuration(state: FleetHome) -> Finding:
     with state.registry() as registry:
         wanted = registry.desired_configs()
         rows = [row for row in registry.devices() if row.online and row.device in wanted]
@@ -123,7 +123,7 @@ def _configuration(state: State) -> Finding:
     return found, "see 'fleet config diff' for the others" if behind else ""
 
 
-def _disk(state: State) -> Finding:
+def _disk(state: FleetHome) -> Finding:
     free = shutil.disk_usage(state.folder).free
     found = f"{free / (1 << 30):.1f} GB free for {state.folder}"
     return found, "" if free >= MIN_FREE_BYTES else "less than 1 GB is free; make room before the registry cannot write"

@@ -9,7 +9,7 @@ import typer
 
 from fleet.cli.stats import StateOption
 from fleet.errors import ConfigError
-from fleet.server.home import DEFAULT_PORT, DEFAULT_SERVICE_PORT, State, StateConfig, create_fleet, keeping
+from fleet.server.home import DEFAULT_PORT, DEFAULT_SERVICE_PORT, FleetConfig, FleetHome, create_fleet, keeping
 from fleet.server.main import ServerOptions, run_server
 
 RegistryOption = Annotated[
@@ -37,8 +37,8 @@ def init(
     state: StateOption = None,
 ) -> None:
     """Make the fleet's folder, or change it: authority, registry, its own identities. Starts nothing."""
-    folder = state or State.default_folder()
-    config = StateConfig(host, port, str(bundle), service_port=service_port, service_host=service_host)
+    folder = state or FleetHome.default_folder()
+    config = FleetConfig(host, port, str(bundle), service_port=service_port, service_host=service_host)
     fleet = create_fleet(folder, keeping(folder, config, registry, retention_days))
     print(f"a fleet in {fleet.folder} with its broker on {host}:{port}; next: fleet enroll, fleet server")
 
@@ -59,6 +59,6 @@ def server(
     """Run broker, collector and service alone; `fleet up` starts this."""
     if mosquitto and broker:
         raise ConfigError("--mosquitto keeps a broker that runs elsewhere in step; add --no-broker")
-    fleet = State.load(state or State.default_folder())
+    fleet = FleetHome.load(state or FleetHome.default_folder())
     metrics = None if metrics_port is None else (metrics_host, metrics_port)
     run_server(fleet, ServerOptions(listen, broker, mosquitto, reload, metrics))

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fleet.planning.advice import Plan
+from fleet.planning.advice import DeploymentPlan
 from fleet.planning.advice import plan as make_plan
 from fleet.planning.cost_model import CLOUD_ONLY, DATA, Load, read_fits
 from fleet.protocol.modes import DEFAULT_AGREEMENT
@@ -39,7 +39,7 @@ def plan(
         print_plan(Console(highlight=False), made)
 
 
-def print_plan(console: Console, made: Plan) -> None:
+def print_plan(console: Console, made: DeploymentPlan) -> None:
     """What to expect, the best first, and the advice."""
     has_splits = len({one.exits for one in made.expectations}) > 1
     table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fleet.cli.stats import GroupOption, JsonOption, StateOption
 from fleet.errors import ConfigError
-from fleet.server.home import State
+from fleet.server.home import FleetHome
 from fleet.utils.optional_imports import load
 
 BAR_WIDTH: Final = 24
@@ -57,10 +57,10 @@ def rollout(
         "observe_s": observe and parse_span(observe), "take_within_s": take_within and parse_span(take_within),
         "offline_after_s": offline_after and parse_span(offline_after),
     }  # fmt: skip
-    plan = load("fleet.registry.rollouts.plan").Plan(
-        limits=load("fleet.registry.rollouts.canary_analysis").Limits(**_given(limits)), **_given(values)
+    plan = load("fleet.registry.rollouts.plan").RolloutPlan(
+        limits=load("fleet.registry.rollouts.canary_analysis").CanaryLimits(**_given(limits)), **_given(values)
     )
-    with State.load(state or State.default_folder()).registry() as registry:
+    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
         number = registry.start_rollout(bundle_id, plan)
         row = next(row for row in registry.rollouts() if row.id == number)
     _say(row, "begun", as_json=as_json)
@@ -88,7 +88,7 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show the latest roll-outs: how far they are, what was found, and what they wait for."""
-    with State.load(state or State.default_folder()).registry() as registry:
+    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
         rows = registry.rollouts(limit=10_000 if rollout is not None else limit)
     if rollout is not None:
         rows = [row for row in rows if row.id == rollout]
@@ -146,7 +146,7 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _change(rollout: int | None, event: str, done: str, state: Path | None, *, as_json: bool) -> None:
-    with State.load(state or State.default_folder()).registry() as registry:
+    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
         number = registry.change_rollout(rollout, load("fleet.registry.rollouts.states").RolloutEvent(event))
         row = next(row for row in registry.rollouts(limit=10_000) if row.id == number)
     _say(row, done, as_json=as_json)

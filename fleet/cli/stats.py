@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fleet.errors import ConfigError
 from fleet.identity.enrolment import tag_words
-from fleet.server.home import State
+from fleet.server.home import FleetHome
 from fleet.utils.optional_imports import load
 
 NUM_SESSIONS: Final = 5
@@ -47,7 +47,7 @@ def stats(
     if plot is not None:
         load("fleet.utils.plots").check_plot(plot)
     began, now = parse_since(since), time.time()
-    with State.load(state or State.default_folder()).registry() as registry:
+    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
         gc.freeze()  # what is loaded stays: a garbage collection among many rows need not go through it (60 ms)
         if by == "device":
             rows: Sequence[Any] = registry.stats(device, began, group=group, now=now)
@@ -76,7 +76,7 @@ def devices(
     """List the devices: online or not, bundle, last seen."""
     from fleet.cli.stats_views import print_devices
 
-    with State.load(home or State.default_folder()).registry() as registry:
+    with FleetHome.load(home or FleetHome.default_folder()).registry() as registry:
         rows = [
             row
             for row in registry.devices()
@@ -95,7 +95,7 @@ def workers(state: StateOption = None, as_json: JsonOption = False) -> None:
     """List the workers: online or not, draining, which bundles, how many sessions."""
     from fleet.cli.views import print_rows
 
-    with State.load(state or State.default_folder()).registry() as registry:
+    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
         print_rows(Console(), registry.workers(), "workers", as_json=as_json)
 
 
@@ -109,7 +109,7 @@ def device(
     from fleet.cli.stats_views import print_devices, print_stats
     from fleet.cli.views import print_rows
 
-    with State.load(state or State.default_folder()).registry() as registry:
+    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
         (counts,) = registry.stats(name, parse_since(since))
         row = registry.device(name)
         sessions = registry.sessions(name, NUM_SESSIONS)

@@ -35,7 +35,7 @@ class Monitor(Protocol):
         ...
 
 
-class Endpoint:
+class HttpEndpoint:
     """Serves `/healthz`, `/readyz` and `/metrics`; `port` 0 takes a free one, as `url` then says.
 
     Before it is given a monitor the process is alive and not ready.

@@ -23,7 +23,7 @@ class Crossing(Struct, frozen=True):
     above: str
 
 
-class Plan(Struct, frozen=True):
+class DeploymentPlan(Struct, frozen=True):
     """Expectations, those that agree enough first and among them the fastest; `best` is None where none does."""
 
     load: Load
@@ -35,7 +35,7 @@ class Plan(Struct, frozen=True):
     fits: list[dict[str, Any]]
 
 
-def plan(fits: Sequence[Fit], load: Load) -> Plan:
+def plan(fits: Sequence[Fit], load: Load) -> DeploymentPlan:
     """Which mode, threshold and split suit, what to expect, and where another would.
 
     Raises:
@@ -53,7 +53,7 @@ def plan(fits: Sequence[Fit], load: Load) -> Plan:
 
     by_rtt = list(crossings(at_rtt)) if best else []
     by_bandwidth = list(crossings(at_bandwidth)) if best else []
-    return Plan(
+    return DeploymentPlan(
         load=load,
         best=_title(best, fits) if best else None,
         advice=advise(fits, load, found, by_rtt, by_bandwidth),

@@ -29,7 +29,7 @@ class Side(Struct, frozen=True):
     message_steps: float
 
 
-class Counts(Struct, frozen=True):
+class StepCounts(Struct, frozen=True):
     """What a token takes at some round trip, on average: steps on either side, round trips, messages; and the share of
     tokens from the cloud."""
 
@@ -71,7 +71,7 @@ class Setting(Struct, frozen=True):
     prompt_cloud: float
     prompt_bytes: float
     token_bytes: float
-    counts: tuple[Counts, ...]
+    counts: tuple[StepCounts, ...]
     total: Shares
     first: Shares
 
@@ -171,14 +171,14 @@ def transfer_ms(num_bytes: float, mbit_s: float) -> float:
     return 8e-3 * num_bytes / mbit_s if mbit_s else 0.0
 
 
-def counts_at(setting: Setting, rtt_ms: float) -> Counts:
+def counts_at(setting: Setting, rtt_ms: float) -> StepCounts:
     """Between those that were measured; beyond them the nearest."""
     at = [counts.rtt_ms for counts in setting.counts]
 
     def between(name: str) -> float:
         return float(np.interp(rtt_ms, at, [getattr(counts, name) for counts in setting.counts]))
 
-    return Counts(rtt_ms, *(between(name) for name in Counts.__struct_fields__[1:]))
+    return StepCounts(rtt_ms, *(between(name) for name in StepCounts.__struct_fields__[1:]))
 
 
 def terms(fit: Fit, setting: Setting, load: Load) -> Terms:

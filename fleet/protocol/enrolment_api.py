@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Token:
+class EnrolmentToken:
     """`ca_sha256` is of the CA certificate's DER; the `secret` (256 bits) works once, for one key."""
 
     ca_sha256: str
@@ -42,7 +42,7 @@ class Token:
     secret: str = field(repr=False)
 
     @classmethod
-    def parse(cls, text: str) -> Token:
+    def parse(cls, text: str) -> EnrolmentToken:
         """Raises TokenError when `text` is no token; the message does not repeat it."""
         match = TOKEN.fullmatch(text.strip())
         if not match:

@@ -12,14 +12,14 @@ from fleet.registry.results import (
     RolloutRow,
 )
 from fleet.registry.rollouts.assessment import due_steps, rollout_rows
-from fleet.registry.rollouts.plan import Plan
+from fleet.registry.rollouts.plan import RolloutPlan
 from fleet.registry.rollouts.states import RolloutEvent
 from fleet.registry.rollouts.steps import change_rollout, start_rollout, take_step
 from fleet.registry.settings import Target, change_settings, current_settings, desired_configs
 from fleet.registry.transactions import Part
 
 
-class Steering(Part):
+class DesiredStateRepository(Part):
     """Desired settings, bundles that are handed out, and their roll-outs."""
 
     def settings(self, target: Target) -> Settings:
@@ -60,7 +60,7 @@ class Steering(Part):
         with self._transactions.reading() as db:
             return serving_workers(db)
 
-    def start_rollout(self, bundle_id: str, plan: Plan, now: float | None = None) -> int:
+    def start_rollout(self, bundle_id: str, plan: RolloutPlan, now: float | None = None) -> int:
         """Begins to bring a bundle to devices, stage by stage; gives the roll-out's id.
 
         Raises:

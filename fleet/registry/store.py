@@ -15,10 +15,10 @@ from sqlalchemy.orm import Session
 from fleet.protocol.report import DeviceStatus, GenerationReport, WorkerStatus
 from fleet.registry.audit import audit_log, newest_change
 from fleet.registry.database import open_database
-from fleet.registry.desired_state import Steering
+from fleet.registry.desired_state import DesiredStateRepository
 from fleet.registry.identities.devices import check_device, is_device, is_online
 from fleet.registry.identities.grants import all_tags
-from fleet.registry.identities.repository import Membership
+from fleet.registry.identities.repository import IdentityRepository
 from fleet.registry.identities.states import state_at
 from fleet.registry.models import (
     GenerationRecord,
@@ -37,14 +37,14 @@ from fleet.registry.results import (
     StatsRow,
     WorkerRow,
 )
-from fleet.registry.stats.ingest import Fate, Key, store_report, store_reports, store_status, store_worker
-from fleet.registry.stats.queries import By, Question
+from fleet.registry.stats.ingest import IngestOutcome, Key, store_report, store_reports, store_status, store_worker
+from fleet.registry.stats.queries import By, StatsQuery
 from fleet.registry.stats.summaries import device_stats, grouped_stats
 from fleet.registry.transactions import Transactions
 from fleet.server.retention import forget
 
 
-class Registry(Membership, Steering):
+class Registry(IdentityRepository, DesiredStateRepository):
     """One database. Every method is one transaction; any thread, and several processes, may call at once.
 
     `actor` is who makes the changes that go into the audit log.
@@ -115,7 +115,7 @@ class Registry(Membership, Steering):
         """
         return self._transactions.write(lambda db: store_report(db, device, report))
 
-    def record_reports(self, reports: dict[Key, GenerationReport]) -> dict[Key, Fate]:
+    def record_reports(self, reports: dict[Key, GenerationReport]) -> dict[Key, IngestOutcome]:
         """Stores reports by device and generation in one transaction; what became of each."""
         return self._transactions.write(lambda db: store_reports(db, reports))
 
@@ -184,7 +184,7 @@ class Registry(Membership, Steering):
             UnknownDeviceError: nobody enrolled `device`.
         """
         with self._transactions.reading() as db:
-            return device_stats(db, Question(now or time.time(), since, device, group))
+            return device_stats(db, StatsQuery(now or time.time(), since, device, group))
 
     def stats_by(
         self,
@@ -201,7 +201,7 @@ class Registry(Membership, Steering):
             UnknownDeviceError: nobody enrolled `device`.
         """
         with self._transactions.reading() as db:
-            return grouped_stats(db, by, Question(now or time.time(), since, device, group))
+            return grouped_stats(db, by, StatsQuery(now or time.time(), since, device, group))
 
     def sessions(self, device: str | None = None, limit: int = 50) -> list[SessionRow]:
         """The latest `limit` sessions, newest first.

@@ -7,19 +7,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from fleet.server.home import State
+from fleet.server.home import FleetHome
 from fleet.utils.optional_imports import load
 
 CHECK_S: Final = 3600.0
 
 
-class Upkeep:
+class CertificateRenewalTask:
     """A periodic task of the `ChangeWatcher`, which looks once an hour.
 
     `server_folders` hold certificates that the broker or the service shows, and `reloads` make them show new ones.
     """
 
-    def __init__(self, state: State, server_folders: Sequence[Path], reloads: Sequence[Callable[[], None]]) -> None:
+    def __init__(self, state: FleetHome, server_folders: Sequence[Path], reloads: Sequence[Callable[[], None]]) -> None:
         self._state = state
         self._server_folders = server_folders
         self._reloads = reloads

@@ -32,9 +32,9 @@ from fleet.protocol.report import (
     encode_receipt,
     generation_of,
 )
-from fleet.registry.stats.ingest import Fate, Key
+from fleet.registry.stats.ingest import IngestOutcome, Key
 from fleet.registry.store import Registry
-from fleet.server.collector_queue import Batch, Heard, Inbox
+from fleet.server.collector_queue import Batch, CollectorQueue, ReceivedStatus
 from fleet.transport.base import Transport
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ class Collector:
         self.reports = Counter(stored=0, repeated=0, refused=0, dropped=0)
         self._transport = transport
         self._registry = registry
-        self._inbox = Inbox(max_waiting)
+        self._inbox = CollectorQueue(max_waiting)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._store_all, name="collector", daemon=True)
 
@@ -90,14 +90,14 @@ class Collector:
     def _on_status(self, topic: str, payload: bytes) -> None:
         try:
             (device,) = topics.parse(topic, "d", "+", "status")
-            self._inbox.put_status(Heard(device, decode_status(payload, DeviceStatus), time.time()))
+            self._inbox.put_status(ReceivedStatus(device, decode_status(payload, DeviceStatus), time.time()))
         except ProtocolError as error:
             _log_dropped(topic, error)
 
     def _on_worker(self, topic: str, payload: bytes) -> None:
         try:
             (worker,) = topics.parse(topic, "w", "+", "status")
-            self._inbox.put_status(Heard(worker, decode_status(payload, WorkerStatus), time.time()))
+            self._inbox.put_status(ReceivedStatus(worker, decode_status(payload, WorkerStatus), time.time()))
         except ProtocolError as error:
             _log_dropped(topic, error)
 
@@ -167,7 +167,7 @@ class Collector:
                 return result
         raise AssertionError("there is always another pause")
 
-    def _acknowledge(self, fates: dict[Key, Fate]) -> None:
+    def _acknowledge(self, fates: dict[Key, IngestOutcome]) -> None:
         stored, refused = defaultdict[str, list[str]](list), defaultdict[str, dict[str, str]](dict)
         for (device, generation), fate in fates.items():
             if isinstance(fate, RegistryError):

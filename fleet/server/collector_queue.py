@@ -11,7 +11,7 @@ from fleet.protocol.report import DeviceStatus, GenerationReport, WorkerStatus
 from fleet.registry.stats.ingest import Key
 
 
-class Heard(NamedTuple):
+class ReceivedStatus(NamedTuple):
     """A status of a device or a worker, heard `at`."""
 
     name: str
@@ -27,19 +27,19 @@ class Batch:
     """
 
     is_new_link: bool = False
-    statuses: list[Heard] = field(default_factory=list)
+    statuses: list[ReceivedStatus] = field(default_factory=list)
     reports: dict[Key, GenerationReport] = field(default_factory=dict)
     turned_away: set[str] = field(default_factory=set)
 
 
-class Inbox:
+class CollectorQueue:
     """At most `max_reports` reports, and of each device and worker what its statuses come to."""
 
     def __init__(self, max_reports: int) -> None:
         self._max_reports = max_reports
         self._changed = threading.Condition()
         self._reports: deque[tuple[Key, GenerationReport]] = deque()
-        self._statuses: dict[str, list[Heard]] = {}
+        self._statuses: dict[str, list[ReceivedStatus]] = {}
         self._turned_away: set[str] = set()
         self._is_new_link = False
         self._closed = False
@@ -51,7 +51,7 @@ class Inbox:
             self._is_new_link = True
             self._changed.notify()
 
-    def put_status(self, heard: Heard) -> None:
+    def put_status(self, heard: ReceivedStatus) -> None:
         """A last will adds to the birth before it; a birth makes all before it old."""
         with self._changed:
             earlier = [] if heard.status.online else self._statuses.get(heard.name, [])

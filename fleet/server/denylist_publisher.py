@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from fleet.protocol import topics
-from fleet.protocol.denylist import encode_denial
+from fleet.protocol.denylist import encode_denylist
 from fleet.registry.store import Registry
 from fleet.transport.base import Transport
 
 
-class Denials:
+class DenylistPublisher:
     """What the registry denies, retained at the broker; `publish` is a task of the `ChangeWatcher`, also when the link
     comes up."""
 
@@ -25,7 +25,7 @@ class Denials:
             RegistryError: the registry cannot answer.
             LinkError: too many messages wait for the broker already.
         """
-        payload = encode_denial(self._registry.denied())
+        payload = encode_denylist(self._registry.denied())
         if payload != self._payload:
             self._transport.publish(topics.REVOKED, payload, qos=1, retain=True)
             self._payload = payload

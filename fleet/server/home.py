@@ -42,7 +42,7 @@ MOSQUITTO: Final = "mosquitto"
 WORKER: Final = "worker-1"  # the first of those that `fleet up` starts
 
 
-class StateConfig(Struct, frozen=True, forbid_unknown_fields=True):
+class FleetConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Where the broker listens, which bundle the fleet serves, and what it remembers.
 
     `registry` is the URL of a PostgreSQL database; None is a SQLite file in the folder. The HTTPS service is at
@@ -58,10 +58,10 @@ class StateConfig(Struct, frozen=True, forbid_unknown_fields=True):
     service_host: str | None = None
 
 
-class State:
+class FleetHome:
     """One fleet, as its operator holds it on disk."""
 
-    def __init__(self, folder: Path, config: StateConfig) -> None:
+    def __init__(self, folder: Path, config: FleetConfig) -> None:
         self.folder = folder
         self.config = config
 
@@ -72,11 +72,11 @@ class State:
         return Path(home) if home else platformdirs.user_data_path("cecollm-fleet")
 
     @classmethod
-    def load(cls, folder: Path) -> State:
+    def load(cls, folder: Path) -> FleetHome:
         """Raises ConfigError when there is no fleet in `folder`."""
         path = folder / STATE_FILE
         try:
-            return cls(folder, msgspec.json.decode(path.read_bytes(), type=StateConfig))
+            return cls(folder, msgspec.json.decode(path.read_bytes(), type=FleetConfig))
         except OSError:
             raise ConfigError(
                 f"no fleet in {folder}; start one with 'fleet up', or name its folder with --home"
@@ -85,7 +85,7 @@ class State:
             raise ConfigError(f"{path} is not usable: {error}") from None
 
     @classmethod
-    def create(cls, folder: Path, config: StateConfig) -> State:
+    def create(cls, folder: Path, config: FleetConfig) -> FleetHome:
         """Makes the folder, or brings an existing one to `config`; identities follow the broker's address."""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         state = cls(folder, config)
@@ -191,7 +191,7 @@ class State:
             del minute  # anybody may ask, and signing costs something
             return str(authority.crl(registry.revoked_certificates()).decode())
 
-        office = load("provisioning.enrolment_service").Office(
+        office = load("provisioning.enrolment_service").EnrolmentService(
             registry,
             authority,
             self.site(),
@@ -199,7 +199,7 @@ class State:
             lambda: crl_of_minute(int(time.time() // 60)),
             bundle_id=bundle_id_of(Path(self.config.bundle)),
         )
-        return load("provisioning.service").Service(listen, self.config.service_port, tls, office)
+        return load("provisioning.service").EnrolmentServer(listen, self.config.service_port, tls, office)
 
     def identity(self, name: str, role: Role) -> Identity:
         """One of the fleet's own identities, enrolled at its first use and pointed at the broker's address."""
@@ -256,10 +256,10 @@ class State:
                 return
 
 
-def create_fleet(folder: Path, config: StateConfig) -> State:
-    """`State.create` for an operator, who is told once when the authority's key lies there as it is."""
+def create_fleet(folder: Path, config: FleetConfig) -> FleetHome:
+    """`FleetHome.create` for an operator, who is told once when the authority's key lies there as it is."""
     is_new = not (folder / "ca").exists()
-    state = State.create(folder, config)
+    state = FleetHome.create(folder, config)
     if is_new and not os.environ.get(PASSPHRASE):
         key = folder / "ca" / "ca-key.pem"
         print(f"fleet: {key} is not encrypted (mode 0600); set {PASSPHRASE} before the first start", file=sys.stderr)
@@ -274,13 +274,13 @@ def bundle_id_of(folder: Path) -> str | None:
         return None
 
 
-def keeping(folder: Path, config: StateConfig, registry: str | None, retention_days: int | None) -> StateConfig:
+def keeping(folder: Path, config: FleetConfig, registry: str | None, retention_days: int | None) -> FleetConfig:
     """`config` with a registry and retention: those given, else those that the fleet in `folder` already has.
 
     Raises:
         ConfigError: the fleet has another registry, where everyone was enrolled.
     """
-    kept = State.load(folder).config if (folder / STATE_FILE).exists() else None
+    kept = FleetHome.load(folder).config if (folder / STATE_FILE).exists() else None
     if kept and registry not in (None, kept.registry):
         raise ConfigError(
             f"the fleet in {folder} has another registry, where its devices are enrolled; name a new folder with "

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from fleet.cli.broker import mosquitto_keeper, mosquitto_reload
 from fleet.protocol.access import Role
-from fleet.server.certificate_renewal_task import Upkeep
-from fleet.server.home import COLLECTOR, State
+from fleet.server.certificate_renewal_task import CertificateRenewalTask
+from fleet.server.home import COLLECTOR, FleetHome
 from fleet.utils.cli_runtime import stop_event, wait_stopped
 from fleet.utils.optional_imports import load
 
@@ -36,7 +36,7 @@ class ServerOptions:
     metrics: tuple[str, int] | None = None
 
 
-def run_server(state: State, options: ServerOptions) -> None:
+def run_server(state: FleetHome, options: ServerOptions) -> None:
     """Serves until SIGTERM or SIGINT."""
     broker_class = load("cloud_broker_worker.broker.embedded").EmbeddedBroker
     collector = load("fleet.server.collector").Collector
@@ -45,7 +45,7 @@ def run_server(state: State, options: ServerOptions) -> None:
     listen = options.listen or state.config.host
     with ExitStack() as stack:
         endpoint = (
-            stack.enter_context(load("fleet.monitoring.http_endpoint").Endpoint(*options.metrics))
+            stack.enter_context(load("fleet.monitoring.http_endpoint").HttpEndpoint(*options.metrics))
             if options.metrics
             else None
         )
@@ -68,7 +68,7 @@ def run_server(state: State, options: ServerOptions) -> None:
 
 
 def _follow_ups(
-    state: State, registry: Registry, link: MqttTransport, options: ServerOptions, shown: Sequence[Any]
+    state: FleetHome, registry: Registry, link: MqttTransport, options: ServerOptions, shown: Sequence[Any]
 ) -> ChangeWatcher:
     """What is done after each change of the registry, and again whenever the broker may have forgotten it.
 
@@ -82,10 +82,10 @@ def _follow_ups(
         folders.append(options.mosquitto)
         reloads.append(reload)
     configs = load("fleet.server.config_publisher").ConfigPublisher(link, registry)
-    watcher.add(load("fleet.server.denylist_publisher").Denials(link, registry).publish)
+    watcher.add(load("fleet.server.denylist_publisher").DenylistPublisher(link, registry).publish)
     watcher.add(configs.publish)
     watcher.add(load("fleet.registry.rollouts.steps").RolloutEngine(registry).step, periodic=True)
-    watcher.add(Upkeep(state, folders, reloads).tend, periodic=True)
+    watcher.add(CertificateRenewalTask(state, folders, reloads).tend, periodic=True)
     for again in (configs.forget, watcher.again):
         link.on_up(again)
     return watcher

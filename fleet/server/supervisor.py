@@ -18,7 +18,7 @@ from fleet.errors import ConfigError, FleetError
 from fleet.identity.identity import Identity
 from fleet.protocol.access import Role
 from fleet.server.child_process import DRAIN_TIMEOUT_S, Child, child, running
-from fleet.server.home import EMBEDDED, MOSQUITTO, WORKER, State
+from fleet.server.home import EMBEDDED, MOSQUITTO, WORKER, FleetHome
 from fleet.utils.optional_imports import load, require
 
 WATCH_S: Final = 0.2
@@ -54,7 +54,7 @@ def free_port(host: str) -> int:
 
 @contextmanager
 def fleet_processes(
-    state: State, num_workers: int = 1, metrics_port: int | None = None, broker: str = EMBEDDED
+    state: FleetHome, num_workers: int = 1, metrics_port: int | None = None, broker: str = EMBEDDED
 ) -> Iterator[tuple[list[Child], list[Child]]]:
     """Broker and registry, then workers, as child processes; all are ready or starting when the block begins.
 
@@ -86,7 +86,7 @@ def fleet_processes(
 
 
 @contextmanager
-def server_processes(state: State, options: Sequence[str] = (), broker: str = EMBEDDED) -> Iterator[list[Child]]:
+def server_processes(state: FleetHome, options: Sequence[str] = (), broker: str = EMBEDDED) -> Iterator[list[Child]]:
     """Broker and registry as child processes, ready when the block begins; `options` are the server's."""
     with ExitStack() as stack:
         servers, following = [], []
@@ -100,7 +100,7 @@ def server_processes(state: State, options: Sequence[str] = (), broker: str = EM
         yield servers
 
 
-def worker_folder(state: State, name: str, *, shares: bool) -> Path:
+def worker_folder(state: FleetHome, name: str, *, shares: bool) -> Path:
     """The identity folder of one of our workers; of several that share `open`, the broker tells one alone."""
     identity = state.identity(name, Role.WORKER)
     if identity.config.shared_subscriptions is not shares:

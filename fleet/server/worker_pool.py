@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, Self
 
 from fleet.errors import FleetError
 from fleet.server.child_process import DRAIN_TIMEOUT_S, Child
-from fleet.server.home import State
+from fleet.server.home import FleetHome
 from fleet.server.supervisor import worker_folder, worker_name
 
 LOOK_S: Final = 2.0
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Hired:
+class ManagedWorker:
     """A worker of one bundle; `wanted_at` is when somebody wanted it last, on the monotonic clock as all times here."""
 
     name: str
@@ -36,33 +36,35 @@ class Hired:
     wanted_at: float
 
 
-class Orders(NamedTuple):
+class ScalingPlan(NamedTuple):
     """Bundles whose worker is to be started, and those whose is to be stopped."""
 
     start: list[str]
     stop: list[str]
 
 
-def orders(wanted: Collection[str], served: Collection[str], last_wanted: dict[str, float], now: float) -> Orders:
+def plan_scaling(
+    wanted: Collection[str], served: Collection[str], last_wanted: dict[str, float], now: float
+) -> ScalingPlan:
     """What to do when bundles are `wanted`, others' workers serve some, and ours were wanted last at those times."""
     start = sorted(set(wanted) - set(served) - last_wanted.keys())
-    return Orders(start, [each for each, at in last_wanted.items() if each not in wanted and now - at >= LEAVE_S])
+    return ScalingPlan(start, [each for each, at in last_wanted.items() if each not in wanted and now - at >= LEAVE_S])
 
 
 @dataclass
-class Crew:
+class WorkerPool:
     """Looks every other second at what is wanted; a context manager, at whose end all its workers stop.
 
     `default` is the bundle of the workers that run anyway, which are named up to the number `num_workers`; `shares`
     says that the broker has shared subscriptions.
     """
 
-    state: State
+    state: FleetHome
     default: str
     num_workers: int
     shares: bool
-    _hired: dict[str, Hired] = field(default_factory=dict)
-    _leaving: list[Hired] = field(default_factory=list)
+    _hired: dict[str, ManagedWorker] = field(default_factory=dict)
+    _leaving: list[ManagedWorker] = field(default_factory=list)
     _next_look: float = 0.0
 
     def __enter__(self) -> Self:
@@ -100,7 +102,7 @@ class Crew:
         ours = {each.name for each in (*self._hired.values(), *self._leaving)}
         workers = self._registry.serving_workers()
         served = [bundle_id for bundle_id, names in workers.items() if set(names) - ours]
-        todo = orders(wanted, served, {bundle_id: each.wanted_at for bundle_id, each in self._hired.items()}, now)
+        todo = plan_scaling(wanted, served, {bundle_id: each.wanted_at for bundle_id, each in self._hired.items()}, now)
         for bundle_id in todo.stop:
             self._stop(bundle_id)
         for bundle_id in todo.start:
@@ -116,7 +118,7 @@ class Crew:
             ("cloud_broker_worker", "run", str(folder), "--bundle", str(self.state.bundles / bundle_id),
              "--drain-timeout", str(DRAIN_TIMEOUT_S), "--threads", threads),
         )  # fmt: skip
-        self._hired[bundle_id] = Hired(name, process, now, now)
+        self._hired[bundle_id] = ManagedWorker(name, process, now, now)
         _say(f"worker {name} starts for bundle {bundle_id} (process {process.process.pid})")
 
     def _stop(self, bundle_id: str) -> None:

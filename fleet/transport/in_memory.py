@@ -13,17 +13,17 @@ from fleet.protocol.topics import matches
 from fleet.transport.base import MAX_QUEUED, MAX_RETAINED, Handler, Transport, Will, dispatch, guarded
 
 
-class MemoryBroker:
+class InMemoryBroker:
     """Connects transports of one process. It keeps retained messages; it checks nobody's rights."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._clients: list[MemoryTransport] = []
+        self._clients: list[InMemoryTransport] = []
         self._retained: dict[str, bytes] = {}
 
-    def connect(self, name: str, will: Will | None = None) -> MemoryTransport:
+    def connect(self, name: str, will: Will | None = None) -> InMemoryTransport:
         """A transport whose link is up."""
-        return MemoryTransport(self, name, will)
+        return InMemoryTransport(self, name, will)
 
     def _publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
         with self._lock:
@@ -34,26 +34,26 @@ class MemoryBroker:
             for client in self._clients:
                 client._offer(topic, payload)
 
-    def _attach(self, client: MemoryTransport) -> None:
+    def _attach(self, client: InMemoryTransport) -> None:
         with self._lock:
             self._clients.append(client)
 
-    def _detach(self, client: MemoryTransport) -> None:
+    def _detach(self, client: InMemoryTransport) -> None:
         with self._lock:
             if client in self._clients:
                 self._clients.remove(client)
 
-    def _offer_retained(self, client: MemoryTransport, topic_filter: str) -> None:
+    def _offer_retained(self, client: InMemoryTransport, topic_filter: str) -> None:
         with self._lock:
             for topic, payload in self._retained.items():
                 if matches(topic_filter, topic):
                     client._offer(topic, payload)
 
 
-class MemoryTransport(Transport):
-    """One client of a `MemoryBroker`. Its handlers run on a thread of its own."""
+class InMemoryTransport(Transport):
+    """One client of a `InMemoryBroker`. Its handlers run on a thread of its own."""
 
-    def __init__(self, broker: MemoryBroker, name: str, will: Will | None) -> None:
+    def __init__(self, broker: InMemoryBroker, name: str, will: Will | None) -> None:
         self.name = name
         self._broker = broker
         self._will = will

@@ -6,7 +6,7 @@ import logging
 import time
 
 
-class LimitedLog:
+class RateLimitedLog:
     """Writes at most one warning in `interval_s` seconds; the next one says how many were left out."""
 
     def __init__(self, log: logging.Logger, interval_s: float = 1.0) -> None:

@@ -19,7 +19,7 @@ from benchmarks.paper.sizes import SIZES
 from benchmarks.paper.systems import CLOUD_ONLY
 from benchmarks.paper.tasks import TASKS, Sample
 from benchmarks.whole_model import WholeModel
-from edge_agent.engine.partition import Candidates
+from edge_agent.engine.partition import ExitCandidates
 from edge_agent.engine.tokenizer import ChatTokenizer
 from fleet.bundles.manifest import Bundle
 from fleet.errors import ConfigError
@@ -156,7 +156,7 @@ def test_the_judge_knows_the_probability_of_every_token(tiny_bundle: Bundle) -> 
 
 
 def test_a_choice_that_no_exit_names_is_at_most_as_likely_as_its_least_candidate() -> None:
-    candidates = Candidates(np.array([7, 3, 5]), np.log(np.array([0.5, 0.25, 0.125], np.float32)), 0.5)
+    candidates = ExitCandidates(np.array([7, 3, 5]), np.log(np.array([0.5, 0.25, 0.125], np.float32)), 0.5)
     assert exit_preference(candidates, ([7, 5], [3])) == pytest.approx(np.log(0.625 / 0.25))
     assert exit_preference(candidates, ([7], [9])) == pytest.approx(np.log(0.5 / 0.125))
 

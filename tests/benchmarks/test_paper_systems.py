@@ -29,7 +29,7 @@ from fleet.bundles.manifest import Bundle
 from fleet.errors import DecodeError, FleetError
 from fleet.protocol import topics
 from fleet.protocol.report import WorkerStatus, encode_status
-from fleet.transport.in_memory import MemoryBroker
+from fleet.transport.in_memory import InMemoryBroker
 
 TOKENS = 12
 PROMPT = "How warm is it?"
@@ -145,7 +145,7 @@ def test_a_worker_that_dies_ends_the_measurement_though_the_agent_goes_on(models
 def test_a_cloud_only_service_streams_the_models_own_answer(
     models: PaperModels, tiny_bundle: Bundle, tiny_graphs: EdgeGraphs
 ) -> None:
-    broker, embedding = MemoryBroker(), tiny_bundle.path("edge/embedding.npy")
+    broker, embedding = InMemoryBroker(), tiny_bundle.path("edge/embedding.npy")
     (expected,) = greedy_answers(*tiny_graphs.model(), [PROMPT], lambda _: None)
     with broker.connect("edge-1") as device, broker.connect("cloud-1") as cloud:
         served = CloudDriver(cloud, WholeCloudModel(models.whole(), embedding), "1")
@@ -159,7 +159,7 @@ def test_a_cloud_only_service_streams_the_models_own_answer(
 
 
 def test_who_waits_for_a_worker_hears_that_it_has_gone() -> None:
-    broker = MemoryBroker()
+    broker = InMemoryBroker()
     with broker.connect("edge-1") as device, broker.connect("cloud-1") as cloud:
         status = topics.worker_status("cloud-1")
         cloud.publish(status, encode_status(WorkerStatus(True, 1, (), "1")), qos=1, retain=True)

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from fleet.protocol.access import Role
-from fleet.server.home import State, StateConfig
+from fleet.server.home import FleetConfig, FleetHome
 from tests.cli.test_errors import assert_one_clear_line, run
 from tests.fleet.conftest import add
 
@@ -17,7 +17,7 @@ from tests.fleet.conftest import add
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     """A fleet's folder: two devices and an app that was allowed nothing."""
-    with State.create(tmp_path / "state", StateConfig("127.0.0.1", 1, "/no/bundle")).registry() as registry:
+    with FleetHome.create(tmp_path / "state", FleetConfig("127.0.0.1", 1, "/no/bundle")).registry() as registry:
         add(registry, "kitchen", group="home")
         add(registry, "attic")
         add(registry, "phone", Role.APP)
@@ -35,13 +35,13 @@ def test_an_app_is_allowed_devices_by_name_and_tag_and_loses_them_again(home: Pa
         "device": "kitchen", "tags": {"floor": "1", "wing": "east"},
     }  # fmt: skip
     assert run_json(home, "allow", "phone", "floor=1", "attic") == {"app": "phone", "targets": ["attic", "floor=1"]}
-    with State.load(home).registry() as registry:
+    with FleetHome.load(home).registry() as registry:
         grants = registry.grants("phone")
         assert grants is not None
         assert grants.targets == ("attic", "kitchen")
     assert run_json(home, "disallow", "phone", "attic") == {"app": "phone", "targets": ["floor=1"]}
     assert run_json(home, "tag", "kitchen", "--remove", "floor") == {"device": "kitchen", "tags": {"wing": "east"}}
-    with State.load(home).registry() as registry:
+    with FleetHome.load(home).registry() as registry:
         grants = registry.grants("phone")
         assert grants is not None
         assert grants.targets == ()

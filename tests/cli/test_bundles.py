@@ -16,15 +16,15 @@ from fleet.cli.rollouts import parse_span, progress
 from fleet.errors import BundleError, ConfigError, FleetError, RolloutError
 from fleet.protocol.report import DeviceStatus
 from fleet.registry.results import RolloutRow
-from fleet.registry.rollouts.plan import Fate
-from fleet.server.home import State, StateConfig
-from fleet.server.worker_pool import LEAVE_S, Orders, orders
+from fleet.registry.rollouts.plan import DeviceOutcome
+from fleet.server.home import FleetConfig, FleetHome
+from fleet.server.worker_pool import LEAVE_S, ScalingPlan, plan_scaling
 from tests.fleet.conftest import add
 
 
 @pytest.fixture
-def fleet(tmp_path: Path, tiny_bundle: Bundle) -> State:
-    state = State.create(tmp_path / "state", StateConfig("127.0.0.1", 1, str(tiny_bundle.folder)))
+def fleet(tmp_path: Path, tiny_bundle: Bundle) -> FleetHome:
+    state = FleetHome.create(tmp_path / "state", FleetConfig("127.0.0.1", 1, str(tiny_bundle.folder)))
     with state.registry() as registry:
         for i in range(10):
             add(registry, f"d{i}", group="home" if i < 4 else "lab")
@@ -32,7 +32,7 @@ def fleet(tmp_path: Path, tiny_bundle: Bundle) -> State:
     return state
 
 
-def run(fleet: State, *arguments: str) -> str:
+def run(fleet: FleetHome, *arguments: str) -> str:
     result = CliRunner().invoke(app, ["bundle", *arguments, "--home", str(fleet.folder)])
     if isinstance(result.exception, FleetError):
         raise result.exception
@@ -40,17 +40,17 @@ def run(fleet: State, *arguments: str) -> str:
     return result.output
 
 
-def rows(fleet: State) -> list[RolloutRow]:
+def rows(fleet: FleetHome) -> list[RolloutRow]:
     return msgspec.json.decode(run(fleet, "status", "--json"), type=list[RolloutRow])
 
 
 @pytest.fixture
-def bundle_id(fleet: State, tiny_bundle: Bundle) -> str:
+def bundle_id(fleet: FleetHome, tiny_bundle: Bundle) -> str:
     run(fleet, "add", str(tiny_bundle.folder))
     return tiny_bundle.manifest.bundle_id
 
 
-def test_an_added_bundle_is_kept_signed_and_listed(fleet: State, tiny_bundle: Bundle) -> None:
+def test_an_added_bundle_is_kept_signed_and_listed(fleet: FleetHome, tiny_bundle: Bundle) -> None:
     added = msgspec.json.decode(run(fleet, "add", str(tiny_bundle.folder), "--json"))
     assert verify_bundle(Path(added["folder"]), fleet.folder / "ca" / "ca.pem").signature == "valid"
     (row,) = msgspec.json.decode(run(fleet, "list", "--json"))
@@ -59,7 +59,7 @@ def test_an_added_bundle_is_kept_signed_and_listed(fleet: State, tiny_bundle: Bu
     assert "is in" in run(fleet, "add", str(tiny_bundle.folder))
 
 
-def test_a_damaged_bundle_is_refused_in_one_line(fleet: State, tmp_path: Path, tiny_bundle: Bundle) -> None:
+def test_a_damaged_bundle_is_refused_in_one_line(fleet: FleetHome, tmp_path: Path, tiny_bundle: Bundle) -> None:
     shutil.copytree(tiny_bundle.folder, tmp_path / "damaged")
     (tmp_path / "damaged" / "more").touch()
     with pytest.raises(BundleError, match=r"is not added: file .*more is not in the manifest.*fleet bundle verify"):
@@ -67,7 +67,7 @@ def test_a_damaged_bundle_is_refused_in_one_line(fleet: State, tmp_path: Path, t
     assert msgspec.json.decode(run(fleet, "list", "--json")) == []
 
 
-def test_a_roll_out_is_begun_with_its_plan_paused_resumed_and_undone(fleet: State, bundle_id: str) -> None:
+def test_a_roll_out_is_begun_with_its_plan_paused_resumed_and_undone(fleet: FleetHome, bundle_id: str) -> None:
     line = run(
         fleet, "rollout", bundle_id, "--group", "lab", "--canary", "2", "--stages", "50,100", "--observe", "30s",
         "--max-tpot-ratio", "2", "--min-answers", "5",
@@ -89,7 +89,7 @@ def test_a_roll_out_is_begun_with_its_plan_paused_resumed_and_undone(fleet: Stat
     assert (rows(fleet)[0].state, rows(fleet)[0].reason) == ("undone", "by hand")
 
 
-def test_the_list_says_which_bundle_is_being_rolled_out(fleet: State, bundle_id: str) -> None:
+def test_the_list_says_which_bundle_is_being_rolled_out(fleet: FleetHome, bundle_id: str) -> None:
     run(fleet, "rollout", bundle_id)
     (row,) = msgspec.json.decode(run(fleet, "list", "--json"))
     assert (row["rollout"], row["rollout_state"]) == (1, "waiting")
@@ -111,12 +111,12 @@ def test_the_list_says_which_bundle_is_being_rolled_out(fleet: State, bundle_id:
         (("rollout", "b", "--max-error-rate", "2"), "plan is not usable"),
     ],
 )
-def test_what_cannot_be_done_is_one_clear_line(fleet: State, arguments: tuple[str, ...], message: str) -> None:
+def test_what_cannot_be_done_is_one_clear_line(fleet: FleetHome, arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(fleet, *arguments)
 
 
-def test_a_second_roll_out_over_the_same_devices_is_refused(fleet: State, bundle_id: str) -> None:
+def test_a_second_roll_out_over_the_same_devices_is_refused(fleet: FleetHome, bundle_id: str) -> None:
     run(fleet, "rollout", bundle_id, "--group", "lab")
     with pytest.raises(RolloutError, match=r"roll-out 1 .* is waiting over the same devices"):
         run(fleet, "rollout", bundle_id)
@@ -125,7 +125,7 @@ def test_a_second_roll_out_over_the_same_devices_is_refused(fleet: State, bundle
 def test_the_progress_of_a_roll_out_in_a_few_lines() -> None:
     row = RolloutRow(
         id=3, bundle_id="b-new", group=None, state="running", stage=2, num_stages=4, num_targets=20, num_told=5,
-        devices={Fate.PENDING: 0, Fate.TAKEN: 4, Fate.FAILED: 0, Fate.ABSENT: 1}, answers=1234,
+        devices={DeviceOutcome.PENDING: 0, DeviceOutcome.TAKEN: 4, DeviceOutcome.FAILED: 0, DeviceOutcome.ABSENT: 1}, answers=1234,
         findings=("fine: errors 0.0%, limit 5.0%",), doing="watched for 12 of 600 s", reason="no worse than before",
         started_at=100.0, stage_at=150.0, ended_at=None, plan={},
     )  # fmt: skip
@@ -146,15 +146,15 @@ def test_spans_have_a_unit(text: str, seconds: float) -> None:
 @pytest.mark.parametrize(
     ("wanted", "served", "last_wanted", "expected"),
     [
-        ({"b1"}, (), {}, Orders(["b1"], [])),
-        ({"b1"}, ("b1",), {}, Orders([], [])),
-        ({"b1"}, (), {"b1": 1000.0}, Orders([], [])),
-        ((), (), {"b1": 1000.0 - LEAVE_S + 1}, Orders([], [])),
-        ((), (), {"b1": 1000.0 - LEAVE_S}, Orders([], ["b1"])),
-        ({"b2"}, (), {"b1": 0.0, "b2": 0.0}, Orders([], ["b1"])),
+        ({"b1"}, (), {}, ScalingPlan(["b1"], [])),
+        ({"b1"}, ("b1",), {}, ScalingPlan([], [])),
+        ({"b1"}, (), {"b1": 1000.0}, ScalingPlan([], [])),
+        ((), (), {"b1": 1000.0 - LEAVE_S + 1}, ScalingPlan([], [])),
+        ((), (), {"b1": 1000.0 - LEAVE_S}, ScalingPlan([], ["b1"])),
+        ({"b2"}, (), {"b1": 0.0, "b2": 0.0}, ScalingPlan([], ["b1"])),
     ],
 )
 def test_a_worker_is_started_for_what_nobody_serves_and_stopped_when_nobody_has_wanted_it_for_a_while(
-    wanted: set[str], served: tuple[str, ...], last_wanted: dict[str, float], expected: Orders
+    wanted: set[str], served: tuple[str, ...], last_wanted: dict[str, float], expected: ScalingPlan
 ) -> None:
-    assert orders(wanted, served, last_wanted, 1000.0) == expected
+    assert plan_scaling(wanted, served, last_wanted, 1000.0) == expected

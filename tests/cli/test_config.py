@@ -13,14 +13,14 @@ from typer.testing import CliRunner
 from fleet.cli import app
 from fleet.errors import ConfigError, FleetError, UnknownDeviceError
 from fleet.protocol.report import DeviceStatus
-from fleet.server.home import State, StateConfig
+from fleet.server.home import FleetConfig, FleetHome
 from tests.fleet.conftest import add
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     path = tmp_path / "state"
-    with State.create(path, StateConfig("127.0.0.1", 1, "/no/bundle")).registry() as registry:
+    with FleetHome.create(path, FleetConfig("127.0.0.1", 1, "/no/bundle")).registry() as registry:
         add(registry, "edge-1", group="kitchen")
         add(registry, "edge-2")
     return path
@@ -62,16 +62,16 @@ def test_a_value_may_come_from_a_file(folder: Path, tmp_path: Path) -> None:
 
 def test_diff_lists_who_has_not_followed_and_why(folder: Path) -> None:
     version = fleet_json(folder, "config", "set", "--all", "max_draft=4")["version"]
-    with State.load(folder).registry() as registry:
+    with FleetHome.load(folder).registry() as registry:
         follows = DeviceStatus(True, 1, "b", "0.1.0", "auto", config_version=version)
         registry.record_status("edge-2", follows, time.time())
     assert [row["device"] for row in fleet_json(folder, "config", "diff")] == ["edge-1"]
-    with State.load(folder).registry() as registry:
+    with FleetHome.load(folder).registry() as registry:
         fails = DeviceStatus(True, 1, "b", "0.1.0", "auto", config_version=version, config_error="no such bundle")
         registry.record_status("edge-1", follows, time.time())
         registry.record_status("edge-2", fails, time.time())
     assert [row["config_error"] for row in fleet_json(folder, "config", "diff")] == ["no such bundle"]
-    with State.load(folder).registry() as registry:
+    with FleetHome.load(folder).registry() as registry:
         registry.record_status("edge-2", follows, time.time())
     assert "all 2 devices follow" in fleet(folder, "config", "diff")
 

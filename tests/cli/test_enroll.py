@@ -18,9 +18,9 @@ from fleet.cli import app
 from fleet.errors import ConfigError, FleetError, IdentityError, StateError, TopicError, UnknownDeviceError
 from fleet.identity.identity import Identity
 from fleet.protocol.access import Role
-from fleet.protocol.enrolment_api import Token
+from fleet.protocol.enrolment_api import EnrolmentToken
 from fleet.server.child_process import child
-from fleet.server.home import PASSPHRASE, State, StateConfig, create_fleet
+from fleet.server.home import PASSPHRASE, FleetConfig, FleetHome, create_fleet
 from tests.brokers import free_port
 from tests.provisioning.conftest import make_csr
 
@@ -29,7 +29,7 @@ HOST = "127.0.0.1"
 
 @pytest.fixture(scope="module")
 def fresh_fleet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return State.create(tmp_path_factory.mktemp("fresh") / "state", StateConfig(HOST, 1, "/no/bundle")).folder
+    return FleetHome.create(tmp_path_factory.mktemp("fresh") / "state", FleetConfig(HOST, 1, "/no/bundle")).folder
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def fleet_json(folder: Path, *arguments: str) -> Any:
 
 
 def names(folder: Path) -> set[str]:
-    with State.load(folder).registry() as registry:
+    with FleetHome.load(folder).registry() as registry:
         return {row.name for row in registry.identities()} - {"collector", "worker-1"}
 
 
@@ -61,7 +61,7 @@ def test_a_device_is_enrolled_with_one_line_to_run_on_it(fleet_folder: Path) -> 
     assert first.startswith("enrolled device kitchen; run this there, once, before 20")
     words = command.split()
     assert [*words[:2], *words[3:]] == ["edge-agent", "join", "--server", "https://127.0.0.1:8443"]
-    assert Token.parse(words[2]).ca_sha256 == State.load(fleet_folder).ca_sha256()
+    assert EnrolmentToken.parse(words[2]).ca_sha256 == FleetHome.load(fleet_folder).ca_sha256()
     (row,) = fleet_json(fleet_folder, "devices")
     assert (row["device"], row["group"], row["state"]) == ("kitchen", "home", "pending")
     assert row["tags"] == {"arch": "arm64", "site": "roof"}
@@ -90,7 +90,7 @@ def test_a_folder_is_made_offline_and_says_where_the_service_is(fleet_folder: Pa
     said = fleet(fleet_folder, "enroll", "kitchen", "--tag", "site=roof", "--out", str(out))
     assert f"next: edge-agent run {out}" in said
     assert Identity.load(out).config.server == "https://127.0.0.1:8443"
-    with State.load(fleet_folder).registry() as registry:
+    with FleetHome.load(fleet_folder).registry() as registry:
         (row,) = registry.identities(Role.DEVICE)
         assert (row.state, row.tags) == ("active", {"site": "roof"})
         assert registry.role_of(row.fingerprint) == ("kitchen", Role.DEVICE)
@@ -106,7 +106,7 @@ def test_an_identity_is_replaced_with_force(fleet_folder: Path, tmp_path: Path) 
 
 
 def test_without_a_service_there_is_no_token(tmp_path: Path) -> None:
-    State.create(tmp_path, StateConfig(HOST, 1, "/no/bundle", service_port=0))
+    FleetHome.create(tmp_path, FleetConfig(HOST, 1, "/no/bundle", service_port=0))
     with pytest.raises(ConfigError, match=r"no service to join at; give --out DIR, or start it with --service-port"):
         fleet(tmp_path, "enroll", "kitchen")
     fleet(tmp_path, "enroll", "kitchen", "--out", str(tmp_path / "kitchen"))
@@ -164,7 +164,7 @@ def test_a_file_enrols_a_whole_batch_with_a_token_each(fleet_folder: Path, batch
         ("hall", "device"),
     ]
     assert len({each["token"] for each in made}) == 3
-    with State.load(fleet_folder).registry() as registry:
+    with FleetHome.load(fleet_folder).registry() as registry:
         rows = {row.name: row for row in registry.identities()}
     assert (rows["phone"].targets, rows["kitchen"].group) == (("home", "kitchen"), "home")
     assert rows["kitchen"].tags == {"arch": "arm64", "site": "roof"}
@@ -226,7 +226,7 @@ def test_an_operator_suspends_resumes_and_revokes(fleet_folder: Path, tmp_path: 
 def test_a_fleet_with_a_passphrase_opens_with_it_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = StateConfig(HOST, 1, "/no/bundle")
+    config = FleetConfig(HOST, 1, "/no/bundle")
     monkeypatch.setenv(PASSPHRASE, "correct horse")
     create_fleet(tmp_path / "state", config)
     assert capsys.readouterr().err == ""
@@ -248,7 +248,7 @@ def test_a_key_that_is_not_encrypted_is_told_of_once(
 ) -> None:
     monkeypatch.delenv(PASSPHRASE, raising=False)
     for _ in range(2):
-        create_fleet(tmp_path / "state", StateConfig(HOST, 1, "/no/bundle"))
+        create_fleet(tmp_path / "state", FleetConfig(HOST, 1, "/no/bundle"))
     (line,) = capsys.readouterr().err.splitlines()
     assert "is not encrypted" in line
     assert PASSPHRASE in line
@@ -258,10 +258,10 @@ def test_a_key_that_is_not_encrypted_is_told_of_once(
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[State]:
+def served(tmp_path: Path) -> Iterator[FleetHome]:
     """`fleet server` in a process of its own."""
-    config = StateConfig(HOST, free_port(), "/no/bundle", service_port=free_port())
-    state = State.create(tmp_path / "state", config)
+    config = FleetConfig(HOST, free_port(), "/no/bundle", service_port=free_port())
+    state = FleetHome.create(tmp_path / "state", config)
     with child("the server", "fleet.cli", "server", "--home", str(state.folder)) as server:
         line = server.wait_ready()
         assert f"service on https://{HOST}:{config.service_port}" in line
@@ -272,14 +272,14 @@ def test_the_service_may_be_on_another_host_than_the_broker(tmp_path: Path) -> N
     folder, address = tmp_path / "state", ("--host", "mqtt.example", "--service-host", "fleet.example")
     fleet(folder, "init", *address, "--bundle", "/no/bundle")
     assert fleet_json(folder, "enroll", "kitchen")["command"].endswith("--server https://fleet.example:8443")
-    certificate = x509.load_pem_x509_certificate(State.load(folder).server_tls().cert_file.read_bytes())
+    certificate = x509.load_pem_x509_certificate(FleetHome.load(folder).server_tls().cert_file.read_bytes())
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["mqtt.example", "fleet.example", "localhost"]
 
 
-def test_a_device_joins_at_the_service_of_a_running_fleet(served: State) -> None:
+def test_a_device_joins_at_the_service_of_a_running_fleet(served: FleetHome) -> None:
     made = fleet_json(served.folder, "enroll", "kitchen")
-    token, server = Token.parse(made["command"].split()[2]), made["command"].split()[-1]
+    token, server = EnrolmentToken.parse(made["command"].split()[2]), made["command"].split()[-1]
     csr, _ = make_csr("kitchen")
     body = json.dumps({"id": token.id, "secret": token.secret, "csr": csr}).encode()
     context = ssl.create_default_context(cafile=served.folder / "ca" / "ca.pem")

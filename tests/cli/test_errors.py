@@ -35,10 +35,10 @@ def assert_one_clear_line(result: subprocess.CompletedProcess[str], *words: str)
 @pytest.fixture(scope="module")
 def state(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Path:
     """A fleet's folder as `fleet up` makes it; nothing of it runs."""
-    from fleet.server.home import State, StateConfig
+    from fleet.server.home import FleetConfig, FleetHome
 
     folder = tmp_path_factory.mktemp("fleet")
-    State.create(folder, StateConfig("127.0.0.1", 1, str(tiny_bundle.folder)))
+    FleetHome.create(folder, FleetConfig("127.0.0.1", 1, str(tiny_bundle.folder)))
     return folder
 
 

@@ -21,29 +21,29 @@ from fleet.protocol.desired_config import Settings
 from fleet.protocol.report import DeviceStatus, WorkerStatus
 from fleet.registry.settings import Scope, Target
 from fleet.server.child_process import child
-from fleet.server.home import State, StateConfig
+from fleet.server.home import FleetConfig, FleetHome
 from tests.brokers import free_port
 from tests.fleet.conftest import add
 
 
 @pytest.fixture
-def state(tmp_path: Path, tiny_bundle: Bundle) -> State:
+def state(tmp_path: Path, tiny_bundle: Bundle) -> FleetHome:
     """A fleet whose processes do not run."""
-    return State.create(
-        tmp_path / "state", StateConfig("127.0.0.1", free_port(), str(tiny_bundle.folder), service_port=0)
+    return FleetHome.create(
+        tmp_path / "state", FleetConfig("127.0.0.1", free_port(), str(tiny_bundle.folder), service_port=0)
     )
 
 
-def problems(state: State) -> dict[str, str]:
+def problems(state: FleetHome) -> dict[str, str]:
     return {check.name: check.problem for check in check_fleet(state.folder) if check.problem}
 
 
-def doctor(state: State) -> tuple[int, Any]:
+def doctor(state: FleetHome) -> tuple[int, Any]:
     result = CliRunner().invoke(app, ["doctor", "--home", str(state.folder), "--json"])
     return result.exit_code, json.loads(result.stdout)
 
 
-def test_a_fleet_whose_broker_runs_has_no_problem(state: State) -> None:
+def test_a_fleet_whose_broker_runs_has_no_problem(state: FleetHome) -> None:
     with child("the broker", "fleet.cli", "server", "--home", str(state.folder)) as server:
         server.wait_ready()
         status, diagnosis = doctor(state)
@@ -52,7 +52,7 @@ def test_a_fleet_whose_broker_runs_has_no_problem(state: State) -> None:
     assert [check["name"] for check in diagnosis["fleet"]] == names
 
 
-def test_a_broker_that_does_not_run_is_a_problem_and_stops_no_other_check(state: State) -> None:
+def test_a_broker_that_does_not_run_is_a_problem_and_stops_no_other_check(state: FleetHome) -> None:
     status, diagnosis = doctor(state)
     assert status == 1
     (problem,) = diagnosis["problems"]
@@ -60,43 +60,43 @@ def test_a_broker_that_does_not_run_is_a_problem_and_stops_no_other_check(state:
     assert "fleet up" in problem
 
 
-def remove_the_authority(state: State) -> None:
+def remove_the_authority(state: FleetHome) -> None:
     shutil.rmtree(state.folder / "ca")
 
 
-def hear_from_the_future(state: State) -> None:
+def hear_from_the_future(state: FleetHome) -> None:
     with state.registry() as registry:
         add(registry, "edge-1")
         registry.record_status("edge-1", DeviceStatus(False, 1), time.time() + 86_400)
 
 
-def let_a_certificate_grow_old(state: State) -> None:
+def let_a_certificate_grow_old(state: FleetHome) -> None:
     with state.registry() as registry:
         registry.add_identity("old", Role.DEVICE, fingerprint="0" * 64, not_after=time.time() + 86_400)
 
 
-def alter_the_bundle(state: State) -> None:
+def alter_the_bundle(state: FleetHome) -> None:
     copy = state.folder / "copy"
     shutil.copytree(state.config.bundle, copy)
     (copy / "edge/block_0.onnx").write_bytes(b"other")
-    State.create(state.folder, StateConfig("127.0.0.1", state.config.port, str(copy), service_port=0))
+    FleetHome.create(state.folder, FleetConfig("127.0.0.1", state.config.port, str(copy), service_port=0))
 
 
-def serve_another_bundle(state: State) -> None:
+def serve_another_bundle(state: FleetHome) -> None:
     with state.registry() as registry:
         add(registry, "edge-1")
         registry.record_status("edge-1", DeviceStatus(True, 1, "b1"), time.time())
         registry.record_worker("worker-1", WorkerStatus(True, 1, ("b2",)), time.time())
 
 
-def ask_for_what_nobody_follows(state: State) -> None:
+def ask_for_what_nobody_follows(state: FleetHome) -> None:
     serve_another_bundle(state)
     with state.registry() as registry:
         registry.record_worker("worker-1", WorkerStatus(True, 1, ("b1",)), time.time())
         registry.change_settings(Target(Scope.DEVICE, "edge-1"), lambda _: Settings(max_draft=2))
 
 
-def make_the_registry_no_database(state: State) -> None:
+def make_the_registry_no_database(state: FleetHome) -> None:
     (state.folder / "registry.sqlite").write_bytes(b"no database" * 1000)
 
 
@@ -113,7 +113,7 @@ def make_the_registry_no_database(state: State) -> None:
     ],
 )
 def test_what_is_wrong_is_named_with_what_to_do(
-    state: State, spoil: Callable[[State], None], name: str, says: str
+    state: FleetHome, spoil: Callable[[FleetHome], None], name: str, says: str
 ) -> None:
     spoil(state)
     assert says in problems(state)[name]

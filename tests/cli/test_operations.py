@@ -16,7 +16,7 @@ import pytest
 from benchmarks.postgresql import find_postgresql
 from fleet.bundles.manifest import Bundle
 from fleet.protocol.access import Role
-from fleet.server.home import State, StateConfig
+from fleet.server.home import FleetConfig, FleetHome
 from tests.brokers import free_port
 from tests.fleet.conftest import add, report
 from tests.postgresql import Databases
@@ -48,13 +48,13 @@ def run(script: str, folder: Path, home: Path, url: str = "") -> None:
 
 
 def fill(home: Path, url: str | None) -> None:
-    with State.create(home, StateConfig("127.0.0.1", 1, "/no/bundle", registry=url)).registry() as registry:
+    with FleetHome.create(home, FleetConfig("127.0.0.1", 1, "/no/bundle", registry=url)).registry() as registry:
         add(registry, "edge-1", group="kitchen")
         registry.record_report("edge-1", report())
 
 
 def check(home: Path) -> None:
-    with State.load(home).registry() as registry:
+    with FleetHome.load(home).registry() as registry:
         assert registry.stats()[0].tokens == 10
         assert registry.record_report("edge-1", report("g2"))
         assert not registry.record_report("edge-1", report())
@@ -90,9 +90,9 @@ def test_a_fleet_starts_on_a_new_postgresql_database_and_keeps_it(
     run(create, tmp_path, home, url)
     _up(up, tmp_path, home, url, tiny_bundle)
     _up(commands("How long single answers are kept"), tmp_path, home, url, tiny_bundle)
-    assert State.load(home).config.registry == url
-    assert State.load(home).config.retention_days == 30
-    with State.load(home).registry() as registry:
+    assert FleetHome.load(home).config.registry == url
+    assert FleetHome.load(home).config.retention_days == 30
+    with FleetHome.load(home).registry() as registry:
         assert {row.name for row in registry.identities()} >= {"collector", "worker-1"}
     stats = subprocess.run(
         ["fleet", "stats", "--json"], env=environment(home), capture_output=True, timeout=TIMEOUT_S, check=True
@@ -153,7 +153,7 @@ def test_with_a_passphrase_the_authoritys_key_is_encrypted_and_needed(tmp_path: 
 
 def test_a_device_is_suspended_resumed_and_revoked_and_the_audit_log_says_so(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    state = State.create(home, StateConfig("127.0.0.1", 1, "/no/bundle"))
+    state = FleetHome.create(home, FleetConfig("127.0.0.1", 1, "/no/bundle"))
     state.enroll("kitchen", Role.DEVICE, tmp_path / "kitchen")
     run(commands("Somebody goes, or a device is stolen"), tmp_path, home)
     with state.registry() as registry:

@@ -17,7 +17,7 @@ from fleet.cli.stats_views import spark
 from fleet.errors import ConfigError, FleetError
 from fleet.protocol.access import Role
 from fleet.protocol.report import DeviceStatus, Switch
-from fleet.server.home import State, StateConfig, keeping
+from fleet.server.home import FleetConfig, FleetHome, keeping
 from tests.fleet.conftest import add, report
 
 
@@ -25,7 +25,7 @@ from tests.fleet.conftest import add, report
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fleet's folder whose registry holds two devices with answers and one without; nothing of it runs."""
     path, now = tmp_path_factory.mktemp("fleet") / "state", time.time()
-    with State.create(path, StateConfig("127.0.0.1", 1, "/no/bundle")).registry() as registry:
+    with FleetHome.create(path, FleetConfig("127.0.0.1", 1, "/no/bundle")).registry() as registry:
         add(registry, "edge-1", group="kitchen")
         add(registry, "edge-2", group="attic")
         add(registry, "edge-3")
@@ -134,9 +134,9 @@ def test_a_bar_of_rates() -> None:
 
 
 def test_a_fleet_keeps_its_registry_and_retention_until_it_is_told_another(tmp_path: Path) -> None:
-    config = StateConfig("127.0.0.1", 1, "/no/bundle")
+    config = FleetConfig("127.0.0.1", 1, "/no/bundle")
     first = keeping(tmp_path, config, f"sqlite:///{tmp_path}/other.sqlite", 30)
-    State.create(tmp_path, first)
+    FleetHome.create(tmp_path, first)
     assert keeping(tmp_path, config, None, None) == first
     assert keeping(tmp_path, config, first.registry, 7).retention_days == 7
     with pytest.raises(ConfigError, match="another registry, where its devices are enrolled"):
@@ -144,9 +144,9 @@ def test_a_fleet_keeps_its_registry_and_retention_until_it_is_told_another(tmp_p
 
 
 def test_a_registry_that_cannot_be_opened_is_not_written_down(tmp_path: Path) -> None:
-    config = StateConfig("127.0.0.1", 1, "/no/bundle", registry="postgresql://fleet:secret@127.0.0.1:1/fleet")
+    config = FleetConfig("127.0.0.1", 1, "/no/bundle", registry="postgresql://fleet:secret@127.0.0.1:1/fleet")
     with pytest.raises(FleetError, match="cannot answer") as raised:
-        State.create(tmp_path, config)
+        FleetHome.create(tmp_path, config)
     assert "secret" not in str(raised.value)
     assert not (tmp_path / "fleet.json").exists()
 
@@ -157,5 +157,5 @@ def test_only_the_operator_can_read_where_the_registry_is(folder: Path) -> None:
 
 
 def _identities(folder: Path) -> list[dict[str, Any]]:
-    with State.load(folder).registry() as registry:
+    with FleetHome.load(folder).registry() as registry:
         return [{"role": row.role} for row in registry.identities()]

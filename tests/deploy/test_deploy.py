@@ -25,9 +25,9 @@ from cloud_broker_worker.worker.metrics import WorkerMonitor
 from fleet.bundles.manifest import Bundle
 from fleet.registry.store import Registry
 from fleet.server.collector import Collector
-from fleet.server.home import DEFAULT_SERVICE_PORT, State
+from fleet.server.home import DEFAULT_SERVICE_PORT, FleetHome
 from fleet.server.metrics import FleetMonitor
-from fleet.transport.in_memory import MemoryBroker
+from fleet.transport.in_memory import InMemoryBroker
 from tests.deploy.files import (
     DEPLOY,
     ROOT,
@@ -102,7 +102,7 @@ def test_the_images_hold_what_the_project_is_built_of_and_extras_that_it_has() -
 def test_the_state_is_in_the_folder_that_is_mounted(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
-    folder = str(State.default_folder())
+    folder = str(FleetHome.default_folder())
     assert f"VOLUME {folder}" in dockerfile()["server"].lines
     assert f"fleet:{folder}" in compose()["services"]["server"]["volumes"]
     servers = [
@@ -236,7 +236,7 @@ def test_names_that_objects_refer_to_are_there() -> None:
 @pytest.fixture
 def exposed(tiny_bundle: Bundle, tmp_path: Path) -> set[str]:
     """Names of all samples that the two endpoints can give."""
-    broker = MemoryBroker()
+    broker = InMemoryBroker()
     serving = worker.Worker(broker.connect("w1"), tiny_bundle, WorkerConfig(num_threads=1))
     with Registry.open(tmp_path / "registry.sqlite") as registry, broker.connect("collector") as link:
         monitors = WorkerMonitor(serving), FleetMonitor(registry, Collector(link, registry), link, None)

@@ -24,12 +24,12 @@ from fleet.identity.identity import IDENTITY_FILE, Identity, IdentityConfig
 from fleet.protocol.access import Role
 from fleet.protocol.desired_config import DesiredConfig, Settings
 from fleet.protocol.enrolment_api import (
+    EnrolmentToken,
     JoinReply,
     JoinRequest,
     RenewReply,
     RenewRequest,
     ServiceProblem,
-    Token,
     decode_body,
 )
 from fleet.protocol.topics import PREFIX
@@ -84,10 +84,10 @@ class FleetService:
         return self._tls.ca_file.read_bytes()
 
     @property
-    def token(self) -> Token:
+    def token(self) -> EnrolmentToken:
         from edge_agent.provisioning.credentials import fingerprint
 
-        return Token(fingerprint(self.ca), TOKEN_ID, SECRET)
+        return EnrolmentToken(fingerprint(self.ca), TOKEN_ID, SECRET)
 
     def identity(self, folder: Path) -> Identity:
         """An identity folder as `edge-agent join` makes it, without joining."""

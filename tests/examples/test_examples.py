@@ -19,7 +19,7 @@ from fleet.protocol import topics
 from fleet.protocol.access import Role
 from fleet.protocol.prompt import Reply, decode_reply
 from fleet.server.child_process import Child
-from fleet.server.home import State, StateConfig
+from fleet.server.home import FleetConfig, FleetHome
 from fleet.transport.mqtt import MqttTransport
 from tests.brokers import HOST, find_mosquitto, free_port, wait_until
 
@@ -34,8 +34,8 @@ class Home:
 
     def __init__(self, folder: Path, bundle: Bundle, stack: ExitStack) -> None:
         self.folder = folder
-        config = StateConfig(HOST, free_port(), str(bundle.folder), service_port=free_port())
-        self.state = State.create(folder / "state", config)
+        config = FleetConfig(HOST, free_port(), str(bundle.folder), service_port=free_port())
+        self.state = FleetHome.create(folder / "state", config)
         self._start(stack, "fleet.cli", "up", "--home", str(self.state.folder), "--port", str(self.port),
                     "--service-port", str(config.service_port), "--bundle", str(bundle.folder))  # fmt: skip
         self.state.enroll("kitchen", Role.DEVICE, folder / "kitchen")

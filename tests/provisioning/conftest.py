@@ -26,11 +26,11 @@ from fleet.protocol.enrolment_api import JoinReply
 from fleet.registry.results import NewToken
 from fleet.registry.store import Registry
 from provisioning.authority import CertificateAuthority
-from provisioning.enrolment_service import Office
-from provisioning.fleet_address import Site
+from provisioning.enrolment_service import EnrolmentService
+from provisioning.fleet_address import FleetAddress
 from provisioning.offline_enrolment import enroll
 from provisioning.rate_limit import RateLimit
-from provisioning.service import Service
+from provisioning.service import EnrolmentServer
 
 HOST: Final = "127.0.0.1"
 TIMEOUT_S: Final = 10.0
@@ -79,7 +79,9 @@ class Answer:
 class Desk:
     """A running service, and both sides of it."""
 
-    def __init__(self, folder: Path, registry: Registry, authority: CertificateAuthority, service: Service) -> None:
+    def __init__(
+        self, folder: Path, registry: Registry, authority: CertificateAuthority, service: EnrolmentServer
+    ) -> None:
         self.folder, self.registry, self.authority, self.service = folder, registry, authority, service
 
     def invite(self, name: str = "edge-1", role: Role = Role.DEVICE, ttl_s: float = 900) -> NewToken:
@@ -139,9 +141,9 @@ class Desk:
 
 @pytest.fixture
 def desk(tmp_path: Path, registry: Registry, authority: CertificateAuthority) -> Iterator[Desk]:
-    site = Site(HOST, 8883, "https://127.0.0.1:8443", tmp_path)
+    site = FleetAddress(HOST, 8883, "https://127.0.0.1:8443", tmp_path)
     folders = {"b1": tmp_path / "bundles" / "b1"}
-    office = Office(registry, authority, site, folders.get, bundle_id="b1")
+    office = EnrolmentService(registry, authority, site, folders.get, bundle_id="b1")
     tls = authority.server_tls(tmp_path / "broker", HOST)
-    with Service(HOST, 0, tls, office, joins=RateLimit(600, 50), idle_s=1.0) as service:
+    with EnrolmentServer(HOST, 0, tls, office, joins=RateLimit(600, 50), idle_s=1.0) as service:
         yield Desk(tmp_path, registry, authority, service)

@@ -15,8 +15,8 @@ from fleet.errors import ConfigError
 from fleet.identity.identity import CERT_FILE, KEY_FILE, Identity
 from fleet.protocol.access import Role
 from fleet.registry.store import Registry
-from fleet.server.certificate_renewal_task import Upkeep
-from fleet.server.home import State, StateConfig
+from fleet.server.certificate_renewal_task import CertificateRenewalTask
+from fleet.server.home import FleetConfig, FleetHome
 from fleet.transport.mqtt import MqttTransport
 from provisioning.certificate import Certificate
 from provisioning.own_certificates import is_due, renew_own
@@ -27,12 +27,12 @@ COLLECTOR = "collector"
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> State:
-    return State.create(tmp_path / "state", StateConfig(HOST, free_port(), "/no/bundle", service_port=0))
+def state(tmp_path: Path) -> FleetHome:
+    return FleetHome.create(tmp_path / "state", FleetConfig(HOST, free_port(), "/no/bundle", service_port=0))
 
 
 @pytest.fixture
-def registry(state: State) -> Iterator[Registry]:
+def registry(state: FleetHome) -> Iterator[Registry]:
     with state.registry() as opened:
         yield opened
 
@@ -42,20 +42,20 @@ def shown_by(port: int) -> str:
     return ssl.get_server_certificate((HOST, port))
 
 
-def make_old(state: State, folder: Path) -> None:
+def make_old(state: FleetHome, folder: Path) -> None:
     """Puts a server certificate of which two thirds are over into `folder`."""
     authority, life = state.authority(), timedelta(seconds=1)
     made: Certificate = authority.certify("broker", Role.SERVER, life)
     made.write(folder)
 
 
-def test_a_certificate_is_due_at_two_thirds_of_its_life(state: State) -> None:
+def test_a_certificate_is_due_at_two_thirds_of_its_life(state: FleetHome) -> None:
     folder, now = state.identity(COLLECTOR, Role.SERVER).folder, time.time()
     assert not is_due(folder, now + 59 * DAY_S)
     assert is_due(folder, now + 61 * DAY_S)
 
 
-def test_an_identity_has_another_key_and_both_certificates_count(state: State, registry: Registry) -> None:
+def test_an_identity_has_another_key_and_both_certificates_count(state: FleetHome, registry: Registry) -> None:
     identity = state.identity(COLLECTOR, Role.SERVER)
     old, old_key = fingerprint_of(identity), (identity.folder / KEY_FILE).read_bytes()
     renew_own(registry, state.authority(), identity)
@@ -66,7 +66,7 @@ def test_an_identity_has_another_key_and_both_certificates_count(state: State, r
 
 
 def test_whoever_is_connected_stays_so_and_takes_the_new_one_at_the_next_connection(
-    state: State, registry: Registry
+    state: FleetHome, registry: Registry
 ) -> None:
     identity, seen = state.identity(COLLECTOR, Role.SERVER), []
 
@@ -87,22 +87,22 @@ def test_whoever_is_connected_stays_so_and_takes_the_new_one_at_the_next_connect
             wait_until(lambda: link.is_up, "it is up")
 
 
-def test_upkeep_renews_what_is_due_and_makes_the_broker_show_it(state: State, registry: Registry) -> None:
+def test_upkeep_renews_what_is_due_and_makes_the_broker_show_it(state: FleetHome, registry: Registry) -> None:
     tls = state.server_tls()
     with EmbeddedBroker(HOST, state.config.port, tls, registry.admitted) as broker:
         before = shown_by(state.config.port)
-        upkeep = Upkeep(state, [tls.cert_file.parent], [broker.reload_certificate])
+        upkeep = CertificateRenewalTask(state, [tls.cert_file.parent], [broker.reload_certificate])
         upkeep.tend()
         assert shown_by(state.config.port) == before
         make_old(state, tls.cert_file.parent)
-        Upkeep(state, [tls.cert_file.parent], [broker.reload_certificate]).tend()
+        CertificateRenewalTask(state, [tls.cert_file.parent], [broker.reload_certificate]).tend()
         assert shown_by(state.config.port) not in (before, "")
         assert not is_due(tls.cert_file.parent)
         with MqttTransport.connect(state.identity(COLLECTOR, Role.SERVER)) as link:
             assert link.is_up
 
 
-def test_upkeep_repeats_a_reload_that_failed_and_those_behind_it(state: State) -> None:
+def test_upkeep_repeats_a_reload_that_failed_and_those_behind_it(state: FleetHome) -> None:
     tls, calls = state.server_tls(), list[str]()
 
     def reload() -> None:
@@ -111,7 +111,7 @@ def test_upkeep_repeats_a_reload_that_failed_and_those_behind_it(state: State) -
             raise ConfigError("no process")
 
     make_old(state, tls.cert_file.parent)
-    upkeep = Upkeep(state, [tls.cert_file.parent], [reload, lambda: calls.append("next")])
+    upkeep = CertificateRenewalTask(state, [tls.cert_file.parent], [reload, lambda: calls.append("next")])
     with pytest.raises(ConfigError):
         upkeep.tend()
     upkeep.tend()
@@ -119,17 +119,17 @@ def test_upkeep_repeats_a_reload_that_failed_and_those_behind_it(state: State) -
     assert calls == ["failed", "reloaded", "next"]
 
 
-def test_upkeep_renews_the_fleets_own_identities(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upkeep_renews_the_fleets_own_identities(state: FleetHome, monkeypatch: pytest.MonkeyPatch) -> None:
     identities = [state.identity(COLLECTOR, Role.SERVER), state.identity("worker-1", Role.WORKER)]
     before = [fingerprint_of(identity) for identity in identities]
     later = time.time() + 61 * DAY_S
     monkeypatch.setattr("provisioning.own_certificates.time.time", lambda: later)
-    Upkeep(state, [], []).tend()
+    CertificateRenewalTask(state, [], []).tend()
     assert not {fingerprint_of(identity) for identity in identities} & set(before)
 
 
 def test_an_identity_that_is_due_and_cannot_be_renewed_goes_on_with_what_it_has(
-    state: State, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    state: FleetHome, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     before: Identity = state.identity(COLLECTOR, Role.SERVER)
     old = (before.folder / CERT_FILE).read_bytes()

@@ -24,10 +24,10 @@ from fleet.protocol.enrolment_api import MAX_BODY_BYTES, JoinReply
 from fleet.registry.settings import Scope, Target
 from fleet.registry.store import Registry
 from provisioning.authority import CertificateAuthority
-from provisioning.enrolment_service import Office
-from provisioning.fleet_address import Site
+from provisioning.enrolment_service import EnrolmentService
+from provisioning.fleet_address import FleetAddress
 from provisioning.rate_limit import RateLimit
-from provisioning.service import Service
+from provisioning.service import EnrolmentServer
 from tests.provisioning.conftest import HOST, TIMEOUT_S, Desk, make_csr
 
 # Joining.
@@ -175,9 +175,9 @@ def test_other_paths_and_methods_are_refused_in_the_same_form(desk: Desk, method
 def test_too_many_joins_from_one_address_have_to_wait(
     tmp_path: Path, registry: Registry, authority: CertificateAuthority
 ) -> None:
-    office = Office(registry, authority, Site(HOST, 8883), lambda _: None)
+    office = EnrolmentService(registry, authority, FleetAddress(HOST, 8883), lambda _: None)
     tls = authority.server_tls(tmp_path / "broker", HOST)
-    with Service(HOST, 0, tls, office, joins=RateLimit(10, 3)) as service:
+    with EnrolmentServer(HOST, 0, tls, office, joins=RateLimit(10, 3)) as service:
         desk = Desk(tmp_path, registry, authority, service)
         answers = [desk.join(desk.invite(), "nonsense") for _ in range(4)]
         assert [answer.status for answer in answers] == [400, 400, 400, 429]
@@ -187,9 +187,9 @@ def test_too_many_joins_from_one_address_have_to_wait(
 
 
 def test_joins_that_succeed_do_not_count(tmp_path: Path, registry: Registry, authority: CertificateAuthority) -> None:
-    office = Office(registry, authority, Site(HOST, 8883), lambda _: None)
+    office = EnrolmentService(registry, authority, FleetAddress(HOST, 8883), lambda _: None)
     tls = authority.server_tls(tmp_path / "broker", HOST)
-    with Service(HOST, 0, tls, office, joins=RateLimit(1, 1)) as service:
+    with EnrolmentServer(HOST, 0, tls, office, joins=RateLimit(1, 1)) as service:
         desk = Desk(tmp_path, registry, authority, service)
         answers = [desk.join(desk.invite(f"edge-{i}"), make_csr()[0]) for i in range(3)]
         assert [answer.status for answer in answers] == [200, 200, 200]
@@ -206,13 +206,13 @@ def test_without_a_registry_it_says_so_and_where_it_is_stays_in_the_log(desk: De
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path, registry: Registry, authority: CertificateAuthority) -> None:
-    office = Office(registry, authority, Site(HOST, 8883), lambda _: None)
+    office = EnrolmentService(registry, authority, FleetAddress(HOST, 8883), lambda _: None)
     tls = authority.server_tls(tmp_path / "broker", HOST)
     with (
-        Service(HOST, 0, tls, office) as first,
+        EnrolmentServer(HOST, 0, tls, office) as first,
         pytest.raises(ConfigError, match=rf"{first.port}: the port is in use.*--service-port"),
     ):
-        Service(HOST, first.port, tls, office).__enter__()
+        EnrolmentServer(HOST, first.port, tls, office).__enter__()
 
 
 # Without and with a certificate.
@@ -225,8 +225,8 @@ def test_anybody_can_have_the_authoritys_certificate(desk: Desk) -> None:
 def test_anybody_can_have_the_revoked_certificates(
     tmp_path: Path, registry: Registry, authority: CertificateAuthority
 ) -> None:
-    office = Office(registry, authority, Site(HOST, 8883), lambda _: None, crl=lambda: "a list")
-    with Service(HOST, 0, authority.server_tls(tmp_path / "broker", HOST), office) as service:
+    office = EnrolmentService(registry, authority, FleetAddress(HOST, 8883), lambda _: None, crl=lambda: "a list")
+    with EnrolmentServer(HOST, 0, authority.server_tls(tmp_path / "broker", HOST), office) as service:
         assert Desk(tmp_path, registry, authority, service).ask("GET", "/v1/crl").body == b"a list"
 
 

@@ -24,7 +24,7 @@ from fleet.protocol.report import (
     encode_receipt,
 )
 from fleet.transport.base import Transport, Will
-from fleet.transport.in_memory import MemoryBroker, MemoryTransport
+from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
 from fleet.transport.prompt_client import PromptClient
 
 WAIT_S = 30.0
@@ -59,7 +59,7 @@ class MemoryFleet:
     """Starts parts one by one, so that a test can leave one out, stop it, or start it again."""
 
     def __init__(self, stack: ExitStack) -> None:
-        self.broker = MemoryBroker()
+        self.broker = InMemoryBroker()
         self.reports: queue.Queue[GenerationReport] = queue.Queue()
         self._stack = stack
         self._worker_status: queue.Queue[WorkerStatus] = queue.Queue()
@@ -76,12 +76,12 @@ class MemoryFleet:
         self._raw: dict[str, queue.Queue[Reply]] = {}
         self.watcher.subscribe(topics.reply("+", "+", "+"), self._on_reply, qos=1)
 
-    def _connect(self, name: str, will: Will | None = None) -> MemoryTransport:
+    def _connect(self, name: str, will: Will | None = None) -> InMemoryTransport:
         return self._stack.enter_context(self.broker.connect(name, will))
 
     def start_worker(
         self, bundle: Bundle, config: WorkerConfig | None = None, name: str = WORKER
-    ) -> tuple[Worker, MemoryTransport]:
+    ) -> tuple[Worker, InMemoryTransport]:
         transport = self._connect(name, Will(topics.worker_status(name), Worker.will()))
         worker = Worker(transport, bundle, config or WorkerConfig(num_threads=1))
         self._stack.enter_context(worker)
@@ -91,7 +91,7 @@ class MemoryFleet:
 
     def start_device(
         self, bundle: Bundle, config: AgentConfig | None = None, name: str = DEVICE
-    ) -> tuple[Agent, MemoryTransport]:
+    ) -> tuple[Agent, InMemoryTransport]:
         transport = self._connect(name, Will(topics.device_status(name), Agent.will()))
         agent = Agent(transport, bundle, config or AgentConfig(num_threads=1))
         self._stack.enter_context(agent)

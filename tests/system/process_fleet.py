@@ -28,7 +28,7 @@ from fleet.protocol.prompt import PromptRequest
 from fleet.protocol.report import WorkerStatus, decode_status
 from fleet.server.child_process import Child
 from fleet.server.collector import Collector
-from fleet.server.home import COLLECTOR, State, StateConfig
+from fleet.server.home import COLLECTOR, FleetConfig, FleetHome
 from fleet.transport.base import Will
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
@@ -64,7 +64,7 @@ class ProcessFleet:
         self._kind, self._folder, self._stack = kind, folder, stack
         self._has_shared_subscriptions = kind == "mosquitto"
         port = free_port()
-        self._state = State.create(folder / "state", StateConfig(HOST, port, str(bundle.folder), service_port=0))
+        self._state = FleetHome.create(folder / "state", FleetConfig(HOST, port, str(bundle.folder), service_port=0))
         self.links = {
             name: stack.enter_context(Proxy(port)) for name in (*DEVICES, *WORKERS, APP, "watcher", COLLECTOR)
         }

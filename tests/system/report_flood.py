@@ -24,7 +24,7 @@ from fleet.protocol.access import Role
 from fleet.registry.database import parse_url
 from fleet.registry.models import GenerationRecord
 from fleet.server.child_process import Child
-from fleet.server.home import State, StateConfig
+from fleet.server.home import FleetConfig, FleetHome
 from provisioning.authority import CertificateAuthority
 from provisioning.offline_enrolment import enroll
 from tests.brokers import HOST, free_port, wait_until
@@ -46,8 +46,8 @@ class Flood:
 
     def __init__(self, folder: Path, num_devices: int, postgresql: PostgresqlServer | None, stack: ExitStack) -> None:
         url = postgresql.create("flood") if postgresql else None
-        config = StateConfig(HOST, free_port(), str(folder), registry=url, service_port=0)
-        self.state = State.create(folder / "state", config)
+        config = FleetConfig(HOST, free_port(), str(folder), registry=url, service_port=0)
+        self.state = FleetHome.create(folder / "state", config)
         self._file, self._postgresql = self.state.folder / "registry.sqlite", postgresql
         self.registry = stack.enter_context(self.state.registry())
         self._engine = create_engine(parse_url(url or self._file), pool_pre_ping=True)

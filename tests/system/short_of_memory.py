@@ -17,7 +17,7 @@ from fleet.protocol import topics
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest, Reply, decode_reply
 from fleet.protocol.report import GenerationReport, decode_report
-from fleet.transport.in_memory import MemoryBroker
+from fleet.transport.in_memory import InMemoryBroker
 
 WAIT_S = 60.0
 HEADROOM_BYTES = 16 << 20
@@ -31,7 +31,7 @@ def limit_memory() -> None:
 
 
 def main(folder: Path, max_new_tokens: int) -> None:
-    broker = MemoryBroker()
+    broker = InMemoryBroker()
     config = AgentConfig(num_threads=1, max_positions=8192, cache_budget_mb=1024)
     replies: queue.Queue[Reply] = queue.Queue()
     reports: queue.Queue[GenerationReport] = queue.Queue()

@@ -9,7 +9,7 @@ import pytest
 from edge_agent.config import AgentConfig
 from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer
-from edge_agent.serving.request_planner import Planner
+from edge_agent.serving.request_planner import RequestPlanner
 from fleet.bundles.manifest import Bundle
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest
@@ -72,5 +72,7 @@ def test_a_sample_that_loses_the_cloud_goes_on_without_it(tiny_bundle: Bundle) -
 def test_the_share_is_by_the_draws_that_were_given(tiny_bundle: Bundle) -> None:
     draws = itertools.cycle([0.1, 0.3, 0.6])
     config = AgentConfig(agreement_sample=0.5)
-    planner = Planner(Partition(tiny_bundle, num_threads=1), ChatTokenizer(tiny_bundle), config, lambda: next(draws))
+    planner = RequestPlanner(
+        Partition(tiny_bundle, num_threads=1), ChatTokenizer(tiny_bundle), config, lambda: next(draws)
+    )
     assert [planner.plan(ASKED).is_sample for _ in range(6)] == [True, True, False, True, True, False]

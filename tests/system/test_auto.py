@@ -11,7 +11,7 @@ from edge_agent.config import AgentConfig
 from fleet.bundles.manifest import Bundle
 from fleet.protocol.modes import CLOUD, FALLBACK, Mode
 from fleet.protocol.prompt import PromptRequest
-from fleet.transport.in_memory import MemoryTransport
+from fleet.transport.in_memory import InMemoryTransport
 from tests.system.memory_fleet import DEVICE, WAIT_S, Answer, memory_fleet
 
 NUM_TOKENS = 400
@@ -21,7 +21,7 @@ PROMPT = PromptRequest(
 )
 
 
-def ask(bundle: Bundle, prompt: PromptRequest, config: AgentConfig) -> tuple[Answer, MemoryTransport]:
+def ask(bundle: Bundle, prompt: PromptRequest, config: AgentConfig) -> tuple[Answer, InMemoryTransport]:
     with memory_fleet() as fleet:
         _, cloud = fleet.start_worker(bundle)
         fleet.start_device(bundle, config)

@@ -15,7 +15,7 @@ import pytest
 from fleet.identity.identity import Identity
 from fleet.protocol.access import Role
 from fleet.server.child_process import child
-from fleet.server.home import State, StateConfig
+from fleet.server.home import FleetConfig, FleetHome
 from tests.brokers import HOST, can_connect, find_mosquitto, free_port, listens, wait_until
 
 WAIT_S = 60.0
@@ -28,9 +28,9 @@ def fleet_command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> State:
+def state(tmp_path: Path) -> FleetHome:
     """A fleet that nothing of runs, with the device `gw` and the app `app`, which may prompt it."""
-    made = State.create(tmp_path / "state", StateConfig(HOST, free_port(), str(tmp_path), service_port=0))
+    made = FleetHome.create(tmp_path / "state", FleetConfig(HOST, free_port(), str(tmp_path), service_port=0))
     for name, role, allow in (("gw", Role.DEVICE, ()), ("app", Role.APP, ("gw",))):
         made.enroll(name, role, tmp_path / name, allow=allow)
     return made
@@ -47,7 +47,7 @@ def mosquitto(config: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
         process.wait(WAIT_S)
 
 
-def test_the_rights_of_everybody_in_emqxs_words(state: State) -> None:
+def test_the_rights_of_everybody_in_emqxs_words(state: FleetHome) -> None:
     lines = fleet_command("broker", "rules", "--format", "emqx", "--home", str(state.folder)).stdout.splitlines()
     assert (
         '{allow, {username, "app"}, publish, ["ce/v1/d/gw/prompt/app/+", "ce/v1/d/gw/cancel/app/+", "ce/v1/e/app/+"]}.'
@@ -57,21 +57,23 @@ def test_the_rights_of_everybody_in_emqxs_words(state: State) -> None:
     assert lines[-1] == "{deny, all}."
 
 
-def test_the_rights_of_everybody_as_json(state: State) -> None:
+def test_the_rights_of_everybody_as_json(state: FleetHome) -> None:
     rights = json.loads(fleet_command("broker", "rules", "--format", "json", "--home", str(state.folder)).stdout)
     (app,) = (each for each in rights if each["name"] == "app")
     assert app["role"] == "app"
     assert app["subscribe"] == ["ce/v1/d/+/reply/app/+", "ce/v1/d/gw/status"]
 
 
-def test_a_format_that_nobody_knows_is_refused(state: State) -> None:
+def test_a_format_that_nobody_knows_is_refused(state: FleetHome) -> None:
     refused = fleet_command("broker", "rules", "--format", "hivemq", "--home", str(state.folder))
     assert refused.returncode == 1
     assert "expected one of mosquitto, emqx, json" in refused.stderr
 
 
 @pytest.mark.mosquitto
-def test_a_mosquitto_that_was_started_by_hand_follows_the_command_and_a_signal(state: State, tmp_path: Path) -> None:
+def test_a_mosquitto_that_was_started_by_hand_follows_the_command_and_a_signal(
+    state: FleetHome, tmp_path: Path
+) -> None:
     out, device = tmp_path / "mosquitto", Identity.load(tmp_path / "gw")
     write = ("broker", "config", "--out", str(out), "--home", str(state.folder))
     assert fleet_command(*write).returncode == 0
@@ -86,7 +88,7 @@ def test_a_mosquitto_that_was_started_by_hand_follows_the_command_and_a_signal(s
 
 
 @pytest.mark.mosquitto
-def test_a_server_beside_a_mosquitto_keeps_it_in_step(state: State, tmp_path: Path) -> None:
+def test_a_server_beside_a_mosquitto_keeps_it_in_step(state: FleetHome, tmp_path: Path) -> None:
     out, device = tmp_path / "mosquitto", Identity.load(tmp_path / "gw")
     where = ("--home", str(state.folder))
     assert fleet_command("broker", "config", "--out", str(out), *where).returncode == 0
@@ -100,7 +102,7 @@ def test_a_server_beside_a_mosquitto_keeps_it_in_step(state: State, tmp_path: Pa
         wait_until(lambda: not can_connect(device), "it is refused", OUT_S)
 
 
-def test_a_mosquitto_beside_the_embedded_broker_is_refused(state: State, tmp_path: Path) -> None:
+def test_a_mosquitto_beside_the_embedded_broker_is_refused(state: FleetHome, tmp_path: Path) -> None:
     refused = fleet_command("server", "--mosquitto", str(tmp_path), "--home", str(state.folder))
     assert refused.returncode == 1
     assert "add --no-broker" in refused.stderr

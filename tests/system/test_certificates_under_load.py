@@ -28,13 +28,13 @@ from fleet.protocol.access import Grants, Role
 from fleet.protocol.prompt import PromptRequest
 from fleet.server.change_watcher import ChangeWatcher
 from fleet.server.collector import Collector
-from fleet.server.denylist_publisher import Denials
+from fleet.server.denylist_publisher import DenylistPublisher
 from fleet.transport.base import Will
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
-from provisioning.enrolment_service import Office
-from provisioning.fleet_address import Site
-from provisioning.service import Service
+from provisioning.enrolment_service import EnrolmentService
+from provisioning.fleet_address import FleetAddress
+from provisioning.service import EnrolmentServer
 from tests.brokers import BROKERS, HOST, fingerprint_of, wait_until
 from tests.registered import RegisteredSite, registered_site
 
@@ -63,7 +63,7 @@ class BusyFleet:
         server = stack.enter_context(site.connect("s1"))
         stack.enter_context(Collector(server, site.registry))
         watcher = ChangeWatcher(site.registry)
-        watcher.add(Denials(server, site.registry).publish)
+        watcher.add(DenylistPublisher(server, site.registry).publish)
         stack.enter_context(watcher)
         cloud = stack.enter_context(site.connect("w1", Will(topics.worker_status("w1"), Worker.will())))
         config = WorkerConfig(num_threads=1, shared_opens=False)
@@ -135,8 +135,8 @@ def test_one_of_twenty_busy_devices_is_revoked_and_out_within_five_seconds_and_t
 @contextmanager
 def service(site: RegisteredSite) -> Iterator[str]:
     """The base URL of the service where a site's identities renew."""
-    office = Office(site.registry, site.authority, Site(HOST, site.port), lambda _: None)
-    with Service(HOST, 0, site.tls, office) as running:
+    office = EnrolmentService(site.registry, site.authority, FleetAddress(HOST, site.port), lambda _: None)
+    with EnrolmentServer(HOST, 0, site.tls, office) as running:
         yield running.url
 
 

@@ -24,7 +24,7 @@ from fleet.protocol.codec import decode_to_worker, encode, pack_chunk
 from fleet.protocol.messages import PROTOCOL, Assist, Close, Context, ContextChunk, Open, Sampling, ToWorker, Verify
 from fleet.protocol.modes import CLOUD, Mode
 from fleet.transport.base import Will
-from fleet.transport.in_memory import MemoryTransport
+from fleet.transport.in_memory import InMemoryTransport
 from tests.brokers import wait_until
 from tests.conftest import MakeTinyBundle
 from tests.hostile import PERFECT, HostileLink, Odds, Said
@@ -53,7 +53,7 @@ class HostileFleet(MemoryFleet):
         self._seed, self._odds = seed, odds
         super().__init__(stack)
 
-    def _connect(self, name: str, will: Will | None = None) -> MemoryTransport:
+    def _connect(self, name: str, will: Will | None = None) -> InMemoryTransport:
         if name != DEVICE:
             return super()._connect(name, will)
         self.link = self._stack.enter_context(HostileLink(self.broker, name, will, self._seed, self._odds))

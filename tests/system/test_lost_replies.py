@@ -10,14 +10,14 @@ from fleet.errors import LinkError
 from fleet.protocol import topics
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest, Reply
-from fleet.transport.in_memory import MemoryTransport
+from fleet.transport.in_memory import InMemoryTransport
 from fleet.transport.prompt_client import PromptClient
 from tests.system.memory_fleet import APP, DEVICE, WAIT_S, MemoryFleet, memory_fleet
 
 ALONE = PromptRequest(prompt="How warm is it?", mode=Mode.STANDALONE, max_new_tokens=24)
 
 
-def second_client(fleet: MemoryFleet) -> tuple[PromptClient, MemoryTransport]:
+def second_client(fleet: MemoryFleet) -> tuple[PromptClient, InMemoryTransport]:
     transport = fleet.broker.connect("app-2")
     return PromptClient(transport), transport
 

@@ -20,7 +20,7 @@ from fleet.bundles.manifest import Bundle
 from fleet.protocol.access import Role
 from fleet.protocol.prompt import PromptRequest
 from fleet.server.child_process import Child
-from fleet.server.home import WORKER, State, StateConfig
+from fleet.server.home import WORKER, FleetConfig, FleetHome
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
 from tests.brokers import free_port
@@ -148,8 +148,8 @@ def test_a_mode_that_a_device_does_not_know_never_reaches_it(state: Path) -> Non
 
 
 def test_a_worker_killed_with_9_in_mid_answer_and_started_again(tmp_path: Path, tiny_bundle: Bundle) -> None:
-    config = StateConfig("127.0.0.1", free_port(), str(tiny_bundle.folder), service_port=0)
-    state = State.create(tmp_path / "state", config)
+    config = FleetConfig("127.0.0.1", free_port(), str(tiny_bundle.folder), service_port=0)
+    state = FleetHome.create(tmp_path / "state", config)
     device, app = tmp_path / "gw", tmp_path / "app"
     state.enroll("gw", Role.DEVICE, device)
     request = PromptRequest(prompt="Tell me about rivers.", threshold=1.0, max_new_tokens=100)

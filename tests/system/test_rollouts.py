@@ -22,11 +22,11 @@ from fleet.protocol.desired_config import Settings, decode_desired, encode_desir
 from fleet.protocol.report import DeviceStatus, WorkerStatus, encode_report, encode_status
 from fleet.registry.models import WorkerRecord
 from fleet.registry.results import RolloutRow
-from fleet.registry.rollouts.canary_analysis import Limits
-from fleet.registry.rollouts.plan import Plan
+from fleet.registry.rollouts.canary_analysis import CanaryLimits
+from fleet.registry.rollouts.plan import RolloutPlan
 from fleet.registry.settings import Scope, Target
 from fleet.server.child_process import child
-from fleet.server.home import WORKER, State, StateConfig
+from fleet.server.home import WORKER, FleetConfig, FleetHome
 from fleet.transport.base import Will
 from fleet.transport.mqtt import MqttTransport
 from tests.brokers import HOST, free_port, wait_until
@@ -39,8 +39,8 @@ SOURCES: Final = {
     BAD: {"cloud": 9, "exit:8": 1},  # its exits are sure of nothing
 }
 DEVICES: Final = [f"d{i}" for i in range(10)]
-PLAN: Final = Plan(
-    percentages=(50, 100), observe_s=3.0, take_within_s=60.0, offline_after_s=30.0, limits=Limits(min_answers=20)
+PLAN: Final = RolloutPlan(
+    percentages=(50, 100), observe_s=3.0, take_within_s=60.0, offline_after_s=30.0, limits=CanaryLimits(min_answers=20)
 )
 WAIT_S: Final = 90.0
 
@@ -83,7 +83,7 @@ class Site:
     """A server, ten devices that answer all the time, and what tells them what is wanted of them."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self.state = State.create(folder / "state", StateConfig(HOST, free_port(), str(folder), service_port=0))
+        self.state = FleetHome.create(folder / "state", FleetConfig(HOST, free_port(), str(folder), service_port=0))
         self.registry = stack.enter_context(self.state.registry())
         for bundle_id in BUNDLES:
             self.registry.add_bundle(bundle_id, "tiny", 1000)

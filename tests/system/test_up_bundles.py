@@ -14,7 +14,7 @@ from fleet.protocol.desired_config import Settings
 from fleet.protocol.report import WorkerStatus, decode_status
 from fleet.registry.settings import Scope, Target
 from fleet.server.child_process import child
-from fleet.server.home import State
+from fleet.server.home import FleetHome
 from fleet.transport.mqtt import MqttTransport
 from tests.brokers import free_port, wait_until
 
@@ -43,7 +43,7 @@ def test_a_wanted_bundle_gets_a_worker_of_its_own_until_the_fleet_goes(
     with ExitStack() as stack:
         up = stack.enter_context(child("the fleet", "fleet.cli", "up", *options))
         up.wait_ready(WAIT_S)
-        state = State.load(folder)
+        state = FleetHome.load(folder)
         kept = state.bundles / tiny_bundle.manifest.bundle_id
         assert verify_bundle(kept, folder / "ca" / "ca.pem").signature == "valid"
         state.enroll("gw", Role.DEVICE, tmp_path / "gw")

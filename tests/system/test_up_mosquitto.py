@@ -22,7 +22,7 @@ from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest
 from fleet.protocol.report import DeviceStatus, encode_status
 from fleet.server.child_process import child
-from fleet.server.home import WORKER, State
+from fleet.server.home import WORKER, FleetHome
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
 from tests.brokers import can_connect, free_port, listens, wait_until
@@ -48,7 +48,7 @@ class UpFleet:
         )
         stack.callback(self.end)
         self.pids = self._pids_until_up()
-        self.state = State.load(folder / "state")
+        self.state = FleetHome.load(folder / "state")
 
     def _pids_until_up(self) -> list[int]:
         assert self.process.stdout is not None

@@ -22,7 +22,7 @@ from fleet.protocol.access import Role
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest, Reply
 from fleet.server.child_process import Child, child
-from fleet.server.home import COLLECTOR, State
+from fleet.server.home import COLLECTOR, FleetHome
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
 from tests.brokers import HOST, find_mosquitto, free_port, listens, wait_until
@@ -57,7 +57,7 @@ class UpFleet:
         lines = self._lines_until_up()
         told = [re.search(r"metrics on (\S+) \(process (\d+)\)", line) for line in lines]
         self.server, *self.workers = [Told(int(found[2]), found[1]) for found in told if found]
-        fleet = State.load(state)
+        fleet = FleetHome.load(state)
         device, app = (fleet.enroll(name, role, folder / name, allow=allow) for name, role, allow in (
             ("gw", Role.DEVICE, ()), ("app", Role.APP, ("gw",)),
         ))  # fmt: skip
@@ -172,7 +172,7 @@ def test_parts_that_are_started_one_by_one_meet_at_a_broker_that_runs_elsewhere(
     for name in ("w1", "w2"):
         out = ("--role", "worker", "--shared-subscriptions", "--out", str(tmp_path / name))
         assert fleet_command("enroll", name, *out, *where).returncode == 0
-    fleet = State.load(tmp_path / "state")
+    fleet = FleetHome.load(tmp_path / "state")
     with fleet.registry() as registry:
         grants = [granted for name in ("w1", "w2", COLLECTOR) if (granted := registry.grants(name))]
     config = write_config(tmp_path / "mosquitto", port, fleet.server_tls(), grants)

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from fleet.errors import CredentialsError, StateError
 from fleet.protocol.access import Role
-from fleet.registry.identities.states import State, state_at
+from fleet.registry.identities.states import IdentityState, state_at
 from fleet.registry.models import CertificateRecord, IdentityRecord
 from fleet.registry.results import IssuedCertificate
 
@@ -68,8 +68,8 @@ def holder(db: Session, fingerprint: str, now: float) -> IdentityRecord:
     if record is None:
         raise CredentialsError("the registry does not know this certificate; enrol again with 'fleet enroll NAME'")
     state = state_at(record.state, record.not_after, now)
-    if state is not State.ACTIVE:
-        raise StateError(f"{record.name!r} is {state}: expected {State.ACTIVE}; ask the fleet's operator")
+    if state is not IdentityState.ACTIVE:
+        raise StateError(f"{record.name!r} is {state}: expected {IdentityState.ACTIVE}; ask the fleet's operator")
     if certificate and certificate.revoked_at is not None:
         raise StateError(f"this certificate of {record.name!r} was revoked; use the newest, or enrol again")
     return record

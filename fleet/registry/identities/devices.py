@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from fleet.errors import UnknownDeviceError
 from fleet.protocol.access import Role
-from fleet.registry.identities.states import State
+from fleet.registry.identities.states import IdentityState
 from fleet.registry.models import IdentityRecord, StatusRecord
 
 MAX_NAMES_SHOWN: Final = 20
@@ -23,7 +23,7 @@ def is_device(name: str | None = None) -> ColumnElement[bool]:
 
 def is_online() -> ColumnElement[bool]:
     """Condition: the device said last that it is there, and may be. Who was put out has no word at the broker."""
-    return and_(StatusRecord.online, IdentityRecord.state == State.ACTIVE)
+    return and_(StatusRecord.online, IdentityRecord.state == IdentityState.ACTIVE)
 
 
 def check_device(db: Session, device: str) -> None:

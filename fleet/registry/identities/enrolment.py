@@ -11,7 +11,7 @@ from fleet.errors import IdentityError
 from fleet.identity.enrolment import Enrolment, is_tag
 from fleet.registry.identities.certificates import revoke_certificates
 from fleet.registry.identities.devices import is_device
-from fleet.registry.identities.states import Change, State, next_state, state_at
+from fleet.registry.identities.states import IdentityChange, IdentityState, next_state, state_at
 from fleet.registry.identities.tokens import forget_tokens
 from fleet.registry.models import AllowedTarget, IdentityRecord, TagRecord
 
@@ -25,7 +25,7 @@ def enroll(db: Session, enrolment: Enrolment, *, replace: bool) -> IdentityRecor
     """
     now = time.time()
     known = db.get(IdentityRecord, enrolment.name, with_for_update=True)
-    state = _next_state(known, now, replace=replace) if known else State.PENDING
+    state = _next_state(known, now, replace=replace) if known else IdentityState.PENDING
     _check_names(db, enrolment.name, enrolment.group)
     for target in enrolment.targets:
         check_target(db, target)
@@ -41,15 +41,15 @@ def enroll(db: Session, enrolment: Enrolment, *, replace: bool) -> IdentityRecor
     return record
 
 
-def _next_state(known: IdentityRecord, now: float, *, replace: bool) -> State:
+def _next_state(known: IdentityRecord, now: float, *, replace: bool) -> IdentityState:
     state = state_at(known.state, known.not_after, now)
-    if state in (State.ACTIVE, State.SUSPENDED):
+    if state in (IdentityState.ACTIVE, IdentityState.SUSPENDED):
         if not replace:
             raise IdentityError(
                 f"{known.name!r} is enrolled already, as {known.role}; choose another name, or replace it with --force"
             )
-        state = next_state(known.name, state, Change.REVOKE)
-    return next_state(known.name, state, Change.ENROLL)
+        state = next_state(known.name, state, IdentityChange.REVOKE)
+    return next_state(known.name, state, IdentityChange.ENROLL)
 
 
 def _replace_details(db: Session, enrolment: Enrolment) -> None:

@@ -8,7 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from fleet.protocol.access import Grants, Role
-from fleet.registry.identities.states import State, state_at
+from fleet.registry.identities.states import IdentityState, state_at
 from fleet.registry.models import AllowedTarget, IdentityRecord, TagRecord
 
 
@@ -24,7 +24,7 @@ def all_grants(db: Session, now: float) -> list[Grants]:
     return [
         Grants(Role(identity.role), identity.name, tuple(sorted(targets[identity.name])))
         for identity in identities
-        if state_at(identity.state, identity.not_after, now) is State.ACTIVE
+        if state_at(identity.state, identity.not_after, now) is IdentityState.ACTIVE
     ]
 
 

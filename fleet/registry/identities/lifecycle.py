@@ -14,12 +14,12 @@ from fleet.registry.identities.certificates import (
     keep_certificate,
     revoke_certificates,
 )
-from fleet.registry.identities.states import Change, State, next_state, state_at
+from fleet.registry.identities.states import IdentityChange, IdentityState, next_state, state_at
 from fleet.registry.models import IdentityRecord
 from fleet.registry.results import Certified
 
 
-def change_state(db: Session, actor: str, name: str, change: Change, now: float) -> State:
+def change_state(db: Session, actor: str, name: str, change: IdentityChange, now: float) -> IdentityState:
     """The new state of `name` after a change that an operator makes.
 
     Raises:
@@ -30,7 +30,7 @@ def change_state(db: Session, actor: str, name: str, change: Change, now: float)
     if record is None:
         raise UnknownDeviceError(f"nobody enrolled {name[:80]!r}; see 'fleet devices' for who is")
     state = next_state(name, state_at(record.state, record.not_after, now), change)
-    details = {"serials": revoke_certificates(db, name, now)} if change is Change.REVOKE else {}
+    details = {"serials": revoke_certificates(db, name, now)} if change is IdentityChange.REVOKE else {}
     record.state = state
     audit(db, actor, change, name, **details)
     return state
@@ -44,7 +44,7 @@ def renew(
     db.refresh(record, with_for_update=True)
     db.expire_all()  # whoever held the record's lock before us may have revoked the certificate
     holder(db, fingerprint, now)
-    state = next_state(record.name, state_at(record.state, record.not_after, now), Change.RENEW)
+    state = next_state(record.name, state_at(record.state, record.not_after, now), IdentityChange.RENEW)
     if csr_name not in (None, record.name):
         raise TokenNameError(
             f"the signing request is for {str(csr_name)[:80]!r}: expected the certificate's {record.name!r}, or no name"
@@ -57,5 +57,5 @@ def renew(
     issued = make(record.name, Role(record.role))
     record.state = state
     keep_certificate(db, record, issued)
-    audit(db, record.name, Change.RENEW, record.name, serial=issued.serial)
+    audit(db, record.name, IdentityChange.RENEW, record.name, serial=issued.serial)
     return Certified(record.name, record.role, issued.pem)

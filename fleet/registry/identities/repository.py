@@ -19,7 +19,7 @@ from fleet.registry.identities.everybody import all_grants
 from fleet.registry.identities.grants import all_tags, allow, change_tags, disallow, targets_of
 from fleet.registry.identities.lifecycle import change_state, renew
 from fleet.registry.identities.revocation import denied, knows_certificate, revoked_certificates
-from fleet.registry.identities.states import Change, State, next_state, state_at
+from fleet.registry.identities.states import IdentityChange, IdentityState, next_state, state_at
 from fleet.registry.identities.tokens import Claim, add_token, join, name_of_token
 from fleet.registry.models import (
     AllowedTarget,
@@ -35,7 +35,7 @@ from fleet.registry.results import (
 from fleet.registry.transactions import Part
 
 
-class Membership(Part):
+class IdentityRepository(Part):
     """Enrolment, certificates, states and rights of identities."""
 
     def add_identity(
@@ -59,7 +59,7 @@ class Membership(Part):
 
         def work(db: Session) -> None:
             record = enroll(db, wanted, replace=replace)
-            record.state = next_state(name, State.PENDING, Change.JOIN)
+            record.state = next_state(name, IdentityState.PENDING, IdentityChange.JOIN)
             record.fingerprint, record.not_after = fingerprint, not_after
             self._audit_enrolment(db, wanted)
 
@@ -76,7 +76,7 @@ class Membership(Part):
         def work(db: Session) -> None:
             for wanted, issued in pairs:
                 record = enroll(db, wanted, replace=replace)
-                record.state = next_state(wanted.name, State.PENDING, Change.JOIN)
+                record.state = next_state(wanted.name, IdentityState.PENDING, IdentityChange.JOIN)
                 keep_certificate(db, record, issued)
                 self._audit_enrolment(db, wanted, serial=issued.serial)
 
@@ -102,7 +102,7 @@ class Membership(Part):
 
     def _audit_enrolment(self, db: Session, enrolment: Enrolment, **details: str | float) -> None:
         described = {"role": enrolment.role.value, "group": enrolment.group, "allow": list(enrolment.targets)}
-        audit(db, self.actor, Change.ENROLL, enrolment.name, **described, tags=enrolment.tags, **details)
+        audit(db, self.actor, IdentityChange.ENROLL, enrolment.name, **described, tags=enrolment.tags, **details)
 
     def join(self, claim: Claim, make: MakeCertificate, *, actor: str, now: float | None = None) -> Certified:
         """Uses a token up: the first key that brings it gets a certificate, and the very same when it asks again.
@@ -166,11 +166,11 @@ class Membership(Part):
             UnknownDeviceError: nobody enrolled `name`.
             StateError: it is not active.
         """
-        self._change_state(name, Change.SUSPEND)
+        self._change_state(name, IdentityChange.SUSPEND)
 
     def resume(self, name: str) -> None:
         """Raises UnknownDeviceError, or StateError when it is not suspended."""
-        self._change_state(name, Change.RESUME)
+        self._change_state(name, IdentityChange.RESUME)
 
     def revoke(self, name: str) -> None:
         """Takes an identity's rights away for good, and revokes its certificates.
@@ -178,9 +178,9 @@ class Membership(Part):
         Raises:
             UnknownDeviceError: nobody enrolled `name`.
         """
-        self._change_state(name, Change.REVOKE)
+        self._change_state(name, IdentityChange.REVOKE)
 
-    def _change_state(self, name: str, change: Change) -> None:
+    def _change_state(self, name: str, change: IdentityChange) -> None:
         self._transactions.write(lambda db: change_state(db, self.actor, name, change, time.time()))
 
     def identities(self, role: Role | None = None) -> list[IdentityRow]:
@@ -209,7 +209,7 @@ class Membership(Part):
         """What `name` may do, with today's groups and tags; None for who is unknown, suspended, revoked or expired."""
         with self._transactions.reading() as db:
             record = db.get(IdentityRecord, name)
-            if record is None or state_at(record.state, record.not_after, time.time()) is not State.ACTIVE:
+            if record is None or state_at(record.state, record.not_after, time.time()) is not IdentityState.ACTIVE:
                 return None
             return Grants(Role(record.role), name, targets_of(db, record))
 

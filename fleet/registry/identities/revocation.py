@@ -6,11 +6,11 @@ from sqlalchemy import ColumnElement, and_, or_, select
 from sqlalchemy.orm import Session
 
 from fleet.registry.identities.devices import is_device
-from fleet.registry.identities.states import State
+from fleet.registry.identities.states import IdentityState
 from fleet.registry.models import CertificateRecord, IdentityRecord
 from fleet.registry.results import RevokedCertificate
 
-BARRED = (State.SUSPENDED, State.REVOKED)
+BARRED = (IdentityState.SUSPENDED, IdentityState.REVOKED)
 
 
 def knows_certificate(db: Session, name: str, fingerprint: str) -> bool:
@@ -53,5 +53,5 @@ def denied(db: Session, now: float, limit: int) -> list[str]:
 
 
 def _is_out(now: float) -> ColumnElement[bool]:
-    has_expired = and_(IdentityRecord.state == State.ACTIVE, IdentityRecord.not_after <= now)
+    has_expired = and_(IdentityRecord.state == IdentityState.ACTIVE, IdentityRecord.not_after <= now)
     return or_(IdentityRecord.state.in_(BARRED), has_expired)

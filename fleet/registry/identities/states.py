@@ -8,7 +8,7 @@ from typing import Final
 from fleet.errors import StateError
 
 
-class State(StrEnum):
+class IdentityState(StrEnum):
     """Where an identity stands. `expired` is never stored: an active one becomes that when its time is over."""
 
     PENDING = "pending"
@@ -18,7 +18,7 @@ class State(StrEnum):
     EXPIRED = "expired"
 
 
-class Change(StrEnum):
+class IdentityChange(StrEnum):
     """What can happen to an identity."""
 
     ENROLL = "enroll"
@@ -29,30 +29,34 @@ class Change(StrEnum):
     REVOKE = "revoke"
 
 
-LEGAL: Final[dict[tuple[State, Change], State]] = {
-    (State.PENDING, Change.ENROLL): State.PENDING,
-    (State.PENDING, Change.JOIN): State.ACTIVE,
-    (State.PENDING, Change.REVOKE): State.REVOKED,
-    (State.ACTIVE, Change.JOIN): State.ACTIVE,  # the same key asks again: its reply was lost
-    (State.ACTIVE, Change.RENEW): State.ACTIVE,
-    (State.ACTIVE, Change.SUSPEND): State.SUSPENDED,
-    (State.ACTIVE, Change.REVOKE): State.REVOKED,
-    (State.SUSPENDED, Change.RESUME): State.ACTIVE,
-    (State.SUSPENDED, Change.REVOKE): State.REVOKED,
-    (State.EXPIRED, Change.ENROLL): State.PENDING,
-    (State.EXPIRED, Change.REVOKE): State.REVOKED,
-    (State.REVOKED, Change.ENROLL): State.PENDING,
-    (State.REVOKED, Change.REVOKE): State.REVOKED,
+LEGAL: Final[dict[tuple[IdentityState, IdentityChange], IdentityState]] = {
+    (IdentityState.PENDING, IdentityChange.ENROLL): IdentityState.PENDING,
+    (IdentityState.PENDING, IdentityChange.JOIN): IdentityState.ACTIVE,
+    (IdentityState.PENDING, IdentityChange.REVOKE): IdentityState.REVOKED,
+    (IdentityState.ACTIVE, IdentityChange.JOIN): IdentityState.ACTIVE,  # the same key asks again: its reply was lost
+    (IdentityState.ACTIVE, IdentityChange.RENEW): IdentityState.ACTIVE,
+    (IdentityState.ACTIVE, IdentityChange.SUSPEND): IdentityState.SUSPENDED,
+    (IdentityState.ACTIVE, IdentityChange.REVOKE): IdentityState.REVOKED,
+    (IdentityState.SUSPENDED, IdentityChange.RESUME): IdentityState.ACTIVE,
+    (IdentityState.SUSPENDED, IdentityChange.REVOKE): IdentityState.REVOKED,
+    (IdentityState.EXPIRED, IdentityChange.ENROLL): IdentityState.PENDING,
+    (IdentityState.EXPIRED, IdentityChange.REVOKE): IdentityState.REVOKED,
+    (IdentityState.REVOKED, IdentityChange.ENROLL): IdentityState.PENDING,
+    (IdentityState.REVOKED, IdentityChange.REVOKE): IdentityState.REVOKED,
 }
 
 
-def state_at(stored: str, not_after: float, now: float) -> State:
+def state_at(stored: str, not_after: float, now: float) -> IdentityState:
     """The state at `now` of an identity whose certificate ends at `not_after` (seconds since 1970)."""
-    state = State(stored)
-    return State.EXPIRED if state in (State.ACTIVE, State.SUSPENDED) and not_after <= now else state
+    state = IdentityState(stored)
+    return (
+        IdentityState.EXPIRED
+        if state in (IdentityState.ACTIVE, IdentityState.SUSPENDED) and not_after <= now
+        else state
+    )
 
 
-def next_state(name: str, state: State, change: Change) -> State:
+def next_state(name: str, state: IdentityState, change: IdentityChange) -> IdentityState:
     """Raises StateError when `change` is not legal for an identity in `state`."""
     try:
         return LEGAL[state, change]

@@ -14,7 +14,7 @@ from fleet.errors import ExpiredTokenError, TokenNameError, UnknownTokenError, U
 from fleet.protocol.access import Role
 from fleet.registry.audit import audit
 from fleet.registry.identities.certificates import MakeCertificate, certificate_of_key, keep_certificate
-from fleet.registry.identities.states import Change, next_state, state_at
+from fleet.registry.identities.states import IdentityChange, next_state, state_at
 from fleet.registry.models import IdentityRecord, TokenRecord
 from fleet.registry.results import Certified, NewToken
 
@@ -69,7 +69,7 @@ def join(db: Session, actor: str, claim: Claim, make: MakeCertificate, now: floa
     token = db.get(TokenRecord, claim.id)
     if token is None:
         raise _unknown()
-    state = next_state(record.name, state_at(record.state, record.not_after, now), Change.JOIN)
+    state = next_state(record.name, state_at(record.state, record.not_after, now), IdentityChange.JOIN)
     if token.key_hash != claim.key_hash:
         raise _unusable(token)
     if claim.name not in (None, record.name):
@@ -84,7 +84,7 @@ def join(db: Session, actor: str, claim: Claim, make: MakeCertificate, now: floa
     issued = make(record.name, Role(record.role))
     record.state = state
     keep_certificate(db, record, issued)
-    audit(db, actor, Change.JOIN, record.name, token=claim.id, serial=issued.serial)
+    audit(db, actor, IdentityChange.JOIN, record.name, token=claim.id, serial=issued.serial)
     return Certified(record.name, record.role, issued.pem)
 
 

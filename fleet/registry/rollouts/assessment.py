@@ -14,10 +14,19 @@ from fleet.registry.bundles import serving_workers
 from fleet.registry.models import RolloutRecord
 from fleet.registry.results import RolloutRow
 from fleet.registry.rollouts.canary_analysis import Evidence, examine
-from fleet.registry.rollouts.plan import Decision, Fate, Moment, Plan, Step, decide, fate_of, judge
+from fleet.registry.rollouts.plan import (
+    DeviceOutcome,
+    RolloutClock,
+    RolloutDecision,
+    RolloutPlan,
+    RolloutStep,
+    decide,
+    fate_of,
+    judge,
+)
 from fleet.registry.rollouts.repository import candidates, course_of, open_rollouts
 from fleet.registry.rollouts.states import OPEN, RolloutState
-from fleet.registry.stats.queries import By, Question, count
+from fleet.registry.stats.queries import By, StatsQuery, count
 
 BASELINE_S: Final = 86_400.0
 """How long before the roll-out answers of other bundles are compared with."""
@@ -25,51 +34,51 @@ BASELINE_S: Final = 86_400.0
 CHUNK: Final = 10_000
 
 
-class Look(NamedTuple):
+class Assessment(NamedTuple):
     """What was seen of a roll-out at one moment, and what follows from it."""
 
-    fates: dict[str, tuple[Fate, str]]
+    fates: dict[str, tuple[DeviceOutcome, str]]
     num_answers: int
     findings: tuple[str, ...]
-    decision: Decision
+    decision: RolloutDecision
 
 
-class Due(NamedTuple):
+class PendingStep(NamedTuple):
     """A decision, and the state and stage that it was taken in."""
 
     rollout: int
     state: str
     stage: int
-    decision: Decision
+    decision: RolloutDecision
 
 
-def look(db: Session, record: RolloutRecord, now: float, heard_since: float) -> Look:
+def look(db: Session, record: RolloutRecord, now: float, heard_since: float) -> Assessment:
     """What is seen of a roll-out, and what a running one needs."""
     course = course_of(record)
     seen = {each.device: each for each in candidates(db, course.plan.group, now)}
-    at = Moment(now, record.stage_at, heard_since)
+    at = RolloutClock(now, record.stage_at, heard_since)
     fates = {
         device: fate_of(seen[device], before, record.bundle_id, course.plan, at)
         for device, before in course.members.items()
         if device in seen
     }
     if missing := missing_worker(db, record.bundle_id):
-        return Look(fates, 0, (), Decision(Step.MISS, missing))
+        return Assessment(fates, 0, (), RolloutDecision(RolloutStep.MISS, missing))
     if record.state == RolloutState.WAITING:
-        return Look(fates, 0, (), Decision(Step.SERVE, "a worker serves it"))
+        return Assessment(fates, 0, (), RolloutDecision(RolloutStep.SERVE, "a worker serves it"))
     if not record.stage:
-        return Look(fates, 0, (), Decision(Step.ADVANCE, "a worker serves it"))
+        return Assessment(fates, 0, (), RolloutDecision(RolloutStep.ADVANCE, "a worker serves it"))
     decision = decide(course, fates, at)
     if (since := course.watched_from) is None:
-        return Look(fates, 0, (), decision)
+        return Assessment(fates, 0, (), decision)
     evidence = evidence_of(db, record, course.plan, tuple(fates), since, now)
     watched_s = now - since
     is_final = watched_s >= course.plan.observe_s
     findings = examine(evidence, course.plan.limits, is_final=is_final)
-    if decision.step is Step.WATCH:
+    if decision.step is RolloutStep.WATCH:
         decision = judge(course.plan, findings, evidence.num_answers, watched_s)
     texts = tuple(f"{each.outcome}: {each.text}" for each in findings)
-    return Look(fates, evidence.num_answers, texts, decision)
+    return Assessment(fates, evidence.num_answers, texts, decision)
 
 
 def missing_worker(db: Session, bundle_id: str) -> str:
@@ -80,27 +89,27 @@ def missing_worker(db: Session, bundle_id: str) -> str:
 
 
 def evidence_of(
-    db: Session, record: RolloutRecord, plan: Plan, members: tuple[str, ...], since: float, now: float
+    db: Session, record: RolloutRecord, plan: RolloutPlan, members: tuple[str, ...], since: float, now: float
 ) -> Evidence:
     """Answers of a stage's devices that began at `since` or later, and those to compare with."""
-    new = _count(db, Question(now, since), members)[record.bundle_id]
+    new = _count(db, StatsQuery(now, since), members)[record.bundle_id]
     if new["answers"] < plan.limits.min_answers:
         return Evidence(new, Counter(), Counter())
-    asked = Question(now, record.started_at - BASELINE_S, group=plan.group)
+    asked = StatsQuery(now, record.started_at - BASELINE_S, group=plan.group)
     same, everyone = _count(db, asked, members), count(db, By.BUNDLE, asked)
     others = _without({bundle_id: tally.counts for bundle_id, tally in everyone.items()}, record.bundle_id)
     return Evidence(new, mine := _without(same, record.bundle_id), others - mine)
 
 
-def due_steps(db: Session, now: float, heard_since: float) -> list[Due]:
+def due_steps(db: Session, now: float, heard_since: float) -> list[PendingStep]:
     """What open roll-outs need that are not paused."""
     due = []
     for record in open_rollouts(db):
         if record.state != RolloutState.PAUSED:
             decision = look(db, record, now, heard_since).decision
-            is_known = decision.step is Step.MISS and record.state == RolloutState.WAITING
-            if decision.step is not Step.WAIT and not is_known:
-                due.append(Due(record.id, record.state, record.stage, decision))
+            is_known = decision.step is RolloutStep.MISS and record.state == RolloutState.WAITING
+            if decision.step is not RolloutStep.WAIT and not is_known:
+                due.append(PendingStep(record.id, record.state, record.stage, decision))
     return due
 
 
@@ -109,14 +118,18 @@ def rollout_rows(db: Session, now: float, limit: int) -> list[RolloutRow]:
     rows = []
     for record in db.scalars(select(RolloutRecord).order_by(RolloutRecord.id.desc()).limit(limit)):
         course = course_of(record)
-        seen = look(db, record, now, 0.0) if record.state in OPEN else Look({}, 0, (), Decision(Step.WAIT, ""))
+        seen = (
+            look(db, record, now, 0.0)
+            if record.state in OPEN
+            else Assessment({}, 0, (), RolloutDecision(RolloutStep.WAIT, ""))
+        )
         fates = [fate for fate, _ in seen.fates.values()]
         rows.append(
             RolloutRow(
                 id=record.id, bundle_id=record.bundle_id, group=course.plan.group, state=record.state,
                 stage=record.stage, num_stages=course.plan.num_stages,
                 num_targets=len(candidates(db, course.plan.group, now)), num_told=len(course.members),
-                devices={fate: fates.count(fate) for fate in Fate}, answers=seen.num_answers,
+                devices={fate: fates.count(fate) for fate in DeviceOutcome}, answers=seen.num_answers,
                 findings=seen.findings, reason=record.reason,
                 doing=seen.decision.reason if record.state != RolloutState.PAUSED else "",
                 started_at=record.started_at, stage_at=record.stage_at, ended_at=record.ended_at,
@@ -126,7 +139,7 @@ def rollout_rows(db: Session, now: float, limit: int) -> list[RolloutRow]:
     return rows
 
 
-def _count(db: Session, asked: Question, devices: Sequence[str]) -> defaultdict[str, Counter[str]]:
+def _count(db: Session, asked: StatsQuery, devices: Sequence[str]) -> defaultdict[str, Counter[str]]:
     """Counts of some devices by bundle, a chunk after the other: a statement takes only so many parameters."""
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for i in range(0, len(devices), CHUNK):

@@ -33,7 +33,7 @@ LEAST: Final = 5.0
 QUANTILES: Final = (0.5, 0.95)
 
 
-class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class CanaryLimits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How much worse than before a bundle may be; nothing is judged before there are `min_answers`."""
 
     max_offload_increase: Share = 0.1
@@ -56,7 +56,7 @@ class Finding(NamedTuple):
     text: str
 
 
-class Counted(NamedTuple):
+class ShareSample(NamedTuple):
     """A share of `n` observations."""
 
     share: float
@@ -78,7 +78,7 @@ class Evidence(NamedTuple):
         return self.new["answers"]
 
 
-def wilson(counted: Counted, z: float) -> tuple[float, float]:
+def wilson(counted: ShareSample, z: float) -> tuple[float, float]:
     """Bounds of the share that is behind a counted one, `z` standard deviations away; (0, 1) of nothing."""
     p, n = counted
     if not n:
@@ -88,14 +88,14 @@ def wilson(counted: Counted, z: float) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def increase_bound(new: Counted, old: Counted, z: float) -> float:
+def increase_bound(new: ShareSample, old: ShareSample, z: float) -> float:
     """The least by which `new` is likely to be above `old`."""
     below = new.share - wilson(new, z)[0]
     above = wilson(old, z)[1] - old.share
     return new.share - old.share - math.hypot(below, above)
 
 
-def examine(evidence: Evidence, limits: Limits, *, is_final: bool) -> list[Finding]:
+def examine(evidence: Evidence, limits: CanaryLimits, *, is_final: bool) -> list[Finding]:
     """What the answers say of each limit; nothing before there are enough of them.
 
     The old is what the same devices did before, or where that is too little what the others do; a limit for which
@@ -108,30 +108,30 @@ def examine(evidence: Evidence, limits: Limits, *, is_final: bool) -> list[Findi
     return [finding for look in looks for finding in look(evidence, limits, z)]
 
 
-def _offload(evidence: Evidence, limits: Limits, z: float) -> Iterator[Finding]:
+def _offload(evidence: Evidence, limits: CanaryLimits, z: float) -> Iterator[Finding]:
     new, limit = _share(evidence.new, "cloud_tokens", "tokens"), limits.max_offload_increase
     old = _old(evidence, "cloud_tokens", "tokens", limits)
     if min(new.n, old.n) >= LEAST:
         text = f"offload {new.share:.1%}, before {old.share:.1%}, limit {limit:.1%} more"
-        yield _finding(text, Counted(new.share - old.share, new.n), increase_bound(new, old, z), limit, limits)
+        yield _finding(text, ShareSample(new.share - old.share, new.n), increase_bound(new, old, z), limit, limits)
 
 
-def _agreement(evidence: Evidence, limits: Limits, z: float) -> Iterator[Finding]:
+def _agreement(evidence: Evidence, limits: CanaryLimits, z: float) -> Iterator[Finding]:
     new, limit = _share(evidence.new, "agreed", "judged"), limits.max_agreement_drop
     old = _old(evidence, "agreed", "judged", limits)
     if min(new.n, old.n) >= LEAST:
         text = f"agreement {new.share:.1%}, before {old.share:.1%}, limit {limit:.1%} less"
-        bound = increase_bound(Counted(1 - new.share, new.n), Counted(1 - old.share, old.n), z)
-        yield _finding(text, Counted(old.share - new.share, new.n), bound, limit, limits)
+        bound = increase_bound(ShareSample(1 - new.share, new.n), ShareSample(1 - old.share, old.n), z)
+        yield _finding(text, ShareSample(old.share - new.share, new.n), bound, limit, limits)
 
 
-def _errors(evidence: Evidence, limits: Limits, z: float) -> Iterator[Finding]:
+def _errors(evidence: Evidence, limits: CanaryLimits, z: float) -> Iterator[Finding]:
     new, old = _share(evidence.new, "errors", "answers"), _old(evidence, "errors", "answers", limits)
     limit = max(limits.max_error_rate, old.share)
     yield _finding(f"errors {new.share:.1%}, limit {limit:.1%}", new, wilson(new, z)[0], limit, limits)
 
 
-def _times(evidence: Evidence, limits: Limits, z: float) -> Iterator[Finding]:
+def _times(evidence: Evidence, limits: CanaryLimits, z: float) -> Iterator[Finding]:
     """A quantile is above its limit when more answers than its share allows took longer than that.
 
     The bound takes the old quantile where it may be at the most.
@@ -143,8 +143,10 @@ def _times(evidence: Evidence, limits: Limits, z: float) -> Iterator[Finding]:
         return
     for q in QUANTILES:
         old_ms, new_ms = _quantile_ms(before, q), _quantile_ms(times, q)
-        most_ms = _quantile_ms(before, wilson(Counted(q, sum(before)), z)[1])
-        slow, surely = (Counted(share_above(times, ms * limits.max_tpot_ratio), sum(times)) for ms in (old_ms, most_ms))
+        most_ms = _quantile_ms(before, wilson(ShareSample(q, sum(before)), z)[1])
+        slow, surely = (
+            ShareSample(share_above(times, ms * limits.max_tpot_ratio), sum(times)) for ms in (old_ms, most_ms)
+        )
         text = f"p{q * 100:.0f} {new_ms:.0f} ms a token, before {old_ms:.0f}, limit {limits.max_tpot_ratio:g} times"
         yield _finding(text, slow, wilson(surely, z)[0], 1 - q, limits)
 
@@ -170,7 +172,7 @@ def share_above(counts: Sequence[int], ms: float) -> float:
     return above / total if total else 0.0
 
 
-def _finding(text: str, value: Counted, bound: float, limit: float, limits: Limits) -> Finding:
+def _finding(text: str, value: ShareSample, bound: float, limit: float, limits: CanaryLimits) -> Finding:
     """`value` is that which must not be above `limit`, `bound` the least that it is likely to be."""
     settled = value.n >= SETTLED * limits.min_answers
     if bound > limit or (settled and value.share > limit):
@@ -178,18 +180,18 @@ def _finding(text: str, value: Counted, bound: float, limit: float, limits: Limi
     return Finding(Outcome.UNSURE if value.share > limit else Outcome.FINE, text)
 
 
-def _old(evidence: Evidence, part: str, whole: str, limits: Limits) -> Counted:
+def _old(evidence: Evidence, part: str, whole: str, limits: CanaryLimits) -> ShareSample:
     """Of the same devices when they have enough, else of who has more."""
     same, others = _share(evidence.same, part, whole), _share(evidence.others, part, whole)
     return same if same.n >= min(limits.min_answers, others.n) else others
 
 
-def _share(counts: Counter[str], part: str, whole: str) -> Counted:
+def _share(counts: Counter[str], part: str, whole: str) -> ShareSample:
     """A part of the answers, or of some of their tokens."""
     amount, all_ = counts[whole], counts["answers" if whole == "answers" else "tokens"]
     if not amount or not all_:
-        return Counted(0.0, 0.0)
-    return Counted(min(1.0, counts[part] / amount), counts["answers"] * min(1.0, amount / all_))
+        return ShareSample(0.0, 0.0)
+    return ShareSample(min(1.0, counts[part] / amount), counts["answers"] * min(1.0, amount / all_))
 
 
 def _histogram(counts: Counter[str]) -> list[int]:

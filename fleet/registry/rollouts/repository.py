@@ -8,9 +8,9 @@ from sqlalchemy.orm import Session
 
 from fleet.registry.audit import audit
 from fleet.registry.identities.devices import is_device
-from fleet.registry.identities.states import State, state_at
+from fleet.registry.identities.states import IdentityState, state_at
 from fleet.registry.models import IdentityRecord, RolloutRecord, StatusRecord
-from fleet.registry.rollouts.plan import Candidate, Course
+from fleet.registry.rollouts.plan import Candidate, RolloutProgress
 from fleet.registry.rollouts.states import OPEN, RolloutEvent, RolloutState, next_state
 
 
@@ -18,8 +18,8 @@ def open_rollouts(db: Session) -> list[RolloutRecord]:
     return list(db.scalars(select(RolloutRecord).where(RolloutRecord.state.in_(OPEN)).order_by(RolloutRecord.id)))
 
 
-def course_of(record: RolloutRecord) -> Course:
-    return msgspec.convert(record.plan, Course)
+def course_of(record: RolloutRecord) -> RolloutProgress:
+    return msgspec.convert(record.plan, RolloutProgress)
 
 
 def subject_of(record: RolloutRecord) -> str:
@@ -31,7 +31,7 @@ def watch(record: RolloutRecord, since: float | None) -> None:
     keep_course(record, msgspec.structs.replace(course_of(record), watched_from=since))
 
 
-def keep_course(record: RolloutRecord, course: Course) -> None:
+def keep_course(record: RolloutRecord, course: RolloutProgress) -> None:
     record.plan = msgspec.to_builtins(course)
 
 
@@ -59,5 +59,5 @@ def candidates(db: Session, group: str | None, now: float) -> list[Candidate]:
         if said
         else Candidate(identity.name, identity.group, online=False)
         for identity, said in db.execute(query)
-        if state_at(identity.state, identity.not_after, now) is State.ACTIVE
+        if state_at(identity.state, identity.not_after, now) is IdentityState.ACTIVE
     ]

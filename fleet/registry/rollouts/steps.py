@@ -15,13 +15,13 @@ from fleet.protocol.desired_config import Settings
 from fleet.registry.audit import audit
 from fleet.registry.bundles import check_bundle
 from fleet.registry.models import BundleRecord, IdentityRecord, RolloutRecord
-from fleet.registry.rollouts.assessment import Due, missing_worker
+from fleet.registry.rollouts.assessment import PendingStep, missing_worker
 from fleet.registry.rollouts.plan import (
-    Before,
-    Course,
-    Decision,
-    Plan,
-    Step,
+    PreviousState,
+    RolloutDecision,
+    RolloutPlan,
+    RolloutProgress,
+    RolloutStep,
     check_plan,
     controls_for,
     next_stage,
@@ -65,7 +65,7 @@ class RolloutEngine:
 # Changes by hand.
 
 
-def start_rollout(db: Session, actor: str, bundle_id: str, plan: Plan, now: float) -> int:
+def start_rollout(db: Session, actor: str, bundle_id: str, plan: RolloutPlan, now: float) -> int:
     """Makes a roll-out, which waits until the engine begins it; gives its id.
 
     Raises:
@@ -82,13 +82,13 @@ def start_rollout(db: Session, actor: str, bundle_id: str, plan: Plan, now: floa
                 f"end, or undo it with 'fleet bundle rollback {other.id}'"
             )
     found = candidates(db, plan.group, now)
-    if not next_stage(Course(plan), 0, found)[1] or (
+    if not next_stage(RolloutProgress(plan), 0, found)[1] or (
         plan.canary_group and all(each.group != plan.canary_group for each in found)
     ):
         wanted = plan.canary_group or plan.group
         raise RolloutError(f"no active device {f'in the group {wanted!r}' if wanted else ''}; see 'fleet devices'")
     record = RolloutRecord(
-        bundle_id=bundle_id, state=RolloutState.WAITING, stage=0, plan=msgspec.to_builtins(Course(plan)),
+        bundle_id=bundle_id, state=RolloutState.WAITING, stage=0, plan=msgspec.to_builtins(RolloutProgress(plan)),
         reason=missing_worker(db, bundle_id), started_at=now, stage_at=now, ended_at=None,
     )  # fmt: skip
     db.add(record)
@@ -103,18 +103,18 @@ def change_rollout(db: Session, actor: str, rollout: int | None, event: RolloutE
     Raises:
         RolloutError: there is none, more than one, or the change is not legal in its state.
     """
-    number = the_open_one(db) if rollout is None else rollout
+    number = only_open_rollout(db) if rollout is None else rollout
     record = db.get(RolloutRecord, number, with_for_update=True, populate_existing=True)
     if record is None:
         raise RolloutError(f"unknown roll-out {rollout}; see 'fleet bundle status'")
     next_state(record.id, RolloutState(record.state), event)  # before anything is put back
     if event is RolloutEvent.UNDO:
-        put_back(db, actor, record)
+        restore_previous(db, actor, record)
     enter(db, actor, record, event, "by hand", now)
     return record.id
 
 
-def the_open_one(db: Session) -> int:
+def only_open_rollout(db: Session) -> int:
     """Raises RolloutError when none or more than one is open."""
     found = [record.id for record in open_rollouts(db)]
     if len(found) != 1:
@@ -126,26 +126,26 @@ def the_open_one(db: Session) -> int:
 # Steps of the engine.
 
 
-def take_step(db: Session, due: Due, now: float) -> None:
+def take_step(db: Session, due: PendingStep, now: float) -> None:
     """Does what was decided, unless somebody has changed the roll-out meanwhile."""
     record = db.get(RolloutRecord, due.rollout, with_for_update=True)
     if record is not None and (record.state, record.stage) == (due.state, due.stage):
         act(db, record, due.decision, now)
 
 
-def act(db: Session, record: RolloutRecord, decided: Decision, now: float) -> None:
+def act(db: Session, record: RolloutRecord, decided: RolloutDecision, now: float) -> None:
     actor = f"rollout {record.id}"
     match decided.step:
-        case Step.SERVE | Step.MISS:  # its devices have their time again, and are watched anew
+        case RolloutStep.SERVE | RolloutStep.MISS:  # its devices have their time again, and are watched anew
             record.stage_at = now
             watch(record, None)
             enter(db, actor, record, RolloutEvent(decided.step), decided.reason, now)
-        case Step.WATCH:
+        case RolloutStep.WATCH:
             watch(record, now)
-        case Step.ADVANCE:
+        case RolloutStep.ADVANCE:
             advance(db, actor, record, decided.reason, now)
-        case Step.UNDO | Step.FAIL:
-            put_back(db, actor, record)
+        case RolloutStep.UNDO | RolloutStep.FAIL:
+            restore_previous(db, actor, record)
             enter(db, actor, record, RolloutEvent(decided.step), decided.reason, now)
 
 
@@ -165,7 +165,7 @@ def advance(db: Session, actor: str, record: RolloutRecord, reason: str, now: fl
 
     def tell(device: str, settings: Settings) -> Settings:
         seen = by_name[device]
-        before = Before(now, seen.online, settings.bundle, settings.agreement_sample, seen.error, seen.bundle_id)
+        before = PreviousState(now, seen.online, settings.bundle, settings.agreement_sample, seen.error, seen.bundle_id)
         if device in told:  # as a control it had the sample's share before
             before = msgspec.structs.replace(before, agreement_sample=told.pop(device).agreement_sample)
         members[device] = before
@@ -174,17 +174,17 @@ def advance(db: Session, actor: str, record: RolloutRecord, reason: str, now: fl
         )
 
     def sample_only(device: str, settings: Settings) -> Settings:
-        told[device] = Before(now, True, settings.bundle, settings.agreement_sample)
+        told[device] = PreviousState(now, True, settings.bundle, settings.agreement_sample)
         return msgspec.structs.replace(settings, agreement_sample=sample)
 
     change_scope(db, actor, Scope.DEVICE, new, tell)
     change_scope(db, actor, Scope.DEVICE, controls, sample_only)
     record.stage, record.stage_at, record.reason = number, now, reason[:200]
-    keep_course(record, Course(course.plan, members, told))
+    keep_course(record, RolloutProgress(course.plan, members, told))
     audit(db, actor, "rollout_stage", subject_of(record), stage=number, devices=len(new), reason=reason)
 
 
-def complete(db: Session, actor: str, record: RolloutRecord, course: Course) -> None:
+def complete(db: Session, actor: str, record: RolloutRecord, course: RolloutProgress) -> None:
     """The bundle is from now on what the widest scope of the roll-out says, and no narrower one."""
     group = course.plan.group
     serve = {"bundle": record.bundle_id}
@@ -196,7 +196,7 @@ def complete(db: Session, actor: str, record: RolloutRecord, course: Course) -> 
     restore(db, actor, record, course, lambda *_: None)
 
 
-def put_back(db: Session, actor: str, record: RolloutRecord) -> None:
+def restore_previous(db: Session, actor: str, record: RolloutRecord) -> None:
     """Gives every device that was told its earlier bundle and share of samples.
 
     A device that is told of no bundle stays with the one that it serves. So where nobody said which, it is told the one
@@ -205,14 +205,18 @@ def put_back(db: Session, actor: str, record: RolloutRecord) -> None:
     course = course_of(record)
     wider = wider_settings(db, course.members)
 
-    def earlier(device: str, before: Before) -> str | None:
+    def earlier(device: str, before: PreviousState) -> str | None:
         return before.bundle or (None if wider[device].bundle else before.served or None)
 
     restore(db, actor, record, course, earlier)
 
 
 def restore(
-    db: Session, actor: str, record: RolloutRecord, course: Course, bundle: Callable[[str, Before], str | None]
+    db: Session,
+    actor: str,
+    record: RolloutRecord,
+    course: RolloutProgress,
+    bundle: Callable[[str, PreviousState], str | None],
 ) -> None:
     """What somebody has said meanwhile of another setting, or of another bundle, stays."""
     told = course.controls | course.members

@@ -28,7 +28,7 @@ from fleet.registry.stats.rollups import add_to_rollups
 Key: TypeAlias = tuple[str, str]
 """A device and a name that is unique to it: of a generation, or of a session."""
 
-Fate: TypeAlias = bool | RegistryError
+IngestOutcome: TypeAlias = bool | RegistryError
 """What has become of a report: stored now, stored before, or why not."""
 
 
@@ -73,13 +73,13 @@ def store_report(db: Session, device: str, report: GenerationReport) -> bool:
     return fate
 
 
-def store_reports(db: Session, reports: dict[Key, GenerationReport]) -> dict[Key, Fate]:
+def store_reports(db: Session, reports: dict[Key, GenerationReport]) -> dict[Key, IngestOutcome]:
     """Stores reports by device and generation, in a few statements for all; a bad one harms no other.
 
     What became of each: True when it is stored now, False when it was before, else an UnknownDeviceError, or a
     ReportError when it can never be stored.
     """
-    fates: dict[Key, Fate] = {}
+    fates: dict[Key, IngestOutcome] = {}
     for key, report in reports.items():
         if (counted := sum(report.sources.values())) != report.tokens:
             fates[key] = ReportError(
@@ -92,7 +92,7 @@ def store_reports(db: Session, reports: dict[Key, GenerationReport]) -> dict[Key
     return fates | _store_sound(db, {key: report for key, report in reports.items() if key not in fates})
 
 
-def _store_sound(db: Session, reports: dict[Key, GenerationReport]) -> dict[Key, Fate]:
+def _store_sound(db: Session, reports: dict[Key, GenerationReport]) -> dict[Key, IngestOutcome]:
     """Where the database refuses a value, the half that has it is stored apart, and so on."""
     try:
         with db.begin_nested():
@@ -106,7 +106,7 @@ def _store_sound(db: Session, reports: dict[Key, GenerationReport]) -> dict[Key,
     return _store_sound(db, dict(items[:middle])) | _store_sound(db, dict(items[middle:]))
 
 
-def _insert(db: Session, reports: dict[Key, GenerationReport]) -> dict[Key, Fate]:
+def _insert(db: Session, reports: dict[Key, GenerationReport]) -> dict[Key, IngestOutcome]:
     row = GenerationRecord
     same = tuple_(row.device, row.generation).in_(list(reports))
     known = {(device, generation) for device, generation in db.execute(select(row.device, row.generation).where(same))}

@@ -38,7 +38,7 @@ class By(StrEnum):
     HOUR = "hour"
 
 
-class Question(msgspec.Struct, frozen=True):
+class StatsQuery(msgspec.Struct, frozen=True):
     """What to count: answers since `since` (None is ever) of one device, a group's or all; `now` ends the trend.
 
     `devices` are those that are counted, None is every one of these.
@@ -51,7 +51,7 @@ class Question(msgspec.Struct, frozen=True):
     devices: tuple[str, ...] | None = None
 
 
-def count(db: Session, by: By, asked: Question) -> defaultdict[Key, Tally]:
+def count(db: Session, by: By, asked: StatsQuery) -> defaultdict[Key, Tally]:
     """What was counted, by the rows' keys."""
     tallies: defaultdict[Key, Tally] = defaultdict(Tally)
     since = None if asked.since is None else beginning(asked.since, asked.now)
@@ -71,7 +71,7 @@ def count(db: Session, by: By, asked: Question) -> defaultdict[Key, Tally]:
     return tallies
 
 
-def _sums(table: Table, by: By, asked: Question, spans: Iterable[Spans]) -> Select[Any]:
+def _sums(table: Table, by: By, asked: StatsQuery, spans: Iterable[Spans]) -> Select[Any]:
     """The amounts of a table's rows in `spans`, by the row's key and what else a row of it is about."""
     about = [table.c[name] for name in ("source", "mode", "reason") if name in table.c]
     sums = [cast(func.sum(column), BigInteger) for column in table.c if not column.primary_key]
@@ -79,7 +79,7 @@ def _sums(table: Table, by: By, asked: Question, spans: Iterable[Spans]) -> Sele
     return query.where(or_(*(_within(table, part) for part in spans)))
 
 
-def trends(db: Session, by: By, asked: Question) -> defaultdict[Key, list[float | None]]:
+def trends(db: Session, by: By, asked: StatsQuery) -> defaultdict[Key, list[float | None]]:
     """The offload rate of equal parts of the window, oldest first; None where nothing was generated."""
     since = asked.since
     if since is None:
@@ -108,7 +108,7 @@ def _within(table: Table, part: Spans) -> ColumnElement[bool]:
     return condition if part.end is None else and_(condition, table.c.start < part.end)
 
 
-def _rows(table: Table, by: By, asked: Question, *columns: ColumnElement[Any]) -> Select[Any]:
+def _rows(table: Table, by: By, asked: StatsQuery, *columns: ColumnElement[Any]) -> Select[Any]:
     """These columns of a table's rows, behind the key of the statistics' row that each belongs to."""
     group = select(IdentityRecord.group).where(IdentityRecord.name == table.c.device).scalar_subquery()
     key = {By.DEVICE: table.c.device, By.GROUP: group, By.BUNDLE: table.c.bundle_id, By.HOUR: table.c.start}[by]
@@ -120,7 +120,7 @@ def _rows(table: Table, by: By, asked: Question, *columns: ColumnElement[Any]) -
     return query if asked.devices is None else query.where(table.c.device.in_(asked.devices))
 
 
-def _first_hour(db: Session, by: By, asked: Question, since: float) -> Iterable[tuple[Key, GenerationReport]]:
+def _first_hour(db: Session, by: By, asked: StatsQuery, since: float) -> Iterable[tuple[Key, GenerationReport]]:
     """The generations from `since` to the end of its hour, each with its row's key."""
     row, end = GenerationRecord, rounded_up(since, HOUR_S)
     query = (

@@ -19,7 +19,7 @@ from fleet.registry.identities.devices import check_device, is_device, is_online
 from fleet.registry.models import IdentityRecord, StatusRecord
 from fleet.registry.results import BundleStats, Counts, GroupStats, HourStats, StatsRow
 from fleet.registry.stats.aggregate import Tally, quantiles_ms
-from fleet.registry.stats.queries import By, Question, count, trends
+from fleet.registry.stats.queries import By, StatsQuery, count, trends
 from fleet.registry.stats.rollup_tables import AMOUNTS, TPOT, TTFT
 
 PLAIN: Final = tuple(name for name in AMOUNTS if name in Counts.__struct_fields__)
@@ -27,7 +27,7 @@ PLAIN: Final = tuple(name for name in AMOUNTS if name in Counts.__struct_fields_
 HISTOGRAMS: Final = itemgetter(*TTFT), itemgetter(*TPOT)
 
 
-def device_stats(db: Session, asked: Question) -> list[StatsRow]:
+def device_stats(db: Session, asked: StatsQuery) -> list[StatsRow]:
     """A row for each device, by name, also for one without answers; raises UnknownDeviceError."""
     if asked.device is not None:
         check_device(db, asked.device)
@@ -48,7 +48,7 @@ def device_stats(db: Session, asked: Question) -> list[StatsRow]:
     ]
 
 
-def grouped_stats(db: Session, by: By, asked: Question) -> list[GroupStats] | list[BundleStats] | list[HourStats]:
+def grouped_stats(db: Session, by: By, asked: StatsQuery) -> list[GroupStats] | list[BundleStats] | list[HourStats]:
     """A row for each group, bundle or hour that has answers, in order; raises UnknownDeviceError."""
     if asked.device is not None:
         check_device(db, asked.device)

@@ -11,7 +11,7 @@ import pytest
 
 from cloud_broker_worker.broker.mosquitto import find_mosquitto
 from cloud_broker_worker.broker.mosquitto_reload import by_command, by_signal
-from cloud_broker_worker.broker.mosquitto_sync import HELD_S, MAX_EVICTIONS, RECHECK_S, MosquittoKeeper
+from cloud_broker_worker.broker.mosquitto_sync import HELD_S, MAX_EVICTIONS, RECHECK_S, MosquittoSync
 from fleet.errors import ConfigError, LinkError
 from fleet.protocol.access import Role
 from fleet.registry.store import Registry
@@ -39,7 +39,7 @@ class Kept:
         self.broken: type[Exception] | None = None
         self.now = time.time()
         crl = CrlFile(folder / "crl.pem", self.authority)
-        self.keeper = MosquittoKeeper(folder, registry, crl, self._reload, self, lambda: self.now)
+        self.keeper = MosquittoSync(folder, registry, crl, self._reload, self, lambda: self.now)
 
     def _reload(self) -> None:
         if self.broken is ConfigError:
@@ -161,7 +161,7 @@ def test_what_the_broker_was_not_told_before_a_restart_it_is_told_then(kept: Kep
     with pytest.raises(ConfigError):
         kept.keeper.sync()
     kept.broken = None
-    kept.keeper = MosquittoKeeper(
+    kept.keeper = MosquittoSync(
         kept.folder, kept.registry, CrlFile(kept.folder / "crl.pem", kept.authority), kept._reload, kept,
         lambda: kept.now,
     )  # fmt: skip

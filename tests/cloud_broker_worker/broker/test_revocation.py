@@ -18,7 +18,7 @@ from fleet.protocol.access import Role
 from fleet.transport.base import Will
 from fleet.transport.mqtt import MqttTransport
 from provisioning.certificate import write_identity
-from provisioning.fleet_address import Site
+from provisioning.fleet_address import FleetAddress
 from tests.brokers import BROKERS, HOST, Inbox, can_connect, wait_until
 from tests.cloud_broker_worker.broker import raw
 from tests.registered import RegisteredSite, registered_site
@@ -104,7 +104,7 @@ def test_a_suspended_device_is_out_and_comes_back_with_the_same_certificate(site
 
 def test_an_expired_certificate_is_refused(site: RegisteredSite, tmp_path: Path) -> None:
     made = site.authority.certify("d1", Role.DEVICE, timedelta(seconds=-1))
-    config = Site(HOST, site.port).identity_config("d1", Role.DEVICE)
+    config = FleetAddress(HOST, site.port).identity_config("d1", Role.DEVICE)
     assert not can_connect(write_identity(made, tmp_path / "late", config))
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from cloud_broker_worker.broker.mosquitto import acl_rules, write_config
-from cloud_broker_worker.broker.rights_cache import CACHE_S, Holder, Rights
+from cloud_broker_worker.broker.rights_cache import CACHE_S, CertificateHolder, RightsCache
 from fleet.errors import ConfigError
 from fleet.identity.identity import ServerTls
 from fleet.protocol.access import Action, Grants, Role
 
 DEVICE = Grants(Role.DEVICE, "d1")
-HOLDER = Holder("d1", "a" * 64)
+HOLDER = CertificateHolder("d1", "a" * 64)
 TLS = ServerTls(Path("/tls/ca.pem"), Path("/tls/cert.pem"), Path("/tls/key.pem"))
 
 
@@ -29,14 +29,14 @@ class Registry:
 
 def test_the_registry_is_asked_once_in_two_seconds() -> None:
     registry, now = Registry(), [100.0]
-    rights = Rights(registry.admitted, lambda: now[0])
+    rights = RightsCache(registry.admitted, lambda: now[0])
     assert [rights.of(HOLDER), rights.of(HOLDER)] == [DEVICE, DEVICE]
     assert registry.num_questions == 1
 
 
 def test_rights_that_were_taken_away_are_gone_after_two_seconds() -> None:
     registry, now = Registry(), [100.0]
-    rights = Rights(registry.admitted, lambda: now[0])
+    rights = RightsCache(registry.admitted, lambda: now[0])
     assert rights.may(HOLDER, Action.PUBLISH, "ce/v1/d/d1/status")
     registry.known.clear()
     now[0] += CACHE_S
@@ -44,13 +44,15 @@ def test_rights_that_were_taken_away_are_gone_after_two_seconds() -> None:
 
 
 def test_another_certificate_of_the_same_name_has_rights_of_its_own() -> None:
-    rights = Rights(Registry().admitted)
+    rights = RightsCache(Registry().admitted)
     assert rights.of(HOLDER) == DEVICE
-    assert rights.of(Holder("d1", "b" * 64)) is None
+    assert rights.of(CertificateHolder("d1", "b" * 64)) is None
 
 
 def test_a_name_that_nobody_enrolled_may_nothing() -> None:
-    assert not Rights(Registry().admitted).may(Holder("d9", HOLDER.fingerprint), Action.PUBLISH, "ce/v1/d/d9/status")
+    assert not RightsCache(Registry().admitted).may(
+        CertificateHolder("d9", HOLDER.fingerprint), Action.PUBLISH, "ce/v1/d/d9/status"
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from cloud_broker_worker.worker.metrics import WorkerMonitor
 from cloud_broker_worker.worker.worker import Worker
 from fleet.bundles.manifest import Bundle
 from fleet.errors import ConfigError
-from fleet.monitoring.http_endpoint import Endpoint
+from fleet.monitoring.http_endpoint import HttpEndpoint
 from fleet.protocol import topics
 from fleet.protocol.codec import decode_to_device, encode
 from fleet.protocol.messages import PROTOCOL, Open, Opened, Sampling
-from fleet.transport.in_memory import MemoryBroker
+from fleet.transport.in_memory import InMemoryBroker
 from tests.brokers import HOST, Inbox, free_port, running_site, wait_until
 from tests.cloud_broker_worker.worker.conftest import Bench, TinyModel
 from tests.cloud_broker_worker.worker.test_cli import RunningWorker
@@ -120,7 +120,7 @@ def test_an_evicted_cache_is_counted_and_one_that_ends_with_its_session_is_not(b
 @contextmanager
 def told(worker: Worker, stall_s: float = WAIT_S) -> Iterator[str]:
     """URL of an endpoint that tells of `worker`."""
-    with Endpoint(HOST, 0) as endpoint:
+    with HttpEndpoint(HOST, 0) as endpoint:
         endpoint.show(WorkerMonitor(worker, stall_s))
         yield endpoint.url
 
@@ -149,7 +149,7 @@ def test_the_metrics_are_those_of_what_a_worker_did(site: Site, whole: TinyModel
 
 
 def test_a_question_that_could_be_answered_is_in_the_queue(bench: Bench, cloud_bundle: Callable[[int], Bundle]) -> None:
-    worker = Worker(MemoryBroker().connect("worker-1"), cloud_bundle(2), WorkerConfig(num_threads=1))
+    worker = Worker(InMemoryBroker().connect("worker-1"), cloud_bundle(2), WorkerConfig(num_threads=1))
     bench.engine = worker.engine  # its thread has not been started: nobody steps
     bench.open()
     bench.context(bench.upload(6))
@@ -202,7 +202,7 @@ def test_a_worker_that_is_stuck_in_a_step_is_unhealthy_until_it_goes_on(site: Si
 
 
 def test_a_worker_whose_thread_has_ended_is_unhealthy(cloud_bundle: Callable[[int], Bundle]) -> None:
-    with MemoryBroker().connect("worker-1") as link:
+    with InMemoryBroker().connect("worker-1") as link:
         with Worker(link, cloud_bundle(2), WorkerConfig(num_threads=1)) as worker:
             pass
         with told(worker) as url:
@@ -210,7 +210,7 @@ def test_a_worker_whose_thread_has_ended_is_unhealthy(cloud_bundle: Callable[[in
 
 
 def test_a_process_that_still_starts_is_alive_and_not_ready() -> None:
-    with Endpoint(HOST, 0) as endpoint:
+    with HttpEndpoint(HOST, 0) as endpoint:
         assert get(f"{endpoint.url}/healthz") == (200, "ok\n")
         assert get(f"{endpoint.url}/readyz") == (503, "it is starting\n")
         assert get(f"{endpoint.url}/")[0] == 404
@@ -218,8 +218,8 @@ def test_a_process_that_still_starts_is_alive_and_not_ready() -> None:
 
 def test_a_port_that_is_taken_is_named() -> None:
     port = free_port()
-    with Endpoint(HOST, port), pytest.raises(ConfigError, match=f"{HOST}:{port}.*--metrics-port"):
-        Endpoint(HOST, port)
+    with HttpEndpoint(HOST, port), pytest.raises(ConfigError, match=f"{HOST}:{port}.*--metrics-port"):
+        HttpEndpoint(HOST, port)
 
 
 def test_a_worker_process_tells_of_itself_and_leaves_after_its_drain_timeout(

@@ -17,7 +17,7 @@ from cloud_broker_worker.worker.worker import Worker
 from fleet.bundles.manifest import Bundle
 from fleet.protocol import topics
 from fleet.protocol.codec import MAX_ENVELOPE_BYTES, decode_to_device, encode, pack_chunk
-from fleet.protocol.denylist import encode_denial
+from fleet.protocol.denylist import encode_denylist
 from fleet.protocol.messages import (
     PROTOCOL,
     Assist,
@@ -33,7 +33,7 @@ from fleet.protocol.messages import (
 )
 from fleet.protocol.report import WorkerStatus, decode_status
 from fleet.transport.base import Will
-from fleet.transport.in_memory import MemoryBroker, MemoryTransport
+from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
 from tests.cloud_broker_worker.worker.conftest import TinyModel
 
 WAIT_S = 30.0
@@ -58,7 +58,7 @@ GARBAGE = {
 class Device:
     """A device's side of the wire, by hand."""
 
-    def __init__(self, transport: MemoryTransport, bundle: Bundle) -> None:
+    def __init__(self, transport: InMemoryTransport, bundle: Bundle) -> None:
         self.transport = transport
         self.answers: queue.Queue[ToDevice] = queue.Queue()
         self.statuses: queue.Queue[WorkerStatus] = queue.Queue()
@@ -99,7 +99,7 @@ class Site:
     """One broker, one worker, and as many devices as a test wants."""
 
     def __init__(self, stack: ExitStack, bundle: Bundle, drain_timeout_s: float = WAIT_S) -> None:
-        self.broker = MemoryBroker()
+        self.broker = InMemoryBroker()
         self._stack, self._bundle = stack, bundle
         self.link = stack.enter_context(self.broker.connect(WORKER, Will(topics.worker_status(WORKER), Worker.will())))
         config = WorkerConfig(num_threads=1, drain_timeout_s=drain_timeout_s)
@@ -141,7 +141,7 @@ def test_a_worker_that_loses_its_link_is_offline_and_announces_itself_again(site
 
 
 def test_a_worker_that_is_stopped_says_so_and_its_thread_ends(cloud_bundle: Callable[[int], Bundle]) -> None:
-    broker = MemoryBroker()
+    broker = InMemoryBroker()
     with broker.connect(WORKER) as link, broker.connect(DEVICE) as other:
         device = Device(other, cloud_bundle(2))
         with Worker(link, cloud_bundle(2), WorkerConfig(num_threads=1)) as worker:
@@ -246,7 +246,7 @@ def test_a_device_that_is_denied_loses_its_session_and_gets_no_other(site: Site,
     denied, other = site.device("edge-1"), site.device("edge-2")
     denied.ask("s1", whole)
     other.ask("s1", whole)
-    revoke(site, encode_denial(["edge-1"]))
+    revoke(site, encode_denylist(["edge-1"]))
     ended = denied.next_answer()
     assert isinstance(ended, Refused)
     assert (ended.code, ended.session, ended.retry_after_ms) == ("revoked", "s1", 0)
@@ -257,9 +257,9 @@ def test_a_device_that_is_denied_loses_its_session_and_gets_no_other(site: Site,
 
 
 def test_a_worker_that_starts_later_knows_who_is_denied(cloud_bundle: Callable[[int], Bundle]) -> None:
-    broker = MemoryBroker()
+    broker = InMemoryBroker()
     with broker.connect("hub") as server, broker.connect(WORKER) as link, broker.connect(DEVICE) as other:
-        server.publish(topics.REVOKED, encode_denial([DEVICE]), qos=1, retain=True)
+        server.publish(topics.REVOKED, encode_denylist([DEVICE]), qos=1, retain=True)
         device = Device(other, cloud_bundle(2))
         with Worker(link, cloud_bundle(2), WorkerConfig(num_threads=1)):
             refused = device.open("s1")
@@ -269,21 +269,21 @@ def test_a_worker_that_starts_later_knows_who_is_denied(cloud_bundle: Callable[[
 
 def test_a_device_that_is_denied_no_more_is_served_again(site: Site, whole: TinyModel) -> None:
     device = site.device()
-    revoke(site, encode_denial([DEVICE]))
+    revoke(site, encode_denylist([DEVICE]))
     assert isinstance(device.open("s1"), Refused)
-    revoke(site, encode_denial([]))
+    revoke(site, encode_denylist([]))
     device.ask("s2", whole)
 
 
 def test_a_list_that_cannot_be_read_changes_nothing(site: Site, whole: TinyModel) -> None:
     device = site.device()
-    revoke(site, encode_denial([DEVICE]))
+    revoke(site, encode_denylist([DEVICE]))
     revoke(site, b'{"nobody": true}')
     assert isinstance(device.open("s1"), Refused)
 
 
 def test_one_devices_flood_leaves_room_for_the_others(tiny_bundle: Bundle) -> None:
-    broker = MemoryBroker()
+    broker = InMemoryBroker()
     with broker.connect(WORKER) as link:
         worker = Worker(link, tiny_bundle, WorkerConfig(num_threads=1, max_queued_messages=16))  # which takes none yet
         for _ in range(40):

@@ -6,12 +6,12 @@ import threading
 
 import pytest
 
-from edge_agent.engine.fair_lock import Turns
+from edge_agent.engine.fair_lock import FairLock
 
 WAIT_S = 30.0
 
 
-def start_waiting(turns: Turns, name: str, order: list[str]) -> threading.Thread:
+def start_waiting(turns: FairLock, name: str, order: list[str]) -> threading.Thread:
     """A thread that waits for a turn, once it does, and then notes its name."""
 
     def take() -> None:
@@ -27,7 +27,7 @@ def start_waiting(turns: Turns, name: str, order: list[str]) -> threading.Thread
 
 
 def test_who_lets_go_and_asks_again_comes_after_those_who_wait() -> None:
-    turns, order = Turns(), list[str]()
+    turns, order = FairLock(), list[str]()
     with turns:
         threads = [start_waiting(turns, name, order) for name in ("first", "second", "third")]
         assert order == []
@@ -39,7 +39,7 @@ def test_who_lets_go_and_asks_again_comes_after_those_who_wait() -> None:
 
 
 def test_an_error_gives_the_turn_back() -> None:
-    turns = Turns()
+    turns = FairLock()
     with pytest.raises(ValueError, match="mine"), turns:
         raise ValueError("mine")
     with turns:

@@ -8,7 +8,7 @@ from edge_agent.engine.cascade import MAX_CHUNK
 from edge_agent.engine.partition import Partition
 from edge_agent.generation.decoder import Decoder, GeneratedToken
 from edge_agent.generation.generator import Generator
-from edge_agent.generation.mode_controller import Modes
+from edge_agent.generation.mode_controller import ModeController
 from edge_agent.generation.mode_policy import Targets
 from edge_agent.measurements import Measurements
 from fleet.bundles.manifest import Bundle
@@ -30,7 +30,7 @@ def generate(
 ) -> tuple[list[GeneratedToken], Decoder]:
     mode = Mode.COLLABORATIVE if ask_cloud else Mode.STANDALONE
     decoder = Decoder(partition, 64, thresholds, sampling or Sampling())
-    generator = Generator(decoder, Modes(mode, Targets(), Measurements(), 100), EOS)
+    generator = Generator(decoder, ModeController(mode, Targets(), Measurements(), 100), EOS)
     return list(generator.generate(PROMPT, 12)), decoder
 
 
@@ -99,14 +99,14 @@ def test_a_cut_text_is_asked_for_its_own_next_token(partition: Partition) -> Non
 
 def test_an_answer_that_is_late_ends_with_an_error(partition: Partition) -> None:
     decoder = Decoder(partition, 64, (1.0, 1.0), Sampling())
-    generator = Generator(decoder, Modes(Mode.STANDALONE, Targets(), Measurements(), 100), EOS)
+    generator = Generator(decoder, ModeController(Mode.STANDALONE, Targets(), Measurements(), 100), EOS)
     with pytest.raises(DeadlineError, match="deadline passed after 0 tokens; allow more time"):
         list(generator.generate(PROMPT, 12, deadline=float("-inf")))
 
 
 def test_a_long_prompt_is_given_up_between_two_chunks(partition: Partition) -> None:
     decoder = Decoder(partition, 4 * MAX_CHUNK, (1.0, 1.0), Sampling())
-    generator = Generator(decoder, Modes(Mode.STANDALONE, Targets(), Measurements(), 100), EOS)
+    generator = Generator(decoder, ModeController(Mode.STANDALONE, Targets(), Measurements(), 100), EOS)
     prompt = [i % 300 for i in range(3 * MAX_CHUNK)]
     is_cancelled = lambda: decoder.cascade.num_filled(0) >= MAX_CHUNK  # noqa: E731
     assert list(generator.generate(prompt, 12, is_cancelled=is_cancelled)) == []
@@ -115,7 +115,7 @@ def test_a_long_prompt_is_given_up_between_two_chunks(partition: Partition) -> N
 
 def test_a_deadline_that_passes_in_a_long_prompt_ends_it(partition: Partition, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = Decoder(partition, 4 * MAX_CHUNK, (1.0, 1.0), Sampling())
-    generator = Generator(decoder, Modes(Mode.STANDALONE, Targets(), Measurements(), 100), EOS)
+    generator = Generator(decoder, ModeController(Mode.STANDALONE, Targets(), Measurements(), 100), EOS)
     monkeypatch.setattr("edge_agent.generation.generator.time.monotonic", lambda: float(decoder.cascade.num_filled(0)))
     with pytest.raises(DeadlineError, match="after 0 tokens"):
         list(generator.generate([7] * 3 * MAX_CHUNK, 12, deadline=2.0 * MAX_CHUNK))
@@ -124,5 +124,5 @@ def test_a_deadline_that_passes_in_a_long_prompt_ends_it(partition: Partition, m
 
 def test_a_cancelled_answer_ends(partition: Partition) -> None:
     decoder = Decoder(partition, 64, (1.0, 1.0), Sampling())
-    generator = Generator(decoder, Modes(Mode.STANDALONE, Targets(), Measurements(), 100), EOS)
+    generator = Generator(decoder, ModeController(Mode.STANDALONE, Targets(), Measurements(), 100), EOS)
     assert list(generator.generate(PROMPT, 12, is_cancelled=lambda: True)) == []

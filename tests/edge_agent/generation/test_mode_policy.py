@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from edge_agent.generation.mode_controller import PROBE_TOKENS, Modes
+from edge_agent.generation.mode_controller import PROBE_TOKENS, ModeController
 from edge_agent.generation.mode_policy import MIN_JUDGED, MIN_TOKENS, MIN_WAIT_MS, Targets, decide, predict, wait_ms
 from edge_agent.measurements import Measurements, Snapshot
 from fleet.protocol.modes import Mode
@@ -110,7 +110,7 @@ def test_a_reason_names_what_was_predicted() -> None:
 
 def test_modes_follow_a_link_that_is_good_slow_gone_and_back() -> None:
     measurements = Measurements()
-    modes = Modes(Mode.AUTO, Targets(min_agreement=0.95), measurements, 3000)
+    modes = ModeController(Mode.AUTO, Targets(min_agreement=0.95), measurements, 3000)
     followed: list[Mode] = []
     for token in range(400):
         phase = token // 100
@@ -130,7 +130,7 @@ def test_modes_follow_a_link_that_is_good_slow_gone_and_back() -> None:
 
 
 def test_a_device_that_is_alone_on_a_good_link_measures_it_now_and_then() -> None:
-    modes = Modes(Mode.AUTO, Targets(), Measurements(), 3000)
+    modes = ModeController(Mode.AUTO, Targets(), Measurements(), 3000)
     measurements = modes._measurements
     measurements.step(0.02)
     measurements.chose(0.5, is_sure=False)

@@ -13,7 +13,7 @@ import pytest
 
 from edge_agent.provisioning.certificate_renewer import Renewer, renew, retry_in_s
 from edge_agent.provisioning.credentials import lifetime, new_key, signing_request
-from edge_agent.service_client import Service
+from edge_agent.service_client import ServiceClient
 from fleet.errors import IdentityError, ServiceError
 from fleet.identity.certificate_rotation import finish_renewal, renewal_in_s
 from fleet.identity.identity import CERT_FILE, KEY_FILE, RENEWED_FILE, Identity
@@ -171,5 +171,5 @@ def test_an_identity_without_a_service_is_renewed_by_hand(service: FleetService,
 def test_an_expired_certificate_is_named(service: FleetService, identity: Identity) -> None:
     shorten(service, identity, -1)
     request = RenewRequest(signing_request(new_key(), "kitchen"))
-    with Service.of(identity) as client, pytest.raises(ServiceError, match="our certificate"):
+    with ServiceClient.of(identity) as client, pytest.raises(ServiceError, match="our certificate"):
         client.renew(request)

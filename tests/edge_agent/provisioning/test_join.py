@@ -18,7 +18,7 @@ from edge_agent.state.desired_state import load_desired
 from fleet.errors import BusyError, ConfigError, IdentityError, ServiceAwayError, ServiceError, TokenError
 from fleet.identity.identity import Identity
 from fleet.protocol.desired_config import DesiredConfig, Settings
-from fleet.protocol.enrolment_api import Token
+from fleet.protocol.enrolment_api import EnrolmentToken
 from fleet.protocol.modes import Mode
 from provisioning.authority import CertificateAuthority
 from tests.brokers import HOST, free_port
@@ -63,7 +63,7 @@ def test_a_device_that_died_before_the_reply_joins_with_the_key_that_it_had(
 
 def test_a_service_with_another_ca_is_told_nothing(service: FleetService, tmp_path: Path) -> None:
     foreign = CertificateAuthority.create(tmp_path / "foreign")
-    token = Token(fingerprint(foreign._ca_pem), TOKEN_ID, SECRET)
+    token = EnrolmentToken(fingerprint(foreign._ca_pem), TOKEN_ID, SECRET)
     with pytest.raises(ServiceError, match="somebody may be in between"):
         join(token, service.url, tmp_path / "out")
     assert [path for _, path, _ in service.requests] == ["/v1/ca"]
@@ -78,7 +78,7 @@ def test_a_server_that_shows_the_right_ca_and_has_no_certificate_of_it_is_not_tr
     true = CertificateAuthority.create(tmp_path / "true")
     with Impostor(tmp_path / "impostor").running() as impostor:
         with pytest.raises(ServiceError, match="not what we trust"):
-            join(Token(fingerprint(true._ca_pem), TOKEN_ID, SECRET), impostor.url, tmp_path / "out")
+            join(EnrolmentToken(fingerprint(true._ca_pem), TOKEN_ID, SECRET), impostor.url, tmp_path / "out")
         assert impostor.keys == []
 
 
@@ -122,7 +122,7 @@ def test_who_is_told_to_wait_beyond_the_deadline_gives_up(service: FleetService,
 def test_a_port_where_nobody_listens_is_given_up_at_the_deadline(tmp_path: Path) -> None:
     url = f"https://{HOST}:{free_port()}"
     with pytest.raises(ServiceAwayError, match=f"no connection to {url}"):
-        join(Token("0" * 64, TOKEN_ID, SECRET), url, tmp_path, timeout_s=0.5)
+        join(EnrolmentToken("0" * 64, TOKEN_ID, SECRET), url, tmp_path, timeout_s=0.5)
 
 
 def test_a_server_that_speaks_no_tls_is_named(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_server_that_speaks_no_tls_is_named(tmp_path: Path) -> None:
         thread = threading.Thread(target=greet)
         thread.start()
         with pytest.raises(ServiceError, match="TLS failed"):
-            join(Token("0" * 64, TOKEN_ID, SECRET), f"https://{HOST}:{plain.getsockname()[1]}", tmp_path)
+            join(EnrolmentToken("0" * 64, TOKEN_ID, SECRET), f"https://{HOST}:{plain.getsockname()[1]}", tmp_path)
         thread.join(5)
 
 
@@ -165,7 +165,7 @@ def test_a_folder_that_is_complete_says_so(service: FleetService, tmp_path: Path
 @pytest.mark.parametrize("url", ["http://a:1", "a:8443", "https://", "https://a/b", "https://u:p@a", "https://a:x"])
 def test_an_address_that_is_no_service_is_refused_before_anything_is_made(tmp_path: Path, url: str) -> None:
     with pytest.raises(ConfigError, match="expected https://HOST:PORT"):
-        join(Token("0" * 64, TOKEN_ID, SECRET), url, tmp_path / "out")
+        join(EnrolmentToken("0" * 64, TOKEN_ID, SECRET), url, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -19,7 +19,7 @@ from edge_agent.reporting.report_outbox import ReportOutbox
 from edge_agent.reporting.reporter import FIRST_WINDOW, MAX_WINDOW, Reporter
 from fleet.protocol import topics
 from fleet.protocol.report import GenerationReport, ReportReceipt, decode_report, encode_receipt, encode_report
-from fleet.transport.in_memory import MemoryBroker, MemoryTransport
+from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
 from tests.brokers import Inbox, wait_until
 from tests.fleet.conftest import report
 
@@ -59,7 +59,7 @@ with device(broker, Path(sys.argv[1]), QUICK) as (reporter, _):
 class Collector:
     """What a collector would hear on the broker; it acknowledges what it is told to."""
 
-    def __init__(self, broker: MemoryBroker) -> None:
+    def __init__(self, broker: InMemoryBroker) -> None:
         self._link = broker.connect("collector")
         self.heard = Inbox()
         self._link.subscribe(topics.DEVICE_STATS_FILTER, self.heard)
@@ -83,8 +83,8 @@ class Collector:
 
 @contextmanager
 def device(
-    broker: MemoryBroker, path: Path | None, retry_s: tuple[float, float] = (60.0, 60.0)
-) -> Iterator[tuple[Reporter, MemoryTransport]]:
+    broker: InMemoryBroker, path: Path | None, retry_s: tuple[float, float] = (60.0, 60.0)
+) -> Iterator[tuple[Reporter, InMemoryTransport]]:
     with broker.connect("edge-1") as link, Reporter(link, ReportOutbox(path, 1000), retry_s) as reporter:
         yield reporter, link
 
@@ -187,7 +187,7 @@ def test_a_sum_says_what_its_reports_have_in_common_and_the_mean_of_their_times(
 
 
 def test_a_report_is_sent_again_until_it_is_acknowledged_and_then_forgotten(tmp_path: Path) -> None:
-    broker, path = MemoryBroker(), tmp_path / "reports.sqlite"
+    broker, path = InMemoryBroker(), tmp_path / "reports.sqlite"
     collector = Collector(broker)
     with device(broker, path, QUICK) as (reporter, _):
         reporter.add(report("g1"))
@@ -198,7 +198,7 @@ def test_a_report_is_sent_again_until_it_is_acknowledged_and_then_forgotten(tmp_
 
 
 def test_a_report_made_before_there_was_a_collector_is_sent_when_one_shows_itself() -> None:
-    broker = MemoryBroker()
+    broker = InMemoryBroker()
     with device(broker, None) as (reporter, _):
         reporter.add(report("g1"))
         collector = Collector(broker)
@@ -207,7 +207,7 @@ def test_a_report_made_before_there_was_a_collector_is_sent_when_one_shows_itsel
 
 
 def test_a_report_made_while_the_link_was_down_is_sent_when_it_is_up() -> None:
-    broker = MemoryBroker()
+    broker = InMemoryBroker()
     collector = Collector(broker)
     with device(broker, None) as (reporter, link):
         link.drop()
@@ -217,7 +217,7 @@ def test_a_report_made_while_the_link_was_down_is_sent_when_it_is_up() -> None:
 
 
 def test_a_refused_report_is_forgotten_and_its_reason_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    broker, path = MemoryBroker(), tmp_path / "reports.sqlite"
+    broker, path = InMemoryBroker(), tmp_path / "reports.sqlite"
     collector = Collector(broker)
     with device(broker, path) as (reporter, _):
         reporter.add(report("g1"))
@@ -228,7 +228,7 @@ def test_a_refused_report_is_forgotten_and_its_reason_logged(tmp_path: Path, cap
 
 
 def test_garbage_in_the_place_of_a_receipt_disturbs_nobody() -> None:
-    broker = MemoryBroker()
+    broker = InMemoryBroker()
     collector = Collector(broker)
     with device(broker, None) as (reporter, _), broker.connect("stranger") as stranger:
         for garbage in (b"", b"\xc1", b"{}", b"x" * 300_000, encode_receipt(ReportReceipt(("unheard-of",)))):
@@ -240,7 +240,7 @@ def test_garbage_in_the_place_of_a_receipt_disturbs_nobody() -> None:
 def test_no_more_than_a_window_is_sent_to_a_collector_that_says_nothing_and_all_to_one_that_does(
     tmp_path: Path,
 ) -> None:
-    broker, path = MemoryBroker(), tmp_path / "reports.sqlite"
+    broker, path = InMemoryBroker(), tmp_path / "reports.sqlite"
     collector = Collector(broker)
     with device(broker, path) as (reporter, _):
         for i in range(3 * MAX_WINDOW):
@@ -259,7 +259,7 @@ def test_what_a_killed_process_left_is_delivered_by_its_successor(tmp_path: Path
     with subprocess.Popen([sys.executable, "-c", CHILD, str(path)], stdin=subprocess.PIPE) as process:
         wait_until(lambda: len(kept(path)) == 40, "all are on disk", 30.0)
         process.send_signal(signal.SIGKILL)
-    broker = MemoryBroker()
+    broker = InMemoryBroker()
     collector = Collector(broker)
     with device(broker, path):
         assert collector.collect(40).keys() == {f"g{i}" for i in range(40)}
@@ -267,7 +267,7 @@ def test_what_a_killed_process_left_is_delivered_by_its_successor(tmp_path: Path
 
 
 def test_two_agents_may_share_a_folder(tmp_path: Path) -> None:
-    broker, path = MemoryBroker(), tmp_path / "reports.sqlite"
+    broker, path = InMemoryBroker(), tmp_path / "reports.sqlite"
     collector = Collector(broker)
     with device(broker, path, QUICK) as (one, _), device(broker, path, QUICK) as (other, _):
         for i in range(20):
@@ -280,7 +280,7 @@ def test_two_agents_may_share_a_folder(tmp_path: Path) -> None:
 def test_a_file_that_is_no_outbox_is_said_once_and_reports_are_sent_all_the_same(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broker, path = MemoryBroker(), tmp_path / "reports.sqlite"
+    broker, path = InMemoryBroker(), tmp_path / "reports.sqlite"
     path.write_bytes(b"something else " * 100)
     collector = Collector(broker)
     with device(broker, path, QUICK) as (reporter, _), caplog.at_level(logging.WARNING):
@@ -314,7 +314,7 @@ def on_full_disk(folder: Path, limit: int) -> list[str]:
 def test_when_the_disk_is_well_again_what_was_only_in_memory_is_written_down(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broker, path = MemoryBroker(), tmp_path / "reports.sqlite"
+    broker, path = InMemoryBroker(), tmp_path / "reports.sqlite"
     path.mkdir()
     with device(broker, path, QUICK) as (reporter, _):
         reporter.add(report("g1"))

@@ -19,7 +19,7 @@ from fleet.protocol import topics
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest, parse_prompt
 from fleet.protocol.triggers import Trigger
-from fleet.transport.in_memory import MemoryBroker, MemoryTransport
+from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
 from tests.system.memory_fleet import APP, DEVICE, WAIT_S, memory_fleet
 
 
@@ -30,7 +30,7 @@ def trigger(name: str = "warm", **changes: Any) -> Trigger:
 class Site:
     """Triggers of a device on the in-memory broker, whose answers end when the test says so."""
 
-    def __init__(self, device: MemoryTransport, app: MemoryTransport) -> None:
+    def __init__(self, device: InMemoryTransport, app: InMemoryTransport) -> None:
         self.now = 0.0
         self.asked: list[tuple[str, str, PromptRequest]] = []
         self.active: set[tuple[str, str]] = set()
@@ -62,7 +62,7 @@ class Site:
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    broker = MemoryBroker()
+    broker = InMemoryBroker()
     with broker.connect(DEVICE) as device, broker.connect(APP) as app:
         yield Site(device, app)
 

@@ -8,7 +8,7 @@ import threading
 from edge_agent.config import AgentConfig
 from edge_agent.generation.mode_policy import Targets
 from edge_agent.serving.job_queue import Job, JobQueue
-from edge_agent.serving.request_planner import Plan
+from edge_agent.serving.request_planner import RequestPlan
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest
 
@@ -18,7 +18,7 @@ BUDGET = 100
 
 def put(jobs: JobQueue, request: str, num_bytes: int) -> Job:
     job = Job("app", request, PromptRequest(prompt="x"))
-    jobs.put(job, Plan([1], 1, (1.0,), Mode.STANDALONE, Targets(), 60.0, num_bytes, AgentConfig(), ()))
+    jobs.put(job, RequestPlan([1], 1, (1.0,), Mode.STANDALONE, Targets(), 60.0, num_bytes, AgentConfig(), ()))
     return job
 
 

@@ -8,7 +8,7 @@ from edge_agent.config import AgentConfig
 from edge_agent.engine.cascade import Cascade
 from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer
-from edge_agent.serving.request_planner import MB, Planner
+from edge_agent.serving.request_planner import MB, RequestPlanner
 from fleet.bundles.manifest import Bundle
 from fleet.errors import PromptError
 from fleet.protocol.modes import Mode
@@ -24,24 +24,26 @@ def partition(tiny_bundle: Bundle) -> Partition:
 
 
 @pytest.fixture(scope="module")
-def planner(partition: Partition, tiny_bundle: Bundle) -> Planner:
+def planner(partition: Partition, tiny_bundle: Bundle) -> RequestPlanner:
     config = AgentConfig(max_positions=POSITIONS, max_new_tokens=1000, thresholds=(0.5, 0.25))
-    return Planner(partition, ChatTokenizer(tiny_bundle), config)
+    return RequestPlanner(partition, ChatTokenizer(tiny_bundle), config)
 
 
-def test_a_prompt_that_names_no_length_gets_what_room_there_is(planner: Planner, partition: Partition) -> None:
+def test_a_prompt_that_names_no_length_gets_what_room_there_is(planner: RequestPlanner, partition: Partition) -> None:
     plan = planner.plan(SHORT)
     assert plan.capacity == POSITIONS
     assert plan.num_bytes == Cascade.num_bytes(partition, POSITIONS)
     assert (plan.mode, plan.thresholds) == (Mode.COLLABORATIVE, (0.5, 0.25))
 
 
-def test_what_the_request_names_goes_before_the_settings(planner: Planner) -> None:
+def test_what_the_request_names_goes_before_the_settings(planner: RequestPlanner) -> None:
     plan = planner.plan(PromptRequest(prompt="x", max_new_tokens=3, mode=Mode.STANDALONE, threshold=0.75))
     assert (plan.max_new_tokens, plan.mode, plan.thresholds) == (3, Mode.STANDALONE, (0.75, 0.75))
 
 
-def test_no_token_ends_an_answer_that_ignores_the_end_of_sequence(planner: Planner, partition: Partition) -> None:
+def test_no_token_ends_an_answer_that_ignores_the_end_of_sequence(
+    planner: RequestPlanner, partition: Partition
+) -> None:
     assert planner.plan(SHORT).eos_token_ids == partition.manifest.model.eos_token_ids != ()
     assert planner.plan(PromptRequest(prompt="x", ignore_eos=True)).eos_token_ids == ()
 
@@ -54,7 +56,7 @@ def test_no_token_ends_an_answer_that_ignores_the_end_of_sequence(planner: Plann
         (PromptRequest(prompt="x", thresholds=(0.5,)), "expected 2 thresholds"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_limit(planner: Planner, prompt: PromptRequest, says: str) -> None:
+def test_what_does_not_fit_is_refused_with_the_limit(planner: RequestPlanner, prompt: PromptRequest, says: str) -> None:
     with pytest.raises(PromptError, match=says):
         planner.plan(prompt)
 

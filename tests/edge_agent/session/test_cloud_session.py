@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from edge_agent.measurements import Measurements
-from edge_agent.session.cloud_session import HELD_POSITIONS, Uplink
-from edge_agent.session.worker_directory import Workers
+from edge_agent.session.cloud_session import HELD_POSITIONS, CloudSession
+from edge_agent.session.worker_directory import WorkerDirectory
 from fleet.protocol import topics
 from fleet.protocol.codec import decode_to_worker, encode, unpack_chunk
 from fleet.protocol.messages import (
@@ -30,7 +30,7 @@ from fleet.protocol.messages import (
 )
 from fleet.protocol.report import WorkerStatus, encode_status
 from fleet.transport.base import Will
-from fleet.transport.in_memory import MemoryBroker, MemoryTransport
+from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
 from tests.brokers import wait_until
 
 WAIT_S = 10.0
@@ -43,7 +43,7 @@ WINDOW = 1 << 20
 class Peer:
     """The worker's end: what the device sent, and whatever the test answers."""
 
-    def __init__(self, broker: MemoryBroker, name: str = "w1") -> None:
+    def __init__(self, broker: InMemoryBroker, name: str = "w1") -> None:
         will = Will(topics.worker_status(name), encode_status(WorkerStatus(online=False, epoch=1)))
         self.transport = broker.connect(name, will)
         self.messages: queue.Queue[ToWorker] = queue.Queue()
@@ -74,11 +74,11 @@ class Peer:
 class Device:
     """A device's transport with one session on it."""
 
-    def __init__(self, broker: MemoryBroker, deadline_ms: int) -> None:
-        self.transport: MemoryTransport = broker.connect("d1")
-        self.workers = Workers(self.transport, lambda worker: self.uplink.worker_changed(worker))
+    def __init__(self, broker: InMemoryBroker, deadline_ms: int) -> None:
+        self.transport: InMemoryTransport = broker.connect("d1")
+        self.workers = WorkerDirectory(self.transport, lambda worker: self.uplink.worker_changed(worker))
         self.measurements = Measurements()
-        self.uplink = Uplink(
+        self.uplink = CloudSession(
             self.transport, self.workers, Open(SESSION, 1, BUNDLE, PROTOCOL, Sampling(), 128, deadline_ms), HIDDEN,
             self.measurements,
         )  # fmt: skip
@@ -87,19 +87,19 @@ class Device:
 
 
 @pytest.fixture
-def broker() -> MemoryBroker:
-    return MemoryBroker()
+def broker() -> InMemoryBroker:
+    return InMemoryBroker()
 
 
 @pytest.fixture
-def peer(broker: MemoryBroker) -> Iterator[Peer]:
+def peer(broker: InMemoryBroker) -> Iterator[Peer]:
     peer = Peer(broker)
     yield peer
     peer.transport.close()
 
 
 @pytest.fixture
-def device(broker: MemoryBroker, peer: Peer) -> Iterator[Device]:
+def device(broker: InMemoryBroker, peer: Peer) -> Iterator[Device]:
     device = Device(broker, deadline_ms=8000)
     yield device
     device.transport.close()
@@ -191,7 +191,7 @@ def test_drafts_behind_a_question_wait_for_its_answer(device: Device, peer: Peer
     assert isinstance(peer.next(), Close)
 
 
-def test_an_answer_to_a_repeated_question_is_measured_too(broker: MemoryBroker, peer: Peer) -> None:
+def test_an_answer_to_a_repeated_question_is_measured_too(broker: InMemoryBroker, peer: Peer) -> None:
     device = Device(broker, deadline_ms=3000)
     with device.uplink as uplink:
         peer.accept()
@@ -221,7 +221,7 @@ def test_a_gap_is_mended_by_sending_again_from_there(device: Device, peer: Peer)
 
 
 def test_no_answer_by_the_deadline_loses_the_session_and_the_rest_does_not_wait(
-    broker: MemoryBroker, peer: Peer
+    broker: InMemoryBroker, peer: Peer
 ) -> None:
     device = Device(broker, deadline_ms=50)
     with device.uplink as uplink:
@@ -247,7 +247,7 @@ def test_a_refusal_ends_the_wait_at_once_and_says_why(device: Device, peer: Peer
 
 
 def test_one_workers_refusal_for_good_is_not_the_last_word_while_another_serves(
-    broker: MemoryBroker, device: Device, peer: Peer
+    broker: InMemoryBroker, device: Device, peer: Peer
 ) -> None:
     other = Peer(broker, "w2")
     wait_until(lambda: device.workers.epoch("w2") == 1, "the other is known")
@@ -278,7 +278,7 @@ def test_a_worker_that_goes_away_ends_the_wait_at_once(device: Device, peer: Pee
 
 
 def test_a_second_worker_that_took_the_session_too_is_told_to_forget_it(
-    broker: MemoryBroker, device: Device, peer: Peer
+    broker: InMemoryBroker, device: Device, peer: Peer
 ) -> None:
     second = Peer(broker, "w2")
     with device.uplink:
@@ -330,7 +330,7 @@ def test_a_lost_session_is_opened_again_and_goes_on_where_the_worker_is(device: 
 
 
 def test_a_verify_outlives_the_worker_and_is_asked_anew_of_the_next(
-    broker: MemoryBroker, device: Device, peer: Peer
+    broker: InMemoryBroker, device: Device, peer: Peer
 ) -> None:
     with device.uplink as uplink:
         peer.accept()
@@ -380,7 +380,7 @@ def test_a_rejection_begins_a_branch_that_the_next_opening_names(device: Device,
         assert opening.branch == 1
 
 
-def test_a_draining_worker_is_left_when_another_serves(broker: MemoryBroker, device: Device, peer: Peer) -> None:
+def test_a_draining_worker_is_left_when_another_serves(broker: InMemoryBroker, device: Device, peer: Peer) -> None:
     with device.uplink:
         peer.accept()
         second = Peer(broker, "w2")

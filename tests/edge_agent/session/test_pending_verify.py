@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edge_agent.session.pending_verify import Question
+from edge_agent.session.pending_verify import PendingVerify
 from fleet.protocol.messages import Verified, Verify
 
 VERIFY = Verify("s1", 3, 0, 7, (11, 12), 100)
@@ -18,7 +18,7 @@ def verified(
 
 @pytest.mark.parametrize("answer", [verified(2, None), verified(1, 99), verified(0, 99, num_logprobs=1)])
 def test_an_answer_that_fits_is_taken(answer: Verified) -> None:
-    assert Question(VERIFY).is_answered_by(answer)
+    assert PendingVerify(VERIFY).is_answered_by(answer)
 
 
 @pytest.mark.parametrize(
@@ -34,11 +34,11 @@ def test_an_answer_that_fits_is_taken(answer: Verified) -> None:
     ids=str,
 )
 def test_an_answer_that_does_not_fit_is_none(answer: Verified) -> None:
-    assert not Question(VERIFY).is_answered_by(answer)
+    assert not PendingVerify(VERIFY).is_answered_by(answer)
 
 
 def test_a_renewed_question_takes_no_answer_to_the_earlier_one() -> None:
-    question = Question(VERIFY)
+    question = PendingVerify(VERIFY)
     question.renew(request=4, branch=2)
     assert not question.is_answered_by(verified(2, None))
     assert question.is_answered_by(verified(2, None, request=4))
@@ -46,4 +46,4 @@ def test_a_renewed_question_takes_no_answer_to_the_earlier_one() -> None:
 
 
 def test_the_worker_needs_every_position_but_that_of_the_newest_guess() -> None:
-    assert Question(VERIFY).num_positions == 9
+    assert PendingVerify(VERIFY).num_positions == 9

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edge_agent.session.upload_buffer import Outbox
+from edge_agent.session.upload_buffer import UploadBuffer
 from fleet.protocol.codec import unpack_chunk
 from fleet.protocol.messages import ContextChunk, Opened
 
@@ -20,14 +20,14 @@ def rows(start: int, count: int) -> np.ndarray:
 
 def outbox(
     num_rows: int, *, received: int = 0, chunk: int = 4096, window: int = 4096, dtypes: tuple[str, ...] = ("float16",)
-) -> Outbox:
-    box = Outbox(64, HIDDEN)
+) -> UploadBuffer:
+    box = UploadBuffer(64, HIDDEN)
     box.add(rows(0, num_rows))
     box.begin(Opened("s1", "w1", received, chunk, window, dtypes))
     return box
 
 
-def sent(box: Outbox, now: float = 0.0) -> list[ContextChunk]:
+def sent(box: UploadBuffer, now: float = 0.0) -> list[ContextChunk]:
     """Everything that is due at `now`."""
     chunks = []
     while chunk := box.due(now, PATIENCE_S):
@@ -100,7 +100,7 @@ def test_a_receipt_for_more_than_there_is_means_all_of_it() -> None:
 
 @pytest.mark.parametrize("value", [1e9, -1e9, 70000.0])
 def test_what_fp16_cannot_hold_is_clipped(value: float) -> None:
-    box = Outbox(4, HIDDEN)
+    box = UploadBuffer(4, HIDDEN)
     box.add(np.full((1, HIDDEN), value, np.float32))
     box.begin(Opened("s1", "w1", 0, 4096, 4096, ("float16",)))
     (chunk,) = sent(box)

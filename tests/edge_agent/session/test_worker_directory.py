@@ -6,33 +6,35 @@ from collections.abc import Iterator
 
 import pytest
 
-from edge_agent.session.worker_directory import Workers
+from edge_agent.session.worker_directory import WorkerDirectory
 from fleet.protocol import topics
 from fleet.protocol.report import WorkerStatus, encode_status
 from fleet.transport.base import Transport
-from fleet.transport.in_memory import MemoryBroker
+from fleet.transport.in_memory import InMemoryBroker
 from tests.brokers import wait_until
 
 ONLINE = encode_status(WorkerStatus(True, 1, ("b1",)))
 
 
 @pytest.fixture
-def broker() -> MemoryBroker:
-    return MemoryBroker()
+def broker() -> InMemoryBroker:
+    return InMemoryBroker()
 
 
 @pytest.fixture
-def server(broker: MemoryBroker) -> Iterator[Transport]:
+def server(broker: InMemoryBroker) -> Iterator[Transport]:
     with broker.connect("server") as server:
         yield server
 
 
-def test_a_worker_that_left_while_the_broker_was_away_is_there_no_more(broker: MemoryBroker, server: Transport) -> None:
+def test_a_worker_that_left_while_the_broker_was_away_is_there_no_more(
+    broker: InMemoryBroker, server: Transport
+) -> None:
     """It sent no will that anybody kept, and its birth is retained no more."""
     for worker in ("w1", "w2"):
         server.publish(topics.worker_status(worker), ONLINE, qos=1, retain=True)
     with broker.connect("d1") as link:
-        workers = Workers(link, lambda _: None)
+        workers = WorkerDirectory(link, lambda _: None)
         wait_until(lambda: workers.epoch("w1") == workers.epoch("w2") == 1, "both are known")
         link.drop()
         server.publish(topics.worker_status("w1"), b"", qos=1, retain=True)

@@ -8,7 +8,7 @@ import pytest
 
 from edge_agent.config import AgentConfig
 from edge_agent.state.bundle_slots import GivenUp, Slots
-from edge_agent.state.desired_state import NOTHING_WANTED, Step, lay_over, load_desired, next_step, save_desired
+from edge_agent.state.desired_state import NOTHING_WANTED, ConfigStep, lay_over, load_desired, next_step, save_desired
 from fleet.errors import ConfigError
 from fleet.protocol.desired_config import DesiredConfig, Settings
 from fleet.protocol.modes import Mode
@@ -51,16 +51,16 @@ GIVEN_UP = Slots(current="a", given_up=GivenUp("b", 5, "no memory"))
 @pytest.mark.parametrize(
     ("wanted", "slots", "serving", "step"),
     [
-        (FOLLOWED, Slots("a"), "a", Step.STAY),
-        (FOLLOWED, Slots("z"), "z", Step.CHANGE),
-        (DesiredConfig(5, Settings()), Slots("a"), "a", Step.ADOPT),
-        (DesiredConfig(3, Settings(bundle="a")), Slots("a"), "a", Step.ADOPT),
-        (DesiredConfig(5, Settings(bundle="b")), Slots("a"), "a", Step.CHANGE),
-        (DesiredConfig(5, Settings(bundle="b")), GIVEN_UP, "a", Step.REFUSE),
-        (DesiredConfig(6, Settings(bundle="b")), GIVEN_UP, "a", Step.CHANGE),
+        (FOLLOWED, Slots("a"), "a", ConfigStep.STAY),
+        (FOLLOWED, Slots("z"), "z", ConfigStep.CHANGE),
+        (DesiredConfig(5, Settings()), Slots("a"), "a", ConfigStep.ADOPT),
+        (DesiredConfig(3, Settings(bundle="a")), Slots("a"), "a", ConfigStep.ADOPT),
+        (DesiredConfig(5, Settings(bundle="b")), Slots("a"), "a", ConfigStep.CHANGE),
+        (DesiredConfig(5, Settings(bundle="b")), GIVEN_UP, "a", ConfigStep.REFUSE),
+        (DesiredConfig(6, Settings(bundle="b")), GIVEN_UP, "a", ConfigStep.CHANGE),
     ],
 )
-def test_what_follows_from_a_configuration(wanted: DesiredConfig, slots: Slots, serving: str, step: Step) -> None:
+def test_what_follows_from_a_configuration(wanted: DesiredConfig, slots: Slots, serving: str, step: ConfigStep) -> None:
     assert next_step(wanted, FOLLOWED, slots, serving) is step
 
 

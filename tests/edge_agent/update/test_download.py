@@ -11,10 +11,10 @@ from typing import NamedTuple
 import msgspec
 import pytest
 
-from edge_agent.service_client import Service
+from edge_agent.service_client import ServiceClient
 from edge_agent.state.bundle_slots import SlotStore, partial_name
 from edge_agent.update import download
-from edge_agent.update.background_download import BundleFetcher
+from edge_agent.update.background_download import BackgroundDownload
 from edge_agent.update.download import BundleDownload, fetch_bundle
 from fleet.bundles.manifest import FileEntry, Manifest, ModelInfo, hash_file, write_manifest
 from fleet.bundles.signature import sign_bundle
@@ -176,7 +176,7 @@ def test_who_has_no_certificate_gets_no_file(fleet: Fleet) -> None:
 
     context = ssl.create_default_context(cafile=fleet.identity.folder / CA_FILE)
     with (
-        Service(fleet.service.url, context) as service,
+        ServiceClient(fleet.service.url, context) as service,
         pytest.raises(Exception, match="no certificate"),
     ):
         BundleDownload(service, fleet.bundle, fleet.bundles, fleet.identity.folder / CA_FILE).run()
@@ -185,7 +185,7 @@ def test_who_has_no_certificate_gets_no_file(fleet: Fleet) -> None:
 def test_a_service_that_never_answers_is_given_up(fleet: Fleet) -> None:
     fleet.service.trouble.is_mute = True
     with (
-        Service(fleet.service.url, fleet.identity.ssl_context(), read_s=0.3) as service,
+        ServiceClient(fleet.service.url, fleet.identity.ssl_context(), read_s=0.3) as service,
         pytest.raises(ServiceAwayError, match="did not answer in time"),
     ):
         BundleDownload(service, fleet.bundle, fleet.bundles, fleet.identity.folder / CA_FILE).run()
@@ -217,7 +217,7 @@ class Fetched:
         self.done = threading.Event()
         self.failed = threading.Event()
         self.errors: list[str] = []
-        self.fetcher = BundleFetcher(fetch, lambda bundle, path: self.done.set(), self._on_error)
+        self.fetcher = BackgroundDownload(fetch, lambda bundle, path: self.done.set(), self._on_error)
 
     def _on_error(self, bundle: str, error: str) -> None:
         self.errors.append(error)
@@ -258,13 +258,13 @@ def test_a_download_that_is_cancelled_ends_and_tells_nobody(fleet: Fleet) -> Non
 
 
 def test_a_range_that_was_not_asked_for_is_refused(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Service(fleet.service.url, fleet.identity.ssl_context()) as service:
+    with ServiceClient(fleet.service.url, fleet.identity.ssl_context()) as service:
         monkeypatch.setattr(service, "_request", _lying(service))
         with pytest.raises(ServiceError, match="from byte 10 on"), service.file(fleet.bundle, BLOCK, 10):
             pass
 
 
-def _lying(service: Service) -> Callable[..., object]:
+def _lying(service: ServiceClient) -> Callable[..., object]:
     """The service's own request, which asks for another byte than it should."""
     ask = service._request
 

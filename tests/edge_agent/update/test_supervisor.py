@@ -31,7 +31,7 @@ from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest, Reply
 from fleet.protocol.report import DeviceStatus, decode_status
 from fleet.transport.base import Will
-from fleet.transport.in_memory import MemoryBroker, MemoryTransport
+from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
 from fleet.transport.prompt_client import PromptClient
 from tests.conftest import MakeTinyBundle
 from tests.edge_agent.fleet_service import FleetService
@@ -46,9 +46,9 @@ class Device:
     """One device, started and ended as often as a test likes; the broker remembers nothing but what is retained."""
 
     def __init__(self, identity: Identity, base: Path | None, own: AgentConfig = OWN) -> None:
-        self.broker = MemoryBroker()
+        self.broker = InMemoryBroker()
         self.folder = identity.folder
-        self.link: MemoryTransport
+        self.link: InMemoryTransport
         self.supervisor: Supervisor
         self._identity, self._base, self._own = identity, base, own
         self._stop = threading.Event()

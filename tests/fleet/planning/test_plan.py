@@ -10,13 +10,13 @@ import pytest
 from fleet.errors import ConfigError
 from fleet.planning.advice import crossings, plan
 from fleet.planning.cost_model import (
-    Counts,
     Expectation,
     Fit,
     Load,
     Setting,
     Shares,
     Side,
+    StepCounts,
     expect,
     expectations,
     read_fits,
@@ -26,7 +26,7 @@ from fleet.planning.cost_model import (
 SUM = Shares(work=1.0, round_trip=1.0, transfer=1.0, extra_ms=0.0)
 
 
-def setting(name: str, agreement: float | None, *counts: Counts, **changes: object) -> Setting:
+def setting(name: str, agreement: float | None, *counts: StepCounts, **changes: object) -> Setting:
     mode, _, threshold = name.partition("@")
     of = Setting(
         name=name, mode=mode, threshold=float(threshold) if threshold else None, agreement=agreement, prompt_edge=0.0,
@@ -37,11 +37,11 @@ def setting(name: str, agreement: float | None, *counts: Counts, **changes: obje
 
 # A step is 20 ms on the device and 40 ms in the cloud. Alone: 20 ms a token. Collaborative: 20, half a round trip and a
 # tenth of a step of the cloud. Cloud-only: 40 ms a token and one round trip an answer of 100 tokens.
-ALONE = setting("standalone", 0.9, Counts(0.0, 1.0, 0.0, 0.0, 0.0, 0.0))
+ALONE = setting("standalone", 0.9, StepCounts(0.0, 1.0, 0.0, 0.0, 0.0, 0.0))
 TOGETHER = setting(
-    "collaborative@0.8", 0.97, Counts(0.0, 1.0, 0.1, 0.5, 1.5, 0.5), prompt_bytes=1000.0, token_bytes=500.0
+    "collaborative@0.8", 0.97, StepCounts(0.0, 1.0, 0.1, 0.5, 1.5, 0.5), prompt_bytes=1000.0, token_bytes=500.0
 )
-CLOUD = setting("cloud_only", 1.0, Counts(0.0, 0.0, 1.0, 0.01, 1.0, 1.0), prompt_cloud=1.0, token_bytes=50.0)
+CLOUD = setting("cloud_only", 1.0, StepCounts(0.0, 0.0, 1.0, 0.01, 1.0, 1.0), prompt_cloud=1.0, token_bytes=50.0)
 FIT = Fit(
     model="m", bundle_id="b", exits=(24,), split_layer=24, machine={"processor": "p"}, edge=Side(20.0, 0.2, 0.0),
     cloud=Side(40.0, 0.25, 0.0), prompt_tokens=50.0, tokens=100.0, rtt_ms=(1.0, 100.0), mbit_s=(10.0, 100.0),
@@ -78,7 +78,7 @@ def test_only_shares_of_the_terms_take_time() -> None:
     assert expect(FIT, overlapping, LINK).total_ms == pytest.approx(expected)
 
 
-DRAFTS = setting("verified", 1.0, Counts(10.0, 1.2, 0.4, 0.5, 1.0, 0.2), Counts(50.0, 2.0, 0.8, 0.1, 0.4, 0.2))
+DRAFTS = setting("verified", 1.0, StepCounts(10.0, 1.2, 0.4, 0.5, 1.0, 0.2), StepCounts(50.0, 2.0, 0.8, 0.1, 0.4, 0.2))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_two_splits_are_told_apart_and_cloud_only_is_one() -> None:
         FIT,
         exits=(8,),
         split_layer=8,
-        settings=(msgspec.structs.replace(ALONE, counts=(Counts(0.0, 0.4, 0.0, 0.0, 0.0, 0.0),)), CLOUD),
+        settings=(msgspec.structs.replace(ALONE, counts=(StepCounts(0.0, 0.4, 0.0, 0.0, 0.0, 0.0),)), CLOUD),
     )
     made = plan((FIT, shallow), LINK)
     assert made.best == "standalone with exits 8"

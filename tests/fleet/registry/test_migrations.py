@@ -11,7 +11,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import create_engine
 
 from fleet.registry.database import parse_url
-from fleet.registry.identities.states import State
+from fleet.registry.identities.states import IdentityState
 from fleet.registry.stats.rollup_tables import HOUR_S, LEVELS, ROLLUPS, SPANS_S, SUMMED
 from fleet.registry.store import Registry
 from tests.fleet.registry.old_versions import NOW, make_old_registry, rows_of
@@ -27,7 +27,7 @@ def test_every_row_of_an_earlier_version_is_there_with_all_that_it_said(empty_ur
     after = rows_of(empty_url)
     added_spans = set(SPANS_S) - {row["span_s"] for row in before["rollups"]} if "rollups" in before else set()
     revoked = {row["name"]: is_revoked(row) for row in before["identities"]}
-    assert {row["name"]: row["state"] == State.REVOKED for row in after["identities"]} == revoked
+    assert {row["name"]: row["state"] == IdentityState.REVOKED for row in after["identities"]} == revoked
     del before["alembic_version"]
     for table, rows in before.items():
         there = [row for row in after[table] if row.get("span_s") not in added_spans]
@@ -39,7 +39,7 @@ def test_every_row_of_an_earlier_version_is_there_with_all_that_it_said(empty_ur
 
 def is_revoked(row: dict[str, Any]) -> bool:
     """What a version said of an identity, taken out of the row where it was a column of its own."""
-    return bool(row.pop("revoked")) if "revoked" in row else row["state"] == State.REVOKED
+    return bool(row.pop("revoked")) if "revoked" in row else row["state"] == IdentityState.REVOKED
 
 
 @pytest.mark.parametrize("version", ["0002", "0003", "0004"])

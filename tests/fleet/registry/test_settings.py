@@ -19,7 +19,7 @@ from fleet.registry.settings import Scope, Target
 from fleet.registry.store import Registry
 from fleet.server.change_watcher import ChangeWatcher
 from fleet.server.config_publisher import ConfigPublisher
-from fleet.transport.in_memory import MemoryBroker
+from fleet.transport.in_memory import InMemoryBroker
 from tests.brokers import Inbox, wait_until
 from tests.fleet.conftest import add
 
@@ -93,7 +93,7 @@ def test_settings_of_nobody_are_refused_and_leave_no_trace(fleet: Registry) -> N
 
 
 def test_a_device_reads_what_is_wanted_of_it_also_when_it_comes_later(fleet: Registry) -> None:
-    broker = MemoryBroker()
+    broker = InMemoryBroker()
     with broker.connect("server") as server:
         publisher = ConfigPublisher(server, fleet)
         version = change(fleet, EDGE, Settings(max_draft=2))

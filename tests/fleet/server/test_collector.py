@@ -25,8 +25,8 @@ from fleet.protocol.report import (
 from fleet.registry.store import Registry
 from fleet.server import collector as module
 from fleet.server.collector import Collector
-from fleet.server.collector_queue import Heard, Inbox
-from fleet.transport.in_memory import MemoryBroker, MemoryTransport
+from fleet.server.collector_queue import CollectorQueue, ReceivedStatus
+from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
 from tests.brokers import Inbox as Received
 from tests.brokers import wait_until
 from tests.fleet.conftest import add, report
@@ -37,7 +37,7 @@ ONLINE = DeviceStatus(True, 1, "b1", "0.1.0", "standalone")
 class Site:
     """A collector on an in-memory broker, and the device edge-1 that hears its receipts."""
 
-    def __init__(self, device: MemoryTransport, collector_link: MemoryTransport, collector: Collector) -> None:
+    def __init__(self, device: InMemoryTransport, collector_link: InMemoryTransport, collector: Collector) -> None:
         self.device, self.collector_link, self.collector = device, collector_link, collector
         self._receipts = Received()
         device.subscribe(topics.device_reported("+"), self._receipts)
@@ -54,7 +54,7 @@ class Site:
 
 @contextmanager
 def site(registry: Registry, max_waiting: int = 1000) -> Iterator[Site]:
-    broker = MemoryBroker()
+    broker = InMemoryBroker()
     with (
         broker.connect("edge-1") as device,
         broker.connect("collector") as server,
@@ -251,7 +251,7 @@ def test_a_device_that_died_while_nobody_listened_is_offline_at_the_next_start(e
 
 
 def test_a_device_that_is_still_there_is_online_after_a_new_start_and_knows_of_it(edge: Registry) -> None:
-    broker, receipts = MemoryBroker(), Received()
+    broker, receipts = InMemoryBroker(), Received()
     with broker.connect("edge-1") as device, broker.connect("collector") as server:
         device.subscribe(topics.device_reported("edge-1"), receipts)
         device.publish(topics.device_status("edge-1"), encode_status(DeviceStatus(True, 1)), qos=1, retain=True)
@@ -261,11 +261,11 @@ def test_a_device_that_is_still_there_is_online_after_a_new_start_and_knows_of_i
 
 
 def test_what_a_birth_and_a_last_will_said_while_the_registry_was_away_is_kept(edge: Registry) -> None:
-    inbox = Inbox(max_reports=10)
+    inbox = CollectorQueue(max_reports=10)
     for at, status in enumerate(
         (ONLINE, DeviceStatus(False, 0), ONLINE, DeviceStatus(False, 0), DeviceStatus(False, 0))
     ):
-        inbox.put_status(Heard("edge-1", status, float(at)))
+        inbox.put_status(ReceivedStatus("edge-1", status, float(at)))
     batch = inbox.take(max_reports=10, timeout_s=0.0)
     assert batch is not None
     assert [(heard.status, heard.at) for heard in batch.statuses] == [(ONLINE, 2.0), (DeviceStatus(False, 0), 4.0)]

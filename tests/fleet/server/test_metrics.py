@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from fleet.monitoring.http_endpoint import Endpoint
+from fleet.monitoring.http_endpoint import HttpEndpoint
 from fleet.protocol import topics
 from fleet.protocol.report import DeviceStatus, encode_report
 from fleet.registry.store import Registry
 from fleet.server.collector import Collector
 from fleet.server.metrics import FleetMonitor
-from fleet.transport.in_memory import MemoryBroker, MemoryTransport
+from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
 from tests.brokers import HOST, wait_until
 from tests.fleet.conftest import add, report
 from tests.scrape import get, scrape
@@ -29,20 +29,22 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
 class Server:
     """A collector on a broker in memory, which it takes for its own, and its endpoint."""
 
-    def __init__(self, registry: Registry, collector: Collector, link: MemoryTransport, endpoint: Endpoint) -> None:
+    def __init__(
+        self, registry: Registry, collector: Collector, link: InMemoryTransport, endpoint: HttpEndpoint
+    ) -> None:
         self.link, self.url = link, endpoint.url
         self.is_serving = True
         endpoint.show(FleetMonitor(registry, collector, link, self))
 
 
 @contextmanager
-def server(registry: Registry) -> Iterator[tuple[Server, MemoryTransport]]:
-    broker = MemoryBroker()
+def server(registry: Registry) -> Iterator[tuple[Server, InMemoryTransport]]:
+    broker = InMemoryBroker()
     with (
         broker.connect("collector") as link,
         broker.connect("edge-1") as device,
         Collector(link, registry) as collector,
-        Endpoint(HOST, 0) as endpoint,
+        HttpEndpoint(HOST, 0) as endpoint,
     ):
         yield Server(registry, collector, link, endpoint), device
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import pytest
 
 from fleet.transport.base import Transport, Will
-from fleet.transport.in_memory import MemoryBroker, MemoryTransport
+from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
 from fleet.transport.mqtt import MqttTransport
 from tests.brokers import BROKERS, Site, running_site, wait_until
 
@@ -33,9 +33,9 @@ class World(Protocol):
 
 class MemoryWorld:
     def __init__(self, stack: ExitStack) -> None:
-        self._broker = MemoryBroker()
+        self._broker = InMemoryBroker()
         self._stack = stack
-        self._transports: list[MemoryTransport] = []
+        self._transports: list[InMemoryTransport] = []
 
     def connect(self, name: str, will: Will | None = None) -> Transport:
         transport = self._stack.enter_context(self._broker.connect(name, will))
@@ -43,7 +43,7 @@ class MemoryWorld:
         return transport
 
     def kill(self, transport: Transport) -> None:
-        assert isinstance(transport, MemoryTransport)
+        assert isinstance(transport, InMemoryTransport)
         transport.drop()
 
     @contextmanager

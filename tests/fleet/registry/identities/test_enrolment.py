@@ -29,7 +29,7 @@ from fleet.errors import (
 from fleet.identity.enrolment import Enrolment
 from fleet.protocol.access import Grants, Role
 from fleet.registry.identities.certificates import revoke_certificates
-from fleet.registry.identities.states import State
+from fleet.registry.identities.states import IdentityState
 from fleet.registry.identities.tokens import Claim
 from fleet.registry.models import IdentityRecord
 from fleet.registry.results import Certified, IssuedCertificate, NewToken
@@ -80,9 +80,9 @@ def actions(registry: Registry) -> list[tuple[str, str, str]]:
 
 def test_an_identity_waits_until_it_joins(registry: Registry) -> None:
     token = invite(registry)
-    assert (state_of(registry), registry.grants("edge-1")) == (State.PENDING, None)
+    assert (state_of(registry), registry.grants("edge-1")) == (IdentityState.PENDING, None)
     joined = join(registry, token)
-    assert (joined.name, joined.role, state_of(registry)) == ("edge-1", "device", State.ACTIVE)
+    assert (joined.name, joined.role, state_of(registry)) == ("edge-1", "device", IdentityState.ACTIVE)
     assert registry.grants("edge-1") == Grants(Role.DEVICE, "edge-1")
 
 
@@ -206,7 +206,7 @@ def test_an_active_name_is_enrolled_again_on_purpose_only(registry: Registry) ->
     with pytest.raises(IdentityError, match=r"'edge-1' is enrolled already, as device; .*--force"):
         invite(registry)
     again = invite(registry, replace=True)
-    assert state_of(registry) == State.PENDING
+    assert state_of(registry) == IdentityState.PENDING
     with pytest.raises(UnknownTokenError):
         join(registry, token)
     join(registry, again, 2)
@@ -220,9 +220,9 @@ def test_who_was_revoked_or_whose_certificate_has_ended_can_be_enrolled_again(re
     registry.revoke("edge-1")
     join(registry, invite(registry), 2)
     registry.add_identity("edge-2", Role.DEVICE, fingerprint="0" * 64, not_after=1.0)
-    assert state_of(registry, "edge-2") == State.EXPIRED
+    assert state_of(registry, "edge-2") == IdentityState.EXPIRED
     join(registry, invite(registry, "edge-2"), 3)
-    assert {state_of(registry), state_of(registry, "edge-2")} == {State.ACTIVE}
+    assert {state_of(registry), state_of(registry, "edge-2")} == {IdentityState.ACTIVE}
 
 
 def test_all_are_enrolled_or_none(registry: Registry) -> None:
@@ -256,7 +256,7 @@ def test_tags_are_shown_and_replaced(registry: Registry) -> None:
 def test_a_certificate_made_without_the_service_is_known_as_well(registry: Registry) -> None:
     issued = issue(key(1))
     registry.add_certified([(Enrolment("edge-1", group="hall"), issued)])
-    assert (state_of(registry), registry.role_of(issued.fingerprint)) == (State.ACTIVE, ("edge-1", Role.DEVICE))
+    assert (state_of(registry), registry.role_of(issued.fingerprint)) == (IdentityState.ACTIVE, ("edge-1", Role.DEVICE))
     registry.revoke("edge-1")
     with pytest.raises(StateError, match="'edge-1' is revoked"):
         registry.role_of(issued.fingerprint)
@@ -337,11 +337,11 @@ def test_a_suspended_identity_has_no_rights_until_it_is_resumed(registry: Regist
     token = invite(registry)
     join(registry, token)
     registry.suspend("edge-1")
-    assert (state_of(registry), registry.grants("edge-1")) == (State.SUSPENDED, None)
+    assert (state_of(registry), registry.grants("edge-1")) == (IdentityState.SUSPENDED, None)
     with pytest.raises(StateError, match="cannot join 'edge-1', which is suspended"):
         join(registry, token)
     registry.resume("edge-1")
-    assert (state_of(registry), registry.grants("edge-1") is not None) == (State.ACTIVE, True)
+    assert (state_of(registry), registry.grants("edge-1") is not None) == (IdentityState.ACTIVE, True)
 
 
 def test_a_revoked_identity_cannot_join_with_the_token_that_it_had(registry: Registry) -> None:
@@ -389,4 +389,4 @@ def test_a_revocation_beside_many_joins_and_suspensions_stays(registry: Registry
         work.insert(12, pool.submit(registry.revoke, "edge-1"))
         for done in work:
             done.result(60)
-    assert state_of(registry) == State.REVOKED
+    assert state_of(registry) == IdentityState.REVOKED

@@ -11,12 +11,12 @@ from sqlalchemy import update
 
 from fleet.protocol import topics
 from fleet.protocol.access import Role
-from fleet.protocol.denylist import decode_denial
-from fleet.registry.identities.states import State
+from fleet.protocol.denylist import decode_denylist
+from fleet.registry.identities.states import IdentityState
 from fleet.registry.models import AllowedTarget, CertificateRecord, IdentityRecord, TagRecord
 from fleet.registry.store import Registry
-from fleet.server.denylist_publisher import Denials
-from fleet.transport.in_memory import MemoryBroker
+from fleet.server.denylist_publisher import DenylistPublisher
+from fleet.transport.in_memory import InMemoryBroker
 from tests.brokers import Inbox
 from tests.fleet.conftest import add
 
@@ -57,7 +57,7 @@ def test_the_newest_certificate_does_not_count_once_it_is_revoked(registry: Regi
     add(registry, "d1")
     keep(registry, "d1", "1", NEWEST)
     registry.revoke("d1")
-    set_identity(registry, "d1", state=State.ACTIVE)
+    set_identity(registry, "d1", state=IdentityState.ACTIVE)
     assert not registry.knows_certificate("d1", NEWEST)
     assert registry.admitted("d1", NEWEST) is None
 
@@ -71,12 +71,12 @@ def test_another_names_certificate_does_not_count(registry: Registry) -> None:
 
 def test_who_has_no_certificate_yet_is_known_by_none(registry: Registry) -> None:
     add(registry, "d1")
-    set_identity(registry, "d1", state=State.PENDING, fingerprint="", not_after=0.0)
+    set_identity(registry, "d1", state=IdentityState.PENDING, fingerprint="", not_after=0.0)
     assert not registry.knows_certificate("d1", "")
 
 
-@pytest.mark.parametrize("state", [State.PENDING, State.SUSPENDED, State.REVOKED])
-def test_a_good_certificate_admits_nobody_who_is_not_active(registry: Registry, state: State) -> None:
+@pytest.mark.parametrize("state", [IdentityState.PENDING, IdentityState.SUSPENDED, IdentityState.REVOKED])
+def test_a_good_certificate_admits_nobody_who_is_not_active(registry: Registry, state: IdentityState) -> None:
     add(registry, "d1")
     assert registry.admitted("d1", NEWEST) is not None
     set_identity(registry, "d1", state=state)
@@ -107,7 +107,7 @@ def test_a_revoked_certificate_stays_on_the_list_when_its_name_is_enrolled_again
     add(registry, "d1")
     keep(registry, "d1", "1", OLDER)
     registry.revoke("d1")
-    set_identity(registry, "d1", state=State.ACTIVE, fingerprint=NEWEST)
+    set_identity(registry, "d1", state=IdentityState.ACTIVE, fingerprint=NEWEST)
     assert [row.serial for row in registry.revoked_certificates()] == ["1"]
 
 
@@ -119,14 +119,14 @@ def test_denied_are_devices_that_are_suspended_revoked_or_expired(registry: Regi
     registry.suspend("held")
     registry.revoke("out")
     set_identity(registry, "expired", not_after=NOW - 1)
-    set_identity(registry, "waiting", state=State.PENDING, not_after=0.0)
+    set_identity(registry, "waiting", state=IdentityState.PENDING, not_after=0.0)
     assert set(registry.denied()) == {"expired", "held", "out"}
 
 
 def test_of_too_many_denied_those_stay_whose_certificates_live_longest(registry: Registry) -> None:
     for i in range(4):
         add(registry, f"d{i}")
-        set_identity(registry, f"d{i}", state=State.REVOKED, not_after=1000.0 + i)
+        set_identity(registry, f"d{i}", state=IdentityState.REVOKED, not_after=1000.0 + i)
     assert registry.denied(limit=2) == ["d3", "d2"]
 
 
@@ -134,7 +134,7 @@ def test_everybodys_rights_are_those_of_who_is_active(registry: Registry) -> Non
     add(registry, "d1")
     add(registry, "d2")
     add(registry, "hub", Role.SERVER)
-    set_identity(registry, "d2", state=State.SUSPENDED)
+    set_identity(registry, "d2", state=IdentityState.SUSPENDED)
     assert registry.all_grants() == [registry.grants("d1"), registry.grants("hub")]
 
 
@@ -157,10 +157,10 @@ def test_everybodys_rights_resolve_names_groups_and_tags_both_ways(registry: Reg
 
 def test_workers_are_told_who_is_denied_when_it_changes_and_when_the_link_comes_back(registry: Registry) -> None:
     add(registry, "d1")
-    broker, inbox = MemoryBroker(), Inbox()
+    broker, inbox = InMemoryBroker(), Inbox()
     with broker.connect("hub") as server, broker.connect("w1") as worker:
         worker.subscribe(topics.REVOKED, inbox)
-        denials, again = Denials(server, registry), threading.Semaphore(0)
+        denials, again = DenylistPublisher(server, registry), threading.Semaphore(0)
         server.on_up(again.release)  # as the server does, which has the watcher run its tasks then
         assert again.acquire(timeout=10)
         denials.publish()
@@ -171,6 +171,6 @@ def test_workers_are_told_who_is_denied_when_it_changes_and_when_the_link_comes_
         server.restore()
         assert again.acquire(timeout=10)
         denials.publish()
-        told = [decode_denial(inbox.get()[1]) for _ in range(3)]
+        told = [decode_denylist(inbox.get()[1]) for _ in range(3)]
     assert told == [frozenset(), {"d1"}, {"d1"}]
     assert inbox.is_empty

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import pytest
 
 from fleet.registry.rollouts.canary_analysis import Evidence, examine
-from fleet.registry.rollouts.plan import Decision, Plan, Step, judge
+from fleet.registry.rollouts.plan import RolloutDecision, RolloutPlan, RolloutStep, judge
 from fleet.registry.stats.aggregate import Tally
 from tests.fleet.conftest import report
 
-PLAN = Plan()
+PLAN = RolloutPlan()
 ANSWERS_A_LOOK, NUM_LOOKS, NUM_BEFORE, NUM_STAGES = 2, 30, 300, 20
 
 
@@ -45,12 +45,12 @@ class Model(NamedTuple):
         )  # fmt: skip
 
 
-def watch(model: Model, seed: int) -> Decision:
+def watch(model: Model, seed: int) -> RolloutDecision:
     """What is decided in the end of one stage; waiting when nothing was after ten times its observation."""
     draw, before, new = random.Random(seed), Tally(), Tally()
     for _ in range(NUM_BEFORE):
         Model().answer(draw, before)
-    decided = Decision(Step.WAIT, "")
+    decided = RolloutDecision(RolloutStep.WAIT, "")
     for look in range(1, 10 * NUM_LOOKS):
         for _ in range(ANSWERS_A_LOOK):
             model.answer(draw, new)
@@ -58,7 +58,7 @@ def watch(model: Model, seed: int) -> Decision:
         evidence = Evidence(new.counts, before.counts, Counter())
         findings = examine(evidence, PLAN.limits, is_final=watched_s >= PLAN.observe_s)
         decided = judge(PLAN, findings, evidence.num_answers, watched_s)
-        if decided.step is not Step.WAIT:
+        if decided.step is not RolloutStep.WAIT:
             break
     return decided
 
@@ -66,7 +66,7 @@ def watch(model: Model, seed: int) -> Decision:
 @pytest.mark.parametrize("model", [Model(), Model(offload=0.22, slowness=1.1)])
 def test_a_bundle_that_is_as_good_is_not_undone_by_chance(model: Model) -> None:
     decided = [watch(model, seed).step for seed in range(NUM_STAGES)]
-    assert decided == [Step.ADVANCE] * NUM_STAGES
+    assert decided == [RolloutStep.ADVANCE] * NUM_STAGES
 
 
 @pytest.mark.parametrize(
@@ -74,4 +74,4 @@ def test_a_bundle_that_is_as_good_is_not_undone_by_chance(model: Model) -> None:
 )
 def test_a_bundle_that_is_far_worse_is_undone(model: Model) -> None:
     decided = [watch(model, seed).step for seed in range(NUM_STAGES)]
-    assert decided == [Step.UNDO] * NUM_STAGES
+    assert decided == [RolloutStep.UNDO] * NUM_STAGES

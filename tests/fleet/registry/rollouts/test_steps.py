@@ -18,7 +18,7 @@ from fleet.protocol.report import DeviceStatus
 from fleet.registry.database import parse_url
 from fleet.registry.models import WorkerRecord
 from fleet.registry.results import RolloutRow
-from fleet.registry.rollouts.plan import Plan
+from fleet.registry.rollouts.plan import RolloutPlan
 from fleet.registry.rollouts.states import RolloutEvent
 from fleet.registry.rollouts.steps import RolloutEngine
 from fleet.registry.settings import Scope, Target
@@ -28,7 +28,7 @@ from tests.fleet.conftest import add, report
 OLD, NEW = "b-old", "b-new"
 DEVICES = [f"d{i}" for i in range(10)]
 START = 1_000_000_000.0
-PLAN = Plan(percentages=(20, 50, 100), observe_s=60.0, take_within_s=300.0, offline_after_s=30.0)
+PLAN = RolloutPlan(percentages=(20, 50, 100), observe_s=60.0, take_within_s=300.0, offline_after_s=30.0)
 Answer = dict[str, object]
 GOOD: Answer = {"sources": {"cloud": 2, "exit:8": 8}}
 BAD: Answer = {"sources": {"cloud": 9, "exit:8": 1}}
@@ -113,7 +113,7 @@ class Site:
         self.now += PLAN.observe_s
         return self.step()
 
-    def begin(self, plan: Plan = PLAN) -> RolloutRow:
+    def begin(self, plan: RolloutPlan = PLAN) -> RolloutRow:
         self.registry.start_rollout(NEW, plan, self.now)
         self.step()
         return self.step()
@@ -335,11 +335,11 @@ def test_when_all_have_it_no_narrower_scope_says_another(site: Site) -> None:
 
 
 def test_one_at_a_time_over_the_same_devices(site: Site) -> None:
-    site.registry.start_rollout(NEW, Plan(group="lab"), site.now)
+    site.registry.start_rollout(NEW, RolloutPlan(group="lab"), site.now)
     for group in ("lab", None):
         with pytest.raises(RolloutError, match="roll-out 1 of bundle b-new is waiting over the same devices"):
-            site.registry.start_rollout(OLD, Plan(group=group), site.now)
-    assert site.registry.start_rollout(OLD, Plan(group="home"), site.now) == 2
+            site.registry.start_rollout(OLD, RolloutPlan(group=group), site.now)
+    assert site.registry.start_rollout(OLD, RolloutPlan(group="home"), site.now) == 2
     with pytest.raises(RolloutError, match="open roll-outs are 1, 2; name one of them"):
         site.registry.change_rollout(None, RolloutEvent.PAUSE, site.now)
 
@@ -347,12 +347,12 @@ def test_one_at_a_time_over_the_same_devices(site: Site) -> None:
 @pytest.mark.parametrize(
     ("bundle_id", "plan", "message"),
     [
-        ("b-none", Plan(), "unknown bundle 'b-none': there are b-new, b-old; add it"),
-        (NEW, Plan(group="garden"), "no active device in the group 'garden'"),
-        (NEW, Plan(canary_group="garden"), "no active device in the group 'garden'"),
+        ("b-none", RolloutPlan(), "unknown bundle 'b-none': there are b-new, b-old; add it"),
+        (NEW, RolloutPlan(group="garden"), "no active device in the group 'garden'"),
+        (NEW, RolloutPlan(canary_group="garden"), "no active device in the group 'garden'"),
     ],
 )
-def test_what_cannot_be_rolled_out_is_refused(site: Site, bundle_id: str, plan: Plan, message: str) -> None:
+def test_what_cannot_be_rolled_out_is_refused(site: Site, bundle_id: str, plan: RolloutPlan, message: str) -> None:
     with pytest.raises(RolloutError, match=message):
         site.registry.start_rollout(bundle_id, plan, site.now)
     assert site.registry.rollouts() == []
