@@ -44,8 +44,12 @@ class ProfiledPartition(Partition):
     def __init__(self, bundle: Bundle, num_threads: int, folder: Path) -> None:
         super().__init__(bundle, num_threads)
         self._names = ["block_0", "lm_head"]
-        sessions = [profiled(bundle.path(f"edge/{name}.onnx"), num_threads, folder / name) for name in self._names]
-        self.blocks, self._lm_head = sessions[:1], sessions[1]
+        sessions = [
+            profiled(bundle.path(f"edge/{name}.onnx"), num_threads, folder / name)
+            for name in self._names
+        ]
+        self.blocks = sessions[:1]
+        self._lm_head = sessions[1]
 
     def finish(self) -> dict[str, list[dict[str, Any]]]:
         """The events of each graph."""
@@ -67,7 +71,9 @@ def profiled(path: Path, num_threads: int, prefix: Path) -> ort.InferenceSession
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def profile_steps(bundle: Path, num_threads: int, positions: Sequence[int] = POSITIONS) -> dict[int, dict[str, float]]:
+def profile_steps(
+    bundle: Path, num_threads: int, positions: Sequence[int] = POSITIONS
+) -> dict[int, dict[str, float]]:
     """Microseconds a step from each of some positions on, by kind of work (medians), of a bundle with one block.
 
     `between operators` is what ONNX Runtime takes beside them, the profiler's own writing included, and `outside` what
@@ -91,16 +97,26 @@ def profile_steps(bundle: Path, num_threads: int, positions: Sequence[int] = POS
     return result
 
 
-def step_times(whole: Sequence[float], events: Mapping[str, list[dict[str, Any]]]) -> dict[str, float]:
+def step_times(
+    whole: Sequence[float], events: Mapping[str, list[dict[str, Any]]]
+) -> dict[str, float]:
     """Medians by kind, in microseconds, of steps that took `whole`, each the last run of every graph so far."""
     steps = [defaultdict(float, {OUTSIDE: time_us}) for time_us in whole]
     for graph, listed in events.items():
         runs = [event for event in listed if event["name"] == "model_run"][-len(steps) :]
-        operators = [event for event in listed if event["cat"] == "Node" and event["name"].endswith("kernel_time")]
+        operators = [
+            event
+            for event in listed
+            if event["cat"] == "Node" and event["name"].endswith("kernel_time")
+        ]
         for step, run in zip(steps, runs, strict=True):
-            inside = [event for event in operators if run["ts"] <= event["ts"] < run["ts"] + run["dur"]]
+            inside = [
+                event for event in operators if run["ts"] <= event["ts"] < run["ts"] + run["dur"]
+            ]
             for event in inside:
-                step[LM_HEAD if graph == "lm_head" else KINDS.get(event["args"]["op_name"], OTHER)] += event["dur"]
+                step[
+                    LM_HEAD if graph == "lm_head" else KINDS.get(event["args"]["op_name"], OTHER)
+                ] += event["dur"]
             step[BETWEEN] += run["dur"] - sum(event["dur"] for event in inside)
             step[OUTSIDE] -= run["dur"]
     return {kind: median(step[kind] for step in steps) for kind in set().union(*steps)}
@@ -108,7 +124,9 @@ def step_times(whole: Sequence[float], events: Mapping[str, list[dict[str, Any]]
 
 def operators_only(step: Mapping[str, float]) -> float:
     """Microseconds of a step's operators but for attention."""
-    return sum(time_us for kind, time_us in step.items() if kind not in (ATTENTION, BETWEEN, OUTSIDE))
+    return sum(
+        time_us for kind, time_us in step.items() if kind not in (ATTENTION, BETWEEN, OUTSIDE)
+    )
 
 
 def weight_bytes(bundle: Path) -> int:

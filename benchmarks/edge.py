@@ -37,7 +37,7 @@ from onnx_export.config import QUANTIZATIONS, ExportConfig, Quantization
 from onnx_export.default_bundle import default_bundle
 
 OURS: Final = "ours"
-DEFAULT_PRESET: Final[Quantization] = ExportConfig(Path(), (1,)).quantization
+DEFAULT_PRESET: Final[Quantization] = ExportConfig(out=Path(), exits=(1,)).quantization
 EXITS: Final = (7, 8, 15, 24)
 THREADS: Final = (1, 2)
 SPEED_PROMPT: Final = 64
@@ -60,7 +60,9 @@ def driver(bundle: Path, threads: int) -> list[str]:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
-    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    low, middle, high = (
+        quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    )
     return {"tokens_per_s": middle, "tokens_per_s_low": low, "tokens_per_s_high": high}
 
 
@@ -68,7 +70,12 @@ class EdgeBench:
     """One run of the benchmark. `versions` and `idle_engines_cpu_percent` are known after `engines`."""
 
     def __init__(
-        self, graphs: EdgeGraphs, presets: Sequence[Quantization], rounds: int, with_peers: bool, progress: Progress
+        self,
+        graphs: EdgeGraphs,
+        presets: Sequence[Quantization],
+        rounds: int,
+        with_peers: bool,
+        progress: Progress,
     ) -> None:
         self._graphs = graphs
         self._presets = presets
@@ -92,13 +99,19 @@ class EdgeBench:
         agreements: dict[tuple[str, str], float] = {}
         rows: list[dict[str, Any]] = []
         for threads in reversed(THREADS):
-            for key, values in self._run(threads, speed, [] if agreements else answers, agreements).items():
+            for key, values in self._run(
+                threads, speed, [] if agreements else answers, agreements
+            ).items():
                 named = {"engine": key[0], "preset": key[1], "threads": threads}
                 rows.append({**named, **(spread(values) if speed else {})})
         return [row | {"agreement": agreements.get((row["engine"], row["preset"]))} for row in rows]
 
     def _run(
-        self, threads: int, speed: bool, answers: Sequence[Answer], agreements: dict[tuple[str, str], float]
+        self,
+        threads: int,
+        speed: bool,
+        answers: Sequence[Answer],
+        agreements: dict[tuple[str, str], float],
     ) -> dict[tuple[str, str], list[float]]:
         with ExitStack() as stack:
             engines = {}
@@ -113,7 +126,9 @@ class EdgeBench:
                 for key, engine in engines.items():
                     others = [other.pid for other in engines.values() if other is not engine]
                     with self._idle(others):
-                        rate = engine.ask("speed", prompt=prompt, new_tokens=SPEED_TOKENS)["tokens_per_s"]
+                        rate = engine.ask("speed", prompt=prompt, new_tokens=SPEED_TOKENS)[
+                            "tokens_per_s"
+                        ]
                     if i:  # the first round warms up
                         times[key].append(rate)
             for key, engine in engines.items():
@@ -124,13 +139,16 @@ class EdgeBench:
 
     def exit_steps(self) -> dict[str, float]:
         """Time of a step that stops at an exit, LM head included, over that of a step through all layers."""
-        threads, prompt = max(THREADS), list(range(100, 100 + SPEED_PROMPT))
+        threads = max(THREADS)
+        prompt = list(range(100, 100 + SPEED_PROMPT))
         num_layers = self._graphs.num_layers
         with ExitStack() as stack:
             engines = {}
             for layer in (*EXITS, num_layers):
                 bundle = self._graphs.bundle(layer, DEFAULT_PRESET)
-                engines[layer] = stack.enter_context(Engine(f"exit {layer}", driver(bundle, threads)))
+                engines[layer] = stack.enter_context(
+                    Engine(f"exit {layer}", driver(bundle, threads))
+                )
             times: dict[int, list[float]] = {layer: [] for layer in engines}
             for i in range(self._rounds + 1):
                 self._progress(f"steps that stop at an exit, round {i} of {self._rounds}")
@@ -139,12 +157,19 @@ class EdgeBench:
                     if i:
                         times[layer].append(taken)
         whole = times[num_layers]
-        return {str(layer): median(a / b for a, b in zip(times[layer], whole, strict=True)) for layer in EXITS}
+        return {
+            str(layer): median(a / b for a, b in zip(times[layer], whole, strict=True))
+            for layer in EXITS
+        }
 
     def profile(self) -> dict[str, Any]:
         """Breakdown of a step, its growth with the position, and the bandwidth of the weights beside the machine's."""
         bundle = self._whole(DEFAULT_PRESET)
-        result: dict[str, Any] = {"breakdown_us": {}, "position_ratio": {}, "read_bandwidth_gb_per_s": {}}
+        result: dict[str, Any] = {
+            "breakdown_us": {},
+            "position_ratio": {},
+            "read_bandwidth_gb_per_s": {},
+        }
         for threads in THREADS:
             rounds = []
             for i in range(1, self._rounds + 1):
@@ -155,12 +180,17 @@ class EdgeBench:
             }
             result["position_ratio"][str(threads)] = {
                 "without_attention": median(
-                    breakdown.operators_only(far) / breakdown.operators_only(near) for near, far in rounds
+                    breakdown.operators_only(far) / breakdown.operators_only(near)
+                    for near, far in rounds
                 ),
                 "whole": median(sum(far.values()) / sum(near.values()) for near, far in rounds),
             }
-            result["read_bandwidth_gb_per_s"][str(threads)] = breakdown.read_bandwidth(threads) / 1e9
-        result["weights_mb"] = {preset: breakdown.weight_bytes(self._whole(preset)) / 1e6 for preset in self._presets}
+            result["read_bandwidth_gb_per_s"][str(threads)] = (
+                breakdown.read_bandwidth(threads) / 1e9
+            )
+        result["weights_mb"] = {
+            preset: breakdown.weight_bytes(self._whole(preset)) / 1e6 for preset in self._presets
+        }
         return result
 
     def growth(self) -> dict[str, float]:
@@ -169,13 +199,16 @@ class EdgeBench:
         self._progress(f"memory over {GROWTH_ANSWERS * GROWTH_TOKENS} tokens")
         with Engine(OURS, driver(bundle, max(THREADS))) as engine:
             prompt = list(range(100, 100 + SPEED_PROMPT))
-            grown = engine.ask("growth", prompt=prompt, answers=GROWTH_ANSWERS, new_tokens=GROWTH_TOKENS)
+            grown = engine.ask(
+                "growth", prompt=prompt, answers=GROWTH_ANSWERS, new_tokens=GROWTH_TOKENS
+            )
         return {f"{kind}_mb": megabytes for kind, megabytes in grown.items()}
 
     @contextmanager
     def _idle(self, pids: Sequence[int]) -> Iterator[None]:
         """Notes how much of a core these processes use meanwhile, at most."""
-        before, start = sum(map(footprint.cpu_seconds, pids)), time.monotonic()
+        before = sum(map(footprint.cpu_seconds, pids))
+        start = time.monotonic()
         yield
         used = sum(map(footprint.cpu_seconds, pids)) - before
         percent = 100 * used / (time.monotonic() - start)
@@ -186,18 +219,28 @@ def parse_list(given: str, known: Sequence[str], what: str) -> tuple[str, ...]:
     """Names between commas. Raises ConfigError when one is not known."""
     names = tuple(name.strip() for name in given.split(",") if name.strip())
     if unknown := [name for name in names if name not in known]:
-        raise ConfigError(f"unknown {what} {', '.join(unknown)}: expected some of {', '.join(known)}")
+        raise ConfigError(
+            f"unknown {what} {', '.join(unknown)}: expected some of {', '.join(known)}"
+        )
     return names
 
 
 @app.command()
 def run(
-    presets: Annotated[str, typer.Option(help=f"Of ours: {', '.join(QUANTIZATIONS)}.")] = "balanced,int4,int8,fp32",
+    presets: Annotated[
+        str, typer.Option(help=f"Of ours: {', '.join(QUANTIZATIONS)}.")
+    ] = "balanced,int4,int8,fp32",
     rounds: Annotated[int, typer.Option(min=1, help="In which the engines take turns.")] = 7,
     only: Annotated[str, typer.Option(help="Parts to run.")] = ",".join(PARTS),
-    prompts: Annotated[Path, typer.Option(help="Prompts whose answers fidelity is measured on.")] = PROMPTS,
-    with_peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Other engines beside ours.")] = True,
-    plot: Annotated[Path | None, typer.Option(help="Draw speed and agreement into *.svg or *.png.")] = None,
+    prompts: Annotated[
+        Path, typer.Option(help="Prompts whose answers fidelity is measured on.")
+    ] = PROMPTS,
+    with_peers: Annotated[
+        bool, typer.Option("--peers/--no-peers", help="Other engines beside ours.")
+    ] = True,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw speed and agreement into *.svg or *.png.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Measure the edge engine beside llama.cpp and onnxruntime-genai, and what a device costs."""
@@ -240,7 +283,9 @@ def run(
 def machine() -> dict[str, Any]:
     """What the figures hold for."""
     names = [
-        line.partition(":")[2].strip() for line in CPUINFO.read_text().splitlines() if line.startswith("model name")
+        line.partition(":")[2].strip()
+        for line in CPUINFO.read_text().splitlines()
+        if line.startswith("model name")
     ]
     return {
         "processor": names[0] if names else platform.processor(),
@@ -257,7 +302,9 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
             table.add_column(header, justify="left" if header in ("engine", "preset") else "right")
         for row in result["rows"]:
             speed = f"{row['tokens_per_s']:.1f}" if "tokens_per_s" in row else ""
-            quartiles = f"{row['tokens_per_s_low']:.1f} to {row['tokens_per_s_high']:.1f}" if speed else ""
+            quartiles = (
+                f"{row['tokens_per_s_low']:.1f} to {row['tokens_per_s_high']:.1f}" if speed else ""
+            )
             same = "" if row["agreement"] is None else f"{row['agreement']:.4f}"
             table.add_row(row["engine"], row["preset"], str(row["threads"]), speed, quartiles, same)
         console.print(table)

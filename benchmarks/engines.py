@@ -42,7 +42,10 @@ class Engine:
         self._errors: deque[str] = deque(maxlen=20)
         readers = [
             threading.Thread(target=forward, args=(stream, read), daemon=True)
-            for read, stream in ((self._lines.put, self._process.stdout), (self._errors.append, self._process.stderr))
+            for read, stream in (
+                (self._lines.put, self._process.stdout),
+                (self._errors.append, self._process.stderr),
+            )
         ]
         for reader in readers:
             reader.start()
@@ -106,7 +109,9 @@ class Engine:
 
     def _ended(self) -> FleetError:
         status = self._process.wait(STOP_TIMEOUT_S)
-        self._error_reader.join(STOP_TIMEOUT_S)  # its last words may come behind the end of its answers
+        self._error_reader.join(
+            STOP_TIMEOUT_S
+        )  # its last words may come behind the end of its answers
         said = " ".join("".join(self._errors).split())[-400:]
         return FleetError(f"{self.name} ended with status {status}: {said or 'it said nothing'}")
 
@@ -124,7 +129,10 @@ class Engine:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.close()
 

@@ -33,13 +33,15 @@ def bundle_with(exits: tuple[int, ...], console: Console) -> Bundle:
         return Bundle.load(default_bundle(console.print))
     folder = cache_folder() / "bundles" / f"exits-{show(exits)}-{build_key()}"
     if not folder.exists():
-        export_bundle(ExportConfig(folder, exits), console.print)
+        export_bundle(ExportConfig(out=folder, exits=exits), console.print)
     return Bundle.load(folder)
 
 
 def run(
     prompts: Annotated[list[Path], typer.Option(help="File of prompts; can be repeated.")],
-    exits: Annotated[list[str] | None, typer.Option(help="Configurations beside the shipped one.")] = None,
+    exits: Annotated[
+        list[str] | None, typer.Option(help="Configurations beside the shipped one.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     limit: Annotated[int | None, typer.Option(help="Only the first prompts.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the curves into *.svg or *.png.")] = None,
@@ -48,7 +50,8 @@ def run(
     """Measure the exits of one or more configurations on the same prompts."""
     if plot:
         load("fleet.utils.plots").check_plot(plot)
-    errors, console = Console(stderr=True), Console()
+    errors = Console(stderr=True)
+    console = Console()
     configurations = [EXITS, *(tuple(map(int, text.split(","))) for text in exits or ["8,15"])]
     results: dict[str, Any] = {}
     curves: dict[str, list[Point]] = {}
@@ -66,7 +69,9 @@ def run(
             print_exits(console, results[show(layers)])
             print_targets(console, records, bundle.manifest.thresholds)
     if plot is not None:
-        figure = load("fleet.exits.plot").plot_curves("offload of SmolLM2-135M-Instruct", curves, marks)
+        figure = load("fleet.exits.plot").plot_curves(
+            "offload of SmolLM2-135M-Instruct", curves, marks
+        )
         load("fleet.utils.plots").save(figure, plot)
     if as_json:
         print(json.dumps(results))

@@ -33,7 +33,9 @@ def default_answers(
 ) -> list[Answer]:
     """The default model's own answers to a file of prompts, kept in the cache; `load` gives it and its tokenizer."""
     texts = read_prompts(prompts)
-    key = hashlib.sha256(json.dumps([WHEEL_SHA256, texts, NEW_TOKENS, tool_versions()]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        json.dumps([WHEEL_SHA256, texts, NEW_TOKENS, tool_versions()]).encode()
+    ).hexdigest()[:16]
     path = cache_folder() / "bench" / f"answers-{key}.json"
     if not path.exists():
         answers = greedy_answers(*load(), texts, progress)
@@ -44,16 +46,23 @@ def default_answers(
     return [Answer(**answer) for answer in json.loads(path.read_text())]
 
 
-def greedy_answers(model: Any, tokenizer: Any, texts: Sequence[str], progress: Callable[[str], None]) -> list[Answer]:
+def greedy_answers(
+    model: Any, tokenizer: Any, texts: Sequence[str], progress: Callable[[str], None]
+) -> list[Answer]:
     """Greedy answers of `NEW_TOKENS` tokens at most by PyTorch in float32; an end-of-sequence token is part of one."""
     answers = []
     for i, text in enumerate(texts, 1):
         progress(f"the model's own answer in float32, {i} of {len(texts)}")
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True
+        )
         given = torch.tensor([ids])
         with torch.inference_mode():
             whole = model.generate(
-                given, attention_mask=torch.ones_like(given), max_new_tokens=NEW_TOKENS, do_sample=False
+                given,
+                attention_mask=torch.ones_like(given),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
             )
         answers.append(Answer(list(ids), whole[0, len(ids) :].tolist()))
     return answers

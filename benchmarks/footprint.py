@@ -32,9 +32,14 @@ def measure_footprint(bundle: Path, idle_s: float = IDLE_S) -> dict[str, float]:
     three answers (`rss_mb`, of which `own_rss_mb` is not mapped from files; `peak_rss_mb` at most so far) and its use
     of one core in percent while connected and idle.
     """
-    prompt = PromptRequest(messages=(ChatMessage("user", QUESTION),), mode=Mode.STANDALONE, max_new_tokens=64)
+    prompt = PromptRequest(
+        messages=(ChatMessage("user", QUESTION),), mode=Mode.STANDALONE, max_new_tokens=64
+    )
     with tempfile.TemporaryDirectory(prefix="fleet-bench-") as folder:
-        state = FleetHome.create(Path(folder), FleetConfig(HOST, free_port(HOST), str(bundle), service_port=0))
+        state = FleetHome.create(
+            Path(folder),
+            FleetConfig(host=HOST, port=free_port(HOST), bundle=str(bundle), service_port=0),
+        )
         device = Path(folder) / "devices" / DEVICE
         state.enroll(DEVICE, Role.DEVICE, device)
         app = state.enroll("bench", Role.APP, Path(folder) / "apps" / "bench", allow=(DEVICE,))
@@ -66,14 +71,17 @@ def first_text_after(client: PromptClient, prompt: PromptRequest, start: float) 
 
 def memory_mb(pid: int) -> dict[str, float]:
     """Resident memory of a process, in MB of 10^6 bytes."""
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    status = dict(
+        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+    )
     names = {"rss_mb": "VmRSS", "own_rss_mb": "RssAnon", "peak_rss_mb": "VmHWM"}
     return {key: int(status[name].split()[0]) * 1024 / 1e6 for key, name in names.items()}
 
 
 def idle_percent(pid: int, seconds: float) -> float:
     """CPU time of a process over `seconds`, in percent of one core."""
-    before, start = cpu_seconds(pid), time.monotonic()
+    before = cpu_seconds(pid)
+    start = time.monotonic()
     time.sleep(seconds)
     return 100 * (cpu_seconds(pid) - before) / (time.monotonic() - start)
 

@@ -25,7 +25,12 @@ class EdgeGraphs:
     has the model's own norm, so that its best token is the model's.
     """
 
-    def __init__(self, progress: Callable[[str], None], model: str = DEFAULT_MODEL, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        progress: Callable[[str], None],
+        model: str = DEFAULT_MODEL,
+        folder: Path | None = None,
+    ) -> None:
         self._progress = progress
         self._name = model
         self._folder = folder or cache_folder() / "bench" / source_digest()[:16]
@@ -39,7 +44,9 @@ class EdgeGraphs:
     def model(self) -> tuple[Any, Any]:
         """The model in float32 and its tokenizer, loaded when first asked for."""
         if self._loaded is None:
-            self._loaded = load_model(ExportConfig(Path(), (1,), model=self._name), self._progress)
+            self._loaded = load_model(
+                ExportConfig(out=Path(), exits=(1,), model=self._name), self._progress
+            )
         return self._loaded
 
     def bundle(self, layer: int, preset: Quantization) -> Path:
@@ -52,14 +59,19 @@ class EdgeGraphs:
 
     def _write(self, folder: Path, layer: int, preset: Quantization) -> None:
         model, _ = self.model()
-        config = ExportConfig(folder, (layer,), model=self._name, quantization=preset)
+        config = ExportConfig(out=folder, exits=(layer,), model=self._name, quantization=preset)
         info = model_info(Path(self._name).name, model, config.max_positions)
         top_k = min(config.top_k, info.vocab_size)
         kind: HeadKind = "shared" if layer == info.num_layers else "linear"
         head: ExitHead = new_head(kind, model, layer).requires_grad_(False)
         heads = HeadsFile({layer: head}, kind, fingerprint(model))
         write_edge(
-            Assembly(model, info, preset, default_parts()), config, heads, top_k, folder / "edge", self._progress
+            Assembly(model, info, preset, default_parts()),
+            config,
+            heads=heads,
+            top_k=top_k,
+            folder=folder / "edge",
+            progress=self._progress,
         )
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,

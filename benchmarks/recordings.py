@@ -19,7 +19,7 @@ from fleet.protocol.hidden_states import Float16
 from fleet.protocol.prompt import ChatMessage
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recording:
     """The full model's greedy answer to a prompt.
 
@@ -50,7 +50,14 @@ class Recording:
     def exit_at(self, i: int, thresholds: Sequence[float]) -> int | None:
         """The first exit that is sure enough for token `i` of the answer."""
         pairs = zip(self.confidence[i], thresholds, strict=True)
-        return next((k for k, (confidence, threshold) in enumerate(pairs) if exit_emits(confidence, threshold)), None)
+        return next(
+            (
+                k
+                for k, (confidence, threshold) in enumerate(pairs)
+                if exit_emits(confidence, threshold)
+            ),
+            None,
+        )
 
 
 def offload_rate(recordings: Sequence[Recording], thresholds: Sequence[float]) -> float:
@@ -60,10 +67,15 @@ def offload_rate(recordings: Sequence[Recording], thresholds: Sequence[float]) -
 
 
 def record(
-    bundle: Bundle, upper: UpperLayers, prompts: Sequence[str], num_tokens: int, progress: Callable[[str], None]
+    bundle: Bundle,
+    upper: UpperLayers,
+    prompts: Sequence[str],
+    num_tokens: int,
+    progress: Callable[[str], None],
 ) -> list[Recording]:
     """Answers of exactly `num_tokens` tokens, on one thread; an end-of-sequence token does not end them."""
-    partition, tokenizer = Partition(bundle, 1), ChatTokenizer(bundle)
+    partition = Partition(bundle, 1)
+    tokenizer = ChatTokenizer(bundle)
     pool = upper.new_pool(1 << 40)
     recordings = []
     for number, prompt in enumerate(prompts, 1):
@@ -76,17 +88,27 @@ def record(
 
 
 def _record(
-    partition: Partition, upper: UpperLayers, lease: KvLease, prompt_ids: Sequence[int], num_tokens: int
+    partition: Partition,
+    upper: UpperLayers,
+    lease: KvLease,
+    prompt_ids: Sequence[int],
+    num_tokens: int,
 ) -> Recording:
     manifest = partition.manifest
-    block, num_exits = manifest.exits.index(manifest.upload_layer), len(manifest.exits)
+    block = manifest.exits.index(manifest.upload_layer)
+    num_exits = len(manifest.exits)
     cascade = Cascade(partition, len(prompt_ids) + num_tokens)
-    token_ids, waiting = list(prompt_ids), list(prompt_ids)
-    guesses, confidence, seconds, prefill_s = [], [], [], 0.0
+    token_ids = list(prompt_ids)
+    waiting = list(prompt_ids)
+    guesses = []
+    confidence = []
+    seconds = []
+    prefill_s = 0.0
     for i in range(num_tokens):
         start = cascade.num_filled(block)
         cascade.append(waiting)
-        candidates, times = [], []
+        candidates = []
+        times = []
         for k in range(num_exits):
             began = time.perf_counter()
             candidates.append(cascade.run(k))
@@ -101,4 +123,12 @@ def _record(
         prefill_s = prefill_s or sum(times)
         seconds.append(times if i else [0.0] * num_exits)
     hidden_states = cascade.hidden_states(block, 0).astype(np.float16)
-    return Recording(token_ids[:-1], len(prompt_ids), hidden_states, guesses, confidence, seconds, prefill_s)
+    return Recording(
+        token_ids=token_ids[:-1],
+        num_prompt=len(prompt_ids),
+        hidden_states=hidden_states,
+        guesses=guesses,
+        confidence=confidence,
+        seconds=seconds,
+        prefill_s=prefill_s,
+    )

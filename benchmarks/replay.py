@@ -45,7 +45,7 @@ Steps: TypeAlias = Generator[float | list[ToWorker] | None, float, None]
 time."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Device:
     """One device: its messages are due at the worker after `link_s` seconds, and so are the answers here.
 
@@ -74,7 +74,17 @@ class Device:
 
     def _answer(self, session: str, recording: Recording) -> Steps:
         size = len(recording.token_ids) + 1
-        began = yield [Open(session, 0, self.bundle_id, PROTOCOL, Sampling(), size, DEADLINE_MS)]
+        began = yield [
+            Open(
+                session=session,
+                epoch=0,
+                bundle_id=self.bundle_id,
+                protocol=PROTOCOL,
+                sampling=Sampling(),
+                max_positions=size,
+                deadline_ms=DEADLINE_MS,
+            )
+        ]
         now = yield recording.prefill_s if self.works else 0.0
         upload = _Upload(session, self.rows(recording))
         drafts: list[_Draft] = []
@@ -86,7 +96,8 @@ class Device:
                 now = yield draft.seconds
             else:
                 num_asked = max(k for k, draft in enumerate(drafts, 1) if not draft.is_sure)
-                start, asked_at = recording.num_prompt - 1 + len(times), now
+                start = recording.num_prompt - 1 + len(times)
+                asked_at = now
                 yield upload.question(start, drafts[:num_asked])
                 answered_at = yield None
                 self._round_trip.add(answered_at - asked_at)
@@ -112,16 +123,17 @@ class Device:
         yield [Close(session)]
 
     def _draft(self, recording: Recording, i: int) -> _Draft:
-        exit_number, deepest = recording.exit_at(i, self.thresholds), len(self.thresholds) - 1
+        exit_number = recording.exit_at(i, self.thresholds)
+        deepest = len(self.thresholds) - 1
         block, is_sure = (deepest, False) if exit_number is None else (exit_number, True)
         confidence = recording.confidence[i][block]
         return _Draft(
             recording.guesses[i] if self.works and not is_sure else recording.token_id(i),
             confidence,
-            1.0 if is_sure else self._acceptance.probability(confidence),
-            sum(recording.seconds[i][: block + 1]) if self.works else 0.0,
-            is_sure,
-            block == deepest,
+            chance=1.0 if is_sure else self._acceptance.probability(confidence),
+            seconds=sum(recording.seconds[i][: block + 1]) if self.works else 0.0,
+            is_sure=is_sure,
+            is_deepest=block == deepest,
         )
 
     def _may_draft(self, drafts: Sequence[_Draft], recording: Recording, num_certain: int) -> bool:
@@ -131,12 +143,15 @@ class Device:
         return worth_drafting(_survival(drafts), drafts[-1].seconds, self._round_trip.value)
 
     def _goes_on(self, drafts: Sequence[_Draft], elapsed_s: float) -> bool:
-        return worth_guessing(_survival(drafts), drafts[-1].seconds, max(0.0, self._round_trip.value - elapsed_s))
+        return worth_guessing(
+            _survival(drafts), drafts[-1].seconds, max(0.0, self._round_trip.value - elapsed_s)
+        )
 
     def _settle(self, drafts: Sequence[_Draft]) -> tuple[int, bool]:
         """How many tokens the verdict makes certain, and whether the last of them is the worker's own."""
         assert self.verdict is not None
-        num_accepted, is_rejected = self.verdict.accepted, self.verdict.token_id is not None
+        num_accepted = self.verdict.accepted
+        is_rejected = self.verdict.token_id is not None
         judged = [True] * num_accepted + [False] * is_rejected
         for draft, is_accepted in zip(drafts, judged, strict=False):
             if not draft.is_sure:
@@ -174,7 +189,16 @@ class _Upload:
         self._request += 1
         token_ids = tuple(draft.token_id for draft in drafts)
         trusted = tuple(i for i, draft in enumerate(drafts) if draft.is_sure)
-        verify = Verify(self._session, self._request, self._branch, start, token_ids, DEADLINE_MS, last, trusted)
+        verify = Verify(
+            session=self._session,
+            request=self._request,
+            branch=self._branch,
+            start=start,
+            draft=token_ids,
+            deadline_ms=DEADLINE_MS,
+            chunk=last,
+            trusted=trusted,
+        )
         return [*(Context(self._session, piece) for piece in pieces), verify]
 
     def held(self, stop: int) -> list[ToWorker]:
@@ -191,7 +215,10 @@ class _Upload:
     def _chunks(self, stop: int) -> list[ContextChunk]:
         starts = range(self._sent, stop, CHUNK_POSITIONS)
         self._sent = max(self._sent, stop)
-        return [pack_chunk(self._branch, i, self._rows[i : min(i + CHUNK_POSITIONS, stop)]) for i in starts]
+        return [
+            pack_chunk(self._branch, i, self._rows[i : min(i + CHUNK_POSITIONS, stop)])
+            for i in starts
+        ]
 
 
 class Worker:
@@ -230,7 +257,9 @@ class Worker:
         self._spend(self._cpu() - began)
         for answer in answers:
             if isinstance(answer.message, Refused):
-                raise RuntimeError(f"the worker refused {name}: {answer.message.code}: {answer.message.message}")
+                raise RuntimeError(
+                    f"the worker refused {name}: {answer.message.code}: {answer.message.message}"
+                )
 
     def _step(self) -> bool:
         began = self._cpu()
@@ -240,7 +269,9 @@ class Worker:
         self._spend(self._cpu() - began)
         for answer in answers or ():
             if not isinstance(answer.message, Verified):
-                raise RuntimeError(f"expected a verdict for {answer.key.device}, got {answer.message}")
+                raise RuntimeError(
+                    f"expected a verdict for {answer.key.device}, got {answer.message}"
+                )
             device, steps = self._waiting.pop(answer.key.device)
             device.verdict = answer.message
             self._push(self.now + device.link_s, device, steps)

@@ -48,7 +48,7 @@ BROKER_SOURCES: Final = {
 }
 
 
-class Answer(msgspec.Struct, frozen=True):
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """The mean answer of a device, in `fleet demo`; bytes are those of the session, without replies to apps."""
 
     prompt_tokens: float
@@ -66,8 +66,12 @@ class Answer(msgspec.Struct, frozen=True):
     @property
     def messages(self) -> float:
         """That the broker takes in, replies included: one a token."""
-        alone = (self.tokens - self.round_trips) / (HELD_POSITIONS + 1)  # context that nobody asks about, at most
-        return MESSAGES_PER_ROUND_TRIP * self.round_trips + alone + self.tokens + MESSAGES_PER_ANSWER
+        alone = (self.tokens - self.round_trips) / (
+            HELD_POSITIONS + 1
+        )  # context that nobody asks about, at most
+        return (
+            MESSAGES_PER_ROUND_TRIP * self.round_trips + alone + self.tokens + MESSAGES_PER_ANSWER
+        )
 
 
 class Capacity(msgspec.Struct, frozen=True):
@@ -88,7 +92,7 @@ class Inputs(msgspec.Struct, frozen=True):
     machine: dict[str, Any]
 
 
-class Need(msgspec.Struct, frozen=True):
+class Need(msgspec.Struct, frozen=True, kw_only=True):
     """What a fleet of so many devices needs in its busiest hour."""
 
     devices: int
@@ -105,7 +109,8 @@ class Need(msgspec.Struct, frozen=True):
 
 def need(devices: int, inputs: Inputs, answers_per_hour: float, utilisation: float) -> Need:
     """`answers_per_hour` of a device in the busiest hour; workers and brokers are to be busy by `utilisation`."""
-    answer, worker = inputs.answer, inputs.worker
+    answer = inputs.answer
+    worker = inputs.worker
     rate = devices * answers_per_hour / 3600
     sessions = rate * answer.seconds
     messages = rate * answer.messages
@@ -129,7 +134,8 @@ def need(devices: int, inputs: Inputs, answers_per_hour: float, utilisation: flo
 
 def answer_of(demo: dict[str, Any]) -> Answer:
     """From the output of ``fleet demo --json``."""
-    results, (stats,) = demo["results"], demo["stats"]
+    results = demo["results"]
+    (stats,) = demo["stats"]
 
     def mean(field: str) -> float:
         return float(sum(result[field] for result in results)) / len(results)
@@ -149,12 +155,17 @@ def capacity_of(bench: dict[str, Any]) -> Capacity:
     """From the output of ``fleet bench worker --only throughput --json``: its row of most sessions."""
     sessions = max(bench["sessions"], key=int)
     rate = bench["sessions"][sessions]["tokens_per_s"]
-    return Capacity(int(sessions), bench["threads"], rate, sum(bench["bytes_per_position"].values()))
+    return Capacity(
+        int(sessions), bench["threads"], rate, sum(bench["bytes_per_position"].values())
+    )
 
 
 def reports_per_s() -> float:
     """Reports that a registry in SQLite stores in a second, as the collector hands them over."""
-    with tempfile.TemporaryDirectory() as folder, Registry.open(Path(folder) / "registry.sqlite") as registry:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Registry.open(Path(folder) / "registry.sqlite") as registry,
+    ):
         registry.add_identity("edge-1", Role.DEVICE, fingerprint="0" * 64, not_after=2e9)
         start = time.perf_counter()
         for first in range(0, NUM_REPORTS, MAX_BATCH):
@@ -165,11 +176,24 @@ def reports_per_s() -> float:
 
 def report(number: int) -> GenerationReport:
     return GenerationReport(
-        generation=f"g{number}", app="app", request=f"r{number}", session=f"s{number}", worker="worker-1",
-        bundle_id="b" * 32, mode="collaborative", started_at=time.time(), prompt_tokens=42, tokens=60,
-        sources={"exit:24": 16, "cloud": 44}, assists=44, bytes_up=100_000, bytes_down=5_000, ttft_ms=500.0,
-        tpot_ms=100.0, finish_reason="stop",
-    )  # fmt: skip
+        generation=f"g{number}",
+        app="app",
+        request=f"r{number}",
+        session=f"s{number}",
+        worker="worker-1",
+        bundle_id="b" * 32,
+        mode="collaborative",
+        started_at=time.time(),
+        prompt_tokens=42,
+        tokens=60,
+        sources={"exit:24": 16, "cloud": 44},
+        assists=44,
+        bytes_up=100_000,
+        bytes_down=5_000,
+        ttft_ms=500.0,
+        tpot_ms=100.0,
+        finish_reason="stop",
+    )
 
 
 # What is printed.
@@ -177,7 +201,8 @@ def report(number: int) -> GenerationReport:
 
 def tables(inputs: Inputs, answers_per_hour: float, utilisation: float) -> str:
     """The measurements and what follows from them, in Markdown."""
-    answer, worker = inputs.answer, inputs.worker
+    answer = inputs.answer
+    worker = inputs.worker
     measured = {
         "prompt, tokens": f"{answer.prompt_tokens:.0f}",
         "answer, tokens": f"{answer.tokens:.0f}",
@@ -208,7 +233,10 @@ def tables(inputs: Inputs, answers_per_hour: float, utilisation: float) -> str:
         [
             *markdown(["measured", ""], [[name, value] for name, value in measured.items()]),
             "",
-            *markdown(["devices", *(f"{n.devices:,}" for n in needs)], [[name, *row] for name, row in rows.items()]),
+            *markdown(
+                ["devices", *(f"{n.devices:,}" for n in needs)],
+                [[name, *row] for name, row in rows.items()],
+            ),
         ]
     )
 
@@ -219,11 +247,19 @@ def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def run(
-    answers_per_hour: Annotated[float, typer.Option(min=0, help="Of one device, in the busiest hour.")] = 4.0,
-    utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="How busy workers and brokers may be.")] = 0.6,
+    answers_per_hour: Annotated[
+        float, typer.Option(min=0, help="Of one device, in the busiest hour.")
+    ] = 4.0,
+    utilisation: Annotated[
+        float, typer.Option(min=0.01, max=1, help="How busy workers and brokers may be.")
+    ] = 0.6,
     demo: Annotated[Path | None, typer.Option(help="Output of 'fleet demo --json'.")] = None,
-    worker: Annotated[Path | None, typer.Option(help="Output of 'fleet bench worker --json'.")] = None,
-    save: Annotated[bool, typer.Option("--save", help="Measure the registry, too, and keep all of it.")] = False,
+    worker: Annotated[
+        Path | None, typer.Option(help="Output of 'fleet bench worker --json'.")
+    ] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Measure the registry, too, and keep all of it.")
+    ] = False,
 ) -> None:
     """Print what a fleet needs."""
     inputs = msgspec.json.decode(DATA.read_bytes(), type=Inputs)

@@ -44,7 +44,9 @@ from fleet.registry.stats.rollups import span_start
 from fleet.registry.store import Registry
 from fleet.utils.optional_imports import require
 
-SINCE: Final = 1293 * SPANS_S[-1] + DAY_S + 1800.0  # one day into a longest span: most spans, one of each length
+SINCE: Final = (
+    1293 * SPANS_S[-1] + DAY_S + 1800.0
+)  # one day into a longest span: most spans, one of each length
 NUM_GROUPS: Final = 20
 ANSWERS: Final = 7
 TOKENS: Final = {"exit:15": 180, "exit:24": 120, "cloud": 140, "fallback": 8}
@@ -64,14 +66,19 @@ def run(
     """Time the statistics of a large fleet on both databases."""
     if only not in (None, "sqlite", "postgresql"):
         raise ConfigError(f"--only {only!r}: expected sqlite or postgresql")
-    errors, results = Console(stderr=True), {}
+    errors = Console(stderr=True)
+    results = {}
     for name in ("sqlite", "postgresql"):
         if only in (None, name):
             with database(name) as url:
                 errors.print(f"{name}: filling the roll-ups of {devices:,} devices, {days} days")
                 fill(url, devices, days)
                 results[f"{name}_ms"] = round(measure(url, SINCE + days * 24 * HOUR_S, devices), 1)
-    print(json.dumps(results) if as_json else "\n".join(f"{name:14} {ms:8.1f}" for name, ms in results.items()))
+    print(
+        json.dumps(results)
+        if as_json
+        else "\n".join(f"{name:14} {ms:8.1f}" for name, ms in results.items())
+    )
 
 
 @contextmanager
@@ -98,21 +105,28 @@ def measure(url: str, now: float, devices: int) -> float:
             rows = registry.stats(since=SINCE, now=now)
             times.append((time.perf_counter() - began) * 1000)
             if len(rows) != devices or not all(row.tokens for row in rows):
-                raise ConfigError(f"expected counts of {devices} devices, got {sum(bool(r.tokens) for r in rows)}")
+                raise ConfigError(
+                    f"expected counts of {devices} devices, got {sum(bool(r.tokens) for r in rows)}"
+                )
     return statistics.median(times[1:])
 
 
 def fill(url: str, num_devices: int, days: int) -> None:
     """Hours one after the other, as they would have come, then the longer spans from them."""
-    engine, names = open_database(url), [f"device-{i:04d}" for i in range(num_devices)]
+    engine = open_database(url)
+    names = [f"device-{i:04d}" for i in range(num_devices)]
     first = span_start(SINCE, HOUR_S)
     hours = range(first, first + days * 24 * HOUR_S, HOUR_S)
     with writing(engine).begin() as connection:
-        connection.execute(insert(IdentityRecord), [_identity(i, name) for i, name in enumerate(names)])
+        connection.execute(
+            insert(IdentityRecord), [_identity(i, name) for i, name in enumerate(names)]
+        )
         connection.execute(insert(StatusRecord), [_status(name) for name in names])
     for table, rows in (
-        (ROLLUPS, _rollups(names, hours)), (SOURCES, _sources(names, hours)), (SWITCHES, _switches(names, hours))
-    ):  # fmt: skip
+        (ROLLUPS, _rollups(names, hours)),
+        (SOURCES, _sources(names, hours)),
+        (SWITCHES, _switches(names, hours)),
+    ):
         _load(engine, table.name, [column.name for column in table.columns], rows)
     with writing(engine).begin() as connection:
         for table in LEVELS:
@@ -125,30 +139,48 @@ def fill(url: str, num_devices: int, days: int) -> None:
 def _identity(i: int, name: str) -> dict[str, Any]:
     group = f"group-{i % NUM_GROUPS:02d}"
     return {
-        "name": name, "role": "device", "group": group, "fingerprint": "0" * 64, "created_at": 0.0, "not_after": 2e9,
+        "name": name,
+        "role": "device",
+        "group": group,
+        "fingerprint": "0" * 64,
+        "created_at": 0.0,
+        "not_after": 2e9,
         "state": "active",
-    }  # fmt: skip
+    }
 
 
 def _status(name: str) -> dict[str, Any]:
     return {
-        "device": name, "online": True, "epoch": 1, "bundle_id": BUNDLE, "version": "0.1.0", "mode": "auto",
-        "last_seen": SINCE, "config_version": 0, "config_error": "",
-    }  # fmt: skip
+        "device": name,
+        "online": True,
+        "epoch": 1,
+        "bundle_id": BUNDLE,
+        "version": "0.1.0",
+        "mode": "auto",
+        "last_seen": SINCE,
+        "config_version": 0,
+        "config_error": "",
+    }
 
 
 Row = tuple[str | int, ...]
 
 
 def _rollups(names: list[str], hours: range) -> Iterator[Row]:
-    draw, total = random.Random(0), sum(TOKENS.values())
+    draw = random.Random(0)
+    total = sum(TOKENS.values())
     for hour in hours:
         for name in names:
             counts = dict.fromkeys((*AMOUNTS, *TTFT, *TPOT), 0) | {
-                "answers": ANSWERS, "prompt_tokens": 280, "tokens": total, "cloud_tokens": TOKENS["cloud"],
-                "fallback_tokens": TOKENS["fallback"], "assists": 140, "bytes_up": draw.randrange(1 << 20),
+                "answers": ANSWERS,
+                "prompt_tokens": 280,
+                "tokens": total,
+                "cloud_tokens": TOKENS["cloud"],
+                "fallback_tokens": TOKENS["fallback"],
+                "assists": 140,
+                "bytes_up": draw.randrange(1 << 20),
                 "bytes_down": draw.randrange(1 << 14),
-            }  # fmt: skip
+            }
             for _ in range(ANSWERS):
                 counts[TTFT[draw.randrange(12, 20)]] += 1
                 counts[TPOT[draw.randrange(5, 11)]] += 1

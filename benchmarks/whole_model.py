@@ -53,12 +53,18 @@ class WholeModel:
         model: Any = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(bundle.folder / "cloud"), dtype=torch.float32
         )
-        missing, unexpected = model.load_state_dict(load_file(bundle.path("cloud/model.safetensors")), strict=False)
+        missing, unexpected = model.load_state_dict(
+            load_file(bundle.path("cloud/model.safetensors")), strict=False
+        )
         if unexpected or set(missing) - {"model.embed_tokens.weight"}:
-            raise ValueError(f"the cloud partition does not fit its config: {missing} missing, {unexpected} unexpected")
+            raise ValueError(
+                f"the cloud partition does not fit its config: {missing} missing, {unexpected} unexpected"
+            )
         self._upper = model.eval()
 
-    def logits(self, cascade: Cascade, cache: DynamicCache, token_ids: Sequence[int]) -> torch.Tensor:
+    def logits(
+        self, cascade: Cascade, cache: DynamicCache, token_ids: Sequence[int]
+    ) -> torch.Tensor:
         """Appends `token_ids` and runs everything; the last position's logits [vocab] float32."""
         manifest = self.partition.manifest
         block = manifest.exits.index(manifest.upload_layer)
@@ -69,25 +75,32 @@ class WholeModel:
         hidden_states = cascade.hidden_states(block, start).astype(np.float16).astype(np.float32)
         with torch.inference_mode():
             output = self._upper(
-                inputs_embeds=torch.from_numpy(hidden_states)[None], past_key_values=cache, logits_to_keep=1
+                inputs_embeds=torch.from_numpy(hidden_states)[None],
+                past_key_values=cache,
+                logits_to_keep=1,
             )
         logits: torch.Tensor = output.logits[0, -1]
         return logits
 
-    def generate(self, prompt: str, max_new_tokens: int, sampling: Sampling | None = None) -> list[int]:
+    def generate(
+        self, prompt: str, max_new_tokens: int, sampling: Sampling | None = None
+    ) -> list[int]:
         """Token ids, greedy unless `sampling` says otherwise; the last one may be an end-of-sequence token."""
         return [token_id for token_id, _ in self.steps(prompt, max_new_tokens, sampling)]
 
     def differences(self, prompt: str, token_ids: Sequence[int]) -> list[Difference]:
         """Where a greedy answer leaves the whole model's path, each token judged behind the answer's own ones."""
         prompt_ids = self.tokenizer.encode_chat([ChatMessage("user", prompt)])
-        cascade, cache = Cascade(self.partition, len(prompt_ids) + len(token_ids)), DynamicCache()
+        cascade = Cascade(self.partition, len(prompt_ids) + len(token_ids))
+        cache = DynamicCache()
         found = []
         for number, got in enumerate(token_ids):
             logits = self.logits(cascade, cache, [token_ids[number - 1]] if number else prompt_ids)
             expected = int(logits.argmax())
             if expected != got:
-                found.append(Difference(number, expected, got, float(logits[expected] - logits[got])))
+                found.append(
+                    Difference(number, expected, got, float(logits[expected] - logits[got]))
+                )
         return found
 
     def steps(
@@ -95,12 +108,15 @@ class WholeModel:
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Each token with the logits [vocab] float32 that it was chosen from."""
         prompt_ids = self.tokenizer.encode_chat([ChatMessage("user", prompt)])
-        cascade, cache = Cascade(self.partition, len(prompt_ids) + max_new_tokens), DynamicCache()
+        cascade = Cascade(self.partition, len(prompt_ids) + max_new_tokens)
+        cache = DynamicCache()
         token_ids: list[int] = []
         for _ in range(max_new_tokens):
             logits = self.logits(cascade, cache, token_ids[-1:] or prompt_ids)
             logprobs, ids = torch.log_softmax(logits, -1).topk(self.partition.manifest.top_k)
-            chosen = draw(logprobs.numpy(), ids.numpy(), cascade.num_tokens - 1, sampling or Sampling())
+            chosen = draw(
+                logprobs.numpy(), ids.numpy(), cascade.num_tokens - 1, sampling or Sampling()
+            )
             token_ids.append(int(ids[chosen]))
             yield token_ids[-1], logits
             if token_ids[-1] in self.partition.manifest.model.eos_token_ids:
@@ -111,21 +127,27 @@ def run(
     prompts: Annotated[Path, typer.Option(help="JSONL file of prompts, as for 'fleet demo'.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     limit: Annotated[int | None, typer.Option(help="Only the first prompts.")] = None,
-    bundle: Annotated[Path | None, typer.Option(help="Model bundle (default: the default model's).")] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Model bundle (default: the default model's).")
+    ] = None,
     compare: Annotated[Path | None, typer.Option(help="What 'fleet demo --json' printed.")] = None,
 ) -> None:
     """Print the greedy token ids of the whole model, or compare them with a demo's."""
-    model = WholeModel(Bundle.load(resolve_bundle(bundle, lambda line: print(line, file=sys.stderr))))
+    model = WholeModel(
+        Bundle.load(resolve_bundle(bundle, lambda line: print(line, file=sys.stderr)))
+    )
     texts = read_prompts(prompts)[:limit]
     if compare is None:
         print(json.dumps({"token_ids": [model.generate(text, max_new_tokens) for text in texts]}))
         return
     answers = [result["token_ids"] for result in json.loads(compare.read_text())["results"][:limit]]
-    num_differing, num_excused = 0, 0
+    num_differing = 0
+    num_excused = 0
     for text, token_ids in zip(texts, answers, strict=True):
         for difference in model.differences(text, token_ids):
             print(f"{text[:40]!r}: {difference}")
-            num_differing, num_excused = num_differing + 1, num_excused + (difference.gap <= TIE)
+            num_differing = num_differing + 1
+            num_excused = num_excused + (difference.gap <= TIE)
     print(
         f"{len(answers)} answers, {sum(map(len, answers))} tokens: {num_differing} are not the whole model's, "
         f"{num_excused} of these where the two logits lie within {TIE:g}"

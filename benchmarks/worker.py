@@ -63,7 +63,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 class WorkerBench:
     """One run. Weights of the worker are float32 unless it is told otherwise."""
 
-    def __init__(self, bundle: Bundle, weights: Weights, num_tokens: int, progress: Progress) -> None:
+    def __init__(
+        self, bundle: Bundle, weights: Weights, num_tokens: int, progress: Progress
+    ) -> None:
         self.bundle = bundle
         self._weights = weights
         self._progress = progress
@@ -91,13 +93,18 @@ class WorkerBench:
 
     def agreement(self) -> float:
         """The share of the tokens of float32 that the worker's weights choose, too."""
-        layers, equal = self._layers(None, 1), 0
+        layers = self._layers(None, 1)
+        equal = 0
         pool = layers.new_pool(POOL_BYTES)
         for recording in self.recordings:
-            length, stop = len(recording.token_ids), len(recording.token_ids) - 1
-            lease, asked = pool.lease(length), range(recording.num_prompt - 1, stop)
+            length = len(recording.token_ids)
+            stop = len(recording.token_ids) - 1
+            lease = pool.lease(length)
+            asked = range(recording.num_prompt - 1, stop)
             logits = layers([Chunk(lease, recording.hidden_states[:-1], 0, stop, asked)])
-            equal += int((logits.argmax(-1).numpy() == recording.token_ids[recording.num_prompt :]).sum())
+            equal += int(
+                (logits.argmax(-1).numpy() == recording.token_ids[recording.num_prompt :]).sum()
+            )
             pool.take_back(lease)
         return equal / sum(recording.num_answer - 1 for recording in self.recordings)
 
@@ -113,25 +120,45 @@ class WorkerBench:
                 measured = self._ask_always(layers, n, num_threads)
                 if i:  # the first round warms up
                     rounds[n].append(measured)
-        rows = {str(n): {key: median(row[key] for row in rows) for key in rows[0]} for n, rows in rounds.items()}
+        rows = {
+            str(n): {key: median(row[key] for row in rows) for key in rows[0]}
+            for n, rows in rounds.items()
+        }
         for n in SESSIONS:
-            speedups = (a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(rounds[n], rounds[1], strict=True))
+            speedups = (
+                a["tokens_per_s"] / b["tokens_per_s"]
+                for a, b in zip(rounds[n], rounds[1], strict=True)
+            )
             rows[str(n)]["speedup"] = median(speedups)
         return rows
 
-    def _ask_always(self, layers: UpperLayers, num_sessions: int, num_threads: int) -> dict[str, float]:
+    def _ask_always(
+        self, layers: UpperLayers, num_sessions: int, num_threads: int
+    ) -> dict[str, float]:
         thresholds = [1.0] * len(self.bundle.manifest.exits)
         devices = [
-            Device(f"device-{i}", layers.manifest.bundle_id, self.uploads, thresholds, works=False)
+            Device(
+                name=f"device-{i}",
+                bundle_id=layers.manifest.bundle_id,
+                rows=self.uploads,
+                thresholds=thresholds,
+                works=False,
+            )
             for i in range(num_sessions)
         ]
         worker = Worker(layers, self._config(num_threads), time.perf_counter)
-        worker.serve((device, device.run([r])) for device, r in zip(devices, cycle(self.recordings), strict=False))
+        worker.serve(
+            (device, device.run([r]))
+            for device, r in zip(devices, cycle(self.recordings), strict=False)
+        )
         worker.engine.check_integrity()
-        start = max(device.answers[0][1] for device in devices)  # all have their prompts behind them
+        start = max(
+            device.answers[0][1] for device in devices
+        )  # all have their prompts behind them
         stop = min(device.tokens[-1][0] for device in devices)
         waits = [wait for device in devices for at, wait in device.tokens if start < at <= stop]
-        p50, p99 = quantiles(waits, n=100)[49], quantiles(waits, n=100)[98]
+        p50 = quantiles(waits, n=100)[49]
+        p99 = quantiles(waits, n=100)[98]
         return {
             "tokens_per_s": len(waits) / (stop - start),
             "assist_p50_ms": 1e3 * p50,
@@ -141,28 +168,44 @@ class WorkerBench:
     def one_position(self, num_threads: int) -> dict[str, Any]:
         """Milliseconds for one position of one session, by the first layer of the cloud's side, beside the weights
         that such a step reads and how fast this machine reads."""
-        taken, weights = {}, {}
+        taken = {}
+        weights = {}
         for layer in dict.fromkeys((self.bundle.manifest.upload_layer, HALF_LAYER)):
             layers = self._layers(layer, num_threads)
-            rounds = [self._ask_always(layers, 1, num_threads)["assist_p50_ms"] for _ in range(ROUNDS)]
-            taken[str(layer)], weights[str(layer)] = median(rounds), layers.weight_bytes / 1e6
+            rounds = [
+                self._ask_always(layers, 1, num_threads)["assist_p50_ms"] for _ in range(ROUNDS)
+            ]
+            taken[str(layer)] = median(rounds)
+            weights[str(layer)] = layers.weight_bytes / 1e6
         return {
-            "one_position_ms": taken, "weights_mb": weights, "read_gb_per_s": read_bandwidth(num_threads) / 1e9
-        }  # fmt: skip
+            "one_position_ms": taken,
+            "weights_mb": weights,
+            "read_gb_per_s": read_bandwidth(num_threads) / 1e9,
+        }
 
     # Devices a worker.
 
     def devices(self, p95_ms: float, link_s: float, seconds: float) -> dict[str, Any]:
         """How many of each kind one core serves with 95% of the tokens within `p95_ms`, and the curve over offload."""
         shipped = self.bundle.manifest.thresholds
-        whole, upper = self._layers(0, 1), self._layers(None, 1)
+        whole = self._layers(0, 1)
+        upper = self._layers(None, 1)
         never = (1.0,) * len(shipped)
-        streams = self._most("cloud-only streams", whole, never, p95_ms, 0.0, seconds)
+        streams = self._most(
+            "cloud-only streams",
+            whole,
+            thresholds=never,
+            p95_ms=p95_ms,
+            link_s=0.0,
+            seconds=seconds,
+        )
         curve = []
         for thresholds in (shipped, *((value,) * len(shipped) for value in THRESHOLDS)):
             rate = offload_rate(self.recordings, thresholds)
             title = f"devices at an offload rate of {rate:.3f}"
-            found = self._most(title, upper, thresholds, p95_ms, link_s, seconds)
+            found = self._most(
+                title, upper, thresholds=thresholds, p95_ms=p95_ms, link_s=link_s, seconds=seconds
+            )
             curve.append({"thresholds": list(thresholds), "offload_rate": rate, **found})
         return {
             "collaborative": curve[0],
@@ -171,7 +214,13 @@ class WorkerBench:
         }
 
     def _most(
-        self, title: str, layers: UpperLayers, thresholds: Sequence[float], p95_ms: float, link_s: float, seconds: float
+        self,
+        title: str,
+        layers: UpperLayers,
+        thresholds: Sequence[float],
+        p95_ms: float,
+        link_s: float,
+        seconds: float,
     ) -> dict[str, Any]:
         rates = {0: 0.0}
 
@@ -182,23 +231,34 @@ class WorkerBench:
 
         number, points = highest_within(p95_ms, measure)
         return {
-            "devices": number, "tokens_per_s": rates[number],
+            "devices": number,
+            "tokens_per_s": rates[number],
             "p95_ms": {str(n): p95 for n, p95 in sorted(points.items())},
-        }  # fmt: skip
+        }
 
     def _serve(
-        self, layers: UpperLayers, num_devices: int, thresholds: Sequence[float], link_s: float, seconds: float
+        self,
+        layers: UpperLayers,
+        num_devices: int,
+        thresholds: Sequence[float],
+        link_s: float,
+        seconds: float,
     ) -> tuple[float, float]:
         """The time within which 95% of the tokens come, in milliseconds, and tokens a second of each device."""
         is_whole = layers.manifest.upload_layer == 0
         worker = Worker(layers, self._config(1), time.thread_time)
         devices = [
             Device(
-                f"device-{i}", layers.manifest.bundle_id, self.embeddings if is_whole else self.uploads, thresholds,
-                link_s, start_s=WARM_UP_S * i / num_devices, works=not is_whole,
+                name=f"device-{i}",
+                bundle_id=layers.manifest.bundle_id,
+                rows=self.embeddings if is_whole else self.uploads,
+                thresholds=thresholds,
+                link_s=link_s,
+                start_s=WARM_UP_S * i / num_devices,
+                works=not is_whole,
             )
             for i in range(num_devices)
-        ]  # fmt: skip
+        ]
         until = WARM_UP_S + seconds
         worker.serve(((d, d.run(self._endless(i))) for i, d in enumerate(devices)), until)
         waits = [wait for device in devices for at, wait in device.tokens if at > WARM_UP_S]
@@ -225,7 +285,9 @@ class WorkerBench:
                     self._progress(f"{mode}: answer {number} of {num_prompts}")
                     request = PromptRequest(prompt=prompt, max_new_tokens=num_tokens, mode=mode)
                     answers.append(follow(quiet, client, DEVICE, request, exits))
-                result[str(mode)] = sum(a.round_trips for a in answers) / sum(len(a.token_ids) for a in answers)
+                result[str(mode)] = sum(a.round_trips for a in answers) / sum(
+                    len(a.token_ids) for a in answers
+                )
         return result
 
     def session_bytes(self) -> dict[str, int]:
@@ -240,9 +302,11 @@ def highest_within(limit: float, measure: Callable[[int], float]) -> tuple[int, 
     Doubled until it is not, then halved in between.
     """
     points: dict[int, float] = {}
-    low, high = 0, 1
+    low = 0
+    high = 1
     while points.setdefault(high, measure(high)) <= limit and high < MAX_DEVICES:
-        low, high = high, 2 * high
+        low = high
+        high = 2 * high
     while high - low > max(1, low // 16):
         middle = (low + high) // 2
         points[middle] = measure(middle)
@@ -254,12 +318,20 @@ def highest_within(limit: float, measure: Callable[[int], float]) -> tuple[int, 
 def run(
     only: Annotated[str, typer.Option(help="Parts to run.")] = ",".join(PARTS),
     weights: Annotated[str, typer.Option(help="Of the worker: float32, int8 or int4.")] = "float32",
-    threads: Annotated[int, typer.Option(min=1, help="Of the worker, for throughput.")] = os.cpu_count() or 1,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Of the worker, for throughput.")
+    ] = os.cpu_count() or 1,
     tokens: Annotated[int, typer.Option(min=8, help="Of each answer.")] = 48,
-    p95_ms: Annotated[float, typer.Option(min=1, help="Time per token that 95% keep within.")] = 100.0,
+    p95_ms: Annotated[
+        float, typer.Option(min=1, help="Time per token that 95% keep within.")
+    ] = 100.0,
     rtt_ms: Annotated[float, typer.Option(min=0, help="Round trip of a device's link.")] = 20.0,
-    seconds: Annotated[float, typer.Option(min=1, help="Length of a measurement of devices, after a warm-up.")] = 8.0,
-    plot: Annotated[Path | None, typer.Option(help="Draw devices over the offload rate, *.svg or *.png.")] = None,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="Length of a measurement of devices, after a warm-up.")
+    ] = 8.0,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw devices over the offload rate, *.svg or *.png.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Measure what one worker serves."""
@@ -275,9 +347,12 @@ def run(
     bundle = Bundle.load(default_bundle(progress))
     bench = WorkerBench(bundle, chosen, tokens, progress)  # type: ignore[arg-type]  # checked above
     result: dict[str, Any] = {
-        "machine": machine(), "torch": torch.__version__, "bundle_id": bundle.manifest.bundle_id, "weights": chosen,
+        "machine": machine(),
+        "torch": torch.__version__,
+        "bundle_id": bundle.manifest.bundle_id,
+        "weights": chosen,
         "bytes_per_position": bench.session_bytes(),
-    }  # fmt: skip
+    }
     if "throughput" in parts:
         result |= {
             "threads": threads,
@@ -287,7 +362,9 @@ def run(
         }
     if "devices" in parts:
         found = bench.devices(p95_ms, rtt_ms / 2e3, seconds)
-        result["devices_per_worker"] = {kind: found[kind]["devices"] for kind in ("collaborative", "cloud_only")}
+        result["devices_per_worker"] = {
+            kind: found[kind]["devices"] for kind in ("collaborative", "cloud_only")
+        }
         result |= {"p95_ms": p95_ms, "rtt_ms": rtt_ms, "devices": found}
         if plot:
             load("fleet.utils.plots").save(load("benchmarks.plots").plot_devices(result), plot)
@@ -302,37 +379,60 @@ def run(
 def print_result(console: Console, result: dict[str, Any]) -> None:
     """Tables for what was measured."""
     if rows := result.get("sessions"):
-        table = Table(title=f"sessions that ask for every token, {result['threads']} threads", title_justify="left")
+        table = Table(
+            title=f"sessions that ask for every token, {result['threads']} threads",
+            title_justify="left",
+        )
         for header in ("sessions", "tokens/s", "of one session's", "p50, ms", "p99, ms"):
             table.add_column(header, justify="right")
         for number, row in rows.items():
             table.add_row(
-                number, f"{row['tokens_per_s']:.0f}", f"{row['speedup']:.2f}", f"{row['assist_p50_ms']:.1f}",
+                number,
+                f"{row['tokens_per_s']:.0f}",
+                f"{row['speedup']:.2f}",
+                f"{row['assist_p50_ms']:.1f}",
                 f"{row['assist_p99_ms']:.1f}",
-            )  # fmt: skip
+            )
         console.print(table)
         for layer, taken in result["one_position_ms"].items():
             read = result["weights_mb"][layer]
-            console.print(f"one position from layer {layer} on: {taken:.1f} ms, {read:.0f} MB read", highlight=False)
+            console.print(
+                f"one position from layer {layer} on: {taken:.1f} ms, {read:.0f} MB read",
+                highlight=False,
+            )
         console.print(f"this machine reads {result['read_gb_per_s']:.1f} GB/s", highlight=False)
     if found := result.get("devices"):
         title = f"on one core, 95% of the tokens within {result['p95_ms']:g} ms, round trip {result['rtt_ms']:g} ms"
         table = Table(title=title, title_justify="left")
-        for header in ("thresholds", "offload rate", "devices", "of cloud-only's", "tokens/s of each"):
+        for header in (
+            "thresholds",
+            "offload rate",
+            "devices",
+            "of cloud-only's",
+            "tokens/s of each",
+        ):
             table.add_column(header, justify="right")
         streams = found["cloud_only"]
         whole = streams["devices"]
-        table.add_row("cloud-only streams", "1.000", str(whole), "1.00", f"{streams['tokens_per_s']:.1f}")
+        table.add_row(
+            "cloud-only streams", "1.000", str(whole), "1.00", f"{streams['tokens_per_s']:.1f}"
+        )
         for point in found["curve"]:
             named = ", ".join(f"{value:.3f}" for value in point["thresholds"])
             ratio = point["devices"] / whole if whole else float("inf")
             table.add_row(
-                named, f"{point['offload_rate']:.3f}", str(point["devices"]), f"{ratio:.2f}",
+                named,
+                f"{point['offload_rate']:.3f}",
+                str(point["devices"]),
+                f"{ratio:.2f}",
                 f"{point['tokens_per_s']:.1f}",
-            )  # fmt: skip
+            )
         console.print(table)
     if "agreement" in result:
-        console.print(f"agreement of {result['weights']} with float32: {result['agreement']:.4f}", highlight=False)
+        console.print(
+            f"agreement of {result['weights']} with float32: {result['agreement']:.4f}",
+            highlight=False,
+        )
     for mode, rate in result.get("round_trips_per_token", {}).items():
         console.print(f"{mode}: {rate:.3f} round trips a token", highlight=False)
 

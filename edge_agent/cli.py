@@ -18,7 +18,9 @@ from fleet.utils.cli_runtime import run_command, stop_event
 
 FETCH_S: Final = 3600.0  # for a bundle, when a device joins
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+)
 
 
 @app.callback()
@@ -28,7 +30,9 @@ def options() -> None:
 
 @app.command()
 def run(
-    folder: Annotated[Path, typer.Argument(help="Identity folder, made by 'fleet enroll NAME --out DIR'.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Identity folder, made by 'fleet enroll NAME --out DIR'.")
+    ],
     bundle: Annotated[
         Path | None, typer.Option(help="Model bundle; by default the one that the identity names.")
     ] = None,
@@ -71,13 +75,18 @@ def run(
     stop = stop_event()
     supervisor.prepare(stop)
     will = Will(topics.device_status(identity.name), Agent.will())
-    with MqttTransport.connect(identity, will=will) as transport, Renewer(identity, transport.renew):
+    with (
+        MqttTransport.connect(identity, will=will) as transport,
+        Renewer(identity, transport.renew),
+    ):
         supervisor.run(transport)
 
 
 @app.command()
 def join(
-    token: Annotated[str, typer.Argument(help="Token, printed by 'fleet enroll NAME'; '-' reads it from stdin.")],
+    token: Annotated[
+        str, typer.Argument(help="Token, printed by 'fleet enroll NAME'; '-' reads it from stdin.")
+    ],
     server: Annotated[str, typer.Option(help="The fleet's service, https://HOST:PORT.")],
     out: Annotated[Path, typer.Option(help="Identity folder to be made.")] = Path("device"),
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
@@ -93,12 +102,19 @@ def join(
     from fleet.protocol.access import Role
     from fleet.protocol.enrolment_api import EnrolmentToken
 
-    identity = join_fleet(EnrolmentToken.parse(sys.stdin.readline() if token == "-" else token), server, out)
-    bundle, stop = SlotStore(out).load().current, stop_event()
+    identity = join_fleet(
+        EnrolmentToken.parse(sys.stdin.readline() if token == "-" else token), server, out
+    )
+    bundle = SlotStore(out).load().current
+    stop = stop_event()
     if bundle:
         try:
             with _progress(f"bundle {bundle}") as progress:
-                persistently(lambda: fetch_bundle(identity, bundle, stop, progress), timeout_s=FETCH_S, stop=stop)
+                persistently(
+                    lambda: fetch_bundle(identity, bundle, stop, progress),
+                    timeout_s=FETCH_S,
+                    stop=stop,
+                )
         except FleetError as error:
             raise type(error)(
                 f"{identity.name} has joined; its bundle is not here yet: {error}; 'edge-agent run {out}' fetches it"

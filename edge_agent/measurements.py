@@ -6,7 +6,9 @@ import threading
 from dataclasses import dataclass, field
 from typing import Final
 
-OUTLIER: Final = 4.0  # a duration counts as at most so many times the mean: one pause is not a trend
+OUTLIER: Final = (
+    4.0  # a duration counts as at most so many times the mean: one pause is not a trend
+)
 
 
 @dataclass
@@ -25,7 +27,9 @@ class Mean:
         """Counts a value that is 0 or more."""
         self.count += 1
         weight = max(self.weight, 1 / self.count)
-        self.deviation += (abs(value - self.value) - self.deviation) * weight if self.count > 1 else 0.0
+        self.deviation += (
+            (abs(value - self.value) - self.deviation) * weight if self.count > 1 else 0.0
+        )
         self.value += (value - self.value) * weight
 
 
@@ -47,7 +51,7 @@ def _share() -> Mean:
     return Mean(weight=0.02)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """Everything at one moment; a time of which nothing was measured is 0.
 
@@ -77,7 +81,7 @@ class Snapshot:
     num_losses: int = 0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Measurements:
     """Shared by all answers of a device; any thread may report."""
 
@@ -132,7 +136,16 @@ class Measurements:
         """All of it, now."""
         with self._lock:
             return Snapshot(
-                self._step.value, self._round_trip.value, self._round_trip.deviation, self._round_trip.count,
-                self._unsure.value, self._confidence.value, self._sure_confidence.value, self._confidence.count,
-                self._right.value, self._acceptance.value, self._acceptance.count, self._num_losses,
-            )  # fmt: skip
+                step_s=self._step.value,
+                round_trip_s=self._round_trip.value,
+                round_trip_spread_s=self._round_trip.deviation,
+                num_round_trips=self._round_trip.count,
+                unsure=self._unsure.value,
+                confidence=self._confidence.value,
+                sure_confidence=self._sure_confidence.value,
+                num_choices=self._confidence.count,
+                right=self._right.value,
+                acceptance=self._acceptance.value,
+                num_judged=self._acceptance.count,
+                num_losses=self._num_losses,
+            )

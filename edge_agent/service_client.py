@@ -37,7 +37,8 @@ CONNECT_S: Final = 5.0
 READ_S: Final = 20.0  # without a byte
 PASSING: Final = (429, 502, 503, 504)
 MAX_RETRY_AFTER_S: Final = 3600.0
-NOT_YET_VALID, EXPIRED = 9, 10  # X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED of OpenSSL
+NOT_YET_VALID = 9  # X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED of OpenSSL
+EXPIRED = 10
 
 T = TypeVar("T")
 
@@ -61,7 +62,9 @@ class ServiceClient:
             IdentityError: its files do not load.
         """
         if identity.config.server is None:
-            raise ConfigError(f"{identity.folder} names no service of its fleet; join it with 'edge-agent join'")
+            raise ConfigError(
+                f"{identity.folder} names no service of its fleet; join it with 'edge-agent join'"
+            )
         return cls(identity.config.server, identity.ssl_context())
 
     def ca(self) -> bytes:
@@ -72,7 +75,9 @@ class ServiceClient:
         return self._decode(self._call("POST", JOIN_PATH, msgspec.json.encode(request)), JoinReply)
 
     def renew(self, request: RenewRequest) -> RenewReply:
-        return self._decode(self._call("POST", RENEW_PATH, msgspec.json.encode(request)), RenewReply)
+        return self._decode(
+            self._call("POST", RENEW_PATH, msgspec.json.encode(request)), RenewReply
+        )
 
     def small_file(self, bundle_id: str, name: str, max_bytes: int) -> bytes:
         """A file of a bundle that is known to have at most `max_bytes` bytes."""
@@ -85,7 +90,9 @@ class ServiceClient:
             begin = start if response.status == 206 else 0
             given = response.headers.get("Content-Range", f"bytes {start}-")
             if response.status == 206 and not given.startswith(f"bytes {start}-"):
-                raise ServiceError(f"expected {name} from byte {start} on, got {given[:80]!r}; the service is faulty")
+                raise ServiceError(
+                    f"expected {name} from byte {start} on, got {given[:80]!r}; the service is faulty"
+                )
             yield begin, self._pieces(response)
 
     def close(self) -> None:
@@ -95,17 +102,24 @@ class ServiceClient:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.close()
 
-    def _call(self, method: str, path: str, body: bytes | None = None, max_bytes: int = MAX_BODY_BYTES) -> bytes:
+    def _call(
+        self, method: str, path: str, body: bytes | None = None, max_bytes: int = MAX_BODY_BYTES
+    ) -> bytes:
         with self._request(method, path, body) as response:
             data = bytearray()
             for piece in self._pieces(response):
                 data += piece
                 if len(data) > max_bytes:
-                    raise ServiceError(f"{self.url}{path}: expected at most {max_bytes} bytes, and more came")
+                    raise ServiceError(
+                        f"{self.url}{path}: expected at most {max_bytes} bytes, and more came"
+                    )
             return bytes(data)
 
     @contextmanager
@@ -117,7 +131,12 @@ class ServiceClient:
             headers["Range"] = f"bytes={start}-"
         try:
             response = self._pool.request(
-                method, self.url + path, body=body, headers=headers, redirect=False, preload_content=False
+                method,
+                self.url + path,
+                body=body,
+                headers=headers,
+                redirect=False,
+                preload_content=False,
             )
         except HTTPError as error:
             raise self._explain(error) from None
@@ -138,23 +157,33 @@ class ServiceClient:
         try:
             problem = decode_body(response.read(MAX_BODY_BYTES), ServiceProblem)
         except (DecodeError, HTTPError):
-            problem = ServiceProblem("", f"{self.url}{path} answered {response.status} {response.reason or ''}".strip())
+            problem = ServiceProblem(
+                "", f"{self.url}{path} answered {response.status} {response.reason or ''}".strip()
+            )
         if response.status in PASSING:
-            return ServiceAwayError(problem.message, _retry_after_s(response.headers.get("Retry-After")))
+            return ServiceAwayError(
+                problem.message, _retry_after_s(response.headers.get("Retry-After"))
+            )
         return ERRORS.get(problem.code, ServiceError)(problem.message)
 
     def _decode(self, body: bytes, kind: type[T]) -> T:
         try:
             return decode_body(body, kind)
         except DecodeError as error:
-            raise ServiceError(f"{self.url}: {error}; its software may be of another version than this") from None
+            raise ServiceError(
+                f"{self.url}: {error}; its software may be of another version than this"
+            ) from None
 
     def _explain(self, error: HTTPError) -> ServiceError:
         """What went wrong below HTTP, and the next step."""
-        cause = next((each for each in (*error.args, error.__cause__) if isinstance(each, OSError)), None)
+        cause = next(
+            (each for each in (*error.args, error.__cause__) if isinstance(each, OSError)), None
+        )
         if isinstance(error, NewConnectionError):
             why = cause.strerror if cause else error
-            return ServiceAwayError(f"no connection to {self.url} ({why}); check the network, the address and the port")
+            return ServiceAwayError(
+                f"no connection to {self.url} ({why}); check the network, the address and the port"
+            )
         if isinstance(cause, ssl.SSLEOFError | ConnectionError):
             return ServiceAwayError(
                 f"{self.url} closed the connection, as it does when it stops, or when our certificate has expired, was "
@@ -163,18 +192,23 @@ class ServiceClient:
         if isinstance(cause, ssl.SSLError):
             return ServiceError(f"no connection to {self.url}: {_explain_tls(cause)}")
         if isinstance(error, TimeoutError):
-            return ServiceAwayError(f"{self.url} did not answer in time; check the network and the address")
+            return ServiceAwayError(
+                f"{self.url} did not answer in time; check the network and the address"
+            )
         return ServiceAwayError(f"no connection to {self.url} ({error}); check the network")
 
 
-def persistently(call: Callable[[], T], *, timeout_s: float, stop: threading.Event | None = None) -> T:
+def persistently(
+    call: Callable[[], T], *, timeout_s: float, stop: threading.Event | None = None
+) -> T:
     """What `call` gives; asked again, with back-off, while it raises ServiceAwayError and `timeout_s` have not passed.
 
     Raises:
         ServiceAwayError: the time has passed, or `stop` was set.
     """
     deadline = time.monotonic() + timeout_s
-    stop, num_failures = stop or threading.Event(), 0
+    stop = stop or threading.Event()
+    num_failures = 0
     while True:
         try:
             return call()
@@ -191,8 +225,16 @@ def check_url(url: str) -> str:
         parsed = urllib3.util.parse_url(url)
     except HTTPError:
         parsed = urllib3.util.Url()
-    if parsed.scheme != "https" or not parsed.host or parsed.path not in (None, "/") or parsed.query or parsed.auth:
-        raise ConfigError(f"service {url[:200]!r}: expected https://HOST:PORT, as 'fleet enroll' prints it")
+    if (
+        parsed.scheme != "https"
+        or not parsed.host
+        or parsed.path not in (None, "/")
+        or parsed.query
+        or parsed.auth
+    ):
+        raise ConfigError(
+            f"service {url[:200]!r}: expected https://HOST:PORT, as 'fleet enroll' prints it"
+        )
     return url.rstrip("/")
 
 
@@ -222,7 +264,11 @@ def _explain_tls(error: ssl.SSLError) -> str:
 
 def _retry_after_s(header: str | None) -> float:
     """Seconds of a Retry-After header; 0 where there is none, or a date."""
-    return min(float(header), MAX_RETRY_AFTER_S) if header and header.isascii() and header.isdigit() else 0.0
+    return (
+        min(float(header), MAX_RETRY_AFTER_S)
+        if header and header.isascii() and header.isdigit()
+        else 0.0
+    )
 
 
 def _all_kinds(kind: type[FleetError]) -> Iterator[type[FleetError]]:

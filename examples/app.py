@@ -17,8 +17,10 @@ import paho.mqtt.client as mqtt
 def main(folder: Path, device: str, prompt: str) -> int:
     """Exit status 0 when the device answered, 1 when it refused."""
     identity = json.loads((folder / "identity.json").read_text())
-    name, request = identity["name"], uuid.uuid4().hex
-    printed, status = 0, 0
+    name = identity["name"]
+    request = uuid.uuid4().hex
+    printed = 0
+    status = 0
 
     def on_connect(client: mqtt.Client, *_: object) -> None:
         client.subscribe(f"ce/v1/d/{device}/reply/{name}/{request}", qos=1)
@@ -41,7 +43,9 @@ def main(folder: Path, device: str, prompt: str) -> int:
             client.disconnect()
 
     client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
-    client.on_connect, client.on_subscribe, client.on_message = on_connect, on_subscribe, on_message
+    client.on_connect = on_connect
+    client.on_subscribe = on_subscribe
+    client.on_message = on_message
     client.tls_set(*(str(folder / file) for file in ("ca.pem", "cert.pem", "key.pem")))
     client.connect(identity["host"], identity["port"])
     client.loop_forever()

@@ -9,7 +9,12 @@ from fleet.errors import ExportError
 from onnx_export.config import check_order, show
 
 SUPPORTED_MODEL_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-SUPPORTED_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")  # their angles depend on the position alone
+SUPPORTED_ROPE_TYPES: Final = (
+    "default",
+    "linear",
+    "llama3",
+    "yarn",
+)  # their angles depend on the position alone
 
 HEAD_DIM_MULTIPLE: Final = 16
 """What ONNX Runtime's attention takes when it rotates by itself."""
@@ -35,7 +40,9 @@ def check_model(config: Any) -> None:
             f"expected one of {', '.join(SUPPORTED_ROPE_TYPES)}"
         )
     if getattr(config, "partial_rotary_factor", 1.0) not in (None, 1, 1.0):
-        raise ExportError(f"partial rotary embedding ({config.partial_rotary_factor}) cannot be exported; expected 1.0")
+        raise ExportError(
+            f"partial rotary embedding ({config.partial_rotary_factor}) cannot be exported; expected 1.0"
+        )
     if uses_sliding_window(config):
         raise ExportError(
             f"sliding-window attention (window {config.sliding_window}) cannot be exported; choose a model without it"
@@ -57,7 +64,9 @@ def uses_sliding_window(config: Any) -> bool:
 
 def head_dim(config: Any) -> int:
     """Dimensions of one attention head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
 
 
 def check_exits(exits: tuple[int, ...], num_layers: int) -> None:
@@ -73,7 +82,9 @@ def check_exits(exits: tuple[int, ...], num_layers: int) -> None:
 def lm_head_layers(config: Any) -> float:
     """Weights of the LM head over those of one layer, from a transformers configuration."""
     hidden = config.hidden_size
-    attention = 2 * hidden * head_dim(config) * (config.num_attention_heads + config.num_key_value_heads)
+    attention = (
+        2 * hidden * head_dim(config) * (config.num_attention_heads + config.num_key_value_heads)
+    )
     return float(config.vocab_size * hidden / (attention + 3 * hidden * config.intermediate_size))
 
 
@@ -83,7 +94,9 @@ def model_info(name: str, model: Any, max_positions: int) -> ModelInfo:
     eos = model.generation_config.eos_token_id
     eos = config.eos_token_id if eos is None else eos
     if eos is None:
-        raise ExportError(f"model {name} names no end-of-sequence token; set eos_token_id in its config.json")
+        raise ExportError(
+            f"model {name} names no end-of-sequence token; set eos_token_id in its config.json"
+        )
     return ModelInfo(
         name=name,
         architecture=config.architectures[0] if config.architectures else type(model).__name__,

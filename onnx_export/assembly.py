@@ -38,7 +38,9 @@ class HeadGraph(nn.Module):
         fuse_norms(self)
 
     def forward(self, last_hidden: Tensor) -> Tensor:
-        out: Tensor = self.head(last_hidden)  # in two dimensions a Linear is a Gemm, which stays in float32
+        out: Tensor = self.head(
+            last_hidden
+        )  # in two dimensions a Linear is a Gemm, which stays in float32
         return out
 
 
@@ -53,7 +55,11 @@ class Assembly:
 
     def block(self, layers: tuple[int, int], head: ExitHead) -> tuple[onnx.ModelProto, bool]:
         """Layers [start, stop) of `layers` with their exit head. A head with a layer of its own is traced with them."""
-        own = {} if head.layer is None else {f"head.{name}": value for name, value in head.state_dict().items()}
+        own = (
+            {}
+            if head.layer is None
+            else {f"head.{name}": value for name, value in head.state_dict().items()}
+        )
         body, kept = self._layers(layers, head if own else NoHead(self.info.hidden_size), own)
         return (body if own else append_head(body, self._head(head))), kept
 
@@ -63,7 +69,9 @@ class Assembly:
         key = part_key({"lm_head": weight}, part="lm_head", top_k=top_k, table=self.table)
         return self.parts.get_or_make(
             key,
-            lambda: quantize_preview(export_lm_head(self.model, self.info, top_k, self.table), self.quantization),
+            lambda: quantize_preview(
+                export_lm_head(self.model, self.info, top_k, self.table), self.quantization
+            ),
         )
 
     @property
@@ -73,8 +81,11 @@ class Assembly:
 
     def tables(self) -> dict[str, Tensor]:
         """The embedding, and the LM head's weights where they are not the same, [vocab, hidden] by name."""
-        embedding, lm_head = self.model.model.embed_tokens.weight, self.model.lm_head.weight
-        named = {"embedding": embedding} | ({} if torch.equal(embedding, lm_head) else {"lm_head": lm_head})
+        embedding = self.model.model.embed_tokens.weight
+        lm_head = self.model.lm_head.weight
+        named = {"embedding": embedding} | (
+            {} if torch.equal(embedding, lm_head) else {"lm_head": lm_head}
+        )
         return {name: weight.detach().to(self.table) for name, weight in named.items()}
 
     def _layers(
@@ -90,14 +101,17 @@ class Assembly:
             quantization=self.quantization,
         )
         return self.parts.get_or_make(
-            key, lambda: quantize(export_block(self.model, layers, head, self.info), self.quantization)
+            key,
+            lambda: quantize(export_block(self.model, layers, head, self.info), self.quantization),
         )
 
     def _head(self, head: ExitHead) -> onnx.ModelProto:
         """The head's graph, in float32: one of its shape with this head's weights."""
         weights = {f"head.{name}": value.numpy() for name, value in head.state_dict().items()}
         shapes = {name: weight.shape for name, weight in weights.items()}
-        key = part_key({}, part="head", kind=head.kind, eps=head.norm.eps, shapes=sorted(shapes.items()))
+        key = part_key(
+            {}, part="head", kind=head.kind, eps=head.norm.eps, shapes=sorted(shapes.items())
+        )
         graph, _ = self.parts.get_or_make(key, lambda: trace_head(head))
         for tensor in graph.graph.initializer:
             if tensor.name in weights:
@@ -112,7 +126,9 @@ def trace_head(head: ExitHead) -> onnx.ModelProto:
     for parameter in module.parameters():  # no two may be equal, or the exporter makes one of them
         parameter.data = torch.randn(parameter.shape, generator=generator)
     example = (torch.zeros(1, head.norm.weight.shape[0]),)
-    return trace(module, example, inputs=["last_hidden"], outputs=["exit_hidden"], dynamic_shapes=None)
+    return trace(
+        module, example, inputs=["last_hidden"], outputs=["exit_hidden"], dynamic_shapes=None
+    )
 
 
 def append_head(body: onnx.ModelProto, head: onnx.ModelProto) -> onnx.ModelProto:

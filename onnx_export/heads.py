@@ -63,7 +63,12 @@ class ExitHead(nn.Module):
     """
 
     def __init__(
-        self, kind: HeadKind, norm_weight: Tensor, eps: float, layer: nn.Module | None = None, intermediate: int = 0
+        self,
+        kind: HeadKind,
+        norm_weight: Tensor,
+        eps: float,
+        layer: nn.Module | None = None,
+        intermediate: int = 0,
     ) -> None:
         super().__init__()
         hidden = norm_weight.shape[0]
@@ -91,13 +96,17 @@ def new_head(kind: HeadKind, model: Any, exit_layer: int, intermediate: int = 0)
         ConfigError: there is no such kind.
     """
     if kind not in HEAD_KINDS:
-        raise ConfigError(f"unknown kind of exit head {kind!r}: expected one of {', '.join(HEAD_KINDS)}")
+        raise ConfigError(
+            f"unknown kind of exit head {kind!r}: expected one of {', '.join(HEAD_KINDS)}"
+        )
     norm = model.model.norm
     layer = None
     if kind == "block":
         layer = copy.deepcopy(model.model.layers[-1]).float()
         layer.self_attn.layer_idx = exit_layer
-    return ExitHead(kind, norm.weight.detach(), float(norm.variance_epsilon), layer, intermediate).eval()
+    return ExitHead(
+        kind, norm.weight.detach(), float(norm.variance_epsilon), layer, intermediate
+    ).eval()
 
 
 def shared_heads(model: Any, exits: tuple[int, ...]) -> dict[int, ExitHead]:
@@ -183,16 +192,24 @@ def load_heads(path: Path, exits: tuple[int, ...], model: Any) -> HeadsFile:
     heads = {}
     for layer in exits:
         prefix = f"exit.{layer}."
-        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        state = {
+            key.removeprefix(prefix): value
+            for key, value in tensors.items()
+            if key.startswith(prefix)
+        }
         if not state:
             known = sorted({int(key.split(".")[1]) for key in tensors})
-            raise HeadsError(f"{path} has heads for exits {known}, not for {layer}; train one or choose other exits")
+            raise HeadsError(
+                f"{path} has heads for exits {known}, not for {layer}; train one or choose other exits"
+            )
         intermediate = state["mlp.up.weight"].shape[0] if kind == "mlp" else 0
         head = new_head(kind, model, layer, intermediate)
         try:
             head.load_state_dict(state)
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
-            raise HeadsError(f"{path}: the head of exit {layer} does not fit the model: {reason}") from None
+            raise HeadsError(
+                f"{path}: the head of exit {layer} does not fit the model: {reason}"
+            ) from None
         heads[layer] = head.requires_grad_(False)
     return HeadsFile(heads, kind, expected, json.loads(metadata.get("made_by", "{}")))

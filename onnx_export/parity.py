@@ -40,10 +40,38 @@ WINDOW: Final = 128
 TIE: Final = 0.01
 AT_LEAST: Final = ("top1", "agreement")
 LIMITS: Final[Mapping[Quantization, Mapping[str, float]]] = {
-    "fp32": {"hidden": 1e-4, "steps": 1e-4, "exit_hidden": 1e-4, "logprob": 1e-3, "top1": 1.0, "agreement": 1.0},
-    "int8": {"hidden": 0.25, "steps": 0.05, "exit_hidden": 1e-4, "logprob": 0.6, "top1": 0.9, "agreement": 0.85},
-    "balanced": {"hidden": 0.5, "steps": 0.1, "exit_hidden": 1e-4, "logprob": 0.6, "top1": 0.9, "agreement": 0.6},
-    "int4": {"hidden": 0.5, "steps": 0.1, "exit_hidden": 1e-4, "logprob": 0.6, "top1": 0.9, "agreement": 0.6},
+    "fp32": {
+        "hidden": 1e-4,
+        "steps": 1e-4,
+        "exit_hidden": 1e-4,
+        "logprob": 1e-3,
+        "top1": 1.0,
+        "agreement": 1.0,
+    },
+    "int8": {
+        "hidden": 0.25,
+        "steps": 0.05,
+        "exit_hidden": 1e-4,
+        "logprob": 0.6,
+        "top1": 0.9,
+        "agreement": 0.85,
+    },
+    "balanced": {
+        "hidden": 0.5,
+        "steps": 0.1,
+        "exit_hidden": 1e-4,
+        "logprob": 0.6,
+        "top1": 0.9,
+        "agreement": 0.6,
+    },
+    "int4": {
+        "hidden": 0.5,
+        "steps": 0.1,
+        "exit_hidden": 1e-4,
+        "logprob": 0.6,
+        "top1": 0.9,
+        "agreement": 0.6,
+    },
 }
 """What was measured on the default model and on tiny random ones, with room for others (docs/adr/0008). An exit head is
 float32 in every preset, but for a layer of its own."""
@@ -67,15 +95,26 @@ class BlockRunner:
     def __init__(self, path: Path, info: ModelInfo, capacity: int) -> None:
         self.session = open_session(path)
         shape = (1, info.num_key_value_heads, capacity, info.head_dim)
-        names = [value.name for value in self.session.get_inputs() if value.name.startswith("past.")]
+        names = [
+            value.name for value in self.session.get_inputs() if value.name.startswith("past.")
+        ]
         self.cache = {name: np.zeros(shape, np.float32) for name in names}
-        self.outputs = ["hidden_states", "exit_hidden", *(name.replace("past.", "present.", 1) for name in names)]
+        self.outputs = [
+            "hidden_states",
+            "exit_hidden",
+            *(name.replace("past.", "present.", 1) for name in names),
+        ]
         self.length = 0
 
     def run(self, x: NDArray[Any]) -> tuple[Floats, Floats]:
         self.length += x.shape[1]
-        lengths = {"seqlens_k": np.array([self.length - 1], np.int32), "total_length": np.array(self.length, np.int32)}
-        hidden, exit_hidden, *present = self.session.run(self.outputs, {"input": x, **lengths, **self.cache})
+        lengths = {
+            "seqlens_k": np.array([self.length - 1], np.int32),
+            "total_length": np.array(self.length, np.int32),
+        }
+        hidden, exit_hidden, *present = self.session.run(
+            self.outputs, {"input": x, **lengths, **self.cache}
+        )
         self.cache = dict(zip(self.cache, present, strict=True))
         return hidden, exit_hidden
 
@@ -112,7 +151,9 @@ def relative_error(actual: Floats, expected: Floats) -> float:
 
 def text_windows(tokenizer: Any, max_positions: int) -> list[NDArray[np.int64]]:
     """`NUM_TOKENS` tokens of our text as sequences of their own, each int64 [1, up to 128]."""
-    ids = tokenizer(TEXT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(TEXT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
     tokens = np.resize(np.array(ids, np.int64), NUM_TOKENS)
     width = min(WINDOW, max_positions)
     return [tokens[None, start : start + width] for start in range(0, NUM_TOKENS, width)]
@@ -145,8 +186,13 @@ class LmHeadGraph:
 
     def run(self, exit_hidden: Floats) -> tuple[NDArray[np.int64], Floats]:
         outputs = ["top_ids", "top_logprobs"]
-        rows = [self.session.run(outputs, {"exit_hidden": row[None], "table": self.table}) for row in exit_hidden]
-        return np.concatenate([ids for ids, _ in rows]), np.concatenate([logprobs for _, logprobs in rows])
+        rows = [
+            self.session.run(outputs, {"exit_hidden": row[None], "table": self.table})
+            for row in exit_hidden
+        ]
+        return np.concatenate([ids for ids, _ in rows]), np.concatenate(
+            [logprobs for _, logprobs in rows]
+        )
 
 
 @dataclass
@@ -158,13 +204,17 @@ class Figures:
     def add(self, name: str, value: float) -> None:
         self.values.setdefault(name, []).append(value)
 
-    def candidates(self, name: str, top_ids: NDArray[np.int64], logprobs: Floats, expected: Floats) -> None:
+    def candidates(
+        self, name: str, top_ids: NDArray[np.int64], logprobs: Floats, expected: Floats
+    ) -> None:
         """Log-probabilities [s, k] and best tokens of a graph against PyTorch's log-probabilities [s, vocab].
 
         They are compared token by token and rank by rank, so that a token which the graph never offers shows as well.
         """
         ranked = torch.from_numpy(expected).topk(logprobs.shape[1]).values.numpy()
-        difference = np.abs(np.stack([np.take_along_axis(expected, top_ids, -1), ranked]) - logprobs)
+        difference = np.abs(
+            np.stack([np.take_along_axis(expected, top_ids, -1), ranked]) - logprobs
+        )
         self.add(name.format("logprob"), float(difference.max()))
         self.add(name.format("top1"), share_of_best(top_ids, expected))
 
@@ -189,7 +239,11 @@ def figure_kind(name: str) -> str:
 
 
 def measure(
-    edge: Path, model: Any, heads: Mapping[int, ExitHead], info: ModelInfo, windows: list[NDArray[np.int64]]
+    edge: Path,
+    model: Any,
+    heads: Mapping[int, ExitHead],
+    info: ModelInfo,
+    windows: list[NDArray[np.int64]],
 ) -> dict[str, float]:
     """The figures of the graphs in `edge` on token ids, each window int64 [1, s] a sequence of its own."""
     layers = sorted(heads)
@@ -212,14 +266,20 @@ def measure(
                 figures.add(f"steps.{layer}", relative_error(x, chunk))
                 figures.add(f"exit_hidden.{layer}", relative_error(exit_hidden, own.numpy()))
                 figures.candidates(f"{{}}.{layer}", top_ids, logprobs, exact_logprobs(model, own))
-                figures.add(f"agreement.{layer}", share_of_best(top_ids, exact_logprobs(model, whole)))
-            figures.candidates("lm_head.{}", *lm_head.run(whole.numpy()), exact_logprobs(model, whole))
+                figures.add(
+                    f"agreement.{layer}", share_of_best(top_ids, exact_logprobs(model, whole))
+                )
+            figures.candidates(
+                "lm_head.{}", *lm_head.run(whole.numpy()), exact_logprobs(model, whole)
+            )
     return figures.result()
 
 
 def lower_layers(model: Any, window: NDArray[np.int64], layers: list[int]) -> dict[int, Tensor]:
     """PyTorch's hidden states float32 [1, s, hidden] after each of `layers` layers, which must not be the last."""
-    states = model.model(torch.from_numpy(window), output_hidden_states=True, use_cache=False).hidden_states
+    states = model.model(
+        torch.from_numpy(window), output_hidden_states=True, use_cache=False
+    ).hidden_states
     return {layer: states[layer] for layer in layers}
 
 
@@ -238,7 +298,9 @@ def check(figures: Mapping[str, float], limits: Mapping[str, float]) -> None:
     """Raises ExportError naming the figures that do not keep their limits."""
     bad = [name for name in figures if not within(name, figures[name], limits)]
     if bad:
-        listed = "; ".join(f"{name} is {figures[name]:.2g}, expected {limit_text(name, limits)}" for name in bad)
+        listed = "; ".join(
+            f"{name} is {figures[name]:.2g}, expected {limit_text(name, limits)}" for name in bad
+        )
         raise ExportError(
             f"the exported graphs differ from PyTorch: {listed}; "
             "check the model and its exit heads, or try another --quantization"

@@ -36,7 +36,7 @@ CANDIDATES_PER_TOKEN = 2
 GROUP_SIZE = 64
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CacheInputs:
     """What fused attention needs beside query, key and value while one block is traced."""
 
@@ -50,7 +50,14 @@ class CacheInputs:
 
 
 def group_query_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: None, *, cache: CacheInputs, **_: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _mask: None,
+    *,
+    cache: CacheInputs,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """query [1, heads, s, d], key and value [1, kv_heads, s, d], unrotated -> [1, s, heads, d].
 
@@ -89,7 +96,12 @@ class FusedRmsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         attributes: dict[str, Any] = {"axis": -1, "epsilon": self.eps, "stash_type": 1}
         return ops.symbolic(
-            "SimplifiedLayerNormalization", (x, self.weight), attrs=attributes, dtype=x.dtype, shape=x.shape, version=1
+            "SimplifiedLayerNormalization",
+            (x, self.weight),
+            attrs=attributes,
+            dtype=x.dtype,
+            shape=x.shape,
+            version=1,
         )
 
 
@@ -145,9 +157,22 @@ class Block(nn.Module):
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
 
-    def forward(self, hidden: Tensor, seqlens_k: Tensor, total_length: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        cache = CacheInputs(self.start, past, seqlens_k, total_length, self.cos, self.sin)
-        given: dict[str, Any] = {"attention_mask": None, "position_embeddings": (None, None), "cache": cache}
+    def forward(
+        self, hidden: Tensor, seqlens_k: Tensor, total_length: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        cache = CacheInputs(
+            first_layer=self.start,
+            past=past,
+            seqlens_k=seqlens_k,
+            total_length=total_length,
+            cos=self.cos,
+            sin=self.sin,
+        )
+        given: dict[str, Any] = {
+            "attention_mask": None,
+            "position_embeddings": (None, None),
+            "cache": cache,
+        }
         for layer in self.layers:
             hidden = layer(hidden, **given)
         said = hidden
@@ -180,9 +205,12 @@ class LmHead(nn.Module):
         self.num_candidates = min(CANDIDATES_PER_TOKEN * top_k, weight.shape[0])
 
     def forward(self, exit_hidden: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self.lm_head(exit_hidden[None])[0, 0]  # in three dimensions it becomes a MatMul, which quantises
+        logits = self.lm_head(exit_hidden[None])[
+            0, 0
+        ]  # in three dimensions it becomes a MatMul, which quantises
         ids = best_ids(logits, self.num_candidates)
-        coarse, probabilities = logits.index_select(0, ids), logits.softmax(-1).index_select(0, ids)
+        coarse = logits.index_select(0, ids)
+        probabilities = logits.softmax(-1).index_select(0, ids)
         log_sum = coarse.amax(-1) - probabilities.amax(-1).log()
         exact = (exit_hidden @ table.index_select(0, ids).float().T)[0] - log_sum
         others = (1 - probabilities.sum()).clamp(min=0)
@@ -222,17 +250,27 @@ def fused_tracing(model: Any) -> Iterator[None]:
 def quiet_exporter() -> Iterator[None]:
     """Holds back what torch's exporter says of its own insides, warnings by their exact words."""
     with quiet("torch.onnx", "onnxscript", "onnx_ir"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-        warnings.filterwarnings("ignore", r"# The axis name: capacity will not be used", UserWarning)
+        warnings.filterwarnings(
+            "ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning
+        )
+        warnings.filterwarnings(
+            "ignore", r"# The axis name: capacity will not be used", UserWarning
+        )
         yield
 
 
-def export_block(model: Any, layers: tuple[int, int], head: ExitHead, info: ModelInfo) -> onnx.ModelProto:
+def export_block(
+    model: Any, layers: tuple[int, int], head: ExitHead, info: ModelInfo
+) -> onnx.ModelProto:
     """Layers [start, stop) of `layers` as a graph."""
     start, stop = layers
-    chunk, num_caches = TRACED_CHUNK, stop - start + len(own_layers(head))
+    chunk = TRACED_CHUNK
+    num_caches = stop - start + len(own_layers(head))
     x = torch.zeros(1, chunk, info.hidden_size)
-    past = [torch.zeros(1, info.num_key_value_heads, TRACED_CAPACITY, info.head_dim) for _ in range(2 * num_caches)]
+    past = [
+        torch.zeros(1, info.num_key_value_heads, TRACED_CAPACITY, info.head_dim)
+        for _ in range(2 * num_caches)
+    ]
     lengths = torch.tensor([chunk - 1], dtype=torch.int32), torch.tensor(chunk, dtype=torch.int32)
     sequence = torch.export.Dim("sequence", min=1, max=info.max_positions)
     capacity = torch.export.Dim("capacity", min=1, max=info.max_positions)
@@ -252,7 +290,10 @@ def export_lm_head(model: Any, info: ModelInfo, top_k: int, table: torch.dtype) 
     """The model's LM head with top-k, log-probabilities and confidence; `table` is the type of its exact weights."""
     return trace(
         LmHead(model.lm_head.weight, top_k),
-        (torch.zeros(1, info.hidden_size), torch.zeros(info.vocab_size, info.hidden_size, dtype=table)),
+        (
+            torch.zeros(1, info.hidden_size),
+            torch.zeros(info.vocab_size, info.hidden_size, dtype=table),
+        ),
         inputs=["exit_hidden", "table"],
         outputs=["top_ids", "top_logprobs", "confidence"],
         dynamic_shapes=None,
@@ -260,7 +301,12 @@ def export_lm_head(model: Any, info: ModelInfo, top_k: int, table: torch.dtype) 
 
 
 def trace(
-    module: nn.Module, args: tuple[Tensor, ...], *, inputs: list[str], outputs: list[str], dynamic_shapes: Any
+    module: nn.Module,
+    args: tuple[Tensor, ...],
+    *,
+    inputs: list[str],
+    outputs: list[str],
+    dynamic_shapes: Any,
 ) -> onnx.ModelProto:
     """One module as a graph without traces of the machine that made it."""
     with quiet_exporter(), torch.no_grad():
@@ -275,7 +321,9 @@ def trace(
             verbose=False,
         )
     if program is None:
-        raise ExportError("torch.onnx.export gave no graph; expected torch 2.13 with its dynamo exporter")
+        raise ExportError(
+            "torch.onnx.export gave no graph; expected torch 2.13 with its dynamo exporter"
+        )
     graph = program.model_proto
     for part in (
         graph,

@@ -17,7 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import NodeProto, helper
-from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+from onnxruntime.quantization.matmul_nbits_quantizer import (
+    DefaultWeightOnlyQuantConfig,
+    MatMulNBitsQuantizer,
+)
 from onnxruntime.quantization.quant_utils import QuantFormat
 
 from onnx_export.config import Quantization
@@ -31,7 +34,9 @@ PREVIEW_BLOCK_SIZE: Final = 64
 FLOAT_COMPUTE: Final = 1  # accuracy levels of MatMulNBits: float32 inputs and sums
 INT8_COMPUTE: Final = 4  # int8 inputs, rounded block by block, and int32 sums
 LEVELS: Final = 15
-REST_COLUMNS: Final = 2  # of 16 steps each: together 31 steps for half a step of the grid, either side
+REST_COLUMNS: Final = (
+    2  # of 16 steps each: together 31 steps for half a step of the grid, either side
+)
 NUM_REFINEMENTS: Final = 4
 
 
@@ -46,7 +51,11 @@ def quantize(graph: onnx.ModelProto, preset: Quantization) -> onnx.ModelProto:
 
 def quantize_preview(graph: onnx.ModelProto, preset: Quantization) -> onnx.ModelProto:
     """The LM head's graph, whose product only chooses the tokens that are computed exactly, with 4-bit weights."""
-    return graph if preset == "fp32" else quantize_symmetric(graph, bits=4, block_size=PREVIEW_BLOCK_SIZE)
+    return (
+        graph
+        if preset == "fp32"
+        else quantize_symmetric(graph, bits=4, block_size=PREVIEW_BLOCK_SIZE)
+    )
 
 
 def quantize_symmetric(graph: onnx.ModelProto, *, bits: int, block_size: int) -> onnx.ModelProto:
@@ -102,14 +111,19 @@ class Grid:
     def _regression(self, blocks: Floats) -> tuple[Floats, Floats]:
         """Scale and low of the least squared error for these steps."""
         steps = self.steps.astype(np.float32)
-        mean, target = steps.mean(-1), blocks.mean(-1)
+        mean = steps.mean(-1)
+        target = blocks.mean(-1)
         spread = np.square(steps - mean[..., None]).sum(-1)
-        slope = ((steps - mean[..., None]) * (blocks - target[..., None])).sum(-1) / np.where(spread > 0, spread, 1)
+        slope = ((steps - mean[..., None]) * (blocks - target[..., None])).sum(-1) / np.where(
+            spread > 0, spread, 1
+        )
         scale = np.where(slope > 0, slope, self.scale)
         return scale, target - scale * mean
 
     def _error(self, blocks: Floats) -> Floats:
-        error: Floats = np.square(self.scale[..., None] * self.steps + self.low[..., None] - blocks).sum(-1)
+        error: Floats = np.square(
+            self.scale[..., None] * self.steps + self.low[..., None] - blocks
+        ).sum(-1)
         return error
 
 
@@ -139,7 +153,13 @@ def with_means(name: str, extended: str) -> list[NodeProto]:
     window = {"kernel_shape": [BLOCK_SIZE], "strides": [BLOCK_SIZE]}
     return [
         helper.make_node("AveragePool", [name], [means], name=f"means_{name}", **window),
-        helper.make_node("Concat", [name, *[means] * REST_COLUMNS], [extended], name=f"with_means_{name}", axis=-1),
+        helper.make_node(
+            "Concat",
+            [name, *[means] * REST_COLUMNS],
+            [extended],
+            name=f"with_means_{name}",
+            axis=-1,
+        ),
     ]
 
 
@@ -152,14 +172,18 @@ def grid_product(graph: Graph, product: NodeProto, extended: str, accuracy_level
     rest = (grid.low + zero * grid.scale) * BLOCK_SIZE
     middle = 8
     limit = REST_COLUMNS * (LEVELS - middle)
-    rest_scale = np.maximum(np.abs(rest).max(1, keepdims=True) / limit, np.finfo(np.float32).tiny).astype(np.float32)
+    rest_scale = np.maximum(
+        np.abs(rest).max(1, keepdims=True) / limit, np.finfo(np.float32).tiny
+    ).astype(np.float32)
     levels = np.rint(rest / rest_scale).astype(np.int64) + REST_COLUMNS * middle
     columns = [((levels + i) // REST_COLUMNS).astype(np.uint8) for i in range(REST_COLUMNS)]
     num_rest_blocks = -(-REST_COLUMNS * blocks // BLOCK_SIZE)
     padding = np.full((n, num_rest_blocks * BLOCK_SIZE - REST_COLUMNS * blocks), middle, np.uint8)
     steps = np.concatenate([grid.steps.reshape(n, -1), *columns, padding], 1)
     scales = np.concatenate([grid.scale, np.repeat(rest_scale, num_rest_blocks, 1)], 1)
-    zeros = np.concatenate([zero, np.full((n, num_rest_blocks + scales.shape[1] % 2), middle, np.uint8)], 1)
+    zeros = np.concatenate(
+        [zero, np.full((n, num_rest_blocks + scales.shape[1] % 2), middle, np.uint8)], 1
+    )
     inputs = [
         extended,
         graph.add_weight(f"{name}.steps", pack(steps).reshape(n, -1, BLOCK_SIZE // 2)),

@@ -40,7 +40,9 @@ class CertificateAuthority:
     Its key stays in its folder (0700) in a file of mode 0600, encrypted where a passphrase was given.
     """
 
-    def __init__(self, certificate: x509.Certificate, private_key: ec.EllipticCurvePrivateKey) -> None:
+    def __init__(
+        self, certificate: x509.Certificate, private_key: ec.EllipticCurvePrivateKey
+    ) -> None:
         self._certificate = certificate
         self._private_key = private_key
         self._ca_pem = certificate.public_bytes(serialization.Encoding.PEM)
@@ -65,7 +67,11 @@ class CertificateAuthority:
                 content = Path(made) / "ca"
                 content.mkdir(mode=0o700)
                 write_file(content / CA_KEY_FILE, _private_pem(private_key, passphrase))
-                write_file(content / CA_FILE, certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
+                write_file(
+                    content / CA_FILE,
+                    certificate.public_bytes(serialization.Encoding.PEM),
+                    mode=0o644,
+                )
                 content.rename(folder)
         except OSError as error:
             raise IdentityError(
@@ -90,11 +96,15 @@ class CertificateAuthority:
                 "'fleet up' makes one"
             ) from None
         except (ValueError, TypeError) as error:
-            raise IdentityError(f"the certificate authority in {folder} does not load: {error}") from None
+            raise IdentityError(
+                f"the certificate authority in {folder} does not load: {error}"
+            ) from None
         if not isinstance(private_key, ec.EllipticCurvePrivateKey) or (
             private_key.public_key() != certificate.public_key()
         ):
-            raise IdentityError(f"{folder / CA_KEY_FILE} is not the key of {folder / CA_FILE}; restore both files")
+            raise IdentityError(
+                f"{folder / CA_KEY_FILE} is not the key of {folder / CA_FILE}; restore both files"
+            )
         return cls(certificate, private_key)
 
     @property
@@ -127,7 +137,9 @@ class CertificateAuthority:
         usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
         return self._sign(key, check_name(name), role, [usage], life)
 
-    def issue(self, name: str, role: Role, out: Path, host: str, port: int, bundle: Path | None = None) -> Identity:
+    def issue(
+        self, name: str, role: Role, out: Path, host: str, port: int, bundle: Path | None = None
+    ) -> Identity:
         """Makes an identity that no registry knows, in the folder `out`; `host` and `port` say where the broker is.
 
         Raises:
@@ -135,7 +147,9 @@ class CertificateAuthority:
             IdentityError: `out` cannot be written.
         """
         return write_identity(
-            self.certify(name, role), out, FleetAddress(host, port, bundle=bundle).identity_config(name, role)
+            self.certify(name, role),
+            out,
+            FleetAddress(host=host, port=port, bundle=bundle).identity_config(name, role),
         )
 
     def sign_bundle(self, folder: Path) -> None:
@@ -148,8 +162,13 @@ class CertificateAuthority:
         Raises:
             IdentityError: one of them is no host name or address, or the folder cannot be written.
         """
-        names = [_general_name(name) for name in dict.fromkeys((*hosts, "localhost", "127.0.0.1", "::1"))]
-        extensions = [x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), x509.SubjectAlternativeName(names)]
+        names = [
+            _general_name(name) for name in dict.fromkeys((*hosts, "localhost", "127.0.0.1", "::1"))
+        ]
+        extensions = [
+            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]),
+            x509.SubjectAlternativeName(names),
+        ]
         private_key = ec.generate_private_key(ec.SECP256R1())
         issued = self._sign(private_key.public_key(), "broker", Role.SERVER, extensions)
         Certificate(self._ca_pem, issued, _private_pem(private_key)).write(folder)
@@ -163,13 +182,18 @@ class CertificateAuthority:
         extensions: Sequence[x509.ExtensionType],
         life: timedelta | None = None,
     ) -> IssuedCertificate:
-        issuer_id = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+        issuer_id = self._certificate.extensions.get_extension_for_class(
+            x509.SubjectKeyIdentifier
+        ).value
         builder = (
             _certificate(key, _name(name, role), LEAF_LIFE if life is None else life)
             .issuer_name(self._certificate.subject)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(digital_signature=True), critical=True)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_id), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_id),
+                critical=False,
+            )
         )
         for extension in extensions:
             builder = builder.add_extension(extension, critical=False)
@@ -187,7 +211,9 @@ def _sign_authority(private_key: ec.EllipticCurvePrivateKey) -> x509.Certificate
     )
 
 
-def _certificate(key: ec.EllipticCurvePublicKey, subject: x509.Name, life: timedelta) -> x509.CertificateBuilder:
+def _certificate(
+    key: ec.EllipticCurvePublicKey, subject: x509.Name, life: timedelta
+) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
@@ -216,7 +242,9 @@ def _general_name(host: str) -> x509.GeneralName:
     try:
         return x509.DNSName(host)
     except ValueError:
-        raise IdentityError(f"host {host[:80]!r}: expected a host name in ASCII or an IP address") from None
+        raise IdentityError(
+            f"host {host[:80]!r}: expected a host name in ASCII or an IP address"
+        ) from None
 
 
 def _key_usage(
@@ -237,9 +265,13 @@ def _key_usage(
 
 def _private_pem(private_key: ec.EllipticCurvePrivateKey, passphrase: str | None = None) -> bytes:
     encryption = (
-        serialization.BestAvailableEncryption(passphrase.encode()) if passphrase else serialization.NoEncryption()
+        serialization.BestAvailableEncryption(passphrase.encode())
+        if passphrase
+        else serialization.NoEncryption()
     )
-    return private_key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+    return private_key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption
+    )
 
 
 def _load_key(path: Path, passphrase: str | None) -> PrivateKeyTypes:
@@ -248,8 +280,12 @@ def _load_key(path: Path, passphrase: str | None) -> PrivateKeyTypes:
     if b"BEGIN ENCRYPTED PRIVATE KEY" not in data:
         return serialization.load_pem_private_key(data, password=None)
     if not passphrase:
-        raise IdentityError(f"{path} is encrypted: expected its passphrase in the environment as FLEET_CA_PASSPHRASE")
+        raise IdentityError(
+            f"{path} is encrypted: expected its passphrase in the environment as FLEET_CA_PASSPHRASE"
+        )
     try:
         return serialization.load_pem_private_key(data, passphrase.encode())
     except ValueError:
-        raise IdentityError(f"{path} does not open with this passphrase; set the right FLEET_CA_PASSPHRASE") from None
+        raise IdentityError(
+            f"{path} does not open with this passphrase; set the right FLEET_CA_PASSPHRASE"
+        ) from None

@@ -12,7 +12,14 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fleet.errors import IdentityError
-from fleet.identity.identity import CA_FILE, CERT_FILE, IDENTITY_FILE, KEY_FILE, Identity, IdentityConfig
+from fleet.identity.identity import (
+    CA_FILE,
+    CERT_FILE,
+    IDENTITY_FILE,
+    KEY_FILE,
+    Identity,
+    IdentityConfig,
+)
 from fleet.registry.results import IssuedCertificate
 from fleet.utils.atomic_files import write_file
 
@@ -50,9 +57,15 @@ def write_identity(certificate: Certificate, out: Path, config: IdentityConfig) 
     """
     certificate.write(out)
     try:
-        write_file(out / IDENTITY_FILE, msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n", mode=0o644)
+        write_file(
+            out / IDENTITY_FILE,
+            msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n",
+            mode=0o644,
+        )
     except OSError as error:
-        raise IdentityError(f"cannot write {out / IDENTITY_FILE}: {error.strerror}; choose another folder") from None
+        raise IdentityError(
+            f"cannot write {out / IDENTITY_FILE}: {error.strerror}; choose another folder"
+        ) from None
     return Identity(out, config)
 
 
@@ -72,5 +85,7 @@ def issued_certificate(certificate: x509.Certificate) -> IssuedCertificate:
 
 def hash_key(key: ec.EllipticCurvePublicKey) -> str:
     """SHA-256 of the key's SPKI (RFC 5280 section 4.1.2.7), in hex."""
-    spki = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    spki = key.public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
     return hashlib.sha256(spki).hexdigest()

@@ -38,7 +38,10 @@ class Signer(Protocol):
 
 
 def sign_crl(
-    issuer: x509.Certificate, private_key: ec.EllipticCurvePrivateKey, revoked: Iterable[Revoked], days: int
+    issuer: x509.Certificate,
+    private_key: ec.EllipticCurvePrivateKey,
+    revoked: Iterable[Revoked],
+    days: int,
 ) -> bytes:
     """The list of `revoked` as PEM, signed by `issuer`, with `days` to live."""
     now = datetime.now(UTC)
@@ -49,7 +52,10 @@ def sign_crl(
         .last_update(now - BACKDATED)
         .next_update(now + timedelta(days=days))
         .add_extension(x509.CRLNumber(time.time_ns() // 1_000_000), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_id), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_id),
+            critical=False,
+        )
     )
     for certificate in revoked:
         builder = builder.add_revoked_certificate(_entry(certificate, now))
@@ -64,7 +70,9 @@ def _entry(certificate: Revoked, now: datetime) -> x509.RevokedCertificate:
         .revocation_date(now if at is None else datetime.fromtimestamp(at, UTC))
     )
     if at is None:
-        builder = builder.add_extension(x509.CRLReason(x509.ReasonFlags.certificate_hold), critical=False)
+        builder = builder.add_extension(
+            x509.CRLReason(x509.ReasonFlags.certificate_hold), critical=False
+        )
     return builder.build()
 
 
@@ -124,4 +132,6 @@ def replace_file(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
-        raise IdentityError(f"cannot write {path}: {error.strerror}; choose another folder") from None
+        raise IdentityError(
+            f"cannot write {path}: {error.strerror}; choose another folder"
+        ) from None

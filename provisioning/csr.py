@@ -31,15 +31,26 @@ class SigningRequest:
         try:
             request = x509.load_pem_x509_csr(pem.encode())
             key = request.public_key()
-            names = [str(each.value) for each in request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+            names = [
+                str(each.value)
+                for each in request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+            ]
         except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature) as error:
             raise CsrError(f"expected a certificate signing request in PEM: {error}") from None
-        if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-            raise CsrError(f"expected a signing request for a P-256 key, got {_kind(key)}; make a key of that kind")
+        if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(
+            key.curve, ec.SECP256R1
+        ):
+            raise CsrError(
+                f"expected a signing request for a P-256 key, got {_kind(key)}; make a key of that kind"
+            )
         if not _is_signed(request):
-            raise CsrError("the signing request was not signed with its own key, or was altered; make it again")
+            raise CsrError(
+                "the signing request was not signed with its own key, or was altered; make it again"
+            )
         if len(names) > 1:
-            raise CsrError(f"expected a signing request with one common name at most, got {len(names)}")
+            raise CsrError(
+                f"expected a signing request with one common name at most, got {len(names)}"
+            )
         return cls(key, hash_key(key), names[0] if names else None)
 
 

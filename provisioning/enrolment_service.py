@@ -24,7 +24,7 @@ FindBundle = Callable[[str], Path | None]
 SERVING = Role.DEVICE, Role.WORKER
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EnrolmentService:
     """Blocks on the registry and on the disk; any thread may call.
 
@@ -50,7 +50,9 @@ class EnrolmentService:
         claim = Claim(request.id, request.secret, asked.key_hash, asked.name)
         joined = self.registry.join(claim, self._signing(asked), actor=peer)
         role = Role(joined.role)
-        config = self.registry.desired_configs([joined.name]).get(joined.name, DesiredConfig(0, Settings()))
+        config = self.registry.desired_configs([joined.name]).get(
+            joined.name, DesiredConfig(0, Settings())
+        )
         return JoinReply(
             name=joined.name,
             role=role,
@@ -72,7 +74,9 @@ class EnrolmentService:
             CredentialsError, StateError, TokenNameError, CsrError, RegistryError: as `Registry.renew`.
         """
         asked = SigningRequest.parse(request.csr)
-        renewed = self.registry.renew(_shown(fingerprint), asked.key_hash, self._signing(asked), csr_name=asked.name)
+        renewed = self.registry.renew(
+            _shown(fingerprint), asked.key_hash, self._signing(asked), csr_name=asked.name
+        )
         return RenewReply(renewed.pem)
 
     def bundle_file(self, bundle_id: str, name: str, fingerprint: str | None) -> Path:
@@ -85,13 +89,21 @@ class EnrolmentService:
         """
         who, role = self.registry.role_of(_shown(fingerprint))
         if role not in SERVING:
-            raise AccessError(f"{who!r} is an identity of the role {role}: expected a device or a worker")
+            raise AccessError(
+                f"{who!r} is an identity of the role {role}: expected a device or a worker"
+            )
         folder = self.find_bundle(bundle_id) if NAME.fullmatch(bundle_id) else None
         if folder is None:
             raise BundleError(f"no bundle {bundle_id[:80]!r} here; see 'fleet bundle list'")
-        names = {MANIFEST_FILE, SIGNATURE_FILE, *(entry.path for entry in read_manifest(folder).files)}
+        names = {
+            MANIFEST_FILE,
+            SIGNATURE_FILE,
+            *(entry.path for entry in read_manifest(folder).files),
+        }
         if name not in names or not (folder / name).is_file():
-            raise BundleError(f"bundle {bundle_id} has no file {name[:80]!r}; its manifest names those that it has")
+            raise BundleError(
+                f"bundle {bundle_id} has no file {name[:80]!r}; its manifest names those that it has"
+            )
         return folder / name
 
     def _signing(self, asked: SigningRequest) -> Callable[[str, Role], IssuedCertificate]:
@@ -100,5 +112,7 @@ class EnrolmentService:
 
 def _shown(fingerprint: str | None) -> str:
     if fingerprint is None:
-        raise CredentialsError("expected a client certificate of this fleet, got none; join with 'edge-agent join'")
+        raise CredentialsError(
+            "expected a client certificate of this fleet, got none; join with 'edge-agent join'"
+        )
     return fingerprint

@@ -9,7 +9,7 @@ from fleet.identity.identity import IdentityConfig
 from fleet.protocol.access import Role
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FleetAddress:
     """The broker's `host` and `port`, and the base URL of the service as `server`, where there is one.
 
@@ -25,8 +25,20 @@ class FleetAddress:
 
     def identity_config(self, name: str, role: Role) -> IdentityConfig:
         """What `identity.json` says of one identity: only devices and workers serve a bundle."""
-        bundle = str(self.bundle.resolve()) if self.bundle and role in (Role.DEVICE, Role.WORKER) else None
-        return IdentityConfig(name, role, self.host, self.port, bundle, self.shared_subscriptions, self.server)
+        bundle = (
+            str(self.bundle.resolve())
+            if self.bundle and role in (Role.DEVICE, Role.WORKER)
+            else None
+        )
+        return IdentityConfig(
+            name=name,
+            role=role,
+            host=self.host,
+            port=self.port,
+            bundle=bundle,
+            shared_subscriptions=self.shared_subscriptions,
+            server=self.server,
+        )
 
 
 def base_url(host: str, port: int) -> str:

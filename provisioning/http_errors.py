@@ -55,7 +55,13 @@ def status_of(error: FleetError) -> int:
 def problem(error: FleetError, retry_after_s: float | None = None) -> web.Response:
     """The reply to a request that failed. What the registry says of itself stays in here."""
     status = status_of(error)
-    message = str(error) if status < 500 else UNAVAILABLE if status == 503 else "the server failed; see its log"
+    message = (
+        str(error)
+        if status < 500
+        else UNAVAILABLE
+        if status == 503
+        else "the server failed; see its log"
+    )
     headers = {} if retry_after_s is None else {"Retry-After": str(math.ceil(retry_after_s))}
     return _reply(status, error.code, message, headers)
 
@@ -65,7 +71,12 @@ def http_problem(error: web.HTTPException) -> web.Response:
     if error.status == 413:
         return problem(OversizedError(error.text or "the body is too large"))
     headers = {name: value for name, value in error.headers.items() if name == "Allow"}
-    return _reply(error.status, ProtocolError.code, f"{error.status} {error.reason}; see docs/protocol.md", headers)
+    return _reply(
+        error.status,
+        ProtocolError.code,
+        f"{error.status} {error.reason}; see docs/protocol.md",
+        headers,
+    )
 
 
 def _reply(status: int, code: str, message: str, headers: Mapping[str, str]) -> web.Response:

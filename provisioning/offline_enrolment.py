@@ -47,8 +47,10 @@ def enroll(
         IdentityError: the name is taken, a target is not enrolled, or `out` holds another identity or cannot
             be written.
     """
-    enrolment = Enrolment(name, role, group, dict(tags or {}), tuple(targets))
-    site = FleetAddress(host, port, server, bundle)
+    enrolment = Enrolment(
+        name=name, role=role, group=group, tags=dict(tags or {}), targets=tuple(targets)
+    )
+    site = FleetAddress(host=host, port=port, server=server, bundle=bundle)
     (identity,) = enroll_all(registry, authority, {out: enrolment}, site, force=force)
     return identity
 
@@ -67,11 +69,15 @@ def enroll_all(
         FleetError: as `enroll`.
     """
     check_all(list(enrolments.values()))
-    certificates = {out: authority.certify(each.name, each.role) for out, each in enrolments.items()}
+    certificates = {
+        out: authority.certify(each.name, each.role) for out, each in enrolments.items()
+    }
     if not force:
         for out in enrolments:
             _check_free(out)
-    registry.add_certified([(enrolments[out], made.issued) for out, made in certificates.items()], replace=force)
+    registry.add_certified(
+        [(enrolments[out], made.issued) for out, made in certificates.items()], replace=force
+    )
     return [
         write_identity(certificates[out], out, site.identity_config(each.name, each.role))
         for out, each in enrolments.items()
@@ -85,4 +91,6 @@ def _check_free(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
-        raise IdentityError(f"cannot make the folder {out}: {error.strerror}; name another with --out") from None
+        raise IdentityError(
+            f"cannot make the folder {out}: {error.strerror}; name another with --out"
+        ) from None

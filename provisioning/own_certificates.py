@@ -20,7 +20,8 @@ from provisioning.authority import CertificateAuthority
 def is_due(folder: Path, now: float | None = None) -> bool:
     """Whether two thirds of the life of the certificate in `folder` are over. Raises IdentityError."""
     certificate = _read(folder)
-    begin, end = certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
+    begin = certificate.not_valid_before_utc.timestamp()
+    end = certificate.not_valid_after_utc.timestamp()
     return renewal_in_s(begin, end, time.time() if now is None else now) == 0
 
 
@@ -31,7 +32,8 @@ def renew_own(registry: Registry, authority: CertificateAuthority, identity: Ide
         StateError: the identity is not active.
         IdentityError: the files cannot be read or written.
     """
-    config, old = identity.config, _read(identity.folder)
+    config = identity.config
+    old = _read(identity.folder)
     made = authority.certify(config.name, config.role)
 
     def issue(name: str, role: Role) -> IssuedCertificate:
@@ -42,7 +44,9 @@ def renew_own(registry: Registry, authority: CertificateAuthority, identity: Ide
     try:
         replace_pair(identity.folder, made.issued.pem.encode(), made.private_key)
     except OSError as error:
-        raise IdentityError(f"cannot write into {identity.folder}: {error.strerror}; make room") from None
+        raise IdentityError(
+            f"cannot write into {identity.folder}: {error.strerror}; make room"
+        ) from None
 
 
 def _read(folder: Path) -> x509.Certificate:
@@ -50,4 +54,6 @@ def _read(folder: Path) -> x509.Certificate:
         finish_renewal(folder)
         return x509.load_pem_x509_certificate((folder / CERT_FILE).read_bytes())
     except (OSError, ValueError) as error:
-        raise IdentityError(f"the certificate in {folder} does not load: {error}; restore it") from None
+        raise IdentityError(
+            f"the certificate in {folder} does not load: {error}; restore it"
+        ) from None

@@ -16,11 +16,15 @@ class RateLimit:
     It knows `MAX_PEERS` at most; whoever has been quiet for longest is forgotten first.
     """
 
-    def __init__(self, per_minute: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, per_minute: float, burst: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._per_s = per_minute / 60
         self._burst = burst
         self._clock = clock
-        self._buckets: dict[str, tuple[float, float]] = {}  # what is left, and when that was, oldest first
+        self._buckets: dict[
+            str, tuple[float, float]
+        ] = {}  # what is left, and when that was, oldest first
 
     def wait_s(self, peer: str) -> float:
         """0 when `peer` may ask now, which is counted; else after how many seconds it may."""

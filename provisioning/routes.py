@@ -43,7 +43,9 @@ log = logging.getLogger(__name__)
 class Routes:
     """Handlers of one application; everything that blocks runs in a thread."""
 
-    def __init__(self, office: EnrolmentService, joins: RateLimit, renewals: RateLimit, body_s: float) -> None:
+    def __init__(
+        self, office: EnrolmentService, joins: RateLimit, renewals: RateLimit, body_s: float
+    ) -> None:
         """`body_s` is how long a body may take to arrive."""
         self._office = office
         self._body_s = body_s
@@ -71,14 +73,22 @@ class Routes:
 
     async def _join(self, request: web.Request) -> web.Response:
         peer = peer_address(request)
-        return await self._answer(request, self._joins, JoinRequest, lambda body: self._office.join(body, peer))
+        return await self._answer(
+            request, self._joins, JoinRequest, lambda body: self._office.join(body, peer)
+        )
 
     async def _renew(self, request: web.Request) -> web.Response:
         shown = client_fingerprint(request)
-        return await self._answer(request, self._renewals, RenewRequest, lambda body: self._office.renew(body, shown))
+        return await self._answer(
+            request, self._renewals, RenewRequest, lambda body: self._office.renew(body, shown)
+        )
 
     async def _answer(
-        self, request: web.Request, limit: RateLimit, kind: type[T], work: Callable[[T], msgspec.Struct]
+        self,
+        request: web.Request,
+        limit: RateLimit,
+        kind: type[T],
+        work: Callable[[T], msgspec.Struct],
     ) -> web.Response:
         """What succeeds does not count: a hundred devices behind one address may join, and nobody may guess."""
         peer = peer_of(peer_address(request))
@@ -89,8 +99,11 @@ class Routes:
         return web.Response(body=msgspec.json.encode(reply), content_type="application/json")
 
     async def _bundle_file(self, request: web.Request) -> web.StreamResponse:
-        bundle_id, name = request.match_info["bundle_id"], request.match_info["name"]
-        path = await in_thread(self._office.bundle_file, bundle_id, name, client_fingerprint(request))
+        bundle_id = request.match_info["bundle_id"]
+        name = request.match_info["name"]
+        path = await in_thread(
+            self._office.bundle_file, bundle_id, name, client_fingerprint(request)
+        )
         return TimedFile(path)
 
 
@@ -102,7 +115,9 @@ class TimedFile(web.FileResponse):
             async with asyncio.timeout(DOWNLOAD_S):
                 return await super().prepare(request)
         except TimeoutError:
-            log.warning("%s did not take %s within %g s", peer_address(request), request.path, DOWNLOAD_S)
+            log.warning(
+                "%s did not take %s within %g s", peer_address(request), request.path, DOWNLOAD_S
+            )
             if request.transport:
                 request.transport.abort()
             raise ConnectionResetError from None
@@ -119,7 +134,13 @@ async def answer_problems(request: web.Request, handler: Handler) -> web.StreamR
         if status_of(error) >= 500:
             log.warning("%s %s failed: %s", request.method, request.path, error)
         else:
-            log.info("%s %s of %s is refused: %s", request.method, request.path, peer_address(request), error)
+            log.info(
+                "%s %s of %s is refused: %s",
+                request.method,
+                request.path,
+                peer_address(request),
+                error,
+            )
         return problem(error)
     except Exception:  # the outermost boundary of a request
         log.exception("%s %s failed", request.method, request.path)
@@ -129,7 +150,9 @@ async def answer_problems(request: web.Request, handler: Handler) -> web.StreamR
 async def read_body(request: web.Request, kind: type[T], timeout_s: float) -> T:
     """Raises OversizedError, DecodeError, or HTTPRequestTimeout when the body does not come in time."""
     if (request.content_length or 0) > MAX_BODY_BYTES:
-        raise OversizedError(f"expected a body of at most {MAX_BODY_BYTES} bytes, got {request.content_length}")
+        raise OversizedError(
+            f"expected a body of at most {MAX_BODY_BYTES} bytes, got {request.content_length}"
+        )
     try:
         async with asyncio.timeout(timeout_s):
             data = await request.read()
@@ -144,7 +167,9 @@ async def in_thread(work: Callable[..., T], *arguments: object) -> T:
         async with asyncio.timeout(ANSWER_S):
             return await asyncio.to_thread(work, *arguments)
     except TimeoutError:
-        raise RegistryError(f"expected an answer of the registry within {ANSWER_S:g} s, got none") from None
+        raise RegistryError(
+            f"expected an answer of the registry within {ANSWER_S:g} s, got none"
+        ) from None
 
 
 def client_fingerprint(request: web.Request) -> str | None:
@@ -161,4 +186,7 @@ def peer_address(request: web.BaseRequest) -> str:
 
 def too_many(wait_s: float) -> web.Response:
     """429, with the time to wait."""
-    return problem(BusyError(f"too many requests from this address; ask again in {math.ceil(wait_s)} s"), wait_s)
+    return problem(
+        BusyError(f"too many requests from this address; ask again in {math.ceil(wait_s)} s"),
+        wait_s,
+    )

@@ -60,7 +60,10 @@ class EnrolmentServer(TlsServer):
 
     async def _serve(self, listener: socket.socket, context: ssl.SSLContext) -> None:
         runner = web.AppRunner(
-            self._routes.application(), access_log=None, keepalive_timeout=self._idle_s, shutdown_timeout=STOP_S / 2
+            self._routes.application(),
+            access_log=None,
+            keepalive_timeout=self._idle_s,
+            shutdown_timeout=STOP_S / 2,
         )
         await runner.setup()
         assert runner.server

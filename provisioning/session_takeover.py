@@ -26,7 +26,7 @@ class SessionTakeover:
 
     def __init__(self, authority: CertificateAuthority, host: str, port: int) -> None:
         self._authority = authority
-        self._site = FleetAddress(host, port)
+        self._site = FleetAddress(host=host, port=port)
         self._spent: list[tuple[str, IssuedCertificate]] = []
 
     def evict(self, name: str) -> None:
@@ -39,10 +39,15 @@ class SessionTakeover:
         made = self._authority.certify(name, Role.DEVICE, LIFE)
         self._spent.append((name, made.issued))
         with tempfile.TemporaryDirectory(prefix="fleet-eviction-") as folder:  # mode 0700
-            identity = write_identity(made, Path(folder), self._site.identity_config(name, Role.DEVICE))
+            identity = write_identity(
+                made, Path(folder), self._site.identity_config(name, Role.DEVICE)
+            )
             MqttTransport.connect(identity, timeout_s=CONNECT_S).close()
 
     def spent(self, now: float) -> list[RevokedCertificate]:
         """The certificates of earlier evictions that have not ended yet: they belong on the revocation list."""
         self._spent = [(name, issued) for name, issued in self._spent if issued.not_after > now]
-        return [RevokedCertificate(issued.serial, name, issued.not_before) for name, issued in self._spent]
+        return [
+            RevokedCertificate(issued.serial, name, issued.not_before)
+            for name, issued in self._spent
+        ]

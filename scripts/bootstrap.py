@@ -23,20 +23,39 @@ def run(what, *command):
 def main():
     if sys.version_info < (3, 11):
         sys.exit(
-            "expected Python 3.11 or later, got %d.%d; name one: make PYTHON=python3.11 ..." % sys.version_info[:2]
+            "expected Python 3.11 or later, got %d.%d; name one: make PYTHON=python3.11 ..."
+            % sys.version_info[:2]
         )
     python = VENV / "bin" / "python"
     if not python.exists():
         run(
-            "making .venv (needs Python's venv, on Debian the package python3-venv)", sys.executable, "-m", "venv", VENV
+            "making .venv (needs Python's venv, on Debian the package python3-venv)",
+            sys.executable,
+            "-m",
+            "venv",
+            VENV,
         )
     # An older pip takes minutes longer to find versions that fit together.
-    run("bringing .venv's pip up to date", python, "-m", "pip", "install", "--quiet", "--upgrade", "pip")
+    run(
+        "bringing .venv's pip up to date",
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--upgrade",
+        "pip",
+    )
     install = [python, "-m", "pip", "install", "--disable-pip-version-check"]
     if not sys.stdout.isatty():
         install.append("--quiet")
     run("installing " + TORCH + ", the largest part", *install, TORCH)
-    run("installing the fleet, its models' tools and its tests", *install, "--editable", ".[" + EXTRAS + "]")
+    run(
+        "installing the fleet, its models' tools and its tests",
+        *install,
+        "--editable",
+        ".[" + EXTRAS + "]",
+    )
     (VENV / ".installed").touch()
 
 

@@ -82,7 +82,9 @@ class Amqtt:
     """The embedded broker, asking `lookup` for rights."""
 
     def __init__(self, port: int, tls: ServerTls, lookup: Lookup) -> None:
-        self._port, self._tls, self._lookup = port, tls, lookup
+        self._port = port
+        self._tls = tls
+        self._lookup = lookup
         self._broker: EmbeddedBroker | None = None
 
     def start(self) -> None:
@@ -129,12 +131,19 @@ class Site:
         self.broker: RunningBroker = (
             Amqtt(self.port, self.tls, self.lookup)
             if kind == "amqtt"
-            else Mosquitto(self.port, write_config(folder / "mosquitto", self.port, self.tls, self.known.values()))
+            else Mosquitto(
+                self.port,
+                write_config(folder / "mosquitto", self.port, self.tls, self.known.values()),
+            )
         )
 
     def lookup(self, name: str, fingerprint: str) -> Grants | None:
         """As the registry: who is enrolled, with a certificate that was made here."""
-        return self.known.get(name) if name in self._open or fingerprint in self._issued[name] else None
+        return (
+            self.known.get(name)
+            if name in self._open or fingerprint in self._issued[name]
+            else None
+        )
 
     def identity(self, name: str, authority: CertificateAuthority | None = None) -> Identity:
         """A certificate for `name`, enrolled or not, of this fleet's authority or another."""
@@ -187,7 +196,9 @@ def find_mosquitto(program: str) -> str:
     """Path of mosquitto or one of its clients; skips the test without it, or fails where it must be there."""
     path = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
     if path is None:
-        reason = f"{program} is not installed; on Debian: apt-get install mosquitto mosquitto-clients"
+        reason = (
+            f"{program} is not installed; on Debian: apt-get install mosquitto mosquitto-clients"
+        )
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)

@@ -23,7 +23,9 @@ MakeTinyBundle = Callable[..., Bundle]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How long the test of exact answers under faults is."""
-    parser.addoption("--answers", type=int, default=5, help="prompts of the default model that are asked")
+    parser.addoption(
+        "--answers", type=int, default=5, help="prompts of the default model that are asked"
+    )
     parser.addoption("--answer-tokens", type=int, default=48, help="tokens of each answer, at most")
 
 
@@ -36,7 +38,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_heads(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """File of random heads for the tiny model's exits 1, 2 and 3."""
-    return make_tiny_heads(tmp_path_factory.mktemp("heads") / "tiny.heads.safetensors", tiny_checkpoint)
+    return make_tiny_heads(
+        tmp_path_factory.mktemp("heads") / "tiny.heads.safetensors", tiny_checkpoint
+    )
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +58,11 @@ def make_tiny_bundle(
         kind: HeadKind = "linear",
     ) -> Bundle:
         out = tmp_path_factory.mktemp("bundle") / "tiny"
-        heads = tiny_heads if kind == "linear" else make_tiny_heads(out.with_name("heads"), tiny_checkpoint, kind=kind)
+        heads = (
+            tiny_heads
+            if kind == "linear"
+            else make_tiny_heads(out.with_name("heads"), tiny_checkpoint, kind=kind)
+        )
         export_bundle(
             ExportConfig(
                 out=out,

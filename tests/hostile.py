@@ -48,7 +48,8 @@ class Mischief(Generic[T]):
         """What arrives now, in this order."""
         with self._lock:
             self._past.append(message)
-            fate, odds = self._random.random(), self._odds
+            fate = self._random.random()
+            odds = self._odds
             arriving = [message]
             for probability, other in (
                 (odds.lost, []),
@@ -75,7 +76,9 @@ class HostileLink(InMemoryTransport):
     QoS 1 loses nothing, but it repeats. `said` is what the device has said within sessions.
     """
 
-    def __init__(self, broker: InMemoryBroker, name: str, will: Will | None, seed: int, odds: Odds) -> None:
+    def __init__(
+        self, broker: InMemoryBroker, name: str, will: Will | None, seed: int, odds: Odds
+    ) -> None:
         self.said: list[Said] = []
         self.up: Mischief[Said] = Mischief(seed, odds)
         self.down: Mischief[Said] = Mischief(seed + 1, odds)
@@ -92,7 +95,8 @@ class HostileLink(InMemoryTransport):
     def forge(self, after: int, make: Callable[[Sequence[Said]], Iterable[Said]]) -> None:
         """Sends what ``make(said)`` gives, in the device's name, when it has said `after` things from now on."""
         self.said.clear()
-        self._num_before, self._forge = after, make
+        self._num_before = after
+        self._forge = make
 
     def publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> None:
         mischief = self._certain if qos else self.up

@@ -78,4 +78,8 @@ class Mutator:
 
     def _nest(self, payload: bytes) -> bytes:
         at = self._place(payload)
-        return payload[:at] + self._random.choice(OPENERS) * self._random.randint(1, MAX_DEPTH) + payload[at:]
+        return (
+            payload[:at]
+            + self._random.choice(OPENERS) * self._random.randint(1, MAX_DEPTH)
+            + payload[at:]
+        )

@@ -19,7 +19,13 @@ from fleet.bundles.manifest import Bundle
 from fleet.errors import DecodeError, FleetError, PromptError, ProtocolError, TokenError
 from fleet.protocol import topics
 from fleet.protocol.access import Role
-from fleet.protocol.codec import decode_to_device, decode_to_worker, encode, pack_chunk, unpack_chunk
+from fleet.protocol.codec import (
+    decode_to_device,
+    decode_to_worker,
+    encode,
+    pack_chunk,
+    unpack_chunk,
+)
 from fleet.protocol.desired_config import DesiredConfig, Settings, decode_desired, encode_desired
 from fleet.protocol.enrolment_api import (
     EnrolmentToken,
@@ -102,16 +108,24 @@ SESSION: Final[list[Reader]] = [
     (lambda payload: _session(payload, decode_to_worker), ProtocolError),
     (lambda payload: _session(payload, decode_to_device), ProtocolError),
 ]
-SESSION_KINDS: Final = frozenset(kind.__name__.lower() for kind in (*ToWorker.__args__, *ToDevice.__args__))
+SESSION_KINDS: Final = frozenset(
+    kind.__name__.lower() for kind in (*ToWorker.__args__, *ToDevice.__args__)
+)
 READERS: Final[dict[str, list[Reader]]] = dict.fromkeys(SESSION_KINDS, SESSION) | {
     "prompt": [(lambda payload: msgspec.json.encode(parse_prompt(payload)), PromptError)],
     "reply": [(lambda payload: msgspec.json.encode(decode_reply(payload)), PromptError)],
-    "device status": [(lambda payload: encode_status(decode_status(payload, DeviceStatus)), ProtocolError)],
-    "worker status": [(lambda payload: encode_status(decode_status(payload, WorkerStatus)), ProtocolError)],
+    "device status": [
+        (lambda payload: encode_status(decode_status(payload, DeviceStatus)), ProtocolError)
+    ],
+    "worker status": [
+        (lambda payload: encode_status(decode_status(payload, WorkerStatus)), ProtocolError)
+    ],
     "stats": [(_report, ProtocolError)],
     "reported": [(lambda payload: encode_receipt(decode_receipt(payload)), ProtocolError)],
     "config": [(lambda payload: encode_desired(decode_desired(payload)), ProtocolError)],
-    "enrolment token": [(lambda payload: str(EnrolmentToken.parse(payload.decode(errors="replace"))), TokenError)],
+    "enrolment token": [
+        (lambda payload: str(EnrolmentToken.parse(payload.decode(errors="replace"))), TokenError)
+    ],
     "join request": [_body(JoinRequest)],
     "join reply": [_body(JoinReply)],
     "renew request": [_body(RenewRequest)],
@@ -142,28 +156,63 @@ def record(bundle: Bundle) -> list[Recorded]:
 
 
 def _requests() -> tuple[PromptRequest, ...]:
-    chat = ChatMessage("system", "Be brief."), ChatMessage("user", "What are rivers, \u00e4hm \u2603 \U0001f30a?")
+    chat = (
+        ChatMessage("system", "Be brief."),
+        ChatMessage("user", "What are rivers, \u00e4hm \u2603 \U0001f30a?"),
+    )
     return (
         PromptRequest(prompt="How warm is it?", threshold=1.0, max_new_tokens=8),
-        PromptRequest(messages=chat, mode=Mode.VERIFIED, threshold=0.05, max_new_tokens=16, temperature=0.7, seed=3),
-        PromptRequest(prompt="0123456789", mode=Mode.AUTO, target_tpot_ms=0.01, min_agreement=0.5, max_new_tokens=16),
+        PromptRequest(
+            messages=chat,
+            mode=Mode.VERIFIED,
+            threshold=0.05,
+            max_new_tokens=16,
+            temperature=0.7,
+            seed=3,
+        ),
+        PromptRequest(
+            prompt="0123456789",
+            mode=Mode.AUTO,
+            target_tpot_ms=0.01,
+            min_agreement=0.5,
+            max_new_tokens=16,
+        ),
         PromptRequest(prompt="It has two exits.", thresholds=(0.5,) * 9),  # the reply is an error
     )
 
 
 def _talk_by_hand(fleet: MemoryFleet, bundle_id: str) -> None:
     """What a device says that provokes a worker to say the rest."""
-    session, rows = "s1", np.random.default_rng(0).standard_normal((4, HIDDEN_SIZE)).astype(np.float16)
+    session = "s1"
+    rows = np.random.default_rng(0).standard_normal((4, HIDDEN_SIZE)).astype(np.float16)
     answers: SimpleQueue[bytes] = SimpleQueue()
-    fleet.watcher.subscribe(topics.to_device(BY_HAND, session), lambda _, payload: answers.put(payload))
-    opening = Open(session, 1, bundle_id, PROTOCOL, Sampling(), 64, 1000)
+    fleet.watcher.subscribe(
+        topics.to_device(BY_HAND, session), lambda _, payload: answers.put(payload)
+    )
+    opening = Open(
+        session=session,
+        epoch=1,
+        bundle_id=bundle_id,
+        protocol=PROTOCOL,
+        sampling=Sampling(),
+        max_positions=64,
+        deadline_ms=1000,
+    )
     fleet.watcher.publish(topics.open_session(BY_HAND), encode(opening))
     answers.get(timeout=WAIT_S)
     for messages in (
-        (Context(session, pack_chunk(0, 0, rows, INT8)), Context(session, pack_chunk(0, 0, rows))),  # twice: received
+        (
+            Context(session, pack_chunk(0, 0, rows, INT8)),
+            Context(session, pack_chunk(0, 0, rows)),
+        ),  # twice: received
         (Context(session, pack_chunk(0, 9, rows)),),  # some are missing: gap
-        (Assist(session, 0, 3, 1000),),  # our devices draft: token
-        (Close(session), Assist(session, 1, 3, 1000)),  # of no session: refused
+        (
+            Assist(session=session, request=0, position=3, deadline_ms=1000),
+        ),  # our devices draft: token
+        (
+            Close(session),
+            Assist(session=session, request=1, position=3, deadline_ms=1000),
+        ),  # of no session: refused
     ):
         for message in messages:
             fleet.watcher.publish(topics.to_worker(WORKER, BY_HAND, session), encode(message))
@@ -184,11 +233,26 @@ def _joining() -> dict[str, bytes]:
     """A signing request stands for certificates, too, which are PEM as it is."""
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, DEVICE)])
     request = x509.CertificateSigningRequestBuilder().subject_name(name)
-    pem = request.sign(ec.generate_private_key(ec.SECP256R1()), SHA256()).public_bytes(Encoding.PEM).decode()
+    pem = (
+        request.sign(ec.generate_private_key(ec.SECP256R1()), SHA256())
+        .public_bytes(Encoding.PEM)
+        .decode()
+    )
     token = EnrolmentToken("5e" * 32, "0123456789abcdef", "c0" * 32)
-    config = DesiredConfig(7, Settings(mode=Mode.AUTO, thresholds=(0.5, 1.0), target_tpot_ms=40.0, bundle="b1"))
+    config = DesiredConfig(
+        7, Settings(mode=Mode.AUTO, thresholds=(0.5, 1.0), target_tpot_ms=40.0, bundle="b1")
+    )
     reply = JoinReply(
-        DEVICE, Role.DEVICE, pem, pem, "fleet.example", 8883, "https://fleet.example:8443", topics.PREFIX, config, "b1"
+        name=DEVICE,
+        role=Role.DEVICE,
+        certificate=pem,
+        ca=pem,
+        host="fleet.example",
+        port=8883,
+        server="https://fleet.example:8443",
+        topic_prefix=topics.PREFIX,
+        config=config,
+        bundle_id="b1",
     )
     bodies = {
         "join request": JoinRequest(token.id, token.secret, pem),

@@ -27,18 +27,24 @@ from tests.brokers import FLEET, HOST, Amqtt, Mosquitto, RunningBroker, free_por
 class RegisteredSite:
     """An authority, a registry with `fleet` in it, and a broker of either kind that asks it, or is kept equal to it."""
 
-    def __init__(self, kind: str, folder: Path, fleet: tuple[Grants, ...], stack: ExitStack) -> None:
+    def __init__(
+        self, kind: str, folder: Path, fleet: tuple[Grants, ...], stack: ExitStack
+    ) -> None:
         self.folder = folder
         self.port = free_port()
         self.authority = CertificateAuthority.create(folder / "ca")
         self.registry = stack.enter_context(Registry.open(folder / "registry.sqlite", "tests"))
         self.identities: dict[str, Identity] = {}
         self._numbers = itertools.count()
-        for grants in sorted(fleet, key=lambda grants: grants.role is Role.APP):  # devices before who may prompt them
+        for grants in sorted(
+            fleet, key=lambda grants: grants.role is Role.APP
+        ):  # devices before who may prompt them
             self.enroll(grants.name, grants.role, grants.targets if grants.role is Role.APP else ())
         self.tls = self.authority.server_tls(folder / "server", HOST)
         self.watcher = ChangeWatcher(self.registry)
-        self.broker = self._start_amqtt() if kind == "amqtt" else self._start_mosquitto(folder / "mosquitto")
+        self.broker = (
+            self._start_amqtt() if kind == "amqtt" else self._start_mosquitto(folder / "mosquitto")
+        )
         stack.callback(self.broker.stop)
         stack.enter_context(self.watcher)
 
@@ -58,11 +64,21 @@ class RegisteredSite:
         self.watcher.add(keeper.sync, periodic=True)
         return broker
 
-    def enroll(self, name: str, role: Role = Role.DEVICE, targets: tuple[str, ...] = ()) -> Identity:
+    def enroll(
+        self, name: str, role: Role = Role.DEVICE, targets: tuple[str, ...] = ()
+    ) -> Identity:
         """A new certificate for `name`, which is active from then on; earlier ones are revoked."""
         out = self.folder / "identities" / f"{name}-{next(self._numbers)}"
         self.identities[name] = enroll(
-            self.registry, self.authority, name, role, out, host=HOST, port=self.port, targets=targets, force=True
+            self.registry,
+            self.authority,
+            name,
+            role,
+            out,
+            host=HOST,
+            port=self.port,
+            targets=targets,
+            force=True,
         )
         return self.identities[name]
 
@@ -72,7 +88,9 @@ class RegisteredSite:
 
 
 @contextmanager
-def registered_site(kind: str, folder: Path, fleet: tuple[Grants, ...] = FLEET) -> Iterator[RegisteredSite]:
+def registered_site(
+    kind: str, folder: Path, fleet: tuple[Grants, ...] = FLEET
+) -> Iterator[RegisteredSite]:
     """A site whose broker runs; `kind` is amqtt or mosquitto."""
     with ExitStack() as stack:
         yield RegisteredSite(kind, folder, fleet, stack)

@@ -22,7 +22,10 @@ CHAT_TEMPLATE = (
 
 def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level tokenizer of `VOCAB_SIZE` ids: three special tokens, 256 bytes, and fillers that decode to text."""
-    vocab = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())))}
+    vocab = {
+        token: i
+        for i, token in enumerate((*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())))
+    }
     for i in range(len(vocab), VOCAB_SIZE):
         vocab[f"w{i}"] = i
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -43,12 +46,15 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
 def round_to_grid(weight: Tensor) -> None:
     """Rounds weight [n, k] to 16 steps from least to largest in each block of 32, as in llama.cpp's Q4_1 files."""
     blocks = weight.view(weight.shape[0], -1, 32)
-    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+    low = blocks.amin(-1, keepdim=True)
+    high = blocks.amax(-1, keepdim=True)
     step = (high - low) / 15
     blocks.copy_(low + step * ((blocks - low) / step).round())
 
 
-def make_tiny_checkpoint(folder: Path, seed: int = 0, model_type: str = "llama", **overrides: Any) -> Path:
+def make_tiny_checkpoint(
+    folder: Path, seed: int = 0, model_type: str = "llama", **overrides: Any
+) -> Path:
     """Random Hugging Face checkpoint in `folder`: 4 layers, hidden 64, 4 query and 2 key-value heads, 384 ids."""
     sizes = {
         "num_hidden_layers": 4,
@@ -82,7 +88,11 @@ def make_tiny_checkpoint(folder: Path, seed: int = 0, model_type: str = "llama",
 
 
 def make_tiny_heads(
-    path: Path, checkpoint: Path, exits: tuple[int, ...] = (1, 2, 3), kind: HeadKind = "linear", seed: int = 1
+    path: Path,
+    checkpoint: Path,
+    exits: tuple[int, ...] = (1, 2, 3),
+    kind: HeadKind = "linear",
+    seed: int = 1,
 ) -> Path:
     """Random exit heads for the model in `checkpoint`, near where training starts."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
@@ -92,6 +102,8 @@ def make_tiny_heads(
         heads[layer] = new_head(kind, model, layer)
         with torch.no_grad():
             for parameter in heads[layer].parameters():
-                parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else 0.02))
+                parameter.add_(
+                    torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else 0.02)
+                )
     save_heads(HeadsFile(heads, kind, fingerprint(model)), path)
     return path

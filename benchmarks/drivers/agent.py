@@ -47,10 +47,14 @@ class AgentDriver:
     ) -> dict[str, Any]:
         """A greedy one; `thresholds` are the bundle's by default. See `Answer`, and `counts` for the rest."""
         request = PromptRequest(
-            prompt=prompt, max_new_tokens=max_new_tokens, mode=Mode(mode), ignore_eos=True,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            mode=Mode(mode),
+            ignore_eos=True,
             thresholds=None if thresholds is None else tuple(thresholds),
-        )  # fmt: skip
-        before, usage = self._work(), None
+        )
+        before = self._work()
+        usage = None
         watch = Stopwatch()
         for reply in self._app.ask(request):
             if reply.token_id is not None and reply.source:
@@ -58,18 +62,24 @@ class AgentDriver:
             usage = reply.usage
         if usage is None:
             raise FleetError("the agent ended its answer without counts; it is of another version")
-        layer_positions, head_calls = (after - earlier for after, earlier in zip(self._work(), before, strict=True))
+        layer_positions, head_calls = (
+            after - earlier for after, earlier in zip(self._work(), before, strict=True)
+        )
         answer = watch.answer(
-            usage.prompt_tokens, round_trips=usage.round_trips, layer_positions=layer_positions, head_calls=head_calls
+            usage.prompt_tokens,
+            round_trips=usage.round_trips,
+            layer_positions=layer_positions,
+            head_calls=head_calls,
         )
         return dict(msgspec.to_builtins(answer))
 
     def counts(self) -> dict[str, int]:
         """Messages so far, and since the last call the tokens that workers were asked to choose."""
         return {
-            "messages_up": self._app.messages_up, "messages_down": self._app.messages_down,
+            "messages_up": self._app.messages_up,
+            "messages_down": self._app.messages_down,
             "questioned": self._app.take_num_questioned(),
-        }  # fmt: skip
+        }
 
     def _work(self) -> tuple[int, int]:
         work = self._agent.work
@@ -78,16 +88,21 @@ class AgentDriver:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--identity", type=Path, required=True)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--upload", default="float16")
     arguments = parser.parse_args()
-    identity, bundle = Identity.load(arguments.identity), Bundle.load(arguments.bundle, ("edge", "tokenizer"))
+    identity = Identity.load(arguments.identity)
+    bundle = Bundle.load(arguments.bundle, ("edge", "tokenizer"))
     config = AgentConfig(
-        num_threads=1, max_positions=bundle.manifest.model.max_positions, upload_dtype=arguments.upload,
+        num_threads=1,
+        max_positions=bundle.manifest.model.max_positions,
+        upload_dtype=arguments.upload,
         assist_deadline_ms=ASSIST_DEADLINE_MS,
-    )  # fmt: skip
+    )
     will = Will(topics.device_status(identity.name), Agent.will())
     with MqttTransport.connect(identity, will=will) as link:
         app = LocalApp(link)

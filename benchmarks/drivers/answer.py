@@ -37,12 +37,22 @@ class Stopwatch:
         self.sources[source] += 1
 
     def answer(
-        self, prompt_tokens: int, *, round_trips: int = 0, layer_positions: int = 0, head_calls: int = 0
+        self,
+        prompt_tokens: int,
+        *,
+        round_trips: int = 0,
+        layer_positions: int = 0,
+        head_calls: int = 0,
     ) -> Answer:
         """The whole of it, which has ended now."""
         total_s = time.perf_counter() - self._began
         return Answer(
-            prompt_tokens=prompt_tokens, token_ids=tuple(self.token_ids), tokens_from=dict(self.sources),
-            ttft_ms=1e3 * self._first_s, total_ms=1e3 * total_s, round_trips=round_trips,
-            layer_positions=layer_positions, head_calls=head_calls,
-        )  # fmt: skip
+            prompt_tokens=prompt_tokens,
+            token_ids=tuple(self.token_ids),
+            tokens_from=dict(self.sources),
+            ttft_ms=1e3 * self._first_s,
+            total_ms=1e3 * total_s,
+            round_trips=round_trips,
+            layer_positions=layer_positions,
+            head_calls=head_calls,
+        )

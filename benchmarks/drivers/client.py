@@ -56,7 +56,9 @@ class Channel:
 
     def send(self, worker: str, session: str, message: ToCloud) -> None:
         self.messages_up += 1
-        self._transport.publish(topics.to_worker(worker, self._transport.name, session), encode(message))
+        self._transport.publish(
+            topics.to_worker(worker, self._transport.name, session), encode(message)
+        )
 
     def token(self, worker: str, session: str) -> int:
         """The session's next token.
@@ -122,7 +124,8 @@ class ClientDriver:
 
     def cloud_only(self, prompt: str, max_new_tokens: int, worker: str) -> dict[str, Any]:
         """The prompt's tokens go up, and the cloud streams."""
-        session, watch = self._channel.open(worker), Stopwatch()
+        session = self._channel.open(worker)
+        watch = Stopwatch()
         prompt_ids = self._encode(prompt)
         session.send(Prompt(tuple(prompt_ids), max_new_tokens))
         while len(watch.token_ids) < max_new_tokens:
@@ -136,10 +139,13 @@ class ClientDriver:
 
         With `history` those of all positions go up again each time.
         """
-        session, watch = self._channel.open(worker), Stopwatch()
+        session = self._channel.open(worker)
+        watch = Stopwatch()
         prompt_ids = self._encode(prompt)
         capacity = len(prompt_ids) + max_new_tokens
-        cascade, waiting, sent = Cascade(self._partition, capacity), prompt_ids, 0
+        cascade = Cascade(self._partition, capacity)
+        waiting = prompt_ids
+        sent = 0
         top = self._manifest.exits.index(self._manifest.upload_layer)
         while len(watch.token_ids) < max_new_tokens:
             cascade.append(waiting)
@@ -152,11 +158,18 @@ class ClientDriver:
             watch.add(session.token(), CLOUD)
             waiting = watch.token_ids[-1:]
         positions = cascade.num_tokens * self._manifest.upload_layer
-        return built(watch.answer(len(prompt_ids), round_trips=len(watch.token_ids), layer_positions=positions))
+        return built(
+            watch.answer(
+                len(prompt_ids), round_trips=len(watch.token_ids), layer_positions=positions
+            )
+        )
 
     def counts(self) -> dict[str, int]:
         """Messages so far."""
-        return {"messages_up": self._channel.messages_up, "messages_down": self._channel.messages_down}
+        return {
+            "messages_up": self._channel.messages_up,
+            "messages_down": self._channel.messages_down,
+        }
 
     def _encode(self, prompt: str) -> list[int]:
         return self._tokenizer.encode_chat([ChatMessage("user", prompt)])
@@ -168,10 +181,13 @@ def built(answer: Answer) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--identity", type=Path, required=True)
     parser.add_argument("--bundle", type=Path, required=True)
     arguments = parser.parse_args()
-    identity, bundle = Identity.load(arguments.identity), Bundle.load(arguments.bundle, ("edge", "tokenizer"))
+    identity = Identity.load(arguments.identity)
+    bundle = Bundle.load(arguments.bundle, ("edge", "tokenizer"))
     with MqttTransport.connect(identity) as link:
         serve_lines(lambda: ClientDriver(link, bundle))

@@ -17,7 +17,12 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.drivers.cloud_models import CloudModel, PeerCloudModel, UpperCloudModel, WholeCloudModel
+from benchmarks.drivers.cloud_models import (
+    CloudModel,
+    PeerCloudModel,
+    UpperCloudModel,
+    WholeCloudModel,
+)
 from benchmarks.drivers.protocol import serve_lines
 from benchmarks.drivers.wire import Failed, Said, ToClient, decode_to_cloud, encode
 from benchmarks.engines import Engine
@@ -42,9 +47,15 @@ class CloudDriver:
         self._model = model
         self._arrived: queue.Queue[tuple[str, bytes]] = queue.Queue()
         threading.Thread(target=self._serve, name="cloud", daemon=True).start()
-        transport.subscribe(f"{topics.PREFIX}/w/{transport.name}/+/+", lambda *message: self._arrived.put(message))
-        status = WorkerStatus(True, time.time_ns() // 1_000_000, (), __version__)
-        transport.publish(topics.worker_status(transport.name), encode_status(status), qos=1, retain=True)
+        transport.subscribe(
+            f"{topics.PREFIX}/w/{transport.name}/+/+", lambda *message: self._arrived.put(message)
+        )
+        status = WorkerStatus(
+            online=True, epoch=time.time_ns() // 1_000_000, bundle_ids=(), version=__version__
+        )
+        transport.publish(
+            topics.worker_status(transport.name), encode_status(status), qos=1, retain=True
+        )
 
     def counts(self) -> dict[str, int | None]:
         """So far; `pid` is of the process that computes, where it is another."""
@@ -70,7 +81,9 @@ class CloudDriver:
         self._transport.publish(topics.to_device(device, session), encode(message))
 
 
-def load(bundle: Bundle, embedding: Path | None, peer: list[str] | None, stack: ExitStack) -> tuple[CloudModel, str]:
+def load(
+    bundle: Bundle, embedding: Path | None, peer: list[str] | None, stack: ExitStack
+) -> tuple[CloudModel, str]:
     """The model that the command line names, and its version."""
     if peer:
         engine = stack.enter_context(Engine("peer", peer))
@@ -82,7 +95,9 @@ def load(bundle: Bundle, embedding: Path | None, peer: list[str] | None, stack: 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--identity", type=Path, required=True)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--embedding", type=Path)

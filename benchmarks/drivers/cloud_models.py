@@ -52,7 +52,8 @@ class _Layers:
 
     def _next(self, lease: KvLease, rows: Rows) -> int:
         """The best token behind the next positions' hidden states [n, hidden]."""
-        start, stop = lease.length, lease.length + len(rows)
+        start = lease.length
+        stop = lease.length + len(rows)
         self.positions += len(rows)
         self.head_calls += 1
         return int(self._layers([Chunk(lease, rows, start, stop, [stop - 1])]).argmax())
@@ -91,14 +92,18 @@ class UpperCloudModel(_Layers):
             raise ProtocolError(f"expected hidden states in session {session}, got a prompt")
         if session != self._session or self._lease is None:
             self._begin(message.capacity)
-            self._session, self._pieces = session, []
+            self._session = session
+            self._pieces = []
         if not self._pieces:
             self._start = message.start
         self._pieces.append(message.rows(self._model.hidden_size))
         if message.is_last and self._lease:
-            rows, self._pieces = np.concatenate(self._pieces), []
+            rows = np.concatenate(self._pieces)
+            self._pieces = []
             if self._start > self._lease.length:
-                raise ProtocolError(f"expected positions from {self._lease.length} on, got them from {self._start} on")
+                raise ProtocolError(
+                    f"expected positions from {self._lease.length} on, got them from {self._start} on"
+                )
             yield self._next(self._lease, rows[self._lease.length - self._start :])
 
 

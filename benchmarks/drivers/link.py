@@ -43,7 +43,9 @@ def fine_loop() -> asyncio.AbstractEventLoop:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--target", type=int, required=True)
     with Proxy(parser.parse_args().target, new_loop=fine_loop) as proxy:
         serve_lines(lambda: Link(proxy))

@@ -33,8 +33,12 @@ class LlamaCpp:
         params.cache_ram_mib = 0  # else it keeps every earlier prompt
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = num_threads
         self._server = xllamacpp.Server(params)
-        instructions = [part.strip() for part in xllamacpp.get_system_info().removeprefix("CPU :").split("|")]
-        built_for = ", ".join(part.removesuffix(" = 1") for part in instructions if part.endswith(" = 1"))
+        instructions = [
+            part.strip() for part in xllamacpp.get_system_info().removeprefix("CPU :").split("|")
+        ]
+        built_for = ", ".join(
+            part.removesuffix(" = 1") for part in instructions if part.endswith(" = 1")
+        )
         self.version = f"xllamacpp {xllamacpp.__version__} ({built_for})"
 
     def speed(self, prompt: list[int], new_tokens: int) -> dict[str, float]:
@@ -46,7 +50,11 @@ class LlamaCpp:
 
     def best(self, prompt: list[int], answer: list[int]) -> dict[str, list[int]]:
         """One request a position; what it shares with the one before is in the cache, so that each costs one step."""
-        return {"best": [self._complete(prompt + answer[:i], 1)["tokens"][0] for i in range(len(answer))]}
+        return {
+            "best": [
+                self._complete(prompt + answer[:i], 1)["tokens"][0] for i in range(len(answer))
+            ]
+        }
 
     def generate(self, prompt: list[int], new_tokens: int) -> Iterator[dict[str, int]]:
         """As its server streams it; no earlier prompt is kept."""
@@ -66,7 +74,12 @@ class LlamaCpp:
 
     def _post(self, prompt: list[int], num_tokens: int, **options: Any) -> Any:
         """Greedy, through its own server on loopback: the reply of the Python call has no token ids."""
-        request = {"prompt": prompt, "n_predict": num_tokens, "temperature": 0, "cache_prompt": True}
+        request = {
+            "prompt": prompt,
+            "n_predict": num_tokens,
+            "temperature": 0,
+            "cache_prompt": True,
+        }
         body = json.dumps(request | {"return_tokens": True} | options).encode()
         url = f"{self._server.listening_address}/completion"
         return urlopen(Request(url, body, {"Content-Type": "application/json"}), timeout=TIMEOUT_S)

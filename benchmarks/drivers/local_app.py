@@ -42,7 +42,9 @@ class LocalApp(Transport):
         if self._on_prompt is None:
             raise FleetError(f"{self.name} takes no prompts; start its agent first")
         self._num_asked += 1
-        self._on_prompt(topics.prompt(self.name, APP, f"r{self._num_asked}"), msgspec.json.encode(request))
+        self._on_prompt(
+            topics.prompt(self.name, APP, f"r{self._num_asked}"), msgspec.json.encode(request)
+        )
         while True:
             try:
                 reply = decode_reply(self._replies.get(timeout=REPLY_TIMEOUT_S))
@@ -56,7 +58,8 @@ class LocalApp(Transport):
 
     def take_num_questioned(self) -> int:
         """Tokens that workers were asked to choose since the last call: theirs are so many rows of the LM head."""
-        questions, self._questions = self._questions, []
+        questions = self._questions
+        self._questions = []
         return sum(_num_rows(payload) for payload in questions)
 
     @property
@@ -75,7 +78,9 @@ class LocalApp(Transport):
     def flush(self, timeout_s: float) -> None:
         self._link.flush(timeout_s)
 
-    def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 0, retained: bool = False) -> None:
+    def subscribe(
+        self, topic_filter: str, handler: Handler, *, qos: int = 0, retained: bool = False
+    ) -> None:
         if topic_filter == prompts_of(self.name):
             self._on_prompt = handler
             return
@@ -102,7 +107,10 @@ class LocalApp(Transport):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.close()
 

@@ -66,7 +66,8 @@ class OurEngine:
     def step_ms(self, prompt: Sequence[int], steps: int) -> dict[str, float]:
         """Median time of one step, in ms."""
         cascade, candidates = self.start(prompt, steps)
-        token_id, times = int(candidates.token_ids[0]), []
+        token_id = int(candidates.token_ids[0])
+        times = []
         for _ in range(steps):
             start = time.perf_counter()
             token_id = self.step(cascade, token_id)

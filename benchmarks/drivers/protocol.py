@@ -36,7 +36,9 @@ class Peer(Engine, Protocol):
 
 def serve(load: Callable[[Path, int], Engine], description: str | None) -> None:
     """Serves what ``load(model, threads)`` gives, both from the command line; see `serve_lines`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--threads", type=int, required=True)
     arguments = parser.parse_args()

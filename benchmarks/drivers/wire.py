@@ -24,7 +24,7 @@ class Prompt(Struct, frozen=True, tag="prompt"):
     max_new_tokens: int
 
 
-class Hidden(Struct, frozen=True, tag="hidden"):
+class Hidden(Struct, frozen=True, tag="hidden", kw_only=True):
     """Device to cloud: hidden states of the positions from `start` on; behind the `is_last` piece, a token, please.
 
     `capacity` is how many positions the whole answer may take.
@@ -87,6 +87,12 @@ def pieces(rows: Rows, start: int, capacity: int, dtype: Dtype) -> list[Hidden]:
     rows = rows.astype(dtype)
     step = max(1, MAX_CHUNK_BYTES // rows[0].nbytes)
     return [
-        Hidden(start + i, capacity, dtype, rows[i : i + step].tobytes(), i + step >= len(rows))
+        Hidden(
+            start=start + i,
+            capacity=capacity,
+            dtype=dtype,
+            data=rows[i : i + step].tobytes(),
+            is_last=i + step >= len(rows),
+        )
         for i in range(0, len(rows), step)
     ]

@@ -38,7 +38,9 @@ from onnx_export.config import DEFAULT_MODEL, ExportConfig
 
 FULL: Final = "full"
 VERIFIED: Final = "verified"
-MAX_POSITIONS: Final = 1024  # nine prompts in ten fit, and a few long ones would take most of the time
+MAX_POSITIONS: Final = (
+    1024  # nine prompts in ten fit, and a few long ones would take most of the time
+)
 TIE: Final = 1e-3  # two logits so close may change places when a batch of another size rounds them
 
 MODES: Final = {
@@ -60,7 +62,10 @@ Choices = tuple[list[int], list[int]]
 def fits(bundle: Bundle, size: Size, max_positions: int = MAX_POSITIONS) -> Callable[[str], bool]:
     """Whether a prompt and the longest answer to it fit the device's positions and `max_positions`."""
     longest = max(size.table_tokens, *(task.max_tokens or 0 for task in TASKS.values()))
-    room = min(max_positions, AgentConfig().max_positions, bundle.manifest.model.max_positions) - longest
+    room = (
+        min(max_positions, AgentConfig().max_positions, bundle.manifest.model.max_positions)
+        - longest
+    )
     tokenizer = ChatTokenizer(bundle)
     return lambda prompt: len(tokenizer.encode_chat([ChatMessage("user", prompt)])) <= room
 
@@ -85,7 +90,9 @@ def score(
     """
     num_threads = max(1, (os.cpu_count() or 1) // 2)  # both sides share the machine
     with in_process_fleet(bundle, num_threads, max_requests=len(MODES)) as fleet:
-        scorer = Scorer(bundle, model, num_threads, fleet, run, progress)
+        scorer = Scorer(
+            bundle, model, num_threads=num_threads, fleet=fleet, run=run, progress=progress
+        )
         for dataset in TASKS:
             samples = load(dataset, size.scored_samples)
             for number, sample in enumerate(samples, 1):
@@ -100,7 +107,13 @@ class Scorer:
     """Answers samples and scores the answers."""
 
     def __init__(
-        self, bundle: Bundle, model: str, num_threads: int, fleet: InProcessFleet, run: str, progress: Progress
+        self,
+        bundle: Bundle,
+        model: str,
+        num_threads: int,
+        fleet: InProcessFleet,
+        run: str,
+        progress: Progress,
     ) -> None:
         self._manifest = bundle.manifest
         self._model_name = model
@@ -111,15 +124,23 @@ class Scorer:
         self._chat = ChatTokenizer(bundle)
         self._tokenizer: Any = Tokenizer.from_file(str(bundle.path("tokenizer/tokenizer.json")))
 
-    def rows(self, dataset: str, sample: Sample, systems: Sequence[str], max_tokens: int) -> list[Scored]:
+    def rows(
+        self, dataset: str, sample: Sample, systems: Sequence[str], max_tokens: int
+    ) -> list[Scored]:
         """One row for each of `systems`, of which there is at least one; the device answers for all at once."""
         task = TASKS[dataset]
         max_tokens = 1 if task.choices else task.max_tokens or max_tokens
         prompt_ids = self._chat.encode_chat([ChatMessage("user", sample.prompt)])
         asked = [s for s in systems if s in MODES and (s == VERIFIED or not task.choices)]
-        requests = [msgspec.structs.replace(MODES[s], prompt=sample.prompt, max_new_tokens=max_tokens) for s in asked]
+        requests = [
+            msgspec.structs.replace(MODES[s], prompt=sample.prompt, max_new_tokens=max_tokens)
+            for s in asked
+        ]
         with ThreadPoolExecutor(len(MODES)) as pool:
-            futures = {s: pool.submit(self._fleet.ask, request) for s, request in zip(asked, requests, strict=True)}
+            futures = {
+                s: pool.submit(self._fleet.ask, request)
+                for s, request in zip(asked, requests, strict=True)
+            }
             answers = {}
             if CLOUD_ONLY in systems and not task.choices:
                 answers[CLOUD_ONLY] = self._of_checkpoint(prompt_ids, max_tokens)  # meanwhile
@@ -129,18 +150,32 @@ class Scorer:
         for system in systems:
             preference = None
             if task.choices:
-                chosen, preference = self._choose(self._choices(*task.choices), system, prompt_ids, reading)
+                chosen, preference = self._choose(
+                    self._choices(*task.choices), system, prompt_ids, reading
+                )
                 answers.setdefault(system, chosen)
-            rows.append(self._row(dataset, sample, system, answers[system], reading, preference))
+            rows.append(
+                self._row(
+                    dataset,
+                    sample,
+                    system=system,
+                    answer=answers[system],
+                    reading=reading,
+                    preference=preference,
+                )
+            )
         return rows
 
     def _of_checkpoint(self, prompt_ids: list[int], max_tokens: int) -> Answer:
         given = torch.tensor([prompt_ids])
         with torch.inference_mode():
             whole = self._checkpoint.generate(
-                given, attention_mask=torch.ones_like(given), max_new_tokens=max_tokens, do_sample=False,
+                given,
+                attention_mask=torch.ones_like(given),
+                max_new_tokens=max_tokens,
+                do_sample=False,
                 eos_token_id=list(self._manifest.model.eos_token_ids),
-            )  # fmt: skip
+            )
         return self._token_answer(whole[0, len(prompt_ids) :].tolist(), CLOUD)
 
     def _token_answer(self, token_ids: list[int], source: str) -> Answer:
@@ -150,23 +185,39 @@ class Scorer:
 
     # Tasks of which the first token decides.
 
-    def _choose(self, choices: Choices, system: str, prompt_ids: list[int], reading: Reading) -> tuple[Answer, float]:
+    def _choose(
+        self, choices: Choices, system: str, prompt_ids: list[int], reading: Reading
+    ) -> tuple[Answer, float]:
         """The first token, and which choice is preferred by whoever decides on it."""
         logits = reading.logits
         if system == CLOUD_ONLY:
             with torch.inference_mode():
-                logits = self._checkpoint(torch.tensor([prompt_ids]), logits_to_keep=1).logits[0, -1]
-        elif system != VERIFIED and (number := self._deciding_exit(MODES[system], reading.exits)) is not None:
-            candidates, source = reading.exits[number], exit_source(self._manifest.exits[number])
+                logits = self._checkpoint(torch.tensor([prompt_ids]), logits_to_keep=1).logits[
+                    0, -1
+                ]
+        elif (
+            system != VERIFIED
+            and (number := self._deciding_exit(MODES[system], reading.exits)) is not None
+        ):
+            candidates = reading.exits[number]
+            source = exit_source(self._manifest.exits[number])
             answer = self._token_answer([int(candidates.token_ids[0])], source)
             return answer, exit_preference(candidates, choices)
         return self._token_answer([int(logits.argmax())], CLOUD), logits_preference(logits, choices)
 
     def _deciding_exit(self, request: PromptRequest, exits: Sequence[ExitCandidates]) -> int | None:
         """The first exit that is sure; without one the deepest where the device is alone, else None, the cloud."""
-        thresholds = self._manifest.thresholds if request.threshold is None else (request.threshold,) * len(exits)
+        thresholds = (
+            self._manifest.thresholds
+            if request.threshold is None
+            else (request.threshold,) * len(exits)
+        )
         pairs = enumerate(zip(exits, thresholds, strict=True))
-        sure = (number for number, (exit_, threshold) in pairs if exit_emits(exit_.confidence, threshold))
+        sure = (
+            number
+            for number, (exit_, threshold) in pairs
+            if exit_emits(exit_.confidence, threshold)
+        )
         return next(sure, len(exits) - 1 if request.mode is Mode.STANDALONE else None)
 
     def _choices(self, first: str, second: str) -> Choices:
@@ -174,7 +225,12 @@ class Scorer:
         return self._first_tokens(first), self._first_tokens(second)
 
     def _first_tokens(self, word: str) -> list[int]:
-        return sorted({self._tokenizer.encode(w, add_special_tokens=False).ids[0] for w in (word, word.lower())})
+        return sorted(
+            {
+                self._tokenizer.encode(w, add_special_tokens=False).ids[0]
+                for w in (word, word.lower())
+            }
+        )
 
     def _row(
         self,
@@ -194,17 +250,31 @@ class Scorer:
             )
         details = measure(dataset, answer.text, sample, preference)
         return Scored(
-            system=system, dataset=dataset, sample=sample.id, run=self._run, text=answer.text,
-            token_ids=answer.token_ids, tokens_from=answer.tokens_from, score=next(iter(details.values()), None),
-            details=details, label=sample.label, preference=preference, nll=verdict.nll, agreement=verdict.agreement,
+            system=system,
+            dataset=dataset,
+            sample=sample.id,
+            run=self._run,
+            text=answer.text,
+            token_ids=answer.token_ids,
+            tokens_from=answer.tokens_from,
+            score=next(iter(details.values()), None),
+            details=details,
+            label=sample.label,
+            preference=preference,
+            nll=verdict.nll,
+            agreement=verdict.agreement,
             gap=verdict.gap,
-        )  # fmt: skip
+        )
 
     @cached_property
     def _checkpoint(self) -> Any:
-        model, _ = load_model(ExportConfig(Path(), (1,), model=self._model_name), self._progress)
+        model, _ = load_model(
+            ExportConfig(out=Path(), exits=(1,), model=self._model_name), self._progress
+        )
         check_shape(model.config, self._manifest, self._model_name)
-        model.set_attn_implementation("sdpa")  # export wants it eager, which is slow on long prompts
+        model.set_attn_implementation(
+            "sdpa"
+        )  # export wants it eager, which is slow on long prompts
         return model
 
 
@@ -242,6 +312,7 @@ def exit_preference(candidates: ExitCandidates, choices: Choices) -> float:
     logprobs = dict(zip(candidates.token_ids.tolist(), candidates.logprobs.tolist(), strict=True))
     least = float(candidates.logprobs.min())
     first, second = (
-        float(torch.tensor([logprobs[i] for i in ids if i in logprobs] or [least]).logsumexp(0)) for ids in choices
+        float(torch.tensor([logprobs[i] for i in ids if i in logprobs] or [least]).logsumexp(0))
+        for ids in choices
     )
     return first - second

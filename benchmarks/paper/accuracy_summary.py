@@ -72,7 +72,8 @@ def verified_differences(scored: Iterable[Scored]) -> list[Difference]:
     return [
         Difference(dataset=row.dataset, sample=row.sample, gap=gap, is_tie=gap <= TIE)
         for row in rows
-        if row.system == VERIFIED and row.token_ids != full.get((row.dataset, row.sample), row.token_ids)
+        if row.system == VERIFIED
+        and row.token_ids != full.get((row.dataset, row.sample), row.token_ids)
         for gap in [row.gap or 0.0]
     ]
 
@@ -91,12 +92,22 @@ def _row(found: list[Scored], full: dict[int, Scored]) -> Accuracy:
     for row in found:
         sources.update(row.tokens_from)
     return Accuracy(
-        dataset=found[0].dataset, system=found[0].system, metric=metric, value=value, low=low, high=high,
-        num=len(found), details=_details(found), perplexity=_of_all(_perplexity(found), found),
-        agreement=_weighted(found), offload_rate=offload_rate(sources),
-        identical=mean([row.token_ids == other.token_ids for row, other in pairs]) if pairs else None,
+        dataset=found[0].dataset,
+        system=found[0].system,
+        metric=metric,
+        value=value,
+        low=low,
+        high=high,
+        num=len(found),
+        details=_details(found),
+        perplexity=_of_all(_perplexity(found), found),
+        agreement=_weighted(found),
+        offload_rate=offload_rate(sources),
+        identical=mean([row.token_ids == other.token_ids for row, other in pairs])
+        if pairs
+        else None,
         is_within_full=within,
-    )  # fmt: skip
+    )
 
 
 def _metric(rows: Sequence[Scored]) -> tuple[str, Statistic]:
@@ -107,7 +118,8 @@ def _metric(rows: Sequence[Scored]) -> tuple[str, Statistic]:
 
 
 def _perplexity(rows: Sequence[Scored]) -> Statistic:
-    nlls, counts = [row.nll or 0.0 for row in rows], [len(row.token_ids) for row in rows]
+    nlls = [row.nll or 0.0 for row in rows]
+    counts = [len(row.token_ids) for row in rows]
     return lambda chosen: perplexity([nlls[i] for i in chosen], [counts[i] for i in chosen])
 
 
@@ -118,11 +130,15 @@ def _of_all(statistic: Statistic, rows: Sequence[Scored]) -> float:
 
 def _weighted(rows: Sequence[Scored]) -> float:
     """The share of all answers' tokens that agree."""
-    return sum((row.agreement or 0.0) * len(row.token_ids) for row in rows) / sum(len(row.token_ids) for row in rows)
+    return sum((row.agreement or 0.0) * len(row.token_ids) for row in rows) / sum(
+        len(row.token_ids) for row in rows
+    )
 
 
 def _details(rows: Sequence[Scored]) -> dict[str, float]:
-    details: dict[str, Any] = {name: mean([row.details[name] for row in rows]) for name in rows[0].details}
+    details: dict[str, Any] = {
+        name: mean([row.details[name] for row in rows]) for name in rows[0].details
+    }
     labels = [row.label for row in rows if row.label is not None]
     preferences = [row.preference for row in rows if row.preference is not None]
     if labels and len(labels) == len(preferences):
@@ -130,6 +146,7 @@ def _details(rows: Sequence[Scored]) -> dict[str, float]:
         if (area := auc(preferences, labels)) is not None:
             details["auc"] = area
             details["auc_low"], details["auc_high"] = interval(
-                len(labels), lambda chosen: auc([preferences[i] for i in chosen], [labels[i] for i in chosen])
+                len(labels),
+                lambda chosen: auc([preferences[i] for i in chosen], [labels[i] for i in chosen]),
             )
     return details

@@ -47,7 +47,9 @@ class WorkerSide:
 
     def check(self) -> None:
         if (status := self._process.process.poll()) is not None:
-            raise FleetError(f"{self._process.title} ended with status {status} while it was measured")
+            raise FleetError(
+                f"{self._process.title} ended with status {status} while it was measured"
+            )
 
     @property
     def pid(self) -> int:
@@ -58,7 +60,9 @@ class WorkerSide:
         with urllib.request.urlopen(f"{url}/metrics", timeout=TIMEOUT_S) as response:
             found = POSITIONS.search(response.read().decode())
         if found is None:
-            raise FleetError(f"{self._process.title} counts no positions on {url}/metrics; it is of another version")
+            raise FleetError(
+                f"{self._process.title} counts no positions on {url}/metrics; it is of another version"
+            )
         self._head_calls += questioned
         return round(float(found[1])) * self._num_layers, self._head_calls
 
@@ -76,7 +80,9 @@ class BaselineSide:
 
     def check(self) -> None:
         if (status := self._engine.status) is not None:
-            raise FleetError(f"{self._engine.name} ended with status {status} while it was measured")
+            raise FleetError(
+                f"{self._engine.name} ended with status {status} while it was measured"
+            )
 
     @property
     def pid(self) -> int:

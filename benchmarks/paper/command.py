@@ -47,11 +47,19 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 def run(
     size: Annotated[str, typer.Option(help=f"How much: {' or '.join(SIZES)}.")] = "small",
     only: Annotated[str, typer.Option(help="Parts to measure; '' for none.")] = ",".join(PARTS),
-    data: Annotated[Path | None, typer.Option(help="Folder of the datasets' files (default: the hub).")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the rows (default: one in the user's cache).")] = None,
-    bundle: Annotated[Path | None, typer.Option(help="Bundle's folder (default: the default model's).")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the datasets' files (default: the hub).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the rows (default: one in the user's cache).")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Bundle's folder (default: the default model's).")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="By which samples are drawn.")] = 0,
-    refit: Annotated[bool, typer.Option("--fit", help="Fit 'fleet plan' to the rows; measure nothing.")] = False,
+    refit: Annotated[
+        bool, typer.Option("--fit", help="Fit 'fleet plan' to the rows; measure nothing.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Folder for pictures, *.svg.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -60,7 +68,9 @@ def run(
         raise ConfigError(f"--size {size!r}: expected one of {', '.join(SIZES)}")
     parts = parse_list(only, PARTS, "part")
     if data is not None and not data.is_dir():
-        raise ConfigError(f"--data {data}: expected a folder with the datasets' files; leave it out to take the hub's")
+        raise ConfigError(
+            f"--data {data}: expected a folder with the datasets' files; leave it out to take the hub's"
+        )
     console = Console(stderr=True)
 
     def progress(line: str) -> None:
@@ -96,11 +106,16 @@ def measure_parts(
     """Measures what is missing of some parts."""
     if not parts:
         return
-    size, run = SIZES[results.run.size], results.run
+    size = SIZES[results.run.size]
+    run = results.run
     fitting = fits(bundle, size)
     if (load_average := os.getloadavg()[0]) > BUSY:
-        progress(f"the machine is busy (load {load_average:.1f}): times will be too long, and differ from row to row")
-    progress(f"rows in {results.folder}: {len(results.rows)} measured before, {len(results.scored)} scored")
+        progress(
+            f"the machine is busy (load {load_average:.1f}): times will be too long, and differ from row to row"
+        )
+    progress(
+        f"rows in {results.folder}: {len(results.rows)} measured before, {len(results.scored)} scored"
+    )
 
     def load(name: str, num: int) -> list[Sample]:
         return load_set(name, num, run.seed, data, fits=fitting, progress=progress)
@@ -111,7 +126,7 @@ def measure_parts(
     if measured := tuple(part for part in MEASURED if part in parts):
         measure(size, bundle, prompts, results.rows, run.run, progress, measured)
     if "accuracy" in parts:
-        score(size, bundle, load, results.scored, run.run, progress)
+        score(size, bundle, load=load, scored=results.scored, run=run.run, progress=progress)
 
 
 def keep_fit(results: Results, path: Path) -> tuple[Fit, list[HeldBack]]:
@@ -131,9 +146,14 @@ def print_fit(fitted: Fit, checked: Sequence[HeldBack], *, as_json: bool) -> Non
     console = Console(highlight=False)
     for sheet in held_back(checked):
         console.print(sheet.rich())
-    console.print(f"a step: {fitted.edge.step_ms:.1f} ms on the device, {fitted.cloud.step_ms:.1f} ms in the cloud")
-    within, highest = fitted.errors["within_15_percent"], fitted.errors["highest"]
-    console.print(f"{within:.0%} of these are within 15%, the furthest is {highest:.1%} off; kept in {DATA}")
+    console.print(
+        f"a step: {fitted.edge.step_ms:.1f} ms on the device, {fitted.cloud.step_ms:.1f} ms in the cloud"
+    )
+    within = fitted.errors["within_15_percent"]
+    highest = fitted.errors["highest"]
+    console.print(
+        f"{within:.0%} of these are within 15%, the furthest is {highest:.1%} off; kept in {DATA}"
+    )
 
 
 def print_summary(console: Console, summary: Summary, folder: Path) -> None:

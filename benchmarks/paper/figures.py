@@ -80,13 +80,21 @@ class Figures(Struct, frozen=True, kw_only=True):
 
 def figures(rows: Iterable[Row], model: ModelSizes) -> list[Figures]:
     """One for each part, dataset, link and system, in the order in which they were measured."""
-    groups: dict[tuple[str, str, Link], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[str, str, Link], dict[str, list[Row]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     for row in rows:
         groups[row.part, row.dataset, row.link][row.system].append(row)
-    return [_figures(system_rows, systems, model) for systems in groups.values() for system_rows in systems.values()]
+    return [
+        _figures(system_rows, systems, model)
+        for systems in groups.values()
+        for system_rows in systems.values()
+    ]
 
 
-def _figures(rows: Sequence[Row], systems: Mapping[str, Sequence[Row]], model: ModelSizes) -> Figures:
+def _figures(
+    rows: Sequence[Row], systems: Mapping[str, Sequence[Row]], model: ModelSizes
+) -> Figures:
     first = rows[0]
     sources: dict[str, int] = defaultdict(int)
     for row in rows:
@@ -99,7 +107,8 @@ def _figures(rows: Sequence[Row], systems: Mapping[str, Sequence[Row]], model: M
         for name in (CLOUD_ONLY, NAIVE_SPLIT, *CACHED)
         if name != first.system and (less := reduction(rows, systems.get(name, ()), model))
     }
-    edge_s, cloud_s = fmean(row.edge_s for row in rows), fmean(row.cloud_s for row in rows)
+    edge_s = fmean(row.edge_s for row in rows)
+    cloud_s = fmean(row.cloud_s for row in rows)
     return Figures(
         part=first.part,
         dataset=first.dataset,
@@ -109,7 +118,9 @@ def _figures(rows: Sequence[Row], systems: Mapping[str, Sequence[Row]], model: M
         tokens=fmean(len(row.token_ids) for row in rows),
         prompt_tokens=fmean(row.prompt_tokens for row in rows),
         total_s=spread([row.total_ms / 1e3 for row in rows]),
-        token_ms=spread([(row.total_ms - row.ttft_ms) / max(1, len(row.token_ids) - 1) for row in rows]),
+        token_ms=spread(
+            [(row.total_ms - row.ttft_ms) / max(1, len(row.token_ids) - 1) for row in rows]
+        ),
         ttft_ms=spread([row.ttft_ms for row in rows]),
         edge_s=edge_s,
         cloud_s=cloud_s,
@@ -131,7 +142,9 @@ def _figures(rows: Sequence[Row], systems: Mapping[str, Sequence[Row]], model: M
 
 def spread(values: Sequence[float]) -> Spread:
     """Quartiles of one or more values, both ends included."""
-    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    low, middle, high = (
+        quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    )
     return Spread(low, middle, high)
 
 
@@ -152,7 +165,9 @@ def num_messages(row: Row) -> int:
 def reduction(rows: Sequence[Row], baseline: Sequence[Row], model: ModelSizes) -> Reduction | None:
     """Over the answers that both have, by sample and repeat; None when there are none."""
     theirs = {(row.sample, row.repeat): row for row in baseline}
-    pairs = [(row, theirs[row.sample, row.repeat]) for row in rows if (row.sample, row.repeat) in theirs]
+    pairs = [
+        (row, theirs[row.sample, row.repeat]) for row in rows if (row.sample, row.repeat) in theirs
+    ]
     if not pairs:
         return None
 
@@ -178,7 +193,8 @@ def agreement(rows: Sequence[Row], reference: Sequence[Row]) -> float | None:
     for sample, ids in ours.items():
         pairs = list(zip(ids, theirs[sample], strict=False))
         equal = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-        same, seen = same + equal, seen + min(equal + 1, len(pairs))
+        same = same + equal
+        seen = seen + min(equal + 1, len(pairs))
     return same / seen if seen else None
 
 

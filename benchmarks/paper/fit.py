@@ -39,13 +39,16 @@ from fleet.protocol.modes import Mode, offload_rate
 Floats = npt.NDArray[np.float64]
 
 MODES: Final = (Mode.STANDALONE, Mode.COLLABORATIVE, Mode.VERIFIED, CLOUD_ONLY)
-REFERENCES: Final = (Mode.VERIFIED, "collaborative@1.0")  # both give the deployed full model's tokens
+REFERENCES: Final = (
+    Mode.VERIFIED,
+    "collaborative@1.0",
+)  # both give the deployed full model's tokens
 PULL: Final = 0.1  # towards the plain sum, where rows do not tell terms apart
 GOAL: Final = 0.15
 PLAIN_SUM: Final = Shares(1.0, 1.0, 1.0, 0.0)
 
 
-class HeldBack(Struct, frozen=True):
+class HeldBack(Struct, frozen=True, kw_only=True):
     """One system over one link that the fit did not see: mean seconds of an answer, and the error as a share."""
 
     system: str
@@ -72,13 +75,21 @@ def fit(rows: Iterable[Row], run: Run) -> tuple[Fit, list[HeldBack]]:
             f"latency was measured over {len(links)} links: expected 3 or more; run 'fleet bench paper --only latency'"
         )
     seen = set(links[::2])
-    fitted, held = [row for row in taken if row.link in seen], [row for row in taken if row.link not in seen]
-    if missing := [mode for mode in (Mode.STANDALONE, CLOUD_ONLY) if all(row.system != mode for row in fitted)]:
-        raise ConfigError(f"no latency rows of {', '.join(missing)}, which give the time of a step; measure them, too")
+    fitted = [row for row in taken if row.link in seen]
+    held = [row for row in taken if row.link not in seen]
+    if missing := [
+        mode for mode in (Mode.STANDALONE, CLOUD_ONLY) if all(row.system != mode for row in fitted)
+    ]:
+        raise ConfigError(
+            f"no latency rows of {', '.join(missing)}, which give the time of a step; measure them, too"
+        )
     work = Work(run.model)
     # Answers of other lengths to longer prompts tell a step, a prompt's position and a message apart.
-    told = fitted + [row for row in measured if row.part == TABLE and row.link not in set(links) - seen]
-    edge, cloud = work.side(told, "edge"), work.side(told, "cloud")
+    told = fitted + [
+        row for row in measured if row.part == TABLE and row.link not in set(links) - seen
+    ]
+    edge = work.side(told, "edge")
+    cloud = work.side(told, "cloud")
     by_system: dict[str, list[Row]] = defaultdict(list)
     for row in fitted:
         by_system[row.system].append(row)
@@ -97,14 +108,19 @@ def fit(rows: Iterable[Row], run: Run) -> tuple[Fit, list[HeldBack]]:
         mbit_s=(links[0].mbit_s, links[-1].mbit_s),
         errors={},
         settings=tuple(
-            setting_of(name, own, agreement(answers[name], reference), work) for name, own in by_system.items()
+            setting_of(name, own, agreement(answers[name], reference), work)
+            for name, own in by_system.items()
         ),
     )
-    settings = tuple(with_shares(counted, setting, by_system[setting.name]) for setting in counted.settings)
+    settings = tuple(
+        with_shares(counted, setting, by_system[setting.name]) for setting in counted.settings
+    )
     result = msgspec.structs.replace(counted, settings=settings)
     checked = check(result, held)
     if not checked:
-        raise ConfigError("no system was measured both over links to fit and over others; finish the part 'latency'")
+        raise ConfigError(
+            "no system was measured both over links to fit and over others; finish the part 'latency'"
+        )
     errors = [one.error for one in checked]
     summary = {
         "held_back": float(len(errors)),
@@ -125,14 +141,29 @@ def check(fitted: Fit, rows: Iterable[Row]) -> list[HeldBack]:
     result = []
     for (system, link), group in groups.items():
         measured = fmean(row.total_ms for row in group) / 1e3
-        predicted = fmean(expect(fitted, settings[system], load_of(row)).total_ms for row in group) / 1e3
-        result.append(HeldBack(system, link, measured, predicted, abs(predicted / measured - 1)))
+        predicted = (
+            fmean(expect(fitted, settings[system], load_of(row)).total_ms for row in group) / 1e3
+        )
+        result.append(
+            HeldBack(
+                system=system,
+                link=link,
+                measured_s=measured,
+                predicted_s=predicted,
+                error=abs(predicted / measured - 1),
+            )
+        )
     return result
 
 
 def load_of(row: Row) -> Load:
     """The question whose answer was measured."""
-    return Load(row.link.rtt_ms, row.link.mbit_s, prompt_tokens=row.prompt_tokens, tokens=len(row.token_ids))
+    return Load(
+        rtt_ms=row.link.rtt_ms,
+        mbit_s=row.link.mbit_s,
+        prompt_tokens=row.prompt_tokens,
+        tokens=len(row.token_ids),
+    )
 
 
 class Work:
@@ -145,7 +176,8 @@ class Work:
     def prompt(self, row: Row, side: str) -> float:
         """Share of the layers that a prompt's position ran through: all of that side's, or the mean where that is
         less."""
-        model, positions = self._model, row.prompt_tokens + len(row.token_ids)
+        model = self._model
+        positions = row.prompt_tokens + len(row.token_ids)
         if side == "edge":
             return min(model.split_layer, row.layer_positions_edge / positions) / model.num_layers
         deepest = model.num_layers - (model.upload_layer if row.layer_positions_edge else 0)
@@ -157,9 +189,14 @@ class Work:
         The positions of one question run together in the cloud, and weights that are read once for all of them make
         them about as expensive as one: a split's cloud takes a step of its layers for each question.
         """
-        is_edge, model = side == "edge", self._model
+        is_edge = side == "edge"
+        model = self._model
         if not is_edge and row.layer_positions_edge and row.layer_positions_cloud:
-            return row.round_trips * (model.num_layers - model.upload_layer + model.head_layers) / self._step_layers
+            return (
+                row.round_trips
+                * (model.num_layers - model.upload_layer + model.head_layers)
+                / self._step_layers
+            )
         layers = row.layer_positions_edge if is_edge else row.layer_positions_cloud
         heads = row.head_calls - row.head_calls_cloud if is_edge else row.head_calls_cloud
         layers_of_answer = layers - self.prompt(row, side) * model.num_layers * row.prompt_tokens
@@ -171,11 +208,18 @@ class Work:
         Raises:
             ConfigError: they do not grow with its steps.
         """
-        terms = np.array([[self.steps(r, side), self.prompt(r, side) * r.prompt_tokens, num_messages(r)] for r in rows])
+        terms = np.array(
+            [
+                [self.steps(r, side), self.prompt(r, side) * r.prompt_tokens, num_messages(r)]
+                for r in rows
+            ]
+        )
         seconds = np.array([row.edge_s if side == "edge" else row.cloud_s for row in rows])
         step, prompt, message = non_negative(terms, 1e3 * seconds)
         if step <= 0:
-            raise ConfigError(f"the rows' {side} time does not grow with its steps; measure again on an idle machine")
+            raise ConfigError(
+                f"the rows' {side} time does not grow with its steps; measure again on an idle machine"
+            )
         return Side(step, prompt / step, message / step)
 
 
@@ -183,7 +227,9 @@ def setting_of(name: str, rows: Sequence[Row], agreed: float | None, work: Work)
     """One system's counts, from its rows over the links that are fitted; its times are the plain sum yet."""
     value = name.partition("@")[2]
     positions = np.array([[row.prompt_tokens, len(row.token_ids)] for row in rows], float)
-    prompt_bytes, token_bytes = non_negative(positions, np.array([num_bytes(row) for row in rows], float))
+    prompt_bytes, token_bytes = non_negative(
+        positions, np.array([num_bytes(row) for row in rows], float)
+    )
     by_rtt: dict[float, list[Row]] = defaultdict(list)
     for row in rows:
         by_rtt[row.link.rtt_ms].append(row)
@@ -227,29 +273,41 @@ def with_shares(counted: Fit, setting: Setting, rows: Sequence[Row]) -> Setting:
         [(t.edge_ms + t.cloud_ms, t.round_trips, t.num_bytes, load) for t, load in found],
         [row.total_ms for row in rows],
     )
-    first = shares_of([(t.first_ms, 1.0, t.prompt_bytes, load) for t, load in found], [row.ttft_ms for row in rows])
+    first = shares_of(
+        [(t.first_ms, 1.0, t.prompt_bytes, load) for t, load in found],
+        [row.ttft_ms for row in rows],
+    )
     return msgspec.structs.replace(setting, total=total, first=first)
 
 
-def shares_of(found: Iterable[tuple[float, float, float, Load]], measured_ms: Sequence[float]) -> Shares:
+def shares_of(
+    found: Iterable[tuple[float, float, float, Load]], measured_ms: Sequence[float]
+) -> Shares:
     """By least squares of relative errors over work in ms, round trips and bytes."""
-    columns = [[work, trips * load.rtt_ms, transfer_ms(size, load.mbit_s), trips] for work, trips, size, load in found]
+    columns = [
+        [work, trips * load.rtt_ms, transfer_ms(size, load.mbit_s), trips]
+        for work, trips, size, load in found
+    ]
     relative = np.array(columns) / np.array(measured_ms)[:, None]
     pull = PULL * np.eye(3, 4)
-    solved = non_negative(np.vstack([relative, pull]), np.append(np.ones(len(relative)), [PULL] * 3))
+    solved = non_negative(
+        np.vstack([relative, pull]), np.append(np.ones(len(relative)), [PULL] * 3)
+    )
     return Shares(*solved)
 
 
 def non_negative(matrix: Floats, target: Floats) -> list[float]:
     """Least squares with no unknown below 0, [n, k] and [n] to k: the best of all choices of unknowns that are 0."""
     width = matrix.shape[1]
-    best, least = [0.0] * width, float(np.sum(target**2))
+    best = [0.0] * width
+    least = float(np.sum(target**2))
     for count in range(1, width + 1):
         for columns in combinations(range(width), count):
             values = np.linalg.lstsq(matrix[:, columns], target, rcond=None)[0]
             rest = float(np.sum((matrix[:, columns] @ values - target) ** 2))
             if np.all(values >= 0) and rest < least:
-                best, least = [0.0] * width, rest
+                best = [0.0] * width
+                least = rest
                 for column, value in zip(columns, values.tolist(), strict=True):
                     best[column] = value
     return best

@@ -48,11 +48,16 @@ class Reading:
         manifest = model.partition.manifest
         self._upper = model.upper
         self._block = manifest.exits.index(manifest.upload_layer)
-        self._num_prompt, capacity = len(prompt_ids), len(prompt_ids) + max_tokens
+        self._num_prompt = len(prompt_ids)
+        capacity = len(prompt_ids) + max_tokens
         self._lease = model.upper.new_pool(1 << 40).lease(capacity)
-        self._cascade = Cascade(model.partition, capacity, one_by_one_from=self._num_prompt)  # as a device does it
+        self._cascade = Cascade(
+            model.partition, capacity, one_by_one_from=self._num_prompt
+        )  # as a device does it
         self._cascade.append(prompt_ids)
-        self.exits: list[ExitCandidates] = [self._cascade.run(block) for block in range(len(manifest.exits))]
+        self.exits: list[ExitCandidates] = [
+            self._cascade.run(block) for block in range(len(manifest.exits))
+        ]
         self.logits: Tensor = self._run(0, self._num_prompt, 1)[0]
 
     def _run(self, start: int, stop: int, num_outputs: int) -> Tensor:
@@ -61,7 +66,8 @@ class Reading:
 
     def judge(self, token_ids: Sequence[int]) -> Verdict:
         """The verdict on an answer of at least one token."""
-        logits, wanted = self.logits_along(token_ids), torch.tensor(token_ids)[:, None]
+        logits = self.logits_along(token_ids)
+        wanted = torch.tensor(token_ids)[:, None]
         own = logits.gather(1, wanted)
         nll = -logits.log_softmax(-1).gather(1, wanted).mean()
         gaps = logits.max(-1, keepdim=True).values - own
@@ -70,7 +76,8 @@ class Reading:
 
     def logits_along(self, token_ids: Sequence[int]) -> Tensor:
         """Logits [n, vocab] for each of n tokens, behind those before it."""
-        start, count = self._num_prompt, len(token_ids) - 1
+        start = self._num_prompt
+        count = len(token_ids) - 1
         if not count:
             return self.logits[None]
         self._cascade.truncate(start)

@@ -61,23 +61,35 @@ class InProcessFleet:
 
 
 @contextmanager
-def in_process_fleet(bundle: Bundle, num_threads: int, max_requests: int = 1) -> Iterator[InProcessFleet]:
+def in_process_fleet(
+    bundle: Bundle, num_threads: int, max_requests: int = 1
+) -> Iterator[InProcessFleet]:
     """Starts the worker, then the device, each with `num_threads`, and waits for both.
 
     The device answers `max_requests` at once.
     """
     agent_config = AgentConfig(
-        num_threads=num_threads, max_concurrent_requests=max_requests, assist_deadline_ms=ASSIST_MS,
+        num_threads=num_threads,
+        max_concurrent_requests=max_requests,
+        assist_deadline_ms=ASSIST_MS,
         answer_deadline_ms=ANSWER_MS,
-    )  # fmt: skip
+    )
     broker = InMemoryBroker()
-    with broker.connect("app") as app, broker.connect(WORKER) as worker_link, broker.connect(DEVICE) as device_link:
+    with (
+        broker.connect("app") as app,
+        broker.connect(WORKER) as worker_link,
+        broker.connect(DEVICE) as device_link,
+    ):
         online: queue.Queue[bool] = queue.Queue()
         app.subscribe(
-            topics.WORKER_STATUS_FILTER, lambda _, p: online.put(decode_status(p, WorkerStatus).online), qos=1
+            topics.WORKER_STATUS_FILTER,
+            lambda _, p: online.put(decode_status(p, WorkerStatus).online),
+            qos=1,
         )
         app.subscribe(
-            topics.DEVICE_STATUS_FILTER, lambda _, p: online.put(decode_status(p, DeviceStatus).online), qos=1
+            topics.DEVICE_STATUS_FILTER,
+            lambda _, p: online.put(decode_status(p, DeviceStatus).online),
+            qos=1,
         )
         with Worker(worker_link, bundle, WorkerConfig(num_threads=num_threads)):
             online.get(timeout=START_S)

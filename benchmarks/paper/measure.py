@@ -17,13 +17,23 @@ from benchmarks.paper.systems import CALIBRATED, CLOUD_ONLY, NAIVE_SPLIT, OWN, P
 from fleet.bundles.manifest import Bundle
 from fleet.errors import FleetError
 
-TABLE, SLOW, LATENCY, PROPORTIONS, PEER = "table", "slow", "latency", "proportions", "peers"
+TABLE = "table"
+SLOW = "slow"
+LATENCY = "latency"
+PROPORTIONS = "proportions"
+PEER = "peers"
 PARTS: Final = (TABLE, SLOW, LATENCY, PROPORTIONS, PEER)
 ALPACA: Final = "alpaca"
 DATASETS: Final = (ALPACA, "xsum")
 MAIN: Final = (
-    "standalone", CALIBRATED, "collaborative@0.8", "verified", CLOUD_ONLY, "cached_split_fp16", NAIVE_SPLIT,
-)  # fmt: skip
+    "standalone",
+    CALIBRATED,
+    "collaborative@0.8",
+    "verified",
+    CLOUD_ONLY,
+    "cached_split_fp16",
+    NAIVE_SPLIT,
+)
 AGAINST_NAIVE: Final = (CLOUD_ONLY, CALIBRATED, "cached_split_fp16", NAIVE_SPLIT)
 PROPORTIONAL: Final = (CLOUD_ONLY, CALIBRATED, "collaborative@0.8", "verified")
 PAPER_RTT_STEPS: Final = 0.1
@@ -72,7 +82,10 @@ def measure(
     bench = _Bench(samples, rows, run, progress)
     models = models or PaperModels(bundle, progress)
     experiments = {TABLE: table_cases, SLOW: slow_cases, LATENCY: latency_cases}
-    bench.fill([case for part, cases in experiments.items() if part in parts for case in cases(size)], models)
+    bench.fill(
+        [case for part, cases in experiments.items() if part in parts for case in cases(size)],
+        models,
+    )
     if PROPORTIONS in parts:
         same_class = models.float32()
         link = proportional_link(bench, size, same_class)
@@ -88,13 +101,29 @@ def table_cases(size: Size) -> Iterator[Case]:
     """Every system of ours over the paper's link; the naive split, which takes seconds a token, less often."""
     for dataset, sample, system in product(DATASETS, range(size.table_samples), OWN):
         if system != NAIVE_SPLIT or sample < size.naive_samples:
-            yield Case(TABLE, system, dataset, sample, 0, PAPER_LINK, size.table_tokens)
+            yield Case(
+                TABLE,
+                system,
+                dataset=dataset,
+                sample=sample,
+                repeat=0,
+                link=PAPER_LINK,
+                max_new_tokens=size.table_tokens,
+            )
 
 
 def slow_cases(size: Size) -> Iterator[Case]:
     """What the naive split, whose time is its bytes', loses against where a link is slower than the paper's."""
     for sample, system in product(range(size.naive_samples), AGAINST_NAIVE):
-        yield Case(SLOW, system, ALPACA, sample, 0, SLOW_LINK, size.table_tokens)
+        yield Case(
+            SLOW,
+            system,
+            dataset=ALPACA,
+            sample=sample,
+            repeat=0,
+            link=SLOW_LINK,
+            max_new_tokens=size.table_tokens,
+        )
 
 
 def latency_cases(size: Size) -> Iterator[Case]:
@@ -104,20 +133,44 @@ def latency_cases(size: Size) -> Iterator[Case]:
         range(size.latency_repeats), range(size.latency_samples), size.links, MAIN
     ):
         if system != NAIVE_SPLIT or (link in (PAPER_LINK, fastest) and sample < size.naive_samples):
-            yield Case(LATENCY, system, ALPACA, sample, repeat, link, size.latency_tokens)
+            yield Case(
+                LATENCY,
+                system,
+                dataset=ALPACA,
+                sample=sample,
+                repeat=repeat,
+                link=link,
+                max_new_tokens=size.latency_tokens,
+            )
 
 
 def proportional_cases(size: Size, link: Link) -> Iterator[Case]:
     """The systems of the paper's table where a step of either side takes what it takes there, beside the other."""
     for sample, system in product(range(size.table_samples), PROPORTIONAL):
-        yield Case(PROPORTIONS, system, ALPACA, sample, 0, link, size.table_tokens)
+        yield Case(
+            PROPORTIONS,
+            system,
+            dataset=ALPACA,
+            sample=sample,
+            repeat=0,
+            link=link,
+            max_new_tokens=size.table_tokens,
+        )
 
 
 def peer_cases(size: Size) -> Iterator[Case]:
     """Other projects' engines, alone on the device and behind the paper's link."""
     for sample, system in product(range(size.table_samples), PEERS):
         link = PAPER_LINK if SYSTEMS[system].cloud else LOOPBACK
-        yield Case(PEER, system, ALPACA, sample, 0, link, size.table_tokens)
+        yield Case(
+            PEER,
+            system,
+            dataset=ALPACA,
+            sample=sample,
+            repeat=0,
+            link=link,
+            max_new_tokens=size.table_tokens,
+        )
 
 
 def proportional_link(bench: _Bench, size: Size, models: PaperModels) -> Link:
@@ -125,7 +178,15 @@ def proportional_link(bench: _Bench, size: Size, models: PaperModels) -> Link:
 
     The step is one of CPU time, which other programs on the machine stretch less than the clock's.
     """
-    case = Case(PROPORTIONS, CLOUD_ONLY, ALPACA, 0, 0, Link(0.0, PAPER_LINK.mbit_s), size.table_tokens)
+    case = Case(
+        PROPORTIONS,
+        CLOUD_ONLY,
+        dataset=ALPACA,
+        sample=0,
+        repeat=0,
+        link=Link(0.0, PAPER_LINK.mbit_s),
+        max_new_tokens=size.table_tokens,
+    )
     bench.fill([case], models)
     row = next(row for row in bench.rows if row.key == case.key)
     stepping = 1 - row.ttft_ms / row.total_ms  # the rest is the prompt's
@@ -145,11 +206,16 @@ class _Bench:
     def fill(self, cases: Iterable[Case], models: PaperModels) -> None:
         """Measures those that there are no rows of, all on one rig."""
         wanted = [case for case in cases if case.key not in self.rows]
-        counts = {case.dataset: 1 + max(c.sample for c in wanted if c.dataset == case.dataset) for case in wanted}
+        counts = {
+            case.dataset: 1 + max(c.sample for c in wanted if c.dataset == case.dataset)
+            for case in wanted
+        }
         prompts = {dataset: self._samples(dataset, count) for dataset, count in counts.items()}
         for dataset, count in counts.items():
             if len(prompts[dataset]) < count:
-                self._progress(f"{dataset} has {len(prompts[dataset])} samples, of which {count} were wanted")
+                self._progress(
+                    f"{dataset} has {len(prompts[dataset])} samples, of which {count} were wanted"
+                )
         missing = [case for case in wanted if case.sample < len(prompts[case.dataset])]
         if not missing:
             return
@@ -160,18 +226,35 @@ class _Bench:
                 rig.answer(name, WARM_UP_PROMPT, WARM_UP_TOKENS, LOOPBACK)
             for number, case in enumerate(missing, 1):
                 where = f"{case.link.rtt_ms:g} ms, {case.link.mbit_s:g} Mbit/s"
-                self._progress(f"{case.part} {number} of {len(missing)}: {case.system}, {case.dataset}, {where}")
+                self._progress(
+                    f"{case.part} {number} of {len(missing)}: {case.system}, {case.dataset}, {where}"
+                )
                 self._add(rig, case, prompts[case.dataset][case.sample])
 
     def _add(self, rig: Rig, case: Case, prompt: str) -> None:
         answer, cost = rig.answer(case.system, prompt, case.max_new_tokens, case.link)
         self.rows.add(
             Row(
-                part=case.part, system=case.system, dataset=case.dataset, sample=case.sample, repeat=case.repeat,
-                link=case.link, run=self._run, prompt_tokens=answer.prompt_tokens, token_ids=answer.token_ids,
-                tokens_from=answer.tokens_from, ttft_ms=answer.ttft_ms, total_ms=answer.total_ms, edge_s=cost.edge_s,
-                cloud_s=cost.cloud_s, traffic=cost.traffic, round_trips=answer.round_trips,
-                layer_positions_edge=answer.layer_positions, layer_positions_cloud=cost.layer_positions,
-                head_calls=answer.head_calls + cost.head_calls, head_calls_cloud=cost.head_calls, joules=cost.joules,
+                part=case.part,
+                system=case.system,
+                dataset=case.dataset,
+                sample=case.sample,
+                repeat=case.repeat,
+                link=case.link,
+                run=self._run,
+                prompt_tokens=answer.prompt_tokens,
+                token_ids=answer.token_ids,
+                tokens_from=answer.tokens_from,
+                ttft_ms=answer.ttft_ms,
+                total_ms=answer.total_ms,
+                edge_s=cost.edge_s,
+                cloud_s=cost.cloud_s,
+                traffic=cost.traffic,
+                round_trips=answer.round_trips,
+                layer_positions_edge=answer.layer_positions,
+                layer_positions_cloud=cost.layer_positions,
+                head_calls=answer.head_calls + cost.head_calls,
+                head_calls_cloud=cost.head_calls,
+                joules=cost.joules,
             )
-        )  # fmt: skip
+        )

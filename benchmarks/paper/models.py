@@ -34,7 +34,9 @@ class PaperModels:
 
     def whole(self) -> Bundle:
         """Every layer in float32, for the cloud."""
-        partitions = CloudPartitions(self.bundle.manifest, self._progress, self._model, self._folder)
+        partitions = CloudPartitions(
+            self.bundle.manifest, self._progress, self._model, self._folder
+        )
         return partitions.bundle(0)
 
     def float32(self) -> PaperModels:
@@ -45,10 +47,18 @@ class PaperModels:
         if not folder.exists():
             export_bundle(
                 ExportConfig(
-                    folder, manifest.exits, model=self._model, heads=self._heads, upload_layer=manifest.upload_layer,
-                    quantization="fp32", thresholds=manifest.thresholds, max_positions=manifest.model.max_positions,
+                    out=folder,
+                    exits=manifest.exits,
+                    model=self._model,
+                    heads=self._heads,
+                    upload_layer=manifest.upload_layer,
+                    quantization="fp32",
+                    thresholds=manifest.thresholds,
+                    max_positions=manifest.model.max_positions,
                 ),
                 self._progress,
-            )  # fmt: skip
+            )
         bundle = Bundle.load(folder)
-        return PaperModels(bundle, self._progress, model=self._model, heads=self._heads, folder=self._folder)
+        return PaperModels(
+            bundle, self._progress, model=self._model, heads=self._heads, folder=self._folder
+        )

@@ -40,7 +40,9 @@ def read_summary(path: Path = DATA) -> Summary | None:
     try:
         return msgspec.json.decode(path.read_bytes(), type=Summary)
     except msgspec.MsgspecError as error:
-        raise ConfigError(f"{path}: expected a summary of this version, got something else ({error})") from None
+        raise ConfigError(
+            f"{path}: expected a summary of this version, got something else ({error})"
+        ) from None
 
 
 def filled(page: str, summary: Summary | None) -> str:
@@ -63,7 +65,9 @@ def blocks(summary: Summary) -> dict[str, str]:
 
 
 @app.command()
-def run(rows: Annotated[Path | None, typer.Option(help="Folder of 'fleet bench paper'.")] = None) -> None:
+def run(
+    rows: Annotated[Path | None, typer.Option(help="Folder of 'fleet bench paper'.")] = None,
+) -> None:
     """Write the page's generated parts and its pictures."""
     from benchmarks.paper.plots import draw
 

@@ -25,8 +25,12 @@ def draw(summary: Summary, folder: Path) -> dict[str, Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"cannot write {folder}: {error.strerror}; choose another --plot") from None
-    return {name: save(make(), folder / f"paper-{name}.svg") for name, make in pictures(summary).items()}
+        raise ConfigError(
+            f"cannot write {folder}: {error.strerror}; choose another --plot"
+        ) from None
+    return {
+        name: save(make(), folder / f"paper-{name}.svg") for name, make in pictures(summary).items()
+    }
 
 
 def pictures(summary: Summary) -> dict[str, Callable[[], Figure]]:
@@ -83,7 +87,9 @@ def _bytes(table: Sequence[Figures]) -> Figure:
     figure, axes = _panels(datasets, 1.5 + 0.3 * len(table) / len(datasets))
     for axis, dataset in zip(axes, datasets, strict=True):
         here = [one for one in table if one.dataset == dataset]
-        axis.barh([one.system for one in here], [max(1.0, one.bytes) for one in here], color=COLOURS[2])
+        axis.barh(
+            [one.system for one in here], [max(1.0, one.bytes) for one in here], color=COLOURS[2]
+        )
         axis.invert_yaxis()
         axis.set(xscale="log", xlabel="bytes an answer, up and down")
     return figure
@@ -96,10 +102,14 @@ def _latency(grid: Sequence[Figures]) -> Figure:
     for axis, mbit_s in zip(axes, bandwidths, strict=True):
         for name, colour in _colours([one.system for one in grid]).items():
             line = sorted(
-                (one.link.rtt_ms, one.total_s.median) for one in grid if (one.system, one.link.mbit_s) == (name, mbit_s)
+                (one.link.rtt_ms, one.total_s.median)
+                for one in grid
+                if (one.system, one.link.mbit_s) == (name, mbit_s)
             )
             style = "--" if "split" in name or name == "cloud_only" else "-"
-            axis.plot(*zip(*line, strict=True), style, marker=".", label=name, color=colour) if line else None
+            axis.plot(
+                *zip(*line, strict=True), style, marker=".", label=name, color=colour
+            ) if line else None
         axis.set(xlabel="round trip, ms", ylabel="seconds an answer", xscale="log", yscale="log")
     axes[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return figure

@@ -26,8 +26,22 @@ class Published(Struct, frozen=True, kw_only=True):
 
 TIMES: Final = (
     Published(dataset="alpaca", system="cloud_only", total_s=370, cloud_s=370, communication_s=0.4),
-    Published(dataset="alpaca", system="naive_split", total_s=3372, cloud_s=253, edge_s=241, communication_s=2877),
-    Published(dataset="alpaca", system="collaborative@0.8", total_s=319, cloud_s=113, edge_s=192, communication_s=14),
+    Published(
+        dataset="alpaca",
+        system="naive_split",
+        total_s=3372,
+        cloud_s=253,
+        edge_s=241,
+        communication_s=2877,
+    ),
+    Published(
+        dataset="alpaca",
+        system="collaborative@0.8",
+        total_s=319,
+        cloud_s=113,
+        edge_s=192,
+        communication_s=14,
+    ),
 )
 
 
@@ -44,12 +58,21 @@ CLAIMS: Final = (
     Claim(dataset="alpaca", name="less cloud time than cloud-only", value=0.695),
     Claim(dataset="alpaca", name="tokens asked of the cloud", value=0.4958),
     Claim(dataset="alpaca", name="tokens confident at the first exit", value=0.4789),
-    Claim(dataset="alpaca", name="bytes an answer, naive split to CE-CoLLM", value="112 MB to 957 KB"),
+    Claim(
+        dataset="alpaca", name="bytes an answer, naive split to CE-CoLLM", value="112 MB to 957 KB"
+    ),
     Claim(dataset="xsum", name="less cloud time than cloud-only", value=0.8453),
     Claim(dataset="xsum", name="tokens asked of the cloud", value=0.2773),
-    Claim(dataset="xsum", name="bytes an answer, naive split to CE-CoLLM", value="673 MB to 3.76 MB"),
+    Claim(
+        dataset="xsum", name="bytes an answer, naive split to CE-CoLLM", value="673 MB to 3.76 MB"
+    ),
 )
 
 
-QUALITY: Final = {"boolq": (0.658, 0.646), "quac": (0.289, 0.291), "imdb": (0.724, 0.724), "xsum": (0.225, 0.228)}
+QUALITY: Final = {
+    "boolq": (0.658, 0.646),
+    "quac": (0.289, 0.291),
+    "imdb": (0.724, 0.724),
+    "xsum": (0.225, 0.228),
+}
 """By dataset: the score of CE-CoLLM at 0.8, and of the cloud alone."""

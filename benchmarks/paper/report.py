@@ -141,10 +141,20 @@ def traffic(group: Sequence[Figures]) -> Sheet:
             ]
         )
     header = [
-        "system", "KB an answer", "messages", "round trips", "tokens of the cloud", "tokens of exits", "cloud, GFLOP",
-        "less cloud time than cloud-only", "less cloud work than cloud-only", "fewer bytes than the naive split",
-        "fewer bytes and round trips than the cached split", "agreement with cloud-only", "J",
-    ]  # fmt: skip
+        "system",
+        "KB an answer",
+        "messages",
+        "round trips",
+        "tokens of the cloud",
+        "tokens of exits",
+        "cloud, GFLOP",
+        "less cloud time than cloud-only",
+        "less cloud work than cloud-only",
+        "fewer bytes than the naive split",
+        "fewer bytes and round trips than the cached split",
+        "agreement with cloud-only",
+        "J",
+    ]
     return Sheet(f"link and cloud: {where(group[0])}", header, rows)
 
 
@@ -165,8 +175,12 @@ def published_times(table: Sequence[Figures]) -> Iterator[Sheet]:
             ]
         )
     header = ["system", "total, s: paper", "ours"]
-    header += [f"{part}: {who}" for part in ("edge", "cloud", "communication") for who in ("paper", "ours")]
-    yield Sheet(f"alpaca, a mean answer, and shares of it, beside the paper's ({SOURCE})", header, rows)
+    header += [
+        f"{part}: {who}" for part in ("edge", "cloud", "communication") for who in ("paper", "ours")
+    ]
+    yield Sheet(
+        f"alpaca, a mean answer, and shares of it, beside the paper's ({SOURCE})", header, rows
+    )
 
 
 def _beside(theirs: Published, parts: Sequence[float | None], total: float) -> Iterator[str]:
@@ -187,7 +201,8 @@ def claims(table: Sequence[Figures]) -> Sheet:
     }
     rows = []
     for claim in CLAIMS:
-        one, naive = ours.get((claim.dataset, PAPERS)), ours.get((claim.dataset, NAIVE_SPLIT))
+        one = ours.get((claim.dataset, PAPERS))
+        naive = ours.get((claim.dataset, NAIVE_SPLIT))
         paper = claim.value if isinstance(claim.value, str) else f"{claim.value:.1%}"
         if one is None:
             own = NONE
@@ -196,7 +211,11 @@ def claims(table: Sequence[Figures]) -> Sheet:
         else:
             own = f"{naive.bytes / 1e3:,.1f} KB to {one.bytes / 1e3:,.1f} KB" if naive else NONE
         rows.append([f"{claim.dataset}: {claim.name}", paper, own])
-    return Sheet("the paper's other figures, and ours at the same threshold", ["figure", "paper", "ours"], rows)
+    return Sheet(
+        "the paper's other figures, and ours at the same threshold",
+        ["figure", "paper", "ours"],
+        rows,
+    )
 
 
 def compared(one: Figures, baseline: str, name: str) -> str:
@@ -207,7 +226,11 @@ def compared(one: Figures, baseline: str, name: str) -> str:
 
 def first_exit(one: Figures) -> float | None:
     """Share of the tokens of the shallowest exit; None where no exit gave one."""
-    exits = {int(source[5:]): share for source, share in one.sources.items() if source.startswith("exit:")}
+    exits = {
+        int(source[5:]): share
+        for source, share in one.sources.items()
+        if source.startswith("exit:")
+    }
     return exits[min(exits)] if exits else None
 
 
@@ -234,7 +257,13 @@ def held_back(checked: Sequence[HeldBack]) -> Iterator[Sheet]:
     """How far off `fleet plan` is where it was not fitted."""
     if checked:
         rows = [
-            [one.system, link(one.link), f"{one.measured_s:.2f}", f"{one.predicted_s:.2f}", f"{one.error:.1%}"]
+            [
+                one.system,
+                link(one.link),
+                f"{one.measured_s:.2f}",
+                f"{one.predicted_s:.2f}",
+                f"{one.error:.1%}",
+            ]
             for one in checked
         ]
         header = ["system", "link", "measured, s", "predicted, s", "error"]
@@ -263,9 +292,18 @@ def accuracy(found: Sequence[Accuracy]) -> list[Sheet]:
             ]
         )
     header = [
-        "dataset and system", "answers", "metric", "value (95%)", "paper's", "within the full model's interval",
-        "majority", "AUC", "agreement with the full model", "perplexity", "tokens of the cloud",
-    ]  # fmt: skip
+        "dataset and system",
+        "answers",
+        "metric",
+        "value (95%)",
+        "paper's",
+        "within the full model's interval",
+        "majority",
+        "AUC",
+        "agreement with the full model",
+        "perplexity",
+        "tokens of the cloud",
+    ]
     return [Sheet("scores", header, rows)]
 
 

@@ -24,8 +24,12 @@ from fleet.errors import BundleError, ConfigError
 
 PACKAGES: Final = ("cecollm-fleet", "onnxruntime", "torch", "transformers")
 CONDITIONS: Final = {
-    "machine": "machine", "versions": "set of versions", "bundle_id": "bundle", "size": "size", "seed": "seed",
-}  # fmt: skip
+    "machine": "machine",
+    "versions": "set of versions",
+    "bundle_id": "bundle",
+    "size": "size",
+    "seed": "seed",
+}
 
 
 class Results:
@@ -41,7 +45,9 @@ class Results:
     def open(cls, folder: Path) -> Results:
         """Raises ConfigError when nothing was measured there."""
         if (run := _read_run(folder)) is None:
-            raise ConfigError(f"nothing was measured in {folder}; run 'fleet bench paper', or give another --out")
+            raise ConfigError(
+                f"nothing was measured in {folder}; run 'fleet bench paper', or give another --out"
+            )
         return cls(folder, run)
 
     @classmethod
@@ -60,7 +66,8 @@ class Results:
                 os.fsync(file.fileno())
             return cls(folder, run)
         for field, name in CONDITIONS.items():
-            was, now = getattr(kept, field), getattr(run, field)
+            was = getattr(kept, field)
+            now = getattr(run, field)
             if was != now:
                 raise ConfigError(
                     f"{folder} holds rows measured with another {name}: {_show(was)}, now {_show(now)}; "
@@ -84,7 +91,10 @@ def new_run(bundle: Bundle, size: str, seed: int) -> Run:
     return Run(
         run=secrets.token_hex(4),
         machine=msgspec.json.decode(msgspec.json.encode(machine())),
-        versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        versions={
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
         bundle_id=bundle.manifest.bundle_id,
         model=model_sizes(bundle),
         size=size,
@@ -99,11 +109,14 @@ def model_sizes(bundle: Bundle) -> ModelSizes:
     Raises:
         BundleError: that cannot be read.
     """
-    manifest, path = bundle.manifest, bundle.path("cloud/config.json")
+    manifest = bundle.manifest
+    path = bundle.path("cloud/config.json")
     try:
         intermediate = int(json.loads(path.read_text())["intermediate_size"])
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise BundleError(f"{path}: expected a model's configuration ({error}); export the bundle again") from None
+        raise BundleError(
+            f"{path}: expected a model's configuration ({error}); export the bundle again"
+        ) from None
     model = manifest.model
     attention = 2 * model.head_dim * (model.num_attention_heads + model.num_key_value_heads)
     return ModelSizes(

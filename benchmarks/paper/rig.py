@@ -44,15 +44,18 @@ QUIET_TIMEOUT_S: Final = 20.0
 ENDING_S: Final = 1.0  # from a connection that is reset to the end of the process behind it
 PEER_NAMES: Final = {"llama.cpp": ("llama.cpp", "Q4_1"), "genai": ("onnxruntime-genai", "int4")}
 WORKERS: Final[dict[Cloud, str]] = {
-    "worker": WORKER, "whole": "cloud-whole", "upper": "cloud-upper", "llama.cpp": "cloud-llama-cpp",
+    "worker": WORKER,
+    "whole": "cloud-whole",
+    "upper": "cloud-upper",
+    "llama.cpp": "cloud-llama-cpp",
     "genai": "cloud-genai",
-}  # fmt: skip
+}
 
 Progress = Callable[[str], None]
 T = TypeVar("T", int, float)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cost:
     """What an answer cost beside what the device says of it. `layer_positions` and `head_calls` are the cloud's."""
 
@@ -97,7 +100,10 @@ class Rig:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._stack.close()
 
@@ -106,7 +112,9 @@ class Rig:
     def _start(self, stack: ExitStack) -> None:
         cores = two_cores()
         if cores is None:
-            self._progress("this machine has no core for either side: both share what there is, and times say little")
+            self._progress(
+                "this machine has no core for either side: both share what there is, and times say little"
+            )
         edge_core, cloud_core = cores or (None, None)
         devices = list(dict.fromkeys(system.device for system in self._systems))
         clouds = list(dict.fromkeys(system.cloud for system in self._systems if system.cloud))
@@ -115,7 +123,10 @@ class Rig:
         whole = self._models.whole() if "whole" in clouds else None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-paper-")))
         bundle = str(self._models.bundle.folder)
-        state = FleetHome.create(folder / "state", FleetConfig(HOST, free_port(HOST), bundle, service_port=0))
+        state = FleetHome.create(
+            folder / "state",
+            FleetConfig(host=HOST, port=free_port(HOST), bundle=bundle, service_port=0),
+        )
         identities, workers = self._enroll(state, folder, devices, clouds)
         self._progress(f"starting {len(devices)} devices and {len(clouds)} clouds")
         with started_on(cloud_core):
@@ -126,11 +137,14 @@ class Rig:
             for cloud, identity in workers.items():
                 self._clouds[cloud] = self._start_cloud(stack, cloud, identity, whole)
         for device, link in self._links.items():
-            identity, port = identities[device], link.ask("port")["port"]
+            identity = identities[device]
+            port = link.ask("port")["port"]
             Identity(identity.folder, msgspec.structs.replace(identity.config, port=port)).save()
         with started_on(edge_core):
             for device in devices:
-                engine = Engine(f"the device of {device}", self._device_command(device, identities), wait=False)
+                engine = Engine(
+                    f"the device of {device}", self._device_command(device, identities), wait=False
+                )
                 self._devices[device] = stack.enter_context(engine)
         for side in self._clouds.values():
             side.wait_ready()
@@ -144,7 +158,10 @@ class Rig:
         own = [device for device in devices if device not in PEER_NAMES]
         names: dict[Cloud, str] = {cloud: WORKERS[cloud] for cloud in clouds}
         return (
-            {device: state.enroll(f"edge-{i}", Role.DEVICE, folder / f"edge-{i}") for i, device in enumerate(own, 1)},
+            {
+                device: state.enroll(f"edge-{i}", Role.DEVICE, folder / f"edge-{i}")
+                for i, device in enumerate(own, 1)
+            },
             {
                 cloud: state.identity(name, Role.WORKER)
                 if name == WORKER
@@ -153,28 +170,48 @@ class Rig:
             },
         )
 
-    def _start_cloud(self, stack: ExitStack, cloud: Cloud, identity: Identity, whole: Bundle | None) -> CloudSide:
+    def _start_cloud(
+        self, stack: ExitStack, cloud: Cloud, identity: Identity, whole: Bundle | None
+    ) -> CloudSide:
         bundle = self._models.bundle
         if cloud == "worker":
-            arguments = ("run", str(identity.folder), "--bundle", str(bundle.folder), "--threads", "1")
+            arguments = (
+                "run",
+                str(identity.folder),
+                "--bundle",
+                str(bundle.folder),
+                "--threads",
+                "1",
+            )
             process = child("the worker", "cloud_broker_worker", *arguments, "--metrics-port", "0")
             manifest = bundle.manifest
-            return WorkerSide(stack.enter_context(process), manifest.model.num_layers - manifest.upload_layer)
+            return WorkerSide(
+                stack.enter_context(process), manifest.model.num_layers - manifest.upload_layer
+            )
         options: dict[str, Any] = {"identity": identity.folder, "bundle": bundle.folder}
         if whole and cloud == "whole":
             options |= {"bundle": whole.folder, "embedding": bundle.path("edge/embedding.npy")}
         elif cloud != "upper":
             options["peer"] = json.dumps(self._peers[PEER_NAMES[cloud]])
         command = python("benchmarks.drivers.cloud", **options)
-        return BaselineSide(stack.enter_context(Engine(f"the cloud of {cloud}", command, wait=False)))
+        return BaselineSide(
+            stack.enter_context(Engine(f"the cloud of {cloud}", command, wait=False))
+        )
 
     def _device_command(self, device: Device, identities: dict[Device, Identity]) -> list[str]:
         if device in PEER_NAMES:
             return self._peers[PEER_NAMES[device]]
-        options: dict[str, Any] = {"identity": identities[device].folder, "bundle": self._models.bundle.folder}
+        options: dict[str, Any] = {
+            "identity": identities[device].folder,
+            "bundle": self._models.bundle.folder,
+        }
         if device == "client":
             return python("benchmarks.drivers.client", **options)
-        return python("benchmarks.drivers.agent", **options, upload="int8" if device == "agent_int8" else "float16")
+        return python(
+            "benchmarks.drivers.agent",
+            **options,
+            upload="int8" if device == "agent_int8" else "float16",
+        )
 
     def cloud_pid(self, name: str) -> int:
         """The process that computes in a system's cloud."""
@@ -185,7 +222,9 @@ class Rig:
 
     # Answers.
 
-    def answer(self, name: str, prompt: str, max_new_tokens: int, link: Link) -> tuple[Answer, Cost]:
+    def answer(
+        self, name: str, prompt: str, max_new_tokens: int, link: Link
+    ) -> tuple[Answer, Cost]:
         """One answer of a system over a link, and what it cost.
 
         Raises:
@@ -197,22 +236,38 @@ class Rig:
             cloud.check()
         try:
             self._shape(system.device, link)
-            before, cpu_before, joules_before = self._tallies(system), self._cpu_s(system), energy_j()
+            before = self._tallies(system)
+            cpu_before = self._cpu_s(system)
+            joules_before = energy_j()
             answer = self._ask(system, prompt, max_new_tokens)
             joules_after = energy_j()
             self._until_quiet(system, link)
-            cpu_after, after = self._cpu_s(system), self._tallies(system)
+            cpu_after = self._cpu_s(system)
+            after = self._tallies(system)
         except (FleetError, OSError) as error:
             if cloud:
-                check_for(ENDING_S, cloud)  # that it has gone says more than what the device made of it
+                check_for(
+                    ENDING_S, cloud
+                )  # that it has gone says more than what the device made of it
             raise FleetError(f"{name}: {error}") from error
         if cloud:
             cloud.check()  # the agent goes on without
-        bytes_up, bytes_down, messages_up, messages_down, layer_positions, head_calls = minus(after, before)
+        bytes_up, bytes_down, messages_up, messages_down, layer_positions, head_calls = minus(
+            after, before
+        )
         edge_s, cloud_s = minus(cpu_after, cpu_before)
-        joules = None if joules_before is None or joules_after is None else joules_after - joules_before
+        joules = (
+            None if joules_before is None or joules_after is None else joules_after - joules_before
+        )
         traffic = Traffic(bytes_up, bytes_down, messages_up, messages_down)
-        return answer, Cost(edge_s, cloud_s, traffic, layer_positions, head_calls, joules)
+        return answer, Cost(
+            edge_s=edge_s,
+            cloud_s=cloud_s,
+            traffic=traffic,
+            layer_positions=layer_positions,
+            head_calls=head_calls,
+            joules=joules,
+        )
 
     def _ask(self, system: System, prompt: str, max_new_tokens: int) -> Answer:
         device = self._devices[system.device]
@@ -234,7 +289,9 @@ class Rig:
             watch.add(line["token_id"], f"exit:{model.num_layers}")
         num_tokens = len(watch.token_ids)
         positions = len(prompt_ids) + num_tokens - 1
-        return watch.answer(len(prompt_ids), layer_positions=positions * model.num_layers, head_calls=num_tokens)
+        return watch.answer(
+            len(prompt_ids), layer_positions=positions * model.num_layers, head_calls=num_tokens
+        )
 
     # Counts.
 
@@ -245,10 +302,18 @@ class Rig:
 
     def _tallies(self, system: System) -> Tallies:
         """Nothing may be under way."""
-        cloud, questioned, link = self._clouds[system.cloud] if system.cloud else None, 0, (0, 0, 0, 0)
+        cloud = self._clouds[system.cloud] if system.cloud else None
+        questioned = 0
+        link = (0, 0, 0, 0)
         if proxy := self._links.get(system.device):
-            counted, num_bytes = self._devices[system.device].ask("counts"), proxy.ask("counts")
-            link = num_bytes["up"], num_bytes["down"], counted["messages_up"], counted["messages_down"]
+            counted = self._devices[system.device].ask("counts")
+            num_bytes = proxy.ask("counts")
+            link = (
+                num_bytes["up"],
+                num_bytes["down"],
+                counted["messages_up"],
+                counted["messages_down"],
+            )
             questioned = counted.get("questioned", 0)
         return Tallies(*link, *(cloud.work(questioned) if cloud else (0, 0)))
 
@@ -262,13 +327,16 @@ class Rig:
         proxy = self._links.get(system.device)
         if proxy is None:
             return
-        deadline, counted = time.monotonic() + QUIET_TIMEOUT_S, proxy.ask("counts")
+        deadline = time.monotonic() + QUIET_TIMEOUT_S
+        counted = proxy.ask("counts")
         while True:
             time.sleep(QUIET_S + 2 * link.rtt_ms / 1e3)
             if (again := proxy.ask("counts")) == counted:
                 return
             if time.monotonic() > deadline:
-                raise FleetError(f"the link was not quiet within {QUIET_TIMEOUT_S:g} s after the answer")
+                raise FleetError(
+                    f"the link was not quiet within {QUIET_TIMEOUT_S:g} s after the answer"
+                )
             counted = again
 
 
@@ -296,7 +364,9 @@ def versions() -> dict[str, str]:
         "cores": f"device {cores[0]}, cloud {cores[1]}" if cores else "shared",
     }
     if found["broker"] == MOSQUITTO:
-        said = subprocess.run([find_mosquitto(), "-h"], capture_output=True, text=True, timeout=10, check=False).stdout
+        said = subprocess.run(
+            [find_mosquitto(), "-h"], capture_output=True, text=True, timeout=10, check=False
+        ).stdout
         found["broker"] = said.partition("\n")[0].replace(" version", "") or MOSQUITTO
     return found
 

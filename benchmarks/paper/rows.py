@@ -64,7 +64,15 @@ class Row(Struct, frozen=True, kw_only=True):
     @property
     def key(self) -> tuple[object, ...]:
         """What it is a measurement of; there is one row for each."""
-        return self.part, self.system, self.dataset, self.sample, self.repeat, self.link.rtt_ms, self.link.mbit_s
+        return (
+            self.part,
+            self.system,
+            self.dataset,
+            self.sample,
+            self.repeat,
+            self.link.rtt_ms,
+            self.link.mbit_s,
+        )
 
 
 class Scored(Struct, frozen=True, kw_only=True):
@@ -97,7 +105,7 @@ class Scored(Struct, frozen=True, kw_only=True):
         return self.system, self.dataset, self.sample
 
 
-class ModelSizes(Struct, frozen=True):
+class ModelSizes(Struct, frozen=True, kw_only=True):
     """What the work of an answer is counted in. Parameters are those of one layer's products, and of the LM head's."""
 
     name: str

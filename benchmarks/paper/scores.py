@@ -80,8 +80,10 @@ def auc(preferences: Sequence[float], labels: Sequence[int]) -> float | None:
     and Whitney's U. (scikit-learn has it, too; where that is installed, every process that imports transformers
     loads it and starts 1.5 s later.)
     """
-    values, is_first = np.asarray(preferences), np.asarray(labels) == 1
-    first, second = values[is_first][:, None], values[~is_first]
+    values = np.asarray(preferences)
+    is_first = np.asarray(labels) == 1
+    first = values[is_first][:, None]
+    second = values[~is_first]
     if not first.size or not second.size:
         return None
     return float((first > second).mean() + (first == second).mean() / 2)

@@ -70,7 +70,9 @@ def load(
     return samples
 
 
-def _sample(name: str, number: int, row: Row, seed: int, where: Callable[[int], str]) -> Sample | None:
+def _sample(
+    name: str, number: int, row: Row, seed: int, where: Callable[[int], str]
+) -> Sample | None:
     try:
         return TASKS[name].sample(number, row, Random(f"{seed} {number}"))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -89,9 +91,13 @@ def _rows(name: str, source: Path | None) -> tuple[Sequence[Row], Callable[[int]
     if path.is_file():
         rows = _file_rows(path)
         lines = [line for line, _ in rows]
-        return [row for _, row in rows], lambda number: f"{path}, line {lines[number]}" if lines else str(path)
+        return [
+            row for _, row in rows
+        ], lambda number: f"{path}, line {lines[number]}" if lines else str(path)
     if (source / name).is_dir():
-        return _dataset(str(source / name), HUB[name].split), lambda number: f"{source / name}, row {number}"
+        return _dataset(
+            str(source / name), HUB[name].split
+        ), lambda number: f"{source / name}, row {number}"
     raise ConfigError(
         f"expected {path} or a folder {source / name}, found neither; see docs/benchmarks.md, Data, for what goes there"
     )
@@ -105,7 +111,9 @@ def _file_rows(path: Path) -> list[tuple[int, Row]]:
             if line.strip():
                 rows.append((number, json.loads(line)))
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}, line {number}: expected a JSON object, got something else ({error.msg})") from None
+        raise ConfigError(
+            f"{path}, line {number}: expected a JSON object, got something else ({error.msg})"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}; expected JSON lines in UTF-8") from None
     return rows
@@ -123,7 +131,9 @@ def _hub_rows(name: str, hub: HubSet) -> Sequence[Row]:
             HfApi().dataset_info(hub.name, timeout=HUB_TIMEOUT_S)
     except (OSError, HfHubHTTPError) as error:  # a failed request is an OSError there
         reason = str(error).strip().splitlines()[0][:200]
-        raise ConfigError(f"{hub.name} cannot be fetched from the hub ({reason}); go online, or {local}") from None
+        raise ConfigError(
+            f"{hub.name} cannot be fetched from the hub ({reason}); go online, or {local}"
+        ) from None
     return _dataset(hub.name, hub.split, hub.revision)
 
 

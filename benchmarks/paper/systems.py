@@ -10,7 +10,7 @@ Device = Literal["agent", "agent_int8", "client", "llama.cpp", "genai"]
 Cloud = Literal["worker", "whole", "upper", "llama.cpp", "genai"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class System:
     """`device` and `cloud` name processes of `benchmarks.paper.rig`; `op` and `options` are what the device's is
     asked for. `threshold` None are the bundle's own, where a system has any."""
@@ -24,11 +24,19 @@ class System:
 
 
 def _ours(name: str, mode: str, threshold: float | None = None, device: Device = "agent") -> System:
-    return System(name, device, "worker", options={"mode": mode}, threshold=threshold)
+    return System(
+        name=name, device=device, cloud="worker", options={"mode": mode}, threshold=threshold
+    )
 
 
 def _split(name: str, dtype: str, *, history: bool = False) -> System:
-    return System(name, "client", "upper", "split", {"dtype": dtype, "history": history})
+    return System(
+        name=name,
+        device="client",
+        cloud="upper",
+        op="split",
+        options={"dtype": dtype, "history": history},
+    )
 
 
 CALIBRATED: Final = "collaborative@calibrated"
@@ -38,7 +46,7 @@ CLOUD_ONLY: Final = "cloud_only"
 SYSTEMS: Final = {
     system.name: system
     for system in (
-        System("standalone", "agent", None, options={"mode": "standalone"}),
+        System(name="standalone", device="agent", cloud=None, options={"mode": "standalone"}),
         _ours("collaborative@0.7", "collaborative", 0.7),
         _ours("collaborative@0.8", "collaborative", 0.8),
         _ours("collaborative@0.9", "collaborative", 0.9),
@@ -46,16 +54,20 @@ SYSTEMS: Final = {
         _ours(CALIBRATED, "collaborative"),
         _ours("collaborative_int8@calibrated", "collaborative", device="agent_int8"),
         _ours("verified", "verified"),
-        System(CLOUD_ONLY, "client", "whole", "cloud_only"),
+        System(name=CLOUD_ONLY, device="client", cloud="whole", op="cloud_only"),
         _split(NAIVE_SPLIT, "float32", history=True),
         _split("cached_split_fp32", "float32"),
         _split("cached_split_fp16", "float16"),
-        System("llama.cpp_device", "llama.cpp", None),
-        System("genai_device", "genai", None),
-        System("llama.cpp_cloud", "client", "llama.cpp", "cloud_only"),
-        System("genai_cloud", "client", "genai", "cloud_only"),
+        System(name="llama.cpp_device", device="llama.cpp", cloud=None),
+        System(name="genai_device", device="genai", cloud=None),
+        System(name="llama.cpp_cloud", device="client", cloud="llama.cpp", op="cloud_only"),
+        System(name="genai_cloud", device="client", cloud="genai", op="cloud_only"),
     )
 }
-PEERS: Final = tuple(name for name, system in SYSTEMS.items() if {system.device, system.cloud} & {"llama.cpp", "genai"})
+PEERS: Final = tuple(
+    name
+    for name, system in SYSTEMS.items()
+    if {system.device, system.cloud} & {"llama.cpp", "genai"}
+)
 """Those that need other projects' engines."""
 OWN: Final = tuple(name for name in SYSTEMS if name not in PEERS)

@@ -17,7 +17,9 @@ from msgspec import Struct
 
 Row = Mapping[str, Any]
 
-HISTORY: Final = 2  # questions of QuAC that are told before one is asked, as to its paper's best model
+HISTORY: Final = (
+    2  # questions of QuAC that are told before one is asked, as to its paper's best model
+)
 NO_ANSWER: Final = "CANNOTANSWER"  # QuAC's mark of a question that the text does not answer
 
 
@@ -50,7 +52,9 @@ class Task(NamedTuple):
 def _boolq(number: int, row: Row, _: Random) -> Sample:
     question = str(row["question"]).strip().rstrip("?")
     prompt = f"{row['passage']}\n\nHaving read that, I wonder {question}? Yes or no?"
-    return Sample(id=number, prompt=prompt, label=_label(row["answer"], ("true", "yes"), ("false", "no")))
+    return Sample(
+        id=number, prompt=prompt, label=_label(row["answer"], ("true", "yes"), ("false", "no"))
+    )
 
 
 def _imdb(number: int, row: Row, _: Random) -> Sample:
@@ -67,11 +71,16 @@ def _xsum(number: int, row: Row, _: Random) -> Sample:
 
 def _alpaca(number: int, row: Row, _: Random) -> Sample:
     if "turns" in row:
-        prompt, answer = _text(row["turns"][0]), row.get("reference") or ()
+        prompt = _text(row["turns"][0])
+        answer = row.get("reference") or ()
     else:
-        prompt = "\n".join(filter(None, (_text(row["instruction"]), str(row.get("input") or "").strip())))
+        prompt = "\n".join(
+            filter(None, (_text(row["instruction"]), str(row.get("input") or "").strip()))
+        )
         answer = row.get("output") or ()
-    return Sample(id=number, prompt=prompt, references=(answer,) if isinstance(answer, str) else tuple(answer))
+    return Sample(
+        id=number, prompt=prompt, references=(answer,) if isinstance(answer, str) else tuple(answer)
+    )
 
 
 def _quac(number: int, row: Row, random: Random) -> Sample | None:
@@ -116,10 +125,13 @@ def _joined(context: str, questions: str, answers: str) -> Iterator[tuple[str, l
 
 def _spans(joined: str, context: str) -> Iterator[str]:
     """Cuts what was joined by spaces into pieces, each as long as the text has it; else all of it is one."""
-    words, pieces = joined.split(" "), []
+    words = joined.split(" ")
+    pieces = []
     while words:
         fitting = (
-            n for n in range(len(words), 0, -1) if (piece := " ".join(words[:n])) in context or piece == NO_ANSWER
+            n
+            for n in range(len(words), 0, -1)
+            if (piece := " ".join(words[:n])) in context or piece == NO_ANSWER
         )
         count = next(fitting, None)
         if count is None:

@@ -27,7 +27,9 @@ class ConnectRefusal:
     reason: str
 
 
-def admit(packet: Packet | None, holder: CertificateHolder | None, rights: RightsCache) -> Session | ConnectRefusal:
+def admit(
+    packet: Packet | None, holder: CertificateHolder | None, rights: RightsCache
+) -> Session | ConnectRefusal:
     """The session of a client that has shown the certificate of `holder`, or why it gets none.
 
     Its client id and user name are the certificate's name. Without a client id it gets one of its own below that name,
@@ -35,9 +37,13 @@ def admit(packet: Packet | None, holder: CertificateHolder | None, rights: Right
     clean.
     """
     if not isinstance(packet, ConnectPacket):
-        return ConnectRefusal(NOT_AUTHORIZED, f"expected CONNECT first, got {type(packet).__name__}")
+        return ConnectRefusal(
+            NOT_AUTHORIZED, f"expected CONNECT first, got {type(packet).__name__}"
+        )
     if packet.proto_name != "MQTT" or packet.proto_level != MQTT_3_1_1:
-        return ConnectRefusal(UNACCEPTABLE_PROTOCOL_VERSION, f"expected MQTT 3.1.1, got level {packet.proto_level}")
+        return ConnectRefusal(
+            UNACCEPTABLE_PROTOCOL_VERSION, f"expected MQTT 3.1.1, got level {packet.proto_level}"
+        )
     client_id = None if packet.client_id_is_random else packet.client_id
     name = holder.name if holder else None
     if holder is None or client_id not in (None, name) or packet.username not in (None, name):
@@ -54,14 +60,18 @@ def admit(packet: Packet | None, holder: CertificateHolder | None, rights: Right
             f"(SHA-256 {holder.fingerprint[:16]}...); enroll it with 'fleet enroll {name}'",
         )
     if packet.will_flag and not grants.may(Action.PUBLISH, packet.will_topic or ""):
-        return ConnectRefusal(NOT_AUTHORIZED, f"{name!r} may not publish its will to {str(packet.will_topic)[:200]!r}")
+        return ConnectRefusal(
+            NOT_AUTHORIZED, f"{name!r} may not publish its will to {str(packet.will_topic)[:200]!r}"
+        )
     session = Session()
     session.client_id = client_id or f"{holder.name}/{secrets.token_hex(8)}"
     session.clean_session = True
     session.keep_alive = packet.keep_alive
     session.will_flag = packet.will_flag
-    session.will_topic, session.will_message = packet.will_topic, packet.will_message
-    session.will_qos, session.will_retain = packet.will_qos, packet.will_retain_flag
+    session.will_topic = packet.will_topic
+    session.will_message = packet.will_message
+    session.will_qos = packet.will_qos
+    session.will_retain = packet.will_retain_flag
     return session
 
 
@@ -70,4 +80,8 @@ def holder_of(tls: ssl.SSLObject | None) -> CertificateHolder | None:
     subject: Any = (tls.getpeercert() or {}).get("subject", ()) if tls else ()
     names = [value for attributes in subject for key, value in attributes if key == "commonName"]
     der = tls.getpeercert(binary_form=True) if tls else None
-    return CertificateHolder(str(names[0]), hashlib.sha256(der).hexdigest()) if len(names) == 1 and der else None
+    return (
+        CertificateHolder(str(names[0]), hashlib.sha256(der).hexdigest())
+        if len(names) == 1 and der
+        else None
+    )

@@ -40,7 +40,11 @@ class Connection:
     """A client that was let in: `name` is its certificate's, `session.client_id` this connection's."""
 
     def __init__(
-        self, holder: CertificateHolder, session: Session, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        holder: CertificateHolder,
+        session: Session,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> None:
         self.holder = holder
         self.name = holder.name
@@ -78,7 +82,9 @@ class Connection:
                 case None:
                     return False
                 case _:
-                    raise DecodeError(f"expected a packet of a client with QoS 0 or 1, got {type(packet).__name__}")
+                    raise DecodeError(
+                        f"expected a packet of a client with QoS 0 or 1, got {type(packet).__name__}"
+                    )
 
     def send(self, packet: Packet, *, droppable: bool = False) -> None:
         """Queues one packet. A client that reads too slowly loses droppable ones, and is put out for others."""

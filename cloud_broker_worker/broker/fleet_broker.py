@@ -60,12 +60,16 @@ class FleetBroker(Broker):
     """A client's certificate, client id and user name are one name, and `rights` says what that may do."""
 
     def __init__(self, listener: socket.socket, tls: ssl.SSLContext, rights: RightsCache) -> None:
-        super().__init__(BrokerConfig(listeners={"default": ListenerConfig(bind="127.0.0.1:0")}, plugins={}))
+        super().__init__(
+            BrokerConfig(listeners={"default": ListenerConfig(bind="127.0.0.1:0")}, plugins={})
+        )
         self._socket = listener
         self._tls = tls
         self._rights = rights
         self._writers: set[asyncio.StreamWriter] = set()
-        self._routes: dict[str, dict[str, int]] = {}  # topic -> client id -> QoS, as far as it was asked
+        self._routes: dict[
+            str, dict[str, int]
+        ] = {}  # topic -> client id -> QoS, as far as it was asked
 
     async def stream_connected(
         self,
@@ -86,7 +90,10 @@ class FleetBroker(Broker):
             who = connection.session.client_id if connection else writer.get_extra_info("peername")
             logger.info("connection of %s ended: %s", who, str(error) or type(error).__name__)
         except Exception:
-            logger.exception("connection of %s ended", connection.session.client_id if connection else "a stranger")
+            logger.exception(
+                "connection of %s ended",
+                connection.session.client_id if connection else "a stranger",
+            )
         finally:
             if connection:
                 await self._forget(connection)
@@ -95,9 +102,12 @@ class FleetBroker(Broker):
 
     async def take(self, connection: Connection, packet: PublishPacket) -> None:
         """A message of a client: acknowledged, then passed on where its sender may publish, else dropped."""
-        topic, qos = packet.topic_name, packet.qos
+        topic = packet.topic_name
+        qos = packet.qos
         if qos > MAX_QOS or len(topic.encode()) > MAX_TOPIC_BYTES:
-            raise DecodeError(f"expected QoS 0 or 1 and a topic of at most {MAX_TOPIC_BYTES} bytes, got QoS {qos}")
+            raise DecodeError(
+                f"expected QoS 0 or 1 and a topic of at most {MAX_TOPIC_BYTES} bytes, got QoS {qos}"
+            )
         if qos:
             connection.send(PubackPacket.build(packet.variable_header.packet_id))
         if not self._is_live(connection):
@@ -109,12 +119,16 @@ class FleetBroker(Broker):
 
     async def subscribe(self, connection: Connection, packet: SubscribePacket) -> None:
         filters = packet.payload.topics
-        codes = [await self._add_filter(connection, topic_filter, qos) for topic_filter, qos in filters]
+        codes = [
+            await self._add_filter(connection, topic_filter, qos) for topic_filter, qos in filters
+        ]
         connection.send(SubackPacket.build(packet.variable_header.packet_id, codes))
         for (topic_filter, _), code in zip(filters, codes, strict=True):
             for retained in self._retained_messages.values() if code != REFUSED else ():
                 if matches(topic_filter, retained.topic):
-                    connection.deliver(retained.topic, bytes(retained.data), min(code, retained.qos), retain=True)
+                    connection.deliver(
+                        retained.topic, bytes(retained.data), min(code, retained.qos), retain=True
+                    )
 
     async def unsubscribe(self, connection: Connection, packet: UnsubscribePacket) -> None:
         for topic_filter in packet.payload.topics:
@@ -132,17 +146,28 @@ class FleetBroker(Broker):
             writer.transport.abort()
         await super().shutdown()
 
-    async def _let_in(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Connection | None:
+    async def _let_in(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> Connection | None:
         async with asyncio.timeout(CONNECT_S):
             packet = await read_packet(reader, MAX_CONNECT_BYTES)
         holder = holder_of(writer.get_extra_info("ssl_object"))
         session = admit(packet, holder, self._rights)
-        if isinstance(session, Session) and holder and self._is_one_too_many(session.client_id, holder.name):
+        if (
+            isinstance(session, Session)
+            and holder
+            and self._is_one_too_many(session.client_id, holder.name)
+        ):
             session = ConnectRefusal(
-                NOT_AUTHORIZED, f"{holder.name!r} has {MAX_CONNECTIONS_PER_NAME} connections already"
+                NOT_AUTHORIZED,
+                f"{holder.name!r} has {MAX_CONNECTIONS_PER_NAME} connections already",
             )
         if isinstance(session, ConnectRefusal):
-            logger.warning("a connection from %s is refused: %s", writer.get_extra_info("peername"), session.reason)
+            logger.warning(
+                "a connection from %s is refused: %s",
+                writer.get_extra_info("peername"),
+                session.reason,
+            )
             writer.write(ConnackPacket.build(0, session.code).to_bytes())
             return None
         assert holder is not None  # nobody is admitted without
@@ -167,9 +192,14 @@ class FleetBroker(Broker):
             del self._sessions[session.client_id]
             await self._del_all_subscriptions(session)
             self._routes.clear()
-            if session.will_flag and self._rights.may(connection.holder, Action.PUBLISH, session.will_topic):
+            if session.will_flag and self._rights.may(
+                connection.holder, Action.PUBLISH, session.will_topic
+            ):
                 await self._publish(
-                    session.will_topic, session.will_message, min(session.will_qos, MAX_QOS), retain=session.will_retain
+                    session.will_topic,
+                    session.will_message,
+                    min(session.will_qos, MAX_QOS),
+                    retain=session.will_retain,
                 )
 
     async def _publish(self, topic: str, payload: bytes, qos: int, *, retain: bool) -> None:
@@ -198,7 +228,9 @@ class FleetBroker(Broker):
     async def _add_filter(self, connection: Connection, topic_filter: str, qos: int) -> int:
         if len(connection.filters | {topic_filter}) > MAX_FILTERS or not self._is_live(connection):
             return REFUSED
-        code: int = await self.add_subscription((topic_filter, min(qos, MAX_QOS)), connection.session)
+        code: int = await self.add_subscription(
+            (topic_filter, min(qos, MAX_QOS)), connection.session
+        )
         if code == REFUSED:
             logger.info("%s may not subscribe to %s", connection.name, topic_filter[:200])
         else:
@@ -209,7 +241,9 @@ class FleetBroker(Broker):
     async def _topic_filtering(self, session: Session, topic: str, action: MqttAction) -> bool:  # noqa: ARG002
         """amqtt asks this for subscriptions. A shared one would be granted and never deliver: MQTT 3.1.1 has none."""
         _, connection = self._sessions[session.client_id]
-        return not topic.startswith("$") and self._rights.may(connection.holder, Action.SUBSCRIBE, topic)
+        return not topic.startswith("$") and self._rights.may(
+            connection.holder, Action.SUBSCRIBE, topic
+        )
 
     async def _session_monitor(self) -> None:
         """Puts out who is not active any more, or holds a certificate that was revoked."""

@@ -65,7 +65,8 @@ def write_config(
     Raises:
         ConfigError: the folder cannot be written.
     """
-    path, acl = folder / CONFIG_FILE, folder / ACL_FILE
+    path = folder / CONFIG_FILE
+    acl = folder / ACL_FILE
     settings = CONFIG.format(
         port=port,
         host=host,
@@ -79,7 +80,9 @@ def write_config(
         max_queued=MAX_QUEUED,
     )
     if has_crl:
-        settings += f"crlfile {(folder / CRL_FILE).resolve()}\npid_file {(folder / PID_FILE).resolve()}\n"
+        settings += (
+            f"crlfile {(folder / CRL_FILE).resolve()}\npid_file {(folder / PID_FILE).resolve()}\n"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         acl.touch(mode=0o600)
@@ -111,7 +114,10 @@ def find_mosquitto(folders: str | None = None) -> str:
     Raises:
         ConfigError: it is not installed.
     """
-    path = shutil.which("mosquitto", path=folders or f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
+    path = shutil.which(
+        "mosquitto",
+        path=folders or f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin",
+    )
     if path is None:
         raise ConfigError(
             "mosquitto is not installed; on Debian and Ubuntu: apt-get install mosquitto, or start without --broker"

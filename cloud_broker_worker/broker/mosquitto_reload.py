@@ -38,6 +38,8 @@ def by_command(command: str) -> Callable[[], None]:
         try:
             subprocess.run(words, check=True, timeout=COMMAND_S, stdout=subprocess.DEVNULL)
         except (OSError, subprocess.SubprocessError) as error:
-            raise ConfigError(f"mosquitto cannot be told of a change: {error}; correct --reload") from None
+            raise ConfigError(
+                f"mosquitto cannot be told of a change: {error}; correct --reload"
+            ) from None
 
     return reload

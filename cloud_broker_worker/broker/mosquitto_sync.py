@@ -83,7 +83,9 @@ class MosquittoSync:
         self._clock = clock
         self._seen = -1
         self._checked_at = float("-inf")
-        self._must_reload = True  # what the files say the broker may not have been told before we began
+        self._must_reload = (
+            True  # what the files say the broker may not have been told before we began
+        )
         self._is_first = True
         self._due: list[tuple[float, str]] = []  # when whose session is to be ended
 
@@ -97,10 +99,12 @@ class MosquittoSync:
             RegistryError: the registry cannot answer.
             FleetError: a file cannot be written, or the broker not be told or reached.
         """
-        now, newest = self._clock(), self._source.newest_change()
+        now = self._clock()
+        newest = self._source.newest_change()
         if newest != self._seen or now - self._checked_at >= RECHECK_S or self._must_reload:
             self._write(now)
-            self._seen, self._checked_at = newest, now
+            self._seen = newest
+            self._checked_at = now
         if self._evict(now):
             self._write(now)
 
@@ -108,7 +112,8 @@ class MosquittoSync:
         revoked = list(self._source.revoked_certificates(now))
         spent = self._evictions.spent(now) if self._evictions else ()
         listed = self._crl.update([*revoked, *spent], now)
-        is_first, self._is_first = self._is_first, False
+        is_first = self._is_first
+        self._is_first = False
         names = dict.fromkeys(
             each.name
             for each in revoked
@@ -132,7 +137,9 @@ class MosquittoSync:
             temporary.write_bytes(text)
             temporary.replace(self._acl)
         except OSError as error:
-            raise ConfigError(f"cannot write {self._acl}: {error.strerror}; choose another folder") from None
+            raise ConfigError(
+                f"cannot write {self._acl}: {error.strerror}; choose another folder"
+            ) from None
         return True
 
     def _evict(self, now: float) -> bool:

@@ -14,12 +14,18 @@ from fleet.errors import DecodeError, OversizedError
 
 MAX_PACKET_BYTES: Final = 1 << 20
 MAX_LENGTH_BYTES: Final = 4
-FLAGS: Final = {PUBREL: 0b0010, SUBSCRIBE: 0b0010, UNSUBSCRIBE: 0b0010}  # of all others none, but for PUBLISH
+FLAGS: Final = {
+    PUBREL: 0b0010,
+    SUBSCRIBE: 0b0010,
+    UNSUBSCRIBE: 0b0010,
+}  # of all others none, but for PUBLISH
 
 Packet: TypeAlias = MQTTPacket
 
 
-async def read_packet(stream: asyncio.StreamReader, max_bytes: int = MAX_PACKET_BYTES) -> Packet | None:
+async def read_packet(
+    stream: asyncio.StreamReader, max_bytes: int = MAX_PACKET_BYTES
+) -> Packet | None:
     """The next packet; None where the stream ends between two packets (MQTT 3.1.1 section 2.2).
 
     Raises:
@@ -30,18 +36,32 @@ async def read_packet(stream: asyncio.StreamReader, max_bytes: int = MAX_PACKET_
         first = (await stream.readexactly(1))[0]
     except asyncio.IncompleteReadError:
         return None
-    kind, flags = first >> 4, first & 0x0F
-    if kind != PUBLISH and flags != FLAGS.get(kind, 0):  # section 2.2.2; what speaks another protocol ends here
+    kind = first >> 4
+    flags = first & 0x0F
+    if kind != PUBLISH and flags != FLAGS.get(
+        kind, 0
+    ):  # section 2.2.2; what speaks another protocol ends here
         raise DecodeError(f"expected an MQTT 3.1.1 packet, got the first byte {first:#04x}")
     try:
         length = await _read_length(stream)
         if length > max_bytes:
-            raise OversizedError(f"expected a packet of at most {max_bytes} bytes, got one of {length}")
+            raise OversizedError(
+                f"expected a packet of at most {max_bytes} bytes, got one of {length}"
+            )
         body = BufferReader(await stream.readexactly(length))
         header = MQTTFixedHeader(kind, flags, length)
         packet: Packet = await packet_class(header).from_stream(body, fixed_header=header)
-    except (AMQTTError, MQTTError, CodecError, NoDataError, ValueError, asyncio.IncompleteReadError) as error:
-        raise DecodeError(f"expected an MQTT 3.1.1 packet, got bytes that are none: {error}") from None
+    except (
+        AMQTTError,
+        MQTTError,
+        CodecError,
+        NoDataError,
+        ValueError,
+        asyncio.IncompleteReadError,
+    ) as error:
+        raise DecodeError(
+            f"expected an MQTT 3.1.1 packet, got bytes that are none: {error}"
+        ) from None
     return packet
 
 

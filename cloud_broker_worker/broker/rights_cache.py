@@ -46,7 +46,9 @@ class RightsCache:
         try:
             grants = self._lookup(*holder)
         except Exception:
-            logger.exception("the registry cannot say what %r may do; it may do nothing", holder.name[:80])
+            logger.exception(
+                "the registry cannot say what %r may do; it may do nothing", holder.name[:80]
+            )
             grants = None
         if len(self._known) >= MAX_CACHED:
             self._known.clear()

@@ -11,7 +11,12 @@ import typer
 from fleet.errors import ConfigError, MissingExtraError
 from fleet.utils.cli_runtime import run_command, stop_event, wait_stopped
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 
 @app.callback()
@@ -26,13 +31,21 @@ def run(
         Path | None, typer.Option(help="Model bundle; by default the one that the identity names.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch.")] = None,
-    weights: Annotated[str | None, typer.Option(help="float32, int8 or int4: fewer bits take less time.")] = None,
-    kv_budget_mb: Annotated[int | None, typer.Option(min=1, help="Memory for KV caches, in MB.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="float32, int8 or int4: fewer bits take less time.")
+    ] = None,
+    kv_budget_mb: Annotated[
+        int | None, typer.Option(min=1, help="Memory for KV caches, in MB.")
+    ] = None,
     drain_timeout: Annotated[
-        float | None, typer.Option(min=0, help="Seconds that sessions may still take once it is to stop.")
+        float | None,
+        typer.Option(min=0, help="Seconds that sessions may still take once it is to stop."),
     ] = None,
     metrics_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Serve /healthz, /readyz and /metrics over HTTP there.")
+        int | None,
+        typer.Option(
+            min=0, max=65535, help="Serve /healthz, /readyz and /metrics over HTTP there."
+        ),
     ] = None,
     metrics_host: Annotated[str, typer.Option(help="Address of --metrics-port.")] = "127.0.0.1",
 ) -> None:
@@ -73,12 +86,18 @@ def run(
         "drain_timeout_s": drain_timeout,
     }
     given = {name: value for name, value in settings.items() if value is not None}
-    config = msgspec.structs.replace(WorkerConfig(shared_opens=identity.config.shared_subscriptions), **given)
+    config = msgspec.structs.replace(
+        WorkerConfig(shared_opens=identity.config.shared_subscriptions), **given
+    )
     loaded = Bundle.load(model, ("cloud",))
     stop = stop_event()
     will = Will(topics.worker_status(identity.name), Worker.will())
     with ExitStack() as stack:
-        endpoint = None if metrics_port is None else stack.enter_context(HttpEndpoint(metrics_host, metrics_port))
+        endpoint = (
+            None
+            if metrics_port is None
+            else stack.enter_context(HttpEndpoint(metrics_host, metrics_port))
+        )
         transport = stack.enter_context(MqttTransport.connect(identity, will=will))
         worker = stack.enter_context(Worker(transport, loaded, config))
         if endpoint:
@@ -89,7 +108,9 @@ def run(
         where = f", metrics on {endpoint.url}" if endpoint else ""
         print(f"worker {identity.name} serves {serves}, {layers}{where}", flush=True)
         wait_stopped(stop)
-        print(f"worker {identity.name} finishes its sessions; stop it again to leave them", flush=True)
+        print(
+            f"worker {identity.name} finishes its sessions; stop it again to leave them", flush=True
+        )
         worker.drain(stop_event())
 
 

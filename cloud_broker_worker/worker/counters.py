@@ -29,7 +29,7 @@ class Durations:
         return list(accumulate(self.counts))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class WorkerCounters:
     """Counts since the engine was made; they only grow.
 
@@ -44,4 +44,6 @@ class WorkerCounters:
     num_expired: int = 0
     refusals: Counter[str] = field(default_factory=Counter)
     queued: Durations = field(default_factory=Durations)
-    answered: dict[str, Durations] = field(default_factory=lambda: {"assist": Durations(), "verify": Durations()})
+    answered: dict[str, Durations] = field(
+        default_factory=lambda: {"assist": Durations(), "verify": Durations()}
+    )

@@ -59,7 +59,11 @@ class Engine:
     """Sessions and what is asked of them. `clock` gives monotonic seconds; arrivals are times of the same clock."""
 
     def __init__(
-        self, layers: UpperLayers, worker: str, config: WorkerConfig, clock: Callable[[], float] = time.monotonic
+        self,
+        layers: UpperLayers,
+        worker: str,
+        config: WorkerConfig,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pool = layers.new_pool(config.kv_budget_bytes)
         self.memory = SessionStore(self.pool, config)
@@ -88,7 +92,11 @@ class Engine:
         elif isinstance(message, Close):
             answers = []
         else:
-            answers = [self._refused(key, "unknown_session", "this worker has no such session; open it again")]
+            answers = [
+                self._refused(
+                    key, "unknown_session", "this worker has no such session; open it again"
+                )
+            ]
         return [EngineResponse(key, answer) for answer in answers if answer]
 
     def _take(
@@ -109,23 +117,36 @@ class Engine:
         session = self.sessions.get(key)
         if session and message.epoch < session.opening.epoch:
             return None  # late, from before the device started again
-        if session is None or not same_terms(session.opening, message) or session.branch != message.branch:
+        if (
+            session is None
+            or not same_terms(session.opening, message)
+            or session.branch != message.branch
+        ):
             if refused := self._why_not(key, message):
                 return refused
             try:
                 session = self.memory.admit(key, message, arrived)
             except PoolFullError as error:
                 can_ever_fit = self.memory.can_ever_fit(message.max_positions)
-                return self._refused(key, error.code, str(error), self._config.retry_after_ms if can_ever_fit else 0)
-        session.last_used, session.last_request = arrived, -1
+                return self._refused(
+                    key, error.code, str(error), self._config.retry_after_ms if can_ever_fit else 0
+                )
+        session.last_used = arrived
+        session.last_request = -1
         config = self._config
         return Opened(
-            key.session, self._worker, session.received, config.max_chunk_bytes, config.window_bytes, CONTEXT_DTYPES
+            session=key.session,
+            worker=self._worker,
+            received=session.received,
+            max_chunk_bytes=config.max_chunk_bytes,
+            window_bytes=config.window_bytes,
+            dtypes=CONTEXT_DTYPES,
         )
 
     def _why_not(self, key: SessionKey, message: Open) -> Refused | None:
         """What keeps a session from being served here, whatever memory there is."""
-        bundle_id, limit = self._manifest.bundle_id, self._manifest.model.max_positions
+        bundle_id = self._manifest.bundle_id
+        limit = self._manifest.model.max_positions
         if key.device in self.denied:
             return self._revoked(key)
         if message.protocol != PROTOCOL:
@@ -135,7 +156,9 @@ class Engine:
             text = f"this worker serves bundle {bundle_id}, the device has {message.bundle_id}"
             return self._refused(key, "bundle_mismatch", f"{text}; use the same on both sides")
         if message.max_positions > limit:
-            return self._refused(key, "too_long", f"expected at most {limit} positions, got {message.max_positions}")
+            return self._refused(
+                key, "too_long", f"expected at most {limit} positions, got {message.max_positions}"
+            )
         return self._stopping(key) if self.is_draining else None
 
     def _store(self, session: Session, chunk: ContextChunk) -> ToDevice | None:
@@ -147,7 +170,9 @@ class Engine:
         try:
             rows = unpack_chunk(chunk, self._manifest.model.hidden_size)
         except DecodeError as error:
-            self._log.warning("context of session %s of %s dropped: %s", *reversed(session.key), error)
+            self._log.warning(
+                "context of session %s of %s dropped: %s", *reversed(session.key), error
+            )
             return self._gap(session)
         num_new = session.take(chunk.start, rows)
         if num_new is None:
@@ -171,11 +196,21 @@ class Engine:
         if message.request < session.last_request:
             return None  # late: the device has asked something else since
         if isinstance(message, Verify) and not session.is_on(message.branch):
-            if session.answer and message.request > session.answer.request and message.branch < session.branch:
-                text = "this session is a branch ahead: its last answer was not heard; open it again"
+            if (
+                session.answer
+                and message.request > session.answer.request
+                and message.branch < session.branch
+            ):
+                text = (
+                    "this session is a branch ahead: its last answer was not heard; open it again"
+                )
                 return self._refused(session.key, "unknown_session", text)
             return None
-        stop = message.start + len(message.draft) if isinstance(message, Verify) else message.position + 1
+        stop = (
+            message.start + len(message.draft)
+            if isinstance(message, Verify)
+            else message.position + 1
+        )
         if stop > session.capacity:
             return self._too_long(session, stop)
         session.ask(message, arrived)
@@ -199,7 +234,8 @@ class Engine:
         if batch := self._for_questions(now) or self._ahead(now):
             self._count(batch, now)
             self._run(batch)
-        answers, self._answers = self._answers, []
+        answers = self._answers
+        self._answers = []
         return answers if batch else answers or None
 
     def _count(self, batch: Mapping[SessionKey, int], now: float) -> None:
@@ -211,7 +247,9 @@ class Engine:
                 self.tally.queued.add(now - question.arrived)
 
     def _for_questions(self, now: float) -> dict[SessionKey, int]:
-        waiting = [(s.question.arrived, s) for s in self.sessions.values() if s.question and s.num_pending]
+        waiting = [
+            (s.question.arrived, s) for s in self.sessions.values() if s.question and s.num_pending
+        ]
         by_age = [session for _, session in sorted(waiting, key=lambda item: item[0])]
         pending = {s.key: s.num_pending for s in self._with_caches(by_age, now)}
         return schedule(pending, self._config.max_batch_positions)
@@ -245,7 +283,9 @@ class Engine:
     def _run(self, batch: Mapping[SessionKey, int]) -> None:
         """Runs so many positions of each session. Where that fails, one by one: only the guilty are given up."""
         sessions = [self.sessions[key] for key in batch]
-        self._run_chunks([(session, next_chunk(session, batch[session.key])) for session in sessions])
+        self._run_chunks(
+            [(session, next_chunk(session, batch[session.key])) for session in sessions]
+        )
 
     def _run_chunks(self, work: Sequence[tuple[Session, Chunk]]) -> None:
         try:
@@ -256,7 +296,9 @@ class Engine:
             if len(work) == 1:
                 ((session, _),) = work
                 log.exception("session %s of %s failed", *reversed(session.key))
-                self._give_up(session, "internal", f"the worker failed: {type(error).__name__}: {error}")
+                self._give_up(
+                    session, "internal", f"the worker failed: {type(error).__name__}: {error}"
+                )
                 return
             log.warning("a batch of %d sessions failed, they run one by one: %s", len(work), error)
             for one in work:  # the same positions again, though some may be in the cache by now
@@ -273,7 +315,9 @@ class Engine:
         if question is None:
             return
         if not candidates.is_finite.all():
-            self._give_up(session, "internal", "the worker failed: the upper layers gave no finite logits")
+            self._give_up(
+                session, "internal", "the worker failed: the upper layers gave no finite logits"
+            )
             return
         make_choices(question, candidates, session.opening.sampling)
         if not question.is_decided:
@@ -291,7 +335,9 @@ class Engine:
     def expire(self) -> None:
         """Drops sessions that nobody has used for `session_ttl_s`."""
         now = self._clock()
-        for session in [s for s in self.sessions.values() if now - s.last_used > self._config.session_ttl_s]:
+        for session in [
+            s for s in self.sessions.values() if now - s.last_used > self._config.session_ttl_s
+        ]:
             self.memory.drop(session)
 
     def deny(self, devices: frozenset[str]) -> list[EngineResponse]:
@@ -316,7 +362,9 @@ class Engine:
     def _give_up(self, session: Session, code: str, reason: str, retry_after_ms: int = 0) -> None:
         self.memory.drop(session)
         self._answers.append(
-            EngineResponse(session.key, self._refused(session.key, code, reason[:500], retry_after_ms))
+            EngineResponse(
+                session.key, self._refused(session.key, code, reason[:500], retry_after_ms)
+            )
         )
 
     def _stopping(self, key: SessionKey) -> Refused:
@@ -324,19 +372,35 @@ class Engine:
         return self._refused(key, "draining", text, self._config.retry_after_ms)
 
     def _revoked(self, key: SessionKey) -> Refused:
-        return self._refused(key, "revoked", f"{key.device} is suspended, revoked or expired; enroll or resume it")
+        return self._refused(
+            key, "revoked", f"{key.device} is suspended, revoked or expired; enroll or resume it"
+        )
 
     def _too_long(self, session: Session, stop: int) -> Refused:
-        return self._refused(session.key, "too_long", f"position {stop} of at most {session.capacity}")
+        return self._refused(
+            session.key, "too_long", f"position {stop} of at most {session.capacity}"
+        )
 
-    def _refused(self, key: SessionKey, code: str, message: str, retry_after_ms: int = 0) -> Refused:
+    def _refused(
+        self, key: SessionKey, code: str, message: str, retry_after_ms: int = 0
+    ) -> Refused:
         self.tally.refusals[code] += 1
-        return Refused(key.session, code, retry_after_ms, message, self._worker)
+        return Refused(
+            session=key.session,
+            code=code,
+            retry_after_ms=retry_after_ms,
+            message=message,
+            worker=self._worker,
+        )
 
 
 def same_terms(one: Open, other: Open) -> bool:
     """Whether two openings of a session ask for the same: then the second is the first one sent again."""
-    return (one.epoch, one.sampling, one.max_positions) == (other.epoch, other.sampling, other.max_positions)
+    return (one.epoch, one.sampling, one.max_positions) == (
+        other.epoch,
+        other.sampling,
+        other.max_positions,
+    )
 
 
 def next_chunk(session: Session, count: int) -> Chunk:

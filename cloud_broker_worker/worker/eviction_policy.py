@@ -15,7 +15,7 @@ from cloud_broker_worker.worker.kv_pool import KvShape, PoolFullError
 from cloud_broker_worker.worker.session import Session
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MemoryLimits:
     """Bytes for everything, bytes for one device's caches while others need some, and how many sessions a device has.
 
@@ -54,11 +54,16 @@ def sessions_to_drop(
     surplus = max(0, sum(s.key.device == device for s in sessions) + 1 - limit)
     dropped = [s for s in idle if s.key.device == device][:surplus]
     if len(dropped) < surplus:
-        raise PoolFullError(f"device {device} has {limit} sessions in use, which is its limit; close one first")
+        raise PoolFullError(
+            f"device {device} has {limit} sessions in use, which is its limit; close one first"
+        )
     over = devices_over_share(sessions, limits)
     others = sorted((s for s in idle if s not in dropped), key=lambda s: s.key.device not in over)
     kept = set(sessions).difference(dropped)
-    if claimed_bytes(kept.difference(others), device, num_positions, limits, now) > limits.budget_bytes:
+    if (
+        claimed_bytes(kept.difference(others), device, num_positions, limits, now)
+        > limits.budget_bytes
+    ):
         raise PoolFullError(
             f"a session of {num_positions} positions needs {limits.cache_bytes(num_positions)} bytes for its cache and "
             f"{limits.hidden_bytes(num_positions)} for its context; those in use leave too few of {limits.budget_bytes}"
@@ -80,7 +85,9 @@ def claimed_bytes(
         if not limits.is_idle(session, now):
             caches[session.key.device] += limits.cache_bytes(session.capacity)
     in_use = sum(n if name == device else min(n, limits.share_bytes) for name, n in caches.items())
-    largest = max((limits.cache_bytes(s.capacity) for s in sessions), default=0)  # an idle one must still fit, alone
+    largest = max(
+        (limits.cache_bytes(s.capacity) for s in sessions), default=0
+    )  # an idle one must still fit, alone
     hidden = limits.hidden_bytes(num_positions) + sum(s.store.num_bytes for s in sessions)
     return hidden + max(in_use, largest)
 
@@ -90,17 +97,25 @@ def may_go_for(session: Session, other: Session, limits: MemoryLimits, now: floa
     longer, and to context that only runs ahead when it is idle."""
     if session.question is None or session.num_pending == 0:
         return limits.is_idle(other, now)
-    return other.question is None or other.num_pending == 0 or other.question.arrived > session.question.arrived
+    return (
+        other.question is None
+        or other.num_pending == 0
+        or other.question.arrived > session.question.arrived
+    )
 
 
-def caches_to_evict(candidates: Iterable[Session], num_bytes: int, over_share: Collection[str]) -> list[Session]:
+def caches_to_evict(
+    candidates: Iterable[Session], num_bytes: int, over_share: Collection[str]
+) -> list[Session]:
     """Whose caches make `num_bytes` free; all that there are where that is not enough.
 
     Those go first that no question needs now; among them those of the devices over their share; then the least recently
     used.
     """
     victims = []
-    for session in sorted(candidates, key=lambda s: (s.num_pending > 0, s.key.device not in over_share, s.last_used)):
+    for session in sorted(
+        candidates, key=lambda s: (s.num_pending > 0, s.key.device not in over_share, s.last_used)
+    ):
         if num_bytes <= 0:
             break
         if session.lease:
@@ -109,7 +124,9 @@ def caches_to_evict(candidates: Iterable[Session], num_bytes: int, over_share: C
     return victims
 
 
-def devices_over_share(sessions: Iterable[Session], limits: MemoryLimits, newcomer: Session | None = None) -> set[str]:
+def devices_over_share(
+    sessions: Iterable[Session], limits: MemoryLimits, newcomer: Session | None = None
+) -> set[str]:
     """Devices whose caches take more than their share; with a `newcomer`, as if it had its cache already."""
     used = Counter[str]()
     for session in sessions:

@@ -21,7 +21,7 @@ class PoolFullError(FleetError):
     code = "busy"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KvShape:
     """Sizes of what one position takes."""
 
@@ -104,7 +104,9 @@ class KvPool:
         self.stores.add(store)
         return store
 
-    def _allocate(self, kind: Callable[[KvShape, int], T], num_positions: int, position_bytes: int) -> T:
+    def _allocate(
+        self, kind: Callable[[KvShape, int], T], num_positions: int, position_bytes: int
+    ) -> T:
         wanted = num_positions * position_bytes
         text = f"{num_positions} positions need {wanted} bytes"
         if wanted > self.free_bytes:
@@ -112,7 +114,9 @@ class KvPool:
         try:
             allocated = kind(self.shape, num_positions)
         except (MemoryError, RuntimeError) as error:  # what PyTorch says when memory is short
-            raise PoolFullError(f"{text}, which this machine does not have: {str(error)[:200]}") from None
+            raise PoolFullError(
+                f"{text}, which this machine does not have: {str(error)[:200]}"
+            ) from None
         self.used_bytes += wanted
         return allocated
 
@@ -130,9 +134,13 @@ class KvPool:
 
     def check_integrity(self) -> None:
         """Raises RuntimeError when the books do not balance: for tests, after every scenario."""
-        total = sum(lease.num_bytes for lease in self.leases) + sum(store.num_bytes for store in self.stores)
+        total = sum(lease.num_bytes for lease in self.leases) + sum(
+            store.num_bytes for store in self.stores
+        )
         if total != self.used_bytes or total > self.budget_bytes:
-            raise RuntimeError(f"{self.used_bytes} bytes booked, {total} taken, {self.budget_bytes} allowed")
+            raise RuntimeError(
+                f"{self.used_bytes} bytes booked, {total} taken, {self.budget_bytes} allowed"
+            )
         for lease in self.leases:
             if not 0 <= lease.length <= lease.capacity:
                 raise RuntimeError(f"a lease of {lease.capacity} positions holds {lease.length}")

@@ -39,43 +39,73 @@ class WorkerMonitor:
 
     def collect(self) -> Iterable[Metric]:
         engine = self._worker.engine
-        tally, memory, pool = engine.tally, engine.memory, engine.pool
-        sessions = list(engine.sessions.values())  # a copy: the worker's thread changes the dict meanwhile
+        tally = engine.tally
+        memory = engine.memory
+        pool = engine.pool
+        sessions = list(
+            engine.sessions.values()
+        )  # a copy: the worker's thread changes the dict meanwhile
         questions = [(question, s.received) for s in sessions if (question := s.question)]
-        waiting = [question.arrived for question, received in questions if question.stop <= received]
+        waiting = [
+            question.arrived for question, received in questions if question.stop <= received
+        ]
         now = time.monotonic()
         gauges = {
             "sessions": ("Sessions that it holds.", len(sessions)),
-            "waiting_questions": ("Assists and verifies that could be answered and are not yet.", len(waiting)),
-            "oldest_question_seconds": ("How long the first of them has waited.", now - min(waiting, default=now)),
-            "inbox_messages": ("Messages that have arrived and wait for the step's end.", self._worker.num_queued),
+            "waiting_questions": (
+                "Assists and verifies that could be answered and are not yet.",
+                len(waiting),
+            ),
+            "oldest_question_seconds": (
+                "How long the first of them has waited.",
+                now - min(waiting, default=now),
+            ),
+            "inbox_messages": (
+                "Messages that have arrived and wait for the step's end.",
+                self._worker.num_queued,
+            ),
             "kv_used_bytes": ("KV caches and hidden states, of the budget.", pool.used_bytes),
             "kv_budget_bytes": ("What KV caches and hidden states may take.", pool.budget_bytes),
-            "draining": ("1 while it takes no sessions because it is to stop.", int(engine.is_draining)),
+            "draining": (
+                "1 while it takes no sessions because it is to stop.",
+                int(engine.is_draining),
+            ),
             "connected": ("1 while it is connected to the broker.", int(self._worker.is_connected)),
         }
         counters = {
             "positions": ("Positions run through the upper layers.", tally.num_positions),
-            "expired_questions": ("Questions that were not answered within their deadline.", tally.num_expired),
+            "expired_questions": (
+                "Questions that were not answered within their deadline.",
+                tally.num_expired,
+            ),
             "evictions": ("KV caches taken from a session for another.", memory.num_evictions),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"fleet_worker_{name}", text, value)
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(f"fleet_worker_{name}", text, value)
-        refusals = CounterMetricFamily("fleet_worker_refusals", "Sessions and questions refused.", labels=["code"])
+        refusals = CounterMetricFamily(
+            "fleet_worker_refusals", "Sessions and questions refused.", labels=["code"]
+        )
         for code, count in dict(tally.refusals).items():
             refusals.add_metric([code], count)
         yield refusals
         yield histogram(
-            "fleet_worker_queue_seconds", "From a question's arrival to its first step.", {"": tally.queued}
+            "fleet_worker_queue_seconds",
+            "From a question's arrival to its first step.",
+            {"": tally.queued},
         )
         yield histogram(
-            "fleet_worker_answer_seconds", "From a question's arrival to its answer.", tally.answered, "kind"
+            "fleet_worker_answer_seconds",
+            "From a question's arrival to its answer.",
+            tally.answered,
+            "kind",
         )
 
 
-def histogram(name: str, text: str, durations: dict[str, Durations], label: str | None = None) -> Metric:
+def histogram(
+    name: str, text: str, durations: dict[str, Durations], label: str | None = None
+) -> Metric:
     """A histogram with one set of buckets for each value of `label`, or with one alone."""
     family = HistogramMetricFamily(name, text, labels=[label] if label else None)
     bounds = [*map(str, BOUNDS_S), "+Inf"]

@@ -33,7 +33,9 @@ class PackedLinear(nn.Module):
         self._bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self._weight, self._bias, "none", [], ""
+        )
         return out
 
 
@@ -72,7 +74,9 @@ class Int4Linear(nn.Module):
         codes = ((groups - low) / scale).round().clamp(0, 15).to(torch.int32).reshape(weight.shape)
         offset = low + 8 * scale  # the kernel takes (code - 8) * scale + offset
         self.register_buffer("_weight", torch._convert_weight_to_int4pack_for_cpu(codes, 1))
-        self.register_buffer("_grid", torch.cat((scale, offset), -1).transpose(0, 1).contiguous().bfloat16())
+        self.register_buffer(
+            "_grid", torch.cat((scale, offset), -1).transpose(0, 1).contiguous().bfloat16()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).bfloat16()
@@ -96,7 +100,9 @@ class TwoStepHead(nn.Module):
         """x [rows, in] float32 -> logits [rows, vocab] float32."""
         logits: Tensor = self._coarse(x)
         ids = logits.topk(self._num_candidates, sorted=False).indices
-        fine = (self._table[ids].float() * x[:, None]).sum(-1)  # not a product of matrices: it depends on no other row
+        fine = (self._table[ids].float() * x[:, None]).sum(
+            -1
+        )  # not a product of matrices: it depends on no other row
         return logits.scatter_(-1, ids, fine)
 
 
@@ -114,7 +120,8 @@ def prepare(model: Any, weights: Weights) -> None:
 
 def _prepared(name: str, layer: nn.Linear, weights: Weights) -> nn.Module:
     biased: Tensor | None = getattr(layer, "bias", None)
-    weight, bias = layer.weight.detach(), None if biased is None else biased.detach()
+    weight = layer.weight.detach()
+    bias = None if biased is None else biased.detach()
     if weights == "float32" or bias is not None or layer.in_features % LANES:
         has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         return PackedLinear(weight, bias) if has_onednn else layer
@@ -127,4 +134,6 @@ def _prepared(name: str, layer: nn.Linear, weights: Weights) -> nn.Module:
 def weight_bytes(model: nn.Module) -> int:
     """What a step reads of a prepared model's weights, but for the rows of a few candidates."""
     packed = [module.num_bytes for module in model.modules() if isinstance(module, PackedLinear)]
-    return sum(packed, start=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())))
+    return sum(
+        packed, start=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    )

@@ -25,7 +25,7 @@ class TokenChoice(NamedTuple):
     logprob: float
 
 
-@dataclass
+@dataclass(kw_only=True)
 class VerifyJob:
     """An assist or a verify that waits. Both ask for the tokens after positions [first, stop).
 
@@ -63,13 +63,23 @@ class VerifyJob:
 
     def judged(self, stop: int) -> list[int]:
         """The positions before `stop` after which tokens are still to be chosen, without those that are trusted."""
-        return [i for i in range(self.next_choice, min(stop, self.stop)) if i - self.first not in self.trusted]
+        return [
+            i
+            for i in range(self.next_choice, min(stop, self.stop))
+            if i - self.first not in self.trusted
+        ]
 
     @property
     def num_accepted(self) -> int:
         """How many of the choices are the draft's, up to the first that is not."""
-        same = (choice.token_id == token_id for choice, token_id in zip(self.choices, self.draft, strict=False))
-        return next((i for i, is_same in enumerate(same) if not is_same), min(len(self.choices), len(self.draft)))
+        same = (
+            choice.token_id == token_id
+            for choice, token_id in zip(self.choices, self.draft, strict=False)
+        )
+        return next(
+            (i for i, is_same in enumerate(same) if not is_same),
+            min(len(self.choices), len(self.draft)),
+        )
 
     @property
     def is_decided(self) -> bool:
@@ -77,7 +87,7 @@ class VerifyJob:
         return self.next_choice == self.stop or self.num_accepted < len(self.choices)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Session:
     """Positions [0, received) have arrived, and [0, length) are in the cache.
 
@@ -113,7 +123,7 @@ class Session:
         if self.question and self.question.message == message:
             self.question.expires = max(expires, self.question.expires)
             return
-        self.question = VerifyJob(message, now, expires)
+        self.question = VerifyJob(message=message, arrived=now, expires=expires)
         self.last_request = message.request
         self.drafts = isinstance(message, Verify)
 

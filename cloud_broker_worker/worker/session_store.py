@@ -23,17 +23,20 @@ class SessionStore:
         self.sessions: dict[SessionKey, Session] = {}
         self.num_evictions = 0
         self._limits = MemoryLimits(
-            pool.shape,
-            config.kv_budget_bytes,
-            config.max_device_share * config.kv_budget_bytes,
-            config.max_sessions_per_device,
-            config.idle_after_s,
+            shape=pool.shape,
+            budget_bytes=config.kv_budget_bytes,
+            share_bytes=config.max_device_share * config.kv_budget_bytes,
+            max_sessions_per_device=config.max_sessions_per_device,
+            idle_after_s=config.idle_after_s,
         )
 
     def can_ever_fit(self, num_positions: int) -> bool:
         """Whether the whole budget holds a session of that size."""
         limits = self._limits
-        return limits.cache_bytes(num_positions) + limits.hidden_bytes(num_positions) <= limits.budget_bytes
+        return (
+            limits.cache_bytes(num_positions) + limits.hidden_bytes(num_positions)
+            <= limits.budget_bytes
+        )
 
     def admit(self, key: SessionKey, opening: Open, now: float) -> Session:
         """A fresh session, in the place of an earlier one of that name.
@@ -43,14 +46,18 @@ class SessionStore:
         """
         if key in self.sessions:
             self.drop(self.sessions[key])
-        for session in sessions_to_drop(self.sessions.values(), key.device, opening.max_positions, self._limits, now):
+        for session in sessions_to_drop(
+            self.sessions.values(), key.device, opening.max_positions, self._limits, now
+        ):
             self.drop(session)
         missing = self._limits.hidden_bytes(opening.max_positions) - self.pool.free_bytes
         over = devices_over_share(self.sessions.values(), self._limits)
         for victim in caches_to_evict(self.sessions.values(), missing, over):
             self.evict(victim)
         store = self.pool.store(opening.max_positions)
-        session = self.sessions[key] = Session(key, opening, store, now, opening.branch)
+        session = self.sessions[key] = Session(
+            key=key, opening=opening, store=store, last_used=now, branch=opening.branch
+        )
         return session
 
     def give_cache(self, session: Session, now: float) -> bool:
@@ -62,7 +69,11 @@ class SessionStore:
         if session.lease:
             return True
         wanted = self._limits.cache_bytes(session.capacity)
-        others = [s for s in self.sessions.values() if s.lease and may_go_for(session, s, self._limits, now)]
+        others = [
+            s
+            for s in self.sessions.values()
+            if s.lease and may_go_for(session, s, self._limits, now)
+        ]
         over = devices_over_share(self.sessions.values(), self._limits, session)
         victims = caches_to_evict(others, wanted - self.pool.free_bytes, over)
         if self.pool.free_bytes + sum(s.lease.num_bytes for s in victims if s.lease) < wanted:
@@ -104,7 +115,10 @@ class SessionStore:
                 "some belong to nobody"
             )
         for key, session in self.sessions.items():
-            if key != session.key or not 0 <= session.length <= session.received <= session.capacity:
+            if (
+                key != session.key
+                or not 0 <= session.length <= session.received <= session.capacity
+            ):
                 raise RuntimeError(
                     f"session {session.key} as {key}: {session.length} positions have run, {session.received} arrived, "
                     f"{session.capacity} fit"

@@ -41,7 +41,7 @@ class Chunk(NamedTuple):
     outputs: Sequence[int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Span:
     """Rows of a batch that are positions [start, stop) of a cache; `mask` [stop - start, stop] where it takes one."""
 
@@ -65,8 +65,10 @@ def ragged_attention(
 ) -> tuple[Tensor, None]:
     """query [1, heads, rows, d], key and value [1, kv_heads, rows, d] -> [1, rows, heads, d]."""
     del attention_mask, kwargs
-    heads, dim = query.shape[1], query.shape[-1]
-    num_rows, kv_heads = query.shape[2], key.shape[1]
+    heads = query.shape[1]
+    dim = query.shape[-1]
+    num_rows = query.shape[2]
+    kv_heads = key.shape[1]
     both = torch.stack((key[0], value[0]))
     scaled = query[0].transpose(0, 1) * scaling  # [rows, heads, d]
     out = torch.empty(num_rows, heads, dim)
@@ -103,11 +105,16 @@ def one_row_attention(query: Tensor, keys: Tensor, values: Tensor, out: Tensor) 
 def make_spans(chunks: Sequence[Chunk]) -> list[Span]:
     """Lays the chunks one after the other. One row sees the whole cache, and a first chunk is plainly causal: only
     several rows behind a prefix take a mask, made once for all layers."""
-    spans, first = [], 0
+    spans = []
+    first = 0
     for lease, _, start, stop, _ in chunks:
         count = stop - start
-        mask = torch.ones(count, stop, dtype=torch.bool).tril_(start) if start and count > 1 else None
-        spans.append(Span(lease, slice(first, first + count), start, stop, mask))
+        mask = (
+            torch.ones(count, stop, dtype=torch.bool).tril_(start) if start and count > 1 else None
+        )
+        spans.append(
+            Span(lease=lease, rows=slice(first, first + count), start=start, stop=stop, mask=mask)
+        )
         first += count
     return spans
 
@@ -139,7 +146,15 @@ class UpperLayers:
         """A pool of caches of this model's shape."""
         model = self.manifest.model
         num_layers = model.num_layers - self.manifest.upload_layer
-        return KvPool(KvShape(num_layers, model.num_key_value_heads, model.head_dim, model.hidden_size), budget_bytes)
+        return KvPool(
+            KvShape(
+                num_layers=num_layers,
+                num_kv_heads=model.num_key_value_heads,
+                head_dim=model.head_dim,
+                hidden_size=model.hidden_size,
+            ),
+            budget_bytes,
+        )
 
     @torch.inference_mode()
     def __call__(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -158,8 +173,14 @@ class UpperLayers:
             hidden = out[0] if isinstance(out, tuple) else out
         for span in spans:
             span.lease.length = max(span.lease.length, span.stop)
-        wanted = [s.rows.start + i - c.start for s, c in zip(spans, chunks, strict=True) for i in c.outputs]
-        logits: Tensor = self._model.lm_head(decoder.norm(hidden[0, torch.tensor(wanted, dtype=torch.long)]))
+        wanted = [
+            s.rows.start + i - c.start
+            for s, c in zip(spans, chunks, strict=True)
+            for i in c.outputs
+        ]
+        logits: Tensor = self._model.lm_head(
+            decoder.norm(hidden[0, torch.tensor(wanted, dtype=torch.long)])
+        )
         return logits
 
 
@@ -171,7 +192,11 @@ def _load(bundle: Bundle) -> Any:
         load_file(bundle.path("cloud/model.safetensors")), strict=False, assign=True
     )
     if unexpected or set(missing) - {"model.embed_tokens.weight"}:
-        raise ValueError(f"{len(missing)} weights are missing, {len(unexpected)} do not belong there")
+        raise ValueError(
+            f"{len(missing)} weights are missing, {len(unexpected)} do not belong there"
+        )
     model.model.embed_tokens = None  # the device has it
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # its table is computed, not stored
+    model.model.rotary_emb = type(model.model.rotary_emb)(
+        config=config
+    )  # its table is computed, not stored
     return model.float().eval().requires_grad_(False)

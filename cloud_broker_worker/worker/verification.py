@@ -26,16 +26,22 @@ class TokenCandidates(NamedTuple):
 
     def rows(self, start: int, stop: int) -> TokenCandidates:
         """Those after positions [start, stop) of these."""
-        return TokenCandidates(self.token_ids[start:stop], self.logprobs[start:stop], self.is_finite[start:stop])
+        return TokenCandidates(
+            self.token_ids[start:stop], self.logprobs[start:stop], self.is_finite[start:stop]
+        )
 
 
 def best_candidates(logits: torch.Tensor, num_candidates: int) -> TokenCandidates:
     """Those of logits [rows, vocab], at most `num_candidates` of each row."""
     logits = logits.float()
-    normalizer = logits.logsumexp(-1, keepdim=True)  # NaN or infinite as soon as a logit is NaN or +inf
+    normalizer = logits.logsumexp(
+        -1, keepdim=True
+    )  # NaN or infinite as soon as a logit is NaN or +inf
     best, token_ids = logits.topk(min(num_candidates, logits.shape[-1]))
     is_finite = normalizer[:, 0].isfinite()
-    return TokenCandidates(token_ids.cpu().numpy(), (best - normalizer).cpu().numpy(), is_finite.cpu().numpy())
+    return TokenCandidates(
+        token_ids.cpu().numpy(), (best - normalizer).cpu().numpy(), is_finite.cpu().numpy()
+    )
 
 
 def num_candidates(samplings: Sequence[Sampling], top_k: int) -> int:
@@ -62,14 +68,30 @@ def make_choices(question: VerifyJob, candidates: TokenCandidates, sampling: Sam
 
 def answer_of(question: VerifyJob, session: str, busy_ms: float) -> Token | Verified:
     """What is said to a question whose choices are made."""
-    message, choices = question.message, question.choices
+    message = question.message
+    choices = question.choices
     if isinstance(message, Assist):
         (choice,) = choices
-        return Token(session, message.request, message.position, choice.token_id, choice.logprob, busy_ms)
+        return Token(
+            session=session,
+            request=message.request,
+            position=message.position,
+            token_id=choice.token_id,
+            logprob=choice.logprob,
+            busy_ms=busy_ms,
+        )
     accepted = question.num_accepted
     own = None if accepted == len(message.draft) else choices[accepted].token_id
     logprobs = tuple(choice.logprob for choice in choices[: accepted + 1])
-    return Verified(session, message.request, message.start, accepted, own, logprobs, busy_ms)
+    return Verified(
+        session=session,
+        request=message.request,
+        start=message.start,
+        accepted=accepted,
+        token_id=own,
+        logprobs=logprobs,
+        busy_ms=busy_ms,
+    )
 
 
 def repeats(message: Assist | Verify, answer: Token | Verified | None) -> bool:

@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 EXPIRY_CHECK_S: Final = 1.0
 STOP_TIMEOUT_S: Final = 5.0
 DRAIN_CHECK_S: Final = 0.1
-QUEUE_SHARE: Final = 0.25  # of the messages that wait may be one device's, so that none keeps out the others
+QUEUE_SHARE: Final = (
+    0.25  # of the messages that wait may be one device's, so that none keeps out the others
+)
 
 
 class Worker:
@@ -42,19 +44,27 @@ class Worker:
     def __init__(self, transport: Transport, bundle: Bundle, config: WorkerConfig) -> None:
         """Raises BundleError when the cloud partition does not load."""
         self.name = transport.name
-        self.engine = Engine(UpperLayers(bundle, config.num_threads, config.weights), transport.name, config)
+        self.engine = Engine(
+            UpperLayers(bundle, config.num_threads, config.weights), transport.name, config
+        )
         self._transport = transport
         self._bundle_id = bundle.manifest.bundle_id
         self._config = config
         self._announced = 0
         self.last_turn = time.monotonic()
         self._epoch = time.time_ns() // 1_000_000
-        self._inbox: queue.Queue[tuple[float, str, ToWorker]] = queue.Queue(config.max_queued_messages)
+        self._inbox: queue.Queue[tuple[float, str, ToWorker]] = queue.Queue(
+            config.max_queued_messages
+        )
         self._queued = Counter[str]()  # messages of each device in there
         self._counting = threading.Lock()
         self._denied = self.engine.denied  # as it was heard last; the engine is the thread's alone
         self._thread = threading.Thread(target=self._serve, name=f"worker-{self.name}", daemon=True)
-        self._open_filter = topics.shared_open_filter(self._bundle_id) if config.shared_opens else topics.OPEN_FILTER
+        self._open_filter = (
+            topics.shared_open_filter(self._bundle_id)
+            if config.shared_opens
+            else topics.OPEN_FILTER
+        )
         self._stopping = threading.Event()
         self._announcing = threading.Lock()
         self._log = RateLimitedLog(log)
@@ -68,7 +78,10 @@ class Worker:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._stopping.set()
         self._thread.join(STOP_TIMEOUT_S)
@@ -85,7 +98,9 @@ class Worker:
         self._transport.unsubscribe(self._open_filter)
         self._announce()
         deadline = time.monotonic() + self._config.drain_timeout_s
-        while self.engine.sessions and time.monotonic() < deadline and not hurry.wait(DRAIN_CHECK_S):
+        while (
+            self.engine.sessions and time.monotonic() < deadline and not hurry.wait(DRAIN_CHECK_S)
+        ):
             pass
 
     @property
@@ -112,9 +127,16 @@ class Worker:
         with self._announcing:  # of two threads the later one must not publish the older status
             self._announced = len(self.engine.sessions)
             status = WorkerStatus(
-                True, self._epoch, (self._bundle_id,), __version__, self._announced, self.engine.is_draining
+                online=True,
+                epoch=self._epoch,
+                bundle_ids=(self._bundle_id,),
+                version=__version__,
+                num_sessions=self._announced,
+                draining=self.engine.is_draining,
             )
-            self._publish(topics.worker_status(self.name), encode_status(status), qos=1, retain=True)
+            self._publish(
+                topics.worker_status(self.name), encode_status(status), qos=1, retain=True
+            )
 
     def _on_message(self, topic: str, payload: bytes) -> None:
         """Decides what a message is and queues it; who sent it says the topic, which the broker has checked."""
@@ -125,7 +147,9 @@ class Worker:
             else:
                 _, device, session = topics.parse(topic, "w", "+", "+", "+")
                 if message.session != session:
-                    raise ProtocolError(f"expected session {session} of the topic, got {message.session}")
+                    raise ProtocolError(
+                        f"expected session {session} of the topic, got {message.session}"
+                    )
         except ProtocolError as error:
             self._log.warning("message on %s dropped: %s", topic, error)
             return
@@ -147,7 +171,8 @@ class Worker:
             self._log.warning("message on %s dropped: %s", topic, error)
 
     def _serve(self) -> None:
-        next_check, is_idle = time.monotonic(), True
+        next_check = time.monotonic()
+        is_idle = True
         while not self._stopping.is_set():
             self.last_turn = time.monotonic()
             try:

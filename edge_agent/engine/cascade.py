@@ -30,7 +30,9 @@ class Cascade:
     alone, and quantised activations make of the last bit of a float a step of their grid.
     """
 
-    def __init__(self, partition: Partition, capacity: int, one_by_one_from: int | None = None) -> None:
+    def __init__(
+        self, partition: Partition, capacity: int, one_by_one_from: int | None = None
+    ) -> None:
         self.capacity = capacity
         self.num_tokens = 0
         self._one_by_one_from = capacity if one_by_one_from is None else one_by_one_from
@@ -44,9 +46,16 @@ class Cascade:
     def num_bytes(partition: Partition, capacity: int) -> int:
         """What a sequence of `capacity` positions takes: ids, and for each block its caches and outputs."""
         model = partition.manifest.model
-        caches = sum(past.name.startswith(PAST) for block in partition.blocks for past in block.get_inputs())
-        floats = caches * model.num_key_value_heads * model.head_dim + len(partition.blocks) * model.hidden_size
-        return int(capacity * (np.dtype(np.int64).itemsize + floats * np.dtype(np.float32).itemsize))
+        caches = sum(
+            past.name.startswith(PAST) for block in partition.blocks for past in block.get_inputs()
+        )
+        floats = (
+            caches * model.num_key_value_heads * model.head_dim
+            + len(partition.blocks) * model.hidden_size
+        )
+        return int(
+            capacity * (np.dtype(np.int64).itemsize + floats * np.dtype(np.float32).itemsize)
+        )
 
     def append(self, token_ids: Sequence[int]) -> None:
         """Adds tokens; nothing runs yet. The caller keeps within `capacity`."""
@@ -73,11 +82,14 @@ class Cascade:
                 is_done = self._run_chunk(block)
 
     def _num_waiting(self, block: int) -> int:
-        return (self._runs[block - 1].filled if block else self.num_tokens) - self._runs[block].filled
+        return (self._runs[block - 1].filled if block else self.num_tokens) - self._runs[
+            block
+        ].filled
 
     def _run_chunk(self, block: int) -> bool:
         """Runs the next chunk of `block`, if one waits; whether that was the last."""
-        waiting, start = self._num_waiting(block), self._runs[block].filled
+        waiting = self._num_waiting(block)
+        start = self._runs[block].filled
         count = min(waiting, MAX_CHUNK, max(1, self._one_by_one_from - start))
         if count:
             self._runs[block](self._inputs(block, start, start + count))
@@ -119,10 +131,14 @@ class _BlockRun:
 
     def __init__(self, session: ort.InferenceSession, capacity: int, exit_hidden: Float32) -> None:
         hidden = exit_hidden.shape[1]
-        pasts = {value.name: value.shape for value in session.get_inputs() if value.name.startswith(PAST)}
+        pasts = {
+            value.name: value.shape for value in session.get_inputs() if value.name.startswith(PAST)
+        }
         self.filled = 0
         self.hidden_states = np.empty((capacity, hidden), np.float32)
-        self.caches = [np.zeros((1, heads, capacity, dim), np.float32) for _, heads, _, dim in pasts.values()]
+        self.caches = [
+            np.zeros((1, heads, capacity, dim), np.float32) for _, heads, _, dim in pasts.values()
+        ]
         self._session = session
         self._exit_hidden = exit_hidden  # a binding does not keep what it reads and writes alive
         self._seqlens_k = np.zeros(1, np.int32)
@@ -147,7 +163,8 @@ class _BlockRun:
     def __call__(self, hidden_states: Float32) -> None:
         """Runs over the next positions, [n, hidden]; `exit_hidden` is then that of the last."""
         end = self.filled + len(hidden_states)
-        self._seqlens_k[0], self._total_length[()] = end - 1, end
+        self._seqlens_k[0] = end - 1
+        self._total_length[()] = end
         if len(hidden_states) == 1:
             self._one_input[0] = hidden_states
             self._session.run_with_iobinding(self._step)

@@ -49,7 +49,9 @@ def choose_providers(wanted: Provider, available: Collection[str]) -> list[str]:
     return [CUDA, CPU] if wanted != "cpu" and CUDA in available else [CPU]
 
 
-def load_session(path: Path, runtime: Runtime, tools: Mapping[str, str] = UNKNOWN_TOOLS) -> ort.InferenceSession:
+def load_session(
+    path: Path, runtime: Runtime, tools: Mapping[str, str] = UNKNOWN_TOOLS
+) -> ort.InferenceSession:
     """A graph, ready to run. `tools` are the versions that made it, from the manifest.
 
     The threads spin between the operators of a run, where handing over counts, and sleep when it ends: a device that
@@ -75,7 +77,9 @@ def load_session(path: Path, runtime: Runtime, tools: Mapping[str, str] = UNKNOW
             f"{' '.join(str(error).split())}; if that is newer, upgrade ONNX Runtime, else export or copy the "
             "bundle again"
         ) from None
-    if runtime.provider == "cuda" and CUDA not in session.get_providers():  # ONNX Runtime itself goes on without
+    if (
+        runtime.provider == "cuda" and CUDA not in session.get_providers()
+    ):  # ONNX Runtime itself goes on without
         raise ConfigError(
             f"{CUDA} is installed but does not start: check the driver and the CUDA and cuDNN libraries, "
             "or set provider to 'cpu'"
@@ -103,4 +107,6 @@ def check_instruction_set(manifest: Manifest) -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of NumPy or ONNX Runtime, which has no type for it, says that memory could not be had."""
     text = str(error)
-    return isinstance(error, MemoryError) or "Failed to allocate memory" in text or "bad_alloc" in text
+    return (
+        isinstance(error, MemoryError) or "Failed to allocate memory" in text or "bad_alloc" in text
+    )

@@ -47,8 +47,13 @@ class Partition:
         """Raises BundleError when ONNX Runtime cannot load a graph, ConfigError when it lacks the provider."""
         runtime = Runtime(num_threads, provider)
         self.manifest = bundle.manifest
-        names = [*(f"edge/block_{i}.onnx" for i in range(len(bundle.manifest.exits))), "edge/lm_head.onnx"]
-        *self.blocks, self._lm_head = [load_session(bundle.path(n), runtime, bundle.manifest.tools) for n in names]
+        names = [
+            *(f"edge/block_{i}.onnx" for i in range(len(bundle.manifest.exits))),
+            "edge/lm_head.onnx",
+        ]
+        *self.blocks, self._lm_head = [
+            load_session(bundle.path(n), runtime, bundle.manifest.tools) for n in names
+        ]
         self.work = WorkCounter([0] * len(self.blocks))
         self._embedding, self._table = load_tables(bundle)
         release_freed_memory()
@@ -65,7 +70,9 @@ class Partition:
 class LmHeadRun:
     """The LM head for one sequence, bound once."""
 
-    def __init__(self, session: ort.InferenceSession, table: Table, exit_hidden: Float32, top_k: int) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, table: Table, exit_hidden: Float32, top_k: int
+    ) -> None:
         self._session = session
         self._ids = np.empty((1, top_k), np.int64)
         self._logprobs = np.empty((1, top_k), np.float32)
@@ -81,7 +88,9 @@ class LmHeadRun:
     def __call__(self) -> ExitCandidates:
         """Runs it."""
         self._session.run_with_iobinding(self._binding)
-        return ExitCandidates(self._ids[0].copy(), self._logprobs[0].copy(), float(self._confidence[0]))
+        return ExitCandidates(
+            self._ids[0].copy(), self._logprobs[0].copy(), float(self._confidence[0])
+        )
 
 
 def bind_input(binding: ort.IOBinding, name: str, array: npt.NDArray[Any]) -> None:

@@ -41,7 +41,9 @@ class ChatTokenizer:
             special = json.loads(bundle.path("tokenizer/config.json").read_text())
             source = bundle.path("tokenizer/chat_template.jinja").read_text()
             environment = ImmutableSandboxedEnvironment(
-                trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, GenerationMark]
+                trim_blocks=True,
+                lstrip_blocks=True,
+                extensions=[LoopControlExtension, GenerationMark],
             )
             environment.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
             self._template = environment.from_string(source)
@@ -49,7 +51,10 @@ class ChatTokenizer:
             raise BundleError(
                 f"the tokenizer of {bundle.folder} does not load: {error}; export the bundle again"
             ) from None
-        self._special = {"bos_token": special["bos_token"] or "", "eos_token": special["eos_token"] or ""}
+        self._special = {
+            "bos_token": special["bos_token"] or "",
+            "eos_token": special["eos_token"] or "",
+        }
 
     def encode_chat(self, messages: Iterable[ChatMessage]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's turn.
@@ -59,9 +64,13 @@ class ChatTokenizer:
         """
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            text = self._template.render(messages=turns, add_generation_prompt=True, **self._special)
+            text = self._template.render(
+                messages=turns, add_generation_prompt=True, **self._special
+            )
         except jinja2.TemplateError as error:
-            raise PromptError(f"the model's chat template refuses these messages: {error}") from None
+            raise PromptError(
+                f"the model's chat template refuses these messages: {error}"
+            ) from None
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 

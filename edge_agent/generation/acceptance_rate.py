@@ -37,7 +37,9 @@ class AcceptanceRate:
 
     def _estimate(self, index: int, prior: float) -> float:
         with self._lock:
-            return (self._accepted[index] + PRIOR_WEIGHT * prior) / (self._tried[index] + PRIOR_WEIGHT)
+            return (self._accepted[index] + PRIOR_WEIGHT * prior) / (
+                self._tried[index] + PRIOR_WEIGHT
+            )
 
 
 def _bin(confidence: float) -> int:

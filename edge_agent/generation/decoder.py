@@ -17,7 +17,7 @@ from fleet.protocol.messages import Sampling
 from fleet.protocol.sampling import draw
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExitChoice:
     """A token that an exit chose, its log-probability at temperature 1, and whether the exit is sure enough to emit."""
 
@@ -79,8 +79,11 @@ class Decoder:
     def choose(self) -> ExitChoice:
         """The token after the newest position: by the first exit that is sure, else by the deepest."""
         self._append(len(self.text))
-        position, started = self.cascade.num_tokens - 1, time.monotonic()
-        if self.cascade.num_filled(0) > position:  # an exit speaks of what ran last, and that may have been cut off
+        position = self.cascade.num_tokens - 1
+        started = time.monotonic()
+        if (
+            self.cascade.num_filled(0) > position
+        ):  # an exit speaks of what ran last, and that may have been cut off
             self.cascade.truncate(position)
             self.cascade.append(self.text[position:])
         is_step = position == self.cascade.num_filled(0)
@@ -94,9 +97,12 @@ class Decoder:
         self._measurements.chose(candidates.confidence, is_sure=is_sure)
         chosen = draw(candidates.logprobs, candidates.token_ids, position, self._sampling)
         return ExitChoice(
-            int(candidates.token_ids[chosen]), float(candidates.logprobs[chosen]), self._manifest.exits[block],
-            candidates.confidence, is_sure,
-        )  # fmt: skip
+            token_id=int(candidates.token_ids[chosen]),
+            logprob=float(candidates.logprobs[chosen]),
+            exit_layer=self._manifest.exits[block],
+            confidence=candidates.confidence,
+            is_sure=is_sure,
+        )
 
     def upload(self, num_positions: int) -> None:
         """Puts positions [0, num_positions) on their way up: runs what exits have left undone of them."""

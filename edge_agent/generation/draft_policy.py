@@ -24,5 +24,6 @@ def worth_guessing(survival: float, step_s: float, wait_s: float) -> bool:
     Where they are accepted, which they are with probability `survival`, it saves of the step what lies within the wait;
     where not, it keeps the device busy for what lies beyond it.
     """
-    saved, lost = survival * min(step_s, wait_s), (1 - survival) * max(0.0, step_s - wait_s)
+    saved = survival * min(step_s, wait_s)
+    lost = (1 - survival) * max(0.0, step_s - wait_s)
     return survival >= MIN_SURVIVAL and saved >= lost

@@ -73,18 +73,23 @@ class Generator:
         return f"the answer's deadline passed after {num_tokens} tokens{note}; allow more time with deadline_ms"
 
     def _advance(self, num_tokens: int, max_tokens: int) -> list[GeneratedToken]:
-        uplink, run = self._uplink, self._run
+        uplink = self._uplink
+        run = self._run
         mode = self._modes.at(num_tokens, is_link_up=uplink is not None and uplink.may_answer)
         if uplink is None or run is None:
             return [self._own_token()]
         if mode is Mode.VERIFIED:
             if uplink.refusal and self._modes.needs_cloud:
-                raise CloudError(f"no worker takes this answer ({uplink.refusal.code}): {uplink.refusal.message}")
+                raise CloudError(
+                    f"no worker takes this answer ({uplink.refusal.code}): {uplink.refusal.message}"
+                )
             return run.advance(max_tokens)
         if not uplink.may_answer or (mode is Mode.STANDALONE and not uplink.has_question):
             return run.release() if run.has_drafts else [self._own_token()]
         return run.advance(
-            max_tokens if mode is Mode.COLLABORATIVE else 0, trusts_exits=True, wait_ms=self._modes.wait_ms()
+            max_tokens if mode is Mode.COLLABORATIVE else 0,
+            trusts_exits=True,
+            wait_ms=self._modes.wait_ms(),
         )
 
     def _own_token(self) -> GeneratedToken:
@@ -92,5 +97,7 @@ class Generator:
         self._decoder.text.append(choice.token_id)
         is_wanted = choice.is_sure or self._modes.is_alone
         return GeneratedToken(
-            choice.token_id, choice.logprob, exit_source(choice.exit_layer) if is_wanted else FALLBACK
+            choice.token_id,
+            choice.logprob,
+            exit_source(choice.exit_layer) if is_wanted else FALLBACK,
         )

@@ -14,7 +14,9 @@ GAIN: Final = 0.2  # a switch for speed alone must promise so much less time a t
 SLACK: Final = 0.1  # the present mode may miss a target by so much, another must keep it by so much
 MIN_WAIT_MS: Final = 250
 MAX_ROUND: Final = 16
-MIN_JUDGED: Final = 16  # drafts; from then on their acceptance is believed instead of the exits' confidence
+MIN_JUDGED: Final = (
+    16  # drafts; from then on their acceptance is believed instead of the exits' confidence
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ def predict(m: Snapshot, targets: Targets) -> dict[Mode, Prediction]:
     or what is promised. verified: a round of k drafts takes k s + r and gives 1 + c + ... + c^(k-1) tokens, at the best
     k; agreement 1; the cloud corrects 1 - c of the tokens.
     """
-    s, r, u = m.step_s, m.round_trip_s, m.unsure
+    s = m.step_s
+    r = m.round_trip_s
+    u = m.unsure
     c = m.acceptance if m.num_judged >= MIN_JUDGED else m.confidence
     asked_s = (1 - m.right / 2) * r - m.right * min(s, r)
     agreement = max(1 - (1 - u) * (1 - m.sure_confidence), targets.promised_agreement or 0.0)
@@ -68,7 +72,9 @@ def predict(m: Snapshot, targets: Targets) -> dict[Mode, Prediction]:
     }
 
 
-def decide(m: Snapshot, targets: Targets, current: Mode, tokens_since_switch: int, *, is_link_up: bool) -> ModeDecision:
+def decide(
+    m: Snapshot, targets: Targets, current: Mode, tokens_since_switch: int, *, is_link_up: bool
+) -> ModeDecision:
     """The mode of the next token, and why.
 
     Without the link a device is alone, unless only the exact text will do (`min_agreement` 1). Otherwise the mode that
@@ -77,13 +83,18 @@ def decide(m: Snapshot, targets: Targets, current: Mode, tokens_since_switch: in
     """
     if not is_link_up:
         if targets.min_agreement == 1.0:
-            return ModeDecision(Mode.VERIFIED, "the link is down, and only the cloud's own text will do")
+            return ModeDecision(
+                Mode.VERIFIED, "the link is down, and only the cloud's own text will do"
+            )
         return ModeDecision(Mode.STANDALONE, "the link is down")
     if m.num_round_trips == 0 or m.num_choices == 0:
         return ModeDecision(Mode.COLLABORATIVE, "nothing is measured yet")
     predictions = predict(m, targets)
-    best = min(predictions, key=lambda mode: _rank(predictions[mode], targets, is_current=mode is current))
-    now, then = predictions[current], predictions[best]
+    best = min(
+        predictions, key=lambda mode: _rank(predictions[mode], targets, is_current=mode is current)
+    )
+    now = predictions[current]
+    then = predictions[best]
     missed_now = missed(now, targets, is_current=True)
     if best is current or tokens_since_switch < MIN_TOKENS:
         return ModeDecision(current, "as before")
@@ -92,10 +103,14 @@ def decide(m: Snapshot, targets: Targets, current: Mode, tokens_since_switch: in
     return ModeDecision(best, _why(predictions, best, current, missed_now, targets))
 
 
-def missed(prediction: Prediction, targets: Targets, *, is_current: bool = False) -> tuple[bool, bool, bool]:
+def missed(
+    prediction: Prediction, targets: Targets, *, is_current: bool = False
+) -> tuple[bool, bool, bool]:
     """Whether agreement, time a token and offload rate miss their targets; the present mode has a little credit."""
     slack = SLACK if is_current else -SLACK
-    agreement, tpot_ms, offload = targets.min_agreement, targets.target_tpot_ms, targets.max_offload_rate
+    agreement = targets.min_agreement
+    tpot_ms = targets.target_tpot_ms
+    offload = targets.max_offload_rate
     tolerance = SLACK * (1 - agreement) if agreement is not None and is_current else 0.0
     return (
         agreement is not None and prediction.agreement < agreement - tolerance,
@@ -116,7 +131,9 @@ def wait_ms(m: Snapshot, base_ms: int) -> int:
     return round(min(base_ms, patient_ms * (1 << min(m.num_losses, 16))))
 
 
-def _rank(prediction: Prediction, targets: Targets, *, is_current: bool) -> tuple[tuple[bool, bool, bool], float]:
+def _rank(
+    prediction: Prediction, targets: Targets, *, is_current: bool
+) -> tuple[tuple[bool, bool, bool], float]:
     misses = missed(prediction, targets, is_current=is_current)
     by_agreement = targets.target_tpot_ms is not None and not misses[1]
     return misses, -prediction.agreement if by_agreement else prediction.tpot_s
@@ -130,9 +147,14 @@ def _is_better(then: Prediction, now: Prediction, targets: Targets) -> bool:
 
 
 def _why(
-    predictions: Mapping[Mode, Prediction], best: Mode, current: Mode, misses: tuple[bool, bool, bool], targets: Targets
+    predictions: Mapping[Mode, Prediction],
+    best: Mode,
+    current: Mode,
+    misses: tuple[bool, bool, bool],
+    targets: Targets,
 ) -> str:
-    now, then = predictions[current], predictions[best]
+    now = predictions[current]
+    then = predictions[best]
     speed = f"{then.tpot_s * 1000:.0f} ms a token predicted, {current} {now.tpot_s * 1000:.0f}"
     if misses[0]:
         return f"{current} agrees on {now.agreement:.3f}, wanted {targets.min_agreement:g}"

@@ -23,11 +23,13 @@ from edge_agent.session.cloud_session import CloudSession
 from fleet.protocol.messages import MAX_DRAFT, Verified
 from fleet.protocol.modes import CLOUD, FALLBACK, LOOKUP, exit_source
 
-SLICE_S: Final = 0.2  # a wait for the cloud lasts at most so long before the caller may look at its own deadline
+SLICE_S: Final = (
+    0.2  # a wait for the cloud lasts at most so long before the caller may look at its own deadline
+)
 MAX_LOOKUP: Final = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Draft:
     """A token that waits for the cloud's word; `chance` is the probability of a yes.
 
@@ -43,7 +45,9 @@ class Draft:
 
     def as_own(self) -> GeneratedToken:
         """The device's own token, without a judge."""
-        return GeneratedToken(self.token_id, self.logprob, self.source if self.is_sure else FALLBACK)
+        return GeneratedToken(
+            self.token_id, self.logprob, self.source if self.is_sure else FALLBACK
+        )
 
 
 class SpeculativeDecoder:
@@ -115,7 +119,8 @@ class SpeculativeDecoder:
         own = list(takewhile(lambda draft: draft.confidence is not None, self._drafts))
         if len(own) < len(self._drafts):
             self._rewind(self._num_certain + len(own))
-        self._drafts, self._num_asked = [], 0
+        self._drafts = []
+        self._num_asked = 0
         return [draft.as_own() for draft in own]
 
     @property
@@ -138,7 +143,8 @@ class SpeculativeDecoder:
             return False
         if not self._num_asked:
             return True
-        measured, elapsed_s = self._measurements.snapshot(), time.monotonic() - self._asked_at
+        measured = self._measurements.snapshot()
+        elapsed_s = time.monotonic() - self._asked_at
         wait_s = max(0.0, measured.round_trip_s - elapsed_s)
         return self._decoder.is_free and worth_guessing(self._survival, measured.step_s, wait_s)
 
@@ -151,7 +157,16 @@ class SpeculativeDecoder:
         is_certain = trusts_exits and choice.is_sure
         chance = 1.0 if is_certain else self._acceptance.probability(choice.confidence)
         source = exit_source(choice.exit_layer)
-        drafts = [Draft(choice.token_id, choice.logprob, source, chance, choice.confidence, choice.is_sure)]
+        drafts = [
+            Draft(
+                token_id=choice.token_id,
+                logprob=choice.logprob,
+                source=source,
+                chance=chance,
+                confidence=choice.confidence,
+                is_sure=choice.is_sure,
+            )
+        ]
         if not (trusts_exits or choice.is_sure) and self._acceptance.lookup_probability > chance:
             drafts = self._looked_up(min(room, MAX_LOOKUP)) or drafts
         self.num_drafted += len(drafts) if self._drafts or not is_certain else 0
@@ -162,20 +177,35 @@ class SpeculativeDecoder:
         """What followed the last time that the text went like this."""
         self._lookup.extend(self._decoder.text[len(self._lookup) :])
         chance = self._acceptance.lookup_probability
-        return [Draft(token_id, 0.0, LOOKUP, chance, None, False) for token_id in self._lookup.propose(room)]
+        return [
+            Draft(
+                token_id=token_id,
+                logprob=0.0,
+                source=LOOKUP,
+                chance=chance,
+                confidence=None,
+                is_sure=False,
+            )
+            for token_id in self._lookup.propose(room)
+        ]
 
     def _ask(self, *, trusts_exits: bool, wait_ms: int | None) -> None:
         asked = self._drafts
         while trusts_exits and asked[-1].is_sure:
             asked = asked[:-1]
-        self._num_asked, self._asked_trusting, self._asked_at = len(asked), trusts_exits, time.monotonic()
+        self._num_asked = len(asked)
+        self._asked_trusting = trusts_exits
+        self._asked_at = time.monotonic()
         start = self._num_certain - 1
         self._decoder.upload(start + len(asked))
         trusted = [i for i, draft in enumerate(asked) if draft.is_sure] if trusts_exits else []
-        self._uplink.ask(start, [draft.token_id for draft in asked], trusted, wait_ms, gives_up=trusts_exits)
+        self._uplink.ask(
+            start, [draft.token_id for draft in asked], trusted, wait_ms, gives_up=trusts_exits
+        )
 
     def _settle(self, verdict: Verified) -> list[GeneratedToken]:
-        asked, self._num_asked = self._drafts[: self._num_asked], 0
+        asked = self._drafts[: self._num_asked]
+        self._num_asked = 0
         tokens = []
         for i, draft in enumerate(asked[: verdict.accepted + 1]):
             is_accepted = i < verdict.accepted
@@ -197,7 +227,9 @@ class SpeculativeDecoder:
 
     def _learn(self, draft: Draft, *, is_accepted: bool) -> None:
         self._acceptance.update(draft.confidence, accepted=is_accepted)
-        if not self._asked_trusting:  # of the unsure ones alone, which are judged then, that share would be another
+        if (
+            not self._asked_trusting
+        ):  # of the unsure ones alone, which are judged then, that share would be another
             self._measurements.judged(is_accepted=is_accepted)
         if draft.confidence is None:
             return

@@ -11,7 +11,12 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Self
 
-from edge_agent.provisioning.credentials import check_certificate, lifetime, new_key, signing_request
+from edge_agent.provisioning.credentials import (
+    check_certificate,
+    lifetime,
+    new_key,
+    signing_request,
+)
 from edge_agent.service_client import ServiceClient, persistently
 from fleet.errors import FleetError, IdentityError
 from fleet.identity.certificate_rotation import finish_renewal, renewal_in_s, replace_pair
@@ -45,10 +50,14 @@ def renew(identity: Identity, key: bytes, stop: threading.Event | None = None) -
         reply = persistently(lambda: service.renew(request), timeout_s=ASK_S, stop=stop)
     certificate = reply.certificate.encode()
     try:
-        check_certificate(certificate, key, (identity.folder / CA_FILE).read_bytes(), identity.name, time.time())
+        check_certificate(
+            certificate, key, (identity.folder / CA_FILE).read_bytes(), identity.name, time.time()
+        )
         replace_pair(identity.folder, certificate, key)
     except OSError as error:
-        raise IdentityError(f"cannot renew in {identity.folder}: {error.strerror}; the old certificate stays") from None
+        raise IdentityError(
+            f"cannot renew in {identity.folder}: {error.strerror}; the old certificate stays"
+        ) from None
 
 
 class Renewer:
@@ -60,7 +69,9 @@ class Renewer:
         self._key = b""  # of the request under way: whoever asks again asks for the same
         self._draw = random.random()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"renew-{identity.name}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, name=f"renew-{identity.name}", daemon=True
+        )
 
     def __enter__(self) -> Self:
         """Begins, unless the identity names no service: then it is renewed by hand."""
@@ -69,7 +80,10 @@ class Renewer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._stop.set()
         if self._thread.is_alive():
@@ -81,7 +95,11 @@ class Renewer:
             try:
                 wait_s = self._check()
             except (FleetError, OSError, ssl.SSLError) as error:
-                log.warning("the certificate of %s is not renewed: %s; it is tried again", self._identity.name, error)
+                log.warning(
+                    "the certificate of %s is not renewed: %s; it is tried again",
+                    self._identity.name,
+                    error,
+                )
                 wait_s = self._retry_s()
             except Exception:  # the outermost boundary of a thread
                 log.exception("the certificate of %s is not renewed", self._identity.name)
@@ -95,7 +113,8 @@ class Renewer:
             return wait_s
         self._key = self._key or new_key()
         renew(self._identity, self._key, self._stop)
-        self._key, self._draw = b"", random.random()
+        self._key = b""
+        self._draw = random.random()
         log.info("the certificate of %s is renewed", self._identity.name)
         self._on_renewed()
         return renewal_in_s(*self._lifetime(), time.time(), self._draw)

@@ -29,7 +29,11 @@ def signing_request(key: bytes, name: str | None = None) -> str:
     """
     subject = [x509.NameAttribute(NameOID.COMMON_NAME, name)] if name else []
     request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name(subject))
-    return request.sign(_load_key(key), hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+    return (
+        request.sign(_load_key(key), hashes.SHA256())
+        .public_bytes(serialization.Encoding.PEM)
+        .decode()
+    )
 
 
 def fingerprint(certificate: bytes) -> str:
@@ -54,16 +58,25 @@ def check_certificate(certificate: bytes, key: bytes, ca: bytes, name: str, now:
     Raises:
         IdentityError: it is not.
     """
-    loaded, authority = _load(certificate), _load(ca)
+    loaded = _load(certificate)
+    authority = _load(ca)
     if loaded.public_key() != _load_key(key).public_key():
-        raise IdentityError("the certificate that came is for another key than ours; ask the fleet's operator")
+        raise IdentityError(
+            "the certificate that came is for another key than ours; ask the fleet's operator"
+        )
     try:
         loaded.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature):
-        raise IdentityError("the certificate that came is not by the fleet's CA; ask the fleet's operator") from None
-    names = [attribute.value for attribute in loaded.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+        raise IdentityError(
+            "the certificate that came is not by the fleet's CA; ask the fleet's operator"
+        ) from None
+    names = [
+        attribute.value for attribute in loaded.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    ]
     if names != [name]:
-        raise IdentityError(f"the certificate that came is for {names}, expected {name}; ask the fleet's operator")
+        raise IdentityError(
+            f"the certificate that came is for {names}, expected {name}; ask the fleet's operator"
+        )
     begin, end = lifetime(certificate)
     if not begin <= now < end:
         raise IdentityError(
@@ -85,9 +98,13 @@ def _load_key(key: bytes) -> ec.EllipticCurvePrivateKey:
     try:
         loaded = serialization.load_pem_private_key(key, password=None)
     except (ValueError, TypeError) as error:
-        raise IdentityError(f"the private key is not usable: {error}; remove key.pem and join again") from None
+        raise IdentityError(
+            f"the private key is not usable: {error}; remove key.pem and join again"
+        ) from None
     if not isinstance(loaded, ec.EllipticCurvePrivateKey) or loaded.curve.name != "secp256r1":
-        raise IdentityError("expected a private key on the curve P-256; remove key.pem and join again")
+        raise IdentityError(
+            "expected a private key on the curve P-256; remove key.pem and join again"
+        )
     return loaded
 
 

@@ -11,12 +11,25 @@ from typing import Final
 import msgspec
 from urllib3.exceptions import InsecureRequestWarning
 
-from edge_agent.provisioning.credentials import check_certificate, fingerprint, new_key, only_first, signing_request
+from edge_agent.provisioning.credentials import (
+    check_certificate,
+    fingerprint,
+    new_key,
+    only_first,
+    signing_request,
+)
 from edge_agent.service_client import ServiceClient, check_url, persistently
 from edge_agent.state.bundle_slots import Slots, SlotStore
 from edge_agent.state.desired_state import save_desired
 from fleet.errors import ConfigError, IdentityError, ServiceError
-from fleet.identity.identity import CA_FILE, CERT_FILE, IDENTITY_FILE, KEY_FILE, Identity, IdentityConfig
+from fleet.identity.identity import (
+    CA_FILE,
+    CERT_FILE,
+    IDENTITY_FILE,
+    KEY_FILE,
+    Identity,
+    IdentityConfig,
+)
 from fleet.protocol.enrolment_api import EnrolmentToken, JoinReply, JoinRequest
 from fleet.protocol.topics import PREFIX
 from fleet.utils.atomic_files import create_file, write_file
@@ -75,7 +88,9 @@ def pinned_ca(server: str, ca_sha256: str, timeout_s: float) -> bytes:
     try:
         found = fingerprint(ca)
     except IdentityError as error:
-        raise ServiceError(f"{server} is no service of a fleet: {error}; check the address and the port") from None
+        raise ServiceError(
+            f"{server} is no service of a fleet: {error}; check the address and the port"
+        ) from None
     if found != ca_sha256:
         raise ServiceError(
             f"{server} has another CA than the token says (SHA-256 {found[:16]}..., expected {ca_sha256[:16]}...): "
@@ -107,10 +122,14 @@ def write_identity(out: Path, reply: JoinReply, key: bytes, ca: bytes) -> Identi
     identity = Identity(
         out,
         IdentityConfig(
-            reply.name, reply.role, reply.host, reply.port, shared_subscriptions=reply.shared_subscriptions,
+            name=reply.name,
+            role=reply.role,
+            host=reply.host,
+            port=reply.port,
+            shared_subscriptions=reply.shared_subscriptions,
             server=check_url(reply.server),
         ),
-    )  # fmt: skip
+    )
     try:
         write_file(out / CERT_FILE, certificate, mode=0o644)
         write_file(out / CA_FILE, ca, mode=0o644)
@@ -124,4 +143,6 @@ def write_identity(out: Path, reply: JoinReply, key: bytes, ca: bytes) -> Identi
 
 
 def _not_written(out: Path, error: OSError) -> IdentityError:
-    return IdentityError(f"cannot write an identity into {out}: {error.strerror}; name another folder with --out")
+    return IdentityError(
+        f"cannot write an identity into {out}: {error.strerror}; name another folder with --out"
+    )

@@ -22,7 +22,10 @@ def summarise(reports: Sequence[GenerationReport], generation: str) -> Generatio
         sources.update(report.sources)
 
     def mean(values: Iterable[float]) -> float:
-        return sum(value * report.answers for value, report in zip(values, reports, strict=True)) / answers
+        return (
+            sum(value * report.answers for value, report in zip(values, reports, strict=True))
+            / answers
+        )
 
     return GenerationReport(
         generation=generation,

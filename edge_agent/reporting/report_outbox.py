@@ -86,7 +86,9 @@ class ReportOutbox:
             self._sum_up_oldest(excess + self._limit // SPARE_SHARE)
 
     def remove(self, generations: Iterable[str]) -> None:
-        self._here.executemany("DELETE FROM reports WHERE generation = ?", [(each,) for each in generations])
+        self._here.executemany(
+            "DELETE FROM reports WHERE generation = ?", [(each,) for each in generations]
+        )
 
     def take(self, after: int, count: int) -> list[StoredReport]:
         """The first `count` reports behind the id `after`, which are on record as sent from now on."""
@@ -109,10 +111,14 @@ class ReportOutbox:
 
     def _open(self) -> sqlite3.Connection:
         if self._path:
-            handle = os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600)  # who was asked what is nobody else's business
+            handle = os.open(
+                self._path, os.O_CREAT | os.O_RDWR, 0o600
+            )  # who was asked what is nobody else's business
             os.fchmod(handle, 0o600)
             os.close(handle)
-        database = sqlite3.connect(self._path or ":memory:", BUSY_S, isolation_level=None, check_same_thread=False)
+        database = sqlite3.connect(
+            self._path or ":memory:", BUSY_S, isolation_level=None, check_same_thread=False
+        )
         try:
             database.execute("PRAGMA journal_mode = WAL")
             database.execute("PRAGMA synchronous = FULL")
@@ -131,7 +137,9 @@ class ReportOutbox:
             by_bundle.setdefault(report.bundle_id, []).append(report)
         totals = [summarise(reports, uuid.uuid4().hex) for reports in by_bundle.values()]
         self._here.executemany("DELETE FROM reports WHERE id = ?", [(row,) for row, _ in rows])
-        self._here.executemany(INSERT, [(total.generation, False, encode_report(total)) for total in totals])
+        self._here.executemany(
+            INSERT, [(total.generation, False, encode_report(total)) for total in totals]
+        )
 
 
 def _readable(payloads: Iterable[bytes]) -> Iterator[GenerationReport]:

@@ -43,7 +43,9 @@ class Reporter:
     what its collector can do, and no queue grows between them.
     """
 
-    def __init__(self, transport: Transport, outbox: ReportOutbox, retry_s: tuple[float, float] = RETRY_S) -> None:
+    def __init__(
+        self, transport: Transport, outbox: ReportOutbox, retry_s: tuple[float, float] = RETRY_S
+    ) -> None:
         self._transport = transport
         self._outbox = outbox
         self._min_retry_s, self._max_retry_s = retry_s
@@ -56,8 +58,11 @@ class Reporter:
         self._in_flight: dict[str, InFlight] = {}
         self._last_taken = 0
         self._disk_fails = False
-        self._window, self._retry_s = FIRST_WINDOW, self._min_retry_s
-        self._thread = threading.Thread(target=self._run, name=f"report-{transport.name}", daemon=True)
+        self._window = FIRST_WINDOW
+        self._retry_s = self._min_retry_s
+        self._thread = threading.Thread(
+            target=self._run, name=f"report-{transport.name}", daemon=True
+        )
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -66,7 +71,10 @@ class Reporter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         """Puts what is left on disk, within `STOP_S` seconds."""
         self._transport.unsubscribe(topics.device_reported(self._transport.name))
@@ -117,12 +125,18 @@ class Reporter:
             due |= self._keep(self._window - len(self._in_flight) if is_up else 0)
         except (sqlite3.Error, OSError) as error:
             self._do_without_disk(error)
-            due |= {generation: it for generation, it in self._unsaved.items() if generation not in self._in_flight}
+            due |= {
+                generation: it
+                for generation, it in self._unsaved.items()
+                if generation not in self._in_flight
+            }
         if is_up:
             self._send(due)
 
     def _hear(self, receipt: ReportReceipt) -> None:
-        if not receipt.stored and not receipt.refused:  # the collector is there, and may have missed what was sent
+        if (
+            not receipt.stored and not receipt.refused
+        ):  # the collector is there, and may have missed what was sent
             self._in_flight.clear()
             self._begin_anew()
             return
@@ -133,7 +147,9 @@ class Reporter:
             self._acknowledged.add(generation)
             self._unsaved.pop(generation, None)
             if sent := self._in_flight.pop(generation, None):
-                self._window = min(MAX_WINDOW, max(1, self._window + (1 if sent.sent_at > slow else -1)))
+                self._window = min(
+                    MAX_WINDOW, max(1, self._window + (1 if sent.sent_at > slow else -1))
+                )
         self._retry_s = self._min_retry_s
 
     def _begin_anew(self) -> None:
@@ -144,7 +160,11 @@ class Reporter:
     def _overdue(self) -> dict[str, bytes]:
         """What has waited too long for its receipt; the wait is doubled then."""
         latest = time.monotonic() - self._retry_s
-        due = {generation: it.payload for generation, it in self._in_flight.items() if it.sent_at <= latest}
+        due = {
+            generation: it.payload
+            for generation, it in self._in_flight.items()
+            if it.sent_at <= latest
+        }
         if due:
             self._window = FIRST_WINDOW
             self._retry_s = min(self._max_retry_s, 2 * self._retry_s) * random.uniform(0.8, 1.0)
@@ -154,7 +174,9 @@ class Reporter:
         """Brings the disk up to date; the next reports from there, for which there is `room`."""
         with self._outbox.transaction():
             self._outbox.remove(self._acknowledged)
-            self._outbox.add(self._unsaved, sent=self._disk_fails)  # while it failed they were sent from memory
+            self._outbox.add(
+                self._unsaved, sent=self._disk_fails
+            )  # while it failed they were sent from memory
             kept = self._outbox.take(self._last_taken, max(0, room))
         self._acknowledged.clear()
         self._unsaved.clear()
@@ -174,11 +196,15 @@ class Reporter:
             lost = next(iter(self._unsaved))
             del self._unsaved[lost]
             self._in_flight.pop(lost, None)
-            log.warning("the report of generation %s is given up: there is no disk, and no collector", lost)
+            log.warning(
+                "the report of generation %s is given up: there is no disk, and no collector", lost
+            )
 
     def _send(self, reports: dict[str, bytes]) -> None:
         now = time.monotonic()
-        self._in_flight.update({generation: InFlight(payload, now) for generation, payload in reports.items()})
+        self._in_flight.update(
+            {generation: InFlight(payload, now) for generation, payload in reports.items()}
+        )
         try:
             for payload in reports.values():
                 self._transport.publish(topics.device_stats(self._transport.name), payload)

@@ -69,9 +69,12 @@ class Agent:
         self._transport = transport
         self._manifest = bundle.manifest
         self._config = config
-        self._config_version, self._config_error = 0, ""
+        self._config_version = 0
+        self._config_error = ""
         self._epoch = time.time_ns() // 1_000_000
-        self._tokenizer = ChatTokenizer(bundle)  # first: the partition gives back what loading has freed
+        self._tokenizer = ChatTokenizer(
+            bundle
+        )  # first: the partition gives back what loading has freed
         self._partition = Partition(bundle, config.num_threads, config.provider)
         if is_trial:
             check_step(self._partition, self._tokenizer)
@@ -87,10 +90,18 @@ class Agent:
         self._workers = WorkerDirectory(transport, self._worker_changed)
         self._reporter = Reporter(transport, ReportOutbox(reports_file, config.max_kept_reports))
         self._answerer = Answerer(
-            transport, self._workers, self._reporter, self._manifest, self._partition, self._tokenizer, self._turns,
-            self._epoch,
-        )  # fmt: skip
-        self._planning = threading.Thread(target=self._plan_all, name=f"plan-{self.name}", daemon=True)
+            transport,
+            self._workers,
+            reporter=self._reporter,
+            manifest=self._manifest,
+            partition=self._partition,
+            tokenizer=self._tokenizer,
+            turns=self._turns,
+            epoch=self._epoch,
+        )
+        self._planning = threading.Thread(
+            target=self._plan_all, name=f"plan-{self.name}", daemon=True
+        )
         self._answering = [
             threading.Thread(target=self._answer_all, name=f"answer-{self.name}-{i}", daemon=True)
             for i in range(config.max_concurrent_requests)
@@ -109,11 +120,16 @@ class Agent:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         """Closes, and says that the device has gone."""
         self.close()
-        publish_or_log(self._transport, topics.device_status(self.name), self.will(), qos=1, retain=True)
+        publish_or_log(
+            self._transport, topics.device_status(self.name), self.will(), qos=1, retain=True
+        )
 
     def close(self) -> None:
         """Cancels what is under way, takes no more, and waits for the end at most `STOP_TIMEOUT_S` seconds.
@@ -165,7 +181,8 @@ class Agent:
         """
         self._planner.follow(config)
         self._config = config
-        self._config_version, self._config_error = version, error[:MAX_LABEL_LENGTH]
+        self._config_version = version
+        self._config_error = error[:MAX_LABEL_LENGTH]
         if self._planning.is_alive():
             self._triggers.set(config.triggers)
             self._announce()
@@ -177,10 +194,21 @@ class Agent:
 
     def _announce(self) -> None:
         status = DeviceStatus(
-            True, self._epoch, self._manifest.bundle_id, __version__, self._config.mode, self._config_version,
-            self._config_error,
-        )  # fmt: skip
-        publish_or_log(self._transport, topics.device_status(self.name), encode_status(status), qos=1, retain=True)
+            online=True,
+            epoch=self._epoch,
+            bundle_id=self._manifest.bundle_id,
+            version=__version__,
+            mode=self._config.mode,
+            config_version=self._config_version,
+            config_error=self._config_error,
+        )
+        publish_or_log(
+            self._transport,
+            topics.device_status(self.name),
+            encode_status(status),
+            qos=1,
+            retain=True,
+        )
 
     # What arrives: decided on the transport's thread, quickly.
 
@@ -191,7 +219,7 @@ class Agent:
             log.warning("prompt dropped: %s", error)
             return
         try:
-            job = Job(app, request, parse_prompt(payload))
+            job = Job(app=app, request=request, prompt=parse_prompt(payload))
             with self._lock:
                 known = self._active.get((app, request)) or self._finished.get((app, request))
             if known:
@@ -241,9 +269,14 @@ class Agent:
     def _on_session(self, topic: str, payload: bytes) -> None:
         try:
             _, session = topics.parse(topic, "d", "+", "s", "+")
-            if uplink := next((uplink for uplink in self._uplinks() if uplink.session == session), None):
+            if uplink := next(
+                (uplink for uplink in self._uplinks() if uplink.session == session), None
+            ):
                 uplink.receive(payload)
-            elif isinstance(message := decode_to_device(payload), Opened) and message.session == session:
+            elif (
+                isinstance(message := decode_to_device(payload), Opened)
+                and message.session == session
+            ):
                 late = topics.to_worker(message.worker, self.name, session)
                 publish_or_log(self._transport, late, encode(Close(session)))
         except ProtocolError as error:
@@ -284,9 +317,11 @@ class Agent:
         except Exception as error:  # the outermost boundary of a thread
             if is_out_of_memory(error):
                 self._fail(
-                    job, "memory", "this device ran out of memory on this request; ask for fewer tokens, or lower its "
+                    job,
+                    "memory",
+                    "this device ran out of memory on this request; ask for fewer tokens, or lower its "
                     "cache_budget_mb or max_concurrent_requests",
-                )  # fmt: skip
+                )
             else:
                 log.exception("request %s of %s failed", job.request, job.app)
                 self._fail(job, "internal", f"the device failed on this request: {error}")
@@ -298,7 +333,9 @@ class Agent:
     def _forget(self, job: Job) -> None:
         with self._lock:
             del self._active[job.app, job.request]
-            job.uplink = job.drafts = job.modes = None  # of what has ended only the replies are kept
+            job.uplink = job.drafts = job.modes = (
+                None  # of what has ended only the replies are kept
+            )
             self._finished[job.app, job.request] = job
             while len(self._finished) > MAX_FINISHED:
                 del self._finished[next(iter(self._finished))]
@@ -320,7 +357,12 @@ def refuse_prompts(transport: Transport) -> None:
         except ProtocolError as error:
             log.warning("prompt dropped: %s", error)
             return
-        refuse(transport, app, request, BusyError("this device is changing its model; try again in a moment"))
+        refuse(
+            transport,
+            app,
+            request,
+            BusyError("this device is changing its model; try again in a moment"),
+        )
 
     transport.subscribe(prompts_of(transport.name), on_prompt, qos=1)
 

@@ -30,7 +30,9 @@ from fleet.protocol.prompt import ErrorInfo, Reply, Usage
 from fleet.protocol.report import GenerationReport
 from fleet.transport.base import Transport, publish_or_log
 
-SESSION_BYTES: Final = 5  # of a name that is in every message, and need only differ from others of this device
+SESSION_BYTES: Final = (
+    5  # of a name that is in every message, and need only differ from others of this device
+)
 
 
 class Answerer:
@@ -64,7 +66,12 @@ class Answerer:
             reply = msgspec.structs.replace(reply, generation=job.generation)
         payload = msgspec.json.encode(reply)
         job.replies.append(payload)
-        publish_or_log(self._transport, topics.reply(self._transport.name, job.app, job.request), payload, qos=1)
+        publish_or_log(
+            self._transport,
+            topics.reply(self._transport.name, job.app, job.request),
+            payload,
+            qos=1,
+        )
 
     def answer(self, job: Job, plan: RequestPlan) -> None:
         """Streams the answer, and reports what it took, up to an error, too.
@@ -82,10 +89,18 @@ class Answerer:
             raise
         report = _report(job, plan, self._manifest.bundle_id, finish_reason)
         self._reporter.add(report)
-        self.reply(job, Reply(
-            len(job.replies), text.flush(), done=True, finish_reason=finish_reason, usage=_usage(report),
-            bundle_id=report.bundle_id, note=uplink.note if uplink else None,
-        ))  # fmt: skip
+        self.reply(
+            job,
+            Reply(
+                seq=len(job.replies),
+                text=text.flush(),
+                done=True,
+                finish_reason=finish_reason,
+                usage=_usage(report),
+                bundle_id=report.bundle_id,
+                note=uplink.note if uplink else None,
+            ),
+        )
 
     def _generate(self, job: Job, plan: RequestPlan, text: TextStream) -> str:
         """Streams the answer's tokens; gives the reason why it ended."""
@@ -93,49 +108,83 @@ class Answerer:
             return "cancelled"
         generator = self._generator(job, plan)
         tokens = generator.generate(
-            plan.prompt_ids, plan.max_new_tokens,
-            deadline=job.arrived + plan.deadline_s, is_cancelled=job.cancelled.is_set,
-        )  # fmt: skip
+            plan.prompt_ids,
+            plan.max_new_tokens,
+            deadline=job.arrived + plan.deadline_s,
+            is_cancelled=job.cancelled.is_set,
+        )
         for token in tokens:
             job.count(token.source)
-            self.reply(job, Reply(len(job.replies), text.push(token.token_id), token.token_id, token.source))
+            self.reply(
+                job,
+                Reply(
+                    seq=len(job.replies),
+                    text=text.push(token.token_id),
+                    token_id=token.token_id,
+                    source=token.source,
+                ),
+            )
             if token.token_id in plan.eos_token_ids:
                 return "stop"
         return "cancelled" if job.cancelled.is_set() else "length"
 
     def _generator(self, job: Job, plan: RequestPlan) -> Generator:
         decoder = Decoder(
-            self._partition, plan.capacity, plan.thresholds, job.prompt.sampling, job.uplink, self._turns,
-            self._measurements, one_by_one_from=len(plan.prompt_ids) if plan.is_exact else None,
-        )  # fmt: skip
+            self._partition,
+            plan.capacity,
+            thresholds=plan.thresholds,
+            sampling=job.prompt.sampling,
+            uplink=job.uplink,
+            turns=self._turns,
+            measurements=self._measurements,
+            one_by_one_from=len(plan.prompt_ids) if plan.is_exact else None,
+        )
         eos = plan.eos_token_ids
         if job.uplink:
             job.drafts = SpeculativeDecoder(
-                decoder, job.uplink, self._acceptance, self._measurements, eos, plan.config.max_draft
-            )  # fmt: skip
+                decoder,
+                job.uplink,
+                acceptance=self._acceptance,
+                measurements=self._measurements,
+                eos_token_ids=eos,
+                max_draft=plan.config.max_draft,
+            )
         mode = Mode.VERIFIED if plan.is_exact else plan.mode
         job.modes = ModeController(
-            mode, plan.targets, self._measurements, plan.config.assist_deadline_ms, is_sample=plan.is_sample
+            mode,
+            plan.targets,
+            self._measurements,
+            plan.config.assist_deadline_ms,
+            is_sample=plan.is_sample,
         )
         return Generator(decoder, job.modes, eos, job.uplink, job.drafts)
 
     def _connect(self, job: Job, plan: RequestPlan) -> CloudSession:
         note = self._workers.why_none(self._manifest.bundle_id)
         opening = Open(
-            secrets.token_hex(SESSION_BYTES), self._epoch, self._manifest.bundle_id, PROTOCOL, job.prompt.sampling,
-            plan.capacity, plan.config.assist_deadline_ms,
-        )  # fmt: skip
+            session=secrets.token_hex(SESSION_BYTES),
+            epoch=self._epoch,
+            bundle_id=self._manifest.bundle_id,
+            protocol=PROTOCOL,
+            sampling=job.prompt.sampling,
+            max_positions=plan.capacity,
+            deadline_ms=plan.config.assist_deadline_ms,
+        )
         job.uplink = CloudSession(
-            self._transport, self._workers, opening, self._manifest.model.hidden_size, self._measurements,
+            self._transport,
+            self._workers,
+            opening,
+            self._manifest.model.hidden_size,
+            self._measurements,
             upload_dtype=plan.config.upload_dtype,
-        )  # fmt: skip
+        )
         job.uplink.note = note
         return job.uplink
 
 
 def refusal(seq: int, code: str, message: str) -> Reply:
     """The last reply to a request that gets no answer, or no more of one."""
-    return Reply(seq, done=True, finish_reason="error", error=ErrorInfo(code, message))
+    return Reply(seq=seq, done=True, finish_reason="error", error=ErrorInfo(code, message))
 
 
 def _report(job: Job, plan: RequestPlan, bundle_id: str, finish_reason: str) -> GenerationReport:
@@ -168,7 +217,15 @@ def _report(job: Job, plan: RequestPlan, bundle_id: str, finish_reason: str) -> 
 
 def _usage(report: GenerationReport) -> Usage:
     return Usage(
-        report.prompt_tokens, report.tokens, report.sources, offload_rate(report.sources), report.bytes_up,
-        report.bytes_down, report.ttft_ms, report.tpot_ms, report.assists + report.verifies, report.drafted,
-        report.switches,
-    )  # fmt: skip
+        prompt_tokens=report.prompt_tokens,
+        tokens=report.tokens,
+        sources=report.sources,
+        offload_rate=offload_rate(report.sources),
+        bytes_up=report.bytes_up,
+        bytes_down=report.bytes_down,
+        ttft_ms=report.ttft_ms,
+        tpot_ms=report.tpot_ms,
+        round_trips=report.assists + report.verifies,
+        drafted=report.drafted,
+        switches=report.switches,
+    )

@@ -13,7 +13,14 @@ import msgspec
 
 from fleet.errors import FleetError
 from fleet.protocol import topics
-from fleet.protocol.triggers import Fields, Trigger, event_filters, make_prompt, read_event, request_name
+from fleet.protocol.triggers import (
+    Fields,
+    Trigger,
+    event_filters,
+    make_prompt,
+    read_event,
+    request_name,
+)
 from fleet.transport.base import Handler, Transport
 from fleet.utils.rate_limited_log import RateLimitedLog
 
@@ -63,10 +70,12 @@ class EventTriggers:
 
         From one thread at a time, the transport's or another.
         """
-        before, new = self._armed, tuple(triggers)
+        before = self._armed
+        new = tuple(triggers)
         armed = {trigger.name: _Armed(trigger) for trigger in new}
         for name in armed.keys() & before.keys():
-            armed[name].answered_at, armed[name].under_way = before[name].answered_at, before[name].under_way
+            armed[name].answered_at = before[name].answered_at
+            armed[name].under_way = before[name].under_way
         self._armed = armed
         filters = event_filters(new)
         for topic_filter in self._filters - filters:
@@ -87,18 +96,28 @@ class EventTriggers:
                 try:
                     self._pull(armed, app, event)
                 except FleetError as error:
-                    self._log.warning("event on %s drops out of trigger %s: %s", topic, armed.trigger.name, error)
+                    self._log.warning(
+                        "event on %s drops out of trigger %s: %s", topic, armed.trigger.name, error
+                    )
 
     def _pull(self, armed: _Armed, app: str, event: Fields) -> None:
-        trigger, now = armed.trigger, self._clock()
+        trigger = armed.trigger
+        now = self._clock()
         prompt = make_prompt(trigger, event)
         if prompt is None or not trigger.is_due(armed.answered_at, now):
             return
         armed.under_way = [asked for asked in armed.under_way if self._is_active(*asked)]
         if len(armed.under_way) >= trigger.max_in_flight:
-            self._log.warning("trigger %s drops an event: %d are being answered", trigger.name, len(armed.under_way))
+            self._log.warning(
+                "trigger %s drops an event: %d are being answered",
+                trigger.name,
+                len(armed.under_way),
+            )
             return
-        asker, request = trigger.reply_to or app, request_name(trigger, self._epoch, next(self._numbers))
+        asker = trigger.reply_to or app
+        request = request_name(trigger, self._epoch, next(self._numbers))
         armed.answered_at = now
         armed.under_way.append((asker, request))
-        self._on_prompt(topics.prompt(self._transport.name, asker, request), msgspec.json.encode(prompt))
+        self._on_prompt(
+            topics.prompt(self._transport.name, asker, request), msgspec.json.encode(prompt)
+        )

@@ -16,7 +16,7 @@ from edge_agent.session.cloud_session import CloudSession
 from fleet.protocol.prompt import PromptRequest
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Job:
     """One accepted request of an app, and how its answer has gone so far."""
 

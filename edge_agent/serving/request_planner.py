@@ -19,7 +19,7 @@ from fleet.protocol.prompt import PromptRequest
 MB: Final = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RequestPlan:
     """A request that fits the device. `num_bytes` is the memory of its caches, `deadline_s` counts from its arrival.
 
@@ -40,7 +40,9 @@ class RequestPlan:
     @property
     def is_exact(self) -> bool:
         """Whether every token has to be the full model's."""
-        return self.mode is Mode.VERIFIED or (self.mode is Mode.AUTO and self.targets.min_agreement == 1.0)
+        return self.mode is Mode.VERIFIED or (
+            self.mode is Mode.AUTO and self.targets.min_agreement == 1.0
+        )
 
     @property
     def capacity(self) -> int:
@@ -86,14 +88,24 @@ class RequestPlanner:
         deadline_s = (prompt.deadline_ms or config.answer_deadline_ms) / 1000
         may_sample = prompt.mode is None and mode is Mode.COLLABORATIVE
         return RequestPlan(
-            prompt_ids, max_new_tokens, self._request_thresholds(prompt, config), mode, self._targets(prompt, config),
-            deadline_s, num_bytes, config, () if prompt.ignore_eos else self._partition.manifest.model.eos_token_ids,
+            prompt_ids=prompt_ids,
+            max_new_tokens=max_new_tokens,
+            thresholds=self._request_thresholds(prompt, config),
+            mode=mode,
+            targets=self._targets(prompt, config),
+            deadline_s=deadline_s,
+            num_bytes=num_bytes,
+            config=config,
+            eos_token_ids=() if prompt.ignore_eos else self._partition.manifest.model.eos_token_ids,
             is_sample=may_sample and self._draw() < config.agreement_sample,
-        )  # fmt: skip
+        )
 
     def _targets(self, prompt: PromptRequest, config: AgentConfig) -> Targets:
         calibration = self._partition.manifest.calibration
-        is_calibrated = calibration and self._request_thresholds(prompt, config) == self._partition.manifest.thresholds
+        is_calibrated = (
+            calibration
+            and self._request_thresholds(prompt, config) == self._partition.manifest.thresholds
+        )
         promised = calibration.target_agreement if calibration and is_calibrated else None
         agreement = config.min_agreement if prompt.min_agreement is None else prompt.min_agreement
         return Targets(

@@ -26,7 +26,11 @@ def check_step(partition: Partition, tokenizer: ChatTokenizer) -> None:
     decoder.text += prompt_ids
     choice = decoder.choose()
     is_token = 0 <= choice.token_id < manifest.model.vocab_size
-    if not is_token or not math.isfinite(choice.logprob) or not 0.0 <= choice.confidence <= 1.0 + 1e-3:
+    if (
+        not is_token
+        or not math.isfinite(choice.logprob)
+        or not 0.0 <= choice.confidence <= 1.0 + 1e-3
+    ):
         raise BundleError(
             f"bundle {manifest.bundle_id} gives token {choice.token_id} with log-probability {choice.logprob} on this "
             "machine, expected a token and a number; export it again, or for this machine's instruction set"

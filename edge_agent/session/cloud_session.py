@@ -82,7 +82,9 @@ class CloudSession:
         self.session = opening.session
         self.worker: str | None = None
         self.note: str | None = None
-        self.refusal: Refused | None = None  # why no worker takes it, where asking again will not help
+        self.refusal: Refused | None = (
+            None  # why no worker takes it, where asking again will not help
+        )
         self.num_assists = 0
         self.num_verifies = 0
         self.bytes_up = 0
@@ -102,7 +104,9 @@ class CloudSession:
         self._num_questions = 0
         self._state = LinkState.IDLE
         self._changed = threading.Condition()  # on a lock that a thread may take twice
-        self._thread = threading.Thread(target=self._keep, name=f"session-{self.session[:8]}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._keep, name=f"session-{self.session[:8]}", daemon=True
+        )
 
     def __enter__(self) -> Self:
         """Begins to ask the workers for the session; the answer is not waited for."""
@@ -110,7 +114,10 @@ class CloudSession:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         with self._changed:
             if self._state is not LinkState.CLOSED:
@@ -124,7 +131,9 @@ class CloudSession:
         """Whether a question has a chance now: the session is open, or is being opened for the first time."""
         if self._num_losses == 0 and self._state is LinkState.IDLE:
             return self._workers.serves(self._opening.bundle_id)
-        return self._state is LinkState.OPEN or (self._num_losses == 0 and self._state is LinkState.OPENING)
+        return self._state is LinkState.OPEN or (
+            self._num_losses == 0 and self._state is LinkState.OPENING
+        )
 
     @property
     def is_open(self) -> bool:
@@ -172,10 +181,15 @@ class CloudSession:
                 return
             wait_ms = self._wait_ms(wait_ms)
             body = Verify(
-                self.session, self._num_questions, self._outbox.branch, start, tuple(draft), wait_ms,
+                session=self.session,
+                request=self._num_questions,
+                branch=self._outbox.branch,
+                start=start,
+                draft=tuple(draft),
+                deadline_ms=wait_ms,
                 trusted=tuple(trusted),
-            )  # fmt: skip
-            self._question = PendingVerify(body)
+            )
+            self._question = PendingVerify(body=body)
             self._num_questions += 1
             if gives_up:
                 self._question.give_up_at = time.monotonic() + wait_ms / 1000
@@ -192,7 +206,10 @@ class CloudSession:
             while (question := self._question) and question.answer is None:
                 now = time.monotonic()
                 if now >= question.give_up_at:
-                    self._lose(LinkEvent.TIMEOUT, f"the cloud did not answer within {question.body.deadline_ms} ms")
+                    self._lose(
+                        LinkEvent.TIMEOUT,
+                        f"the cloud did not answer within {question.body.deadline_ms} ms",
+                    )
                     self.withdraw()
                     return None
                 if now >= deadline or self._state is LinkState.CLOSED or self.refusal:
@@ -240,7 +257,9 @@ class CloudSession:
             if worker == self.worker and self._state is LinkState.OPEN:
                 if self._workers.epoch(worker) != self._worker_epoch:
                     self._lose(LinkEvent.WORKER_GONE, f"worker {worker} went away")
-                elif self._workers.is_draining(worker) and self._workers.serves(self._opening.bundle_id):
+                elif self._workers.is_draining(worker) and self._workers.serves(
+                    self._opening.bundle_id
+                ):
                     self._lose(LinkEvent.WORKER_GONE, f"worker {worker} is stopping")
             self._changed.notify_all()
 
@@ -280,7 +299,9 @@ class CloudSession:
 
     def _opened(self, message: Opened) -> None:
         if self._state in (LinkState.OPEN, LinkState.CLOSED):
-            if message.worker != self.worker:  # another worker took it too: it may forget the session
+            if (
+                message.worker != self.worker
+            ):  # another worker took it too: it may forget the session
                 self._publish(OutgoingMessage(self._topic(message.worker), Close(self.session)))
             return
         self._advance(LinkEvent.OPENED)
@@ -296,7 +317,9 @@ class CloudSession:
     def _answered(self, message: Verified) -> None:
         question = self._question
         if question is None or question.answer or not question.is_answered_by(message):
-            log.debug("session %s: an answer that nobody waits for is dropped: %s", self.session, message)
+            log.debug(
+                "session %s: an answer that nobody waits for is dropped: %s", self.session, message
+            )
             return
         question.answer = message
         self._outbox.acknowledge(message.start + 1)
@@ -315,7 +338,9 @@ class CloudSession:
             self._refused_by.add(message.worker or "")
             if message.worker is None or not self._workers.serves(bundle, beside=self._refused_by):
                 self.refusal = message
-        wait_s = 0.0 if message.code == "draining" else message.retry_after_ms / 1000  # others may take it now
+        wait_s = (
+            0.0 if message.code == "draining" else message.retry_after_ms / 1000
+        )  # others may take it now
         self._lose(LinkEvent.REFUSED, note, wait_s)
 
     # The keeper.
@@ -324,7 +349,9 @@ class CloudSession:
         """Does what is due until the session ends."""
         while True:
             with self._changed:
-                while (message := self._due(now := time.monotonic())) is None and self._state is not LinkState.CLOSED:
+                while (
+                    message := self._due(now := time.monotonic())
+                ) is None and self._state is not LinkState.CLOSED:
                     self._changed.wait(self._until_due(now))
             if message is None:
                 break
@@ -358,7 +385,11 @@ class CloudSession:
                 return None
 
     def _due_open(self, now: float) -> OutgoingMessage | None:
-        if now < self._open_at or not self._transport.is_up or not self._workers.serves(self._opening.bundle_id):
+        if (
+            now < self._open_at
+            or not self._transport.is_up
+            or not self._workers.serves(self._opening.bundle_id)
+        ):
             return None
         self._give_up_at = now + self._opening.deadline_ms / 1000
         self._advance(LinkEvent.OPEN)
@@ -384,7 +415,8 @@ class CloudSession:
     @property
     def _is_held(self) -> bool:
         """Whether what has not been sent is not needed yet: little, or drafts behind those that are being judged."""
-        outbox, question = self._outbox, self._question
+        outbox = self._outbox
+        question = self._question
         if question and question.answer is None:
             return outbox.sent >= question.num_positions
         return outbox.available - outbox.sent <= HELD_POSITIONS
@@ -396,7 +428,10 @@ class CloudSession:
         if question.num_sent == 0:
             question.asked_at = now
         elif now >= question.asked_at + question.wait_s:
-            self._lose(LinkEvent.TIMEOUT, f"the cloud did not answer within {question.wait_s * 1000:.0f} ms")
+            self._lose(
+                LinkEvent.TIMEOUT,
+                f"the cloud did not answer within {question.wait_s * 1000:.0f} ms",
+            )
             return None
         elif now < question.send_at:
             return None
@@ -417,11 +452,19 @@ class CloudSession:
             return
         self.note = note
         self._measurements.lost()
-        wait = 0.0 if event is LinkEvent.WORKER_GONE else backoff_s(self._num_failed_opens, random.random())
+        wait = (
+            0.0
+            if event is LinkEvent.WORKER_GONE
+            else backoff_s(self._num_failed_opens, random.random())
+        )
         self._open_at = time.monotonic() + max(wait, retry_after_s)
         self._num_failed_opens += 1
         self._num_losses += 1
-        if self._question and self._question.answer is None and self._question.give_up_at < math.inf:
+        if (
+            self._question
+            and self._question.answer is None
+            and self._question.give_up_at < math.inf
+        ):
             self.withdraw()
         self._advance(event)
 

@@ -10,7 +10,7 @@ import msgspec
 from fleet.protocol.messages import Verified, Verify
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PendingVerify:
     """A verify on its way; the cloud has `body.deadline_ms` from the time that it is sent.
 
@@ -48,4 +48,6 @@ class PendingVerify:
     def renew(self, request: int, branch: int) -> None:
         """Makes it a new question to another worker, so that a late answer of the earlier one is not taken."""
         self.body = msgspec.structs.replace(self.body, request=request, branch=branch)
-        self.num_sent, self.has_gone, self.answer = 0, False, None
+        self.num_sent = 0
+        self.has_gone = False
+        self.answer = None

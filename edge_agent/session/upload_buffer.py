@@ -76,7 +76,9 @@ class UploadBuffer:
             if self._stalled_at is None or now - self._stalled_at < patience_s:
                 self._stalled_at = self._stalled_at or now
                 return None
-            self._stalled_at, self.sent, room = None, self.acknowledged, self._window
+            self._stalled_at = None
+            self.sent = self.acknowledged
+            room = self._window
         start = self.sent
         self.sent = min(self.available, start + min(self._max_chunk, room))
         return pack_chunk(self.branch, start, self._rows[start : self.sent], self._dtype)

@@ -59,14 +59,17 @@ class WorkerDirectory:
         """
         with self._changed:
             self._changed.wait_for(
-                lambda: self._serves(bundle_id), max(0.0, self._up_since + GRACE_S - time.monotonic())
+                lambda: self._serves(bundle_id),
+                max(0.0, self._up_since + GRACE_S - time.monotonic()),
             )
             if self._serves(bundle_id):
                 return None
             online = dict(self._online)
         if not online:
             return "no cloud worker is online; start one with 'fleet up'"
-        served = ", ".join(sorted({bundle for status in online.values() for bundle in status.bundle_ids}))
+        served = ", ".join(
+            sorted({bundle for status in online.values() for bundle in status.bundle_ids})
+        )
         return (
             f"no cloud worker serves bundle {bundle_id}: {', '.join(sorted(online))} serve {served}; "
             "use the same bundle on both sides"

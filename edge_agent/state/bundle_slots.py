@@ -35,7 +35,7 @@ class GivenUp(Struct, frozen=True, forbid_unknown_fields=True):
         return f"bundle {self.bundle} is given up: {self.reason}"
 
 
-class Slots(Struct, frozen=True, forbid_unknown_fields=True):
+class Slots(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Ids of bundles. `current` None is the base: the bundle that the identity or the command line names.
 
     `attempts` is how often the trial was started, `version` that of the configuration that wants it.
@@ -99,7 +99,9 @@ class SlotStore:
         except FileNotFoundError:
             return Slots()
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{self._file}: {error}; remove it to serve the identity's own bundle") from None
+            raise ConfigError(
+                f"{self._file}: {error}; remove it to serve the identity's own bundle"
+            ) from None
 
     def save(self, slots: Slots) -> None:
         """Raises OSError."""

@@ -27,7 +27,9 @@ class ConfigStep(StrEnum):
     REFUSE = "refuse"
 
 
-def next_step(wanted: DesiredConfig, followed: DesiredConfig, slots: Slots, serving: str) -> ConfigStep:
+def next_step(
+    wanted: DesiredConfig, followed: DesiredConfig, slots: Slots, serving: str
+) -> ConfigStep:
     """What to do about `wanted` on a device that follows another configuration and serves the bundle `serving`.
 
     A configuration that names no bundle leaves the device with the one that it serves.
@@ -45,7 +47,9 @@ def lay_over(own: AgentConfig, settings: Settings, exits: tuple[int, ...]) -> Ag
         ConfigError: the thresholds do not fit the exits.
     """
     said: dict[str, Any] = {
-        name: value for name in settings.__struct_fields__ if (value := getattr(settings, name)) is not None
+        name: value
+        for name in settings.__struct_fields__
+        if (value := getattr(settings, name)) is not None
     }
     said.pop("bundle", None)
     threshold = said.pop("threshold", None)

@@ -44,7 +44,8 @@ class BackgroundDownload:
         if self.bundle == bundle and self._thread and self._thread.is_alive():
             return
         self.cancel()
-        self.bundle, self._stop = bundle, threading.Event()
+        self.bundle = bundle
+        self._stop = threading.Event()
         self._thread = threading.Thread(
             target=self._run, args=(bundle, self._stop), name=f"fetch-{bundle[:8]}", daemon=True
         )
@@ -67,7 +68,11 @@ class BackgroundDownload:
                     return
                 log.info("bundle %s: %s", bundle, error)
                 self._on_error(bundle, f"{NOT_YET}{error}; it is tried again")
-                stop.wait(max(RETRY_FACTOR * backoff_s(num_failures, random.random()), error.retry_after_s))
+                stop.wait(
+                    max(
+                        RETRY_FACTOR * backoff_s(num_failures, random.random()), error.retry_after_s
+                    )
+                )
                 num_failures += 1
             except FleetError as error:
                 self._on_error(bundle, str(error))

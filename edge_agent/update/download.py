@@ -39,7 +39,12 @@ class BundleDownload:
     """
 
     def __init__(
-        self, service: ServiceClient, bundle_id: str, bundles: Path, ca: Path, progress: Progress | None = None
+        self,
+        service: ServiceClient,
+        bundle_id: str,
+        bundles: Path,
+        ca: Path,
+        progress: Progress | None = None,
     ) -> None:
         self._service = service
         self._bundle_id = bundle_id
@@ -65,7 +70,12 @@ class BundleDownload:
             entries = [entry for entry in manifest.files if entry.path.split("/")[0] in SIDES]
             self._check_room(entries)
             for done, entry in enumerate(entries):
-                self._take(entry, sum(each.num_bytes for each in entries[:done]), total_bytes(entries), stop)
+                self._take(
+                    entry,
+                    sum(each.num_bytes for each in entries[:done]),
+                    total_bytes(entries),
+                    stop,
+                )
             for folder in (*(self._partial / side for side in SIDES), self._partial):
                 sync_folder(folder)
             self._partial.replace(self._folder)
@@ -98,7 +108,10 @@ class BundleDownload:
             (self._partial / side).mkdir(parents=True, exist_ok=True)
 
     def _manifest(self) -> Manifest:
-        for name, limit in ((MANIFEST_FILE, MAX_MANIFEST_BYTES), (SIGNATURE_FILE, MAX_SIGNATURE_BYTES)):
+        for name, limit in (
+            (MANIFEST_FILE, MAX_MANIFEST_BYTES),
+            (SIGNATURE_FILE, MAX_SIGNATURE_BYTES),
+        ):
             data = self._service.small_file(self._bundle_id, name, limit)
             write_file(self._partial / name, data, mode=0o644)
         manifest = check_manifest(self._partial, self._bundle_id)
@@ -131,12 +144,16 @@ class BundleDownload:
                         f"{entry.path} of bundle {self._bundle_id} came damaged {NUM_TRIES} times: expected sha256 "
                         f"{entry.sha256[:16]}...; add the bundle to the fleet again"
                     ) from None
-                log.warning("%s of bundle %s came damaged; it is fetched again", entry.path, self._bundle_id)
+                log.warning(
+                    "%s of bundle %s came damaged; it is fetched again", entry.path, self._bundle_id
+                )
             else:
                 self._progress(done + entry.num_bytes, total)
                 return
 
-    def _complete(self, entry: FileEntry, path: Path, done: int, total: int, stop: threading.Event) -> None:
+    def _complete(
+        self, entry: FileEntry, path: Path, done: int, total: int, stop: threading.Event
+    ) -> None:
         """Fetches what is missing of a file, from the byte where the last connection was cut."""
         num_cuts = 0
         while size(path) < entry.num_bytes or not path.exists():
@@ -145,17 +162,28 @@ class BundleDownload:
                 self._append(entry, path, lambda here: self._progress(done + here, total), stop)
             except ServiceAwayError as error:
                 num_cuts = 0 if size(path) > before else num_cuts + 1
-                if num_cuts >= MAX_CUTS or stop.wait(max(backoff_s(num_cuts, 0.5), error.retry_after_s)):
+                if num_cuts >= MAX_CUTS or stop.wait(
+                    max(backoff_s(num_cuts, 0.5), error.retry_after_s)
+                ):
                     raise
 
-    def _append(self, entry: FileEntry, path: Path, tell: Callable[[int], None], stop: threading.Event) -> None:
-        with self._service.file(self._bundle_id, entry.path, size(path)) as (start, pieces), path.open("ab") as file:
+    def _append(
+        self, entry: FileEntry, path: Path, tell: Callable[[int], None], stop: threading.Event
+    ) -> None:
+        with (
+            self._service.file(self._bundle_id, entry.path, size(path)) as (start, pieces),
+            path.open("ab") as file,
+        ):
             file.truncate(start)
             here = start
             for piece in pieces:
                 if stop.is_set():
-                    raise ServiceAwayError(f"the download of bundle {self._bundle_id} was stopped and goes on later")
-                here += file.write(piece[: entry.num_bytes - here])  # of what is too long the hash is wrong
+                    raise ServiceAwayError(
+                        f"the download of bundle {self._bundle_id} was stopped and goes on later"
+                    )
+                here += file.write(
+                    piece[: entry.num_bytes - here]
+                )  # of what is too long the hash is wrong
                 tell(here)
             file.flush()
             os.fsync(file.fileno())
@@ -163,14 +191,18 @@ class BundleDownload:
             raise ServiceAwayError(f"{entry.path} ended after {here} of {entry.num_bytes} bytes")
 
 
-def fetch_bundle(identity: Identity, bundle_id: str, stop: threading.Event, progress: Progress | None = None) -> Path:
+def fetch_bundle(
+    identity: Identity, bundle_id: str, stop: threading.Event, progress: Progress | None = None
+) -> Path:
     """The folder of a bundle among an identity's, fetched from its fleet's service unless it is there and whole.
 
     Raises what :meth:`BundleDownload.run` raises, and ConfigError when the identity names no service.
     """
     with ServiceClient.of(identity) as service:
         bundles = SlotStore(identity.folder).bundles
-        return BundleDownload(service, bundle_id, bundles, identity.folder / CA_FILE, progress).run(stop)
+        return BundleDownload(service, bundle_id, bundles, identity.folder / CA_FILE, progress).run(
+            stop
+        )
 
 
 def check_bundle(folder: Path, bundle_id: str, ca: Path) -> None:

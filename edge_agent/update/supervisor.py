@@ -18,7 +18,14 @@ from edge_agent.reporting.report_outbox import REPORTS_FILE
 from edge_agent.service_client import persistently
 from edge_agent.serving.agent import Agent, refuse_prompts
 from edge_agent.state.bundle_slots import Slots, SlotStore, attempt, confirm, give_up, resume
-from edge_agent.state.desired_state import NOTHING_WANTED, ConfigStep, lay_over, load_desired, next_step, save_desired
+from edge_agent.state.desired_state import (
+    NOTHING_WANTED,
+    ConfigStep,
+    lay_over,
+    load_desired,
+    next_step,
+    save_desired,
+)
 from edge_agent.update.background_download import BackgroundDownload
 from fleet.bundles.manifest import Bundle, Manifest, read_manifest
 from fleet.errors import BundleError, ConfigError, FleetError, PromptError, ProtocolError
@@ -66,7 +73,9 @@ class Supervisor:
         self._config = own
         self._error = ""
         self._agent: Agent | None = None
-        self._events: Queue[Callable[[], None]] = Queue()  # a SimpleQueue may wait for ever after a signal
+        self._events: Queue[Callable[[], None]] = (
+            Queue()
+        )  # a SimpleQueue may wait for ever after a signal
         self._stop = threading.Event()
         self._fetcher = BackgroundDownload(
             fetch,
@@ -94,7 +103,8 @@ class Supervisor:
         try:
             self._config = lay_over(self._own, self._followed.settings, exits)
         except ConfigError as error:
-            self._followed, self._error = NOTHING_WANTED, str(error)
+            self._followed = NOTHING_WANTED
+            self._error = str(error)
             self._config = lay_over(self._own, self._followed.settings, exits)
 
     def run(self, transport: Transport) -> None:
@@ -154,7 +164,8 @@ class Supervisor:
         except (ConfigError, PromptError) as error:
             self._tell(str(error))
             return
-        self._config, self._error = config, ""
+        self._config = config
+        self._error = ""
         self._keep(wanted)
 
     def _change(self, wanted: DesiredConfig) -> None:
@@ -218,14 +229,20 @@ class Supervisor:
         except Exception as error:  # whatever it is, the device has to go back
             log.exception("bundle %s does not start", wanted.settings.bundle)
             return f"it does not start: {error}"
-        self._bundle, self._config = bundle, config
+        self._bundle = bundle
+        self._config = config
         return ""
 
     def _drained(self) -> bool:
         """Lets what is under way end, at most `drain_s` seconds; false when the device is to stop."""
         self._hold()
         deadline = time.monotonic() + self._drain_s
-        while self._agent and not self._agent.is_idle and time.monotonic() < deadline and not self._stop.is_set():
+        while (
+            self._agent
+            and not self._agent.is_idle
+            and time.monotonic() < deadline
+            and not self._stop.is_set()
+        ):
             time.sleep(CHECK_S / 5)
         return not self._stop.is_set()
 
@@ -243,10 +260,18 @@ class Supervisor:
         release_freed_memory()
 
     def _start(
-        self, bundle: Bundle, config: AgentConfig, version: int, error: str = "", *, is_trial: bool = False
+        self,
+        bundle: Bundle,
+        config: AgentConfig,
+        version: int,
+        error: str = "",
+        *,
+        is_trial: bool = False,
     ) -> None:
         """Starts an agent. Raises FleetError when it does not start, or on trial cannot run a step."""
-        agent = Agent(self._transport, bundle, config, self._folder / REPORTS_FILE, is_trial=is_trial)
+        agent = Agent(
+            self._transport, bundle, config, self._folder / REPORTS_FILE, is_trial=is_trial
+        )
         agent.follow(config, version, error)
         self._agent = agent.__enter__()
         self._on_serving(bundle.manifest)
@@ -265,7 +290,9 @@ class Supervisor:
             return Bundle.load(self._store.path(bundle), SIDES)
         except BundleError as error:
             log.warning("bundle %s is fetched: %s", bundle, error)
-            folder = persistently(lambda: self._fetch(bundle, self._stop), timeout_s=FETCH_S, stop=self._stop)
+            folder = persistently(
+                lambda: self._fetch(bundle, self._stop), timeout_s=FETCH_S, stop=self._stop
+            )
             return Bundle.load(folder, SIDES)
 
     def _read_base(self) -> str | None:
@@ -276,7 +303,8 @@ class Supervisor:
 
     def _record(self, slots: Slots) -> str:
         """Goes by other slots; why they are not on disk, empty if they are."""
-        is_new, self._slots = slots != self._slots, slots
+        is_new = slots != self._slots
+        self._slots = slots
         try:
             if is_new:
                 self._store.save(slots)

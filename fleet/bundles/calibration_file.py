@@ -17,7 +17,7 @@ from fleet.exits.calibration import Calibration
 from fleet.utils.cli_runtime import check_free
 
 
-class KeptCalibration(Struct, frozen=True, forbid_unknown_fields=True):
+class KeptCalibration(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Thresholds and how they were found, with what they hold for: these exits, heads and quantization alone."""
 
     exits: tuple[int, ...]
@@ -28,7 +28,11 @@ class KeptCalibration(Struct, frozen=True, forbid_unknown_fields=True):
 
     def fits(self, exits: Sequence[int], quantization: str, heads_sha256: str) -> bool:
         """Whether it was made for such an edge."""
-        return (self.exits, self.quantization, self.heads_sha256) == (tuple(exits), quantization, heads_sha256)
+        return (self.exits, self.quantization, self.heads_sha256) == (
+            tuple(exits),
+            quantization,
+            heads_sha256,
+        )
 
 
 def keep_calibration(manifest: Manifest, path: Path) -> None:
@@ -38,9 +42,15 @@ def keep_calibration(manifest: Manifest, path: Path) -> None:
         BundleError: the bundle is not calibrated.
     """
     if manifest.calibration is None:
-        raise BundleError(f"bundle {manifest.bundle_id} is not calibrated; run 'fleet heads calibrate'")
+        raise BundleError(
+            f"bundle {manifest.bundle_id} is not calibrated; run 'fleet heads calibrate'"
+        )
     kept = KeptCalibration(
-        manifest.exits, manifest.quantization, manifest.heads_sha256, manifest.thresholds, manifest.calibration
+        exits=manifest.exits,
+        quantization=manifest.quantization,
+        heads_sha256=manifest.heads_sha256,
+        thresholds=manifest.thresholds,
+        calibration=manifest.calibration,
     )
     path.write_bytes(msgspec.json.format(msgspec.json.encode(kept), indent=2) + b"\n")
 
@@ -73,7 +83,9 @@ def write_calibrated(
     Raises:
         ConfigError: `out` is in use, or there is no room.
     """
-    manifest = msgspec.structs.replace(bundle.manifest, thresholds=thresholds, calibration=calibration)
+    manifest = msgspec.structs.replace(
+        bundle.manifest, thresholds=thresholds, calibration=calibration
+    )
     if out is not None:
         check_free(out)
     try:
@@ -83,7 +95,9 @@ def write_calibrated(
         else:
             copy_with(bundle.folder, manifest, out)
     except (OSError, shutil.Error) as error:
-        raise ConfigError(f"cannot write the calibrated bundle {out or bundle.folder}: {error}; make room") from error
+        raise ConfigError(
+            f"cannot write the calibrated bundle {out or bundle.folder}: {error}; make room"
+        ) from error
     return manifest
 
 

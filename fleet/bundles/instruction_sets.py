@@ -22,7 +22,11 @@ CPUINFO: Final = Path("/proc/cpuinfo")
 def covered_sets(machine: str, flags: Collection[str]) -> tuple[str, ...]:
     """The instruction sets of a `platform.machine()` whose processor has these flags, in Linux's names."""
     family = MACHINES.get(machine.lower())
-    return tuple(name for name, needed in NEEDED_FLAGS.items() if name.split("-")[0] == family and needed <= {*flags})
+    return tuple(
+        name
+        for name, needed in NEEDED_FLAGS.items()
+        if name.split("-")[0] == family and needed <= {*flags}
+    )
 
 
 def covers(offered: Collection[str], wanted: str) -> bool:

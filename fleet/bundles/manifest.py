@@ -18,7 +18,7 @@ MANIFEST_FILE: Final = "manifest.json"
 Side = Literal["edge", "cloud", "tokenizer"]
 
 
-class ModelInfo(Struct, frozen=True, forbid_unknown_fields=True):
+class ModelInfo(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Sizes of the whole model."""
 
     name: str
@@ -39,7 +39,7 @@ class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
-class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
+class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a bundle holds and how it was made. Layer ranges are half-open: an exit at 8 means [0, 8) has run."""
 
     schema_version: int
@@ -122,7 +122,9 @@ class Bundle:
             BundleError: the manifest has no such file.
         """
         if all(entry.path != name for entry in self.manifest.files):
-            raise BundleError(f"bundle {self.manifest.bundle_id} has no file {name}; export the bundle again")
+            raise BundleError(
+                f"bundle {self.manifest.bundle_id} has no file {name}; export the bundle again"
+            )
         return self.folder / name
 
 
@@ -148,5 +150,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest as readable JSON, whole or not at all."""
     path = folder / MANIFEST_FILE
     partial = folder / f".{MANIFEST_FILE}.partial"
-    partial.write_bytes(msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2) + b"\n")
+    partial.write_bytes(
+        msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2) + b"\n"
+    )
     partial.replace(path)

@@ -27,7 +27,10 @@ def sign_bundle(folder: Path, key: Path) -> None:
         private_key = serialization.load_pem_private_key(read_key(key), password=None)
     except (ValueError, TypeError) as error:
         raise wrong_key(key, "an unencrypted private key") from error
-    if not isinstance(private_key, ec.EllipticCurvePrivateKey) or private_key.curve.name != "secp256r1":
+    if (
+        not isinstance(private_key, ec.EllipticCurvePrivateKey)
+        or private_key.curve.name != "secp256r1"
+    ):
         raise wrong_key(key, "an unencrypted private key")
     write_signature(folder, private_key)
 
@@ -53,7 +56,9 @@ def check_signature(folder: Path, key: Path) -> None:
     public_key = load_public_key(key)
     path = folder / SIGNATURE_FILE
     if not path.is_file():
-        raise BundleError(f"{folder} is unsigned: expected {SIGNATURE_FILE}; sign it with 'fleet bundle sign'")
+        raise BundleError(
+            f"{folder} is unsigned: expected {SIGNATURE_FILE}; sign it with 'fleet bundle sign'"
+        )
     try:
         public_key.verify(path.read_bytes(), (folder / MANIFEST_FILE).read_bytes(), ALGORITHM)
     except InvalidSignature:
@@ -83,7 +88,9 @@ def read_key(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read the key {path}: {error.strerror}; give --key the path of a PEM file") from None
+        raise ConfigError(
+            f"cannot read the key {path}: {error.strerror}; give --key the path of a PEM file"
+        ) from None
 
 
 def wrong_key(path: Path, kind: str) -> ConfigError:

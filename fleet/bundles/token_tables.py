@@ -35,12 +35,16 @@ def load_table(bundle: Bundle, name: str) -> Table:
     try:
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise BundleError(f"{path} is no table of NumPy ({error}); export the bundle again") from None
+        raise BundleError(
+            f"{path} is no table of NumPy ({error}); export the bundle again"
+        ) from None
     expected = model.vocab_size, model.hidden_size
     if mapped.shape != expected or mapped.dtype not in (np.float16, np.float32):
         raise BundleError(
             f"{path}: expected floats {expected}, got {mapped.dtype} {mapped.shape}; export the bundle again"
         )
-    mapped.base.madvise(mmap.MADV_RANDOM)  # else the kernel maps the neighbours of each row that is read as well
+    mapped.base.madvise(
+        mmap.MADV_RANDOM
+    )  # else the kernel maps the neighbours of each row that is read as well
     table: Table = np.asarray(mapped)
     return table

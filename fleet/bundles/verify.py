@@ -29,7 +29,7 @@ MAX_HEADER_BYTES: Final = 100_000_000
 """Of a safetensors file, by its own specification."""
 
 
-class CloudConfig(Struct):
+class CloudConfig(Struct, kw_only=True):
     """What of the cloud partition's ``config.json`` gives its tensors their shapes."""
 
     num_hidden_layers: int
@@ -40,7 +40,7 @@ class CloudConfig(Struct):
     vocab_size: int
 
 
-class Verdict(Struct, frozen=True):
+class Verdict(Struct, frozen=True, kw_only=True):
     """What was found: the bundle is good when `findings` is empty; `notes` say what was not looked at."""
 
     bundle_id: str | None
@@ -56,7 +56,9 @@ def verify_bundle(folder: Path, key: Path | None = None) -> Verdict:
     Raises:
         ConfigError: `key` holds no key.
     """
-    signature, findings, notes = "unsigned", [], []
+    signature = "unsigned"
+    findings = []
+    notes = []
     if (folder / SIGNATURE_FILE).is_file():
         signature = "not checked"
         if key is None:
@@ -64,7 +66,13 @@ def verify_bundle(folder: Path, key: Path | None = None) -> Verdict:
     try:
         manifest = read_manifest(folder)
     except BundleError as error:
-        return Verdict(None, False, signature, (str(error),), tuple(notes))
+        return Verdict(
+            bundle_id=None,
+            ok=False,
+            signature=signature,
+            findings=(str(error),),
+            notes=tuple(notes),
+        )
     if key is not None:
         try:
             check_signature(folder, key)
@@ -80,7 +88,13 @@ def verify_bundle(folder: Path, key: Path | None = None) -> Verdict:
             notes.append("shapes of the graphs were not checked: onnxruntime is not installed")
         else:
             findings += check_graphs(folder, manifest)
-    return Verdict(manifest.bundle_id, not findings, signature, tuple(findings), tuple(notes))
+    return Verdict(
+        bundle_id=manifest.bundle_id,
+        ok=not findings,
+        signature=signature,
+        findings=tuple(findings),
+        notes=tuple(notes),
+    )
 
 
 def check_files(folder: Path, manifest: Manifest) -> Iterator[str]:
@@ -98,8 +112,14 @@ def check_files(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 def check_layout(manifest: Manifest) -> Iterator[str]:
     """Values of the manifest that do not fit each other."""
-    exits, info = manifest.exits, manifest.model
-    if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] >= info.num_layers:
+    exits = manifest.exits
+    info = manifest.model
+    if (
+        not exits
+        or list(exits) != sorted(set(exits))
+        or exits[0] < 1
+        or exits[-1] >= info.num_layers
+    ):
         yield f"exits {exits}: expected increasing layers from 1 to {info.num_layers - 1}"
         return
     if manifest.split_layer != exits[-1] or manifest.upload_layer not in exits:
@@ -172,12 +192,17 @@ def load_values(path: Path) -> dict[str, tuple[Any, ...]] | str:
     except Exception as error:  # noqa: BLE001  ONNX Runtime's errors have no common type of their own
         return f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}"
     return {
-        value.name: (value.type[7:-1], *(size if isinstance(size, int) else None for size in value.shape))
+        value.name: (
+            value.type[7:-1],
+            *(size if isinstance(size, int) else None for size in value.shape),
+        )
         for value in (*session.get_inputs(), *session.get_outputs())
     }
 
 
-def compare(name: str, values: dict[str, tuple[Any, ...]], expected: dict[str, tuple[Any, ...]]) -> Iterator[str]:
+def compare(
+    name: str, values: dict[str, tuple[Any, ...]], expected: dict[str, tuple[Any, ...]]
+) -> Iterator[str]:
     """Differences of the values that must be there."""
     for value, sizes in expected.items():
         if values.get(value) != sizes:
@@ -224,10 +249,14 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
 
 
-def required_shapes(manifest: Manifest, intermediate_size: int, num_layers: int) -> dict[str, tuple[int, ...]]:
+def required_shapes(
+    manifest: Manifest, intermediate_size: int, num_layers: int
+) -> dict[str, tuple[int, ...]]:
     """The tensors of `num_layers` layers of the Llama layout, the final norm and the LM head."""
     info = manifest.model
-    hidden, queries, keys = info.hidden_size, info.num_attention_heads, info.num_key_value_heads
+    hidden = info.hidden_size
+    queries = info.num_attention_heads
+    keys = info.num_key_value_heads
     layer = {
         "self_attn.q_proj": (queries * info.head_dim, hidden),
         "self_attn.k_proj": (keys * info.head_dim, hidden),
@@ -239,7 +268,11 @@ def required_shapes(manifest: Manifest, intermediate_size: int, num_layers: int)
         "input_layernorm": (hidden,),
         "post_attention_layernorm": (hidden,),
     }
-    layers = {f"model.layers.{i}.{name}.weight": shape for i in range(num_layers) for name, shape in layer.items()}
+    layers = {
+        f"model.layers.{i}.{name}.weight": shape
+        for i in range(num_layers)
+        for name, shape in layer.items()
+    }
     return {"model.norm.weight": (hidden,), "lm_head.weight": (info.vocab_size, hidden), **layers}
 
 
@@ -247,6 +280,12 @@ def optional_shapes(
     manifest: Manifest, required: Mapping[str, tuple[int, ...]], num_layers: int
 ) -> dict[str, tuple[int, ...]]:
     """The biases and the norms of query and key that some families have."""
-    biases = {name.replace(".weight", ".bias"): shape[:1] for name, shape in required.items() if "_proj." in name}
-    norms = (f"model.layers.{i}.self_attn.{name}_norm.weight" for i in range(num_layers) for name in "qk")
+    biases = {
+        name.replace(".weight", ".bias"): shape[:1]
+        for name, shape in required.items()
+        if "_proj." in name
+    }
+    norms = (
+        f"model.layers.{i}.self_attn.{name}_norm.weight" for i in range(num_layers) for name in "qk"
+    )
     return biases | dict.fromkeys(norms, (manifest.model.head_dim,))

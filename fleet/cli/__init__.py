@@ -50,10 +50,17 @@ from fleet.utils.cli_runtime import run_command, stop_event
 from fleet.utils.optional_imports import load
 
 ARRIVAL_S: Final = 5.0  # of what a device says of itself, in the registry
-FIRST_ARRIVAL_S: Final = 15.0  # of one that has never said anything: a broker may not know its rights yet
+FIRST_ARRIVAL_S: Final = (
+    15.0  # of one that has never said anything: a broker may not know its rights yet
+)
 ARRIVAL_CHECK_S: Final = 0.2
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 app.command("export", context_settings=PASS_ON)(export)
 app.command("doctor")(doctor)
 app.command("init")(init)
@@ -79,11 +86,19 @@ app.add_typer(heads_commands, name="heads")
 app.add_typer(bench_commands, name="bench")
 app.add_typer(broker_commands, name="broker")
 
-ModeOption = Annotated[str | None, typer.Option("--mode", help="standalone, collaborative, verified or auto.")]
-ThresholdOption = Annotated[float | None, typer.Option(help="For all exits, 0 to 1; 1 switches the exits off.")]
-TokensOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Length limit of the answer.")]
+ModeOption = Annotated[
+    str | None, typer.Option("--mode", help="standalone, collaborative, verified or auto.")
+]
+ThresholdOption = Annotated[
+    float | None, typer.Option(help="For all exits, 0 to 1; 1 switches the exits off.")
+]
+TokensOption = Annotated[
+    int | None, typer.Option("--max-new-tokens", min=1, help="Length limit of the answer.")
+]
 TemperatureOption = Annotated[float, typer.Option(min=0, max=5, help="0 is greedy.")]
-TopPOption = Annotated[float, typer.Option(help="Nucleus: smallest set of tokens with this probability.")]
+TopPOption = Annotated[
+    float, typer.Option(help="Nucleus: smallest set of tokens with this probability.")
+]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
 BundleOption = Annotated[
     Path | None, typer.Option(help="Model bundle (default: the default model's, built if missing).")
@@ -101,15 +116,25 @@ def up(
     host: Annotated[str, typer.Option(help="Address that the broker listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = DEFAULT_PORT,
     bundle: BundleOption = None,
-    workers: Annotated[int, typer.Option(min=1, max=64, help="How many workers share the devices.")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=1, max=64, help="How many workers share the devices.")
+    ] = 1,
     service_port: ServicePortOption = DEFAULT_SERVICE_PORT,
     metrics_port: MetricsPortOption = None,
     registry: RegistryOption = None,
     retention_days: RetentionOption = None,
-    broker: Annotated[str, typer.Option(help="amqtt, in the server's process, or mosquitto beside it.")] = EMBEDDED,
+    broker: Annotated[
+        str, typer.Option(help="amqtt, in the server's process, or mosquitto beside it.")
+    ] = EMBEDDED,
 ) -> None:
     """Start broker, registry, collector, service and workers; stop them with Ctrl-C."""
-    from fleet.server.supervisor import check_broker, check_port, fleet_processes, resolve_bundle, watch
+    from fleet.server.supervisor import (
+        check_broker,
+        check_port,
+        fleet_processes,
+        resolve_bundle,
+        watch,
+    )
     from fleet.server.worker_pool import WorkerPool
 
     console = Console(stderr=True)
@@ -119,13 +144,15 @@ def up(
         check_port(host, service_port, "--service-port")
     path = resolve_bundle(bundle, console.print)
     folder = state or FleetHome.default_folder()
-    config = FleetConfig(host, port, str(path), service_port=service_port)
+    config = FleetConfig(host=host, port=port, bundle=str(path), service_port=service_port)
     fleet = create_fleet(folder, keeping(folder, config, registry, retention_days))
     default = fleet.keep_bundle(path)
     stop = stop_event()  # until now a signal ends it at once
     with (
         fleet_processes(fleet, workers, metrics_port, broker) as (servers, started),
-        WorkerPool(fleet, default, workers, shares=broker == MOSQUITTO) as crew,
+        WorkerPool(
+            state=fleet, default=default, num_workers=workers, shares=broker == MOSQUITTO
+        ) as crew,
     ):
         for worker in started:
             worker.wait_ready()
@@ -163,7 +190,15 @@ def prompt(
     as_json: JsonOption = False,
 ) -> None:
     """Ask a device and stream its answer."""
-    request = make_request((ChatMessage("user", text),), mode, threshold, max_new_tokens, temperature, top_p, seed)
+    request = make_request(
+        (ChatMessage("user", text),),
+        mode,
+        threshold=threshold,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
     ask(FleetHome.load(state or FleetHome.default_folder()), device, [request], as_json=as_json)
 
 
@@ -181,7 +216,15 @@ def chat(
     """Talk with a device; it keeps the conversation. /reset forgets it, an empty line or Ctrl-D ends."""
     from fleet.cli.chat import converse
 
-    base = make_request((), mode, threshold, max_new_tokens, temperature, top_p, seed)
+    base = make_request(
+        (),
+        mode,
+        threshold=threshold,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
     converse(FleetHome.load(state or FleetHome.default_folder()), device, base)
 
 
@@ -205,7 +248,15 @@ def demo(
 
     texts = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())] or list(PROMPTS)
     requests = [
-        make_request((ChatMessage("user", text),), mode, threshold, max_new_tokens, temperature, top_p, seed)
+        make_request(
+            (ChatMessage("user", text),),
+            mode,
+            threshold=threshold,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
         for text in texts
     ]
     console = Console(stderr=as_json, highlight=False)
@@ -267,7 +318,9 @@ def exits_served(fleet: FleetHome, bundle_id: str) -> list[str]:
     from fleet.protocol.modes import exit_source
 
     folder = fleet.bundle_folder(bundle_id)
-    return [exit_source(layer) for layer in Bundle.load(folder, ()).manifest.exits] if folder else []
+    return (
+        [exit_source(layer) for layer in Bundle.load(folder, ()).manifest.exits] if folder else []
+    )
 
 
 def ask(fleet: FleetHome, device: str, requests: list[PromptRequest], *, as_json: bool) -> None:
@@ -285,7 +338,11 @@ def ask(fleet: FleetHome, device: str, requests: list[PromptRequest], *, as_json
     if as_json:
         with fleet.registry() as registry:
             rows = registry.stats(device)
-        print(msgspec.json.encode({"bundle_id": row.bundle_id, "results": results, "stats": rows}).decode())
+        print(
+            msgspec.json.encode(
+                {"bundle_id": row.bundle_id, "results": results, "stats": rows}
+            ).decode()
+        )
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from fleet.cli.stats import JsonOption, SinceOption, StateOption, parse_since
 from fleet.server.home import FleetHome
 
 
-class Line(Struct, frozen=True):
+class Line(Struct, frozen=True, kw_only=True):
     """An entry as it is shown."""
 
     changed_at: float
@@ -24,7 +24,9 @@ class Line(Struct, frozen=True):
 
 
 def audit(
-    subject: Annotated[str | None, typer.Argument(help="Only of this device, app, group or bundle.")] = None,
+    subject: Annotated[
+        str | None, typer.Argument(help="Only of this device, app, group or bundle.")
+    ] = None,
     since: SinceOption = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many, the newest.")] = 50,
     state: StateOption = None,
@@ -38,7 +40,16 @@ def audit(
     if as_json:
         print(msgspec.json.encode(rows).decode())
         return
-    lines = [Line(row.at, row.actor, row.action, row.subject, _in_words(row.details)) for row in rows]
+    lines = [
+        Line(
+            changed_at=row.at,
+            actor=row.actor,
+            action=row.action,
+            subject=row.subject,
+            what=_in_words(row.details),
+        )
+        for row in rows
+    ]
     print_rows(Console(), lines, "changes", as_json=False)
 
 

@@ -12,7 +12,9 @@ from fleet.cli.export import PASS_ON
 from fleet.errors import ConfigError
 from fleet.utils.optional_imports import OWN, missing
 
-app = typer.Typer(no_args_is_help=True, help="Measure the engines on this machine, from a checkout.")
+app = typer.Typer(
+    no_args_is_help=True, help="Measure the engines on this machine, from a checkout."
+)
 
 
 class Bench(NamedTuple):
@@ -25,13 +27,19 @@ class Bench(NamedTuple):
 
 BENCHES: Final = {
     "edge": Bench(
-        "edge", "edge,export,server", "The edge engine beside llama.cpp and onnxruntime-genai, and what a device costs."
+        "edge",
+        "edge,export,server",
+        "The edge engine beside llama.cpp and onnxruntime-genai, and what a device costs.",
     ),
     "worker": Bench(
-        "worker", "edge,export,server,worker", "Sessions and devices that one worker serves, and round trips a token."
+        "worker",
+        "edge,export,server,worker",
+        "Sessions and devices that one worker serves, and round trips a token.",
     ),
     "stats": Bench(
-        "stats", "server,postgres", "The statistics of 1,000 devices over 30 days, on SQLite and on PostgreSQL."
+        "stats",
+        "server,postgres",
+        "The statistics of 1,000 devices over 30 days, on SQLite and on PostgreSQL.",
     ),
     "paper": Bench(
         "paper.command",

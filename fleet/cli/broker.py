@@ -49,16 +49,24 @@ FormatOption = Annotated[str, typer.Option("--format", help="mosquitto, emqx or 
 
 @app.command("config")
 def config(
-    out: Annotated[Path, typer.Option(help="Folder for the files; it holds the broker's private key.")],
-    host: Annotated[str | None, typer.Option(help="Address to listen on (default: the fleet's).")] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="(default: the fleet's).")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the files; it holds the broker's private key.")
+    ],
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on (default: the fleet's).")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="(default: the fleet's).")
+    ] = None,
     state: StateOption = None,
 ) -> None:
     """Write mosquitto.conf, acl, crl.pem and certificates into a folder, with a README; again after changes."""
     fleet = FleetHome.load(state or FleetHome.default_folder())
     with fleet.registry() as registry:
         path = write_mosquitto(fleet, registry, out.resolve(), host, port)
-    print(f"wrote {path} with rights, revocation list and certificates; next: mosquitto -c {path}, see README there")
+    print(
+        f"wrote {path} with rights, revocation list and certificates; next: mosquitto -c {path}, see README there"
+    )
 
 
 @app.command("rules")
@@ -87,7 +95,11 @@ def format_rules(grants: list[Grants], form: str) -> str:
 
 
 def write_mosquitto(
-    fleet: FleetHome, registry: Registry, folder: Path, host: str | None = None, port: int | None = None
+    fleet: FleetHome,
+    registry: Registry,
+    folder: Path,
+    host: str | None = None,
+    port: int | None = None,
 ) -> Path:
     """Writes everything that a mosquitto for `fleet` reads into `folder`; gives the path of its `mosquitto.conf`.
 
@@ -97,12 +109,20 @@ def write_mosquitto(
     """
     mosquitto = load("cloud_broker_worker.broker.mosquitto")
     crl = load("provisioning.crl")
-    signer, leaf_days = fleet.authority(), load("provisioning.authority").LEAF_DAYS
+    signer = fleet.authority()
+    leaf_days = load("provisioning.authority").LEAF_DAYS
     tls = fleet.server_tls(folder)
     path: Path = mosquitto.write_config(
-        folder, port or fleet.config.port, tls, registry.all_grants(), host or fleet.config.host, has_crl=True
+        folder,
+        port or fleet.config.port,
+        tls,
+        registry.all_grants(),
+        host or fleet.config.host,
+        has_crl=True,
     )
-    crl.CrlFile(folder / mosquitto.CRL_FILE, signer).update(registry.revoked_certificates(), time.time())
+    crl.CrlFile(folder / mosquitto.CRL_FILE, signer).update(
+        registry.revoked_certificates(), time.time()
+    )
     (folder / "README").write_text(
         README.format(
             state=fleet.folder,
@@ -125,7 +145,9 @@ def start_mosquitto(fleet: FleetHome, folder: Path) -> Child:
         FleetError: it did not start.
     """
     program = load("cloud_broker_worker.broker.mosquitto").find_mosquitto()
-    fleet.identity("operator-1", Role.SERVER)  # so that a first `fleet prompt` finds its rights there
+    fleet.identity(
+        "operator-1", Role.SERVER
+    )  # so that a first `fleet prompt` finds its rights there
     with fleet.registry() as registry:
         path = write_mosquitto(fleet, registry, folder)
     process = Child(MOSQUITTO, ("-c", str(path)), (program,))
@@ -145,7 +167,9 @@ def mosquitto_reload(folder: Path, command: str | None) -> Callable[[], None]:
     return reload
 
 
-def mosquitto_keeper(fleet: FleetHome, registry: Registry, folder: Path, reload: Callable[[], None]) -> Any:
+def mosquitto_keeper(
+    fleet: FleetHome, registry: Registry, folder: Path, reload: Callable[[], None]
+) -> Any:
     """What keeps the files in `folder` equal to the registry.
 
     Raises:
@@ -154,12 +178,16 @@ def mosquitto_keeper(fleet: FleetHome, registry: Registry, folder: Path, reload:
     """
     mosquitto = load("cloud_broker_worker.broker.mosquitto")
     if not (folder / mosquitto.CONFIG_FILE).exists():
-        raise ConfigError(f"no {mosquitto.CONFIG_FILE} in {folder}; make it: fleet broker config --out {folder}")
+        raise ConfigError(
+            f"no {mosquitto.CONFIG_FILE} in {folder}; make it: fleet broker config --out {folder}"
+        )
     signer = fleet.authority()
     return load("cloud_broker_worker.broker.mosquitto_sync").MosquittoSync(
         folder,
         registry,
         load("provisioning.crl").CrlFile(folder / mosquitto.CRL_FILE, signer),
         reload,
-        load("provisioning.session_takeover").SessionTakeover(signer, fleet.config.host, fleet.config.port),
+        load("provisioning.session_takeover").SessionTakeover(
+            signer, fleet.config.host, fleet.config.port
+        ),
     )

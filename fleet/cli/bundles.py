@@ -30,7 +30,9 @@ def add(
     verdict = verify_bundle(folder)
     if not verdict.ok:
         more = f", and {len(verdict.findings) - 1} more" if len(verdict.findings) > 1 else ""
-        raise BundleError(f"{folder} is not added: {verdict.findings[0]}{more}; see 'fleet bundle verify {folder}'")
+        raise BundleError(
+            f"{folder} is not added: {verdict.findings[0]}{more}; see 'fleet bundle verify {folder}'"
+        )
     bundle_id = fleet.keep_bundle(folder)
     kept = fleet.bundles / bundle_id
     if as_json:

@@ -33,7 +33,9 @@ def converse(fleet: FleetHome, device: str, base: PromptRequest) -> None:
                 continue
             asked = (*messages, ChatMessage("user", turn))
             try:
-                result = follow(console, client, device, msgspec.structs.replace(base, messages=asked), exits)
+                result = follow(
+                    console, client, device, msgspec.structs.replace(base, messages=asked), exits
+                )
                 messages = (*asked, ChatMessage("assistant", result.text))
             except PromptError as error:
                 console.print(f"{error}")

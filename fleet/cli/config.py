@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
-NAME_OR_PAIR = "A device's name, unless --group or --all is given; then KEY=VALUE, as JSON or @FILE.json."
+NAME_OR_PAIR = (
+    "A device's name, unless --group or --all is given; then KEY=VALUE, as JSON or @FILE.json."
+)
 GroupOption = Annotated[str | None, typer.Option("--group", help="Of the devices of this group.")]
 AllOption = Annotated[bool, typer.Option("--all", help="Of all devices.")]
 
 
-class Follower(Struct, frozen=True):
+class Follower(Struct, frozen=True, kw_only=True):
     """A device, the version that it shall follow, and the one that it said it does."""
 
     device: str
@@ -61,7 +63,10 @@ def set_(
 
 @app.command()
 def unset(
-    words: Annotated[list[str], typer.Argument(metavar="[DEVICE] KEY...", help="What is not to be said any more.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="[DEVICE] KEY...", help="What is not to be said any more."),
+    ],
     group: GroupOption = None,
     everywhere: AllOption = False,
     state: StateOption = None,
@@ -79,7 +84,9 @@ def unset(
 
 @app.command()
 def show(
-    device: Annotated[str | None, typer.Argument(help="What holds for this device, of all scopes together.")] = None,
+    device: Annotated[
+        str | None, typer.Argument(help="What holds for this device, of all scopes together.")
+    ] = None,
     group: GroupOption = None,
     everywhere: AllOption = False,
     state: StateOption = None,
@@ -93,7 +100,11 @@ def show(
         else:
             registry.device(device)
             desired = registry.desired_configs([device])[device]
-            shown = {"target": str(target), "version": desired.version, "settings": desired.settings}
+            shown = {
+                "target": str(target),
+                "version": desired.version,
+                "settings": desired.settings,
+            }
     _print(shown, as_json=as_json)
 
 
@@ -110,7 +121,12 @@ def diff(
         wanted = registry.desired_configs()
         rows = [
             Follower(
-                row.device, row.online, wanted[row.device].version, row.config_version, row.config_error, row.last_seen
+                device=row.device,
+                online=row.online,
+                wanted_version=wanted[row.device].version,
+                config_version=row.config_version,
+                config_error=row.config_error,
+                last_seen=row.last_seen,
             )
             for row in registry.devices()
             if (group is None or row.group == group) and row.device in wanted
@@ -126,7 +142,9 @@ def _target(names: list[str], group: str | None, *, everywhere: bool) -> Target:
     """Exactly one of a device's name, --group and --all."""
     configs = load("fleet.registry.settings")
     if len(names) + (group is not None) + everywhere != 1:
-        raise ConfigError(f"expected one device, or --group G, or --all, got {', '.join(names) or 'none of them'}")
+        raise ConfigError(
+            f"expected one device, or --group G, or --all, got {', '.join(names) or 'none of them'}"
+        )
     if group is not None:
         target: Target = configs.Target(configs.Scope.GROUP, group)
     elif everywhere:
@@ -153,9 +171,14 @@ def _parse_pair(pair: str) -> tuple[str, Any]:
         return key, text  # a word without quotation marks
 
 
-def _change(registry: Registry, target: Target, change: Callable[[Settings], Settings], *, as_json: bool) -> None:
+def _change(
+    registry: Registry, target: Target, change: Callable[[Settings], Settings], *, as_json: bool
+) -> None:
     version = registry.change_settings(target, change)
-    _print({"target": str(target), "version": version, "settings": registry.settings(target)}, as_json=as_json)
+    _print(
+        {"target": str(target), "version": version, "settings": registry.settings(target)},
+        as_json=as_json,
+    )
 
 
 def _print(shown: dict[str, Any], *, as_json: bool) -> None:

@@ -40,7 +40,7 @@ PROMPTS: Final = (
 )
 
 
-class Result(msgspec.Struct, frozen=True):
+class Result(msgspec.Struct, frozen=True, kw_only=True):
     """One answer of the demo, or of ``fleet prompt``."""
 
     prompt: str
@@ -58,32 +58,52 @@ class Result(msgspec.Struct, frozen=True):
     switches: tuple[Switch, ...]
 
 
-def follow(console: Console, client: PromptClient, device: str, prompt: PromptRequest, exits: list[str]) -> Result:
+def follow(
+    console: Console, client: PromptClient, device: str, prompt: PromptRequest, exits: list[str]
+) -> Result:
     """Streams one answer to the console and gives it whole."""
-    text, token_ids = "", []
-    final = Reply(0)
+    text = ""
+    token_ids = []
+    final = Reply(seq=0)
     for reply in client.ask(device, prompt):
-        text, final = text + reply.text, reply
+        text = text + reply.text
+        final = reply
         if reply.token_id is not None:
             token_ids.append(reply.token_id)
         print_reply(console, reply, exits)
     usage = final.usage
     if usage is None:
-        raise ConfigError(f"device {device} ended its answer without counts; is it of another version?")
+        raise ConfigError(
+            f"device {device} ended its answer without counts; is it of another version?"
+        )
     console.print()
     console.print(usage_line(usage, final.note))
     return Result(
-        prompt.chat[-1].content, text, token_ids, final.finish_reason or "", usage.sources, usage.offload_rate,
-        usage.bytes_up, usage.bytes_down, usage.ttft_ms, usage.tpot_ms, usage.round_trips, usage.drafted,
-        usage.switches,
-    )  # fmt: skip
+        prompt=prompt.chat[-1].content,
+        text=text,
+        token_ids=token_ids,
+        finish_reason=final.finish_reason or "",
+        sources=usage.sources,
+        offload_rate=usage.offload_rate,
+        bytes_up=usage.bytes_up,
+        bytes_down=usage.bytes_down,
+        ttft_ms=usage.ttft_ms,
+        tpot_ms=usage.tpot_ms,
+        round_trips=usage.round_trips,
+        drafted=usage.drafted,
+        switches=usage.switches,
+    )
 
 
 @contextmanager
-def running_fleet(bundle: Path, folder: Path, say: Console) -> Iterator[tuple[FleetHome, MqttTransport]]:
+def running_fleet(
+    bundle: Path, folder: Path, say: Console
+) -> Iterator[tuple[FleetHome, MqttTransport]]:
     """Broker, registry, worker and one device, ready; and an app's connection."""
     require("edge", "onnxruntime", "tokenizers")
-    config = FleetConfig(HOST, free_port(HOST), str(bundle), service_port=free_port(HOST))
+    config = FleetConfig(
+        host=HOST, port=free_port(HOST), bundle=str(bundle), service_port=free_port(HOST)
+    )
     state = FleetHome.create(folder, config)
     device = folder / "devices" / DEVICE
     state.enroll(DEVICE, Role.DEVICE, device)
@@ -98,7 +118,9 @@ def running_fleet(bundle: Path, folder: Path, say: Console) -> Iterator[tuple[Fl
         yield state, transport
 
 
-def run_demo(bundle: Path, requests: list[PromptRequest], console: Console, *, as_json: bool) -> None:
+def run_demo(
+    bundle: Path, requests: list[PromptRequest], console: Console, *, as_json: bool
+) -> None:
     """Asks every prompt of one device, then shows the registry's counts.
 
     Raises:
@@ -123,7 +145,11 @@ def run_demo(bundle: Path, requests: list[PromptRequest], console: Console, *, a
         stats = await_counts(state, results)
     console.print()
     if as_json:
-        print(msgspec.json.encode({"bundle_id": manifest.bundle_id, "results": results, "stats": stats}).decode())
+        print(
+            msgspec.json.encode(
+                {"bundle_id": manifest.bundle_id, "results": results, "stats": stats}
+            ).decode()
+        )
     else:
         print_stats(console, stats, "what the registry counted")
 

@@ -40,7 +40,7 @@ class Extra(Struct, frozen=True):
     install: str | None
 
 
-class Diagnosis(Struct, frozen=True):
+class Diagnosis(Struct, frozen=True, kw_only=True):
     """What was found. `problems` are what must be mended; an optional part that is missing is none."""
 
     version: str
@@ -76,7 +76,8 @@ def diagnose(fleet: tuple[Check, ...] = ()) -> Diagnosis:
     """Looks at this machine and this Python's packages; nothing heavy is imported but ONNX Runtime, if it is there."""
     wanted = requirements()
     problems = [
-        f"{DISTRIBUTION} needs {unmet}; run: pip install --upgrade {DISTRIBUTION}" for unmet in missing(wanted, "")
+        f"{DISTRIBUTION} needs {unmet}; run: pip install --upgrade {DISTRIBUTION}"
+        for unmet in missing(wanted, "")
     ]
     runtimes = {name: found for name in RUNTIME_OF.values() if (found := installed(name))}
     if len(runtimes) > 1:
@@ -107,9 +108,14 @@ def diagnose(fleet: tuple[Check, ...] = ()) -> Diagnosis:
         free_memory_bytes=free_memory(),
         free_disk_bytes=shutil.disk_usage(Path.home()).free,
         extras=tuple(examine(name, missing(wanted, name), runtimes) for name in EXTRAS),
-        mosquitto=shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:{MOSQUITTO_FOLDERS}"),
+        mosquitto=shutil.which(
+            "mosquitto", path=f"{os.environ.get('PATH', '')}:{MOSQUITTO_FOLDERS}"
+        ),
         fleet=fleet,
-        problems=(*problems, *(f"{check.name}: {check.problem}" for check in fleet if check.problem)),
+        problems=(
+            *problems,
+            *(f"{check.name}: {check.problem}" for check in fleet if check.problem),
+        ),
     )
 
 
@@ -118,12 +124,16 @@ def requirements() -> list[Requirement]:
     try:
         return [Requirement(line) for line in metadata(DISTRIBUTION).get_all("Requires-Dist") or ()]
     except PackageNotFoundError:
-        raise ConfigError(f"{DISTRIBUTION} runs from its sources and is not installed; run: pip install .") from None
+        raise ConfigError(
+            f"{DISTRIBUTION} runs from its sources and is not installed; run: pip install ."
+        ) from None
 
 
 def in_extra(requirement: Requirement, *extras: str) -> bool:
     """Whether one of the extras needs it, here; the extra "" is the base."""
-    return requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras)
+    return requirement.marker is None or any(
+        requirement.marker.evaluate({"extra": extra}) for extra in extras
+    )
 
 
 def missing(wanted: list[Requirement], extra: str) -> tuple[str, ...]:
@@ -145,7 +155,9 @@ def examine(name: str, unmet: tuple[str, ...], runtimes: Collection[str]) -> Ext
         return Extra(name, (), None)
     others = [other for other in runtimes if other != RUNTIME_OF.get(name, other)]
     install = f"pip install '{DISTRIBUTION}[{name}]'"
-    return Extra(name, unmet, f"pip uninstall -y {' '.join(others)} && {install}" if others else install)
+    return Extra(
+        name, unmet, f"pip uninstall -y {' '.join(others)} && {install}" if others else install
+    )
 
 
 def installed(package: str) -> str | None:
@@ -170,7 +182,10 @@ def lines(diagnosis: Diagnosis) -> list[str]:
     facts = {
         "fleet": diagnosis.version,
         "python": f"{diagnosis.python} on {diagnosis.machine}",
-        "ONNX Runtime": ", ".join(f"{name} {found}" for name, found in diagnosis.onnxruntime.items()) or "none",
+        "ONNX Runtime": ", ".join(
+            f"{name} {found}" for name, found in diagnosis.onnxruntime.items()
+        )
+        or "none",
         "providers": ", ".join(diagnosis.providers) or "none",
         "instructions": ", ".join(diagnosis.instruction_sets) or "none that bundles are made for",
         "cores": f"{diagnosis.num_cores}; a device uses {diagnosis.num_threads} threads unless told otherwise",

@@ -11,20 +11,26 @@ import typer
 from fleet.errors import ConfigError
 from fleet.utils.optional_imports import load
 
-bundle = typer.Typer(no_args_is_help=True, help="Check, sign, keep and roll out bundles.", rich_markup_mode=None)
+bundle = typer.Typer(
+    no_args_is_help=True, help="Check, sign, keep and roll out bundles.", rich_markup_mode=None
+)
 FOLDER = typer.Argument(metavar="DIR", help="The bundle's folder.")
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 def export(context: typer.Context) -> None:
     """Export a model as a bundle for devices and cloud workers."""
-    load("onnx_export.__main__").app(args=context.args, prog_name="fleet export", standalone_mode=False)
+    load("onnx_export.__main__").app(
+        args=context.args, prog_name="fleet export", standalone_mode=False
+    )
 
 
 @bundle.command()
 def verify(
     folder: Annotated[Path, FOLDER],
-    key: Annotated[Path | None, typer.Option(help="Public key or certificate (PEM) that must have signed it.")] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="Public key or certificate (PEM) that must have signed it.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check manifest, hashes, shapes and signature of a bundle; exit status 1 when something is wrong."""

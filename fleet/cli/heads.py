@@ -26,33 +26,50 @@ from fleet.utils.cli_runtime import check_free, check_writable
 from fleet.utils.optional_imports import load
 from fleet.utils.prompt_file import read_prompts
 
-app = typer.Typer(no_args_is_help=True, help="Train, profile, evaluate and calibrate exits.", rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Train, profile, evaluate and calibrate exits.",
+    rich_markup_mode=None,
+)
 app.command()(train)
 app.command()(profile)
 app.command()(draw)
 
 AT = (0.98, 0.95, 0.90)
-BundleOption = Annotated[Path | None, typer.Option(help="Bundle's folder (default: the default model's).")]
-PromptsOption = Annotated[list[Path] | None, typer.Option(help="File of prompts, .jsonl or text; can be repeated.")]
+BundleOption = Annotated[
+    Path | None, typer.Option(help="Bundle's folder (default: the default model's).")
+]
+PromptsOption = Annotated[
+    list[Path] | None, typer.Option(help="File of prompts, .jsonl or text; can be repeated.")
+]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
-RecordsOption = Annotated[Path | None, typer.Option(help="Keep what was recorded here, or read it when it exists.")]
+RecordsOption = Annotated[
+    Path | None, typer.Option(help="Keep what was recorded here, or read it when it exists.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def recorded(
-    bundle: Bundle, prompts: Sequence[Path], max_new_tokens: int, kept: Path | None, limit: int | None = None
+    bundle: Bundle,
+    prompts: Sequence[Path],
+    max_new_tokens: int,
+    kept: Path | None,
+    limit: int | None = None,
 ) -> Recording:
     """What every exit says along the full model's answers: out of the file `kept`, or recorded now.
 
     Raises:
         ConfigError: there are no prompts, or `kept` is of another bundle or other answers.
     """
-    parts, hashes = parts_sha256(bundle.manifest), tuple(hash_prompts(path) for path in prompts)
+    parts = parts_sha256(bundle.manifest)
+    hashes = tuple(hash_prompts(path) for path in prompts)
     texts = [text for path in prompts for text in read_prompts(path)][:limit]
     if kept is not None and kept.exists():
         recording = load_recording(kept)
         if recording.parts_sha256 != parts:
-            raise ConfigError(f"{kept} was recorded with another bundle; remove it, or give another --records")
+            raise ConfigError(
+                f"{kept} was recorded with another bundle; remove it, or give another --records"
+            )
         was = recording.prompts_sha256, recording.num_prompts, recording.max_new_tokens
         if prompts and was != (hashes, len(texts), max_new_tokens):
             raise ConfigError(
@@ -61,7 +78,9 @@ def recorded(
             )
         return recording
     if not prompts:
-        raise ConfigError("no prompts: give --prompts FILE, or --records FILE with an earlier recording")
+        raise ConfigError(
+            "no prompts: give --prompts FILE, or --records FILE with an earlier recording"
+        )
     from fleet.cli.record_exits import record
 
     console = Console(stderr=True)
@@ -69,10 +88,20 @@ def recorded(
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("answering", total=len(texts))
         threads = len(os.sched_getaffinity(0))
-        records = record(bundle, texts, max_new_tokens, threads, lambda done: bar.update(task, completed=done))
+        records = record(
+            bundle, texts, max_new_tokens, threads, lambda done: bar.update(task, completed=done)
+        )
     if left_out := len(texts) - records.num_answers:
-        console.print(f"{left_out} of {len(texts)} prompts are too long for the model and were left out")
-    recording = Recording(records, parts, hashes, len(texts), max_new_tokens)
+        console.print(
+            f"{left_out} of {len(texts)} prompts are too long for the model and were left out"
+        )
+    recording = Recording(
+        records=records,
+        parts_sha256=parts,
+        prompts_sha256=hashes,
+        num_prompts=len(texts),
+        max_new_tokens=max_new_tokens,
+    )
     if kept is not None:
         save_recording(recording, kept)
     return recording
@@ -154,7 +183,9 @@ def evaluate(
     result = evaluation(found, thresholds)
     if plot is not None:
         name = f"exits {', '.join(map(str, found.exits))}"
-        figure = load("fleet.exits.plot").plot_curves(opened.manifest.model.name, {name: frontier(found)})
+        figure = load("fleet.exits.plot").plot_curves(
+            opened.manifest.model.name, {name: frontier(found)}
+        )
         load("fleet.utils.plots").save(figure, plot)
     if as_json:
         print(json.dumps(result))
@@ -177,7 +208,12 @@ def print_exits(console: Console, result: dict[str, Any]) -> None:
 def print_targets(console: Console, records: Records, deployed: Sequence[float]) -> None:
     """Offload at some agreements with the best thresholds on these very tokens, and with the bundle's."""
     table = Table(title="offload rate")
-    for header in ("thresholds", "agreement", "offload", *(f"exit {layer}" for layer in records.exits)):
+    for header in (
+        "thresholds",
+        "agreement",
+        "offload",
+        *(f"exit {layer}" for layer in records.exits),
+    ):
         table.add_column(header, justify="right")
     rows = [(f"best for {target:.2f}", best_thresholds(records, target)) for target in AT]
     for name, point in [*rows, ("the bundle's", measure(records, deployed))]:
@@ -190,14 +226,21 @@ def print_targets(console: Console, records: Records, deployed: Sequence[float])
 def calibrate_command(
     bundle: BundleOption = None,
     prompts: PromptsOption = None,
-    target_agreement: Annotated[float, typer.Option(help="Of an answer with the full model, on average.")] = 0.98,
-    confidence: Annotated[float, typer.Option(help="That the target is kept on new text of this kind.")] = 0.95,
+    target_agreement: Annotated[
+        float, typer.Option(help="Of an answer with the full model, on average.")
+    ] = 0.98,
+    confidence: Annotated[
+        float, typer.Option(help="That the target is kept on new text of this kind.")
+    ] = 0.95,
     max_new_tokens: TokensOption = 64,
     records: RecordsOption = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write a calibrated copy of the bundle here, not into the bundle.")
+        Path | None,
+        typer.Option(help="Write a calibrated copy of the bundle here, not into the bundle."),
     ] = None,
-    write: Annotated[Path | None, typer.Option(help="Also keep the calibration here, for 'fleet export'.")] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="Also keep the calibration here, for 'fleet export'.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Choose a threshold for each exit that keeps a target agreement, and write them into the bundle."""
@@ -207,7 +250,9 @@ def calibrate_command(
     opened = open_bundle(bundle)
     recording = recorded(opened, prompts or (), max_new_tokens, records)
     found = recording.records
-    thresholds, calibration = calibrate(found, target_agreement, confidence, recording.prompts_sha256)
+    thresholds, calibration = calibrate(
+        found, target_agreement, confidence, recording.prompts_sha256
+    )
     manifest = write_calibrated(opened, thresholds, calibration, out)
     if write is not None:
         keep_calibration(manifest, write)
@@ -223,7 +268,9 @@ def calibrate_command(
         table.add_column(header, justify="right")
     for (layer, exit_), threshold in zip(calibration.exits.items(), thresholds, strict=True):
         shown = "off" if threshold >= 1 else f"{threshold:.3f}"
-        table.add_row(layer, shown, f"{exit_.agreement:.3f}", f"{exit_.ece:.3f}", f"{exit_.scaled_ece:.3f}")
+        table.add_row(
+            layer, shown, f"{exit_.agreement:.3f}", f"{exit_.ece:.3f}", f"{exit_.scaled_ece:.3f}"
+        )
     console.print(table)
     print(
         f"with confidence {confidence} an answer's expected agreement is at least {target_agreement}; "

@@ -21,17 +21,36 @@ def plan(
     rtt: Annotated[float, typer.Option(help="Round trip between device and broker, in ms.")],
     bandwidth: Annotated[float, typer.Option(help="Each way, in Mbit/s.")],
     edge_step: Annotated[
-        float | None, typer.Option(help="Ms of a token through the whole model on the device (default: as measured).")
+        float | None,
+        typer.Option(
+            help="Ms of a token through the whole model on the device (default: as measured)."
+        ),
     ] = None,
     cloud_step: Annotated[float | None, typer.Option(help="The same in the cloud.")] = None,
-    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Of the prompt (default: as measured).")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Of the answer (default: as measured).")] = None,
-    min_agreement: Annotated[float, typer.Option(help="With the full model; 0 for any.")] = DEFAULT_AGREEMENT,
-    data: Annotated[Path, typer.Option(help="Another file of 'fleet bench paper --fit'.", show_default=False)] = DATA,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of the prompt (default: as measured).")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of the answer (default: as measured).")
+    ] = None,
+    min_agreement: Annotated[
+        float, typer.Option(help="With the full model; 0 for any.")
+    ] = DEFAULT_AGREEMENT,
+    data: Annotated[
+        Path, typer.Option(help="Another file of 'fleet bench paper --fit'.", show_default=False)
+    ] = DATA,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Say which mode suits a link, what to expect of it, and where cloud-only would be better."""
-    load = Load(rtt, bandwidth, edge_step, cloud_step, prompt_tokens, tokens, min_agreement)
+    load = Load(
+        rtt_ms=rtt,
+        mbit_s=bandwidth,
+        edge_step_ms=edge_step,
+        cloud_step_ms=cloud_step,
+        prompt_tokens=prompt_tokens,
+        tokens=tokens,
+        min_agreement=min_agreement,
+    )
     made = make_plan(read_fits(data), load)
     if as_json:
         print(msgspec.json.encode(made).decode())
@@ -44,7 +63,15 @@ def print_plan(console: Console, made: DeploymentPlan) -> None:
     has_splits = len({one.exits for one in made.expectations}) > 1
     table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("mode", no_wrap=True)
-    for header in (*(["exits"] if has_splits else []), "ttft, ms", "ms/token", "total, s", "KB", "trips", "cloud"):
+    for header in (
+        *(["exits"] if has_splits else []),
+        "ttft, ms",
+        "ms/token",
+        "total, s",
+        "KB",
+        "trips",
+        "cloud",
+    ):
         table.add_column(header, justify="right")
     table.add_column("agrees", justify="right")
     for one in made.expectations:
@@ -64,7 +91,8 @@ def print_plan(console: Console, made: DeploymentPlan) -> None:
     console.print(table)
     console.print(made.advice)
     for fit in made.fits:
-        exits, processor = ",".join(map(str, fit["exits"])), fit["machine"].get("processor")
+        exits = ",".join(map(str, fit["exits"]))
+        processor = fit["machine"].get("processor")
         errors = fit["errors"]
         console.print(
             f"exits {exits} of {fit['model']}, measured on {processor} with steps of {fit['edge_step_ms']:.1f} ms on "

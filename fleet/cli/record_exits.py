@@ -22,7 +22,9 @@ class Answering:
     """One answer under way: the device's cascade and the worker's cache."""
 
     def __init__(self, cascade: Any, lease: Any, prompt_ids: Sequence[int], number: int) -> None:
-        self.cascade, self.lease, self.number = cascade, lease, number
+        self.cascade = cascade
+        self.lease = lease
+        self.number = number
         self.waiting = list(prompt_ids)
         self.uploaded: Any = None  # [n, hidden] float16
         self.count = 0
@@ -56,7 +58,9 @@ def record(
     chats = [tokenizer.encode_chat([ChatMessage("user", prompt)]) for prompt in prompts]
     fitting = [ids for ids in chats if len(ids) + max_new_tokens <= manifest.model.max_positions]
     if not fitting:
-        raise ConfigError(f"none of {len(prompts)} prompts leaves room for {max_new_tokens} tokens; give shorter ones")
+        raise ConfigError(
+            f"none of {len(prompts)} prompts leaves room for {max_new_tokens} tokens; give shorter ones"
+        )
     rows: list[tuple[int, list[float], list[bool]]] = []
     queue = deque(enumerate(fitting))
     batch: list[Answering] = []
@@ -64,13 +68,17 @@ def record(
         while queue and len(batch) < BATCH:
             number, prompt_ids = queue.popleft()
             capacity = len(prompt_ids) + max_new_tokens
-            batch.append(Answering(cascade_of(partition, capacity), pool.lease(capacity), prompt_ids, number))
+            batch.append(
+                Answering(cascade_of(partition, capacity), pool.lease(capacity), prompt_ids, number)
+            )
         said = [ask_exits(answer, block, len(manifest.exits)) for answer in batch]
         stops = [answer.cascade.num_tokens for answer in batch]
-        logits = upper([
-            chunk_of(answer.lease, answer.uploaded, answer.lease.length, stop, [stop - 1])
-            for answer, stop in zip(batch, stops, strict=True)
-        ])  # fmt: skip
+        logits = upper(
+            [
+                chunk_of(answer.lease, answer.uploaded, answer.lease.length, stop, [stop - 1])
+                for answer, stop in zip(batch, stops, strict=True)
+            ]
+        )
         for answer, exits, token_id in zip(batch, said, logits.argmax(-1).tolist(), strict=True):
             equal = [int(candidates.token_ids[0]) == token_id for candidates in exits]
             rows.append((answer.number, [candidates.confidence for candidates in exits], equal))
@@ -83,7 +91,9 @@ def record(
         progress(len(fitting) - len(queue) - len(batch))
     rows.sort(key=lambda row: row[0])
     numbers, confidence, agrees = zip(*rows, strict=True)
-    return Records(manifest.exits, np.array(numbers), np.array(confidence, np.float64), np.array(agrees))
+    return Records(
+        manifest.exits, np.array(numbers), np.array(confidence, np.float64), np.array(agrees)
+    )
 
 
 def ask_exits(answer: Answering, block: int, num_exits: int) -> list[Any]:

@@ -21,44 +21,80 @@ BAR_WIDTH: Final = 24
 UNITS_S: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 STYLES: Final = {"taken": "green", "failed": "red", "pending": "yellow", "absent": "dim"}
 
-RolloutArgument = Annotated[int | None, typer.Argument(metavar="[ID]", help="Of the roll-out; else the open one.")]
+RolloutArgument = Annotated[
+    int | None, typer.Argument(metavar="[ID]", help="Of the roll-out; else the open one.")
+]
 CanaryOption = Annotated[int | None, typer.Option(help="How many devices come first (default 1).")]
 
 
 def rollout(
-    bundle_id: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle's id; see `fleet bundle list`.")],
+    bundle_id: Annotated[
+        str, typer.Argument(metavar="BUNDLE", help="A bundle's id; see `fleet bundle list`.")
+    ],
     group: GroupOption = None,
     canary: CanaryOption = None,
-    canary_group: Annotated[str | None, typer.Option(help="A group whose devices come first.")] = None,
-    stages: Annotated[str | None, typer.Option(help="Percentages after the canary (default 10,50,100).")] = None,
-    max_offload_increase: Annotated[float | None, typer.Option(help="Share of tokens (default 0.1).")] = None,
-    max_agreement_drop: Annotated[float | None, typer.Option(help="Share of judged tokens (default 0.05).")] = None,
-    max_error_rate: Annotated[float | None, typer.Option(help="Share of answers (default 0.05).")] = None,
-    max_tpot_ratio: Annotated[float | None, typer.Option(help="Times the time a token (default 1.5).")] = None,
-    min_answers: Annotated[int | None, typer.Option(help="Nothing is judged before (default 20).")] = None,
-    max_failed: Annotated[float | None, typer.Option(help="Share of devices that may fail (default 0.1).")] = None,
-    agreement_sample: Annotated[
-        float | None, typer.Option(help="Share of answers that the cloud judges meanwhile (default 0.25).")
+    canary_group: Annotated[
+        str | None, typer.Option(help="A group whose devices come first.")
     ] = None,
-    observe: Annotated[str | None, typer.Option(help="How long a stage is watched at least (default 10m).")] = None,
-    take_within: Annotated[str | None, typer.Option(help="Time to take the bundle (default 30m).")] = None,
-    offline_after: Annotated[str | None, typer.Option(help="A device has failed when it is so (default 2m).")] = None,
+    stages: Annotated[
+        str | None, typer.Option(help="Percentages after the canary (default 10,50,100).")
+    ] = None,
+    max_offload_increase: Annotated[
+        float | None, typer.Option(help="Share of tokens (default 0.1).")
+    ] = None,
+    max_agreement_drop: Annotated[
+        float | None, typer.Option(help="Share of judged tokens (default 0.05).")
+    ] = None,
+    max_error_rate: Annotated[
+        float | None, typer.Option(help="Share of answers (default 0.05).")
+    ] = None,
+    max_tpot_ratio: Annotated[
+        float | None, typer.Option(help="Times the time a token (default 1.5).")
+    ] = None,
+    min_answers: Annotated[
+        int | None, typer.Option(help="Nothing is judged before (default 20).")
+    ] = None,
+    max_failed: Annotated[
+        float | None, typer.Option(help="Share of devices that may fail (default 0.1).")
+    ] = None,
+    agreement_sample: Annotated[
+        float | None,
+        typer.Option(help="Share of answers that the cloud judges meanwhile (default 0.25)."),
+    ] = None,
+    observe: Annotated[
+        str | None, typer.Option(help="How long a stage is watched at least (default 10m).")
+    ] = None,
+    take_within: Annotated[
+        str | None, typer.Option(help="Time to take the bundle (default 30m).")
+    ] = None,
+    offline_after: Annotated[
+        str | None, typer.Option(help="A device has failed when it is so (default 2m).")
+    ] = None,
     state: StateOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Bring a bundle to devices, stage by stage; what is worse than before is undone by itself."""
     limits = {
-        "max_offload_increase": max_offload_increase, "max_agreement_drop": max_agreement_drop,
-        "max_error_rate": max_error_rate, "max_tpot_ratio": max_tpot_ratio, "min_answers": min_answers,
-    }  # fmt: skip
+        "max_offload_increase": max_offload_increase,
+        "max_agreement_drop": max_agreement_drop,
+        "max_error_rate": max_error_rate,
+        "max_tpot_ratio": max_tpot_ratio,
+        "min_answers": min_answers,
+    }
     values = {
-        "group": group, "canary": canary, "canary_group": canary_group,
-        "percentages": stages and parse_stages(stages), "max_failed": max_failed, "agreement_sample": agreement_sample,
-        "observe_s": observe and parse_span(observe), "take_within_s": take_within and parse_span(take_within),
+        "group": group,
+        "canary": canary,
+        "canary_group": canary_group,
+        "percentages": stages and parse_stages(stages),
+        "max_failed": max_failed,
+        "agreement_sample": agreement_sample,
+        "observe_s": observe and parse_span(observe),
+        "take_within_s": take_within and parse_span(take_within),
         "offline_after_s": offline_after and parse_span(offline_after),
-    }  # fmt: skip
+    }
     plan = load("fleet.registry.rollouts.plan").RolloutPlan(
-        limits=load("fleet.registry.rollouts.canary_analysis").CanaryLimits(**_given(limits)), **_given(values)
+        limits=load("fleet.registry.rollouts.canary_analysis").CanaryLimits(**_given(limits)),
+        **_given(values),
     )
     with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
         number = registry.start_rollout(bundle_id, plan)
@@ -66,17 +102,23 @@ def rollout(
     _say(row, "begun", as_json=as_json)
 
 
-def pause(rollout: RolloutArgument = None, state: StateOption = None, as_json: JsonOption = False) -> None:
+def pause(
+    rollout: RolloutArgument = None, state: StateOption = None, as_json: JsonOption = False
+) -> None:
     """Let a roll-out stand where it is; nothing is undone by itself meanwhile."""
     _change(rollout, "pause", "paused", state, as_json=as_json)
 
 
-def resume(rollout: RolloutArgument = None, state: StateOption = None, as_json: JsonOption = False) -> None:
+def resume(
+    rollout: RolloutArgument = None, state: StateOption = None, as_json: JsonOption = False
+) -> None:
     """Let a paused roll-out go on."""
     _change(rollout, "resume", "resumed", state, as_json=as_json)
 
 
-def rollback(rollout: RolloutArgument = None, state: StateOption = None, as_json: JsonOption = False) -> None:
+def rollback(
+    rollout: RolloutArgument = None, state: StateOption = None, as_json: JsonOption = False
+) -> None:
     """Undo a roll-out: its devices get back what was wanted of them before."""
     _change(rollout, "undo", "undone", state, as_json=as_json)
 
@@ -120,7 +162,10 @@ def progress(row: Any, now: float) -> Text:
     if any(row.devices.values()):
         parts = [Text(f"{n} {fate}", STYLES.get(fate, "")) for fate, n in row.devices.items() if n]
         lines.append(Text("  ") + Text(", ").join(parts) + Text(f"; {row.answers:,} answers"))
-    lines += [Text(f"  {finding}", "red" if finding.startswith("worse") else "") for finding in row.findings]
+    lines += [
+        Text(f"  {finding}", "red" if finding.startswith("worse") else "")
+        for finding in row.findings
+    ]
     if row.doing or row.reason:
         lines.append(Text(f"  {row.doing or row.reason}", "dim"))
     return Text("\n").join(lines)
@@ -145,9 +190,13 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _change(rollout: int | None, event: str, done: str, state: Path | None, *, as_json: bool) -> None:
+def _change(
+    rollout: int | None, event: str, done: str, state: Path | None, *, as_json: bool
+) -> None:
     with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
-        number = registry.change_rollout(rollout, load("fleet.registry.rollouts.states").RolloutEvent(event))
+        number = registry.change_rollout(
+            rollout, load("fleet.registry.rollouts.states").RolloutEvent(event)
+        )
         row = next(row for row in registry.rollouts(limit=10_000) if row.id == number)
     _say(row, done, as_json=as_json)
 

@@ -22,10 +22,14 @@ from fleet.utils.optional_imports import load
 NUM_SESSIONS: Final = 5
 DAY_S: Final = 86_400
 
-StateOption = Annotated[Path | None, typer.Option("--home", help="The fleet's folder (default: $FLEET_HOME).")]
+StateOption = Annotated[
+    Path | None, typer.Option("--home", help="The fleet's folder (default: $FLEET_HOME).")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 GroupOption = Annotated[str | None, typer.Option("--group", help="Only the devices of this group.")]
-ByOption = Annotated[Literal["device", "group", "bundle", "hour"], typer.Option("--by", help="What a row is about.")]
+ByOption = Annotated[
+    Literal["device", "group", "bundle", "hour"], typer.Option("--by", help="What a row is about.")
+]
 SinceOption = Annotated[str | None, typer.Option(help="For example 30m, 24h, 7d, or 2026-01-31.")]
 
 
@@ -34,7 +38,9 @@ def stats(
     by: ByOption = "device",
     since: SinceOption = None,
     group: GroupOption = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw it into this file, *.png or *.svg.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw it into this file, *.png or *.svg.")
+    ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of tables.")] = False,
     state: StateOption = None,
     as_json: JsonOption = False,
@@ -46,7 +52,8 @@ def stats(
         raise ConfigError("--csv and --json exclude each other; give one of them")
     if plot is not None:
         load("fleet.utils.plots").check_plot(plot)
-    began, now = parse_since(since), time.time()
+    began = parse_since(since)
+    now = time.time()
     with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
         gc.freeze()  # what is loaded stays: a garbage collection among many rows need not go through it (60 ms)
         if by == "device":
@@ -54,7 +61,9 @@ def stats(
         else:
             if by == "hour" and began is None:
                 began = now - DAY_S
-            rows = registry.stats_by(load("fleet.registry.stats.queries").By(by), device, began, group=group, now=now)
+            rows = registry.stats_by(
+                load("fleet.registry.stats.queries").By(by), device, began, group=group, now=now
+            )
     if plot is not None:
         load("fleet.cli.stats_plot").plot_stats(rows, plot)
     if as_csv:
@@ -67,9 +76,15 @@ def stats(
 
 def devices(
     group: GroupOption = None,
-    online: Annotated[bool | None, typer.Option("--online/--offline", help="Only those that are.")] = None,
-    tag: Annotated[str | None, typer.Option(help="Only those that have this tag, like floor=1.")] = None,
-    state: Annotated[str | None, typer.Option(help="Only those that are pending, active, revoked, ...")] = None,
+    online: Annotated[
+        bool | None, typer.Option("--online/--offline", help="Only those that are.")
+    ] = None,
+    tag: Annotated[
+        str | None, typer.Option(help="Only those that have this tag, like floor=1.")
+    ] = None,
+    state: Annotated[
+        str | None, typer.Option(help="Only those that are pending, active, revoked, ...")
+    ] = None,
     home: StateOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -133,7 +148,9 @@ def parse_since(value: str | None) -> float | None:
     try:
         return datetime.fromisoformat(value).timestamp()
     except ValueError:
-        raise ConfigError(f"since {value!r}: expected a span like 30m, 24h, 7d, or a date like 2026-01-31") from None
+        raise ConfigError(
+            f"since {value!r}: expected a span like 30m, 24h, 7d, or a date like 2026-01-31"
+        ) from None
 
 
 def parse_span(value: str) -> float | None:

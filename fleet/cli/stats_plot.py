@@ -27,7 +27,8 @@ def plot_stats(rows: Sequence[Any], path: Path) -> None:
     shown = [row for row in rows if row in shown]
     figure = Figure(figsize=(11, max(3.0, 1.2 + 0.32 * len(shown))), layout="constrained")
     bars, trend = figure.subplots(1, 2)
-    names, left = [key_of(row) for row in shown], [0.0] * len(shown)
+    names = [key_of(row) for row in shown]
+    left = [0.0] * len(shown)
     exits = exits_of(source for row in shown for source in row.sources)
     for source in (*exits, *STYLES):
         shares = [row.shares.get(source, 0.0) for row in shown]
@@ -41,7 +42,11 @@ def plot_stats(rows: Sequence[Any], path: Path) -> None:
         figure.legend(loc="outside upper left", ncols=6)
     lines = [row for row in shown if any(rate is not None for rate in row.trend)][:10]
     for row in lines:
-        trend.plot([float("nan") if rate is None else rate for rate in row.trend], marker=".", label=key_of(row))
+        trend.plot(
+            [float("nan") if rate is None else rate for rate in row.trend],
+            marker=".",
+            label=key_of(row),
+        )
     if "hour_at" in rows[0].__struct_fields__ if rows else False:
         trend.plot(names, [row.offload_rate for row in shown], marker=".")
         trend.tick_params("x", rotation=90, labelsize=6)

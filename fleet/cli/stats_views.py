@@ -56,7 +56,9 @@ def print_devices(console: Console, rows: Sequence[Any]) -> None:
     for header in ("device", "state", "serves", "configuration", "certificate ends"):
         table.add_column(header, overflow="fold")
     for row in rows:
-        seen = Text("online", "green") if row.online else Text(f"seen {_time(row.last_seen)}", "dim")
+        seen = (
+            Text("online", "green") if row.online else Text(f"seen {_time(row.last_seen)}", "dim")
+        )
         belongs = [Text(word, "dim") for word in (row.group, " ".join(tag_words(row.tags))) if word]
         followed = Text(f"version {row.config_version}" if row.config_version else "its own")
         problem = [Text(row.config_error, "red")] if row.config_error else []
@@ -82,7 +84,13 @@ def stats_csv(rows: Sequence[Any]) -> str:
     for row in rows:
         values = msgspec.structs.asdict(row)
         scalars = [values[name] for name in sorted(names, key=lambda name: name not in KEYS)]
-        writer.writerow([*scalars, sum(row.switches.values()), *(row.sources.get(source, 0) for source in ordered)])
+        writer.writerow(
+            [
+                *scalars,
+                sum(row.switches.values()),
+                *(row.sources.get(source, 0) for source in ordered),
+            ]
+        )
     return out.getvalue()
 
 
@@ -93,8 +101,12 @@ def _name(row: Any) -> Text:
     """The row's key and its answers; of a device also whether it is there."""
     lines = [Text(key_of(row), "bold")]
     if "last_seen" in row.__struct_fields__:
-        lines.append(Text("online", "green") if row.online else Text(f"seen {_time(row.last_seen)}", "dim"))
-    return Text("\n").join((*lines, Text(f"{row.generations:,} answers"), Text(f"{row.tokens:,} tokens")))
+        lines.append(
+            Text("online", "green") if row.online else Text(f"seen {_time(row.last_seen)}", "dim")
+        )
+    return Text("\n").join(
+        (*lines, Text(f"{row.generations:,} answers"), Text(f"{row.tokens:,} tokens"))
+    )
 
 
 def _sources(row: Any) -> Text:
@@ -106,13 +118,21 @@ def _sources(row: Any) -> Text:
         Text(f"{source} {tokens:,} ({row.shares[source]:.1%})", source_style(source, exits))
         for source, tokens in row.sources.items()
     )
-    reasons = [Text(f"{n:,} times {reason}", "dim") for reason, n in list(row.switches.items())[:MAX_REASONS]]
-    offload = Text(f"offload {row.offload_rate:.1%}" + (f", trend\n{spark(row.trend)}" if row.trend else ""))
+    reasons = [
+        Text(f"{n:,} times {reason}", "dim")
+        for reason, n in list(row.switches.items())[:MAX_REASONS]
+    ]
+    offload = Text(
+        f"offload {row.offload_rate:.1%}" + (f", trend\n{spark(row.trend)}" if row.trend else "")
+    )
     return Text("\n").join((source_bar(row.sources), shares, offload, *reasons))
 
 
 def _costs(row: Any) -> str:
-    times = [("first token", row.ttft_p50_ms, row.ttft_p95_ms), ("per token", row.tpot_p50_ms, row.tpot_p95_ms)]
+    times = [
+        ("first token", row.ttft_p50_ms, row.ttft_p95_ms),
+        ("per token", row.tpot_p50_ms, row.tpot_p95_ms),
+    ]
     lines = [f"{what} {p50:,.0f}, {p95:,.0f} ms" for what, p50, p95 in times if p50 is not None]
     return "\n".join([*lines, f"up {row.bytes_up:,} B", f"down {row.bytes_down:,} B"])
 

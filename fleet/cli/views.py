@@ -20,14 +20,20 @@ STYLES: Final = {LOOKUP: "bright_cyan", CLOUD: "magenta", FALLBACK: "yellow"}
 BAR_WIDTH: Final = 18
 TIMES: Final = ("_at", "_seen", "_after")
 HEADERS: Final = {
-    "generations": "answers", "sources": "where tokens came from", "offload_rate": "offload", "bytes_up": "up, B",
+    "generations": "answers",
+    "sources": "where tokens came from",
+    "offload_rate": "offload",
+    "bytes_up": "up, B",
     "bytes_down": "down, B",
-}  # fmt: skip
+}
 
 
 def source_style(source: str, exits: Sequence[str]) -> str:
     """The colour of a source; exits take theirs in order of depth, one that is not among them the first."""
-    return STYLES.get(source) or EXIT_STYLES[exits.index(source) % len(EXIT_STYLES) if source in exits else 0]
+    return (
+        STYLES.get(source)
+        or EXIT_STYLES[exits.index(source) % len(EXIT_STYLES) if source in exits else 0]
+    )
 
 
 def exits_of(sources: Iterable[str]) -> list[str]:
@@ -43,7 +49,11 @@ def legend(sources: Iterable[str]) -> Text:
 
 def source_bar(sources: Mapping[str, int]) -> Text:
     """Shares of the sources as a coloured bar."""
-    total, exits, bar, drawn, seen = sum(sources.values()), exits_of(sources), Text(), 0, 0
+    total = sum(sources.values())
+    exits = exits_of(sources)
+    bar = Text()
+    drawn = 0
+    seen = 0
     for source in (*exits, *STYLES):
         seen += sources.get(source, 0)
         end = round(BAR_WIDTH * seen / total) if total else 0
@@ -85,7 +95,9 @@ def print_rows(console: Console, rows: Sequence[Any], title: str, *, as_json: bo
     fields = rows[0].__struct_fields__
     for name in fields:
         numeric = isinstance(getattr(rows[0], name), int | float) and not name.endswith(TIMES)
-        table.add_column(HEADERS.get(name, name.replace("_", " ")), justify="right" if numeric else "left")
+        table.add_column(
+            HEADERS.get(name, name.replace("_", " ")), justify="right" if numeric else "left"
+        )
     for row in rows:
         table.add_row(*(_cell(name, getattr(row, name)) for name in fields))
     console.print(table)
@@ -101,7 +113,9 @@ def _cell(name: str, value: object) -> str | Text:
             return ", ".join(tag_words(value)) or "-"
         case dict():
             exits = exits_of(value)
-            counts = Text("  ").join(Text(f"{s} {n:,}", source_style(s, exits)) for s, n in value.items())
+            counts = Text("  ").join(
+                Text(f"{s} {n:,}", source_style(s, exits)) for s, n in value.items()
+            )
             return Text("\n").join((source_bar(value), counts)) if value else "-"
         case float() if name.endswith(TIMES):
             return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S")

@@ -19,7 +19,7 @@ PATH_SHARE: Final = 0.4  # of the answers; they choose what is tested on the oth
 NUM_BINS: Final = 15
 
 
-class ExitCalibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ExitCalibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Of one exit: agreement, expected calibration error of the raw and of the scaled confidence, and the scaling.
 
     Scaled: sigmoid(slope * logit(confidence) + intercept). It keeps the order, so thresholds stay in raw confidence.
@@ -41,7 +41,7 @@ class CurvePoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     offload_rate: float
 
 
-class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How thresholds were found: the mean agreement of an answer is at least `target_agreement`, with `confidence`."""
 
     method: str
@@ -55,7 +55,11 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def calibrate(
-    records: Records, target: float, confidence: float, prompts_sha256: Sequence[str] = (), seed: int = 0
+    records: Records,
+    target: float,
+    confidence: float,
+    prompts_sha256: Sequence[str] = (),
+    seed: int = 0,
 ) -> tuple[tuple[float, ...], Calibration]:
     """One threshold for each exit, with the promise that a new answer's expected agreement is at least `target`.
 
@@ -77,7 +81,10 @@ def calibrate(
             f"at least {needed} are needed; give more prompts, or a lower target or confidence"
         )
     path_part, test_part = records.split(PATH_SHARE, seed)
-    levels = sorted({*AGREEMENTS, target, *np.linspace(target - (1 - target) / 2, (1 + target) / 2, 41)}, reverse=True)
+    levels = sorted(
+        {*AGREEMENTS, target, *np.linspace(target - (1 - target) / 2, (1 + target) / 2, 41)},
+        reverse=True,
+    )
     thresholds: tuple[float, ...] = (OFF,) * len(records.exits)
     for point in frontier(path_part, levels):
         if p_value(answer_losses(test_part, point.thresholds), 1 - target, seed) > 1 - confidence:
@@ -85,7 +92,10 @@ def calibrate(
         thresholds = point.thresholds
     exits = {
         str(layer): calibrate_exit(
-            path_part.confidence[:, i], path_part.agrees[:, i], test_part.confidence[:, i], test_part.agrees[:, i]
+            path_part.confidence[:, i],
+            path_part.agrees[:, i],
+            test_part.confidence[:, i],
+            test_part.agrees[:, i],
         )
         for i, layer in enumerate(records.exits)
     }
@@ -140,13 +150,17 @@ def p_value(losses: Floats, limit: float, seed: int = 0) -> float:
     return float(np.exp(-max(0.0, capital.max())))
 
 
-def calibrate_exit(fit_confidence: Floats, fit_agrees: Bools, confidence: Floats, agrees: Bools) -> ExitCalibration:
+def calibrate_exit(
+    fit_confidence: Floats, fit_agrees: Bools, confidence: Floats, agrees: Bools
+) -> ExitCalibration:
     """Fits the scaling on one part of the text and measures on the other."""
     slope, intercept = fit_platt(fit_confidence, fit_agrees)
     return ExitCalibration(
         agreement=round(float(agrees.mean()), 4),
         ece=round(expected_calibration_error(confidence, agrees), 4),
-        scaled_ece=round(expected_calibration_error(scale(confidence, slope, intercept), agrees), 4),
+        scaled_ece=round(
+            expected_calibration_error(scale(confidence, slope, intercept), agrees), 4
+        ),
         slope=round(slope, 4),
         intercept=round(intercept, 4),
     )
@@ -184,7 +198,10 @@ def expected_calibration_error(confidence: Floats, agrees: Bools) -> float:
     """Mean distance of confidence and agreement over 15 bins of equal size (Nixon et al., arXiv 1904.01685)."""
     order = np.argsort(confidence, kind="stable")
     bins = [part for part in np.array_split(order, NUM_BINS) if len(part)]
-    gaps = [len(part) * abs(float(confidence[part].mean()) - float(agrees[part].mean())) for part in bins]
+    gaps = [
+        len(part) * abs(float(confidence[part].mean()) - float(agrees[part].mean()))
+        for part in bins
+    ]
     return sum(gaps) / len(confidence)
 
 

@@ -13,5 +13,7 @@ def exit_emits(confidence: float, threshold: float) -> bool:
 def check_threshold(value: float) -> float:
     """Raises ConfigError when `value` is outside [0, 1]."""
     if not 0.0 <= value <= 1.0:
-        raise ConfigError(f"threshold {value}: expected a number from 0 to 1 (1 switches the exit off)")
+        raise ConfigError(
+            f"threshold {value}: expected a number from 0 to 1 (1 switches the exit off)"
+        )
     return value

@@ -13,7 +13,7 @@ from fleet.exits.records import Records
 from fleet.exits.thresholds import best_thresholds, emitting
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Choice:
     """Exits, the last of them the split, with their best thresholds for some agreement.
 
@@ -47,7 +47,15 @@ def choose(
             seen = records.only(exits)
             point = best_thresholds(seen, agreement)
             cost = price(seen, point.thresholds, lm_head_layers) / (num_layers + lm_head_layers)
-            choices.append(Choice(exits, point.offload_rate, point.agreement, cost, point.thresholds))
+            choices.append(
+                Choice(
+                    exits=exits,
+                    offload_rate=point.offload_rate,
+                    agreement=point.agreement,
+                    edge_cost=cost,
+                    thresholds=point.thresholds,
+                )
+            )
     return choices
 
 

@@ -33,9 +33,13 @@ class Records:
     def __post_init__(self) -> None:
         shape = len(self.answer), len(self.exits)
         if self.confidence.shape != shape or self.agrees.shape != shape:
-            raise ConfigError(f"records of exits {self.exits}: expected arrays {shape}, got {self.confidence.shape}")
+            raise ConfigError(
+                f"records of exits {self.exits}: expected arrays {shape}, got {self.confidence.shape}"
+            )
         if not np.all((self.confidence >= 0) & (self.confidence <= 1)):
-            raise ConfigError("records hold a confidence that is no number from 0 to 1; the heads may be broken")
+            raise ConfigError(
+                "records hold a confidence that is no number from 0 to 1; the heads may be broken"
+            )
 
     def __len__(self) -> int:
         return len(self.answer)
@@ -51,7 +55,9 @@ class Records:
     def only(self, exits: Sequence[int]) -> Records:
         """The same positions, as a system with some of the exits sees them."""
         columns = [self.exits.index(layer) for layer in exits]
-        return Records(tuple(exits), self.answer, self.confidence[:, columns], self.agrees[:, columns])
+        return Records(
+            tuple(exits), self.answer, self.confidence[:, columns], self.agrees[:, columns]
+        )
 
     def select(self, answers: Ints) -> Records:
         """The positions of some answers."""
@@ -65,7 +71,7 @@ class Records:
         return self.select(answers[:first]), self.select(answers[first:])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recording:
     """Records with what they were made from, so that they are never taken for another bundle's or other prompts'.
 
@@ -104,7 +110,9 @@ def save_recording(recording: Recording, path: Path) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise ConfigError(f"cannot write the records {path}: {error.strerror}; choose another --records") from error
+        raise ConfigError(
+            f"cannot write the records {path}: {error.strerror}; choose another --records"
+        ) from error
 
 
 def load_recording(path: Path) -> Recording:
@@ -113,11 +121,13 @@ def load_recording(path: Path) -> Recording:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             exits = tuple(int(layer) for layer in file["exits"])
             return Recording(
-                Records(exits, file["answer"], file["confidence"], file["agrees"]),
-                str(file["parts_sha256"]),
-                tuple(map(str, file["prompts_sha256"])),
-                int(file["num_prompts"]),
-                int(file["max_new_tokens"]),
+                records=Records(exits, file["answer"], file["confidence"], file["agrees"]),
+                parts_sha256=str(file["parts_sha256"]),
+                prompts_sha256=tuple(map(str, file["prompts_sha256"])),
+                num_prompts=int(file["num_prompts"]),
+                max_new_tokens=int(file["max_new_tokens"]),
             )
     except (OSError, ValueError, TypeError, LookupError, EOFError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"cannot read the records {path}: {error}; remove the file and record again") from None
+        raise ConfigError(
+            f"cannot read the records {path}: {error}; remove the file and record again"
+        ) from None

@@ -15,7 +15,9 @@ OFF: Final = 1.0  # a threshold that switches an exit off, see fleet.protocol.mo
 GRID: Final = {1: 0, 2: 64, 3: 24, 4: 10}  # thresholds that are tried for each exit but the last
 FINE: Final = 2048  # and for the last one
 SAME: Final = 0.0025  # offload rates that near are equal; then the one with more early exits wins
-AGREEMENTS: Final = tuple(round(float(x), 4) for x in (*np.arange(0.80, 0.97, 0.01), *np.arange(0.97, 0.9995, 0.0025)))
+AGREEMENTS: Final = tuple(
+    round(float(x), 4) for x in (*np.arange(0.80, 0.97, 0.01), *np.arange(0.97, 0.9995, 0.0025))
+)
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,16 @@ def frontier(records: Records, agreements: Sequence[float] = AGREEMENTS) -> list
         ConfigError: no records, or more exits than can be searched.
     """
     if not len(records):
-        raise ConfigError("no positions to choose thresholds from; give prompts that the model answers")
+        raise ConfigError(
+            "no positions to choose thresholds from; give prompts that the model answers"
+        )
     if len(records.exits) not in GRID:
-        raise ConfigError(f"{len(records.exits)} exits: thresholds are searched for up to {max(GRID)}")
-    grids = [candidates(confidence, GRID[len(records.exits)]) for confidence in records.confidence.T[:-1]]
+        raise ConfigError(
+            f"{len(records.exits)} exits: thresholds are searched for up to {max(GRID)}"
+        )
+    grids = [
+        candidates(confidence, GRID[len(records.exits)]) for confidence in records.confidence.T[:-1]
+    ]
     grids.append(last_candidates(records.confidence[:, -1]))
     passed, rest, mistakes = outcomes(records, grids)
     budgets = np.floor((1 - np.array(agreements)) * len(records) + 1e-9)
@@ -87,8 +95,10 @@ def outcomes(records: Records, grids: Sequence[Floats]) -> tuple[Ints, Ints, Int
     passed = rest = np.full((1,) * len(shape), len(records), np.int64)
     for i in range(len(grids)):
         places = np.ravel_multi_index(cells[: i + 1], shape[: i + 1])
-        size, open_shape = shape[: i + 1], shape[: i + 1] + (1,) * (len(shape) - i - 1)
-        passed, rest = rest, counted(places, size).reshape(open_shape)
+        size = shape[: i + 1]
+        open_shape = shape[: i + 1] + (1,) * (len(shape) - i - 1)
+        passed = rest
+        rest = counted(places, size).reshape(open_shape)
         below = counted(places[~records.agrees[:, i]], size).reshape(open_shape)
         mistakes += np.take(below, [-1], axis=i) - below
     return passed, rest, mistakes
@@ -102,9 +112,13 @@ def counted(places: Ints, shape: tuple[int, ...]) -> Ints:
     return counts
 
 
-def choose(grids: Sequence[Floats], passed: Ints, rest: Ints, mistakes: Ints, budget: float) -> tuple[float, ...]:
+def choose(
+    grids: Sequence[Floats], passed: Ints, rest: Ints, mistakes: Ints, budget: float
+) -> tuple[float, ...]:
     """The thresholds with the least offload among those with at most `budget` mistakes."""
-    last = (mistakes > budget).sum(-1, keepdims=True)  # a lower last threshold never makes fewer mistakes
+    last = (mistakes > budget).sum(
+        -1, keepdims=True
+    )  # a lower last threshold never makes fewer mistakes
     fits = last < len(grids[-1])
     last = np.minimum(last, len(grids[-1]) - 1)
     offload = np.where(fits, np.take_along_axis(rest, last, -1), np.inf)

@@ -18,7 +18,7 @@ COLUMNS: Final = ("name", "group", "tags", "role", "allow")
 MAX_TAGS: Final = 32
 
 
-class Enrolment(Struct, frozen=True):
+class Enrolment(Struct, frozen=True, kw_only=True):
     """A name and its role. A device may have a group and tags; `targets` are what an app may send prompts to."""
 
     name: str
@@ -47,9 +47,13 @@ class Enrolment(Struct, frozen=True):
                 f"only a device belongs to a group; {self.name!r} is to be a {self.role}: leave --group out"
             )
         if self.tags and self.role is not Role.DEVICE:
-            raise ConfigError(f"only a device has tags; {self.name!r} is to be a {self.role}: leave --tag out")
+            raise ConfigError(
+                f"only a device has tags; {self.name!r} is to be a {self.role}: leave --tag out"
+            )
         if len(self.tags) > MAX_TAGS:
-            raise ConfigError(f"{self.name!r} has {len(self.tags)} tags: expected at most {MAX_TAGS}")
+            raise ConfigError(
+                f"{self.name!r} has {len(self.tags)} tags: expected at most {MAX_TAGS}"
+            )
         if self.group is not None:
             check_name(self.group, "group")
         for key, value in self.tags.items():
@@ -91,7 +95,9 @@ def parse_tags(tags: Iterable[str]) -> dict[str, str]:
     for tag in tags:
         key, equals, value = tag.partition("=")
         if not equals or key in parsed:
-            raise ConfigError(f"tag {tag[:80]!r}: expected key=value, for example floor=1, and each key once")
+            raise ConfigError(
+                f"tag {tag[:80]!r}: expected key=value, for example floor=1, and each key once"
+            )
         parsed[check_name(key, "key of a tag")] = check_name(value, "value of a tag")
     return parsed
 
@@ -116,7 +122,9 @@ def read_enrolments(path: Path) -> list[Enrolment]:
             _check_columns(path, rows.fieldnames or ())
             enrolments = [_enrolment(path, rows.line_num, row) for row in rows]
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; give --from the path of a CSV file") from None
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}; give --from the path of a CSV file"
+        ) from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no CSV file in UTF-8: {error}") from None
     if not enrolments:
@@ -140,11 +148,11 @@ def _enrolment(path: Path, line: int, row: Mapping[str | None, str | None]) -> E
             raise ConfigError("more cells than columns")
         cells = {column: (row.get(column) or "").strip() for column in COLUMNS}
         enrolment = Enrolment(
-            cells["name"],
-            parse_role(cells["role"] or Role.DEVICE),
-            cells["group"] or None,
-            parse_tags(cells["tags"].split()),
-            tuple(dict.fromkeys(cells["allow"].split())),
+            name=cells["name"],
+            role=parse_role(cells["role"] or Role.DEVICE),
+            group=cells["group"] or None,
+            tags=parse_tags(cells["tags"].split()),
+            targets=tuple(dict.fromkeys(cells["allow"].split())),
         )
         enrolment.check()
     except FleetError as error:

@@ -21,7 +21,7 @@ KEY_FILE: Final = "key.pem"
 RENEWED_FILE: Final = "renewed.pem"
 
 
-class IdentityConfig(Struct, frozen=True, forbid_unknown_fields=True):
+class IdentityConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What `identity.json` holds. `bundle` is the folder of the model that a device or worker serves.
 
     `shared_subscriptions` says that the broker has them (MQTT 5 section 4.8.2; mosquitto has them for 3.1.1, too).
@@ -57,10 +57,14 @@ class Identity:
                 "make one with 'fleet enroll NAME --out DIR'"
             ) from None
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise IdentityError(f"{path} is not usable: {error}; make it again with 'fleet enroll'") from None
+            raise IdentityError(
+                f"{path} is not usable: {error}; make it again with 'fleet enroll'"
+            ) from None
         for name in (CA_FILE, CERT_FILE, KEY_FILE):
             if not (folder / name).is_file():
-                raise IdentityError(f"{folder / name} is missing; make the identity again with 'fleet enroll'")
+                raise IdentityError(
+                    f"{folder / name} is missing; make the identity again with 'fleet enroll'"
+                )
         return cls(folder, config)
 
     def save(self) -> None:
@@ -79,7 +83,9 @@ class Identity:
             IdentityError: the files do not load.
         """
         try:
-            context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=self.folder / CA_FILE)
+            context = ssl.create_default_context(
+                ssl.Purpose.SERVER_AUTH, cafile=self.folder / CA_FILE
+            )
         except (ssl.SSLError, OSError) as error:
             raise IdentityError(
                 f"the CA certificate of {self.name} in {self.folder} does not load: {error}; enroll it again"
@@ -126,7 +132,9 @@ class ServerTls:
         try:
             context.load_verify_locations(self.ca_file)
         except (ssl.SSLError, OSError) as error:
-            raise IdentityError(f"the CA certificate {self.ca_file} does not load: {error}; restore it") from None
+            raise IdentityError(
+                f"the CA certificate {self.ca_file} does not load: {error}; restore it"
+            ) from None
         self.load_certificate(context)
         context.verify_mode = ssl.CERT_REQUIRED
         context.minimum_version = ssl.TLSVersion.TLSv1_2

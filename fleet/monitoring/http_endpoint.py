@@ -54,14 +54,19 @@ class HttpEndpoint:
                 f"cannot serve metrics on {host}:{port}: {error}; stop what uses it or choose another --metrics-port"
             ) from None
         self.url = f"http://{host}:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, name="endpoint", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, name="endpoint", daemon=True
+        )
 
     def __enter__(self) -> Self:
         self._thread.start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._server.shutdown()
         self._thread.join(STOP_TIMEOUT_S)
@@ -73,7 +78,8 @@ class HttpEndpoint:
         self._monitor = monitor
 
     def _app(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        monitor, path = self._monitor, environ["PATH_INFO"]
+        monitor = self._monitor
+        path = environ["PATH_INFO"]
         if path == "/metrics":
             try:
                 return self._metrics(environ, start_response)
@@ -87,7 +93,9 @@ class HttpEndpoint:
 
 
 def _verdict(start_response: StartResponse, problem: str | None) -> Iterable[bytes]:
-    return _text(start_response, "503 Service Unavailable" if problem else "200 OK", problem or "ok")
+    return _text(
+        start_response, "503 Service Unavailable" if problem else "200 OK", problem or "ok"
+    )
 
 
 def _text(start_response: StartResponse, status: str, line: str) -> Iterable[bytes]:

@@ -11,7 +11,10 @@ from msgspec import Struct
 
 from fleet.planning.cost_model import CLOUD_ONLY, Expectation, Fit, Load, check_load, expectations
 
-RANGE: Final = (0.1, 1000.0)  # of round trips in ms and of Mbit/s in which other choices are looked for
+RANGE: Final = (
+    0.1,
+    1000.0,
+)  # of round trips in ms and of Mbit/s in which other choices are looked for
 NUM_POINTS: Final = 121
 
 
@@ -23,7 +26,7 @@ class Crossing(Struct, frozen=True):
     above: str
 
 
-class DeploymentPlan(Struct, frozen=True):
+class DeploymentPlan(Struct, frozen=True, kw_only=True):
     """Expectations, those that agree enough first and among them the fastest; `best` is None where none does."""
 
     load: Load
@@ -89,14 +92,22 @@ def advise(
         known = max((e.agreement for e in found if e.agreement is not None), default=0.0)
         return f"nothing measured agrees to {load.min_agreement:g}; the highest is {known:.3f}"
     name = _title(best, fits)
-    words = [f"{name} is the fastest: {best.total_ms / 1e3:.2f} s an answer, {best.ttft_ms:.0f} ms to the first token."]
+    words = [
+        f"{name} is the fastest: {best.total_ms / 1e3:.2f} s an answer, {best.ttft_ms:.0f} ms to the first token."
+    ]
     cloud = next((e for e in found if e.mode == CLOUD_ONLY), None)
     if best.mode == CLOUD_ONLY:
-        words.append("A device of its own does not pay here, unless the link may fail or the cloud's time is scarce.")
+        words.append(
+            "A device of its own does not pay here, unless the link may fail or the cloud's time is scarce."
+        )
     elif cloud is not None:
         never = all(CLOUD_ONLY not in (turn.below, turn.above) for turn in (*by_rtt, *by_bandwidth))
         reach = f"from {RANGE[0]:g} to {RANGE[1]:g}"
-        slower = f", and no other round trip or bandwidth {reach} alone makes it the fastest" if never else ""
+        slower = (
+            f", and no other round trip or bandwidth {reach} alone makes it the fastest"
+            if never
+            else ""
+        )
         words.append(f"Cloud-only takes {cloud.total_ms / 1e3:.2f} s{slower}.")
     for what, unit, value, turns, measured in (
         ("a round trip of ", "ms", load.rtt_ms, by_rtt, _reach(fit.rtt_ms for fit in fits)),
@@ -104,10 +115,14 @@ def advise(
     ):
         words += _turns(what, unit, value, name, turns)
         if not measured[0] <= value <= measured[1]:
-            words.append(f"{value:g} {unit} is beyond what was measured ({measured[0]:g} to {measured[1]:g}).")
+            words.append(
+                f"{value:g} {unit} is beyond what was measured ({measured[0]:g} to {measured[1]:g})."
+            )
     if len({fit.exits for fit in fits}) == 1:
         exits = ", ".join(map(str, fits[0].exits))
-        words.append(f"Only exits {exits} were measured: whether another split suits better cannot be said.")
+        words.append(
+            f"Only exits {exits} were measured: whether another split suits better cannot be said."
+        )
     return " ".join(words)
 
 
@@ -117,7 +132,9 @@ def _reach(spans: Iterable[tuple[float, float]]) -> tuple[float, float]:
     return min(lows), max(highs)
 
 
-def _turns(what: str, unit: str, value: float, name: str, found: Sequence[Crossing]) -> Iterator[str]:
+def _turns(
+    what: str, unit: str, value: float, name: str, found: Sequence[Crossing]
+) -> Iterator[str]:
     """The nearest crossings on either side."""
     below = [crossing for crossing in found if crossing.at <= value and crossing.above == name]
     above = [crossing for crossing in found if crossing.at > value and crossing.below == name]

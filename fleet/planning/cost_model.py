@@ -29,7 +29,7 @@ class Side(Struct, frozen=True):
     message_steps: float
 
 
-class StepCounts(Struct, frozen=True):
+class StepCounts(Struct, frozen=True, kw_only=True):
     """What a token takes at some round trip, on average: steps on either side, round trips, messages; and the share of
     tokens from the cloud."""
 
@@ -50,13 +50,15 @@ class Shares(Struct, frozen=True):
     transfer: float
     extra_ms: float
 
-    def of(self, work_ms: float, round_trips: float, num_bytes: float, rtt_ms: float, mbit_s: float) -> float:
+    def of(
+        self, work_ms: float, round_trips: float, num_bytes: float, rtt_ms: float, mbit_s: float
+    ) -> float:
         """Milliseconds."""
         waits_ms = round_trips * (self.round_trip * rtt_ms + self.extra_ms)
         return self.work * work_ms + waits_ms + self.transfer * transfer_ms(num_bytes, mbit_s)
 
 
-class Setting(Struct, frozen=True):
+class Setting(Struct, frozen=True, kw_only=True):
     """One way to serve. `threshold` is one for all exits, None for the bundle's own; `agreement` None is not known.
 
     `prompt_edge` and `prompt_cloud`: shares of the whole model's layers that a prompt's position runs through.
@@ -76,7 +78,7 @@ class Setting(Struct, frozen=True):
     first: Shares
 
 
-class Fit(Struct, frozen=True):
+class Fit(Struct, frozen=True, kw_only=True):
     """What was measured with one bundle on one machine. `prompt_tokens` and `tokens` are those of a mean answer;
     `errors` are those of predicted totals on links that the fit did not see, as shares."""
 
@@ -95,7 +97,7 @@ class Fit(Struct, frozen=True):
     settings: tuple[Setting, ...]
 
 
-class Load(Struct, frozen=True):
+class Load(Struct, frozen=True, kw_only=True):
     """What is asked for. A step of None is the fitted machine's; tokens of None are those of its mean answer."""
 
     rtt_ms: float
@@ -107,7 +109,7 @@ class Load(Struct, frozen=True):
     min_agreement: float = 0.0
 
 
-class Terms(Struct, frozen=True):
+class Terms(Struct, frozen=True, kw_only=True):
     """What one answer consists of: work of either side, `first_ms` of both up to the first token, what is sent."""
 
     tokens: float
@@ -121,7 +123,7 @@ class Terms(Struct, frozen=True):
     offload_rate: float
 
 
-class Expectation(Struct, frozen=True):
+class Expectation(Struct, frozen=True, kw_only=True):
     """Of one answer. `edge_ms` and `cloud_ms` are work, which may overlap with the rest."""
 
     name: str
@@ -178,7 +180,8 @@ def counts_at(setting: Setting, rtt_ms: float) -> StepCounts:
     def between(name: str) -> float:
         return float(np.interp(rtt_ms, at, [getattr(counts, name) for counts in setting.counts]))
 
-    return StepCounts(rtt_ms, *(between(name) for name in StepCounts.__struct_fields__[1:]))
+    values = {name: between(name) for name in StepCounts.__struct_fields__[1:]}
+    return StepCounts(rtt_ms=rtt_ms, **values)
 
 
 def terms(fit: Fit, setting: Setting, load: Load) -> Terms:
@@ -194,9 +197,14 @@ def terms(fit: Fit, setting: Setting, load: Load) -> Terms:
     cloud_prompt = cloud_step * fit.cloud.prompt_steps * setting.prompt_cloud * prompt
     return Terms(
         tokens=tokens,
-        edge_ms=edge_prompt + edge_step * (counts.edge_steps * tokens + fit.edge.message_steps * messages),
-        cloud_ms=cloud_prompt + cloud_step * (counts.cloud_steps * tokens + fit.cloud.message_steps * messages),
-        first_ms=edge_prompt + cloud_prompt + edge_step * counts.edge_steps + cloud_step * counts.cloud_steps,
+        edge_ms=edge_prompt
+        + edge_step * (counts.edge_steps * tokens + fit.edge.message_steps * messages),
+        cloud_ms=cloud_prompt
+        + cloud_step * (counts.cloud_steps * tokens + fit.cloud.message_steps * messages),
+        first_ms=edge_prompt
+        + cloud_prompt
+        + edge_step * counts.edge_steps
+        + cloud_step * counts.cloud_steps,
         round_trips=counts.round_trips * tokens,
         messages=messages,
         num_bytes=setting.prompt_bytes * prompt + setting.token_bytes * tokens,
@@ -207,7 +215,8 @@ def terms(fit: Fit, setting: Setting, load: Load) -> Terms:
 
 def expect(fit: Fit, setting: Setting, load: Load) -> Expectation:
     """What one answer takes and costs."""
-    t, link = terms(fit, setting, load), (load.rtt_ms, load.mbit_s)
+    t = terms(fit, setting, load)
+    link = (load.rtt_ms, load.mbit_s)
     total_ms = setting.total.of(t.edge_ms + t.cloud_ms, t.round_trips, t.num_bytes, *link)
     ttft_ms = min(total_ms, setting.first.of(t.first_ms, 1.0, t.prompt_bytes, *link))
     return Expectation(

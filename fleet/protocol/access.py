@@ -29,11 +29,20 @@ class Action(StrEnum):
 RULES: Final[dict[Role, dict[Action, tuple[str, ...]]]] = {
     Role.DEVICE: {
         Action.PUBLISH: (
-            "d/{name}/status", "d/{name}/reply/+/+", "d/{name}/stats", "open/{name}", "w/+/{name}/+",
+            "d/{name}/status",
+            "d/{name}/reply/+/+",
+            "d/{name}/stats",
+            "open/{name}",
+            "w/+/{name}/+",
         ),
         Action.SUBSCRIBE: (
-            "d/{name}/config", "d/{name}/prompt/+/+", "d/{name}/cancel/+/+", "d/{name}/s/+", "d/{name}/reported",
-            "e/{target}/+", "w/+/status",
+            "d/{name}/config",
+            "d/{name}/prompt/+/+",
+            "d/{name}/cancel/+/+",
+            "d/{name}/s/+",
+            "d/{name}/reported",
+            "e/{target}/+",
+            "w/+/status",
         ),
     },
     Role.APP: {
@@ -46,11 +55,15 @@ RULES: Final[dict[Role, dict[Action, tuple[str, ...]]]] = {
     },
     Role.SERVER: {
         Action.PUBLISH: (
-            "d/+/config", "d/+/reported", "d/+/prompt/{name}/+", "d/+/cancel/{name}/+", "fleet/revoked",
+            "d/+/config",
+            "d/+/reported",
+            "d/+/prompt/{name}/+",
+            "d/+/cancel/{name}/+",
+            "fleet/revoked",
         ),
         Action.SUBSCRIBE: ("d/+/status", "d/+/stats", "d/+/reply/{name}/+", "w/+/status"),
     },
-}  # fmt: skip
+}
 
 
 def granted(role: Role, name: str, action: Action, targets: Iterable[str] = ()) -> list[str]:
@@ -71,7 +84,8 @@ def allows(grants: Iterable[str], requested: str) -> bool:
     for grant in grants:
         wanted = grant.split("/")
         if len(wanted) == len(levels) and all(
-            want in ("+", level) and level != "#" for want, level in zip(wanted, levels, strict=True)
+            want in ("+", level) and level != "#"
+            for want, level in zip(wanted, levels, strict=True)
         ):
             return True
     return False
@@ -98,4 +112,6 @@ class Grants:
 
         A shared subscription (``$share/<group>/<filter>``, MQTT 5 section 4.8.2) asks for its filter.
         """
-        return allows(self.filters[action], topics.filter_of(topic) if action is Action.SUBSCRIBE else topic)
+        return allows(
+            self.filters[action], topics.filter_of(topic) if action is Action.SUBSCRIBE else topic
+        )

@@ -31,10 +31,17 @@ def decode(payload: bytes, expected: type[T]) -> T:
         DecodeError: it is no msgpack map, of an unknown type, or a field is missing or out of range.
     """
     if len(payload) > MAX_ENVELOPE_BYTES:
-        raise OversizedError(f"expected a message of at most {MAX_ENVELOPE_BYTES} bytes, got {len(payload)}")
+        raise OversizedError(
+            f"expected a message of at most {MAX_ENVELOPE_BYTES} bytes, got {len(payload)}"
+        )
     try:
         raw = msgpack.unpackb(
-            payload, max_bin_len=MAX_CHUNK_BYTES, max_str_len=4096, max_array_len=4096, max_map_len=64, max_ext_len=0
+            payload,
+            max_bin_len=MAX_CHUNK_BYTES,
+            max_str_len=4096,
+            max_array_len=4096,
+            max_map_len=64,
+            max_ext_len=0,
         )
         return msgspec.convert(raw, expected)
     except (ValueError, RecursionError, msgpack.exceptions.UnpackException) as error:
@@ -61,10 +68,19 @@ def _names(expected: object) -> str:
     return ", ".join(member.__name__.lower() for member in members)
 
 
-def pack_chunk(branch: int, start: int, hidden_states: Float16, dtype: str = FLOAT16) -> ContextChunk:
+def pack_chunk(
+    branch: int, start: int, hidden_states: Float16, dtype: str = FLOAT16
+) -> ContextChunk:
     """Hidden states [count, hidden] float16 of positions [start, start + count), ready for a message."""
     data = pack_rows(hidden_states, dtype)
-    return ContextChunk(branch, start, len(hidden_states), data, zlib.crc32(data), dtype)
+    return ContextChunk(
+        branch=branch,
+        start=start,
+        count=len(hidden_states),
+        data=data,
+        crc32=zlib.crc32(data),
+        dtype=dtype,
+    )
 
 
 def unpack_chunk(chunk: ContextChunk, hidden_size: int) -> Float16:
@@ -74,5 +90,7 @@ def unpack_chunk(chunk: ContextChunk, hidden_size: int) -> Float16:
         DecodeError: another dtype, a wrong number of bytes, a wrong checksum, or values that are not finite.
     """
     if zlib.crc32(chunk.data) != chunk.crc32:
-        raise DecodeError(f"context at position {chunk.start}: the checksum does not match the data; send it again")
+        raise DecodeError(
+            f"context at position {chunk.start}: the checksum does not match the data; send it again"
+        )
     return unpack_rows(chunk.data, chunk.count, hidden_size, chunk.dtype)

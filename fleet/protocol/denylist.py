@@ -25,7 +25,9 @@ def encode_denylist(names: Iterable[str]) -> bytes:
 def decode_denylist(payload: bytes) -> frozenset[str]:
     """Raises OversizedError or DecodeError."""
     if len(payload) > MAX_DENYLIST_BYTES:
-        raise OversizedError(f"expected at most {MAX_DENYLIST_BYTES} bytes of denied names, got {len(payload)}")
+        raise OversizedError(
+            f"expected at most {MAX_DENYLIST_BYTES} bytes of denied names, got {len(payload)}"
+        )
     try:
         return frozenset(_DECODER.decode(payload))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

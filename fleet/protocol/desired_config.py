@@ -57,7 +57,11 @@ def merge(*scopes: Settings) -> Settings:
     """From the widest scope to the narrowest; one that gives `threshold` or `thresholds` decides on both."""
     merged: dict[str, Any] = {}
     for scope in scopes:
-        said = {name: value for name in scope.__struct_fields__ if (value := getattr(scope, name)) is not None}
+        said = {
+            name: value
+            for name in scope.__struct_fields__
+            if (value := getattr(scope, name)) is not None
+        }
         if said.keys() & {"threshold", "thresholds"}:
             merged.pop("threshold", None)
             merged.pop("thresholds", None)
@@ -70,7 +74,9 @@ def parse_settings(values: dict[str, Any]) -> Settings:
     try:
         settings = msgspec.convert(values, Settings)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{error}; known settings are {', '.join(Settings.__struct_fields__)}") from None
+        raise ConfigError(
+            f"{error}; known settings are {', '.join(Settings.__struct_fields__)}"
+        ) from None
     if (size := len(msgspec.json.encode(settings))) > MAX_SETTINGS_BYTES:
         raise ConfigError(
             f"expected settings of at most {MAX_SETTINGS_BYTES} bytes as JSON, got {size}; shorten the triggers"
@@ -85,7 +91,9 @@ def encode_desired(desired: DesiredConfig) -> bytes:
 def decode_desired(payload: bytes) -> DesiredConfig:
     """Raises OversizedError or DecodeError."""
     if len(payload) > MAX_DESIRED_BYTES:
-        raise OversizedError(f"expected a configuration of at most {MAX_DESIRED_BYTES} bytes, got {len(payload)}")
+        raise OversizedError(
+            f"expected a configuration of at most {MAX_DESIRED_BYTES} bytes, got {len(payload)}"
+        )
     try:
         return msgspec.json.decode(payload, type=DesiredConfig)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -22,9 +22,7 @@ CA_PATH: Final = "/v1/ca"
 CRL_PATH: Final = "/v1/crl"
 JOIN_PATH: Final = "/v1/join"
 RENEW_PATH: Final = "/v1/renew"
-BUNDLES_PATH: Final = (
-    "/v1/bundles"  # /<bundle id>/<name of a file as in the manifest, or the manifest's or signature's>
-)
+BUNDLES_PATH: Final = "/v1/bundles"  # /<bundle id>/<name of a file as in the manifest, or the manifest's or signature's>
 MAX_BODY_BYTES: Final = 16 * 1024
 TOKEN: Final = re.compile(r"([0-9a-f]{64})\.([0-9a-f]{16})\.([0-9a-f]{64})")
 
@@ -63,7 +61,7 @@ class JoinRequest(Struct, frozen=True, forbid_unknown_fields=True):
     csr: Pem
 
 
-class JoinReply(Struct, frozen=True):
+class JoinReply(Struct, frozen=True, kw_only=True):
     """All that an identity needs. The same key that asks again with the same token gets the same certificate.
 
     `host` and `port` are the broker's, `server` the base URL of this service.

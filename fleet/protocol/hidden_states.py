@@ -43,7 +43,9 @@ def pack_rows(hidden_states: Float16, dtype: str) -> bytes:
         return np.ascontiguousarray(hidden_states, dtype="<f2").tobytes()
     values = hidden_states.astype(np.float32)
     packed = np.zeros(len(values), _row(values.shape[1]))
-    index = np.argpartition(-np.abs(values), packed["index"].shape[1] - 1, axis=1)[:, : packed["index"].shape[1]]
+    index = np.argpartition(-np.abs(values), packed["index"].shape[1] - 1, axis=1)[
+        :, : packed["index"].shape[1]
+    ]
     packed["index"] = index
     packed["outlier"] = np.take_along_axis(values, index, 1)
     np.put_along_axis(values, index, 0.0, 1)
@@ -64,7 +66,9 @@ def unpack_rows(data: bytes, count: int, hidden_size: int, dtype: str) -> Float1
         raise DecodeError(f"expected context in {' or '.join(CONTEXT_DTYPES)}, got {dtype[:20]!r}")
     wanted = count * row_bytes(hidden_size, dtype)
     if len(data) != wanted:
-        raise DecodeError(f"expected {count} x {hidden_size} {dtype} values ({wanted} bytes), got {len(data)} bytes")
+        raise DecodeError(
+            f"expected {count} x {hidden_size} {dtype} values ({wanted} bytes), got {len(data)} bytes"
+        )
     rows = (
         np.frombuffer(data, "<f2").reshape(count, hidden_size)
         if dtype == FLOAT16
@@ -89,5 +93,10 @@ def _from_int8(packed: npt.NDArray[np.void], hidden_size: int) -> Float16:
 def _row(hidden_size: int) -> np.dtype[np.void]:
     outliers = min(NUM_OUTLIERS, hidden_size)
     return np.dtype(
-        [("scale", "<f4"), ("index", "<u2", outliers), ("outlier", "<f2", outliers), ("value", "i1", hidden_size)]
+        [
+            ("scale", "<f4"),
+            ("index", "<u2", outliers),
+            ("outlier", "<f2", outliers),
+            ("value", "i1", hidden_size),
+        ]
     )

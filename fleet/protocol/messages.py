@@ -32,7 +32,7 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
     seed: Seed = 0
 
 
-class Open(Struct, frozen=True, tag_field="type", tag="open"):
+class Open(Struct, frozen=True, tag_field="type", tag="open", kw_only=True):
     """Device to workers: take this session. `max_positions` bounds the KV cache that it will need.
 
     `branch` is how many rejected drafts the device knows of: a worker that has the session on another branch starts
@@ -49,7 +49,7 @@ class Open(Struct, frozen=True, tag_field="type", tag="open"):
     branch: Count = 0
 
 
-class Opened(Struct, frozen=True, tag_field="type", tag="opened"):
+class Opened(Struct, frozen=True, tag_field="type", tag="opened", kw_only=True):
     """Worker to device: it is mine; `received` positions are already here.
 
     It takes context in any of `dtypes`, and at most `window_bytes` of it beyond what it has acknowledged.
@@ -60,10 +60,12 @@ class Opened(Struct, frozen=True, tag_field="type", tag="opened"):
     received: Count
     max_chunk_bytes: Annotated[int, Meta(ge=1024, le=MAX_CHUNK_BYTES)]
     window_bytes: Annotated[int, Meta(ge=1024)]
-    dtypes: Annotated[tuple[Annotated[str, Meta(max_length=32)], ...], Meta(min_length=1, max_length=16)]
+    dtypes: Annotated[
+        tuple[Annotated[str, Meta(max_length=32)], ...], Meta(min_length=1, max_length=16)
+    ]
 
 
-class ContextChunk(Struct, frozen=True, omit_defaults=True):
+class ContextChunk(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """Hidden states of positions [start, start + count), row-major, little-endian."""
 
     branch: Count
@@ -81,7 +83,7 @@ class Context(Struct, frozen=True, tag_field="type", tag="context"):
     chunk: ContextChunk
 
 
-class Assist(Struct, frozen=True, omit_defaults=True, tag_field="type", tag="assist"):
+class Assist(Struct, frozen=True, omit_defaults=True, tag_field="type", tag="assist", kw_only=True):
     """Device to worker: which token follows `position`? A `chunk` counts as if it had come just before."""
 
     session: Id
@@ -91,7 +93,7 @@ class Assist(Struct, frozen=True, omit_defaults=True, tag_field="type", tag="ass
     chunk: ContextChunk | None = None
 
 
-class Verify(Struct, frozen=True, omit_defaults=True, tag_field="type", tag="verify"):
+class Verify(Struct, frozen=True, omit_defaults=True, tag_field="type", tag="verify", kw_only=True):
     """Device to worker: is `draft[i]` the token that follows position `start + i`, for every i?
 
     Those of the indices `trusted` need no judge: they are accepted as they are. A `chunk` counts as if it had come just
@@ -105,10 +107,12 @@ class Verify(Struct, frozen=True, omit_defaults=True, tag_field="type", tag="ver
     draft: Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_DRAFT)]
     deadline_ms: DeadlineMs
     chunk: ContextChunk | None = None
-    trusted: Annotated[tuple[Annotated[int, Meta(ge=0, lt=MAX_DRAFT)], ...], Meta(max_length=MAX_DRAFT)] = ()
+    trusted: Annotated[
+        tuple[Annotated[int, Meta(ge=0, lt=MAX_DRAFT)], ...], Meta(max_length=MAX_DRAFT)
+    ] = ()
 
 
-class Token(Struct, frozen=True, tag_field="type", tag="token"):
+class Token(Struct, frozen=True, tag_field="type", tag="token", kw_only=True):
     """Worker to device: the token that follows `position`, and its log-probability at temperature 1.
 
     `busy_ms` is how long the question was with the worker.
@@ -122,7 +126,7 @@ class Token(Struct, frozen=True, tag_field="type", tag="token"):
     busy_ms: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
 
 
-class Verified(Struct, frozen=True, tag_field="type", tag="verified"):
+class Verified(Struct, frozen=True, tag_field="type", tag="verified", kw_only=True):
     """Worker to device: the first `accepted` tokens of the draft are mine, too.
 
     `token_id` is the worker's own in the place of the first one that is not, None when all are accepted. A rejection
@@ -155,7 +159,7 @@ class Gap(Struct, frozen=True, tag_field="type", tag="gap"):
     expected: Count
 
 
-class Refused(Struct, frozen=True, tag_field="type", tag="refused"):
+class Refused(Struct, frozen=True, tag_field="type", tag="refused", kw_only=True):
     """Worker to device: not served by `worker`. `retry_after_ms` 0 means that asking again will not help."""
 
     session: Id

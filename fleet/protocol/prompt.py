@@ -42,7 +42,7 @@ class AnswerOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     ignore_eos: bool = False
 
 
-class PromptRequest(AnswerOptions, frozen=True, forbid_unknown_fields=True):
+class PromptRequest(AnswerOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A request for one answer. Exactly one of `prompt` and `messages`."""
 
     prompt: str | None = None
@@ -63,7 +63,7 @@ class ErrorInfo(Struct, frozen=True):
     message: str
 
 
-class Usage(Struct, frozen=True):
+class Usage(Struct, frozen=True, kw_only=True):
     """Counts of one answer; times in milliseconds: to the first token, and per token after it.
 
     `round_trips` are the questions that the device waited for; `switches` what auto mode decided, and why.
@@ -82,7 +82,7 @@ class Usage(Struct, frozen=True):
     switches: tuple[Switch, ...] = ()
 
 
-class Reply(Struct, frozen=True, omit_defaults=True):
+class Reply(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """One message of the answer's stream. The last one has `done`, and `usage` or `error`.
 
     `note` says why the cloud had no part in an answer that asked for it. The first one names the `generation`: the
@@ -116,7 +116,9 @@ def parse_prompt(payload: bytes) -> PromptRequest:
         try:
             request = msgspec.json.decode(payload, type=PromptRequest)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise PromptError(f"expected a JSON object with 'prompt' or 'messages': {error}") from None
+            raise PromptError(
+                f"expected a JSON object with 'prompt' or 'messages': {error}"
+            ) from None
     else:
         try:
             request = PromptRequest(prompt=payload.decode())

@@ -34,7 +34,7 @@ class Switch(Struct, frozen=True):
     reason: Label
 
 
-class GenerationReport(Struct, frozen=True):
+class GenerationReport(Struct, frozen=True, kw_only=True):
     """One answer, counted. `generation` is unique in the fleet, so a report that comes twice counts once.
 
     With `answers` above 1 it is the sum of so many, made by a device that had no room for all of them. Of `judged`
@@ -76,7 +76,7 @@ class ReportReceipt(Struct, frozen=True):
     refused: dict[Id, Label] = {}
 
 
-class DeviceStatus(Struct, frozen=True):
+class DeviceStatus(Struct, frozen=True, kw_only=True):
     """Retained birth of a device, and with `online` false its last will.
 
     `config_version` is that of the desired configuration which it follows, 0 for none; `config_error` says why it
@@ -92,7 +92,7 @@ class DeviceStatus(Struct, frozen=True):
     config_error: Label = ""
 
 
-class WorkerStatus(Struct, frozen=True):
+class WorkerStatus(Struct, frozen=True, kw_only=True):
     """Retained birth of a worker, and with `online` false its last will."""
 
     online: bool
@@ -111,17 +111,23 @@ def encode_report(report: GenerationReport) -> bytes:
 def decode_report(payload: bytes) -> GenerationReport:
     """Raises OversizedError or DecodeError."""
     if len(payload) > MAX_REPORT_BYTES:
-        raise OversizedError(f"expected a report of at most {MAX_REPORT_BYTES} bytes, got {len(payload)}")
+        raise OversizedError(
+            f"expected a report of at most {MAX_REPORT_BYTES} bytes, got {len(payload)}"
+        )
     try:
         return msgspec.convert(_unpack(payload, max_items=256), GenerationReport)
     except NO_MESSAGE as error:
-        raise DecodeError(f"expected a generation report, got {len(payload)} bytes that are none: {error}") from None
+        raise DecodeError(
+            f"expected a generation report, got {len(payload)} bytes that are none: {error}"
+        ) from None
 
 
 def generation_of(payload: bytes) -> str | None:
     """The generation that bytes which are no report speak of, if they do: that much is needed to refuse them."""
     try:
-        return msgspec.convert(_unpack(payload[:MAX_REPORT_BYTES], max_items=256), _Named).generation
+        return msgspec.convert(
+            _unpack(payload[:MAX_REPORT_BYTES], max_items=256), _Named
+        ).generation
     except NO_MESSAGE:
         return None
 
@@ -134,11 +140,15 @@ def encode_receipt(receipt: ReportReceipt) -> bytes:
 def decode_receipt(payload: bytes) -> ReportReceipt:
     """Raises OversizedError or DecodeError."""
     if len(payload) > MAX_RECEIPT_BYTES:
-        raise OversizedError(f"expected a receipt of at most {MAX_RECEIPT_BYTES} bytes, got {len(payload)}")
+        raise OversizedError(
+            f"expected a receipt of at most {MAX_RECEIPT_BYTES} bytes, got {len(payload)}"
+        )
     try:
         return msgspec.convert(_unpack(payload, max_items=MAX_RECEIPT_ITEMS), ReportReceipt)
     except NO_MESSAGE as error:
-        raise DecodeError(f"expected a receipt, got {len(payload)} bytes that are none: {error}") from None
+        raise DecodeError(
+            f"expected a receipt, got {len(payload)} bytes that are none: {error}"
+        ) from None
 
 
 class _Named(Struct):
@@ -150,7 +160,12 @@ NO_MESSAGE: Final = (ValueError, RecursionError, msgpack.exceptions.UnpackExcept
 
 def _unpack(payload: bytes, max_items: int) -> object:
     value: object = msgpack.unpackb(
-        payload, max_str_len=4096, max_map_len=max_items, max_array_len=max_items, max_bin_len=0, max_ext_len=0
+        payload,
+        max_str_len=4096,
+        max_map_len=max_items,
+        max_array_len=max_items,
+        max_bin_len=0,
+        max_ext_len=0,
     )
     return value
 
@@ -165,7 +180,9 @@ StatusT = TypeVar("StatusT", DeviceStatus, WorkerStatus)
 def decode_status(payload: bytes, kind: type[StatusT]) -> StatusT:
     """Raises OversizedError or DecodeError."""
     if len(payload) > MAX_STATUS_BYTES:
-        raise OversizedError(f"expected a status of at most {MAX_STATUS_BYTES} bytes, got {len(payload)}")
+        raise OversizedError(
+            f"expected a status of at most {MAX_STATUS_BYTES} bytes, got {len(payload)}"
+        )
     try:
         return msgspec.json.decode(payload, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

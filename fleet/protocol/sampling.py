@@ -9,10 +9,17 @@ import numpy.typing as npt
 
 from fleet.protocol.messages import Sampling
 
-MIN_TEMPERATURE: Final = 1e-6  # below it the division could overflow; the draw is greedy long before
+MIN_TEMPERATURE: Final = (
+    1e-6  # below it the division could overflow; the draw is greedy long before
+)
 
 
-def draw(logprobs: npt.NDArray[np.float32], token_ids: npt.NDArray[np.int64], position: int, sampling: Sampling) -> int:
+def draw(
+    logprobs: npt.NDArray[np.float32],
+    token_ids: npt.NDArray[np.int64],
+    position: int,
+    sampling: Sampling,
+) -> int:
     """Index of the chosen candidate.
 
     Args:
@@ -40,7 +47,9 @@ def gumbel(seed: int, position: int, token_ids: npt.NDArray[np.int64]) -> npt.ND
     with np.errstate(over="ignore"):
         state = _mix(_mix(np.uint64(seed)) ^ np.uint64(position))
         bits = _mix(state ^ token_ids.astype(np.uint64))
-    uniform = (bits >> np.uint64(12)).astype(np.float64) + 0.5  # 52 bits and a half: exact, never 0 or 2**52
+    uniform = (bits >> np.uint64(12)).astype(
+        np.float64
+    ) + 0.5  # 52 bits and a half: exact, never 0 or 2**52
     return np.asarray(-np.log(-np.log(uniform * 2.0**-52)))
 
 

@@ -102,7 +102,9 @@ def parse(topic: str, *shape: str) -> tuple[str, ...]:
         if wanted == "+":
             names.append(check_name(part))
         elif part != wanted:
-            raise TopicError(f"expected a topic like {PREFIX}/{'/'.join(shape)}, got {topic[:200]!r}")
+            raise TopicError(
+                f"expected a topic like {PREFIX}/{'/'.join(shape)}, got {topic[:200]!r}"
+            )
     return tuple(names)
 
 
@@ -116,7 +118,8 @@ def matches(topic_filter: str, topic: str) -> bool:
 
     A shared subscription (``$share/<group>/<filter>``, MQTT 5 section 4.8.2) takes what its filter takes.
     """
-    wanted, got = filter_of(topic_filter).split("/"), topic.split("/")
+    wanted = filter_of(topic_filter).split("/")
+    got = topic.split("/")
     for i, level in enumerate(wanted):
         if level == "#":
             return True

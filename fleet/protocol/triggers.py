@@ -26,7 +26,9 @@ MAX_TRIGGERS: Final = 16
 MAX_TEMPLATE: Final = 2000
 MAX_TEXT: Final = 16 * 1024  # characters of a template that was filled
 
-TriggerName: TypeAlias = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9_-]{0,31}\Z")]  # leaves a request's id room
+TriggerName: TypeAlias = Annotated[
+    str, Meta(pattern=r"\A[a-z0-9][a-z0-9_-]{0,31}\Z")
+]  # leaves a request's id room
 Fields: TypeAlias = dict[str, Any]
 
 EVENTS: Final = re.compile(rf"{topics.NAME.pattern}/({topics.NAME.pattern}|\+)")
@@ -42,7 +44,9 @@ ORDERS: Final[dict[str, Callable[[Any, Any], bool]]] = {
 }
 
 
-class Trigger(AnswerOptions, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+class Trigger(
+    AnswerOptions, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
+):
     """What a device does when an app or a sensor says something.
 
     `events` is ``app/channel`` or ``app/+``. An event for which `when` holds fills the `template`, and the device
@@ -61,7 +65,9 @@ class Trigger(AnswerOptions, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def __post_init__(self) -> None:
         """Raises ValueError, which a decoder reports in its own error, for what is no events, template or condition."""
         if not EVENTS.fullmatch(self.events):
-            raise ValueError(f"expected events like thermostat/warmth or thermostat/+, got {self.events[:80]!r}")
+            raise ValueError(
+                f"expected events like thermostat/warmth or thermostat/+, got {self.events[:80]!r}"
+            )
         _pieces(self.template)
         if self.when is not None:
             _condition(self.when)
@@ -102,7 +108,9 @@ def check_triggers(triggers: Iterable[Trigger]) -> None:
     """Raises ValueError when two have one name."""
     names = [trigger.name for trigger in triggers]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"expected a name of its own for each trigger, got {', '.join(twice)} more than once")
+        raise ValueError(
+            f"expected a name of its own for each trigger, got {', '.join(twice)} more than once"
+        )
 
 
 def event_filters(triggers: Sequence[Trigger]) -> set[str]:
@@ -126,7 +134,9 @@ def read_event(channel: str, payload: bytes) -> Fields:
         DecodeError: it begins as a JSON object and is none, or it is no text.
     """
     if len(payload) > MAX_EVENT_BYTES:
-        raise OversizedError(f"expected an event of at most {MAX_EVENT_BYTES} bytes, got {len(payload)}")
+        raise OversizedError(
+            f"expected an event of at most {MAX_EVENT_BYTES} bytes, got {len(payload)}"
+        )
     try:
         text = payload.decode().strip()
         fields = msgspec.json.decode(text, type=Fields) if text.startswith("{") else {}
@@ -152,7 +162,9 @@ def fill(template: str, event: Fields) -> str:
     for piece in _pieces(template):
         text += piece.text + (_show(piece, _look_up(piece.path, event)) if piece.path else "")
         if len(text) > MAX_TEXT:
-            raise PromptError(f"expected a prompt of at most {MAX_TEXT} characters; let the template use less of it")
+            raise PromptError(
+                f"expected a prompt of at most {MAX_TEXT} characters; let the template use less of it"
+            )
     if not text.strip():
         raise PromptError("the event makes an empty prompt; put words into the template")
     return text
@@ -168,9 +180,13 @@ def _pieces(template: str) -> tuple[Piece, ...]:
     pieces = []
     for text, path, spec, conversion in Formatter().parse(template):
         if path is not None and not PATH.fullmatch(path):
-            raise ValueError(f"expected a field like {{room}} or {{sensor.celsius:.1f}}, got {{{path}}}")
+            raise ValueError(
+                f"expected a field like {{room}} or {{sensor.celsius:.1f}}, got {{{path}}}"
+            )
         if conversion or not SPEC.fullmatch(spec or ""):
-            raise ValueError(f"expected a format like .1f after {{{path}: , got {spec or '!' + str(conversion)!r}")
+            raise ValueError(
+                f"expected a format like .1f after {{{path}: , got {spec or '!' + str(conversion)!r}"
+            )
         pieces.append(Piece(text, path or "", spec or ""))
     return tuple(pieces)
 
@@ -193,7 +209,9 @@ def _holds(condition: Condition, event: Fields) -> bool:
     if order in ("==", "!="):
         return (_kind(value) == _kind(wanted) and value == wanted) is (order == "==")
     if _kind(value) != _kind(wanted) or _kind(wanted) not in ("number", "text"):
-        raise PromptError(f"expected a {_kind(wanted)} at {path!r} of the event, got {_shown(value)}")
+        raise PromptError(
+            f"expected a {_kind(wanted)} at {path!r} of the event, got {_shown(value)}"
+        )
     return ORDERS[order](value, wanted)
 
 
@@ -218,7 +236,9 @@ def _look_up(path: str, event: Fields) -> Any:
         elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
             value = value[int(step)]
         else:
-            raise PromptError(f"expected a field {path[:80]!r} in the event; send it, or change the trigger")
+            raise PromptError(
+                f"expected a field {path[:80]!r} in the event; send it, or change the trigger"
+            )
     return value
 
 
@@ -230,7 +250,9 @@ def _show(piece: Piece, value: object) -> str:
             return msgspec.json.encode(value).decode()
     except (ValueError, OverflowError, RecursionError):
         pass
-    raise PromptError(f"expected a value that fits {{{piece.path}:{piece.spec}}} in the event, got {_shown(value)}")
+    raise PromptError(
+        f"expected a value that fits {{{piece.path}:{piece.spec}}} in the event, got {_shown(value)}"
+    )
 
 
 def _shown(value: object) -> str:

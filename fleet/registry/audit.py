@@ -14,7 +14,11 @@ from fleet.registry.results import AuditRow
 
 def audit(db: Session, actor: str, action: str, subject: str, **details: Any) -> None:
     """Writes that `actor` did `action` to `subject`; `details` are builtins, and never a secret."""
-    db.add(AuditRecord(at=time.time(), actor=actor[:200], action=action, subject=subject[:200], details=details))
+    db.add(
+        AuditRecord(
+            at=time.time(), actor=actor[:200], action=action, subject=subject[:200], details=details
+        )
+    )
 
 
 def newest_change(db: Session) -> int:
@@ -29,4 +33,9 @@ def audit_log(db: Session, subject: str | None, since: float | None, limit: int)
         query = query.where(AuditRecord.subject == subject)
     if since is not None:
         query = query.where(AuditRecord.at >= since)
-    return [AuditRow(row.at, row.actor, row.action, row.subject, row.details) for row in db.scalars(query)]
+    return [
+        AuditRow(
+            at=row.at, actor=row.actor, action=row.action, subject=row.subject, details=row.details
+        )
+        for row in db.scalars(query)
+    ]

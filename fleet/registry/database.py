@@ -71,7 +71,11 @@ def open_database(url_or_path: str | Path) -> Engine:
 
 def reading(engine: Engine) -> Engine:
     """The same engine for transactions that read: all their questions see one moment, as they do in SQLite anyway."""
-    return engine if engine.name == "sqlite" else engine.execution_options(isolation_level="REPEATABLE READ")
+    return (
+        engine
+        if engine.name == "sqlite"
+        else engine.execution_options(isolation_level="REPEATABLE READ")
+    )
 
 
 def writing(engine: Engine) -> Engine:
@@ -86,7 +90,9 @@ def registry_errors(url: URL) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise ValueRefusedError(f"the registry {shown} does not take a value: {_one_line(error.orig)}") from None
+        raise ValueRefusedError(
+            f"the registry {shown} does not take a value: {_one_line(error.orig)}"
+        ) from None
     except SQLAlchemyError as error:
         raise RegistryError(f"the registry {shown} {_what_failed(error)}") from None
     except CommandError as error:
@@ -142,7 +148,9 @@ def parse_url(url_or_path: str | Path) -> URL:
         if url.drivername in ("postgres", "postgresql"):
             url = url.set(drivername="postgresql+psycopg")
         if url.get_backend_name() not in ("sqlite", "postgresql"):
-            raise RegistryError(f"no such kind of registry: {url.drivername!r}; expected sqlite or postgresql")
+            raise RegistryError(
+                f"no such kind of registry: {url.drivername!r}; expected sqlite or postgresql"
+            )
         return url
     return URL.create("sqlite", database=str(Path(url_or_path).absolute()))
 
@@ -151,7 +159,9 @@ def _create(url: URL, **options: Any) -> Engine:
     try:
         return create_engine(url, pool_pre_ping=True, **options)
     except NoSuchModuleError:
-        raise RegistryError(f"no such driver: {url.drivername!r}; expected sqlite or postgresql") from None
+        raise RegistryError(
+            f"no such driver: {url.drivername!r}; expected sqlite or postgresql"
+        ) from None
     except ImportError as error:
         wanted = "'cecollm-fleet[postgres]'" if error.name == "psycopg" else error.name
         raise MissingExtraError(
@@ -188,7 +198,11 @@ class _SqliteFile:
         except OSError:
             found = None
         if self._opened and found != self._opened:
-            what = "another file is in its place; start again to use that" if found else "its file is gone; put it back"
+            what = (
+                "another file is in its place; start again to use that"
+                if found
+                else "its file is gone; put it back"
+            )
             raise RegistryError(f"the registry {self._path} cannot answer: {what}")
         self._opened = found
 
@@ -202,7 +216,10 @@ def use_wal(connection: sqlite3.Connection) -> None:
             connection.execute("PRAGMA journal_mode=WAL")
             return
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & PRIMARY_CODE not in LOCKED or time.monotonic() >= give_up_at:
+            if (
+                error.sqlite_errorcode & PRIMARY_CODE not in LOCKED
+                or time.monotonic() >= give_up_at
+            ):
                 raise
             time.sleep(RETRY_S)
 
@@ -213,7 +230,9 @@ def _sqlite(url: URL) -> Engine:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RegistryError(f"cannot make the registry's folder {folder}: {error.strerror}") from None
+            raise RegistryError(
+                f"cannot make the registry's folder {folder}: {error.strerror}"
+            ) from None
     engine = _create(url, connect_args={"timeout": BUSY_TIMEOUT_S})
     file = _SqliteFile(Path(url.database)) if url.database and url.database != ":memory:" else None
 
@@ -233,7 +252,9 @@ def _sqlite(url: URL) -> Engine:
     def begun(connection: Connection) -> None:
         if file:
             file.check()
-        connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get('sqlite_begin', 'DEFERRED')}")
+        connection.exec_driver_sql(
+            f"BEGIN {connection.get_execution_options().get('sqlite_begin', 'DEFERRED')}"
+        )
 
     return engine
 

@@ -43,7 +43,9 @@ class DesiredStateRepository(Part):
 
     def add_bundle(self, bundle_id: str, model: str, num_bytes: int) -> bool:
         """Keeps that the server has a bundle's files; False when that was known."""
-        return self._transactions.write(lambda db: add_bundle(db, self.actor, bundle_id, model, num_bytes))
+        return self._transactions.write(
+            lambda db: add_bundle(db, self.actor, bundle_id, model, num_bytes)
+        )
 
     def bundles(self) -> list[BundleRow]:
         """Every bundle that was added, the newest first."""
@@ -68,16 +70,22 @@ class DesiredStateRepository(Part):
                 open over some of them.
         """
         at = now or time.time()
-        return self._transactions.write(lambda db: start_rollout(db, self.actor, bundle_id, plan, at))
+        return self._transactions.write(
+            lambda db: start_rollout(db, self.actor, bundle_id, plan, at)
+        )
 
-    def change_rollout(self, rollout: int | None, event: RolloutEvent, now: float | None = None) -> int:
+    def change_rollout(
+        self, rollout: int | None, event: RolloutEvent, now: float | None = None
+    ) -> int:
         """Pauses, resumes or undoes a roll-out, None for the open one; gives its id.
 
         Raises:
             RolloutError: there is none, more than one, or the change is not legal in its state.
         """
         at = now or time.time()
-        return self._transactions.write(lambda db: change_rollout(db, self.actor, rollout, event, at))
+        return self._transactions.write(
+            lambda db: change_rollout(db, self.actor, rollout, event, at)
+        )
 
     def step_rollouts(self, now: float, heard_since: float) -> None:
         """Takes every open roll-out a step further; statuses are heard since `heard_since` only."""

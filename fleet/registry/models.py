@@ -8,7 +8,17 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any, TypeAlias
 
-from sqlalchemy import JSON, BigInteger, Double, ForeignKey, Index, MetaData, String, Text, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Double,
+    ForeignKey,
+    Index,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Name: TypeAlias = Annotated[str, mapped_column(String(63))]
@@ -54,7 +64,9 @@ class TagRecord(Table):
 
     __tablename__ = "tags"
 
-    device: Mapped[Name] = mapped_column(ForeignKey("identities.name", ondelete="CASCADE"), primary_key=True)
+    device: Mapped[Name] = mapped_column(
+        ForeignKey("identities.name", ondelete="CASCADE"), primary_key=True
+    )
     key: Mapped[Name] = mapped_column(primary_key=True)
     value: Mapped[Name]
 
@@ -64,7 +76,9 @@ class AllowedTarget(Table):
 
     __tablename__ = "allowed_targets"
 
-    app: Mapped[Name] = mapped_column(ForeignKey("identities.name", ondelete="CASCADE"), primary_key=True)
+    app: Mapped[Name] = mapped_column(
+        ForeignKey("identities.name", ondelete="CASCADE"), primary_key=True
+    )
     target: Mapped[str] = mapped_column(String(127), primary_key=True)
 
 
@@ -74,7 +88,9 @@ class TokenRecord(Table):
     __tablename__ = "tokens"
 
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
-    name: Mapped[Name] = mapped_column(ForeignKey("identities.name", ondelete="CASCADE"), index=True)
+    name: Mapped[Name] = mapped_column(
+        ForeignKey("identities.name", ondelete="CASCADE"), index=True
+    )
     secret_hash: Mapped[Digest]
     created_at: Mapped[Time]
     expires_at: Mapped[Time]
@@ -88,7 +104,9 @@ class CertificateRecord(Table):
     __tablename__ = "certificates"
 
     serial: Mapped[str] = mapped_column(String(40), primary_key=True)
-    name: Mapped[Name] = mapped_column(ForeignKey("identities.name", ondelete="CASCADE"), index=True)
+    name: Mapped[Name] = mapped_column(
+        ForeignKey("identities.name", ondelete="CASCADE"), index=True
+    )
     fingerprint: Mapped[Digest] = mapped_column(unique=True)
     key_hash: Mapped[Digest]
     pem: Mapped[str] = mapped_column(Text)
@@ -102,7 +120,9 @@ class StatusRecord(Table):
 
     __tablename__ = "device_status"
 
-    device: Mapped[Name] = mapped_column(ForeignKey("identities.name", ondelete="CASCADE"), primary_key=True)
+    device: Mapped[Name] = mapped_column(
+        ForeignKey("identities.name", ondelete="CASCADE"), primary_key=True
+    )
     online: Mapped[bool]
     epoch: Mapped[Amount]
     bundle_id: Mapped[Label]
@@ -118,7 +138,9 @@ class WorkerRecord(Table):
 
     __tablename__ = "workers"
 
-    worker: Mapped[Name] = mapped_column(ForeignKey("identities.name", ondelete="CASCADE"), primary_key=True)
+    worker: Mapped[Name] = mapped_column(
+        ForeignKey("identities.name", ondelete="CASCADE"), primary_key=True
+    )
     online: Mapped[bool]
     epoch: Mapped[Amount]
     bundle_ids: Mapped[list[str]] = mapped_column(JSON)

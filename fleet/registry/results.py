@@ -8,7 +8,7 @@ from typing import Any
 from msgspec import Struct
 
 
-class DeviceRow(Struct, frozen=True):
+class DeviceRow(Struct, frozen=True, kw_only=True):
     """An enrolled device and what it said last; times in seconds since 1970, None when it never came.
 
     `state` is one of `fleet.registry.identities.states`, now.
@@ -28,7 +28,7 @@ class DeviceRow(Struct, frozen=True):
     tags: dict[str, str]
 
 
-class WorkerRow(Struct, frozen=True):
+class WorkerRow(Struct, frozen=True, kw_only=True):
     """What a worker said last; `last_seen` in seconds since 1970."""
 
     worker: str
@@ -40,7 +40,7 @@ class WorkerRow(Struct, frozen=True):
     last_seen: float
 
 
-class IdentityRow(Struct, frozen=True):
+class IdentityRow(Struct, frozen=True, kw_only=True):
     """An enrolled identity; `targets` are the devices and groups that an app was allowed, `tags` a device's.
 
     `state` is its state now, of `fleet.registry.identities.states`.
@@ -57,7 +57,7 @@ class IdentityRow(Struct, frozen=True):
     tags: dict[str, str]
 
 
-class IssuedCertificate(Struct, frozen=True):
+class IssuedCertificate(Struct, frozen=True, kw_only=True):
     """A certificate as the registry keeps it: `serial`, SHA-256 of its DER and of its key's SPKI in hex; PEM; times."""
 
     serial: str
@@ -143,7 +143,7 @@ class HourStats(Counts, frozen=True, kw_only=True):
     hour_at: float
 
 
-class SessionRow(Struct, frozen=True):
+class SessionRow(Struct, frozen=True, kw_only=True):
     """A session of a device with a worker, and the sums of its generations."""
 
     session: str
@@ -164,7 +164,7 @@ class RevokedCertificate(Struct, frozen=True):
     revoked_at: float | None
 
 
-class AuditRow(Struct, frozen=True):
+class AuditRow(Struct, frozen=True, kw_only=True):
     """A change: when (seconds since 1970), who made it, what it was, and of whom or what."""
 
     at: float
@@ -174,7 +174,7 @@ class AuditRow(Struct, frozen=True):
     details: dict[str, Any]
 
 
-class BundleRow(Struct, frozen=True):
+class BundleRow(Struct, frozen=True, kw_only=True):
     """A bundle whose files the server hands out.
 
     `devices` are online and serve it, `wanted` are to serve it by the settings; `workers` serve it. `rollout` is one

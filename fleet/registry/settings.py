@@ -51,7 +51,9 @@ def current_settings(db: Session, target: Target) -> Settings:
     return msgspec.convert(db.scalar(query) or {}, Settings)
 
 
-def change_settings(db: Session, actor: str, target: Target, change: Callable[[Settings], Settings]) -> int:
+def change_settings(
+    db: Session, actor: str, target: Target, change: Callable[[Settings], Settings]
+) -> int:
     """Puts ``change(settings)`` in the place of all that is said for `target`; gives the new version.
 
     Raises:
@@ -61,7 +63,9 @@ def change_settings(db: Session, actor: str, target: Target, change: Callable[[S
     _check_target(db, target)
     take_turns(db, CONFIG_LOCK)
     values = msgspec.to_builtins(change(current_settings(db, target)))
-    made = ConfigChange(scope=target.scope, target=target.name, settings=values, changed_at=time.time())
+    made = ConfigChange(
+        scope=target.scope, target=target.name, settings=values, changed_at=time.time()
+    )
     db.add(made)
     db.flush()
     audit(db, actor, "config", str(target), version=made.id, settings=values)
@@ -69,7 +73,11 @@ def change_settings(db: Session, actor: str, target: Target, change: Callable[[S
 
 
 def change_scope(
-    db: Session, actor: str, scope: Scope, names: Collection[str], change: Callable[[str, Settings], Settings]
+    db: Session,
+    actor: str,
+    scope: Scope,
+    names: Collection[str],
+    change: Callable[[str, Settings], Settings],
 ) -> None:
     """Puts ``change(name, settings)`` in the place of the settings of many at once; who keeps them gets no version."""
     take_turns(db, CONFIG_LOCK)
@@ -79,30 +87,43 @@ def change_scope(
         settings = said.get(Target(scope, name), NOTHING)[1]
         if (changed := change(name, settings)) != settings:
             values = msgspec.to_builtins(changed)
-            changes[name] = ConfigChange(scope=scope, target=name, settings=values, changed_at=time.time())
+            changes[name] = ConfigChange(
+                scope=scope, target=name, settings=values, changed_at=time.time()
+            )
     db.add_all(changes.values())
     db.flush()
     for name, made in changes.items():
-        audit(db, actor, "config", str(Target(scope, name)), version=made.id, settings=made.settings)
+        audit(
+            db, actor, "config", str(Target(scope, name)), version=made.id, settings=made.settings
+        )
 
 
 def desired_configs(db: Session, devices: Iterable[str] | None = None) -> dict[str, DesiredConfig]:
     """What is wanted of each device, or of `devices`: a version of 0 where nothing was ever said."""
     return {
-        name: DesiredConfig(max(version for version, _ in scopes), merge(*(each for _, each in scopes)))
+        name: DesiredConfig(
+            max(version for version, _ in scopes), merge(*(each for _, each in scopes))
+        )
         for name, scopes in _scopes(db, devices).items()
     }
 
 
 def wider_settings(db: Session, devices: Iterable[str]) -> dict[str, Settings]:
     """What is said for each of `devices` by the scopes beyond itself."""
-    return {name: merge(*(each for _, each in scopes[:-1])) for name, scopes in _scopes(db, devices).items()}
+    return {
+        name: merge(*(each for _, each in scopes[:-1]))
+        for name, scopes in _scopes(db, devices).items()
+    }
 
 
 def _scopes(db: Session, devices: Iterable[str] | None) -> dict[str, list[tuple[int, Settings]]]:
     """What was said of each device, by name: for all, for its group, and for itself."""
     said = _said(db)
-    query = select(IdentityRecord.name, IdentityRecord.group).where(is_device()).order_by(IdentityRecord.name)
+    query = (
+        select(IdentityRecord.name, IdentityRecord.group)
+        .where(is_device())
+        .order_by(IdentityRecord.name)
+    )
     if devices is not None:
         query = query.where(IdentityRecord.name.in_(list(devices)))
     return {

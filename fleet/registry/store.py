@@ -37,7 +37,14 @@ from fleet.registry.results import (
     StatsRow,
     WorkerRow,
 )
-from fleet.registry.stats.ingest import IngestOutcome, Key, store_report, store_reports, store_status, store_worker
+from fleet.registry.stats.ingest import (
+    IngestOutcome,
+    Key,
+    store_report,
+    store_reports,
+    store_status,
+    store_worker,
+)
 from fleet.registry.stats.queries import By, StatsQuery
 from fleet.registry.stats.summaries import device_stats, grouped_stats
 from fleet.registry.transactions import Transactions
@@ -62,7 +69,9 @@ class Registry(IdentityRepository, DesiredStateRepository):
             RegistryError: it cannot be opened.
             MissingExtraError: its driver is not installed.
         """
-        return cls(open_database(url_or_path), actor or f"{getpass.getuser()}@{socket.gethostname()}")
+        return cls(
+            open_database(url_or_path), actor or f"{getpass.getuser()}@{socket.gethostname()}"
+        )
 
     def close(self) -> None:
         self._engine.dispose()
@@ -71,7 +80,10 @@ class Registry(IdentityRepository, DesiredStateRepository):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -88,7 +100,9 @@ class Registry(IdentityRepository, DesiredStateRepository):
         with self._transactions.reading() as db:
             return newest_change(db)
 
-    def audit_log(self, subject: str | None = None, since: float | None = None, limit: int = 100) -> list[AuditRow]:
+    def audit_log(
+        self, subject: str | None = None, since: float | None = None, limit: int = 100
+    ) -> list[AuditRow]:
         """The latest changes, newest first: of one subject, and at `since` or later, where they are given."""
         with self._transactions.reading() as db:
             return audit_log(db, subject, since, limit)
@@ -124,13 +138,13 @@ class Registry(IdentityRepository, DesiredStateRepository):
         with self._transactions.reading() as db:
             return [
                 WorkerRow(
-                    row.worker,
-                    row.online,
-                    row.draining,
-                    tuple(row.bundle_ids),
-                    row.num_sessions,
-                    row.version,
-                    row.last_seen,
+                    worker=row.worker,
+                    online=row.online,
+                    draining=row.draining,
+                    bundle_ids=tuple(row.bundle_ids),
+                    num_sessions=row.num_sessions,
+                    version=row.version,
+                    last_seen=row.last_seen,
                 )
                 for row in db.scalars(select(WorkerRecord).order_by(WorkerRecord.worker))
             ]
@@ -148,8 +162,8 @@ class Registry(IdentityRepository, DesiredStateRepository):
             tags = all_tags(db)
             return [
                 DeviceRow(
-                    identity.name,
-                    identity.group,
+                    device=identity.name,
+                    group=identity.group,
                     online=bool(online),
                     mode=status.mode if status else "",
                     bundle_id=status.bundle_id if status else "",
@@ -184,7 +198,9 @@ class Registry(IdentityRepository, DesiredStateRepository):
             UnknownDeviceError: nobody enrolled `device`.
         """
         with self._transactions.reading() as db:
-            return device_stats(db, StatsQuery(now or time.time(), since, device, group))
+            return device_stats(
+                db, StatsQuery(now=now or time.time(), since=since, device=device, group=group)
+            )
 
     def stats_by(
         self,
@@ -201,7 +217,9 @@ class Registry(IdentityRepository, DesiredStateRepository):
             UnknownDeviceError: nobody enrolled `device`.
         """
         with self._transactions.reading() as db:
-            return grouped_stats(db, by, StatsQuery(now or time.time(), since, device, group))
+            return grouped_stats(
+                db, by, StatsQuery(now=now or time.time(), since=since, device=device, group=group)
+            )
 
     def sessions(self, device: str | None = None, limit: int = 50) -> list[SessionRow]:
         """The latest `limit` sessions, newest first.
@@ -231,7 +249,14 @@ class Registry(IdentityRepository, DesiredStateRepository):
                 query = query.where(SessionRecord.device == device)
             return [
                 SessionRow(
-                    *row[:4], generations=int(row[4]), tokens=int(row[5]), bytes_up=int(row[6]), bytes_down=int(row[7])
+                    session=row[0],
+                    device=row[1],
+                    worker=row[2],
+                    opened_at=row[3],
+                    generations=int(row[4]),
+                    tokens=int(row[5]),
+                    bytes_up=int(row[6]),
+                    bytes_down=int(row[7]),
                 )
                 for row in db.execute(query)
             ]

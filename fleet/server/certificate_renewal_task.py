@@ -19,7 +19,12 @@ class CertificateRenewalTask:
     `server_folders` hold certificates that the broker or the service shows, and `reloads` make them show new ones.
     """
 
-    def __init__(self, state: FleetHome, server_folders: Sequence[Path], reloads: Sequence[Callable[[], None]]) -> None:
+    def __init__(
+        self,
+        state: FleetHome,
+        server_folders: Sequence[Path],
+        reloads: Sequence[Callable[[], None]],
+    ) -> None:
         self._state = state
         self._server_folders = server_folders
         self._reloads = reloads

@@ -16,18 +16,26 @@ from typing import IO, Final
 from fleet.errors import FleetError
 
 START_TIMEOUT_S: Final = 60.0
-DRAIN_TIMEOUT_S: Final = 5.0  # what `fleet up` leaves a worker's sessions; on its own it may take longer
+DRAIN_TIMEOUT_S: Final = (
+    5.0  # what `fleet up` leaves a worker's sessions; on its own it may take longer
+)
 LISTEN_CHECK_S: Final = 0.05
-STOP_TIMEOUT_S: Final = 20.0  # more than a worker's sessions, its last step and its farewells take together
+STOP_TIMEOUT_S: Final = (
+    20.0  # more than a worker's sessions, its last step and its farewells take together
+)
 
 
 class Child:
     """A process that prints one line when it is ready. What it prints on stderr goes to ours."""
 
-    def __init__(self, title: str, arguments: Sequence[str], program: Sequence[str] = (sys.executable, "-m")) -> None:
+    def __init__(
+        self, title: str, arguments: Sequence[str], program: Sequence[str] = (sys.executable, "-m")
+    ) -> None:
         self.title = title
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen([*program, *arguments], stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            [*program, *arguments], stdout=subprocess.PIPE, text=True, env=environment
+        )
         self.ready_line = ""
         self._is_stopping = False
         self._lines: queue.Queue[str] = queue.Queue()
@@ -50,7 +58,9 @@ class Child:
         except queue.Empty:
             raise FleetError(f"{self.title} was not ready within {timeout_s:g} s") from None
         if not line:
-            raise FleetError(f"{self.title} did not start (exit status {self.process.wait(STOP_TIMEOUT_S)}); see above")
+            raise FleetError(
+                f"{self.title} did not start (exit status {self.process.wait(STOP_TIMEOUT_S)}); see above"
+            )
         self.ready_line = line
         return line
 
@@ -63,9 +73,13 @@ class Child:
         deadline = time.monotonic() + timeout_s
         while not _listens(host, port):
             if self.process.poll() is not None:
-                raise FleetError(f"{self.title} did not start (exit status {self.process.returncode}); see above")
+                raise FleetError(
+                    f"{self.title} did not start (exit status {self.process.returncode}); see above"
+                )
             if time.monotonic() > deadline:
-                raise FleetError(f"{self.title} did not listen on {host}:{port} within {timeout_s:g} s")
+                raise FleetError(
+                    f"{self.title} did not listen on {host}:{port} within {timeout_s:g} s"
+                )
             time.sleep(LISTEN_CHECK_S)
         self.ready_line = f"{self.title} listens on {host}:{port} (TLS)"
         return self.ready_line

@@ -42,7 +42,10 @@ T = TypeVar("T")
 MAX_WAITING: Final = 20_000  # reports in memory, about 1 KB each
 MAX_BATCH: Final = 500
 WAIT_S: Final = 60.0
-RETRY_S: Final = (0.5, 10.0)  # between two attempts at a registry that cannot answer, at first and at the most
+RETRY_S: Final = (
+    0.5,
+    10.0,
+)  # between two attempts at a registry that cannot answer, at first and at the most
 CLOSE_S: Final = 5.0
 
 log = logging.getLogger(__name__)
@@ -57,7 +60,9 @@ class Collector:
     log, and harms nobody else. `reports` counts them: stored, repeated, refused, dropped.
     """
 
-    def __init__(self, transport: Transport, registry: Registry, max_waiting: int = MAX_WAITING) -> None:
+    def __init__(
+        self, transport: Transport, registry: Registry, max_waiting: int = MAX_WAITING
+    ) -> None:
         self.reports = Counter(stored=0, repeated=0, refused=0, dropped=0)
         self._transport = transport
         self._registry = registry
@@ -77,7 +82,10 @@ class Collector:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         """Stores what has arrived, if it can within `CLOSE_S` seconds."""
         self._transport.off_up(self._inbox.begin_link)
@@ -90,14 +98,18 @@ class Collector:
     def _on_status(self, topic: str, payload: bytes) -> None:
         try:
             (device,) = topics.parse(topic, "d", "+", "status")
-            self._inbox.put_status(ReceivedStatus(device, decode_status(payload, DeviceStatus), time.time()))
+            self._inbox.put_status(
+                ReceivedStatus(device, decode_status(payload, DeviceStatus), time.time())
+            )
         except ProtocolError as error:
             _log_dropped(topic, error)
 
     def _on_worker(self, topic: str, payload: bytes) -> None:
         try:
             (worker,) = topics.parse(topic, "w", "+", "status")
-            self._inbox.put_status(ReceivedStatus(worker, decode_status(payload, WorkerStatus), time.time()))
+            self._inbox.put_status(
+                ReceivedStatus(worker, decode_status(payload, WorkerStatus), time.time())
+            )
         except ProtocolError as error:
             _log_dropped(topic, error)
 
@@ -122,8 +134,14 @@ class Collector:
         while (batch := self._inbox.take(MAX_BATCH, WAIT_S)) is not None:
             try:
                 self._store(batch)
-            except Exception:  # the outermost boundary of a thread; devices send again what was in it
-                log.exception("%d statuses and %d reports were dropped", len(batch.statuses), len(batch.reports))
+            except (
+                Exception
+            ):  # the outermost boundary of a thread; devices send again what was in it
+                log.exception(
+                    "%d statuses and %d reports were dropped",
+                    len(batch.statuses),
+                    len(batch.reports),
+                )
 
     def _store(self, batch: Batch) -> None:
         ready = set(batch.turned_away)
@@ -168,7 +186,8 @@ class Collector:
         raise AssertionError("there is always another pause")
 
     def _acknowledge(self, fates: dict[Key, IngestOutcome]) -> None:
-        stored, refused = defaultdict[str, list[str]](list), defaultdict[str, dict[str, str]](dict)
+        stored = defaultdict[str, list[str]](list)
+        refused = defaultdict[str, dict[str, str]](dict)
         for (device, generation), fate in fates.items():
             if isinstance(fate, RegistryError):
                 self.reports["refused"] += 1

@@ -75,14 +75,17 @@ class CollectorQueue:
                 self._changed.wait(timeout_s)
             if self._closed and not self._has_any():
                 return None
-            batch = Batch(self._is_new_link, [heard for each in self._statuses.values() for heard in each])
+            batch = Batch(
+                self._is_new_link, [heard for each in self._statuses.values() for heard in each]
+            )
             self._is_new_link = False
             self._statuses.clear()
             while self._reports and len(batch.reports) < max_reports:
                 key, report = self._reports.popleft()
                 batch.reports[key] = report
             if not self._reports:
-                batch.turned_away, self._turned_away = self._turned_away, set()
+                batch.turned_away = self._turned_away
+                self._turned_away = set()
             return batch
 
     def close(self) -> None:

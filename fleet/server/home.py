@@ -42,7 +42,7 @@ MOSQUITTO: Final = "mosquitto"
 WORKER: Final = "worker-1"  # the first of those that `fleet up` starts
 
 
-class FleetConfig(Struct, frozen=True, forbid_unknown_fields=True):
+class FleetConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Where the broker listens, which bundle the fleet serves, and what it remembers.
 
     `registry` is the URL of a PostgreSQL database; None is a SQLite file in the folder. The HTTPS service is at
@@ -122,10 +122,13 @@ class FleetHome:
 
     def site(self, bundle: Path | None = None, *, shared_subscriptions: bool = False) -> Any:
         """Where identities find this fleet."""
-        module, config = load("provisioning.fleet_address"), self.config
+        module = load("provisioning.fleet_address")
+        config = self.config
         host = config.service_host or config.host
         server = module.base_url(host, config.service_port) if config.service_port else None
-        return module.Site(config.host, config.port, server, bundle or Path(config.bundle), shared_subscriptions)
+        return module.Site(
+            config.host, config.port, server, bundle or Path(config.bundle), shared_subscriptions
+        )
 
     def enroll(
         self,
@@ -138,10 +141,14 @@ class FleetHome:
         bundle: Path | None = None,
     ) -> Identity:
         """Enrols `name` and writes its identity folder to `out`; raises IdentityError when the name is taken."""
-        (identity,) = self.enroll_all({out: Enrolment(name, role, group, targets=allow)}, self.site(bundle))
+        (identity,) = self.enroll_all(
+            {out: Enrolment(name=name, role=role, group=group, targets=allow)}, self.site(bundle)
+        )
         return identity
 
-    def enroll_all(self, enrolments: Mapping[Path, Enrolment], site: Any, *, force: bool = False) -> Sequence[Identity]:
+    def enroll_all(
+        self, enrolments: Mapping[Path, Enrolment], site: Any, *, force: bool = False
+    ) -> Sequence[Identity]:
         """Enrols all or none, and writes a folder for each; raises FleetError when one of them cannot be."""
         with self.registry() as registry:
             identities: Sequence[Identity] = load("provisioning.offline_enrolment").enroll_all(
@@ -164,7 +171,8 @@ class FleetHome:
         from fleet.bundles.store import keep_bundle
 
         kept = keep_bundle(source, self.bundles, self.authority().sign_bundle)
-        manifest, num_bytes = kept.manifest, sum(entry.num_bytes for entry in kept.manifest.files)
+        manifest = kept.manifest
+        num_bytes = sum(entry.num_bytes for entry in kept.manifest.files)
         with self.registry() as registry:
             registry.add_bundle(manifest.bundle_id, manifest.model.name, num_bytes)
         return manifest.bundle_id
@@ -192,14 +200,16 @@ class FleetHome:
             return str(authority.crl(registry.revoked_certificates()).decode())
 
         office = load("provisioning.enrolment_service").EnrolmentService(
-            registry,
-            authority,
-            self.site(),
-            self.bundle_folder,
-            lambda: crl_of_minute(int(time.time() // 60)),
+            registry=registry,
+            authority=authority,
+            site=self.site(),
+            find_bundle=self.bundle_folder,
+            crl=lambda: crl_of_minute(int(time.time() // 60)),
             bundle_id=bundle_id_of(Path(self.config.bundle)),
         )
-        return load("provisioning.service").EnrolmentServer(listen, self.config.service_port, tls, office)
+        return load("provisioning.service").EnrolmentServer(
+            listen, self.config.service_port, tls, office
+        )
 
     def identity(self, name: str, role: Role) -> Identity:
         """One of the fleet's own identities, enrolled at its first use and pointed at the broker's address."""
@@ -262,7 +272,10 @@ def create_fleet(folder: Path, config: FleetConfig) -> FleetHome:
     state = FleetHome.create(folder, config)
     if is_new and not os.environ.get(PASSPHRASE):
         key = folder / "ca" / "ca-key.pem"
-        print(f"fleet: {key} is not encrypted (mode 0600); set {PASSPHRASE} before the first start", file=sys.stderr)
+        print(
+            f"fleet: {key} is not encrypted (mode 0600); set {PASSPHRASE} before the first start",
+            file=sys.stderr,
+        )
     return state
 
 
@@ -274,7 +287,9 @@ def bundle_id_of(folder: Path) -> str | None:
         return None
 
 
-def keeping(folder: Path, config: FleetConfig, registry: str | None, retention_days: int | None) -> FleetConfig:
+def keeping(
+    folder: Path, config: FleetConfig, registry: str | None, retention_days: int | None
+) -> FleetConfig:
     """`config` with a registry and retention: those given, else those that the fleet in `folder` already has.
 
     Raises:

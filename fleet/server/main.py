@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fleet.transport.mqtt import MqttTransport
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServerOptions:
     """Broker and service listen on the address `listen`, the fleet's own when it is None.
 
@@ -45,22 +45,42 @@ def run_server(state: FleetHome, options: ServerOptions) -> None:
     listen = options.listen or state.config.host
     with ExitStack() as stack:
         endpoint = (
-            stack.enter_context(load("fleet.monitoring.http_endpoint").HttpEndpoint(*options.metrics))
+            stack.enter_context(
+                load("fleet.monitoring.http_endpoint").HttpEndpoint(*options.metrics)
+            )
             if options.metrics
             else None
         )
         registry = stack.enter_context(state.registry())
-        stack.enter_context(load("fleet.server.retention").Retention(registry, state.config.retention_days))
-        host, port, tls = state.config.host, state.config.port, state.server_tls()
-        broker = stack.enter_context(broker_class(listen, port, tls, registry.admitted)) if options.has_broker else None
+        stack.enter_context(
+            load("fleet.server.retention").Retention(registry, state.config.retention_days)
+        )
+        host = state.config.host
+        port = state.config.port
+        tls = state.server_tls()
+        broker = (
+            stack.enter_context(broker_class(listen, port, tls, registry.admitted))
+            if options.has_broker
+            else None
+        )
         link = stack.enter_context(transport.connect(state.identity(COLLECTOR, Role.SERVER)))
         collecting = stack.enter_context(collector(link, registry))
-        service = stack.enter_context(state.service(registry, listen, tls)) if state.config.service_port else None
+        service = (
+            stack.enter_context(state.service(registry, listen, tls))
+            if state.config.service_port
+            else None
+        )
         shown = [each for each in (broker, service) if each]
         stack.enter_context(_follow_ups(state, registry, link, options, shown))
         if endpoint:
-            endpoint.show(load("fleet.server.metrics").FleetMonitor(registry, collecting, link, broker))
-        opening = f"broker listens on {listen}:{port} (TLS)" if broker else f"collector at the broker on {host}:{port}"
+            endpoint.show(
+                load("fleet.server.metrics").FleetMonitor(registry, collecting, link, broker)
+            )
+        opening = (
+            f"broker listens on {listen}:{port} (TLS)"
+            if broker
+            else f"collector at the broker on {host}:{port}"
+        )
         where = f", service on {service.url}" if service else ""
         where += f", metrics on {endpoint.url}" if endpoint else ""
         print(f"{opening}, registry {state.folder}{where}", flush=True)
@@ -68,17 +88,24 @@ def run_server(state: FleetHome, options: ServerOptions) -> None:
 
 
 def _follow_ups(
-    state: FleetHome, registry: Registry, link: MqttTransport, options: ServerOptions, shown: Sequence[Any]
+    state: FleetHome,
+    registry: Registry,
+    link: MqttTransport,
+    options: ServerOptions,
+    shown: Sequence[Any],
 ) -> ChangeWatcher:
     """What is done after each change of the registry, and again whenever the broker may have forgotten it.
 
     `shown` are those that show the server's certificate.
     """
     watcher: ChangeWatcher = load("fleet.server.change_watcher").ChangeWatcher(registry)
-    folders, reloads = [state.folder / "broker"], [each.reload_certificate for each in shown]
+    folders = [state.folder / "broker"]
+    reloads = [each.reload_certificate for each in shown]
     if options.mosquitto:  # first of all: who was revoked is to be out
         reload = mosquitto_reload(options.mosquitto, options.reload)
-        watcher.add(mosquitto_keeper(state, registry, options.mosquitto, reload).sync, periodic=True)
+        watcher.add(
+            mosquitto_keeper(state, registry, options.mosquitto, reload).sync, periodic=True
+        )
         folders.append(options.mosquitto)
         reloads.append(reload)
     configs = load("fleet.server.config_publisher").ConfigPublisher(link, registry)

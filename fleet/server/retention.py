@@ -56,7 +56,10 @@ class Retention:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._stop.set()
         self._thread.join(CLOSE_S)
@@ -65,7 +68,9 @@ class Retention:
         while not self._stop.is_set():
             num_forgotten = 0
             try:
-                num_forgotten = self._registry.forget_before(time.time() - self._days * DAY_S, BATCH)
+                num_forgotten = self._registry.forget_before(
+                    time.time() - self._days * DAY_S, BATCH
+                )
             except RegistryError as error:
                 log.warning("nothing was forgotten this time: %s", error)
             except Exception:  # the outermost boundary of a thread

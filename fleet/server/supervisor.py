@@ -70,7 +70,9 @@ def fleet_processes(
         for i in range(num_workers + 1)
     ]
     # Workers share the machine's cores; one alone takes as many as it thinks best.
-    threads = [] if num_workers == 1 else ["--threads", str(max(1, (os.cpu_count() or 1) // num_workers))]
+    threads = (
+        [] if num_workers == 1 else ["--threads", str(max(1, (os.cpu_count() or 1) // num_workers))]
+    )
     options = ["--bundle", state.config.bundle, "--drain-timeout", str(DRAIN_TIMEOUT_S), *threads]
     names = [worker_name(number) for number in range(1, num_workers + 1)]
     folders = {name: worker_folder(state, name, shares=broker == MOSQUITTO) for name in names}
@@ -86,13 +88,18 @@ def fleet_processes(
 
 
 @contextmanager
-def server_processes(state: FleetHome, options: Sequence[str] = (), broker: str = EMBEDDED) -> Iterator[list[Child]]:
+def server_processes(
+    state: FleetHome, options: Sequence[str] = (), broker: str = EMBEDDED
+) -> Iterator[list[Child]]:
     """Broker and registry as child processes, ready when the block begins; `options` are the server's."""
     with ExitStack() as stack:
-        servers, following = [], []
+        servers = []
+        following = []
         if broker == MOSQUITTO:
             following = ["--no-broker", "--mosquitto", str(state.folder / MOSQUITTO)]
-            servers.append(stack.enter_context(running(start_mosquitto(state, state.folder / MOSQUITTO))))
+            servers.append(
+                stack.enter_context(running(start_mosquitto(state, state.folder / MOSQUITTO)))
+            )
         title = "the server" if following else "the broker"
         command = ("fleet.cli", "server", "--home", str(state.folder), *options, *following)
         servers.append(stack.enter_context(child(title, *command)))
@@ -104,11 +111,15 @@ def worker_folder(state: FleetHome, name: str, *, shares: bool) -> Path:
     """The identity folder of one of our workers; of several that share `open`, the broker tells one alone."""
     identity = state.identity(name, Role.WORKER)
     if identity.config.shared_subscriptions is not shares:
-        Identity(identity.folder, msgspec.structs.replace(identity.config, shared_subscriptions=shares)).save()
+        Identity(
+            identity.folder, msgspec.structs.replace(identity.config, shared_subscriptions=shares)
+        ).save()
     return identity.folder
 
 
-def watch(servers: list[Child], workers: list[Child], stop: threading.Event, tend: Callable[[], None]) -> None:
+def watch(
+    servers: list[Child], workers: list[Child], stop: threading.Event, tend: Callable[[], None]
+) -> None:
     """Waits until `stop` is set, says which worker has ended meanwhile, and calls `tend` now and then.
 
     Raises:
@@ -117,12 +128,18 @@ def watch(servers: list[Child], workers: list[Child], stop: threading.Event, ten
     serving = list(workers)
     while not stop.wait(WATCH_S):
         tend()
-        for ended in [process for process in (*servers, *serving) if process.process.poll() is not None]:
+        for ended in [
+            process for process in (*servers, *serving) if process.process.poll() is not None
+        ]:
             line = f"{ended.title} ended with exit status {ended.process.returncode}"
             if ended in servers or len(serving) == 1:
                 raise FleetError(f"{line}; see above")
             serving.remove(ended)
-            print(f"fleet: {line}; {len(serving)} of {len(workers)} workers go on", file=sys.stderr, flush=True)
+            print(
+                f"fleet: {line}; {len(serving)} of {len(workers)} workers go on",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def worker_name(number: int) -> str:

@@ -48,10 +48,13 @@ def plan_scaling(
 ) -> ScalingPlan:
     """What to do when bundles are `wanted`, others' workers serve some, and ours were wanted last at those times."""
     start = sorted(set(wanted) - set(served) - last_wanted.keys())
-    return ScalingPlan(start, [each for each, at in last_wanted.items() if each not in wanted and now - at >= LEAVE_S])
+    return ScalingPlan(
+        start,
+        [each for each, at in last_wanted.items() if each not in wanted and now - at >= LEAVE_S],
+    )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class WorkerPool:
     """Looks every other second at what is wanted; a context manager, at whose end all its workers stop.
 
@@ -72,7 +75,10 @@ class WorkerPool:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         everyone = [*self._hired.values(), *self._leaving]
         for each in everyone:  # all drain at the same time
@@ -102,7 +108,12 @@ class WorkerPool:
         ours = {each.name for each in (*self._hired.values(), *self._leaving)}
         workers = self._registry.serving_workers()
         served = [bundle_id for bundle_id, names in workers.items() if set(names) - ours]
-        todo = plan_scaling(wanted, served, {bundle_id: each.wanted_at for bundle_id, each in self._hired.items()}, now)
+        todo = plan_scaling(
+            wanted,
+            served,
+            {bundle_id: each.wanted_at for bundle_id, each in self._hired.items()},
+            now,
+        )
         for bundle_id in todo.stop:
             self._stop(bundle_id)
         for bundle_id in todo.start:
@@ -115,9 +126,18 @@ class WorkerPool:
         threads = str(max(1, (os.cpu_count() or 1) // (self.num_workers + 1)))
         process = Child(
             f"worker {name}",
-            ("cloud_broker_worker", "run", str(folder), "--bundle", str(self.state.bundles / bundle_id),
-             "--drain-timeout", str(DRAIN_TIMEOUT_S), "--threads", threads),
-        )  # fmt: skip
+            (
+                "cloud_broker_worker",
+                "run",
+                str(folder),
+                "--bundle",
+                str(self.state.bundles / bundle_id),
+                "--drain-timeout",
+                str(DRAIN_TIMEOUT_S),
+                "--threads",
+                threads,
+            ),
+        )
         self._hired[bundle_id] = ManagedWorker(name, process, now, now)
         _say(f"worker {name} starts for bundle {bundle_id} (process {process.process.pid})")
 

@@ -13,7 +13,9 @@ from fleet.protocol.topics import matches
 
 Handler = Callable[[str, bytes], None]
 MAX_QUEUED: Final = 1000  # QoS 1 messages kept for a link that is down
-MAX_RETAINED: Final = 100  # so many retained ones beside them: what one is must not get lost behind what one said
+MAX_RETAINED: Final = (
+    100  # so many retained ones beside them: what one is must not get lost behind what one said
+)
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,9 @@ class Transport(Protocol):
         """Returns when what was published has gone to the network, or after `timeout_s` seconds."""
         ...
 
-    def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 0, retained: bool = False) -> None:
+    def subscribe(
+        self, topic_filter: str, handler: Handler, *, qos: int = 0, retained: bool = False
+    ) -> None:
         """Calls ``handler(topic, payload)`` for what arrives under the filter, from now on and after reconnects.
 
         `retained` says that something is retained there as a rule. A broker that does not know our rights yet sends
@@ -81,7 +85,10 @@ class Transport(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None: ...
 
 
@@ -92,7 +99,9 @@ def dispatch(handlers: Iterable[tuple[str, Handler]], topic: str, payload: bytes
             guarded(lambda handler=handler: handler(topic, payload), f"handler of {topic_filter}")  # type: ignore[misc]
 
 
-def publish_or_log(transport: Transport, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> None:
+def publish_or_log(
+    transport: Transport, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False
+) -> None:
     """Publishes; a message that cannot be sent costs a line in the log."""
     try:
         transport.publish(topic, payload, qos=qos, retain=retain)

@@ -10,7 +10,15 @@ from typing import Self
 
 from fleet.errors import LinkError
 from fleet.protocol.topics import matches
-from fleet.transport.base import MAX_QUEUED, MAX_RETAINED, Handler, Transport, Will, dispatch, guarded
+from fleet.transport.base import (
+    MAX_QUEUED,
+    MAX_RETAINED,
+    Handler,
+    Transport,
+    Will,
+    dispatch,
+    guarded,
+)
 
 
 class InMemoryBroker:
@@ -61,7 +69,9 @@ class InMemoryTransport(Transport):
         self._handlers: dict[str, Handler] = {}
         self._callbacks: list[Callable[[], None]] = []
         self._waiting: list[tuple[str, bytes, bool]] = []
-        self._link = 0  # the number of the present link; what an earlier one left behind is not delivered
+        self._link = (
+            0  # the number of the present link; what an earlier one left behind is not delivered
+        )
         self._is_up = False
         self._closed = False
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -79,8 +89,12 @@ class InMemoryTransport(Transport):
                 raise LinkError(f"{self.name} is closed; connect again")
             if not self._is_up and qos == 0:
                 raise LinkError(f"{self.name} has no link to the broker; send again when it is up")
-            if not self._is_up and len(self._waiting) >= MAX_QUEUED + (MAX_RETAINED if retain else 0):
-                raise LinkError(f"{MAX_QUEUED} messages of {self.name} wait for the broker already; try later")
+            if not self._is_up and len(self._waiting) >= MAX_QUEUED + (
+                MAX_RETAINED if retain else 0
+            ):
+                raise LinkError(
+                    f"{MAX_QUEUED} messages of {self.name} wait for the broker already; try later"
+                )
             if not self._is_up:
                 self._waiting.append((topic, payload, retain))
                 return
@@ -128,7 +142,8 @@ class InMemoryTransport(Transport):
                 return
             self._is_up = True
             self._link += 1
-            callbacks, filters = list(self._callbacks), list(self._handlers)
+            callbacks = list(self._callbacks)
+            filters = list(self._handlers)
         for callback in callbacks:
             self._jobs.put(lambda callback=callback: guarded(callback, "on_up callback"))  # type: ignore[misc]
         self._broker._attach(self)
@@ -147,7 +162,10 @@ class InMemoryTransport(Transport):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -161,14 +179,17 @@ class InMemoryTransport(Transport):
         with self._lock:
             if not self._is_up:
                 return
-            waiting, self._waiting = self._waiting, []
+            waiting = self._waiting
+            self._waiting = []
         for topic, payload, retain in waiting:
             self._broker._publish(topic, payload, retain=retain)
 
     def _offer(self, topic: str, payload: bytes) -> None:
         """Called by the broker under its lock, so that the order is the same for every subscriber."""
         link = self._link
-        if self._is_up and any(matches(topic_filter, topic) for topic_filter in list(self._handlers)):
+        if self._is_up and any(
+            matches(topic_filter, topic) for topic_filter in list(self._handlers)
+        ):
             self._jobs.put(lambda: self._deliver(link, topic, payload))
 
     def _deliver(self, link: int, topic: str, payload: bytes) -> None:

@@ -20,7 +20,15 @@ from paho.mqtt.reasoncodes import ReasonCode
 from fleet.errors import IdentityError, LinkError
 from fleet.identity.identity import Identity
 from fleet.protocol.topics import matches
-from fleet.transport.base import MAX_QUEUED, MAX_RETAINED, Handler, Transport, Will, dispatch, guarded
+from fleet.transport.base import (
+    MAX_QUEUED,
+    MAX_RETAINED,
+    Handler,
+    Transport,
+    Will,
+    dispatch,
+    guarded,
+)
 
 KEEP_ALIVE_S: Final = 15
 MAX_IN_FLIGHT: Final = 100  # QoS 1 messages sent and not yet acknowledged
@@ -28,7 +36,10 @@ RECONNECT_S: Final = (1, 30)
 CONNECT_S: Final = 5.0
 SUBSCRIBE_S: Final = 5.0
 CLOSE_S: Final = 3.0
-ASK_AGAIN_S: Final = (1.0, 60.0)  # for a subscription that was refused, or brought nothing: rights may come later
+ASK_AGAIN_S: Final = (
+    1.0,
+    60.0,
+)  # for a subscription that was refused, or brought nothing: rights may come later
 NOT_AUTHORIZED: Final = "Not authorized"
 NOT_YET_VALID: Final = 9  # X509_V_ERR_CERT_NOT_YET_VALID of OpenSSL
 
@@ -59,7 +70,9 @@ class MqttTransport(Transport):
         self._newest: paho.MQTTMessageInfo | None = None  # with QoS 0
         self._last: paho.MQTTMessageInfo | None = None  # with QoS 1
         self._closed = threading.Event()
-        client = paho.Client(CallbackAPIVersion.VERSION2, self.name, clean_session=True, protocol=paho.MQTTv311)
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2, self.name, clean_session=True, protocol=paho.MQTTv311
+        )
         client.username_pw_set(self.name)
         self._context = identity.ssl_context()
         self._context.sslsocket_class = _TlsSocket
@@ -80,7 +93,12 @@ class MqttTransport(Transport):
 
     @classmethod
     def connect(
-        cls, identity: Identity, *, will: Will | None = None, timeout_s: float = 10.0, wait: bool = True
+        cls,
+        identity: Identity,
+        *,
+        will: Will | None = None,
+        timeout_s: float = 10.0,
+        wait: bool = True,
     ) -> MqttTransport:
         """Connects to the identity's broker; with ``wait=False`` returns at once and keeps trying.
 
@@ -97,7 +115,9 @@ class MqttTransport(Transport):
             transport._answered.wait(timeout_s)
             if not transport.is_up:
                 transport.close()
-                raise LinkError(f"no connection to the broker at {transport._where}: {transport._trouble}")
+                raise LinkError(
+                    f"no connection to the broker at {transport._where}: {transport._trouble}"
+                )
         return transport
 
     @property
@@ -108,34 +128,48 @@ class MqttTransport(Transport):
         if self._closed.is_set():
             raise LinkError(f"{self.name} is closed; connect again")
         if qos == 0 and not self.is_up:
-            raise LinkError(f"{self.name} has no link to the broker at {self._where}; send again when it is up")
+            raise LinkError(
+                f"{self.name} has no link to the broker at {self._where}; send again when it is up"
+            )
         if qos and not retain and len(self._client._out_messages) >= MAX_QUEUED:
             raise self._full()
         try:
             info = self._client.publish(topic, payload, qos=qos, retain=retain)
-        except OSError:  # a renewal replaces the sockets that wake paho's thread; it keeps QoS 1 all the same
+        except (
+            OSError
+        ):  # a renewal replaces the sockets that wake paho's thread; it keeps QoS 1 all the same
             if qos:
                 return
-            raise LinkError(f"{self.name} connects anew to the broker at {self._where}; send again") from None
+            raise LinkError(
+                f"{self.name} connects anew to the broker at {self._where}; send again"
+            ) from None
         if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
             raise self._full()
         if qos == 0 and info.rc == MQTTErrorCode.MQTT_ERR_NO_CONN:
-            raise LinkError(f"{self.name} lost its link to the broker at {self._where}; send again when it is up")
+            raise LinkError(
+                f"{self.name} lost its link to the broker at {self._where}; send again when it is up"
+            )
         if qos == 0:
             self._newest = info
         else:
-            info.rc = MQTTErrorCode.MQTT_ERR_SUCCESS  # paho keeps it, and would not let us wait for it otherwise
+            info.rc = (
+                MQTTErrorCode.MQTT_ERR_SUCCESS
+            )  # paho keeps it, and would not let us wait for it otherwise
             self._last = info
 
     def _full(self) -> LinkError:
-        return LinkError(f"{MAX_QUEUED} messages of {self.name} wait for the broker already; try later")
+        return LinkError(
+            f"{MAX_QUEUED} messages of {self.name} wait for the broker already; try later"
+        )
 
     def flush(self, timeout_s: float) -> None:
         if self._newest and threading.get_ident() != self._network_thread:
             with suppress(RuntimeError):  # the link has gone
                 self._newest.wait_for_publish(timeout_s)
 
-    def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 0, retained: bool = False) -> None:
+    def subscribe(
+        self, topic_filter: str, handler: Handler, *, qos: int = 0, retained: bool = False
+    ) -> None:
         with self._lock:
             self._subscriptions[topic_filter] = (handler, qos)
             if retained:
@@ -175,14 +209,18 @@ class MqttTransport(Transport):
         Raises:
             IdentityError: the new files do not load; the connection stays as it is.
         """
-        self._identity.load_certificate(self._context)  # paho takes no second context, but this one may change
+        self._identity.load_certificate(
+            self._context
+        )  # paho takes no second context, but this one may change
         if not self.is_up:
             return
         if not self._end_connection(2 * KEEP_ALIVE_S) or self._closed.is_set():
             return
         config = self._identity.config
         self._client.connect_async(config.host, config.port, keepalive=KEEP_ALIVE_S)
-        self._client._reset_sockets(sockpair_only=True)  # the loop makes new ones, and would leave these open
+        self._client._reset_sockets(
+            sockpair_only=True
+        )  # the loop makes new ones, and would leave these open
         self._client.loop_start()
 
     def close(self) -> None:
@@ -201,7 +239,9 @@ class MqttTransport(Transport):
         """Says goodbye to the broker; whether paho's thread has ended, too, within `timeout_s`."""
         self._client.disconnect()
         # A network that hangs must not hold up whoever closes: paho's own join has no limit.
-        stopper = threading.Thread(target=self._client.loop_stop, name=f"close-{self.name}", daemon=True)
+        stopper = threading.Thread(
+            target=self._client.loop_stop, name=f"close-{self.name}", daemon=True
+        )
         stopper.start()
         if threading.get_ident() != self._network_thread:
             stopper.join(timeout_s)
@@ -211,7 +251,10 @@ class MqttTransport(Transport):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -243,7 +286,12 @@ class MqttTransport(Transport):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def _on_connect(
-        self, _client: object, _data: object, _flags: object, reason: ReasonCode, _properties: Properties | None
+        self,
+        _client: object,
+        _data: object,
+        _flags: object,
+        reason: ReasonCode,
+        _properties: Properties | None,
     ) -> None:
         self._network_thread = threading.get_ident()
         self._heard = True
@@ -267,7 +315,9 @@ class MqttTransport(Transport):
     def _begin(self) -> None:
         """What a connection begins with."""
         with self._lock:
-            filters = [(topic_filter, qos) for topic_filter, (_, qos) in self._subscriptions.items()]
+            filters = [
+                (topic_filter, qos) for topic_filter, (_, qos) in self._subscriptions.items()
+            ]
         for topic_filter, qos in filters:
             self._request(topic_filter, qos)
         for callback in list(self._callbacks):
@@ -277,14 +327,25 @@ class MqttTransport(Transport):
         self._fail(_explain(sys.exc_info()[1]))
 
     def _on_disconnect(
-        self, _client: object, _data: object, _flags: object, reason: ReasonCode, _properties: Properties | None
+        self,
+        _client: object,
+        _data: object,
+        _flags: object,
+        reason: ReasonCode,
+        _properties: Properties | None,
     ) -> None:
-        was_up, heard = self.is_up, self._heard
+        was_up = self.is_up
+        heard = self._heard
         self._up.clear()
         if self._closed.is_set():
             return
         if was_up:
-            logger.info("%s lost its link to the broker at %s (%s); connecting again", self.name, self._where, reason)
+            logger.info(
+                "%s lost its link to the broker at %s (%s); connecting again",
+                self.name,
+                self._where,
+                reason,
+            )
         elif not heard:
             self._fail(
                 "it closed the connection before it answered, as it does when our certificate is not of its fleet, "
@@ -293,12 +354,19 @@ class MqttTransport(Transport):
 
     def _fail(self, trouble: str) -> None:
         if not self._answered.is_set() or trouble != self._trouble:
-            logger.info("no connection of %s to the broker at %s: %s", self.name, self._where, trouble)
+            logger.info(
+                "no connection of %s to the broker at %s: %s", self.name, self._where, trouble
+            )
         self._trouble = trouble
         self._answered.set()
 
     def _on_subscribe(
-        self, _client: object, _data: object, mid: int, reasons: list[ReasonCode], _properties: Properties | None
+        self,
+        _client: object,
+        _data: object,
+        mid: int,
+        reasons: list[ReasonCode],
+        _properties: Properties | None,
     ) -> None:
         with self._lock:
             topic_filter, granted = self._granted.pop(mid, ("", threading.Event()))
@@ -318,7 +386,9 @@ class MqttTransport(Transport):
             if not self._closed.is_set() and self._asking_again is None:
                 timer = threading.Timer(self._ask_again_s, self._ask_again)
                 timer.daemon = True
-                with suppress(RuntimeError):  # no thread to be had, on paho's own, which must go on: later, then
+                with suppress(
+                    RuntimeError
+                ):  # no thread to be had, on paho's own, which must go on: later, then
                     timer.start()
                     self._asking_again = timer
 
@@ -342,10 +412,15 @@ class MqttTransport(Transport):
         except UnicodeDecodeError:
             return
         with self._lock:
-            handlers = [(topic_filter, handler) for topic_filter, (handler, _) in self._subscriptions.items()]
+            handlers = [
+                (topic_filter, handler)
+                for topic_filter, (handler, _) in self._subscriptions.items()
+            ]
             heard = {each for each in self._silent if matches(each, topic)}
             self._silent -= heard
-            rights_have_come = bool(heard) and self._ask_again_s > ASK_AGAIN_S[0]  # only after it was asked again
+            rights_have_come = (
+                bool(heard) and self._ask_again_s > ASK_AGAIN_S[0]
+            )  # only after it was asked again
             if rights_have_come:
                 self._ask_again_s = ASK_AGAIN_S[0]
         if rights_have_come:
@@ -381,9 +456,7 @@ def _explain(error: BaseException | None) -> str:
         case ssl.SSLCertVerificationError():
             return f"its certificate is not what we trust ({error.verify_message}); enroll again to get its CA"
         case ssl.SSLError():
-            return (
-                f"TLS failed ({error.reason or error}); check that the port is the broker's TLS port, or enroll again"
-            )
+            return f"TLS failed ({error.reason or error}); check that the port is the broker's TLS port, or enroll again"
         case ConnectionRefusedError():
             return "nothing listens there; start it with 'fleet up', or correct host and port in identity.json"
         case TimeoutError():

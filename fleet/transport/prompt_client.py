@@ -32,7 +32,9 @@ class PromptClient:
         transport.subscribe(topics.reply("+", transport.name, "+"), self._on_reply, qos=1)
         transport.on_up(self._link_up)
 
-    def ask(self, device: str, prompt: PromptRequest, timeout_s: float = REPLY_TIMEOUT_S) -> Iterator[Reply]:
+    def ask(
+        self, device: str, prompt: PromptRequest, timeout_s: float = REPLY_TIMEOUT_S
+    ) -> Iterator[Reply]:
         """The replies of one request, in order, each once; the last one has `done`. An abandoned stream is cancelled.
 
         What the broker lost is asked for again: the device repeats the replies of a request that it knows.
@@ -42,8 +44,11 @@ class PromptClient:
             PromptError: the device refused the request.
         """
         request = uuid.uuid4().hex
-        topic, payload = topics.prompt(device, self._transport.name, request), msgspec.json.encode(prompt)
-        stream = self._streams[request] = _Stream(lambda: self._transport.publish(topic, payload, qos=1))
+        topic = topics.prompt(device, self._transport.name, request)
+        payload = msgspec.json.encode(prompt)
+        stream = self._streams[request] = _Stream(
+            lambda: self._transport.publish(topic, payload, qos=1)
+        )
         done = False
         try:
             stream.ask()
@@ -55,7 +60,9 @@ class PromptClient:
                     )
                 done = reply.done
                 if reply.error:
-                    raise PromptError(f"device {device} refused ({reply.error.code}): {reply.error.message}")
+                    raise PromptError(
+                        f"device {device} refused ({reply.error.code}): {reply.error.message}"
+                    )
                 yield reply
         finally:
             del self._streams[request]
@@ -64,7 +71,9 @@ class PromptClient:
 
     def _cancel(self, device: str, request: str) -> None:
         try:
-            self._transport.publish(topics.cancel(device, self._transport.name, request), b"", qos=1)
+            self._transport.publish(
+                topics.cancel(device, self._transport.name, request), b"", qos=1
+            )
         except LinkError as error:
             log.warning("request %s was not cancelled: %s", request, error)
 

@@ -25,7 +25,9 @@ log = logging.getLogger(__name__)
 class TlsServer(ABC):
     """A context manager; `port` 0 takes a free one, which `port` then says. Errors and the thread have its `name`."""
 
-    def __init__(self, name: str, host: str, port: int, tls: ServerTls, other: str = "choose another port") -> None:
+    def __init__(
+        self, name: str, host: str, port: int, tls: ServerTls, other: str = "choose another port"
+    ) -> None:
         """`other` says how to take another port, behind an "or"."""
         self.host = host
         self.port = port
@@ -40,13 +42,18 @@ class TlsServer(ABC):
         self._context = self._ssl_context()
         listener = self._listen()
         self.port = listener.getsockname()[1]
-        self._thread = threading.Thread(target=self._run, args=(listener,), name=self._name, daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(listener,), name=self._name, daemon=True
+        )
         self._thread.start()
         self._loop = self._started.result(START_S)
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)

@@ -59,4 +59,6 @@ def check_writable(**paths: Path | None) -> None:
 def check_free(out: Path) -> None:
     """Raises ConfigError unless `out` is free or an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not an empty folder; remove it or choose another --out")
+        raise ConfigError(
+            f"{out} exists and is not an empty folder; remove it or choose another --out"
+        )

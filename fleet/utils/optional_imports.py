@@ -35,7 +35,9 @@ def load(module: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in OWN:
             raise
-        extra = next((extra for prefix, extra in EXTRAS.items() if module.startswith(prefix)), "server")
+        extra = next(
+            (extra for prefix, extra in EXTRAS.items() if module.startswith(prefix)), "server"
+        )
         raise missing(error.name or module, extra) from None
 
 

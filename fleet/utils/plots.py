@@ -17,7 +17,9 @@ COLOURS: Final = ("#0b6e4f", "#c1440e", "#3a5a98", "#8a2be2", "#7a6c00", "#44444
 def check_plot(path: Path) -> None:
     """Raises ConfigError when it is no name of a picture in a folder that exists: before the work, not after it."""
     if path.suffix not in SUFFIXES or path.is_dir() or not path.absolute().parent.is_dir():
-        raise ConfigError(f"--plot {path}: expected a file named *.png or *.svg in a folder that exists")
+        raise ConfigError(
+            f"--plot {path}: expected a file named *.png or *.svg in a folder that exists"
+        )
 
 
 def save(figure: Figure, path: Path) -> Path:

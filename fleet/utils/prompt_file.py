@@ -46,4 +46,6 @@ def prompt_of(row: dict[str, Any]) -> str:
         return str(row["prompt"]).strip()
     if "turns" in row:
         return str(row["turns"][0]).strip()
-    return "\n".join(filter(None, (str(row["instruction"]).strip(), str(row.get("input", "")).strip())))
+    return "\n".join(
+        filter(None, (str(row["instruction"]).strip(), str(row.get("input", "")).strip()))
+    )

@@ -21,6 +21,9 @@ class RateLimitedLog:
         if now < self._next_at:
             self._num_left_out += 1
             return
-        note = f" ({self._num_left_out} more such lines were left out)" if self._num_left_out else ""
+        note = (
+            f" ({self._num_left_out} more such lines were left out)" if self._num_left_out else ""
+        )
         self._log.warning(message + note, *values)
-        self._next_at, self._num_left_out = now + self._interval_s, 0
+        self._next_at = now + self._interval_s
+        self._num_left_out = 0

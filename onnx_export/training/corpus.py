@@ -24,11 +24,15 @@ from onnx_export.checkpoint import load_pretrained
 from onnx_export.training.generation import TENSORS, TOP_K, Answers, answer
 from onnx_export.training.prompts import ChatFormat, check_yield, draw_prompts, without_repeats
 
-TEMPERATURES: Final = (0.0, 0.0, 0.7)  # shards take turns: mostly what devices will say, some variety
+TEMPERATURES: Final = (
+    0.0,
+    0.0,
+    0.7,
+)  # shards take turns: mostly what devices will say, some variety
 FORMAT: Final = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
     """What the text is made of; the same values give the same shards on the same machine.
 
@@ -44,7 +48,7 @@ class CorpusConfig:
     batch: int = 192
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """One shard to make: prompts to answer, or, without any, prompts to draw."""
 
@@ -78,10 +82,13 @@ class Maker:
         """Writes the shard of `task`, whole or not at all."""
         generator = torch.Generator().manual_seed(task.seed)
         if not task.prompts:
-            drawn = draw_prompts(self.model, self.tokenizer, self.chat, 2 * self.config.batch, generator)
+            drawn = draw_prompts(
+                self.model, self.tokenizer, self.chat, 2 * self.config.batch, generator
+            )
             write_whole(task.path, lambda path: path.write_bytes(msgspec.json.encode(drawn)))
             return
-        before, after = list(self.chat.before), list(self.chat.after)
+        before = list(self.chat.before)
+        after = list(self.chat.after)
         words = self.tokenizer(list(task.prompts), add_special_tokens=False)["input_ids"]
         answers = answer(
             self.model,
@@ -102,16 +109,24 @@ class Corpus:
     there are some; so a shard is the same however much is asked for.
     """
 
-    def __init__(self, folder: Path, config: CorpusConfig, given: Sequence[str], fingerprint: str) -> None:
+    def __init__(
+        self, folder: Path, config: CorpusConfig, given: Sequence[str], fingerprint: str
+    ) -> None:
         """The shards are in a subfolder of `folder`; `given`: prompts from files; `fingerprint`: the model's."""
         self.config = config
-        made_of = asdict(config) | {"given": list(given), "fingerprint": fingerprint, "format": FORMAT}
+        made_of = asdict(config) | {
+            "given": list(given),
+            "fingerprint": fingerprint,
+            "format": FORMAT,
+        }
         del made_of["source"], made_of["layers"]
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = folder / key
         self.folder.mkdir(parents=True, exist_ok=True)
         short = self._short(without_repeats(given))
-        self._given = [tuple(short[i : i + config.batch]) for i in range(0, len(short), config.batch)]
+        self._given = [
+            tuple(short[i : i + config.batch]) for i in range(0, len(short), config.batch)
+        ]
         self._own: list[tuple[str, ...]] = []
         self._num_drawn = 0
 
@@ -121,7 +136,9 @@ class Corpus:
             return []
         tokenizer = load_pretrained(AutoTokenizer, self.config.source, self.config.source)
         ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.config.seed)).tolist()
+        order = torch.randperm(
+            len(prompts), generator=torch.Generator().manual_seed(self.config.seed)
+        ).tolist()
         return [prompts[i] for i in order if len(ids[i]) <= self.config.max_prompt_tokens]
 
     def fill(self, num_tokens: int, makers: Makers, progress: Callable[[int], None]) -> list[Path]:
@@ -133,7 +150,9 @@ class Corpus:
         total = 0
         while total < num_tokens:
             numbers = range(len(paths), len(paths) + makers.processes)
-            while len(self._own) < sum(not self._is_given(number) for number in range(numbers.stop)):
+            while len(self._own) < sum(
+                not self._is_given(number) for number in range(numbers.stop)
+            ):
                 self._draw(makers)
             tasks = [self._answering(number) for number in numbers]
             makers.make(tasks)
@@ -150,24 +169,44 @@ class Corpus:
     def _answering(self, number: int) -> Task:
         """The task of one shard of answers."""
         given = self._is_given(number)
-        prompts = self._given[number // 3] if given else self._own[number - min((number + 1) // 3, len(self._given))]
+        prompts = (
+            self._given[number // 3]
+            if given
+            else self._own[number - min((number + 1) // 3, len(self._given))]
+        )
         temperature = TEMPERATURES[number // 3 % len(TEMPERATURES)]
         path = self.folder / f"answers-{number:05}.safetensors"
         layers = tuple(sorted({*self.config.layers, *stored_layers(path)}))
-        return Task(path, shard_seed(self.config.seed, number), temperature, prompts, layers)
+        return Task(
+            path=path,
+            seed=shard_seed(self.config.seed, number),
+            temperature=temperature,
+            prompts=prompts,
+            layers=layers,
+        )
 
     def _draw(self, makers: Makers) -> None:
         """Draws more prompts, or reads those that were drawn."""
         count = self._num_drawn + makers.processes
         tasks = [
-            Task(self.folder / f"drawn-{number:05}.json", shard_seed(self.config.seed, number, drawing=True))
+            Task(
+                path=self.folder / f"drawn-{number:05}.json",
+                seed=shard_seed(self.config.seed, number, drawing=True),
+            )
             for number in range(count)
         ]
         makers.make(tasks[self._num_drawn :])
         self._num_drawn = count
-        drawn = [text for task in tasks for text in msgspec.json.decode(task.path.read_bytes(), type=list[str])]
-        distinct, batch = without_repeats(drawn), self.config.batch
-        self._own = [tuple(distinct[i : i + batch]) for i in range(0, len(distinct) - batch + 1, batch)]
+        drawn = [
+            text
+            for task in tasks
+            for text in msgspec.json.decode(task.path.read_bytes(), type=list[str])
+        ]
+        distinct = without_repeats(drawn)
+        batch = self.config.batch
+        self._own = [
+            tuple(distinct[i : i + batch]) for i in range(0, len(distinct) - batch + 1, batch)
+        ]
         check_yield(2 * count * batch, len(distinct))
 
 
@@ -233,7 +272,9 @@ def stored_layers(path: Path) -> set[int]:
     if not path.exists() or path.suffix != ".safetensors":
         return set()
     with safe_open(path, framework="pt") as file:
-        return {int(key.removeprefix("hidden.")) for key in file.keys() if key.startswith("hidden.")}  # noqa: SIM118
+        return {
+            int(key.removeprefix("hidden.")) for key in file.keys() if key.startswith("hidden.")
+        }  # noqa: SIM118
 
 
 def count_tokens(path: Path) -> int:
@@ -270,7 +311,9 @@ def load_answers(path: Path, layers: Sequence[int]) -> Answers:
         names = set(file.keys())
         missing = [layer for layer in layers if f"hidden.{layer}" not in names]
         if missing:
-            raise ConfigError(f"{path} has no hidden states of layers {missing}; remove the folder and make it again")
+            raise ConfigError(
+                f"{path} has no hidden states of layers {missing}; remove the folder and make it again"
+            )
         answers = Answers(
             hidden={layer: file.get_tensor(f"hidden.{layer}") for layer in layers},
             **{name: file.get_tensor(name) for name in TENSORS},

@@ -15,7 +15,7 @@ from onnx_export.training.generation import Answers, causal_mask, own_attention
 RIDGE = 1e-3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """`hard_share`: weight of the full model's choice in the loss; the rest is its distribution."""
 
@@ -32,7 +32,8 @@ class FitConfig:
 def fit_ridge(head: ExitHead, states: Tensor, final: Tensor) -> None:
     """Sets the adapter to the ridge regression of `final` on the normalised `states`, both [n, hidden]."""
     hidden = final.shape[1]
-    gram, cross = torch.zeros(hidden, hidden, dtype=torch.float64), torch.zeros(hidden, hidden, dtype=torch.float64)
+    gram = torch.zeros(hidden, hidden, dtype=torch.float64)
+    cross = torch.zeros(hidden, hidden, dtype=torch.float64)
     with torch.no_grad():
         for x, y in zip(states.split(8192), final.split(8192), strict=True):
             normalised = head.norm(x.float())
@@ -50,13 +51,17 @@ class Candidates:
     arXiv 1412.2007). `targets` [n, k]: where the full model's best tokens are in `ids`.
     """
 
-    def __init__(self, top_ids: Tensor, vocab: int, sampled: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, top_ids: Tensor, vocab: int, sampled: int, generator: torch.Generator
+    ) -> None:
         best, inverse = torch.unique(top_ids, return_inverse=True)
         rest = torch.ones(vocab, dtype=torch.bool)
         rest[best] = False
         others = rest.nonzero().flatten()
         count = min(sampled, len(others))
-        drawn = others[torch.randint(len(others), (count,), generator=generator)] if count else others
+        drawn = (
+            others[torch.randint(len(others), (count,), generator=generator)] if count else others
+        )
         self.ids = torch.cat([best, drawn])
         self.offset = torch.zeros(len(self.ids))
         if count:
@@ -64,7 +69,9 @@ class Candidates:
         self.targets = inverse
 
 
-def loss_of(exit_hidden: Tensor, weight: Tensor, offset: Tensor, targets: Tensor, probs: Tensor, hard: float) -> Tensor:
+def loss_of(
+    exit_hidden: Tensor, weight: Tensor, offset: Tensor, targets: Tensor, probs: Tensor, hard: float
+) -> Tensor:
     """Mean loss of exit_hidden [n, hidden] against the full model's best tokens `targets` [n, k], best first.
 
     `weight` [c, hidden]: rows of the LM head for the candidates. The soft part is the cross entropy with `probs`
@@ -89,8 +96,11 @@ class Runner:
         """exit_hidden [m of these conversations, hidden] float32."""
         hidden = self.answers.hidden[exit_layer]
         if head.layer is None:
-            return head(torch.cat([hidden[self.answers.answering(c)[0]] for c in conversations]).float())
-        starts, lengths = self.answers.starts, self.answers.lengths
+            return head(
+                torch.cat([hidden[self.answers.answering(c)[0]] for c in conversations]).float()
+            )
+        starts = self.answers.starts
+        lengths = self.answers.lengths
         whole = [hidden[starts[c] : starts[c] + lengths[c]] for c in conversations]
         padded = nn.utils.rnn.pad_sequence(whole, batch_first=True).float()
         columns = torch.arange(padded.shape[1])
@@ -99,7 +109,11 @@ class Runner:
         with own_attention(self.model):
             out = head.layer(padded, attention_mask=mask, position_embeddings=position_embeddings)
         first = [int(self.answers.prompt_lengths[c]) - 1 for c in conversations]
-        return head(torch.cat([out[i, a : len(w)] for i, (a, w) in enumerate(zip(first, whole, strict=True))]))
+        return head(
+            torch.cat(
+                [out[i, a : len(w)] for i, (a, w) in enumerate(zip(first, whole, strict=True))]
+            )
+        )
 
     def rows(self, conversations: Sequence[int]) -> Tensor:
         """Where the answering positions of these conversations are among all m, int64."""
@@ -117,12 +131,17 @@ def fit(
 ) -> None:
     """Trains all heads at once on some conversations, in random order; `tick` hears how many were done."""
     generator = torch.Generator().manual_seed(config.seed)
-    runner, lm_head = Runner(model, answers), model.lm_head.weight.detach()
+    runner = Runner(model, answers)
+    lm_head = model.lm_head.weight.detach()
     parameters = [p.requires_grad_(True) for head in heads.values() for p in head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+    )
     batches = -(-len(conversations) // config.batch)
     steps = max(1, round(config.epochs * batches))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, steps + 1, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, steps + 1, pct_start=0.1
+    )
     order = torch.empty(0)
     for step in range(steps):
         if step % batches == 0:
@@ -135,8 +154,17 @@ def fit(
         weight = lm_head[candidates.ids]
         for layer, head in heads.items():
             out = runner.forward(head, layer, chosen)
-            loss_of(out, weight, candidates.offset, candidates.targets, probs, config.hard_share).backward()
-        for head in heads.values():  # each for itself, so that a head is the same whatever is trained beside it
+            loss_of(
+                out,
+                weight,
+                offset=candidates.offset,
+                targets=candidates.targets,
+                probs=probs,
+                hard=config.hard_share,
+            ).backward()
+        for head in (
+            heads.values()
+        ):  # each for itself, so that a head is the same whatever is trained beside it
             nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -151,8 +179,10 @@ def judge(
     head: ExitHead, exit_layer: int, model: Any, answers: Answers, conversations: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What a head says at the answering positions: confidence [m] float32, and whether it agrees, bool [m]."""
-    runner, lm_head = Runner(model, answers), model.lm_head.weight
-    confidence, agrees = [], []
+    runner = Runner(model, answers)
+    lm_head = model.lm_head.weight
+    confidence = []
+    agrees = []
     for chosen in conversations.split(8):
         out = runner.forward(head, exit_layer, chosen.tolist())
         best, ids = nn.functional.linear(out, lm_head).softmax(-1).max(-1)

@@ -19,7 +19,7 @@ TOP_K = 32  # of the full model's distribution, kept for each position
 PREFILL_POSITIONS = 4096  # in one pass, over all rows
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Answers:
     """Conversations one after the other, n positions in all, m of which predict a token of an answer.
 
@@ -63,7 +63,10 @@ class Answers:
 def concatenate(parts: Sequence[Answers]) -> Answers:
     """All conversations of `parts`, which have the same layers."""
     whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in TENSORS}
-    return Answers(hidden={layer: torch.cat([p.hidden[layer] for p in parts]) for layer in parts[0].hidden}, **whole)
+    return Answers(
+        hidden={layer: torch.cat([p.hidden[layer] for p in parts]) for layer in parts[0].hidden},
+        **whole,
+    )
 
 
 class Generation:
@@ -73,7 +76,8 @@ class Generation:
     """
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        self.model, self.device = model, model.device
+        self.model = model
+        self.device = model.device
         width = max(map(len, prompts))
         padded = [[0] * (width - len(ids)) + list(ids) for ids in prompts]
         self.input_ids = torch.tensor(padded, device=self.device)
@@ -85,7 +89,9 @@ class Generation:
     def forward(self) -> Tensor:
         """Runs the columns that wait; the last column's final hidden states [rows, hidden]."""
         width = max(1, PREFILL_POSITIONS // len(self.rows))
-        for columns, input_ids in zip(self.columns.split(width), self.input_ids.split(width, 1), strict=True):
+        for columns, input_ids in zip(
+            self.columns.split(width), self.input_ids.split(width, 1), strict=True
+        ):
             output = self.model.model(
                 input_ids,
                 attention_mask=causal_mask(self.starts, columns, self.model.dtype),
@@ -102,9 +108,13 @@ class Generation:
             keep = live.nonzero().flatten()
             live = live[keep]
             for layer in self.cache.layers:
-                layer.keys, layer.values = layer.keys[keep], layer.values[keep]
-            self.rows, self.starts, token_ids = self.rows[keep], self.starts[keep], token_ids[keep]
-        self.input_ids, self.columns = token_ids[:, None], self.columns[-1:] + 1
+                layer.keys = layer.keys[keep]
+                layer.values = layer.values[keep]
+            self.rows = self.rows[keep]
+            self.starts = self.starts[keep]
+            token_ids = token_ids[keep]
+        self.input_ids = token_ids[:, None]
+        self.columns = self.columns[-1:] + 1
         return live
 
 
@@ -126,7 +136,9 @@ def complete(
         for _ in range(max_new_tokens):
             token_ids = choose(model.lm_head(batch.forward()), temperature, generator)
             live = live & ~torch.isin(token_ids, stop)
-            for row, token_id in zip(batch.rows[live].tolist(), token_ids[live].tolist(), strict=True):
+            for row, token_id in zip(
+                batch.rows[live].tolist(), token_ids[live].tolist(), strict=True
+            ):
                 said[row].append(token_id)
             if not live.any():
                 break
@@ -146,13 +158,18 @@ def answer(
 ) -> Answers:
     """Answers every prompt, which ends with a token of `ends` or after `max_new_tokens`."""
     batch = Generation(model, prompts, max_new_tokens)
-    width, count = batch.input_ids.shape[1], len(prompts)
-    columns, hidden_size = width + max_new_tokens, model.config.hidden_size
+    width = batch.input_ids.shape[1]
+    count = len(prompts)
+    columns = width + max_new_tokens
+    hidden_size = model.config.hidden_size
     stop = torch.tensor(ends, device=batch.device)
-    hidden = {layer: torch.empty(count, columns, hidden_size, dtype=torch.float16) for layer in layers}
+    hidden = {
+        layer: torch.empty(count, columns, hidden_size, dtype=torch.float16) for layer in layers
+    }
     tokens = torch.zeros(count, columns, dtype=torch.int32)
     tokens[:, :width] = batch.input_ids.cpu()
-    first, last = batch.starts.cpu(), torch.full((count,), width)
+    first = batch.starts.cpu()
+    last = torch.full((count,), width)
     finals = torch.empty(count, max_new_tokens, hidden_size, dtype=torch.float16)
     top_ids = torch.empty(count, max_new_tokens, TOP_K, dtype=torch.int32)
     top_logprobs = torch.empty(count, max_new_tokens, TOP_K, dtype=torch.float16)
@@ -162,14 +179,18 @@ def answer(
         for step in range(max_new_tokens):
             seen.clear()
             final = batch.forward()
-            rows, start, end = batch.rows.cpu(), int(batch.columns[0]), int(batch.columns[-1]) + 1
+            rows = batch.rows.cpu()
+            start = int(batch.columns[0])
+            end = int(batch.columns[-1]) + 1
             for layer in layers:
                 hidden[layer][rows, start:end] = torch.cat(seen[layer], 1).to("cpu", torch.float16)
             logits = model.lm_head(final).float()
             top = logits.topk(TOP_K, -1)
             finals[rows, step] = final.to("cpu", torch.float16)
             top_ids[rows, step] = top.indices.to("cpu", torch.int32)
-            top_logprobs[rows, step] = (top.values - logits.logsumexp(-1, keepdim=True)).to("cpu", torch.float16)
+            top_logprobs[rows, step] = (top.values - logits.logsumexp(-1, keepdim=True)).to(
+                "cpu", torch.float16
+            )
             token_ids = choose(logits, temperature, generator, top.indices[:, 0])
             last[rows[live.cpu()]] = width + step
             live = live & ~torch.isin(token_ids, stop)
@@ -214,19 +235,36 @@ def watch(model: Any, layers: Sequence[int]) -> Iterator[dict[int, list[Tensor]]
 def causal_mask(starts: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to attention scores, [batch, 1, s, columns so far]: -inf for padding and the future."""
     past = torch.arange(int(columns[-1]) + 1, device=columns.device)
-    hidden = (past > columns[:, None]) | (past < torch.minimum(starts[:, None], columns)[:, :, None])
-    return torch.zeros(hidden.shape, dtype=dtype, device=columns.device).masked_fill_(hidden, float("-inf"))[:, None]
+    hidden = (past > columns[:, None]) | (
+        past < torch.minimum(starts[:, None], columns)[:, :, None]
+    )
+    return torch.zeros(hidden.shape, dtype=dtype, device=columns.device).masked_fill_(
+        hidden, float("-inf")
+    )[:, None]
 
 
 def grouped_attention(
-    _module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, **_: Any
+    _module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *,
+    scaling: float,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """query [b, heads, s, d], key and value [b, kv_heads, >= n, d], unrepeated -> [b, s, heads, d]."""
     batch, heads, length, dim = query.shape
     num_columns = mask.shape[-1]
-    key, value = key[:, :, :num_columns], value[:, :, :num_columns]
+    key = key[:, :, :num_columns]
+    value = value[:, :, :num_columns]
     grouped = query.reshape(batch, key.shape[1], -1, dim)
-    scores = (grouped @ key.transpose(2, 3)).mul_(scaling).view(batch, heads, length, num_columns).add_(mask)
+    scores = (
+        (grouped @ key.transpose(2, 3))
+        .mul_(scaling)
+        .view(batch, heads, length, num_columns)
+        .add_(mask)
+    )
     weights = scores.softmax(-1).view(batch, key.shape[1], -1, num_columns)
     return (weights @ value).view(batch, heads, length, dim).transpose(1, 2), None
 
@@ -244,10 +282,14 @@ def own_attention(model: Any) -> Iterator[None]:
         del ALL_ATTENTION_FUNCTIONS[ATTENTION]
 
 
-def choose(logits: Tensor, temperature: float, generator: torch.Generator, best: Tensor | None = None) -> Tensor:
+def choose(
+    logits: Tensor, temperature: float, generator: torch.Generator, best: Tensor | None = None
+) -> Tensor:
     """Next token ids [batch] from logits [batch, vocab]; temperature 0 is greedy, where `best` saves a search."""
     if temperature == 0:
         return logits.argmax(-1) if best is None else best
-    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)  # far faster on a CPU than torch.multinomial
+    cumulative = (
+        (logits.float() / temperature).softmax(-1).cumsum(-1)
+    )  # far faster on a CPU than torch.multinomial
     drawn = torch.rand(len(logits), 1, generator=generator).to(logits.device) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, drawn, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)

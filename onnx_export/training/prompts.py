@@ -34,17 +34,34 @@ class ChatFormat:
         chat = [{"role": "user", "content": MARK}]
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         if text.count(MARK) != 1:
-            raise ExportError("the chat template does not hold the user's words as they are; cannot train on it")
-        before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(MARK))
+            raise ExportError(
+                "the chat template does not hold the user's words as they are; cannot train on it"
+            )
+        before, after = (
+            tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(MARK)
+        )
         if not before or not after:
-            raise ExportError("the chat template has nothing before or after the user's words; cannot draw prompts")
+            raise ExportError(
+                "the chat template has nothing before or after the user's words; cannot draw prompts"
+            )
         return cls(tuple(before), tuple(after))
 
 
-def draw_prompts(model: Any, tokenizer: Any, chat: ChatFormat, count: int, generator: torch.Generator) -> list[str]:
+def draw_prompts(
+    model: Any, tokenizer: Any, chat: ChatFormat, count: int, generator: torch.Generator
+) -> list[str]:
     """What the model puts into an empty user turn, `count` times, without what is no prompt."""
-    drawn = complete(model, [chat.before] * count, [chat.after[0]], LONGEST_DRAWN, DRAW_TEMPERATURE, generator)
-    texts = (tokenizer.decode(ids).strip() for ids in drawn if len(ids) < LONGEST_DRAWN)  # else it was cut off
+    drawn = complete(
+        model,
+        [chat.before] * count,
+        ends=[chat.after[0]],
+        max_new_tokens=LONGEST_DRAWN,
+        temperature=DRAW_TEMPERATURE,
+        generator=generator,
+    )
+    texts = (
+        tokenizer.decode(ids).strip() for ids in drawn if len(ids) < LONGEST_DRAWN
+    )  # else it was cut off
     return [text for text in texts if is_prompt(text)]
 
 
@@ -56,7 +73,8 @@ def draw_many(
     Raises:
         ExportError: the model hardly puts a prompt into an empty user turn.
     """
-    chat, generator = ChatFormat.of(tokenizer), torch.Generator().manual_seed(seed)
+    chat = ChatFormat.of(tokenizer)
+    generator = torch.Generator().manual_seed(seed)
     drawn: list[str] = []
     for tries in itertools.count(1):
         drawn = without_repeats(drawn + draw_prompts(model, tokenizer, chat, batch, generator))

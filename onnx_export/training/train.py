@@ -29,7 +29,7 @@ HELD_OUT: Final = 20  # every n-th conversation is not trained on
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training: heads of one kind for `exits` of a model, from `tokens` tokens of its own answers.
 
@@ -63,42 +63,66 @@ def train_heads(config: TrainConfig, progress: Progress = lambda *_: None) -> Re
         ConfigError: a value that makes no sense, or prompts that cannot be read.
         ExportError: the model cannot be exported, or the exits do not fit it.
     """
-    for name, least in {"tokens": 1, "epochs": 0, "max_new_tokens": 2, "batch": 1, "processes": 1}.items():
+    for name, least in {
+        "tokens": 1,
+        "epochs": 0,
+        "max_new_tokens": 2,
+        "batch": 1,
+        "processes": 1,
+    }.items():
         if getattr(config, name) < least:
-            raise ConfigError(f"{name.replace('_', '-')} {getattr(config, name)}: expected at least {least}")
+            raise ConfigError(
+                f"{name.replace('_', '-')} {getattr(config, name)}: expected at least {least}"
+            )
     given = [prompt for path in config.prompts for prompt in read_prompts(path)]
     source = resolve_model(config.model, lambda line: progress(line, 0, 1))
     model = load_model(source, config.model)
     check_exits(config.exits, model.config.num_hidden_layers)
-    heads = {layer: new_head(config.kind, model, layer, config.intermediate) for layer in config.exits}
+    heads = {
+        layer: new_head(config.kind, model, layer, config.intermediate) for layer in config.exits
+    }
     answers = generate(config, source, model, given, progress)
     chosen = torch.arange(len(answers))
     held_out = chosen % HELD_OUT == 0
-    fit_heads(heads, model, answers, chosen[~held_out], config, progress)
+    fit_heads(
+        heads,
+        model,
+        answers=answers,
+        conversations=chosen[~held_out],
+        config=config,
+        progress=progress,
+    )
     records = hear(heads, model, answers, chosen[held_out])
     made_by = describe(config, len(answers.final), records)
     save_heads(HeadsFile(heads, config.kind, fingerprint(model), made_by), config.out)
     return records
 
 
-def hear(heads: Mapping[int, ExitHead], model: Any, answers: Answers, conversations: Tensor) -> Records:
+def hear(
+    heads: Mapping[int, ExitHead], model: Any, answers: Answers, conversations: Tensor
+) -> Records:
     """What each head says at the answering positions of some conversations."""
-    said = [judge(head, layer, model, answers, conversations) for layer, head in sorted(heads.items())]
+    said = [
+        judge(head, layer, model, answers, conversations) for layer, head in sorted(heads.items())
+    ]
     counts = (answers.lengths - answers.prompt_lengths + 1)[conversations]
     confidence, agrees = (torch.stack(columns, 1).numpy() for columns in zip(*said, strict=True))
     answer = torch.repeat_interleave(conversations, counts).numpy()
     return Records(tuple(sorted(heads)), answer, confidence.astype("float64").clip(0, 1), agrees)
 
 
-def draw(name: str, count: int, seed: int, batch: int, progress: Callable[[int], None] = lambda _: None) -> list[str]:
+def draw(
+    name: str, count: int, seed: int, batch: int, progress: Callable[[int], None] = lambda _: None
+) -> list[str]:
     """Different prompts that a model puts into an empty user turn; `progress` hears how many there are.
 
     Raises:
         ExportError: the model cannot be exported, or puts no prompts there.
     """
     source = resolve_model(name)
-    model, tokenizer = load_model(source, name), load_pretrained(AutoTokenizer, source, name)
-    return draw_many(model, tokenizer, count, seed, batch, progress)
+    model = load_model(source, name)
+    tokenizer = load_pretrained(AutoTokenizer, source, name)
+    return draw_many(model, tokenizer, count=count, seed=seed, batch=batch, progress=progress)
 
 
 def load_model(source: str, name: str) -> Any:
@@ -108,10 +132,16 @@ def load_model(source: str, name: str) -> Any:
         ExportError: it cannot be loaded or exported.
     """
     check_model(load_pretrained(AutoConfig, source, name))
-    return load_pretrained(AutoModelForCausalLM, source, name, dtype=torch.float32).eval().requires_grad_(False)
+    return (
+        load_pretrained(AutoModelForCausalLM, source, name, dtype=torch.float32)
+        .eval()
+        .requires_grad_(False)
+    )
 
 
-def generate(config: TrainConfig, source: str, model: Any, given: list[str], progress: Progress) -> Answers:
+def generate(
+    config: TrainConfig, source: str, model: Any, given: list[str], progress: Progress
+) -> Answers:
     """The model's answers, made now or found in the cache."""
     corpus_config = CorpusConfig(
         source=source,
@@ -123,10 +153,17 @@ def generate(config: TrainConfig, source: str, model: Any, given: list[str], pro
     )
     corpus = Corpus(config.cache, corpus_config, given, fingerprint(model))
     try:
-        with FileLock(corpus.folder / ".lock", timeout=0), Makers(corpus_config, config.processes) as makers:
-            shards = corpus.fill(config.tokens, makers, lambda done: progress("answering", done, config.tokens))
+        with (
+            FileLock(corpus.folder / ".lock", timeout=0),
+            Makers(corpus_config, config.processes) as makers,
+        ):
+            shards = corpus.fill(
+                config.tokens, makers, lambda done: progress("answering", done, config.tokens)
+            )
     except Timeout:
-        raise ConfigError(f"another training is filling {corpus.folder}; wait for it, or give another --seed") from None
+        raise ConfigError(
+            f"another training is filling {corpus.folder}; wait for it, or give another --seed"
+        ) from None
     return concatenate([load_answers(path, config.exits) for path in shards])
 
 
@@ -143,11 +180,15 @@ def fit_heads(
         return
     spans = [answers.answering(conversation) for conversation in conversations.tolist()]
     if config.kind != "block":
-        rows, targets = (torch.cat([torch.arange(s.start, s.stop) for s in side]) for side in zip(*spans, strict=True))
+        rows, targets = (
+            torch.cat([torch.arange(s.start, s.stop) for s in side])
+            for side in zip(*spans, strict=True)
+        )
         for layer, head in heads.items():
             fit_ridge(head, answers.hidden[layer][rows], answers.final[targets])
     fit_config = FitConfig(epochs=config.epochs, seed=config.seed)
-    total, done = max(1, round(config.epochs * len(conversations))), 0
+    total = max(1, round(config.epochs * len(conversations)))
+    done = 0
 
     def tick(count: int) -> None:
         nonlocal done
@@ -155,13 +196,28 @@ def fit_heads(
         progress("fitting", min(done, total), total)
 
     if config.epochs:
-        fit(heads, model, answers, conversations, fit_config, tick)
+        fit(
+            heads, model, answers=answers, conversations=conversations, config=fit_config, tick=tick
+        )
 
 
 def describe(config: TrainConfig, num_tokens: int, records: Records) -> dict[str, str]:
     """How the heads were made, for their file: options by name, the prompts by hash, and the held-out agreement."""
-    options = {key: str(value) for key, value in asdict(config).items() if key not in ("out", "cache", "processes")}
-    prompts = {f"sha256 of {path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in config.prompts}
-    agreement = {f"held-out agreement at {layer}": f"{share:.4f}" for layer, share in records.agreement().items()}
-    options |= {"prompts": " ".join(path.name for path in config.prompts), "tokens": str(num_tokens)}
+    options = {
+        key: str(value)
+        for key, value in asdict(config).items()
+        if key not in ("out", "cache", "processes")
+    }
+    prompts = {
+        f"sha256 of {path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in config.prompts
+    }
+    agreement = {
+        f"held-out agreement at {layer}": f"{share:.4f}"
+        for layer, share in records.agreement().items()
+    }
+    options |= {
+        "prompts": " ".join(path.name for path in config.prompts),
+        "tokens": str(num_tokens),
+    }
     return options | prompts | agreement

@@ -13,7 +13,9 @@ TIMEOUT_S = 120
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -26,7 +28,9 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
         ("fleet.cli", {"torch", "transformers", "onnxruntime", "sqlalchemy", "amqtt"}),
     ],
 )
-def test_a_fresh_interpreter_finds_nothing_that_a_part_does_not_need(module: str, unwanted: set[str]) -> None:
+def test_a_fresh_interpreter_finds_nothing_that_a_part_does_not_need(
+    module: str, unwanted: set[str]
+) -> None:
     looked = run(sys.executable, "-c", f"import {module}, sys; print(*sys.modules)")
     assert looked.returncode == 0, looked.stderr
     assert not unwanted & set(looked.stdout.split())

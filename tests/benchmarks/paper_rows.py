@@ -9,13 +9,24 @@ import numpy as np
 from benchmarks.paper.rows import Link, ModelSizes, Row, Run, Traffic
 from benchmarks.paper.sizes import GRID
 
-MODEL = ModelSizes("tiny", 30, (24,), 24, 24, (0.9,), 3_538_944, 28_311_552)
+MODEL = ModelSizes(
+    name="tiny",
+    num_layers=30,
+    exits=(24,),
+    split_layer=24,
+    upload_layer=24,
+    thresholds=(0.9,),
+    layer_parameters=3_538_944,
+    head_parameters=28_311_552,
+)
 RUN = Run(
     run="r1", machine={"processor": "a test's", "cores": 2}, versions={"torch": "2"}, bundle_id="b" * 32, model=MODEL,
     size="full", seed=0, at=1.0,
 )  # fmt: skip
-EDGE_STEP_MS, CLOUD_STEP_MS = 20.0, 35.0
-PROMPT_STEPS, MESSAGE_STEPS = 0.2, 0.05
+EDGE_STEP_MS = 20.0
+CLOUD_STEP_MS = 35.0
+PROMPT_STEPS = 0.2
+MESSAGE_STEPS = 0.05
 EXTRA_MS = 2.0
 OVERLAP = {"verified": 0.8}  # share of the work that takes time
 SYSTEMS = ("standalone", "collaborative@0.8", "verified", "cloud_only")
@@ -32,14 +43,19 @@ def row(system: str = "verified", **changes: object) -> Row:
     return Row(**(values | changes))  # type: ignore[arg-type]
 
 
-def linear_rows(links: tuple[Link, ...] = GRID, noise: float = 0.0, samples: int = 4) -> Iterator[Row]:
+def linear_rows(
+    links: tuple[Link, ...] = GRID, noise: float = 0.0, samples: int = 4
+) -> Iterator[Row]:
     """The latency part: every system over every link, with relative noise of all times."""
     random = np.random.default_rng(0)
     for link in links:
         for sample in range(samples):
             for system in SYSTEMS:
-                prompt, tokens = 40 + 37 * sample, 100 - 5 * sample
-                yield answer(system, link, sample, prompt, tokens, 1 + noise * random.standard_normal())
+                prompt = 40 + 37 * sample
+                tokens = 100 - 5 * sample
+                yield answer(
+                    system, link, sample, prompt, tokens, 1 + noise * random.standard_normal()
+                )
 
 
 def answer(system: str, link: Link, sample: int, prompt: int, tokens: int, factor: float) -> Row:
@@ -51,10 +67,21 @@ def answer(system: str, link: Link, sample: int, prompt: int, tokens: int, facto
     edge, cloud, heads, heads_cloud, trips, messages = {
         "standalone": (24 * positions, 0, tokens, 0, 0, 0),
         "collaborative@0.8": (24 * positions, 6 * positions, tokens, asked, asked, 3 * asked),
-        "verified": (24 * (prompt + drafted), 6 * (prompt + drafted), drafted, drafted, rounds, 3 * rounds),
+        "verified": (
+            24 * (prompt + drafted),
+            6 * (prompt + drafted),
+            drafted,
+            drafted,
+            rounds,
+            3 * rounds,
+        ),
         "cloud_only": (0, 30 * positions, 0, tokens, 1, tokens),
     }[system]
-    num_bytes = 0 if system == "standalone" else 60 * messages + (0 if system == "cloud_only" else 1200 * positions)
+    num_bytes = (
+        0
+        if system == "standalone"
+        else 60 * messages + (0 if system == "cloud_only" else 1200 * positions)
+    )
     steps = {
         side: ((layers - of_prompt) + head * MODEL.head_layers) / (30 + MODEL.head_layers)
         + PROMPT_STEPS * of_prompt / 30
@@ -67,9 +94,14 @@ def answer(system: str, link: Link, sample: int, prompt: int, tokens: int, facto
     if edge and cloud:  # the positions of one question run together
         of_questions = trips * (6 + MODEL.head_layers) / (30 + MODEL.head_layers)
         steps["cloud"] = of_questions + PROMPT_STEPS * prompt * 6 / 30 + MESSAGE_STEPS * messages
-    edge_ms, cloud_ms = EDGE_STEP_MS * steps["edge"], CLOUD_STEP_MS * steps["cloud"]
+    edge_ms = EDGE_STEP_MS * steps["edge"]
+    cloud_ms = CLOUD_STEP_MS * steps["cloud"]
     transfer_ms = num_bytes * 8 / (1000 * link.mbit_s)
-    total = OVERLAP.get(system, 1.0) * (edge_ms + cloud_ms) + trips * (link.rtt_ms + EXTRA_MS) + transfer_ms
+    total = (
+        OVERLAP.get(system, 1.0) * (edge_ms + cloud_ms)
+        + trips * (link.rtt_ms + EXTRA_MS)
+        + transfer_ms
+    )
     from_cloud = {"standalone": 0, "cloud_only": tokens}.get(system, asked)
     return row(
         system, part="latency", link=link, sample=sample, prompt_tokens=prompt, token_ids=tuple(range(tokens)),

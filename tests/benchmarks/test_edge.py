@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from benchmarks import edge
-from benchmarks.breakdown import operators_only, profile_steps, read_bandwidth, step_times, weight_bytes
+from benchmarks.breakdown import (
+    operators_only,
+    profile_steps,
+    read_bandwidth,
+    step_times,
+    weight_bytes,
+)
 from benchmarks.edge import EdgeBench, driver, parse_list, spread
 from benchmarks.engines import Engine
 from benchmarks.fidelity import NEW_TOKENS, Answer, agreement
@@ -24,7 +30,9 @@ def bench(tiny_graphs: EdgeGraphs, monkeypatch: pytest.MonkeyPatch) -> EdgeBench
     monkeypatch.setattr(edge, "EXITS", (1, 2))
     monkeypatch.setattr(edge, "SPEED_TOKENS", 4)
     monkeypatch.setattr(edge, "THREADS", (1,))
-    return EdgeBench(tiny_graphs, ("fp32", "int8"), rounds=2, with_peers=False, progress=lambda _: None)
+    return EdgeBench(
+        tiny_graphs, ("fp32", "int8"), rounds=2, with_peers=False, progress=lambda _: None
+    )
 
 
 def test_the_reference_is_greedy_and_long_enough(tiny_answers: list[Answer]) -> None:
@@ -39,7 +47,9 @@ def test_the_whole_model_without_quantization_agrees_on_every_token(
         assert agreement(engine, tiny_answers) == 1.0
 
 
-def test_agreement_is_the_share_of_all_answers_tokens(tiny_graphs: EdgeGraphs, tiny_answers: list[Answer]) -> None:
+def test_agreement_is_the_share_of_all_answers_tokens(
+    tiny_graphs: EdgeGraphs, tiny_answers: list[Answer]
+) -> None:
     first, second = tiny_answers[:2]
     altered = [Answer(first.prompt, [*first.answer[:-1], (first.answer[-1] + 1) % 384]), second]
     total = len(first.answer) + len(second.answer)
@@ -47,7 +57,9 @@ def test_agreement_is_the_share_of_all_answers_tokens(tiny_graphs: EdgeGraphs, t
         assert agreement(engine, altered) == pytest.approx((total - 1) / total)
 
 
-def test_every_preset_has_a_row_with_its_speed_and_agreement(bench: EdgeBench, tiny_answers: list[Answer]) -> None:
+def test_every_preset_has_a_row_with_its_speed_and_agreement(
+    bench: EdgeBench, tiny_answers: list[Answer]
+) -> None:
     rows = bench.engines(tiny_answers, speed=True)
     assert [(row["engine"], row["preset"], row["threads"]) for row in rows] == [
         ("ours", "fp32", 1),
@@ -55,11 +67,15 @@ def test_every_preset_has_a_row_with_its_speed_and_agreement(bench: EdgeBench, t
     ]
     assert rows[0]["agreement"] == 1.0
     assert 0.5 < rows[1]["agreement"] <= 1.0
-    assert all(row["tokens_per_s_low"] <= row["tokens_per_s"] <= row["tokens_per_s_high"] for row in rows)
+    assert all(
+        row["tokens_per_s_low"] <= row["tokens_per_s"] <= row["tokens_per_s_high"] for row in rows
+    )
     assert bench.versions["ours"].startswith("onnxruntime ")
 
 
-def test_exits_are_compared_with_the_whole_model(bench: EdgeBench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exits_are_compared_with_the_whole_model(
+    bench: EdgeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(edge, "STEPS", 4)
     monkeypatch.setattr(edge, "DEFAULT_PRESET", "fp32")
     ratios = bench.exit_steps()
@@ -67,32 +83,66 @@ def test_exits_are_compared_with_the_whole_model(bench: EdgeBench, monkeypatch: 
     assert all(ratio > 0 for ratio in ratios.values())
 
 
-def test_an_exit_below_the_last_layer_has_a_head_of_the_default_kind(tiny_graphs: EdgeGraphs) -> None:
-    exit_bytes, whole_bytes = (weight_bytes(tiny_graphs.bundle(layer, "fp32")) for layer in (1, NUM_LAYERS))
+def test_an_exit_below_the_last_layer_has_a_head_of_the_default_kind(
+    tiny_graphs: EdgeGraphs,
+) -> None:
+    exit_bytes, whole_bytes = (
+        weight_bytes(tiny_graphs.bundle(layer, "fp32")) for layer in (1, NUM_LAYERS)
+    )
     layer = 4 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)
     assert exit_bytes - 4 * 64 * 64 == whole_bytes - (NUM_LAYERS - 1) * layer
 
 
 def test_the_profile_names_what_a_step_is_made_of(tiny_graphs: EdgeGraphs) -> None:
-    near, far = profile_steps(tiny_graphs.bundle(NUM_LAYERS, "balanced"), 1, positions=(16, 128)).values()
+    near, far = profile_steps(
+        tiny_graphs.bundle(NUM_LAYERS, "balanced"), 1, positions=(16, 128)
+    ).values()
     assert set(near) == set(far)
-    assert {"products", "attention", "norms", "LM head", "small operators", "between operators", "outside"} == set(near)
+    assert {
+        "products",
+        "attention",
+        "norms",
+        "LM head",
+        "small operators",
+        "between operators",
+        "outside",
+    } == set(near)
     assert operators_only(near) < sum(near.values())
 
 
 def test_a_steps_parts_are_medians_and_leave_out_what_ran_before() -> None:
     def node(name: str, start: int, duration: int) -> dict[str, Any]:
-        return {"cat": "Node", "name": "x_kernel_time", "ts": start, "dur": duration, "args": {"op_name": name}}
+        return {
+            "cat": "Node",
+            "name": "x_kernel_time",
+            "ts": start,
+            "dur": duration,
+            "args": {"op_name": name},
+        }
 
     def run(start: int, duration: int) -> dict[str, Any]:
         return {"cat": "Session", "name": "model_run", "ts": start, "dur": duration, "args": {}}
 
     block = [node("MatMulNBits", 10, 900), run(0, 950)]
     for start, product in ((1000, 40), (2000, 50), (3000, 70)):
-        block += [node("MatMulNBits", start + 1, product), node("Mul", start + 80, 5), run(start, 100)]
-    head = [part for start in (1200, 2200, 3200) for part in (node("MatMulNBits", start, 20), run(start, 25))]
+        block += [
+            node("MatMulNBits", start + 1, product),
+            node("Mul", start + 80, 5),
+            run(start, 100),
+        ]
+    head = [
+        part
+        for start in (1200, 2200, 3200)
+        for part in (node("MatMulNBits", start, 20), run(start, 25))
+    ]
     parts = step_times([150.0, 160.0, 170.0], {"block_0": block, "lm_head": head})
-    assert parts == {"products": 50, "small operators": 5, "LM head": 20, "between operators": 50, "outside": 35}
+    assert parts == {
+        "products": 50,
+        "small operators": 5,
+        "LM head": 20,
+        "between operators": 50,
+        "outside": 35,
+    }
 
 
 def test_the_memory_of_this_machine_can_be_read() -> None:
@@ -101,12 +151,20 @@ def test_the_memory_of_this_machine_can_be_read() -> None:
 
 @pytest.mark.parametrize("preset", ["int8", "int4"])
 def test_fewer_bits_are_fewer_bytes(tiny_graphs: EdgeGraphs, preset: Quantization) -> None:
-    assert weight_bytes(tiny_graphs.bundle(NUM_LAYERS, preset)) < weight_bytes(tiny_graphs.bundle(NUM_LAYERS, "fp32"))
+    assert weight_bytes(tiny_graphs.bundle(NUM_LAYERS, preset)) < weight_bytes(
+        tiny_graphs.bundle(NUM_LAYERS, "fp32")
+    )
 
 
 def test_the_plot_has_a_mark_for_each_engine() -> None:
     rows = [
-        {"engine": engine, "preset": "4-bit", "threads": threads, "agreement": 0.96, **spread([90.0, 100.0, 120.0])}
+        {
+            "engine": engine,
+            "preset": "4-bit",
+            "threads": threads,
+            "agreement": 0.96,
+            **spread([90.0, 100.0, 120.0]),
+        }
         for engine in ("ours", "a < b & c")
         for threads in (1, 2)
     ]

@@ -63,9 +63,22 @@ def test_an_engine_that_ends_is_reported_with_its_last_words() -> None:
         engine.ask("speed", prompt=PROMPT, new_tokens=8)
 
 
-def test_an_engine_that_does_not_load_is_reported_with_its_last_words(tmp_path: os.PathLike[str]) -> None:
+def test_an_engine_that_does_not_load_is_reported_with_its_last_words(
+    tmp_path: os.PathLike[str],
+) -> None:
     with pytest.raises(FleetError, match=r"ours ended with status 1: .*no bundle in"):
-        Engine("ours", [sys.executable, "-m", "benchmarks.drivers.ours", "--model", str(tmp_path), "--threads", "1"])
+        Engine(
+            "ours",
+            [
+                sys.executable,
+                "-m",
+                "benchmarks.drivers.ours",
+                "--model",
+                str(tmp_path),
+                "--threads",
+                "1",
+            ],
+        )
 
 
 def test_an_engine_that_does_not_answer_meets_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:

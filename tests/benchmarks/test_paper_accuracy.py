@@ -45,9 +45,19 @@ def samples(name: str, num: int) -> Sequence[Sample]:
 
 
 @pytest.fixture(scope="module")
-def path(tiny_bundle: Bundle, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def path(
+    tiny_bundle: Bundle, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     path = tmp_path_factory.mktemp("scores") / "scores.jsonl"
-    score(SIZE, tiny_bundle, samples, RowFile(path, Scored), "run", lambda _: None, model=str(tiny_checkpoint))
+    score(
+        SIZE,
+        tiny_bundle,
+        load=samples,
+        scored=RowFile(path, Scored),
+        run="run",
+        progress=lambda _: None,
+        model=str(tiny_checkpoint),
+    )
     return path
 
 
@@ -57,18 +67,24 @@ def rows(path: Path) -> dict[tuple[object, ...], Scored]:
 
 
 def test_every_system_answers_every_sample(rows: dict[tuple[object, ...], Scored]) -> None:
-    assert set(rows) == {(system, name, i) for system in SYSTEMS for name in TASKS for i in range(2)}
+    assert set(rows) == {
+        (system, name, i) for system in SYSTEMS for name in TASKS for i in range(2)
+    }
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_full_and_verified_are_the_whole_models_answers(
     tiny_bundle: Bundle, rows: dict[tuple[object, ...], Scored], name: str
 ) -> None:
-    whole, task = WholeModel(tiny_bundle, num_threads=1), TASKS[name]
+    whole = WholeModel(tiny_bundle, num_threads=1)
+    task = TASKS[name]
     for sample in samples(name, 2):
-        full, verified = rows[FULL, name, sample.id], rows[VERIFIED, name, sample.id]
+        full = rows[FULL, name, sample.id]
+        verified = rows[VERIFIED, name, sample.id]
         num_tokens = 1 if task.choices else task.max_tokens or SIZE.table_tokens
-        assert full.token_ids == verified.token_ids == tuple(whole.generate(sample.prompt, num_tokens))
+        assert (
+            full.token_ids == verified.token_ids == tuple(whole.generate(sample.prompt, num_tokens))
+        )
         assert full.agreement == verified.agreement == 1.0
         assert full.tokens_from == {"cloud": len(full.token_ids)}
 
@@ -80,24 +96,43 @@ def test_a_first_token_that_is_derived_is_the_devices(
     for name in ("boolq", "imdb"):
         for sample in samples(name, 2):
             request = msgspec.structs.replace(MODES[system], prompt=sample.prompt, max_new_tokens=1)
-            answer, row = fleet.ask(request), rows[system, name, sample.id]
-            assert (answer.token_ids, answer.tokens_from, answer.text) == (row.token_ids, row.tokens_from, row.text)
+            answer = fleet.ask(request)
+            row = rows[system, name, sample.id]
+            assert (answer.token_ids, answer.tokens_from, answer.text) == (
+                row.token_ids,
+                row.tokens_from,
+                row.text,
+            )
 
 
-def test_a_deployed_answer_is_the_devices(fleet: InProcessFleet, rows: dict[tuple[object, ...], Scored]) -> None:
+def test_a_deployed_answer_is_the_devices(
+    fleet: InProcessFleet, rows: dict[tuple[object, ...], Scored]
+) -> None:
     (sample, _) = samples("alpaca", 2)
-    answer = fleet.ask(PromptRequest(prompt=sample.prompt, max_new_tokens=8, mode=MODES["standalone"].mode))
+    answer = fleet.ask(
+        PromptRequest(prompt=sample.prompt, max_new_tokens=8, mode=MODES["standalone"].mode)
+    )
     row = rows["standalone", "alpaca", 0]
     assert (answer.token_ids, answer.tokens_from) == (row.token_ids, row.tokens_from)
     assert answer.text == row.text
 
 
-def test_nothing_is_scored_twice(tiny_bundle: Bundle, tiny_checkpoint: Path, path: Path, tmp_path: Path) -> None:
+def test_nothing_is_scored_twice(
+    tiny_bundle: Bundle, tiny_checkpoint: Path, path: Path, tmp_path: Path
+) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     cut = tmp_path / "scores.jsonl"
     cut.write_bytes(b"".join(lines[:-3]))
     said: list[str] = []
-    score(SIZE, tiny_bundle, samples, RowFile(cut, Scored), "run", said.append, model=str(tiny_checkpoint))
+    score(
+        SIZE,
+        tiny_bundle,
+        load=samples,
+        scored=RowFile(cut, Scored),
+        run="run",
+        progress=said.append,
+        model=str(tiny_checkpoint),
+    )
     assert [line for line in said if "sample" in line] == ["alpaca: sample 2 of 2"]
     assert len(cut.read_bytes().splitlines()) == len(lines)
     assert list(RowFile(cut, Scored)) == list(RowFile(path, Scored))
@@ -106,18 +141,40 @@ def test_nothing_is_scored_twice(tiny_bundle: Bundle, tiny_checkpoint: Path, pat
 def test_another_checkpoint_is_refused(tiny_bundle: Bundle, tmp_path: Path, path: Path) -> None:
     other = make_tiny_checkpoint(tmp_path / "other", num_hidden_layers=3)
     scored = RowFile(tmp_path / "scores.jsonl", Scored)
-    with pytest.raises(ConfigError, match=r"expected the checkpoint of tiny .*4, 64, 384.*got .*other .*3, 64, 384"):
-        score(SIZE, tiny_bundle, samples, scored, "run", lambda _: None, model=str(other))
+    with pytest.raises(
+        ConfigError, match=r"expected the checkpoint of tiny .*4, 64, 384.*got .*other .*3, 64, 384"
+    ):
+        score(
+            SIZE,
+            tiny_bundle,
+            load=samples,
+            scored=scored,
+            run="run",
+            progress=lambda _: None,
+            model=str(other),
+        )
 
 
 def test_a_summary_has_a_row_for_each_system_and_set(path: Path) -> None:
     table = {(row.dataset, row.system): row for row in summary(RowFile(path, Scored))}
     assert list(table) == [(name, system) for name in TASKS for system in SYSTEMS]
     metrics = {name: table[name, FULL].metric for name in TASKS}
-    assert metrics == {"boolq": "accuracy", "quac": "f1", "imdb": "accuracy", "xsum": "rougeL", "alpaca": "perplexity"}
+    assert metrics == {
+        "boolq": "accuracy",
+        "quac": "f1",
+        "imdb": "accuracy",
+        "xsum": "rougeL",
+        "alpaca": "perplexity",
+    }
     for name in TASKS:
-        full, verified = table[name, FULL], table[name, VERIFIED]
-        assert (full.agreement, full.identical, full.is_within_full, full.offload_rate) == (1.0, 1.0, True, 1.0)
+        full = table[name, FULL]
+        verified = table[name, VERIFIED]
+        assert (full.agreement, full.identical, full.is_within_full, full.offload_rate) == (
+            1.0,
+            1.0,
+            True,
+            1.0,
+        )
         assert (verified.value, verified.identical) == (full.value, 1.0)
         assert table[name, "standalone"].offload_rate == 0.0
         assert full.low <= full.value <= full.high
@@ -127,7 +184,14 @@ def test_a_summary_has_a_row_for_each_system_and_set(path: Path) -> None:
 
 def scored(system: str, token_ids: tuple[int, ...], gap: float) -> Scored:
     return Scored(
-        system=system, dataset="xsum", sample=1, run="r", text="", token_ids=token_ids, tokens_from={}, gap=gap
+        system=system,
+        dataset="xsum",
+        sample=1,
+        run="r",
+        text="",
+        token_ids=token_ids,
+        tokens_from={},
+        gap=gap,
     )
 
 
@@ -140,7 +204,9 @@ def test_verified_answers_that_differ_are_listed_with_what_excuses_them() -> Non
 
 
 def test_the_judge_knows_the_probability_of_every_token(tiny_bundle: Bundle) -> None:
-    whole, token_ids, expected = WholeModel(tiny_bundle, num_threads=1), [], []
+    whole = WholeModel(tiny_bundle, num_threads=1)
+    token_ids = []
+    expected = []
     for token_id, logits in whole.steps(PROMPTS[0], 6):
         token_ids.append(token_id)
         expected.append(-float(torch.log_softmax(logits, -1)[token_id]))
@@ -156,7 +222,9 @@ def test_the_judge_knows_the_probability_of_every_token(tiny_bundle: Bundle) -> 
 
 
 def test_a_choice_that_no_exit_names_is_at_most_as_likely_as_its_least_candidate() -> None:
-    candidates = ExitCandidates(np.array([7, 3, 5]), np.log(np.array([0.5, 0.25, 0.125], np.float32)), 0.5)
+    candidates = ExitCandidates(
+        np.array([7, 3, 5]), np.log(np.array([0.5, 0.25, 0.125], np.float32)), 0.5
+    )
     assert exit_preference(candidates, ([7, 5], [3])) == pytest.approx(np.log(0.625 / 0.25))
     assert exit_preference(candidates, ([7], [9])) == pytest.approx(np.log(0.5 / 0.125))
 

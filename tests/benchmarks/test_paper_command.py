@@ -46,13 +46,18 @@ def test_a_run_goes_on_where_it_was(measured: Results) -> None:
     ("changes", "words"),
     [
         ({"bundle_id": "c" * 32}, "with another bundle: bbb.*, now ccc"),
-        ({"machine": {"processor": "another", "cores": 2}}, "with another machine: .*a test's.*, now .*another"),
+        (
+            {"machine": {"processor": "another", "cores": 2}},
+            "with another machine: .*a test's.*, now .*another",
+        ),
         ({"versions": {"torch": "3"}}, "with another set of versions"),
         ({"seed": 1}, "with another seed: 0, now 1; give another --out"),
         ({"size": "small"}, "with another size: full, now small"),
     ],
 )
-def test_rows_of_other_conditions_are_refused(measured: Results, changes: dict[str, object], words: str) -> None:
+def test_rows_of_other_conditions_are_refused(
+    measured: Results, changes: dict[str, object], words: str
+) -> None:
     with pytest.raises(ConfigError, match=words):
         Results.begin(measured.folder, msgspec.structs.replace(RUN, **changes))
 
@@ -95,11 +100,16 @@ def test_the_fleets_command_hands_its_options_on() -> None:
 
 
 def test_every_part_is_measured_once_and_shown(
-    tmp_path: Path, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tiny_bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     calls: list[object] = []
 
-    def load(name: str, num: int, seed: int, source: Path | None, **options: object) -> list[SimpleNamespace]:
+    def load(
+        name: str, num: int, seed: int, source: Path | None, **options: object
+    ) -> list[SimpleNamespace]:
         assert set(options) == {"fits", "progress"}
         return [SimpleNamespace(prompt=f"{name} {i} of {seed} from {source}") for i in range(num)]
 
@@ -115,10 +125,28 @@ def test_every_part_is_measured_once_and_shown(
 
     for name, function in (("measure", measure), ("load_set", load), ("fits", fits)):
         monkeypatch.setattr(command, name, function)
-    where = ("--bundle", str(tiny_bundle.folder), "--out", str(tmp_path / "rows"), "--seed", "5", "--json")
-    bench(*where, "--only", "latency,table", "--data", str(tmp_path), "--plot", str(tmp_path / "pictures"))
+    where = (
+        "--bundle",
+        str(tiny_bundle.folder),
+        "--out",
+        str(tmp_path / "rows"),
+        "--seed",
+        "5",
+        "--json",
+    )
+    bench(
+        *where,
+        "--only",
+        "latency,table",
+        "--data",
+        str(tmp_path),
+        "--plot",
+        str(tmp_path / "pictures"),
+    )
     prompts = [f"alpaca {i} of 5 from {tmp_path}" for i in range(2)]
-    assert calls == [(SIZES["small"], tiny_bundle.manifest.bundle_id, prompts, ("table", "latency"))]
+    assert calls == [
+        (SIZES["small"], tiny_bundle.manifest.bundle_id, prompts, ("table", "latency"))
+    ]
     first = json.loads(capsys.readouterr().out)
     assert [one["system"] for one in first["figures"]] == ["cloud_only"]
     assert (tmp_path / "pictures/paper-time.svg").exists()
@@ -128,14 +156,19 @@ def test_every_part_is_measured_once_and_shown(
 
 
 def test_the_fit_is_kept_for_the_planner(
-    measured: Results, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    measured: Results,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(command, "DATA", tmp_path / "plan.json")
     bench("--fit", "--out", str(measured.folder), "--json")
     shown = json.loads(capsys.readouterr().out)
     (fitted,) = read_fits(tmp_path / "plan.json")
     assert shown["fit"] == json.loads(msgspec.json.encode(fitted))
-    assert {one["system"] for one in shown["held_back"]} == {setting.name for setting in fitted.settings}
+    assert {one["system"] for one in shown["held_back"]} == {
+        setting.name for setting in fitted.settings
+    }
     bench("--fit", "--out", str(measured.folder))
     assert "are within 15%" in capsys.readouterr().out
 

@@ -48,7 +48,9 @@ def test_counts_are_kept_by_round_trip(exact: Fit) -> None:
 
 def test_links_that_were_held_back_are_predicted_within_15_percent() -> None:
     fitted, checked = fit(linear_rows(noise=0.03), RUN)
-    assert {(one.system, one.link) for one in checked} == {(s, link) for s in known.SYSTEMS for link in HELD_BACK}
+    assert {(one.system, one.link) for one in checked} == {
+        (s, link) for s in known.SYSTEMS for link in HELD_BACK
+    }
     assert max(one.error for one in checked) < 0.15
     assert fitted.errors["held_back"] == len(checked)
     assert fitted.errors["within_15_percent"] == 1.0
@@ -70,20 +72,35 @@ def test_the_plan_agrees_with_the_reference_up_to_the_first_other_token() -> Non
 
 def test_a_small_run_has_links_enough() -> None:
     rows = list(linear_rows(SIZES["small"].links, samples=1))
-    rows += [msgspec.structs.replace(r, system="collaborative_int8@calibrated") for r in rows if "@" in r.system]
+    rows += [
+        msgspec.structs.replace(r, system="collaborative_int8@calibrated")
+        for r in rows
+        if "@" in r.system
+    ]
     fitted, checked = fit(rows, RUN)
     assert {one.link for one in checked} == {PAPER_LINK}
     assert max(one.error for one in checked) < 0.15
-    assert {(s.mode, s.threshold) for s in fitted.settings if "_int8" in s.name} == {("collaborative", None)}
+    assert {(s.mode, s.threshold) for s in fitted.settings if "_int8" in s.name} == {
+        ("collaborative", None)
+    }
 
 
 def test_too_few_links_or_systems_are_refused_with_what_to_run() -> None:
-    with pytest.raises(ConfigError, match="over 2 links: expected 3 or more; run 'fleet bench paper --only latency'"):
+    with pytest.raises(
+        ConfigError,
+        match="over 2 links: expected 3 or more; run 'fleet bench paper --only latency'",
+    ):
         fit(linear_rows((Link(1.0, 10.0), Link(5.0, 10.0))), RUN)
     with pytest.raises(ConfigError, match="no latency rows of cloud_only"):
         fit([row for row in linear_rows() if row.system != "cloud_only"], RUN)
-    apart = [r for r in linear_rows(SIZES["small"].links) if (r.system == "verified") == (r.link == PAPER_LINK)]
-    with pytest.raises(ConfigError, match="no system was measured both over links to fit and over others"):
+    apart = [
+        r
+        for r in linear_rows(SIZES["small"].links)
+        if (r.system == "verified") == (r.link == PAPER_LINK)
+    ]
+    with pytest.raises(
+        ConfigError, match="no system was measured both over links to fit and over others"
+    ):
         fit(apart, RUN)
 
 

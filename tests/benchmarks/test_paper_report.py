@@ -51,7 +51,9 @@ def test_tokens_are_counted_by_source_over_all_answers() -> None:
 
 
 def test_work_of_the_cloud_is_two_operations_a_parameter() -> None:
-    assert of("collaborative@0.8", OURS).cloud_gflop == pytest.approx(2e-9 * (120 * 3_538_944 + 4 * 28_311_552))
+    assert of("collaborative@0.8", OURS).cloud_gflop == pytest.approx(
+        2e-9 * (120 * 3_538_944 + 4 * 28_311_552)
+    )
 
 
 def test_reductions_are_over_the_samples_that_both_have() -> None:
@@ -74,7 +76,9 @@ def test_reductions_are_over_the_samples_that_both_have() -> None:
         (msgspec.structs.replace(CACHED, traffic=Traffic(500, 200, 1, 1)), False),
     ],
 )
-def test_fewer_than_the_cached_split_needs_both_bytes_and_round_trips(cached: Row, fewer: bool) -> None:
+def test_fewer_than_the_cached_split_needs_both_bytes_and_round_trips(
+    cached: Row, fewer: bool
+) -> None:
     assert of("collaborative@0.8", OURS, cached).fewer_than_cached is fewer
 
 
@@ -113,8 +117,13 @@ ACCURACY = [
 
 @pytest.fixture(scope="module")
 def summary() -> Summary:
-    rows = [*(msgspec.structs.replace(each, run="r1") for each in (OURS, CLOUD, NAIVE, CACHED)), *linear_rows()]
-    return Summary(run=RUN, figures=figures(rows, MODEL), accuracy=ACCURACY, held_back=fit(rows, RUN)[1])
+    rows = [
+        *(msgspec.structs.replace(each, run="r1") for each in (OURS, CLOUD, NAIVE, CACHED)),
+        *linear_rows(),
+    ]
+    return Summary(
+        run=RUN, figures=figures(rows, MODEL), accuracy=ACCURACY, held_back=fit(rows, RUN)[1]
+    )
 
 
 def test_every_part_with_rows_has_tables(summary: Summary) -> None:
@@ -122,7 +131,12 @@ def test_every_part_with_rows_has_tables(summary: Summary) -> None:
     assert {name: len(tables) for name, tables in found.items()} == {
         "table": 2, "slow": 0, "published": 2, "latency": 4, "proportions": 0, "peers": 0, "accuracy": 1,
     }  # fmt: skip
-    assert all(len(line) == len(sheet.header) for tables in found.values() for sheet in tables for line in sheet.rows)
+    assert all(
+        len(line) == len(sheet.header)
+        for tables in found.values()
+        for sheet in tables
+        for line in sheet.rows
+    )
     times, traffic = found["table"]
     ours = dict(zip(traffic.header, traffic.rows[0], strict=True))
     assert ours["fewer bytes and round trips than the cached split"] == "yes"
@@ -133,10 +147,22 @@ def test_every_part_with_rows_has_tables(summary: Summary) -> None:
 def test_the_papers_figures_stand_beside_ours(summary: Summary) -> None:
     shares, claims = sheets(summary)["published"]
     rows = {line[0]: line[1:] for line in (*shares.rows, *claims.rows)}
-    assert rows["collaborative@0.8"] == ["3.19", "0.75", "60.2%", "53.3%", "35.4%", "26.7%", "4.4%", "20.0%"]
+    assert rows["collaborative@0.8"] == [
+        "3.19",
+        "0.75",
+        "60.2%",
+        "53.3%",
+        "35.4%",
+        "26.7%",
+        "4.4%",
+        "20.0%",
+    ]
     assert rows["alpaca: less total time than cloud-only"] == ["13.8%", "25.0%"]
     assert rows["alpaca: tokens confident at the first exit"] == ["47.9%", "50.0%"]
-    assert rows["alpaca: bytes an answer, naive split to CE-CoLLM"] == ["112 MB to 957 KB", "15.0 KB to 0.8 KB"]
+    assert rows["alpaca: bytes an answer, naive split to CE-CoLLM"] == [
+        "112 MB to 957 KB",
+        "15.0 KB to 0.8 KB",
+    ]
     assert rows["xsum: less cloud time than cloud-only"] == ["84.5%", "-"]
     (scores,) = sheets(summary)["accuracy"]
     assert [line[4] for line in scores.rows] == ["0.646", "0.658"]
@@ -150,11 +176,14 @@ def test_the_summary_survives_its_file(summary: Summary, tmp_path: Path) -> None
     assert read_summary(path) == summary
     shown = json.loads(path.read_bytes())
     assert set(shown) == {"run", "figures", "accuracy", "held_back"}
-    assert {"system", "total_s", "cloud_s", "offload_rate", "against", "fewer_than_cached"} <= set(shown["figures"][0])
+    assert {"system", "total_s", "cloud_s", "offload_rate", "against", "fewer_than_cached"} <= set(
+        shown["figures"][0]
+    )
 
 
 def test_pictures_are_the_same_bytes_for_the_same_figures(summary: Summary, tmp_path: Path) -> None:
-    first, again = draw(summary, tmp_path / "a"), draw(summary, tmp_path / "b")
+    first = draw(summary, tmp_path / "a")
+    again = draw(summary, tmp_path / "b")
     assert list(first) == ["time", "bytes", "latency", "accuracy"]
     for name, path in first.items():
         assert path.read_bytes() == again[name].read_bytes()

@@ -31,7 +31,9 @@ def test_rouge_counts_words_pairs_and_common_subsequences() -> None:
     # 3 of 4 and 3 of 3 words; pairs (the cat), (cat sat) of 3 and 2; the longest common subsequence has 3 words
     assert rouge("the cat sat down", "the cat sat") == pytest.approx((6 / 7, 4 / 5, 6 / 7))
     assert rouge("sat cat the", "the cat sat") == pytest.approx((1.0, 0.0, 1 / 3))
-    assert rouge("it rained", "they are raining") == pytest.approx((2 / 5, 0.0, 2 / 5))  # by the stem
+    assert rouge("it rained", "they are raining") == pytest.approx(
+        (2 / 5, 0.0, 2 / 5)
+    )  # by the stem
     assert rouge("", "the cat sat") == (0.0, 0.0, 0.0)
 
 
@@ -44,15 +46,20 @@ def test_rouge_counts_words_pairs_and_common_subsequences() -> None:
         ([1.0, 2.0], [1, 1], None),
     ],
 )
-def test_the_auc_asks_only_for_the_order(preferences: list[float], labels: list[int], expected: float | None) -> None:
+def test_the_auc_asks_only_for_the_order(
+    preferences: list[float], labels: list[int], expected: float | None
+) -> None:
     assert auc(preferences, labels) == expected
 
 
 def test_the_auc_is_the_share_of_pairs_in_the_right_order() -> None:
     random = np.random.default_rng(0)
     for num in (2, 10, 100):
-        preferences, labels = random.integers(8, size=num).tolist(), random.permutation([0, 1] * (num // 2)).tolist()
-        ones, zeros = ([p for p, label in zip(preferences, labels, strict=True) if label == k] for k in (1, 0))
+        preferences = random.integers(8, size=num).tolist()
+        labels = random.permutation([0, 1] * (num // 2)).tolist()
+        ones, zeros = (
+            [p for p, label in zip(preferences, labels, strict=True) if label == k] for k in (1, 0)
+        )
         pairs = [1.0 if a > b else 0.5 if a == b else 0.0 for a in ones for b in zeros]
         assert auc(preferences, labels) == pytest.approx(sum(pairs) / len(pairs))
 
@@ -79,6 +86,9 @@ def test_an_interval_is_that_of_the_binomial_distribution() -> None:
 
 
 def test_resamples_without_a_value_do_not_count() -> None:
-    preferences, labels = [0.0, 1.0, 2.0], [0, 1, 1]  # a resample may lack either label
-    area = interval(3, lambda chosen: auc([preferences[i] for i in chosen], [labels[i] for i in chosen]))
+    preferences = [0.0, 1.0, 2.0]  # a resample may lack either label
+    labels = [0, 1, 1]
+    area = interval(
+        3, lambda chosen: auc([preferences[i] for i in chosen], [labels[i] for i in chosen])
+    )
     assert area == (1.0, 1.0)

@@ -47,7 +47,9 @@ def only(folder: Path, name: str, row: Any) -> Sample:
         ("imdb", {"text": "Bad.", "label": "Negative"}, 0),
     ],
 )
-def test_labels_are_numbers_or_words(tmp_path: Path, name: str, row: dict[str, Any], label: int) -> None:
+def test_labels_are_numbers_or_words(
+    tmp_path: Path, name: str, row: dict[str, Any], label: int
+) -> None:
     assert only(tmp_path, name, row).label == label
 
 
@@ -103,7 +105,9 @@ def test_fewer_samples_are_the_first_of_more(tmp_path: Path) -> None:
 def test_long_prompts_are_left_out_and_counted(tmp_path: Path) -> None:
     folder = write(tmp_path, "alpaca", [{"turns": ["x" * n]} for n in (5, 50, 500)])
     said: list[str] = []
-    samples = load("alpaca", 3, 0, folder, fits=lambda prompt: len(prompt) < 50, progress=said.append)
+    samples = load(
+        "alpaca", 3, 0, folder, fits=lambda prompt: len(prompt) < 50, progress=said.append
+    )
     assert [sample.id for sample in samples] == [0]
     assert said == ["alpaca: 2 prompts were left out, for they are too long"]
     with pytest.raises(ConfigError, match="none that fit"):
@@ -123,11 +127,15 @@ def test_long_prompts_are_left_out_and_counted(tmp_path: Path) -> None:
         ("quac", JOINED | {"answer": "nothing"}, "shorter than"),
     ],
 )
-def test_a_row_of_another_kind_is_named_by_its_line(tmp_path: Path, name: str, row: Any, reason: str) -> None:
+def test_a_row_of_another_kind_is_named_by_its_line(
+    tmp_path: Path, name: str, row: Any, reason: str
+) -> None:
     folder = write(tmp_path, name, [row])
     path = folder / f"{name}.jsonl"
     path.write_text("\n" + path.read_text())
-    with pytest.raises(ConfigError, match=f"{name}.jsonl, line 2: expected a row of {name}.*{reason}"):
+    with pytest.raises(
+        ConfigError, match=f"{name}.jsonl, line 2: expected a row of {name}.*{reason}"
+    ):
         load(name, 1, 0, folder)
 
 
@@ -138,7 +146,9 @@ def test_what_is_no_json_is_named_by_its_line(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_says_what_goes_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"imdb\.jsonl or a folder .*imdb, found neither; see docs"):
+    with pytest.raises(
+        ConfigError, match=r"imdb\.jsonl or a folder .*imdb, found neither; see docs"
+    ):
         load("imdb", 1, 0, tmp_path)
 
 
@@ -147,7 +157,9 @@ def test_an_unknown_set_is_refused(tmp_path: Path) -> None:
         load("glue", 1, 0, tmp_path)
 
 
-def test_the_library_of_the_hub_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_of_the_hub_gives_the_same_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [DIALOGUE | {"dialogue_id": str(i)} for i in range(3)]
@@ -170,11 +182,16 @@ def test_a_hub_that_cannot_be_reached_points_to_files(monkeypatch: pytest.Monkey
         raise OSError("no route to host")
 
     monkeypatch.setattr(hub.HfApi, "dataset_info", unreachable)
-    with pytest.raises(ConfigError, match=r"google/boolq cannot be fetched .*no route to host.*put boolq\.jsonl into"):
+    with pytest.raises(
+        ConfigError,
+        match=r"google/boolq cannot be fetched .*no route to host.*put boolq\.jsonl into",
+    ):
         load("boolq", 1, 0, None)
 
 
-def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_the_library_the_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "imdb").mkdir()
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingExtraError, match=r"cecollm-fleet\[bench\]"):

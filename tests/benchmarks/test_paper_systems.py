@@ -44,10 +44,15 @@ SIZE = Size(
 
 @pytest.fixture(scope="module")
 def models(
-    tiny_bundle: Bundle, tiny_checkpoint: Path, tiny_heads: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_bundle: Bundle,
+    tiny_checkpoint: Path,
+    tiny_heads: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> PaperModels:
     folder = tmp_path_factory.mktemp("paper")
-    return PaperModels(tiny_bundle, lambda _: None, model=str(tiny_checkpoint), heads=tiny_heads, folder=folder)
+    return PaperModels(
+        tiny_bundle, lambda _: None, model=str(tiny_checkpoint), heads=tiny_heads, folder=folder
+    )
 
 
 def fill(models: PaperModels, rows: RowFile[Row], samples: measuring.Samples) -> None:
@@ -55,7 +60,16 @@ def fill(models: PaperModels, rows: RowFile[Row], samples: measuring.Samples) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "OWN", SYSTEMS_TESTED)
         patch.setattr(measuring, "DATASETS", ("alpaca",))
-        measure(SIZE, models.bundle, samples, rows, "run", lambda _: None, (TABLE, LATENCY), models)
+        measure(
+            SIZE,
+            models.bundle,
+            samples=samples,
+            rows=rows,
+            run="run",
+            progress=lambda _: None,
+            parts=(TABLE, LATENCY),
+            models=models,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +93,9 @@ def test_what_must_be_exact_gives_the_same_tokens(rows: dict[str, Row]) -> None:
 
 def test_tokens_are_counted_by_where_they_are_from(rows: dict[str, Row]) -> None:
     assert all(sum(row.tokens_from.values()) == len(row.token_ids) for row in rows.values())
-    assert rows["collaborative@1.0"].tokens_from == rows[NAIVE_SPLIT].tokens_from == {"cloud": TOKENS}
+    assert (
+        rows["collaborative@1.0"].tokens_from == rows[NAIVE_SPLIT].tokens_from == {"cloud": TOKENS}
+    )
     assert "cloud" not in rows["standalone"].tokens_from
 
 
@@ -87,10 +103,14 @@ def test_a_split_waits_once_a_token(rows: dict[str, Row]) -> None:
     assert {rows[name].round_trips for name in SPLITS} == {TOKENS}
     assert all(0 < rows[name].round_trips <= TOKENS for name in ("collaborative@1.0", "verified"))
     assert rows["standalone"].round_trips == 0
-    assert rows[NAIVE_SPLIT].traffic.messages_up == rows[NAIVE_SPLIT].traffic.messages_down == TOKENS
+    assert (
+        rows[NAIVE_SPLIT].traffic.messages_up == rows[NAIVE_SPLIT].traffic.messages_down == TOKENS
+    )
 
 
-def test_bytes_are_the_hidden_states_and_a_little_more(rows: dict[str, Row], tiny_bundle: Bundle) -> None:
+def test_bytes_are_the_hidden_states_and_a_little_more(
+    rows: dict[str, Row], tiny_bundle: Bundle
+) -> None:
     hidden = tiny_bundle.manifest.model.hidden_size
     num_prompt = rows[NAIVE_SPLIT].prompt_tokens
     positions = num_prompt + TOKENS - 1
@@ -103,15 +123,20 @@ def test_bytes_are_the_hidden_states_and_a_little_more(rows: dict[str, Row], tin
     assert rows["collaborative@1.0"].traffic.bytes_up > positions * hidden * 2
 
 
-def test_work_is_counted_on_the_side_where_it_is_done(rows: dict[str, Row], tiny_bundle: Bundle) -> None:
-    model, split = tiny_bundle.manifest.model, tiny_bundle.manifest.split_layer
+def test_work_is_counted_on_the_side_where_it_is_done(
+    rows: dict[str, Row], tiny_bundle: Bundle
+) -> None:
+    model = tiny_bundle.manifest.model
+    split = tiny_bundle.manifest.split_layer
     positions = rows["verified"].prompt_tokens + TOKENS - 1
     for name in SPLITS:
         assert rows[name].layer_positions_edge == positions * split
         assert rows[name].layer_positions_cloud == positions * (model.num_layers - split)
         assert rows[name].head_calls == TOKENS
     ours = rows["collaborative@1.0"]
-    assert ours.layer_positions_edge >= positions * split  # steps behind wrong guesses are work, too
+    assert (
+        ours.layer_positions_edge >= positions * split
+    )  # steps behind wrong guesses are work, too
     assert ours.layer_positions_cloud >= positions * (model.num_layers - split)
     assert ours.head_calls >= TOKENS * (1 + len(tiny_bundle.manifest.exits))
     assert ours.head_calls_cloud >= TOKENS
@@ -134,18 +159,23 @@ def test_nothing_is_measured_twice(models: PaperModels, rows: dict[str, Row], pa
     assert path.read_bytes() == before
 
 
-def test_a_worker_that_dies_ends_the_measurement_though_the_agent_goes_on(models: PaperModels) -> None:
+def test_a_worker_that_dies_ends_the_measurement_though_the_agent_goes_on(
+    models: PaperModels,
+) -> None:
     name = "collaborative@1.0"
     with Rig(models, [SYSTEMS[name]], lambda _: None) as rig:
         os.kill(rig.cloud_pid(name), signal.SIGKILL)
-        with pytest.raises(FleetError, match="the worker ended with status -9 while it was measured"):
+        with pytest.raises(
+            FleetError, match="the worker ended with status -9 while it was measured"
+        ):
             rig.answer(name, PROMPT, TOKENS, LOOPBACK)
 
 
 def test_a_cloud_only_service_streams_the_models_own_answer(
     models: PaperModels, tiny_bundle: Bundle, tiny_graphs: EdgeGraphs
 ) -> None:
-    broker, embedding = InMemoryBroker(), tiny_bundle.path("edge/embedding.npy")
+    broker = InMemoryBroker()
+    embedding = tiny_bundle.path("edge/embedding.npy")
     (expected,) = greedy_answers(*tiny_graphs.model(), [PROMPT], lambda _: None)
     with broker.connect("edge-1") as device, broker.connect("cloud-1") as cloud:
         served = CloudDriver(cloud, WholeCloudModel(models.whole(), embedding), "1")
@@ -162,7 +192,12 @@ def test_who_waits_for_a_worker_hears_that_it_has_gone() -> None:
     broker = InMemoryBroker()
     with broker.connect("edge-1") as device, broker.connect("cloud-1") as cloud:
         status = topics.worker_status("cloud-1")
-        cloud.publish(status, encode_status(WorkerStatus(True, 1, (), "1")), qos=1, retain=True)
+        cloud.publish(
+            status,
+            encode_status(WorkerStatus(online=True, epoch=1, bundle_ids=(), version="1")),
+            qos=1,
+            retain=True,
+        )
         session = Channel(device).open("cloud-1")
         cloud.publish(status, Worker.will(), qos=1, retain=True)
         with pytest.raises(FleetError, match="cloud-1 went away in the midst of an answer"):
@@ -190,7 +225,15 @@ def test_the_naive_split_is_measured_less_often(size: Size) -> None:
     cases = [*table_cases(size), *slow_cases(size), *latency_cases(size)]
     assert len({case.key for case in cases}) == len(cases)
     assert {case.system for case in cases} == set(OWN)
-    assert 0 < sum(case.system == NAIVE_SPLIT for case in cases) < sum(case.system == "verified" for case in cases)
+    assert (
+        0
+        < sum(case.system == NAIVE_SPLIT for case in cases)
+        < sum(case.system == "verified" for case in cases)
+    )
     naive = {case.link for case in cases if case.system == NAIVE_SPLIT}
-    assert naive == {PAPER_LINK, SLOW_LINK, min(size.links, key=lambda link: (link.rtt_ms, -link.mbit_s))}
+    assert naive == {
+        PAPER_LINK,
+        SLOW_LINK,
+        min(size.links, key=lambda link: (link.rtt_ms, -link.mbit_s)),
+    }
     assert Link(100.0, 10.0) not in naive

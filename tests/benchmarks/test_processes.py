@@ -19,7 +19,9 @@ def test_what_is_started_on_a_core_stays_there_and_we_do_not() -> None:
     core = max(before)
     with started_on(core):
         code = "import os; print(os.sched_getaffinity(0))"
-        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+        said = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        )
     assert said.stdout.strip() == str({core})
     assert os.sched_getaffinity(0) == before
 
@@ -34,7 +36,9 @@ def test_without_a_second_core_nothing_is_held_to_one(monkeypatch: pytest.Monkey
 
 
 def test_the_cpu_time_of_a_process_is_all_its_threads() -> None:
-    lower, seen, upper = time.process_time(), cpu_s(os.getpid()), time.process_time()
+    lower = time.process_time()
+    seen = cpu_s(os.getpid())
+    upper = time.process_time()
     assert lower <= seen <= upper
 
 
@@ -45,11 +49,17 @@ def test_a_process_that_has_gone_has_no_cpu_time() -> None:
         cpu_s(process.pid)
 
 
-def test_energy_is_that_of_all_processors_where_it_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_energy_is_that_of_all_processors_where_it_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(processes, "POWERCAP", tmp_path / "none")
     assert energy_j() is None
     monkeypatch.setattr(processes, "POWERCAP", tmp_path)
-    for zone, energy in (("intel-rapl:0", 1_500_000), ("intel-rapl:1", 500_000), ("intel-rapl:0:0", 900_000)):
+    for zone, energy in (
+        ("intel-rapl:0", 1_500_000),
+        ("intel-rapl:1", 500_000),
+        ("intel-rapl:0:0", 900_000),
+    ):
         (tmp_path / zone).mkdir()
         (tmp_path / zone / "energy_uj").write_text(f"{energy}\n")
     assert energy_j() == 2.0

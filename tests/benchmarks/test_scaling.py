@@ -7,7 +7,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks.scaling import BROKER_SOURCES, DATA, Inputs, answer_of, capacity_of, need, reports_per_s, tables
+from benchmarks.scaling import (
+    BROKER_SOURCES,
+    DATA,
+    Inputs,
+    answer_of,
+    capacity_of,
+    need,
+    reports_per_s,
+    tables,
+)
 
 PAGE = (Path(__file__).parents[2] / "docs/scaling.md").read_text()
 INPUTS = msgspec.json.decode(DATA.read_bytes(), type=Inputs)
@@ -22,7 +31,8 @@ def test_the_page_names_where_the_brokers_figures_are_from() -> None:
 
 
 def test_needs_grow_with_the_devices_and_with_what_they_are_asked() -> None:
-    one, ten = need(1000, INPUTS, 4.0, 0.6), need(10_000, INPUTS, 4.0, 0.6)
+    one = need(1000, INPUTS, 4.0, 0.6)
+    ten = need(10_000, INPUTS, 4.0, 0.6)
     assert ten.messages_per_s == pytest.approx(10 * one.messages_per_s)
     assert need(1000, INPUTS, 40.0, 0.6).workers == ten.workers > one.workers
     assert need(10_000, INPUTS, 4.0, 0.3).workers >= 2 * ten.workers - 1
@@ -50,9 +60,17 @@ def test_an_answer_is_the_mean_of_the_demos() -> None:
 
 def test_a_worker_is_measured_with_as_many_sessions_as_the_bench_had() -> None:
     sessions = {"4": {"tokens_per_s": 40.0}, "16": {"tokens_per_s": 80.0}}
-    bench = {"sessions": sessions, "threads": 2, "bytes_per_position": {"cache": 9216, "hidden_states": 1152}}
+    bench = {
+        "sessions": sessions,
+        "threads": 2,
+        "bytes_per_position": {"cache": 9216, "hidden_states": 1152},
+    }
     worker = capacity_of(bench)
-    assert (worker.sessions, worker.positions_per_s, worker.bytes_per_position) == (16, 80.0, 10_368)
+    assert (worker.sessions, worker.positions_per_s, worker.bytes_per_position) == (
+        16,
+        80.0,
+        10_368,
+    )
 
 
 def test_the_registry_is_measured_by_what_it_has_stored() -> None:

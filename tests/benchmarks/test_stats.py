@@ -25,7 +25,9 @@ def test_it_prints_the_milliseconds_of_each_database(postgresql: Databases) -> N
     assert min(times.values()) > 0
 
 
-def test_the_longer_spans_hold_the_hours_and_the_window_begins_where_most_are_needed(registry_url: str) -> None:
+def test_the_longer_spans_hold_the_hours_and_the_window_begins_where_most_are_needed(
+    registry_url: str,
+) -> None:
     fill(registry_url, 2, DAYS)
     *steps, rest = ladder(beginning(SINCE, SINCE + 30 * DAY_S))
     assert [step.span_s for step in steps] == list(SPANS_S[2:-1])

@@ -48,8 +48,16 @@ def worker_of(upper: UpperLayers, budget_bytes: int = 1 << 30) -> Worker:
     return Worker(upper, WorkerConfig(num_threads=1, kv_budget_bytes=budget_bytes), ticks())
 
 
-def replay(upper: UpperLayers, recordings: list[Recording], thresholds: tuple[float, ...]) -> Device:
-    device = Device("d1", upper.manifest.bundle_id, uploads, thresholds, works=False)
+def replay(
+    upper: UpperLayers, recordings: list[Recording], thresholds: tuple[float, ...]
+) -> Device:
+    device = Device(
+        name="d1",
+        bundle_id=upper.manifest.bundle_id,
+        rows=uploads,
+        thresholds=thresholds,
+        works=False,
+    )
     worker = worker_of(upper)
     worker.serve([(device, device.run(recordings))])
     assert not worker.engine.sessions
@@ -57,7 +65,9 @@ def replay(upper: UpperLayers, recordings: list[Recording], thresholds: tuple[fl
     return device
 
 
-def test_a_recording_is_the_whole_models_answer(tiny_bundle: Bundle, recordings: list[Recording]) -> None:
+def test_a_recording_is_the_whole_models_answer(
+    tiny_bundle: Bundle, recordings: list[Recording]
+) -> None:
     whole = WholeModel(tiny_bundle, num_threads=1)
     for prompt, recording in zip(PROMPTS, recordings, strict=True):
         answer = recording.token_ids[recording.num_prompt :]
@@ -82,7 +92,9 @@ def test_a_device_with_all_exits_off_waits_for_the_worker_at_every_token(
     assert min(seconds for _, seconds in device.tokens) >= STEP_S
 
 
-def test_a_device_whose_exits_are_always_sure_never_waits(upper: UpperLayers, recordings: list[Recording]) -> None:
+def test_a_device_whose_exits_are_always_sure_never_waits(
+    upper: UpperLayers, recordings: list[Recording]
+) -> None:
     device = replay(upper, recordings, (0.0, 0.0))
     assert len(device.tokens) == len(PROMPTS) * (NUM_TOKENS - 1)
     assert {seconds for _, seconds in device.tokens} == {0.0}
@@ -91,12 +103,15 @@ def test_a_device_whose_exits_are_always_sure_never_waits(upper: UpperLayers, re
 def test_right_guesses_share_round_trips_and_their_steps_go_on_meanwhile(
     upper: UpperLayers, recordings: list[Recording]
 ) -> None:
-    recording, taken = recordings[0], {}
+    recording = recordings[0]
+    taken = {}
     answer = recording.token_ids[recording.num_prompt :]
     for is_right in (True, False):
         guesses = [token_id if is_right else token_id ^ 1 for token_id in [*answer, 0]]
         told = replace(recording, guesses=guesses, seconds=[[0.04, 0.06]] * NUM_TOKENS)
-        device = Device("d1", upper.manifest.bundle_id, uploads, (1.0, 1.0))
+        device = Device(
+            name="d1", bundle_id=upper.manifest.bundle_id, rows=uploads, thresholds=(1.0, 1.0)
+        )
         worker_of(upper).serve([(device, device.run([told]))])
         assert len(device.tokens) == NUM_TOKENS - 1
         taken[is_right] = sum(seconds for _, seconds in device.tokens)
@@ -104,7 +119,9 @@ def test_right_guesses_share_round_trips_and_their_steps_go_on_meanwhile(
 
 
 def test_a_refusal_ends_the_measurement(upper: UpperLayers, recordings: list[Recording]) -> None:
-    device = Device("d1", upper.manifest.bundle_id, uploads, (1.0, 1.0))
+    device = Device(
+        name="d1", bundle_id=upper.manifest.bundle_id, rows=uploads, thresholds=(1.0, 1.0)
+    )
     with pytest.raises(RuntimeError, match="refused d1: busy"):
         worker_of(upper, budget_bytes=1).serve([(device, device.run(recordings))])
 

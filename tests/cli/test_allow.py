@@ -17,7 +17,9 @@ from tests.fleet.conftest import add
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     """A fleet's folder: two devices and an app that was allowed nothing."""
-    with FleetHome.create(tmp_path / "state", FleetConfig("127.0.0.1", 1, "/no/bundle")).registry() as registry:
+    with FleetHome.create(
+        tmp_path / "state", FleetConfig(host="127.0.0.1", port=1, bundle="/no/bundle")
+    ).registry() as registry:
         add(registry, "kitchen", group="home")
         add(registry, "attic")
         add(registry, "phone", Role.APP)
@@ -34,13 +36,19 @@ def test_an_app_is_allowed_devices_by_name_and_tag_and_loses_them_again(home: Pa
     assert run_json(home, "tag", "kitchen", "floor=1", "wing=east") == {
         "device": "kitchen", "tags": {"floor": "1", "wing": "east"},
     }  # fmt: skip
-    assert run_json(home, "allow", "phone", "floor=1", "attic") == {"app": "phone", "targets": ["attic", "floor=1"]}
+    assert run_json(home, "allow", "phone", "floor=1", "attic") == {
+        "app": "phone",
+        "targets": ["attic", "floor=1"],
+    }
     with FleetHome.load(home).registry() as registry:
         grants = registry.grants("phone")
         assert grants is not None
         assert grants.targets == ("attic", "kitchen")
     assert run_json(home, "disallow", "phone", "attic") == {"app": "phone", "targets": ["floor=1"]}
-    assert run_json(home, "tag", "kitchen", "--remove", "floor") == {"device": "kitchen", "tags": {"wing": "east"}}
+    assert run_json(home, "tag", "kitchen", "--remove", "floor") == {
+        "device": "kitchen",
+        "tags": {"wing": "east"},
+    }
     with FleetHome.load(home).registry() as registry:
         grants = registry.grants("phone")
         assert grants is not None
@@ -61,7 +69,10 @@ def test_devices_are_listed_by_tag_and_by_state(home: Path) -> None:
     ("arguments", "words"),
     [
         (("allow", "phone", "cellar"), ("cannot allow 'cellar'", "enrol it first")),
-        (("allow", "kitchen", "attic"), ("expected the name of an app, got 'kitchen'", "it is a device")),
+        (
+            ("allow", "kitchen", "attic"),
+            ("expected the name of an app, got 'kitchen'", "it is a device"),
+        ),
         (("allow", "ghost", "attic"), ("'ghost'", "fleet enroll ghost --role app")),
         (("disallow", "phone", "attic"), ("was not allowed attic", "nothing")),
         (("tag", "kitchen"), ("nothing to do", "--remove")),
@@ -70,5 +81,7 @@ def test_devices_are_listed_by_tag_and_by_state(home: Path) -> None:
         (("tag", "ghost", "floor=1"), ("unknown device 'ghost'",)),
     ],
 )
-def test_a_mistake_is_told_in_one_line(home: Path, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+def test_a_mistake_is_told_in_one_line(
+    home: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
     assert_one_clear_line(run(*arguments, "--home", str(home)), *words)

@@ -24,11 +24,15 @@ from tests.fleet.conftest import add
 
 @pytest.fixture
 def fleet(tmp_path: Path, tiny_bundle: Bundle) -> FleetHome:
-    state = FleetHome.create(tmp_path / "state", FleetConfig("127.0.0.1", 1, str(tiny_bundle.folder)))
+    state = FleetHome.create(
+        tmp_path / "state", FleetConfig(host="127.0.0.1", port=1, bundle=str(tiny_bundle.folder))
+    )
     with state.registry() as registry:
         for i in range(10):
             add(registry, f"d{i}", group="home" if i < 4 else "lab")
-            registry.record_status(f"d{i}", DeviceStatus(online=True, epoch=1, bundle_id="other"), 1.0)
+            registry.record_status(
+                f"d{i}", DeviceStatus(online=True, epoch=1, bundle_id="other"), 1.0
+            )
     return state
 
 
@@ -54,20 +58,31 @@ def test_an_added_bundle_is_kept_signed_and_listed(fleet: FleetHome, tiny_bundle
     added = msgspec.json.decode(run(fleet, "add", str(tiny_bundle.folder), "--json"))
     assert verify_bundle(Path(added["folder"]), fleet.folder / "ca" / "ca.pem").signature == "valid"
     (row,) = msgspec.json.decode(run(fleet, "list", "--json"))
-    assert (row["bundle_id"], row["devices"], row["wanted"], row["rollout"]) == (added["bundle_id"], 0, 0, None)
+    assert (row["bundle_id"], row["devices"], row["wanted"], row["rollout"]) == (
+        added["bundle_id"],
+        0,
+        0,
+        None,
+    )
     assert row["num_bytes"] == sum(entry.num_bytes for entry in tiny_bundle.manifest.files)
     assert "is in" in run(fleet, "add", str(tiny_bundle.folder))
 
 
-def test_a_damaged_bundle_is_refused_in_one_line(fleet: FleetHome, tmp_path: Path, tiny_bundle: Bundle) -> None:
+def test_a_damaged_bundle_is_refused_in_one_line(
+    fleet: FleetHome, tmp_path: Path, tiny_bundle: Bundle
+) -> None:
     shutil.copytree(tiny_bundle.folder, tmp_path / "damaged")
     (tmp_path / "damaged" / "more").touch()
-    with pytest.raises(BundleError, match=r"is not added: file .*more is not in the manifest.*fleet bundle verify"):
+    with pytest.raises(
+        BundleError, match=r"is not added: file .*more is not in the manifest.*fleet bundle verify"
+    ):
         run(fleet, "add", str(tmp_path / "damaged"))
     assert msgspec.json.decode(run(fleet, "list", "--json")) == []
 
 
-def test_a_roll_out_is_begun_with_its_plan_paused_resumed_and_undone(fleet: FleetHome, bundle_id: str) -> None:
+def test_a_roll_out_is_begun_with_its_plan_paused_resumed_and_undone(
+    fleet: FleetHome, bundle_id: str
+) -> None:
     line = run(
         fleet, "rollout", bundle_id, "--group", "lab", "--canary", "2", "--stages", "50,100", "--observe", "30s",
         "--max-tpot-ratio", "2", "--min-answers", "5",
@@ -81,7 +96,10 @@ def test_a_roll_out_is_begun_with_its_plan_paused_resumed_and_undone(fleet: Flee
     assert row.doing.startswith(f"no worker serves bundle {bundle_id}")
     assert (row.plan["group"], row.plan["canary"], row.plan["percentages"]) == ("lab", 2, [50, 100])
     assert (row.plan["observe_s"], row.plan["take_within_s"]) == (30.0, 1800.0)
-    assert (row.plan["limits"]["max_tpot_ratio"], row.plan["limits"]["max_offload_increase"]) == (2.0, 0.1)
+    assert (row.plan["limits"]["max_tpot_ratio"], row.plan["limits"]["max_offload_increase"]) == (
+        2.0,
+        0.1,
+    )
     assert run(fleet, "pause").startswith("roll-out 1 ")
     assert rows(fleet)[0].state == "paused"
     assert msgspec.json.decode(run(fleet, "resume", "1", "--json"))["state"] == "waiting"
@@ -106,17 +124,24 @@ def test_the_list_says_which_bundle_is_being_rolled_out(fleet: FleetHome, bundle
         (("rollback", "3"), "unknown roll-out 3"),
         (("status", "3"), "unknown roll-out 3"),
         (("rollout", "b", "--stages", "10,x"), "stages '10,x': expected percentages"),
-        (("rollout", "b", "--stages", "10,50"), "stages '10,50': expected growing percentages that end with 100"),
+        (
+            ("rollout", "b", "--stages", "10,50"),
+            "stages '10,50': expected growing percentages that end with 100",
+        ),
         (("rollout", "b", "--observe", "10"), "span '10': expected a number with its unit"),
         (("rollout", "b", "--max-error-rate", "2"), "plan is not usable"),
     ],
 )
-def test_what_cannot_be_done_is_one_clear_line(fleet: FleetHome, arguments: tuple[str, ...], message: str) -> None:
+def test_what_cannot_be_done_is_one_clear_line(
+    fleet: FleetHome, arguments: tuple[str, ...], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         run(fleet, *arguments)
 
 
-def test_a_second_roll_out_over_the_same_devices_is_refused(fleet: FleetHome, bundle_id: str) -> None:
+def test_a_second_roll_out_over_the_same_devices_is_refused(
+    fleet: FleetHome, bundle_id: str
+) -> None:
     run(fleet, "rollout", bundle_id, "--group", "lab")
     with pytest.raises(RolloutError, match=r"roll-out 1 .* is waiting over the same devices"):
         run(fleet, "rollout", bundle_id)
@@ -138,7 +163,9 @@ def test_the_progress_of_a_roll_out_in_a_few_lines() -> None:
     ]
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("30s", 30.0), ("10m", 600.0), ("1.5h", 5400.0), ("2d", 172_800.0)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30s", 30.0), ("10m", 600.0), ("1.5h", 5400.0), ("2d", 172_800.0)]
+)
 def test_spans_have_a_unit(text: str, seconds: float) -> None:
     assert parse_span(text) == seconds
 

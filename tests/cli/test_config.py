@@ -20,14 +20,18 @@ from tests.fleet.conftest import add
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     path = tmp_path / "state"
-    with FleetHome.create(path, FleetConfig("127.0.0.1", 1, "/no/bundle")).registry() as registry:
+    with FleetHome.create(
+        path, FleetConfig(host="127.0.0.1", port=1, bundle="/no/bundle")
+    ).registry() as registry:
         add(registry, "edge-1", group="kitchen")
         add(registry, "edge-2")
     return path
 
 
 def fleet(folder: Path, *arguments: str) -> str:
-    result = CliRunner().invoke(app, [*arguments, "--home", str(folder)], env={"COLUMNS": "150", "NO_COLOR": "1"})
+    result = CliRunner().invoke(
+        app, [*arguments, "--home", str(folder)], env={"COLUMNS": "150", "NO_COLOR": "1"}
+    )
     if result.exception is not None:
         raise result.exception
     return result.stdout
@@ -48,10 +52,16 @@ def test_what_is_set_for_a_device_shows_with_its_version(folder: Path) -> None:
 def test_a_group_and_all_reach_their_devices_and_can_be_taken_back(folder: Path) -> None:
     fleet(folder, "config", "set", "--all", "max_draft=4")
     fleet(folder, "config", "set", "--group", "kitchen", "max_draft=8", "thresholds=[0.5]")
-    assert fleet_json(folder, "config", "show", "edge-1")["settings"] == {"max_draft": 8, "thresholds": [0.5]}
+    assert fleet_json(folder, "config", "show", "edge-1")["settings"] == {
+        "max_draft": 8,
+        "thresholds": [0.5],
+    }
     assert fleet_json(folder, "config", "show", "edge-2")["settings"] == {"max_draft": 4}
     fleet(folder, "config", "unset", "--group", "kitchen", "max_draft")
-    assert fleet_json(folder, "config", "show", "edge-1")["settings"] == {"max_draft": 4, "thresholds": [0.5]}
+    assert fleet_json(folder, "config", "show", "edge-1")["settings"] == {
+        "max_draft": 4,
+        "thresholds": [0.5],
+    }
 
 
 def test_a_value_may_come_from_a_file(folder: Path, tmp_path: Path) -> None:
@@ -63,14 +73,31 @@ def test_a_value_may_come_from_a_file(folder: Path, tmp_path: Path) -> None:
 def test_diff_lists_who_has_not_followed_and_why(folder: Path) -> None:
     version = fleet_json(folder, "config", "set", "--all", "max_draft=4")["version"]
     with FleetHome.load(folder).registry() as registry:
-        follows = DeviceStatus(True, 1, "b", "0.1.0", "auto", config_version=version)
+        follows = DeviceStatus(
+            online=True,
+            epoch=1,
+            bundle_id="b",
+            version="0.1.0",
+            mode="auto",
+            config_version=version,
+        )
         registry.record_status("edge-2", follows, time.time())
     assert [row["device"] for row in fleet_json(folder, "config", "diff")] == ["edge-1"]
     with FleetHome.load(folder).registry() as registry:
-        fails = DeviceStatus(True, 1, "b", "0.1.0", "auto", config_version=version, config_error="no such bundle")
+        fails = DeviceStatus(
+            online=True,
+            epoch=1,
+            bundle_id="b",
+            version="0.1.0",
+            mode="auto",
+            config_version=version,
+            config_error="no such bundle",
+        )
         registry.record_status("edge-1", follows, time.time())
         registry.record_status("edge-2", fails, time.time())
-    assert [row["config_error"] for row in fleet_json(folder, "config", "diff")] == ["no such bundle"]
+    assert [row["config_error"] for row in fleet_json(folder, "config", "diff")] == [
+        "no such bundle"
+    ]
     with FleetHome.load(folder).registry() as registry:
         registry.record_status("edge-2", follows, time.time())
     assert "all 2 devices follow" in fleet(folder, "config", "diff")

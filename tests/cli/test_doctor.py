@@ -21,7 +21,9 @@ TIMEOUT_S = 120
 DOCTOR = "from fleet.cli import main; main()"
 
 
-def doctor(*options: str, python: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+def doctor(
+    *options: str, python: tuple[str, ...] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *python, "-c", DOCTOR, "doctor", *options], capture_output=True, text=True, timeout=TIMEOUT_S,
         check=False, cwd=ROOT, env=os.environ | environment,
@@ -43,14 +45,17 @@ def add_distribution(folder: Path, name: str, found: str) -> None:
 def base_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with this distribution's base requirements, theirs, and nothing else."""
     folder = tmp_path_factory.mktemp("base")
-    names, seen = ["cecollm-fleet", "packaging"], set[str]()
+    names = ["cecollm-fleet", "packaging"]
+    seen = set[str]()
     while names:
         if (name := names.pop()) in seen:
             continue
         seen.add(name)
         found = distribution(name)
         requirements = map(Requirement, found.requires or ())
-        names += [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+        names += [
+            r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})
+        ]
         for top in {path.parts[0] for path in found.files or ()} - {"..", "__pycache__"}:
             if not (folder / top).exists():
                 (folder / top).symlink_to(str(found.locate_file(top)))
@@ -69,7 +74,9 @@ def test_it_tells_what_this_machine_has() -> None:
     assert diagnosis["free_disk_bytes"] > 0
     assert diagnosis["packages"]["torch"] == version("torch")
     assert diagnosis["problems"] == []
-    assert [name for name, extra in extras_of(diagnosis).items() if extra["missing"]] == ["edge-gpu"]
+    assert [name for name, extra in extras_of(diagnosis).items() if extra["missing"]] == [
+        "edge-gpu"
+    ]
 
 
 def test_the_way_to_another_onnxruntime_goes_through_removing_the_one_there() -> None:
@@ -77,7 +84,9 @@ def test_the_way_to_another_onnxruntime_goes_through_removing_the_one_there() ->
     assert install == "pip uninstall -y onnxruntime && pip install 'cecollm-fleet[edge-gpu]'"
 
 
-def test_with_the_base_package_alone_nothing_is_wrong_and_each_part_has_its_pip_line(base_packages: Path) -> None:
+def test_with_the_base_package_alone_nothing_is_wrong_and_each_part_has_its_pip_line(
+    base_packages: Path,
+) -> None:
     bare = {"python": ("-S",), "PYTHONPATH": f"{base_packages}:{ROOT}"}
     result = doctor("--json", **bare)  # type: ignore[arg-type]
     assert result.returncode == 0, result.stdout + result.stderr
@@ -90,7 +99,9 @@ def test_with_the_base_package_alone_nothing_is_wrong_and_each_part_has_its_pip_
     assert "pip install 'cecollm-fleet[edge]'" in doctor(**bare).stdout  # type: ignore[arg-type]
 
 
-def test_both_onnxruntime_packages_are_a_problem_with_the_commands_that_mend_it(tmp_path: Path) -> None:
+def test_both_onnxruntime_packages_are_a_problem_with_the_commands_that_mend_it(
+    tmp_path: Path,
+) -> None:
     add_distribution(tmp_path, "onnxruntime-gpu", "1.30.0")
     result = doctor(PYTHONPATH=str(tmp_path))
     assert result.returncode == 1
@@ -101,7 +112,9 @@ def test_both_onnxruntime_packages_are_a_problem_with_the_commands_that_mend_it(
 
 def test_an_onnxruntime_that_does_not_load_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "onnxruntime").mkdir()
-    (tmp_path / "onnxruntime/__init__.py").write_text("raise ImportError('libcudart.so.12 is not there')")
+    (tmp_path / "onnxruntime/__init__.py").write_text(
+        "raise ImportError('libcudart.so.12 is not there')"
+    )
     result = doctor("--json", PYTHONPATH=str(tmp_path))
     assert result.returncode == 1
     (problem,) = json.loads(result.stdout)["problems"]

@@ -15,7 +15,14 @@ from cryptography import x509
 from typer.testing import CliRunner
 
 from fleet.cli import app
-from fleet.errors import ConfigError, FleetError, IdentityError, StateError, TopicError, UnknownDeviceError
+from fleet.errors import (
+    ConfigError,
+    FleetError,
+    IdentityError,
+    StateError,
+    TopicError,
+    UnknownDeviceError,
+)
 from fleet.identity.identity import Identity
 from fleet.protocol.access import Role
 from fleet.protocol.enrolment_api import EnrolmentToken
@@ -29,7 +36,10 @@ HOST = "127.0.0.1"
 
 @pytest.fixture(scope="module")
 def fresh_fleet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return FleetHome.create(tmp_path_factory.mktemp("fresh") / "state", FleetConfig(HOST, 1, "/no/bundle")).folder
+    return FleetHome.create(
+        tmp_path_factory.mktemp("fresh") / "state",
+        FleetConfig(host=HOST, port=1, bundle="/no/bundle"),
+    ).folder
 
 
 @pytest.fixture
@@ -56,7 +66,17 @@ def names(folder: Path) -> set[str]:
 
 
 def test_a_device_is_enrolled_with_one_line_to_run_on_it(fleet_folder: Path) -> None:
-    said = fleet(fleet_folder, "enroll", "kitchen", "--group", "home", "--tag", "site=roof", "--tag", "arch=arm64")
+    said = fleet(
+        fleet_folder,
+        "enroll",
+        "kitchen",
+        "--group",
+        "home",
+        "--tag",
+        "site=roof",
+        "--tag",
+        "arch=arm64",
+    )
     first, command = said.splitlines()
     assert first.startswith("enrolled device kitchen; run this there, once, before 20")
     words = command.split()
@@ -85,7 +105,9 @@ def test_a_token_needs_no_key_of_the_authority(fleet_folder: Path) -> None:
     assert fleet_json(fleet_folder, "enroll", "kitchen")["token"]
 
 
-def test_a_folder_is_made_offline_and_says_where_the_service_is(fleet_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_is_made_offline_and_says_where_the_service_is(
+    fleet_folder: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "kitchen"
     said = fleet(fleet_folder, "enroll", "kitchen", "--tag", "site=roof", "--out", str(out))
     assert f"next: edge-agent run {out}" in said
@@ -106,8 +128,10 @@ def test_an_identity_is_replaced_with_force(fleet_folder: Path, tmp_path: Path) 
 
 
 def test_without_a_service_there_is_no_token(tmp_path: Path) -> None:
-    FleetHome.create(tmp_path, FleetConfig(HOST, 1, "/no/bundle", service_port=0))
-    with pytest.raises(ConfigError, match=r"no service to join at; give --out DIR, or start it with --service-port"):
+    FleetHome.create(tmp_path, FleetConfig(host=HOST, port=1, bundle="/no/bundle", service_port=0))
+    with pytest.raises(
+        ConfigError, match=r"no service to join at; give --out DIR, or start it with --service-port"
+    ):
         fleet(tmp_path, "enroll", "kitchen")
     fleet(tmp_path, "enroll", "kitchen", "--out", str(tmp_path / "kitchen"))
     assert Identity.load(tmp_path / "kitchen").config.server is None
@@ -168,12 +192,18 @@ def test_a_file_enrols_a_whole_batch_with_a_token_each(fleet_folder: Path, batch
         rows = {row.name: row for row in registry.identities()}
     assert (rows["phone"].targets, rows["kitchen"].group) == (("home", "kitchen"), "home")
     assert rows["kitchen"].tags == {"arch": "arm64", "site": "roof"}
-    assert fleet(fleet_folder, "enroll", "--from", str(batch)).count("edge-agent join") == 3  # nobody has joined yet
+    assert (
+        fleet(fleet_folder, "enroll", "--from", str(batch)).count("edge-agent join") == 3
+    )  # nobody has joined yet
 
 
 def test_or_with_a_folder_each(fleet_folder: Path, batch: Path, tmp_path: Path) -> None:
     made = fleet_json(fleet_folder, "enroll", "--from", str(batch), "--out", str(tmp_path / "out"))
-    assert [Identity.load(Path(each["folder"])).name for each in made] == ["phone", "kitchen", "hall"]
+    assert [Identity.load(Path(each["folder"])).name for each in made] == [
+        "phone",
+        "kitchen",
+        "hall",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +256,7 @@ def test_an_operator_suspends_resumes_and_revokes(fleet_folder: Path, tmp_path: 
 def test_a_fleet_with_a_passphrase_opens_with_it_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = FleetConfig(HOST, 1, "/no/bundle")
+    config = FleetConfig(host=HOST, port=1, bundle="/no/bundle")
     monkeypatch.setenv(PASSPHRASE, "correct horse")
     create_fleet(tmp_path / "state", config)
     assert capsys.readouterr().err == ""
@@ -248,7 +278,7 @@ def test_a_key_that_is_not_encrypted_is_told_of_once(
 ) -> None:
     monkeypatch.delenv(PASSPHRASE, raising=False)
     for _ in range(2):
-        create_fleet(tmp_path / "state", FleetConfig(HOST, 1, "/no/bundle"))
+        create_fleet(tmp_path / "state", FleetConfig(host=HOST, port=1, bundle="/no/bundle"))
     (line,) = capsys.readouterr().err.splitlines()
     assert "is not encrypted" in line
     assert PASSPHRASE in line
@@ -260,7 +290,7 @@ def test_a_key_that_is_not_encrypted_is_told_of_once(
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[FleetHome]:
     """`fleet server` in a process of its own."""
-    config = FleetConfig(HOST, free_port(), "/no/bundle", service_port=free_port())
+    config = FleetConfig(host=HOST, port=free_port(), bundle="/no/bundle", service_port=free_port())
     state = FleetHome.create(tmp_path / "state", config)
     with child("the server", "fleet.cli", "server", "--home", str(state.folder)) as server:
         line = server.wait_ready()
@@ -269,24 +299,34 @@ def served(tmp_path: Path) -> Iterator[FleetHome]:
 
 
 def test_the_service_may_be_on_another_host_than_the_broker(tmp_path: Path) -> None:
-    folder, address = tmp_path / "state", ("--host", "mqtt.example", "--service-host", "fleet.example")
+    folder = tmp_path / "state"
+    address = ("--host", "mqtt.example", "--service-host", "fleet.example")
     fleet(folder, "init", *address, "--bundle", "/no/bundle")
-    assert fleet_json(folder, "enroll", "kitchen")["command"].endswith("--server https://fleet.example:8443")
-    certificate = x509.load_pem_x509_certificate(FleetHome.load(folder).server_tls().cert_file.read_bytes())
+    assert fleet_json(folder, "enroll", "kitchen")["command"].endswith(
+        "--server https://fleet.example:8443"
+    )
+    certificate = x509.load_pem_x509_certificate(
+        FleetHome.load(folder).server_tls().cert_file.read_bytes()
+    )
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["mqtt.example", "fleet.example", "localhost"]
 
 
 def test_a_device_joins_at_the_service_of_a_running_fleet(served: FleetHome) -> None:
     made = fleet_json(served.folder, "enroll", "kitchen")
-    token, server = EnrolmentToken.parse(made["command"].split()[2]), made["command"].split()[-1]
+    token = EnrolmentToken.parse(made["command"].split()[2])
+    server = made["command"].split()[-1]
     csr, _ = make_csr("kitchen")
     body = json.dumps({"id": token.id, "secret": token.secret, "csr": csr}).encode()
     context = ssl.create_default_context(cafile=served.folder / "ca" / "ca.pem")
     request = urllib.request.Request(f"{server}/v1/join", body)
     with urllib.request.urlopen(request, timeout=10, context=context) as response:
         reply = json.load(response)
-    assert (reply["name"], reply["port"], reply["server"]) == ("kitchen", served.config.port, server)
+    assert (reply["name"], reply["port"], reply["server"]) == (
+        "kitchen",
+        served.config.port,
+        server,
+    )
     (row,) = fleet_json(served.folder, "devices")
     assert row["state"] == "active"
     with served.registry() as registry:

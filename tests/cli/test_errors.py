@@ -17,7 +17,9 @@ from tests.brokers import free_port
 TIMEOUT_S = 120
 
 
-def run(*arguments: str, module: str = "fleet.cli", **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, module: str = "fleet.cli", **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", module, *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
         env=os.environ | environment,
@@ -38,7 +40,7 @@ def state(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Path
     from fleet.server.home import FleetConfig, FleetHome
 
     folder = tmp_path_factory.mktemp("fleet")
-    FleetHome.create(folder, FleetConfig("127.0.0.1", 1, str(tiny_bundle.folder)))
+    FleetHome.create(folder, FleetConfig(host="127.0.0.1", port=1, bundle=str(tiny_bundle.folder)))
     return folder
 
 
@@ -76,7 +78,9 @@ def test_bad_arguments_in_a_fleet(
     assert_one_clear_line(run(*arguments, *extra, "--home", str(state)), *words)
 
 
-def test_a_name_is_enrolled_once_and_an_offline_device_is_said_to_be_offline(state: Path, tmp_path: Path) -> None:
+def test_a_name_is_enrolled_once_and_an_offline_device_is_said_to_be_offline(
+    state: Path, tmp_path: Path
+) -> None:
     where = ("--home", str(state))
     assert run("enroll", "sleeper", "--out", str(tmp_path / "a"), *where).returncode == 0
     assert_one_clear_line(run("enroll", "sleeper", "--out", str(tmp_path / "b"), *where), "sleeper")
@@ -91,12 +95,16 @@ def test_a_busy_port_is_named(tmp_path: Path, tiny_bundle: Bundle, option: str) 
         port = str(holder.getsockname()[1])
         ports = {"--port": free_port(), "--service-port": free_port(), option: port}
         options = [str(word) for pair in ports.items() for word in pair]
-        result = run("up", *options, "--bundle", str(tiny_bundle.folder), "--home", str(tmp_path / "fleet"))
+        result = run(
+            "up", *options, "--bundle", str(tiny_bundle.folder), "--home", str(tmp_path / "fleet")
+        )
     assert_one_clear_line(result, port, option)
 
 
 def test_a_device_without_identity_says_how_to_get_one(tmp_path: Path) -> None:
-    assert_one_clear_line(run("run", str(tmp_path), module="edge_agent"), "no identity", "fleet enroll")
+    assert_one_clear_line(
+        run("run", str(tmp_path), module="edge_agent"), "no identity", "fleet enroll"
+    )
 
 
 def test_a_device_without_a_broker_says_where_it_looked(state: Path, tmp_path: Path) -> None:
@@ -105,16 +113,23 @@ def test_a_device_without_a_broker_says_where_it_looked(state: Path, tmp_path: P
     assert_one_clear_line(run("run", str(out), module="edge_agent"), "127.0.0.1:1", "fleet up")
 
 
-def test_an_altered_bundle_is_refused_by_device_and_worker(state: Path, tmp_path: Path, tiny_bundle: Bundle) -> None:
+def test_an_altered_bundle_is_refused_by_device_and_worker(
+    state: Path, tmp_path: Path, tiny_bundle: Bundle
+) -> None:
     altered = tmp_path / "altered"
     shutil.copytree(tiny_bundle.folder, altered)
     for name in ("edge/block_0.onnx", "cloud/model.safetensors"):
         path = altered / name
         path.write_bytes(path.read_bytes()[:-1] + b"\x00\x01")
-    worker, device = str(state / "identities" / "worker-1"), str(tmp_path / "device")
+    worker = str(state / "identities" / "worker-1")
+    device = str(tmp_path / "device")
     assert run("enroll", "careful", "--out", device, "--home", str(state)).returncode == 0
     assert_one_clear_line(run("run", worker, module="edge_agent"), "expected a device's")
-    assert_one_clear_line(run("run", device, "--bundle", str(altered), module="edge_agent"), "block_0.onnx", "altered")
     assert_one_clear_line(
-        run("run", worker, "--bundle", str(altered), module="cloud_broker_worker"), "model.safetensors", "altered"
+        run("run", device, "--bundle", str(altered), module="edge_agent"), "block_0.onnx", "altered"
+    )
+    assert_one_clear_line(
+        run("run", worker, "--bundle", str(altered), module="cloud_broker_worker"),
+        "model.safetensors",
+        "altered",
     )

@@ -30,7 +30,10 @@ from tests.fleet.conftest import add
 def state(tmp_path: Path, tiny_bundle: Bundle) -> FleetHome:
     """A fleet whose processes do not run."""
     return FleetHome.create(
-        tmp_path / "state", FleetConfig("127.0.0.1", free_port(), str(tiny_bundle.folder), service_port=0)
+        tmp_path / "state",
+        FleetConfig(
+            host="127.0.0.1", port=free_port(), bundle=str(tiny_bundle.folder), service_port=0
+        ),
     )
 
 
@@ -48,7 +51,16 @@ def test_a_fleet_whose_broker_runs_has_no_problem(state: FleetHome) -> None:
         server.wait_ready()
         status, diagnosis = doctor(state)
     assert (status, diagnosis["problems"]) == (0, [])
-    names = ["registry", "authority", "clock", "certificates", "broker", "bundle", "configuration", "disk"]
+    names = [
+        "registry",
+        "authority",
+        "clock",
+        "certificates",
+        "broker",
+        "bundle",
+        "configuration",
+        "disk",
+    ]
     assert [check["name"] for check in diagnosis["fleet"]] == names
 
 
@@ -67,32 +79,43 @@ def remove_the_authority(state: FleetHome) -> None:
 def hear_from_the_future(state: FleetHome) -> None:
     with state.registry() as registry:
         add(registry, "edge-1")
-        registry.record_status("edge-1", DeviceStatus(False, 1), time.time() + 86_400)
+        registry.record_status("edge-1", DeviceStatus(online=False, epoch=1), time.time() + 86_400)
 
 
 def let_a_certificate_grow_old(state: FleetHome) -> None:
     with state.registry() as registry:
-        registry.add_identity("old", Role.DEVICE, fingerprint="0" * 64, not_after=time.time() + 86_400)
+        registry.add_identity(
+            "old", Role.DEVICE, fingerprint="0" * 64, not_after=time.time() + 86_400
+        )
 
 
 def alter_the_bundle(state: FleetHome) -> None:
     copy = state.folder / "copy"
     shutil.copytree(state.config.bundle, copy)
     (copy / "edge/block_0.onnx").write_bytes(b"other")
-    FleetHome.create(state.folder, FleetConfig("127.0.0.1", state.config.port, str(copy), service_port=0))
+    FleetHome.create(
+        state.folder,
+        FleetConfig(host="127.0.0.1", port=state.config.port, bundle=str(copy), service_port=0),
+    )
 
 
 def serve_another_bundle(state: FleetHome) -> None:
     with state.registry() as registry:
         add(registry, "edge-1")
-        registry.record_status("edge-1", DeviceStatus(True, 1, "b1"), time.time())
-        registry.record_worker("worker-1", WorkerStatus(True, 1, ("b2",)), time.time())
+        registry.record_status(
+            "edge-1", DeviceStatus(online=True, epoch=1, bundle_id="b1"), time.time()
+        )
+        registry.record_worker(
+            "worker-1", WorkerStatus(online=True, epoch=1, bundle_ids=("b2",)), time.time()
+        )
 
 
 def ask_for_what_nobody_follows(state: FleetHome) -> None:
     serve_another_bundle(state)
     with state.registry() as registry:
-        registry.record_worker("worker-1", WorkerStatus(True, 1, ("b1",)), time.time())
+        registry.record_worker(
+            "worker-1", WorkerStatus(online=True, epoch=1, bundle_ids=("b1",)), time.time()
+        )
         registry.change_settings(Target(Scope.DEVICE, "edge-1"), lambda _: Settings(max_draft=2))
 
 

@@ -35,8 +35,15 @@ def commands(section: str, under: str = "") -> str:
 
 
 def environment(home: Path, url: str = "") -> dict[str, str]:
-    path = os.pathsep.join([str(Path(sys.executable).parent), str(find_postgresql()), os.environ["PATH"]])
-    return os.environ | {"PATH": path, "FLEET_HOME": str(home), "DATABASE_URL": url, "NO_COLOR": "1"}
+    path = os.pathsep.join(
+        [str(Path(sys.executable).parent), str(find_postgresql()), os.environ["PATH"]]
+    )
+    return os.environ | {
+        "PATH": path,
+        "FLEET_HOME": str(home),
+        "DATABASE_URL": url,
+        "NO_COLOR": "1",
+    }
 
 
 def run(script: str, folder: Path, home: Path, url: str = "") -> None:
@@ -48,7 +55,9 @@ def run(script: str, folder: Path, home: Path, url: str = "") -> None:
 
 
 def fill(home: Path, url: str | None) -> None:
-    with FleetHome.create(home, FleetConfig("127.0.0.1", 1, "/no/bundle", registry=url)).registry() as registry:
+    with FleetHome.create(
+        home, FleetConfig(host="127.0.0.1", port=1, bundle="/no/bundle", registry=url)
+    ).registry() as registry:
         add(registry, "edge-1", group="kitchen")
         registry.record_report("edge-1", report())
 
@@ -70,8 +79,11 @@ def test_a_fleet_on_sqlite_comes_back_from_its_backup(tmp_path: Path) -> None:
     check(home)
 
 
-def test_a_fleet_on_postgresql_comes_back_from_its_backup(tmp_path: Path, postgresql: Databases) -> None:
-    home, name = tmp_path / "home", "restored"
+def test_a_fleet_on_postgresql_comes_back_from_its_backup(
+    tmp_path: Path, postgresql: Databases
+) -> None:
+    home = tmp_path / "home"
+    name = "restored"
     url = postgresql.server.create(name)
     fill(home, url)
     run(commands("Backup", "PostgreSQL:"), tmp_path, home, url)
@@ -85,7 +97,8 @@ def test_a_fleet_on_postgresql_comes_back_from_its_backup(tmp_path: Path, postgr
 def test_a_fleet_starts_on_a_new_postgresql_database_and_keeps_it(
     tmp_path: Path, postgresql: Databases, tiny_bundle: Bundle
 ) -> None:
-    home, url = tmp_path / "home", postgresql.server.url("chosen")
+    home = tmp_path / "home"
+    url = postgresql.server.url("chosen")
     create, up = commands("Which registry").splitlines()
     run(create, tmp_path, home, url)
     _up(up, tmp_path, home, url, tiny_bundle)
@@ -95,7 +108,11 @@ def test_a_fleet_starts_on_a_new_postgresql_database_and_keeps_it(
     with FleetHome.load(home).registry() as registry:
         assert {row.name for row in registry.identities()} >= {"collector", "worker-1"}
     stats = subprocess.run(
-        ["fleet", "stats", "--json"], env=environment(home), capture_output=True, timeout=TIMEOUT_S, check=True
+        ["fleet", "stats", "--json"],
+        env=environment(home),
+        capture_output=True,
+        timeout=TIMEOUT_S,
+        check=True,
     )
     assert msgspec.json.decode(stats.stdout) == []
     postgresql.server.drop("chosen")
@@ -123,22 +140,32 @@ def _up(command: str, folder: Path, home: Path, url: str, bundle: Bundle) -> Non
 
 @pytest.mark.packaging
 def test_the_install_lines_give_the_commands_that_the_page_goes_on_with(tmp_path: Path) -> None:
-    script = commands("Install").replace("'.[server,worker,export,edge,postgres]'", f"--no-deps {ROOT}")
+    script = commands("Install").replace(
+        "'.[server,worker,export,edge,postgres]'", f"--no-deps {ROOT}"
+    )
     run(script, tmp_path, tmp_path / "home")
-    assert {"fleet", "edge-agent"} <= {path.name for path in (tmp_path / "fleet-venv/bin").iterdir()}
+    assert {"fleet", "edge-agent"} <= {
+        path.name for path in (tmp_path / "fleet-venv/bin").iterdir()
+    }
 
 
-def test_doctor_as_the_page_says_speaks_json_and_fails_where_the_broker_is_away(tmp_path: Path) -> None:
+def test_doctor_as_the_page_says_speaks_json_and_fails_where_the_broker_is_away(
+    tmp_path: Path,
+) -> None:
     fill(tmp_path / "home", None)
     done = subprocess.run(
         ["bash", "-c", commands("Install", "a timer can run it")], env=environment(tmp_path / "home"),
         capture_output=True, timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
     assert done.returncode == 1
-    assert any(problem.startswith("broker") for problem in msgspec.json.decode(done.stdout)["problems"])
+    assert any(
+        problem.startswith("broker") for problem in msgspec.json.decode(done.stdout)["problems"]
+    )
 
 
-def test_with_a_passphrase_the_authoritys_key_is_encrypted_and_needed(tmp_path: Path, tiny_bundle: Bundle) -> None:
+def test_with_a_passphrase_the_authoritys_key_is_encrypted_and_needed(
+    tmp_path: Path, tiny_bundle: Bundle
+) -> None:
     home = tmp_path / "home"
     (tmp_path / "passphrase").write_text("correct horse")
     run(f"BUNDLE={tiny_bundle.folder}\n{commands('TLS')}", tmp_path, home)
@@ -151,18 +178,30 @@ def test_with_a_passphrase_the_authoritys_key_is_encrypted_and_needed(tmp_path: 
     assert "FLEET_CA_PASSPHRASE" in refused.stderr
 
 
-def test_a_device_is_suspended_resumed_and_revoked_and_the_audit_log_says_so(tmp_path: Path) -> None:
+def test_a_device_is_suspended_resumed_and_revoked_and_the_audit_log_says_so(
+    tmp_path: Path,
+) -> None:
     home = tmp_path / "home"
-    state = FleetHome.create(home, FleetConfig("127.0.0.1", 1, "/no/bundle"))
+    state = FleetHome.create(home, FleetConfig(host="127.0.0.1", port=1, bundle="/no/bundle"))
     state.enroll("kitchen", Role.DEVICE, tmp_path / "kitchen")
     run(commands("Somebody goes, or a device is stolen"), tmp_path, home)
     with state.registry() as registry:
         assert registry.device("kitchen").state == "revoked"
-        assert [row.action for row in registry.audit_log("kitchen")] == ["revoke", "resume", "suspend", "enroll"]
+        assert [row.action for row in registry.audit_log("kitchen")] == [
+            "revoke",
+            "resume",
+            "suspend",
+            "enroll",
+        ]
 
 
 @pytest.mark.parametrize(
-    "line", [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+    "line",
+    [
+        line
+        for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+        for line in block.splitlines()
+    ],
 )
 def test_every_line_of_commands_is_one_that_a_test_here_runs(line: str) -> None:
     run_here = [

@@ -25,13 +25,23 @@ def plan(*arguments: str) -> None:
     app(args=["plan", *arguments], standalone_mode=False)
 
 
-def test_json_holds_expectations_advice_and_crossings(data: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_holds_expectations_advice_and_crossings(
+    data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan(
         "--rtt", "20", "--bandwidth", "31", "--edge-step", "19", "--cloud-step", "37", "--prompt-tokens", "50",
         "--tokens", "100", "--min-agreement", "0.99", "--data", data, "--json",
     )  # fmt: skip
     shown = json.loads(capsys.readouterr().out)
-    assert set(shown) == {"load", "best", "advice", "expectations", "by_rtt_ms", "by_mbit_s", "fits"}
+    assert set(shown) == {
+        "load",
+        "best",
+        "advice",
+        "expectations",
+        "by_rtt_ms",
+        "by_mbit_s",
+        "fits",
+    }
     assert shown["load"] == {
         "rtt_ms": 20.0, "mbit_s": 31.0, "edge_step_ms": 19.0, "cloud_step_ms": 37.0, "prompt_tokens": 50, "tokens": 100,
         "min_agreement": 0.99,
@@ -41,10 +51,14 @@ def test_json_holds_expectations_advice_and_crossings(data: str, capsys: pytest.
         "name", "mode", "threshold", "exits", "split_layer", "ttft_ms", "token_ms", "total_ms", "edge_ms", "cloud_ms",
         "num_bytes", "messages", "round_trips", "offload_rate", "agreement", "agrees",
     }  # fmt: skip
-    assert all(set(one) == {"at", "below", "above"} for one in (*shown["by_rtt_ms"], *shown["by_mbit_s"]))
+    assert all(
+        set(one) == {"at", "below", "above"} for one in (*shown["by_rtt_ms"], *shown["by_mbit_s"])
+    )
 
 
-def test_the_table_is_followed_by_advice_and_where_it_is_from(data: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_is_followed_by_advice_and_where_it_is_from(
+    data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan("--rtt", "20", "--bandwidth", "31", "--data", data)
     words = " ".join(capsys.readouterr().out.split())
     assert "is the fastest: " in words
@@ -56,10 +70,18 @@ def test_the_table_is_followed_by_advice_and_where_it_is_from(data: str, capsys:
     ("arguments", "words"),
     [
         (("--rtt", "20", "--bandwidth", "0"), "mbit_s 0.0: expected a number above 0"),
-        (("--rtt", "20", "--bandwidth", "31", "--min-agreement", "95"), "agreement 95.0: expected a number from 0"),
-        (("--rtt", "20", "--bandwidth", "31", "--data", "/no/plan.json"), "there is no /no/plan.json; make it"),
+        (
+            ("--rtt", "20", "--bandwidth", "31", "--min-agreement", "95"),
+            "agreement 95.0: expected a number from 0",
+        ),
+        (
+            ("--rtt", "20", "--bandwidth", "31", "--data", "/no/plan.json"),
+            "there is no /no/plan.json; make it",
+        ),
     ],
 )
-def test_what_cannot_be_planned_is_refused(data: str, arguments: tuple[str, ...], words: str) -> None:
+def test_what_cannot_be_planned_is_refused(
+    data: str, arguments: tuple[str, ...], words: str
+) -> None:
     with pytest.raises(ConfigError, match=words):
         plan("--data", data, *arguments)

@@ -16,19 +16,36 @@ from fleet.bundles.manifest import Bundle
 from onnx_export.heads import load_heads
 
 PAGE = Path(__file__).parents[2] / "docs/retraining.md"
-WORDS = ("red", "green", "blue", "one", "two", "three", "sun", "moon", "sea", "tree", "bird", "stone")
+WORDS = (
+    "red",
+    "green",
+    "blue",
+    "one",
+    "two",
+    "three",
+    "sun",
+    "moon",
+    "sea",
+    "tree",
+    "bird",
+    "stone",
+)
 
 
 def prompts(first: int, count: int) -> str:
     """Lines of words, all different."""
     lines = []
     for i in range(first, first + count):
-        lines.append(" ".join(WORDS[i // len(WORDS) ** place % len(WORDS)] for place in range(3)) + f" {i}")
+        lines.append(
+            " ".join(WORDS[i // len(WORDS) ** place % len(WORDS)] for place in range(3)) + f" {i}"
+        )
     return "\n".join(lines) + "\n"
 
 
 @pytest.mark.timeout(560)
-def test_every_command_of_the_page_runs_on_the_tiny_model(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_every_command_of_the_page_runs_on_the_tiny_model(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
     blocks = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) == 7
     (tmp_path / "training.txt").write_text(prompts(0, 40))
@@ -58,5 +75,9 @@ def test_every_command_of_the_page_runs_on_the_tiny_model(tmp_path: Path, tiny_c
     assert "exit:" in result.stdout or "cloud" in result.stdout
     from transformers import AutoModelForCausalLM
 
-    heads = load_heads(tmp_path / "heads.safetensors", (1, 3), AutoModelForCausalLM.from_pretrained(tiny_checkpoint))
+    heads = load_heads(
+        tmp_path / "heads.safetensors",
+        (1, 3),
+        AutoModelForCausalLM.from_pretrained(tiny_checkpoint),
+    )
     assert heads.kind == bundle.manifest.exit_head == "linear"

@@ -24,12 +24,19 @@ from tests.fleet.conftest import add, report
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fleet's folder whose registry holds two devices with answers and one without; nothing of it runs."""
-    path, now = tmp_path_factory.mktemp("fleet") / "state", time.time()
-    with FleetHome.create(path, FleetConfig("127.0.0.1", 1, "/no/bundle")).registry() as registry:
+    path = tmp_path_factory.mktemp("fleet") / "state"
+    now = time.time()
+    with FleetHome.create(
+        path, FleetConfig(host="127.0.0.1", port=1, bundle="/no/bundle")
+    ).registry() as registry:
         add(registry, "edge-1", group="kitchen")
         add(registry, "edge-2", group="attic")
         add(registry, "edge-3")
-        registry.record_status("edge-1", DeviceStatus(True, 1, "b1", "0.1.0", "auto"), now)
+        registry.record_status(
+            "edge-1",
+            DeviceStatus(online=True, epoch=1, bundle_id="b1", version="0.1.0", mode="auto"),
+            now,
+        )
         switch = Switch(3, "standalone", "the link is down")
         registry.record_report("edge-1", report("g1", started_at=now - 60, switches=(switch,)))
         registry.record_report("edge-2", report("g2", started_at=now - 30 * 86_400, bundle_id="b2"))
@@ -37,7 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fleet(folder: Path, *arguments: str) -> str:
-    result = CliRunner().invoke(app, [*arguments, "--home", str(folder)], env={"COLUMNS": "150", "NO_COLOR": "1"})
+    result = CliRunner().invoke(
+        app, [*arguments, "--home", str(folder)], env={"COLUMNS": "150", "NO_COLOR": "1"}
+    )
     if result.exception is not None:
         raise result.exception
     return result.stdout
@@ -47,7 +56,9 @@ def fleet_json(folder: Path, *arguments: str) -> Any:
     return json.loads(fleet(folder, *arguments, "--json"))
 
 
-def test_the_table_shows_where_tokens_came_from_how_fast_and_why_modes_changed(folder: Path) -> None:
+def test_the_table_shows_where_tokens_came_from_how_fast_and_why_modes_changed(
+    folder: Path,
+) -> None:
     out = fleet(folder, "stats")
     for words in ("edge-1", "online", "exit:8 5 (50.0%)", "cloud 2 (20.0%)", "20.0%", "1 times standalone: the link is",
                   "seen never", "2,000"):  # fmt: skip
@@ -67,12 +78,16 @@ def test_rows_by_group_and_bundle(folder: Path, by: str, key: str, values: list[
 
 def test_by_the_hour_it_is_of_the_last_day_unless_said_otherwise(folder: Path) -> None:
     assert [row["tokens"] for row in fleet_json(folder, "stats", "--by", "hour")] == [10]
-    assert [row["tokens"] for row in fleet_json(folder, "stats", "--by", "hour", "--since", "40d")] == [10, 10]
+    assert [
+        row["tokens"] for row in fleet_json(folder, "stats", "--by", "hour", "--since", "40d")
+    ] == [10, 10]
 
 
 def test_stats_of_a_device_a_group_and_a_span(folder: Path) -> None:
     assert [row["device"] for row in fleet_json(folder, "stats", "edge-2")] == ["edge-2"]
-    assert [row["device"] for row in fleet_json(folder, "stats", "--group", "kitchen")] == ["edge-1"]
+    assert [row["device"] for row in fleet_json(folder, "stats", "--group", "kitchen")] == [
+        "edge-1"
+    ]
     assert [row["tokens"] for row in fleet_json(folder, "stats", "--since", "24h")] == [10, 0, 0]
 
 
@@ -84,7 +99,10 @@ def test_the_csv_has_a_column_for_each_source(folder: Path) -> None:
 
 
 def test_csv_of_nothing_is_a_header(folder: Path) -> None:
-    assert fleet(folder, "stats", "--csv", "--by", "hour", "--since", "2999-01-01").strip() == "switches"
+    assert (
+        fleet(folder, "stats", "--csv", "--by", "hour", "--since", "2999-01-01").strip()
+        == "switches"
+    )
 
 
 @pytest.mark.parametrize("by", ["device", "hour"])
@@ -107,17 +125,28 @@ def test_a_plot_is_a_picture_of_the_kind_that_its_name_says(
         (("oven",), "unknown device 'oven'"),
     ],
 )
-def test_what_cannot_be_shown_is_said_in_one_line(folder: Path, arguments: tuple[str, ...], says: str) -> None:
+def test_what_cannot_be_shown_is_said_in_one_line(
+    folder: Path, arguments: tuple[str, ...], says: str
+) -> None:
     with pytest.raises(FleetError, match=says) as raised:
         fleet(folder, "stats", *arguments)
     assert "\n" not in str(raised.value)
 
 
 def test_devices_by_group_and_by_being_there(folder: Path) -> None:
-    assert [row["device"] for row in fleet_json(folder, "devices")] == ["edge-1", "edge-2", "edge-3"]
-    assert [row["device"] for row in fleet_json(folder, "devices", "--group", "attic")] == ["edge-2"]
+    assert [row["device"] for row in fleet_json(folder, "devices")] == [
+        "edge-1",
+        "edge-2",
+        "edge-3",
+    ]
+    assert [row["device"] for row in fleet_json(folder, "devices", "--group", "attic")] == [
+        "edge-2"
+    ]
     assert [row["device"] for row in fleet_json(folder, "devices", "--online")] == ["edge-1"]
-    assert [row["device"] for row in fleet_json(folder, "devices", "--offline")] == ["edge-2", "edge-3"]
+    assert [row["device"] for row in fleet_json(folder, "devices", "--offline")] == [
+        "edge-2",
+        "edge-3",
+    ]
 
 
 def test_one_device_in_detail(folder: Path) -> None:
@@ -125,7 +154,12 @@ def test_one_device_in_detail(folder: Path) -> None:
     assert (shown["device"]["mode"], shown["stats"]["tokens"]) == ("auto", 10)
     assert [session["session"] for session in shown["sessions"]] == ["s1"]
     out = fleet(folder, "device", "edge-1")
-    for words in ("kitchen", "where tokens came from", "1 times standalone: the link is down", "latest sessions"):
+    for words in (
+        "kitchen",
+        "where tokens came from",
+        "1 times standalone: the link is down",
+        "latest sessions",
+    ):
         assert words in out
 
 
@@ -134,7 +168,7 @@ def test_a_bar_of_rates() -> None:
 
 
 def test_a_fleet_keeps_its_registry_and_retention_until_it_is_told_another(tmp_path: Path) -> None:
-    config = FleetConfig("127.0.0.1", 1, "/no/bundle")
+    config = FleetConfig(host="127.0.0.1", port=1, bundle="/no/bundle")
     first = keeping(tmp_path, config, f"sqlite:///{tmp_path}/other.sqlite", 30)
     FleetHome.create(tmp_path, first)
     assert keeping(tmp_path, config, None, None) == first
@@ -144,7 +178,12 @@ def test_a_fleet_keeps_its_registry_and_retention_until_it_is_told_another(tmp_p
 
 
 def test_a_registry_that_cannot_be_opened_is_not_written_down(tmp_path: Path) -> None:
-    config = FleetConfig("127.0.0.1", 1, "/no/bundle", registry="postgresql://fleet:secret@127.0.0.1:1/fleet")
+    config = FleetConfig(
+        host="127.0.0.1",
+        port=1,
+        bundle="/no/bundle",
+        registry="postgresql://fleet:secret@127.0.0.1:1/fleet",
+    )
     with pytest.raises(FleetError, match="cannot answer") as raised:
         FleetHome.create(tmp_path, config)
     assert "secret" not in str(raised.value)

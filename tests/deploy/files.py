@@ -42,9 +42,15 @@ def dockerfile() -> dict[str, Image]:
     stages = re.findall(r"^FROM \S+ AS (\w+)\n(.*?)(?=^FROM|\Z)", text, re.MULTILINE | re.DOTALL)
     images = {}
     for name, body in stages:
-        words = dict(line.split(maxsplit=1) for line in body.splitlines() if line and not line.startswith("#"))
+        words = dict(
+            line.split(maxsplit=1)
+            for line in body.splitlines()
+            if line and not line.startswith("#")
+        )
         if "ENTRYPOINT" in words:
-            images[name] = Image(json.loads(words["ENTRYPOINT"]), json.loads(words["CMD"]), body.splitlines())
+            images[name] = Image(
+                json.loads(words["ENTRYPOINT"]), json.loads(words["CMD"]), body.splitlines()
+            )
     return images
 
 
@@ -63,11 +69,15 @@ def manifests() -> list[dict[str, Any]]:
     """Every Kubernetes object that the kustomization names."""
     folder = DEPLOY / "kubernetes"
     (kustomization,) = documents(folder / "kustomization.yaml")
-    return [document for name in kustomization["resources"] for document in documents(folder / name)]
+    return [
+        document for name in kustomization["resources"] for document in documents(folder / name)
+    ]
 
 
 def workloads() -> Iterator[dict[str, Any]]:
-    return (manifest for manifest in manifests() if manifest["kind"] in ("Deployment", "StatefulSet"))
+    return (
+        manifest for manifest in manifests() if manifest["kind"] in ("Deployment", "StatefulSet")
+    )
 
 
 def containers(workload: dict[str, Any]) -> list[dict[str, Any]]:

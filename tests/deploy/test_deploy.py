@@ -91,10 +91,23 @@ def test_an_option_that_does_not_exist_would_be_found() -> None:
 
 def test_the_images_hold_what_the_project_is_built_of_and_extras_that_it_has() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
-    copied = {word for line in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE) for word in line.split()}
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert copied == {*packages["packages"], "pyproject.toml", PROJECT["readme"], *PROJECT["license-files"]}
-    extras = {extra for found in re.findall(r"\.whl\)\[([\w,]+)\]", text) for extra in found.split(",")}
+    copied = {
+        word
+        for line in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE)
+        for word in line.split()
+    }
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"][
+        "targets"
+    ]["wheel"]
+    assert copied == {
+        *packages["packages"],
+        "pyproject.toml",
+        PROJECT["readme"],
+        *PROJECT["license-files"],
+    }
+    extras = {
+        extra for found in re.findall(r"\.whl\)\[([\w,]+)\]", text) for extra in found.split(",")
+    }
     assert extras == {"server", "postgres", "worker"}
     assert extras <= set(PROJECT["optional-dependencies"])
 
@@ -106,12 +119,19 @@ def test_the_state_is_in_the_folder_that_is_mounted(monkeypatch: pytest.MonkeyPa
     assert f"VOLUME {folder}" in dockerfile()["server"].lines
     assert f"fleet:{folder}" in compose()["services"]["server"]["volumes"]
     servers = [
-        container for workload in workloads() for container in containers(workload) if container["name"] == "server"
+        container
+        for workload in workloads()
+        for container in containers(workload)
+        if container["name"] == "server"
     ]
-    assert [mount["mountPath"] for container in servers for mount in container["volumeMounts"]] == [folder]
+    assert [mount["mountPath"] for container in servers for mount in container["volumeMounts"]] == [
+        folder
+    ]
 
 
-COMMANDS = re.findall(r"^ *(?:docker compose run --rm init|fleet) ([^#>\n]*)", SCALING, re.MULTILINE)
+COMMANDS = re.findall(
+    r"^ *(?:docker compose run --rm init|fleet) ([^#>\n]*)", SCALING, re.MULTILINE
+)
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if not line.startswith("bench")])
@@ -146,28 +166,49 @@ def test_devices_reach_the_service_where_it_listens() -> None:
     *_, container = containers(server)
     assert {"name": "service", "containerPort": DEFAULT_SERVICE_PORT} in container["ports"]
     assert option(container["args"], "--listen") == "0.0.0.0"
-    assert f"{DEFAULT_SERVICE_PORT}:{DEFAULT_SERVICE_PORT}" in compose()["services"]["server"]["ports"]
+    assert (
+        f"{DEFAULT_SERVICE_PORT}:{DEFAULT_SERVICE_PORT}" in compose()["services"]["server"]["ports"]
+    )
 
 
 def test_everybody_who_asks_for_metrics_asks_the_port_where_they_are() -> None:
-    (port,) = {option(run.arguments, "--metrics-port") for run in runs() if "--metrics-port" in run.arguments}
+    (port,) = {
+        option(run.arguments, "--metrics-port")
+        for run in runs()
+        if "--metrics-port" in run.arguments
+    }
     for image in dockerfile().values():
         assert any(line.startswith("EXPOSE") and line.endswith(port) for line in image.lines)
-    checks = [service["healthcheck"]["test"] for name, service in compose()["services"].items() if "worker" in name]
+    checks = [
+        service["healthcheck"]["test"]
+        for name, service in compose()["services"].items()
+        if "worker" in name
+    ]
     assert all(f":{port}/healthz" in check[-1] for check in checks)
     (prometheus,) = documents(DEPLOY / "compose/prometheus.yaml")
-    targets = {t for job in prometheus["scrape_configs"] for static in job["static_configs"] for t in static["targets"]}
-    ours = {name for name, s in compose()["services"].items() if s["image"].startswith("cecollm-fleet/")} - {"init"}
+    targets = {
+        t
+        for job in prometheus["scrape_configs"]
+        for static in job["static_configs"]
+        for t in static["targets"]
+    }
+    ours = {
+        name for name, s in compose()["services"].items() if s["image"].startswith("cecollm-fleet/")
+    } - {"init"}
     assert targets == {f"{name}:{port}" for name in ours}
     for manifest in manifests():
         if manifest["kind"] == "Service":
-            assert [str(p["port"]) for p in manifest["spec"]["ports"] if p["name"] == "metrics"] == [port]
+            assert [
+                str(p["port"]) for p in manifest["spec"]["ports"] if p["name"] == "metrics"
+            ] == [port]
     for container in probed():
         assert {"name": "metrics", "containerPort": int(port)} in container["ports"]
 
 
 def probed() -> list[dict[str, Any]]:
-    return [c for workload in workloads() for c in workload["spec"]["template"]["spec"]["containers"]]
+    return [
+        c for workload in workloads() for c in workload["spec"]["template"]["spec"]["containers"]
+    ]
 
 
 def test_liveness_asks_whether_it_lives_and_readiness_whether_it_serves() -> None:
@@ -181,7 +222,9 @@ def test_a_worker_is_given_the_time_that_it_drains() -> None:
     needed = {}
     for run in runs():
         if "--drain-timeout" in run.arguments:
-            needed[run.where] = float(option(run.arguments, "--drain-timeout")) + worker.STOP_TIMEOUT_S
+            needed[run.where] = (
+                float(option(run.arguments, "--drain-timeout")) + worker.STOP_TIMEOUT_S
+            )
     given: dict[str, float] = {
         f"compose {name}": seconds(service["stop_grace_period"])
         for name, service in compose()["services"].items()
@@ -197,7 +240,9 @@ def test_a_worker_is_given_the_time_that_it_drains() -> None:
 # Kubernetes objects.
 
 
-@pytest.mark.parametrize("manifest", manifests(), ids=lambda m: f"{m['kind']}-{m['metadata']['name']}")
+@pytest.mark.parametrize(
+    "manifest", manifests(), ids=lambda m: f"{m['kind']}-{m['metadata']['name']}"
+)
 def test_an_object_has_what_its_kind_requires(manifest: dict[str, Any]) -> None:
     version, fields = REQUIRED[manifest["kind"]]
     assert manifest["apiVersion"] == version
@@ -214,7 +259,11 @@ def test_selectors_find_pods_and_mounts_find_volumes() -> None:
         assert not wanted or wanted in labels
     for workload in workloads():
         volumes = {volume["name"] for volume in workload["spec"]["template"]["spec"]["volumes"]}
-        mounted = {mount["name"] for container in containers(workload) for mount in container["volumeMounts"]}
+        mounted = {
+            mount["name"]
+            for container in containers(workload)
+            for mount in container["volumeMounts"]
+        }
         assert mounted == volumes
 
 
@@ -238,8 +287,14 @@ def exposed(tiny_bundle: Bundle, tmp_path: Path) -> set[str]:
     """Names of all samples that the two endpoints can give."""
     broker = InMemoryBroker()
     serving = worker.Worker(broker.connect("w1"), tiny_bundle, WorkerConfig(num_threads=1))
-    with Registry.open(tmp_path / "registry.sqlite") as registry, broker.connect("collector") as link:
-        monitors = WorkerMonitor(serving), FleetMonitor(registry, Collector(link, registry), link, None)
+    with (
+        Registry.open(tmp_path / "registry.sqlite") as registry,
+        broker.connect("collector") as link,
+    ):
+        monitors = (
+            WorkerMonitor(serving),
+            FleetMonitor(registry, Collector(link, registry), link, None),
+        )
         families = [family for monitor in monitors for family in monitor.collect()]
     return {name for family in [*families, *process_metrics()] for name in sample_names(family)}
 
@@ -249,7 +304,9 @@ def process_metrics() -> Iterable[Metric]:
 
 
 def sample_names(family: Metric) -> set[str]:
-    suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))
+    suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(
+        family.type, ("",)
+    )
     return {family.name + suffix for suffix in suffixes}
 
 
@@ -257,9 +314,13 @@ def queried(queries: Iterable[str]) -> set[str]:
     return set(re.findall(r"\b(?:fleet|process)_\w+", " ".join(queries)))
 
 
-def test_the_dashboard_shows_metrics_that_exist_and_leaves_none_of_ours_out(exposed: set[str]) -> None:
+def test_the_dashboard_shows_metrics_that_exist_and_leaves_none_of_ours_out(
+    exposed: set[str],
+) -> None:
     dashboard = json.loads((DEPLOY / "grafana/fleet.json").read_text())
-    shown = queried(target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", []))
+    shown = queried(
+        target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])
+    )
     assert shown <= exposed
     ours = {name.removesuffix("_bucket") for name in exposed if name.startswith("fleet_")}
     bare = {name.removesuffix("_bucket") for name in shown}

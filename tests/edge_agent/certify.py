@@ -12,7 +12,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from provisioning.authority import CLOCK_SKEW, CertificateAuthority
 
 
-def certify_key(authority: CertificateAuthority, key: CertificatePublicKeyTypes, name: str, life: timedelta) -> bytes:
+def certify_key(
+    authority: CertificateAuthority, key: CertificatePublicKeyTypes, name: str, life: timedelta
+) -> bytes:
     """A client's certificate in PEM that ends `life` from now."""
     now = datetime.now(UTC)
     issuer = authority._certificate
@@ -27,6 +29,11 @@ def certify_key(authority: CertificateAuthority, key: CertificatePublicKeyTypes,
         .not_valid_after(now + life)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_id), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_id),
+            critical=False,
+        )
     )
-    return builder.sign(authority._private_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    return builder.sign(authority._private_key, hashes.SHA256()).public_bytes(
+        serialization.Encoding.PEM
+    )

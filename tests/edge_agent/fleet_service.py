@@ -43,7 +43,7 @@ STOP_S: Final = 10.0
 SHUTDOWN_S: Final = 0.05
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Trouble:
     """What goes wrong next; each is over once it has happened, but `is_mute`."""
 
@@ -92,7 +92,9 @@ class FleetService:
     def identity(self, folder: Path) -> Identity:
         """An identity folder as `edge-agent join` makes it, without joining."""
         self.authority.issue(self.name, Role.DEVICE, folder, HOST, self.port)
-        config = IdentityConfig(self.name, Role.DEVICE, HOST, self.port, server=self.url)
+        config = IdentityConfig(
+            name=self.name, role=Role.DEVICE, host=HOST, port=self.port, server=self.url
+        )
         (folder / IDENTITY_FILE).write_bytes(msgspec.json.encode(config))
         return Identity.load(folder)
 
@@ -100,7 +102,9 @@ class FleetService:
         """The Ranges with which a path that ends so was asked for."""
         return [asked for _, path, asked in self.requests if path.endswith(ending)]
 
-    def refuse(self, status: int, code: str, message: str, times: int = 1, retry_after: str | None = None) -> None:
+    def refuse(
+        self, status: int, code: str, message: str, times: int = 1, retry_after: str | None = None
+    ) -> None:
         headers = {"Retry-After": retry_after} if retry_after else {}
         self.trouble.refusals += [(status, ServiceProblem(code, message), headers)] * times
 
@@ -178,8 +182,8 @@ class FleetService:
         certificate, key = self._certify(asked.csr)
         self.keys.append(key)
         reply = JoinReply(
-            self.name, Role.DEVICE, certificate, self.ca.decode(), HOST, self.broker_port, self.url, PREFIX,
-            self.config, self.bundle_id,
+            name=self.name, role=Role.DEVICE, certificate=certificate, ca=self.ca.decode(), host=HOST, port=self.broker_port, server=self.url, topic_prefix=PREFIX,
+            config=self.config, bundle_id=self.bundle_id,
         )  # fmt: skip
         return web.Response(body=msgspec.json.encode(reply))
 
@@ -192,7 +196,9 @@ class FleetService:
 
     def _certify(self, csr: str) -> tuple[str, bytes]:
         key = x509.load_pem_x509_csr(csr.encode()).public_key()
-        spki = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+        spki = key.public_bytes(
+            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
         return certify_key(self.authority, key, self.name, self.life).decode(), spki
 
     async def _file(self, request: web.Request) -> web.StreamResponse:
@@ -201,7 +207,8 @@ class FleetService:
             return _problem(401, "bad_identity", "no certificate")
         if not path.is_file():
             return _problem(404, "bad_bundle", f"no file {path.name}")
-        data, start = path.read_bytes(), request.http_range.start or 0
+        data = path.read_bytes()
+        start = request.http_range.start or 0
         if self.trouble.num_damaged and path.suffix == ".onnx":
             self.trouble.num_damaged -= 1
             data = bytes(len(data))

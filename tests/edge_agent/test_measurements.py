@@ -34,7 +34,8 @@ def test_one_pause_is_not_a_trend() -> None:
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.2, 0.5, 0.9])
 def test_the_share_of_a_rare_event_is_what_it_is(share: float) -> None:
-    noise, measurements = random.Random(3), Measurements()
+    noise = random.Random(3)
+    measurements = Measurements()
     seen = []
     for _ in range(3000):
         measurements.chose(0.9, is_sure=noise.random() >= share)
@@ -52,7 +53,8 @@ def test_acceptance_counts_the_drafts_that_were_judged() -> None:
 
 
 def test_a_long_round_trip_counts_fully_after_a_loss() -> None:
-    after_loss, without = Measurements(), Measurements()
+    after_loss = Measurements()
+    without = Measurements()
     for measurements in (after_loss, without):
         for _ in range(50):
             measurements.round_trip(0.02)

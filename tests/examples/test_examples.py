@@ -34,7 +34,9 @@ class Home:
 
     def __init__(self, folder: Path, bundle: Bundle, stack: ExitStack) -> None:
         self.folder = folder
-        config = FleetConfig(HOST, free_port(), str(bundle.folder), service_port=free_port())
+        config = FleetConfig(
+            host=HOST, port=free_port(), bundle=str(bundle.folder), service_port=free_port()
+        )
         self.state = FleetHome.create(folder / "state", config)
         self._start(stack, "fleet.cli", "up", "--home", str(self.state.folder), "--port", str(self.port),
                     "--service-port", str(config.service_port), "--bundle", str(bundle.folder))  # fmt: skip
@@ -92,7 +94,12 @@ def test_a_warm_kitchen_makes_the_device_talk_to_the_display(home: Home) -> None
             qos=1,
         )
         home.run(
-            "sh", str(EXAMPLES / "sensor.sh"), "thermostat", HOST, str(home.port), text="21.5\nbroken\n31.27\n40\n"
+            "sh",
+            str(EXAMPLES / "sensor.sh"),
+            "thermostat",
+            HOST,
+            str(home.port),
+            text="21.5\nbroken\n31.27\n40\n",
         )
         answer = [replies.get(timeout=TIMEOUT_S)]
         while not answer[-1][1].done:
@@ -103,11 +110,17 @@ def test_a_warm_kitchen_makes_the_device_talk_to_the_display(home: Home) -> None
     assert len({request for request, _ in answer}) == 1
     assert answer[-1][1].usage is not None
     with home.state.registry() as registry:
-        wait_until(lambda: registry.stats("kitchen")[0].generations >= 1, "the registry counts the answer", TIMEOUT_S)
+        wait_until(
+            lambda: registry.stats("kitchen")[0].generations >= 1,
+            "the registry counts the answer",
+            TIMEOUT_S,
+        )
 
 
 def test_an_app_with_nothing_but_paho_prints_an_answer(home: Home) -> None:
-    printed = home.run(sys.executable, str(EXAMPLES / "app.py"), "display", "kitchen", "How warm is it?")
+    printed = home.run(
+        sys.executable, str(EXAMPLES / "app.py"), "display", "kitchen", "How warm is it?"
+    )
     text, counts = printed.rsplit("\n", 2)[:2]
     assert text
     assert sum(msgspec.json.decode(counts.replace("'", '"')).values()) > 0
@@ -115,7 +128,9 @@ def test_an_app_with_nothing_but_paho_prints_an_answer(home: Home) -> None:
 
 def test_the_app_is_one_that_needs_no_library_of_ours() -> None:
     source = (EXAMPLES / "app.py").read_text()
-    imported = [line.split()[1] for line in source.splitlines() if line.startswith(("import", "from"))]
+    imported = [
+        line.split()[1] for line in source.splitlines() if line.startswith(("import", "from"))
+    ]
     assert imported == ["json", "sys", "uuid", "pathlib", "paho.mqtt.client"]
 
 

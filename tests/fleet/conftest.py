@@ -23,7 +23,11 @@ def registry(registry_url: str) -> Iterator[Registry]:
 
 
 def add(
-    registry: Registry, name: str, role: Role = Role.DEVICE, group: str | None = None, targets: tuple[str, ...] = ()
+    registry: Registry,
+    name: str,
+    role: Role = Role.DEVICE,
+    group: str | None = None,
+    targets: tuple[str, ...] = (),
 ) -> None:
     """Enrols without a certificate."""
     registry.add_identity(name, role, group, targets, fingerprint="0" * 64, not_after=2e9)

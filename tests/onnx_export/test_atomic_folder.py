@@ -28,7 +28,17 @@ with staged(Path(sys.argv[1])) as folder:
 
 def export_with_limit(num_bytes: int, out: Path, model: Path) -> subprocess.CompletedProcess[str]:
     """An export in a process that cannot write files larger than this, which fails as a full disk does."""
-    command = [sys.executable, "-m", "onnx_export", "--out", str(out), "--exits", "1,2", "--model", str(model)]
+    command = [
+        sys.executable,
+        "-m",
+        "onnx_export",
+        "--out",
+        str(out),
+        "--exits",
+        "1,2",
+        "--model",
+        str(model),
+    ]
     return subprocess.run(
         command,
         capture_output=True,
@@ -70,7 +80,9 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> Non
 
 
 def test_a_second_export_waits_and_finds_the_folder_in_use(tmp_path: Path) -> None:
-    out, waiting, results = tmp_path / "bundle", Event(), list[str]()
+    out = tmp_path / "bundle"
+    waiting = Event()
+    results = list[str]()
 
     def second() -> None:
         try:

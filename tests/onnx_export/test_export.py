@@ -26,7 +26,12 @@ from tests.tiny import make_tiny_checkpoint, make_tiny_heads
 
 
 def export(out: Path, model: Path, **options: Any) -> None:
-    given: dict[str, Any] = {"out": out, "exits": (1, 2), "model": str(model), "quantization": "fp32"} | options
+    given: dict[str, Any] = {
+        "out": out,
+        "exits": (1, 2),
+        "model": str(model),
+        "quantization": "fp32",
+    } | options
     export_bundle(ExportConfig(**given))
 
 
@@ -55,9 +60,15 @@ def test_options_that_fit_no_model_are_refused_by_name(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_heads_for_other_exits_or_another_model_are_refused(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_heads_for_other_exits_or_another_model_are_refused(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
     with pytest.raises(HeadsError, match=r"has heads for exits \[3\], not for 1"):
-        export(tmp_path / "a", tiny_checkpoint, heads=make_tiny_heads(tmp_path / "three", tiny_checkpoint, exits=(3,)))
+        export(
+            tmp_path / "a",
+            tiny_checkpoint,
+            heads=make_tiny_heads(tmp_path / "three", tiny_checkpoint, exits=(3,)),
+        )
     other = make_tiny_checkpoint(tmp_path / "other", seed=9)
     with pytest.raises(HeadsError, match="trained for another model"):
         export(tmp_path / "b", tiny_checkpoint, heads=make_tiny_heads(tmp_path / "others", other))
@@ -73,10 +84,18 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path, tiny_checkpoint: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_exits_share_the_final_norm_on_purpose_or_with_a_word(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_exits_share_the_final_norm_on_purpose_or_with_a_word(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
     said: dict[str | None, list[str]] = {None: [], "shared": []}
     for exit_head, lines in said.items():
-        config = ExportConfig(tmp_path / str(exit_head), (1,), str(tiny_checkpoint), None, exit_head)
+        config = ExportConfig(
+            out=tmp_path / str(exit_head),
+            exits=(1,),
+            model=str(tiny_checkpoint),
+            heads=None,
+            exit_head=exit_head,
+        )
         assert export_bundle(config, lines.append).exit_head == "shared"
     assert Bundle.load(tmp_path / "None").manifest == Bundle.load(tmp_path / "shared").manifest
     assert any(line.startswith("no exit heads given") for line in said[None])
@@ -92,7 +111,9 @@ def test_shared_heads_and_trained_ones_exclude_each_other(
         export(tmp_path / "bundle", tiny_checkpoint, exit_head="none")
 
 
-def test_heads_that_are_no_numbers_fail_the_export(tmp_path: Path, tiny_checkpoint: Path, tiny_heads: Path) -> None:
+def test_heads_that_are_no_numbers_fail_the_export(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_heads: Path
+) -> None:
     tensors = load_file(tiny_heads)
     with safe_open(tiny_heads, framework="pt") as file:
         metadata = file.metadata()
@@ -103,7 +124,9 @@ def test_heads_that_are_no_numbers_fail_the_export(tmp_path: Path, tiny_checkpoi
     assert not (tmp_path / "bundle").exists()
 
 
-def test_an_export_that_fails_half_way_leaves_nothing(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_an_export_that_fails_half_way_leaves_nothing(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
     class StopError(Exception):
         pass
 
@@ -112,7 +135,12 @@ def test_an_export_that_fails_half_way_leaves_nothing(tmp_path: Path, tiny_check
             raise StopError
 
     with pytest.raises(StopError):
-        export_bundle(ExportConfig(tmp_path / "bundle", (1,), str(tiny_checkpoint), quantization="fp32"), stop)
+        export_bundle(
+            ExportConfig(
+                out=tmp_path / "bundle", exits=(1,), model=str(tiny_checkpoint), quantization="fp32"
+            ),
+            stop,
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -122,16 +150,24 @@ def test_transformers_is_as_before_after_an_export(tiny_bundle: Bundle) -> None:
     assert "onnx_group_query" not in ALL_ATTENTION_FUNCTIONS.valid_keys()
 
 
-def test_the_same_export_gives_the_same_graphs(make_tiny_bundle: MakeTinyBundle, tmp_path: Path) -> None:
+def test_the_same_export_gives_the_same_graphs(
+    make_tiny_bundle: MakeTinyBundle, tmp_path: Path
+) -> None:
     first = make_tiny_bundle((1, 2))
     checkpoint = make_tiny_checkpoint(tmp_path / "tiny")
     export(tmp_path / "again", checkpoint, heads=make_tiny_heads(tmp_path / "heads", checkpoint))
     second = Bundle.load(tmp_path / "again")
-    assert [entry.sha256 for entry in second.manifest.files] == [entry.sha256 for entry in first.manifest.files]
+    assert [entry.sha256 for entry in second.manifest.files] == [
+        entry.sha256 for entry in first.manifest.files
+    ]
 
 
-@pytest.mark.parametrize("name", ["edge/block_0.onnx", "cloud/model.safetensors", "tokenizer/tokenizer.json"])
-def test_an_altered_file_is_found_when_the_bundle_is_loaded(name: str, tmp_path: Path, tiny_bundle: Bundle) -> None:
+@pytest.mark.parametrize(
+    "name", ["edge/block_0.onnx", "cloud/model.safetensors", "tokenizer/tokenizer.json"]
+)
+def test_an_altered_file_is_found_when_the_bundle_is_loaded(
+    name: str, tmp_path: Path, tiny_bundle: Bundle
+) -> None:
     shutil.copytree(tiny_bundle.folder, tmp_path / "bundle")
     path = tmp_path / "bundle" / name
     content = path.read_bytes()
@@ -159,7 +195,9 @@ def test_a_hub_name_or_a_folder_goes_to_from_pretrained_as_it_is() -> None:
 
 def test_missing_packages_are_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config_module, "EXTRA_PACKAGES", ("torch", "no_such_package"))
-    with pytest.raises(MissingExtraError, match=r"no_such_package.*pip install 'cecollm-fleet\[export\]'"):
+    with pytest.raises(
+        MissingExtraError, match=r"no_such_package.*pip install 'cecollm-fleet\[export\]'"
+    ):
         require_packages()
 
 
@@ -168,25 +206,44 @@ def test_the_build_key_is_stable_within_one_installation() -> None:
 
 
 def test_the_command_line_says_what_is_wrong_and_fails(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "onnx_export", "--exits", "8,x", "--out", str(tmp_path / "bundle")]
+    command = [
+        sys.executable,
+        "-m",
+        "onnx_export",
+        "--exits",
+        "8,x",
+        "--out",
+        str(tmp_path / "bundle"),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 1
-    assert result.stderr == "python -m onnx_export: --exits '8,x': expected numbers with commas between, e.g. 8,15\n"
+    assert (
+        result.stderr
+        == "python -m onnx_export: --exits '8,x': expected numbers with commas between, e.g. 8,15\n"
+    )
 
 
 def test_fleet_export_is_the_same_command(tmp_path: Path) -> None:
     def say(*command: str) -> tuple[int, str, str]:
         result = subprocess.run(
-            [sys.executable, "-m", *command], capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, "-m", *command],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
         return result.returncode, result.stdout, result.stderr
 
     status, stdout, stderr = say("fleet.cli", "export", "--help")
     assert (status, stderr) == (0, "")
-    assert stdout.split("[OPTIONS]")[1].split() == say("onnx_export", "--help")[1].split("[OPTIONS]")[1].split()
+    assert (
+        stdout.split("[OPTIONS]")[1].split()
+        == say("onnx_export", "--help")[1].split("[OPTIONS]")[1].split()
+    )
     bad = ("--out", str(tmp_path / "bundle"), "--exit-head", "none")
     assert (
-        say("fleet.cli", "export", *bad)[2].replace("fleet:", "python -m onnx_export:") == say("onnx_export", *bad)[2]
+        say("fleet.cli", "export", *bad)[2].replace("fleet:", "python -m onnx_export:")
+        == say("onnx_export", *bad)[2]
     )
     assert say("fleet.cli", "export", "--colour", "red")[0] == 2
 
@@ -198,5 +255,7 @@ def test_the_command_line_needs_no_torch_to_refuse(tmp_path: Path) -> None:
         f"try: export(out=Path({str(tmp_path / 'b')!r}), exits='2,1')\n"
         "except FleetError: print('torch' in sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
     assert result.stdout == "False\n"

@@ -42,7 +42,8 @@ def model(tiny_checkpoint: Path) -> Any:
 def run_layers(model: Any, layers: list[nn.Module]) -> Tensor:
     """Hugging Face's own decoder with these layers and no norm, on `TOKENS`: [s, hidden]."""
     decoder = copy.deepcopy(model.model)
-    decoder.layers, decoder.norm = nn.ModuleList(layers), nn.Identity()
+    decoder.layers = nn.ModuleList(layers)
+    decoder.norm = nn.Identity()
     decoder.config.num_hidden_layers = len(layers)
     with torch.no_grad():
         out: Tensor = decoder(torch.tensor([TOKENS]), use_cache=False).last_hidden_state[0]
@@ -53,17 +54,25 @@ def head_logprobs(model: Any, head: ExitHead, exit_layer: int) -> Tensor:
     """What the exit says at each of `TOKENS`: [s, vocab]."""
     own = [] if head.layer is None else [head.layer]
     with torch.no_grad():
-        out: Tensor = model.lm_head(head(run_layers(model, [*model.model.layers[:exit_layer], *own]))).log_softmax(-1)
+        out: Tensor = model.lm_head(
+            head(run_layers(model, [*model.model.layers[:exit_layer], *own]))
+        ).log_softmax(-1)
     return out
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_exit_equals_pytorch_at_every_step(
-    make_tiny_bundle: MakeTinyBundle, model: Any, tiny_checkpoint: Path, tmp_path: Path, kind: HeadKind
+    make_tiny_bundle: MakeTinyBundle,
+    model: Any,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    kind: HeadKind,
 ) -> None:
     bundle = make_tiny_bundle(EXITS, kind=kind)
     assert bundle.manifest.exit_head == kind
-    heads = load_heads(make_tiny_heads(tmp_path / "heads", tiny_checkpoint, kind=kind), EXITS, model).heads
+    heads = load_heads(
+        make_tiny_heads(tmp_path / "heads", tiny_checkpoint, kind=kind), EXITS, model
+    ).heads
     expected = [head_logprobs(model, heads[layer], layer).numpy() for layer in EXITS]
     partition = Partition(bundle, num_threads=1)
     cascade = Cascade(partition, 16)
@@ -73,7 +82,9 @@ def test_every_exit_equals_pytorch_at_every_step(
             candidates = cascade.run(block)
             wanted = np.sort(logprobs[position])[::-1][: len(candidates.logprobs)]
             np.testing.assert_allclose(candidates.logprobs, wanted, atol=1e-4)
-            np.testing.assert_allclose(logprobs[position][candidates.token_ids], candidates.logprobs, atol=1e-4)
+            np.testing.assert_allclose(
+                logprobs[position][candidates.token_ids], candidates.logprobs, atol=1e-4
+            )
     for block, layer in enumerate(EXITS):
         states = run_layers(model, list(model.model.layers[:layer])).numpy()
         assert parity.relative_error(cascade.hidden_states(block, 0), states) < 1e-4
@@ -96,45 +107,78 @@ def test_a_bundle_with_heads_of_every_kind_is_good(
 
 
 @pytest.mark.parametrize("quantization", ["int8", "balanced", "int4"])
-def test_the_layer_of_a_block_head_is_quantised(make_tiny_bundle: MakeTinyBundle, quantization: Quantization) -> None:
-    graph = onnx.load(make_tiny_bundle(EXITS, None, None, quantization, "block").path("edge/block_0.onnx")).graph
+def test_the_layer_of_a_block_head_is_quantised(
+    make_tiny_bundle: MakeTinyBundle, quantization: Quantization
+) -> None:
+    graph = onnx.load(
+        make_tiny_bundle(EXITS, None, None, quantization, "block").path("edge/block_0.onnx")
+    ).graph
     operators = [node.op_type for node in graph.node]
     assert operators.count("GroupQueryAttention") == 2
     assert operators.count("MatMulNBits") == 2 * 4
     assert "MatMul" not in operators
 
 
-def test_block_heads_that_are_off_leave_the_whole_models_answer(make_tiny_bundle: MakeTinyBundle) -> None:
+def test_block_heads_that_are_off_leave_the_whole_models_answer(
+    make_tiny_bundle: MakeTinyBundle,
+) -> None:
     bundle = make_tiny_bundle(EXITS, kind="block")
     with memory_fleet() as fleet:
         fleet.start_worker(bundle)
         fleet.start_device(bundle)
-        answer = fleet.ask(PromptRequest(prompt="How warm is it?", threshold=1.0, max_new_tokens=16))
+        answer = fleet.ask(
+            PromptRequest(prompt="How warm is it?", threshold=1.0, max_new_tokens=16)
+        )
     assert answer.token_ids == WholeModel(bundle, num_threads=1).generate("How warm is it?", 16)
     assert answer.sources == {CLOUD: len(answer.token_ids)}
 
 
-def test_a_block_head_that_was_corrupted_in_the_graph_fails_the_export(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_a_block_head_that_was_corrupted_in_the_graph_fails_the_export(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
     path = tmp_path / ".bundle.partial" / "edge" / "block_0.onnx"
 
     def corrupt(line: str) -> None:
         if line.startswith("comparing"):
             graph = onnx.load(path)
-            tensor = next(t for t in graph.graph.initializer if t.name.startswith("head.layer") and "norm" in t.name)
-            tensor.CopyFrom(numpy_helper.from_array(1.1 * numpy_helper.to_array(tensor), tensor.name))
+            tensor = next(
+                t
+                for t in graph.graph.initializer
+                if t.name.startswith("head.layer") and "norm" in t.name
+            )
+            tensor.CopyFrom(
+                numpy_helper.from_array(1.1 * numpy_helper.to_array(tensor), tensor.name)
+            )
             onnx.save_model(graph, path)
 
     heads = make_tiny_heads(tmp_path / "heads", tiny_checkpoint, kind="block")
     with pytest.raises(ExportError, match=r"exit_hidden\.1 is"):
         export_bundle(
-            ExportConfig(tmp_path / "bundle", (1,), str(tiny_checkpoint), heads, quantization="fp32"), corrupt
+            ExportConfig(
+                out=tmp_path / "bundle",
+                exits=(1,),
+                model=str(tiny_checkpoint),
+                heads=heads,
+                quantization="fp32",
+            ),
+            corrupt,
         )
     assert not (tmp_path / "bundle").exists()
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 def test_block_heads_of_other_families_equal_pytorch(model_type: str, tmp_path: Path) -> None:
-    checkpoint = make_tiny_checkpoint(tmp_path / "model", model_type=model_type, head_dim=32, num_hidden_layers=2)
+    checkpoint = make_tiny_checkpoint(
+        tmp_path / "model", model_type=model_type, head_dim=32, num_hidden_layers=2
+    )
     heads = make_tiny_heads(tmp_path / "heads", checkpoint, (1,), "block")
-    manifest = export_bundle(ExportConfig(tmp_path / "bundle", (1,), str(checkpoint), heads, quantization="fp32"))
+    manifest = export_bundle(
+        ExportConfig(
+            out=tmp_path / "bundle",
+            exits=(1,),
+            model=str(checkpoint),
+            heads=heads,
+            quantization="fp32",
+        )
+    )
     assert manifest.parity["exit_hidden.1"] < 1e-4

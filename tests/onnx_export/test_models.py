@@ -27,11 +27,31 @@ from tests.tiny import VOCAB_SIZE, make_tiny_checkpoint
 EXITS = (2,)
 TOKENS: list[int] = np.random.default_rng(5).integers(0, VOCAB_SIZE, 20).tolist()
 MODELS: dict[str, dict[str, Any]] = {
-    "smollm": {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 72},
-    "llama": {"tie_word_embeddings": False, "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
-    "mistral": {"model_type": "mistral", "sliding_window": None, "tie_word_embeddings": False, "head_dim": 32},
+    "smollm": {
+        "hidden_size": 48,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "intermediate_size": 72,
+    },
+    "llama": {
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 4,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "mistral": {
+        "model_type": "mistral",
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "head_dim": 32,
+    },
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 1},
-    "qwen2.5": {"model_type": "qwen2", "tie_word_embeddings": False, "rope_theta": 1e6, "rms_norm_eps": 1e-3},
+    "qwen2.5": {
+        "model_type": "qwen2",
+        "tie_word_embeddings": False,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-3,
+    },
     "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 0, 1], "num_hidden_layers": 4},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
     "qwen3-untied": {
@@ -41,15 +61,30 @@ MODELS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
     },
 }
-LONG_ROPE = {"rope_scaling": {"type": "longrope", "factor": 2.0, "short_factor": [1] * 64, "long_factor": [1] * 64}}
+LONG_ROPE = {
+    "rope_scaling": {
+        "type": "longrope",
+        "factor": 2.0,
+        "short_factor": [1] * 64,
+        "long_factor": [1] * 64,
+    }
+}
 
 
 def export(
-    folder: Path, checkpoint: Path, quantization: Quantization = "fp32", exits: tuple[int, ...] = EXITS
+    folder: Path,
+    checkpoint: Path,
+    quantization: Quantization = "fp32",
+    exits: tuple[int, ...] = EXITS,
 ) -> Bundle:
     """A bundle whose exits share the final norm, with all tokens as candidates."""
     config = ExportConfig(
-        folder / "bundle", exits, str(checkpoint), exit_head="shared", quantization=quantization, top_k=VOCAB_SIZE
+        out=folder / "bundle",
+        exits=exits,
+        model=str(checkpoint),
+        exit_head="shared",
+        quantization=quantization,
+        top_k=VOCAB_SIZE,
     )
     export_bundle(config)
     return Bundle.load(config.out)
@@ -58,12 +93,15 @@ def export(
 @pytest.mark.parametrize("name", MODELS)
 def test_device_and_worker_together_are_the_whole_model(name: str, tmp_path: Path) -> None:
     checkpoint = make_tiny_checkpoint(tmp_path / "model", **{"num_hidden_layers": 3} | MODELS[name])
-    bundle, whole = export(tmp_path, checkpoint), TinyModel(checkpoint)
+    bundle = export(tmp_path, checkpoint)
+    whole = TinyModel(checkpoint)
     assert verify_bundle(bundle.folder).findings == ()
     with torch.no_grad():
         expected = whole.model(torch.tensor([TOKENS]), output_hidden_states=True)
-    partition, upper = Partition(bundle, num_threads=1), UpperLayers(bundle, num_threads=1)
-    cascade, lease = Cascade(partition, len(TOKENS)), upper.new_pool(1 << 24).lease(len(TOKENS))
+    partition = Partition(bundle, num_threads=1)
+    upper = UpperLayers(bundle, num_threads=1)
+    cascade = Cascade(partition, len(TOKENS))
+    lease = upper.new_pool(1 << 24).lease(len(TOKENS))
     for start, stop in ((0, 13), (13, 14), (14, 20)):
         cascade.append(TOKENS[start:stop])
         for block, layer in enumerate(EXITS):
@@ -71,13 +109,22 @@ def test_device_and_worker_together_are_the_whole_model(name: str, tmp_path: Pat
             with torch.no_grad():
                 state = whole.model.model.norm(expected.hidden_states[layer][0, stop - 1])
                 logprobs = whole.model.lm_head(state).log_softmax(-1).numpy()
-            np.testing.assert_allclose(candidates.logprobs, logprobs[candidates.token_ids], atol=1e-4)
+            np.testing.assert_allclose(
+                candidates.logprobs, logprobs[candidates.token_ids], atol=1e-4
+            )
         uploaded = cascade.hidden_states(len(EXITS) - 1, 0).astype(np.float16)
         logits = upper([Chunk(lease, uploaded[start:], start, stop, [stop - 1])])[0]
         torch.testing.assert_close(logits, whole.logits(uploaded, 2)[-1], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(logits, expected.logits[0, stop - 1], rtol=0, atol=0.02)  # uploads are float16
+        torch.testing.assert_close(
+            logits, expected.logits[0, stop - 1], rtol=0, atol=0.02
+        )  # uploads are float16
     for block, layer in enumerate(EXITS):
-        assert relative_error(cascade.hidden_states(block, 0), expected.hidden_states[layer][0].numpy()) < 1e-4
+        assert (
+            relative_error(
+                cascade.hidden_states(block, 0), expected.hidden_states[layer][0].numpy()
+            )
+            < 1e-4
+        )
 
 
 def test_a_model_trained_with_early_exits_needs_no_heads(tmp_path: Path) -> None:
@@ -99,7 +146,9 @@ def test_a_model_trained_with_early_exits_needs_no_heads(tmp_path: Path) -> None
     ("name", "quantization"),
     [("qwen3-untied", "int8"), ("qwen3-untied", "int4"), *((name, "balanced") for name in MODELS)],
 )
-def test_other_models_export_quantised_too(name: str, quantization: Quantization, tmp_path: Path) -> None:
+def test_other_models_export_quantised_too(
+    name: str, quantization: Quantization, tmp_path: Path
+) -> None:
     checkpoint = make_tiny_checkpoint(tmp_path / "model", **{"num_hidden_layers": 3} | MODELS[name])
     assert verify_bundle(export(tmp_path, checkpoint, quantization).folder).findings == ()
 
@@ -108,17 +157,49 @@ def test_other_models_export_quantised_too(name: str, quantization: Quantization
     ("model_type", "overrides", "message"),
     [
         *(
-            (model_type, {}, f"model type '{model_type}' cannot be exported: expected one of llama, mistral, qwen2")
-            for model_type in ("gpt2", "gemma", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe", "phi3")
+            (
+                model_type,
+                {},
+                f"model type '{model_type}' cannot be exported: expected one of llama, mistral, qwen2",
+            )
+            for model_type in (
+                "gpt2",
+                "gemma",
+                "gemma3_text",
+                "mixtral",
+                "qwen2_moe",
+                "qwen3_moe",
+                "phi3",
+            )
         ),
         ("mistral", {"sliding_window": 32}, "sliding-window attention"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, "sliding-window"),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "sliding-window"),
-        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic'"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+            "sliding-window",
+        ),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+            "sliding-window",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope scaling 'dynamic'",
+        ),
         ("llama", LONG_ROPE, "rope scaling 'longrope'"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial rotary"),
-        ("llama", {"head_dim": 24}, "attention heads of 24 dimensions cannot be exported: expected a multiple of 16"),
-        ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"a quantised checkpoint \(gptq\)"),
+        (
+            "llama",
+            {"head_dim": 24},
+            "attention heads of 24 dimensions cannot be exported: expected a multiple of 16",
+        ),
+        (
+            "llama",
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            r"a quantised checkpoint \(gptq\)",
+        ),
     ],
 )
 def test_models_that_cannot_be_exported_are_refused_in_one_line(
@@ -140,9 +221,15 @@ def set_config(folder: Path, **changes: Any) -> None:
         ({"model_type": "mixtral"}, "model type 'mixtral' cannot be exported"),
         ({"model_type": "mine"}, "cannot load model .* has model type `mine`"),
         ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}, "contains custom code"),
-        ({"quantization_config": {"quant_method": "awq"}}, r"a quantised checkpoint \(awq\) cannot be exported"),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            r"a quantised checkpoint \(awq\) cannot be exported",
+        ),
         ({"num_hidden_layers": 2}, "exits 2: expected layers from 1 to 1, as the model has 2"),
-        ({"num_hidden_layers": 5}, r"lacks 9 of its weights, such as model\.layers\.4\.input_layernorm\.weight"),
+        (
+            {"num_hidden_layers": 5},
+            r"lacks 9 of its weights, such as model\.layers\.4\.input_layernorm\.weight",
+        ),
         ({"tie_word_embeddings": False}, r"lacks 1 of its weights, such as lm_head\.weight"),
         ({"intermediate_size": 256}, "cannot load model .* size mismatch"),
     ],
@@ -158,7 +245,10 @@ def test_checkpoints_whose_config_does_not_fit_are_refused_in_one_line(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("config.json", r"cannot load model .*no config\.json in it; expected a checkpoint's folder"),
+        (
+            "config.json",
+            r"cannot load model .*no config\.json in it; expected a checkpoint's folder",
+        ),
         ("model.safetensors", "cannot load model .*no file named"),
         ("tokenizer.json", "cannot load model .* with AutoTokenizer"),
         ("chat_template.jinja", "has no single chat template; devices need one"),

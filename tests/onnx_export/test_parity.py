@@ -32,7 +32,9 @@ TOKEN_IDS = np.random.default_rng(7).integers(0, VOCAB_SIZE, (1, 24))
 
 
 def load_tiny(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 def reference(folder: Path) -> tuple[torch.Tensor, ...]:
@@ -56,13 +58,17 @@ def run_blocks(bundle: Bundle, chunks: list[int]) -> list[parity.Floats]:
     inputs = np.split(embedded(bundle), bounds, axis=1)
     outputs = []
     for i in range(len(bundle.manifest.exits)):
-        block = parity.BlockRunner(bundle.path(f"edge/block_{i}.onnx"), bundle.manifest.model, TOKEN_IDS.shape[1])
+        block = parity.BlockRunner(
+            bundle.path(f"edge/block_{i}.onnx"), bundle.manifest.model, TOKEN_IDS.shape[1]
+        )
         inputs = [block.run(chunk)[0] for chunk in inputs]
         outputs.append(np.concatenate(inputs, axis=1))
     return outputs
 
 
-def test_every_exit_of_the_fp32_graphs_equals_pytorch(make_tiny_bundle: MakeTinyBundle, tiny_checkpoint: Path) -> None:
+def test_every_exit_of_the_fp32_graphs_equals_pytorch(
+    make_tiny_bundle: MakeTinyBundle, tiny_checkpoint: Path
+) -> None:
     states = reference(tiny_checkpoint)
     outputs = run_blocks(make_tiny_bundle(EXITS), [24])
     for layer, output in zip(EXITS, outputs, strict=True):
@@ -70,14 +76,18 @@ def test_every_exit_of_the_fp32_graphs_equals_pytorch(make_tiny_bundle: MakeTiny
 
 
 @pytest.mark.parametrize("chunks", [[1] * 24, [8, 1, 1, 5, 9]])
-def test_chunks_of_any_sizes_give_what_one_chunk_gives(make_tiny_bundle: MakeTinyBundle, chunks: list[int]) -> None:
+def test_chunks_of_any_sizes_give_what_one_chunk_gives(
+    make_tiny_bundle: MakeTinyBundle, chunks: list[int]
+) -> None:
     bundle = make_tiny_bundle(EXITS)
     for one, many in zip(run_blocks(bundle, [24]), run_blocks(bundle, chunks), strict=True):
         assert parity.relative_error(many, one) < 1e-4
 
 
 def test_a_rewritten_position_leaves_nothing_of_the_old_one(tiny_bundle: Bundle) -> None:
-    block = parity.BlockRunner(tiny_bundle.path("edge/block_0.onnx"), tiny_bundle.manifest.model, 24)
+    block = parity.BlockRunner(
+        tiny_bundle.path("edge/block_0.onnx"), tiny_bundle.manifest.model, 24
+    )
     inputs = embedded(tiny_bundle)
     expected = block.run(inputs[:, :10])[0]
     block.length = 4
@@ -88,7 +98,8 @@ def test_a_rewritten_position_leaves_nothing_of_the_old_one(tiny_bundle: Bundle)
 def test_the_lm_head_gives_the_best_tokens_of_pytorch_first(
     make_tiny_bundle: MakeTinyBundle, tiny_checkpoint: Path, tiny_heads: Path
 ) -> None:
-    bundle, model = make_tiny_bundle(EXITS), load_tiny(tiny_checkpoint)
+    bundle = make_tiny_bundle(EXITS)
+    model = load_tiny(tiny_checkpoint)
     heads = load_heads(tiny_heads, EXITS, model).heads
     state = reference(tiny_checkpoint)[1]
     block = parity.BlockRunner(bundle.path("edge/block_0.onnx"), bundle.manifest.model, 24)
@@ -121,7 +132,11 @@ def test_the_lm_head_gives_the_best_tokens_of_pytorch_first(
 )
 def test_scaled_rotary_embeddings_export_too(scaling: dict[str, Any], tmp_path: Path) -> None:
     checkpoint = make_tiny_checkpoint(tmp_path / "model", rope_scaling=scaling)
-    export_bundle(ExportConfig(out=tmp_path / "bundle", exits=(2,), model=str(checkpoint), quantization="fp32"))
+    export_bundle(
+        ExportConfig(
+            out=tmp_path / "bundle", exits=(2,), model=str(checkpoint), quantization="fp32"
+        )
+    )
     output = run_blocks(Bundle.load(tmp_path / "bundle"), [24])[0]
     assert parity.relative_error(output, reference(checkpoint)[2].numpy()) < 1e-4
 
@@ -131,8 +146,12 @@ def test_the_cloud_partition_continues_where_the_edge_stops(
 ) -> None:
     bundle = make_tiny_bundle((1, 2), None, 1)
     folder = bundle.folder / "cloud"
-    cloud = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation="eager").eval()
-    missing, unexpected = cloud.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    cloud = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(folder), attn_implementation="eager"
+    ).eval()
+    missing, unexpected = cloud.load_state_dict(
+        load_file(folder / "model.safetensors"), strict=False
+    )
     with torch.no_grad():
         logits = cloud(inputs_embeds=reference(tiny_checkpoint)[1]).logits
         expected = load_tiny(tiny_checkpoint)(torch.from_numpy(TOKEN_IDS)).logits
@@ -145,17 +164,25 @@ def test_every_product_of_a_block_is_quantised_and_the_tables_are_fp16(
     make_tiny_bundle: MakeTinyBundle, quantization: Quantization, bits: int
 ) -> None:
     bundle = make_tiny_bundle((1, 2), None, None, quantization)
-    for name, expected in (("edge/block_0.onnx", bits), ("edge/block_1.onnx", bits), ("edge/lm_head.onnx", 4)):
+    for name, expected in (
+        ("edge/block_0.onnx", bits),
+        ("edge/block_1.onnx", bits),
+        ("edge/lm_head.onnx", 4),
+    ):
         nodes = list(onnx.load(bundle.path(name)).graph.node)
-        assert [attribute(node, "bits") for node in nodes if node.op_type == "MatMulNBits"][:4] == [expected] * (
-            4 if "block" in name else 1
-        )
+        assert [attribute(node, "bits") for node in nodes if node.op_type == "MatMulNBits"][:4] == [
+            expected
+        ] * (4 if "block" in name else 1)
         assert not [node for node in nodes if node.op_type == "MatMul" and "block" in name]
     assert np.load(bundle.path("edge/embedding.npy")).dtype == np.float16
 
 
-def test_query_key_and_value_of_balanced_are_computed_in_float32(make_tiny_bundle: MakeTinyBundle) -> None:
-    nodes = onnx.load(make_tiny_bundle((1, 2), None, None, "balanced").path("edge/block_0.onnx")).graph.node
+def test_query_key_and_value_of_balanced_are_computed_in_float32(
+    make_tiny_bundle: MakeTinyBundle,
+) -> None:
+    nodes = onnx.load(
+        make_tiny_bundle((1, 2), None, None, "balanced").path("edge/block_0.onnx")
+    ).graph.node
     levels = [attribute(node, "accuracy_level") for node in nodes if node.op_type == "MatMulNBits"]
     assert levels == [FLOAT_COMPUTE, *[INT8_COMPUTE] * 3]
 
@@ -224,7 +251,8 @@ def test_a_head_that_was_corrupted_in_the_graph_fails_the_export(
         if line.startswith("comparing"):
             graphs = [onnx.load(folder / f"block_{i}.onnx") for i in range(2)]
             tensors = [
-                next(t for t in graph.graph.initializer if t.name == "head/head.adapter.weight") for graph in graphs
+                next(t for t in graph.graph.initializer if t.name == "head/head.adapter.weight")
+                for graph in graphs
             ]
             weights = [numpy_helper.to_array(tensor).copy() for tensor in tensors]
             corrupt(*weights)
@@ -232,7 +260,13 @@ def test_a_head_that_was_corrupted_in_the_graph_fails_the_export(
                 tensors[i].CopyFrom(numpy_helper.from_array(weights[i], tensors[i].name))
                 onnx.save_model(graph, folder / f"block_{i}.onnx")
 
-    config = ExportConfig(tmp_path / "bundle", (1, 2), str(tiny_checkpoint), tiny_heads, quantization=quantization)
+    config = ExportConfig(
+        out=tmp_path / "bundle",
+        exits=(1, 2),
+        model=str(tiny_checkpoint),
+        heads=tiny_heads,
+        quantization=quantization,
+    )
     with pytest.raises(ExportError, match=r"exit_hidden\.1 is .*, expected at most 0\.0001"):
         export_bundle(config, corrupt_before_the_comparison)
     assert list(tmp_path.iterdir()) == []
@@ -256,7 +290,13 @@ def test_an_lm_head_that_was_corrupted_in_the_graph_fails_the_export(
             tensor.CopyFrom(numpy_helper.from_array(weight, tensor.name))
             onnx.save_model(graph, path)
 
-    config = ExportConfig(tmp_path / "bundle", (1, 2), str(tiny_checkpoint), tiny_heads, quantization=quantization)
+    config = ExportConfig(
+        out=tmp_path / "bundle",
+        exits=(1, 2),
+        model=str(tiny_checkpoint),
+        heads=tiny_heads,
+        quantization=quantization,
+    )
     with pytest.raises(ExportError, match=r"lm_head\.logprob is"):
         export_bundle(config, lose_tokens)
     assert list(tmp_path.iterdir()) == []

@@ -18,9 +18,13 @@ RNG = np.random.default_rng(5)
 def on_a_grid(k: int, n: int) -> Floats:
     """A weight [k, n] of 16 steps a block, 0 being anywhere between least and largest, which are both reached."""
     blocks = RNG.integers(0, 16, (n, k // BLOCK_SIZE, BLOCK_SIZE))
-    blocks[..., 0], blocks[..., 1] = 0, 15
-    scale, zero = RNG.uniform(0.01, 0.1, blocks.shape[:2]), RNG.uniform(0, 15, blocks.shape[:2])
-    weight: Floats = ((blocks - zero[..., None]) * scale[..., None]).reshape(n, k).T.astype(np.float32)
+    blocks[..., 0] = 0
+    blocks[..., 1] = 15
+    scale = RNG.uniform(0.01, 0.1, blocks.shape[:2])
+    zero = RNG.uniform(0, 15, blocks.shape[:2])
+    weight: Floats = (
+        ((blocks - zero[..., None]) * scale[..., None]).reshape(n, k).T.astype(np.float32)
+    )
     return weight
 
 
@@ -44,7 +48,9 @@ def product_graph(weight: Floats) -> onnx.ModelProto:
 
 
 def run(graph: onnx.ModelProto, x: Floats) -> Floats:
-    (y,) = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"]).run(["y"], {"x": x})
+    (y,) = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+        ["y"], {"x": x}
+    )
     out: Floats = y
     return out
 
@@ -57,7 +63,8 @@ def error(graph: onnx.ModelProto, weight: Floats, x: Floats) -> float:
 @pytest.mark.parametrize("k", [64, 96, 576])
 @pytest.mark.parametrize("length", [1, 7])
 def test_weights_on_a_grid_are_kept_in_four_bits_as_well_as_in_eight(k: int, length: int) -> None:
-    weight, x = on_a_grid(k, 48), inputs(length, k)
+    weight = on_a_grid(k, 48)
+    x = inputs(length, k)
     symmetric = quantize_symmetric(product_graph(weight), bits=4, block_size=BLOCK_SIZE)
     assert error(quantize(product_graph(weight), "int8"), weight, x) < 0.01
     assert error(quantize(product_graph(weight), "int4"), weight, x) < 0.01
@@ -82,15 +89,23 @@ def test_weights_on_no_grid_come_nearer_than_from_least_to_largest() -> None:
     assert fitted < 0.95 * plain
 
 
-@pytest.mark.parametrize("weight", [np.zeros((64, 16)), np.full((64, 16), 0.25), np.full((64, 16), -3.0)])
+@pytest.mark.parametrize(
+    "weight", [np.zeros((64, 16)), np.full((64, 16), 0.25), np.full((64, 16), -3.0)]
+)
 def test_constant_blocks_are_no_trouble(weight: Floats) -> None:
-    x, weight = inputs(3, 64), weight.astype(np.float32)
-    np.testing.assert_allclose(run(quantize(product_graph(weight), "int4"), x), x @ weight, atol=0.05)
+    x = inputs(3, 64)
+    weight = weight.astype(np.float32)
+    np.testing.assert_allclose(
+        run(quantize(product_graph(weight), "int4"), x), x @ weight, atol=0.05
+    )
 
 
 def test_inputs_without_whole_blocks_fall_back_to_eight_bits() -> None:
     weight = RNG.standard_normal((48, 16)).astype(np.float32)
     graph = quantize(product_graph(weight), "int4")
     (node,) = graph.graph.node
-    assert (node.op_type, next(a.i for a in node.attribute if a.name == "bits")) == ("MatMulNBits", 8)
+    assert (node.op_type, next(a.i for a in node.attribute if a.name == "bits")) == (
+        "MatMulNBits",
+        8,
+    )
     assert error(graph, weight, inputs(4, 48)) < 0.01

@@ -43,16 +43,22 @@ def test_the_real_models_chunks_equal_its_steps(fp32_bundle: Bundle) -> None:
         parts: list[NDArray[Any]] = np.split(inputs, np.cumsum(chunks)[:-1], axis=1)
         for i in range(len(EXITS)):
             one, many = (
-                parity.BlockRunner(fp32_bundle.path(f"edge/block_{i}.onnx"), fp32_bundle.manifest.model, 12)
+                parity.BlockRunner(
+                    fp32_bundle.path(f"edge/block_{i}.onnx"), fp32_bundle.manifest.model, 12
+                )
                 for _ in range(2)
             )
-            whole, parts = [one.run(x)[0] for x in whole], [many.run(x)[0] for x in parts]
+            whole = [one.run(x)[0] for x in whole]
+            parts = [many.run(x)[0] for x in parts]
             assert parity.relative_error(np.concatenate(parts, 1), whole[0]) < 1e-4
 
 
-def test_a_backlog_of_the_real_model_filled_later_leaves_the_same_caches(fp32_bundle: Bundle) -> None:
+def test_a_backlog_of_the_real_model_filled_later_leaves_the_same_caches(
+    fp32_bundle: Bundle,
+) -> None:
     partition = Partition(fp32_bundle, num_threads=2)
-    late, full = Cascade(partition, 12), Cascade(partition, 12)
+    late = Cascade(partition, 12)
+    full = Cascade(partition, 12)
     for token_id in TOKEN_IDS[0].tolist():
         late.append([token_id])
         late.run(0)

@@ -24,28 +24,40 @@ KEPT = "are as in an earlier export"
 
 def export(out: Path, model: Path, heads: Path, cache: Path) -> tuple[Manifest, list[str]]:
     lines: list[str] = []
-    config = ExportConfig(out, (1, 2), str(model), heads, parts=cache)
+    config = ExportConfig(out=out, exits=(1, 2), model=str(model), heads=heads, parts=cache)
     return export_bundle(config, lines.append), [line for line in lines if KEPT in line]
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def make_graph(size: int = 4) -> onnx.ModelProto:
-    weight = helper.make_tensor("w", TensorProto.FLOAT, [size], np.zeros(size, np.float32).tobytes(), raw=True)
+    weight = helper.make_tensor(
+        "w", TensorProto.FLOAT, [size], np.zeros(size, np.float32).tobytes(), raw=True
+    )
     return helper.make_model(helper.make_graph([], "g", [], [], [weight]))
 
 
-def test_new_heads_are_put_behind_the_layers_of_an_earlier_export(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    heads = [make_tiny_heads(tmp_path / f"heads{seed}", tiny_checkpoint, seed=seed) for seed in (1, 2)]
+def test_new_heads_are_put_behind_the_layers_of_an_earlier_export(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    heads = [
+        make_tiny_heads(tmp_path / f"heads{seed}", tiny_checkpoint, seed=seed) for seed in (1, 2)
+    ]
     first, kept = export(tmp_path / "first", tiny_checkpoint, heads[0], tmp_path / "parts")
     assert kept == []
     second, kept = export(tmp_path / "second", tiny_checkpoint, heads[1], tmp_path / "parts")
     assert len(kept) == 2
     alone, _ = export(tmp_path / "alone", tiny_checkpoint, heads[1], tmp_path / "other parts")
     assert content(tmp_path / "second") == content(tmp_path / "alone")
-    changed = {a.path for a, b in zip(first.files, second.files, strict=True) if a.sha256 != b.sha256}
+    changed = {
+        a.path for a, b in zip(first.files, second.files, strict=True) if a.sha256 != b.sha256
+    }
     assert changed == {"edge/block_0.onnx", "edge/block_1.onnx"}
     assert second.bundle_id == alone.bundle_id != first.bundle_id
 
@@ -54,11 +66,23 @@ def test_two_processes_write_the_same_bundle_to_the_byte(
     tiny_checkpoint: Path, tiny_heads: Path, tmp_path: Path
 ) -> None:
     for name in ("one", "two"):
-        command = [sys.executable, "-m", "onnx_export", "--out", str(tmp_path / name / "bundle"), "--exits", "1,3"]
+        command = [
+            sys.executable,
+            "-m",
+            "onnx_export",
+            "--out",
+            str(tmp_path / name / "bundle"),
+            "--exits",
+            "1,3",
+        ]
         command += ["--model", str(tiny_checkpoint), "--heads", str(tiny_heads)]
-        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / name / "cache"), "PYTHONHASHSEED": str(len(name))}
+        environment = os.environ | {
+            "XDG_CACHE_HOME": str(tmp_path / name / "cache"),
+            "PYTHONHASHSEED": str(len(name)),
+        }
         subprocess.run(command, env=environment, check=True, capture_output=True, timeout=280)
-    one, two = content(tmp_path / "one" / "bundle"), content(tmp_path / "two" / "bundle")
+    one = content(tmp_path / "one" / "bundle")
+    two = content(tmp_path / "two" / "bundle")
     assert "manifest.json" in one
     assert one == two
 

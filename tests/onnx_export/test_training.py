@@ -17,7 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fleet.errors import ConfigError, ExportError
 from onnx_export.heads import HeadKind, load_heads, new_head
-from onnx_export.training.fitting import Candidates, FitConfig, Runner, fit, fit_ridge, judge, loss_of
+from onnx_export.training.fitting import (
+    Candidates,
+    FitConfig,
+    Runner,
+    fit,
+    fit_ridge,
+    judge,
+    loss_of,
+)
 from onnx_export.training.generation import Answers, answer, complete, concatenate
 from onnx_export.training.prompts import (
     ChatFormat,
@@ -50,14 +58,22 @@ def random_prompts(count: int) -> list[list[int]]:
 def answers(model: Any) -> Answers:
     """Answers of the tiny model to 64 prompts."""
     parts = [random_prompts(64)[i : i + 32] for i in (0, 32)]
-    return concatenate([answer(model, part, EXITS, [END], 24, 0.0, torch.Generator()) for part in parts])
+    return concatenate(
+        [answer(model, part, EXITS, [END], 24, 0.0, torch.Generator()) for part in parts]
+    )
 
 
-def test_what_is_kept_of_an_answer_is_what_the_model_gives_for_it_alone(model: Any, answers: Answers) -> None:
+def test_what_is_kept_of_an_answer_is_what_the_model_gives_for_it_alone(
+    model: Any, answers: Answers
+) -> None:
     for conversation in (0, 5, 40):
-        start, length = int(answers.starts[conversation]), int(answers.lengths[conversation])
+        start = int(answers.starts[conversation])
+        length = int(answers.lengths[conversation])
         ids = answers.token_ids[start : start + length].long()
-        assert ids[: int(answers.prompt_lengths[conversation])].tolist() == random_prompts(64)[conversation]
+        assert (
+            ids[: int(answers.prompt_lengths[conversation])].tolist()
+            == random_prompts(64)[conversation]
+        )
         output = model(ids[None], output_hidden_states=True)
         for layer in EXITS:
             states = answers.hidden[layer][start : start + length].float()
@@ -65,7 +81,9 @@ def test_what_is_kept_of_an_answer_is_what_the_model_gives_for_it_alone(model: A
         positions, rows = answers.answering(conversation)
         logprobs = output.logits[0, positions.start - start :].log_softmax(-1)
         best = logprobs.topk(answers.top_ids.shape[1])
-        torch.testing.assert_close(answers.top_logprobs[rows].float(), best.values, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(
+            answers.top_logprobs[rows].float(), best.values, rtol=1e-2, atol=1e-2
+        )
         assert answers.top_ids[rows][:-1, 0].tolist() == ids[positions.start - start + 1 :].tolist()
 
 
@@ -78,17 +96,38 @@ def test_an_answer_ends_with_the_end_token_or_at_the_limit(answers: Answers) -> 
 
 
 def test_a_batch_says_what_each_prompt_alone_says(model: Any) -> None:
-    together = complete(model, random_prompts(6), [END], 8, 0.0, torch.Generator())
-    alone = [complete(model, [prompt], [END], 8, 0.0, torch.Generator())[0] for prompt in random_prompts(6)]
+    together = complete(
+        model,
+        random_prompts(6),
+        ends=[END],
+        max_new_tokens=8,
+        temperature=0.0,
+        generator=torch.Generator(),
+    )
+    alone = [
+        complete(
+            model,
+            [prompt],
+            ends=[END],
+            max_new_tokens=8,
+            temperature=0.0,
+            generator=torch.Generator(),
+        )[0]
+        for prompt in random_prompts(6)
+    ]
     assert together == alone
 
 
-def test_prompts_are_drawn_after_the_template_and_filtered(model: Any, tiny_checkpoint: Path) -> None:
+def test_prompts_are_drawn_after_the_template_and_filtered(
+    model: Any, tiny_checkpoint: Path
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     chat = ChatFormat.of(tokenizer)
     words = [40, 41, 42]
     text = tokenizer.decode(words)
-    whole = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True
+    )
     ids = whole if isinstance(whole, list) else whole["input_ids"]
     assert [*chat.before, *words, *chat.after] == list(ids)
     drawn = draw_prompts(model, tokenizer, chat, 64, torch.Generator().manual_seed(1))
@@ -96,23 +135,29 @@ def test_prompts_are_drawn_after_the_template_and_filtered(model: Any, tiny_chec
     assert len(drawn) < 64
     assert not is_prompt("again and again and again and again and again")
     assert not is_prompt("Too short.")
-    assert without_repeats(["What is this?", "what is  THIS", "Another one"]) == ["What is this?", "Another one"]
+    assert without_repeats(["What is this?", "what is  THIS", "Another one"]) == [
+        "What is this?",
+        "Another one",
+    ]
 
 
-def test_drawn_prompts_are_different_and_come_again_with_their_seed(model: Any, tiny_checkpoint: Path) -> None:
+def test_drawn_prompts_are_different_and_come_again_with_their_seed(
+    model: Any, tiny_checkpoint: Path
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     counts: list[int] = []
-    drawn = draw_many(model, tokenizer, 10, 5, 32, counts.append)
+    drawn = draw_many(model, tokenizer, count=10, seed=5, batch=32, progress=counts.append)
     assert len(set(drawn)) == 10 == counts[-1]
-    assert draw_many(model, tokenizer, 10, 5, 32, counts.append) == drawn
-    assert draw_many(model, tokenizer, 10, 6, 32, counts.append) != drawn
+    assert draw_many(model, tokenizer, count=10, seed=5, batch=32, progress=counts.append) == drawn
+    assert draw_many(model, tokenizer, count=10, seed=6, batch=32, progress=counts.append) != drawn
     with pytest.raises(ExportError, match="is it a chat model"):
         check_yield(2000, 3)
 
 
 def test_a_softmax_over_candidates_stands_for_the_whole_vocabulary() -> None:
     torch.manual_seed(0)
-    lm_head, hidden = torch.randn(5000, 16), torch.randn(40, 16) * 0.5
+    lm_head = torch.randn(5000, 16)
+    hidden = torch.randn(40, 16) * 0.5
     teacher = (hidden @ lm_head.T + torch.randn(40, 5000)).log_softmax(-1)
     best = teacher.topk(8)
     exact = (hidden @ lm_head.T).log_softmax(-1)
@@ -124,7 +169,16 @@ def test_a_softmax_over_candidates_stands_for_the_whole_vocabulary() -> None:
     for seed in range(20):
         candidates = Candidates(best.indices, 5000, 1500, torch.Generator().manual_seed(seed))
         assert len(candidates.ids) < 2000
-        losses.append(loss_of(hidden, lm_head[candidates.ids], candidates.offset, candidates.targets, probs, hard=0.0))
+        losses.append(
+            loss_of(
+                hidden,
+                lm_head[candidates.ids],
+                candidates.offset,
+                candidates.targets,
+                probs,
+                hard=0.0,
+            )
+        )
     assert float(torch.stack(losses).mean()) == pytest.approx(float(expected), rel=0.02)
 
 
@@ -136,18 +190,40 @@ def test_training_brings_each_kind_of_head_nearer_to_the_full_model(
     head = new_head(kind, model, 1, 32)
     before = judge(head, 1, model, answers, everything)[1].float().mean()
     config = FitConfig(epochs=12, learning_rate=3e-3)
-    fit({1: head}, model, answers, everything, config, lambda _: None)
+    fit(
+        {1: head},
+        model,
+        answers=answers,
+        conversations=everything,
+        config=config,
+        tick=lambda _: None,
+    )
     after = judge(head, 1, model, answers, everything)[1].float().mean()
     assert after > before + 0.1
 
 
 def test_a_head_is_the_same_whatever_is_trained_beside_it(model: Any, answers: Answers) -> None:
-    everything, config = torch.arange(len(answers)), FitConfig(epochs=2)
+    everything = torch.arange(len(answers))
+    config = FitConfig(epochs=2)
     together = {layer: new_head("linear", model, layer) for layer in EXITS}
-    fit(together, model, answers, everything, config, lambda _: None)
+    fit(
+        together,
+        model,
+        answers=answers,
+        conversations=everything,
+        config=config,
+        tick=lambda _: None,
+    )
     for layer in EXITS:
         alone = new_head("linear", model, layer)
-        fit({layer: alone}, model, answers, everything, config, lambda _: None)
+        fit(
+            {layer: alone},
+            model,
+            answers=answers,
+            conversations=everything,
+            config=config,
+            tick=lambda _: None,
+        )
         assert torch.equal(alone.adapter.weight, together[layer].adapter.weight)
         assert not torch.equal(alone.adapter.weight, torch.eye(len(alone.adapter.weight)))
 
@@ -160,7 +236,9 @@ def test_the_closed_form_comes_nearer_to_the_final_states(model: Any, answers: A
     head = new_head("linear", model, 3)
 
     def error() -> float:
-        return float((head(answers.hidden[3][rows].float()) - answers.final[targets].float()).pow(2).mean())
+        return float(
+            (head(answers.hidden[3][rows].float()) - answers.final[targets].float()).pow(2).mean()
+        )
 
     with torch.no_grad():
         before = error()
@@ -168,7 +246,9 @@ def test_the_closed_form_comes_nearer_to_the_final_states(model: Any, answers: A
         assert error() < before
 
 
-def test_a_block_head_sees_the_whole_conversation_and_nothing_after(model: Any, answers: Answers) -> None:
+def test_a_block_head_sees_the_whole_conversation_and_nothing_after(
+    model: Any, answers: Answers
+) -> None:
     head = new_head("block", model, 3)
     runner = Runner(model, answers)
     together = runner.forward(head, 3, [4, 9])
@@ -186,11 +266,16 @@ def tiny_config(folder: Path, checkpoint: Path, **changes: Any) -> TrainConfig:
         "processes": 2,
     }
     return TrainConfig(
-        out=folder / "heads.safetensors", cache=folder / "cache", model=str(checkpoint), **values | changes
+        out=folder / "heads.safetensors",
+        cache=folder / "cache",
+        model=str(checkpoint),
+        **values | changes,
     )
 
 
-def test_interrupted_training_goes_on_and_gives_the_same_heads(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_interrupted_training_goes_on_and_gives_the_same_heads(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
     config = tiny_config(tmp_path / "whole", tiny_checkpoint)
     train_heads(config)
     code = (
@@ -200,14 +285,18 @@ def test_interrupted_training_goes_on_and_gives_the_same_heads(tmp_path: Path, t
     script = tmp_path / "train.py"
     script.write_text(code.replace("PosixPath", "Path"))
     environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
-    process = subprocess.Popen([sys.executable, str(script)], env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, str(script)], env=environment, start_new_session=True
+    )
     deadline = time.monotonic() + 120
     while not list((tmp_path / "cut").rglob("answers-*.safetensors")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(10)
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").rglob("answers-*.safetensors")}
+    made = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "cut").rglob("answers-*.safetensors")
+    }
     assert made
     train_heads(tiny_config(tmp_path / "cut", tiny_checkpoint))
     assert all(path.stat().st_mtime_ns == before for path, before in made.items())
@@ -216,7 +305,9 @@ def test_interrupted_training_goes_on_and_gives_the_same_heads(tmp_path: Path, t
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_other_exits_and_kinds_learn_from_the_same_answers(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_other_exits_and_kinds_learn_from_the_same_answers(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
     config = tiny_config(tmp_path, tiny_checkpoint, tokens=300, exits=(1,), processes=1)
     train_heads(config)
     (first,) = tmp_path.rglob("answers-00000.safetensors")
@@ -226,14 +317,18 @@ def test_other_exits_and_kinds_learn_from_the_same_answers(tmp_path: Path, tiny_
     assert after.keys() - before.keys() == {"hidden.3"}
     assert all(torch.equal(after[key], before[key]) for key in before)
     made = first.stat().st_mtime_ns
-    train_heads(tiny_config(tmp_path, tiny_checkpoint, tokens=300, exits=(1, 3), processes=1, kind="block"))
+    train_heads(
+        tiny_config(tmp_path, tiny_checkpoint, tokens=300, exits=(1, 3), processes=1, kind="block")
+    )
     assert first.stat().st_mtime_ns == made
 
 
 def test_heads_say_how_they_were_made(tmp_path: Path, tiny_checkpoint: Path, model: Any) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"one two three {i}\n" for i in range(20)))
-    config = tiny_config(tmp_path, tiny_checkpoint, prompts=(prompts,), kind="mlp", tokens=100, processes=1)
+    config = tiny_config(
+        tmp_path, tiny_checkpoint, prompts=(prompts,), kind="mlp", tokens=100, processes=1
+    )
     records = train_heads(config)
     file = load_heads(config.out, (1, 2), model)
     assert file.kind == "mlp"
@@ -254,7 +349,11 @@ def test_heads_say_how_they_were_made(tmp_path: Path, tiny_checkpoint: Path, mod
     ],
 )
 def test_what_makes_no_sense_is_refused_before_any_work(
-    tmp_path: Path, tiny_checkpoint: Path, changes: dict[str, Any], error: type[Exception], message: str
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    changes: dict[str, Any],
+    error: type[Exception],
+    message: str,
 ) -> None:
     with pytest.raises(error, match=message):
         train_heads(tiny_config(tmp_path, tiny_checkpoint, **changes))

@@ -27,7 +27,9 @@ START_TIMEOUT_S = 60.0
 
 def run(*command: str | Path, folder: Path) -> str:
     """What a command printed; the test fails with its complaints when it fails."""
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S, check=False)
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -36,11 +38,28 @@ def run(*command: str | Path, folder: Path) -> str:
 def edge_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the programs of a fresh environment that holds the wheel with its extra `edge`."""
     folder = tmp_path_factory.mktemp("edge")
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT, folder=folder)
+    run(
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        folder,
+        ROOT,
+        folder=folder,
+    )
     (wheel,) = folder.glob("*.whl")
     run(sys.executable, "-m", "venv", folder / "venv", folder=folder)
     programs = folder / "venv" / "bin"
-    run(programs / "pip", "install", "--quiet", "--disable-pip-version-check", f"{wheel}[edge]", folder=folder)
+    run(
+        programs / "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        f"{wheel}[edge]",
+        folder=folder,
+    )
     return programs
 
 
@@ -57,7 +76,9 @@ def device_process(programs: Path, *arguments: str | Path) -> Iterator[subproces
             process.kill()
 
 
-def test_an_edge_environment_has_no_torch_and_no_database(edge_environment: Path, tmp_path: Path) -> None:
+def test_an_edge_environment_has_no_torch_and_no_database(
+    edge_environment: Path, tmp_path: Path
+) -> None:
     code = "import importlib.util as u; print([n for n in ('torch', 'transformers', 'sqlalchemy') if u.find_spec(n)])"
     assert run(edge_environment / "python", "-c", code, folder=tmp_path).strip() == "[]"
 
@@ -73,15 +94,21 @@ def test_the_commands_say_what_they_can_do(edge_environment: Path, tmp_path: Pat
     assert "demo" in run(edge_environment / "fleet", "--help", folder=tmp_path)
 
 
-def test_a_device_from_the_wheel_answers_a_prompt(edge_environment: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_a_device_from_the_wheel_answers_a_prompt(
+    edge_environment: Path, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
     with running_site("amqtt", tmp_path) as site, site.connect("a1") as app:
         statuses = Inbox()
         app.subscribe(topics.device_status("d1"), statuses, qos=1)
         folder = site.identity("d1").folder
-        with device_process(edge_environment, folder, "--bundle", tiny_bundle.folder, "--threads", "1"):
+        with device_process(
+            edge_environment, folder, "--bundle", tiny_bundle.folder, "--threads", "1"
+        ):
             _, payload = statuses.get(START_TIMEOUT_S)
             assert decode_status(payload, DeviceStatus).bundle_id == tiny_bundle.manifest.bundle_id
-            request = PromptRequest(prompt="How warm is it?", mode=Mode.STANDALONE, max_new_tokens=4)
+            request = PromptRequest(
+                prompt="How warm is it?", mode=Mode.STANDALONE, max_new_tokens=4
+            )
             *_, last = PromptClient(app).ask("d1", request, START_TIMEOUT_S)
         assert last.usage is not None
         assert last.usage.tokens == sum(last.usage.sources.values()) > 0

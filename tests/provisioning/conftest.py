@@ -53,7 +53,9 @@ def make_csr(
     """A signing request as a device makes it, and its key."""
     key = key or ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)] if name else [])
-    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
+    request = (
+        x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
+    )
     return request.public_bytes(serialization.Encoding.PEM).decode(), key
 
 
@@ -80,27 +82,65 @@ class Desk:
     """A running service, and both sides of it."""
 
     def __init__(
-        self, folder: Path, registry: Registry, authority: CertificateAuthority, service: EnrolmentServer
+        self,
+        folder: Path,
+        registry: Registry,
+        authority: CertificateAuthority,
+        service: EnrolmentServer,
     ) -> None:
-        self.folder, self.registry, self.authority, self.service = folder, registry, authority, service
+        self.folder = folder
+        self.registry = registry
+        self.authority = authority
+        self.service = service
 
-    def invite(self, name: str = "edge-1", role: Role = Role.DEVICE, ttl_s: float = 900) -> NewToken:
-        (token,) = self.registry.enroll([Enrolment(name, role)], ttl_s)
+    def invite(
+        self, name: str = "edge-1", role: Role = Role.DEVICE, ttl_s: float = 900
+    ) -> NewToken:
+        (token,) = self.registry.enroll([Enrolment(name=name, role=role)], ttl_s)
         return token
 
     def identity(self, name: str = "edge-1", role: Role = Role.DEVICE) -> Identity:
         """Enrolled without the service."""
-        return enroll(self.registry, self.authority, name, role, self.folder / name, host=HOST, port=8883)
+        return enroll(
+            self.registry, self.authority, name, role, self.folder / name, host=HOST, port=8883
+        )
 
     def write_bundle(self) -> bytes:
         """A bundle `b1` with one file, and one beside it that its manifest does not name; the file's bytes."""
-        folder, content = self.folder / "bundles" / "b1", bytes(range(256)) * 40
+        folder = self.folder / "bundles" / "b1"
+        content = bytes(range(256)) * 40
         (folder / "edge").mkdir(parents=True)
         (folder / "edge" / "block_0.onnx").write_bytes(content)
         (folder / "secret").write_text("PRIVATE")
         entry = FileEntry("edge/block_0.onnx", len(content), hashlib.sha256(content).hexdigest())
-        model = ModelInfo("tiny", "llama", 4, 64, 4, 2, 16, 384, 128, (0,))
-        write_manifest(folder, Manifest(SCHEMA_VERSION, model, (1, 2), 2, 2, "fp32", 8, (1.0, 1.0), {}, {}, (entry,)))
+        model = ModelInfo(
+            name="tiny",
+            architecture="llama",
+            num_layers=4,
+            hidden_size=64,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            vocab_size=384,
+            max_positions=128,
+            eos_token_ids=(0,),
+        )
+        write_manifest(
+            folder,
+            Manifest(
+                schema_version=SCHEMA_VERSION,
+                model=model,
+                exits=(1, 2),
+                split_layer=2,
+                upload_layer=2,
+                quantization="fp32",
+                top_k=8,
+                thresholds=(1.0, 1.0),
+                parity={},
+                tools={},
+                files=(entry,),
+            ),
+        )
         return content
 
     def context(self, identity: Identity | None = None) -> ssl.SSLContext:
@@ -116,7 +156,9 @@ class Desk:
         identity: Identity | None = None,
         headers: dict[str, str] | None = None,
     ) -> Answer:
-        connection = HTTPSConnection(HOST, self.service.port, timeout=TIMEOUT_S, context=self.context(identity))
+        connection = HTTPSConnection(
+            HOST, self.service.port, timeout=TIMEOUT_S, context=self.context(identity)
+        )
         try:
             connection.request(method, path, body, headers or {})
             response = connection.getresponse()
@@ -141,9 +183,11 @@ class Desk:
 
 @pytest.fixture
 def desk(tmp_path: Path, registry: Registry, authority: CertificateAuthority) -> Iterator[Desk]:
-    site = FleetAddress(HOST, 8883, "https://127.0.0.1:8443", tmp_path)
+    site = FleetAddress(host=HOST, port=8883, server="https://127.0.0.1:8443", bundle=tmp_path)
     folders = {"b1": tmp_path / "bundles" / "b1"}
-    office = EnrolmentService(registry, authority, site, folders.get, bundle_id="b1")
+    office = EnrolmentService(
+        registry=registry, authority=authority, site=site, find_bundle=folders.get, bundle_id="b1"
+    )
     tls = authority.server_tls(tmp_path / "broker", HOST)
     with EnrolmentServer(HOST, 0, tls, office, joins=RateLimit(600, 50), idle_s=1.0) as service:
         yield Desk(tmp_path, registry, authority, service)

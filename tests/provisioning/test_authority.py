@@ -20,7 +20,8 @@ def handshake(client: ssl.SSLContext, server: ssl.SSLContext, host: str) -> str:
     """Both ends of a TLS handshake in memory; the CN that the server sees. Raises ssl.SSLError when one end refuses."""
     client.verify_flags |= ssl.VerifyFlags.VERIFY_X509_STRICT
     server.verify_flags |= ssl.VerifyFlags.VERIFY_X509_STRICT
-    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    to_server = ssl.MemoryBIO()
+    to_client = ssl.MemoryBIO()
     near = client.wrap_bio(to_client, to_server, server_hostname=host)
     far = server.wrap_bio(to_server, to_client, server_side=True)
     done: set[ssl.SSLObject] = set()
@@ -53,7 +54,9 @@ def test_client_and_broker_accept_each_other_by_the_strict_rules(
     assert handshake(device.ssl_context(), server_context(tls), host) == "edge-1"
 
 
-def test_a_client_refuses_a_broker_of_another_name(authority: CertificateAuthority, tmp_path: Path) -> None:
+def test_a_client_refuses_a_broker_of_another_name(
+    authority: CertificateAuthority, tmp_path: Path
+) -> None:
     tls = authority.server_tls(tmp_path / "broker", "broker.lan")
     device = authority.issue("edge-1", Role.DEVICE, tmp_path / "edge-1", "broker.lan", 8883)
     with pytest.raises(ssl.SSLCertVerificationError, match=r"not valid for 'elsewhere.lan'"):
@@ -70,7 +73,9 @@ def test_a_client_refuses_a_broker_that_shows_a_devices_certificate(
         handshake(device.ssl_context(), server_context(posing), "localhost")
 
 
-def test_a_broker_refuses_a_client_of_another_fleet(authority: CertificateAuthority, tmp_path: Path) -> None:
+def test_a_broker_refuses_a_client_of_another_fleet(
+    authority: CertificateAuthority, tmp_path: Path
+) -> None:
     tls = authority.server_tls(tmp_path / "broker", "localhost")
     stranger = CertificateAuthority.create(tmp_path / "other").issue(
         "edge-1", Role.DEVICE, tmp_path / "edge-1", "localhost", 8883
@@ -80,7 +85,9 @@ def test_a_broker_refuses_a_client_of_another_fleet(authority: CertificateAuthor
         handshake(stranger.ssl_context(), server_context(tls), "localhost")
 
 
-def test_a_certificate_carries_name_role_key_type_and_its_end(authority: CertificateAuthority) -> None:
+def test_a_certificate_carries_name_role_key_type_and_its_end(
+    authority: CertificateAuthority,
+) -> None:
     made = authority.certify("edge-1", Role.DEVICE)
     certificate = x509.load_pem_x509_certificate(made.issued.pem.encode())
     subject = {attribute.oid: attribute.value for attribute in certificate.subject}
@@ -96,15 +103,34 @@ def test_a_private_key_does_not_show(authority: CertificateAuthority) -> None:
     assert "PRIVATE KEY" not in repr(authority.certify("edge-1", Role.DEVICE))
 
 
-def test_keys_are_readable_by_their_owner_alone(authority: CertificateAuthority, tmp_path: Path) -> None:
+def test_keys_are_readable_by_their_owner_alone(
+    authority: CertificateAuthority, tmp_path: Path
+) -> None:
     authority.issue("edge-1", Role.DEVICE, tmp_path / "edge-1", "localhost", 8883)
-    modes = {path: (tmp_path / path).stat().st_mode & 0o777 for path in ("ca", "ca/ca-key.pem", "edge-1/key.pem")}
+    modes = {
+        path: (tmp_path / path).stat().st_mode & 0o777
+        for path in ("ca", "ca/ca-key.pem", "edge-1/key.pem")
+    }
     assert modes == {"ca": 0o700, "ca/ca-key.pem": 0o600, "edge-1/key.pem": 0o600}
 
 
-def test_an_identity_folder_holds_four_files_and_loads(authority: CertificateAuthority, tmp_path: Path) -> None:
-    issued = authority.issue("edge-1", Role.DEVICE, tmp_path / "edge-1", "broker.lan", 8883, tmp_path / "bundle")
-    assert {path.name for path in issued.folder.iterdir()} == {"ca.pem", "cert.pem", "key.pem", "identity.json"}
+def test_an_identity_folder_holds_four_files_and_loads(
+    authority: CertificateAuthority, tmp_path: Path
+) -> None:
+    issued = authority.issue(
+        "edge-1",
+        Role.DEVICE,
+        out=tmp_path / "edge-1",
+        host="broker.lan",
+        port=8883,
+        bundle=tmp_path / "bundle",
+    )
+    assert {path.name for path in issued.folder.iterdir()} == {
+        "ca.pem",
+        "cert.pem",
+        "key.pem",
+        "identity.json",
+    }
     loaded = Identity.load(tmp_path / "edge-1")
     assert loaded == issued
     assert loaded.config.bundle == str(tmp_path / "bundle")
@@ -149,7 +175,9 @@ def test_an_authority_with_anothers_key_does_not_load(tmp_path: Path) -> None:
         CertificateAuthority.load(tmp_path / "ca")
 
 
-def test_a_name_that_may_not_stand_in_a_topic_gets_no_certificate(authority: CertificateAuthority) -> None:
+def test_a_name_that_may_not_stand_in_a_topic_gets_no_certificate(
+    authority: CertificateAuthority,
+) -> None:
     with pytest.raises(TopicError):
         authority.certify("edge/+", Role.DEVICE)
 
@@ -163,10 +191,15 @@ def test_an_encrypted_key_opens_with_its_passphrase_alone(tmp_path: Path) -> Non
     CertificateAuthority.create(tmp_path / "ca", "correct horse")
     stored = (tmp_path / "ca" / "ca-key.pem").read_text()
     assert stored.startswith("-----BEGIN ENCRYPTED PRIVATE KEY-----")
-    assert CertificateAuthority.load(tmp_path / "ca", "correct horse").certify("edge-1", Role.DEVICE)
+    assert CertificateAuthority.load(tmp_path / "ca", "correct horse").certify(
+        "edge-1", Role.DEVICE
+    )
     with pytest.raises(IdentityError, match="does not open with this passphrase"):
         CertificateAuthority.load(tmp_path / "ca", "battery staple")
-    with pytest.raises(IdentityError, match=r"ca-key.pem is encrypted: expected its passphrase.*FLEET_CA_PASSPHRASE"):
+    with pytest.raises(
+        IdentityError,
+        match=r"ca-key.pem is encrypted: expected its passphrase.*FLEET_CA_PASSPHRASE",
+    ):
         CertificateAuthority.load(tmp_path / "ca")
 
 

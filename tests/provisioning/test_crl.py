@@ -36,16 +36,19 @@ def now() -> float:
     return datetime.now(UTC).timestamp()
 
 
-def test_it_lists_what_was_revoked_since_when_and_what_is_on_hold(authority: CertificateAuthority) -> None:
+def test_it_lists_what_was_revoked_since_when_and_what_is_on_hold(
+    authority: CertificateAuthority,
+) -> None:
     made = x509.load_pem_x509_crl(authority.crl([Entry("0a"), Entry("ff", None)]))
-    revoked, held = (
-        made.get_revoked_certificate_by_serial_number(10),
-        made.get_revoked_certificate_by_serial_number(255),
-    )
+    revoked = made.get_revoked_certificate_by_serial_number(10)
+    held = made.get_revoked_certificate_by_serial_number(255)
     assert revoked is not None
     assert revoked.revocation_date_utc == REVOKED_AT
     assert held is not None
-    assert held.extensions.get_extension_for_class(x509.CRLReason).value.reason is x509.ReasonFlags.certificate_hold
+    assert (
+        held.extensions.get_extension_for_class(x509.CRLReason).value.reason
+        is x509.ReasonFlags.certificate_hold
+    )
     assert len(made) == 2
 
 
@@ -58,10 +61,14 @@ def test_the_authority_signs_it(authority: CertificateAuthority, tmp_path: Path)
     assert made.is_signature_valid(key)
 
 
-def test_it_lives_seven_days_and_counts_already_where_a_clock_is_behind(authority: CertificateAuthority) -> None:
+def test_it_lives_seven_days_and_counts_already_where_a_clock_is_behind(
+    authority: CertificateAuthority,
+) -> None:
     made = x509.load_pem_x509_crl(authority.crl([]))
     assert made.next_update_utc is not None
-    assert made.next_update_utc - datetime.now(UTC) == pytest.approx(timedelta(days=CRL_DAYS), abs=timedelta(minutes=1))
+    assert made.next_update_utc - datetime.now(UTC) == pytest.approx(
+        timedelta(days=CRL_DAYS), abs=timedelta(minutes=1)
+    )
     assert made.last_update_utc < datetime.now(UTC) - timedelta(minutes=4)
 
 
@@ -96,6 +103,8 @@ def test_a_file_that_is_none_is_replaced(crl: CrlFile) -> None:
     assert len(load(crl.path)) == 0
 
 
-def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, authority: CertificateAuthority) -> None:
+def test_a_file_that_cannot_be_written_is_named(
+    tmp_path: Path, authority: CertificateAuthority
+) -> None:
     with pytest.raises(IdentityError, match=r"crl\.pem"):
         CrlFile(tmp_path / "absent" / "crl.pem", authority).update([], now())

@@ -34,12 +34,20 @@ def test_a_request_for_a_p256_key_is_taken_with_or_without_a_name() -> None:
     assert SigningRequest.parse(make_csr()[0]).name is None
 
 
-def test_what_it_asks_for_beside_its_key_is_not_what_it_gets(authority: CertificateAuthority) -> None:
+def test_what_it_asks_for_beside_its_key_is_not_what_it_gets(
+    authority: CertificateAuthority,
+) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, "server")])
     wish = x509.BasicConstraints(ca=True, path_length=None)
-    made = x509.CertificateSigningRequestBuilder().subject_name(subject).add_extension(wish, critical=True)
-    asked = SigningRequest.parse(made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode())
+    made = (
+        x509.CertificateSigningRequestBuilder()
+        .subject_name(subject)
+        .add_extension(wish, critical=True)
+    )
+    asked = SigningRequest.parse(
+        made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+    )
     issued = authority.sign(asked.public_key, "edge-1", Role.DEVICE)
     certificate = x509.load_pem_x509_certificate(issued.pem.encode())
     assert certificate.subject.rfc4514_string() == "CN=edge-1,OU=device"
@@ -59,7 +67,9 @@ def test_what_it_asks_for_beside_its_key_is_not_what_it_gets(authority: Certific
     ],
     ids=["rsa-1024", "rsa-2048", "p-224", "p-384", "ed25519"],
 )
-def test_another_kind_of_key_is_refused_by_its_name(key: CertificateIssuerPrivateKeyTypes, says: str) -> None:
+def test_another_kind_of_key_is_refused_by_its_name(
+    key: CertificateIssuerPrivateKeyTypes, says: str
+) -> None:
     with pytest.raises(CsrError, match=f"expected a signing request for a P-256 key, got {says}"):
         SigningRequest.parse(request(key, "edge-1"))
 
@@ -70,7 +80,9 @@ def test_a_request_that_was_altered_is_refused() -> None:
     der[der.index(b"edge-1") + 5] = ord("2")
     altered = base64.encodebytes(bytes(der)).decode()
     with pytest.raises(CsrError, match="not signed with its own key, or was altered"):
-        SigningRequest.parse(f"-----BEGIN CERTIFICATE REQUEST-----\n{altered}-----END CERTIFICATE REQUEST-----\n")
+        SigningRequest.parse(
+            f"-----BEGIN CERTIFICATE REQUEST-----\n{altered}-----END CERTIFICATE REQUEST-----\n"
+        )
 
 
 def test_two_names_are_one_too_many() -> None:
@@ -78,7 +90,9 @@ def test_two_names_are_one_too_many() -> None:
         SigningRequest.parse(request(ec.generate_private_key(ec.SECP256R1()), "edge-1", "edge-2"))
 
 
-@pytest.mark.parametrize("pem", ["", "nonsense", "-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n", "\ud7ff" * 10, "\x00"])
+@pytest.mark.parametrize(
+    "pem", ["", "nonsense", "-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n", "\ud7ff" * 10, "\x00"]
+)
 def test_what_is_no_request_is_refused(pem: str) -> None:
     with pytest.raises(CsrError, match="expected a certificate signing request in PEM"):
         SigningRequest.parse(pem)

@@ -21,11 +21,15 @@ class Office:
     """Enrols into one fleet; folders are named after the identities."""
 
     def __init__(self, registry: Registry, authority: CertificateAuthority, folder: Path) -> None:
-        self.registry, self.folder, self._authority = registry, folder, authority
+        self.registry = registry
+        self.folder = folder
+        self._authority = authority
 
     def enroll(self, name: str, role: Role = Role.DEVICE, **options: Any) -> Identity:
         out = options.pop("out", self.folder / name)
-        return enroll(self.registry, self._authority, name, role, out, host="localhost", port=8883, **options)
+        return enroll(
+            self.registry, self._authority, name, role, out, host="localhost", port=8883, **options
+        )
 
 
 @pytest.fixture
@@ -49,13 +53,30 @@ def test_an_app_is_allowed_devices_and_groups(office: Office) -> None:
     assert office.registry.grants("phone") == Grants(Role.APP, "phone", ("edge-1", "edge-2"))
 
 
-def test_devices_and_workers_are_told_their_bundle_and_apps_are_not(office: Office, tmp_path: Path) -> None:
-    roles = {"edge-1": Role.DEVICE, "worker-1": Role.WORKER, "phone": Role.APP, "watcher": Role.SERVER}
-    bundles = {name: office.enroll(name, role, bundle=tmp_path).config.bundle for name, role in roles.items()}
-    assert bundles == {"edge-1": str(tmp_path), "worker-1": str(tmp_path), "phone": None, "watcher": None}
+def test_devices_and_workers_are_told_their_bundle_and_apps_are_not(
+    office: Office, tmp_path: Path
+) -> None:
+    roles = {
+        "edge-1": Role.DEVICE,
+        "worker-1": Role.WORKER,
+        "phone": Role.APP,
+        "watcher": Role.SERVER,
+    }
+    bundles = {
+        name: office.enroll(name, role, bundle=tmp_path).config.bundle
+        for name, role in roles.items()
+    }
+    assert bundles == {
+        "edge-1": str(tmp_path),
+        "worker-1": str(tmp_path),
+        "phone": None,
+        "watcher": None,
+    }
 
 
-def test_a_name_that_is_taken_is_refused_and_nothing_is_written(office: Office, tmp_path: Path) -> None:
+def test_a_name_that_is_taken_is_refused_and_nothing_is_written(
+    office: Office, tmp_path: Path
+) -> None:
     office.enroll("edge-1")
     with pytest.raises(IdentityError, match="'edge-1' is enrolled already"):
         office.enroll("edge-1", out=tmp_path / "elsewhere")
@@ -96,7 +117,12 @@ def test_a_folder_that_cannot_be_made_leaves_the_name_free(office: Office, tmp_p
     ],
 )
 def test_what_makes_no_sense_is_refused_and_enrols_nobody(
-    office: Office, name: str, role: Role, options: dict[str, Any], error: type[FleetError], says: str
+    office: Office,
+    name: str,
+    role: Role,
+    options: dict[str, Any],
+    error: type[FleetError],
+    says: str,
 ) -> None:
     with pytest.raises(error, match=says):
         office.enroll(name, role, **options)

@@ -28,7 +28,10 @@ COLLECTOR = "collector"
 
 @pytest.fixture
 def state(tmp_path: Path) -> FleetHome:
-    return FleetHome.create(tmp_path / "state", FleetConfig(HOST, free_port(), "/no/bundle", service_port=0))
+    return FleetHome.create(
+        tmp_path / "state",
+        FleetConfig(host=HOST, port=free_port(), bundle="/no/bundle", service_port=0),
+    )
 
 
 @pytest.fixture
@@ -44,31 +47,41 @@ def shown_by(port: int) -> str:
 
 def make_old(state: FleetHome, folder: Path) -> None:
     """Puts a server certificate of which two thirds are over into `folder`."""
-    authority, life = state.authority(), timedelta(seconds=1)
+    authority = state.authority()
+    life = timedelta(seconds=1)
     made: Certificate = authority.certify("broker", Role.SERVER, life)
     made.write(folder)
 
 
 def test_a_certificate_is_due_at_two_thirds_of_its_life(state: FleetHome) -> None:
-    folder, now = state.identity(COLLECTOR, Role.SERVER).folder, time.time()
+    folder = state.identity(COLLECTOR, Role.SERVER).folder
+    now = time.time()
     assert not is_due(folder, now + 59 * DAY_S)
     assert is_due(folder, now + 61 * DAY_S)
 
 
-def test_an_identity_has_another_key_and_both_certificates_count(state: FleetHome, registry: Registry) -> None:
+def test_an_identity_has_another_key_and_both_certificates_count(
+    state: FleetHome, registry: Registry
+) -> None:
     identity = state.identity(COLLECTOR, Role.SERVER)
-    old, old_key = fingerprint_of(identity), (identity.folder / KEY_FILE).read_bytes()
+    old = fingerprint_of(identity)
+    old_key = (identity.folder / KEY_FILE).read_bytes()
     renew_own(registry, state.authority(), identity)
     assert (identity.folder / KEY_FILE).read_bytes() != old_key
     assert fingerprint_of(identity) != old
-    assert registry.admitted(COLLECTOR, old) == registry.admitted(COLLECTOR, fingerprint_of(identity)) is not None
+    assert (
+        registry.admitted(COLLECTOR, old)
+        == registry.admitted(COLLECTOR, fingerprint_of(identity))
+        is not None
+    )
     assert registry.audit_log(COLLECTOR)[0].action == "renew"
 
 
 def test_whoever_is_connected_stays_so_and_takes_the_new_one_at_the_next_connection(
     state: FleetHome, registry: Registry
 ) -> None:
-    identity, seen = state.identity(COLLECTOR, Role.SERVER), []
+    identity = state.identity(COLLECTOR, Role.SERVER)
+    seen = []
 
     def lookup(name: str, fingerprint: str) -> object:
         seen.append(fingerprint)
@@ -83,11 +96,15 @@ def test_whoever_is_connected_stays_so_and_takes_the_new_one_at_the_next_connect
         assert link.is_up
         broker.__exit__(None, None, None)
         with EmbeddedBroker(HOST, state.config.port, tls, lookup):  # type: ignore[arg-type]
-            wait_until(lambda: fingerprint_of(identity) in seen, "it comes back with the new one", 20.0)
+            wait_until(
+                lambda: fingerprint_of(identity) in seen, "it comes back with the new one", 20.0
+            )
             wait_until(lambda: link.is_up, "it is up")
 
 
-def test_upkeep_renews_what_is_due_and_makes_the_broker_show_it(state: FleetHome, registry: Registry) -> None:
+def test_upkeep_renews_what_is_due_and_makes_the_broker_show_it(
+    state: FleetHome, registry: Registry
+) -> None:
     tls = state.server_tls()
     with EmbeddedBroker(HOST, state.config.port, tls, registry.admitted) as broker:
         before = shown_by(state.config.port)
@@ -103,7 +120,8 @@ def test_upkeep_renews_what_is_due_and_makes_the_broker_show_it(state: FleetHome
 
 
 def test_upkeep_repeats_a_reload_that_failed_and_those_behind_it(state: FleetHome) -> None:
-    tls, calls = state.server_tls(), list[str]()
+    tls = state.server_tls()
+    calls = list[str]()
 
     def reload() -> None:
         calls.append("failed" if not calls else "reloaded")
@@ -111,7 +129,9 @@ def test_upkeep_repeats_a_reload_that_failed_and_those_behind_it(state: FleetHom
             raise ConfigError("no process")
 
     make_old(state, tls.cert_file.parent)
-    upkeep = CertificateRenewalTask(state, [tls.cert_file.parent], [reload, lambda: calls.append("next")])
+    upkeep = CertificateRenewalTask(
+        state, [tls.cert_file.parent], [reload, lambda: calls.append("next")]
+    )
     with pytest.raises(ConfigError):
         upkeep.tend()
     upkeep.tend()
@@ -119,7 +139,9 @@ def test_upkeep_repeats_a_reload_that_failed_and_those_behind_it(state: FleetHom
     assert calls == ["failed", "reloaded", "next"]
 
 
-def test_upkeep_renews_the_fleets_own_identities(state: FleetHome, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upkeep_renews_the_fleets_own_identities(
+    state: FleetHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
     identities = [state.identity(COLLECTOR, Role.SERVER), state.identity("worker-1", Role.WORKER)]
     before = [fingerprint_of(identity) for identity in identities]
     later = time.time() + 61 * DAY_S

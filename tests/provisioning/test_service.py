@@ -42,7 +42,11 @@ def test_a_device_with_a_token_gets_its_certificate_and_all_that_it_needs(desk: 
     assert certificate.public_key() == key.public_key()
     assert certificate.subject.rfc4514_string() == "CN=edge-1,OU=device"
     assert (reply.name, reply.role, reply.host, reply.port) == ("edge-1", Role.DEVICE, HOST, 8883)
-    assert (reply.server, reply.topic_prefix, reply.bundle_id) == ("https://127.0.0.1:8443", "ce/v1", "b1")
+    assert (reply.server, reply.topic_prefix, reply.bundle_id) == (
+        "https://127.0.0.1:8443",
+        "ce/v1",
+        "b1",
+    )
     assert (reply.ca, reply.config.version) == (desk.authority.pem, 0)
     assert desk.registry.grants("edge-1") is not None
 
@@ -102,10 +106,15 @@ def test_who_was_revoked_before_it_joined_is_refused(desk: Desk) -> None:
 def test_a_device_is_told_what_is_wanted_of_it_and_an_app_no_bundle(desk: Desk) -> None:
     desk.invite("edge-1")
     version = desk.registry.change_settings(
-        Target(Scope.ALL), lambda settings: msgspec.structs.replace(settings, bundle="b2", threshold=0.5)
+        Target(Scope.ALL),
+        lambda settings: msgspec.structs.replace(settings, bundle="b2", threshold=0.5),
     )
     reply = desk.joined("edge-1")
-    assert (reply.bundle_id, reply.config.version, reply.config.settings.threshold) == ("b2", version, 0.5)
+    assert (reply.bundle_id, reply.config.version, reply.config.settings.threshold) == (
+        "b2",
+        version,
+        0.5,
+    )
     assert desk.joined("phone", Role.APP).bundle_id is None
 
 
@@ -113,7 +122,15 @@ def test_a_device_is_told_what_is_wanted_of_it_and_an_app_no_bundle(desk: Desk) 
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b'{"id": "x"}', b'{"id": "00", "secret": "00", "csr": "x", "more": 1}', b"\xff"]
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"id": "x"}',
+        b'{"id": "00", "secret": "00", "csr": "x", "more": 1}',
+        b"\xff",
+    ],
 )
 def test_a_body_that_is_none_is_refused(desk: Desk, body: bytes) -> None:
     answer = desk.ask("POST", "/v1/join", body)
@@ -134,7 +151,9 @@ def test_a_body_that_is_too_large_is_refused_unread(desk: Desk) -> None:
 
 def test_so_is_one_that_does_not_say_how_large_it_is(desk: Desk) -> None:
     chunk = b"8000\r\n" + b"x" * 0x8000 + b"\r\n"
-    reply = _raw(desk, b"POST /v1/join HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk)
+    reply = _raw(
+        desk, b"POST /v1/join HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk
+    )
     assert b" 413 " in reply.splitlines()[0]
     assert b'"oversized"' in reply
 
@@ -162,9 +181,16 @@ def test_a_body_that_does_not_come_is_not_waited_for(desk: Desk) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/", 404), ("GET", "/v1/join", 405), ("GET", "/v1/crl", 404), ("DELETE", "/v1/ca", 405)],
+    [
+        ("GET", "/", 404),
+        ("GET", "/v1/join", 405),
+        ("GET", "/v1/crl", 404),
+        ("DELETE", "/v1/ca", 405),
+    ],
 )
-def test_other_paths_and_methods_are_refused_in_the_same_form(desk: Desk, method: str, path: str, status: int) -> None:
+def test_other_paths_and_methods_are_refused_in_the_same_form(
+    desk: Desk, method: str, path: str, status: int
+) -> None:
     answer = desk.ask(method, path)
     assert (answer.status, answer.code) == (status, "protocol")
 
@@ -175,7 +201,12 @@ def test_other_paths_and_methods_are_refused_in_the_same_form(desk: Desk, method
 def test_too_many_joins_from_one_address_have_to_wait(
     tmp_path: Path, registry: Registry, authority: CertificateAuthority
 ) -> None:
-    office = EnrolmentService(registry, authority, FleetAddress(HOST, 8883), lambda _: None)
+    office = EnrolmentService(
+        registry=registry,
+        authority=authority,
+        site=FleetAddress(host=HOST, port=8883),
+        find_bundle=lambda _: None,
+    )
     tls = authority.server_tls(tmp_path / "broker", HOST)
     with EnrolmentServer(HOST, 0, tls, office, joins=RateLimit(10, 3)) as service:
         desk = Desk(tmp_path, registry, authority, service)
@@ -186,8 +217,15 @@ def test_too_many_joins_from_one_address_have_to_wait(
         assert desk.ask("GET", "/v1/ca").status == 200
 
 
-def test_joins_that_succeed_do_not_count(tmp_path: Path, registry: Registry, authority: CertificateAuthority) -> None:
-    office = EnrolmentService(registry, authority, FleetAddress(HOST, 8883), lambda _: None)
+def test_joins_that_succeed_do_not_count(
+    tmp_path: Path, registry: Registry, authority: CertificateAuthority
+) -> None:
+    office = EnrolmentService(
+        registry=registry,
+        authority=authority,
+        site=FleetAddress(host=HOST, port=8883),
+        find_bundle=lambda _: None,
+    )
     tls = authority.server_tls(tmp_path / "broker", HOST)
     with EnrolmentServer(HOST, 0, tls, office, joins=RateLimit(1, 1)) as service:
         desk = Desk(tmp_path, registry, authority, service)
@@ -195,7 +233,9 @@ def test_joins_that_succeed_do_not_count(tmp_path: Path, registry: Registry, aut
         assert [answer.status for answer in answers] == [200, 200, 200]
 
 
-def test_without_a_registry_it_says_so_and_where_it_is_stays_in_the_log(desk: Desk, tmp_path: Path) -> None:
+def test_without_a_registry_it_says_so_and_where_it_is_stays_in_the_log(
+    desk: Desk, tmp_path: Path
+) -> None:
     token = desk.invite()
     (tmp_path / "registry.sqlite").rename(tmp_path / "elsewhere")
     desk.registry.close()
@@ -205,8 +245,15 @@ def test_without_a_registry_it_says_so_and_where_it_is_stays_in_the_log(desk: De
     assert str(tmp_path) not in answer.body.decode()
 
 
-def test_a_port_that_is_taken_is_named(tmp_path: Path, registry: Registry, authority: CertificateAuthority) -> None:
-    office = EnrolmentService(registry, authority, FleetAddress(HOST, 8883), lambda _: None)
+def test_a_port_that_is_taken_is_named(
+    tmp_path: Path, registry: Registry, authority: CertificateAuthority
+) -> None:
+    office = EnrolmentService(
+        registry=registry,
+        authority=authority,
+        site=FleetAddress(host=HOST, port=8883),
+        find_bundle=lambda _: None,
+    )
     tls = authority.server_tls(tmp_path / "broker", HOST)
     with (
         EnrolmentServer(HOST, 0, tls, office) as first,
@@ -225,15 +272,24 @@ def test_anybody_can_have_the_authoritys_certificate(desk: Desk) -> None:
 def test_anybody_can_have_the_revoked_certificates(
     tmp_path: Path, registry: Registry, authority: CertificateAuthority
 ) -> None:
-    office = EnrolmentService(registry, authority, FleetAddress(HOST, 8883), lambda _: None, crl=lambda: "a list")
-    with EnrolmentServer(HOST, 0, authority.server_tls(tmp_path / "broker", HOST), office) as service:
+    office = EnrolmentService(
+        registry=registry,
+        authority=authority,
+        site=FleetAddress(host=HOST, port=8883),
+        find_bundle=lambda _: None,
+        crl=lambda: "a list",
+    )
+    with EnrolmentServer(
+        HOST, 0, authority.server_tls(tmp_path / "broker", HOST), office
+    ) as service:
         assert Desk(tmp_path, registry, authority, service).ask("GET", "/v1/crl").body == b"a list"
 
 
 def test_a_device_renews_with_a_new_key_and_gets_the_same_when_it_asks_again(desk: Desk) -> None:
     identity = desk.identity()
     csr, key = make_csr("edge-1")
-    first, again = desk.renew(identity, csr), desk.renew(identity, csr)
+    first = desk.renew(identity, csr)
+    again = desk.renew(identity, csr)
     assert first.status == 200
     assert again.body == first.body
     certificate = x509.load_pem_x509_certificate(first.json["certificate"].encode())
@@ -248,7 +304,9 @@ def test_renewal_needs_a_certificate(desk: Desk) -> None:
     assert (answer.status, answer.code) == (401, "bad_credentials")
 
 
-def test_a_certificate_of_our_authority_that_the_registry_does_not_know_is_refused(desk: Desk) -> None:
+def test_a_certificate_of_our_authority_that_the_registry_does_not_know_is_refused(
+    desk: Desk,
+) -> None:
     desk.identity()
     copy = desk.authority.issue("edge-1", Role.DEVICE, desk.folder / "copy", HOST, 8883)
     answer = desk.renew(copy, make_csr()[0])
@@ -266,17 +324,22 @@ def test_a_certificate_of_another_authority_is_not_let_in(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("change", [Registry.revoke, Registry.suspend])
-def test_who_was_revoked_or_suspended_can_neither_renew_nor_have_files(desk: Desk, change: object) -> None:
+def test_who_was_revoked_or_suspended_can_neither_renew_nor_have_files(
+    desk: Desk, change: object
+) -> None:
     desk.write_bundle()
     identity = desk.identity()
     change(desk.registry, "edge-1")  # type: ignore[operator]
-    answers = [desk.renew(identity, make_csr()[0]), desk.ask("GET", "/v1/bundles/b1/manifest.json", None, identity)]
+    answers = [
+        desk.renew(identity, make_csr()[0]),
+        desk.ask("GET", "/v1/bundles/b1/manifest.json", None, identity),
+    ]
     assert [(answer.status, answer.code) for answer in answers] == [(403, "bad_state")] * 2
 
 
 def test_a_replaced_identitys_old_certificate_is_revoked(desk: Desk) -> None:
     identity = desk.identity()
-    desk.registry.enroll([Enrolment("edge-1")], 900, replace=True)
+    desk.registry.enroll([Enrolment(name="edge-1")], 900, replace=True)
     assert desk.renew(identity, make_csr()[0]).status == 403
     desk.joined("phone", Role.APP)
 
@@ -294,7 +357,9 @@ def test_nobody_renews_for_another_name_or_with_the_old_key(desk: Desk) -> None:
 # Bundles.
 
 
-def test_a_device_and_a_worker_fetch_a_bundles_files(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_device_and_a_worker_fetch_a_bundles_files(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
     content = desk.write_bundle()
     for identity in (desk.identity(), desk.identity("worker-1", Role.WORKER)):
         assert desk.ask("GET", "/v1/bundles/b1/edge/block_0.onnx", None, identity).body == content
@@ -303,7 +368,8 @@ def test_a_device_and_a_worker_fetch_a_bundles_files(desk: Desk, caplog: pytest.
 
 
 def test_a_download_goes_on_from_where_it_was(desk: Desk) -> None:
-    content, identity = desk.write_bundle(), desk.identity()
+    content = desk.write_bundle()
+    identity = desk.identity()
     headers = {"Range": "bytes=1000-"}
     answer = desk.ask("GET", "/v1/bundles/b1/edge/block_0.onnx", None, identity, headers)
     assert (answer.status, answer.body) == (206, content[1000:])
@@ -313,7 +379,8 @@ def test_a_download_goes_on_from_where_it_was(desk: Desk) -> None:
 def test_apps_and_strangers_get_no_files(desk: Desk) -> None:
     desk.write_bundle()
     path = "/v1/bundles/b1/manifest.json"
-    stranger, app = desk.ask("GET", path), desk.ask("GET", path, None, desk.identity("phone", Role.APP))
+    stranger = desk.ask("GET", path)
+    app = desk.ask("GET", path, None, desk.identity("phone", Role.APP))
     assert (stranger.status, stranger.code) == (401, "bad_credentials")
     assert (app.status, app.code) == (403, "not_allowed")
 
@@ -357,11 +424,17 @@ def _raw(desk: Desk, data: bytes) -> bytes:
         return reply
 
 
-def _with_certificate(identity: Identity, certificate: str, key: ec.EllipticCurvePrivateKey) -> Identity:
+def _with_certificate(
+    identity: Identity, certificate: str, key: ec.EllipticCurvePrivateKey
+) -> Identity:
     folder = identity.folder.with_name("renewed")
     folder.mkdir()
     (folder / "ca.pem").write_bytes((identity.folder / "ca.pem").read_bytes())
     (folder / "cert.pem").write_text(certificate)
-    encoding = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    encoding = (
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
     (folder / "key.pem").write_bytes(key.private_bytes(*encoding))
-    return Identity(folder, IdentityConfig("edge-1", Role.DEVICE, HOST, 8883))
+    return Identity(folder, IdentityConfig(name="edge-1", role=Role.DEVICE, host=HOST, port=8883))

@@ -17,10 +17,17 @@ _LOCK = threading.Lock()  # some scenarios run side by side
 DRAFT_THRESHOLD = 0.05  # low for the tiny model: its exits draft, and are wrong most of the time
 
 
-def request(prompt: str, mode: Mode = Mode.VERIFIED, num_tokens: int = 24, **changes: object) -> PromptRequest:
+def request(
+    prompt: str, mode: Mode = Mode.VERIFIED, num_tokens: int = 24, **changes: object
+) -> PromptRequest:
     """One whose every token can be judged: verified, or with all exits off."""
     threshold = DRAFT_THRESHOLD if mode is Mode.VERIFIED else 1.0
-    values = {"prompt": prompt, "mode": mode, "threshold": threshold, "max_new_tokens": num_tokens} | changes
+    values = {
+        "prompt": prompt,
+        "mode": mode,
+        "threshold": threshold,
+        "max_new_tokens": num_tokens,
+    } | changes
     return PromptRequest(**values)  # type: ignore[arg-type]
 
 
@@ -38,7 +45,9 @@ def judge(bundle: Bundle, asked: PromptRequest, answer: Answer) -> None:
     assert answer.last.usage is not None
     assert answer.last.usage.tokens == len(answer.token_ids) == sources.total()
     if asked.mode is Mode.VERIFIED:
-        assert answer.token_ids == expected_tokens(bundle.folder, asked.prompt, asked.max_new_tokens)
+        assert answer.token_ids == expected_tokens(
+            bundle.folder, asked.prompt, asked.max_new_tokens
+        )
         assert FALLBACK not in sources
         return
     assert len(answer.token_ids) == asked.max_new_tokens or answer.last.finish_reason == "stop"

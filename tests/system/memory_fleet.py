@@ -28,7 +28,9 @@ from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
 from fleet.transport.prompt_client import PromptClient
 
 WAIT_S = 30.0
-DEVICE, WORKER, APP = "edge-1", "worker-1", "app-1"
+DEVICE = "edge-1"
+WORKER = "worker-1"
+APP = "app-1"
 
 
 @dataclass
@@ -67,10 +69,14 @@ class MemoryFleet:
         self.watcher = self._connect("watcher")
         self.watcher.subscribe(topics.DEVICE_STATS_FILTER, self._on_report)
         self.watcher.subscribe(
-            topics.WORKER_STATUS_FILTER, lambda _, p: self._worker_status.put(decode_status(p, WorkerStatus)), qos=1
+            topics.WORKER_STATUS_FILTER,
+            lambda _, p: self._worker_status.put(decode_status(p, WorkerStatus)),
+            qos=1,
         )
         self.watcher.subscribe(
-            topics.DEVICE_STATUS_FILTER, lambda _, p: self._device_status.put(decode_status(p, DeviceStatus)), qos=1
+            topics.DEVICE_STATUS_FILTER,
+            lambda _, p: self._device_status.put(decode_status(p, DeviceStatus)),
+            qos=1,
         )
         self.client = PromptClient(self._connect(APP))
         self._raw: dict[str, queue.Queue[Reply]] = {}
@@ -117,7 +123,9 @@ def acknowledge(link: Transport, topic: str, payload: bytes) -> GenerationReport
     """The report that came on `topic`; its device is told that it is stored."""
     report = decode_report(payload)
     (device,) = topics.parse(topic, "d", "+", "stats")
-    link.publish(topics.device_reported(device), encode_receipt(ReportReceipt((report.generation,))))
+    link.publish(
+        topics.device_reported(device), encode_receipt(ReportReceipt((report.generation,)))
+    )
     return report
 
 

@@ -26,13 +26,16 @@ class Operator:
     def __init__(self, folder: Path, bundle: Bundle, up_options: str, stack: ExitStack) -> None:
         self.folder = folder
         self._stack = stack
-        self._port, self._service_port = free_port(), free_port()
-        self._up_options = (
-            f"--port {self._port} --service-port {self._service_port} --bundle {bundle.folder} {up_options}"
-        )
+        self._port = free_port()
+        self._service_port = free_port()
+        self._up_options = f"--port {self._port} --service-port {self._service_port} --bundle {bundle.folder} {up_options}"
         binaries = Path(sys.executable).parent
         path = os.pathsep.join([str(binaries), os.environ["PATH"]])
-        self._environment = os.environ | {"PATH": path, "FLEET_HOME": str(folder / "home"), "NO_COLOR": "1"}
+        self._environment = os.environ | {
+            "PATH": path,
+            "FLEET_HOME": str(folder / "home"),
+            "NO_COLOR": "1",
+        }
 
     def type(self, line: str) -> str:
         """Runs a line to its end; what it printed."""
@@ -50,13 +53,19 @@ class Operator:
     def start(self, line: str, until: str) -> subprocess.Popen[str]:
         """Starts a line that runs on, and waits until it says `until`."""
         process = subprocess.Popen(
-            shlex.split(self._adapted(line)), cwd=self.folder, env=self._environment, stdout=subprocess.PIPE, text=True
+            shlex.split(self._adapted(line)),
+            cwd=self.folder,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self._stack.callback(end, process)
         killer = threading.Timer(TIMEOUT_S, process.kill)
         killer.start()
         assert process.stdout
-        assert any(until in said for said in iter(process.stdout.readline, "")), f"{line} never said {until!r}"
+        assert any(until in said for said in iter(process.stdout.readline, "")), (
+            f"{line} never said {until!r}"
+        )
         killer.cancel()
         return process
 

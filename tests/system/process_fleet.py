@@ -44,7 +44,9 @@ WORKERS = FIRST, SECOND = "cloud-1", "cloud-2"  # the state has a worker-1 of it
 APP: Final = "app-1"
 ASKED: Final = request("How warm is it?", num_tokens=48)
 BESIDE: Final = request("Say something about rivers.", num_tokens=48)
-SLOW: Final = Shape(latency_s=0.015)  # the tiny model would have said all before anything could happen to it
+SLOW: Final = Shape(
+    latency_s=0.015
+)  # the tiny model would have said all before anything could happen to it
 
 Process: TypeAlias = "subprocess.Popen[Any]"
 
@@ -61,12 +63,18 @@ class ProcessFleet:
         self.online: set[str] = set()
         self._processes: dict[str, Process] = {}
         self._started: list[Process] = []
-        self._kind, self._folder, self._stack = kind, folder, stack
+        self._kind = kind
+        self._folder = folder
+        self._stack = stack
         self._has_shared_subscriptions = kind == "mosquitto"
         port = free_port()
-        self._state = FleetHome.create(folder / "state", FleetConfig(HOST, port, str(bundle.folder), service_port=0))
+        self._state = FleetHome.create(
+            folder / "state",
+            FleetConfig(host=HOST, port=port, bundle=str(bundle.folder), service_port=0),
+        )
         self.links = {
-            name: stack.enter_context(Proxy(port)) for name in (*DEVICES, *WORKERS, APP, "watcher", COLLECTOR)
+            name: stack.enter_context(Proxy(port))
+            for name in (*DEVICES, *WORKERS, APP, "watcher", COLLECTOR)
         }
         for name in DEVICES:
             self.links[name].shape(SLOW)
@@ -78,7 +86,9 @@ class ProcessFleet:
         stack.callback(self._end_processes)
         self.start_broker()
         if kind == "mosquitto":
-            self._identities[COLLECTOR] = self._through_proxy(self._state.identity(COLLECTOR, Role.SERVER))
+            self._identities[COLLECTOR] = self._through_proxy(
+                self._state.identity(COLLECTOR, Role.SERVER)
+            )
             self._collecting = stack.enter_context(ExitStack())
             self.start_collector()
         watcher = self._connect("watcher")
@@ -112,11 +122,14 @@ class ProcessFleet:
     def start_broker(self) -> None:
         """Starts it, or starts it again; returns when it listens."""
         if self._kind == "amqtt":
-            self.broker = self._child("the broker", "fleet.cli", "server", "--home", str(self._state.folder))
+            self.broker = self._child(
+                "the broker", "fleet.cli", "server", "--home", str(self._state.folder)
+            )
             return
         names = (*DEVICES, *WORKERS, APP, "watcher", COLLECTOR)
         grants = [granted for name in names if (granted := self.registry.grants(name))]
-        port, folder = self._state.config.port, self._folder / "mosquitto"
+        port = self._state.config.port
+        folder = self._folder / "mosquitto"
         config = write_config(folder, port, self._state.server_tls(), grants)
         self.broker = subprocess.Popen([find_mosquitto("mosquitto"), "-c", str(config)])
         self._started.append(self.broker)
@@ -170,13 +183,24 @@ class ProcessFleet:
         will = Will(topics.device_status(name), Agent.will())
         with (
             MqttTransport.connect(self._identities[name], will=will) as link,
-            Agent(link, self.bundle, config or AgentConfig(num_threads=1), self._folder / name / REPORTS_FILE) as agent,
+            Agent(
+                link,
+                self.bundle,
+                config or AgentConfig(num_threads=1),
+                self._folder / name / REPORTS_FILE,
+            ) as agent,
         ):
             yield agent
 
     def device_process(self, name: str = DEVICE, *launcher: str) -> Process:
         """One in a process of its own; `launcher` are a module to run in place of ``edge_agent`` and its arguments."""
-        arguments = *(launcher or ("edge_agent",)), "run", str(self._folder / name), "--threads", "1"
+        arguments = (
+            *(launcher or ("edge_agent",)),
+            "run",
+            str(self._folder / name),
+            "--threads",
+            "1",
+        )
         self._processes[name] = self._child(name, *arguments)
         return self._processes[name]
 
@@ -199,7 +223,11 @@ class ProcessFleet:
     # Answers, and what was counted of them.
 
     def ask(
-        self, asked: PromptRequest, device: str = DEVICE, fault: Callable[[], None] | None = None, at: int = 4
+        self,
+        asked: PromptRequest,
+        device: str = DEVICE,
+        fault: Callable[[], None] | None = None,
+        at: int = 4,
     ) -> Answer:
         """An answer, counted in `emitted`; `fault()` happens after its reply number `at`."""
         answer = Answer()
@@ -221,7 +249,9 @@ class ProcessFleet:
         judge(self.bundle, BESIDE, answer)
         assert may_notice or answer.last.note is None
 
-    def answer_through(self, fault: Callable[[], None], *, may_neighbour_notice: bool = False) -> None:
+    def answer_through(
+        self, fault: Callable[[], None], *, may_neighbour_notice: bool = False
+    ) -> None:
         """A fault in the midst of an answer is noticed, and changes no token and no count."""
         with self.neighbour_is_served(may_notice=may_neighbour_notice):
             answer = self.ask(ASKED, fault=fault)
@@ -231,7 +261,11 @@ class ProcessFleet:
 
     def check_counts(self) -> None:
         """Waits until the registry has counted what devices have emitted, and not a token more."""
-        wait_until(lambda: self._counted() == self.emitted, f"the registry counts {dict(self.emitted)}", COUNT_S)
+        wait_until(
+            lambda: self._counted() == self.emitted,
+            f"the registry counts {dict(self.emitted)}",
+            COUNT_S,
+        )
 
     def _counted(self) -> dict[str, dict[str, int]]:
         return {row.device: row.sources for row in self.registry.stats() if row.tokens}

@@ -30,7 +30,9 @@ from provisioning.offline_enrolment import enroll
 from tests.brokers import HOST, free_port, wait_until
 
 WAIT_S: Final = 240.0
-DEVICES_A_PROCESS: Final = 50  # paho's select() takes no file number beyond 1023, and a device has six files
+DEVICES_A_PROCESS: Final = (
+    50  # paho's select() takes no file number beyond 1023, and a device has six files
+)
 TOKENS_A_REPORT: Final = 10
 LOCK: Final = """
 import sqlite3, sys
@@ -44,11 +46,16 @@ sys.stdin.read()
 class Flood:
     """A server in a process of its own, and devices in a few others."""
 
-    def __init__(self, folder: Path, num_devices: int, postgresql: PostgresqlServer | None, stack: ExitStack) -> None:
+    def __init__(
+        self, folder: Path, num_devices: int, postgresql: PostgresqlServer | None, stack: ExitStack
+    ) -> None:
         url = postgresql.create("flood") if postgresql else None
-        config = FleetConfig(HOST, free_port(), str(folder), registry=url, service_port=0)
+        config = FleetConfig(
+            host=HOST, port=free_port(), bundle=str(folder), registry=url, service_port=0
+        )
         self.state = FleetHome.create(folder / "state", config)
-        self._file, self._postgresql = self.state.folder / "registry.sqlite", postgresql
+        self._file = self.state.folder / "registry.sqlite"
+        self._postgresql = postgresql
         self.registry = stack.enter_context(self.state.registry())
         self._engine = create_engine(parse_url(url or self._file), pool_pre_ping=True)
         stack.callback(self._engine.dispose)
@@ -61,7 +68,11 @@ class Flood:
             enroll(self.registry, authority, each.name, Role.DEVICE, each, host=HOST, port=port)
         self._processes = [
             stack.enter_context(
-                process("-m", "tests.system.reporting_devices", *map(str, self.folders[i::num_processes]))
+                process(
+                    "-m",
+                    "tests.system.reporting_devices",
+                    *map(str, self.folders[i::num_processes]),
+                )
             )
             for num_processes in [-(-num_devices // DEVICES_A_PROCESS)]
             for i in range(num_processes)
@@ -114,13 +125,20 @@ class Flood:
 
 
 def flood(
-    folder: Path, num_devices: int, num_reports: int, away_s: float, postgresql: PostgresqlServer | None = None
+    folder: Path,
+    num_devices: int,
+    num_reports: int,
+    away_s: float,
+    postgresql: PostgresqlServer | None = None,
 ) -> None:
     """Fails unless every report is in the registry exactly once at the end, and no device keeps any."""
-    each, began = num_reports // num_devices, time.monotonic()
+    each = num_reports // num_devices
+    began = time.monotonic()
 
     def say(what: str) -> None:
-        print(f"{time.monotonic() - began:6.1f} s  {fleet.num_stored():6d} stored  {what}", flush=True)
+        print(
+            f"{time.monotonic() - began:6.1f} s  {fleet.num_stored():6d} stored  {what}", flush=True
+        )
 
     with ExitStack() as stack:
         fleet = Flood(folder, num_devices, postgresql, stack)
@@ -140,9 +158,13 @@ def flood(
         say("the server is back")
         fleet.until_stored(num_reports)
         say("all are stored")
-        wait_until(lambda: not any(map(num_kept, fleet.folders)), "no device keeps a report", WAIT_S)
+        wait_until(
+            lambda: not any(map(num_kept, fleet.folders)), "no device keeps a report", WAIT_S
+        )
         say("all are acknowledged")
-        assert fleet.generations() == sorted(f"{it.name}-{i + 1}" for it in fleet.folders for i in range(each))
+        assert fleet.generations() == sorted(
+            f"{it.name}-{i + 1}" for it in fleet.folders for i in range(each)
+        )
         counted = {(row.generations, row.tokens) for row in fleet.registry.stats()}
         assert counted == {(each, each * TOKENS_A_REPORT)}
 
@@ -159,7 +181,9 @@ def num_kept(folder: Path) -> int:
 def process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """Python with `arguments`, for the length of the block."""
     command = [sys.executable, *arguments]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as running:
         yield running
         running.terminate()
 

@@ -35,13 +35,24 @@ def main(folder: Path, max_new_tokens: int) -> None:
     config = AgentConfig(num_threads=1, max_positions=8192, cache_budget_mb=1024)
     replies: queue.Queue[Reply] = queue.Queue()
     reports: queue.Queue[GenerationReport] = queue.Queue()
-    with broker.connect("app") as app, broker.connect("device") as link, Agent(link, Bundle.load(folder), config):
-        app.subscribe(topics.reply("device", "app", "+"), lambda _, payload: replies.put(decode_reply(payload)))
-        app.subscribe(topics.device_stats("device"), lambda _, payload: reports.put(decode_report(payload)))
+    with (
+        broker.connect("app") as app,
+        broker.connect("device") as link,
+        Agent(link, Bundle.load(folder), config),
+    ):
+        app.subscribe(
+            topics.reply("device", "app", "+"),
+            lambda _, payload: replies.put(decode_reply(payload)),
+        )
+        app.subscribe(
+            topics.device_stats("device"), lambda _, payload: reports.put(decode_report(payload))
+        )
         limit_memory()
         last = []
         for request, length in ("large", max_new_tokens), ("small", 4):
-            prompt = PromptRequest(prompt="How are you?", mode=Mode.STANDALONE, max_new_tokens=length)
+            prompt = PromptRequest(
+                prompt="How are you?", mode=Mode.STANDALONE, max_new_tokens=length
+            )
             app.publish(topics.prompt("device", "app", request), msgspec.json.encode(prompt), qos=1)
             while not (reply := replies.get(timeout=WAIT_S)).done:
                 pass

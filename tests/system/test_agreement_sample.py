@@ -16,7 +16,9 @@ from fleet.protocol.prompt import PromptRequest
 from fleet.protocol.report import GenerationReport
 from tests.system.memory_fleet import WAIT_S, Answer, MemoryFleet, memory_fleet
 
-SAMPLED = AgentConfig(num_threads=1, agreement_sample=1.0, thresholds=(0.0, 0.0), assist_deadline_ms=500)
+SAMPLED = AgentConfig(
+    num_threads=1, agreement_sample=1.0, thresholds=(0.0, 0.0), assist_deadline_ms=500
+)
 ASKED = PromptRequest(prompt="How warm is it?", max_new_tokens=24)
 
 
@@ -34,7 +36,9 @@ def test_a_sample_says_how_often_the_cloud_agreed(tiny_bundle: Bundle) -> None:
     assert report.judged > 0
     assert 0 <= report.agreed <= report.judged
     assert answer.last.usage
-    assert [(switch.token, switch.mode) for switch in answer.last.usage.switches] == [(0, "verified")]
+    assert [(switch.token, switch.mode) for switch in answer.last.usage.switches] == [
+        (0, "verified")
+    ]
 
 
 @pytest.mark.parametrize("mode", [Mode.COLLABORATIVE, Mode.STANDALONE])
@@ -60,7 +64,9 @@ def test_a_sample_that_loses_the_cloud_goes_on_without_it(tiny_bundle: Bundle) -
         _, worker = fleet.start_worker(tiny_bundle)
         fleet.start_device(tiny_bundle, SAMPLED)
         answer = Answer()
-        for reply in fleet.client.ask("edge-1", PromptRequest(prompt="x", max_new_tokens=200), timeout_s=WAIT_S):
+        for reply in fleet.client.ask(
+            "edge-1", PromptRequest(prompt="x", max_new_tokens=200), timeout_s=WAIT_S
+        ):
             answer.replies.append(reply)
             if reply.seq == 2:
                 worker.drop()
@@ -73,6 +79,16 @@ def test_the_share_is_by_the_draws_that_were_given(tiny_bundle: Bundle) -> None:
     draws = itertools.cycle([0.1, 0.3, 0.6])
     config = AgentConfig(agreement_sample=0.5)
     planner = RequestPlanner(
-        Partition(tiny_bundle, num_threads=1), ChatTokenizer(tiny_bundle), config, lambda: next(draws)
+        Partition(tiny_bundle, num_threads=1),
+        ChatTokenizer(tiny_bundle),
+        config,
+        lambda: next(draws),
     )
-    assert [planner.plan(ASKED).is_sample for _ in range(6)] == [True, True, False, True, True, False]
+    assert [planner.plan(ASKED).is_sample for _ in range(6)] == [
+        True,
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]

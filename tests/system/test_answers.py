@@ -29,7 +29,9 @@ def test_each_position_of_a_branch_goes_up_once_in_fp16_and_the_counted_bytes_ar
     row_bytes = bundle.manifest.model.hidden_size * 2
     sent: list[bytes] = []
     with memory_fleet() as fleet:
-        fleet.watcher.subscribe(topics.to_worker("+", "+", "+"), lambda _, payload: sent.append(payload))
+        fleet.watcher.subscribe(
+            topics.to_worker("+", "+", "+"), lambda _, payload: sent.append(payload)
+        )
         fleet.watcher.subscribe(topics.OPEN_FILTER, lambda _, payload: sent.append(payload))
         fleet.start_worker(bundle)
         fleet.start_device(bundle)
@@ -38,10 +40,12 @@ def test_each_position_of_a_branch_goes_up_once_in_fp16_and_the_counted_bytes_ar
     usage = answer.last.usage
     assert usage is not None
     contexts = chunks_of(map(decode_to_worker, sent))
-    branch, end = 0, 0
+    branch = 0
+    end = 0
     for context in contexts:
         assert context.start == end if context.branch == branch else context.start <= end
-        branch, end = context.branch, context.start + context.count
+        branch = context.branch
+        end = context.start + context.count
     assert all(context.dtype == "float16" for context in contexts)
     assert all(len(context.data) == context.count * row_bytes for context in contexts)
     assert usage.bytes_up == sum(map(len, sent))
@@ -53,12 +57,17 @@ def test_each_position_of_a_branch_goes_up_once_in_fp16_and_the_counted_bytes_ar
 def test_what_goes_up_are_the_hidden_states_at_the_upload_layer(tiny_bundle: Bundle) -> None:
     sent: list[bytes] = []
     with memory_fleet() as fleet:
-        fleet.watcher.subscribe(topics.to_worker("+", "+", "+"), lambda _, payload: sent.append(payload))
+        fleet.watcher.subscribe(
+            topics.to_worker("+", "+", "+"), lambda _, payload: sent.append(payload)
+        )
         fleet.start_worker(tiny_bundle)
         fleet.start_device(tiny_bundle)
         fleet.ask(PromptRequest(prompt=PROMPT, threshold=1.0, max_new_tokens=8))
     rows = np.concatenate(
-        [unpack_chunk(c, tiny_bundle.manifest.model.hidden_size) for c in chunks_of(map(decode_to_worker, sent))]
+        [
+            unpack_chunk(c, tiny_bundle.manifest.model.hidden_size)
+            for c in chunks_of(map(decode_to_worker, sent))
+        ]
     )
     assert np.isfinite(rows).all()
     assert len(np.unique(rows, axis=0)) == len(rows)
@@ -73,7 +82,11 @@ def test_the_report_counts_what_the_reply_counted(tiny_bundle: Bundle) -> None:
     usage = answer.last.usage
     assert usage is not None
     assert report.sources == usage.sources
-    assert (report.tokens, report.bytes_up, report.bytes_down) == (usage.tokens, usage.bytes_up, usage.bytes_down)
+    assert (report.tokens, report.bytes_up, report.bytes_down) == (
+        usage.tokens,
+        usage.bytes_up,
+        usage.bytes_down,
+    )
     assert report.tokens == len(answer.token_ids) == sum(usage.sources.values())
 
 
@@ -81,7 +94,9 @@ def test_a_standalone_answer_sends_nothing_to_the_cloud(tiny_bundle: Bundle) -> 
     with memory_fleet() as fleet:
         fleet.start_worker(tiny_bundle)
         fleet.start_device(tiny_bundle)
-        answer = fleet.ask(PromptRequest(prompt=PROMPT, mode=Mode.STANDALONE, threshold=1.0, max_new_tokens=8))
+        answer = fleet.ask(
+            PromptRequest(prompt=PROMPT, mode=Mode.STANDALONE, threshold=1.0, max_new_tokens=8)
+        )
     assert answer.last.usage is not None
     assert answer.last.usage.bytes_up == answer.last.usage.bytes_down == 0
     assert set(answer.sources) == {"exit:2"}
@@ -92,7 +107,11 @@ def test_a_seed_gives_the_same_collaborative_answer_again(tiny_bundle: Bundle) -
         fleet.start_worker(tiny_bundle)
         fleet.start_device(tiny_bundle)
         answers = [
-            fleet.ask(PromptRequest(prompt=PROMPT, threshold=1.0, temperature=1.2, seed=seed, max_new_tokens=12))
+            fleet.ask(
+                PromptRequest(
+                    prompt=PROMPT, threshold=1.0, temperature=1.2, seed=seed, max_new_tokens=12
+                )
+            )
             for seed in (7, 7, 8)
         ]
     assert answers[0].token_ids == answers[1].token_ids != answers[2].token_ids
@@ -108,10 +127,16 @@ def test_replies_come_in_order_and_join_to_the_text(tiny_bundle: Bundle) -> None
 
 
 def test_a_conversation_is_longer_than_its_last_turn(tiny_bundle: Bundle) -> None:
-    turns = (ChatMessage("user", "one"), ChatMessage("assistant", "two"), ChatMessage("user", "three"))
+    turns = (
+        ChatMessage("user", "one"),
+        ChatMessage("assistant", "two"),
+        ChatMessage("user", "three"),
+    )
     with memory_fleet() as fleet:
         fleet.start_device(tiny_bundle)
-        short = fleet.ask(PromptRequest(messages=turns[-1:], mode=Mode.STANDALONE, max_new_tokens=2))
+        short = fleet.ask(
+            PromptRequest(messages=turns[-1:], mode=Mode.STANDALONE, max_new_tokens=2)
+        )
         long = fleet.ask(PromptRequest(messages=turns, mode=Mode.STANDALONE, max_new_tokens=2))
     assert short.last.usage is not None
     assert long.last.usage is not None
@@ -144,7 +169,9 @@ def test_a_bad_prompt_gets_one_clear_error_and_the_next_is_served(
         assert reply.error is not None
         assert says in reply.error.message
         assert "\n" not in reply.error.message
-        assert fleet.ask(PromptRequest(prompt=PROMPT, mode=Mode.STANDALONE, max_new_tokens=2)).token_ids
+        assert fleet.ask(
+            PromptRequest(prompt=PROMPT, mode=Mode.STANDALONE, max_new_tokens=2)
+        ).token_ids
 
 
 def test_above_the_limit_of_requests_the_device_says_that_it_is_busy(tiny_bundle: Bundle) -> None:
@@ -165,7 +192,9 @@ def test_above_the_limit_of_requests_the_device_says_that_it_is_busy(tiny_bundle
 def test_queued_requests_are_all_answered(tiny_bundle: Bundle) -> None:
     with memory_fleet() as fleet:
         fleet.start_device(tiny_bundle)
-        one = msgspec.json.encode(PromptRequest(prompt=PROMPT, mode=Mode.STANDALONE, max_new_tokens=4))
+        one = msgspec.json.encode(
+            PromptRequest(prompt=PROMPT, mode=Mode.STANDALONE, max_new_tokens=4)
+        )
         for i in range(5):
             fleet.client._transport.publish(topics.prompt(DEVICE, APP, f"r{i}"), one, qos=1)
         for i in range(5):

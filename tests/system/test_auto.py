@@ -15,13 +15,20 @@ from fleet.transport.in_memory import InMemoryTransport
 from tests.system.memory_fleet import DEVICE, WAIT_S, Answer, memory_fleet
 
 NUM_TOKENS = 400
-AWAY, BACK = 60, 160
+AWAY = 60
+BACK = 160
 PROMPT = PromptRequest(
-    prompt="Tell me about the sea.", mode=Mode.AUTO, threshold=0.06, min_agreement=0.5, max_new_tokens=NUM_TOKENS
+    prompt="Tell me about the sea.",
+    mode=Mode.AUTO,
+    threshold=0.06,
+    min_agreement=0.5,
+    max_new_tokens=NUM_TOKENS,
 )
 
 
-def ask(bundle: Bundle, prompt: PromptRequest, config: AgentConfig) -> tuple[Answer, InMemoryTransport]:
+def ask(
+    bundle: Bundle, prompt: PromptRequest, config: AgentConfig
+) -> tuple[Answer, InMemoryTransport]:
     with memory_fleet() as fleet:
         _, cloud = fleet.start_worker(bundle)
         fleet.start_device(bundle, config)
@@ -35,7 +42,9 @@ def ask(bundle: Bundle, prompt: PromptRequest, config: AgentConfig) -> tuple[Ans
     return answer, cloud
 
 
-def test_an_answer_goes_on_alone_while_the_cloud_is_away_and_comes_back_to_it(tiny_bundle: Bundle) -> None:
+def test_an_answer_goes_on_alone_while_the_cloud_is_away_and_comes_back_to_it(
+    tiny_bundle: Bundle,
+) -> None:
     answer, _ = ask(tiny_bundle, PROMPT, AgentConfig(num_threads=1))
     assert answer.last.error is None
     assert answer.last.usage is not None
@@ -46,11 +55,14 @@ def test_an_answer_goes_on_alone_while_the_cloud_is_away_and_comes_back_to_it(ti
     last_alone = max(i for i, source in enumerate(sources) if source == FALLBACK)
     assert CLOUD in sources[last_alone:]
     reasons = [(switch.mode, switch.reason) for switch in answer.last.usage.switches]
-    gone, back = (Mode.STANDALONE, "the link is down"), (Mode.COLLABORATIVE, "the link is back")
+    gone = (Mode.STANDALONE, "the link is down")
+    back = (Mode.COLLABORATIVE, "the link is back")
     assert reasons.index(gone) < reasons.index(back)
 
 
-def test_who_asks_for_nothing_but_the_full_models_tokens_gets_them_also_after_an_outage(tiny_bundle: Bundle) -> None:
+def test_who_asks_for_nothing_but_the_full_models_tokens_gets_them_also_after_an_outage(
+    tiny_bundle: Bundle,
+) -> None:
     prompt = replace(PROMPT, min_agreement=1.0)
     with memory_fleet() as fleet:
         _, cloud = fleet.start_worker(tiny_bundle)
@@ -63,4 +75,6 @@ def test_who_asks_for_nothing_but_the_full_models_tokens_gets_them_also_after_an
                 threading.Timer(0.5, cloud.restore).start()
     assert answer.last.error is None
     assert FALLBACK not in answer.sources
-    assert answer.token_ids == WholeModel(tiny_bundle, num_threads=1).generate("Tell me about the sea.", NUM_TOKENS)
+    assert answer.token_ids == WholeModel(tiny_bundle, num_threads=1).generate(
+        "Tell me about the sea.", NUM_TOKENS
+    )

@@ -30,7 +30,10 @@ def fleet_command(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def state(tmp_path: Path) -> FleetHome:
     """A fleet that nothing of runs, with the device `gw` and the app `app`, which may prompt it."""
-    made = FleetHome.create(tmp_path / "state", FleetConfig(HOST, free_port(), str(tmp_path), service_port=0))
+    made = FleetHome.create(
+        tmp_path / "state",
+        FleetConfig(host=HOST, port=free_port(), bundle=str(tmp_path), service_port=0),
+    )
     for name, role, allow in (("gw", Role.DEVICE, ()), ("app", Role.APP, ("gw",))):
         made.enroll(name, role, tmp_path / name, allow=allow)
     return made
@@ -48,17 +51,24 @@ def mosquitto(config: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_the_rights_of_everybody_in_emqxs_words(state: FleetHome) -> None:
-    lines = fleet_command("broker", "rules", "--format", "emqx", "--home", str(state.folder)).stdout.splitlines()
+    lines = fleet_command(
+        "broker", "rules", "--format", "emqx", "--home", str(state.folder)
+    ).stdout.splitlines()
     assert (
         '{allow, {username, "app"}, publish, ["ce/v1/d/gw/prompt/app/+", "ce/v1/d/gw/cancel/app/+", "ce/v1/e/app/+"]}.'
         in lines
     )
-    assert '{allow, {username, "app"}, subscribe, ["ce/v1/d/+/reply/app/+", "ce/v1/d/gw/status"]}.' in lines
+    assert (
+        '{allow, {username, "app"}, subscribe, ["ce/v1/d/+/reply/app/+", "ce/v1/d/gw/status"]}.'
+        in lines
+    )
     assert lines[-1] == "{deny, all}."
 
 
 def test_the_rights_of_everybody_as_json(state: FleetHome) -> None:
-    rights = json.loads(fleet_command("broker", "rules", "--format", "json", "--home", str(state.folder)).stdout)
+    rights = json.loads(
+        fleet_command("broker", "rules", "--format", "json", "--home", str(state.folder)).stdout
+    )
     (app,) = (each for each in rights if each["name"] == "app")
     assert app["role"] == "app"
     assert app["subscribe"] == ["ce/v1/d/+/reply/app/+", "ce/v1/d/gw/status"]
@@ -74,7 +84,8 @@ def test_a_format_that_nobody_knows_is_refused(state: FleetHome) -> None:
 def test_a_mosquitto_that_was_started_by_hand_follows_the_command_and_a_signal(
     state: FleetHome, tmp_path: Path
 ) -> None:
-    out, device = tmp_path / "mosquitto", Identity.load(tmp_path / "gw")
+    out = tmp_path / "mosquitto"
+    device = Identity.load(tmp_path / "gw")
     write = ("broker", "config", "--out", str(out), "--home", str(state.folder))
     assert fleet_command(*write).returncode == 0
     assert "kill -HUP" in (out / "README").read_text()
@@ -89,7 +100,8 @@ def test_a_mosquitto_that_was_started_by_hand_follows_the_command_and_a_signal(
 
 @pytest.mark.mosquitto
 def test_a_server_beside_a_mosquitto_keeps_it_in_step(state: FleetHome, tmp_path: Path) -> None:
-    out, device = tmp_path / "mosquitto", Identity.load(tmp_path / "gw")
+    out = tmp_path / "mosquitto"
+    device = Identity.load(tmp_path / "gw")
     where = ("--home", str(state.folder))
     assert fleet_command("broker", "config", "--out", str(out), *where).returncode == 0
     with ExitStack() as stack:
@@ -102,7 +114,9 @@ def test_a_server_beside_a_mosquitto_keeps_it_in_step(state: FleetHome, tmp_path
         wait_until(lambda: not can_connect(device), "it is refused", OUT_S)
 
 
-def test_a_mosquitto_beside_the_embedded_broker_is_refused(state: FleetHome, tmp_path: Path) -> None:
+def test_a_mosquitto_beside_the_embedded_broker_is_refused(
+    state: FleetHome, tmp_path: Path
+) -> None:
     refused = fleet_command("server", "--mosquitto", str(tmp_path), "--home", str(state.folder))
     assert refused.returncode == 1
     assert "add --no-broker" in refused.stderr

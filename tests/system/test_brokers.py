@@ -56,7 +56,17 @@ def serving(site: Site, bundle: Bundle) -> Iterator[None]:
 def client_command(program: str, identity: Identity, *arguments: str) -> list[str]:
     files = {"--cafile": "ca.pem", "--cert": "cert.pem", "--key": "key.pem"}
     tls = [word for option, name in files.items() for word in (option, str(identity.folder / name))]
-    return [find_mosquitto(program), "-h", HOST, "-p", str(identity.config.port), "-q", "1", *tls, *arguments]
+    return [
+        find_mosquitto(program),
+        "-h",
+        HOST,
+        "-p",
+        str(identity.config.port),
+        "-q",
+        "1",
+        *tls,
+        *arguments,
+    ]
 
 
 def lines_of(command: list[str]) -> Iterator[str]:
@@ -76,7 +86,11 @@ def lines_of(command: list[str]) -> Iterator[str]:
 def test_the_answer_over_a_real_broker_is_the_whole_models(site: Site, tiny_bundle: Bundle) -> None:
     whole = WholeModel(tiny_bundle, num_threads=1)
     with serving(site, tiny_bundle), site.connect("a1") as app:
-        replies = list(PromptClient(app).ask("d1", PromptRequest(prompt=PROMPT, threshold=1.0, max_new_tokens=16)))
+        replies = list(
+            PromptClient(app).ask(
+                "d1", PromptRequest(prompt=PROMPT, threshold=1.0, max_new_tokens=16)
+            )
+        )
     token_ids = [reply.token_id for reply in replies if reply.token_id is not None]
     assert token_ids == whole.generate(PROMPT, 16)
     usage = replies[-1].usage
@@ -91,8 +105,12 @@ def test_mosquitto_pub_asks_and_mosquitto_sub_shows_the_stream(
 ) -> None:
     with running_site("amqtt", tmp_path) as site, serving(site, tiny_bundle):
         identity = site.identity("a1")
-        subscribe = client_command("mosquitto_sub", identity, "-t", topics.reply("d1", "a1", "r1"), "-d")
-        publish = client_command("mosquitto_pub", identity, "-t", topics.prompt("d1", "a1", "r1"), "-m", message)
+        subscribe = client_command(
+            "mosquitto_sub", identity, "-t", topics.reply("d1", "a1", "r1"), "-d"
+        )
+        publish = client_command(
+            "mosquitto_pub", identity, "-t", topics.prompt("d1", "a1", "r1"), "-m", message
+        )
         replies = []
         for line in lines_of(subscribe):
             if "SUBACK" in line:

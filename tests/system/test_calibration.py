@@ -44,9 +44,25 @@ def trained(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("trained")
     heads = folder / "heads.safetensors"
     train_heads(
-        TrainConfig(EXITS, heads, folder / "cache", str(tiny_checkpoint), tokens=4000, max_new_tokens=24, batch=96)
+        TrainConfig(
+            exits=EXITS,
+            out=heads,
+            cache=folder / "cache",
+            model=str(tiny_checkpoint),
+            tokens=4000,
+            max_new_tokens=24,
+            batch=96,
+        )
     )
-    export_bundle(ExportConfig(folder / "bundle", EXITS, str(tiny_checkpoint), heads, quantization="fp32"))
+    export_bundle(
+        ExportConfig(
+            out=folder / "bundle",
+            exits=EXITS,
+            model=str(tiny_checkpoint),
+            heads=heads,
+            quantization="fp32",
+        )
+    )
     return Bundle.load(folder / "bundle")
 
 
@@ -97,7 +113,7 @@ def test_a_kept_calibration_is_for_its_own_heads_only(
     manifest = write_calibrated(trained, *calibrate(seen, TARGET, 0.9), tmp_path / "copy")
     keep_calibration(manifest, tmp_path / "kept.json")
     config = ExportConfig(
-        tmp_path / "other", EXITS, str(tiny_checkpoint), tiny_heads, quantization="fp32",
+        out=tmp_path / "other", exits=EXITS, model=str(tiny_checkpoint), heads=tiny_heads, quantization="fp32",
         calibration=tmp_path / "kept.json",
     )  # fmt: skip
     with pytest.raises(ConfigError, match="calibrate the new bundle"):
@@ -116,7 +132,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_evaluate_prints_what_scripts_read(trained: Bundle, tmp_path: Path) -> None:
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts(50, 5)))
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": text}) + "\n" for text in prompts(50, 5))
+    )
     files = "--bundle", str(trained.folder), "--prompts", str(tmp_path / "prompts.jsonl")
     kept = "--records", str(tmp_path / "records.npz")
     result = run("evaluate", *files, *kept, "--max-new-tokens", "8", "--json")
@@ -126,7 +144,9 @@ def test_evaluate_prints_what_scripts_read(trained: Bundle, tmp_path: Path) -> N
     assert set(found["exits"]) == {"1", "3"}
     assert set(found["exits"]["1"]) == {"agreement", "ece"}
     assert set(found["at"]) == {"0.98", "0.95", "0.90"}
-    assert all(set(point) == {"agreement", "offload_rate", "thresholds"} for point in found["curve"])
+    assert all(
+        set(point) == {"agreement", "offload_rate", "thresholds"} for point in found["curve"]
+    )
     again = run("evaluate", "--bundle", str(trained.folder), *kept, "--json")
     assert json.loads(again.stdout) == found
 
@@ -138,9 +158,15 @@ def test_evaluate_prints_what_scripts_read(trained: Bundle, tmp_path: Path) -> N
         (("evaluate", "--prompts", "/no/such/file"), ("cannot read prompts", "/no/such/file")),
         (("calibrate", "--prompts", "FEW"), ("2 answers are too few", "are needed")),
         (("calibrate", "--prompts", "FEW", "--target-agreement", "1.5"), ("target agreement 1.5",)),
-        (("calibrate", "--prompts", "FEW", "--write", "/no/such/folder/x.json"), ("--write /no/such", "that exists")),
+        (
+            ("calibrate", "--prompts", "FEW", "--write", "/no/such/folder/x.json"),
+            ("--write /no/such", "that exists"),
+        ),
         (("calibrate", "--prompts", "FEW", "--out", "/usr"), ("not an empty folder",)),
-        (("evaluate", "--prompts", "FEW", "--plot", "/no/such/folder/x.svg"), ("--plot /no/such", "that exists")),
+        (
+            ("evaluate", "--prompts", "FEW", "--plot", "/no/such/folder/x.svg"),
+            ("--plot /no/such", "that exists"),
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line(
@@ -170,7 +196,10 @@ def test_a_device_uses_the_calibrated_thresholds_unless_told_otherwise(
             fleet.start_worker(bundle)
             fleet.start_device(bundle, config)
             answers = [fleet.ask(msgspec.structs.replace(request, **override)) for request in asked]
-        return [[reply.source for reply in answer.replies if reply.token_id is not None] for answer in answers]
+        return [
+            [reply.source for reply in answer.replies if reply.token_id is not None]
+            for answer in answers
+        ]
 
     plain = AgentConfig(num_threads=1)
     calibrated = sources(plain)
@@ -185,23 +214,34 @@ def test_a_device_uses_the_calibrated_thresholds_unless_told_otherwise(
 def test_a_recording_serves_its_own_bundle_and_prompts_only(
     trained: Bundle, make_tiny_bundle: MakeTinyBundle, tmp_path: Path
 ) -> None:
-    first, other, kept = tmp_path / "first.txt", tmp_path / "other.txt", tmp_path / "records.npz"
+    first = tmp_path / "first.txt"
+    other = tmp_path / "other.txt"
+    kept = tmp_path / "records.npz"
     first.write_text("\n".join(prompts(0, 6)))
     other.write_text("\n".join(prompts(10, 6)))
     recording = recorded(trained, [first], 8, kept)
     again = recorded(trained, [first], 8, kept)
     np.testing.assert_array_equal(again.records.confidence, recording.records.confidence)
     assert recorded(trained, [], 64, kept).prompts_sha256 == (hash_file(first),)
-    calibrated = Bundle(trained.folder, msgspec.structs.replace(trained.manifest, thresholds=(0.5, 0.5)))
+    calibrated = Bundle(
+        trained.folder, msgspec.structs.replace(trained.manifest, thresholds=(0.5, 0.5))
+    )
     assert recorded(calibrated, [first], 8, kept).num_prompts == 6
-    for files, length, limit in (([other], 8, None), ([first], 9, None), ([first], 8, 3), ([first, other], 8, None)):
+    for files, length, limit in (
+        ([other], 8, None),
+        ([first], 9, None),
+        ([first], 8, 3),
+        ([first, other], 8, None),
+    ):
         with pytest.raises(ConfigError, match="recorded with other prompts"):
             recorded(trained, files, length, kept, limit)
     with pytest.raises(ConfigError, match="recorded with another bundle"):
         recorded(make_tiny_bundle(EXITS), [first], 8, kept)
 
 
-def test_the_batch_changes_nothing_when_answers_wait_for_a_place(trained: Bundle, seen: Records) -> None:
+def test_the_batch_changes_nothing_when_answers_wait_for_a_place(
+    trained: Bundle, seen: Records
+) -> None:
     alone = [record(trained, [text], 16, 1) for text in prompts(60, 3)]
     for number, single in enumerate(alone, 60):
         together = seen.select(np.array([number]))

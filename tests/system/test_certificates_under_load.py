@@ -65,16 +65,22 @@ class BusyFleet:
         watcher = ChangeWatcher(site.registry)
         watcher.add(DenylistPublisher(server, site.registry).publish)
         stack.enter_context(watcher)
-        cloud = stack.enter_context(site.connect("w1", Will(topics.worker_status("w1"), Worker.will())))
+        cloud = stack.enter_context(
+            site.connect("w1", Will(topics.worker_status("w1"), Worker.will()))
+        )
         config = WorkerConfig(num_threads=1, shared_opens=False)
         self.worker = stack.enter_context(Worker(cloud, bundle, config))
         self.links: dict[str, MqttTransport] = {}
         for name in DEVICES:
-            link = stack.enter_context(site.connect(name, Will(topics.device_status(name), Agent.will())))
+            link = stack.enter_context(
+                site.connect(name, Will(topics.device_status(name), Agent.will()))
+            )
             stack.enter_context(Agent(link, bundle, AgentConfig(num_threads=1)))
             self.links[name] = link
         client = PromptClient(stack.enter_context(site.connect("a1")))
-        self._threads = [threading.Thread(target=self._ask, args=(client, name), daemon=True) for name in DEVICES]
+        self._threads = [
+            threading.Thread(target=self._ask, args=(client, name), daemon=True) for name in DEVICES
+        ]
         stack.callback(self.stop_asking)
         for thread in self._threads:
             thread.start()
@@ -82,11 +88,17 @@ class BusyFleet:
     def _ask(self, client: PromptClient, name: str) -> None:
         while not self._stop.is_set():
             try:
-                last = list(client.ask(name, REQUEST, timeout_s=WAIT_S if name != REVOKED else OUT_S))[-1]
+                last = list(
+                    client.ask(name, REQUEST, timeout_s=WAIT_S if name != REVOKED else OUT_S)
+                )[-1]
             except FleetError as error:
                 self.errors[name] = str(error)
                 return
-            if last.usage is None or last.usage.tokens != NUM_TOKENS or set(last.usage.sources) - self.sources:
+            if (
+                last.usage is None
+                or last.usage.tokens != NUM_TOKENS
+                or set(last.usage.sources) - self.sources
+            ):
                 self.errors[name] = f"{last}"
             self.answers[name] += 1
 
@@ -99,7 +111,9 @@ class BusyFleet:
 
 def lost_links(caplog: pytest.LogCaptureFixture) -> Counter[str]:
     """How often each device has lost its connection; whoever hears nothing in time asks again on the one it has."""
-    return Counter(text.split()[0] for text in caplog.messages if "lost its link to the broker" in text)
+    return Counter(
+        text.split()[0] for text in caplog.messages if "lost its link to the broker" in text
+    )
 
 
 @pytest.fixture(params=BROKERS)
@@ -115,16 +129,26 @@ def test_one_of_twenty_busy_devices_is_revoked_and_out_within_five_seconds_and_t
     others = [name for name in DEVICES if name != REVOKED]
     with ExitStack() as stack:
         fleet = BusyFleet(site, tiny_bundle, stack)
-        wait_until(lambda: all(fleet.answers[name] for name in DEVICES), "every device has answered", WAIT_S)
+        wait_until(
+            lambda: all(fleet.answers[name] for name in DEVICES),
+            "every device has answered",
+            WAIT_S,
+        )
         site.registry.revoke(REVOKED)
         revoked_at = time.monotonic()
         wait_until(lambda: not fleet.links[REVOKED].is_up, "it is disconnected", OUT_S)
         wait_until(
-            lambda: REVOKED not in {key.device for key in list(fleet.worker.engine.sessions)}, "its session ends", OUT_S
+            lambda: REVOKED not in {key.device for key in list(fleet.worker.engine.sessions)},
+            "its session ends",
+            OUT_S,
         )
         assert time.monotonic() - revoked_at < OUT_S
         before = Counter(fleet.answers)
-        wait_until(lambda: all(fleet.answers[name] >= before[name] + 2 for name in others), "they go on", WAIT_S)
+        wait_until(
+            lambda: all(fleet.answers[name] >= before[name] + 2 for name in others),
+            "they go on",
+            WAIT_S,
+        )
         assert not fleet.links[REVOKED].is_up
         with suppress(LinkError), site.connect(REVOKED):
             pytest.fail("it was let in again")
@@ -135,7 +159,12 @@ def test_one_of_twenty_busy_devices_is_revoked_and_out_within_five_seconds_and_t
 @contextmanager
 def service(site: RegisteredSite) -> Iterator[str]:
     """The base URL of the service where a site's identities renew."""
-    office = EnrolmentService(site.registry, site.authority, FleetAddress(HOST, site.port), lambda _: None)
+    office = EnrolmentService(
+        registry=site.registry,
+        authority=site.authority,
+        site=FleetAddress(host=HOST, port=site.port),
+        find_bundle=lambda _: None,
+    )
     with EnrolmentServer(HOST, 0, site.tls, office) as running:
         yield running.url
 
@@ -149,7 +178,11 @@ def test_twenty_busy_devices_renew_their_certificates_and_no_answer_is_lost(
         old = {name: fingerprint_of(site.identities[name]) for name in DEVICES}
         fleet = BusyFleet(site, tiny_bundle, stack)
         fleet.sources |= {"fallback"}  # while it connects anew a device goes on alone
-        wait_until(lambda: all(fleet.answers[name] for name in DEVICES), "every device has answered", WAIT_S)
+        wait_until(
+            lambda: all(fleet.answers[name] for name in DEVICES),
+            "every device has answered",
+            WAIT_S,
+        )
 
         def rotate(name: str) -> None:
             identity = site.identities[name]
@@ -160,7 +193,11 @@ def test_twenty_busy_devices_renew_their_certificates_and_no_answer_is_lost(
         with ThreadPoolExecutor(len(DEVICES)) as pool:
             list(pool.map(rotate, DEVICES))
         before = Counter(fleet.answers)
-        wait_until(lambda: all(fleet.answers[name] >= before[name] + 2 for name in DEVICES), "they go on", WAIT_S)
+        wait_until(
+            lambda: all(fleet.answers[name] >= before[name] + 2 for name in DEVICES),
+            "they go on",
+            WAIT_S,
+        )
         fleet.stop_asking()
         assert fleet.errors == {}
         new = {name: fingerprint_of(site.identities[name]) for name in DEVICES}

@@ -27,13 +27,18 @@ def reference(whole: WholeModel, prompt: str, threshold: float) -> list[tuple[in
     prompt_ids = whole.tokenizer.encode_chat([ChatMessage("user", prompt)])
     capacity = len(prompt_ids) + NUM_TOKENS
     decoder = Decoder(whole.partition, capacity, (threshold,) * num_exits, Sampling())
-    cascade, cache = Cascade(whole.partition, capacity), DynamicCache()
+    cascade = Cascade(whole.partition, capacity)
+    cache = DynamicCache()
     decoder.text += prompt_ids
     answer: list[tuple[int, str]] = []
     while len(answer) < NUM_TOKENS:
         choice = decoder.choose()
         logits = whole.logits(cascade, cache, decoder.text[cascade.num_tokens :])
-        token = (choice.token_id, exit_source(choice.exit_layer)) if choice.is_sure else (int(logits.argmax()), CLOUD)
+        token = (
+            (choice.token_id, exit_source(choice.exit_layer))
+            if choice.is_sure
+            else (int(logits.argmax()), CLOUD)
+        )
         answer.append(token)
         decoder.text.append(token[0])
         if token[0] in whole.partition.manifest.model.eos_token_ids:
@@ -45,16 +50,23 @@ def reference(whole: WholeModel, prompt: str, threshold: float) -> list[tuple[in
 def test_every_token_is_that_of_the_first_sure_exit_or_the_clouds(
     make_tiny_bundle: MakeTinyBundle, exits: tuple[int, ...], upload_layer: int
 ) -> None:
-    bundle, sources = make_tiny_bundle(exits, upload_layer=upload_layer), Counter[str]()
+    bundle = make_tiny_bundle(exits, upload_layer=upload_layer)
+    sources = Counter[str]()
     whole = WholeModel(bundle, num_threads=1)
     with memory_fleet() as fleet:
         worker, _ = fleet.start_worker(bundle)
         fleet.start_device(bundle)
         for threshold in (0.04, 0.05, 0.06):
             for prompt in PROMPTS:
-                answer = fleet.ask(PromptRequest(prompt=prompt, threshold=threshold, max_new_tokens=NUM_TOKENS))
+                answer = fleet.ask(
+                    PromptRequest(prompt=prompt, threshold=threshold, max_new_tokens=NUM_TOKENS)
+                )
                 expected = reference(whole, prompt, threshold)
-                said = [(reply.token_id, reply.source) for reply in answer.replies if reply.token_id is not None]
+                said = [
+                    (reply.token_id, reply.source)
+                    for reply in answer.replies
+                    if reply.token_id is not None
+                ]
                 assert said == expected
                 sources.update(source for _, source in expected)
                 report = fleet.reports.get(timeout=10)

@@ -77,7 +77,8 @@ def real_fleet(folder: Path, bundle: Bundle) -> Iterator[ProcessFleet]:
 def test_every_answer_is_the_whole_models_though_each_meets_a_fault(
     real_bundle: Bundle, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    num_answers, num_tokens = pytestconfig.getoption("answers"), pytestconfig.getoption("answer_tokens")
+    num_answers = pytestconfig.getoption("answers")
+    num_tokens = pytestconfig.getoption("answer_tokens")
     prompts = read_prompts(PROMPTS)[:num_answers]
     assert len(prompts) == num_answers
     answers = []
@@ -87,7 +88,8 @@ def test_every_answer_is_the_whole_models_though_each_meets_a_fault(
             answers.append(fleet.ask(asked, fault=lambda fault=fault: fault(fleet)))  # type: ignore[misc]
             print(f"{fault.__name__}: {len(answers[-1].token_ids)} tokens, {answers[-1].last.note}")
         fleet.check_counts()
-    whole, num_differing = WholeModel(real_bundle, num_threads=1), 0
+    whole = WholeModel(real_bundle, num_threads=1)
+    num_differing = 0
     for prompt, answer in zip(prompts, answers, strict=True):
         assert FALLBACK not in answer.sources
         assert len(answer.token_ids) == num_tokens or answer.last.finish_reason == "stop"
@@ -95,6 +97,8 @@ def test_every_answer_is_the_whole_models_though_each_meets_a_fault(
             print(f"{prompt!r}: {difference}")
             assert difference.gap <= TIE
             num_differing += 1
-    print(f"{sum(len(a.token_ids) for a in answers)} tokens, {num_differing} not the whole model's, each in a tie")
+    print(
+        f"{sum(len(a.token_ids) for a in answers)} tokens, {num_differing} not the whole model's, each in a tie"
+    )
     noticed = [answer for answer in answers if answer.last.note]
     assert len(noticed) >= num_answers // 2, "the faults came too late to be noticed"

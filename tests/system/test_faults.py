@@ -20,7 +20,15 @@ from tests.conftest import MakeTinyBundle
 from tests.system.memory_fleet import DEVICE, WAIT_S, WORKER, Answer, memory_fleet
 
 ASK_ALWAYS = PromptRequest(prompt="Tell me about the sea.", threshold=1.0, max_new_tokens=24)
-GARBAGE = (b"", b"\x00" * 10, b"\xc1", b"{}", b"\x81\xa4type\xa4open", b"\xdd\xff\xff\xff\xff", b"x" * 400_000)
+GARBAGE = (
+    b"",
+    b"\x00" * 10,
+    b"\xc1",
+    b"{}",
+    b"\x81\xa4type\xa4open",
+    b"\xdd\xff\xff\xff\xff",
+    b"x" * 400_000,
+)
 
 
 def test_a_worker_killed_in_mid_answer_leaves_the_device_to_finish_it(tiny_bundle: Bundle) -> None:
@@ -51,9 +59,15 @@ def test_the_worker_started_again_serves_the_next_answer(tiny_bundle: Bundle) ->
         assert fleet.ask(ASK_ALWAYS).sources.keys() == {CLOUD}
 
 
-def test_what_an_answer_has_emitted_when_its_deadline_passes_is_reported(tiny_bundle: Bundle) -> None:
+def test_what_an_answer_has_emitted_when_its_deadline_passes_is_reported(
+    tiny_bundle: Bundle,
+) -> None:
     asked = PromptRequest(
-        prompt="Tell me about the sea.", mode=Mode.VERIFIED, threshold=0.05, max_new_tokens=48, deadline_ms=1500
+        prompt="Tell me about the sea.",
+        mode=Mode.VERIFIED,
+        threshold=0.05,
+        max_new_tokens=48,
+        deadline_ms=1500,
     )
     with memory_fleet() as fleet:
         _, transport = fleet.start_worker(tiny_bundle)
@@ -141,12 +155,19 @@ def test_the_worker_keeps_nothing_of_answers_that_have_ended(tiny_bundle: Bundle
 
 
 def test_a_bundle_for_another_machine_is_refused_at_start(tiny_bundle: Bundle) -> None:
-    other = Bundle(tiny_bundle.folder, msgspec.structs.replace(tiny_bundle.manifest, instruction_set="z80"))
-    with memory_fleet() as fleet, pytest.raises(BundleError, match="is for z80, this machine offers"):
+    other = Bundle(
+        tiny_bundle.folder, msgspec.structs.replace(tiny_bundle.manifest, instruction_set="z80")
+    )
+    with (
+        memory_fleet() as fleet,
+        pytest.raises(BundleError, match="is for z80, this machine offers"),
+    ):
         fleet.start_device(other)
 
 
-def test_a_graph_that_does_not_load_is_refused_at_start(tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_a_graph_that_does_not_load_is_refused_at_start(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
     folder = shutil.copytree(tiny_bundle.folder, tmp_path / "cut")
     path = folder / "edge/block_1.onnx"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -155,7 +176,9 @@ def test_a_graph_that_does_not_load_is_refused_at_start(tiny_bundle: Bundle, tmp
 
 
 def test_a_thousand_sessions_leave_no_memory_behind(tiny_bundle: Bundle) -> None:
-    asked = PromptRequest(prompt="0123456789 " * 20, mode=Mode.VERIFIED, threshold=0.05, max_new_tokens=2)
+    asked = PromptRequest(
+        prompt="0123456789 " * 20, mode=Mode.VERIFIED, threshold=0.05, max_new_tokens=2
+    )
     resident_bytes = []
     with memory_fleet() as fleet:
         worker, _ = fleet.start_worker(tiny_bundle)
@@ -163,10 +186,14 @@ def test_a_thousand_sessions_leave_no_memory_behind(tiny_bundle: Bundle) -> None
         for _ in range(5):
             for _ in range(200):
                 fleet.ask(asked)
-            resident_bytes.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+            resident_bytes.append(
+                int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+            )
         worker.__exit__(None, None, None)
         worker.engine.check_integrity()
         assert len(worker.engine.sessions) <= 1
     shape = worker.engine.pool.shape
     kept_by_a_session = 220 * (shape.cache_bytes + shape.hidden_bytes)  # the prompt's positions
-    assert resident_bytes[-1] - resident_bytes[0] < 100 * kept_by_a_session  # and that were 800 sessions
+    assert (
+        resident_bytes[-1] - resident_bytes[0] < 100 * kept_by_a_session
+    )  # and that were 800 sessions

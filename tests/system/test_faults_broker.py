@@ -13,7 +13,14 @@ from fleet.bundles.manifest import Bundle
 from fleet.protocol.modes import CLOUD, Mode
 from tests.brokers import BROKERS
 from tests.system.judge import judge, request
-from tests.system.process_fleet import ANSWER_S, DEVICE, NEIGHBOUR, WAIT_S, ProcessFleet, process_fleet
+from tests.system.process_fleet import (
+    ANSWER_S,
+    DEVICE,
+    NEIGHBOUR,
+    WAIT_S,
+    ProcessFleet,
+    process_fleet,
+)
 
 ASKED = {
     DEVICE: request("How warm is it?", Mode.VERIFIED, 48),
@@ -41,7 +48,9 @@ def fleet(
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_answers_outlive_a_broker_that_is_started_again(fleet: ProcessFleet, how: signal.Signals) -> None:
+def test_answers_outlive_a_broker_that_is_started_again(
+    fleet: ProcessFleet, how: signal.Signals
+) -> None:
     def outage() -> None:
         fleet.broker.send_signal(how)
         fleet.broker.wait(WAIT_S)
@@ -49,7 +58,10 @@ def test_answers_outlive_a_broker_that_is_started_again(fleet: ProcessFleet, how
 
     with ThreadPoolExecutor(1) as pool:
         beside = pool.submit(fleet.ask, ASKED[NEIGHBOUR], NEIGHBOUR)
-        answers = {DEVICE: fleet.ask(ASKED[DEVICE], DEVICE, outage), NEIGHBOUR: beside.result(ANSWER_S)}
+        answers = {
+            DEVICE: fleet.ask(ASKED[DEVICE], DEVICE, outage),
+            NEIGHBOUR: beside.result(ANSWER_S),
+        }
     for device, answer in answers.items():
         judge(fleet.bundle, ASKED[device], answer)
         assert answer.last.note is not None, f"{device} did not notice"

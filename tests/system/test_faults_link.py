@@ -18,7 +18,8 @@ from tests.system.process_fleet import DEVICE, DEVICES, FIRST, SLOW, ProcessFlee
 
 pytestmark = pytest.mark.mosquitto
 
-PROMPT, LONG_PROMPT = "How warm is it?", "0123456789 " * 30
+PROMPT = "How warm is it?"
+LONG_PROMPT = "0123456789 " * 30
 AWAY_S = 2.0
 HASTY = AgentConfig(num_threads=1, assist_deadline_ms=1500)  # less than a link is away
 PATIENT = AgentConfig(num_threads=1, assist_deadline_ms=60_000)
@@ -33,7 +34,10 @@ SHAPES = {
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Iterator[ProcessFleet]:
     """A worker; the tests start the devices."""
-    with process_fleet("mosquitto", tmp_path_factory.mktemp("links"), tiny_bundle) as fleet, fleet.worker():
+    with (
+        process_fleet("mosquitto", tmp_path_factory.mktemp("links"), tiny_bundle) as fleet,
+        fleet.worker(),
+    ):
         yield fleet
 
 
@@ -72,12 +76,16 @@ def freeze_for_a_while(link: Proxy) -> None:
 
 
 @pytest.mark.parametrize("fault", [Proxy.cut, Proxy.reset, refuse_for_a_while, freeze_for_a_while])
-def test_an_answer_outlives_its_devices_link(fleet: ProcessFleet, fault: Callable[[Proxy], None]) -> None:
+def test_an_answer_outlives_its_devices_link(
+    fleet: ProcessFleet, fault: Callable[[Proxy], None]
+) -> None:
     with devices(fleet, HASTY):
         fleet.answer_through(lambda: fault(fleet.links[DEVICE]))
 
 
 @pytest.mark.parametrize("fault", [Proxy.reset, freeze_for_a_while])
-def test_answers_outlive_their_workers_link(fleet: ProcessFleet, fault: Callable[[Proxy], None]) -> None:
+def test_answers_outlive_their_workers_link(
+    fleet: ProcessFleet, fault: Callable[[Proxy], None]
+) -> None:
     with devices(fleet, HASTY):
         fleet.answer_through(lambda: fault(fleet.links[FIRST]), may_neighbour_notice=True)

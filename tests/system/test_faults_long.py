@@ -101,14 +101,18 @@ def worker_back_when_another_has_taken_over(fleet: ProcessFleet, parts: ExitStac
 
     fleet.answer_through(stop, may_neighbour_notice=True)
     with fleet.neighbour_is_served():
-        judge(fleet.bundle, ASKED, fleet.ask(ASKED, fault=lambda: process.send_signal(signal.SIGCONT)))
+        judge(
+            fleet.bundle, ASKED, fleet.ask(ASKED, fault=lambda: process.send_signal(signal.SIGCONT))
+        )
     judge(fleet.bundle, ASKED, fleet.ask(ASKED))
     fleet.check_counts()
 
 
 def device_without_power(fleet: ProcessFleet, parts: ExitStack) -> None:
     """Its app gets an error, the worker forgets the session, and the device answers when it is back."""
-    worker = parts.enter_context(fleet.worker(FIRST, WorkerConfig(num_threads=1, session_ttl_s=3.0)))
+    worker = parts.enter_context(
+        fleet.worker(FIRST, WorkerConfig(num_threads=1, session_ttl_s=3.0))
+    )
     parts.enter_context(fleet.device(NEIGHBOUR))
     fleet.device_process(DEVICE)
 
@@ -119,7 +123,9 @@ def device_without_power(fleet: ProcessFleet, parts: ExitStack) -> None:
     with fleet.neighbour_is_served(), pytest.raises(LinkError, match="started again"):
         fleet.ask(ASKED, fault=power_cut)
     judge(fleet.bundle, ASKED, fleet.ask(ASKED))
-    wait_until(lambda: not worker.engine.sessions, "the worker has forgotten what nobody closed", WAIT_S)
+    wait_until(
+        lambda: not worker.engine.sessions, "the worker has forgotten what nobody closed", WAIT_S
+    )
 
 
 def two_devices_with_one_identity(fleet: ProcessFleet, parts: ExitStack) -> None:
@@ -156,7 +162,9 @@ SCENARIOS: tuple[Scenario, ...] = (
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Iterator[dict[Scenario, Future[None]]]:
+def outcomes(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle
+) -> Iterator[dict[Scenario, Future[None]]]:
     """All scenarios, the longest first, `NUM_AT_ONCE` at a time."""
     folders = {scenario: tmp_path_factory.mktemp(scenario.__name__) for scenario in SCENARIOS}
 
@@ -165,7 +173,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> I
     def run(scenario: Scenario) -> None:
         with ExitStack() as stack:
             with one_by_one:
-                fleet = stack.enter_context(process_fleet("mosquitto", folders[scenario], tiny_bundle))
+                fleet = stack.enter_context(
+                    process_fleet("mosquitto", folders[scenario], tiny_bundle)
+                )
             scenario(fleet, stack.enter_context(ExitStack()))
 
     with ThreadPoolExecutor(NUM_AT_ONCE) as pool:

@@ -21,7 +21,17 @@ from fleet.bundles.manifest import Bundle
 from fleet.errors import PromptError
 from fleet.protocol import topics
 from fleet.protocol.codec import decode_to_worker, encode, pack_chunk
-from fleet.protocol.messages import PROTOCOL, Assist, Close, Context, ContextChunk, Open, Sampling, ToWorker, Verify
+from fleet.protocol.messages import (
+    PROTOCOL,
+    Assist,
+    Close,
+    Context,
+    ContextChunk,
+    Open,
+    Sampling,
+    ToWorker,
+    Verify,
+)
 from fleet.protocol.modes import CLOUD, Mode
 from fleet.transport.base import Will
 from fleet.transport.in_memory import InMemoryTransport
@@ -34,7 +44,9 @@ from tests.system.memory_fleet import DEVICE, WAIT_S, WORKER, Answer, MemoryFlee
 
 NEIGHBOUR: Final = "edge-2"
 PROMPTS: Final = ("How warm is it?", "Say something about rivers.", "0123456789 " * 8)
-HASTY: Final = AgentConfig(num_threads=1, assist_deadline_ms=150)  # what is lost is asked for again after 50 ms
+HASTY: Final = AgentConfig(
+    num_threads=1, assist_deadline_ms=150
+)  # what is lost is asked for again after 50 ms
 SEEDS: Final = range(6)
 MODES: Final = (Mode.VERIFIED, Mode.COLLABORATIVE)
 MOST_TRIES: Final = 10
@@ -50,18 +62,23 @@ class HostileFleet(MemoryFleet):
     """A worker, a device `DEVICE` with a hostile link, and a neighbour that shall not notice."""
 
     def __init__(self, stack: ExitStack, seed: int, odds: Odds) -> None:
-        self._seed, self._odds = seed, odds
+        self._seed = seed
+        self._odds = odds
         super().__init__(stack)
 
     def _connect(self, name: str, will: Will | None = None) -> InMemoryTransport:
         if name != DEVICE:
             return super()._connect(name, will)
-        self.link = self._stack.enter_context(HostileLink(self.broker, name, will, self._seed, self._odds))
+        self.link = self._stack.enter_context(
+            HostileLink(self.broker, name, will, self._seed, self._odds)
+        )
         return self.link
 
 
 @contextmanager
-def hostile_fleet(bundle: Bundle, seed: int = 0, odds: Odds = PERFECT) -> Iterator[tuple[HostileFleet, Worker]]:
+def hostile_fleet(
+    bundle: Bundle, seed: int = 0, odds: Odds = PERFECT
+) -> Iterator[tuple[HostileFleet, Worker]]:
     """Whatever the block does, the neighbour is answered as if nothing had been, and the worker keeps nothing wrong."""
     with ExitStack() as stack, ThreadPoolExecutor(1) as pool:
         fleet = HostileFleet(stack, seed, odds)
@@ -83,10 +100,15 @@ def hostile_fleet(bundle: Bundle, seed: int = 0, odds: Odds = PERFECT) -> Iterat
 def test_messages_lost_doubled_reordered_and_replayed_change_no_token(
     tiny_bundle: Bundle, seed: int, mode: Mode
 ) -> None:
-    with hostile_fleet(tiny_bundle, seed, Odds(lost=0.05, doubled=0.1, held=0.1, replayed=0.1)) as (fleet, _):
+    with hostile_fleet(tiny_bundle, seed, Odds(lost=0.05, doubled=0.1, held=0.1, replayed=0.1)) as (
+        fleet,
+        _,
+    ):
         for prompt in PROMPTS[:2]:
             asked = request(prompt, mode)
-            for _ in range(MOST_TRIES):  # a first question may be lost until the answer has gone on without the cloud
+            for _ in range(
+                MOST_TRIES
+            ):  # a first question may be lost until the answer has gone on without the cloud
                 answer = fleet.ask(asked)
                 judge(tiny_bundle, asked, answer)
                 if CLOUD in answer.sources:
@@ -97,7 +119,10 @@ def test_messages_lost_doubled_reordered_and_replayed_change_no_token(
 
 
 def ask_while_forging(
-    fleet: HostileFleet, bundle: Bundle, mode: Mode, make: Callable[[Sequence[Said]], Iterable[Said]]
+    fleet: HostileFleet,
+    bundle: Bundle,
+    mode: Mode,
+    make: Callable[[Sequence[Said]], Iterable[Said]],
 ) -> Answer:
     """A right answer, in the midst of which the device says what ``make(said)`` gives as well."""
     fleet.link.forge(NUM_BEFORE, make)
@@ -110,14 +135,18 @@ def ask_while_forging(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_closed_session_said_again_disturbs_nobody_and_leaves_nothing(tiny_bundle: Bundle, mode: Mode) -> None:
+def test_a_closed_session_said_again_disturbs_nobody_and_leaves_nothing(
+    tiny_bundle: Bundle, mode: Mode
+) -> None:
     with hostile_fleet(tiny_bundle) as (fleet, worker):
         asked = request(PROMPTS[2], mode)
         judge(tiny_bundle, asked, fleet.ask(asked))
         old = [said for said in fleet.link.said if not isinstance(decode_to_worker(said[1]), Close)]
         assert len(old) > NUM_BEFORE
         ask_while_forging(fleet, tiny_bundle, mode, lambda _: old)
-        wait_until(lambda: not worker.engine.sessions, "the device closed what it did not open", WAIT_S)
+        wait_until(
+            lambda: not worker.engine.sessions, "the device closed what it did not open", WAIT_S
+        )
         assert worker.engine.pool.used_bytes == 0
 
 
@@ -126,7 +155,9 @@ def forgeries(said: Sequence[Said], bundle: Bundle) -> dict[str, list[ToWorker]]
     messages = [decode_to_worker(payload) for _, payload in said]
     opening = next(message for message in messages if isinstance(message, Open))
     chunk = chunks_of(messages)[-1]
-    session, branch, hidden_size = opening.session, chunk.branch, bundle.manifest.model.hidden_size
+    session = opening.session
+    branch = chunk.branch
+    hidden_size = bundle.manifest.model.hidden_size
     rows = np.ones((1, hidden_size), np.float16)
     wide = np.ones((1, hidden_size + 1), np.float16)
     not_finite = [pack_chunk(branch, start, rows * np.float16("nan")) for start in range(82)]
@@ -147,24 +178,27 @@ def forgeries(said: Sequence[Said], bundle: Bundle) -> dict[str, list[ToWorker]]
         "positions that skip": sent(*(pack_chunk(branch, start, rows) for start in (75, 1000, (1 << 20) - 1))),
         "a branch to come": sent(pack_chunk(branch + 50, 0, rows)),
         "questions out of turn": [
-            Assist(session, 0, 0, 1), Verify(session, 0, branch, 0, (1, 2, 3), 1),
-            Verify(session, 1, branch, 5, tuple(range(64)), 600_000), Assist(session, 1 << 60, 0, 1),
-            Assist(session, 1 << 60, (1 << 20) - 1, 1),
+            Assist(session=session, request=0, position=0, deadline_ms=1), Verify(session=session, request=0, branch=branch, start=0, draft=(1, 2, 3), deadline_ms=1),
+            Verify(session=session, request=1, branch=branch, start=5, draft=tuple(range(64)), deadline_ms=600_000), Assist(session=session, request=1 << 60, position=0, deadline_ms=1),
+            Assist(session=session, request=1 << 60, position=(1 << 20) - 1, deadline_ms=1),
         ],
         "questions with wrong context": [
-            Assist(session, 0, 0, 1, pack_chunk(branch, 0, wide)),
-            Assist(session, 0, 0, 1, changed(chunk, start=chunk.start + chunk.count + 1)),
-            *(Assist(session, 0, 0, 1, nan) for nan in not_finite),
-            Verify(session, 0, branch, 0, (1,), 1, changed(chunk, crc32=chunk.crc32 ^ 1)),
+            Assist(session=session, request=0, position=0, deadline_ms=1, chunk=pack_chunk(branch, 0, wide)),
+            Assist(session=session, request=0, position=0, deadline_ms=1, chunk=changed(chunk, start=chunk.start + chunk.count + 1)),
+            *(Assist(session=session, request=0, position=0, deadline_ms=1, chunk=nan) for nan in not_finite),
+            Verify(session=session, request=0, branch=branch, start=0, draft=(1,), deadline_ms=1, chunk=changed(chunk, crc32=chunk.crc32 ^ 1)),
         ],
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", FORGERIES)
-def test_wrong_messages_in_the_midst_of_a_session_harm_no_answer(tiny_bundle: Bundle, kind: str, mode: Mode) -> None:
+def test_wrong_messages_in_the_midst_of_a_session_harm_no_answer(
+    tiny_bundle: Bundle, kind: str, mode: Mode
+) -> None:
     def forge(said: Sequence[Said]) -> Iterable[Said]:
-        opened, in_session = said[0][0], said[-1][0]
+        opened = said[0][0]
+        in_session = said[-1][0]
         for message in forgeries(said, tiny_bundle)[kind]:
             yield opened if isinstance(message, Open) else in_session, encode(message)
 
@@ -185,7 +219,13 @@ def garbage(said: Sequence[Said]) -> list[bytes]:
         altered = bytearray(payload)
         altered[random.integers(min(40, len(altered)))] ^= 1 << random.integers(8)
         flipped.append(bytes(altered))
-    bombs = [b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff", nested(100), nested(100_000)]
+    bombs = [
+        b"\xdd\xff\xff\xff\xff",
+        b"\xdf\xff\xff\xff\xff",
+        b"\xc6\xff\xff\xff\xff",
+        nested(100),
+        nested(100_000),
+    ]
     oversized = msgpack.packb({"type": "context", "data": b"x" * 300_000})
     return [b"", b"\xc1", b"\x00" * 10, *cut, *flipped, *bombs, oversized, b"x" * 1_000_000]
 
@@ -193,9 +233,14 @@ def garbage(said: Sequence[Said]) -> list[bytes]:
 @pytest.mark.parametrize("mode", MODES)
 def test_garbage_in_the_midst_of_a_session_harms_no_answer(tiny_bundle: Bundle, mode: Mode) -> None:
     def litter(said: Sequence[Said]) -> Iterable[Said]:
-        opened, in_session = said[0][0], said[-1][0]
+        opened = said[0][0]
+        in_session = said[-1][0]
         for payload in garbage(said):
-            for topic in (opened, in_session, topics.to_device(DEVICE, in_session.rsplit("/", 1)[1])):
+            for topic in (
+                opened,
+                in_session,
+                topics.to_device(DEVICE, in_session.rsplit("/", 1)[1]),
+            ):
                 yield topic, payload
 
     with hostile_fleet(tiny_bundle) as (fleet, _):
@@ -203,16 +248,27 @@ def test_garbage_in_the_midst_of_a_session_harms_no_answer(tiny_bundle: Bundle, 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_two_workers_that_claim_a_session_give_one_answer_and_one_lets_go(tiny_bundle: Bundle, mode: Mode) -> None:
+def test_two_workers_that_claim_a_session_give_one_answer_and_one_lets_go(
+    tiny_bundle: Bundle, mode: Mode
+) -> None:
     with hostile_fleet(tiny_bundle) as (fleet, worker):
         other, _ = fleet.start_worker(tiny_bundle, name="worker-2")
         claims = SimpleQueue[object]()
-        fleet.watcher.subscribe(topics.to_device(DEVICE, "+"), lambda _, payload: claims.put(msgpack.unpackb(payload)))
+        fleet.watcher.subscribe(
+            topics.to_device(DEVICE, "+"), lambda _, payload: claims.put(msgpack.unpackb(payload))
+        )
         for prompt in PROMPTS:
             asked = request(prompt, mode)
             judge(tiny_bundle, asked, fleet.ask(asked))
-        said = [claim for claim in (claims.get() for _ in range(claims.qsize())) if isinstance(claim, dict)]
-        assert {claim["worker"] for claim in said if claim["type"] == "opened"} == {WORKER, "worker-2"}
+        said = [
+            claim
+            for claim in (claims.get() for _ in range(claims.qsize()))
+            if isinstance(claim, dict)
+        ]
+        assert {claim["worker"] for claim in said if claim["type"] == "opened"} == {
+            WORKER,
+            "worker-2",
+        }
         wait_until(lambda: not worker.engine.sessions, "the first worker keeps no session", WAIT_S)
         wait_until(lambda: not other.engine.sessions, "the second worker keeps no session", WAIT_S)
         other.__exit__(None, None, None)
@@ -222,18 +278,32 @@ def test_two_workers_that_claim_a_session_give_one_answer_and_one_lets_go(tiny_b
 def test_an_answer_waits_for_room_on_a_full_worker(tiny_bundle: Bundle) -> None:
     shape = UpperLayers(tiny_bundle, 1).new_pool(1).shape
     config = WorkerConfig(
-        num_threads=1, kv_budget_bytes=100 * (shape.cache_bytes + shape.hidden_bytes), retry_after_ms=20
+        num_threads=1,
+        kv_budget_bytes=100 * (shape.cache_bytes + shape.hidden_bytes),
+        retry_after_ms=20,
     )
     with memory_fleet() as fleet:
         worker, _ = fleet.start_worker(tiny_bundle, config)
         fleet.start_device(tiny_bundle, HASTY)
-        opening = Open("s1", 1, tiny_bundle.manifest.bundle_id, PROTOCOL, Sampling(), 90, 1000)
+        opening = Open(
+            session="s1",
+            epoch=1,
+            bundle_id=tiny_bundle.manifest.bundle_id,
+            protocol=PROTOCOL,
+            sampling=Sampling(),
+            max_positions=90,
+            deadline_ms=1000,
+        )
         fleet.watcher.publish(topics.open_session(NEIGHBOUR), encode(opening))
-        fleet.watcher.subscribe(topics.to_device(DEVICE, "+"), lambda _, payload: make_room(payload))
+        fleet.watcher.subscribe(
+            topics.to_device(DEVICE, "+"), lambda _, payload: make_room(payload)
+        )
 
         def make_room(payload: bytes) -> None:
             if msgpack.unpackb(payload)["type"] == "refused":
-                fleet.watcher.publish(topics.to_worker(WORKER, NEIGHBOUR, "s1"), encode(Close("s1")))
+                fleet.watcher.publish(
+                    topics.to_worker(WORKER, NEIGHBOUR, "s1"), encode(Close("s1"))
+                )
 
         asked = request(PROMPTS[0], num_tokens=48)
         answer = fleet.ask(asked)

@@ -10,7 +10,15 @@ import pytest
 
 from fleet.bundles.manifest import Bundle
 from tests.system.judge import judge
-from tests.system.process_fleet import ASKED, DEVICE, FIRST, NEIGHBOUR, SECOND, ProcessFleet, process_fleet
+from tests.system.process_fleet import (
+    ASKED,
+    DEVICE,
+    FIRST,
+    NEIGHBOUR,
+    SECOND,
+    ProcessFleet,
+    process_fleet,
+)
 
 pytestmark = pytest.mark.mosquitto
 
@@ -31,7 +39,9 @@ def parts() -> Iterator[ExitStack]:
         yield stack
 
 
-def test_the_only_worker_is_killed_in_mid_answer_and_started_again(fleet: ProcessFleet, parts: ExitStack) -> None:
+def test_the_only_worker_is_killed_in_mid_answer_and_started_again(
+    fleet: ProcessFleet, parts: ExitStack
+) -> None:
     def fault() -> None:
         fleet.kill(FIRST)
         fleet.worker_process(FIRST)
@@ -42,7 +52,9 @@ def test_the_only_worker_is_killed_in_mid_answer_and_started_again(fleet: Proces
     fleet.answer_through(fault, may_neighbour_notice=True)
 
 
-def test_another_worker_answers_what_a_killed_one_was_asked(fleet: ProcessFleet, parts: ExitStack) -> None:
+def test_another_worker_answers_what_a_killed_one_was_asked(
+    fleet: ProcessFleet, parts: ExitStack
+) -> None:
     process = fleet.worker_process(FIRST)
     parts.enter_context(fleet.device(DEVICE))
     parts.enter_context(fleet.device(NEIGHBOUR))
@@ -55,7 +67,9 @@ def test_another_worker_answers_what_a_killed_one_was_asked(fleet: ProcessFleet,
     fleet.answer_through(fault, may_neighbour_notice=True)
 
 
-def test_a_worker_killed_behind_an_answer_is_not_missed_by_the_next(fleet: ProcessFleet, parts: ExitStack) -> None:
+def test_a_worker_killed_behind_an_answer_is_not_missed_by_the_next(
+    fleet: ProcessFleet, parts: ExitStack
+) -> None:
     fleet.worker_process(FIRST)
     parts.enter_context(fleet.device(DEVICE))
     judge(fleet.bundle, ASKED, fleet.ask(ASKED))
@@ -65,7 +79,9 @@ def test_a_worker_killed_behind_an_answer_is_not_missed_by_the_next(fleet: Proce
     fleet.check_counts()
 
 
-def test_devices_whose_clocks_are_wrong_by_a_day_answer_and_are_counted(fleet: ProcessFleet, parts: ExitStack) -> None:
+def test_devices_whose_clocks_are_wrong_by_a_day_answer_and_are_counted(
+    fleet: ProcessFleet, parts: ExitStack
+) -> None:
     parts.enter_context(fleet.worker(SECOND))
     for device, error_s in (DEVICE, DAY_S), (NEIGHBOUR, -DAY_S):
         fleet.device_process(device, "tests.system.wrong_clock", str(error_s))

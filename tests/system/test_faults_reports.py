@@ -44,5 +44,7 @@ def test_a_device_that_is_killed_and_started_again_delivers_what_it_had_kept(
         fleet.start_collector()
         fleet.device_process()
         fleet.check_counts()
-        wait_until(lambda: num_kept(tmp_path / DEVICE) == 0, "the device has forgotten them", WAIT_S)
+        wait_until(
+            lambda: num_kept(tmp_path / DEVICE) == 0, "the device has forgotten them", WAIT_S
+        )
         assert (tmp_path / DEVICE / REPORTS_FILE).stat().st_mode & 0o777 == 0o600

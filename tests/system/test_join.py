@@ -53,8 +53,12 @@ def running(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
 class Fleet:
     """A broker and a service of one authority, whose next device is d1."""
 
-    def __init__(self, site: Site, service: FleetService, watcher: MqttTransport, app: MqttTransport) -> None:
-        self.site, self.service, self.watcher = site, service, watcher
+    def __init__(
+        self, site: Site, service: FleetService, watcher: MqttTransport, app: MqttTransport
+    ) -> None:
+        self.site = site
+        self.service = service
+        self.watcher = watcher
         self.client = PromptClient(app)
         self._statuses = Inbox()
         watcher.subscribe(topics.DEVICE_STATUS_FILTER, self._statuses, qos=1)
@@ -68,7 +72,9 @@ class Fleet:
 
     def want(self, version: int, **settings: Any) -> None:
         desired = DesiredConfig(version, Settings(**settings))
-        self.watcher.publish(topics.device_config("d1"), encode_desired(desired), qos=1, retain=True)
+        self.watcher.publish(
+            topics.device_config("d1"), encode_desired(desired), qos=1, retain=True
+        )
 
     def join(self, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
         token = str(self.service.token)
@@ -81,11 +87,13 @@ def fleet(tmp_path: Path, tiny_bundle: Bundle) -> Iterator[Fleet]:
         site = stack.enter_context(running_site("amqtt", tmp_path))
         site.admit_any("d1")
         service = FleetService(tmp_path / "service", site.authority)
-        service.name, service.broker_port = "d1", site.port
+        service.name = "d1"
+        service.broker_port = site.port
         service.bundle_id = service.publish(tiny_bundle.folder).bundle_id
         service.config = DesiredConfig(2, Settings(mode=Mode.STANDALONE, bundle=service.bundle_id))
         stack.enter_context(service.running())
-        watcher, app = stack.enter_context(site.connect("s1")), stack.enter_context(site.connect("a1"))
+        watcher = stack.enter_context(site.connect("s1"))
+        app = stack.enter_context(site.connect("a1"))
         yield Fleet(site, service, watcher, app)
 
 
@@ -124,7 +132,8 @@ def test_a_device_whose_bundle_did_not_come_has_joined_and_fetches_it_when_it_ru
     fleet: Fleet, tmp_path: Path
 ) -> None:
     assert fleet.service.bundle_id
-    there, away = fleet.service.bundles / fleet.service.bundle_id, fleet.service.bundles / "away"
+    there = fleet.service.bundles / fleet.service.bundle_id
+    away = fleet.service.bundles / "away"
     there.replace(away)
     joined = fleet.join(tmp_path / "d1")
     assert joined.returncode == 1
@@ -135,13 +144,17 @@ def test_a_device_whose_bundle_did_not_come_has_joined_and_fetches_it_when_it_ru
 
 
 def test_what_is_no_token_is_one_line_that_does_not_repeat_it(tmp_path: Path) -> None:
-    result = edge_agent("join", "s3cret", "--server", "https://127.0.0.1:1", "--out", str(tmp_path / "d1"))
+    result = edge_agent(
+        "join", "s3cret", "--server", "https://127.0.0.1:1", "--out", str(tmp_path / "d1")
+    )
     assert result.returncode == 1
     assert "no enrolment token" in result.stderr
     assert "s3cret" not in result.stderr
 
 
-def test_a_device_that_is_killed_comes_back_on_what_it_had(fleet: Fleet, other: Manifest, tmp_path: Path) -> None:
+def test_a_device_that_is_killed_comes_back_on_what_it_had(
+    fleet: Fleet, other: Manifest, tmp_path: Path
+) -> None:
     out = tmp_path / "d1"
     fleet.join(out)
     with running(out) as process:
@@ -166,6 +179,8 @@ def test_a_device_renews_its_certificate_and_serves_on(fleet: Fleet, tmp_path: P
     before = (out / "key.pem").read_bytes()
     with running(out):
         assert fleet.status().online
-        wait_until(lambda: (out / "key.pem").read_bytes() != before, "the key is another", TIMEOUT_S)
+        wait_until(
+            lambda: (out / "key.pem").read_bytes() != before, "the key is another", TIMEOUT_S
+        )
         assert list(fleet.client.ask("d1", ASKED))[-1].finish_reason == "length"
     assert fleet.service.paths("/renew") == [""]

@@ -39,7 +39,8 @@ def test_an_app_whose_link_was_cut_gets_every_reply_once(tiny_bundle: Bundle) ->
 
 
 def test_a_request_that_comes_again_brings_the_same_replies_again(tiny_bundle: Bundle) -> None:
-    topic, payload = topics.prompt(DEVICE, APP, "r1"), msgspec.json.encode(ALONE)
+    topic = topics.prompt(DEVICE, APP, "r1")
+    payload = msgspec.json.encode(ALONE)
     with memory_fleet() as fleet:
         fleet.start_device(tiny_bundle)
         runs: list[list[Reply]] = []
@@ -53,7 +54,9 @@ def test_a_request_that_comes_again_brings_the_same_replies_again(tiny_bundle: B
         assert fleet.reports.empty()
 
 
-def test_a_device_that_has_forgotten_the_answer_does_not_continue_it_with_another(tiny_bundle: Bundle) -> None:
+def test_a_device_that_has_forgotten_the_answer_does_not_continue_it_with_another(
+    tiny_bundle: Bundle,
+) -> None:
     with memory_fleet() as fleet:
         agent, link = fleet.start_device(tiny_bundle)
         client, app_link = second_client(fleet)

@@ -42,14 +42,19 @@ def read(kind: str, payload: bytes) -> Counter[str]:
     return outcomes
 
 
-def test_every_kind_of_message_was_recorded_and_its_reader_takes_it(recorded: list[Recorded]) -> None:
+def test_every_kind_of_message_was_recorded_and_its_reader_takes_it(
+    recorded: list[Recorded],
+) -> None:
     assert {one.kind for one in recorded} == READERS.keys()
     for kind, _, payload in recorded:
         assert read(kind, payload)["read"] == 1, (kind, payload)
 
 
-def test_whatever_becomes_of_a_message_it_is_read_or_refused_with_a_typed_error(recorded: list[Recorded]) -> None:
-    mutate, chance = Mutator(0, [one.payload for one in recorded]), random.Random(0)
+def test_whatever_becomes_of_a_message_it_is_read_or_refused_with_a_typed_error(
+    recorded: list[Recorded],
+) -> None:
+    mutate = Mutator(0, [one.payload for one in recorded])
+    chance = random.Random(0)
     said: defaultdict[str, list[bytes]] = defaultdict(list)
     for kind, _, payload in recorded:
         said[kind].append(payload)
@@ -63,19 +68,28 @@ def test_whatever_becomes_of_a_message_it_is_read_or_refused_with_a_typed_error(
 def test_a_fleet_that_is_told_damaged_messages_logs_no_crash_and_answers_on(
     tiny_bundle: Bundle, recorded: list[Recorded], caplog: pytest.LogCaptureFixture
 ) -> None:
-    told = [one for one in recorded if one.topic and one.kind != "prompt"]  # any text is a prompt, and is answered
-    mutate, chance = Mutator(1, [one.payload for one in told]), random.Random(1)
+    told = [
+        one for one in recorded if one.topic and one.kind != "prompt"
+    ]  # any text is a prompt, and is answered
+    mutate = Mutator(1, [one.payload for one in told])
+    chance = random.Random(1)
     with memory_fleet() as fleet, caplog.at_level(logging.ERROR):
         worker, _ = fleet.start_worker(tiny_bundle)
         fleet.start_device(tiny_bundle)
         fleet.start_device(tiny_bundle, name=NEIGHBOUR)
-        birth = encode_status(WorkerStatus(online=True, epoch=1, bundle_ids=(tiny_bundle.manifest.bundle_id,)))
+        birth = encode_status(
+            WorkerStatus(online=True, epoch=1, bundle_ids=(tiny_bundle.manifest.bundle_id,))
+        )
         for _, topic, payload in islice(cycle(told), NUM_TOLD):
             fleet.watcher.publish(topic, mutate(payload) if chance.random() < 0.7 else payload)
         for device in (DEVICE, NEIGHBOUR):
-            fleet.watcher.publish(topics.worker_status(WORKER), birth)  # others may have been believed
+            fleet.watcher.publish(
+                topics.worker_status(WORKER), birth
+            )  # others may have been believed
             asked = request("How warm is it?")
             judge(tiny_bundle, asked, fleet.ask(asked, device))
         worker.engine.check_integrity()
-    crashes = [r for r in caplog.records if r.exc_info and not isinstance(r.exc_info[1], FleetError)]
+    crashes = [
+        r for r in caplog.records if r.exc_info and not isinstance(r.exc_info[1], FleetError)
+    ]
     assert not crashes, [(r.getMessage(), r.exc_text) for r in crashes]

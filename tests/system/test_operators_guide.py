@@ -55,7 +55,9 @@ def test_the_guide_has_ten_lines() -> None:
 
 
 @pytest.mark.timeout(900)
-def test_the_guide_works_on_sqlite_with_the_embedded_broker(tmp_path: Path, tiny_bundle: Bundle) -> None:
+def test_the_guide_works_on_sqlite_with_the_embedded_broker(
+    tmp_path: Path, tiny_bundle: Bundle
+) -> None:
     with operator(tmp_path, tiny_bundle) as typing:
         follow_the_guide(typing)
 

@@ -67,11 +67,18 @@ def state(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Iter
     ports = ("--port", str(free_port()), "--service-port", str(free_port()))
     with ExitStack() as stack:
         bundle = str(tiny_bundle.folder)
-        stack.enter_context(started("fleet up", "fleet.cli", "up", "--home", where, *ports, "--bundle", bundle))
-        assert (
-            fleet("enroll", "gateway", "--group", "lab", "--home", where, "--out", str(folder / "gw")).returncode == 0
+        stack.enter_context(
+            started("fleet up", "fleet.cli", "up", "--home", where, *ports, "--bundle", bundle)
         )
-        stack.enter_context(started("gateway", "edge_agent", "run", str(folder / "gw"), "--threads", "1"))
+        assert (
+            fleet(
+                "enroll", "gateway", "--group", "lab", "--home", where, "--out", str(folder / "gw")
+            ).returncode
+            == 0
+        )
+        stack.enter_context(
+            started("gateway", "edge_agent", "run", str(folder / "gw"), "--threads", "1")
+        )
         wait_for(lambda: fleet_json("devices", "--home", where)[0]["online"])
         yield Path(where)
 
@@ -95,16 +102,28 @@ def test_the_demo_equals_the_whole_model_and_the_registry_counts_what_was_printe
         "16",
     )
     assert out["bundle_id"] == tiny_bundle.manifest.bundle_id
-    assert [r["token_ids"] for r in out["results"]] == [whole.generate(text, 16) for text in prompts]
+    assert [r["token_ids"] for r in out["results"]] == [
+        whole.generate(text, 16) for text in prompts
+    ]
     (row,) = out["stats"]
     tokens = sum(len(r["token_ids"]) for r in out["results"])
-    assert set(row) >= {"device", "generations", "tokens", "sources", "offload_rate", "bytes_up", "bytes_down"}
+    assert set(row) >= {
+        "device",
+        "generations",
+        "tokens",
+        "sources",
+        "offload_rate",
+        "bytes_up",
+        "bytes_down",
+    }
     assert (row["generations"], row["tokens"], row["sources"]) == (3, tokens, {"cloud": tokens})
     assert row["bytes_up"] == sum(r["bytes_up"] for r in out["results"])
 
 
 def test_the_demo_is_plain_text_in_a_pipe(tiny_bundle: Bundle) -> None:
-    result = fleet("demo", "--bundle", str(tiny_bundle.folder), "--prompt", "hello", "--max-new-tokens", "4")
+    result = fleet(
+        "demo", "--bundle", str(tiny_bundle.folder), "--prompt", "hello", "--max-new-tokens", "4"
+    )
     assert result.returncode == 0, result.stderr
     assert "\x1b" not in result.stdout
     assert "what the registry counted" in result.stdout
@@ -113,7 +132,9 @@ def test_the_demo_is_plain_text_in_a_pipe(tiny_bundle: Bundle) -> None:
 def test_an_operator_prompts_and_sees_the_counts(state: Path) -> None:
     where = ("--home", str(state))
     before = fleet_json("stats", "gateway", *where)
-    out = fleet_json("prompt", "gateway", "hello", "--threshold", "1", "--max-new-tokens", "5", *where)
+    out = fleet_json(
+        "prompt", "gateway", "hello", "--threshold", "1", "--max-new-tokens", "5", *where
+    )
     (result,) = out["results"]
     assert set(result["sources"]) == {"cloud"}
     assert set(result) == {
@@ -147,15 +168,29 @@ def test_a_mode_that_a_device_does_not_know_never_reaches_it(state: Path) -> Non
     assert "psychic" in result.stderr
 
 
-def test_a_worker_killed_with_9_in_mid_answer_and_started_again(tmp_path: Path, tiny_bundle: Bundle) -> None:
-    config = FleetConfig("127.0.0.1", free_port(), str(tiny_bundle.folder), service_port=0)
+def test_a_worker_killed_with_9_in_mid_answer_and_started_again(
+    tmp_path: Path, tiny_bundle: Bundle
+) -> None:
+    config = FleetConfig(
+        host="127.0.0.1", port=free_port(), bundle=str(tiny_bundle.folder), service_port=0
+    )
     state = FleetHome.create(tmp_path / "state", config)
-    device, app = tmp_path / "gw", tmp_path / "app"
+    device = tmp_path / "gw"
+    app = tmp_path / "app"
     state.enroll("gw", Role.DEVICE, device)
     request = PromptRequest(prompt="Tell me about rivers.", threshold=1.0, max_new_tokens=100)
-    worker = ("the worker", "cloud_broker_worker", "run", str(state.folder / "identities" / WORKER), "--threads", "1")
+    worker = (
+        "the worker",
+        "cloud_broker_worker",
+        "run",
+        str(state.folder / "identities" / WORKER),
+        "--threads",
+        "1",
+    )
     with ExitStack() as stack:
-        stack.enter_context(started("the broker", "fleet.cli", "server", "--home", str(state.folder)))
+        stack.enter_context(
+            started("the broker", "fleet.cli", "server", "--home", str(state.folder))
+        )
         first = stack.enter_context(started(*worker))
         stack.enter_context(started("gw", "edge_agent", "run", str(device), "--threads", "1"))
         identity = state.enroll("app", Role.APP, app, allow=("gw",))

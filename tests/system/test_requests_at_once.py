@@ -43,9 +43,13 @@ LONG = 8_000
 def long_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny model with room for 8,192 positions and wide heads: their caches take tens of megabytes."""
     folder = tmp_path_factory.mktemp("long")
-    checkpoint = make_tiny_checkpoint(folder / "checkpoint", max_position_embeddings=8192, head_dim=128)
+    checkpoint = make_tiny_checkpoint(
+        folder / "checkpoint", max_position_embeddings=8192, head_dim=128
+    )
     heads = make_tiny_heads(folder / "heads", checkpoint, (1, 2))
-    export_bundle(ExportConfig(out=folder / "bundle", exits=(1, 2), model=str(checkpoint), heads=heads))
+    export_bundle(
+        ExportConfig(out=folder / "bundle", exits=(1, 2), model=str(checkpoint), heads=heads)
+    )
     return Bundle.load(folder / "bundle")
 
 
@@ -79,9 +83,18 @@ def both_waiting(agent: Agent) -> Callable[[], bool]:
 
 
 @pytest.mark.parametrize("mode", [Mode.STANDALONE, Mode.COLLABORATIVE, Mode.VERIFIED])
-def test_two_requests_take_turns_and_each_gets_the_answer_that_it_gets_alone(tiny_bundle: Bundle, mode: Mode) -> None:
+def test_two_requests_take_turns_and_each_gets_the_answer_that_it_gets_alone(
+    tiny_bundle: Bundle, mode: Mode
+) -> None:
     prompts = [
-        PromptRequest(prompt=text, mode=mode, thresholds=SOME_EXIT, temperature=1.0, seed=seed, max_new_tokens=100)
+        PromptRequest(
+            prompt=text,
+            mode=mode,
+            thresholds=SOME_EXIT,
+            temperature=1.0,
+            seed=seed,
+            max_new_tokens=100,
+        )
         for seed, text in enumerate(PROMPTS)
     ]
     with memory_fleet() as fleet:
@@ -129,9 +142,13 @@ def test_a_request_whose_worker_never_answers_holds_up_nobody(tiny_bundle: Bundl
     with memory_fleet() as fleet:
         fleet.watcher.subscribe(topics.OPEN_FILTER, on_open)
         status = WorkerStatus(online=True, epoch=1, bundle_ids=(tiny_bundle.manifest.bundle_id,))
-        fleet.watcher.publish(topics.worker_status(WORKER), encode_status(status), qos=1, retain=True)
+        fleet.watcher.publish(
+            topics.worker_status(WORKER), encode_status(status), qos=1, retain=True
+        )
         fleet.start_device(tiny_bundle, AgentConfig(num_threads=1, assist_deadline_ms=600_000))
-        ask_in_background(fleet, "stuck", PromptRequest(prompt=PROMPTS[0], threshold=1.0, max_new_tokens=8))
+        ask_in_background(
+            fleet, "stuck", PromptRequest(prompt=PROMPTS[0], threshold=1.0, max_new_tokens=8)
+        )
         opened.get(timeout=WAIT_S)
         assert len(fleet.ask(msgspec.structs.replace(ALONE, max_new_tokens=8)).token_ids) > 0
         assert fleet._raw.get("stuck", queue.Queue()).empty()
@@ -143,11 +160,14 @@ def test_a_request_whose_worker_never_answers_holds_up_nobody(tiny_bundle: Bundl
 
 def test_twenty_requests_on_four_slots_are_all_answered(tiny_bundle: Bundle) -> None:
     prompts = {
-        f"r{i}": PromptRequest(prompt=f"Tell me {i}.", thresholds=SOME_EXIT, max_new_tokens=6) for i in range(20)
+        f"r{i}": PromptRequest(prompt=f"Tell me {i}.", thresholds=SOME_EXIT, max_new_tokens=6)
+        for i in range(20)
     }
     with memory_fleet() as fleet:
         fleet.start_worker(tiny_bundle)
-        agent, _ = fleet.start_device(tiny_bundle, AgentConfig(num_threads=1, max_queued_requests=20))
+        agent, _ = fleet.start_device(
+            tiny_bundle, AgentConfig(num_threads=1, max_queued_requests=20)
+        )
         for request, prompt in prompts.items():
             ask_in_background(fleet, request, prompt)
         together = {request: finish(fleet, request) for request in prompts}
@@ -160,16 +180,22 @@ def test_twenty_requests_on_four_slots_are_all_answered(tiny_bundle: Bundle) -> 
 
 def test_a_request_waits_until_its_caches_fit_and_nobody_overtakes_it(long_bundle: Bundle) -> None:
     with memory_fleet() as fleet:
-        agent, _ = fleet.start_device(long_bundle, AgentConfig(num_threads=1, cache_budget_mb=1, max_positions=8192))
+        agent, _ = fleet.start_device(
+            long_bundle, AgentConfig(num_threads=1, cache_budget_mb=1, max_positions=8192)
+        )
         most = agent._jobs.budget_bytes // Cascade.num_bytes(agent._partition, 1)
-        large, small = (msgspec.structs.replace(ALONE, max_new_tokens=n) for n in (most * 2 // 3, 1))
+        large, small = (
+            msgspec.structs.replace(ALONE, max_new_tokens=n) for n in (most * 2 // 3, 1)
+        )
         with agent._turns:
             ask_in_background(fleet, "large", large)
             wait_until(lambda: agent._turns.num_waiting == 1)
             ask_in_background(fleet, "larger", large)
             ask_in_background(fleet, "small", small)
             wait_until(lambda: agent._jobs.num_waiting == 2)
-            with pytest.raises(PromptError, match=r"need .* MB of caches; this device has 1 MB .*cache_budget_mb"):
+            with pytest.raises(
+                PromptError, match=r"need .* MB of caches; this device has 1 MB .*cache_budget_mb"
+            ):
                 fleet.ask(msgspec.structs.replace(ALONE, max_new_tokens=most))
             assert agent._jobs.num_waiting == 2
             cancel(fleet, "large")
@@ -181,9 +207,13 @@ def test_a_request_waits_until_its_caches_fit_and_nobody_overtakes_it(long_bundl
         wait_until(lambda: agent._jobs.free_bytes == agent._jobs.budget_bytes)
 
 
-def test_a_request_cancelled_while_it_waits_leaves_at_once_without_a_token(long_bundle: Bundle) -> None:
+def test_a_request_cancelled_while_it_waits_leaves_at_once_without_a_token(
+    long_bundle: Bundle,
+) -> None:
     with memory_fleet() as fleet:
-        agent, _ = fleet.start_device(long_bundle, AgentConfig(num_threads=1, cache_budget_mb=1, max_positions=8192))
+        agent, _ = fleet.start_device(
+            long_bundle, AgentConfig(num_threads=1, cache_budget_mb=1, max_positions=8192)
+        )
         most = agent._jobs.budget_bytes // Cascade.num_bytes(agent._partition, 1)
         large = msgspec.structs.replace(ALONE, max_new_tokens=most * 2 // 3)
         with agent._turns:
@@ -209,16 +239,23 @@ def test_closing_ends_every_answer_and_every_thread(tiny_bundle: Bundle) -> None
         for request in requests[:2]:
             fleet.next_reply(request)
         agent.__exit__(None, None, None)
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith(("answer-", "plan-"))]
+        assert not [
+            thread
+            for thread in threading.enumerate()
+            if thread.name.startswith(("answer-", "plan-"))
+        ]
         ends = {finish(fleet, request).last.finish_reason for request in requests}
     assert ends <= {"cancelled", "stop", "length"}
     assert "cancelled" in ends
 
 
-def test_an_answer_of_more_replies_than_a_link_keeps_is_repeated_whole(long_bundle: Bundle, tmp_path: Path) -> None:
+def test_an_answer_of_more_replies_than_a_link_keeps_is_repeated_whole(
+    long_bundle: Bundle, tmp_path: Path
+) -> None:
     asked = msgspec.structs.replace(ALONE, max_new_tokens=MAX_QUEUED + 100)
     config = AgentConfig(num_threads=1, max_positions=2 * MAX_QUEUED)
-    topic, replies = topics.prompt("d1", "a1", "r1"), Inbox()
+    topic = topics.prompt("d1", "a1", "r1")
+    replies = Inbox()
     with (
         running_site("amqtt", tmp_path) as site,
         site.connect("a1") as app,
@@ -244,4 +281,7 @@ def test_a_request_for_more_memory_than_the_process_gets_fails_alone(long_bundle
     assert large["error"]["code"] == "memory"
     assert "out of memory" in large["error"]["message"]
     assert small["finish_reason"] in ("length", "stop")
-    assert [report["finish_reason"] for report in found["reports"]] == ["error", small["finish_reason"]]
+    assert [report["finish_reason"] for report in found["reports"]] == [
+        "error",
+        small["finish_reason"],
+    ]

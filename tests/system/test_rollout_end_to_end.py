@@ -22,7 +22,9 @@ ASK = 'fleet prompt kitchen "How warm is it?" --max-new-tokens 8'
 
 def with_a_device(operator: Operator) -> None:
     operator.start("fleet up", "the fleet is up")
-    command = re.search(r"edge-agent join (\S+) --server (\S+)", operator.type("fleet enroll kitchen"))
+    command = re.search(
+        r"edge-agent join (\S+) --server (\S+)", operator.type("fleet enroll kitchen")
+    )
     assert command
     operator.type(f"edge-agent join {command[1]} --server {command[2]} --out kitchen")
     operator.start("edge-agent run kitchen --threads 1", "serves")
@@ -47,7 +49,9 @@ def serving(operator: Operator) -> str:
 def unstartable(bundle: Bundle, folder: Path) -> Bundle:
     """A bundle whose every file is right, for a processor that nobody has."""
     shutil.copytree(bundle.folder, folder)
-    write_manifest(folder, msgspec.structs.replace(read_manifest(folder), instruction_set="from-the-future"))
+    write_manifest(
+        folder, msgspec.structs.replace(read_manifest(folder), instruction_set="from-the-future")
+    )
     return Bundle.load(folder)
 
 
@@ -73,6 +77,8 @@ def test_a_device_takes_a_good_bundle_and_goes_back_from_one_that_does_not_start
         undone = ended(typing)
         assert undone["state"] == "undone"
         assert "kitchen" in undone["reason"]
-        wait_until(lambda: typing.ask("fleet config diff") == [], "the device follows again", TIMEOUT_S)
+        wait_until(
+            lambda: typing.ask("fleet config diff") == [], "the device follows again", TIMEOUT_S
+        )
         assert serving(typing) == good.manifest.bundle_id
         assert typing.ask(ASK)["results"][0]["finish_reason"] in ("length", "stop")

@@ -40,7 +40,11 @@ SOURCES: Final = {
 }
 DEVICES: Final = [f"d{i}" for i in range(10)]
 PLAN: Final = RolloutPlan(
-    percentages=(50, 100), observe_s=3.0, take_within_s=60.0, offline_after_s=30.0, limits=CanaryLimits(min_answers=20)
+    percentages=(50, 100),
+    observe_s=3.0,
+    take_within_s=60.0,
+    offline_after_s=30.0,
+    limits=CanaryLimits(min_answers=20),
 )
 WAIT_S: Final = 90.0
 
@@ -53,7 +57,9 @@ class Device:
         self.bundle_id = OLD
         self._status = DeviceStatus(online=True, epoch=1, bundle_id=OLD)
         self._generations = itertools.count()
-        will = Will(topics.device_status(self.name), encode_status(DeviceStatus(online=False, epoch=1)))
+        will = Will(
+            topics.device_status(self.name), encode_status(DeviceStatus(online=False, epoch=1))
+        )
         self._link = stack.enter_context(MqttTransport.connect(identity, will=will))
         self._link.on_up(self._announce)
         self._link.subscribe(topics.device_config(self.name), self._on_config, qos=1)
@@ -71,30 +77,47 @@ class Device:
         error = "the graphs do not load" if wanted == BROKEN else ""
         self.bundle_id = self.bundle_id if error else wanted
         self._status = DeviceStatus(
-            online=True, epoch=1, bundle_id=self.bundle_id, config_version=desired.version, config_error=error
+            online=True,
+            epoch=1,
+            bundle_id=self.bundle_id,
+            config_version=desired.version,
+            config_error=error,
         )
         self._announce()
 
     def _announce(self) -> None:
-        self._link.publish(topics.device_status(self.name), encode_status(self._status), qos=1, retain=True)
+        self._link.publish(
+            topics.device_status(self.name), encode_status(self._status), qos=1, retain=True
+        )
 
 
 class Site:
     """A server, ten devices that answer all the time, and what tells them what is wanted of them."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self.state = FleetHome.create(folder / "state", FleetConfig(HOST, free_port(), str(folder), service_port=0))
+        self.state = FleetHome.create(
+            folder / "state",
+            FleetConfig(host=HOST, port=free_port(), bundle=str(folder), service_port=0),
+        )
         self.registry = stack.enter_context(self.state.registry())
         for bundle_id in BUNDLES:
             self.registry.add_bundle(bundle_id, "tiny", 1000)
         self.registry.change_settings(Target(Scope.ALL), lambda _: Settings(bundle=OLD))
         self._serve_all()
         self.start_server(stack)
-        worker = stack.enter_context(MqttTransport.connect(self.state.identity(WORKER, Role.WORKER)))
+        worker = stack.enter_context(
+            MqttTransport.connect(self.state.identity(WORKER, Role.WORKER))
+        )
         birth = encode_status(WorkerStatus(online=True, epoch=1, bundle_ids=BUNDLES))
-        worker.on_up(lambda: worker.publish(topics.worker_status(WORKER), birth, qos=1, retain=True))
-        self.devices = [Device(self.state.enroll(name, Role.DEVICE, folder / name), stack) for name in DEVICES]
-        self._operator = stack.enter_context(MqttTransport.connect(stack.enter_context(self.state.operator())))
+        worker.on_up(
+            lambda: worker.publish(topics.worker_status(WORKER), birth, qos=1, retain=True)
+        )
+        self.devices = [
+            Device(self.state.enroll(name, Role.DEVICE, folder / name), stack) for name in DEVICES
+        ]
+        self._operator = stack.enter_context(
+            MqttTransport.connect(stack.enter_context(self.state.operator()))
+        )
         self._stop = threading.Event()
         thread = threading.Thread(target=self._tell_and_answer)
         thread.start()
@@ -102,7 +125,9 @@ class Site:
         stack.callback(self._stop.set)
 
     def start_server(self, stack: ExitStack) -> None:
-        self.server = stack.enter_context(child("the server", "fleet.cli", "server", "--home", str(self.state.folder)))
+        self.server = stack.enter_context(
+            child("the server", "fleet.cli", "server", "--home", str(self.state.folder))
+        )
         self.server.wait_ready()
 
     def row(self) -> RolloutRow:
@@ -117,7 +142,9 @@ class Site:
         return {name: self.registry.settings(Target(Scope.DEVICE, name)) for name in DEVICES}
 
     def until(self, state: str) -> RolloutRow:
-        wait_until(lambda: self.row().state == state, f"the roll-out is {state}, not {self.row()}", WAIT_S)
+        wait_until(
+            lambda: self.row().state == state, f"the roll-out is {state}, not {self.row()}", WAIT_S
+        )
         return self.row()
 
     def _serve_all(self) -> None:
@@ -136,7 +163,9 @@ class Site:
         while not self._stop.wait(0.2):
             for name, config in self.registry.desired_configs().items():
                 if told.get(name) != config.version:
-                    self._operator.publish(topics.device_config(name), encode_desired(config), qos=1, retain=True)
+                    self._operator.publish(
+                        topics.device_config(name), encode_desired(config), qos=1, retain=True
+                    )
                     told[name] = config.version
             for device in self.devices:
                 device.answer()
@@ -155,7 +184,9 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 def test_a_bad_bundle_stops_at_the_canary_and_a_good_one_comes_to_all(site: Site) -> None:
-    wait_until(lambda: site.registry.stats()[0].generations > 20, "the old bundle has answered", WAIT_S)
+    wait_until(
+        lambda: site.registry.stats()[0].generations > 20, "the old bundle has answered", WAIT_S
+    )
     site.registry.start_rollout(BAD, PLAN)
     row = site.until("undone")
     assert (row.stage, row.num_told) == (1, 1)

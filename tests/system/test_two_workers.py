@@ -49,7 +49,7 @@ NUM_TOKENS = 64
 WAIT_S = 120.0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Asked:
     """One answer, and when its replies came."""
 
@@ -72,8 +72,18 @@ class Asked:
 @contextmanager
 def worker_process(site: Site, name: str, bundle: Bundle) -> Iterator[subprocess.Popen[bytes]]:
     identity = site.identity(name)
-    Identity(identity.folder, msgspec.structs.replace(identity.config, shared_subscriptions=True)).save()
-    command = [sys.executable, "-m", "cloud_broker_worker", "run", str(identity.folder), "--bundle", str(bundle.folder)]
+    Identity(
+        identity.folder, msgspec.structs.replace(identity.config, shared_subscriptions=True)
+    ).save()
+    command = [
+        sys.executable,
+        "-m",
+        "cloud_broker_worker",
+        "run",
+        str(identity.folder),
+        "--bundle",
+        str(bundle.folder),
+    ]
     with subprocess.Popen([*command, "--threads", "1"]) as process:
         try:
             yield process
@@ -83,7 +93,11 @@ def worker_process(site: Site, name: str, bundle: Bundle) -> Iterator[subprocess
 
 def follow(client: PromptClient, asked: Asked, progress: threading.Semaphore) -> None:
     request = PromptRequest(
-        prompt=asked.prompt, mode=Mode.VERIFIED, threshold=0.05, max_new_tokens=NUM_TOKENS, deadline_ms=100_000
+        prompt=asked.prompt,
+        mode=Mode.VERIFIED,
+        threshold=0.05,
+        max_new_tokens=NUM_TOKENS,
+        deadline_ms=100_000,
     )
     try:
         for reply in client.ask(asked.device, request, timeout_s=WAIT_S):
@@ -96,17 +110,27 @@ def follow(client: PromptClient, asked: Asked, progress: threading.Semaphore) ->
 
 
 @pytest.mark.mosquitto
-def test_every_answer_ends_as_the_whole_models_though_a_worker_is_killed(tmp_path: Path, tiny_bundle: Bundle) -> None:
+def test_every_answer_ends_as_the_whole_models_though_a_worker_is_killed(
+    tmp_path: Path, tiny_bundle: Bundle
+) -> None:
     whole = WholeModel(tiny_bundle, num_threads=1)
-    statuses, half_way = Inbox(), threading.Semaphore(0)
+    statuses = Inbox()
+    half_way = threading.Semaphore(0)
     reports: queue.Queue[GenerationReport] = queue.Queue()
-    config = AgentConfig(num_threads=1, max_concurrent_requests=SESSIONS_EACH, assist_deadline_ms=2000)
-    asked = [Asked(DEVICES[i % len(DEVICES)], f"Tell me about number {i}.") for i in range(NUM_SESSIONS)]
+    config = AgentConfig(
+        num_threads=1, max_concurrent_requests=SESSIONS_EACH, assist_deadline_ms=2000
+    )
+    asked = [
+        Asked(device=DEVICES[i % len(DEVICES)], prompt=f"Tell me about number {i}.")
+        for i in range(NUM_SESSIONS)
+    ]
     with ExitStack() as stack:
         site = stack.enter_context(running_site("mosquitto", tmp_path, FLEET))
         watcher = stack.enter_context(site.connect("s1"))
         watcher.subscribe(topics.WORKER_STATUS_FILTER, statuses, qos=1)
-        watcher.subscribe(topics.DEVICE_STATS_FILTER, lambda *it: reports.put(acknowledge(watcher, *it)))
+        watcher.subscribe(
+            topics.DEVICE_STATS_FILTER, lambda *it: reports.put(acknowledge(watcher, *it))
+        )
         victim = stack.enter_context(worker_process(site, "w1", tiny_bundle))
         stack.enter_context(worker_process(site, "w2", tiny_bundle))
         online: set[str] = set()
@@ -115,10 +139,15 @@ def test_every_answer_ends_as_the_whole_models_though_a_worker_is_killed(tmp_pat
             if decode_status(payload, WorkerStatus).online:
                 online.add(topic)
         for name in DEVICES:
-            edge = stack.enter_context(site.connect(name, Will(topics.device_status(name), Agent.will())))
+            edge = stack.enter_context(
+                site.connect(name, Will(topics.device_status(name), Agent.will()))
+            )
             stack.enter_context(Agent(edge, tiny_bundle, config))
         client = PromptClient(stack.enter_context(site.connect("a1")))
-        threads = [threading.Thread(target=follow, args=(client, one, half_way), daemon=True) for one in asked]
+        threads = [
+            threading.Thread(target=follow, args=(client, one, half_way), daemon=True)
+            for one in asked
+        ]
         for thread in threads:
             thread.start()
         for _ in range(NUM_SESSIONS // 4):
@@ -139,7 +168,9 @@ def test_every_answer_ends_as_the_whole_models_though_a_worker_is_killed(tmp_pat
     moved = [one for one in asked if one.replies[-1].note == "worker w1 went away"]
     assert moved
     worst = max(one.wait_s(killed_at) for one in moved)
-    print(f"{len(moved)} of {len(asked)} answers lost their worker; the worst waited {worst:.2f} s for its next reply")
+    print(
+        f"{len(moved)} of {len(asked)} answers lost their worker; the worst waited {worst:.2f} s for its next reply"
+    )
 
 
 def check_counts(counted: list[GenerationReport], asked: list[Asked]) -> None:

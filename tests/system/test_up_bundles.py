@@ -24,7 +24,8 @@ WAIT_S = 120.0
 def test_a_wanted_bundle_gets_a_worker_of_its_own_until_the_fleet_goes(
     tmp_path: Path, tiny_bundle: Bundle, make_tiny_bundle: Callable[..., Bundle]
 ) -> None:
-    folder, other = tmp_path / "state", make_tiny_bundle((1,))
+    folder = tmp_path / "state"
+    other = make_tiny_bundle((1,))
     options = (
         "--home",
         str(folder),
@@ -52,7 +53,11 @@ def test_a_wanted_bundle_gets_a_worker_of_its_own_until_the_fleet_goes(
         link = stack.enter_context(MqttTransport.connect(stack.enter_context(state.operator())))
         link.subscribe(topics.WORKER_STATUS_FILTER, hear, qos=1)
         registry.change_settings(Target(Scope.DEVICE, "gw"), lambda _: Settings(bundle=bundle_id))
-        wait_until(lambda: "worker-2" in heard and heard["worker-2"].online, "a second worker is there", WAIT_S)
+        wait_until(
+            lambda: "worker-2" in heard and heard["worker-2"].online,
+            "a second worker is there",
+            WAIT_S,
+        )
         assert heard["worker-2"].bundle_ids == (bundle_id,)
         assert heard["worker-1"].bundle_ids == (tiny_bundle.manifest.bundle_id,)
         up.stop()

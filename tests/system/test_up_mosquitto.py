@@ -44,7 +44,10 @@ class UpFleet:
             "--service-port", "0", "--bundle", str(bundle.folder),
         )  # fmt: skip
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         stack.callback(self.end)
         self.pids = self._pids_until_up()
@@ -82,18 +85,25 @@ def test_a_fleet_with_mosquitto_answers_and_a_revoked_device_is_out_within_five_
         fleet = UpFleet(tmp_path, tiny_bundle, stack)
         device = fleet.enroll("gw", Role.DEVICE, tmp_path)
         app = fleet.enroll("app", Role.APP, tmp_path, allow=("gw",))
-        stack.enter_context(child("gw", "edge_agent", "run", str(device.folder), "--threads", "1")).wait_ready()
+        stack.enter_context(
+            child("gw", "edge_agent", "run", str(device.folder), "--threads", "1")
+        ).wait_ready()
         client = PromptClient(stack.enter_context(MqttTransport.connect(app)))
         replies = list(client.ask("gw", request, timeout_s=WAIT_S))
         tokens = [reply.token_id for reply in replies if reply.token_id is not None]
-        assert tokens == WholeModel(tiny_bundle, num_threads=1).generate("How warm is it?", NUM_TOKENS)
+        assert tokens == WholeModel(tiny_bundle, num_threads=1).generate(
+            "How warm is it?", NUM_TOKENS
+        )
         with raw.connected(fleet.enroll("thief", Role.DEVICE, tmp_path)) as thief:
             with fleet.state.registry() as registry:
                 registry.revoke("thief")
             thief.settimeout(OUT_S)
             assert raw.is_closed(thief)
         assert not can_connect(Identity.load(tmp_path / "thief"))
-        assert list(client.ask("gw", request, timeout_s=WAIT_S))[-1].finish_reason == replies[-1].finish_reason
+        assert (
+            list(client.ask("gw", request, timeout_s=WAIT_S))[-1].finish_reason
+            == replies[-1].finish_reason
+        )
         worker = Identity.load(fleet.state.folder / "identities" / WORKER)
         assert worker.config.shared_subscriptions
         fleet.process.terminate()
@@ -101,23 +111,37 @@ def test_a_fleet_with_mosquitto_answers_and_a_revoked_device_is_out_within_five_
         assert not listens(fleet.port)
 
 
-def test_a_device_that_comes_before_its_rights_is_heard_once_it_has_them(tmp_path: Path, tiny_bundle: Bundle) -> None:
+def test_a_device_that_comes_before_its_rights_is_heard_once_it_has_them(
+    tmp_path: Path, tiny_bundle: Bundle
+) -> None:
     """Until mosquitto has read the new rights it sends such a device nothing and drops what it says, without a word."""
     with ExitStack() as stack:
         fleet = UpFleet(tmp_path, tiny_bundle, stack)
-        transport = stack.enter_context(MqttTransport.connect(fleet.enroll("early", Role.DEVICE, tmp_path)))
+        transport = stack.enter_context(
+            MqttTransport.connect(fleet.enroll("early", Role.DEVICE, tmp_path))
+        )
         status = encode_status(DeviceStatus(online=True, epoch=1))
-        transport.on_up(lambda: transport.publish(topics.device_status("early"), status, qos=1, retain=True))
+        transport.on_up(
+            lambda: transport.publish(topics.device_status("early"), status, qos=1, retain=True)
+        )
         heard = threading.Event()
-        transport.subscribe(topics.WORKER_STATUS_FILTER, lambda topic, payload: heard.set(), qos=1, retained=True)
+        transport.subscribe(
+            topics.WORKER_STATUS_FILTER, lambda topic, payload: heard.set(), qos=1, retained=True
+        )
         assert heard.wait(WAIT_S)
         with fleet.state.registry() as registry:
-            wait_until(lambda: registry.devices()[0].online, "the device's word is in the registry", WAIT_S)
+            wait_until(
+                lambda: registry.devices()[0].online, "the device's word is in the registry", WAIT_S
+            )
 
 
-def test_a_mosquitto_that_dies_ends_the_fleet_with_a_line_that_names_it(tmp_path: Path, tiny_bundle: Bundle) -> None:
+def test_a_mosquitto_that_dies_ends_the_fleet_with_a_line_that_names_it(
+    tmp_path: Path, tiny_bundle: Bundle
+) -> None:
     with ExitStack() as stack:
         fleet = UpFleet(tmp_path, tiny_bundle, stack)
         os.kill(fleet.pids[0], signal.SIGKILL)
         assert fleet.process.wait(WAIT_S) == 1
-        assert fleet.end().splitlines()[-1] == "fleet: mosquitto ended with exit status -9; see above"
+        assert (
+            fleet.end().splitlines()[-1] == "fleet: mosquitto ended with exit status -9; see above"
+        )

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,10 @@ class UpFleet:
             "--workers", "2", "--metrics-port", "0", "--service-port", "0",
         )  # fmt: skip
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         stack.callback(end, self.process)
         lines = self._lines_until_up()
@@ -61,7 +65,9 @@ class UpFleet:
         device, app = (fleet.enroll(name, role, folder / name, allow=allow) for name, role, allow in (
             ("gw", Role.DEVICE, ()), ("app", Role.APP, ("gw",)),
         ))  # fmt: skip
-        self.device: Child = stack.enter_context(child("gw", "edge_agent", "run", str(device.folder), "--threads", "1"))
+        self.device: Child = stack.enter_context(
+            child("gw", "edge_agent", "run", str(device.folder), "--threads", "1")
+        )
         self.device.wait_ready()
         self._client = PromptClient(stack.enter_context(MqttTransport.connect(app)))
 
@@ -80,6 +86,10 @@ class UpFleet:
     def ask(self, prompt: str, max_new_tokens: int = NUM_TOKENS) -> Iterator[Reply]:
         request = PromptRequest(prompt=prompt, mode=Mode.VERIFIED, max_new_tokens=max_new_tokens)
         return self._client.ask("gw", request, timeout_s=WAIT_S)
+
+
+def is_ready(url: str) -> bool:
+    return get(f"{url}/readyz") == (200, "ok\n")
 
 
 def end(process: subprocess.Popen[str]) -> str:
@@ -101,16 +111,26 @@ def token_ids(replies: list[Reply]) -> list[int]:
     return [reply.token_id for reply in replies if reply.token_id is not None]
 
 
-def test_two_workers_serve_and_each_process_tells_of_itself(tmp_path: Path, tiny_bundle: Bundle) -> None:
+def test_two_workers_serve_and_each_process_tells_of_itself(
+    tmp_path: Path, tiny_bundle: Bundle
+) -> None:
     with up(tmp_path, tiny_bundle) as fleet:
         replies = list(fleet.ask("How warm is it?"))
-        assert token_ids(replies) == WholeModel(tiny_bundle, num_threads=1).generate("How warm is it?", NUM_TOKENS)
+        assert token_ids(replies) == WholeModel(tiny_bundle, num_threads=1).generate(
+            "How warm is it?", NUM_TOKENS
+        )
         for told in (fleet.server, *fleet.workers):
             assert get(f"{told.url}/healthz") == get(f"{told.url}/readyz") == (200, "ok\n")
         online = 'fleet_devices{group="",state="online"}'
-        wait_until(lambda: scrape(fleet.server.url)['fleet_reports_total{outcome="stored"}'] == 1, "the report is in")
+        wait_until(
+            lambda: scrape(fleet.server.url)['fleet_reports_total{outcome="stored"}'] == 1,
+            "the report is in",
+        )
         assert scrape(fleet.server.url)[online] == 1
-        answers = [scrape(told.url)['fleet_worker_answer_seconds_count{kind="verify"}'] for told in fleet.workers]
+        answers = [
+            scrape(told.url)['fleet_worker_answer_seconds_count{kind="verify"}']
+            for told in fleet.workers
+        ]
         assert sum(answers) >= 1
         fleet.process.terminate()
         assert fleet.process.wait(WAIT_S) == 0
@@ -128,22 +148,36 @@ def test_a_worker_that_is_told_to_stop_drains_while_the_other_serves_and_the_las
     with up(tmp_path, tiny_bundle) as fleet:
         answer = fleet.ask(prompt, MANY_TOKENS)
         replies = [next(answer) for _ in range(3)]
-        fleet.device.process.send_signal(signal.SIGSTOP)  # so that the answer does not end before the worker does
-        wait_until(lambda: len(holders(fleet.workers)) == 1, "one of the two has the session", WAIT_S)
+        fleet.device.process.send_signal(
+            signal.SIGSTOP
+        )  # so that the answer does not end before the worker does
+        wait_until(
+            lambda: len(holders(fleet.workers)) == 1, "one of the two has the session", WAIT_S
+        )
         (leaving,) = holders(fleet.workers)
         (staying,) = (told for told in fleet.workers if told is not leaving)
         os.kill(leaving.pid, signal.SIGTERM)
-        wait_until(lambda: get(f"{leaving.url}/readyz") == (503, "the worker is draining\n"), "it drains", WAIT_S)
+        wait_until(
+            lambda: get(f"{leaving.url}/readyz") == (503, "the worker is draining\n"),
+            "it drains",
+            WAIT_S,
+        )
         assert get(f"{staying.url}/readyz") == (200, "ok\n")
         fleet.device.process.send_signal(signal.SIGCONT)
         replies += answer
-        assert token_ids(replies) == WholeModel(tiny_bundle, num_threads=1).generate(prompt, MANY_TOKENS)
+        assert token_ids(replies) == WholeModel(tiny_bundle, num_threads=1).generate(
+            prompt, MANY_TOKENS
+        )
         assert replies[-1].note is not None, "the answer ended before its worker left"
         wait_until(lambda: not is_alive(leaving.pid), "it has left", WAIT_S)
         os.kill(staying.pid, signal.SIGKILL)
         assert fleet.process.wait(WAIT_S) == 1
-        left, died = [line for line in end(fleet.process).splitlines() if line.startswith("fleet: worker")]
-    assert re.fullmatch(r"fleet: worker worker-\d ended with exit status 0; 1 of 2 workers go on", left)
+        left, died = [
+            line for line in end(fleet.process).splitlines() if line.startswith("fleet: worker")
+        ]
+    assert re.fullmatch(
+        r"fleet: worker worker-\d ended with exit status 0; 1 of 2 workers go on", left
+    )
     assert re.fullmatch(r"fleet: worker worker-\d ended with exit status -9; see above", died)
 
 
@@ -164,9 +198,19 @@ def fleet_command(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_parts_that_are_started_one_by_one_meet_at_a_broker_that_runs_elsewhere(
     tmp_path: Path, tiny_bundle: Bundle
 ) -> None:
-    where, port = ("--home", str(tmp_path / "state")), free_port()
+    where = ("--home", str(tmp_path / "state"))
+    port = free_port()
     made = fleet_command(
-        "init", "--host", HOST, "--port", str(port), "--service-port", "0", "--bundle", str(tiny_bundle.folder), *where
+        "init",
+        "--host",
+        HOST,
+        "--port",
+        str(port),
+        "--service-port",
+        "0",
+        "--bundle",
+        str(tiny_bundle.folder),
+        *where,
     )
     assert made.returncode == 0, made.stderr
     for name in ("w1", "w2"):
@@ -183,11 +227,14 @@ def test_parts_that_are_started_one_by_one_meet_at_a_broker_that_runs_elsewhere(
         wait_until(lambda: listens(port), "mosquitto listens")
         metrics = ("--metrics-port", "0")
         parts: list[tuple[str, ...]] = [("fleet.cli", "server", "--no-broker", *where, *metrics)]
-        parts += [("cloud_broker_worker", "run", str(tmp_path / name), *metrics) for name in ("w1", "w2")]
+        parts += [
+            ("cloud_broker_worker", "run", str(tmp_path / name), *metrics) for name in ("w1", "w2")
+        ]
         for part in [stack.enter_context(child(arguments[0], *arguments)) for arguments in parts]:
             found = re.search(r"metrics on (\S+)", part.wait_ready(WAIT_S))
             assert found
-            wait_until(lambda url=found[1]: get(f"{url}/readyz") == (200, "ok\n"), "it is ready", WAIT_S)  # type: ignore[misc]
+            url = found[1]
+            wait_until(partial(is_ready, url), "it is ready", WAIT_S)
 
 
 def test_only_a_worker_shares_a_subscription(tmp_path: Path) -> None:

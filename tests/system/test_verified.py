@@ -26,7 +26,9 @@ NUM_TOKENS = 24
 
 
 def verified(prompt: str, threshold: float = 0.05, **changes: object) -> PromptRequest:
-    request = PromptRequest(prompt=prompt, mode=Mode.VERIFIED, threshold=threshold, max_new_tokens=NUM_TOKENS)
+    request = PromptRequest(
+        prompt=prompt, mode=Mode.VERIFIED, threshold=threshold, max_new_tokens=NUM_TOKENS
+    )
     return msgspec.structs.replace(request, **changes)
 
 
@@ -48,7 +50,9 @@ def test_the_text_is_the_whole_models(
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
-def test_a_sampled_text_is_the_whole_models_for_that_seed(tiny_bundle: Bundle, temperature: float) -> None:
+def test_a_sampled_text_is_the_whole_models_for_that_seed(
+    tiny_bundle: Bundle, temperature: float
+) -> None:
     whole = WholeModel(tiny_bundle, num_threads=1)
     with memory_fleet() as fleet:
         fleet.start_worker(tiny_bundle)
@@ -59,7 +63,9 @@ def test_a_sampled_text_is_the_whole_models_for_that_seed(tiny_bundle: Bundle, t
             assert answer.token_ids == whole.generate(PROMPTS[0], NUM_TOKENS, sampling)
 
 
-def test_no_token_costs_more_than_a_round_trip_and_everything_is_counted(tiny_bundle: Bundle) -> None:
+def test_no_token_costs_more_than_a_round_trip_and_everything_is_counted(
+    tiny_bundle: Bundle,
+) -> None:
     with memory_fleet() as fleet:
         fleet.start_worker(tiny_bundle)
         fleet.start_device(tiny_bundle)
@@ -69,7 +75,11 @@ def test_no_token_costs_more_than_a_round_trip_and_everything_is_counted(tiny_bu
     assert usage is not None
     assert usage.round_trips <= usage.tokens == sum(usage.sources.values()) == 64
     assert usage.drafted >= usage.tokens - answer.sources["cloud"]
-    assert (report.assists, report.verifies, report.drafted) == (0, usage.round_trips, usage.drafted)
+    assert (report.assists, report.verifies, report.drafted) == (
+        0,
+        usage.round_trips,
+        usage.drafted,
+    )
 
 
 def interrupted(fleet: MemoryFleet, prompt: PromptRequest, at: int, fault: object) -> Answer:
@@ -130,7 +140,9 @@ def test_a_worker_that_forgot_the_session_gets_it_again(tiny_bundle: Bundle) -> 
 def test_without_the_cloud_it_ends_at_its_deadline_with_an_error(tiny_bundle: Bundle) -> None:
     with memory_fleet() as fleet:
         fleet.start_device(tiny_bundle)
-        with pytest.raises(PromptError, match=r"deadline passed after 0 tokens .*no cloud worker is online"):
+        with pytest.raises(
+            PromptError, match=r"deadline passed after 0 tokens .*no cloud worker is online"
+        ):
             fleet.ask(verified(PROMPTS[0], deadline_ms=300))
 
 

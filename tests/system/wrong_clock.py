@@ -9,7 +9,8 @@ import time
 
 def set_clock(seconds: int) -> None:
     """Shifts the time of day as this process's Python code sees it; the monotonic clock goes on."""
-    right, right_ns = time.time, time.time_ns
+    right = time.time
+    right_ns = time.time_ns
     time.time = lambda: right() + seconds
     time.time_ns = lambda: right_ns() + seconds * 1_000_000_000
 

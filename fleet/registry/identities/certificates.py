@@ -19,7 +19,8 @@ MakeCertificate = Callable[[str, Role], IssuedCertificate]
 
 def keep_certificate(db: Session, record: IdentityRecord, issued: IssuedCertificate) -> None:
     """Makes `issued` the newest certificate of an identity."""
-    record.fingerprint, record.not_after = issued.fingerprint, issued.not_after
+    record.fingerprint = issued.fingerprint
+    record.not_after = issued.not_after
     db.flush()
     db.add(
         CertificateRecord(
@@ -61,15 +62,27 @@ def holder(db: Session, fingerprint: str, now: float) -> IdentityRecord:
         CredentialsError: nobody's, as far as the registry knows.
         StateError: the certificate was revoked, or its identity is not active.
     """
-    certificate = db.scalar(select(CertificateRecord).where(CertificateRecord.fingerprint == fingerprint))
+    certificate = db.scalar(
+        select(CertificateRecord).where(CertificateRecord.fingerprint == fingerprint)
+    )
     # One from before there was a table of certificates is known to its identity alone.
-    known = IdentityRecord.name == certificate.name if certificate else IdentityRecord.fingerprint == fingerprint
+    known = (
+        IdentityRecord.name == certificate.name
+        if certificate
+        else IdentityRecord.fingerprint == fingerprint
+    )
     record = db.scalar(select(IdentityRecord).where(known))
     if record is None:
-        raise CredentialsError("the registry does not know this certificate; enrol again with 'fleet enroll NAME'")
+        raise CredentialsError(
+            "the registry does not know this certificate; enrol again with 'fleet enroll NAME'"
+        )
     state = state_at(record.state, record.not_after, now)
     if state is not IdentityState.ACTIVE:
-        raise StateError(f"{record.name!r} is {state}: expected {IdentityState.ACTIVE}; ask the fleet's operator")
+        raise StateError(
+            f"{record.name!r} is {state}: expected {IdentityState.ACTIVE}; ask the fleet's operator"
+        )
     if certificate and certificate.revoked_at is not None:
-        raise StateError(f"this certificate of {record.name!r} was revoked; use the newest, or enrol again")
+        raise StateError(
+            f"this certificate of {record.name!r} was revoked; use the newest, or enrol again"
+        )
     return record

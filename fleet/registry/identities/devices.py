@@ -34,7 +34,9 @@ def check_device(db: Session, device: str) -> None:
 
 def unknown_device(db: Session, device: str) -> UnknownDeviceError:
     """The error for a device that nobody enrolled; it names those that are."""
-    names = db.scalars(select(IdentityRecord.name).where(is_device()).order_by(IdentityRecord.name)).all()
+    names = db.scalars(
+        select(IdentityRecord.name).where(is_device()).order_by(IdentityRecord.name)
+    ).all()
     shown = ", ".join(names[:MAX_NAMES_SHOWN]) + (", ..." if len(names) > MAX_NAMES_SHOWN else "")
     return UnknownDeviceError(
         f"unknown device {device[:80]!r}: enrolled are {shown or 'none'}; enrol it with 'fleet enroll {device[:80]}'"

@@ -30,8 +30,11 @@ def enroll(db: Session, enrolment: Enrolment, *, replace: bool) -> IdentityRecor
     for target in enrolment.targets:
         check_target(db, target)
     record = known or IdentityRecord(name=enrolment.name, created_at=now)
-    record.role, record.group, record.state = enrolment.role.value, enrolment.group, state
-    record.fingerprint, record.not_after = "", 0.0
+    record.role = enrolment.role.value
+    record.group = enrolment.group
+    record.state = state
+    record.fingerprint = ""
+    record.not_after = 0.0
     db.add(record)
     db.flush()
     if known:
@@ -55,8 +58,14 @@ def _next_state(known: IdentityRecord, now: float, *, replace: bool) -> Identity
 def _replace_details(db: Session, enrolment: Enrolment) -> None:
     db.execute(delete(AllowedTarget).where(AllowedTarget.app == enrolment.name))
     db.execute(delete(TagRecord).where(TagRecord.device == enrolment.name))
-    db.add_all(AllowedTarget(app=enrolment.name, target=target) for target in dict.fromkeys(enrolment.targets))
-    db.add_all(TagRecord(device=enrolment.name, key=key, value=value) for key, value in enrolment.tags.items())
+    db.add_all(
+        AllowedTarget(app=enrolment.name, target=target)
+        for target in dict.fromkeys(enrolment.targets)
+    )
+    db.add_all(
+        TagRecord(device=enrolment.name, key=key, value=value)
+        for key, value in enrolment.tags.items()
+    )
 
 
 def _check_names(db: Session, name: str, group: str | None) -> None:

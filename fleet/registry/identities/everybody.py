@@ -15,7 +15,9 @@ from fleet.registry.models import AllowedTarget, IdentityRecord, TagRecord
 def all_grants(db: Session, now: float) -> list[Grants]:
     """The rights of who is active, by name; those that `Registry.grants` gives one by one."""
     identities = db.scalars(select(IdentityRecord).order_by(IdentityRecord.name)).all()
-    devices = _devices_by_word(db, [identity for identity in identities if identity.role == Role.DEVICE])
+    devices = _devices_by_word(
+        db, [identity for identity in identities if identity.role == Role.DEVICE]
+    )
     targets: defaultdict[str, set[str]] = defaultdict(set)
     for app, word in db.execute(select(AllowedTarget.app, AllowedTarget.target)):
         for device in devices[word]:

@@ -32,7 +32,11 @@ def allow(db: Session, actor: str, app: str, targets: Sequence[str]) -> None:
     for target in targets:
         check_target(db, target)
     known = set(_targets(db, app))
-    db.add_all(AllowedTarget(app=app, target=target) for target in dict.fromkeys(targets) if target not in known)
+    db.add_all(
+        AllowedTarget(app=app, target=target)
+        for target in dict.fromkeys(targets)
+        if target not in known
+    )
     audit(db, actor, "allow", app, targets=list(targets))
 
 
@@ -44,17 +48,23 @@ def disallow(db: Session, actor: str, app: str, targets: Sequence[str]) -> None:
         raise IdentityError(
             f"{app!r} was not allowed {', '.join(unknown)[:80]}; it was allowed {', '.join(known) or 'nothing'}"
         )
-    db.execute(delete(AllowedTarget).where(AllowedTarget.app == app, AllowedTarget.target.in_(targets)))
+    db.execute(
+        delete(AllowedTarget).where(AllowedTarget.app == app, AllowedTarget.target.in_(targets))
+    )
     audit(db, actor, "disallow", app, targets=list(targets))
 
 
-def change_tags(db: Session, actor: str, device: str, tags: Mapping[str, str], remove: Iterable[str]) -> None:
+def change_tags(
+    db: Session, actor: str, device: str, tags: Mapping[str, str], remove: Iterable[str]
+) -> None:
     """Raises UnknownDeviceError; see `Registry.tag`."""
     check_device(db, device)
     gone = sorted({*remove, *tags})
     db.execute(delete(TagRecord).where(TagRecord.device == device, TagRecord.key.in_(gone)))
     db.add_all(TagRecord(device=device, key=key, value=value) for key, value in tags.items())
-    audit(db, actor, "tag", device, tags=dict(tags), removed=[key for key in gone if key not in tags])
+    audit(
+        db, actor, "tag", device, tags=dict(tags), removed=[key for key in gone if key not in tags]
+    )
 
 
 def all_tags(db: Session) -> dict[str, dict[str, str]]:
@@ -66,14 +76,20 @@ def all_tags(db: Session) -> dict[str, dict[str, str]]:
 
 
 def _targets(db: Session, app: str) -> Sequence[str]:
-    query = select(AllowedTarget.target).where(AllowedTarget.app == app).order_by(AllowedTarget.target)
+    query = (
+        select(AllowedTarget.target).where(AllowedTarget.app == app).order_by(AllowedTarget.target)
+    )
     return db.scalars(query).all()
 
 
 def _check_app(db: Session, app: str) -> None:
     identity = db.get(IdentityRecord, app)
     if identity is None or identity.role != Role.APP:
-        known = f"it is a {identity.role}" if identity else f"enrol it with 'fleet enroll {app[:80]} --role app'"
+        known = (
+            f"it is a {identity.role}"
+            if identity
+            else f"enrol it with 'fleet enroll {app[:80]} --role app'"
+        )
         raise IdentityError(f"expected the name of an app, got {app[:80]!r}; {known}")
 
 
@@ -84,11 +100,21 @@ def _tag() -> ColumnElement[str]:
 def _devices_of(app: str) -> Select[Any]:
     allowed = select(AllowedTarget.target).where(AllowedTarget.app == app)
     tagged = select(TagRecord.device).where(_tag().in_(allowed))
-    name, group = IdentityRecord.name, IdentityRecord.group
-    return select(name).where(is_device(), or_(name.in_(allowed), group.in_(allowed), name.in_(tagged))).order_by(name)
+    name = IdentityRecord.name
+    group = IdentityRecord.group
+    return (
+        select(name)
+        .where(is_device(), or_(name.in_(allowed), group.in_(allowed), name.in_(tagged)))
+        .order_by(name)
+    )
 
 
 def _apps_of(device: IdentityRecord) -> Select[Any]:
     tags = select(_tag()).where(TagRecord.device == device.name)
     names = AllowedTarget.target.in_([device.name] + ([device.group] if device.group else []))
-    return select(AllowedTarget.app).where(or_(names, AllowedTarget.target.in_(tags))).distinct().order_by("app")
+    return (
+        select(AllowedTarget.app)
+        .where(or_(names, AllowedTarget.target.in_(tags)))
+        .distinct()
+        .order_by("app")
+    )

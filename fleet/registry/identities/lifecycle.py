@@ -19,7 +19,9 @@ from fleet.registry.models import IdentityRecord
 from fleet.registry.results import Certified
 
 
-def change_state(db: Session, actor: str, name: str, change: IdentityChange, now: float) -> IdentityState:
+def change_state(
+    db: Session, actor: str, name: str, change: IdentityChange, now: float
+) -> IdentityState:
     """The new state of `name` after a change that an operator makes.
 
     Raises:
@@ -30,28 +32,39 @@ def change_state(db: Session, actor: str, name: str, change: IdentityChange, now
     if record is None:
         raise UnknownDeviceError(f"nobody enrolled {name[:80]!r}; see 'fleet devices' for who is")
     state = next_state(name, state_at(record.state, record.not_after, now), change)
-    details = {"serials": revoke_certificates(db, name, now)} if change is IdentityChange.REVOKE else {}
+    details = (
+        {"serials": revoke_certificates(db, name, now)} if change is IdentityChange.REVOKE else {}
+    )
     record.state = state
     audit(db, actor, change, name, **details)
     return state
 
 
 def renew(
-    db: Session, fingerprint: str, key_hash: str, csr_name: str | None, make: MakeCertificate, now: float
+    db: Session,
+    fingerprint: str,
+    key_hash: str,
+    csr_name: str | None,
+    make: MakeCertificate,
+    now: float,
 ) -> Certified:
     """A certificate for another key of whoever holds one. See `Registry.renew`."""
     record = holder(db, fingerprint, now)
     db.refresh(record, with_for_update=True)
     db.expire_all()  # whoever held the record's lock before us may have revoked the certificate
     holder(db, fingerprint, now)
-    state = next_state(record.name, state_at(record.state, record.not_after, now), IdentityChange.RENEW)
+    state = next_state(
+        record.name, state_at(record.state, record.not_after, now), IdentityChange.RENEW
+    )
     if csr_name not in (None, record.name):
         raise TokenNameError(
             f"the signing request is for {str(csr_name)[:80]!r}: expected the certificate's {record.name!r}, or no name"
         )
     known = certificate_of_key(db, record.name, key_hash)
     if known and known.fingerprint == fingerprint:
-        raise CsrError("the signing request is for the key of the certificate itself: expected a new key")
+        raise CsrError(
+            "the signing request is for the key of the certificate itself: expected a new key"
+        )
     if known and known.not_after > now:
         return Certified(record.name, record.role, known.pem)
     issued = make(record.name, Role(record.role))

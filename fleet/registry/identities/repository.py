@@ -55,23 +55,28 @@ class IdentityRepository(Part):
             IdentityError: the name is taken (unless `replace`), is a group's, or the group's is a device's;
                 a target is neither a device nor a group nor a tag.
         """
-        wanted = Enrolment(name, role, group, targets=tuple(targets))
+        wanted = Enrolment(name=name, role=role, group=group, targets=tuple(targets))
 
         def work(db: Session) -> None:
             record = enroll(db, wanted, replace=replace)
             record.state = next_state(name, IdentityState.PENDING, IdentityChange.JOIN)
-            record.fingerprint, record.not_after = fingerprint, not_after
+            record.fingerprint = fingerprint
+            record.not_after = not_after
             self._audit_enrolment(db, wanted)
 
         self._transactions.write(work)
 
-    def add_certified(self, enrolled: Iterable[tuple[Enrolment, IssuedCertificate]], *, replace: bool = False) -> None:
+    def add_certified(
+        self, enrolled: Iterable[tuple[Enrolment, IssuedCertificate]], *, replace: bool = False
+    ) -> None:
         """Enrols each with a certificate that was made for it: all of them, or none.
 
         Raises:
             IdentityError: as `add_identity`.
         """
-        pairs = sorted(enrolled, key=lambda pair: pair[0].role is Role.APP)  # after the devices that they are allowed
+        pairs = sorted(
+            enrolled, key=lambda pair: pair[0].role is Role.APP
+        )  # after the devices that they are allowed
 
         def work(db: Session) -> None:
             for wanted, issued in pairs:
@@ -82,7 +87,9 @@ class IdentityRepository(Part):
 
         self._transactions.write(work)
 
-    def enroll(self, enrolments: Iterable[Enrolment], ttl_s: float, *, replace: bool = False) -> list[NewToken]:
+    def enroll(
+        self, enrolments: Iterable[Enrolment], ttl_s: float, *, replace: bool = False
+    ) -> list[NewToken]:
         """Makes or changes identities that wait to join, all of them or none: a token each, good for `ttl_s` seconds.
 
         Raises:
@@ -101,10 +108,24 @@ class IdentityRepository(Part):
         return self._transactions.write(work)
 
     def _audit_enrolment(self, db: Session, enrolment: Enrolment, **details: str | float) -> None:
-        described = {"role": enrolment.role.value, "group": enrolment.group, "allow": list(enrolment.targets)}
-        audit(db, self.actor, IdentityChange.ENROLL, enrolment.name, **described, tags=enrolment.tags, **details)
+        described = {
+            "role": enrolment.role.value,
+            "group": enrolment.group,
+            "allow": list(enrolment.targets),
+        }
+        audit(
+            db,
+            self.actor,
+            IdentityChange.ENROLL,
+            enrolment.name,
+            **described,
+            tags=enrolment.tags,
+            **details,
+        )
 
-    def join(self, claim: Claim, make: MakeCertificate, *, actor: str, now: float | None = None) -> Certified:
+    def join(
+        self, claim: Claim, make: MakeCertificate, *, actor: str, now: float | None = None
+    ) -> Certified:
         """Uses a token up: the first key that brings it gets a certificate, and the very same when it asks again.
 
         `actor` is who asks, for the audit log.
@@ -123,7 +144,12 @@ class IdentityRepository(Part):
             code = error.code
             self._transactions.write(
                 lambda db: audit(
-                    db, actor, "join_refused", name_of_token(db, claim.id) or claim.id, token=claim.id, code=code
+                    db,
+                    actor,
+                    "join_refused",
+                    name_of_token(db, claim.id) or claim.id,
+                    token=claim.id,
+                    code=code,
                 )
             )
             raise
@@ -146,7 +172,9 @@ class IdentityRepository(Part):
             CsrError: the key is the same.
         """
         at = now or time.time()
-        return self._transactions.write(lambda db: renew(db, fingerprint, key_hash, csr_name, make, at))
+        return self._transactions.write(
+            lambda db: renew(db, fingerprint, key_hash, csr_name, make, at)
+        )
 
     def role_of(self, fingerprint: str, now: float | None = None) -> tuple[str, Role]:
         """The name and role of whoever holds a certificate.
@@ -185,22 +213,25 @@ class IdentityRepository(Part):
 
     def identities(self, role: Role | None = None) -> list[IdentityRow]:
         """Everyone that was enrolled, by name; only those of `role` when it is given."""
-        query, now = select(IdentityRecord).order_by(IdentityRecord.name), time.time()
+        query = select(IdentityRecord).order_by(IdentityRecord.name)
+        now = time.time()
         with self._transactions.reading() as db:
             records = db.scalars(query.where(IdentityRecord.role == role) if role else query).all()
-            allowed = db.execute(select(AllowedTarget.app, AllowedTarget.target).order_by(AllowedTarget.target)).all()
+            allowed = db.execute(
+                select(AllowedTarget.app, AllowedTarget.target).order_by(AllowedTarget.target)
+            ).all()
             tags = all_tags(db)
         return [
             IdentityRow(
-                record.name,
-                record.role,
-                record.group,
-                tuple(target for app, target in allowed if app == record.name),
-                record.fingerprint,
-                record.created_at,
-                record.not_after,
-                state_at(record.state, record.not_after, now),
-                tags.get(record.name, {}),
+                name=record.name,
+                role=record.role,
+                group=record.group,
+                targets=tuple(target for app, target in allowed if app == record.name),
+                fingerprint=record.fingerprint,
+                created_at=record.created_at,
+                not_after=record.not_after,
+                state=state_at(record.state, record.not_after, now),
+                tags=tags.get(record.name, {}),
             )
             for record in records
         ]
@@ -209,7 +240,10 @@ class IdentityRepository(Part):
         """What `name` may do, with today's groups and tags; None for who is unknown, suspended, revoked or expired."""
         with self._transactions.reading() as db:
             record = db.get(IdentityRecord, name)
-            if record is None or state_at(record.state, record.not_after, time.time()) is not IdentityState.ACTIVE:
+            if (
+                record is None
+                or state_at(record.state, record.not_after, time.time()) is not IdentityState.ACTIVE
+            ):
                 return None
             return Grants(Role(record.role), name, targets_of(db, record))
 

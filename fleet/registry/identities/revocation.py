@@ -53,5 +53,7 @@ def denied(db: Session, now: float, limit: int) -> list[str]:
 
 
 def _is_out(now: float) -> ColumnElement[bool]:
-    has_expired = and_(IdentityRecord.state == IdentityState.ACTIVE, IdentityRecord.not_after <= now)
+    has_expired = and_(
+        IdentityRecord.state == IdentityState.ACTIVE, IdentityRecord.not_after <= now
+    )
     return or_(IdentityRecord.state.in_(BARRED), has_expired)

@@ -33,7 +33,10 @@ LEGAL: Final[dict[tuple[IdentityState, IdentityChange], IdentityState]] = {
     (IdentityState.PENDING, IdentityChange.ENROLL): IdentityState.PENDING,
     (IdentityState.PENDING, IdentityChange.JOIN): IdentityState.ACTIVE,
     (IdentityState.PENDING, IdentityChange.REVOKE): IdentityState.REVOKED,
-    (IdentityState.ACTIVE, IdentityChange.JOIN): IdentityState.ACTIVE,  # the same key asks again: its reply was lost
+    (
+        IdentityState.ACTIVE,
+        IdentityChange.JOIN,
+    ): IdentityState.ACTIVE,  # the same key asks again: its reply was lost
     (IdentityState.ACTIVE, IdentityChange.RENEW): IdentityState.ACTIVE,
     (IdentityState.ACTIVE, IdentityChange.SUSPEND): IdentityState.SUSPENDED,
     (IdentityState.ACTIVE, IdentityChange.REVOKE): IdentityState.REVOKED,
@@ -62,4 +65,6 @@ def next_state(name: str, state: IdentityState, change: IdentityChange) -> Ident
         return LEGAL[state, change]
     except KeyError:
         legal = ", ".join(each for known, each in LEGAL if known is state)
-        raise StateError(f"cannot {change} {name!r}, which is {state}: expected one of {legal}") from None
+        raise StateError(
+            f"cannot {change} {name!r}, which is {state}: expected one of {legal}"
+        ) from None

@@ -13,7 +13,11 @@ from sqlalchemy.orm import Session
 from fleet.errors import ExpiredTokenError, TokenNameError, UnknownTokenError, UsedTokenError
 from fleet.protocol.access import Role
 from fleet.registry.audit import audit
-from fleet.registry.identities.certificates import MakeCertificate, certificate_of_key, keep_certificate
+from fleet.registry.identities.certificates import (
+    MakeCertificate,
+    certificate_of_key,
+    keep_certificate,
+)
 from fleet.registry.identities.states import IdentityChange, next_state, state_at
 from fleet.registry.models import IdentityRecord, TokenRecord
 from fleet.registry.results import Certified, NewToken
@@ -47,7 +51,15 @@ def add_token(db: Session, name: str, ttl_s: float, now: float) -> NewToken:
     made = NewToken(name, secrets.token_hex(ID_BYTES), secrets.token_hex(SECRET_BYTES), now + ttl_s)
     secret_hash = hash_secret(made.secret)
     db.flush()
-    db.add(TokenRecord(id=made.id, name=name, secret_hash=secret_hash, created_at=now, expires_at=made.expires_at))
+    db.add(
+        TokenRecord(
+            id=made.id,
+            name=name,
+            secret_hash=secret_hash,
+            created_at=now,
+            expires_at=made.expires_at,
+        )
+    )
     return made
 
 
@@ -59,7 +71,9 @@ def forget_tokens(db: Session, name: str) -> None:
 def join(db: Session, actor: str, claim: Claim, make: MakeCertificate, now: float) -> Certified:
     """Uses a token up for a key. See `Registry.join`."""
     name = db.scalar(
-        select(TokenRecord.name).where(TokenRecord.id == claim.id, TokenRecord.secret_hash == claim.secret_hash)
+        select(TokenRecord.name).where(
+            TokenRecord.id == claim.id, TokenRecord.secret_hash == claim.secret_hash
+        )
     )
     # The identity is locked before the token, as when it is enrolled anew; else the two could wait for each other.
     record = db.get(IdentityRecord, name, with_for_update=True) if name else None
@@ -69,7 +83,9 @@ def join(db: Session, actor: str, claim: Claim, make: MakeCertificate, now: floa
     token = db.get(TokenRecord, claim.id)
     if token is None:
         raise _unknown()
-    state = next_state(record.name, state_at(record.state, record.not_after, now), IdentityChange.JOIN)
+    state = next_state(
+        record.name, state_at(record.state, record.not_after, now), IdentityChange.JOIN
+    )
     if token.key_hash != claim.key_hash:
         raise _unusable(token)
     if claim.name not in (None, record.name):

@@ -71,7 +71,7 @@ def look(db: Session, record: RolloutRecord, now: float, heard_since: float) -> 
     decision = decide(course, fates, at)
     if (since := course.watched_from) is None:
         return Assessment(fates, 0, (), decision)
-    evidence = evidence_of(db, record, course.plan, tuple(fates), since, now)
+    evidence = evidence_of(db, record, plan=course.plan, members=tuple(fates), since=since, now=now)
     watched_s = now - since
     is_final = watched_s >= course.plan.observe_s
     findings = examine(evidence, course.plan.limits, is_final=is_final)
@@ -89,15 +89,23 @@ def missing_worker(db: Session, bundle_id: str) -> str:
 
 
 def evidence_of(
-    db: Session, record: RolloutRecord, plan: RolloutPlan, members: tuple[str, ...], since: float, now: float
+    db: Session,
+    record: RolloutRecord,
+    plan: RolloutPlan,
+    members: tuple[str, ...],
+    since: float,
+    now: float,
 ) -> Evidence:
     """Answers of a stage's devices that began at `since` or later, and those to compare with."""
-    new = _count(db, StatsQuery(now, since), members)[record.bundle_id]
+    new = _count(db, StatsQuery(now=now, since=since), members)[record.bundle_id]
     if new["answers"] < plan.limits.min_answers:
         return Evidence(new, Counter(), Counter())
-    asked = StatsQuery(now, record.started_at - BASELINE_S, group=plan.group)
-    same, everyone = _count(db, asked, members), count(db, By.BUNDLE, asked)
-    others = _without({bundle_id: tally.counts for bundle_id, tally in everyone.items()}, record.bundle_id)
+    asked = StatsQuery(now=now, since=record.started_at - BASELINE_S, group=plan.group)
+    same = _count(db, asked, members)
+    everyone = count(db, By.BUNDLE, asked)
+    others = _without(
+        {bundle_id: tally.counts for bundle_id, tally in everyone.items()}, record.bundle_id
+    )
     return Evidence(new, mine := _without(same, record.bundle_id), others - mine)
 
 
@@ -126,20 +134,31 @@ def rollout_rows(db: Session, now: float, limit: int) -> list[RolloutRow]:
         fates = [fate for fate, _ in seen.fates.values()]
         rows.append(
             RolloutRow(
-                id=record.id, bundle_id=record.bundle_id, group=course.plan.group, state=record.state,
-                stage=record.stage, num_stages=course.plan.num_stages,
-                num_targets=len(candidates(db, course.plan.group, now)), num_told=len(course.members),
-                devices={fate: fates.count(fate) for fate in DeviceOutcome}, answers=seen.num_answers,
-                findings=seen.findings, reason=record.reason,
+                id=record.id,
+                bundle_id=record.bundle_id,
+                group=course.plan.group,
+                state=record.state,
+                stage=record.stage,
+                num_stages=course.plan.num_stages,
+                num_targets=len(candidates(db, course.plan.group, now)),
+                num_told=len(course.members),
+                devices={fate: fates.count(fate) for fate in DeviceOutcome},
+                answers=seen.num_answers,
+                findings=seen.findings,
+                reason=record.reason,
                 doing=seen.decision.reason if record.state != RolloutState.PAUSED else "",
-                started_at=record.started_at, stage_at=record.stage_at, ended_at=record.ended_at,
+                started_at=record.started_at,
+                stage_at=record.stage_at,
+                ended_at=record.ended_at,
                 plan=msgspec.to_builtins(course.plan),
             )
-        )  # fmt: skip
+        )
     return rows
 
 
-def _count(db: Session, asked: StatsQuery, devices: Sequence[str]) -> defaultdict[str, Counter[str]]:
+def _count(
+    db: Session, asked: StatsQuery, devices: Sequence[str]
+) -> defaultdict[str, Counter[str]]:
     """Counts of some devices by bundle, a chunk after the other: a statement takes only so many parameters."""
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for i in range(0, len(devices), CHUNK):

@@ -109,26 +109,39 @@ def examine(evidence: Evidence, limits: CanaryLimits, *, is_final: bool) -> list
 
 
 def _offload(evidence: Evidence, limits: CanaryLimits, z: float) -> Iterator[Finding]:
-    new, limit = _share(evidence.new, "cloud_tokens", "tokens"), limits.max_offload_increase
+    new = _share(evidence.new, "cloud_tokens", "tokens")
+    limit = limits.max_offload_increase
     old = _old(evidence, "cloud_tokens", "tokens", limits)
     if min(new.n, old.n) >= LEAST:
         text = f"offload {new.share:.1%}, before {old.share:.1%}, limit {limit:.1%} more"
-        yield _finding(text, ShareSample(new.share - old.share, new.n), increase_bound(new, old, z), limit, limits)
+        yield _finding(
+            text,
+            ShareSample(new.share - old.share, new.n),
+            increase_bound(new, old, z),
+            limit,
+            limits,
+        )
 
 
 def _agreement(evidence: Evidence, limits: CanaryLimits, z: float) -> Iterator[Finding]:
-    new, limit = _share(evidence.new, "agreed", "judged"), limits.max_agreement_drop
+    new = _share(evidence.new, "agreed", "judged")
+    limit = limits.max_agreement_drop
     old = _old(evidence, "agreed", "judged", limits)
     if min(new.n, old.n) >= LEAST:
         text = f"agreement {new.share:.1%}, before {old.share:.1%}, limit {limit:.1%} less"
-        bound = increase_bound(ShareSample(1 - new.share, new.n), ShareSample(1 - old.share, old.n), z)
+        bound = increase_bound(
+            ShareSample(1 - new.share, new.n), ShareSample(1 - old.share, old.n), z
+        )
         yield _finding(text, ShareSample(old.share - new.share, new.n), bound, limit, limits)
 
 
 def _errors(evidence: Evidence, limits: CanaryLimits, z: float) -> Iterator[Finding]:
-    new, old = _share(evidence.new, "errors", "answers"), _old(evidence, "errors", "answers", limits)
+    new = _share(evidence.new, "errors", "answers")
+    old = _old(evidence, "errors", "answers", limits)
     limit = max(limits.max_error_rate, old.share)
-    yield _finding(f"errors {new.share:.1%}, limit {limit:.1%}", new, wilson(new, z)[0], limit, limits)
+    yield _finding(
+        f"errors {new.share:.1%}, limit {limit:.1%}", new, wilson(new, z)[0], limit, limits
+    )
 
 
 def _times(evidence: Evidence, limits: CanaryLimits, z: float) -> Iterator[Finding]:
@@ -142,10 +155,12 @@ def _times(evidence: Evidence, limits: CanaryLimits, z: float) -> Iterator[Findi
     if before is None or sum(times) < LEAST:
         return
     for q in QUANTILES:
-        old_ms, new_ms = _quantile_ms(before, q), _quantile_ms(times, q)
+        old_ms = _quantile_ms(before, q)
+        new_ms = _quantile_ms(times, q)
         most_ms = _quantile_ms(before, wilson(ShareSample(q, sum(before)), z)[1])
         slow, surely = (
-            ShareSample(share_above(times, ms * limits.max_tpot_ratio), sum(times)) for ms in (old_ms, most_ms)
+            ShareSample(share_above(times, ms * limits.max_tpot_ratio), sum(times))
+            for ms in (old_ms, most_ms)
         )
         text = f"p{q * 100:.0f} {new_ms:.0f} ms a token, before {old_ms:.0f}, limit {limits.max_tpot_ratio:g} times"
         yield _finding(text, slow, wilson(surely, z)[0], 1 - q, limits)
@@ -172,7 +187,9 @@ def share_above(counts: Sequence[int], ms: float) -> float:
     return above / total if total else 0.0
 
 
-def _finding(text: str, value: ShareSample, bound: float, limit: float, limits: CanaryLimits) -> Finding:
+def _finding(
+    text: str, value: ShareSample, bound: float, limit: float, limits: CanaryLimits
+) -> Finding:
     """`value` is that which must not be above `limit`, `bound` the least that it is likely to be."""
     settled = value.n >= SETTLED * limits.min_answers
     if bound > limit or (settled and value.share > limit):
@@ -182,13 +199,15 @@ def _finding(text: str, value: ShareSample, bound: float, limit: float, limits: 
 
 def _old(evidence: Evidence, part: str, whole: str, limits: CanaryLimits) -> ShareSample:
     """Of the same devices when they have enough, else of who has more."""
-    same, others = _share(evidence.same, part, whole), _share(evidence.others, part, whole)
+    same = _share(evidence.same, part, whole)
+    others = _share(evidence.others, part, whole)
     return same if same.n >= min(limits.min_answers, others.n) else others
 
 
 def _share(counts: Counter[str], part: str, whole: str) -> ShareSample:
     """A part of the answers, or of some of their tokens."""
-    amount, all_ = counts[whole], counts["answers" if whole == "answers" else "tokens"]
+    amount = counts[whole]
+    all_ = counts["answers" if whole == "answers" else "tokens"]
     if not amount or not all_:
         return ShareSample(0.0, 0.0)
     return ShareSample(min(1.0, counts[part] / amount), counts["answers"] * min(1.0, amount / all_))

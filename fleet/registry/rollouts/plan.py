@@ -52,11 +52,15 @@ def check_plan(plan: RolloutPlan) -> RolloutPlan:
     try:
         plan = msgspec.convert(msgspec.to_builtins(plan), RolloutPlan)
     except msgspec.ValidationError as error:
-        raise RolloutError(f"a roll-out's plan is not usable: {error}; choose other values") from None
+        raise RolloutError(
+            f"a roll-out's plan is not usable: {error}; choose other values"
+        ) from None
     stages = plan.percentages
     if not stages or list(stages) != sorted(set(stages)) or stages[-1] != 100:
         shown = ",".join(map(str, stages))
-        raise RolloutError(f"stages {shown!r}: expected growing percentages that end with 100, such as 10,50,100")
+        raise RolloutError(
+            f"stages {shown!r}: expected growing percentages that end with 100, such as 10,50,100"
+        )
     if plan.group and plan.canary_group not in (None, plan.group):
         raise RolloutError(
             f"the canary's group {plan.canary_group!r} is not in the group {plan.group!r}; leave one of them out"
@@ -64,7 +68,7 @@ def check_plan(plan: RolloutPlan) -> RolloutPlan:
     return plan
 
 
-class PreviousState(Struct, frozen=True):
+class PreviousState(Struct, frozen=True, kw_only=True):
     """What a roll-out found when it told a device at `told_at`, and puts back: settings of the device's own scope.
 
     `served` is the bundle that the device said it served.
@@ -102,7 +106,9 @@ class Candidate(NamedTuple):
     error: str = ""
 
 
-def next_stage(course: RolloutProgress, stage: int, candidates: Sequence[Candidate]) -> tuple[int, list[str]]:
+def next_stage(
+    course: RolloutProgress, stage: int, candidates: Sequence[Candidate]
+) -> tuple[int, list[str]]:
     """The next stage after `stage` that adds devices, from 1 on, and those; behind the last stage when none does.
 
     Devices that are online come first, then by name.
@@ -122,11 +128,17 @@ def next_stage(course: RolloutProgress, stage: int, candidates: Sequence[Candida
     return plan.num_stages + 1, []
 
 
-def controls_for(course: RolloutProgress, candidates: Sequence[Candidate], members: Collection[str]) -> list[str]:
+def controls_for(
+    course: RolloutProgress, candidates: Sequence[Candidate], members: Collection[str]
+) -> list[str]:
     """As many devices as there are `members`, that keep their bundle and are compared with; once a roll-out."""
     if course.controls or not course.plan.agreement_sample:
         return []
-    rest = [each.device for each in sorted(candidates, key=_order) if each.online and each.device not in members]
+    rest = [
+        each.device
+        for each in sorted(candidates, key=_order)
+        if each.online and each.device not in members
+    ]
     return rest[: len(members)]
 
 
@@ -168,11 +180,16 @@ def fate_of(
         return DeviceOutcome.ABSENT, ""
     if seen.bundle_id == bundle_id:
         return (
-            (DeviceOutcome.FAILED, f"{seen.device} took it and went offline") if is_gone else (DeviceOutcome.TAKEN, "")
+            (DeviceOutcome.FAILED, f"{seen.device} took it and went offline")
+            if is_gone
+            else (DeviceOutcome.TAKEN, "")
         )
     since = max(at.began, before.told_at, 0.0 if before.online else seen.last_seen)
     if at.now >= since + plan.take_within_s:
-        return DeviceOutcome.FAILED, f"{seen.device} has not taken it within {plan.take_within_s:g} s"
+        return (
+            DeviceOutcome.FAILED,
+            f"{seen.device} has not taken it within {plan.take_within_s:g} s",
+        )
     return DeviceOutcome.PENDING, ""
 
 
@@ -205,25 +222,36 @@ def decide(
         return RolloutDecision(RolloutStep.UNDO, failed[0] + more)
     num_taken = sum(fate is DeviceOutcome.TAKEN for fate, _ in here.values())
     if any(fate is DeviceOutcome.PENDING for fate, _ in here.values()):
-        return RolloutDecision(RolloutStep.WAIT, f"{num_taken} of {len(fates)} devices have taken it")
+        return RolloutDecision(
+            RolloutStep.WAIT, f"{num_taken} of {len(fates)} devices have taken it"
+        )
     if not num_taken:
         if at.now >= at.began + plan.take_within_s:
-            return RolloutDecision(RolloutStep.FAIL, f"no device was there to take it within {plan.take_within_s:g} s")
+            return RolloutDecision(
+                RolloutStep.FAIL, f"no device was there to take it within {plan.take_within_s:g} s"
+            )
         return RolloutDecision(RolloutStep.WAIT, "its devices are offline")
     return RolloutDecision(RolloutStep.WATCH, f"{num_taken} of {len(fates)} devices have taken it")
 
 
-def judge(plan: RolloutPlan, findings: Iterable[Finding], num_answers: int, watched_s: float) -> RolloutDecision:
+def judge(
+    plan: RolloutPlan, findings: Iterable[Finding], num_answers: int, watched_s: float
+) -> RolloutDecision:
     """What to do with a stage that has been watched for `watched_s` seconds, and given `num_answers` answers."""
     found = list(findings)
     if worse := [each for each in found if each.outcome is Outcome.WORSE]:
         return RolloutDecision(RolloutStep.UNDO, "; ".join(each.text for each in worse))
     if watched_s < plan.observe_s:
-        return RolloutDecision(RolloutStep.WAIT, f"watched for {max(0.0, watched_s):.0f} of {plan.observe_s:g} s")
+        return RolloutDecision(
+            RolloutStep.WAIT, f"watched for {max(0.0, watched_s):.0f} of {plan.observe_s:g} s"
+        )
     if num_answers < plan.limits.min_answers:
-        return RolloutDecision(RolloutStep.WAIT, f"{num_answers} of {plan.limits.min_answers} answers")
+        return RolloutDecision(
+            RolloutStep.WAIT, f"{num_answers} of {plan.limits.min_answers} answers"
+        )
     if unsure := [each for each in found if each.outcome is Outcome.UNSURE]:
         return RolloutDecision(
-            RolloutStep.WAIT, "not enough answers to be sure: " + "; ".join(each.text for each in unsure)
+            RolloutStep.WAIT,
+            "not enough answers to be sure: " + "; ".join(each.text for each in unsure),
         )
     return RolloutDecision(RolloutStep.ADVANCE, "no worse than before")

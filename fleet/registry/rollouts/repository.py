@@ -15,7 +15,11 @@ from fleet.registry.rollouts.states import OPEN, RolloutEvent, RolloutState, nex
 
 
 def open_rollouts(db: Session) -> list[RolloutRecord]:
-    return list(db.scalars(select(RolloutRecord).where(RolloutRecord.state.in_(OPEN)).order_by(RolloutRecord.id)))
+    return list(
+        db.scalars(
+            select(RolloutRecord).where(RolloutRecord.state.in_(OPEN)).order_by(RolloutRecord.id)
+        )
+    )
 
 
 def course_of(record: RolloutRecord) -> RolloutProgress:
@@ -35,13 +39,24 @@ def keep_course(record: RolloutRecord, course: RolloutProgress) -> None:
     record.plan = msgspec.to_builtins(course)
 
 
-def enter(db: Session, actor: str, record: RolloutRecord, event: RolloutEvent, reason: str, now: float) -> None:
+def enter(
+    db: Session, actor: str, record: RolloutRecord, event: RolloutEvent, reason: str, now: float
+) -> None:
     """The state that follows; raises RolloutError when the event is not legal."""
     state = next_state(record.id, RolloutState(record.state), event)
-    record.state, record.reason = state, " ".join(reason.split())[:200]
+    record.state = state
+    record.reason = " ".join(reason.split())[:200]
     if state not in OPEN:
         record.ended_at = now
-    audit(db, actor, "rollout", subject_of(record), state=state, stage=record.stage, reason=record.reason)
+    audit(
+        db,
+        actor,
+        "rollout",
+        subject_of(record),
+        state=state,
+        stage=record.stage,
+        reason=record.reason,
+    )
 
 
 def candidates(db: Session, group: str | None, now: float) -> list[Candidate]:
@@ -55,7 +70,14 @@ def candidates(db: Session, group: str | None, now: float) -> list[Candidate]:
     if group is not None:
         query = query.where(IdentityRecord.group == group)
     return [
-        Candidate(identity.name, identity.group, said.online, said.bundle_id, said.last_seen, said.config_error)
+        Candidate(
+            identity.name,
+            identity.group,
+            online=said.online,
+            bundle_id=said.bundle_id,
+            last_seen=said.last_seen,
+            error=said.config_error,
+        )
         if said
         else Candidate(identity.name, identity.group, online=False)
         for identity, said in db.execute(query)

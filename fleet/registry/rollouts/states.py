@@ -53,5 +53,9 @@ def next_state(rollout: int, state: RolloutState, event: RolloutEvent) -> Rollou
     try:
         return LEGAL[state, event]
     except KeyError:
-        legal = ", ".join(each for known, each in LEGAL if known is state) or "nothing: it has ended"
-        raise RolloutError(f"cannot {event} roll-out {rollout}, which is {state}: expected one of {legal}") from None
+        legal = (
+            ", ".join(each for known, each in LEGAL if known is state) or "nothing: it has ended"
+        )
+        raise RolloutError(
+            f"cannot {event} roll-out {rollout}, which is {state}: expected one of {legal}"
+        ) from None

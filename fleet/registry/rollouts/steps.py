@@ -47,7 +47,9 @@ EVERY_S: Final = 2.0
 class RolloutEngine:
     """Takes every open roll-out a step further; all that it knows is in the registry."""
 
-    def __init__(self, registry: Registry, clock: Callable[[], float] = time.time, every_s: float = EVERY_S) -> None:
+    def __init__(
+        self, registry: Registry, clock: Callable[[], float] = time.time, every_s: float = EVERY_S
+    ) -> None:
         self._registry = registry
         self._clock = clock
         self._every_s = every_s
@@ -73,7 +75,9 @@ def start_rollout(db: Session, actor: str, bundle_id: str, plan: RolloutPlan, no
             open over some of them.
     """
     plan = check_plan(plan)
-    db.execute(select(BundleRecord.bundle_id).order_by(BundleRecord.bundle_id).with_for_update())  # one start at a time
+    db.execute(
+        select(BundleRecord.bundle_id).order_by(BundleRecord.bundle_id).with_for_update()
+    )  # one start at a time
     check_bundle(db, bundle_id)
     for other in open_rollouts(db):
         if None in (plan.group, group := course_of(other).plan.group) or group == plan.group:
@@ -86,18 +90,30 @@ def start_rollout(db: Session, actor: str, bundle_id: str, plan: RolloutPlan, no
         plan.canary_group and all(each.group != plan.canary_group for each in found)
     ):
         wanted = plan.canary_group or plan.group
-        raise RolloutError(f"no active device {f'in the group {wanted!r}' if wanted else ''}; see 'fleet devices'")
+        raise RolloutError(
+            f"no active device {f'in the group {wanted!r}' if wanted else ''}; see 'fleet devices'"
+        )
     record = RolloutRecord(
-        bundle_id=bundle_id, state=RolloutState.WAITING, stage=0, plan=msgspec.to_builtins(RolloutProgress(plan)),
-        reason=missing_worker(db, bundle_id), started_at=now, stage_at=now, ended_at=None,
-    )  # fmt: skip
+        bundle_id=bundle_id,
+        state=RolloutState.WAITING,
+        stage=0,
+        plan=msgspec.to_builtins(RolloutProgress(plan)),
+        reason=missing_worker(db, bundle_id),
+        started_at=now,
+        stage_at=now,
+        ended_at=None,
+    )
     db.add(record)
     db.flush()
-    audit(db, actor, "rollout", subject_of(record), bundle=bundle_id, plan=msgspec.to_builtins(plan))
+    audit(
+        db, actor, "rollout", subject_of(record), bundle=bundle_id, plan=msgspec.to_builtins(plan)
+    )
     return record.id
 
 
-def change_rollout(db: Session, actor: str, rollout: int | None, event: RolloutEvent, now: float) -> int:
+def change_rollout(
+    db: Session, actor: str, rollout: int | None, event: RolloutEvent, now: float
+) -> int:
     """Pauses, resumes or undoes a roll-out, or the one that is open; gives its id.
 
     Raises:
@@ -110,7 +126,7 @@ def change_rollout(db: Session, actor: str, rollout: int | None, event: RolloutE
     next_state(record.id, RolloutState(record.state), event)  # before anything is put back
     if event is RolloutEvent.UNDO:
         restore_previous(db, actor, record)
-    enter(db, actor, record, event, "by hand", now)
+    enter(db, actor, record=record, event=event, reason="by hand", now=now)
     return record.id
 
 
@@ -136,17 +152,33 @@ def take_step(db: Session, due: PendingStep, now: float) -> None:
 def act(db: Session, record: RolloutRecord, decided: RolloutDecision, now: float) -> None:
     actor = f"rollout {record.id}"
     match decided.step:
-        case RolloutStep.SERVE | RolloutStep.MISS:  # its devices have their time again, and are watched anew
+        case (
+            RolloutStep.SERVE | RolloutStep.MISS
+        ):  # its devices have their time again, and are watched anew
             record.stage_at = now
             watch(record, None)
-            enter(db, actor, record, RolloutEvent(decided.step), decided.reason, now)
+            enter(
+                db,
+                actor,
+                record=record,
+                event=RolloutEvent(decided.step),
+                reason=decided.reason,
+                now=now,
+            )
         case RolloutStep.WATCH:
             watch(record, now)
         case RolloutStep.ADVANCE:
             advance(db, actor, record, decided.reason, now)
         case RolloutStep.UNDO | RolloutStep.FAIL:
             restore_previous(db, actor, record)
-            enter(db, actor, record, RolloutEvent(decided.step), decided.reason, now)
+            enter(
+                db,
+                actor,
+                record=record,
+                event=RolloutEvent(decided.step),
+                reason=decided.reason,
+                now=now,
+            )
 
 
 def advance(db: Session, actor: str, record: RolloutRecord, reason: str, now: float) -> None:
@@ -156,32 +188,57 @@ def advance(db: Session, actor: str, record: RolloutRecord, reason: str, now: fl
     number, new = next_stage(course, record.stage, found)
     if not new:
         complete(db, actor, record, course)
-        enter(db, actor, record, RolloutEvent.COMPLETE, reason, now)
+        enter(db, actor, record=record, event=RolloutEvent.COMPLETE, reason=reason, now=now)
         return
     by_name = {each.device: each for each in found}
     sample = course.plan.agreement_sample or None
     controls = controls_for(course, found, new) if number < course.plan.num_stages else []
-    members, told = dict(course.members), dict(course.controls)
+    members = dict(course.members)
+    told = dict(course.controls)
 
     def tell(device: str, settings: Settings) -> Settings:
         seen = by_name[device]
-        before = PreviousState(now, seen.online, settings.bundle, settings.agreement_sample, seen.error, seen.bundle_id)
+        before = PreviousState(
+            told_at=now,
+            online=seen.online,
+            bundle=settings.bundle,
+            agreement_sample=settings.agreement_sample,
+            error=seen.error,
+            served=seen.bundle_id,
+        )
         if device in told:  # as a control it had the sample's share before
-            before = msgspec.structs.replace(before, agreement_sample=told.pop(device).agreement_sample)
+            before = msgspec.structs.replace(
+                before, agreement_sample=told.pop(device).agreement_sample
+            )
         members[device] = before
         return msgspec.structs.replace(
             settings, bundle=record.bundle_id, agreement_sample=sample or settings.agreement_sample
         )
 
     def sample_only(device: str, settings: Settings) -> Settings:
-        told[device] = PreviousState(now, True, settings.bundle, settings.agreement_sample)
+        told[device] = PreviousState(
+            told_at=now,
+            online=True,
+            bundle=settings.bundle,
+            agreement_sample=settings.agreement_sample,
+        )
         return msgspec.structs.replace(settings, agreement_sample=sample)
 
     change_scope(db, actor, Scope.DEVICE, new, tell)
     change_scope(db, actor, Scope.DEVICE, controls, sample_only)
-    record.stage, record.stage_at, record.reason = number, now, reason[:200]
+    record.stage = number
+    record.stage_at = now
+    record.reason = reason[:200]
     keep_course(record, RolloutProgress(course.plan, members, told))
-    audit(db, actor, "rollout_stage", subject_of(record), stage=number, devices=len(new), reason=reason)
+    audit(
+        db,
+        actor,
+        "rollout_stage",
+        subject_of(record),
+        stage=number,
+        devices=len(new),
+        reason=reason,
+    )
 
 
 def complete(db: Session, actor: str, record: RolloutRecord, course: RolloutProgress) -> None:
@@ -189,10 +246,22 @@ def complete(db: Session, actor: str, record: RolloutRecord, course: RolloutProg
     group = course.plan.group
     serve = {"bundle": record.bundle_id}
     wide = (Scope.GROUP, group) if group else (Scope.ALL, "")
-    change_scope(db, actor, wide[0], [wide[1]], lambda _, settings: msgspec.structs.replace(settings, **serve))
+    change_scope(
+        db,
+        actor,
+        wide[0],
+        [wide[1]],
+        lambda _, settings: msgspec.structs.replace(settings, **serve),
+    )
     if not group:
         groups = {name for name in db.scalars(select(IdentityRecord.group).distinct()) if name}
-        change_scope(db, actor, Scope.GROUP, groups, lambda _, settings: msgspec.structs.replace(settings, bundle=None))
+        change_scope(
+            db,
+            actor,
+            Scope.GROUP,
+            groups,
+            lambda _, settings: msgspec.structs.replace(settings, bundle=None),
+        )
     restore(db, actor, record, course, lambda *_: None)
 
 

@@ -37,7 +37,8 @@ class Tally:
 
     def add(self, report: GenerationReport) -> None:
         """Counts a report; one that stands for several answers puts all their times where its own are."""
-        answers, tokens = min(report.answers, MAX_ANSWERS), limited(report.tokens)
+        answers = min(report.answers, MAX_ANSWERS)
+        tokens = limited(report.tokens)
         self.counts.update(
             answers=answers,
             errors=answers if report.finish_reason == "error" else 0,
@@ -57,8 +58,12 @@ class Tally:
             self.counts[TTFT[bucket(report.ttft_ms)]] += answers
         if tokens > answers:
             self.counts[TPOT[bucket(report.tpot_ms)]] += answers
-        self.sources.update({source: limited(count) for source, count in report.sources.items() if count})
-        self.switches.update((switch.mode[:63], kind_of(switch.reason)) for switch in report.switches)
+        self.sources.update(
+            {source: limited(count) for source, count in report.sources.items() if count}
+        )
+        self.switches.update(
+            (switch.mode[:63], kind_of(switch.reason)) for switch in report.switches
+        )
 
 
 def limited(amount: int) -> int:
@@ -80,7 +85,9 @@ def quantile_ms(counts: Sequence[int], q: float) -> float | None:
     return quantiles_ms([counts], (q,))[0][0]
 
 
-def quantiles_ms(histograms: Sequence[Sequence[int]], qs: Sequence[float]) -> list[list[float | None]]:
+def quantiles_ms(
+    histograms: Sequence[Sequence[int]], qs: Sequence[float]
+) -> list[list[float | None]]:
     """For each of `qs` the quantile of every histogram.
 
     Linear within its bucket, whose ends are a factor of 1.41 apart; above the last end it is that end.
@@ -88,13 +95,20 @@ def quantiles_ms(histograms: Sequence[Sequence[int]], qs: Sequence[float]) -> li
     if not len(histograms):
         return [[] for _ in qs]
     counts = np.array(histograms, np.int64)
-    below, row = counts.cumsum(1), np.arange(len(counts))
-    total, quantiles = below[:, -1], []
+    below = counts.cumsum(1)
+    row = np.arange(len(counts))
+    total = below[:, -1]
+    quantiles = []
     for q in qs:
         rank = q * total
         bucket = (below < rank[:, None]).sum(1)
         inside = counts[row, bucket]
         share = (rank - below[row, bucket] + inside) / np.maximum(inside, 1)
         ms = ENDS_MS[bucket] + (ENDS_MS[bucket + 1] - ENDS_MS[bucket]) * share
-        quantiles.append([value if number else None for value, number in zip(ms.tolist(), total.tolist(), strict=True)])
+        quantiles.append(
+            [
+                value if number else None
+                for value, number in zip(ms.tolist(), total.tolist(), strict=True)
+            ]
+        )
     return quantiles

@@ -51,7 +51,8 @@ def store_status(db: Session, device: str, status: DeviceStatus, at: float) -> N
             )
         )
     elif known.online:
-        known.online, known.last_seen = False, at
+        known.online = False
+        known.last_seen = at
 
 
 def store_worker(db: Session, worker: str, status: WorkerStatus, at: float) -> None:
@@ -59,8 +60,11 @@ def store_worker(db: Session, worker: str, status: WorkerStatus, at: float) -> N
     known = db.get(WorkerRecord, worker)
     if not status.online:
         if known and known.online:
-            known.online, known.last_seen = False, at
-    elif db.scalar(select(exists().where(IdentityRecord.name == worker, IdentityRecord.role == Role.WORKER))):
+            known.online = False
+            known.last_seen = at
+    elif db.scalar(
+        select(exists().where(IdentityRecord.name == worker, IdentityRecord.role == Role.WORKER))
+    ):
         said = msgspec.to_builtins(status) | {"bundle_ids": list(status.bundle_ids)}
         db.merge(WorkerRecord(worker=worker, last_seen=at, **said))
 
@@ -86,10 +90,14 @@ def store_reports(db: Session, reports: dict[Key, GenerationReport]) -> dict[Key
                 f"generation {report.generation} counts {report.tokens} tokens, but its sources add up to {counted}"
             )
     devices = {device for device, _ in reports}
-    enrolled = db.scalars(select(IdentityRecord.name).where(is_device(), IdentityRecord.name.in_(devices)))
+    enrolled = db.scalars(
+        select(IdentityRecord.name).where(is_device(), IdentityRecord.name.in_(devices))
+    )
     for device in devices.difference(enrolled):
         fates |= {key: unknown_device(db, device) for key in reports if key[0] == device}
-    return fates | _store_sound(db, {key: report for key, report in reports.items() if key not in fates})
+    return fates | _store_sound(
+        db, {key: report for key, report in reports.items() if key not in fates}
+    )
 
 
 def _store_sound(db: Session, reports: dict[Key, GenerationReport]) -> dict[Key, IngestOutcome]:
@@ -100,7 +108,10 @@ def _store_sound(db: Session, reports: dict[Key, GenerationReport]) -> dict[Key,
     except (DataError, IntegrityError) as error:
         if len(reports) == 1:
             reason = " ".join(str(error.orig).split())
-            return {key: ReportError(f"the registry refuses generation {key[1]}: {reason}") for key in reports}
+            return {
+                key: ReportError(f"the registry refuses generation {key[1]}: {reason}")
+                for key in reports
+            }
     items = list(reports.items())
     middle = len(items) // 2
     return _store_sound(db, dict(items[:middle])) | _store_sound(db, dict(items[middle:]))
@@ -109,12 +120,17 @@ def _store_sound(db: Session, reports: dict[Key, GenerationReport]) -> dict[Key,
 def _insert(db: Session, reports: dict[Key, GenerationReport]) -> dict[Key, IngestOutcome]:
     row = GenerationRecord
     same = tuple_(row.device, row.generation).in_(list(reports))
-    known = {(device, generation) for device, generation in db.execute(select(row.device, row.generation).where(same))}
+    known = {
+        (device, generation)
+        for device, generation in db.execute(select(row.device, row.generation).where(same))
+    }
     new = {key: report for key, report in reports.items() if key not in known}
     if not new:
         return dict.fromkeys(reports, False)
     sessions = _sessions(db, new)
-    insert = _insert_into(db, row).on_conflict_do_nothing().returning(row.device, row.generation, row.id)
+    insert = (
+        _insert_into(db, row).on_conflict_do_nothing().returning(row.device, row.generation, row.id)
+    )
     rows = [_row(device, report, sessions) for (device, _), report in new.items()]
     ids = {(device, generation): id_ for device, generation, id_ in db.execute(insert, rows)}
     counts = [
@@ -133,31 +149,49 @@ def _sessions(db: Session, reports: dict[Key, GenerationReport]) -> dict[Key, in
     rows: dict[Key, dict[str, Any]] = {}
     for (device, _), report in sorted(reports.items(), key=lambda item: item[1].started_at):
         if report.session is not None:
-            new = {"device": device, "session": report.session, "worker": None, "opened_at": report.started_at}
+            new = {
+                "device": device,
+                "session": report.session,
+                "worker": None,
+                "opened_at": report.started_at,
+            }
             row = rows.setdefault((device, report.session), new)
             row["worker"] = report.worker or row["worker"]
     if not rows:
         return {}
-    ours, insert = SessionRecord, _insert_into(db, SessionRecord)
+    ours = SessionRecord
+    insert = _insert_into(db, SessionRecord)
     theirs = insert.excluded
     upsert = insert.on_conflict_do_update(
         index_elements=[ours.device, ours.session],
         set_={
             "worker": func.coalesce(theirs.worker, ours.worker),
-            "opened_at": case((theirs.opened_at < ours.opened_at, theirs.opened_at), else_=ours.opened_at),
+            "opened_at": case(
+                (theirs.opened_at < ours.opened_at, theirs.opened_at), else_=ours.opened_at
+            ),
         },
     ).returning(ours.device, ours.session, ours.id)
-    ordered = [rows[key] for key in sorted(rows)]  # two processes that write at once do not wait for each other
+    ordered = [
+        rows[key] for key in sorted(rows)
+    ]  # two processes that write at once do not wait for each other
     return {(device, session): id_ for device, session, id_ in db.execute(upsert, ordered)}
 
 
 def _row(device: str, report: GenerationReport, sessions: dict[Key, int]) -> dict[str, Any]:
     session_id = sessions[device, report.session] if report.session is not None else None
     fields = msgspec.to_builtins(report) | {"device": device, "session_id": session_id}
-    return {column.name: fields[column.name] for column in GenerationRecord.__table__.columns if column.name in fields}
+    return {
+        column.name: fields[column.name]
+        for column in GenerationRecord.__table__.columns
+        if column.name in fields
+    }
 
 
 def _insert_into(db: Session, table: type[Table]) -> postgresql.Insert | sqlite.Insert:
     """An INSERT that knows ON CONFLICT, which every dialect spells for itself."""
     into = table.metadata.tables[table.__tablename__]
-    return postgresql.insert(into) if db.get_bind().dialect.name == "postgresql" else sqlite.insert(into)
+    return (
+        postgresql.insert(into)
+        if db.get_bind().dialect.name == "postgresql"
+        else sqlite.insert(into)
+    )

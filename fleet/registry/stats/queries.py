@@ -19,7 +19,16 @@ from fleet.protocol.report import GenerationReport, Switch
 from fleet.registry.identities.devices import is_device
 from fleet.registry.models import GenerationRecord, IdentityRecord, TokenCount
 from fleet.registry.stats.aggregate import Tally
-from fleet.registry.stats.rollup_tables import AMOUNTS, HOUR_S, ROLLUPS, SOURCES, SUMMED, SWITCHES, TPOT, TTFT
+from fleet.registry.stats.rollup_tables import (
+    AMOUNTS,
+    HOUR_S,
+    ROLLUPS,
+    SOURCES,
+    SUMMED,
+    SWITCHES,
+    TPOT,
+    TTFT,
+)
 from fleet.registry.stats.rollups import span_start
 from fleet.registry.stats.time_spans import Spans, beginning, ladder, rounded_up, trend_span_s
 
@@ -38,7 +47,7 @@ class By(StrEnum):
     HOUR = "hour"
 
 
-class StatsQuery(msgspec.Struct, frozen=True):
+class StatsQuery(msgspec.Struct, frozen=True, kw_only=True):
     """What to count: answers since `since` (None is ever) of one device, a group's or all; `now` ends the trend.
 
     `devices` are those that are counted, None is every one of these.
@@ -55,12 +64,20 @@ def count(db: Session, by: By, asked: StatsQuery) -> defaultdict[Key, Tally]:
     """What was counted, by the rows' keys."""
     tallies: defaultdict[Key, Tally] = defaultdict(Tally)
     since = None if asked.since is None else beginning(asked.since, asked.now)
-    spans = ladder(since) if by is not By.HOUR else [Spans(HOUR_S, rounded_up(since or 0.0, HOUR_S), None)]
+    spans = (
+        ladder(since)
+        if by is not By.HOUR
+        else [Spans(HOUR_S, rounded_up(since or 0.0, HOUR_S), None)]
+    )
     for key, *sums in db.execute(_sums(ROLLUPS, by, asked, spans)).all():
         counts: Counter[str] = Counter()
         tallies[key] = Tally(counts)
-        dict.update(counts, zip(COUNTS, sums, strict=True))  # a Counter's own takes four times as long
-        tallies[key].sources.update({source: n for source, name in SUMMED.items() if (n := counts[name])})
+        dict.update(
+            counts, zip(COUNTS, sums, strict=True)
+        )  # a Counter's own takes four times as long
+        tallies[key].sources.update(
+            {source: n for source, name in SUMMED.items() if (n := counts[name])}
+        )
     for key, source, tokens in db.execute(_sums(SOURCES, by, asked, spans)).all():
         tallies[key].sources[source] += tokens
     for key, mode, reason, switches in db.execute(_sums(SWITCHES, by, asked, spans)).all():
@@ -86,14 +103,16 @@ def trends(db: Session, by: By, asked: StatsQuery) -> defaultdict[Key, list[floa
         oldest = db.scalar(select(func.min(ROLLUPS.c.start)).where(ROLLUPS.c.span_s == HOUR_S))
         since = asked.now if oldest is None else oldest
     span_s = trend_span_s(asked.now - since)
-    first, start = span_start(since, span_s), ROLLUPS.c.start
+    first = span_start(since, span_s)
+    start = ROLLUPS.c.start
     num_points = max(1, rounded_up(asked.now - first, span_s) // span_s)
     query = _rows(ROLLUPS, by, asked, start, ROLLUPS.c.tokens, ROLLUPS.c.cloud_tokens).where(
         _within(ROLLUPS, Spans(span_s, first, first + num_points * span_s))
     )
     sums: defaultdict[Key, list[int]] = defaultdict(lambda: [0] * (2 * num_points))
     for key, at, tokens, cloud_tokens in db.execute(query).all():  # hardly more than there are sums
-        row, i = sums[key], (at - first) // span_s
+        row = sums[key]
+        i = (at - first) // span_s
         row[i] += tokens
         row[i + num_points] += cloud_tokens
     points: defaultdict[Key, list[float | None]] = defaultdict(lambda: [None] * num_points)
@@ -110,19 +129,33 @@ def _within(table: Table, part: Spans) -> ColumnElement[bool]:
 
 def _rows(table: Table, by: By, asked: StatsQuery, *columns: ColumnElement[Any]) -> Select[Any]:
     """These columns of a table's rows, behind the key of the statistics' row that each belongs to."""
-    group = select(IdentityRecord.group).where(IdentityRecord.name == table.c.device).scalar_subquery()
-    key = {By.DEVICE: table.c.device, By.GROUP: group, By.BUNDLE: table.c.bundle_id, By.HOUR: table.c.start}[by]
+    group = (
+        select(IdentityRecord.group).where(IdentityRecord.name == table.c.device).scalar_subquery()
+    )
+    key = {
+        By.DEVICE: table.c.device,
+        By.GROUP: group,
+        By.BUNDLE: table.c.bundle_id,
+        By.HOUR: table.c.start,
+    }[by]
     query = select(key.label("key"), *columns)
     if asked.device is not None:
         query = query.where(table.c.device == asked.device)
     if asked.group is not None:
-        query = query.where(table.c.device.in_(select(IdentityRecord.name).where(IdentityRecord.group == asked.group)))
+        query = query.where(
+            table.c.device.in_(
+                select(IdentityRecord.name).where(IdentityRecord.group == asked.group)
+            )
+        )
     return query if asked.devices is None else query.where(table.c.device.in_(asked.devices))
 
 
-def _first_hour(db: Session, by: By, asked: StatsQuery, since: float) -> Iterable[tuple[Key, GenerationReport]]:
+def _first_hour(
+    db: Session, by: By, asked: StatsQuery, since: float
+) -> Iterable[tuple[Key, GenerationReport]]:
     """The generations from `since` to the end of its hour, each with its row's key."""
-    row, end = GenerationRecord, rounded_up(since, HOUR_S)
+    row = GenerationRecord
+    end = rounded_up(since, HOUR_S)
     query = (
         select(row, IdentityRecord.group)
         .join(IdentityRecord, IdentityRecord.name == row.device)
@@ -141,17 +174,38 @@ def _first_hour(db: Session, by: By, asked: StatsQuery, since: float) -> Iterabl
     ):
         sources[id_][source] = tokens
     for record, group in generations:
-        key = {By.DEVICE: record.device, By.GROUP: group, By.BUNDLE: record.bundle_id, By.HOUR: end - HOUR_S}[by]
+        key = {
+            By.DEVICE: record.device,
+            By.GROUP: group,
+            By.BUNDLE: record.bundle_id,
+            By.HOUR: end - HOUR_S,
+        }[by]
         yield key, _report(record, sources[record.id])
 
 
 def _report(record: GenerationRecord, sources: dict[str, int]) -> GenerationReport:
     return GenerationReport(
-        generation=record.generation, app=record.app, request=record.request, session=None, worker=record.worker,
-        bundle_id=record.bundle_id, mode=record.mode, started_at=record.started_at, prompt_tokens=record.prompt_tokens,
-        tokens=record.tokens, sources=sources, assists=record.assists, bytes_up=record.bytes_up,
-        bytes_down=record.bytes_down, ttft_ms=record.ttft_ms, tpot_ms=record.tpot_ms,
-        finish_reason=record.finish_reason, verifies=record.verifies, drafted=record.drafted,
-        switches=msgspec.convert(record.switches, tuple[Switch, ...]), answers=record.answers, judged=record.judged,
+        generation=record.generation,
+        app=record.app,
+        request=record.request,
+        session=None,
+        worker=record.worker,
+        bundle_id=record.bundle_id,
+        mode=record.mode,
+        started_at=record.started_at,
+        prompt_tokens=record.prompt_tokens,
+        tokens=record.tokens,
+        sources=sources,
+        assists=record.assists,
+        bytes_up=record.bytes_up,
+        bytes_down=record.bytes_down,
+        ttft_ms=record.ttft_ms,
+        tpot_ms=record.tpot_ms,
+        finish_reason=record.finish_reason,
+        verifies=record.verifies,
+        drafted=record.drafted,
+        switches=msgspec.convert(record.switches, tuple[Switch, ...]),
+        answers=record.answers,
+        judged=record.judged,
         agreed=record.agreed,
-    )  # fmt: skip
+    )

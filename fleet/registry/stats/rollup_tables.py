@@ -22,9 +22,20 @@ SUMMED: Final = {CLOUD: "cloud_tokens", FALLBACK: "fallback_tokens"}
 """Sources whose tokens are amounts of `ROLLUPS`; those of all others are rows of `SOURCES`."""
 
 AMOUNTS: Final = (
-    "answers", "errors", "prompt_tokens", "tokens", "cloud_tokens", "fallback_tokens", "assists", "verifies", "drafted",
-    "bytes_up", "bytes_down", "judged", "agreed",
-)  # fmt: skip
+    "answers",
+    "errors",
+    "prompt_tokens",
+    "tokens",
+    "cloud_tokens",
+    "fallback_tokens",
+    "assists",
+    "verifies",
+    "drafted",
+    "bytes_up",
+    "bytes_down",
+    "judged",
+    "agreed",
+)
 
 NUM_BUCKETS: Final = 32
 BUCKETS_MS: Final[tuple[float, ...]] = tuple(2.0 ** (1 + i / 2) for i in range(NUM_BUCKETS - 1))
@@ -52,7 +63,9 @@ ROLLUPS: Final = Table(
     Base.metadata,
     *_key(),
     *(Column(name, BigInteger, nullable=False) for name in AMOUNTS),
-    *(Column(name, Integer, nullable=False) for name in (*TTFT, *TPOT)),  # PostgreSQL adds these up twice as fast
+    *(
+        Column(name, Integer, nullable=False) for name in (*TTFT, *TPOT)
+    ),  # PostgreSQL adds these up twice as fast
     sqlite_with_rowid=False,
 )
 

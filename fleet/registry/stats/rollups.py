@@ -20,11 +20,15 @@ def add_to_rollups(db: Session, reports: Iterable[tuple[str, GenerationReport]])
     tallies: dict[tuple[int, int, str, str], Tally] = defaultdict(Tally)
     for device, report in reports:
         for span_s in SPANS_S:
-            tallies[span_s, span_start(report.started_at, span_s), device, report.bundle_id].add(report)
+            tallies[span_s, span_start(report.started_at, span_s), device, report.bundle_id].add(
+                report
+            )
     rolled: list[dict[str, Any]] = []
     sources: list[dict[str, Any]] = []
     switches: list[dict[str, Any]] = []
-    for (span_s, start, device, bundle_id), tally in sorted(tallies.items()):  # one order for all: no deadlock
+    for (span_s, start, device, bundle_id), tally in sorted(
+        tallies.items()
+    ):  # one order for all: no deadlock
         key = {"span_s": span_s, "start": start, "device": device, "bundle_id": bundle_id}
         rolled.append(key | tally.counts)
         sources += [
@@ -32,7 +36,10 @@ def add_to_rollups(db: Session, reports: Iterable[tuple[str, GenerationReport]])
             for source, n in sorted(tally.sources.items())
             if source not in SUMMED
         ]
-        switches += [{**key, "mode": m, "reason": r, "switches": n} for (m, r), n in sorted(tally.switches.items())]
+        switches += [
+            {**key, "mode": m, "reason": r, "switches": n}
+            for (m, r), n in sorted(tally.switches.items())
+        ]
     for table, rows in ((ROLLUPS, rolled), (SOURCES, sources), (SWITCHES, switches)):
         _add(db, table, rows)
 
@@ -49,7 +56,8 @@ def _add(db: Session, table: Table, rows: Iterable[Mapping[str, Any]]) -> None:
     insert = postgresql.insert if db.get_bind().dialect.name == "postgresql" else sqlite.insert
     statement = insert(table)
     statement = statement.on_conflict_do_update(
-        index_elements=key, set_={name: table.c[name] + statement.excluded[name] for name in amounts}
+        index_elements=key,
+        set_={name: table.c[name] + statement.excluded[name] for name in amounts},
     )
     if whole := [dict.fromkeys(amounts, 0) | dict(row) for row in rows]:
         db.execute(statement, whole)

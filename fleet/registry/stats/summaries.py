@@ -31,7 +31,8 @@ def device_stats(db: Session, asked: StatsQuery) -> list[StatsRow]:
     """A row for each device, by name, also for one without answers; raises UnknownDeviceError."""
     if asked.device is not None:
         check_device(db, asked.device)
-    tallies, points = count(db, By.DEVICE, asked), trends(db, By.DEVICE, asked)
+    tallies = count(db, By.DEVICE, asked)
+    points = trends(db, By.DEVICE, asked)
     query = (
         select(IdentityRecord.name, IdentityRecord.group, is_online(), StatusRecord.last_seen)
         .outerjoin(StatusRecord, StatusRecord.device == IdentityRecord.name)
@@ -48,14 +49,18 @@ def device_stats(db: Session, asked: StatsQuery) -> list[StatsRow]:
     ]
 
 
-def grouped_stats(db: Session, by: By, asked: StatsQuery) -> list[GroupStats] | list[BundleStats] | list[HourStats]:
+def grouped_stats(
+    db: Session, by: By, asked: StatsQuery
+) -> list[GroupStats] | list[BundleStats] | list[HourStats]:
     """A row for each group, bundle or hour that has answers, in order; raises UnknownDeviceError."""
     if asked.device is not None:
         check_device(db, asked.device)
     tallies = count(db, by, asked)
     points = trends(db, by, asked) if by is not By.HOUR else {}
     keys = sorted(tallies, key=lambda key: (key is not None, key))
-    rows = list(zip(keys, _counts([(tallies[key], points.get(key, ())) for key in keys]), strict=True))
+    rows = list(
+        zip(keys, _counts([(tallies[key], points.get(key, ())) for key in keys]), strict=True)
+    )
     if by is By.HOUR:
         return [HourStats(hour_at=float(key), **counts) for key, counts in rows]
     if by is By.BUNDLE:
@@ -72,15 +77,28 @@ def _counts(found: Sequence[tuple[Tally, Iterable[float | None]]]) -> list[dict[
     ]
     rows: list[dict[str, Any]] = []
     for (tally, trend), *times in zip(found, *quantiles, strict=True):
-        counts, sources = tally.counts, {name: tally.sources[name] for name in sorted(tally.sources, key=_depth)}
+        counts = tally.counts
+        sources = {name: tally.sources[name] for name in sorted(tally.sources, key=_depth)}
         total = sum(sources.values())
-        rows.append({
-            "generations": counts["answers"], "sources": sources, "offload_rate": round(offload_rate(sources), 6),
-            "shares": {source: round(tokens / total, 6) for source, tokens in sources.items()} if total else {},
-            "switches": {f"{mode}: {reason}": n for (mode, reason), n in tally.switches.most_common()},
-            "trend": tuple(trend), **{name: counts[name] for name in PLAIN}, "ttft_p50_ms": times[0],
-            "ttft_p95_ms": times[1], "tpot_p50_ms": times[2], "tpot_p95_ms": times[3],
-        })  # fmt: skip
+        rows.append(
+            {
+                "generations": counts["answers"],
+                "sources": sources,
+                "offload_rate": round(offload_rate(sources), 6),
+                "shares": {source: round(tokens / total, 6) for source, tokens in sources.items()}
+                if total
+                else {},
+                "switches": {
+                    f"{mode}: {reason}": n for (mode, reason), n in tally.switches.most_common()
+                },
+                "trend": tuple(trend),
+                **{name: counts[name] for name in PLAIN},
+                "ttft_p50_ms": times[0],
+                "ttft_p95_ms": times[1],
+                "tpot_p50_ms": times[2],
+                "tpot_p95_ms": times[3],
+            }
+        )
     return rows
 
 

@@ -36,7 +36,8 @@ def ladder(since: float | None) -> list[Spans]:
     """The fewest spans that hold all which started in a whole hour at `since` or later; None is ever."""
     if since is None:
         return [Spans(SPANS_S[-1], 0, None)]
-    steps, first = [], rounded_up(since, HOUR_S)
+    steps = []
+    first = rounded_up(since, HOUR_S)
     for span_s, longer_s in pairwise(SPANS_S):
         end = rounded_up(first, longer_s)
         if first < end:

@@ -38,17 +38,26 @@ def connected(
         yield secure
 
 
-def connect(client_id: str, *, level: int = 4, keep_alive_s: int = 0, will: tuple[str, bytes] | None = None) -> bytes:
+def connect(
+    client_id: str, *, level: int = 4, keep_alive_s: int = 0, will: tuple[str, bytes] | None = None
+) -> bytes:
     """A CONNECT packet (MQTT 3.1.1 section 3.1); the will is retained, with QoS 1."""
     flags = 0x02 | (0x2C if will else 0)
-    body = string(b"MQTT") + bytes([level, flags]) + keep_alive_s.to_bytes(2) + string(client_id.encode())
+    body = (
+        string(b"MQTT")
+        + bytes([level, flags])
+        + keep_alive_s.to_bytes(2)
+        + string(client_id.encode())
+    )
     if will:
         body += string(will[0].encode()) + string(will[1])
     return packet(0x10, body)
 
 
 def publish(topic: str, payload: bytes, qos: int = 0, packet_id: int = 1) -> bytes:
-    return packet(0x30 | qos << 1, string(topic.encode()) + (packet_id.to_bytes(2) if qos else b"") + payload)
+    return packet(
+        0x30 | qos << 1, string(topic.encode()) + (packet_id.to_bytes(2) if qos else b"") + payload
+    )
 
 
 def subscribe(topic_filter: str, qos: int = 0, packet_id: int = 1) -> bytes:

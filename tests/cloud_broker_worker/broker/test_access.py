@@ -35,7 +35,9 @@ def device_to_worker(device: str, worker: str = "w1") -> str:
 @contextmanager
 def claiming(identity: Identity, client_id: str, *, clean: bool) -> Iterator[paho.Client]:
     """A hostile client: the certificate of `identity`, the client id and user name of somebody else."""
-    client = paho.Client(CallbackAPIVersion.VERSION2, client_id, clean_session=clean, protocol=paho.MQTTv311)
+    client = paho.Client(
+        CallbackAPIVersion.VERSION2, client_id, clean_session=clean, protocol=paho.MQTTv311
+    )
     client.tls_set_context(identity.ssl_context())
     client.username_pw_set(client_id)
     answered = threading.Event()
@@ -89,7 +91,10 @@ def test_who_was_not_enrolled_reaches_nobody(site: Site) -> None:
     inbox = Inbox()
     with site.connect("s1") as watcher, site.connect("d1") as device:
         watcher.subscribe(topics.DEVICE_STATUS_FILTER, inbox, qos=1)
-        with suppress(LinkError), MqttTransport.connect(site.identity("stranger")) as stranger:  # mosquitto lets it in
+        with (
+            suppress(LinkError),
+            MqttTransport.connect(site.identity("stranger")) as stranger,
+        ):  # mosquitto lets it in
             stranger.publish(topics.device_status("stranger"), FORGED, qos=1)
             stranger.publish(topics.device_status("d1"), FORGED, qos=1)
         device.publish(topics.device_status("d1"), MARKER, qos=1)
@@ -129,23 +134,114 @@ def test_the_name_in_identity_json_cannot_be_anothers(amqtt_site: Site) -> None:
 @pytest.mark.parametrize(
     ("forger", "topic", "reader", "topic_filter", "owner", "allowed"),
     [
-        ("d2", topics.device_status("d1"), "s1", "ce/v1/d/+/status", "d1", topics.device_status("d1")),
+        (
+            "d2",
+            topics.device_status("d1"),
+            "s1",
+            "ce/v1/d/+/status",
+            "d1",
+            topics.device_status("d1"),
+        ),
         ("d2", topics.device_stats("d1"), "s1", "ce/v1/d/+/stats", "d1", topics.device_stats("d1")),
-        ("d2", topics.reply("d1", "a1", "r1"), "a1", "ce/v1/d/+/reply/a1/+", "d1", topics.reply("d1", "a1", "r1")),
-        ("d2", topics.open_session("d1"), "w1", topics.OPEN_FILTER, "d1", topics.open_session("d1")),
+        (
+            "d2",
+            topics.reply("d1", "a1", "r1"),
+            "a1",
+            "ce/v1/d/+/reply/a1/+",
+            "d1",
+            topics.reply("d1", "a1", "r1"),
+        ),
+        (
+            "d2",
+            topics.open_session("d1"),
+            "w1",
+            topics.OPEN_FILTER,
+            "d1",
+            topics.open_session("d1"),
+        ),
         ("d2", device_to_worker("d1"), "w1", "ce/v1/w/w1/+/+", "d1", device_to_worker("d1")),
-        ("d2", topics.to_device("d1", "s1"), "d1", "ce/v1/d/d1/s/+", "w1", topics.to_device("d1", "s1")),
-        ("a1", topics.prompt("d2", "a1", "r1"), "d2", "ce/v1/d/d2/prompt/+/+", "a2", topics.prompt("d2", "a2", "r1")),
-        ("a1", topics.prompt("d1", "a2", "r1"), "d1", "ce/v1/d/d1/prompt/+/+", "a1", topics.prompt("d1", "a1", "r1")),
-        ("a1", topics.cancel("d2", "a1", "r1"), "d2", "ce/v1/d/d2/cancel/+/+", "a2", topics.cancel("d2", "a2", "r1")),
-        ("a1", topics.event("a2", "warmth"), "d2", "ce/v1/e/a2/+", "a2", topics.event("a2", "warmth")),
-        ("d1", topics.event("a1", "warmth"), "d1", "ce/v1/e/a1/+", "a1", topics.event("a1", "warmth")),
+        (
+            "d2",
+            topics.to_device("d1", "s1"),
+            "d1",
+            "ce/v1/d/d1/s/+",
+            "w1",
+            topics.to_device("d1", "s1"),
+        ),
+        (
+            "a1",
+            topics.prompt("d2", "a1", "r1"),
+            "d2",
+            "ce/v1/d/d2/prompt/+/+",
+            "a2",
+            topics.prompt("d2", "a2", "r1"),
+        ),
+        (
+            "a1",
+            topics.prompt("d1", "a2", "r1"),
+            "d1",
+            "ce/v1/d/d1/prompt/+/+",
+            "a1",
+            topics.prompt("d1", "a1", "r1"),
+        ),
+        (
+            "a1",
+            topics.cancel("d2", "a1", "r1"),
+            "d2",
+            "ce/v1/d/d2/cancel/+/+",
+            "a2",
+            topics.cancel("d2", "a2", "r1"),
+        ),
+        (
+            "a1",
+            topics.event("a2", "warmth"),
+            "d2",
+            "ce/v1/e/a2/+",
+            "a2",
+            topics.event("a2", "warmth"),
+        ),
+        (
+            "d1",
+            topics.event("a1", "warmth"),
+            "d1",
+            "ce/v1/e/a1/+",
+            "a1",
+            topics.event("a1", "warmth"),
+        ),
         ("a1", "ce/v1/d/d1/config", "d1", "ce/v1/d/d1/config", "s1", "ce/v1/d/d1/config"),
-        ("w1", topics.device_reported("d1"), "d1", "ce/v1/d/d1/reported", "s1", topics.device_reported("d1")),
+        (
+            "w1",
+            topics.device_reported("d1"),
+            "d1",
+            "ce/v1/d/d1/reported",
+            "s1",
+            topics.device_reported("d1"),
+        ),
         ("d1", "ce/v1/d/d1/config", "d1", "ce/v1/d/d1/config", "s1", "ce/v1/d/d1/config"),
-        ("d1", topics.worker_status("w1"), "s1", topics.WORKER_STATUS_FILTER, "w1", topics.worker_status("w1")),
-        ("w2", topics.worker_status("w1"), "d1", topics.WORKER_STATUS_FILTER, "w1", topics.worker_status("w1")),
-        ("w1", topics.device_status("d1"), "s1", "ce/v1/d/+/status", "d1", topics.device_status("d1")),
+        (
+            "d1",
+            topics.worker_status("w1"),
+            "s1",
+            topics.WORKER_STATUS_FILTER,
+            "w1",
+            topics.worker_status("w1"),
+        ),
+        (
+            "w2",
+            topics.worker_status("w1"),
+            "d1",
+            topics.WORKER_STATUS_FILTER,
+            "w1",
+            topics.worker_status("w1"),
+        ),
+        (
+            "w1",
+            topics.device_status("d1"),
+            "s1",
+            "ce/v1/d/+/status",
+            "d1",
+            topics.device_status("d1"),
+        ),
         ("w2", device_to_worker("d1"), "w1", "ce/v1/w/w1/+/+", "d1", device_to_worker("d1")),
         ("d2", topics.REVOKED, "w1", topics.REVOKED, "s1", topics.REVOKED),
         ("w2", topics.REVOKED, "w1", topics.REVOKED, "s1", topics.REVOKED),
@@ -180,28 +276,111 @@ def _wait_acknowledged(transport: MqttTransport) -> None:
 @pytest.mark.parametrize(
     ("spy", "topic_filter", "sender", "secret", "marker_sender", "marker"),
     [
-        ("d2", "ce/v1/d/d1/prompt/+/+", "a1", topics.prompt("d1", "a1", "r1"), "w1", topics.to_device("d2", "m")),
-        ("d2", "ce/v1/d/+/prompt/+/+", "a1", topics.prompt("d1", "a1", "r1"), "w1", topics.to_device("d2", "m")),
-        ("d2", "ce/v1/d/d1/s/+", "w1", topics.to_device("d1", "s1"), "w1", topics.to_device("d2", "m")),
-        ("d2", "ce/v1/d/+/s/+", "w1", topics.to_device("d1", "s1"), "w1", topics.to_device("d2", "m")),
+        (
+            "d2",
+            "ce/v1/d/d1/prompt/+/+",
+            "a1",
+            topics.prompt("d1", "a1", "r1"),
+            "w1",
+            topics.to_device("d2", "m"),
+        ),
+        (
+            "d2",
+            "ce/v1/d/+/prompt/+/+",
+            "a1",
+            topics.prompt("d1", "a1", "r1"),
+            "w1",
+            topics.to_device("d2", "m"),
+        ),
+        (
+            "d2",
+            "ce/v1/d/d1/s/+",
+            "w1",
+            topics.to_device("d1", "s1"),
+            "w1",
+            topics.to_device("d2", "m"),
+        ),
+        (
+            "d2",
+            "ce/v1/d/+/s/+",
+            "w1",
+            topics.to_device("d1", "s1"),
+            "w1",
+            topics.to_device("d2", "m"),
+        ),
         ("d2", "ce/v1/#", "w1", topics.to_device("d1", "s1"), "w1", topics.to_device("d2", "m")),
         ("d2", "#", "w1", topics.to_device("d1", "s1"), "w1", topics.to_device("d2", "m")),
-        ("d2", "$share/g/ce/v1/d/d1/s/+", "w1", topics.to_device("d1", "s1"), "w1", topics.to_device("d2", "m")),
-        ("a2", "ce/v1/d/+/reply/a1/+", "d1", topics.reply("d1", "a1", "r1"), "d2", topics.reply("d2", "a2", "m")),
-        ("a2", "ce/v1/d/d1/reply/+/+", "d1", topics.reply("d1", "a1", "r1"), "d2", topics.reply("d2", "a2", "m")),
-        ("a1", "ce/v1/d/+/status", "d2", topics.device_status("d2"), "d1", topics.reply("d1", "a1", "m")),
+        (
+            "d2",
+            "$share/g/ce/v1/d/d1/s/+",
+            "w1",
+            topics.to_device("d1", "s1"),
+            "w1",
+            topics.to_device("d2", "m"),
+        ),
+        (
+            "a2",
+            "ce/v1/d/+/reply/a1/+",
+            "d1",
+            topics.reply("d1", "a1", "r1"),
+            "d2",
+            topics.reply("d2", "a2", "m"),
+        ),
+        (
+            "a2",
+            "ce/v1/d/d1/reply/+/+",
+            "d1",
+            topics.reply("d1", "a1", "r1"),
+            "d2",
+            topics.reply("d2", "a2", "m"),
+        ),
+        (
+            "a1",
+            "ce/v1/d/+/status",
+            "d2",
+            topics.device_status("d2"),
+            "d1",
+            topics.reply("d1", "a1", "m"),
+        ),
         ("d2", "ce/v1/e/a1/+", "a1", topics.event("a1", "warmth"), "a2", topics.event("a2", "m")),
         ("d2", "ce/v1/e/+/+", "a1", topics.event("a1", "warmth"), "a2", topics.event("a2", "m")),
-        ("a2", "ce/v1/e/a1/+", "a1", topics.event("a1", "warmth"), "d2", topics.reply("d2", "a2", "m")),
-        ("a1", "ce/v1/d/d1/stats", "d1", topics.device_stats("d1"), "d1", topics.reply("d1", "a1", "m")),
-        ("d2", topics.OPEN_FILTER, "d1", topics.open_session("d1"), "w1", topics.to_device("d2", "m")),
+        (
+            "a2",
+            "ce/v1/e/a1/+",
+            "a1",
+            topics.event("a1", "warmth"),
+            "d2",
+            topics.reply("d2", "a2", "m"),
+        ),
+        (
+            "a1",
+            "ce/v1/d/d1/stats",
+            "d1",
+            topics.device_stats("d1"),
+            "d1",
+            topics.reply("d1", "a1", "m"),
+        ),
+        (
+            "d2",
+            topics.OPEN_FILTER,
+            "d1",
+            topics.open_session("d1"),
+            "w1",
+            topics.to_device("d2", "m"),
+        ),
         ("d2", "ce/v1/w/+/+/+", "d1", device_to_worker("d1"), "w1", topics.to_device("d2", "m")),
         ("w2", "ce/v1/w/w1/+/+", "d1", device_to_worker("d1"), "d1", device_to_worker("d1", "w2")),
     ],
     ids=lambda value: value,
 )
 def test_nobody_reads_what_is_anothers(
-    site: Site, spy: str, topic_filter: str, sender: str, secret: str, marker_sender: str, marker: str
+    site: Site,
+    spy: str,
+    topic_filter: str,
+    sender: str,
+    secret: str,
+    marker_sender: str,
+    marker: str,
 ) -> None:
     inbox = Inbox()
     with site.connect(spy) as reader, site.connect(sender) as honest:
@@ -221,7 +400,10 @@ def test_a_will_reaches_no_topic_of_anothers(site: Site) -> None:
     inbox = Inbox()
     with site.connect("s1") as watcher, site.connect("d1") as victim:
         watcher.subscribe(topics.DEVICE_STATUS_FILTER, inbox, qos=1)
-        with suppress(LinkError), site.connect("d2", Will(topics.device_status("d1"), FORGED)) as attacker:
+        with (
+            suppress(LinkError),
+            site.connect("d2", Will(topics.device_status("d1"), FORGED)) as attacker,
+        ):
             sock = attacker._client.socket()
             assert isinstance(sock, socket.socket)
             sock.shutdown(socket.SHUT_RDWR)

@@ -31,7 +31,10 @@ SESSION = topics.to_device("d1", "s1")
 
 def test_a_busy_port_is_named_with_the_next_step(amqtt_site: Site) -> None:
     with (
-        pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{amqtt_site.port}: the port is in use; stop what uses it"),
+        pytest.raises(
+            ConfigError,
+            match=rf"127\.0\.0\.1:{amqtt_site.port}: the port is in use; stop what uses it",
+        ),
         EmbeddedBroker(HOST, amqtt_site.port, amqtt_site.tls, amqtt_site.lookup),
     ):
         pass
@@ -39,7 +42,10 @@ def test_a_busy_port_is_named_with_the_next_step(amqtt_site: Site) -> None:
 
 def test_a_missing_certificate_is_named(amqtt_site: Site, tmp_path: Path) -> None:
     tls = ServerTls(amqtt_site.tls.ca_file, tmp_path / "absent.pem", amqtt_site.tls.key_file)
-    with pytest.raises(IdentityError, match=r"absent\.pem"), EmbeddedBroker(HOST, 0, tls, amqtt_site.lookup):
+    with (
+        pytest.raises(IdentityError, match=r"absent\.pem"),
+        EmbeddedBroker(HOST, 0, tls, amqtt_site.lookup),
+    ):
         pass
 
 
@@ -72,9 +78,13 @@ def test_nagles_algorithm_is_off(amqtt_site: Site) -> None:
         accepted = [
             sock
             for sock in gc.get_objects()
-            if type(sock) is socket.socket and sock.fileno() >= 0 and _peer(sock) == client.getsockname()
+            if type(sock) is socket.socket
+            and sock.fileno() >= 0
+            and _peer(sock) == client.getsockname()
         ]
-        assert [bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)) for sock in accepted] == [True]
+        assert [
+            bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)) for sock in accepted
+        ] == [True]
 
 
 def _peer(sock: socket.socket) -> object:
@@ -148,7 +158,8 @@ def test_a_broken_packet_ends_its_sender_and_nobody_else(
 
 
 def test_the_largest_packet_passes(amqtt_site: Site) -> None:
-    inbox, topic = Inbox(), topics.to_worker("w1", "d1", "s1")
+    inbox = Inbox()
+    topic = topics.to_worker("w1", "d1", "s1")
     payload = bytes(MAX_PACKET_BYTES - 2 - len(topic))
     with amqtt_site.connect("w1") as worker, amqtt_site.connect("d1") as device:
         worker.subscribe("ce/v1/w/w1/+/+", inbox)
@@ -160,7 +171,9 @@ def test_a_client_that_falls_silent_is_put_out_and_its_will_sent(amqtt_site: Sit
     inbox = Inbox()
     with amqtt_site.connect("s1") as watcher:
         watcher.subscribe(STATUS, inbox, qos=1)
-        with raw.connected(amqtt_site.identity("d1"), keep_alive_s=1, will=(STATUS, b"dead")) as sock:
+        with raw.connected(
+            amqtt_site.identity("d1"), keep_alive_s=1, will=(STATUS, b"dead")
+        ) as sock:
             assert inbox.get() == (STATUS, b"dead")
             assert raw.is_closed(sock)
 
@@ -174,11 +187,15 @@ def test_a_client_that_pings_stays(amqtt_site: Site) -> None:
 
 
 def test_the_same_name_again_takes_over_and_the_old_will_is_not_sent(amqtt_site: Site) -> None:
-    seen, inbox = Inbox(), Inbox()
+    seen = Inbox()
+    inbox = Inbox()
     identity = amqtt_site.identity("d1")
     with amqtt_site.connect("s1") as watcher, amqtt_site.connect("w1") as worker:
         watcher.subscribe(STATUS, seen, qos=1)
-        with raw.connected(identity, will=(STATUS, b"dead")) as old, amqtt_site.connect("d1") as new:
+        with (
+            raw.connected(identity, will=(STATUS, b"dead")) as old,
+            amqtt_site.connect("d1") as new,
+        ):
             new.subscribe("ce/v1/d/d1/s/+", inbox)
             assert raw.is_closed(old)
             worker.publish(SESSION, b"to the new one")
@@ -195,9 +212,12 @@ def test_a_taken_over_connection_gets_nothing_published_any_more(amqtt_site: Sit
         assert raw.receive(new, 2) == raw.PINGRESP
 
 
-def test_a_subscriber_that_does_not_read_blocks_nobody(amqtt_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_subscriber_that_does_not_read_blocks_nobody(
+    amqtt_site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(connection_module, "MAX_UNSENT_BYTES", 1 << 20)
-    inbox, payload = Inbox(), bytes(100_000)
+    inbox = Inbox()
+    payload = bytes(100_000)
     with (
         amqtt_site.connect("w1") as worker,
         amqtt_site.connect("d2") as healthy,
@@ -225,7 +245,9 @@ def test_a_subscriber_that_does_not_read_what_must_arrive_is_put_out(
         raw.receive(stuck, 5)
         for i in range(150):
             app.publish(topics.prompt("d1", "a1", f"r{i}"), bytes(100_000), qos=1)
-        wait_until(lambda: "d1 is disconnected: it reads too slowly" in caplog.text, "d1 is put out")
+        wait_until(
+            lambda: "d1 is disconnected: it reads too slowly" in caplog.text, "d1 is put out"
+        )
 
 
 def test_who_is_not_enrolled_any_more_is_disconnected(amqtt_site: Site) -> None:
@@ -236,7 +258,9 @@ def test_who_is_not_enrolled_any_more_is_disconnected(amqtt_site: Site) -> None:
         amqtt_site.connect("d1")
 
 
-def test_a_registry_that_fails_lets_nobody_in(amqtt_site: Site, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_registry_that_fails_lets_nobody_in(
+    amqtt_site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(_name: str, _fingerprint: str) -> Grants | None:
         raise OSError("the database is gone")
 
@@ -281,7 +305,8 @@ def test_overlapping_subscriptions_bring_a_message_once(amqtt_site: Site) -> Non
 
 @pytest.mark.parametrize("request_name", ["r1", "status", "config", "revoked"])
 def test_only_status_and_config_are_kept_for_later(amqtt_site: Site, request_name: str) -> None:
-    inbox, topic = Inbox(), topics.reply("d1", "a1", request_name)
+    inbox = Inbox()
+    topic = topics.reply("d1", "a1", request_name)
     with amqtt_site.connect("d1") as device, amqtt_site.connect("a1") as app:
         device.publish(topic, b"kept for ever", qos=1, retain=True)
         app.subscribe("ce/v1/d/d1/status", inbox, qos=1)
@@ -292,7 +317,9 @@ def test_only_status_and_config_are_kept_for_later(amqtt_site: Site, request_nam
         assert inbox.until(b"marker") == []
 
 
-def test_many_messages_from_many_devices_reach_the_worker_in_each_ones_order(amqtt_site: Site) -> None:
+def test_many_messages_from_many_devices_reach_the_worker_in_each_ones_order(
+    amqtt_site: Site,
+) -> None:
     inbox = Inbox()
     with amqtt_site.connect("w1") as worker, ExitStack() as stack:
         worker.subscribe("ce/v1/w/w1/+/+", inbox)
@@ -316,5 +343,8 @@ def test_many_messages_from_many_devices_reach_the_worker_in_each_ones_order(amq
 
 
 def test_a_connection_that_says_nothing_holds_up_nobody(amqtt_site: Site) -> None:
-    with socket.create_connection((HOST, amqtt_site.port)), raw.tls_socket(amqtt_site.identity("d2")):
+    with (
+        socket.create_connection((HOST, amqtt_site.port)),
+        raw.tls_socket(amqtt_site.identity("d2")),
+    ):
         amqtt_site.connect("d1").close()

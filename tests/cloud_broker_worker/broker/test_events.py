@@ -48,7 +48,9 @@ def granted(registry: Registry) -> list[Grants]:
 def armed(stack: ExitStack, site: Site, device: str) -> Inbox:
     """The prompts of a device whose triggers wait for both apps."""
     inbox = Inbox()
-    EventTriggers(stack.enter_context(site.connect(device)), 1, inbox, lambda *_: False).set(TRIGGERS)
+    EventTriggers(stack.enter_context(site.connect(device)), 1, inbox, lambda *_: False).set(
+        TRIGGERS
+    )
     return inbox
 
 
@@ -73,7 +75,9 @@ def test_only_an_app_that_was_allowed_the_device_pulls_its_triggers(
         assert attic.is_empty
 
 
-def test_what_is_allowed_while_a_device_is_connected_takes_effect(registry: Registry, tmp_path: Path) -> None:
+def test_what_is_allowed_while_a_device_is_connected_takes_effect(
+    registry: Registry, tmp_path: Path
+) -> None:
     with running_site("amqtt", tmp_path / "site", granted(registry)) as site, ExitStack() as stack:
         kitchen = armed(stack, site, KITCHEN)
         thermostat = stack.enter_context(site.connect(THERMOSTAT))
@@ -107,7 +111,10 @@ def test_what_was_taken_back_reaches_nobody_any_more(registry: Registry, tmp_pat
 
 def _until_marker(inbox: Inbox) -> list[str]:
     """The prompts that came before the marker."""
-    return [parse_prompt(payload).prompt or "" for payload in inbox.until(msgspec.json.encode(MARKER_PROMPT))]
+    return [
+        parse_prompt(payload).prompt or ""
+        for payload in inbox.until(msgspec.json.encode(MARKER_PROMPT))
+    ]
 
 
 def _drained(inbox: Inbox) -> int:

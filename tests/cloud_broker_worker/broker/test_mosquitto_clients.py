@@ -26,17 +26,40 @@ def run(*words: str) -> str:
 
 
 def test_mosquitto_pub_prompts_a_device(site: Site) -> None:
-    inbox, topic = Inbox(), topics.prompt("d1", "a1", "r1")
+    inbox = Inbox()
+    topic = topics.prompt("d1", "a1", "r1")
     with site.connect("d1") as device:
         device.subscribe("ce/v1/d/d1/prompt/+/+", inbox, qos=1)
-        run(*command("mosquitto_pub", site.identity("a1"), "-t", topic, "-m", "How warm is it?", "-q", "1"))
+        run(
+            *command(
+                "mosquitto_pub",
+                site.identity("a1"),
+                "-t",
+                topic,
+                "-m",
+                "How warm is it?",
+                "-q",
+                "1",
+            )
+        )
         assert inbox.get() == (topic, b"How warm is it?")
 
 
 def test_mosquitto_sub_reads_a_status(site: Site) -> None:
     with site.connect("d1") as device:
         device.publish(topics.device_status("d1"), b"born", qos=1, retain=True)
-        line = run(*command("mosquitto_sub", site.identity("a1"), "-t", "ce/v1/d/d1/status", "-q", "1", "-C", "1"))
+        line = run(
+            *command(
+                "mosquitto_sub",
+                site.identity("a1"),
+                "-t",
+                "ce/v1/d/d1/status",
+                "-q",
+                "1",
+                "-C",
+                "1",
+            )
+        )
     assert line == "born\n"
 
 
@@ -45,15 +68,28 @@ def test_sub_and_pub_run_side_by_side_with_one_certificate(amqtt_site: Site) -> 
     with amqtt_site.connect("d1") as device:
         device.subscribe(
             "ce/v1/d/d1/prompt/+/+",
-            lambda topic, payload: device.publish(topics.reply("d1", *topic.split("/")[5:7]), payload.upper(), qos=1),
+            lambda topic, payload: device.publish(
+                topics.reply("d1", *topic.split("/")[5:7]), payload.upper(), qos=1
+            ),
             qos=1,
         )
-        words = command("mosquitto_sub", identity, "-t", "ce/v1/d/+/reply/a1/+", "-q", "1", "-C", "1")
+        words = command(
+            "mosquitto_sub", identity, "-t", "ce/v1/d/+/reply/a1/+", "-q", "1", "-C", "1"
+        )
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as sub:
 
             def answered() -> bool:
                 run(
-                    *command("mosquitto_pub", identity, "-t", topics.prompt("d1", "a1", "r1"), "-m", "warm?", "-q", "1")
+                    *command(
+                        "mosquitto_pub",
+                        identity,
+                        "-t",
+                        topics.prompt("d1", "a1", "r1"),
+                        "-m",
+                        "warm?",
+                        "-q",
+                        "1",
+                    )
                 )
                 return sub.poll() is not None
 

@@ -11,7 +11,12 @@ import pytest
 
 from cloud_broker_worker.broker.mosquitto import find_mosquitto
 from cloud_broker_worker.broker.mosquitto_reload import by_command, by_signal
-from cloud_broker_worker.broker.mosquitto_sync import HELD_S, MAX_EVICTIONS, RECHECK_S, MosquittoSync
+from cloud_broker_worker.broker.mosquitto_sync import (
+    HELD_S,
+    MAX_EVICTIONS,
+    RECHECK_S,
+    MosquittoSync,
+)
 from fleet.errors import ConfigError, LinkError
 from fleet.protocol.access import Role
 from fleet.registry.store import Registry
@@ -39,7 +44,9 @@ class Kept:
         self.broken: type[Exception] | None = None
         self.now = time.time()
         crl = CrlFile(folder / "crl.pem", self.authority)
-        self.keeper = MosquittoSync(folder, registry, crl, self._reload, self, lambda: self.now)
+        self.keeper = MosquittoSync(
+            folder, registry, crl=crl, reload=self._reload, evictions=self, clock=lambda: self.now
+        )
 
     def _reload(self) -> None:
         if self.broken is ConfigError:
@@ -55,7 +62,15 @@ class Kept:
         return [Spent(f"{number:x}", name) for number, name in enumerate(self.evicted, start=1)]
 
     def enroll(self, name: str) -> None:
-        enroll(self.registry, self.authority, name, Role.DEVICE, self.folder / name, host="localhost", port=8883)
+        enroll(
+            self.registry,
+            self.authority,
+            name,
+            Role.DEVICE,
+            self.folder / name,
+            host="localhost",
+            port=8883,
+        )
 
     def sync(self) -> int:
         """How often the broker was told."""
@@ -84,7 +99,10 @@ def test_without_a_change_nothing_is_written_and_nobody_told(kept: Kept) -> None
     before = (kept.folder / "acl").stat().st_mtime_ns, (kept.folder / "crl.pem").stat().st_mtime_ns
     kept.now += RECHECK_S
     assert kept.sync() == 0
-    assert before == ((kept.folder / "acl").stat().st_mtime_ns, (kept.folder / "crl.pem").stat().st_mtime_ns)
+    assert before == (
+        (kept.folder / "acl").stat().st_mtime_ns,
+        (kept.folder / "crl.pem").stat().st_mtime_ns,
+    )
 
 
 def test_a_revoked_name_loses_its_rights_and_its_session(kept: Kept) -> None:
@@ -94,7 +112,9 @@ def test_a_revoked_name_loses_its_rights_and_its_session(kept: Kept) -> None:
     assert "user d1\n" not in (kept.folder / "acl").read_text()
 
 
-def test_who_was_revoked_loses_the_session_though_the_rights_could_not_be_written_at_first(kept: Kept) -> None:
+def test_who_was_revoked_loses_the_session_though_the_rights_could_not_be_written_at_first(
+    kept: Kept,
+) -> None:
     kept.registry.revoke("d1")
     (kept.folder / "acl").unlink()
     (kept.folder / "acl").mkdir()
@@ -112,7 +132,9 @@ def test_the_certificate_of_an_eviction_is_on_the_list_afterwards(kept: Kept) ->
     assert kept.sync() == 0
 
 
-def test_a_session_is_ended_once_more_when_nobody_can_be_left_who_was_let_in_and_silent(kept: Kept) -> None:
+def test_a_session_is_ended_once_more_when_nobody_can_be_left_who_was_let_in_and_silent(
+    kept: Kept,
+) -> None:
     kept.registry.revoke("d1")
     kept.sync()
     kept.now += HELD_S - 1
@@ -162,8 +184,8 @@ def test_what_the_broker_was_not_told_before_a_restart_it_is_told_then(kept: Kep
         kept.keeper.sync()
     kept.broken = None
     kept.keeper = MosquittoSync(
-        kept.folder, kept.registry, CrlFile(kept.folder / "crl.pem", kept.authority), kept._reload, kept,
-        lambda: kept.now,
+        kept.folder, kept.registry, crl=CrlFile(kept.folder / "crl.pem", kept.authority), reload=kept._reload, evictions=kept,
+        clock=lambda: kept.now,
     )  # fmt: skip
     kept.sync()
     assert kept.reloads == 3, "at first, now, and for the certificate that ended the session"
@@ -194,6 +216,8 @@ def test_a_command_that_fails_is_named(tmp_path: Path) -> None:
         by_command("no-such-program --now")()
 
 
-def test_a_mosquitto_that_is_not_installed_comes_with_the_line_that_installs_it(tmp_path: Path) -> None:
+def test_a_mosquitto_that_is_not_installed_comes_with_the_line_that_installs_it(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(ConfigError, match="apt-get install mosquitto"):
         find_mosquitto(str(tmp_path))

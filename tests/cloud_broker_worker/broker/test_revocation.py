@@ -44,7 +44,10 @@ def wait_until_out(identity: Identity) -> None:
 
 
 def test_a_revoked_devices_connection_ends_within_five_seconds(site: RegisteredSite) -> None:
-    with raw.connected(site.identities["d1"]) as sock, raw.connected(site.identities["d2"]) as other:
+    with (
+        raw.connected(site.identities["d1"]) as sock,
+        raw.connected(site.identities["d2"]) as other,
+    ):
         site.registry.revoke("d1")
         revoked_at = time.monotonic()
         assert raw.is_closed(sock)
@@ -61,13 +64,18 @@ def test_who_connects_again_and_again_while_revoked_stays_out(site: RegisteredSi
         site.registry.revoke("d1")
         wait_until_out(site.identities["d1"])
         for _ in range(5):
-            with suppress(LinkError), site.connect("d1", Will(topics.device_status("d1"), b"will")) as revoked:
+            with (
+                suppress(LinkError),
+                site.connect("d1", Will(topics.device_status("d1"), b"will")) as revoked,
+            ):
                 revoked.publish(topics.device_status("d1"), b"revoked", qos=1)
         honest.publish(topics.device_status("d2"), MARKER, qos=1)
         assert inbox.until(MARKER) == []
 
 
-def test_the_old_certificate_of_a_name_that_was_enrolled_again_is_refused(site: RegisteredSite) -> None:
+def test_the_old_certificate_of_a_name_that_was_enrolled_again_is_refused(
+    site: RegisteredSite,
+) -> None:
     old = site.identities["d1"]
     site.registry.revoke("d1")
     wait_until_out(old)
@@ -79,7 +87,8 @@ def test_the_old_certificate_of_a_name_that_was_enrolled_again_is_refused(site: 
 def test_a_thief_with_the_old_certificate_reaches_nothing_of_the_name_that_was_enrolled_again(
     site: RegisteredSite,
 ) -> None:
-    old, inbox = site.identities["d1"], Inbox()
+    old = site.identities["d1"]
+    inbox = Inbox()
     site.registry.revoke("d1")
     wait_until_out(old)
     site.enroll("d1")
@@ -93,7 +102,9 @@ def test_a_thief_with_the_old_certificate_reaches_nothing_of_the_name_that_was_e
         assert device.is_up
 
 
-def test_a_suspended_device_is_out_and_comes_back_with_the_same_certificate(site: RegisteredSite) -> None:
+def test_a_suspended_device_is_out_and_comes_back_with_the_same_certificate(
+    site: RegisteredSite,
+) -> None:
     with raw.connected(site.identities["d1"]) as sock:
         site.registry.suspend("d1")
         assert raw.is_closed(sock)
@@ -104,7 +115,7 @@ def test_a_suspended_device_is_out_and_comes_back_with_the_same_certificate(site
 
 def test_an_expired_certificate_is_refused(site: RegisteredSite, tmp_path: Path) -> None:
     made = site.authority.certify("d1", Role.DEVICE, timedelta(seconds=-1))
-    config = FleetAddress(HOST, site.port).identity_config("d1", Role.DEVICE)
+    config = FleetAddress(host=HOST, port=site.port).identity_config("d1", Role.DEVICE)
     assert not can_connect(write_identity(made, tmp_path / "late", config))
 
 
@@ -126,7 +137,8 @@ def test_a_device_that_is_enrolled_later_is_let_in_with_its_rights(site: Registe
 def test_who_showed_its_certificate_before_it_was_revoked_and_speaks_after_it_may_do_nothing(
     mosquitto_site: RegisteredSite,
 ) -> None:
-    site, inbox = mosquitto_site, Inbox()
+    site = mosquitto_site
+    inbox = Inbox()
     with (
         site.connect("s1") as watcher,
         site.connect("d2") as honest,
@@ -136,7 +148,9 @@ def test_who_showed_its_certificate_before_it_was_revoked_and_speaks_after_it_ma
         watcher.subscribe(topics.DEVICE_STATUS_FILTER, inbox, qos=1)
         site.registry.revoke("d1")
         assert raw.is_closed(open_one)
-        silent.sendall(raw.connect("d1") + raw.publish(topics.device_status("d1"), b"revoked", qos=1))
+        silent.sendall(
+            raw.connect("d1") + raw.publish(topics.device_status("d1"), b"revoked", qos=1)
+        )
         raw.receive(silent, 8)
         honest.publish(topics.device_status("d2"), MARKER, qos=1)
         assert inbox.until(MARKER) == []
@@ -146,8 +160,11 @@ def test_who_showed_its_certificate_before_it_was_revoked_and_speaks_after_it_ma
 def test_who_was_let_in_late_is_put_out_when_its_name_belongs_to_another_device_already(
     mosquitto_site: RegisteredSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper, "HELD_S", 6.0)  # as if mosquitto had no patience with silent connections
-    site, old = mosquitto_site, mosquitto_site.identities["d1"]
+    monkeypatch.setattr(
+        keeper, "HELD_S", 6.0
+    )  # as if mosquitto had no patience with silent connections
+    site = mosquitto_site
+    old = mosquitto_site.identities["d1"]
     with raw.tls_socket(old) as silent:
         site.registry.revoke("d1")
         wait_until_out(old)

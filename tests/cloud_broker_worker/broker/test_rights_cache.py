@@ -28,14 +28,16 @@ class Registry:
 
 
 def test_the_registry_is_asked_once_in_two_seconds() -> None:
-    registry, now = Registry(), [100.0]
+    registry = Registry()
+    now = [100.0]
     rights = RightsCache(registry.admitted, lambda: now[0])
     assert [rights.of(HOLDER), rights.of(HOLDER)] == [DEVICE, DEVICE]
     assert registry.num_questions == 1
 
 
 def test_rights_that_were_taken_away_are_gone_after_two_seconds() -> None:
-    registry, now = Registry(), [100.0]
+    registry = Registry()
+    now = [100.0]
     rights = RightsCache(registry.admitted, lambda: now[0])
     assert rights.may(HOLDER, Action.PUBLISH, "ce/v1/d/d1/status")
     registry.known.clear()

@@ -43,7 +43,9 @@ class TinyModel:
     """The whole model in PyTorch: the reference."""
 
     def __init__(self, checkpoint: Path) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.float32
+        ).eval()
         self.num_layers: int = self.model.config.num_hidden_layers
 
     @torch.inference_mode()
@@ -57,9 +59,13 @@ class TinyModel:
     def logits(self, hidden_states: Float16, layer: int) -> torch.Tensor:
         """Logits [n, vocab] of the whole model when `hidden_states` enter `layer`, through Hugging Face's forward."""
         rows = torch.from_numpy(hidden_states).float()[None]
-        hook = self.model.model.layers[layer].register_forward_pre_hook(lambda _, args: (rows, *args[1:]))
+        hook = self.model.model.layers[layer].register_forward_pre_hook(
+            lambda _, args: (rows, *args[1:])
+        )
         try:
-            logits: torch.Tensor = self.model(torch.zeros(1, len(hidden_states), dtype=torch.int64)).logits[0]
+            logits: torch.Tensor = self.model(
+                torch.zeros(1, len(hidden_states), dtype=torch.int64)
+            ).logits[0]
         finally:
             hook.remove()
         return logits
@@ -71,7 +77,9 @@ def whole(tiny_checkpoint: Path) -> TinyModel:
 
 
 @pytest.fixture(scope="session")
-def cloud_bundle(whole: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Bundle]:
+def cloud_bundle(
+    whole: TinyModel, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], Bundle]:
     """Bundles with the cloud side alone, cut at a layer."""
 
     @cache
@@ -152,7 +160,12 @@ class Bench:
         return self.tell(Open(**fields | changes), device)  # type: ignore[arg-type]
 
     def context(
-        self, rows: Float16, start: int = 0, session: str = "s1", device: str = DEVICE, branch: int = 0
+        self,
+        rows: Float16,
+        start: int = 0,
+        session: str = "s1",
+        device: str = DEVICE,
+        branch: int = 0,
     ) -> list[ToDevice]:
         return self.tell(Context(session, pack_chunk(branch, start, rows)), device)
 
@@ -165,12 +178,30 @@ class Bench:
         deadline_ms: int = 1000,
         trusted: tuple[int, ...] = (),
     ) -> list[ToDevice]:
-        return self.tell(Verify("s1", request, branch, start, draft, deadline_ms, trusted=trusted))
+        return self.tell(
+            Verify(
+                session="s1",
+                request=request,
+                branch=branch,
+                start=start,
+                draft=draft,
+                deadline_ms=deadline_ms,
+                trusted=trusted,
+            )
+        )
 
     def assist(
-        self, position: int, request: int = 0, session: str = "s1", device: str = DEVICE, deadline_ms: int = 1000
+        self,
+        position: int,
+        request: int = 0,
+        session: str = "s1",
+        device: str = DEVICE,
+        deadline_ms: int = 1000,
     ) -> list[ToDevice]:
-        return self.tell(Assist(session, request, position, deadline_ms), device)
+        return self.tell(
+            Assist(session=session, request=request, position=position, deadline_ms=deadline_ms),
+            device,
+        )
 
     def step(self) -> dict[SessionKey, ToDevice]:
         return dict(self.engine.step() or [])

@@ -36,7 +36,9 @@ def issue(tmp_path: Path) -> Callable[[Role], Identity]:
     return lambda role: authority.issue("worker-1", role, tmp_path / role, HOST, port)
 
 
-def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+def fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str
+) -> str:
     """Runs the command, expects exit status 1, and gives its one line on stderr."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test runner keeps its own
     monkeypatch.setattr(sys, "argv", ["worker", "run", *arguments])
@@ -55,16 +57,22 @@ def test_a_folder_without_an_identity_is_named(
 
 
 def test_the_identity_of_a_device_is_refused(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, issue: Callable[[Role], Identity]
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    issue: Callable[[Role], Identity],
 ) -> None:
     line = fails(capsys, monkeypatch, str(issue(Role.DEVICE).folder))
     assert "is the identity of a device, expected a worker's" in line
 
 
 def test_a_worker_without_a_bundle_is_told_how_to_name_one(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, issue: Callable[[Role], Identity]
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    issue: Callable[[Role], Identity],
 ) -> None:
-    assert "names no bundle; pass one with --bundle DIR" in fails(capsys, monkeypatch, str(issue(Role.WORKER).folder))
+    assert "names no bundle; pass one with --bundle DIR" in fails(
+        capsys, monkeypatch, str(issue(Role.WORKER).folder)
+    )
 
 
 def test_a_broker_that_is_not_there_is_named(
@@ -86,8 +94,18 @@ class RunningWorker:
         self.statuses = Inbox()
         server.subscribe(topics.WORKER_STATUS_FILTER, self.statuses, qos=1)
         folder = site.identity("w1").folder
-        command = [sys.executable, "-m", "cloud_broker_worker", "run", str(folder), "--bundle", str(bundle.folder)]
-        self.process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "cloud_broker_worker",
+            "run",
+            str(folder),
+            "--bundle",
+            str(bundle.folder),
+        ]
+        self.process = subprocess.Popen(
+            [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         self._killer = threading.Timer(START_S, self.process.kill)
 
     def __enter__(self) -> Self:
@@ -95,7 +113,10 @@ class RunningWorker:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._killer.cancel()
         self.process.kill()
@@ -123,11 +144,15 @@ def test_a_worker_process_says_when_it_is_ready_and_leaves_in_good_order_on_sigt
         site.connect("s1") as server,
         RunningWorker(site, server, bundle) as worker,
     ):
-        assert f"worker w1 serves tiny, bundle {bundle.manifest.bundle_id}, layers 2 to 4" in worker.ready_line()
+        assert (
+            f"worker w1 serves tiny, bundle {bundle.manifest.bundle_id}, layers 2 to 4"
+            in worker.ready_line()
+        )
         born = worker.next_status()
         worker.process.send_signal(signal.SIGTERM)
         assert worker.end() == (0, "")
-        draining, gone = worker.next_status(), worker.next_status()
+        draining = worker.next_status()
+        gone = worker.next_status()
     assert born.online
     assert born.bundle_ids == (bundle.manifest.bundle_id,)
     assert (draining.online, draining.draining) == (True, True)
@@ -147,13 +172,24 @@ def test_after_one_sigterm_sessions_are_served_on_and_after_a_second_they_are_se
         worker.ready_line()
         answers = Inbox()
         device.subscribe(topics.to_device("d1", "+"), answers)
-        opening = Open("a1", 1, bundle.manifest.bundle_id, PROTOCOL, Sampling(), 64, 60_000)
+        opening = Open(
+            session="a1",
+            epoch=1,
+            bundle_id=bundle.manifest.bundle_id,
+            protocol=PROTOCOL,
+            sampling=Sampling(),
+            max_positions=64,
+            deadline_ms=60_000,
+        )
         device.publish(topics.open_session("d1"), encode(opening), qos=1)
         assert isinstance(decode_to_device(answers.get()[1]), Opened)
         worker.process.send_signal(signal.SIGTERM)
         while not worker.next_status().draining:
             pass
-        device.publish(topics.to_worker("w1", "d1", "a1"), encode(Assist("a1", 0, 5, 60_000)))
+        device.publish(
+            topics.to_worker("w1", "d1", "a1"),
+            encode(Assist(session="a1", request=0, position=5, deadline_ms=60_000)),
+        )
         assert decode_to_device(answers.get()[1]) == Gap("a1", 0, 0)
         worker.process.send_signal(signal.SIGTERM)
         refused = decode_to_device(answers.get()[1])

@@ -12,7 +12,18 @@ from msgspec.structs import replace
 from cloud_broker_worker.worker.session import SessionKey
 from fleet.protocol.codec import pack_chunk
 from fleet.protocol.hidden_states import CONTEXT_DTYPES
-from fleet.protocol.messages import PROTOCOL, Assist, Close, Context, Gap, Opened, Refused, Sampling, ToDevice, Token
+from fleet.protocol.messages import (
+    PROTOCOL,
+    Assist,
+    Close,
+    Context,
+    Gap,
+    Opened,
+    Refused,
+    Sampling,
+    ToDevice,
+    Token,
+)
 from tests.cloud_broker_worker.worker.conftest import DEVICE, Bench
 
 
@@ -23,7 +34,14 @@ def refusal(messages: list[ToDevice]) -> Refused:
 
 
 def opened(received: int) -> Opened:
-    return Opened("s1", "worker-1", received, 96 * 1024, 1 << 20, CONTEXT_DTYPES)
+    return Opened(
+        session="s1",
+        worker="worker-1",
+        received=received,
+        max_chunk_bytes=96 * 1024,
+        window_bytes=1 << 20,
+        dtypes=CONTEXT_DTYPES,
+    )
 
 
 # open
@@ -84,7 +102,9 @@ def test_two_devices_may_call_their_sessions_the_same(bench: Bench) -> None:
 # context
 
 
-def test_an_assist_is_answered_with_the_whole_models_token_and_its_log_probability(bench: Bench) -> None:
+def test_an_assist_is_answered_with_the_whole_models_token_and_its_log_probability(
+    bench: Bench,
+) -> None:
     rows = bench.upload(12)
     bench.open()
     assert bench.context(rows) == []
@@ -130,7 +150,9 @@ def test_duplicates_and_overlaps_add_only_what_is_new(bench: Bench) -> None:
     rows = bench.upload(10)
     bench.open()
     for start, stop in ((0, 6), (0, 6), (2, 5), (4, 10), (0, 10)):
-        assert not any(isinstance(answer, Gap) for answer in bench.context(rows[start:stop], start=start))
+        assert not any(
+            isinstance(answer, Gap) for answer in bench.context(rows[start:stop], start=start)
+        )
     assert bench.engine.sessions[SessionKey(DEVICE, "s1")].received == 10
     bench.assist(9)
     assert bench.token().token_id == bench.expected_token(rows)
@@ -150,10 +172,14 @@ def test_a_duplicate_with_other_values_does_not_change_what_arrived_first(bench:
     [{"crc32": 1}, {"dtype": "float32"}, {"data": b"\x00" * 10}, {"count": 3}],
     ids=["checksum", "dtype", "size", "count"],
 )
-def test_a_spoiled_context_is_not_taken_and_is_asked_for_again(bench: Bench, changes: dict[str, Any]) -> None:
+def test_a_spoiled_context_is_not_taken_and_is_asked_for_again(
+    bench: Bench, changes: dict[str, Any]
+) -> None:
     rows = bench.upload(8)
     bench.open()
-    assert bench.tell(Context("s1", replace(pack_chunk(0, 0, rows), **changes))) == [Gap("s1", 0, 0)]
+    assert bench.tell(Context("s1", replace(pack_chunk(0, 0, rows), **changes))) == [
+        Gap("s1", 0, 0)
+    ]
     assert bench.context(rows) == []
     bench.assist(7)
     assert bench.token().token_id == bench.expected_token(rows)
@@ -177,7 +203,11 @@ def test_context_beyond_what_was_opened_is_refused_and_the_rest_serves_on(bench:
 
 
 @pytest.mark.parametrize(
-    "message", [Assist("s9", 0, 0, 100), Context("s9", pack_chunk(0, 0, np.zeros((1, 64), np.float16)))]
+    "message",
+    [
+        Assist(session="s9", request=0, position=0, deadline_ms=100),
+        Context("s9", pack_chunk(0, 0, np.zeros((1, 64), np.float16))),
+    ],
 )
 def test_a_session_that_nobody_opened_is_unknown(bench: Bench, message: Assist | Context) -> None:
     assert refusal(bench.tell(message)).code == "unknown_session"
@@ -190,7 +220,9 @@ def test_an_assist_may_bring_its_context(bench: Bench) -> None:
     rows = bench.upload(12)
     bench.open()
     bench.context(rows[:8])
-    message = Assist("s1", 0, 11, 1000, pack_chunk(0, 8, rows[8:]))
+    message = Assist(
+        session="s1", request=0, position=11, deadline_ms=1000, chunk=pack_chunk(0, 8, rows[8:])
+    )
     assert bench.tell(message) == []
     token = bench.token()
     assert token.token_id == bench.expected_token(rows)
@@ -201,7 +233,11 @@ def test_context_that_comes_with_a_question_and_behind_a_hole_gives_one_gap(benc
     rows = bench.upload(12)
     bench.open()
     bench.context(rows[:4])
-    assert bench.tell(Assist("s1", 0, 11, 1000, pack_chunk(0, 8, rows[8:]))) == [Gap("s1", 0, 4)]
+    assert bench.tell(
+        Assist(
+            session="s1", request=0, position=11, deadline_ms=1000, chunk=pack_chunk(0, 8, rows[8:])
+        )
+    ) == [Gap("s1", 0, 4)]
     bench.context(rows[4:], start=4)
     assert bench.token().token_id == bench.expected_token(rows)
 
@@ -232,7 +268,11 @@ def test_a_new_request_for_an_earlier_position_gets_that_positions_token(bench: 
     bench.token()
     bench.assist(12, request=1)
     token = bench.token()
-    assert (token.request, token.position, token.token_id) == (1, 12, bench.expected_token(rows[:13]))
+    assert (token.request, token.position, token.token_id) == (
+        1,
+        12,
+        bench.expected_token(rows[:13]),
+    )
     bench.assist(19, request=2)
     assert bench.token().token_id == bench.expected_token(rows)
 
@@ -261,7 +301,9 @@ def test_an_assist_whose_deadline_has_passed_is_dropped_silently(bench: Bench) -
 # batches
 
 
-def test_all_sessions_with_a_ready_assist_run_in_one_step_and_the_others_do_not(bench: Bench) -> None:
+def test_all_sessions_with_a_ready_assist_run_in_one_step_and_the_others_do_not(
+    bench: Bench,
+) -> None:
     for i in range(4):
         bench.open(f"s{i}")
         bench.context(bench.upload(3 + i, seed=i), session=f"s{i}")
@@ -278,7 +320,8 @@ def test_all_sessions_with_a_ready_assist_run_in_one_step_and_the_others_do_not(
 
 def test_a_long_prefill_is_cut_and_does_not_hold_up_short_assists(bench: Bench) -> None:
     bench.start(max_batch_positions=16)
-    long, short = bench.upload(60), bench.upload(2, seed=1)
+    long = bench.upload(60)
+    short = bench.upload(2, seed=1)
     bench.open("long")
     bench.context(long, session="long")
     bench.assist(59, session="long")
@@ -317,7 +360,14 @@ def test_a_closed_session_gives_its_memory_back_and_closing_twice_is_no_error(be
     assert bench.engine.pool.used_bytes == 0
 
 
-def ask(bench: Bench, session: str, seed: int, request: int = 0, device: str = DEVICE, num_rows: int = 12) -> None:
+def ask(
+    bench: Bench,
+    session: str,
+    seed: int,
+    request: int = 0,
+    device: str = DEVICE,
+    num_rows: int = 12,
+) -> None:
     """Uploads a session's rows, where they are not there yet, and asks for the token after the last."""
     bench.context(bench.upload(num_rows, seed=seed), session=session, device=device)
     bench.assist(num_rows - 1, request=request, session=session, device=device)
@@ -340,7 +390,10 @@ def test_an_evicted_session_keeps_its_context_and_its_cache_is_built_again(bench
 
 def test_the_least_recently_used_idle_cache_goes_first(bench: Bench) -> None:
     shape = bench.engine.pool.shape
-    bench.start(kv_budget_bytes=2 * 64 * shape.cache_bytes + 3 * 64 * shape.hidden_bytes, max_device_share=1.0)
+    bench.start(
+        kv_budget_bytes=2 * 64 * shape.cache_bytes + 3 * 64 * shape.hidden_bytes,
+        max_device_share=1.0,
+    )
     for session in ("a", "b"):
         bench.open(session)
         ask(bench, session, 1)
@@ -357,7 +410,10 @@ def test_the_least_recently_used_idle_cache_goes_first(bench: Bench) -> None:
 
 def test_a_device_over_its_share_loses_its_own_caches_first(bench: Bench) -> None:
     shape = bench.engine.pool.shape
-    bench.start(kv_budget_bytes=3 * 64 * shape.cache_bytes + 4 * 64 * shape.hidden_bytes, max_device_share=0.4)
+    bench.start(
+        kv_budget_bytes=3 * 64 * shape.cache_bytes + 4 * 64 * shape.hidden_bytes,
+        max_device_share=0.4,
+    )
     for session, device in (("other", "edge-2"), ("a", DEVICE), ("b", DEVICE)):
         bench.open(session, device=device)
         ask(bench, session, 1, device=device)
@@ -366,7 +422,11 @@ def test_a_device_over_its_share_loses_its_own_caches_first(bench: Bench) -> Non
     bench.open("c")
     ask(bench, "c", 3)
     bench.token("c")
-    assert {key.session for key, s in bench.engine.sessions.items() if s.lease} == {"other", "b", "c"}
+    assert {key.session for key, s in bench.engine.sessions.items() if s.lease} == {
+        "other",
+        "b",
+        "c",
+    }
 
 
 def test_a_thousand_sessions_leave_nothing_behind(bench: Bench) -> None:
@@ -389,7 +449,9 @@ def test_a_thousand_sessions_leave_nothing_behind(bench: Bench) -> None:
     assert bench.engine.pool.used_bytes == 0
 
 
-def test_sessions_in_use_are_not_evicted_and_the_newcomer_is_told_when_to_try_again(bench: Bench) -> None:
+def test_sessions_in_use_are_not_evicted_and_the_newcomer_is_told_when_to_try_again(
+    bench: Bench,
+) -> None:
     bench.start(kv_budget_bytes=bench.session_bytes(64 * 2), retry_after_ms=700)
     bench.open("waits")
     bench.assist(5, session="waits", deadline_ms=600_000)
@@ -417,7 +479,11 @@ def test_a_device_has_its_share_of_sessions_and_others_keep_theirs(bench: Bench)
     assert isinstance(bench.open("c", device="edge-2")[0], Opened)
     bench.now += 100
     assert isinstance(bench.open("c")[0], Opened)
-    assert {tuple(key) for key in bench.engine.sessions} == {("edge-1", "b"), ("edge-1", "c"), ("edge-2", "c")}
+    assert {tuple(key) for key in bench.engine.sessions} == {
+        ("edge-1", "b"),
+        ("edge-1", "c"),
+        ("edge-2", "c"),
+    }
 
 
 # failures
@@ -442,7 +508,9 @@ def test_only_the_guilty_of_a_batch_that_fails_is_given_up(bench: Bench) -> None
     assert token.token_id == bench.expected_token(bench.upload(4))
 
 
-def test_a_batch_that_fails_when_its_caches_are_written_runs_the_same_positions_again(bench: Bench) -> None:
+def test_a_batch_that_fails_when_its_caches_are_written_runs_the_same_positions_again(
+    bench: Bench,
+) -> None:
     bench.start(max_batch_positions=8)  # two batches for 8 positions of each session
     rows = bench.upload(8)
     for session in ("s1", "s2"):
@@ -477,7 +545,8 @@ def test_a_session_without_finite_logits_is_refused_alone(bench: Bench) -> None:
     for session in ("sick", "beside"):
         bench.assist(3, request=1, session=session)
     answers = bench.step()
-    sick, beside = answers[SessionKey(DEVICE, "sick")], answers[SessionKey(DEVICE, "beside")]
+    sick = answers[SessionKey(DEVICE, "sick")]
+    beside = answers[SessionKey(DEVICE, "beside")]
     assert isinstance(sick, Refused)
     assert (sick.code, "no finite logits" in sick.message) == ("internal", True)
     assert isinstance(beside, Token)

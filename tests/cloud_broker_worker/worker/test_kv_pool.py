@@ -11,7 +11,8 @@ SHAPE = KvShape(num_layers=2, num_kv_heads=2, head_dim=16, hidden_size=64)
 
 def test_a_cache_and_a_store_are_taken_from_one_budget() -> None:
     pool = KvPool(SHAPE, 1_000_000)
-    lease, store = pool.lease(100), pool.store(100)
+    lease = pool.lease(100)
+    store = pool.store(100)
     assert lease.num_bytes == 100 * (2 * 2 * 2 * 16 * 4)
     assert store.num_bytes == 100 * (2 * 64)
     assert pool.used_bytes == lease.num_bytes + store.num_bytes
@@ -20,7 +21,9 @@ def test_a_cache_and_a_store_are_taken_from_one_budget() -> None:
 
 def test_what_does_not_fit_is_refused_with_both_sizes_and_takes_nothing() -> None:
     pool = KvPool(SHAPE, 10 * SHAPE.cache_bytes)
-    with pytest.raises(PoolFullError, match=rf"11 positions need {11 * SHAPE.cache_bytes} bytes; .* are free"):
+    with pytest.raises(
+        PoolFullError, match=rf"11 positions need {11 * SHAPE.cache_bytes} bytes; .* are free"
+    ):
         pool.lease(11)
     assert pool.used_bytes == 0
 
@@ -28,7 +31,8 @@ def test_what_does_not_fit_is_refused_with_both_sizes_and_takes_nothing() -> Non
 def test_what_is_given_back_can_be_leased_again_and_giving_it_back_twice_changes_nothing() -> None:
     pool = KvPool(SHAPE, 10 * (SHAPE.cache_bytes + SHAPE.hidden_bytes))
     for _ in range(2):
-        lease, store = pool.lease(10), pool.store(10)
+        lease = pool.lease(10)
+        store = pool.store(10)
         for _ in range(2):
             pool.take_back(lease)
             pool.drop(store)

@@ -31,7 +31,9 @@ def test_an_open_that_comes_twice_keeps_what_has_arrived_and_the_question(bench:
     assert bench.token().token_id == bench.expected_token(rows)
 
 
-def test_a_question_that_was_followed_by_another_is_dropped_and_does_not_displace_it(bench: Bench) -> None:
+def test_a_question_that_was_followed_by_another_is_dropped_and_does_not_displace_it(
+    bench: Bench,
+) -> None:
     bench.open()
     rows = bench.upload(9)
     bench.context(rows)
@@ -62,7 +64,9 @@ def test_a_draft_may_hold_special_tokens_and_is_judged_like_any_other(bench: Ben
     (expected,) = bench.expected_tokens(rows[:9], 8)
     bench.verify(8, (end_of_text, end_of_text))
     verdict = bench.verdict()
-    assert (verdict.accepted, verdict.token_id) == ((0, expected) if expected != end_of_text else (1, expected))
+    assert (verdict.accepted, verdict.token_id) == (
+        (0, expected) if expected != end_of_text else (1, expected)
+    )
 
 
 def test_the_time_that_a_question_took_counts_from_its_arrival(bench: Bench) -> None:

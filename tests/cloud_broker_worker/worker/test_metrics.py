@@ -101,7 +101,9 @@ def test_a_refusal_is_counted_by_its_code(bench: Bench) -> None:
     assert dict(bench.engine.tally.refusals) == {"bundle_mismatch": 2, "unknown_session": 1}
 
 
-def test_an_evicted_cache_is_counted_and_one_that_ends_with_its_session_is_not(bench: Bench) -> None:
+def test_an_evicted_cache_is_counted_and_one_that_ends_with_its_session_is_not(
+    bench: Bench,
+) -> None:
     shape = bench.engine.pool.shape
     bench.start(kv_budget_bytes=64 * (shape.cache_bytes + 2 * shape.hidden_bytes), idle_after_s=0.0)
     for session in ("s1", "s2"):
@@ -148,8 +150,12 @@ def test_the_metrics_are_those_of_what_a_worker_did(site: Site, whole: TinyModel
     assert samples["process_resident_memory_bytes"] > 0
 
 
-def test_a_question_that_could_be_answered_is_in_the_queue(bench: Bench, cloud_bundle: Callable[[int], Bundle]) -> None:
-    worker = Worker(InMemoryBroker().connect("worker-1"), cloud_bundle(2), WorkerConfig(num_threads=1))
+def test_a_question_that_could_be_answered_is_in_the_queue(
+    bench: Bench, cloud_bundle: Callable[[int], Bundle]
+) -> None:
+    worker = Worker(
+        InMemoryBroker().connect("worker-1"), cloud_bundle(2), WorkerConfig(num_threads=1)
+    )
     bench.engine = worker.engine  # its thread has not been started: nobody steps
     bench.open()
     bench.context(bench.upload(6))
@@ -187,7 +193,8 @@ def test_a_worker_without_a_broker_is_alive_and_not_ready(site: Site) -> None:
 
 
 def test_a_worker_that_is_stuck_in_a_step_is_unhealthy_until_it_goes_on(site: Site) -> None:
-    go_on, turn = threading.Event(), site.worker.engine.step
+    go_on = threading.Event()
+    turn = site.worker.engine.step
 
     def stuck() -> None:
         go_on.wait(WAIT_S)
@@ -201,7 +208,9 @@ def test_a_worker_that_is_stuck_in_a_step_is_unhealthy_until_it_goes_on(site: Si
         wait_until(lambda: get(f"{url}/healthz") == (200, "ok\n"), "it is healthy again", WAIT_S)
 
 
-def test_a_worker_whose_thread_has_ended_is_unhealthy(cloud_bundle: Callable[[int], Bundle]) -> None:
+def test_a_worker_whose_thread_has_ended_is_unhealthy(
+    cloud_bundle: Callable[[int], Bundle],
+) -> None:
     with InMemoryBroker().connect("worker-1") as link:
         with Worker(link, cloud_bundle(2), WorkerConfig(num_threads=1)) as worker:
             pass
@@ -218,19 +227,34 @@ def test_a_process_that_still_starts_is_alive_and_not_ready() -> None:
 
 def test_a_port_that_is_taken_is_named() -> None:
     port = free_port()
-    with HttpEndpoint(HOST, port), pytest.raises(ConfigError, match=f"{HOST}:{port}.*--metrics-port"):
+    with (
+        HttpEndpoint(HOST, port),
+        pytest.raises(ConfigError, match=f"{HOST}:{port}.*--metrics-port"),
+    ):
         HttpEndpoint(HOST, port)
 
 
 def test_a_worker_process_tells_of_itself_and_leaves_after_its_drain_timeout(
     tmp_path: Path, cloud_bundle: Callable[[int], Bundle]
 ) -> None:
-    with running_site("amqtt", tmp_path) as site, site.connect("s1") as server, site.connect("d1") as link:
+    with (
+        running_site("amqtt", tmp_path) as site,
+        site.connect("s1") as server,
+        site.connect("d1") as link,
+    ):
         options = ("--metrics-port", "0", "--drain-timeout", "0")
         with RunningWorker(site, server, cloud_bundle(2), *options) as worker:
             url = worker.ready_line().split("metrics on ")[1].strip()
             assert get(f"{url}/readyz") == (200, "ok\n")
-            opening = Open("a1", 1, worker.bundle.manifest.bundle_id, PROTOCOL, Sampling(), 64, 60_000)
+            opening = Open(
+                session="a1",
+                epoch=1,
+                bundle_id=worker.bundle.manifest.bundle_id,
+                protocol=PROTOCOL,
+                sampling=Sampling(),
+                max_positions=64,
+                deadline_ms=60_000,
+            )
             answers = Inbox()
             link.subscribe(topics.to_device("d1", "+"), answers)
             link.publish(topics.open_session("d1"), encode(opening), qos=1)

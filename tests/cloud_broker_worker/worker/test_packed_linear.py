@@ -31,7 +31,8 @@ HEAD_LIMIT = 0.1  # of the logits of tokens that a head in two steps does not ch
 @pytest.mark.parametrize("shape", [(0, 33), (1, 33), (17, 33), (2, 5, 33)])
 def test_a_packed_layer_is_the_layer(has_bias: bool, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    model, x = nn.ModuleDict({"layer": nn.Linear(33, 96, bias=has_bias)}), torch.randn(shape)
+    model = nn.ModuleDict({"layer": nn.Linear(33, 96, bias=has_bias)})
+    x = torch.randn(shape)
     with torch.inference_mode():
         expected = model["layer"](x)
         num_bytes = weight_bytes(model)
@@ -44,8 +45,10 @@ def test_a_packed_layer_is_the_layer(has_bias: bool, shape: tuple[int, ...]) -> 
 @pytest.mark.parametrize(("kind", "limit"), [(Int8Linear, 0.01), (Int4Linear, 0.09)])
 def test_a_layer_with_fewer_bits_is_close_to_the_layer(kind: type[nn.Module], limit: float) -> None:
     torch.manual_seed(0)
-    weight, x = torch.randn(96, 64), torch.randn(2, 5, 64)
-    out, expected = kind(weight)(x), x @ weight.T
+    weight = torch.randn(96, 64)
+    x = torch.randn(2, 5, 64)
+    out = kind(weight)(x)
+    expected = x @ weight.T
     assert out.shape == expected.shape
     assert out.dtype == torch.float32
     assert (out - expected).norm() / expected.norm() < limit
@@ -59,10 +62,14 @@ def test_a_layer_with_fewer_bits_gives_no_rows_for_none(kind: type[nn.Module]) -
 @pytest.mark.parametrize("vocab_size", [16, 1008])
 def test_the_best_tokens_of_a_head_in_two_steps_have_their_own_logits(vocab_size: int) -> None:
     torch.manual_seed(0)
-    weight, x = torch.randn(vocab_size, 64), torch.randn(20, 64)
-    logits, expected = TwoStepHead(weight)(x), x @ weight.half().float().T
+    weight = torch.randn(vocab_size, 64)
+    x = torch.randn(20, 64)
+    logits = TwoStepHead(weight)(x)
+    expected = x @ weight.half().float().T
     best = expected.topk(min(NUM_CANDIDATES // 2, vocab_size)).indices
-    torch.testing.assert_close(logits.gather(1, best), expected.gather(1, best), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits.gather(1, best), expected.gather(1, best), rtol=1e-4, atol=1e-4
+    )
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
     assert (logits - expected).norm() / expected.norm() < 0.09
 
@@ -74,7 +81,8 @@ def test_each_row_of_a_batch_is_computed_as_it_is_alone(
     kind: type[nn.Module], num_threads: int, num_in: int, num_out: int
 ) -> None:
     torch.manual_seed(0)
-    layer, x = kind(torch.randn(num_out, num_in)), torch.randn(70, num_in)
+    layer = kind(torch.randn(num_out, num_in))
+    x = torch.randn(70, num_in)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
@@ -89,10 +97,12 @@ def test_each_row_of_a_batch_is_computed_as_it_is_alone(
 def test_a_prompt_in_pieces_gives_with_fewer_bits_what_it_gives_at_once(
     cloud_bundle: Callable[[int], Bundle], whole: TinyModel, weights: Weights, limit: float
 ) -> None:
-    layers, rows = UpperLayers(cloud_bundle(2), 1, weights), whole.upload(IDS[0], 2)
+    layers = UpperLayers(cloud_bundle(2), 1, weights)
+    rows = whole.upload(IDS[0], 2)
     sequence = Sequence(layers, rows)
     assert layers([sequence.chunk(0, 20, num_outputs=0)]).shape == (0, 384)
-    logits, at_once = layers([sequence.chunk(20)]), layers([Sequence(layers, rows).chunk()])
+    logits = layers([sequence.chunk(20)])
+    at_once = layers([Sequence(layers, rows).chunk()])
     assert (logits - at_once).norm() / at_once.norm() < limit
 
 
@@ -100,11 +110,14 @@ def test_a_prompt_in_pieces_gives_with_fewer_bits_what_it_gives_at_once(
 def test_the_best_logits_with_fewer_bits_are_close_to_those_in_float32(
     cloud_bundle: Callable[[int], Bundle], whole: TinyModel, weights: Weights, limit: float
 ) -> None:
-    layers, rows = UpperLayers(cloud_bundle(2), 1, weights), whole.upload(IDS[0], 2)
-    logits, expected = layers([Sequence(layers, rows).chunk(num_outputs=len(rows))]), whole.logits(rows, 2)
+    layers = UpperLayers(cloud_bundle(2), 1, weights)
+    rows = whole.upload(IDS[0], 2)
+    logits = layers([Sequence(layers, rows).chunk(num_outputs=len(rows))])
+    expected = whole.logits(rows, 2)
     assert (logits - expected).norm() / expected.norm() < max(limit, HEAD_LIMIT)
     best = expected.topk(8).indices
-    logits, expected = logits.gather(1, best), expected.gather(1, best)
+    logits = logits.gather(1, best)
+    expected = expected.gather(1, best)
     assert (logits - expected).norm() / expected.norm() < limit
 
 
@@ -132,8 +145,12 @@ def test_each_layer_takes_the_fewest_bits_that_hold_it_and_the_lm_head_two_steps
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("num_in", "kind"), [(64, TwoStepHead), (48, Int8Linear), (33, PackedLinear)])
-def test_an_lm_head_that_four_bits_cannot_hold_is_read_whole(num_in: int, kind: type[nn.Module]) -> None:
+@pytest.mark.parametrize(
+    ("num_in", "kind"), [(64, TwoStepHead), (48, Int8Linear), (33, PackedLinear)]
+)
+def test_an_lm_head_that_four_bits_cannot_hold_is_read_whole(
+    num_in: int, kind: type[nn.Module]
+) -> None:
     model = nn.ModuleDict({"lm_head": nn.Linear(num_in, 32, bias=False)})
     prepare(model, "int8")
     assert isinstance(model["lm_head"], kind)

@@ -34,7 +34,9 @@ def with_cache(bench: Bench) -> set[str]:
     return {key.session for key, session in bench.engine.sessions.items() if session.lease}
 
 
-def test_sessions_that_share_one_cache_are_answered_in_the_order_in_which_they_asked(bench: Bench) -> None:
+def test_sessions_that_share_one_cache_are_answered_in_the_order_in_which_they_asked(
+    bench: Bench,
+) -> None:
     bench.start(kv_budget_bytes=budget(bench, 1, 3), idle_after_s=5.0)
     for session in "abc":
         fill(bench, session)
@@ -63,7 +65,9 @@ def test_who_asks_over_and_over_does_not_keep_the_cache_from_one_who_waits(bench
     assert bench.step().keys() == {SessionKey(DEVICE, "a")}
 
 
-def test_a_question_that_lacks_its_context_keeps_no_cache_from_one_that_can_be_answered(bench: Bench) -> None:
+def test_a_question_that_lacks_its_context_keeps_no_cache_from_one_that_can_be_answered(
+    bench: Bench,
+) -> None:
     bench.start(kv_budget_bytes=budget(bench, 1, 2), idle_after_s=5.0)
     fill(bench, "a")
     bench.assist(11, session="a")
@@ -83,7 +87,9 @@ def test_a_long_session_that_wakes_up_among_short_newcomers_is_still_answered(be
     bench.context(rows, session="long")
     for i in range(40):
         bench.now += 10
-        bench.open("long", max_positions=256)  # not the least recently used, but idle when the next one comes
+        bench.open(
+            "long", max_positions=256
+        )  # not the least recently used, but idle when the next one comes
         bench.now += 10
         assert isinstance(bench.open(f"s{i}", device=f"edge-{i}", max_positions=16)[0], Opened)
     assert len(bench.engine.sessions) < 41
@@ -91,7 +97,9 @@ def test_a_long_session_that_wakes_up_among_short_newcomers_is_still_answered(be
     assert bench.token("long").token_id == bench.expected_token(rows)
 
 
-def test_a_device_that_has_everything_in_use_makes_room_for_another_one_out_of_its_share(bench: Bench) -> None:
+def test_a_device_that_has_everything_in_use_makes_room_for_another_one_out_of_its_share(
+    bench: Bench,
+) -> None:
     bench.start(kv_budget_bytes=budget(bench, 4, 5), max_device_share=0.5)
     for session in "abcd":
         fill(bench, session)
@@ -108,7 +116,9 @@ def test_a_device_that_has_everything_in_use_makes_room_for_another_one_out_of_i
         assert bench.token(session).token_id == expected(bench, session)
 
 
-def test_context_that_runs_ahead_takes_no_cache_from_a_session_in_use_and_comes_to_an_end(bench: Bench) -> None:
+def test_context_that_runs_ahead_takes_no_cache_from_a_session_in_use_and_comes_to_an_end(
+    bench: Bench,
+) -> None:
     bench.start(kv_budget_bytes=budget(bench, 1, 2), idle_after_s=5.0, run_ahead_positions=4)
     fill(bench, "a")
     bench.now += 10
@@ -121,7 +131,9 @@ def test_context_that_runs_ahead_takes_no_cache_from_a_session_in_use_and_comes_
     assert len(with_cache(bench)) == 1
 
 
-def test_run_ahead_gives_the_same_answer_with_nothing_left_to_run_but_the_question(bench: Bench) -> None:
+def test_run_ahead_gives_the_same_answer_with_nothing_left_to_run_but_the_question(
+    bench: Bench,
+) -> None:
     bench.start(run_ahead_positions=4)
     fill(bench, "a")
     while bench.engine.step() is not None:
@@ -142,7 +154,8 @@ def test_when_the_machine_has_less_memory_than_the_budget_the_session_is_refused
     bench.token("a")
     fill(bench, "b")
     pool = bench.engine.pool
-    real, pool.shape = pool.shape, replace(pool.shape, num_layers=1 << 40)
+    real = pool.shape
+    pool.shape = replace(pool.shape, num_layers=1 << 40)
     pool.budget_bytes = 1 << 62
     bench.assist(11, session="b")
     refused = bench.step()[SessionKey(DEVICE, "b")]
@@ -185,10 +198,13 @@ class Player:
         )
 
     def move(self) -> None:
-        device, session = f"edge-{self.random.integers(2)}", f"s{self.random.integers(4)}"
+        device = f"edge-{self.random.integers(2)}"
+        session = f"s{self.random.integers(4)}"
         key = SessionKey(device, session)
         state = self.bench.engine.sessions.get(key)
-        kind = self.random.choice(["open", "context", "assist", "verify", "close", "step", "wait"], p=PROBABILITIES)
+        kind = self.random.choice(
+            ["open", "context", "assist", "verify", "close", "step", "wait"], p=PROBABILITIES
+        )
         if kind == "step":
             self.step()
         elif kind == "wait":
@@ -200,7 +216,9 @@ class Player:
             self.bench.open(session, device, sampling=sampling, branch=state.branch if state else 0)
         elif kind == "context":
             start = max(0, state.received + int(self.random.integers(-3, 2)))
-            rows = self.bench.upload(CAPACITY, seed=int(self.random.integers(5)))[start:][: self.random.integers(1, 12)]
+            rows = self.bench.upload(CAPACITY, seed=int(self.random.integers(5)))[start:][
+                : self.random.integers(1, 12)
+            ]
             branch = state.branch + int(self.random.choice([-1, 0, 0, 0, 0, 0, 1]))
             if len(rows) and branch >= 0:
                 self.bench.context(rows, start, session, device, branch)
@@ -213,11 +231,23 @@ class Player:
         if not is_verify:
             self.bench.assist(position, self._request, key.session, key.device)
             return
-        draft = tuple(int(token_id) for token_id in self.random.integers(0, 384, self.random.integers(1, 6)))
+        draft = tuple(
+            int(token_id) for token_id in self.random.integers(0, 384, self.random.integers(1, 6))
+        )
         if self.random.random() < 0.7 and position + len(draft) <= state.received:
             rows = state.store.rows[: position + len(draft)].copy()
             draft = (*self.bench.expected_tokens(rows, position)[:-1], draft[-1])
-        self.bench.tell(Verify(key.session, self._request, state.branch, position, draft, 1000), key.device)
+        self.bench.tell(
+            Verify(
+                session=key.session,
+                request=self._request,
+                branch=state.branch,
+                start=position,
+                draft=draft,
+                deadline_ms=1000,
+            ),
+            key.device,
+        )
 
     def step(self) -> None:
         before = {
@@ -244,7 +274,9 @@ PROBABILITIES = (0.08, 0.3, 0.15, 0.15, 0.02, 0.25, 0.05)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_whatever_devices_do_the_books_balance_and_every_answer_is_the_whole_models(bench: Bench, seed: int) -> None:
+def test_whatever_devices_do_the_books_balance_and_every_answer_is_the_whole_models(
+    bench: Bench, seed: int
+) -> None:
     player = Player(bench, seed)
     for _ in range(400):
         player.move()

@@ -32,7 +32,9 @@ class Sequence:
 
     def chunk(self, start: int = 0, stop: int | None = None, num_outputs: int = 1) -> Chunk:
         stop = len(self.rows) if stop is None else stop
-        return Chunk(self.lease, self.rows[start:stop], start, stop, range(stop - num_outputs, stop))
+        return Chunk(
+            self.lease, self.rows[start:stop], start, stop, range(stop - num_outputs, stop)
+        )
 
 
 @pytest.mark.parametrize("upload_layer", [1, 2, 3])
@@ -50,8 +52,10 @@ def test_the_upper_layers_equal_the_whole_model_at_every_upload_layer(
 def test_chunks_give_at_every_end_what_the_whole_sequence_gives_there(
     layers_at: LayersAt, whole: TinyModel, upload_layer: int, size: int
 ) -> None:
-    layers, hidden = layers_at(upload_layer), whole.upload(IDS[0], upload_layer)
-    expected, sequence = whole.logits(hidden, upload_layer), Sequence(layers, hidden)
+    layers = layers_at(upload_layer)
+    hidden = whole.upload(IDS[0], upload_layer)
+    expected = whole.logits(hidden, upload_layer)
+    sequence = Sequence(layers, hidden)
     for start in range(0, len(hidden), size):
         stop = min(start + size, len(hidden))
         logits = layers([sequence.chunk(start, stop)])
@@ -62,7 +66,8 @@ def test_chunks_give_at_every_end_what_the_whole_sequence_gives_there(
 def test_sessions_of_any_lengths_share_a_batch_and_each_equals_the_whole_model(
     layers_at: LayersAt, whole: TinyModel
 ) -> None:
-    layers, hidden = layers_at(2), [whole.upload(ids, 2) for ids in IDS]
+    layers = layers_at(2)
+    hidden = [whole.upload(ids, 2) for ids in IDS]
     sequences = [Sequence(layers, rows) for rows in hidden]
     nothing = layers([one.chunk(0, len(one.rows) // 2, num_outputs=0) for one in sequences])
     assert nothing.shape[0] == 0
@@ -76,7 +81,8 @@ def test_sessions_of_any_lengths_share_a_batch_and_each_equals_the_whole_model(
 def test_another_session_in_the_batch_changes_nobodys_logits(
     layers_at: LayersAt, whole: TinyModel, num_others: int, start: int, num_outputs: int
 ) -> None:
-    layers, rows = layers_at(2), whole.upload(IDS[0], 2)
+    layers = layers_at(2)
+    rows = whole.upload(IDS[0], 2)
 
     def mine() -> Chunk:
         sequence = Sequence(layers, rows)
@@ -93,7 +99,8 @@ def test_another_session_in_the_batch_changes_nobodys_logits(
 def test_a_position_that_runs_again_gives_the_same_logits_and_leaves_the_length(
     layers_at: LayersAt, whole: TinyModel
 ) -> None:
-    layers, rows = layers_at(2), whole.upload(IDS[0], 2)
+    layers = layers_at(2)
+    rows = whole.upload(IDS[0], 2)
     sequence = Sequence(layers, rows)
     layers([sequence.chunk()])
     again = layers([sequence.chunk(20, 21)])
@@ -104,7 +111,11 @@ def test_a_position_that_runs_again_gives_the_same_logits_and_leaves_the_length(
 @pytest.mark.real_model
 def test_chunks_equal_the_whole_sequence_on_the_real_model(real_bundle: Bundle) -> None:
     layers = UpperLayers(real_bundle, num_threads=2)
-    rows = np.random.default_rng(0).standard_normal((24, real_bundle.manifest.model.hidden_size)).astype(np.float16)
+    rows = (
+        np.random.default_rng(0)
+        .standard_normal((24, real_bundle.manifest.model.hidden_size))
+        .astype(np.float16)
+    )
     at_once = layers([Sequence(layers, rows).chunk()])
     sequence = Sequence(layers, rows)
     for start, stop in ((0, 10), (10, 11), (11, 23), (23, 24)):
@@ -115,10 +126,13 @@ def test_chunks_equal_the_whole_sequence_on_the_real_model(real_bundle: Bundle) 
 def test_a_partition_that_lacks_a_weight_is_refused_by_name_of_the_bundle(
     cloud_bundle: Callable[[int], Bundle], tmp_path: Path
 ) -> None:
-    deeper, shallower = cloud_bundle(1), cloud_bundle(3)
+    deeper = cloud_bundle(1)
+    shallower = cloud_bundle(3)
     folder = tmp_path / "cloud"
     folder.mkdir()
     (folder / "config.json").write_bytes(deeper.path("cloud/config.json").read_bytes())
-    (folder / "model.safetensors").write_bytes(shallower.path("cloud/model.safetensors").read_bytes())
+    (folder / "model.safetensors").write_bytes(
+        shallower.path("cloud/model.safetensors").read_bytes()
+    )
     with pytest.raises(BundleError, match=r"does not load: .* weights are missing"):
         UpperLayers(Bundle(tmp_path, deeper.manifest), num_threads=1)

@@ -7,7 +7,8 @@ import pytest
 from fleet.protocol.messages import Gap, Opened, Received, Refused, Sampling, Verified
 from tests.cloud_broker_worker.worker.conftest import Bench
 
-NUM_ROWS, START = 16, 9
+NUM_ROWS = 16
+START = 9
 Tokens = tuple[int, ...]
 
 
@@ -25,10 +26,16 @@ def spoiled(tokens: Tokens, index: int) -> Tokens:
     return (*tokens[:index], (tokens[index] + 1) % 384, *tokens[index + 1 :])
 
 
-def test_a_draft_that_is_all_right_is_accepted_and_nothing_is_forgotten(bench: Bench, expected: Tokens) -> None:
+def test_a_draft_that_is_all_right_is_accepted_and_nothing_is_forgotten(
+    bench: Bench, expected: Tokens
+) -> None:
     assert bench.verify(START, expected) == []
     verdict = bench.verdict()
-    assert (verdict.accepted, verdict.token_id, len(verdict.logprobs)) == (len(expected), None, len(expected))
+    assert (verdict.accepted, verdict.token_id, len(verdict.logprobs)) == (
+        len(expected),
+        None,
+        len(expected),
+    )
     session = next(iter(bench.engine.sessions.values()))
     assert (session.branch, session.received, session.length) == (0, NUM_ROWS, NUM_ROWS)
 
@@ -58,7 +65,9 @@ def test_after_a_rejection_the_next_branch_goes_on(bench: Bench, expected: Token
     assert bench.token().token_id == bench.expected_token(rows)
 
 
-def test_what_belongs_to_an_earlier_branch_is_dropped_silently(bench: Bench, expected: Tokens) -> None:
+def test_what_belongs_to_an_earlier_branch_is_dropped_silently(
+    bench: Bench, expected: Tokens
+) -> None:
     bench.verify(START, spoiled(expected, 0))
     bench.verdict()
     assert bench.context(bench.upload(NUM_ROWS)[START + 1 :], start=START + 1, branch=0) == []
@@ -66,7 +75,9 @@ def test_what_belongs_to_an_earlier_branch_is_dropped_silently(bench: Bench, exp
     assert next(iter(bench.engine.sessions.values())).received == START + 1
 
 
-def test_who_has_not_heard_the_rejection_and_asks_anew_is_told_to_open_again(bench: Bench, expected: Tokens) -> None:
+def test_who_has_not_heard_the_rejection_and_asks_anew_is_told_to_open_again(
+    bench: Bench, expected: Tokens
+) -> None:
     """As after an `opened` that overtook the verdict, when the device has given its question another number."""
     bench.verify(START, spoiled(expected, 0))
     verdict = bench.verdict()
@@ -79,7 +90,9 @@ def test_who_has_not_heard_the_rejection_and_asks_anew_is_told_to_open_again(ben
     assert opened.received == 0
 
 
-def test_a_branch_that_the_worker_does_not_know_begins_from_nothing(bench: Bench, expected: Tokens) -> None:
+def test_a_branch_that_the_worker_does_not_know_begins_from_nothing(
+    bench: Bench, expected: Tokens
+) -> None:
     rows = bench.upload(NUM_ROWS)
     assert bench.context(rows[START:], start=START, branch=3) == [Gap("s1", 3, 0)]
     bench.context(rows, branch=3)
@@ -116,14 +129,18 @@ def test_a_draft_that_is_trusted_whole_is_accepted_and_the_next_question_is_answ
 
 
 @pytest.mark.parametrize("max_batch_positions", [1, 3, 64])
-def test_logits_are_computed_for_judged_tokens_alone(bench: Bench, max_batch_positions: int) -> None:
+def test_logits_are_computed_for_judged_tokens_alone(
+    bench: Bench, max_batch_positions: int
+) -> None:
     bench.start(max_batch_positions=max_batch_positions)
     bench.open()
     rows = bench.upload(NUM_ROWS)
     expected = bench.expected_tokens(rows, START)
     bench.context(rows)
     counted: list[int] = []
-    hook = bench.layers._model.lm_head.register_forward_hook(lambda _, args, out: counted.append(len(out)))
+    hook = bench.layers._model.lm_head.register_forward_hook(
+        lambda _, args, out: counted.append(len(out))
+    )
     try:
         bench.verify(START, expected, trusted=(0, 2, 3))
         answers = [message for _ in range(NUM_ROWS) for message in bench.step().values()]
@@ -154,7 +171,9 @@ def test_a_verify_waits_for_its_context_and_says_once_what_is_missing(bench: Ben
     assert bench.verdict().accepted == len(draft)
 
 
-def test_a_verify_about_positions_that_have_run_already_runs_them_again(bench: Bench, expected: Tokens) -> None:
+def test_a_verify_about_positions_that_have_run_already_runs_them_again(
+    bench: Bench, expected: Tokens
+) -> None:
     bench.assist(NUM_ROWS - 1)
     bench.token()
     bench.verify(START, expected, request=1)
@@ -181,7 +200,8 @@ def test_a_token_outside_the_vocabulary_is_never_right(bench: Bench, expected: T
 
 
 def test_sampled_drafts_are_judged_by_the_draw_that_an_assist_would_get(bench: Bench) -> None:
-    rows, hot = bench.upload(NUM_ROWS), Sampling(temperature=2.0, seed=11)
+    rows = bench.upload(NUM_ROWS)
+    hot = Sampling(temperature=2.0, seed=11)
     bench.open("other", sampling=hot)
     bench.context(rows, session="other")
     drawn = []

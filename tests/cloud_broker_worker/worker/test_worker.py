@@ -37,7 +37,8 @@ from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
 from tests.cloud_broker_worker.worker.conftest import TinyModel
 
 WAIT_S = 30.0
-WORKER, DEVICE = "worker-1", "edge-1"
+WORKER = "worker-1"
+DEVICE = "edge-1"
 GARBAGE = {
     "nothing": b"",
     "not msgpack": b"\xc1\xc1\xc1",
@@ -46,11 +47,13 @@ GARBAGE = {
     "another type": msgpack.packb({"type": "sudo", "session": "s1"}),
     "a worker's message": msgpack.packb({"type": "gap", "session": "s1", "expected": 0}),
     "a field missing": msgpack.packb({"type": "assist", "session": "s1"}),
-    "out of range": msgpack.packb({"type": "assist", "session": "s1", "request": 0, "position": -1, "deadline_ms": 5}),
+    "out of range": msgpack.packb(
+        {"type": "assist", "session": "s1", "request": 0, "position": -1, "deadline_ms": 5}
+    ),
     "a claim of 4 GB": b"\xdd\xff\xff\xff\xff",
     "deep nesting": b"\x91" * 100_000,
     "oversized": b"\x00" * (MAX_ENVELOPE_BYTES + 1),
-    "another session": encode(Assist("s2", 0, 0, 1000)),
+    "another session": encode(Assist(session="s2", request=0, position=0, deadline_ms=1000)),
     "a name that is none": msgpack.packb({"type": "close", "session": "../#"}),
 }
 
@@ -64,19 +67,31 @@ class Device:
         self.statuses: queue.Queue[WorkerStatus] = queue.Queue()
         self._bundle_id = bundle.manifest.bundle_id
         transport.subscribe(
-            topics.to_device(transport.name, "+"), lambda _, payload: self.answers.put(decode_to_device(payload))
+            topics.to_device(transport.name, "+"),
+            lambda _, payload: self.answers.put(decode_to_device(payload)),
         )
         transport.subscribe(
-            topics.WORKER_STATUS_FILTER, lambda _, payload: self.statuses.put(decode_status(payload, WorkerStatus))
+            topics.WORKER_STATUS_FILTER,
+            lambda _, payload: self.statuses.put(decode_status(payload, WorkerStatus)),
         )
 
     def open(self, session: str) -> ToDevice:
-        message = Open(session, 1, self._bundle_id, PROTOCOL, Sampling(), 64, 1000)
+        message = Open(
+            session=session,
+            epoch=1,
+            bundle_id=self._bundle_id,
+            protocol=PROTOCOL,
+            sampling=Sampling(),
+            max_positions=64,
+            deadline_ms=1000,
+        )
         self.transport.publish(topics.open_session(self.transport.name), encode(message), qos=1)
         return self.next_answer()
 
     def send(self, message: ToWorker) -> None:
-        self.transport.publish(topics.to_worker(WORKER, self.transport.name, message.session), encode(message))
+        self.transport.publish(
+            topics.to_worker(WORKER, self.transport.name, message.session), encode(message)
+        )
 
     def next_answer(self) -> ToDevice:
         return self.answers.get(timeout=WAIT_S)
@@ -89,7 +104,9 @@ class Device:
         assert isinstance(self.open(session), Opened)
         rows = whole.upload(list(range(10, 10 + num_positions)), 2)
         self.send(Context(session, pack_chunk(0, 0, rows)))
-        self.send(Assist(session, 0, num_positions - 1, 10_000))
+        self.send(
+            Assist(session=session, request=0, position=num_positions - 1, deadline_ms=10_000)
+        )
         token = self.next_answer()
         assert isinstance(token, Token), token
         assert token.token_id == int(whole.logits(rows, 2)[-1].argmax())
@@ -100,8 +117,11 @@ class Site:
 
     def __init__(self, stack: ExitStack, bundle: Bundle, drain_timeout_s: float = WAIT_S) -> None:
         self.broker = InMemoryBroker()
-        self._stack, self._bundle = stack, bundle
-        self.link = stack.enter_context(self.broker.connect(WORKER, Will(topics.worker_status(WORKER), Worker.will())))
+        self._stack = stack
+        self._bundle = bundle
+        self.link = stack.enter_context(
+            self.broker.connect(WORKER, Will(topics.worker_status(WORKER), Worker.will()))
+        )
         config = WorkerConfig(num_threads=1, drain_timeout_s=drain_timeout_s)
         self.worker = stack.enter_context(Worker(self.link, bundle, config))
 
@@ -130,7 +150,9 @@ def test_a_worker_says_that_it_is_there_and_with_which_bundle(
     assert status.bundle_ids == (cloud_bundle(2).manifest.bundle_id,)
 
 
-def test_a_worker_that_loses_its_link_is_offline_and_announces_itself_again(site: Site, whole: TinyModel) -> None:
+def test_a_worker_that_loses_its_link_is_offline_and_announces_itself_again(
+    site: Site, whole: TinyModel
+) -> None:
     device = site.device()
     born = device.next_status()
     site.link.drop()
@@ -140,7 +162,9 @@ def test_a_worker_that_loses_its_link_is_offline_and_announces_itself_again(site
     device.ask("s1", whole)
 
 
-def test_a_worker_that_is_stopped_says_so_and_its_thread_ends(cloud_bundle: Callable[[int], Bundle]) -> None:
+def test_a_worker_that_is_stopped_says_so_and_its_thread_ends(
+    cloud_bundle: Callable[[int], Bundle],
+) -> None:
     broker = InMemoryBroker()
     with broker.connect(WORKER) as link, broker.connect(DEVICE) as other:
         device = Device(other, cloud_bundle(2))
@@ -161,23 +185,37 @@ def test_garbage_on_any_topic_is_one_line_in_the_log_and_disturbs_nobody(
                 device.transport.publish(topic, payload)
         device.ask("s3", whole)
     assert 1 <= len(caplog.records) <= 3
-    assert all("dropped" in record.message and "\n" not in record.message for record in caplog.records)
+    assert all(
+        "dropped" in record.message and "\n" not in record.message for record in caplog.records
+    )
     assert device.answers.empty()
 
 
 def test_an_open_is_not_taken_on_a_sessions_topic(site: Site, whole: TinyModel) -> None:
     device = site.device()
-    message = Open("s1", 1, "b", PROTOCOL, Sampling(), 64, 1000)
+    message = Open(
+        session="s1",
+        epoch=1,
+        bundle_id="b",
+        protocol=PROTOCOL,
+        sampling=Sampling(),
+        max_positions=64,
+        deadline_ms=1000,
+    )
     device.transport.publish(topics.to_worker(WORKER, DEVICE, "s1"), encode(message))
-    device.transport.publish(topics.open_session(DEVICE), encode(Assist("s1", 0, 0, 1000)))
+    device.transport.publish(
+        topics.open_session(DEVICE),
+        encode(Assist(session="s1", request=0, position=0, deadline_ms=1000)),
+    )
     device.ask("s2", whole)
     assert device.answers.empty()
 
 
 def test_a_device_cannot_reach_a_session_of_another(site: Site, whole: TinyModel) -> None:
-    victim, other = site.device("edge-1"), site.device("edge-2")
+    victim = site.device("edge-1")
+    other = site.device("edge-2")
     victim.ask("s1", whole)
-    other.send(Assist("s1", 0, 5, 1000))
+    other.send(Assist(session="s1", request=0, position=5, deadline_ms=1000))
     refused = other.next_answer()
     assert isinstance(refused, Refused)
     assert refused.code == "unknown_session"
@@ -195,18 +233,27 @@ def test_a_refusal_comes_to_the_device_that_asked(site: Site) -> None:
 def test_a_draining_worker_takes_nobody_new_and_serves_its_sessions_to_their_end(
     site: Site, whole: TinyModel, cloud_bundle: Callable[[int], Bundle]
 ) -> None:
-    old, new = site.device("edge-1"), site.device("edge-2")
+    old = site.device("edge-1")
+    new = site.device("edge-2")
     old.ask("s1", whole)
     draining = threading.Thread(target=site.worker.drain, args=(threading.Event(),))
     draining.start()
     while not new.next_status().draining:
         pass
-    message = Open("s2", 1, cloud_bundle(2).manifest.bundle_id, PROTOCOL, Sampling(), 64, 1000)
+    message = Open(
+        session="s2",
+        epoch=1,
+        bundle_id=cloud_bundle(2).manifest.bundle_id,
+        protocol=PROTOCOL,
+        sampling=Sampling(),
+        max_positions=64,
+        deadline_ms=1000,
+    )
     (refused,) = (answer.message for answer in site.worker.engine.handle("edge-2", message, 0.0))
     assert isinstance(refused, Refused)
     assert (refused.code, refused.worker) == ("draining", WORKER)
     assert refused.retry_after_ms > 0
-    old.send(Assist("s1", 1, 5, 10_000))
+    old.send(Assist(session="s1", request=1, position=5, deadline_ms=10_000))
     assert isinstance(old.next_answer(), Token)
     assert draining.is_alive()
     old.send(Close("s1"))
@@ -242,8 +289,11 @@ def revoke(site: Site, payload: bytes) -> None:
         server.publish(topics.REVOKED, payload, qos=1, retain=True)
 
 
-def test_a_device_that_is_denied_loses_its_session_and_gets_no_other(site: Site, whole: TinyModel) -> None:
-    denied, other = site.device("edge-1"), site.device("edge-2")
+def test_a_device_that_is_denied_loses_its_session_and_gets_no_other(
+    site: Site, whole: TinyModel
+) -> None:
+    denied = site.device("edge-1")
+    other = site.device("edge-2")
     denied.ask("s1", whole)
     other.ask("s1", whole)
     revoke(site, encode_denylist(["edge-1"]))
@@ -256,9 +306,15 @@ def test_a_device_that_is_denied_loses_its_session_and_gets_no_other(site: Site,
     other.ask("s2", whole)
 
 
-def test_a_worker_that_starts_later_knows_who_is_denied(cloud_bundle: Callable[[int], Bundle]) -> None:
+def test_a_worker_that_starts_later_knows_who_is_denied(
+    cloud_bundle: Callable[[int], Bundle],
+) -> None:
     broker = InMemoryBroker()
-    with broker.connect("hub") as server, broker.connect(WORKER) as link, broker.connect(DEVICE) as other:
+    with (
+        broker.connect("hub") as server,
+        broker.connect(WORKER) as link,
+        broker.connect(DEVICE) as other,
+    ):
         server.publish(topics.REVOKED, encode_denylist([DEVICE]), qos=1, retain=True)
         device = Device(other, cloud_bundle(2))
         with Worker(link, cloud_bundle(2), WorkerConfig(num_threads=1)):
@@ -285,7 +341,9 @@ def test_a_list_that_cannot_be_read_changes_nothing(site: Site, whole: TinyModel
 def test_one_devices_flood_leaves_room_for_the_others(tiny_bundle: Bundle) -> None:
     broker = InMemoryBroker()
     with broker.connect(WORKER) as link:
-        worker = Worker(link, tiny_bundle, WorkerConfig(num_threads=1, max_queued_messages=16))  # which takes none yet
+        worker = Worker(
+            link, tiny_bundle, WorkerConfig(num_threads=1, max_queued_messages=16)
+        )  # which takes none yet
         for _ in range(40):
             worker._on_message(topics.to_worker(WORKER, DEVICE, "s1"), encode(Close("s1")))
         assert worker.num_queued == 4

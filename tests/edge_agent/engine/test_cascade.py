@@ -31,7 +31,9 @@ def run_all(partition: Partition, chunks: list[list[int]]) -> Cascade:
 def assert_same_state(one: Cascade, other: Cascade, num_blocks: int) -> None:
     for block in range(num_blocks):
         assert one.num_filled(block) == other.num_filled(block) == len(TOKENS)
-        np.testing.assert_allclose(one.hidden_states(block, 0), other.hidden_states(block, 0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            one.hidden_states(block, 0), other.hidden_states(block, 0), rtol=1e-4, atol=1e-5
+        )
         for a, b in zip(one.caches(block), other.caches(block), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -41,7 +43,9 @@ def test_one_chunk_and_single_steps_leave_the_same_caches(partition: Partition) 
     assert_same_state(run_all(partition, [TOKENS]), stepwise, len(partition.blocks))
 
 
-def test_a_backlog_filled_later_leaves_the_same_caches_as_running_every_layer(partition: Partition) -> None:
+def test_a_backlog_filled_later_leaves_the_same_caches_as_running_every_layer(
+    partition: Partition,
+) -> None:
     late = Cascade(partition, 32)
     late.append(TOKENS[:4])
     late.run(0)
@@ -52,12 +56,15 @@ def test_a_backlog_filled_later_leaves_the_same_caches_as_running_every_layer(pa
     late.append(TOKENS[-1:])
     late.run(0)
     late.run(1)
-    assert_same_state(late, run_all(partition, [[token] for token in TOKENS]), len(partition.blocks))
+    assert_same_state(
+        late, run_all(partition, [[token] for token in TOKENS]), len(partition.blocks)
+    )
 
 
 def test_a_prompt_of_several_chunks_leaves_what_single_steps_leave(partition: Partition) -> None:
     prompt = [TOKENS[i % len(TOKENS)] + i // len(TOKENS) for i in range(MAX_CHUNK + 7)]
-    whole, stepwise = Cascade(partition, len(prompt)), Cascade(partition, len(prompt))
+    whole = Cascade(partition, len(prompt))
+    stepwise = Cascade(partition, len(prompt))
     turns: list[int] = []
 
     class Turn(nullcontext[None]):
@@ -70,12 +77,15 @@ def test_a_prompt_of_several_chunks_leaves_what_single_steps_leave(partition: Pa
         stepwise.append([token])
         candidates = stepwise.run(0)
     assert turns == [0, MAX_CHUNK]
-    np.testing.assert_allclose(whole.hidden_states(0, 0), stepwise.hidden_states(0, 0), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        whole.hidden_states(0, 0), stepwise.hidden_states(0, 0), rtol=1e-3, atol=1e-4
+    )
     assert candidates.confidence == pytest.approx(expected.confidence, rel=1e-3)
 
 
 def test_what_was_cut_off_leaves_nothing_behind(partition: Partition) -> None:
-    cut, straight = Cascade(partition, 32), run_all(partition, [TOKENS])
+    cut = Cascade(partition, 32)
+    straight = run_all(partition, [TOKENS])
     cut.append([*TOKENS[:4], 1, 2, 3])
     for block in range(len(partition.blocks)):
         cut.run(block)
@@ -97,7 +107,8 @@ def test_a_sequence_takes_the_memory_that_it_says(partition: Partition) -> None:
 
 
 def test_the_exit_speaks_for_the_newest_position(partition: Partition) -> None:
-    whole, stepwise = Cascade(partition, 32), Cascade(partition, 32)
+    whole = Cascade(partition, 32)
+    stepwise = Cascade(partition, 32)
     whole.append(TOKENS)
     expected = whole.run(0)
     for token in TOKENS:

@@ -27,7 +27,8 @@ def start_waiting(turns: FairLock, name: str, order: list[str]) -> threading.Thr
 
 
 def test_who_lets_go_and_asks_again_comes_after_those_who_wait() -> None:
-    turns, order = FairLock(), list[str]()
+    turns = FairLock()
+    order = list[str]()
     with turns:
         threads = [start_waiting(turns, name, order) for name in ("first", "second", "third")]
         assert order == []

@@ -48,14 +48,22 @@ UNLOADABLE = {
 
 
 @pytest.mark.parametrize("content", UNLOADABLE.values(), ids=UNLOADABLE)
-def test_a_graph_that_does_not_load_says_who_made_it_and_what_to_do(content: bytes, tmp_path: Path) -> None:
+def test_a_graph_that_does_not_load_says_who_made_it_and_what_to_do(
+    content: bytes, tmp_path: Path
+) -> None:
     path = tmp_path / "block_0.onnx"
     path.write_bytes(content)
     with pytest.raises(BundleError) as caught:
         load_session(path, Runtime(), {"onnxruntime": "9.8.7"})
     message = str(caught.value)
     assert "\n" not in message
-    for part in (str(path), ort.__version__, "made with 9.8.7", "upgrade", "export or copy the bundle again"):
+    for part in (
+        str(path),
+        ort.__version__,
+        "made with 9.8.7",
+        "upgrade",
+        "export or copy the bundle again",
+    ):
         assert part in message
 
 
@@ -88,11 +96,17 @@ def test_cuda_where_it_is_not_installed_says_what_is_and_what_to_install() -> No
 
 @pytest.mark.parametrize("instruction_set", ["any", *instruction_sets()])
 def test_a_bundle_for_this_machine_is_accepted(tiny_bundle: Bundle, instruction_set: str) -> None:
-    check_instruction_set(msgspec.structs.replace(tiny_bundle.manifest, instruction_set=instruction_set))
+    check_instruction_set(
+        msgspec.structs.replace(tiny_bundle.manifest, instruction_set=instruction_set)
+    )
 
 
-@pytest.mark.parametrize("instruction_set", [*sorted(set(NEEDED_FLAGS) - set(instruction_sets())), "z80"])
-def test_a_bundle_for_another_machine_is_refused_and_both_are_named(tiny_bundle: Bundle, instruction_set: str) -> None:
+@pytest.mark.parametrize(
+    "instruction_set", [*sorted(set(NEEDED_FLAGS) - set(instruction_sets())), "z80"]
+)
+def test_a_bundle_for_another_machine_is_refused_and_both_are_named(
+    tiny_bundle: Bundle, instruction_set: str
+) -> None:
     manifest = msgspec.structs.replace(tiny_bundle.manifest, instruction_set=instruction_set)
     with pytest.raises(BundleError) as caught:
         check_instruction_set(manifest)

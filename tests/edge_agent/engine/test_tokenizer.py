@@ -43,7 +43,9 @@ def test_the_chat_template_ends_with_the_assistants_turn(tokenizer: ChatTokenize
     assert 0 < len(one) < len(two)
 
 
-def test_templates_may_use_what_transformers_gives_them(tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_templates_may_use_what_transformers_gives_them(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
     template = (
         "{{ strftime_now('today') }} {% for message in messages %}{% if message.role == 'system' %}{% continue %}"
         "{% endif %}{% if message.role == 'assistant' %}{% generation %}<{{ message.content }}>{% endgeneration %}"
@@ -54,4 +56,6 @@ def test_templates_may_use_what_transformers_gives_them(tiny_bundle: Bundle, tmp
     tokenizer = ChatTokenizer(Bundle(tmp_path, tiny_bundle.manifest))
     turns = [ChatMessage("system", "no"), ChatMessage("user", "a"), ChatMessage("assistant", "b")]
     given = [{"role": turn.role, "content": turn.content} for turn in turns]
-    assert tokenizer.encode_chat(turns) == make_tiny_tokenizer().apply_chat_template(given, chat_template=template)
+    assert tokenizer.encode_chat(turns) == make_tiny_tokenizer().apply_chat_template(
+        given, chat_template=template
+    )

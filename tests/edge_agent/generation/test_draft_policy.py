@@ -21,21 +21,28 @@ def seconds_a_token(chance: float, round_trip_s: float, is_worth: IsWorth) -> fl
 
     `is_worth` says of so many drafts, all accepted with a probability, whether to draft another one before asking.
     """
-    draw, now, num_certain = random.Random(0), 0.0, 0
+    draw = random.Random(0)
+    now = 0.0
+    num_certain = 0
     drafts: list[bool] = []
     while num_certain < NUM_TOKENS:
         while not drafts or is_worth(len(drafts), chance ** len(drafts)):
             drafts.append(draw.random() < chance)
             now += STEP_S
-        asked, answered_at = len(drafts), now + round_trip_s
-        while now < answered_at and worth_guessing(chance ** len(drafts), STEP_S, answered_at - now):
+        asked = len(drafts)
+        answered_at = now + round_trip_s
+        while now < answered_at and worth_guessing(
+            chance ** len(drafts), STEP_S, answered_at - now
+        ):
             drafts.append(draw.random() < chance)
             now += STEP_S
         now = max(now, answered_at)
         if all(drafts[:asked]):
-            num_certain, drafts = num_certain + asked, drafts[asked:]
+            num_certain = num_certain + asked
+            drafts = drafts[asked:]
         else:
-            num_certain, drafts = num_certain + drafts.index(False) + 1, []
+            num_certain = num_certain + drafts.index(False) + 1
+            drafts = []
     return now / num_certain
 
 
@@ -46,8 +53,12 @@ def is_shorter(length: int, num_drafts: int, survival: float) -> bool:
 
 @pytest.mark.parametrize("chance", [0.3, 0.5, 0.7, 0.8])
 @pytest.mark.parametrize("round_trip_s", [0.5, 2.0, 4.0, 10.0])
-def test_the_stop_is_nearly_as_good_as_the_best_fixed_length(chance: float, round_trip_s: float) -> None:
-    taken = seconds_a_token(chance, round_trip_s, lambda _, survival: worth_drafting(survival, STEP_S, round_trip_s))
+def test_the_stop_is_nearly_as_good_as_the_best_fixed_length(
+    chance: float, round_trip_s: float
+) -> None:
+    taken = seconds_a_token(
+        chance, round_trip_s, lambda _, survival: worth_drafting(survival, STEP_S, round_trip_s)
+    )
     fixed = [partial(is_shorter, length) for length in (1, 2, 3, 4, 6, 8, 12)]
     best = min(seconds_a_token(chance, round_trip_s, is_worth) for is_worth in fixed)
     assert taken <= 1.1 * best

@@ -29,7 +29,8 @@ def stepwise(partition: Partition) -> Cascade:
 
 
 def test_drafts_backlogs_and_rewinds_change_no_bit(partition: Partition) -> None:
-    cascade, last = Cascade(partition, 64, one_by_one_from=len(PROMPT)), len(partition.blocks) - 1
+    cascade = Cascade(partition, 64, one_by_one_from=len(PROMPT))
+    last = len(partition.blocks) - 1
     cascade.append(PROMPT)
     cascade.run(0)
     cascade.append([*ANSWER[:2], 99, 98])

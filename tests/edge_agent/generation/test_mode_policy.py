@@ -8,15 +8,30 @@ from dataclasses import replace
 import pytest
 
 from edge_agent.generation.mode_controller import PROBE_TOKENS, ModeController
-from edge_agent.generation.mode_policy import MIN_JUDGED, MIN_TOKENS, MIN_WAIT_MS, Targets, decide, predict, wait_ms
+from edge_agent.generation.mode_policy import (
+    MIN_JUDGED,
+    MIN_TOKENS,
+    MIN_WAIT_MS,
+    Targets,
+    decide,
+    predict,
+    wait_ms,
+)
 from edge_agent.measurements import Measurements, Snapshot
 from fleet.protocol.modes import Mode
 
-ALONE, TOGETHER, VERIFIED = Mode.STANDALONE, Mode.COLLABORATIVE, Mode.VERIFIED
+ALONE = Mode.STANDALONE
+TOGETHER = Mode.COLLABORATIVE
+VERIFIED = Mode.VERIFIED
 
 
 def measured(
-    round_trip_ms: float = 15, *, step_ms: float = 20, unsure: float = 0.6, confidence: float = 0.7, sure: float = 0.97
+    round_trip_ms: float = 15,
+    *,
+    step_ms: float = 20,
+    unsure: float = 0.6,
+    confidence: float = 0.7,
+    sure: float = 0.97,
 ) -> Snapshot:
     return Snapshot(
         step_s=step_ms / 1000, round_trip_s=round_trip_ms / 1000, num_round_trips=20, unsure=unsure,
@@ -56,17 +71,28 @@ def test_nothing_measured_means_collaborating_which_measures_most() -> None:
 
 @pytest.mark.parametrize("current", [TOGETHER, VERIFIED, ALONE])
 def test_without_the_link_it_is_alone_at_once(current: Mode) -> None:
-    assert decide(measured(), Targets(min_agreement=0.95), current, 0, is_link_up=False).mode is ALONE
+    assert (
+        decide(measured(), Targets(min_agreement=0.95), current, 0, is_link_up=False).mode is ALONE
+    )
 
 
 def test_without_the_link_an_exact_text_waits() -> None:
-    assert decide(measured(), Targets(min_agreement=1.0), TOGETHER, 0, is_link_up=False).mode is VERIFIED
+    assert (
+        decide(measured(), Targets(min_agreement=1.0), TOGETHER, 0, is_link_up=False).mode
+        is VERIFIED
+    )
 
 
 def test_no_switch_soon_after_another() -> None:
     slow = measured(200)
-    assert decide(slow, Targets(min_agreement=0.95), TOGETHER, MIN_TOKENS - 1, is_link_up=True).mode is TOGETHER
-    assert decide(slow, Targets(min_agreement=0.95), TOGETHER, MIN_TOKENS, is_link_up=True).mode is VERIFIED
+    assert (
+        decide(slow, Targets(min_agreement=0.95), TOGETHER, MIN_TOKENS - 1, is_link_up=True).mode
+        is TOGETHER
+    )
+    assert (
+        decide(slow, Targets(min_agreement=0.95), TOGETHER, MIN_TOKENS, is_link_up=True).mode
+        is VERIFIED
+    )
 
 
 def test_what_verifies_have_found_is_believed_instead_of_the_confidence() -> None:
@@ -77,9 +103,12 @@ def test_what_verifies_have_found_is_believed_instead_of_the_confidence() -> Non
 
 
 @pytest.mark.parametrize("round_trip_ms", [10, 200])
-def test_collaborating_saves_steps_and_round_trips_behind_right_guesses(round_trip_ms: float) -> None:
+def test_collaborating_saves_steps_and_round_trips_behind_right_guesses(
+    round_trip_ms: float,
+) -> None:
     taken = [
-        predict(replace(measured(round_trip_ms), right=right), Targets())[TOGETHER].tpot_s for right in (0.0, 0.5, 1.0)
+        predict(replace(measured(round_trip_ms), right=right), Targets())[TOGETHER].tpot_s
+        for right in (0.0, 0.5, 1.0)
     ]
     assert taken[0] == pytest.approx(0.020 + 0.6 * round_trip_ms / 1000)
     assert taken[0] > taken[1] > taken[2] > 0
@@ -87,19 +116,26 @@ def test_collaborating_saves_steps_and_round_trips_behind_right_guesses(round_tr
 
 def test_a_small_gain_is_no_reason() -> None:
     targets = Targets(min_agreement=0.95)
-    together, verified = (predict(measured(60), targets)[mode].tpot_s for mode in (TOGETHER, VERIFIED))
+    together, verified = (
+        predict(measured(60), targets)[mode].tpot_s for mode in (TOGETHER, VERIFIED)
+    )
     assert 0.8 * together < verified < together
     assert decide(measured(60), targets, TOGETHER, 100, is_link_up=True).mode is TOGETHER
 
 
 def test_noise_at_the_border_does_not_make_it_flap() -> None:
-    noise, targets = random.Random(7), Targets(min_agreement=0.95, target_tpot_ms=40)
-    current, since, switches = TOGETHER, 0, 0
+    noise = random.Random(7)
+    targets = Targets(min_agreement=0.95, target_tpot_ms=40)
+    current = TOGETHER
+    since = 0
+    switches = 0
     for _ in range(1000):
         decision = decide(measured(noise.uniform(25, 45)), targets, current, since, is_link_up=True)
         since += 1
         if decision.mode is not current:
-            current, since, switches = decision.mode, 0, switches + 1
+            current = decision.mode
+            since = 0
+            switches = switches + 1
     assert switches <= 3
 
 
@@ -141,15 +177,24 @@ def test_a_device_that_is_alone_on_a_good_link_measures_it_now_and_then() -> Non
 
 
 @pytest.mark.parametrize(
-    ("round_trip_ms", "spread_ms", "expected"), [(100, 50, 600), (1, 0, MIN_WAIT_MS), (900, 400, 3000)]
+    ("round_trip_ms", "spread_ms", "expected"),
+    [(100, 50, 600), (1, 0, MIN_WAIT_MS), (900, 400, 3000)],
 )
-def test_an_assist_is_worth_a_few_round_trips(round_trip_ms: float, spread_ms: float, expected: int) -> None:
-    seen = Snapshot(round_trip_s=round_trip_ms / 1000, round_trip_spread_s=spread_ms / 1000, num_round_trips=5)
+def test_an_assist_is_worth_a_few_round_trips(
+    round_trip_ms: float, spread_ms: float, expected: int
+) -> None:
+    seen = Snapshot(
+        round_trip_s=round_trip_ms / 1000, round_trip_spread_s=spread_ms / 1000, num_round_trips=5
+    )
     assert wait_ms(seen, 3000) == expected
     assert wait_ms(Snapshot(), 3000) == 3000
 
 
-@pytest.mark.parametrize(("num_losses", "expected"), [(0, 600), (1, 1200), (2, 2400), (3, 3000), (10_000, 3000)])
+@pytest.mark.parametrize(
+    ("num_losses", "expected"), [(0, 600), (1, 1200), (2, 2400), (3, 3000), (10_000, 3000)]
+)
 def test_each_loss_doubles_the_wait(num_losses: int, expected: int) -> None:
-    seen = Snapshot(round_trip_s=0.1, round_trip_spread_s=0.05, num_round_trips=5, num_losses=num_losses)
+    seen = Snapshot(
+        round_trip_s=0.1, round_trip_spread_s=0.05, num_round_trips=5, num_losses=num_losses
+    )
     assert wait_ms(seen, 3000) == expected

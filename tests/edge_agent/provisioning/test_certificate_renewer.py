@@ -41,19 +41,25 @@ def identity(service: FleetService, tmp_path: Path) -> Identity:
         (100 * DAY, 0.5, 0.0),
     ],
 )
-def test_a_certificate_of_ninety_days_is_due_after_sixty(now: float, draw: float, wait_s: float) -> None:
+def test_a_certificate_of_ninety_days_is_due_after_sixty(
+    now: float, draw: float, wait_s: float
+) -> None:
     assert renewal_in_s(0.0, 90 * DAY, now, draw) == pytest.approx(wait_s)
 
 
 @pytest.mark.parametrize(
-    ("left_s", "draw", "wait_s"), [(30 * DAY, 0.5, 600.0), (1000.0, 0.5, 50.0), (1000.0, 0.0, 25.0), (-5.0, 0.5, 1.0)]
+    ("left_s", "draw", "wait_s"),
+    [(30 * DAY, 0.5, 600.0), (1000.0, 0.5, 50.0), (1000.0, 0.0, 25.0), (-5.0, 0.5, 1.0)],
 )
-def test_the_less_is_left_the_sooner_it_is_tried_again(left_s: float, draw: float, wait_s: float) -> None:
+def test_the_less_is_left_the_sooner_it_is_tried_again(
+    left_s: float, draw: float, wait_s: float
+) -> None:
     assert retry_in_s(left_s, 0.0, draw) == pytest.approx(wait_s)
 
 
 def test_a_renewal_replaces_key_and_certificate(service: FleetService, identity: Identity) -> None:
-    before, key = (identity.folder / CERT_FILE).read_bytes(), new_key()
+    before = (identity.folder / CERT_FILE).read_bytes()
+    key = new_key()
     renew(identity, key)
     assert (identity.folder / KEY_FILE).read_bytes() == key
     assert (identity.folder / CERT_FILE).read_bytes() != before
@@ -98,7 +104,9 @@ def test_a_certificate_for_another_key_leaves_the_old_pair(
     assert not (identity.folder / RENEWED_FILE).exists()
 
 
-def test_a_lost_reply_is_asked_for_again_with_the_same_key(service: FleetService, identity: Identity) -> None:
+def test_a_lost_reply_is_asked_for_again_with_the_same_key(
+    service: FleetService, identity: Identity
+) -> None:
     service.trouble.num_lost_replies = 1
     renew(identity, new_key())
     assert len(service.keys) == 2
@@ -139,7 +147,9 @@ def test_what_is_not_due_is_left_alone(service: FleetService, identity: Identity
     assert service.requests == []
 
 
-def test_a_renewal_that_fails_is_tried_again_with_the_same_key(service: FleetService, identity: Identity) -> None:
+def test_a_renewal_that_fails_is_tried_again_with_the_same_key(
+    service: FleetService, identity: Identity
+) -> None:
     shorten(service, identity, 20)
     service.refuse(500, "internal", "it failed", times=1)
     service.trouble.num_lost_replies = 0
@@ -161,7 +171,9 @@ def test_a_renewal_that_was_interrupted_is_finished_at_the_next_start(
     assert (identity.folder / KEY_FILE).read_bytes() == key
 
 
-def test_an_identity_without_a_service_is_renewed_by_hand(service: FleetService, identity: Identity) -> None:
+def test_an_identity_without_a_service_is_renewed_by_hand(
+    service: FleetService, identity: Identity
+) -> None:
     shorten(service, identity, 60)
     config = msgspec.structs.replace(identity.config, server=None)
     with Renewer(Identity(identity.folder, config), lambda: None) as renewer:

@@ -15,7 +15,14 @@ from edge_agent.provisioning.credentials import fingerprint
 from edge_agent.provisioning.join import join, own_key
 from edge_agent.state.bundle_slots import SlotStore
 from edge_agent.state.desired_state import load_desired
-from fleet.errors import BusyError, ConfigError, IdentityError, ServiceAwayError, ServiceError, TokenError
+from fleet.errors import (
+    BusyError,
+    ConfigError,
+    IdentityError,
+    ServiceAwayError,
+    ServiceError,
+    TokenError,
+)
 from fleet.identity.identity import Identity
 from fleet.protocol.desired_config import DesiredConfig, Settings
 from fleet.protocol.enrolment_api import EnrolmentToken
@@ -25,14 +32,18 @@ from tests.brokers import HOST, free_port
 from tests.edge_agent.fleet_service import SECRET, TOKEN_ID, FleetService
 
 
-def test_a_token_becomes_an_identity_that_the_service_knows(service: FleetService, tmp_path: Path) -> None:
+def test_a_token_becomes_an_identity_that_the_service_knows(
+    service: FleetService, tmp_path: Path
+) -> None:
     identity = join(service.token, service.url, tmp_path / "out")
     assert identity == Identity.load(tmp_path / "out")
     assert (identity.name, identity.config.server) == ("kitchen", service.url)
     identity.ssl_context()
 
 
-def test_the_key_and_its_folder_are_nobody_elses_business(service: FleetService, tmp_path: Path) -> None:
+def test_the_key_and_its_folder_are_nobody_elses_business(
+    service: FleetService, tmp_path: Path
+) -> None:
     out = join(service.token, service.url, tmp_path / "out").folder
     assert stat.S_IMODE(out.stat().st_mode) == 0o700
     assert stat.S_IMODE((out / "key.pem").stat().st_mode) == 0o600
@@ -46,7 +57,9 @@ def test_what_the_fleet_wants_is_noted(service: FleetService, tmp_path: Path) ->
     assert SlotStore(tmp_path).load().current == "b1"
 
 
-def test_a_lost_reply_is_asked_for_again_with_the_same_key(service: FleetService, tmp_path: Path) -> None:
+def test_a_lost_reply_is_asked_for_again_with_the_same_key(
+    service: FleetService, tmp_path: Path
+) -> None:
     service.trouble.num_lost_replies = 2
     join(service.token, service.url, tmp_path)
     assert len(service.keys) == 3
@@ -69,7 +82,9 @@ def test_a_service_with_another_ca_is_told_nothing(service: FleetService, tmp_pa
     assert [path for _, path, _ in service.requests] == ["/v1/ca"]
 
 
-def test_a_server_that_shows_the_right_ca_and_has_no_certificate_of_it_is_not_trusted(tmp_path: Path) -> None:
+def test_a_server_that_shows_the_right_ca_and_has_no_certificate_of_it_is_not_trusted(
+    tmp_path: Path,
+) -> None:
     class Impostor(FleetService):
         @property
         def ca(self) -> bytes:
@@ -78,12 +93,17 @@ def test_a_server_that_shows_the_right_ca_and_has_no_certificate_of_it_is_not_tr
     true = CertificateAuthority.create(tmp_path / "true")
     with Impostor(tmp_path / "impostor").running() as impostor:
         with pytest.raises(ServiceError, match="not what we trust"):
-            join(EnrolmentToken(fingerprint(true._ca_pem), TOKEN_ID, SECRET), impostor.url, tmp_path / "out")
+            join(
+                EnrolmentToken(fingerprint(true._ca_pem), TOKEN_ID, SECRET),
+                impostor.url,
+                tmp_path / "out",
+            )
         assert impostor.keys == []
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "kind"), [(410, "bad_token", TokenError), (403, "bad_identity", IdentityError)]
+    ("status", "code", "kind"),
+    [(410, "bad_token", TokenError), (403, "bad_identity", IdentityError)],
 )
 def test_a_refusal_is_our_error_with_its_message(
     service: FleetService, tmp_path: Path, status: int, code: str, kind: type[Exception]
@@ -94,13 +114,17 @@ def test_a_refusal_is_our_error_with_its_message(
     assert len(service.requests) == 2
 
 
-def test_a_code_that_nobody_knows_is_the_services_error(service: FleetService, tmp_path: Path) -> None:
+def test_a_code_that_nobody_knows_is_the_services_error(
+    service: FleetService, tmp_path: Path
+) -> None:
     service.refuse(418, "teapot", "short and stout")
     with pytest.raises(ServiceError, match="short and stout"):
         join(service.token, service.url, tmp_path)
 
 
-def test_a_service_that_is_away_for_a_moment_is_asked_again(service: FleetService, tmp_path: Path) -> None:
+def test_a_service_that_is_away_for_a_moment_is_asked_again(
+    service: FleetService, tmp_path: Path
+) -> None:
     service.refuse(503, "registry", "the registry is away", times=2)
     join(service.token, service.url, tmp_path)
 
@@ -112,7 +136,9 @@ def test_who_is_told_to_wait_waits(service: FleetService, tmp_path: Path) -> Non
     assert time.monotonic() - started >= 1.0
 
 
-def test_who_is_told_to_wait_beyond_the_deadline_gives_up(service: FleetService, tmp_path: Path) -> None:
+def test_who_is_told_to_wait_beyond_the_deadline_gives_up(
+    service: FleetService, tmp_path: Path
+) -> None:
     service.refuse(429, "busy", "too many", retry_after="600")
     with pytest.raises(ServiceAwayError, match="too many") as caught:
         join(service.token, service.url, tmp_path)
@@ -137,17 +163,28 @@ def test_a_server_that_speaks_no_tls_is_named(tmp_path: Path) -> None:
         thread = threading.Thread(target=greet)
         thread.start()
         with pytest.raises(ServiceError, match="TLS failed"):
-            join(EnrolmentToken("0" * 64, TOKEN_ID, SECRET), f"https://{HOST}:{plain.getsockname()[1]}", tmp_path)
+            join(
+                EnrolmentToken("0" * 64, TOKEN_ID, SECRET),
+                f"https://{HOST}:{plain.getsockname()[1]}",
+                tmp_path,
+            )
         thread.join(5)
 
 
 def test_a_clock_that_is_behind_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("provisioning.authority.CLOCK_SKEW", timedelta(days=-1))  # valid from tomorrow on
-    with FleetService(tmp_path / "service").running() as service, pytest.raises(ServiceError, match="set the clock"):
+    monkeypatch.setattr(
+        "provisioning.authority.CLOCK_SKEW", timedelta(days=-1)
+    )  # valid from tomorrow on
+    with (
+        FleetService(tmp_path / "service").running() as service,
+        pytest.raises(ServiceError, match="set the clock"),
+    ):
         join(service.token, service.url, tmp_path / "out")
 
 
-def test_a_certificate_that_has_expired_by_this_clock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_certificate_that_has_expired_by_this_clock_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("provisioning.authority.LEAF_LIFE", timedelta(0))
     with (
         FleetService(tmp_path / "service").running() as service,
@@ -162,8 +199,12 @@ def test_a_folder_that_is_complete_says_so(service: FleetService, tmp_path: Path
         join(service.token, service.url, tmp_path)
 
 
-@pytest.mark.parametrize("url", ["http://a:1", "a:8443", "https://", "https://a/b", "https://u:p@a", "https://a:x"])
-def test_an_address_that_is_no_service_is_refused_before_anything_is_made(tmp_path: Path, url: str) -> None:
+@pytest.mark.parametrize(
+    "url", ["http://a:1", "a:8443", "https://", "https://a/b", "https://u:p@a", "https://a:x"]
+)
+def test_an_address_that_is_no_service_is_refused_before_anything_is_made(
+    tmp_path: Path, url: str
+) -> None:
     with pytest.raises(ConfigError, match="expected https://HOST:PORT"):
         join(EnrolmentToken("0" * 64, TOKEN_ID, SECRET), url, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -172,7 +213,9 @@ def test_an_address_that_is_no_service_is_refused_before_anything_is_made(tmp_pa
 def test_a_certificate_for_another_key_is_not_taken(
     service: FleetService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = service.authority.certify("kitchen", Identity.load(service.identity(tmp_path / "id").folder).config.role)
+    other = service.authority.certify(
+        "kitchen", Identity.load(service.identity(tmp_path / "id").folder).config.role
+    )
     monkeypatch.setattr(service, "_certify", lambda csr: (other.issued.pem, b""))
     with pytest.raises(IdentityError, match="for another key than ours"):
         join(service.token, service.url, tmp_path / "out")
@@ -187,7 +230,9 @@ def test_a_certificate_for_another_name_is_not_taken(
         join(service.token, service.url, tmp_path)
 
 
-def _named_otherwise(authority: CertificateAuthority, key: object, name: str, life: timedelta) -> bytes:
+def _named_otherwise(
+    authority: CertificateAuthority, key: object, name: str, life: timedelta
+) -> bytes:
     from tests.edge_agent.certify import certify_key
 
     return certify_key(authority, key, "cellar", life)  # type: ignore[arg-type]

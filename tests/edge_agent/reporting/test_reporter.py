@@ -18,7 +18,13 @@ from edge_agent.reporting.report_merge import SEVERAL, summarise
 from edge_agent.reporting.report_outbox import ReportOutbox
 from edge_agent.reporting.reporter import FIRST_WINDOW, MAX_WINDOW, Reporter
 from fleet.protocol import topics
-from fleet.protocol.report import GenerationReport, ReportReceipt, decode_report, encode_receipt, encode_report
+from fleet.protocol.report import (
+    GenerationReport,
+    ReportReceipt,
+    decode_report,
+    encode_receipt,
+    encode_report,
+)
 from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
 from tests.brokers import Inbox, wait_until
 from tests.fleet.conftest import report
@@ -85,7 +91,10 @@ class Collector:
 def device(
     broker: InMemoryBroker, path: Path | None, retry_s: tuple[float, float] = (60.0, 60.0)
 ) -> Iterator[tuple[Reporter, InMemoryTransport]]:
-    with broker.connect("edge-1") as link, Reporter(link, ReportOutbox(path, 1000), retry_s) as reporter:
+    with (
+        broker.connect("edge-1") as link,
+        Reporter(link, ReportOutbox(path, 1000), retry_s) as reporter,
+    ):
         yield reporter, link
 
 
@@ -96,10 +105,15 @@ def kept(path: Path) -> list[str]:
     with closing(sqlite3.connect(path)) as database:
         if not database.execute("SELECT name FROM sqlite_master WHERE name = 'reports'").fetchall():
             return []
-        return [generation for (generation,) in database.execute("SELECT generation FROM reports ORDER BY id")]
+        return [
+            generation
+            for (generation,) in database.execute("SELECT generation FROM reports ORDER BY id")
+        ]
 
 
-def fill(path: Path | None, limit: int, reports: list[GenerationReport], sent: int = 0) -> list[GenerationReport]:
+def fill(
+    path: Path | None, limit: int, reports: list[GenerationReport], sent: int = 0
+) -> list[GenerationReport]:
     """What is left when reports come one by one, and the first `sent` are sent."""
     outbox = ReportOutbox(path, limit)
     for i, each in enumerate(reports):
@@ -178,8 +192,15 @@ def test_a_lower_limit_holds_for_what_was_kept_before(tmp_path: Path) -> None:
 
 
 def test_a_sum_says_what_its_reports_have_in_common_and_the_mean_of_their_times() -> None:
-    several = summarise([report("g1", app="a", ttft_ms=10.0, answers=3), report("g2", app="b", ttft_ms=50.0)], "sum")
-    assert (several.generation, several.answers, several.tokens, several.ttft_ms) == ("sum", 4, 20, 20.0)
+    several = summarise(
+        [report("g1", app="a", ttft_ms=10.0, answers=3), report("g2", app="b", ttft_ms=50.0)], "sum"
+    )
+    assert (several.generation, several.answers, several.tokens, several.ttft_ms) == (
+        "sum",
+        4,
+        20,
+        20.0,
+    )
     assert (several.app, several.mode, several.session) == (SEVERAL, "collaborative", None)
 
 
@@ -187,7 +208,8 @@ def test_a_sum_says_what_its_reports_have_in_common_and_the_mean_of_their_times(
 
 
 def test_a_report_is_sent_again_until_it_is_acknowledged_and_then_forgotten(tmp_path: Path) -> None:
-    broker, path = InMemoryBroker(), tmp_path / "reports.sqlite"
+    broker = InMemoryBroker()
+    path = tmp_path / "reports.sqlite"
     collector = Collector(broker)
     with device(broker, path, QUICK) as (reporter, _):
         reporter.add(report("g1"))
@@ -216,22 +238,33 @@ def test_a_report_made_while_the_link_was_down_is_sent_when_it_is_up() -> None:
         assert collector.next() == "g1"
 
 
-def test_a_refused_report_is_forgotten_and_its_reason_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    broker, path = InMemoryBroker(), tmp_path / "reports.sqlite"
+def test_a_refused_report_is_forgotten_and_its_reason_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = InMemoryBroker()
+    path = tmp_path / "reports.sqlite"
     collector = Collector(broker)
     with device(broker, path) as (reporter, _):
         reporter.add(report("g1"))
         assert collector.next() == "g1"
         collector.acknowledge(g1="its sources do not add up")
         wait_until(lambda: not kept(path), "it is forgotten")
-    assert caplog.messages == ["the collector refused the report of generation g1: its sources do not add up"]
+    assert caplog.messages == [
+        "the collector refused the report of generation g1: its sources do not add up"
+    ]
 
 
 def test_garbage_in_the_place_of_a_receipt_disturbs_nobody() -> None:
     broker = InMemoryBroker()
     collector = Collector(broker)
     with device(broker, None) as (reporter, _), broker.connect("stranger") as stranger:
-        for garbage in (b"", b"\xc1", b"{}", b"x" * 300_000, encode_receipt(ReportReceipt(("unheard-of",)))):
+        for garbage in (
+            b"",
+            b"\xc1",
+            b"{}",
+            b"x" * 300_000,
+            encode_receipt(ReportReceipt(("unheard-of",))),
+        ):
             stranger.publish(topics.device_reported("edge-1"), garbage)
         reporter.add(report("g1"))
         assert collector.next() == "g1"
@@ -240,7 +273,8 @@ def test_garbage_in_the_place_of_a_receipt_disturbs_nobody() -> None:
 def test_no_more_than_a_window_is_sent_to_a_collector_that_says_nothing_and_all_to_one_that_does(
     tmp_path: Path,
 ) -> None:
-    broker, path = InMemoryBroker(), tmp_path / "reports.sqlite"
+    broker = InMemoryBroker()
+    path = tmp_path / "reports.sqlite"
     collector = Collector(broker)
     with device(broker, path) as (reporter, _):
         for i in range(3 * MAX_WINDOW):
@@ -256,7 +290,9 @@ def test_no_more_than_a_window_is_sent_to_a_collector_that_says_nothing_and_all_
 
 def test_what_a_killed_process_left_is_delivered_by_its_successor(tmp_path: Path) -> None:
     path = tmp_path / "reports.sqlite"
-    with subprocess.Popen([sys.executable, "-c", CHILD, str(path)], stdin=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(path)], stdin=subprocess.PIPE
+    ) as process:
         wait_until(lambda: len(kept(path)) == 40, "all are on disk", 30.0)
         process.send_signal(signal.SIGKILL)
     broker = InMemoryBroker()
@@ -267,7 +303,8 @@ def test_what_a_killed_process_left_is_delivered_by_its_successor(tmp_path: Path
 
 
 def test_two_agents_may_share_a_folder(tmp_path: Path) -> None:
-    broker, path = InMemoryBroker(), tmp_path / "reports.sqlite"
+    broker = InMemoryBroker()
+    path = tmp_path / "reports.sqlite"
     collector = Collector(broker)
     with device(broker, path, QUICK) as (one, _), device(broker, path, QUICK) as (other, _):
         for i in range(20):
@@ -280,7 +317,8 @@ def test_two_agents_may_share_a_folder(tmp_path: Path) -> None:
 def test_a_file_that_is_no_outbox_is_said_once_and_reports_are_sent_all_the_same(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broker, path = InMemoryBroker(), tmp_path / "reports.sqlite"
+    broker = InMemoryBroker()
+    path = tmp_path / "reports.sqlite"
     path.write_bytes(b"something else " * 100)
     collector = Collector(broker)
     with device(broker, path, QUICK) as (reporter, _), caplog.at_level(logging.WARNING):
@@ -294,13 +332,19 @@ def test_a_file_that_is_no_outbox_is_said_once_and_reports_are_sent_all_the_same
 
 
 def test_a_disk_that_is_full_is_said_once_and_reports_are_sent_all_the_same(tmp_path: Path) -> None:
-    assert on_full_disk(tmp_path, 4096) == ["reports cannot be kept in"]  # not even an empty outbox fits
+    assert on_full_disk(tmp_path, 4096) == [
+        "reports cannot be kept in"
+    ]  # not even an empty outbox fits
 
 
 def test_a_disk_with_room_for_some_reports_has_each_change_said_once(tmp_path: Path) -> None:
-    said = on_full_disk(tmp_path, 32768)  # how often it is full depends on how many are put there at once
+    said = on_full_disk(
+        tmp_path, 32768
+    )  # how often it is full depends on how many are put there at once
     assert said
-    assert said == [("reports cannot be kept in", "reports are kept on disk")[i % 2] for i in range(len(said))]
+    assert said == [
+        ("reports cannot be kept in", "reports are kept on disk")[i % 2] for i in range(len(said))
+    ]
 
 
 def on_full_disk(folder: Path, limit: int) -> list[str]:
@@ -314,7 +358,8 @@ def on_full_disk(folder: Path, limit: int) -> list[str]:
 def test_when_the_disk_is_well_again_what_was_only_in_memory_is_written_down(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broker, path = InMemoryBroker(), tmp_path / "reports.sqlite"
+    broker = InMemoryBroker()
+    path = tmp_path / "reports.sqlite"
     path.mkdir()
     with device(broker, path, QUICK) as (reporter, _):
         reporter.add(report("g1"))

@@ -24,7 +24,9 @@ from tests.system.memory_fleet import APP, DEVICE, WAIT_S, memory_fleet
 
 
 def trigger(name: str = "warm", **changes: Any) -> Trigger:
-    return Trigger(name=name, **{"events": f"{APP}/warmth", "template": "It is {celsius} degrees."} | changes)
+    return Trigger(
+        name=name, **{"events": f"{APP}/warmth", "template": "It is {celsius} degrees."} | changes
+    )
 
 
 class Site:
@@ -37,7 +39,8 @@ class Site:
         self.triggers = EventTriggers(
             device, 7, self._on_prompt, lambda *asked: asked in self.active, lambda: self.now
         )  # fmt: skip
-        self._device, self._app = device, app
+        self._device = device
+        self._app = app
 
     def _on_prompt(self, topic: str, payload: bytes) -> None:
         _, app, request = topics.parse(topic, "d", "+", "prompt", "+", "+")
@@ -70,7 +73,9 @@ def site() -> Iterator[Site]:
 def test_an_event_becomes_a_prompt_of_its_app(site: Site) -> None:
     site.triggers.set([trigger(max_new_tokens=8)])
     site.say(b'{"celsius": 31}')
-    assert site.asked == [(APP, "warm-7-1", PromptRequest(prompt="It is 31 degrees.", max_new_tokens=8))]
+    assert site.asked == [
+        (APP, "warm-7-1", PromptRequest(prompt="It is 31 degrees.", max_new_tokens=8))
+    ]
 
 
 def test_the_answer_can_go_to_another_app(site: Site) -> None:
@@ -80,7 +85,9 @@ def test_the_answer_can_go_to_another_app(site: Site) -> None:
 
 
 def test_an_event_pulls_every_trigger_that_takes_it_once(site: Site) -> None:
-    site.triggers.set([trigger(), trigger("any", events=f"{APP}/+", template="Something at {channel}.")])
+    site.triggers.set(
+        [trigger(), trigger("any", events=f"{APP}/+", template="Something at {channel}.")]
+    )
     assert site.say(b'{"celsius": 31}') == ["It is 31 degrees.", "Something at warmth."]
     assert site.say(b"open", topic=topics.event(APP, "door")) == ["Something at door."]
 
@@ -105,16 +112,21 @@ def test_an_event_whose_condition_does_not_hold_uses_no_interval(site: Site) -> 
     assert site.say(b'{"celsius": 29}', b'{"celsius": 31}') == ["It is 31 degrees."]
 
 
-def test_no_more_events_are_answered_at_once_than_allowed(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_more_events_are_answered_at_once_than_allowed(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
     site.triggers.set([trigger(max_in_flight=2)])
     assert len(site.say(*[b'{"celsius": 31}'] * 50)) == 2
-    assert [record.message for record in caplog.records] == ["trigger warm drops an event: 2 are being answered"]
+    assert [record.message for record in caplog.records] == [
+        "trigger warm drops an event: 2 are being answered"
+    ]
     site.active.pop()
     assert len(site.say(*[b'{"celsius": 31}'] * 50)) == 1
 
 
 @pytest.mark.parametrize(
-    "payload", [b"{", b"\xff", b'{"fahrenheit": 88}', b'{"celsius": "warm"}', b"31", b"", b"x" * 20_000]
+    "payload",
+    [b"{", b"\xff", b'{"fahrenheit": 88}', b'{"celsius": "warm"}', b"31", b"", b"x" * 20_000],
 )
 def test_a_bad_event_is_dropped_with_one_line_and_harms_nothing(
     site: Site, payload: bytes, caplog: pytest.LogCaptureFixture
@@ -133,7 +145,9 @@ def test_a_trigger_that_cannot_use_an_event_leaves_it_to_the_others(site: Site) 
 
 
 def test_triggers_that_are_taken_away_hear_nothing_more(site: Site) -> None:
-    site.triggers.set([trigger(), trigger("door", events=f"{APP}/door", template="The door is {payload}.")])
+    site.triggers.set(
+        [trigger(), trigger("door", events=f"{APP}/door", template="The door is {payload}.")]
+    )
     site.triggers.set([trigger("door", events=f"{APP}/door", template="The door is {payload}.")])
     assert site.say(b'{"celsius": 31}') == []
     assert site.say(b"open", topic=topics.event(APP, "door")) == ["The door is open."]
@@ -176,7 +190,9 @@ def test_a_device_that_has_stopped_hears_no_events(tiny_bundle: Bundle) -> None:
 
 
 def test_a_device_with_a_flood_of_events_still_answers_its_apps(tiny_bundle: Bundle) -> None:
-    config = AgentConfig(num_threads=1, max_queued_requests=8, triggers=(trigger(max_new_tokens=4),))
+    config = AgentConfig(
+        num_threads=1, max_queued_requests=8, triggers=(trigger(max_new_tokens=4),)
+    )
     with memory_fleet() as fleet:
         fleet.start_device(tiny_bundle, config)
         for i in range(200):

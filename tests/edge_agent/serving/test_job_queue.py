@@ -17,8 +17,21 @@ BUDGET = 100
 
 
 def put(jobs: JobQueue, request: str, num_bytes: int) -> Job:
-    job = Job("app", request, PromptRequest(prompt="x"))
-    jobs.put(job, RequestPlan([1], 1, (1.0,), Mode.STANDALONE, Targets(), 60.0, num_bytes, AgentConfig(), ()))
+    job = Job(app="app", request=request, prompt=PromptRequest(prompt="x"))
+    jobs.put(
+        job,
+        RequestPlan(
+            prompt_ids=[1],
+            max_new_tokens=1,
+            thresholds=(1.0,),
+            mode=Mode.STANDALONE,
+            targets=Targets(),
+            deadline_s=60.0,
+            num_bytes=num_bytes,
+            config=AgentConfig(),
+            eos_token_ids=(),
+        ),
+    )
     return job
 
 

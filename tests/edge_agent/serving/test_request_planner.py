@@ -15,7 +15,8 @@ from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest
 
 POSITIONS = 64
-SHORT, LONG = PromptRequest(prompt="x"), PromptRequest(prompt="x" * POSITIONS)
+SHORT = PromptRequest(prompt="x")
+LONG = PromptRequest(prompt="x" * POSITIONS)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,9 @@ def planner(partition: Partition, tiny_bundle: Bundle) -> RequestPlanner:
     return RequestPlanner(partition, ChatTokenizer(tiny_bundle), config)
 
 
-def test_a_prompt_that_names_no_length_gets_what_room_there_is(planner: RequestPlanner, partition: Partition) -> None:
+def test_a_prompt_that_names_no_length_gets_what_room_there_is(
+    planner: RequestPlanner, partition: Partition
+) -> None:
     plan = planner.plan(SHORT)
     assert plan.capacity == POSITIONS
     assert plan.num_bytes == Cascade.num_bytes(partition, POSITIONS)
@@ -37,7 +40,9 @@ def test_a_prompt_that_names_no_length_gets_what_room_there_is(planner: RequestP
 
 
 def test_what_the_request_names_goes_before_the_settings(planner: RequestPlanner) -> None:
-    plan = planner.plan(PromptRequest(prompt="x", max_new_tokens=3, mode=Mode.STANDALONE, threshold=0.75))
+    plan = planner.plan(
+        PromptRequest(prompt="x", max_new_tokens=3, mode=Mode.STANDALONE, threshold=0.75)
+    )
     assert (plan.max_new_tokens, plan.mode, plan.thresholds) == (3, Mode.STANDALONE, (0.75, 0.75))
 
 
@@ -52,11 +57,16 @@ def test_no_token_ends_an_answer_that_ignores_the_end_of_sequence(
     ("prompt", "says"),
     [
         (LONG, f"holds {POSITIONS} positions for both; send a shorter prompt"),
-        (PromptRequest(prompt="x", max_new_tokens=POSITIONS), f"and {POSITIONS} new ones were asked for"),
+        (
+            PromptRequest(prompt="x", max_new_tokens=POSITIONS),
+            f"and {POSITIONS} new ones were asked for",
+        ),
         (PromptRequest(prompt="x", thresholds=(0.5,)), "expected 2 thresholds"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_limit(planner: RequestPlanner, prompt: PromptRequest, says: str) -> None:
+def test_what_does_not_fit_is_refused_with_the_limit(
+    planner: RequestPlanner, prompt: PromptRequest, says: str
+) -> None:
     with pytest.raises(PromptError, match=says):
         planner.plan(prompt)
 

@@ -54,7 +54,9 @@ class Peer:
 
     def announce(self, epoch: int, *, draining: bool = False) -> None:
         status = WorkerStatus(online=True, epoch=epoch, bundle_ids=(BUNDLE,), draining=draining)
-        self.transport.publish(topics.worker_status(self.transport.name), encode_status(status), qos=1, retain=True)
+        self.transport.publish(
+            topics.worker_status(self.transport.name), encode_status(status), qos=1, retain=True
+        )
 
     def _on_message(self, topic: str, payload: bytes) -> None:
         self.num_bytes += len(payload)
@@ -68,7 +70,16 @@ class Peer:
 
     def accept(self, max_chunk_bytes: int = 4096) -> None:
         assert isinstance(self.next(), Open)
-        self.say(Opened(SESSION, self.transport.name, 0, max_chunk_bytes, WINDOW, ("float16",)))
+        self.say(
+            Opened(
+                session=SESSION,
+                worker=self.transport.name,
+                received=0,
+                max_chunk_bytes=max_chunk_bytes,
+                window_bytes=WINDOW,
+                dtypes=("float16",),
+            )
+        )
 
 
 class Device:
@@ -76,13 +87,17 @@ class Device:
 
     def __init__(self, broker: InMemoryBroker, deadline_ms: int) -> None:
         self.transport: InMemoryTransport = broker.connect("d1")
-        self.workers = WorkerDirectory(self.transport, lambda worker: self.uplink.worker_changed(worker))
+        self.workers = WorkerDirectory(
+            self.transport, lambda worker: self.uplink.worker_changed(worker)
+        )
         self.measurements = Measurements()
         self.uplink = CloudSession(
-            self.transport, self.workers, Open(SESSION, 1, BUNDLE, PROTOCOL, Sampling(), 128, deadline_ms), HIDDEN,
+            self.transport, self.workers, Open(session=SESSION, epoch=1, bundle_id=BUNDLE, protocol=PROTOCOL, sampling=Sampling(), max_positions=128, deadline_ms=deadline_ms), HIDDEN,
             self.measurements,
         )  # fmt: skip
-        self.transport.subscribe(topics.to_device("d1", "+"), lambda _, payload: self.uplink.receive(payload))
+        self.transport.subscribe(
+            topics.to_device("d1", "+"), lambda _, payload: self.uplink.receive(payload)
+        )
         assert self.workers.why_none(BUNDLE) is None
 
 
@@ -106,10 +121,14 @@ def device(broker: InMemoryBroker, peer: Peer) -> Iterator[Device]:
 
 
 def rows(start: int, count: int) -> np.ndarray:
-    return np.arange(start * HIDDEN, (start + count) * HIDDEN, dtype=np.float32).reshape(count, HIDDEN)
+    return np.arange(start * HIDDEN, (start + count) * HIDDEN, dtype=np.float32).reshape(
+        count, HIDDEN
+    )
 
 
-def test_what_was_offered_before_the_worker_answered_is_sent_after_it(device: Device, peer: Peer) -> None:
+def test_what_was_offered_before_the_worker_answered_is_sent_after_it(
+    device: Device, peer: Peer
+) -> None:
     with device.uplink as uplink:
         uplink.offer(rows(0, 4))
         peer.accept()
@@ -119,7 +138,9 @@ def test_what_was_offered_before_the_worker_answered_is_sent_after_it(device: De
     np.testing.assert_array_equal(unpack_chunk(message.chunk, HIDDEN), rows(0, 4))
 
 
-def test_chunks_keep_to_the_workers_limit_and_each_position_goes_once(device: Device, peer: Peer) -> None:
+def test_chunks_keep_to_the_workers_limit_and_each_position_goes_once(
+    device: Device, peer: Peer
+) -> None:
     with device.uplink as uplink:
         uplink.offer(rows(0, 64)[:, :].repeat(1, 0))
         peer.accept(max_chunk_bytes=1024)
@@ -138,14 +159,25 @@ def test_a_question_brings_the_context_that_it_needs(device: Device, peer: Peer)
         assert isinstance(verify, Verify)
         assert verify.chunk
         assert (verify.chunk.start, verify.chunk.count, verify.trusted) == (0, 3, (1,))
-        peer.say(Verified(SESSION, verify.request, 1, 0, 9, (-0.5,)))
+        peer.say(
+            Verified(
+                session=SESSION,
+                request=verify.request,
+                start=1,
+                accepted=0,
+                token_id=9,
+                logprobs=(-0.5,),
+            )
+        )
         verdict = uplink.verdict(WAIT_S)
         assert not uplink.has_question
     assert verdict is not None
     assert (verdict.accepted, verdict.token_id) == (0, 9)
 
 
-def test_of_more_context_than_a_chunk_only_the_last_goes_with_the_question(device: Device, peer: Peer) -> None:
+def test_of_more_context_than_a_chunk_only_the_last_goes_with_the_question(
+    device: Device, peer: Peer
+) -> None:
     with device.uplink as uplink:
         peer.accept(max_chunk_bytes=1024)
         for start in range(0, 70, 35):  # 64 positions are a chunk
@@ -183,7 +215,16 @@ def test_drafts_behind_a_question_wait_for_its_answer(device: Device, peer: Peer
         first = peer.next()
         assert isinstance(first, Verify)
         uplink.offer(rows(2, 9))
-        peer.say(Verified(SESSION, first.request, 1, 1, None, (-0.5,)))
+        peer.say(
+            Verified(
+                session=SESSION,
+                request=first.request,
+                start=1,
+                accepted=1,
+                token_id=None,
+                logprobs=(-0.5,),
+            )
+        )
         assert uplink.verdict(WAIT_S)
         context = peer.next()
         assert isinstance(context, Context)
@@ -191,18 +232,30 @@ def test_drafts_behind_a_question_wait_for_its_answer(device: Device, peer: Peer
     assert isinstance(peer.next(), Close)
 
 
-def test_an_answer_to_a_repeated_question_is_measured_too(broker: InMemoryBroker, peer: Peer) -> None:
+def test_an_answer_to_a_repeated_question_is_measured_too(
+    broker: InMemoryBroker, peer: Peer
+) -> None:
     device = Device(broker, deadline_ms=3000)
     with device.uplink as uplink:
         peer.accept()
         uplink.offer(rows(0, 1))
         uplink.ask(0, [7])
-        first, again = peer.next(), peer.next()
+        first = peer.next()
+        again = peer.next()
         assert isinstance(first, Verify)
         assert isinstance(again, Verify)
         assert first.chunk
         assert again == msgspec.structs.replace(first, chunk=None)
-        peer.say(Verified(SESSION, again.request, 0, 1, None, (-0.5,)))
+        peer.say(
+            Verified(
+                session=SESSION,
+                request=again.request,
+                start=0,
+                accepted=1,
+                token_id=None,
+                logprobs=(-0.5,),
+            )
+        )
         assert uplink.verdict(WAIT_S) is not None
     assert device.measurements.snapshot().num_round_trips == 1
     device.transport.close()
@@ -238,7 +291,14 @@ def test_no_answer_by_the_deadline_loses_the_session_and_the_rest_does_not_wait(
 def test_a_refusal_ends_the_wait_at_once_and_says_why(device: Device, peer: Peer) -> None:
     with device.uplink as uplink:
         assert isinstance(peer.next(), Open)
-        peer.say(Refused(SESSION, "busy", 1000, "no memory for 64 positions"))
+        peer.say(
+            Refused(
+                session=SESSION,
+                code="busy",
+                retry_after_ms=1000,
+                message="no memory for 64 positions",
+            )
+        )
         uplink.offer(rows(0, 1))
         uplink.ask(0, [7], gives_up=True)
         assert uplink.verdict(WAIT_S) is None
@@ -253,16 +313,34 @@ def test_one_workers_refusal_for_good_is_not_the_last_word_while_another_serves(
     wait_until(lambda: device.workers.epoch("w2") == 1, "the other is known")
     with device.uplink as uplink:
         assert isinstance(peer.next(), Open)
-        peer.say(Refused(SESSION, "busy", 0, "never enough memory", "w1"))
+        peer.say(
+            Refused(
+                session=SESSION,
+                code="busy",
+                retry_after_ms=0,
+                message="never enough memory",
+                worker="w1",
+            )
+        )
         assert isinstance(peer.next(), Open), "it asks again"
         assert uplink.refusal is None
-        other.say(Refused(SESSION, "protocol_mismatch", 0, "another protocol", "w2"))
+        other.say(
+            Refused(
+                session=SESSION,
+                code="protocol_mismatch",
+                retry_after_ms=0,
+                message="another protocol",
+                worker="w2",
+            )
+        )
         wait_until(lambda: uplink.refusal is not None, "nobody is left")
     other.transport.close()
 
 
 @pytest.mark.parametrize("gone", ["killed", "restarted"])
-def test_a_worker_that_goes_away_ends_the_wait_at_once(device: Device, peer: Peer, gone: str) -> None:
+def test_a_worker_that_goes_away_ends_the_wait_at_once(
+    device: Device, peer: Peer, gone: str
+) -> None:
     with device.uplink as uplink:
         peer.accept()
         uplink.offer(rows(0, 4))
@@ -312,16 +390,35 @@ def test_a_cut_link_is_a_lost_session_not_a_crash(device: Device, peer: Peer) ->
         assert "link" in uplink.note
 
 
-def test_a_lost_session_is_opened_again_and_goes_on_where_the_worker_is(device: Device, peer: Peer) -> None:
+def test_a_lost_session_is_opened_again_and_goes_on_where_the_worker_is(
+    device: Device, peer: Peer
+) -> None:
     with device.uplink as uplink:
         peer.accept()
         uplink.offer(rows(0, 4))
         assert isinstance(peer.next(), Context)
-        peer.say(Refused(SESSION, "unknown_session", 0, "open it again", "w1"))
+        peer.say(
+            Refused(
+                session=SESSION,
+                code="unknown_session",
+                retry_after_ms=0,
+                message="open it again",
+                worker="w1",
+            )
+        )
         opening = peer.next()
         assert isinstance(opening, Open)
         assert opening.session == SESSION
-        peer.say(Opened(SESSION, "w1", 1, 4096, WINDOW, ("float16",)))
+        peer.say(
+            Opened(
+                session=SESSION,
+                worker="w1",
+                received=1,
+                max_chunk_bytes=4096,
+                window_bytes=WINDOW,
+                dtypes=("float16",),
+            )
+        )
         uplink.ask(3, [7])
         again = peer.next()
         assert isinstance(again, Verify)
@@ -347,24 +444,50 @@ def test_a_verify_outlives_the_worker_and_is_asked_anew_of_the_next(
         assert again.chunk.start == 0
         assert again.request != first.request
         peer.transport.restore()
-        peer.say(Verified(SESSION, first.request, 1, 0, 99, (-1.0,)))
-        second.say(Verified(SESSION, again.request, 1, 2, None, (-1.0, -1.0)))
+        peer.say(
+            Verified(
+                session=SESSION,
+                request=first.request,
+                start=1,
+                accepted=0,
+                token_id=99,
+                logprobs=(-1.0,),
+            )
+        )
+        second.say(
+            Verified(
+                session=SESSION,
+                request=again.request,
+                start=1,
+                accepted=2,
+                token_id=None,
+                logprobs=(-1.0, -1.0),
+            )
+        )
         verdict = uplink.verdict(WAIT_S)
     assert verdict is not None
     assert verdict.accepted == 2
     second.transport.close()
 
 
-def test_another_workers_refusal_does_not_disturb_an_open_session(device: Device, peer: Peer) -> None:
+def test_another_workers_refusal_does_not_disturb_an_open_session(
+    device: Device, peer: Peer
+) -> None:
     with device.uplink as uplink:
         peer.accept()
-        peer.say(Refused(SESSION, "busy", 1000, "no room", "w9"))
+        peer.say(
+            Refused(
+                session=SESSION, code="busy", retry_after_ms=1000, message="no room", worker="w9"
+            )
+        )
         uplink.offer(rows(0, 4))
         assert isinstance(peer.next(), Context)
         assert uplink.is_open
 
 
-def test_a_rejection_begins_a_branch_that_the_next_opening_names(device: Device, peer: Peer) -> None:
+def test_a_rejection_begins_a_branch_that_the_next_opening_names(
+    device: Device, peer: Peer
+) -> None:
     with device.uplink as uplink:
         peer.accept()
         uplink.offer(rows(0, 4))
@@ -380,7 +503,9 @@ def test_a_rejection_begins_a_branch_that_the_next_opening_names(device: Device,
         assert opening.branch == 1
 
 
-def test_a_draining_worker_is_left_when_another_serves(broker: InMemoryBroker, device: Device, peer: Peer) -> None:
+def test_a_draining_worker_is_left_when_another_serves(
+    broker: InMemoryBroker, device: Device, peer: Peer
+) -> None:
     with device.uplink:
         peer.accept()
         second = Peer(broker, "w2")
@@ -390,7 +515,9 @@ def test_a_draining_worker_is_left_when_another_serves(broker: InMemoryBroker, d
     second.transport.close()
 
 
-def test_a_verify_that_was_taken_back_leaves_a_branch_on_which_no_worker_can_be(device: Device, peer: Peer) -> None:
+def test_a_verify_that_was_taken_back_leaves_a_branch_on_which_no_worker_can_be(
+    device: Device, peer: Peer
+) -> None:
     with device.uplink as uplink:
         peer.accept()
         uplink.offer(rows(0, 3))

@@ -15,15 +15,31 @@ PATIENCE_S = 1.0
 
 
 def rows(start: int, count: int) -> np.ndarray:
-    return np.arange(start * HIDDEN, (start + count) * HIDDEN, dtype=np.float32).reshape(count, HIDDEN)
+    return np.arange(start * HIDDEN, (start + count) * HIDDEN, dtype=np.float32).reshape(
+        count, HIDDEN
+    )
 
 
 def outbox(
-    num_rows: int, *, received: int = 0, chunk: int = 4096, window: int = 4096, dtypes: tuple[str, ...] = ("float16",)
+    num_rows: int,
+    *,
+    received: int = 0,
+    chunk: int = 4096,
+    window: int = 4096,
+    dtypes: tuple[str, ...] = ("float16",),
 ) -> UploadBuffer:
     box = UploadBuffer(64, HIDDEN)
     box.add(rows(0, num_rows))
-    box.begin(Opened("s1", "w1", received, chunk, window, dtypes))
+    box.begin(
+        Opened(
+            session="s1",
+            worker="w1",
+            received=received,
+            max_chunk_bytes=chunk,
+            window_bytes=window,
+            dtypes=dtypes,
+        )
+    )
     return box
 
 
@@ -42,7 +58,9 @@ def spans(chunks: list[ContextChunk]) -> list[tuple[int, int]]:
 def test_every_position_goes_once_in_chunks_that_the_worker_takes() -> None:
     chunks = sent(outbox(10, chunk=4 * ROW_BYTES))
     assert spans(chunks) == [(0, 4), (4, 8), (8, 10)]
-    np.testing.assert_array_equal(np.concatenate([unpack_chunk(c, HIDDEN) for c in chunks]), rows(0, 10))
+    np.testing.assert_array_equal(
+        np.concatenate([unpack_chunk(c, HIDDEN) for c in chunks]), rows(0, 10)
+    )
 
 
 def test_what_the_worker_has_already_is_not_sent() -> None:
@@ -87,7 +105,16 @@ def test_another_worker_gets_everything_of_the_present_branch() -> None:
     box = outbox(6)
     sent(box)
     box.rewind(4)
-    box.begin(Opened("s1", "w2", 0, 4096, 4096, ("float16",)))
+    box.begin(
+        Opened(
+            session="s1",
+            worker="w2",
+            received=0,
+            max_chunk_bytes=4096,
+            window_bytes=4096,
+            dtypes=("float16",),
+        )
+    )
     assert spans(sent(box)) == [(0, 4)]
 
 
@@ -102,6 +129,15 @@ def test_a_receipt_for_more_than_there_is_means_all_of_it() -> None:
 def test_what_fp16_cannot_hold_is_clipped(value: float) -> None:
     box = UploadBuffer(4, HIDDEN)
     box.add(np.full((1, HIDDEN), value, np.float32))
-    box.begin(Opened("s1", "w1", 0, 4096, 4096, ("float16",)))
+    box.begin(
+        Opened(
+            session="s1",
+            worker="w1",
+            received=0,
+            max_chunk_bytes=4096,
+            window_bytes=4096,
+            dtypes=("float16",),
+        )
+    )
     (chunk,) = sent(box)
     assert np.abs(unpack_chunk(chunk, HIDDEN)).max() == np.finfo(np.float16).max

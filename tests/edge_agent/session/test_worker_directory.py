@@ -13,7 +13,7 @@ from fleet.transport.base import Transport
 from fleet.transport.in_memory import InMemoryBroker
 from tests.brokers import wait_until
 
-ONLINE = encode_status(WorkerStatus(True, 1, ("b1",)))
+ONLINE = encode_status(WorkerStatus(online=True, epoch=1, bundle_ids=("b1",)))
 
 
 @pytest.fixture

@@ -34,11 +34,13 @@ def test_a_trial_that_runs_is_served_and_what_was_before_is_kept() -> None:
 
 
 def test_a_trial_that_fails_is_given_up_with_its_reason() -> None:
-    assert give_up(ON_TRIAL, "no memory") == Slots("a", "o", given_up=GivenUp("b", 5, "no memory"))
+    assert give_up(ON_TRIAL, "no memory") == Slots(
+        current="a", previous="o", given_up=GivenUp("b", 5, "no memory")
+    )
 
 
 def test_a_trial_that_ended_a_process_is_given_up_by_the_next() -> None:
-    assert resume(ON_TRIAL) == Slots("a", "o", given_up=GivenUp("b", 5, DIED))
+    assert resume(ON_TRIAL) == Slots(current="a", previous="o", given_up=GivenUp("b", 5, DIED))
 
 
 def test_without_a_trial_a_process_goes_on_as_the_one_before() -> None:
@@ -59,7 +61,9 @@ def test_a_reason_is_as_long_as_a_status_holds() -> None:
 
 
 @pytest.mark.parametrize(("wanted", "gone"), [(None, {"x"}), ("n", {"x", "o"})])
-def test_a_new_bundle_takes_the_place_of_the_previous_one(wanted: str | None, gone: set[str]) -> None:
+def test_a_new_bundle_takes_the_place_of_the_previous_one(
+    wanted: str | None, gone: set[str]
+) -> None:
     assert unneeded(SERVED, {"a", "o", "x"}, wanted) == gone
 
 

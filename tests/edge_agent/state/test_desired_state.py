@@ -8,7 +8,14 @@ import pytest
 
 from edge_agent.config import AgentConfig
 from edge_agent.state.bundle_slots import GivenUp, Slots
-from edge_agent.state.desired_state import NOTHING_WANTED, ConfigStep, lay_over, load_desired, next_step, save_desired
+from edge_agent.state.desired_state import (
+    NOTHING_WANTED,
+    ConfigStep,
+    lay_over,
+    load_desired,
+    next_step,
+    save_desired,
+)
 from fleet.errors import ConfigError
 from fleet.protocol.desired_config import DesiredConfig, Settings
 from fleet.protocol.modes import Mode
@@ -39,7 +46,9 @@ def test_one_threshold_is_that_of_every_exit() -> None:
         (AgentConfig(thresholds=(0.1, 0.2, 0.3)), Settings(), "agent.json has 3 thresholds"),
     ],
 )
-def test_thresholds_that_do_not_fit_the_exits_are_refused(own: AgentConfig, settings: Settings, whose: str) -> None:
+def test_thresholds_that_do_not_fit_the_exits_are_refused(
+    own: AgentConfig, settings: Settings, whose: str
+) -> None:
     with pytest.raises(ConfigError, match=whose):
         lay_over(own, settings, EXITS)
 
@@ -51,16 +60,18 @@ GIVEN_UP = Slots(current="a", given_up=GivenUp("b", 5, "no memory"))
 @pytest.mark.parametrize(
     ("wanted", "slots", "serving", "step"),
     [
-        (FOLLOWED, Slots("a"), "a", ConfigStep.STAY),
-        (FOLLOWED, Slots("z"), "z", ConfigStep.CHANGE),
-        (DesiredConfig(5, Settings()), Slots("a"), "a", ConfigStep.ADOPT),
-        (DesiredConfig(3, Settings(bundle="a")), Slots("a"), "a", ConfigStep.ADOPT),
-        (DesiredConfig(5, Settings(bundle="b")), Slots("a"), "a", ConfigStep.CHANGE),
+        (FOLLOWED, Slots(current="a"), "a", ConfigStep.STAY),
+        (FOLLOWED, Slots(current="z"), "z", ConfigStep.CHANGE),
+        (DesiredConfig(5, Settings()), Slots(current="a"), "a", ConfigStep.ADOPT),
+        (DesiredConfig(3, Settings(bundle="a")), Slots(current="a"), "a", ConfigStep.ADOPT),
+        (DesiredConfig(5, Settings(bundle="b")), Slots(current="a"), "a", ConfigStep.CHANGE),
         (DesiredConfig(5, Settings(bundle="b")), GIVEN_UP, "a", ConfigStep.REFUSE),
         (DesiredConfig(6, Settings(bundle="b")), GIVEN_UP, "a", ConfigStep.CHANGE),
     ],
 )
-def test_what_follows_from_a_configuration(wanted: DesiredConfig, slots: Slots, serving: str, step: ConfigStep) -> None:
+def test_what_follows_from_a_configuration(
+    wanted: DesiredConfig, slots: Slots, serving: str, step: ConfigStep
+) -> None:
     assert next_step(wanted, FOLLOWED, slots, serving) is step
 
 
@@ -70,7 +81,9 @@ def test_a_configuration_survives_the_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b'{"version": -1, "settings": {}}'])
-def test_without_a_readable_configuration_nothing_is_wanted(tmp_path: Path, content: bytes | None) -> None:
+def test_without_a_readable_configuration_nothing_is_wanted(
+    tmp_path: Path, content: bytes | None
+) -> None:
     if content is not None:
         (tmp_path / "desired.json").write_bytes(content)
     assert load_desired(tmp_path) == NOTHING_WANTED

@@ -23,8 +23,23 @@ from fleet.identity.identity import CA_FILE, Identity
 from tests.edge_agent.fleet_service import FleetService
 
 BLOCK = "edge/block_0.onnx"
-FILES = {BLOCK: bytes(range(256)) * 2048, "tokenizer/tokenizer.json": b"{}", "cloud/model.safetensors": b"cloud" * 100}
-MODEL = ModelInfo("tiny", "LlamaForCausalLM", 4, 8, 2, 1, 4, 32, 64, (2,))
+FILES = {
+    BLOCK: bytes(range(256)) * 2048,
+    "tokenizer/tokenizer.json": b"{}",
+    "cloud/model.safetensors": b"cloud" * 100,
+}
+MODEL = ModelInfo(
+    name="tiny",
+    architecture="LlamaForCausalLM",
+    num_layers=4,
+    hidden_size=8,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+    vocab_size=32,
+    max_positions=64,
+    eos_token_ids=(2,),
+)
 
 
 def make_bundle(folder: Path, key: Path) -> str:
@@ -33,8 +48,22 @@ def make_bundle(folder: Path, key: Path) -> str:
     for name, data in FILES.items():
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         (made / name).write_bytes(data)
-    entries = tuple(FileEntry(name, len(data), hash_file(made / name)) for name, data in FILES.items())
-    manifest = Manifest(3, MODEL, (2,), 2, 2, "fp32", 4, (0.5,), {}, {}, entries)
+    entries = tuple(
+        FileEntry(name, len(data), hash_file(made / name)) for name, data in FILES.items()
+    )
+    manifest = Manifest(
+        schema_version=3,
+        model=MODEL,
+        exits=(2,),
+        split_layer=2,
+        upload_layer=2,
+        quantization="fp32",
+        top_k=4,
+        thresholds=(0.5,),
+        parity={},
+        tools={},
+        files=entries,
+    )
     write_manifest(made, manifest)
     sign_bundle(made, key)
     made.replace(folder / manifest.bundle_id)
@@ -67,7 +96,9 @@ def fleet(service: FleetService, tmp_path: Path) -> Fleet:
 
 def test_what_a_device_needs_of_a_bundle_comes_and_nothing_else(fleet: Fleet) -> None:
     assert fleet.fetch() == fleet.folder
-    names = {str(path.relative_to(fleet.folder)) for path in fleet.folder.rglob("*") if path.is_file()}
+    names = {
+        str(path.relative_to(fleet.folder)) for path in fleet.folder.rglob("*") if path.is_file()
+    }
     assert names == {BLOCK, "tokenizer/tokenizer.json", "manifest.json", "manifest.sig"}
     assert (fleet.folder / BLOCK).read_bytes() == FILES[BLOCK]
 
@@ -84,7 +115,9 @@ def test_a_download_that_is_cut_goes_on_where_it_was(fleet: Fleet) -> None:
     fleet.fetch()
     asked = fleet.service.paths("block_0.onnx")
     assert asked[0] == ""
-    assert [int(each.removeprefix("bytes=").removesuffix("-")) > 0 for each in asked[1:]] == [True] * (len(asked) - 1)
+    assert [int(each.removeprefix("bytes=").removesuffix("-")) > 0 for each in asked[1:]] == [
+        True
+    ] * (len(asked) - 1)
     assert (fleet.folder / BLOCK).read_bytes() == FILES[BLOCK]
 
 
@@ -146,11 +179,15 @@ def test_a_bundle_that_the_service_does_not_have_is_its_refusal(fleet: Fleet) ->
         fetch_bundle(fleet.identity, "b7", threading.Event())
 
 
-def test_a_full_disk_is_said_and_leaves_what_is_served(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said_and_leaves_what_is_served(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     served = fleet.bundles / "a" / "edge"
     served.mkdir(parents=True)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(BundleError, match=r"no room for bundle .* make room; the present bundle goes on"):
+    with pytest.raises(
+        BundleError, match=r"no room for bundle .* make room; the present bundle goes on"
+    ):
         fleet.fetch()
     assert served.is_dir()
     assert fleet.service.paths("block_0.onnx") == []
@@ -204,7 +241,12 @@ def test_a_service_that_always_cuts_is_given_up_and_what_came_is_kept(
 
 def test_progress_reaches_all_bytes_of_a_device(fleet: Fleet) -> None:
     told: list[tuple[int, int]] = []
-    fetch_bundle(fleet.identity, fleet.bundle, threading.Event(), lambda here, total: told.append((here, total)))
+    fetch_bundle(
+        fleet.identity,
+        fleet.bundle,
+        threading.Event(),
+        lambda here, total: told.append((here, total)),
+    )
     total = len(FILES[BLOCK]) + 2
     assert told[-1] == (total, total)
     assert told == sorted(told)
@@ -217,14 +259,18 @@ class Fetched:
         self.done = threading.Event()
         self.failed = threading.Event()
         self.errors: list[str] = []
-        self.fetcher = BackgroundDownload(fetch, lambda bundle, path: self.done.set(), self._on_error)
+        self.fetcher = BackgroundDownload(
+            fetch, lambda bundle, path: self.done.set(), self._on_error
+        )
 
     def _on_error(self, bundle: str, error: str) -> None:
         self.errors.append(error)
         self.failed.set()
 
 
-def test_in_the_background_a_service_that_is_away_is_asked_again(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_the_background_a_service_that_is_away_is_asked_again(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("edge_agent.update.background_download.RETRY_FACTOR", 1)
     fleet.service.refuse(503, "registry", "the registry is away")
     told = Fetched(lambda bundle, stop: fetch_bundle(fleet.identity, bundle, stop))
@@ -257,10 +303,15 @@ def test_a_download_that_is_cancelled_ends_and_tells_nobody(fleet: Fleet) -> Non
     assert told.errors == []
 
 
-def test_a_range_that_was_not_asked_for_is_refused(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_range_that_was_not_asked_for_is_refused(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with ServiceClient(fleet.service.url, fleet.identity.ssl_context()) as service:
         monkeypatch.setattr(service, "_request", _lying(service))
-        with pytest.raises(ServiceError, match="from byte 10 on"), service.file(fleet.bundle, BLOCK, 10):
+        with (
+            pytest.raises(ServiceError, match="from byte 10 on"),
+            service.file(fleet.bundle, BLOCK, 10),
+        ):
             pass
 
 

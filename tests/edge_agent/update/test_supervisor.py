@@ -50,7 +50,9 @@ class Device:
         self.folder = identity.folder
         self.link: InMemoryTransport
         self.supervisor: Supervisor
-        self._identity, self._base, self._own = identity, base, own
+        self._identity = identity
+        self._base = base
+        self._own = own
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._statuses: queue.Queue[DeviceStatus] = queue.Queue()
@@ -66,7 +68,9 @@ class Device:
         self._stop = threading.Event()
         will = Will(topics.device_status(NAME), Agent.will())
         self.link = self.broker.connect(NAME, will)
-        self.supervisor = Supervisor(self.folder, self._own, self._base, partial(fetch_bundle, self._identity))
+        self.supervisor = Supervisor(
+            self.folder, self._own, self._base, partial(fetch_bundle, self._identity)
+        )
         self.supervisor.prepare(self._stop)
         self._thread = threading.Thread(target=self.supervisor.run, args=(self.link,), daemon=True)
         self._thread.start()
@@ -190,14 +194,20 @@ def test_a_configuration_that_is_none_is_said(device: Device) -> None:
     assert status.config_version == 0
 
 
-def test_kept_settings_that_do_not_fit_the_bundle_leave_the_devices_own(device: Device, identity: Identity) -> None:
-    (identity.folder / "desired.json").write_bytes(encode_desired(DesiredConfig(3, Settings(thresholds=(0.1,)))))
+def test_kept_settings_that_do_not_fit_the_bundle_leave_the_devices_own(
+    device: Device, identity: Identity
+) -> None:
+    (identity.folder / "desired.json").write_bytes(
+        encode_desired(DesiredConfig(3, Settings(thresholds=(0.1,))))
+    )
     status = device.start()
     assert status.config_version == 0
     assert "thresholds" in status.config_error
 
 
-def test_another_bundle_is_fetched_and_served_in_the_same_process(device: Device, other: Manifest) -> None:
+def test_another_bundle_is_fetched_and_served_in_the_same_process(
+    device: Device, other: Manifest
+) -> None:
     before = device.start()
     device.want(3, bundle=other.bundle_id, thresholds=(0.0, 1.0, 1.0))
     status = device.status(lambda status: status.config_version == 3)
@@ -243,7 +253,9 @@ def test_an_answer_under_way_is_finished_on_the_old_bundle(
     device: Device, other: Manifest, tiny_bundle: Bundle
 ) -> None:
     device.start()
-    answer = device.client.ask(NAME, PromptRequest(prompt="x", max_new_tokens=400), timeout_s=WAIT_S)
+    answer = device.client.ask(
+        NAME, PromptRequest(prompt="x", max_new_tokens=400), timeout_s=WAIT_S
+    )
     next(answer)
     device.want(3, bundle=other.bundle_id)
     last = list(answer)[-1]
@@ -290,7 +302,9 @@ def test_a_process_that_died_in_a_trial_comes_back_on_the_old_bundle(
     assert device.status(lambda status: status.config_version == 5).bundle_id == other.bundle_id
 
 
-def test_a_bundle_that_cannot_be_fetched_is_said_and_the_old_one_goes_on(device: Device, other: Manifest) -> None:
+def test_a_bundle_that_cannot_be_fetched_is_said_and_the_old_one_goes_on(
+    device: Device, other: Manifest
+) -> None:
     device.start()
     device.want(3, bundle="b7", max_new_tokens=1)
     status = device.status(lambda status: bool(status.config_error))
@@ -308,7 +322,9 @@ def test_thresholds_that_do_not_fit_the_new_bundle_keep_the_old_one(
     assert "2 thresholds, expected 3" in status.config_error
 
 
-def test_a_device_that_joined_fetches_what_is_missing_before_it_serves(identity: Identity, other: Manifest) -> None:
+def test_a_device_that_joined_fetches_what_is_missing_before_it_serves(
+    identity: Identity, other: Manifest
+) -> None:
     SlotStore(identity.folder).save(Slots(current=other.bundle_id))
     device = Device(identity, None)
     try:
@@ -317,7 +333,9 @@ def test_a_device_that_joined_fetches_what_is_missing_before_it_serves(identity:
         device.close()
 
 
-def test_a_bundle_that_was_damaged_on_disk_is_mended_at_the_start(identity: Identity, other: Manifest) -> None:
+def test_a_bundle_that_was_damaged_on_disk_is_mended_at_the_start(
+    identity: Identity, other: Manifest
+) -> None:
     SlotStore(identity.folder).save(Slots(current=other.bundle_id))
     folder = fetch_bundle(identity, other.bundle_id, threading.Event())
     (folder / "edge/block_0.onnx").write_bytes(b"damaged")
@@ -330,7 +348,9 @@ def test_a_bundle_that_was_damaged_on_disk_is_mended_at_the_start(identity: Iden
 
 def test_an_identity_without_a_bundle_says_what_to_do(identity: Identity) -> None:
     with pytest.raises(ConfigError, match="names no bundle; pass one with --bundle DIR"):
-        Supervisor(identity.folder, OWN, None, partial(fetch_bundle, identity)).prepare(threading.Event())
+        Supervisor(identity.folder, OWN, None, partial(fetch_bundle, identity)).prepare(
+            threading.Event()
+        )
 
 
 def test_between_two_agents_a_prompt_is_refused_as_busy(device: Device) -> None:
@@ -345,7 +365,8 @@ def test_a_signal_whose_handler_outlasts_the_wait_for_events_stops_the_device(
     device: Device, identity: Identity, tiny_bundle: Bundle
 ) -> None:
     """After such a signal a `SimpleQueue` of CPython 3.11 waits for ever. Signals come to the main thread alone."""
-    stop, main = threading.Event(), threading.main_thread().ident
+    stop = threading.Event()
+    main = threading.main_thread().ident
     assert main == threading.get_ident()
 
     def on_signal(*_: object) -> None:
@@ -359,7 +380,9 @@ def test_a_signal_whose_handler_outlasts_the_wait_for_events_stops_the_device(
     before = signal.signal(signal.SIGUSR1, on_signal)
     try:
         with device.broker.connect(NAME) as link:
-            supervisor = Supervisor(identity.folder, OWN, tiny_bundle.folder, partial(fetch_bundle, identity))
+            supervisor = Supervisor(
+                identity.folder, OWN, tiny_bundle.folder, partial(fetch_bundle, identity)
+            )
             supervisor.prepare(stop)
             threading.Thread(target=send_signal, daemon=True).start()
             supervisor.run(link)

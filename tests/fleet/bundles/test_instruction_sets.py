@@ -6,7 +6,14 @@ import platform
 
 import pytest
 
-from fleet.bundles.instruction_sets import CPUINFO, MACHINES, covered_sets, covers, cpu_flags, instruction_sets
+from fleet.bundles.instruction_sets import (
+    CPUINFO,
+    MACHINES,
+    covered_sets,
+    covers,
+    cpu_flags,
+    instruction_sets,
+)
 
 
 @pytest.mark.parametrize(
@@ -15,7 +22,11 @@ from fleet.bundles.instruction_sets import CPUINFO, MACHINES, covered_sets, cove
         ("x86_64", (), ("x86_64",)),
         ("AMD64", ("sse2", "avx2"), ("x86_64", "x86_64-avx2")),
         ("x86_64", ("avx2", "avx512f"), ("x86_64", "x86_64-avx2")),
-        ("x86_64", ("avx2", "avx512f", "avx512_vnni"), ("x86_64", "x86_64-avx2", "x86_64-avx512_vnni")),
+        (
+            "x86_64",
+            ("avx2", "avx512f", "avx512_vnni"),
+            ("x86_64", "x86_64-avx2", "x86_64-avx512_vnni"),
+        ),
         ("aarch64", ("asimd", "asimddp"), ("arm64",)),
         ("arm64", (), ("arm64",)),
         ("riscv64", (), ()),
@@ -36,7 +47,10 @@ def test_any_runs_anywhere_and_a_set_only_where_it_is() -> None:
 @pytest.mark.parametrize(
     ("cpuinfo", "flags"),
     [
-        ("processor\t: 0\nflags\t\t: fpu avx2\n\nprocessor\t: 1\nflags\t\t: fpu\n", {"fpu", "avx2"}),
+        (
+            "processor\t: 0\nflags\t\t: fpu avx2\n\nprocessor\t: 1\nflags\t\t: fpu\n",
+            {"fpu", "avx2"},
+        ),
         ("processor\t: 0\nFeatures\t: fp asimd\n", {"fp", "asimd"}),
         ("", set()),
     ],

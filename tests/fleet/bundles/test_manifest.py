@@ -7,7 +7,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from fleet.bundles.manifest import MANIFEST_FILE, SCHEMA_VERSION, Bundle, FileEntry, Manifest, ModelInfo, write_manifest
+from fleet.bundles.manifest import (
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    Bundle,
+    FileEntry,
+    Manifest,
+    ModelInfo,
+    write_manifest,
+)
 from fleet.errors import BundleError
 
 FILES = {
@@ -19,10 +27,23 @@ FILES = {
 
 
 def manifest(files: dict[str, bytes] = FILES, **changes: Any) -> Manifest:
-    entries = tuple(FileEntry(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items())
+    entries = tuple(
+        FileEntry(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()
+    )
     fields: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "model": ModelInfo("tiny", "LlamaForCausalLM", 4, 64, 4, 2, 16, 384, 512, (2,)),
+        "model": ModelInfo(
+            name="tiny",
+            architecture="LlamaForCausalLM",
+            num_layers=4,
+            hidden_size=64,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            vocab_size=384,
+            max_positions=512,
+            eos_token_ids=(2,),
+        ),
         "exits": (1, 2),
         "split_layer": 2,
         "upload_layer": 2,
@@ -69,7 +90,11 @@ def test_the_id_does_not_depend_on_the_order_in_which_things_were_noted(folder: 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"upload_layer": 1}, {"thresholds": (0.8, 0.9)}, {"files": FILES | {"edge/lm_head.onnx": b"hEad"}}],
+    [
+        {"upload_layer": 1},
+        {"thresholds": (0.8, 0.9)},
+        {"files": FILES | {"edge/lm_head.onnx": b"hEad"}},
+    ],
 )
 def test_the_id_is_another_when_anything_in_the_bundle_is(changes: dict[str, Any]) -> None:
     assert manifest(**changes).bundle_id != manifest().bundle_id
@@ -135,14 +160,18 @@ def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
     ],
 )
 def test_a_file_name_that_leaves_the_bundles_folders_is_refused(folder: Path, name: str) -> None:
-    rewrite(folder, files=[{"path": name, "num_bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}])
+    rewrite(
+        folder, files=[{"path": name, "num_bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}]
+    )
     with pytest.raises(BundleError, match="is no manifest"):
         Bundle.load(folder)
 
 
 def test_another_schema_is_refused_with_both_numbers(folder: Path) -> None:
     rewrite(folder, schema_version=SCHEMA_VERSION + 1)
-    with pytest.raises(BundleError, match=f"expected schema {SCHEMA_VERSION}, got {SCHEMA_VERSION + 1}"):
+    with pytest.raises(
+        BundleError, match=f"expected schema {SCHEMA_VERSION}, got {SCHEMA_VERSION + 1}"
+    ):
         Bundle.load(folder)
 
 
@@ -152,7 +181,9 @@ def test_an_unknown_field_is_refused(folder: Path) -> None:
         Bundle.load(folder)
 
 
-@pytest.mark.parametrize("payload", [b"", b"{", b"[]", b"\xff", b'{"schema_version": "\xff"}', b"[" * 10_000])
+@pytest.mark.parametrize(
+    "payload", [b"", b"{", b"[]", b"\xff", b'{"schema_version": "\xff"}', b"[" * 10_000]
+)
 def test_a_file_that_is_no_manifest_is_refused(folder: Path, payload: bytes) -> None:
     (folder / MANIFEST_FILE).write_bytes(payload)
     with pytest.raises(BundleError, match="is no manifest of schema"):

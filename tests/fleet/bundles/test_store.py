@@ -26,8 +26,14 @@ def test_a_kept_bundle_is_whole_and_signed_by_the_fleet(
     kept = keep_bundle(tiny_bundle.folder, tmp_path / "bundles", authority.sign_bundle)
     assert kept.folder == tmp_path / "bundles" / tiny_bundle.manifest.bundle_id
     verdict = verify_bundle(kept.folder, tmp_path / "ca" / "ca.pem")
-    assert (verdict.ok, verdict.signature, verdict.bundle_id) == (True, "valid", tiny_bundle.manifest.bundle_id)
-    assert [path.name for path in (tmp_path / "bundles").iterdir()] == [tiny_bundle.manifest.bundle_id]
+    assert (verdict.ok, verdict.signature, verdict.bundle_id) == (
+        True,
+        "valid",
+        tiny_bundle.manifest.bundle_id,
+    )
+    assert [path.name for path in (tmp_path / "bundles").iterdir()] == [
+        tiny_bundle.manifest.bundle_id
+    ]
 
 
 def test_files_on_the_same_disk_are_not_copied_and_the_source_is_not_touched(
@@ -55,7 +61,9 @@ def test_a_bundle_that_somebody_else_signed_is_signed_anew(
     check_signature(source, tmp_path / "other" / "ca.pem")
 
 
-def test_keeping_it_again_changes_nothing(tmp_path: Path, authority: CertificateAuthority, tiny_bundle: Bundle) -> None:
+def test_keeping_it_again_changes_nothing(
+    tmp_path: Path, authority: CertificateAuthority, tiny_bundle: Bundle
+) -> None:
     first = keep_bundle(tiny_bundle.folder, tmp_path / "bundles", authority.sign_bundle)
     signature = (first.folder / "manifest.sig").read_bytes()
     again = keep_bundle(tiny_bundle.folder, tmp_path / "bundles", authority.sign_bundle)
@@ -67,7 +75,8 @@ def test_keeping_it_again_changes_nothing(tmp_path: Path, authority: Certificate
 def test_of_a_damaged_bundle_nothing_is_kept(
     tmp_path: Path, authority: CertificateAuthority, tiny_bundle: Bundle, harm: str
 ) -> None:
-    source, path = tmp_path / "source", tiny_bundle.manifest.files[0].path
+    source = tmp_path / "source"
+    path = tiny_bundle.manifest.files[0].path
     shutil.copytree(tiny_bundle.folder, source)
     if harm == "missing":
         (source / path).unlink()

@@ -15,7 +15,15 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from fleet.bundles.manifest import MANIFEST_FILE, Bundle, FileEntry, Manifest, hash_file, read_manifest, write_manifest
+from fleet.bundles.manifest import (
+    MANIFEST_FILE,
+    Bundle,
+    FileEntry,
+    Manifest,
+    hash_file,
+    read_manifest,
+    write_manifest,
+)
 from fleet.bundles.signature import SIGNATURE_FILE, sign_bundle
 from fleet.bundles.verify import verify_bundle
 from fleet.errors import BundleError, ConfigError
@@ -31,10 +39,13 @@ def write_keys(folder: Path, private_key: Any = None) -> tuple[Path, Path]:
     """A key pair in PEM files: private, public."""
     private_key = private_key or ec.generate_private_key(ec.SECP256R1())
     folder.mkdir(exist_ok=True)
-    private, public = folder / "key.pem", folder / "public.pem"
+    private = folder / "key.pem"
+    public = folder / "public.pem"
     private.write_bytes(
         private_key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
         )
     )
     public.write_bytes(
@@ -69,10 +80,14 @@ def fleet(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_an_exported_bundle_is_good_and_said_to_be_unsigned(folder: Path, tiny_bundle: Bundle) -> None:
+def test_an_exported_bundle_is_good_and_said_to_be_unsigned(
+    folder: Path, tiny_bundle: Bundle
+) -> None:
     result = fleet("bundle", "verify", folder)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == f"bundle {tiny_bundle.manifest.bundle_id} is good; signature: unsigned\n"
+    assert (
+        result.stdout == f"bundle {tiny_bundle.manifest.bundle_id} is good; signature: unsigned\n"
+    )
 
 
 def test_every_finding_is_one_line_and_the_status_is_1(folder: Path) -> None:
@@ -87,7 +102,9 @@ def test_every_finding_is_one_line_and_the_status_is_1(folder: Path) -> None:
     assert (verdict["ok"], verdict["signature"], len(verdict["findings"])) == (False, "unsigned", 2)
 
 
-@pytest.mark.parametrize("name", ["edge/block_1.onnx", "cloud/model.safetensors", "tokenizer/chat_template.jinja"])
+@pytest.mark.parametrize(
+    "name", ["edge/block_1.onnx", "cloud/model.safetensors", "tokenizer/chat_template.jinja"]
+)
 def test_an_altered_byte_is_found(name: str, folder: Path) -> None:
     path = folder / name
     content = path.read_bytes()
@@ -109,13 +126,21 @@ def test_a_folder_without_a_manifest_is_one_finding(tmp_path: Path) -> None:
         ({"exits": (1, 4)}, r"exits (1, 4): expected increasing layers from 1 to 3"),
         ({"upload_layer": 3}, "split 2 and upload layer 3"),
         ({"thresholds": (0.8,)}, "1 thresholds for 2 exits"),
-        ({"exits": (1, 2, 3), "split_layer": 3, "thresholds": (1, 1, 1)}, "names edge/block_2.onnx 0 times"),
-        ({"exits": (1, 3), "split_layer": 3, "upload_layer": 3}, "block_1.onnx has 4 cache inputs and outputs"),
+        (
+            {"exits": (1, 2, 3), "split_layer": 3, "thresholds": (1, 1, 1)},
+            "names edge/block_2.onnx 0 times",
+        ),
+        (
+            {"exits": (1, 3), "split_layer": 3, "upload_layer": 3},
+            "block_1.onnx has 4 cache inputs and outputs",
+        ),
         ({"upload_layer": 1}, "cloud/config.json: num_hidden_layers is 2, expected 3"),
         ({"top_k": 5}, "edge/lm_head.onnx: top_ids is int64[1, 64], expected int64[1, 5]"),
     ],
 )
-def test_a_manifest_that_says_other_sizes_is_found(changes: dict[str, Any], finding: str, folder: Path) -> None:
+def test_a_manifest_that_says_other_sizes_is_found(
+    changes: dict[str, Any], finding: str, folder: Path
+) -> None:
     rewrite(folder, **changes)
     assert finding in findings(folder)
 
@@ -123,7 +148,9 @@ def test_a_manifest_that_says_other_sizes_is_found(changes: dict[str, Any], find
 def test_a_model_of_another_width_is_found_on_both_sides(folder: Path) -> None:
     rewrite(folder, model=msgspec.structs.replace(read_manifest(folder).model, hidden_size=32))
     found = findings(folder)
-    assert "edge/block_0.onnx: hidden_states is float[1, any, 64], expected float[1, any, 32]" in found
+    assert (
+        "edge/block_0.onnx: hidden_states is float[1, any, 64], expected float[1, any, 32]" in found
+    )
     assert "cloud/model.safetensors: lm_head.weight is (384, 64), expected (384, 32)" in found
 
 
@@ -170,7 +197,9 @@ def test_a_manifest_changed_after_signing_is_found(folder: Path, tmp_path: Path)
 
 
 def test_an_unsigned_bundle_fails_when_a_key_is_given(folder: Path, tmp_path: Path) -> None:
-    assert "is unsigned: expected manifest.sig" in findings(folder, write_keys(tmp_path / "keys")[1])
+    assert "is unsigned: expected manifest.sig" in findings(
+        folder, write_keys(tmp_path / "keys")[1]
+    )
 
 
 def test_a_certificate_serves_as_the_key(folder: Path, tmp_path: Path) -> None:
@@ -183,7 +212,9 @@ def test_a_certificate_serves_as_the_key(folder: Path, tmp_path: Path) -> None:
 def test_a_key_of_another_kind_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
     keys = (rsa.generate_private_key(65537, 2048), ec.generate_private_key(ec.SECP384R1()))
     for private, public in (write_keys(tmp_path / "keys", key) for key in keys):
-        with pytest.raises(ConfigError, match="expected an unencrypted private key in PEM on the curve P-256"):
+        with pytest.raises(
+            ConfigError, match="expected an unencrypted private key in PEM on the curve P-256"
+        ):
             sign_bundle(folder, private)
         with pytest.raises(ConfigError, match="expected a public key or certificate"):
             verify_bundle(folder, public)

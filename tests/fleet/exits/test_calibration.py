@@ -46,15 +46,18 @@ def test_a_true_hypothesis_is_rejected_as_rarely_as_promised() -> None:
 def test_a_false_hypothesis_is_rejected_with_enough_answers() -> None:
     random = np.random.default_rng(1)
     few, many = (
-        sum(p_value(losses_with_mean(0.01, size, random), 0.05) <= 0.05 for _ in range(100)) for size in (60, 400)
+        sum(p_value(losses_with_mean(0.01, size, random), 0.05) <= 0.05 for _ in range(100))
+        for size in (60, 400)
     )
     assert many == 100
     assert few < many
 
 
 def test_the_promise_holds_on_answers_that_calibration_never_saw() -> None:
-    target, fresh = 0.9, make_answers(5000, seed=999)
-    kept, rates = 0, []
+    target = 0.9
+    fresh = make_answers(5000, seed=999)
+    kept = 0
+    rates = []
     for seed in range(60):
         thresholds, _ = calibrate(make_answers(300, seed), target, 0.9)
         kept += 1 - answer_losses(fresh, thresholds).mean() >= target
@@ -66,7 +69,9 @@ def test_the_promise_holds_on_answers_that_calibration_never_saw() -> None:
 def test_too_few_answers_are_refused_with_the_number_that_it_takes() -> None:
     needed = answers_needed(0.98, 0.95)
     assert 150 < needed < 400
-    with pytest.raises(ConfigError, match=rf"20 answers are too few .*at least {needed} are needed"):
+    with pytest.raises(
+        ConfigError, match=rf"20 answers are too few .*at least {needed} are needed"
+    ):
         calibrate(make_answers(20, 0), 0.98, 0.95)
     perfect = make_answers(needed, 0)
     perfect.agrees[:] = True
@@ -74,7 +79,9 @@ def test_too_few_answers_are_refused_with_the_number_that_it_takes() -> None:
     assert min(thresholds) < OFF
 
 
-@pytest.mark.parametrize(("target", "confidence"), [(1.0, 0.9), (0.0, 0.9), (0.9, 1.0), (float("nan"), 0.9)])
+@pytest.mark.parametrize(
+    ("target", "confidence"), [(1.0, 0.9), (0.0, 0.9), (0.9, 1.0), (float("nan"), 0.9)]
+)
 def test_targets_that_cannot_be_promised_are_refused(target: float, confidence: float) -> None:
     with pytest.raises(ConfigError, match="expected a number between 0 and 1"):
         calibrate(make_answers(300, 0), target, confidence)

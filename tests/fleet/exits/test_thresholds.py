@@ -14,7 +14,9 @@ from fleet.exits.records import Recording, Records, load_recording, save_recordi
 from fleet.exits.thresholds import OFF, Point, best_thresholds, emitting, frontier, measure
 
 
-def make_records(num_answers: int, length: int, exits: tuple[int, ...] = (8, 15), seed: int = 0) -> Records:
+def make_records(
+    num_answers: int, length: int, exits: tuple[int, ...] = (8, 15), seed: int = 0
+) -> Records:
     """Positions whose exits are as right as they are confident, deeper ones more often both."""
     random = np.random.default_rng(seed)
     n = num_answers * length
@@ -25,7 +27,10 @@ def make_records(num_answers: int, length: int, exits: tuple[int, ...] = (8, 15)
 
 def test_the_first_exit_that_is_sure_emits_and_one_that_is_off_never_does() -> None:
     records = Records(
-        (8, 15), np.zeros(4, int), np.array([[0.9, 0.1], [0.1, 0.9], [0.1, 0.1], [1, 1]]), np.ones((4, 2), bool)
+        (8, 15),
+        np.zeros(4, int),
+        np.array([[0.9, 0.1], [0.1, 0.9], [0.1, 0.1], [1, 1]]),
+        np.ones((4, 2), bool),
     )
     assert emitting(records, (0.5, 0.5)).tolist() == [0, 1, 2, 0]
     assert emitting(records, (OFF, 0.5)).tolist() == [2, 1, 2, 1]
@@ -61,23 +66,34 @@ def test_the_frontier_only_offloads_more_for_more_agreement(exits: tuple[int, ..
 
 
 def test_equal_confidences_stay_together() -> None:
-    confidence, agrees = np.full((10, 1), 0.7), np.array([[True]] * 9 + [[False]])
+    confidence = np.full((10, 1), 0.7)
+    agrees = np.array([[True]] * 9 + [[False]])
     records = Records((3,), np.zeros(10, int), confidence, agrees)
     assert best_thresholds(records, 0.95) == Point(1.0, 1.0, (OFF,))
     assert best_thresholds(records, 0.90).offload_rate == 0.0
 
 
 def test_choices_of_exits_count_lm_heads_and_all_layers_up_to_the_split() -> None:
-    choices = {choice.exits: choice for choice in choose(make_records(40, 20, (8, 15, 20)), 30, 8.0, 0.9)}
+    choices = {
+        choice.exits: choice for choice in choose(make_records(40, 20, (8, 15, 20)), 30, 8.0, 0.9)
+    }
     assert choices[(20,)].edge_cost == pytest.approx(28 / 38)
     assert 28 / 38 < choices[(8, 20)].edge_cost <= 36 / 38
     kept = pareto(list(choices.values()))
     assert [choice.edge_cost for choice in kept] == sorted(choice.edge_cost for choice in kept)
-    assert choices[(20,)] in kept or any(choice.offload_rate <= choices[(20,)].offload_rate for choice in kept)
+    assert choices[(20,)] in kept or any(
+        choice.offload_rate <= choices[(20,)].offload_rate for choice in kept
+    )
 
 
 def test_records_survive_a_file_and_garbage_does_not(tmp_path: Path) -> None:
-    recording = Recording(make_records(3, 4), "ab" * 32, ("cd" * 32, "ef" * 32), 3, 64)
+    recording = Recording(
+        records=make_records(3, 4),
+        parts_sha256="ab" * 32,
+        prompts_sha256=("cd" * 32, "ef" * 32),
+        num_prompts=3,
+        max_new_tokens=64,
+    )
     path = tmp_path / "records.npz"
     save_recording(recording, path)
     again = load_recording(path)
@@ -85,7 +101,9 @@ def test_records_survive_a_file_and_garbage_does_not(tmp_path: Path) -> None:
         recording.records.exits, recording.parts_sha256, recording.prompts_sha256, 3, 64,
     )  # fmt: skip
     for name in ("answer", "confidence", "agrees"):
-        np.testing.assert_array_equal(getattr(again.records, name), getattr(recording.records, name))
+        np.testing.assert_array_equal(
+            getattr(again.records, name), getattr(recording.records, name)
+        )
     whole = path.read_bytes()
     for garbage in (b"", b"no records", whole[: len(whole) // 2]):
         path.write_bytes(garbage)
@@ -99,10 +117,14 @@ def test_many_positions_lose_next_to_nothing_to_the_grid() -> None:
     records = make_records(200, 50)
     for target in (0.98, 0.9):
         found = best_thresholds(records, target)
-        finer = np.append(np.quantile(records.confidence, np.linspace(0, 1, 60), axis=0), [[OFF, OFF]], axis=0)
+        finer = np.append(
+            np.quantile(records.confidence, np.linspace(0, 1, 60), axis=0), [[OFF, OFF]], axis=0
+        )
         grid = [measure(records, (first, last)) for first, last in product(*finer.T)]
         assert found.agreement >= target
-        assert found.offload_rate <= min(p.offload_rate for p in grid if p.agreement >= target) + 0.005
+        assert (
+            found.offload_rate <= min(p.offload_rate for p in grid if p.agreement >= target) + 0.005
+        )
 
 
 def test_what_is_no_record_is_refused() -> None:

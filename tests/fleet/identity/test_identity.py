@@ -13,7 +13,9 @@ from fleet.errors import IdentityError
 from fleet.identity.identity import CA_FILE, CERT_FILE, IDENTITY_FILE, KEY_FILE, Identity
 from fleet.protocol.access import Role
 
-CONFIG = b'{"name": "pi", "role": "device", "host": "localhost", "port": 8883, "bundle": "/srv/bundle"}'
+CONFIG = (
+    b'{"name": "pi", "role": "device", "host": "localhost", "port": 8883, "bundle": "/srv/bundle"}'
+)
 
 
 def self_signed(name: str) -> tuple[bytes, bytes]:
@@ -52,7 +54,9 @@ def test_an_identity_says_who_it_is_and_where_the_broker_is(folder: Path) -> Non
     assert identity.config.bundle == "/srv/bundle"
 
 
-def test_an_identity_trusts_only_its_own_authority_and_wants_the_brokers_name_checked(folder: Path) -> None:
+def test_an_identity_trusts_only_its_own_authority_and_wants_the_brokers_name_checked(
+    folder: Path,
+) -> None:
     context = Identity.load(folder).ssl_context()
     assert len(context.get_ca_certs()) == 1
     assert context.verify_mode is ssl.CERT_REQUIRED

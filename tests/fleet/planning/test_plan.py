@@ -37,32 +37,71 @@ def setting(name: str, agreement: float | None, *counts: StepCounts, **changes: 
 
 # A step is 20 ms on the device and 40 ms in the cloud. Alone: 20 ms a token. Collaborative: 20, half a round trip and a
 # tenth of a step of the cloud. Cloud-only: 40 ms a token and one round trip an answer of 100 tokens.
-ALONE = setting("standalone", 0.9, StepCounts(0.0, 1.0, 0.0, 0.0, 0.0, 0.0))
-TOGETHER = setting(
-    "collaborative@0.8", 0.97, StepCounts(0.0, 1.0, 0.1, 0.5, 1.5, 0.5), prompt_bytes=1000.0, token_bytes=500.0
+ALONE = setting(
+    "standalone",
+    0.9,
+    StepCounts(
+        rtt_ms=0.0, edge_steps=1.0, cloud_steps=0.0, round_trips=0.0, messages=0.0, offload_rate=0.0
+    ),
 )
-CLOUD = setting("cloud_only", 1.0, StepCounts(0.0, 0.0, 1.0, 0.01, 1.0, 1.0), prompt_cloud=1.0, token_bytes=50.0)
+TOGETHER = setting(
+    "collaborative@0.8",
+    0.97,
+    StepCounts(
+        rtt_ms=0.0, edge_steps=1.0, cloud_steps=0.1, round_trips=0.5, messages=1.5, offload_rate=0.5
+    ),
+    prompt_bytes=1000.0,
+    token_bytes=500.0,
+)
+CLOUD = setting(
+    "cloud_only",
+    1.0,
+    StepCounts(
+        rtt_ms=0.0,
+        edge_steps=0.0,
+        cloud_steps=1.0,
+        round_trips=0.01,
+        messages=1.0,
+        offload_rate=1.0,
+    ),
+    prompt_cloud=1.0,
+    token_bytes=50.0,
+)
 FIT = Fit(
     model="m", bundle_id="b", exits=(24,), split_layer=24, machine={"processor": "p"}, edge=Side(20.0, 0.2, 0.0),
     cloud=Side(40.0, 0.25, 0.0), prompt_tokens=50.0, tokens=100.0, rtt_ms=(1.0, 100.0), mbit_s=(10.0, 100.0),
     errors={"median": 0.03, "highest": 0.1}, settings=(ALONE, TOGETHER, CLOUD),
 )  # fmt: skip
-LINK = Load(20.0, 8.0)
+LINK = Load(rtt_ms=20.0, mbit_s=8.0)
 
 
 @pytest.mark.parametrize(
     ("of", "load", "total_ms"),
     [
         (ALONE, LINK, 100 * 20),
-        (ALONE, Load(20.0, 8.0, edge_step_ms=30.0), 100 * 30),
+        (ALONE, Load(rtt_ms=20.0, mbit_s=8.0, edge_step_ms=30.0), 100 * 30),
         (TOGETHER, LINK, 100 * (20 + 4) + 50 * 20 + (50 * 1000 + 100 * 500) / 1000),
-        (TOGETHER, Load(0.0, 8.0, tokens=10, prompt_tokens=1), 10 * 24 + (1000 + 10 * 500) / 1000),
-        (TOGETHER, Load(20.0, 80.0), 100 * (20 + 4) + 50 * 20 + (50 * 1000 + 100 * 500) / 10_000),
+        (
+            TOGETHER,
+            Load(rtt_ms=0.0, mbit_s=8.0, tokens=10, prompt_tokens=1),
+            10 * 24 + (1000 + 10 * 500) / 1000,
+        ),
+        (
+            TOGETHER,
+            Load(rtt_ms=20.0, mbit_s=80.0),
+            100 * (20 + 4) + 50 * 20 + (50 * 1000 + 100 * 500) / 10_000,
+        ),
         (CLOUD, LINK, 100 * 40 + 50 * 0.25 * 40 + 20 + 100 * 50 / 1000),
-        (CLOUD, Load(20.0, 8.0, cloud_step_ms=4.0), 100 * 4 + 50 * 0.25 * 4 + 20 + 100 * 50 / 1000),
+        (
+            CLOUD,
+            Load(rtt_ms=20.0, mbit_s=8.0, cloud_step_ms=4.0),
+            100 * 4 + 50 * 0.25 * 4 + 20 + 100 * 50 / 1000,
+        ),
     ],
 )
-def test_an_answer_is_its_steps_its_round_trips_and_its_bytes(of: Setting, load: Load, total_ms: float) -> None:
+def test_an_answer_is_its_steps_its_round_trips_and_its_bytes(
+    of: Setting, load: Load, total_ms: float
+) -> None:
     assert expect(FIT, of, load).total_ms == pytest.approx(total_ms)
 
 
@@ -73,22 +112,50 @@ def test_the_first_token_waits_for_the_prompt_and_one_round_trip() -> None:
 
 
 def test_only_shares_of_the_terms_take_time() -> None:
-    overlapping = msgspec.structs.replace(TOGETHER, total=Shares(work=0.5, round_trip=0.8, transfer=0.0, extra_ms=3.0))
+    overlapping = msgspec.structs.replace(
+        TOGETHER, total=Shares(work=0.5, round_trip=0.8, transfer=0.0, extra_ms=3.0)
+    )
     expected = 0.5 * 100 * 24 + 50 * (0.8 * 20 + 3)
     assert expect(FIT, overlapping, LINK).total_ms == pytest.approx(expected)
 
 
-DRAFTS = setting("verified", 1.0, StepCounts(10.0, 1.2, 0.4, 0.5, 1.0, 0.2), StepCounts(50.0, 2.0, 0.8, 0.1, 0.4, 0.2))
+DRAFTS = setting(
+    "verified",
+    1.0,
+    StepCounts(
+        rtt_ms=10.0,
+        edge_steps=1.2,
+        cloud_steps=0.4,
+        round_trips=0.5,
+        messages=1.0,
+        offload_rate=0.2,
+    ),
+    StepCounts(
+        rtt_ms=50.0,
+        edge_steps=2.0,
+        cloud_steps=0.8,
+        round_trips=0.1,
+        messages=0.4,
+        offload_rate=0.2,
+    ),
+)
 
 
 @pytest.mark.parametrize(
     ("rtt_ms", "edge_step_ms", "round_trips"),
-    [(0.0, 20.0, 50), (10.0, 20.0, 50), (30.0, 20.0, 30), (50.0, 20.0, 10), (500.0, 20.0, 10), (60.0, 40.0, 30)],
+    [
+        (0.0, 20.0, 50),
+        (10.0, 20.0, 50),
+        (30.0, 20.0, 30),
+        (50.0, 20.0, 10),
+        (500.0, 20.0, 10),
+        (60.0, 40.0, 30),
+    ],
 )
 def test_counts_lie_between_those_that_were_measured_by_round_trip_in_steps(
     rtt_ms: float, edge_step_ms: float, round_trips: float
 ) -> None:
-    load = Load(rtt_ms, 8.0, edge_step_ms=edge_step_ms)
+    load = Load(rtt_ms=rtt_ms, mbit_s=8.0, edge_step_ms=edge_step_ms)
     assert expect(FIT, DRAFTS, load).round_trips == pytest.approx(round_trips)
 
 
@@ -98,19 +165,21 @@ def test_counts_lie_between_those_that_were_measured_by_round_trip_in_steps(
         (LINK, "standalone"),
         (msgspec.structs.replace(LINK, min_agreement=0.95), "collaborative@0.8"),
         (msgspec.structs.replace(LINK, min_agreement=0.98), "cloud_only"),
-        (Load(20.0, 8.0, cloud_step_ms=4.0), "cloud_only"),
-        (Load(100.0, 8.0, min_agreement=0.95), "cloud_only"),
+        (Load(rtt_ms=20.0, mbit_s=8.0, cloud_step_ms=4.0), "cloud_only"),
+        (Load(rtt_ms=100.0, mbit_s=8.0, min_agreement=0.95), "cloud_only"),
     ],
 )
 def test_the_fastest_that_agrees_enough_is_the_best(load: Load, best: str) -> None:
     made = plan((FIT,), load)
     assert made.best == best
     assert made.advice.startswith(f"{best} is the fastest: ")
-    assert [one.agrees for one in made.expectations] == sorted([one.agrees for one in made.expectations], reverse=True)
+    assert [one.agrees for one in made.expectations] == sorted(
+        [one.agrees for one in made.expectations], reverse=True
+    )
 
 
 def test_the_advice_says_from_where_on_another_is_faster() -> None:
-    made = plan((FIT,), Load(20.0, 80.0, min_agreement=0.95))
+    made = plan((FIT,), Load(rtt_ms=20.0, mbit_s=80.0, min_agreement=0.95))
     # 2400 + 50 r + 10 = 4000 + 500 + r + 0.5
     (crossing,) = made.by_rtt_ms
     assert (crossing.below, crossing.above) == ("collaborative@0.8", "cloud_only")
@@ -123,14 +192,17 @@ def test_the_advice_says_from_where_on_another_is_faster() -> None:
     assert "Below 0.679 Mbit/s cloud_only is faster." in made.advice
     assert "Cloud-only takes 4.52 s." in made.advice
     alone = plan((FIT,), LINK)
-    assert "Cloud-only takes 4.53 s, and no other round trip or bandwidth from 0.1 to 1000 alone makes" in alone.advice
+    assert (
+        "Cloud-only takes 4.53 s, and no other round trip or bandwidth from 0.1 to 1000 alone makes"
+        in alone.advice
+    )
 
 
 def test_the_advice_says_what_was_not_measured() -> None:
-    words = plan((FIT,), Load(300.0, 31.0)).advice
+    words = plan((FIT,), Load(rtt_ms=300.0, mbit_s=31.0)).advice
     assert "300 ms is beyond what was measured (1 to 100)." in words
     assert "Only exits 24 were measured" in words
-    assert "beyond" not in plan((FIT,), Load(20.0, 31.0)).advice
+    assert "beyond" not in plan((FIT,), Load(rtt_ms=20.0, mbit_s=31.0)).advice
 
 
 def test_nothing_is_best_where_nothing_agrees_enough() -> None:
@@ -142,7 +214,9 @@ def test_nothing_is_best_where_nothing_agrees_enough() -> None:
 
 def test_an_unknown_agreement_is_none() -> None:
     fit = msgspec.structs.replace(FIT, settings=(msgspec.structs.replace(ALONE, agreement=None),))
-    assert [one.agrees for one in expectations((fit,), msgspec.structs.replace(LINK, min_agreement=0.1))] == [False]
+    assert [
+        one.agrees for one in expectations((fit,), msgspec.structs.replace(LINK, min_agreement=0.1))
+    ] == [False]
     assert plan((fit,), LINK).best == "standalone"
 
 
@@ -151,7 +225,22 @@ def test_two_splits_are_told_apart_and_cloud_only_is_one() -> None:
         FIT,
         exits=(8,),
         split_layer=8,
-        settings=(msgspec.structs.replace(ALONE, counts=(StepCounts(0.0, 0.4, 0.0, 0.0, 0.0, 0.0),)), CLOUD),
+        settings=(
+            msgspec.structs.replace(
+                ALONE,
+                counts=(
+                    StepCounts(
+                        rtt_ms=0.0,
+                        edge_steps=0.4,
+                        cloud_steps=0.0,
+                        round_trips=0.0,
+                        messages=0.0,
+                        offload_rate=0.0,
+                    ),
+                ),
+            ),
+            CLOUD,
+        ),
     )
     made = plan((FIT, shallow), LINK)
     assert made.best == "standalone with exits 8"
@@ -168,11 +257,14 @@ def test_crossings_are_found_to_a_thousandth() -> None:
 @pytest.mark.parametrize(
     ("load", "words"),
     [
-        (Load(-1.0, 8.0), "rtt_ms -1.0: expected a number above 0"),
-        (Load(1.0, 0.0), "mbit_s 0.0: expected a number above 0"),
-        (Load(1.0, 8.0, edge_step_ms=0.0), "edge_step_ms 0.0"),
-        (Load(float("nan"), 8.0), "rtt_ms nan"),
-        (Load(1.0, 8.0, min_agreement=2.0), "agreement 2.0: expected a number from 0 to 1"),
+        (Load(rtt_ms=-1.0, mbit_s=8.0), "rtt_ms -1.0: expected a number above 0"),
+        (Load(rtt_ms=1.0, mbit_s=0.0), "mbit_s 0.0: expected a number above 0"),
+        (Load(rtt_ms=1.0, mbit_s=8.0, edge_step_ms=0.0), "edge_step_ms 0.0"),
+        (Load(rtt_ms=float("nan"), mbit_s=8.0), "rtt_ms nan"),
+        (
+            Load(rtt_ms=1.0, mbit_s=8.0, min_agreement=2.0),
+            "agreement 2.0: expected a number from 0 to 1",
+        ),
     ],
 )
 def test_numbers_that_no_link_has_are_refused(load: Load, words: str) -> None:
@@ -187,7 +279,12 @@ def test_a_fit_survives_its_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "fleet bench paper --fit"), ("[]", "holds no fit"), ('{"a": 1}', "expected a file of"), ("\xff", "cannot")],
+    [
+        (None, "fleet bench paper --fit"),
+        ("[]", "holds no fit"),
+        ('{"a": 1}', "expected a file of"),
+        ("\xff", "cannot"),
+    ],
 )
 def test_another_file_is_refused(tmp_path: Path, content: str | None, words: str) -> None:
     if content is not None:

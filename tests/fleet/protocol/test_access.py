@@ -5,7 +5,8 @@ import pytest
 from fleet.protocol import topics
 from fleet.protocol.access import RULES, Action, Grants, Role, granted
 
-PUBLISH, SUBSCRIBE = Action.PUBLISH, Action.SUBSCRIBE
+PUBLISH = Action.PUBLISH
+SUBSCRIBE = Action.SUBSCRIBE
 NAMES = {Role.DEVICE: "a", Role.APP: "app", Role.WORKER: "w", Role.SERVER: "hub"}
 TARGETS = ("a", "b")
 
@@ -152,7 +153,9 @@ def test_no_rule_ends_in_a_multi_level_wildcard(role: Role) -> None:
 
 
 def test_whoever_subscribes_to_a_topic_has_somebody_who_may_publish_it() -> None:
-    published = {granted_topic for role in Role for granted_topic in granted(role, "x", PUBLISH, ("x",))}
+    published = {
+        granted_topic for role in Role for granted_topic in granted(role, "x", PUBLISH, ("x",))
+    }
     for role in Role:
         for wanted in granted(role, "x", SUBSCRIBE, ("x",)):
             assert any(_may_meet(wanted, topic) for topic in published), wanted

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from fleet.errors import DecodeError, OversizedError
-from fleet.protocol.codec import MAX_ENVELOPE_BYTES, decode, decode_to_worker, encode, pack_chunk, unpack_chunk
+from fleet.protocol.codec import (
+    MAX_ENVELOPE_BYTES,
+    decode,
+    decode_to_worker,
+    encode,
+    pack_chunk,
+    unpack_chunk,
+)
 from fleet.protocol.messages import (
     MAX_CHUNK_BYTES,
     Assist,
@@ -28,51 +35,90 @@ from fleet.protocol.messages import (
 
 WIRE: list[tuple[Message, bytes]] = [
     (
-        Open("s1", 7, "b1", 1, Sampling(0.5, 1.0, 40, 9), 2048, 1500),
+        Open(
+            session="s1",
+            epoch=7,
+            bundle_id="b1",
+            protocol=1,
+            sampling=Sampling(0.5, 1.0, 40, 9),
+            max_positions=2048,
+            deadline_ms=1500,
+        ),
         b"\x89\xa4type\xa4open\xa7session\xa2s1\xa5epoch\x07\xa9bundle_id\xa2b1\xa8protocol\x01"
         b"\xa8sampling\x84\xabtemperature\xcb\x3f\xe0\0\0\0\0\0\0\xa5top_p\xcb\x3f\xf0\0\0\0\0\0\0\xa5top_k\x28\xa4seed\x09"
         b"\xadmax_positions\xcd\x08\x00\xabdeadline_ms\xcd\x05\xdc\xa6branch\x00",
     ),
     (
-        Opened("s1", "w1", 300, 65536, 1 << 20, ("float16", "int8")),
+        Opened(
+            session="s1",
+            worker="w1",
+            received=300,
+            max_chunk_bytes=65536,
+            window_bytes=1 << 20,
+            dtypes=("float16", "int8"),
+        ),
         b"\x87\xa4type\xa6opened\xa7session\xa2s1\xa6worker\xa2w1\xa8received\xcd\x01\x2c"
         b"\xafmax_chunk_bytes\xce\x00\x01\x00\x00\xacwindow_bytes\xce\x00\x10\x00\x00"
         b"\xa6dtypes\x92\xa7float16\xa4int8",
     ),
     (
-        Context("s1", ContextChunk(2, 5, 1, b"\x00\x3c\x00\xc0", 0x97510158)),
+        Context(
+            "s1",
+            ContextChunk(branch=2, start=5, count=1, data=b"\x00\x3c\x00\xc0", crc32=0x97510158),
+        ),
         b"\x83\xa4type\xa7context\xa7session\xa2s1\xa5chunk\x85\xa6branch\x02\xa5start\x05\xa5count\x01"
         b"\xa4data\xc4\x04\x00\x3c\x00\xc0\xa5crc32\xce\x97\x51\x01\x58",
     ),
     (
-        Assist("s1", 3, 41, 1500),
+        Assist(session="s1", request=3, position=41, deadline_ms=1500),
         b"\x85\xa4type\xa6assist\xa7session\xa2s1\xa7request\x03\xa8position\x29\xabdeadline_ms\xcd\x05\xdc",
     ),
     (
-        Assist("s1", 3, 5, 1500, ContextChunk(2, 5, 1, b"\x00\x3c\x00\xc0", 0x97510158, "int8")),
+        Assist(
+            session="s1",
+            request=3,
+            position=5,
+            deadline_ms=1500,
+            chunk=ContextChunk(
+                branch=2, start=5, count=1, data=b"\x00\x3c\x00\xc0", crc32=0x97510158, dtype="int8"
+            ),
+        ),
         b"\x86\xa4type\xa6assist\xa7session\xa2s1\xa7request\x03\xa8position\x05\xabdeadline_ms\xcd\x05\xdc"
         b"\xa5chunk\x86\xa6branch\x02\xa5start\x05\xa5count\x01"
         b"\xa4data\xc4\x04\x00\x3c\x00\xc0\xa5crc32\xce\x97\x51\x01\x58\xa5dtype\xa4int8",
     ),
     (
-        Verify("s1", 3, 2, 41, (7, 49151), 1500),
+        Verify(session="s1", request=3, branch=2, start=41, draft=(7, 49151), deadline_ms=1500),
         b"\x87\xa4type\xa6verify\xa7session\xa2s1\xa7request\x03\xa6branch\x02\xa5start\x29"
         b"\xa5draft\x92\x07\xcd\xbf\xff\xabdeadline_ms\xcd\x05\xdc",
     ),
     (
-        Token("s1", 3, 41, 49151, -0.5, 2.0),
+        Token(session="s1", request=3, position=41, token_id=49151, logprob=-0.5, busy_ms=2.0),
         b"\x87\xa4type\xa5token\xa7session\xa2s1\xa7request\x03\xa8position\x29\xa8token_id\xcd\xbf\xff"
         b"\xa7logprob\xcb\xbf\xe0\0\0\0\0\0\0\xa7busy_ms\xcb\x40\0\0\0\0\0\0\0",
     ),
     (
-        Verified("s1", 3, 41, 1, None, (-0.5,), 2.0),
+        Verified(
+            session="s1",
+            request=3,
+            start=41,
+            accepted=1,
+            token_id=None,
+            logprobs=(-0.5,),
+            busy_ms=2.0,
+        ),
         b"\x88\xa4type\xa8verified\xa7session\xa2s1\xa7request\x03\xa5start\x29\xa8accepted\x01"
         b"\xa8token_id\xc0\xa8logprobs\x91\xcb\xbf\xe0\0\0\0\0\0\0\xa7busy_ms\xcb\x40\0\0\0\0\0\0\0",
     ),
-    (Received("s1", 2, 17), b"\x84\xa4type\xa8received\xa7session\xa2s1\xa6branch\x02\xa5count\x11"),
+    (
+        Received("s1", 2, 17),
+        b"\x84\xa4type\xa8received\xa7session\xa2s1\xa6branch\x02\xa5count\x11",
+    ),
     (Gap("s1", 2, 17), b"\x84\xa4type\xa3gap\xa7session\xa2s1\xa6branch\x02\xa8expected\x11"),
     (
-        Refused("s1", "no-memory", 2000, "try later", "w1"),
+        Refused(
+            session="s1", code="no-memory", retry_after_ms=2000, message="try later", worker="w1"
+        ),
         b"\x86\xa4type\xa7refused\xa7session\xa2s1\xa4code\xa9no-memory\xaeretry_after_ms\xcd\x07\xd0"
         b"\xa7message\xa9try later\xa6worker\xa2w1",
     ),
@@ -105,27 +151,92 @@ BROKEN = {
 }
 
 OUT_OF_RANGE = [
-    Assist("s1", -1, 0, 1500),
-    Assist("s1", 0, -1, 1500),
-    Assist("s1", 0, 1 << 20, 1500),
-    Assist("s1", 0, 0, 0),
-    Assist("s1", 0, 0, 600_001),
-    Assist("S1", 0, 0, 1500),
-    Assist("s" * 64, 0, 0, 1500),
-    Context("s1", ContextChunk(0, 0, 0, b"", 0)),
-    Context("s1", ContextChunk(0, 0, 1, b"", 1 << 32)),
-    Open("s1", 0, "b1", 1, Sampling(temperature=-0.1), 2048, 1500),
-    Open("s1", 0, "b1", 1, Sampling(temperature=float("nan")), 2048, 1500),
-    Open("s1", 0, "b1", 1, Sampling(temperature=float("inf")), 2048, 1500),
-    Open("s1", 0, "b1", 1, Sampling(top_p=0.0), 2048, 1500),
-    Open("s1", 0, "b1", 1, Sampling(seed=-1), 2048, 1500),
-    Open("s1", 0, "b1", 1, Sampling(seed=1 << 63), 2048, 1500),
-    Open("s1", 0, "b1", 1, Sampling(), 0, 1500),
-    Open("s1", 0, "b1", 1, Sampling(), 8, 1500, -1),
-    Verify("s1", 0, 0, 0, (), 1500),
-    Verify("s1", 0, 0, 0, (1,) * 65, 1500),
-    Verify("s1", 0, 0, 0, (-1,), 1500),
-    Verify("s1", 0, -1, 0, (1,), 1500),
+    Assist(session="s1", request=-1, position=0, deadline_ms=1500),
+    Assist(session="s1", request=0, position=-1, deadline_ms=1500),
+    Assist(session="s1", request=0, position=1 << 20, deadline_ms=1500),
+    Assist(session="s1", request=0, position=0, deadline_ms=0),
+    Assist(session="s1", request=0, position=0, deadline_ms=600_001),
+    Assist(session="S1", request=0, position=0, deadline_ms=1500),
+    Assist(session="s" * 64, request=0, position=0, deadline_ms=1500),
+    Context("s1", ContextChunk(branch=0, start=0, count=0, data=b"", crc32=0)),
+    Context("s1", ContextChunk(branch=0, start=0, count=1, data=b"", crc32=1 << 32)),
+    Open(
+        session="s1",
+        epoch=0,
+        bundle_id="b1",
+        protocol=1,
+        sampling=Sampling(temperature=-0.1),
+        max_positions=2048,
+        deadline_ms=1500,
+    ),
+    Open(
+        session="s1",
+        epoch=0,
+        bundle_id="b1",
+        protocol=1,
+        sampling=Sampling(temperature=float("nan")),
+        max_positions=2048,
+        deadline_ms=1500,
+    ),
+    Open(
+        session="s1",
+        epoch=0,
+        bundle_id="b1",
+        protocol=1,
+        sampling=Sampling(temperature=float("inf")),
+        max_positions=2048,
+        deadline_ms=1500,
+    ),
+    Open(
+        session="s1",
+        epoch=0,
+        bundle_id="b1",
+        protocol=1,
+        sampling=Sampling(top_p=0.0),
+        max_positions=2048,
+        deadline_ms=1500,
+    ),
+    Open(
+        session="s1",
+        epoch=0,
+        bundle_id="b1",
+        protocol=1,
+        sampling=Sampling(seed=-1),
+        max_positions=2048,
+        deadline_ms=1500,
+    ),
+    Open(
+        session="s1",
+        epoch=0,
+        bundle_id="b1",
+        protocol=1,
+        sampling=Sampling(seed=1 << 63),
+        max_positions=2048,
+        deadline_ms=1500,
+    ),
+    Open(
+        session="s1",
+        epoch=0,
+        bundle_id="b1",
+        protocol=1,
+        sampling=Sampling(),
+        max_positions=0,
+        deadline_ms=1500,
+    ),
+    Open(
+        session="s1",
+        epoch=0,
+        bundle_id="b1",
+        protocol=1,
+        sampling=Sampling(),
+        max_positions=8,
+        deadline_ms=1500,
+        branch=-1,
+    ),
+    Verify(session="s1", request=0, branch=0, start=0, draft=(), deadline_ms=1500),
+    Verify(session="s1", request=0, branch=0, start=0, draft=(1,) * 65, deadline_ms=1500),
+    Verify(session="s1", request=0, branch=0, start=0, draft=(-1,), deadline_ms=1500),
+    Verify(session="s1", request=0, branch=-1, start=0, draft=(1,), deadline_ms=1500),
 ]
 
 
@@ -146,7 +257,8 @@ def test_the_table_holds_every_message() -> None:
 @pytest.mark.parametrize("payload", BROKEN.values(), ids=BROKEN.keys())
 def test_bytes_that_are_no_message_are_refused_in_one_line(payload: bytes) -> None:
     with pytest.raises(
-        DecodeError, match=r"^expected one of these messages: open, context, assist, verify, close; got \d+"
+        DecodeError,
+        match=r"^expected one of these messages: open, context, assist, verify, close; got \d+",
     ) as e:
         decode_to_worker(payload)
     assert "\n" not in str(e.value)
@@ -159,19 +271,41 @@ def test_a_field_out_of_range_is_refused(message: Message) -> None:
 
 
 def test_unknown_fields_are_ignored_so_that_a_later_version_may_add_some() -> None:
-    payload = msgpack.packb({"type": "close", "session": "s1", "reason": "bored", "more": [1, {"a": None}]})
+    payload = msgpack.packb(
+        {"type": "close", "session": "s1", "reason": "bored", "more": [1, {"a": None}]}
+    )
     assert decode_to_worker(payload) == Close("s1")
 
 
 def test_an_unknown_way_of_sampling_is_refused_and_not_ignored() -> None:
-    payload = msgpack.unpackb(encode(Open("s1", 0, "b1", 1, Sampling(), 8, 1500)))
+    payload = msgpack.unpackb(
+        encode(
+            Open(
+                session="s1",
+                epoch=0,
+                bundle_id="b1",
+                protocol=1,
+                sampling=Sampling(),
+                max_positions=8,
+                deadline_ms=1500,
+            )
+        )
+    )
     payload["sampling"]["min_p"] = 0.1
     with pytest.raises(DecodeError, match="min_p"):
         decode_to_worker(msgpack.packb(payload))
 
 
 def test_the_largest_seed_travels() -> None:
-    message = Open("s1", 0, "b1", 1, Sampling(seed=(1 << 63) - 1), 8, 1500)
+    message = Open(
+        session="s1",
+        epoch=0,
+        bundle_id="b1",
+        protocol=1,
+        sampling=Sampling(seed=(1 << 63) - 1),
+        max_positions=8,
+        deadline_ms=1500,
+    )
     assert decode_to_worker(encode(message)) == message
 
 
@@ -182,13 +316,17 @@ def test_a_chunk_of_the_largest_size_travels() -> None:
 
 
 def test_a_chunk_of_more_than_the_largest_size_is_refused() -> None:
-    message = Context("s1", ContextChunk(0, 0, 1, bytes(MAX_CHUNK_BYTES + 1), 0))
+    message = Context(
+        "s1", ContextChunk(branch=0, start=0, count=1, data=bytes(MAX_CHUNK_BYTES + 1), crc32=0)
+    )
     with pytest.raises(DecodeError):
         decode_to_worker(encode(message))
 
 
 def test_a_payload_larger_than_any_message_is_refused_before_it_is_read() -> None:
-    with pytest.raises(OversizedError, match=f"at most {MAX_ENVELOPE_BYTES} bytes, got {MAX_ENVELOPE_BYTES + 1}"):
+    with pytest.raises(
+        OversizedError, match=f"at most {MAX_ENVELOPE_BYTES} bytes, got {MAX_ENVELOPE_BYTES + 1}"
+    ):
         decode_to_worker(bytes(MAX_ENVELOPE_BYTES + 1))
 
 
@@ -210,7 +348,13 @@ ONES = b"\x00\x3c" * 8
 @pytest.mark.parametrize(
     ("count", "dtype", "data", "crc32", "reason"),
     [
-        (2, "float32", ONES, zlib.crc32(ONES), "expected context in float16 or int8, got 'float32'"),
+        (
+            2,
+            "float32",
+            ONES,
+            zlib.crc32(ONES),
+            "expected context in float16 or int8, got 'float32'",
+        ),
         (3, "float16", ONES, zlib.crc32(ONES), "expected 3 x 4 float16 values"),
         (2, "float16", ONES[1:], zlib.crc32(ONES[1:]), "got 15 bytes"),
         (2, "float16", ONES, zlib.crc32(ONES) ^ 1, "the checksum does not match"),
@@ -222,4 +366,6 @@ def test_hidden_states_that_are_not_what_the_message_says_are_refused(
     count: int, dtype: str, data: bytes, crc32: int, reason: str
 ) -> None:
     with pytest.raises(DecodeError, match=reason):
-        unpack_chunk(ContextChunk(0, 0, count, data, crc32, dtype), 4)
+        unpack_chunk(
+            ContextChunk(branch=0, start=0, count=count, data=data, crc32=crc32, dtype=dtype), 4
+        )

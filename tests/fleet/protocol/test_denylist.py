@@ -17,7 +17,9 @@ def test_the_longest_list_fits_and_no_longer_one_is_made() -> None:
     assert len(decode_denylist(payload)) == MAX_DENIED
 
 
-@pytest.mark.parametrize("payload", [b"", b"[", b"{}", b"[1]", b'["A"]', b'["../#"]', b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "payload", [b"", b"[", b"{}", b"[1]", b'["A"]', b'["../#"]', b"\xff", b"[" * 100_000]
+)
 def test_what_is_no_list_of_names_is_refused(payload: bytes) -> None:
     with pytest.raises(DecodeError):
         decode_denylist(payload)

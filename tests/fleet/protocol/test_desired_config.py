@@ -23,12 +23,20 @@ from fleet.protocol.modes import Mode
         ((), Settings()),
         ((Settings(max_draft=4), Settings(mode=Mode.AUTO)), Settings(max_draft=4, mode=Mode.AUTO)),
         ((Settings(max_draft=4), Settings(max_draft=8), Settings()), Settings(max_draft=8)),
-        ((Settings(threshold=0.5), Settings(thresholds=(0.7, 0.8))), Settings(thresholds=(0.7, 0.8))),
+        (
+            (Settings(threshold=0.5), Settings(thresholds=(0.7, 0.8))),
+            Settings(thresholds=(0.7, 0.8)),
+        ),
         ((Settings(thresholds=(0.7, 0.8)), Settings(threshold=0.5)), Settings(threshold=0.5)),
-        ((Settings(agreement_sample=0.2), Settings(agreement_sample=0.0)), Settings(agreement_sample=0.0)),
+        (
+            (Settings(agreement_sample=0.2), Settings(agreement_sample=0.0)),
+            Settings(agreement_sample=0.0),
+        ),
     ],
 )
-def test_the_narrowest_scope_that_says_anything_decides(scopes: tuple[Settings, ...], merged: Settings) -> None:
+def test_the_narrowest_scope_that_says_anything_decides(
+    scopes: tuple[Settings, ...], merged: Settings
+) -> None:
     assert merge(*scopes) == merged
 
 
@@ -53,7 +61,9 @@ def test_what_is_not_said_is_not_on_the_wire() -> None:
     assert decode_desired(encode_desired(desired)) == desired
 
 
-@pytest.mark.parametrize("payload", [b"", b"{}", b"[1]", b'{"version":-1,"settings":{}}', b"\xff", b"[" * 10_000])
+@pytest.mark.parametrize(
+    "payload", [b"", b"{}", b"[1]", b'{"version":-1,"settings":{}}', b"\xff", b"[" * 10_000]
+)
 def test_bytes_that_are_no_configuration_are_refused(payload: bytes) -> None:
     with pytest.raises(DecodeError):
         decode_desired(payload)

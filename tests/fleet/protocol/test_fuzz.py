@@ -47,19 +47,44 @@ LOGPROB_LISTS = st.lists(LOGPROBS, max_size=64).map(tuple)
 TIMES = st.floats(0, 1e9)
 DTYPE_LISTS = st.lists(st.text(max_size=9), min_size=1, max_size=3).map(tuple)
 CHUNKS = st.builds(
-    ContextChunk, COUNTS, COUNTS, st.integers(1, 100), st.binary(max_size=99), COUNTS, st.text(max_size=9)
+    ContextChunk,
+    COUNTS,
+    COUNTS,
+    st.integers(1, 100),
+    st.binary(max_size=99),
+    COUNTS,
+    st.text(max_size=9),
 )
 TO_WORKER = st.one_of(
-    st.builds(Open, NAMES, COUNTS, NAMES, COUNTS, SAMPLINGS, st.integers(1, 1 << 20), DEADLINES, COUNTS),
+    st.builds(
+        Open, NAMES, COUNTS, NAMES, COUNTS, SAMPLINGS, st.integers(1, 1 << 20), DEADLINES, COUNTS
+    ),
     st.builds(Context, NAMES, CHUNKS),
     st.builds(Assist, NAMES, COUNTS, COUNTS, DEADLINES, st.none() | CHUNKS),
     st.builds(Verify, NAMES, COUNTS, COUNTS, COUNTS, DRAFTS, DEADLINES, st.none() | CHUNKS),
     st.builds(Close, NAMES),
 )
 TO_DEVICE = st.one_of(
-    st.builds(Opened, NAMES, NAMES, COUNTS, st.integers(1024, 256 * 1024), st.integers(1024, 1 << 40), DTYPE_LISTS),
+    st.builds(
+        Opened,
+        NAMES,
+        NAMES,
+        COUNTS,
+        st.integers(1024, 256 * 1024),
+        st.integers(1024, 1 << 40),
+        DTYPE_LISTS,
+    ),
     st.builds(Token, NAMES, COUNTS, COUNTS, TOKEN_IDS, LOGPROBS, TIMES),
-    st.builds(Verified, NAMES, COUNTS, COUNTS, st.integers(0, 64), st.none() | TOKEN_IDS, LOGPROB_LISTS, TIMES),
+    st.builds(
+        Verified,
+        NAMES,
+        COUNTS,
+        COUNTS,
+        st.integers(0, 64),
+        st.none() | TOKEN_IDS,
+        LOGPROB_LISTS,
+        TIMES,
+    ),
     st.builds(Received, NAMES, COUNTS, COUNTS),
     st.builds(Gap, NAMES, COUNTS, COUNTS),
     st.builds(Refused, NAMES, NAMES, COUNTS, st.text(max_size=1000), st.none() | NAMES),
@@ -74,9 +99,12 @@ SCALARS = (
     | st.builds(msgpack.ExtType, st.integers(0, 127), st.binary(max_size=8))
 )
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4)
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
 )
-FIELDS = sorted({field for message in Message.__args__ for field in message.__struct_fields__} | {"type"})
+FIELDS = sorted(
+    {field for message in Message.__args__ for field in message.__struct_fields__} | {"type"}
+)
 TYPES = [message.__name__.lower() for message in Message.__args__]
 ODD_MESSAGES = st.builds(
     lambda kind, fields: fields | {"type": kind},
@@ -104,7 +132,9 @@ def test_any_bytes_give_a_message_or_a_protocol_error(payload: bytes) -> None:
 
 
 @given(ODD_MESSAGES)
-def test_any_fields_of_any_type_give_a_message_or_a_protocol_error(fields: dict[str, object]) -> None:
+def test_any_fields_of_any_type_give_a_message_or_a_protocol_error(
+    fields: dict[str, object],
+) -> None:
     payload = msgpack.packb(fields)
     with suppress(ProtocolError):
         decode_to_worker(payload)
@@ -127,8 +157,12 @@ def test_a_message_with_one_byte_changed_gives_a_message_or_a_protocol_error(
 DTYPES = st.text(max_size=9) | st.sampled_from(CONTEXT_DTYPES)
 
 
-@given(st.builds(ContextChunk, COUNTS, COUNTS, COUNTS, st.binary(max_size=99), COUNTS, DTYPES), COUNTS)
-def test_any_chunk_gives_hidden_states_or_a_protocol_error(chunk: ContextChunk, hidden_size: int) -> None:
+@given(
+    st.builds(ContextChunk, COUNTS, COUNTS, COUNTS, st.binary(max_size=99), COUNTS, DTYPES), COUNTS
+)
+def test_any_chunk_gives_hidden_states_or_a_protocol_error(
+    chunk: ContextChunk, hidden_size: int
+) -> None:
     with suppress(ProtocolError):
         unpack_chunk(chunk, hidden_size)
 
@@ -143,7 +177,9 @@ JSON_BYTES = st.one_of(
     st.binary(max_size=100),
     st.binary(max_size=100).map(lambda data: b'{"prompt":"' + data),
     st.binary(max_size=20).map(lambda data: b'{"prompt":"' + data + b'"}'),
-    st.text(max_size=20).map(lambda text: f'{{"seq":1,"online":true,"epoch":1,"mode":"{text}"}}'.encode()),
+    st.text(max_size=20).map(
+        lambda text: f'{{"seq":1,"online":true,"epoch":1,"mode":"{text}"}}'.encode()
+    ),
     st.just(b'{"prompt":' * 100_000),
     st.just(b'{"x":' + b"[" * 100_000),
 )

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet.errors import DecodeError
-from fleet.protocol.hidden_states import CONTEXT_DTYPES, INT8, NUM_OUTLIERS, Float16, pack_rows, row_bytes, unpack_rows
+from fleet.protocol.hidden_states import (
+    CONTEXT_DTYPES,
+    INT8,
+    NUM_OUTLIERS,
+    Float16,
+    pack_rows,
+    row_bytes,
+    unpack_rows,
+)
 
 HIDDEN = 576
 
@@ -30,8 +38,11 @@ def test_outliers_come_back_as_they_were_and_the_rest_within_half_a_step() -> No
     rows = hidden_states(20)
     back = unpack_rows(pack_rows(rows, INT8), 20, HIDDEN, INT8)
     order = np.argsort(-np.abs(rows), axis=1)
-    outliers, rest = order[:, :NUM_OUTLIERS], order[:, NUM_OUTLIERS:]
-    np.testing.assert_array_equal(np.take_along_axis(back, outliers, 1), np.take_along_axis(rows, outliers, 1))
+    outliers = order[:, :NUM_OUTLIERS]
+    rest = order[:, NUM_OUTLIERS:]
+    np.testing.assert_array_equal(
+        np.take_along_axis(back, outliers, 1), np.take_along_axis(rows, outliers, 1)
+    )
     kept, got = (np.take_along_axis(x, rest, 1).astype(np.float32) for x in (rows, back))
     step = np.abs(kept).max(1, keepdims=True) / 127
     assert (np.abs(got - kept) <= 0.51 * step + 1e-3).all()
@@ -42,10 +53,14 @@ def test_a_row_has_the_same_bytes_in_every_chunk(start: int, count: int) -> None
     rows = hidden_states(12)
     size = row_bytes(HIDDEN, INT8)
     whole = pack_rows(rows, INT8)
-    assert pack_rows(rows[start : start + count], INT8) == whole[start * size : (start + count) * size]
+    assert (
+        pack_rows(rows[start : start + count], INT8) == whole[start * size : (start + count) * size]
+    )
 
 
-@pytest.mark.parametrize("rows", [np.zeros((2, 16)), np.full((2, 16), 65504.0), np.full((2, 16), -6e-8)])
+@pytest.mark.parametrize(
+    "rows", [np.zeros((2, 16)), np.full((2, 16), 65504.0), np.full((2, 16), -6e-8)]
+)
 def test_rows_of_one_value_come_back(rows: np.ndarray) -> None:
     values = rows.astype(np.float16)
     back = unpack_rows(pack_rows(values, INT8), 2, 16, INT8)

@@ -31,7 +31,9 @@ def test_a_mode_is_known_by_its_name(mode: Mode) -> None:
 
 
 def test_an_unknown_mode_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"unknown mode 'cloudy': expected one of standalone, collaborative"):
+    with pytest.raises(
+        ConfigError, match=r"unknown mode 'cloudy': expected one of standalone, collaborative"
+    ):
         parse_mode("cloudy")
 
 
@@ -60,7 +62,9 @@ def test_a_source_names_its_exit_layer() -> None:
         ({"cloud": 5}, 1.0),
     ],
 )
-def test_the_offload_rate_is_the_share_of_the_cloud_in_all_tokens(sources: dict[str, int], rate: float) -> None:
+def test_the_offload_rate_is_the_share_of_the_cloud_in_all_tokens(
+    sources: dict[str, int], rate: float
+) -> None:
     assert offload_rate(sources) == rate
 
 

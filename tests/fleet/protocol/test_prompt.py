@@ -32,11 +32,24 @@ ACCEPTED: list[tuple[bytes, PromptRequest]] = [
         b'{"prompt": "hi", "max_new_tokens": 5, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "seed": 3,'
         b' "mode": "standalone", "threshold": 0.8}',
         PromptRequest(
-            "hi", max_new_tokens=5, temperature=0.7, top_p=0.9, top_k=40, seed=3, mode=Mode.STANDALONE, threshold=0.8
+            prompt="hi",
+            max_new_tokens=5,
+            temperature=0.7,
+            top_p=0.9,
+            top_k=40,
+            seed=3,
+            mode=Mode.STANDALONE,
+            threshold=0.8,
         ),
     ),
-    (b'{"prompt": "hi", "thresholds": [0.8, 1]}', PromptRequest("hi", thresholds=(0.8, 1.0))),
-    (b'{"prompt": "hi", "seed": 9223372036854775807}', PromptRequest("hi", seed=(1 << 63) - 1)),
+    (
+        b'{"prompt": "hi", "thresholds": [0.8, 1]}',
+        PromptRequest(prompt="hi", thresholds=(0.8, 1.0)),
+    ),
+    (
+        b'{"prompt": "hi", "seed": 9223372036854775807}',
+        PromptRequest(prompt="hi", seed=(1 << 63) - 1),
+    ),
 ]
 
 REFUSED = {
@@ -57,19 +70,28 @@ REFUSED = {
     "JSON that is not UTF-8": (b'{"prompt": "caf\xe9"}', "expected a JSON object"),
     "half a surrogate pair": (b'{"prompt": "\\ud800"}', "expected a JSON object"),
     "an unknown field": (b'{"prompt": "hi", "max_tokens": 5}', "max_tokens"),
-    "an unknown field in a message": (b'{"messages": [{"role": "user", "content": "a", "name": "b"}]}', "name"),
+    "an unknown field in a message": (
+        b'{"messages": [{"role": "user", "content": "a", "name": "b"}]}',
+        "name",
+    ),
     "an unknown role": (b'{"messages": [{"role": "robot", "content": "a"}]}', "robot"),
     "an unknown mode": (b'{"prompt": "hi", "mode": "cloudy"}', "cloudy"),
     "a threshold above one": (b'{"prompt": "hi", "threshold": 1.5}', "threshold"),
     "a threshold below zero": (b'{"prompt": "hi", "thresholds": [0.5, -0.5]}', "thresholds"),
     "a negative temperature": (b'{"prompt": "hi", "temperature": -1}', "temperature"),
-    "a number too large for a float": (b'{"prompt": "hi", "temperature": 1e400}', "expected a JSON object"),
+    "a number too large for a float": (
+        b'{"prompt": "hi", "temperature": 1e400}',
+        "expected a JSON object",
+    ),
     "not a number": (b'{"prompt": "hi", "temperature": NaN}', "expected a JSON object"),
     "a top_p of zero": (b'{"prompt": "hi", "top_p": 0}', "top_p"),
     "no tokens": (b'{"prompt": "hi", "max_new_tokens": 0}', "max_new_tokens"),
     "tokens as text": (b'{"prompt": "hi", "max_new_tokens": "5"}', "max_new_tokens"),
     "a seed too large": (b'{"prompt": "hi", "seed": 9223372036854775808}', "seed"),
-    "too long": (b"a" * (MAX_PROMPT_BYTES + 1), f"at most {MAX_PROMPT_BYTES} bytes, got {MAX_PROMPT_BYTES + 1}"),
+    "too long": (
+        b"a" * (MAX_PROMPT_BYTES + 1),
+        f"at most {MAX_PROMPT_BYTES} bytes, got {MAX_PROMPT_BYTES + 1}",
+    ),
 }
 
 
@@ -79,7 +101,9 @@ def test_a_payload_is_plain_text_or_a_json_object(payload: bytes, request_: Prom
 
 
 @pytest.mark.parametrize(("payload", "reason"), REFUSED.values(), ids=REFUSED.keys())
-def test_a_request_that_cannot_be_served_is_refused_in_one_line_that_says_why(payload: bytes, reason: str) -> None:
+def test_a_request_that_cannot_be_served_is_refused_in_one_line_that_says_why(
+    payload: bytes, reason: str
+) -> None:
     with pytest.raises(PromptError, match=reason) as caught:
         parse_prompt(payload)
     assert "\n" not in str(caught.value)
@@ -98,16 +122,30 @@ def test_a_request_that_says_nothing_of_sampling_is_greedy() -> None:
 
 
 REPLIES = [
-    Reply(0, "Hel", 12, "exit:8"),
-    Reply(1, "", 13, "cloud"),
+    Reply(seq=0, text="Hel", token_id=12, source="exit:8"),
+    Reply(seq=1, text="", token_id=13, source="cloud"),
     Reply(
-        2,
+        seq=2,
         done=True,
         finish_reason="stop",
-        usage=Usage(9, 2, {"exit:8": 1, "cloud": 1}, 0.5, 11_000, 90, 80.0, 20.0),
+        usage=Usage(
+            prompt_tokens=9,
+            tokens=2,
+            sources={"exit:8": 1, "cloud": 1},
+            offload_rate=0.5,
+            bytes_up=11_000,
+            bytes_down=90,
+            ttft_ms=80.0,
+            tpot_ms=20.0,
+        ),
         bundle_id="b1",
     ),
-    Reply(0, done=True, finish_reason="error", error=ErrorInfo("busy", "4 requests are already waiting; try again")),
+    Reply(
+        seq=0,
+        done=True,
+        finish_reason="error",
+        error=ErrorInfo("busy", "4 requests are already waiting; try again"),
+    ),
 ]
 
 
@@ -118,11 +156,14 @@ def test_a_reply_comes_back_as_it_was(reply: Reply) -> None:
 
 def test_a_reply_says_only_what_it_has_to_say() -> None:
     assert (
-        msgspec.json.encode(Reply(0, "Hel", 12, "exit:8")) == b'{"seq":0,"text":"Hel","token_id":12,"source":"exit:8"}'
+        msgspec.json.encode(Reply(seq=0, text="Hel", token_id=12, source="exit:8"))
+        == b'{"seq":0,"text":"Hel","token_id":12,"source":"exit:8"}'
     )
 
 
-@pytest.mark.parametrize("payload", [b"", b"hi", b"{}", b'{"seq": "0"}', b'{"seq": 0, "text": "\xff"}', b"\xff"])
+@pytest.mark.parametrize(
+    "payload", [b"", b"hi", b"{}", b'{"seq": "0"}', b'{"seq": 0, "text": "\xff"}', b"\xff"]
+)
 def test_bytes_that_are_no_reply_are_refused(payload: bytes) -> None:
     with pytest.raises(PromptError, match="expected a reply in JSON"):
         decode_reply(payload)

@@ -85,7 +85,9 @@ def test_a_report_with_a_value_that_cannot_be_is_refused(changes: dict[str, Any]
         decode_report(altered(**changes))
 
 
-@pytest.mark.parametrize("payload", [b"", b"\xc1", b"hello", b"\x80", b"\x91" * 10_000, altered() + b"x"])
+@pytest.mark.parametrize(
+    "payload", [b"", b"\xc1", b"hello", b"\x80", b"\x91" * 10_000, altered() + b"x"]
+)
 def test_bytes_that_are_no_report_are_refused(payload: bytes) -> None:
     with pytest.raises(DecodeError, match="expected a generation report"):
         decode_report(payload)
@@ -112,19 +114,27 @@ def test_a_report_of_a_device_that_knows_no_sums_is_one_answer() -> None:
         (altered(app="a" * MAX_REPORT_BYTES), None),
     ],
 )
-def test_what_is_no_report_may_still_say_which_it_was_to_be(payload: bytes, generation: str | None) -> None:
+def test_what_is_no_report_may_still_say_which_it_was_to_be(
+    payload: bytes, generation: str | None
+) -> None:
     assert generation_of(payload) == generation
 
 
 @pytest.mark.parametrize(
-    "receipt", [ReportReceipt(), ReportReceipt(("g1", "g2")), ReportReceipt(("g1",), {"g3": "does not add up"})]
+    "receipt",
+    [
+        ReportReceipt(),
+        ReportReceipt(("g1", "g2")),
+        ReportReceipt(("g1",), {"g3": "does not add up"}),
+    ],
 )
 def test_a_receipt_comes_back_as_it_was(receipt: ReportReceipt) -> None:
     assert decode_receipt(encode_receipt(receipt)) == receipt
 
 
 @pytest.mark.parametrize(
-    "raw", [[], {"stored": "g1"}, {"stored": ["../g"]}, {"refused": {"g1": 7}}, {"stored": ["g"] * 2000}]
+    "raw",
+    [[], {"stored": "g1"}, {"stored": ["../g"]}, {"refused": {"g1": 7}}, {"stored": ["g"] * 2000}],
 )
 def test_what_is_no_receipt_is_refused(raw: object) -> None:
     with pytest.raises(DecodeError, match="expected a receipt"):
@@ -139,10 +149,12 @@ def test_a_receipt_that_is_too_large_is_refused_before_it_is_read() -> None:
 @pytest.mark.parametrize(
     "status",
     [
-        DeviceStatus(True, 7, "b1", "0.1.0", "collaborative"),
-        DeviceStatus(False, 7),
-        WorkerStatus(True, 3, ("b1", "b2"), "0.1.0", 5),
-        WorkerStatus(False, 3),
+        DeviceStatus(online=True, epoch=7, bundle_id="b1", version="0.1.0", mode="collaborative"),
+        DeviceStatus(online=False, epoch=7),
+        WorkerStatus(
+            online=True, epoch=3, bundle_ids=("b1", "b2"), version="0.1.0", num_sessions=5
+        ),
+        WorkerStatus(online=False, epoch=3),
     ],
 )
 def test_a_status_comes_back_as_it_was(status: DeviceStatus | WorkerStatus) -> None:

@@ -20,9 +20,13 @@ def ids(candidates: Float32) -> npt.NDArray[np.int64]:
     return np.arange(100, 100 + len(candidates))
 
 
-def drawn(candidates: Float32, sampling: Sampling, num_positions: int = 2000) -> npt.NDArray[np.int64]:
+def drawn(
+    candidates: Float32, sampling: Sampling, num_positions: int = 2000
+) -> npt.NDArray[np.int64]:
     """How often each candidate was drawn over many positions."""
-    chosen = [draw(candidates, ids(candidates), position, sampling) for position in range(num_positions)]
+    chosen = [
+        draw(candidates, ids(candidates), position, sampling) for position in range(num_positions)
+    ]
     return np.bincount(chosen, minlength=len(candidates))
 
 
@@ -34,13 +38,18 @@ def test_the_same_seed_and_position_give_the_same_draw() -> None:
     candidates = logprobs(*[0.05] * 20)
     sampling = Sampling(temperature=1.0, seed=7)
     first = [draw(candidates, ids(candidates), position, sampling) for position in range(50)]
-    assert [draw(candidates, ids(candidates), position, sampling) for position in range(50)] == first
+    assert [
+        draw(candidates, ids(candidates), position, sampling) for position in range(50)
+    ] == first
 
 
 def test_another_seed_gives_other_draws() -> None:
     candidates = logprobs(*[0.05] * 20)
     one, other = (
-        [draw(candidates, ids(candidates), p, Sampling(temperature=1.0, seed=seed)) for p in range(50)]
+        [
+            draw(candidates, ids(candidates), p, Sampling(temperature=1.0, seed=seed))
+            for p in range(50)
+        ]
         for seed in (1, 2)
     )
     assert one != other
@@ -55,7 +64,9 @@ def test_candidates_come_as_often_as_their_tempered_probabilities_say(temperatur
     candidates = logprobs(0.5, 0.25, 0.15, 0.1)
     weights = np.array([0.5, 0.25, 0.15, 0.1]) ** (1 / temperature)
     expected = 2000 * weights / weights.sum()
-    chi_square = (((drawn(candidates, Sampling(temperature=temperature, seed=11)) - expected) ** 2) / expected).sum()
+    chi_square = (
+        ((drawn(candidates, Sampling(temperature=temperature, seed=11)) - expected) ** 2) / expected
+    ).sum()
     assert chi_square < 16.27  # 99.9% point for 3 degrees of freedom
 
 
@@ -92,19 +103,28 @@ def test_a_temperature_next_to_zero_is_as_good_as_greedy(temperature: float) -> 
 
 
 def test_the_largest_seed_and_position_can_be_drawn() -> None:
-    assert draw(logprobs(0.5, 0.5), np.arange(2), (1 << 20) - 1, Sampling(temperature=1.0, seed=(1 << 63) - 1)) in (
+    assert draw(
+        logprobs(0.5, 0.5),
+        np.arange(2),
+        (1 << 20) - 1,
+        Sampling(temperature=1.0, seed=(1 << 63) - 1),
+    ) in (
         0,
         1,
     )
 
 
 def test_noise_has_the_moments_of_gumbels_distribution() -> None:
-    noise = np.concatenate([gumbel(seed, position, np.arange(64)) for seed in range(20) for position in range(20)])
+    noise = np.concatenate(
+        [gumbel(seed, position, np.arange(64)) for seed in range(20) for position in range(20)]
+    )
     assert noise.mean() == pytest.approx(0.5772, abs=0.03)
     assert noise.var() == pytest.approx(np.pi**2 / 6, rel=0.03)
 
 
-@pytest.mark.parametrize(("one", "other"), [((1, 5), (1, 6)), ((1, 5), (2, 5)), ((1, 5), (5, 1)), ((0, 0), (0, 1))])
+@pytest.mark.parametrize(
+    ("one", "other"), [((1, 5), (1, 6)), ((1, 5), (2, 5)), ((1, 5), (5, 1)), ((0, 0), (0, 1))]
+)
 def test_noise_of_another_seed_or_position_has_nothing_to_do_with_it(
     one: tuple[int, int], other: tuple[int, int]
 ) -> None:
@@ -127,7 +147,9 @@ def test_noise_is_the_same_on_every_machine() -> None:
 def test_noise_is_finite_for_every_hash() -> None:
     """The token whose hash is all ones or all zeros, by undoing the hash."""
     state = splitmix64(splitmix64(3) ^ 4)
-    tokens = np.array([unmix(bits) ^ state for bits in (0, (1 << 64) - 1)], np.uint64).view(np.int64)
+    tokens = np.array([unmix(bits) ^ state for bits in (0, (1 << 64) - 1)], np.uint64).view(
+        np.int64
+    )
     noise = gumbel(3, 4, tokens)
     assert np.isfinite(noise).all()
     assert noise[0] < -3.6
@@ -168,7 +190,8 @@ def neighbours_table(pairs: list[tuple[tuple[int, int], tuple[int, int]]]) -> fl
     counts = np.zeros((4, 4))
     for pair in pairs:
         one, other = (
-            draw(candidates, ids(candidates), position, Sampling(temperature=1.0, seed=seed)) for seed, position in pair
+            draw(candidates, ids(candidates), position, Sampling(temperature=1.0, seed=seed))
+            for seed, position in pair
         )
         counts[one, other] += 1
     expected = len(pairs) * np.outer(probabilities, probabilities)
@@ -176,7 +199,9 @@ def neighbours_table(pairs: list[tuple[tuple[int, int], tuple[int, int]]]) -> fl
 
 
 @pytest.mark.parametrize(
-    ("seed_step", "position_step"), [(0, 1), (1, 0), (1, 1)], ids=["next position", "next seed", "both"]
+    ("seed_step", "position_step"),
+    [(0, 1), (1, 0), (1, 1)],
+    ids=["next position", "next seed", "both"],
 )
 def test_neighbouring_draws_are_independent(seed_step: int, position_step: int) -> None:
     pairs = [((2 * i, 100), (2 * i + seed_step, 100 + position_step)) for i in range(4000)]
@@ -186,9 +211,14 @@ def test_neighbouring_draws_are_independent(seed_step: int, position_step: int) 
 def test_many_seeds_at_one_position_give_the_distribution() -> None:
     probabilities = np.array([0.3, 0.2, 0.15, 0.12, 0.1, 0.08, 0.04, 0.01])
     candidates = np.log(probabilities).astype(np.float32)
-    chosen = [draw(candidates, ids(candidates), 17, Sampling(temperature=1.0, seed=seed)) for seed in range(8000)]
+    chosen = [
+        draw(candidates, ids(candidates), 17, Sampling(temperature=1.0, seed=seed))
+        for seed in range(8000)
+    ]
     expected = 8000 * probabilities
-    assert (((np.bincount(chosen, minlength=8) - expected) ** 2) / expected).sum() < 24.32  # 99.9% point, 7 degrees
+    assert (
+        ((np.bincount(chosen, minlength=8) - expected) ** 2) / expected
+    ).sum() < 24.32  # 99.9% point, 7 degrees
 
 
 def test_two_that_draw_from_similar_distributions_mostly_draw_the_same() -> None:

@@ -20,7 +20,9 @@ STATES = [
     ("lost", "opened", "open"),
     ("lost", "close", "closed"),
 ]
-ILLEGAL = [(state, event) for state in LinkState for event in LinkEvent if (state, event) not in LEGAL]
+ILLEGAL = [
+    (state, event) for state in LinkState for event in LinkEvent if (state, event) not in LEGAL
+]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,9 @@ def test_a_chunk_adds_what_is_not_there_yet_and_nothing_behind_a_gap(
 
 
 @pytest.mark.parametrize(("state", "event", "following"), STATES)
-def test_a_legal_event_leads_to_the_state_of_the_table(state: str, event: str, following: str) -> None:
+def test_a_legal_event_leads_to_the_state_of_the_table(
+    state: str, event: str, following: str
+) -> None:
     assert advance(LinkState(state), LinkEvent(event)) is LinkState(following)
 
 

@@ -44,7 +44,11 @@ def test_every_topic_stays_within_the_limits_that_brokers_set(built: str, expect
 
 
 def test_parsing_gives_the_names_in_their_order() -> None:
-    assert topics.parse("ce/v1/d/pi/prompt/app/r1", "d", "+", "prompt", "+", "+") == ("pi", "app", "r1")
+    assert topics.parse("ce/v1/d/pi/prompt/app/r1", "d", "+", "prompt", "+", "+") == (
+        "pi",
+        "app",
+        "r1",
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,7 +77,8 @@ def test_a_plain_name_may_stand_in_a_topic(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "-a", "_a", "A", "a b", "a/b", "+", "#", "$share", "ä", "a\n", "a\0", "..", "a" * 64]
+    "name",
+    ["", "-a", "_a", "A", "a b", "a/b", "+", "#", "$share", "ä", "a\n", "a\0", "..", "a" * 64],
 )
 def test_any_other_name_is_refused_in_one_line_that_says_what_is_expected(name: str) -> None:
     with pytest.raises(TopicError, match="expected 1 to 63 characters") as caught:
@@ -82,5 +87,7 @@ def test_any_other_name_is_refused_in_one_line_that_says_what_is_expected(name: 
 
 
 @pytest.mark.parametrize(("topic_filter", "topic", "expected"), MATCHES)
-def test_a_filter_takes_the_topics_that_mqtt_says(topic_filter: str, topic: str, expected: bool) -> None:
+def test_a_filter_takes_the_topics_that_mqtt_says(
+    topic_filter: str, topic: str, expected: bool
+) -> None:
     assert topics.matches(topic_filter, topic) is expected

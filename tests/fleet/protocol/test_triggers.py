@@ -25,7 +25,9 @@ from fleet.protocol.triggers import (
     request_name,
 )
 
-WARM = b'{"room": "kitchen", "sensor": {"celsius": 31.27, "ok": true}, "last": [30, 31], "note": null}'
+WARM = (
+    b'{"room": "kitchen", "sensor": {"celsius": 31.27, "ok": true}, "last": [30, 31], "note": null}'
+)
 
 
 def trigger(**changes: Any) -> Trigger:
@@ -85,7 +87,9 @@ def test_a_path_leads_to_plain_data_and_nowhere_else(template: str) -> None:
         fill(template, read_event("warmth", WARM))
 
 
-@pytest.mark.parametrize("template", ["{room:.1f}", "{sensor:.1f}", "{sensor.ok:d}", "{note:>5}", "{sensor.celsius:d}"])
+@pytest.mark.parametrize(
+    "template", ["{room:.1f}", "{sensor:.1f}", "{sensor.ok:d}", "{note:>5}", "{sensor.celsius:d}"]
+)
 def test_a_value_that_does_not_fit_its_format_is_named(template: str) -> None:
     with pytest.raises(PromptError, match=r"expected a value that fits \{"):
         fill(template, read_event("warmth", WARM))
@@ -138,7 +142,9 @@ def test_a_condition_compares_a_field_with_a_value(when: str, holds: bool) -> No
     assert (make_prompt(trigger(when=when), read_event("warmth", WARM)) is not None) is holds
 
 
-@pytest.mark.parametrize("when", ["room > 3", 'sensor.celsius > "3"', "sensor.ok > 0", "note > 0", "last > 0"])
+@pytest.mark.parametrize(
+    "when", ["room > 3", 'sensor.celsius > "3"', "sensor.ok > 0", "note > 0", "last > 0"]
+)
 def test_what_cannot_be_compared_is_named(when: str) -> None:
     with pytest.raises(PromptError, match=r"expected a (number|text) at"):
         make_prompt(trigger(when=when), read_event("warmth", WARM))
@@ -150,7 +156,18 @@ def test_a_condition_on_a_field_that_is_missing_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "when", ["", "warm", "celsius", "celsius >", "> 3", "celsius = 3", "celsius > warm", "celsius > [3]", "a()> 3"]
+    "when",
+    [
+        "",
+        "warm",
+        "celsius",
+        "celsius >",
+        "> 3",
+        "celsius = 3",
+        "celsius > warm",
+        "celsius > [3]",
+        "a()> 3",
+    ],
 )
 def test_a_bad_condition_is_no_trigger(when: str) -> None:
     with pytest.raises(msgspec.ValidationError, match="condition like celsius > 30"):
@@ -179,7 +196,10 @@ def test_a_bad_event_is_refused(payload: bytes, error: type[Exception]) -> None:
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 ).map(lambda value: msgspec.json.encode({"room": value})))  # fmt: skip
 def test_no_payload_does_more_than_make_a_prompt_or_an_error_of_ours(payload: bytes) -> None:
-    for each in (trigger(template="{room:.1f}"), trigger(template="{room} {payload}", when="room > 3")):
+    for each in (
+        trigger(template="{room:.1f}"),
+        trigger(template="{room} {payload}", when="room > 3"),
+    ):
         with suppress(DecodeError, OversizedError, PromptError):
             prompt = make_prompt(each, read_event("warmth", payload))
             assert prompt is None or prompt.prompt
@@ -194,14 +214,28 @@ def test_no_template_does_more_than_be_refused_or_be_filled(template: str) -> No
 
 
 def test_the_prompt_has_the_triggers_wishes() -> None:
-    wishes = {"max_new_tokens": 8, "mode": "standalone", "temperature": 0.5, "seed": 7, "deadline_ms": 1000}
+    wishes = {
+        "max_new_tokens": 8,
+        "mode": "standalone",
+        "temperature": 0.5,
+        "seed": 7,
+        "deadline_ms": 1000,
+    }
     assert make_prompt(trigger(**wishes), read_event("warmth", b"")) == PromptRequest(
-        prompt="It is warm.", max_new_tokens=8, mode=Mode.STANDALONE, temperature=0.5, seed=7, deadline_ms=1000
+        prompt="It is warm.",
+        max_new_tokens=8,
+        mode=Mode.STANDALONE,
+        temperature=0.5,
+        seed=7,
+        deadline_ms=1000,
     )
 
 
 def test_a_trigger_may_wish_whatever_a_prompt_may() -> None:
-    assert set(AnswerOptions.__struct_fields__) == set(PromptRequest.__struct_fields__) - {"prompt", "messages"}
+    assert set(AnswerOptions.__struct_fields__) == set(PromptRequest.__struct_fields__) - {
+        "prompt",
+        "messages",
+    }
     assert set(trigger().options()) == set(AnswerOptions.__struct_fields__)
 
 
@@ -216,7 +250,9 @@ def test_a_trigger_takes_its_apps_events(events: str, channel: str, takes: bool)
     assert trigger(events=events).takes("thermostat", channel) is takes
 
 
-@pytest.mark.parametrize("events", ["", "warmth", "+/warmth", "#", "a/#", "a/b/c", "A/b", "a/", "/b"])
+@pytest.mark.parametrize(
+    "events", ["", "warmth", "+/warmth", "#", "a/#", "a/b/c", "A/b", "a/", "/b"]
+)
 def test_events_are_those_of_one_app(events: str) -> None:
     with pytest.raises(msgspec.ValidationError, match="expected events like thermostat/warmth"):
         trigger(events=events)
@@ -248,18 +284,26 @@ def test_the_longest_trigger_makes_a_legal_request() -> None:
 
 def test_two_triggers_have_two_names() -> None:
     values = msgspec.to_builtins(trigger())
-    with pytest.raises(ConfigError, match="a name of its own for each trigger, got warm more than once"):
+    with pytest.raises(
+        ConfigError, match="a name of its own for each trigger, got warm more than once"
+    ):
         parse_settings({"triggers": [values, values]})
 
 
 def test_triggers_that_no_device_would_take_are_refused_where_they_are_set() -> None:
-    triggers = [msgspec.to_builtins(trigger(name=f"t{i}", template="\u20ac" * 2000)) for i in range(16)]
-    with pytest.raises(ConfigError, match=r"at most 61440 bytes as JSON, got .*; shorten the triggers"):
+    triggers = [
+        msgspec.to_builtins(trigger(name=f"t{i}", template="\u20ac" * 2000)) for i in range(16)
+    ]
+    with pytest.raises(
+        ConfigError, match=r"at most 61440 bytes as JSON, got .*; shorten the triggers"
+    ):
         parse_settings({"triggers": triggers})
 
 
 def test_settings_keep_their_triggers_on_the_wire() -> None:
-    settings = Settings(triggers=(trigger(when="payload > 30", reply_to="display", min_interval_s=60),))
+    settings = Settings(
+        triggers=(trigger(when="payload > 30", reply_to="display", min_interval_s=60),)
+    )
     assert msgspec.json.decode(msgspec.json.encode(settings), type=Settings) == settings
 
 

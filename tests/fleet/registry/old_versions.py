@@ -36,8 +36,14 @@ def make_old_registry(url: str, version: str) -> None:
         _add_answers(connection)
         alembic.command.upgrade(config, version)
         if version >= "0002":
-            connection.execute(text('UPDATE generations SET verifies = 3, drafted = 9, switches = \'[[4, "a", "b"]]\''))
-            connection.execute(text("UPDATE rollups SET verifies = 3 * answers, drafted = 9 * answers"))
+            connection.execute(
+                text(
+                    'UPDATE generations SET verifies = 3, drafted = 9, switches = \'[[4, "a", "b"]]\''
+                )
+            )
+            connection.execute(
+                text("UPDATE rollups SET verifies = 3 * answers, drafted = 9 * answers")
+            )
         if version >= "0003":
             connection.execute(text("UPDATE generations SET answers = 2 WHERE generation = 'g1'"))
     engine.dispose()
@@ -49,7 +55,10 @@ def rows_of(url: str) -> dict[str, Rows]:
     with engine.connect() as connection:
         quote = connection.dialect.identifier_preparer.quote
         found = {
-            table: [dict(row) for row in connection.execute(text(f"SELECT * FROM {quote(table)}")).mappings()]
+            table: [
+                dict(row)
+                for row in connection.execute(text(f"SELECT * FROM {quote(table)}")).mappings()
+            ]
             for table in inspect(connection).get_table_names()
         }
     engine.dispose()
@@ -60,7 +69,9 @@ def _engine(url: str) -> Engine:
     """As an earlier version opened it: SQLite minds foreign keys only when it is told to."""
     engine = create_engine(parse_url(url))
     if engine.name == "sqlite":
-        event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA foreign_keys=ON"))
+        event.listen(
+            engine, "connect", lambda connection, _: connection.execute("PRAGMA foreign_keys=ON")
+        )
     return engine
 
 
@@ -73,10 +84,18 @@ def _add_identities(connection: Connection) -> None:
                 'INSERT INTO identities (name, role, "group", fingerprint, created_at, not_after, revoked) '
                 "VALUES (:name, :role, :group, :fingerprint, 5, 2e9, :revoked)"
             ),
-            {"name": name, "role": role, "group": group, "fingerprint": f"f-{name}", "revoked": revoked},
+            {
+                "name": name,
+                "role": role,
+                "group": group,
+                "fingerprint": f"f-{name}",
+                "revoked": revoked,
+            },
         )
     for target in ("edge-1", "north"):
-        connection.execute(text("INSERT INTO allowed_targets (app, target) VALUES ('app-1', :to)"), {"to": target})
+        connection.execute(
+            text("INSERT INTO allowed_targets (app, target) VALUES ('app-1', :to)"), {"to": target}
+        )
     for device, online in (("edge-1", True), ("edge-2", False)):
         connection.execute(
             text(
@@ -110,6 +129,8 @@ def _add_answers(connection: Connection) -> None:
         )
         for source, tokens in old["sources"].items():
             connection.execute(
-                text("INSERT INTO token_counts (generation_id, source, tokens) VALUES (:id, :source, :tokens)"),
+                text(
+                    "INSERT INTO token_counts (generation_id, source, tokens) VALUES (:id, :source, :tokens)"
+                ),
                 {"id": generation, "source": source, "tokens": tokens},
             )

@@ -46,7 +46,10 @@ def locked(url: str) -> Iterator[None]:
         return
     path = url.removeprefix("sqlite:///")
     locker = subprocess.Popen(
-        [sys.executable, "-c", LOCKER, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", LOCKER, path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     with locker:
         assert locker.stdout
@@ -57,7 +60,8 @@ def locked(url: str) -> Iterator[None]:
 
 def num_until_full(registry: Registry) -> int:
     """Reports that are stored until there is no room for another."""
-    number, refusal = 0, ""
+    number = 0
+    refusal = ""
     while not refusal and number < 10_000:
         try:
             registry.record_report("edge-1", report(f"g{number}", session=f"s{number}"))
@@ -96,11 +100,15 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_write_to_a_locked_registry_gives_up_in_time_and_works_when_it_is_free(registry_url: str) -> None:
+def test_a_write_to_a_locked_registry_gives_up_in_time_and_works_when_it_is_free(
+    registry_url: str,
+) -> None:
     with Registry.open(registry_url) as registry:
         add(registry, "edge-1")
         with locked(registry_url):
-            with pytest.raises(RegistryError, match=r"was locked for 0.3 s \(.*\); end the process that holds it"):
+            with pytest.raises(
+                RegistryError, match=r"was locked for 0.3 s \(.*\); end the process that holds it"
+            ):
                 add(registry, "edge-2")
             assert [row.name for row in registry.identities()] == ["edge-1"]
         add(registry, "edge-2")
@@ -116,7 +124,9 @@ def test_opening_a_locked_sqlite_registry_says_that_it_is_locked(tmp_path: Path)
 
 
 @pytest.mark.usefixtures("impatient")
-def test_opening_a_postgresql_registry_that_somebody_migrates_does_not_wait_for_ever(postgresql: Databases) -> None:
+def test_opening_a_postgresql_registry_that_somebody_migrates_does_not_wait_for_ever(
+    postgresql: Databases,
+) -> None:
     with postgresql.database() as url, psycopg.connect(url) as other:
         other.execute("SELECT pg_advisory_lock(%s)", (database.MIGRATION_LOCK,))
         with pytest.raises(RegistryError, match="was locked"):
@@ -132,7 +142,9 @@ def test_a_question_that_postgresql_works_on_for_too_long_is_given_up(
         with psycopg.connect(url) as other:
             other.execute("ALTER TABLE identities RENAME TO kept")
             other.execute("CREATE VIEW identities AS SELECT kept.* FROM kept, pg_sleep(60)")
-        with pytest.raises(RegistryError, match=r"worked for 0.3 s on one question \(.*\); ask for less"):
+        with pytest.raises(
+            RegistryError, match=r"worked for 0.3 s on one question \(.*\); ask for less"
+        ):
             registry.identities()
 
 
@@ -150,7 +162,9 @@ def test_a_sqlite_file_that_is_deleted_is_missed_and_no_other_is_made(tmp_path: 
         assert [row.name for row in registry.identities()] == ["edge-1"]
 
 
-def test_a_sqlite_file_in_place_of_the_one_that_was_opened_is_not_written_to(tmp_path: Path) -> None:
+def test_a_sqlite_file_in_place_of_the_one_that_was_opened_is_not_written_to(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "registry.sqlite"
     with Registry.open(path) as registry:
         path.unlink()
@@ -166,7 +180,9 @@ def test_a_postgresql_server_that_stops_is_missed_and_found_again(postgresql: Da
         add(registry, "edge-1")
         postgresql.server.stop()
         try:
-            with pytest.raises(RegistryError, match=r"cannot answer: .*refused.*; check its path or URL"):
+            with pytest.raises(
+                RegistryError, match=r"cannot answer: .*refused.*; check its path or URL"
+            ):
                 add(registry, "edge-2")
             with pytest.raises(RegistryError, match=r"cannot answer: .*refused"):
                 Registry.open(url)
@@ -222,7 +238,9 @@ def small_disk() -> Iterator[Path]:
     try:
         folder.chmod(0o755)
         mounted = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, check=False
+            ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder],
+            capture_output=True,
+            check=False,
         )
         if os.geteuid() != 0 or mounted.returncode:
             reason = "only root may mount a small disk"

@@ -47,7 +47,9 @@ def test_a_registry_of_the_first_version_keeps_its_counts_and_gets_roll_ups(empt
             registry.record_report("twin", old_report(i))
         as_if_new = registry.stats("twin", now=NOW)[0]
         assert (row.generations, row.tokens, row.sources["cloud"]) == (20, 200, 40)
-        assert msgspec.structs.replace(row, device="twin", online=False, last_seen=None) == as_if_new
+        assert (
+            msgspec.structs.replace(row, device="twin", online=False, last_seen=None) == as_if_new
+        )
         assert registry.stats("edge-1", NOW - 7200, now=NOW)[0].generations == 2
         assert not registry.record_report("edge-1", old_report(0))
 
@@ -105,10 +107,15 @@ def _write_reports(url: str, writer: int, number: int, ready: Barrier) -> None:
             registry.record_report("edge-1", report(f"both-{i}", session=f"s{i}"))
 
 
-def test_processes_that_write_at_once_lose_nothing_and_count_nothing_twice(registry_url: str) -> None:
+def test_processes_that_write_at_once_lose_nothing_and_count_nothing_twice(
+    registry_url: str,
+) -> None:
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(3)
-    writers = [context.Process(target=_write_reports, args=(registry_url, writer, 20, ready)) for writer in (1, 2)]
+    writers = [
+        context.Process(target=_write_reports, args=(registry_url, writer, 20, ready))
+        for writer in (1, 2)
+    ]
     with Registry.open(registry_url) as registry:
         add(registry, "edge-1")
         for process in writers:

@@ -20,14 +20,22 @@ VERSIONS = ("0001", "0002", "0003", "0004")
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_every_row_of_an_earlier_version_is_there_with_all_that_it_said(empty_url: str, version: str) -> None:
+def test_every_row_of_an_earlier_version_is_there_with_all_that_it_said(
+    empty_url: str, version: str
+) -> None:
     make_old_registry(empty_url, version)
     before = rows_of(empty_url)
     Registry.open(empty_url).close()
     after = rows_of(empty_url)
-    added_spans = set(SPANS_S) - {row["span_s"] for row in before["rollups"]} if "rollups" in before else set()
+    added_spans = (
+        set(SPANS_S) - {row["span_s"] for row in before["rollups"]}
+        if "rollups" in before
+        else set()
+    )
     revoked = {row["name"]: is_revoked(row) for row in before["identities"]}
-    assert {row["name"]: row["state"] == IdentityState.REVOKED for row in after["identities"]} == revoked
+    assert {
+        row["name"]: row["state"] == IdentityState.REVOKED for row in after["identities"]
+    } == revoked
     del before["alembic_version"]
     for table, rows in before.items():
         there = [row for row in after[table] if row.get("span_s") not in added_spans]
@@ -48,7 +56,9 @@ def test_longer_spans_hold_what_the_hours_do(empty_url: str, version: str) -> No
     Registry.open(empty_url).close()
     rows = rows_of(empty_url)
     for table in LEVELS:
-        about = [column.name for column in table.primary_key if column.name not in ("span_s", "start")]
+        about = [
+            column.name for column in table.primary_key if column.name not in ("span_s", "start")
+        ]
         amounts = [column.name for column in table.columns if not column.primary_key]
         sums: dict[int, Counter[tuple[str, ...]]] = {span_s: Counter() for span_s in SPANS_S}
         for row in rows[table.name]:
@@ -58,11 +68,19 @@ def test_longer_spans_hold_what_the_hours_do(empty_url: str, version: str) -> No
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_who_was_revoked_stays_so_and_status_targets_and_counts_are_answered(empty_url: str, version: str) -> None:
+def test_who_was_revoked_stays_so_and_status_targets_and_counts_are_answered(
+    empty_url: str, version: str
+) -> None:
     make_old_registry(empty_url, version)
     with Registry.open(empty_url) as registry:
-        assert [name for name in ("app-1", "edge-1", "edge-2") if registry.grants(name)] == ["app-1", "edge-1"]
-        assert {row.name: row.targets for row in registry.identities()}["app-1"] == ("edge-1", "north")
+        assert [name for name in ("app-1", "edge-1", "edge-2") if registry.grants(name)] == [
+            "app-1",
+            "edge-1",
+        ]
+        assert {row.name: row.targets for row in registry.identities()}["app-1"] == (
+            "edge-1",
+            "north",
+        )
         assert [(row.device, row.online, row.mode, row.last_seen) for row in registry.devices()] == [
             ("edge-1", True, "auto", 1000.0), ("edge-2", False, "auto", 1000.0),
         ]  # fmt: skip
@@ -72,7 +90,9 @@ def test_who_was_revoked_stays_so_and_status_targets_and_counts_are_answered(emp
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_tables_of_an_earlier_version_become_those_of_the_models(empty_url: str, version: str) -> None:
+def test_the_tables_of_an_earlier_version_become_those_of_the_models(
+    empty_url: str, version: str
+) -> None:
     make_old_registry(empty_url, version)
     Registry.open(empty_url).close()
     engine = create_engine(parse_url(empty_url))

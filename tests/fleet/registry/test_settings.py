@@ -41,7 +41,9 @@ def change(registry: Registry, target: Target, settings: Settings) -> int:
 
 
 def test_nothing_said_is_version_0(fleet: Registry) -> None:
-    assert fleet.desired_configs() == dict.fromkeys(("edge-1", "edge-2"), DesiredConfig(0, Settings()))
+    assert fleet.desired_configs() == dict.fromkeys(
+        ("edge-1", "edge-2"), DesiredConfig(0, Settings())
+    )
 
 
 def test_a_device_follows_the_narrowest_scope_and_its_newest_version(fleet: Registry) -> None:
@@ -66,7 +68,9 @@ def test_of_two_changes_at_once_each_sees_the_other(fleet: Registry, registry_ur
     with Registry.open(registry_url, "somebody else") as other, ThreadPoolExecutor(1) as pool:
 
         def slowly(settings: Settings) -> Settings:
-            futures.append(pool.submit(other.change_settings, EDGE, partial(replace, threshold=0.5)))
+            futures.append(
+                pool.submit(other.change_settings, EDGE, partial(replace, threshold=0.5))
+            )
             assert wait(futures, timeout=0.3).not_done, "it has to wait for us"
             return replace(settings, max_draft=2)
 
@@ -112,7 +116,9 @@ def test_a_device_reads_what_is_wanted_of_it_also_when_it_comes_later(fleet: Reg
             assert decode_desired(inbox.get()[1]).version == newer
 
 
-def test_a_task_runs_at_the_start_and_after_each_change_of_another_process(fleet: Registry, registry_url: str) -> None:
+def test_a_task_runs_at_the_start_and_after_each_change_of_another_process(
+    fleet: Registry, registry_url: str
+) -> None:
     runs = threading.Semaphore(0)
     watcher = ChangeWatcher(fleet, poll_s=0.02)
     watcher.add(runs.release)
@@ -126,7 +132,8 @@ def test_a_task_runs_at_the_start_and_after_each_change_of_another_process(fleet
 
 
 def test_a_task_that_fails_is_tried_again_and_holds_up_no_other(fleet: Registry) -> None:
-    attempts, others = [], threading.Semaphore(0)
+    attempts = []
+    others = threading.Semaphore(0)
 
     def failing() -> None:
         attempts.append(1)
@@ -144,8 +151,12 @@ def test_a_task_that_fails_is_tried_again_and_holds_up_no_other(fleet: Registry)
     assert len(attempts) == 3
 
 
-def test_the_watcher_outlives_what_nobody_foresaw(fleet: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs, newest, left = threading.Semaphore(0), fleet.newest_change, [1, 1]
+def test_the_watcher_outlives_what_nobody_foresaw(
+    fleet: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = threading.Semaphore(0)
+    newest = fleet.newest_change
+    left = [1, 1]
 
     def out_of_descriptors() -> int:
         if left:
@@ -161,7 +172,8 @@ def test_the_watcher_outlives_what_nobody_foresaw(fleet: Registry, monkeypatch: 
 
 
 def test_changes_are_seen_again_once_the_registry_answers(tmp_path: Path) -> None:
-    path, runs = tmp_path / "registry.sqlite", threading.Semaphore(0)
+    path = tmp_path / "registry.sqlite"
+    runs = threading.Semaphore(0)
     with Registry.open(path) as registry:
         add(registry, "edge-1")
         watcher = ChangeWatcher(registry, poll_s=0.02)

@@ -104,10 +104,14 @@ def test_stats_of_one_device_leave_out_the_others(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize("ask", [Registry.stats, Registry.sessions])
-def test_an_unknown_device_is_named_with_the_known_ones_and_what_to_do(registry: Registry, ask: object) -> None:
+def test_an_unknown_device_is_named_with_the_known_ones_and_what_to_do(
+    registry: Registry, ask: object
+) -> None:
     add(registry, "edge-1")
     add(registry, "worker-1", Role.WORKER)
-    with pytest.raises(UnknownDeviceError, match=r"unknown device 'oven': enrolled are edge-1; .*fleet enroll oven"):
+    with pytest.raises(
+        UnknownDeviceError, match=r"unknown device 'oven': enrolled are edge-1; .*fleet enroll oven"
+    ):
         ask(registry, "oven")  # type: ignore[operator]
 
 
@@ -131,7 +135,13 @@ def test_a_session_sums_its_generations(registry: Registry) -> None:
     registry.record_report("edge-1", report("g1", started_at=1000.0))
     registry.record_report("edge-1", report("g3", session=None, worker=None))
     (row,) = registry.sessions("edge-1")
-    assert (row.session, row.worker, row.opened_at, row.generations, row.tokens) == ("s1", "worker-1", 1000.0, 2, 20)
+    assert (row.session, row.worker, row.opened_at, row.generations, row.tokens) == (
+        "s1",
+        "worker-1",
+        1000.0,
+        2,
+        20,
+    )
 
 
 def test_sessions_are_the_latest_ones_newest_first(registry: Registry) -> None:
@@ -149,17 +159,26 @@ def test_a_device_is_offline_until_it_says_otherwise(registry: Registry) -> None
 
 def test_a_last_will_takes_a_device_off_line_and_keeps_what_it_said(registry: Registry) -> None:
     add(registry, "edge-1")
-    registry.record_status("edge-1", DeviceStatus(True, 5, "b1", "0.1.0", "collaborative"), 10.0)
-    registry.record_status("edge-1", DeviceStatus(False, 0), 20.0)
+    registry.record_status(
+        "edge-1",
+        DeviceStatus(online=True, epoch=5, bundle_id="b1", version="0.1.0", mode="collaborative"),
+        10.0,
+    )
+    registry.record_status("edge-1", DeviceStatus(online=False, epoch=0), 20.0)
     (row,) = registry.devices()
-    assert (row.online, row.bundle_id, row.mode, row.last_seen) == (False, "b1", "collaborative", 20.0)
+    assert (row.online, row.bundle_id, row.mode, row.last_seen) == (
+        False,
+        "b1",
+        "collaborative",
+        20.0,
+    )
 
 
 def test_a_last_will_heard_again_does_not_make_a_device_seen_again(registry: Registry) -> None:
     add(registry, "edge-1")
-    registry.record_status("edge-1", DeviceStatus(True, 5), 10.0)
-    registry.record_status("edge-1", DeviceStatus(False, 0), 20.0)
-    registry.record_status("edge-1", DeviceStatus(False, 0), 30.0)
+    registry.record_status("edge-1", DeviceStatus(online=True, epoch=5), 10.0)
+    registry.record_status("edge-1", DeviceStatus(online=False, epoch=0), 20.0)
+    registry.record_status("edge-1", DeviceStatus(online=False, epoch=0), 30.0)
     assert registry.devices()[0].last_seen == 20.0
 
 
@@ -174,7 +193,12 @@ def test_a_name_can_be_replaced_on_purpose(registry: Registry) -> None:
     add(registry, "phone", Role.APP, targets=("edge-1",))
     registry.add_identity("phone", Role.WORKER, fingerprint="1" * 64, not_after=3e9, replace=True)
     phone = registry.identities()[1]
-    assert (phone.role, phone.targets, phone.fingerprint, phone.not_after) == ("worker", (), "1" * 64, 3e9)
+    assert (phone.role, phone.targets, phone.fingerprint, phone.not_after) == (
+        "worker",
+        (),
+        "1" * 64,
+        3e9,
+    )
 
 
 def test_identities_can_be_asked_by_role(registry: Registry) -> None:

@@ -31,14 +31,18 @@ from tests.brokers import Inbox as Received
 from tests.brokers import wait_until
 from tests.fleet.conftest import add, report
 
-ONLINE = DeviceStatus(True, 1, "b1", "0.1.0", "standalone")
+ONLINE = DeviceStatus(online=True, epoch=1, bundle_id="b1", version="0.1.0", mode="standalone")
 
 
 class Site:
     """A collector on an in-memory broker, and the device edge-1 that hears its receipts."""
 
-    def __init__(self, device: InMemoryTransport, collector_link: InMemoryTransport, collector: Collector) -> None:
-        self.device, self.collector_link, self.collector = device, collector_link, collector
+    def __init__(
+        self, device: InMemoryTransport, collector_link: InMemoryTransport, collector: Collector
+    ) -> None:
+        self.device = device
+        self.collector_link = collector_link
+        self.collector = collector
         self._receipts = Received()
         device.subscribe(topics.device_reported("+"), self._receipts)
 
@@ -81,11 +85,23 @@ def test_a_worker_is_known_from_what_it_says_until_its_last_will(registry: Regis
     add(registry, "cloud-1", Role.WORKER)
     with site(registry) as fleet:
         for worker in ("stranger", "cloud-1"):
-            fleet.send(topics.worker_status(worker), encode_status(WorkerStatus(True, 1, ("b1", "b2"), num_sessions=3)))
+            fleet.send(
+                topics.worker_status(worker),
+                encode_status(
+                    WorkerStatus(online=True, epoch=1, bundle_ids=("b1", "b2"), num_sessions=3)
+                ),
+            )
         wait_until(lambda: bool(registry.workers()), "the worker is known")
         (row,) = registry.workers()
-        assert (row.worker, row.online, row.bundle_ids, row.num_sessions) == ("cloud-1", True, ("b1", "b2"), 3)
-        fleet.send(topics.worker_status("cloud-1"), encode_status(WorkerStatus(False, 0)))
+        assert (row.worker, row.online, row.bundle_ids, row.num_sessions) == (
+            "cloud-1",
+            True,
+            ("b1", "b2"),
+            3,
+        )
+        fleet.send(
+            topics.worker_status("cloud-1"), encode_status(WorkerStatus(online=False, epoch=0))
+        )
         wait_until(lambda: not registry.workers()[0].online, "the worker is gone")
         assert registry.workers()[0].bundle_ids == ("b1", "b2")
 
@@ -115,7 +131,15 @@ def test_a_birth_is_stored_and_answered_with_a_receipt_of_nothing(edge: Registry
 
 @pytest.mark.parametrize(
     "payload",
-    [b"", b"garbage\n\nof two lines", b"\xc1" * 10, b"\x80", b"{}", b"\x81\xa1a" * 3000, b"\xdd\xff\xff\xff\xff"],
+    [
+        b"",
+        b"garbage\n\nof two lines",
+        b"\xc1" * 10,
+        b"\x80",
+        b"{}",
+        b"\x81\xa1a" * 3000,
+        b"\xdd\xff\xff\xff\xff",
+    ],
 )
 def test_garbage_is_dropped_in_one_line_and_the_others_are_served(
     edge: Registry, caplog: pytest.LogCaptureFixture, payload: bytes
@@ -126,7 +150,9 @@ def test_garbage_is_dropped_in_one_line_and_the_others_are_served(
         fleet.report("edge-1", report())
         assert fleet.receipt() == ReportReceipt(("g1",))
         assert len(caplog.messages) == 2
-        assert all(line.startswith("dropped a message on 'ce/v1/d/edge-1/") for line in caplog.messages)
+        assert all(
+            line.startswith("dropped a message on 'ce/v1/d/edge-1/") for line in caplog.messages
+        )
         assert not any("\n" in line for line in caplog.messages)
     assert edge.stats()[0].tokens == 10
 
@@ -168,7 +194,8 @@ def test_a_report_without_a_usable_name_is_dropped_and_nobody_is_told(edge: Regi
 def test_a_bad_report_harms_no_other_of_its_batch(edge: Registry) -> None:
     wrong = report("wrong", tokens=11)
     fates = edge.record_reports(
-        {("edge-1", it.generation): it for it in (report("g1"), wrong, report("g2"))} | {("oven", "g1"): report("g1")}
+        {("edge-1", it.generation): it for it in (report("g1"), wrong, report("g2"))}
+        | {("oven", "g1"): report("g1")}
     )
     assert [fate for fate in fates.values() if isinstance(fate, bool)] == [True, True]
     assert "add up to 10" in str(fates["edge-1", "wrong"])
@@ -191,8 +218,14 @@ def test_a_status_that_the_database_refuses_holds_up_nobody(edge: Registry) -> N
     add(edge, "edge-2")
     add(edge, "cloud-1", Role.WORKER)
     with site(edge) as fleet:
-        fleet.send(topics.device_status("edge-2"), encode_status(DeviceStatus(True, 1, version="\0")))
-        fleet.send(topics.worker_status("cloud-1"), encode_status(WorkerStatus(True, 1, version="\0")))
+        fleet.send(
+            topics.device_status("edge-2"),
+            encode_status(DeviceStatus(online=True, epoch=1, version="\0")),
+        )
+        fleet.send(
+            topics.worker_status("cloud-1"),
+            encode_status(WorkerStatus(online=True, epoch=1, version="\0")),
+        )
         fleet.send(topics.device_status("edge-1"), encode_status(ONLINE))
         fleet.report("edge-1", report())
         wait_until(lambda: bool(fleet.receipt().stored), "the report is stored")
@@ -205,11 +238,13 @@ def test_whoever_left_while_the_broker_was_away_is_offline_when_it_is_back(edge:
     births = {
         topics.device_status("edge-1"): encode_status(ONLINE),
         topics.device_status("edge-2"): encode_status(ONLINE),
-        topics.worker_status("cloud-1"): encode_status(WorkerStatus(True, 1)),
+        topics.worker_status("cloud-1"): encode_status(WorkerStatus(online=True, epoch=1)),
     }
 
     def online() -> set[str]:
-        return {row.device for row in edge.devices() if row.online} | {w.worker for w in edge.workers() if w.online}
+        return {row.device for row in edge.devices() if row.online} | {
+            w.worker for w in edge.workers() if w.online
+        }
 
     with site(edge) as fleet:
         for topic, payload in births.items():
@@ -217,7 +252,9 @@ def test_whoever_left_while_the_broker_was_away_is_offline_when_it_is_back(edge:
         wait_until(lambda: online() == {"edge-1", "edge-2", "cloud-1"}, "all are online")
         fleet.collector_link.drop()
         for topic in (topics.device_status("edge-2"), topics.worker_status("cloud-1")):
-            fleet.device.publish(topic, b"", qos=1, retain=True)  # what a broker that was started again knows of them
+            fleet.device.publish(
+                topic, b"", qos=1, retain=True
+            )  # what a broker that was started again knows of them
         fleet.collector_link.restore()
         wait_until(lambda: online() == {"edge-1"}, "who left is offline")
 
@@ -227,7 +264,7 @@ def test_messages_of_a_device_that_nobody_enrolled_are_dropped_in_one_line_each(
 ) -> None:
     with site(edge) as fleet:
         fleet.report("oven", report())
-        fleet.send(topics.device_status("oven"), encode_status(DeviceStatus(True, 1)))
+        fleet.send(topics.device_status("oven"), encode_status(DeviceStatus(online=True, epoch=1)))
         fleet.send("ce/v1/d/Not A Name/stats", encode_report(report()))
         fleet.report("edge-1", report())
         assert fleet.receipt() == ReportReceipt(("g1",)), "the oven is not told to forget"
@@ -244,31 +281,52 @@ def test_the_devices_name_is_the_topics_whatever_the_payload_says(edge: Registry
     assert {row.device: row.generations for row in edge.stats()} == {"edge-1": 1, "edge-2": 0}
 
 
-def test_a_device_that_died_while_nobody_listened_is_offline_at_the_next_start(edge: Registry) -> None:
-    edge.record_status("edge-1", DeviceStatus(True, 1), 10.0)
+def test_a_device_that_died_while_nobody_listened_is_offline_at_the_next_start(
+    edge: Registry,
+) -> None:
+    edge.record_status("edge-1", DeviceStatus(online=True, epoch=1), 10.0)
     with site(edge):
         assert not edge.devices()[0].online
 
 
-def test_a_device_that_is_still_there_is_online_after_a_new_start_and_knows_of_it(edge: Registry) -> None:
-    broker, receipts = InMemoryBroker(), Received()
+def test_a_device_that_is_still_there_is_online_after_a_new_start_and_knows_of_it(
+    edge: Registry,
+) -> None:
+    broker = InMemoryBroker()
+    receipts = Received()
     with broker.connect("edge-1") as device, broker.connect("collector") as server:
         device.subscribe(topics.device_reported("edge-1"), receipts)
-        device.publish(topics.device_status("edge-1"), encode_status(DeviceStatus(True, 1)), qos=1, retain=True)
+        device.publish(
+            topics.device_status("edge-1"),
+            encode_status(DeviceStatus(online=True, epoch=1)),
+            qos=1,
+            retain=True,
+        )
         with Collector(server, edge):
             assert decode_receipt(receipts.get()[1]) == ReportReceipt()
             assert edge.devices()[0].online
 
 
-def test_what_a_birth_and_a_last_will_said_while_the_registry_was_away_is_kept(edge: Registry) -> None:
+def test_what_a_birth_and_a_last_will_said_while_the_registry_was_away_is_kept(
+    edge: Registry,
+) -> None:
     inbox = CollectorQueue(max_reports=10)
     for at, status in enumerate(
-        (ONLINE, DeviceStatus(False, 0), ONLINE, DeviceStatus(False, 0), DeviceStatus(False, 0))
+        (
+            ONLINE,
+            DeviceStatus(online=False, epoch=0),
+            ONLINE,
+            DeviceStatus(online=False, epoch=0),
+            DeviceStatus(online=False, epoch=0),
+        )
     ):
         inbox.put_status(ReceivedStatus("edge-1", status, float(at)))
     batch = inbox.take(max_reports=10, timeout_s=0.0)
     assert batch is not None
-    assert [(heard.status, heard.at) for heard in batch.statuses] == [(ONLINE, 2.0), (DeviceStatus(False, 0), 4.0)]
+    assert [(heard.status, heard.at) for heard in batch.statuses] == [
+        (ONLINE, 2.0),
+        (DeviceStatus(online=False, epoch=0), 4.0),
+    ]
 
 
 def test_a_registry_that_is_away_is_said_once_and_loses_nothing_that_was_heard(
@@ -292,7 +350,9 @@ def test_a_registry_that_is_away_is_said_once_and_loses_nothing_that_was_heard(
     assert ["cannot answer" in line for line in caplog.messages] == [True, False]
 
 
-def test_who_found_no_room_is_told_when_there_is_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_found_no_room_is_told_when_there_is_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "MAX_BATCH", 1)
     path = tmp_path / "registry.sqlite"
     with Registry.open(path) as registry:

@@ -30,9 +30,14 @@ class Server:
     """A collector on a broker in memory, which it takes for its own, and its endpoint."""
 
     def __init__(
-        self, registry: Registry, collector: Collector, link: InMemoryTransport, endpoint: HttpEndpoint
+        self,
+        registry: Registry,
+        collector: Collector,
+        link: InMemoryTransport,
+        endpoint: HttpEndpoint,
     ) -> None:
-        self.link, self.url = link, endpoint.url
+        self.link = link
+        self.url = endpoint.url
         self.is_serving = True
         endpoint.show(FleetMonitor(registry, collector, link, self))
 
@@ -54,7 +59,11 @@ def test_devices_tokens_and_offload_are_summed_by_group(registry: Registry) -> N
         add(registry, name, group=group)
         registry.record_report(name, report())
     with server(registry) as (told, _):
-        registry.record_status("a1", DeviceStatus(True, 1, "b", "0.1.0", "standalone"), 1000.0)
+        registry.record_status(
+            "a1",
+            DeviceStatus(online=True, epoch=1, bundle_id="b", version="0.1.0", mode="standalone"),
+            1000.0,
+        )
         samples = scrape(told.url)
     assert samples['fleet_devices{group="lab",state="online"}'] == 1
     assert samples['fleet_devices{group="lab",state="offline"}'] == 1
@@ -74,7 +83,10 @@ def test_reports_are_counted_by_what_became_of_them(registry: Registry) -> None:
 
         def outcomes() -> list[float]:
             samples = scrape(told.url)
-            return [samples[f'fleet_reports_total{{outcome="{name}"}}'] for name in ("stored", "repeated", "refused")]
+            return [
+                samples[f'fleet_reports_total{{outcome="{name}"}}']
+                for name in ("stored", "repeated", "refused")
+            ]
 
         wait_until(lambda: sum(outcomes()) >= 2, "the reports are dealt with")
         stored, _, refused = outcomes()
@@ -95,7 +107,9 @@ def test_a_server_whose_broker_has_ended_is_unhealthy(registry: Registry) -> Non
         assert get(f"{told.url}/healthz") == (503, "the broker's thread has ended\n")
 
 
-def test_a_registry_that_cannot_answer_fails_the_scrape_and_not_the_process(registry: Registry, tmp_path: Path) -> None:
+def test_a_registry_that_cannot_answer_fails_the_scrape_and_not_the_process(
+    registry: Registry, tmp_path: Path
+) -> None:
     with server(registry) as (told, _):
         registry.close()
         (tmp_path / "registry.sqlite").unlink()

@@ -39,7 +39,8 @@ def test_two_thousand_messages_come_in_order(world: World, qos: int) -> None:
 
 def test_a_retained_message_reaches_who_subscribes_later(world: World) -> None:
     world.connect("d1").publish(STATUS, b"born", qos=1, retain=True)
-    watcher, inbox = world.connect("s1"), Inbox()
+    watcher = world.connect("s1")
+    inbox = Inbox()
 
     def asked() -> bool:
         watcher.subscribe(topics.DEVICE_STATUS_FILTER, inbox, qos=1)
@@ -78,7 +79,8 @@ def test_the_will_is_published_when_the_connection_breaks(world: World) -> None:
 
 
 def test_the_will_stays_as_a_retained_message(world: World) -> None:
-    first, later = Inbox(), Inbox()
+    first = Inbox()
+    later = Inbox()
     world.connect("s1").subscribe(STATUS, first, qos=1)
     world.kill(world.connect("d1", Will(STATUS, b"dead")))
     first.get()
@@ -95,8 +97,10 @@ def test_the_will_is_not_published_after_a_goodbye(world: World) -> None:
 
 
 def test_nothing_comes_after_unsubscribing(world: World) -> None:
-    device, worker = world.connect("d1"), world.connect("w1")
-    gone, kept = Inbox(), Inbox()
+    device = world.connect("d1")
+    worker = world.connect("w1")
+    gone = Inbox()
+    kept = Inbox()
     device.subscribe(SESSION, gone)
     device.subscribe(topics.to_device("d1", "s2"), kept)
     device.unsubscribe(SESSION)
@@ -126,7 +130,9 @@ def test_a_handler_that_fails_is_logged_and_the_next_message_still_comes(
 
 
 def test_a_handler_may_subscribe_and_publish(world: World) -> None:
-    device, worker, inbox = world.connect("d1"), world.connect("w1"), Inbox()
+    device = world.connect("d1")
+    worker = world.connect("w1")
+    inbox = Inbox()
     worker.subscribe(topics.to_worker("w1", "d1", "s1"), inbox)
 
     def answer(_topic: str, payload: bytes) -> None:
@@ -139,7 +145,9 @@ def test_a_handler_may_subscribe_and_publish(world: World) -> None:
 
 
 def test_every_handler_whose_filter_matches_is_called(world: World) -> None:
-    device, exact, wide = world.connect("d1"), Inbox(), Inbox()
+    device = world.connect("d1")
+    exact = Inbox()
+    wide = Inbox()
     device.subscribe(SESSION, exact)
     device.subscribe("ce/v1/d/d1/s/+", wide)
     world.connect("w1").publish(SESSION, b"both")
@@ -153,8 +161,11 @@ def test_on_up_is_called_at_once_when_the_link_is_up(world: World) -> None:
 
 
 def test_subscriptions_and_announcements_come_back_after_an_outage(world: World) -> None:
-    device, watcher, worker = world.connect("d1"), world.connect("s1"), world.connect("w1")
-    inbox, seen = Inbox(), Inbox()
+    device = world.connect("d1")
+    watcher = world.connect("s1")
+    worker = world.connect("w1")
+    inbox = Inbox()
+    seen = Inbox()
     device.subscribe(SESSION, inbox)
     watcher.subscribe(STATUS, seen, qos=1)
     device.on_up(lambda: device.publish(STATUS, b"born", qos=1, retain=True))
@@ -167,7 +178,9 @@ def test_subscriptions_and_announcements_come_back_after_an_outage(world: World)
 
 
 def test_a_subscription_made_in_an_outage_counts_after_it(world: World) -> None:
-    device, worker, inbox = world.connect("d1"), world.connect("w1"), Inbox()
+    device = world.connect("d1")
+    worker = world.connect("w1")
+    inbox = Inbox()
     with world.outage():
         device.subscribe(SESSION, inbox)
 
@@ -186,7 +199,9 @@ def test_qos_0_is_refused_in_an_outage(world: World) -> None:
 
 
 def test_qos_1_is_kept_in_an_outage_and_delivered_after_it(world: World) -> None:
-    device, watcher, inbox = world.connect("d1"), world.connect("s1"), Inbox()
+    device = world.connect("d1")
+    watcher = world.connect("s1")
+    inbox = Inbox()
     with world.outage():
         watcher.close()
         device.publish(STATUS, b"queued", qos=1, retain=True)
@@ -209,7 +224,8 @@ def test_what_is_retained_goes_into_a_full_queue(world: World) -> None:
         for _ in range(MAX_QUEUED):
             device.publish(STATUS, b"queued", qos=1)
         device.publish(STATUS, b"born", qos=1, retain=True)
-    watcher, inbox = world.connect("s1"), Inbox()
+    watcher = world.connect("s1")
+    inbox = Inbox()
 
     def is_there() -> bool:
         watcher.subscribe(topics.DEVICE_STATUS_FILTER, inbox, qos=1)
@@ -219,7 +235,9 @@ def test_what_is_retained_goes_into_a_full_queue(world: World) -> None:
 
 
 def test_when_the_link_comes_up_callbacks_are_called_before_anything_comes(world: World) -> None:
-    watcher, order, came = world.connect("s1"), [], threading.Event()
+    watcher = world.connect("s1")
+    order = []
+    came = threading.Event()
 
     def on_status(topic: str, payload: bytes) -> None:
         order.append(topic)
@@ -253,7 +271,8 @@ def test_closing_twice_does_no_harm(world: World) -> None:
 
 
 def test_a_callback_that_was_taken_back_is_not_called_again(world: World) -> None:
-    device, calls = world.connect("d1"), []
+    device = world.connect("d1")
+    calls = []
     kept = threading.Event()
     device.on_up(gone := lambda: calls.append(1))
     device.on_up(lambda: kept.set() if calls else None)

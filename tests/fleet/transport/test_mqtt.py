@@ -70,12 +70,16 @@ def test_a_broker_of_another_fleet_is_not_trusted(site: Site, tmp_path: Path) ->
 
 
 def test_a_clock_that_is_behind_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("provisioning.authority.CLOCK_SKEW", timedelta(days=-1))  # valid from tomorrow on
+    monkeypatch.setattr(
+        "provisioning.authority.CLOCK_SKEW", timedelta(days=-1)
+    )  # valid from tomorrow on
     with running_site("amqtt", tmp_path) as site, pytest.raises(LinkError, match="set the clock"):
         site.connect("d1")
 
 
-def test_a_certificate_of_another_fleet_is_refused_with_the_next_step(site: Site, tmp_path: Path) -> None:
+def test_a_certificate_of_another_fleet_is_refused_with_the_next_step(
+    site: Site, tmp_path: Path
+) -> None:
     foreign = site.identity("d1", CertificateAuthority.create(tmp_path / "foreign"))
     (foreign.folder / "ca.pem").write_bytes(site.tls.ca_file.read_bytes())
     with pytest.raises(LinkError, match="enroll d1 again"):
@@ -135,7 +139,8 @@ def test_without_waiting_it_connects_as_soon_as_the_broker_is_there(site: Site) 
 
 
 def test_a_message_of_a_quarter_megabyte_passes(site: Site) -> None:
-    inbox, payload = Inbox(), bytes(range(256)) * 1024
+    inbox = Inbox()
+    payload = bytes(range(256)) * 1024
     with site.connect("w1") as worker, site.connect("d1") as device:
         worker.subscribe("ce/v1/w/w1/+/+", inbox)
         device.publish(topics.to_worker("w1", "d1", "s1"), payload)
@@ -155,4 +160,7 @@ def test_what_was_published_before_closing_arrives(site: Site) -> None:
 def test_a_closed_transport_leaves_no_thread(site: Site) -> None:
     device = site.connect("d1")
     device.close()
-    wait_until(lambda: not any("paho" in thread.name for thread in threading.enumerate()), "paho's thread ended")
+    wait_until(
+        lambda: not any("paho" in thread.name for thread in threading.enumerate()),
+        "paho's thread ended",
+    )

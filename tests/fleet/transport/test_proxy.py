@@ -71,7 +71,10 @@ def test_bytes_are_counted_each_way(proxy: Proxy) -> None:
 def test_small_late_pieces_keep_their_order(proxy: Proxy) -> None:
     with connect(proxy) as connection:
         assert echoes(connection)
-        proxy.shape(Shape(latency_s=0.002, jitter_s=0.002, piece_bytes=1000), Shape(bytes_per_s=1e6, piece_bytes=7))
+        proxy.shape(
+            Shape(latency_s=0.002, jitter_s=0.002, piece_bytes=1000),
+            Shape(bytes_per_s=1e6, piece_bytes=7),
+        )
         assert echoes(connection)
 
 
@@ -137,14 +140,19 @@ def test_without_its_target_it_ends_a_connection_at_once() -> None:
     with socket.socket() as nobody:
         nobody.bind((HOST, 0))
         # The end may come before connecting is over, so that it is not only receiving which may raise.
-        with Proxy(nobody.getsockname()[1]) as proxy, pytest.raises(ConnectionResetError), connect(proxy) as connection:
+        with (
+            Proxy(nobody.getsockname()[1]) as proxy,
+            pytest.raises(ConnectionResetError),
+            connect(proxy) as connection,
+        ):
             connection.recv(1)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_piece_is_late_by_the_latency_and_its_jitter(seed: int) -> None:
     shape = Shape(latency_s=0.2, jitter_s=0.1)
-    pace, times = Pace(seed), [float(second) for second in range(100)]
+    pace = Pace(seed)
+    times = [float(second) for second in range(100)]
     lateness = [pace.due(now, 100, shape) - now for now in times]
     assert all(0.1 <= late <= 0.3 for late in lateness)
     assert max(lateness) - min(lateness) > 0.15
@@ -157,12 +165,14 @@ def test_jitter_never_lets_a_piece_overtake() -> None:
 
 
 def test_a_narrow_link_sends_one_piece_after_the_other() -> None:
-    pace, shape = Pace(0), Shape(bytes_per_s=1000.0)
+    pace = Pace(0)
+    shape = Shape(bytes_per_s=1000.0)
     assert [pace.due(10.0, 500, shape) for _ in range(3)] == pytest.approx([10.5, 11.0, 11.5])
     assert pace.due(20.0, 500, shape) == pytest.approx(20.5)
 
 
 def test_the_same_seed_gives_the_same_delays() -> None:
     shape = Shape(latency_s=0.2, jitter_s=0.1)
-    one, other = Pace(7), Pace(7)
+    one = Pace(7)
+    other = Pace(7)
     assert [one.due(i, 1, shape) for i in range(20)] == [other.due(i, 1, shape) for i in range(20)]

@@ -41,7 +41,8 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
 def put_certificate(site: Site, identity: Identity, life: timedelta = timedelta(days=1)) -> None:
     """Another key and certificate in an identity's folder, valid for `life` from now on."""
     key = new_key()
-    certificate = certify_key(site.authority, load_pem_private_key(key, None).public_key(), identity.name, life)  # type: ignore[arg-type]
+    public_key = load_pem_private_key(key, None).public_key()
+    certificate = certify_key(site.authority, public_key, identity.name, life)  # type: ignore[arg-type]
     (identity.folder / KEY_FILE).write_bytes(key)
     (identity.folder / CERT_FILE).write_bytes(certificate)
     site.admit(identity)
@@ -62,8 +63,13 @@ def test_a_connection_that_is_renewed_takes_the_new_certificate(site: Site) -> N
 
 
 def test_a_connection_that_is_renewed_sends_no_will_and_keeps_its_subscriptions(site: Site) -> None:
-    statuses, sessions = Inbox(), Inbox()
-    with site.connect("s1") as watcher, site.connect("w1") as worker, site.connect("d1", WILL) as device:
+    statuses = Inbox()
+    sessions = Inbox()
+    with (
+        site.connect("s1") as watcher,
+        site.connect("w1") as worker,
+        site.connect("d1", WILL) as device,
+    ):
         watcher.subscribe(topics.DEVICE_STATUS_FILTER, statuses, qos=1)
         device.subscribe(topics.to_device("d1", "s1"), sessions)
         device.renew()
@@ -104,12 +110,19 @@ def test_a_transport_that_was_renewed_closes_and_leaves_no_thread(site: Site) ->
     device = site.connect("d1")
     device.renew()
     device.close()
-    wait_until(lambda: not any("paho" in thread.name for thread in threading.enumerate()), "paho's thread ended")
+    wait_until(
+        lambda: not any("paho" in thread.name for thread in threading.enumerate()),
+        "paho's thread ended",
+    )
 
 
 @pytest.mark.parametrize("mode", [Mode.VERIFIED, Mode.COLLABORATIVE])
-def test_an_answer_under_way_outlives_a_renewal(site: Site, tiny_bundle: Bundle, mode: Mode) -> None:
-    request = PromptRequest(prompt="How warm is it?", max_new_tokens=NUM_TOKENS, mode=mode, threshold=0.05)
+def test_an_answer_under_way_outlives_a_renewal(
+    site: Site, tiny_bundle: Bundle, mode: Mode
+) -> None:
+    request = PromptRequest(
+        prompt="How warm is it?", max_new_tokens=NUM_TOKENS, mode=mode, threshold=0.05
+    )
     with (
         site.connect("w1", Will(topics.worker_status("w1"), Worker.will())) as cloud,
         site.connect("d1", Will(topics.device_status("d1"), Agent.will())) as edge,

@@ -32,7 +32,9 @@ def test_a_signal_stops_a_command_whatever_it_is_doing(number: signal.Signals) -
 
 def test_a_signal_that_another_thread_gets_stops_a_command() -> None:
     stop = stop_event()
-    waiting = threading.Timer(0.1, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM))
+    waiting = threading.Timer(
+        0.1, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+    )
     waiting.start()
     wait_stopped(stop)
     waiting.join(WAIT_S)

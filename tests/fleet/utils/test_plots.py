@@ -15,7 +15,9 @@ from fleet.utils.plots import check_plot, save
 
 def curve() -> Figure:
     return plot_curves(
-        "a < b", {"exit 3": [Point(0.9, 0.5, (0.8,)), Point(1.0, 1.0, (1.0,))]}, {"it": Point(1, 0.6, ())}
+        "a < b",
+        {"exit 3": [Point(0.9, 0.5, (0.8,)), Point(1.0, 1.0, (1.0,))]},
+        {"it": Point(1, 0.6, ())},
     )
 
 
@@ -27,9 +29,13 @@ def test_the_same_figure_gives_the_same_bytes(tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["curve", "curve.pdf", "no/curve.svg", "folder.svg"])
-def test_a_name_that_can_be_no_picture_is_refused_before_the_work(tmp_path: Path, name: str) -> None:
+def test_a_name_that_can_be_no_picture_is_refused_before_the_work(
+    tmp_path: Path, name: str
+) -> None:
     (tmp_path / "folder.svg").mkdir()
-    with pytest.raises(ConfigError, match=r"expected a file named \*.png or \*.svg in a folder that exists"):
+    with pytest.raises(
+        ConfigError, match=r"expected a file named \*.png or \*.svg in a folder that exists"
+    ):
         check_plot(tmp_path / name)
 
 

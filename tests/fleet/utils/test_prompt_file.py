@@ -12,11 +12,24 @@ from fleet.utils.prompt_file import read_prompts
 
 
 def test_prompts_come_in_every_form_and_nothing_else(tmp_path: Path) -> None:
-    path, text = tmp_path / "prompts.jsonl", tmp_path / "prompts.txt"
-    rows = [{"prompt": "one"}, {"instruction": "two", "input": "three"}, {"instruction": "four"}, {"turns": ["five"]}]
+    path = tmp_path / "prompts.jsonl"
+    text = tmp_path / "prompts.txt"
+    rows = [
+        {"prompt": "one"},
+        {"instruction": "two", "input": "three"},
+        {"instruction": "four"},
+        {"turns": ["five"]},
+    ]
     path.write_text("\n".join(map(json.dumps, rows)))
     text.write_text("six\n\nseven\n")
-    assert read_prompts(path) + read_prompts(text) == ["one", "two\nthree", "four", "five", "six", "seven"]
+    assert read_prompts(path) + read_prompts(text) == [
+        "one",
+        "two\nthree",
+        "four",
+        "five",
+        "six",
+        "seven",
+    ]
     path.write_text('{"prompt": "one"}\n{"text": "two"}\n')
     with pytest.raises(ConfigError, match=r"prompts\.jsonl:2: expected an object with 'prompt'"):
         read_prompts(path)

@@ -23,7 +23,9 @@ def upgrade() -> None:
         "allowed_targets",
         sa.Column("app", sa.String(length=63), nullable=False),
         sa.Column("target", sa.String(length=63), nullable=False),
-        sa.ForeignKeyConstraint(["app"], ["identities.name"], name=op.f("fk_allowed_targets_app"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["app"], ["identities.name"], name=op.f("fk_allowed_targets_app"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("app", "target", name=op.f("pk_allowed_targets")),
     )
     op.create_table(
@@ -36,7 +38,10 @@ def upgrade() -> None:
         sa.Column("mode", sa.String(length=200), nullable=False),
         sa.Column("last_seen", sa.Double(), nullable=False),
         sa.ForeignKeyConstraint(
-            ["device"], ["identities.name"], name=op.f("fk_device_status_device"), ondelete="CASCADE"
+            ["device"],
+            ["identities.name"],
+            name=op.f("fk_device_status_device"),
+            ondelete="CASCADE",
         ),
         sa.PrimaryKeyConstraint("device", name=op.f("pk_device_status")),
     )
@@ -72,18 +77,29 @@ def upgrade() -> None:
         sa.Column("finish_reason", sa.String(length=200), nullable=False),
         sa.Column("worker", sa.String(length=63), nullable=True),
         sa.Column("session_id", sa.Integer(), nullable=True),
-        sa.ForeignKeyConstraint(["device"], ["identities.name"], name=op.f("fk_generations_device")),
-        sa.ForeignKeyConstraint(["session_id"], ["sessions.id"], name=op.f("fk_generations_session_id")),
+        sa.ForeignKeyConstraint(
+            ["device"], ["identities.name"], name=op.f("fk_generations_device")
+        ),
+        sa.ForeignKeyConstraint(
+            ["session_id"], ["sessions.id"], name=op.f("fk_generations_session_id")
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_generations")),
         sa.UniqueConstraint("device", "generation", name=op.f("uq_generations_device_generation")),
     )
-    op.create_index(op.f("ix_generations_device_started_at"), "generations", ["device", "started_at"], unique=False)
+    op.create_index(
+        op.f("ix_generations_device_started_at"),
+        "generations",
+        ["device", "started_at"],
+        unique=False,
+    )
     op.create_index(op.f("ix_generations_session_id"), "generations", ["session_id"], unique=False)
     op.create_table(
         "token_counts",
         sa.Column("generation_id", sa.Integer(), nullable=False),
         sa.Column("source", sa.String(length=20), nullable=False),
         sa.Column("tokens", sa.BigInteger(), nullable=False),
-        sa.ForeignKeyConstraint(["generation_id"], ["generations.id"], name=op.f("fk_token_counts_generation_id")),
+        sa.ForeignKeyConstraint(
+            ["generation_id"], ["generations.id"], name=op.f("fk_token_counts_generation_id")
+        ),
         sa.PrimaryKeyConstraint("generation_id", "source", name=op.f("pk_token_counts")),
     )

@@ -14,10 +14,16 @@ def upgrade() -> None:
     for table in ("generations", "rollups"):
         with op.batch_alter_table(table) as batch:
             for name in ("judged", "agreed"):
-                batch.add_column(sa.Column(name, sa.BigInteger(), nullable=False, server_default="0"))
+                batch.add_column(
+                    sa.Column(name, sa.BigInteger(), nullable=False, server_default="0")
+                )
     with op.batch_alter_table("device_status") as batch:
-        batch.add_column(sa.Column("config_version", sa.BigInteger(), nullable=False, server_default="0"))
-        batch.add_column(sa.Column("config_error", sa.String(200), nullable=False, server_default=""))
+        batch.add_column(
+            sa.Column("config_version", sa.BigInteger(), nullable=False, server_default="0")
+        )
+        batch.add_column(
+            sa.Column("config_error", sa.String(200), nullable=False, server_default="")
+        )
 
 
 def _identities() -> None:
@@ -113,7 +119,9 @@ def _operations() -> None:
         sa.Column("started_at", sa.Double(), nullable=False),
         sa.Column("stage_at", sa.Double(), nullable=False),
         sa.Column("ended_at", sa.Double(), nullable=True),
-        sa.ForeignKeyConstraint(["bundle_id"], ["bundles.bundle_id"], name=op.f("fk_rollouts_bundle_id")),
+        sa.ForeignKeyConstraint(
+            ["bundle_id"], ["bundles.bundle_id"], name=op.f("fk_rollouts_bundle_id")
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_rollouts")),
     )
     op.create_table(

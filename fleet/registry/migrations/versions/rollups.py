@@ -12,9 +12,20 @@ SPANS_S = (3600, 21_600, 86_400, 345_600)
 SUMS = ("prompt_tokens", "tokens", "assists", "verifies", "drafted", "bytes_up", "bytes_down")
 BUCKETS_MS = [2.0 ** (1 + i / 2) for i in range(31)]
 COUNTS = [
-    "answers", "errors", "prompt_tokens", "tokens", "cloud_tokens", "fallback_tokens", "assists", "verifies", "drafted",
-    "bytes_up", "bytes_down", *(f"ttft_{i}" for i in range(32)), *(f"tpot_{i}" for i in range(32)),
-]  # fmt: skip
+    "answers",
+    "errors",
+    "prompt_tokens",
+    "tokens",
+    "cloud_tokens",
+    "fallback_tokens",
+    "assists",
+    "verifies",
+    "drafted",
+    "bytes_up",
+    "bytes_down",
+    *(f"ttft_{i}" for i in range(32)),
+    *(f"tpot_{i}" for i in range(32)),
+]
 
 
 def upgrade() -> None:

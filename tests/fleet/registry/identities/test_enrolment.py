@@ -49,11 +49,20 @@ def issue(key_hash: str, life_s: float = DAY_S) -> IssuedCertificate:
     serial = f"{next(NUMBERS):x}"
     fingerprint = hashlib.sha256(serial.encode()).hexdigest()
     now = time.time()
-    return IssuedCertificate(serial, fingerprint, key_hash, f"certificate {serial}", now, now + life_s)
+    return IssuedCertificate(
+        serial=serial,
+        fingerprint=fingerprint,
+        key_hash=key_hash,
+        pem=f"certificate {serial}",
+        not_before=now,
+        not_after=now + life_s,
+    )
 
 
-def invite(registry: Registry, name: str = "edge-1", ttl_s: float = 900, *, replace: bool = False) -> NewToken:
-    (token,) = registry.enroll([Enrolment(name)], ttl_s, replace=replace)
+def invite(
+    registry: Registry, name: str = "edge-1", ttl_s: float = 900, *, replace: bool = False
+) -> NewToken:
+    (token,) = registry.enroll([Enrolment(name=name)], ttl_s, replace=replace)
     return token
 
 
@@ -82,11 +91,17 @@ def test_an_identity_waits_until_it_joins(registry: Registry) -> None:
     token = invite(registry)
     assert (state_of(registry), registry.grants("edge-1")) == (IdentityState.PENDING, None)
     joined = join(registry, token)
-    assert (joined.name, joined.role, state_of(registry)) == ("edge-1", "device", IdentityState.ACTIVE)
+    assert (joined.name, joined.role, state_of(registry)) == (
+        "edge-1",
+        "device",
+        IdentityState.ACTIVE,
+    )
     assert registry.grants("edge-1") == Grants(Role.DEVICE, "edge-1")
 
 
-def test_the_same_key_gets_the_same_certificate_again_and_even_when_the_time_is_over(registry: Registry) -> None:
+def test_the_same_key_gets_the_same_certificate_again_and_even_when_the_time_is_over(
+    registry: Registry,
+) -> None:
     token = invite(registry)
     first = join(registry, token)
     assert join(registry, token) == first
@@ -106,7 +121,8 @@ def test_another_key_is_too_late(registry: Registry) -> None:
 
 
 def test_of_twenty_keys_at_the_same_time_one_wins(registry: Registry) -> None:
-    token, start = invite(registry), threading.Barrier(20)
+    token = invite(registry)
+    start = threading.Barrier(20)
 
     def attempt(number: int) -> Certified | FleetError:
         start.wait(30)
@@ -125,7 +141,10 @@ def test_of_twenty_keys_at_the_same_time_one_wins(registry: Registry) -> None:
 def test_one_key_twenty_times_at_once_gets_one_certificate(registry: Registry) -> None:
     token = invite(registry)
     with ThreadPoolExecutor(20) as pool:
-        assert len({joined.pem for joined in pool.map(lambda _: join(registry, token), range(20))}) == 1
+        assert (
+            len({joined.pem for joined in pool.map(lambda _: join(registry, token), range(20))})
+            == 1
+        )
 
 
 def test_a_token_ends(registry: Registry) -> None:
@@ -181,7 +200,8 @@ def test_the_secret_is_nowhere_in_the_registry(registry: Registry) -> None:
 
 
 def test_every_attempt_is_in_the_audit_log(registry: Registry) -> None:
-    token, actor = invite(registry), registry.actor
+    token = invite(registry)
+    actor = registry.actor
     join(registry, token)
     with pytest.raises(UsedTokenError):
         join(registry, token, 2)
@@ -215,7 +235,9 @@ def test_an_active_name_is_enrolled_again_on_purpose_only(registry: Registry) ->
     assert registry.role_of(fingerprint_of(registry)) == ("edge-1", Role.DEVICE)
 
 
-def test_who_was_revoked_or_whose_certificate_has_ended_can_be_enrolled_again(registry: Registry) -> None:
+def test_who_was_revoked_or_whose_certificate_has_ended_can_be_enrolled_again(
+    registry: Registry,
+) -> None:
     join(registry, invite(registry))
     registry.revoke("edge-1")
     join(registry, invite(registry), 2)
@@ -228,26 +250,26 @@ def test_who_was_revoked_or_whose_certificate_has_ended_can_be_enrolled_again(re
 def test_all_are_enrolled_or_none(registry: Registry) -> None:
     add(registry, "edge-2")
     with pytest.raises(IdentityError, match="'edge-2' is enrolled already"):
-        registry.enroll([Enrolment("edge-1"), Enrolment("edge-2")], 900)
+        registry.enroll([Enrolment(name="edge-1"), Enrolment(name="edge-2")], 900)
     assert [row.name for row in registry.identities()] == ["edge-2"]
 
 
 def test_an_app_may_come_before_the_devices_that_it_is_allowed(registry: Registry) -> None:
-    phone = Enrolment("phone", Role.APP, targets=("hall", "edge-1"))
-    wanted = [phone, Enrolment("edge-1"), Enrolment("e2", group="hall")]
+    phone = Enrolment(name="phone", role=Role.APP, targets=("hall", "edge-1"))
+    wanted = [phone, Enrolment(name="edge-1"), Enrolment(name="e2", group="hall")]
     assert [token.name for token in registry.enroll(wanted, 900)] == ["phone", "edge-1", "e2"]
     assert [row.targets for row in registry.identities(Role.APP)] == [("edge-1", "hall")]
 
 
 def test_a_group_is_never_a_name_within_one_enrolment_either(registry: Registry) -> None:
     with pytest.raises(IdentityError, match="'hall' is the name of a group"):
-        registry.enroll([Enrolment("edge-1", group="hall"), Enrolment("hall")], 900)
+        registry.enroll([Enrolment(name="edge-1", group="hall"), Enrolment(name="hall")], 900)
 
 
 def test_tags_are_shown_and_replaced(registry: Registry) -> None:
-    registry.enroll([Enrolment("edge-1", tags={"site": "roof", "arch": "arm64"})], 900)
+    registry.enroll([Enrolment(name="edge-1", tags={"site": "roof", "arch": "arm64"})], 900)
     assert registry.devices()[0].tags == {"arch": "arm64", "site": "roof"}
-    registry.enroll([Enrolment("edge-1", tags={"site": "attic"})], 900)
+    registry.enroll([Enrolment(name="edge-1", tags={"site": "attic"})], 900)
     (row,) = registry.identities()
     assert (row.tags, row.state) == ({"site": "attic"}, "pending")
     assert registry.devices()[0].state == "pending"
@@ -255,14 +277,19 @@ def test_tags_are_shown_and_replaced(registry: Registry) -> None:
 
 def test_a_certificate_made_without_the_service_is_known_as_well(registry: Registry) -> None:
     issued = issue(key(1))
-    registry.add_certified([(Enrolment("edge-1", group="hall"), issued)])
-    assert (state_of(registry), registry.role_of(issued.fingerprint)) == (IdentityState.ACTIVE, ("edge-1", Role.DEVICE))
+    registry.add_certified([(Enrolment(name="edge-1", group="hall"), issued)])
+    assert (state_of(registry), registry.role_of(issued.fingerprint)) == (
+        IdentityState.ACTIVE,
+        ("edge-1", Role.DEVICE),
+    )
     registry.revoke("edge-1")
     with pytest.raises(StateError, match="'edge-1' is revoked"):
         registry.role_of(issued.fingerprint)
 
 
-def test_an_identity_from_before_certificates_were_kept_is_known_by_its_own(registry: Registry) -> None:
+def test_an_identity_from_before_certificates_were_kept_is_known_by_its_own(
+    registry: Registry,
+) -> None:
     add(registry, "edge-1")
     assert registry.role_of("0" * 64) == ("edge-1", Role.DEVICE)
     with pytest.raises(CredentialsError, match="does not know this certificate"):
@@ -279,10 +306,16 @@ def test_nobody_is_known_by_having_no_certificate(registry: Registry) -> None:
 
 
 def renew(registry: Registry, fingerprint: str, number: int, **options: object) -> Certified:
-    return registry.renew(fingerprint, key(number), lambda name, role: issue(key(number)), **options)  # type: ignore[arg-type]
+
+    def make(name: str, role: Role) -> IssuedCertificate:
+        return issue(key(number))
+
+    return registry.renew(fingerprint, key(number), make, **options)  # type: ignore[arg-type]
 
 
-def test_a_renewed_identity_has_another_certificate_and_the_old_one_still_counts(registry: Registry) -> None:
+def test_a_renewed_identity_has_another_certificate_and_the_old_one_still_counts(
+    registry: Registry,
+) -> None:
     join(registry, invite(registry))
     old = fingerprint_of(registry)
     renewed = renew(registry, old, 2)
@@ -301,14 +334,17 @@ def test_a_renewal_needs_a_new_key_and_its_own_name(registry: Registry) -> None:
     join(registry, invite(registry))
     with pytest.raises(CsrError, match="expected a new key"):
         renew(registry, fingerprint_of(registry), 1)
-    with pytest.raises(TokenNameError, match="is for 'edge-2': expected the certificate's 'edge-1'"):
+    with pytest.raises(
+        TokenNameError, match="is for 'edge-2': expected the certificate's 'edge-1'"
+    ):
         renew(registry, fingerprint_of(registry), 2, csr_name="edge-2")
 
 
 def test_a_renewal_that_waited_for_a_new_enrolment_is_refused(registry: Registry) -> None:
     """Whoever has a stolen key and asks all the time must not get a certificate past the one that replaces it."""
     join(registry, invite(registry))
-    stolen, futures = fingerprint_of(registry), list[Future[Certified]]()
+    stolen = fingerprint_of(registry)
+    futures = list[Future[Certified]]()
 
     def replace(db: Session) -> None:
         db.get(IdentityRecord, "edge-1", with_for_update=True)
@@ -341,7 +377,10 @@ def test_a_suspended_identity_has_no_rights_until_it_is_resumed(registry: Regist
     with pytest.raises(StateError, match="cannot join 'edge-1', which is suspended"):
         join(registry, token)
     registry.resume("edge-1")
-    assert (state_of(registry), registry.grants("edge-1") is not None) == (IdentityState.ACTIVE, True)
+    assert (state_of(registry), registry.grants("edge-1") is not None) == (
+        IdentityState.ACTIVE,
+        True,
+    )
 
 
 def test_a_revoked_identity_cannot_join_with_the_token_that_it_had(registry: Registry) -> None:

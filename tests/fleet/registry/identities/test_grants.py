@@ -27,14 +27,18 @@ def targets(registry: Registry, name: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("target", ["kitchen", "home", "floor=1"])
-def test_an_app_may_ask_what_it_was_allowed_by_name_group_or_tag(home: Registry, target: str) -> None:
+def test_an_app_may_ask_what_it_was_allowed_by_name_group_or_tag(
+    home: Registry, target: str
+) -> None:
     home.tag("kitchen", {"floor": "1"})
     home.allow("phone", [target])
     assert targets(home, "phone") == ("kitchen",)
 
 
 @pytest.mark.parametrize("target", ["kitchen", "home", "floor=1"])
-def test_a_device_hears_the_events_of_the_apps_that_were_allowed_it(home: Registry, target: str) -> None:
+def test_a_device_hears_the_events_of_the_apps_that_were_allowed_it(
+    home: Registry, target: str
+) -> None:
     home.tag("kitchen", {"floor": "1"})
     home.allow("sensor", [target])
     grants = home.grants("kitchen")
@@ -62,7 +66,10 @@ def test_another_value_of_a_tag_is_another_tag(home: Registry) -> None:
     home.tag("kitchen", {"floor": "1"})
     home.tag("kitchen", {"floor": "2"})
     assert targets(home, "phone") == ()
-    assert {row.device: row.tags for row in home.devices()} == {"attic": {}, "kitchen": {"floor": "2"}}
+    assert {row.device: row.tags for row in home.devices()} == {
+        "attic": {},
+        "kitchen": {"floor": "2"},
+    }
 
 
 def test_a_tag_that_was_taken_away_allows_nobody(home: Registry) -> None:
@@ -91,8 +98,12 @@ def test_a_new_app_may_be_allowed_a_tag(home: Registry) -> None:
     assert targets(home, "display") == ("attic",)
 
 
-@pytest.mark.parametrize("target", ["cellar", "phone", "floor=", "=1", "Floor=1", "floor=1=2", "floor=a b"])
-def test_what_is_neither_device_nor_group_nor_tag_cannot_be_allowed(home: Registry, target: str) -> None:
+@pytest.mark.parametrize(
+    "target", ["cellar", "phone", "floor=", "=1", "Floor=1", "floor=1=2", "floor=a b"]
+)
+def test_what_is_neither_device_nor_group_nor_tag_cannot_be_allowed(
+    home: Registry, target: str
+) -> None:
     with pytest.raises(IdentityError, match="cannot allow"):
         home.allow("phone", ["attic", target])
     assert targets(home, "phone") == ()

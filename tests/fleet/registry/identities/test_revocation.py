@@ -25,10 +25,18 @@ OLDER: Final = "a" * 64
 NOW: Final = time.time()
 
 
-def keep(registry: Registry, name: str, serial: str, fingerprint: str, not_after: float = NOW + 1000) -> None:
+def keep(
+    registry: Registry, name: str, serial: str, fingerprint: str, not_after: float = NOW + 1000
+) -> None:
     """A certificate in the table."""
     row = CertificateRecord(
-        serial=serial, name=name, fingerprint=fingerprint, key_hash="", pem="", not_before=0.0, not_after=not_after
+        serial=serial,
+        name=name,
+        fingerprint=fingerprint,
+        key_hash="",
+        pem="",
+        not_before=0.0,
+        not_after=not_after,
     )
     registry._transactions.write(lambda db: db.add(row))
 
@@ -38,7 +46,9 @@ def set_identity(registry: Registry, name: str, **values: object) -> None:
     registry._transactions.write(lambda db: db.execute(change))
 
 
-def test_the_newest_certificate_counts_and_one_that_nobody_knows_does_not(registry: Registry) -> None:
+def test_the_newest_certificate_counts_and_one_that_nobody_knows_does_not(
+    registry: Registry,
+) -> None:
     add(registry, "d1")
     assert registry.knows_certificate("d1", NEWEST)
     assert not registry.knows_certificate("d1", OLDER)
@@ -75,22 +85,30 @@ def test_who_has_no_certificate_yet_is_known_by_none(registry: Registry) -> None
     assert not registry.knows_certificate("d1", "")
 
 
-@pytest.mark.parametrize("state", [IdentityState.PENDING, IdentityState.SUSPENDED, IdentityState.REVOKED])
-def test_a_good_certificate_admits_nobody_who_is_not_active(registry: Registry, state: IdentityState) -> None:
+@pytest.mark.parametrize(
+    "state", [IdentityState.PENDING, IdentityState.SUSPENDED, IdentityState.REVOKED]
+)
+def test_a_good_certificate_admits_nobody_who_is_not_active(
+    registry: Registry, state: IdentityState
+) -> None:
     add(registry, "d1")
     assert registry.admitted("d1", NEWEST) is not None
     set_identity(registry, "d1", state=state)
     assert registry.admitted("d1", NEWEST) is None
 
 
-def test_the_revocation_list_names_what_was_revoked_and_what_is_on_hold_and_has_not_ended(registry: Registry) -> None:
+def test_the_revocation_list_names_what_was_revoked_and_what_is_on_hold_and_has_not_ended(
+    registry: Registry,
+) -> None:
     for name in ("active", "held", "out"):
         add(registry, name)
         keep(registry, name, f"{len(name):x}", f"{name:0>64}")
     keep(registry, "out", "e0", "e" * 64, not_after=NOW - 1)
     registry.suspend("held")
     registry.revoke("out")
-    listed = {row.serial: (row.name, row.revoked_at is None) for row in registry.revoked_certificates()}
+    listed = {
+        row.serial: (row.name, row.revoked_at is None) for row in registry.revoked_certificates()
+    }
     assert listed == {"4": ("held", True), "3": ("out", False)}
 
 
@@ -103,7 +121,9 @@ def test_who_is_resumed_leaves_the_revocation_list(registry: Registry) -> None:
     assert registry.revoked_certificates() == []
 
 
-def test_a_revoked_certificate_stays_on_the_list_when_its_name_is_enrolled_again(registry: Registry) -> None:
+def test_a_revoked_certificate_stays_on_the_list_when_its_name_is_enrolled_again(
+    registry: Registry,
+) -> None:
     add(registry, "d1")
     keep(registry, "d1", "1", OLDER)
     registry.revoke("d1")
@@ -155,12 +175,16 @@ def test_everybodys_rights_resolve_names_groups_and_tags_both_ways(registry: Reg
     }
 
 
-def test_workers_are_told_who_is_denied_when_it_changes_and_when_the_link_comes_back(registry: Registry) -> None:
+def test_workers_are_told_who_is_denied_when_it_changes_and_when_the_link_comes_back(
+    registry: Registry,
+) -> None:
     add(registry, "d1")
-    broker, inbox = InMemoryBroker(), Inbox()
+    broker = InMemoryBroker()
+    inbox = Inbox()
     with broker.connect("hub") as server, broker.connect("w1") as worker:
         worker.subscribe(topics.REVOKED, inbox)
-        denials, again = DenylistPublisher(server, registry), threading.Semaphore(0)
+        denials = DenylistPublisher(server, registry)
+        again = threading.Semaphore(0)
         server.on_up(again.release)  # as the server does, which has the watcher run its tasks then
         assert again.acquire(timeout=10)
         denials.publish()

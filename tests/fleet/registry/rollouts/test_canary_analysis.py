@@ -18,7 +18,10 @@ from fleet.registry.stats.aggregate import Tally
 from tests.fleet.conftest import report
 
 PLAN = RolloutPlan()
-ANSWERS_A_LOOK, NUM_LOOKS, NUM_BEFORE, NUM_STAGES = 2, 30, 300, 20
+ANSWERS_A_LOOK = 2
+NUM_LOOKS = 30
+NUM_BEFORE = 300
+NUM_STAGES = 20
 
 
 class Model(NamedTuple):
@@ -47,7 +50,9 @@ class Model(NamedTuple):
 
 def watch(model: Model, seed: int) -> RolloutDecision:
     """What is decided in the end of one stage; waiting when nothing was after ten times its observation."""
-    draw, before, new = random.Random(seed), Tally(), Tally()
+    draw = random.Random(seed)
+    before = Tally()
+    new = Tally()
     for _ in range(NUM_BEFORE):
         Model().answer(draw, before)
     decided = RolloutDecision(RolloutStep.WAIT, "")
@@ -70,7 +75,9 @@ def test_a_bundle_that_is_as_good_is_not_undone_by_chance(model: Model) -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [Model(offload=0.5), Model(agreement=0.7), Model(errors=0.25), Model(slowness=2.5)], ids=str
+    "model",
+    [Model(offload=0.5), Model(agreement=0.7), Model(errors=0.25), Model(slowness=2.5)],
+    ids=str,
 )
 def test_a_bundle_that_is_far_worse_is_undone(model: Model) -> None:
     decided = [watch(model, seed).step for seed in range(NUM_STAGES)]

@@ -25,10 +25,13 @@ from fleet.registry.settings import Scope, Target
 from fleet.registry.store import Registry
 from tests.fleet.conftest import add, report
 
-OLD, NEW = "b-old", "b-new"
+OLD = "b-old"
+NEW = "b-new"
 DEVICES = [f"d{i}" for i in range(10)]
 START = 1_000_000_000.0
-PLAN = RolloutPlan(percentages=(20, 50, 100), observe_s=60.0, take_within_s=300.0, offline_after_s=30.0)
+PLAN = RolloutPlan(
+    percentages=(20, 50, 100), observe_s=60.0, take_within_s=300.0, offline_after_s=30.0
+)
 Answer = dict[str, object]
 GOOD: Answer = {"sources": {"cloud": 2, "exit:8": 8}}
 BAD: Answer = {"sources": {"cloud": 9, "exit:8": 1}}
@@ -86,7 +89,10 @@ class Site:
         """So many answers of each device; those of the old bundle are always good."""
         made = {}
         for row in self.registry.devices():
-            values = (answer if row.bundle_id == NEW else GOOD) | {"bundle_id": row.bundle_id, "started_at": self.now}
+            values = (answer if row.bundle_id == NEW else GOOD) | {
+                "bundle_id": row.bundle_id,
+                "started_at": self.now,
+            }
             for _ in range(count):
                 each = report(f"g{next(self._generations)}", **values)
                 made[row.device, each.generation] = each
@@ -152,7 +158,9 @@ def test_a_device_goes_back_to_what_it_served_though_nobody_had_said_so(site: Si
 
 
 def test_a_bad_bundle_stops_at_the_canary_and_is_undone(site: Site) -> None:
-    site.registry.change_settings(Target(Scope.DEVICE, "d0"), lambda _: Settings(bundle=OLD, max_new_tokens=9))
+    site.registry.change_settings(
+        Target(Scope.DEVICE, "d0"), lambda _: Settings(bundle=OLD, max_new_tokens=9)
+    )
     before = said(site)
     site.begin()
     assert site.on(NEW) == ["d0"]
@@ -194,7 +202,10 @@ def test_a_device_that_cannot_take_it_undoes_it_at_once(site: Site) -> None:
     site.begin()
     site.says("d0", OLD, error="the bundle's signature is not the fleet's")
     row = site.step()
-    assert (row.state, row.reason) == ("undone", "d0 reports: the bundle's signature is not the fleet's")
+    assert (row.state, row.reason) == (
+        "undone",
+        "d0 reports: the bundle's signature is not the fleet's",
+    )
     assert set(said(site).values()) == {Settings()}
 
 
@@ -287,7 +298,9 @@ def test_it_is_undone_by_hand(site: Site, *, paused: bool) -> None:
 def test_what_an_operator_says_meanwhile_stays(site: Site) -> None:
     site.begin()
     change = msgspec.structs.replace
-    site.registry.change_settings(Target(Scope.DEVICE, "d0"), lambda old: change(old, max_new_tokens=9))
+    site.registry.change_settings(
+        Target(Scope.DEVICE, "d0"), lambda old: change(old, max_new_tokens=9)
+    )
     site.registry.change_rollout(None, RolloutEvent.UNDO, site.now)
     assert said(site)["d0"] == Settings(max_new_tokens=9)
 
@@ -308,7 +321,9 @@ def test_its_devices_and_as_many_others_are_sampled_while_it_lasts(site: Site) -
 def test_a_bundle_whose_exits_agree_less_is_undone(site: Site) -> None:
     site.begin()
     sampled = {"bundle_id": OLD, "started_at": site.now, "judged": 10, "agreed": 9}
-    site.registry.record_reports({("d1", f"c{i}"): report(f"c{i}", **sampled | GOOD) for i in range(30)})
+    site.registry.record_reports(
+        {("d1", f"c{i}"): report(f"c{i}", **sampled | GOOD) for i in range(30)}
+    )
     row = site.stage(GOOD | {"judged": 10, "agreed": 6})
     assert row.state == "undone"
     assert row.reason.startswith("agreement 60.0%, before 90.0%")
@@ -325,7 +340,9 @@ def test_a_group_keeps_it_to_itself(site: Site) -> None:
 
 
 def test_when_all_have_it_no_narrower_scope_says_another(site: Site) -> None:
-    site.registry.change_settings(Target(Scope.GROUP, "lab"), lambda _: Settings(bundle=OLD, max_new_tokens=5))
+    site.registry.change_settings(
+        Target(Scope.GROUP, "lab"), lambda _: Settings(bundle=OLD, max_new_tokens=5)
+    )
     site.registry.change_settings(Target(Scope.DEVICE, "d7"), lambda _: Settings(bundle=OLD))
     site.begin(msgspec.structs.replace(PLAN, percentages=(100,)))
     site.stage(GOOD)
@@ -337,7 +354,9 @@ def test_when_all_have_it_no_narrower_scope_says_another(site: Site) -> None:
 def test_one_at_a_time_over_the_same_devices(site: Site) -> None:
     site.registry.start_rollout(NEW, RolloutPlan(group="lab"), site.now)
     for group in ("lab", None):
-        with pytest.raises(RolloutError, match="roll-out 1 of bundle b-new is waiting over the same devices"):
+        with pytest.raises(
+            RolloutError, match="roll-out 1 of bundle b-new is waiting over the same devices"
+        ):
             site.registry.start_rollout(OLD, RolloutPlan(group=group), site.now)
     assert site.registry.start_rollout(OLD, RolloutPlan(group="home"), site.now) == 2
     with pytest.raises(RolloutError, match="open roll-outs are 1, 2; name one of them"):
@@ -352,7 +371,9 @@ def test_one_at_a_time_over_the_same_devices(site: Site) -> None:
         (NEW, RolloutPlan(canary_group="garden"), "no active device in the group 'garden'"),
     ],
 )
-def test_what_cannot_be_rolled_out_is_refused(site: Site, bundle_id: str, plan: RolloutPlan, message: str) -> None:
+def test_what_cannot_be_rolled_out_is_refused(
+    site: Site, bundle_id: str, plan: RolloutPlan, message: str
+) -> None:
     with pytest.raises(RolloutError, match=message):
         site.registry.start_rollout(bundle_id, plan, site.now)
     assert site.registry.rollouts() == []
@@ -361,7 +382,9 @@ def test_what_cannot_be_rolled_out_is_refused(site: Site, bundle_id: str, plan: 
 def test_one_that_has_ended_cannot_be_changed(site: Site) -> None:
     site.begin()
     site.registry.change_rollout(1, RolloutEvent.UNDO, site.now)
-    with pytest.raises(RolloutError, match="cannot undo roll-out 1, which is undone: expected one of nothing"):
+    with pytest.raises(
+        RolloutError, match="cannot undo roll-out 1, which is undone: expected one of nothing"
+    ):
         site.registry.change_rollout(1, RolloutEvent.UNDO, site.now)
     with pytest.raises(RolloutError, match="unknown roll-out 5"):
         site.registry.change_rollout(5, RolloutEvent.UNDO, site.now)
@@ -402,7 +425,11 @@ def test_two_servers_take_each_step_once(site: Site) -> None:
     for _ in range(4):
         site.step()
         other.step()
-    stages = [each.details["stage"] for each in site.registry.audit_log("rollout:1") if each.action == "rollout_stage"]
+    stages = [
+        each.details["stage"]
+        for each in site.registry.audit_log("rollout:1")
+        if each.action == "rollout_stage"
+    ]
     assert stages == [1]
 
 
@@ -418,8 +445,15 @@ def test_a_step_comes_no_sooner_than_it_should(site: Site) -> None:
 def test_bundles_say_who_serves_them_and_who_is_wanted_on_them(site: Site) -> None:
     site.begin()
     rows = {row.bundle_id: row for row in site.registry.bundles()}
-    new, old = rows[NEW], rows[OLD]
-    assert (new.devices, new.wanted, new.workers, new.rollout, new.rollout_state) == (0, 1, ("worker-1",), 1, "running")
+    new = rows[NEW]
+    old = rows[OLD]
+    assert (new.devices, new.wanted, new.workers, new.rollout, new.rollout_state) == (
+        0,
+        1,
+        ("worker-1",),
+        1,
+        "running",
+    )
     assert (old.devices, old.wanted, old.rollout, old.rollout_state) == (10, 9, None, "")
     assert not site.registry.add_bundle(NEW, "tiny", 1000)
     assert site.registry.wanted_bundles() == {OLD: 9, NEW: 1}

@@ -47,7 +47,9 @@ def test_a_window_of_at_most_a_day_counts_exactly_the_answers_that_began_in_it(
 @pytest.mark.parametrize(
     ("days", "whole_s"), [(1.1, HOUR_S), (2.3, HOUR_S), (8.0, HOUR_S), (11.0, DAY_S), (30.0, DAY_S)]
 )
-def test_a_longer_window_counts_from_its_whole_hour_or_day_on(registry: Registry, days: float, whole_s: int) -> None:
+def test_a_longer_window_counts_from_its_whole_hour_or_day_on(
+    registry: Registry, days: float, whole_s: int
+) -> None:
     add(registry, "edge-1")
     reports = scattered(60, days=32)
     for each in reports:
@@ -65,9 +67,9 @@ def test_every_length_of_span_adds_up_to_the_same(registry: Registry, registry_u
     with engine.connect() as connection:
         rows = connection.execute(select(ROLLUPS.c.span_s, ROLLUPS.c.answers)).all()
     engine.dispose()
-    assert {span_s: sum(answers for each, answers in rows if each == span_s) for span_s in SPANS_S} == dict.fromkeys(
-        SPANS_S, 30
-    )
+    assert {
+        span_s: sum(answers for each, answers in rows if each == span_s) for span_s in SPANS_S
+    } == dict.fromkeys(SPANS_S, 30)
 
 
 def test_a_report_that_comes_twice_is_rolled_up_once(registry: Registry) -> None:
@@ -79,21 +81,30 @@ def test_a_report_that_comes_twice_is_rolled_up_once(registry: Registry) -> None
 
 def test_a_summary_counts_as_all_of_its_answers(registry: Registry) -> None:
     add(registry, "edge-1")
-    registry.record_report("edge-1", report(started_at=NOW, answers=40, tokens=400, sources={"exit:8": 400}))
+    registry.record_report(
+        "edge-1", report(started_at=NOW, answers=40, tokens=400, sources={"exit:8": 400})
+    )
     (row,) = registry.stats(now=NOW)
     assert (row.generations, row.tokens) == (40, 400)
 
 
 def test_switches_are_counted_by_mode_and_kind_of_reason(registry: Registry) -> None:
     add(registry, "edge-1")
-    slow = [Switch(20 * i, "standalone", f"{30 + i} ms a token predicted, wanted 12.5") for i in range(3)]
+    slow = [
+        Switch(20 * i, "standalone", f"{30 + i} ms a token predicted, wanted 12.5")
+        for i in range(3)
+    ]
     registry.record_report("edge-1", report("g1", started_at=NOW, switches=tuple(slow)))
     registry.record_report(
-        "edge-1", report("g2", started_at=NOW, switches=(Switch(1, "verified", "the link is back"),))
+        "edge-1",
+        report("g2", started_at=NOW, switches=(Switch(1, "verified", "the link is back"),)),
     )
     for since in (None, NOW - 60):  # from roll-ups, and from the generations themselves
         (row,) = registry.stats(since=since, now=NOW + 60)
-        assert row.switches == {"standalone: # ms a token predicted, wanted #": 3, "verified: the link is back": 1}
+        assert row.switches == {
+            "standalone: # ms a token predicted, wanted #": 3,
+            "verified: the link is back": 1,
+        }
 
 
 def test_verifies_drafts_and_errors_are_kept(registry: Registry) -> None:
@@ -110,7 +121,11 @@ def test_the_trend_is_the_offload_rate_of_equal_parts_oldest_first(registry: Reg
     for hours_ago, cloud in ((1, 0), (5, 5), (8, 10)):
         registry.record_report(
             "edge-1",
-            report(f"g{cloud}", started_at=noon - hours_ago * HOUR_S, sources={"cloud": cloud, "exit:8": 10 - cloud}),
+            report(
+                f"g{cloud}",
+                started_at=noon - hours_ago * HOUR_S,
+                sources={"cloud": cloud, "exit:8": 10 - cloud},
+            ),
         )
     (row,) = registry.stats(since=noon - 8 * HOUR_S, now=noon)
     assert row.trend == (1.0, None, None, 0.5, None, None, None, 0.0)
@@ -125,8 +140,14 @@ def test_rows_by_group_bundle_and_hour_add_up_to_the_devices(registry: Registry)
     groups = registry.stats_by(By.GROUP, now=NOW)
     bundles = registry.stats_by(By.BUNDLE, now=NOW)
     hours = registry.stats_by(By.HOUR, since=NOW - DAY_S, now=NOW)
-    assert [(row.group, row.tokens) for row in groups if isinstance(row, GroupStats)] == [(None, 10), ("kitchen", 20)]
-    assert [(row.bundle_id, row.tokens) for row in bundles if isinstance(row, BundleStats)] == [("b1", 10), ("b2", 20)]
+    assert [(row.group, row.tokens) for row in groups if isinstance(row, GroupStats)] == [
+        (None, 10),
+        ("kitchen", 20),
+    ]
+    assert [(row.bundle_id, row.tokens) for row in bundles if isinstance(row, BundleStats)] == [
+        ("b1", 10),
+        ("b2", 20),
+    ]
     hour = NOW // HOUR_S * HOUR_S
     assert [(row.hour_at, row.tokens) for row in hours if isinstance(row, HourStats)] == [
         (hour - 2 * HOUR_S, 10), (hour - HOUR_S, 10), (hour, 10),
@@ -141,7 +162,9 @@ def test_rows_can_be_of_one_device_or_of_a_group_alone(registry: Registry, by: B
     registry.record_report("edge-2", report(started_at=NOW))
     for since in (None, NOW - 1):
         assert [row.tokens for row in registry.stats_by(by, "edge-1", since, now=NOW)] == [3]
-        assert [row.tokens for row in registry.stats_by(by, None, since, group="attic", now=NOW)] == [10]
+        assert [
+            row.tokens for row in registry.stats_by(by, None, since, group="attic", now=NOW)
+        ] == [10]
     assert [row.device for row in registry.stats(group="attic", now=NOW)] == ["edge-2"]
     with pytest.raises(UnknownDeviceError):
         registry.stats_by(by, "oven")
@@ -150,7 +173,9 @@ def test_rows_can_be_of_one_device_or_of_a_group_alone(registry: Registry, by: B
 def test_a_device_that_moves_takes_its_past_to_its_new_group(registry: Registry) -> None:
     add(registry, "edge-1", group="kitchen")
     registry.record_report("edge-1", report(started_at=NOW))
-    registry.add_identity("edge-1", role=Role.DEVICE, group="attic", fingerprint="0", not_after=2e9, replace=True)
+    registry.add_identity(
+        "edge-1", role=Role.DEVICE, group="attic", fingerprint="0", not_after=2e9, replace=True
+    )
     (row,) = registry.stats_by(By.GROUP, now=NOW)
     assert isinstance(row, GroupStats)
     assert row.group == "attic"
@@ -160,10 +185,21 @@ def test_figures_beyond_any_answer_do_not_overflow_the_sums(registry: Registry) 
     add(registry, "edge-1")
     most = 1 << 53
     for i in range(3):
-        huge = report(f"g{i}", started_at=NOW, tokens=most, sources={"exit:8": most}, bytes_up=most, ttft_ms=1e12)
+        huge = report(
+            f"g{i}",
+            started_at=NOW,
+            tokens=most,
+            sources={"exit:8": most},
+            bytes_up=most,
+            ttft_ms=1e12,
+        )
         registry.record_report("edge-1", huge)
     (row,) = registry.stats(now=NOW)
-    assert (row.tokens, row.bytes_up, row.ttft_p95_ms) == (3 * MAX_AMOUNT, 3 * MAX_AMOUNT, BUCKETS_MS[-1])
+    assert (row.tokens, row.bytes_up, row.ttft_p95_ms) == (
+        3 * MAX_AMOUNT,
+        3 * MAX_AMOUNT,
+        BUCKETS_MS[-1],
+    )
 
 
 def test_what_is_forgotten_stays_in_the_statistics_of_whole_hours(registry: Registry) -> None:
@@ -200,7 +236,9 @@ def test_retention_forgets_by_itself_until_nothing_old_is_left(registry: Registr
     assert registry.stats()[0].generations == 3
 
 
-@pytest.mark.parametrize("since", [0.0, 1.0, 3600.0, 5 * HOUR_S + 1, 3 * DAY_S + 7200, 30 * DAY_S - 1])
+@pytest.mark.parametrize(
+    "since", [0.0, 1.0, 3600.0, 5 * HOUR_S + 1, 3 * DAY_S + 7200, 30 * DAY_S - 1]
+)
 def test_a_ladder_covers_every_hour_of_its_window_once(since: float) -> None:
     end = 48 * DAY_S
     hours = [
@@ -211,12 +249,22 @@ def test_a_ladder_covers_every_hour_of_its_window_once(since: float) -> None:
     ]
     first = -int(-since // HOUR_S) * HOUR_S
     assert hours == list(range(first, end, HOUR_S))
-    assert sum((((step.end or end) - step.first) // step.span_s) for step in ladder(since)) <= 5 + 3 + 3 + 3 + 3
+    assert (
+        sum((((step.end or end) - step.first) // step.span_s) for step in ladder(since))
+        <= 5 + 3 + 3 + 3 + 3
+    )
 
 
 @pytest.mark.parametrize(
     ("ago_s", "whole_s"),
-    [(10, 1), (DAY_S, 1), (DAY_S + 1, HOUR_S), (8 * DAY_S, HOUR_S), (8 * DAY_S + 1, DAY_S), (30 * DAY_S, DAY_S)],
+    [
+        (10, 1),
+        (DAY_S, 1),
+        (DAY_S + 1, HOUR_S),
+        (8 * DAY_S, HOUR_S),
+        (8 * DAY_S + 1, DAY_S),
+        (30 * DAY_S, DAY_S),
+    ],
 )
 def test_the_longer_a_window_the_rounder_its_beginning(ago_s: int, whole_s: int) -> None:
     assert beginning(NOW - ago_s, NOW) == (NOW - ago_s) // whole_s * whole_s
@@ -224,9 +272,17 @@ def test_the_longer_a_window_the_rounder_its_beginning(ago_s: int, whole_s: int)
 
 @pytest.mark.parametrize(
     ("length_s", "span_s"),
-    [(60.0, HOUR_S), (DAY_S, HOUR_S), (3 * DAY_S, 6 * HOUR_S), (7 * DAY_S, DAY_S), (30 * DAY_S, 4 * DAY_S)],
+    [
+        (60.0, HOUR_S),
+        (DAY_S, HOUR_S),
+        (3 * DAY_S, 6 * HOUR_S),
+        (7 * DAY_S, DAY_S),
+        (30 * DAY_S, 4 * DAY_S),
+    ],
 )
-def test_a_trend_has_at_least_six_points_and_no_more_than_a_line_holds(length_s: float, span_s: int) -> None:
+def test_a_trend_has_at_least_six_points_and_no_more_than_a_line_holds(
+    length_s: float, span_s: int
+) -> None:
     assert trend_span_s(length_s) == span_s
     assert length_s / span_s <= 24
 
@@ -250,7 +306,8 @@ def test_a_histogram_at_its_ends() -> None:
 
 def test_reasons_that_differ_in_figures_alone_are_one_kind() -> None:
     assert (
-        kind_of("31 ms a token predicted, verified 40, wanted 12.5") == "# ms a token predicted, verified #, wanted #"
+        kind_of("31 ms a token predicted, verified 40, wanted 12.5")
+        == "# ms a token predicted, verified #, wanted #"
     )
     assert len(kind_of("x" * 200)) == 120
 
