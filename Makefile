@@ -4,9 +4,10 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+DOCS := .venv/.docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench docs clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' Makefile
@@ -29,10 +30,19 @@ check: $(INSTALLED)  ## Lint, format, types, import rules
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/python scripts/measure_code.py
 
 bench: $(INSTALLED)  ## Measure the edge engine beside its peers, on an idle machine (ARGS="--only speed ...")
 	@$(BIN)/fleet bench edge $(ARGS)
 
+$(DOCS): $(INSTALLED)
+	@echo "==> installing the tools of the documentation site"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
+
+docs: $(DOCS)  ## Build the documentation site into site/; a broken link fails
+	@$(BIN)/python scripts/build_docs.py
+
 clean:  ## Remove what was built here; the model's bundle in the user's cache stays
-	rm -rf .venv dist build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv dist build site .cache *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

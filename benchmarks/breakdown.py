@@ -1,4 +1,4 @@
-"""Where a step's time goes, from ONNX Runtime's own profiler, and what the machine's memory would allow."""
+"""Time of a step by operator, from ONNX Runtime's profiler, and the machine's memory bandwidth."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BANDWIDTH_TRIES: Final = 5
 
 
 class ProfiledPartition(Partition):
-    """A partition whose graphs write down how long each operator takes."""
+    """A partition whose graphs record the time of each operator."""
 
     def __init__(self, bundle: Bundle, num_threads: int, folder: Path) -> None:
         super().__init__(bundle, num_threads)
@@ -52,7 +52,7 @@ class ProfiledPartition(Partition):
         self._lm_head = sessions[1]
 
     def finish(self) -> dict[str, list[dict[str, Any]]]:
-        """The events of each graph."""
+        """Return the events of each graph."""
         sessions = (*self.blocks, self._lm_head)
         return {
             name: json.loads(Path(session.end_profiling()).read_text())
@@ -61,7 +61,7 @@ class ProfiledPartition(Partition):
 
 
 def profiled(path: Path, num_threads: int, prefix: Path) -> ort.InferenceSession:
-    """A graph like `edge_agent.engine.ort_runtime.load_session` gives it, with profiling on."""
+    """Load a graph as `edge_agent.engine.ort_runtime.load_session` does, with profiling on."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.log_severity_level = 3
@@ -74,10 +74,11 @@ def profiled(path: Path, num_threads: int, prefix: Path) -> ort.InferenceSession
 def profile_steps(
     bundle: Path, num_threads: int, positions: Sequence[int] = POSITIONS
 ) -> dict[int, dict[str, float]]:
-    """Microseconds a step from each of some positions on, by kind of work (medians), of a bundle with one block.
+    """Return the median microseconds of a step by kind of work, from each of some positions on.
 
-    `between operators` is what ONNX Runtime takes beside them, the profiler's own writing included, and `outside` what
-    a step takes beyond its two runs: embedding, bindings, Python.
+    The bundle has one block. `between operators` is ONNX Runtime's own time in addition to them,
+    the profiler's writing included, and `outside` is the time of a step beyond its two runs:
+    embedding, bindings, Python.
     """
     loaded = Bundle.load(bundle, ("edge",))
     result = {}
@@ -100,7 +101,10 @@ def profile_steps(
 def step_times(
     whole: Sequence[float], events: Mapping[str, list[dict[str, Any]]]
 ) -> dict[str, float]:
-    """Medians by kind, in microseconds, of steps that took `whole`, each the last run of every graph so far."""
+    """Return medians by kind, in microseconds, of steps that took `whole`.
+
+    Each step is the last run of every graph so far.
+    """
     steps = [defaultdict(float, {OUTSIDE: time_us}) for time_us in whole]
     for graph, listed in events.items():
         runs = [event for event in listed if event["name"] == "model_run"][-len(steps) :]
@@ -123,14 +127,17 @@ def step_times(
 
 
 def operators_only(step: Mapping[str, float]) -> float:
-    """Microseconds of a step's operators but for attention."""
+    """Return the microseconds of a step's operators except for attention."""
     return sum(
         time_us for kind, time_us in step.items() if kind not in (ATTENTION, BETWEEN, OUTSIDE)
     )
 
 
-def weight_bytes(bundle: Path) -> int:
-    """Bytes of the graphs' weights, which a step reads once; the rotary tables and shapes are not weights."""
+def graph_weight_bytes(bundle: Path) -> int:
+    """Return the bytes of the graphs' weights, which a step reads once.
+
+    The rotary tables and shapes are not weights.
+    """
     total = 0
     for path in sorted((bundle / "edge").glob("*.onnx")):
         graph = onnx.load(path).graph
@@ -140,7 +147,7 @@ def weight_bytes(bundle: Path) -> int:
 
 
 def read_bandwidth(num_threads: int) -> float:
-    """Bytes per second that threads read together from an array which fits no cache, at best."""
+    """Return the best bytes per second of threads that read an array larger than any cache."""
     parts = np.array_split(np.ones(BANDWIDTH_BYTES // 4, np.float32), num_threads)
     best = 0.0
     for _ in range(BANDWIDTH_TRIES):

@@ -1,10 +1,12 @@
-"""The edge engine beside its peers: speed and fidelity of the whole model, and what a device costs.
+"""The edge engine next to its peers: speed and fidelity of the whole model, and a device's cost.
 
-    fleet bench edge [--presets balanced,int4,int8,fp32] [--rounds 7] [--only PARTS] [--no-peers] [--plot FILE] [--json]
+    fleet bench edge [--presets balanced,int4,int8,fp32] [--rounds 7] [--only PARTS] [--no-peers]
+        [--plot FILE] [--json]
 
-Every engine runs in a process of its own and they take turns, round by round, so that what the machine does besides
-meets all of them. Peers are llama.cpp on the model's own 4-bit file and onnxruntime-genai with its own int4 and int8,
-installed on first use into an environment of their own. Run it on an idle machine.
+Every engine runs in a process of its own and they take turns, round by round, so that other load on
+the machine affects all of them. Peers are llama.cpp on the model's own 4-bit file and onnxruntime-
+genai with its own int4 and int8, installed on first use into a separate environment. Run it on an
+idle machine.
 """
 
 from __future__ import annotations
@@ -25,14 +27,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import breakdown, footprint
-from benchmarks.engines import Engine
-from benchmarks.fidelity import PROMPTS, Answer, agreement, default_answers
+from benchmarks.engines import EngineProcess
+from benchmarks.fidelity import PROMPTS, ReferenceAnswer, default_answers, token_agreement
 from benchmarks.graphs import EdgeGraphs
 from benchmarks.peers import peers
 from fleet.bundles.instruction_sets import CPUINFO, instruction_sets
 from fleet.errors import ConfigError
 from fleet.utils.cli_runtime import run_command
-from fleet.utils.optional_imports import load
+from fleet.utils.optional_imports import needs
 from onnx_export.config import QUANTIZATIONS, ExportConfig, Quantization
 from onnx_export.default_bundle import default_bundle
 
@@ -53,13 +55,13 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 
 def driver(bundle: Path, threads: int) -> list[str]:
-    """The command of our engine's process."""
+    """Return the command of our engine's process."""
     module = "benchmarks.drivers.ours"
     return [sys.executable, "-m", module, "--model", str(bundle), "--threads", str(threads)]
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
+def speed_quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Return median and quartiles."""
     low, middle, high = (
         quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     )
@@ -67,7 +69,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 class EdgeBench:
-    """One run of the benchmark. `versions` and `idle_engines_cpu_percent` are known after `engines`."""
+    """One run of the benchmark.
+
+    `versions` and `idle_engines_cpu_percent` are known after `engines`.
+    """
 
     def __init__(
         self,
@@ -89,13 +94,16 @@ class EdgeBench:
         return self._graphs.bundle(self._graphs.num_layers, preset)
 
     def commands(self, threads: int) -> dict[tuple[str, str], list[str]]:
-        """The process of each engine, by engine and preset."""
+        """Return the command of each engine, by engine and preset."""
         ours = {(OURS, preset): driver(self._whole(preset), threads) for preset in self._presets}
         others = peers(threads, self._progress) if self._with_peers else {}
         return ours | others
 
-    def engines(self, answers: Sequence[Answer], *, speed: bool) -> list[dict[str, Any]]:
-        """A row for each engine, preset and number of threads; fidelity, with answers, at the most threads alone."""
+    def engines(self, answers: Sequence[ReferenceAnswer], *, speed: bool) -> list[dict[str, Any]]:
+        """Return a row for each engine, preset and number of threads.
+
+        Fidelity is measured, if there are answers, with the most threads only.
+        """
         agreements: dict[tuple[str, str], float] = {}
         rows: list[dict[str, Any]] = []
         for threads in reversed(THREADS):
@@ -103,21 +111,21 @@ class EdgeBench:
                 threads, speed, [] if agreements else answers, agreements
             ).items():
                 named = {"engine": key[0], "preset": key[1], "threads": threads}
-                rows.append({**named, **(spread(values) if speed else {})})
+                rows.append({**named, **(speed_quartiles(values) if speed else {})})
         return [row | {"agreement": agreements.get((row["engine"], row["preset"]))} for row in rows]
 
     def _run(
         self,
         threads: int,
         speed: bool,
-        answers: Sequence[Answer],
+        answers: Sequence[ReferenceAnswer],
         agreements: dict[tuple[str, str], float],
     ) -> dict[tuple[str, str], list[float]]:
         with ExitStack() as stack:
             engines = {}
             for key, command in self.commands(threads).items():
                 self._progress(f"starting {' '.join(key)} with {threads} threads")
-                engines[key] = stack.enter_context(Engine(" ".join(key), command))
+                engines[key] = stack.enter_context(EngineProcess(" ".join(key), command))
                 self.versions[key[0]] = engines[key].version
             times: dict[tuple[str, str], list[float]] = {key: [] for key in engines}
             prompt = list(range(100, 100 + SPEED_PROMPT))
@@ -134,11 +142,11 @@ class EdgeBench:
             for key, engine in engines.items():
                 if answers:
                     self._progress(f"fidelity of {engine.name}")
-                    agreements[key] = agreement(engine, answers)
+                    agreements[key] = token_agreement(engine, answers)
             return times
 
     def exit_steps(self) -> dict[str, float]:
-        """Time of a step that stops at an exit, LM head included, over that of a step through all layers."""
+        """Return the time of a step up to an exit, LM head included, over that of all layers."""
         threads = max(THREADS)
         prompt = list(range(100, 100 + SPEED_PROMPT))
         num_layers = self._graphs.num_layers
@@ -147,15 +155,15 @@ class EdgeBench:
             for layer in (*EXITS, num_layers):
                 bundle = self._graphs.bundle(layer, DEFAULT_PRESET)
                 engines[layer] = stack.enter_context(
-                    Engine(f"exit {layer}", driver(bundle, threads))
+                    EngineProcess(f"exit {layer}", driver(bundle, threads))
                 )
             times: dict[int, list[float]] = {layer: [] for layer in engines}
             for i in range(self._rounds + 1):
                 self._progress(f"steps that stop at an exit, round {i} of {self._rounds}")
                 for layer, engine in engines.items():
-                    taken = engine.ask("step_ms", prompt=prompt, steps=STEPS)["ms"]
+                    time_ms = engine.ask("step_ms", prompt=prompt, steps=STEPS)["ms"]
                     if i:
-                        times[layer].append(taken)
+                        times[layer].append(time_ms)
         whole = times[num_layers]
         return {
             str(layer): median(a / b for a, b in zip(times[layer], whole, strict=True))
@@ -163,7 +171,10 @@ class EdgeBench:
         }
 
     def profile(self) -> dict[str, Any]:
-        """Breakdown of a step, its growth with the position, and the bandwidth of the weights beside the machine's."""
+        """Measure the breakdown of a step, its growth with the position, and memory bandwidth.
+
+        The machine's bandwidth stands next to that of the weights.
+        """
         bundle = self._whole(DEFAULT_PRESET)
         result: dict[str, Any] = {
             "breakdown_us": {},
@@ -189,15 +200,16 @@ class EdgeBench:
                 breakdown.read_bandwidth(threads) / 1e9
             )
         result["weights_mb"] = {
-            preset: breakdown.weight_bytes(self._whole(preset)) / 1e6 for preset in self._presets
+            preset: breakdown.graph_weight_bytes(self._whole(preset)) / 1e6
+            for preset in self._presets
         }
         return result
 
     def growth(self) -> dict[str, float]:
-        """Growth of the engine's memory over many answers after a warm-up, in MB."""
+        """Return the growth of the engine's memory over many answers after a warm-up, in MB."""
         bundle = self._whole(DEFAULT_PRESET)
         self._progress(f"memory over {GROWTH_ANSWERS * GROWTH_TOKENS} tokens")
-        with Engine(OURS, driver(bundle, max(THREADS))) as engine:
+        with EngineProcess(OURS, driver(bundle, max(THREADS))) as engine:
             prompt = list(range(100, 100 + SPEED_PROMPT))
             grown = engine.ask(
                 "growth", prompt=prompt, answers=GROWTH_ANSWERS, new_tokens=GROWTH_TOKENS
@@ -206,7 +218,7 @@ class EdgeBench:
 
     @contextmanager
     def _idle(self, pids: Sequence[int]) -> Iterator[None]:
-        """Notes how much of a core these processes use meanwhile, at most."""
+        """Record the maximum share of a core that these processes use in the block."""
         before = sum(map(footprint.cpu_seconds, pids))
         start = time.monotonic()
         yield
@@ -215,12 +227,12 @@ class EdgeBench:
         self.idle_engines_cpu_percent = max(self.idle_engines_cpu_percent, percent)
 
 
-def parse_list(given: str, known: Sequence[str], what: str) -> tuple[str, ...]:
-    """Names between commas. Raises ConfigError when one is not known."""
-    names = tuple(name.strip() for name in given.split(",") if name.strip())
-    if unknown := [name for name in names if name not in known]:
+def parse_list(text: str, choices: Sequence[str], kind_of_name: str) -> tuple[str, ...]:
+    """Return the names between commas; raise ConfigError when one is unknown."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if unknown := [name for name in names if name not in choices]:
         raise ConfigError(
-            f"unknown {what} {', '.join(unknown)}: expected some of {', '.join(known)}"
+            f"unknown {kind_of_name} {', '.join(unknown)}: expected some of {', '.join(choices)}"
         )
     return names
 
@@ -228,24 +240,25 @@ def parse_list(given: str, known: Sequence[str], what: str) -> tuple[str, ...]:
 @app.command()
 def run(
     presets: Annotated[
-        str, typer.Option(help=f"Of ours: {', '.join(QUANTIZATIONS)}.")
+        str, typer.Option(help=f"Our presets: {', '.join(QUANTIZATIONS)}.")
     ] = "balanced,int4,int8,fp32",
-    rounds: Annotated[int, typer.Option(min=1, help="In which the engines take turns.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the engines take turns.")] = 7,
     only: Annotated[str, typer.Option(help="Parts to run.")] = ",".join(PARTS),
-    prompts: Annotated[
-        Path, typer.Option(help="Prompts whose answers fidelity is measured on.")
-    ] = PROMPTS,
+    prompts: Annotated[Path, typer.Option(help="File of prompts for fidelity.")] = PROMPTS,
     with_peers: Annotated[
-        bool, typer.Option("--peers/--no-peers", help="Other engines beside ours.")
+        bool, typer.Option("--peers/--no-peers", help="Measure other engines, too.")
     ] = True,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw speed and agreement into *.svg or *.png.")
+        Path | None, typer.Option(help="Plot speed and agreement into *.svg or *.png.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Measure the edge engine beside llama.cpp and onnxruntime-genai, and what a device costs."""
+    """Measure the edge engine next to llama.cpp and onnxruntime-genai, and the cost of a device."""
     if plot:
-        load("fleet.utils.plots").check_plot(plot)
+        with needs("plots"):
+            from benchmarks.plots import plot_engines
+            from fleet.utils.plots import check_plot, save
+        check_plot(plot)
     console = Console(stderr=True)
     parts = parse_list(only, PARTS, "part")
     chosen = parse_list(presets, get_args(Quantization), "preset")
@@ -254,7 +267,8 @@ def run(
         console.print(line, style="dim", highlight=False)
 
     graphs = EdgeGraphs(progress)
-    bench = EdgeBench(graphs, chosen, rounds, with_peers, progress)  # type: ignore[arg-type]  # checked above
+    # The presets are checked above.
+    bench = EdgeBench(graphs, chosen, rounds, with_peers, progress)  # type: ignore[arg-type]
     result: dict[str, Any] = {"rows": [], "machine": machine()}
     answers = default_answers(graphs.model, prompts, progress) if "fidelity" in parts else []
     if {"speed", "fidelity"} & set(parts):
@@ -273,7 +287,7 @@ def run(
     if "growth" in parts:
         result["growth_10000_tokens"] = bench.growth()
     if plot:
-        load("fleet.utils.plots").save(load("benchmarks.plots").plot_engines(result["rows"]), plot)
+        save(plot_engines(result["rows"]), plot)
     if as_json:
         print(json.dumps(result))
     else:
@@ -281,7 +295,7 @@ def run(
 
 
 def machine() -> dict[str, Any]:
-    """What the figures hold for."""
+    """Return the machine that the figures hold for."""
     names = [
         line.partition(":")[2].strip()
         for line in CPUINFO.read_text().splitlines()
@@ -295,7 +309,7 @@ def machine() -> dict[str, Any]:
 
 
 def print_result(console: Console, result: dict[str, Any]) -> None:
-    """The engines as a table, the rest as lines."""
+    """Print the engines as a table, the rest as lines."""
     if result["rows"]:
         table = Table(title="the whole model, greedy", title_justify="left")
         for header in ("engine", "preset", "threads", "tokens/s", "quartiles", "agreement"):
@@ -310,13 +324,15 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
         console.print(table)
     for name, value in result.items():
         if name != "rows":
-            console.print(f"{name}: {show(value)}", highlight=False)
+            console.print(f"{name}: {format_value(value)}", highlight=False)
 
 
-def show(value: Any) -> str:
-    """Fractions with three digits, mappings in braces."""
+def format_value(value: Any) -> str:
+    """Return a value as text: fractions with three digits, mappings in braces."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {show(inner)}" for key, inner in value.items()) + "}"
+        return (
+            "{" + ", ".join(f"{key}: {format_value(inner)}" for key, inner in value.items()) + "}"
+        )
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

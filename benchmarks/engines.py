@@ -1,4 +1,4 @@
-"""Engines in processes of their own, asked by JSON lines, each answer with a deadline."""
+"""Engines in processes of their own, controlled by JSON lines, each response with a deadline."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Final, Self
 
 from fleet.errors import FleetError
@@ -21,13 +20,17 @@ ANSWER_TIMEOUT_S: Final = 900.0
 STOP_TIMEOUT_S: Final = 10.0
 
 
-class Engine:
-    """One engine's process, loaded and waiting. Use as a context manager."""
+class EngineProcess:
+    """One engine's process. Use it as a context manager."""
 
     version = ""
 
     def __init__(self, name: str, command: Sequence[str], *, wait: bool = True) -> None:
-        """With ``wait=False`` it still loads when this returns. Raises FleetError when it does not start."""
+        """Start the process; with ``wait=False`` it still loads when this returns.
+
+        Raises:
+            FleetError: it does not start.
+        """
         self.name = name
         self._process = subprocess.Popen(
             command,
@@ -35,13 +38,13 @@ class Engine:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            cwd=ROOT,  # the peers' environment knows the drivers from here
+            cwd=ROOT,  # the peers' environment imports the drivers from here
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
         )
         self._lines: queue.Queue[str] = queue.Queue()
         self._errors: deque[str] = deque(maxlen=20)
         readers = [
-            threading.Thread(target=forward, args=(stream, read), daemon=True)
+            threading.Thread(target=forward_lines, args=(stream, read), daemon=True)
             for read, stream in (
                 (self._lines.put, self._process.stdout),
                 (self._errors.append, self._process.stderr),
@@ -54,7 +57,11 @@ class Engine:
             self.wait_ready()
 
     def wait_ready(self) -> None:
-        """Returns when it has loaded. Raises FleetError when it ended, or did not load in time; it is closed then."""
+        """Return when it has loaded; close it otherwise.
+
+        Raises:
+            FleetError: it ended, or did not load in time.
+        """
         try:
             self.version = str(self._answer(LOAD_TIMEOUT_S)["ready"])
         except BaseException:
@@ -67,20 +74,24 @@ class Engine:
 
     @property
     def status(self) -> int | None:
-        """Its exit status; None while it runs."""
+        """The exit status of the process; None while it runs."""
         return self._process.poll()
 
     def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """One request and its answer.
+        """Send one request and return the response.
 
         Raises:
-            FleetError: the engine says that it failed, ended, or did not answer in time.
+            FleetError: the engine reports a failure, ended, or did not respond in time.
         """
         self._request(op, arguments)
         return self._answer(ANSWER_TIMEOUT_S)
 
     def stream(self, op: str, **arguments: Any) -> Iterator[dict[str, Any]]:
-        """One request that has many answers, each as it comes; to be taken to its end. Raises as `ask` does."""
+        """Send one request and yield its responses, which must be read to the end.
+
+        Raises:
+            FleetError: as for `ask`.
+        """
         self._request(op, arguments)
         while "done" not in (answer := self._answer(ANSWER_TIMEOUT_S)):
             yield answer
@@ -109,14 +120,13 @@ class Engine:
 
     def _ended(self) -> FleetError:
         status = self._process.wait(STOP_TIMEOUT_S)
-        self._error_reader.join(
-            STOP_TIMEOUT_S
-        )  # its last words may come behind the end of its answers
-        said = " ".join("".join(self._errors).split())[-400:]
-        return FleetError(f"{self.name} ended with status {status}: {said or 'it said nothing'}")
+        # The last lines of stderr may come behind the end of the responses.
+        self._error_reader.join(STOP_TIMEOUT_S)
+        output = " ".join("".join(self._errors).split())[-400:]
+        return FleetError(f"{self.name} ended with status {status}: {output or 'no output'}")
 
     def close(self) -> None:
-        """Ends the process, by force when it does not end by itself."""
+        """End the process, by force when it does not end by itself."""
         if self._process.stdin:
             self._process.stdin.close()
         try:
@@ -128,17 +138,12 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def forward(stream: IO[str], read: Any) -> None:
-    """Every line to `read`, and an empty one at the end."""
+def forward_lines(stream: IO[str], read: Any) -> None:
+    """Pass every line to `read`, and an empty one at the end."""
     with stream:
         for line in stream:
             read(line)

@@ -1,4 +1,4 @@
-"""What a device costs the machine it runs on: start-up, memory, and CPU while nobody asks."""
+"""A device's cost for its machine: start-up, memory, and CPU while idle."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ QUESTION: Final = "Explain in a few sentences how a battery stores energy."
 
 
 def measure_footprint(bundle: Path, idle_s: float = IDLE_S) -> dict[str, float]:
-    """A real device in standalone mode, with a real broker, on the default settings.
+    """Measure a real device in standalone mode, with a real broker, on the default settings.
 
-    Gives the time from the start of its process to the first text of an answer in s, its resident memory in MB after
-    three answers (`rss_mb`, of which `own_rss_mb` is not mapped from files; `peak_rss_mb` at most so far) and its use
-    of one core in percent while connected and idle.
+    Returns the time from the start of its process to the first text of an answer in s, its resident
+    memory in MB after three answers (`rss_mb`, of which `own_rss_mb` is not mapped from files;
+    `peak_rss_mb` at most so far) and its use of one core in percent while connected and idle.
     """
     prompt = PromptRequest(
         messages=(ChatMessage("user", QUESTION),), mode=Mode.STANDALONE, max_new_tokens=64
     )
     with tempfile.TemporaryDirectory(prefix="fleet-bench-") as folder:
-        state = FleetHome.create(
+        home = FleetHome.create(
             Path(folder),
             FleetConfig(host=HOST, port=free_port(HOST), bundle=str(bundle), service_port=0),
         )
         device = Path(folder) / "devices" / DEVICE
-        state.enroll(DEVICE, Role.DEVICE, device)
-        app = state.enroll("bench", Role.APP, Path(folder) / "apps" / "bench", allow=(DEVICE,))
-        with child("the broker", "fleet.cli", "server", "--home", str(state.folder)) as server:
+        home.enroll(DEVICE, Role.DEVICE, device)
+        app = home.enroll("bench", Role.APP, Path(folder) / "apps" / "bench", allow=(DEVICE,))
+        with child("the broker", "fleet.cli", "server", "--home", str(home.folder)) as server:
             server.wait_ready()
             with MqttTransport.connect(app) as transport:
                 client = PromptClient(transport)
@@ -59,7 +59,7 @@ def measure_footprint(bundle: Path, idle_s: float = IDLE_S) -> dict[str, float]:
 
 
 def first_text_after(client: PromptClient, prompt: PromptRequest, start: float) -> float:
-    """Seconds from `start` to the first token of an answer, which is then read to its end."""
+    """Return the seconds from `start` to the first token of an answer; read it to its end."""
     first = 0.0
     for reply in client.ask(DEVICE, prompt):
         if reply.token_id is not None and not first:
@@ -70,7 +70,7 @@ def first_text_after(client: PromptClient, prompt: PromptRequest, start: float) 
 
 
 def memory_mb(pid: int) -> dict[str, float]:
-    """Resident memory of a process, in MB of 10^6 bytes."""
+    """Return the resident memory of a process, in MB of 10^6 bytes."""
     status = dict(
         line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
     )
@@ -79,7 +79,7 @@ def memory_mb(pid: int) -> dict[str, float]:
 
 
 def idle_percent(pid: int, seconds: float) -> float:
-    """CPU time of a process over `seconds`, in percent of one core."""
+    """Return the CPU time of a process over `seconds`, in percent of one core."""
     before = cpu_seconds(pid)
     start = time.monotonic()
     time.sleep(seconds)
@@ -87,6 +87,6 @@ def idle_percent(pid: int, seconds: float) -> float:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process so far."""
+    """Return user and system time of a process so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,4 @@
-"""Edge bundles for measurements: one block from the embedding to a layer, the model's last one included."""
+"""Edge bundles for measurements: one block up to any layer, the model's last one included."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from fleet.bundles.manifest import SCHEMA_VERSION, Manifest, write_manifest
 from onnx_export.architecture import model_info
 from onnx_export.assembly import Assembly
 from onnx_export.atomic_folder import staged
-from onnx_export.bundle import list_files, load_model, write_edge
+from onnx_export.bundle import list_files, load_model_and_tokenizer, write_edge
 from onnx_export.checkpoint import cache_folder, model_config
 from onnx_export.config import DEFAULT_MODEL, ExportConfig, Quantization
 from onnx_export.fingerprints import source_digest, tool_versions
-from onnx_export.graph_cache import default_parts
-from onnx_export.heads import ExitHead, HeadKind, HeadsFile, fingerprint, new_head
+from onnx_export.graph_cache import default_graph_cache
+from onnx_export.heads import ExitHead, HeadKind, HeadsFile, model_fingerprint, new_head
 
 
 class EdgeGraphs:
-    """Makes a model's edge up to a layer, each once; those of the default model are kept in the user's cache.
+    """Makes a model's edge up to a layer, each once.
 
-    An exit has a head of the default kind, `linear`, untrained, which costs what a trained one costs; the last layer
-    has the model's own norm, so that its best token is the model's.
+    Bundles of the default model are kept in the user's cache. An exit has an untrained head of the
+    default kind, `linear`, at the cost of a trained one; the last layer has the model's own norm,
+    so that its best token is the model's.
     """
 
     def __init__(
@@ -42,15 +43,15 @@ class EdgeGraphs:
         return int(model_config(self._name).num_hidden_layers)
 
     def model(self) -> tuple[Any, Any]:
-        """The model in float32 and its tokenizer, loaded when first asked for."""
+        """Return the model in float32 and its tokenizer, loaded at the first call."""
         if self._loaded is None:
-            self._loaded = load_model(
+            self._loaded = load_model_and_tokenizer(
                 ExportConfig(out=Path(), exits=(1,), model=self._name), self._progress
             )
         return self._loaded
 
     def bundle(self, layer: int, preset: Quantization) -> Path:
-        """A bundle's folder with edge graphs alone, layers [0, layer)."""
+        """Return the folder of a bundle with edge graphs alone, layers [0, layer)."""
         folder = self._folder / f"{preset}-{layer}"
         if not folder.exists():
             with staged(folder, self._progress) as partial:
@@ -61,17 +62,15 @@ class EdgeGraphs:
         model, _ = self.model()
         config = ExportConfig(out=folder, exits=(layer,), model=self._name, quantization=preset)
         info = model_info(Path(self._name).name, model, config.max_positions)
-        top_k = min(config.top_k, info.vocab_size)
         kind: HeadKind = "shared" if layer == info.num_layers else "linear"
         head: ExitHead = new_head(kind, model, layer).requires_grad_(False)
-        heads = HeadsFile({layer: head}, kind, fingerprint(model))
+        heads = HeadsFile({layer: head}, kind, model_fingerprint(model))
         write_edge(
-            Assembly(model, info, preset, default_parts()),
+            Assembly(model, info, preset, default_graph_cache()),
             config,
-            heads=heads,
-            top_k=top_k,
-            folder=folder / "edge",
-            progress=self._progress,
+            heads,
+            folder / "edge",
+            self._progress,
         )
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -81,7 +80,7 @@ class EdgeGraphs:
             upload_layer=layer,
             exit_head=kind,
             quantization=preset,
-            top_k=top_k,
+            top_k=config.top_k_of(info.vocab_size),
             thresholds=(1.0,),
             parity={},
             tools=tool_versions(),

@@ -10,7 +10,7 @@ import msgspec
 
 from fleet.bundles.manifest import Bundle, Manifest, write_manifest
 from onnx_export.atomic_folder import staged
-from onnx_export.bundle import list_files, load_model
+from onnx_export.bundle import list_files, load_model_and_tokenizer
 from onnx_export.checkpoint import cache_folder
 from onnx_export.cloud import write_cloud
 from onnx_export.config import DEFAULT_MODEL, ExportConfig
@@ -18,7 +18,7 @@ from onnx_export.fingerprints import source_digest
 
 
 class CloudPartitions:
-    """Makes them, each once; those of the default model are kept in the user's cache."""
+    """Makes partitions, each once; those of the default model are kept in the user's cache."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class CloudPartitions:
         model: str = DEFAULT_MODEL,
         folder: Path | None = None,
     ) -> None:
-        """`manifest` is a bundle's of `model`."""
+        """Use the `manifest` of a bundle of `model`."""
         self._manifest = manifest
         self._progress = progress
         self._name = model
@@ -35,7 +35,7 @@ class CloudPartitions:
         self._model: Any = None
 
     def bundle(self, layer: int) -> Bundle:
-        """A bundle with the cloud's side alone, layers [layer, num_layers)."""
+        """Return a bundle with the cloud's side alone, layers [layer, num_layers)."""
         folder = self._folder / f"cloud-{layer}"
         if not folder.exists():
             with staged(folder, self._progress) as partial:
@@ -44,7 +44,7 @@ class CloudPartitions:
 
     def _write(self, folder: Path, layer: int) -> None:
         if self._model is None:
-            self._model, _ = load_model(
+            self._model, _ = load_model_and_tokenizer(
                 ExportConfig(out=Path(), exits=(1,), model=self._name), self._progress
             )
         self._progress(f"writing layers [{layer}, {self._manifest.model.num_layers}) for the cloud")

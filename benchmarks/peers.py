@@ -1,4 +1,4 @@
-"""The peers: llama.cpp and onnxruntime-genai with their models, in an environment of their own in the user's cache."""
+"""The peers, llama.cpp and onnxruntime-genai, with their models, in an environment of their own."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ Progress = Callable[[str], None]
 
 
 def peers(threads: int, progress: Progress) -> dict[tuple[str, str], list[str]]:
-    """The command of each peer's driver, by the peer's name and preset. The first call installs them and makes their
-    models.
+    """Return the command of each peer's driver, by the peer's name and preset.
+
+    The first call installs them and makes their models, in the user's cache.
 
     Raises:
         FleetError: they cannot be installed, or a model cannot be made.
@@ -67,17 +68,18 @@ def peers(threads: int, progress: Progress) -> dict[tuple[str, str], list[str]]:
 
 
 def peers_key() -> str:
-    """Changes with the peers' versions, how they are built, and the model."""
+    """Return a hash of the peers' versions, their build options, and the model."""
     whole = (*PACKAGES, *BUILDER_PACKAGES, *BUILDER_OPTIONS, WHEEL_SHA256)
     return hashlib.sha256(" ".join(whole).encode()).hexdigest()[:16]
 
 
 def environment(folder: Path, progress: Progress) -> Path:
-    """A virtual environment with the peers and what onnxruntime-genai's model builder needs."""
+    """Make a virtual environment with the peers and the dependencies of their model builder."""
     if not folder.exists():
         with staged(folder, progress) as partial:
             progress(
-                f"installing {', '.join(PACKAGES)} into an environment of their own (once, a few minutes)"
+                f"installing {', '.join(PACKAGES)} into a separate environment "
+                "(once, a few minutes)"
             )
             call(
                 "make the peers' environment",
@@ -97,7 +99,7 @@ def environment(folder: Path, progress: Progress) -> Path:
 
 
 def gguf(folder: Path, progress: Progress) -> Path:
-    """The default model's own file, of which our checkpoint is made."""
+    """Fetch the default model's own file, the source of our checkpoint."""
     if not folder.exists():
         with staged(folder, progress) as partial, tempfile.TemporaryDirectory() as work:
             progress("fetching the model's GGUF file (93 MB)")
@@ -107,7 +109,7 @@ def gguf(folder: Path, progress: Progress) -> Path:
 
 
 def genai_model(folder: Path, preset: str, python: Path, progress: Progress) -> Path:
-    """The default model as onnxruntime-genai's own builder makes it for the CPU, with weights of 4 or 8 bits."""
+    """Build the default model for the CPU with onnxruntime-genai's builder, in 4 or 8 bits."""
     if not folder.exists():
         source = default_checkpoint(progress)
         with staged(folder, progress) as partial, tempfile.TemporaryDirectory() as work:
@@ -134,7 +136,11 @@ def call(
     timeout_s: float,
     variables: Mapping[str, str] | None = None,
 ) -> None:
-    """Runs a command to its end. Raises FleetError with the last thing that it said when it fails or takes too long."""
+    """Run a command to its end.
+
+    Raises:
+        FleetError: it fails or takes too long; the message has its last line of output.
+    """
     try:
         done = subprocess.run(
             command,

@@ -1,4 +1,4 @@
-"""What the benches of the edge and of the worker measured, as pictures."""
+"""Plots of the edge and worker benchmarks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from fleet.utils.plots import COLOURS
 
 
 def plot_engines(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Speed over agreement, one mark an engine with the most threads; rows without either are left out."""
+    """Plot speed over agreement, one mark an engine with the most threads.
+
+    Rows without either are left out.
+    """
     num_threads = max(row["threads"] for row in rows)
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
@@ -41,18 +44,20 @@ def plot_engines(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def plot_devices(result: dict[str, Any]) -> Figure:
-    """The devices that one core serves, over the offload rate, beside the streams of the whole model."""
-    found = result["devices"]
-    rates, devices = zip(
-        *((point["offload_rate"], point["devices"]) for point in found["curve"]), strict=True
-    )
+    """Plot the devices that one core serves over the offload rate.
+
+    The streams of the whole model stand next to them.
+    """
+    curve = result["devices"]["curve"]
+    rates = [point["offload_rate"] for point in curve]
+    devices = [point["devices"] for point in curve]
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(
         rates, devices, marker="o", color=COLOURS[0], label="collaborating devices", clip_on=False
     )
     streams = "cloud-only streams of the whole model"
-    axes.axhline(found["cloud_only"]["devices"], color=COLOURS[1], label=streams)
+    axes.axhline(result["devices"]["cloud_only"]["devices"], color=COLOURS[1], label=streams)
     title = f"devices on one core, 95% of the tokens within {result['p95_ms']:g} ms"
     axes.set(title=title, xlabel="offload rate", xlim=(0, 1))
     axes.set_ylim(bottom=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -20,12 +21,15 @@ from fleet.server.supervisor import free_port
 
 DEADLINE_S: Final = 60.0
 HOST: Final = "127.0.0.1"
-OWNER: Final = "nobody"
+OWNER: Final = pwd.getpwuid(65534).pw_name  # the unprivileged user of Linux
 INSTALLED: Final = Path("/usr/lib/postgresql")
 
 
 class PostgresqlServer:
-    """Starts at its making. Whoever runs as root lends it to `nobody`: the server refuses to be root."""
+    """A server that starts when it is created.
+
+    A process of root runs it as the user `OWNER`: the server refuses to run as root.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._bin = find_postgresql()
@@ -48,7 +52,11 @@ class PostgresqlServer:
         self.start()
 
     def start(self) -> None:
-        """Returns when it answers; raises ConfigError when it does not within a minute."""
+        """Start the server and return when it responds.
+
+        Raises:
+            ConfigError: it does not within a minute.
+        """
         log = (self._data.parent / "log").open("ab")
         self._process = subprocess.Popen(
             [
@@ -85,7 +93,7 @@ class PostgresqlServer:
                 time.sleep(0.05)
 
     def stop(self) -> None:
-        """Ends it with its connections; `start` brings it back with its data."""
+        """End it with its connections; `start` restarts it with its data."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
         try:
@@ -98,7 +106,7 @@ class PostgresqlServer:
         return f"postgresql://fleet@{HOST}:{self.port}/{database}"
 
     def create(self, database: str, template: str = "template0") -> str:
-        """Makes a database, empty or as its template is; gives its URL."""
+        """Create a database, empty or as its template; return its URL."""
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
             connection.execute(f'CREATE DATABASE "{database}" TEMPLATE "{template}"')
         return self.url(database)
@@ -123,7 +131,7 @@ class PostgresqlServer:
 
 @contextmanager
 def postgresql_server() -> Iterator[PostgresqlServer]:
-    """A server for the length of the block; its folder goes with it."""
+    """Run a server in the block; remove its folder afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="fleet-postgresql-"))
     try:
         server = PostgresqlServer(folder)
@@ -136,13 +144,15 @@ def postgresql_server() -> Iterator[PostgresqlServer]:
 
 
 def find_postgresql() -> Path:
-    """The folder of the newest installed server's programs, on PATH or where Debian puts them.
+    """Return the folder of the newest installed server's programs, on PATH or in Debian's place.
 
     Raises:
         ConfigError: there is none.
     """
-    if (found := shutil.which("postgres")) and (Path(found).resolve().parent / "initdb").exists():
-        return Path(found).resolve().parent
+    if (program := shutil.which("postgres")) and (
+        Path(program).resolve().parent / "initdb"
+    ).exists():
+        return Path(program).resolve().parent
     folders = [path.parent for path in INSTALLED.glob("*/bin/initdb")]
     if not folders:
         raise ConfigError(

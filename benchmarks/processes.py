@@ -1,4 +1,4 @@
-"""Processes on cores of their own, and what they cost."""
+"""Processes on separate cores, and their cost."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ POWERCAP: Final = Path("/sys/class/powercap")
 
 
 def cpu_s(pid: int) -> float:
-    """Seconds of CPU that a process has taken, all its threads together. Raises OSError when it has gone."""
+    """Return the CPU seconds of a process, all its threads together.
+
+    Raises:
+        OSError: it has ended.
+    """
     return time.clock_gettime((~pid << 3) | CPUCLOCK_SCHED)
 
 
 def two_cores() -> tuple[int, int] | None:
-    """A core for either side; None where there is one alone, or processes cannot be held to one."""
+    """Return a core for either side, or None with only one core or no way to pin processes."""
     if not hasattr(os, "sched_getaffinity") or len(cores := sorted(os.sched_getaffinity(0))) < 2:
         return None
     return cores[0], cores[1]
@@ -29,7 +33,7 @@ def two_cores() -> tuple[int, int] | None:
 
 @contextmanager
 def started_on(core: int | None) -> Iterator[None]:
-    """Processes that this thread starts meanwhile stay on `core`; None is any."""
+    """Pin processes that this thread starts in the block to `core`; None is any."""
     if core is None:
         yield
         return
@@ -42,7 +46,10 @@ def started_on(core: int | None) -> Iterator[None]:
 
 
 def energy_j() -> float | None:
-    """Joules that the machine's processors have taken since some time, by RAPL; None where it cannot be read."""
+    """Return the joules that the machine's processors have used since some time, by RAPL.
+
+    None where it cannot be read.
+    """
     try:
         return sum(int((zone / "energy_uj").read_text()) for zone in rapl_packages()) / 1e6 or None
     except OSError:
@@ -50,5 +57,5 @@ def energy_j() -> float | None:
 
 
 def rapl_packages() -> list[Path]:
-    """RAPL's zones of whole processors."""
+    """Return RAPL's zones of whole processors."""
     return sorted(POWERCAP.glob("intel-rapl:[0-9]")) if POWERCAP.exists() else []

@@ -1,4 +1,4 @@
-"""A TCP proxy before a broker, which counts bytes and does to a link what networks do: slow it, cut it, and worse."""
+"""A TCP proxy in front of a broker that counts bytes and imitates faults of networks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Final, Literal, Self
 
 HOST: Final = "127.0.0.1"
@@ -25,7 +24,11 @@ Way = Literal["up", "down"]
 
 @dataclass(frozen=True)
 class Shape:
-    """How bytes travel one way: in pieces of at most `piece_bytes`, each `latency_s` late, give or take `jitter_s`."""
+    """The delay and speed of bytes in one direction.
+
+    They travel in pieces of at most `piece_bytes`, each `latency_s` late with a jitter of
+    `jitter_s`.
+    """
 
     latency_s: float = 0.0
     jitter_s: float = 0.0
@@ -34,7 +37,10 @@ class Shape:
 
 
 class Pace:
-    """When each piece of one way of one connection arrives; never before the one ahead of it, as in TCP."""
+    """The arrival times of the pieces of one connection in one direction.
+
+    As in TCP, no piece overtakes another.
+    """
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -42,7 +48,7 @@ class Pace:
         self._due = 0.0
 
     def due(self, now: float, num_bytes: int, shape: Shape) -> float:
-        """The time when a piece arrives that sets off `now`, behind what is still being sent."""
+        """Return the arrival time of a piece sent at `now`, behind the earlier pieces."""
         self._sent = max(self._sent, now) + num_bytes / shape.bytes_per_s
         late = shape.latency_s + self._random.uniform(-shape.jitter_s, shape.jitter_s)
         self._due = max(self._due, self._sent + max(0.0, late))
@@ -50,10 +56,11 @@ class Pace:
 
 
 class Proxy:
-    """Forwards connections to `target` on this machine. What is done to it holds for live connections and new ones.
+    """A proxy to `target` on this machine; changes hold for live connections and new ones.
 
-    Use as a context manager; its methods return when the change is made. `port` is where it listens, and `num_bytes`
-    counts what has come each way. asyncio's usual loops sleep whole milliseconds; `new_loop` may make a finer one.
+    Use it as a context manager; its methods return when the change is made. It listens on `port`,
+    and `num_bytes` counts the bytes of each direction. asyncio's usual loops sleep whole
+    milliseconds; `new_loop` may make a finer one.
     """
 
     def __init__(
@@ -79,46 +86,41 @@ class Proxy:
         self._loop = self._started.result(CALL_S)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join(CALL_S)
 
     def shape(self, up: Shape, down: Shape | None = None) -> None:
-        """Gives both ways a shape, `down` that of `up` where it is not given."""
+        """Set the shape of both directions; `down` is that of `up` by default."""
         self.shapes = {"up": up, "down": down or up}
 
     def cut(self) -> None:
-        """Closes every connection; new ones are taken."""
+        """Close every connection; new ones are accepted."""
         self._call(lambda: self._end_all(reset=False))
 
     def reset(self) -> None:
-        """Ends every connection with RST; new ones are taken."""
+        """End every connection with RST; new ones are accepted."""
         self._call(lambda: self._end_all(reset=True))
 
     def refuse(self) -> None:
-        """Closes every connection; new ones are refused."""
+        """Close every connection; new ones are refused."""
         self._call(self._refuse)
 
     def freeze(self) -> None:
-        """Holds back every byte; what was held arrives when it is healed."""
+        """Hold back every byte; held bytes arrive after `heal`."""
         self._call(self._gate.clear)
 
     def swallow(self) -> None:
-        """Makes every connection half open: bytes are taken and lost, and nobody is told. New ones work."""
+        """Make every connection half open: bytes are read and dropped silently. New ones work."""
         self._call(self._swallow)
 
     def heal(self) -> None:
-        """Takes connections again, lets through what was frozen, and resets those that are half open."""
+        """Accept connections again, release frozen bytes, and reset half-open connections."""
         self._call(self._heal)
 
-    def _call(self, what: Callable[[], object]) -> None:
+    def _call(self, function: Callable[[], object]) -> None:
         async def call() -> None:
-            result = what()
+            result = function()
             if asyncio.iscoroutine(result):
                 await result
 
@@ -175,7 +177,7 @@ class Proxy:
             self._placeholder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._placeholder.bind(
                 (HOST, self.port)
-            )  # without listening: nobody else gets the port meanwhile
+            )  # without listening: no other process gets the port
         await self._end_all(reset=False)
 
     async def _heal(self) -> None:
@@ -190,7 +192,10 @@ class Proxy:
 
 
 class _Connection:
-    """A client's connection and the one to the target, with a task each way that reads and one that writes."""
+    """A client's connection and the one to the target.
+
+    Each direction has a task that reads and one that writes.
+    """
 
     def __init__(self, proxy: Proxy, near: asyncio.StreamWriter, far: asyncio.StreamWriter) -> None:
         self.swallows = False
@@ -206,7 +211,7 @@ class _Connection:
         down: Pace,
         gate: asyncio.Event,
     ) -> None:
-        """Forwards until one side ends, what it said before included."""
+        """Forward until one side ends; bytes sent before are included."""
         ups: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(MAX_QUEUED_PIECES)
         downs: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(MAX_QUEUED_PIECES)
         tasks = [
@@ -260,7 +265,7 @@ class _Connection:
         self._ended.set()
 
     async def end(self, *, reset: bool) -> None:
-        """Ends both sides."""
+        """End both sides."""
         self._ended.set()
         for writer in self._ends:
             _end(writer, reset=reset)

@@ -1,4 +1,4 @@
-"""Answers recorded as deployed: what a device would upload, how sure its exits are, how long its steps take."""
+"""Answers recorded as deployed: uploads, confidences of exits, times of steps."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from fleet.protocol.prompt import ChatMessage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recording:
+class AnswerRecording:
     """The full model's greedy answer to a prompt.
 
-    `hidden_states` [n, hidden] float16 are those of the upload layer, and `token_ids` [n] the tokens of the same
-    positions, of which the first `num_prompt` are the prompt's. For the token after position ``num_prompt - 1 + i``
-    exit k has `confidence[i][k]`, and its block took `seconds[i][k]` with the LM head; the deepest exit's best token is
-    `guesses[i]`. The prompt took the blocks `prefill_s` in all.
+    `hidden_states` [n, hidden] float16 are those of the upload layer, and `token_ids` [n] the
+    tokens of the same positions, of which the first `num_prompt` are the prompt's. For the token
+    after position ``num_prompt - 1 + i`` exit k has `confidence[i][k]`, and its block took
+    `seconds[i][k]` with the LM head; the deepest exit's best token is `guesses[i]`. The prompt took
+    the blocks `prefill_s` in all.
     """
 
     token_ids: list[int]
@@ -39,16 +40,16 @@ class Recording:
 
     @property
     def num_answer(self) -> int:
-        """Tokens of the answer; of the last one there is no hidden state, for nobody asks what follows it."""
+        """Tokens of the answer; the last one has no hidden state, as no token follows it."""
         return len(self.confidence)
 
     def token_id(self, i: int) -> int:
-        """Token `i` of the answer; the device's guess at the last one, which is not known."""
+        """Return token `i` of the answer; the last one is unknown and is the device's guess."""
         position = self.num_prompt + i
         return self.token_ids[position] if position < len(self.token_ids) else self.guesses[i]
 
     def exit_at(self, i: int, thresholds: Sequence[float]) -> int | None:
-        """The first exit that is sure enough for token `i` of the answer."""
+        """Return the first exit that is confident for token `i` of the answer."""
         pairs = zip(self.confidence[i], thresholds, strict=True)
         return next(
             (
@@ -60,20 +61,27 @@ class Recording:
         )
 
 
-def offload_rate(recordings: Sequence[Recording], thresholds: Sequence[float]) -> float:
-    """The share of tokens that no exit is sure of."""
-    asked = [r.exit_at(i, thresholds) is None for r in recordings for i in range(r.num_answer)]
-    return sum(asked) / len(asked)
+def recorded_offload_rate(
+    recordings: Sequence[AnswerRecording], thresholds: Sequence[float]
+) -> float:
+    """Return the share of tokens for which no exit is confident."""
+    needs_cloud = [
+        r.exit_at(i, thresholds) is None for r in recordings for i in range(r.num_answer)
+    ]
+    return sum(needs_cloud) / len(needs_cloud)
 
 
-def record(
+def record_answers(
     bundle: Bundle,
     upper: UpperLayers,
     prompts: Sequence[str],
     num_tokens: int,
     progress: Callable[[str], None],
-) -> list[Recording]:
-    """Answers of exactly `num_tokens` tokens, on one thread; an end-of-sequence token does not end them."""
+) -> list[AnswerRecording]:
+    """Record answers of exactly `num_tokens` tokens, on one thread.
+
+    An end-of-sequence token does not end them.
+    """
     partition = Partition(bundle, 1)
     tokenizer = ChatTokenizer(bundle)
     pool = upper.new_pool(1 << 40)
@@ -83,7 +91,7 @@ def record(
         prompt_ids = tokenizer.encode_chat([ChatMessage("user", prompt)])
         lease = pool.lease(len(prompt_ids) + num_tokens)
         recordings.append(_record(partition, upper, lease, prompt_ids, num_tokens))
-        pool.take_back(lease)
+        pool.free_lease(lease)
     return recordings
 
 
@@ -93,7 +101,7 @@ def _record(
     lease: KvLease,
     prompt_ids: Sequence[int],
     num_tokens: int,
-) -> Recording:
+) -> AnswerRecording:
     manifest = partition.manifest
     block = manifest.exits.index(manifest.upload_layer)
     num_exits = len(manifest.exits)
@@ -123,7 +131,7 @@ def _record(
         prefill_s = prefill_s or sum(times)
         seconds.append(times if i else [0.0] * num_exits)
     hidden_states = cascade.hidden_states(block, 0).astype(np.float16)
-    return Recording(
+    return AnswerRecording(
         token_ids=token_ids[:-1],
         num_prompt=len(prompt_ids),
         hidden_states=hidden_states,

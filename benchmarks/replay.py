@@ -1,7 +1,9 @@
 """Devices that replay recordings against a real engine, in virtual time.
 
-The engine really runs every message and every step; the clock moves on by the time that this took. Between two things
-to do it jumps. So devices cost nothing, an idle worker costs no waiting, and the worker has its cores to itself.
+The engine really runs every message and every step; the clock advances by the time that this took,
+and jumps over the time in which nothing is due. So devices cost nothing, an idle worker costs no
+waiting, and the worker has its cores to itself. The devices' sessions are those of the device
+itself (:class:`SessionMachine`).
 """
 
 from __future__ import annotations
@@ -10,83 +12,79 @@ import heapq
 import itertools
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from math import prod
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, TypeAlias
 
-from benchmarks.recordings import Recording
+import numpy as np
+
+from benchmarks.recordings import AnswerRecording
 from cloud_broker_worker.worker.config import WorkerConfig
-from cloud_broker_worker.worker.engine import Engine
+from cloud_broker_worker.worker.engine import Engine, EngineResponse
 from cloud_broker_worker.worker.upper_layers import UpperLayers
 from edge_agent.generation.acceptance_rate import AcceptanceRate
 from edge_agent.generation.draft_policy import worth_drafting, worth_guessing
-from edge_agent.measurements import Mean
-from edge_agent.session.cloud_session import HELD_POSITIONS
-from fleet.protocol.codec import decode_to_worker, encode, pack_chunk
+from edge_agent.measurements import Mean, Measurements
+from edge_agent.session.session_machine import SessionMachine
+from fleet.protocol.codec import decode_to_device, decode_to_worker, encode
 from fleet.protocol.hidden_states import Float16
 from fleet.protocol.messages import (
     PROTOCOL,
     Close,
-    Context,
-    ContextChunk,
     Open,
+    Opened,
     Refused,
     Sampling,
-    ToWorker,
     Verified,
-    Verify,
 )
+from fleet.protocol.report import WorkerStatus
 
+WORKER: Final = "bench"
 DEADLINE_MS: Final = 600_000
-CHUNK_POSITIONS: Final = 64
 
-Steps: TypeAlias = Generator[float | list[ToWorker] | None, float, None]
-"""What a device does: seconds that it works, messages that it sends, or None: it waits for an answer. It is told the
-time."""
+Steps: TypeAlias = Generator[float | None, float, None]
+"""The course of a device: it yields the seconds that it works, or None to wait for a response, and
+is sent the time."""
 
 
 @dataclass(kw_only=True)
-class Device:
-    """One device: its messages are due at the worker after `link_s` seconds, and so are the answers here.
+class ReplayDevice:
+    """A device on a link that takes `link_s` seconds each way.
 
-    It collaborates as in edge_agent/generation/speculative.py. With `works` false its steps take no time, and it asks for each token
-    alone, as if it knew it. `tokens` are (time, seconds since the token before) of each token but an answer's first.
+    It collaborates as in edge_agent/generation/speculative.py. With `works` false its steps take no
+    time, and it asks for each token alone, as if it knew it. `tokens` are (time, seconds since the
+    token before) of each token but an answer's first; `answers` are (start, time of the first
+    token).
     """
 
     name: str
     bundle_id: str
-    rows: Callable[[Recording], Float16]
+    rows: Callable[[AnswerRecording], Float16]
     thresholds: Sequence[float]
     link_s: float = 0.0
     start_s: float = 0.0
     works: bool = True
     tokens: list[tuple[float, float]] = field(default_factory=list)
     answers: list[tuple[float, float]] = field(default_factory=list)
-    verdict: Verified | None = None  # the worker's last one
+    machine: SessionMachine = field(init=False)
+    response: Verified | None = None
     _acceptance: AcceptanceRate = field(default_factory=AcceptanceRate)
     _round_trip: Mean = field(default_factory=lambda: Mean(0.1))
+    _rows: Float16 = field(init=False)
+    _num_offered: int = 0
 
-    def run(self, recordings: Iterable[Recording]) -> Steps:
-        """Answers one recording after the other."""
-        yield self.start_s
+    def run(self, recordings: Iterable[AnswerRecording]) -> Steps:
+        """Answer one recording after the other."""
+        now = yield self.start_s
         for number, recording in enumerate(recordings):
-            yield from self._answer(f"{self.name}-{number}", recording)
+            now = yield from self._answer(f"{self.name}-{number}", recording, now)
 
-    def _answer(self, session: str, recording: Recording) -> Steps:
-        size = len(recording.token_ids) + 1
-        began = yield [
-            Open(
-                session=session,
-                epoch=0,
-                bundle_id=self.bundle_id,
-                protocol=PROTOCOL,
-                sampling=Sampling(),
-                max_positions=size,
-                deadline_ms=DEADLINE_MS,
-            )
-        ]
+    def _answer(
+        self, session: str, recording: AnswerRecording, began: float
+    ) -> Generator[float | None, float, float]:
+        self._open(session, recording)
         now = yield recording.prefill_s if self.works else 0.0
-        upload = _Upload(session, self.rows(recording))
         drafts: list[_Draft] = []
         times: list[float] = []  # of the tokens that are certain
         while len(times) < recording.num_answer:
@@ -95,16 +93,14 @@ class Device:
                 drafts.append(draft := self._draft(recording, len(times) + len(drafts)))
                 now = yield draft.seconds
             else:
-                num_asked = max(k for k, draft in enumerate(drafts, 1) if not draft.is_sure)
-                start = recording.num_prompt - 1 + len(times)
                 asked_at = now
-                yield upload.question(start, drafts[:num_asked])
+                self._ask(recording, len(times), drafts, now)
                 answered_at = yield None
                 self._round_trip.add(answered_at - asked_at)
                 while (
                     now < answered_at
                     and self._may_draft(drafts, recording, len(times))
-                    and self._goes_on(drafts, now - asked_at)
+                    and self._is_guess_worth_it(drafts, now - asked_at)
                 ):
                     drafts.append(draft := self._draft(recording, len(times) + len(drafts)))
                     now += draft.seconds
@@ -113,187 +109,217 @@ class Device:
                 times += [now] * num_new
                 drafts = [] if is_rejected else drafts[num_new:]
                 if is_rejected:
-                    upload.rewind(recording.num_prompt - 1 + len(times))
-            while drafts and drafts[0].is_sure:
+                    self._rewind(recording.num_prompt - 1 + len(times))
+            while drafts and drafts[0].is_confident:
                 times.append(now)
-                if drafts.pop(0).is_deepest:
-                    yield upload.held(recording.num_prompt - 1 + len(times))
+                drafts.pop(0)
         self.answers.append((began, times[0]))
         self.tokens += [(at, at - before) for before, at in pairwise(times)]
-        yield [Close(session)]
+        self.machine.close()
+        return (yield 0.0)
 
-    def _draft(self, recording: Recording, i: int) -> _Draft:
+    # The session.
+
+    def _open(self, session: str, recording: AnswerRecording) -> None:
+        self._rows = self.rows(recording)
+        self._num_offered = 0
+        opening = Open(
+            session=session,
+            epoch=0,
+            bundle_id=self.bundle_id,
+            protocol=PROTOCOL,
+            sampling=Sampling(),
+            max_positions=len(recording.token_ids) + 1,
+            deadline_ms=DEADLINE_MS,
+        )
+        hidden_size = self._rows.shape[1]
+        self.machine = SessionMachine(opening, self.name, hidden_size, Measurements(), lambda: 0.0)
+        status = WorkerStatus(online=True, epoch=0, bundle_ids=(self.bundle_id,))
+        self.machine.observe({WORKER: status}, is_link_up=True)
+
+    def _offer(self, num_positions: int) -> None:
+        """Upload positions [0, num_positions), as far as they have not been offered yet."""
+        if num_positions > self._num_offered:
+            rows = self._rows[self._num_offered : num_positions]
+            self.machine.offer(rows.astype(np.float32))
+            self._num_offered = num_positions
+
+    def _ask(
+        self, recording: AnswerRecording, num_certain: int, drafts: Sequence[_Draft], now: float
+    ) -> None:
+        """Ask for the drafts up to the last that no exit is confident of."""
+        num_asked = max(k for k, draft in enumerate(drafts, 1) if not draft.is_confident)
+        start = recording.num_prompt - 1 + num_certain
+        asked = drafts[:num_asked]
+        self._offer(start + num_asked)
+        token_ids = [draft.token_id for draft in asked]
+        trusted = [i for i, draft in enumerate(asked) if draft.is_confident]
+        self.machine.ask(start, token_ids, trusted, now=now)
+
+    def _rewind(self, num_positions: int) -> None:
+        self.machine.rewind(num_positions)
+        self._num_offered = min(self._num_offered, num_positions)
+
+    # Drafts.
+
+    def _draft(self, recording: AnswerRecording, i: int) -> _Draft:
         exit_number = recording.exit_at(i, self.thresholds)
         deepest = len(self.thresholds) - 1
-        block, is_sure = (deepest, False) if exit_number is None else (exit_number, True)
+        is_confident = exit_number is not None
+        block = deepest if exit_number is None else exit_number
         confidence = recording.confidence[i][block]
+        if block == deepest:  # the blocks below the upload layer have run for every position
+            self._offer(recording.num_prompt + i)
+        is_guess = self.works and not is_confident
         return _Draft(
-            recording.guesses[i] if self.works and not is_sure else recording.token_id(i),
-            confidence,
-            chance=1.0 if is_sure else self._acceptance.probability(confidence),
+            token_id=recording.guesses[i] if is_guess else recording.token_id(i),
+            confidence=confidence,
+            chance=1.0 if is_confident else self._acceptance.probability(confidence),
             seconds=sum(recording.seconds[i][: block + 1]) if self.works else 0.0,
-            is_sure=is_sure,
-            is_deepest=block == deepest,
+            is_confident=is_confident,
         )
 
-    def _may_draft(self, drafts: Sequence[_Draft], recording: Recording, num_certain: int) -> bool:
+    def _may_draft(
+        self, drafts: Sequence[_Draft], recording: AnswerRecording, num_certain: int
+    ) -> bool:
         return self.works and num_certain + len(drafts) < recording.num_answer
 
     def _is_worth_another(self, drafts: Sequence[_Draft]) -> bool:
         return worth_drafting(_survival(drafts), drafts[-1].seconds, self._round_trip.value)
 
-    def _goes_on(self, drafts: Sequence[_Draft], elapsed_s: float) -> bool:
-        return worth_guessing(
-            _survival(drafts), drafts[-1].seconds, max(0.0, self._round_trip.value - elapsed_s)
-        )
+    def _is_guess_worth_it(self, drafts: Sequence[_Draft], elapsed_s: float) -> bool:
+        wait_s = max(0.0, self._round_trip.value - elapsed_s)
+        return worth_guessing(_survival(drafts), drafts[-1].seconds, wait_s)
 
     def _settle(self, drafts: Sequence[_Draft]) -> tuple[int, bool]:
-        """How many tokens the verdict makes certain, and whether the last of them is the worker's own."""
-        assert self.verdict is not None
-        num_accepted = self.verdict.accepted
-        is_rejected = self.verdict.token_id is not None
-        judged = [True] * num_accepted + [False] * is_rejected
+        """Return how many tokens the response makes certain, and whether the last is the worker's
+        own.
+        """
+        assert self.response is not None
+        is_rejected = self.response.token_id is not None
+        judged = [True] * self.response.accepted + [False] * is_rejected
         for draft, is_accepted in zip(drafts, judged, strict=False):
-            if not draft.is_sure:
+            if not draft.is_confident:
                 self._acceptance.update(draft.confidence, accepted=is_accepted)
         return len(judged), is_rejected
 
 
-class _Draft(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class _Draft:
     """A token that the device chose, and the seconds that it took."""
 
     token_id: int
     confidence: float
     chance: float
     seconds: float
-    is_sure: bool
-    is_deepest: bool
+    is_confident: bool
 
 
 def _survival(drafts: Iterable[_Draft]) -> float:
     return prod(draft.chance for draft in drafts)
 
 
-class _Upload:
-    """What a session sends, in order."""
+class ReplayWorker:
+    """An engine, the links to its devices, and their virtual clock.
 
-    def __init__(self, session: str, rows: Float16) -> None:
-        self._session = session
-        self._rows = rows
-        self._sent = self._branch = self._request = 0
-
-    def question(self, start: int, drafts: Sequence[_Draft]) -> list[ToWorker]:
-        """Whether these follow position `start`, with the context that this needs."""
-        pieces = self._chunks(start + len(drafts))
-        last = pieces.pop() if pieces else None
-        self._request += 1
-        token_ids = tuple(draft.token_id for draft in drafts)
-        trusted = tuple(i for i, draft in enumerate(drafts) if draft.is_sure)
-        verify = Verify(
-            session=self._session,
-            request=self._request,
-            branch=self._branch,
-            start=start,
-            draft=token_ids,
-            deadline_ms=DEADLINE_MS,
-            chunk=last,
-            trusted=trusted,
-        )
-        return [*(Context(self._session, piece) for piece in pieces), verify]
-
-    def held(self, stop: int) -> list[ToWorker]:
-        """Positions up to `stop`, once they are too many to wait for a question."""
-        if stop - self._sent <= HELD_POSITIONS:
-            return []
-        return [Context(self._session, piece) for piece in self._chunks(stop)]
-
-    def rewind(self, num_positions: int) -> None:
-        """Forgets every position from `num_positions` on, as the worker does."""
-        self._sent = min(self._sent, num_positions)
-        self._branch += 1
-
-    def _chunks(self, stop: int) -> list[ContextChunk]:
-        starts = range(self._sent, stop, CHUNK_POSITIONS)
-        self._sent = max(self._sent, stop)
-        return [
-            pack_chunk(self._branch, i, self._rows[i : min(i + CHUNK_POSITIONS, stop)])
-            for i in starts
-        ]
-
-
-class Worker:
-    """An engine and its virtual clock; `cpu` gives seconds, of which differences are what work has taken."""
+    `cpu` gives seconds, of which differences are the time that work has taken.
+    """
 
     def __init__(self, layers: UpperLayers, config: WorkerConfig, cpu: Callable[[], float]) -> None:
         self.now = 0.0
         self.busy_s = 0.0
-        self.engine = Engine(layers, "bench", config, clock=lambda: self.now)
+        self.engine = Engine(layers, WORKER, config, clock=lambda: self.now)
         self._cpu = cpu
-        self._events: list[tuple[float, int, Device, Steps, bytes | None]] = []
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = itertools.count()
-        self._waiting: dict[str, tuple[Device, Steps]] = {}
+        self._waiting: dict[str, Steps] = {}
+        self._devices: dict[str, ReplayDevice] = {}
 
-    def serve(self, devices: Iterable[tuple[Device, Steps]], until_s: float = float("inf")) -> None:
-        """Until all devices have finished, or that time."""
+    def serve(
+        self, devices: Iterable[tuple[ReplayDevice, Steps]], until_s: float = float("inf")
+    ) -> None:
+        """Serve until all devices have finished, or until that time."""
         for device, steps in devices:
-            self._resume(device, steps, 0.0, first=True)
+            self._devices[device.name] = device
+            self._schedule(device, steps, next(steps), 0.0)
         while (self._events or self._waiting) and self.now < until_s:
             while self._events and self._events[0][0] <= self.now:
-                at, _, device, steps, payload = heapq.heappop(self._events)
-                if payload is None:
-                    self._resume(device, steps, at)
-                else:
-                    self._handle(device.name, payload)
+                at, _, act = heapq.heappop(self._events)
+                act(at)
             if self._step():
                 continue
             if self._events:
                 self.now = max(self.now, self._events[0][0])
             elif self._waiting:
-                raise RuntimeError(f"the worker answers no more, and {sorted(self._waiting)} wait")
-
-    def _handle(self, name: str, payload: bytes) -> None:
-        began = self._cpu()
-        answers = self.engine.handle(name, decode_to_worker(payload), self.now)
-        self._spend(self._cpu() - began)
-        for answer in answers:
-            if isinstance(answer.message, Refused):
                 raise RuntimeError(
-                    f"the worker refused {name}: {answer.message.code}: {answer.message.message}"
+                    f"the worker does not respond any more, and {sorted(self._waiting)} wait"
                 )
+
+    # The worker.
+
+    def _handle(self, device: ReplayDevice, payload: bytes, _: float) -> None:
+        began = self._cpu()
+        responses = self.engine.handle(device.name, decode_to_worker(payload), self.now)
+        self._respond(responses, began)
 
     def _step(self) -> bool:
         began = self._cpu()
-        answers = self.engine.step()
-        for answer in answers or ():
-            encode(answer.message)
-        self._spend(self._cpu() - began)
-        for answer in answers or ():
-            if not isinstance(answer.message, Verified):
-                raise RuntimeError(
-                    f"expected a verdict for {answer.key.device}, got {answer.message}"
-                )
-            device, steps = self._waiting.pop(answer.key.device)
-            device.verdict = answer.message
-            self._push(self.now + device.link_s, device, steps)
-        return answers is not None
+        responses = self.engine.step()
+        self._respond(responses or (), began)
+        return responses is not None
 
-    def _spend(self, seconds: float) -> None:
+    def _respond(self, responses: Iterable[EngineResponse], began: float) -> None:
+        """Send the responses when the work that began then is done."""
+        payloads = [(response, encode(response.message)) for response in responses]
+        seconds = self._cpu() - began
         self.now += seconds
         self.busy_s += seconds
+        for response, payload in payloads:
+            message = response.message
+            device = self._devices[response.key.device]
+            if isinstance(message, Refused):
+                raise RuntimeError(
+                    f"the worker refused {device.name}: {message.code}: {message.message}"
+                )
+            self._push(self.now + device.link_s, partial(self._deliver, device, payload))
 
-    def _push(self, at: float, device: Device, steps: Steps, payload: bytes | None = None) -> None:
-        heapq.heappush(self._events, (at, next(self._order), device, steps, payload))
+    # The devices.
 
-    def _resume(self, device: Device, steps: Steps, at: float, *, first: bool = False) -> None:
+    def _deliver(self, device: ReplayDevice, payload: bytes, at: float) -> None:
+        message = decode_to_device(payload)
+        if message.session != device.machine.session:
+            if isinstance(message, Opened):  # late: the answer needed no worker
+                close = encode(Close(message.session))
+                self._push(at + device.link_s, partial(self._handle, device, close))
+            return
+        device.machine.receive(message, at)
+        self._send(device, at)
+        if device.name in self._waiting and (response := device.machine.take_response(at)):
+            device.response = response
+            self._resume(device, self._waiting.pop(device.name), at)
+
+    def _resume(self, device: ReplayDevice, steps: Steps, at: float) -> None:
         try:
-            wanted = next(steps) if first else steps.send(at)
-            while isinstance(wanted, list):
-                for message in wanted:
-                    self._push(at + device.link_s, device, steps, encode(message))
-                wanted = steps.send(at)
+            seconds = steps.send(at)
         except StopIteration:
             return
-        if wanted is None:
-            self._waiting[device.name] = device, steps
+        self._send(device, at)
+        self._schedule(device, steps, seconds, at)
+
+    def _schedule(
+        self, device: ReplayDevice, steps: Steps, seconds: float | None, at: float
+    ) -> None:
+        """Resume the device when it has worked so long, or when its response comes."""
+        if seconds is None:
+            self._waiting[device.name] = steps
         else:
-            self._push(at + wanted, device, steps)
+            self._push(at + seconds, partial(self._resume, device, steps))
+
+    def _send(self, device: ReplayDevice, at: float) -> None:
+        """Send what is due in the device's session."""
+        while message := device.machine.next_message(at):
+            payload = encode(message.body)
+            self._push(at + device.link_s, partial(self._handle, device, payload))
+
+    def _push(self, at: float, act: Callable[[float], None]) -> None:
+        heapq.heappush(self._events, (at, next(self._order), act))

@@ -1,13 +1,13 @@
-"""How many workers, broker nodes and registry writes a fleet needs, from what was measured on one machine.
+"""Numbers of workers, broker nodes and registry writes of a fleet, from one machine's measurements.
 
-    python -m benchmarks.scaling                                  # the tables of docs/scaling.md
-    python -m benchmarks.scaling --answers-per-hour 20            # of another load
+    python -m benchmarks.scaling                                # the tables of docs/scaling.md
+    python -m benchmarks.scaling --answers-per-hour 20          # of another load
     fleet demo --json > demo.json
     fleet bench worker --only throughput --json > worker.json
-    python -m benchmarks.scaling --demo demo.json --worker worker.json --save     # with new measurements
+    python -m benchmarks.scaling --demo demo.json --worker worker.json --save  # new measurements
 
-What is measured is kept in benchmarks/data/scaling.json; everything else follows from it here. The brokers' figures are
-their makers': see `BROKER_SOURCES`.
+Measurements are kept in benchmarks/data/scaling.json; all other figures are computed here. The
+brokers' figures are their makers': see `BROKER_SOURCES`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import msgspec
 import typer
 
 from benchmarks.edge import machine
-from edge_agent.session.cloud_session import HELD_POSITIONS
+from edge_agent.session.session_machine import MAX_HELD_POSITIONS
 from fleet.protocol.access import Role
 from fleet.protocol.report import GenerationReport
 from fleet.registry.store import Registry
@@ -31,7 +31,7 @@ from fleet.server.collector import MAX_BATCH
 
 DATA: Final = Path(__file__).parent / "data/scaling.json"
 FLEETS: Final = (1_000, 10_000, 100_000, 1_000_000)
-MESSAGES_PER_ROUND_TRIP: Final = 2  # question with its context, answer
+MESSAGES_PER_ROUND_TRIP: Final = 2  # verify request with its context, response
 # Prompt, open, opened, first context and its receipt, close, last reply, report and its receipt.
 MESSAGES_PER_ANSWER: Final = 9
 NUM_REPORTS: Final = 5_000
@@ -48,8 +48,11 @@ BROKER_SOURCES: Final = {
 }
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """The mean answer of a device, in `fleet demo`; bytes are those of the session, without replies to apps."""
+class MeanAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """The mean answer of a device, in `fleet demo`.
+
+    Bytes are those of the session, without replies to apps.
+    """
 
     prompt_tokens: float
     tokens: float
@@ -60,22 +63,22 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def positions(self) -> float:
-        """At most so many run through the worker's layers."""
+        """The maximum number of positions that run through the worker's layers."""
         return self.prompt_tokens + self.tokens
 
     @property
     def messages(self) -> float:
-        """That the broker takes in, replies included: one a token."""
+        """The messages that the broker receives, replies included: one a token."""
         alone = (self.tokens - self.round_trips) / (
-            HELD_POSITIONS + 1
-        )  # context that nobody asks about, at most
+            MAX_HELD_POSITIONS + 1
+        )  # context that no request uses, at most
         return (
             MESSAGES_PER_ROUND_TRIP * self.round_trips + alone + self.tokens + MESSAGES_PER_ANSWER
         )
 
 
 class Capacity(msgspec.Struct, frozen=True):
-    """One worker with `sessions` sessions that ask for every token, in `fleet bench worker`."""
+    """One worker with `sessions` sessions that request every token, in `fleet bench worker`."""
 
     sessions: int
     threads: int
@@ -84,16 +87,16 @@ class Capacity(msgspec.Struct, frozen=True):
 
 
 class Inputs(msgspec.Struct, frozen=True):
-    """All that was measured. Reports a second are those that one collector stores in SQLite."""
+    """All measurements. Reports a second are those that one collector stores in SQLite."""
 
-    answer: Answer
+    answer: MeanAnswer
     worker: Capacity
     reports_per_s: float
     machine: dict[str, Any]
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True):
-    """What a fleet of so many devices needs in its busiest hour."""
+    """The need of a fleet with this number of devices in its busiest hour."""
 
     devices: int
     answers_per_s: float
@@ -108,7 +111,10 @@ class Need(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def need(devices: int, inputs: Inputs, answers_per_hour: float, utilisation: float) -> Need:
-    """`answers_per_hour` of a device in the busiest hour; workers and brokers are to be busy by `utilisation`."""
+    """Return the need for `answers_per_hour` of a device in the busiest hour.
+
+    Workers and brokers are to be busy by `utilisation`.
+    """
     answer = inputs.answer
     worker = inputs.worker
     rate = devices * answers_per_hour / 3600
@@ -129,11 +135,11 @@ def need(devices: int, inputs: Inputs, answers_per_hour: float, utilisation: flo
     )
 
 
-# What is measured.
+# Measurements.
 
 
-def answer_of(demo: dict[str, Any]) -> Answer:
-    """From the output of ``fleet demo --json``."""
+def answer_of(demo: dict[str, Any]) -> MeanAnswer:
+    """Read the output of ``fleet demo --json``."""
     results = demo["results"]
     (stats,) = demo["stats"]
 
@@ -141,7 +147,7 @@ def answer_of(demo: dict[str, Any]) -> Answer:
         return float(sum(result[field] for result in results)) / len(results)
 
     seconds = [r["ttft_ms"] / 1e3 + r["tpot_ms"] / 1e3 * len(r["token_ids"]) for r in results]
-    return Answer(
+    return MeanAnswer(
         prompt_tokens=stats["prompt_tokens"] / len(results),
         tokens=stats["tokens"] / len(results),
         round_trips=mean("round_trips"),
@@ -152,7 +158,10 @@ def answer_of(demo: dict[str, Any]) -> Answer:
 
 
 def capacity_of(bench: dict[str, Any]) -> Capacity:
-    """From the output of ``fleet bench worker --only throughput --json``: its row of most sessions."""
+    """Read the output of ``fleet bench worker --only throughput --json``.
+
+    Returns its row with the most sessions.
+    """
     sessions = max(bench["sessions"], key=int)
     rate = bench["sessions"][sessions]["tokens_per_s"]
     return Capacity(
@@ -161,16 +170,16 @@ def capacity_of(bench: dict[str, Any]) -> Capacity:
 
 
 def reports_per_s() -> float:
-    """Reports that a registry in SQLite stores in a second, as the collector hands them over."""
+    """Measure the reports that a registry in SQLite stores in a second from the collector."""
     with (
         tempfile.TemporaryDirectory() as folder,
         Registry.open(Path(folder) / "registry.sqlite") as registry,
     ):
-        registry.add_identity("edge-1", Role.DEVICE, fingerprint="0" * 64, not_after=2e9)
+        registry.identities.add_identity("edge-1", Role.DEVICE, fingerprint="0" * 64, not_after=2e9)
         start = time.perf_counter()
         for first in range(0, NUM_REPORTS, MAX_BATCH):
             reports = [report(number) for number in range(first, first + MAX_BATCH)]
-            registry.record_reports({("edge-1", each.generation): each for each in reports})
+            registry.stats.record_reports({("edge-1", each.generation): each for each in reports})
         return NUM_REPORTS / (time.perf_counter() - start)
 
 
@@ -196,11 +205,11 @@ def report(number: int) -> GenerationReport:
     )
 
 
-# What is printed.
+# Output.
 
 
 def tables(inputs: Inputs, answers_per_hour: float, utilisation: float) -> str:
-    """The measurements and what follows from them, in Markdown."""
+    """Return the measurements and the computed figures in Markdown."""
     answer = inputs.answer
     worker = inputs.worker
     measured = {
@@ -221,7 +230,7 @@ def tables(inputs: Inputs, answers_per_hour: float, utilisation: float) -> str:
     rows = {
         "answers a second": [f"{n.answers_per_s:,.1f}" for n in needs],
         "sessions at once": [f"{n.sessions:,.0f}" for n in needs],
-        "questions a second": [f"{n.questions_per_s:,.0f}" for n in needs],
+        "verify requests a second": [f"{n.questions_per_s:,.0f}" for n in needs],
         "MB a second of sessions": [f"{n.megabytes_per_s:,.1f}" for n in needs],
         "GB of sessions, over all workers": [f"{n.session_gigabytes:,.1f}" for n in needs],
         "workers of this size": [f"{n.workers:,}" for n in needs],
@@ -248,20 +257,20 @@ def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def run(
     answers_per_hour: Annotated[
-        float, typer.Option(min=0, help="Of one device, in the busiest hour.")
+        float, typer.Option(min=0, help="Answers of one device in the busiest hour.")
     ] = 4.0,
     utilisation: Annotated[
-        float, typer.Option(min=0.01, max=1, help="How busy workers and brokers may be.")
+        float, typer.Option(min=0.01, max=1, help="Maximum utilisation of workers and brokers.")
     ] = 0.6,
     demo: Annotated[Path | None, typer.Option(help="Output of 'fleet demo --json'.")] = None,
     worker: Annotated[
         Path | None, typer.Option(help="Output of 'fleet bench worker --json'.")
     ] = None,
     save: Annotated[
-        bool, typer.Option("--save", help="Measure the registry, too, and keep all of it.")
+        bool, typer.Option("--save", help="Measure the registry, too, and save all measurements.")
     ] = False,
 ) -> None:
-    """Print what a fleet needs."""
+    """Print the needs of a fleet."""
     inputs = msgspec.json.decode(DATA.read_bytes(), type=Inputs)
     if demo:
         inputs = msgspec.structs.replace(inputs, answer=answer_of(json.loads(demo.read_text())))

@@ -1,11 +1,13 @@
-"""The deployed full model in one process: every edge block, then the cloud's layers, without exits or network.
+"""The deployed full model in one process: all edge blocks, then the cloud's layers, without exits.
 
-    python -m benchmarks.whole_model --prompts FILE.jsonl --max-new-tokens 64 [--limit 8] [--compare DEMO.json]
+    python -m benchmarks.whole_model --prompts FILE.jsonl --max-new-tokens 64 [--limit 8]
+        [--compare DEMO.json]
 
-This is the oracle of `fleet demo --mode verified --json`, and of `--threshold 1.0`: the same bundle, the same FP16
-hidden states between the halves, but the cloud's half is plain Hugging Face code with its own cache. With --compare it
-goes along the token ids of a demo's JSON, lists every one that is not its own choice with the two logits, and exits
-with status 1 unless these lie within `TIE` of each other everywhere: batches of other sizes round differently.
+This is the oracle of `fleet demo --mode verified --json`, and of `--threshold 1.0`: the same
+bundle, the same FP16 hidden states between the halves, but the cloud's half is plain Hugging Face
+code with its own cache. With --compare it follows the token ids of a demo's JSON, lists every one
+that is not its own choice with the two logits, and exits with status 1 unless these lie within
+`TIE` of each other everywhere: batches of other sizes round differently.
 """
 
 from __future__ import annotations
@@ -35,8 +37,11 @@ from fleet.utils.prompt_file import read_prompts
 TIE: Final = 1e-3
 
 
-class Difference(NamedTuple):
-    """Token number `number` of an answer is `got`, whose logit is `gap` below that of the whole model's `expected`."""
+class TokenDifference(NamedTuple):
+    """A difference from the whole model's choice.
+
+    Token number `number` of an answer is `got`, whose logit is `gap` below that of `expected`.
+    """
 
     number: int
     expected: int
@@ -58,14 +63,15 @@ class WholeModel:
         )
         if unexpected or set(missing) - {"model.embed_tokens.weight"}:
             raise ValueError(
-                f"the cloud partition does not fit its config: {missing} missing, {unexpected} unexpected"
+                f"the cloud partition does not fit its config: "
+                f"{missing} missing, {unexpected} unexpected"
             )
         self._upper = model.eval()
 
     def logits(
         self, cascade: Cascade, cache: DynamicCache, token_ids: Sequence[int]
     ) -> torch.Tensor:
-        """Appends `token_ids` and runs everything; the last position's logits [vocab] float32."""
+        """Append `token_ids` and run everything; return the last logits [vocab] float32."""
         manifest = self.partition.manifest
         block = manifest.exits.index(manifest.upload_layer)
         start = cascade.num_filled(block)
@@ -85,28 +91,34 @@ class WholeModel:
     def generate(
         self, prompt: str, max_new_tokens: int, sampling: Sampling | None = None
     ) -> list[int]:
-        """Token ids, greedy unless `sampling` says otherwise; the last one may be an end-of-sequence token."""
+        """Return token ids, greedy unless `sampling` is given.
+
+        The last one may be an end-of-sequence token.
+        """
         return [token_id for token_id, _ in self.steps(prompt, max_new_tokens, sampling)]
 
-    def differences(self, prompt: str, token_ids: Sequence[int]) -> list[Difference]:
-        """Where a greedy answer leaves the whole model's path, each token judged behind the answer's own ones."""
+    def differences(self, prompt: str, token_ids: Sequence[int]) -> list[TokenDifference]:
+        """Return the differences of a greedy answer from the whole model's choices.
+
+        Each token is judged behind the answer's own ones.
+        """
         prompt_ids = self.tokenizer.encode_chat([ChatMessage("user", prompt)])
         cascade = Cascade(self.partition, len(prompt_ids) + len(token_ids))
         cache = DynamicCache()
-        found = []
+        result = []
         for number, got in enumerate(token_ids):
             logits = self.logits(cascade, cache, [token_ids[number - 1]] if number else prompt_ids)
             expected = int(logits.argmax())
             if expected != got:
-                found.append(
-                    Difference(number, expected, got, float(logits[expected] - logits[got]))
+                result.append(
+                    TokenDifference(number, expected, got, float(logits[expected] - logits[got]))
                 )
-        return found
+        return result
 
     def steps(
         self, prompt: str, max_new_tokens: int, sampling: Sampling | None = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Each token with the logits [vocab] float32 that it was chosen from."""
+        """Yield each token with the logits [vocab] float32 that it was chosen from."""
         prompt_ids = self.tokenizer.encode_chat([ChatMessage("user", prompt)])
         cascade = Cascade(self.partition, len(prompt_ids) + max_new_tokens)
         cache = DynamicCache()
@@ -130,7 +142,7 @@ def run(
     bundle: Annotated[
         Path | None, typer.Option(help="Model bundle (default: the default model's).")
     ] = None,
-    compare: Annotated[Path | None, typer.Option(help="What 'fleet demo --json' printed.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="Output of 'fleet demo --json'.")] = None,
 ) -> None:
     """Print the greedy token ids of the whole model, or compare them with a demo's."""
     model = WholeModel(
@@ -149,8 +161,8 @@ def run(
             num_differing = num_differing + 1
             num_excused = num_excused + (difference.gap <= TIE)
     print(
-        f"{len(answers)} answers, {sum(map(len, answers))} tokens: {num_differing} are not the whole model's, "
-        f"{num_excused} of these where the two logits lie within {TIE:g}"
+        f"{len(answers)} answers, {sum(map(len, answers))} tokens: {num_differing} are "
+        f"not the whole model's, {num_excused} of these where the two logits lie within {TIE:g}"
     )
     raise typer.Exit(0 if num_differing == num_excused else 1)
 

@@ -1,11 +1,14 @@
-"""The worker's engine: positions a second by sessions, devices that one core serves, round trips a token.
+"""The worker's engine: positions a second by sessions, devices that one core serves, round trips a
+token.
 
-    fleet bench worker [--only throughput,devices,round-trips] [--weights float32] [--plot FILE] [--json]
+    fleet bench worker [--only throughput,devices,round-trips] [--weights float32] [--plot FILE]
+        [--json]
 
-Devices replay answers that were recorded as they are deployed, with real hidden states; the engine really runs, in
-virtual time (benchmarks/replay.py). A collaborating device works its recorded step times on a core of its own, asks
-about what no exit is sure of and drafts on during a link's round trip (edge_agent/generation/speculative.py). A cloud-only
-stream is the full model in the same engine, with no link between its tokens.
+Devices replay answers that were recorded as they are deployed, with real hidden states; the engine
+really runs, in virtual time (benchmarks/replay.py). A collaborating device works its recorded step
+times on a core of its own, asks about the tokens that no exit emits and drafts on during a link's
+round trip (edge_agent/generation/speculative.py). A cloud-only stream is the full model in the same
+engine, with no link between its tokens.
 """
 
 from __future__ import annotations
@@ -30,18 +33,19 @@ from benchmarks.breakdown import read_bandwidth
 from benchmarks.edge import machine, parse_list
 from benchmarks.fidelity import PROMPTS
 from benchmarks.partitions import CloudPartitions
-from benchmarks.recordings import Recording, offload_rate, record
-from benchmarks.replay import Device, Worker
+from benchmarks.recordings import AnswerRecording, record_answers, recorded_offload_rate
+from benchmarks.replay import ReplayDevice, ReplayWorker
 from cloud_broker_worker.worker.config import Weights, WorkerConfig
 from cloud_broker_worker.worker.upper_layers import Chunk, UpperLayers
 from fleet.bundles.manifest import Bundle
-from fleet.cli.demo import DEVICE, follow, running_fleet
+from fleet.cli.demo import DEVICE, running_fleet
+from fleet.cli.responses import stream_response
 from fleet.protocol.hidden_states import Float16
 from fleet.protocol.modes import Mode, exit_source
 from fleet.protocol.prompt import PromptRequest
 from fleet.transport.prompt_client import PromptClient
 from fleet.utils.cli_runtime import run_command
-from fleet.utils.optional_imports import load
+from fleet.utils.optional_imports import needs
 from fleet.utils.prompt_file import read_prompts
 from onnx_export.default_bundle import default_bundle
 
@@ -61,7 +65,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 
 class WorkerBench:
-    """One run. Weights of the worker are float32 unless it is told otherwise."""
+    """One run of the benchmark, with the given weights of the worker."""
 
     def __init__(
         self, bundle: Bundle, weights: Weights, num_tokens: int, progress: Progress
@@ -72,7 +76,7 @@ class WorkerBench:
         self._partitions = CloudPartitions(bundle.manifest, progress)
         upper = UpperLayers(bundle, 1)
         prompts = read_prompts(PROMPTS)[:NUM_RECORDINGS]
-        self.recordings = record(bundle, upper, prompts, num_tokens, progress)
+        self.recordings = record_answers(bundle, upper, prompts, num_tokens, progress)
         self._embedding = np.load(bundle.path("edge/embedding.npy"), mmap_mode="r")
 
     def _layers(self, layer: int | None, num_threads: int) -> UpperLayers:
@@ -82,12 +86,12 @@ class WorkerBench:
     def _config(self, num_threads: int) -> WorkerConfig:
         return WorkerConfig(num_threads=num_threads, kv_budget_bytes=POOL_BYTES, idle_after_s=1e9)
 
-    def uploads(self, recording: Recording) -> Float16:
-        """What a device of the shipped bundle sends."""
+    def uploads(self, recording: AnswerRecording) -> Float16:
+        """Return the uploads of a device of the shipped bundle."""
         return recording.hidden_states
 
-    def embeddings(self, recording: Recording) -> Float16:
-        """What a worker with every layer starts from."""
+    def embeddings(self, recording: AnswerRecording) -> Float16:
+        """Return the inputs of a worker with every layer."""
         rows: Float16 = self._embedding[recording.token_ids].astype(np.float16)
         return rows
 
@@ -105,13 +109,15 @@ class WorkerBench:
             equal += int(
                 (logits.argmax(-1).numpy() == recording.token_ids[recording.num_prompt :]).sum()
             )
-            pool.take_back(lease)
+            pool.free_lease(lease)
         return equal / sum(recording.num_answer - 1 for recording in self.recordings)
 
     # Throughput.
 
     def throughput(self, num_threads: int) -> dict[str, dict[str, float]]:
-        """Sessions that all ask for every token: medians over the rounds, a row for each number of sessions."""
+        """Sessions that all ask for every token: medians over the rounds, a row for each number of
+        sessions.
+        """
         layers = self._layers(None, num_threads)
         rounds: dict[int, list[dict[str, float]]] = {n: [] for n in SESSIONS}
         for i in range(ROUNDS + 1):
@@ -137,7 +143,7 @@ class WorkerBench:
     ) -> dict[str, float]:
         thresholds = [1.0] * len(self.bundle.manifest.exits)
         devices = [
-            Device(
+            ReplayDevice(
                 name=f"device-{i}",
                 bundle_id=layers.manifest.bundle_id,
                 rows=self.uploads,
@@ -146,7 +152,7 @@ class WorkerBench:
             )
             for i in range(num_sessions)
         ]
-        worker = Worker(layers, self._config(num_threads), time.perf_counter)
+        worker = ReplayWorker(layers, self._config(num_threads), time.perf_counter)
         worker.serve(
             (device, device.run([r]))
             for device, r in zip(devices, cycle(self.recordings), strict=False)
@@ -166,8 +172,8 @@ class WorkerBench:
         }
 
     def one_position(self, num_threads: int) -> dict[str, Any]:
-        """Milliseconds for one position of one session, by the first layer of the cloud's side, beside the weights
-        that such a step reads and how fast this machine reads."""
+        """Milliseconds for one position of one session, by the first layer of the cloud's side,
+        beside the weights that such a step reads and how fast this machine reads."""
         taken = {}
         weights = {}
         for layer in dict.fromkeys((self.bundle.manifest.upload_layer, HALF_LAYER)):
@@ -186,7 +192,9 @@ class WorkerBench:
     # Devices a worker.
 
     def devices(self, p95_ms: float, link_s: float, seconds: float) -> dict[str, Any]:
-        """How many of each kind one core serves with 95% of the tokens within `p95_ms`, and the curve over offload."""
+        """Measure how many devices of each kind one core serves with 95% of the tokens within
+        `p95_ms`, and the curve over offload.
+        """
         shipped = self.bundle.manifest.thresholds
         whole = self._layers(0, 1)
         upper = self._layers(None, 1)
@@ -201,7 +209,7 @@ class WorkerBench:
         )
         curve = []
         for thresholds in (shipped, *((value,) * len(shipped) for value in THRESHOLDS)):
-            rate = offload_rate(self.recordings, thresholds)
+            rate = recorded_offload_rate(self.recordings, thresholds)
             title = f"devices at an offload rate of {rate:.3f}"
             found = self._most(
                 title, upper, thresholds=thresholds, p95_ms=p95_ms, link_s=link_s, seconds=seconds
@@ -244,11 +252,13 @@ class WorkerBench:
         link_s: float,
         seconds: float,
     ) -> tuple[float, float]:
-        """The time within which 95% of the tokens come, in milliseconds, and tokens a second of each device."""
+        """The time within which 95% of the tokens come, in milliseconds, and tokens a second of
+        each device.
+        """
         is_whole = layers.manifest.upload_layer == 0
-        worker = Worker(layers, self._config(1), time.thread_time)
+        worker = ReplayWorker(layers, self._config(1), time.thread_time)
         devices = [
-            Device(
+            ReplayDevice(
                 name=f"device-{i}",
                 bundle_id=layers.manifest.bundle_id,
                 rows=self.embeddings if is_whole else self.uploads,
@@ -260,7 +270,8 @@ class WorkerBench:
             for i in range(num_devices)
         ]
         until = WARM_UP_S + seconds
-        worker.serve(((d, d.run(self._endless(i))) for i, d in enumerate(devices)), until)
+        replays = [device.run(self._endless(i)) for i, device in enumerate(devices)]
+        worker.serve(zip(devices, replays, strict=True), until)
         waits = [wait for device in devices for at, wait in device.tokens if at > WARM_UP_S]
         return 1e3 * quantiles(waits, n=20)[18], len(waits) / seconds / num_devices
 
@@ -284,7 +295,7 @@ class WorkerBench:
                 for number, prompt in enumerate(read_prompts(PROMPTS)[:num_prompts], 1):
                     self._progress(f"{mode}: answer {number} of {num_prompts}")
                     request = PromptRequest(prompt=prompt, max_new_tokens=num_tokens, mode=mode)
-                    answers.append(follow(quiet, client, DEVICE, request, exits))
+                    answers.append(stream_response(quiet, client, DEVICE, request, exits))
                 result[str(mode)] = sum(a.round_trips for a in answers) / sum(
                     len(a.token_ids) for a in answers
                 )
@@ -297,7 +308,8 @@ class WorkerBench:
 
 
 def highest_within(limit: float, measure: Callable[[int], float]) -> tuple[int, dict[int, float]]:
-    """The highest number, to a sixteenth of itself, whose measure is within a limit, and what was measured.
+    """The highest number, to a sixteenth of itself, whose measure is within a limit, and what was
+    measured.
 
     Doubled until it is not, then halved in between.
     """
@@ -316,14 +328,16 @@ def highest_within(limit: float, measure: Callable[[int], float]) -> tuple[int, 
 
 @app.command()
 def run(
-    only: Annotated[str, typer.Option(help="Parts to run.")] = ",".join(PARTS),
-    weights: Annotated[str, typer.Option(help="Of the worker: float32, int8 or int4.")] = "float32",
+    only: Annotated[str, typer.Option(help="Parts to run, separated by commas.")] = ",".join(PARTS),
+    weights: Annotated[
+        str, typer.Option(help="Weights of the worker: float32, int8 or int4.")
+    ] = "float32",
     threads: Annotated[
-        int, typer.Option(min=1, help="Of the worker, for throughput.")
+        int, typer.Option(min=1, help="Threads of the worker, for throughput.")
     ] = os.cpu_count() or 1,
-    tokens: Annotated[int, typer.Option(min=8, help="Of each answer.")] = 48,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens of each answer.")] = 48,
     p95_ms: Annotated[
-        float, typer.Option(min=1, help="Time per token that 95% keep within.")
+        float, typer.Option(min=1, help="Limit of the 95th percentile of the time per token.")
     ] = 100.0,
     rtt_ms: Annotated[float, typer.Option(min=0, help="Round trip of a device's link.")] = 20.0,
     seconds: Annotated[
@@ -336,7 +350,10 @@ def run(
 ) -> None:
     """Measure what one worker serves."""
     if plot:
-        load("fleet.utils.plots").check_plot(plot)
+        with needs("plots"):
+            from benchmarks.plots import plot_devices
+            from fleet.utils.plots import check_plot, save
+        check_plot(plot)
     parts = parse_list(only, PARTS, "part")
     (chosen,) = parse_list(weights, get_args(Weights), "kind of weights")
     console = Console(stderr=True)
@@ -367,7 +384,7 @@ def run(
         }
         result |= {"p95_ms": p95_ms, "rtt_ms": rtt_ms, "devices": found}
         if plot:
-            load("fleet.utils.plots").save(load("benchmarks.plots").plot_devices(result), plot)
+            save(plot_devices(result), plot)
     if "round-trips" in parts:
         result["round_trips_per_token"] = bench.round_trips(len(bench.recordings), tokens, console)
     if as_json:
@@ -377,64 +394,68 @@ def run(
 
 
 def print_result(console: Console, result: dict[str, Any]) -> None:
-    """Tables for what was measured."""
-    if rows := result.get("sessions"):
-        table = Table(
-            title=f"sessions that ask for every token, {result['threads']} threads",
-            title_justify="left",
-        )
-        for header in ("sessions", "tokens/s", "of one session's", "p50, ms", "p99, ms"):
-            table.add_column(header, justify="right")
-        for number, row in rows.items():
-            table.add_row(
-                number,
-                f"{row['tokens_per_s']:.0f}",
-                f"{row['speedup']:.2f}",
-                f"{row['assist_p50_ms']:.1f}",
-                f"{row['assist_p99_ms']:.1f}",
-            )
-        console.print(table)
-        for layer, taken in result["one_position_ms"].items():
-            read = result["weights_mb"][layer]
-            console.print(
-                f"one position from layer {layer} on: {taken:.1f} ms, {read:.0f} MB read",
-                highlight=False,
-            )
-        console.print(f"this machine reads {result['read_gb_per_s']:.1f} GB/s", highlight=False)
-    if found := result.get("devices"):
-        title = f"on one core, 95% of the tokens within {result['p95_ms']:g} ms, round trip {result['rtt_ms']:g} ms"
-        table = Table(title=title, title_justify="left")
-        for header in (
-            "thresholds",
-            "offload rate",
-            "devices",
-            "of cloud-only's",
-            "tokens/s of each",
-        ):
-            table.add_column(header, justify="right")
-        streams = found["cloud_only"]
-        whole = streams["devices"]
-        table.add_row(
-            "cloud-only streams", "1.000", str(whole), "1.00", f"{streams['tokens_per_s']:.1f}"
-        )
-        for point in found["curve"]:
-            named = ", ".join(f"{value:.3f}" for value in point["thresholds"])
-            ratio = point["devices"] / whole if whole else float("inf")
-            table.add_row(
-                named,
-                f"{point['offload_rate']:.3f}",
-                str(point["devices"]),
-                f"{ratio:.2f}",
-                f"{point['tokens_per_s']:.1f}",
-            )
-        console.print(table)
+    """Print the measurements as tables."""
+    if "sessions" in result:
+        _print_sessions(console, result)
+    if "devices" in result:
+        _print_devices(console, result)
     if "agreement" in result:
-        console.print(
-            f"agreement of {result['weights']} with float32: {result['agreement']:.4f}",
-            highlight=False,
-        )
+        line = f"agreement of {result['weights']} with float32: {result['agreement']:.4f}"
+        console.print(line, highlight=False)
     for mode, rate in result.get("round_trips_per_token", {}).items():
         console.print(f"{mode}: {rate:.3f} round trips a token", highlight=False)
+
+
+def _print_sessions(console: Console, result: dict[str, Any]) -> None:
+    table = _table(
+        f"sessions that ask for every token, {result['threads']} threads",
+        ("sessions", "tokens/s", "of one session's", "p50, ms", "p99, ms"),
+    )
+    for number, row in result["sessions"].items():
+        table.add_row(
+            number,
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['speedup']:.2f}",
+            f"{row['assist_p50_ms']:.1f}",
+            f"{row['assist_p99_ms']:.1f}",
+        )
+    console.print(table)
+    for layer, milliseconds in result["one_position_ms"].items():
+        console.print(
+            f"one position from layer {layer} on: {milliseconds:.1f} ms, "
+            f"{result['weights_mb'][layer]:.0f} MB read",
+            highlight=False,
+        )
+    console.print(f"this machine reads {result['read_gb_per_s']:.1f} GB/s", highlight=False)
+
+
+def _print_devices(console: Console, result: dict[str, Any]) -> None:
+    table = _table(
+        f"on one core, 95% of the tokens within {result['p95_ms']:g} ms, "
+        f"round trip {result['rtt_ms']:g} ms",
+        ("thresholds", "offload rate", "devices", "of cloud-only's", "tokens/s of each"),
+    )
+    streams = result["devices"]["cloud_only"]
+    num_streams = streams["devices"]
+    speed = f"{streams['tokens_per_s']:.1f}"
+    table.add_row("cloud-only streams", "1.000", str(num_streams), "1.00", speed)
+    for point in result["devices"]["curve"]:
+        ratio = point["devices"] / num_streams if num_streams else float("inf")
+        table.add_row(
+            ", ".join(f"{value:.3f}" for value in point["thresholds"]),
+            f"{point['offload_rate']:.3f}",
+            str(point["devices"]),
+            f"{ratio:.2f}",
+            f"{point['tokens_per_s']:.1f}",
+        )
+    console.print(table)
+
+
+def _table(title: str, headers: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for header in headers:
+        table.add_column(header, justify="right")
+    return table
 
 
 if __name__ == "__main__":

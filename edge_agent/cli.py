@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
+import msgspec
 import typer
 
 from fleet.bundles.manifest import Manifest
-from fleet.errors import ConfigError, FleetError, MissingExtraError
+from fleet.errors import ConfigError, FleetError
+from fleet.identity.identity import Identity, IdentityConfig
+from fleet.protocol.access import Role
 from fleet.utils.cli_runtime import run_command, stop_event
-
-FETCH_S: Final = 3600.0  # for a bundle, when a device joins
+from fleet.utils.optional_imports import needs
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
@@ -24,34 +26,30 @@ app = typer.Typer(
 
 
 @app.callback()
-def options() -> None:
-    """A device of the fleet: answers prompts with the lower half of a language model."""
+def _edge_agent() -> None:
+    """Run a device of the fleet, which answers prompts with the lower half of a language model."""
 
 
-@app.command()
-def run(
+@app.command("run")
+def run_agent(
     folder: Annotated[
         Path, typer.Argument(help="Identity folder, made by 'fleet enroll NAME --out DIR'.")
     ],
     bundle: Annotated[
-        Path | None, typer.Option(help="Model bundle; by default the one that the identity names.")
+        Path | None, typer.Option(help="Model bundle; default: the identity's bundle.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of ONNX Runtime.")] = None,
 ) -> None:
     """Serve prompts until stopped."""
-    _need("a device")
-    import msgspec
-
-    from edge_agent.config import AgentConfig
-    from edge_agent.provisioning.certificate_renewer import Renewer
-    from edge_agent.serving.agent import Agent
-    from edge_agent.update.download import fetch_bundle
-    from edge_agent.update.supervisor import Supervisor
-    from fleet.identity.identity import Identity
-    from fleet.protocol import topics
-    from fleet.protocol.access import Role
-    from fleet.transport.base import Will
-    from fleet.transport.mqtt import MqttTransport
+    with needs("edge"):
+        from edge_agent.config import AgentConfig
+        from edge_agent.provisioning.certificate_renewer import CertificateRenewer
+        from edge_agent.serving.agent import Agent
+        from edge_agent.update.download import fetch_bundle
+        from edge_agent.update.supervisor import Supervisor
+        from fleet.protocol import topics
+        from fleet.transport.base import Will
+        from fleet.transport.mqtt import MqttTransport
 
     identity = Identity.load(folder)
     if identity.config.role is not Role.DEVICE:
@@ -63,94 +61,103 @@ def run(
     if threads:
         config = msgspec.structs.replace(config, num_threads=threads)
 
-    def say(manifest: Manifest) -> None:
-        exits = ", ".join(map(str, manifest.exits))
-        print(
-            f"device {identity.name} serves {manifest.model.name}, bundle {manifest.bundle_id}, exits {exits}",
-            flush=True,
-        )
-
     base = bundle or (Path(identity.config.bundle) if identity.config.bundle else None)
-    supervisor = Supervisor(folder, config, base, partial(fetch_bundle, identity), say)
+    supervisor = Supervisor(
+        folder,
+        config,
+        base,
+        partial(fetch_bundle, identity),
+        partial(_print_serving, identity.name),
+    )
     stop = stop_event()
     supervisor.prepare(stop)
     will = Will(topics.device_status(identity.name), Agent.will())
     with (
         MqttTransport.connect(identity, will=will) as transport,
-        Renewer(identity, transport.renew),
+        CertificateRenewer(identity, transport.reload_certificate),
     ):
         supervisor.run(transport)
 
 
-@app.command()
-def join(
+@app.command("join")
+def join_command(
     token: Annotated[
         str, typer.Argument(help="Token, printed by 'fleet enroll NAME'; '-' reads it from stdin.")
     ],
     server: Annotated[str, typer.Option(help="The fleet's service, https://HOST:PORT.")],
-    out: Annotated[Path, typer.Option(help="Identity folder to be made.")] = Path("device"),
+    out: Annotated[Path, typer.Option(help="Identity folder to make.")] = Path("device"),
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Join a fleet: make a key, have it certified, fetch the model."""
-    _need("joining")
-    import msgspec
+    """Join a fleet: make a key, request its certificate, and fetch the model."""
+    with needs("edge"):
+        import edge_agent.update.supervisor  # noqa: F401 (fails before the token is used up)
+        from edge_agent.provisioning.join import join_fleet
+        from edge_agent.state.bundle_slots import SlotStore
+        from fleet.protocol.enrolment_api import EnrolmentToken
 
-    from edge_agent.provisioning.join import join as join_fleet
-    from edge_agent.service_client import persistently
-    from edge_agent.state.bundle_slots import SlotStore
-    from edge_agent.update.download import fetch_bundle
-    from fleet.protocol.access import Role
-    from fleet.protocol.enrolment_api import EnrolmentToken
-
-    identity = join_fleet(
-        EnrolmentToken.parse(sys.stdin.readline() if token == "-" else token), server, out
-    )
-    bundle = SlotStore(out).load().current
-    stop = stop_event()
-    if bundle:
-        try:
-            with _progress(f"bundle {bundle}") as progress:
-                persistently(
-                    lambda: fetch_bundle(identity, bundle, stop, progress),
-                    timeout_s=FETCH_S,
-                    stop=stop,
-                )
-        except FleetError as error:
-            raise type(error)(
-                f"{identity.name} has joined; its bundle is not here yet: {error}; 'edge-agent run {out}' fetches it"
-            ) from None
+    enrolment_token = EnrolmentToken.parse(sys.stdin.readline() if token == "-" else token)
+    identity = join_fleet(enrolment_token, server, out)
+    bundle_id = SlotStore(out).load().current
+    if bundle_id:
+        _fetch_first_bundle(identity, bundle_id)
     if as_json:
-        joined = {"folder": str(out), "bundle_id": bundle, **msgspec.to_builtins(identity.config)}
-        print(json.dumps(joined))
+        _print_joined(identity.config, out, bundle_id)
     elif identity.config.role is Role.DEVICE:
         print(f"{identity.name} has joined; start it with: edge-agent run {out}")
     else:
         print(f"{identity.name} has joined as {identity.config.role}; its identity is in {out}")
 
 
+def _fetch_first_bundle(identity: Identity, bundle_id: str) -> None:
+    from edge_agent.service_client import retry_while_away
+    from edge_agent.update.download import FETCH_S, fetch_bundle
+
+    stop = stop_event()
+    try:
+        with _progress_bar(f"bundle {bundle_id}") as on_progress:
+            retry_while_away(
+                lambda: fetch_bundle(identity, bundle_id, stop, on_progress),
+                timeout_s=FETCH_S,
+                stop=stop,
+            )
+    except FleetError as error:
+        raise type(error)(
+            f"{identity.name} has joined, but its bundle is missing: {error}; "
+            f"'edge-agent run {identity.folder}' fetches it"
+        ) from None
+
+
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr for bytes that are here and bytes of all; nothing where nobody looks."""
+def _progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar of received and total bytes on stderr, if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda here, total: bar.update(task, completed=here, total=total)
+        task = bar.add_task(description, total=None)
+        yield lambda received, total: bar.update(task, completed=received, total=total)
 
 
-def _need(what: str) -> None:
-    """Raises MissingExtraError where the extra `edge` is not installed."""
-    try:
-        import edge_agent.update.supervisor  # noqa: F401 (which needs all of it)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{what} needs {error.name}, which is not installed; run: pip install 'cecollm-fleet[edge]'"
-        ) from None
+def _print_serving(device: str, manifest: Manifest) -> None:
+    exits = ", ".join(map(str, manifest.exits))
+    print(
+        f"device {device} serves {manifest.model.name}, bundle {manifest.bundle_id}, exits {exits}",
+        flush=True,
+    )
+
+
+def _print_joined(config: IdentityConfig, folder: Path, bundle_id: str | None) -> None:
+    fields = {"folder": str(folder), "bundle_id": bundle_id, **msgspec.to_builtins(config)}
+    print(json.dumps(fields))
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line."""
     run_command("edge-agent", app)

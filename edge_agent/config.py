@@ -1,4 +1,4 @@
-"""Settings of one device, each with its default, read from `agent.json` in its identity folder."""
+"""The settings of one device with their defaults, read from `agent.json` in its identity folder."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from msgspec import Meta, Struct
 
 from fleet.errors import ConfigError
 from fleet.protocol.desired_config import UploadDtype
-from fleet.protocol.messages import MAX_DRAFT, DeadlineMs
+from fleet.protocol.messages import MAX_DRAFT
 from fleet.protocol.modes import Mode
-from fleet.protocol.prompt import Share, TargetTpotMs
 from fleet.protocol.triggers import Triggers, check_triggers
+from fleet.protocol.types import DeadlineMs, Share, TargetTpotMs, Threshold
 
 CONFIG_FILE: Final = "agent.json"
 
@@ -22,15 +22,16 @@ Provider = Literal["auto", "cpu", "cuda"]
 
 
 class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What an operator may set on a device. `thresholds` empty means those of the bundle.
+    """The settings that an operator may change on a device.
 
-    `max_queued_requests` counts those that are being answered, too. `max_kept_reports` is how many reports wait on disk
-    for the collector before the oldest are summed up. `agreement_sample` is the share of collaborative answers whose
-    tokens are put to the cloud as well.
+    Empty `thresholds` mean those of the bundle. `max_queued_requests` includes the active requests.
+    `max_kept_reports` is the number of reports that wait on disk for the collector before the
+    oldest are merged. `agreement_sample` is the share of collaborative responses whose tokens are
+    also verified by the cloud.
     """
 
     mode: Mode = Mode.COLLABORATIVE
-    thresholds: tuple[Annotated[float, Meta(ge=0, le=1)], ...] = ()
+    thresholds: tuple[Threshold, ...] = ()
     provider: Provider = "auto"
     num_threads: Annotated[int, Meta(ge=1, le=256)] = min(4, os.cpu_count() or 1)
     max_positions: Annotated[int, Meta(ge=16, le=1 << 20)] = 2048
@@ -50,12 +51,12 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     triggers: Triggers = ()
 
     def __post_init__(self) -> None:
-        """Raises ValueError, which a decoder reports in its own error."""
+        """Check the triggers. A decoder reports the ValueError in its own error."""
         check_triggers(self.triggers)
 
     @classmethod
     def load(cls, folder: Path) -> AgentConfig:
-        """The settings in `folder`, or the defaults where it has no `agent.json`.
+        """Load the settings in `folder`, or the defaults if it has no `agent.json`.
 
         Raises:
             ConfigError: the file is not JSON, or has a key that is unknown or out of range.

@@ -1,4 +1,4 @@
-"""What a device has measured of itself, the link and the cloud."""
+"""The measurements of a device: of itself, the link and the cloud."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import threading
 from dataclasses import dataclass, field
 from typing import Final
 
-OUTLIER: Final = (
-    4.0  # a duration counts as at most so many times the mean: one pause is not a trend
-)
+OUTLIER: Final = 4.0  # limit of a duration, in means: one pause is not a trend
 
 
 @dataclass
 class Mean:
-    """An exponentially weighted mean with its mean deviation; it begins as a plain one.
+    """An exponentially weighted mean with its mean deviation; it begins as a plain mean.
 
     `weight` is that of a new value: about the last 2 / weight values count.
     """
@@ -24,18 +22,19 @@ class Mean:
     count: int = 0
 
     def add(self, value: float) -> None:
-        """Counts a value that is 0 or more."""
+        """Count a value that is 0 or more."""
         self.count += 1
         weight = max(self.weight, 1 / self.count)
-        self.deviation += (
-            (abs(value - self.value) - self.deviation) * weight if self.count > 1 else 0.0
-        )
+        if self.count > 1:
+            self.deviation += (abs(value - self.value) - self.deviation) * weight
         self.value += (value - self.value) * weight
 
 
 class Duration(Mean):
-    """The mean of durations, which a single outlier does not move far. A share must not be cut like this: of a rare
-    event every occurrence is an outlier."""
+    """The mean of durations, which a single outlier does not move far.
+
+    A share must not be limited like this: of a rare event every occurrence is an outlier.
+    """
 
     def add(self, value: float, *, is_outlier_possible: bool = True) -> None:
         if is_outlier_possible and self.count >= 1 / self.weight and self.value > 0:
@@ -53,29 +52,30 @@ def _share() -> Mean:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """Everything at one moment; a time of which nothing was measured is 0.
+    """All measurements at one moment; a time that was not measured is 0.
 
     Attributes:
         step_s: seconds that the device takes for a token.
-        round_trip_s: from a question to its answer, the worker's part included; `round_trip_spread_s` its mean
-            deviation; `num_round_trips` on how many this rests.
-        unsure: share of the tokens of which no exit was sure.
-        confidence: mean probability that the device's own token is the cloud's; `sure_confidence` where an exit was
-            sure.
-        right: share of the judged drafts that no exit was sure of and the cloud accepted.
-        acceptance: share of the judged drafts that the cloud accepted; `num_judged` on how many this rests.
-        num_losses: how often a session was lost since the last answer.
+        round_trip_s: seconds from a verify request to its response, the worker's time included;
+            `round_trip_spread_s` is the mean deviation and `num_round_trips` the number of values.
+        below_threshold: share of the tokens that no exit emits.
+        confidence: mean probability that the device's own token is the cloud's;
+            `emitted_confidence` is that of the tokens that an exit emits.
+        guess_acceptance: share of the judged drafts below the threshold that the cloud accepted.
+        acceptance: share of all judged drafts that the cloud accepted; `num_judged` is their
+            number.
+        num_losses: number of lost sessions since the last response.
     """
 
     step_s: float = 0.0
     round_trip_s: float = 0.0
     round_trip_spread_s: float = 0.0
     num_round_trips: int = 0
-    unsure: float = 0.0
+    below_threshold: float = 0.0
     confidence: float = 0.0
-    sure_confidence: float = 0.0
+    emitted_confidence: float = 0.0
     num_choices: int = 0
-    right: float = 0.0
+    guess_acceptance: float = 0.0
     acceptance: float = 0.0
     num_judged: int = 0
     num_losses: int = 0
@@ -83,25 +83,25 @@ class Snapshot:
 
 @dataclass(kw_only=True)
 class Measurements:
-    """Shared by all answers of a device; any thread may report."""
+    """The measurements of all answers of a device; any thread may report."""
 
     _step: Duration = field(default_factory=_duration)
     _round_trip: Duration = field(default_factory=_duration)
-    _unsure: Mean = field(default_factory=_share)
+    _below_threshold: Mean = field(default_factory=_share)
     _confidence: Mean = field(default_factory=_share)
-    _sure_confidence: Mean = field(default_factory=_share)
-    _right: Mean = field(default_factory=_share)
+    _emitted_confidence: Mean = field(default_factory=_share)
+    _guess_acceptance: Mean = field(default_factory=_share)
     _acceptance: Mean = field(default_factory=_share)
     _num_losses: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def step(self, seconds: float) -> None:
-        """The device took so long for one token."""
+    def step_done(self, seconds: float) -> None:
+        """Count a step of the device, which gave one token."""
         with self._lock:
             self._step.add(seconds)
 
-    def round_trip(self, seconds: float) -> None:
-        """A question was answered, the worker's time included.
+    def round_trip_done(self, seconds: float) -> None:
+        """Count a round trip from a verify request to its response, the worker's time included.
 
         After a loss a long time is no outlier: the link has become slow.
         """
@@ -109,42 +109,42 @@ class Measurements:
             self._round_trip.add(seconds, is_outlier_possible=not self._num_losses)
             self._num_losses = 0
 
-    def chose(self, confidence: float, *, is_sure: bool) -> None:
-        """The exits chose a token, and one of them was sure or none."""
+    def token_chosen(self, confidence: float, *, is_emitted: bool) -> None:
+        """Count a chosen token; `is_emitted` when its confidence reached a threshold."""
         with self._lock:
-            self._unsure.add(0.0 if is_sure else 1.0)
+            self._below_threshold.add(0.0 if is_emitted else 1.0)
             self._confidence.add(confidence)
-            if is_sure:
-                self._sure_confidence.add(confidence)
+            if is_emitted:
+                self._emitted_confidence.add(confidence)
 
-    def guessed(self, *, is_right: bool) -> None:
-        """The cloud has judged a draft that no exit was sure of."""
+    def guess_judged(self, *, is_accepted: bool) -> None:
+        """Count the cloud's verdict on a draft below the threshold."""
         with self._lock:
-            self._right.add(float(is_right))
+            self._guess_acceptance.add(float(is_accepted))
 
-    def judged(self, *, is_accepted: bool) -> None:
-        """The cloud has judged a draft."""
+    def draft_judged(self, *, is_accepted: bool) -> None:
+        """Count the cloud's verdict on a draft."""
         with self._lock:
             self._acceptance.add(float(is_accepted))
 
-    def lost(self) -> None:
-        """A session was lost."""
+    def session_lost(self) -> None:
+        """Count a lost session."""
         with self._lock:
             self._num_losses += 1
 
     def snapshot(self) -> Snapshot:
-        """All of it, now."""
+        """Return all measurements."""
         with self._lock:
             return Snapshot(
                 step_s=self._step.value,
                 round_trip_s=self._round_trip.value,
                 round_trip_spread_s=self._round_trip.deviation,
                 num_round_trips=self._round_trip.count,
-                unsure=self._unsure.value,
+                below_threshold=self._below_threshold.value,
                 confidence=self._confidence.value,
-                sure_confidence=self._sure_confidence.value,
+                emitted_confidence=self._emitted_confidence.value,
                 num_choices=self._confidence.count,
-                right=self._right.value,
+                guess_acceptance=self._guess_acceptance.value,
                 acceptance=self._acceptance.value,
                 num_judged=self._acceptance.count,
                 num_losses=self._num_losses,

@@ -1,4 +1,4 @@
-"""An app with nothing but paho-mqtt: asks a device, and prints its answer as it streams.
+"""A minimal app with paho-mqtt alone: prompt a device and print its answer as it streams.
 
     fleet enroll display --role app --allow kitchen --out display
     python app.py display kitchen "How warm is it?"
@@ -15,7 +15,7 @@ import paho.mqtt.client as mqtt
 
 
 def main(folder: Path, device: str, prompt: str) -> int:
-    """Exit status 0 when the device answered, 1 when it refused."""
+    """Return exit status 0 when the device answered, 1 when it refused."""
     identity = json.loads((folder / "identity.json").read_text())
     name = identity["name"]
     request = uuid.uuid4().hex
@@ -26,15 +26,15 @@ def main(folder: Path, device: str, prompt: str) -> int:
         client.subscribe(f"ce/v1/d/{device}/reply/{name}/{request}", qos=1)
 
     def on_subscribe(client: mqtt.Client, *_: object) -> None:
-        # Again after a lost connection: the device knows the request, and repeats what it has said.
-        wishes = {"prompt": prompt, "max_new_tokens": 48}
-        client.publish(f"ce/v1/d/{device}/prompt/{name}/{request}", json.dumps(wishes), qos=1)
+        # After a lost connection the device recognizes the request and repeats its replies.
+        fields = {"prompt": prompt, "max_new_tokens": 48}
+        client.publish(f"ce/v1/d/{device}/prompt/{name}/{request}", json.dumps(fields), qos=1)
 
     def on_message(client: mqtt.Client, _data: object, message: mqtt.MQTTMessage) -> None:
         nonlocal printed, status
         reply = json.loads(message.payload)
         if reply["seq"] != printed:
-            return  # a repetition
+            return  # repeated
         printed += 1
         print(reply.get("text", ""), end="", flush=True)
         if reply.get("done"):

@@ -1,3 +1,3 @@
-"""What every part of the fleet agrees on: protocol, topics, transport, bundle manifest, exit policy, registry."""
+"""The core of the fleet: protocol, bundles, transport, registry, server and command line."""
 
 __version__ = "0.1.0"

@@ -1,35 +1,39 @@
-"""Every error that this project raises on purpose.
+"""The tree of every error that this project raises on purpose.
 
 FleetError
- +- ConfigError             a value on the command line or in a file is not usable
- |   +- MissingExtraError   an optional part is not installed
- |   +- RolloutError        a roll-out that cannot be started, or not be changed in that way
- +- BundleError             a bundle is missing, altered, or for something else
- |   +- HeadsError          a file of exit heads does not fit
- |   +- ExportError         a model cannot be exported
- +- ProtocolError           bytes or messages that break the wire's rules
- |   +- DecodeError         bytes that are no message
- |   +- OversizedError      more bytes than the limit
- |   +- OutOfOrderError     a message that is not legal in this state
- |   +- TopicError          a topic or a name in it that is not ours
- +- PromptError             a request of an app that cannot be served
- |   +- BusyError           more requests at once than the device takes
- |   +- DeadlineError       an answer took longer than its app allowed
- |   +- CloudError          an answer that only the cloud may give, and no worker does
- +- LinkError               the broker cannot be reached, or refuses us
- |   +- ServiceError        the fleet's HTTPS service cannot be reached, or failed
- |       +- ServiceAwayError   it may answer when it is asked again later
- +- IdentityError           an identity folder or certificate is missing or wrong
- |   +- StateError          a change that is not legal in an identity's state
- |   +- AccessError         an identity that may not have what it asks for
- |   +- CsrError            a signing request that is none, or for a key that we do not certify
- |   +- CredentialsError    no certificate, or one that the registry does not know
- |   +- TokenError          an enrolment token that is not usable
- |       +- UnknownTokenError, UsedTokenError, ExpiredTokenError
- |       +- TokenNameError  for another name than the signing request's
- +- RegistryError           the registry cannot answer
-     +- UnknownDeviceError  nobody enrolled that name
-     +- ReportError         a report that can never be stored
+ +- ConfigError                 a value on the command line or in a file is not usable
+ |   +- MissingExtraError       an optional extra is not installed
+ |   +- RolloutError            a roll-out cannot start, or not change in that way
+ +- BundleError                 a bundle is missing, altered, or made for something else
+ |   +- HeadsError              a file of exit heads does not fit
+ |   +- ExportError             a model cannot be exported
+ +- ProtocolError               bytes or messages that break the rules of the wire
+ |   +- DecodeError             bytes that are no message
+ |   +- OversizedError          more bytes than the limit
+ |   +- OutOfOrderError         a message that is not legal in this state
+ |   +- TopicError              a topic, or a name in it, that is not valid
+ +- PromptError                 an app's request that cannot be served
+ |   +- BusyError               more requests at once than the device accepts
+ |   +- DeadlineError           a generation took longer than its app allowed
+ |   +- CloudError              only the cloud may decide, and no worker is available
+ +- PoolFullError               the worker has no memory for another session
+ +- LinkError                   the broker cannot be reached, or refuses the client
+ |   +- ServiceError            the fleet's HTTPS service cannot be reached, or failed
+ |       +- ServiceAwayError    the service may respond later
+ +- IdentityError               an identity folder or a certificate is missing or wrong
+ |   +- StateError              a change that is not legal in an identity's state
+ |   +- AccessError             an identity without the right that it needs
+ |   +- CsrError                a signing request that is malformed, or has another kind of key
+ |   +- CredentialsError        no certificate, or one that the registry does not know
+ |   +- TokenError              an enrolment token that is not usable
+ |       +- UnknownTokenError   a token that the registry does not know
+ |       +- UsedTokenError      a token that another key has used
+ |       +- ExpiredTokenError   a token whose time is over
+ |       +- TokenNameError      a signing request for another name than the token's
+ +- RegistryError               the registry cannot be read or written
+     +- UnknownDeviceError      no identity of that name is enrolled
+     +- ValueRefusedError       the database never accepts this value
+     +- ReportError             a report that can never be stored
 
 A message says what was expected, what came, and what to do.
 """
@@ -50,13 +54,13 @@ class ConfigError(FleetError):
 
 
 class MissingExtraError(ConfigError):
-    """An optional part of the distribution is not installed."""
+    """An optional extra of the distribution is not installed."""
 
     code = "missing_extra"
 
 
 class RolloutError(ConfigError):
-    """A roll-out that cannot be started, or a change that is not legal in its state."""
+    """A roll-out cannot start, or a change is not legal in its state."""
 
     code = "bad_rollout"
 
@@ -104,49 +108,55 @@ class OutOfOrderError(ProtocolError):
 
 
 class TopicError(ProtocolError):
-    """A topic, or a name in one, that is not ours."""
+    """A topic, or a name in one, that is not valid."""
 
     code = "bad_topic"
 
 
 class PromptError(FleetError):
-    """A request of an app that cannot be served as it is."""
+    """An app's request that cannot be served as it is."""
 
     code = "bad_prompt"
 
 
 class BusyError(PromptError):
-    """More requests at once than the device takes."""
+    """More requests at once than the device accepts."""
 
     code = "busy"
 
 
 class DeadlineError(PromptError):
-    """An answer took longer than its app allowed."""
+    """A generation took longer than its app allowed."""
 
     code = "deadline"
 
 
 class CloudError(PromptError):
-    """Only the cloud may decide on this answer's tokens, and no worker does."""
+    """Only the cloud may decide on this request's tokens, and no worker is available."""
 
     code = "no_cloud"
 
 
+class PoolFullError(FleetError):
+    """The worker's budget, or its machine, has no memory for another session of that size."""
+
+    code = "busy"
+
+
 class LinkError(FleetError):
-    """The broker cannot be reached, or refuses us."""
+    """The broker cannot be reached, or refuses the client."""
 
     code = "link"
 
 
 class ServiceError(LinkError):
-    """The fleet's HTTPS service cannot be reached, is not whom we trust, or failed."""
+    """The fleet's HTTPS service cannot be reached, is not trusted, or failed."""
 
     code = "service"
 
 
 class ServiceAwayError(ServiceError):
-    """The service does not answer now; asked again in `retry_after_s` seconds or later it may."""
+    """The service does not respond now; it may in `retry_after_s` seconds or later."""
 
     code = "service_away"
 
@@ -168,19 +178,19 @@ class StateError(IdentityError):
 
 
 class AccessError(IdentityError):
-    """An identity may not have what it asks for."""
+    """An identity does not have the right that it needs."""
 
     code = "not_allowed"
 
 
 class CsrError(IdentityError):
-    """A certificate signing request is none, or its key is not of the kind that we certify."""
+    """A certificate signing request is malformed, or its key is of another kind than P-256."""
 
     code = "bad_csr"
 
 
 class CredentialsError(IdentityError):
-    """Who asks has shown no certificate, or one that the registry does not know."""
+    """The client has shown no certificate, or one that the registry does not know."""
 
     code = "bad_credentials"
 
@@ -192,7 +202,7 @@ class TokenError(IdentityError):
 
 
 class UnknownTokenError(TokenError):
-    """No such token was made, or a newer one has replaced it."""
+    """The registry does not know the token, or a newer one has replaced it."""
 
     code = "unknown_token"
 
@@ -204,31 +214,31 @@ class UsedTokenError(TokenError):
 
 
 class ExpiredTokenError(TokenError):
-    """The token's time is over."""
+    """The token has expired."""
 
     code = "expired_token"
 
 
 class TokenNameError(TokenError):
-    """A signing request is for another name than the token, or the certificate, that came with it."""
+    """A signing request has another name than the token or certificate that came with it."""
 
     code = "other_name"
 
 
 class RegistryError(FleetError):
-    """The registry cannot answer."""
+    """The registry cannot be read or written."""
 
     code = "registry"
 
 
 class UnknownDeviceError(RegistryError):
-    """Nobody enrolled that name."""
+    """No identity of that name is enrolled."""
 
     code = "unknown_device"
 
 
 class ValueRefusedError(RegistryError):
-    """The registry's database does not take a value, and never will."""
+    """The registry's database never accepts this value."""
 
     code = "value_refused"
 

@@ -1,1 +1,1 @@
-"""Export of a Hugging Face model as a bundle: exit heads, ONNX graphs, cloud partition, manifest."""
+"""Export of a Hugging Face model as a bundle: heads, ONNX graphs, cloud partition, manifest."""

@@ -1,8 +1,8 @@
-"""python -m onnx_export: one command from a model to a bundle."""
+"""Command line of the export: ``python -m onnx_export`` turns a model into a bundle."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -16,19 +16,19 @@ from onnx_export.config import (
     DEFAULT_THRESHOLD,
     QUANTIZATIONS,
     ExportConfig,
+    format_layers,
     require_packages,
-    show,
 )
 from onnx_export.default_bundle import EXITS
 
 N = TypeVar("N", int, float)
 
 
-def export(
+def export_command(
     out: Annotated[Path, typer.Option(help="Folder of the bundle; it must not exist or be empty.")],
-    exits: Annotated[str, typer.Option(help="Layers run before each exit, increasing.")] = show(
-        EXITS
-    ),
+    exits: Annotated[
+        str, typer.Option(help="Layers that run before each exit, increasing.")
+    ] = format_layers(EXITS),
     model: Annotated[
         str, typer.Option(help="'default', a hub name or a checkpoint's folder.")
     ] = DEFAULT_MODEL,
@@ -40,41 +40,52 @@ def export(
         str | None,
         typer.Option(help="'shared': exits share the model's final norm on purpose (LayerSkip)."),
     ] = None,
-    split: Annotated[int | None, typer.Option(help="Layers on the edge: the last exit.")] = None,
+    split: Annotated[
+        int | None, typer.Option(help="Layers on the edge; must be the last exit.")
+    ] = None,
     upload_layer: Annotated[
-        int | None, typer.Option(help="Exit whose hidden states are uploaded: the last.")
+        int | None, typer.Option(help="Exit whose hidden states are uploaded, by default the last.")
     ] = None,
     quantization: Annotated[
-        str, typer.Option(help=f"Of the edge: {', '.join(QUANTIZATIONS)}.")
-    ] = "balanced",
+        str, typer.Option(help=f"Quantization of the edge: {', '.join(QUANTIZATIONS)}.")
+    ] = ExportConfig.quantization,
     thresholds: Annotated[
-        str | None, typer.Option(help=f"One for each exit, else {DEFAULT_THRESHOLD}.")
+        str | None,
+        typer.Option(help=f"One threshold for each exit, by default {DEFAULT_THRESHOLD}."),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Kept by 'fleet heads calibrate --write'.")
+        Path | None, typer.Option(help="Calibration file of 'fleet heads calibrate --write'.")
     ] = None,
     max_positions: Annotated[
-        int, typer.Option(help="Longest session, in tokens.")
+        int, typer.Option(help="Maximum length of a session, in tokens.")
     ] = ExportConfig.max_positions,
 ) -> None:
     """Export MODEL as a bundle for devices and cloud workers."""
+    exit_layers = parse_numbers(exits, int, "--exits", "8,15")
+    values = parse_numbers(thresholds, float, "--thresholds", "0.8,0.8") if thresholds else None
     config = ExportConfig(
         out=out,
-        exits=tuple(parse_numbers(exits, int, "--exits", "8,15")),
+        exits=tuple(exit_layers),
         model=model,
         heads=heads,
         exit_head=exit_head,
         split_layer=split,
         upload_layer=upload_layer,
         quantization=quantization,  # type: ignore[arg-type]  # checked by the export
-        thresholds=tuple(parse_numbers(thresholds, float, "--thresholds", "0.8,0.8"))
-        if thresholds
-        else None,
+        thresholds=tuple(values) if values else None,
         calibration=calibration,
         max_positions=max_positions,
     )
     require_packages()
     config.check()
+    print(export_with_progress(config))
+
+
+def export_with_progress(config: ExportConfig) -> str:
+    """Export a bundle with progress and the parity table on stderr; return its bundle id."""
+    from onnx_export.bundle import export_bundle
+    from onnx_export.report import parity_table
+
     console = Console(stderr=True)
     with console.status("starting") as status:
 
@@ -82,23 +93,20 @@ def export(
             console.print(line, highlight=False)
             status.update(line)
 
-        from onnx_export.bundle import export_bundle
-        from onnx_export.report import parity_table
+        def report(figures: Mapping[str, float], limits: Mapping[str, float]) -> None:
+            console.print(parity_table(figures, limits))
 
-        manifest = export_bundle(
-            config, progress, lambda *report: console.print(parity_table(*report))
-        )
-    print(manifest.bundle_id)
+        return export_bundle(config, progress, report).bundle_id
 
 
 def parse_numbers(text: str, number: Callable[[str], N], option: str, example: str) -> list[N]:
-    """Numbers out of a comma-separated list.
+    """Return the numbers of a comma-separated list.
 
     Raises:
-        ConfigError: something in it is no number.
+        ConfigError: an element is not a number.
     """
     try:
-        return [number(part) for part in text.split(",")]
+        return [number(element) for element in text.split(",")]
     except ValueError:
         raise ConfigError(
             f"{option} {text!r}: expected numbers with commas between, e.g. {example}"
@@ -106,13 +114,8 @@ def parse_numbers(text: str, number: Callable[[str], N], option: str, example: s
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-app.command()(export)
-
-
-def main() -> None:
-    """Entry point."""
-    run_command("python -m onnx_export", app)
+app.command()(export_command)
 
 
 if __name__ == "__main__":
-    main()
+    run_command("python -m onnx_export", app)

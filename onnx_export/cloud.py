@@ -1,4 +1,4 @@
-"""Cloud partition: the upper layers, the final norm and the LM head as a Hugging Face checkpoint."""
+"""Cloud partition: upper layers, final norm and LM head as a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -13,23 +13,30 @@ PER_LAYER = ("layer_types", "no_rope_layers")  # settings with one value a layer
 
 
 def write_cloud(model: Any, upload_layer: int, folder: Path) -> None:
-    """Layers [upload_layer, num_layers) renumbered from 0, with norm and untied LM head, float32; no embedding."""
+    """Write layers from `upload_layer` on, the norm and an untied LM head, without embedding."""
     folder.mkdir(parents=True)
-    config = model.config.to_dict()
-    config["num_hidden_layers"] -= upload_layer
-    config["tie_word_embeddings"] = False
-    for key in PER_LAYER:
-        if config.get(key):
-            config[key] = config[key][upload_layer:]
-    type(model.config).from_dict(config).save_pretrained(folder)
+    cloud_config(model, upload_layer).save_pretrained(folder)
     path = folder / "model.safetensors"
     save_file(cloud_tensors(model, upload_layer), path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors makes it readable to its owner alone
 
 
+def cloud_config(model: Any, upload_layer: int) -> Any:
+    """Return the transformers configuration of the smaller model."""
+    config = model.config.to_dict()
+    config["num_hidden_layers"] -= upload_layer
+    config["tie_word_embeddings"] = False
+    for key in PER_LAYER:
+        values = config.get(key)
+        if values:
+            config[key] = values[upload_layer:]
+    return type(model.config).from_dict(config)
+
+
 def cloud_tensors(model: Any, upload_layer: int) -> dict[str, torch.Tensor]:
-    """The partition's tensors by their names in the smaller model."""
-    tensors = {"model.norm.weight": model.model.norm.weight, "lm_head.weight": model.lm_head.weight}
+    """Return the partition's tensors by their names in the smaller model."""
+    tensors = {"model.norm.weight": model.model.norm.weight}
+    tensors["lm_head.weight"] = model.lm_head.weight
     for name, tensor in model.model.layers[upload_layer:].state_dict().items():
         tensors[LAYER_PREFIX + name] = tensor
     return {name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}

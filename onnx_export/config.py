@@ -1,4 +1,4 @@
-"""What an export is asked for, and the rules that can be checked without loading a model."""
+"""Options of an export, and the rules that can be checked without loading a model."""
 
 from __future__ import annotations
 
@@ -31,13 +31,15 @@ SHARED_HEAD: Final = "shared"
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """One export. Layer numbers are half-open: an exit at 8 means that layers [0, 8) have run.
+    """One export. An exit at 8 means that layers [0, 8) have run: layer ranges are half-open.
 
-    `model` is ``default``, a hub name or a folder. Without `heads` the exits share the model's final norm, except for
-    the default model, whose trained heads ship with this package; with `exit_head` ``shared`` they do so on purpose, as
-    a model does that was trained with early exits (LayerSkip, arXiv 2404.16710). `split_layer` must be the last exit,
-    which it is when left out; `upload_layer` is the split or an earlier exit. `max_positions` bounds a session's length
-    in tokens. `parts` is the folder of graphs that later exports reuse, by default one in the user's cache.
+    `model` is ``default``, a hub name or a folder. Without `heads` the exits share the model's
+    final norm, except for the default model, whose trained heads ship with this package.
+    `exit_head` ``shared`` makes them share it on purpose, for a model that was trained with early
+    exits (LayerSkip, arXiv 2404.16710). `split_layer` must be the last exit, its default;
+    `upload_layer` is the split or an earlier exit. `max_positions` bounds a session's length in
+    tokens. `graph_cache` is the folder of graphs that later exports reuse, by default one in the
+    user's cache.
     """
 
     out: Path
@@ -52,30 +54,56 @@ class ExportConfig:
     calibration: Path | None = None
     max_positions: int = 8192
     top_k: int = 64
-    parts: Path | None = None
+    graph_cache: Path | None = None
 
     @property
     def split(self) -> int:
+        """The number of layers on the edge."""
         return self.exits[-1] if self.split_layer is None else self.split_layer
 
     @property
     def upload(self) -> int:
+        """The exit whose hidden states are uploaded."""
         return self.split if self.upload_layer is None else self.upload_layer
 
+    def top_k_of(self, vocab_size: int) -> int:
+        """Return the number of candidates that the LM head gives for a vocabulary of this size."""
+        return min(self.top_k, vocab_size)
+
     def check(self) -> None:
-        """Raises ConfigError or ExportError for what no model could satisfy."""
+        """Check the values that no model could satisfy.
+
+        Raises:
+            ConfigError: a value is unknown, out of range or contradicts another.
+            ExportError: the exits, the split or the upload layer do not fit each other.
+        """
         if self.quantization not in QUANTIZATIONS:
             raise ConfigError(
-                f"unknown quantization {self.quantization!r}: expected one of {', '.join(QUANTIZATIONS)}"
+                f"unknown quantization {self.quantization!r}: "
+                f"expected one of {', '.join(QUANTIZATIONS)}"
             )
+        self._check_heads()
+        self._check_layers()
+        self._check_thresholds()
+        if self.max_positions < 8 or self.top_k < 1:
+            raise ConfigError(
+                f"max positions {self.max_positions} and top-k {self.top_k}: "
+                "expected at least 8 and 1"
+            )
+        check_free(self.out)
+
+    def _check_heads(self) -> None:
         if self.exit_head not in (None, SHARED_HEAD):
             raise ConfigError(
-                f"unknown exit head {self.exit_head!r}: expected {SHARED_HEAD!r}, or trained ones with --heads"
+                f"unknown exit head {self.exit_head!r}: "
+                f"expected {SHARED_HEAD!r}, or trained ones with --heads"
             )
         if self.exit_head and self.heads:
             raise ConfigError(
                 f"--exit-head {self.exit_head} and --heads {self.heads}: give one of the two"
             )
+
+    def _check_layers(self) -> None:
         check_order(self.exits)
         if self.split != self.exits[-1]:
             raise ExportError(
@@ -83,40 +111,39 @@ class ExportConfig:
             )
         if self.upload not in self.exits:
             raise ExportError(
-                f"upload layer {self.upload}: expected one of the exits {show(self.exits)}"
+                f"upload layer {self.upload}: expected one of the exits {format_layers(self.exits)}"
             )
+
+    def _check_thresholds(self) -> None:
         if self.thresholds and self.calibration:
             raise ConfigError("--thresholds and --calibration: give one of the two")
         if self.thresholds and len(self.thresholds) != len(self.exits):
             raise ConfigError(
-                f"got {len(self.thresholds)} thresholds for {len(self.exits)} exits; give one for each"
+                f"got {len(self.thresholds)} thresholds for {len(self.exits)} exits; "
+                "give one for each"
             )
         for threshold in self.thresholds or ():
             check_threshold(threshold)
-        if self.max_positions < 8 or self.top_k < 1:
-            raise ConfigError(
-                f"max positions {self.max_positions} and top-k {self.top_k}: expected at least 8 and 1"
-            )
-        check_free(self.out)
 
 
 def check_order(exits: tuple[int, ...]) -> None:
-    """Raises ExportError unless `exits` are layer counts from 1 that increase."""
+    """Raise ExportError unless `exits` are layer counts from 1 that increase."""
     if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1:
         raise ExportError(
-            f"exits {show(exits)}: expected increasing layer counts from 1, e.g. 8,15"
+            f"exits {format_layers(exits)}: expected increasing layer counts from 1, e.g. 8,15"
         )
 
 
-def show(layers: tuple[int, ...]) -> str:
-    """Layers as the command line takes them, e.g. ``8,15``."""
+def format_layers(layers: tuple[int, ...]) -> str:
+    """Return layers in the command line's format, e.g. ``8,15``."""
     return ",".join(map(str, layers)) or "(none)"
 
 
 def require_packages() -> None:
-    """Raises MissingExtraError naming what the export needs and is not installed."""
+    """Raise MissingExtraError with the names of required packages that are not installed."""
     missing = [name for name in EXTRA_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingExtraError(
-            f"the export needs {', '.join(missing)}, which is not installed: pip install 'cecollm-fleet[export]'"
+            f"the export needs {', '.join(missing)}, which is not installed: "
+            "pip install 'cecollm-fleet[export]'"
         )

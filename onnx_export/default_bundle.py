@@ -19,14 +19,17 @@ DATA: Final = PACKAGE / "data"
 
 
 def default_bundle(progress: Callable[[str], None] = lambda _: None) -> Path:
-    """Folder of the default bundle. The first call fetches the model and builds it (a minute or two).
+    """Return the folder of the default bundle.
+
+    The first call fetches the model and builds the bundle, which takes a minute or two.
 
     Raises:
         MissingExtraError: it has to be built and the extra ``export`` is not installed.
         ExportError: the model cannot be fetched or exported.
     """
     folder = platformdirs.user_cache_path("cecollm-fleet") / "bundles" / f"default-{build_key()}"
-    if (folder / MANIFEST_FILE).is_file():
+    manifest_file = folder / MANIFEST_FILE
+    if manifest_file.is_file():
         return folder
     require_packages()
     progress("building the default bundle (the first time only)")
@@ -35,14 +38,17 @@ def default_bundle(progress: Callable[[str], None] = lambda _: None) -> Path:
     try:
         export_bundle(ExportConfig(out=folder, exits=EXITS), progress)
     except ConfigError:
-        if not (folder / MANIFEST_FILE).is_file():  # else another process was faster
+        if not manifest_file.is_file():  # else another process was faster
             raise
     return folder
 
 
 def build_key() -> str:
-    """Changes whenever the bundle would: hash of the exits, the heads, our sources and the tools' versions."""
-    digest = hashlib.sha256(f"{source_digest()} {ExportConfig(out=Path(), exits=EXITS)}".encode())
-    for path in sorted(path for path in DATA.iterdir() if path.is_file()):
-        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    """Return a hash of the bundle's inputs: exits, heads, our sources and the tools' versions."""
+    config = ExportConfig(out=Path(), exits=EXITS)
+    digest = hashlib.sha256(f"{source_digest()} {config}".encode())
+    files = [path for path in DATA.iterdir() if path.is_file()]
+    for path in sorted(files):
+        digest.update(path.name.encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]

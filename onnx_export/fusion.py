@@ -1,13 +1,16 @@
-"""Fewer nodes for the same result: a step on a small device is made of many short operations.
+"""Graph fusion: fewer nodes for the same result.
 
-Products of one input by several weights become one product, the three that feed an attention directly stay packed, a
-residual sum and the norm after it become ``SkipSimplifiedLayerNormalization``, and reshapes that change nothing go.
+A step on a small device consists of many short operations. Products of one input by several
+weights become one product, the three that feed an attention directly stay packed, a residual sum
+and the norm after it become ``SkipSimplifiedLayerNormalization``, and reshapes that change nothing
+are removed.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,7 +22,7 @@ NORM = "SimplifiedLayerNormalization"
 
 
 class Graph:
-    """A model's nodes in order, with who makes and who reads each value."""
+    """A model's nodes in order, with the producer and the readers of each value."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
@@ -29,53 +32,60 @@ class Graph:
         self.replace_nodes(model.graph.node)
 
     def replace_nodes(self, nodes: Iterable[NodeProto]) -> None:
-        """Takes `nodes`, in an order in which they can run, for the present ones."""
+        """Replace the present nodes by `nodes`, which must be in an order in which they can run."""
         self.nodes = list(nodes)
-        self.maker = {name: node for node in self.nodes for name in node.output if name}
+        self.producers: dict[str, NodeProto] = {}
         self.readers: defaultdict[str, list[NodeProto]] = defaultdict(list)
         for node in self.nodes:
+            for name in node.output:
+                self.producers[name] = node
             for name in node.input:
                 self.readers[name].append(node)
+        self.producers.pop("", None)
 
     def without(self, removed: Iterable[NodeProto]) -> list[NodeProto]:
-        """The nodes but for `removed`."""
+        """Return the nodes except `removed`."""
         ids = {id(node) for node in removed}
         return [node for node in self.nodes if id(node) not in ids]
 
     def add_weight(self, name: str, value: np.ndarray) -> str:
-        """An initializer of that name, once."""
+        """Add an initialiser unless there is one of that name; return the name."""
         if name not in self.weights:
             self.weights[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
         return name
 
     def array(self, name: str) -> np.ndarray:
-        """An initializer's value."""
+        """Return an initialiser's value."""
         return numpy_helper.to_array(self.weights[name])
 
     def is_product(self, node: NodeProto) -> bool:
-        """Whether `node` multiplies by a constant matrix."""
+        """Return whether `node` multiplies by a constant matrix."""
         return node.op_type == "MatMul" and node.input[1] in self.weights
 
     def to_model(self) -> onnx.ModelProto:
-        """The model with these nodes and the initializers that they read."""
-        read = {name for node in self.nodes for name in node.input}
+        """Return the model with these nodes and the initialisers that they read."""
+        used = {name for node in self.nodes for name in node.input}
+        weights = [tensor for name, tensor in self.weights.items() if name in used]
         nodes = [NodeProto.FromString(node.SerializeToString()) for node in self.nodes]
-        weights = [self.weights[name] for name in self.weights if name in read]
         graph = self.model.graph
-        for part, values in (
-            (graph.node, nodes),
-            (graph.initializer, weights),
-            (graph.value_info, []),
-        ):
-            del part[:]
-            part.extend(values)
-        if all(opset.domain != MICROSOFT for opset in self.model.opset_import):
-            self.model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+        replace_elements(graph.node, nodes)
+        replace_elements(graph.initializer, weights)
+        replace_elements(graph.value_info, [])
+        domains = {opset.domain for opset in self.model.opset_import}
+        if MICROSOFT not in domains:
+            opset = helper.make_opsetid(MICROSOFT, 1)
+            self.model.opset_import.append(opset)
         return self.model
 
 
-def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model, changed in place, with fewer nodes."""
+def replace_elements(field: Any, values: Sequence[Any]) -> None:
+    """Replace all elements of a repeated protobuf field."""
+    del field[:]
+    field.extend(values)
+
+
+def fuse_graph(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Fuse nodes of a model in place and return it."""
     graph = Graph(model)
     drop_attention_reshapes(graph)
     merge_products(graph)
@@ -84,110 +94,147 @@ def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def drop_attention_reshapes(graph: Graph) -> None:
-    """Attention takes and gives [1, s, heads * head_dim], as the products around it do."""
-    dropped = []
+    """Connect attention to the products around it; both use [1, s, heads * head_dim]."""
+    dropped: list[NodeProto] = []
     for node in graph.nodes:
-        if node.op_type != ATTENTION:
-            continue
-        for i in range(3):
-            chain = reshapes_before(graph, node.input[i])
-            source = chain[-1].input[0] if chain else node.input[i]
-            if source in graph.maker and graph.maker[source].op_type in ("MatMul", "Add"):
-                node.input[i] = source
-                dropped += chain
-        for reshape in graph.readers[node.output[0]]:
-            readers = graph.readers[reshape.output[0]]
-            if reshape.op_type == "Reshape" and all(
-                reader.op_type == "MatMul" for reader in readers
-            ):
-                for reader in readers:
-                    reader.input[0] = node.output[0]
-                dropped.append(reshape)
+        if node.op_type == ATTENTION:
+            dropped += [*bypass_reshapes_before(graph, node), *bypass_reshapes_after(graph, node)]
     graph.replace_nodes(graph.without(dropped))
 
 
+def bypass_reshapes_before(graph: Graph, attention: NodeProto) -> list[NodeProto]:
+    """Connect query, key and value to their products; return the reshapes that are unused now."""
+    dropped: list[NodeProto] = []
+    for i in range(3):
+        chain = reshapes_before(graph, attention.input[i])
+        source = chain[-1].input[0] if chain else attention.input[i]
+        producer = graph.producers.get(source)
+        if producer is not None and producer.op_type in ("MatMul", "Add"):
+            attention.input[i] = source
+            dropped += chain
+    return dropped
+
+
+def bypass_reshapes_after(graph: Graph, attention: NodeProto) -> list[NodeProto]:
+    """Connect products to the attention's output; return the reshapes that are unused now."""
+    dropped: list[NodeProto] = []
+    output = attention.output[0]
+    for reshape in graph.readers[output]:
+        readers = graph.readers[reshape.output[0]]
+        feeds_products = all(reader.op_type == "MatMul" for reader in readers)
+        if reshape.op_type == "Reshape" and feeds_products:
+            for reader in readers:
+                reader.input[0] = output
+            dropped.append(reshape)
+    return dropped
+
+
 def reshapes_before(graph: Graph, name: str) -> list[NodeProto]:
-    """The reshapes that lead to value `name` and to nothing else, last first."""
+    """Return the reshapes that lead to value `name` and to nothing else, last first."""
     chain: list[NodeProto] = []
-    while (
-        (node := graph.maker.get(name))
-        and node.op_type == "Reshape"
-        and len(graph.readers[name]) == 1
-    ):
+    node = graph.producers.get(name)
+    while node is not None and node.op_type == "Reshape" and len(graph.readers[name]) == 1:
         chain.append(node)
         name = node.input[0]
+        node = graph.producers.get(name)
     return chain
 
 
 def merge_products(graph: Graph) -> None:
-    """Products of one value by several weights become one, split behind it, or packed into the attention it feeds."""
+    """Merge products of one value by several weights into one product.
+
+    The result is split behind it, or stays packed for the attention that it feeds.
+    """
     groups: defaultdict[str, list[NodeProto]] = defaultdict(list)
     for node in graph.nodes:
         if graph.is_product(node):
             groups[node.input[0]].append(node)
     merged: dict[int, list[NodeProto]] = {}
-    dropped: list[NodeProto] = []
     for group in groups.values():
         if len(group) > 1:
-            merged[id(group[0])] = merge(graph, group)
-            dropped += group[1:]
-    graph.replace_nodes(
-        new for node in graph.without(dropped) for new in merged.get(id(node), [node])
-    )
+            merged |= {id(node): [] for node in group}
+            merged[id(group[0])] = merge_group(graph, group)
+    nodes: list[NodeProto] = []
+    for node in graph.nodes:
+        nodes += merged.get(id(node), [node])
+    graph.replace_nodes(nodes)
 
 
-def merge(graph: Graph, products: list[NodeProto]) -> list[NodeProto]:
-    """One product for `products`, which read the same value, and what gives the readers their parts."""
+def merge_group(graph: Graph, products: list[NodeProto]) -> list[NodeProto]:
+    """Return one product for `products`, which read the same value.
+
+    A Split that restores their outputs follows it, unless an attention reads them packed.
+    """
     weights = [graph.array(node.input[1]) for node in products]
     name = "+".join(node.input[1] for node in products)
     graph.add_weight(name, np.concatenate(weights, 1))
     outputs = [node.output[0] for node in products]
     product = helper.make_node(
-        "MatMul", [products[0].input[0], name], [f"{name}.out"], name=f"product_{name}"
+        "MatMul",
+        [products[0].input[0], name],
+        [f"{name}.out"],
+        name=f"product_{name}",
     )
+    if pack_attention_inputs(graph, outputs, product.output[0]):
+        return [product]
+    widths = np.array([weight.shape[1] for weight in weights], np.int64)
+    sizes = graph.add_weight(f"{name}.sizes", widths)
+    split = helper.make_node(
+        "Split",
+        [product.output[0], sizes],
+        outputs,
+        axis=-1,
+        name=f"split_{name}",
+    )
+    return [product, split]
+
+
+def pack_attention_inputs(graph: Graph, outputs: list[str], packed: str) -> bool:
+    """Feed `packed` to the attention whose query, key and value are `outputs`.
+
+    Return False and change nothing if there is no such attention or another reader.
+    """
     readers = [reader for output in outputs for reader in graph.readers[output]]
     attention = readers[0]
-    if (
-        attention.op_type == ATTENTION
-        and list(attention.input[:3]) == outputs
-        and len(readers) == 3
-    ):
-        attention.input[0] = product.output[0]
-        attention.input[1] = ""
-        attention.input[2] = ""
-        return [product]
-    sizes = graph.add_weight(
-        f"{name}.sizes", np.array([weight.shape[1] for weight in weights], np.int64)
-    )
-    return [
-        product,
-        helper.make_node(
-            "Split", [product.output[0], sizes], outputs, axis=-1, name=f"split_{name}"
-        ),
-    ]
+    if attention.op_type != ATTENTION or len(readers) != 3:
+        return False
+    if list(attention.input[:3]) != outputs:
+        return False
+    attention.input[0] = packed
+    attention.input[1] = ""
+    attention.input[2] = ""
+    return True
 
 
 def fuse_residual_norms(graph: Graph) -> None:
-    """``norm(a + b)`` with the sum that goes on becomes one node."""
+    """Fuse ``norm(a + b)`` and the sum, which later nodes read as well, into one node."""
     fused: dict[int, NodeProto] = {}
-    norms = []
+    norms: list[NodeProto] = []
     for norm in graph.nodes:
-        total = graph.maker.get(norm.input[0]) if norm.op_type == NORM else None
-        if (
-            total is None
-            or total.op_type != "Add"
-            or id(total) in fused
-            or graph.weights.keys() & set(total.input)
-        ):
+        residual_sum = graph.producers.get(norm.input[0])
+        if norm.op_type != NORM or residual_sum is None or id(residual_sum) in fused:
             continue
-        epsilon = next(attribute.f for attribute in norm.attribute if attribute.name == "epsilon")
-        fused[id(total)] = helper.make_node(
-            f"Skip{NORM}",
-            [*total.input, norm.input[1]],
-            [norm.output[0], "", "", total.output[0]],
-            domain=MICROSOFT,
-            epsilon=epsilon,
-            name=f"skip_{norm.output[0]}",
-        )
-        norms.append(norm)
+        if is_residual_sum(graph, residual_sum):
+            fused[id(residual_sum)] = skip_norm(residual_sum, norm)
+            norms.append(norm)
     graph.replace_nodes(fused.get(id(node), node) for node in graph.without(norms))
+
+
+def is_residual_sum(graph: Graph, node: NodeProto) -> bool:
+    """Return whether `node` adds two values, neither of which is a weight."""
+    return node.op_type == "Add" and graph.weights.keys().isdisjoint(node.input)
+
+
+def skip_norm(residual_sum: NodeProto, norm: NodeProto) -> NodeProto:
+    """Return the node that gives both a sum's and its norm's output."""
+    attributes = {attribute.name: attribute for attribute in norm.attribute}
+    inputs = [*residual_sum.input, norm.input[1]]
+    outputs = [norm.output[0], "", "", residual_sum.output[0]]
+    return helper.make_node(
+        f"Skip{NORM}",
+        inputs,
+        outputs,
+        domain=MICROSOFT,
+        epsilon=attributes["epsilon"].f,
+        name=f"skip_{norm.output[0]}",
+    )

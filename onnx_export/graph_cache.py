@@ -1,4 +1,4 @@
-"""Graphs kept from earlier exports, by the hash of everything that they were made from (docs/adr/0008)."""
+"""Cache of exported graphs, keyed by the hash of all their inputs (docs/adr/0008)."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from filelock import FileLock
 from onnx_export.checkpoint import cache_folder
 from onnx_export.fingerprints import source_digest
 
-MAX_PART_BYTES: Final = 1 << 30
+MAX_GRAPH_BYTES: Final = 1 << 30
 MAX_CACHE_BYTES: Final = 4 << 30
 DIGEST_BYTES: Final = 32
 LOCK_FILE: Final = ".lock"
 PARTIAL_FILE: Final = ".partial"
 
 
-def default_parts() -> PartCache:
-    """The user's cache of parts."""
-    return PartCache(cache_folder() / "parts")
+def default_graph_cache() -> GraphCache:
+    """Return the user's cache of graphs."""
+    return GraphCache(cache_folder() / "parts")
 
 
-def part_key(tensors: Mapping[str, Any], **options: object) -> str:
-    """Hex digest of a part's inputs: torch tensors by name, options whose ``repr`` tells their value, our sources."""
+def graph_key(tensors: Mapping[str, Any], **options: object) -> str:
+    """Return a hex digest of a graph's inputs and our sources.
+
+    The inputs are torch tensors by name, and options whose ``repr`` shows their value.
+    """
     digest = hashlib.sha256(f"{source_digest()} {sorted(options.items())!r}".encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -37,10 +40,11 @@ def part_key(tensors: Mapping[str, Any], **options: object) -> str:
 
 
 @dataclass(frozen=True)
-class PartCache:
-    """A folder of graphs, one file each: SHA-256 of the rest, then the graph. The least recently used go first.
+class GraphCache:
+    """A folder of graphs, one file each: the SHA-256 of the rest, then the graph.
 
-    Writers take turns by a lock, and readers see whole files only, so that exports may run at once or be killed.
+    The least recently used graphs are removed first. Writers hold a lock and readers see whole
+    files only, so exports may run at the same time or be killed.
     """
 
     folder: Path
@@ -49,16 +53,17 @@ class PartCache:
     def get_or_make(
         self, key: str, make: Callable[[], onnx.ModelProto]
     ) -> tuple[onnx.ModelProto, bool]:
-        """The graph kept under `key`, else what `make` gives, which is kept; and whether it was there."""
-        if (kept := self._read(key)) is not None:
-            return kept, True
+        """Return the graph under `key`, made and stored if missing, and whether it was there."""
+        cached = self._read(key)
+        if cached is not None:
+            return cached, True
         graph = make()
-        if graph.ByteSize() <= min(MAX_PART_BYTES, self.max_bytes):
+        if graph.ByteSize() <= min(MAX_GRAPH_BYTES, self.max_bytes):
             self._write(key, graph.SerializeToString(deterministic=True))
         return graph, False
 
     def _read(self, key: str) -> onnx.ModelProto | None:
-        """The graph, or None when it is not there or damaged."""
+        """Return the graph, or None when it is missing or damaged."""
         path = self.folder / key
         try:
             content = path.read_bytes()
@@ -72,27 +77,31 @@ class PartCache:
         return onnx.load_model_from_string(bytes(payload))
 
     def _write(self, key: str, payload: bytes) -> None:
-        """Keeps a graph; without room on the disk it is not kept."""
-        partial = (
-            self.folder / PARTIAL_FILE
-        )  # only who holds the lock writes it: a killed writer's is overwritten
+        """Store a graph; without room on the disk it is not stored."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / LOCK_FILE):
-                try:
-                    partial.write_bytes(hashlib.sha256(payload).digest() + payload)
-                    partial.replace(self.folder / key)
-                finally:
-                    partial.unlink(missing_ok=True)
+                self._replace(self.folder / key, payload)
                 self._prune()
         except OSError:
             return
 
+    def _replace(self, path: Path, payload: bytes) -> None:
+        """Write a graph's file whole or not at all; the caller holds the lock."""
+        # Only the lock's holder writes the partial file, so a killed writer's one is overwritten.
+        partial = self.folder / PARTIAL_FILE
+        try:
+            partial.write_bytes(hashlib.sha256(payload).digest() + payload)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
     def _prune(self) -> None:
-        """Removes the least recently used parts until the rest fits."""
-        parts = [path for path in self.folder.iterdir() if not path.name.startswith(".")]
+        """Remove the least recently used graphs until the rest fits."""
+        graphs = [path for path in self.folder.iterdir() if not path.name.startswith(".")]
+        graphs.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
         room = self.max_bytes
-        for path in sorted(parts, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        for path in graphs:
             room -= path.stat().st_size
             if room < 0:
                 path.unlink()

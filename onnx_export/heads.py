@@ -1,4 +1,4 @@
-"""Exit heads: what turns a block's output into what the model's own LM head expects."""
+"""Exit heads: modules that turn a block's output into the input of the model's own LM head."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, cast, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,7 +32,8 @@ class RmsNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+        mean_square = x.pow(2).mean(-1, keepdim=True)
+        return x * torch.rsqrt(mean_square + self.eps) * self.weight
 
 
 class GatedMlp(nn.Module):
@@ -46,20 +47,24 @@ class GatedMlp(nn.Module):
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        gate = nn.functional.silu(self.gate(x))
+        out: Tensor = self.down(gate * self.up(x))
         return out
 
 
 class ExitHead(nn.Module):
-    """Turns hidden states after some layers into what the model's LM head expects.
+    """Map from hidden states after some layers to the input of the model's LM head.
 
-    ``forward``: hidden_states [..., hidden] float -> exit_hidden [..., hidden] float. Kinds, each with the norm first:
+    ``forward``: hidden_states [..., hidden] float -> exit_hidden [..., hidden] float. Each kind
+    begins with the norm:
 
-    - ``shared``: nothing else; with the model's final norm this is LayerSkip's exit (arXiv 2404.16710);
+    - ``shared``: nothing else; with the model's final norm this is LayerSkip's exit
+      (arXiv 2404.16710);
     - ``linear``: a matrix, which starts as the identity;
     - ``mlp``: a matrix plus a gated MLP, which starts as zero;
-    - ``block``: `layer`, a decoder layer of the model's own class with a KV cache of its own, then norm and matrix.
-      Who runs the head runs `layer` first, as it runs the model's layers; ``forward`` takes what comes out of it.
+    - ``block``: `layer`, a decoder layer of the model's own class with its own KV cache, then norm
+      and matrix. The caller runs `layer` first, as it runs the model's layers; the input of
+      ``forward`` is the output of `layer`.
     """
 
     def __init__(
@@ -90,7 +95,9 @@ class ExitHead(nn.Module):
 
 
 def new_head(kind: HeadKind, model: Any, exit_layer: int, intermediate: int = 0) -> ExitHead:
-    """An untrained head for `model` after `exit_layer` layers; a block starts as a copy of the model's last layer.
+    """Return an untrained head for `model` after `exit_layer` layers.
+
+    A block starts as a copy of the model's last layer.
 
     Raises:
         ConfigError: there is no such kind.
@@ -99,23 +106,23 @@ def new_head(kind: HeadKind, model: Any, exit_layer: int, intermediate: int = 0)
         raise ConfigError(
             f"unknown kind of exit head {kind!r}: expected one of {', '.join(HEAD_KINDS)}"
         )
-    norm = model.model.norm
     layer = None
     if kind == "block":
         layer = copy.deepcopy(model.model.layers[-1]).float()
         layer.self_attn.layer_idx = exit_layer
-    return ExitHead(
-        kind, norm.weight.detach(), float(norm.variance_epsilon), layer, intermediate
-    ).eval()
+    norm = model.model.norm
+    epsilon = float(norm.variance_epsilon)
+    head = ExitHead(kind, norm.weight.detach(), epsilon, layer, intermediate)
+    return head.eval()
 
 
 def shared_heads(model: Any, exits: tuple[int, ...]) -> dict[int, ExitHead]:
-    """Heads with nothing to train: every exit uses the model's final norm."""
+    """Return heads with nothing to train: every exit uses the model's final norm."""
     return {layer: new_head("shared", model, layer).requires_grad_(False) for layer in exits}
 
 
-def fingerprint(model: Any) -> str:
-    """SHA-256, in hex, of the weights that an exit head builds on: the final norm and the LM head, as float32."""
+def model_fingerprint(model: Any) -> str:
+    """Return the SHA-256, in hex, of final norm and LM head as float32; heads build on them."""
     digest = hashlib.sha256()
     for weight in (model.model.norm.weight, model.lm_head.weight):
         digest.update(weight.detach().float().cpu().contiguous().numpy().data)
@@ -123,7 +130,7 @@ def fingerprint(model: Any) -> str:
 
 
 def heads_digest(heads: Mapping[int, ExitHead]) -> str:
-    """SHA-256, in hex, of heads as they are stored: what a calibration holds for."""
+    """Return the SHA-256, in hex, of heads as they are stored; a calibration refers to it."""
     digest = hashlib.sha256()
     for layer, head in sorted(heads.items()):
         for name, tensor in head.state_dict().items():
@@ -143,7 +150,7 @@ class HeadsFile:
 
 
 def save_heads(file: HeadsFile, path: Path) -> None:
-    """Writes heads by exit layer as one FP16 safetensors file, whole or not at all."""
+    """Write heads by exit layer as one FP16 safetensors file, whole or not at all."""
     tensors = {
         f"exit.{layer}.{name}": tensor.to(torch.float16).contiguous()
         for layer, head in sorted(file.heads.items())
@@ -166,50 +173,66 @@ def save_heads(file: HeadsFile, path: Path) -> None:
 
 
 def load_heads(path: Path, exits: tuple[int, ...], model: Any) -> HeadsFile:
-    """Heads for `exits` of `model` out of a file of :func:`save_heads`, in float32.
+    """Load heads for `exits` of `model`, in float32, from a file of :func:`save_heads`.
 
     Raises:
-        HeadsError: the file is no heads file, was made for another model, or lacks one of the exits.
+        HeadsError: the file is not a heads file, was made for another model, or lacks an exit.
+    """
+    metadata, tensors = read_heads_file(path)
+    fingerprint = model_fingerprint(model)
+    trained_for = metadata.get("model")
+    if trained_for != fingerprint:
+        raise HeadsError(
+            f"{path}: the heads were trained for another model (its hash is "
+            f"{str(trained_for)[:12]}, this model's {fingerprint[:12]}); "
+            "train heads for this one with 'fleet heads train'"
+        )
+    kind = cast(HeadKind, metadata["kind"])
+    heads = {layer: load_head(path, kind, model, layer, tensors) for layer in exits}
+    return HeadsFile(heads, kind, fingerprint, json.loads(metadata.get("made_by", "{}")))
+
+
+def read_heads_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Read the metadata and the float32 tensors of a heads file.
+
+    Raises:
+        HeadsError: the file cannot be read or has another format.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+            keys = list(file.keys())
+            tensors = {key: file.get_tensor(key).float() for key in keys}
     except (OSError, SafetensorError) as error:
         raise HeadsError(f"cannot read the exit heads {path}: {error}") from error
-    if metadata.get("format") != FORMAT or metadata.get("kind") not in HEAD_KINDS:
+    file_format = metadata.get("format")
+    if file_format != FORMAT or metadata.get("kind") not in HEAD_KINDS:
         raise HeadsError(
-            f"{path}: expected a heads file of format {FORMAT!r}, got {metadata.get('format')!r}; "
+            f"{path}: expected a heads file of format {FORMAT!r}, got {file_format!r}; "
             "train heads with 'fleet heads train'"
         )
-    kind: Any = metadata["kind"]
-    expected = fingerprint(model)
-    if metadata.get("model") != expected:
+    return metadata, tensors
+
+
+def load_head(
+    path: Path, kind: HeadKind, model: Any, layer: int, tensors: Mapping[str, Tensor]
+) -> ExitHead:
+    """Return the head of one exit from the tensors of a heads file."""
+    prefix = f"exit.{layer}."
+    names = [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
+    state = {name: tensors[prefix + name] for name in names}
+    if not state:
+        layers = sorted({int(key.split(".")[1]) for key in tensors})
         raise HeadsError(
-            f"{path}: the heads were trained for another model (its hash is {str(metadata.get('model'))[:12]}, "
-            f"this model's {expected[:12]}); train heads for this one with 'fleet heads train'"
+            f"{path} has heads for exits {layers}, not for {layer}; train one or choose other exits"
         )
-    heads = {}
-    for layer in exits:
-        prefix = f"exit.{layer}."
-        state = {
-            key.removeprefix(prefix): value
-            for key, value in tensors.items()
-            if key.startswith(prefix)
-        }
-        if not state:
-            known = sorted({int(key.split(".")[1]) for key in tensors})
-            raise HeadsError(
-                f"{path} has heads for exits {known}, not for {layer}; train one or choose other exits"
-            )
-        intermediate = state["mlp.up.weight"].shape[0] if kind == "mlp" else 0
-        head = new_head(kind, model, layer, intermediate)
-        try:
-            head.load_state_dict(state)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise HeadsError(
-                f"{path}: the head of exit {layer} does not fit the model: {reason}"
-            ) from None
-        heads[layer] = head.requires_grad_(False)
-    return HeadsFile(heads, kind, expected, json.loads(metadata.get("made_by", "{}")))
+    intermediate = state["mlp.up.weight"].shape[0] if kind == "mlp" else 0
+    head = new_head(kind, model, layer, intermediate)
+    try:
+        head.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise HeadsError(
+            f"{path}: the head of exit {layer} does not fit the model: {reason}"
+        ) from None
+    return head.requires_grad_(False)

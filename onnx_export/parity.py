@@ -1,17 +1,21 @@
-"""Parity: the exported graphs against PyTorch on real text, before a bundle may be called one.
+"""Parity: the exported graphs against PyTorch on real text; a bundle must keep the limits.
 
-Each part is compared with PyTorch on the part's own input, so that an error shows where it is made; the whole edge is
-compared from the tokens on. PyTorch in float32 is the edge without quantisation. Figures of an exit at layer L:
+Each component is compared with PyTorch on the component's own input, so that an error shows where
+it arises; the whole edge is compared from the tokens on. PyTorch in float32 is the edge without
+quantisation. Figures of an exit at layer L:
 
-- ``hidden.L``: hidden states after the block, from the tokens on; largest distance, relative to the vector's length;
+- ``hidden.L``: hidden states after the block, from the tokens on; largest distance, relative to
+  the vector's length;
 - ``steps.L``: the same block run step by step against run as one chunk;
 - ``exit_hidden.L``: the exit head on the block's output; largest relative distance;
-- ``logprob.L``: log-probabilities of head and LM head on the block's output; largest difference, in nats;
-- ``top1.L``: how often their best token is PyTorch's;
-- ``agreement.L``: how often the best token is that of the edge without quantisation, from the tokens on;
+- ``logprob.L``: log-probabilities of head and LM head on the block's output; largest difference,
+  in nats;
+- ``top1.L``: share of positions where their best token is PyTorch's;
+- ``agreement.L``: share of positions where the best token is that of the edge without
+  quantisation, from the tokens on;
 
-and ``lm_head.logprob`` and ``lm_head.top1`` of the LM head on its own. A best token counts as PyTorch's when PyTorch
-gives it a log-probability within `TIE` of its own best one's.
+and ``lm_head.logprob`` and ``lm_head.top1`` of the LM head on its own. A best token counts as
+PyTorch's when PyTorch gives it a log-probability within `TIE` of its own best one's.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from onnx_export.config import Quantization
 from onnx_export.heads import ExitHead, HeadKind
 
 Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
 TEXT: Final = Path(__file__).parent / "data" / "parity.txt"
 NUM_TOKENS: Final = 512
 WINDOW: Final = 128
@@ -73,8 +78,8 @@ LIMITS: Final[Mapping[Quantization, Mapping[str, float]]] = {
         "agreement": 0.6,
     },
 }
-"""What was measured on the default model and on tiny random ones, with room for others (docs/adr/0008). An exit head is
-float32 in every preset, but for a layer of its own."""
+"""Limits from measurements on the default model and on tiny random ones, with room for others
+(docs/adr/0008). An exit head is float32 in every preset, except for a layer of its own."""
 
 BLOCK_HEAD_LIMITS: Final[Mapping[Quantization, Mapping[str, float]]] = {
     "fp32": {},
@@ -82,51 +87,48 @@ BLOCK_HEAD_LIMITS: Final[Mapping[Quantization, Mapping[str, float]]] = {
     "balanced": {"exit_hidden": 0.5, "logprob": 2.5, "top1": 0.7},
     "int4": {"exit_hidden": 0.5, "logprob": 2.5, "top1": 0.7},
 }
-"""For a head with a layer of its own, which int8 changes as well: about twice what the default model's last layer gave
-behind its layers 8 and 15."""
+"""Limits for a head with a layer of its own, which int8 changes as well: about twice the figures of
+the default model's last layer behind its layers 8 and 15."""
 
 
 class BlockRunner:
-    """One block's graph with a cache, run the plain way: no binding, a copy a call.
+    """One block's graph with a cache, run without I/O binding: each call copies.
 
     ``run``: input float32 [1, s, hidden] -> hidden_states [1, s, hidden], exit_hidden [1, hidden].
     """
 
     def __init__(self, path: Path, info: ModelInfo, capacity: int) -> None:
-        self.session = open_session(path)
+        self.session = open_onnx_session(path)
         shape = (1, info.num_key_value_heads, capacity, info.head_dim)
-        names = [
-            value.name for value in self.session.get_inputs() if value.name.startswith("past.")
-        ]
-        self.cache = {name: np.zeros(shape, np.float32) for name in names}
-        self.outputs = [
-            "hidden_states",
-            "exit_hidden",
-            *(name.replace("past.", "present.", 1) for name in names),
-        ]
+        inputs = [value.name for value in self.session.get_inputs()]
+        past = [name for name in inputs if name.startswith("past.")]
+        present = [name.replace("past.", "present.", 1) for name in past]
+        self.cache = {name: np.zeros(shape, np.float32) for name in past}
+        self.outputs = ["hidden_states", "exit_hidden", *present]
         self.length = 0
 
     def run(self, x: NDArray[Any]) -> tuple[Floats, Floats]:
         self.length += x.shape[1]
-        lengths = {
+        inputs = {
+            "input": x,
             "seqlens_k": np.array([self.length - 1], np.int32),
             "total_length": np.array(self.length, np.int32),
         }
-        hidden, exit_hidden, *present = self.session.run(
-            self.outputs, {"input": x, **lengths, **self.cache}
-        )
+        hidden, exit_hidden, *present = self.session.run(self.outputs, inputs | self.cache)
         self.cache = dict(zip(self.cache, present, strict=True))
         return hidden, exit_hidden
 
     def step(self, x: NDArray[Any]) -> tuple[Floats, Floats]:
-        """One position after the other from the start: hidden_states [1, s, hidden], exit_hidden [s, hidden]."""
+        """Run step by step from 0: hidden_states [1, s, hidden], exit_hidden [s, hidden]."""
         self.length = 0
-        hidden, exits = zip(*(self.run(x[:, i : i + 1]) for i in range(x.shape[1])), strict=True)
-        return np.concatenate(hidden, 1), np.concatenate(exits)
+        steps = [self.run(x[:, i : i + 1]) for i in range(x.shape[1])]
+        hidden = [states for states, _ in steps]
+        exit_hidden = [states for _, states in steps]
+        return np.concatenate(hidden, 1), np.concatenate(exit_hidden)
 
 
-def open_session(path: Path) -> ort.InferenceSession:
-    """A session on one thread of the CPU, so that the figures do not depend on how many there are."""
+def open_onnx_session(path: Path) -> ort.InferenceSession:
+    """Open a session on one CPU thread, so that the figures do not depend on their number."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -134,186 +136,236 @@ def open_session(path: Path) -> ort.InferenceSession:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """While it lasts, PyTorch uses one thread."""
-    threads = torch.get_num_threads()
+    """Let PyTorch use one thread."""
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(num_threads)
 
 
 def relative_error(actual: Floats, expected: Floats) -> float:
-    """Largest distance over positions, relative to the expected vector's length. Arrays [..., hidden]."""
-    distance = np.linalg.norm(actual - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
-    return float(distance.max())
+    """Return the largest distance of vectors [..., hidden], relative to the expected length."""
+    distance = np.linalg.norm(actual - expected, axis=-1)
+    length = np.linalg.norm(expected, axis=-1)
+    return float((distance / length).max())
 
 
-def text_windows(tokenizer: Any, max_positions: int) -> list[NDArray[np.int64]]:
-    """`NUM_TOKENS` tokens of our text as sequences of their own, each int64 [1, up to 128]."""
-    ids = tokenizer(TEXT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]
+def text_windows(tokenizer: Any, max_positions: int) -> list[Ids]:
+    """Return `NUM_TOKENS` tokens of our text as separate sequences, int64 [1, up to 128] each."""
+    text = TEXT.read_text(encoding="utf-8")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     tokens = np.resize(np.array(ids, np.int64), NUM_TOKENS)
     width = min(WINDOW, max_positions)
     return [tokens[None, start : start + width] for start in range(0, NUM_TOKENS, width)]
 
 
 def run_head(model: Any, head: ExitHead, hidden_states: Tensor) -> Tensor:
-    """PyTorch's exit head on hidden_states float32 [1, s, hidden] from position 0 on: exit_hidden [s, hidden]."""
+    """Run PyTorch's exit head on hidden_states float32 [1, s, hidden] from position 0 on.
+
+    Returns exit_hidden [s, hidden].
+    """
     if head.layer is not None:
         length = hidden_states.shape[1]
         position = model.model.rotary_emb(hidden_states, torch.arange(length)[None])
-        mask = torch.full((1, 1, length, length), torch.finfo(torch.float32).min).triu(1)
+        lowest = torch.finfo(torch.float32).min
+        mask = torch.full((1, 1, length, length), lowest).triu(1)
         hidden_states = head.layer(hidden_states, attention_mask=mask, position_embeddings=position)
     out: Tensor = head(hidden_states)[0]
     return out
 
 
-def embed(edge: Path, token_ids: NDArray[np.int64]) -> Floats:
-    """token_ids int64 [1, s] -> float32 [1, s, hidden], by the embedding in `edge`."""
-    rows: Floats = np.load(edge / "embedding.npy", mmap_mode="r")[token_ids].astype(np.float32)
+def embed_tokens(edge: Path, token_ids: Ids) -> Floats:
+    """Embed token_ids int64 [1, s] with the embedding in `edge`: float32 [1, s, hidden]."""
+    embedding = np.load(edge / "embedding.npy", mmap_mode="r")
+    rows: Floats = embedding[token_ids].astype(np.float32)
     return rows
 
 
 class LmHeadGraph:
-    """The LM head's graph: exit_hidden [s, hidden] -> top_ids int64 [s, k], top_logprobs float32 [s, k]."""
+    """The LM head's graph: exit_hidden [s, hidden] -> top_ids int64 [s, k], top_logprobs float32
+    [s, k]."""
 
     def __init__(self, edge: Path) -> None:
-        self.session = open_session(edge / "lm_head.onnx")
-        own = edge / "lm_head.npy"
-        self.table = np.load(own if own.exists() else edge / "embedding.npy")
+        self.session = open_onnx_session(edge / "lm_head.onnx")
+        untied = edge / "lm_head.npy"
+        self.table = np.load(untied if untied.exists() else edge / "embedding.npy")
 
-    def run(self, exit_hidden: Floats) -> tuple[NDArray[np.int64], Floats]:
-        outputs = ["top_ids", "top_logprobs"]
-        rows = [
-            self.session.run(outputs, {"exit_hidden": row[None], "table": self.table})
-            for row in exit_hidden
-        ]
-        return np.concatenate([ids for ids, _ in rows]), np.concatenate(
-            [logprobs for _, logprobs in rows]
-        )
+    def run(self, exit_hidden: Floats) -> tuple[Ids, Floats]:
+        top_ids: list[Ids] = []
+        top_logprobs: list[Floats] = []
+        for row in exit_hidden:
+            inputs = {"exit_hidden": row[None], "table": self.table}
+            ids, logprobs = self.session.run(["top_ids", "top_logprobs"], inputs)
+            top_ids.append(ids)
+            top_logprobs.append(logprobs)
+        return np.concatenate(top_ids), np.concatenate(top_logprobs)
 
 
 @dataclass
-class Figures:
-    """Figures by name over all windows: the worst distance, the mean of shares."""
+class ParityFigures:
+    """Figures by name over all windows: the largest distance, the mean of shares."""
 
     values: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, name: str, value: float) -> None:
         self.values.setdefault(name, []).append(value)
 
-    def candidates(
-        self, name: str, top_ids: NDArray[np.int64], logprobs: Floats, expected: Floats
-    ) -> None:
-        """Log-probabilities [s, k] and best tokens of a graph against PyTorch's log-probabilities [s, vocab].
+    def add_candidates(self, name: str, top_ids: Ids, logprobs: Floats, expected: Floats) -> None:
+        """Compare a graph's candidates with PyTorch's log-probabilities [s, vocab].
 
-        They are compared token by token and rank by rank, so that a token which the graph never offers shows as well.
+        The candidates are `top_ids` and `logprobs`, both [s, k]. They are compared token by token
+        and rank by rank, so that a token that the graph never offers shows as well. `name` has a
+        placeholder for the kind of figure.
         """
         ranked = torch.from_numpy(expected).topk(logprobs.shape[1]).values.numpy()
-        difference = np.abs(
-            np.stack([np.take_along_axis(expected, top_ids, -1), ranked]) - logprobs
-        )
+        by_token = np.take_along_axis(expected, top_ids, -1)
+        difference = np.abs(np.stack([by_token, ranked]) - logprobs)
         self.add(name.format("logprob"), float(difference.max()))
         self.add(name.format("top1"), share_of_best(top_ids, expected))
 
     def result(self) -> dict[str, float]:
-        """Each figure with three significant digits."""
-        merged = {
-            name: float(np.mean(values) if figure_kind(name) in AT_LEAST else np.max(values))
-            for name, values in self.values.items()
-        }
-        return {name: float(f"{value:.3g}") for name, value in merged.items()}
+        """Return each figure with three significant digits."""
+        merged: dict[str, float] = {}
+        for name, values in self.values.items():
+            is_share = figure_kind(name) in AT_LEAST
+            figure = np.mean(values) if is_share else np.max(values)
+            merged[name] = float(f"{float(figure):.3g}")
+        return merged
 
 
-def share_of_best(top_ids: NDArray[np.int64], logprobs: Floats) -> float:
-    """How often the first of top_ids [s, k] is a best token of logprobs [s, vocab]."""
+def share_of_best(top_ids: Ids, logprobs: Floats) -> float:
+    """Return how often the first of top_ids [s, k] is a best token of logprobs [s, vocab]."""
     chosen = np.take_along_axis(logprobs, top_ids[:, :1], -1)[:, 0]
-    return float(np.mean(logprobs.max(-1) - chosen <= TIE))
+    is_best = logprobs.max(-1) - chosen <= TIE
+    return float(np.mean(is_best))
 
 
 def figure_kind(name: str) -> str:
-    """``hidden`` of ``hidden.8``, ``top1`` of ``lm_head.top1``."""
-    return next(part for part in name.split(".") if part in LIMITS["fp32"])
+    """Return a figure's kind: ``hidden`` for ``hidden.8``, ``top1`` for ``lm_head.top1``."""
+    return next(word for word in name.split(".") if word in LIMITS["fp32"])
 
 
-def measure(
+def measure_parity(
     edge: Path,
     model: Any,
     heads: Mapping[int, ExitHead],
     info: ModelInfo,
-    windows: list[NDArray[np.int64]],
+    windows: list[Ids],
 ) -> dict[str, float]:
-    """The figures of the graphs in `edge` on token ids, each window int64 [1, s] a sequence of its own."""
-    layers = sorted(heads)
-    capacity = max(window.shape[1] for window in windows)
-    blocks = [BlockRunner(edge / f"block_{i}.onnx", info, capacity) for i in range(len(layers))]
-    lm_head = LmHeadGraph(edge)
-    figures = Figures()
+    """Return the figures of the graphs in `edge`.
+
+    Each window of token ids, int64 [1, s], is a sequence of its own.
+    """
+    comparison = Comparison(edge, model, heads, info, max(ids.shape[1] for ids in windows))
     with torch.no_grad(), one_thread():
         for window in windows:
-            states = lower_layers(model, window, layers)
-            x: Floats = embed(edge, window)
-            for block, layer in zip(blocks, layers, strict=True):
-                block.length = 0
-                chunk = block.run(x)[0]
-                x, exit_hidden = block.step(x)
-                top_ids, logprobs = lm_head.run(exit_hidden)
-                own = run_head(model, heads[layer], torch.from_numpy(x))
-                whole = run_head(model, heads[layer], states[layer])
-                figures.add(f"hidden.{layer}", relative_error(x, states[layer].numpy()))
-                figures.add(f"steps.{layer}", relative_error(x, chunk))
-                figures.add(f"exit_hidden.{layer}", relative_error(exit_hidden, own.numpy()))
-                figures.candidates(f"{{}}.{layer}", top_ids, logprobs, exact_logprobs(model, own))
-                figures.add(
-                    f"agreement.{layer}", share_of_best(top_ids, exact_logprobs(model, whole))
-                )
-            figures.candidates(
-                "lm_head.{}", *lm_head.run(whole.numpy()), exact_logprobs(model, whole)
-            )
-    return figures.result()
+            comparison.add_window(window)
+    return comparison.figures.result()
 
 
-def lower_layers(model: Any, window: NDArray[np.int64], layers: list[int]) -> dict[int, Tensor]:
-    """PyTorch's hidden states float32 [1, s, hidden] after each of `layers` layers, which must not be the last."""
-    states = model.model(
-        torch.from_numpy(window), output_hidden_states=True, use_cache=False
-    ).hidden_states
-    return {layer: states[layer] for layer in layers}
+class Comparison:
+    """The graphs of an edge, run next to the PyTorch model."""
+
+    def __init__(
+        self,
+        edge: Path,
+        model: Any,
+        heads: Mapping[int, ExitHead],
+        info: ModelInfo,
+        capacity: int,
+    ) -> None:
+        self.edge = edge
+        self.model = model
+        self.heads = dict(sorted(heads.items()))
+        paths = [edge / f"block_{i}.onnx" for i in range(len(heads))]
+        self.blocks = [BlockRunner(path, info, capacity) for path in paths]
+        self.lm_head = LmHeadGraph(edge)
+        self.figures = ParityFigures()
+
+    def add_window(self, window: Ids) -> None:
+        """Add the figures of one sequence, int64 [1, s]."""
+        states = lower_layers(self.model, window, list(self.heads))
+        x = embed_tokens(self.edge, window)
+        for block, layer in zip(self.blocks, self.heads, strict=True):
+            x, whole = self._add_block(block, layer, x, states[layer])
+        self.figures.add_candidates(
+            "lm_head.{}",
+            *self.lm_head.run(whole.numpy()),
+            exact_logprobs(self.model, whole),
+        )
+
+    def _add_block(
+        self, block: BlockRunner, layer: int, x: Floats, state: Tensor
+    ) -> tuple[Floats, Tensor]:
+        """Add one block's figures.
+
+        `state` holds PyTorch's hidden states after the block. Returns the block's own hidden
+        states, and PyTorch's exit_hidden of `state`.
+        """
+        block.length = 0
+        chunk = block.run(x)[0]
+        x, exit_hidden = block.step(x)
+        top_ids, logprobs = self.lm_head.run(exit_hidden)
+        head = self.heads[layer]
+        own = run_head(self.model, head, torch.from_numpy(x))
+        whole = run_head(self.model, head, state)
+        add = self.figures.add
+        add(f"hidden.{layer}", relative_error(x, state.numpy()))
+        add(f"steps.{layer}", relative_error(x, chunk))
+        add(f"exit_hidden.{layer}", relative_error(exit_hidden, own.numpy()))
+        expected = exact_logprobs(self.model, own)
+        self.figures.add_candidates(f"{{}}.{layer}", top_ids, logprobs, expected)
+        agreement = share_of_best(top_ids, exact_logprobs(self.model, whole))
+        add(f"agreement.{layer}", agreement)
+        return x, whole
+
+
+def lower_layers(model: Any, window: Ids, layers: list[int]) -> dict[int, Tensor]:
+    """Return PyTorch's hidden states float32 [1, s, hidden] after each of `layers` layers.
+
+    The model's last layer must not be among them.
+    """
+    output = model.model(torch.from_numpy(window), output_hidden_states=True, use_cache=False)
+    return {layer: output.hidden_states[layer] for layer in layers}
 
 
 def exact_logprobs(model: Any, exit_hidden: Tensor) -> Floats:
-    """PyTorch's log-probabilities [s, vocab] of exit_hidden [s, hidden]."""
+    """Return PyTorch's log-probabilities [s, vocab] of exit_hidden [s, hidden]."""
     logprobs: Floats = model.lm_head(exit_hidden).log_softmax(-1).numpy()
     return logprobs
 
 
-def limits(preset: Quantization, exit_head: HeadKind) -> Mapping[str, float]:
-    """What each kind of figure has to keep."""
-    return {**LIMITS[preset], **(BLOCK_HEAD_LIMITS[preset] if exit_head == "block" else {})}
+def parity_limits(preset: Quantization, exit_head: HeadKind) -> Mapping[str, float]:
+    """Return the limit of each kind of figure."""
+    limits = dict(LIMITS[preset])
+    if exit_head == "block":
+        limits |= BLOCK_HEAD_LIMITS[preset]
+    return limits
 
 
-def check(figures: Mapping[str, float], limits: Mapping[str, float]) -> None:
-    """Raises ExportError naming the figures that do not keep their limits."""
-    bad = [name for name in figures if not within(name, figures[name], limits)]
-    if bad:
-        listed = "; ".join(
-            f"{name} is {figures[name]:.2g}, expected {limit_text(name, limits)}" for name in bad
-        )
+def check_parity(figures: Mapping[str, float], limits: Mapping[str, float]) -> None:
+    """Raise ExportError with the names of the figures outside their limits."""
+    violations = [
+        f"{name} is {value:.2g}, expected {limit_text(name, limits)}"
+        for name, value in figures.items()
+        if not meets_limit(name, value, limits)
+    ]
+    if violations:
         raise ExportError(
-            f"the exported graphs differ from PyTorch: {listed}; "
+            f"the exported graphs differ from PyTorch: {'; '.join(violations)}; "
             "check the model and its exit heads, or try another --quantization"
         )
 
 
-def within(name: str, value: float, limits: Mapping[str, float]) -> bool:
-    """Whether a figure keeps its limit; no number keeps none."""
+def meets_limit(name: str, value: float, limits: Mapping[str, float]) -> bool:
+    """Return whether a figure keeps its limit; NaN keeps none."""
     kind = figure_kind(name)
     return value >= limits[kind] if kind in AT_LEAST else value <= limits[kind]
 
 
 def limit_text(name: str, limits: Mapping[str, float]) -> str:
-    """For example ``at most 0.0001``."""
+    """Return a figure's limit as text, for example ``at most 0.0001``."""
     kind = figure_kind(name)
     return f"at {'least' if kind in AT_LEAST else 'most'} {limits[kind]:.3g}"

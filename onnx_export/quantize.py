@@ -1,10 +1,11 @@
 """Weight-only quantisation of edge graphs, in blocks of 32 weights of one output.
 
-``int8`` is symmetric. ``int4`` and ``balanced`` keep a grid of 16 steps with a scale and an offset of its own for each
-block, ``w = scale * (q - zero) + rest``, which holds a llama.cpp Q4_1 file's weights but for the precision of `rest`.
-MatMulNBits multiplies by ``scale * (q - zero)`` with a whole `zero`; the rest, at most half a step and the same for a
-whole block, is multiplied by the block's mean, which joins the input as a few more columns (docs/adr/0010).
-``balanced`` also multiplies query, key and value by float32 inputs instead of int8 ones: most of the loss is there.
+``int8`` is symmetric. ``int4`` and ``balanced`` use a grid of 16 steps with a scale and an offset
+for each block, ``w = scale * (q - zero) + rest``, which represents a llama.cpp Q4_1 file's weights
+up to the precision of `rest`. MatMulNBits multiplies by ``scale * (q - zero)`` with an integer
+`zero`; the rest, at most half a step and the same for a whole block, is multiplied by the block's
+mean, which joins the input as a few more columns (docs/adr/0010). ``balanced`` also multiplies
+query, key and value by float32 inputs instead of int8 ones: most of the loss is there.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ PREVIEW_BLOCK_SIZE: Final = 64
 FLOAT_COMPUTE: Final = 1  # accuracy levels of MatMulNBits: float32 inputs and sums
 INT8_COMPUTE: Final = 4  # int8 inputs, rounded block by block, and int32 sums
 LEVELS: Final = 15
-REST_COLUMNS: Final = (
-    2  # of 16 steps each: together 31 steps for half a step of the grid, either side
-)
+MIDDLE: Final = 8  # the level that stands for 0 in the columns of the rest
+REST_COLUMNS: Final = 2
+"""Columns of 16 steps each for the rest: together 31 steps for half a grid step on either side."""
 NUM_REFINEMENTS: Final = 4
 
 
 def quantize(graph: onnx.ModelProto, preset: Quantization) -> onnx.ModelProto:
-    """The graph of a block with its products quantised; ``fp32`` changes nothing."""
+    """Quantise the products of a block's graph; ``fp32`` changes nothing."""
     if preset == "fp32":
         return graph
     if preset != "int8":
@@ -50,16 +51,14 @@ def quantize(graph: onnx.ModelProto, preset: Quantization) -> onnx.ModelProto:
 
 
 def quantize_preview(graph: onnx.ModelProto, preset: Quantization) -> onnx.ModelProto:
-    """The LM head's graph, whose product only chooses the tokens that are computed exactly, with 4-bit weights."""
-    return (
-        graph
-        if preset == "fp32"
-        else quantize_symmetric(graph, bits=4, block_size=PREVIEW_BLOCK_SIZE)
-    )
+    """Quantise the LM head's product, which only chooses tokens, to 4 bits, except for ``fp32``."""
+    if preset == "fp32":
+        return graph
+    return quantize_symmetric(graph, bits=4, block_size=PREVIEW_BLOCK_SIZE)
 
 
 def quantize_symmetric(graph: onnx.ModelProto, *, bits: int, block_size: int) -> onnx.ModelProto:
-    """Every product that is left, by ONNX Runtime's own quantiser."""
+    """Quantise every remaining product with ONNX Runtime's own quantiser."""
     config = DefaultWeightOnlyQuantConfig(
         block_size=block_size,
         is_symmetric=True,
@@ -77,7 +76,10 @@ def quantize_symmetric(graph: onnx.ModelProto, *, bits: int, block_size: int) ->
 
 @dataclass(frozen=True)
 class Grid:
-    """Weights ``scale * steps + low``: steps uint8 [n, blocks, 32] from 0 to 15, scale and low float32 [n, blocks]."""
+    """Weights ``scale * steps + low``.
+
+    `steps` uint8 [n, blocks, 32] from 0 to 15; `scale` and `low` float32 [n, blocks].
+    """
 
     steps: Bytes
     scale: Floats
@@ -85,50 +87,58 @@ class Grid:
 
     @classmethod
     def fit(cls, weight: Floats) -> Grid:
-        """The grid of weight [k, n]; of blocks on no grid of 16 steps, one near the least squared error."""
+        """Return the grid of weight [k, n].
+
+        For blocks on no grid of 16 steps it is near the one of the least squared error.
+        """
         blocks = weight.T.reshape(weight.shape[1], -1, BLOCK_SIZE)
         low = blocks.min(-1)
-        best = cls._round(blocks, (blocks.max(-1) - low) / LEVELS, low)
+        span = blocks.max(-1) - low
+        best = cls._round(blocks, span / LEVELS, low)
         least = best._error(blocks)
         for _ in range(NUM_REFINEMENTS):
-            refined = cls._round(blocks, *best._regression(blocks))
+            scale, low = best._regression(blocks)
+            refined = cls._round(blocks, scale, low)
             error = refined._error(blocks)
-            better = error < least
-            least = np.where(better, error, least)
-            best = cls(
-                np.where(better[..., None], refined.steps, best.steps),
-                np.where(better, refined.scale, best.scale),
-                np.where(better, refined.low, best.low),
-            )
+            is_better = error < least
+            best = best._replace_where(is_better, refined)
+            least = np.where(is_better, error, least)
         return best
 
     @classmethod
     def _round(cls, blocks: Floats, scale: Floats, low: Floats) -> Grid:
         scale = np.where(scale > 0, scale, 1).astype(np.float32)
-        steps = np.clip(np.rint((blocks - low[..., None]) / scale[..., None]), 0, LEVELS)
+        positions = (blocks - low[..., None]) / scale[..., None]
+        steps = np.clip(np.rint(positions), 0, LEVELS)
         return cls(steps.astype(np.uint8), scale, low.astype(np.float32))
 
+    def _replace_where(self, mask: npt.NDArray[np.bool_], other: Grid) -> Grid:
+        return Grid(
+            np.where(mask[..., None], other.steps, self.steps),
+            np.where(mask, other.scale, self.scale),
+            np.where(mask, other.low, self.low),
+        )
+
     def _regression(self, blocks: Floats) -> tuple[Floats, Floats]:
-        """Scale and low of the least squared error for these steps."""
+        """Return scale and low of the least squared error for these steps."""
         steps = self.steps.astype(np.float32)
         mean = steps.mean(-1)
         target = blocks.mean(-1)
-        spread = np.square(steps - mean[..., None]).sum(-1)
-        slope = ((steps - mean[..., None]) * (blocks - target[..., None])).sum(-1) / np.where(
-            spread > 0, spread, 1
-        )
+        deviation = steps - mean[..., None]
+        variance = np.square(deviation).sum(-1)
+        covariance = (deviation * (blocks - target[..., None])).sum(-1)
+        slope = covariance / np.where(variance > 0, variance, 1)
         scale = np.where(slope > 0, slope, self.scale)
         return scale, target - scale * mean
 
     def _error(self, blocks: Floats) -> Floats:
-        error: Floats = np.square(
-            self.scale[..., None] * self.steps + self.low[..., None] - blocks
-        ).sum(-1)
+        weights = self.scale[..., None] * self.steps + self.low[..., None]
+        error: Floats = np.square(weights - blocks).sum(-1)
         return error
 
 
 def quantize_affine(model: onnx.ModelProto, *, float_attention: bool) -> onnx.ModelProto:
-    """Products whose inputs have whole blocks, on their grid; `float_attention`: in float32 before attention."""
+    """Quantise products with whole blocks on a grid; `float_attention`: float32 q, k and v."""
     graph = Graph(model)
     precise = {id(node) for node in attention_products(graph)} if float_attention else set()
     extended: dict[str, str] = {}
@@ -148,47 +158,38 @@ def quantize_affine(model: onnx.ModelProto, *, float_attention: bool) -> onnx.Mo
 
 
 def with_means(name: str, extended: str) -> list[NodeProto]:
-    """Nodes that give [1, s, k + 2 * blocks] of [1, s, k]: the input and, twice, the mean of each of its blocks."""
+    """Return nodes that append each block's mean twice: [1, s, k] to [1, s, k + 2 * blocks]."""
     means = f"{name}.means"
-    window = {"kernel_shape": [BLOCK_SIZE], "strides": [BLOCK_SIZE]}
-    return [
-        helper.make_node("AveragePool", [name], [means], name=f"means_{name}", **window),
-        helper.make_node(
-            "Concat",
-            [name, *[means] * REST_COLUMNS],
-            [extended],
-            name=f"with_means_{name}",
-            axis=-1,
-        ),
-    ]
+    pool = helper.make_node(
+        "AveragePool",
+        [name],
+        [means],
+        name=f"means_{name}",
+        kernel_shape=[BLOCK_SIZE],
+        strides=[BLOCK_SIZE],
+    )
+    concat = helper.make_node(
+        "Concat",
+        [name, *[means] * REST_COLUMNS],
+        [extended],
+        name=f"with_means_{name}",
+        axis=-1,
+    )
+    return [pool, concat]
 
 
 def grid_product(graph: Graph, product: NodeProto, extended: str, accuracy_level: int) -> NodeProto:
-    """`product` as MatMulNBits on its weights' grid, of the input with means."""
+    """Return `product` as MatMulNBits on its weights' grid, with means in its input."""
     name = product.input[1]
     grid = Grid.fit(graph.array(name))
     n, blocks = grid.scale.shape
-    zero = np.clip(np.rint(-grid.low / grid.scale), 0, LEVELS).astype(np.uint8)
-    rest = (grid.low + zero * grid.scale) * BLOCK_SIZE
-    middle = 8
-    limit = REST_COLUMNS * (LEVELS - middle)
-    rest_scale = np.maximum(
-        np.abs(rest).max(1, keepdims=True) / limit, np.finfo(np.float32).tiny
-    ).astype(np.float32)
-    levels = np.rint(rest / rest_scale).astype(np.int64) + REST_COLUMNS * middle
-    columns = [((levels + i) // REST_COLUMNS).astype(np.uint8) for i in range(REST_COLUMNS)]
-    num_rest_blocks = -(-REST_COLUMNS * blocks // BLOCK_SIZE)
-    padding = np.full((n, num_rest_blocks * BLOCK_SIZE - REST_COLUMNS * blocks), middle, np.uint8)
-    steps = np.concatenate([grid.steps.reshape(n, -1), *columns, padding], 1)
-    scales = np.concatenate([grid.scale, np.repeat(rest_scale, num_rest_blocks, 1)], 1)
-    zeros = np.concatenate(
-        [zero, np.full((n, num_rest_blocks + scales.shape[1] % 2), middle, np.uint8)], 1
-    )
+    steps, scales, zeros = grid_weights(grid)
+    packed_steps = pack_nibbles(steps).reshape(n, -1, BLOCK_SIZE // 2)
     inputs = [
         extended,
-        graph.add_weight(f"{name}.steps", pack(steps).reshape(n, -1, BLOCK_SIZE // 2)),
+        graph.add_weight(f"{name}.steps", packed_steps),
         graph.add_weight(f"{name}.scales", scales),
-        graph.add_weight(f"{name}.zeros", pack(zeros)),
+        graph.add_weight(f"{name}.zeros", pack_nibbles(zeros)),
     ]
     return helper.make_node(
         "MatMulNBits",
@@ -204,22 +205,52 @@ def grid_product(graph: Graph, product: NodeProto, extended: str, accuracy_level
     )
 
 
-def pack(values: Bytes) -> Bytes:
-    """Neighbours of values [n, even] below 16 share a byte, the first in the lower half: [n, even / 2]."""
+def grid_weights(grid: Grid) -> tuple[Bytes, Floats, Bytes]:
+    """Return steps, scales and zeros of MatMulNBits, those of the rest's columns included."""
+    n, blocks = grid.scale.shape
+    zero = np.clip(np.rint(-grid.low / grid.scale), 0, LEVELS).astype(np.uint8)
+    rest = (grid.low + zero * grid.scale) * BLOCK_SIZE
+    columns, rest_scale = rest_columns(rest)
+    num_rest_blocks = -(-REST_COLUMNS * blocks // BLOCK_SIZE)
+    num_padding = num_rest_blocks * BLOCK_SIZE - REST_COLUMNS * blocks
+    padding = np.full((n, num_padding), MIDDLE, np.uint8)
+    steps = np.concatenate([grid.steps.reshape(n, -1), *columns, padding], 1)
+    rest_scales = np.repeat(rest_scale, num_rest_blocks, 1)
+    scales = np.concatenate([grid.scale, rest_scales], 1)
+    num_zeros = num_rest_blocks + scales.shape[1] % 2
+    rest_zeros = np.full((n, num_zeros), MIDDLE, np.uint8)
+    return steps, scales, np.concatenate([zero, rest_zeros], 1)
+
+
+def rest_columns(rest: Floats) -> tuple[list[Bytes], Floats]:
+    """Return rest [n, blocks] as columns of steps, uint8 [n, blocks] each, and a scale [n, 1]."""
+    limit = REST_COLUMNS * (LEVELS - MIDDLE)
+    largest = np.abs(rest).max(1, keepdims=True)
+    scale = np.maximum(largest / limit, np.finfo(np.float32).tiny).astype(np.float32)
+    levels = np.rint(rest / scale).astype(np.int64) + REST_COLUMNS * MIDDLE
+    columns = [((levels + i) // REST_COLUMNS).astype(np.uint8) for i in range(REST_COLUMNS)]
+    return columns, scale
+
+
+def pack_nibbles(values: Bytes) -> Bytes:
+    """Pack pairs of values [n, even] below 16 into bytes [n, even / 2], the first one low."""
     packed: Bytes = values[:, 0::2] | (values[:, 1::2] << np.uint8(4))
     return packed
 
 
 def attention_products(graph: Graph) -> list[NodeProto]:
-    """The products that give query, key and value, whatever lies between them and attention."""
-    found: list[NodeProto] = []
-    names = [name for node in graph.nodes if node.op_type == ATTENTION for name in node.input[:3]]
+    """Return the products that give query, key and value, with any nodes between them."""
+    products: list[NodeProto] = []
+    names: list[str] = []
+    for node in graph.nodes:
+        if node.op_type == ATTENTION:
+            names += node.input[:3]
     while names:
-        node = graph.maker.get(names.pop())
-        if node is None or node in found:
+        producer = graph.producers.get(names.pop())
+        if producer is None or producer in products:
             continue
-        if graph.is_product(node):
-            found.append(node)
+        if graph.is_product(producer):
+            products.append(producer)
         else:
-            names += node.input
-    return found
+            names += producer.input
+    return products

@@ -10,11 +10,13 @@ from onnx_export import parity
 
 
 def parity_table(figures: Mapping[str, float], limits: Mapping[str, float]) -> Table:
-    """One row a figure: its name, its value, its limit."""
+    """Return a table with one row a figure: its name, its value, its limit."""
     table = Table(title=f"parity, {parity.NUM_TOKENS} tokens", title_justify="left")
-    for header in ("figure", "value", "limit"):
-        table.add_column(header, justify="left" if header == "figure" else "right")
+    table.add_column("figure", justify="left")
+    table.add_column("value", justify="right")
+    table.add_column("limit", justify="right")
     for name, value in figures.items():
-        style = None if parity.within(name, value, limits) else "red"
-        table.add_row(name, f"{value:.3g}", parity.limit_text(name, limits), style=style)
+        limit = parity.limit_text(name, limits)
+        style = None if parity.meets_limit(name, value, limits) else "red"
+        table.add_row(name, f"{value:.3g}", limit, style=style)
     return table

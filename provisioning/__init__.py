@@ -1,1 +1,1 @@
-"""Enrolment of devices: the certificate authority and the HTTPS service."""
+"""Enrolment: the certificate authority and the HTTPS service."""

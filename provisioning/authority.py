@@ -1,4 +1,7 @@
-"""The fleet's certificate authority: P-256 keys, certificates for clients and for the broker (RFC 5280)."""
+"""The fleet's certificate authority (RFC 5280).
+
+It issues P-256 certificates for clients, for the broker and for the service.
+"""
 
 from __future__ import annotations
 
@@ -17,27 +20,26 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
 from fleet.bundles.signature import write_signature
 from fleet.errors import IdentityError
-from fleet.identity.identity import CA_FILE, CERT_FILE, KEY_FILE, Identity, ServerTls
+from fleet.identity.identity import CA_FILE, CERT_FILE, KEY_FILE, ServerTls
 from fleet.protocol.access import Role
 from fleet.protocol.topics import check_name
 from fleet.registry.results import IssuedCertificate
 from fleet.utils.atomic_files import write_file
-from provisioning.certificate import Certificate, issued_certificate, write_identity
-from provisioning.crl import CRL_DAYS, Revoked, sign_crl
-from provisioning.fleet_address import FleetAddress
+from provisioning.certificate import Certificate, issued_certificate
+from provisioning.crl import CRL_DAYS, CrlEntry, sign_crl
 
 CA_KEY_FILE: Final = "ca-key.pem"
 CA_DAYS: Final = 3650
 LEAF_DAYS: Final = 90
 LEAF_LIFE: Final = timedelta(days=LEAF_DAYS)
 CLOCK_SKEW: Final = timedelta(minutes=5)
-"""How far back a certificate is valid, for devices whose clock is behind."""
+"""Start of a certificate's validity before its creation, for devices whose clock is behind."""
 
 
 class CertificateAuthority:
-    """Signs the certificates of one fleet.
+    """The certificate authority of one fleet.
 
-    Its key stays in its folder (0700) in a file of mode 0600, encrypted where a passphrase was given.
+    Its key is in its folder (0700) in a file of mode 0600, encrypted if a passphrase was given.
     """
 
     def __init__(
@@ -49,51 +51,50 @@ class CertificateAuthority:
 
     @property
     def pem(self) -> str:
-        """Its certificate."""
+        """The authority's own certificate."""
         return self._ca_pem.decode()
 
     @classmethod
     def create(cls, folder: Path, passphrase: str | None = None) -> CertificateAuthority:
-        """Makes a new authority in `folder`, whole or not at all; a `passphrase` encrypts its key.
+        """Make a new authority in `folder`, atomically; a `passphrase` encrypts its key.
 
         Raises:
-            IdentityError: the folder holds something already, or cannot be written.
+            IdentityError: the folder is not empty, or cannot be written.
         """
         private_key = ec.generate_private_key(ec.SECP256R1())
         certificate = _sign_authority(private_key)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".ca-") as made:  # mode 0700
-                content = Path(made) / "ca"
+            # The temporary directory has mode 0700.
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".ca-") as temporary:
+                content = Path(temporary) / "ca"
                 content.mkdir(mode=0o700)
                 write_file(content / CA_KEY_FILE, _private_pem(private_key, passphrase))
-                write_file(
-                    content / CA_FILE,
-                    certificate.public_bytes(serialization.Encoding.PEM),
-                    mode=0o644,
-                )
+                ca_pem = certificate.public_bytes(serialization.Encoding.PEM)
+                write_file(content / CA_FILE, ca_pem, mode=0o644)
                 content.rename(folder)
         except OSError as error:
             raise IdentityError(
-                f"cannot make a certificate authority in {folder}: {error.strerror}; name an empty or new folder"
+                f"cannot make a certificate authority in {folder}: {error.strerror}; "
+                "name an empty or new folder"
             ) from None
         return cls(certificate, private_key)
 
     @classmethod
     def load(cls, folder: Path, passphrase: str | None = None) -> CertificateAuthority:
-        """A `passphrase` is for an encrypted key; another needs none.
+        """Load an authority; only an encrypted key needs a `passphrase`.
 
         Raises:
-            IdentityError: the authority's files are missing or are none, or its key is encrypted and `passphrase` is
-                missing or wrong.
+            IdentityError: the authority's files are missing or malformed, or its key is encrypted
+                and `passphrase` is missing or wrong.
         """
         try:
             certificate = x509.load_pem_x509_certificate((folder / CA_FILE).read_bytes())
             private_key = _load_key(folder / CA_KEY_FILE, passphrase)
         except OSError as error:
             raise IdentityError(
-                f"no certificate authority in {folder}: cannot read {Path(error.filename).name} ({error.strerror}); "
-                "'fleet up' makes one"
+                f"no certificate authority in {folder}: cannot read "
+                f"{Path(error.filename).name} ({error.strerror}); 'fleet up' makes one"
             ) from None
         except (ValueError, TypeError) as error:
             raise IdentityError(
@@ -109,19 +110,15 @@ class CertificateAuthority:
 
     @property
     def not_after(self) -> float:
-        """End of its life, seconds since 1970."""
+        """End of the certificate's validity, in seconds since 1970."""
         return self._certificate.not_valid_after_utc.timestamp()
 
-    def crl(self, revoked: Iterable[Revoked], days: int = CRL_DAYS) -> bytes:
-        """The revocation list as PEM; see `provisioning.crl`."""
+    def crl(self, revoked: Iterable[CrlEntry], days: int = CRL_DAYS) -> bytes:
+        """Sign the revocation list; see `provisioning.crl`. Return PEM."""
         return sign_crl(self._certificate, self._private_key, revoked, days)
 
     def certify(self, name: str, role: Role, life: timedelta = LEAF_LIFE) -> Certificate:
-        """A client's new key and certificate: CN is its name, OU its role, valid for `life`.
-
-        Raises:
-            TopicError: `name` may not stand in a topic.
-        """
+        """Make a client's key and `sign` its certificate for `life`. Raises TopicError."""
         private_key = ec.generate_private_key(ec.SECP256R1())
         issued = self.sign(private_key.public_key(), name, role, life)
         return Certificate(self._ca_pem, issued, _private_pem(private_key))
@@ -129,48 +126,30 @@ class CertificateAuthority:
     def sign(
         self, key: ec.EllipticCurvePublicKey, name: str, role: Role, life: timedelta = LEAF_LIFE
     ) -> IssuedCertificate:
-        """A client's certificate for a key that is its own: CN is its name, OU its role, valid for `life`.
-
-        Raises:
-            TopicError: `name` may not stand in a topic.
-        """
+        """Sign a client's own key for `life`. CN is its name, OU its role. Raises TopicError."""
         usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
         return self._sign(key, check_name(name), role, [usage], life)
 
-    def issue(
-        self, name: str, role: Role, out: Path, host: str, port: int, bundle: Path | None = None
-    ) -> Identity:
-        """Makes an identity that no registry knows, in the folder `out`; `host` and `port` say where the broker is.
-
-        Raises:
-            TopicError: `name` may not stand in a topic.
-            IdentityError: `out` cannot be written.
-        """
-        return write_identity(
-            self.certify(name, role),
-            out,
-            FleetAddress(host=host, port=port, bundle=bundle).identity_config(name, role),
-        )
-
     def sign_bundle(self, folder: Path) -> None:
-        """Signs the manifest of the bundle in `folder`; whoever has `ca.pem` can check it (`fleet.bundles.signature`)."""
+        """Sign the manifest of a bundle; `ca.pem` verifies it (see `fleet.bundles.signature`)."""
         write_signature(folder, self._private_key)
 
     def server_tls(self, folder: Path, *hosts: str) -> ServerTls:
-        """The broker's certificate for `hosts`, ``localhost`` and the loopback addresses, written anew into `folder`.
+        """Issue the broker's certificate and write it into `folder`.
+
+        It is valid for `hosts`, ``localhost`` and the loopback addresses.
 
         Raises:
-            IdentityError: one of them is no host name or address, or the folder cannot be written.
+            IdentityError: a host is no host name or address, or the folder cannot be written.
         """
-        names = [
-            _general_name(name) for name in dict.fromkeys((*hosts, "localhost", "127.0.0.1", "::1"))
-        ]
+        unique_hosts = dict.fromkeys((*hosts, "localhost", "127.0.0.1", "::1"))
         extensions = [
             x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]),
-            x509.SubjectAlternativeName(names),
+            x509.SubjectAlternativeName([_general_name(host) for host in unique_hosts]),
         ]
         private_key = ec.generate_private_key(ec.SECP256R1())
-        issued = self._sign(private_key.public_key(), "broker", Role.SERVER, extensions)
+        public_key = private_key.public_key()
+        issued = self._sign(public_key, "broker", Role.SERVER, extensions, LEAF_LIFE)
         Certificate(self._ca_pem, issued, _private_pem(private_key)).write(folder)
         return ServerTls(folder / CA_FILE, folder / CERT_FILE, folder / KEY_FILE)
 
@@ -180,13 +159,13 @@ class CertificateAuthority:
         name: str,
         role: Role,
         extensions: Sequence[x509.ExtensionType],
-        life: timedelta | None = None,
+        life: timedelta,
     ) -> IssuedCertificate:
         issuer_id = self._certificate.extensions.get_extension_for_class(
             x509.SubjectKeyIdentifier
         ).value
         builder = (
-            _certificate(key, _name(name, role), LEAF_LIFE if life is None else life)
+            _certificate(key, _name(name, role), life)
             .issuer_name(self._certificate.subject)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(digital_signature=True), critical=True)
@@ -275,13 +254,14 @@ def _private_pem(private_key: ec.EllipticCurvePrivateKey, passphrase: str | None
 
 
 def _load_key(path: Path, passphrase: str | None) -> PrivateKeyTypes:
-    """Raises IdentityError for a passphrase that is missing or wrong, ValueError or OSError for what is no key."""
+    """Load a key. Raises IdentityError for a bad passphrase; ValueError, OSError for the file."""
     data = path.read_bytes()
     if b"BEGIN ENCRYPTED PRIVATE KEY" not in data:
         return serialization.load_pem_private_key(data, password=None)
     if not passphrase:
         raise IdentityError(
-            f"{path} is encrypted: expected its passphrase in the environment as FLEET_CA_PASSPHRASE"
+            f"{path} is encrypted: expected its passphrase in the environment as "
+            "FLEET_CA_PASSPHRASE"
         )
     try:
         return serialization.load_pem_private_key(data, passphrase.encode())

@@ -1,4 +1,4 @@
-"""A certificate with its private key, and the folder of an identity that is made of it."""
+"""A certificate with its private key, and the identity folder made of it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from fleet.utils.atomic_files import write_file
 
 @dataclass(frozen=True)
 class Certificate:
-    """A certificate with its private key, and the authority's certificate, all PEM; not written anywhere yet."""
+    """A certificate with its private key, and the authority's certificate, all PEM, in memory."""
 
     ca: bytes
     issued: IssuedCertificate
     private_key: bytes = field(repr=False)
 
     def write(self, folder: Path) -> None:
-        """Writes `ca.pem`, `cert.pem` and `key.pem` (mode 0600) into `folder`.
+        """Write `ca.pem`, `cert.pem` and `key.pem` (mode 0600) into `folder`.
 
         Raises:
             IdentityError: the folder cannot be written.
@@ -50,18 +50,15 @@ class Certificate:
 
 
 def write_identity(certificate: Certificate, out: Path, config: IdentityConfig) -> Identity:
-    """Writes an identity folder; `identity.json` comes last, so a folder that has one is complete.
+    """Write an identity folder; `identity.json` comes last, so a folder that has it is complete.
 
     Raises:
         IdentityError: `out` cannot be written.
     """
     certificate.write(out)
     try:
-        write_file(
-            out / IDENTITY_FILE,
-            msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n",
-            mode=0o644,
-        )
+        content = msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
+        write_file(out / IDENTITY_FILE, content, mode=0o644)
     except OSError as error:
         raise IdentityError(
             f"cannot write {out / IDENTITY_FILE}: {error.strerror}; choose another folder"
@@ -70,7 +67,7 @@ def write_identity(certificate: Certificate, out: Path, config: IdentityConfig) 
 
 
 def issued_certificate(certificate: x509.Certificate) -> IssuedCertificate:
-    """A certificate as the registry keeps it."""
+    """Return the record of a certificate for the registry."""
     key = certificate.public_key()
     assert isinstance(key, ec.EllipticCurvePublicKey), "the authority signs for nothing else"
     return IssuedCertificate(
@@ -84,7 +81,7 @@ def issued_certificate(certificate: x509.Certificate) -> IssuedCertificate:
 
 
 def hash_key(key: ec.EllipticCurvePublicKey) -> str:
-    """SHA-256 of the key's SPKI (RFC 5280 section 4.1.2.7), in hex."""
+    """Return the SHA-256 of the key's SPKI (RFC 5280 section 4.1.2.7), in hex."""
     spki = key.public_bytes(
         serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
     )

@@ -1,4 +1,7 @@
-"""The revocation list (CRL, RFC 5280 section 5): signed by the authority, kept in a file, renewed early."""
+"""The certificate revocation list (CRL, RFC 5280 section 5).
+
+The authority signs it; a file holds it, which is replaced long before the list expires.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,19 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fleet.errors import IdentityError
+from fleet.utils.atomic_files import write_file
 
 CRL_DAYS: Final = 7
 RENEW_S: Final = 86_400.0
 BACKDATED: Final = timedelta(minutes=5)
-"""A list counts from so long before it is made, for a broker whose clock is behind."""
+"""Start of a list's validity before its creation, for a broker whose clock is behind."""
 
 
-class Revoked(Protocol):
-    """A certificate that may not be used; `serial` in hex, `revoked_at` in seconds since 1970, None while on hold."""
+class CrlEntry(Protocol):
+    """A revoked certificate.
+
+    `serial` is in hex, `revoked_at` in seconds since 1970; None means that it is on hold.
+    """
 
     @property
     def serial(self) -> str: ...
@@ -31,19 +38,19 @@ class Revoked(Protocol):
     def revoked_at(self) -> float | None: ...
 
 
-class Signer(Protocol):
-    """What signs a list: the fleet's authority."""
+class CrlSigner(Protocol):
+    """The signer of a list: the fleet's authority."""
 
-    def crl(self, revoked: Iterable[Revoked], days: int = CRL_DAYS) -> bytes: ...
+    def crl(self, revoked: Iterable[CrlEntry], days: int = CRL_DAYS) -> bytes: ...
 
 
 def sign_crl(
     issuer: x509.Certificate,
     private_key: ec.EllipticCurvePrivateKey,
-    revoked: Iterable[Revoked],
+    revoked: Iterable[CrlEntry],
     days: int,
 ) -> bytes:
-    """The list of `revoked` as PEM, signed by `issuer`, with `days` to live."""
+    """Sign the list of `revoked` as `issuer`; it is valid for `days`. Return PEM."""
     now = datetime.now(UTC)
     issuer_id = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     builder = (
@@ -62,14 +69,14 @@ def sign_crl(
     return builder.sign(private_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
-def _entry(certificate: Revoked, now: datetime) -> x509.RevokedCertificate:
-    at = certificate.revoked_at
+def _entry(certificate: CrlEntry, now: datetime) -> x509.RevokedCertificate:
+    revoked_at = certificate.revoked_at
     builder = (
         x509.RevokedCertificateBuilder()
         .serial_number(int(certificate.serial, 16))
-        .revocation_date(now if at is None else datetime.fromtimestamp(at, UTC))
+        .revocation_date(now if revoked_at is None else datetime.fromtimestamp(revoked_at, UTC))
     )
-    if at is None:
+    if revoked_at is None:
         builder = builder.add_extension(
             x509.CRLReason(x509.ReasonFlags.certificate_hold), critical=False
         )
@@ -77,61 +84,59 @@ def _entry(certificate: Revoked, now: datetime) -> x509.RevokedCertificate:
 
 
 @dataclass(frozen=True)
-class _Listed:
-    """What a list says: serials in hex, and its span in seconds since 1970."""
+class _CrlContent:
+    """The content of a list: serials in hex, and its validity in seconds since 1970."""
 
     serials: frozenset[str]
-    made_at: float
-    ends_at: float
+    created_at: float
+    expires_at: float
 
 
 class CrlFile:
-    """A list in a file. A broker that finds it expired lets nobody in, so it is made anew every day of its seven."""
+    """A list in a file, valid for seven days and replaced every day.
 
-    def __init__(self, path: Path, signer: Signer) -> None:
+    A broker refuses every connection once its list has expired.
+    """
+
+    def __init__(self, path: Path, signer: CrlSigner) -> None:
         self.path = path
         self._signer = signer
 
-    def update(self, revoked: Iterable[Revoked], now: float) -> frozenset[str] | None:
-        """Makes the file say what is `revoked` at `now`; the serials that are new in it, None if nothing was to do.
+    def update(self, revoked: Iterable[CrlEntry], now: float) -> frozenset[str] | None:
+        """Write the list of `revoked` if it has changed or is due at `now`, in seconds since 1970.
+
+        Returns:
+            The serials that are new in the file; None if the file has not changed.
 
         Raises:
             IdentityError: the file cannot be written.
         """
         certificates = list(revoked)
-        wanted = frozenset(f"{int(certificate.serial, 16):x}" for certificate in certificates)
-        listed = self._read()
-        if listed.serials == wanted and now < min(listed.made_at + RENEW_S, listed.ends_at):
+        serials = frozenset(f"{int(certificate.serial, 16):x}" for certificate in certificates)
+        current = self._read()
+        due_at = min(current.created_at + RENEW_S, current.expires_at)
+        if current.serials == serials and now < due_at:
             return None
-        replace_file(self.path, self._signer.crl(certificates))
-        return wanted - listed.serials
+        self._write(self._signer.crl(certificates))
+        return serials - current.serials
 
-    def _read(self) -> _Listed:
-        """What stands in the file; nothing, since ever, when it is missing or is none."""
+    def _write(self, crl: bytes) -> None:
+        try:
+            write_file(self.path, crl)
+        except OSError as error:
+            raise IdentityError(
+                f"cannot write {self.path}: {error.strerror}; choose another folder"
+            ) from None
+
+    def _read(self) -> _CrlContent:
+        """Read the file; the content is empty and expired if the file is missing or malformed."""
         try:
             crl = x509.load_pem_x509_crl(self.path.read_bytes())
         except (OSError, ValueError):
-            return _Listed(frozenset(), 0.0, 0.0)
-        ends = crl.next_update_utc
-        return _Listed(
-            frozenset(f"{entry.serial_number:x}" for entry in crl),
-            crl.last_update_utc.timestamp(),
-            ends.timestamp() if ends else 0.0,
+            return _CrlContent(frozenset(), 0.0, 0.0)
+        next_update = crl.next_update_utc
+        return _CrlContent(
+            serials=frozenset(f"{entry.serial_number:x}" for entry in crl),
+            created_at=crl.last_update_utc.timestamp(),
+            expires_at=next_update.timestamp() if next_update else 0.0,
         )
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Puts `data` in the place of a file in one step, for its owner alone.
-
-    Raises:
-        IdentityError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        temporary.touch(mode=0o600)
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        raise IdentityError(
-            f"cannot write {path}: {error.strerror}; choose another folder"
-        ) from None

@@ -1,4 +1,4 @@
-"""Certificate signing requests (PKCS #10, RFC 2986), which anybody may send: what we take, and why not."""
+"""Certificate signing requests (PKCS #10, RFC 2986) from untrusted senders, and their checks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from provisioning.certificate import hash_key
 
 @dataclass(frozen=True)
 class SigningRequest:
-    """A P-256 key whose private half the sender has. `name` is its CN, None when it says none."""
+    """A public P-256 key whose private key the sender holds, and the CN, None without one."""
 
     public_key: ec.EllipticCurvePublicKey
     key_hash: str
@@ -23,25 +23,19 @@ class SigningRequest:
 
     @classmethod
     def parse(cls, pem: str) -> SigningRequest:
-        """Nothing but key and CN is looked at: role, name and validity are the registry's and ours.
+        """Parse a request in PEM. Only its key and its CN are used.
+
+        Role, name and validity of the certificate come from the registry and the authority.
 
         Raises:
-            CsrError: it is none, its key is no P-256 key, its signature is broken, or it has several CNs.
+            CsrError: `pem` is malformed, its key is no P-256 key, its signature is invalid, or it
+                has several CNs.
         """
-        try:
-            request = x509.load_pem_x509_csr(pem.encode())
-            key = request.public_key()
-            names = [
-                str(each.value)
-                for each in request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-            ]
-        except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature) as error:
-            raise CsrError(f"expected a certificate signing request in PEM: {error}") from None
-        if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(
-            key.curve, ec.SECP256R1
-        ):
+        request, key, names = _load(pem)
+        if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
             raise CsrError(
-                f"expected a signing request for a P-256 key, got {_kind(key)}; make a key of that kind"
+                f"expected a signing request for a P-256 key, got {_kind(key)}; "
+                "make a key of that kind"
             )
         if not _is_signed(request):
             raise CsrError(
@@ -52,6 +46,16 @@ class SigningRequest:
                 f"expected a signing request with one common name at most, got {len(names)}"
             )
         return cls(key, hash_key(key), names[0] if names else None)
+
+
+def _load(pem: str) -> tuple[x509.CertificateSigningRequest, object, list[str]]:
+    """Return a request with its key and its common names. Raises CsrError."""
+    try:
+        request = x509.load_pem_x509_csr(pem.encode())
+        names = request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        return request, request.public_key(), [str(name.value) for name in names]
+    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature) as error:
+        raise CsrError(f"expected a certificate signing request in PEM: {error}") from None
 
 
 def _is_signed(request: x509.CertificateSigningRequest) -> bool:

@@ -1,4 +1,4 @@
-"""What the service decides, without HTTP: who joins, who renews, who gets which file of a bundle."""
+"""The decisions of the service, without HTTP: joining, renewal, and access to files of bundles."""
 
 from __future__ import annotations
 
@@ -26,31 +26,32 @@ SERVING = Role.DEVICE, Role.WORKER
 
 @dataclass(frozen=True, kw_only=True)
 class EnrolmentService:
-    """Blocks on the registry and on the disk; any thread may call.
+    """The service behind HTTP. Its methods block on the registry and the disk; any thread may call.
 
-    `find_bundle` gives the folder of a bundle by its id, None where there is none; `crl` the PEM of the newest list of
-    revoked certificates, None before there is one. `bundle_id` is of the fleet's bundle, for who is told no other.
+    `find_bundle` returns the folder of a bundle by its id, None if there is none. `crl` returns the
+    PEM of the newest revocation list, None before there is one. `bundle_id` is the fleet's bundle,
+    for devices and workers whose configuration names no other.
     """
 
     registry: Registry
     authority: CertificateAuthority
-    site: FleetAddress
+    address: FleetAddress
     find_bundle: FindBundle
     crl: Callable[[], str | None] = lambda: None
     bundle_id: str | None = None
 
     def join(self, request: JoinRequest, peer: str) -> JoinReply:
-        """Gives a certificate for a token.
+        """Issue a certificate for a token.
 
         Raises:
-            CsrError: the signing request is not one that we take.
+            CsrError: the signing request is not acceptable.
             TokenError, StateError, RegistryError: as `Registry.join`.
         """
-        asked = SigningRequest.parse(request.csr)
-        claim = Claim(request.id, request.secret, asked.key_hash, asked.name)
-        joined = self.registry.join(claim, self._signing(asked), actor=peer)
+        csr = SigningRequest.parse(request.csr)
+        claim = Claim(request.id, request.secret, csr.key_hash, csr.name)
+        joined = self.registry.identities.join(claim, self._signer(csr), actor=peer)
         role = Role(joined.role)
-        config = self.registry.desired_configs([joined.name]).get(
+        config = self.registry.desired_state.configs([joined.name]).get(
             joined.name, DesiredConfig(0, Settings())
         )
         return JoinReply(
@@ -58,59 +59,56 @@ class EnrolmentService:
             role=role,
             certificate=joined.pem,
             ca=self.authority.pem,
-            host=self.site.host,
-            port=self.site.port,
-            server=self.site.server or "",
+            host=self.address.host,
+            port=self.address.port,
+            server=self.address.server or "",
             topic_prefix=PREFIX,
             config=config,
             bundle_id=config.settings.bundle or self.bundle_id if role in SERVING else None,
-            shared_subscriptions=self.site.shared_subscriptions,
+            shared_subscriptions=self.address.shared_subscriptions,
         )
 
     def renew(self, request: RenewRequest, fingerprint: str | None) -> RenewReply:
-        """Gives a certificate for a new key to whoever has shown the one with `fingerprint`.
+        """Issue a certificate for a new key to the holder of the one with `fingerprint`.
 
         Raises:
-            CredentialsError, StateError, TokenNameError, CsrError, RegistryError: as `Registry.renew`.
+            CredentialsError, StateError, TokenNameError, RegistryError: as `Registry.renew`.
+            CsrError: the signing request is not acceptable.
         """
-        asked = SigningRequest.parse(request.csr)
-        renewed = self.registry.renew(
-            _shown(fingerprint), asked.key_hash, self._signing(asked), csr_name=asked.name
+        csr = SigningRequest.parse(request.csr)
+        renewed = self.registry.identities.renew(
+            _checked(fingerprint), csr.key_hash, self._signer(csr), csr_name=csr.name
         )
         return RenewReply(renewed.pem)
 
     def bundle_file(self, bundle_id: str, name: str, fingerprint: str | None) -> Path:
-        """The path of a bundle's file, for a device or worker.
+        """Return the path of a bundle's file, for a device or a worker.
 
         Raises:
             CredentialsError, StateError, RegistryError: as `Registry.role_of`.
-            AccessError: whoever asks serves no bundle.
+            AccessError: the client is neither a device nor a worker.
             BundleError: there is no such bundle, or it has no such file.
         """
-        who, role = self.registry.role_of(_shown(fingerprint))
+        client, role = self.registry.identities.role_of(_checked(fingerprint))
         if role not in SERVING:
             raise AccessError(
-                f"{who!r} is an identity of the role {role}: expected a device or a worker"
+                f"{client!r} is an identity of the role {role}: expected a device or a worker"
             )
         folder = self.find_bundle(bundle_id) if NAME.fullmatch(bundle_id) else None
         if folder is None:
             raise BundleError(f"no bundle {bundle_id[:80]!r} here; see 'fleet bundle list'")
-        names = {
-            MANIFEST_FILE,
-            SIGNATURE_FILE,
-            *(entry.path for entry in read_manifest(folder).files),
-        }
-        if name not in names or not (folder / name).is_file():
+        names = {entry.path for entry in read_manifest(folder).files}
+        if name not in names | {MANIFEST_FILE, SIGNATURE_FILE} or not (folder / name).is_file():
             raise BundleError(
-                f"bundle {bundle_id} has no file {name[:80]!r}; its manifest names those that it has"
+                f"bundle {bundle_id} has no file {name[:80]!r}; its manifest lists its files"
             )
         return folder / name
 
-    def _signing(self, asked: SigningRequest) -> Callable[[str, Role], IssuedCertificate]:
-        return lambda name, role: self.authority.sign(asked.public_key, name, role)
+    def _signer(self, csr: SigningRequest) -> Callable[[str, Role], IssuedCertificate]:
+        return lambda name, role: self.authority.sign(csr.public_key, name, role)
 
 
-def _shown(fingerprint: str | None) -> str:
+def _checked(fingerprint: str | None) -> str:
     if fingerprint is None:
         raise CredentialsError(
             "expected a client certificate of this fleet, got none; join with 'edge-agent join'"

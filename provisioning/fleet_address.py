@@ -1,4 +1,4 @@
-"""Where an identity finds its fleet."""
+"""The address of a fleet: its broker and its service."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fleet.protocol.access import Role
 
 @dataclass(frozen=True, kw_only=True)
 class FleetAddress:
-    """The broker's `host` and `port`, and the base URL of the service as `server`, where there is one.
+    """The broker's `host` and `port`; `server` is the base URL of the service, if there is one.
 
-    `bundle` is the folder of the model that devices and workers serve; `shared_subscriptions` says that the broker has
-    them.
+    `bundle` is the folder of the model that devices and workers serve; `shared_subscriptions` is
+    true if the broker supports them.
     """
 
     host: str
@@ -24,12 +24,10 @@ class FleetAddress:
     shared_subscriptions: bool = False
 
     def identity_config(self, name: str, role: Role) -> IdentityConfig:
-        """What `identity.json` says of one identity: only devices and workers serve a bundle."""
-        bundle = (
-            str(self.bundle.resolve())
-            if self.bundle and role in (Role.DEVICE, Role.WORKER)
-            else None
-        )
+        """Return the content of `identity.json`; only devices and workers serve a bundle."""
+        bundle = None
+        if self.bundle and role in (Role.DEVICE, Role.WORKER):
+            bundle = str(self.bundle.resolve())
         return IdentityConfig(
             name=name,
             role=role,
@@ -42,5 +40,5 @@ class FleetAddress:
 
 
 def base_url(host: str, port: int) -> str:
-    """``https://HOST:PORT``; an IPv6 address in brackets."""
+    """Return ``https://HOST:PORT``, with an IPv6 address in brackets."""
     return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"

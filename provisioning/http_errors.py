@@ -1,4 +1,4 @@
-"""Which status an error is, and how it looks on the wire."""
+"""HTTP responses of errors: the status of each, and the body."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fleet.errors import (
 )
 from fleet.protocol.enrolment_api import ServiceProblem
 
-# The first that fits.
+# The first entry that matches counts.
 STATUS: Final[tuple[tuple[type[FleetError], int], ...]] = (
     (OversizedError, 413),
     (DecodeError, 400),
@@ -48,37 +48,31 @@ UNAVAILABLE: Final = "the registry cannot answer now; ask again later"
 
 
 def status_of(error: FleetError) -> int:
-    """500 for an error that nobody should see out there."""
+    """Return the HTTP status of an error; 500 for an error that clients must not see."""
     return next((status for kind, status in STATUS if isinstance(error, kind)), 500)
 
 
-def problem(error: FleetError, retry_after_s: float | None = None) -> web.Response:
-    """The reply to a request that failed. What the registry says of itself stays in here."""
+def error_response(error: FleetError, retry_after_s: float | None = None) -> web.Response:
+    """Return the response to a request that failed. Messages of the registry are not sent out."""
     status = status_of(error)
-    message = (
-        str(error)
-        if status < 500
-        else UNAVAILABLE
-        if status == 503
-        else "the server failed; see its log"
-    )
+    message = str(error)
+    if status >= 500:
+        message = UNAVAILABLE if status == 503 else "the server failed; see its log"
     headers = {} if retry_after_s is None else {"Retry-After": str(math.ceil(retry_after_s))}
-    return _reply(status, error.code, message, headers)
+    return _json_response(status, error.code, message, headers)
 
 
-def http_problem(error: web.HTTPException) -> web.Response:
-    """The same for what aiohttp refuses: no such path, another method, a body that is too large."""
+def http_error_response(error: web.HTTPException) -> web.Response:
+    """Return the response to a request that aiohttp refuses: bad path, method or body size."""
     if error.status == 413:
-        return problem(OversizedError(error.text or "the body is too large"))
+        return error_response(OversizedError(error.text or "the body is too large"))
     headers = {name: value for name, value in error.headers.items() if name == "Allow"}
-    return _reply(
-        error.status,
-        ProtocolError.code,
-        f"{error.status} {error.reason}; see docs/protocol.md",
-        headers,
-    )
+    message = f"{error.status} {error.reason}; see docs/protocol.md"
+    return _json_response(error.status, ProtocolError.code, message, headers)
 
 
-def _reply(status: int, code: str, message: str, headers: Mapping[str, str]) -> web.Response:
+def _json_response(
+    status: int, code: str, message: str, headers: Mapping[str, str]
+) -> web.Response:
     body = msgspec.json.encode(ServiceProblem(code, message))
     return web.Response(status=status, body=body, content_type="application/json", headers=headers)

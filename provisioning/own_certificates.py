@@ -1,9 +1,13 @@
-"""The fleet's own certificates, renewed where the authority is: its identities', and its broker's and service's."""
+"""Renewal of the fleet's own certificates on the machine that has the authority.
+
+These are the certificates of the fleet's own identities, of its broker and of its service.
+"""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -13,12 +17,14 @@ from fleet.identity.certificate_rotation import finish_renewal, renewal_in_s, re
 from fleet.identity.identity import CERT_FILE, Identity
 from fleet.protocol.access import Role
 from fleet.registry.results import IssuedCertificate
-from fleet.registry.store import Registry
 from provisioning.authority import CertificateAuthority
+
+if TYPE_CHECKING:
+    from fleet.registry.store import Registry
 
 
 def is_due(folder: Path, now: float | None = None) -> bool:
-    """Whether two thirds of the life of the certificate in `folder` are over. Raises IdentityError."""
+    """Whether a certificate's life is two thirds over. Raises IdentityError if it does not load."""
     certificate = _read(folder)
     begin = certificate.not_valid_before_utc.timestamp()
     end = certificate.not_valid_after_utc.timestamp()
@@ -26,23 +32,26 @@ def is_due(folder: Path, now: float | None = None) -> bool:
 
 
 def renew_own(registry: Registry, authority: CertificateAuthority, identity: Identity) -> None:
-    """A new key and certificate for an identity whose folder is here; the old certificate counts until it ends.
+    """Replace the key and the certificate of an identity whose folder is on this machine.
+
+    The old certificate is accepted until it expires.
 
     Raises:
         StateError: the identity is not active.
         IdentityError: the files cannot be read or written.
     """
     config = identity.config
-    old = _read(identity.folder)
-    made = authority.certify(config.name, config.role)
+    old_certificate = _read(identity.folder)
+    certificate = authority.certify(config.name, config.role)
 
     def issue(name: str, role: Role) -> IssuedCertificate:
-        del name, role  # as in the registry, which has found them by the certificate
-        return made.issued
+        del name, role  # the registry finds them by the old certificate
+        return certificate.issued
 
-    registry.renew(old.fingerprint(hashes.SHA256()).hex(), made.issued.key_hash, issue)
+    fingerprint = old_certificate.fingerprint(hashes.SHA256()).hex()
+    registry.identities.renew(fingerprint, certificate.issued.key_hash, issue)
     try:
-        replace_pair(identity.folder, made.issued.pem.encode(), made.private_key)
+        replace_pair(identity.folder, certificate.issued.pem.encode(), certificate.private_key)
     except OSError as error:
         raise IdentityError(
             f"cannot write into {identity.folder}: {error.strerror}; make room"

@@ -1,4 +1,4 @@
-"""How often one peer may ask."""
+"""A limit on the rate of each peer's requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ MAX_PEERS: Final = 10_000
 class RateLimit:
     """A token bucket for each peer: `burst` at once, then `per_minute`. For one thread.
 
-    It knows `MAX_PEERS` at most; whoever has been quiet for longest is forgotten first.
+    It has at most `MAX_PEERS` buckets, each with its tokens and the time of that count, and drops
+    the one that has not been used for longest.
     """
 
     def __init__(
@@ -22,30 +23,28 @@ class RateLimit:
         self._per_s = per_minute / 60
         self._burst = burst
         self._clock = clock
-        self._buckets: dict[
-            str, tuple[float, float]
-        ] = {}  # what is left, and when that was, oldest first
+        self._buckets: dict[str, tuple[float, float]] = {}
 
     def wait_s(self, peer: str) -> float:
-        """0 when `peer` may ask now, which is counted; else after how many seconds it may."""
+        """Count a request of `peer` and return 0, or return the seconds until one is allowed."""
         now = self._clock()
-        left, at = self._buckets.pop(peer, (float(self._burst), now))
-        left = min(self._burst, left + (now - at) * self._per_s)
+        left, updated_at = self._buckets.pop(peer, (float(self._burst), now))
+        left = min(self._burst, left + (now - updated_at) * self._per_s)
         is_allowed = left >= 1
         self._buckets[peer] = left - is_allowed, now
         if len(self._buckets) > MAX_PEERS:
             del self._buckets[next(iter(self._buckets))]
         return 0.0 if is_allowed else (1 - left) / self._per_s
 
-    def give_back(self, peer: str) -> None:
-        """What `peer` asked last does not count."""
-        if known := self._buckets.get(peer):
-            left, at = known
-            self._buckets[peer] = min(self._burst, left + 1), at
+    def refund(self, peer: str) -> None:
+        """Uncount the last request of `peer`."""
+        if bucket := self._buckets.get(peer):
+            left, updated_at = bucket
+            self._buckets[peer] = min(self._burst, left + 1), updated_at
 
 
-def peer_of(address: str) -> str:
-    """Who is behind an address: it alone, or for IPv6 its /64, of which everybody has more than enough addresses."""
+def peer_key(address: str) -> str:
+    """Return the address, or the /64 of an IPv6 address, as one client has all of a /64."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(parsed, ipaddress.IPv6Address):
         if parsed.ipv4_mapped:

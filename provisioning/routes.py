@@ -1,4 +1,4 @@
-"""The service's HTTP: paths, limits and deadlines around an `EnrolmentService`."""
+"""The HTTP routes of the service: paths, limits and deadlines of an `EnrolmentService`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import math
 import ssl
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final, TypeVar
 
 import msgspec
@@ -27,34 +28,37 @@ from fleet.protocol.enrolment_api import (
     decode_body,
 )
 from provisioning.enrolment_service import EnrolmentService
-from provisioning.http_errors import http_problem, problem, status_of
-from provisioning.rate_limit import RateLimit, peer_of
+from provisioning.http_errors import error_response, http_error_response, status_of
+from provisioning.rate_limit import RateLimit, peer_key
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 T = TypeVar("T")
 
 ANSWER_S: Final = 60.0
-DOWNLOAD_S: Final = 3600.0  # then a device goes on from where it is
+DOWNLOAD_S: Final = 3600.0  # afterwards a device requests the rest of the file
 PEM: Final = "application/x-pem-file"
 
 log = logging.getLogger(__name__)
 
 
 class Routes:
-    """Handlers of one application; everything that blocks runs in a thread."""
+    """The handlers of one application; all blocking calls run in threads."""
 
     def __init__(
-        self, office: EnrolmentService, joins: RateLimit, renewals: RateLimit, body_s: float
+        self,
+        service: EnrolmentService,
+        joins: RateLimit,
+        renewals: RateLimit,
+        body_timeout_s: float,
     ) -> None:
-        """`body_s` is how long a body may take to arrive."""
-        self._office = office
-        self._body_s = body_s
+        self._service = service
+        self._body_timeout_s = body_timeout_s
         self._joins = joins
         self._renewals = renewals
 
     def application(self) -> web.Application:
-        """What aiohttp serves."""
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[answer_problems])
+        """Return the application for aiohttp."""
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[errors_to_responses])
         app.router.add_get(CA_PATH, self._ca)
         app.router.add_get(CRL_PATH, self._crl)
         app.router.add_post(JOIN_PATH, self._join)
@@ -63,25 +67,23 @@ class Routes:
         return app
 
     async def _ca(self, _: web.Request) -> web.Response:
-        return web.Response(text=self._office.authority.pem, content_type=PEM)
+        return web.Response(text=self._service.authority.pem, content_type=PEM)
 
     async def _crl(self, _: web.Request) -> web.Response:
-        crl = await in_thread(self._office.crl)
+        crl = await in_thread(self._service.crl)
         if crl is None:
             raise web.HTTPNotFound
         return web.Response(text=crl, content_type=PEM)
 
     async def _join(self, request: web.Request) -> web.Response:
         peer = peer_address(request)
-        return await self._answer(
-            request, self._joins, JoinRequest, lambda body: self._office.join(body, peer)
-        )
+        join = partial(self._service.join, peer=peer)
+        return await self._answer(request, self._joins, JoinRequest, join)
 
     async def _renew(self, request: web.Request) -> web.Response:
-        shown = client_fingerprint(request)
-        return await self._answer(
-            request, self._renewals, RenewRequest, lambda body: self._office.renew(body, shown)
-        )
+        fingerprint = client_fingerprint(request)
+        renew = partial(self._service.renew, fingerprint=fingerprint)
+        return await self._answer(request, self._renewals, RenewRequest, renew)
 
     async def _answer(
         self,
@@ -90,25 +92,29 @@ class Routes:
         kind: type[T],
         work: Callable[[T], msgspec.Struct],
     ) -> web.Response:
-        """What succeeds does not count: a hundred devices behind one address may join, and nobody may guess."""
-        peer = peer_of(peer_address(request))
+        """Respond to a request within the peer's rate limit.
+
+        A request that succeeds does not count: a hundred devices behind one address may join, but
+        no client can guess tokens.
+        """
+        peer = peer_key(peer_address(request))
         if wait_s := limit.wait_s(peer):
-            return too_many(wait_s)
-        reply = await in_thread(work, await read_body(request, kind, self._body_s))
-        limit.give_back(peer)
+            return too_many_requests(wait_s)
+        reply = await in_thread(work, await read_body(request, kind, self._body_timeout_s))
+        limit.refund(peer)
         return web.Response(body=msgspec.json.encode(reply), content_type="application/json")
 
     async def _bundle_file(self, request: web.Request) -> web.StreamResponse:
         bundle_id = request.match_info["bundle_id"]
         name = request.match_info["name"]
         path = await in_thread(
-            self._office.bundle_file, bundle_id, name, client_fingerprint(request)
+            self._service.bundle_file, bundle_id, name, client_fingerprint(request)
         )
         return TimedFile(path)
 
 
 class TimedFile(web.FileResponse):
-    """A file, or the range of it that was asked for, for who takes it within `DOWNLOAD_S` seconds."""
+    """A file, or the requested range of it, that must be downloaded in `DOWNLOAD_S` seconds."""
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         try:
@@ -124,31 +130,35 @@ class TimedFile(web.FileResponse):
 
 
 @web.middleware
-async def answer_problems(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every failure is a `ServiceProblem`."""
+async def errors_to_responses(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn each failure into a response with a `ServiceProblem`."""
     try:
         return await handler(request)
     except web.HTTPException as error:
-        return http_problem(error)
+        return http_error_response(error)
     except FleetError as error:
-        if status_of(error) >= 500:
-            log.warning("%s %s failed: %s", request.method, request.path, error)
-        else:
-            log.info(
-                "%s %s of %s is refused: %s",
-                request.method,
-                request.path,
-                peer_address(request),
-                error,
-            )
-        return problem(error)
+        _log_error(request, error)
+        return error_response(error)
     except Exception:  # the outermost boundary of a request
         log.exception("%s %s failed", request.method, request.path)
-        return problem(FleetError("internal"))
+        return error_response(FleetError("internal"))
+
+
+def _log_error(request: web.Request, error: FleetError) -> None:
+    if status_of(error) >= 500:
+        log.warning("%s %s failed: %s", request.method, request.path, error)
+    else:
+        client = peer_address(request)
+        log.info("%s %s of %s is refused: %s", request.method, request.path, client, error)
 
 
 async def read_body(request: web.Request, kind: type[T], timeout_s: float) -> T:
-    """Raises OversizedError, DecodeError, or HTTPRequestTimeout when the body does not come in time."""
+    """Read and decode a body.
+
+    Raises:
+        OversizedError, DecodeError: the body is too large or malformed.
+        HTTPRequestTimeout: the body did not arrive in time.
+    """
     if (request.content_length or 0) > MAX_BODY_BYTES:
         raise OversizedError(
             f"expected a body of at most {MAX_BODY_BYTES} bytes, got {request.content_length}"
@@ -162,31 +172,29 @@ async def read_body(request: web.Request, kind: type[T], timeout_s: float) -> T:
 
 
 async def in_thread(work: Callable[..., T], *arguments: object) -> T:
-    """What `work` gives; raises RegistryError when that takes longer than `ANSWER_S` seconds."""
+    """Call `work` in a thread. Raises RegistryError after `ANSWER_S` seconds."""
     try:
         async with asyncio.timeout(ANSWER_S):
             return await asyncio.to_thread(work, *arguments)
     except TimeoutError:
         raise RegistryError(
-            f"expected an answer of the registry within {ANSWER_S:g} s, got none"
+            f"expected a response of the registry within {ANSWER_S:g} s, got none"
         ) from None
 
 
 def client_fingerprint(request: web.Request) -> str | None:
-    """SHA-256 of the client's certificate, which TLS has verified; None when it showed none."""
+    """Return the SHA-256 of the client's certificate, verified by TLS; None without one."""
     tls: ssl.SSLObject | None = request.get_extra_info("ssl_object")
     certificate = tls.getpeercert(binary_form=True) if tls else None
     return hashlib.sha256(certificate).hexdigest() if certificate else None
 
 
 def peer_address(request: web.BaseRequest) -> str:
-    """The address that the connection came from."""
+    """Return the address of the client."""
     return request.remote or "0.0.0.0"
 
 
-def too_many(wait_s: float) -> web.Response:
-    """429, with the time to wait."""
-    return problem(
-        BusyError(f"too many requests from this address; ask again in {math.ceil(wait_s)} s"),
-        wait_s,
-    )
+def too_many_requests(wait_s: float) -> web.Response:
+    """Return status 429 with the time to wait."""
+    message = f"too many requests from this address; ask again in {math.ceil(wait_s)} s"
+    return error_response(BusyError(message), wait_s)

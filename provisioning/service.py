@@ -1,4 +1,4 @@
-"""The HTTPS service: devices join, renew and fetch bundles there. On a thread and an event loop of its own."""
+"""The HTTPS service, on its own thread and event loop: devices join, renew and fetch bundles."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from provisioning.routes import Routes
 
 HANDSHAKE_S: Final = 10.0
 IDLE_S: Final = 15.0
-"""How long a connection may be silent between requests, or take to say what it wants, or for a body."""
+"""Time limit of a silent connection between requests, of a request's headers, and of its body."""
 
 JOINS_PER_MINUTE: Final = 10
 JOINS_AT_ONCE: Final = 20
 
 
 class EnrolmentServer(TlsServer):
-    """A context manager; `port` 0 takes a free one, which `port` then says.
+    """The server, as a context manager; `port` 0 chooses a free one, which `port` then holds.
 
-    Who shows a certificate shows one of the fleet's own, or is not let in; who shows none can join.
+    A client without a certificate can join. A client's certificate must be one of the fleet's.
     """
 
     def __init__(
@@ -35,22 +35,22 @@ class EnrolmentServer(TlsServer):
         host: str,
         port: int,
         tls: ServerTls,
-        office: EnrolmentService,
+        service: EnrolmentService,
         joins: RateLimit | None = None,
         idle_s: float = IDLE_S,
     ) -> None:
-        super().__init__("service", host, port, tls, other="choose another with --service-port")
+        super().__init__("service", host, port, tls, advice="choose another with --service-port")
         self._idle_s = idle_s
         self._routes = Routes(
-            office,
+            service,
             joins or RateLimit(JOINS_PER_MINUTE, JOINS_AT_ONCE),
             RateLimit(JOINS_PER_MINUTE, JOINS_AT_ONCE),
-            body_s=idle_s,
+            body_timeout_s=idle_s,
         )
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The base URL of the service."""
         return base_url(self.host, self.port)
 
     def _ssl_context(self) -> ssl.SSLContext:

@@ -1,4 +1,7 @@
-"""Closes a connection at a broker that we cannot tell to: whoever connects under a client id ends its older session."""
+"""Takeover of MQTT sessions, to close a connection at a broker that has no command for that.
+
+A client that connects under a client id ends the older session of that id.
+"""
 
 from __future__ import annotations
 
@@ -19,33 +22,33 @@ CONNECT_S: Final = 2.0
 
 
 class SessionTakeover:
-    """Takes over the sessions of names at the broker on `host` and `port`, with certificates that live five minutes.
+    """Session takeover at the broker on `host` and `port`, with short-lived certificates.
 
-    Their keys are on disk for the length of one connection, in a folder of ours alone.
+    A certificate is valid for five minutes. Its key is on disk during one connection only, in a
+    folder of mode 0700.
     """
 
     def __init__(self, authority: CertificateAuthority, host: str, port: int) -> None:
         self._authority = authority
-        self._site = FleetAddress(host=host, port=port)
+        self._address = FleetAddress(host=host, port=port)
         self._spent: list[tuple[str, IssuedCertificate]] = []
 
     def evict(self, name: str) -> None:
-        """Ends the session of `name`, if it has one; its last will is sent as far as its rights still reach.
+        """End the session of `name`, if it has one. The broker sends its last will if rights allow.
 
         Raises:
             LinkError: the broker cannot be reached.
             IdentityError: no temporary folder can be written.
         """
-        made = self._authority.certify(name, Role.DEVICE, LIFE)
-        self._spent.append((name, made.issued))
+        certificate = self._authority.certify(name, Role.DEVICE, LIFE)
+        self._spent.append((name, certificate.issued))
         with tempfile.TemporaryDirectory(prefix="fleet-eviction-") as folder:  # mode 0700
-            identity = write_identity(
-                made, Path(folder), self._site.identity_config(name, Role.DEVICE)
-            )
+            config = self._address.identity_config(name, Role.DEVICE)
+            identity = write_identity(certificate, Path(folder), config)
             MqttTransport.connect(identity, timeout_s=CONNECT_S).close()
 
     def spent(self, now: float) -> list[RevokedCertificate]:
-        """The certificates of earlier evictions that have not ended yet: they belong on the revocation list."""
+        """Return the unexpired certificates of earlier evictions, for the revocation list."""
         self._spent = [(name, issued) for name, issued in self._spent if issued.not_after > now]
         return [
             RevokedCertificate(issued.serial, name, issued.not_before)

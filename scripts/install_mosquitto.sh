@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs mosquitto and its clients for the tests, where the system's package manager may be used without asking.
+# Install mosquitto and its clients for the tests, if the system's package manager works without a
+# password.
 set -euo pipefail
 PATH="$PATH:/usr/sbin:/usr/local/sbin"
 
@@ -18,9 +19,11 @@ if command -v apt-get >/dev/null && "${as_root[@]}" true 2>/dev/null; then
     log="$(mktemp)"
     trap 'rm -f "$log"' EXIT
     if { "${as_root[@]}" apt-get update -qq &&
-        "${as_root[@]}" apt-get install -y -qq --no-install-recommends mosquitto mosquitto-clients; } >"$log" 2>&1; then
+        "${as_root[@]}" apt-get install -y -qq --no-install-recommends \
+            mosquitto mosquitto-clients; } >"$log" 2>&1; then
         exit 0
     fi
     tail -n 3 "$log"
 fi
-echo "==> mosquitto is missing and cannot be installed from here; its tests are skipped (install it to run them)"
+echo "==> mosquitto is missing and cannot be installed from here;" \
+    "its tests are skipped (install it to run them)"

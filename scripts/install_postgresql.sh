@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs the PostgreSQL server for the tests, where the system's package manager may be used without asking. They start
-# one of their own: the service that Debian's package would start is not wanted.
+# Install the PostgreSQL server for the tests, if the system's package manager works without a
+# password. The tests start their own server: the service of Debian's package is not needed.
 set -euo pipefail
 shopt -s nullglob
 
@@ -28,4 +28,5 @@ if command -v apt-get >/dev/null && "${as_root[@]}" true 2>/dev/null; then
     fi
     tail -n 3 "$log"
 fi
-echo "==> PostgreSQL is missing and cannot be installed from here; its tests are skipped (install it to run them)"
+echo "==> PostgreSQL is missing and cannot be installed from here;" \
+    "its tests are skipped (install it to run them)"

@@ -21,13 +21,14 @@ import pytest
 
 from cloud_broker_worker.broker.embedded import EmbeddedBroker
 from cloud_broker_worker.broker.mosquitto import write_config
-from cloud_broker_worker.broker.rights_cache import Lookup
+from cloud_broker_worker.broker.rights_cache import RightsLookup
 from fleet.errors import LinkError
 from fleet.identity.identity import CERT_FILE, Identity, ServerTls
 from fleet.protocol.access import Grants, Role
 from fleet.transport.base import Will
 from fleet.transport.mqtt import MqttTransport
 from provisioning.authority import CertificateAuthority
+from tests.identities import issue_identity
 
 HOST: Final = "127.0.0.1"
 PORTS: Final = range(15_000, 32_000)
@@ -81,7 +82,7 @@ class RunningBroker(Protocol):
 class Amqtt:
     """The embedded broker, asking `lookup` for rights."""
 
-    def __init__(self, port: int, tls: ServerTls, lookup: Lookup) -> None:
+    def __init__(self, port: int, tls: ServerTls, lookup: RightsLookup) -> None:
         self._port = port
         self._tls = tls
         self._lookup = lookup
@@ -150,13 +151,13 @@ class Site:
         role = self.known[name].role if name in self.known else Role.DEVICE
         made_by = authority or self.authority
         folder = self.folder / "identities" / f"{name}-{id(made_by)}"
-        identity = made_by.issue(name, role, folder, HOST, self.port)
+        identity = issue_identity(made_by, name, role, folder, host=HOST, port=self.port)
         if made_by is self.authority:
             self.admit(identity)
         return identity
 
     def admit_any(self, name: str) -> None:
-        """Has every certificate of the authority count for `name`: somebody else makes them."""
+        """Accept every certificate of the authority for `name`; another program issues them."""
         self._open.add(name)
 
     def admit(self, identity: Identity) -> None:
@@ -193,7 +194,7 @@ def fingerprint_of(identity: Identity) -> str:
 
 
 def find_mosquitto(program: str) -> str:
-    """Path of mosquitto or one of its clients; skips the test without it, or fails where it must be there."""
+    """Return the path of mosquitto or a client; skip the test without it, or fail under CI."""
     path = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
     if path is None:
         reason = (
@@ -206,7 +207,7 @@ def find_mosquitto(program: str) -> str:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, drawn from below those that outgoing connections take meanwhile."""
+    """Return a free port below the range that outgoing connections use."""
     for _ in range(100):
         port = random.SystemRandom().choice(PORTS)
         with socket.socket() as probe, suppress(OSError):
@@ -225,6 +226,6 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT
 
 
 def listens(port: int) -> bool:
-    """Whether somebody takes connections there."""
+    """Whether a server accepts connections there."""
     with socket.socket() as probe:
         return probe.connect_ex((HOST, port)) == 0

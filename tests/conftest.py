@@ -22,7 +22,7 @@ MakeTinyBundle = Callable[..., Bundle]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How long the test of exact answers under faults is."""
+    """Add options for the length of the test of exact answers under faults."""
     parser.addoption(
         "--answers", type=int, default=5, help="prompts of the default model that are asked"
     )
@@ -47,7 +47,7 @@ def tiny_heads(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 def make_tiny_bundle(
     tiny_checkpoint: Path, tiny_heads: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> MakeTinyBundle:
-    """Makes bundles of the tiny model, each once: (exits, split, upload_layer, quantization, head) -> Bundle."""
+    """Make each bundle of the tiny model once."""
 
     @cache
     def make(

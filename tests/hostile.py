@@ -33,8 +33,11 @@ PERFECT: Final = Odds()
 
 
 class Mischief(Generic[T]):
-    """Decides what arrives in place of each message: it is lost, comes twice, comes after some later ones, or brings an
-    old one along, perhaps of a session that has long ended."""
+    """Replace each message by what arrives instead.
+
+    A message is lost, comes twice, comes after later ones, or brings an old one along, perhaps
+    from a session that ended long ago.
+    """
 
     def __init__(self, seed: int, odds: Odds) -> None:
         self.num_done = 0
@@ -45,7 +48,7 @@ class Mischief(Generic[T]):
         self._past: deque[T] = deque(maxlen=NUM_REMEMBERED)
 
     def __call__(self, message: T) -> list[T]:
-        """What arrives now, in this order."""
+        """Return the messages that arrive now, in this order."""
         with self._lock:
             self._past.append(message)
             fate = self._random.random()
@@ -71,9 +74,10 @@ class Mischief(Generic[T]):
 
 
 class HostileLink(InMemoryTransport):
-    """A device's link: what it says within sessions suffers, and what workers say to it; the rest comes twice at most.
+    """A device's link that damages the messages of sessions, in both directions.
 
-    QoS 1 loses nothing, but it repeats. `said` is what the device has said within sessions.
+    All other messages come twice at most: QoS 1 loses nothing, but it repeats. `said` are the
+    messages that the device sent within sessions.
     """
 
     def __init__(
@@ -93,7 +97,7 @@ class HostileLink(InMemoryTransport):
         return self._num_before is not None and len(self.said) >= self._num_before
 
     def forge(self, after: int, make: Callable[[Sequence[Said]], Iterable[Said]]) -> None:
-        """Sends what ``make(said)`` gives, in the device's name, when it has said `after` things from now on."""
+        """Send ``make(said)`` in the device's name after its next `after` messages."""
         self.said.clear()
         self._num_before = after
         self._forge = make

@@ -1,4 +1,4 @@
-"""Payloads with damage that a seed decides: what a broken link, disk or program makes of a message, and an attacker."""
+"""Damaged payloads, by seed: the results of a broken link, disk or program, or an attacker."""
 
 from __future__ import annotations
 
@@ -7,31 +7,34 @@ from collections.abc import Sequence
 from typing import Final
 
 LENGTHS: Final = (
-    b"\x80", b"\x8f", b"\x90", b"\x9f", b"\xa0", b"\xbf", b"\xc1", b"\xc4\xff", b"\xc6\xff\xff\xff\xff",
+    b"\x80", b"\x8f", b"\x90", b"\x9f", b"\xa0", b"\xbf", b"\xc1", b"\xc4\xff",
+    b"\xc6\xff\xff\xff\xff",
     b"\xc7\x00\xff", b"\xc9\xff\xff\xff\xff\x01", b"\xca", b"\xcb\x7f\xf8\0\0\0\0\0\0",
-    b"\xcf\xff\xff\xff\xff\xff\xff\xff\xff", b"\xd3\x80\0\0\0\0\0\0\0", b"\xd6\xff\0\0\0\0", b"\xd9\xff",
-    b"\xdb\xff\xff\xff\xff", b"\xdc\xff\xff", b"\xdd\xff\xff\xff\xff", b"\xde\xff\xff", b"\xdf\xff\xff\xff\xff",
+    b"\xcf\xff\xff\xff\xff\xff\xff\xff\xff", b"\xd3\x80\0\0\0\0\0\0\0", b"\xd6\xff\0\0\0\0",
+    b"\xd9\xff",
+    b"\xdb\xff\xff\xff\xff", b"\xdc\xff\xff", b"\xdd\xff\xff\xff\xff", b"\xde\xff\xff",
+    b"\xdf\xff\xff\xff\xff",
 )  # fmt: skip
 """Heads of msgpack values, most of them of far more than follows."""
 
 WORDS: Final = (
-    b"null", b"true", b"-1", b"1e999", b"NaN", b"-0.0", b"9" * 400, b'"\\ud800"', b'""', b"{}", b"[]", b"\\u0000",
-    b"\xed\xa0\x80", b"\xf5", b"\0",
+    b"null", b"true", b"-1", b"1e999", b"NaN", b"-0.0", b"9" * 400, b'"\\ud800"', b'""', b"{}",
+    b"[]", b"\\u0000", b"\xed\xa0\x80", b"\xf5", b"\0",
 )  # fmt: skip
-"""What JSON may have in place of something else, or may not."""
+"""Words that JSON may have in place of a value, or may not."""
 
 OPENERS: Final = (b"[", b'{"a":', b"\x91", b"\x81\xa1a", b"(")
 MAX_DEPTH: Final = 4000
 
 
 class Mutator:
-    """Damages one of `payloads` after the other, some of them more than once. The same seed does the same damage."""
+    """Damage each of `payloads`, some more than once. The same seed does the same damage."""
 
     def __init__(self, seed: int, payloads: Sequence[bytes]) -> None:
         self._random = random.Random(seed)
         self._payloads = payloads
-        self._ways = (self._flip, self._flip, self._set, self._cut_off, self._cut_out, self._repeat, self._splice,
-                      self._lengthen, self._word, self._nest)  # fmt: skip
+        once = (self._set, self._cut_off, self._cut_out, self._repeat, self._splice)
+        self._ways = (self._flip, self._flip, *once, self._lengthen, self._word, self._nest)
 
     def __call__(self, payload: bytes) -> bytes:
         for _ in range(self._random.choice((1, 1, 1, 2, 4))):

@@ -49,7 +49,7 @@ def postgresql() -> Iterator[Databases]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def registry_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """Where a new registry may be opened."""
+    """Return the URL of an empty database."""
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path}/registry.sqlite"
         return

@@ -1,4 +1,4 @@
-"""Messages of every kind that is on the wire, as real parts say them, and how their receivers read them."""
+"""Messages of every kind on the wire, recorded from real components, and their readers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,6 @@ from fleet.protocol.enrolment_api import (
 from fleet.protocol.hidden_states import INT8
 from fleet.protocol.messages import (
     PROTOCOL,
-    Assist,
     Close,
     Context,
     ContextChunk,
@@ -70,7 +69,7 @@ Reader: TypeAlias = tuple[Callable[[bytes], object], type[FleetError]]
 
 
 class Recorded(NamedTuple):
-    """What was said, on a topic or, with an empty one, over HTTPS or by hand.
+    """A recorded message, on a topic or, with an empty topic, over HTTPS or made by hand.
 
     `kind` is a message's type within a session, and else a name of our own.
     """
@@ -85,7 +84,7 @@ class Recorded(NamedTuple):
 
 def chunks_of(messages: Iterable[ToWorker | ToDevice]) -> list[ContextChunk]:
     """All context, whether it came by itself or with a question."""
-    return [m.chunk for m in messages if isinstance(m, Context | Assist | Verify) and m.chunk]
+    return [m.chunk for m in messages if isinstance(m, Context | Verify) and m.chunk]
 
 
 def _session(payload: bytes, decode: Callable[[bytes], ToWorker | ToDevice]) -> None:
@@ -139,7 +138,7 @@ READERS: Final[dict[str, list[Reader]]] = dict.fromkeys(SESSION_KINDS, SESSION) 
 
 
 def record(bundle: Bundle) -> list[Recorded]:
-    """All that a device and a worker say with the tiny `bundle`, and what is said when a device joins."""
+    """Record the messages of a device and a worker with the tiny `bundle`, and of a join."""
     said: SimpleQueue[tuple[str, bytes]] = SimpleQueue()
     with memory_fleet() as fleet:
         fleet.watcher.subscribe("ce/#", lambda topic, payload: said.put((topic, payload)))
@@ -182,7 +181,7 @@ def _requests() -> tuple[PromptRequest, ...]:
 
 
 def _talk_by_hand(fleet: MemoryFleet, bundle_id: str) -> None:
-    """What a device says that provokes a worker to say the rest."""
+    """Messages of a device that provoke the remaining messages of a worker."""
     session = "s1"
     rows = np.random.default_rng(0).standard_normal((4, HIDDEN_SIZE)).astype(np.float16)
     answers: SimpleQueue[bytes] = SimpleQueue()
@@ -206,13 +205,7 @@ def _talk_by_hand(fleet: MemoryFleet, bundle_id: str) -> None:
             Context(session, pack_chunk(0, 0, rows)),
         ),  # twice: received
         (Context(session, pack_chunk(0, 9, rows)),),  # some are missing: gap
-        (
-            Assist(session=session, request=0, position=3, deadline_ms=1000),
-        ),  # our devices draft: token
-        (
-            Close(session),
-            Assist(session=session, request=1, position=3, deadline_ms=1000),
-        ),  # of no session: refused
+        (Close(session), Context(session, pack_chunk(0, 0, rows))),  # of no session: refused
     ):
         for message in messages:
             fleet.watcher.publish(topics.to_worker(WORKER, BY_HAND, session), encode(message))

@@ -1,4 +1,4 @@
-"""A site whose broker follows a real registry: who is enrolled there, and with which certificates."""
+"""A site whose broker follows a real registry of identities and certificates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cloud_broker_worker.broker.mosquitto import CRL_FILE, PID_FILE, write_config
-from cloud_broker_worker.broker.mosquitto_reload import by_signal
+from cloud_broker_worker.broker.mosquitto_reload import reload_by_signal
 from cloud_broker_worker.broker.mosquitto_sync import MosquittoSync
 from fleet.identity.identity import Identity
 from fleet.protocol.access import Grants, Role
@@ -19,13 +19,13 @@ from fleet.transport.base import Will
 from fleet.transport.mqtt import MqttTransport
 from provisioning.authority import CertificateAuthority
 from provisioning.crl import CrlFile
-from provisioning.offline_enrolment import enroll
 from provisioning.session_takeover import SessionTakeover
 from tests.brokers import FLEET, HOST, Amqtt, Mosquitto, RunningBroker, free_port
+from tests.identities import enroll_identity
 
 
 class RegisteredSite:
-    """An authority, a registry with `fleet` in it, and a broker of either kind that asks it, or is kept equal to it."""
+    """An authority, a registry, and a broker of either kind that follows the registry."""
 
     def __init__(
         self, kind: str, folder: Path, fleet: tuple[Grants, ...], stack: ExitStack
@@ -49,18 +49,22 @@ class RegisteredSite:
         stack.enter_context(self.watcher)
 
     def _start_amqtt(self) -> RunningBroker:
-        broker = Amqtt(self.port, self.tls, self.registry.admitted)
+        broker = Amqtt(self.port, self.tls, self.registry.identities.admitted)
         broker.start()
         return broker
 
     def _start_mosquitto(self, folder: Path) -> RunningBroker:
-        config = write_config(folder, self.port, self.tls, self.registry.all_grants(), has_crl=True)
+        config = write_config(
+            folder, self.port, self.tls, self.registry.identities.all_grants(), has_crl=True
+        )
         crl = CrlFile(folder / CRL_FILE, self.authority)
-        crl.update(self.registry.revoked_certificates(), time.time())
+        crl.update(self.registry.identities.revoked_certificates(), time.time())
         broker = Mosquitto(self.port, config)
         broker.start()
         evictions = SessionTakeover(self.authority, HOST, self.port)
-        keeper = MosquittoSync(folder, self.registry, crl, by_signal(folder / PID_FILE), evictions)
+        keeper = MosquittoSync(
+            folder, self.registry, crl, reload_by_signal(folder / PID_FILE), evictions
+        )
         self.watcher.add(keeper.sync, periodic=True)
         return broker
 
@@ -69,7 +73,7 @@ class RegisteredSite:
     ) -> Identity:
         """A new certificate for `name`, which is active from then on; earlier ones are revoked."""
         out = self.folder / "identities" / f"{name}-{next(self._numbers)}"
-        self.identities[name] = enroll(
+        self.identities[name] = enroll_identity(
             self.registry,
             self.authority,
             name,

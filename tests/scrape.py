@@ -1,4 +1,4 @@
-"""What an endpoint tells: asked as an operator's tools ask it."""
+"""Requests to an endpoint, as an operator's tools send them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def get(url: str) -> tuple[int, str]:
 
 
 def scrape(url: str) -> dict[str, float]:
-    """Samples of an endpoint, e.g. ``fleet_worker_sessions`` or ``fleet_devices{group="",state="online"}``."""
+    """Return the samples of an endpoint, e.g. ``fleet_devices{group="",state="online"}``."""
     status, text = get(f"{url}/metrics")
     assert status == 200, text
     return {

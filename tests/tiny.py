@@ -10,18 +10,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from onnx_export.heads import HeadKind, HeadsFile, fingerprint, new_head, save_heads
+from onnx_export.heads import HeadKind, HeadsFile, model_fingerprint, new_head, save_heads
 
 VOCAB_SIZE = 384
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level tokenizer of `VOCAB_SIZE` ids: three special tokens, 256 bytes, and fillers that decode to text."""
+    """Byte-level tokenizer of `VOCAB_SIZE` ids: three special tokens, 256 bytes, and fillers."""
     vocab = {
         token: i
         for i, token in enumerate((*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())))
@@ -44,7 +45,7 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @torch.no_grad()
 def round_to_grid(weight: Tensor) -> None:
-    """Rounds weight [n, k] to 16 steps from least to largest in each block of 32, as in llama.cpp's Q4_1 files."""
+    """Round weight [n, k] to 16 steps in each block of 32, as in llama.cpp's Q4_1 files."""
     blocks = weight.view(weight.shape[0], -1, 32)
     low = blocks.amin(-1, keepdim=True)
     high = blocks.amax(-1, keepdim=True)
@@ -55,7 +56,7 @@ def round_to_grid(weight: Tensor) -> None:
 def make_tiny_checkpoint(
     folder: Path, seed: int = 0, model_type: str = "llama", **overrides: Any
 ) -> Path:
-    """Random Hugging Face checkpoint in `folder`: 4 layers, hidden 64, 4 query and 2 key-value heads, 384 ids."""
+    """Random model in `folder`: 4 layers, hidden 64, 4 query and 2 key-value heads, 384 ids."""
     sizes = {
         "num_hidden_layers": 4,
         "hidden_size": 64,
@@ -105,5 +106,5 @@ def make_tiny_heads(
                 parameter.add_(
                     torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else 0.02)
                 )
-    save_heads(HeadsFile(heads, kind, fingerprint(model)), path)
+    save_heads(HeadsFile(heads, kind, model_fingerprint(model)), path)
     return path

@@ -1,6 +1,8 @@
-"""Our device as it is deployed, asked by an app on it: the real agent over the fleet's broker, by JSON lines.
+"""Our device as it is deployed: the real agent over the fleet's broker, with an app on the device.
 
 python -m benchmarks.drivers.agent --identity FOLDER --bundle FOLDER --upload float16
+
+It is controlled by JSON lines.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ from fleet.protocol.prompt import PromptRequest
 from fleet.transport.base import Will
 from fleet.transport.mqtt import MqttTransport
 
-# A machine that stumbles for a moment must not turn cloud tokens into the device's own.
+# A short delay of the machine must not turn cloud tokens into the device's own.
 ASSIST_DEADLINE_MS: Final = 60_000
 
 
 class AgentDriver:
-    """Answers in any mode, with any thresholds."""
+    """A driver that answers in any mode, with any thresholds."""
 
     version = f"onnxruntime {ort.__version__}"
 
@@ -45,7 +47,10 @@ class AgentDriver:
     def answer(
         self, prompt: str, max_new_tokens: int, mode: str, thresholds: Sequence[float] | None = None
     ) -> dict[str, Any]:
-        """A greedy one; `thresholds` are the bundle's by default. See `Answer`, and `counts` for the rest."""
+        """Return a greedy answer; `thresholds` are the bundle's by default.
+
+        See `DriverAnswer`, and `counts` for the rest.
+        """
         request = PromptRequest(
             prompt=prompt,
             max_new_tokens=max_new_tokens,
@@ -74,7 +79,10 @@ class AgentDriver:
         return dict(msgspec.to_builtins(answer))
 
     def counts(self) -> dict[str, int]:
-        """Messages so far, and since the last call the tokens that workers were asked to choose."""
+        """Return the messages so far.
+
+        `questioned` is the number of tokens requested from workers since the last call.
+        """
         return {
             "messages_up": self._app.messages_up,
             "messages_down": self._app.messages_down,

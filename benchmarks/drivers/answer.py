@@ -1,4 +1,4 @@
-"""What every driver on the device says of an answer."""
+"""The result of an answer that every driver on the device reports."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from collections import Counter
 from msgspec import Struct
 
 
-class Answer(Struct, frozen=True, kw_only=True):
-    """Times as the app on the device sees them; `layer_positions` and `head_calls` are the device's own."""
+class DriverAnswer(Struct, frozen=True, kw_only=True):
+    """Times as seen by the app on the device.
+
+    `layer_positions` and `head_calls` are the device's own.
+    """
 
     prompt_tokens: int
     token_ids: tuple[int, ...]
@@ -22,7 +25,7 @@ class Answer(Struct, frozen=True, kw_only=True):
 
 
 class Stopwatch:
-    """Takes the tokens of one answer as they come, from now on."""
+    """A stopwatch for the tokens of one answer; it starts when it is created."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -31,7 +34,7 @@ class Stopwatch:
         self.sources: Counter[str] = Counter()
 
     def add(self, token_id: int, source: str) -> None:
-        """One more token, emitted now."""
+        """Add one token, emitted now."""
         self._first_s = self._first_s or time.perf_counter() - self._began
         self.token_ids.append(token_id)
         self.sources[source] += 1
@@ -43,10 +46,10 @@ class Stopwatch:
         round_trips: int = 0,
         layer_positions: int = 0,
         head_calls: int = 0,
-    ) -> Answer:
-        """The whole of it, which has ended now."""
+    ) -> DriverAnswer:
+        """Return the whole answer, which ends now."""
         total_s = time.perf_counter() - self._began
-        return Answer(
+        return DriverAnswer(
             prompt_tokens=prompt_tokens,
             token_ids=tuple(self.token_ids),
             tokens_from=dict(self.sources),

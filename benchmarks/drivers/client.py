@@ -1,6 +1,8 @@
-"""The baselines' device: prompts or hidden states to a worker of `benchmarks.drivers.cloud`, asked by JSON lines.
+"""The baselines' device: prompts or hidden states to a worker of `benchmarks.drivers.cloud`.
 
 python -m benchmarks.drivers.client --identity FOLDER --bundle FOLDER
+
+It is controlled by JSON lines.
 """
 
 from __future__ import annotations
@@ -15,9 +17,17 @@ from typing import Any, Final
 import msgspec
 import onnxruntime as ort
 
-from benchmarks.drivers.answer import Answer, Stopwatch
+from benchmarks.drivers.answer import DriverAnswer, Stopwatch
 from benchmarks.drivers.protocol import serve_lines
-from benchmarks.drivers.wire import Dtype, Failed, Prompt, ToCloud, decode_to_client, encode, pieces
+from benchmarks.drivers.wire import (
+    Dtype,
+    Failure,
+    Prompt,
+    ToCloud,
+    decode_to_client,
+    encode,
+    pieces,
+)
 from edge_agent.engine.cascade import Cascade
 from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer
@@ -36,7 +46,7 @@ WORKER_TIMEOUT_S: Final = 10.0
 
 
 class Channel:
-    """What goes to workers and what comes from them; messages are counted."""
+    """A connection to workers that counts messages in both directions."""
 
     def __init__(self, transport: Transport) -> None:
         self.messages_up = self.messages_down = 0
@@ -47,12 +57,16 @@ class Channel:
         transport.subscribe(topics.WORKER_STATUS_FILTER, self._on_status, qos=1)
         transport.subscribe(topics.to_device(transport.name, "+"), self._on_token)
 
-    def open(self, worker: str) -> Session:
-        """Raises FleetError when there is no such worker within `WORKER_TIMEOUT_S` seconds."""
+    def open(self, worker: str) -> ClientSession:
+        """Open a session with a worker.
+
+        Raises:
+            FleetError: the worker is not online within `WORKER_TIMEOUT_S` seconds.
+        """
         with self._changed:
             if not self._changed.wait_for(lambda: worker in self._online, WORKER_TIMEOUT_S):
                 raise FleetError(f"{worker} was not online within {WORKER_TIMEOUT_S:g} s")
-        return Session(self, worker)
+        return ClientSession(self, worker)
 
     def send(self, worker: str, session: str, message: ToCloud) -> None:
         self.messages_up += 1
@@ -61,41 +75,42 @@ class Channel:
         )
 
     def token(self, worker: str, session: str) -> int:
-        """The session's next token.
+        """Return the session's next token.
 
         Raises:
-            FleetError: the worker failed, has gone, or said nothing for `TOKEN_TIMEOUT_S` seconds.
+            FleetError: the worker failed, is offline, or sent nothing for `TOKEN_TIMEOUT_S`
+                seconds.
         """
         while True:
             if worker not in self._online:
-                raise FleetError(f"{worker} went away in the midst of an answer")
+                raise FleetError(f"{worker} went offline during an answer")
             try:
                 arrived = self._arrived.get(timeout=TOKEN_TIMEOUT_S)
             except queue.Empty:
-                raise FleetError(f"{worker} said nothing for {TOKEN_TIMEOUT_S:g} s") from None
+                raise FleetError(f"{worker} sent nothing for {TOKEN_TIMEOUT_S:g} s") from None
             if arrived is None or arrived[0] != session:
                 continue
-            said = decode_to_client(arrived[1])
-            if isinstance(said, Failed):
-                raise FleetError(f"{worker} failed: {said.message}")
-            return said.token_id
+            message = decode_to_client(arrived[1])
+            if isinstance(message, Failure):
+                raise FleetError(f"{worker} failed: {message.message}")
+            return message.token_id
 
     def _on_token(self, topic: str, payload: bytes) -> None:
         self.messages_down += 1
         self._arrived.put((topic.rsplit("/", 1)[-1], payload))
 
     def _on_status(self, topic: str, payload: bytes) -> None:
-        (worker,) = topics.parse(topic, "w", "+", "status")
+        (worker,) = topics.parse_topic(topic, topics.WORKER_STATUS_FILTER)
         with self._changed:
             if decode_status(payload, WorkerStatus).online:
                 self._online.add(worker)
             else:
                 self._online.discard(worker)
-                self._arrived.put(None)  # who waits looks again
+                self._arrived.put(None)  # wakes up a waiting session
             self._changed.notify_all()
 
 
-class Session:
+class ClientSession:
     """One answer of one worker."""
 
     def __init__(self, channel: Channel, worker: str) -> None:
@@ -107,12 +122,12 @@ class Session:
         self._channel.send(self._worker, self._name, message)
 
     def token(self) -> int:
-        """Raises FleetError, see `Channel.token`."""
+        """Return the next token; raise FleetError as `Channel.token` does."""
         return self._channel.token(self._worker, self._name)
 
 
 class ClientDriver:
-    """Answers are greedy. See `Answer`, and `counts` for the rest."""
+    """A driver with greedy answers. See `DriverAnswer`, and `counts` for the rest."""
 
     version = f"onnxruntime {ort.__version__}"
 
@@ -123,21 +138,21 @@ class ClientDriver:
         self._channel = Channel(transport)
 
     def cloud_only(self, prompt: str, max_new_tokens: int, worker: str) -> dict[str, Any]:
-        """The prompt's tokens go up, and the cloud streams."""
+        """Upload the prompt's tokens; the cloud streams the answer."""
         session = self._channel.open(worker)
         watch = Stopwatch()
         prompt_ids = self._encode(prompt)
         session.send(Prompt(tuple(prompt_ids), max_new_tokens))
         while len(watch.token_ids) < max_new_tokens:
             watch.add(session.token(), CLOUD)
-        return built(watch.answer(len(prompt_ids), round_trips=1))
+        return to_json(watch.answer(len(prompt_ids), round_trips=1))
 
     def split(
         self, prompt: str, max_new_tokens: int, worker: str, dtype: Dtype, history: bool = False
     ) -> dict[str, Any]:
-        """Every layer of the device runs, and one question a token takes the new positions' hidden states up.
+        """Run all layers of the device and upload the new positions' hidden states once a token.
 
-        With `history` those of all positions go up again each time.
+        With `history` the hidden states of all positions are uploaded each time.
         """
         session = self._channel.open(worker)
         watch = Stopwatch()
@@ -158,14 +173,14 @@ class ClientDriver:
             watch.add(session.token(), CLOUD)
             waiting = watch.token_ids[-1:]
         positions = cascade.num_tokens * self._manifest.upload_layer
-        return built(
+        return to_json(
             watch.answer(
                 len(prompt_ids), round_trips=len(watch.token_ids), layer_positions=positions
             )
         )
 
     def counts(self) -> dict[str, int]:
-        """Messages so far."""
+        """Return the messages so far."""
         return {
             "messages_up": self._channel.messages_up,
             "messages_down": self._channel.messages_down,
@@ -175,8 +190,8 @@ class ClientDriver:
         return self._tokenizer.encode_chat([ChatMessage("user", prompt)])
 
 
-def built(answer: Answer) -> dict[str, Any]:
-    """As a line of JSON may hold it."""
+def to_json(answer: DriverAnswer) -> dict[str, Any]:
+    """Return an answer as built-in types for a line of JSON."""
     return dict(msgspec.to_builtins(answer))
 
 

@@ -1,9 +1,11 @@
-"""The baselines' cloud: a worker's identity, one model, and a message for each token as soon as it is known.
+"""The baselines' cloud: a worker's identity, one model, and a message for each token at once.
 
-    python -m benchmarks.drivers.cloud --identity FOLDER --bundle FOLDER [--embedding FILE] [--peer COMMAND]
+    python -m benchmarks.drivers.cloud --identity FOLDER --bundle FOLDER [--embedding FILE]
+        [--peer COMMAND]
 
-A bundle with every layer needs the embedding, and answers prompts; one with the upper layers answers hidden states.
-With a peer's command, in JSON, that engine answers in the place of the bundle's model.
+A bundle with every layer needs the embedding, and answers prompts; one with the upper layers
+answers hidden states. With a peer's command, in JSON, that engine answers in the place of the
+bundle's model.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from benchmarks.drivers.cloud_models import (
     WholeCloudModel,
 )
 from benchmarks.drivers.protocol import serve_lines
-from benchmarks.drivers.wire import Failed, Said, ToClient, decode_to_cloud, encode
-from benchmarks.engines import Engine
+from benchmarks.drivers.wire import Failure, NextToken, ToClient, decode_to_cloud, encode
+from benchmarks.engines import EngineProcess
 from cloud_broker_worker.worker.worker import Worker
 from fleet import __version__
 from fleet.bundles.manifest import Bundle
@@ -39,7 +41,10 @@ log = logging.getLogger(__name__)
 
 
 class CloudDriver:
-    """Serves sessions one message after the other, on a thread of its own; says what it has run by JSON lines."""
+    """A driver that serves sessions one message after the other, on a separate thread.
+
+    It reports the work done by JSON lines.
+    """
 
     def __init__(self, transport: Transport, model: CloudModel, version: str) -> None:
         self.version = version
@@ -48,7 +53,7 @@ class CloudDriver:
         self._arrived: queue.Queue[tuple[str, bytes]] = queue.Queue()
         threading.Thread(target=self._serve, name="cloud", daemon=True).start()
         transport.subscribe(
-            f"{topics.PREFIX}/w/{transport.name}/+/+", lambda *message: self._arrived.put(message)
+            topics.sessions_of_worker(transport.name), lambda *message: self._arrived.put(message)
         )
         status = WorkerStatus(
             online=True, epoch=time.time_ns() // 1_000_000, bundle_ids=(), version=__version__
@@ -58,7 +63,7 @@ class CloudDriver:
         )
 
     def counts(self) -> dict[str, int | None]:
-        """So far; `pid` is of the process that computes, where it is another."""
+        """Return the work so far; `pid` is the process that computes, if it is another one."""
         model = self._model
         return {
             "layer_positions": model.positions * model.num_layers,
@@ -69,24 +74,24 @@ class CloudDriver:
     def _serve(self) -> None:
         while True:
             topic, payload = self._arrived.get()
-            _, device, session = topics.parse(topic, "w", "+", "+", "+")
+            _, device, session = topics.parse_topic(topic, topics.TO_WORKER_FILTER)
             try:
                 for token_id in self._model.answer(session, decode_to_cloud(payload)):
-                    self._say(device, session, Said(token_id))
-            except Exception as error:  # whatever it is, the device has to hear of it
+                    self._send(device, session, NextToken(token_id))
+            except Exception as error:  # report any failure to the device
                 log.exception("session %s failed", session)
-                self._say(device, session, Failed(f"{type(error).__name__}: {error}"))
+                self._send(device, session, Failure(f"{type(error).__name__}: {error}"))
 
-    def _say(self, device: str, session: str, message: ToClient) -> None:
+    def _send(self, device: str, session: str, message: ToClient) -> None:
         self._transport.publish(topics.to_device(device, session), encode(message))
 
 
-def load(
+def load_cloud_model(
     bundle: Bundle, embedding: Path | None, peer: list[str] | None, stack: ExitStack
 ) -> tuple[CloudModel, str]:
-    """The model that the command line names, and its version."""
+    """Return the model of the command line, and its version."""
     if peer:
-        engine = stack.enter_context(Engine("peer", peer))
+        engine = stack.enter_context(EngineProcess("peer", peer))
         return PeerCloudModel(engine, bundle.manifest.model.num_layers), engine.version
     import torch
 
@@ -106,7 +111,7 @@ if __name__ == "__main__":
     identity = Identity.load(arguments.identity)
     with ExitStack() as stack:
         bundle = Bundle.load(arguments.bundle, () if arguments.peer else ("cloud",))
-        model, version = load(bundle, arguments.embedding, arguments.peer, stack)
+        model, version = load_cloud_model(bundle, arguments.embedding, arguments.peer, stack)
         will = Will(topics.worker_status(identity.name), Worker.will())
         link = stack.enter_context(MqttTransport.connect(identity, will=will))
         serve_lines(lambda: CloudDriver(link, model, version))

@@ -1,4 +1,4 @@
-"""The baselines' models on the cloud's side: the whole one, its upper half, and a peer's. One session at a time."""
+"""The baselines' models in the cloud: whole, upper half, and a peer's; one session at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from benchmarks.drivers.wire import Hidden, Prompt, Rows, ToCloud
-from benchmarks.engines import Engine
+from benchmarks.engines import EngineProcess
 from cloud_broker_worker.worker.kv_pool import KvLease
 from cloud_broker_worker.worker.upper_layers import Chunk, UpperLayers
 from fleet.bundles.manifest import Bundle
@@ -19,15 +19,18 @@ POOL_BYTES: Final = 1 << 34
 
 
 class CloudModel(Protocol):
-    """`positions` have run so far, each through all `num_layers`, and the LM head `head_calls` times."""
+    """A model that answers messages of sessions.
+
+    `positions` have run so far, each through all `num_layers`, and the LM head `head_calls` times.
+    """
 
     num_layers: int
     positions: int
     head_calls: int
-    pid: int | None  # of the process that computes, where it is another
+    pid: int | None  # the process that computes, if it is another one
 
     def answer(self, session: str, message: ToCloud) -> Iterator[int]:
-        """Greedy tokens, each when it is known. Raises ProtocolError when it is asked something else."""
+        """Yield greedy tokens, each when it is known; raise ProtocolError for a wrong message."""
         ...
 
 
@@ -44,14 +47,14 @@ class _Layers:
         self.num_layers = self._model.num_layers - bundle.manifest.upload_layer
 
     def _begin(self, capacity: int) -> KvLease:
-        """A cache for a new session; the one before has ended."""
+        """Return a cache for a new session; the session before has ended."""
         if self._lease:
-            self._pool.take_back(self._lease)
+            self._pool.free_lease(self._lease)
         self._lease = self._pool.lease(capacity)
         return self._lease
 
     def _next(self, lease: KvLease, rows: Rows) -> int:
-        """The best token behind the next positions' hidden states [n, hidden]."""
+        """Return the best token behind the next positions' hidden states [n, hidden]."""
         start = lease.length
         stop = lease.length + len(rows)
         self.positions += len(rows)
@@ -60,7 +63,7 @@ class _Layers:
 
 
 class WholeCloudModel(_Layers):
-    """A cloud-only service's."""
+    """The model of a cloud-only service."""
 
     def __init__(self, bundle: Bundle, embedding: Path) -> None:
         """`bundle` has every layer; `embedding` is a file [vocab, hidden]."""
@@ -79,7 +82,7 @@ class WholeCloudModel(_Layers):
 
 
 class UpperCloudModel(_Layers):
-    """A split model's upper half. What has run stays in its cache, also where all of it is sent again."""
+    """The upper half of a split model; its cache is kept even if all positions are sent again."""
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle)
@@ -102,15 +105,16 @@ class UpperCloudModel(_Layers):
             self._pieces = []
             if self._start > self._lease.length:
                 raise ProtocolError(
-                    f"expected positions from {self._lease.length} on, got them from {self._start} on"
+                    f"expected positions from {self._lease.length} on, "
+                    f"got them from {self._start} on"
                 )
             yield self._next(self._lease, rows[self._lease.length - self._start :])
 
 
 class PeerCloudModel:
-    """Another project's engine, in a process of its own."""
+    """Another project's engine, in a separate process."""
 
-    def __init__(self, engine: Engine, num_layers: int) -> None:
+    def __init__(self, engine: EngineProcess, num_layers: int) -> None:
         self.num_layers = num_layers
         self.positions = self.head_calls = 0
         self.pid: int | None = engine.pid

@@ -20,7 +20,7 @@ NUM_POSITIONS = 2048
 
 
 class GenAi:
-    """See `benchmarks.drivers.protocol.Peer`."""
+    """The driver of onnxruntime-genai; see `benchmarks.drivers.protocol.Peer`."""
 
     def __init__(self, model: Path, num_threads: int) -> None:
         config = og.Config(str(model))
@@ -30,7 +30,10 @@ class GenAi:
         self.version = f"onnxruntime-genai {og.__version__}"
 
     def speed(self, prompt: list[int], new_tokens: int) -> dict[str, float]:
-        """Its own greedy search, end of sequence ignored; the first token comes from the prompt's evaluation."""
+        """Measure its own greedy search, end of sequence ignored.
+
+        The first token comes from the prompt's evaluation.
+        """
         generator = self._start(prompt, min_length=len(prompt) + new_tokens + 2)
         generator.generate_next_token()
         start = time.perf_counter()
@@ -39,7 +42,7 @@ class GenAi:
         return {"tokens_per_s": new_tokens / (time.perf_counter() - start)}
 
     def best(self, prompt: list[int], answer: list[int]) -> dict[str, list[int]]:
-        """From its logits."""
+        """Return the best tokens by its logits."""
         generator = self._start(prompt)
         best = [int(generator.get_logits()[0, -1].argmax())]
         for token_id in answer[:-1]:
@@ -48,7 +51,7 @@ class GenAi:
         return {"best": best}
 
     def generate(self, prompt: list[int], new_tokens: int) -> Iterator[dict[str, int]]:
-        """Its own greedy search."""
+        """Yield the tokens of its own greedy search."""
         generator = self._start(prompt, min_length=len(prompt) + new_tokens + 1)
         for _ in range(new_tokens):
             generator.generate_next_token()

@@ -1,6 +1,8 @@
-"""One device's link to the broker, in a process of its own: `benchmarks.proxy`, shaped and read by JSON lines.
+"""One device's link to the broker, in a process of its own: `benchmarks.proxy`.
 
 python -m benchmarks.drivers.link --target PORT
+
+It is shaped and read by JSON lines.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from benchmarks.proxy import Proxy, Shape
 BITS: int = 8
 
 
-class Link:
-    """Both ways alike. `port` is where the device connects."""
+class LinkDriver:
+    """A link with the same shape in both directions; the device connects to `port`."""
 
     version = "proxy"
 
@@ -27,18 +29,18 @@ class Link:
         return {"port": self._proxy.port}
 
     def shape(self, rtt_ms: float, mbit_s: float) -> dict[str, bool]:
-        """Round trip and bandwidth from now on; a bandwidth of 0 is none."""
+        """Set round trip and bandwidth from now on; a bandwidth of 0 is none."""
         bytes_per_s = mbit_s * 1e6 / BITS if mbit_s else float("inf")
         self._proxy.shape(Shape(latency_s=rtt_ms / 2e3, bytes_per_s=bytes_per_s))
         return {"shaped": True}
 
     def counts(self) -> dict[str, int]:
-        """Bytes `up` and `down` so far."""
+        """Return the bytes `up` and `down` so far."""
         return {"up": self._proxy.num_bytes["up"], "down": self._proxy.num_bytes["down"]}
 
 
 def fine_loop() -> asyncio.AbstractEventLoop:
-    """One that sleeps microseconds, where those on epoll sleep whole milliseconds."""
+    """Return a loop that sleeps microseconds; loops on epoll sleep whole milliseconds."""
     return asyncio.SelectorEventLoop(selectors.SelectSelector())
 
 
@@ -48,4 +50,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("--target", type=int, required=True)
     with Proxy(parser.parse_args().target, new_loop=fine_loop) as proxy:
-        serve_lines(lambda: Link(proxy))
+        serve_lines(lambda: LinkDriver(proxy))

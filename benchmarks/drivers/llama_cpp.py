@@ -2,7 +2,7 @@
 
     python -m benchmarks.drivers.llama_cpp --model FILE.gguf --threads N
 
-Its prebuilt wheel is made for any x86-64 machine with AVX2; `version` says with which instructions.
+Its prebuilt wheel is made for any x86-64 machine with AVX2; `version` has the instructions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TIMEOUT_S = 120.0
 
 
 class LlamaCpp:
-    """See `benchmarks.drivers.protocol.Peer`."""
+    """The driver of llama.cpp; see `benchmarks.drivers.protocol.Peer`."""
 
     def __init__(self, model: Path, num_threads: int) -> None:
         params = xllamacpp.CommonParams()
@@ -42,14 +42,20 @@ class LlamaCpp:
         self.version = f"xllamacpp {xllamacpp.__version__} ({built_for})"
 
     def speed(self, prompt: list[int], new_tokens: int) -> dict[str, float]:
-        """By its own timings, which leave out the first token: that one comes from the prompt's evaluation."""
+        """Measure by its own timings, which leave out the first token.
+
+        That one comes from the prompt's evaluation.
+        """
         timings = self._complete(prompt, new_tokens + 1, ignore_eos=True)["timings"]
         if timings["predicted_n"] != new_tokens + 1:
             raise RuntimeError(f"expected {new_tokens + 1} tokens, got {timings['predicted_n']}")
         return {"tokens_per_s": new_tokens / timings["predicted_ms"] * 1000}
 
     def best(self, prompt: list[int], answer: list[int]) -> dict[str, list[int]]:
-        """One request a position; what it shares with the one before is in the cache, so that each costs one step."""
+        """Return the best tokens by one request a position.
+
+        Each costs one step: the positions shared with the request before are in the cache.
+        """
         return {
             "best": [
                 self._complete(prompt + answer[:i], 1)["tokens"][0] for i in range(len(answer))
@@ -57,7 +63,7 @@ class LlamaCpp:
         }
 
     def generate(self, prompt: list[int], new_tokens: int) -> Iterator[dict[str, int]]:
-        """As its server streams it; no earlier prompt is kept."""
+        """Yield the tokens as its server streams them; no earlier prompt is kept."""
         options = {"cache_prompt": False, "stream": True, "ignore_eos": True}
         with self._post(prompt, new_tokens, **options) as response:
             for line in response:
@@ -73,7 +79,10 @@ class LlamaCpp:
         return reply
 
     def _post(self, prompt: list[int], num_tokens: int, **options: Any) -> Any:
-        """Greedy, through its own server on loopback: the reply of the Python call has no token ids."""
+        """Post a greedy request to its own server on loopback.
+
+        The reply of the Python call has no token ids.
+        """
         request = {
             "prompt": prompt,
             "n_predict": num_tokens,

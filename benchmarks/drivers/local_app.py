@@ -1,15 +1,13 @@
-"""A device's transport whose app is on the device: prompts and replies stay here, all else goes over the link."""
+"""A device's transport with an app on the device: prompts and replies do not use the link."""
 
 from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Final, Self
 
 import msgspec
 
-from edge_agent.serving.agent import prompts_of
 from fleet.errors import FleetError
 from fleet.protocol import topics
 from fleet.protocol.codec import decode_to_worker
@@ -22,7 +20,7 @@ REPLY_TIMEOUT_S: Final = 120.0  # from one reply to the next
 
 
 class LocalApp(Transport):
-    """Wraps a device's transport, and counts the messages that it carries."""
+    """A wrapper of a device's transport that counts the messages."""
 
     def __init__(self, link: Transport) -> None:
         self.name = link.name
@@ -34,22 +32,23 @@ class LocalApp(Transport):
         self._num_asked = 0
 
     def ask(self, request: PromptRequest) -> Iterator[Reply]:
-        """Replies as they come, the last of which is done.
+        """Yield replies as they come; the last one is done.
 
         Raises:
-            FleetError: the agent refuses it, or says nothing for `REPLY_TIMEOUT_S` seconds.
+            FleetError: the agent refuses it, or sends nothing for `REPLY_TIMEOUT_S` seconds.
         """
         if self._on_prompt is None:
-            raise FleetError(f"{self.name} takes no prompts; start its agent first")
+            raise FleetError(f"{self.name} accepts no prompts; start its agent first")
         self._num_asked += 1
         self._on_prompt(
-            topics.prompt(self.name, APP, f"r{self._num_asked}"), msgspec.json.encode(request)
+            topics.device_prompt(self.name, APP, f"r{self._num_asked}"),
+            msgspec.json.encode(request),
         )
         while True:
             try:
                 reply = decode_reply(self._replies.get(timeout=REPLY_TIMEOUT_S))
             except queue.Empty:
-                raise FleetError(f"{self.name} said nothing for {REPLY_TIMEOUT_S:g} s") from None
+                raise FleetError(f"{self.name} sent nothing for {REPLY_TIMEOUT_S:g} s") from None
             if reply.error:
                 raise FleetError(f"{self.name} failed ({reply.error.code}): {reply.error.message}")
             yield reply
@@ -57,7 +56,10 @@ class LocalApp(Transport):
                 return
 
     def take_num_questioned(self) -> int:
-        """Tokens that workers were asked to choose since the last call: theirs are so many rows of the LM head."""
+        """Return the number of tokens requested from workers since the last call.
+
+        The workers compute that many rows of the LM head.
+        """
         questions = self._questions
         self._questions = []
         return sum(_num_rows(payload) for payload in questions)
@@ -67,11 +69,11 @@ class LocalApp(Transport):
         return self._link.is_up
 
     def publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> None:
-        if topic.startswith(topics.reply(self.name, APP, "")):
+        if topic.startswith(topics.device_reply(self.name, APP, "")):
             self._replies.put(payload)
             return
         self.messages_up += 1
-        if topic.startswith(f"{topics.PREFIX}/w/"):
+        if topics.matches(topics.TO_WORKER_FILTER, topic):
             self._questions.append(payload)
         self._link.publish(topic, payload, qos=qos, retain=retain)
 
@@ -81,7 +83,7 @@ class LocalApp(Transport):
     def subscribe(
         self, topic_filter: str, handler: Handler, *, qos: int = 0, retained: bool = False
     ) -> None:
-        if topic_filter == prompts_of(self.name):
+        if topic_filter == topics.prompts_to(self.name):
             self._on_prompt = handler
             return
 
@@ -106,12 +108,7 @@ class LocalApp(Transport):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

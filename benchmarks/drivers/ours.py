@@ -1,8 +1,9 @@
-"""Our engine as a driver of the benchmark: an edge bundle, asked by JSON lines on stdin.
+"""Our engine as a driver of the benchmark: an edge bundle, controlled by JSON lines on stdin.
 
     python -m benchmarks.drivers.ours --model BUNDLE --threads N
 
-A bundle whose only exit is the model's last layer is the whole model; the last block's candidates are then its own.
+A bundle whose only exit is the model's last layer is the whole model; the last block's candidates
+are then its own.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ WARM_UP: Final = 10  # answers until the allocators have what they need
 
 
 class OurEngine:
-    """See `benchmarks.drivers.protocol.Engine`; beside that, what only our engine is asked for."""
+    """The driver of our engine; extends `benchmarks.drivers.protocol.Engine`."""
 
     version = f"onnxruntime {ort.__version__}"
 
@@ -32,24 +33,24 @@ class OurEngine:
         self.partition = Partition(Bundle.load(bundle, ("edge",)), num_threads)
 
     def start(self, prompt: Sequence[int], room: int) -> tuple[Cascade, ExitCandidates]:
-        """A sequence after its prompt, with room for `room` more positions."""
+        """Start a sequence with its prompt and room for `room` more positions."""
         cascade = Cascade(self.partition, len(prompt) + room)
         cascade.append(prompt)
         return cascade, self.run(cascade)
 
     def run(self, cascade: Cascade) -> ExitCandidates:
-        """Every block over what is new."""
+        """Run every block over the new positions."""
         for block in range(len(self.partition.blocks)):
             candidates = cascade.run(block)
         return candidates
 
     def step(self, cascade: Cascade, token_id: int) -> int:
-        """One more token; the best next one."""
+        """Append one token and return the best next one."""
         cascade.append([token_id])
         return int(self.run(cascade).token_ids[0])
 
     def speed(self, prompt: Sequence[int], new_tokens: int) -> dict[str, float]:
-        """Greedy tokens per second after the prompt, end of sequence ignored."""
+        """Measure greedy tokens per second after the prompt, end of sequence ignored."""
         cascade, candidates = self.start(prompt, new_tokens)
         token_id = int(candidates.token_ids[0])
         start = time.perf_counter()
@@ -58,13 +59,13 @@ class OurEngine:
         return {"tokens_per_s": new_tokens / (time.perf_counter() - start)}
 
     def best(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, list[int]]:
-        """The best next token at each position of a given answer."""
+        """Return the best next token at each position of a given answer."""
         cascade, candidates = self.start(prompt, len(answer))
         following = [self.step(cascade, token_id) for token_id in answer[:-1]]
         return {"best": [int(candidates.token_ids[0]), *following]}
 
     def step_ms(self, prompt: Sequence[int], steps: int) -> dict[str, float]:
-        """Median time of one step, in ms."""
+        """Return the median time of one step, in ms."""
         cascade, candidates = self.start(prompt, steps)
         token_id = int(candidates.token_ids[0])
         times = []
@@ -75,7 +76,10 @@ class OurEngine:
         return {"ms": statistics.median(times) * 1000}
 
     def growth(self, prompt: Sequence[int], answers: int, new_tokens: int) -> dict[str, float]:
-        """Change of the resident memory, in MB, over answers of a fresh sequence each, after `WARM_UP` of them."""
+        """Return the change of the resident memory, in MB, over answers of a fresh sequence each.
+
+        `WARM_UP` answers come before them.
+        """
         for _ in range(WARM_UP):
             self.speed(prompt, new_tokens)
         before = resident_mb()
@@ -85,7 +89,10 @@ class OurEngine:
 
 
 def resident_mb() -> dict[str, float]:
-    """Resident memory of this process, its own (anonymous) and that of mapped files, in MB of 10^6 bytes."""
+    """Return the resident memory of this process in MB of 10^6 bytes.
+
+    `own` is anonymous memory, `mapped` that of mapped files.
+    """
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     names = {"own": "RssAnon", "mapped": "RssFile"}
     return {kind: int(status[name].split()[0]) * 1024 / 1e6 for kind, name in names.items()}

@@ -1,6 +1,7 @@
-"""What every driver does the same way: it loads, says so, and answers JSON lines until its input ends.
+"""The common protocol of all drivers: load, report readiness, and answer JSON lines on stdin.
 
-The drivers of the peers run in an environment without this project's dependencies: only the standard library here.
+The drivers of the peers run in an environment without this project's dependencies: this module uses
+the standard library only.
 """
 
 from __future__ import annotations
@@ -21,21 +22,24 @@ class Engine(Protocol):
     version: str
 
     def speed(self, prompt: list[int], new_tokens: int) -> Mapping[str, Any]:
-        """`tokens_per_s` of `new_tokens` greedy steps after the prompt, each one evaluation of one position."""
+        """Return `tokens_per_s` of `new_tokens` greedy steps after the prompt.
+
+        Each step is one evaluation of one position.
+        """
 
     def best(self, prompt: list[int], answer: list[int]) -> Mapping[str, Any]:
-        """`best`, the best next token at each position of a given answer."""
+        """Return `best`, the best next token at each position of a given answer."""
 
 
 class Peer(Engine, Protocol):
-    """One that answers prompts as well."""
+    """An engine that answers prompts as well."""
 
     def generate(self, prompt: list[int], new_tokens: int) -> Iterator[Mapping[str, Any]]:
-        """`token_id` of each of `new_tokens` greedy tokens, at once; end of sequence is ignored."""
+        """Yield `token_id` of each of `new_tokens` greedy tokens; end of sequence is ignored."""
 
 
 def serve(load: Callable[[Path, int], Engine], description: str | None) -> None:
-    """Serves what ``load(model, threads)`` gives, both from the command line; see `serve_lines`."""
+    """Serve the result of ``load(model, threads)`` of the command line; see `serve_lines`."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,32 +50,32 @@ def serve(load: Callable[[Path, int], Engine], description: str | None) -> None:
 
 
 def serve_lines(load: Callable[[], Any]) -> None:
-    """Serves the public methods of what `load` gives, until stdin ends; it has a `version`.
+    """Serve the public methods of the result of `load`, which has a `version`, until stdin ends.
 
-    Each line asks for one of them with its arguments, ``{"op": "speed", "prompt": [...], "new_tokens": 128}``, and is
-    answered with one line, ``{"error": "..."}`` where it fails. An iterator is answered with a line for each item, and
-    ``{"done": true}``. Whatever else is printed goes to stderr.
+    Each line requests one of them with its arguments, ``{"op": "speed", "prompt": [...],
+    "new_tokens": 128}``. The response is one line, ``{"error": "..."}`` if it fails. For an
+    iterator it is a line for each item, and ``{"done": true}``. All other output goes to stderr.
     """
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as out:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
-        def say(answer: Mapping[str, Any]) -> None:
+        def send(answer: Mapping[str, Any]) -> None:
             print(json.dumps(answer), file=out, flush=True)
 
         engine = load()
-        say({"ready": engine.version})
+        send({"ready": engine.version})
         for line in sys.stdin:
             request = json.loads(line)
             operation = request.pop("op")
             try:
                 for answer in answers(getattr(engine, operation)(**request)):
-                    say(answer)
-            except Exception as error:  # noqa: BLE001  whatever it is, the benchmark has to hear of it
-                say({"error": f"{type(error).__name__}: {error}"})
+                    send(answer)
+            except Exception as error:  # noqa: BLE001  report any failure to the benchmark
+                send({"error": f"{type(error).__name__}: {error}"})
 
 
 def answers(result: Any) -> Iterable[Mapping[str, Any]]:
-    """The lines that an operation's result makes."""
+    """Return the lines of an operation's result."""
     if not isinstance(result, Iterator):
         return [result]
     return itertools.chain(result, [{"done": True}])

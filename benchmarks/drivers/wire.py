@@ -1,4 +1,4 @@
-"""What the baselines say to each other, over the fleet's topics: msgpack, one message an MQTT payload."""
+"""The baselines' messages over the fleet's topics: msgpack, one message an MQTT payload."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from msgspec import Struct
 
 from fleet.errors import DecodeError
 
-MAX_CHUNK_BYTES: Final = 512 * 1024  # half of what our brokers take
+MAX_CHUNK_BYTES: Final = 512 * 1024  # half of what our brokers accept
 
 Dtype = Literal["float16", "float32"]
 Rows = npt.NDArray[Any]
 
 
 class Prompt(Struct, frozen=True, tag="prompt"):
-    """Device to cloud: the whole model's greedy answer, please."""
+    """A request of a device for the whole model's greedy answer."""
 
     token_ids: tuple[int, ...]
     max_new_tokens: int
 
 
 class Hidden(Struct, frozen=True, tag="hidden", kw_only=True):
-    """Device to cloud: hidden states of the positions from `start` on; behind the `is_last` piece, a token, please.
+    """A device's hidden states of the positions from `start` on.
 
-    `capacity` is how many positions the whole answer may take.
+    The `is_last` piece requests a token. `capacity` is the maximum number of positions of the
+    answer.
     """
 
     start: int
@@ -37,24 +38,24 @@ class Hidden(Struct, frozen=True, tag="hidden", kw_only=True):
     is_last: bool
 
     def rows(self, hidden_size: int) -> Rows:
-        """[n, hidden_size] of `dtype`, read-only."""
+        """Return [n, hidden_size] of `dtype`, read-only."""
         return np.frombuffer(self.data, self.dtype).reshape(-1, hidden_size)
 
 
-class Said(Struct, frozen=True, tag="said"):
-    """Cloud to device: one token."""
+class NextToken(Struct, frozen=True, tag="said"):
+    """One token of the cloud."""
 
     token_id: int
 
 
-class Failed(Struct, frozen=True, tag="failed"):
-    """Cloud to device: nothing will come."""
+class Failure(Struct, frozen=True, tag="failed"):
+    """A failure of the cloud; no token follows."""
 
     message: str
 
 
 ToCloud = Prompt | Hidden
-ToClient = Said | Failed
+ToClient = NextToken | Failure
 
 _to_cloud = msgspec.msgpack.Decoder(ToCloud)
 _to_client = msgspec.msgpack.Decoder(ToClient)
@@ -65,7 +66,7 @@ def encode(message: ToCloud | ToClient) -> bytes:
 
 
 def decode_to_cloud(payload: bytes) -> ToCloud:
-    """Raises DecodeError."""
+    """Decode a message to the cloud; raise DecodeError if it is not one."""
     try:
         message: ToCloud = _to_cloud.decode(payload)
     except msgspec.MsgspecError as error:
@@ -74,7 +75,7 @@ def decode_to_cloud(payload: bytes) -> ToCloud:
 
 
 def decode_to_client(payload: bytes) -> ToClient:
-    """Raises DecodeError."""
+    """Decode a message to the device; raise DecodeError if it is not one."""
     try:
         message: ToClient = _to_client.decode(payload)
     except msgspec.MsgspecError as error:
@@ -83,7 +84,10 @@ def decode_to_client(payload: bytes) -> ToClient:
 
 
 def pieces(rows: Rows, start: int, capacity: int, dtype: Dtype) -> list[Hidden]:
-    """Hidden states [n, hidden], those of the positions from `start` on, as messages that every broker takes."""
+    """Return hidden states [n, hidden] as messages that every broker accepts.
+
+    They are those of the positions from `start` on.
+    """
     rows = rows.astype(dtype)
     step = max(1, MAX_CHUNK_BYTES // rows[0].nbytes)
     return [

@@ -1,1 +1,1 @@
-"""The paper's experiments on this system, beside baselines that it lacks (ADR 0024)."""
+"""The paper's experiments on this system, with additional baselines (ADR 0024)."""

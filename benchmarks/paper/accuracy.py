@@ -1,7 +1,7 @@
-"""Answers of our modes and of the models that they stand for, scored (ADR 0024).
+"""Scored answers of our modes and of the models that they stand for (ADR 0024).
 
-The agent and the worker answer as deployed, on a broker in memory. A first token needs no answer: all thresholds
-decide on the same exits and logits.
+The agent and the worker answer as deployed, on an in-memory broker. A first token needs no answer:
+all thresholds decide on the same exits and logits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from benchmarks.paper.full_model import FullModel, Reading
-from benchmarks.paper.in_process import Answer, InProcessFleet, in_process_fleet
+from benchmarks.paper.in_process import FleetAnswer, InProcessFleet, in_process_fleet
 from benchmarks.paper.rows import RowFile, Scored
 from benchmarks.paper.scores import rouge, word_f1
 from benchmarks.paper.sizes import Size
@@ -33,15 +33,13 @@ from fleet.errors import ConfigError
 from fleet.exits.exit_policy import exit_emits
 from fleet.protocol.modes import CLOUD, Mode, exit_source
 from fleet.protocol.prompt import ChatMessage, PromptRequest
-from onnx_export.bundle import load_model
+from onnx_export.bundle import load_model_and_tokenizer
 from onnx_export.config import DEFAULT_MODEL, ExportConfig
 
 FULL: Final = "full"
 VERIFIED: Final = "verified"
-MAX_POSITIONS: Final = (
-    1024  # nine prompts in ten fit, and a few long ones would take most of the time
-)
-TIE: Final = 1e-3  # two logits so close may change places when a batch of another size rounds them
+MAX_POSITIONS: Final = 1024  # nine prompts in ten fit; a few long ones need most of the time
+TIE: Final = 1e-3  # rounding in another batch may swap logits this close
 
 MODES: Final = {
     FULL: PromptRequest(mode=Mode.COLLABORATIVE, threshold=1.0),
@@ -60,7 +58,7 @@ Choices = tuple[list[int], list[int]]
 
 
 def fits(bundle: Bundle, size: Size, max_positions: int = MAX_POSITIONS) -> Callable[[str], bool]:
-    """Whether a prompt and the longest answer to it fit the device's positions and `max_positions`."""
+    """Return whether a prompt and its longest answer fit the device's and `max_positions`."""
     longest = max(size.table_tokens, *(task.max_tokens or 0 for task in TASKS.values()))
     room = (
         min(max_positions, AgentConfig().max_positions, bundle.manifest.model.max_positions)
@@ -80,9 +78,10 @@ def score(
     *,
     model: str = DEFAULT_MODEL,
 ) -> None:
-    """Adds to `scored` what it lacks: each system's answer to `size.scored_samples` samples of each task.
+    """Add to `scored` the missing answers to `size.scored_samples` samples of each task.
 
-    `load` gives so many samples of a data set; `model` is the checkpoint that the bundle was made of.
+    `load` returns samples of a data set, by their number; `model` is the checkpoint that the bundle
+    was made of.
 
     Raises:
         ConfigError: `model` is not of the bundle's shape, or `load` raises it.
@@ -127,23 +126,28 @@ class Scorer:
     def rows(
         self, dataset: str, sample: Sample, systems: Sequence[str], max_tokens: int
     ) -> list[Scored]:
-        """One row for each of `systems`, of which there is at least one; the device answers for all at once."""
+        """Return one row for each of `systems`, of which there is at least one.
+
+        The device answers for all at once.
+        """
         task = TASKS[dataset]
         max_tokens = 1 if task.choices else task.max_tokens or max_tokens
         prompt_ids = self._chat.encode_chat([ChatMessage("user", sample.prompt)])
-        asked = [s for s in systems if s in MODES and (s == VERIFIED or not task.choices)]
+        cloud_systems = [s for s in systems if s in MODES and (s == VERIFIED or not task.choices)]
         requests = [
             msgspec.structs.replace(MODES[s], prompt=sample.prompt, max_new_tokens=max_tokens)
-            for s in asked
+            for s in cloud_systems
         ]
         with ThreadPoolExecutor(len(MODES)) as pool:
             futures = {
                 s: pool.submit(self._fleet.ask, request)
-                for s, request in zip(asked, requests, strict=True)
+                for s, request in zip(cloud_systems, requests, strict=True)
             }
             answers = {}
             if CLOUD_ONLY in systems and not task.choices:
-                answers[CLOUD_ONLY] = self._of_checkpoint(prompt_ids, max_tokens)  # meanwhile
+                answers[CLOUD_ONLY] = self._of_checkpoint(
+                    prompt_ids, max_tokens
+                )  # at the same time
             reading = self._full.read(prompt_ids, max_tokens)
             answers |= {system: future.result() for system, future in futures.items()}
         rows = []
@@ -166,29 +170,29 @@ class Scorer:
             )
         return rows
 
-    def _of_checkpoint(self, prompt_ids: list[int], max_tokens: int) -> Answer:
-        given = torch.tensor([prompt_ids])
+    def _of_checkpoint(self, prompt_ids: list[int], max_tokens: int) -> FleetAnswer:
+        input_ids = torch.tensor([prompt_ids])
         with torch.inference_mode():
             whole = self._checkpoint.generate(
-                given,
-                attention_mask=torch.ones_like(given),
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
                 max_new_tokens=max_tokens,
                 do_sample=False,
                 eos_token_id=list(self._manifest.model.eos_token_ids),
             )
         return self._token_answer(whole[0, len(prompt_ids) :].tolist(), CLOUD)
 
-    def _token_answer(self, token_ids: list[int], source: str) -> Answer:
+    def _token_answer(self, token_ids: list[int], source: str) -> FleetAnswer:
         stream = self._chat.stream()  # as a device does it
         text = "".join([stream.push(token_id) for token_id in token_ids]) + stream.flush()
-        return Answer(text, tuple(token_ids), {source: len(token_ids)})
+        return FleetAnswer(text, tuple(token_ids), {source: len(token_ids)})
 
-    # Tasks of which the first token decides.
+    # Tasks decided by the first token.
 
     def _choose(
         self, choices: Choices, system: str, prompt_ids: list[int], reading: Reading
-    ) -> tuple[Answer, float]:
-        """The first token, and which choice is preferred by whoever decides on it."""
+    ) -> tuple[FleetAnswer, float]:
+        """Return the first token, and the choice that its source prefers."""
         logits = reading.logits
         if system == CLOUD_ONLY:
             with torch.inference_mode():
@@ -206,7 +210,10 @@ class Scorer:
         return self._token_answer([int(logits.argmax())], CLOUD), logits_preference(logits, choices)
 
     def _deciding_exit(self, request: PromptRequest, exits: Sequence[ExitCandidates]) -> int | None:
-        """The first exit that is sure; without one the deepest where the device is alone, else None, the cloud."""
+        """Return the first exit that is confident.
+
+        Without one it is the deepest if the device is alone, else None, the cloud.
+        """
         thresholds = (
             self._manifest.thresholds
             if request.threshold is None
@@ -221,7 +228,7 @@ class Scorer:
         return next(sure, len(exits) - 1 if request.mode is Mode.STANDALONE else None)
 
     def _choices(self, first: str, second: str) -> Choices:
-        """First tokens of either word, with a capital or without."""
+        """Return the first tokens of either word, with a capital or without."""
         return self._first_tokens(first), self._first_tokens(second)
 
     def _first_tokens(self, word: str) -> list[int]:
@@ -237,7 +244,7 @@ class Scorer:
         dataset: str,
         sample: Sample,
         system: str,
-        answer: Answer,
+        answer: FleetAnswer,
         reading: Reading,
         preference: float | None = None,
     ) -> Scored:
@@ -245,10 +252,10 @@ class Scorer:
         if system == VERIFIED and verdict.agreement < 1:
             kind = "a tie" if verdict.gap <= TIE else "NOT a tie"
             self._progress(
-                f"{dataset}, sample {sample.id}: a verified token is not the full model's choice; the logits lie "
-                f"{verdict.gap:.2g} apart, {kind}"
+                f"{dataset}, sample {sample.id}: a verified token is not the full model's choice; "
+                f"the logits lie {verdict.gap:.2g} apart, {kind}"
             )
-        details = measure(dataset, answer.text, sample, preference)
+        details = score_answer(dataset, answer.text, sample, preference)
         return Scored(
             system=system,
             dataset=dataset,
@@ -268,47 +275,58 @@ class Scorer:
 
     @cached_property
     def _checkpoint(self) -> Any:
-        model, _ = load_model(
+        model, _ = load_model_and_tokenizer(
             ExportConfig(out=Path(), exits=(1,), model=self._model_name), self._progress
         )
         check_shape(model.config, self._manifest, self._model_name)
         model.set_attn_implementation(
             "sdpa"
-        )  # export wants it eager, which is slow on long prompts
+        )  # the export uses eager attention, which is slow on long prompts
         return model
 
 
 def check_shape(config: Any, manifest: Manifest, name: str) -> None:
-    """Raises ConfigError when a checkpoint cannot be the one that a bundle was made of."""
+    """Raise ConfigError when a checkpoint cannot be the one that a bundle was made of."""
     got = config.num_hidden_layers, config.hidden_size, config.vocab_size
     expected = manifest.model.num_layers, manifest.model.hidden_size, manifest.model.vocab_size
     if got != expected:
         raise ConfigError(
-            f"expected the checkpoint of {manifest.model.name} (layers, hidden size, vocabulary {expected}), got "
-            f"{name} ({got}); name the model that the bundle was made of"
+            f"expected the checkpoint of {manifest.model.name} (layers, hidden size, vocabulary "
+            f"{expected}), got {name} ({got}); name the model that the bundle was made of"
         )
 
 
-def measure(dataset: str, text: str, sample: Sample, preference: float | None) -> dict[str, float]:
-    """The task's metrics of one answer by name, the main one first; none where there is nothing to hold it against."""
+def score_answer(
+    dataset: str, text: str, sample: Sample, preference: float | None
+) -> dict[str, float]:
+    """Return the task's metrics of one answer by name, the main one first.
+
+    There are none without a reference.
+    """
     if preference is not None:
         return {"accuracy": float((preference > 0) == bool(sample.label))}
     if dataset == "quac":
         return {"f1": word_f1(text, sample.references)}
     if dataset == "xsum":
-        found = rouge(text, sample.references[0])
-        return {"rougeL": found.rouge_l, "rouge1": found.rouge1, "rouge2": found.rouge2}
+        overlap = rouge(text, sample.references[0])
+        return {"rougeL": overlap.rouge_l, "rouge1": overlap.rouge1, "rouge2": overlap.rouge2}
     return {}
 
 
 def logits_preference(logits: Tensor, choices: Choices) -> float:
-    """log P(first) - log P(second) of logits [vocab]; a choice has the probability of its tokens together."""
+    """Return log P(first) - log P(second) of logits [vocab].
+
+    A choice has the probability of its tokens together.
+    """
     first, second = (float(logits[ids].logsumexp(0)) for ids in choices)
     return first - second
 
 
 def exit_preference(candidates: ExitCandidates, choices: Choices) -> float:
-    """The same by an exit's candidates; of a choice that is not among them no more is known than the least one's."""
+    """Return the same by an exit's candidates.
+
+    A choice that is not among them counts as the least of them.
+    """
     logprobs = dict(zip(candidates.token_ids.tolist(), candidates.logprobs.tolist(), strict=True))
     least = float(candidates.logprobs.min())
     first, second = (

@@ -1,4 +1,4 @@
-"""Scores of each system on each data set, beside those of the deployed full model."""
+"""Scores of each system on each data set, next to those of the deployed full model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ PERPLEXITY: Final = "perplexity"  # the metric where nothing is right or wrong
 class Accuracy(Struct, frozen=True, kw_only=True):
     """One system on one data set, over `num` samples.
 
-    `value` is that of `metric` and [`low`, `high`] its bootstrap interval of 95%; `is_within_full` says whether it lies
-    in the interval of the full model on the same samples. `details` are means of all metrics by name, for two choices
-    with `majority`, the accuracy of always giving the more common one, and `auc`. `perplexity` is the full model's of
-    the answers, `agreement` the share of their tokens that it would have chosen, `identical` the share of answers that
-    are its own, token for token, None without these.
+    `value` is that of `metric` and [`low`, `high`] its bootstrap interval of 95%; `is_within_full`
+    is true if it lies in the interval of the full model on the same samples. `details` are means of
+    all metrics by name, for two choices with `majority`, the accuracy of always giving the more
+    common one, and `auc`. `perplexity` is the full model's of the answers, `agreement` the share of
+    their tokens that it would have chosen, `identical` the share of answers that are its own, token
+    for token, None without these.
     """
 
     dataset: str
@@ -43,7 +44,10 @@ class Accuracy(Struct, frozen=True, kw_only=True):
 
 
 class Difference(Struct, frozen=True, kw_only=True):
-    """A verified answer that is not the full model's own, and the gap of logits where they part; a tie excuses it."""
+    """A verified answer that is not the full model's own, and the gap of logits where they part.
+
+    A tie excuses it.
+    """
 
     dataset: str
     sample: int
@@ -52,7 +56,7 @@ class Difference(Struct, frozen=True, kw_only=True):
 
 
 def summary(scored: Iterable[Scored]) -> list[Accuracy]:
-    """A row for each data set and system that has answers, in the order of `TASKS` and `SYSTEMS`."""
+    """Return a row for each data set and system with answers, in the order of the tables."""
     answers: dict[tuple[str, str], dict[int, Scored]] = {}
     for row in scored:
         answers.setdefault((row.dataset, row.system), {})[row.sample] = row
@@ -60,13 +64,13 @@ def summary(scored: Iterable[Scored]) -> list[Accuracy]:
     for dataset in TASKS:
         full = answers.get((dataset, FULL), {})
         for system in SYSTEMS:
-            if found := answers.get((dataset, system)):
-                rows.append(_row(list(found.values()), full))
+            if scores := answers.get((dataset, system)):
+                rows.append(_row(list(scores.values()), full))
     return rows
 
 
 def verified_differences(scored: Iterable[Scored]) -> list[Difference]:
-    """Verified answers that differ from those of `full`."""
+    """Return the verified answers that differ from those of `full`."""
     rows = list(scored)
     full = {(row.dataset, row.sample): row.token_ids for row in rows if row.system == FULL}
     return [
@@ -78,30 +82,30 @@ def verified_differences(scored: Iterable[Scored]) -> list[Difference]:
     ]
 
 
-def _row(found: list[Scored], full: dict[int, Scored]) -> Accuracy:
-    pairs = [(row, full[row.sample]) for row in found if row.sample in full]
-    metric, statistic = _metric(found)
-    low, high = interval(len(found), statistic)
-    value = _of_all(statistic, found)
+def _row(scores: list[Scored], full: dict[int, Scored]) -> Accuracy:
+    pairs = [(row, full[row.sample]) for row in scores if row.sample in full]
+    metric, statistic = _metric(scores)
+    low, high = interval(len(scores), statistic)
+    value = _of_all(statistic, scores)
     within = None
     if pairs:
         ours = [other for _, other in pairs]
         lowest, highest = interval(len(ours), _metric(ours)[1])
         within = lowest <= value <= highest
     sources: Counter[str] = Counter()
-    for row in found:
+    for row in scores:
         sources.update(row.tokens_from)
     return Accuracy(
-        dataset=found[0].dataset,
-        system=found[0].system,
+        dataset=scores[0].dataset,
+        system=scores[0].system,
         metric=metric,
         value=value,
         low=low,
         high=high,
-        num=len(found),
-        details=_details(found),
-        perplexity=_of_all(_perplexity(found), found),
-        agreement=_weighted(found),
+        num=len(scores),
+        details=_details(scores),
+        perplexity=_of_all(_perplexity(scores), scores),
+        agreement=_weighted(scores),
         offload_rate=offload_rate(sources),
         identical=mean([row.token_ids == other.token_ids for row, other in pairs])
         if pairs
@@ -129,7 +133,7 @@ def _of_all(statistic: Statistic, rows: Sequence[Scored]) -> float:
 
 
 def _weighted(rows: Sequence[Scored]) -> float:
-    """The share of all answers' tokens that agree."""
+    """Return the share of all answers' tokens that agree."""
     return sum((row.agreement or 0.0) * len(row.token_ids) for row in rows) / sum(
         len(row.token_ids) for row in rows
     )

@@ -1,10 +1,12 @@
-"""The experiments of the CE-CoLLM paper (arXiv 2411.02829) on this system, beside stronger baselines.
+"""The experiments of the CE-CoLLM paper (arXiv 2411.02829) with stronger baselines.
 
-    fleet bench paper [--size small|medium|full] [--only table,latency] [--data DIR] [--out DIR] [--plot DIR] [--json]
-    fleet bench paper --only ''         # measures nothing more, and prints what there is
-    fleet bench paper --fit             # fits 'fleet plan' to the rows that there are
+    fleet bench paper [--size small|medium|full] [--only table,latency] [--data DIR] [--out DIR]
+        [--plot DIR] [--json]
+    fleet bench paper --only ''    # measure nothing more, and print the present rows
+    fleet bench paper --fit        # fit 'fleet plan' to the present rows
 
-Rows are kept as they are measured: the same command goes on where another was cut off. Run it on an idle machine.
+Rows are saved as they are measured: the same command continues an interrupted run. Run it on an
+idle machine.
 """
 
 from __future__ import annotations
@@ -20,17 +22,17 @@ from rich.console import Console
 
 from benchmarks.edge import parse_list
 from benchmarks.paper.accuracy import fits, score
-from benchmarks.paper.fit import HeldBack, fit
+from benchmarks.paper.fit import HeldBack, fit_cost_model
 from benchmarks.paper.measure import PARTS as MEASURED
-from benchmarks.paper.measure import measure
+from benchmarks.paper.measure import measure_rows
 from benchmarks.paper.report import Summary, conditions, encode, held_back, sheets
 from benchmarks.paper.results import Results, new_run
-from benchmarks.paper.sets import load as load_set
+from benchmarks.paper.sets import load_samples
 from benchmarks.paper.sizes import SIZES
 from benchmarks.paper.tasks import Sample
 from fleet.bundles.manifest import Bundle
 from fleet.errors import ConfigError
-from fleet.planning.cost_model import DATA, Fit, read_fits, write_fits
+from fleet.planning.cost_model import DATA, CostFit, read_fits, write_fits
 from fleet.utils.cli_runtime import run_command
 from onnx_export.checkpoint import cache_folder
 from onnx_export.default_bundle import default_bundle
@@ -45,7 +47,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 def run(
-    size: Annotated[str, typer.Option(help=f"How much: {' or '.join(SIZES)}.")] = "small",
+    size: Annotated[str, typer.Option(help=f"Size of the run: {' or '.join(SIZES)}.")] = "small",
     only: Annotated[str, typer.Option(help="Parts to measure; '' for none.")] = ",".join(PARTS),
     data: Annotated[
         Path | None, typer.Option(help="Folder of the datasets' files (default: the hub).")
@@ -56,20 +58,21 @@ def run(
     bundle: Annotated[
         Path | None, typer.Option(help="Bundle's folder (default: the default model's).")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="By which samples are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
     refit: Annotated[
         bool, typer.Option("--fit", help="Fit 'fleet plan' to the rows; measure nothing.")
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="Folder for pictures, *.svg.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Measure what the paper measured, and print it beside the paper's figures."""
+    """Repeat the paper's measurements, and print them next to the paper's figures."""
     if size not in SIZES:
         raise ConfigError(f"--size {size!r}: expected one of {', '.join(SIZES)}")
     parts = parse_list(only, PARTS, "part")
     if data is not None and not data.is_dir():
         raise ConfigError(
-            f"--data {data}: expected a folder with the datasets' files; leave it out to take the hub's"
+            f"--data {data}: expected a folder with the datasets' files; "
+            "leave it out to use the hub's"
         )
     console = Console(stderr=True)
 
@@ -91,9 +94,9 @@ def run(
         return
     summary = results.summary()
     if plot is not None:
-        from benchmarks.paper.plots import draw
+        from benchmarks.paper.plots import draw_figures
 
-        draw(summary, plot)
+        draw_figures(summary, plot)
     if as_json:
         print(encode(summary).decode(), end="")
     else:
@@ -103,7 +106,7 @@ def run(
 def measure_parts(
     parts: Sequence[str], results: Results, bundle: Bundle, data: Path | None, progress: Progress
 ) -> None:
-    """Measures what is missing of some parts."""
+    """Measure the missing rows of some parts."""
     if not parts:
         return
     size = SIZES[results.run.size]
@@ -111,35 +114,42 @@ def measure_parts(
     fitting = fits(bundle, size)
     if (load_average := os.getloadavg()[0]) > BUSY:
         progress(
-            f"the machine is busy (load {load_average:.1f}): times will be too long, and differ from row to row"
+            f"the machine is busy (load {load_average:.1f}): "
+            "times will be too long, and differ from row to row"
         )
     progress(
-        f"rows in {results.folder}: {len(results.rows)} measured before, {len(results.scored)} scored"
+        f"rows in {results.folder}: {len(results.rows)} measured before, "
+        f"{len(results.scored)} scored"
     )
 
-    def load(name: str, num: int) -> list[Sample]:
-        return load_set(name, num, run.seed, data, fits=fitting, progress=progress)
+    def samples_of(name: str, num: int) -> list[Sample]:
+        return load_samples(name, num, run.seed, data, fits=fitting, progress=progress)
 
     def prompts(name: str, num: int) -> list[str]:
-        return [sample.prompt for sample in load(name, num)]
+        return [sample.prompt for sample in samples_of(name, num)]
 
     if measured := tuple(part for part in MEASURED if part in parts):
-        measure(size, bundle, prompts, results.rows, run.run, progress, measured)
+        measure_rows(size, bundle, prompts, results.rows, run.run, progress, measured)
     if "accuracy" in parts:
-        score(size, bundle, load=load, scored=results.scored, run=run.run, progress=progress)
+        score(size, bundle, load=samples_of, scored=results.scored, run=run.run, progress=progress)
 
 
-def keep_fit(results: Results, path: Path) -> tuple[Fit, list[HeldBack]]:
-    """Fits `fleet plan` and writes its data: beside fits of other exits of the same model, in the place of the same."""
-    fitted, checked = fit(results.rows, results.run)
+def keep_fit(results: Results, path: Path) -> tuple[CostFit, list[HeldBack]]:
+    """Fit `fleet plan` and write its data.
+
+    Fits of other exits of the same model stay; one of the same exits is replaced.
+    """
+    fitted, checked = fit_cost_model(results.rows, results.run)
     others = read_fits(path) if path.exists() else ()
-    kept = [one for one in others if (one.model, one.machine) == (fitted.model, fitted.machine)]
-    write_fits([fitted, *(one for one in kept if one.exits != fitted.exits)], path)
+    others_of_model = [
+        one for one in others if (one.model, one.machine) == (fitted.model, fitted.machine)
+    ]
+    write_fits([fitted, *(one for one in others_of_model if one.exits != fitted.exits)], path)
     return fitted, checked
 
 
-def print_fit(fitted: Fit, checked: Sequence[HeldBack], *, as_json: bool) -> None:
-    """The constants, and how far off they are."""
+def print_fit(fitted: CostFit, checked: Sequence[HeldBack], *, as_json: bool) -> None:
+    """Print the constants and their errors."""
     if as_json:
         print(msgspec.json.encode({"fit": fitted, "held_back": checked}).decode())
         return
@@ -147,7 +157,8 @@ def print_fit(fitted: Fit, checked: Sequence[HeldBack], *, as_json: bool) -> Non
     for sheet in held_back(checked):
         console.print(sheet.rich())
     console.print(
-        f"a step: {fitted.edge.step_ms:.1f} ms on the device, {fitted.cloud.step_ms:.1f} ms in the cloud"
+        f"a step: {fitted.edge.step_ms:.1f} ms on the device, "
+        f"{fitted.cloud.step_ms:.1f} ms in the cloud"
     )
     within = fitted.errors["within_15_percent"]
     highest = fitted.errors["highest"]
@@ -157,7 +168,7 @@ def print_fit(fitted: Fit, checked: Sequence[HeldBack], *, as_json: bool) -> Non
 
 
 def print_summary(console: Console, summary: Summary, folder: Path) -> None:
-    """All tables."""
+    """Print all tables."""
     for tables in sheets(summary).values():
         for sheet in tables:
             console.print(sheet.rich())

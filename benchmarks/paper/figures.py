@@ -1,4 +1,4 @@
-"""From rows to figures: what an answer took, where, and how that compares with the baselines."""
+"""Figures from rows: the cost of an answer by place, compared with the baselines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.paper.rows import Link, ModelSizes, Row
 from benchmarks.paper.systems import CLOUD_ONLY, NAIVE_SPLIT
 from fleet.protocol.modes import offload_rate
 
-CACHED: Final = ("cached_split_fp16", "cached_split_fp32")  # the harder one to beat first
+CACHED: Final = ("cached_split_fp16", "cached_split_fp32")  # the stronger baseline first
 OURS: Final = ("collaborative", "verified")
 
 
@@ -26,8 +26,10 @@ class Spread(Struct, frozen=True):
 
 
 class Reduction(Struct, frozen=True, kw_only=True):
-    """By how much less a system takes than a baseline for the same samples, as shares of the baseline's sums; negative
-    where it takes more. None where the baseline takes nothing of it."""
+    """A system's savings over a baseline for the same samples, as shares of the baseline's sums.
+
+    A share is negative where the system needs more, and None where the baseline needs nothing.
+    """
 
     total: float | None
     cloud_time: float | None
@@ -36,14 +38,15 @@ class Reduction(Struct, frozen=True, kw_only=True):
     round_trips: float | None
 
 
-class Figures(Struct, frozen=True, kw_only=True):
+class SystemFigures(Struct, frozen=True, kw_only=True):
     """All answers of one system in one part to one dataset over one link.
 
-    Without `Spread` they are means of an answer. Edge and cloud time are seconds of CPU; `communication_s` is what is
-    left of the total, waiting included, and below 0 where both sides work at once. `sources` are shares of all tokens;
-    `confident` is the share that an exit of the device emitted. `cloud_gflop` counts 2 operations for each parameter
-    that a position meets; attention over earlier positions is left out. `agreement` is that with cloud-only, see
-    :func:`agreement`. `fewer_than_cached`: both fewer bytes and fewer round trips than the cached split.
+    Without `Spread` they are means of an answer. Edge and cloud time are seconds of CPU;
+    `communication_s` is the rest of the total, waiting included, and below 0 where both sides work
+    at once. `sources` are shares of all tokens; `confident` is the share that an exit of the device
+    emitted. `cloud_gflop` counts 2 operations for each parameter that a position meets; attention
+    over earlier positions is left out. `agreement` is that with cloud-only, see :func:`agreement`.
+    `fewer_than_cached`: both fewer bytes and fewer round trips than the cached split.
     """
 
     part: str
@@ -74,12 +77,12 @@ class Figures(Struct, frozen=True, kw_only=True):
 
     @property
     def bytes(self) -> float:
-        """Up and down."""
+        """Bytes in both directions."""
         return self.bytes_up + self.bytes_down
 
 
-def figures(rows: Iterable[Row], model: ModelSizes) -> list[Figures]:
-    """One for each part, dataset, link and system, in the order in which they were measured."""
+def figures(rows: Iterable[Row], model: ModelSizes) -> list[SystemFigures]:
+    """Return one for each part, dataset, link and system, in the order of measurement."""
     groups: dict[tuple[str, str, Link], dict[str, list[Row]]] = defaultdict(
         lambda: defaultdict(list)
     )
@@ -94,7 +97,7 @@ def figures(rows: Iterable[Row], model: ModelSizes) -> list[Figures]:
 
 def _figures(
     rows: Sequence[Row], systems: Mapping[str, Sequence[Row]], model: ModelSizes
-) -> Figures:
+) -> SystemFigures:
     first = rows[0]
     sources: dict[str, int] = defaultdict(int)
     for row in rows:
@@ -109,7 +112,7 @@ def _figures(
     }
     edge_s = fmean(row.edge_s for row in rows)
     cloud_s = fmean(row.cloud_s for row in rows)
-    return Figures(
+    return SystemFigures(
         part=first.part,
         dataset=first.dataset,
         system=first.system,
@@ -141,7 +144,7 @@ def _figures(
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Quartiles of one or more values, both ends included."""
+    """Return the quartiles of one or more values, both ends included."""
     low, middle, high = (
         quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     )
@@ -149,7 +152,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def cloud_gflop(row: Row, model: ModelSizes) -> float:
-    """Work of the cloud on one answer, in 10^9 floating-point operations."""
+    """Return the work of the cloud on one answer, in 10^9 floating-point operations."""
     layers = row.layer_positions_cloud * model.layer_parameters
     return 2e-9 * (layers + row.head_calls_cloud * model.head_parameters)
 
@@ -163,7 +166,7 @@ def num_messages(row: Row) -> int:
 
 
 def reduction(rows: Sequence[Row], baseline: Sequence[Row], model: ModelSizes) -> Reduction | None:
-    """Over the answers that both have, by sample and repeat; None when there are none."""
+    """Compare the answers that both have, by sample and repeat; None when there are none."""
     theirs = {(row.sample, row.repeat): row for row in baseline}
     pairs = [
         (row, theirs[row.sample, row.repeat]) for row in rows if (row.sample, row.repeat) in theirs
@@ -185,17 +188,20 @@ def reduction(rows: Sequence[Row], baseline: Sequence[Row], model: ModelSizes) -
 
 
 def agreement(rows: Sequence[Row], reference: Sequence[Row]) -> float | None:
-    """The share of tokens that are the reference's, up to and including the first that is not, for behind it the texts
-    are different ones; every sample once. None when no sample has a reference."""
+    """Return the share of tokens that are the reference's, every sample once.
+
+    Tokens count up to and including the first that differs, as the texts differ behind it. None
+    when no sample has a reference.
+    """
     theirs = {_text_of(row): row.token_ids for row in reference}
     ours = {_text_of(row): row.token_ids for row in rows if _text_of(row) in theirs}
-    same = seen = 0
+    same = total = 0
     for sample, ids in ours.items():
         pairs = list(zip(ids, theirs[sample], strict=False))
         equal = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
         same = same + equal
-        seen = seen + min(equal + 1, len(pairs))
-    return same / seen if seen else None
+        total = total + min(equal + 1, len(pairs))
+    return same / total if total else None
 
 
 def _text_of(row: Row) -> tuple[str, str, int]:

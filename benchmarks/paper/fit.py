@@ -1,8 +1,9 @@
-"""The constants of `fleet.planning.cost_model`, fitted to the latency rows of some links and checked on the others.
+"""Fit of the constants of `fleet.planning.cost_model` to latency rows of some links.
 
-Every second link of the grid is held back, as on a chessboard of round trips and bandwidths. Times are fitted by least
-squares of relative errors, with no term below zero: first both sides' CPU over steps, prompt and messages, for all
-systems together, then of each system how much of that, of its round trips and of its bytes its time consists of.
+Every second link of the grid is held back for a check, as on a chessboard of round trips and
+bandwidths. Times are fitted by least squares of relative errors, with no term below zero: first
+both sides' CPU over steps, prompt and messages, for all systems together, then for each system the
+shares of that, of its round trips and of its bytes in its time.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from benchmarks.paper.rows import Link, ModelSizes, Row, Run
 from fleet.errors import ConfigError
 from fleet.planning.cost_model import (
     CLOUD_ONLY,
-    Fit,
-    Load,
-    Setting,
-    Shares,
-    Side,
+    CostFit,
+    MachineSpeed,
+    PlanRequest,
+    ServingSetting,
     StepCounts,
-    expect,
-    terms,
+    TimeShares,
+    answer_terms,
+    expected_cost,
     transfer_ms,
 )
 from fleet.protocol.modes import Mode, offload_rate
@@ -45,11 +46,14 @@ REFERENCES: Final = (
 )  # both give the deployed full model's tokens
 PULL: Final = 0.1  # towards the plain sum, where rows do not tell terms apart
 GOAL: Final = 0.15
-PLAIN_SUM: Final = Shares(1.0, 1.0, 1.0, 0.0)
+PLAIN_SUM: Final = TimeShares(1.0, 1.0, 1.0, 0.0)
 
 
 class HeldBack(Struct, frozen=True, kw_only=True):
-    """One system over one link that the fit did not see: mean seconds of an answer, and the error as a share."""
+    """One system over one link that the fit did not see.
+
+    It has the mean seconds of an answer, and the error as a share.
+    """
 
     system: str
     link: Link
@@ -58,43 +62,46 @@ class HeldBack(Struct, frozen=True, kw_only=True):
     error: float
 
 
-def fit(rows: Iterable[Row], run: Run) -> tuple[Fit, list[HeldBack]]:
-    """The constants, and how far off they are where they were not fitted.
+def fit_cost_model(rows: Iterable[Row], run: Run) -> tuple[CostFit, list[HeldBack]]:
+    """Return the constants, and their errors on the links that were not fitted.
 
     Raises:
-        ConfigError: there are too few links or systems, or none was measured over enough of both kinds of links.
+        ConfigError: there are too few links or systems, or no system was measured over enough of
+            both kinds of links.
     """
     answers: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         answers[row.system].append(row)
     measured = [row for name in answers if name.startswith(MODES) for row in answers[name]]
-    taken = [row for row in measured if row.part == LATENCY]
-    links = sorted({row.link for row in taken}, key=lambda link: (link.mbit_s, link.rtt_ms))
+    latency = [row for row in measured if row.part == LATENCY]
+    links = sorted({row.link for row in latency}, key=lambda link: (link.mbit_s, link.rtt_ms))
     if len(links) < 3:
         raise ConfigError(
-            f"latency was measured over {len(links)} links: expected 3 or more; run 'fleet bench paper --only latency'"
+            f"latency was measured over {len(links)} links: expected 3 or more; "
+            "run 'fleet bench paper --only latency'"
         )
-    seen = set(links[::2])
-    fitted = [row for row in taken if row.link in seen]
-    held = [row for row in taken if row.link not in seen]
+    fitted_links = set(links[::2])
+    fitted = [row for row in latency if row.link in fitted_links]
+    held = [row for row in latency if row.link not in fitted_links]
     if missing := [
         mode for mode in (Mode.STANDALONE, CLOUD_ONLY) if all(row.system != mode for row in fitted)
     ]:
         raise ConfigError(
-            f"no latency rows of {', '.join(missing)}, which give the time of a step; measure them, too"
+            f"no latency rows of {', '.join(missing)}, which give the time of a step; "
+            "measure them, too"
         )
     work = Work(run.model)
-    # Answers of other lengths to longer prompts tell a step, a prompt's position and a message apart.
-    told = fitted + [
-        row for row in measured if row.part == TABLE and row.link not in set(links) - seen
+    # Other lengths of prompts and answers separate a step, a prompt's position and a message.
+    work_rows = fitted + [
+        row for row in measured if row.part == TABLE and row.link not in set(links) - fitted_links
     ]
-    edge = work.side(told, "edge")
-    cloud = work.side(told, "cloud")
+    edge = work.side(work_rows, "edge")
+    cloud = work.side(work_rows, "cloud")
     by_system: dict[str, list[Row]] = defaultdict(list)
     for row in fitted:
         by_system[row.system].append(row)
-    reference = next((found for name in REFERENCES if (found := answers.get(name))), [])
-    counted = Fit(
+    reference = next((answers[name] for name in REFERENCES if answers.get(name)), [])
+    counted = CostFit(
         model=run.model.name,
         bundle_id=run.bundle_id,
         exits=run.model.exits,
@@ -116,10 +123,11 @@ def fit(rows: Iterable[Row], run: Run) -> tuple[Fit, list[HeldBack]]:
         with_shares(counted, setting, by_system[setting.name]) for setting in counted.settings
     )
     result = msgspec.structs.replace(counted, settings=settings)
-    checked = check(result, held)
+    checked = check_fit(result, held)
     if not checked:
         raise ConfigError(
-            "no system was measured both over links to fit and over others; finish the part 'latency'"
+            "no system was measured both over links to fit and over others; "
+            "finish the part 'latency'"
         )
     errors = [one.error for one in checked]
     summary = {
@@ -131,8 +139,8 @@ def fit(rows: Iterable[Row], run: Run) -> tuple[Fit, list[HeldBack]]:
     return msgspec.structs.replace(result, errors=summary), checked
 
 
-def check(fitted: Fit, rows: Iterable[Row]) -> list[HeldBack]:
-    """Predicted against measured totals, by system and link."""
+def check_fit(fitted: CostFit, rows: Iterable[Row]) -> list[HeldBack]:
+    """Compare predicted with measured totals, by system and link."""
     settings = {setting.name: setting for setting in fitted.settings}
     groups: dict[tuple[str, Link], list[Row]] = defaultdict(list)
     for row in rows:
@@ -141,9 +149,8 @@ def check(fitted: Fit, rows: Iterable[Row]) -> list[HeldBack]:
     result = []
     for (system, link), group in groups.items():
         measured = fmean(row.total_ms for row in group) / 1e3
-        predicted = (
-            fmean(expect(fitted, settings[system], load_of(row)).total_ms for row in group) / 1e3
-        )
+        costs = [expected_cost(fitted, settings[system], request_of(row)) for row in group]
+        predicted = fmean(cost.total_ms for cost in costs) / 1e3
         result.append(
             HeldBack(
                 system=system,
@@ -156,9 +163,9 @@ def check(fitted: Fit, rows: Iterable[Row]) -> list[HeldBack]:
     return result
 
 
-def load_of(row: Row) -> Load:
-    """The question whose answer was measured."""
-    return Load(
+def request_of(row: Row) -> PlanRequest:
+    """Return the plan request of a measured row."""
+    return PlanRequest(
         rtt_ms=row.link.rtt_ms,
         mbit_s=row.link.mbit_s,
         prompt_tokens=row.prompt_tokens,
@@ -167,15 +174,17 @@ def load_of(row: Row) -> Load:
 
 
 class Work:
-    """Rows in steps of the whole model, LM head included."""
+    """Counter of a row's work in steps of the whole model, LM head included."""
 
     def __init__(self, model: ModelSizes) -> None:
         self._model = model
         self._step_layers = model.num_layers + model.head_layers
 
     def prompt(self, row: Row, side: str) -> float:
-        """Share of the layers that a prompt's position ran through: all of that side's, or the mean where that is
-        less."""
+        """Return the share of the layers that a prompt's position ran through.
+
+        It is all of that side's layers, or the mean where that is less.
+        """
         model = self._model
         positions = row.prompt_tokens + len(row.token_ids)
         if side == "edge":
@@ -184,10 +193,11 @@ class Work:
         return min(deepest, row.layer_positions_cloud / positions) / model.num_layers
 
     def steps(self, row: Row, side: str) -> float:
-        """Those of the answer, without the prompt's.
+        """Return the steps of the answer, without the prompt's.
 
-        The positions of one question run together in the cloud, and weights that are read once for all of them make
-        them about as expensive as one: a split's cloud takes a step of its layers for each question.
+        The positions of one verify request run together in the cloud, and weights that are read
+        once for all of them make them about as expensive as one: a split's cloud needs a step of
+        its layers for each request.
         """
         is_edge = side == "edge"
         model = self._model
@@ -202,8 +212,8 @@ class Work:
         layers_of_answer = layers - self.prompt(row, side) * model.num_layers * row.prompt_tokens
         return (layers_of_answer + heads * model.head_layers) / self._step_layers
 
-    def side(self, rows: Sequence[Row], side: str) -> Side:
-        """What one side's CPU seconds consist of.
+    def side(self, rows: Sequence[Row], side: str) -> MachineSpeed:
+        """Return the components of one side's CPU seconds.
 
         Raises:
             ConfigError: they do not grow with its steps.
@@ -218,13 +228,17 @@ class Work:
         step, prompt, message = non_negative(terms, 1e3 * seconds)
         if step <= 0:
             raise ConfigError(
-                f"the rows' {side} time does not grow with its steps; measure again on an idle machine"
+                f"the rows' {side} time does not grow with its steps; "
+                "measure again on an idle machine"
             )
-        return Side(step, prompt / step, message / step)
+        return MachineSpeed(step, prompt / step, message / step)
 
 
-def setting_of(name: str, rows: Sequence[Row], agreed: float | None, work: Work) -> Setting:
-    """One system's counts, from its rows over the links that are fitted; its times are the plain sum yet."""
+def setting_of(name: str, rows: Sequence[Row], agreed: float | None, work: Work) -> ServingSetting:
+    """Return one system's counts, from its rows over the links that are fitted.
+
+    Its times are the plain sum at first.
+    """
     value = name.partition("@")[2]
     positions = np.array([[row.prompt_tokens, len(row.token_ids)] for row in rows], float)
     prompt_bytes, token_bytes = non_negative(
@@ -233,7 +247,7 @@ def setting_of(name: str, rows: Sequence[Row], agreed: float | None, work: Work)
     by_rtt: dict[float, list[Row]] = defaultdict(list)
     for row in rows:
         by_rtt[row.link.rtt_ms].append(row)
-    return Setting(
+    return ServingSetting(
         name=name,
         mode=next(mode for mode in MODES if name.startswith(mode)),
         threshold=float(value) if value not in ("", "calibrated") else None,
@@ -249,7 +263,7 @@ def setting_of(name: str, rows: Sequence[Row], agreed: float | None, work: Work)
 
 
 def counts_of(rtt_ms: float, rows: Sequence[Row], work: Work) -> StepCounts:
-    """A token's, over all rows."""
+    """Return a token's counts, over all rows."""
     tokens = max(1, sum(len(row.token_ids) for row in rows))
     sources: dict[str, int] = defaultdict(int)
     for row in rows:
@@ -265,39 +279,43 @@ def counts_of(rtt_ms: float, rows: Sequence[Row], work: Work) -> StepCounts:
     )
 
 
-def with_shares(counted: Fit, setting: Setting, rows: Sequence[Row]) -> Setting:
-    """How much of its terms a system's time has."""
-    loads = [load_of(row) for row in rows]
-    found = [(terms(counted, setting, load), load) for load in loads]
+def with_shares(counted: CostFit, setting: ServingSetting, rows: Sequence[Row]) -> ServingSetting:
+    """Return a setting with the shares of its terms in the system's time."""
+    requests = [request_of(row) for row in rows]
+    terms = [answer_terms(counted, setting, request) for request in requests]
+    pairs = list(zip(terms, requests, strict=True))
     total = shares_of(
-        [(t.edge_ms + t.cloud_ms, t.round_trips, t.num_bytes, load) for t, load in found],
+        [(t.edge_ms + t.cloud_ms, t.round_trips, t.num_bytes, request) for t, request in pairs],
         [row.total_ms for row in rows],
     )
     first = shares_of(
-        [(t.first_ms, 1.0, t.prompt_bytes, load) for t, load in found],
+        [(t.first_ms, 1.0, t.prompt_bytes, request) for t, request in pairs],
         [row.ttft_ms for row in rows],
     )
     return msgspec.structs.replace(setting, total=total, first=first)
 
 
 def shares_of(
-    found: Iterable[tuple[float, float, float, Load]], measured_ms: Sequence[float]
-) -> Shares:
-    """By least squares of relative errors over work in ms, round trips and bytes."""
+    terms: Iterable[tuple[float, float, float, PlanRequest]], measured_ms: Sequence[float]
+) -> TimeShares:
+    """Fit shares by least squares of relative errors over work in ms, round trips and bytes."""
     columns = [
-        [work, trips * load.rtt_ms, transfer_ms(size, load.mbit_s), trips]
-        for work, trips, size, load in found
+        [work, trips * request.rtt_ms, transfer_ms(size, request.mbit_s), trips]
+        for work, trips, size, request in terms
     ]
     relative = np.array(columns) / np.array(measured_ms)[:, None]
     pull = PULL * np.eye(3, 4)
     solved = non_negative(
         np.vstack([relative, pull]), np.append(np.ones(len(relative)), [PULL] * 3)
     )
-    return Shares(*solved)
+    return TimeShares(*solved)
 
 
 def non_negative(matrix: Floats, target: Floats) -> list[float]:
-    """Least squares with no unknown below 0, [n, k] and [n] to k: the best of all choices of unknowns that are 0."""
+    """Solve least squares with no unknown below 0, [n, k] and [n] to k.
+
+    The result is the best of all choices of unknowns that are 0.
+    """
     width = matrix.shape[1]
     best = [0.0] * width
     least = float(np.sum(target**2))

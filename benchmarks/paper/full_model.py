@@ -1,4 +1,4 @@
-"""The deployed full model in one process, as a judge: what it says along a text that is given."""
+"""The deployed full model in one process, as a judge of given texts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from edge_agent.engine.partition import ExitCandidates, Partition
 from fleet.bundles.manifest import Bundle
 
 
-class Verdict(NamedTuple):
-    """The full model's word on an answer, each token judged behind the answer's own ones.
+class FullModelVerdict(NamedTuple):
+    """The full model's verdict on an answer, each token judged behind the answer's own ones.
 
-    `nll` is the mean negative log-likelihood, `agreement` the share of tokens that are its own choice, and `gap` by how
-    much a logit exceeds that of the answer's token at most: a gap near 0 is a tie, which rounding decides.
+    `nll` is the mean negative log-likelihood, `agreement` the share of tokens that are its own
+    choice, and `gap` the maximum by which a logit exceeds that of the answer's token: a gap near 0
+    is a tie, which rounding decides.
     """
 
     nll: float
@@ -31,20 +32,23 @@ class FullModel:
     """Both halves of a bundle: the device's blocks, FP16 between them, and the cloud's layers."""
 
     def __init__(self, bundle: Bundle, num_threads: int) -> None:
-        """Raises BundleError when the bundle does not load."""
+        """Load a bundle; raise BundleError when it does not load."""
         self.partition = Partition(bundle, num_threads)
         self.upper = UpperLayers(bundle, num_threads)
 
     def read(self, prompt_ids: Sequence[int], max_tokens: int) -> Reading:
-        """Runs a prompt; answers of at most `max_tokens` tokens can be judged behind it."""
+        """Run a prompt; answers of at most `max_tokens` tokens can be judged behind it."""
         return Reading(self, prompt_ids, max_tokens)
 
 
 class Reading:
-    """A prompt that the full model has read: `exits` is what each exit says of the next token, `logits` [vocab] what
-    the full model says."""
+    """A prompt that the full model has run.
+
+    `exits` are the exits' predictions of the next token, `logits` [vocab] the full model's.
+    """
 
     def __init__(self, model: FullModel, prompt_ids: Sequence[int], max_tokens: int) -> None:
+        """Load a bundle; raise BundleError when it does not load."""
         manifest = model.partition.manifest
         self._upper = model.upper
         self._block = manifest.exits.index(manifest.upload_layer)
@@ -53,7 +57,7 @@ class Reading:
         self._lease = model.upper.new_pool(1 << 40).lease(capacity)
         self._cascade = Cascade(
             model.partition, capacity, one_by_one_from=self._num_prompt
-        )  # as a device does it
+        )  # as on a device
         self._cascade.append(prompt_ids)
         self.exits: list[ExitCandidates] = [
             self._cascade.run(block) for block in range(len(manifest.exits))
@@ -64,18 +68,18 @@ class Reading:
         rows = self._cascade.hidden_states(self._block, start)[: stop - start].astype(np.float16)
         return self._upper([Chunk(self._lease, rows, start, stop, range(stop - num_outputs, stop))])
 
-    def judge(self, token_ids: Sequence[int]) -> Verdict:
-        """The verdict on an answer of at least one token."""
+    def judge(self, token_ids: Sequence[int]) -> FullModelVerdict:
+        """Return the verdict on an answer of at least one token."""
         logits = self.logits_along(token_ids)
-        wanted = torch.tensor(token_ids)[:, None]
-        own = logits.gather(1, wanted)
-        nll = -logits.log_softmax(-1).gather(1, wanted).mean()
+        targets = torch.tensor(token_ids)[:, None]
+        own = logits.gather(1, targets)
+        nll = -logits.log_softmax(-1).gather(1, targets).mean()
         gaps = logits.max(-1, keepdim=True).values - own
-        agreement = (logits.argmax(-1, keepdim=True) == wanted).float().mean()
-        return Verdict(float(nll), float(agreement), float(gaps.max()))
+        agreement = (logits.argmax(-1, keepdim=True) == targets).float().mean()
+        return FullModelVerdict(float(nll), float(agreement), float(gaps.max()))
 
     def logits_along(self, token_ids: Sequence[int]) -> Tensor:
-        """Logits [n, vocab] for each of n tokens, behind those before it."""
+        """Return logits [n, vocab] for each of n tokens, behind those before it."""
         start = self._num_prompt
         count = len(token_ids) - 1
         if not count:

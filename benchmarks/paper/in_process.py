@@ -1,4 +1,4 @@
-"""A device and a worker in one process, with nothing but the wire left out."""
+"""A device and a worker in one process, without a network."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ANSWER_MS: Final = 600_000
 START_S: Final = 60.0
 
 
-class Answer(NamedTuple):
+class FleetAnswer(NamedTuple):
     """An answer of a device; `tokens_from` counts its tokens by source."""
 
     text: str
@@ -41,30 +41,31 @@ class InProcessFleet:
     def __init__(self, client: PromptClient) -> None:
         self._client = client
 
-    def ask(self, request: PromptRequest) -> Answer:
-        """The device's answer.
+    def ask(self, request: PromptRequest) -> FleetAnswer:
+        """Return the device's answer.
 
         Raises:
             PromptError: the device refuses the request.
-            LinkError: the cloud was asked and did not answer.
+            LinkError: the cloud did not respond.
         """
         replies = list(self._client.ask(DEVICE, request, timeout_s=ANSWER_MS / 1000))
         usage = replies[-1].usage
         sources = usage.sources if usage else {}
         if FALLBACK in sources:
             raise LinkError(
-                f"expected the cloud's tokens, got {sources[FALLBACK]} of the device that the cloud should have "
-                f"judged ({replies[-1].note}); run again when the machine is less busy"
+                f"expected the cloud's tokens, got {sources[FALLBACK]} of the device that the "
+                f"cloud should have judged ({replies[-1].note}); "
+                "run again when the machine is less busy"
             )
         token_ids = tuple(reply.token_id for reply in replies if reply.token_id is not None)
-        return Answer("".join(reply.text for reply in replies), token_ids, sources)
+        return FleetAnswer("".join(reply.text for reply in replies), token_ids, sources)
 
 
 @contextmanager
 def in_process_fleet(
     bundle: Bundle, num_threads: int, max_requests: int = 1
 ) -> Iterator[InProcessFleet]:
-    """Starts the worker, then the device, each with `num_threads`, and waits for both.
+    """Start the worker, then the device, each with `num_threads`, and wait for both.
 
     The device answers `max_requests` at once.
     """

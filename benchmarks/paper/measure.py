@@ -1,13 +1,15 @@
-"""Measures the rows of the paper's experiments: what a file of rows lacks, system by system in turns.
+"""Measurement of the rows of the paper's experiments that a file of rows lacks.
 
-Every system answers a sample before the next sample is taken, so that what else the machine does meets all of them.
+Every system answers a sample before the next sample, so that other load on the machine affects all
+of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
-from typing import Final, NamedTuple
+from typing import Final
 
 from benchmarks.paper.models import PaperModels
 from benchmarks.paper.rig import LOOPBACK, Rig
@@ -45,8 +47,9 @@ Samples = Callable[[str, int], Sequence[str]]
 Progress = Callable[[str], None]
 
 
-class Case(NamedTuple):
-    """One row that is to be measured, as its key has it, and how long an answer may be."""
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row to measure, by its key, and the maximum length of an answer."""
 
     part: str
     system: str
@@ -58,10 +61,11 @@ class Case(NamedTuple):
 
     @property
     def key(self) -> tuple[object, ...]:
-        return *self[:5], self.link.rtt_ms, self.link.mbit_s
+        link = (self.link.rtt_ms, self.link.mbit_s)
+        return self.part, self.system, self.dataset, self.sample, self.repeat, *link
 
 
-def measure(
+def measure_rows(
     size: Size,
     bundle: Bundle,
     samples: Samples,
@@ -71,10 +75,10 @@ def measure(
     parts: Sequence[str] = PARTS,
     models: PaperModels | None = None,
 ) -> None:
-    """Adds to `rows` what they lack of `parts`, under the name `run`; `samples` gives n prompts of a dataset.
+    """Add to `rows` the missing ones of `parts`, under the name `run`.
 
-    `models` are those of the default model by default. The peers are left out, and `progress` told why, where they
-    cannot be installed.
+    `samples` returns n prompts of a dataset. `models` are those of the default model by default.
+    The peers are left out, with a line to `progress`, where they cannot be installed.
 
     Raises:
         FleetError: a system fails, or one of its processes ends.
@@ -98,12 +102,15 @@ def measure(
 
 
 def table_cases(size: Size) -> Iterator[Case]:
-    """Every system of ours over the paper's link; the naive split, which takes seconds a token, less often."""
+    """Return every system of ours over the paper's link.
+
+    The naive split, which needs seconds a token, has fewer samples.
+    """
     for dataset, sample, system in product(DATASETS, range(size.table_samples), OWN):
         if system != NAIVE_SPLIT or sample < size.naive_samples:
             yield Case(
-                TABLE,
-                system,
+                part=TABLE,
+                system=system,
                 dataset=dataset,
                 sample=sample,
                 repeat=0,
@@ -113,11 +120,14 @@ def table_cases(size: Size) -> Iterator[Case]:
 
 
 def slow_cases(size: Size) -> Iterator[Case]:
-    """What the naive split, whose time is its bytes', loses against where a link is slower than the paper's."""
+    """Return the naive split and its rivals on links slower than the paper's.
+
+    The time of the naive split is that of its bytes.
+    """
     for sample, system in product(range(size.naive_samples), AGAINST_NAIVE):
         yield Case(
-            SLOW,
-            system,
+            part=SLOW,
+            system=system,
             dataset=ALPACA,
             sample=sample,
             repeat=0,
@@ -127,15 +137,15 @@ def slow_cases(size: Size) -> Iterator[Case]:
 
 
 def latency_cases(size: Size) -> Iterator[Case]:
-    """The main systems over every link; the naive split over the paper's and the fastest only."""
+    """Return the main systems over every link; the naive split over two of them."""
     fastest = min(size.links, key=lambda link: (link.rtt_ms, -link.mbit_s))
     for repeat, sample, link, system in product(
         range(size.latency_repeats), range(size.latency_samples), size.links, MAIN
     ):
         if system != NAIVE_SPLIT or (link in (PAPER_LINK, fastest) and sample < size.naive_samples):
             yield Case(
-                LATENCY,
-                system,
+                part=LATENCY,
+                system=system,
                 dataset=ALPACA,
                 sample=sample,
                 repeat=repeat,
@@ -145,11 +155,11 @@ def latency_cases(size: Size) -> Iterator[Case]:
 
 
 def proportional_cases(size: Size, link: Link) -> Iterator[Case]:
-    """The systems of the paper's table where a step of either side takes what it takes there, beside the other."""
+    """Return the systems of the paper's table with the paper's ratio of steps to the link."""
     for sample, system in product(range(size.table_samples), PROPORTIONAL):
         yield Case(
-            PROPORTIONS,
-            system,
+            part=PROPORTIONS,
+            system=system,
             dataset=ALPACA,
             sample=sample,
             repeat=0,
@@ -159,12 +169,12 @@ def proportional_cases(size: Size, link: Link) -> Iterator[Case]:
 
 
 def peer_cases(size: Size) -> Iterator[Case]:
-    """Other projects' engines, alone on the device and behind the paper's link."""
+    """Return other projects' engines, alone on the device and behind the paper's link."""
     for sample, system in product(range(size.table_samples), PEERS):
         link = PAPER_LINK if SYSTEMS[system].cloud else LOOPBACK
         yield Case(
-            PEER,
-            system,
+            part=PEER,
+            system=system,
             dataset=ALPACA,
             sample=sample,
             repeat=0,
@@ -174,13 +184,14 @@ def peer_cases(size: Size) -> Iterator[Case]:
 
 
 def proportional_link(bench: _Bench, size: Size, models: PaperModels) -> Link:
-    """The paper's bandwidth, and its round trip by the step of the full model, of which there is a row as well.
+    """Return the paper's bandwidth, and its round trip by the step of the full model.
 
-    The step is one of CPU time, which other programs on the machine stretch less than the clock's.
+    There is a row of the full model as well. The step is one of CPU time, which other programs on
+    the machine stretch less than the clock's.
     """
     case = Case(
-        PROPORTIONS,
-        CLOUD_ONLY,
+        part=PROPORTIONS,
+        system=CLOUD_ONLY,
         dataset=ALPACA,
         sample=0,
         repeat=0,
@@ -195,7 +206,7 @@ def proportional_link(bench: _Bench, size: Size, models: PaperModels) -> Link:
 
 
 class _Bench:
-    """Where rows come from, and where they go."""
+    """The source and the destination of rows."""
 
     def __init__(self, samples: Samples, rows: RowFile[Row], run: str, progress: Progress) -> None:
         self.rows = rows
@@ -204,19 +215,19 @@ class _Bench:
         self._progress = progress
 
     def fill(self, cases: Iterable[Case], models: PaperModels) -> None:
-        """Measures those that there are no rows of, all on one rig."""
-        wanted = [case for case in cases if case.key not in self.rows]
+        """Measure the missing rows, all on one rig."""
+        new_cases = [case for case in cases if case.key not in self.rows]
         counts = {
-            case.dataset: 1 + max(c.sample for c in wanted if c.dataset == case.dataset)
-            for case in wanted
+            case.dataset: 1 + max(c.sample for c in new_cases if c.dataset == case.dataset)
+            for case in new_cases
         }
         prompts = {dataset: self._samples(dataset, count) for dataset, count in counts.items()}
         for dataset, count in counts.items():
             if len(prompts[dataset]) < count:
                 self._progress(
-                    f"{dataset} has {len(prompts[dataset])} samples, of which {count} were wanted"
+                    f"{dataset} has {len(prompts[dataset])} samples, of which {count} are needed"
                 )
-        missing = [case for case in wanted if case.sample < len(prompts[case.dataset])]
+        missing = [case for case in new_cases if case.sample < len(prompts[case.dataset])]
         if not missing:
             return
         names = dict.fromkeys(case.system for case in missing)
@@ -225,10 +236,9 @@ class _Bench:
                 self._progress(f"warming up {name}")
                 rig.answer(name, WARM_UP_PROMPT, WARM_UP_TOKENS, LOOPBACK)
             for number, case in enumerate(missing, 1):
-                where = f"{case.link.rtt_ms:g} ms, {case.link.mbit_s:g} Mbit/s"
-                self._progress(
-                    f"{case.part} {number} of {len(missing)}: {case.system}, {case.dataset}, {where}"
-                )
+                step = f"{case.part} {number} of {len(missing)}"
+                link = f"{case.link.rtt_ms:g} ms, {case.link.mbit_s:g} Mbit/s"
+                self._progress(f"{step}: {case.system}, {case.dataset}, {link}")
                 self._add(rig, case, prompts[case.dataset][case.sample])
 
     def _add(self, rig: Rig, case: Case, prompt: str) -> None:

@@ -1,4 +1,4 @@
-"""The models of the paper's experiments: the deployed bundle, the whole model for a cloud, and a float32 edge."""
+"""The models of the paper's experiments: deployed bundle, whole model, and a float32 edge."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from onnx_export.fingerprints import source_digest
 
 
 class PaperModels:
-    """Makes what is missing, each once, in `folder`; that of the default model is in the user's cache."""
+    """Makes missing models, each once, in `folder`.
+
+    That of the default model is in the user's cache.
+    """
 
     def __init__(
         self,
@@ -25,7 +28,7 @@ class PaperModels:
         heads: Path | None = None,
         folder: Path | None = None,
     ) -> None:
-        """`bundle` is one of `model`, with the exit `heads`; see `ExportConfig`."""
+        """Use a `bundle` of `model` with the exit `heads`; see `ExportConfig`."""
         self.bundle = bundle
         self._progress = progress
         self._model = model
@@ -33,14 +36,17 @@ class PaperModels:
         self._folder = folder or cache_folder() / "bench" / source_digest()[:16]
 
     def whole(self) -> Bundle:
-        """Every layer in float32, for the cloud."""
+        """Return every layer in float32, for the cloud."""
         partitions = CloudPartitions(
             self.bundle.manifest, self._progress, self._model, self._folder
         )
         return partitions.bundle(0)
 
     def float32(self) -> PaperModels:
-        """The same split, its edge in float32 as well, with the thresholds of the deployed one."""
+        """Return the same split with its edge in float32 as well.
+
+        The thresholds are those of the deployed one.
+        """
         manifest = self.bundle.manifest
         exits = "-".join(map(str, manifest.exits))
         folder = self._folder / f"float32-{manifest.bundle_id[:16]}-{exits}"

@@ -1,9 +1,10 @@
-"""The generated parts of docs/benchmarks.md, from a small summary of a run that is kept in benchmarks/data/paper.json.
+"""The generated sections of docs/benchmarks.md, from a summary in benchmarks/data/paper.json.
 
-    python -m benchmarks.paper.page                      # writes the page and its pictures again
-    python -m benchmarks.paper.page --rows DIR           # from rows of 'fleet bench paper --out DIR', which it sums up
+    python -m benchmarks.paper.page               # write the page and its pictures again
+    python -m benchmarks.paper.page --rows DIR    # from rows of 'fleet bench paper --out DIR'
 
-A part stands between `<!-- paper:NAME -->` and `<!-- end -->`; what is outside is written by hand.
+A section stands between `<!-- paper:NAME -->` and `<!-- end -->`; the text outside is written by
+hand.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 
 def read_summary(path: Path = DATA) -> Summary | None:
-    """None when nothing is kept yet.
+    """Read the summary; return None when there is none yet.
 
     Raises:
         ConfigError: the file is something else.
@@ -45,40 +46,40 @@ def read_summary(path: Path = DATA) -> Summary | None:
         ) from None
 
 
-def filled(page: str, summary: Summary | None) -> str:
-    """The page with what the summary gives in each of its parts."""
-    found = blocks(summary) if summary is not None else {}
-    return BLOCK.sub(lambda match: f"{match[1]}{found.get(match[2], EMPTY)}\n{match[3]}", page)
+def fill_page(page: str, summary: Summary | None) -> str:
+    """Return the page with the summary's tables in its sections."""
+    sections = blocks(summary) if summary is not None else {}
+    return BLOCK.sub(lambda match: f"{match[1]}{sections.get(match[2], EMPTY)}\n{match[3]}", page)
 
 
 def blocks(summary: Summary) -> dict[str, str]:
-    """Markdown by name of the part; parts without figures are left out."""
+    """Return Markdown by name of the section; sections without figures are left out."""
     from benchmarks.paper.plots import pictures
 
     drawn = pictures(summary)
-    found = {"conditions": conditions(summary.run)}
+    sections = {"conditions": conditions(summary.run)}
     for part, tables in sheets(summary).items():
         shown = [f"![{name}](paper-{name}.svg)" for name in PICTURES.get(part, ()) if name in drawn]
         if tables:
-            found[part] = "\n\n".join([*shown, *(table.markdown() for table in tables)])
-    return found
+            sections[part] = "\n\n".join([*shown, *(table.markdown() for table in tables)])
+    return sections
 
 
 @app.command()
 def run(
     rows: Annotated[Path | None, typer.Option(help="Folder of 'fleet bench paper'.")] = None,
 ) -> None:
-    """Write the page's generated parts and its pictures."""
-    from benchmarks.paper.plots import draw
+    """Write the page's generated sections and its pictures."""
+    from benchmarks.paper.plots import draw_figures
 
     if rows is not None:
         from benchmarks.paper.results import Results
 
         DATA.write_bytes(encode(Results.open(rows).summary()))
     summary = read_summary()
-    PAGE.write_text(filled(PAGE.read_text(), summary))
+    PAGE.write_text(fill_page(PAGE.read_text(), summary))
     if summary is not None:
-        draw(summary, PAGE.parent)
+        draw_figures(summary, PAGE.parent)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The figures as pictures: SVG files of matplotlib."""
+"""The figures as SVG plots of matplotlib."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.paper.accuracy_summary import Accuracy
-from benchmarks.paper.figures import Figures
+from benchmarks.paper.figures import SystemFigures
 from benchmarks.paper.report import Summary
 from fleet.errors import ConfigError
 from fleet.utils.plots import COLOURS, save
 
 
-def draw(summary: Summary, folder: Path) -> dict[str, Path]:
-    """Writes those for which there are figures, into a folder that is made; gives their files by name.
+def draw_figures(summary: Summary, folder: Path) -> dict[str, Path]:
+    """Write the plots that there are figures for, into a folder that is made if missing.
+
+    Returns their files by name.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: a plot cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -34,17 +36,17 @@ def draw(summary: Summary, folder: Path) -> dict[str, Path]:
 
 
 def pictures(summary: Summary) -> dict[str, Callable[[], Figure]]:
-    """How each is made, by name, in the order of the page."""
+    """Return the function of each plot, by name, in the order of the page."""
     table = [one for one in summary.figures if one.part == "table"]
     grid = [one for one in summary.figures if one.part == "latency"]
-    found: dict[str, Callable[[], Figure]] = {}
+    plots: dict[str, Callable[[], Figure]] = {}
     if table:
-        found |= {"time": partial(_bars, table), "bytes": partial(_bytes, table)}
+        plots |= {"time": partial(_bars, table), "bytes": partial(_bytes, table)}
     if grid:
-        found["latency"] = partial(_latency, grid)
+        plots["latency"] = partial(_latency, grid)
     if summary.accuracy:
-        found["accuracy"] = partial(_accuracy, summary.accuracy)
-    return found
+        plots["accuracy"] = partial(_accuracy, summary.accuracy)
+    return plots
 
 
 def _colours(names: Sequence[str]) -> dict[str, str]:
@@ -52,7 +54,7 @@ def _colours(names: Sequence[str]) -> dict[str, str]:
 
 
 def _panels(names: Sequence[str], height: float) -> tuple[Figure, list[Any]]:
-    """One beside another."""
+    """Return panels next to each other."""
     figure = Figure(figsize=(6 * len(names) + 2, height), layout="constrained")
     axes = list(figure.subplots(1, len(names), squeeze=False)[0])
     for axis, name in zip(axes, names, strict=True):
@@ -60,8 +62,11 @@ def _panels(names: Sequence[str], height: float) -> tuple[Figure, list[Any]]:
     return figure, axes
 
 
-def _bars(table: Sequence[Figures]) -> Figure:
-    """Seconds of a mean answer by where they go, a bar a system; what both sides do at once is no communication."""
+def _bars(table: Sequence[SystemFigures]) -> Figure:
+    """Plot the seconds of a mean answer by place, a bar a system.
+
+    Times at which both sides work at once are not communication.
+    """
     datasets = list(dict.fromkeys(one.dataset for one in table))
     figure, axes = _panels(datasets, 1.5 + 0.3 * len(table) / len(datasets))
     for axis, dataset in zip(axes, datasets, strict=True):
@@ -81,8 +86,8 @@ def _bars(table: Sequence[Figures]) -> Figure:
     return figure
 
 
-def _bytes(table: Sequence[Figures]) -> Figure:
-    """Bytes of a mean answer, on a logarithmic axis."""
+def _bytes(table: Sequence[SystemFigures]) -> Figure:
+    """Plot the bytes of a mean answer, on a logarithmic axis."""
     datasets = list(dict.fromkeys(one.dataset for one in table))
     figure, axes = _panels(datasets, 1.5 + 0.3 * len(table) / len(datasets))
     for axis, dataset in zip(axes, datasets, strict=True):
@@ -95,8 +100,8 @@ def _bytes(table: Sequence[Figures]) -> Figure:
     return figure
 
 
-def _latency(grid: Sequence[Figures]) -> Figure:
-    """Median seconds over the round trip, a panel a bandwidth, a line a system."""
+def _latency(grid: Sequence[SystemFigures]) -> Figure:
+    """Plot median seconds over the round trip, a panel a bandwidth, a line a system."""
     bandwidths = sorted({one.link.mbit_s for one in grid})
     figure, axes = _panels([f"{mbit_s:g} Mbit/s" for mbit_s in bandwidths], 5)
     for axis, mbit_s in zip(axes, bandwidths, strict=True):
@@ -116,7 +121,10 @@ def _latency(grid: Sequence[Figures]) -> Figure:
 
 
 def _accuracy(scored: Sequence[Accuracy]) -> Figure:
-    """A task's metric over the share of tokens from the cloud, a panel a dataset, a mark a system with its interval."""
+    """Plot a task's metric over the share of tokens from the cloud.
+
+    A panel is a dataset, a mark a system with its interval.
+    """
     datasets = list(dict.fromkeys(row.dataset for row in scored))
     figure, axes = _panels(datasets, 5)
     colours = _colours([row.system for row in scored])

@@ -1,7 +1,7 @@
-"""What the paper reports of its own system: CE-CoLLM, arXiv 2411.02829.
+"""The paper's reported figures of its own system: CE-CoLLM, arXiv 2411.02829.
 
-A model of 7 billion parameters with exits at 8 and 16 of 32 layers, threshold 0.8, 100 samples a dataset with about 100
-new tokens each.
+The model has 7 billion parameters with exits at 8 and 16 of 32 layers, threshold 0.8, 100 samples a
+dataset with about 100 new tokens each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ SOURCE: Final = "https://arxiv.org/abs/2411.02829"
 
 
 class Published(Struct, frozen=True, kw_only=True):
-    """The sums over a dataset's 100 samples, in seconds of a clock; None is what it does not report."""
+    """The sums over a dataset's 100 samples, in seconds of a clock.
+
+    None means that it is not reported.
+    """
 
     dataset: str
     system: str
@@ -45,7 +48,7 @@ TIMES: Final = (
 )
 
 
-class Claim(Struct, frozen=True, kw_only=True):
+class PublishedClaim(Struct, frozen=True, kw_only=True):
     """One of its figures for CE-CoLLM at 0.8; shares are of 1."""
 
     dataset: str
@@ -54,16 +57,16 @@ class Claim(Struct, frozen=True, kw_only=True):
 
 
 CLAIMS: Final = (
-    Claim(dataset="alpaca", name="less total time than cloud-only", value=0.1381),
-    Claim(dataset="alpaca", name="less cloud time than cloud-only", value=0.695),
-    Claim(dataset="alpaca", name="tokens asked of the cloud", value=0.4958),
-    Claim(dataset="alpaca", name="tokens confident at the first exit", value=0.4789),
-    Claim(
+    PublishedClaim(dataset="alpaca", name="less total time than cloud-only", value=0.1381),
+    PublishedClaim(dataset="alpaca", name="less cloud time than cloud-only", value=0.695),
+    PublishedClaim(dataset="alpaca", name="tokens asked of the cloud", value=0.4958),
+    PublishedClaim(dataset="alpaca", name="tokens confident at the first exit", value=0.4789),
+    PublishedClaim(
         dataset="alpaca", name="bytes an answer, naive split to CE-CoLLM", value="112 MB to 957 KB"
     ),
-    Claim(dataset="xsum", name="less cloud time than cloud-only", value=0.8453),
-    Claim(dataset="xsum", name="tokens asked of the cloud", value=0.2773),
-    Claim(
+    PublishedClaim(dataset="xsum", name="less cloud time than cloud-only", value=0.8453),
+    PublishedClaim(dataset="xsum", name="tokens asked of the cloud", value=0.2773),
+    PublishedClaim(
         dataset="xsum", name="bytes an answer, naive split to CE-CoLLM", value="673 MB to 3.76 MB"
     ),
 )

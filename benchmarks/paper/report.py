@@ -1,7 +1,8 @@
-"""What the rows say, as tables: in a terminal, in Markdown, and as JSON."""
+"""Tables of the rows: in a terminal, in Markdown, and as JSON."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import fmean
 from typing import Any, Final
@@ -11,7 +12,7 @@ from msgspec import Struct
 from rich.table import Table
 
 from benchmarks.paper.accuracy_summary import Accuracy
-from benchmarks.paper.figures import Figures, Spread
+from benchmarks.paper.figures import Spread, SystemFigures
 from benchmarks.paper.fit import HeldBack
 from benchmarks.paper.published import CLAIMS, QUALITY, SOURCE, TIMES, Published
 from benchmarks.paper.rows import Run
@@ -20,18 +21,19 @@ from benchmarks.scaling import markdown
 
 PAPERS: Final = "collaborative@0.8"  # CE-CoLLM at its threshold
 NONE: Final = "-"
+PAGE_WIDTH: Final = 100
 YES_NO: Final = {True: "yes", False: "no", None: NONE}
 
 
 class Summary(Struct, frozen=True, kw_only=True):
-    """What `fleet bench paper --json` prints and benchmarks/data/paper.json holds.
+    """The output of `fleet bench paper --json` and content of benchmarks/data/paper.json.
 
-    `accuracy` has a row for each dataset and system; `held_back` are
-    the links that the planner's fit was checked on, where there were enough.
+    `accuracy` has a row for each dataset and system; `held_back` are the links that the planner's
+    fit was checked on, where there were enough.
     """
 
     run: Run
-    figures: list[Figures]
+    figures: list[SystemFigures]
     accuracy: list[Accuracy] = []
     held_back: list[HeldBack] = []
 
@@ -44,7 +46,7 @@ class Sheet(Struct, frozen=True):
     rows: list[list[str]]
 
     def rich(self) -> Table:
-        """For a terminal."""
+        """Return the table for a terminal."""
         table = Table(title=self.title, title_justify="left")
         for i, name in enumerate(self.header):
             table.add_column(name, justify="right" if i else "left")
@@ -53,13 +55,34 @@ class Sheet(Struct, frozen=True):
         return table
 
     def markdown(self) -> str:
-        """For a page."""
-        return "\n".join([f"**{self.title}**", "", *markdown(self.header, self.rows)])
+        """Return the table for a page, cut into tables of at most `PAGE_WIDTH` columns of text."""
+        tables = []
+        for columns in self._column_groups():
+            header = [self.header[i] for i in columns]
+            rows = [[row[i] for i in columns] for row in self.rows]
+            tables.append("\n".join(markdown(header, rows)))
+        return "\n\n".join([f"**{self.title}**", *tables])
+
+    def _column_groups(self) -> list[list[int]]:
+        """Return indices of the columns of each table; the first column is in all of them."""
+        lines = [self.header, *self.rows]
+        groups = [[0]]
+        for i in range(1, len(self.header)):
+            columns = [*groups[-1], i]
+            if max(len(_line(line, columns)) for line in lines) <= PAGE_WIDTH:
+                groups[-1] = columns
+            else:
+                groups.append([0, i])
+        return groups
+
+
+def _line(cells: Sequence[str], columns: Sequence[int]) -> str:
+    return markdown([cells[i] for i in columns], [])[0]
 
 
 def sheets(summary: Summary) -> dict[str, list[Sheet]]:
-    """All tables, by the part that they are of; a part without rows has none."""
-    by_part: dict[str, list[Figures]] = {}
+    """Return all tables, by their section; a section without rows has none."""
+    by_part: dict[str, list[SystemFigures]] = {}
     for one in summary.figures:
         by_part.setdefault(one.part, []).append(one)
     table = by_part.get("table", [])
@@ -74,21 +97,21 @@ def sheets(summary: Summary) -> dict[str, list[Sheet]]:
     }
 
 
-def _times_and_traffic(found: Iterable[Figures]) -> list[Sheet]:
-    """Two tables for each dataset and link."""
-    return [sheet for group in _groups(found) for sheet in (times(group), traffic(group))]
+def _times_and_traffic(rows: Iterable[SystemFigures]) -> list[Sheet]:
+    """Return two tables for each dataset and link."""
+    return [sheet for group in _groups(rows) for sheet in (times(group), traffic(group))]
 
 
-def _groups(found: Iterable[Figures]) -> Iterator[list[Figures]]:
-    """Of one dataset and link each."""
-    groups: dict[object, list[Figures]] = {}
-    for one in found:
+def _groups(rows: Iterable[SystemFigures]) -> Iterator[list[SystemFigures]]:
+    """Group figures by dataset and link."""
+    groups: dict[object, list[SystemFigures]] = {}
+    for one in rows:
         groups.setdefault((one.dataset, one.link), []).append(one)
     yield from groups.values()
 
 
-def times(group: Sequence[Figures]) -> Sheet:
-    """Where the time goes."""
+def times(group: Sequence[SystemFigures]) -> Sheet:
+    """Return the table of time by place."""
     rows = [
         [
             one.system,
@@ -119,8 +142,8 @@ def times(group: Sequence[Figures]) -> Sheet:
     return Sheet(f"time: {where(group[0])}", header, rows)
 
 
-def traffic(group: Sequence[Figures]) -> Sheet:
-    """What goes over the link, and what the cloud does."""
+def traffic(group: Sequence[SystemFigures]) -> Sheet:
+    """Return the table of link traffic and cloud work."""
     rows = []
     for one in group:
         rows.append(
@@ -158,8 +181,11 @@ def traffic(group: Sequence[Figures]) -> Sheet:
     return Sheet(f"link and cloud: {where(group[0])}", header, rows)
 
 
-def published_times(table: Sequence[Figures]) -> Iterator[Sheet]:
-    """Ours beside the paper's, as shares of the total, for an answer's seconds are those of other models."""
+def published_times(table: Sequence[SystemFigures]) -> Iterator[Sheet]:
+    """Return our times next to the paper's, as shares of the total.
+
+    The seconds of an answer are those of different models.
+    """
     ours = {(one.dataset, one.system): one for one in table}
     rows = []
     for theirs in TIMES:
@@ -179,7 +205,7 @@ def published_times(table: Sequence[Figures]) -> Iterator[Sheet]:
         f"{part}: {who}" for part in ("edge", "cloud", "communication") for who in ("paper", "ours")
     ]
     yield Sheet(
-        f"alpaca, a mean answer, and shares of it, beside the paper's ({SOURCE})", header, rows
+        f"alpaca, a mean answer, and shares of it, next to the paper's ({SOURCE})", header, rows
     )
 
 
@@ -190,10 +216,10 @@ def _beside(theirs: Published, parts: Sequence[float | None], total: float) -> I
         yield NONE if own is None or not total else f"{own / total:.1%}"
 
 
-def claims(table: Sequence[Figures]) -> Sheet:
-    """The paper's other figures beside those of the same threshold here."""
+def claims(table: Sequence[SystemFigures]) -> Sheet:
+    """Return the paper's other figures next to ours of the same threshold."""
     ours = {(one.dataset, one.system): one for one in table}
-    of: dict[str, Callable[[Figures], str]] = {
+    of: dict[str, Callable[[SystemFigures], str]] = {
         "less total time than cloud-only": lambda one: compared(one, CLOUD_ONLY, "total"),
         "less cloud time than cloud-only": lambda one: compared(one, CLOUD_ONLY, "cloud_time"),
         "tokens asked of the cloud": lambda one: percent(one.offload_rate),
@@ -218,14 +244,14 @@ def claims(table: Sequence[Figures]) -> Sheet:
     )
 
 
-def compared(one: Figures, baseline: str, name: str) -> str:
-    """A reduction, where there is the baseline."""
+def compared(one: SystemFigures, baseline: str, name: str) -> str:
+    """Return a reduction, where there is the baseline."""
     less = one.against.get(baseline)
     return NONE if less is None else percent(getattr(less, name))
 
 
-def first_exit(one: Figures) -> float | None:
-    """Share of the tokens of the shallowest exit; None where no exit gave one."""
+def first_exit(one: SystemFigures) -> float | None:
+    """Return the share of tokens of the shallowest exit; None where no exit gave one."""
     exits = {
         int(source[5:]): share
         for source, share in one.sources.items()
@@ -234,10 +260,10 @@ def first_exit(one: Figures) -> float | None:
     return exits[min(exits)] if exits else None
 
 
-def latency(found: Sequence[Figures]) -> Iterator[Sheet]:
-    """Seconds of an answer over round trips, a table a bandwidth."""
-    for mbit_s in sorted({one.link.mbit_s for one in found}):
-        here = [one for one in found if one.link.mbit_s == mbit_s]
+def latency(answers: Sequence[SystemFigures]) -> Iterator[Sheet]:
+    """Return seconds of an answer over round trips, a table a bandwidth."""
+    for mbit_s in sorted({one.link.mbit_s for one in answers}):
+        here = [one for one in answers if one.link.mbit_s == mbit_s]
         rtts = sorted({one.link.rtt_ms for one in here})
         at = {(one.system, one.link.rtt_ms): one.total_s.median for one in here}
         systems = dict.fromkeys(one.system for one in here)
@@ -254,7 +280,7 @@ def latency(found: Sequence[Figures]) -> Iterator[Sheet]:
 
 
 def held_back(checked: Sequence[HeldBack]) -> Iterator[Sheet]:
-    """How far off `fleet plan` is where it was not fitted."""
+    """Return the errors of `fleet plan` on links that were not fitted."""
     if checked:
         rows = [
             [
@@ -270,12 +296,15 @@ def held_back(checked: Sequence[HeldBack]) -> Iterator[Sheet]:
         yield Sheet("links that the planner's fit did not see", header, rows)
 
 
-def accuracy(found: Sequence[Accuracy]) -> list[Sheet]:
-    """Scores by dataset and system, with the paper's beside ours of its threshold and of cloud-only."""
-    if not found:
+def accuracy(scores: Sequence[Accuracy]) -> list[Sheet]:
+    """Return scores by dataset and system.
+
+    The paper's stand next to ours of its threshold and of cloud-only.
+    """
+    if not scores:
         return []
     rows = []
-    for one in found:
+    for one in scores:
         papers = dict(zip((PAPERS, CLOUD_ONLY), QUALITY.get(one.dataset, ()), strict=False))
         rows.append(
             [
@@ -311,7 +340,7 @@ def figure(value: float | None) -> str:
     return NONE if value is None else f"{value:.3f}"
 
 
-def where(one: Figures) -> str:
+def where(one: SystemFigures) -> str:
     return f"{one.dataset} over {link(one.link)}"
 
 
@@ -328,17 +357,19 @@ def percent(share: float | None) -> str:
 
 
 def conditions(run: Run) -> str:
-    """What the figures hold for, in one sentence."""
+    """Return the conditions of the figures, in one sentence."""
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     thresholds = ", ".join(f"{value:g}" for value in run.model.thresholds)
     exits = ", ".join(map(str, run.model.exits))
-    return (
-        f"{run.model.name}, exits {exits} (calibrated: {thresholds}) of {run.model.num_layers} layers, bundle "
-        f"`{run.bundle_id}`; {run.machine.get('processor')}, {run.machine.get('cores')} cores; {versions}; "
+    text = (
+        f"{run.model.name}, exits {exits} (calibrated: {thresholds}) "
+        f"of {run.model.num_layers} layers, bundle `{run.bundle_id}`; "
+        f"{run.machine.get('processor')}, {run.machine.get('cores')} cores; {versions}; "
         f"seed {run.seed}, size `{run.size}`."
     )
+    return textwrap.fill(text, PAGE_WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def encode(summary: Summary) -> bytes:
-    """As JSON."""
+    """Return the summary as JSON."""
     return msgspec.json.format(msgspec.json.encode(summary), indent=1) + b"\n"

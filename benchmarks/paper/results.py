@@ -1,4 +1,4 @@
-"""The folder of a run: its rows, its scores, and what they hold for."""
+"""The folder of a run: its rows, its scores, and their conditions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import msgspec
 from benchmarks.edge import machine
 from benchmarks.paper.accuracy_summary import summary as accuracy
 from benchmarks.paper.figures import figures
-from benchmarks.paper.fit import HeldBack, fit
+from benchmarks.paper.fit import HeldBack, fit_cost_model
 from benchmarks.paper.report import Summary
 from benchmarks.paper.rows import ModelSizes, Row, RowFile, Run, Scored
 from fleet.bundles.manifest import Bundle
@@ -43,7 +43,7 @@ class Results:
 
     @classmethod
     def open(cls, folder: Path) -> Results:
-        """Raises ConfigError when nothing was measured there."""
+        """Open a folder of results; raise ConfigError when it has none."""
         if (run := _read_run(folder)) is None:
             raise ConfigError(
                 f"nothing was measured in {folder}; run 'fleet bench paper', or give another --out"
@@ -52,13 +52,14 @@ class Results:
 
     @classmethod
     def begin(cls, folder: Path, run: Run) -> Results:
-        """Goes on with the rows that are there.
+        """Continue with the rows of a folder.
 
         Raises:
-            ConfigError: they were measured under other conditions: medians over both would mean nothing.
+            ConfigError: they were measured under other conditions: medians over both would mean
+                nothing.
         """
-        kept = _read_run(folder)
-        if kept is None:
+        previous = _read_run(folder)
+        if previous is None:
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / "runs.jsonl").open("wb") as file:
                 file.write(msgspec.json.encode(run) + b"\n")
@@ -66,28 +67,29 @@ class Results:
                 os.fsync(file.fileno())
             return cls(folder, run)
         for field, name in CONDITIONS.items():
-            was = getattr(kept, field)
+            was = getattr(previous, field)
             now = getattr(run, field)
             if was != now:
                 raise ConfigError(
-                    f"{folder} holds rows measured with another {name}: {_show(was)}, now {_show(now)}; "
+                    f"{folder} holds rows measured with another {name}: {_show(was)}, "
+                    f"now {_show(now)}; "
                     "give another --out, or move the folder away"
                 )
-        return cls(folder, kept)
+        return cls(folder, previous)
 
     def summary(self) -> Summary:
-        """All figures."""
-        found = [*self.rows]
+        """Return all figures."""
+        rows = [*self.rows]
         return Summary(
             run=self.run,
-            figures=figures(found, self.run.model),
+            figures=figures(rows, self.run.model),
             accuracy=accuracy(self.scored),
-            held_back=_held_back(found, self.run),
+            held_back=_held_back(rows, self.run),
         )
 
 
 def new_run(bundle: Bundle, size: str, seed: int) -> Run:
-    """The conditions here and now."""
+    """Return the present conditions."""
     return Run(
         run=secrets.token_hex(4),
         machine=msgspec.json.decode(msgspec.json.encode(machine())),
@@ -104,7 +106,7 @@ def new_run(bundle: Bundle, size: str, seed: int) -> Run:
 
 
 def model_sizes(bundle: Bundle) -> ModelSizes:
-    """From the manifest, and the width of the MLP from the cloud's configuration.
+    """Return sizes from the manifest, and the MLP's width from the cloud's configuration.
 
     Raises:
         BundleError: that cannot be read.
@@ -132,9 +134,9 @@ def model_sizes(bundle: Bundle) -> ModelSizes:
 
 
 def _held_back(rows: list[Row], run: Run) -> list[HeldBack]:
-    """Nothing where the rows are too few for a fit."""
+    """Return the errors of the fit; nothing where the rows are too few for one."""
     try:
-        return fit(rows, run)[1]
+        return fit_cost_model(rows, run)[1]
     except ConfigError:
         return []
 
@@ -147,7 +149,8 @@ def _read_run(folder: Path) -> Run | None:
         return msgspec.json.decode(path.read_bytes().strip(), type=Run)
     except msgspec.MsgspecError as error:
         raise ConfigError(
-            f"{path}: expected a run of this version, got something else ({error}); move the folder away"
+            f"{path}: expected a run of this version, got something else ({error}); "
+            "move the folder away"
         ) from None
 
 

@@ -1,4 +1,7 @@
-"""A fleet to measure on: one broker with TLS, the cloud's processes on one core, devices on another, links between."""
+"""A fleet to measure on: one broker with TLS, processes on separate cores, and links.
+
+The cloud's processes run on one core, the devices on another.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, NamedTuple, Self, TypeVar
+from typing import Any, Final, Self
 
 import msgspec
 import onnxruntime as ort
 import torch
 
-from benchmarks.drivers.answer import Answer, Stopwatch
-from benchmarks.engines import Engine
+from benchmarks.drivers.answer import DriverAnswer, Stopwatch
+from benchmarks.engines import EngineProcess
 from benchmarks.paper.cloud_side import BaselineSide, CloudSide, WorkerSide
 from benchmarks.paper.models import PaperModels
 from benchmarks.paper.rows import Link, Traffic
@@ -39,9 +41,9 @@ from fleet.server.supervisor import free_port, server_processes
 
 HOST: Final = "127.0.0.1"
 LOOPBACK: Final = Link()
-QUIET_S: Final = 0.1  # without a byte on a link, beside its round trip
+QUIET_S: Final = 0.1  # without a byte on a link, in addition to its round trip
 QUIET_TIMEOUT_S: Final = 20.0
-ENDING_S: Final = 1.0  # from a connection that is reset to the end of the process behind it
+ENDING_S: Final = 1.0  # from the reset of a connection to the end of its process
 PEER_NAMES: Final = {"llama.cpp": ("llama.cpp", "Q4_1"), "genai": ("onnxruntime-genai", "int4")}
 WORKERS: Final[dict[Cloud, str]] = {
     "worker": WORKER,
@@ -52,12 +54,14 @@ WORKERS: Final[dict[Cloud, str]] = {
 }
 
 Progress = Callable[[str], None]
-T = TypeVar("T", int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What an answer cost beside what the device says of it. `layer_positions` and `head_calls` are the cloud's."""
+    """An answer's cost in addition to the device's own figures.
+
+    `layer_positions` and `head_calls` are the cloud's.
+    """
 
     edge_s: float
     cloud_s: float
@@ -67,8 +71,9 @@ class Cost:
     joules: float | None
 
 
-class Tallies(NamedTuple):
-    """Of one system's link, device and cloud, since they were started."""
+@dataclass(frozen=True, kw_only=True)
+class Tallies:
+    """Counts of one system's link, device and cloud, since they were started."""
 
     bytes_up: int
     bytes_down: int
@@ -77,18 +82,23 @@ class Tallies(NamedTuple):
     layer_positions: int
     head_calls: int
 
+    def since(self, before: Tallies) -> Tallies:
+        """Return the counts since an earlier time."""
+        earlier = asdict(before)
+        return Tallies(**{name: count - earlier[name] for name, count in asdict(self).items()})
+
 
 class Rig:
-    """Runs what `systems` need. Use as a context manager; every process ends with it."""
+    """Runs the processes of `systems`. Use it as a context manager; every process ends with it."""
 
     def __init__(self, models: PaperModels, systems: Iterable[System], progress: Progress) -> None:
         self._models = models
         self._progress = progress
         self._systems = list(systems)
         self._stack = ExitStack()
-        self._devices: dict[Device, Engine] = {}
+        self._devices: dict[Device, EngineProcess] = {}
         self._clouds: dict[Cloud, CloudSide] = {}
-        self._links: dict[Device, Engine] = {}
+        self._links: dict[Device, EngineProcess] = {}
         self._shapes: dict[Device, Link] = {}
         self._peers: dict[tuple[str, str], list[str]] = {}
         self._tokenizer = ChatTokenizer(models.bundle)
@@ -99,12 +109,7 @@ class Rig:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     # Processes.
@@ -113,7 +118,8 @@ class Rig:
         cores = two_cores()
         if cores is None:
             self._progress(
-                "this machine has no core for either side: both share what there is, and times say little"
+                "this machine has no core for either side: "
+                "both share the cores, and times mean little"
             )
         edge_core, cloud_core = cores or (None, None)
         devices = list(dict.fromkeys(system.device for system in self._systems))
@@ -123,17 +129,19 @@ class Rig:
         whole = self._models.whole() if "whole" in clouds else None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-paper-")))
         bundle = str(self._models.bundle.folder)
-        state = FleetHome.create(
+        home = FleetHome.create(
             folder / "state",
             FleetConfig(host=HOST, port=free_port(HOST), bundle=bundle, service_port=0),
         )
-        identities, workers = self._enroll(state, folder, devices, clouds)
+        identities, workers = self._enroll(home, folder, devices, clouds)
         self._progress(f"starting {len(devices)} devices and {len(clouds)} clouds")
         with started_on(cloud_core):
-            stack.enter_context(server_processes(state, broker=broker()))
+            stack.enter_context(server_processes(home, broker=broker()))
             for device in identities:
-                command = python("benchmarks.drivers.link", target=state.config.port)
-                self._links[device] = stack.enter_context(Engine(f"the link of {device}", command))
+                command = python("benchmarks.drivers.link", target=home.config.port)
+                self._links[device] = stack.enter_context(
+                    EngineProcess(f"the link of {device}", command)
+                )
             for cloud, identity in workers.items():
                 self._clouds[cloud] = self._start_cloud(stack, cloud, identity, whole)
         for device, link in self._links.items():
@@ -142,7 +150,7 @@ class Rig:
             Identity(identity.folder, msgspec.structs.replace(identity.config, port=port)).save()
         with started_on(edge_core):
             for device in devices:
-                engine = Engine(
+                engine = EngineProcess(
                     f"the device of {device}", self._device_command(device, identities), wait=False
                 )
                 self._devices[device] = stack.enter_context(engine)
@@ -152,20 +160,23 @@ class Rig:
             engine.wait_ready()
 
     def _enroll(
-        self, state: FleetHome, folder: Path, devices: Iterable[Device], clouds: Iterable[Cloud]
+        self, home: FleetHome, folder: Path, devices: Iterable[Device], clouds: Iterable[Cloud]
     ) -> tuple[dict[Device, Identity], dict[Cloud, Identity]]:
-        """Identities of all who speak to the broker: a peer's engine on the device's side does not."""
+        """Return the identities of all clients of the broker.
+
+        A peer's engine on the device's side is not one.
+        """
         own = [device for device in devices if device not in PEER_NAMES]
         names: dict[Cloud, str] = {cloud: WORKERS[cloud] for cloud in clouds}
         return (
             {
-                device: state.enroll(f"edge-{i}", Role.DEVICE, folder / f"edge-{i}")
+                device: home.enroll(f"edge-{i}", Role.DEVICE, folder / f"edge-{i}")
                 for i, device in enumerate(own, 1)
             },
             {
-                cloud: state.identity(name, Role.WORKER)
+                cloud: home.identity(name, Role.WORKER)
                 if name == WORKER
-                else state.enroll(name, Role.WORKER, folder / name)
+                else home.enroll(name, Role.WORKER, folder / name)
                 for cloud, name in names.items()
             },
         )
@@ -195,7 +206,7 @@ class Rig:
             options["peer"] = json.dumps(self._peers[PEER_NAMES[cloud]])
         command = python("benchmarks.drivers.cloud", **options)
         return BaselineSide(
-            stack.enter_context(Engine(f"the cloud of {cloud}", command, wait=False))
+            stack.enter_context(EngineProcess(f"the cloud of {cloud}", command, wait=False))
         )
 
     def _device_command(self, device: Device, identities: dict[Device, Identity]) -> list[str]:
@@ -214,7 +225,7 @@ class Rig:
         )
 
     def cloud_pid(self, name: str) -> int:
-        """The process that computes in a system's cloud."""
+        """Return the process that computes in a system's cloud."""
         system = SYSTEMS[name]
         if system.cloud is None:
             raise FleetError(f"{name} has no cloud")
@@ -224,8 +235,8 @@ class Rig:
 
     def answer(
         self, name: str, prompt: str, max_new_tokens: int, link: Link
-    ) -> tuple[Answer, Cost]:
-        """One answer of a system over a link, and what it cost.
+    ) -> tuple[DriverAnswer, Cost]:
+        """Return one answer of a system over a link, and its cost.
 
         Raises:
             FleetError: a process failed or has ended, or the link is not quiet in time afterwards.
@@ -246,30 +257,31 @@ class Rig:
             after = self._tallies(system)
         except (FleetError, OSError) as error:
             if cloud:
-                check_for(
-                    ENDING_S, cloud
-                )  # that it has gone says more than what the device made of it
+                check_for(ENDING_S, cloud)  # its end explains more than the device's error
             raise FleetError(f"{name}: {error}") from error
         if cloud:
-            cloud.check()  # the agent goes on without
-        bytes_up, bytes_down, messages_up, messages_down, layer_positions, head_calls = minus(
-            after, before
-        )
-        edge_s, cloud_s = minus(cpu_after, cpu_before)
+            cloud.check()  # the agent continues without it
+        tallies = after.since(before)
+        edge_s, cloud_s = (b - a for a, b in zip(cpu_before, cpu_after, strict=True))
         joules = (
             None if joules_before is None or joules_after is None else joules_after - joules_before
         )
-        traffic = Traffic(bytes_up, bytes_down, messages_up, messages_down)
+        traffic = Traffic(
+            bytes_up=tallies.bytes_up,
+            bytes_down=tallies.bytes_down,
+            messages_up=tallies.messages_up,
+            messages_down=tallies.messages_down,
+        )
         return answer, Cost(
             edge_s=edge_s,
             cloud_s=cloud_s,
             traffic=traffic,
-            layer_positions=layer_positions,
-            head_calls=head_calls,
+            layer_positions=tallies.layer_positions,
+            head_calls=tallies.head_calls,
             joules=joules,
         )
 
-    def _ask(self, system: System, prompt: str, max_new_tokens: int) -> Answer:
+    def _ask(self, system: System, prompt: str, max_new_tokens: int) -> DriverAnswer:
         device = self._devices[system.device]
         if system.device in PEER_NAMES:
             return self._ask_peer(device, prompt, max_new_tokens)
@@ -279,9 +291,9 @@ class Rig:
         elif system.threshold is not None:
             options["thresholds"] = [system.threshold] * len(self._models.bundle.manifest.exits)
         answered = device.ask(system.op, prompt=prompt, max_new_tokens=max_new_tokens, **options)
-        return msgspec.convert(answered, Answer)
+        return msgspec.convert(answered, DriverAnswer)
 
-    def _ask_peer(self, device: Engine, prompt: str, max_new_tokens: int) -> Answer:
+    def _ask_peer(self, device: EngineProcess, prompt: str, max_new_tokens: int) -> DriverAnswer:
         model = self._models.bundle.manifest.model
         prompt_ids = self._tokenizer.encode_chat([ChatMessage("user", prompt)])
         watch = Stopwatch()
@@ -301,29 +313,31 @@ class Rig:
             self._shapes[device] = link
 
     def _tallies(self, system: System) -> Tallies:
-        """Nothing may be under way."""
+        """Return the counts; no answer may be in progress."""
         cloud = self._clouds[system.cloud] if system.cloud else None
-        questioned = 0
-        link = (0, 0, 0, 0)
-        if proxy := self._links.get(system.device):
-            counted = self._devices[system.device].ask("counts")
+        proxy = self._links.get(system.device)
+        counts: dict[str, int] = {}
+        num_bytes = {"up": 0, "down": 0}
+        if proxy is not None:
+            counts = self._devices[system.device].ask("counts")
             num_bytes = proxy.ask("counts")
-            link = (
-                num_bytes["up"],
-                num_bytes["down"],
-                counted["messages_up"],
-                counted["messages_down"],
-            )
-            questioned = counted.get("questioned", 0)
-        return Tallies(*link, *(cloud.work(questioned) if cloud else (0, 0)))
+        work = cloud.work(counts.get("questioned", 0)) if cloud else (0, 0)
+        return Tallies(
+            bytes_up=num_bytes["up"],
+            bytes_down=num_bytes["down"],
+            messages_up=counts.get("messages_up", 0),
+            messages_down=counts.get("messages_down", 0),
+            layer_positions=work[0],
+            head_calls=work[1],
+        )
 
     def _cpu_s(self, system: System) -> tuple[float, float]:
-        """Seconds of CPU that device and cloud have taken."""
+        """Return the seconds of CPU of device and cloud."""
         cloud = self._clouds[system.cloud] if system.cloud else None
         return cpu_s(self._devices[system.device].pid), cpu_s(cloud.pid) if cloud else 0.0
 
     def _until_quiet(self, system: System, link: Link) -> None:
-        """Returns when no byte has come for a while."""
+        """Return when no byte has come for a while."""
         proxy = self._links.get(system.device)
         if proxy is None:
             return
@@ -340,13 +354,8 @@ class Rig:
             counted = again
 
 
-def minus(after: tuple[T, ...], before: tuple[T, ...]) -> Iterator[T]:
-    """Item by item."""
-    return (b - a for a, b in zip(before, after, strict=True))
-
-
 def broker() -> str:
-    """The kind of broker that is measured: mosquitto where it is installed, else the embedded one."""
+    """Return the kind of broker: mosquitto where it is installed, else the embedded one."""
     try:
         find_mosquitto()
     except ConfigError:
@@ -355,30 +364,30 @@ def broker() -> str:
 
 
 def versions() -> dict[str, str]:
-    """What a run is measured with, for `Run.versions`."""
+    """Return the versions of the tools of a run, for `Run.versions`."""
     cores = two_cores()
-    found = {
+    tools = {
         "onnxruntime": ort.__version__,
         "torch": torch.__version__,
         "broker": broker(),
         "cores": f"device {cores[0]}, cloud {cores[1]}" if cores else "shared",
     }
-    if found["broker"] == MOSQUITTO:
-        said = subprocess.run(
+    if tools["broker"] == MOSQUITTO:
+        output = subprocess.run(
             [find_mosquitto(), "-h"], capture_output=True, text=True, timeout=10, check=False
         ).stdout
-        found["broker"] = said.partition("\n")[0].replace(" version", "") or MOSQUITTO
-    return found
+        tools["broker"] = output.partition("\n")[0].replace(" version", "") or MOSQUITTO
+    return tools
 
 
 def python(module: str, **options: object) -> list[str]:
-    """The command of one of our drivers."""
-    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    return [sys.executable, "-m", module, *given]
+    """Return the command of one of our drivers."""
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return [sys.executable, "-m", module, *arguments]
 
 
 def check_for(seconds: float, cloud: CloudSide) -> None:
-    """Raises FleetError as soon as it has ended."""
+    """Watch a process; raise FleetError as soon as it has ended."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         cloud.check()

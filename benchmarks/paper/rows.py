@@ -1,4 +1,4 @@
-"""What was measured, a row for each answer, kept in a file of JSON lines: a run that was cut off goes on from there."""
+"""Measurements, a row for each answer, in a file of JSON lines that survives interruptions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from fleet.errors import ConfigError
 
 
 class Link(Struct, frozen=True):
-    """Round trip in ms and bandwidth each way in Mbit/s; of 0 both are those of loopback."""
+    """Round trip in ms and bandwidth each way in Mbit/s; 0 in both is the loopback."""
 
     rtt_ms: float = 0.0
     mbit_s: float = 0.0
 
 
 class Traffic(Struct, frozen=True):
-    """What went over the device's link for one answer: bytes of TCP payload, TLS included, and MQTT messages."""
+    """Traffic on the device's link for one answer.
+
+    Bytes of TCP payload, TLS included, and MQTT messages.
+    """
 
     bytes_up: int
     bytes_down: int
@@ -32,11 +35,12 @@ class Traffic(Struct, frozen=True):
 class Row(Struct, frozen=True, kw_only=True):
     """One answer of one system to one sample.
 
-    `system` is as in `benchmarks.paper.systems.SYSTEMS`. Times are seen from the device; `edge_s` and `cloud_s` are
-    seconds of CPU that either side spent on it, each with one thread. `tokens_from` counts tokens by source.
-    `round_trips` are those that the device waited for; `layer_positions_edge` and `layer_positions_cloud` are
-    (position, layer) pairs that ran on either side, and `head_calls` positions that the LM head looked at on both,
-    `head_calls_cloud` of them on the cloud's: work, where `cloud_s` is time.
+    `system` is as in `benchmarks.paper.systems.SYSTEMS`. Times are seen from the device; `edge_s`
+    and `cloud_s` are seconds of CPU that either side spent on it, each with one thread.
+    `tokens_from` counts tokens by source. `round_trips` are those that the device waited for;
+    `layer_positions_edge` and `layer_positions_cloud` are (position, layer) pairs that ran on
+    either side, and `head_calls` positions that the LM head evaluated on both, `head_calls_cloud`
+    of them on the cloud's: work, where `cloud_s` is time.
     """
 
     part: str
@@ -63,7 +67,7 @@ class Row(Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What it is a measurement of; there is one row for each."""
+        """Return the key of the measurement; there is one row for each."""
         return (
             self.part,
             self.system,
@@ -76,12 +80,13 @@ class Row(Struct, frozen=True, kw_only=True):
 
 
 class Scored(Struct, frozen=True, kw_only=True):
-    """One answer of one system to a sample of a task, and what it is worth.
+    """One answer of one system to a sample of a task, and its score.
 
-    `score` is the task's metric of this answer and `details` all of them by name; `preference`, for tasks of two
-    choices, log P(first) - log P(second) where the token was chosen. Of the deployed full model, along the answer's own
-    tokens, are: `nll`, their mean negative log-likelihood, `agreement`, the share that it would have chosen itself, and
-    `gap`, by how much its logit of another token exceeds the answer's at most.
+    `score` is the task's metric of this answer and `details` all of them by name; `preference`, for
+    tasks of two choices, log P(first) - log P(second) where the token was chosen. Of the deployed
+    full model, along the answer's own tokens, are: `nll`, their mean negative log-likelihood,
+    `agreement`, the share that it would have chosen itself, and `gap`, the maximum by which its
+    logit of another token exceeds the answer's.
     """
 
     system: str
@@ -101,12 +106,15 @@ class Scored(Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What it is a score of; there is one for each."""
+        """Return the key of the score; there is one for each."""
         return self.system, self.dataset, self.sample
 
 
 class ModelSizes(Struct, frozen=True, kw_only=True):
-    """What the work of an answer is counted in. Parameters are those of one layer's products, and of the LM head's."""
+    """Units of an answer's work.
+
+    Parameters are those of one layer's products, and of the LM head's.
+    """
 
     name: str
     num_layers: int
@@ -124,7 +132,7 @@ class ModelSizes(Struct, frozen=True, kw_only=True):
 
 
 class Run(Struct, frozen=True, kw_only=True):
-    """Under which conditions rows were measured; they name it by `run`."""
+    """The conditions of rows, which refer to it by `run`."""
 
     run: str
     machine: dict[str, object]
@@ -140,10 +148,13 @@ KeyedT = TypeVar("KeyedT", Row, Scored)
 
 
 class RowFile(Generic[KeyedT]):
-    """A file of rows of one kind. Appends are whole lines on the disk; a torn last line is dropped."""
+    """A file of rows of one kind.
+
+    Appends are whole lines on the disk; a torn last line is dropped.
+    """
 
     def __init__(self, path: Path, kind: type[KeyedT]) -> None:
-        """Raises ConfigError when the file holds something else."""
+        """Read a file; raise ConfigError when it holds something else."""
         self._path = path
         self._decoder: msgspec.json.Decoder[KeyedT] = msgspec.json.Decoder(kind)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,8 +172,8 @@ class RowFile(Generic[KeyedT]):
                 yield self._decoder.decode(line)
             except msgspec.MsgspecError as error:
                 raise ConfigError(
-                    f"{self._path}, line {number}: expected a row of this version, got something else ({error}); "
-                    "move the file away and run again"
+                    f"{self._path}, line {number}: expected a row of this version, "
+                    f"got something else ({error}); move the file away and run again"
                 ) from None
 
     def __contains__(self, key: tuple[object, ...]) -> bool:
@@ -175,7 +186,7 @@ class RowFile(Generic[KeyedT]):
         return len(self._rows)
 
     def add(self, row: KeyedT) -> None:
-        """Keeps a row, also through a crash of the machine."""
+        """Store a row durably, also through a crash of the machine."""
         self._rows[row.key] = row
         with self._path.open("ab") as file:
             file.write(msgspec.json.encode(row) + b"\n")

@@ -1,4 +1,4 @@
-"""Samples of the paper's data sets, from files or from the Hugging Face hub (docs/benchmarks.md, "Data")."""
+"""Samples of the paper's data sets, from files or the Hugging Face hub (docs/benchmarks.md)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ HUB_TIMEOUT_S: Final = 5.0
 
 
 class HubSet(NamedTuple):
-    """A data set on the hub; a `revision` is the hub's own conversion of what is there as a program."""
+    """A data set on the hub.
+
+    A `revision` is the hub's own conversion of a data set that is a program.
+    """
 
     name: str
     split: str
@@ -32,7 +35,7 @@ HUB: Final = {
 }
 
 
-def load(
+def load_samples(
     name: str,
     num: int,
     seed: int,
@@ -41,13 +44,14 @@ def load(
     fits: Callable[[str], bool] = lambda _: True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Sample]:
-    """`num` samples of a data set, or all there are; fewer of the same seed are the first of these.
+    """Return `num` samples of a data set, or all; fewer of the same seed are the first of these.
 
-    `source` is a folder with `<name>.jsonl`, or with a folder `<name>` that `datasets.load_dataset` takes; None is the
-    hub. Prompts that do not fit are left out, and `progress` hears how many.
+    `source` is a folder with `<name>.jsonl`, or with a folder `<name>` for `datasets.load_dataset`;
+    None is the hub. Prompts that do not fit are left out, and `progress` receives their number.
 
     Raises:
-        ConfigError: no such data set or file, the hub does not answer, or a row is not as expected.
+        ConfigError: no such data set or file, the hub does not respond, or a row is not as
+            expected.
         MissingExtraError: the package `datasets` is needed and not installed.
     """
     if name not in TASKS:
@@ -64,7 +68,7 @@ def load(
         elif sample:
             num_long += 1
     if num_long:
-        progress(f"{name}: {num_long} prompts were left out, for they are too long")
+        progress(f"{name}: {num_long} prompts are too long and were left out")
     if not samples:
         raise ConfigError(f"{where(0)}: expected samples of {name}, got none that fit")
     return samples
@@ -78,12 +82,13 @@ def _sample(
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ConfigError(
-            f"{where(number)}: expected a row of {name} (docs/benchmarks.md, Data), got one with {reason}"
+            f"{where(number)}: expected a row of {name} (docs/benchmarks.md, Data), "
+            f"got one with {reason}"
         ) from None
 
 
 def _rows(name: str, source: Path | None) -> tuple[Sequence[Row], Callable[[int], str]]:
-    """Rows, and how a message names one."""
+    """Return rows, and a function that names one in a message."""
     if source is None:
         hub = HUB[name]
         return _hub_rows(name, hub), lambda number: f"{hub.name}, row {number}"
@@ -99,12 +104,13 @@ def _rows(name: str, source: Path | None) -> tuple[Sequence[Row], Callable[[int]
             str(source / name), HUB[name].split
         ), lambda number: f"{source / name}, row {number}"
     raise ConfigError(
-        f"expected {path} or a folder {source / name}, found neither; see docs/benchmarks.md, Data, for what goes there"
+        f"expected {path} or a folder {source / name}, found neither; "
+        "see docs/benchmarks.md, Data, for their content"
     )
 
 
 def _file_rows(path: Path) -> list[tuple[int, Row]]:
-    """(number of the line, row) of a file of JSON lines."""
+    """Return (number of the line, row) of a file of JSON lines."""
     rows = []
     try:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -127,7 +133,7 @@ def _hub_rows(name: str, hub: HubSet) -> Sequence[Row]:
         raise _no_datasets() from None
     local = f"put {name}.jsonl into a folder and name that as the source (docs/benchmarks.md, Data)"
     try:
-        if not constants.HF_HUB_OFFLINE:  # else what is in the cache has to do
+        if not constants.HF_HUB_OFFLINE:  # else only the cache is used
             HfApi().dataset_info(hub.name, timeout=HUB_TIMEOUT_S)
     except (OSError, HfHubHTTPError) as error:  # a failed request is an OSError there
         reason = str(error).strip().splitlines()[0][:200]
@@ -153,6 +159,7 @@ def _dataset(path: str, split: str, revision: str | None = None) -> Sequence[Row
 
 def _no_datasets() -> MissingExtraError:
     return MissingExtraError(
-        "the hub's data sets need the package datasets, which is not installed: pip install 'cecollm-fleet[bench]', or "
-        "name a folder of JSON lines as the source (docs/benchmarks.md, Data)"
+        "the hub's data sets need the package datasets, which is not installed: "
+        "pip install 'cecollm-fleet[bench]', or name a folder of JSON lines as the source "
+        "(docs/benchmarks.md, Data)"
     )

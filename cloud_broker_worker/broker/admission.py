@@ -1,4 +1,4 @@
-"""Who may come in: a CONNECT packet and a certificate, judged without touching any session."""
+"""The decision on a CONNECT packet and a certificate; it touches no session."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MQTT_3_1_1: Final = 4
 
 @dataclass(frozen=True)
 class ConnectRefusal:
-    """Why a client stays outside; `code` is CONNACK's."""
+    """The reason for a refused CONNECT; `code` is CONNACK's."""
 
     code: int
     reason: str
@@ -30,11 +30,11 @@ class ConnectRefusal:
 def admit(
     packet: Packet | None, holder: CertificateHolder | None, rights: RightsCache
 ) -> Session | ConnectRefusal:
-    """The session of a client that has shown the certificate of `holder`, or why it gets none.
+    """Return the session of a client with the certificate of `holder`, or the reason for a refusal.
 
-    Its client id and user name are the certificate's name. Without a client id it gets one of its own below that name,
-    so that ``mosquitto_sub`` and ``mosquitto_pub`` can run side by side with one app's certificate. Every session is
-    clean.
+    Its client id and user name are the certificate's name. A client without a client id gets a
+    random one below that name, so that ``mosquitto_sub`` and ``mosquitto_pub`` can run at the same
+    time with one app's certificate. Every session is clean.
     """
     if not isinstance(packet, ConnectPacket):
         return ConnectRefusal(
@@ -49,22 +49,26 @@ def admit(
     if holder is None or client_id not in (None, name) or packet.username not in (None, name):
         return ConnectRefusal(
             NOT_AUTHORIZED,
-            f"certificate of {name!r}, client id {str(client_id)[:80]!r}, user name {str(packet.username)[:80]!r}: "
-            "expected one and the same name",
+            f"certificate of {name!r}, client id {str(client_id)[:80]!r}, "
+            f"user name {str(packet.username)[:80]!r}: expected one and the same name",
         )
     grants = rights.fresh(holder)
     if grants is None:
         return ConnectRefusal(
             NOT_AUTHORIZED,
-            f"{name!r} is not enrolled, not active, or has another certificate now than the one it shows "
+            f"{name!r} is not enrolled, not active, or now has another certificate than this one "
             f"(SHA-256 {holder.fingerprint[:16]}...); enroll it with 'fleet enroll {name}'",
         )
-    if packet.will_flag and not grants.may(Action.PUBLISH, packet.will_topic or ""):
+    if packet.will_flag and not grants.permits(Action.PUBLISH, packet.will_topic or ""):
         return ConnectRefusal(
             NOT_AUTHORIZED, f"{name!r} may not publish its will to {str(packet.will_topic)[:200]!r}"
         )
+    return _clean_session(packet, client_id or f"{holder.name}/{secrets.token_hex(8)}")
+
+
+def _clean_session(packet: ConnectPacket, client_id: str) -> Session:
     session = Session()
-    session.client_id = client_id or f"{holder.name}/{secrets.token_hex(8)}"
+    session.client_id = client_id
     session.clean_session = True
     session.keep_alive = packet.keep_alive
     session.will_flag = packet.will_flag
@@ -75,13 +79,11 @@ def admit(
     return session
 
 
-def holder_of(tls: ssl.SSLObject | None) -> CertificateHolder | None:
-    """Who has shown a certificate, which TLS has verified: one with exactly one CN."""
+def certificate_holder(tls: ssl.SSLObject | None) -> CertificateHolder | None:
+    """Return the holder of a connection's verified certificate, which must have exactly one CN."""
     subject: Any = (tls.getpeercert() or {}).get("subject", ()) if tls else ()
     names = [value for attributes in subject for key, value in attributes if key == "commonName"]
     der = tls.getpeercert(binary_form=True) if tls else None
-    return (
-        CertificateHolder(str(names[0]), hashlib.sha256(der).hexdigest())
-        if len(names) == 1 and der
-        else None
-    )
+    if len(names) != 1 or not der:
+        return None
+    return CertificateHolder(str(names[0]), hashlib.sha256(der).hexdigest())

@@ -8,7 +8,7 @@ import socket
 import ssl
 from typing import TYPE_CHECKING, Self
 
-from cloud_broker_worker.broker.rights_cache import Lookup, RightsCache
+from cloud_broker_worker.broker.rights_cache import RightsCache, RightsLookup
 from fleet.errors import MissingExtraError
 from fleet.identity.identity import ServerTls
 from fleet.transport.tls_server import STOP_S, TlsServer
@@ -18,18 +18,23 @@ if TYPE_CHECKING:
 
 
 class EmbeddedBroker(TlsServer):
-    """MQTT 3.1.1 over TLS with client certificates; `port` 0 takes a free one, which `port` then says.
+    """A broker for MQTT 3.1.1 over TLS with client certificates; a `TlsServer`.
 
-    `lookup` gives what the holder of a certificate may do by the registry, by name and SHA-256; None for who is not
-    enrolled, or not with this certificate. It runs on the broker's thread.
+    `lookup` returns the rights of a certificate's holder by name and SHA-256, or None if no
+    identity is enrolled with this certificate. It runs on the broker's thread.
     """
 
-    def __init__(self, host: str, port: int, tls: ServerTls, lookup: Lookup) -> None:
+    def __init__(self, host: str, port: int, tls: ServerTls, lookup: RightsLookup) -> None:
         super().__init__("broker", host, port, tls)
         self._rights = RightsCache(lookup)
 
     def __enter__(self) -> Self:
-        """Raises what `TlsServer` does, and MissingExtraError without amqtt."""
+        """Listen and start the thread.
+
+        Raises:
+            ConfigError, IdentityError: as `TlsServer`.
+            MissingExtraError: amqtt is not installed.
+        """
         self._broker_class = _broker_class()
         return super().__enter__()
 
@@ -41,12 +46,16 @@ class EmbeddedBroker(TlsServer):
 
 
 def _broker_class() -> type[FleetBroker]:
-    """amqtt is imported only where a broker runs, and says nothing of its own: our lines name every refusal."""
+    """Import amqtt, which only a broker needs, and silence its log.
+
+    `FleetBroker` logs every refusal itself.
+    """
     try:
         from cloud_broker_worker.broker.fleet_broker import FleetBroker
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f"the embedded broker needs {error.name}; install it: pip install 'cecollm-fleet[server]'"
+            f"the embedded broker needs {error.name}; "
+            "install it: pip install 'cecollm-fleet[server]'"
         ) from None
     for name in ("amqtt", "transitions"):
         logging.getLogger(name).setLevel(logging.ERROR)

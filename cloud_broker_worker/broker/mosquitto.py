@@ -1,4 +1,4 @@
-"""Configuration of a mosquitto that keeps the fleet's rules: one file of settings, one of rights, a revocation list."""
+"""The configuration of a mosquitto: a file of settings, a file of rights, a revocation list."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from typing import Final
 from fleet.errors import ConfigError
 from fleet.identity.identity import ServerTls
 from fleet.protocol.access import Action, Grants
+from fleet.transport.base import MAX_IN_FLIGHT, MAX_PACKET_BYTES
 
 CONFIG_FILE: Final = "mosquitto.conf"
 ACL_FILE: Final = "acl"
 CRL_FILE: Final = "crl.pem"
 PID_FILE: Final = "mosquitto.pid"
-MAX_PACKET_BYTES: Final = 1 << 20
-MAX_IN_FLIGHT: Final = 100
 MAX_QUEUED: Final = 10_000
 
-# Names come from certificates, and no client can take another's id. Who may connect is decided by the CA alone,
-# and the revocation list; a name without rights below can do nothing. Each identity has one connection: a second one
-# ends the first.
+# Names come from certificates, and no client can use another's id. The CA and the revocation list
+# alone decide on a connection; a name without rights can do nothing. Each identity has one
+# connection: a second one ends the first.
 CONFIG: Final = """\
 listener {port} {host}
 user {user}
@@ -57,32 +56,22 @@ def write_config(
     *,
     has_crl: bool = False,
 ) -> Path:
-    """Writes `mosquitto.conf` and the rights of every identity into `folder`; gives the path of the former.
+    """Write `mosquitto.conf` and the rights of every identity into `folder`.
 
-    A running mosquitto takes new rights on SIGHUP, and with `has_crl` a new `crl.pem`, which must be there when it
-    starts; then it also writes its process id to `mosquitto.pid`.
+    A running mosquitto reads new rights on SIGHUP. With `has_crl` it also reads a new `crl.pem`,
+    which must exist when it starts, and writes its process id to `mosquitto.pid`.
+
+    Return the path of `mosquitto.conf`.
 
     Raises:
         ConfigError: the folder cannot be written.
     """
     path = folder / CONFIG_FILE
     acl = folder / ACL_FILE
-    settings = CONFIG.format(
-        port=port,
-        host=host,
-        user=getpass.getuser(),
-        ca=tls.ca_file.resolve(),
-        certificate=tls.cert_file.resolve(),
-        key=tls.key_file.resolve(),
-        acl=acl.resolve(),
-        max_packet_bytes=MAX_PACKET_BYTES,
-        max_in_flight=MAX_IN_FLIGHT,
-        max_queued=MAX_QUEUED,
-    )
+    settings = _settings_text(folder, host, port, tls)
     if has_crl:
-        settings += (
-            f"crlfile {(folder / CRL_FILE).resolve()}\npid_file {(folder / PID_FILE).resolve()}\n"
-        )
+        crl = (folder / CRL_FILE).resolve()
+        settings += f"crlfile {crl}\npid_file {(folder / PID_FILE).resolve()}\n"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         acl.touch(mode=0o600)
@@ -95,21 +84,38 @@ def write_config(
     return path
 
 
+def _settings_text(folder: Path, host: str, port: int, tls: ServerTls) -> str:
+    return CONFIG.format(
+        port=port,
+        host=host,
+        user=getpass.getuser(),
+        ca=tls.ca_file.resolve(),
+        certificate=tls.cert_file.resolve(),
+        key=tls.key_file.resolve(),
+        acl=(folder / ACL_FILE).resolve(),
+        max_packet_bytes=MAX_PACKET_BYTES,
+        max_in_flight=MAX_IN_FLIGHT,
+        max_queued=MAX_QUEUED,
+    )
+
+
 def acl_text(grants: Iterable[Grants]) -> str:
-    """What stands in mosquitto's ACL file."""
+    """Return the content of mosquitto's ACL file."""
     return "".join(f"{rule}\n" for grant in grants for rule in acl_rules(grant))
 
 
 def acl_rules(grants: Grants) -> list[str]:
-    """The rights of one identity as lines of mosquitto's ACL file."""
+    """Return the rights of one identity as lines of mosquitto's ACL file."""
     rules = [f"user {grants.name}"]
-    for action, word in ((Action.PUBLISH, "write"), (Action.SUBSCRIBE, "read")):
-        rules += [f"topic {word} {topic_filter}" for topic_filter in grants.filters[action]]
+    for action, access in ((Action.PUBLISH, "write"), (Action.SUBSCRIBE, "read")):
+        rules += [f"topic {access} {topic_filter}" for topic_filter in grants.filters[action]]
     return rules
 
 
 def find_mosquitto(folders: str | None = None) -> str:
-    """Path of the program: in `folders`, separated by colons, or where the shell and Debian have theirs.
+    """Return the path of the program.
+
+    It is searched for in `folders`, separated by colons, or on the path and in Debian's folders.
 
     Raises:
         ConfigError: it is not installed.
@@ -120,6 +126,7 @@ def find_mosquitto(folders: str | None = None) -> str:
     )
     if path is None:
         raise ConfigError(
-            "mosquitto is not installed; on Debian and Ubuntu: apt-get install mosquitto, or start without --broker"
+            "mosquitto is not installed; on Debian and Ubuntu: apt-get install mosquitto, "
+            "or start without --broker"
         )
     return path

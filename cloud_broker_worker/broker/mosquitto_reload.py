@@ -1,4 +1,4 @@
-"""How a mosquitto is told to read its files again."""
+"""Ways to make a mosquitto read its files again."""
 
 from __future__ import annotations
 
@@ -15,31 +15,35 @@ from fleet.errors import ConfigError
 COMMAND_S: Final = 10.0
 
 
-def by_signal(pid_file: Path) -> Callable[[], None]:
-    """SIGHUP to the process that wrote `pid_file`. It raises ConfigError when there is none."""
+def reload_by_signal(pid_file: Path) -> Callable[[], None]:
+    """Return a function that sends SIGHUP to the process that wrote `pid_file`.
+
+    The function raises ConfigError when there is no such process.
+    """
 
     def reload() -> None:
         try:
             os.kill(int(pid_file.read_text()), signal.SIGHUP)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"mosquitto cannot be told of a change: no process by {pid_file} ({error}); "
-                "start it, or say how with --reload"
+                f"cannot reload mosquitto: no process by {pid_file} ({error}); "
+                "start it, or give a command with --reload"
             ) from None
 
     return reload
 
 
-def by_command(command: str) -> Callable[[], None]:
-    """Runs `command`, without a shell. It raises ConfigError when that fails or takes longer than ten seconds."""
+def reload_by_command(command: str) -> Callable[[], None]:
+    """Return a function that runs `command`, without a shell.
+
+    The function raises ConfigError when the command fails or takes longer than `COMMAND_S` seconds.
+    """
     words = shlex.split(command)
 
     def reload() -> None:
         try:
             subprocess.run(words, check=True, timeout=COMMAND_S, stdout=subprocess.DEVNULL)
         except (OSError, subprocess.SubprocessError) as error:
-            raise ConfigError(
-                f"mosquitto cannot be told of a change: {error}; correct --reload"
-            ) from None
+            raise ConfigError(f"cannot reload mosquitto: {error}; correct --reload") from None
 
     return reload

@@ -1,4 +1,4 @@
-"""A mosquitto's rights and revocation list, kept equal to the registry while it runs."""
+"""Synchronisation of a running mosquitto's rights and revocation list with the registry."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from fleet.errors import ConfigError
 from fleet.protocol.access import Grants
 
 RECHECK_S: Final = 60.0
-"""Without a change certificates end and lists grow old; so often somebody looks."""
-HELD_S: Final = 120.0
-"""Who showed a certificate before it was revoked may wait with its CONNECT; mosquitto ends that after 95 seconds."""
+"""Period of a check without a change: certificates expire and lists grow old."""
+
+SECOND_EVICTION_S: Final = 120.0
+"""Delay of the second eviction: a client whose certificate was accepted before its revocation may
+hold back its CONNECT; mosquitto ends such a connection after 95 seconds."""
 
 RECENT_S: Final = 86_400.0
-"""Who was revoked so shortly before we began may still have a session: whoever kept the files then may have died."""
+"""Maximum age of revocations that are evicted at the start, in case a process died before."""
 
 MAX_EVICTIONS: Final = 20
-"""In one round, about a second's worth: other tasks wait for it."""
+"""Limit of one round, which takes about a second; other tasks wait for it."""
 
 
-class Revoked(Protocol):
-    """A certificate that may not be used, of `name`; `serial` in hex."""
+class RevocationEntry(Protocol):
+    """A revoked certificate of `name`; `serial` in hex, `revoked_at` in seconds since 1970."""
 
     @property
     def serial(self) -> str: ...
@@ -36,99 +38,119 @@ class Revoked(Protocol):
     def revoked_at(self) -> float | None: ...
 
 
-class RightsSource(Protocol):
-    """What is to be kept: the registry."""
+class ChangeLog(Protocol):
+    """The audit log of a `RightsSource`."""
 
     def newest_change(self) -> int: ...
 
+
+class GrantSource(Protocol):
+    """The identities of a `RightsSource`."""
+
     def all_grants(self) -> list[Grants]: ...
 
-    def revoked_certificates(self, now: float) -> Iterable[Revoked]: ...
+    def revoked_certificates(self, now: float) -> Iterable[RevocationEntry]: ...
 
 
-class RevocationList(Protocol):
-    """The file that says which certificates count no more; `provisioning.crl.CrlFile`."""
+class RightsSource(Protocol):
+    """The source of rights and revocations: the registry."""
 
-    def update(self, revoked: Iterable[Revoked], now: float) -> frozenset[str] | None: ...
+    @property
+    def audit_log(self) -> ChangeLog: ...
+
+    @property
+    def identities(self) -> GrantSource: ...
 
 
-class Evicting(Protocol):
-    """What ends a name's session; `provisioning.session_takeover.Evictions`."""
+class RevocationFile(Protocol):
+    """The file of the revocation list; `provisioning.crl.CrlFile`."""
+
+    def update(self, revoked: Iterable[RevocationEntry], now: float) -> frozenset[str] | None: ...
+
+
+class SessionEvictor(Protocol):
+    """The means to end a name's session; `provisioning.session_takeover.SessionTakeover`."""
 
     def evict(self, name: str) -> None: ...
 
-    def spent(self, now: float) -> Iterable[Revoked]: ...
+    def spent(self, now: float) -> Iterable[RevocationEntry]: ...
 
 
 class MosquittoSync:
-    """Writes `acl` and the revocation list into `folder` when they differ, and has `reload` tell the broker.
+    """Writes `acl` and the revocation list into `folder` when they differ, and reloads the broker.
 
-    Without `evictions` connections that are open stay so: for a broker that does not run.
+    Without an `evictor` open connections stay open: for a broker that does not run.
     """
 
     def __init__(
         self,
         folder: Path,
         source: RightsSource,
-        crl: RevocationList,
+        crl: RevocationFile,
         reload: Callable[[], None],
-        evictions: Evicting | None = None,
+        evictor: SessionEvictor | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._acl = folder / ACL_FILE
         self._source = source
         self._crl = crl
         self._reload = reload
-        self._evictions = evictions
+        self._evictor = evictor
         self._clock = clock
-        self._seen = -1
+        self._seen_change = -1
         self._checked_at = float("-inf")
-        self._must_reload = (
-            True  # what the files say the broker may not have been told before we began
-        )
+        self._must_reload = True  # the broker may not have read the present files yet
         self._is_first = True
-        self._due: list[tuple[float, str]] = []  # when whose session is to be ended
+        self._due: list[tuple[float, str]] = []  # time and name of each pending eviction
 
     def sync(self) -> None:
-        """Does what is due; a periodic task of the `ChangeWatcher`.
+        """Write the files and evict the revoked, as far as either is due.
 
-        A name's session is ended after the broker has the new list, and once more when nobody can be left who was let
-        in by the old one and had said nothing yet.
+        A periodic task of the `ChangeWatcher`. A name's session is ended after the broker has read
+        the new list, and again after `SECOND_EVICTION_S`.
 
         Raises:
-            RegistryError: the registry cannot answer.
-            FleetError: a file cannot be written, or the broker not be told or reached.
+            RegistryError: the registry cannot be read.
+            FleetError: a file cannot be written, or the broker cannot be reloaded or reached.
         """
         now = self._clock()
-        newest = self._source.newest_change()
-        if newest != self._seen or now - self._checked_at >= RECHECK_S or self._must_reload:
+        newest = self._source.audit_log.newest_change()
+        if newest != self._seen_change or now - self._checked_at >= RECHECK_S or self._must_reload:
             self._write(now)
-            self._seen = newest
+            self._seen_change = newest
             self._checked_at = now
         if self._evict(now):
             self._write(now)
 
     def _write(self, now: float) -> None:
-        revoked = list(self._source.revoked_certificates(now))
-        spent = self._evictions.spent(now) if self._evictions else ()
-        listed = self._crl.update([*revoked, *spent], now)
-        is_first = self._is_first
+        revoked = list(self._source.identities.revoked_certificates(now))
+        spent = self._evictor.spent(now) if self._evictor else ()
+        added = self._crl.update([*revoked, *spent], now)
+        self._schedule_evictions(revoked, added or frozenset(), now)
+        self._must_reload |= added is not None
+        self._must_reload |= self._write_acl()
+        if self._must_reload:  # repeated until it succeeds
+            self._reload()
+            self._must_reload = False
+
+    def _schedule_evictions(
+        self, revoked: list[RevocationEntry], added: frozenset[str], now: float
+    ) -> None:
+        """Schedule two evictions for each name in `added`, and at the start for recent ones."""
+        since = now - RECENT_S if self._is_first else float("inf")
         self._is_first = False
         names = dict.fromkeys(
             each.name
             for each in revoked
-            if (listed and _canonical(each.serial) in listed)
-            or (is_first and each.revoked_at is not None and each.revoked_at > now - RECENT_S)
+            if f"{int(each.serial, 16):x}" in added
+            or (each.revoked_at is not None and each.revoked_at > since)
         )
-        self._due += [(at, name) for name in names for at in (now, now + HELD_S)]
-        self._must_reload |= listed is not None
-        self._must_reload |= self._write_acl()
-        if self._must_reload:  # until it has succeeded
-            self._reload()
-            self._must_reload = False
+        for name in names:
+            self._due += [(now, name), (now + SECOND_EVICTION_S, name)]
 
     def _write_acl(self) -> bool:
-        text = acl_text(self._source.all_grants()).encode()
+        """Write the rights if they have changed; whether they had."""
+        text = acl_text(self._source.identities.all_grants()).encode()
         try:
             if self._acl.exists() and self._acl.read_bytes() == text:
                 return False
@@ -143,14 +165,12 @@ class MosquittoSync:
         return True
 
     def _evict(self, now: float) -> bool:
-        """Ends the sessions that are due; whether there were any."""
-        due = [item for item in self._due if item[0] <= now] if self._evictions else []
+        """End the sessions that are due; whether there were any."""
+        if self._evictor is None:
+            return False
+        due = [item for item in self._due if item[0] <= now]
         for item in due[:MAX_EVICTIONS]:
-            assert self._evictions is not None
-            self._evictions.evict(item[1])
+            _, name = item
+            self._evictor.evict(name)
             self._due.remove(item)
         return bool(due)
-
-
-def _canonical(serial: str) -> str:
-    return f"{int(serial, 16):x}"

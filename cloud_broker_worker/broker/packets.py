@@ -1,4 +1,4 @@
-"""Whole MQTT packets from a stream: the size is checked before memory is taken."""
+"""MQTT packets from a stream; the size is checked before memory is allocated."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ from amqtt.mqtt import packet_class
 from amqtt.mqtt.packet import PUBLISH, PUBREL, SUBSCRIBE, UNSUBSCRIBE, MQTTFixedHeader, MQTTPacket
 
 from fleet.errors import DecodeError, OversizedError
+from fleet.transport.base import MAX_PACKET_BYTES
 
-MAX_PACKET_BYTES: Final = 1 << 20
 MAX_LENGTH_BYTES: Final = 4
-FLAGS: Final = {
-    PUBREL: 0b0010,
-    SUBSCRIBE: 0b0010,
-    UNSUBSCRIBE: 0b0010,
-}  # of all others none, but for PUBLISH
+# Flags of the fixed header; other packets have none, and PUBLISH has any.
+FLAGS: Final = {PUBREL: 0b0010, SUBSCRIBE: 0b0010, UNSUBSCRIBE: 0b0010}
 
 Packet: TypeAlias = MQTTPacket
 
@@ -26,7 +23,7 @@ Packet: TypeAlias = MQTTPacket
 async def read_packet(
     stream: asyncio.StreamReader, max_bytes: int = MAX_PACKET_BYTES
 ) -> Packet | None:
-    """The next packet; None where the stream ends between two packets (MQTT 3.1.1 section 2.2).
+    """Read the next packet; None if the stream ends between two packets (MQTT 3.1.1 section 2.2).
 
     Raises:
         OversizedError: the packet is longer than `max_bytes`; nothing of its body was read.
@@ -38,9 +35,8 @@ async def read_packet(
         return None
     kind = first >> 4
     flags = first & 0x0F
-    if kind != PUBLISH and flags != FLAGS.get(
-        kind, 0
-    ):  # section 2.2.2; what speaks another protocol ends here
+    # Section 2.2.2; a client of another protocol fails here.
+    if kind != PUBLISH and flags != FLAGS.get(kind, 0):
         raise DecodeError(f"expected an MQTT 3.1.1 packet, got the first byte {first:#04x}")
     try:
         length = await _read_length(stream)
@@ -59,14 +55,12 @@ async def read_packet(
         ValueError,
         asyncio.IncompleteReadError,
     ) as error:
-        raise DecodeError(
-            f"expected an MQTT 3.1.1 packet, got bytes that are none: {error}"
-        ) from None
+        raise DecodeError(f"expected an MQTT 3.1.1 packet, got other bytes: {error}") from None
     return packet
 
 
 async def _read_length(stream: asyncio.StreamReader) -> int:
-    """The remaining length, 7 bits a byte, lowest first (section 2.2.3)."""
+    """Read the remaining length, 7 bits a byte, lowest first (section 2.2.3)."""
     length = 0
     for i in range(MAX_LENGTH_BYTES):
         byte = (await stream.readexactly(1))[0]

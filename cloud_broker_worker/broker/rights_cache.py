@@ -1,4 +1,4 @@
-"""What the registry says of who holds a certificate, asked at most every two seconds."""
+"""A cache of the registry's rights by certificate, refreshed at most every two seconds."""
 
 from __future__ import annotations
 
@@ -16,46 +16,48 @@ logger = logging.getLogger(__name__)
 
 
 class CertificateHolder(NamedTuple):
-    """Who shows a certificate: its CN, and the SHA-256 of its DER in hex."""
+    """The holder of a certificate: its CN, and the SHA-256 of its DER in hex."""
 
     name: str
     fingerprint: str
 
 
-Lookup = Callable[[str, str], Grants | None]
-"""By name and fingerprint; None for who is not enrolled, and for a certificate that does not count."""
+RightsLookup = Callable[[str, str], Grants | None]
+"""Rights by name and fingerprint; None without enrolment or with an invalid certificate."""
 
 
 class RightsCache:
-    """Rights by holder, so that a message costs no database query. When the registry fails, nobody has any."""
+    """Rights by holder, so that a message costs no database query.
 
-    def __init__(self, lookup: Lookup, clock: Callable[[], float] = time.monotonic) -> None:
+    While the registry fails, no holder has rights.
+    """
+
+    def __init__(self, lookup: RightsLookup, clock: Callable[[], float] = time.monotonic) -> None:
         self._lookup = lookup
         self._clock = clock
-        self._known: dict[CertificateHolder, tuple[float, Grants | None]] = {}
+        self._entries: dict[CertificateHolder, tuple[float, Grants | None]] = {}
 
-    def of(self, holder: CertificateHolder) -> Grants | None:
-        """The rights of `holder`, at most `CACHE_S` seconds old; None when it has none, or none any more."""
-        asked_at, grants = self._known.get(holder, (float("-inf"), None))
-        if self._clock() - asked_at >= CACHE_S:
+    def get(self, holder: CertificateHolder) -> Grants | None:
+        """Return the rights of `holder`, at most `CACHE_S` seconds old; None without any."""
+        read_at, grants = self._entries.get(holder, (float("-inf"), None))
+        if self._clock() - read_at >= CACHE_S:
             grants = self.fresh(holder)
         return grants
 
     def fresh(self, holder: CertificateHolder) -> Grants | None:
-        """The rights of `holder` now."""
+        """Read the rights of `holder` from the registry."""
         try:
             grants = self._lookup(*holder)
         except Exception:
-            logger.exception(
-                "the registry cannot say what %r may do; it may do nothing", holder.name[:80]
-            )
+            text = "cannot read the rights of %r from the registry; it has none until then"
+            logger.exception(text, holder.name[:80])
             grants = None
-        if len(self._known) >= MAX_CACHED:
-            self._known.clear()
-        self._known[holder] = self._clock(), grants
+        if len(self._entries) >= MAX_CACHED:
+            self._entries.clear()
+        self._entries[holder] = (self._clock(), grants)
         return grants
 
-    def may(self, holder: CertificateHolder, action: Action, topic: str) -> bool:
+    def permits(self, holder: CertificateHolder, action: Action, topic: str) -> bool:
         """Whether `holder` may publish to a topic, or subscribe to a filter."""
-        grants = self.of(holder)
-        return grants is not None and grants.may(action, topic)
+        grants = self.get(holder)
+        return grants is not None and grants.permits(action, topic)

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
+import msgspec
 import typer
 
-from fleet.errors import ConfigError, MissingExtraError
+from cloud_broker_worker.worker.config import Weights, WorkerConfig
+from fleet.bundles.manifest import Bundle
+from fleet.errors import ConfigError
+from fleet.identity.identity import Identity
+from fleet.protocol import topics
+from fleet.protocol.access import Role
+from fleet.transport.base import Will
+from fleet.transport.mqtt import MqttTransport
 from fleet.utils.cli_runtime import run_command, stop_event, wait_stopped
+from fleet.utils.optional_imports import needs
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,96 +29,98 @@ app = typer.Typer(
 
 
 @app.callback()
-def options() -> None:
-    """A cloud worker: answers devices with the upper half of a language model."""
+def _cloud_worker() -> None:
+    """Run a cloud worker, which has the upper layers of a language model."""
 
 
-@app.command()
-def run(
+@app.command("run")
+def run_worker(
     folder: Annotated[Path, typer.Argument(help="Identity folder of role worker.")],
     bundle: Annotated[
-        Path | None, typer.Option(help="Model bundle; by default the one that the identity names.")
+        Path | None, typer.Option(help="Model bundle; default: the identity's bundle.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Number of PyTorch threads.")] = None,
     weights: Annotated[
-        str | None, typer.Option(help="float32, int8 or int4: fewer bits take less time.")
+        str | None, typer.Option(help="Weights: float32, int8 or int4; fewer bits need less time.")
     ] = None,
     kv_budget_mb: Annotated[
         int | None, typer.Option(min=1, help="Memory for KV caches, in MB.")
     ] = None,
     drain_timeout: Annotated[
         float | None,
-        typer.Option(min=0, help="Seconds that sessions may still take once it is to stop."),
+        typer.Option(min=0, help="Seconds to wait for sessions to end after a stop signal."),
     ] = None,
     metrics_port: Annotated[
         int | None,
-        typer.Option(
-            min=0, max=65535, help="Serve /healthz, /readyz and /metrics over HTTP there."
-        ),
+        typer.Option(min=0, max=65535, help="Port for /healthz, /readyz and /metrics over HTTP."),
     ] = None,
     metrics_host: Annotated[str, typer.Option(help="Address of --metrics-port.")] = "127.0.0.1",
 ) -> None:
     """Serve devices until stopped."""
-    try:
-        import msgspec
-
-        from cloud_broker_worker.worker.config import Weights, WorkerConfig
-        from cloud_broker_worker.worker.metrics import WorkerMonitor
-        from cloud_broker_worker.worker.worker import Worker
-        from fleet.monitoring.http_endpoint import HttpEndpoint
-    except ImportError as error:
-        raise MissingExtraError(
-            f"a worker needs {error.name}, which is not installed; run: pip install 'cecollm-fleet[worker]'"
-        ) from None
-    from fleet.bundles.manifest import Bundle
-    from fleet.identity.identity import Identity
-    from fleet.protocol import topics
-    from fleet.protocol.access import Role
-    from fleet.transport.base import Will
-    from fleet.transport.mqtt import MqttTransport
-
-    identity = Identity.load(folder)
-    if identity.config.role is not Role.WORKER:
-        raise ConfigError(
-            f"{folder} is the identity of a {identity.config.role}, expected a worker's; "
-            "make one with 'fleet enroll NAME --role worker --out DIR'"
-        )
-    model = bundle or (Path(identity.config.bundle) if identity.config.bundle else None)
-    if model is None:
-        raise ConfigError(f"{folder} names no bundle; pass one with --bundle DIR")
-    if weights and weights not in get_args(Weights):
-        raise ConfigError(f"--weights {weights}: expected one of {', '.join(get_args(Weights))}")
+    identity = _load_identity(folder)
     settings = {
         "num_threads": threads,
         "weights": weights,
         "kv_budget_bytes": kv_budget_mb and kv_budget_mb * 1_000_000,
         "drain_timeout_s": drain_timeout,
     }
-    given = {name: value for name, value in settings.items() if value is not None}
-    config = msgspec.structs.replace(
-        WorkerConfig(shared_opens=identity.config.shared_subscriptions), **given
-    )
-    loaded = Bundle.load(model, ("cloud",))
+    config = _worker_config(identity, settings)
+    model = bundle or (Path(identity.config.bundle) if identity.config.bundle else None)
+    if model is None:
+        raise ConfigError(f"{folder} names no bundle; pass one with --bundle DIR")
+    _serve(identity, Bundle.load(model, ("cloud",)), config, metrics_host, metrics_port)
+
+
+def _load_identity(folder: Path) -> Identity:
+    identity = Identity.load(folder)
+    if identity.config.role is not Role.WORKER:
+        raise ConfigError(
+            f"{folder} is the identity of a {identity.config.role}, expected a worker's; "
+            "make one with 'fleet enroll NAME --role worker --out DIR'"
+        )
+    return identity
+
+
+def _worker_config(identity: Identity, settings: dict[str, Any]) -> WorkerConfig:
+    """Return the configuration with those of the settings that are not None."""
+    weights = settings["weights"]
+    if weights and weights not in get_args(Weights):
+        raise ConfigError(f"--weights {weights}: expected one of {', '.join(get_args(Weights))}")
+    config = WorkerConfig(shared_opens=identity.config.shared_subscriptions)
+    changes = {name: value for name, value in settings.items() if value is not None}
+    return msgspec.structs.replace(config, **changes)
+
+
+def _serve(
+    identity: Identity,
+    bundle: Bundle,
+    config: WorkerConfig,
+    metrics_host: str,
+    metrics_port: int | None,
+) -> None:
+    with needs("worker"):
+        from cloud_broker_worker.worker.metrics import WorkerMonitor
+        from cloud_broker_worker.worker.worker import Worker
+        from fleet.monitoring.http_endpoint import HttpEndpoint
+
     stop = stop_event()
     will = Will(topics.worker_status(identity.name), Worker.will())
     with ExitStack() as stack:
-        endpoint = (
-            None
-            if metrics_port is None
-            else stack.enter_context(HttpEndpoint(metrics_host, metrics_port))
-        )
+        endpoint = None
+        if metrics_port is not None:
+            endpoint = stack.enter_context(HttpEndpoint(metrics_host, metrics_port))
         transport = stack.enter_context(MqttTransport.connect(identity, will=will))
-        worker = stack.enter_context(Worker(transport, loaded, config))
+        worker = stack.enter_context(Worker(transport, bundle, config))
         if endpoint:
             endpoint.show(WorkerMonitor(worker))
-        manifest = loaded.manifest
-        serves = f"{manifest.model.name}, bundle {manifest.bundle_id}"
+        manifest = bundle.manifest
+        model = f"{manifest.model.name}, bundle {manifest.bundle_id}"
         layers = f"layers {manifest.upload_layer} to {manifest.model.num_layers}"
-        where = f", metrics on {endpoint.url}" if endpoint else ""
-        print(f"worker {identity.name} serves {serves}, {layers}{where}", flush=True)
+        metrics = f", metrics on {endpoint.url}" if endpoint else ""
+        print(f"worker {identity.name} serves {model}, {layers}{metrics}", flush=True)
         wait_stopped(stop)
         print(
-            f"worker {identity.name} finishes its sessions; stop it again to leave them", flush=True
+            f"worker {identity.name} finishes its sessions; stop it again to end them", flush=True
         )
         worker.drain(stop_event())
 

@@ -1,4 +1,6 @@
-"""The worker's logic without any I/O: messages in, answers out, and one step for all sessions together."""
+"""The worker's logic without I/O: messages in, responses out, and one step for all sessions
+together.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +13,23 @@ import msgspec
 
 from cloud_broker_worker.worker.config import WorkerConfig
 from cloud_broker_worker.worker.counters import WorkerCounters
-from cloud_broker_worker.worker.kv_pool import PoolFullError
 from cloud_broker_worker.worker.scheduler import schedule
 from cloud_broker_worker.worker.session import Session, SessionKey
 from cloud_broker_worker.worker.session_store import SessionStore
 from cloud_broker_worker.worker.upper_layers import Chunk, UpperLayers
 from cloud_broker_worker.worker.verification import (
     TokenCandidates,
-    answer_of,
     best_candidates,
-    make_choices,
+    choose_tokens,
     num_candidates,
     repeats,
+    verified_response,
 )
-from fleet.errors import DecodeError
+from fleet.errors import DecodeError, PoolFullError
 from fleet.protocol.codec import unpack_chunk
 from fleet.protocol.hidden_states import CONTEXT_DTYPES
 from fleet.protocol.messages import (
     PROTOCOL,
-    Assist,
     Close,
     Context,
     ContextChunk,
@@ -40,7 +40,6 @@ from fleet.protocol.messages import (
     Refused,
     ToDevice,
     ToWorker,
-    Verified,
     Verify,
 )
 from fleet.utils.rate_limited_log import RateLimitedLog
@@ -56,7 +55,10 @@ class EngineResponse(NamedTuple):
 
 
 class Engine:
-    """Sessions and what is asked of them. `clock` gives monotonic seconds; arrivals are times of the same clock."""
+    """Sessions and their verify jobs.
+
+    `clock` gives monotonic seconds; arrivals are times of the same clock.
+    """
 
     def __init__(
         self,
@@ -66,325 +68,314 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pool = layers.new_pool(config.kv_budget_bytes)
-        self.memory = SessionStore(self.pool, config)
-        self.sessions = self.memory.sessions
-        self.tally = WorkerCounters()
+        self.session_store = SessionStore(self.pool, config)
+        self.sessions = self.session_store.sessions
+        self.counters = WorkerCounters()
         self.is_draining = False
-        self.denied: frozenset[str] = frozenset()  # devices that are served no more
+        self.denied: frozenset[str] = frozenset()  # devices that are not served any more
         self._layers = layers
         self._manifest = layers.manifest
         self._worker = worker
         self._config = config
         self._clock = clock
-        self._answers: list[EngineResponse] = []
+        self._responses: list[EngineResponse] = []
         self._log = RateLimitedLog(log)
 
     # Messages.
 
     def handle(self, device: str, message: ToWorker, arrived: float) -> list[EngineResponse]:
-        """Takes one message of `device`; what is to be answered at once."""
+        """Process one message of `device` and return the immediate responses."""
         key = SessionKey(device, message.session)
         if isinstance(message, Open):
-            answers = [self._open(key, message, arrived)]
+            responses = [self._open(key, message, arrived)]
         elif session := self.sessions.get(key):
             session.last_used = arrived
-            answers = self._take(session, message, arrived)
+            responses = self._handle_in_session(session, message, arrived)
         elif isinstance(message, Close):
-            answers = []
+            responses = []
         else:
-            answers = [
-                self._refused(
-                    key, "unknown_session", "this worker has no such session; open it again"
-                )
-            ]
-        return [EngineResponse(key, answer) for answer in answers if answer]
+            text = "this worker has no such session; open it again"
+            responses = [self._refused(key, "unknown_session", text)]
+        return [EngineResponse(key, response) for response in responses if response]
 
-    def _take(
-        self, session: Session, message: Context | Assist | Verify | Close, arrived: float
+    def _handle_in_session(
+        self, session: Session, message: Context | Verify | Close, arrived: float
     ) -> list[ToDevice | None]:
         if isinstance(message, Context):
             return [self._store(session, message.chunk)]
         if isinstance(message, Close):
-            self.memory.drop(session)
+            self.session_store.drop(session)
             return []
         if message.chunk is None:
-            return [self._ask(session, message, arrived)]
-        of_chunk = self._store(session, message.chunk)
-        of_question = self._ask(session, msgspec.structs.replace(message, chunk=None), arrived)
-        return [of_chunk] if of_chunk == of_question else [of_chunk, of_question]
+            return [self._verify(session, message, arrived)]
+        to_chunk = self._store(session, message.chunk)
+        request = msgspec.structs.replace(message, chunk=None)
+        to_request = self._verify(session, request, arrived)
+        return [to_chunk] if to_chunk == to_request else [to_chunk, to_request]
 
     def _open(self, key: SessionKey, message: Open, arrived: float) -> ToDevice | None:
         session = self.sessions.get(key)
         if session and message.epoch < session.opening.epoch:
-            return None  # late, from before the device started again
-        if (
-            session is None
-            or not same_terms(session.opening, message)
-            or session.branch != message.branch
-        ):
-            if refused := self._why_not(key, message):
+            return None  # late: sent before the device started again
+        is_known = session and same_terms(session.opening, message)
+        if session is None or not is_known or session.branch != message.branch:
+            refused = self._refusal(key, message)
+            if refused:
                 return refused
             try:
-                session = self.memory.admit(key, message, arrived)
+                session = self.session_store.admit(key, message, arrived)
             except PoolFullError as error:
-                can_ever_fit = self.memory.can_ever_fit(message.max_positions)
-                return self._refused(
-                    key, error.code, str(error), self._config.retry_after_ms if can_ever_fit else 0
-                )
+                can_fit = self.session_store.can_ever_fit(message.max_positions)
+                retry_after_ms = self._config.retry_after_ms if can_fit else 0
+                return self._refused(key, error.code, str(error), retry_after_ms)
         session.last_used = arrived
         session.last_request = -1
-        config = self._config
         return Opened(
             session=key.session,
             worker=self._worker,
             received=session.received,
-            max_chunk_bytes=config.max_chunk_bytes,
-            window_bytes=config.window_bytes,
+            max_chunk_bytes=self._config.max_chunk_bytes,
+            window_bytes=self._config.window_bytes,
             dtypes=CONTEXT_DTYPES,
         )
 
-    def _why_not(self, key: SessionKey, message: Open) -> Refused | None:
-        """What keeps a session from being served here, whatever memory there is."""
+    def _refusal(self, key: SessionKey, message: Open) -> Refused | None:
+        """Return the refusal of a session that cannot be served here whatever memory there is."""
         bundle_id = self._manifest.bundle_id
         limit = self._manifest.model.max_positions
         if key.device in self.denied:
-            return self._revoked(key)
+            return self._refused_revoked(key)
         if message.protocol != PROTOCOL:
-            text = f"expected protocol {PROTOCOL}, got {message.protocol}; update"
-            return self._refused(key, "protocol_mismatch", text)
+            return self._refused(key, "protocol_mismatch", protocol_mismatch(message.protocol))
         if message.bundle_id != bundle_id:
             text = f"this worker serves bundle {bundle_id}, the device has {message.bundle_id}"
             return self._refused(key, "bundle_mismatch", f"{text}; use the same on both sides")
         if message.max_positions > limit:
-            return self._refused(
-                key, "too_long", f"expected at most {limit} positions, got {message.max_positions}"
-            )
-        return self._stopping(key) if self.is_draining else None
+            text = f"expected at most {limit} positions, got {message.max_positions}"
+            return self._refused(key, "too_long", text)
+        return self._refused_draining(key) if self.is_draining else None
 
     def _store(self, session: Session, chunk: ContextChunk) -> ToDevice | None:
         if not session.is_on(chunk.branch):
             return None
         stop = chunk.start + chunk.count
         if stop > session.capacity:
-            return self._too_long(session, stop)
+            return self._refused_too_long(session, stop)
         try:
             rows = unpack_chunk(chunk, self._manifest.model.hidden_size)
         except DecodeError as error:
-            self._log.warning(
-                "context of session %s of %s dropped: %s", *reversed(session.key), error
-            )
+            device, name = session.key
+            self._log.warning("context of session %s of %s dropped: %s", name, device, error)
             return self._gap(session)
-        num_new = session.take(chunk.start, rows)
+        num_new = session.add_rows(chunk.start, rows)
         if num_new is None:
             return self._gap(session)
-        num_bytes = len(chunk.data)
-        if session.owes_receipt(num_bytes, self._config.window_bytes // 2, is_repeat=num_new == 0):
+        limit_bytes = self._config.window_bytes // 2
+        if session.owes_receipt(len(chunk.data), limit_bytes, is_repeat=num_new == 0):
             return Received(session.key.session, session.branch, session.received)
         return None
 
     @staticmethod
     def _gap(session: Session) -> ToDevice | None:
-        """Says once what is missing, until something arrives."""
+        """Report what is missing, once until something arrives."""
         if session.gap_reported == session.received:
             return None
         session.gap_reported = session.received
         return Gap(session.key.session, session.branch, session.received)
 
-    def _ask(self, session: Session, message: Assist | Verify, arrived: float) -> ToDevice | None:
-        if repeats(message, session.answer):
-            return session.answer
+    def _verify(self, session: Session, message: Verify, arrived: float) -> ToDevice | None:
+        response = session.response
+        if repeats(message, response):
+            return response
         if message.request < session.last_request:
-            return None  # late: the device has asked something else since
-        if isinstance(message, Verify) and not session.is_on(message.branch):
-            if (
-                session.answer
-                and message.request > session.answer.request
-                and message.branch < session.branch
-            ):
-                text = (
-                    "this session is a branch ahead: its last answer was not heard; open it again"
-                )
+            return None  # late: the device has sent another request since
+        if not session.is_on(message.branch):
+            is_new = response and message.request > response.request
+            if is_new and message.branch < session.branch:
+                text = "the device has missed this session's last response; open it again"
                 return self._refused(session.key, "unknown_session", text)
             return None
-        stop = (
-            message.start + len(message.draft)
-            if isinstance(message, Verify)
-            else message.position + 1
-        )
+        stop = message.start + len(message.draft)
         if stop > session.capacity:
-            return self._too_long(session, stop)
-        session.ask(message, arrived)
+            return self._refused_too_long(session, stop)
+        session.add_job(message, arrived)
         if stop <= session.received:
             return None
-        session.gap_reported = None  # who asks about what is not here does not know of the gap
+        session.gap_reported = None  # a device that sends such a request does not know of the gap
         return self._gap(session)
 
     # Steps.
 
     def step(self) -> list[EngineResponse] | None:
-        """Runs one ragged batch over positions of many sessions; answers that are ready. None when nothing was to do.
+        """Run one ragged batch over positions of many sessions and return the responses that are
+        ready.
 
-        Questions go first. When none can be answered, context that has arrived runs ahead of the next ones.
+        Verify jobs go first. When none can be run, context that has arrived runs ahead of the next
+        ones. None means that nothing was to do.
         """
         now = self._clock()
         for session in self.sessions.values():
-            if session.question and now > session.question.expires:
-                self.tally.num_expired += 1
-                session.question = None
-        if batch := self._for_questions(now) or self._ahead(now):
+            if session.job and now > session.job.expires:
+                self.counters.num_expired += 1
+                session.job = None
+        batch = self._batch_of_jobs(now) or self._batch_of_context(now)
+        if batch:
             self._count(batch, now)
             self._run(batch)
-        answers = self._answers
-        self._answers = []
-        return answers if batch else answers or None
+        responses = self._responses
+        self._responses = []
+        return responses if batch else responses or None
 
     def _count(self, batch: Mapping[SessionKey, int], now: float) -> None:
-        self.tally.num_positions += sum(batch.values())
+        self.counters.num_positions += sum(batch.values())
         for key in batch:
-            question = self.sessions[key].question
-            if question and not question.has_begun:
-                question.has_begun = True
-                self.tally.queued.add(now - question.arrived)
+            job = self.sessions[key].job
+            if job and not job.has_begun:
+                job.has_begun = True
+                self.counters.queued.add(now - job.arrived)
 
-    def _for_questions(self, now: float) -> dict[SessionKey, int]:
-        waiting = [
-            (s.question.arrived, s) for s in self.sessions.values() if s.question and s.num_pending
-        ]
+    def _batch_of_jobs(self, now: float) -> dict[SessionKey, int]:
+        waiting = [(s.job.arrived, s) for s in self.sessions.values() if s.job and s.num_pending]
         by_age = [session for _, session in sorted(waiting, key=lambda item: item[0])]
         pending = {s.key: s.num_pending for s in self._with_caches(by_age, now)}
         return schedule(pending, self._config.max_batch_positions)
 
-    def _ahead(self, now: float) -> dict[SessionKey, int]:
-        """Sessions in use whose context is not a draft: a draft may be rejected, so it runs when it is asked about.
+    def _batch_of_context(self, now: float) -> dict[SessionKey, int]:
+        """Positions that run ahead of any job, of sessions in use whose context is not a draft.
 
-        The newest position waits: a question is about it, and would run it once more for its logits.
+        A draft may be rejected, so it runs with its job. The newest position waits: a job will be
+        about it, and would run it once more for its logits.
         """
         if not self._config.run_ahead_positions:
             return {}
         behind = [
-            s
-            for s in self.sessions.values()
-            if s.length < s.received - 1 and not s.drafts and not self.memory.is_idle(s, now)
+            session
+            for session in self.sessions.values()
+            if session.length < session.received - 1
+            and not session.holds_drafts
+            and not self.session_store.is_idle(session, now)
         ]
         pending = {s.key: s.received - 1 - s.length for s in self._with_caches(behind, now)}
         return schedule(pending, self._config.run_ahead_positions)
 
     def _with_caches(self, sessions: Iterable[Session], now: float) -> list[Session]:
-        """Those that have a cache now, in this order."""
+        """Return those of the sessions that have a cache now, in this order."""
         ready = []
         for session in sessions:
             try:
-                if self.memory.give_cache(session, now):
+                if self.session_store.give_cache(session, now):
                     ready.append(session)
             except PoolFullError as error:
-                self._give_up(session, error.code, str(error), self._config.retry_after_ms)
+                self._abandon(session, error.code, str(error), self._config.retry_after_ms)
         return ready
 
     def _run(self, batch: Mapping[SessionKey, int]) -> None:
-        """Runs so many positions of each session. Where that fails, one by one: only the guilty are given up."""
+        """Run so many positions of each session."""
         sessions = [self.sessions[key] for key in batch]
-        self._run_chunks(
-            [(session, next_chunk(session, batch[session.key])) for session in sessions]
-        )
+        self._run_chunks([(s, next_chunk(s, batch[s.key])) for s in sessions])
 
     def _run_chunks(self, work: Sequence[tuple[Session, Chunk]]) -> None:
+        """Run the chunks as one batch; where that fails, one by one, so that only the cause is
+        abandoned.
+        """
         try:
             logits = self._layers([chunk for _, chunk in work])
             samplings = [session.opening.sampling for session, _ in work]
             candidates = best_candidates(logits, num_candidates(samplings, self._manifest.top_k))
-        except Exception as error:  # whatever it was
-            if len(work) == 1:
-                ((session, _),) = work
-                log.exception("session %s of %s failed", *reversed(session.key))
-                self._give_up(
-                    session, "internal", f"the worker failed: {type(error).__name__}: {error}"
-                )
-                return
-            log.warning("a batch of %d sessions failed, they run one by one: %s", len(work), error)
-            for one in work:  # the same positions again, though some may be in the cache by now
-                self._run_chunks([one])
+        except Exception as error:  # noqa: BLE001  the other sessions have to be served
+            self._run_one_by_one(work, error)
             return
         first = 0
         for session, chunk in work:
-            self._conclude(session, candidates.rows(first, first + len(chunk.outputs)))
-            first += len(chunk.outputs)
+            stop = first + len(chunk.outputs)
+            self._conclude(session, candidates.rows(first, stop))
+            first = stop
+
+    def _run_one_by_one(self, work: Sequence[tuple[Session, Chunk]], error: Exception) -> None:
+        """Run a failed batch's chunks again; abandon the session when there is one alone."""
+        if len(work) > 1:
+            log.warning("a batch of %d sessions failed, they run one by one: %s", len(work), error)
+            for item in work:  # the same positions again, though the cache may hold some by now
+                self._run_chunks([item])
+            return
+        session = work[0][0]
+        device, name = session.key
+        log.exception("session %s of %s failed", name, device)
+        self._abandon(session, "internal", f"the worker failed: {type(error).__name__}: {error}")
 
     def _conclude(self, session: Session, candidates: TokenCandidates) -> None:
-        """What follows from the tokens that the worker would choose after the positions that were asked about."""
-        question = session.question
-        if question is None:
+        """Respond to the session's job when the candidates after its positions decide it."""
+        job = session.job
+        if job is None:
             return
         if not candidates.is_finite.all():
-            self._give_up(
-                session, "internal", "the worker failed: the upper layers gave no finite logits"
-            )
+            text = "the worker failed: the upper layers gave no finite logits"
+            self._abandon(session, "internal", text)
             return
-        make_choices(question, candidates, session.opening.sampling)
-        if not question.is_decided:
+        choose_tokens(job, candidates, session.opening.sampling)
+        if not job.is_decided:
             return
-        busy_ms = max(0.0, self._clock() - question.arrived) * 1000
-        answer = session.answer = answer_of(question, session.key.session, busy_ms)
-        self.tally.answered["verify" if question.draft else "assist"].add(busy_ms / 1000)
-        session.question = None
-        if isinstance(answer, Verified) and answer.token_id is not None:
-            session.rewind(answer.start + answer.accepted + 1, session.branch + 1)
-        self._answers.append(EngineResponse(session.key, answer))
+        busy_ms = max(0.0, self._clock() - job.arrived) * 1000
+        response = verified_response(job, session.key.session, busy_ms)
+        self.counters.answered.add(busy_ms / 1000)
+        session.response = response
+        session.job = None
+        if response.token_id is not None:
+            session.rewind(response.start + response.accepted + 1, session.branch + 1)
+        self._responses.append(EngineResponse(session.key, response))
 
     # Ends.
 
     def expire(self) -> None:
-        """Drops sessions that nobody has used for `session_ttl_s`."""
-        now = self._clock()
-        for session in [
-            s for s in self.sessions.values() if now - s.last_used > self._config.session_ttl_s
-        ]:
-            self.memory.drop(session)
+        """Drop the sessions that have not been used for `session_ttl_s`."""
+        oldest = self._clock() - self._config.session_ttl_s
+        for session in [s for s in self.sessions.values() if s.last_used < oldest]:
+            self.session_store.drop(session)
 
     def deny(self, devices: frozenset[str]) -> list[EngineResponse]:
-        """Serves these devices no more, and those that were denied before again; drops their sessions."""
+        """Replace the devices that are not served, and drop their sessions."""
         self.denied = devices
         sessions = [session for session in self.sessions.values() if session.key.device in devices]
-        for session in sessions:
-            self.memory.drop(session)
-        return [EngineResponse(session.key, self._revoked(session.key)) for session in sessions]
+        return self._dismiss(sessions, self._refused_revoked)
 
     def dismiss(self) -> list[EngineResponse]:
-        """Drops every session and sends its device to another worker."""
-        sessions = list(self.sessions.values())
+        """Drop every session and send its device to another worker."""
+        return self._dismiss(list(self.sessions.values()), self._refused_draining)
+
+    def _dismiss(
+        self, sessions: Sequence[Session], refuse: Callable[[SessionKey], Refused]
+    ) -> list[EngineResponse]:
         for session in sessions:
-            self.memory.drop(session)
-        return [EngineResponse(session.key, self._stopping(session.key)) for session in sessions]
+            self.session_store.drop(session)
+        return [EngineResponse(session.key, refuse(session.key)) for session in sessions]
 
     def check_integrity(self) -> None:
-        """Raises RuntimeError when sessions and memory do not agree: for tests, after every scenario."""
-        self.memory.check_integrity()
+        """Raise RuntimeError when sessions and memory do not agree; tests call it after every
+        scenario.
+        """
+        self.session_store.check_integrity()
 
-    def _give_up(self, session: Session, code: str, reason: str, retry_after_ms: int = 0) -> None:
-        self.memory.drop(session)
-        self._answers.append(
-            EngineResponse(
-                session.key, self._refused(session.key, code, reason[:500], retry_after_ms)
-            )
-        )
+    def _abandon(self, session: Session, code: str, reason: str, retry_after_ms: int = 0) -> None:
+        self.session_store.drop(session)
+        refused = self._refused(session.key, code, reason[:500], retry_after_ms)
+        self._responses.append(EngineResponse(session.key, refused))
 
-    def _stopping(self, key: SessionKey) -> Refused:
+    def _refused_draining(self, key: SessionKey) -> Refused:
         text = "this worker is stopping; open the session with another one"
         return self._refused(key, "draining", text, self._config.retry_after_ms)
 
-    def _revoked(self, key: SessionKey) -> Refused:
-        return self._refused(
-            key, "revoked", f"{key.device} is suspended, revoked or expired; enroll or resume it"
-        )
+    def _refused_revoked(self, key: SessionKey) -> Refused:
+        text = f"{key.device} is suspended, revoked or expired; enroll or resume it"
+        return self._refused(key, "revoked", text)
 
-    def _too_long(self, session: Session, stop: int) -> Refused:
-        return self._refused(
-            session.key, "too_long", f"position {stop} of at most {session.capacity}"
-        )
+    def _refused_too_long(self, session: Session, stop: int) -> Refused:
+        text = f"position {stop} of at most {session.capacity}"
+        return self._refused(session.key, "too_long", text)
 
     def _refused(
         self, key: SessionKey, code: str, message: str, retry_after_ms: int = 0
     ) -> Refused:
-        self.tally.refusals[code] += 1
+        self.counters.refusals[code] += 1
         return Refused(
             session=key.session,
             code=code,
@@ -394,19 +385,30 @@ class Engine:
         )
 
 
+def protocol_mismatch(protocol: int) -> str:
+    """Return the refusal of another `protocol`; it names the side to update."""
+    older = "device" if protocol < PROTOCOL else "worker"
+    return (
+        f"the worker speaks protocol {PROTOCOL}, the device protocol {protocol}: update the {older}"
+    )
+
+
 def same_terms(one: Open, other: Open) -> bool:
-    """Whether two openings of a session ask for the same: then the second is the first one sent again."""
-    return (one.epoch, one.sampling, one.max_positions) == (
-        other.epoch,
-        other.sampling,
-        other.max_positions,
+    """Return whether two openings of a session have the same terms; the second is a repetition."""
+    return (
+        one.epoch == other.epoch
+        and one.sampling == other.sampling
+        and one.max_positions == other.max_positions
     )
 
 
 def next_chunk(session: Session, count: int) -> Chunk:
-    """The session's next `count` positions; logits are wanted of those that its question is about."""
+    """Return the session's next `count` positions, with logits for those that its job has to
+    judge.
+    """
     assert session.lease is not None
     start = session.next_position
     stop = start + count
-    outputs = session.question.judged(stop) if session.question else []
-    return Chunk(session.lease, session.store.rows[start:stop], start, stop, outputs)
+    outputs = session.job.undecided_positions(stop) if session.job else []
+    rows = session.store.rows[start:stop]
+    return Chunk(session.lease, rows, start, stop, outputs)

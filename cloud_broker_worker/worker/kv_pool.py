@@ -1,4 +1,4 @@
-"""What sessions keep in memory, leased from one budget: KV caches and uploaded hidden states."""
+"""The memory of sessions, leased from one budget: KV caches and uploaded hidden states."""
 
 from __future__ import annotations
 
@@ -9,21 +9,15 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from fleet.errors import FleetError
+from fleet.errors import PoolFullError
 from fleet.protocol.hidden_states import Float16
 
 T = TypeVar("T")
 
 
-class PoolFullError(FleetError):
-    """The budget, or the machine, does not hold another session of that size."""
-
-    code = "busy"
-
-
 @dataclass(frozen=True, kw_only=True)
 class KvShape:
-    """Sizes of what one position takes."""
+    """Sizes of the memory for one position."""
 
     num_layers: int
     num_kv_heads: int
@@ -43,10 +37,10 @@ class KvShape:
 
 
 class KvLease:
-    """One session's cache: `layers`, each keys and values [2, kv_heads, capacity, head_dim]; positions [0, length)
-    have run.
+    """The cache of one session, of which positions [0, length) have run.
 
-    Its memory is not touched before it is written, so that a short session in a long lease takes little.
+    `layers` are keys and values [2, kv_heads, capacity, head_dim] each. Memory is not touched
+    before it is written, so that a short session in a long lease needs little.
     """
 
     def __init__(self, shape: KvShape, capacity: int) -> None:
@@ -61,9 +55,10 @@ class KvLease:
 
 
 class HiddenStore:
-    """One session's hidden states: `rows` [capacity, hidden] float16, as the device uploaded them; untouched at first.
+    """The hidden states of one session: `rows` [capacity, hidden] float16, as the device uploaded
+    them.
 
-    From them a cache that was taken away is built again.
+    Memory is not touched before it is written. An evicted cache is built again from it.
     """
 
     def __init__(self, shape: KvShape, capacity: int) -> None:
@@ -79,7 +74,7 @@ class HiddenStore:
 
 
 class KvPool:
-    """Gives caches and stores until `budget_bytes` are out."""
+    """A pool of caches and stores within `budget_bytes`."""
 
     def __init__(self, shape: KvShape, budget_bytes: int) -> None:
         self.shape = shape
@@ -93,13 +88,21 @@ class KvPool:
         return self.budget_bytes - self.used_bytes
 
     def lease(self, num_positions: int) -> KvLease:
-        """A cache; raises PoolFullError when the budget or the machine does not hold it."""
+        """Return a cache.
+
+        Raises:
+            PoolFullError: the budget or the machine does not hold it.
+        """
         lease = self._allocate(KvLease, num_positions, self.shape.cache_bytes)
         self.leases.add(lease)
         return lease
 
     def store(self, num_positions: int) -> HiddenStore:
-        """A store of hidden states; raises PoolFullError when the budget or the machine does not hold it."""
+        """Return a store of hidden states.
+
+        Raises:
+            PoolFullError: the budget or the machine does not hold it.
+        """
         store = self._allocate(HiddenStore, num_positions, self.shape.hidden_bytes)
         self.stores.add(store)
         return store
@@ -107,39 +110,37 @@ class KvPool:
     def _allocate(
         self, kind: Callable[[KvShape, int], T], num_positions: int, position_bytes: int
     ) -> T:
-        wanted = num_positions * position_bytes
-        text = f"{num_positions} positions need {wanted} bytes"
-        if wanted > self.free_bytes:
+        needed = num_positions * position_bytes
+        text = f"{num_positions} positions need {needed} bytes"
+        if needed > self.free_bytes:
             raise PoolFullError(f"{text}; {self.free_bytes} of {self.budget_bytes} are free")
         try:
             allocated = kind(self.shape, num_positions)
-        except (MemoryError, RuntimeError) as error:  # what PyTorch says when memory is short
-            raise PoolFullError(
-                f"{text}, which this machine does not have: {str(error)[:200]}"
-            ) from None
-        self.used_bytes += wanted
+        except (MemoryError, RuntimeError) as error:  # PyTorch raises the latter
+            reason = str(error)[:200]
+            raise PoolFullError(f"{text}, which this machine does not have: {reason}") from None
+        self.used_bytes += needed
         return allocated
 
-    def take_back(self, lease: KvLease) -> None:
-        """Frees a cache; one that is back already is left alone."""
+    def free_lease(self, lease: KvLease) -> None:
+        """Free a cache; one that is free already is left alone."""
         if lease in self.leases:
             self.leases.remove(lease)
             self.used_bytes -= lease.num_bytes
 
-    def drop(self, store: HiddenStore) -> None:
-        """Frees a store; one that is back already is left alone."""
+    def free_store(self, store: HiddenStore) -> None:
+        """Free a store; one that is free already is left alone."""
         if store in self.stores:
             self.stores.remove(store)
             self.used_bytes -= store.num_bytes
 
     def check_integrity(self) -> None:
-        """Raises RuntimeError when the books do not balance: for tests, after every scenario."""
-        total = sum(lease.num_bytes for lease in self.leases) + sum(
-            store.num_bytes for store in self.stores
-        )
+        """Raise RuntimeError when the sizes do not add up; tests call it after every scenario."""
+        total = sum(lease.num_bytes for lease in self.leases)
+        total += sum(store.num_bytes for store in self.stores)
         if total != self.used_bytes or total > self.budget_bytes:
             raise RuntimeError(
-                f"{self.used_bytes} bytes booked, {total} taken, {self.budget_bytes} allowed"
+                f"{self.used_bytes} bytes recorded, {total} leased, {self.budget_bytes} allowed"
             )
         for lease in self.leases:
             if not 0 <= lease.length <= lease.capacity:

@@ -1,4 +1,4 @@
-"""A worker's metrics and whether it is well, read from outside its thread while it works."""
+"""The metrics and the health of a worker, read from outside its thread while it works."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from cloud_broker_worker.worker.counters import BOUNDS_S, Durations
+from cloud_broker_worker.worker.engine import Engine
 from cloud_broker_worker.worker.worker import Worker
 
 STALL_S: Final = 60.0
 
 
 class WorkerMonitor:
-    """What the endpoint tells of a worker. It is unhealthy when a step takes longer than `stall_s` seconds."""
+    """The monitor of a worker, which is unhealthy when a step takes longer than `stall_s`
+    seconds.
+    """
 
     def __init__(self, worker: Worker, stall_s: float = STALL_S) -> None:
         self._worker = worker
@@ -25,9 +28,12 @@ class WorkerMonitor:
     def why_unhealthy(self) -> str | None:
         if not self._worker.is_serving:
             return "the worker's thread has ended"
-        silent_s = time.monotonic() - self._worker.last_turn
-        if silent_s > self._stall_s:
-            return f"the worker's thread has been in one step for {silent_s:.0f} s, expected at most {self._stall_s:g}"
+        step_s = time.monotonic() - self._worker.last_cycle_at
+        if step_s > self._stall_s:
+            return (
+                f"the worker's thread has been in one step for {step_s:.0f} s, "
+                f"expected at most {self._stall_s:g}"
+            )
         return None
 
     def why_unready(self) -> str | None:
@@ -39,74 +45,89 @@ class WorkerMonitor:
 
     def collect(self) -> Iterable[Metric]:
         engine = self._worker.engine
-        tally = engine.tally
-        memory = engine.memory
-        pool = engine.pool
-        sessions = list(
-            engine.sessions.values()
-        )  # a copy: the worker's thread changes the dict meanwhile
-        questions = [(question, s.received) for s in sessions if (question := s.question)]
-        waiting = [
-            question.arrived for question, received in questions if question.stop <= received
-        ]
-        now = time.monotonic()
-        gauges = {
-            "sessions": ("Sessions that it holds.", len(sessions)),
-            "waiting_questions": (
-                "Assists and verifies that could be answered and are not yet.",
-                len(waiting),
-            ),
-            "oldest_question_seconds": (
-                "How long the first of them has waited.",
-                now - min(waiting, default=now),
-            ),
-            "inbox_messages": (
-                "Messages that have arrived and wait for the step's end.",
-                self._worker.num_queued,
-            ),
-            "kv_used_bytes": ("KV caches and hidden states, of the budget.", pool.used_bytes),
-            "kv_budget_bytes": ("What KV caches and hidden states may take.", pool.budget_bytes),
-            "draining": (
-                "1 while it takes no sessions because it is to stop.",
-                int(engine.is_draining),
-            ),
-            "connected": ("1 while it is connected to the broker.", int(self._worker.is_connected)),
-        }
-        counters = {
-            "positions": ("Positions run through the upper layers.", tally.num_positions),
-            "expired_questions": (
-                "Questions that were not answered within their deadline.",
-                tally.num_expired,
-            ),
-            "evictions": ("KV caches taken from a session for another.", memory.num_evictions),
-        }
-        for name, (text, value) in gauges.items():
-            yield GaugeMetricFamily(f"fleet_worker_{name}", text, value)
-        for name, (text, value) in counters.items():
-            yield CounterMetricFamily(f"fleet_worker_{name}", text, value)
-        refusals = CounterMetricFamily(
-            "fleet_worker_refusals", "Sessions and questions refused.", labels=["code"]
-        )
-        for code, count in dict(tally.refusals).items():
-            refusals.add_metric([code], count)
-        yield refusals
+        yield from self._gauges(engine)
+        yield from _counters(engine)
         yield histogram(
             "fleet_worker_queue_seconds",
-            "From a question's arrival to its first step.",
-            {"": tally.queued},
+            "Time from a request's arrival to its first step.",
+            {"": engine.counters.queued},
         )
         yield histogram(
             "fleet_worker_answer_seconds",
-            "From a question's arrival to its answer.",
-            tally.answered,
+            "Time from a request's arrival to its response.",
+            {"verify": engine.counters.answered},
             "kind",
         )
+
+    def _gauges(self, engine: Engine) -> Iterable[Metric]:
+        sessions = list(engine.sessions.values())  # a copy: the worker's thread changes the dict
+        jobs = [(job, session.received) for session in sessions if (job := session.job)]
+        waiting = [job.arrived for job, received in jobs if job.stop <= received]
+        now = time.monotonic()
+        oldest_s = now - min(waiting, default=now)
+        for name, text, value in (
+            ("sessions", "Sessions on this worker.", len(sessions)),
+            (
+                "waiting_questions",
+                "Verify requests that have their context and no response yet.",
+                len(waiting),
+            ),
+            ("oldest_question_seconds", "Waiting time of the oldest of them.", oldest_s),
+            (
+                "inbox_messages",
+                "Messages that have arrived and wait for the end of the step.",
+                self._worker.num_queued,
+            ),
+            (
+                "kv_used_bytes",
+                "Bytes of KV caches and hidden states, of the budget.",
+                engine.pool.used_bytes,
+            ),
+            (
+                "kv_budget_bytes",
+                "Limit for KV caches and hidden states.",
+                engine.pool.budget_bytes,
+            ),
+            (
+                "draining",
+                "1 while the worker accepts no sessions because it is to stop.",
+                int(engine.is_draining),
+            ),
+            (
+                "connected",
+                "1 while the worker is connected to the broker.",
+                int(self._worker.is_connected),
+            ),
+        ):
+            yield GaugeMetricFamily(f"fleet_worker_{name}", text, value)
+
+
+def _counters(engine: Engine) -> Iterable[Metric]:
+    counters = engine.counters
+    for name, text, value in (
+        ("positions", "Positions run through the upper layers.", counters.num_positions),
+        ("expired_questions", "Verify requests whose deadline has passed.", counters.num_expired),
+        (
+            "evictions",
+            "KV caches taken from one session for another.",
+            engine.session_store.num_evictions,
+        ),
+    ):
+        yield CounterMetricFamily(f"fleet_worker_{name}", text, value)
+    refusals = CounterMetricFamily(
+        "fleet_worker_refusals", "Refusals of sessions and requests.", labels=["code"]
+    )
+    for code, count in dict(counters.refusals).items():
+        refusals.add_metric([code], count)
+    yield refusals
 
 
 def histogram(
     name: str, text: str, durations: dict[str, Durations], label: str | None = None
 ) -> Metric:
-    """A histogram with one set of buckets for each value of `label`, or with one alone."""
+    """Return a histogram with one set of buckets for each value of `label`, or with a single
+    one.
+    """
     family = HistogramMetricFamily(name, text, labels=[label] if label else None)
     bounds = [*map(str, BOUNDS_S), "+Inf"]
     for value, measured in durations.items():

@@ -1,7 +1,9 @@
-"""Linear layers as a worker runs them, by PyTorch's own kernels for CPUs: in float32, or with weights of 8 or 4 bits.
+"""The worker's linear layers, by PyTorch's own kernels for CPUs: in float32, or with weights of 8
+or 4 bits.
 
-With fewer bits weights alone are quantised, activations are in bfloat16, and each row of a batch is computed as it is
-alone, bit for bit, so a session's logits do not depend on whom it shares a batch with. In float32 they do by rounding.
+With fewer bits only weights are quantised, activations are in bfloat16, and each row of a batch is
+computed as it is alone, bit for bit, so a session's logits do not depend on the rest of the batch.
+In float32 they do, by rounding.
 """
 
 from __future__ import annotations
@@ -15,15 +17,17 @@ from cloud_broker_worker.worker.config import Weights
 
 GROUP: Final = 32
 LANES: Final = 16
-"""The 8-bit kernel takes so many inputs at a time, aligned, and checks nothing: a part of them ends the process."""
+"""Inputs that the 8-bit kernel reads at a time, aligned; it checks nothing, and any other number
+ends the process."""
 NUM_CANDIDATES: Final = 32
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + b in float32; the weight lies as oneDNN reads it best. x [..., in] float32 -> [..., out] float32.
+    """y = x W^T + b in float32, with the weight in oneDNN's layout; x [..., in] float32 -> [...,
+    out] float32.
 
-    What PyTorch calls by itself, MKL, took two to four times as long for the few rows of a batch on the AMD processor
-    where both were measured (ADR 0026).
+    MKL, which PyTorch calls by default, took two to four times as long for the few rows of a batch
+    on the AMD processor where both were measured (ADR 0026).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -40,7 +44,10 @@ class PackedLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """y = x W^T with a scale for each output; x [..., in] float32 -> [..., out] float32; `in` in whole `LANES`."""
+    """y = x W^T with a scale for each output; x [..., in] float32 -> [..., out] float32.
+
+    `in` is a multiple of `LANES`.
+    """
 
     _weight: Tensor
     _scale: Tensor
@@ -58,9 +65,10 @@ class Int8Linear(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """y = x W^T with a scale and an offset for each `GROUP` inputs; x [..., in] float32 -> [..., out] float32.
+    """y = x W^T with a scale and an offset for each `GROUP` inputs; x [..., in] float32 -> [...,
+    out] float32.
 
-    `in` comes in whole groups, `out` in whole 16s.
+    `in` is a multiple of `GROUP`, `out` of 16.
     """
 
     _weight: Tensor
@@ -71,12 +79,12 @@ class Int4Linear(nn.Module):
         groups = weight.reshape(len(weight), -1, GROUP)
         low = groups.amin(-1, keepdim=True)
         scale = ((groups.amax(-1, keepdim=True) - low) / 15).clamp(min=1e-8)
-        codes = ((groups - low) / scale).round().clamp(0, 15).to(torch.int32).reshape(weight.shape)
-        offset = low + 8 * scale  # the kernel takes (code - 8) * scale + offset
+        levels = ((groups - low) / scale).round().clamp(0, 15)
+        codes = levels.to(torch.int32).reshape(weight.shape)
+        offset = low + 8 * scale  # the kernel computes (code - 8) * scale + offset
         self.register_buffer("_weight", torch._convert_weight_to_int4pack_for_cpu(codes, 1))
-        self.register_buffer(
-            "_grid", torch.cat((scale, offset), -1).transpose(0, 1).contiguous().bfloat16()
-        )
+        grid = torch.cat((scale, offset), -1).transpose(0, 1)
+        self.register_buffer("_grid", grid.contiguous().bfloat16())
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).bfloat16()
@@ -85,9 +93,11 @@ class Int4Linear(nn.Module):
 
 
 class TwoStepHead(nn.Module):
-    """An LM head of 4 bits that chooses `NUM_CANDIDATES` tokens, whose logits are then computed with weights of 16.
+    """An LM head of 4 bits that chooses `NUM_CANDIDATES` tokens, and computes their logits again
+    with 16 bits.
 
-    The other tokens' logits stay as the 4 bits gave them. The device's LM head works in the same way (ADR 0010).
+    The other tokens keep the logits of the 4 bits. The device's LM head works in the same way (ADR
+    0010).
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -97,20 +107,19 @@ class TwoStepHead(nn.Module):
         self._num_candidates = min(NUM_CANDIDATES, len(weight))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [rows, in] float32 -> logits [rows, vocab] float32."""
+        """Return logits [rows, vocab] float32 of x [rows, in] float32."""
         logits: Tensor = self._coarse(x)
         ids = logits.topk(self._num_candidates, sorted=False).indices
-        fine = (self._table[ids].float() * x[:, None]).sum(
-            -1
-        )  # not a product of matrices: it depends on no other row
+        # Not a product of matrices, so that it depends on no other row.
+        fine = (self._table[ids].float() * x[:, None]).sum(-1)
         return logits.scatter_(-1, ids, fine)
 
 
 def prepare(model: Any, weights: Weights) -> None:
-    """Makes a model's linear layers those of this module, in place.
+    """Replace a model's linear layers by those of this module, in place.
 
-    Of fewer bits the LM head runs in two steps. What 4 bits cannot hold takes 8, and a layer with a bias, or whose
-    inputs do not come in whole `LANES`, keeps float32.
+    With fewer bits the LM head runs in two steps. A layer that does not fit 4 bits has 8, and one
+    with a bias, or whose number of inputs is no multiple of `LANES`, keeps float32.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
@@ -132,8 +141,8 @@ def _prepared(name: str, layer: nn.Linear, weights: Weights) -> nn.Module:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """What a step reads of a prepared model's weights, but for the rows of a few candidates."""
-    packed = [module.num_bytes for module in model.modules() if isinstance(module, PackedLinear)]
-    return sum(
-        packed, start=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    )
+    """Return the bytes of a prepared model's weights that a step reads, without the rows of a few
+    candidates.
+    """
+    packed = sum(m.num_bytes for m in model.modules() if isinstance(m, PackedLinear))
+    return packed + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

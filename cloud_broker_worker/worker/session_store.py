@@ -1,4 +1,4 @@
-"""All sessions and their memory: taken in, given a cache, evicted, dropped."""
+"""All sessions and their memory: admission, caches, eviction, removal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from cloud_broker_worker.worker.eviction_policy import (
     MemoryLimits,
     caches_to_evict,
     devices_over_share,
-    may_go_for,
+    may_evict,
     sessions_to_drop,
 )
 from cloud_broker_worker.worker.kv_pool import KvPool
@@ -16,7 +16,7 @@ from fleet.protocol.messages import Open
 
 
 class SessionStore:
-    """Every session keeps its hidden states; caches come and go with the need for them."""
+    """The sessions of a worker. Each keeps its hidden states; it has a cache while it needs one."""
 
     def __init__(self, pool: KvPool, config: WorkerConfig) -> None:
         self.pool = pool
@@ -31,52 +31,50 @@ class SessionStore:
         )
 
     def can_ever_fit(self, num_positions: int) -> bool:
-        """Whether the whole budget holds a session of that size."""
+        """Return whether the whole budget holds a session of that size."""
         limits = self._limits
-        return (
-            limits.cache_bytes(num_positions) + limits.hidden_bytes(num_positions)
-            <= limits.budget_bytes
-        )
+        needed = limits.cache_bytes(num_positions) + limits.hidden_bytes(num_positions)
+        return needed <= limits.budget_bytes
 
     def admit(self, key: SessionKey, opening: Open, now: float) -> Session:
-        """A fresh session, in the place of an earlier one of that name.
+        """Add a fresh session, in the place of an earlier one of that name.
 
         Raises:
-            PoolFullError: memory that others have a claim to would have to go.
+            PoolFullError: it would need memory that others have a claim to.
         """
         if key in self.sessions:
             self.drop(self.sessions[key])
-        for session in sessions_to_drop(
-            self.sessions.values(), key.device, opening.max_positions, self._limits, now
-        ):
+        num_positions = opening.max_positions
+        sessions = self.sessions.values()
+        for session in sessions_to_drop(sessions, key.device, num_positions, self._limits, now):
             self.drop(session)
-        missing = self._limits.hidden_bytes(opening.max_positions) - self.pool.free_bytes
+        missing = self._limits.hidden_bytes(num_positions) - self.pool.free_bytes
         over = devices_over_share(self.sessions.values(), self._limits)
         for victim in caches_to_evict(self.sessions.values(), missing, over):
             self.evict(victim)
-        store = self.pool.store(opening.max_positions)
-        session = self.sessions[key] = Session(
+        store = self.pool.store(num_positions)
+        session = Session(
             key=key, opening=opening, store=store, last_used=now, branch=opening.branch
         )
+        self.sessions[key] = session
         return session
 
     def give_cache(self, session: Session, now: float) -> bool:
-        """Whether the session has a cache now, if need be one that was taken from others.
+        """Give the session a cache, if need be in place of others; return whether it has one now.
 
         Raises:
             PoolFullError: the budget would hold it, but the machine does not.
         """
         if session.lease:
             return True
-        wanted = self._limits.cache_bytes(session.capacity)
-        others = [
-            s
-            for s in self.sessions.values()
-            if s.lease and may_go_for(session, s, self._limits, now)
-        ]
-        over = devices_over_share(self.sessions.values(), self._limits, session)
-        victims = caches_to_evict(others, wanted - self.pool.free_bytes, over)
-        if self.pool.free_bytes + sum(s.lease.num_bytes for s in victims if s.lease) < wanted:
+        limits = self._limits
+        sessions = self.sessions.values()
+        needed = limits.cache_bytes(session.capacity)
+        others = [s for s in sessions if s.lease and may_evict(session, s, limits, now)]
+        over = devices_over_share(sessions, limits, session)
+        victims = caches_to_evict(others, needed - self.pool.free_bytes, over)
+        freed = sum(victim.lease.num_bytes for victim in victims if victim.lease)
+        if self.pool.free_bytes + freed < needed:
             return False
         for victim in victims:
             self.evict(victim)
@@ -84,42 +82,42 @@ class SessionStore:
         return True
 
     def evict(self, session: Session) -> None:
-        """Takes a session's cache; its hidden states stay."""
+        """Free a session's cache; its hidden states stay."""
         self.num_evictions += session.lease is not None
-        self._take_back(session)
+        self._free_cache(session)
 
-    def _take_back(self, session: Session) -> None:
+    def _free_cache(self, session: Session) -> None:
         if session.lease:
-            self.pool.take_back(session.lease)
+            self.pool.free_lease(session.lease)
             session.lease = None
 
     def drop(self, session: Session) -> None:
-        """Forgets a session."""
-        self._take_back(session)
-        self.pool.drop(session.store)
+        """Remove a session and free its memory."""
+        self._free_cache(session)
+        self.pool.free_store(session.store)
         self.sessions.pop(session.key, None)
 
     def is_idle(self, session: Session, now: float) -> bool:
-        """Whether nobody has used it lately and no question waits."""
+        """Return whether the session has not been used lately and has no job."""
         return self._limits.is_idle(session, now)
 
     def check_integrity(self) -> None:
-        """Raises RuntimeError when sessions and memory do not agree: for tests, after every scenario."""
+        """Raise RuntimeError when sessions and memory do not agree; tests call it after every
+        scenario.
+        """
         self.pool.check_integrity()
         sessions = self.sessions.values()
-        if {s.lease for s in sessions if s.lease} != self.pool.leases or {
-            s.store for s in sessions
-        } != self.pool.stores:
+        leases = {session.lease for session in sessions if session.lease}
+        stores = {session.store for session in sessions}
+        if leases != self.pool.leases or stores != self.pool.stores:
             raise RuntimeError(
-                f"{len(sessions)} sessions, {len(self.pool.stores)} stores and {len(self.pool.leases)} caches: "
-                "some belong to nobody"
+                f"{len(sessions)} sessions, {len(self.pool.stores)} stores and "
+                f"{len(self.pool.leases)} caches: some belong to no session"
             )
         for key, session in self.sessions.items():
-            if (
-                key != session.key
-                or not 0 <= session.length <= session.received <= session.capacity
-            ):
+            in_order = 0 <= session.length <= session.received <= session.capacity
+            if key != session.key or not in_order:
                 raise RuntimeError(
-                    f"session {session.key} as {key}: {session.length} positions have run, {session.received} arrived, "
-                    f"{session.capacity} fit"
+                    f"session {session.key} as {key}: {session.length} positions have run, "
+                    f"{session.received} arrived, {session.capacity} fit"
                 )

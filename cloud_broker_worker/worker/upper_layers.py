@@ -1,7 +1,7 @@
 """The model's upper layers: Hugging Face's own code, run over one ragged batch of many sessions.
 
-Rows of all sessions go through every linear layer together; attention, registered as a function of our own in
-transformers' ALL_ATTENTION_FUNCTIONS, runs per session on that session's cache.
+Rows of all sessions pass through every linear layer together; attention, registered as a function
+of this module in transformers' ALL_ATTENTION_FUNCTIONS, runs per session on that session's cache.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ ATTENTION: Final = "cecollm_ragged"
 
 
 class Chunk(NamedTuple):
-    """Positions [start, stop) of one session; [0, start) have run, and `start` is at most the lease's length.
+    """Positions [start, stop) of one session, of which [0, start) have run.
 
-    `hidden_states` [stop - start, hidden] float16 enter the upload layer; logits are wanted of the positions `outputs`.
+    `hidden_states` [stop - start, hidden] float16 enter the upload layer; logits are computed for
+    the positions `outputs`. A tuple, because a step unpacks it per session.
     """
 
     lease: KvLease
@@ -43,7 +44,9 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Rows of a batch that are positions [start, stop) of a cache; `mask` [stop - start, stop] where it takes one."""
+    """Rows of a batch that are positions [start, stop) of a cache; `mask` [stop - start, stop]
+    where one is needed.
+    """
 
     lease: KvLease
     rows: slice
@@ -63,7 +66,9 @@ def ragged_attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, heads, rows, d], key and value [1, kv_heads, rows, d] -> [1, rows, heads, d]."""
+    """Return [1, rows, heads, d] of query [1, heads, rows, d], key and value [1, kv_heads, rows,
+    d].
+    """
     del attention_mask, kwargs
     heads = query.shape[1]
     dim = query.shape[-1]
@@ -95,26 +100,30 @@ def ragged_attention(
 
 
 def one_row_attention(query: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
-    """query [kv_heads, group, d], scaled, keys and values [kv_heads, n, d] -> out [kv_heads, group, d].
+    """Attend from query [kv_heads, group, d], scaled, to keys and values [kv_heads, n, d].
 
-    Three small kernels, where the general one costs more to call than to run.
+    `out` is [kv_heads, group, d]. Three small kernels: the general one costs more to call than to
+    run.
     """
-    torch.bmm(torch.bmm(query, keys.transpose(1, 2)).softmax(-1), values, out=out)
+    weights = torch.bmm(query, keys.transpose(1, 2)).softmax(-1)
+    torch.bmm(weights, values, out=out)
 
 
 def make_spans(chunks: Sequence[Chunk]) -> list[Span]:
-    """Lays the chunks one after the other. One row sees the whole cache, and a first chunk is plainly causal: only
-    several rows behind a prefix take a mask, made once for all layers."""
+    """Return the chunks' rows, one chunk after the other.
+
+    One row sees the whole cache, and a first chunk is plainly causal: only several rows behind a
+    prefix need a mask, made once for all layers.
+    """
     spans = []
     first = 0
     for lease, _, start, stop, _ in chunks:
         count = stop - start
-        mask = (
-            torch.ones(count, stop, dtype=torch.bool).tril_(start) if start and count > 1 else None
-        )
-        spans.append(
-            Span(lease=lease, rows=slice(first, first + count), start=start, stop=stop, mask=mask)
-        )
+        mask = None
+        if start and count > 1:
+            mask = torch.ones(count, stop, dtype=torch.bool).tril_(start)
+        rows = slice(first, first + count)
+        spans.append(Span(lease=lease, rows=rows, start=start, stop=stop, mask=mask))
         first += count
     return spans
 
@@ -123,10 +132,16 @@ ALL_ATTENTION_FUNCTIONS.register(ATTENTION, ragged_attention)
 
 
 class UpperLayers:
-    """Layers [upload_layer, num_layers), final norm and LM head of a bundle; weights in float32 or fewer bits."""
+    """Layers [upload_layer, num_layers), final norm and LM head of a bundle; weights in float32 or
+    fewer bits.
+    """
 
     def __init__(self, bundle: Bundle, num_threads: int, weights: Weights = "float32") -> None:
-        """Raises BundleError when the cloud partition does not load."""
+        """Load the cloud partition.
+
+        Raises:
+            BundleError: it does not load.
+        """
         torch.set_num_threads(num_threads)
         self.manifest = bundle.manifest
         try:
@@ -139,28 +154,25 @@ class UpperLayers:
 
     @property
     def weight_bytes(self) -> int:
-        """What a step reads of the weights."""
+        """The bytes of weights that a step reads."""
         return weight_bytes(self._model)
 
     def new_pool(self, budget_bytes: int) -> KvPool:
-        """A pool of caches of this model's shape."""
+        """Return a pool of caches of this model's shape."""
         model = self.manifest.model
-        num_layers = model.num_layers - self.manifest.upload_layer
-        return KvPool(
-            KvShape(
-                num_layers=num_layers,
-                num_kv_heads=model.num_key_value_heads,
-                head_dim=model.head_dim,
-                hidden_size=model.hidden_size,
-            ),
-            budget_bytes,
+        shape = KvShape(
+            num_layers=model.num_layers - self.manifest.upload_layer,
+            num_kv_heads=model.num_key_value_heads,
+            head_dim=model.head_dim,
+            hidden_size=model.hidden_size,
         )
+        return KvPool(shape, budget_bytes)
 
     @torch.inference_mode()
     def __call__(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Runs every chunk's positions and adds them to its cache.
+        """Run every chunk's positions and add them to its cache.
 
-        Gives logits [number of outputs, vocab] float32, chunk by chunk.
+        Return logits [number of outputs, vocab] float32, chunk by chunk.
         """
         spans = make_spans(chunks)
         rows = np.concatenate([chunk.hidden_states for chunk in chunks])
@@ -173,14 +185,13 @@ class UpperLayers:
             hidden = out[0] if isinstance(out, tuple) else out
         for span in spans:
             span.lease.length = max(span.lease.length, span.stop)
-        wanted = [
-            s.rows.start + i - c.start
-            for s, c in zip(spans, chunks, strict=True)
-            for i in c.outputs
+        output_rows = [
+            span.rows.start + i - chunk.start
+            for span, chunk in zip(spans, chunks, strict=True)
+            for i in chunk.outputs
         ]
-        logits: Tensor = self._model.lm_head(
-            decoder.norm(hidden[0, torch.tensor(wanted, dtype=torch.long)])
-        )
+        outputs = hidden[0, torch.tensor(output_rows, dtype=torch.long)]
+        logits: Tensor = self._model.lm_head(decoder.norm(outputs))
         return logits
 
 
@@ -188,15 +199,13 @@ def _load(bundle: Bundle) -> Any:
     config = AutoConfig.from_pretrained(bundle.folder / "cloud", attn_implementation=ATTENTION)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    missing, unexpected = model.load_state_dict(
-        load_file(bundle.path("cloud/model.safetensors")), strict=False, assign=True
-    )
+    weights = load_file(bundle.path("cloud/model.safetensors"))
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     if unexpected or set(missing) - {"model.embed_tokens.weight"}:
         raise ValueError(
             f"{len(missing)} weights are missing, {len(unexpected)} do not belong there"
         )
     model.model.embed_tokens = None  # the device has it
-    model.model.rotary_emb = type(model.model.rotary_emb)(
-        config=config
-    )  # its table is computed, not stored
+    rotary = type(model.model.rotary_emb)
+    model.model.rotary_emb = rotary(config=config)  # its table is computed, not stored
     return model.float().eval().requires_grad_(False)

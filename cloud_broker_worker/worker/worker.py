@@ -1,4 +1,4 @@
-"""The worker: messages from the broker into the engine, the engine's answers back."""
+"""The worker: messages from the broker into the engine, the engine's responses back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
-from types import TracebackType
 from typing import Final, Self
 
 from cloud_broker_worker.worker.config import WorkerConfig
@@ -30,35 +29,36 @@ log = logging.getLogger(__name__)
 EXPIRY_CHECK_S: Final = 1.0
 STOP_TIMEOUT_S: Final = 5.0
 DRAIN_CHECK_S: Final = 0.1
-QUEUE_SHARE: Final = (
-    0.25  # of the messages that wait may be one device's, so that none keeps out the others
-)
+QUEUE_SHARE: Final = 0.25  # of the queue that one device may fill, so that it cannot block others
 
 
 class Worker:
-    """Serves one bundle. Use as a context manager; it announces itself and serves until it is closed.
+    """A worker that serves one bundle, as a context manager: it announces itself and serves until
+    it is closed.
 
-    Its thread takes messages and runs a step in turns; `last_turn` is when it last began one, in monotonic seconds.
+    Its thread processes messages and runs a step, one after the other; `last_cycle_at` is the
+    monotonic time in seconds at which the last such cycle began.
     """
 
     def __init__(self, transport: Transport, bundle: Bundle, config: WorkerConfig) -> None:
-        """Raises BundleError when the cloud partition does not load."""
+        """Load the bundle.
+
+        Raises:
+            BundleError: the cloud partition does not load.
+        """
         self.name = transport.name
-        self.engine = Engine(
-            UpperLayers(bundle, config.num_threads, config.weights), transport.name, config
-        )
+        layers = UpperLayers(bundle, config.num_threads, config.weights)
+        self.engine = Engine(layers, transport.name, config)
         self._transport = transport
         self._bundle_id = bundle.manifest.bundle_id
         self._config = config
         self._announced = 0
-        self.last_turn = time.monotonic()
+        self.last_cycle_at = time.monotonic()
         self._epoch = time.time_ns() // 1_000_000
-        self._inbox: queue.Queue[tuple[float, str, ToWorker]] = queue.Queue(
-            config.max_queued_messages
-        )
-        self._queued = Counter[str]()  # messages of each device in there
-        self._counting = threading.Lock()
-        self._denied = self.engine.denied  # as it was heard last; the engine is the thread's alone
+        self._queue = queue.Queue[tuple[float, str, ToWorker]](config.max_queued_messages)
+        self._num_queued_by = Counter[str]()  # messages of each device in the queue
+        self._queue_lock = threading.Lock()
+        self._denied = self.engine.denied  # the list received last; only the thread uses the engine
         self._thread = threading.Thread(target=self._serve, name=f"worker-{self.name}", daemon=True)
         self._open_filter = (
             topics.shared_open_filter(self._bundle_id)
@@ -66,31 +66,27 @@ class Worker:
             else topics.OPEN_FILTER
         )
         self._stopping = threading.Event()
-        self._announcing = threading.Lock()
+        self._announce_lock = threading.Lock()
         self._log = RateLimitedLog(log)
 
     def __enter__(self) -> Self:
         self._thread.start()
         self._transport.subscribe(topics.REVOKED, self._on_revoked, qos=1, retained=True)
-        self._transport.subscribe(f"{topics.PREFIX}/w/{self.name}/+/+", self._on_message)
+        self._transport.subscribe(topics.sessions_of_worker(self.name), self._on_message)
         self._transport.subscribe(self._open_filter, self._on_message, qos=1)
         self._transport.on_up(self._announce)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stopping.set()
         self._thread.join(STOP_TIMEOUT_S)
-        if not self.is_serving:  # else a step still runs, and the devices find out by themselves
+        if not self.is_serving:  # else a step still runs, and the devices notice by themselves
             self._send(self.engine.dismiss())
         self._publish(topics.worker_status(self.name), self.will(), qos=1, retain=True)
 
     def drain(self, hurry: threading.Event) -> None:
-        """Takes no more sessions and serves those that it has until they end, at most `drain_timeout_s` seconds.
+        """Accept no more sessions and serve the present ones until they end, at most
+        `drain_timeout_s` seconds.
 
         Devices that know of another worker leave at once. Setting `hurry` ends the wait.
         """
@@ -98,10 +94,9 @@ class Worker:
         self._transport.unsubscribe(self._open_filter)
         self._announce()
         deadline = time.monotonic() + self._config.drain_timeout_s
-        while (
-            self.engine.sessions and time.monotonic() < deadline and not hurry.wait(DRAIN_CHECK_S)
-        ):
-            pass
+        while self.engine.sessions and time.monotonic() < deadline:
+            if hurry.wait(DRAIN_CHECK_S):
+                break
 
     @property
     def is_serving(self) -> bool:
@@ -115,16 +110,16 @@ class Worker:
 
     @property
     def num_queued(self) -> int:
-        """Messages that have arrived and not been handled."""
-        return self._inbox.qsize()
+        """Number of messages that have arrived and have not been processed."""
+        return self._queue.qsize()
 
     @staticmethod
     def will() -> bytes:
-        """The status payload of a worker that has gone."""
+        """Return the status payload of a worker that has gone."""
         return encode_status(WorkerStatus(online=False, epoch=0))
 
     def _announce(self) -> None:
-        with self._announcing:  # of two threads the later one must not publish the older status
+        with self._announce_lock:  # the later of two threads must not publish the older status
             self._announced = len(self.engine.sessions)
             status = WorkerStatus(
                 online=True,
@@ -139,13 +134,15 @@ class Worker:
             )
 
     def _on_message(self, topic: str, payload: bytes) -> None:
-        """Decides what a message is and queues it; who sent it says the topic, which the broker has checked."""
+        """Decode a message and queue it; its device is named by the topic, which the broker has
+        checked.
+        """
         try:
             message = decode_to_worker(payload)
             if isinstance(message, Open):
-                (device,) = topics.parse(topic, "open", "+")
+                (device,) = topics.parse_topic(topic, topics.OPEN_FILTER)
             else:
-                _, device, session = topics.parse(topic, "w", "+", "+", "+")
+                _, device, session = topics.parse_topic(topic, topics.TO_WORKER_FILTER)
                 if message.session != session:
                     raise ProtocolError(
                         f"expected session {session} of the topic, got {message.session}"
@@ -153,18 +150,18 @@ class Worker:
         except ProtocolError as error:
             self._log.warning("message on %s dropped: %s", topic, error)
             return
-        with self._counting:
-            num_own = self._queued[device]
-            has_room = num_own < self._inbox.maxsize * QUEUE_SHARE and not self._inbox.full()
+        with self._queue_lock:
+            num_own = self._num_queued_by[device]
+            has_room = num_own < self._queue.maxsize * QUEUE_SHARE and not self._queue.full()
             if has_room:
-                self._queued[device] = num_own + 1
-                self._inbox.put_nowait((time.monotonic(), device, message))
+                self._num_queued_by[device] = num_own + 1
+                self._queue.put_nowait((time.monotonic(), device, message))
         if not has_room:
-            text = "message on %s dropped: %d messages wait already, %d of them its device's"
-            self._log.warning(text, topic, self._inbox.qsize(), num_own)
+            text = "message on %s dropped: %d messages wait, %d of them of its device"
+            self._log.warning(text, topic, self._queue.qsize(), num_own)
 
     def _on_revoked(self, topic: str, payload: bytes) -> None:
-        """Without such a message nobody is denied; what cannot be read changes nothing."""
+        """Replace the set of denied devices; a malformed message changes nothing."""
         try:
             self._denied = decode_denylist(payload)
         except ProtocolError as error:
@@ -174,14 +171,14 @@ class Worker:
         next_check = time.monotonic()
         is_idle = True
         while not self._stopping.is_set():
-            self.last_turn = time.monotonic()
+            self.last_cycle_at = time.monotonic()
             try:
-                self._deny()
-                self._take(wait=is_idle)
-                is_idle = True  # also after an error: none is repeated in haste
-                answers = self.engine.step()
-                is_idle = answers is None
-                self._send(answers or [])
+                self._apply_denylist()
+                self._handle_queued(wait=is_idle)
+                is_idle = True  # also after an error, so that errors do not repeat without a pause
+                responses = self.engine.step()
+                is_idle = responses is None
+                self._send(responses or [])
                 if time.monotonic() > next_check:
                     self.engine.expire()
                     if len(self.engine.sessions) != self._announced:
@@ -190,26 +187,28 @@ class Worker:
             except Exception:  # the outermost boundary: one bad session must not end the worker
                 log.exception("the worker goes on after an error")
 
-    def _take(self, *, wait: bool) -> None:
-        """Hands what has arrived to the engine; with `wait`, waits a little for a first message."""
+    def _handle_queued(self, *, wait: bool) -> None:
+        """Pass the queued messages to the engine; with `wait`, wait a little for a first one."""
         with suppress(queue.Empty):
-            item = self._inbox.get(timeout=EXPIRY_CHECK_S / 5) if wait else self._inbox.get_nowait()
-            for _ in range(self._inbox.maxsize):  # whoever floods us does not keep us from a step
-                self._deny()  # what was heard before a message counts for it
+            item = self._queue.get(timeout=EXPIRY_CHECK_S / 5) if wait else self._queue.get_nowait()
+            for _ in range(
+                self._queue.maxsize
+            ):  # a flood of messages must not prevent the next step
+                self._apply_denylist()  # a list that arrived before a message holds for it
                 arrived, device, message = item
-                with self._counting:
-                    self._queued[device] -= 1
-                    if not self._queued[device]:
-                        del self._queued[device]
+                with self._queue_lock:
+                    self._num_queued_by[device] -= 1
+                    if not self._num_queued_by[device]:
+                        del self._num_queued_by[device]
                 self._send(self.engine.handle(device, message, arrived))
-                item = self._inbox.get_nowait()
+                item = self._queue.get_nowait()
 
-    def _deny(self) -> None:
+    def _apply_denylist(self) -> None:
         if self._denied is not self.engine.denied:
             self._send(self.engine.deny(self._denied))
 
-    def _send(self, answers: list[EngineResponse]) -> None:
-        for key, message in answers:
+    def _send(self, responses: list[EngineResponse]) -> None:
+        for key, message in responses:
             self._publish(topics.to_device(key.device, key.session), encode(message))
 
     def _publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> None:

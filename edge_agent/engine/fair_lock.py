@@ -1,48 +1,42 @@
-"""Turns at a thing that one can use at a time."""
+"""A fair (first come, first served) lock."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from types import TracebackType
 
 
 class FairLock:
-    """A lock that is given in the order in which it was asked for. `with turns:` waits for a turn and takes it.
+    """A lock that is granted in the order of the requests; use it with `with`.
 
-    Python's own lock may be won again and again by the thread that has just let go of it.
+    Python's own lock may be acquired again and again by the thread that has just released it.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._taken = False
+        self._is_held = False
         self._waiting: deque[threading.Event] = deque()
 
     def __enter__(self) -> None:
         with self._lock:
-            if not self._taken:
-                self._taken = True
+            if not self._is_held:
+                self._is_held = True
                 return
-            turn = threading.Event()
-            self._waiting.append(turn)
-        turn.wait()
+            granted = threading.Event()
+            self._waiting.append(granted)
+        granted.wait()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._lock:
             if self._waiting:
-                self._waiting.popleft().set()  # handed over: it stays taken
+                self._waiting.popleft().set()  # handed over: the lock stays held
             else:
-                self._taken = False
+                self._is_held = False
 
     @property
     def is_free(self) -> bool:
-        """Whether nobody has it."""
-        return not self._taken
+        """Whether no thread holds the lock."""
+        return not self._is_held
 
     @property
     def num_waiting(self) -> int:

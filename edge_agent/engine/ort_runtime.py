@@ -1,4 +1,4 @@
-"""ONNX Runtime as this project uses it: threads, provider, graphs, and what its errors mean."""
+"""ONNX Runtime as this project uses it: threads, provider, graphs, and its errors."""
 
 from __future__ import annotations
 
@@ -24,43 +24,49 @@ UNKNOWN_TOOLS: Final[Mapping[str, str]] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Runtime:
-    """How graphs run. `auto` is CUDA where the installed ONNX Runtime offers it, else the CPU."""
+    """The settings for graphs. `auto` is CUDA where the installed ONNX Runtime offers it, else the
+    CPU.
+    """
 
     num_threads: int = 1
     provider: Provider = "auto"
 
     @property
     def providers(self) -> list[str]:
-        """What ONNX Runtime is asked for, the wanted one first; raises ConfigError when it is not installed."""
+        """The execution providers, the preferred one first; raise ConfigError when it is not
+        installed.
+        """
         return choose_providers(self.provider, ort.get_available_providers())
 
 
-def choose_providers(wanted: Provider, available: Collection[str]) -> list[str]:
-    """The execution providers for a setting, of those that are `available`; the CPU takes what CUDA cannot.
+def choose_providers(setting: Provider, available: Collection[str]) -> list[str]:
+    """Return the execution providers for a setting, of the `available` ones; the CPU runs what CUDA
+    cannot.
 
     Raises:
-        ConfigError: CUDA is wanted and not there.
+        ConfigError: the setting is CUDA, which is not available.
     """
-    if wanted == "cuda" and CUDA not in available:
+    if setting == "cuda" and CUDA not in available:
         raise ConfigError(
-            f"provider 'cuda' needs {CUDA}, ONNX Runtime {ort.__version__} here offers {', '.join(available)}; "
-            "run: pip uninstall -y onnxruntime && pip install 'cecollm-fleet[edge-gpu]', or set provider to 'cpu'"
+            f"provider 'cuda' needs {CUDA}, ONNX Runtime {ort.__version__} here offers "
+            f"{', '.join(available)}; run: pip uninstall -y onnxruntime && "
+            "pip install 'cecollm-fleet[edge-gpu]', or set provider to 'cpu'"
         )
-    return [CUDA, CPU] if wanted != "cpu" and CUDA in available else [CPU]
+    return [CUDA, CPU] if setting != "cpu" and CUDA in available else [CPU]
 
 
 def load_session(
     path: Path, runtime: Runtime, tools: Mapping[str, str] = UNKNOWN_TOOLS
 ) -> ort.InferenceSession:
-    """A graph, ready to run. `tools` are the versions that made it, from the manifest.
+    """Load a graph. `tools` are the versions that made it, from the manifest.
 
-    The threads spin between the operators of a run, where handing over counts, and sleep when it ends: a device that
-    waits uses no CPU. Each graph has threads of its own, because ONNX Runtime's shared pool knows no such end
-    (`force_spinning_stop` is for pools of one session).
+    The threads spin between the operators of a run, where latency counts, and sleep when it ends: a
+    device that waits uses no CPU. Each graph has threads of its own, because ONNX Runtime's shared
+    pool has no such end (`force_spinning_stop` is for pools of one session).
 
     Raises:
         BundleError: ONNX Runtime cannot load it.
-        ConfigError: the provider that was asked for is not installed, or does not start.
+        ConfigError: the provider is not installed, or does not start.
     """
     providers = runtime.providers
     options = ort.SessionOptions()
@@ -70,42 +76,46 @@ def load_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = ort.InferenceSession(path, options, providers=providers)
-    except Exception as error:  # noqa: BLE001  ONNX Runtime's errors have no common type of their own
+    except Exception as error:  # noqa: BLE001  ONNX Runtime's errors have no common type
         made_with = tools.get("onnxruntime", "an unknown version")
         raise BundleError(
             f"ONNX Runtime {ort.__version__} cannot load {path}, which was made with {made_with}: "
-            f"{' '.join(str(error).split())}; if that is newer, upgrade ONNX Runtime, else export or copy the "
-            "bundle again"
+            f"{' '.join(str(error).split())}; if that is newer, upgrade ONNX Runtime, "
+            "else export or copy the bundle again"
         ) from None
-    if (
-        runtime.provider == "cuda" and CUDA not in session.get_providers()
-    ):  # ONNX Runtime itself goes on without
+    # ONNX Runtime itself continues without CUDA.
+    if runtime.provider == "cuda" and CUDA not in session.get_providers():
         raise ConfigError(
-            f"{CUDA} is installed but does not start: check the driver and the CUDA and cuDNN libraries, "
-            "or set provider to 'cpu'"
+            f"{CUDA} is installed but does not start: check the driver and the CUDA and cuDNN "
+            "libraries, or set provider to 'cpu'"
         )
     return session
 
 
 def release_freed_memory() -> None:
-    """Gives what loading has freed back to the system, where the C library can (glibc)."""
+    """Return freed memory to the system, if the C library can do so (glibc)."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def check_instruction_set(manifest: Manifest) -> None:
-    """Raises BundleError when the bundle's graphs were made for instructions that this machine does not have."""
-    wanted = manifest.instruction_set
-    here = instruction_sets()
-    if not covers(here, wanted):
+    """Check that this machine has the instructions that the bundle's graphs were made for.
+
+    Raises:
+        BundleError: it does not.
+    """
+    required = manifest.instruction_set
+    available = instruction_sets()
+    if not covers(available, required):
+        offered = ", ".join(available) or "none that we know"
         raise BundleError(
-            f"bundle {manifest.bundle_id} is for {wanted}, this machine offers {', '.join(here) or 'none we know'}; "
+            f"bundle {manifest.bundle_id} is for {required}, this machine offers {offered}; "
             "export it for one of these, or use a preset that runs on any machine"
         )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of NumPy or ONNX Runtime, which has no type for it, says that memory could not be had."""
+    """Return whether an error of NumPy or ONNX Runtime means too little memory."""
     text = str(error)
     return (
         isinstance(error, MemoryError) or "Failed to allocate memory" in text or "bad_alloc" in text

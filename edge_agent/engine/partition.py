@@ -1,4 +1,6 @@
-"""The model's lower layers in ONNX Runtime: blocks between exits, and the LM head that all exits share."""
+"""The model's lower layers in ONNX Runtime: blocks between exits, and the LM head that all exits
+share.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ExitCandidates:
-    """What an exit says of the next token: ids [k] int64 and log-probabilities [k] float32, best first."""
+    """An exit's candidates for the next token: ids [k] int64, log-probabilities [k] float32, best
+    first.
+    """
 
     token_ids: Int64
     logprobs: Float32
@@ -29,8 +33,10 @@ class ExitCandidates:
 
 @dataclass
 class WorkCounter:
-    """What has run since the graphs were loaded, what was forgotten again included: `positions` of each block, and
-    calls of the LM head."""
+    """The work since the graphs were loaded, dropped positions included.
+
+    `positions` are those of each block; `head_calls` are calls of the LM head.
+    """
 
     positions: list[int]
     head_calls: int = 0
@@ -39,31 +45,35 @@ class WorkCounter:
 class Partition:
     """The graphs of a bundle, loaded once and shared by every sequence on the device.
 
-    The embedding, which is the LM head's exact weights as well where a model ties them, stays in its file, mapped into
-    memory: a step reads a row of it and one for each candidate.
+    The embedding, also the LM head's exact weights if a model ties them, stays in its file, mapped
+    into memory: a step reads a row of it and one for each candidate.
     """
 
     def __init__(self, bundle: Bundle, num_threads: int, provider: Provider = "auto") -> None:
-        """Raises BundleError when ONNX Runtime cannot load a graph, ConfigError when it lacks the provider."""
+        """Load the graphs.
+
+        Raises:
+            BundleError: ONNX Runtime cannot load a graph.
+            ConfigError: ONNX Runtime lacks the provider.
+        """
         runtime = Runtime(num_threads, provider)
         self.manifest = bundle.manifest
-        names = [
-            *(f"edge/block_{i}.onnx" for i in range(len(bundle.manifest.exits))),
-            "edge/lm_head.onnx",
+        tools = bundle.manifest.tools
+        self.blocks = [
+            load_session(bundle.path(f"edge/block_{i}.onnx"), runtime, tools)
+            for i in range(len(bundle.manifest.exits))
         ]
-        *self.blocks, self._lm_head = [
-            load_session(bundle.path(n), runtime, bundle.manifest.tools) for n in names
-        ]
+        self._lm_head = load_session(bundle.path("edge/lm_head.onnx"), runtime, tools)
         self.work = WorkCounter([0] * len(self.blocks))
         self._embedding, self._table = load_tables(bundle)
         release_freed_memory()
 
     def embed(self, token_ids: Int64) -> Float32:
-        """token_ids int64 [n] -> float32 [n, hidden]."""
+        """Return the embeddings float32 [n, hidden] of token_ids int64 [n]."""
         return self._embedding[token_ids].astype(np.float32)
 
     def lm_head(self, exit_hidden: Float32) -> LmHeadRun:
-        """The LM head on whatever is in exit_hidden, float32 [1, hidden], at each call."""
+        """Return the LM head, which reads `exit_hidden`, float32 [1, hidden], at each call."""
         return LmHeadRun(self._lm_head, self._table, exit_hidden, self.manifest.top_k)
 
 
@@ -78,7 +88,7 @@ class LmHeadRun:
         self._logprobs = np.empty((1, top_k), np.float32)
         self._confidence = np.empty(1, np.float32)
         self._binding = session.io_binding()
-        self._borrowed = table, exit_hidden  # a binding does not keep what it reads alive
+        self._borrowed = table, exit_hidden  # a binding keeps no array alive
         bind_input(self._binding, "table", table)
         bind_input(self._binding, "exit_hidden", exit_hidden)
         bind_output(self._binding, "top_ids", self._ids)
@@ -86,7 +96,7 @@ class LmHeadRun:
         bind_output(self._binding, "confidence", self._confidence)
 
     def __call__(self) -> ExitCandidates:
-        """Runs it."""
+        """Run the LM head and return the candidates."""
         self._session.run_with_iobinding(self._binding)
         return ExitCandidates(
             self._ids[0].copy(), self._logprobs[0].copy(), float(self._confidence[0])
@@ -94,10 +104,24 @@ class LmHeadRun:
 
 
 def bind_input(binding: ort.IOBinding, name: str, array: npt.NDArray[Any]) -> None:
-    """Lets `binding` read `array` in place; the caller keeps it alive."""
-    binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    """Let `binding` read `array` in place; the caller keeps it alive."""
+    binding.bind_input(
+        name=name,
+        device_type="cpu",
+        device_id=0,
+        element_type=array.dtype,
+        shape=array.shape,
+        buffer_ptr=array.ctypes.data,
+    )
 
 
 def bind_output(binding: ort.IOBinding, name: str, array: npt.NDArray[Any]) -> None:
-    """Lets `binding` write `array` in place; the caller keeps it alive."""
-    binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    """Let `binding` write `array` in place; the caller keeps it alive."""
+    binding.bind_output(
+        name=name,
+        device_type="cpu",
+        device_id=0,
+        element_type=array.dtype,
+        shape=array.shape,
+        buffer_ptr=array.ctypes.data,
+    )

@@ -22,7 +22,9 @@ REPLACEMENT = "\ufffd"
 
 
 class GenerationMark(Extension):
-    """``{% generation %}``, by which a template marks the assistant's words for training: what is inside, as it is."""
+    """The tag ``{% generation %}``, which marks the assistant's text for training; its content is
+    unchanged.
+    """
 
     tags = {"generation"}
 
@@ -32,10 +34,16 @@ class GenerationMark(Extension):
 
 
 class ChatTokenizer:
-    """The bundle's tokenizer and chat template, which may use what transformers gives to templates."""
+    """The bundle's tokenizer and chat template, with the functions that transformers gives to
+    templates.
+    """
 
     def __init__(self, bundle: Bundle) -> None:
-        """Raises BundleError when a file is unusable."""
+        """Load the files.
+
+        Raises:
+            BundleError: a file is unusable.
+        """
         try:
             self._tokenizer = Tokenizer.from_file(str(bundle.path("tokenizer/tokenizer.json")))
             special = json.loads(bundle.path("tokenizer/config.json").read_text())
@@ -51,21 +59,18 @@ class ChatTokenizer:
             raise BundleError(
                 f"the tokenizer of {bundle.folder} does not load: {error}; export the bundle again"
             ) from None
-        self._special = {
-            "bos_token": special["bos_token"] or "",
-            "eos_token": special["eos_token"] or "",
-        }
+        self._special = {name: special[name] or "" for name in ("bos_token", "eos_token")}
 
     def encode_chat(self, messages: Iterable[ChatMessage]) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's turn.
+        """Return the token ids of a conversation, ready for the assistant's message.
 
         Raises:
             PromptError: the model's template refuses the conversation.
         """
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        roles = [{"role": message.role, "content": message.content} for message in messages]
         try:
             text = self._template.render(
-                messages=turns, add_generation_prompt=True, **self._special
+                messages=roles, add_generation_prompt=True, **self._special
             )
         except jinja2.TemplateError as error:
             raise PromptError(
@@ -79,7 +84,7 @@ class ChatTokenizer:
 
 
 class TextStream:
-    """Turns tokens into text as they come, holding back what is not yet a whole character."""
+    """A conversion of tokens to text that holds back an incomplete character."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -88,14 +93,14 @@ class TextStream:
         self._emitted = 0
 
     def push(self, token_id: int) -> str:
-        """The new text after one more token; empty while a character is incomplete."""
+        """Return the new text after one more token; empty while a character is incomplete."""
         self._ids.append(token_id)
         text: str = self._stream.step(self._tokenizer, token_id) or ""
         self._emitted += len(text)
         return text
 
     def flush(self) -> str:
-        """What is still held back, less a character that never became whole."""
+        """Return the text held back, without a character that was never completed."""
         rest: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)[self._emitted :]
         return rest.rstrip(REPLACEMENT)
 

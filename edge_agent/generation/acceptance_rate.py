@@ -1,4 +1,4 @@
-"""How often the cloud says yes to a draft, by the confidence that it was drafted with."""
+"""The rate at which the cloud accepts drafts, by the confidence that they were drafted with."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from typing import Final
 
 NUM_BINS: Final = 10
 PRIOR_WEIGHT: Final = 8.0
-DECAY: Final = 0.995  # what was measured about two hundred drafts ago counts a third
+DECAY: Final = 0.995  # a result of about two hundred drafts ago counts a third
 LOOKUP_PRIOR: Final = 0.5
 
 
 class AcceptanceRate:
-    """Learned from verdicts, by all answers of a device. Before there are any, a confidence speaks for itself."""
+    """The acceptance rate of a device, learned from the verdicts of all its answers.
+
+    Before there are any, the probability is the confidence.
+    """
 
     def __init__(self) -> None:
         self._accepted = [0.0] * (NUM_BINS + 1)
@@ -20,16 +23,16 @@ class AcceptanceRate:
         self._lock = threading.Lock()
 
     def probability(self, confidence: float) -> float:
-        """That the cloud accepts a draft whose exit had this confidence."""
+        """Return the probability that the cloud accepts a draft whose exit had this confidence."""
         return self._estimate(_bin(confidence), confidence)
 
     @property
     def lookup_probability(self) -> float:
-        """That the cloud accepts a token which was looked up."""
+        """The probability that the cloud accepts a token from prompt lookup."""
         return self._estimate(NUM_BINS, LOOKUP_PRIOR)
 
     def update(self, confidence: float | None, *, accepted: bool) -> None:
-        """Counts a verdict; `confidence` None is a token that was looked up."""
+        """Count a verdict; `confidence` None is a token from prompt lookup."""
         index = NUM_BINS if confidence is None else _bin(confidence)
         with self._lock:
             self._accepted[index] = DECAY * self._accepted[index] + accepted
@@ -37,9 +40,9 @@ class AcceptanceRate:
 
     def _estimate(self, index: int, prior: float) -> float:
         with self._lock:
-            return (self._accepted[index] + PRIOR_WEIGHT * prior) / (
-                self._tried[index] + PRIOR_WEIGHT
-            )
+            num_accepted = self._accepted[index] + PRIOR_WEIGHT * prior
+            num_tried = self._tried[index] + PRIOR_WEIGHT
+        return num_accepted / num_tried
 
 
 def _bin(confidence: float) -> int:

@@ -1,4 +1,4 @@
-"""One answer, token by token, in whatever mode the moment calls for."""
+"""One answer, token by token, each in the mode that applies at that time."""
 
 from __future__ import annotations
 
@@ -15,25 +15,28 @@ from fleet.protocol.modes import FALLBACK, Mode, exit_source
 
 
 class _CancelledError(Exception):
-    """Ends a sequence within a step."""
+    """The end of a cancelled sequence within a step."""
 
 
 class Generator:
-    """Generates one sequence. Without `uplink` and `run` it is alone: the deepest exit then always emits."""
+    """The generation of one sequence.
+
+    Without `cloud_session` and `drafts` it is alone: the deepest exit then always emits.
+    """
 
     def __init__(
         self,
         decoder: Decoder,
         modes: ModeController,
         eos_token_ids: Sequence[int],
-        uplink: CloudSession | None = None,
-        run: SpeculativeDecoder | None = None,
+        cloud_session: CloudSession | None = None,
+        drafts: SpeculativeDecoder | None = None,
     ) -> None:
         self._decoder = decoder
         self._modes = modes
         self._eos_token_ids = eos_token_ids
-        self._uplink = uplink
-        self._run = run
+        self._cloud_session = cloud_session
+        self._drafts = drafts
 
     def generate(
         self,
@@ -43,11 +46,13 @@ class Generator:
         deadline: float = float("inf"),
         is_cancelled: Callable[[], bool] = lambda: False,
     ) -> Iterator[GeneratedToken]:
-        """Up to `max_new_tokens` tokens; the last one may be an end-of-sequence token. Ends early when cancelled.
+        """Generate up to `max_new_tokens` tokens; the last one may be an end-of-sequence token.
+
+        A cancelled sequence ends early.
 
         Raises:
             DeadlineError: the monotonic clock has passed `deadline`.
-            CloudError: only the cloud may decide, and no worker takes the session.
+            CloudError: the tokens must be the cloud's, and no worker accepts the session.
         """
         self._decoder.text += prompt_ids
         num_tokens = 0
@@ -69,24 +74,30 @@ class Generator:
                         return
 
     def _why_late(self, num_tokens: int) -> str:
-        note = f" ({self._uplink.note})" if self._uplink and self._uplink.note else ""
-        return f"the answer's deadline passed after {num_tokens} tokens{note}; allow more time with deadline_ms"
+        note = self._cloud_session.note if self._cloud_session else None
+        reason = f" ({note})" if note else ""
+        return (
+            f"the answer's deadline passed after {num_tokens} tokens{reason}; "
+            "allow more time with deadline_ms"
+        )
 
     def _advance(self, num_tokens: int, max_tokens: int) -> list[GeneratedToken]:
-        uplink = self._uplink
-        run = self._run
-        mode = self._modes.at(num_tokens, is_link_up=uplink is not None and uplink.may_answer)
-        if uplink is None or run is None:
+        session = self._cloud_session
+        drafts = self._drafts
+        is_available = session is not None and session.is_available
+        mode = self._modes.at(num_tokens, is_link_up=is_available)
+        if session is None or drafts is None:
             return [self._own_token()]
         if mode is Mode.VERIFIED:
-            if uplink.refusal and self._modes.needs_cloud:
+            refusal = session.refusal
+            if refusal and self._modes.needs_cloud:
                 raise CloudError(
-                    f"no worker takes this answer ({uplink.refusal.code}): {uplink.refusal.message}"
+                    f"no worker accepts this answer ({refusal.code}): {refusal.message}"
                 )
-            return run.advance(max_tokens)
-        if not uplink.may_answer or (mode is Mode.STANDALONE and not uplink.has_question):
-            return run.release() if run.has_drafts else [self._own_token()]
-        return run.advance(
+            return drafts.advance(max_tokens)
+        if not is_available or (mode is Mode.STANDALONE and not session.has_request):
+            return drafts.release() if drafts.has_drafts else [self._own_token()]
+        return drafts.advance(
             max_tokens if mode is Mode.COLLABORATIVE else 0,
             trusts_exits=True,
             wait_ms=self._modes.wait_ms(),
@@ -95,9 +106,6 @@ class Generator:
     def _own_token(self) -> GeneratedToken:
         choice = self._decoder.choose()
         self._decoder.text.append(choice.token_id)
-        is_wanted = choice.is_sure or self._modes.is_alone
-        return GeneratedToken(
-            choice.token_id,
-            choice.logprob,
-            exit_source(choice.exit_layer) if is_wanted else FALLBACK,
-        )
+        is_emitted = choice.is_confident or self._modes.is_alone
+        source = exit_source(choice.exit_layer) if is_emitted else FALLBACK
+        return GeneratedToken(choice.token_id, choice.logprob, source)

@@ -1,4 +1,4 @@
-"""Auto mode: from what was measured and what is wanted to a mode, as plain functions."""
+"""Auto mode: from measurements and targets to a mode, as plain functions."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ from fleet.protocol.modes import Mode
 
 MIN_TOKENS: Final = 16  # between two switches, unless the link went or came
 GAIN: Final = 0.2  # a switch for speed alone must promise so much less time a token
-SLACK: Final = 0.1  # the present mode may miss a target by so much, another must keep it by so much
+SLACK: Final = 0.1  # the present mode may miss a target by so much, another must exceed it by that
 MIN_WAIT_MS: Final = 250
 MAX_ROUND: Final = 16
-MIN_JUDGED: Final = (
-    16  # drafts; from then on their acceptance is believed instead of the exits' confidence
-)
+MIN_JUDGED: Final = 16  # drafts; from then on their acceptance counts, not the exits' confidence
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What an answer should keep; None is anything.
+    """The targets of an answer; None is no target.
 
-    `promised_agreement` is what calibration promises of collaborative mode with the thresholds in use; without such a
-    promise the exits' own confidence is believed.
+    `promised_agreement` is the agreement of collaborative mode with the thresholds in use, from
+    calibration; without it the exits' own confidence counts.
     """
 
     target_tpot_ms: float | None = None
@@ -35,7 +33,10 @@ class Targets:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one mode: seconds a token, share of tokens equal to the full model's, share of tokens from the cloud."""
+    """The prediction for one mode.
+
+    Seconds per token, share of tokens equal to the full model's, share of tokens from the cloud.
+    """
 
     tpot_s: float
     agreement: float
@@ -49,50 +50,57 @@ class ModeDecision:
 
 
 def predict(m: Snapshot, targets: Targets) -> dict[Mode, Prediction]:
-    """What each mode would do now, with step s, round trip r, share of unsure tokens u, and c, the share of the
-    device's own tokens that are the cloud's: as verifies found it, before that the exits' mean confidence.
+    """Predict each mode from step s, round trip r, and share u of tokens below their threshold.
 
-    standalone: s a token; agreement c. collaborative: s + u r, where behind a draft that is right the next step goes on
-    meanwhile, and about every second one shares its round trip with the next; agreement 1 - (1 - u)(1 - c where sure),
-    or what is promised. verified: a round of k drafts takes k s + r and gives 1 + c + ... + c^(k-1) tokens, at the best
-    k; agreement 1; the cloud corrects 1 - c of the tokens.
+    c is the share of the device's own tokens that are the cloud's: from verify requests, before
+    those the exits' mean confidence.
+
+    standalone: s per token; agreement c. collaborative: s + u r, where the next step overlaps with
+    the round trip of a correct draft, and about every second one shares its round trip with the
+    next; agreement 1 - (1 - u)(1 - c above the threshold), or the promised one. verified: a round
+    of k drafts takes k s + r and gives 1 + c + ... + c^(k-1) tokens, at the best k; agreement 1;
+    the cloud corrects 1 - c of the tokens.
     """
     s = m.step_s
     r = m.round_trip_s
-    u = m.unsure
+    u = m.below_threshold
     c = m.acceptance if m.num_judged >= MIN_JUDGED else m.confidence
-    asked_s = (1 - m.right / 2) * r - m.right * min(s, r)
-    agreement = max(1 - (1 - u) * (1 - m.sure_confidence), targets.promised_agreement or 0.0)
-    rounds = [(sum(c**i for i in range(k)), k * s + r) for k in range(1, MAX_ROUND + 1)]
+    request_s = (1 - m.guess_acceptance / 2) * r - m.guess_acceptance * min(s, r)
+    own_agreement = 1 - (1 - u) * (1 - m.emitted_confidence)
+    agreement = max(own_agreement, targets.promised_agreement or 0.0)
+    rounds = []
+    for k in range(1, MAX_ROUND + 1):
+        num_tokens = sum(c**i for i in range(k))
+        rounds.append((num_tokens, k * s + r))
     tokens, seconds = max(rounds, key=lambda round_: round_[0] / max(round_[1], 1e-9))
     return {
         Mode.STANDALONE: Prediction(s, c, 0.0),
-        Mode.COLLABORATIVE: Prediction(s + u * asked_s, agreement, u),
+        Mode.COLLABORATIVE: Prediction(s + u * request_s, agreement, u),
         Mode.VERIFIED: Prediction(seconds / tokens, 1.0, 1 - c),
     }
 
 
-def decide(
+def decide_mode(
     m: Snapshot, targets: Targets, current: Mode, tokens_since_switch: int, *, is_link_up: bool
 ) -> ModeDecision:
-    """The mode of the next token, and why.
+    """Return the mode of the next token, and the reason.
 
-    Without the link a device is alone, unless only the exact text will do (`min_agreement` 1). Otherwise the mode that
-    misses the fewest targets wins, agreement before time before offload; among equals the fastest, or with a
-    `target_tpot_ms` that is kept, the one which agrees most.
+    Without the link a device is alone, unless the text must be exact (`min_agreement` 1). Otherwise
+    the mode that misses the fewest targets wins, agreement before time before offload; among equals
+    the fastest, or with a `target_tpot_ms` that is kept, the one with the highest agreement.
     """
     if not is_link_up:
         if targets.min_agreement == 1.0:
-            return ModeDecision(
-                Mode.VERIFIED, "the link is down, and only the cloud's own text will do"
-            )
+            return ModeDecision(Mode.VERIFIED, "the link is down, and the text must be the cloud's")
         return ModeDecision(Mode.STANDALONE, "the link is down")
     if m.num_round_trips == 0 or m.num_choices == 0:
         return ModeDecision(Mode.COLLABORATIVE, "nothing is measured yet")
     predictions = predict(m, targets)
-    best = min(
-        predictions, key=lambda mode: _rank(predictions[mode], targets, is_current=mode is current)
-    )
+    ranks = {
+        mode: _rank(prediction, targets, is_current=mode is current)
+        for mode, prediction in predictions.items()
+    }
+    best = min(predictions, key=lambda mode: ranks[mode])
     now = predictions[current]
     then = predictions[best]
     missed_now = missed(now, targets, is_current=True)
@@ -106,7 +114,10 @@ def decide(
 def missed(
     prediction: Prediction, targets: Targets, *, is_current: bool = False
 ) -> tuple[bool, bool, bool]:
-    """Whether agreement, time a token and offload rate miss their targets; the present mode has a little credit."""
+    """Return whether agreement, time per token and offload rate miss their targets.
+
+    The present mode may miss them a little.
+    """
     slack = SLACK if is_current else -SLACK
     agreement = targets.min_agreement
     tpot_ms = targets.target_tpot_ms
@@ -120,10 +131,11 @@ def missed(
 
 
 def wait_ms(m: Snapshot, base_ms: int) -> int:
-    """How long an assist is worth waiting for: twice what TCP would wait, at most `base_ms`.
+    """Return the milliseconds to wait for an optional verify request: twice TCP's timeout, at most
+    `base_ms`.
 
-    As in TCP (RFC 6298) each loss doubles it until something is answered: a link that has become slower than the wait
-    would never be measured otherwise.
+    As in TCP (RFC 6298) each loss doubles it until there is a response: a link that has become
+    slower than the wait would never be measured otherwise.
     """
     if m.num_round_trips == 0:
         return base_ms
@@ -140,7 +152,7 @@ def _rank(
 
 
 def _is_better(then: Prediction, now: Prediction, targets: Targets) -> bool:
-    """Whether one that misses nothing else is worth a switch."""
+    """Return whether a mode that misses no other target is worth a switch."""
     if targets.target_tpot_ms is not None and not missed(then, targets)[1]:
         return then.agreement > now.agreement + 0.01
     return then.tpot_s < (1 - GAIN) * now.tpot_s
@@ -155,13 +167,18 @@ def _why(
 ) -> str:
     now = predictions[current]
     then = predictions[best]
-    speed = f"{then.tpot_s * 1000:.0f} ms a token predicted, {current} {now.tpot_s * 1000:.0f}"
+    now_ms = now.tpot_s * 1000
+    then_ms = then.tpot_s * 1000
+    speed = f"{then_ms:.0f} ms a token predicted, {current} {now_ms:.0f}"
     if misses[0]:
-        return f"{current} agrees on {now.agreement:.3f}, wanted {targets.min_agreement:g}"
+        return f"{current} agrees on {now.agreement:.3f}, target {targets.min_agreement:g}"
     if misses[1]:
-        return f"{speed}, wanted {targets.target_tpot_ms:g}"
+        return f"{speed}, target {targets.target_tpot_ms:g}"
     if misses[2]:
-        return f"{current} asks for {now.offload_rate:.0%}, wanted at most {targets.max_offload_rate:.0%}"
+        return (
+            f"{current} needs the cloud for {now.offload_rate:.0%}, "
+            f"target at most {targets.max_offload_rate:.0%}"
+        )
     if targets.target_tpot_ms is not None:
         return f"{speed}, within {targets.target_tpot_ms:g}"
     return speed

@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed the last time that the text went like this."""
+"""Prompt lookup: the tokens that followed an earlier occurrence of the last tokens."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ MIN_NGRAM: Final = 2
 
 
 class PromptLookup:
-    """Token ids of one sequence, and where each n-gram last ended in them.
+    """The token ids of one sequence, and the places where each n-gram ended in them.
 
-    A drafter without a model, after prompt lookup decoding (https://github.com/apoorvumang/prompt-lookup-decoding).
+    A drafter without a model, after prompt lookup decoding
+    (https://github.com/apoorvumang/prompt-lookup-decoding).
     """
 
     def __init__(self) -> None:
@@ -23,14 +24,14 @@ class PromptLookup:
         return len(self._ids)
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        """Adds tokens."""
+        """Add tokens."""
         for token_id in token_ids:
             self._ids.append(token_id)
             for ngram in self._last_ngrams():
                 self._ends.setdefault(ngram, []).append(len(self._ids))
 
     def truncate(self, num_tokens: int) -> None:
-        """Forgets every token from `num_tokens` on."""
+        """Drop every token from `num_tokens` on."""
         while len(self._ids) > num_tokens:
             for ngram in self._last_ngrams():
                 self._ends[ngram].pop()
@@ -39,9 +40,11 @@ class PromptLookup:
             self._ids.pop()
 
     def propose(self, max_tokens: int) -> list[int]:
-        """At most `max_tokens` tokens that followed the most recent earlier place with the same last tokens.
+        """Return at most `max_tokens` tokens that followed the most recent earlier place with the
+        same last tokens.
 
-        The longest n-gram that has one decides; none when even the shortest has not occurred before.
+        The longest n-gram with such a place decides; the list is empty when even the shortest has
+        none.
         """
         for ngram in self._last_ngrams():
             ends = self._ends[ngram]
@@ -50,6 +53,6 @@ class PromptLookup:
         return []
 
     def _last_ngrams(self) -> list[tuple[int, ...]]:
-        """Those that end the text, longest first."""
+        """Return the n-grams at the end of the text, longest first."""
         longest = min(MAX_NGRAM, len(self._ids))
         return [tuple(self._ids[-n:]) for n in range(longest, MIN_NGRAM - 1, -1)]

@@ -1,4 +1,4 @@
-"""A new key and certificate at two thirds of a certificate's life, without an end of service."""
+"""Renewal of a device's key and certificate at two thirds of its life, while the device serves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Final, Self
 
 from edge_agent.provisioning.credentials import (
@@ -17,14 +16,14 @@ from edge_agent.provisioning.credentials import (
     new_key,
     signing_request,
 )
-from edge_agent.service_client import ServiceClient, persistently
+from edge_agent.service_client import ServiceClient, retry_while_away
 from fleet.errors import FleetError, IdentityError
 from fleet.identity.certificate_rotation import finish_renewal, renewal_in_s, replace_pair
 from fleet.identity.identity import CA_FILE, CERT_FILE, Identity
 from fleet.protocol.enrolment_api import RenewRequest
 
-ASK_S: Final = 60.0
-CHECK_S: Final = 600.0  # a clock may be set meanwhile
+REQUEST_S: Final = 60.0
+CHECK_S: Final = 600.0  # a clock may be set in the meantime
 RETRY_S: Final = (1.0, CHECK_S)
 STOP_S: Final = 5.0
 
@@ -32,27 +31,29 @@ log = logging.getLogger(__name__)
 
 
 def retry_in_s(not_after: float, now: float, draw: float) -> float:
-    """Seconds until the next try: about a twentieth of what is left of its life, within `RETRY_S`."""
+    """Return the seconds until the next attempt.
+
+    That is about a twentieth of the remaining life, within `RETRY_S`.
+    """
     shortest, longest = RETRY_S
     return min(longest, max(shortest, (not_after - now) / 20 * (0.5 + draw)))
 
 
-def renew(identity: Identity, key: bytes, stop: threading.Event | None = None) -> None:
-    """Has a certificate made for the new `key`, and puts both in the place of the old ones.
+def renew_certificate(identity: Identity, key: bytes, stop: threading.Event | None = None) -> None:
+    """Request a certificate for the new `key`, and replace the old pair by the new one.
 
     Raises:
         ConfigError: the identity names no service.
-        IdentityError: we are refused, or what came is not ours, or cannot be written.
+        IdentityError: the service refuses, or the certificate is not ours or cannot be written.
         ServiceError: the service cannot be reached.
     """
     with ServiceClient.of(identity) as service:
         request = RenewRequest(signing_request(key, identity.name))
-        reply = persistently(lambda: service.renew(request), timeout_s=ASK_S, stop=stop)
+        reply = retry_while_away(lambda: service.renew(request), timeout_s=REQUEST_S, stop=stop)
     certificate = reply.certificate.encode()
     try:
-        check_certificate(
-            certificate, key, (identity.folder / CA_FILE).read_bytes(), identity.name, time.time()
-        )
+        ca = (identity.folder / CA_FILE).read_bytes()
+        check_certificate(certificate, key, ca, identity.name, time.time())
         replace_pair(identity.folder, certificate, key)
     except OSError as error:
         raise IdentityError(
@@ -60,13 +61,16 @@ def renew(identity: Identity, key: bytes, stop: threading.Event | None = None) -
         ) from None
 
 
-class Renewer:
-    """Renews an identity while it is used. `on_renewed` is to load it again; whatever fails, the old one serves on."""
+class CertificateRenewer:
+    """The renewal of an identity in use, on its own thread.
+
+    `on_renewed` must load the identity again. The old certificate stays in use after a failure.
+    """
 
     def __init__(self, identity: Identity, on_renewed: Callable[[], None]) -> None:
         self._identity = identity
         self._on_renewed = on_renewed
-        self._key = b""  # of the request under way: whoever asks again asks for the same
+        self._key = b""  # the key of the pending request; a repeated request has the same key
         self._draw = random.random()
         self._stop = threading.Event()
         self._thread = threading.Thread(
@@ -74,17 +78,12 @@ class Renewer:
         )
 
     def __enter__(self) -> Self:
-        """Begins, unless the identity names no service: then it is renewed by hand."""
+        """Start, unless the identity names no service and is therefore renewed by hand."""
         if self._identity.config.server:
             self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(STOP_S)
@@ -95,24 +94,21 @@ class Renewer:
             try:
                 wait_s = self._check()
             except (FleetError, OSError, ssl.SSLError) as error:
-                log.warning(
-                    "the certificate of %s is not renewed: %s; it is tried again",
-                    self._identity.name,
-                    error,
-                )
+                name = self._identity.name
+                log.warning("the certificate of %s is not renewed: %s; will retry", name, error)
                 wait_s = self._retry_s()
             except Exception:  # the outermost boundary of a thread
                 log.exception("the certificate of %s is not renewed", self._identity.name)
                 wait_s = CHECK_S
 
     def _check(self) -> float:
-        """Renews when it is due; seconds until it may be due again."""
+        """Renew if due; return the seconds until the next renewal may be due."""
         finish_renewal(self._identity.folder)
         wait_s = renewal_in_s(*self._lifetime(), time.time(), self._draw)
         if wait_s > 0:
             return wait_s
         self._key = self._key or new_key()
-        renew(self._identity, self._key, self._stop)
+        renew_certificate(self._identity, self._key, self._stop)
         self._key = b""
         self._draw = random.random()
         log.info("the certificate of %s is renewed", self._identity.name)

@@ -1,4 +1,4 @@
-"""A device's own key, the request to certify it, and whether a certificate is the one that was asked for."""
+"""A device's own key, its certificate signing request, and the checks of the certificate."""
 
 from __future__ import annotations
 
@@ -15,73 +15,77 @@ from fleet.errors import IdentityError
 
 
 def new_key() -> bytes:
-    """A new P-256 private key: PKCS 8 in PEM, without a password."""
+    """Make a P-256 private key: PKCS 8 in PEM, without a password."""
     return ec.generate_private_key(ec.SECP256R1()).private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 
 
 def signing_request(key: bytes, name: str | None = None) -> str:
-    """A certificate signing request in PEM for `key`; its CN is `name` where that is known.
+    """Make a certificate signing request in PEM for `key`; its CN is `name` if that is known.
 
     Raises:
         IdentityError: `key` is no P-256 private key in PEM.
     """
     subject = [x509.NameAttribute(NameOID.COMMON_NAME, name)] if name else []
-    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name(subject))
-    return (
-        request.sign(_load_key(key), hashes.SHA256())
-        .public_bytes(serialization.Encoding.PEM)
-        .decode()
-    )
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name(subject))
+    request = builder.sign(_load_key(key), hashes.SHA256())
+    return request.public_bytes(serialization.Encoding.PEM).decode()
 
 
 def fingerprint(certificate: bytes) -> str:
-    """SHA-256 of a certificate's DER, in hex; it comes in PEM. Raises IdentityError."""
-    return hashlib.sha256(_load(certificate).public_bytes(serialization.Encoding.DER)).hexdigest()
+    """Return the SHA-256 of the DER of a certificate in PEM, in hex. Raises IdentityError."""
+    der = _load(certificate).public_bytes(serialization.Encoding.DER)
+    return hashlib.sha256(der).hexdigest()
 
 
 def only_first(certificate: bytes) -> bytes:
-    """The first certificate in PEM and nothing that stands behind it. Raises IdentityError."""
+    """Return the first certificate in PEM without what follows it. Raises IdentityError."""
     return _load(certificate).public_bytes(serialization.Encoding.PEM)
 
 
 def lifetime(certificate: bytes) -> tuple[float, float]:
-    """From when until when a certificate in PEM is valid, seconds since 1970. Raises IdentityError."""
+    """Return begin and end of validity, in seconds since 1970. Raises IdentityError."""
     loaded = _load(certificate)
     return loaded.not_valid_before_utc.timestamp(), loaded.not_valid_after_utc.timestamp()
 
 
 def check_certificate(certificate: bytes, key: bytes, ca: bytes, name: str, now: float) -> None:
-    """Whether `certificate` (all PEM) is what a device can use: of our key, by our CA, for `name`, and valid `now`.
+    """Check that `certificate` is for our key, by our CA, for `name`, and valid `now`. All are PEM.
 
     Raises:
-        IdentityError: it is not.
+        IdentityError: the certificate is not usable.
     """
     loaded = _load(certificate)
-    authority = _load(ca)
     if loaded.public_key() != _load_key(key).public_key():
         raise IdentityError(
-            "the certificate that came is for another key than ours; ask the fleet's operator"
+            "the certificate received is for another key than ours; ask the fleet's operator"
         )
-    try:
-        loaded.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature):
-        raise IdentityError(
-            "the certificate that came is not by the fleet's CA; ask the fleet's operator"
-        ) from None
-    names = [
-        attribute.value for attribute in loaded.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    ]
+    _check_issuer(loaded, _load(ca))
+    common_names = loaded.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    names = [attribute.value for attribute in common_names]
     if names != [name]:
         raise IdentityError(
-            f"the certificate that came is for {names}, expected {name}; ask the fleet's operator"
+            f"the certificate received is for {names}, expected {name}; ask the fleet's operator"
         )
+    _check_validity(certificate, now)
+
+
+def _check_issuer(certificate: x509.Certificate, authority: x509.Certificate) -> None:
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        raise IdentityError(
+            "the certificate received is not by the fleet's CA; ask the fleet's operator"
+        ) from None
+
+
+def _check_validity(certificate: bytes, now: float) -> None:
     begin, end = lifetime(certificate)
     if not begin <= now < end:
         raise IdentityError(
-            f"the certificate that came is valid from {_day(begin)} to {_day(end)}, and this machine's clock says "
-            f"{_day(now)}; set the clock"
+            f"the certificate received is valid from {_day(begin)} to {_day(end)}, "
+            f"and this machine's clock shows {_day(now)}; set the clock"
         )
 
 
@@ -90,7 +94,7 @@ def _load(certificate: bytes) -> x509.Certificate:
         return x509.load_pem_x509_certificate(certificate)
     except ValueError:
         raise IdentityError(
-            f"expected a certificate in PEM, got {len(certificate)} bytes that are none; ask the fleet's operator"
+            f"expected a certificate in PEM, got {len(certificate)} bytes; ask the fleet's operator"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Delivers reports: each is put on disk, published, and forgotten once the collector has it."""
+"""The reporter: each report is saved, published, and removed once the collector has it."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from types import TracebackType
 from typing import Final, NamedTuple, Self
 
 from edge_agent.reporting.report_outbox import ReportOutbox
 from fleet.errors import LinkError, ProtocolError
 from fleet.protocol import topics
 from fleet.protocol.report import GenerationReport, ReportReceipt, decode_receipt, encode_report
-from fleet.transport.base import Transport, guarded
+from fleet.transport.base import Transport, run_guarded
 
 log = logging.getLogger(__name__)
 
 FIRST_WINDOW: Final = 4
-MAX_WINDOW: Final = 128  # replies of answers go over the same link
+MAX_WINDOW: Final = 128  # replies to prompts use the same link
 SLOW_S: Final = 1.0  # a receipt that takes longer makes the window smaller
-RETRY_S: Final = (5.0, 120.0)  # a report is sent again after so long, at first and at the most
+RETRY_S: Final = (5.0, 120.0)  # the first and the longest wait for a receipt
 MAX_UNSAVED: Final = 1000  # reports in memory while the disk fails
 MIN_PAUSE_S: Final = 0.05
 STOP_S: Final = 5.0
 
 
 class InFlight(NamedTuple):
-    """A report that was sent and not acknowledged."""
+    """A report that was sent and is not acknowledged; `sent_at` by the monotonic clock."""
 
     payload: bytes
     sent_at: float
 
 
 class Reporter:
-    """One device's reports on their way to the collector; a context manager with one thread.
+    """The delivery of one device's reports to the collector; a context manager with one thread.
 
-    At most a window of them is on its way. The window begins small, grows with each receipt that comes within `SLOW_S`,
-    shrinks with each that takes longer, and begins anew when none comes: thus a fleet that comes back at once shares
-    what its collector can do, and no queue grows between them.
+    At most a window of reports is in flight. The window begins small, grows with each receipt that
+    arrives within `SLOW_S`, shrinks with each that takes longer, and begins anew when none arrives:
+    so the devices of a fleet that reconnect at once share their collector's capacity, and no queue
+    grows between them.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class Reporter:
         self._receipts: deque[ReportReceipt] = deque()
         self._wake = threading.Event()
         self._stopping = False
-        self._unsaved: dict[str, bytes] = {}  # by generation, as what follows
+        self._unsaved: dict[str, bytes] = {}  # by generation, as the next two
         self._acknowledged: set[str] = set()
         self._in_flight: dict[str, InFlight] = {}
-        self._last_taken = 0
+        self._last_taken_id = 0
         self._disk_fails = False
         self._window = FIRST_WINDOW
         self._retry_s = self._min_retry_s
@@ -70,13 +70,8 @@ class Reporter:
         self._transport.on_up(self._wake.set)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Puts what is left on disk, within `STOP_S` seconds."""
+    def __exit__(self, *_: object) -> None:
+        """Save the reports that are left, within `STOP_S` seconds."""
         self._transport.unsubscribe(topics.device_reported(self._transport.name))
         self._transport.off_up(self._wake.set)
         self._stopping = True
@@ -84,7 +79,7 @@ class Reporter:
         self._thread.join(STOP_S)
 
     def add(self, report: GenerationReport) -> None:
-        """Takes charge of a report; never waits."""
+        """Deliver a report; this never blocks."""
         self._new.append(report)
         self._wake.set()
 
@@ -99,46 +94,45 @@ class Reporter:
 
     def _run(self) -> None:
         while not self._stopping:
-            self._wake.wait(self._patience_s())
+            self._wake.wait(self._timeout_s())
             self._wake.clear()
-            guarded(self._turn, "reporting")
-        guarded(self._turn, "reporting")
+            run_guarded(self._deliver, "reporting")
+        run_guarded(self._deliver, "reporting")
         self._outbox.close()
 
-    def _patience_s(self) -> float:
-        """How long to sleep when nobody wakes us."""
+    def _timeout_s(self) -> float:
+        """Return the seconds until a report is sent again."""
         if not self._in_flight or not self._transport.is_up:
             return self._max_retry_s
-        oldest = min(it.sent_at for it in self._in_flight.values())
+        oldest = min(each.sent_at for each in self._in_flight.values())
         return max(MIN_PAUSE_S, oldest + self._retry_s - time.monotonic())
 
-    def _turn(self) -> None:
-        """Hears what was acknowledged, keeps what is new, sends what is due; one transaction on disk."""
+    def _deliver(self) -> None:
+        """Process receipts, save new reports, send those that are due; one transaction on disk."""
         while self._receipts:
-            self._hear(self._receipts.popleft())
+            self._process(self._receipts.popleft())
         while self._new:
             report = self._new.popleft()
             self._unsaved[report.generation] = encode_report(report)
         is_up = self._transport.is_up
         due = self._overdue() if is_up else {}
         try:
-            due |= self._keep(self._window - len(self._in_flight) if is_up else 0)
+            due |= self._save(self._window - len(self._in_flight) if is_up else 0)
         except (sqlite3.Error, OSError) as error:
-            self._do_without_disk(error)
+            self._continue_without_disk(error)
             due |= {
-                generation: it
-                for generation, it in self._unsaved.items()
+                generation: payload
+                for generation, payload in self._unsaved.items()
                 if generation not in self._in_flight
             }
         if is_up:
             self._send(due)
 
-    def _hear(self, receipt: ReportReceipt) -> None:
-        if (
-            not receipt.stored and not receipt.refused
-        ):  # the collector is there, and may have missed what was sent
+    def _process(self, receipt: ReportReceipt) -> None:
+        if not receipt.stored and not receipt.refused:
+            # The collector has started, and may have missed the reports in flight.
             self._in_flight.clear()
-            self._begin_anew()
+            self._send_all_again()
             return
         for generation, reason in receipt.refused.items():
             log.warning("the collector refused the report of generation %s: %s", generation, reason)
@@ -147,66 +141,63 @@ class Reporter:
             self._acknowledged.add(generation)
             self._unsaved.pop(generation, None)
             if sent := self._in_flight.pop(generation, None):
-                self._window = min(
-                    MAX_WINDOW, max(1, self._window + (1 if sent.sent_at > slow else -1))
-                )
+                change = 1 if sent.sent_at > slow else -1
+                self._window = min(MAX_WINDOW, max(1, self._window + change))
         self._retry_s = self._min_retry_s
 
-    def _begin_anew(self) -> None:
-        self._last_taken = 0
+    def _send_all_again(self) -> None:
+        self._last_taken_id = 0
         self._window = FIRST_WINDOW
         self._retry_s = self._min_retry_s
 
     def _overdue(self) -> dict[str, bytes]:
-        """What has waited too long for its receipt; the wait is doubled then."""
+        """Return the reports that have waited too long for a receipt; then double the wait."""
         latest = time.monotonic() - self._retry_s
         due = {
-            generation: it.payload
-            for generation, it in self._in_flight.items()
-            if it.sent_at <= latest
+            generation: each.payload
+            for generation, each in self._in_flight.items()
+            if each.sent_at <= latest
         }
         if due:
             self._window = FIRST_WINDOW
             self._retry_s = min(self._max_retry_s, 2 * self._retry_s) * random.uniform(0.8, 1.0)
         return due
 
-    def _keep(self, room: int) -> dict[str, bytes]:
-        """Brings the disk up to date; the next reports from there, for which there is `room`."""
+    def _save(self, room: int) -> dict[str, bytes]:
+        """Update the outbox; return the next reports from it, at most `room`."""
         with self._outbox.transaction():
             self._outbox.remove(self._acknowledged)
-            self._outbox.add(
-                self._unsaved, sent=self._disk_fails
-            )  # while it failed they were sent from memory
-            kept = self._outbox.take(self._last_taken, max(0, room))
+            # While the disk failed, they were sent from memory.
+            self._outbox.add(self._unsaved, sent=self._disk_fails)
+            stored = self._outbox.take(self._last_taken_id, max(0, room))
         self._acknowledged.clear()
         self._unsaved.clear()
         if self._disk_fails:
             self._disk_fails = False
             log.warning("reports are kept on disk again")
-        if kept:
-            self._last_taken = kept[-1].id
-        return {generation: payload for _, generation, payload in kept}
+        if stored:
+            self._last_taken_id = stored[-1].id
+        return {generation: payload for _, generation, payload in stored}
 
-    def _do_without_disk(self, error: Exception) -> None:
+    def _continue_without_disk(self, error: Exception) -> None:
         if not self._disk_fails:
             self._disk_fails = True
             log.warning("%s", self._outbox.explain(error))
-        self._last_taken = 0  # whoever repairs the disk may begin a new file
+        self._last_taken_id = 0  # the repaired disk may have a new file
         while len(self._unsaved) > MAX_UNSAVED:
             lost = next(iter(self._unsaved))
             del self._unsaved[lost]
             self._in_flight.pop(lost, None)
             log.warning(
-                "the report of generation %s is given up: there is no disk, and no collector", lost
+                "the report of generation %s is lost: there is no disk, and no collector", lost
             )
 
     def _send(self, reports: dict[str, bytes]) -> None:
         now = time.monotonic()
-        self._in_flight.update(
-            {generation: InFlight(payload, now) for generation, payload in reports.items()}
-        )
+        sent = {generation: InFlight(payload, now) for generation, payload in reports.items()}
+        self._in_flight.update(sent)
         try:
             for payload in reports.values():
                 self._transport.publish(topics.device_stats(self._transport.name), payload)
-        except LinkError as error:  # they are sent again in time
+        except LinkError as error:  # they are sent again after their wait
             log.info("reports wait: %s", error)

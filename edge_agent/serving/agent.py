@@ -1,4 +1,4 @@
-"""The agent: takes prompts over MQTT, answers some of them at once, and reports each answer."""
+"""The agent: accept prompts over MQTT, generate some of the responses at once, and report each."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
 import msgspec
@@ -22,7 +21,7 @@ from edge_agent.engine.partition import Partition, WorkCounter
 from edge_agent.engine.tokenizer import ChatTokenizer
 from edge_agent.reporting.report_outbox import ReportOutbox
 from edge_agent.reporting.reporter import Reporter
-from edge_agent.serving.answerer import Answerer, refusal
+from edge_agent.serving.answerer import Answerer, error_reply
 from edge_agent.serving.event_triggers import EventTriggers
 from edge_agent.serving.job_queue import Job, JobQueue
 from edge_agent.serving.request_planner import MB, RequestPlanner
@@ -36,17 +35,21 @@ from fleet.protocol import topics
 from fleet.protocol.codec import decode_to_device, encode
 from fleet.protocol.messages import Close, Opened
 from fleet.protocol.prompt import parse_prompt
-from fleet.protocol.report import MAX_LABEL_LENGTH, DeviceStatus, encode_status
-from fleet.transport.base import Transport, publish_or_log
+from fleet.protocol.report import ConfigProblem, DeviceStatus, encode_status
+from fleet.transport.base import Handler, Transport, publish_or_log
 
 log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S: Final = 5.0
-MAX_FINISHED: Final = 32  # answers kept for an app that has missed some of its replies
+MAX_FINISHED: Final = 32  # responses kept for an app that has missed some of its replies
+OUT_OF_MEMORY: Final = (
+    "this device ran out of memory on this request; "
+    "ask for fewer tokens, or lower its cache_budget_mb or max_concurrent_requests"
+)
 
 
 class Agent:
-    """Serves one device. Use as a context manager; it announces itself and serves until it is closed."""
+    """The agent of one device: a context manager that announces itself and serves until closed."""
 
     def __init__(
         self,
@@ -58,11 +61,20 @@ class Agent:
         draw: Callable[[], float] = random.random,
         is_trial: bool = False,
     ) -> None:
-        """Reports that wait for the collector are kept in `reports_file`, or else in memory.
+        """Load the model.
 
-        By `draw`, numbers from [0, 1), answers are chosen that the cloud judges as a sample. On trial a step is run.
+        Args:
+            transport: the device's link to the broker.
+            bundle: the model.
+            config: the settings.
+            reports_file: the file of the reports that wait for the collector; None keeps them in
+                memory.
+            draw: returns numbers from [0, 1), which choose the responses that the cloud verifies
+                as a sample.
+            is_trial: run one step of the model first.
 
-        Raises BundleError or FleetError when the model does not load or the thresholds do not fit its exits.
+        Raises:
+            FleetError: the model does not load, or the thresholds do not fit its exits.
         """
         check_instruction_set(bundle.manifest)
         self.name = transport.name
@@ -70,127 +82,137 @@ class Agent:
         self._manifest = bundle.manifest
         self._config = config
         self._config_version = 0
-        self._config_error = ""
+        self._config_error: ConfigProblem | None = None
         self._epoch = time.time_ns() // 1_000_000
-        self._tokenizer = ChatTokenizer(
-            bundle
-        )  # first: the partition gives back what loading has freed
+        # The tokenizer comes first: the partition returns the memory that loading has freed.
+        self._tokenizer = ChatTokenizer(bundle)
         self._partition = Partition(bundle, config.num_threads, config.provider)
         if is_trial:
             check_step(self._partition, self._tokenizer)
         self._planner = RequestPlanner(self._partition, self._tokenizer, config, draw)
-        self._turns = FairLock()
-        self._arrived: queue.Queue[Job | None] = queue.Queue()
+        self._model_lock = FairLock()
+        self._new_jobs: queue.Queue[Job | None] = queue.Queue()
         self._jobs = JobQueue(config.cache_budget_mb * MB)
         self._active: dict[tuple[str, str], Job] = {}
         self._finished: dict[tuple[str, str], Job] = {}
-        self._stopping = False
+        self._is_paused = False
         self._lock = threading.Lock()
         self._triggers = EventTriggers(transport, self._epoch, self._on_prompt, self._is_active)
         self._workers = WorkerDirectory(transport, self._worker_changed)
         self._reporter = Reporter(transport, ReportOutbox(reports_file, config.max_kept_reports))
         self._answerer = Answerer(
             transport,
-            self._workers,
+            workers=self._workers,
             reporter=self._reporter,
             manifest=self._manifest,
             partition=self._partition,
             tokenizer=self._tokenizer,
-            turns=self._turns,
+            model_lock=self._model_lock,
             epoch=self._epoch,
         )
-        self._planning = threading.Thread(
-            target=self._plan_all, name=f"plan-{self.name}", daemon=True
+        self._planning_thread = threading.Thread(
+            target=self._plan_jobs, name=f"plan-{self.name}", daemon=True
         )
-        self._answering = [
-            threading.Thread(target=self._answer_all, name=f"answer-{self.name}-{i}", daemon=True)
+        self._answer_threads = [
+            threading.Thread(target=self._answer_jobs, name=f"answer-{self.name}-{i}", daemon=True)
             for i in range(config.max_concurrent_requests)
         ]
+        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        for thread in (self._planning, *self._answering):
-            thread.start()
-        self._reporter.__enter__()
-        own = topics.PREFIX, self.name
-        self._transport.subscribe("{}/d/{}/s/+".format(*own), self._on_session)
-        self._transport.subscribe("{}/d/{}/cancel/+/+".format(*own), self._on_cancel, qos=1)
-        self._transport.subscribe(prompts_of(self.name), self._on_prompt, qos=1)
-        self._triggers.set(self._config.triggers)
-        self._transport.on_up(self._announce)
+        with ExitStack() as stack:
+            stack.enter_context(self._workers)
+            stack.enter_context(self._reporter)
+            self._subscribe(stack, topics.sessions_of_device(self.name), self._on_session)
+            self._subscribe(stack, topics.cancels_to(self.name), self._on_cancel, qos=1)
+            stack.callback(self._stop_jobs)
+            for thread in (self._planning_thread, *self._answer_threads):
+                thread.start()
+            # This one stays when the agent closes, so that prompts are refused, not lost.
+            self._transport.subscribe(topics.prompts_to(self.name), self._on_prompt, qos=1)
+            stack.callback(self._triggers.set, ())
+            self._triggers.set(self._config.triggers)
+            stack.callback(self._transport.off_up, self._announce)
+            self._transport.on_up(self._announce)
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Closes, and says that the device has gone."""
+    def __exit__(self, *_: object) -> None:
+        """Close, and publish that the device is offline."""
         self.close()
         publish_or_log(
             self._transport, topics.device_status(self.name), self.will(), qos=1, retain=True
         )
 
     def close(self) -> None:
-        """Cancels what is under way, takes no more, and waits for the end at most `STOP_TIMEOUT_S` seconds.
+        """Cancel the active requests, accept no more, and wait at most `STOP_TIMEOUT_S` seconds.
 
-        Prompts are refused as by a device that is busy, until somebody else takes them or the transport closes.
+        Prompts are refused as by a busy device until another agent subscribes to them or the
+        transport closes.
         """
-        deadline = time.monotonic() + STOP_TIMEOUT_S
-        self._triggers.set(())
-        self.hold()
-        with self._lock:
-            jobs = list(self._active.values())
-        for job in jobs:
-            self._cancel(job)
-        self._arrived.put(None)
-        self._planning.join(STOP_TIMEOUT_S)
-        self._jobs.close()
-        for thread in self._answering:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        self._reporter.__exit__(None, None, None)
-        self._workers.close()
-        self._transport.off_up(self._announce)
-        for topic in ("{}/d/{}/s/+", "{}/d/{}/cancel/+/+"):
-            self._transport.unsubscribe(topic.format(topics.PREFIX, self.name))
+        self._stack.close()
 
-    def hold(self, *, off: bool = False) -> None:
-        """Takes no more prompts, or with `off` takes them again; what is under way goes on."""
+    def pause(self) -> None:
+        """Accept no more prompts; active requests continue."""
         with self._lock:
-            self._stopping = not off
+            self._is_paused = True
+
+    def resume(self) -> None:
+        """Accept prompts again after `pause`."""
+        with self._lock:
+            self._is_paused = False
 
     @property
     def work(self) -> WorkCounter:
-        """What its model has run so far."""
+        """The work that the model has done since it was loaded."""
         return self._partition.work
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is under way."""
+        """Whether no request is active."""
         with self._lock:
             return not self._active
 
-    def follow(self, config: AgentConfig, version: int, error: str = "") -> None:
-        """Goes by `config` from the next prompt on, and tells the fleet which `version` of its configuration that is.
+    def follow(
+        self, config: AgentConfig, version: int, problem: ConfigProblem | None = None
+    ) -> None:
+        """Apply `config` from the next prompt on, and publish its `version` to the fleet.
 
-        Only what :class:`fleet.protocol.desired_config.Settings` may say differs from the config before. `error` says why it is not a
-        newer version.
+        Only settings that :class:`fleet.protocol.desired_config.Settings` has may differ from the
+        previous configuration. `problem` is the reason why it is not a newer version.
 
         Raises:
-            PromptError: the thresholds do not fit the bundle's exits; everything stays as it was.
+            PromptError: the thresholds do not fit the bundle's exits; nothing has changed.
         """
         self._planner.follow(config)
         self._config = config
         self._config_version = version
-        self._config_error = error[:MAX_LABEL_LENGTH]
-        if self._planning.is_alive():
+        self._config_error = problem
+        if self._planning_thread.is_alive():
             self._triggers.set(config.triggers)
             self._announce()
 
     @staticmethod
     def will() -> bytes:
-        """The status payload of a device that has gone."""
+        """The status payload of an offline device."""
         return encode_status(DeviceStatus(online=False, epoch=0))
+
+    def _subscribe(self, stack: ExitStack, topic: str, handler: Handler, *, qos: int = 0) -> None:
+        stack.callback(self._transport.unsubscribe, topic)
+        self._transport.subscribe(topic, handler, qos=qos)
+
+    def _stop_jobs(self) -> None:
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        self.pause()
+        with self._lock:
+            jobs = list(self._active.values())
+        for job in jobs:
+            self._cancel(job)
+        self._new_jobs.put(None)
+        self._planning_thread.join(STOP_TIMEOUT_S)
+        self._jobs.close()
+        for thread in self._answer_threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _announce(self) -> None:
         status = DeviceStatus(
@@ -210,163 +232,163 @@ class Agent:
             retain=True,
         )
 
-    # What arrives: decided on the transport's thread, quickly.
+    # Handlers run on the transport's thread and must not block.
 
     def _on_prompt(self, topic: str, payload: bytes) -> None:
-        try:
-            _, app, request = topics.parse(topic, "d", "+", "prompt", "+", "+")
-        except ProtocolError as error:
-            log.warning("prompt dropped: %s", error)
+        request_key = _request_key(topic, topics.PROMPT_FILTER)
+        if request_key is None:
             return
+        app, request = request_key
         try:
-            job = Job(app=app, request=request, prompt=parse_prompt(payload))
-            with self._lock:
-                known = self._active.get((app, request)) or self._finished.get((app, request))
-            if known:
-                self._repeat(known)
-                return
-            with self._lock:
-                if self._stopping:
-                    raise BusyError("this device is stopping; try again when it is back")
-                if len(self._active) >= self._config.max_queued_requests:
-                    raise BusyError(
-                        f"this device takes {self._config.max_queued_requests} requests at once and has as many; "
-                        "try again later"
-                    )
-                self._active[app, request] = job
-            self._arrived.put(job)
+            self._accept(Job(app=app, request=request, prompt=parse_prompt(payload)))
         except PromptError as error:
-            refuse(self._transport, app, request, error)
+            refuse_prompt(self._transport, app, request, error)
+
+    def _accept(self, job: Job) -> None:
+        """Queue a job. Raises BusyError.
+
+        A request that comes twice is one whose replies were lost: its replies are sent again.
+        """
+        with self._lock:
+            earlier = self._active.get(job.key) or self._finished.get(job.key)
+            if earlier is None:
+                self._check_capacity()
+                self._active[job.key] = job
+        if earlier is None:
+            self._new_jobs.put(job)
+        else:
+            self._resend_replies(earlier)
+
+    def _check_capacity(self) -> None:
+        """Check that another request is accepted now. Raises BusyError."""
+        max_requests = self._config.max_queued_requests
+        if self._is_paused:
+            raise BusyError("this device is stopping; try again when it is back")
+        if len(self._active) >= max_requests:
+            raise BusyError(
+                f"this device accepts {max_requests} requests at once and has as many; "
+                "try again later"
+            )
 
     def _is_active(self, app: str, request: str) -> bool:
         return (app, request) in self._active
 
-    def _repeat(self, job: Job) -> None:
-        """Sends again what has been said: a request that comes twice is one whose replies were lost.
-
-        At QoS 0, of which any number may be on its way; who misses some of them asks again.
-        """
+    def _resend_replies(self, job: Job) -> None:
+        """Send them at QoS 0, which has no limit of messages in flight; the app may ask again."""
+        topic = topics.device_reply(self.name, job.app, job.request)
         for payload in list(job.replies):
-            publish_or_log(self._transport, topics.reply(self.name, job.app, job.request), payload)
+            publish_or_log(self._transport, topic, payload)
 
     def _on_cancel(self, topic: str, payload: bytes) -> None:
         del payload
-        try:
-            _, app, request = topics.parse(topic, "d", "+", "cancel", "+", "+")
-        except ProtocolError as error:
-            log.warning("cancel dropped: %s", error)
+        request_key = _request_key(topic, topics.CANCEL_FILTER)
+        if request_key is None:
             return
         with self._lock:
-            job = self._active.get((app, request))
+            job = self._active.get(request_key)
         if job:
             self._cancel(job)
 
     def _cancel(self, job: Job) -> None:
         self._jobs.cancel(job)
-        if job.uplink:
-            job.uplink.abandon("the request was cancelled")
+        if job.cloud_session:
+            job.cloud_session.abandon("the request was cancelled")
 
     def _on_session(self, topic: str, payload: bytes) -> None:
         try:
-            _, session = topics.parse(topic, "d", "+", "s", "+")
-            if uplink := next(
-                (uplink for uplink in self._uplinks() if uplink.session == session), None
-            ):
-                uplink.receive(payload)
-            elif (
-                isinstance(message := decode_to_device(payload), Opened)
-                and message.session == session
-            ):
-                late = topics.to_worker(message.worker, self.name, session)
-                publish_or_log(self._transport, late, encode(Close(session)))
+            _, session = topics.parse_topic(topic, topics.TO_DEVICE_FILTER)
+            for cloud_session in self._cloud_sessions():
+                if cloud_session.session == session:
+                    cloud_session.receive(payload)
+                    return
+            self._close_late_session(session, payload)
         except ProtocolError as error:
             log.warning("message on %s dropped: %s", topic, error)
 
+    def _close_late_session(self, session: str, payload: bytes) -> None:
+        """Close a session that a worker opened after its request had ended."""
+        message = decode_to_device(payload)
+        if isinstance(message, Opened) and message.session == session:
+            topic = topics.to_worker(message.worker, self.name, session)
+            publish_or_log(self._transport, topic, encode(Close(session)))
+
     def _worker_changed(self, worker: str) -> None:
-        for uplink in self._uplinks():
-            uplink.worker_changed(worker)
+        for cloud_session in self._cloud_sessions():
+            cloud_session.worker_changed(worker)
 
-    def _uplinks(self) -> list[CloudSession]:
+    def _cloud_sessions(self) -> list[CloudSession]:
         with self._lock:
-            return [job.uplink for job in self._active.values() if job.uplink]
+            return [job.cloud_session for job in self._active.values() if job.cloud_session]
 
-    # Plans, in the order of the prompts; then answers, some at once, each on a thread of its own.
+    # One thread plans in the order of the prompts; then several threads answer, one job each.
 
-    def _plan_all(self) -> None:
-        while job := self._arrived.get():
-            with self._failing(job):
+    def _plan_jobs(self) -> None:
+        while job := self._new_jobs.get():
+            with self._errors_as_replies(job):
                 self._jobs.put(job, self._planner.plan(job.prompt))
 
-    def _answer_all(self) -> None:
+    def _answer_jobs(self) -> None:
         while True:
-            with self._jobs.take() as taken:
-                if taken is None:
+            with self._jobs.lease() as lease:
+                if lease is None:
                     return
-                job, plan = taken
-                with self._failing(job):
+                job, plan = lease
+                with self._errors_as_replies(job):
                     self._answerer.answer(job, plan)
-                    self._forget(job)
+                    self._finish(job)
 
     @contextmanager
-    def _failing(self, job: Job) -> Iterator[None]:
-        """Makes an error the job's last reply: one bad request must not end the device."""
+    def _errors_as_replies(self, job: Job) -> Iterator[None]:
+        """Make an error the job's last reply: one bad request must not end the device."""
         try:
             yield
         except FleetError as error:
             self._fail(job, error.code, str(error))
         except Exception as error:  # the outermost boundary of a thread
             if is_out_of_memory(error):
-                self._fail(
-                    job,
-                    "memory",
-                    "this device ran out of memory on this request; ask for fewer tokens, or lower its "
-                    "cache_budget_mb or max_concurrent_requests",
-                )
+                self._fail(job, "memory", OUT_OF_MEMORY)
             else:
                 log.exception("request %s of %s failed", job.request, job.app)
                 self._fail(job, "internal", f"the device failed on this request: {error}")
 
     def _fail(self, job: Job, code: str, message: str) -> None:
-        self._answerer.reply(job, refusal(len(job.replies), code, message))
-        self._forget(job)
+        self._answerer.reply(job, error_reply(len(job.replies), code, message))
+        self._finish(job)
 
-    def _forget(self, job: Job) -> None:
+    def _finish(self, job: Job) -> None:
+        """Keep only the replies of a job that has ended."""
         with self._lock:
-            del self._active[job.app, job.request]
-            job.uplink = job.drafts = job.modes = (
-                None  # of what has ended only the replies are kept
-            )
-            self._finished[job.app, job.request] = job
+            del self._active[job.key]
+            job.release()
+            self._finished[job.key] = job
             while len(self._finished) > MAX_FINISHED:
                 del self._finished[next(iter(self._finished))]
 
 
-def refuse(transport: Transport, app: str, request: str, error: PromptError) -> None:
-    """Answers a request that is not taken with the reason."""
-    payload = msgspec.json.encode(refusal(0, error.code, str(error)))
-    publish_or_log(transport, topics.reply(transport.name, app, request), payload, qos=1)
+def refuse_prompt(transport: Transport, app: str, request: str, error: PromptError) -> None:
+    """Reply to a request that is not accepted with the reason."""
+    payload = msgspec.json.encode(error_reply(0, error.code, str(error)))
+    topic = topics.device_reply(transport.name, app, request)
+    publish_or_log(transport, topic, payload, qos=1)
 
 
 def refuse_prompts(transport: Transport) -> None:
-    """Answers every prompt with `busy`, in the place of an agent that is closed, until another one takes them."""
+    """Reply `busy` to every prompt while no agent runs, until the next one subscribes."""
 
     def on_prompt(topic: str, payload: bytes) -> None:
         del payload
-        try:
-            _, app, request = topics.parse(topic, "d", "+", "prompt", "+", "+")
-        except ProtocolError as error:
-            log.warning("prompt dropped: %s", error)
-            return
-        refuse(
-            transport,
-            app,
-            request,
-            BusyError("this device is changing its model; try again in a moment"),
-        )
+        if request_key := _request_key(topic, topics.PROMPT_FILTER):
+            error = BusyError("this device is changing its model; try again in a moment")
+            refuse_prompt(transport, *request_key, error)
 
-    transport.subscribe(prompts_of(transport.name), on_prompt, qos=1)
+    transport.subscribe(topics.prompts_to(transport.name), on_prompt, qos=1)
 
 
-def prompts_of(device: str) -> str:
-    """The filter of all prompts to a device."""
-    return topics.prompt(device, "+", "+")
+def _request_key(topic: str, topic_filter: str) -> tuple[str, str] | None:
+    """Return the app and the request of a topic; None, with a line in the log, if it is bad."""
+    try:
+        _, app, request = topics.parse_topic(topic, topic_filter)
+    except ProtocolError as error:
+        log.warning("message on %s dropped: %s", topic[:200], error)
+        return None
+    return app, request

@@ -1,4 +1,4 @@
-"""One request's answer: its session with the cloud, its tokens, its replies, its report."""
+"""The response to one request: its session with the cloud, its tokens, its replies, its report."""
 
 from __future__ import annotations
 
@@ -24,29 +24,30 @@ from edge_agent.session.cloud_session import CloudSession
 from edge_agent.session.worker_directory import WorkerDirectory
 from fleet.bundles.manifest import Manifest
 from fleet.protocol import topics
+from fleet.protocol.counts import AnswerCounts
 from fleet.protocol.messages import PROTOCOL, Open
 from fleet.protocol.modes import Mode, offload_rate
 from fleet.protocol.prompt import ErrorInfo, Reply, Usage
 from fleet.protocol.report import GenerationReport
 from fleet.transport.base import Transport, publish_or_log
 
-SESSION_BYTES: Final = (
-    5  # of a name that is in every message, and need only differ from others of this device
-)
+# A session's name is in every message, and needs to be unique only on its device.
+SESSION_BYTES: Final = 5
 
 
 class Answerer:
-    """Answers jobs, several at once from threads of their own: each takes its turns with the one model."""
+    """The generator of responses to jobs; several threads may call it and share one model."""
 
     def __init__(
         self,
         transport: Transport,
+        *,
         workers: WorkerDirectory,
         reporter: Reporter,
         manifest: Manifest,
         partition: Partition,
         tokenizer: ChatTokenizer,
-        turns: FairLock,
+        model_lock: FairLock,
         epoch: int,
     ) -> None:
         self._transport = transport
@@ -55,75 +56,68 @@ class Answerer:
         self._manifest = manifest
         self._partition = partition
         self._tokenizer = tokenizer
-        self._turns = turns
+        self._model_lock = model_lock
         self._epoch = epoch
         self._measurements = Measurements()
         self._acceptance = AcceptanceRate()
 
     def reply(self, job: Job, reply: Reply) -> None:
-        """Publishes a job's next reply, and keeps it for an app that asks again."""
+        """Publish a job's next reply, and keep it for an app that sends its request again."""
         if not job.replies:
             reply = msgspec.structs.replace(reply, generation=job.generation)
         payload = msgspec.json.encode(reply)
         job.replies.append(payload)
-        publish_or_log(
-            self._transport,
-            topics.reply(self._transport.name, job.app, job.request),
-            payload,
-            qos=1,
-        )
+        topic = topics.device_reply(self._transport.name, job.app, job.request)
+        publish_or_log(self._transport, topic, payload, qos=1)
 
     def answer(self, job: Job, plan: RequestPlan) -> None:
-        """Streams the answer, and reports what it took, up to an error, too.
+        """Stream the response, and report its counts, also after an error.
 
-        Raises PromptError when the answer is late, or cannot go on without the cloud.
+        Raises:
+            PromptError: the response is late, or cannot continue without the cloud.
         """
-        wants_cloud = plan.mode is not Mode.STANDALONE and not job.cancelled.is_set()
-        uplink = self._connect(job, plan) if wants_cloud else None
+        needs_cloud = plan.mode is not Mode.STANDALONE and not job.cancelled.is_set()
+        cloud_session = self._connect(job, plan) if needs_cloud else None
         text = self._tokenizer.stream()
         try:
-            with uplink or nullcontext():
+            with cloud_session or nullcontext():
                 finish_reason = self._generate(job, plan, text)
         except Exception:
             self._reporter.add(_report(job, plan, self._manifest.bundle_id, "error"))
             raise
         report = _report(job, plan, self._manifest.bundle_id, finish_reason)
         self._reporter.add(report)
-        self.reply(
-            job,
-            Reply(
-                seq=len(job.replies),
-                text=text.flush(),
-                done=True,
-                finish_reason=finish_reason,
-                usage=_usage(report),
-                bundle_id=report.bundle_id,
-                note=uplink.note if uplink else None,
-            ),
+        last_reply = Reply(
+            seq=len(job.replies),
+            text=text.flush(),
+            done=True,
+            finish_reason=finish_reason,
+            usage=_usage(report),
+            bundle_id=report.bundle_id,
+            note=cloud_session.note if cloud_session else None,
         )
+        self.reply(job, last_reply)
 
     def _generate(self, job: Job, plan: RequestPlan, text: TextStream) -> str:
-        """Streams the answer's tokens; gives the reason why it ended."""
+        """Stream the response's tokens, and return the reason why it ended."""
         if job.cancelled.is_set():
             return "cancelled"
         generator = self._generator(job, plan)
         tokens = generator.generate(
             plan.prompt_ids,
             plan.max_new_tokens,
-            deadline=job.arrived + plan.deadline_s,
+            deadline=job.arrived_at + plan.deadline_s,
             is_cancelled=job.cancelled.is_set,
         )
         for token in tokens:
             job.count(token.source)
-            self.reply(
-                job,
-                Reply(
-                    seq=len(job.replies),
-                    text=text.push(token.token_id),
-                    token_id=token.token_id,
-                    source=token.source,
-                ),
+            reply = Reply(
+                seq=len(job.replies),
+                text=text.push(token.token_id),
+                token_id=token.token_id,
+                source=token.source,
             )
+            self.reply(job, reply)
             if token.token_id in plan.eos_token_ids:
                 return "stop"
         return "cancelled" if job.cancelled.is_set() else "length"
@@ -134,30 +128,30 @@ class Answerer:
             plan.capacity,
             thresholds=plan.thresholds,
             sampling=job.prompt.sampling,
-            uplink=job.uplink,
-            turns=self._turns,
+            cloud_session=job.cloud_session,
+            lock=self._model_lock,
             measurements=self._measurements,
             one_by_one_from=len(plan.prompt_ids) if plan.is_exact else None,
         )
         eos = plan.eos_token_ids
-        if job.uplink:
-            job.drafts = SpeculativeDecoder(
+        if job.cloud_session:
+            job.speculative = SpeculativeDecoder(
                 decoder,
-                job.uplink,
+                job.cloud_session,
                 acceptance=self._acceptance,
                 measurements=self._measurements,
                 eos_token_ids=eos,
                 max_draft=plan.config.max_draft,
             )
         mode = Mode.VERIFIED if plan.is_exact else plan.mode
-        job.modes = ModeController(
+        job.mode_controller = ModeController(
             mode,
             plan.targets,
             self._measurements,
             plan.config.assist_deadline_ms,
             is_sample=plan.is_sample,
         )
-        return Generator(decoder, job.modes, eos, job.uplink, job.drafts)
+        return Generator(decoder, job.mode_controller, eos, job.cloud_session, job.speculative)
 
     def _connect(self, job: Job, plan: RequestPlan) -> CloudSession:
         note = self._workers.why_none(self._manifest.bundle_id)
@@ -170,62 +164,58 @@ class Answerer:
             max_positions=plan.capacity,
             deadline_ms=plan.config.assist_deadline_ms,
         )
-        job.uplink = CloudSession(
+        job.cloud_session = CloudSession(
             self._transport,
             self._workers,
             opening,
             self._manifest.model.hidden_size,
             self._measurements,
             upload_dtype=plan.config.upload_dtype,
+            note=note,
         )
-        job.uplink.note = note
-        return job.uplink
+        return job.cloud_session
 
 
-def refusal(seq: int, code: str, message: str) -> Reply:
-    """The last reply to a request that gets no answer, or no more of one."""
+def error_reply(seq: int, code: str, message: str) -> Reply:
+    """Return the last reply to a request that fails."""
     return Reply(seq=seq, done=True, finish_reason="error", error=ErrorInfo(code, message))
 
 
 def _report(job: Job, plan: RequestPlan, bundle_id: str, finish_reason: str) -> GenerationReport:
-    uplink = job.uplink
+    cloud_session = job.cloud_session
     return GenerationReport(
         generation=job.generation,
         app=job.app,
         request=job.request,
-        session=uplink.session if uplink else None,
-        worker=uplink.worker if uplink else None,
+        session=cloud_session.session if cloud_session else None,
+        worker=cloud_session.worker if cloud_session else None,
         bundle_id=bundle_id,
         mode=plan.mode,
         started_at=job.received_at,
         prompt_tokens=len(plan.prompt_ids),
         tokens=job.num_tokens,
         sources=job.sources,
-        assists=uplink.num_assists if uplink else 0,
-        bytes_up=uplink.bytes_up if uplink else 0,
-        bytes_down=uplink.bytes_down if uplink else 0,
+        assists=cloud_session.num_assists if cloud_session else 0,
+        bytes_up=cloud_session.bytes_up if cloud_session else 0,
+        bytes_down=cloud_session.bytes_down if cloud_session else 0,
         ttft_ms=job.ttft_ms,
         tpot_ms=job.tpot_ms,
         finish_reason=finish_reason,
-        verifies=uplink.num_verifies if uplink else 0,
-        drafted=job.drafts.num_drafted if job.drafts else 0,
-        switches=job.modes.switches if job.modes else (),
-        judged=job.drafts.num_judged if job.drafts else 0,
-        agreed=job.drafts.num_agreed if job.drafts else 0,
+        verifies=cloud_session.num_verifies if cloud_session else 0,
+        drafted=job.speculative.num_drafted if job.speculative else 0,
+        switches=job.mode_controller.switches if job.mode_controller else (),
+        judged=job.speculative.num_judged if job.speculative else 0,
+        agreed=job.speculative.num_agreed if job.speculative else 0,
     )
 
 
 def _usage(report: GenerationReport) -> Usage:
+    counts = {name: getattr(report, name) for name in AnswerCounts.__struct_fields__}
     return Usage(
-        prompt_tokens=report.prompt_tokens,
-        tokens=report.tokens,
-        sources=report.sources,
+        **counts,
         offload_rate=offload_rate(report.sources),
-        bytes_up=report.bytes_up,
-        bytes_down=report.bytes_down,
         ttft_ms=report.ttft_ms,
         tpot_ms=report.tpot_ms,
         round_trips=report.assists + report.verifies,
-        drafted=report.drafted,
         switches=report.switches,
     )

@@ -1,4 +1,4 @@
-"""Events of apps and sensors that become prompts of a device."""
+"""The triggers of a device: events of apps and sensors become prompts."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ log = logging.getLogger(__name__)
 
 LOG_S: Final = 10.0
 
-Asked: TypeAlias = tuple[str, str]  # app, request
+RequestKey: TypeAlias = tuple[str, str]  # app, request
 
 
 @dataclass
-class _Armed:
+class _TriggerState:
     trigger: Trigger
-    answered_at: float = float("-inf")
-    under_way: list[Asked] = field(default_factory=list)
+    fired_at: float = float("-inf")
+    in_flight: list[RequestKey] = field(default_factory=list)
 
 
 class EventTriggers:
-    """The triggers that a device has now, and how often each was pulled.
+    """The triggers that a device has now, and the rate of each.
 
-    An event that pulls one is handed to `on_prompt` as the message that the app would have sent; `is_active` says
-    whether the answer to such a request is still under way. An event that is no good costs one line in the log, and of
-    many such lines one in `LOG_S` seconds.
+    When an event fires a trigger, `on_prompt` receives the message that the app would have sent;
+    `is_active` returns whether a request (app, request) is still being answered. A bad event costs
+    one line in the log, at most one in `LOG_S` seconds.
     """
 
     def __init__(
@@ -54,30 +54,29 @@ class EventTriggers:
         is_active: Callable[[str, str], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`epoch` is another one after every start of the device."""
+        """`epoch` differs after every start of the device."""
         self._transport = transport
         self._epoch = epoch
         self._on_prompt = on_prompt
         self._is_active = is_active
         self._clock = clock
         self._numbers = itertools.count(1)
-        self._armed: dict[str, _Armed] = {}
+        self._states: dict[str, _TriggerState] = {}
         self._filters: set[str] = set()
         self._log = RateLimitedLog(log, LOG_S)
 
     def set(self, triggers: Iterable[Trigger]) -> None:
-        """Puts `triggers` in the place of those until now; one that keeps its name keeps its rate.
+        """Replace all triggers. A trigger that keeps its name keeps its rate.
 
-        From one thread at a time, the transport's or another.
+        Only one thread may call at a time.
         """
-        before = self._armed
-        new = tuple(triggers)
-        armed = {trigger.name: _Armed(trigger) for trigger in new}
-        for name in armed.keys() & before.keys():
-            armed[name].answered_at = before[name].answered_at
-            armed[name].under_way = before[name].under_way
-        self._armed = armed
-        filters = event_filters(new)
+        previous = self._states
+        states = {trigger.name: _TriggerState(trigger) for trigger in triggers}
+        for name in states.keys() & previous.keys():
+            states[name].fired_at = previous[name].fired_at
+            states[name].in_flight = previous[name].in_flight
+        self._states = states
+        filters = event_filters([state.trigger for state in states.values()])
         for topic_filter in self._filters - filters:
             self._transport.unsubscribe(topic_filter)
         for topic_filter in sorted(filters - self._filters):
@@ -86,38 +85,36 @@ class EventTriggers:
 
     def _on_event(self, topic: str, payload: bytes) -> None:
         try:
-            app, channel = topics.parse(topic, "e", "+", "+")
+            app, channel = topics.parse_topic(topic, topics.EVENT_FILTER)
             event = read_event(channel, payload)
         except FleetError as error:
             self._log.warning("event on %s dropped: %s", topic[:200], error)
             return
-        for armed in self._armed.values():
-            if armed.trigger.takes(app, channel):
+        for state in self._states.values():
+            if state.trigger.listens_to(app, channel):
                 try:
-                    self._pull(armed, app, event)
+                    self._fire(state, app, event)
                 except FleetError as error:
-                    self._log.warning(
-                        "event on %s drops out of trigger %s: %s", topic, armed.trigger.name, error
-                    )
+                    name = state.trigger.name
+                    self._log.warning("trigger %s drops event on %s: %s", name, topic, error)
 
-    def _pull(self, armed: _Armed, app: str, event: Fields) -> None:
-        trigger = armed.trigger
+    def _fire(self, state: _TriggerState, app: str, event: Fields) -> None:
+        """Turn an event into a prompt, if the trigger's condition and limits allow it."""
+        trigger = state.trigger
         now = self._clock()
         prompt = make_prompt(trigger, event)
-        if prompt is None or not trigger.is_due(armed.answered_at, now):
+        if prompt is None or not trigger.is_due(state.fired_at, now):
             return
-        armed.under_way = [asked for asked in armed.under_way if self._is_active(*asked)]
-        if len(armed.under_way) >= trigger.max_in_flight:
+        state.in_flight = [key for key in state.in_flight if self._is_active(*key)]
+        num_in_flight = len(state.in_flight)
+        if num_in_flight >= trigger.max_in_flight:
             self._log.warning(
-                "trigger %s drops an event: %d are being answered",
-                trigger.name,
-                len(armed.under_way),
+                "trigger %s drops an event: %d are in flight", trigger.name, num_in_flight
             )
             return
-        asker = trigger.reply_to or app
+        reply_to = trigger.reply_to or app
         request = request_name(trigger, self._epoch, next(self._numbers))
-        armed.answered_at = now
-        armed.under_way.append((asker, request))
-        self._on_prompt(
-            topics.prompt(self._transport.name, asker, request), msgspec.json.encode(prompt)
-        )
+        state.fired_at = now
+        state.in_flight.append((reply_to, request))
+        topic = topics.device_prompt(self._transport.name, reply_to, request)
+        self._on_prompt(topic, msgspec.json.encode(prompt))

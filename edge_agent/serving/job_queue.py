@@ -1,4 +1,4 @@
-"""Requests that were accepted: how each goes, and which is next."""
+"""Accepted requests: the progress of each, and the queue that chooses the next one."""
 
 from __future__ import annotations
 
@@ -18,28 +18,42 @@ from fleet.protocol.prompt import PromptRequest
 
 @dataclass(eq=False, kw_only=True)
 class Job:
-    """One accepted request of an app, and how its answer has gone so far."""
+    """An accepted request of an app, and the progress of its response.
+
+    `received_at` is in seconds since 1970; the other times are those of the monotonic clock.
+    """
 
     app: str
     request: str
     prompt: PromptRequest
     generation: str = field(default_factory=lambda: uuid.uuid4().hex)
     received_at: float = field(default_factory=time.time)
-    arrived: float = field(default_factory=time.monotonic)
+    arrived_at: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
-    uplink: CloudSession | None = None
-    drafts: SpeculativeDecoder | None = None
-    modes: ModeController | None = None
+    cloud_session: CloudSession | None = None
+    speculative: SpeculativeDecoder | None = None
+    mode_controller: ModeController | None = None
     replies: list[bytes] = field(default_factory=list)
     sources: dict[str, int] = field(default_factory=dict)
-    first_token: float = 0.0
-    last_token: float = 0.0
+    first_token_at: float = 0.0
+    last_token_at: float = 0.0
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """The app and the request, which together are unique."""
+        return self.app, self.request
 
     def count(self, source: str) -> None:
-        """Counts one token from `source`, now."""
-        self.last_token = time.monotonic()
-        self.first_token = self.first_token or self.last_token
+        """Count one token from `source`, generated now."""
+        self.last_token_at = time.monotonic()
+        self.first_token_at = self.first_token_at or self.last_token_at
         self.sources[source] = self.sources.get(source, 0) + 1
+
+    def release(self) -> None:
+        """Drop the references that hold memory once the response is complete."""
+        self.cloud_session = None
+        self.speculative = None
+        self.mode_controller = None
 
     @property
     def num_tokens(self) -> int:
@@ -47,19 +61,20 @@ class Job:
 
     @property
     def ttft_ms(self) -> float:
-        """From the prompt's arrival, time in the queue included, to the first token."""
-        return max(0.0, self.first_token - self.arrived) * 1000
+        """Time from the prompt's arrival to the first token, including the time in the queue."""
+        return max(0.0, self.first_token_at - self.arrived_at) * 1000
 
     @property
     def tpot_ms(self) -> float:
         """Mean time per token after the first."""
-        return (self.last_token - self.first_token) * 1000 / max(1, self.num_tokens - 1)
+        return (self.last_token_at - self.first_token_at) * 1000 / max(1, self.num_tokens - 1)
 
 
 class JobQueue:
-    """Jobs with their plans, first come, first served; a job is given out when its caches fit what is free.
+    """Jobs with their plans, first come, first served, within a budget of memory.
 
-    A later and smaller job does not overtake one that waits for memory. A cancelled one needs none and goes at once.
+    A job is leased as soon as its caches fit the free memory. A later and smaller job does not
+    overtake one that waits for memory. A cancelled job needs no memory and is leased at once.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -78,42 +93,49 @@ class JobQueue:
         return len(self._waiting)
 
     def put(self, job: Job, plan: RequestPlan) -> None:
-        """Queues a job whose plan fits the whole budget."""
+        """Queue a job whose plan fits the whole budget."""
         with self._changed:
             self._waiting.append((job, plan))
             self._changed.notify_all()
 
     def cancel(self, job: Job) -> None:
-        """Marks a job, wherever it is, and lets it out when it waits here."""
+        """Mark a job as cancelled, in the queue or leased."""
         with self._changed:
             job.cancelled.set()
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Lets everybody go who waits for a job, once the queue is empty."""
+        """Make `lease` give None once the queue is empty."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     @contextmanager
-    def take(self) -> Iterator[tuple[Job, RequestPlan] | None]:
-        """The next job, which holds its memory until the block ends; None when the queue is closed and empty."""
+    def lease(self) -> Iterator[tuple[Job, RequestPlan] | None]:
+        """Wait for the next job, and hold its memory until the block ends.
+
+        None when the queue is closed and empty.
+        """
         with self._changed:
-            while (index := self._next()) is None and not (self._closed and not self._waiting):
-                self._changed.wait()
-            taken = None if index is None else self._waiting.pop(index)
-            if taken:
-                job, plan = taken
-                self._leased[job] = 0 if job.cancelled.is_set() else plan.num_bytes
+            entry = self._wait_for_next()
         try:
-            yield taken
+            yield entry
         finally:
-            if taken:
+            if entry:
                 with self._changed:
-                    del self._leased[taken[0]]
+                    del self._leased[entry[0]]
                     self._changed.notify_all()
 
-    def _next(self) -> int | None:
+    def _wait_for_next(self) -> tuple[Job, RequestPlan] | None:
+        while (index := self._next_index()) is None:
+            if self._closed and not self._waiting:
+                return None
+            self._changed.wait()
+        job, plan = self._waiting.pop(index)
+        self._leased[job] = 0 if job.cancelled.is_set() else plan.num_bytes
+        return job, plan
+
+    def _next_index(self) -> int | None:
         for index, (job, plan) in enumerate(self._waiting):
             if job.cancelled.is_set() or (index == 0 and plan.num_bytes <= self.free_bytes):
                 return index

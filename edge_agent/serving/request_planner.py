@@ -1,4 +1,4 @@
-"""What one request needs, decided before any work: token ids, room for the answer, thresholds, memory."""
+"""The plan of a request, made before any work: token ids, length limit, thresholds and memory."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ MB: Final = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class RequestPlan:
-    """A request that fits the device. `num_bytes` is the memory of its caches, `deadline_s` counts from its arrival.
+    """The plan of a request that fits the device.
 
-    `config` are the settings of its whole answer. In a sample the cloud judges every token, as long as it is there.
+    `num_bytes` is the memory of its caches; `deadline_s` counts from its arrival. `config` is the
+    settings of the whole response. In a sample the cloud verifies every token while it is
+    reachable.
     """
 
     prompt_ids: list[int]
@@ -39,19 +41,19 @@ class RequestPlan:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every token has to be the full model's."""
+        """Whether every token must be the full model's."""
         return self.mode is Mode.VERIFIED or (
             self.mode is Mode.AUTO and self.targets.min_agreement == 1.0
         )
 
     @property
     def capacity(self) -> int:
-        """Positions of prompt and answer together."""
+        """Number of positions of prompt and response together."""
         return len(self.prompt_ids) + self.max_new_tokens
 
 
 class RequestPlanner:
-    """Turns prompts into plans, or refuses them. `draw` gives numbers from [0, 1), by which samples are chosen."""
+    """The planner of requests. `draw` returns numbers from [0, 1), which choose the samples."""
 
     def __init__(
         self,
@@ -60,7 +62,11 @@ class RequestPlanner:
         config: AgentConfig,
         draw: Callable[[], float] = random.random,
     ) -> None:
-        """Raises PromptError when the configured thresholds do not fit the bundle's exits."""
+        """Store the limits.
+
+        Raises:
+            PromptError: the configured thresholds do not fit the bundle's exits.
+        """
         self._partition = partition
         self._tokenizer = tokenizer
         self._draw = draw
@@ -68,22 +74,22 @@ class RequestPlanner:
         self.follow(config)
 
     def follow(self, config: AgentConfig) -> None:
-        """Plans by other settings from now on; raises PromptError, and changes nothing, as the constructor does."""
-        self._fit(config.thresholds or self._partition.manifest.thresholds)
+        """Apply other settings from the next plan on. Raises PromptError, and changes nothing."""
+        self._check_thresholds(config.thresholds or self._partition.manifest.thresholds)
         self._config = config
 
     def plan(self, prompt: PromptRequest) -> RequestPlan:
-        """Raises PromptError when thresholds, length or memory do not fit this device, whatever else it does."""
-        config = self._config  # all by the same one, whatever is followed meanwhile
+        """Plan a request.
+
+        Raises:
+            PromptError: thresholds, length or memory do not fit this device even when it is idle.
+        """
+        config = self._config  # one configuration for the whole plan: `follow` may replace it
         prompt_ids = self._tokenizer.encode_chat(prompt.chat)
-        max_new_tokens = self._room(len(prompt_ids), prompt.max_new_tokens, config.max_new_tokens)
-        num_bytes = Cascade.num_bytes(self._partition, len(prompt_ids) + max_new_tokens)
-        if num_bytes > config.cache_budget_mb * MB:
-            raise PromptError(
-                f"a prompt of {len(prompt_ids)} tokens and {max_new_tokens} new ones need {num_bytes / MB:.1f} MB of "
-                f"caches; this device has {config.cache_budget_mb} MB for them (cache_budget_mb); send a shorter "
-                "prompt or ask for fewer tokens"
-            )
+        max_new_tokens = self._max_new_tokens(
+            len(prompt_ids), prompt.max_new_tokens, config.max_new_tokens
+        )
+        num_bytes = self._cache_bytes(len(prompt_ids), max_new_tokens, config.cache_budget_mb)
         mode = prompt.mode or config.mode
         deadline_s = (prompt.deadline_ms or config.answer_deadline_ms) / 1000
         may_sample = prompt.mode is None and mode is Mode.COLLABORATIVE
@@ -101,41 +107,54 @@ class RequestPlanner:
         )
 
     def _targets(self, prompt: PromptRequest, config: AgentConfig) -> Targets:
-        calibration = self._partition.manifest.calibration
-        is_calibrated = (
-            calibration
-            and self._request_thresholds(prompt, config) == self._partition.manifest.thresholds
-        )
-        promised = calibration.target_agreement if calibration and is_calibrated else None
-        agreement = config.min_agreement if prompt.min_agreement is None else prompt.min_agreement
+        manifest = self._partition.manifest
+        calibration = manifest.calibration
+        promised = None
+        if calibration and self._request_thresholds(prompt, config) == manifest.thresholds:
+            promised = calibration.target_agreement
+        agreement = _first_given(prompt.min_agreement, config.min_agreement)
         return Targets(
-            config.target_tpot_ms if prompt.target_tpot_ms is None else prompt.target_tpot_ms,
+            _first_given(prompt.target_tpot_ms, config.target_tpot_ms),
             DEFAULT_AGREEMENT if agreement is None else agreement,
-            config.max_offload_rate if prompt.max_offload_rate is None else prompt.max_offload_rate,
+            _first_given(prompt.max_offload_rate, config.max_offload_rate),
             promised,
         )
 
-    def _room(self, num_prompt_tokens: int, wanted: int | None, at_most: int) -> int:
-        room = self._max_positions - num_prompt_tokens
-        if room < (wanted or 1):
-            asked = f" and {wanted} new ones were asked for" if wanted else ""
+    def _max_new_tokens(self, num_prompt_tokens: int, requested: int | None, default: int) -> int:
+        available = self._max_positions - num_prompt_tokens
+        if available < (requested or 1):
+            request = f" and {requested} new ones are requested" if requested else ""
             raise PromptError(
-                f"the prompt has {num_prompt_tokens} tokens{asked}; this device holds {self._max_positions} positions "
-                "for both; send a shorter prompt or ask for fewer tokens"
+                f"the prompt has {num_prompt_tokens} tokens{request}; "
+                f"this device holds {self._max_positions} positions for both; "
+                "send a shorter prompt or ask for fewer tokens"
             )
-        return wanted or min(at_most, room)
+        return requested or min(default, available)
+
+    def _cache_bytes(self, num_prompt_tokens: int, max_new_tokens: int, budget_mb: int) -> int:
+        num_bytes = Cascade.num_bytes(self._partition, num_prompt_tokens + max_new_tokens)
+        if num_bytes > budget_mb * MB:
+            raise PromptError(
+                f"a prompt of {num_prompt_tokens} tokens and {max_new_tokens} new ones need "
+                f"{num_bytes / MB:.1f} MB of caches; this device has {budget_mb} MB for them "
+                "(cache_budget_mb); send a shorter prompt or ask for fewer tokens"
+            )
+        return num_bytes
 
     def _request_thresholds(self, prompt: PromptRequest, config: AgentConfig) -> tuple[float, ...]:
         if prompt.thresholds is not None:
-            return self._fit(prompt.thresholds)
+            return self._check_thresholds(prompt.thresholds)
         if prompt.threshold is not None:
             return (prompt.threshold,) * len(self._partition.manifest.exits)
         return config.thresholds or self._partition.manifest.thresholds
 
-    def _fit(self, thresholds: tuple[float, ...]) -> tuple[float, ...]:
+    def _check_thresholds(self, thresholds: tuple[float, ...]) -> tuple[float, ...]:
         exits = self._partition.manifest.exits
         if len(thresholds) != len(exits):
-            raise PromptError(
-                f"expected {len(exits)} thresholds, one for each of the exits {exits}, got {len(thresholds)}"
-            )
+            expected = f"expected {len(exits)} thresholds, one for each of the exits {exits}"
+            raise PromptError(f"{expected}, got {len(thresholds)}")
         return thresholds
+
+
+def _first_given(requested: float | None, configured: float | None) -> float | None:
+    return configured if requested is None else requested

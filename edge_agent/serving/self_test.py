@@ -1,4 +1,4 @@
-"""Whether a model that loaded also runs: one real step, before a device says that it serves it."""
+"""The self-test of a model: one real step before the device announces that it serves it."""
 
 from __future__ import annotations
 
@@ -11,27 +11,25 @@ from fleet.errors import BundleError
 from fleet.protocol.messages import Sampling
 from fleet.protocol.prompt import ChatMessage
 
-QUESTION = (ChatMessage("user", "How are you?"),)
+PROMPT = (ChatMessage("user", "How are you?"),)
 
 
 def check_step(partition: Partition, tokenizer: ChatTokenizer) -> None:
-    """Lets every exit say what follows a short prompt.
+    """Let every exit choose the token that follows a short prompt.
 
     Raises:
-        BundleError: one of them says what is no token, or no probability.
+        BundleError: the result is no token, or has no probability.
     """
     manifest = partition.manifest
-    prompt_ids = tokenizer.encode_chat(QUESTION)[: manifest.model.max_positions]
+    prompt_ids = tokenizer.encode_chat(PROMPT)[: manifest.model.max_positions]
     decoder = Decoder(partition, len(prompt_ids) + 1, (1.0,) * len(manifest.exits), Sampling())
     decoder.text += prompt_ids
     choice = decoder.choose()
     is_token = 0 <= choice.token_id < manifest.model.vocab_size
-    if (
-        not is_token
-        or not math.isfinite(choice.logprob)
-        or not 0.0 <= choice.confidence <= 1.0 + 1e-3
-    ):
+    is_probability = math.isfinite(choice.logprob) and 0.0 <= choice.confidence <= 1.0 + 1e-3
+    if not (is_token and is_probability):
         raise BundleError(
-            f"bundle {manifest.bundle_id} gives token {choice.token_id} with log-probability {choice.logprob} on this "
-            "machine, expected a token and a number; export it again, or for this machine's instruction set"
+            f"bundle {manifest.bundle_id} gives token {choice.token_id} with log-probability "
+            f"{choice.logprob} on this machine, expected a token and a number; "
+            "export it again, or for this machine's instruction set"
         )

@@ -1,104 +1,108 @@
-"""Which workers are alive, from their retained status messages."""
+"""The workers that are online, from their retained status messages."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection
-from typing import Final
+from collections.abc import Callable, Collection, Mapping
+from typing import Final, Self
 
 from fleet.errors import ProtocolError
 from fleet.protocol import topics
+from fleet.protocol.messages import Refused
 from fleet.protocol.report import WorkerStatus, decode_status
 from fleet.transport.base import Transport
 
 log = logging.getLogger(__name__)
 
-GRACE_S: Final = 1.0  # retained statuses arrive this soon after the link came up
+GRACE_S: Final = 1.0  # retained statuses arrive within this time after the link came up
 
 
 class WorkerDirectory:
-    """The workers that say they are online. A worker that restarted has another epoch."""
+    """The workers whose status says that they are online. A worker that restarted has another
+    epoch.
+
+    `statuses` is replaced at each change and never modified, so any thread may read it.
+    """
 
     def __init__(self, transport: Transport, on_change: Callable[[str], None]) -> None:
+        self.statuses: Mapping[str, WorkerStatus] = {}
         self._changed = threading.Condition()
         self._up_since = time.monotonic()
-        self._online: dict[str, WorkerStatus] = {}
+        self._logged_mismatches: set[str] = set()
         self._on_change = on_change
         self._transport = transport
-        transport.on_up(self._link_up)  # before anything comes
-        transport.subscribe(topics.WORKER_STATUS_FILTER, self._on_status, qos=1, retained=True)
 
-    def close(self) -> None:
-        """Hears of them no more."""
+    def __enter__(self) -> Self:
+        """Subscribe to the statuses of the workers."""
+        self._transport.on_up(self._link_up)  # before any message arrives
+        self._transport.subscribe(
+            topics.WORKER_STATUS_FILTER, self._on_status, qos=1, retained=True
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._transport.unsubscribe(topics.WORKER_STATUS_FILTER)
         self._transport.off_up(self._link_up)
 
-    def epoch(self, worker: str) -> int | None:
-        """The epoch of a worker that is online, else None."""
-        with self._changed:
-            status = self._online.get(worker)
-        return status.epoch if status else None
-
-    def is_draining(self, worker: str) -> bool:
-        """Whether a worker has said that it takes no more sessions."""
-        with self._changed:
-            status = self._online.get(worker)
-        return status is not None and status.draining
-
-    def serves(self, bundle_id: str, *, beside: Collection[str] = ()) -> bool:
-        """Whether some worker `beside` those takes sessions of the bundle, as far as is known now."""
-        with self._changed:
-            return self._serves(bundle_id, beside)
+    def serves(self, bundle_id: str) -> bool:
+        """Return whether some worker accepts sessions of the bundle, as far as is known now."""
+        return is_bundle_served(self.statuses, bundle_id)
 
     def why_none(self, bundle_id: str) -> str | None:
-        """None when some worker serves the bundle; else why not, and what to do.
+        """Return None when some worker serves the bundle; else the reason, and what to do.
 
-        Right after the link came up the answer waits for the retained statuses, at most `GRACE_S` seconds.
+        Right after the link came up wait for the retained statuses, at most `GRACE_S` seconds.
         """
         with self._changed:
             self._changed.wait_for(
-                lambda: self._serves(bundle_id),
+                lambda: self.serves(bundle_id),
                 max(0.0, self._up_since + GRACE_S - time.monotonic()),
             )
-            if self._serves(bundle_id):
-                return None
-            online = dict(self._online)
-        if not online:
+        statuses = self.statuses
+        if is_bundle_served(statuses, bundle_id):
+            return None
+        if not statuses:
             return "no cloud worker is online; start one with 'fleet up'"
-        served = ", ".join(
-            sorted({bundle for status in online.values() for bundle in status.bundle_ids})
-        )
+        served = {bundle for status in statuses.values() for bundle in status.bundle_ids}
         return (
-            f"no cloud worker serves bundle {bundle_id}: {', '.join(sorted(online))} serve {served}; "
-            "use the same bundle on both sides"
+            f"no cloud worker serves bundle {bundle_id}: {', '.join(sorted(statuses))} serve "
+            f"{', '.join(sorted(served))}; use the same bundle on both sides"
         )
 
-    def _serves(self, bundle_id: str, beside: Collection[str] = ()) -> bool:
-        return any(
-            bundle_id in status.bundle_ids and not status.draining
-            for name, status in self._online.items()
-            if name not in beside
-        )
+    def log_mismatch(self, refused: Refused) -> None:
+        """Log a worker's refusal of the device's protocol, each reason once."""
+        if refused.message not in self._logged_mismatches:
+            self._logged_mismatches.add(refused.message)
+            log.warning("no cloud for this device: %s", refused.message)
 
     def _link_up(self) -> None:
-        """A broker may have forgotten workers that left while we were away; those that are there it names again."""
+        """Drop the statuses; the broker sends those of the workers that are online now."""
         with self._changed:
             self._up_since = time.monotonic()
-            self._online.clear()
+            self.statuses = {}
 
     def _on_status(self, topic: str, payload: bytes) -> None:
         try:
-            (worker,) = topics.parse(topic, "w", "+", "status")
+            (worker,) = topics.parse_topic(topic, topics.WORKER_STATUS_FILTER)
             status = decode_status(payload, WorkerStatus)
         except ProtocolError as error:
             log.warning("status on %s dropped: %s", topic, error)
             return
         with self._changed:
-            if status.online:
-                self._online[worker] = status
-            else:
-                self._online.pop(worker, None)
+            others = {name: other for name, other in self.statuses.items() if name != worker}
+            self.statuses = {**others, worker: status} if status.online else others
             self._changed.notify_all()
         self._on_change(worker)
+
+
+def is_bundle_served(
+    workers: Mapping[str, WorkerStatus], bundle_id: str, *, excluded: Collection[str] = ()
+) -> bool:
+    """Return whether a worker that is not `excluded` accepts sessions of the bundle."""
+    return any(
+        bundle_id in status.bundle_ids and not status.draining
+        for name, status in workers.items()
+        if name not in excluded
+    )

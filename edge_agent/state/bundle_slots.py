@@ -1,7 +1,8 @@
-"""Two bundles on a device, one of which is served: plain functions on what is known of them, and the file they are in.
+"""The two bundle slots of a device: plain functions on their state, and the file that holds it.
 
-A new bundle is on trial until one step has run with it. A trial that began and was not confirmed when a process starts
-has ended a process before this one: it is given up, and the bundle before it is served.
+A new bundle is on trial until one step has run with it. A trial that has begun and is not confirmed
+when a process starts has ended the process before: it is abandoned, and the previous bundle is
+served.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from fleet.errors import ConfigError
-from fleet.protocol.messages import Id
-from fleet.protocol.report import MAX_LABEL_LENGTH, Amount, Label
+from fleet.errors import BundleError, ConfigError
+from fleet.protocol.report import ConfigProblem
+from fleet.protocol.types import MAX_LABEL_LENGTH, Amount, Id, Label
 from fleet.utils.atomic_files import write_file
 
 SLOTS_FILE: Final = "slots.json"
@@ -24,21 +25,25 @@ BUNDLES_FOLDER: Final = "bundles"
 DIED: Final = "the device died when it was started on it"
 
 
-class GivenUp(Struct, frozen=True, forbid_unknown_fields=True):
-    """A bundle that did not start, and the version of the configuration that wanted it."""
+class AbandonedTrial(Struct, frozen=True, forbid_unknown_fields=True):
+    """A bundle that did not start, and the configuration version that named it."""
 
     bundle: Id
     version: Amount
     reason: Label
 
-    def __str__(self) -> str:
-        return f"bundle {self.bundle} is given up: {self.reason}"
+    @property
+    def problem(self) -> ConfigProblem:
+        """The problem that the device publishes."""
+        message = f"bundle {self.bundle} is abandoned: {self.reason}"
+        return ConfigProblem(BundleError.code, message[:MAX_LABEL_LENGTH], is_final=True)
 
 
 class Slots(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Ids of bundles. `current` None is the base: the bundle that the identity or the command line names.
+    """The ids of the bundles in the slots.
 
-    `attempts` is how often the trial was started, `version` that of the configuration that wants it.
+    `current` None is the base: the bundle that the identity or the command line names. `attempts`
+    is the number of starts of the trial, `version` that of the configuration that names it.
     """
 
     current: Id | None = None
@@ -46,54 +51,63 @@ class Slots(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     trial: Id | None = None
     version: Amount = 0
     attempts: Amount = 0
-    given_up: GivenUp | None = None
+    given_up: AbandonedTrial | None = None
 
 
-def attempt(slots: Slots, bundle: str, version: int) -> Slots:
-    """`bundle` goes on trial; to be on disk before it is started."""
+def begin_trial(slots: Slots, bundle: str, version: int) -> Slots:
+    """Put `bundle` on trial; the slots must be on disk before it is started."""
     attempts = slots.attempts + 1 if slots.trial == bundle else 1
     return replace(slots, trial=bundle, version=version, attempts=attempts, given_up=None)
 
 
-def confirm(slots: Slots) -> Slots:
-    """The trial has run a step: it is served from now on, and what was served before is kept beside it."""
+def confirm_trial(slots: Slots) -> Slots:
+    """Make the trial, which has run a step, the current bundle; keep the one before it."""
     return Slots(current=slots.trial, previous=slots.current)
 
 
-def give_up(slots: Slots, reason: str) -> Slots:
-    """The trial did not start; the version that wanted it does not try it again."""
+def abandon_trial(slots: Slots, reason: str) -> Slots:
+    """Abandon the trial for the configuration version that named it."""
     if slots.trial is None:
         return slots
-    given_up = GivenUp(slots.trial, slots.version, reason[:MAX_LABEL_LENGTH])
-    return replace(slots, trial=None, version=0, attempts=0, given_up=given_up)
+    abandoned = AbandonedTrial(slots.trial, slots.version, reason[:MAX_LABEL_LENGTH])
+    return replace(slots, trial=None, version=0, attempts=0, given_up=abandoned)
 
 
-def resume(slots: Slots) -> Slots:
-    """What a process that starts makes of what the one before it left."""
-    return give_up(slots, DIED) if slots.attempts else replace(slots, trial=None, version=0)
+def after_restart(slots: Slots) -> Slots:
+    """Return the slots of a process that starts with those of the process before it."""
+    if slots.attempts:
+        return abandon_trial(slots, DIED)
+    return replace(slots, trial=None, version=0)
 
 
-def has_given_up(slots: Slots, bundle: str, version: int) -> bool:
-    """Whether `bundle` was tried for `version` of the configuration, and given up."""
-    given_up = slots.given_up
-    return given_up is not None and (given_up.bundle, given_up.version) == (bundle, version)
+def is_abandoned(slots: Slots, bundle: str, version: int) -> bool:
+    """Whether the trial of `bundle` was abandoned for this `version` of the configuration."""
+    abandoned = slots.given_up
+    return abandoned is not None and (abandoned.bundle, abandoned.version) == (bundle, version)
 
 
-def unneeded(slots: Slots, present: set[str], wanted: str | None = None) -> set[str]:
-    """Of the bundles that are there, those that can go: with one that is `wanted`, the previous one makes room."""
-    kept = {slots.current, slots.trial, wanted or slots.previous}
-    return present - kept
+def unneeded(slots: Slots, present: set[str], desired: str | None = None) -> set[str]:
+    """Return the bundles of `present` that can be removed.
+
+    With a `desired` bundle the previous one is not needed: it makes room.
+    """
+    needed = {slots.current, slots.trial, desired or slots.previous}
+    return present - needed
 
 
 class SlotStore:
-    """`slots.json` and the folder `bundles` in an identity folder."""
+    """The file `slots.json` and the folder `bundles` in an identity folder."""
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / SLOTS_FILE
         self.bundles = folder / BUNDLES_FOLDER
 
     def load(self) -> Slots:
-        """What is on disk; nothing but the base where there is no file. Raises ConfigError when it is not usable."""
+        """Return the slots on disk, or the base alone where there is no file.
+
+        Raises:
+            ConfigError: the file is not usable.
+        """
         try:
             return msgspec.json.decode(self._file.read_bytes(), type=Slots)
         except FileNotFoundError:
@@ -104,21 +118,27 @@ class SlotStore:
             ) from None
 
     def save(self, slots: Slots) -> None:
-        """Raises OSError."""
+        """Write the slots.
+
+        Raises:
+            OSError: they cannot be written.
+        """
         write_file(self._file, msgspec.json.encode(slots))
 
     def path(self, bundle: str) -> Path:
+        """Return the folder of a bundle."""
         return self.bundles / bundle
 
-    def remove_unneeded(self, slots: Slots, wanted: str | None = None) -> None:
-        """Removes bundles that nobody needs, and what is left of downloads other than that of `wanted`."""
+    def remove_unneeded(self, slots: Slots, desired: str | None = None) -> None:
+        """Remove bundles that are not needed, and partial downloads except that of `desired`."""
         if not self.bundles.is_dir():
             return
         names = {path.name for path in self.bundles.iterdir()}
-        for name in unneeded(slots, names, wanted) - {partial_name(wanted) if wanted else None}:
+        partial = {partial_name(desired)} if desired else set()
+        for name in unneeded(slots, names, desired) - partial:
             shutil.rmtree(self.bundles / name, ignore_errors=True)
 
 
 def partial_name(bundle: str) -> str:
-    """Folder of a download that is not complete."""
+    """Return the folder name of a download that is not complete."""
     return f".{bundle}.partial"

@@ -1,4 +1,4 @@
-"""The configuration that the fleet wants of a device: laid over its own settings, followed as a whole or not at all."""
+"""The desired configuration of a device: merged into its own settings, as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any, Final
 import msgspec
 
 from edge_agent.config import AgentConfig
-from edge_agent.state.bundle_slots import Slots, has_given_up
+from edge_agent.state.bundle_slots import Slots, is_abandoned
 from fleet.errors import ConfigError, ProtocolError
 from fleet.protocol.desired_config import DesiredConfig, Settings, decode_desired, encode_desired
 from fleet.utils.atomic_files import write_file
 
 DESIRED_FILE: Final = "desired.json"
-NOTHING_WANTED: Final = DesiredConfig(0, Settings())
+NO_DESIRED_CONFIG: Final = DesiredConfig(0, Settings())
 
 
 class ConfigStep(StrEnum):
-    """What follows from a configuration that is wanted."""
+    """The step that follows from a desired configuration."""
 
     STAY = "stay"
     ADOPT = "adopt"
@@ -28,51 +28,52 @@ class ConfigStep(StrEnum):
 
 
 def next_step(
-    wanted: DesiredConfig, followed: DesiredConfig, slots: Slots, serving: str
+    desired: DesiredConfig, followed: DesiredConfig, slots: Slots, serving: str
 ) -> ConfigStep:
-    """What to do about `wanted` on a device that follows another configuration and serves the bundle `serving`.
+    """Return the step of a device that follows another configuration and serves a bundle.
 
-    A configuration that names no bundle leaves the device with the one that it serves.
+    A configuration that names no bundle leaves the device with the bundle that it serves.
     """
-    bundle = wanted.settings.bundle
+    bundle = desired.settings.bundle
     if bundle in (None, serving):
-        return ConfigStep.STAY if wanted == followed else ConfigStep.ADOPT
-    return ConfigStep.REFUSE if has_given_up(slots, bundle, wanted.version) else ConfigStep.CHANGE
+        return ConfigStep.STAY if desired == followed else ConfigStep.ADOPT
+    return ConfigStep.REFUSE if is_abandoned(slots, bundle, desired.version) else ConfigStep.CHANGE
 
 
-def lay_over(own: AgentConfig, settings: Settings, exits: tuple[int, ...]) -> AgentConfig:
-    """The device's own settings with what the fleet says in their place, for a bundle with `exits`.
+def merge_settings(own: AgentConfig, settings: Settings, exits: tuple[int, ...]) -> AgentConfig:
+    """Return the device's own settings, overridden by the fleet's, for a bundle with `exits`.
 
     Raises:
         ConfigError: the thresholds do not fit the exits.
     """
-    said: dict[str, Any] = {
-        name: value
-        for name in settings.__struct_fields__
-        if (value := getattr(settings, name)) is not None
-    }
-    said.pop("bundle", None)
-    threshold = said.pop("threshold", None)
-    if threshold is not None and "thresholds" not in said:
-        said["thresholds"] = (threshold,) * len(exits)
-    config = msgspec.structs.replace(own, **said)
+    values = {name: getattr(settings, name) for name in settings.__struct_fields__}
+    changes: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    changes.pop("bundle", None)
+    threshold = changes.pop("threshold", None)
+    if threshold is not None and "thresholds" not in changes:
+        changes["thresholds"] = (threshold,) * len(exits)
+    config = msgspec.structs.replace(own, **changes)
     if config.thresholds and len(config.thresholds) != len(exits):
-        whose = "the fleet's configuration" if "thresholds" in said else "agent.json"
+        origin = "the fleet's configuration" if "thresholds" in changes else "agent.json"
         raise ConfigError(
-            f"{whose} has {len(config.thresholds)} thresholds, expected {len(exits)} for the exits {exits}; "
-            "correct them, or leave them out for the bundle's own"
+            f"{origin} has {len(config.thresholds)} thresholds, expected {len(exits)} "
+            f"for the exits {exits}; correct them, or leave them out for the bundle's own"
         )
     return config
 
 
 def load_desired(folder: Path) -> DesiredConfig:
-    """The configuration that was followed last; one that wants nothing where there is none, or it is not readable."""
+    """Return the configuration that was followed last; an empty one where it is not readable."""
     try:
         return decode_desired((folder / DESIRED_FILE).read_bytes())
     except (OSError, ProtocolError):
-        return NOTHING_WANTED
+        return NO_DESIRED_CONFIG
 
 
 def save_desired(folder: Path, desired: DesiredConfig) -> None:
-    """Raises OSError."""
+    """Write the configuration that is followed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     write_file(folder / DESIRED_FILE, encode_desired(desired))

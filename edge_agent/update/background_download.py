@@ -1,4 +1,4 @@
-"""A bundle fetched in the background, as long as it takes, while another one is served."""
+"""The download of a bundle in the background, while another one is served."""
 
 from __future__ import annotations
 
@@ -7,30 +7,34 @@ import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from fleet.errors import FleetError, ServiceAwayError
-from fleet.protocol.report import NOT_YET
+from fleet.protocol.report import ConfigProblem
+from fleet.protocol.types import MAX_LABEL_LENGTH
 from fleet.utils.backoff import backoff_s
 
 RETRY_FACTOR: Final = 15  # of the usual back-off: at most two minutes
 STOP_S: Final = 5.0
 
+Fetch: TypeAlias = Callable[[str, threading.Event], Path]
+"""Downloads a bundle until it is complete or the event is set; returns its folder."""
+
 log = logging.getLogger(__name__)
 
 
 class BackgroundDownload:
-    """Fetches one bundle at a time by `fetch`, which is asked again while it raises ServiceAwayError.
+    """Downloads one bundle at a time by `fetch`, which is called again after a ServiceAwayError.
 
-    On a thread of its own `on_done` is told the bundle and its folder, and `on_error` the bundle and what is in the
-    way: for good or, where that begins with `NOT_YET`, until the next try.
+    On a thread of its own it calls `on_done` with the bundle and its folder, and `on_error` with
+    the bundle and the problem; one that is not final lasts until the next attempt.
     """
 
     def __init__(
         self,
-        fetch: Callable[[str, threading.Event], Path],
+        fetch: Fetch,
         on_done: Callable[[str, Path], None],
-        on_error: Callable[[str, str], None],
+        on_error: Callable[[str, ConfigProblem], None],
     ) -> None:
         self.bundle: str | None = None
         self._fetch = fetch
@@ -39,8 +43,8 @@ class BackgroundDownload:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def want(self, bundle: str) -> None:
-        """Begins with `bundle`, and gives up whatever else was under way; one that is under way goes on."""
+    def start(self, bundle: str) -> None:
+        """Download `bundle`, and cancel the download of another one."""
         if self.bundle == bundle and self._thread and self._thread.is_alive():
             return
         self.cancel()
@@ -52,11 +56,12 @@ class BackgroundDownload:
         self._thread.start()
 
     def cancel(self) -> None:
-        """Ends what is under way, and waits for that at most `STOP_S` seconds; what has come is kept on disk."""
+        """End the download, within `STOP_S` seconds; its files so far stay on disk."""
         self._stop.set()
         if self._thread:
             self._thread.join(STOP_S)
-        self.bundle = self._thread = None
+        self._thread = None
+        self.bundle = None
 
     def _run(self, bundle: str, stop: threading.Event) -> None:
         num_failures = 0
@@ -67,20 +72,28 @@ class BackgroundDownload:
                 if stop.is_set():
                     return
                 log.info("bundle %s: %s", bundle, error)
-                self._on_error(bundle, f"{NOT_YET}{error}; it is tried again")
-                stop.wait(
-                    max(
-                        RETRY_FACTOR * backoff_s(num_failures, random.random()), error.retry_after_s
-                    )
-                )
+                self._on_error(bundle, _temporary_problem(error))
+                pause_s = RETRY_FACTOR * backoff_s(num_failures, random.random())
+                stop.wait(max(pause_s, error.retry_after_s))
                 num_failures += 1
             except FleetError as error:
-                self._on_error(bundle, str(error))
+                self._on_error(bundle, _final_problem(bundle, error.code, str(error)))
                 return
             except Exception as error:  # the outermost boundary of a thread
-                log.exception("bundle %s cannot be fetched", bundle)
-                self._on_error(bundle, f"it cannot be fetched: {error}")
+                log.exception("bundle %s cannot be downloaded", bundle)
+                reason = f"it cannot be downloaded: {error}"
+                self._on_error(bundle, _final_problem(bundle, FleetError.code, reason))
                 return
             else:
                 self._on_done(bundle, folder)
                 return
+
+
+def _temporary_problem(error: ServiceAwayError) -> ConfigProblem:
+    message = f"{error}; the device tries again"
+    return ConfigProblem(error.code, message[:MAX_LABEL_LENGTH], is_final=False)
+
+
+def _final_problem(bundle: str, code: str, reason: str) -> ConfigProblem:
+    message = f"bundle {bundle}: {reason}"
+    return ConfigProblem(code, message[:MAX_LABEL_LENGTH], is_final=True)

@@ -1,4 +1,7 @@
-"""One agent at a time, on the bundle and by the settings that the fleet wants, on one connection to the broker."""
+"""The supervisor of a device: one agent at a time, with the bundle and settings that are desired.
+
+All agents use one connection to the broker.
+"""
 
 from __future__ import annotations
 
@@ -15,40 +18,48 @@ from typing import Final
 from edge_agent.config import AgentConfig
 from edge_agent.engine.ort_runtime import release_freed_memory
 from edge_agent.reporting.report_outbox import REPORTS_FILE
-from edge_agent.service_client import persistently
+from edge_agent.service_client import retry_while_away
 from edge_agent.serving.agent import Agent, refuse_prompts
-from edge_agent.state.bundle_slots import Slots, SlotStore, attempt, confirm, give_up, resume
+from edge_agent.state.bundle_slots import (
+    Slots,
+    SlotStore,
+    abandon_trial,
+    after_restart,
+    begin_trial,
+    confirm_trial,
+)
 from edge_agent.state.desired_state import (
-    NOTHING_WANTED,
+    NO_DESIRED_CONFIG,
     ConfigStep,
-    lay_over,
     load_desired,
+    merge_settings,
     next_step,
     save_desired,
 )
-from edge_agent.update.background_download import BackgroundDownload
-from fleet.bundles.manifest import Bundle, Manifest, read_manifest
+from edge_agent.update.background_download import BackgroundDownload, Fetch
+from edge_agent.update.download import FETCH_S
+from fleet.bundles.manifest import EDGE_SIDES, Bundle, Manifest, read_manifest
 from fleet.errors import BundleError, ConfigError, FleetError, PromptError, ProtocolError
 from fleet.protocol import topics
 from fleet.protocol.desired_config import DesiredConfig, decode_desired
-from fleet.protocol.report import NOT_YET
+from fleet.protocol.report import ConfigProblem
+from fleet.protocol.types import MAX_LABEL_LENGTH
 from fleet.transport.base import Transport
 
-DRAIN_S: Final = 60.0  # what is under way may take so long before a device changes its bundle
+DRAIN_S: Final = 60.0  # for active requests, before a device changes its bundle
 CHECK_S: Final = 0.25
-FETCH_S: Final = 3600.0  # before a device starts that has no bundle
-SIDES: Final = ("edge", "tokenizer")
-
-Fetch = Callable[[str, threading.Event], Path]
+STORAGE_CODE: Final = "storage"
 
 log = logging.getLogger(__name__)
 
 
 class Supervisor:
-    """What `edge-agent run` does. `folder` is the identity's; `base` the bundle that it, or the command line, names.
+    """The supervisor of `edge-agent run`.
 
-    `fetch` brings a bundle into its slot (`fetch_bundle`); `on_serving` is told each bundle that is served from now on.
-    `prepare` first, then `run`, both on one thread.
+    `folder` is the identity's; `base` the bundle that the identity or the command line names.
+    `fetch` downloads a bundle into its slot (`fetch_bundle`); `on_serving` is called with the
+    manifest of each bundle that is served from now on. Call `prepare` first, then `run`, both on
+    one thread.
     """
 
     def __init__(
@@ -69,48 +80,53 @@ class Supervisor:
         self._drain_s = drain_s
         self._store = SlotStore(folder)
         self._slots = Slots()
-        self._followed = self._wanted = NOTHING_WANTED
+        self._followed = NO_DESIRED_CONFIG
+        self._desired = NO_DESIRED_CONFIG
         self._config = own
-        self._error = ""
+        self._problem: ConfigProblem | None = None
         self._agent: Agent | None = None
-        self._events: Queue[Callable[[], None]] = (
-            Queue()
-        )  # a SimpleQueue may wait for ever after a signal
+        # No SimpleQueue: it may wait for ever after a signal.
+        self._events: Queue[Callable[[], None]] = Queue()
         self._stop = threading.Event()
-        self._fetcher = BackgroundDownload(
+        self._download = BackgroundDownload(
             fetch,
-            lambda bundle, path: self._events.put(partial(self._fetched, bundle, path)),
-            lambda bundle, error: self._events.put(partial(self._not_fetched, bundle, error)),
+            lambda bundle, path: self._events.put(partial(self._on_downloaded, bundle, path)),
+            lambda bundle, problem: self._events.put(
+                partial(self._on_not_downloaded, bundle, problem)
+            ),
         )
 
     def prepare(self, stop: threading.Event) -> None:
-        """Loads what was served last, and fetches it where it is missing. A trial that ended a process is given up.
+        """Load the bundle that was served last, or download it where it is missing.
+
+        A trial that ended the last process is abandoned.
 
         Raises:
             ConfigError: there is no bundle to serve, or `agent.json` does not fit it.
-            BundleError, ServiceError: the bundle is damaged, and cannot be fetched.
+            BundleError, ServiceError: the bundle is damaged, and cannot be downloaded.
         """
         self._stop = stop
         self._base_id = self._read_base()
         self._slots = self._store.load()
-        self._record(resume(self._slots))
+        self._save_slots(after_restart(self._slots))
         if self._slots.given_up:
-            self._error = str(self._slots.given_up)
-            log.warning("%s", self._error)
+            self._problem = self._slots.given_up.problem
+            log.warning("%s", self._problem.message)
         self._bundle = self._load(self._slots.current)
-        self._followed = self._wanted = load_desired(self._folder)
+        self._desired = load_desired(self._folder)
+        self._followed = self._desired
         exits = self._bundle.manifest.exits
         try:
-            self._config = lay_over(self._own, self._followed.settings, exits)
+            self._config = merge_settings(self._own, self._followed.settings, exits)
         except ConfigError as error:
-            self._followed = NOTHING_WANTED
-            self._error = str(error)
-            self._config = lay_over(self._own, self._followed.settings, exits)
+            self._followed = NO_DESIRED_CONFIG
+            self._problem = ConfigProblem.of(error)
+            self._config = merge_settings(self._own, self._followed.settings, exits)
 
     def run(self, transport: Transport) -> None:
-        """Serves until the event that `prepare` was given is set. Raises FleetError when the agent does not start."""
+        """Serve until the event of `prepare` is set; raise FleetError if the agent cannot start."""
         self._transport = transport
-        self._start(self._bundle, self._config, self._followed.version, self._error)
+        self._start(self._bundle, self._config, self._followed.version, self._problem)
         topic = topics.device_config(transport.name)
         try:
             transport.subscribe(topic, self._on_config, qos=1)
@@ -121,121 +137,132 @@ class Supervisor:
                     continue
         finally:
             transport.unsubscribe(topic)
-            self._fetcher.cancel()
+            self._download.cancel()
             if self._agent:
                 self._agent.__exit__(None, None, None)
 
-    # What arrives: on other threads.
+    # Messages arrive on other threads.
 
     def _on_config(self, topic: str, payload: bytes) -> None:
-        if not payload:  # retained no more: nothing new is wanted
+        if not payload:  # retained no more: the desired configuration stays
             return
         try:
             desired = decode_desired(payload)
         except ProtocolError as error:
             log.warning("message on %s dropped: %s", topic, error)
-            self._events.put(partial(self._tell, f"the configuration is not readable: {error}"))
+            reason = f"the configuration is not readable: {error}"
+            self._events.put(partial(self._publish_problem, _problem(error.code, reason)))
         else:
-            self._events.put(partial(self._want, desired))
+            self._events.put(partial(self._on_desired, desired))
 
-    # What is done about it: on the thread of `run`.
+    # They are processed on the thread of `run`.
 
-    def _want(self, wanted: DesiredConfig) -> None:
-        self._wanted = wanted
-        step = next_step(wanted, self._followed, self._slots, self._serving)
+    def _on_desired(self, desired: DesiredConfig) -> None:
+        self._desired = desired
+        step = next_step(desired, self._followed, self._slots, self._serving)
         if step is not ConfigStep.CHANGE:
-            self._fetcher.cancel()
+            self._download.cancel()
         match step:
             case ConfigStep.STAY:
-                self._tell("")
+                self._publish_problem(None)
             case ConfigStep.ADOPT:
-                self._adopt(wanted)
+                self._adopt(desired)
             case ConfigStep.REFUSE:
-                self._tell(str(self._slots.given_up))
+                given_up = self._slots.given_up
+                self._publish_problem(given_up.problem if given_up else None)
             case ConfigStep.CHANGE:
-                self._change(wanted)
+                self._change_bundle(desired)
 
-    def _adopt(self, wanted: DesiredConfig) -> None:
-        """Goes by settings that need no other bundle."""
+    def _adopt(self, desired: DesiredConfig) -> None:
+        """Apply settings that need no other bundle."""
         try:
-            config = lay_over(self._own, wanted.settings, self._bundle.manifest.exits)
+            config = merge_settings(self._own, desired.settings, self._bundle.manifest.exits)
             if self._agent:
-                self._agent.follow(config, wanted.version)
+                self._agent.follow(config, desired.version)
         except (ConfigError, PromptError) as error:
-            self._tell(str(error))
+            self._publish_problem(ConfigProblem.of(error))
             return
         self._config = config
-        self._error = ""
-        self._keep(wanted)
+        self._problem = None
+        self._save_desired(desired)
 
-    def _change(self, wanted: DesiredConfig) -> None:
-        """Goes to another bundle, as soon as it is here."""
-        bundle = wanted.settings.bundle or ""
-        self._tell("")
+    def _change_bundle(self, desired: DesiredConfig) -> None:
+        """Switch to the base bundle, or download the desired one first."""
+        bundle = desired.settings.bundle or ""
+        self._publish_problem(None)
         if self._base and bundle == self._base_id:
-            self._switch(wanted, self._base)
+            self._switch(desired, self._base)
         else:
             self._store.remove_unneeded(self._slots, bundle)
-            self._fetcher.want(bundle)
+            self._download.start(bundle)
 
-    def _fetched(self, bundle: str, path: Path) -> None:
-        if bundle == self._wanted.settings.bundle and bundle != self._serving:
-            self._switch(self._wanted, path)
+    def _on_downloaded(self, bundle: str, path: Path) -> None:
+        if bundle == self._desired.settings.bundle and bundle != self._serving:
+            self._switch(self._desired, path)
 
-    def _not_fetched(self, bundle: str, error: str) -> None:
-        if bundle == self._wanted.settings.bundle:
-            self._tell(error if error.startswith(NOT_YET) else f"bundle {bundle}: {error}")
+    def _on_not_downloaded(self, bundle: str, problem: ConfigProblem) -> None:
+        if bundle == self._desired.settings.bundle:
+            self._publish_problem(problem)
 
-    def _tell(self, error: str) -> None:
-        """Says why the configuration that is wanted is not followed, or that there is nothing to say."""
-        if error != self._error:
-            if error:
-                log.warning("configuration %d is not followed: %s", self._wanted.version, error)
-            self._error = error
-            if self._agent:
-                self._agent.follow(self._config, self._followed.version, error)
+    def _publish_problem(self, problem: ConfigProblem | None) -> None:
+        """Publish why the desired configuration is not followed, if that has changed."""
+        if problem == self._problem:
+            return
+        if problem:
+            version = self._desired.version
+            log.warning("configuration %d is not followed: %s", version, problem.message)
+        self._problem = problem
+        if self._agent:
+            self._agent.follow(self._config, self._followed.version, problem)
 
-    def _switch(self, wanted: DesiredConfig, folder: Path) -> None:
-        """Puts the bundle that is wanted on trial; when it does not start, the one before it goes on."""
+    def _switch(self, desired: DesiredConfig, folder: Path) -> None:
+        """Start the trial of the desired bundle; continue with the previous one when it fails."""
         if not self._drained():
             return
-        before = self._slots
-        if error := self._record(attempt(before, wanted.settings.bundle or "", wanted.version)):
-            self._slots = before  # a trial that nobody would know of must not begin
-            self._tell(error)
-            self._hold(off=True)
+        previous = self._slots
+        trial = begin_trial(previous, desired.settings.bundle or "", desired.version)
+        if problem := self._save_slots(trial):
+            self._slots = previous  # a trial that is not on disk must not begin
+            self._publish_problem(problem)
+            if self._agent:
+                self._agent.resume()
             return
-        self._leave()
-        if reason := self._try(wanted, folder):
-            self._record(give_up(self._slots, reason))
-            self._error = str(self._slots.given_up)
-            log.warning("%s; %s goes on", self._error, self._serving)
-            self._start(self._bundle, self._config, self._followed.version, self._error)
-        else:
-            self._error = self._record(confirm(self._slots))
-            self._keep(wanted)
-            self._store.remove_unneeded(self._slots)
-            if self._agent:  # now that it would survive the power
-                self._agent.follow(self._config, wanted.version, self._error)
+        self._close_agent()
+        if reason := self._try(desired, folder):
+            self._return_to_previous(reason)
+            return
+        self._problem = self._save_slots(confirm_trial(self._slots))
+        self._save_desired(desired)
+        self._store.remove_unneeded(self._slots)
+        if self._agent:  # after the bundle is confirmed on disk
+            self._agent.follow(self._config, desired.version, self._problem)
 
-    def _try(self, wanted: DesiredConfig, folder: Path) -> str:
-        """Starts on another bundle; why it does not start, empty if it does."""
+    def _return_to_previous(self, reason: str) -> None:
+        slots = abandon_trial(self._slots, reason)
+        self._save_slots(slots)
+        self._problem = slots.given_up.problem if slots.given_up else None
+        log.warning("%s; %s continues", self._problem and self._problem.message, self._serving)
+        self._start(self._bundle, self._config, self._followed.version, self._problem)
+
+    def _try(self, desired: DesiredConfig, folder: Path) -> str:
+        """Start with another bundle; return why it does not start, or ""."""
         try:
-            bundle = Bundle.load(folder, SIDES)
-            config = lay_over(self._own, wanted.settings, bundle.manifest.exits)
+            bundle = Bundle.load(folder, EDGE_SIDES)
+            config = merge_settings(self._own, desired.settings, bundle.manifest.exits)
             self._start(bundle, config, self._followed.version, is_trial=True)
         except FleetError as error:
             return str(error)
-        except Exception as error:  # whatever it is, the device has to go back
-            log.exception("bundle %s does not start", wanted.settings.bundle)
+        except Exception as error:  # the device has to return to its bundle after any error
+            log.exception("bundle %s does not start", desired.settings.bundle)
             return f"it does not start: {error}"
         self._bundle = bundle
         self._config = config
         return ""
 
     def _drained(self) -> bool:
-        """Lets what is under way end, at most `drain_s` seconds; false when the device is to stop."""
-        self._hold()
+        """Wait for active requests, at most `drain_s` seconds; False when the device stops."""
+        if self._agent:
+            self._agent.pause()
         deadline = time.monotonic() + self._drain_s
         while (
             self._agent
@@ -246,12 +273,8 @@ class Supervisor:
             time.sleep(CHECK_S / 5)
         return not self._stop.is_set()
 
-    def _hold(self, *, off: bool = False) -> None:
-        if self._agent:
-            self._agent.hold(off=off)
-
-    def _leave(self) -> None:
-        """Ends the agent, and gives back its memory before another one takes as much."""
+    def _close_agent(self) -> None:
+        """End the agent, and release its memory before another one needs as much."""
         if self._agent:
             self._agent.close()
         refuse_prompts(self._transport)
@@ -264,15 +287,18 @@ class Supervisor:
         bundle: Bundle,
         config: AgentConfig,
         version: int,
-        error: str = "",
+        problem: ConfigProblem | None = None,
         *,
         is_trial: bool = False,
     ) -> None:
-        """Starts an agent. Raises FleetError when it does not start, or on trial cannot run a step."""
-        agent = Agent(
-            self._transport, bundle, config, self._folder / REPORTS_FILE, is_trial=is_trial
-        )
-        agent.follow(config, version, error)
+        """Start an agent.
+
+        Raises:
+            FleetError: it does not start, or on trial cannot run a step.
+        """
+        reports = self._folder / REPORTS_FILE
+        agent = Agent(self._transport, bundle, config, reports, is_trial=is_trial)
+        agent.follow(config, version, problem)
         self._agent = agent.__enter__()
         self._on_serving(bundle.manifest)
 
@@ -281,19 +307,19 @@ class Supervisor:
         return self._bundle.manifest.bundle_id
 
     def _load(self, bundle: str | None) -> Bundle:
-        """The base, or the bundle of a slot; one that is damaged or missing there is fetched again."""
+        """Load the base, or a slot's bundle; download one that is damaged or missing."""
         if bundle in (None, self._base_id):
             if self._base is None:
                 raise ConfigError(f"{self._folder} names no bundle; pass one with --bundle DIR")
-            return Bundle.load(self._base, SIDES)
+            return Bundle.load(self._base, EDGE_SIDES)
         try:
-            return Bundle.load(self._store.path(bundle), SIDES)
+            return Bundle.load(self._store.path(bundle), EDGE_SIDES)
         except BundleError as error:
-            log.warning("bundle %s is fetched: %s", bundle, error)
-            folder = persistently(
+            log.warning("bundle %s is downloaded: %s", bundle, error)
+            folder = retry_while_away(
                 lambda: self._fetch(bundle, self._stop), timeout_s=FETCH_S, stop=self._stop
             )
-            return Bundle.load(folder, SIDES)
+            return Bundle.load(folder, EDGE_SIDES)
 
     def _read_base(self) -> str | None:
         try:
@@ -301,21 +327,26 @@ class Supervisor:
         except BundleError:
             return None
 
-    def _record(self, slots: Slots) -> str:
-        """Goes by other slots; why they are not on disk, empty if they are."""
+    def _save_slots(self, slots: Slots) -> ConfigProblem | None:
+        """Use other slots; return why they are not on disk, or None."""
         is_new = slots != self._slots
         self._slots = slots
         try:
             if is_new:
                 self._store.save(slots)
         except OSError as error:
-            log.warning("slots of bundles are not kept in %s: %s", self._folder, error)
-            return f"cannot write into {self._folder}: {error.strerror}; make room"
-        return ""
+            log.warning("slots of bundles are not saved in %s: %s", self._folder, error)
+            reason = f"cannot write into {self._folder}: {error.strerror}; make room"
+            return _problem(STORAGE_CODE, reason)
+        return None
 
-    def _keep(self, desired: DesiredConfig) -> None:
+    def _save_desired(self, desired: DesiredConfig) -> None:
         self._followed = desired
         try:
             save_desired(self._folder, desired)
         except OSError as error:
-            log.warning("configuration %d is followed, not kept: %s", desired.version, error)
+            log.warning("configuration %d is followed, not saved: %s", desired.version, error)
+
+
+def _problem(code: str, message: str) -> ConfigProblem:
+    return ConfigProblem(code, message[:MAX_LABEL_LENGTH], is_final=True)

@@ -1,4 +1,4 @@
-"""Calibrated thresholds on their way into bundles: written into one, or kept in a file for the next export."""
+"""Files of calibrated thresholds: in a bundle's manifest, or kept for the next export."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fleet.utils.cli_runtime import check_free
 
 
 class KeptCalibration(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Thresholds and how they were found, with what they hold for: these exits, heads and quantization alone."""
+    """Thresholds with their calibration; they hold for these exits and heads only."""
 
     exits: tuple[int, ...]
     quantization: str
@@ -27,16 +27,13 @@ class KeptCalibration(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     calibration: Calibration
 
     def fits(self, exits: Sequence[int], quantization: str, heads_sha256: str) -> bool:
-        """Whether it was made for such an edge."""
-        return (self.exits, self.quantization, self.heads_sha256) == (
-            tuple(exits),
-            quantization,
-            heads_sha256,
-        )
+        """Whether the thresholds hold for this edge partition."""
+        own = (self.exits, self.quantization, self.heads_sha256)
+        return own == (tuple(exits), quantization, heads_sha256)
 
 
 def keep_calibration(manifest: Manifest, path: Path) -> None:
-    """Writes a calibrated bundle's thresholds for later exports of the same heads.
+    """Write a calibrated bundle's thresholds to `path`, for later exports of the same heads.
 
     Raises:
         BundleError: the bundle is not calibrated.
@@ -56,32 +53,41 @@ def keep_calibration(manifest: Manifest, path: Path) -> None:
 
 
 def read_calibration(path: Path) -> KeptCalibration:
-    """Raises ConfigError when the file is not one of :func:`keep_calibration`."""
+    """Read a file of :func:`keep_calibration`.
+
+    Raises:
+        ConfigError: the file is missing or has another content.
+    """
     try:
         return msgspec.json.decode(path.read_bytes(), type=KeptCalibration)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"cannot read the calibration {path}: {error}; make one with 'fleet heads calibrate --write'"
+            f"cannot read the calibration {path}: {error}; "
+            "make one with 'fleet heads calibrate --write'"
         ) from None
 
 
 def find_calibration(
     paths: Iterable[Path], exits: Sequence[int], quantization: str, heads_sha256: str
 ) -> KeptCalibration | None:
-    """The first of some files that was made for such an edge, or None."""
-    kept = (read_calibration(path) for path in sorted(paths))
-    return next((one for one in kept if one.fits(exits, quantization, heads_sha256)), None)
+    """Return the first calibration that fits this edge partition, or None."""
+    for path in sorted(paths):
+        kept = read_calibration(path)
+        if kept.fits(exits, quantization, heads_sha256):
+            return kept
+    return None
 
 
 def write_calibrated(
     bundle: Bundle, thresholds: tuple[float, ...], calibration: Calibration, out: Path | None = None
 ) -> Manifest:
-    """Puts thresholds into the bundle's manifest, or into that of a copy in `out`; gives the new manifest.
+    """Write thresholds into the bundle's manifest, or into that of a copy in `out`.
 
-    The bundle's id changes with them, so devices and workers must both get it; a signature is dropped.
+    The bundle's id changes, so devices and workers both need the new bundle; a signature is
+    dropped. Return the new manifest.
 
     Raises:
-        ConfigError: `out` is in use, or there is no room.
+        ConfigError: `out` is in use, or the disk is full.
     """
     manifest = msgspec.structs.replace(
         bundle.manifest, thresholds=thresholds, calibration=calibration
@@ -93,7 +99,7 @@ def write_calibrated(
             write_manifest(bundle.folder, manifest)
             (bundle.folder / SIGNATURE_FILE).unlink(missing_ok=True)
         else:
-            copy_with(bundle.folder, manifest, out)
+            _copy_with_manifest(bundle.folder, manifest, out)
     except (OSError, shutil.Error) as error:
         raise ConfigError(
             f"cannot write the calibrated bundle {out or bundle.folder}: {error}; make room"
@@ -101,15 +107,15 @@ def write_calibrated(
     return manifest
 
 
-def copy_with(folder: Path, manifest: Manifest, out: Path) -> None:
-    """A copy of a bundle with another manifest, whole or not at all."""
+def _copy_with_manifest(folder: Path, manifest: Manifest, out: Path) -> None:
+    """Copy a bundle with another manifest, complete or not at all."""
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         shutil.copytree(
             folder,
             partial,
-            copy_function=link_or_copy,
+            copy_function=_link_or_copy,
             ignore=shutil.ignore_patterns(MANIFEST_FILE, SIGNATURE_FILE),
         )
         write_manifest(partial, manifest)
@@ -120,8 +126,8 @@ def copy_with(folder: Path, manifest: Manifest, out: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def link_or_copy(source: str, target: str) -> None:
-    """A hard link where the file system has them."""
+def _link_or_copy(source: str, target: str) -> None:
+    """Make a hard link, or a copy on a file system without links."""
     try:
         os.link(source, target)
     except OSError:

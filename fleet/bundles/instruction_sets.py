@@ -1,4 +1,4 @@
-"""Instruction sets that graphs are made for, and which of them a machine has."""
+"""The instruction sets of graphs, and those that a machine has."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final
 
 ANY: Final = "any"
 MACHINES: Final = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "arm64", "arm64": "arm64"}
-NEEDED_FLAGS: Final = {
+REQUIRED_FLAGS: Final = {
     "x86_64": frozenset[str](),
     "x86_64-avx2": frozenset({"avx2"}),
     "x86_64-avx512_vnni": frozenset({"avx512f", "avx512_vnni"}),
@@ -20,22 +20,19 @@ CPUINFO: Final = Path("/proc/cpuinfo")
 
 
 def covered_sets(machine: str, flags: Collection[str]) -> tuple[str, ...]:
-    """The instruction sets of a `platform.machine()` whose processor has these flags, in Linux's names."""
+    """Return the instruction sets of a `platform.machine()` with these flags, in Linux's names."""
     family = MACHINES.get(machine.lower())
-    return tuple(
-        name
-        for name, needed in NEEDED_FLAGS.items()
-        if name.split("-")[0] == family and needed <= {*flags}
-    )
+    usable = (name for name, required in REQUIRED_FLAGS.items() if required <= {*flags})
+    return tuple(name for name in usable if name.split("-")[0] == family)
 
 
-def covers(offered: Collection[str], wanted: str) -> bool:
-    """Whether graphs for `wanted` run where `offered` sets are."""
-    return wanted == ANY or wanted in offered
+def covers(available: Collection[str], required: str) -> bool:
+    """Whether graphs for the set `required` run on a machine with the sets `available`."""
+    return required == ANY or required in available
 
 
 def cpu_flags(cpuinfo: str) -> frozenset[str]:
-    """The flags of the first processor in the text of /proc/cpuinfo; empty when it names none."""
+    """Return the flags of the first processor in the text of /proc/cpuinfo, if it has any."""
     for line in cpuinfo.splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
@@ -45,6 +42,9 @@ def cpu_flags(cpuinfo: str) -> frozenset[str]:
 
 @cache
 def instruction_sets() -> tuple[str, ...]:
-    """The instruction sets of this machine; without /proc/cpuinfo only the plain one of its family is known."""
+    """Return the instruction sets of this machine.
+
+    Without /proc/cpuinfo it is the plain one of its family.
+    """
     cpuinfo = CPUINFO.read_text() if CPUINFO.is_file() else ""
     return covered_sets(platform.machine(), cpu_flags(cpuinfo))

@@ -1,11 +1,11 @@
-"""A bundle: everything that a model needs on both sides, with a manifest whose hash is the bundle's id."""
+"""A bundle: a model's files for both sides, with a manifest whose hash is the bundle's id."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, get_args
 
 import msgspec
 from msgspec import Meta, Struct
@@ -16,6 +16,8 @@ from fleet.exits.calibration import Calibration
 SCHEMA_VERSION: Final = 3
 MANIFEST_FILE: Final = "manifest.json"
 Side = Literal["edge", "cloud", "tokenizer"]
+SIDES: Final[tuple[Side, ...]] = get_args(Side)
+EDGE_SIDES: Final[tuple[Side, ...]] = ("edge", "tokenizer")  # of a device
 
 
 class ModelInfo(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -34,13 +36,18 @@ class ModelInfo(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
+    """One file of a bundle, by its path in the folder."""
+
     path: Annotated[str, Meta(pattern=r"\A(edge|cloud|tokenizer)/[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")]
     num_bytes: int
     sha256: str
 
 
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a bundle holds and how it was made. Layer ranges are half-open: an exit at 8 means [0, 8) has run."""
+    """The content of a bundle and its origin.
+
+    Layer ranges are half-open: an exit at 8 means that the layers [0, 8) have run.
+    """
 
     schema_version: int
     model: ModelInfo
@@ -60,20 +67,23 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def bundle_id(self) -> str:
-        """First 32 hex digits of the SHA-256 of the canonical JSON. Edge and cloud only talk when theirs are equal."""
+        """The first 32 hex digits of the SHA-256 of the canonical JSON.
+
+        A device and a worker cooperate only if theirs are equal.
+        """
         return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:32]
 
     @property
     def blocks(self) -> tuple[tuple[int, int], ...]:
-        """Half-open layer ranges of the edge blocks, e.g. ((0, 8), (8, 15))."""
+        """The half-open layer ranges of the edge blocks, e.g. ((0, 8), (8, 15))."""
         return tuple(zip((0, *self.exits[:-1]), self.exits, strict=True))
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the bundle in `folder`; its files are not looked at.
+    """Read the manifest of the bundle in `folder`; its files are not read.
 
     Raises:
-        BundleError: there is none, or it has another schema.
+        BundleError: there is no manifest, or it has another schema.
     """
     path = folder / MANIFEST_FILE
     try:
@@ -89,34 +99,35 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     if manifest.schema_version != SCHEMA_VERSION:
         raise BundleError(
-            f"{path}: expected schema {SCHEMA_VERSION}, got {manifest.schema_version}; export the bundle again"
+            f"{path}: expected schema {SCHEMA_VERSION}, got {manifest.schema_version}; "
+            "export the bundle again"
         )
     return manifest
 
 
 class Bundle:
-    """A bundle's folder, its manifest, and only files that are what the manifest says."""
+    """A bundle's folder and manifest, with files that agree with the manifest."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
 
     @classmethod
-    def load(cls, folder: Path, sides: Iterable[Side] = ("edge", "cloud", "tokenizer")) -> Bundle:
-        """Reads the manifest and checks size and SHA-256 of every file of `sides`.
+    def load(cls, folder: Path, sides: Iterable[Side] = SIDES) -> Bundle:
+        """Read the manifest and check size and SHA-256 of every file of `sides`.
 
         Raises:
             BundleError: no manifest, another schema, or a file that is missing or altered.
         """
         manifest = read_manifest(folder)
-        wanted = set(sides)
+        folders = set(sides)
         for entry in manifest.files:
-            if entry.path.split("/")[0] in wanted:
+            if entry.path.split("/")[0] in folders:
                 check_file(folder, entry)
         return cls(folder, manifest)
 
     def path(self, name: str) -> Path:
-        """Path of a file by its name in the manifest, e.g. ``edge/block_0.onnx``.
+        """Return the path of a file by its name in the manifest, e.g. ``edge/block_0.onnx``.
 
         Raises:
             BundleError: the manifest has no such file.
@@ -129,28 +140,32 @@ class Bundle:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_file(folder: Path, entry: FileEntry) -> None:
-    """Raises BundleError when the file is missing or is not what `entry` says."""
+    """Check the size and SHA-256 of a file.
+
+    Raises:
+        BundleError: the file is missing, or differs from `entry`.
+    """
     path = folder / entry.path
     if not path.is_file():
         raise BundleError(f"bundle file {path} is missing; export or copy the bundle again")
     if path.stat().st_size != entry.num_bytes or hash_file(path) != entry.sha256:
         raise BundleError(
-            f"bundle file {path} was altered: expected {entry.num_bytes} bytes with sha256 {entry.sha256[:16]}..., "
-            f"got {path.stat().st_size} bytes; export or copy the bundle again"
+            f"bundle file {path} was altered: expected {entry.num_bytes} bytes "
+            f"with sha256 {entry.sha256[:16]}..., got {path.stat().st_size} bytes; "
+            "export or copy the bundle again"
         )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes the manifest as readable JSON, whole or not at all."""
+    """Write the manifest as indented JSON, complete or not at all."""
     path = folder / MANIFEST_FILE
     partial = folder / f".{MANIFEST_FILE}.partial"
-    partial.write_bytes(
-        msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2) + b"\n"
-    )
+    content = msgspec.json.encode(manifest, order="sorted")
+    partial.write_bytes(msgspec.json.format(content, indent=2) + b"\n")
     partial.replace(path)

@@ -1,4 +1,4 @@
-"""Bundles that a server hands out: one folder each, named after its id, which appears whole or not at all."""
+"""The store of a server's bundles: a folder for each, named by its id, complete or absent."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from fleet.errors import ConfigError
 
 
 def keep_bundle(source: Path, store: Path, sign: Callable[[Path], None]) -> Bundle:
-    """The bundle in `source` as one of `store`, signed by `sign(folder)`; nothing is done for one that is there.
+    """Copy the bundle in `source` into `store`, signed by `sign(folder)`, unless it is there.
 
-    Files are hard links where both folders are on one disk, else copies. Only what the manifest names is taken.
+    Files are hard links if both folders are on one disk, else copies. Files that the manifest does
+    not name are left out.
 
     Raises:
         BundleError: a file is missing or altered.
@@ -28,8 +29,8 @@ def keep_bundle(source: Path, store: Path, sign: Callable[[Path], None]) -> Bund
         return Bundle(folder, read_manifest(folder))
     try:
         store.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=store, prefix=f".{manifest.bundle_id}-") as made:
-            content = Path(made) / "bundle"
+        with tempfile.TemporaryDirectory(dir=store, prefix=f".{manifest.bundle_id}-") as temporary:
+            content = Path(temporary) / "bundle"
             content.mkdir()
             for entry in manifest.files:
                 _link(source / entry.path, content / entry.path)
@@ -39,14 +40,14 @@ def keep_bundle(source: Path, store: Path, sign: Callable[[Path], None]) -> Bund
             _place(content, folder)
     except OSError as error:
         raise ConfigError(
-            f"cannot keep bundle {manifest.bundle_id} in {store}: {error.strerror or error}; make room, or check the "
-            "folder's rights"
+            f"cannot keep bundle {manifest.bundle_id} in {store}: {error.strerror or error}; "
+            "make room, or check the folder's rights"
         ) from None
     return Bundle(folder, manifest)
 
 
 def _link(source: Path, copy: Path) -> None:
-    """Leaves out what is missing: the check that follows says so."""
+    """Link or copy a file; a missing one is reported by the check that follows."""
     if not source.is_file():
         return
     copy.parent.mkdir(exist_ok=True)
@@ -57,7 +58,7 @@ def _link(source: Path, copy: Path) -> None:
 
 
 def _place(content: Path, folder: Path) -> None:
-    """Another process may have been faster; its folder is as good as ours."""
+    """Rename the folder into its place, unless another process has made the same one."""
     try:
         content.rename(folder)
     except OSError:

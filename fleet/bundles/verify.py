@@ -1,13 +1,12 @@
-"""Whether a bundle's folder is what its manifest says: files, hashes, shapes, signature."""
+"""Verification of a bundle's folder against its manifest: files, hashes, shapes, signature."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import msgspec
 from msgspec import Struct
@@ -25,12 +24,12 @@ REQUIRED: Final = (
     "tokenizer/tokenizer.json",
 )
 ONNX_TYPES: Final = {"float16": "float16", "float32": "float"}
-MAX_HEADER_BYTES: Final = 100_000_000
-"""Of a safetensors file, by its own specification."""
+MAX_HEADER_BYTES: Final = 100_000_000  # of a safetensors file, by its specification
+GraphValue: TypeAlias = tuple[Any, ...]  # the type, then the sizes; None for a free size
 
 
 class CloudConfig(Struct, kw_only=True):
-    """What of the cloud partition's ``config.json`` gives its tensors their shapes."""
+    """The values of the cloud partition's ``config.json`` that determine its tensors' shapes."""
 
     num_hidden_layers: int
     hidden_size: int
@@ -41,7 +40,10 @@ class CloudConfig(Struct, kw_only=True):
 
 
 class Verdict(Struct, frozen=True, kw_only=True):
-    """What was found: the bundle is good when `findings` is empty; `notes` say what was not looked at."""
+    """The result of a verification; without `findings` the bundle is valid.
+
+    `notes` list the checks that were skipped.
+    """
 
     bundle_id: str | None
     ok: bool
@@ -51,45 +53,40 @@ class Verdict(Struct, frozen=True, kw_only=True):
 
 
 def verify_bundle(folder: Path, key: Path | None = None) -> Verdict:
-    """Checks the bundle in `folder`, and its signature against the public key or certificate in `key`.
+    """Verify the bundle in `folder`, and its signature by the public key or certificate in `key`.
 
     Raises:
         ConfigError: `key` holds no key.
     """
-    signature = "unsigned"
+    is_signed = (folder / SIGNATURE_FILE).is_file()
+    signature = "not checked" if is_signed else "unsigned"
     findings = []
     notes = []
-    if (folder / SIGNATURE_FILE).is_file():
-        signature = "not checked"
-        if key is None:
-            notes.append("the signature was not checked: give the signer's public key with --key")
+    bundle_id = None
+    if is_signed and key is None:
+        notes.append("the signature was not checked: give the signer's public key with --key")
     try:
         manifest = read_manifest(folder)
     except BundleError as error:
-        return Verdict(
-            bundle_id=None,
-            ok=False,
-            signature=signature,
-            findings=(str(error),),
-            notes=tuple(notes),
-        )
-    if key is not None:
-        try:
-            check_signature(folder, key)
-            signature = "valid"
-        except BundleError as error:
-            signature = "invalid" if signature == "not checked" else signature
-            findings.append(str(error))
-    damaged = list(check_files(folder, manifest))
-    findings += [*damaged, *check_layout(manifest)]
-    if not findings:
-        findings += check_cloud(folder, manifest)
-        if importlib.util.find_spec("onnxruntime") is None:
-            notes.append("shapes of the graphs were not checked: onnxruntime is not installed")
-        else:
-            findings += check_graphs(folder, manifest)
+        findings.append(str(error))
+    else:
+        bundle_id = manifest.bundle_id
+        if key is not None:
+            try:
+                check_signature(folder, key)
+                signature = "valid"
+            except BundleError as error:
+                signature = "invalid" if is_signed else "unsigned"
+                findings.append(str(error))
+        findings += [*_check_files(folder, manifest), *_check_layout(manifest)]
+        if not findings:
+            findings += _check_cloud(folder, manifest)
+            if importlib.util.find_spec("onnxruntime") is None:
+                notes.append("shapes of the graphs were not checked: onnxruntime is not installed")
+            else:
+                findings += _check_graphs(folder, manifest)
     return Verdict(
-        bundle_id=manifest.bundle_id,
+        bundle_id=bundle_id,
         ok=not findings,
         signature=signature,
         findings=tuple(findings),
@@ -97,8 +94,8 @@ def verify_bundle(folder: Path, key: Path | None = None) -> Verdict:
     )
 
 
-def check_files(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Files that are missing, altered or too many."""
+def _check_files(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Yield the files that are missing, altered or not in the manifest."""
     for entry in manifest.files:
         try:
             check_file(folder, entry)
@@ -110,16 +107,12 @@ def check_files(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"file {path} is not in the manifest; remove it or export the bundle again"
 
 
-def check_layout(manifest: Manifest) -> Iterator[str]:
-    """Values of the manifest that do not fit each other."""
+def _check_layout(manifest: Manifest) -> Iterator[str]:
+    """Yield the values of the manifest that contradict each other."""
     exits = manifest.exits
     info = manifest.model
-    if (
-        not exits
-        or list(exits) != sorted(set(exits))
-        or exits[0] < 1
-        or exits[-1] >= info.num_layers
-    ):
+    is_increasing = list(exits) == sorted(set(exits))
+    if not exits or not is_increasing or exits[0] < 1 or exits[-1] >= info.num_layers:
         yield f"exits {exits}: expected increasing layers from 1 to {info.num_layers - 1}"
         return
     if manifest.split_layer != exits[-1] or manifest.upload_layer not in exits:
@@ -135,112 +128,123 @@ def check_layout(manifest: Manifest) -> Iterator[str]:
             yield f"the manifest names {name} {files.count(name)} times: expected it once"
 
 
-def check_graphs(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Graphs whose inputs or outputs have other types or sizes than the manifest's."""
+def _check_graphs(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Yield the graphs whose inputs or outputs contradict the manifest in type or size."""
+    for i, (start, stop) in enumerate(manifest.blocks):
+        num_layers = stop - start + (manifest.exit_head == "block")
+        yield from _check_block(folder, manifest, f"edge/block_{i}.onnx", num_layers)
+    yield from _check_lm_head(folder, manifest)
+
+
+def _check_block(folder: Path, manifest: Manifest, name: str, num_layers: int) -> Iterator[str]:
     info = manifest.model
     cache = ("float", 1, info.num_key_value_heads, None, info.head_dim)
     hidden = ("float", 1, None, info.hidden_size)
-    for i, (start, stop) in enumerate(manifest.blocks):
-        values = load_values(folder / f"edge/block_{i}.onnx")
-        if isinstance(values, str):
-            yield values
-            continue
-        expected: dict[str, tuple[Any, ...]] = {
-            "input": hidden,
-            "seqlens_k": ("int32", 1),
-            "total_length": ("int32",),
-            "hidden_states": hidden,
-            "exit_hidden": ("float", 1, info.hidden_size),
-        }
-        caches = {name for name in values if name.startswith(("past.", "present."))}
-        count = 4 * (stop - start + (manifest.exit_head == "block"))
-        if len(caches) != count:
-            yield f"edge/block_{i}.onnx has {len(caches)} cache inputs and outputs: expected {count}"
-        yield from compare(f"edge/block_{i}.onnx", values, expected | dict.fromkeys(caches, cache))
-    values = load_values(folder / "edge/lm_head.onnx")
+    values = _load_values(folder / name)
     if isinstance(values, str):
         yield values
         return
-    bundle = Bundle(folder, manifest)
+    expected: dict[str, GraphValue] = {
+        "input": hidden,
+        "seqlens_k": ("int32", 1),
+        "total_length": ("int32",),
+        "hidden_states": hidden,
+        "exit_hidden": ("float", 1, info.hidden_size),
+    }
+    caches = {value for value in values if value.startswith(("past.", "present."))}
+    num_caches = 4 * num_layers  # keys and values, in and out
+    if len(caches) != num_caches:
+        yield f"{name} has {len(caches)} cache inputs and outputs: expected {num_caches}"
+    yield from _compare_values(name, values, expected | dict.fromkeys(caches, cache))
+
+
+def _check_lm_head(folder: Path, manifest: Manifest) -> Iterator[str]:
+    info = manifest.model
+    name = "edge/lm_head.onnx"
+    values = _load_values(folder / name)
+    if isinstance(values, str):
+        yield values
+        return
     try:
-        table = ONNX_TYPES[load_tables(bundle)[1].dtype.name]
+        _, table = load_tables(Bundle(folder, manifest))
     except BundleError as error:
         yield str(error)
         return
-    k = manifest.top_k
-    yield from compare(
-        "edge/lm_head.onnx",
-        values,
-        {
-            "exit_hidden": ("float", 1, info.hidden_size),
-            "table": (table, info.vocab_size, info.hidden_size),
-            "top_ids": ("int64", 1, k),
-            "top_logprobs": ("float", 1, k),
-            "confidence": ("float", 1),
-        },
-    )
+    expected: dict[str, GraphValue] = {
+        "exit_hidden": ("float", 1, info.hidden_size),
+        "table": (ONNX_TYPES[table.dtype.name], info.vocab_size, info.hidden_size),
+        "top_ids": ("int64", 1, manifest.top_k),
+        "top_logprobs": ("float", 1, manifest.top_k),
+        "confidence": ("float", 1),
+    }
+    yield from _compare_values(name, values, expected)
 
 
-def load_values(path: Path) -> dict[str, tuple[Any, ...]] | str:
-    """A graph's inputs and outputs, (type, sizes...) by name, None for a free size; or why it cannot be loaded."""
-    ort = importlib.import_module("onnxruntime")
+def _load_values(path: Path) -> dict[str, GraphValue] | str:
+    """Return a graph's inputs and outputs by name, or the reason why it cannot be loaded."""
+    import onnxruntime as ort  # not installed everywhere
+
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001  ONNX Runtime's errors have no common type of their own
+    except Exception as error:  # noqa: BLE001  ONNX Runtime's errors have no common type
         return f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}"
-    return {
-        value.name: (
-            value.type[7:-1],
-            *(size if isinstance(size, int) else None for size in value.shape),
-        )
-        for value in (*session.get_inputs(), *session.get_outputs())
-    }
+    values = (*session.get_inputs(), *session.get_outputs())
+    return {value.name: _graph_value(value.type, value.shape) for value in values}
 
 
-def compare(
-    name: str, values: dict[str, tuple[Any, ...]], expected: dict[str, tuple[Any, ...]]
+def _graph_value(tensor_type: str, shape: Sequence[int | str | None]) -> GraphValue:
+    sizes = (size if isinstance(size, int) else None for size in shape)
+    return (tensor_type.removeprefix("tensor(").removesuffix(")"), *sizes)
+
+
+def _compare_values(
+    graph: str, values: Mapping[str, GraphValue], expected: Mapping[str, GraphValue]
 ) -> Iterator[str]:
-    """Differences of the values that must be there."""
-    for value, sizes in expected.items():
-        if values.get(value) != sizes:
-            yield f"{name}: {value} is {show(values.get(value))}, expected {show(sizes)}"
+    """Yield the expected values that a graph lacks or has otherwise."""
+    for name, value in expected.items():
+        if values.get(name) != value:
+            found = _format_value(values.get(name))
+            yield f"{graph}: {name} is {found}, expected {_format_value(value)}"
 
 
-def show(value: tuple[Any, ...] | None) -> str:
-    """For example ``float[1, any, 64]``."""
+def _format_value(value: GraphValue | None) -> str:
+    """Format a type with its sizes, e.g. ``float[1, any, 64]``."""
     if value is None:
         return "missing"
     return f"{value[0]}[{', '.join('any' if size is None else str(size) for size in value[1:])}]"
 
 
-def check_cloud(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Tensors of the cloud partition whose shapes are not what its configuration and the manifest say."""
+def _check_cloud(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Yield the cloud partition's values and tensor shapes that contradict the manifest."""
     info = manifest.model
     try:
         config = msgspec.json.decode((folder / "cloud/config.json").read_bytes(), type=CloudConfig)
-        shapes = read_shapes(folder / "cloud/model.safetensors")
+        shapes = _read_shapes(folder / "cloud/model.safetensors")
     except (msgspec.MsgspecError, ValueError, struct.error) as error:
         yield f"the cloud partition cannot be read: {error}"
         return
     num_layers = info.num_layers - manifest.upload_layer
     for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
         if getattr(config, name) != getattr(info, name):
-            yield f"cloud/config.json: {name} is {getattr(config, name)}, expected {getattr(info, name)}"
+            found = getattr(config, name)
+            yield f"cloud/config.json: {name} is {found}, expected {getattr(info, name)}"
     if config.num_hidden_layers != num_layers:
-        yield f"cloud/config.json: num_hidden_layers is {config.num_hidden_layers}, expected {num_layers}"
-    required = required_shapes(manifest, config.intermediate_size, num_layers)
-    optional = optional_shapes(manifest, required, num_layers)
+        found = config.num_hidden_layers
+        yield f"cloud/config.json: num_hidden_layers is {found}, expected {num_layers}"
+    required = _required_shapes(manifest, config.intermediate_size, num_layers)
+    optional = _optional_shapes(manifest, required, num_layers)
     for name in sorted(shapes.keys() | required.keys()):
         expected = required.get(name, optional.get(name))
         if shapes.get(name) != expected:
-            yield f"cloud/model.safetensors: {name} is {shapes.get(name, 'missing')}, expected {expected or 'nothing'}"
+            text = f"{name} is {shapes.get(name, 'missing')}, expected {expected or 'nothing'}"
+            yield f"cloud/model.safetensors: {text}"
 
 
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes by name from a safetensors file's header."""
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Read shapes by name from a safetensors file's header."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > MAX_HEADER_BYTES:
@@ -249,10 +253,10 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
 
 
-def required_shapes(
+def _required_shapes(
     manifest: Manifest, intermediate_size: int, num_layers: int
 ) -> dict[str, tuple[int, ...]]:
-    """The tensors of `num_layers` layers of the Llama layout, the final norm and the LM head."""
+    """Return the shapes of `num_layers` Llama layers, the final norm and the LM head."""
     info = manifest.model
     hidden = info.hidden_size
     queries = info.num_attention_heads
@@ -276,10 +280,10 @@ def required_shapes(
     return {"model.norm.weight": (hidden,), "lm_head.weight": (info.vocab_size, hidden), **layers}
 
 
-def optional_shapes(
+def _optional_shapes(
     manifest: Manifest, required: Mapping[str, tuple[int, ...]], num_layers: int
 ) -> dict[str, tuple[int, ...]]:
-    """The biases and the norms of query and key that some families have."""
+    """Return the shapes of biases and of query and key norms, which some families have."""
     biases = {
         name.replace(".weight", ".bias"): shape[:1]
         for name, shape in required.items()

@@ -1,81 +1,78 @@
-"""`fleet allow`, `fleet disallow` and `fleet tag`: which apps may ask which devices."""
+"""`fleet allow`, `fleet disallow` and `fleet tag`: the devices that an app may prompt."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-import msgspec
 import typer
 
-from fleet.cli.stats import JsonOption, StateOption
+from fleet.cli.options import HomeOption, JsonOption, print_json
 from fleet.errors import ConfigError
-from fleet.identity.enrolment import parse_tags, tag_words
+from fleet.identity.enrolment import format_tags, parse_tags
 from fleet.server.home import FleetHome
 
 AppArgument = Annotated[str, typer.Argument(metavar="APP", help="An app or a sensor.")]
 TargetsArgument = Annotated[
     list[str], typer.Argument(metavar="TARGET...", help="Devices, groups, or tags KEY=VALUE.")
 ]
+TagsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE...]", help="Tags to set.")
+]
+RemoveOption = Annotated[
+    list[str] | None, typer.Option(metavar="KEY", help="Tag to remove; repeatable.")
+]
 
 
-def allow(
+def allow_app(
     app: AppArgument,
     targets: TargetsArgument,
-    state: StateOption = None,
+    folder: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Let an app prompt devices, and devices act on its events, from now on."""
-    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
-        registry.allow(app, targets)
-        (row,) = [row for row in registry.identities() if row.name == app]
-    _print(
-        f"{app} may ask {', '.join(row.targets)}",
-        {"app": app, "targets": row.targets},
-        as_json=as_json,
-    )
+    home = FleetHome.load(folder)
+    with home.registry() as registry:
+        registry.identities.allow(app, targets)
+    _print_targets(home, app, as_json=as_json)
 
 
-def disallow(
+def disallow_app(
     app: AppArgument,
     targets: TargetsArgument,
-    state: StateOption = None,
+    folder: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Take back what 'fleet allow' or 'fleet enroll --allow' gave, by the same words."""
-    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
-        registry.disallow(app, targets)
-        (row,) = [row for row in registry.identities() if row.name == app]
-    _print(
-        f"{app} may ask {', '.join(row.targets) or 'nobody'}",
-        {"app": app, "targets": row.targets},
-        as_json=as_json,
-    )
+    """Withdraw targets that 'fleet allow' or 'fleet enroll --allow' gave, by the same names."""
+    home = FleetHome.load(folder)
+    with home.registry() as registry:
+        registry.identities.disallow(app, targets)
+    _print_targets(home, app, as_json=as_json)
 
 
-def tag(
-    device: Annotated[str, typer.Argument()],
-    tags: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE...]", help="Tags to set.")
-    ] = None,
-    remove: Annotated[
-        list[str] | None, typer.Option(metavar="KEY", help="Tag to take away; repeatable.")
-    ] = None,
-    state: StateOption = None,
+def tag_device(
+    device: Annotated[str, typer.Argument(help="Name of the device.")],
+    tags: TagsArgument = None,
+    remove: RemoveOption = None,
+    folder: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Set or remove tags of a device; apps may be allowed all devices of a tag."""
     if not tags and not remove:
         raise ConfigError("nothing to do: give tags like floor=1, or --remove floor")
-    wanted = parse_tags(tags or ())
-    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
-        registry.tag(device, wanted, remove or ())
-        row = registry.device(device)
-    _print(
-        f"{device} has {', '.join(tag_words(row.tags)) or 'no tags'}",
-        {"device": device, "tags": row.tags},
-        as_json=as_json,
-    )
+    new_tags = parse_tags(tags or ())
+    with FleetHome.load(folder).registry() as registry:
+        registry.identities.tag(device, new_tags, remove or ())
+        row = registry.stats.device(device)
+    if as_json:
+        print_json({"device": device, "tags": row.tags})
+    else:
+        print(f"{device} has {', '.join(format_tags(row.tags)) or 'no tags'}")
 
 
-def _print(line: str, values: dict[str, object], *, as_json: bool) -> None:
-    print(msgspec.json.encode(values).decode() if as_json else line)
+def _print_targets(home: FleetHome, app: str, *, as_json: bool) -> None:
+    with home.registry() as registry:
+        (row,) = (row for row in registry.identities.all() if row.name == app)
+    if as_json:
+        print_json({"app": app, "targets": row.targets})
+    else:
+        print(f"{app} may prompt {', '.join(row.targets) or 'no device'}")

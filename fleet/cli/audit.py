@@ -1,4 +1,4 @@
-"""`fleet audit`: every change, who made it and when."""
+"""`fleet audit`: the changes to the fleet, each with its time and actor."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ import typer
 from msgspec import Struct
 from rich.console import Console
 
-from fleet.cli.stats import JsonOption, SinceOption, StateOption, parse_since
+from fleet.cli.options import HomeOption, JsonOption, SinceOption, parse_since, print_json
+from fleet.cli.views import print_rows
+from fleet.registry.results import AuditRow
 from fleet.server.home import FleetHome
 
+SubjectArgument = Annotated[
+    str | None, typer.Argument(help="Only of this device, app, group or bundle.")
+]
+LimitOption = Annotated[int, typer.Option(min=1, help="Maximum number of changes.")]
 
-class Line(Struct, frozen=True, kw_only=True):
-    """An entry as it is shown."""
+
+class AuditLine(Struct, frozen=True, kw_only=True):
+    """A change as the table shows it."""
 
     changed_at: float
     actor: str
     action: str
     subject: str
-    what: str
+    details: str
 
 
-def audit(
-    subject: Annotated[
-        str | None, typer.Argument(help="Only of this device, app, group or bundle.")
-    ] = None,
+def list_changes(
+    subject: SubjectArgument = None,
     since: SinceOption = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many, the newest.")] = 50,
-    state: StateOption = None,
+    limit: LimitOption = 50,
+    folder: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the latest changes to the fleet, newest first."""
-    from fleet.cli.views import print_rows
-
-    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
-        rows = registry.audit_log(subject, parse_since(since), limit)
+    with FleetHome.load(folder).registry() as registry:
+        rows = registry.audit_log.entries(subject, parse_since(since), limit)
     if as_json:
-        print(msgspec.json.encode(rows).decode())
-        return
-    lines = [
-        Line(
-            changed_at=row.at,
-            actor=row.actor,
-            action=row.action,
-            subject=row.subject,
-            what=_in_words(row.details),
-        )
-        for row in rows
-    ]
-    print_rows(Console(), lines, "changes", as_json=False)
+        print_json(rows)
+    else:
+        print_rows(Console(), [_line(row) for row in rows], "changes", as_json=False)
 
 
-def _in_words(details: dict[str, object]) -> str:
-    said = {key: value for key, value in details.items() if value not in (None, [], {}, "")}
-    return " ".join(f"{key}={msgspec.json.encode(value).decode()}" for key, value in said.items())
+def _line(row: AuditRow) -> AuditLine:
+    values = {key: value for key, value in row.details.items() if value not in (None, [], {}, "")}
+    words = [f"{key}={msgspec.json.encode(value).decode()}" for key, value in values.items()]
+    return AuditLine(
+        changed_at=row.at,
+        actor=row.actor,
+        action=row.action,
+        subject=row.subject,
+        details=" ".join(words),
+    )

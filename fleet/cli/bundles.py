@@ -1,60 +1,107 @@
-"""`fleet bundle add` and `fleet bundle list`: the bundles that the server hands out."""
+"""`fleet bundle`: verify, sign, add and list bundles."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from fleet.cli.stats import JsonOption, StateOption
-from fleet.errors import BundleError
+from fleet.bundles.manifest import Bundle
+from fleet.bundles.signature import SIGNATURE_FILE, sign_bundle
+from fleet.bundles.verify import Verdict, verify_bundle
+from fleet.cli.options import HomeOption, JsonOption, print_json
+from fleet.errors import BundleError, ConfigError
+from fleet.registry.results import BundleRow
 from fleet.server.home import FleetHome
 
 MB: Final = 1_000_000
 
+app = typer.Typer(
+    no_args_is_help=True, help="Verify, sign, add and roll out bundles.", rich_markup_mode=None
+)
 
-def add(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle's folder.")],
-    state: StateOption = None,
-    as_json: JsonOption = False,
+BundleArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The bundle's folder.")]
+PublicKeyOption = Annotated[
+    Path | None, typer.Option(help="Public key or certificate (PEM) of the signature.")
+]
+PrivateKeyOption = Annotated[Path, typer.Option(help="Private key (PEM, P-256).")]
+
+
+@app.command()
+def verify(
+    source: BundleArgument, key: PublicKeyOption = None, as_json: JsonOption = False
 ) -> None:
-    """Check a bundle, sign it with the fleet's key and keep it, so that devices can fetch it."""
-    from fleet.bundles.verify import verify_bundle
-
-    fleet = FleetHome.load(state or FleetHome.default_folder())
-    verdict = verify_bundle(folder)
-    if not verdict.ok:
-        more = f", and {len(verdict.findings) - 1} more" if len(verdict.findings) > 1 else ""
-        raise BundleError(
-            f"{folder} is not added: {verdict.findings[0]}{more}; see 'fleet bundle verify {folder}'"
-        )
-    bundle_id = fleet.keep_bundle(folder)
-    kept = fleet.bundles / bundle_id
+    """Verify manifest, hashes, shapes and signature of a bundle; exit status 1 for a finding."""
+    verdict = verify_bundle(source, key)
     if as_json:
-        print(msgspec.json.encode({"bundle_id": bundle_id, "folder": str(kept)}).decode())
+        print_json(verdict)
     else:
-        print(f"bundle {bundle_id} is in {kept}; next: fleet bundle rollout {bundle_id}")
+        _print_verdict(source, verdict)
+    if not verdict.ok:
+        raise typer.Exit(1)
 
 
-def list_bundles(state: StateOption = None, as_json: JsonOption = False) -> None:
-    """List the bundles: devices that serve or want each, workers, an open roll-out."""
-    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
-        rows = registry.bundles()
+def _print_verdict(source: Path, verdict: Verdict) -> None:
+    for finding in verdict.findings:
+        typer.echo(f"fleet: {finding}", err=True)
+    for note in verdict.notes:
+        print(note)
+    state = "good" if verdict.ok else f"not good: {len(verdict.findings)} findings"
+    print(f"bundle {verdict.bundle_id or source} is {state}; signature: {verdict.signature}")
+
+
+@app.command()
+def sign(source: BundleArgument, key: PrivateKeyOption) -> None:
+    """Check a bundle and sign its manifest."""
+    bundle_id = Bundle.load(source).manifest.bundle_id
+    try:
+        sign_bundle(source, key)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {source / SIGNATURE_FILE}: {error.strerror}; choose a folder of yours"
+        ) from None
+    print(f"signed bundle {bundle_id}: {source / SIGNATURE_FILE}")
+
+
+@app.command()
+def add(source: BundleArgument, folder: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Check a bundle, sign it with the fleet's key and offer it to devices."""
+    home = FleetHome.load(folder)
+    verdict = verify_bundle(source)
+    if not verdict.ok:
+        num_others = len(verdict.findings) - 1
+        others = f", and {num_others} more" if num_others else ""
+        raise BundleError(
+            f"{source} is not added: {verdict.findings[0]}{others}; "
+            f"see 'fleet bundle verify {source}'"
+        )
+    bundle_id = home.keep_bundle(source)
+    copy = home.bundles / bundle_id
     if as_json:
-        print(msgspec.json.encode(rows).decode())
+        print_json({"bundle_id": bundle_id, "folder": str(copy)})
+    else:
+        print(f"bundle {bundle_id} is in {copy}; next: fleet bundle rollout {bundle_id}")
+
+
+@app.command("list")
+def list_bundles(folder: HomeOption = None, as_json: JsonOption = False) -> None:
+    """List the bundles: their devices, their workers, and an open roll-out."""
+    with FleetHome.load(folder).registry() as registry:
+        rows = registry.rollouts.bundles()
+    if as_json:
+        print_json(rows)
     elif rows:
-        Console().print(table_of(rows))
+        Console().print(bundles_table(rows))
     else:
         print("bundles: none yet; add one with 'fleet bundle add DIR'")
 
 
-def table_of(rows: Sequence[Any]) -> Table:
-    """Rows of the registry's bundles as a table of at most 80 columns."""
+def bundles_table(rows: Sequence[BundleRow]) -> Table:
+    """The registry's bundles as a table of at most 80 columns."""
     table = Table(title="bundles", title_justify="left", show_lines=True)
     table.add_column("bundle", min_width=32, overflow="fold")
     table.add_column("MB", justify="right")
@@ -65,14 +112,8 @@ def table_of(rows: Sequence[Any]) -> Table:
         table.add_row(
             f"{row.bundle_id}\n{row.model}",
             f"{row.num_bytes / MB:,.1f}",
-            f"{row.devices:,} on it\n{row.wanted:,} wanted",
+            f"{row.devices:,} on it\n{row.wanted:,} desired",
             "\n".join(row.workers) or "-",
             "-" if row.rollout is None else f"{row.rollout}:\n{row.rollout_state}",
         )
     return table
-
-
-def add_bundle_commands(app: typer.Typer) -> None:
-    """Mounts the commands of this file."""
-    app.command("add")(add)
-    app.command("list")(list_bundles)

@@ -1,4 +1,4 @@
-"""`fleet config`: what operators want of all devices, of a group or of one, and who follows."""
+"""`fleet config`: desired settings of all devices, of a group or of one device."""
 
 from __future__ import annotations
 
@@ -13,184 +13,196 @@ from msgspec import Struct
 from msgspec.structs import replace
 from rich.console import Console
 
-from fleet.cli.stats import JsonOption, StateOption
+from fleet.cli.options import GroupOption, HomeOption, JsonOption, print_json
+from fleet.cli.views import print_rows
 from fleet.errors import ConfigError
-from fleet.protocol.desired_config import Settings, merge, parse_settings
+from fleet.protocol.desired_config import Settings, merge_scopes, parse_settings
+from fleet.protocol.report import ConfigProblem
+from fleet.registry.results import DeviceRow
 from fleet.server.home import FleetHome
-from fleet.utils.optional_imports import load
+from fleet.utils.optional_imports import needs
 
 if TYPE_CHECKING:
     from fleet.registry.settings import Target
-    from fleet.registry.store import Registry
 
-app = typer.Typer(no_args_is_help=True, help=__doc__)
-
-NAME_OR_PAIR = (
-    "A device's name, unless --group or --all is given; then KEY=VALUE, as JSON or @FILE.json."
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Set and show the desired settings of all devices, of a group or of one device.",
 )
-GroupOption = Annotated[str | None, typer.Option("--group", help="Of the devices of this group.")]
-AllOption = Annotated[bool, typer.Option("--all", help="Of all devices.")]
+
+PairsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="[DEVICE] KEY=VALUE...",
+        help="A device, unless --group or --all is given; settings in JSON or from @FILE.json.",
+    ),
+]
+KeysArgument = Annotated[
+    list[str], typer.Argument(metavar="[DEVICE] KEY...", help="Settings to remove.")
+]
+DeviceArgument = Annotated[
+    str | None, typer.Argument(help="Show the settings of this device, merged from all scopes.")
+]
+TargetGroupOption = Annotated[
+    str | None, typer.Option("--group", help="Target the devices of this group.")
+]
+AllOption = Annotated[bool, typer.Option("--all", help="Target all devices.")]
 
 
-class Follower(Struct, frozen=True, kw_only=True):
-    """A device, the version that it shall follow, and the one that it said it does."""
+class ConfigLag(Struct, frozen=True, kw_only=True):
+    """A device that does not follow its desired configuration."""
 
     device: str
     online: bool
     wanted_version: int
     config_version: int
-    config_error: str
+    config_error: ConfigProblem | None
     last_seen: float | None
 
 
 @app.command("set")
 def set_(
-    words: Annotated[list[str], typer.Argument(metavar="[DEVICE] KEY=VALUE...", help=NAME_OR_PAIR)],
-    group: GroupOption = None,
+    words: PairsArgument,
+    group: TargetGroupOption = None,
     everywhere: AllOption = False,
-    state: StateOption = None,
+    folder: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Change settings: `fleet config set kitchen threshold=0.8`, or with --group, or --all."""
+    """Set values: `fleet config set kitchen threshold=0.8`, or with --group or --all."""
     pairs = [word for word in words if "=" in word]
     target = _target([word for word in words if "=" not in word], group, everywhere=everywhere)
     changes = parse_settings(dict(map(_parse_pair, pairs)))
     if not pairs:
-        raise ConfigError(f"nothing to set: expected KEY=VALUE; known settings are {_known()}")
-    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
-        _change(registry, target, lambda settings: merge(settings, changes), as_json=as_json)
+        raise ConfigError(f"nothing to set: expected KEY=VALUE; {_list_settings()}")
+    _change(folder, target, lambda settings: merge_scopes(settings, changes), as_json=as_json)
 
 
 @app.command()
 def unset(
-    words: Annotated[
-        list[str],
-        typer.Argument(metavar="[DEVICE] KEY...", help="What is not to be said any more."),
-    ],
-    group: GroupOption = None,
+    words: KeysArgument,
+    group: TargetGroupOption = None,
     everywhere: AllOption = False,
-    state: StateOption = None,
+    folder: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Take settings back, so that a wider scope, or the device itself, decides again."""
+    """Remove values, so that a wider scope or the device itself decides again."""
     keys = [word for word in words if word in Settings.__struct_fields__]
     target = _target([word for word in words if word not in keys], group, everywhere=everywhere)
     if not keys:
-        raise ConfigError(f"nothing to unset: known settings are {_known()}")
-    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
-        nothing = dict.fromkeys(keys)
-        _change(registry, target, lambda settings: replace(settings, **nothing), as_json=as_json)
+        raise ConfigError(f"nothing to unset: {_list_settings()}")
+    nothing = dict.fromkeys(keys)
+    _change(folder, target, lambda settings: replace(settings, **nothing), as_json=as_json)
 
 
 @app.command()
 def show(
-    device: Annotated[
-        str | None, typer.Argument(help="What holds for this device, of all scopes together.")
-    ] = None,
-    group: GroupOption = None,
+    device: DeviceArgument = None,
+    group: TargetGroupOption = None,
     everywhere: AllOption = False,
-    state: StateOption = None,
+    folder: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is wanted: of a device in the end, or what was said for a group or for all."""
+    """Show the merged settings of a device, or those set for a group or for all."""
     target = _target([device] if device else [], group, everywhere=everywhere)
-    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
+    with FleetHome.load(folder).registry() as registry:
         if device is None:
-            shown: dict[str, Any] = {"target": str(target), "settings": registry.settings(target)}
+            values: dict[str, Any] = {"settings": registry.desired_state.settings(target)}
         else:
-            registry.device(device)
-            desired = registry.desired_configs([device])[device]
-            shown = {
-                "target": str(target),
-                "version": desired.version,
-                "settings": desired.settings,
-            }
-    _print(shown, as_json=as_json)
+            registry.stats.device(device)
+            desired = registry.desired_state.configs([device])[device]
+            values = {"version": desired.version, "settings": desired.settings}
+    _print({"target": str(target)} | values, as_json=as_json)
 
 
 @app.command()
 def diff(
     group: GroupOption = None,
-    state: StateOption = None,
+    folder: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the devices that have not followed: the version wanted, the one followed, and why."""
-    from fleet.cli.views import print_rows
-
-    with FleetHome.load(state or FleetHome.default_folder()).registry() as registry:
-        wanted = registry.desired_configs()
+    """List the devices that do not follow: desired version, current version, and the reason."""
+    with FleetHome.load(folder).registry() as registry:
+        desired = registry.desired_state.configs()
         rows = [
-            Follower(
-                device=row.device,
-                online=row.online,
-                wanted_version=wanted[row.device].version,
-                config_version=row.config_version,
-                config_error=row.config_error,
-                last_seen=row.last_seen,
-            )
-            for row in registry.devices()
-            if (group is None or row.group == group) and row.device in wanted
+            _lag(row, desired[row.device].version)
+            for row in registry.stats.devices()
+            if (group is None or row.group == group) and row.device in desired
         ]
-    behind = [row for row in rows if row.wanted_version != row.config_version or row.config_error]
-    if behind or as_json:
-        print_rows(Console(), behind, "devices that have not followed", as_json=as_json)
+    lags = [row for row in rows if row.wanted_version != row.config_version or row.config_error]
+    if lags or as_json:
+        print_rows(Console(), lags, "devices that have not followed", as_json=as_json)
     else:
         print(f"all {len(rows)} devices follow")
 
 
+def _lag(row: DeviceRow, desired_version: int) -> ConfigLag:
+    return ConfigLag(
+        device=row.device,
+        online=row.online,
+        wanted_version=desired_version,
+        config_version=row.config_version,
+        config_error=row.config_error,
+        last_seen=row.last_seen,
+    )
+
+
 def _target(names: list[str], group: str | None, *, everywhere: bool) -> Target:
-    """Exactly one of a device's name, --group and --all."""
-    configs = load("fleet.registry.settings")
+    """The target of exactly one of a device's name, --group and --all."""
+    with needs("server"):
+        from fleet.registry.settings import Scope, Target
     if len(names) + (group is not None) + everywhere != 1:
         raise ConfigError(
             f"expected one device, or --group G, or --all, got {', '.join(names) or 'none of them'}"
         )
     if group is not None:
-        target: Target = configs.Target(configs.Scope.GROUP, group)
-    elif everywhere:
-        target = configs.Target(configs.Scope.ALL)
-    else:
-        target = configs.Target(configs.Scope.DEVICE, names[0])
-    return target
+        return Target(Scope.GROUP, group)
+    return Target(Scope.ALL) if everywhere else Target(Scope.DEVICE, names[0])
 
 
 def _parse_pair(pair: str) -> tuple[str, Any]:
     key, _, text = pair.partition("=")
-    if text.startswith("@"):
-        try:
-            text = Path(text[1:]).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read {text[1:]}: {error}; expected a file of JSON") from None
-        try:
-            return key, json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"{pair}: expected a file of JSON: {error}") from None
+    return key, _read_json(pair, text[1:]) if text.startswith("@") else _parse_json(text)
+
+
+def _parse_json(text: str) -> Any:
     try:
-        return key, json.loads(text)
+        return json.loads(text)
     except ValueError:
-        return key, text  # a word without quotation marks
+        return text  # a string without quotation marks
+
+
+def _read_json(pair: str, path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:  # UnicodeDecodeError among them
+        raise ConfigError(f"{pair}: expected a file of JSON: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error}; expected a file of JSON") from None
 
 
 def _change(
-    registry: Registry, target: Target, change: Callable[[Settings], Settings], *, as_json: bool
+    folder: Path | None,
+    target: Target,
+    change: Callable[[Settings], Settings],
+    *,
+    as_json: bool,
 ) -> None:
-    version = registry.change_settings(target, change)
-    _print(
-        {"target": str(target), "version": version, "settings": registry.settings(target)},
-        as_json=as_json,
-    )
+    with FleetHome.load(folder).registry() as registry:
+        version = registry.desired_state.change_settings(target, change)
+        settings = registry.desired_state.settings(target)
+    _print({"target": str(target), "version": version, "settings": settings}, as_json=as_json)
 
 
-def _print(shown: dict[str, Any], *, as_json: bool) -> None:
+def _print(values: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        print(msgspec.json.encode(shown).decode())
+        print_json(values)
         return
-    version = f", version {shown['version']}" if "version" in shown else ""
-    values = msgspec.to_builtins(shown["settings"])
-    print(f"{shown['target']}{version}" + ("" if values else ": nothing is set"))
-    for key, value in values.items():
+    version = f", version {values['version']}" if "version" in values else ""
+    settings = msgspec.to_builtins(values["settings"])
+    print(f"{values['target']}{version}" + ("" if settings else ": nothing is set"))
+    for key, value in settings.items():
         print(f"  {key}={json.dumps(value)}")
 
 
-def _known() -> str:
-    return ", ".join(Settings.__struct_fields__)
+def _list_settings() -> str:
+    return f"known settings are {', '.join(Settings.__struct_fields__)}"

@@ -1,174 +1,205 @@
-"""`fleet demo`: the whole system on this machine, as separate processes, with real TLS on loopback."""
+"""`fleet demo`: the whole system on this machine, as separate processes with TLS on loopback."""
 
 from __future__ import annotations
 
+import io
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Final
 
-import msgspec
-from rich.console import Console
+import typer
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from fleet.bundles.manifest import Bundle
-from fleet.cli.stats_views import print_stats
-from fleet.cli.views import legend, print_reply, usage_line
-from fleet.errors import ConfigError, RegistryError
+from fleet.cli.options import (
+    BundleOption,
+    JsonOption,
+    ModeOption,
+    SeedOption,
+    TemperatureOption,
+    ThresholdOption,
+    TokensOption,
+    TopPOption,
+    make_request,
+    print_json,
+)
+from fleet.cli.responses import PromptResult, stream_response
+from fleet.cli.stats_views import stats_table
+from fleet.cli.views import legend
+from fleet.errors import RegistryError
 from fleet.protocol.access import Role
 from fleet.protocol.modes import exit_source
-from fleet.protocol.prompt import PromptRequest, Reply
-from fleet.protocol.report import Switch
+from fleet.protocol.prompt import ChatMessage, PromptRequest
+from fleet.registry.results import StatsRow
 from fleet.server.child_process import child
 from fleet.server.home import FleetConfig, FleetHome
-from fleet.server.supervisor import fleet_processes, free_port
+from fleet.server.supervisor import fleet_processes, free_port, resolve_bundle
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
+from fleet.utils.cli_runtime import check_writable
 from fleet.utils.optional_imports import require
+from fleet.utils.prompt_file import read_prompts
 
 DEVICE: Final = "edge-1"
 APP: Final = "demo"
 HOST: Final = "127.0.0.1"
 REGISTRY_TIMEOUT_S: Final = 15.0
+CHECK_S: Final = 0.1
+PICTURE_TITLE: Final = "fleet demo"
+PICTURE_ID: Final = "fleet-demo"
+PICTURE_COLUMNS: Final = 100
 PROMPTS: Final = (
     "What is the capital of France, and what is it known for?",
     "Write a short note that asks a neighbour to water the plants.",
     "Give three tips for saving energy at home.",
 )
 
-
-class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer of the demo, or of ``fleet prompt``."""
-
-    prompt: str
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    sources: dict[str, int]
-    offload_rate: float
-    bytes_up: int
-    bytes_down: int
-    ttft_ms: float
-    tpot_ms: float
-    round_trips: int
-    drafted: int
-    switches: tuple[Switch, ...]
+PromptsOption = Annotated[list[str] | None, typer.Option(help="A prompt; repeatable.")]
+PromptFileOption = Annotated[Path | None, typer.Option(help="JSONL file of prompts.")]
+PictureOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.svg", help="Write the coloured output into an SVG, too."),
+]
 
 
-def follow(
-    console: Console, client: PromptClient, device: str, prompt: PromptRequest, exits: list[str]
-) -> Result:
-    """Streams one answer to the console and gives it whole."""
-    text = ""
-    token_ids = []
-    final = Reply(seq=0)
-    for reply in client.ask(device, prompt):
-        text = text + reply.text
-        final = reply
-        if reply.token_id is not None:
-            token_ids.append(reply.token_id)
-        print_reply(console, reply, exits)
-    usage = final.usage
-    if usage is None:
-        raise ConfigError(
-            f"device {device} ended its answer without counts; is it of another version?"
+def demo(
+    prompt: PromptsOption = None,
+    prompts: PromptFileOption = None,
+    mode: ModeOption = None,
+    threshold: ThresholdOption = None,
+    max_new_tokens: TokensOption = 64,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    bundle: BundleOption = None,
+    picture: PictureOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the whole system on this machine, with answers to a few prompts."""
+    check_writable(picture=picture)
+    texts = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())]
+    requests = [
+        make_request(
+            (ChatMessage("user", text),),
+            mode=mode,
+            threshold=threshold,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
         )
-    console.print()
-    console.print(usage_line(usage, final.note))
-    return Result(
-        prompt=prompt.chat[-1].content,
-        text=text,
-        token_ids=token_ids,
-        finish_reason=final.finish_reason or "",
-        sources=usage.sources,
-        offload_rate=usage.offload_rate,
-        bytes_up=usage.bytes_up,
-        bytes_down=usage.bytes_down,
-        ttft_ms=usage.ttft_ms,
-        tpot_ms=usage.tpot_ms,
-        round_trips=usage.round_trips,
-        drafted=usage.drafted,
-        switches=usage.switches,
-    )
+        for text in texts or PROMPTS
+    ]
+    screen = Screen(as_json=as_json, has_picture=picture is not None)
+    run_demo(resolve_bundle(bundle, Console(stderr=True).print), requests, screen, as_json=as_json)
+    if picture:
+        screen.save_picture(picture)
+
+
+class Screen:
+    """The terminal, and a picture of fixed width if one is to be saved."""
+
+    def __init__(self, *, as_json: bool = False, has_picture: bool = False) -> None:
+        self.console = Console(stderr=as_json, highlight=False)
+        self.picture = None
+        if has_picture:
+            self.picture = Console(
+                file=io.StringIO(), record=True, width=PICTURE_COLUMNS, highlight=False
+            )
+
+    def print(self, renderable: RenderableType = "") -> None:
+        """Print on both."""
+        self.console.print(renderable)
+        if self.picture:
+            self.picture.print(renderable)
+
+    def save_picture(self, path: Path) -> None:
+        """Write the picture; equal output gives an equal file."""
+        if self.picture:
+            self.picture.save_svg(str(path), title=PICTURE_TITLE, unique_id=PICTURE_ID)
+
+
+def run_demo(
+    bundle: Path, requests: Sequence[PromptRequest], screen: Screen, *, as_json: bool
+) -> None:
+    """Send every prompt to one device, then print the counts of the registry.
+
+    Raises:
+        RegistryError: the counts of the registry do not become those of the responses.
+    """
+    manifest = Bundle.load(bundle, ()).manifest
+    exits = [exit_source(layer) for layer in manifest.exits]
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-demo-"))
+        fleet = running_fleet(bundle, Path(folder), screen.console)
+        home, transport = stack.enter_context(fleet)
+        results = _send_all(screen, PromptClient(transport), requests, exits)
+        rows = await_counts(home, results)
+    screen.print()
+    if as_json:
+        print_json({"bundle_id": manifest.bundle_id, "results": results, "stats": rows})
+    else:
+        screen.print(stats_table(rows, "what the registry counted"))
+
+
+def _send_all(
+    screen: Screen, client: PromptClient, requests: Sequence[PromptRequest], exits: Sequence[str]
+) -> list[PromptResult]:
+    screen.print(legend(exits))
+    results = []
+    for request in requests:
+        screen.print()
+        screen.print(Text(f"> {request.chat[-1].content}", "bold"))
+        result = stream_response(
+            screen.console, client, DEVICE, request, exits, picture=screen.picture
+        )
+        results.append(result)
+    return results
 
 
 @contextmanager
 def running_fleet(
-    bundle: Path, folder: Path, say: Console
+    bundle: Path, folder: Path, console: Console
 ) -> Iterator[tuple[FleetHome, MqttTransport]]:
-    """Broker, registry, worker and one device, ready; and an app's connection."""
+    """Run server, worker and one device, ready when the block begins; an app's connection."""
     require("edge", "onnxruntime", "tokenizers")
     config = FleetConfig(
         host=HOST, port=free_port(HOST), bundle=str(bundle), service_port=free_port(HOST)
     )
-    state = FleetHome.create(folder, config)
+    home = FleetHome.create(folder, config)
     device = folder / "devices" / DEVICE
-    state.enroll(DEVICE, Role.DEVICE, device)
-    app = state.enroll(APP, Role.APP, folder / "apps" / APP, allow=(DEVICE,))
-    with (
-        fleet_processes(state) as (_, (worker,)),
-        child("the device", "edge_agent", "run", str(device)) as edge,
-        MqttTransport.connect(app) as transport,
-    ):
-        for process in (worker, edge):
-            say.print(Text(process.wait_ready(), "dim"))
-        yield state, transport
+    home.enroll(DEVICE, Role.DEVICE, device)
+    app = home.enroll(APP, Role.APP, folder / "apps" / APP, allow=(DEVICE,))
+    with ExitStack() as stack:
+        processes = stack.enter_context(fleet_processes(home))
+        edge = stack.enter_context(child("the device", "edge_agent", "run", str(device)))
+        transport = stack.enter_context(MqttTransport.connect(app))
+        for process in (*processes.workers, edge):
+            console.print(Text(process.wait_ready(), "dim"))
+        yield home, transport
 
 
-def run_demo(
-    bundle: Path, requests: list[PromptRequest], console: Console, *, as_json: bool
-) -> None:
-    """Asks every prompt of one device, then shows the registry's counts.
-
-    Raises:
-        RegistryError: the registry's counts do not become those of the answers.
-    """
-    manifest = Bundle.load(bundle, ()).manifest
-    exits = [exit_source(layer) for layer in manifest.exits]
-    with (
-        tempfile.TemporaryDirectory(prefix="fleet-demo-") as folder,
-        running_fleet(bundle, Path(folder), console) as (
-            state,
-            transport,
-        ),
-    ):
-        client = PromptClient(transport)
-        console.print(legend(exits))
-        results = []
-        for request in requests:
-            console.print()
-            console.print(Text(f"> {request.chat[-1].content}", "bold"))
-            results.append(follow(console, client, DEVICE, request, exits))
-        stats = await_counts(state, results)
-    console.print()
-    if as_json:
-        print(
-            msgspec.json.encode(
-                {"bundle_id": manifest.bundle_id, "results": results, "stats": stats}
-            ).decode()
-        )
-    else:
-        print_stats(console, stats, "what the registry counted")
-
-
-def await_counts(state: FleetHome, results: list[Result]) -> list[Any]:
-    """The registry's rows once they hold the answers' counts."""
-    wanted: Counter[str] = Counter()
+def await_counts(home: FleetHome, results: Sequence[PromptResult]) -> list[StatsRow]:
+    """Wait until the registry holds the counts of the responses; its rows."""
+    expected: Counter[str] = Counter()
     for result in results:
-        wanted.update(result.sources)
+        expected.update(result.sources)
     deadline = time.monotonic() + REGISTRY_TIMEOUT_S
-    with state.registry() as registry:
+    with home.registry() as registry:
         while True:
-            rows = list(registry.stats(DEVICE))
+            rows = registry.stats.per_device(DEVICE)
             counted = dict(rows[0].sources) if rows else {}
-            if rows and rows[0].generations == len(results) and counted == wanted:
+            if rows and rows[0].generations == len(results) and counted == expected:
                 return rows
             if time.monotonic() > deadline:
                 raise RegistryError(
-                    f"expected {dict(wanted)} of {len(results)} answers in the registry within "
-                    f"{REGISTRY_TIMEOUT_S:g} s, got {counted}; the collector's log above says why"
+                    f"expected {dict(expected)} of {len(results)} answers in the registry within "
+                    f"{REGISTRY_TIMEOUT_S:g} s, got {counted}; the collector's log above has the "
+                    "reason"
                 )
-            time.sleep(0.1)
+            time.sleep(CHECK_S)

@@ -1,8 +1,7 @@
-"""`fleet doctor`: what this machine has for each part of a fleet, and what to do where something is wrong."""
+"""`fleet doctor`: the packages and resources of this machine, and the state of its fleet."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import shutil
@@ -11,18 +10,17 @@ from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import typer
 from msgspec import Struct
 from packaging.requirements import Requirement
 
+from edge_agent.config import AgentConfig
 from fleet import __version__
 from fleet.bundles.instruction_sets import instruction_sets
 from fleet.cli.fleet_checks import Check, check_fleet
-from fleet.cli.stats import JsonOption, StateOption
+from fleet.cli.options import HomeOption, JsonOption, print_json
 from fleet.errors import ConfigError
-from fleet.server.home import STATE_FILE, FleetHome
-from fleet.utils.optional_imports import load
+from fleet.server.home import FLEET_FILE, FleetHome
 
 DISTRIBUTION: Final = "cecollm-fleet"
 EXTRAS: Final = ("edge", "edge-gpu", "worker", "export", "server")
@@ -32,8 +30,8 @@ MOSQUITTO_FOLDERS: Final = "/usr/sbin:/usr/local/sbin"
 GB: Final = 1 << 30
 
 
-class Extra(Struct, frozen=True):
-    """One optional part. `missing` are its requirements that are not met; `install` is what brings them."""
+class ExtraState(Struct, frozen=True):
+    """An extra, its requirements that are not met, and the command that installs them."""
 
     name: str
     missing: tuple[str, ...]
@@ -41,7 +39,7 @@ class Extra(Struct, frozen=True):
 
 
 class Diagnosis(Struct, frozen=True, kw_only=True):
-    """What was found. `problems` are what must be mended; an optional part that is missing is none."""
+    """The state of this machine; a missing extra is not among its `problems`."""
 
     version: str
     python: str
@@ -54,73 +52,87 @@ class Diagnosis(Struct, frozen=True, kw_only=True):
     num_threads: int
     free_memory_bytes: int | None
     free_disk_bytes: int
-    extras: tuple[Extra, ...]
+    extras: tuple[ExtraState, ...]
     mosquitto: str | None
     fleet: tuple[Check, ...]
     problems: tuple[str, ...]
 
 
-def doctor(state: StateOption = None, as_json: JsonOption = False) -> None:
-    """Say what this machine has for each part of a fleet, and how its fleet is; exit status 1 if something is wrong."""
-    folder = state or FleetHome.default_folder()
-    diagnosis = diagnose(check_fleet(folder) if state or (folder / STATE_FILE).exists() else ())
+def doctor(folder: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Check this machine and its fleet; exit status 1 when there is a problem."""
+    fleet_folder = folder or FleetHome.default_folder()
+    has_fleet = folder is not None or (fleet_folder / FLEET_FILE).exists()
+    diagnosis = diagnose(check_fleet(fleet_folder) if has_fleet else ())
     if as_json:
-        print(msgspec.json.encode(diagnosis).decode())
+        print_json(diagnosis)
     else:
-        print("\n".join(lines(diagnosis)))
+        print("\n".join(diagnosis_lines(diagnosis)))
     if diagnosis.problems:
         raise typer.Exit(1)
 
 
 def diagnose(fleet: tuple[Check, ...] = ()) -> Diagnosis:
-    """Looks at this machine and this Python's packages; nothing heavy is imported but ONNX Runtime, if it is there."""
-    wanted = requirements()
-    problems = [
-        f"{DISTRIBUTION} needs {unmet}; run: pip install --upgrade {DISTRIBUTION}"
-        for unmet in missing(wanted, "")
-    ]
-    runtimes = {name: found for name in RUNTIME_OF.values() if (found := installed(name))}
-    if len(runtimes) > 1:
-        problems.append(
-            f"{' and '.join(runtimes)} are both installed and overwrite each other; run: pip uninstall -y "
-            f"{' '.join(runtimes)}, and then: pip install '{DISTRIBUTION}[edge]', or [edge-gpu] for CUDA"
-        )
-    providers: tuple[str, ...] = ()
-    if runtimes:
-        try:
-            providers = tuple(importlib.import_module("onnxruntime").get_available_providers())
-        except Exception as error:  # noqa: BLE001  a broken installation fails in any way
-            problems.append(
-                f"{' '.join(runtimes)} is installed but does not load ({error}); run: pip install --force-reinstall "
-                f"{' '.join(runtimes)}"
-            )
-    names = {requirement.name for requirement in wanted if in_extra(requirement, "", *EXTRAS)}
+    """Examine this machine and this Python's packages; imports ONNX Runtime if it is installed."""
+    required = requirements()
+    runtimes = package_versions(RUNTIME_OF.values())
+    providers, runtime_problems = check_runtimes(runtimes)
+    path = f"{os.environ.get('PATH', '')}:{MOSQUITTO_FOLDERS}"
     return Diagnosis(
         version=__version__,
         python=platform.python_version(),
         machine=f"{platform.system()} {platform.machine()}",
-        packages={name: found for name in sorted(names) if (found := installed(name))},
+        packages=package_versions({each.name for each in required if in_extra(each, "", *EXTRAS)}),
         onnxruntime=runtimes,
         providers=providers,
         instruction_sets=instruction_sets(),
         num_cores=os.cpu_count() or 1,
-        num_threads=load("edge_agent.config").AgentConfig().num_threads,
+        num_threads=AgentConfig().num_threads,
         free_memory_bytes=free_memory(),
         free_disk_bytes=shutil.disk_usage(Path.home()).free,
-        extras=tuple(examine(name, missing(wanted, name), runtimes) for name in EXTRAS),
-        mosquitto=shutil.which(
-            "mosquitto", path=f"{os.environ.get('PATH', '')}:{MOSQUITTO_FOLDERS}"
-        ),
+        extras=tuple(extra_state(name, unmet(required, name), runtimes) for name in EXTRAS),
+        mosquitto=shutil.which("mosquitto", path=path),
         fleet=fleet,
         problems=(
-            *problems,
+            *(
+                f"{DISTRIBUTION} needs {each}; run: pip install --upgrade {DISTRIBUTION}"
+                for each in unmet(required, "")
+            ),
+            *runtime_problems,
             *(f"{check.name}: {check.problem}" for check in fleet if check.problem),
         ),
     )
 
 
+def check_runtimes(runtimes: Collection[str]) -> tuple[tuple[str, ...], list[str]]:
+    """The execution providers of the installed ONNX Runtime, and its problems."""
+    problems = []
+    if len(runtimes) > 1:
+        problems.append(
+            f"{' and '.join(runtimes)} are both installed and overwrite each other; "
+            f"run: pip uninstall -y {' '.join(runtimes)}, "
+            f"and then: pip install '{DISTRIBUTION}[edge]', or [edge-gpu] for CUDA"
+        )
+    if not runtimes:
+        return (), problems
+    try:
+        import onnxruntime
+
+        return tuple(onnxruntime.get_available_providers()), problems
+    except Exception as error:  # noqa: BLE001  a broken installation fails in any way
+        names = " ".join(runtimes)
+        problems.append(
+            f"{names} is installed but does not load ({error}); "
+            f"run: pip install --force-reinstall {names}"
+        )
+    return (), problems
+
+
 def requirements() -> list[Requirement]:
-    """What this distribution needs, all extras included; raises ConfigError when it runs without being installed."""
+    """The requirements of this distribution with all extras.
+
+    Raises:
+        ConfigError: it runs without being installed.
+    """
     try:
         return [Requirement(line) for line in metadata(DISTRIBUTION).get_all("Requires-Dist") or ()]
     except PackageNotFoundError:
@@ -130,37 +142,44 @@ def requirements() -> list[Requirement]:
 
 
 def in_extra(requirement: Requirement, *extras: str) -> bool:
-    """Whether one of the extras needs it, here; the extra "" is the base."""
-    return requirement.marker is None or any(
-        requirement.marker.evaluate({"extra": extra}) for extra in extras
-    )
+    """Whether one of the extras needs the requirement on this machine; "" is the base."""
+    marker = requirement.marker
+    return marker is None or any(marker.evaluate({"extra": extra}) for extra in extras)
 
 
-def missing(wanted: list[Requirement], extra: str) -> tuple[str, ...]:
-    """The requirements of an extra that no installed package meets, each with what there is instead."""
-    unmet = []
-    for requirement in wanted:
-        if in_extra(requirement, extra) and (requirement.marker is not None or not extra):
-            found = installed(requirement.name)
-            if found is None:
-                unmet.append(f"{requirement.name}{requirement.specifier}")
-            elif not requirement.specifier.contains(found, prereleases=True):
-                unmet.append(f"{requirement.name}{requirement.specifier} (found {found})")
-    return tuple(unmet)
+def unmet(required: list[Requirement], extra: str) -> tuple[str, ...]:
+    """The requirements of an extra that no installed package meets, with the installed version."""
+    texts = []
+    for requirement in required:
+        if not in_extra(requirement, extra) or (requirement.marker is None and extra):
+            continue
+        text = f"{requirement.name}{requirement.specifier}"
+        installed = package_version(requirement.name)
+        if installed is None:
+            texts.append(text)
+        elif not requirement.specifier.contains(installed, prereleases=True):
+            texts.append(f"{text} (found {installed})")
+    return tuple(texts)
 
 
-def examine(name: str, unmet: tuple[str, ...], runtimes: Collection[str]) -> Extra:
-    """An extra, and what brings it without leaving two packages of ONNX Runtime."""
-    if not unmet:
-        return Extra(name, (), None)
-    others = [other for other in runtimes if other != RUNTIME_OF.get(name, other)]
+def extra_state(name: str, missing: tuple[str, ...], runtimes: Collection[str]) -> ExtraState:
+    """An extra with the command that installs it, and that leaves one package of ONNX Runtime."""
+    if not missing:
+        return ExtraState(name, (), None)
     install = f"pip install '{DISTRIBUTION}[{name}]'"
-    return Extra(
-        name, unmet, f"pip uninstall -y {' '.join(others)} && {install}" if others else install
-    )
+    others = [other for other in runtimes if other != RUNTIME_OF.get(name, other)]
+    if others:
+        install = f"pip uninstall -y {' '.join(others)} && {install}"
+    return ExtraState(name, missing, install)
 
 
-def installed(package: str) -> str | None:
+def package_versions(packages: Collection[str]) -> dict[str, str]:
+    """The versions of the installed ones of `packages`, which are not imported."""
+    by_name = {name: package_version(name) for name in sorted(packages)}
+    return {name: installed for name, installed in by_name.items() if installed}
+
+
+def package_version(package: str) -> str | None:
     """The version of an installed package, which is not imported."""
     try:
         return version(package)
@@ -169,36 +188,46 @@ def installed(package: str) -> str | None:
 
 
 def free_memory() -> int | None:
-    """Bytes that can be had without swapping, where Linux says so."""
+    """Bytes that are available without swapping; None where Linux does not report them."""
     if not MEMINFO.is_file():
         return None
     fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
-def lines(diagnosis: Diagnosis) -> list[str]:
-    """The diagnosis for people."""
+def diagnosis_lines(diagnosis: Diagnosis) -> list[str]:
+    """The diagnosis as text."""
+    facts = machine_facts(diagnosis)
+    for extra in diagnosis.extras:
+        state = (
+            f"lacks {', '.join(extra.missing)}; {extra.install}" if extra.missing else "complete"
+        )
+        facts[f"extra {extra.name}"] = state
+    facts["packages"] = _names(diagnosis.packages)
+    facts |= {check.name: check.found for check in diagnosis.fleet}
+    width = max(map(len, facts))
+    problems = [f"problem: {problem}" for problem in diagnosis.problems]
+    return [
+        *(f"{name:{width}}  {value}" for name, value in facts.items()),
+        *(problems or ["no problem found"]),
+    ]
+
+
+def machine_facts(diagnosis: Diagnosis) -> dict[str, str]:
+    """Lines about the machine by title."""
     memory = diagnosis.free_memory_bytes
-    facts = {
+    return {
         "fleet": diagnosis.version,
         "python": f"{diagnosis.python} on {diagnosis.machine}",
-        "ONNX Runtime": ", ".join(
-            f"{name} {found}" for name, found in diagnosis.onnxruntime.items()
-        )
-        or "none",
+        "ONNX Runtime": _names(diagnosis.onnxruntime) or "none",
         "providers": ", ".join(diagnosis.providers) or "none",
         "instructions": ", ".join(diagnosis.instruction_sets) or "none that bundles are made for",
-        "cores": f"{diagnosis.num_cores}; a device uses {diagnosis.num_threads} threads unless told otherwise",
+        "cores": f"{diagnosis.num_cores}; a device uses {diagnosis.num_threads} threads by default",
         "free memory": "unknown" if memory is None else f"{memory / GB:.1f} GB",
         "free disk": f"{diagnosis.free_disk_bytes / GB:.1f} GB in {Path.home()}",
         "mosquitto": diagnosis.mosquitto or "not found; the broker inside 'fleet up' needs none",
     }
-    for extra in diagnosis.extras:
-        facts[f"extra {extra.name}"] = (
-            f"lacks {', '.join(extra.missing)}; {extra.install}" if extra.missing else "complete"
-        )
-    facts["packages"] = ", ".join(f"{name} {found}" for name, found in diagnosis.packages.items())
-    width = max(map(len, facts))
-    checked = [f"{check.name:{width}}  {check.found}" for check in diagnosis.fleet]
-    found = [f"problem: {problem}" for problem in diagnosis.problems] or ["no problem found"]
-    return [*(f"{name:{width}}  {value}" for name, value in facts.items()), *checked, *found]
+
+
+def _names(packages: dict[str, str]) -> str:
+    return ", ".join(f"{name} {installed}" for name, installed in packages.items())

@@ -7,23 +7,34 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import msgspec
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from fleet.bundles.calibration_file import keep_calibration, write_calibrated
 from fleet.bundles.manifest import Bundle, Manifest, hash_file
-from fleet.cli.training import draw, profile, train
+from fleet.cli.options import BundleOption, JsonOption, PlotOption
+from fleet.cli.training import profile, progress_bar, train, write_drawn_prompts
+from fleet.cli.views import numbers_table
 from fleet.errors import ConfigError
-from fleet.exits.calibration import calibrate, expected_calibration_error, measured_on
+from fleet.exits.calibration import (
+    Calibration,
+    calibrate,
+    expected_calibration_error,
+    summarize_thresholds,
+)
 from fleet.exits.records import Recording, Records, load_recording, save_recording
-from fleet.exits.thresholds import Point, best_thresholds, frontier, measure
+from fleet.exits.thresholds import (
+    OperatingPoint,
+    best_thresholds,
+    evaluate_thresholds,
+    frontier,
+)
+from fleet.server.supervisor import resolve_bundle
 from fleet.utils.cli_runtime import check_free, check_writable
-from fleet.utils.optional_imports import load
+from fleet.utils.optional_imports import needs
 from fleet.utils.prompt_file import read_prompts
 
 app = typer.Typer(
@@ -33,105 +44,121 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(profile)
-app.command()(draw)
+app.command("draw")(write_drawn_prompts)
 
-AT = (0.98, 0.95, 0.90)
-BundleOption = Annotated[
-    Path | None, typer.Option(help="Bundle's folder (default: the default model's).")
-]
+TARGETS: Final = (0.98, 0.95, 0.90)
+
 PromptsOption = Annotated[
-    list[Path] | None, typer.Option(help="File of prompts, .jsonl or text; can be repeated.")
+    list[Path] | None, typer.Option(help="File of prompts, .jsonl or text; repeatable.")
 ]
-TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
+TokensOption = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Maximum length of an answer.")
+]
+LimitOption = Annotated[int | None, typer.Option(help="Maximum number of prompts.")]
 RecordsOption = Annotated[
-    Path | None, typer.Option(help="Keep what was recorded here, or read it when it exists.")
+    Path | None, typer.Option(help="Keep the recording here, or read it when it exists.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+TargetAgreementOption = Annotated[
+    float, typer.Option(help="Mean agreement of an answer with the full model.")
+]
+ConfidenceOption = Annotated[
+    float, typer.Option(help="Confidence that new text of this kind keeps the target.")
+]
+OutOption = Annotated[
+    Path | None, typer.Option(help="Write a calibrated copy of the bundle here, not the bundle.")
+]
+WriteOption = Annotated[
+    Path | None, typer.Option(help="Also keep the calibration here, for 'fleet export'.")
+]
 
 
-def recorded(
+def load_or_record(
     bundle: Bundle,
     prompts: Sequence[Path],
     max_new_tokens: int,
-    kept: Path | None,
+    path: Path | None,
     limit: int | None = None,
 ) -> Recording:
-    """What every exit says along the full model's answers: out of the file `kept`, or recorded now.
+    """The exits along the full model's answers: from the file `path` if it exists, else recorded.
 
     Raises:
-        ConfigError: there are no prompts, or `kept` is of another bundle or other answers.
+        ConfigError: there are no prompts, or `path` is of another bundle or other answers.
     """
-    parts = parts_sha256(bundle.manifest)
-    hashes = tuple(hash_prompts(path) for path in prompts)
-    texts = [text for path in prompts for text in read_prompts(path)][:limit]
-    if kept is not None and kept.exists():
-        recording = load_recording(kept)
-        if recording.parts_sha256 != parts:
-            raise ConfigError(
-                f"{kept} was recorded with another bundle; remove it, or give another --records"
-            )
-        was = recording.prompts_sha256, recording.num_prompts, recording.max_new_tokens
-        if prompts and was != (hashes, len(texts), max_new_tokens):
-            raise ConfigError(
-                f"{kept} was recorded with other prompts or another --max-new-tokens ({recording.max_new_tokens}); "
-                "leave --prompts out to read it, remove it, or give another --records"
-            )
+    hashes = tuple(hash_prompts(each) for each in prompts)
+    texts = [text for each in prompts for text in read_prompts(each)][:limit]
+    if path is not None and path.exists():
+        recording = load_recording(path)
+        inputs = (hashes, len(texts), max_new_tokens) if prompts else None
+        _check_recording(recording, bundle, inputs, path)
         return recording
     if not prompts:
         raise ConfigError(
             "no prompts: give --prompts FILE, or --records FILE with an earlier recording"
         )
-    from fleet.cli.record_exits import record
-
-    console = Console(stderr=True)
-    columns = TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("answering", total=len(texts))
-        threads = len(os.sched_getaffinity(0))
-        records = record(
-            bundle, texts, max_new_tokens, threads, lambda done: bar.update(task, completed=done)
-        )
-    if left_out := len(texts) - records.num_answers:
-        console.print(
-            f"{left_out} of {len(texts)} prompts are too long for the model and were left out"
-        )
     recording = Recording(
-        records=records,
-        parts_sha256=parts,
+        records=_record(bundle, texts, max_new_tokens),
+        parts_sha256=parts_sha256(bundle.manifest),
         prompts_sha256=hashes,
         num_prompts=len(texts),
         max_new_tokens=max_new_tokens,
     )
-    if kept is not None:
-        save_recording(recording, kept)
+    if path is not None:
+        save_recording(recording, path)
     return recording
 
 
+def _record(bundle: Bundle, texts: Sequence[str], max_new_tokens: int) -> Records:
+    from fleet.cli.record_exits import record
+
+    threads = len(os.sched_getaffinity(0))
+    with progress_bar("answering", len(texts)) as progress:
+        records = record(bundle, texts, max_new_tokens, threads, progress)
+    if num_too_long := len(texts) - records.num_answers:
+        Console(stderr=True).print(
+            f"{num_too_long} of {len(texts)} prompts are too long for the model and were left out"
+        )
+    return records
+
+
+def _check_recording(
+    recording: Recording,
+    bundle: Bundle,
+    inputs: tuple[tuple[str, ...], int, int] | None,
+    path: Path,
+) -> None:
+    """Raise ConfigError for another bundle, or other `inputs`: prompts, their number, tokens."""
+    if recording.parts_sha256 != parts_sha256(bundle.manifest):
+        raise ConfigError(
+            f"{path} was recorded with another bundle; remove it, or give another --records"
+        )
+    recorded = (recording.prompts_sha256, recording.num_prompts, recording.max_new_tokens)
+    if inputs not in (None, recorded):
+        raise ConfigError(
+            f"{path} was recorded with other prompts or another --max-new-tokens "
+            f"({recording.max_new_tokens}); leave --prompts out to read it, remove it, "
+            "or give another --records"
+        )
+
+
 def parts_sha256(manifest: Manifest) -> str:
-    """Of what decides what the exits and the full model say: all files, but not the thresholds."""
-    parts = manifest.exits, manifest.upload_layer, manifest.files
+    """Hash of all files that determine exits and full model, which thresholds do not."""
+    parts = (manifest.exits, manifest.upload_layer, manifest.files)
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 
 
 def hash_prompts(path: Path) -> str:
-    """SHA-256 of a file of prompts.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
+    """SHA-256 of a file of prompts; raises ConfigError when it cannot be read."""
     read_prompts(path)
     return hash_file(path)
 
 
 def open_bundle(folder: Path | None) -> Bundle:
-    """The bundle in `folder`, or the default model's."""
-    from fleet.server.supervisor import resolve_bundle
-
+    """Load the bundle in `folder`, by default the default model's."""
     return Bundle.load(resolve_bundle(folder, Console(stderr=True).print))
 
 
 def evaluation(records: Records, thresholds: Sequence[float]) -> dict[str, Any]:
-    """What `fleet heads evaluate --json` prints."""
+    """The output of `fleet heads evaluate --json`."""
     agreement = records.agreement()
     exits = {
         str(layer): {
@@ -140,12 +167,13 @@ def evaluation(records: Records, thresholds: Sequence[float]) -> dict[str, Any]:
         }
         for i, layer in enumerate(records.exits)
     }
+    deployed: dict[str, Any] = {**summarize_thresholds(records, thresholds)}
     return {
         "tokens": len(records),
         "exits": exits,
         "curve": [point_json(records, point) for point in frontier(records)],
-        "at": {f"{target:.2f}": best_thresholds(records, target).offload_rate for target in AT},
-        "deployed": measured_on(records, thresholds) | {"thresholds": by_exit(records, thresholds)},
+        "at": {f"{each:.2f}": best_thresholds(records, each).offload_rate for each in TARGETS},
+        "deployed": deployed | {"thresholds": by_exit(records, thresholds)},
     }
 
 
@@ -154,7 +182,7 @@ def by_exit(records: Records, values: Sequence[float]) -> dict[str, float]:
     return {str(layer): value for layer, value in zip(records.exits, values, strict=True)}
 
 
-def point_json(records: Records, point: Point) -> dict[str, Any]:
+def point_json(records: Records, point: OperatingPoint) -> dict[str, Any]:
     """One point of the curve."""
     return {
         "agreement": point.agreement,
@@ -168,112 +196,104 @@ def evaluate(
     bundle: BundleOption = None,
     prompts: PromptsOption = None,
     max_new_tokens: TokensOption = 64,
-    limit: Annotated[int | None, typer.Option(help="Only the first prompts.")] = None,
+    limit: LimitOption = None,
     records: RecordsOption = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the curve into *.svg or *.png.")] = None,
+    plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the exits of a bundle, as deployed, along the full model's own greedy answers."""
     check_writable(records=records)
     if plot:
-        load("fleet.utils.plots").check_plot(plot)
+        with needs("plots"):
+            from fleet.exits.plot import plot_curves
+            from fleet.utils.plots import check_plot, save
+        check_plot(plot)
     opened = open_bundle(bundle)
-    found = recorded(opened, prompts or (), max_new_tokens, records, limit).records
+    measured = load_or_record(opened, prompts or (), max_new_tokens, records, limit).records
     thresholds = opened.manifest.thresholds
-    result = evaluation(found, thresholds)
-    if plot is not None:
-        name = f"exits {', '.join(map(str, found.exits))}"
-        figure = load("fleet.exits.plot").plot_curves(
-            opened.manifest.model.name, {name: frontier(found)}
-        )
-        load("fleet.utils.plots").save(figure, plot)
+    result = evaluation(measured, thresholds)
+    if plot:
+        name = f"exits {', '.join(map(str, measured.exits))}"
+        save(plot_curves(opened.manifest.model.name, {name: frontier(measured)}), plot)
     if as_json:
         print(json.dumps(result))
         return
     console = Console()
     print_exits(console, result)
-    print_targets(console, found, thresholds)
+    print_targets(console, measured, thresholds)
 
 
 def print_exits(console: Console, result: dict[str, Any]) -> None:
-    """Agreement and calibration error, a row an exit."""
-    table = Table(title=f"exits on {result['tokens']} tokens")
-    for header in ("exit", "agreement", "calibration error"):
-        table.add_column(header, justify="right")
+    """Print agreement and calibration error, a row for each exit."""
+    headers = ("exit", "agreement", "calibration error")
+    table = numbers_table(f"exits on {result['tokens']} tokens", headers)
     for layer, values in result["exits"].items():
         table.add_row(layer, f"{values['agreement']:.3f}", f"{values['ece']:.3f}")
     console.print(table)
 
 
 def print_targets(console: Console, records: Records, deployed: Sequence[float]) -> None:
-    """Offload at some agreements with the best thresholds on these very tokens, and with the bundle's."""
-    table = Table(title="offload rate")
-    for header in (
-        "thresholds",
-        "agreement",
-        "offload",
-        *(f"exit {layer}" for layer in records.exits),
-    ):
-        table.add_column(header, justify="right")
-    rows = [(f"best for {target:.2f}", best_thresholds(records, target)) for target in AT]
-    for name, point in [*rows, ("the bundle's", measure(records, deployed))]:
-        limits = ["off" if threshold >= 1 else f"{threshold:.3f}" for threshold in point.thresholds]
+    """Print the offload rate: at some agreements with the best thresholds, and as deployed."""
+    exits = [f"exit {layer}" for layer in records.exits]
+    table = numbers_table("offload rate", ("thresholds", "agreement", "offload", *exits))
+    points = {f"best for {each:.2f}": best_thresholds(records, each) for each in TARGETS}
+    points["the bundle's"] = evaluate_thresholds(records, deployed)
+    for name, point in points.items():
+        limits = map(threshold_text, point.thresholds)
         table.add_row(name, f"{point.agreement:.3f}", f"{point.offload_rate:.3f}", *limits)
     console.print(table)
+
+
+def threshold_text(threshold: float) -> str:
+    """A threshold with three digits, or "off"."""
+    return "off" if threshold >= 1 else f"{threshold:.3f}"
 
 
 @app.command("calibrate")
 def calibrate_command(
     bundle: BundleOption = None,
     prompts: PromptsOption = None,
-    target_agreement: Annotated[
-        float, typer.Option(help="Of an answer with the full model, on average.")
-    ] = 0.98,
-    confidence: Annotated[
-        float, typer.Option(help="That the target is kept on new text of this kind.")
-    ] = 0.95,
+    target_agreement: TargetAgreementOption = 0.98,
+    confidence: ConfidenceOption = 0.95,
     max_new_tokens: TokensOption = 64,
     records: RecordsOption = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Write a calibrated copy of the bundle here, not into the bundle."),
-    ] = None,
-    write: Annotated[
-        Path | None, typer.Option(help="Also keep the calibration here, for 'fleet export'.")
-    ] = None,
+    out: OutOption = None,
+    write: WriteOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose a threshold for each exit that keeps a target agreement, and write them into the bundle."""
+    """Choose thresholds that keep a target agreement, and write them into the bundle."""
     check_writable(records=records, write=write)
     if out is not None:
         check_free(out)
     opened = open_bundle(bundle)
-    recording = recorded(opened, prompts or (), max_new_tokens, records)
-    found = recording.records
+    recording = load_or_record(opened, prompts or (), max_new_tokens, records)
     thresholds, calibration = calibrate(
-        found, target_agreement, confidence, recording.prompts_sha256
+        recording.records, target_agreement, confidence, recording.prompts_sha256
     )
     manifest = write_calibrated(opened, thresholds, calibration, out)
     if write is not None:
         keep_calibration(manifest, write)
-    point = measure(found, thresholds)
+    point = evaluate_thresholds(recording.records, thresholds)
     if as_json:
-        summary = {"bundle_id": manifest.bundle_id, "thresholds": by_exit(found, thresholds)}
-        measured = {"agreement": point.agreement, "offload_rate": point.offload_rate}
-        print(json.dumps(summary | measured | {"calibration": msgspec.to_builtins(calibration)}))
+        summary = {"bundle_id": manifest.bundle_id} | point_json(recording.records, point)
+        print(json.dumps(summary | {"calibration": msgspec.to_builtins(calibration)}))
         return
-    console = Console()
-    table = Table(title=f"{calibration.num_answers} answers, {calibration.num_tokens} tokens")
-    for header in ("exit", "threshold", "agreement", "calibration error", "scaled"):
-        table.add_column(header, justify="right")
-    for (layer, exit_), threshold in zip(calibration.exits.items(), thresholds, strict=True):
-        shown = "off" if threshold >= 1 else f"{threshold:.3f}"
-        table.add_row(
-            layer, shown, f"{exit_.agreement:.3f}", f"{exit_.ece:.3f}", f"{exit_.scaled_ece:.3f}"
-        )
-    console.print(table)
+    print_calibration(Console(), calibration, thresholds)
     print(
-        f"with confidence {confidence} an answer's expected agreement is at least {target_agreement}; "
-        f"here it offloads {point.offload_rate:.1%} of the tokens"
+        f"with confidence {confidence} an answer's expected agreement is at least "
+        f"{target_agreement}; here it offloads {point.offload_rate:.1%} of the tokens"
     )
     print(f"bundle {manifest.bundle_id} in {out or opened.folder}")
+
+
+def print_calibration(
+    console: Console, calibration: Calibration, thresholds: Sequence[float]
+) -> None:
+    """Print a row for each exit."""
+    title = f"{calibration.num_answers} answers, {calibration.num_tokens} tokens"
+    headers = ("exit", "threshold", "agreement", "calibration error", "scaled")
+    table = numbers_table(title, headers)
+    for (layer, fit), threshold in zip(calibration.exits.items(), thresholds, strict=True):
+        errors = (f"{fit.ece:.3f}", f"{fit.scaled_ece:.3f}")
+        table.add_row(layer, threshold_text(threshold), f"{fit.agreement:.3f}", *errors)
+    console.print(table)

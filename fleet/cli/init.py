@@ -1,4 +1,4 @@
-"""`fleet init` and `fleet server`: a fleet whose parts are started one by one, as in containers."""
+"""`fleet init`: the folder of a fleet whose components are started one by one, as in containers."""
 
 from __future__ import annotations
 
@@ -7,56 +7,43 @@ from typing import Annotated
 
 import typer
 
-from fleet.cli.stats import StateOption
-from fleet.errors import ConfigError
+from fleet.cli.options import (
+    HomeOption,
+    PortOption,
+    RegistryOption,
+    RetentionOption,
+    ServicePortOption,
+)
 from fleet.server.home import (
     DEFAULT_PORT,
     DEFAULT_SERVICE_PORT,
     FleetConfig,
     FleetHome,
     create_fleet,
-    keeping,
+    resolve_config,
 )
-from fleet.server.main import ServerOptions, run_server
 
-RegistryOption = Annotated[
-    str | None,
-    typer.Option(help="postgresql://USER@HOST/DATABASE (default: a SQLite file in the folder)."),
+HostOption = Annotated[str, typer.Option(help="Broker's address for devices and workers.")]
+BundlePathOption = Annotated[
+    Path, typer.Option(help="Folder of the bundle on the machines of devices and workers.")
 ]
-RetentionOption = Annotated[
-    int | None,
-    typer.Option(min=1, help="Forget single answers after so long; their counts by the hour stay."),
-]
-MetricsPortOption = Annotated[
-    int | None,
-    typer.Option(
-        min=0, max=65535, help="Serve /healthz, /readyz and /metrics over HTTP from there on."
-    ),
-]
-ServicePortOption = Annotated[
-    int,
-    typer.Option(
-        min=0, max=65535, help="Port of the HTTPS service where devices join; 0 is no service."
-    ),
+ServiceHostOption = Annotated[
+    str | None, typer.Option(help="Service's address for devices (default: HOST).")
 ]
 
 
 def init(
-    host: Annotated[str, typer.Option(help="Where devices and workers reach the broker.")],
-    bundle: Annotated[
-        Path, typer.Option(help="Model bundle, where devices and workers will find it.")
-    ],
-    port: Annotated[int, typer.Option(min=1, max=65535)] = DEFAULT_PORT,
+    host: HostOption,
+    bundle: BundlePathOption,
+    port: PortOption = DEFAULT_PORT,
     service_port: ServicePortOption = DEFAULT_SERVICE_PORT,
-    service_host: Annotated[
-        str | None, typer.Option(help="Where devices reach the service (default: HOST).")
-    ] = None,
+    service_host: ServiceHostOption = None,
     registry: RegistryOption = None,
     retention_days: RetentionOption = None,
-    state: StateOption = None,
+    folder: HomeOption = None,
 ) -> None:
-    """Make the fleet's folder, or change it: authority, registry, its own identities. Starts nothing."""
-    folder = state or FleetHome.default_folder()
+    """Create or change the fleet's folder: authority, registry and identities. Starts nothing."""
+    folder = folder or FleetHome.default_folder()
     config = FleetConfig(
         host=host,
         port=port,
@@ -64,41 +51,8 @@ def init(
         service_port=service_port,
         service_host=service_host,
     )
-    fleet = create_fleet(folder, keeping(folder, config, registry, retention_days))
+    home = create_fleet(folder, resolve_config(folder, config, registry, retention_days))
     print(
-        f"a fleet in {fleet.folder} with its broker on {host}:{port}; next: fleet enroll, fleet server"
-    )
-
-
-def server(
-    state: StateOption = None,
-    broker: Annotated[
-        bool, typer.Option(help="With the embedded broker, or with one that runs elsewhere.")
-    ] = True,
-    listen: Annotated[
-        str | None, typer.Option(help="Address of broker and service (default: the fleet's).")
-    ] = None,
-    mosquitto: Annotated[
-        Path | None,
-        typer.Option(help="With --no-broker: folder of `fleet broker config` to keep in step."),
-    ] = None,
-    reload: Annotated[
-        str | None,
-        typer.Option(
-            help="Command that makes that mosquitto read its files again (default: SIGHUP)."
-        ),
-    ] = None,
-    metrics_port: MetricsPortOption = None,
-    metrics_host: Annotated[str, typer.Option(help="Address of --metrics-port.")] = "127.0.0.1",
-) -> None:
-    """Run broker, collector and service alone; `fleet up` starts this."""
-    if mosquitto and broker:
-        raise ConfigError("--mosquitto keeps a broker that runs elsewhere in step; add --no-broker")
-    fleet = FleetHome.load(state or FleetHome.default_folder())
-    metrics = None if metrics_port is None else (metrics_host, metrics_port)
-    run_server(
-        fleet,
-        ServerOptions(
-            listen=listen, has_broker=broker, mosquitto=mosquitto, reload=reload, metrics=metrics
-        ),
+        f"a fleet in {home.folder} with its broker on {host}:{port}; "
+        "next: fleet enroll, fleet server"
     )

@@ -1,48 +1,56 @@
-"""`fleet plan`: which mode, threshold and split suit a link and two machines."""
+"""`fleet plan`: the mode, threshold and split for a link and two machines."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fleet.planning.advice import DeploymentPlan
-from fleet.planning.advice import plan as make_plan
-from fleet.planning.cost_model import CLOUD_ONLY, DATA, Load, read_fits
+from fleet.cli.options import JsonOption, print_json
+from fleet.planning.advice import DeploymentPlan, plan_deployment
+from fleet.planning.cost_model import CLOUD_ONLY, DATA, Expectation, PlanRequest, read_fits
 from fleet.protocol.modes import DEFAULT_AGREEMENT
+
+RttOption = Annotated[float, typer.Option(help="Round trip between device and broker, in ms.")]
+BandwidthOption = Annotated[float, typer.Option(help="Bandwidth each way, in Mbit/s.")]
+EdgeStepOption = Annotated[
+    float | None,
+    typer.Option(help="Ms per token of the whole model on the device (default: as measured)."),
+]
+CloudStepOption = Annotated[
+    float | None, typer.Option(help="Ms per token in the cloud (default: as measured).")
+]
+PromptTokensOption = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of the prompt (default: as measured).")
+]
+TokensOption = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of the answer (default: as measured).")
+]
+MinAgreementOption = Annotated[
+    float, typer.Option(help="Minimum agreement with the full model; 0 for any.")
+]
+DataOption = Annotated[
+    Path, typer.Option(help="Another file of 'fleet bench paper --fit'.", show_default=False)
+]
 
 
 def plan(
-    rtt: Annotated[float, typer.Option(help="Round trip between device and broker, in ms.")],
-    bandwidth: Annotated[float, typer.Option(help="Each way, in Mbit/s.")],
-    edge_step: Annotated[
-        float | None,
-        typer.Option(
-            help="Ms of a token through the whole model on the device (default: as measured)."
-        ),
-    ] = None,
-    cloud_step: Annotated[float | None, typer.Option(help="The same in the cloud.")] = None,
-    prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of the prompt (default: as measured).")
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of the answer (default: as measured).")
-    ] = None,
-    min_agreement: Annotated[
-        float, typer.Option(help="With the full model; 0 for any.")
-    ] = DEFAULT_AGREEMENT,
-    data: Annotated[
-        Path, typer.Option(help="Another file of 'fleet bench paper --fit'.", show_default=False)
-    ] = DATA,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    rtt: RttOption,
+    bandwidth: BandwidthOption,
+    edge_step: EdgeStepOption = None,
+    cloud_step: CloudStepOption = None,
+    prompt_tokens: PromptTokensOption = None,
+    tokens: TokensOption = None,
+    min_agreement: MinAgreementOption = DEFAULT_AGREEMENT,
+    data: DataOption = DATA,
+    as_json: JsonOption = False,
 ) -> None:
-    """Say which mode suits a link, what to expect of it, and where cloud-only would be better."""
-    load = Load(
+    """Recommend a mode for a link, with the expected latency, and compare it with cloud-only."""
+    request = PlanRequest(
         rtt_ms=rtt,
         mbit_s=bandwidth,
         edge_step_ms=edge_step,
@@ -51,52 +59,51 @@ def plan(
         tokens=tokens,
         min_agreement=min_agreement,
     )
-    made = make_plan(read_fits(data), load)
+    deployment = plan_deployment(read_fits(data), request)
     if as_json:
-        print(msgspec.json.encode(made).decode())
+        print_json(deployment)
     else:
-        print_plan(Console(highlight=False), made)
+        print_plan(Console(highlight=False), deployment)
 
 
-def print_plan(console: Console, made: DeploymentPlan) -> None:
-    """What to expect, the best first, and the advice."""
-    has_splits = len({one.exits for one in made.expectations}) > 1
-    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    table.add_column("mode", no_wrap=True)
-    for header in (
-        *(["exits"] if has_splits else []),
-        "ttft, ms",
-        "ms/token",
-        "total, s",
-        "KB",
-        "trips",
-        "cloud",
-    ):
-        table.add_column(header, justify="right")
-    table.add_column("agrees", justify="right")
-    for one in made.expectations:
-        exits = "-" if one.mode == CLOUD_ONLY else ",".join(map(str, one.exits))
-        table.add_row(
-            one.name,
-            *([exits] if has_splits else []),
-            f"{one.ttft_ms:.0f}",
-            f"{one.token_ms:.1f}",
-            f"{one.total_ms / 1e3:.2f}",
-            f"{one.num_bytes / 1e3:,.1f}",
-            f"{one.round_trips:.0f}",
-            f"{one.offload_rate:.0%}",
-            "?" if one.agreement is None else f"{one.agreement:.3f}",
-            style=None if one.agrees else "dim",
-        )
-    console.print(table)
-    console.print(made.advice)
-    for fit in made.fits:
+def print_plan(console: Console, plan: DeploymentPlan) -> None:
+    """Print the expectations, the best first, the advice, and the measurements behind them."""
+    console.print(_expectations_table(plan))
+    console.print(plan.advice)
+    for fit in plan.fits:
         exits = ",".join(map(str, fit["exits"]))
-        processor = fit["machine"].get("processor")
         errors = fit["errors"]
         console.print(
-            f"exits {exits} of {fit['model']}, measured on {processor} with steps of {fit['edge_step_ms']:.1f} ms on "
-            f"the device and {fit['cloud_step_ms']:.1f} ms in the cloud; on links that were held back the prediction "
-            f"was off by {errors['median']:.1%} in the middle and {errors['highest']:.1%} at most",
+            f"exits {exits} of {fit['model']}, measured on {fit['machine'].get('processor')} "
+            f"with steps of {fit['edge_step_ms']:.1f} ms on the device and "
+            f"{fit['cloud_step_ms']:.1f} ms in the cloud; on held-out links the median error of "
+            f"the prediction was {errors['median']:.1%}, the largest {errors['highest']:.1%}",
             style="dim",
         )
+
+
+def _expectations_table(plan: DeploymentPlan) -> Table:
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    has_splits = len({each.exits for each in plan.expectations}) > 1
+    table.add_column("mode", no_wrap=True)
+    if has_splits:
+        table.add_column("exits", justify="right")
+    for header in ("ttft, ms", "ms/token", "total, s", "KB", "trips", "cloud", "agrees"):
+        table.add_column(header, justify="right")
+    for each in plan.expectations:
+        exits = "-" if each.mode == CLOUD_ONLY else ",".join(map(str, each.exits))
+        cells = [each.name, *([exits] if has_splits else []), *_expected_values(each)]
+        table.add_row(*cells, style=None if each.agrees else "dim")
+    return table
+
+
+def _expected_values(expectation: Expectation) -> list[str]:
+    return [
+        f"{expectation.ttft_ms:.0f}",
+        f"{expectation.token_ms:.1f}",
+        f"{expectation.total_ms / 1e3:.2f}",
+        f"{expectation.num_bytes / 1e3:,.1f}",
+        f"{expectation.round_trips:.0f}",
+        f"{expectation.offload_rate:.0%}",
+        "?" if expectation.agreement is None else f"{expectation.agreement:.3f}",
+    ]

@@ -1,34 +1,144 @@
-"""Runs a bundle as it is deployed, both halves in this process, and records what each exit would have said."""
+"""Records of every exit along the full model's answers, made with a bundle as deployed."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
 from fleet.bundles.manifest import Bundle
 from fleet.errors import ConfigError
 from fleet.exits.records import Records
+from fleet.protocol.hidden_states import Float16
 from fleet.protocol.prompt import ChatMessage
-from fleet.utils.optional_imports import load
+from fleet.utils.optional_imports import needs
 
-BATCH: Final = 32  # answers at once: the cloud half runs them as one ragged batch
-POOL_BYTES: Final = 1 << 40  # no more leases are out than a batch has
+with needs("edge"):
+    from edge_agent.engine.cascade import Cascade
+    from edge_agent.engine.partition import ExitCandidates, Partition
+    from edge_agent.engine.tokenizer import ChatTokenizer
+with needs("worker"):
+    from cloud_broker_worker.worker.upper_layers import Chunk, UpperLayers
+
+if TYPE_CHECKING:
+    from cloud_broker_worker.worker.kv_pool import KvLease
+
+BATCH: Final = 32  # answers at once: the cloud part runs them as one ragged batch
+POOL_BYTES: Final = 1 << 40  # never reached: there are at most `BATCH` leases
 
 
-class Answering:
-    """One answer under way: the device's cascade and the worker's cache."""
+class ExitRow(NamedTuple):
+    """The exits at one position of an answer: their confidence, and whether they agree."""
 
-    def __init__(self, cascade: Any, lease: Any, prompt_ids: Sequence[int], number: int) -> None:
-        self.cascade = cascade
-        self.lease = lease
-        self.number = number
-        self.waiting = list(prompt_ids)
-        self.uploaded: Any = None  # [n, hidden] float16
-        self.count = 0
-        self.finished = False
+    answer: int
+    confidence: list[float]
+    agrees: list[bool]
+
+
+@dataclass(kw_only=True)
+class RecordedAnswer:
+    """An answer that is being generated: the device's cascade and the worker's cache.
+
+    `pending` are the tokens that no block has run yet.
+    """
+
+    number: int
+    cascade: Cascade
+    lease: KvLease
+    pending: Sequence[int]
+    num_generated: int = 0
+
+    def run_exits(self, block: int, num_exits: int) -> tuple[list[ExitCandidates], Float16]:
+        """Run all blocks over the pending tokens.
+
+        Return the candidates of each exit, and the hidden states [n, hidden] that a device would
+        upload, which are the outputs of `block`.
+        """
+        start = self.cascade.num_filled(block)
+        self.cascade.append(self.pending)
+        candidates = [self.cascade.run(i) for i in range(num_exits)]
+        return candidates, self.cascade.hidden_states(block, start).astype(np.float16)
+
+
+class ExitRecorder:
+    """Both parts of a bundle in this process: graphs in ONNX Runtime, upper layers in PyTorch."""
+
+    def __init__(self, bundle: Bundle, max_new_tokens: int, num_threads: int) -> None:
+        self._manifest = bundle.manifest
+        self._max_new_tokens = max_new_tokens
+        self._partition = Partition(bundle, num_threads)
+        self._tokenizer = ChatTokenizer(bundle)
+        self._upper = UpperLayers(bundle, num_threads)
+        self._pool = self._upper.new_pool(POOL_BYTES)
+        self._rows: list[ExitRow] = []
+
+    def encode(self, prompts: Iterable[str]) -> list[list[int]]:
+        """The token ids of the prompts that leave room for an answer."""
+        max_length = self._manifest.model.max_positions - self._max_new_tokens
+        chats = (self._tokenizer.encode_chat([ChatMessage("user", text)]) for text in prompts)
+        return [token_ids for token_ids in chats if len(token_ids) <= max_length]
+
+    def record(self, prompts: Sequence[Sequence[int]], progress: Callable[[int], None]) -> Records:
+        """Answer the prompts greedily, in batches; `progress` receives the number of answers."""
+        queue = deque(enumerate(prompts))
+        batch: list[RecordedAnswer] = []
+        while queue or batch:
+            while queue and len(batch) < BATCH:
+                batch.append(self._begin(*queue.popleft()))
+            batch = self._step(batch)
+            progress(len(prompts) - len(queue) - len(batch))
+        self._rows.sort(key=lambda row: row.answer)
+        return Records(
+            self._manifest.exits,
+            np.array([row.answer for row in self._rows]),
+            np.array([row.confidence for row in self._rows], np.float64),
+            np.array([row.agrees for row in self._rows]),
+        )
+
+    def _begin(self, number: int, prompt_ids: Sequence[int]) -> RecordedAnswer:
+        capacity = len(prompt_ids) + self._max_new_tokens
+        return RecordedAnswer(
+            number=number,
+            cascade=Cascade(self._partition, capacity),
+            lease=self._pool.lease(capacity),
+            pending=prompt_ids,
+        )
+
+    def _step(self, batch: Sequence[RecordedAnswer]) -> list[RecordedAnswer]:
+        """Generate one token of each answer; the answers that have not ended."""
+        block = self._manifest.exits.index(self._manifest.upload_layer)
+        num_exits = len(self._manifest.exits)
+        candidates = []
+        chunks = []
+        for answer in batch:
+            exits, hidden_states = answer.run_exits(block, num_exits)
+            candidates.append(exits)
+            start = answer.lease.length
+            stop = answer.cascade.num_tokens
+            chunks.append(Chunk(answer.lease, hidden_states, start, stop, [stop - 1]))
+        token_ids: list[int] = self._upper(chunks).argmax(-1).tolist()
+        steps = zip(batch, candidates, token_ids, strict=True)
+        return [
+            answer for answer, exits, token_id in steps if self._append(answer, exits, token_id)
+        ]
+
+    def _append(
+        self, answer: RecordedAnswer, exits: Sequence[ExitCandidates], token_id: int
+    ) -> bool:
+        """Record a position and append its token; whether the answer continues."""
+        confidence = [each.confidence for each in exits]
+        agrees = [int(each.token_ids[0]) == token_id for each in exits]
+        self._rows.append(ExitRow(answer.number, confidence, agrees))
+        answer.pending = [token_id]
+        answer.num_generated += 1
+        is_eos = token_id in self._manifest.model.eos_token_ids
+        if is_eos or answer.num_generated == self._max_new_tokens:
+            self._pool.free_lease(answer.lease)
+            return False
+        return True
 
 
 def record(
@@ -38,68 +148,20 @@ def record(
     num_threads: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Records:
-    """The full model answers the prompts greedily, and every exit is asked at every position.
+    """Answer the prompts greedily with the full model, and record every exit at every position.
 
-    The device's graphs run in ONNX Runtime, the worker's layers in PyTorch, with FP16 hidden states between them, as in
-    a fleet. `progress` hears how many answers are finished.
+    The device's graphs run in ONNX Runtime, the worker's layers in PyTorch, with FP16 hidden states
+    between them, as in a fleet. `progress` receives the number of finished answers.
 
     Raises:
         ConfigError: there is no prompt, or none is short enough.
-        MissingExtraError: what devices or workers need is not installed.
+        MissingExtraError: an extra of devices or workers is not installed.
     """
-    partition = load("edge_agent.engine.partition").Partition(bundle, num_threads)
-    tokenizer = load("edge_agent.engine.tokenizer").ChatTokenizer(bundle)
-    cascade_of = load("edge_agent.engine.cascade").Cascade
-    upper = load("cloud_broker_worker.worker.upper_layers").UpperLayers(bundle, num_threads)
-    chunk_of = load("cloud_broker_worker.worker.upper_layers").Chunk
-    manifest = bundle.manifest
-    block = manifest.exits.index(manifest.upload_layer)
-    pool = upper.new_pool(POOL_BYTES)
-    chats = [tokenizer.encode_chat([ChatMessage("user", prompt)]) for prompt in prompts]
-    fitting = [ids for ids in chats if len(ids) + max_new_tokens <= manifest.model.max_positions]
-    if not fitting:
+    recorder = ExitRecorder(bundle, max_new_tokens, num_threads)
+    prompt_ids = recorder.encode(prompts)
+    if not prompt_ids:
         raise ConfigError(
-            f"none of {len(prompts)} prompts leaves room for {max_new_tokens} tokens; give shorter ones"
+            f"none of {len(prompts)} prompts leaves room for {max_new_tokens} tokens; "
+            "give shorter ones"
         )
-    rows: list[tuple[int, list[float], list[bool]]] = []
-    queue = deque(enumerate(fitting))
-    batch: list[Answering] = []
-    while queue or batch:
-        while queue and len(batch) < BATCH:
-            number, prompt_ids = queue.popleft()
-            capacity = len(prompt_ids) + max_new_tokens
-            batch.append(
-                Answering(cascade_of(partition, capacity), pool.lease(capacity), prompt_ids, number)
-            )
-        said = [ask_exits(answer, block, len(manifest.exits)) for answer in batch]
-        stops = [answer.cascade.num_tokens for answer in batch]
-        logits = upper(
-            [
-                chunk_of(answer.lease, answer.uploaded, answer.lease.length, stop, [stop - 1])
-                for answer, stop in zip(batch, stops, strict=True)
-            ]
-        )
-        for answer, exits, token_id in zip(batch, said, logits.argmax(-1).tolist(), strict=True):
-            equal = [int(candidates.token_ids[0]) == token_id for candidates in exits]
-            rows.append((answer.number, [candidates.confidence for candidates in exits], equal))
-            answer.waiting = [token_id]
-            answer.count += 1
-            if token_id in manifest.model.eos_token_ids or answer.count == max_new_tokens:
-                pool.take_back(answer.lease)
-                answer.finished = True
-        batch = [answer for answer in batch if not answer.finished]
-        progress(len(fitting) - len(queue) - len(batch))
-    rows.sort(key=lambda row: row[0])
-    numbers, confidence, agrees = zip(*rows, strict=True)
-    return Records(
-        manifest.exits, np.array(numbers), np.array(confidence, np.float64), np.array(agrees)
-    )
-
-
-def ask_exits(answer: Answering, block: int, num_exits: int) -> list[Any]:
-    """Runs all blocks over what waits, with the hidden states that a device would upload; what each exit says."""
-    start = answer.cascade.num_filled(block)
-    answer.cascade.append(answer.waiting)
-    said = [answer.cascade.run(i) for i in range(num_exits)]
-    answer.uploaded = answer.cascade.hidden_states(block, start).astype(np.float16)
-    return said
+    return recorder.record(prompt_ids, progress)

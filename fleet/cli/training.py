@@ -1,11 +1,12 @@
-"""`fleet heads train`, `profile` and `draw`: the model talks, and heads are fitted to what its layers see."""
+"""`fleet heads train`, `profile` and `draw`: exit heads fitted to the model's own answers."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -19,58 +20,88 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
-from fleet.exits.profile import Choice, choose, pareto
+from fleet.cli.options import JsonOption, PlotOption
+from fleet.cli.views import numbers_table
+from fleet.exits.profile import ExitOption, pareto_front, profile_exits
 from fleet.exits.records import Records
 from fleet.exits.thresholds import frontier
-from fleet.utils.optional_imports import load
+from fleet.utils.optional_imports import needs
+from onnx_export.__main__ import parse_numbers
+from onnx_export.architecture import lm_head_layers
+from onnx_export.checkpoint import cache_folder, model_config
+from onnx_export.config import DEFAULT_MODEL, require_packages
+from onnx_export.training.config import TrainConfig
 
-PLOTTED: Final = 6  # deepest layers
+MAX_CURVES: Final = 6  # of the deepest layers
+BAR_WIDTH: Final = 40
+
+OutOption = Annotated[Path, typer.Option(help="File of the heads.")]
+ExitsOption = Annotated[str, typer.Option(help="Layers run before each exit, increasing.")]
 ModelOption = Annotated[str, typer.Option(help="'default', a hub name or a checkpoint's folder.")]
 PromptsOption = Annotated[
     list[Path] | None,
-    typer.Option(help="File of prompts, .jsonl or text, beside those that the model draws."),
+    typer.Option(help="File of prompts, .jsonl or text, in addition to those the model draws."),
 ]
-NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")]
+KindOption = Annotated[
+    str, typer.Option(help="Kind of the heads: shared (no training), linear, mlp or block.")
+]
+IntermediateOption = Annotated[
+    int, typer.Option(min=0, help="Width of an mlp head (0: the hidden size).")
+]
+TrainingTokensOption = Annotated[
+    int, typer.Option(help="Number of tokens of the model's own answers to train on.")
+]
+EpochsOption = Annotated[float, typer.Option(help="Passes over these tokens.")]
+NewTokensOption = Annotated[
+    int, typer.Option("--max-new-tokens", help="Maximum length of an answer.")
+]
+MaxPromptTokensOption = Annotated[
+    int, typer.Option(help="Maximum length of a prompt; longer ones are left out.")
+]
 BatchOption = Annotated[int, typer.Option(help="Conversations that a process generates at once.")]
 ProcessesOption = Annotated[
-    int | None, typer.Option(help="That generate, on a CPU (default: one a core).")
+    int | None, typer.Option(help="Processes that generate, on a CPU (default: one per core).")
 ]
-SeedOption = Annotated[int, typer.Option(help="Of prompts, sampling and order.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of prompts, sampling and order.")]
 CacheOption = Annotated[
-    Path | None, typer.Option(help="Where answers are kept (default: the user's cache).")
+    Path | None, typer.Option(help="Folder where answers are kept (default: the user's cache).")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+LayersOption = Annotated[str, typer.Option(help="Layers to examine, or 'all', or 'even'.")]
+TargetAgreementOption = Annotated[
+    float, typer.Option(help="Overall agreement with the full model.")
+]
+MaxEdgeCostOption = Annotated[
+    float, typer.Option(help="Maximum work for a token, as a share of the full model's.")
+]
+MaxExitsOption = Annotated[
+    int, typer.Option(min=1, max=3, help="Maximum number of exits in one combination.")
+]
+PromptsOutOption = Annotated[Path, typer.Option(help="Text file of the prompts, one per line.")]
+CountOption = Annotated[int, typer.Option(min=1, help="Number of prompts.")]
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="The heads file to write.")],
-    exits: Annotated[str, typer.Option(help="Layers run before each exit, increasing.")],
+    out: OutOption,
+    exits: ExitsOption,
     prompts: PromptsOption = None,
-    model: ModelOption = "default",
-    kind: Annotated[
-        str, typer.Option(help="Of the heads: shared, linear, mlp or block.")
-    ] = "linear",
-    intermediate: Annotated[
-        int, typer.Option(min=0, help="Width of an mlp head (0: the hidden size).")
-    ] = 0,
-    tokens: Annotated[
-        int, typer.Option(help="Tokens of the model's own answers to learn from.")
-    ] = 500_000,
-    epochs: Annotated[float, typer.Option(help="Passes over them.")] = 3.0,
-    max_new_tokens: NewTokensOption = 128,
-    max_prompt_tokens: Annotated[int, typer.Option(help="Longer prompts are left out.")] = 128,
-    batch: BatchOption = 192,
+    model: ModelOption = DEFAULT_MODEL,
+    kind: KindOption = TrainConfig.kind,
+    intermediate: IntermediateOption = TrainConfig.intermediate,
+    tokens: TrainingTokensOption = TrainConfig.tokens,
+    epochs: EpochsOption = TrainConfig.epochs,
+    max_new_tokens: NewTokensOption = TrainConfig.max_new_tokens,
+    max_prompt_tokens: MaxPromptTokensOption = TrainConfig.max_prompt_tokens,
+    batch: BatchOption = TrainConfig.batch,
     processes: ProcessesOption = None,
-    seed: SeedOption = 0,
+    seed: SeedOption = TrainConfig.seed,
     cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train exit heads on what the model itself says; interrupted, it goes on where it was."""
-    records = run(
+    """Train exit heads on the model's own answers; an interrupted training continues."""
+    records = run_training(
         out=out,
-        exits=layers_of(exits),
+        exits=parse_layers(exits),
         prompts=tuple(prompts or ()),
         model=model,
         kind=kind,
@@ -91,50 +122,41 @@ def train(
         return
     print_agreement(records)
     print(
-        f"heads in {out}; next: fleet export --model {model} --exits {exits} --heads {out} --out DIR"
+        f"heads in {out}; "
+        f"next: fleet export --model {model} --exits {exits} --heads {out} --out DIR"
     )
 
 
 def profile(
     prompts: PromptsOption = None,
-    model: ModelOption = "default",
-    layers: Annotated[str, typer.Option(help="Layers to look at, or 'all', or 'even'.")] = "even",
-    target_agreement: Annotated[
-        float, typer.Option(help="Overall agreement with the full model.")
-    ] = 0.98,
-    max_edge_cost: Annotated[
-        float, typer.Option(help="Of a token, as a share of the full model's.")
-    ] = 0.85,
-    max_exits: Annotated[
-        int, typer.Option(min=1, max=3, help="Exits that are tried together.")
-    ] = 2,
-    kind: Annotated[str, typer.Option(help="Of the heads; 'shared' trains nothing.")] = "linear",
-    tokens: Annotated[
-        int, typer.Option(help="Tokens of the model's own answers to learn from.")
-    ] = 60_000,
-    epochs: Annotated[float, typer.Option(help="Passes over them.")] = 2.0,
-    max_new_tokens: NewTokensOption = 128,
-    batch: BatchOption = 192,
+    model: ModelOption = DEFAULT_MODEL,
+    layers: LayersOption = "even",
+    target_agreement: TargetAgreementOption = 0.98,
+    max_edge_cost: MaxEdgeCostOption = 0.85,
+    max_exits: MaxExitsOption = 2,
+    kind: KindOption = TrainConfig.kind,
+    tokens: TrainingTokensOption = 60_000,
+    epochs: EpochsOption = 2.0,
+    max_new_tokens: NewTokensOption = TrainConfig.max_new_tokens,
+    batch: BatchOption = TrainConfig.batch,
     processes: ProcessesOption = None,
-    seed: SeedOption = 0,
+    seed: SeedOption = TrainConfig.seed,
     cache: CacheOption = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw offload over agreement, *.svg or *.png.")
-    ] = None,
+    plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show where exits pay: quick heads at many layers, their agreement, and what exits and split they suggest."""
+    """Suggest exits and split: train quick heads at many layers and compare their agreement."""
     if plot:
-        load("fleet.utils.plots").check_plot(plot)
-    config = load("onnx_export.checkpoint").model_config(model)
-    looked_at = {
-        "all": tuple(range(1, config.num_hidden_layers)),
-        "even": tuple(range(2, config.num_hidden_layers, 2)),
-    }.get(layers) or layers_of(layers)
+        with needs("plots"):
+            from fleet.exits.plot import plot_curves
+            from fleet.utils.plots import check_plot, save
+        check_plot(plot)
+    config = model_config(model)
+    num_layers: int = config.num_hidden_layers
     with tempfile.TemporaryDirectory() as folder:
-        records = run(
+        records = run_training(
             out=Path(folder) / "heads.safetensors",
-            exits=looked_at,
+            exits=examined_layers(layers, num_layers),
             prompts=tuple(prompts or ()),
             model=model,
             kind=kind,
@@ -146,110 +168,142 @@ def profile(
             seed=seed,
             cache=cache,
         )
-    lm_head = load("onnx_export.architecture").lm_head_layers(config)
-    choices = choose(records, config.num_hidden_layers, lm_head, target_agreement, max_exits)
-    affordable = [choice for choice in choices if choice.edge_cost <= max_edge_cost]
-    best = min(
-        affordable,
-        key=lambda choice: (round(choice.offload_rate, 3), choice.edge_cost),
-        default=None,
+    options = profile_exits(
+        records, num_layers, lm_head_layers(config), target_agreement, max_exits
     )
-    if plot is not None:
-        curves = {
-            f"exit {layer}": frontier(records.only([layer])) for layer in records.exits[-PLOTTED:]
-        }
+    best = best_option(options, max_edge_cost)
+    if plot:
+        deepest = records.exits[-MAX_CURVES:]
+        curves = {f"exit {layer}": frontier(records.only([layer])) for layer in deepest}
         title = f"{model}: one exit, heads trained on {tokens} tokens"
-        load("fleet.utils.plots").save(load("fleet.exits.plot").plot_curves(title, curves), plot)
+        save(plot_curves(title, curves), plot)
     if as_json:
-        agreement = {str(layer): share for layer, share in records.agreement().items()}
-        shown = [choice.json() for choice in choices]
-        print(
-            json.dumps(
-                {"agreement": agreement, "choices": shown, "best": best.json() if best else None}
-            )
-        )
-        return
-    print_agreement(records)
-    print_choices(pareto(choices), target_agreement)
-    if best is None:
-        print(
-            f"no exits cost at most {max_edge_cost:.0%} of the full model's work; raise --max-edge-cost"
-        )
+        print(json.dumps(profile_json(records, options, best)))
     else:
-        print(
-            f"with at most {max_edge_cost:.0%} of the full model's work on the device: exits {best.name}"
-        )
+        print_profile(records, options, best, target_agreement, max_edge_cost=max_edge_cost)
 
 
-def draw(
-    out: Annotated[Path, typer.Option(help="The text file to write, one prompt a line.")],
-    count: Annotated[int, typer.Option(min=1, help="How many.")] = 300,
-    model: ModelOption = "default",
-    batch: BatchOption = 192,
+def examined_layers(text: str, num_layers: int) -> tuple[int, ...]:
+    """The layers of `--layers`: all, the even ones, or a list."""
+    if text == "all":
+        return tuple(range(1, num_layers))
+    if text == "even":
+        return tuple(range(2, num_layers, 2))
+    return parse_layers(text)
+
+
+def best_option(options: Sequence[ExitOption], max_edge_cost: float) -> ExitOption | None:
+    """The affordable exits with the lowest offload rate, the cheapest of equal ones."""
+    affordable = (option for option in options if option.edge_cost <= max_edge_cost)
+    by_offload = sorted(affordable, key=lambda each: (round(each.offload_rate, 3), each.edge_cost))
+    return by_offload[0] if by_offload else None
+
+
+def profile_json(
+    records: Records, options: Sequence[ExitOption], best: ExitOption | None
+) -> dict[str, Any]:
+    """The output of `fleet heads profile --json`."""
+    return {
+        "agreement": {str(layer): share for layer, share in records.agreement().items()},
+        "choices": [option.json() for option in options],
+        "best": best.json() if best else None,
+    }
+
+
+def print_profile(
+    records: Records,
+    options: Sequence[ExitOption],
+    best: ExitOption | None,
+    target_agreement: float,
+    *,
+    max_edge_cost: float,
+) -> None:
+    """Print agreement, the options that pay, and the best one."""
+    print_agreement(records)
+    print_options(pareto_front(options), target_agreement)
+    limit = f"at most {max_edge_cost:.0%} of the full model's work"
+    if best is None:
+        print(f"no exits cost {limit}; raise --max-edge-cost")
+    else:
+        print(f"with {limit} on the device: exits {best.name}")
+
+
+def write_drawn_prompts(
+    out: PromptsOutOption,
+    count: CountOption = 300,
+    model: ModelOption = DEFAULT_MODEL,
+    batch: BatchOption = TrainConfig.batch,
     seed: SeedOption = 1,
 ) -> None:
-    """Draw prompts from the model itself, for calibration or a test, when there are none of your own."""
-    load("onnx_export.config").require_packages()
-    columns = TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("drawing", total=count)
-        drawn = load("onnx_export.training.train").draw(
-            model, count, seed, batch, lambda done: bar.update(task, completed=done)
-        )
-    out.write_text("".join(" ".join(prompt.split()) + "\n" for prompt in drawn), encoding="utf-8")
+    """Draw prompts from the model itself, for calibration or a test without own prompts."""
+    require_packages()
+    with needs("export"):
+        from onnx_export.training.train import draw_training_prompts
+    with progress_bar("drawing", count) as progress:
+        prompts = draw_training_prompts(model, count, seed, batch, progress)
+    out.write_text("".join(" ".join(prompt.split()) + "\n" for prompt in prompts), encoding="utf-8")
     print(f"{count} prompts in {out}")
 
 
-def run(*, cache: Path | None, processes: int | None, **options: Any) -> Records:
-    """Trains with a progress bar a stage."""
-    load("onnx_export.config").require_packages()
-    training = load("onnx_export.training.train")
-    config = training.TrainConfig(
-        cache=cache or load("onnx_export.checkpoint").cache_folder() / "answers",
+def run_training(*, cache: Path | None, processes: int | None, **options: Any) -> Records:
+    """Train with a progress bar for each stage."""
+    require_packages()
+    with needs("export"):
+        from onnx_export.training.train import train_heads
+    config = TrainConfig(
+        cache=cache or cache_folder() / "answers",
         processes=processes or len(os.sched_getaffinity(0)),
         **options,
     )
-    columns = (
+    with new_progress() as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=min(done, total))
+
+        return train_heads(config, progress)
+
+
+def new_progress() -> Progress:
+    """Progress bars on stderr, one for each task."""
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
+        console=Console(stderr=True),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        bars: dict[str, TaskID] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in bars:
-                bars[stage] = bar.add_task(stage, total=total)
-            bar.update(bars[stage], completed=min(done, total))
-
-        records: Records = training.train_heads(config, progress)
-    return records
 
 
-def layers_of(exits: str) -> tuple[int, ...]:
-    """Layers as the command line gives them."""
-    return tuple(load("onnx_export.__main__").parse_numbers(exits, int, "--exits", "8,15"))
+@contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """One progress bar; the function that receives the number of completed items."""
+    with new_progress() as bars:
+        task = bars.add_task(description, total=total)
+        yield lambda done: bars.update(task, completed=done)
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Layers from text such as "8,15"; raises ConfigError."""
+    return tuple(parse_numbers(text, int, "--exits", "8,15"))
 
 
 def print_agreement(records: Records) -> None:
-    """One row an exit, with a bar."""
-    table = Table(
-        title=f"agreement with the full model on {len(records)} tokens that were not trained on"
-    )
-    table.add_column("exit", justify="right")
-    table.add_column("agreement", justify="right")
+    """Print a row for each exit, with a bar."""
+    title = f"agreement with the full model on {len(records)} held-out tokens"
+    table = numbers_table(title, ("exit", "agreement"))
     table.add_column("")
     for layer, share in records.agreement().items():
-        table.add_row(str(layer), f"{share:.3f}", "█" * round(40 * share))
+        table.add_row(str(layer), f"{share:.3f}", "█" * round(BAR_WIDTH * share))
     Console().print(table)
 
 
-def print_choices(choices: Sequence[Choice], agreement: float) -> None:
-    """Choices of exits, cheapest first."""
-    table = Table(title=f"exits worth their work, at agreement {agreement}")
-    for header in ("exits", "work on the device", "offload"):
-        table.add_column(header, justify="right")
-    for choice in choices:
-        table.add_row(choice.name, f"{choice.edge_cost:.0%}", f"{choice.offload_rate:.3f}")
+def print_options(options: Sequence[ExitOption], agreement: float) -> None:
+    """Print combinations of exits, cheapest first."""
+    title = f"exits worth their work, at agreement {agreement}"
+    table = numbers_table(title, ("exits", "work on the device", "offload"))
+    for option in options:
+        table.add_row(option.name, f"{option.edge_cost:.0%}", f"{option.offload_rate:.3f}")
     Console().print(table)

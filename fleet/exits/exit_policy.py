@@ -6,12 +6,12 @@ from fleet.errors import ConfigError
 
 
 def exit_emits(confidence: float, threshold: float) -> bool:
-    """Whether an exit may emit. A threshold of 1.0 switches it off: a confidence can round to 1.0."""
+    """Return whether an exit may emit; 1.0 switches it off, as a confidence can round to 1.0."""
     return threshold < 1.0 and confidence >= threshold
 
 
 def check_threshold(value: float) -> float:
-    """Raises ConfigError when `value` is outside [0, 1]."""
+    """Return `value`; raise ConfigError when it is outside [0, 1]."""
     if not 0.0 <= value <= 1.0:
         raise ConfigError(
             f"threshold {value}: expected a number from 0 to 1 (1 switches the exit off)"

@@ -1,4 +1,4 @@
-"""Which exits suit a device: offload against the work that a token costs there."""
+"""Profile of exits for a device: offload against the work per token."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from fleet.exits.records import Records
-from fleet.exits.thresholds import best_thresholds, emitting
+from fleet.exits.thresholds import best_thresholds, emitting_exits
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class ExitOption:
     """Exits, the last of them the split, with their best thresholds for some agreement.
 
-    `edge_cost`: mean work of a token on the device, as a share of the full model's; layers and LM head evaluations
-    counted by their number of weights.
+    `edge_cost`: mean work per token on the device, as a share of the full model's; layers and LM
+    head evaluations count by their number of weights.
     """
 
     exits: tuple[int, ...]
@@ -29,50 +29,55 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """The exits as the command line takes them."""
+        """The exits in the command line's format."""
         return ",".join(map(str, self.exits))
 
     def json(self) -> dict[str, Any]:
-        """As `fleet heads profile --json` prints it."""
+        """Return the entry of `fleet heads profile --json`."""
         return asdict(self)
 
 
-def choose(
+def profile_exits(
     records: Records, num_layers: int, lm_head_layers: float, agreement: float, max_exits: int = 2
-) -> list[Choice]:
-    """Every set of up to `max_exits` of the recorded exits; `lm_head_layers`: an LM head's weights over a layer's."""
-    choices = []
+) -> list[ExitOption]:
+    """Return an option for every set of up to `max_exits` of the recorded exits.
+
+    `lm_head_layers` is an LM head's number of weights over a layer's.
+    """
+    options: list[ExitOption] = []
     for count in range(1, max_exits + 1):
         for exits in combinations(records.exits, count):
-            seen = records.only(exits)
-            point = best_thresholds(seen, agreement)
-            cost = price(seen, point.thresholds, lm_head_layers) / (num_layers + lm_head_layers)
-            choices.append(
-                Choice(
-                    exits=exits,
-                    offload_rate=point.offload_rate,
-                    agreement=point.agreement,
-                    edge_cost=cost,
-                    thresholds=point.thresholds,
-                )
+            subset = records.only(exits)
+            point = best_thresholds(subset, agreement)
+            layers = edge_layers_per_token(subset, point.thresholds, lm_head_layers)
+            option = ExitOption(
+                exits=exits,
+                offload_rate=point.offload_rate,
+                agreement=point.agreement,
+                edge_cost=layers / (num_layers + lm_head_layers),
+                thresholds=point.thresholds,
             )
-    return choices
+            options.append(option)
+    return options
 
 
-def price(records: Records, thresholds: Sequence[float], lm_head_layers: float) -> float:
-    """Mean work of a token on the device, in layers.
+def edge_layers_per_token(
+    records: Records, thresholds: Sequence[float], lm_head_layers: float
+) -> float:
+    """Return the mean work per token on the device, in layers.
 
-    All layers up to the split count for every position: what an early exit leaves out is caught up as soon as a later
-    token needs the deeper block, so it saves an LM head and time, but hardly any layer.
+    All layers up to the split count for every position: the layers that an early exit skips run as
+    soon as a later token needs the deeper block, so it saves an LM head and time, but hardly any
+    layer.
     """
-    asked = np.minimum(emitting(records, thresholds) + 1, len(records.exits))
-    return records.exits[-1] + float(asked.mean()) * lm_head_layers
+    evaluated_exits = np.minimum(emitting_exits(records, thresholds) + 1, len(records.exits))
+    return records.exits[-1] + float(evaluated_exits.mean()) * lm_head_layers
 
 
-def pareto(choices: Sequence[Choice]) -> list[Choice]:
-    """Choices that no other beats in both work and offload, cheapest first."""
-    kept: list[Choice] = []
-    for choice in sorted(choices, key=lambda c: (c.edge_cost, c.offload_rate)):
-        if not kept or choice.offload_rate < kept[-1].offload_rate:
-            kept.append(choice)
-    return kept
+def pareto_front(options: Sequence[ExitOption]) -> list[ExitOption]:
+    """Return the options that no other beats in both work and offload, cheapest first."""
+    front: list[ExitOption] = []
+    for option in sorted(options, key=lambda option: (option.edge_cost, option.offload_rate)):
+        if not front or option.offload_rate < front[-1].offload_rate:
+            front.append(option)
+    return front

@@ -1,4 +1,4 @@
-"""What every exit would have said at each position of the full model's own answers."""
+"""Records of every exit's prediction at each position of the full model's own answers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Ints = npt.NDArray[np.int64]
 class Records:
     """n positions, e exits, shallow ones first.
 
-    `answer` int64 [n]: which answer a position belongs to. `confidence` float64 [n, e] in [0, 1]; `agrees` bool
-    [n, e]: whether the exit's best token is the full model's.
+    `answer` int64 [n]: index of the answer of a position. `confidence` float64 [n, e] in [0, 1];
+    `agrees` bool [n, e]: whether the exit's best token is the full model's.
     """
 
     exits: tuple[int, ...]
@@ -31,10 +31,11 @@ class Records:
     agrees: Bools
 
     def __post_init__(self) -> None:
-        shape = len(self.answer), len(self.exits)
+        shape = (len(self.answer), len(self.exits))
         if self.confidence.shape != shape or self.agrees.shape != shape:
             raise ConfigError(
-                f"records of exits {self.exits}: expected arrays {shape}, got {self.confidence.shape}"
+                f"records of exits {self.exits}: expected arrays {shape}, "
+                f"got {self.confidence.shape}"
             )
         if not np.all((self.confidence >= 0) & (self.confidence <= 1)):
             raise ConfigError(
@@ -42,6 +43,7 @@ class Records:
             )
 
     def __len__(self) -> int:
+        """Return the number of positions."""
         return len(self.answer)
 
     @property
@@ -49,23 +51,22 @@ class Records:
         return len(np.unique(self.answer))
 
     def agreement(self) -> dict[int, float]:
-        """By exit: the share of all positions where its best token is the full model's."""
+        """Return the share of positions where an exit's best token is the full model's, by exit."""
         return dict(zip(self.exits, self.agrees.mean(0).tolist(), strict=True))
 
     def only(self, exits: Sequence[int]) -> Records:
-        """The same positions, as a system with some of the exits sees them."""
+        """Return the same positions with some of the exits."""
         columns = [self.exits.index(layer) for layer in exits]
-        return Records(
-            tuple(exits), self.answer, self.confidence[:, columns], self.agrees[:, columns]
-        )
+        confidence = self.confidence[:, columns]
+        return Records(tuple(exits), self.answer, confidence, self.agrees[:, columns])
 
     def select(self, answers: Ints) -> Records:
-        """The positions of some answers."""
+        """Return the positions of some answers."""
         rows = np.isin(self.answer, answers)
         return Records(self.exits, self.answer[rows], self.confidence[rows], self.agrees[rows])
 
     def split(self, share: float, seed: int = 0) -> tuple[Records, Records]:
-        """Whole answers at random: about `share` of them, and the rest."""
+        """Split whole answers at random: about `share` of them, and the rest."""
         answers = np.random.default_rng(seed).permutation(np.unique(self.answer))
         first = round(share * len(answers))
         return self.select(answers[:first]), self.select(answers[first:])
@@ -73,10 +74,10 @@ class Records:
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """Records with what they were made from, so that they are never taken for another bundle's or other prompts'.
+    """Records with their inputs, so that they are not used for another bundle or other prompts.
 
-    `parts_sha256`: of the bundle's files, which its thresholds do not change. `num_prompts`: how many of the prompts
-    in the files were asked.
+    `parts_sha256`: hash of the bundle's files, which its thresholds do not change. `num_prompts`:
+    number of prompts that were used of those in the files.
     """
 
     records: Records
@@ -87,7 +88,7 @@ class Recording:
 
 
 def save_recording(recording: Recording, path: Path) -> None:
-    """Writes a NumPy .npz file, whole or not at all.
+    """Write a NumPy .npz file, whole or not at all.
 
     Raises:
         ConfigError: it cannot be written.
@@ -116,7 +117,11 @@ def save_recording(recording: Recording, path: Path) -> None:
 
 
 def load_recording(path: Path) -> Recording:
-    """Raises ConfigError when the file is not one of :func:`save_recording`."""
+    """Read a file of :func:`save_recording`.
+
+    Raises:
+        ConfigError: the file is not one.
+    """
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             exits = tuple(int(layer) for layer in file["exits"])

@@ -1,8 +1,9 @@
-"""When a certificate is due, and a new pair of certificate and key in the place of the old one.
+"""Certificate rotation: the time of renewal, and the replacement of a certificate and its key.
 
-They are two files, and no file system replaces two at once. So both go into one, `renewed.pem`, in one step, and from
-then on that is what counts (`Identity.load_certificate`); then each takes its place, and `renewed.pem` goes. A process
-that dies anywhere in between leaves a pair that fits, and the next one finishes.
+Certificate and key are two files, and no file system replaces two at once. So both are written to
+one file, `renewed.pem`, in one step, which takes precedence from then on
+(`Identity.load_certificate`). Then each file is replaced and `renewed.pem` removed. A process that
+dies at any point leaves a matching pair, and the next process completes the replacement.
 """
 
 from __future__ import annotations
@@ -14,22 +15,25 @@ from fleet.identity.identity import CERT_FILE, KEY_FILE, RENEWED_FILE
 from fleet.utils.atomic_files import sync_folder, write_file
 
 DUE: Final = 2 / 3  # of a certificate's life
-SPREAD: Final = 1 / 30  # of it, so that devices that joined together do not all ask together
+SPREAD: Final = 1 / 30  # of its life: devices that joined together must not renew together
 
 
 def renewal_in_s(not_before: float, not_after: float, now: float, draw: float = 0.0) -> float:
-    """Seconds until a certificate is due, 0 when it is: at two thirds of its life and up to `SPREAD` more by `draw`."""
+    """Return the seconds until a certificate is due; 0 if it is due now.
+
+    It is due at `DUE` of its life and up to `SPREAD` later; `draw` is a number from [0, 1).
+    """
     return max(0.0, not_before + (not_after - not_before) * (DUE + SPREAD * draw) - now)
 
 
 def replace_pair(folder: Path, certificate: bytes, key: bytes) -> None:
-    """Puts a new certificate and its key (PEM, PKCS 8) in the place of those in `folder`. Raises OSError."""
+    """Replace the certificate and key (PEM, PKCS 8) in `folder`. Raises OSError."""
     write_file(folder / RENEWED_FILE, certificate + key)
     finish_renewal(folder)
 
 
 def finish_renewal(folder: Path) -> None:
-    """Puts key and certificate of `renewed.pem` in their places, if there is one. Raises OSError."""
+    """Complete a replacement that was interrupted, if there is one. Raises OSError."""
     renewed = folder / RENEWED_FILE
     if not renewed.exists():
         return

@@ -1,4 +1,4 @@
-"""Who is to be enrolled, and for what; also many at once, from a file."""
+"""Requests to enrol names with their roles, also many at once from a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ MAX_TAGS: Final = 32
 
 
 class Enrolment(Struct, frozen=True, kw_only=True):
-    """A name and its role. A device may have a group and tags; `targets` are what an app may send prompts to."""
+    """A name and its role.
+
+    A device may have a group and tags. `targets` are the devices, groups and tags that an app may
+    send prompts to.
+    """
 
     name: str
     role: Role = Role.DEVICE
@@ -28,68 +32,77 @@ class Enrolment(Struct, frozen=True, kw_only=True):
     targets: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """What can be said of it alone.
+        """Check the fields of this enrolment; the registry checks them against others.
 
         Raises:
             TopicError: a name may not stand in a topic.
-            ConfigError: targets for who is no app, a group or tags for who is no device, or too many tags.
+            ConfigError: a field does not fit the role, or there are too many tags.
         """
         check_name(self.name)
         for target in self.targets:
             if not is_tag(target):
                 check_name(target, "target")
+        self._check_role()
+        if self.group is not None:
+            check_name(self.group, "group")
+        self._check_tags()
+
+    def _check_tags(self) -> None:
+        if len(self.tags) > MAX_TAGS:
+            raise ConfigError(
+                f"{self.name!r} has {len(self.tags)} tags: expected at most {MAX_TAGS}"
+            )
+        for key, value in self.tags.items():
+            check_name(key, "key of a tag")
+            check_name(value, "value of a tag")
+
+    def _check_role(self) -> None:
+        """Check that only apps have targets, and only devices a group and tags."""
         if self.targets and self.role is not Role.APP:
             raise ConfigError(
-                f"only an app is allowed devices or groups; {self.name!r} is to be a {self.role}: leave --allow out"
+                "only an app is allowed devices or groups; "
+                f"{self.name!r} is to be a {self.role}: leave --allow out"
             )
         if self.group is not None and self.role is not Role.DEVICE:
             raise ConfigError(
-                f"only a device belongs to a group; {self.name!r} is to be a {self.role}: leave --group out"
+                "only a device belongs to a group; "
+                f"{self.name!r} is to be a {self.role}: leave --group out"
             )
         if self.tags and self.role is not Role.DEVICE:
             raise ConfigError(
                 f"only a device has tags; {self.name!r} is to be a {self.role}: leave --tag out"
             )
-        if len(self.tags) > MAX_TAGS:
-            raise ConfigError(
-                f"{self.name!r} has {len(self.tags)} tags: expected at most {MAX_TAGS}"
-            )
-        if self.group is not None:
-            check_name(self.group, "group")
-        for key, value in self.tags.items():
-            check_name(key, "key of a tag")
-            check_name(value, "value of a tag")
 
 
-def check_all(enrolments: Sequence[Enrolment]) -> None:
-    """Raises ConfigError or TopicError when one of them, or a name that comes twice, makes no sense."""
+def check_enrolments(enrolments: Sequence[Enrolment]) -> None:
+    """Check each of them, and that no name occurs twice. Raises ConfigError or TopicError."""
     seen: set[str] = set()
     for enrolment in enrolments:
         enrolment.check()
         if enrolment.name in seen:
-            raise ConfigError(f"{enrolment.name!r} comes twice; give each name once")
+            raise ConfigError(f"{enrolment.name!r} occurs twice; give each name once")
         seen.add(enrolment.name)
 
 
 def parse_role(role: str) -> Role:
-    """Raises ConfigError, which names the known ones."""
+    """Parse the name of a role. Raises ConfigError, which lists the known roles."""
     if role not in set(Role):
         raise ConfigError(f"unknown role {role[:80]!r}: expected one of {', '.join(Role)}")
     return Role(role)
 
 
-def is_tag(word: str) -> bool:
-    """Whether `word` is a tag like ``floor=1``."""
-    key, equals, value = word.partition("=")
+def is_tag(text: str) -> bool:
+    """Whether `text` is a tag like ``floor=1``."""
+    key, equals, value = text.partition("=")
     return bool(equals and NAME.fullmatch(key) and NAME.fullmatch(value))
 
 
 def parse_tags(tags: Iterable[str]) -> dict[str, str]:
-    """Tags out of ``key=value``.
+    """Parse tags of the form ``key=value``.
 
     Raises:
-        ConfigError: it is something else, or a key comes twice.
-        TopicError: key or value is no name.
+        ConfigError: a tag has another form, or a key occurs twice.
+        TopicError: a key or a value is no valid name.
     """
     parsed: dict[str, str] = {}
     for tag in tags:
@@ -102,47 +115,51 @@ def parse_tags(tags: Iterable[str]) -> dict[str, str]:
     return parsed
 
 
-def tag_words(tags: Mapping[str, str]) -> list[str]:
-    """Tags as they are given on the command line."""
+def format_tags(tags: Mapping[str, str]) -> list[str]:
+    """Return tags in the form ``key=value``, as on the command line."""
     return [f"{key}={value}" for key, value in tags.items()]
 
 
 def read_enrolments(path: Path) -> list[Enrolment]:
-    """Rows of a CSV file with the columns name, group, tags, role and allow, of which only name must be there.
+    """Read a CSV file with the columns name, group, tags, role and allow; only name is required.
 
     Several tags or targets in one cell are separated by spaces.
 
     Raises:
-        ConfigError: it cannot be read, or a row makes no sense; the message names the line.
+        ConfigError: the file cannot be read, or a row is invalid; the message names the line.
         TopicError: a name may not stand in a topic.
     """
+    enrolments = _read_rows(path)
+    if not enrolments:
+        raise ConfigError(f"{path} has no rows; expected one for each name")
+    check_enrolments(enrolments)
+    return enrolments
+
+
+def _read_rows(path: Path) -> list[Enrolment]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file, strict=True)
             _check_columns(path, rows.fieldnames or ())
-            enrolments = [_enrolment(path, rows.line_num, row) for row in rows]
+            return [_enrolment(path, rows.line_num, row) for row in rows]
     except OSError as error:
         raise ConfigError(
             f"cannot read {path}: {error.strerror}; give --from the path of a CSV file"
         ) from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no CSV file in UTF-8: {error}") from None
-    if not enrolments:
-        raise ConfigError(f"{path} has no rows; expected one for each name")
-    check_all(enrolments)
-    return enrolments
 
 
 def _check_columns(path: Path, columns: Sequence[str]) -> None:
     if "name" not in columns or not set(columns) <= set(COLUMNS):
         raise ConfigError(
-            f"{path}: expected the columns {', '.join(COLUMNS)}, of which name must be there, "
+            f"{path}: expected the columns {', '.join(COLUMNS)}, of which only name is required, "
             f"got {', '.join(columns)[:200] or 'none'}"
         )
 
 
 def _enrolment(path: Path, line: int, row: Mapping[str | None, str | None]) -> Enrolment:
-    """Raises an error of the same kind with the line in its message."""
+    """Parse a row. Raises an error whose message names the line."""
     try:
         if None in row:
             raise ConfigError("more cells than columns")

@@ -1,38 +1,40 @@
-"""An identity folder: name, role, certificate, key, and how to reach the broker."""
+"""An identity folder: name, role, certificate, key, and the address of the broker."""
 
 from __future__ import annotations
 
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Final
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from fleet.errors import IdentityError
 from fleet.protocol.access import Role
-from fleet.protocol.messages import Id
+from fleet.protocol.types import Id, Port
 
 IDENTITY_FILE: Final = "identity.json"
 CA_FILE: Final = "ca.pem"
 CERT_FILE: Final = "cert.pem"
 KEY_FILE: Final = "key.pem"
 RENEWED_FILE: Final = "renewed.pem"
+NOT_YET_VALID: Final = 9  # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID
 
 
 class IdentityConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What `identity.json` holds. `bundle` is the folder of the model that a device or worker serves.
+    """The content of `identity.json`.
 
-    `shared_subscriptions` says that the broker has them (MQTT 5 section 4.8.2; mosquitto has them for 3.1.1, too).
-    `server` is the base URL of the fleet's service, ``https://HOST:PORT``, where certificates are renewed and bundles
-    are; without it the identity is renewed by hand.
+    `bundle` is the folder of the model that a device or worker serves. `shared_subscriptions` is
+    true if the broker supports them (MQTT 5 section 4.8.2; mosquitto also for 3.1.1). `server` is
+    the base URL of the fleet's service, ``https://HOST:PORT``, which renews certificates and
+    offers bundles; without it the identity is renewed by hand.
     """
 
     name: Id
     role: Role
     host: str
-    port: Annotated[int, Meta(ge=1, le=65535)]
+    port: Port
     bundle: str | None = None
     shared_subscriptions: bool = False
     server: str | None = None
@@ -40,14 +42,14 @@ class IdentityConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 @dataclass(frozen=True)
 class Identity:
-    """Who a process is. The private key stays in its file and never shows in a repr."""
+    """The identity of a process. The private key stays in its file and never shows in a repr."""
 
     folder: Path
     config: IdentityConfig
 
     @classmethod
     def load(cls, folder: Path) -> Identity:
-        """Raises IdentityError when a file is missing or `identity.json` is not one."""
+        """Load an identity. Raises IdentityError when a file is missing or malformed."""
         path = folder / IDENTITY_FILE
         try:
             config = msgspec.json.decode(path.read_bytes(), type=IdentityConfig)
@@ -68,7 +70,7 @@ class Identity:
         return cls(folder, config)
 
     def save(self) -> None:
-        """Writes `identity.json`; certificate and key are not touched."""
+        """Write `identity.json`, but neither certificate nor key."""
         path = self.folder / IDENTITY_FILE
         path.write_bytes(msgspec.json.format(msgspec.json.encode(self.config), indent=2) + b"\n")
 
@@ -77,7 +79,7 @@ class Identity:
         return self.config.name
 
     def ssl_context(self) -> ssl.SSLContext:
-        """TLS 1.2 or later, our certificate, and only the fleet's own CA trusted.
+        """Return a context for TLS 1.2 or later with our certificate; trusts the fleet's CA only.
 
         Raises:
             IdentityError: the files do not load.
@@ -88,19 +90,18 @@ class Identity:
             )
         except (ssl.SSLError, OSError) as error:
             raise IdentityError(
-                f"the CA certificate of {self.name} in {self.folder} does not load: {error}; enroll it again"
+                f"the CA certificate of {self.name} in {self.folder} does not load: {error}; "
+                "enroll it again"
             ) from None
         self.load_certificate(context)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         return context
 
     def load_certificate(self, context: ssl.SSLContext) -> None:
-        """Puts our certificate and key, as they are on disk now, into `context`; its next connection uses them.
+        """Load our certificate and key from disk into `context`; its next connection uses them.
 
-        `renewed.pem` holds both of a renewal whose files are not in their places yet, and goes before them.
-
-        Raises:
-            IdentityError: the files do not load.
+        `renewed.pem` takes precedence: it holds both of a renewal that is not complete yet.
+        Raises IdentityError.
         """
         renewed = self.folder / RENEWED_FILE
         try:
@@ -110,20 +111,21 @@ class Identity:
                 context.load_cert_chain(self.folder / CERT_FILE, self.folder / KEY_FILE)
         except (ssl.SSLError, OSError) as error:
             raise IdentityError(
-                f"certificate of {self.name} in {self.folder} does not load: {error}; enroll it again"
+                f"certificate of {self.name} in {self.folder} does not load: {error}; "
+                "enroll it again"
             ) from None
 
 
 @dataclass(frozen=True)
 class ServerTls:
-    """The files of a server: the CA whose clients it takes, its own certificate and key."""
+    """The files of a server: the CA of its clients, its own certificate and key."""
 
     ca_file: Path
     cert_file: Path
     key_file: Path
 
     def ssl_context(self) -> ssl.SSLContext:
-        """TLS 1.2 or later, and no client without a certificate of the fleet's own CA.
+        """Return a context for TLS 1.2 or later that requires clients' certificates of the CA.
 
         Raises:
             IdentityError: the files do not load.
@@ -141,14 +143,11 @@ class ServerTls:
         return context
 
     def load_certificate(self, context: ssl.SSLContext) -> None:
-        """Puts certificate and key, as they are on disk now, into `context`; connections from then on see them.
-
-        Raises:
-            IdentityError: the files do not load.
-        """
+        """Load certificate and key into `context`, for new connections. Raises IdentityError."""
         try:
             context.load_cert_chain(self.cert_file, self.key_file)
         except (ssl.SSLError, OSError) as error:
             raise IdentityError(
-                f"the broker's certificate {self.cert_file} does not load: {error}; make it again with 'fleet up'"
+                f"the broker's certificate {self.cert_file} does not load: {error}; "
+                "make it again with 'fleet up'"
             ) from None

@@ -1,11 +1,10 @@
-"""What an operator's tools ask of a process over HTTP: is it alive, does it serve, and what has it counted."""
+"""The HTTP endpoint of a process for an operator's tools: liveness, readiness and metrics."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
-from types import TracebackType
 from typing import TYPE_CHECKING, Final, Protocol, Self
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -20,29 +19,33 @@ STOP_TIMEOUT_S: Final = 5.0
 
 
 class Monitor(Protocol):
-    """What a process tells of itself; asked on the endpoint's threads."""
+    """The state of a process; it is read on the endpoint's threads."""
 
     def collect(self) -> Iterable[Metric]:
-        """Its metrics, read now; a FleetError says why there are none."""
+        """Read the metrics; raise FleetError if they cannot be read."""
         ...
 
     def why_unhealthy(self) -> str | None:
-        """None, or why it has to be started again."""
+        """Return the reason why the process must be restarted, or None."""
         ...
 
     def why_unready(self) -> str | None:
-        """None, or why nobody should be sent to it now."""
+        """Return the reason why the process serves no requests now, or None."""
         ...
 
 
 class HttpEndpoint:
-    """Serves `/healthz`, `/readyz` and `/metrics`; `port` 0 takes a free one, as `url` then says.
+    """A context manager that serves `/healthz`, `/readyz` and `/metrics` at `url`.
 
-    Before it is given a monitor the process is alive and not ready.
+    For `port` 0 it chooses a free one. Until it has a monitor the process is alive and not ready.
     """
 
     def __init__(self, host: str, port: int) -> None:
-        """Raises ConfigError when it cannot listen there."""
+        """Listen on `host` and `port`.
+
+        Raises:
+            ConfigError: it cannot listen there.
+        """
         self._monitor: Monitor | None = None
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
@@ -51,29 +54,25 @@ class HttpEndpoint:
             self._server = make_server(host, port, self._app, _Server, _Handler)
         except (OSError, OverflowError) as error:
             raise ConfigError(
-                f"cannot serve metrics on {host}:{port}: {error}; stop what uses it or choose another --metrics-port"
+                f"cannot serve metrics on {host}:{port}: {error}; "
+                "stop the program that uses it or choose another --metrics-port"
             ) from None
         self.url = f"http://{host}:{self._server.server_port}"
+
+    def __enter__(self) -> Self:
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="endpoint", daemon=True
         )
-
-    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._thread.join(STOP_TIMEOUT_S)
         self._server.server_close()
 
     def show(self, monitor: Monitor) -> None:
-        """Begins to tell what `monitor` says."""
+        """Publish the metrics and the state of `monitor` from now on."""
         self._registry.register(_Collector(monitor.collect))
         self._monitor = monitor
 
@@ -84,18 +83,17 @@ class HttpEndpoint:
             try:
                 return self._metrics(environ, start_response)
             except FleetError as error:
-                return _verdict(start_response, str(error))
+                return _health(start_response, str(error))
         if path == "/healthz":
-            return _verdict(start_response, monitor.why_unhealthy() if monitor else None)
+            return _health(start_response, monitor.why_unhealthy() if monitor else None)
         if path == "/readyz":
-            return _verdict(start_response, monitor.why_unready() if monitor else "it is starting")
+            return _health(start_response, monitor.why_unready() if monitor else "it is starting")
         return _text(start_response, "404 Not Found", "expected /healthz, /readyz or /metrics")
 
 
-def _verdict(start_response: StartResponse, problem: str | None) -> Iterable[bytes]:
-    return _text(
-        start_response, "503 Service Unavailable" if problem else "200 OK", problem or "ok"
-    )
+def _health(start_response: StartResponse, problem: str | None) -> Iterable[bytes]:
+    status = "503 Service Unavailable" if problem else "200 OK"
+    return _text(start_response, status, problem or "ok")
 
 
 def _text(start_response: StartResponse, status: str, line: str) -> Iterable[bytes]:
@@ -108,7 +106,7 @@ class _Collector:
         self.collect = collect
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: otherwise the registry would ask for all metrics once at the start."""
+        """Return no metrics; otherwise the registry would collect all of them at the start."""
         return []
 
 
@@ -117,7 +115,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = 10.0  # a client that says nothing does not keep its thread
+    timeout = 10.0  # a silent client does not occupy its thread
 
     def log_message(self, *_: object) -> None:
-        """Nothing: a line for every scrape tells nobody anything."""
+        """Log no line for each scrape."""

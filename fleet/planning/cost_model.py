@@ -1,8 +1,9 @@
-"""What each mode would take and cost on some link, by a linear model that was fitted to measured answers (ADR 0024).
+"""Cost of each mode on some link, by a linear model that was fitted to measured answers (ADR 0024).
 
-An answer takes its steps on either side, its round trips, and its bytes over the bandwidth. Steps are those of the
-whole model for one token, LM head included, so that two numbers describe other machines: milliseconds of such a step on
-the device and in the cloud. Nothing here knows other devices: the worker is assumed to have time.
+The time of an answer is that of its steps on either side, its round trips, and its bytes over the
+bandwidth. A step is that of the whole model for one token, LM head included, so that two numbers
+describe other machines: milliseconds of such a step on the device and in the cloud. Other devices
+are not modelled: the worker is assumed to have time.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ DATA: Final = Path(__file__).parent / "data/plan.json"
 CLOUD_ONLY: Final = "cloud_only"
 
 
-class Side(Struct, frozen=True):
-    """Device or cloud as measured: ms of a step; steps for a prompt's position through all layers; steps a message."""
+class MachineSpeed(Struct, frozen=True):
+    """Speed of the device or the cloud as measured.
+
+    Milliseconds of a step; steps for a prompt's position through all layers; steps a message.
+    """
 
     step_ms: float
     prompt_steps: float
@@ -30,8 +34,10 @@ class Side(Struct, frozen=True):
 
 
 class StepCounts(Struct, frozen=True, kw_only=True):
-    """What a token takes at some round trip, on average: steps on either side, round trips, messages; and the share of
-    tokens from the cloud."""
+    """Mean cost of a token at some round trip.
+
+    Steps on either side, round trips, messages; and the share of tokens from the cloud.
+    """
 
     rtt_ms: float
     edge_steps: float
@@ -41,9 +47,12 @@ class StepCounts(Struct, frozen=True, kw_only=True):
     offload_rate: float
 
 
-class Shares(Struct, frozen=True):
-    """How much of each term a time has: of the work on both sides, of a round trip, of the transfer; and ms besides for
-    each round trip. All 1 and no ms is the plain sum; less is what goes on at the same time as something else."""
+class TimeShares(Struct, frozen=True):
+    """Shares of each term in a time: work on both sides, round trip and transfer.
+
+    `extra_ms` is added for each round trip. All 1 and no ms is the plain sum; less than 1 means
+    that a term overlaps with another.
+    """
 
     work: float
     round_trip: float
@@ -53,16 +62,17 @@ class Shares(Struct, frozen=True):
     def of(
         self, work_ms: float, round_trips: float, num_bytes: float, rtt_ms: float, mbit_s: float
     ) -> float:
-        """Milliseconds."""
+        """Return the time in milliseconds."""
         waits_ms = round_trips * (self.round_trip * rtt_ms + self.extra_ms)
         return self.work * work_ms + waits_ms + self.transfer * transfer_ms(num_bytes, mbit_s)
 
 
-class Setting(Struct, frozen=True, kw_only=True):
-    """One way to serve. `threshold` is one for all exits, None for the bundle's own; `agreement` None is not known.
+class ServingSetting(Struct, frozen=True, kw_only=True):
+    """One way to serve.
 
-    `prompt_edge` and `prompt_cloud`: shares of the whole model's layers that a prompt's position runs through.
-    `counts` are sorted by round trip.
+    `threshold` is one for all exits, None for the bundle's own; `agreement` is None if it is not
+    known. `prompt_edge` and `prompt_cloud`: shares of the whole model's layers that a prompt's
+    position runs through. `counts` are sorted by round trip.
     """
 
     name: str
@@ -74,31 +84,37 @@ class Setting(Struct, frozen=True, kw_only=True):
     prompt_bytes: float
     token_bytes: float
     counts: tuple[StepCounts, ...]
-    total: Shares
-    first: Shares
+    total: TimeShares
+    first: TimeShares
 
 
-class Fit(Struct, frozen=True, kw_only=True):
-    """What was measured with one bundle on one machine. `prompt_tokens` and `tokens` are those of a mean answer;
-    `errors` are those of predicted totals on links that the fit did not see, as shares."""
+class CostFit(Struct, frozen=True, kw_only=True):
+    """Constants measured with one bundle on one machine.
+
+    `prompt_tokens` and `tokens` are those of a mean answer; `errors` are those of predicted totals
+    on links that the fit did not see, as shares.
+    """
 
     model: str
     bundle_id: str
     exits: tuple[int, ...]
     split_layer: int
     machine: dict[str, Any]
-    edge: Side
-    cloud: Side
+    edge: MachineSpeed
+    cloud: MachineSpeed
     prompt_tokens: float
     tokens: float
     rtt_ms: tuple[float, float]
     mbit_s: tuple[float, float]
     errors: dict[str, float]
-    settings: tuple[Setting, ...]
+    settings: tuple[ServingSetting, ...]
 
 
-class Load(Struct, frozen=True, kw_only=True):
-    """What is asked for. A step of None is the fitted machine's; tokens of None are those of its mean answer."""
+class PlanRequest(Struct, frozen=True, kw_only=True):
+    """A link, two machines and an answer to plan for.
+
+    A step of None is the fitted machine's; tokens of None are those of its mean answer.
+    """
 
     rtt_ms: float
     mbit_s: float
@@ -109,8 +125,8 @@ class Load(Struct, frozen=True, kw_only=True):
     min_agreement: float = 0.0
 
 
-class Terms(Struct, frozen=True, kw_only=True):
-    """What one answer consists of: work of either side, `first_ms` of both up to the first token, what is sent."""
+class AnswerTerms(Struct, frozen=True, kw_only=True):
+    """Terms of one answer: work of either side, `first_ms` of both up to the first token, bytes."""
 
     tokens: float
     edge_ms: float
@@ -124,7 +140,7 @@ class Terms(Struct, frozen=True, kw_only=True):
 
 
 class Expectation(Struct, frozen=True, kw_only=True):
-    """Of one answer. `edge_ms` and `cloud_ms` are work, which may overlap with the rest."""
+    """Expected cost of one answer; `edge_ms` and `cloud_ms` are work, which may overlap."""
 
     name: str
     mode: str
@@ -144,37 +160,42 @@ class Expectation(Struct, frozen=True, kw_only=True):
     agrees: bool
 
 
-def read_fits(path: Path = DATA) -> tuple[Fit, ...]:
-    """Raises ConfigError when the file is missing or is none of `fleet bench paper --fit`."""
+def read_fits(path: Path = DATA) -> tuple[CostFit, ...]:
+    """Read a file of `fleet bench paper --fit`.
+
+    Raises:
+        ConfigError: the file is missing or is not one.
+    """
     try:
-        fits = msgspec.json.decode(path.read_bytes(), type=tuple[Fit, ...])
+        fits = msgspec.json.decode(path.read_bytes(), type=tuple[CostFit, ...])
     except FileNotFoundError:
         raise ConfigError(
-            f"nothing was measured to plan with: there is no {path}; "
-            "make it in a checkout of the project with 'fleet bench paper' and then 'fleet bench paper --fit'"
+            f"nothing was measured to plan with: there is no {path}; make it in a checkout of the "
+            "project with 'fleet bench paper' and then 'fleet bench paper --fit'"
         ) from None
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"cannot read {path}: {error}; expected a file of 'fleet bench paper --fit', make it again"
+            f"cannot read {path}: {error}; "
+            "expected a file of 'fleet bench paper --fit', make it again"
         ) from None
     if not fits:
         raise ConfigError(f"{path} holds no fit; make it again with 'fleet bench paper --fit'")
     return fits
 
 
-def write_fits(fits: Sequence[Fit], path: Path = DATA) -> None:
-    """As readable JSON."""
+def write_fits(fits: Sequence[CostFit], path: Path = DATA) -> None:
+    """Write fits as readable JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(fits), indent=1) + b"\n")
 
 
 def transfer_ms(num_bytes: float, mbit_s: float) -> float:
-    """0 for a bandwidth of 0, which is a link without a limit."""
+    """Return the transfer's time; a bandwidth of 0 is a link without a limit and takes 0."""
     return 8e-3 * num_bytes / mbit_s if mbit_s else 0.0
 
 
-def counts_at(setting: Setting, rtt_ms: float) -> StepCounts:
-    """Between those that were measured; beyond them the nearest."""
+def counts_at(setting: ServingSetting, rtt_ms: float) -> StepCounts:
+    """Interpolate the measured counts; beyond them return the nearest."""
     at = [counts.rtt_ms for counts in setting.counts]
 
     def between(name: str) -> float:
@@ -184,27 +205,29 @@ def counts_at(setting: Setting, rtt_ms: float) -> StepCounts:
     return StepCounts(rtt_ms=rtt_ms, **values)
 
 
-def terms(fit: Fit, setting: Setting, load: Load) -> Terms:
-    """What one answer consists of. Counts are taken at the round trip that is as many of the device's steps as on the
-    fitted machine: how far a device drafts depends on that."""
-    edge_step = fit.edge.step_ms if load.edge_step_ms is None else load.edge_step_ms
-    cloud_step = fit.cloud.step_ms if load.cloud_step_ms is None else load.cloud_step_ms
-    prompt = fit.prompt_tokens if load.prompt_tokens is None else load.prompt_tokens
-    tokens = fit.tokens if load.tokens is None else load.tokens
-    counts = counts_at(setting, load.rtt_ms * fit.edge.step_ms / edge_step)
+def answer_terms(fit: CostFit, setting: ServingSetting, request: PlanRequest) -> AnswerTerms:
+    """Return the terms of one answer.
+
+    Counts are taken at the round trip that is as many of the device's steps as on the fitted
+    machine: how far a device drafts depends on that.
+    """
+    edge_step = fit.edge.step_ms if request.edge_step_ms is None else request.edge_step_ms
+    cloud_step = fit.cloud.step_ms if request.cloud_step_ms is None else request.cloud_step_ms
+    prompt = fit.prompt_tokens if request.prompt_tokens is None else request.prompt_tokens
+    tokens = fit.tokens if request.tokens is None else request.tokens
+    counts = counts_at(setting, request.rtt_ms * fit.edge.step_ms / edge_step)
     messages = counts.messages * tokens
     edge_prompt = edge_step * fit.edge.prompt_steps * setting.prompt_edge * prompt
     cloud_prompt = cloud_step * fit.cloud.prompt_steps * setting.prompt_cloud * prompt
-    return Terms(
+    edge_steps = counts.edge_steps * tokens + fit.edge.message_steps * messages
+    cloud_steps = counts.cloud_steps * tokens + fit.cloud.message_steps * messages
+    first_edge = edge_step * counts.edge_steps
+    first_cloud = cloud_step * counts.cloud_steps
+    return AnswerTerms(
         tokens=tokens,
-        edge_ms=edge_prompt
-        + edge_step * (counts.edge_steps * tokens + fit.edge.message_steps * messages),
-        cloud_ms=cloud_prompt
-        + cloud_step * (counts.cloud_steps * tokens + fit.cloud.message_steps * messages),
-        first_ms=edge_prompt
-        + cloud_prompt
-        + edge_step * counts.edge_steps
-        + cloud_step * counts.cloud_steps,
+        edge_ms=edge_prompt + edge_step * edge_steps,
+        cloud_ms=cloud_prompt + cloud_step * cloud_steps,
+        first_ms=edge_prompt + cloud_prompt + first_edge + first_cloud,
         round_trips=counts.round_trips * tokens,
         messages=messages,
         num_bytes=setting.prompt_bytes * prompt + setting.token_bytes * tokens,
@@ -213,12 +236,15 @@ def terms(fit: Fit, setting: Setting, load: Load) -> Terms:
     )
 
 
-def expect(fit: Fit, setting: Setting, load: Load) -> Expectation:
-    """What one answer takes and costs."""
-    t = terms(fit, setting, load)
-    link = (load.rtt_ms, load.mbit_s)
-    total_ms = setting.total.of(t.edge_ms + t.cloud_ms, t.round_trips, t.num_bytes, *link)
-    ttft_ms = min(total_ms, setting.first.of(t.first_ms, 1.0, t.prompt_bytes, *link))
+def expected_cost(fit: CostFit, setting: ServingSetting, request: PlanRequest) -> Expectation:
+    """Return the expected time and cost of one answer."""
+    terms = answer_terms(fit, setting, request)
+    link = (request.rtt_ms, request.mbit_s)
+    work_ms = terms.edge_ms + terms.cloud_ms
+    total_ms = setting.total.of(work_ms, terms.round_trips, terms.num_bytes, *link)
+    first_ms = setting.first.of(terms.first_ms, 1.0, terms.prompt_bytes, *link)
+    ttft_ms = min(total_ms, first_ms)
+    agreement = setting.agreement or 0.0
     return Expectation(
         name=setting.name,
         mode=setting.mode,
@@ -226,33 +252,36 @@ def expect(fit: Fit, setting: Setting, load: Load) -> Expectation:
         exits=fit.exits,
         split_layer=fit.split_layer,
         ttft_ms=ttft_ms,
-        token_ms=(total_ms - ttft_ms) / max(1.0, t.tokens - 1),
+        token_ms=(total_ms - ttft_ms) / max(1.0, terms.tokens - 1),
         total_ms=total_ms,
-        edge_ms=t.edge_ms,
-        cloud_ms=t.cloud_ms,
-        num_bytes=t.num_bytes,
-        messages=t.messages,
-        round_trips=t.round_trips,
-        offload_rate=t.offload_rate,
+        edge_ms=terms.edge_ms,
+        cloud_ms=terms.cloud_ms,
+        num_bytes=terms.num_bytes,
+        messages=terms.messages,
+        round_trips=terms.round_trips,
+        offload_rate=terms.offload_rate,
         agreement=setting.agreement,
-        agrees=load.min_agreement == 0 or (setting.agreement or 0.0) >= load.min_agreement,
+        agrees=request.min_agreement == 0 or agreement >= request.min_agreement,
     )
 
 
-def expectations(fits: Sequence[Fit], load: Load) -> list[Expectation]:
-    """Of every setting of every split, those that agree enough first, then by total time; cloud-only once."""
-    found = [
-        expect(fit, setting, load)
+def expectations(fits: Sequence[CostFit], request: PlanRequest) -> list[Expectation]:
+    """Return the expected cost of every setting of every split, cloud-only once.
+
+    Those with enough agreement are first, then sorted by total time.
+    """
+    expected = [
+        expected_cost(fit, setting, request)
         for i, fit in enumerate(fits)
         for setting in fit.settings
         if i == 0 or setting.mode != CLOUD_ONLY
     ]
-    return sorted(found, key=lambda e: (not e.agrees, e.total_ms))
+    return sorted(expected, key=lambda one: (not one.agrees, one.total_ms))
 
 
-def check_load(load: Load) -> None:
-    """Raises ConfigError for a value outside its range."""
-    for name, value in msgspec.structs.asdict(load).items():
+def check_request(request: PlanRequest) -> None:
+    """Raise ConfigError for a value outside its range."""
+    for name, value in msgspec.structs.asdict(request).items():
         if name == "min_agreement":
             if not 0 <= value <= 1:
                 raise ConfigError(f"agreement {value}: expected a number from 0 to 1")

@@ -1,4 +1,4 @@
-"""Who may publish and subscribe where: one table, from which every broker's rules are made."""
+"""The access rights of each role in one table, from which the rules of every broker are made."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from functools import cached_property
 from typing import Final
 
 from fleet.protocol import topics
+from fleet.protocol.topics import ANY
 
 
 class Role(StrEnum):
-    """What an identity is for. Its name is its certificate's CN, MQTT user name and client id."""
+    """The purpose of an identity.
+
+    Its name is its certificate's CN, MQTT user name and client id.
+    """
 
     DEVICE = "device"
     APP = "app"
@@ -21,81 +25,106 @@ class Role(StrEnum):
 
 
 class Action(StrEnum):
+    """A kind of access to topics."""
+
     PUBLISH = "publish"
     SUBSCRIBE = "subscribe"
 
 
-# `{name}` is the identity's own name; `{target}` each device that an app was allowed, and for a device each such app.
+OWN_NAME: Final = "{name}"
+TARGET: Final = "{target}"  # each device that an app may use; for a device each such app
+
 RULES: Final[dict[Role, dict[Action, tuple[str, ...]]]] = {
     Role.DEVICE: {
         Action.PUBLISH: (
-            "d/{name}/status",
-            "d/{name}/reply/+/+",
-            "d/{name}/stats",
-            "open/{name}",
-            "w/+/{name}/+",
+            topics.device_status(OWN_NAME),
+            topics.device_reply(OWN_NAME, ANY, ANY),
+            topics.device_stats(OWN_NAME),
+            topics.open_session(OWN_NAME),
+            topics.to_worker(ANY, OWN_NAME, ANY),
         ),
         Action.SUBSCRIBE: (
-            "d/{name}/config",
-            "d/{name}/prompt/+/+",
-            "d/{name}/cancel/+/+",
-            "d/{name}/s/+",
-            "d/{name}/reported",
-            "e/{target}/+",
-            "w/+/status",
+            topics.device_config(OWN_NAME),
+            topics.device_prompt(OWN_NAME, ANY, ANY),
+            topics.device_cancel(OWN_NAME, ANY, ANY),
+            topics.to_device(OWN_NAME, ANY),
+            topics.device_reported(OWN_NAME),
+            topics.app_event(TARGET, ANY),
+            topics.WORKER_STATUS_FILTER,
         ),
     },
     Role.APP: {
-        Action.PUBLISH: ("d/{target}/prompt/{name}/+", "d/{target}/cancel/{name}/+", "e/{name}/+"),
-        Action.SUBSCRIBE: ("d/+/reply/{name}/+", "d/{target}/status"),
+        Action.PUBLISH: (
+            topics.device_prompt(TARGET, OWN_NAME, ANY),
+            topics.device_cancel(TARGET, OWN_NAME, ANY),
+            topics.app_event(OWN_NAME, ANY),
+        ),
+        Action.SUBSCRIBE: (
+            topics.device_reply(ANY, OWN_NAME, ANY),
+            topics.device_status(TARGET),
+        ),
     },
     Role.WORKER: {
-        Action.PUBLISH: ("d/+/s/+", "w/{name}/status"),
-        Action.SUBSCRIBE: ("open/+", "w/{name}/+/+", "fleet/revoked"),
+        Action.PUBLISH: (topics.TO_DEVICE_FILTER, topics.worker_status(OWN_NAME)),
+        Action.SUBSCRIBE: (
+            topics.OPEN_FILTER,
+            topics.to_worker(OWN_NAME, ANY, ANY),
+            topics.REVOKED,
+        ),
     },
     Role.SERVER: {
         Action.PUBLISH: (
-            "d/+/config",
-            "d/+/reported",
-            "d/+/prompt/{name}/+",
-            "d/+/cancel/{name}/+",
-            "fleet/revoked",
+            topics.DEVICE_CONFIG_FILTER,
+            topics.DEVICE_REPORTED_FILTER,
+            topics.device_prompt(ANY, OWN_NAME, ANY),
+            topics.device_cancel(ANY, OWN_NAME, ANY),
+            topics.REVOKED,
         ),
-        Action.SUBSCRIBE: ("d/+/status", "d/+/stats", "d/+/reply/{name}/+", "w/+/status"),
+        Action.SUBSCRIBE: (
+            topics.DEVICE_STATUS_FILTER,
+            topics.DEVICE_STATS_FILTER,
+            topics.device_reply(ANY, OWN_NAME, ANY),
+            topics.WORKER_STATUS_FILTER,
+            topics.REVOKED,
+        ),
     },
 }
 
 
-def granted(role: Role, name: str, action: Action, targets: Iterable[str] = ()) -> list[str]:
-    """The topic filters that an identity may use for `action`; for `targets` see `Grants`."""
+def permitted_filters(
+    role: Role, name: str, action: Action, targets: Iterable[str] = ()
+) -> list[str]:
+    """Return the topic filters that an identity may use; for `targets` see `Grants`."""
     filters = []
     for rule in RULES[role][action]:
-        for target in targets if "{target}" in rule else ("",):
-            filters.append(f"{topics.PREFIX}/{rule.format(name=name, target=target)}")
+        for target in targets if TARGET in rule else ("",):
+            filters.append(rule.format(name=name, target=target))
     return filters
 
 
-def allows(grants: Iterable[str], requested: str) -> bool:
-    """Whether a topic, or a subscription filter, lies wholly inside one of the granted filters.
+def is_within(requested: str, filters: Iterable[str]) -> bool:
+    """Whether a topic, or a subscription filter, lies wholly inside one of `filters`.
 
-    A wildcard is inside only where the grant has one too, so ``d/+/status`` is never a way around ``d/a/status``.
+    A wildcard is inside only where the filter has one too, so ``d/+/status`` is never a way around
+    ``d/a/status``.
     """
     levels = requested.split("/")
-    for grant in grants:
-        wanted = grant.split("/")
-        if len(wanted) == len(levels) and all(
-            want in ("+", level) and level != "#"
-            for want, level in zip(wanted, levels, strict=True)
-        ):
-            return True
-    return False
+    return any(_covers_levels(each.split("/"), levels) for each in filters)
+
+
+def _covers_levels(permitted: list[str], requested: list[str]) -> bool:
+    if len(permitted) != len(requested):
+        return False
+    pairs = zip(permitted, requested, strict=True)
+    return all(mine in (ANY, level) and level != "#" for mine, level in pairs)
 
 
 @dataclass(frozen=True)
 class Grants:
-    """What one enrolled identity may do.
+    """The rights of one enrolled identity.
 
-    `targets` are the devices that an app was allowed, groups and tags resolved; of a device, the apps that were so.
+    `targets` are an app's permitted devices, groups and tags resolved; for a device, the apps that
+    may use it.
     """
 
     role: Role
@@ -104,14 +133,18 @@ class Grants:
 
     @cached_property
     def filters(self) -> dict[Action, list[str]]:
-        """The topic filters granted for each action."""
-        return {action: granted(self.role, self.name, action, self.targets) for action in Action}
+        """The permitted topic filters for each action."""
+        return {
+            action: permitted_filters(self.role, self.name, action, self.targets)
+            for action in Action
+        }
 
-    def may(self, action: Action, topic: str) -> bool:
-        """Whether `action` is granted on a topic or, to subscribe, on a filter.
+    def permits(self, action: Action, topic: str) -> bool:
+        """Whether `action` is permitted on a topic or, to subscribe, on a filter.
 
-        A shared subscription (``$share/<group>/<filter>``, MQTT 5 section 4.8.2) asks for its filter.
+        A shared subscription (``$share/<group>/<filter>``, MQTT 5 section 4.8.2) needs the right to
+        its filter.
         """
-        return allows(
-            self.filters[action], topics.filter_of(topic) if action is Action.SUBSCRIBE else topic
-        )
+        is_subscription = action is Action.SUBSCRIBE
+        requested = topics.subscribed_filter(topic) if is_subscription else topic
+        return is_within(requested, self.filters[action])

@@ -1,4 +1,6 @@
-"""Messages to bytes and back: msgpack, sizes checked before memory is taken, types checked before use."""
+"""Messages to bytes and back: msgpack; sizes are checked before memory is allocated, types before
+use.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,20 @@ T = TypeVar("T")
 
 
 def encode(message: Message) -> bytes:
-    """One message as a msgpack map with its ``type``."""
+    """Return one message as a msgpack map with its ``type``."""
     packed: bytes = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)))
     return packed
 
 
 def decode(payload: bytes, expected: type[T]) -> T:
-    """One message out of `payload`; `expected` is a message type or a union of them. Unknown fields are ignored.
+    """Return the message of `payload`; `expected` is a message type or a union of them.
+
+    Unknown fields are ignored.
 
     Raises:
         OversizedError: the payload is larger than any message.
-        DecodeError: it is no msgpack map, of an unknown type, or a field is missing or out of range.
+        DecodeError: the payload is no msgpack map, of an unknown type, or a field is missing or out
+            of range.
     """
     if len(payload) > MAX_ENVELOPE_BYTES:
         raise OversizedError(
@@ -52,13 +57,13 @@ def decode(payload: bytes, expected: type[T]) -> T:
 
 
 def decode_to_worker(payload: bytes) -> ToWorker:
-    """What a device says to a worker; raises what :func:`decode` raises."""
+    """Return the message of a device to a worker; raise the errors of :func:`decode`."""
     message: ToWorker = decode(payload, ToWorker)  # type: ignore[arg-type]
     return message
 
 
 def decode_to_device(payload: bytes) -> ToDevice:
-    """What a worker says to a device; raises what :func:`decode` raises."""
+    """Return the message of a worker to a device; raise the errors of :func:`decode`."""
     message: ToDevice = decode(payload, ToDevice)  # type: ignore[arg-type]
     return message
 
@@ -71,7 +76,9 @@ def _names(expected: object) -> str:
 def pack_chunk(
     branch: int, start: int, hidden_states: Float16, dtype: str = FLOAT16
 ) -> ContextChunk:
-    """Hidden states [count, hidden] float16 of positions [start, start + count), ready for a message."""
+    """Pack hidden states [count, hidden] float16 of positions [start, start + count) for a
+    message.
+    """
     data = pack_rows(hidden_states, dtype)
     return ContextChunk(
         branch=branch,
@@ -84,13 +91,15 @@ def pack_chunk(
 
 
 def unpack_chunk(chunk: ContextChunk, hidden_size: int) -> Float16:
-    """The hidden states [count, hidden_size] float16 of a chunk, read-only.
+    """Return the hidden states [count, hidden_size] float16 of a chunk, read-only.
 
     Raises:
-        DecodeError: another dtype, a wrong number of bytes, a wrong checksum, or values that are not finite.
+        DecodeError: the dtype, the number of bytes or the checksum is wrong, or values are not
+            finite.
     """
     if zlib.crc32(chunk.data) != chunk.crc32:
         raise DecodeError(
-            f"context at position {chunk.start}: the checksum does not match the data; send it again"
+            f"context at position {chunk.start}: the checksum does not match the data; "
+            "send it again"
         )
     return unpack_rows(chunk.data, chunk.count, hidden_size, chunk.dtype)

@@ -1,4 +1,4 @@
-"""Which devices workers refuse: a list of names in JSON, retained on `fleet.protocol.topics.REVOKED`."""
+"""The devices that workers refuse: a JSON list of names, retained on `topics.REVOKED`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from fleet.errors import DecodeError, OversizedError
-from fleet.protocol.messages import Id
+from fleet.protocol.types import Id
 
 MAX_DENIED: Final = 10_000
 MAX_DENYLIST_BYTES: Final = MAX_DENIED * 66 + 2  # 63 characters, two quotes and a comma each
@@ -18,12 +18,17 @@ _DECODER = msgspec.json.Decoder(Annotated[list[Id], Meta(max_length=MAX_DENIED)]
 
 
 def encode_denylist(names: Iterable[str]) -> bytes:
-    """The first `MAX_DENIED` names as a payload."""
+    """Encode the first `MAX_DENIED` names as a payload."""
     return msgspec.json.encode(list(names)[:MAX_DENIED])
 
 
 def decode_denylist(payload: bytes) -> frozenset[str]:
-    """Raises OversizedError or DecodeError."""
+    """Decode a payload into names.
+
+    Raises:
+        OversizedError: the payload is longer than `MAX_DENYLIST_BYTES`.
+        DecodeError: it is no JSON list of at most `MAX_DENIED` names.
+    """
     if len(payload) > MAX_DENYLIST_BYTES:
         raise OversizedError(
             f"expected at most {MAX_DENYLIST_BYTES} bytes of denied names, got {len(payload)}"

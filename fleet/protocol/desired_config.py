@@ -1,4 +1,4 @@
-"""What an operator wants of devices: settings, merged from those of all, of a group and of the device itself."""
+"""A device's desired configuration: settings of the fleet, of its group and of itself, merged."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ import msgspec
 from msgspec import Meta, Struct
 
 from fleet.errors import ConfigError, DecodeError, OversizedError
-from fleet.protocol.messages import MAX_DRAFT, DeadlineMs, Id
+from fleet.protocol.messages import MAX_DRAFT
 from fleet.protocol.modes import Mode
-from fleet.protocol.prompt import Share, TargetTpotMs, Threshold
-from fleet.protocol.report import Amount
 from fleet.protocol.triggers import Triggers, check_triggers
+from fleet.protocol.types import (
+    Amount,
+    DeadlineMs,
+    Id,
+    MaxNewTokens,
+    Share,
+    TargetTpotMs,
+    Threshold,
+)
 
 MAX_DESIRED_BYTES: Final = 64 * 1024
 MAX_SETTINGS_BYTES: Final = 60 * 1024  # leaves room for the small settings of other scopes
@@ -20,10 +27,13 @@ UploadDtype = Literal["float16", "int8"]
 
 
 class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """What can be changed while a device serves; None is not said, so that the next wider scope decides.
+    """Values that can be changed while a device serves.
 
-    `bundle` is the id of the bundle that the device shall serve; `agreement_sample` the share of collaborative answers
-    whose tokens are put to the cloud as well, to see whether the exits still agree with it.
+    None leaves a value to the next wider scope.
+
+    `bundle` is the id of the desired bundle. `agreement_sample` is the share of collaborative
+    generations whose tokens are also verified by the cloud, to measure whether the exits still
+    agree with it.
     """
 
     mode: Mode | None = None
@@ -34,7 +44,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, om
     max_offload_rate: Share | None = None
     assist_deadline_ms: DeadlineMs | None = None
     answer_deadline_ms: DeadlineMs | None = None
-    max_new_tokens: Annotated[int, Meta(ge=1, le=100_000)] | None = None
+    max_new_tokens: MaxNewTokens | None = None
     max_draft: Annotated[int, Meta(ge=1, le=MAX_DRAFT)] | None = None
     upload_dtype: UploadDtype | None = None
     agreement_sample: Share | None = None
@@ -42,54 +52,70 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, om
     triggers: Triggers | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError, which a decoder reports in its own error."""
+        """Check the triggers; raise ValueError, which a decoder reports in its own error."""
         check_triggers(self.triggers or ())
 
 
 class DesiredConfig(Struct, frozen=True):
-    """The retained message on `d/<device>/config`. Another version is another configuration, whether higher or not."""
+    """The retained message on `d/<device>/config`.
+
+    A different version is a different configuration, whether the number is higher or lower.
+    """
 
     version: Amount
     settings: Settings
 
 
-def merge(*scopes: Settings) -> Settings:
-    """From the widest scope to the narrowest; one that gives `threshold` or `thresholds` decides on both."""
+def merge_scopes(*scopes: Settings) -> Settings:
+    """Merge scopes, given from the widest to the narrowest.
+
+    A scope that sets `threshold` or `thresholds` decides on both.
+    """
     merged: dict[str, Any] = {}
     for scope in scopes:
-        said = {
-            name: value
-            for name in scope.__struct_fields__
-            if (value := getattr(scope, name)) is not None
-        }
-        if said.keys() & {"threshold", "thresholds"}:
+        values = {name: getattr(scope, name) for name in scope.__struct_fields__}
+        present = {name: value for name, value in values.items() if value is not None}
+        if present.keys() & {"threshold", "thresholds"}:
             merged.pop("threshold", None)
             merged.pop("thresholds", None)
-        merged |= said
+        merged |= present
     return Settings(**merged)
 
 
 def parse_settings(values: dict[str, Any]) -> Settings:
-    """Settings out of builtins; raises ConfigError that names what is known, or how large they may be."""
+    """Convert builtins to `Settings`.
+
+    Raises:
+        ConfigError: a name or a value is not valid, or the settings are larger than
+            `MAX_SETTINGS_BYTES`.
+    """
     try:
         settings = msgspec.convert(values, Settings)
     except msgspec.ValidationError as error:
         raise ConfigError(
             f"{error}; known settings are {', '.join(Settings.__struct_fields__)}"
         ) from None
-    if (size := len(msgspec.json.encode(settings))) > MAX_SETTINGS_BYTES:
+    size = len(msgspec.json.encode(settings))
+    if size > MAX_SETTINGS_BYTES:
         raise ConfigError(
-            f"expected settings of at most {MAX_SETTINGS_BYTES} bytes as JSON, got {size}; shorten the triggers"
+            f"expected settings of at most {MAX_SETTINGS_BYTES} bytes as JSON, got {size}; "
+            "shorten the triggers"
         )
     return settings
 
 
 def encode_desired(desired: DesiredConfig) -> bytes:
+    """Encode the message as JSON."""
     return msgspec.json.encode(desired)
 
 
 def decode_desired(payload: bytes) -> DesiredConfig:
-    """Raises OversizedError or DecodeError."""
+    """Decode the message.
+
+    Raises:
+        OversizedError: the payload is longer than `MAX_DESIRED_BYTES`.
+        DecodeError: it is no desired configuration in JSON.
+    """
     if len(payload) > MAX_DESIRED_BYTES:
         raise OversizedError(
             f"expected a configuration of at most {MAX_DESIRED_BYTES} bytes, got {len(payload)}"

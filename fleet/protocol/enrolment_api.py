@@ -1,7 +1,7 @@
-"""How a device joins over HTTPS: the enrolment token, and the bodies of requests and replies, all JSON.
+"""The enrolment API over HTTPS: the enrolment token, and the JSON bodies of requests and replies.
 
-The token carries the SHA-256 of the fleet's CA certificate, so that a device knows whom it talks to before it trusts
-anybody, as kubeadm's does.
+The token carries the SHA-256 of the fleet's CA certificate, so that a device can verify the service
+before it trusts any CA, as with kubeadm.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from msgspec import Meta, Struct
 from fleet.errors import DecodeError, TokenError
 from fleet.protocol.access import Role
 from fleet.protocol.desired_config import DesiredConfig
-from fleet.protocol.messages import Id
+from fleet.protocol.types import Id
 
 CA_PATH: Final = "/v1/ca"
 CRL_PATH: Final = "/v1/crl"
 JOIN_PATH: Final = "/v1/join"
 RENEW_PATH: Final = "/v1/renew"
-BUNDLES_PATH: Final = "/v1/bundles"  # /<bundle id>/<name of a file as in the manifest, or the manifest's or signature's>
+# /<bundle id>/<name of a file as in the manifest, or of the manifest or the signature itself>
+BUNDLES_PATH: Final = "/v1/bundles"
 MAX_BODY_BYTES: Final = 16 * 1024
 TOKEN: Final = re.compile(r"([0-9a-f]{64})\.([0-9a-f]{16})\.([0-9a-f]{64})")
 
@@ -33,7 +34,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EnrolmentToken:
-    """`ca_sha256` is of the CA certificate's DER; the `secret` (256 bits) works once, for one key."""
+    """A one-time token. `ca_sha256` is the hash of the CA certificate's DER.
+
+    The `secret` (256 bits) works once, for one key.
+    """
 
     ca_sha256: str
     id: str
@@ -41,11 +45,12 @@ class EnrolmentToken:
 
     @classmethod
     def parse(cls, text: str) -> EnrolmentToken:
-        """Raises TokenError when `text` is no token; the message does not repeat it."""
+        """Parse a token. Raises TokenError; its message does not repeat `text`."""
         match = TOKEN.fullmatch(text.strip())
         if not match:
             raise TokenError(
-                "that is no enrolment token: expected <64 hex digits>.<16>.<64>, as 'fleet enroll NAME' prints it"
+                "that is no enrolment token: expected <64 hex digits>.<16>.<64>, "
+                "as 'fleet enroll NAME' prints it"
             )
         return cls(*match.groups())
 
@@ -54,7 +59,11 @@ class EnrolmentToken:
 
 
 class JoinRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """`csr` is a certificate signing request in PEM for a P-256 key; its CN, where it has one, is the token's name."""
+    """A request to join with a token.
+
+    `csr` is a certificate signing request in PEM for a P-256 key; its CN, if it has one, is the
+    token's name.
+    """
 
     id: Hex
     secret: Hex
@@ -62,8 +71,9 @@ class JoinRequest(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class JoinReply(Struct, frozen=True, kw_only=True):
-    """All that an identity needs. The same key that asks again with the same token gets the same certificate.
+    """Everything that an identity needs.
 
+    A request with the same token and the same key again returns the same certificate.
     `host` and `port` are the broker's, `server` the base URL of this service.
     """
 
@@ -81,24 +91,26 @@ class JoinReply(Struct, frozen=True, kw_only=True):
 
 
 class RenewRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """A signing request for a new key; who asks is who its TLS certificate says."""
+    """A signing request for a new key. The TLS certificate of the client identifies it."""
 
     csr: Pem
 
 
 class RenewReply(Struct, frozen=True):
+    """The certificate of the new key in PEM."""
+
     certificate: Pem
 
 
 class ServiceProblem(Struct, frozen=True):
-    """The body of every reply that is no success: `code` of an error in `fleet.errors`, and its message."""
+    """The body of every error reply: `code` of an error in `fleet.errors`, and its message."""
 
     code: str
     message: str
 
 
 def decode_body(data: bytes, kind: type[T]) -> T:
-    """Raises DecodeError when `data` is no `kind` in JSON; the message does not repeat what came."""
+    """Decode a `kind` in JSON. Raises DecodeError; its message does not repeat `data`."""
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

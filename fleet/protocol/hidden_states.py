@@ -1,17 +1,17 @@
-"""Hidden states as bytes: FP16, or int8 with each position's outliers kept apart.
+"""Hidden states as bytes: FP16, or int8 with each position's outliers stored separately.
 
 A row of `int8` for a hidden size of h, little-endian, 36 + h bytes:
 
-| bytes | what |
+| bytes | content |
 |---|---|
 | 4 | float32 `scale` |
 | 8 x 2 | uint16 indices of the eight values of largest magnitude |
 | 8 x 2 | these values as float16 |
 | h | int8; value = int8 x scale, except at those indices |
 
-A language model's hidden states have a few dimensions that are hundreds of times larger than the rest (LLM.int8(),
-arXiv 2208.07339); one scale for all would leave nothing of the others. A row is coded by itself: sent again in another
-chunk it has the same bytes.
+A language model's hidden states have a few dimensions that are hundreds of times larger than the
+rest (LLM.int8(), arXiv 2208.07339); a single scale would round the others to zero. A row is coded
+by itself: it has the same bytes in every chunk.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ Float16 = npt.NDArray[np.float16]
 
 
 def row_bytes(hidden_size: int, dtype: str) -> int:
-    """What one position takes."""
+    """Return the bytes of one position."""
     return 2 * hidden_size if dtype == FLOAT16 else _row(hidden_size).itemsize
 
 
 def pack_rows(hidden_states: Float16, dtype: str) -> bytes:
-    """Hidden states [count, hidden] float16, all finite, as bytes."""
+    """Return hidden states [count, hidden] float16, all finite, as bytes."""
     if dtype == FLOAT16:
         return np.ascontiguousarray(hidden_states, dtype="<f2").tobytes()
     values = hidden_states.astype(np.float32)
     packed = np.zeros(len(values), _row(values.shape[1]))
-    index = np.argpartition(-np.abs(values), packed["index"].shape[1] - 1, axis=1)[
-        :, : packed["index"].shape[1]
-    ]
+    num_outliers = packed["index"].shape[1]
+    by_magnitude = np.argpartition(-np.abs(values), num_outliers - 1, axis=1)
+    index = by_magnitude[:, :num_outliers]
     packed["index"] = index
     packed["outlier"] = np.take_along_axis(values, index, 1)
     np.put_along_axis(values, index, 0.0, 1)
@@ -56,18 +56,19 @@ def pack_rows(hidden_states: Float16, dtype: str) -> bytes:
 
 
 def unpack_rows(data: bytes, count: int, hidden_size: int, dtype: str) -> Float16:
-    """The hidden states [count, hidden_size] float16, read-only.
+    """Return the hidden states [count, hidden_size] float16, read-only.
 
     Raises:
-        DecodeError: an unknown dtype, a wrong number of bytes, an index beyond the hidden size, or values that are not
-            finite.
+        DecodeError: the dtype is unknown, the number of bytes is wrong, an index is beyond the
+            hidden size, or values are not finite.
     """
     if dtype not in CONTEXT_DTYPES:
         raise DecodeError(f"expected context in {' or '.join(CONTEXT_DTYPES)}, got {dtype[:20]!r}")
-    wanted = count * row_bytes(hidden_size, dtype)
-    if len(data) != wanted:
+    num_bytes = count * row_bytes(hidden_size, dtype)
+    if len(data) != num_bytes:
         raise DecodeError(
-            f"expected {count} x {hidden_size} {dtype} values ({wanted} bytes), got {len(data)} bytes"
+            f"expected {count} x {hidden_size} {dtype} values ({num_bytes} bytes), "
+            f"got {len(data)} bytes"
         )
     rows = (
         np.frombuffer(data, "<f2").reshape(count, hidden_size)

@@ -1,6 +1,6 @@
 """The messages of a session between a device and a worker: frozen, validated, no I/O.
 
-Field names, types and limits are the wire's; docs/protocol.md gives them with examples.
+Field names, types and limits are those of the wire; docs/protocol.md lists them.
 """
 
 from __future__ import annotations
@@ -9,34 +9,42 @@ from typing import Annotated, Final, TypeAlias
 
 from msgspec import Meta, Struct
 
-PROTOCOL: Final = 3
-MAX_POSITIONS: Final = 1 << 20
+from fleet.protocol.types import (
+    MAX_POSITIONS,
+    Count,
+    DeadlineMs,
+    Id,
+    Position,
+    Seed,
+    Temperature,
+    Text,
+    TokenId,
+    TopK,
+    TopP,
+)
+
+PROTOCOL: Final = 4
 MAX_CHUNK_BYTES: Final = 256 * 1024
 MAX_DRAFT: Final = 64
 
-Id: TypeAlias = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9_-]{0,62}\Z")]
-Position: TypeAlias = Annotated[int, Meta(ge=0, lt=MAX_POSITIONS)]
-Count: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_POSITIONS)]
-TokenId: TypeAlias = Annotated[int, Meta(ge=0, lt=1 << 31)]
-DeadlineMs: TypeAlias = Annotated[int, Meta(ge=1, le=600_000)]
-Seed: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-Text: TypeAlias = Annotated[str, Meta(max_length=1000)]
-
 
 class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
-    """How a token is drawn from a distribution; `temperature` 0 is greedy, `top_k` 0 is no limit of its own."""
+    """The way to draw a token from a distribution.
 
-    temperature: Annotated[float, Meta(ge=0, le=5)] = 0.0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Meta(ge=0, le=1000)] = 0
+    `temperature` 0 is greedy; `top_k` 0 adds no limit.
+    """
+
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
     seed: Seed = 0
 
 
 class Open(Struct, frozen=True, tag_field="type", tag="open", kw_only=True):
-    """Device to workers: take this session. `max_positions` bounds the KV cache that it will need.
+    """Device to workers: a request to accept this session.
 
-    `branch` is how many rejected drafts the device knows of: a worker that has the session on another branch starts
-    it afresh.
+    `max_positions` bounds the KV cache that it will need. `branch` is the number of rejected drafts
+    that the device knows of: a worker that has the session on another branch starts it afresh.
     """
 
     session: Id
@@ -50,9 +58,10 @@ class Open(Struct, frozen=True, tag_field="type", tag="open", kw_only=True):
 
 
 class Opened(Struct, frozen=True, tag_field="type", tag="opened", kw_only=True):
-    """Worker to device: it is mine; `received` positions are already here.
+    """Worker to device: the session is accepted; `received` positions have already arrived.
 
-    It takes context in any of `dtypes`, and at most `window_bytes` of it beyond what it has acknowledged.
+    The worker accepts context in any of `dtypes`, and at most `window_bytes` of it beyond the last
+    receipt.
     """
 
     session: Id
@@ -77,27 +86,18 @@ class ContextChunk(Struct, frozen=True, omit_defaults=True, kw_only=True):
 
 
 class Context(Struct, frozen=True, tag_field="type", tag="context"):
-    """Device to worker: the next hidden states, before anybody asks."""
+    """Device to worker: the next hidden states, ahead of a verify request."""
 
     session: Id
     chunk: ContextChunk
 
 
-class Assist(Struct, frozen=True, omit_defaults=True, tag_field="type", tag="assist", kw_only=True):
-    """Device to worker: which token follows `position`? A `chunk` counts as if it had come just before."""
-
-    session: Id
-    request: Annotated[int, Meta(ge=0)]
-    position: Position
-    deadline_ms: DeadlineMs
-    chunk: ContextChunk | None = None
-
-
 class Verify(Struct, frozen=True, omit_defaults=True, tag_field="type", tag="verify", kw_only=True):
-    """Device to worker: is `draft[i]` the token that follows position `start + i`, for every i?
+    """Device to worker: the request whether `draft[i]` is the token that follows position `start +
+    i`, for every i.
 
-    Those of the indices `trusted` need no judge: they are accepted as they are. A `chunk` counts as if it had come just
-    before.
+    Tokens at the indices `trusted` are accepted without a verdict. A `chunk` counts as if it had
+    arrived just before.
     """
 
     session: Id
@@ -112,26 +112,13 @@ class Verify(Struct, frozen=True, omit_defaults=True, tag_field="type", tag="ver
     ] = ()
 
 
-class Token(Struct, frozen=True, tag_field="type", tag="token", kw_only=True):
-    """Worker to device: the token that follows `position`, and its log-probability at temperature 1.
-
-    `busy_ms` is how long the question was with the worker.
-    """
-
-    session: Id
-    request: Annotated[int, Meta(ge=0)]
-    position: Position
-    token_id: TokenId
-    logprob: float
-    busy_ms: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
-
-
 class Verified(Struct, frozen=True, tag_field="type", tag="verified", kw_only=True):
-    """Worker to device: the first `accepted` tokens of the draft are mine, too.
+    """Worker to device: the first `accepted` tokens of the draft equal the worker's.
 
-    `token_id` is the worker's own in the place of the first one that is not, None when all are accepted. A rejection
-    begins the next branch: both sides forget what lies behind position `start + accepted`. `logprobs` are those of the
-    accepted tokens and of `token_id`, at temperature 1; 0 of one that was trusted.
+    `token_id` is the worker's own token in place of the first rejected one, None when all are
+    accepted. A rejection begins the next branch: both sides drop every position behind `start +
+    accepted`. `logprobs` are those of the accepted tokens and of `token_id`, at temperature 1; 0
+    for a trusted token. `busy_ms` is the time that the worker held the request.
     """
 
     session: Id
@@ -152,7 +139,9 @@ class Received(Struct, frozen=True, tag_field="type", tag="received"):
 
 
 class Gap(Struct, frozen=True, tag_field="type", tag="gap"):
-    """Worker to device: positions from `expected` on of this branch are missing; send them again."""
+    """Worker to device: positions from `expected` on of this branch are missing; send them
+    again.
+    """
 
     session: Id
     branch: Count
@@ -160,7 +149,9 @@ class Gap(Struct, frozen=True, tag_field="type", tag="gap"):
 
 
 class Refused(Struct, frozen=True, tag_field="type", tag="refused", kw_only=True):
-    """Worker to device: not served by `worker`. `retry_after_ms` 0 means that asking again will not help."""
+    """Worker to device: `worker` does not serve this; `retry_after_ms` 0 means that another try
+    will not help.
+    """
 
     session: Id
     code: Id
@@ -170,11 +161,11 @@ class Refused(Struct, frozen=True, tag_field="type", tag="refused", kw_only=True
 
 
 class Close(Struct, frozen=True, tag_field="type", tag="close"):
-    """Device to worker: the session has ended; its cache can go."""
+    """Device to worker: the session has ended, and its memory may be freed."""
 
     session: Id
 
 
-ToWorker: TypeAlias = Open | Context | Assist | Verify | Close
-ToDevice: TypeAlias = Opened | Token | Verified | Received | Gap | Refused
+ToWorker: TypeAlias = Open | Context | Verify | Close
+ToDevice: TypeAlias = Opened | Verified | Received | Gap | Refused
 Message: TypeAlias = ToWorker | ToDevice

@@ -1,4 +1,4 @@
-"""The modes of generation, and the sources that tokens are counted under."""
+"""The modes of generation, and the sources under which tokens are counted."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fleet.errors import ConfigError
 
 
 class Mode(StrEnum):
-    """Who decides on a token.
+    """The side that decides on a token.
 
-    `standalone`: the device alone. `collaborative`: the device and, where it is not sure, the cloud. `verified`: the
-    device drafts and the cloud confirms or corrects every token. `auto`: whichever of these suits the link and the
-    targets now.
+    `standalone`: the device alone. `collaborative`: the device, and the cloud for tokens below the
+    threshold. `verified`: the device drafts and the cloud confirms or corrects every token. `auto`:
+    the one of these that currently suits the link and the targets.
     """
 
     STANDALONE = "standalone"
@@ -25,18 +25,22 @@ class Mode(StrEnum):
 
 CLOUD = "cloud"
 FALLBACK = "fallback"
-LOOKUP = "lookup"  # copied from earlier text, and confirmed by the cloud
-DEFAULT_AGREEMENT: Final = 0.95  # what auto mode and `fleet plan` keep where nobody says
+LOOKUP = "lookup"  # a token copied from earlier text and confirmed by the cloud
+DEFAULT_AGREEMENT: Final = 0.95  # the minimum of auto mode and `fleet plan`
 NO_EXITS: Final = (LOOKUP, CLOUD, FALLBACK)
 
 
 def exit_source(exit_layer: int) -> str:
-    """How a token from the exit after `exit_layer` layers is counted, e.g. ``exit:8``."""
+    """The source of a token from the exit after `exit_layer` layers, e.g. ``exit:8``."""
     return f"exit:{exit_layer}"
 
 
 def parse_mode(value: str) -> Mode:
-    """Raises ConfigError naming the known modes."""
+    """Parse the name of a mode.
+
+    Raises:
+        ConfigError: there is no such mode; the message lists the known ones.
+    """
     try:
         return Mode(value)
     except ValueError:
@@ -44,11 +48,6 @@ def parse_mode(value: str) -> Mode:
 
 
 def offload_rate(sources: Mapping[str, int]) -> float:
-    """Share of generated tokens that came from the cloud; 0 when there are none."""
+    """The share of generated tokens that came from the cloud; 0 without tokens."""
     total = sum(sources.values())
     return sources.get(CLOUD, 0) / total if total else 0.0
-
-
-def assist_deadline_ms(base_ms: int, pending_positions: int) -> int:
-    """How long to wait for an assist when the worker has `pending_positions` to run first: 10 ms more for each."""
-    return min(base_ms + 10 * pending_positions, 600_000)

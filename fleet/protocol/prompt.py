@@ -1,36 +1,46 @@
-"""What apps and sensors say to a device, and what it answers: plain JSON, so that they need no library of ours."""
+"""Prompts of apps and sensors, and the replies of a device. Plain JSON needs no special library."""
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Final, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from fleet.errors import PromptError
-from fleet.protocol.messages import DeadlineMs, Sampling, Seed
+from fleet.protocol.counts import AnswerCounts
+from fleet.protocol.messages import Sampling
 from fleet.protocol.modes import Mode
 from fleet.protocol.report import Switch
+from fleet.protocol.types import (
+    DeadlineMs,
+    MaxNewTokens,
+    Seed,
+    Share,
+    TargetTpotMs,
+    Temperature,
+    Threshold,
+    TopK,
+    TopP,
+)
 
 MAX_PROMPT_BYTES: Final = 256 * 1024
 
-Threshold = Annotated[float, Meta(ge=0, le=1)]
-Share = Annotated[float, Meta(ge=0, le=1)]
-TargetTpotMs = Annotated[float, Meta(gt=0, le=600_000)]
-
 
 class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
+    """A message of a conversation."""
+
     role: Literal["system", "user", "assistant"]
     content: str
 
 
 class AnswerOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What may be said of how an answer is made; what is not given, the device decides."""
+    """Options of a response. The device chooses a value for each that is None."""
 
-    max_new_tokens: Annotated[int, Meta(ge=1, le=100_000)] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=5)] = 0.0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Meta(ge=0, le=1000)] = 0
+    max_new_tokens: MaxNewTokens | None = None
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
     seed: Seed = 0
     mode: Mode | None = None
     threshold: Threshold | None = None
@@ -43,14 +53,14 @@ class AnswerOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class PromptRequest(AnswerOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A request for one answer. Exactly one of `prompt` and `messages`."""
+    """A request for one response. Exactly one of `prompt` and `messages` is given."""
 
     prompt: str | None = None
     messages: tuple[ChatMessage, ...] | None = None
 
     @property
     def chat(self) -> tuple[ChatMessage, ...]:
-        """The conversation, also when it came as one `prompt`."""
+        """The conversation; a `prompt` becomes a conversation of one message."""
         return self.messages or (ChatMessage("user", self.prompt or ""),)
 
     @property
@@ -63,30 +73,26 @@ class ErrorInfo(Struct, frozen=True):
     message: str
 
 
-class Usage(Struct, frozen=True, kw_only=True):
-    """Counts of one answer; times in milliseconds: to the first token, and per token after it.
+class Usage(AnswerCounts, frozen=True, kw_only=True):
+    """Counts of one response; times in milliseconds: to the first token, and per token after it.
 
-    `round_trips` are the questions that the device waited for; `switches` what auto mode decided, and why.
+    `round_trips` are the verify requests that the device waited for; `switches` are the decisions
+    of auto mode with their reasons.
     """
 
-    prompt_tokens: int
-    tokens: int
-    sources: dict[str, int]
     offload_rate: float
-    bytes_up: int
-    bytes_down: int
     ttft_ms: float
     tpot_ms: float
     round_trips: int = 0
-    drafted: int = 0
     switches: tuple[Switch, ...] = ()
 
 
 class Reply(Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """One message of the answer's stream. The last one has `done`, and `usage` or `error`.
+    """A message of the response's stream. The last one has `done`, and `usage` or `error`.
 
-    `note` says why the cloud had no part in an answer that asked for it. The first one names the `generation`: the
-    same request sent again brings the same replies again, unless the device has forgotten it and begins another.
+    `note` is the reason why the cloud did not contribute to a response that needed it. The first
+    reply has the id of the `generation`. The same request sent again brings the same replies
+    again, unless the device has dropped them: then it starts another generation.
     """
 
     seq: int
@@ -103,27 +109,19 @@ class Reply(Struct, frozen=True, omit_defaults=True, kw_only=True):
 
 
 def parse_prompt(payload: bytes) -> PromptRequest:
-    """A request out of a payload: a JSON object, or plain text that is the prompt.
+    """Parse a request: a JSON object, or plain text that is the prompt.
 
     Raises:
-        PromptError: too long, not UTF-8, malformed JSON, a field that is unknown or out of range, or no prompt.
+        PromptError: the payload is too long, not UTF-8 or malformed JSON, has a field that is
+            unknown or out of range, or has no prompt.
     """
     if len(payload) > MAX_PROMPT_BYTES:
         raise PromptError(
-            f"expected a prompt of at most {MAX_PROMPT_BYTES} bytes, got {len(payload)}; send a shorter one"
+            f"expected a prompt of at most {MAX_PROMPT_BYTES} bytes, got {len(payload)}; "
+            "send a shorter one"
         )
-    if payload.lstrip()[:1] == b"{":
-        try:
-            request = msgspec.json.decode(payload, type=PromptRequest)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise PromptError(
-                f"expected a JSON object with 'prompt' or 'messages': {error}"
-            ) from None
-    else:
-        try:
-            request = PromptRequest(prompt=payload.decode())
-        except UnicodeDecodeError as error:
-            raise PromptError(f"expected UTF-8 text or a JSON object: {error}") from None
+    is_json = payload.lstrip()[:1] == b"{"
+    request = _parse_json(payload) if is_json else _parse_text(payload)
     if (request.prompt is None) == (request.messages is None):
         raise PromptError("expected exactly one of 'prompt' and 'messages'")
     if not any(message.content.strip() for message in request.chat):
@@ -131,8 +129,22 @@ def parse_prompt(payload: bytes) -> PromptRequest:
     return request
 
 
+def _parse_json(payload: bytes) -> PromptRequest:
+    try:
+        return msgspec.json.decode(payload, type=PromptRequest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise PromptError(f"expected a JSON object with 'prompt' or 'messages': {error}") from None
+
+
+def _parse_text(payload: bytes) -> PromptRequest:
+    try:
+        return PromptRequest(prompt=payload.decode())
+    except UnicodeDecodeError as error:
+        raise PromptError(f"expected UTF-8 text or a JSON object: {error}") from None
+
+
 def decode_reply(payload: bytes) -> Reply:
-    """Raises PromptError when it is no reply."""
+    """Decode a reply. Raises PromptError."""
     try:
         return msgspec.json.decode(payload, type=Reply)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

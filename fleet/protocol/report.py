@@ -1,44 +1,40 @@
-"""What a device reports of each generation, and what workers and devices say of themselves."""
+"""Reports of generations, their receipts, and the statuses of devices and workers."""
 
 from __future__ import annotations
 
-from typing import Annotated, Final, TypeAlias, TypeVar
+from typing import Annotated, Final, TypeVar
 
 import msgpack
 import msgspec
 from msgspec import Meta, Struct
 
-from fleet.errors import DecodeError, OversizedError
-from fleet.protocol.messages import Id
+from fleet.errors import DecodeError, FleetError, OversizedError
+from fleet.protocol.counts import GenerationCounts
+from fleet.protocol.types import MAX_LABEL_LENGTH, Amount, Id, Label, Milliseconds, Timestamp
 
-MAX_REPORT_BYTES = 16 * 1024
-NOT_YET = "not yet: "  # what a `config_error` begins with that passes by itself
-MAX_STATUS_BYTES = 16 * 1024
-MAX_RECEIPT_BYTES = 256 * 1024
-MAX_RECEIPT_ITEMS = 1024
-MAX_LABEL_LENGTH = 200
+MAX_REPORT_BYTES: Final = 16 * 1024
+MAX_REPORT_ITEMS: Final = 256
+MAX_STATUS_BYTES: Final = 16 * 1024
+MAX_RECEIPT_BYTES: Final = 256 * 1024
+MAX_RECEIPT_ITEMS: Final = 1024
 
-Amount: TypeAlias = Annotated[int, Meta(ge=0, le=1 << 53)]
-Milliseconds: TypeAlias = Annotated[float, Meta(ge=0, le=1e12)]
-# Seconds since 1970, UTC, up to the year 9999: what a calendar can show.
-Timestamp: TypeAlias = Annotated[float, Meta(ge=0, lt=253_402_300_800)]
-Label: TypeAlias = Annotated[str, Meta(max_length=MAX_LABEL_LENGTH)]
-Source: TypeAlias = Annotated[str, Meta(pattern=r"\A(exit:[0-9]{1,4}|cloud|fallback|lookup)\Z")]
+UNKNOWN_CODE: Final = "unknown"
+"""The code of a `ConfigProblem` that an older device published as a plain text."""
 
 
 class Switch(Struct, frozen=True):
-    """From the answer's token number `token` on the mode was `mode`, because of `reason`."""
+    """A change to `mode` at the answer's token number `token`, with its reason."""
 
     token: Amount
     mode: Label
     reason: Label
 
 
-class GenerationReport(Struct, frozen=True, kw_only=True):
-    """One answer, counted. `generation` is unique in the fleet, so a report that comes twice counts once.
+class GenerationReport(GenerationCounts, frozen=True, kw_only=True):
+    """The counts of one answer, or the sum of `answers` of them.
 
-    With `answers` above 1 it is the sum of so many, made by a device that had no room for all of them. Of `judged`
-    tokens that an exit was sure of, the cloud chose the same for `agreed`.
+    `generation` is unique in the fleet, so that a report that arrives twice counts once. A device
+    adds reports up when it has no room for all of them; the times of a sum are means.
     """
 
     generation: Id
@@ -49,38 +45,45 @@ class GenerationReport(Struct, frozen=True, kw_only=True):
     bundle_id: Id
     mode: Label
     started_at: Timestamp
-    prompt_tokens: Amount
-    tokens: Amount
-    sources: dict[Source, Amount]
-    assists: Amount
-    bytes_up: Amount
-    bytes_down: Amount
     ttft_ms: Milliseconds
     tpot_ms: Milliseconds
     finish_reason: Label
-    verifies: Amount = 0
-    drafted: Amount = 0
     switches: tuple[Switch, ...] = ()
     answers: Annotated[int, Meta(ge=1, le=1 << 53)] = 1
-    judged: Amount = 0
-    agreed: Amount = 0
 
 
 class ReportReceipt(Struct, frozen=True):
-    """What has become of a device's reports: none of these generations needs to be sent again.
+    """The generations of a device that it need not send again.
 
-    `refused` gives the reason why a report can never be stored. A receipt of nothing says that the collector is there.
+    `refused` gives the reason why a report can never be stored. An empty receipt means that the
+    collector is running.
     """
 
     stored: tuple[Id, ...] = ()
     refused: dict[Id, Label] = {}
 
 
-class DeviceStatus(Struct, frozen=True, kw_only=True):
-    """Retained birth of a device, and with `online` false its last will.
+class ConfigProblem(Struct, frozen=True):
+    """The reason why a device does not follow its desired configuration.
 
-    `config_version` is that of the desired configuration which it follows, 0 for none; `config_error` says why it
-    cannot follow a newer one.
+    With `is_final` the device has abandoned this version; otherwise it tries again by itself.
+    """
+
+    code: Label
+    message: Label
+    is_final: bool
+
+    @classmethod
+    def of(cls, error: FleetError, *, is_final: bool = True) -> ConfigProblem:
+        """Return the problem with an error's code and text."""
+        return cls(error.code, str(error)[:MAX_LABEL_LENGTH], is_final)
+
+
+class DeviceStatus(Struct, frozen=True, kw_only=True):
+    """The retained birth message of a device, and with `online` false its last will.
+
+    `config_version` is the version of the desired configuration that the device follows, 0 for
+    none; `config_error` is the reason why it does not follow a newer one.
     """
 
     online: bool
@@ -89,11 +92,11 @@ class DeviceStatus(Struct, frozen=True, kw_only=True):
     version: Label = ""
     mode: Label = ""
     config_version: Amount = 0
-    config_error: Label = ""
+    config_error: ConfigProblem | None = None
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True):
-    """Retained birth of a worker, and with `online` false its last will."""
+    """The retained birth message of a worker, and with `online` false its last will."""
 
     online: bool
     epoch: Amount
@@ -104,48 +107,53 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
 
 
 def encode_report(report: GenerationReport) -> bytes:
+    """Return a report as a msgpack map."""
     packed: bytes = msgpack.packb(msgspec.to_builtins(report))
     return packed
 
 
 def decode_report(payload: bytes) -> GenerationReport:
-    """Raises OversizedError or DecodeError."""
-    if len(payload) > MAX_REPORT_BYTES:
-        raise OversizedError(
-            f"expected a report of at most {MAX_REPORT_BYTES} bytes, got {len(payload)}"
-        )
+    """Return the report in a payload.
+
+    Raises:
+        OversizedError: it is too long.
+        DecodeError: it is no report.
+    """
+    _check_size(payload, MAX_REPORT_BYTES, "a report")
     try:
-        return msgspec.convert(_unpack(payload, max_items=256), GenerationReport)
-    except NO_MESSAGE as error:
+        return msgspec.convert(_unpack(payload, MAX_REPORT_ITEMS), GenerationReport)
+    except UNREADABLE as error:
         raise DecodeError(
             f"expected a generation report, got {len(payload)} bytes that are none: {error}"
         ) from None
 
 
 def generation_of(payload: bytes) -> str | None:
-    """The generation that bytes which are no report speak of, if they do: that much is needed to refuse them."""
+    """Return the generation named in bytes that are no report, so that it can be refused."""
     try:
-        return msgspec.convert(
-            _unpack(payload[:MAX_REPORT_BYTES], max_items=256), _Named
-        ).generation
-    except NO_MESSAGE:
+        items = _unpack(payload[:MAX_REPORT_BYTES], MAX_REPORT_ITEMS)
+        return msgspec.convert(items, _Named).generation
+    except UNREADABLE:
         return None
 
 
 def encode_receipt(receipt: ReportReceipt) -> bytes:
+    """Return a receipt as a msgpack map."""
     packed: bytes = msgpack.packb(msgspec.to_builtins(receipt))
     return packed
 
 
 def decode_receipt(payload: bytes) -> ReportReceipt:
-    """Raises OversizedError or DecodeError."""
-    if len(payload) > MAX_RECEIPT_BYTES:
-        raise OversizedError(
-            f"expected a receipt of at most {MAX_RECEIPT_BYTES} bytes, got {len(payload)}"
-        )
+    """Return the receipt in a payload.
+
+    Raises:
+        OversizedError: it is too long.
+        DecodeError: it is no receipt.
+    """
+    _check_size(payload, MAX_RECEIPT_BYTES, "a receipt")
     try:
-        return msgspec.convert(_unpack(payload, max_items=MAX_RECEIPT_ITEMS), ReportReceipt)
-    except NO_MESSAGE as error:
+        return msgspec.convert(_unpack(payload, MAX_RECEIPT_ITEMS), ReportReceipt)
+    except UNREADABLE as error:
         raise DecodeError(
             f"expected a receipt, got {len(payload)} bytes that are none: {error}"
         ) from None
@@ -155,7 +163,12 @@ class _Named(Struct):
     generation: Id
 
 
-NO_MESSAGE: Final = (ValueError, RecursionError, msgpack.exceptions.UnpackException)
+UNREADABLE: Final = (ValueError, RecursionError, msgpack.exceptions.UnpackException)
+
+
+def _check_size(payload: bytes, max_bytes: int, kind: str) -> None:
+    if len(payload) > max_bytes:
+        raise OversizedError(f"expected {kind} of at most {max_bytes} bytes, got {len(payload)}")
 
 
 def _unpack(payload: bytes, max_items: int) -> object:
@@ -171,6 +184,7 @@ def _unpack(payload: bytes, max_items: int) -> object:
 
 
 def encode_status(status: DeviceStatus | WorkerStatus) -> bytes:
+    """Return a status as JSON."""
     return msgspec.json.encode(status)
 
 
@@ -178,14 +192,24 @@ StatusT = TypeVar("StatusT", DeviceStatus, WorkerStatus)
 
 
 def decode_status(payload: bytes, kind: type[StatusT]) -> StatusT:
-    """Raises OversizedError or DecodeError."""
-    if len(payload) > MAX_STATUS_BYTES:
-        raise OversizedError(
-            f"expected a status of at most {MAX_STATUS_BYTES} bytes, got {len(payload)}"
-        )
+    """Return the status in a payload.
+
+    Raises:
+        OversizedError: it is too long.
+        DecodeError: it is no status.
+    """
+    _check_size(payload, MAX_STATUS_BYTES, "a status")
     try:
-        return msgspec.json.decode(payload, type=kind)
+        return msgspec.convert(_upgraded(msgspec.json.decode(payload)), kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise DecodeError(
             f"expected a {kind.__name__} in JSON, got {len(payload)} bytes that are none: {error}"
         ) from None
+
+
+def _upgraded(fields: object) -> object:
+    """Turn a text in `config_error`, of an older device, into a problem that is not final."""
+    if isinstance(fields, dict) and isinstance(text := fields.get("config_error"), str):
+        problem = {"code": UNKNOWN_CODE, "message": text, "is_final": False}
+        return fields | {"config_error": problem if text else None}
+    return fields

@@ -1,4 +1,4 @@
-"""Drawing a token from the best log-probabilities, the same way on the device and on the worker."""
+"""The draw of a token from the best log-probabilities, the same on the device and on the worker."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from fleet.protocol.messages import Sampling
 
 MIN_TEMPERATURE: Final = (
-    1e-6  # below it the division could overflow; the draw is greedy long before
+    1e-6  # below it the division could overflow; the draw is greedy before that
 )
 
 
@@ -20,16 +20,16 @@ def draw(
     position: int,
     sampling: Sampling,
 ) -> int:
-    """Index of the chosen candidate.
+    """Return the index of the chosen candidate.
 
     Args:
         logprobs: [k] float32, log-probabilities of the candidates, best first.
         token_ids: [k] int64, the candidates.
-        position: where the token will follow; seed, position and token fix the noise, so that asking twice gives the
-            same token, and whoever asks about a similar distribution mostly the same one (Gumbel-max; its use as a
-            coupling: arXiv 2408.07978).
-        sampling: temperature 0 is greedy. Otherwise top-k and nucleus (arXiv 1904.09751) cut, both after the
-            temperature, among the k candidates given.
+        position: position that the token will follow. Seed, position and token determine the noise,
+            so that a second draw gives the same token, and a draw from a similar distribution
+            mostly the same one (Gumbel-max; its use as a coupling: arXiv 2408.07978).
+        sampling: temperature 0 is greedy. Otherwise top-k and nucleus (arXiv 1904.09751) cut, both
+            after the temperature, among the k candidates.
     """
     if sampling.temperature == 0.0:
         return 0
@@ -39,22 +39,24 @@ def draw(
     probabilities /= probabilities.sum()
     kept = int(np.searchsorted(np.cumsum(probabilities), sampling.top_p)) + 1
     scaled = scaled[:kept]
-    return int(np.argmax(scaled + gumbel(sampling.seed, position, token_ids[: len(scaled)])))
+    noise = gumbel(sampling.seed, position, token_ids[: len(scaled)])
+    return int(np.argmax(scaled + noise))
 
 
 def gumbel(seed: int, position: int, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Standard Gumbel noise [k] float64, the same for the same seed, position and token on every machine."""
+    """Return standard Gumbel noise [k] float64, the same for a seed, position and token on every
+    machine.
+    """
     with np.errstate(over="ignore"):
         state = _mix(_mix(np.uint64(seed)) ^ np.uint64(position))
         bits = _mix(state ^ token_ids.astype(np.uint64))
-    uniform = (bits >> np.uint64(12)).astype(
-        np.float64
-    ) + 0.5  # 52 bits and a half: exact, never 0 or 2**52
+    # 52 bits and a half: exact, never 0 or 2**52.
+    uniform = (bits >> np.uint64(12)).astype(np.float64) + 0.5
     return np.asarray(-np.log(-np.log(uniform * 2.0**-52)))
 
 
 def _mix(value: npt.NDArray[np.uint64] | np.uint64) -> npt.NDArray[np.uint64] | np.uint64:
-    """The finaliser of splitmix64 (Steele, Lea and Flood, doi:10.1145/2660193.2660195)."""
+    """Apply the finaliser of splitmix64 (Steele, Lea and Flood, doi:10.1145/2660193.2660195)."""
     value = value + np.uint64(0x9E3779B97F4A7C15)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

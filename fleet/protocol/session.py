@@ -1,4 +1,4 @@
-"""Session rules that both ends share: what a chunk adds, and which event is legal when."""
+"""Session rules of both ends: the new rows of a chunk, and the legal order of events."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from fleet.errors import OutOfOrderError
 
 
 def new_rows(received: int, start: int, count: int) -> int | None:
-    """How many rows of a chunk [start, start + count) are new to a receiver that has [0, received).
+    """Return how many rows of a chunk [start, start + count) are new to a receiver of [0,
+    received).
 
     0 is a duplicate; None is a gap: rows before `start` are missing and the chunk cannot be used.
     """
@@ -19,7 +20,7 @@ def new_rows(received: int, start: int, count: int) -> int | None:
 
 
 class LinkState(StrEnum):
-    """A device's view of its session with a worker."""
+    """The state of a session, as its device sees it."""
 
     IDLE = "idle"
     OPENING = "opening"
@@ -55,7 +56,7 @@ LEGAL: Final[dict[tuple[LinkState, LinkEvent], LinkState]] = {
 
 
 def advance(state: LinkState, event: LinkEvent) -> LinkState:
-    """The state after `event`.
+    """Return the state after `event`.
 
     Raises:
         OutOfOrderError: the event is not legal in `state`.

@@ -1,4 +1,7 @@
-"""Topic names: built here, parsed here, nowhere else. See docs/protocol.md for who may use which."""
+"""The names and filters of all topics; docs/protocol.md lists the rights to them.
+
+No other module builds or parses a topic.
+"""
 
 from __future__ import annotations
 
@@ -8,121 +11,167 @@ from typing import Final
 from fleet.errors import TopicError
 
 PREFIX: Final = "ce/v1"
+ANY: Final = "+"  # MQTT's wildcard for one level
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
-OPEN_FILTER: Final = f"{PREFIX}/open/+"
-WORKER_STATUS_FILTER: Final = f"{PREFIX}/w/+/status"
-DEVICE_STATUS_FILTER: Final = f"{PREFIX}/d/+/status"
-DEVICE_CONFIG_FILTER: Final = f"{PREFIX}/d/+/config"
-DEVICE_STATS_FILTER: Final = f"{PREFIX}/d/+/stats"
-REVOKED: Final = f"{PREFIX}/fleet/revoked"
 
 
-def check_name(name: str, what: str = "name") -> str:
-    """`name` itself when it may stand in a topic: 1 to 63 of ``a-z 0-9 _ -``, not starting with ``_`` or ``-``.
+def check_name(name: str, kind: str = "name") -> str:
+    """Return `name` if it may stand in a topic.
+
+    A name has 1 to 63 characters of ``a-z 0-9 _ -`` and does not start with ``_`` or ``-``.
 
     Raises:
         TopicError: it may not.
     """
     if not NAME.fullmatch(name):
         raise TopicError(
-            f"{what} {name[:80]!r}: expected 1 to 63 characters of a-z, 0-9, '-' and '_'; choose such a name"
+            f"{kind} {name[:80]!r}: expected 1 to 63 characters of a-z, 0-9, '-' and '_'; "
+            "choose such a name"
         )
     return name
 
 
 def device_status(device: str) -> str:
+    """The topic of a device's retained status, which is also its last will."""
     return f"{PREFIX}/d/{device}/status"
 
 
 def device_stats(device: str) -> str:
+    """The topic of a device's reports."""
     return f"{PREFIX}/d/{device}/stats"
 
 
 def device_config(device: str) -> str:
-    """Where the fleet tells a device what it wants of it."""
+    """The topic of a device's retained desired configuration."""
     return f"{PREFIX}/d/{device}/config"
 
 
 def device_reported(device: str) -> str:
-    """Where the collector acknowledges what came on `device_stats`."""
+    """The topic on which the collector acknowledges a device's reports."""
     return f"{PREFIX}/d/{device}/reported"
 
 
-def prompt(device: str, app: str, request: str) -> str:
+def device_prompt(device: str, app: str, request: str) -> str:
+    """The topic of an app's prompt to a device."""
     return f"{PREFIX}/d/{device}/prompt/{app}/{request}"
 
 
-def reply(device: str, app: str, request: str) -> str:
+def device_reply(device: str, app: str, request: str) -> str:
+    """The topic of a device's replies to one prompt."""
     return f"{PREFIX}/d/{device}/reply/{app}/{request}"
 
 
-def cancel(device: str, app: str, request: str) -> str:
+def device_cancel(device: str, app: str, request: str) -> str:
+    """The topic on which an app cancels its prompt."""
     return f"{PREFIX}/d/{device}/cancel/{app}/{request}"
 
 
-def event(app: str, channel: str) -> str:
-    """Where an app or a sensor says something that devices may act on."""
+def app_event(app: str, channel: str) -> str:
+    """The topic of an app's or a sensor's events, on which devices may act."""
     return f"{PREFIX}/e/{app}/{channel}"
 
 
 def to_device(device: str, session: str) -> str:
-    """Where a worker answers a session of `device`."""
+    """The topic of a worker's messages to a device's session."""
     return f"{PREFIX}/d/{device}/s/{session}"
 
 
 def to_worker(worker: str, device: str, session: str) -> str:
-    """Where `device` sends what belongs to a session that `worker` holds."""
+    """The topic of a device's messages to the session that a worker holds."""
     return f"{PREFIX}/w/{worker}/{device}/{session}"
 
 
 def open_session(device: str) -> str:
+    """The topic on which a device opens sessions."""
     return f"{PREFIX}/open/{device}"
 
 
-def shared_open_filter(bundle_id: str) -> str:
-    """Where one of the workers that serve a bundle takes each session; those of other bundles get it as well."""
-    return f"$share/{bundle_id}/{OPEN_FILTER}"
-
-
 def worker_status(worker: str) -> str:
+    """The topic of a worker's retained status, which is also its last will."""
     return f"{PREFIX}/w/{worker}/status"
 
 
-def parse(topic: str, *shape: str) -> tuple[str, ...]:
-    """The names that stand at the ``+`` places of `shape`, e.g. ``parse(topic, "d", "+", "status")``.
+REVOKED: Final = f"{PREFIX}/fleet/revoked"
+
+DEVICE_STATUS_FILTER: Final = device_status(ANY)
+DEVICE_STATS_FILTER: Final = device_stats(ANY)
+DEVICE_CONFIG_FILTER: Final = device_config(ANY)
+DEVICE_REPORTED_FILTER: Final = device_reported(ANY)
+PROMPT_FILTER: Final = device_prompt(ANY, ANY, ANY)
+REPLY_FILTER: Final = device_reply(ANY, ANY, ANY)
+CANCEL_FILTER: Final = device_cancel(ANY, ANY, ANY)
+EVENT_FILTER: Final = app_event(ANY, ANY)
+TO_DEVICE_FILTER: Final = to_device(ANY, ANY)
+TO_WORKER_FILTER: Final = to_worker(ANY, ANY, ANY)
+OPEN_FILTER: Final = open_session(ANY)
+WORKER_STATUS_FILTER: Final = worker_status(ANY)
+
+
+def prompts_to(device: str) -> str:
+    """The filter of all prompts to a device."""
+    return device_prompt(device, ANY, ANY)
+
+
+def cancels_to(device: str) -> str:
+    """The filter of all cancellations at a device."""
+    return device_cancel(device, ANY, ANY)
+
+
+def replies_to(app: str) -> str:
+    """The filter of all replies to an app."""
+    return device_reply(ANY, app, ANY)
+
+
+def sessions_of_device(device: str) -> str:
+    """The filter of all messages to a device's sessions."""
+    return to_device(device, ANY)
+
+
+def sessions_of_worker(worker: str) -> str:
+    """The filter of all messages to the sessions that a worker holds."""
+    return to_worker(worker, ANY, ANY)
+
+
+def shared_open_filter(bundle_id: str) -> str:
+    """The shared subscription by which one worker of each bundle receives a request for a session.
+
+    The workers of other bundles receive it as well, each group once.
+    """
+    return f"$share/{bundle_id}/{OPEN_FILTER}"
+
+
+def parse_topic(topic: str, topic_filter: str) -> tuple[str, ...]:
+    """Return the names at the ``+`` levels of a filter, e.g. of `DEVICE_STATUS_FILTER`.
 
     Raises:
         TopicError: the topic has another shape, or a name in it is not legal.
     """
-    parts = topic.split("/")
-    if len(parts) != len(shape) + 2 or "/".join(parts[:2]) != PREFIX:
-        raise TopicError(f"expected a topic like {PREFIX}/{'/'.join(shape)}, got {topic[:200]!r}")
-    names = []
-    for part, wanted in zip(parts[2:], shape, strict=True):
-        if wanted == "+":
-            names.append(check_name(part))
-        elif part != wanted:
-            raise TopicError(
-                f"expected a topic like {PREFIX}/{'/'.join(shape)}, got {topic[:200]!r}"
-            )
-    return tuple(names)
+    expected = topic_filter.split("/")
+    levels = topic.split("/")
+    if len(levels) != len(expected) or not matches(topic_filter, topic):
+        raise TopicError(f"expected a topic like {topic_filter}, got {topic[:200]!r}")
+    pairs = zip(levels, expected, strict=True)
+    return tuple(check_name(level) for level, wildcard in pairs if wildcard == ANY)
 
 
-def filter_of(subscription: str) -> str:
-    """The topic filter of a subscription, shared or not."""
+def subscribed_filter(subscription: str) -> str:
+    """Return the topic filter of a subscription, shared (``$share/<group>/<filter>``) or not."""
     return subscription.split("/", 2)[-1] if subscription.startswith("$share/") else subscription
 
 
 def matches(topic_filter: str, topic: str) -> bool:
-    """Whether an MQTT filter (``+`` one level, ``#`` the rest) takes a topic; MQTT 3.1.1 section 4.7.
+    """Whether an MQTT filter covers a topic; MQTT 3.1.1 section 4.7.
 
-    A shared subscription (``$share/<group>/<filter>``, MQTT 5 section 4.8.2) takes what its filter takes.
+    ``+`` stands for one level and ``#`` for all that follow.
+
+    A shared subscription (``$share/<group>/<filter>``, MQTT 5 section 4.8.2) covers what its filter
+    does.
     """
-    wanted = filter_of(topic_filter).split("/")
-    got = topic.split("/")
-    for i, level in enumerate(wanted):
+    expected = subscribed_filter(topic_filter).split("/")
+    levels = topic.split("/")
+    for i, level in enumerate(expected):
         if level == "#":
             return True
-        if i >= len(got) or level not in ("+", got[i]):
+        if i >= len(levels) or level not in (ANY, levels[i]):
             return False
-    return len(wanted) == len(got)
+    return len(expected) == len(levels)

@@ -1,7 +1,8 @@
-"""Triggers: which events a device answers, and the prompt that each becomes. Values in, values out, no I/O.
+"""Triggers: rules that turn events into prompts. Plain functions without I/O.
 
-A template has fields in braces, as in ``str.format``: a dotted path into the event's JSON and a number's format. Paths
-lead through plain data only, never to attributes of Python objects, and every length is bounded.
+A template has fields in braces, as in ``str.format``: a dotted path into the event's JSON and the
+format of a number. Paths lead through plain data only, never to attributes of Python objects, and
+every length is bounded.
 """
 
 from __future__ import annotations
@@ -18,17 +19,16 @@ from msgspec import Meta
 
 from fleet.errors import DecodeError, OversizedError, PromptError
 from fleet.protocol import topics
-from fleet.protocol.messages import Id
 from fleet.protocol.prompt import AnswerOptions, PromptRequest
+from fleet.protocol.types import Id
 
 MAX_EVENT_BYTES: Final = 16 * 1024
 MAX_TRIGGERS: Final = 16
 MAX_TEMPLATE: Final = 2000
-MAX_TEXT: Final = 16 * 1024  # characters of a template that was filled
+MAX_TEXT: Final = 16 * 1024  # characters of a filled template
 
-TriggerName: TypeAlias = Annotated[
-    str, Meta(pattern=r"\A[a-z0-9][a-z0-9_-]{0,31}\Z")
-]  # leaves a request's id room
+# Shorter than an id, because a request's id adds an epoch and a number to it.
+TriggerName: TypeAlias = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9_-]{0,31}\Z")]
 Fields: TypeAlias = dict[str, Any]
 
 EVENTS: Final = re.compile(rf"{topics.NAME.pattern}/({topics.NAME.pattern}|\+)")
@@ -47,11 +47,11 @@ ORDERS: Final[dict[str, Callable[[Any, Any], bool]]] = {
 class Trigger(
     AnswerOptions, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
 ):
-    """What a device does when an app or a sensor says something.
+    """A rule that turns the events of an app or a sensor into prompts.
 
-    `events` is ``app/channel`` or ``app/+``. An event for which `when` holds fills the `template`, and the device
-    answers that as if `reply_to` (the event's app, when it is None) had asked. It answers one event in
-    `min_interval_s`, and at most `max_in_flight` at a time; those beyond are dropped.
+    `events` is ``app/channel`` or ``app/+``. An event for which `when` holds fills the `template`.
+    The device answers that prompt as if `reply_to` (None: the event's app) had sent it. It answers
+    one event in `min_interval_s`, and at most `max_in_flight` at a time; others are dropped.
     """
 
     name: TriggerName
@@ -63,7 +63,11 @@ class Trigger(
     max_in_flight: Annotated[int, Meta(ge=1, le=64)] = 4
 
     def __post_init__(self) -> None:
-        """Raises ValueError, which a decoder reports in its own error, for what is no events, template or condition."""
+        """Check the fields. A decoder reports the ValueError in its own error.
+
+        Raises:
+            ValueError: `events`, `template` or `when` is malformed.
+        """
         if not EVENTS.fullmatch(self.events):
             raise ValueError(
                 f"expected events like thermostat/warmth or thermostat/+, got {self.events[:80]!r}"
@@ -72,16 +76,16 @@ class Trigger(
         if self.when is not None:
             _condition(self.when)
 
-    def takes(self, app: str, channel: str) -> bool:
-        """Whether an event of that app and channel is one of ours."""
+    def listens_to(self, app: str, channel: str) -> bool:
+        """Whether the trigger's events include those of `app` on `channel`."""
         return topics.matches(self.events, f"{app}/{channel}")
 
-    def is_due(self, answered_at: float, now: float) -> bool:
-        """Whether the rate allows one at `now`, in seconds, after the last at `answered_at`."""
-        return now - answered_at >= self.min_interval_s
+    def is_due(self, fired_at: float, now: float) -> bool:
+        """Whether the rate allows an event at `now`, in seconds, after the last at `fired_at`."""
+        return now - fired_at >= self.min_interval_s
 
     def options(self) -> dict[str, Any]:
-        """How the answer is to be made, as fields of a `PromptRequest`."""
+        """Return the options of the response as fields of a `PromptRequest`."""
         return {name: getattr(self, name) for name in AnswerOptions.__struct_fields__}
 
 
@@ -89,7 +93,7 @@ Triggers: TypeAlias = Annotated[tuple[Trigger, ...], Meta(max_length=MAX_TRIGGER
 
 
 class Piece(NamedTuple):
-    """A part of a template: text, then a field unless its path is empty."""
+    """A piece of a template: text, then a field unless its path is empty."""
 
     text: str
     path: str
@@ -97,7 +101,7 @@ class Piece(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """`path` compared with a value of JSON."""
+    """A comparison of the field at `path` with a value of JSON."""
 
     path: str
     order: str
@@ -105,33 +109,33 @@ class Condition(NamedTuple):
 
 
 def check_triggers(triggers: Iterable[Trigger]) -> None:
-    """Raises ValueError when two have one name."""
+    """Check that each name is unique. Raises ValueError."""
     names = [trigger.name for trigger in triggers]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(
-            f"expected a name of its own for each trigger, got {', '.join(twice)} more than once"
-        )
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise ValueError(f"expected unique trigger names, got {', '.join(duplicates)} repeatedly")
 
 
 def event_filters(triggers: Sequence[Trigger]) -> set[str]:
-    """The topic filters that bring the events of all `triggers`, each event once."""
-    wanted = {trigger.events for trigger in triggers}
-    whole = {events.partition("/")[0] for events in wanted if events.endswith("/+")}
+    """Return the topic filters that match the events of all `triggers`, each event once."""
+    pairs = {tuple(trigger.events.split("/")) for trigger in triggers}
+    apps_with_wildcard = {app for app, channel in pairs if channel == topics.ANY}
     return {
-        topics.event(*events.split("/"))
-        for events in wanted
-        if events.endswith("/+") or events.partition("/")[0] not in whole
+        topics.app_event(app, channel)
+        for app, channel in pairs
+        if channel == topics.ANY or app not in apps_with_wildcard
     }
 
 
 def read_event(channel: str, payload: bytes) -> Fields:
-    """What a template may use: the fields of a JSON object, `channel`, and the whole text as `payload`.
+    """Return the fields of an event that a template may use.
 
-    A payload that is nothing but a number is that number.
+    These are the fields of a JSON object, `channel`, and the whole text as `payload`. A payload
+    that is only a number becomes that number.
 
     Raises:
-        OversizedError: it is too large.
-        DecodeError: it begins as a JSON object and is none, or it is no text.
+        OversizedError: the payload is too large.
+        DecodeError: the payload is not UTF-8, or begins as a JSON object and is malformed.
     """
     if len(payload) > MAX_EVENT_BYTES:
         raise OversizedError(
@@ -146,10 +150,11 @@ def read_event(channel: str, payload: bytes) -> Fields:
 
 
 def make_prompt(trigger: Trigger, event: Fields) -> PromptRequest | None:
-    """The request that an event becomes, None when the trigger's condition does not hold.
+    """Return the request that an event becomes; None if the trigger's condition does not hold.
 
     Raises:
-        PromptError: the event lacks a field or has another kind of value there, or the text is empty or too long.
+        PromptError: the event lacks a field or has another kind of value there, or the text is
+            empty or too long.
     """
     if trigger.when is not None and not _holds(_condition(trigger.when), event):
         return None
@@ -157,21 +162,27 @@ def make_prompt(trigger: Trigger, event: Fields) -> PromptRequest | None:
 
 
 def fill(template: str, event: Fields) -> str:
-    """The template with the event's values in the place of its fields; raises PromptError as `make_prompt` does."""
+    """Replace the template's fields by the event's values. Raises PromptError as `make_prompt`."""
     text = ""
     for piece in _pieces(template):
-        text += piece.text + (_show(piece, _look_up(piece.path, event)) if piece.path else "")
+        text += piece.text
+        if piece.path:
+            text += _format_value(piece, _look_up(piece.path, event))
         if len(text) > MAX_TEXT:
             raise PromptError(
-                f"expected a prompt of at most {MAX_TEXT} characters; let the template use less of it"
+                f"expected a prompt of at most {MAX_TEXT} characters; "
+                "use fewer or shorter fields in the template"
             )
     if not text.strip():
-        raise PromptError("the event makes an empty prompt; put words into the template")
+        raise PromptError("the event makes an empty prompt; add text to the template")
     return text
 
 
 def request_name(trigger: Trigger, epoch: int, number: int) -> str:
-    """The request's id: another for each event, also after the device has started again with another `epoch`."""
+    """Return the id of a request, unique for each event.
+
+    `epoch` differs after every start of the device.
+    """
     return f"{trigger.name}-{epoch:x}-{number}"
 
 
@@ -185,7 +196,8 @@ def _pieces(template: str) -> tuple[Piece, ...]:
             )
         if conversion or not SPEC.fullmatch(spec or ""):
             raise ValueError(
-                f"expected a format like .1f after {{{path}: , got {spec or '!' + str(conversion)!r}"
+                f"expected a format like .1f after {{{path}: , "
+                f"got {spec or '!' + str(conversion)!r}"
             )
         pieces.append(Piece(text, path or "", spec or ""))
     return tuple(pieces)
@@ -204,15 +216,17 @@ def _condition(when: str) -> Condition:
 
 
 def _holds(condition: Condition, event: Fields) -> bool:
-    path, order, wanted = condition
-    value = _look_up(path, event)
-    if order in ("==", "!="):
-        return (_kind(value) == _kind(wanted) and value == wanted) is (order == "==")
-    if _kind(value) != _kind(wanted) or _kind(wanted) not in ("number", "text"):
+    value = _look_up(condition.path, event)
+    kind = _kind(condition.value)
+    is_same_kind = _kind(value) == kind
+    if condition.order in ("==", "!="):
+        is_equal = is_same_kind and value == condition.value
+        return is_equal is (condition.order == "==")
+    if not is_same_kind or kind not in ("number", "text"):
         raise PromptError(
-            f"expected a {_kind(wanted)} at {path!r} of the event, got {_shown(value)}"
+            f"expected a {kind} at {condition.path!r} of the event, got {_describe(value)}"
         )
-    return ORDERS[order](value, wanted)
+    return ORDERS[condition.order](value, condition.value)
 
 
 def _kind(value: object) -> str:
@@ -242,7 +256,7 @@ def _look_up(path: str, event: Fields) -> Any:
     return value
 
 
-def _show(piece: Piece, value: object) -> str:
+def _format_value(piece: Piece, value: object) -> str:
     try:
         if _kind(value) in ("number", "text"):
             return format(value, piece.spec)
@@ -251,11 +265,12 @@ def _show(piece: Piece, value: object) -> str:
     except (ValueError, OverflowError, RecursionError):
         pass
     raise PromptError(
-        f"expected a value that fits {{{piece.path}:{piece.spec}}} in the event, got {_shown(value)}"
+        f"expected a value that fits {{{piece.path}:{piece.spec}}} in the event, "
+        f"got {_describe(value)}"
     )
 
 
-def _shown(value: object) -> str:
+def _describe(value: object) -> str:
     return "an object or a list" if _kind(value) == "composite" else repr(str(value)[:80])
 
 

@@ -1,4 +1,4 @@
-"""The audit log: each change is written beside what it changes, in the same transaction."""
+"""The audit log: each change is written in the same transaction as its entry."""
 
 from __future__ import annotations
 
@@ -10,32 +10,46 @@ from sqlalchemy.orm import Session
 
 from fleet.registry.models import AuditRecord
 from fleet.registry.results import AuditRow
+from fleet.registry.transactions import Repository
 
 
 def audit(db: Session, actor: str, action: str, subject: str, **details: Any) -> None:
-    """Writes that `actor` did `action` to `subject`; `details` are builtins, and never a secret."""
-    db.add(
-        AuditRecord(
-            at=time.time(), actor=actor[:200], action=action, subject=subject[:200], details=details
-        )
+    """Record that `actor` did `action` to `subject`; `details` are builtins, and never a secret."""
+    entry = AuditRecord(
+        at=time.time(), actor=actor[:200], action=action, subject=subject[:200], details=details
     )
+    db.add(entry)
 
 
-def newest_change(db: Session) -> int:
-    """Grows with every change; 0 before the first."""
-    return db.scalar(select(func.max(AuditRecord.id))) or 0
+class AuditLog(Repository):
+    """The entries of the audit log."""
+
+    def newest_change(self) -> int:
+        """Return a number that grows with every change; 0 before the first."""
+        with self._transactions.reading() as db:
+            return db.scalar(select(func.max(AuditRecord.id))) or 0
+
+    def entries(
+        self, subject: str | None = None, since: float | None = None, limit: int = 100
+    ) -> list[AuditRow]:
+        """Return the latest changes, newest first.
+
+        Only those of `subject`, and at `since` or later, where they are given.
+        """
+        query = select(AuditRecord).order_by(AuditRecord.id.desc()).limit(limit)
+        if subject is not None:
+            query = query.where(AuditRecord.subject == subject)
+        if since is not None:
+            query = query.where(AuditRecord.at >= since)
+        with self._transactions.reading() as db:
+            return [_audit_row(record) for record in db.scalars(query)]
 
 
-def audit_log(db: Session, subject: str | None, since: float | None, limit: int) -> list[AuditRow]:
-    """The latest changes, newest first."""
-    query = select(AuditRecord).order_by(AuditRecord.id.desc()).limit(limit)
-    if subject is not None:
-        query = query.where(AuditRecord.subject == subject)
-    if since is not None:
-        query = query.where(AuditRecord.at >= since)
-    return [
-        AuditRow(
-            at=row.at, actor=row.actor, action=row.action, subject=row.subject, details=row.details
-        )
-        for row in db.scalars(query)
-    ]
+def _audit_row(record: AuditRecord) -> AuditRow:
+    return AuditRow(
+        at=record.at,
+        actor=record.actor,
+        action=record.action,
+        subject=record.subject,
+        details=record.details,
+    )

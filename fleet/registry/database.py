@@ -1,4 +1,4 @@
-"""Opening the registry's database, SQLite or PostgreSQL, and bringing it to the newest tables."""
+"""The registry's database, SQLite or PostgreSQL: opening it, and its migration."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from sqlalchemy.orm import Session
 from fleet.errors import MissingExtraError, RegistryError, ValueRefusedError
 
 BUSY_TIMEOUT_S: Final = 30.0
-"""How long a write waits for what another process has locked: the SQLite file, or rows in PostgreSQL."""
+"""The wait of a write for a lock of another process: the SQLite file, or rows in PostgreSQL."""
 
 QUERY_TIMEOUT_S: Final = 60.0
-"""How long PostgreSQL works on one statement; a migration may take longer."""
+"""The time limit of PostgreSQL for one statement; a migration has none."""
 
 RETRY_S: Final = 0.05
 CONNECT_TIMEOUT_S: Final = 10
@@ -34,27 +34,29 @@ LOST_SERVER: Final = {
     "keepalives_count": 3,
     "tcp_user_timeout": 60_000,
 }
-"""By libpq's names, in seconds and milliseconds: a connection whose server says nothing at all ends after a minute."""
+"""Options of libpq, in seconds and milliseconds: a connection to a silent server is closed."""
 
-PRIMARY_CODE: Final = 0xFF  # of SQLite's extended ones
+PRIMARY_CODE: Final = 0xFF
+"""The bits of SQLite's extended error codes that are the primary code."""
 LOCKED: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, "55P03"})
 FULL: Final = frozenset({sqlite3.SQLITE_FULL, "53100"})
 SLOW: Final = "57014"
 BROKEN: Final = frozenset({sqlite3.SQLITE_CORRUPT, "XX001", "XX002"})
 MIGRATION_LOCK: Final = 0xCEC0_11A3
-"""PostgreSQL's advisory lock for whoever migrates: several processes may open a new database at once."""
+"""The advisory lock of a migration: several processes may open a new database at once."""
 
 CONFIG_LOCK: Final = 0xCEC0_11A4
-"""And for whoever changes settings: a change is made of what was said last."""
+"""The advisory lock of a change to settings, which depends on the newest ones."""
 
-logging.getLogger("alembic").setLevel(logging.WARNING)  # an ordinary start is no news
+logging.getLogger("alembic").setLevel(logging.WARNING)  # it logs every ordinary start
 
 
 def open_database(url_or_path: str | Path) -> Engine:
-    """An engine on the database, whose tables are made or migrated first. For `reading(engine)` or `writing(engine)`.
+    """Return an engine on the database, after its tables are created or migrated.
 
     Raises:
-        RegistryError: the URL is none, the database cannot be reached, or a newer version of this program made it.
+        RegistryError: the URL is malformed, the database cannot be reached, or a newer version of
+            this program created it.
         MissingExtraError: the database's driver is not installed.
     """
     url = parse_url(url_or_path)
@@ -70,57 +72,78 @@ def open_database(url_or_path: str | Path) -> Engine:
 
 
 def reading(engine: Engine) -> Engine:
-    """The same engine for transactions that read: all their questions see one moment, as they do in SQLite anyway."""
-    return (
-        engine
-        if engine.name == "sqlite"
-        else engine.execution_options(isolation_level="REPEATABLE READ")
-    )
+    """Return the engine for reading transactions; each sees one snapshot, as in SQLite."""
+    if engine.name == "sqlite":
+        return engine
+    return engine.execution_options(isolation_level="REPEATABLE READ")
 
 
 def writing(engine: Engine) -> Engine:
-    """The same engine for transactions that write: SQLite then waits for its lock at the start, not in the middle."""
+    """Return the engine for writing transactions: SQLite waits for its lock at the start."""
     return engine.execution_options(sqlite_begin="IMMEDIATE")
 
 
 @contextmanager
 def registry_errors(url: URL) -> Iterator[None]:
-    """Turns what SQLAlchemy and Alembic raise into a RegistryError of one line."""
+    """Turn the errors of SQLAlchemy and Alembic into a RegistryError of one line."""
     shown = url.render_as_string(hide_password=True)
     try:
         yield
     except DataError as error:
         raise ValueRefusedError(
-            f"the registry {shown} does not take a value: {_one_line(error.orig)}"
+            f"the registry {shown} does not accept a value: {_one_line(error.orig)}"
         ) from None
     except SQLAlchemyError as error:
-        raise RegistryError(f"the registry {shown} {_what_failed(error)}") from None
+        raise RegistryError(f"the registry {shown} {_explanation(error)}") from None
     except CommandError as error:
         raise RegistryError(
-            f"the registry {shown} was made by another version ({error}); install that version or a newer one"
+            f"the registry {shown} was made by another version ({error}); "
+            "install that version or a newer one"
         ) from None
 
 
-def _what_failed(error: SQLAlchemyError) -> str:
-    """What the database says, and what to do about it."""
-    cause = getattr(error, "orig", None) or error
+def _explanation(error: SQLAlchemyError) -> str:
+    """Return the database's reason, and the advice on it."""
+    first = _first_error(error)
+    cause = getattr(first, "orig", None) or first
     code = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorcode", 0) & PRIMARY_CODE
     reason = _one_line(cause)
     if code in LOCKED:
-        return f"was locked for {BUSY_TIMEOUT_S:g} s ({reason}); end the process that holds it, or try again"
+        advice = "end the process that holds it, or try again"
+        return f"was locked for {BUSY_TIMEOUT_S:g} s ({reason}); {advice}"
     if code == SLOW:
-        return f"worked for {QUERY_TIMEOUT_S:g} s on one question ({reason}); ask for less, or see what keeps it busy"
+        advice = "query less, or find out why it is busy"
+        return f"worked for {QUERY_TIMEOUT_S:g} s on one query ({reason}); {advice}"
     if code in FULL:
-        return f"has no room for more ({reason}); free some on its disk: nothing of this change is stored"
+        advice = "free some on its disk: nothing of this change is stored"
+        return f"has no room for more ({reason}); {advice}"
     if code == sqlite3.SQLITE_IOERR:
-        return f"cannot use its disk ({reason}); see whether that is full or broken"
+        return f"cannot use its disk ({reason}); check whether it is full or broken"
     if code in BROKEN:
         return f"is damaged ({reason}); put a backup in its place"
     return f"cannot answer: {reason}; check its path or URL"
 
 
-def take_turns(db: Session, lock: int) -> None:
-    """Until the transaction's end nobody else has `lock`; in SQLite transactions that write take turns anyway."""
+def _first_error(error: BaseException) -> BaseException:
+    """Return the error that ended the transaction.
+
+    SQLite ends a transaction by itself when its disk is full; then the rollback of a savepoint,
+    which exists no more, fails as well.
+    """
+    first: BaseException = error
+    context = error.__context__
+    while "no such savepoint" in str(first) and context is not None:
+        if isinstance(context, SQLAlchemyError):
+            first = context
+        context = context.__context__
+    return first
+
+
+def acquire_lock(db: Session, lock: int) -> None:
+    """Hold `lock` until the end of the transaction.
+
+    SQLite needs no lock: it runs one writing transaction at a time.
+    """
     if db.get_bind().dialect.name == "postgresql":
         db.execute(select(func.pg_advisory_xact_lock(lock)))
 
@@ -130,7 +153,7 @@ def _one_line(error: BaseException | None) -> str:
 
 
 def alembic_config() -> Config:
-    """Alembic's configuration, with the migrations that are in this package."""
+    """Return Alembic's configuration, with the migrations in this package."""
     config = Config()
     config.set_main_option("script_location", "fleet.registry:migrations")
     config.set_main_option("path_separator", "os")
@@ -138,21 +161,27 @@ def alembic_config() -> Config:
 
 
 def parse_url(url_or_path: str | Path) -> URL:
-    if isinstance(url_or_path, str) and "://" in url_or_path:
-        try:
-            url = make_url(url_or_path)
-        except (ArgumentError, ValueError):
-            raise RegistryError(
-                "the registry's URL is none: expected a path or a URL like postgresql://user@host/fleet"
-            ) from None
-        if url.drivername in ("postgres", "postgresql"):
-            url = url.set(drivername="postgresql+psycopg")
-        if url.get_backend_name() not in ("sqlite", "postgresql"):
-            raise RegistryError(
-                f"no such kind of registry: {url.drivername!r}; expected sqlite or postgresql"
-            )
-        return url
-    return URL.create("sqlite", database=str(Path(url_or_path).absolute()))
+    """Return the SQLAlchemy URL of a database, or of a SQLite file.
+
+    Raises:
+        RegistryError: it is malformed, or of another kind of database.
+    """
+    if isinstance(url_or_path, Path) or "://" not in url_or_path:
+        return URL.create("sqlite", database=str(Path(url_or_path).absolute()))
+    try:
+        url = make_url(url_or_path)
+    except (ArgumentError, ValueError):
+        raise RegistryError(
+            "the registry's URL is malformed: "
+            "expected a path or a URL like postgresql://user@host/fleet"
+        ) from None
+    if url.drivername in ("postgres", "postgresql"):
+        url = url.set(drivername="postgresql+psycopg")
+    if url.get_backend_name() not in ("sqlite", "postgresql"):
+        raise RegistryError(
+            f"no such kind of registry: {url.drivername!r}; expected sqlite or postgresql"
+        )
+    return url
 
 
 def _create(url: URL, **options: Any) -> Engine:
@@ -163,10 +192,11 @@ def _create(url: URL, **options: Any) -> Engine:
             f"no such driver: {url.drivername!r}; expected sqlite or postgresql"
         ) from None
     except ImportError as error:
-        wanted = "'cecollm-fleet[postgres]'" if error.name == "psycopg" else error.name
+        package = "'cecollm-fleet[postgres]'" if error.name == "psycopg" else error.name
+        shown = url.render_as_string(hide_password=True)
         raise MissingExtraError(
-            f"the registry {url.render_as_string(hide_password=True)} needs the driver {error.name}, "
-            f"which is not installed; run: pip install {wanted}"
+            f"the registry {shown} needs the driver {error.name}, which is not installed; "
+            f"run: pip install {package}"
         ) from None
 
 
@@ -183,58 +213,57 @@ def _postgresql(url: URL) -> Engine:
 
 
 class _SqliteFile:
-    """The file of a SQLite registry: the one that was opened, or no other."""
+    """The file of a SQLite registry, which must stay the one that was opened."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._opened: tuple[int, int] | None = None
 
     def check(self) -> None:
-        """Raises RegistryError when it is gone, or another is in its place: SQLite would write where nobody reads, or
-        into a new file."""
+        """Raise RegistryError when the file is gone, or another is in its place.
+
+        SQLite would write into the deleted file, or into a new one.
+        """
         try:
             status = self._path.stat()
-            found = status.st_dev, status.st_ino
+            file = (status.st_dev, status.st_ino)
         except OSError:
-            found = None
-        if self._opened and found != self._opened:
-            what = (
+            file = None
+        if self._opened and file != self._opened:
+            reason = (
                 "another file is in its place; start again to use that"
-                if found
+                if file
                 else "its file is gone; put it back"
             )
-            raise RegistryError(f"the registry {self._path} cannot answer: {what}")
-        self._opened = found
+            raise RegistryError(f"the registry {self._path} cannot answer: {reason}")
+        self._opened = file
 
 
 def use_wal(connection: sqlite3.Connection) -> None:
-    """Write-ahead logging, which lets others read. SQLite does not wait by itself when another process changes it, too:
-    both have just made the file."""
-    give_up_at = time.monotonic() + BUSY_TIMEOUT_S
+    """Switch to write-ahead logging, which lets other processes read during a write.
+
+    SQLite does not wait by itself when another process, which has just created the file as well,
+    switches at the same time.
+    """
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
     while True:
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             return
         except sqlite3.OperationalError as error:
-            if (
-                error.sqlite_errorcode & PRIMARY_CODE not in LOCKED
-                or time.monotonic() >= give_up_at
-            ):
+            is_locked = error.sqlite_errorcode & PRIMARY_CODE in LOCKED
+            if not is_locked or time.monotonic() >= deadline:
                 raise
             time.sleep(RETRY_S)
 
 
 def _sqlite(url: URL) -> Engine:
+    file = None
     if url.database and url.database != ":memory:":
-        folder = Path(url.database).parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RegistryError(
-                f"cannot make the registry's folder {folder}: {error.strerror}"
-            ) from None
+        path = Path(url.database)
+        _make_folder(path.parent)
+        file = _SqliteFile(path)
     engine = _create(url, connect_args={"timeout": BUSY_TIMEOUT_S})
-    file = _SqliteFile(Path(url.database)) if url.database and url.database != ":memory:" else None
 
     @event.listens_for(engine, "do_connect")
     def connecting(*_: object) -> None:
@@ -243,7 +272,7 @@ def _sqlite(url: URL) -> Engine:
 
     @event.listens_for(engine, "connect")
     def connected(connection: sqlite3.Connection, _: object) -> None:
-        connection.isolation_level = None  # "begin" below says how a transaction starts
+        connection.isolation_level = None  # the "begin" event below starts transactions
         use_wal(connection)
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute("PRAGMA foreign_keys=ON")
@@ -252,11 +281,19 @@ def _sqlite(url: URL) -> Engine:
     def begun(connection: Connection) -> None:
         if file:
             file.check()
-        connection.exec_driver_sql(
-            f"BEGIN {connection.get_execution_options().get('sqlite_begin', 'DEFERRED')}"
-        )
+        kind = connection.get_execution_options().get("sqlite_begin", "DEFERRED")
+        connection.exec_driver_sql(f"BEGIN {kind}")
 
     return engine
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RegistryError(
+            f"cannot make the registry's folder {folder}: {error.strerror}"
+        ) from None
 
 
 def _migrate(connection: Connection) -> None:

@@ -1,6 +1,6 @@
-"""The registry's tables; the roll-ups' are in `rollup_tables`.
+"""The registry's tables; those of the roll-ups are in `fleet.registry.stats.rollup_tables`.
 
-Times are seconds since 1970, UTC; what comes from a device is unique to that device.
+Times are in seconds since 1970, UTC. Ids that a device assigns are unique to that device.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any, TypeAlias
 
+import msgspec
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -21,6 +22,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from fleet.protocol.report import ConfigProblem
+
 Name: TypeAlias = Annotated[str, mapped_column(String(63))]
 Label: TypeAlias = Annotated[str, mapped_column(String(200))]
 Digest: TypeAlias = Annotated[str, mapped_column(String(64))]
@@ -30,7 +33,7 @@ Milliseconds: TypeAlias = Annotated[float, mapped_column(Double)]
 
 
 class Table(DeclarativeBase):
-    """Base of all tables; constraints get names, so that migrations can change them everywhere."""
+    """The base of all tables; constraints have names, so that migrations can change them."""
 
     metadata = MetaData(
         naming_convention={
@@ -43,9 +46,10 @@ class Table(DeclarativeBase):
 
 
 class IdentityRecord(Table):
-    """Everyone that was enrolled: `state` of `fleet.registry.identities.states`, and the SHA-256 of the newest certificate's DER.
+    """An enrolled identity: its stored `IdentityState`, and the SHA-256 of its newest certificate.
 
-    One that is pending has no certificate yet: an empty `fingerprint`, and a `not_after` of 0.
+    The hash is of the certificate's DER. A pending identity has no certificate yet: an empty
+    `fingerprint`, and a `not_after` of 0.
     """
 
     __tablename__ = "identities"
@@ -72,7 +76,7 @@ class TagRecord(Table):
 
 
 class AllowedTarget(Table):
-    """A device, a group of devices, or a tag ``key=value`` of devices, that an app may send prompts to."""
+    """A device, a group, or a tag ``key=value`` of devices that an app may prompt."""
 
     __tablename__ = "allowed_targets"
 
@@ -83,7 +87,10 @@ class AllowedTarget(Table):
 
 
 class TokenRecord(Table):
-    """An enrolment token: one use, by the first key that brings the secret; `key_hash` is the SHA-256 of its SPKI."""
+    """An enrolment token, for one use by the first key that presents its secret.
+
+    `key_hash` is the SHA-256 of that key's SPKI.
+    """
 
     __tablename__ = "tokens"
 
@@ -99,7 +106,7 @@ class TokenRecord(Table):
 
 
 class CertificateRecord(Table):
-    """A certificate of the fleet's authority; `serial` in lower-case hex, `pem` as it was handed out."""
+    """A certificate of the fleet's authority; `serial` in lower-case hex, `pem` as issued."""
 
     __tablename__ = "certificates"
 
@@ -116,7 +123,7 @@ class CertificateRecord(Table):
 
 
 class StatusRecord(Table):
-    """What a device said last of itself."""
+    """The newest status of a device; `config_error` is a `ConfigProblem` in builtins."""
 
     __tablename__ = "device_status"
 
@@ -130,11 +137,16 @@ class StatusRecord(Table):
     mode: Mapped[Label]
     last_seen: Mapped[Time]
     config_version: Mapped[Amount] = mapped_column(default=0)
-    config_error: Mapped[Label] = mapped_column(default="")
+    config_error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+
+    @property
+    def config_problem(self) -> ConfigProblem | None:
+        """The reason why the device does not follow its desired configuration."""
+        return msgspec.convert(self.config_error, ConfigProblem | None)
 
 
 class WorkerRecord(Table):
-    """What a worker said last of itself."""
+    """The newest status of a worker."""
 
     __tablename__ = "workers"
 
@@ -151,7 +163,10 @@ class WorkerRecord(Table):
 
 
 class ConfigChange(Table):
-    """A scope's settings from then on, whole; its `id` is a version. `target` is a device, a group, or "" for all."""
+    """All settings of a target from `changed_at` on; `id` is their version.
+
+    `target` is a device, a group, or "" for all.
+    """
 
     __tablename__ = "config_changes"
     __table_args__ = (Index(None, "scope", "target"),)
@@ -164,7 +179,7 @@ class ConfigChange(Table):
 
 
 class BundleRecord(Table):
-    """A bundle whose files the server hands out."""
+    """A bundle whose files the server offers."""
 
     __tablename__ = "bundles"
 
@@ -175,7 +190,10 @@ class BundleRecord(Table):
 
 
 class RolloutRecord(Table):
-    """A bundle on its way to devices, stage by stage; `state` and `plan` are those of `fleet.registry.rollouts.plan`."""
+    """A roll-out of a bundle to devices, in stages.
+
+    `state` is a `RolloutState`, and `plan` a `RolloutProgress` in builtins.
+    """
 
     __tablename__ = "rollouts"
 
@@ -191,7 +209,7 @@ class RolloutRecord(Table):
 
 
 class AuditRecord(Table):
-    """A change: who made it, when, and what. Its `id` grows with every change, so that the newest says if any came."""
+    """A change, with its actor and its time. `id` grows with every change."""
 
     __tablename__ = "audit_log"
 
@@ -204,7 +222,7 @@ class AuditRecord(Table):
 
 
 class SessionRecord(Table):
-    """One session of a device with a worker, known from its generations."""
+    """One session of a device with a worker, as its generations report it."""
 
     __tablename__ = "sessions"
     __table_args__ = (UniqueConstraint("device", "session"),)
@@ -217,9 +235,9 @@ class SessionRecord(Table):
 
 
 class GenerationRecord(Table):
-    """One answer of a device, or so many as `answers` says.
+    """One reported generation of a device, or the sum of `answers` of them.
 
-    It is kept for as long as the configuration says, counted from `recorded_at`. `switches` are the answer's, as
+    It is kept for the configured number of days from `recorded_at` on. `switches` are
     `fleet.protocol.report.Switch` in builtins.
     """
 
@@ -254,7 +272,7 @@ class GenerationRecord(Table):
 
 
 class TokenCount(Table):
-    """How many of a generation's tokens came from one source, e.g. ``exit:8`` or ``cloud``."""
+    """The number of a generation's tokens from one source, e.g. ``exit:8`` or ``cloud``."""
 
     __tablename__ = "token_counts"
 

@@ -1,4 +1,4 @@
-"""What the registry answers: frozen rows, ready for a table or for JSON."""
+"""Rows that the registry returns: frozen, ready for a table or for JSON."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from typing import Any
 
 from msgspec import Struct
 
+from fleet.protocol.counts import GenerationCounts
+from fleet.protocol.report import ConfigProblem
+
 
 class DeviceRow(Struct, frozen=True, kw_only=True):
-    """An enrolled device and what it said last; times in seconds since 1970, None when it never came.
+    """An enrolled device and its newest status.
 
-    `state` is one of `fleet.registry.identities.states`, now.
+    Times are in seconds since 1970, None for a device that has never published a status. `state` is
+    its `IdentityState` now.
     """
 
     device: str
@@ -23,13 +27,13 @@ class DeviceRow(Struct, frozen=True, kw_only=True):
     last_seen: float | None
     not_after: float
     config_version: int
-    config_error: str
+    config_error: ConfigProblem | None
     state: str
     tags: dict[str, str]
 
 
 class WorkerRow(Struct, frozen=True, kw_only=True):
-    """What a worker said last; `last_seen` in seconds since 1970."""
+    """The newest status of a worker; `last_seen` in seconds since 1970."""
 
     worker: str
     online: bool
@@ -41,9 +45,9 @@ class WorkerRow(Struct, frozen=True, kw_only=True):
 
 
 class IdentityRow(Struct, frozen=True, kw_only=True):
-    """An enrolled identity; `targets` are the devices and groups that an app was allowed, `tags` a device's.
+    """An enrolled identity; `state` is its `IdentityState` now.
 
-    `state` is its state now, of `fleet.registry.identities.states`.
+    `targets` are the devices, groups and tags that an app was allowed; `tags` are a device's.
     """
 
     name: str
@@ -58,7 +62,11 @@ class IdentityRow(Struct, frozen=True, kw_only=True):
 
 
 class IssuedCertificate(Struct, frozen=True, kw_only=True):
-    """A certificate as the registry keeps it: `serial`, SHA-256 of its DER and of its key's SPKI in hex; PEM; times."""
+    """A certificate as the registry stores it; times in seconds since 1970.
+
+    In hex: `serial`, the SHA-256 of its DER (`fingerprint`), and that of its key's SPKI
+    (`key_hash`).
+    """
 
     serial: str
     fingerprint: str
@@ -69,7 +77,7 @@ class IssuedCertificate(Struct, frozen=True, kw_only=True):
 
 
 class Certified(Struct, frozen=True):
-    """What an identity gets when it joins or renews: its name, its role, and its certificate in PEM."""
+    """The result of joining or renewing: a name, its role, and its certificate in PEM."""
 
     name: str
     role: str
@@ -78,7 +86,10 @@ class Certified(Struct, frozen=True):
 
 @dataclass(frozen=True)
 class NewToken:
-    """An enrolment token as it is told once: `secret` is nowhere else. `expires_at` in seconds since 1970."""
+    """A new enrolment token, which is shown once: `secret` is not stored.
+
+    `expires_at` is in seconds since 1970.
+    """
 
     name: str
     id: str
@@ -86,28 +97,19 @@ class NewToken:
     expires_at: float
 
 
-class Counts(Struct, frozen=True, kw_only=True):
-    """What answers add up to. `sources` and `shares` are in the order of depth: exits, lookup, cloud, fallback.
+class StatsCounts(GenerationCounts, frozen=True, kw_only=True):
+    """The sums over answers, and what follows from them.
 
-    Quantiles are in ms, read from histograms, and None without answers. `switches` counts changes of mode by the new
-    mode and the kind of reason. `trend` is the offload rate of equal parts of the window, oldest first, None where
-    nothing was generated. Of `judged` tokens that an exit was sure of, the cloud chose the same for `agreed`.
+    `sources` and `shares` are in the order of depth: exits, lookup, cloud, fallback. Quantiles are
+    in ms, read from histograms, and None without answers. `switches` counts changes of mode by the
+    new mode and the kind of reason. `trend` is the offload rate of equal spans of the window,
+    oldest first, None where nothing was generated.
     """
 
     generations: int
-    tokens: int
-    sources: dict[str, int]
+    errors: int
     shares: dict[str, float]
     offload_rate: float
-    bytes_up: int
-    bytes_down: int
-    prompt_tokens: int
-    errors: int
-    assists: int
-    verifies: int
-    drafted: int
-    judged: int
-    agreed: int
     ttft_p50_ms: float | None
     ttft_p95_ms: float | None
     tpot_p50_ms: float | None
@@ -116,8 +118,11 @@ class Counts(Struct, frozen=True, kw_only=True):
     trend: tuple[float | None, ...]
 
 
-class StatsRow(Counts, frozen=True, kw_only=True):
-    """A device's counts; `last_seen` in seconds since 1970, None when it never came."""
+class StatsRow(StatsCounts, frozen=True, kw_only=True):
+    """A device's counts.
+
+    `last_seen` is in seconds since 1970, None for a device that has never published a status.
+    """
 
     device: str
     group: str | None
@@ -125,20 +130,20 @@ class StatsRow(Counts, frozen=True, kw_only=True):
     last_seen: float | None
 
 
-class GroupStats(Counts, frozen=True, kw_only=True):
-    """The counts of the devices that are in a group now; None are those in none."""
+class GroupStats(StatsCounts, frozen=True, kw_only=True):
+    """The counts of the devices that are in a group now; None is for devices without a group."""
 
     group: str | None
 
 
-class BundleStats(Counts, frozen=True, kw_only=True):
-    """The counts of a bundle, on whatever device."""
+class BundleStats(StatsCounts, frozen=True, kw_only=True):
+    """The counts of a bundle over all devices."""
 
     bundle_id: str
 
 
-class HourStats(Counts, frozen=True, kw_only=True):
-    """The counts of the answers that began in the hour from `hour_at` on, in seconds since 1970."""
+class HourStats(StatsCounts, frozen=True, kw_only=True):
+    """The counts of the answers that began in one hour; `hour_at` is in seconds since 1970."""
 
     hour_at: float
 
@@ -157,7 +162,10 @@ class SessionRow(Struct, frozen=True, kw_only=True):
 
 
 class RevokedCertificate(Struct, frozen=True):
-    """A certificate that may not be used: `serial` in hex; `revoked_at` None is one on hold, which may come back."""
+    """A certificate that may not be used; `serial` in hex.
+
+    With `revoked_at` None it is on hold, and may become valid again.
+    """
 
     serial: str
     name: str
@@ -165,7 +173,7 @@ class RevokedCertificate(Struct, frozen=True):
 
 
 class AuditRow(Struct, frozen=True, kw_only=True):
-    """A change: when (seconds since 1970), who made it, what it was, and of whom or what."""
+    """A change: its time (seconds since 1970), actor, action, and subject."""
 
     at: float
     actor: str
@@ -175,10 +183,10 @@ class AuditRow(Struct, frozen=True, kw_only=True):
 
 
 class BundleRow(Struct, frozen=True, kw_only=True):
-    """A bundle whose files the server hands out.
+    """A bundle whose files the server offers.
 
-    `devices` are online and serve it, `wanted` are to serve it by the settings; `workers` serve it. `rollout` is one
-    that is open.
+    `devices` is the number of online devices that serve it, `wanted` the number whose desired
+    settings name it; `workers` serve it. `rollout` is its open roll-out.
     """
 
     bundle_id: str
@@ -193,10 +201,11 @@ class BundleRow(Struct, frozen=True, kw_only=True):
 
 
 class RolloutRow(Struct, frozen=True, kw_only=True):
-    """A roll-out: `stage` counts from 1, 0 is none yet; `devices` those that were told, by what has become of them.
+    """A roll-out: `stage` counts from 1, with 0 before the first.
 
-    `answers` and `findings` are of this stage, `doing` is what it waits for; `reason` is that of its last change.
-    Times are in seconds since 1970.
+    `devices` is the number of its `num_told` devices by `DeviceOutcome`. `answers` and `findings`
+    are those of the stage; `doing` is the condition that it waits for, and `reason` is that of its
+    last change. Times are in seconds since 1970.
     """
 
     id: int

@@ -1,4 +1,4 @@
-"""Desired configuration: settings of all devices, of a group, and of one device; each change is a version."""
+"""Desired settings of all devices, of a group, and of one device; each change is a version."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session
 
 from fleet.errors import ConfigError
-from fleet.protocol.desired_config import DesiredConfig, Settings, merge
+from fleet.protocol.desired_config import DesiredConfig, Settings, merge_scopes
 from fleet.registry.audit import audit
-from fleet.registry.database import CONFIG_LOCK, take_turns
+from fleet.registry.database import CONFIG_LOCK, acquire_lock
 from fleet.registry.identities.devices import check_device, is_device
 from fleet.registry.models import ConfigChange, IdentityRecord
+from fleet.registry.transactions import Repository
 
 
 class Scope(StrEnum):
-    """Whose settings; a narrower scope decides before a wider one."""
+    """The scope of settings; a narrower scope overrides a wider one."""
 
     ALL = "all"
     GROUP = "group"
@@ -37,39 +38,55 @@ class Target(NamedTuple):
         return self.scope if self.scope is Scope.ALL else f"{self.scope}:{self.name}"
 
 
-NOTHING: Final = 0, Settings()
+class VersionedSettings(NamedTuple):
+    """The newest settings of one target, and their version."""
+
+    version: int
+    settings: Settings
 
 
-def current_settings(db: Session, target: Target) -> Settings:
-    """What was said last for `target` itself, without the wider scopes."""
-    query = (
-        select(ConfigChange.settings)
-        .where(ConfigChange.scope == target.scope, ConfigChange.target == target.name)
-        .order_by(ConfigChange.id.desc())
-        .limit(1)
-    )
-    return msgspec.convert(db.scalar(query) or {}, Settings)
+NO_SETTINGS: Final = VersionedSettings(0, Settings())
 
 
-def change_settings(
-    db: Session, actor: str, target: Target, change: Callable[[Settings], Settings]
-) -> int:
-    """Puts ``change(settings)`` in the place of all that is said for `target`; gives the new version.
+class DesiredStateRepository(Repository):
+    """The settings that devices shall follow. Each method is one transaction."""
 
-    Raises:
-        UnknownDeviceError: nobody enrolled the device.
-        ConfigError: no device is in the group.
-    """
-    _check_target(db, target)
-    take_turns(db, CONFIG_LOCK)
-    values = msgspec.to_builtins(change(current_settings(db, target)))
-    made = ConfigChange(
-        scope=target.scope, target=target.name, settings=values, changed_at=time.time()
-    )
-    db.add(made)
-    db.flush()
-    audit(db, actor, "config", str(target), version=made.id, settings=values)
-    return made.id
+    def settings(self, target: Target) -> Settings:
+        """Return the newest settings of `target` itself, without the wider scopes."""
+        with self._transactions.reading() as db:
+            return _newest_settings(db, target)
+
+    def change_settings(self, target: Target, change: Callable[[Settings], Settings]) -> int:
+        """Replace a target's settings by ``change(settings)``; return the new version.
+
+        Raises:
+            UnknownDeviceError: the device is not enrolled.
+            ConfigError: no device is in the group.
+        """
+
+        def work(db: Session) -> int:
+            _check_target(db, target)
+            acquire_lock(db, CONFIG_LOCK)
+            values = msgspec.to_builtins(change(_newest_settings(db, target)))
+            record = ConfigChange(
+                scope=target.scope, target=target.name, settings=values, changed_at=time.time()
+            )
+            db.add(record)
+            db.flush()
+            audit(
+                db, self.actor, "config", str(target), version=record.id, settings=record.settings
+            )
+            return record.id
+
+        return self._transactions.write(work)
+
+    def configs(self, devices: Iterable[str] | None = None) -> dict[str, DesiredConfig]:
+        """Return the desired configuration of each device, or of `devices`.
+
+        Its version is 0 where there are no settings.
+        """
+        with self._transactions.reading() as db:
+            return desired_configs(db, devices)
 
 
 def change_scope(
@@ -79,46 +96,61 @@ def change_scope(
     names: Collection[str],
     change: Callable[[str, Settings], Settings],
 ) -> None:
-    """Puts ``change(name, settings)`` in the place of the settings of many at once; who keeps them gets no version."""
-    take_turns(db, CONFIG_LOCK)
-    said = _said(db)
-    changes = {}
+    """Replace the settings of many targets of a scope by ``change(name, settings)``.
+
+    A target whose settings stay the same gets no new version.
+    """
+    acquire_lock(db, CONFIG_LOCK)
+    newest = _settings_by_target(db)
+    records = {}
     for name in names:
-        settings = said.get(Target(scope, name), NOTHING)[1]
-        if (changed := change(name, settings)) != settings:
-            values = msgspec.to_builtins(changed)
-            changes[name] = ConfigChange(
-                scope=scope, target=name, settings=values, changed_at=time.time()
+        settings = newest.get(Target(scope, name), NO_SETTINGS).settings
+        changed = change(name, settings)
+        if changed != settings:
+            records[name] = ConfigChange(
+                scope=scope,
+                target=name,
+                settings=msgspec.to_builtins(changed),
+                changed_at=time.time(),
             )
-    db.add_all(changes.values())
+    db.add_all(records.values())
     db.flush()
-    for name, made in changes.items():
-        audit(
-            db, actor, "config", str(Target(scope, name)), version=made.id, settings=made.settings
-        )
+    for name, record in records.items():
+        subject = str(Target(scope, name))
+        audit(db, actor, "config", subject, version=record.id, settings=record.settings)
 
 
 def desired_configs(db: Session, devices: Iterable[str] | None = None) -> dict[str, DesiredConfig]:
-    """What is wanted of each device, or of `devices`: a version of 0 where nothing was ever said."""
+    """Return the desired configuration of each device, or of `devices`."""
     return {
         name: DesiredConfig(
-            max(version for version, _ in scopes), merge(*(each for _, each in scopes))
+            max(each.version for each in scopes), merge_scopes(*(each.settings for each in scopes))
         )
         for name, scopes in _scopes(db, devices).items()
     }
 
 
 def wider_settings(db: Session, devices: Iterable[str]) -> dict[str, Settings]:
-    """What is said for each of `devices` by the scopes beyond itself."""
+    """Return the settings of each of `devices` from the scopes wider than itself."""
     return {
-        name: merge(*(each for _, each in scopes[:-1]))
+        name: merge_scopes(*(each.settings for each in scopes[:-1]))
         for name, scopes in _scopes(db, devices).items()
     }
 
 
-def _scopes(db: Session, devices: Iterable[str] | None) -> dict[str, list[tuple[int, Settings]]]:
-    """What was said of each device, by name: for all, for its group, and for itself."""
-    said = _said(db)
+def _newest_settings(db: Session, target: Target) -> Settings:
+    query = (
+        select(ConfigChange.settings)
+        .where(ConfigChange.scope == target.scope, ConfigChange.target == target.name)
+        .order_by(ConfigChange.id.desc())
+        .limit(1)
+    )
+    return msgspec.convert(db.scalar(query) or {}, Settings)
+
+
+def _scopes(db: Session, devices: Iterable[str] | None) -> dict[str, list[VersionedSettings]]:
+    """Return the settings that apply to each device: for all, for its group, and for itself."""
+    newest = _settings_by_target(db)
     query = (
         select(IdentityRecord.name, IdentityRecord.group)
         .where(is_device())
@@ -128,19 +160,20 @@ def _scopes(db: Session, devices: Iterable[str] | None) -> dict[str, list[tuple[
         query = query.where(IdentityRecord.name.in_(list(devices)))
     return {
         name: [
-            said.get(Target(Scope.ALL), NOTHING),
-            said.get(Target(Scope.GROUP, group), NOTHING) if group else NOTHING,
-            said.get(Target(Scope.DEVICE, name), NOTHING),
+            newest.get(Target(Scope.ALL), NO_SETTINGS),
+            newest.get(Target(Scope.GROUP, group), NO_SETTINGS) if group else NO_SETTINGS,
+            newest.get(Target(Scope.DEVICE, name), NO_SETTINGS),
         ]
         for name, group in db.execute(query)
     }
 
 
-def _said(db: Session) -> dict[Target, tuple[int, Settings]]:
-    """What was said last for every target, with its version."""
+def _settings_by_target(db: Session) -> dict[Target, VersionedSettings]:
     newest = select(func.max(ConfigChange.id)).group_by(ConfigChange.scope, ConfigChange.target)
     return {
-        Target(Scope(row.scope), row.target): (row.id, msgspec.convert(row.settings, Settings))
+        Target(Scope(row.scope), row.target): VersionedSettings(
+            row.id, msgspec.convert(row.settings, Settings)
+        )
         for row in db.scalars(select(ConfigChange).where(ConfigChange.id.in_(newest)))
     }
 

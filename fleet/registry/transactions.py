@@ -1,4 +1,4 @@
-"""Transactions on the registry's database: what reads, and what writes."""
+"""Transactions on the registry's database: reading and writing ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ T = TypeVar("T")
 
 
 class Transactions:
-    """Of one engine, for any thread. What the database raises becomes a RegistryError of one line."""
+    """The transactions of one engine, for any thread.
+
+    A database error becomes a RegistryError of one line.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -25,12 +28,12 @@ class Transactions:
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
-        """A transaction whose questions all see one moment."""
+        """Open a transaction whose queries all see the same snapshot."""
         with registry_errors(self._engine.url), self._readers() as db:
             yield db
 
     def write(self, work: Callable[[Session], T]) -> T:
-        """Runs `work` in a transaction, once more if another process has written the same row in the meantime."""
+        """Run `work` in a transaction, once more if another process wrote the same row first."""
         with registry_errors(self._engine.url):
             try:
                 with self._writers.begin() as db:
@@ -40,8 +43,8 @@ class Transactions:
                     return work(db)
 
 
-class Part:
-    """A part of the registry's questions and changes; `actor` is who makes the changes."""
+class Repository:
+    """The base of the registry's repositories; `actor` makes the changes, for the audit log."""
 
     def __init__(self, transactions: Transactions, actor: str) -> None:
         self.actor = actor

@@ -1,11 +1,10 @@
-"""What follows from changes of the registry: done in the server, whoever made them and from wherever."""
+"""Tasks of the server that follow changes of the registry, whichever process made them."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Final, Self
 
 from fleet.errors import FleetError
@@ -18,56 +17,55 @@ log = logging.getLogger(__name__)
 
 
 class ChangeWatcher:
-    """Looks at the audit log's newest number once a second; a context manager with one thread.
+    """A poll of the audit log's newest number, once a second; a context manager with one thread.
 
-    A task runs at the start and after every change, again until it succeeds; a periodic one in every round.
+    A task runs at the start and after every change, again until it succeeds; a periodic one in
+    every round.
     """
 
     def __init__(self, registry: Registry, poll_s: float = POLL_S) -> None:
         self._registry = registry
         self._poll_s = poll_s
         self._tasks: list[_Task] = []
-        self._again = threading.Event()
+        self._wake = threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="changes", daemon=True)
 
     def add(self, work: Callable[[], None], *, periodic: bool = False) -> None:
-        """Before the block begins. `work` runs on the watcher's thread, one after the other; it must not wait long."""
+        """Add a task before the block begins; `work` must not block for long."""
         self._tasks.append(_Task(work, periodic))
 
-    def again(self) -> None:
-        """Has every task run again soon, from any thread: after a link came back, for instance."""
-        self._again.set()
+    def run_again(self) -> None:
+        """Run every task again soon, for instance after a new connection; any thread may call."""
+        self._wake.set()
 
     def __enter__(self) -> Self:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closing = True
-        self._again.set()
+        self._wake.set()
         self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
         while not self._closing:
-            try:
-                newest = self._registry.newest_change()
-            except FleetError as error:
-                log.warning("changes are not seen: %s", error)
-            except Exception:  # the outermost boundary of a thread
-                log.exception("changes are not seen")
-            else:
+            self._run_tasks()
+            if self._wake.wait(self._poll_s):
+                self._wake.clear()
                 for task in self._tasks:
-                    task.run(newest)
-            if self._again.wait(self._poll_s):
-                self._again.clear()
-                for task in self._tasks:
-                    task.forget()
+                    task.reset()
+
+    def _run_tasks(self) -> None:
+        try:
+            newest = self._registry.audit_log.newest_change()
+        except FleetError as error:
+            log.warning("cannot read the changes of the registry: %s", error)
+        except Exception:  # the outermost boundary of a thread
+            log.exception("cannot read the changes of the registry")
+        else:
+            for task in self._tasks:
+                task.run(newest)
 
 
 class _Task:
@@ -76,7 +74,7 @@ class _Task:
         self._periodic = periodic
         self._done = -1
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         self._done = -1
 
     def run(self, newest: int) -> None:

@@ -1,4 +1,4 @@
-"""Child processes of `fleet up` and `fleet demo`: started with a deadline, stopped in good order."""
+"""Child processes of `fleet up` and `fleet demo`, with deadlines for their start and their end."""
 
 from __future__ import annotations
 
@@ -16,25 +16,23 @@ from typing import IO, Final
 from fleet.errors import FleetError
 
 START_TIMEOUT_S: Final = 60.0
-DRAIN_TIMEOUT_S: Final = (
-    5.0  # what `fleet up` leaves a worker's sessions; on its own it may take longer
-)
+DRAIN_TIMEOUT_S: Final = 5.0  # for a worker's sessions under `fleet up`; alone it may take longer
 LISTEN_CHECK_S: Final = 0.05
-STOP_TIMEOUT_S: Final = (
-    20.0  # more than a worker's sessions, its last step and its farewells take together
-)
+STOP_TIMEOUT_S: Final = 20.0  # more than a worker's drain, its last step and its last messages
 
 
 class Child:
-    """A process that prints one line when it is ready. What it prints on stderr goes to ours."""
+    """A process that prints one line when it is ready; its stderr is ours."""
 
     def __init__(
         self, title: str, arguments: Sequence[str], program: Sequence[str] = (sys.executable, "-m")
     ) -> None:
         self.title = title
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            [*program, *arguments], stdout=subprocess.PIPE, text=True, env=environment
+            [*program, *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
         )
         self.ready_line = ""
         self._is_stopping = False
@@ -48,34 +46,31 @@ class Child:
         self._lines.put("")
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> str:
-        """The line that says it is ready.
+        """Wait for the line that announces readiness.
 
         Raises:
-            FleetError: it ended, or said nothing in time.
+            FleetError: the process ended, or printed nothing in time.
         """
         try:
             line = self._lines.get(timeout=timeout_s)
         except queue.Empty:
             raise FleetError(f"{self.title} was not ready within {timeout_s:g} s") from None
         if not line:
-            raise FleetError(
-                f"{self.title} did not start (exit status {self.process.wait(STOP_TIMEOUT_S)}); see above"
-            )
+            raise self._not_started(self.process.wait(STOP_TIMEOUT_S))
         self.ready_line = line
         return line
 
     def wait_listening(self, host: str, port: int, timeout_s: float = START_TIMEOUT_S) -> str:
-        """The same of a program that says nothing, but listens on a port when it is ready.
+        """Wait until a process that prints nothing listens on a port.
 
         Raises:
-            FleetError: it ended, or did not listen in time.
+            FleetError: the process ended, or did not listen in time.
         """
         deadline = time.monotonic() + timeout_s
         while not _listens(host, port):
-            if self.process.poll() is not None:
-                raise FleetError(
-                    f"{self.title} did not start (exit status {self.process.returncode}); see above"
-                )
+            status = self.process.poll()
+            if status is not None:
+                raise self._not_started(status)
             if time.monotonic() > deadline:
                 raise FleetError(
                     f"{self.title} did not listen on {host}:{port} within {timeout_s:g} s"
@@ -84,15 +79,18 @@ class Child:
         self.ready_line = f"{self.title} listens on {host}:{port} (TLS)"
         return self.ready_line
 
-    def ask_to_stop(self) -> None:
-        """Once only: a second SIGTERM would tell a worker to leave its sessions at once."""
+    def _not_started(self, status: int) -> FleetError:
+        return FleetError(f"{self.title} did not start (exit status {status}); see above")
+
+    def request_stop(self) -> None:
+        """Send SIGTERM once: a second one would make a worker abandon its sessions."""
         if not self._is_stopping:
             self._is_stopping = True
             self.process.terminate()
 
     def stop(self) -> None:
-        """Asks it to end, and kills it when it does not."""
-        self.ask_to_stop()
+        """Stop the process; kill it when it does not end in time."""
+        self.request_stop()
         try:
             self.process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -110,7 +108,7 @@ def _listens(host: str, port: int) -> bool:
 
 @contextmanager
 def running(process: Child) -> Iterator[Child]:
-    """Stops a process at the end of the block."""
+    """Stop a process at the end of the block."""
     try:
         yield process
     finally:
@@ -119,6 +117,6 @@ def running(process: Child) -> Iterator[Child]:
 
 @contextmanager
 def child(title: str, *arguments: str) -> Iterator[Child]:
-    """Runs ``python -m <arguments>`` for the length of the block."""
+    """Run ``python -m <arguments>`` for the length of the block."""
     with running(Child(title, arguments)) as process:
         yield process

@@ -1,4 +1,4 @@
-"""What has arrived from devices and workers and is not stored yet: bounded memory between two threads."""
+"""The collector's queue: statuses and reports that are not stored yet, in bounded memory."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fleet.protocol.report import DeviceStatus, GenerationReport, WorkerStatus
-from fleet.registry.stats.ingest import Key
+from fleet.registry.stats.ingest import DeviceKey
 
 
 class ReceivedStatus(NamedTuple):
-    """A status of a device or a worker, heard `at`."""
+    """A status of a device or a worker, received `at`."""
 
     name: str
     status: DeviceStatus | WorkerStatus
@@ -21,45 +21,52 @@ class ReceivedStatus(NamedTuple):
 
 @dataclass
 class Batch:
-    """What one attempt stores; `turned_away` are devices that may send again now.
+    """The messages to store at once; `turned_away` are devices that may send again now.
 
-    With `is_new_link` nobody counts as online but those that the statuses say are.
+    With `is_new_link` all devices and workers are offline, except those with an online status.
     """
 
     is_new_link: bool = False
     statuses: list[ReceivedStatus] = field(default_factory=list)
-    reports: dict[Key, GenerationReport] = field(default_factory=dict)
+    reports: dict[DeviceKey, GenerationReport] = field(default_factory=dict)
     turned_away: set[str] = field(default_factory=set)
 
 
 class CollectorQueue:
-    """At most `max_reports` reports, and of each device and worker what its statuses come to."""
+    """At most `max_reports` reports, and the newest statuses of each device and worker.
+
+    Any thread may call its methods.
+    """
 
     def __init__(self, max_reports: int) -> None:
         self._max_reports = max_reports
         self._changed = threading.Condition()
-        self._reports: deque[tuple[Key, GenerationReport]] = deque()
+        self._reports: deque[tuple[DeviceKey, GenerationReport]] = deque()
         self._statuses: dict[str, list[ReceivedStatus]] = {}
         self._turned_away: set[str] = set()
         self._is_new_link = False
-        self._closed = False
+        self._is_closed = False
 
     def begin_link(self) -> None:
-        """The broker may have forgotten those who left meanwhile, and says again who is there: forgets it, too."""
+        """Drop queued statuses after a reconnect; the broker resends the retained ones."""
         with self._changed:
             self._statuses.clear()
             self._is_new_link = True
             self._changed.notify()
 
-    def put_status(self, heard: ReceivedStatus) -> None:
-        """A last will adds to the birth before it; a birth makes all before it old."""
+    def put_status(self, received: ReceivedStatus) -> None:
+        """Add a status: a birth replaces all before it, a last will is added to the birth."""
         with self._changed:
-            earlier = [] if heard.status.online else self._statuses.get(heard.name, [])
-            self._statuses[heard.name] = [*(it for it in earlier if it.status.online), heard]
+            earlier = [] if received.status.online else self._statuses.get(received.name, [])
+            births = [each for each in earlier if each.status.online]
+            self._statuses[received.name] = [*births, received]
             self._changed.notify()
 
     def put_report(self, device: str, report: GenerationReport) -> bool:
-        """False when there is no room; the device is among the `turned_away` once there is."""
+        """Add a report; return False when the queue is full.
+
+        The device is among `turned_away` once there is room again.
+        """
         with self._changed:
             if len(self._reports) >= self._max_reports:
                 self._turned_away.add(device)
@@ -69,15 +76,14 @@ class CollectorQueue:
             return True
 
     def take(self, max_reports: int, timeout_s: float) -> Batch | None:
-        """What has arrived, after `timeout_s` seconds perhaps nothing; None when it was closed and is empty."""
+        """Return the queued messages, none after `timeout_s`; None once closed and empty."""
         with self._changed:
-            if not self._has_any() and not self._closed:
+            if not self._has_any() and not self._is_closed:
                 self._changed.wait(timeout_s)
-            if self._closed and not self._has_any():
+            if self._is_closed and not self._has_any():
                 return None
-            batch = Batch(
-                self._is_new_link, [heard for each in self._statuses.values() for heard in each]
-            )
+            statuses = [each for statuses in self._statuses.values() for each in statuses]
+            batch = Batch(self._is_new_link, statuses)
             self._is_new_link = False
             self._statuses.clear()
             while self._reports and len(batch.reports) < max_reports:
@@ -89,8 +95,9 @@ class CollectorQueue:
             return batch
 
     def close(self) -> None:
+        """Let `take` return None once the queue is empty."""
         with self._changed:
-            self._closed = True
+            self._is_closed = True
             self._changed.notify()
 
     def _has_any(self) -> bool:

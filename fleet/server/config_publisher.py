@@ -1,4 +1,4 @@
-"""What operators want of devices, published where each device reads it."""
+"""Publication of each device's desired configuration."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from fleet.transport.base import Transport
 
 
 class ConfigPublisher:
-    """Keeps each device's retained message equal to the registry: a task of the `ChangeWatcher`.
+    """A task of the `ChangeWatcher` that keeps the retained messages equal to the registry.
 
-    Whoever sees the link come up calls `forget`, since a broker that was started again knows nothing.
+    Call `reset` on each new connection, since a restarted broker has no messages.
     """
 
     def __init__(self, transport: Transport, registry: Registry) -> None:
@@ -19,19 +19,19 @@ class ConfigPublisher:
         self._registry = registry
         self._published: dict[str, bytes] = {}
 
-    def forget(self) -> None:
-        """Has everything published again by the next `publish`."""
+    def reset(self) -> None:
+        """Have the next `publish` send every configuration again."""
         self._published = {}
 
     def publish(self) -> None:
-        """Publishes what has changed; QoS 1, so that a link that is down delays it and loses nothing.
+        """Publish the changed configurations with QoS 1, which a broken link only delays.
 
         Raises:
-            LinkError: too much waits for the link already.
+            LinkError: the queue of the link is full.
             RegistryError: the registry cannot answer.
         """
         published = self._published
-        for device, desired in self._registry.desired_configs().items():
+        for device, desired in self._registry.desired_state.configs().items():
             payload = encode_desired(desired)
             if published.get(device) != payload:
                 self._transport.publish(topics.device_config(device), payload, qos=1, retain=True)

@@ -1,4 +1,4 @@
-"""Tells workers which devices they refuse: on every change, and whenever the broker may have forgotten it."""
+"""Publication of the denied devices, which workers refuse."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from fleet.transport.base import Transport
 
 
 class DenylistPublisher:
-    """What the registry denies, retained at the broker; `publish` is a task of the `ChangeWatcher`, also when the link
-    comes up."""
+    """The registry's denied names, retained at the broker.
+
+    `publish` is a task of the `ChangeWatcher`, which also runs it on each new connection.
+    """
 
     def __init__(self, transport: Transport, registry: Registry) -> None:
         self._transport = transport
         self._registry = registry
         self._payload: bytes | None = None
-        transport.on_up(self._forget)
+        transport.on_up(self._reset)
 
     def publish(self) -> None:
-        """Publishes the names, where they are others than before.
+        """Publish the names if they have changed.
 
         Raises:
             RegistryError: the registry cannot answer.
-            LinkError: too many messages wait for the broker already.
+            LinkError: the queue of the link is full.
         """
-        payload = encode_denylist(self._registry.denied())
+        payload = encode_denylist(self._registry.identities.denied())
         if payload != self._payload:
             self._transport.publish(topics.REVOKED, payload, qos=1, retain=True)
             self._payload = payload
 
-    def _forget(self) -> None:
-        """A broker that was started again has no messages."""
+    def _reset(self) -> None:
+        """Forget what was published: a restarted broker has no messages."""
         self._payload = None

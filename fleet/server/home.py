@@ -1,4 +1,4 @@
-"""The operator's folder: certificate authority, registry, identities, and where the broker is."""
+"""The operator's folder: certificate authority, registry, identities and the broker's address."""
 
 from __future__ import annotations
 
@@ -10,43 +10,51 @@ import os
 import ssl
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 import platformdirs
 from msgspec import Meta, Struct
 
 from fleet.bundles.manifest import read_manifest
+from fleet.bundles.store import keep_bundle
 from fleet.errors import BundleError, ConfigError, FleetError
 from fleet.identity.enrolment import Enrolment
 from fleet.identity.identity import CA_FILE, Identity, ServerTls
 from fleet.protocol.access import Role
-from fleet.utils.optional_imports import load
+from fleet.utils.optional_imports import needs
+from provisioning.authority import CertificateAuthority
+from provisioning.fleet_address import FleetAddress, base_url
+from provisioning.own_certificates import is_due, renew_own
 
 if TYPE_CHECKING:
     from fleet.registry.store import Registry
+    from provisioning.service import EnrolmentServer
 
 log = logging.getLogger(__name__)
 
-STATE_FILE: Final = "fleet.json"
+FLEET_FILE: Final = "fleet.json"
+REGISTRY_FILE: Final = "registry.sqlite"
 DEFAULT_PORT: Final = 8883
 DEFAULT_SERVICE_PORT: Final = 8443
 PASSPHRASE: Final = "FLEET_CA_PASSPHRASE"
 COLLECTOR: Final = "collector"
 EMBEDDED: Final = "amqtt"  # the brokers that `fleet up` starts
 MOSQUITTO: Final = "mosquitto"
-WORKER: Final = "worker-1"  # the first of those that `fleet up` starts
+WORKER: Final = "worker-1"  # the first worker that `fleet up` starts
+CRL_CACHE_S: Final = 60
 
 
 class FleetConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Where the broker listens, which bundle the fleet serves, and what it remembers.
+    """The broker's address, the bundle that the fleet serves, the registry and its retention.
 
-    `registry` is the URL of a PostgreSQL database; None is a SQLite file in the folder. The HTTPS service is at
-    `service_port`, 0 is none, and on the broker's host unless `service_host` says another.
+    `registry` is the URL of a PostgreSQL database; None is a SQLite file in the folder. The HTTPS
+    service is at `service_port` (0: no service), on the broker's host unless `service_host` names
+    another.
     """
 
     host: str
@@ -59,7 +67,7 @@ class FleetConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
 
 class FleetHome:
-    """One fleet, as its operator holds it on disk."""
+    """One fleet, as its operator keeps it on disk."""
 
     def __init__(self, folder: Path, config: FleetConfig) -> None:
         self.folder = folder
@@ -72,9 +80,14 @@ class FleetHome:
         return Path(home) if home else platformdirs.user_data_path("cecollm-fleet")
 
     @classmethod
-    def load(cls, folder: Path) -> FleetHome:
-        """Raises ConfigError when there is no fleet in `folder`."""
-        path = folder / STATE_FILE
+    def load(cls, folder: Path | None = None) -> FleetHome:
+        """Load the fleet in `folder`, by default `default_folder`.
+
+        Raises:
+            ConfigError: there is no fleet in the folder, or its configuration is not usable.
+        """
+        folder = folder or cls.default_folder()
+        path = folder / FLEET_FILE
         try:
             return cls(folder, msgspec.json.decode(path.read_bytes(), type=FleetConfig))
         except OSError:
@@ -86,48 +99,50 @@ class FleetHome:
 
     @classmethod
     def create(cls, folder: Path, config: FleetConfig) -> FleetHome:
-        """Makes the folder, or brings an existing one to `config`; identities follow the broker's address."""
+        """Create the folder, or bring an existing one to `config`.
+
+        The fleet's own identities follow the broker's address.
+        """
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        state = cls(folder, config)
-        state.registry().close()  # one that cannot be opened is not written down
-        path = folder / STATE_FILE
+        home = cls(folder, config)
+        home.registry().close()  # before the file is written: a registry that opens
+        path = folder / FLEET_FILE
         path.touch(mode=0o600)  # a registry's URL may hold a password
         path.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
-        authority = load("provisioning.authority").CertificateAuthority
         if not (folder / "ca").exists():
-            authority.create(folder / "ca", os.environ.get(PASSPHRASE))
-        state.identity(COLLECTOR, Role.SERVER)
-        state.identity(WORKER, Role.WORKER)
-        return state
+            CertificateAuthority.create(folder / "ca", os.environ.get(PASSPHRASE))
+        home.identity(COLLECTOR, Role.SERVER)
+        home.identity(operator_name(1), Role.SERVER)  # so that its first command needs no registry
+        home.identity(WORKER, Role.WORKER)
+        return home
 
     def registry(self) -> Registry:
-        """Opens the registry; use it as a context manager."""
-        where = self.config.registry or self.folder / "registry.sqlite"
-        registry: Registry = load("fleet.registry.store").Registry.open(where)
-        return registry
+        """Open the registry; use it as a context manager."""
+        with needs("server"):
+            from fleet.registry.store import Registry
+        return Registry.open(self.config.registry or self.folder / REGISTRY_FILE)
 
-    def authority(self) -> Any:
-        """The certificate authority, its key opened by ``$FLEET_CA_PASSPHRASE`` where it is encrypted.
-
-        Raises:
-            IdentityError: it is missing, or its key cannot be opened.
-        """
-        authority = load("provisioning.authority").CertificateAuthority
-        return authority.load(self.folder / "ca", os.environ.get(PASSPHRASE))
+    def authority(self) -> CertificateAuthority:
+        """Load the certificate authority; raises IdentityError when its key cannot be opened."""
+        return CertificateAuthority.load(self.folder / "ca", os.environ.get(PASSPHRASE))
 
     def ca_sha256(self) -> str:
         """SHA-256 of the authority's certificate; its key is not needed."""
         pem = (self.folder / "ca" / CA_FILE).read_text()
         return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
 
-    def site(self, bundle: Path | None = None, *, shared_subscriptions: bool = False) -> Any:
-        """Where identities find this fleet."""
-        module = load("provisioning.fleet_address")
+    def address(
+        self, bundle: Path | None = None, *, shared_subscriptions: bool = False
+    ) -> FleetAddress:
+        """The address of this fleet, as identities hold it; `bundle` is the fleet's by default."""
         config = self.config
         host = config.service_host or config.host
-        server = module.base_url(host, config.service_port) if config.service_port else None
-        return module.Site(
-            config.host, config.port, server, bundle or Path(config.bundle), shared_subscriptions
+        return FleetAddress(
+            host=config.host,
+            port=config.port,
+            server=base_url(host, config.service_port) if config.service_port else None,
+            bundle=bundle or Path(config.bundle),
+            shared_subscriptions=shared_subscriptions,
         )
 
     def enroll(
@@ -140,79 +155,71 @@ class FleetHome:
         allow: tuple[str, ...] = (),
         bundle: Path | None = None,
     ) -> Identity:
-        """Enrols `name` and writes its identity folder to `out`; raises IdentityError when the name is taken."""
-        (identity,) = self.enroll_all(
-            {out: Enrolment(name=name, role=role, group=group, targets=allow)}, self.site(bundle)
-        )
+        """Enrol `name` and write its identity folder to `out`; raises IdentityError."""
+        enrolment = Enrolment(name=name, role=role, group=group, targets=allow)
+        (identity,) = self.enroll_all({out: enrolment}, self.address(bundle))
         return identity
 
     def enroll_all(
-        self, enrolments: Mapping[Path, Enrolment], site: Any, *, force: bool = False
+        self, enrolments: Mapping[Path, Enrolment], address: FleetAddress, *, force: bool = False
     ) -> Sequence[Identity]:
-        """Enrols all or none, and writes a folder for each; raises FleetError when one of them cannot be."""
+        """Enrol all or none, and write a folder for each; raises FleetError."""
+        with needs("server"):
+            from provisioning.offline_enrolment import enroll_offline
         with self.registry() as registry:
-            identities: Sequence[Identity] = load("provisioning.offline_enrolment").enroll_all(
-                registry, self.authority(), enrolments, site, force=force
-            )
-        return identities
+            return enroll_offline(registry, self.authority(), enrolments, address, force=force)
 
     @property
     def bundles(self) -> Path:
-        """Where the bundles lie that the server hands out, each in a folder of its id's name."""
+        """The folder of the bundles that the server offers, each in a folder named by its id."""
         return self.folder / "bundles"
 
     def keep_bundle(self, source: Path) -> str:
-        """Takes the bundle in `source` among those that the server hands out, signed by the fleet; gives its id.
+        """Copy the bundle in `source` to those that the server offers, and sign it; its id.
 
         Raises:
             BundleError: a file is missing or altered.
             ConfigError: the fleet's folder cannot be written.
         """
-        from fleet.bundles.store import keep_bundle
-
-        kept = keep_bundle(source, self.bundles, self.authority().sign_bundle)
-        manifest = kept.manifest
-        num_bytes = sum(entry.num_bytes for entry in kept.manifest.files)
+        manifest = keep_bundle(source, self.bundles, self.authority().sign_bundle).manifest
+        num_bytes = sum(entry.num_bytes for entry in manifest.files)
         with self.registry() as registry:
-            registry.add_bundle(manifest.bundle_id, manifest.model.name, num_bytes)
+            registry.rollouts.add_bundle(manifest.bundle_id, manifest.model.name, num_bytes)
         return manifest.bundle_id
 
     def server_tls(self, folder: Path | None = None) -> ServerTls:
-        """The certificate of broker and service for their hosts, made anew in `folder`, by default the fleet's own."""
+        """Issue the certificate of broker and service in `folder`, by default the fleet's own."""
         hosts = filter(None, (self.config.host, self.config.service_host))
-        tls: ServerTls = self.authority().server_tls(folder or self.folder / "broker", *hosts)
-        return tls
+        return self.authority().server_tls(folder or self.folder / "broker", *hosts)
 
     def bundle_folder(self, bundle_id: str) -> Path | None:
-        """Where a bundle of that id is: among those that were added, or the fleet's own."""
+        """The folder of a bundle: one that was added, or the fleet's own."""
         for folder in (self.bundles / bundle_id, Path(self.config.bundle)):
             if bundle_id_of(folder) == bundle_id:
                 return folder
         return None
 
-    def service(self, registry: Registry, listen: str, tls: ServerTls) -> Any:
-        """The HTTPS service, not yet started."""
+    def service(self, registry: Registry, listen: str, tls: ServerTls) -> EnrolmentServer:
+        """Make the HTTPS service, which is not started."""
+        with needs("server"):
+            from provisioning.enrolment_service import EnrolmentService
+            from provisioning.service import EnrolmentServer
         authority = self.authority()
-
-        @lru_cache(maxsize=1)
-        def crl_of_minute(minute: int) -> str:
-            del minute  # anybody may ask, and signing costs something
-            return str(authority.crl(registry.revoked_certificates()).decode())
-
-        office = load("provisioning.enrolment_service").EnrolmentService(
+        enrolment = EnrolmentService(
             registry=registry,
             authority=authority,
-            site=self.site(),
+            address=self.address(),
             find_bundle=self.bundle_folder,
-            crl=lambda: crl_of_minute(int(time.time() // 60)),
+            crl=_cached_crl(authority, registry),
             bundle_id=bundle_id_of(Path(self.config.bundle)),
         )
-        return load("provisioning.service").EnrolmentServer(
-            listen, self.config.service_port, tls, office
-        )
+        return EnrolmentServer(listen, self.config.service_port, tls, enrolment)
 
     def identity(self, name: str, role: Role) -> Identity:
-        """One of the fleet's own identities, enrolled at its first use and pointed at the broker's address."""
+        """One of the fleet's own identities, enrolled at its first use.
+
+        Its configuration follows the broker's address.
+        """
         out = self.folder / "identities" / name
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two commands may need a new identity at once
@@ -220,43 +227,48 @@ class FleetHome:
                 return self.enroll(name, role, out)
             identity = Identity.load(out)
             self._renew_if_due(identity)
+        return self._with_current_address(identity)
+
+    def _with_current_address(self, identity: Identity) -> Identity:
         current = msgspec.structs.replace(
             identity.config,
             host=self.config.host,
             port=self.config.port,
             bundle=self.config.bundle,
-            server=self.site().server,
+            server=self.address().server,
         )
         if current != identity.config:
-            identity = Identity(out, current)
+            identity = Identity(identity.folder, current)
             identity.save()
         return identity
 
     def renew_own(self) -> None:
-        """Renews those of the fleet's own identities that are due; who uses one takes it at the next connection."""
+        """Renew the fleet's own identities that are due, for their next connections."""
         for folder in sorted((self.folder / "identities").iterdir()):
             if self.has_identity(folder.name):
                 self.identity(folder.name, Identity.load(folder).config.role)
 
     def _renew_if_due(self, identity: Identity) -> None:
-        renewal = load("provisioning.own_certificates")
-        if not renewal.is_due(identity.folder):
+        if not is_due(identity.folder):
             return
         try:
             with self.registry() as registry:
-                renewal.renew_own(registry, self.authority(), identity)
+                renew_own(registry, self.authority(), identity)
         except FleetError as error:
             log.warning("the certificate of %s is due and not renewed: %s", identity.name, error)
 
     def has_identity(self, name: str) -> bool:
-        """Whether that is one of the fleet's own."""
+        """Whether `name` is one of the fleet's own identities."""
         return (self.folder / "identities" / name / "identity.json").exists()
 
     @contextmanager
     def operator(self) -> Iterator[Identity]:
-        """Leases an operator's identity: one per command that runs at a time, since a client id connects once."""
+        """Lease an operator's identity for the block.
+
+        Each concurrent command has its own, since a client id has one connection.
+        """
         for number in itertools.count(1):
-            identity = self.identity(f"operator-{number}", Role.SERVER)
+            identity = self.identity(operator_name(number), Role.SERVER)
             with (identity.folder / "lock").open("w") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -266,17 +278,33 @@ class FleetHome:
                 return
 
 
+def _cached_crl(authority: CertificateAuthority, registry: Registry) -> Callable[[], str]:
+    """The revocation list, signed at most once a minute, since any client may request it."""
+
+    @lru_cache(maxsize=1)
+    def crl_of(period: int) -> str:
+        del period
+        return authority.crl(registry.identities.revoked_certificates()).decode()
+
+    return lambda: crl_of(int(time.time() // CRL_CACHE_S))
+
+
 def create_fleet(folder: Path, config: FleetConfig) -> FleetHome:
-    """`FleetHome.create` for an operator, who is told once when the authority's key lies there as it is."""
+    """Create a fleet for an operator, with a note where the authority's key is not encrypted."""
     is_new = not (folder / "ca").exists()
-    state = FleetHome.create(folder, config)
+    home = FleetHome.create(folder, config)
     if is_new and not os.environ.get(PASSPHRASE):
         key = folder / "ca" / "ca-key.pem"
         print(
             f"fleet: {key} is not encrypted (mode 0600); set {PASSPHRASE} before the first start",
             file=sys.stderr,
         )
-    return state
+    return home
+
+
+def operator_name(number: int) -> str:
+    """The name of an operator's identity, from 1 on."""
+    return f"operator-{number}"
 
 
 def bundle_id_of(folder: Path) -> str | None:
@@ -287,22 +315,23 @@ def bundle_id_of(folder: Path) -> str | None:
         return None
 
 
-def keeping(
+def resolve_config(
     folder: Path, config: FleetConfig, registry: str | None, retention_days: int | None
 ) -> FleetConfig:
-    """`config` with a registry and retention: those given, else those that the fleet in `folder` already has.
+    """`config` with the given registry and retention, else those of the fleet in `folder`.
 
     Raises:
-        ConfigError: the fleet has another registry, where everyone was enrolled.
+        ConfigError: the fleet has another registry, where its identities are enrolled.
     """
-    kept = FleetHome.load(folder).config if (folder / STATE_FILE).exists() else None
-    if kept and registry not in (None, kept.registry):
+    current = FleetHome.load(folder).config if (folder / FLEET_FILE).exists() else None
+    if current and registry not in (None, current.registry):
         raise ConfigError(
-            f"the fleet in {folder} has another registry, where its devices are enrolled; name a new folder with "
-            f"--home, or, if the same database has moved, write its URL into {folder / STATE_FILE}"
+            f"the fleet in {folder} has another registry, where its devices are enrolled; "
+            "name a new folder with --home, or, if the same database has moved, "
+            f"write its URL into {folder / FLEET_FILE}"
         )
     return msgspec.structs.replace(
         config,
-        registry=kept.registry if kept else registry,
-        retention_days=retention_days or (kept or config).retention_days,
+        registry=current.registry if current else registry,
+        retention_days=retention_days or (current or config).retention_days,
     )

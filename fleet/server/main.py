@@ -1,32 +1,41 @@
-"""The server: broker, collector, service, and what follows from changes of the registry, in one process."""
+"""The server process: broker, collector, service, and the tasks that follow the registry."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fleet.cli.broker import mosquitto_keeper, mosquitto_reload
+from cloud_broker_worker.broker.embedded import EmbeddedBroker
 from fleet.protocol.access import Role
+from fleet.registry.store import Registry
 from fleet.server.certificate_renewal_task import CertificateRenewalTask
+from fleet.server.change_watcher import ChangeWatcher
+from fleet.server.collector import Collector
+from fleet.server.config_publisher import ConfigPublisher
+from fleet.server.denylist_publisher import DenylistPublisher
 from fleet.server.home import COLLECTOR, FleetHome
+from fleet.server.mosquitto import make_sync, reload_by
+from fleet.server.retention import Retention
+from fleet.server.rollout_engine import RolloutEngine
+from fleet.transport.mqtt import MqttTransport
+from fleet.transport.tls_server import TlsServer
 from fleet.utils.cli_runtime import stop_event, wait_stopped
-from fleet.utils.optional_imports import load
 
 if TYPE_CHECKING:
-    from fleet.registry.store import Registry
-    from fleet.server.change_watcher import ChangeWatcher
-    from fleet.transport.mqtt import MqttTransport
+    from fleet.monitoring.http_endpoint import HttpEndpoint
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """Broker and service listen on the address `listen`, the fleet's own when it is None.
+    """Options of `fleet server`.
 
-    Without `has_broker` the broker runs elsewhere; `mosquitto` is then the folder of one that is to follow the
-    registry, and `reload` the command that tells it. `metrics` is where to tell of the server.
+    Broker and service listen on the address `listen`, the fleet's own when it is None. Without
+    `has_broker` the broker runs elsewhere; `mosquitto` is then the folder of one that follows the
+    registry, and `reload` the command that makes it read its files. `metrics` is the address of the
+    HTTP endpoint.
     """
 
     listen: str | None = None
@@ -36,83 +45,78 @@ class ServerOptions:
     metrics: tuple[str, int] | None = None
 
 
-def run_server(state: FleetHome, options: ServerOptions) -> None:
-    """Serves until SIGTERM or SIGINT."""
-    broker_class = load("cloud_broker_worker.broker.embedded").EmbeddedBroker
-    collector = load("fleet.server.collector").Collector
-    transport = load("fleet.transport.mqtt").MqttTransport
+def run_server(home: FleetHome, options: ServerOptions) -> None:
+    """Serve until SIGTERM or SIGINT."""
     stop = stop_event()
-    listen = options.listen or state.config.host
     with ExitStack() as stack:
-        endpoint = (
-            stack.enter_context(
-                load("fleet.monitoring.http_endpoint").HttpEndpoint(*options.metrics)
-            )
-            if options.metrics
-            else None
-        )
-        registry = stack.enter_context(state.registry())
-        stack.enter_context(
-            load("fleet.server.retention").Retention(registry, state.config.retention_days)
-        )
-        host = state.config.host
-        port = state.config.port
-        tls = state.server_tls()
-        broker = (
-            stack.enter_context(broker_class(listen, port, tls, registry.admitted))
-            if options.has_broker
-            else None
-        )
-        link = stack.enter_context(transport.connect(state.identity(COLLECTOR, Role.SERVER)))
-        collecting = stack.enter_context(collector(link, registry))
-        service = (
-            stack.enter_context(state.service(registry, listen, tls))
-            if state.config.service_port
-            else None
-        )
-        shown = [each for each in (broker, service) if each]
-        stack.enter_context(_follow_ups(state, registry, link, options, shown))
-        if endpoint:
-            endpoint.show(
-                load("fleet.server.metrics").FleetMonitor(registry, collecting, link, broker)
-            )
-        opening = (
-            f"broker listens on {listen}:{port} (TLS)"
-            if broker
-            else f"collector at the broker on {host}:{port}"
-        )
-        where = f", service on {service.url}" if service else ""
-        where += f", metrics on {endpoint.url}" if endpoint else ""
-        print(f"{opening}, registry {state.folder}{where}", flush=True)
+        print(_start(stack, home, options), flush=True)
         wait_stopped(stop)
 
 
-def _follow_ups(
-    state: FleetHome,
+def _start(stack: ExitStack, home: FleetHome, options: ServerOptions) -> str:
+    """Start everything on `stack`; the line that announces it."""
+    config = home.config
+    listen = options.listen or config.host
+    endpoint = _open_endpoint(stack, options.metrics)
+    registry = stack.enter_context(home.registry())
+    stack.enter_context(Retention(registry, config.retention_days))
+    tls = home.server_tls()
+    broker = service = None
+    if options.has_broker:
+        broker = stack.enter_context(
+            EmbeddedBroker(listen, config.port, tls, registry.identities.admitted)
+        )
+    link = stack.enter_context(MqttTransport.connect(home.identity(COLLECTOR, Role.SERVER)))
+    collector = stack.enter_context(Collector(link, registry))
+    if config.service_port:
+        service = stack.enter_context(home.service(registry, listen, tls))
+    tls_servers = [each for each in (broker, service) if each]
+    stack.enter_context(_change_watcher(home, registry, link, options, tls_servers))
+    if endpoint:
+        from fleet.server.metrics import FleetMonitor
+
+        endpoint.show(FleetMonitor(registry, collector, link, broker))
+    line = f"collector at the broker on {config.host}:{config.port}"
+    if broker:
+        line = f"broker listens on {listen}:{config.port} (TLS)"
+    line += f", registry {home.folder}"
+    line += f", service on {service.url}" if service else ""
+    return line + (f", metrics on {endpoint.url}" if endpoint else "")
+
+
+def _open_endpoint(stack: ExitStack, address: tuple[str, int] | None) -> HttpEndpoint | None:
+    if address is None:
+        return None
+    from fleet.monitoring.http_endpoint import HttpEndpoint
+
+    return stack.enter_context(HttpEndpoint(*address))
+
+
+def _change_watcher(
+    home: FleetHome,
     registry: Registry,
     link: MqttTransport,
     options: ServerOptions,
-    shown: Sequence[Any],
+    tls_servers: Sequence[TlsServer],
 ) -> ChangeWatcher:
-    """What is done after each change of the registry, and again whenever the broker may have forgotten it.
+    """The tasks after each change of the registry, and after each new connection to the broker.
 
-    `shown` are those that show the server's certificate.
+    `tls_servers` present the server's certificate.
     """
-    watcher: ChangeWatcher = load("fleet.server.change_watcher").ChangeWatcher(registry)
-    folders = [state.folder / "broker"]
-    reloads = [each.reload_certificate for each in shown]
-    if options.mosquitto:  # first of all: who was revoked is to be out
-        reload = mosquitto_reload(options.mosquitto, options.reload)
-        watcher.add(
-            mosquitto_keeper(state, registry, options.mosquitto, reload).sync, periodic=True
-        )
+    watcher = ChangeWatcher(registry)
+    folders = [home.folder / "broker"]
+    reloads: list[Callable[[], None]] = [each.reload_certificate for each in tls_servers]
+    if options.mosquitto:  # the first task: a revoked client must lose its connection soon
+        reload = reload_by(options.mosquitto, options.reload)
+        sync = make_sync(home, registry, options.mosquitto, reload)
+        watcher.add(sync.sync, periodic=True)
         folders.append(options.mosquitto)
         reloads.append(reload)
-    configs = load("fleet.server.config_publisher").ConfigPublisher(link, registry)
-    watcher.add(load("fleet.server.denylist_publisher").DenylistPublisher(link, registry).publish)
+    configs = ConfigPublisher(link, registry)
+    watcher.add(DenylistPublisher(link, registry).publish)
     watcher.add(configs.publish)
-    watcher.add(load("fleet.registry.rollouts.steps").RolloutEngine(registry).step, periodic=True)
-    watcher.add(CertificateRenewalTask(state, folders, reloads).tend, periodic=True)
-    for again in (configs.forget, watcher.again):
-        link.on_up(again)
+    watcher.add(RolloutEngine(registry).step, periodic=True)
+    watcher.add(CertificateRenewalTask(home, folders, reloads).run, periodic=True)
+    for callback in (configs.reset, watcher.run_again):
+        link.on_up(callback)
     return watcher

@@ -1,9 +1,10 @@
-"""The fleet server's metrics: who is online and where tokens came from, read from the registry when they are asked."""
+"""The fleet server's metrics, read from the registry at each scrape."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from prometheus_client import Metric
@@ -31,8 +32,18 @@ class Broker(Protocol):
         ...
 
 
+@dataclass
+class GroupCounts:
+    """Sums over the devices of each group; a device without a group counts for the group ""."""
+
+    devices: Counter[tuple[str, str]] = field(default_factory=Counter)
+    sources: dict[str, Counter[str]] = field(default_factory=dict)
+    generations: Counter[str] = field(default_factory=Counter)
+    num_bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+
 class FleetMonitor:
-    """What the endpoint tells of the server; its `broker` is None when that runs elsewhere."""
+    """The state of the server for its HTTP endpoint; `broker` is None when it runs elsewhere."""
 
     def __init__(
         self, registry: Registry, collector: Collector, link: Transport, broker: Broker | None
@@ -43,79 +54,74 @@ class FleetMonitor:
         self._broker = broker
 
     def why_unhealthy(self) -> str | None:
-        return (
-            "the broker's thread has ended"
-            if self._broker and not self._broker.is_serving
-            else None
-        )
+        if self._broker and not self._broker.is_serving:
+            return "the broker's thread has ended"
+        return None
 
     def why_unready(self) -> str | None:
         if not self._link.is_up:
             return "the collector has no connection to the broker"
         try:
-            self._registry.grants(self._link.name)
+            self._registry.identities.grants(self._link.name)
         except RegistryError as error:
             return str(error)
         return self.why_unhealthy()
 
     def collect(self) -> Iterable[Metric]:
-        """Sums over the groups of devices; a device without one counts for the group "".
+        """Yield the metrics.
 
         Raises:
-            RegistryError: the registry cannot answer; the scrape then fails, so that no zeros are taken for numbers.
+            RegistryError: the registry cannot answer; then the scrape fails, so that no zeros are
+                read as numbers.
         """
-        group_of = {}
-        present = Counter[tuple[str, str]]()
-        for device in self._registry.devices():
-            group_of[device.device] = group = device.group or NO_GROUP
-            present[group, "online" if device.online else "offline"] += 1
-        sources: dict[str, Counter[str]] = {group: Counter() for group in group_of.values()}
-        generations = Counter[str]()
-        num_bytes = Counter[tuple[str, str]]()
-        for row in self._registry.stats():
-            group = group_of.get(row.device, NO_GROUP)  # one that was enrolled a moment ago
-            sources.setdefault(group, Counter()).update(row.sources)
-            generations[group] += row.generations
-            num_bytes[group, "up"] += row.bytes_up
-            num_bytes[group, "down"] += row.bytes_down
-        tokens = {
-            (group, source): n for group, counts in sources.items() for source, n in counts.items()
-        }
-        rates = {(group,): offload_rate(counts) for group, counts in sources.items()}
-        yield filled(
-            GaugeMetricFamily("fleet_devices", "Enrolled devices.", labels=["group", "state"]),
-            present,
+        yield from _group_metrics(self._count())
+        reports = CounterMetricFamily(
+            "fleet_reports", "Reports that this process received.", labels=["outcome"]
         )
-        yield filled(
-            CounterMetricFamily("fleet_tokens", "Tokens by source.", labels=["group", "source"]),
-            tokens,
-        )
-        yield filled(
-            GaugeMetricFamily("fleet_offload_rate", "Share from the cloud.", labels=["group"]),
-            rates,
-        )
-        yield filled(
-            CounterMetricFamily("fleet_generations", "Answers.", labels=["group"]),
-            {(group,): n for group, n in generations.items()},
-        )
-        yield filled(
-            CounterMetricFamily(
-                "fleet_session_bytes", "Between devices and workers.", labels=["group", "direction"]
-            ),
-            num_bytes,
-        )
-        yield filled(
-            CounterMetricFamily(
-                "fleet_reports", "Reports that came to this process.", labels=["outcome"]
-            ),
-            {(outcome,): n for outcome, n in dict(self._collector.reports).items()},
-        )
+        outcomes = dict(self._collector.reports)
+        yield add_samples(reports, {(outcome,): n for outcome, n in outcomes.items()})
         yield GaugeMetricFamily(
             "fleet_connected", "1 while the collector is connected.", int(self._link.is_up)
         )
 
+    def _count(self) -> GroupCounts:
+        counts = GroupCounts()
+        group_of = {}
+        for device in self._registry.stats.devices():
+            group = group_of[device.device] = device.group or NO_GROUP
+            counts.devices[group, "online" if device.online else "offline"] += 1
+            counts.sources.setdefault(group, Counter())
+        for row in self._registry.stats.per_device():
+            group = group_of.get(row.device, NO_GROUP)  # a device enrolled between the two queries
+            counts.sources.setdefault(group, Counter()).update(row.sources)
+            counts.generations[group] += row.generations
+            counts.num_bytes[group, "up"] += row.bytes_up
+            counts.num_bytes[group, "down"] += row.bytes_down
+        return counts
 
-def filled(family: Family, values: Mapping[Labels, float]) -> Family:
+
+def _group_metrics(counts: GroupCounts) -> Iterable[Metric]:
+    devices = GaugeMetricFamily("fleet_devices", "Enrolled devices.", labels=["group", "state"])
+    yield add_samples(devices, counts.devices)
+    by_source = CounterMetricFamily("fleet_tokens", "Tokens by source.", labels=["group", "source"])
+    tokens = {
+        (group, source): n
+        for group, sources in counts.sources.items()
+        for source, n in sources.items()
+    }
+    yield add_samples(by_source, tokens)
+    rate = GaugeMetricFamily("fleet_offload_rate", "Share from the cloud.", labels=["group"])
+    rates = {(group,): offload_rate(sources) for group, sources in counts.sources.items()}
+    yield add_samples(rate, rates)
+    generations = CounterMetricFamily("fleet_generations", "Answers.", labels=["group"])
+    yield add_samples(generations, {(group,): n for group, n in counts.generations.items()})
+    session_bytes = CounterMetricFamily(
+        "fleet_session_bytes", "Between devices and workers.", labels=["group", "direction"]
+    )
+    yield add_samples(session_bytes, counts.num_bytes)
+
+
+def add_samples(family: Family, values: Mapping[Labels, float]) -> Family:
     """The family with a sample for each set of labels."""
     for labels, value in values.items():
         family.add_metric(labels, value)

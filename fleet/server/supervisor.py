@@ -1,4 +1,4 @@
-"""`fleet up`: the server, a broker beside it, and workers, as child processes."""
+"""The processes of `fleet up`: the server, a mosquitto next to it, and workers."""
 
 from __future__ import annotations
 
@@ -9,39 +9,57 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
-from fleet.cli.broker import start_mosquitto
+from cloud_broker_worker.broker.mosquitto import find_mosquitto
 from fleet.errors import ConfigError, FleetError
 from fleet.identity.identity import Identity
 from fleet.protocol.access import Role
 from fleet.server.child_process import DRAIN_TIMEOUT_S, Child, child, running
 from fleet.server.home import EMBEDDED, MOSQUITTO, WORKER, FleetHome
-from fleet.utils.optional_imports import load, require
+from fleet.server.mosquitto import start_mosquitto
+from fleet.utils.optional_imports import require
+from onnx_export.default_bundle import default_bundle
 
 WATCH_S: Final = 0.2
 
 
+class FleetProcesses(NamedTuple):
+    """Child processes: the server and its broker, and the workers."""
+
+    servers: list[Child]
+    workers: list[Child]
+
+
 def check_broker(broker: str) -> None:
-    """Raises ConfigError when `fleet up` cannot start such a broker."""
+    """Raise ConfigError when `fleet up` cannot start such a broker."""
     if broker not in (EMBEDDED, MOSQUITTO):
         raise ConfigError(f"--broker {broker}: expected {EMBEDDED} or {MOSQUITTO}")
     if broker == MOSQUITTO:
-        load("cloud_broker_worker.broker.mosquitto").find_mosquitto()
+        find_mosquitto()
 
 
 def check_port(host: str, port: int, option: str = "--port") -> None:
-    """Raises ConfigError, which names the `option` for another port, when nothing can listen there."""
+    """Raise ConfigError, which names the `option` for another port, when the port is in use."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"cannot listen on {host}:{port}: {error.strerror}; stop what uses it or choose another with {option}"
+                f"cannot listen on {host}:{port}: {error.strerror}; "
+                f"stop what uses it or choose another with {option}"
             ) from None
+
+
+def check_ports(home: FleetHome) -> None:
+    """Raise ConfigError when the port of the broker or of the service is in use."""
+    config = home.config
+    check_port(config.host, config.port)
+    if config.service_port:
+        check_port(config.host, config.service_port, "--service-port")
 
 
 def free_port(host: str) -> int:
@@ -54,101 +72,112 @@ def free_port(host: str) -> int:
 
 @contextmanager
 def fleet_processes(
-    state: FleetHome, num_workers: int = 1, metrics_port: int | None = None, broker: str = EMBEDDED
-) -> Iterator[tuple[list[Child], list[Child]]]:
-    """Broker and registry, then workers, as child processes; all are ready or starting when the block begins.
+    home: FleetHome, num_workers: int = 1, metrics_port: int | None = None, broker: str = EMBEDDED
+) -> Iterator[FleetProcesses]:
+    """Run server and workers; the server is ready and the workers start when the block begins.
 
-    The embedded broker is the server's own; mosquitto is a process beside it. With a `metrics_port` the server tells of
-    itself there, and the workers on the ports that follow.
+    The embedded broker is in the server's process; mosquitto is a process of its own. With a
+    `metrics_port` the server serves its metrics there, and the workers on the ports that follow.
     """
-    check_port(state.config.host, state.config.port)
-    if state.config.service_port:
-        check_port(state.config.host, state.config.service_port, "--service-port")
+    check_ports(home)
     require("worker", "torch", "transformers")
-    ports = [
-        [] if metrics_port is None else ["--metrics-port", str(metrics_port and metrics_port + i)]
-        for i in range(num_workers + 1)
-    ]
-    # Workers share the machine's cores; one alone takes as many as it thinks best.
-    threads = (
-        [] if num_workers == 1 else ["--threads", str(max(1, (os.cpu_count() or 1) // num_workers))]
-    )
-    options = ["--bundle", state.config.bundle, "--drain-timeout", str(DRAIN_TIMEOUT_S), *threads]
-    names = [worker_name(number) for number in range(1, num_workers + 1)]
-    folders = {name: worker_folder(state, name, shares=broker == MOSQUITTO) for name in names}
+    shares = broker == MOSQUITTO
+    options = _worker_options(home, num_workers)
     with ExitStack() as stack:
-        servers = stack.enter_context(server_processes(state, ports[0], broker))
+        # Each folder before a broker starts: its rights are in the broker's first files.
+        names = [worker_name(number) for number in range(1, num_workers + 1)]
+        folders = [worker_folder(home, name, shares=shares) for name in names]
+        server_options = _metrics_options(metrics_port, 0)
+        servers = stack.enter_context(server_processes(home, server_options, broker))
         workers = []
-        for number, (name, folder) in enumerate(folders.items(), start=1):
-            command = ("cloud_broker_worker", "run", str(folder), *options, *ports[number])
-            workers.append(stack.enter_context(child(f"worker {name}", *command)))
+        for number, folder in enumerate(folders, start=1):
+            metrics = _metrics_options(metrics_port, number)
+            command = ("cloud_broker_worker", "run", str(folder), *options, *metrics)
+            workers.append(stack.enter_context(child(f"worker {worker_name(number)}", *command)))
         for worker in workers:  # all drain at the same time
-            stack.callback(worker.ask_to_stop)
-        yield servers, workers
+            stack.callback(worker.request_stop)
+        yield FleetProcesses(servers, workers)
+
+
+def _worker_options(home: FleetHome, num_workers: int) -> list[str]:
+    options = ["--bundle", home.config.bundle, "--drain-timeout", str(DRAIN_TIMEOUT_S)]
+    if num_workers > 1:  # workers share the cores; a single one chooses its own number
+        options += ["--threads", threads_per_worker(num_workers)]
+    return options
+
+
+def threads_per_worker(num_workers: int) -> str:
+    """The value of `--threads` for each of several workers that share this machine's cores."""
+    return str(max(1, (os.cpu_count() or 1) // num_workers))
+
+
+def _metrics_options(first_port: int | None, number: int) -> list[str]:
+    if first_port is None:
+        return []
+    return ["--metrics-port", str(first_port + number if first_port else 0)]
 
 
 @contextmanager
 def server_processes(
-    state: FleetHome, options: Sequence[str] = (), broker: str = EMBEDDED
+    home: FleetHome, options: Sequence[str] = (), broker: str = EMBEDDED
 ) -> Iterator[list[Child]]:
-    """Broker and registry as child processes, ready when the block begins; `options` are the server's."""
+    """Run broker and server, ready when the block begins; `options` are the server's."""
+    title = "the broker"
+    command = ["fleet.cli", "server", "--home", str(home.folder), *options]
     with ExitStack() as stack:
         servers = []
-        following = []
         if broker == MOSQUITTO:
-            following = ["--no-broker", "--mosquitto", str(state.folder / MOSQUITTO)]
-            servers.append(
-                stack.enter_context(running(start_mosquitto(state, state.folder / MOSQUITTO)))
-            )
-        title = "the server" if following else "the broker"
-        command = ("fleet.cli", "server", "--home", str(state.folder), *options, *following)
-        servers.append(stack.enter_context(child(title, *command)))
-        servers[-1].wait_ready()
-        yield servers
+            folder = home.folder / MOSQUITTO
+            servers.append(stack.enter_context(running(start_mosquitto(home, folder))))
+            title = "the server"
+            command += ["--no-broker", "--mosquitto", str(folder)]
+        server = stack.enter_context(child(title, *command))
+        server.wait_ready()
+        yield [*servers, server]
 
 
-def worker_folder(state: FleetHome, name: str, *, shares: bool) -> Path:
-    """The identity folder of one of our workers; of several that share `open`, the broker tells one alone."""
-    identity = state.identity(name, Role.WORKER)
+def worker_folder(home: FleetHome, name: str, *, shares: bool) -> Path:
+    """The identity folder of one of our workers; `shares` is for shared subscriptions."""
+    identity = home.identity(name, Role.WORKER)
     if identity.config.shared_subscriptions is not shares:
-        Identity(
-            identity.folder, msgspec.structs.replace(identity.config, shared_subscriptions=shares)
-        ).save()
+        config = msgspec.structs.replace(identity.config, shared_subscriptions=shares)
+        Identity(identity.folder, config).save()
     return identity.folder
 
 
-def watch(
-    servers: list[Child], workers: list[Child], stop: threading.Event, tend: Callable[[], None]
+def watch_processes(
+    processes: FleetProcesses, stop: threading.Event, step: Callable[[], None]
 ) -> None:
-    """Waits until `stop` is set, says which worker has ended meanwhile, and calls `tend` now and then.
+    """Wait until `stop` is set; report each worker that ends; call `step` several times a second.
 
     Raises:
-        FleetError: the server or its broker has ended, or the last of the workers.
+        FleetError: the server, its broker, or the last of the workers has ended.
     """
-    serving = list(workers)
+    workers = list(processes.workers)
     while not stop.wait(WATCH_S):
-        tend()
-        for ended in [
-            process for process in (*servers, *serving) if process.process.poll() is not None
-        ]:
+        step()
+        for ended in [each for each in (*processes.servers, *workers) if _has_ended(each)]:
             line = f"{ended.title} ended with exit status {ended.process.returncode}"
-            if ended in servers or len(serving) == 1:
+            if ended in processes.servers or len(workers) == 1:
                 raise FleetError(f"{line}; see above")
-            serving.remove(ended)
-            print(
-                f"fleet: {line}; {len(serving)} of {len(workers)} workers go on",
-                file=sys.stderr,
-                flush=True,
-            )
+            workers.remove(ended)
+            report(f"{line}; {len(workers)} of {len(processes.workers)} workers continue")
+
+
+def _has_ended(process: Child) -> bool:
+    return process.process.poll() is not None
+
+
+def report(line: str) -> None:
+    """Print a line about a child process on stderr."""
+    print(f"fleet: {line}", file=sys.stderr, flush=True)
 
 
 def worker_name(number: int) -> str:
+    """The name of one of our workers, from 1 on."""
     return WORKER.replace("1", str(number))
 
 
-def resolve_bundle(bundle: Path | None, say: object) -> Path:
-    """The bundle that was named, or the default model's, which is fetched and built when it is missing."""
-    if bundle is not None:
-        return bundle.resolve()
-    path: Path = load("onnx_export.default_bundle").default_bundle(say)
-    return path
+def resolve_bundle(bundle: Path | None, progress: Callable[[str], None]) -> Path:
+    """The given bundle, or the default model's, which is downloaded and built if it is missing."""
+    return bundle.resolve() if bundle is not None else default_bundle(progress)

@@ -1,171 +1,176 @@
-"""Workers that `fleet up` starts for bundles that devices are wanted on, and stops when nobody wants them any more."""
+"""Additional workers that `fleet up` runs for the bundles that devices are to serve."""
 
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import time
 from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Final, NamedTuple, Self
 
 from fleet.errors import FleetError
 from fleet.server.child_process import DRAIN_TIMEOUT_S, Child
 from fleet.server.home import FleetHome
-from fleet.server.supervisor import worker_folder, worker_name
+from fleet.server.supervisor import report, threads_per_worker, worker_folder, worker_name
 
-LOOK_S: Final = 2.0
-LEAVE_S: Final = 300.0
-"""How long a worker that nobody wants is kept."""
+SCALE_S: Final = 2.0
+IDLE_S: Final = 300.0
+"""How long a worker is kept after its bundle was last desired."""
 
 RESTART_S: Final = 30.0
-"""How long after its start a worker that has ended is started again, at the soonest."""
+"""Minimum time between two starts of a worker that ends by itself."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class ManagedWorker:
-    """A worker of one bundle; `wanted_at` is when somebody wanted it last, on the monotonic clock as all times here."""
+    """A worker of one bundle; `desired_at` is when that was last desired (monotonic clock)."""
 
     name: str
     process: Child
     started_at: float
-    wanted_at: float
+    desired_at: float
+
+    @property
+    def exit_status(self) -> int | None:
+        """None while it runs."""
+        return self.process.process.poll()
 
 
 class ScalingPlan(NamedTuple):
-    """Bundles whose worker is to be started, and those whose is to be stopped."""
+    """Bundles whose worker is to be started, and those whose worker is to be stopped."""
 
     start: list[str]
     stop: list[str]
 
 
 def plan_scaling(
-    wanted: Collection[str], served: Collection[str], last_wanted: dict[str, float], now: float
+    desired: Collection[str], served: Collection[str], last_desired: dict[str, float], now: float
 ) -> ScalingPlan:
-    """What to do when bundles are `wanted`, others' workers serve some, and ours were wanted last at those times."""
-    start = sorted(set(wanted) - set(served) - last_wanted.keys())
-    return ScalingPlan(
-        start,
-        [each for each, at in last_wanted.items() if each not in wanted and now - at >= LEAVE_S],
-    )
+    """Decide which workers to start and to stop.
+
+    `served` are the bundles of other workers; `last_desired` has the bundle of each of our workers
+    with the time when it was last desired.
+    """
+    start = sorted(set(desired) - set(served) - last_desired.keys())
+    stop = [
+        bundle_id
+        for bundle_id, desired_at in last_desired.items()
+        if bundle_id not in desired and now - desired_at >= IDLE_S
+    ]
+    return ScalingPlan(start, stop)
 
 
 @dataclass(kw_only=True)
 class WorkerPool:
-    """Looks every other second at what is wanted; a context manager, at whose end all its workers stop.
+    """A context manager that starts and stops workers, and stops all of them at its end.
 
-    `default` is the bundle of the workers that run anyway, which are named up to the number `num_workers`; `shares`
-    says that the broker has shared subscriptions.
+    `default` is the bundle of the workers that run anyway, which have the numbers up to
+    `num_workers`; `shares` is whether the broker has shared subscriptions.
     """
 
-    state: FleetHome
+    home: FleetHome
     default: str
     num_workers: int
     shares: bool
-    _hired: dict[str, ManagedWorker] = field(default_factory=dict)
-    _leaving: list[ManagedWorker] = field(default_factory=list)
-    _next_look: float = 0.0
+    _workers: dict[str, ManagedWorker] = field(default_factory=dict)  # by bundle
+    _draining: list[ManagedWorker] = field(default_factory=list)
+    _next_step: float = 0.0
 
     def __enter__(self) -> Self:
-        self._registry = self.state.registry()
+        with ExitStack() as stack:
+            self._registry = stack.enter_context(self.home.registry())
+            stack.callback(self._stop_all)
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        everyone = [*self._hired.values(), *self._leaving]
-        for each in everyone:  # all drain at the same time
-            each.process.ask_to_stop()
-        for each in everyone:
-            each.process.stop()
-        self._registry.close()
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
-    def tend(self) -> None:
-        """Starts and stops workers if it is time to look; what fails is logged and tried again."""
+    @property
+    def _all_workers(self) -> list[ManagedWorker]:
+        return [*self._workers.values(), *self._draining]
+
+    def _stop_all(self) -> None:
+        for worker in self._all_workers:  # all drain at the same time
+            worker.process.request_stop()
+        for worker in self._all_workers:
+            worker.process.stop()
+
+    def step(self) -> None:
+        """Start and stop workers, at most every `SCALE_S` seconds; log an error and try again."""
         now = time.monotonic()
-        if now < self._next_look:
+        if now < self._next_step:
             return
-        self._next_look = now + LOOK_S
+        self._next_step = now + SCALE_S
         try:
-            self._look(now)
+            self._scale(now)
         except FleetError as error:
-            log.warning("workers stay as they are: %s", error)
+            log.warning("the number of workers is unchanged: %s", error)
 
-    def _look(self, now: float) -> None:
-        self._leaving = [each for each in self._leaving if each.process.process.poll() is None]
-        added = {row.bundle_id for row in self._registry.bundles()}
-        wanted = (self._registry.wanted_bundles().keys() & added) - {self.default}
-        for bundle_id, each in self._hired.items():
-            if bundle_id in wanted:
-                each.wanted_at = now
-        ours = {each.name for each in (*self._hired.values(), *self._leaving)}
-        workers = self._registry.serving_workers()
-        served = [bundle_id for bundle_id, names in workers.items() if set(names) - ours]
-        todo = plan_scaling(
-            wanted,
-            served,
-            {bundle_id: each.wanted_at for bundle_id, each in self._hired.items()},
-            now,
-        )
-        for bundle_id in todo.stop:
+    def _scale(self, now: float) -> None:
+        self._draining = [each for each in self._draining if each.exit_status is None]
+        desired = self._desired_bundles()
+        for bundle_id, worker in self._workers.items():
+            if bundle_id in desired:
+                worker.desired_at = now
+        last_desired = {bundle_id: each.desired_at for bundle_id, each in self._workers.items()}
+        plan = plan_scaling(desired, self._bundles_of_others(), last_desired, now)
+        for bundle_id in plan.stop:
             self._stop(bundle_id)
-        for bundle_id in todo.start:
+        for bundle_id in plan.start:
             self._start(bundle_id, now)
         self._replace_ended(now)
 
+    def _desired_bundles(self) -> set[str]:
+        added = {row.bundle_id for row in self._registry.rollouts.bundles()}
+        return (self._registry.rollouts.desired_bundles().keys() & added) - {self.default}
+
+    def _bundles_of_others(self) -> list[str]:
+        our_names = {each.name for each in self._all_workers}
+        workers = self._registry.rollouts.serving_workers()
+        return [bundle_id for bundle_id, names in workers.items() if set(names) - our_names]
+
     def _start(self, bundle_id: str, now: float) -> None:
         name = self._free_name()
-        folder = worker_folder(self.state, name, shares=self.shares)
-        threads = str(max(1, (os.cpu_count() or 1) // (self.num_workers + 1)))
-        process = Child(
-            f"worker {name}",
-            (
-                "cloud_broker_worker",
-                "run",
-                str(folder),
-                "--bundle",
-                str(self.state.bundles / bundle_id),
-                "--drain-timeout",
-                str(DRAIN_TIMEOUT_S),
-                "--threads",
-                threads,
-            ),
-        )
-        self._hired[bundle_id] = ManagedWorker(name, process, now, now)
-        _say(f"worker {name} starts for bundle {bundle_id} (process {process.process.pid})")
+        arguments = [
+            "cloud_broker_worker",
+            "run",
+            str(worker_folder(self.home, name, shares=self.shares)),
+            "--bundle",
+            str(self.home.bundles / bundle_id),
+            "--drain-timeout",
+            str(DRAIN_TIMEOUT_S),
+            "--threads",
+            threads_per_worker(self.num_workers + 1),
+        ]
+        process = Child(f"worker {name}", arguments)
+        self._workers[bundle_id] = ManagedWorker(name, process, now, now)
+        report(f"worker {name} starts for bundle {bundle_id} (process {process.process.pid})")
 
     def _stop(self, bundle_id: str) -> None:
-        leaving = self._hired.pop(bundle_id)
-        leaving.process.ask_to_stop()
-        self._leaving.append(leaving)
-        _say(f"worker {leaving.name} stops: nobody wants bundle {bundle_id} any more")
+        worker = self._workers.pop(bundle_id)
+        worker.process.request_stop()
+        self._draining.append(worker)
+        report(f"worker {worker.name} stops: no device is to serve bundle {bundle_id} any more")
 
     def _replace_ended(self, now: float) -> None:
-        for bundle_id, each in list(self._hired.items()):
-            ended = each.process.process.poll()
-            if ended is not None and now - each.started_at >= RESTART_S:
-                _say(f"worker {each.name} ended with exit status {ended}; it is started again")
-                del self._hired[bundle_id]
+        for bundle_id, worker in list(self._workers.items()):
+            status = worker.exit_status
+            if status is not None and now - worker.started_at >= RESTART_S:
+                report(f"worker {worker.name} ended with exit status {status}; it is restarted")
+                del self._workers[bundle_id]
                 self._start(bundle_id, now)
 
     def _free_name(self) -> str:
-        """One that none of our workers has, nor an identity that was enrolled for another machine."""
-        names = {each.name for each in (*self._hired.values(), *self._leaving)}
-        for row in self._registry.identities():
-            if not self.state.has_identity(row.name):
+        """A name that neither our workers have, nor identities for other machines."""
+        names = {each.name for each in self._all_workers}
+        for row in self._registry.identities.all():
+            if not self.home.has_identity(row.name):
                 names.add(row.name)
         number = self.num_workers + 1
         while worker_name(number) in names:
             number += 1
         return worker_name(number)
-
-
-def _say(line: str) -> None:
-    print(f"fleet: {line}", file=sys.stderr, flush=True)

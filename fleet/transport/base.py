@@ -1,28 +1,28 @@
-"""The one seam for I/O between the parts of the fleet: publish, subscribe, and know whether the link is up."""
+"""The only seam for I/O between the programs of the fleet: publish, subscribe, watch the link."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import TracebackType
+from functools import partial
 from typing import Final, Protocol, Self
 
 from fleet.errors import LinkError
 from fleet.protocol.topics import matches
 
 Handler = Callable[[str, bytes], None]
+MAX_PACKET_BYTES: Final = 1 << 20  # a packet on any of the fleet's brokers
+MAX_IN_FLIGHT: Final = 100  # QoS 1 messages sent and not yet acknowledged, on either side
 MAX_QUEUED: Final = 1000  # QoS 1 messages kept for a link that is down
-MAX_RETAINED: Final = (
-    100  # so many retained ones beside them: what one is must not get lost behind what one said
-)
+MAX_RETAINED: Final = 100  # more of them if they are retained: a status outlasts other messages
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Will:
-    """What the broker publishes (QoS 1, retained) when this client's connection breaks."""
+    """The message that the broker publishes (QoS 1, retained) when the connection breaks."""
 
     topic: str
     payload: bytes
@@ -31,19 +31,20 @@ class Will:
 class Transport(Protocol):
     """A connection to a broker under one name.
 
-    Handlers run one after the other on the transport's own thread; they must not block. After a lost connection
-    the transport connects again by itself, subscribes again, and calls every `on_up` callback again.
+    Handlers run one after the other on the transport's own thread; they must not block. After a
+    lost connection the transport reconnects by itself, subscribes again, and calls every `on_up`
+    callback again.
     """
 
     name: str
 
     @property
     def is_up(self) -> bool:
-        """Whether the broker can be reached now."""
+        """Whether the link to the broker is up."""
         ...
 
     def publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> None:
-        """Hands one message to the link. QoS 1 is queued while the link is down.
+        """Send one message. QoS 1 is queued while the link is down.
 
         Raises:
             LinkError: QoS 0 and the link is down, or the queue is full.
@@ -51,67 +52,65 @@ class Transport(Protocol):
         ...
 
     def flush(self, timeout_s: float) -> None:
-        """Returns when what was published has gone to the network, or after `timeout_s` seconds."""
+        """Wait, at most `timeout_s` seconds, until the published messages are on the network."""
         ...
 
     def subscribe(
         self, topic_filter: str, handler: Handler, *, qos: int = 0, retained: bool = False
     ) -> None:
-        """Calls ``handler(topic, payload)`` for what arrives under the filter, from now on and after reconnects.
+        """Call ``handler(topic, payload)`` for each message under the filter, reconnects included.
 
-        `retained` says that something is retained there as a rule. A broker that does not know our rights yet sends
-        nothing and drops what we say, without a word; so where nothing comes it is asked again. What comes then is as
-        if the link had come up: every filter is subscribed to once more, and the `on_up` callbacks are called.
+        `retained` states that the filter normally has a retained message. A broker that does not
+        know the client's rights yet sends nothing, and drops the client's messages, without an
+        error. So the subscription is repeated until a message arrives. That counts as a link that
+        has come up: every filter is subscribed to again, and the `on_up` callbacks are called.
         """
         ...
 
-    def unsubscribe(self, topic_filter: str) -> None: ...
+    def unsubscribe(self, topic_filter: str) -> None:
+        """Remove the handler of a filter."""
+        ...
 
     def on_up(self, callback: Callable[[], None]) -> None:
-        """Calls `callback` now if the link is up, and each time that it comes up: the place to announce oneself.
+        """Call `callback` now if the link is up, and each time that it comes up.
 
-        Then it is called before what is retained comes again.
+        A client announces itself in it. The callback runs before retained messages arrive again.
         """
         ...
 
     def off_up(self, callback: Callable[[], None]) -> None:
-        """Calls `callback` no more."""
+        """Remove a callback of `on_up`."""
         ...
 
     def close(self) -> None:
-        """Disconnects in good order (the will is not sent) within a few seconds."""
+        """Disconnect regularly, so that the will is not sent, within a few seconds."""
         ...
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
 
 def dispatch(handlers: Iterable[tuple[str, Handler]], topic: str, payload: bytes) -> None:
-    """Calls every handler whose filter takes `topic`. One that fails is logged and stops nobody else."""
+    """Call each handler whose filter covers `topic`; log one that fails and call the others."""
     for topic_filter, handler in handlers:
         if matches(topic_filter, topic):
-            guarded(lambda handler=handler: handler(topic, payload), f"handler of {topic_filter}")  # type: ignore[misc]
+            run_guarded(partial(handler, topic, payload), f"handler of {topic_filter}")
 
 
 def publish_or_log(
     transport: Transport, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False
 ) -> None:
-    """Publishes; a message that cannot be sent costs a line in the log."""
+    """Publish a message; log one that cannot be sent."""
     try:
         transport.publish(topic, payload, qos=qos, retain=retain)
     except LinkError as error:
         logger.warning("not sent on %s: %s", topic, error)
 
 
-def guarded(call: Callable[[], None], what: str) -> None:
-    """Runs a callback of somebody else on the transport's thread, which must outlive it."""
+def run_guarded(call: Callable[[], None], name: str) -> None:
+    """Run a callback on the transport's thread, which must go on: log an exception."""
     try:
         call()
     except Exception:
-        logger.exception("%s failed", what)
+        logger.exception("%s failed", name)

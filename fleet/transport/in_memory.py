@@ -1,11 +1,11 @@
-"""The transport's in-memory twin: a broker without a network, whose links can be cut and healed."""
+"""The in-memory twin of the transport: a broker without a network, with links that can be cut."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Self
 
 from fleet.errors import LinkError
@@ -17,12 +17,12 @@ from fleet.transport.base import (
     Transport,
     Will,
     dispatch,
-    guarded,
+    run_guarded,
 )
 
 
 class InMemoryBroker:
-    """Connects transports of one process. It keeps retained messages; it checks nobody's rights."""
+    """A broker within one process; it keeps retained messages and checks no rights."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -30,8 +30,10 @@ class InMemoryBroker:
         self._retained: dict[str, bytes] = {}
 
     def connect(self, name: str, will: Will | None = None) -> InMemoryTransport:
-        """A transport whose link is up."""
-        return InMemoryTransport(self, name, will)
+        """Return a transport with a link that is up."""
+        transport = InMemoryTransport(self, name, will)
+        transport.start()
+        return transport
 
     def _publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
         with self._lock:
@@ -59,7 +61,7 @@ class InMemoryBroker:
 
 
 class InMemoryTransport(Transport):
-    """One client of a `InMemoryBroker`. Its handlers run on a thread of its own."""
+    """One client of an `InMemoryBroker`. Its handlers run on a thread of its own."""
 
     def __init__(self, broker: InMemoryBroker, name: str, will: Will | None) -> None:
         self.name = name
@@ -69,13 +71,14 @@ class InMemoryTransport(Transport):
         self._handlers: dict[str, Handler] = {}
         self._callbacks: list[Callable[[], None]] = []
         self._waiting: list[tuple[str, bytes, bool]] = []
-        self._link = (
-            0  # the number of the present link; what an earlier one left behind is not delivered
-        )
+        self._link = 0  # the number of the current link; messages of earlier ones are dropped
         self._is_up = False
         self._closed = False
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"memory-{name}", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread of the handlers and bring the link up."""
         self._thread.start()
         self.restore()
 
@@ -89,9 +92,8 @@ class InMemoryTransport(Transport):
                 raise LinkError(f"{self.name} is closed; connect again")
             if not self._is_up and qos == 0:
                 raise LinkError(f"{self.name} has no link to the broker; send again when it is up")
-            if not self._is_up and len(self._waiting) >= MAX_QUEUED + (
-                MAX_RETAINED if retain else 0
-            ):
+            max_waiting = MAX_QUEUED + (MAX_RETAINED if retain else 0)
+            if not self._is_up and len(self._waiting) >= max_waiting:
                 raise LinkError(
                     f"{MAX_QUEUED} messages of {self.name} wait for the broker already; try later"
                 )
@@ -101,15 +103,15 @@ class InMemoryTransport(Transport):
         self._broker._publish(topic, payload, retain=retain)
 
     def flush(self, timeout_s: float) -> None:
-        pass  # nothing waits on a link that is up
+        """Return at once: nothing waits on a link that is up."""
 
     def subscribe(
         self,
         topic_filter: str,
         handler: Handler,
         *,
-        qos: int = 0,  # noqa: ARG002 (all are sure)
-        retained: bool = False,  # noqa: ARG002 (all are sure)
+        qos: int = 0,  # noqa: ARG002 (every message arrives once)
+        retained: bool = False,  # noqa: ARG002 (every message arrives once)
     ) -> None:
         with self._lock:
             self._handlers[topic_filter] = handler
@@ -129,14 +131,14 @@ class InMemoryTransport(Transport):
             self._callbacks.remove(callback)
 
     def drop(self) -> None:
-        """Cuts the link as a pulled plug does: the will is sent, and what was under way to us is lost."""
+        """Cut the link without a goodbye: the will is sent, and messages on their way are lost."""
         if self._is_up:
             self._cut()
             if self._will:
                 self._broker._publish(self._will.topic, self._will.payload, retain=True)
 
     def restore(self) -> None:
-        """Heals the link: subscriptions and announcements come back, then what was queued goes out."""
+        """Bring the link up: subscribe and announce again, then send the queued messages."""
         with self._lock:
             if self._is_up or self._closed:
                 return
@@ -145,7 +147,7 @@ class InMemoryTransport(Transport):
             callbacks = list(self._callbacks)
             filters = list(self._handlers)
         for callback in callbacks:
-            self._jobs.put(lambda callback=callback: guarded(callback, "on_up callback"))  # type: ignore[misc]
+            self._jobs.put(partial(run_guarded, callback, "on_up callback"))
         self._broker._attach(self)
         for topic_filter in filters:
             self._broker._offer_retained(self, topic_filter)
@@ -161,12 +163,7 @@ class InMemoryTransport(Transport):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _cut(self) -> None:
@@ -179,18 +176,16 @@ class InMemoryTransport(Transport):
         with self._lock:
             if not self._is_up:
                 return
-            waiting = self._waiting
-            self._waiting = []
+            waiting = list(self._waiting)
+            self._waiting.clear()
         for topic, payload, retain in waiting:
             self._broker._publish(topic, payload, retain=retain)
 
     def _offer(self, topic: str, payload: bytes) -> None:
-        """Called by the broker under its lock, so that the order is the same for every subscriber."""
+        """Queue a message; the broker holds its lock, so each subscriber gets the same order."""
         link = self._link
-        if self._is_up and any(
-            matches(topic_filter, topic) for topic_filter in list(self._handlers)
-        ):
-            self._jobs.put(lambda: self._deliver(link, topic, payload))
+        if self._is_up and any(matches(each, topic) for each in list(self._handlers)):
+            self._jobs.put(partial(self._deliver, link, topic, payload))
 
     def _deliver(self, link: int, topic: str, payload: bytes) -> None:
         if link == self._link:

@@ -10,7 +10,6 @@ import ssl
 import threading
 from abc import ABC, abstractmethod
 from concurrent.futures import Future
-from types import TracebackType
 from typing import Final, Self
 
 from fleet.errors import ConfigError
@@ -23,22 +22,30 @@ log = logging.getLogger(__name__)
 
 
 class TlsServer(ABC):
-    """A context manager; `port` 0 takes a free one, which `port` then says. Errors and the thread have its `name`."""
+    """A context manager that listens on `port`; for 0 it chooses a free one, which `port` then is.
+
+    `name` stands in its error messages and is the name of its thread.
+    """
 
     def __init__(
-        self, name: str, host: str, port: int, tls: ServerTls, other: str = "choose another port"
+        self, name: str, host: str, port: int, tls: ServerTls, advice: str = "choose another port"
     ) -> None:
-        """`other` says how to take another port, behind an "or"."""
+        """Keep the values; `advice` ends the message of a port that is in use, behind an "or"."""
         self.host = host
         self.port = port
         self._name = name
         self._tls = tls
-        self._other = other
+        self._advice = advice
         self._started: Future[asyncio.AbstractEventLoop] = Future()
         self._stop = asyncio.Event()
 
     def __enter__(self) -> Self:
-        """Raises ConfigError when it cannot listen there, IdentityError when its certificate does not load."""
+        """Listen and start the thread.
+
+        Raises:
+            ConfigError: it cannot listen there.
+            IdentityError: its certificate does not load.
+        """
         self._context = self._ssl_context()
         listener = self._listen()
         self.port = listener.getsockname()[1]
@@ -49,18 +56,17 @@ class TlsServer(ABC):
         self._loop = self._started.result(START_S)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join(STOP_S)
 
     def reload_certificate(self) -> None:
-        """Shows the certificate that is on disk now to whoever connects from then on; raises IdentityError."""
+        """Use the certificate that is on disk now for new connections.
+
+        Raises:
+            IdentityError: it does not load.
+        """
         self._tls.load_certificate(self._context)
 
     @property
@@ -70,10 +76,10 @@ class TlsServer(ABC):
 
     @abstractmethod
     async def _serve(self, listener: socket.socket, context: ssl.SSLContext) -> None:
-        """Starts to serve, awaits `_until_stopped`, and ends within `STOP_S` seconds."""
+        """Start to serve, await `_until_stopped`, and end within `STOP_S` seconds."""
 
     async def _until_stopped(self) -> None:
-        """Says that it serves, and waits until it shall no more."""
+        """Report that the server is up, and wait until it is stopped."""
         self._started.set_result(asyncio.get_running_loop())
         await self._stop.wait()
 
@@ -99,5 +105,6 @@ class TlsServer(ABC):
             if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
                 reason = "the port is in use; stop what uses it"
             raise ConfigError(
-                f"the {self._name} cannot listen on {self.host}:{self.port}: {reason}, or {self._other}"
+                f"the {self._name} cannot listen on {self.host}:{self.port}: {reason}, "
+                f"or {self._advice}"
             ) from None

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of the fleet: files, logs, plots, command-line errors."""
+"""Helpers without knowledge of the fleet: files, logs, plots, command-line errors."""

@@ -1,4 +1,4 @@
-"""Small files that are there whole or not at all, also when the power goes."""
+"""Small files that exist whole or not at all, even after a loss of power."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from pathlib import Path
 
 
 def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-    """Replaces `path` by `data` in one step; it never has wider rights than `mode`. Raises OSError."""
-    temporary = _write_beside(path, data)
+    """Replace `path` by `data` in one step; it never has wider rights than `mode`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = _write_temporary(path, data)
     try:
         temporary.chmod(mode)
         temporary.replace(path)
@@ -20,8 +24,8 @@ def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
 
 
 def create_file(path: Path, data: bytes) -> bytes:
-    """Makes `path` (mode 0600) of `data` unless it is there; what it holds, whoever made it. Raises OSError."""
-    temporary = _write_beside(path, data)
+    """Create `path` (mode 0600) with `data` unless it exists; its content. Raises OSError."""
+    temporary = _write_temporary(path, data)
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -33,7 +37,7 @@ def create_file(path: Path, data: bytes) -> bytes:
 
 
 def sync_folder(folder: Path) -> None:
-    """Names in a folder are on disk after this; its files' contents are another matter. Raises OSError."""
+    """Flush the names in a folder, not the contents of its files, to disk; raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -41,8 +45,9 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write_beside(path: Path, data: bytes) -> Path:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # mode 0600
+def _write_temporary(path: Path, data: bytes) -> Path:
+    """Write `data` to a new file (mode 0600) in the folder of `path`."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)

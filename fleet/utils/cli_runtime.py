@@ -1,4 +1,4 @@
-"""What every command of ours does the same way: stop on a signal, and turn our errors into one line."""
+"""Conduct of every command line: stop on a signal, and print an expected error as one line."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ CHECK_S: Final = 0.25
 
 
 def stop_event() -> threading.Event:
-    """Set by SIGTERM or SIGINT."""
+    """Return an event that SIGTERM or SIGINT sets."""
     stop = threading.Event()
 
     def on_signal(*_: object) -> None:
-        # The event's lock may be held by what the signal interrupts, so `set` must not be called from here.
+        # The interrupted code may hold the event's lock, so `set` must not be called here.
         _thread.start_new_thread(stop.set, ())
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -30,17 +30,15 @@ def stop_event() -> threading.Event:
 
 
 def wait_stopped(stop: threading.Event) -> None:
-    """Returns when `stop` is set; for the main thread, which alone runs handlers.
-
-    Looks now and then: the kernel may give a signal to another thread, one that is being started for instance, and the
-    main thread is not woken then.
-    """
+    """Wait until `stop` is set; for the main thread, which alone runs signal handlers."""
+    # The kernel may deliver a signal to another thread, such as one that is being started, and
+    # that does not wake the main thread.
     while not stop.wait(CHECK_S):
         pass
 
 
 def run_command(name: str, command: Callable[[], object]) -> None:
-    """Runs a command line; an error of ours is one line on stderr and exit status 1."""
+    """Run a command line; a FleetError is one line on stderr and exit status 1."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         command()
@@ -50,14 +48,14 @@ def run_command(name: str, command: Callable[[], object]) -> None:
 
 
 def check_writable(**paths: Path | None) -> None:
-    """Raises ConfigError when one of the files, by option, has no folder to be in: before the work, not after it."""
+    """Raise ConfigError, before the work, when a file, by option, cannot be written."""
     for option, path in paths.items():
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise ConfigError(f"--{option} {path}: expected a file in a folder that exists")
 
 
 def check_free(out: Path) -> None:
-    """Raises ConfigError unless `out` is free or an empty folder."""
+    """Raise ConfigError unless `out` does not exist or is an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
             f"{out} exists and is not an empty folder; remove it or choose another --out"

@@ -1,58 +1,54 @@
-"""The parts above `fleet` are mounted by name, when a command needs them."""
+"""Imports of packages that an extra of the distribution installs."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-from types import ModuleType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
 
 from fleet.errors import MissingExtraError
 
-EXTRAS = {
-    "benchmarks.plots": "plots",
-    "cloud_broker_worker.broker": "server",
-    "fleet.cli.stats_plot": "plots",
-    "fleet.exits.plot": "plots",
-    "fleet.utils.plots": "plots",
-    "fleet.registry": "server",
-    "onnx_export": "export",
-    "cloud_broker_worker": "worker",
-    "edge_agent": "edge",
-    "provisioning": "server",
-}
-
-OWN = frozenset(prefix.partition(".")[0] for prefix in EXTRAS)
+OWN_PACKAGES: Final = frozenset(
+    {
+        "benchmarks",
+        "cloud_broker_worker",
+        "edge_agent",
+        "fleet",
+        "onnx_export",
+        "provisioning",
+    }
+)
 
 
-def load(module: str) -> ModuleType:
-    """Imports `module`.
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Run a block of imports whose third-party packages `extra` installs.
+
+    An error about a module of this project passes through: it is a fault, not a missing extra.
 
     Raises:
-        MissingExtraError: something that it needs is not installed; names the extra that brings it.
+        MissingExtraError: a third-party package is not installed; the message names the extra.
     """
     try:
-        return importlib.import_module(module)
+        yield
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in OWN:
+        package = (error.name or "a package").partition(".")[0]
+        if package in OWN_PACKAGES:
             raise
-        extra = next(
-            (extra for prefix, extra in EXTRAS.items() if module.startswith(prefix)), "server"
-        )
-        raise missing(error.name or module, extra) from None
+        raise missing_extra(package, extra) from None
 
 
 def require(extra: str, *modules: str) -> None:
-    """Checks, without importing them, that the modules which `extra` brings are there.
-
-    Raises:
-        MissingExtraError: one is not.
-    """
+    """Raise MissingExtraError, without an import, when a module of `extra` is not installed."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            raise missing(module, extra)
+            raise missing_extra(module, extra)
 
 
-def missing(module: str, extra: str) -> MissingExtraError:
+def missing_extra(module: str, extra: str) -> MissingExtraError:
+    """The error that names the extra to install."""
     return MissingExtraError(
-        f"this command needs {module}, which is not installed; run: pip install 'cecollm-fleet[{extra}]'"
+        f"this command needs {module}, which is not installed; "
+        f"run: pip install 'cecollm-fleet[{extra}]'"
     )

@@ -1,4 +1,4 @@
-"""Pictures: figures of matplotlib as files, the same bytes for the same figure."""
+"""Figures of matplotlib as files, with equal bytes for equal figures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLOURS: Final = ("#0b6e4f", "#c1440e", "#3a5a98", "#8a2be2", "#7a6c00", "#44444
 
 
 def check_plot(path: Path) -> None:
-    """Raises ConfigError when it is no name of a picture in a folder that exists: before the work, not after it."""
+    """Raise ConfigError, before the work, when `path` is no picture in a folder that exists."""
     if path.suffix not in SUFFIXES or path.is_dir() or not path.absolute().parent.is_dir():
         raise ConfigError(
             f"--plot {path}: expected a file named *.png or *.svg in a folder that exists"
@@ -23,11 +23,7 @@ def check_plot(path: Path) -> None:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Writes it as what the file's suffix names.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
+    """Write the figure in the format of the file's suffix; raises ConfigError."""
     try:
         with mpl.rc_context({"svg.hashsalt": "fleet", "svg.fonttype": "none"}):
             figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

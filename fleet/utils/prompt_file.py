@@ -10,10 +10,10 @@ from fleet.errors import ConfigError
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file, in order.
+    """Read the prompts of a file, in order.
 
-    In a ``.jsonl`` file each line is an object with `prompt`, or `instruction` and maybe `input`, or `turns` (the first
-    is taken); in any other each line is a prompt.
+    In a ``.jsonl`` file each line is an object with `prompt`, or `instruction` and optionally
+    `input`, or `turns` (the first is used); in any other file each line is a prompt.
 
     Raises:
         ConfigError: the file cannot be read, holds no prompt, or a line has none of these keys.
@@ -22,30 +22,29 @@ def read_prompts(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read prompts from {path}: {error}") from None
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
-            prompts.append(line.strip())
-            continue
-        try:
-            prompts.append(prompt_of(json.loads(line)))
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise ConfigError(
-                f"{path}:{number}: expected an object with 'prompt', or 'instruction' and 'input', or 'turns': {error}"
-            ) from None
-    if not prompts:
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
         raise ConfigError(f"{path} holds no prompts")
-    return prompts
+    if path.suffix != ".jsonl":
+        return [line.strip() for _, line in numbered]
+    return [_parse_line(f"{path}:{number}", line) for number, line in numbered]
+
+
+def _parse_line(place: str, line: str) -> str:
+    try:
+        return prompt_of(json.loads(line))
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ConfigError(
+            f"{place}: expected an object with 'prompt', or 'instruction' and 'input', "
+            f"or 'turns': {error}"
+        ) from None
 
 
 def prompt_of(row: dict[str, Any]) -> str:
-    """The prompt in one row; LookupError or TypeError when there is none."""
+    """The prompt of one row; raises LookupError or TypeError when it has none."""
     if "prompt" in row:
         return str(row["prompt"]).strip()
     if "turns" in row:
         return str(row["turns"][0]).strip()
-    return "\n".join(
-        filter(None, (str(row["instruction"]).strip(), str(row.get("input", "")).strip()))
-    )
+    texts = (str(row["instruction"]).strip(), str(row.get("input", "")).strip())
+    return "\n".join(filter(None, texts))

@@ -1,4 +1,4 @@
-"""The training text on disk: shards of conversations, each made once, by several processes, and found again."""
+"""The training text on disk: shards of conversations that several processes make once."""
 
 from __future__ import annotations
 
@@ -21,35 +21,33 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fleet.errors import ConfigError
 from onnx_export.checkpoint import load_pretrained
-from onnx_export.training.generation import TENSORS, TOP_K, Answers, answer
-from onnx_export.training.prompts import ChatFormat, check_yield, draw_prompts, without_repeats
+from onnx_export.training.generation import TENSORS, TOP_K, TrainingAnswers, generate_answers
+from onnx_export.training.prompts import ChatFormat, check_yield, generate_prompts, without_repeats
 
-TEMPERATURES: Final = (
-    0.0,
-    0.0,
-    0.7,
-)  # shards take turns: mostly what devices will say, some variety
+TEMPERATURES: Final = (0.0, 0.0, 0.7)
+"""Temperatures of successive shards: mostly the greedy answers of devices, and some variety."""
 FORMAT: Final = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """What the text is made of; the same values give the same shards on the same machine.
+    """Inputs of the text; the same values give the same shards on the same machine.
 
-    `source`: a checkpoint's folder or hub name. `batch` conversations make a shard. `layers`, whose hidden states are
-    kept, have no part in what is said: a shard that lacks one is made again with it.
+    `source`: a checkpoint's folder or hub name. `batch` conversations make a shard. The hidden
+    states of `layers` are stored and do not change the text: a shard that lacks a layer is made
+    again with it.
     """
 
     source: str
     layers: tuple[int, ...]
-    seed: int = 0
-    max_prompt_tokens: int = 128
-    max_new_tokens: int = 128
-    batch: int = 192
+    seed: int
+    max_prompt_tokens: int
+    max_new_tokens: int
+    batch: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class ShardTask:
     """One shard to make: prompts to answer, or, without any, prompts to draw."""
 
     path: Path
@@ -64,7 +62,7 @@ class Task:
         return self.path.exists() and set(self.layers) <= stored_layers(self.path)
 
 
-class Maker:
+class ShardMaker:
     """A loaded model that makes shards."""
 
     def __init__(self, config: CorpusConfig) -> None:
@@ -78,83 +76,84 @@ class Maker:
         ends = model.generation_config.eos_token_id
         self.ends = [ends] if isinstance(ends, int) else list(ends)
 
-    def make(self, task: Task) -> None:
-        """Writes the shard of `task`, whole or not at all."""
+    def make(self, task: ShardTask) -> None:
+        """Write the shard of `task`, whole or not at all."""
         generator = torch.Generator().manual_seed(task.seed)
-        if not task.prompts:
-            drawn = draw_prompts(
-                self.model, self.tokenizer, self.chat, 2 * self.config.batch, generator
+        if task.prompts:
+            answers = self._answer(task, generator)
+            write_whole(task.path, lambda path: save_answers(answers, path))
+        else:
+            prompts = generate_prompts(
+                self.model,
+                self.tokenizer,
+                self.chat,
+                2 * self.config.batch,
+                generator,
             )
-            write_whole(task.path, lambda path: path.write_bytes(msgspec.json.encode(drawn)))
-            return
+            content = msgspec.json.encode(prompts)
+            write_whole(task.path, lambda path: path.write_bytes(content))
+
+    def _answer(self, task: ShardTask, generator: torch.Generator) -> TrainingAnswers:
+        ids = self.tokenizer(list(task.prompts), add_special_tokens=False)["input_ids"]
         before = list(self.chat.before)
         after = list(self.chat.after)
-        words = self.tokenizer(list(task.prompts), add_special_tokens=False)["input_ids"]
-        answers = answer(
+        return generate_answers(
             self.model,
-            [before + ids + after for ids in words],
-            task.layers,
-            self.ends,
-            self.config.max_new_tokens,
-            task.temperature,
-            generator,
+            [before + prompt_ids + after for prompt_ids in ids],
+            layers=task.layers,
+            ends=self.ends,
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=task.temperature,
+            generator=generator,
         )
-        write_whole(task.path, lambda path: save_answers(answers, path))
 
 
 class Corpus:
-    """A folder of shards for one configuration, which grows as more text is asked for.
+    """A folder of shards for one configuration, which grows with the number of tokens requested.
 
-    Shards of answers are numbered. Of three, two answer prompts drawn from the model and one given prompts, as long as
-    there are some; so a shard is the same however much is asked for.
+    Shards of answers are numbered. Of three, two answer prompts drawn from the model and one
+    answers prompts from files, while there are any; so a shard does not depend on the number of
+    tokens requested.
     """
 
     def __init__(
-        self, folder: Path, config: CorpusConfig, given: Sequence[str], fingerprint: str
+        self, folder: Path, config: CorpusConfig, file_prompts: Sequence[str], fingerprint: str
     ) -> None:
-        """The shards are in a subfolder of `folder`; `given`: prompts from files; `fingerprint`: the model's."""
+        """Create the folder of this configuration's shards below `folder`.
+
+        `file_prompts` are the prompts from files; `fingerprint` is the model's.
+        """
         self.config = config
-        made_of = asdict(config) | {
-            "given": list(given),
-            "fingerprint": fingerprint,
-            "format": FORMAT,
-        }
-        del made_of["source"], made_of["layers"]
-        key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-        self.folder = folder / key
+        self.folder = folder / corpus_key(config, file_prompts, fingerprint)
         self.folder.mkdir(parents=True, exist_ok=True)
-        short = self._short(without_repeats(given))
-        self._given = [
-            tuple(short[i : i + config.batch]) for i in range(0, len(short), config.batch)
-        ]
-        self._own: list[tuple[str, ...]] = []
+        short = self._short(without_repeats(file_prompts))
+        self._file_batches = batches(short, config.batch)
+        self._drawn_batches: list[tuple[str, ...]] = []
         self._num_drawn = 0
 
     def _short(self, prompts: list[str]) -> list[str]:
-        """In random order, those that are not too long."""
+        """Return the prompts that are not too long, in random order."""
         if not prompts:
             return []
         tokenizer = load_pretrained(AutoTokenizer, self.config.source, self.config.source)
         ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-        order = torch.randperm(
-            len(prompts), generator=torch.Generator().manual_seed(self.config.seed)
-        ).tolist()
+        generator = torch.Generator().manual_seed(self.config.seed)
+        order = torch.randperm(len(prompts), generator=generator).tolist()
         return [prompts[i] for i in order if len(ids[i]) <= self.config.max_prompt_tokens]
 
-    def fill(self, num_tokens: int, makers: Makers, progress: Callable[[int], None]) -> list[Path]:
-        """Makes what is missing; the shards, in order, that hold `num_tokens` tokens of answers or just more.
+    def fill(
+        self, num_tokens: int, makers: ShardMakerPool, progress: Callable[[int], None]
+    ) -> list[Path]:
+        """Make the missing shards.
 
-        `progress` hears how many tokens there are.
+        Returns the shards, in order, that hold `num_tokens` tokens of answers or just more.
+        `progress` receives the number of tokens so far.
         """
         paths: list[Path] = []
         total = 0
         while total < num_tokens:
             numbers = range(len(paths), len(paths) + makers.processes)
-            while len(self._own) < sum(
-                not self._is_given(number) for number in range(numbers.stop)
-            ):
-                self._draw(makers)
-            tasks = [self._answering(number) for number in numbers]
+            tasks = self._answer_tasks(numbers, makers)
             makers.make(tasks)
             for task in tasks:
                 if total < num_tokens:
@@ -163,100 +162,120 @@ class Corpus:
             progress(total)
         return paths
 
-    def _is_given(self, number: int) -> bool:
-        return number % 3 == 2 and number // 3 < len(self._given)
+    def _answer_tasks(self, numbers: range, makers: ShardMakerPool) -> list[ShardTask]:
+        """Return the tasks of some shards of answers; draw prompts for them as needed."""
+        num_needed = sum(not self._is_from_files(number) for number in range(numbers.stop))
+        while len(self._drawn_batches) < num_needed:
+            self._draw(makers)
+        return [self._answer_task(number) for number in numbers]
 
-    def _answering(self, number: int) -> Task:
-        """The task of one shard of answers."""
-        given = self._is_given(number)
-        prompts = (
-            self._given[number // 3]
-            if given
-            else self._own[number - min((number + 1) // 3, len(self._given))]
-        )
-        temperature = TEMPERATURES[number // 3 % len(TEMPERATURES)]
+    def _is_from_files(self, number: int) -> bool:
+        return number % 3 == 2 and number // 3 < len(self._file_batches)
+
+    def _answer_task(self, number: int) -> ShardTask:
+        """Return the task of one shard of answers."""
         path = self.folder / f"answers-{number:05}.safetensors"
-        layers = tuple(sorted({*self.config.layers, *stored_layers(path)}))
-        return Task(
+        layers = {*self.config.layers, *stored_layers(path)}
+        return ShardTask(
             path=path,
             seed=shard_seed(self.config.seed, number),
-            temperature=temperature,
-            prompts=prompts,
-            layers=layers,
+            temperature=TEMPERATURES[number // 3 % len(TEMPERATURES)],
+            prompts=self._prompts(number),
+            layers=tuple(sorted(layers)),
         )
 
-    def _draw(self, makers: Makers) -> None:
-        """Draws more prompts, or reads those that were drawn."""
+    def _prompts(self, number: int) -> tuple[str, ...]:
+        """Return the prompts of one shard of answers."""
+        if self._is_from_files(number):
+            return self._file_batches[number // 3]
+        num_from_files = min((number + 1) // 3, len(self._file_batches))
+        return self._drawn_batches[number - num_from_files]
+
+    def _draw(self, makers: ShardMakerPool) -> None:
+        """Draw more prompts, or read those that were drawn before."""
         count = self._num_drawn + makers.processes
-        tasks = [
-            Task(
-                path=self.folder / f"drawn-{number:05}.json",
-                seed=shard_seed(self.config.seed, number, drawing=True),
-            )
-            for number in range(count)
-        ]
+        tasks = [self._draw_task(number) for number in range(count)]
         makers.make(tasks[self._num_drawn :])
         self._num_drawn = count
-        drawn = [
-            text
-            for task in tasks
-            for text in msgspec.json.decode(task.path.read_bytes(), type=list[str])
-        ]
+        drawn: list[str] = []
+        for task in tasks:
+            drawn += msgspec.json.decode(task.path.read_bytes(), type=list[str])
         distinct = without_repeats(drawn)
-        batch = self.config.batch
-        self._own = [
-            tuple(distinct[i : i + batch]) for i in range(0, len(distinct) - batch + 1, batch)
-        ]
-        check_yield(2 * count * batch, len(distinct))
+        size = self.config.batch
+        num_whole = len(distinct) // size
+        self._drawn_batches = batches(distinct[: num_whole * size], size)
+        check_yield(2 * count * size, len(distinct))
+
+    def _draw_task(self, number: int) -> ShardTask:
+        return ShardTask(
+            path=self.folder / f"drawn-{number:05}.json",
+            seed=shard_seed(self.config.seed, number, drawing=True),
+        )
+
+
+def corpus_key(config: CorpusConfig, file_prompts: Sequence[str], fingerprint: str) -> str:
+    """Return the hash of everything that decides a corpus' text."""
+    inputs = asdict(config)
+    del inputs["source"], inputs["layers"]
+    inputs |= {"given": list(file_prompts), "fingerprint": fingerprint, "format": FORMAT}
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def batches(prompts: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    """Return the prompts in tuples of `size`; the last one may be shorter."""
+    return [tuple(prompts[i : i + size]) for i in range(0, len(prompts), size)]
 
 
 def shard_seed(seed: int, number: int, drawing: bool = False) -> int:
-    """A seed of its own for each shard."""
+    """Return a separate seed for each shard."""
     digest = hashlib.sha256(f"{seed} {number} {drawing}".encode()).digest()
     return int.from_bytes(digest[:6])
 
 
-_maker: Maker  # in a process of the pool, once it has started
+_maker: ShardMaker  # in a process of the pool, once it has started
 
 
 def start_maker(config: CorpusConfig) -> None:
-    """In a process of its own: loads the model, with one thread; ends when the process that asks for it does."""
+    """Load the model in a process of the pool, with one thread; it ends with its parent."""
     global _maker
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    _maker = Maker(config)
+    _maker = ShardMaker(config)
 
 
 def end_with_parent() -> None:
-    """Waits for the parent process to end, however it does, and ends this one."""
+    """Wait for the parent process to end for any reason, then end this one."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def run_task(task: Task) -> None:
-    """In such a process."""
+def run_task(task: ShardTask) -> None:
+    """Make a shard in a process of the pool."""
     _maker.make(task)
 
 
-class Makers:
-    """Processes that make shards, one thread each, which share the cores better than one with many; on CUDA, one."""
+class ShardMakerPool:
+    """Processes that make shards; on CUDA it is one.
+
+    Each has one thread, which uses the cores better than one process with many threads.
+    """
 
     def __init__(self, config: CorpusConfig, processes: int) -> None:
         self._config = config
         self.processes = 1 if torch.cuda.is_available() else processes
         self._pool: ProcessPoolExecutor | None = None
 
-    def __enter__(self) -> Makers:
+    def __enter__(self) -> ShardMakerPool:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def make(self, tasks: Sequence[Task]) -> None:
-        """Makes the shards that are missing."""
+    def make(self, tasks: Sequence[ShardTask]) -> None:
+        """Make the shards that are missing."""
         missing = [task for task in tasks if not task.is_done]
         if not missing:
             return
@@ -268,24 +287,23 @@ class Makers:
 
 
 def stored_layers(path: Path) -> set[int]:
-    """Layers whose hidden states a shard holds; none for prompts, or when there is no such file."""
+    """Return the layers whose hidden states a shard holds: none for prompts or no file."""
     if not path.exists() or path.suffix != ".safetensors":
         return set()
     with safe_open(path, framework="pt") as file:
-        return {
-            int(key.removeprefix("hidden.")) for key in file.keys() if key.startswith("hidden.")
-        }  # noqa: SIM118
+        names = list(file.keys())
+    return {int(name.removeprefix("hidden.")) for name in names if name.startswith("hidden.")}
 
 
 def count_tokens(path: Path) -> int:
-    """Answering positions in a shard."""
+    """Return the number of answering positions in a shard."""
     with safe_open(path, framework="pt") as file:
         count: int = file.get_slice("final").get_shape()[0]
     return count
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file that gets its name when it is complete."""
+    """Write a file through `write`; it gets its name when it is complete."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         write(partial)
@@ -294,30 +312,31 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def save_answers(answers: Answers, path: Path) -> None:
-    """Writes a shard."""
+def save_answers(answers: TrainingAnswers, path: Path) -> None:
+    """Write a shard of answers."""
     tensors = {f"hidden.{layer}": states for layer, states in answers.hidden.items()}
-    tensors |= {name: getattr(answers, name) for name in TENSORS}
+    for name in TENSORS:
+        tensors[name] = getattr(answers, name)
     save_file(tensors, path)
 
 
-def load_answers(path: Path, layers: Sequence[int]) -> Answers:
-    """Reads a shard, with the hidden states of `layers` alone.
+def load_answers(path: Path, layers: Sequence[int]) -> TrainingAnswers:
+    """Read a shard of answers with the hidden states of `layers` only.
 
     Raises:
-        ConfigError: the shard has no such layer or was made with another width.
+        ConfigError: the shard lacks one of the layers or was made with another width.
     """
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         missing = [layer for layer in layers if f"hidden.{layer}" not in names]
         if missing:
             raise ConfigError(
-                f"{path} has no hidden states of layers {missing}; remove the folder and make it again"
+                f"{path} has no hidden states of layers {missing}; "
+                "remove the folder and make it again"
             )
-        answers = Answers(
-            hidden={layer: file.get_tensor(f"hidden.{layer}") for layer in layers},
-            **{name: file.get_tensor(name) for name in TENSORS},
-        )
+        hidden = {layer: file.get_tensor(f"hidden.{layer}") for layer in layers}
+        others = {name: file.get_tensor(name) for name in TENSORS}
+    answers = TrainingAnswers(hidden=hidden, **others)
     if answers.top_ids.shape[1] != TOP_K:
         raise ConfigError(f"{path} was made by another version; remove it")
     return answers

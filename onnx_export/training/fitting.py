@@ -1,4 +1,4 @@
-"""Fits exit heads to the full model's distribution, over a few thousand tokens of the vocabulary at a time."""
+"""Training of exit heads on the full model's distribution, over a part of the vocabulary."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from onnx_export.heads import ExitHead
-from onnx_export.training.generation import Answers, causal_mask, own_attention
+from onnx_export.training.generation import TrainingAnswers, causal_mask, unrepeated_attention
 
 RIDGE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
-    """`hard_share`: weight of the full model's choice in the loss; the rest is its distribution."""
+    """Options of the training by gradient.
+
+    `hard_share`: weight of the full model's best token in the loss; the rest is the weight of its
+    distribution.
+    """
 
     epochs: float = 3.0
     batch: int = 8  # conversations
@@ -30,7 +34,10 @@ class FitConfig:
 
 
 def fit_ridge(head: ExitHead, states: Tensor, final: Tensor) -> None:
-    """Sets the adapter to the ridge regression of `final` on the normalised `states`, both [n, hidden]."""
+    """Set the adapter to the ridge regression of `final` on the normalised `states`.
+
+    Both are [n, hidden].
+    """
     hidden = final.shape[1]
     gram = torch.zeros(hidden, hidden, dtype=torch.float64)
     cross = torch.zeros(hidden, hidden, dtype=torch.float64)
@@ -40,28 +47,30 @@ def fit_ridge(head: ExitHead, states: Tensor, final: Tensor) -> None:
             gram += (normalised.T @ normalised).double()
             cross += (normalised.T @ y.float()).double()
         ridge = RIDGE * gram.diagonal().mean() * torch.eye(hidden, dtype=torch.float64)
-        head.adapter.weight.copy_(torch.linalg.solve(gram + ridge, cross).T.float())
+        solution = torch.linalg.solve(gram + ridge, cross)
+        head.adapter.weight.copy_(solution.T.float())
 
 
-class Candidates:
-    """The tokens over which one batch's softmax runs, [c] ids, and what is added to their logits, [c].
+class SampledVocabulary:
+    """The tokens over which one batch's softmax runs, [c] `ids`, and their logit `offset`, [c].
 
-    All of the full model's best tokens for the batch are among them; `sampled` others stand for the rest of the
-    vocabulary, each for as many as were left out (importance sampling of the partition function; see Jean et al.,
-    arXiv 1412.2007). `targets` [n, k]: where the full model's best tokens are in `ids`.
+    All of the full model's best tokens for the batch are among them; `sampled` others stand for the
+    rest of the vocabulary, each for an equal share of the tokens left out (importance sampling of
+    the partition function; see Jean et al., arXiv 1412.2007). `targets` [n, k]: indices of the full
+    model's best tokens in `ids`.
     """
 
     def __init__(
         self, top_ids: Tensor, vocab: int, sampled: int, generator: torch.Generator
     ) -> None:
         best, inverse = torch.unique(top_ids, return_inverse=True)
-        rest = torch.ones(vocab, dtype=torch.bool)
-        rest[best] = False
-        others = rest.nonzero().flatten()
+        is_other = torch.ones(vocab, dtype=torch.bool)
+        is_other[best] = False
+        others = is_other.nonzero().flatten()
         count = min(sampled, len(others))
-        drawn = (
-            others[torch.randint(len(others), (count,), generator=generator)] if count else others
-        )
+        drawn = others
+        if count:
+            drawn = others[torch.randint(len(others), (count,), generator=generator)]
         self.ids = torch.cat([best, drawn])
         self.offset = torch.zeros(len(self.ids))
         if count:
@@ -69,123 +78,168 @@ class Candidates:
         self.targets = inverse
 
 
-def loss_of(
-    exit_hidden: Tensor, weight: Tensor, offset: Tensor, targets: Tensor, probs: Tensor, hard: float
+def distillation_loss(
+    exit_hidden: Tensor,
+    weight: Tensor,
+    vocabulary: SampledVocabulary,
+    probs: Tensor,
+    hard_share: float,
 ) -> Tensor:
-    """Mean loss of exit_hidden [n, hidden] against the full model's best tokens `targets` [n, k], best first.
+    """Return the mean loss of exit_hidden [n, hidden] against the full model's best tokens.
 
-    `weight` [c, hidden]: rows of the LM head for the candidates. The soft part is the cross entropy with `probs`
-    [n, k], where what the best tokens leave over is one more class; the hard one is with the best token.
+    `weight` [c, hidden]: rows of the LM head for the tokens of `vocabulary`. The soft loss is the
+    cross entropy with `probs` [n, k], best first, in which the probability that the best tokens
+    leave over is one more class; the hard loss is that of the best token.
     """
-    logits = torch.addmm(offset, exit_hidden, weight.T)
-    logprobs = logits.gather(1, targets) - logits.logsumexp(1, keepdim=True)
+    logits = torch.addmm(vocabulary.offset, exit_hidden, weight.T)
+    logprobs = logits.gather(1, vocabulary.targets) - logits.logsumexp(1, keepdim=True)
     rest = (1 - probs.sum(1)).clamp(min=0)
-    other = torch.log1p(-logprobs.exp().sum(1).clamp(max=1 - 1e-6))
-    soft = -(probs * logprobs).sum(1) - rest * other
-    return (hard * -logprobs[:, 0] + (1 - hard) * soft).mean()
+    best_probs = logprobs.exp().sum(1).clamp(max=1 - 1e-6)
+    rest_logprobs = torch.log1p(-best_probs)
+    soft = -(probs * logprobs).sum(1) - rest * rest_logprobs
+    hard = -logprobs[:, 0]
+    return (hard_share * hard + (1 - hard_share) * soft).mean()
 
 
-class Runner:
-    """Runs a head over whole conversations, as a device would: `forward` gives the answering positions alone."""
+class HeadRunner:
+    """Runs a head over whole conversations, as a device would."""
 
-    def __init__(self, model: Any, answers: Answers) -> None:
+    def __init__(self, model: Any, answers: TrainingAnswers) -> None:
         self.answers = answers
         self.model = model
 
     def forward(self, head: ExitHead, exit_layer: int, conversations: Sequence[int]) -> Tensor:
-        """exit_hidden [m of these conversations, hidden] float32."""
+        """Return exit_hidden [answering positions of these conversations, hidden] float32."""
         hidden = self.answers.hidden[exit_layer]
-        if head.layer is None:
-            return head(
-                torch.cat([hidden[self.answers.answering(c)[0]] for c in conversations]).float()
-            )
+        if head.layer is not None:
+            return self._forward_block(head, head.layer, hidden, conversations)
+        spans = [self.answers.answering(conversation)[0] for conversation in conversations]
+        return head(torch.cat([hidden[span] for span in spans]).float())
+
+    def _forward_block(
+        self, head: ExitHead, layer: nn.Module, hidden: Tensor, conversations: Sequence[int]
+    ) -> Tensor:
+        """Run a head with a layer of its own over all positions of the conversations."""
         starts = self.answers.starts
         lengths = self.answers.lengths
-        whole = [hidden[starts[c] : starts[c] + lengths[c]] for c in conversations]
-        padded = nn.utils.rnn.pad_sequence(whole, batch_first=True).float()
+        states = [hidden[starts[c] : starts[c] + lengths[c]] for c in conversations]
+        padded = nn.utils.rnn.pad_sequence(states, batch_first=True).float()
         columns = torch.arange(padded.shape[1])
-        mask = causal_mask(torch.zeros(len(padded), dtype=torch.int64), columns, padded.dtype)
+        no_padding = torch.zeros(len(padded), dtype=torch.int64)
+        mask = causal_mask(no_padding, columns, padded.dtype)
         position_embeddings = self.model.model.rotary_emb(padded, columns[None])
-        with own_attention(self.model):
-            out = head.layer(padded, attention_mask=mask, position_embeddings=position_embeddings)
-        first = [int(self.answers.prompt_lengths[c]) - 1 for c in conversations]
-        return head(
-            torch.cat(
-                [out[i, a : len(w)] for i, (a, w) in enumerate(zip(first, whole, strict=True))]
-            )
-        )
+        with unrepeated_attention(self.model):
+            out = layer(padded, attention_mask=mask, position_embeddings=position_embeddings)
+        answering: list[Tensor] = []
+        for row, conversation in enumerate(conversations):
+            first = int(self.answers.prompt_lengths[conversation]) - 1
+            answering.append(out[row, first : int(lengths[conversation])])
+        return head(torch.cat(answering))
 
     def rows(self, conversations: Sequence[int]) -> Tensor:
-        """Where the answering positions of these conversations are among all m, int64."""
-        spans = [self.answers.answering(c)[1] for c in conversations]
+        """Return the indices of these conversations' answering positions among all m, int64."""
+        spans = [self.answers.answering(conversation)[1] for conversation in conversations]
         return torch.cat([torch.arange(span.start, span.stop) for span in spans])
 
 
-def fit(
+class HeadTrainer:
+    """Trains several heads at once by gradient."""
+
+    def __init__(
+        self,
+        heads: Mapping[int, ExitHead],
+        model: Any,
+        answers: TrainingAnswers,
+        config: FitConfig,
+        num_steps: int,
+    ) -> None:
+        self.heads = heads
+        self.runner = HeadRunner(model, answers)
+        self.config = config
+        self.lm_head = model.lm_head.weight.detach()
+        self.parameters = [
+            parameter.requires_grad_(True)
+            for head in heads.values()
+            for parameter in head.parameters()
+        ]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, config.learning_rate, num_steps + 1, pct_start=0.1
+        )
+
+    def step(self, conversations: Sequence[int], generator: torch.Generator) -> None:
+        """Make one step of the optimiser on some conversations."""
+        answers = self.runner.answers
+        rows = self.runner.rows(conversations)
+        top_ids = answers.top_ids[rows, : self.config.teacher_top].long()
+        logprobs = answers.top_logprobs[rows, : self.config.teacher_top]
+        probs = logprobs.float().exp()
+        vocabulary = SampledVocabulary(top_ids, len(self.lm_head), self.config.sampled, generator)
+        weight = self.lm_head[vocabulary.ids]
+        for layer, head in self.heads.items():
+            out = self.runner.forward(head, layer, conversations)
+            loss = distillation_loss(out, weight, vocabulary, probs, self.config.hard_share)
+            loss.backward()
+        # Each head is clipped on its own, so that it does not depend on the others.
+        for head in self.heads.values():
+            nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+
+    def freeze(self) -> None:
+        """End the training."""
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+
+
+def fit_by_gradient(
     heads: Mapping[int, ExitHead],
     model: Any,
-    answers: Answers,
+    *,
+    answers: TrainingAnswers,
     conversations: Tensor,
     config: FitConfig,
     tick: Callable[[int], None],
 ) -> None:
-    """Trains all heads at once on some conversations, in random order; `tick` hears how many were done."""
+    """Train all heads at once on some conversations, in random order.
+
+    `tick` receives the number of conversations of each step.
+    """
     generator = torch.Generator().manual_seed(config.seed)
-    runner = Runner(model, answers)
-    lm_head = model.lm_head.weight.detach()
-    parameters = [p.requires_grad_(True) for head in heads.values() for p in head.parameters()]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    batches = -(-len(conversations) // config.batch)
-    steps = max(1, round(config.epochs * batches))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, steps + 1, pct_start=0.1
-    )
+    num_batches = -(-len(conversations) // config.batch)
+    num_steps = max(1, round(config.epochs * num_batches))
+    trainer = HeadTrainer(heads, model, answers, config, num_steps)
     order = torch.empty(0)
-    for step in range(steps):
-        if step % batches == 0:
+    for step in range(num_steps):
+        if step % num_batches == 0:
             order = conversations[torch.randperm(len(conversations), generator=generator)]
-        chosen = order[step % batches * config.batch :][: config.batch].tolist()
-        rows = runner.rows(chosen)
-        top_ids = answers.top_ids[rows, : config.teacher_top].long()
-        probs = answers.top_logprobs[rows, : config.teacher_top].float().exp()
-        candidates = Candidates(top_ids, len(lm_head), config.sampled, generator)
-        weight = lm_head[candidates.ids]
-        for layer, head in heads.items():
-            out = runner.forward(head, layer, chosen)
-            loss_of(
-                out,
-                weight,
-                offset=candidates.offset,
-                targets=candidates.targets,
-                probs=probs,
-                hard=config.hard_share,
-            ).backward()
-        for head in (
-            heads.values()
-        ):  # each for itself, so that a head is the same whatever is trained beside it
-            nn.utils.clip_grad_norm_(head.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
+        start = step % num_batches * config.batch
+        chosen = order[start : start + config.batch].tolist()
+        trainer.step(chosen, generator)
         tick(len(chosen))
-    for parameter in parameters:
-        parameter.requires_grad_(False)
+    trainer.freeze()
 
 
 @torch.inference_mode()
-def judge(
-    head: ExitHead, exit_layer: int, model: Any, answers: Answers, conversations: Tensor
+def evaluate_head(
+    head: ExitHead, exit_layer: int, model: Any, answers: TrainingAnswers, conversations: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What a head says at the answering positions: confidence [m] float32, and whether it agrees, bool [m]."""
-    runner = Runner(model, answers)
+    """Return a head's confidence and agreement at the answering positions.
+
+    Confidence is float32 [m]; agreement with the full model's best token is bool [m].
+    """
+    runner = HeadRunner(model, answers)
     lm_head = model.lm_head.weight
-    confidence = []
-    agrees = []
-    for chosen in conversations.split(8):
-        out = runner.forward(head, exit_layer, chosen.tolist())
-        best, ids = nn.functional.linear(out, lm_head).softmax(-1).max(-1)
+    confidence: list[Tensor] = []
+    agrees: list[Tensor] = []
+    for batch in conversations.split(8):
+        chosen = batch.tolist()
+        out = runner.forward(head, exit_layer, chosen)
+        logits = nn.functional.linear(out, lm_head)
+        best, ids = logits.softmax(-1).max(-1)
         confidence.append(best)
-        agrees.append(ids == answers.top_ids[runner.rows(chosen.tolist()), 0])
+        agrees.append(ids == answers.top_ids[runner.rows(chosen), 0])
     return torch.cat(confidence), torch.cat(agrees)

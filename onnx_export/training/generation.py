@@ -1,8 +1,8 @@
-"""Lets a model answer prompts in large batches and keeps what its layers see of each position."""
+"""Generation of answers in large batches, with the hidden states of each position."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,18 +15,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ATTENTION = "grouped_static"
 TENSORS = ("token_ids", "lengths", "prompt_lengths", "final", "top_ids", "top_logprobs")
-TOP_K = 32  # of the full model's distribution, kept for each position
+TOP_K = 32  # tokens of the full model's distribution that are stored for each position
 PREFILL_POSITIONS = 4096  # in one pass, over all rows
 
 
 @dataclass(kw_only=True)
-class Answers:
-    """Conversations one after the other, n positions in all, m of which predict a token of an answer.
+class TrainingAnswers:
+    """Conversations one after the other: n positions, m of which predict a token of an answer.
 
-    `token_ids` int32 [n]; `lengths` and `prompt_lengths` int32 [conversations]: positions of each, and of its prompt;
-    `hidden`: by layer count, float16 [n, hidden]; for the m answering positions `final` float16 [m, hidden] after the
-    last norm, `top_ids` int32 [m, 32] and `top_logprobs` float16 [m, 32] of the full model, best first. A
-    conversation's last position predicts its last token, which is not among the positions.
+    `token_ids` int32 [n]; `lengths` and `prompt_lengths` int32 [conversations]: positions of each
+    conversation, and of its prompt; `hidden`: by layer count, float16 [n, hidden]. For the m
+    answering positions: `final` float16 [m, hidden] after the last norm, `top_ids` int32 [m, 32]
+    and `top_logprobs` float16 [m, 32] of the full model, best first. A conversation's last position
+    predicts its last token, which is not among the positions.
     """
 
     token_ids: Tensor
@@ -38,7 +39,7 @@ class Answers:
     top_logprobs: Tensor
 
     def __len__(self) -> int:
-        """The number of conversations."""
+        """Return the number of conversations."""
         return len(self.lengths)
 
     @cached_property
@@ -48,50 +49,54 @@ class Answers:
 
     @cached_property
     def answer_starts(self) -> Tensor:
-        """The first of each conversation's answering positions among all m of them, int64 [conversations]."""
+        """The index of each conversation's first answer among all m, int64 [conversations]."""
         counts = self.lengths - self.prompt_lengths + 1
         return counts.cumsum(0) - counts
 
     def answering(self, conversation: int) -> tuple[slice, slice]:
-        """One conversation's answering positions: among the n and among the m."""
-        stop = int(self.starts[conversation] + self.lengths[conversation])
-        start = int(self.starts[conversation] + self.prompt_lengths[conversation]) - 1
+        """Return one conversation's answering positions: among the n and among the m."""
+        begin = self.starts[conversation]
+        stop = int(begin + self.lengths[conversation])
+        start = int(begin + self.prompt_lengths[conversation]) - 1
         first = int(self.answer_starts[conversation])
         return slice(start, stop), slice(first, first + stop - start)
 
 
-def concatenate(parts: Sequence[Answers]) -> Answers:
-    """All conversations of `parts`, which have the same layers."""
-    whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in TENSORS}
-    return Answers(
-        hidden={layer: torch.cat([p.hidden[layer] for p in parts]) for layer in parts[0].hidden},
-        **whole,
-    )
+def concatenate(batches: Sequence[TrainingAnswers]) -> TrainingAnswers:
+    """Return all conversations of `batches`, which have the same layers."""
+    tensors = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in TENSORS}
+    hidden = {
+        layer: torch.cat([batch.hidden[layer] for batch in batches]) for layer in batches[0].hidden
+    }
+    return TrainingAnswers(hidden=hidden, **tensors)
 
 
-class Generation:
-    """A batch of conversations under way, with one static cache; rows that end leave it when they are many.
+class GenerationBatch:
+    """A batch of conversations during generation, with one static cache.
 
-    `prompts`: token ids of each row's prompt. Rows are padded on the left.
+    Rows that end are removed when they are many. `prompts`: token ids of each row's prompt. Rows
+    are padded on the left.
     """
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         self.model = model
         self.device = model.device
         width = max(map(len, prompts))
-        padded = [[0] * (width - len(ids)) + list(ids) for ids in prompts]
+        paddings = [width - len(ids) for ids in prompts]
+        padded = [[0] * padding + list(ids) for padding, ids in zip(paddings, prompts, strict=True)]
         self.input_ids = torch.tensor(padded, device=self.device)
-        self.starts = torch.tensor([width - len(ids) for ids in prompts], device=self.device)
+        self.starts = torch.tensor(paddings, device=self.device)
         self.rows = torch.arange(len(prompts), device=self.device)
         self.columns = torch.arange(width, device=self.device)
+        self.live = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
         self.cache = StaticCache(model.config, max_cache_len=width + max_new_tokens)
 
     def forward(self) -> Tensor:
-        """Runs the columns that wait; the last column's final hidden states [rows, hidden]."""
+        """Run the pending columns; return the last column's final hidden states [rows, hidden]."""
         width = max(1, PREFILL_POSITIONS // len(self.rows))
-        for columns, input_ids in zip(
-            self.columns.split(width), self.input_ids.split(width, 1), strict=True
-        ):
+        column_chunks = self.columns.split(width)
+        id_chunks = self.input_ids.split(width, 1)
+        for columns, input_ids in zip(column_chunks, id_chunks, strict=True):
             output = self.model.model(
                 input_ids,
                 attention_mask=causal_mask(self.starts, columns, self.model.dtype),
@@ -102,24 +107,27 @@ class Generation:
         last: Tensor = output.last_hidden_state[:, -1]
         return last
 
-    def append(self, token_ids: Tensor, live: Tensor) -> Tensor:
-        """Adds one token a row; rows that are not `live` go when they are a quarter of the batch. The new `live`."""
-        if 4 * int(live.sum()) <= 3 * len(live):
-            keep = live.nonzero().flatten()
-            live = live[keep]
-            for layer in self.cache.layers:
-                layer.keys = layer.keys[keep]
-                layer.values = layer.values[keep]
-            self.rows = self.rows[keep]
-            self.starts = self.starts[keep]
-            token_ids = token_ids[keep]
+    def append(self, token_ids: Tensor) -> None:
+        """Add one token a row; remove ended rows when they are a quarter of the batch."""
+        if 4 * int(self.live.sum()) <= 3 * len(self.live):
+            rows_to_keep = self.live.nonzero().flatten()
+            self._keep(rows_to_keep)
+            token_ids = token_ids[rows_to_keep]
         self.input_ids = token_ids[:, None]
         self.columns = self.columns[-1:] + 1
-        return live
+
+    def _keep(self, rows_to_keep: Tensor) -> None:
+        """Remove all rows except `rows_to_keep`."""
+        for layer in self.cache.layers:
+            layer.keys = layer.keys[rows_to_keep]
+            layer.values = layer.values[rows_to_keep]
+        self.live = self.live[rows_to_keep]
+        self.rows = self.rows[rows_to_keep]
+        self.starts = self.starts[rows_to_keep]
 
 
 @torch.no_grad()
-def complete(
+def generate_texts(
     model: Any,
     prompts: Sequence[Sequence[int]],
     ends: Sequence[int],
@@ -127,120 +135,153 @@ def complete(
     temperature: float,
     generator: torch.Generator,
 ) -> list[list[int]]:
-    """What the model says after each prompt, up to and without a token of `ends`; cut off at `max_new_tokens`."""
-    batch = Generation(model, prompts, max_new_tokens)
+    """Return the model's continuation of each prompt.
+
+    It stops before a token of `ends` or after `max_new_tokens`.
+    """
+    batch = GenerationBatch(model, prompts, max_new_tokens)
     stop = torch.tensor(ends, device=batch.device)
-    said: list[list[int]] = [[] for _ in prompts]
-    live = torch.ones(len(prompts), dtype=torch.bool, device=batch.device)
-    with own_attention(model):
+    texts: list[list[int]] = [[] for _ in prompts]
+    with unrepeated_attention(model):
         for _ in range(max_new_tokens):
-            token_ids = choose(model.lm_head(batch.forward()), temperature, generator)
-            live = live & ~torch.isin(token_ids, stop)
-            for row, token_id in zip(
-                batch.rows[live].tolist(), token_ids[live].tolist(), strict=True
-            ):
-                said[row].append(token_id)
-            if not live.any():
+            logits = model.lm_head(batch.forward())
+            token_ids = sample_tokens(logits, temperature, generator)
+            batch.live = batch.live & ~torch.isin(token_ids, stop)
+            rows = batch.rows[batch.live].tolist()
+            live_ids = token_ids[batch.live].tolist()
+            for row, token_id in zip(rows, live_ids, strict=True):
+                texts[row].append(token_id)
+            if not batch.live.any():
                 break
-            live = batch.append(token_ids, live)
-    return said
+            batch.append(token_ids)
+    return texts
 
 
 @torch.no_grad()
-def answer(
+def generate_answers(
     model: Any,
     prompts: Sequence[Sequence[int]],
+    *,
     layers: Sequence[int],
     ends: Sequence[int],
     max_new_tokens: int,
     temperature: float,
     generator: torch.Generator,
-) -> Answers:
-    """Answers every prompt, which ends with a token of `ends` or after `max_new_tokens`."""
-    batch = Generation(model, prompts, max_new_tokens)
-    width = batch.input_ids.shape[1]
-    count = len(prompts)
-    columns = width + max_new_tokens
-    hidden_size = model.config.hidden_size
+) -> TrainingAnswers:
+    """Answer every prompt; an answer ends with a token of `ends` or after `max_new_tokens`."""
+    batch = GenerationBatch(model, prompts, max_new_tokens)
+    buffers = AnswerBuffers(batch, layers, max_new_tokens)
     stop = torch.tensor(ends, device=batch.device)
-    hidden = {
-        layer: torch.empty(count, columns, hidden_size, dtype=torch.float16) for layer in layers
-    }
-    tokens = torch.zeros(count, columns, dtype=torch.int32)
-    tokens[:, :width] = batch.input_ids.cpu()
-    first = batch.starts.cpu()
-    last = torch.full((count,), width)
-    finals = torch.empty(count, max_new_tokens, hidden_size, dtype=torch.float16)
-    top_ids = torch.empty(count, max_new_tokens, TOP_K, dtype=torch.int32)
-    top_logprobs = torch.empty(count, max_new_tokens, TOP_K, dtype=torch.float16)
-    live = torch.ones(count, dtype=torch.bool, device=batch.device)
-
-    with own_attention(model), watch(model, layers) as seen:
+    with unrepeated_attention(model), capture_hidden_states(model, layers) as captured:
         for step in range(max_new_tokens):
-            seen.clear()
+            captured.clear()
             final = batch.forward()
-            rows = batch.rows.cpu()
-            start = int(batch.columns[0])
-            end = int(batch.columns[-1]) + 1
-            for layer in layers:
-                hidden[layer][rows, start:end] = torch.cat(seen[layer], 1).to("cpu", torch.float16)
+            buffers.add_hidden(batch, captured)
             logits = model.lm_head(final).float()
             top = logits.topk(TOP_K, -1)
-            finals[rows, step] = final.to("cpu", torch.float16)
-            top_ids[rows, step] = top.indices.to("cpu", torch.int32)
-            top_logprobs[rows, step] = (top.values - logits.logsumexp(-1, keepdim=True)).to(
-                "cpu", torch.float16
-            )
-            token_ids = choose(logits, temperature, generator, top.indices[:, 0])
-            last[rows[live.cpu()]] = width + step
-            live = live & ~torch.isin(token_ids, stop)
-            if not live.any() or step == max_new_tokens - 1:
+            buffers.add_step(batch, step, final, top, logits.logsumexp(-1, keepdim=True))
+            token_ids = sample_tokens(logits, temperature, generator, top.indices[:, 0])
+            batch.live = batch.live & ~torch.isin(token_ids, stop)
+            if not batch.live.any() or step == max_new_tokens - 1:
                 break
-            tokens[rows, width + step] = token_ids.to("cpu", torch.int32)
-            live = batch.append(token_ids, live)
-    column = torch.arange(columns)
-    real = (column >= first[:, None]) & (column < last[:, None])
-    answering = torch.arange(max_new_tokens) < (last - width + 1)[:, None]
-    # position p of a row predicts the token at p + 1: the prompt's last column is the first that answers
-    return Answers(
-        token_ids=tokens[real],
-        lengths=(last - first).int(),
-        prompt_lengths=(width - first).int(),
-        hidden={layer: states[real] for layer, states in hidden.items()},
-        final=finals[answering],
-        top_ids=top_ids[answering],
-        top_logprobs=top_logprobs[answering],
-    )
+            buffers.add_tokens(batch, step, token_ids)
+            batch.append(token_ids)
+    return buffers.result()
+
+
+class AnswerBuffers:
+    """The stored tensors of a batch's answers, by row and column or step, on the CPU."""
+
+    def __init__(self, batch: GenerationBatch, layers: Sequence[int], max_new_tokens: int) -> None:
+        count, width = batch.input_ids.shape
+        hidden_size = batch.model.config.hidden_size
+        num_columns = width + max_new_tokens
+        states = (count, num_columns, hidden_size)
+        steps = (count, max_new_tokens)
+        self.width = width
+        self.tokens = torch.zeros(count, num_columns, dtype=torch.int32)
+        self.tokens[:, :width] = batch.input_ids.cpu()
+        self.first = batch.starts.cpu()
+        self.last = torch.full((count,), width)
+        self.hidden = {layer: torch.empty(states, dtype=torch.float16) for layer in layers}
+        self.finals = torch.empty(*steps, hidden_size, dtype=torch.float16)
+        self.top_ids = torch.empty(*steps, TOP_K, dtype=torch.int32)
+        self.top_logprobs = torch.empty(*steps, TOP_K, dtype=torch.float16)
+
+    def add_hidden(self, batch: GenerationBatch, captured: Mapping[int, list[Tensor]]) -> None:
+        """Store the hidden states of the columns that ran."""
+        rows = batch.rows.cpu()
+        start = int(batch.columns[0])
+        end = int(batch.columns[-1]) + 1
+        for layer, chunks in captured.items():
+            self.hidden[layer][rows, start:end] = torch.cat(chunks, 1).to("cpu", torch.float16)
+
+    def add_step(
+        self, batch: GenerationBatch, step: int, final: Tensor, top: Any, log_sum: Tensor
+    ) -> None:
+        """Store a step's final states and best tokens, before its tokens are chosen."""
+        rows = batch.rows.cpu()
+        logprobs = top.values - log_sum
+        self.finals[rows, step] = final.to("cpu", torch.float16)
+        self.top_ids[rows, step] = top.indices.to("cpu", torch.int32)
+        self.top_logprobs[rows, step] = logprobs.to("cpu", torch.float16)
+        self.last[rows[batch.live.cpu()]] = self.width + step
+
+    def add_tokens(self, batch: GenerationBatch, step: int, token_ids: Tensor) -> None:
+        """Store a step's tokens."""
+        rows = batch.rows.cpu()
+        self.tokens[rows, self.width + step] = token_ids.to("cpu", torch.int32)
+
+    def result(self) -> TrainingAnswers:
+        """Return the answers without padding.
+
+        Position p of a row predicts the token at p + 1: the prompt's last column is the first that
+        answers.
+        """
+        column = torch.arange(self.tokens.shape[1])
+        is_real = (column >= self.first[:, None]) & (column < self.last[:, None])
+        num_steps = self.last - self.width + 1
+        answers = torch.arange(self.finals.shape[1]) < num_steps[:, None]
+        return TrainingAnswers(
+            token_ids=self.tokens[is_real],
+            lengths=(self.last - self.first).int(),
+            prompt_lengths=(self.width - self.first).int(),
+            hidden={layer: states[is_real] for layer, states in self.hidden.items()},
+            final=self.finals[answers],
+            top_ids=self.top_ids[answers],
+            top_logprobs=self.top_logprobs[answers],
+        )
 
 
 @contextmanager
-def watch(model: Any, layers: Sequence[int]) -> Iterator[dict[int, list[Tensor]]]:
-    """While it lasts, collects each pass's hidden states [rows, columns, hidden] after `layers` layers."""
-    seen: dict[int, list[Tensor]] = {}
+def capture_hidden_states(model: Any, layers: Sequence[int]) -> Iterator[dict[int, list[Tensor]]]:
+    """Collect each pass's hidden states [rows, columns, hidden] after `layers` layers."""
+    captured: dict[int, list[Tensor]] = {}
 
     def hook(layer: int) -> Any:
-        def note(_module: Any, _inputs: Any, output: Any) -> None:
-            seen.setdefault(layer, []).append(output[0] if isinstance(output, tuple) else output)
+        def capture(_module: Any, _inputs: Any, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            captured.setdefault(layer, []).append(states)
 
-        return note
+        return capture
 
     handles = [model.model.layers[layer - 1].register_forward_hook(hook(layer)) for layer in layers]
     try:
-        yield seen
+        yield captured
     finally:
         for handle in handles:
             handle.remove()
 
 
 def causal_mask(starts: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to attention scores, [batch, 1, s, columns so far]: -inf for padding and the future."""
+    """Return a mask [batch, 1, s, columns so far] to add: -inf for padding and the future."""
     past = torch.arange(int(columns[-1]) + 1, device=columns.device)
-    hidden = (past > columns[:, None]) | (
-        past < torch.minimum(starts[:, None], columns)[:, :, None]
-    )
-    return torch.zeros(hidden.shape, dtype=dtype, device=columns.device).masked_fill_(
-        hidden, float("-inf")
-    )[:, None]
+    is_future = past > columns[:, None]
+    begin = torch.minimum(starts[:, None], columns)
+    is_padding = past < begin[:, :, None]
+    hidden = is_future | is_padding
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=columns.device)
+    return mask.masked_fill_(hidden, float("-inf"))[:, None]
 
 
 def grouped_attention(
@@ -253,25 +294,26 @@ def grouped_attention(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query [b, heads, s, d], key and value [b, kv_heads, >= n, d], unrepeated -> [b, s, heads, d]."""
+    """Attend without a copy of key and value for each query head.
+
+    query [b, heads, s, d], key and value [b, kv_heads, >= n, d] -> [b, s, heads, d].
+    """
     batch, heads, length, dim = query.shape
+    kv_heads = key.shape[1]
     num_columns = mask.shape[-1]
     key = key[:, :, :num_columns]
     value = value[:, :, :num_columns]
-    grouped = query.reshape(batch, key.shape[1], -1, dim)
-    scores = (
-        (grouped @ key.transpose(2, 3))
-        .mul_(scaling)
-        .view(batch, heads, length, num_columns)
-        .add_(mask)
-    )
-    weights = scores.softmax(-1).view(batch, key.shape[1], -1, num_columns)
-    return (weights @ value).view(batch, heads, length, dim).transpose(1, 2), None
+    grouped = query.reshape(batch, kv_heads, -1, dim)
+    scores = (grouped @ key.transpose(2, 3)).mul_(scaling)
+    masked = scores.view(batch, heads, length, num_columns).add_(mask)
+    weights = masked.softmax(-1).view(batch, kv_heads, -1, num_columns)
+    out = (weights @ value).view(batch, heads, length, dim)
+    return out.transpose(1, 2), None
 
 
 @contextmanager
-def own_attention(model: Any) -> Iterator[None]:
-    """While it lasts, `model` runs `grouped_attention`: repeating keys for each query head costs most of the time."""
+def unrepeated_attention(model: Any) -> Iterator[None]:
+    """Let `model` run `grouped_attention`: repeated keys would cost most of the time."""
     before = model.config._attn_implementation
     ALL_ATTENTION_FUNCTIONS[ATTENTION] = grouped_attention
     model.config._attn_implementation = ATTENTION
@@ -282,14 +324,16 @@ def own_attention(model: Any) -> Iterator[None]:
         del ALL_ATTENTION_FUNCTIONS[ATTENTION]
 
 
-def choose(
+def sample_tokens(
     logits: Tensor, temperature: float, generator: torch.Generator, best: Tensor | None = None
 ) -> Tensor:
-    """Next token ids [batch] from logits [batch, vocab]; temperature 0 is greedy, where `best` saves a search."""
+    """Return token ids [batch] for logits [batch, vocab]; `best` saves a search if greedy (0)."""
     if temperature == 0:
         return logits.argmax(-1) if best is None else best
-    cumulative = (
-        (logits.float() / temperature).softmax(-1).cumsum(-1)
-    )  # far faster on a CPU than torch.multinomial
-    drawn = torch.rand(len(logits), 1, generator=generator).to(logits.device) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, drawn, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    # Much faster on a CPU than torch.multinomial.
+    probabilities = (logits.float() / temperature).softmax(-1)
+    cumulative = probabilities.cumsum(-1)
+    random = torch.rand(len(logits), 1, generator=generator).to(logits.device)
+    target = random * cumulative[:, -1:]
+    ids = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return ids.clamp(max=logits.shape[-1] - 1)

@@ -1,4 +1,4 @@
-"""Prompts to train on: drawn from the model itself (Magpie, arXiv 2406.08464), and each only once."""
+"""Distinct prompts for training, drawn from the model itself (Magpie, arXiv 2406.08464)."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from typing import Any, Final
 import torch
 
 from fleet.errors import ExportError
-from onnx_export.training.generation import complete
+from onnx_export.training.generation import generate_texts
 
-MARK: Final = "\N{REPLACEMENT CHARACTER}"  # stands for the user's words while the chat template is taken apart
+MARK: Final = "\N{REPLACEMENT CHARACTER}"
+"""Placeholder of the user's text while the chat template is split."""
 DRAW_TEMPERATURE: Final = 0.9
-LONGEST_DRAWN: Final = 48  # tokens
+MAX_DRAWN_TOKENS: Final = 48
 MIN_YIELD: Final = 0.01
-FEWEST_WORDS: Final = 3
-LEAST_VARIETY: Final = 0.5  # distinct words per word
+MIN_WORDS: Final = 3
+MIN_VARIETY: Final = 0.5  # distinct words per word
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A chat template around the user's words, as token ids, and the token that ends them."""
+    """A chat template around the user's text, as token ids; `after` begins with its end token."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
 
     @classmethod
     def of(cls, tokenizer: Any) -> ChatFormat:
-        """Raises ExportError when the template changes the user's words."""
+        """Split a chat template; raise ExportError if it changes the text or lacks a side."""
         chat = [{"role": "user", "content": MARK}]
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         if text.count(MARK) != 1:
@@ -38,37 +39,37 @@ class ChatFormat:
                 "the chat template does not hold the user's words as they are; cannot train on it"
             )
         before, after = (
-            tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(MARK)
+            tokenizer(side, add_special_tokens=False)["input_ids"] for side in text.split(MARK)
         )
         if not before or not after:
             raise ExportError(
-                "the chat template has nothing before or after the user's words; cannot draw prompts"
+                "the chat template has nothing before or after the user's words; "
+                "cannot draw prompts"
             )
         return cls(tuple(before), tuple(after))
 
 
-def draw_prompts(
+def generate_prompts(
     model: Any, tokenizer: Any, chat: ChatFormat, count: int, generator: torch.Generator
 ) -> list[str]:
-    """What the model puts into an empty user turn, `count` times, without what is no prompt."""
-    drawn = complete(
+    """Let the model fill an empty user turn `count` times; return the texts that are prompts."""
+    drawn = generate_texts(
         model,
         [chat.before] * count,
         ends=[chat.after[0]],
-        max_new_tokens=LONGEST_DRAWN,
+        max_new_tokens=MAX_DRAWN_TOKENS,
         temperature=DRAW_TEMPERATURE,
         generator=generator,
     )
-    texts = (
-        tokenizer.decode(ids).strip() for ids in drawn if len(ids) < LONGEST_DRAWN
-    )  # else it was cut off
+    complete = [ids for ids in drawn if len(ids) < MAX_DRAWN_TOKENS]
+    texts = [tokenizer.decode(ids).strip() for ids in complete]
     return [text for text in texts if is_prompt(text)]
 
 
 def draw_many(
     model: Any, tokenizer: Any, count: int, seed: int, batch: int, progress: Callable[[int], None]
 ) -> list[str]:
-    """`count` different prompts; `progress` hears how many there are.
+    """Return `count` different prompts; `progress` receives the number so far.
 
     Raises:
         ExportError: the model hardly puts a prompt into an empty user turn.
@@ -76,33 +77,36 @@ def draw_many(
     chat = ChatFormat.of(tokenizer)
     generator = torch.Generator().manual_seed(seed)
     drawn: list[str] = []
-    for tries in itertools.count(1):
-        drawn = without_repeats(drawn + draw_prompts(model, tokenizer, chat, batch, generator))
+    for num_batches in itertools.count(1):
+        drawn += generate_prompts(model, tokenizer, chat, batch, generator)
+        drawn = without_repeats(drawn)
         progress(min(count, len(drawn)))
         if len(drawn) >= count:
             return drawn[:count]
-        check_yield(tries * batch, len(drawn))
+        check_yield(num_batches * batch, len(drawn))
     raise AssertionError
 
 
-def check_yield(tried: int, drawn: int) -> None:
-    """Raises ExportError when next to nothing that was drawn is a prompt."""
-    if tried > 1000 and drawn < MIN_YIELD * tried:
+def check_yield(num_texts: int, num_prompts: int) -> None:
+    """Raise ExportError when hardly any drawn text is a prompt."""
+    if num_texts > 1000 and num_prompts < MIN_YIELD * num_texts:
         raise ExportError(
-            f"{drawn} of {tried} texts that the model put into an empty user turn are prompts; is it a chat model? "
-            "Give prompts in files"
+            f"{num_prompts} of {num_texts} texts that the model put into an empty user turn are "
+            "prompts; is it a chat model? Give prompts in files"
         )
 
 
 def is_prompt(text: str) -> bool:
-    """Whether a text has some words and does not go round in circles."""
+    """Return whether a text has enough words and does not repeat itself."""
     words = re.findall(r"\w+", text.lower())
-    return len(words) >= FEWEST_WORDS and len(set(words)) >= LEAST_VARIETY * len(words)
+    num_distinct = len(set(words))
+    return len(words) >= MIN_WORDS and num_distinct >= MIN_VARIETY * len(words)
 
 
 def without_repeats(prompts: Sequence[str]) -> list[str]:
-    """The prompts in order, each once, whatever its case, punctuation and spaces."""
+    """Return the first of each prompt in order, ignoring case, punctuation and spaces."""
     first: dict[str, str] = {}
     for prompt in prompts:
-        first.setdefault(" ".join(re.findall(r"\w+", prompt.lower())), prompt)
+        words = re.findall(r"\w+", prompt.lower())
+        first.setdefault(" ".join(words), prompt)
     return list(first.values())

@@ -1,11 +1,10 @@
-"""From prompts to a file of exit heads: what `fleet heads train` does."""
+"""Training from prompts to a file of exit heads, for `fleet heads train`."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any, Final
 
 import torch
@@ -18,131 +17,109 @@ from fleet.exits.records import Records
 from fleet.utils.prompt_file import read_prompts
 from onnx_export.architecture import check_exits, check_model
 from onnx_export.checkpoint import load_pretrained, resolve_model
-from onnx_export.config import DEFAULT_MODEL
-from onnx_export.heads import ExitHead, HeadKind, HeadsFile, fingerprint, new_head, save_heads
-from onnx_export.training.corpus import Corpus, CorpusConfig, Makers, load_answers
-from onnx_export.training.fitting import FitConfig, fit, fit_ridge, judge
-from onnx_export.training.generation import Answers, concatenate
+from onnx_export.heads import (
+    ExitHead,
+    HeadsFile,
+    model_fingerprint,
+    new_head,
+    save_heads,
+)
+from onnx_export.training.config import TrainConfig
+from onnx_export.training.corpus import Corpus, CorpusConfig, ShardMakerPool, load_answers
+from onnx_export.training.fitting import FitConfig, evaluate_head, fit_by_gradient, fit_ridge
+from onnx_export.training.generation import TrainingAnswers, concatenate
 from onnx_export.training.prompts import draw_many
 
 HELD_OUT: Final = 20  # every n-th conversation is not trained on
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One training: heads of one kind for `exits` of a model, from `tokens` tokens of its own answers.
-
-    `prompts`: files of prompts beside those that the model draws itself; may be empty. `cache`: where the answers are
-    kept. `intermediate`: width of an ``mlp`` head, or 0 for the hidden size. `batch`: conversations that a process
-    generates at once; it decides the memory. `processes`: that generate on a CPU.
-    """
-
-    exits: tuple[int, ...]
-    out: Path
-    cache: Path
-    model: str = DEFAULT_MODEL
-    prompts: tuple[Path, ...] = ()
-    kind: HeadKind = "linear"
-    intermediate: int = 0
-    tokens: int = 500_000
-    epochs: float = 3.0
-    max_prompt_tokens: int = 128
-    max_new_tokens: int = 128
-    batch: int = 192
-    processes: int = 1
-    seed: int = 0
-
-
 def train_heads(config: TrainConfig, progress: Progress = lambda *_: None) -> Records:
-    """Writes ``config.out`` and records what the heads say along held-out conversations.
+    """Write ``config.out`` and return records of the heads along held-out conversations.
 
-    `progress` hears stage, done and total. Interrupted, it goes on from the shards that were finished.
+    `progress` receives stage, done and total. An interrupted training continues from the shards
+    that were finished.
 
     Raises:
-        ConfigError: a value that makes no sense, or prompts that cannot be read.
+        ConfigError: a value makes no sense, or prompts cannot be read.
         ExportError: the model cannot be exported, or the exits do not fit it.
     """
-    for name, least in {
-        "tokens": 1,
-        "epochs": 0,
-        "max_new_tokens": 2,
-        "batch": 1,
-        "processes": 1,
-    }.items():
-        if getattr(config, name) < least:
-            raise ConfigError(
-                f"{name.replace('_', '-')} {getattr(config, name)}: expected at least {least}"
-            )
-    given = [prompt for path in config.prompts for prompt in read_prompts(path)]
+    config.check()
+    file_prompts = [prompt for path in config.prompts for prompt in read_prompts(path)]
     source = resolve_model(config.model, lambda line: progress(line, 0, 1))
-    model = load_model(source, config.model)
+    model = load_frozen_model(source, config.model)
     check_exits(config.exits, model.config.num_hidden_layers)
     heads = {
         layer: new_head(config.kind, model, layer, config.intermediate) for layer in config.exits
     }
-    answers = generate(config, source, model, given, progress)
-    chosen = torch.arange(len(answers))
-    held_out = chosen % HELD_OUT == 0
+    answers = collect_answers(config, source, model, file_prompts, progress)
+    conversations = torch.arange(len(answers))
+    is_held_out = conversations % HELD_OUT == 0
     fit_heads(
         heads,
         model,
         answers=answers,
-        conversations=chosen[~held_out],
+        conversations=conversations[~is_held_out],
         config=config,
         progress=progress,
     )
-    records = hear(heads, model, answers, chosen[held_out])
-    made_by = describe(config, len(answers.final), records)
-    save_heads(HeadsFile(heads, config.kind, fingerprint(model), made_by), config.out)
+    records = record_heads(heads, model, answers, conversations[is_held_out])
+    made_by = describe_training(config, len(answers.final), records)
+    save_heads(HeadsFile(heads, config.kind, model_fingerprint(model), made_by), config.out)
     return records
 
 
-def hear(
-    heads: Mapping[int, ExitHead], model: Any, answers: Answers, conversations: Tensor
+def record_heads(
+    heads: Mapping[int, ExitHead], model: Any, answers: TrainingAnswers, conversations: Tensor
 ) -> Records:
-    """What each head says at the answering positions of some conversations."""
-    said = [
-        judge(head, layer, model, answers, conversations) for layer, head in sorted(heads.items())
-    ]
+    """Record each head at the answering positions of some conversations."""
+    confidence: list[Tensor] = []
+    agrees: list[Tensor] = []
+    for layer, head in sorted(heads.items()):
+        confident, equal = evaluate_head(head, layer, model, answers, conversations)
+        confidence.append(confident)
+        agrees.append(equal)
     counts = (answers.lengths - answers.prompt_lengths + 1)[conversations]
-    confidence, agrees = (torch.stack(columns, 1).numpy() for columns in zip(*said, strict=True))
-    answer = torch.repeat_interleave(conversations, counts).numpy()
-    return Records(tuple(sorted(heads)), answer, confidence.astype("float64").clip(0, 1), agrees)
+    columns = torch.stack(confidence, 1).numpy()
+    return Records(
+        tuple(sorted(heads)),
+        torch.repeat_interleave(conversations, counts).numpy(),
+        columns.astype("float64").clip(0, 1),
+        torch.stack(agrees, 1).numpy(),
+    )
 
 
-def draw(
+def draw_training_prompts(
     name: str, count: int, seed: int, batch: int, progress: Callable[[int], None] = lambda _: None
 ) -> list[str]:
-    """Different prompts that a model puts into an empty user turn; `progress` hears how many there are.
+    """Return different prompts that a model puts into an empty user turn.
+
+    `progress` receives the number so far.
 
     Raises:
         ExportError: the model cannot be exported, or puts no prompts there.
     """
     source = resolve_model(name)
-    model = load_model(source, name)
+    model = load_frozen_model(source, name)
     tokenizer = load_pretrained(AutoTokenizer, source, name)
     return draw_many(model, tokenizer, count=count, seed=seed, batch=batch, progress=progress)
 
 
-def load_model(source: str, name: str) -> Any:
-    """A model that can be exported, in float32, frozen.
+def load_frozen_model(source: str, name: str) -> Any:
+    """Return a model that can be exported, in float32, frozen.
 
     Raises:
         ExportError: it cannot be loaded or exported.
     """
     check_model(load_pretrained(AutoConfig, source, name))
-    return (
-        load_pretrained(AutoModelForCausalLM, source, name, dtype=torch.float32)
-        .eval()
-        .requires_grad_(False)
-    )
+    model = load_pretrained(AutoModelForCausalLM, source, name, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
 
 
-def generate(
-    config: TrainConfig, source: str, model: Any, given: list[str], progress: Progress
-) -> Answers:
-    """The model's answers, made now or found in the cache."""
+def collect_answers(
+    config: TrainConfig, source: str, model: Any, file_prompts: list[str], progress: Progress
+) -> TrainingAnswers:
+    """Return the model's answers, from the cache or made now."""
     corpus_config = CorpusConfig(
         source=source,
         layers=tuple(sorted(config.exits)),
@@ -151,15 +128,17 @@ def generate(
         max_new_tokens=config.max_new_tokens,
         batch=config.batch,
     )
-    corpus = Corpus(config.cache, corpus_config, given, fingerprint(model))
+    corpus = Corpus(config.cache, corpus_config, file_prompts, model_fingerprint(model))
+
+    def report(done: int) -> None:
+        progress("answering", done, config.tokens)
+
     try:
         with (
             FileLock(corpus.folder / ".lock", timeout=0),
-            Makers(corpus_config, config.processes) as makers,
+            ShardMakerPool(corpus_config, config.processes) as makers,
         ):
-            shards = corpus.fill(
-                config.tokens, makers, lambda done: progress("answering", done, config.tokens)
-            )
+            shards = corpus.fill(config.tokens, makers, report)
     except Timeout:
         raise ConfigError(
             f"another training is filling {corpus.folder}; wait for it, or give another --seed"
@@ -170,23 +149,17 @@ def generate(
 def fit_heads(
     heads: Mapping[int, ExitHead],
     model: Any,
-    answers: Answers,
+    *,
+    answers: TrainingAnswers,
     conversations: Tensor,
     config: TrainConfig,
     progress: Progress,
 ) -> None:
-    """In closed form where there is one, then by gradient."""
+    """Fit heads in closed form where there is one, then by gradient."""
     if config.kind == "shared":
         return
-    spans = [answers.answering(conversation) for conversation in conversations.tolist()]
     if config.kind != "block":
-        rows, targets = (
-            torch.cat([torch.arange(s.start, s.stop) for s in side])
-            for side in zip(*spans, strict=True)
-        )
-        for layer, head in heads.items():
-            fit_ridge(head, answers.hidden[layer][rows], answers.final[targets])
-    fit_config = FitConfig(epochs=config.epochs, seed=config.seed)
+        fit_closed_form(heads, answers, conversations)
     total = max(1, round(config.epochs * len(conversations)))
     done = 0
 
@@ -196,28 +169,44 @@ def fit_heads(
         progress("fitting", min(done, total), total)
 
     if config.epochs:
-        fit(
-            heads, model, answers=answers, conversations=conversations, config=fit_config, tick=tick
+        fit_by_gradient(
+            heads,
+            model,
+            answers=answers,
+            conversations=conversations,
+            config=FitConfig(epochs=config.epochs, seed=config.seed),
+            tick=tick,
         )
 
 
-def describe(config: TrainConfig, num_tokens: int, records: Records) -> dict[str, str]:
-    """How the heads were made, for their file: options by name, the prompts by hash, and the held-out agreement."""
-    options = {
-        key: str(value)
-        for key, value in asdict(config).items()
-        if key not in ("out", "cache", "processes")
-    }
-    prompts = {
-        f"sha256 of {path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in config.prompts
-    }
-    agreement = {
-        f"held-out agreement at {layer}": f"{share:.4f}"
-        for layer, share in records.agreement().items()
-    }
-    options |= {
-        "prompts": " ".join(path.name for path in config.prompts),
-        "tokens": str(num_tokens),
-    }
-    return options | prompts | agreement
+def fit_closed_form(
+    heads: Mapping[int, ExitHead], answers: TrainingAnswers, conversations: Tensor
+) -> None:
+    """Fit the heads' matrices by ridge regression on some conversations."""
+    rows: list[Tensor] = []
+    targets: list[Tensor] = []
+    for conversation in conversations.tolist():
+        positions, answering = answers.answering(conversation)
+        rows.append(torch.arange(positions.start, positions.stop))
+        targets.append(torch.arange(answering.start, answering.stop))
+    final = answers.final[torch.cat(targets)]
+    for layer, head in heads.items():
+        fit_ridge(head, answers.hidden[layer][torch.cat(rows)], final)
+
+
+def describe_training(config: TrainConfig, num_tokens: int, records: Records) -> dict[str, str]:
+    """Describe how the heads were made, for their file.
+
+    The description has the options by name, the prompts by hash, and the held-out agreement.
+    """
+    description = {key: str(value) for key, value in asdict(config).items()}
+    for key in ("out", "cache", "processes"):
+        del description[key]
+    description["prompts"] = " ".join(path.name for path in config.prompts)
+    description["tokens"] = str(num_tokens)
+    for path in config.prompts:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        description[f"sha256 of {path.name}"] = digest
+    for layer, share in records.agreement().items():
+        description[f"held-out agreement at {layer}"] = f"{share:.4f}"
+    return description

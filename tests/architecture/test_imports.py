@@ -1,4 +1,4 @@
-"""Who imports what: by the rules in pyproject.toml, and by looking into fresh interpreters."""
+"""Imports: the contracts in pyproject.toml, and the modules of a fresh interpreter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("module", "unwanted"),
+    ("module", "forbidden"),
     [
         ("edge_agent.serving.agent", {"torch", "transformers", "sqlalchemy", "alembic", "amqtt"}),
         ("edge_agent.cli", {"torch", "transformers", "sqlalchemy", "alembic", "amqtt"}),
@@ -28,14 +28,12 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
         ("fleet.cli", {"torch", "transformers", "onnxruntime", "sqlalchemy", "amqtt"}),
     ],
 )
-def test_a_fresh_interpreter_finds_nothing_that_a_part_does_not_need(
-    module: str, unwanted: set[str]
-) -> None:
-    looked = run(sys.executable, "-c", f"import {module}, sys; print(*sys.modules)")
-    assert looked.returncode == 0, looked.stderr
-    assert not unwanted & set(looked.stdout.split())
+def test_a_program_imports_nothing_that_it_does_not_need(module: str, forbidden: set[str]) -> None:
+    process = run(sys.executable, "-c", f"import {module}, sys; print(*sys.modules)")
+    assert process.returncode == 0, process.stderr
+    assert not forbidden & set(process.stdout.split())
 
 
 def test_the_import_contracts_hold() -> None:
-    linted = run(str(Path(sys.executable).parent / "lint-imports"), "--no-cache")
-    assert linted.returncode == 0, linted.stdout + linted.stderr
+    process = run(str(Path(sys.executable).parent / "lint-imports"), "--no-cache")
+    assert process.returncode == 0, process.stdout + process.stderr

@@ -1,4 +1,4 @@
-"""Rows of the paper's experiments as a known linear model gives them."""
+"""Rows of the paper's experiments from a known linear model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,15 @@ MODEL = ModelSizes(
     head_parameters=28_311_552,
 )
 RUN = Run(
-    run="r1", machine={"processor": "a test's", "cores": 2}, versions={"torch": "2"}, bundle_id="b" * 32, model=MODEL,
-    size="full", seed=0, at=1.0,
-)  # fmt: skip
+    run="r1",
+    machine={"processor": "a test's", "cores": 2},
+    versions={"torch": "2"},
+    bundle_id="b" * 32,
+    model=MODEL,
+    size="full",
+    seed=0,
+    at=1.0,
+)
 EDGE_STEP_MS = 20.0
 CLOUD_STEP_MS = 35.0
 PROMPT_STEPS = 0.2
@@ -33,20 +39,36 @@ SYSTEMS = ("standalone", "collaborative@0.8", "verified", "cloud_only")
 
 
 def row(system: str = "verified", **changes: object) -> Row:
-    """Some answer of ten tokens, all but what is said."""
+    """Return an answer of ten tokens with some values changed."""
     values: dict[str, object] = {
-        "part": "table", "system": system, "dataset": "alpaca", "sample": 0, "repeat": 0, "link": Link(20.0, 31.0),
-        "run": "r1", "prompt_tokens": 20, "token_ids": tuple(range(10)), "tokens_from": {"cloud": 10}, "ttft_ms": 100.0,
-        "total_ms": 1000.0, "edge_s": 0.2, "cloud_s": 0.5, "traffic": Traffic(1000, 500, 12, 10), "round_trips": 10,
-        "layer_positions_edge": 0, "layer_positions_cloud": 900, "head_calls": 10, "head_calls_cloud": 10,
-    }  # fmt: skip
+        "part": "table",
+        "system": system,
+        "dataset": "alpaca",
+        "sample": 0,
+        "repeat": 0,
+        "link": Link(20.0, 31.0),
+        "run": "r1",
+        "prompt_tokens": 20,
+        "token_ids": tuple(range(10)),
+        "tokens_from": {"cloud": 10},
+        "ttft_ms": 100.0,
+        "total_ms": 1000.0,
+        "edge_s": 0.2,
+        "cloud_s": 0.5,
+        "traffic": Traffic(1000, 500, 12, 10),
+        "round_trips": 10,
+        "layer_positions_edge": 0,
+        "layer_positions_cloud": 900,
+        "head_calls": 10,
+        "head_calls_cloud": 10,
+    }
     return Row(**(values | changes))  # type: ignore[arg-type]
 
 
 def linear_rows(
     links: tuple[Link, ...] = GRID, noise: float = 0.0, samples: int = 4
 ) -> Iterator[Row]:
-    """The latency part: every system over every link, with relative noise of all times."""
+    """Return the latency part: every system over every link, with relative noise of all times."""
     random = np.random.default_rng(0)
     for link in links:
         for sample in range(samples):
@@ -59,7 +81,7 @@ def linear_rows(
 
 
 def answer(system: str, link: Link, sample: int, prompt: int, tokens: int, factor: float) -> Row:
-    """One answer; a device drafts further where the round trip is longer."""
+    """Return one answer; a device drafts further where the round trip is longer."""
     positions = prompt + tokens
     drafted = 13 * tokens // 10
     asked = 4 * tokens // 10
@@ -91,7 +113,7 @@ def answer(system: str, link: Link, sample: int, prompt: int, tokens: int, facto
             ("cloud", cloud, cloud // max(1, cloud) * (6 if edge else 30) * prompt, heads_cloud),
         )
     }
-    if edge and cloud:  # the positions of one question run together
+    if edge and cloud:  # the positions of one verify request run together
         of_questions = trips * (6 + MODEL.head_layers) / (30 + MODEL.head_layers)
         steps["cloud"] = of_questions + PROMPT_STEPS * prompt * 6 / 30 + MESSAGE_STEPS * messages
     edge_ms = EDGE_STEP_MS * steps["edge"]
@@ -104,9 +126,21 @@ def answer(system: str, link: Link, sample: int, prompt: int, tokens: int, facto
     )
     from_cloud = {"standalone": 0, "cloud_only": tokens}.get(system, asked)
     return row(
-        system, part="latency", link=link, sample=sample, prompt_tokens=prompt, token_ids=tuple(range(tokens)),
-        tokens_from={"cloud": from_cloud, "exit:24": tokens - from_cloud}, total_ms=total * factor,
-        ttft_ms=total * factor / 20, edge_s=edge_ms * factor / 1e3, cloud_s=cloud_ms * factor / 1e3,
-        traffic=Traffic(num_bytes, 0, messages, 0), round_trips=trips, layer_positions_edge=edge,
-        layer_positions_cloud=cloud, head_calls=heads + heads_cloud, head_calls_cloud=heads_cloud,
-    )  # fmt: skip
+        system,
+        part="latency",
+        link=link,
+        sample=sample,
+        prompt_tokens=prompt,
+        token_ids=tuple(range(tokens)),
+        tokens_from={"cloud": from_cloud, "exit:24": tokens - from_cloud},
+        total_ms=total * factor,
+        ttft_ms=total * factor / 20,
+        edge_s=edge_ms * factor / 1e3,
+        cloud_s=cloud_ms * factor / 1e3,
+        traffic=Traffic(num_bytes, 0, messages, 0),
+        round_trips=trips,
+        layer_positions_edge=edge,
+        layer_positions_cloud=cloud,
+        head_calls=heads + heads_cloud,
+        head_calls_cloud=heads_cloud,
+    )

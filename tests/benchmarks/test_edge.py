@@ -8,15 +8,15 @@ import pytest
 
 from benchmarks import edge
 from benchmarks.breakdown import (
+    graph_weight_bytes,
     operators_only,
     profile_steps,
     read_bandwidth,
     step_times,
-    weight_bytes,
 )
-from benchmarks.edge import EdgeBench, driver, parse_list, spread
-from benchmarks.engines import Engine
-from benchmarks.fidelity import NEW_TOKENS, Answer, agreement
+from benchmarks.edge import EdgeBench, driver, parse_list, speed_quartiles
+from benchmarks.engines import EngineProcess
+from benchmarks.fidelity import NEW_TOKENS, ReferenceAnswer, token_agreement
 from benchmarks.graphs import EdgeGraphs
 from benchmarks.plots import plot_engines
 from fleet.errors import ConfigError
@@ -35,30 +35,33 @@ def bench(tiny_graphs: EdgeGraphs, monkeypatch: pytest.MonkeyPatch) -> EdgeBench
     )
 
 
-def test_the_reference_is_greedy_and_long_enough(tiny_answers: list[Answer]) -> None:
+def test_the_reference_is_greedy_and_long_enough(tiny_answers: list[ReferenceAnswer]) -> None:
     assert all(0 < len(answer.answer) <= NEW_TOKENS for answer in tiny_answers)
     assert sum(len(answer.answer) for answer in tiny_answers) > NEW_TOKENS
 
 
 def test_the_whole_model_without_quantization_agrees_on_every_token(
-    tiny_graphs: EdgeGraphs, tiny_answers: list[Answer]
+    tiny_graphs: EdgeGraphs, tiny_answers: list[ReferenceAnswer]
 ) -> None:
-    with Engine("ours", driver(tiny_graphs.bundle(NUM_LAYERS, "fp32"), 1)) as engine:
-        assert agreement(engine, tiny_answers) == 1.0
+    with EngineProcess("ours", driver(tiny_graphs.bundle(NUM_LAYERS, "fp32"), 1)) as engine:
+        assert token_agreement(engine, tiny_answers) == 1.0
 
 
 def test_agreement_is_the_share_of_all_answers_tokens(
-    tiny_graphs: EdgeGraphs, tiny_answers: list[Answer]
+    tiny_graphs: EdgeGraphs, tiny_answers: list[ReferenceAnswer]
 ) -> None:
     first, second = tiny_answers[:2]
-    altered = [Answer(first.prompt, [*first.answer[:-1], (first.answer[-1] + 1) % 384]), second]
+    altered = [
+        ReferenceAnswer(first.prompt, [*first.answer[:-1], (first.answer[-1] + 1) % 384]),
+        second,
+    ]
     total = len(first.answer) + len(second.answer)
-    with Engine("ours", driver(tiny_graphs.bundle(NUM_LAYERS, "fp32"), 1)) as engine:
-        assert agreement(engine, altered) == pytest.approx((total - 1) / total)
+    with EngineProcess("ours", driver(tiny_graphs.bundle(NUM_LAYERS, "fp32"), 1)) as engine:
+        assert token_agreement(engine, altered) == pytest.approx((total - 1) / total)
 
 
 def test_every_preset_has_a_row_with_its_speed_and_agreement(
-    bench: EdgeBench, tiny_answers: list[Answer]
+    bench: EdgeBench, tiny_answers: list[ReferenceAnswer]
 ) -> None:
     rows = bench.engines(tiny_answers, speed=True)
     assert [(row["engine"], row["preset"], row["threads"]) for row in rows] == [
@@ -87,7 +90,7 @@ def test_an_exit_below_the_last_layer_has_a_head_of_the_default_kind(
     tiny_graphs: EdgeGraphs,
 ) -> None:
     exit_bytes, whole_bytes = (
-        weight_bytes(tiny_graphs.bundle(layer, "fp32")) for layer in (1, NUM_LAYERS)
+        graph_weight_bytes(tiny_graphs.bundle(layer, "fp32")) for layer in (1, NUM_LAYERS)
     )
     layer = 4 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)
     assert exit_bytes - 4 * 64 * 64 == whole_bytes - (NUM_LAYERS - 1) * layer
@@ -151,7 +154,7 @@ def test_the_memory_of_this_machine_can_be_read() -> None:
 
 @pytest.mark.parametrize("preset", ["int8", "int4"])
 def test_fewer_bits_are_fewer_bytes(tiny_graphs: EdgeGraphs, preset: Quantization) -> None:
-    assert weight_bytes(tiny_graphs.bundle(NUM_LAYERS, preset)) < weight_bytes(
+    assert graph_weight_bytes(tiny_graphs.bundle(NUM_LAYERS, preset)) < graph_weight_bytes(
         tiny_graphs.bundle(NUM_LAYERS, "fp32")
     )
 
@@ -163,7 +166,7 @@ def test_the_plot_has_a_mark_for_each_engine() -> None:
             "preset": "4-bit",
             "threads": threads,
             "agreement": 0.96,
-            **spread([90.0, 100.0, 120.0]),
+            **speed_quartiles([90.0, 100.0, 120.0]),
         }
         for engine in ("ours", "a < b & c")
         for threads in (1, 2)
@@ -173,7 +176,11 @@ def test_the_plot_has_a_mark_for_each_engine() -> None:
 
 
 def test_one_value_is_its_own_spread() -> None:
-    assert spread([5.0]) == {"tokens_per_s": 5.0, "tokens_per_s_low": 5.0, "tokens_per_s_high": 5.0}
+    assert speed_quartiles([5.0]) == {
+        "tokens_per_s": 5.0,
+        "tokens_per_s_low": 5.0,
+        "tokens_per_s_high": 5.0,
+    }
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:

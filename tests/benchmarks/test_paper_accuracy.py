@@ -1,4 +1,4 @@
-"""Scores of the tiny model: answers are those of the deployed modes, each is judged once, and what is derived is so."""
+"""Scores of the tiny model: answers of the deployed modes, judged once, with derived values."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""`fleet bench paper`: one folder is one run's, and what it holds can be shown and fitted at any time."""
+"""`fleet bench paper`: one folder is one run's, and can be shown and fitted at any time."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,6 @@ from benchmarks.paper.results import Results, model_sizes, new_run
 from benchmarks.paper.rows import Row, RowFile
 from benchmarks.paper.sizes import SIZES, Size
 from fleet.bundles.manifest import Bundle
-from fleet.cli import app as fleet_app
 from fleet.errors import ConfigError
 from fleet.planning.cost_model import read_fits
 from tests.benchmarks.paper_rows import RUN, linear_rows, row
@@ -95,8 +96,10 @@ def test_bad_arguments_are_refused_before_any_work(arguments: tuple[str, ...], w
 
 
 def test_the_fleets_command_hands_its_options_on() -> None:
-    with pytest.raises(ConfigError, match="--size 'huge'"):
-        fleet_app(args=["bench", "paper", "--size", "huge"], standalone_mode=False)
+    command = [sys.executable, "-m", "fleet.cli", "bench", "paper", "--size", "huge"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("fleet: --size 'huge': expected one of")
 
 
 def test_every_part_is_measured_once_and_shown(
@@ -117,13 +120,22 @@ def test_every_part_is_measured_once_and_shown(
         return lambda prompt: True
 
     def measure(
-        size: Size, bundle: Bundle, samples: Callable[[str, int], Sequence[str]], rows: RowFile[Row], run: str,
-        progress: Callable[[str], None], parts: Sequence[str],
-    ) -> None:  # fmt: skip
+        size: Size,
+        bundle: Bundle,
+        samples: Callable[[str, int], Sequence[str]],
+        rows: RowFile[Row],
+        run: str,
+        progress: Callable[[str], None],
+        parts: Sequence[str],
+    ) -> None:
         calls.append((size, bundle.manifest.bundle_id, samples("alpaca", 2), parts))
         rows.add(row("cloud_only", run=run))
 
-    for name, function in (("measure", measure), ("load_set", load), ("fits", fits)):
+    for name, function in (
+        ("measure_rows", measure),
+        ("load_samples", load),
+        ("fits", fits),
+    ):
         monkeypatch.setattr(command, name, function)
     where = (
         "--bundle",
@@ -155,7 +167,7 @@ def test_every_part_is_measured_once_and_shown(
     assert json.loads(capsys.readouterr().out) == first
 
 
-def test_the_fit_is_kept_for_the_planner(
+def test_the_fit_is_saved_for_the_planner(
     measured: Results,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

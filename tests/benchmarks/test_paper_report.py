@@ -1,4 +1,4 @@
-"""Figures of rows that can be worked out by hand, and the tables, pictures and page that show them."""
+"""Figures of rows that can be computed by hand, and the tables, pictures and page of them."""
 
 from __future__ import annotations
 
@@ -10,25 +10,34 @@ import msgspec
 import pytest
 
 from benchmarks.paper.accuracy_summary import Accuracy
-from benchmarks.paper.figures import Figures, agreement, figures, spread
-from benchmarks.paper.fit import fit
-from benchmarks.paper.page import BLOCK, EMPTY, PAGE, filled, read_summary
-from benchmarks.paper.plots import draw
+from benchmarks.paper.figures import SystemFigures, agreement, figures, spread
+from benchmarks.paper.fit import fit_cost_model
+from benchmarks.paper.page import BLOCK, EMPTY, PAGE, fill_page, read_summary
+from benchmarks.paper.plots import draw_figures
 from benchmarks.paper.report import Summary, compared, encode, first_exit, sheets
 from benchmarks.paper.rows import Link, Row, Traffic
 from tests.benchmarks.paper_rows import MODEL, RUN, linear_rows, row
 
 CLOUD = row("cloud_only", total_ms=1000.0, cloud_s=0.8, edge_s=0.0)
 OURS = row(
-    "collaborative@0.8", total_ms=750.0, ttft_ms=300.0, cloud_s=0.2, edge_s=0.4, round_trips=4,
-    tokens_from={"cloud": 4, "exit:16": 5, "exit:24": 1}, traffic=Traffic(600, 150, 8, 4), layer_positions_cloud=120,
-    head_calls=14, head_calls_cloud=4, token_ids=(0, 1, 2, 3, 4, 9, 9, 9, 9, 9),
-)  # fmt: skip
+    "collaborative@0.8",
+    total_ms=750.0,
+    ttft_ms=300.0,
+    cloud_s=0.2,
+    edge_s=0.4,
+    round_trips=4,
+    tokens_from={"cloud": 4, "exit:16": 5, "exit:24": 1},
+    traffic=Traffic(600, 150, 8, 4),
+    layer_positions_cloud=120,
+    head_calls=14,
+    head_calls_cloud=4,
+    token_ids=(0, 1, 2, 3, 4, 9, 9, 9, 9, 9),
+)
 NAIVE = row("naive_split", total_ms=9000.0, traffic=Traffic(14_500, 500, 10, 10))
 CACHED = row("cached_split_fp16", total_ms=1500.0, traffic=Traffic(900, 100, 10, 10))
 
 
-def of(system: str, *rows: Row) -> Figures:
+def of(system: str, *rows: Row) -> SystemFigures:
     return next(one for one in figures(rows, MODEL) if one.system == system)
 
 
@@ -104,15 +113,25 @@ def test_a_spread_is_median_and_quartiles() -> None:
     assert msgspec.structs.astuple(spread([7.0])) == (7.0, 7.0, 7.0)
 
 
-# What is shown.
+# Output.
 
 ACCURACY = [
     Accuracy(
-        dataset="boolq", system=name, metric="accuracy", value=value, low=0.5, high=0.7, num=8, agreement=1.0,
-        details={"majority": 0.6}, perplexity=1.5, offload_rate=rate, is_within_full=True,
+        dataset="boolq",
+        system=name,
+        metric="accuracy",
+        value=value,
+        low=0.5,
+        high=0.7,
+        num=8,
+        agreement=1.0,
+        details={"majority": 0.6},
+        perplexity=1.5,
+        offload_rate=rate,
+        is_within_full=True,
     )
     for name, value, rate in (("cloud_only", 0.6, 1.0), ("collaborative@0.8", 0.55, 0.4))
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -122,15 +141,24 @@ def summary() -> Summary:
         *linear_rows(),
     ]
     return Summary(
-        run=RUN, figures=figures(rows, MODEL), accuracy=ACCURACY, held_back=fit(rows, RUN)[1]
+        run=RUN,
+        figures=figures(rows, MODEL),
+        accuracy=ACCURACY,
+        held_back=fit_cost_model(rows, RUN)[1],
     )
 
 
 def test_every_part_with_rows_has_tables(summary: Summary) -> None:
     found = sheets(summary)
     assert {name: len(tables) for name, tables in found.items()} == {
-        "table": 2, "slow": 0, "published": 2, "latency": 4, "proportions": 0, "peers": 0, "accuracy": 1,
-    }  # fmt: skip
+        "table": 2,
+        "slow": 0,
+        "published": 2,
+        "latency": 4,
+        "proportions": 0,
+        "peers": 0,
+        "accuracy": 1,
+    }
     assert all(
         len(line) == len(sheet.header)
         for tables in found.values()
@@ -144,7 +172,7 @@ def test_every_part_with_rows_has_tables(summary: Summary) -> None:
     assert times.rows[0][-2] == "25.0%"
 
 
-def test_the_papers_figures_stand_beside_ours(summary: Summary) -> None:
+def test_the_papers_figures_stand_next_to_ours(summary: Summary) -> None:
     shares, claims = sheets(summary)["published"]
     rows = {line[0]: line[1:] for line in (*shares.rows, *claims.rows)}
     assert rows["collaborative@0.8"] == [
@@ -182,8 +210,8 @@ def test_the_summary_survives_its_file(summary: Summary, tmp_path: Path) -> None
 
 
 def test_pictures_are_the_same_bytes_for_the_same_figures(summary: Summary, tmp_path: Path) -> None:
-    first = draw(summary, tmp_path / "a")
-    again = draw(summary, tmp_path / "b")
+    first = draw_figures(summary, tmp_path / "a")
+    again = draw_figures(summary, tmp_path / "b")
     assert list(first) == ["time", "bytes", "latency", "accuracy"]
     for name, path in first.items():
         assert path.read_bytes() == again[name].read_bytes()
@@ -193,14 +221,14 @@ def test_pictures_are_the_same_bytes_for_the_same_figures(summary: Summary, tmp_
 
 def test_the_page_shows_what_the_summary_gives() -> None:
     page = PAGE.read_text()
-    assert filled(page, read_summary()) == page
+    assert fill_page(page, read_summary()) == page
 
 
 def test_every_part_has_its_place_on_the_page(summary: Summary) -> None:
     places = [match[2] for match in BLOCK.finditer(PAGE.read_text())]
     assert places == ["conditions", *sheets(summary)]
-    page = filled(PAGE.read_text(), summary)
+    page = fill_page(PAGE.read_text(), summary)
     assert "**time: alpaca over 20 ms, 31 Mbit/s**" in page
     assert "![latency](paper-latency.svg)" in page
     assert page.count(EMPTY) == 3
-    assert filled(page, None).count(EMPTY) == len(places)
+    assert fill_page(page, None).count(EMPTY) == len(places)

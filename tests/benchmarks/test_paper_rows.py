@@ -1,4 +1,4 @@
-"""Rows of the paper's experiments survive whatever ends a run."""
+"""Rows of the paper's experiments survive any end of a run."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ def test_word_f1_is_that_of_squad(answer: str, references: list[str], expected: 
 
 
 def test_rouge_counts_words_pairs_and_common_subsequences() -> None:
-    # 3 of 4 and 3 of 3 words; pairs (the cat), (cat sat) of 3 and 2; the longest common subsequence has 3 words
+    # 3 of 4 and 3 of 3 words; pairs (the cat), (cat sat) of 3 and 2; the longest common
+    # subsequence has 3 words.
     assert rouge("the cat sat down", "the cat sat") == pytest.approx((6 / 7, 4 / 5, 6 / 7))
     assert rouge("sat cat the", "the cat sat") == pytest.approx((1.0, 0.0, 1 / 3))
     assert rouge("it rained", "they are raining") == pytest.approx(

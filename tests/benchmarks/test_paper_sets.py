@@ -1,4 +1,4 @@
-"""Samples out of every form of row, from files and through the library of the hub, without a network."""
+"""Samples of every form of row, from files and through the hub's library, without a network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.paper.sets import load
+from benchmarks.paper.sets import load_samples
 from benchmarks.paper.tasks import Sample
 from fleet.errors import ConfigError, MissingExtraError
 
@@ -34,7 +34,7 @@ def write(folder: Path, name: str, rows: Sequence[Any]) -> Path:
 
 
 def only(folder: Path, name: str, row: Any) -> Sample:
-    (sample,) = load(name, 1, 0, write(folder, name, [row]))
+    (sample,) = load_samples(name, 1, 0, write(folder, name, [row]))
     return sample
 
 
@@ -90,28 +90,30 @@ def test_joined_references_are_cut_where_the_passage_has_the_pieces(tmp_path: Pa
 
 def test_a_dialogue_without_such_a_question_is_passed_over(tmp_path: Path) -> None:
     unanswered = DIALOGUE | {"questions": ["Where?"], "answers": {"texts": [["CANNOTANSWER"]]}}
-    samples = load("quac", 5, 0, write(tmp_path, "quac", [unanswered, DIALOGUE, unanswered]))
+    samples = load_samples(
+        "quac", 5, 0, write(tmp_path, "quac", [unanswered, DIALOGUE, unanswered])
+    )
     assert [sample.id for sample in samples] == [1]
 
 
 def test_fewer_samples_are_the_first_of_more(tmp_path: Path) -> None:
     folder = write(tmp_path, "alpaca", [{"turns": [f"Prompt {i}"]} for i in range(20)])
-    samples = load("alpaca", 20, 3, folder)
-    assert load("alpaca", 4, 3, folder) == samples[:4]
-    assert load("alpaca", 4, 4, folder) != samples[:4]
+    samples = load_samples("alpaca", 20, 3, folder)
+    assert load_samples("alpaca", 4, 3, folder) == samples[:4]
+    assert load_samples("alpaca", 4, 4, folder) != samples[:4]
     assert sorted(sample.id for sample in samples) == list(range(20))
 
 
 def test_long_prompts_are_left_out_and_counted(tmp_path: Path) -> None:
     folder = write(tmp_path, "alpaca", [{"turns": ["x" * n]} for n in (5, 50, 500)])
     said: list[str] = []
-    samples = load(
+    samples = load_samples(
         "alpaca", 3, 0, folder, fits=lambda prompt: len(prompt) < 50, progress=said.append
     )
     assert [sample.id for sample in samples] == [0]
-    assert said == ["alpaca: 2 prompts were left out, for they are too long"]
+    assert said == ["alpaca: 2 prompts are too long and were left out"]
     with pytest.raises(ConfigError, match="none that fit"):
-        load("alpaca", 3, 0, folder, fits=lambda _: False)
+        load_samples("alpaca", 3, 0, folder, fits=lambda _: False)
 
 
 @pytest.mark.parametrize(
@@ -136,25 +138,25 @@ def test_a_row_of_another_kind_is_named_by_its_line(
     with pytest.raises(
         ConfigError, match=f"{name}.jsonl, line 2: expected a row of {name}.*{reason}"
     ):
-        load(name, 1, 0, folder)
+        load_samples(name, 1, 0, folder)
 
 
 def test_what_is_no_json_is_named_by_its_line(tmp_path: Path) -> None:
     (tmp_path / "imdb.jsonl").write_text('{"text": "Good.", "label": 1}\n{"text": \n')
     with pytest.raises(ConfigError, match=r"imdb\.jsonl, line 2: expected a JSON object"):
-        load("imdb", 1, 0, tmp_path)
+        load_samples("imdb", 1, 0, tmp_path)
 
 
-def test_a_missing_file_says_what_goes_there(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_with_its_expected_content(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"imdb\.jsonl or a folder .*imdb, found neither; see docs"
     ):
-        load("imdb", 1, 0, tmp_path)
+        load_samples("imdb", 1, 0, tmp_path)
 
 
 def test_an_unknown_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown data set 'glue': expected one of boolq, quac"):
-        load("glue", 1, 0, tmp_path)
+        load_samples("glue", 1, 0, tmp_path)
 
 
 def test_the_library_of_the_hub_gives_the_same_rows(
@@ -164,14 +166,14 @@ def test_the_library_of_the_hub_gives_the_same_rows(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [DIALOGUE | {"dialogue_id": str(i)} for i in range(3)]
     (tmp_path / "files").mkdir()
-    expected = load("quac", 2, 0, write(tmp_path / "files", "quac", rows))
+    expected = load_samples("quac", 2, 0, write(tmp_path / "files", "quac", rows))
     copy = tmp_path / "copies" / "quac" / "plain_text" / "validation"
     copy.mkdir(parents=True)
     datasets.Dataset.from_list(rows).to_parquet(copy / "0000.parquet")
-    assert load("quac", 2, 0, tmp_path / "copies") == expected
+    assert load_samples("quac", 2, 0, tmp_path / "copies") == expected
     (tmp_path / "copies" / "boolq").mkdir()
     with pytest.raises(ConfigError, match=r"cannot load the data set .*boolq, split validation"):
-        load("boolq", 1, 0, tmp_path / "copies")
+        load_samples("boolq", 1, 0, tmp_path / "copies")
 
 
 def test_a_hub_that_cannot_be_reached_points_to_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +188,7 @@ def test_a_hub_that_cannot_be_reached_points_to_files(monkeypatch: pytest.Monkey
         ConfigError,
         match=r"google/boolq cannot be fetched .*no route to host.*put boolq\.jsonl into",
     ):
-        load("boolq", 1, 0, None)
+        load_samples("boolq", 1, 0, None)
 
 
 def test_without_the_library_the_extra_is_named(
@@ -195,4 +197,4 @@ def test_without_the_library_the_extra_is_named(
     (tmp_path / "imdb").mkdir()
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingExtraError, match=r"cecollm-fleet\[bench\]"):
-        load("imdb", 1, 0, tmp_path)
+        load_samples("imdb", 1, 0, tmp_path)

@@ -1,4 +1,4 @@
-"""The paper's systems on the tiny model: real processes, TLS and links, and rows that say what happened."""
+"""The paper's systems on the tiny model: real processes, TLS and links, and correct rows."""
 
 from __future__ import annotations
 
@@ -14,11 +14,18 @@ import pytest
 from benchmarks.drivers.client import Channel, ClientDriver
 from benchmarks.drivers.cloud import CloudDriver
 from benchmarks.drivers.cloud_models import WholeCloudModel
-from benchmarks.drivers.wire import Hidden, Said, decode_to_cloud, encode, pieces
+from benchmarks.drivers.wire import Hidden, NextToken, decode_to_cloud, encode, pieces
 from benchmarks.fidelity import greedy_answers
 from benchmarks.graphs import EdgeGraphs
 from benchmarks.paper import measure as measuring
-from benchmarks.paper.measure import LATENCY, TABLE, latency_cases, measure, slow_cases, table_cases
+from benchmarks.paper.measure import (
+    LATENCY,
+    TABLE,
+    latency_cases,
+    measure_rows,
+    slow_cases,
+    table_cases,
+)
 from benchmarks.paper.models import PaperModels
 from benchmarks.paper.rig import LOOPBACK, Rig
 from benchmarks.paper.rows import Link, Row, RowFile
@@ -37,9 +44,16 @@ EXACT = ("verified", "collaborative@1.0", "cached_split_fp16")
 SPLITS = ("cached_split_fp16", "cached_split_fp32", NAIVE_SPLIT)
 SYSTEMS_TESTED = ("standalone", "collaborative@1.0", "verified", *SPLITS)
 SIZE = Size(
-    name="tiny", table_samples=1, table_tokens=TOKENS, naive_samples=1, links=(PAPER_LINK,), latency_samples=0,
-    latency_tokens=TOKENS, latency_repeats=0, scored_samples=0,
-)  # fmt: skip
+    name="tiny",
+    table_samples=1,
+    table_tokens=TOKENS,
+    naive_samples=1,
+    links=(PAPER_LINK,),
+    latency_samples=0,
+    latency_tokens=TOKENS,
+    latency_repeats=0,
+    scored_samples=0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +70,11 @@ def models(
 
 
 def fill(models: PaperModels, rows: RowFile[Row], samples: measuring.Samples) -> None:
-    """As few systems and samples as say something."""
+    """Measure a minimum of systems and samples."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "OWN", SYSTEMS_TESTED)
         patch.setattr(measuring, "DATASETS", ("alpaca",))
-        measure(
+        measure_rows(
             SIZE,
             models.bundle,
             samples=samples,
@@ -183,12 +197,14 @@ def test_a_cloud_only_service_streams_the_models_own_answer(
     assert list(answer["token_ids"]) == expected.answer[:TOKENS]
     positions = len(expected.prompt) + TOKENS - 1
     assert served.counts() == {
-        "layer_positions": positions * tiny_bundle.manifest.model.num_layers, "head_calls": TOKENS, "pid": None,
-    }  # fmt: skip
+        "layer_positions": positions * tiny_bundle.manifest.model.num_layers,
+        "head_calls": TOKENS,
+        "pid": None,
+    }
     assert (answer["round_trips"], answer["layer_positions"]) == (1, 0)
 
 
-def test_who_waits_for_a_worker_hears_that_it_has_gone() -> None:
+def test_a_waiting_device_learns_that_its_worker_has_ended() -> None:
     broker = InMemoryBroker()
     with broker.connect("edge-1") as device, broker.connect("cloud-1") as cloud:
         status = topics.worker_status("cloud-1")
@@ -200,7 +216,7 @@ def test_who_waits_for_a_worker_hears_that_it_has_gone() -> None:
         )
         session = Channel(device).open("cloud-1")
         cloud.publish(status, Worker.will(), qos=1, retain=True)
-        with pytest.raises(FleetError, match="cloud-1 went away in the midst of an answer"):
+        with pytest.raises(FleetError, match="cloud-1 went offline during an answer"):
             session.token()
 
 
@@ -217,7 +233,7 @@ def test_a_long_history_goes_up_in_pieces_that_are_whole_positions() -> None:
 
 def test_what_is_no_message_is_refused() -> None:
     with pytest.raises(DecodeError, match="expected a prompt or hidden states"):
-        decode_to_cloud(encode(Said(1)))
+        decode_to_cloud(encode(NextToken(1)))
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)

@@ -1,4 +1,4 @@
-"""Processes stay where they were started, and what they cost can be read from outside."""
+"""Processes stay on their cores, and their cost can be read from outside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arithmetic of docs/scaling.md follows from what was measured, and the page shows it."""
+"""The arithmetic of docs/scaling.md follows from the measurements, and the page shows it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The worker's benchmark on the tiny model: recordings are the whole model's, and a replay asks what they say."""
+"""The worker's benchmark on the tiny model: recordings are the whole model's, and a replay asks
+what they say.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ import numpy as np
 import pytest
 
 from benchmarks.plots import plot_devices
-from benchmarks.recordings import Recording, offload_rate, record
-from benchmarks.replay import Device, Worker
+from benchmarks.recordings import AnswerRecording, record_answers, recorded_offload_rate
+from benchmarks.replay import ReplayDevice, ReplayWorker
 from benchmarks.whole_model import WholeModel
 from benchmarks.worker import highest_within
 from cloud_broker_worker.worker.config import WorkerConfig
@@ -30,11 +32,11 @@ def upper(tiny_bundle: Bundle) -> UpperLayers:
 
 
 @pytest.fixture(scope="module")
-def recordings(tiny_bundle: Bundle, upper: UpperLayers) -> list[Recording]:
-    return record(tiny_bundle, upper, PROMPTS, NUM_TOKENS, lambda _: None)
+def recordings(tiny_bundle: Bundle, upper: UpperLayers) -> list[AnswerRecording]:
+    return record_answers(tiny_bundle, upper, PROMPTS, NUM_TOKENS, lambda _: None)
 
 
-def uploads(recording: Recording) -> Float16:
+def uploads(recording: AnswerRecording) -> Float16:
     return recording.hidden_states
 
 
@@ -44,14 +46,14 @@ def ticks() -> Callable[[], float]:
     return lambda: STEP_S * next(counter)
 
 
-def worker_of(upper: UpperLayers, budget_bytes: int = 1 << 30) -> Worker:
-    return Worker(upper, WorkerConfig(num_threads=1, kv_budget_bytes=budget_bytes), ticks())
+def worker_of(upper: UpperLayers, budget_bytes: int = 1 << 30) -> ReplayWorker:
+    return ReplayWorker(upper, WorkerConfig(num_threads=1, kv_budget_bytes=budget_bytes), ticks())
 
 
 def replay(
-    upper: UpperLayers, recordings: list[Recording], thresholds: tuple[float, ...]
-) -> Device:
-    device = Device(
+    upper: UpperLayers, recordings: list[AnswerRecording], thresholds: tuple[float, ...]
+) -> ReplayDevice:
+    device = ReplayDevice(
         name="d1",
         bundle_id=upper.manifest.bundle_id,
         rows=uploads,
@@ -66,7 +68,7 @@ def replay(
 
 
 def test_a_recording_is_the_whole_models_answer(
-    tiny_bundle: Bundle, recordings: list[Recording]
+    tiny_bundle: Bundle, recordings: list[AnswerRecording]
 ) -> None:
     whole = WholeModel(tiny_bundle, num_threads=1)
     for prompt, recording in zip(PROMPTS, recordings, strict=True):
@@ -76,15 +78,17 @@ def test_a_recording_is_the_whole_models_answer(
         assert answer == whole.generate(prompt, NUM_TOKENS - 1)[: len(answer)]
 
 
-def test_the_offload_rate_is_that_of_the_exits_that_are_sure(recordings: list[Recording]) -> None:
-    assert offload_rate(recordings, (1.0, 1.0)) == 1.0
-    assert offload_rate(recordings, (0.0, 1.0)) == 0.0
+def test_the_offload_rate_is_that_of_the_exits_that_are_sure(
+    recordings: list[AnswerRecording],
+) -> None:
+    assert recorded_offload_rate(recordings, (1.0, 1.0)) == 1.0
+    assert recorded_offload_rate(recordings, (0.0, 1.0)) == 0.0
     middle = sorted(c[0] for r in recordings for c in r.confidence)[NUM_TOKENS]
-    assert offload_rate(recordings, (middle, 1.0)) == pytest.approx(0.5)
+    assert recorded_offload_rate(recordings, (middle, 1.0)) == pytest.approx(0.5)
 
 
 def test_a_device_with_all_exits_off_waits_for_the_worker_at_every_token(
-    upper: UpperLayers, recordings: list[Recording]
+    upper: UpperLayers, recordings: list[AnswerRecording]
 ) -> None:
     device = replay(upper, recordings, (1.0, 1.0))
     assert len(device.answers) == len(PROMPTS)
@@ -93,7 +97,7 @@ def test_a_device_with_all_exits_off_waits_for_the_worker_at_every_token(
 
 
 def test_a_device_whose_exits_are_always_sure_never_waits(
-    upper: UpperLayers, recordings: list[Recording]
+    upper: UpperLayers, recordings: list[AnswerRecording]
 ) -> None:
     device = replay(upper, recordings, (0.0, 0.0))
     assert len(device.tokens) == len(PROMPTS) * (NUM_TOKENS - 1)
@@ -101,7 +105,7 @@ def test_a_device_whose_exits_are_always_sure_never_waits(
 
 
 def test_right_guesses_share_round_trips_and_their_steps_go_on_meanwhile(
-    upper: UpperLayers, recordings: list[Recording]
+    upper: UpperLayers, recordings: list[AnswerRecording]
 ) -> None:
     recording = recordings[0]
     taken = {}
@@ -109,7 +113,7 @@ def test_right_guesses_share_round_trips_and_their_steps_go_on_meanwhile(
     for is_right in (True, False):
         guesses = [token_id if is_right else token_id ^ 1 for token_id in [*answer, 0]]
         told = replace(recording, guesses=guesses, seconds=[[0.04, 0.06]] * NUM_TOKENS)
-        device = Device(
+        device = ReplayDevice(
             name="d1", bundle_id=upper.manifest.bundle_id, rows=uploads, thresholds=(1.0, 1.0)
         )
         worker_of(upper).serve([(device, device.run([told]))])
@@ -118,8 +122,10 @@ def test_right_guesses_share_round_trips_and_their_steps_go_on_meanwhile(
     assert taken[True] < 0.8 * taken[False]
 
 
-def test_a_refusal_ends_the_measurement(upper: UpperLayers, recordings: list[Recording]) -> None:
-    device = Device(
+def test_a_refusal_ends_the_measurement(
+    upper: UpperLayers, recordings: list[AnswerRecording]
+) -> None:
+    device = ReplayDevice(
         name="d1", bundle_id=upper.manifest.bundle_id, rows=uploads, thresholds=(1.0, 1.0)
     )
     with pytest.raises(RuntimeError, match="refused d1: busy"):

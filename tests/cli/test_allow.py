@@ -1,4 +1,4 @@
-"""`fleet allow`, `disallow` and `tag` as a person runs them."""
+"""`fleet allow`, `disallow` and `tag`, from the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.fleet.conftest import add
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A fleet's folder: two devices and an app that was allowed nothing."""
+    """A fleet's folder: two devices, and an app without targets."""
     with FleetHome.create(
         tmp_path / "state", FleetConfig(host="127.0.0.1", port=1, bundle="/no/bundle")
     ).registry() as registry:
@@ -41,7 +41,7 @@ def test_an_app_is_allowed_devices_by_name_and_tag_and_loses_them_again(home: Pa
         "targets": ["attic", "floor=1"],
     }
     with FleetHome.load(home).registry() as registry:
-        grants = registry.grants("phone")
+        grants = registry.identities.grants("phone")
         assert grants is not None
         assert grants.targets == ("attic", "kitchen")
     assert run_json(home, "disallow", "phone", "attic") == {"app": "phone", "targets": ["floor=1"]}
@@ -50,7 +50,7 @@ def test_an_app_is_allowed_devices_by_name_and_tag_and_loses_them_again(home: Pa
         "tags": {"wing": "east"},
     }
     with FleetHome.load(home).registry() as registry:
-        grants = registry.grants("phone")
+        grants = registry.identities.grants("phone")
         assert grants is not None
         assert grants.targets == ()
 
@@ -81,7 +81,7 @@ def test_devices_are_listed_by_tag_and_by_state(home: Path) -> None:
         (("tag", "ghost", "floor=1"), ("unknown device 'ghost'",)),
     ],
 )
-def test_a_mistake_is_told_in_one_line(
+def test_a_mistake_is_reported_in_one_line(
     home: Path, arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     assert_one_clear_line(run(*arguments, "--home", str(home)), *words)

@@ -1,4 +1,4 @@
-"""`fleet bundle`: what is kept, and roll-outs by hand. Without a server they wait, and nothing else moves them."""
+"""`fleet bundle`: stored bundles, and roll-outs by hand, which wait without a server."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from typer.testing import CliRunner
 from fleet.bundles.manifest import Bundle
 from fleet.bundles.verify import verify_bundle
 from fleet.cli import app
-from fleet.cli.rollouts import parse_span, progress
+from fleet.cli.options import format_span, parse_span
+from fleet.cli.rollouts import progress_text
 from fleet.errors import BundleError, ConfigError, FleetError, RolloutError
 from fleet.protocol.report import DeviceStatus
 from fleet.registry.results import RolloutRow
 from fleet.registry.rollouts.plan import DeviceOutcome
 from fleet.server.home import FleetConfig, FleetHome
-from fleet.server.worker_pool import LEAVE_S, ScalingPlan, plan_scaling
+from fleet.server.worker_pool import IDLE_S, ScalingPlan, plan_scaling
 from tests.fleet.conftest import add
 
 
 @pytest.fixture
 def fleet(tmp_path: Path, tiny_bundle: Bundle) -> FleetHome:
-    state = FleetHome.create(
+    home = FleetHome.create(
         tmp_path / "state", FleetConfig(host="127.0.0.1", port=1, bundle=str(tiny_bundle.folder))
     )
-    with state.registry() as registry:
+    with home.registry() as registry:
         for i in range(10):
             add(registry, f"d{i}", group="home" if i < 4 else "lab")
-            registry.record_status(
+            registry.stats.record_status(
                 f"d{i}", DeviceStatus(online=True, epoch=1, bundle_id="other"), 1.0
             )
-    return state
+    return home
 
 
 def run(fleet: FleetHome, *arguments: str) -> str:
@@ -54,7 +55,7 @@ def bundle_id(fleet: FleetHome, tiny_bundle: Bundle) -> str:
     return tiny_bundle.manifest.bundle_id
 
 
-def test_an_added_bundle_is_kept_signed_and_listed(fleet: FleetHome, tiny_bundle: Bundle) -> None:
+def test_an_added_bundle_is_stored_signed_and_listed(fleet: FleetHome, tiny_bundle: Bundle) -> None:
     added = msgspec.json.decode(run(fleet, "add", str(tiny_bundle.folder), "--json"))
     assert verify_bundle(Path(added["folder"]), fleet.folder / "ca" / "ca.pem").signature == "valid"
     (row,) = msgspec.json.decode(run(fleet, "list", "--json"))
@@ -80,16 +81,16 @@ def test_a_damaged_bundle_is_refused_in_one_line(
     assert msgspec.json.decode(run(fleet, "list", "--json")) == []
 
 
-def test_a_roll_out_is_begun_with_its_plan_paused_resumed_and_undone(
+def test_a_roll_out_is_started_with_its_plan_paused_resumed_and_undone(
     fleet: FleetHome, bundle_id: str
 ) -> None:
-    line = run(
-        fleet, "rollout", bundle_id, "--group", "lab", "--canary", "2", "--stages", "50,100", "--observe", "30s",
-        "--max-tpot-ratio", "2", "--min-answers", "5",
-    )  # fmt: skip
-    assert line.splitlines() == [
-        f"roll-out 1 of bundle {bundle_id} is begun; see 'fleet bundle status'",
-        f"it waits: no worker serves bundle {bundle_id}: 'fleet up' starts one; elsewhere start one with --bundle",
+    stages = ("--group", "lab", "--canary", "2", "--stages", "50,100", "--observe", "30s")
+    limits = ("--max-tpot-ratio", "2", "--min-answers", "5")
+    output = run(fleet, "rollout", bundle_id, *stages, *limits)
+    assert output.splitlines() == [
+        f"roll-out 1 of bundle {bundle_id} is started; see 'fleet bundle status'",
+        f"it waits: no worker serves bundle {bundle_id}: 'fleet up' starts one; "
+        "elsewhere start one with --bundle",
     ]
     (row,) = rows(fleet)
     assert (row.state, row.stage, row.num_stages, row.num_targets) == ("waiting", 0, 3, 6)
@@ -107,7 +108,7 @@ def test_a_roll_out_is_begun_with_its_plan_paused_resumed_and_undone(
     assert (rows(fleet)[0].state, rows(fleet)[0].reason) == ("undone", "by hand")
 
 
-def test_the_list_says_which_bundle_is_being_rolled_out(fleet: FleetHome, bundle_id: str) -> None:
+def test_the_list_names_the_open_roll_out_of_a_bundle(fleet: FleetHome, bundle_id: str) -> None:
     run(fleet, "rollout", bundle_id)
     (row,) = msgspec.json.decode(run(fleet, "list", "--json"))
     assert (row["rollout"], row["rollout_state"]) == (1, "waiting")
@@ -132,7 +133,7 @@ def test_the_list_says_which_bundle_is_being_rolled_out(fleet: FleetHome, bundle
         (("rollout", "b", "--max-error-rate", "2"), "plan is not usable"),
     ],
 )
-def test_what_cannot_be_done_is_one_clear_line(
+def test_an_impossible_command_is_one_clear_line(
     fleet: FleetHome, arguments: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -149,12 +150,17 @@ def test_a_second_roll_out_over_the_same_devices_is_refused(
 
 def test_the_progress_of_a_roll_out_in_a_few_lines() -> None:
     row = RolloutRow(
-        id=3, bundle_id="b-new", group=None, state="running", stage=2, num_stages=4, num_targets=20, num_told=5,
-        devices={DeviceOutcome.PENDING: 0, DeviceOutcome.TAKEN: 4, DeviceOutcome.FAILED: 0, DeviceOutcome.ABSENT: 1}, answers=1234,
-        findings=("fine: errors 0.0%, limit 5.0%",), doing="watched for 12 of 600 s", reason="no worse than before",
+        id=3, bundle_id="b-new", group=None, state="running",
+        stage=2, num_stages=4, num_targets=20, num_told=5,
+        devices={
+            DeviceOutcome.PENDING: 0, DeviceOutcome.TAKEN: 4,
+            DeviceOutcome.FAILED: 0, DeviceOutcome.ABSENT: 1,
+        },
+        answers=1234, findings=("fine: errors 0.0%, limit 5.0%",),
+        doing="watched for 12 of 600 s", reason="no worse than before",
         started_at=100.0, stage_at=150.0, ended_at=None, plan={},
     )  # fmt: skip
-    assert progress(row, 1300.0).plain.splitlines() == [
+    assert progress_text(row, 1300.0).plain.splitlines() == [
         "roll-out 3: bundle b-new to all devices, running",
         "  ██████░░░░░░░░░░░░░░░░░░ stage 2 of 4, 5 of 20 devices, 1,200 s",
         "  4 taken, 1 absent; 1,234 answers",
@@ -168,20 +174,24 @@ def test_the_progress_of_a_roll_out_in_a_few_lines() -> None:
 )
 def test_spans_have_a_unit(text: str, seconds: float) -> None:
     assert parse_span(text) == seconds
+    assert parse_span(format_span(seconds)) == seconds
 
 
 @pytest.mark.parametrize(
-    ("wanted", "served", "last_wanted", "expected"),
+    ("desired", "served", "last_desired", "expected"),
     [
         ({"b1"}, (), {}, ScalingPlan(["b1"], [])),
         ({"b1"}, ("b1",), {}, ScalingPlan([], [])),
         ({"b1"}, (), {"b1": 1000.0}, ScalingPlan([], [])),
-        ((), (), {"b1": 1000.0 - LEAVE_S + 1}, ScalingPlan([], [])),
-        ((), (), {"b1": 1000.0 - LEAVE_S}, ScalingPlan([], ["b1"])),
+        ((), (), {"b1": 1000.0 - IDLE_S + 1}, ScalingPlan([], [])),
+        ((), (), {"b1": 1000.0 - IDLE_S}, ScalingPlan([], ["b1"])),
         ({"b2"}, (), {"b1": 0.0, "b2": 0.0}, ScalingPlan([], ["b1"])),
     ],
 )
-def test_a_worker_is_started_for_what_nobody_serves_and_stopped_when_nobody_has_wanted_it_for_a_while(
-    wanted: set[str], served: tuple[str, ...], last_wanted: dict[str, float], expected: ScalingPlan
+def test_a_worker_is_started_for_a_bundle_without_workers_and_stopped_after_an_idle_time(
+    desired: set[str],
+    served: tuple[str, ...],
+    last_desired: dict[str, float],
+    expected: ScalingPlan,
 ) -> None:
-    assert plan_scaling(wanted, served, last_wanted, 1000.0) == expected
+    assert plan_scaling(desired, served, last_desired, 1000.0) == expected

@@ -1,4 +1,4 @@
-"""`fleet config` and `fleet audit` on a registry that two devices are in."""
+"""`fleet config` and `fleet audit` on a registry with two devices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from fleet.cli import app
 from fleet.errors import ConfigError, FleetError, UnknownDeviceError
-from fleet.protocol.report import DeviceStatus
+from fleet.protocol.report import ConfigProblem, DeviceStatus
 from fleet.server.home import FleetConfig, FleetHome
 from tests.fleet.conftest import add
 
@@ -41,11 +41,11 @@ def fleet_json(folder: Path, *arguments: str) -> Any:
     return json.loads(fleet(folder, *arguments, "--json"))
 
 
-def test_what_is_set_for_a_device_shows_with_its_version(folder: Path) -> None:
-    made = fleet_json(folder, "config", "set", "edge-1", "threshold=0.8", "mode=auto")
-    assert made["settings"] == {"mode": "auto", "threshold": 0.8}
+def test_the_settings_of_a_device_are_shown_with_their_version(folder: Path) -> None:
+    result = fleet_json(folder, "config", "set", "edge-1", "threshold=0.8", "mode=auto")
+    assert result["settings"] == {"mode": "auto", "threshold": 0.8}
     shown = fleet_json(folder, "config", "show", "edge-1")
-    assert (shown["version"], shown["settings"]) == (made["version"], made["settings"])
+    assert (shown["version"], shown["settings"]) == (result["version"], result["settings"])
     assert "threshold=0.8" in fleet(folder, "config", "show", "edge-1")
 
 
@@ -66,11 +66,13 @@ def test_a_group_and_all_reach_their_devices_and_can_be_taken_back(folder: Path)
 
 def test_a_value_may_come_from_a_file(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "thresholds.json").write_text("[0.25, 0.5]")
-    made = fleet_json(folder, "config", "set", "edge-1", f"thresholds=@{tmp_path}/thresholds.json")
-    assert made["settings"] == {"thresholds": [0.25, 0.5]}
+    result = fleet_json(
+        folder, "config", "set", "edge-1", f"thresholds=@{tmp_path}/thresholds.json"
+    )
+    assert result["settings"] == {"thresholds": [0.25, 0.5]}
 
 
-def test_diff_lists_who_has_not_followed_and_why(folder: Path) -> None:
+def test_diff_lists_the_devices_that_do_not_follow_with_the_reason(folder: Path) -> None:
     version = fleet_json(folder, "config", "set", "--all", "max_draft=4")["version"]
     with FleetHome.load(folder).registry() as registry:
         follows = DeviceStatus(
@@ -81,7 +83,7 @@ def test_diff_lists_who_has_not_followed_and_why(folder: Path) -> None:
             mode="auto",
             config_version=version,
         )
-        registry.record_status("edge-2", follows, time.time())
+        registry.stats.record_status("edge-2", follows, time.time())
     assert [row["device"] for row in fleet_json(folder, "config", "diff")] == ["edge-1"]
     with FleetHome.load(folder).registry() as registry:
         fails = DeviceStatus(
@@ -91,15 +93,15 @@ def test_diff_lists_who_has_not_followed_and_why(folder: Path) -> None:
             version="0.1.0",
             mode="auto",
             config_version=version,
-            config_error="no such bundle",
+            config_error=ConfigProblem("bad_bundle", "no such bundle", is_final=True),
         )
-        registry.record_status("edge-1", follows, time.time())
-        registry.record_status("edge-2", fails, time.time())
+        registry.stats.record_status("edge-1", follows, time.time())
+        registry.stats.record_status("edge-2", fails, time.time())
     assert [row["config_error"] for row in fleet_json(folder, "config", "diff")] == [
-        "no such bundle"
+        {"code": "bad_bundle", "message": "no such bundle", "is_final": True}
     ]
     with FleetHome.load(folder).registry() as registry:
-        registry.record_status("edge-2", follows, time.time())
+        registry.stats.record_status("edge-2", follows, time.time())
     assert "all 2 devices follow" in fleet(folder, "config", "diff")
 
 
@@ -116,7 +118,7 @@ def test_diff_lists_who_has_not_followed_and_why(folder: Path) -> None:
         (("edge-1", "thresholds=@/no/file"), ConfigError, "cannot read /no/file"),
     ],
 )
-def test_what_cannot_be_set_is_refused_in_a_line(
+def test_an_invalid_setting_is_refused_in_one_line(
     folder: Path, words: tuple[str, ...], kind: type[FleetError], says: str
 ) -> None:
     with pytest.raises(kind, match=says):
@@ -124,7 +126,7 @@ def test_what_cannot_be_set_is_refused_in_a_line(
     assert fleet_json(folder, "config", "show", "--all")["settings"] == {}
 
 
-def test_the_audit_log_says_who_changed_what_newest_first(folder: Path) -> None:
+def test_the_audit_log_lists_changes_with_their_subject_newest_first(folder: Path) -> None:
     fleet(folder, "config", "set", "edge-1", "max_draft=4")
     newest, *earlier = fleet_json(folder, "audit")
     assert (newest["action"], newest["subject"]) == ("config", "device:edge-1")

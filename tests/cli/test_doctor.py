@@ -1,4 +1,4 @@
-"""`fleet doctor` on this machine, in a bare environment, and where something is wrong."""
+"""`fleet doctor` on this machine, in a bare environment, and with faults."""
 
 from __future__ import annotations
 
@@ -25,25 +25,30 @@ def doctor(
     *options: str, python: tuple[str, ...] = (), **environment: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *python, "-c", DOCTOR, "doctor", *options], capture_output=True, text=True, timeout=TIMEOUT_S,
-        check=False, cwd=ROOT, env=os.environ | environment,
-    )  # fmt: skip
+        [sys.executable, *python, "-c", DOCTOR, "doctor", *options],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | environment,
+    )
 
 
 def extras_of(diagnosis: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {extra["name"]: extra for extra in diagnosis["extras"]}
 
 
-def add_distribution(folder: Path, name: str, found: str) -> None:
-    """Metadata of an installed package, as pip writes it."""
-    info = folder / f"{name.replace('-', '_')}-{found}.dist-info"
+def add_distribution(folder: Path, name: str, version: str) -> None:
+    """Write the metadata of an installed package, as pip does."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {found}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
 @pytest.fixture(scope="module")
 def base_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with this distribution's base requirements, theirs, and nothing else."""
+    """A folder with this distribution, its base requirements, and nothing else."""
     folder = tmp_path_factory.mktemp("base")
     names = ["cecollm-fleet", "packaging"]
     seen = set[str]()
@@ -62,7 +67,7 @@ def base_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_it_tells_what_this_machine_has() -> None:
+def test_it_reports_the_packages_and_resources_of_this_machine() -> None:
     result = doctor("--json")
     assert result.returncode == 0, result.stdout + result.stderr
     diagnosis = json.loads(result.stdout)
@@ -79,12 +84,12 @@ def test_it_tells_what_this_machine_has() -> None:
     ]
 
 
-def test_the_way_to_another_onnxruntime_goes_through_removing_the_one_there() -> None:
+def test_another_onnxruntime_is_installed_after_the_present_one_is_removed() -> None:
     install = extras_of(json.loads(doctor("--json").stdout))["edge-gpu"]["install"]
     assert install == "pip uninstall -y onnxruntime && pip install 'cecollm-fleet[edge-gpu]'"
 
 
-def test_with_the_base_package_alone_nothing_is_wrong_and_each_part_has_its_pip_line(
+def test_the_base_package_alone_is_no_problem_and_each_extra_has_its_pip_line(
     base_packages: Path,
 ) -> None:
     bare = {"python": ("-S",), "PYTHONPATH": f"{base_packages}:{ROOT}"}
@@ -99,7 +104,7 @@ def test_with_the_base_package_alone_nothing_is_wrong_and_each_part_has_its_pip_
     assert "pip install 'cecollm-fleet[edge]'" in doctor(**bare).stdout  # type: ignore[arg-type]
 
 
-def test_both_onnxruntime_packages_are_a_problem_with_the_commands_that_mend_it(
+def test_both_onnxruntime_packages_are_a_problem_with_its_remedy(
     tmp_path: Path,
 ) -> None:
     add_distribution(tmp_path, "onnxruntime-gpu", "1.30.0")

@@ -1,4 +1,4 @@
-"""`fleet enroll`, `suspend`, `resume` and `revoke`, as an operator types them; and what `fleet server` then serves."""
+"""`fleet enroll`, `suspend`, `resume` and `revoke`, and the service of `fleet server`."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def fresh_fleet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fleet_folder(tmp_path: Path, fresh_fleet: Path) -> Path:
-    """A fleet of its own for each test; nothing of it runs."""
+    """A fleet of its own for each test; its processes do not run."""
     return Path(shutil.copytree(fresh_fleet, tmp_path / "state"))
 
 
 def fleet(folder: Path, *arguments: str) -> str:
-    """What a command prints; raises what it raises."""
+    """Return the output of a command; raise its error."""
     result = CliRunner().invoke(app, [*arguments, "--home", str(folder)], env={"COLUMNS": "200"})
     if result.exception is not None:
         raise result.exception
@@ -61,12 +61,15 @@ def fleet_json(folder: Path, *arguments: str) -> Any:
 
 
 def names(folder: Path) -> set[str]:
-    with FleetHome.load(folder).registry() as registry:
-        return {row.name for row in registry.identities()} - {"collector", "worker-1"}
+    """Return the enrolled names without the fleet's own identities."""
+    home = FleetHome.load(folder)
+    with home.registry() as registry:
+        enrolled = {row.name for row in registry.identities.all()}
+    return {name for name in enrolled if not home.has_identity(name)}
 
 
 def test_a_device_is_enrolled_with_one_line_to_run_on_it(fleet_folder: Path) -> None:
-    said = fleet(
+    output = fleet(
         fleet_folder,
         "enroll",
         "kitchen",
@@ -77,7 +80,7 @@ def test_a_device_is_enrolled_with_one_line_to_run_on_it(fleet_folder: Path) -> 
         "--tag",
         "arch=arm64",
     )
-    first, command = said.splitlines()
+    first, command = output.splitlines()
     assert first.startswith("enrolled device kitchen; run this there, once, before 20")
     words = command.split()
     assert [*words[:2], *words[3:]] == ["edge-agent", "join", "--server", "https://127.0.0.1:8443"]
@@ -94,10 +97,10 @@ def test_devices_are_shown_with_state_and_tags(fleet_folder: Path) -> None:
     assert "pending" in shown
 
 
-def test_a_token_in_json_ends_when_it_was_told_to(fleet_folder: Path) -> None:
-    made = [fleet_json(fleet_folder, "enroll", "kitchen", *ttl) for ttl in ((), ("--ttl", "24h"))]
-    assert set(made[0]) == {"name", "role", "token", "expires_at", "command"}
-    assert made[1]["expires_at"] - made[0]["expires_at"] == pytest.approx(23.75 * 3600, abs=60)
+def test_a_token_in_json_has_the_given_lifetime(fleet_folder: Path) -> None:
+    output = [fleet_json(fleet_folder, "enroll", "kitchen", *ttl) for ttl in ((), ("--ttl", "24h"))]
+    assert set(output[0]) == {"name", "role", "token", "expires_at", "command"}
+    assert output[1]["expires_at"] - output[0]["expires_at"] == pytest.approx(23.75 * 3600, abs=60)
 
 
 def test_a_token_needs_no_key_of_the_authority(fleet_folder: Path) -> None:
@@ -105,17 +108,17 @@ def test_a_token_needs_no_key_of_the_authority(fleet_folder: Path) -> None:
     assert fleet_json(fleet_folder, "enroll", "kitchen")["token"]
 
 
-def test_a_folder_is_made_offline_and_says_where_the_service_is(
+def test_a_folder_is_made_offline_with_the_address_of_the_service(
     fleet_folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "kitchen"
-    said = fleet(fleet_folder, "enroll", "kitchen", "--tag", "site=roof", "--out", str(out))
-    assert f"next: edge-agent run {out}" in said
+    output = fleet(fleet_folder, "enroll", "kitchen", "--tag", "site=roof", "--out", str(out))
+    assert f"next: edge-agent run {out}" in output
     assert Identity.load(out).config.server == "https://127.0.0.1:8443"
     with FleetHome.load(fleet_folder).registry() as registry:
-        (row,) = registry.identities(Role.DEVICE)
+        (row,) = registry.identities.all(Role.DEVICE)
         assert (row.state, row.tags) == ("active", {"site": "roof"})
-        assert registry.role_of(row.fingerprint) == ("kitchen", Role.DEVICE)
+        assert registry.identities.role_of(row.fingerprint) == ("kitchen", Role.DEVICE)
 
 
 def test_an_identity_is_replaced_with_force(fleet_folder: Path, tmp_path: Path) -> None:
@@ -142,7 +145,7 @@ def test_without_a_service_there_is_no_token(tmp_path: Path) -> None:
     [
         ((), ConfigError, "a NAME or --from FILE"),
         (("x", "--from", "y.csv"), ConfigError, "a NAME or --from FILE"),
-        (("--from", "y.csv", "--group", "g"), ConfigError, "the file says role, group"),
+        (("--from", "y.csv", "--group", "g"), ConfigError, "the file has role, group"),
         (("--from", "/no/file.csv"), ConfigError, "cannot read /no/file.csv"),
         (("x", "--ttl", "soon"), ConfigError, "ttl 'soon': expected a span like 15m"),
         (("x", "--ttl", "31d"), ConfigError, "at most 30d"),
@@ -154,7 +157,7 @@ def test_without_a_service_there_is_no_token(tmp_path: Path) -> None:
         (("x", "--bundle", "/b"), ConfigError, "give --out DIR, too"),
     ],
 )
-def test_what_makes_no_sense_is_refused_and_enrols_nobody(
+def test_invalid_options_are_refused_and_enrol_no_identity(
     fleet_folder: Path, arguments: tuple[str, ...], error: type[FleetError], says: str
 ) -> None:
     with pytest.raises(error, match=says) as raised:
@@ -181,25 +184,29 @@ def batch(tmp_path: Path) -> Path:
 
 
 def test_a_file_enrols_a_whole_batch_with_a_token_each(fleet_folder: Path, batch: Path) -> None:
-    made = fleet_json(fleet_folder, "enroll", "--from", str(batch))
-    assert [(each["name"], each["role"]) for each in made] == [
+    output = fleet_json(fleet_folder, "enroll", "--from", str(batch))
+    assert [(each["name"], each["role"]) for each in output] == [
         ("phone", "app"),
         ("kitchen", "device"),
         ("hall", "device"),
     ]
-    assert len({each["token"] for each in made}) == 3
+    assert len({each["token"] for each in output}) == 3
     with FleetHome.load(fleet_folder).registry() as registry:
-        rows = {row.name: row for row in registry.identities()}
+        rows = {row.name: row for row in registry.identities.all()}
     assert (rows["phone"].targets, rows["kitchen"].group) == (("home", "kitchen"), "home")
     assert rows["kitchen"].tags == {"arch": "arm64", "site": "roof"}
     assert (
         fleet(fleet_folder, "enroll", "--from", str(batch)).count("edge-agent join") == 3
-    )  # nobody has joined yet
+    )  # no device has joined yet
 
 
-def test_or_with_a_folder_each(fleet_folder: Path, batch: Path, tmp_path: Path) -> None:
-    made = fleet_json(fleet_folder, "enroll", "--from", str(batch), "--out", str(tmp_path / "out"))
-    assert [Identity.load(Path(each["folder"])).name for each in made] == [
+def test_a_file_enrols_a_whole_batch_with_a_folder_each(
+    fleet_folder: Path, batch: Path, tmp_path: Path
+) -> None:
+    output = fleet_json(
+        fleet_folder, "enroll", "--from", str(batch), "--out", str(tmp_path / "out")
+    )
+    assert [Identity.load(Path(each["folder"])).name for each in output] == [
         "phone",
         "kitchen",
         "hall",
@@ -212,12 +219,12 @@ def test_or_with_a_folder_each(fleet_folder: Path, batch: Path, tmp_path: Path) 
         ("", "expected the columns name, group, tags, role, allow.* got none"),
         ("name\n", "has no rows"),
         ("name,colour\na,red\n", "got name, colour"),
-        ("group\nhome\n", "of which name must be there"),
+        ("group\nhome\n", "of which only name is required"),
         ("name\nok\nNot Ok\n", "line 3: name 'Not Ok'"),
         ("name,role\nok,\nx,king\n", "line 3: unknown role 'king'"),
         ("name,tags\nok,roof\n", "line 2: tag 'roof': expected key=value"),
         ("name,allow\nok,hall\n", "line 2: only an app is allowed"),
-        ("name\nok\nok\n", "'ok' comes twice"),
+        ("name\nok\nok\n", "'ok' occurs twice"),
         ("name\nok,more\n", "line 2: more cells than columns"),
         ("name,role,allow\nok,,\nphone,app,attic\n", "cannot allow 'attic'"),
         ("name,group\nok,hall\nhall,\n", "'hall' is the name of a group"),
@@ -225,7 +232,7 @@ def test_or_with_a_folder_each(fleet_folder: Path, batch: Path, tmp_path: Path) 
     ],
 )
 @pytest.mark.parametrize("offline", [False, True])
-def test_one_bad_row_enrols_nobody(
+def test_one_bad_row_enrols_no_identity(
     fleet_folder: Path, batch: Path, tmp_path: Path, text: str, says: str, offline: bool
 ) -> None:
     batch.write_text(text)
@@ -236,7 +243,7 @@ def test_one_bad_row_enrols_nobody(
     assert not list(tmp_path.glob("out/*/identity.json"))
 
 
-# Standing.
+# States.
 
 
 def test_an_operator_suspends_resumes_and_revokes(fleet_folder: Path, tmp_path: Path) -> None:
@@ -246,14 +253,14 @@ def test_an_operator_suspends_resumes_and_revokes(fleet_folder: Path, tmp_path: 
     assert fleet(fleet_folder, "revoke", "kitchen") == "device kitchen is revoked\n"
     with pytest.raises(StateError, match="cannot suspend 'kitchen', which is revoked"):
         fleet(fleet_folder, "suspend", "kitchen")
-    with pytest.raises(UnknownDeviceError, match="nobody enrolled 'oven'"):
+    with pytest.raises(UnknownDeviceError, match="unknown identity 'oven'"):
         fleet(fleet_folder, "revoke", "oven")
 
 
 # The authority's passphrase.
 
 
-def test_a_fleet_with_a_passphrase_opens_with_it_alone(
+def test_a_fleet_with_a_passphrase_opens_only_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = FleetConfig(host=HOST, port=1, bundle="/no/bundle")
@@ -273,7 +280,7 @@ def test_a_fleet_with_a_passphrase_opens_with_it_alone(
     fleet(tmp_path / "state", "enroll", "kitchen", *out)
 
 
-def test_a_key_that_is_not_encrypted_is_told_of_once(
+def test_a_key_that_is_not_encrypted_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv(PASSPHRASE, raising=False)
@@ -291,11 +298,11 @@ def test_a_key_that_is_not_encrypted_is_told_of_once(
 def served(tmp_path: Path) -> Iterator[FleetHome]:
     """`fleet server` in a process of its own."""
     config = FleetConfig(host=HOST, port=free_port(), bundle="/no/bundle", service_port=free_port())
-    state = FleetHome.create(tmp_path / "state", config)
-    with child("the server", "fleet.cli", "server", "--home", str(state.folder)) as server:
+    home = FleetHome.create(tmp_path / "state", config)
+    with child("the server", "fleet.cli", "server", "--home", str(home.folder)) as server:
         line = server.wait_ready()
         assert f"service on https://{HOST}:{config.service_port}" in line
-        yield state
+        yield home
 
 
 def test_the_service_may_be_on_another_host_than_the_broker(tmp_path: Path) -> None:
@@ -313,9 +320,9 @@ def test_the_service_may_be_on_another_host_than_the_broker(tmp_path: Path) -> N
 
 
 def test_a_device_joins_at_the_service_of_a_running_fleet(served: FleetHome) -> None:
-    made = fleet_json(served.folder, "enroll", "kitchen")
-    token = EnrolmentToken.parse(made["command"].split()[2])
-    server = made["command"].split()[-1]
+    output = fleet_json(served.folder, "enroll", "kitchen")
+    token = EnrolmentToken.parse(output["command"].split()[2])
+    server = output["command"].split()[-1]
     csr, _ = make_csr("kitchen")
     body = json.dumps({"id": token.id, "secret": token.secret, "csr": csr}).encode()
     context = ssl.create_default_context(cafile=served.folder / "ca" / "ca.pem")
@@ -330,5 +337,5 @@ def test_a_device_joins_at_the_service_of_a_running_fleet(served: FleetHome) -> 
     (row,) = fleet_json(served.folder, "devices")
     assert row["state"] == "active"
     with served.registry() as registry:
-        joined = registry.audit_log("kitchen")[0]
+        joined = registry.audit_log.entries("kitchen")[0]
     assert (joined.actor, joined.action) == (HOST, "join")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fleet.bundles.manifest import Bundle
+from fleet.server.home import FleetConfig, FleetHome
 from tests.brokers import free_port
 
 TIMEOUT_S = 120
@@ -21,9 +22,13 @@ def run(
     *arguments: str, module: str = "fleet.cli", **environment: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
         env=os.environ | environment,
-    )  # fmt: skip
+    )
 
 
 def assert_one_clear_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -35,10 +40,8 @@ def assert_one_clear_line(result: subprocess.CompletedProcess[str], *words: str)
 
 
 @pytest.fixture(scope="module")
-def state(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Path:
-    """A fleet's folder as `fleet up` makes it; nothing of it runs."""
-    from fleet.server.home import FleetConfig, FleetHome
-
+def home(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Path:
+    """A fleet's folder as `fleet up` makes it; its processes do not run."""
     folder = tmp_path_factory.mktemp("fleet")
     FleetHome.create(folder, FleetConfig(host="127.0.0.1", port=1, bundle=str(tiny_bundle.folder)))
     return folder
@@ -63,7 +66,7 @@ def test_bad_arguments(arguments: tuple[str, ...], words: tuple[str, ...]) -> No
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("prompt", "ghost", "hello"), ("unknown device 'ghost'", "fleet enroll ghost")),
+        (("prompt", "ghost", "hello"), ("127.0.0.1:1", "fleet up")),
         (("stats", "ghost"), ("unknown device 'ghost'",)),
         (("stats", "--since", "yesterday"), ("since 'yesterday'", "24h")),
         (("enroll", "Bad Name"), ("'Bad Name'", "a-z")),
@@ -72,19 +75,16 @@ def test_bad_arguments(arguments: tuple[str, ...], words: tuple[str, ...]) -> No
     ],
 )
 def test_bad_arguments_in_a_fleet(
-    state: Path, tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+    home: Path, tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     extra = ("--out", str(tmp_path / "x")) if arguments[0] == "enroll" else ()
-    assert_one_clear_line(run(*arguments, *extra, "--home", str(state)), *words)
+    assert_one_clear_line(run(*arguments, *extra, "--home", str(home)), *words)
 
 
-def test_a_name_is_enrolled_once_and_an_offline_device_is_said_to_be_offline(
-    state: Path, tmp_path: Path
-) -> None:
-    where = ("--home", str(state))
+def test_a_name_is_enrolled_once(home: Path, tmp_path: Path) -> None:
+    where = ("--home", str(home))
     assert run("enroll", "sleeper", "--out", str(tmp_path / "a"), *where).returncode == 0
     assert_one_clear_line(run("enroll", "sleeper", "--out", str(tmp_path / "b"), *where), "sleeper")
-    assert_one_clear_line(run("prompt", "sleeper", "hello", *where), "offline", "edge-agent run")
 
 
 @pytest.mark.parametrize("option", ["--port", "--service-port"])
@@ -101,29 +101,31 @@ def test_a_busy_port_is_named(tmp_path: Path, tiny_bundle: Bundle, option: str) 
     assert_one_clear_line(result, port, option)
 
 
-def test_a_device_without_identity_says_how_to_get_one(tmp_path: Path) -> None:
+def test_the_error_of_a_device_without_identity_names_the_command(tmp_path: Path) -> None:
     assert_one_clear_line(
         run("run", str(tmp_path), module="edge_agent"), "no identity", "fleet enroll"
     )
 
 
-def test_a_device_without_a_broker_says_where_it_looked(state: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_device_without_a_broker_names_the_address(
+    home: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "lonely"
-    assert run("enroll", "lonely", "--out", str(out), "--home", str(state)).returncode == 0
+    assert run("enroll", "lonely", "--out", str(out), "--home", str(home)).returncode == 0
     assert_one_clear_line(run("run", str(out), module="edge_agent"), "127.0.0.1:1", "fleet up")
 
 
 def test_an_altered_bundle_is_refused_by_device_and_worker(
-    state: Path, tmp_path: Path, tiny_bundle: Bundle
+    home: Path, tmp_path: Path, tiny_bundle: Bundle
 ) -> None:
     altered = tmp_path / "altered"
     shutil.copytree(tiny_bundle.folder, altered)
     for name in ("edge/block_0.onnx", "cloud/model.safetensors"):
         path = altered / name
         path.write_bytes(path.read_bytes()[:-1] + b"\x00\x01")
-    worker = str(state / "identities" / "worker-1")
+    worker = str(home / "identities" / "worker-1")
     device = str(tmp_path / "device")
-    assert run("enroll", "careful", "--out", device, "--home", str(state)).returncode == 0
+    assert run("enroll", "careful", "--out", device, "--home", str(home)).returncode == 0
     assert_one_clear_line(run("run", worker, module="edge_agent"), "expected a device's")
     assert_one_clear_line(
         run("run", device, "--bundle", str(altered), module="edge_agent"), "block_0.onnx", "altered"

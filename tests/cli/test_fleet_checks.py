@@ -1,4 +1,4 @@
-"""`fleet doctor` on a fleet: one that runs, and what is wrong with others."""
+"""`fleet doctor` on a fleet that runs, and on fleets with faults."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.fleet.conftest import add
 
 
 @pytest.fixture
-def state(tmp_path: Path, tiny_bundle: Bundle) -> FleetHome:
+def home(tmp_path: Path, tiny_bundle: Bundle) -> FleetHome:
     """A fleet whose processes do not run."""
     return FleetHome.create(
         tmp_path / "state",
@@ -37,19 +37,19 @@ def state(tmp_path: Path, tiny_bundle: Bundle) -> FleetHome:
     )
 
 
-def problems(state: FleetHome) -> dict[str, str]:
-    return {check.name: check.problem for check in check_fleet(state.folder) if check.problem}
+def problems(home: FleetHome) -> dict[str, str]:
+    return {check.name: check.problem for check in check_fleet(home.folder) if check.problem}
 
 
-def doctor(state: FleetHome) -> tuple[int, Any]:
-    result = CliRunner().invoke(app, ["doctor", "--home", str(state.folder), "--json"])
+def doctor(home: FleetHome) -> tuple[int, Any]:
+    result = CliRunner().invoke(app, ["doctor", "--home", str(home.folder), "--json"])
     return result.exit_code, json.loads(result.stdout)
 
 
-def test_a_fleet_whose_broker_runs_has_no_problem(state: FleetHome) -> None:
-    with child("the broker", "fleet.cli", "server", "--home", str(state.folder)) as server:
+def test_a_fleet_whose_broker_runs_has_no_problem(home: FleetHome) -> None:
+    with child("the broker", "fleet.cli", "server", "--home", str(home.folder)) as server:
         server.wait_ready()
-        status, diagnosis = doctor(state)
+        status, diagnosis = doctor(home)
     assert (status, diagnosis["problems"]) == (0, [])
     names = [
         "registry",
@@ -64,84 +64,86 @@ def test_a_fleet_whose_broker_runs_has_no_problem(state: FleetHome) -> None:
     assert [check["name"] for check in diagnosis["fleet"]] == names
 
 
-def test_a_broker_that_does_not_run_is_a_problem_and_stops_no_other_check(state: FleetHome) -> None:
-    status, diagnosis = doctor(state)
+def test_a_broker_that_does_not_run_is_a_problem_and_stops_no_other_check(home: FleetHome) -> None:
+    status, diagnosis = doctor(home)
     assert status == 1
     (problem,) = diagnosis["problems"]
     assert problem.startswith("broker: ")
     assert "fleet up" in problem
 
 
-def remove_the_authority(state: FleetHome) -> None:
-    shutil.rmtree(state.folder / "ca")
+def remove_the_authority(home: FleetHome) -> None:
+    shutil.rmtree(home.folder / "ca")
 
 
-def hear_from_the_future(state: FleetHome) -> None:
-    with state.registry() as registry:
+def record_a_status_from_the_future(home: FleetHome) -> None:
+    with home.registry() as registry:
         add(registry, "edge-1")
-        registry.record_status("edge-1", DeviceStatus(online=False, epoch=1), time.time() + 86_400)
+        tomorrow = time.time() + 86_400
+        registry.stats.record_status("edge-1", DeviceStatus(online=False, epoch=1), tomorrow)
 
 
-def let_a_certificate_grow_old(state: FleetHome) -> None:
-    with state.registry() as registry:
-        registry.add_identity(
+def add_a_certificate_that_ends_soon(home: FleetHome) -> None:
+    with home.registry() as registry:
+        registry.identities.add_identity(
             "old", Role.DEVICE, fingerprint="0" * 64, not_after=time.time() + 86_400
         )
 
 
-def alter_the_bundle(state: FleetHome) -> None:
-    copy = state.folder / "copy"
-    shutil.copytree(state.config.bundle, copy)
+def alter_the_bundle(home: FleetHome) -> None:
+    copy = home.folder / "copy"
+    shutil.copytree(home.config.bundle, copy)
     (copy / "edge/block_0.onnx").write_bytes(b"other")
     FleetHome.create(
-        state.folder,
-        FleetConfig(host="127.0.0.1", port=state.config.port, bundle=str(copy), service_port=0),
+        home.folder,
+        FleetConfig(host="127.0.0.1", port=home.config.port, bundle=str(copy), service_port=0),
     )
 
 
-def serve_another_bundle(state: FleetHome) -> None:
-    with state.registry() as registry:
+def serve_another_bundle(home: FleetHome) -> None:
+    with home.registry() as registry:
         add(registry, "edge-1")
-        registry.record_status(
+        registry.stats.record_status(
             "edge-1", DeviceStatus(online=True, epoch=1, bundle_id="b1"), time.time()
         )
-        registry.record_worker(
+        registry.stats.record_worker(
             "worker-1", WorkerStatus(online=True, epoch=1, bundle_ids=("b2",)), time.time()
         )
 
 
-def ask_for_what_nobody_follows(state: FleetHome) -> None:
-    serve_another_bundle(state)
-    with state.registry() as registry:
-        registry.record_worker(
+def set_a_configuration_that_no_device_follows(home: FleetHome) -> None:
+    serve_another_bundle(home)
+    with home.registry() as registry:
+        registry.stats.record_worker(
             "worker-1", WorkerStatus(online=True, epoch=1, bundle_ids=("b1",)), time.time()
         )
-        registry.change_settings(Target(Scope.DEVICE, "edge-1"), lambda _: Settings(max_draft=2))
+        target = Target(Scope.DEVICE, "edge-1")
+        registry.desired_state.change_settings(target, lambda _: Settings(max_draft=2))
 
 
-def make_the_registry_no_database(state: FleetHome) -> None:
-    (state.folder / "registry.sqlite").write_bytes(b"no database" * 1000)
+def make_the_registry_no_database(home: FleetHome) -> None:
+    (home.folder / "registry.sqlite").write_bytes(b"no database" * 1000)
 
 
 @pytest.mark.parametrize(
     ("spoil", "name", "says"),
     [
         (remove_the_authority, "authority", "no certificate authority in"),
-        (hear_from_the_future, "clock", "this machine's clock is behind"),
-        (let_a_certificate_grow_old, "certificates", "not renewed: old;"),
+        (record_a_status_from_the_future, "clock", "this machine's clock is behind"),
+        (add_a_certificate_that_ends_soon, "certificates", "not renewed: old;"),
         (alter_the_bundle, "bundle", "was altered"),
         (serve_another_bundle, "bundle", "no worker serves the bundle of edge-1"),
-        (ask_for_what_nobody_follows, "configuration", "fleet config diff"),
+        (set_a_configuration_that_no_device_follows, "configuration", "fleet config diff"),
         (make_the_registry_no_database, "registry", "cannot answer"),
     ],
 )
-def test_what_is_wrong_is_named_with_what_to_do(
-    state: FleetHome, spoil: Callable[[FleetHome], None], name: str, says: str
+def test_a_fault_is_named_with_its_remedy(
+    home: FleetHome, spoil: Callable[[FleetHome], None], name: str, says: str
 ) -> None:
-    spoil(state)
-    assert says in problems(state)[name]
+    spoil(home)
+    assert says in problems(home)[name]
 
 
-def test_a_folder_without_a_fleet_is_said_when_it_was_named(tmp_path: Path) -> None:
+def test_a_named_folder_without_a_fleet_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no fleet in"):
         check_fleet(tmp_path)

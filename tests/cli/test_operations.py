@@ -1,4 +1,4 @@
-"""The commands of docs/operations.md, as they stand there."""
+"""The commands of docs/operations.md, exactly as written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TIMEOUT_S = 120
 
 
 def commands(section: str, under: str = "") -> str:
-    """The first block of commands of a section, behind the line `under`."""
+    """Return the first block of commands of a section, after the line `under`."""
     text = PAGE.split(f"## {section}\n")[1].split("\n## ")[0]
     found = re.search(rf"{under}.*?```sh\n(.*?)```", text, re.DOTALL)
     assert found
@@ -48,9 +48,14 @@ def environment(home: Path, url: str = "") -> dict[str, str]:
 
 def run(script: str, folder: Path, home: Path, url: str = "") -> None:
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=environment(home, url), capture_output=True,
-        text=True, timeout=TIMEOUT_S, check=False,
-    )  # fmt: skip
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env=environment(home, url),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -59,14 +64,14 @@ def fill(home: Path, url: str | None) -> None:
         home, FleetConfig(host="127.0.0.1", port=1, bundle="/no/bundle", registry=url)
     ).registry() as registry:
         add(registry, "edge-1", group="kitchen")
-        registry.record_report("edge-1", report())
+        registry.stats.record_report("edge-1", report())
 
 
 def check(home: Path) -> None:
     with FleetHome.load(home).registry() as registry:
-        assert registry.stats()[0].tokens == 10
-        assert registry.record_report("edge-1", report("g2"))
-        assert not registry.record_report("edge-1", report())
+        assert registry.stats.per_device()[0].tokens == 10
+        assert registry.stats.record_report("edge-1", report("g2"))
+        assert not registry.stats.record_report("edge-1", report())
     assert [path.stat().st_mode & 0o077 for path in (home / "ca").rglob("*key.pem")] == [0]
 
 
@@ -106,7 +111,7 @@ def test_a_fleet_starts_on_a_new_postgresql_database_and_keeps_it(
     assert FleetHome.load(home).config.registry == url
     assert FleetHome.load(home).config.retention_days == 30
     with FleetHome.load(home).registry() as registry:
-        assert {row.name for row in registry.identities()} >= {"collector", "worker-1"}
+        assert {row.name for row in registry.identities.all()} >= {"collector", "worker-1"}
     stats = subprocess.run(
         ["fleet", "stats", "--json"],
         env=environment(home),
@@ -119,12 +124,15 @@ def test_a_fleet_starts_on_a_new_postgresql_database_and_keeps_it(
 
 
 def _up(command: str, folder: Path, home: Path, url: str, bundle: Bundle) -> None:
-    """Runs `fleet up` as written, on a free port and with the tiny bundle, until it says that it is up."""
+    """Run `fleet up` as written, on a free port with the tiny bundle, until it is up."""
     options = f"--port {free_port()} --service-port 0 --bundle {bundle.folder}"
     process = subprocess.Popen(
-        ["bash", "-c", f"exec {command.strip()} {options}"], cwd=folder, env=environment(home, url),
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        ["bash", "-c", f"exec {command.strip()} {options}"],
+        cwd=folder,
+        env=environment(home, url),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert process.stdout
         lines = iter(process.stdout.readline, "")
@@ -149,14 +157,17 @@ def test_the_install_lines_give_the_commands_that_the_page_goes_on_with(tmp_path
     }
 
 
-def test_doctor_as_the_page_says_speaks_json_and_fails_where_the_broker_is_away(
+def test_doctor_prints_json_and_fails_without_a_broker(
     tmp_path: Path,
 ) -> None:
     fill(tmp_path / "home", None)
     done = subprocess.run(
-        ["bash", "-c", commands("Install", "a timer can run it")], env=environment(tmp_path / "home"),
-        capture_output=True, timeout=TIMEOUT_S, check=False,
-    )  # fmt: skip
+        ["bash", "-c", commands("Install", "a timer can run it")],
+        env=environment(tmp_path / "home"),
+        capture_output=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
     assert done.returncode == 1
     assert any(
         problem.startswith("broker") for problem in msgspec.json.decode(done.stdout)["problems"]
@@ -171,9 +182,14 @@ def test_with_a_passphrase_the_authoritys_key_is_encrypted_and_needed(
     run(f"BUNDLE={tiny_bundle.folder}\n{commands('TLS')}", tmp_path, home)
     assert b"ENCRYPTED" in (home / "ca/ca-key.pem").read_bytes()
     refused = subprocess.run(
-        ["fleet", "enroll", "kitchen", "--out", "kitchen"], cwd=tmp_path, env=environment(home), capture_output=True,
-        text=True, timeout=TIMEOUT_S, check=False,
-    )  # fmt: skip
+        ["fleet", "enroll", "kitchen", "--out", "kitchen"],
+        cwd=tmp_path,
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
     assert refused.returncode == 1
     assert "FLEET_CA_PASSPHRASE" in refused.stderr
 
@@ -182,12 +198,12 @@ def test_a_device_is_suspended_resumed_and_revoked_and_the_audit_log_says_so(
     tmp_path: Path,
 ) -> None:
     home = tmp_path / "home"
-    state = FleetHome.create(home, FleetConfig(host="127.0.0.1", port=1, bundle="/no/bundle"))
-    state.enroll("kitchen", Role.DEVICE, tmp_path / "kitchen")
-    run(commands("Somebody goes, or a device is stolen"), tmp_path, home)
-    with state.registry() as registry:
-        assert registry.device("kitchen").state == "revoked"
-        assert [row.action for row in registry.audit_log("kitchen")] == [
+    fleet_home = FleetHome.create(home, FleetConfig(host="127.0.0.1", port=1, bundle="/no/bundle"))
+    fleet_home.enroll("kitchen", Role.DEVICE, tmp_path / "kitchen")
+    run(commands("A person leaves, or a device is stolen"), tmp_path, home)
+    with fleet_home.registry() as registry:
+        assert registry.stats.device("kitchen").state == "revoked"
+        assert [row.action for row in registry.audit_log.entries("kitchen")] == [
             "revoke",
             "resume",
             "suspend",
@@ -205,9 +221,15 @@ def test_a_device_is_suspended_resumed_and_revoked_and_the_audit_log_says_so(
 )
 def test_every_line_of_commands_is_one_that_a_test_here_runs(line: str) -> None:
     run_here = [
-        commands("Which registry"), commands("How long single answers are kept"), commands("Backup", "SQLite:"),
-        commands("Backup", "PostgreSQL:"), commands("Restore", "SQLite:"), commands("Restore", "PostgreSQL:"),
-        commands("Install"), commands("Install", "a timer can run it"), commands("TLS"),
-        commands("Somebody goes, or a device is stolen"),
+        commands("Which registry"),
+        commands("How long single answers are kept"),
+        commands("Backup", "SQLite:"),
+        commands("Backup", "PostgreSQL:"),
+        commands("Restore", "SQLite:"),
+        commands("Restore", "PostgreSQL:"),
+        commands("Install"),
+        commands("Install", "a timer can run it"),
+        commands("TLS"),
+        commands("A person leaves, or a device is stolen"),
     ]  # fmt: skip
     assert any(line in block for block in run_here)

@@ -1,4 +1,4 @@
-"""`fleet plan`: a table with advice, or JSON; and one clear line where it cannot say anything."""
+"""`fleet plan`: a table with advice, or JSON, and one clear line for invalid input."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.paper.fit import fit
+from benchmarks.paper.fit import fit_cost_model
 from fleet.cli import app
 from fleet.errors import ConfigError
 from fleet.planning.cost_model import write_fits
@@ -17,7 +17,7 @@ from tests.benchmarks.paper_rows import RUN, linear_rows
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A fit to rows of a known model."""
     path = tmp_path_factory.mktemp("plan") / "plan.json"
-    write_fits([fit(linear_rows(samples=2), RUN)[0]], path)
+    write_fits([fit_cost_model(linear_rows(samples=2), RUN)[0]], path)
     return str(path)
 
 
@@ -28,10 +28,9 @@ def plan(*arguments: str) -> None:
 def test_json_holds_expectations_advice_and_crossings(
     data: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan(
-        "--rtt", "20", "--bandwidth", "31", "--edge-step", "19", "--cloud-step", "37", "--prompt-tokens", "50",
-        "--tokens", "100", "--min-agreement", "0.99", "--data", data, "--json",
-    )  # fmt: skip
+    link = ("--rtt", "20", "--bandwidth", "31", "--edge-step", "19", "--cloud-step", "37")
+    text = ("--prompt-tokens", "50", "--tokens", "100", "--min-agreement", "0.99")
+    plan(*link, *text, "--data", data, "--json")
     shown = json.loads(capsys.readouterr().out)
     assert set(shown) == {
         "load",
@@ -43,12 +42,18 @@ def test_json_holds_expectations_advice_and_crossings(
         "fits",
     }
     assert shown["load"] == {
-        "rtt_ms": 20.0, "mbit_s": 31.0, "edge_step_ms": 19.0, "cloud_step_ms": 37.0, "prompt_tokens": 50, "tokens": 100,
+        "rtt_ms": 20.0,
+        "mbit_s": 31.0,
+        "edge_step_ms": 19.0,
+        "cloud_step_ms": 37.0,
+        "prompt_tokens": 50,
+        "tokens": 100,
         "min_agreement": 0.99,
-    }  # fmt: skip
+    }
     assert shown["best"] == shown["expectations"][0]["name"]
     assert set(shown["expectations"][0]) == {
-        "name", "mode", "threshold", "exits", "split_layer", "ttft_ms", "token_ms", "total_ms", "edge_ms", "cloud_ms",
+        "name", "mode", "threshold", "exits", "split_layer",
+        "ttft_ms", "token_ms", "total_ms", "edge_ms", "cloud_ms",
         "num_bytes", "messages", "round_trips", "offload_rate", "agreement", "agrees",
     }  # fmt: skip
     assert all(
@@ -56,7 +61,7 @@ def test_json_holds_expectations_advice_and_crossings(
     )
 
 
-def test_the_table_is_followed_by_advice_and_where_it_is_from(
+def test_the_table_is_followed_by_advice_and_its_source(
     data: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan("--rtt", "20", "--bandwidth", "31", "--data", data)
@@ -80,8 +85,6 @@ def test_the_table_is_followed_by_advice_and_where_it_is_from(
         ),
     ],
 )
-def test_what_cannot_be_planned_is_refused(
-    data: str, arguments: tuple[str, ...], words: str
-) -> None:
+def test_invalid_input_is_refused(data: str, arguments: tuple[str, ...], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         plan("--data", data, *arguments)

@@ -33,7 +33,7 @@ WORDS = (
 
 
 def prompts(first: int, count: int) -> str:
-    """Lines of words, all different."""
+    """Return lines of words, all different."""
     lines = []
     for i in range(first, first + count):
         lines.append(
@@ -61,9 +61,14 @@ def test_every_command_of_the_page_runs_on_the_tiny_model(
         "TARGET": "0.8",
     }
     result = subprocess.run(
-        ["bash", "-euxc", "".join(blocks)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500,
+        ["bash", "-euxc", "".join(blocks)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
         check=False,
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr[-4000:] + result.stdout[-2000:]
     bundle = Bundle.load(tmp_path / "bundle")
     assert bundle.manifest.calibration is not None

@@ -1,4 +1,4 @@
-"""`fleet stats`, `devices` and `device`: what operators see of a registry that was filled as devices would."""
+"""`fleet stats`, `devices` and `device`, on a registry with the reports of devices."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fleet.cli.stats_views import spark
 from fleet.errors import ConfigError, FleetError
 from fleet.protocol.access import Role
 from fleet.protocol.report import DeviceStatus, Switch
-from fleet.server.home import FleetConfig, FleetHome, keeping
+from fleet.server.home import FleetConfig, FleetHome, resolve_config
 from tests.fleet.conftest import add, report
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fleet's folder whose registry holds two devices with answers and one without; nothing of it runs."""
+    """A fleet's folder whose registry holds two devices with answers and one without."""
     path = tmp_path_factory.mktemp("fleet") / "state"
     now = time.time()
     with FleetHome.create(
@@ -32,14 +32,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         add(registry, "edge-1", group="kitchen")
         add(registry, "edge-2", group="attic")
         add(registry, "edge-3")
-        registry.record_status(
+        registry.stats.record_status(
             "edge-1",
             DeviceStatus(online=True, epoch=1, bundle_id="b1", version="0.1.0", mode="auto"),
             now,
         )
         switch = Switch(3, "standalone", "the link is down")
-        registry.record_report("edge-1", report("g1", started_at=now - 60, switches=(switch,)))
-        registry.record_report("edge-2", report("g2", started_at=now - 30 * 86_400, bundle_id="b2"))
+        registry.stats.record_report(
+            "edge-1", report("g1", started_at=now - 60, switches=(switch,))
+        )
+        registry.stats.record_report(
+            "edge-2", report("g2", started_at=now - 30 * 86_400, bundle_id="b2")
+        )
     return path
 
 
@@ -56,12 +60,20 @@ def fleet_json(folder: Path, *arguments: str) -> Any:
     return json.loads(fleet(folder, *arguments, "--json"))
 
 
-def test_the_table_shows_where_tokens_came_from_how_fast_and_why_modes_changed(
+def test_the_table_shows_sources_latency_and_changes_of_mode(
     folder: Path,
 ) -> None:
     out = fleet(folder, "stats")
-    for words in ("edge-1", "online", "exit:8 5 (50.0%)", "cloud 2 (20.0%)", "20.0%", "1 times standalone: the link is",
-                  "seen never", "2,000"):  # fmt: skip
+    for words in (
+        "edge-1",
+        "online",
+        "exit:8 5 (50.0%)",
+        "cloud 2 (20.0%)",
+        "20.0%",
+        "1 times standalone: the link is",
+        "seen never",
+        "2,000",
+    ):
         assert words in out
 
 
@@ -76,7 +88,7 @@ def test_rows_by_group_and_bundle(folder: Path, by: str, key: str, values: list[
     assert values[0] in fleet(folder, "stats", "--by", by)
 
 
-def test_by_the_hour_it_is_of_the_last_day_unless_said_otherwise(folder: Path) -> None:
+def test_rows_by_the_hour_are_of_the_last_day_by_default(folder: Path) -> None:
     assert [row["tokens"] for row in fleet_json(folder, "stats", "--by", "hour")] == [10]
     assert [
         row["tokens"] for row in fleet_json(folder, "stats", "--by", "hour", "--since", "40d")
@@ -93,9 +105,12 @@ def test_stats_of_a_device_a_group_and_a_span(folder: Path) -> None:
 
 def test_the_csv_has_a_column_for_each_source(folder: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(fleet(folder, "stats", "--csv"))))
-    assert [(row["device"], row["tokens"], row["exit:8"], row["fallback"], row["switches"]) for row in rows] == [
-        ("edge-1", "10", "5", "1", "1"), ("edge-2", "10", "5", "1", "0"), ("edge-3", "0", "0", "0", "0"),
-    ]  # fmt: skip
+    columns = ("device", "tokens", "exit:8", "fallback", "switches")
+    assert [tuple(row[column] for column in columns) for row in rows] == [
+        ("edge-1", "10", "5", "1", "1"),
+        ("edge-2", "10", "5", "1", "0"),
+        ("edge-3", "0", "0", "0", "0"),
+    ]
 
 
 def test_csv_of_nothing_is_a_header(folder: Path) -> None:
@@ -125,7 +140,7 @@ def test_a_plot_is_a_picture_of_the_kind_that_its_name_says(
         (("oven",), "unknown device 'oven'"),
     ],
 )
-def test_what_cannot_be_shown_is_said_in_one_line(
+def test_invalid_options_are_an_error_of_one_line(
     folder: Path, arguments: tuple[str, ...], says: str
 ) -> None:
     with pytest.raises(FleetError, match=says) as raised:
@@ -133,7 +148,7 @@ def test_what_cannot_be_shown_is_said_in_one_line(
     assert "\n" not in str(raised.value)
 
 
-def test_devices_by_group_and_by_being_there(folder: Path) -> None:
+def test_devices_by_group_and_by_presence(folder: Path) -> None:
     assert [row["device"] for row in fleet_json(folder, "devices")] == [
         "edge-1",
         "edge-2",
@@ -167,14 +182,14 @@ def test_a_bar_of_rates() -> None:
     assert spark([0.0, None, 0.5, 1.0]) == "▁·▅█"
 
 
-def test_a_fleet_keeps_its_registry_and_retention_until_it_is_told_another(tmp_path: Path) -> None:
+def test_a_fleet_keeps_its_registry_and_retention_by_default(tmp_path: Path) -> None:
     config = FleetConfig(host="127.0.0.1", port=1, bundle="/no/bundle")
-    first = keeping(tmp_path, config, f"sqlite:///{tmp_path}/other.sqlite", 30)
+    first = resolve_config(tmp_path, config, f"sqlite:///{tmp_path}/other.sqlite", 30)
     FleetHome.create(tmp_path, first)
-    assert keeping(tmp_path, config, None, None) == first
-    assert keeping(tmp_path, config, first.registry, 7).retention_days == 7
+    assert resolve_config(tmp_path, config, None, None) == first
+    assert resolve_config(tmp_path, config, first.registry, 7).retention_days == 7
     with pytest.raises(ConfigError, match="another registry, where its devices are enrolled"):
-        keeping(tmp_path, config, "postgresql://elsewhere/fleet", None)
+        resolve_config(tmp_path, config, "postgresql://elsewhere/fleet", None)
 
 
 def test_a_registry_that_cannot_be_opened_is_not_written_down(tmp_path: Path) -> None:
@@ -197,4 +212,4 @@ def test_only_the_operator_can_read_where_the_registry_is(folder: Path) -> None:
 
 def _identities(folder: Path) -> list[dict[str, Any]]:
     with FleetHome.load(folder).registry() as registry:
-        return [{"role": row.role} for row in registry.identities()]
+        return [{"role": row.role} for row in registry.identities.all()]

@@ -1,4 +1,4 @@
-"""The files of deploy/, read as the tools that use them would."""
+"""The files of deploy/, parsed as by the tools that use them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ YAML_FILES: Final = sorted(DEPLOY.rglob("*.yaml"))
 
 
 class Image(NamedTuple):
-    """A target of the Dockerfile that runs something; `words` are its instructions by their names."""
+    """A target of the Dockerfile with an entry point; `words` are its instructions by name."""
 
     entrypoint: list[str]
     command: list[str]
@@ -37,7 +37,7 @@ def documents(path: Path) -> list[Any]:
 
 
 def dockerfile() -> dict[str, Image]:
-    """The Dockerfile's stages that have an entry point."""
+    """Return the Dockerfile's stages that have an entry point."""
     text = (DEPLOY / "Dockerfile").read_text()
     stages = re.findall(r"^FROM \S+ AS (\w+)\n(.*?)(?=^FROM|\Z)", text, re.MULTILINE | re.DOTALL)
     images = {}
@@ -55,7 +55,7 @@ def dockerfile() -> dict[str, Image]:
 
 
 def environment() -> dict[str, str]:
-    """What the Dockerfile sets."""
+    """Return the Dockerfile's variables."""
     lines = re.findall(r"^ENV (.*)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
     return dict(word.split("=", 1) for line in lines for word in shlex.split(line))
 
@@ -66,7 +66,7 @@ def compose() -> dict[str, Any]:
 
 
 def manifests() -> list[dict[str, Any]]:
-    """Every Kubernetes object that the kustomization names."""
+    """Return every Kubernetes object that the kustomization names."""
     folder = DEPLOY / "kubernetes"
     (kustomization,) = documents(folder / "kustomization.yaml")
     return [
@@ -86,7 +86,7 @@ def containers(workload: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def runs() -> Iterator[Run]:
-    """Every start of our own programs, with something in the place of each variable."""
+    """Return every start of our own programs, with a value for each variable."""
     for name, image in dockerfile().items():
         yield Run(f"Dockerfile {name}", name, image.command)
     for name, service in compose()["services"].items():
@@ -108,5 +108,5 @@ def filled(arguments: list[str]) -> list[str]:
 
 
 def seconds(span: str) -> int:
-    """Compose's ``45s``."""
+    """Parse Compose's ``45s``."""
     return int(span.removesuffix("s"))

@@ -1,6 +1,6 @@
-"""deploy/ fits the programs: commands, options, ports, images, metrics and times are those of the code.
+"""deploy/ fits the programs: commands, options, ports, images, metrics and times.
 
-No container is built or started here, and no cluster is asked.
+No container is built or started here, and no cluster is used.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PROGRAMS = {
     ("fleet",): fleet.cli.app,
     ("python", "-m", "cloud_broker_worker"): cloud_broker_worker.worker.cli.app,
 }
-REQUIRED = {  # beside apiVersion, kind and metadata.name
+REQUIRED = {  # in addition to apiVersion, kind and metadata.name
     "Namespace": ("v1", ()),
     "PersistentVolumeClaim": ("v1", ("accessModes", "resources")),
     "Service": ("v1", ("selector", "ports")),
@@ -80,11 +80,12 @@ def test_every_command_is_one_of_ours_with_its_options(run: Run) -> None:
     program = typer.main.get_command(PROGRAMS[tuple(dockerfile()[run.image].entrypoint)])
     name, *arguments = run.arguments
     command = program.commands[name]  # type: ignore[attr-defined]
-    command.make_context(name, arguments)  # raises for what it does not know
+    command.make_context(name, arguments)  # raises for unknown options
 
 
 def test_an_option_that_does_not_exist_would_be_found() -> None:
-    command = typer.main.get_command(cloud_broker_worker.worker.cli.app).commands["run"]  # type: ignore[attr-defined]
+    worker = typer.main.get_command(cloud_broker_worker.worker.cli.app)
+    command = worker.commands["run"]  # type: ignore[attr-defined]
     with pytest.raises(Exception, match="No such option: --frobnicate"):
         command.make_context("run", ["/identity", "--frobnicate"])
 
@@ -171,7 +172,7 @@ def test_devices_reach_the_service_where_it_listens() -> None:
     )
 
 
-def test_everybody_who_asks_for_metrics_asks_the_port_where_they_are() -> None:
+def test_every_scraper_uses_the_port_of_the_metrics() -> None:
     (port,) = {
         option(run.arguments, "--metrics-port")
         for run in runs()
@@ -284,7 +285,7 @@ def test_names_that_objects_refer_to_are_there() -> None:
 
 @pytest.fixture
 def exposed(tiny_bundle: Bundle, tmp_path: Path) -> set[str]:
-    """Names of all samples that the two endpoints can give."""
+    """Return the names of all samples of the two endpoints."""
     broker = InMemoryBroker()
     serving = worker.Worker(broker.connect("w1"), tiny_bundle, WorkerConfig(num_threads=1))
     with (

@@ -1,4 +1,4 @@
-"""Certificates of a life that a test chooses, for a key that the authority never sees."""
+"""Certificates with a chosen life, for a key that the authority never sees."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from provisioning.authority import CLOCK_SKEW, CertificateAuthority
 def certify_key(
     authority: CertificateAuthority, key: CertificatePublicKeyTypes, name: str, life: timedelta
 ) -> bytes:
-    """A client's certificate in PEM that ends `life` from now."""
+    """Sign a client's certificate that expires `life` from now; return PEM."""
     now = datetime.now(UTC)
     issuer = authority._certificate
     issuer_id = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value

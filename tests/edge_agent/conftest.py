@@ -1,4 +1,4 @@
-"""A fleet's service that runs, for tests of what a device says to it."""
+"""A running service of a fleet, for tests of a device's requests."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ from tests.edge_agent.fleet_service import FleetService
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[FleetService]:
-    """A service on 127.0.0.1 with a CA of its own."""
+    """A service on 127.0.0.1 with its own CA."""
     with FleetService(tmp_path / "service").running() as running:
         yield running

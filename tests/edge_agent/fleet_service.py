@@ -1,4 +1,4 @@
-"""A fleet's HTTPS service for a device's tests: it obeys the contract, and misbehaves when it is told to."""
+"""A fleet's HTTPS service for tests of devices: it follows the API, or fails on request."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from fleet.protocol.topics import PREFIX
 from provisioning.authority import CertificateAuthority, _private_pem
 from tests.brokers import HOST, free_port
 from tests.edge_agent.certify import certify_key
+from tests.identities import issue_identity
 
 SECRET: Final = "5" * 64
 TOKEN_ID: Final = "1" * 16
@@ -45,7 +46,7 @@ SHUTDOWN_S: Final = 0.05
 
 @dataclass(kw_only=True)
 class Trouble:
-    """What goes wrong next; each is over once it has happened, but `is_mute`."""
+    """The next faults; each occurs once, except `is_mute`."""
 
     refusals: list[tuple[int, ServiceProblem, dict[str, str]]] = field(default_factory=list)
     num_lost_replies: int = 0
@@ -56,7 +57,7 @@ class Trouble:
 
 
 class FleetService:
-    """`bundles` holds a folder for each bundle; `requests` what was asked, as method, path and Range."""
+    """The service. `bundles` has a folder a bundle; `requests` are method, path and Range."""
 
     def __init__(self, folder: Path, authority: CertificateAuthority | None = None) -> None:
         self.authority = authority or CertificateAuthority.create(folder / "ca")
@@ -91,7 +92,7 @@ class FleetService:
 
     def identity(self, folder: Path) -> Identity:
         """An identity folder as `edge-agent join` makes it, without joining."""
-        self.authority.issue(self.name, Role.DEVICE, folder, HOST, self.port)
+        issue_identity(self.authority, self.name, Role.DEVICE, folder)
         config = IdentityConfig(
             name=self.name, role=Role.DEVICE, host=HOST, port=self.port, server=self.url
         )
@@ -99,8 +100,8 @@ class FleetService:
         return Identity.load(folder)
 
     def paths(self, ending: str) -> list[str]:
-        """The Ranges with which a path that ends so was asked for."""
-        return [asked for _, path, asked in self.requests if path.endswith(ending)]
+        """The Ranges of the requests whose path has this ending."""
+        return [range_ for _, path, range_ in self.requests if path.endswith(ending)]
 
     def refuse(
         self, status: int, code: str, message: str, times: int = 1, retry_after: str | None = None
@@ -109,7 +110,7 @@ class FleetService:
         self.trouble.refusals += [(status, ServiceProblem(code, message), headers)] * times
 
     def publish(self, folder: Path) -> Manifest:
-        """Signs a copy of a bundle and puts it where devices find it."""
+        """Sign a copy of a bundle and offer it to devices."""
         manifest = read_manifest(folder)
         copy = self.bundles / manifest.bundle_id
         shutil.copytree(folder, copy)
@@ -156,7 +157,7 @@ class FleetService:
         await self._stopped.wait()
         listener.close()
         await runner.cleanup()
-        await asyncio.sleep(2 * SHUTDOWN_S)  # until connections that nobody closed are closed
+        await asyncio.sleep(2 * SHUTDOWN_S)  # until open connections are closed
 
     @web.middleware
     async def _misbehave(self, request: web.Request, handler: web.Handler) -> web.StreamResponse:  # type: ignore[name-defined]
@@ -176,15 +177,23 @@ class FleetService:
         return web.Response(body=self.ca)
 
     async def _join(self, request: web.Request) -> web.Response:
-        asked = decode_body(await request.read(), JoinRequest)
-        if (asked.id, asked.secret) != (TOKEN_ID, SECRET):
+        body = decode_body(await request.read(), JoinRequest)
+        if (body.id, body.secret) != (TOKEN_ID, SECRET):
             return _problem(401, "bad_token", "no such token")
-        certificate, key = self._certify(asked.csr)
+        certificate, key = self._certify(body.csr)
         self.keys.append(key)
         reply = JoinReply(
-            name=self.name, role=Role.DEVICE, certificate=certificate, ca=self.ca.decode(), host=HOST, port=self.broker_port, server=self.url, topic_prefix=PREFIX,
-            config=self.config, bundle_id=self.bundle_id,
-        )  # fmt: skip
+            name=self.name,
+            role=Role.DEVICE,
+            certificate=certificate,
+            ca=self.ca.decode(),
+            host=HOST,
+            port=self.broker_port,
+            server=self.url,
+            topic_prefix=PREFIX,
+            config=self.config,
+            bundle_id=self.bundle_id,
+        )
         return web.Response(body=msgspec.json.encode(reply))
 
     async def _renew(self, request: web.Request) -> web.Response:

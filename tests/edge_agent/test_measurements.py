@@ -38,15 +38,15 @@ def test_the_share_of_a_rare_event_is_what_it_is(share: float) -> None:
     measurements = Measurements()
     seen = []
     for _ in range(3000):
-        measurements.chose(0.9, is_sure=noise.random() >= share)
-        seen.append(measurements.snapshot().unsure)
+        measurements.token_chosen(0.9, is_emitted=noise.random() >= share)
+        seen.append(measurements.snapshot().below_threshold)
     assert sum(seen) / len(seen) == pytest.approx(share, abs=0.02)
 
 
 def test_acceptance_counts_the_drafts_that_were_judged() -> None:
     measurements = Measurements()
     for is_accepted in (True, True, True, True, True, False):
-        measurements.judged(is_accepted=is_accepted)
+        measurements.draft_judged(is_accepted=is_accepted)
     snapshot = measurements.snapshot()
     assert snapshot.num_judged == 6
     assert snapshot.acceptance == pytest.approx(5 / 6)
@@ -57,35 +57,35 @@ def test_a_long_round_trip_counts_fully_after_a_loss() -> None:
     without = Measurements()
     for measurements in (after_loss, without):
         for _ in range(50):
-            measurements.round_trip(0.02)
-    after_loss.lost()
+            measurements.round_trip_done(0.02)
+    after_loss.session_lost()
     for measurements in (after_loss, without):
-        measurements.round_trip(1.0)
+        measurements.round_trip_done(1.0)
     assert without.snapshot().round_trip_s == pytest.approx(0.02 + 0.1 * 0.06)
     assert after_loss.snapshot().round_trip_s == pytest.approx(0.02 + 0.1 * 0.98)
 
 
 def test_losses_are_forgotten_with_the_next_answer() -> None:
     measurements = Measurements()
-    measurements.lost()
-    measurements.lost()
+    measurements.session_lost()
+    measurements.session_lost()
     assert measurements.snapshot().num_losses == 2
-    measurements.round_trip(0.1)
+    measurements.round_trip_done(0.1)
     assert measurements.snapshot().num_losses == 0
 
 
 def test_what_was_reported_is_in_the_snapshot() -> None:
     measurements = Measurements()
-    measurements.step(0.02)
-    measurements.round_trip(0.1)
-    measurements.chose(0.9, is_sure=True)
-    measurements.chose(0.5, is_sure=False)
+    measurements.step_done(0.02)
+    measurements.round_trip_done(0.1)
+    measurements.token_chosen(0.9, is_emitted=True)
+    measurements.token_chosen(0.5, is_emitted=False)
     for _ in range(4):
-        measurements.judged(is_accepted=True)
-    measurements.lost()
+        measurements.draft_judged(is_accepted=True)
+    measurements.session_lost()
     snapshot = measurements.snapshot()
     assert (snapshot.step_s, snapshot.round_trip_s) == (0.02, 0.1)
-    assert (snapshot.unsure, snapshot.sure_confidence) == (0.5, 0.9)
+    assert (snapshot.below_threshold, snapshot.emitted_confidence) == (0.5, 0.9)
     assert snapshot.confidence == pytest.approx(0.7)
     assert (snapshot.num_round_trips, snapshot.num_choices, snapshot.num_losses) == (1, 2, 1)
     assert snapshot.acceptance == 1.0

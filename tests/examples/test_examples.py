@@ -1,4 +1,4 @@
-"""Every example does what it says, on a running fleet."""
+"""Every example works as described, on a running fleet."""
 
 from __future__ import annotations
 
@@ -37,12 +37,23 @@ class Home:
         config = FleetConfig(
             host=HOST, port=free_port(), bundle=str(bundle.folder), service_port=free_port()
         )
-        self.state = FleetHome.create(folder / "state", config)
-        self._start(stack, "fleet.cli", "up", "--home", str(self.state.folder), "--port", str(self.port),
-                    "--service-port", str(config.service_port), "--bundle", str(bundle.folder))  # fmt: skip
-        self.state.enroll("kitchen", Role.DEVICE, folder / "kitchen")
+        self.fleet_home = FleetHome.create(folder / "state", config)
+        self._start(
+            stack,
+            "fleet.cli",
+            "up",
+            "--home",
+            str(self.fleet_home.folder),
+            "--port",
+            str(self.port),
+            "--service-port",
+            str(config.service_port),
+            "--bundle",
+            str(bundle.folder),
+        )
+        self.fleet_home.enroll("kitchen", Role.DEVICE, folder / "kitchen")
         for app in ("thermostat", "display"):
-            self.state.enroll(app, Role.APP, folder / app, allow=("kitchen",))
+            self.fleet_home.enroll(app, Role.APP, folder / app, allow=("kitchen",))
         self._start(stack, "edge_agent", "run", str(folder / "kitchen"), "--threads", "1")
         wait_until(self._is_online, "kitchen is online", TIMEOUT_S)
         self.run("fleet", "config", "set", "kitchen", f"triggers=@{TRIGGERS}", "max_new_tokens=8")
@@ -50,7 +61,7 @@ class Home:
 
     @property
     def port(self) -> int:
-        return self.state.config.port
+        return self.fleet_home.config.port
 
     def _start(self, stack: ExitStack, *arguments: str) -> None:
         child = Child(arguments[0], arguments)
@@ -58,21 +69,28 @@ class Home:
         child.wait_ready()
 
     def _is_online(self) -> bool:
-        with self.state.registry() as registry:
-            return registry.devices()[0].online
+        with self.fleet_home.registry() as registry:
+            return registry.stats.devices()[0].online
 
     def _follows(self) -> bool:
-        with self.state.registry() as registry:
-            wanted = registry.desired_configs(["kitchen"])["kitchen"].version
-            return registry.devices()[0].config_version == wanted
+        with self.fleet_home.registry() as registry:
+            wanted = registry.desired_state.configs(["kitchen"])["kitchen"].version
+            return registry.stats.devices()[0].config_version == wanted
 
     def run(self, *words: str, text: str = "", folder: Path | None = None) -> str:
-        """What a command printed, in a folder that holds the identities' folders."""
+        """Return the output of a command in a folder with the identities' folders."""
         programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         done = subprocess.run(
-            words, input=text, cwd=folder or self.folder, capture_output=True, text=True, timeout=TIMEOUT_S,
-            check=False, env=os.environ | {"PATH": programs, "FLEET_HOME": str(self.state.folder), "NO_COLOR": "1"},
-        )  # fmt: skip
+            words,
+            input=text,
+            cwd=folder or self.folder,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+            env=os.environ
+            | {"PATH": programs, "FLEET_HOME": str(self.fleet_home.folder), "NO_COLOR": "1"},
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -89,7 +107,7 @@ def test_a_warm_kitchen_makes_the_device_talk_to_the_display(home: Home) -> None
     replies: SimpleQueue[tuple[str, Reply]] = SimpleQueue()
     with MqttTransport.connect(Identity.load(home.folder / "display")) as display:
         display.subscribe(
-            topics.reply("kitchen", "display", "+"),
+            topics.device_reply("kitchen", "display", "+"),
             lambda topic, payload: replies.put((topic.rsplit("/", 1)[1], decode_reply(payload))),
             qos=1,
         )
@@ -109,9 +127,9 @@ def test_a_warm_kitchen_makes_the_device_talk_to_the_display(home: Home) -> None
     assert {request.rsplit("-", 2)[0] for request, _ in answer} == {"too-warm"}
     assert len({request for request, _ in answer}) == 1
     assert answer[-1][1].usage is not None
-    with home.state.registry() as registry:
+    with home.fleet_home.registry() as registry:
         wait_until(
-            lambda: registry.stats("kitchen")[0].generations >= 1,
+            lambda: registry.stats.per_device("kitchen")[0].generations >= 1,
             "the registry counts the answer",
             TIMEOUT_S,
         )
@@ -136,14 +154,17 @@ def test_the_app_is_one_that_needs_no_library_of_ours() -> None:
 
 def test_an_operators_session_goes_through(home: Home, tmp_path: Path) -> None:
     printed = home.run("sh", str(EXAMPLES / "operator.sh"), folder=tmp_path)
-    assert "tablet may ask floor=1" in printed
-    assert "tablet may ask nobody" in printed
+    assert "tablet may prompt floor=1" in printed
+    assert "tablet may prompt no device" in printed
     assert "kitchen has floor=1\n" in printed
-    with home.state.registry() as registry:
-        assert [row.action for row in registry.audit_log("tablet")[:2]] == ["disallow", "allow"]
+    with home.fleet_home.registry() as registry:
+        assert [row.action for row in registry.audit_log.entries("tablet")[:2]] == [
+            "disallow",
+            "allow",
+        ]
 
 
 @pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.iterdir()))
-def test_every_example_is_listed_in_the_readme_and_run_here(example: str) -> None:
-    assert f"(examples/{example})" in (ROOT / "README.md").read_text()
+def test_every_example_is_listed_in_the_guide_and_run_here(example: str) -> None:
+    assert f"(../examples/{example})" in (ROOT / "docs/operator-guide.md").read_text()
     assert f'EXAMPLES / "{example}"' in Path(__file__).read_text()

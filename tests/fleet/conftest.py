@@ -1,4 +1,4 @@
-"""Fixtures of the tests of `fleet`: a registry on SQLite and on PostgreSQL, and reproducible fuzzing."""
+"""Fixtures of the tests of `fleet`: a registry on each database, and reproducible fuzzing."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ def add(
     group: str | None = None,
     targets: tuple[str, ...] = (),
 ) -> None:
-    """Enrols without a certificate."""
-    registry.add_identity(name, role, group, targets, fingerprint="0" * 64, not_after=2e9)
+    """Enrol an identity without a certificate."""
+    registry.identities.add_identity(
+        name, role, group, targets, fingerprint="0" * 64, not_after=2e9
+    )
 
 
 def report(generation: str = "g1", **changes: object) -> GenerationReport:
-    """10 tokens: 5 from exit 8, 2 from exit 15, 2 from the cloud, 1 fallback."""
+    """Return a report of 10 tokens: 5 from exit 8, 2 from exit 15, 2 from the cloud, 1 fallback."""
     values: dict[str, object] = {
         "generation": generation,
         "app": "app-1",

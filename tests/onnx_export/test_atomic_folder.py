@@ -1,4 +1,4 @@
-"""A bundle's folder appears whole or not at all, whatever happens meanwhile."""
+"""A bundle's folder appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ with staged(Path(sys.argv[1])) as folder:
 
 
 def export_with_limit(num_bytes: int, out: Path, model: Path) -> subprocess.CompletedProcess[str]:
-    """An export in a process that cannot write files larger than this, which fails as a full disk does."""
+    """Export in a process that cannot write files larger than this.
+
+    It fails as with a full disk.
+    """
     command = [
         sys.executable,
         "-m",
@@ -63,7 +66,7 @@ def test_a_disk_without_room_leaves_nothing_and_one_clear_line(
     assert list((tmp_path / "here").iterdir()) == []
 
 
-def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_the_files_of_a_killed_export_are_removed_by_the_next(tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     with subprocess.Popen(
         [sys.executable, "-c", WRITE_AND_HANG, str(out)], stdout=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""What an export refuses, and that it leaves a whole bundle or nothing."""
+"""Refused exports, and exports that leave a whole bundle or nothing."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path, tiny_checkpoint: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_exits_share_the_final_norm_on_purpose_or_with_a_word(
+def test_exits_share_the_final_norm_on_purpose_or_with_a_message(
     tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     said: dict[str | None, list[str]] = {None: [], "shared": []}
@@ -205,7 +205,7 @@ def test_the_build_key_is_stable_within_one_installation() -> None:
     assert build_key() == build_key()
 
 
-def test_the_command_line_says_what_is_wrong_and_fails(tmp_path: Path) -> None:
+def test_the_command_line_reports_a_wrong_value_and_fails(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -251,8 +251,8 @@ def test_fleet_export_is_the_same_command(tmp_path: Path) -> None:
 def test_the_command_line_needs_no_torch_to_refuse(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from fleet.errors import FleetError; from onnx_export.__main__ import export\n"
-        f"try: export(out=Path({str(tmp_path / 'b')!r}), exits='2,1')\n"
+        "from fleet.errors import FleetError; from onnx_export.__main__ import export_command\n"
+        f"try: export_command(out=Path({str(tmp_path / 'b')!r}), exits='2,1')\n"
         "except FleetError: print('torch' in sys.modules)"
     )
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""Every kind of exit head says on the device what it says in PyTorch."""
+"""Every kind of exit head gives the same values on the device and in PyTorch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def model(tiny_checkpoint: Path) -> Any:
 
 
 def run_layers(model: Any, layers: list[nn.Module]) -> Tensor:
-    """Hugging Face's own decoder with these layers and no norm, on `TOKENS`: [s, hidden]."""
+    """Run Hugging Face's own decoder with these layers and no norm on `TOKENS`: [s, hidden]."""
     decoder = copy.deepcopy(model.model)
     decoder.layers = nn.ModuleList(layers)
     decoder.norm = nn.Identity()
@@ -51,7 +51,7 @@ def run_layers(model: Any, layers: list[nn.Module]) -> Tensor:
 
 
 def head_logprobs(model: Any, head: ExitHead, exit_layer: int) -> Tensor:
-    """What the exit says at each of `TOKENS`: [s, vocab]."""
+    """Return the exit's log-probabilities at each of `TOKENS`: [s, vocab]."""
     own = [] if head.layer is None else [head.layer]
     with torch.no_grad():
         out: Tensor = model.lm_head(
@@ -102,7 +102,7 @@ def test_a_bundle_with_heads_of_every_kind_is_good(
     bundle = make_tiny_bundle(EXITS, None, None, quantization, kind)
     verdict = verify_bundle(bundle.folder)
     assert (verdict.findings, verdict.notes) == ((), ())
-    if kind != "block":  # whose layer is quantised as well; the rest of a head is float32
+    if kind != "block":  # its layer is quantised as well; the rest of a head is float32
         assert max(bundle.manifest.parity[f"exit_hidden.{layer}"] for layer in EXITS) < 1e-5
 
 

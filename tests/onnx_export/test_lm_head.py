@@ -28,7 +28,7 @@ def test_the_best_are_found_group_by_group(n: int, k: int) -> None:
 
 
 class Model:
-    """As much of a model as the LM head's export reads."""
+    """The attributes of a model that the LM head's export reads."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.lm_head = torch.nn.Linear(HIDDEN, VOCAB, bias=False)

@@ -1,4 +1,4 @@
-"""Models of the Llama layout: split between device and worker they are what they are in PyTorch; others are refused."""
+"""Models of the Llama layout, split between device and worker, equal PyTorch."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def export(
     quantization: Quantization = "fp32",
     exits: tuple[int, ...] = EXITS,
 ) -> Bundle:
-    """A bundle whose exits share the final norm, with all tokens as candidates."""
+    """Export a bundle whose exits share the final norm, with all tokens as candidates."""
     config = ExportConfig(
         out=folder / "bundle",
         exits=exits,
@@ -160,7 +160,8 @@ def test_other_models_export_quantised_too(
             (
                 model_type,
                 {},
-                f"model type '{model_type}' cannot be exported: expected one of llama, mistral, qwen2",
+                f"model type '{model_type}' cannot be exported: "
+                "expected one of llama, mistral, qwen2",
             )
             for model_type in (
                 "gpt2",

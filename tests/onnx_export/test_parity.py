@@ -38,7 +38,7 @@ def load_tiny(folder: Path) -> Any:
 
 
 def reference(folder: Path) -> tuple[torch.Tensor, ...]:
-    """Hidden states [1, s, hidden] after the embedding and after each layer."""
+    """Return hidden states [1, s, hidden] after the embedding and after each layer."""
     with torch.no_grad():
         states: tuple[torch.Tensor, ...] = (
             load_tiny(folder)
@@ -49,11 +49,11 @@ def reference(folder: Path) -> tuple[torch.Tensor, ...]:
 
 
 def embedded(bundle: Bundle) -> parity.Floats:
-    return parity.embed(bundle.folder / "edge", TOKEN_IDS)
+    return parity.embed_tokens(bundle.folder / "edge", TOKEN_IDS)
 
 
 def run_blocks(bundle: Bundle, chunks: list[int]) -> list[parity.Floats]:
-    """Hidden states after each block, the tokens being fed in chunks of these sizes."""
+    """Return hidden states after each block; the tokens are fed in chunks of these sizes."""
     bounds = np.cumsum(chunks)[:-1]
     inputs = np.split(embedded(bundle), bounds, axis=1)
     outputs = []
@@ -192,7 +192,7 @@ def attribute(node: onnx.NodeProto, name: str) -> int:
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_the_manifest_tells_how_near_the_graphs_are(
+def test_the_manifest_has_the_parity_of_the_graphs(
     make_tiny_bundle: MakeTinyBundle, quantization: Quantization
 ) -> None:
     figures = make_tiny_bundle((1, 2), None, None, quantization).manifest.parity
@@ -202,7 +202,7 @@ def test_the_manifest_tells_how_near_the_graphs_are(
         "lm_head.logprob",
         "lm_head.top1",
     }
-    parity.check(figures, parity.limits(quantization, "linear"))
+    parity.check_parity(figures, parity.parity_limits(quantization, "linear"))
 
 
 def test_figures_outside_their_limits_fail_the_export_by_name() -> None:
@@ -210,14 +210,14 @@ def test_figures_outside_their_limits_fail_the_export_by_name() -> None:
     with pytest.raises(
         ExportError, match=r"hidden\.2 is 0\.01, expected at most 0\.0001; agreement\.2 is 0\.5"
     ) as raised:
-        parity.check(figures, parity.limits("fp32", "linear"))
+        parity.check_parity(figures, parity.parity_limits("fp32", "linear"))
     assert "hidden.1" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["hidden.1", "agreement.1", "lm_head.logprob"])
 def test_graphs_that_give_no_number_fail_the_export(name: str) -> None:
     with pytest.raises(ExportError, match="differ from PyTorch"):
-        parity.check({name: float("nan")}, parity.limits("int8", "linear"))
+        parity.check_parity({name: float("nan")}, parity.parity_limits("int8", "linear"))
 
 
 def zero_rows(weight: Any, _other: Any) -> None:
@@ -318,7 +318,7 @@ def test_the_text_is_cut_into_sequences_that_fit_the_model() -> None:
 def test_the_report_lists_every_figure_with_its_limit(make_tiny_bundle: MakeTinyBundle) -> None:
     figures = make_tiny_bundle((1, 2)).manifest.parity
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(parity_table(figures, parity.limits("fp32", "linear")))
+    console.print(parity_table(figures, parity.parity_limits("fp32", "linear")))
     text = console.export_text()
     assert [name for name in figures if name not in text] == []
     assert "at most 0.0001" in text

@@ -1,4 +1,4 @@
-"""Quantised products give what their weights say, however these lie on a grid."""
+"""Quantised products give the values of their weights on any grid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ RNG = np.random.default_rng(5)
 
 
 def on_a_grid(k: int, n: int) -> Floats:
-    """A weight [k, n] of 16 steps a block, 0 being anywhere between least and largest, which are both reached."""
+    """Return a weight [k, n] of 16 steps a block.
+
+    0 is anywhere between least and largest, which are both reached.
+    """
     blocks = RNG.integers(0, 16, (n, k // BLOCK_SIZE, BLOCK_SIZE))
     blocks[..., 0] = 0
     blocks[..., 1] = 15
@@ -29,7 +32,10 @@ def on_a_grid(k: int, n: int) -> Floats:
 
 
 def inputs(length: int, k: int) -> Floats:
-    """[1, length, k] that rounding to 8 bits, block by block, leaves as it is: what is lost is lost by the weights."""
+    """Return [1, length, k] that rounding to 8 bits, block by block, does not change.
+
+    So all errors come from the weights.
+    """
     x = RNG.integers(-127, 128, (1, length, k)).astype(np.float32)
     x[..., ::BLOCK_SIZE] = 127
     return x / np.float32(127)

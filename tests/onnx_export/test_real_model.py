@@ -1,4 +1,4 @@
-"""The default model's exports, held to the same rules as the tiny one's."""
+"""The default model's exports obey the same rules as the tiny one's."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_real_models_fp32_graphs_equal_pytorch(fp32_bundle: Bundle) -> None:
 
 def test_the_real_models_chunks_equal_its_steps(fp32_bundle: Bundle) -> None:
     for chunks in ([1] * 12, [5, 1, 6]):
-        inputs = parity.embed(fp32_bundle.folder / "edge", TOKEN_IDS)
+        inputs = parity.embed_tokens(fp32_bundle.folder / "edge", TOKEN_IDS)
         whole: list[NDArray[Any]] = [inputs]
         parts: list[NDArray[Any]] = np.split(inputs, np.cumsum(chunks)[:-1], axis=1)
         for i in range(len(EXITS)):
@@ -80,7 +80,7 @@ def test_the_default_bundle_is_balanced_and_near_pytorch(real_bundle: Bundle) ->
         SHIPPED[-1],
     )
     assert manifest.model.eos_token_ids == (2,)
-    parity.check(manifest.parity, parity.limits("balanced", "linear"))
+    parity.check_parity(manifest.parity, parity.parity_limits("balanced", "linear"))
     assert min(manifest.parity[f"agreement.{layer}"] for layer in SHIPPED) >= 0.9
 
 

@@ -1,4 +1,4 @@
-"""An export takes from earlier ones what has not changed, and its bundle is the same to the byte."""
+"""An export reuses unchanged graphs, and its bundle is the same to the byte."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fleet.bundles.manifest import Manifest
 from onnx_export import graph_cache as parts
 from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig
-from onnx_export.graph_cache import PartCache, part_key
+from onnx_export.graph_cache import GraphCache, graph_key
 from tests.tiny import make_tiny_heads
 
 KEPT = "are as in an earlier export"
@@ -24,7 +24,7 @@ KEPT = "are as in an earlier export"
 
 def export(out: Path, model: Path, heads: Path, cache: Path) -> tuple[Manifest, list[str]]:
     lines: list[str] = []
-    config = ExportConfig(out=out, exits=(1, 2), model=str(model), heads=heads, parts=cache)
+    config = ExportConfig(out=out, exits=(1, 2), model=str(model), heads=heads, graph_cache=cache)
     return export_bundle(config, lines.append), [line for line in lines if KEPT in line]
 
 
@@ -87,23 +87,23 @@ def test_two_processes_write_the_same_bundle_to_the_byte(
     assert one == two
 
 
-def test_any_other_input_is_another_part() -> None:
+def test_any_other_input_has_another_key() -> None:
     import torch
 
     weight = torch.zeros(2, 3)
     keys = {
-        part_key({"w": weight}, layers=(0, 1)),
-        part_key({"w": weight}, layers=(0, 2)),
-        part_key({"w": weight.reshape(3, 2)}, layers=(0, 1)),
-        part_key({"w": weight + 1}, layers=(0, 1)),
-        part_key({"v": weight}, layers=(0, 1)),
+        graph_key({"w": weight}, layers=(0, 1)),
+        graph_key({"w": weight}, layers=(0, 2)),
+        graph_key({"w": weight.reshape(3, 2)}, layers=(0, 1)),
+        graph_key({"w": weight + 1}, layers=(0, 1)),
+        graph_key({"v": weight}, layers=(0, 1)),
     }
     assert len(keys) == 5
-    assert part_key({"w": torch.zeros(2, 3)}, layers=(0, 1)) in keys
+    assert graph_key({"w": torch.zeros(2, 3)}, layers=(0, 1)) in keys
 
 
-def test_a_damaged_part_is_made_again(tmp_path: Path) -> None:
-    cache = PartCache(tmp_path / "parts")
+def test_a_damaged_graph_is_made_again(tmp_path: Path) -> None:
+    cache = GraphCache(tmp_path / "parts")
     assert cache.get_or_make("key", make_graph)[1] is False
     assert cache.get_or_make("key", make_graph) == (make_graph(), True)
     file = tmp_path / "parts" / "key"
@@ -113,9 +113,9 @@ def test_a_damaged_part_is_made_again(tmp_path: Path) -> None:
         assert cache.get_or_make("key", make_graph)[1] is True
 
 
-def test_the_least_recently_used_parts_go_first(tmp_path: Path) -> None:
+def test_the_least_recently_used_graphs_are_removed_first(tmp_path: Path) -> None:
     size = make_graph(100).ByteSize() + parts.DIGEST_BYTES
-    cache = PartCache(tmp_path, max_bytes=2 * size)
+    cache = GraphCache(tmp_path, max_bytes=2 * size)
     for made_at, key in enumerate(("used", "idle")):
         cache.get_or_make(key, lambda: make_graph(100))
         os.utime(tmp_path / key, (made_at, made_at))
@@ -124,23 +124,23 @@ def test_the_least_recently_used_parts_go_first(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"used", "newest", parts.LOCK_FILE}
 
 
-def test_what_a_killed_writer_left_does_no_harm(tmp_path: Path) -> None:
+def test_the_files_of_a_killed_writer_do_no_harm(tmp_path: Path) -> None:
     (tmp_path / parts.PARTIAL_FILE).write_bytes(b"half a graph")
-    assert PartCache(tmp_path).get_or_make("key", make_graph)[1] is False
+    assert GraphCache(tmp_path).get_or_make("key", make_graph)[1] is False
     assert {path.name for path in tmp_path.iterdir()} == {"key", parts.LOCK_FILE}
 
 
-def test_two_writers_at_once_leave_whole_parts(tmp_path: Path) -> None:
+def test_two_writers_at_once_leave_whole_graphs(tmp_path: Path) -> None:
     together = Barrier(2)
 
     def write() -> None:
         together.wait()
         for i in range(20):
-            PartCache(tmp_path).get_or_make(f"key{i}", lambda: make_graph(10_000))
+            GraphCache(tmp_path).get_or_make(f"key{i}", lambda: make_graph(10_000))
 
     threads = [Thread(target=write) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(PartCache(tmp_path).get_or_make(f"key{i}", make_graph)[1] for i in range(20))
+    assert all(GraphCache(tmp_path).get_or_make(f"key{i}", make_graph)[1] for i in range(20))

@@ -1,4 +1,4 @@
-"""Training makes heads that agree with the full model more often, from text that it made itself and finds again."""
+"""Training makes heads that agree with the full model more often, from stored answers."""
 
 from __future__ import annotations
 
@@ -17,25 +17,31 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fleet.errors import ConfigError, ExportError
 from onnx_export.heads import HeadKind, load_heads, new_head
+from onnx_export.training.config import TrainConfig
 from onnx_export.training.fitting import (
-    Candidates,
     FitConfig,
-    Runner,
-    fit,
+    HeadRunner,
+    SampledVocabulary,
+    distillation_loss,
+    evaluate_head,
+    fit_by_gradient,
     fit_ridge,
-    judge,
-    loss_of,
 )
-from onnx_export.training.generation import Answers, answer, complete, concatenate
+from onnx_export.training.generation import (
+    TrainingAnswers,
+    concatenate,
+    generate_answers,
+    generate_texts,
+)
 from onnx_export.training.prompts import (
     ChatFormat,
     check_yield,
     draw_many,
-    draw_prompts,
+    generate_prompts,
     is_prompt,
     without_repeats,
 )
-from onnx_export.training.train import TrainConfig, train_heads
+from onnx_export.training.train import train_heads
 
 EXITS = (1, 3)
 END = 2
@@ -49,22 +55,33 @@ def model(tiny_checkpoint: Path) -> Any:
 
 
 def random_prompts(count: int) -> list[list[int]]:
-    """Prompts of several lengths, always the same."""
+    """Return prompts of several lengths, always the same."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(3, 384, (4 + i % 5,), generator=generator).tolist() for i in range(count)]
 
 
 @pytest.fixture(scope="module")
-def answers(model: Any) -> Answers:
+def answers(model: Any) -> TrainingAnswers:
     """Answers of the tiny model to 64 prompts."""
-    parts = [random_prompts(64)[i : i + 32] for i in (0, 32)]
+    batches = [random_prompts(64)[i : i + 32] for i in (0, 32)]
     return concatenate(
-        [answer(model, part, EXITS, [END], 24, 0.0, torch.Generator()) for part in parts]
+        [
+            generate_answers(
+                model,
+                batch,
+                layers=EXITS,
+                ends=[END],
+                max_new_tokens=24,
+                temperature=0.0,
+                generator=torch.Generator(),
+            )
+            for batch in batches
+        ]
     )
 
 
-def test_what_is_kept_of_an_answer_is_what_the_model_gives_for_it_alone(
-    model: Any, answers: Answers
+def test_a_stored_answer_equals_the_models_output_for_it_alone(
+    model: Any, answers: TrainingAnswers
 ) -> None:
     for conversation in (0, 5, 40):
         start = int(answers.starts[conversation])
@@ -87,7 +104,7 @@ def test_what_is_kept_of_an_answer_is_what_the_model_gives_for_it_alone(
         assert answers.top_ids[rows][:-1, 0].tolist() == ids[positions.start - start + 1 :].tolist()
 
 
-def test_an_answer_ends_with_the_end_token_or_at_the_limit(answers: Answers) -> None:
+def test_an_answer_ends_with_the_end_token_or_at_the_limit(answers: TrainingAnswers) -> None:
     for conversation in range(len(answers)):
         _, rows = answers.answering(conversation)
         chosen = answers.top_ids[rows, 0].tolist()
@@ -95,8 +112,8 @@ def test_an_answer_ends_with_the_end_token_or_at_the_limit(answers: Answers) -> 
         assert len(chosen) == 24 or chosen[-1] == END
 
 
-def test_a_batch_says_what_each_prompt_alone_says(model: Any) -> None:
-    together = complete(
+def test_a_batch_gives_the_same_texts_as_each_prompt_alone(model: Any) -> None:
+    together = generate_texts(
         model,
         random_prompts(6),
         ends=[END],
@@ -105,7 +122,7 @@ def test_a_batch_says_what_each_prompt_alone_says(model: Any) -> None:
         generator=torch.Generator(),
     )
     alone = [
-        complete(
+        generate_texts(
             model,
             [prompt],
             ends=[END],
@@ -130,7 +147,7 @@ def test_prompts_are_drawn_after_the_template_and_filtered(
     )
     ids = whole if isinstance(whole, list) else whole["input_ids"]
     assert [*chat.before, *words, *chat.after] == list(ids)
-    drawn = draw_prompts(model, tokenizer, chat, 64, torch.Generator().manual_seed(1))
+    drawn = generate_prompts(model, tokenizer, chat, 64, torch.Generator().manual_seed(1))
     assert all(is_prompt(text) for text in drawn)
     assert len(drawn) < 64
     assert not is_prompt("again and again and again and again and again")
@@ -167,16 +184,16 @@ def test_a_softmax_over_candidates_stands_for_the_whole_vocabulary() -> None:
     expected = (-(probs * inside).sum(1) - (1 - probs.sum(1)) * rest).mean()
     losses = []
     for seed in range(20):
-        candidates = Candidates(best.indices, 5000, 1500, torch.Generator().manual_seed(seed))
-        assert len(candidates.ids) < 2000
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary = SampledVocabulary(best.indices, 5000, 1500, generator)
+        assert len(vocabulary.ids) < 2000
         losses.append(
-            loss_of(
+            distillation_loss(
                 hidden,
-                lm_head[candidates.ids],
-                candidates.offset,
-                candidates.targets,
+                lm_head[vocabulary.ids],
+                vocabulary,
                 probs,
-                hard=0.0,
+                hard_share=0.0,
             )
         )
     assert float(torch.stack(losses).mean()) == pytest.approx(float(expected), rel=0.02)
@@ -184,13 +201,13 @@ def test_a_softmax_over_candidates_stands_for_the_whole_vocabulary() -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "mlp", "block"])
 def test_training_brings_each_kind_of_head_nearer_to_the_full_model(
-    model: Any, answers: Answers, kind: HeadKind
+    model: Any, answers: TrainingAnswers, kind: HeadKind
 ) -> None:
     everything = torch.arange(len(answers))
     head = new_head(kind, model, 1, 32)
-    before = judge(head, 1, model, answers, everything)[1].float().mean()
+    before = evaluate_head(head, 1, model, answers, everything)[1].float().mean()
     config = FitConfig(epochs=12, learning_rate=3e-3)
-    fit(
+    fit_by_gradient(
         {1: head},
         model,
         answers=answers,
@@ -198,15 +215,17 @@ def test_training_brings_each_kind_of_head_nearer_to_the_full_model(
         config=config,
         tick=lambda _: None,
     )
-    after = judge(head, 1, model, answers, everything)[1].float().mean()
+    after = evaluate_head(head, 1, model, answers, everything)[1].float().mean()
     assert after > before + 0.1
 
 
-def test_a_head_is_the_same_whatever_is_trained_beside_it(model: Any, answers: Answers) -> None:
+def test_a_head_does_not_depend_on_the_others_in_training(
+    model: Any, answers: TrainingAnswers
+) -> None:
     everything = torch.arange(len(answers))
     config = FitConfig(epochs=2)
     together = {layer: new_head("linear", model, layer) for layer in EXITS}
-    fit(
+    fit_by_gradient(
         together,
         model,
         answers=answers,
@@ -216,7 +235,7 @@ def test_a_head_is_the_same_whatever_is_trained_beside_it(model: Any, answers: A
     )
     for layer in EXITS:
         alone = new_head("linear", model, layer)
-        fit(
+        fit_by_gradient(
             {layer: alone},
             model,
             answers=answers,
@@ -228,7 +247,9 @@ def test_a_head_is_the_same_whatever_is_trained_beside_it(model: Any, answers: A
         assert not torch.equal(alone.adapter.weight, torch.eye(len(alone.adapter.weight)))
 
 
-def test_the_closed_form_comes_nearer_to_the_final_states(model: Any, answers: Answers) -> None:
+def test_the_closed_form_comes_nearer_to_the_final_states(
+    model: Any, answers: TrainingAnswers
+) -> None:
     rows, targets = (
         torch.cat([torch.arange(s.start, s.stop) for s in side])
         for side in zip(*[answers.answering(c) for c in range(len(answers))], strict=True)
@@ -247,10 +268,10 @@ def test_the_closed_form_comes_nearer_to_the_final_states(model: Any, answers: A
 
 
 def test_a_block_head_sees_the_whole_conversation_and_nothing_after(
-    model: Any, answers: Answers
+    model: Any, answers: TrainingAnswers
 ) -> None:
     head = new_head("block", model, 3)
-    runner = Runner(model, answers)
+    runner = HeadRunner(model, answers)
     together = runner.forward(head, 3, [4, 9])
     alone = torch.cat([runner.forward(head, 3, [4]), runner.forward(head, 3, [9])])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
@@ -278,9 +299,12 @@ def test_interrupted_training_goes_on_and_gives_the_same_heads(
 ) -> None:
     config = tiny_config(tmp_path / "whole", tiny_checkpoint)
     train_heads(config)
+    cut = tiny_config(tmp_path / "cut", tiny_checkpoint)
     code = (
-        "from pathlib import Path; from onnx_export.training.train import TrainConfig, train_heads\n"
-        f"if __name__ == '__main__': train_heads({tiny_config(tmp_path / 'cut', tiny_checkpoint)!r})\n"
+        "from pathlib import Path\n"
+        "from onnx_export.training.config import TrainConfig\n"
+        "from onnx_export.training.train import train_heads\n"
+        f"if __name__ == '__main__': train_heads({cut!r})\n"
     )
     script = tmp_path / "train.py"
     script.write_text(code.replace("PosixPath", "Path"))
@@ -298,14 +322,14 @@ def test_interrupted_training_goes_on_and_gives_the_same_heads(
         path: path.stat().st_mtime_ns for path in (tmp_path / "cut").rglob("answers-*.safetensors")
     }
     assert made
-    train_heads(tiny_config(tmp_path / "cut", tiny_checkpoint))
+    train_heads(cut)
     assert all(path.stat().st_mtime_ns == before for path, before in made.items())
     one, other = (load_file(tmp_path / name / "heads.safetensors") for name in ("whole", "cut"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_other_exits_and_kinds_learn_from_the_same_answers(
+def test_other_exits_and_kinds_are_trained_on_the_same_answers(
     tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     config = tiny_config(tmp_path, tiny_checkpoint, tokens=300, exits=(1,), processes=1)
@@ -323,7 +347,9 @@ def test_other_exits_and_kinds_learn_from_the_same_answers(
     assert first.stat().st_mtime_ns == made
 
 
-def test_heads_say_how_they_were_made(tmp_path: Path, tiny_checkpoint: Path, model: Any) -> None:
+def test_heads_describe_how_they_were_made(
+    tmp_path: Path, tiny_checkpoint: Path, model: Any
+) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"one two three {i}\n" for i in range(20)))
     config = tiny_config(
@@ -348,7 +374,7 @@ def test_heads_say_how_they_were_made(tmp_path: Path, tiny_checkpoint: Path, mod
         ({"kind": "tree"}, ConfigError, "unknown kind of exit head 'tree'"),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_any_work(
+def test_values_that_make_no_sense_are_refused_before_any_work(
     tmp_path: Path,
     tiny_checkpoint: Path,
     changes: dict[str, Any],

@@ -26,7 +26,7 @@ START_TIMEOUT_S = 60.0
 
 
 def run(*command: str | Path, folder: Path) -> str:
-    """What a command printed; the test fails with its complaints when it fails."""
+    """Return the output of a command; fail the test with its error output when it fails."""
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S, check=False
     )
@@ -79,7 +79,8 @@ def device_process(programs: Path, *arguments: str | Path) -> Iterator[subproces
 def test_an_edge_environment_has_no_torch_and_no_database(
     edge_environment: Path, tmp_path: Path
 ) -> None:
-    code = "import importlib.util as u; print([n for n in ('torch', 'transformers', 'sqlalchemy') if u.find_spec(n)])"
+    unwanted = ("torch", "transformers", "sqlalchemy")
+    code = f"import importlib.util as u; print([n for n in {unwanted} if u.find_spec(n)])"
     assert run(edge_environment / "python", "-c", code, folder=tmp_path).strip() == "[]"
 
 

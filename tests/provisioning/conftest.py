@@ -1,4 +1,4 @@
-"""A certificate authority, a registry and a service of their own for each test."""
+"""A separate certificate authority, registry and service for each test."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from fleet.registry.store import Registry
 from provisioning.authority import CertificateAuthority
 from provisioning.enrolment_service import EnrolmentService
 from provisioning.fleet_address import FleetAddress
-from provisioning.offline_enrolment import enroll
 from provisioning.rate_limit import RateLimit
 from provisioning.service import EnrolmentServer
+from tests.identities import enroll_identity
 
 HOST: Final = "127.0.0.1"
 TIMEOUT_S: Final = 10.0
@@ -50,7 +50,7 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
 def make_csr(
     name: str | None = None, key: ec.EllipticCurvePrivateKey | None = None
 ) -> tuple[str, ec.EllipticCurvePrivateKey]:
-    """A signing request as a device makes it, and its key."""
+    """Make a signing request like a device, and its key."""
     key = key or ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)] if name else [])
     request = (
@@ -60,8 +60,8 @@ def make_csr(
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the service said."""
+class Response:
+    """A response of the service."""
 
     status: int
     body: bytes
@@ -73,13 +73,13 @@ class Answer:
 
     @property
     def code(self) -> str:
-        """Of a `ServiceProblem`."""
+        """The code of a `ServiceProblem`."""
         assert set(self.json) == {"code", "message"}
         return str(self.json["code"])
 
 
-class Desk:
-    """A running service, and both sides of it."""
+class ServiceBench:
+    """A running service with its registry, and a client of it."""
 
     def __init__(
         self,
@@ -96,17 +96,17 @@ class Desk:
     def invite(
         self, name: str = "edge-1", role: Role = Role.DEVICE, ttl_s: float = 900
     ) -> NewToken:
-        (token,) = self.registry.enroll([Enrolment(name=name, role=role)], ttl_s)
+        (token,) = self.registry.identities.enroll([Enrolment(name=name, role=role)], ttl_s)
         return token
 
     def identity(self, name: str = "edge-1", role: Role = Role.DEVICE) -> Identity:
-        """Enrolled without the service."""
-        return enroll(
+        """Enrol a name offline."""
+        return enroll_identity(
             self.registry, self.authority, name, role, self.folder / name, host=HOST, port=8883
         )
 
     def write_bundle(self) -> bytes:
-        """A bundle `b1` with one file, and one beside it that its manifest does not name; the file's bytes."""
+        """Write a bundle `b1` and a file outside its manifest; return the bytes of the first."""
         folder = self.folder / "bundles" / "b1"
         content = bytes(range(256)) * 40
         (folder / "edge").mkdir(parents=True)
@@ -155,39 +155,45 @@ class Desk:
         body: bytes | None = None,
         identity: Identity | None = None,
         headers: dict[str, str] | None = None,
-    ) -> Answer:
+    ) -> Response:
         connection = HTTPSConnection(
             HOST, self.service.port, timeout=TIMEOUT_S, context=self.context(identity)
         )
         try:
             connection.request(method, path, body, headers or {})
             response = connection.getresponse()
-            return Answer(response.status, response.read(), dict(response.headers))
+            return Response(response.status, response.read(), dict(response.headers))
         finally:
             connection.close()
 
-    def join(self, token: NewToken, csr: str, secret: str | None = None) -> Answer:
+    def join(self, token: NewToken, csr: str, secret: str | None = None) -> Response:
         body = {"id": token.id, "secret": secret or token.secret, "csr": csr}
         return self.ask("POST", "/v1/join", json.dumps(body).encode())
 
     def joined(self, name: str = "edge-1", role: Role = Role.DEVICE) -> JoinReply:
-        """Enrolled and joined as a device does it."""
+        """Enrol a name, and join like a device."""
         csr, _ = make_csr(name)
-        answer = self.join(self.invite(name, role), csr)
-        assert answer.status == 200, answer.body
-        return msgspec.json.decode(answer.body, type=JoinReply)
+        response = self.join(self.invite(name, role), csr)
+        assert response.status == 200, response.body
+        return msgspec.json.decode(response.body, type=JoinReply)
 
-    def renew(self, identity: Identity | None, csr: str) -> Answer:
+    def renew(self, identity: Identity | None, csr: str) -> Response:
         return self.ask("POST", "/v1/renew", json.dumps({"csr": csr}).encode(), identity)
 
 
 @pytest.fixture
-def desk(tmp_path: Path, registry: Registry, authority: CertificateAuthority) -> Iterator[Desk]:
-    site = FleetAddress(host=HOST, port=8883, server="https://127.0.0.1:8443", bundle=tmp_path)
+def bench(
+    tmp_path: Path, registry: Registry, authority: CertificateAuthority
+) -> Iterator[ServiceBench]:
+    address = FleetAddress(host=HOST, port=8883, server="https://127.0.0.1:8443", bundle=tmp_path)
     folders = {"b1": tmp_path / "bundles" / "b1"}
-    office = EnrolmentService(
-        registry=registry, authority=authority, site=site, find_bundle=folders.get, bundle_id="b1"
+    enrolment = EnrolmentService(
+        registry=registry,
+        authority=authority,
+        address=address,
+        find_bundle=folders.get,
+        bundle_id="b1",
     )
     tls = authority.server_tls(tmp_path / "broker", HOST)
-    with EnrolmentServer(HOST, 0, tls, office, joins=RateLimit(600, 50), idle_s=1.0) as service:
-        yield Desk(tmp_path, registry, authority, service)
+    with EnrolmentServer(HOST, 0, tls, enrolment, joins=RateLimit(600, 50), idle_s=1.0) as service:
+        yield ServiceBench(tmp_path, registry, authority, service)

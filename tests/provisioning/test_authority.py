@@ -1,4 +1,4 @@
-"""Certificates: what is in them, who accepts them, and how their keys are kept."""
+"""Certificates: content, acceptance, and storage of their keys."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from fleet.errors import IdentityError, TopicError
 from fleet.identity.identity import Identity, ServerTls
 from fleet.protocol.access import Role
 from provisioning.authority import CertificateAuthority
+from tests.identities import issue_identity
 
 
 def handshake(client: ssl.SSLContext, server: ssl.SSLContext, host: str) -> str:
-    """Both ends of a TLS handshake in memory; the CN that the server sees. Raises ssl.SSLError when one end refuses."""
+    """Do a TLS handshake in memory, and return the CN that the server sees.
+
+    Raises:
+        ssl.SSLError: one end refuses.
+    """
     client.verify_flags |= ssl.VerifyFlags.VERIFY_X509_STRICT
     server.verify_flags |= ssl.VerifyFlags.VERIFY_X509_STRICT
     to_server = ssl.MemoryBIO()
@@ -50,7 +55,9 @@ def test_client_and_broker_accept_each_other_by_the_strict_rules(
     authority: CertificateAuthority, tmp_path: Path, host: str
 ) -> None:
     tls = authority.server_tls(tmp_path / "broker", "broker.lan")
-    device = authority.issue("edge-1", Role.DEVICE, tmp_path / "edge-1", "broker.lan", 8883)
+    device = issue_identity(
+        authority, "edge-1", Role.DEVICE, tmp_path / "edge-1", host="broker.lan"
+    )
     assert handshake(device.ssl_context(), server_context(tls), host) == "edge-1"
 
 
@@ -58,7 +65,9 @@ def test_a_client_refuses_a_broker_of_another_name(
     authority: CertificateAuthority, tmp_path: Path
 ) -> None:
     tls = authority.server_tls(tmp_path / "broker", "broker.lan")
-    device = authority.issue("edge-1", Role.DEVICE, tmp_path / "edge-1", "broker.lan", 8883)
+    device = issue_identity(
+        authority, "edge-1", Role.DEVICE, tmp_path / "edge-1", host="broker.lan"
+    )
     with pytest.raises(ssl.SSLCertVerificationError, match=r"not valid for 'elsewhere.lan'"):
         handshake(device.ssl_context(), server_context(tls), "elsewhere.lan")
 
@@ -66,20 +75,21 @@ def test_a_client_refuses_a_broker_of_another_name(
 def test_a_client_refuses_a_broker_that_shows_a_devices_certificate(
     authority: CertificateAuthority, tmp_path: Path
 ) -> None:
-    device = authority.issue("edge-1", Role.DEVICE, tmp_path / "edge-1", "localhost", 8883)
-    thief = authority.issue("edge-2", Role.DEVICE, tmp_path / "edge-2", "localhost", 8883)
-    posing = ServerTls(*(thief.folder / name for name in ("ca.pem", "cert.pem", "key.pem")))
+    device = issue_identity(authority, "edge-1", Role.DEVICE, tmp_path / "edge-1")
+    thief = issue_identity(authority, "edge-2", Role.DEVICE, tmp_path / "edge-2")
+    posing_as_server = ServerTls(
+        *(thief.folder / name for name in ("ca.pem", "cert.pem", "key.pem"))
+    )
     with pytest.raises(ssl.SSLCertVerificationError, match="purpose"):
-        handshake(device.ssl_context(), server_context(posing), "localhost")
+        handshake(device.ssl_context(), server_context(posing_as_server), "localhost")
 
 
 def test_a_broker_refuses_a_client_of_another_fleet(
     authority: CertificateAuthority, tmp_path: Path
 ) -> None:
     tls = authority.server_tls(tmp_path / "broker", "localhost")
-    stranger = CertificateAuthority.create(tmp_path / "other").issue(
-        "edge-1", Role.DEVICE, tmp_path / "edge-1", "localhost", 8883
-    )
+    other = CertificateAuthority.create(tmp_path / "other")
+    stranger = issue_identity(other, "edge-1", Role.DEVICE, tmp_path / "edge-1")
     (stranger.folder / "ca.pem").write_bytes(tls.ca_file.read_bytes())
     with pytest.raises(ssl.SSLError, match="CERTIFICATE_VERIFY_FAILED"):
         handshake(stranger.ssl_context(), server_context(tls), "localhost")
@@ -88,15 +98,15 @@ def test_a_broker_refuses_a_client_of_another_fleet(
 def test_a_certificate_carries_name_role_key_type_and_its_end(
     authority: CertificateAuthority,
 ) -> None:
-    made = authority.certify("edge-1", Role.DEVICE)
-    certificate = x509.load_pem_x509_certificate(made.issued.pem.encode())
+    created = authority.certify("edge-1", Role.DEVICE)
+    certificate = x509.load_pem_x509_certificate(created.issued.pem.encode())
     subject = {attribute.oid: attribute.value for attribute in certificate.subject}
     assert subject == {NameOID.COMMON_NAME: "edge-1", NameOID.ORGANIZATIONAL_UNIT_NAME: "device"}
     public_key = certificate.public_key()
     assert isinstance(public_key, ec.EllipticCurvePublicKey)
     assert public_key.curve.name == "secp256r1"
     assert (certificate.not_valid_after_utc - certificate.not_valid_before_utc).days == 90
-    assert certificate.not_valid_after_utc.timestamp() == made.issued.not_after
+    assert certificate.not_valid_after_utc.timestamp() == created.issued.not_after
 
 
 def test_a_private_key_does_not_show(authority: CertificateAuthority) -> None:
@@ -106,7 +116,7 @@ def test_a_private_key_does_not_show(authority: CertificateAuthority) -> None:
 def test_keys_are_readable_by_their_owner_alone(
     authority: CertificateAuthority, tmp_path: Path
 ) -> None:
-    authority.issue("edge-1", Role.DEVICE, tmp_path / "edge-1", "localhost", 8883)
+    issue_identity(authority, "edge-1", Role.DEVICE, tmp_path / "edge-1")
     modes = {
         path: (tmp_path / path).stat().st_mode & 0o777
         for path in ("ca", "ca/ca-key.pem", "edge-1/key.pem")
@@ -117,12 +127,12 @@ def test_keys_are_readable_by_their_owner_alone(
 def test_an_identity_folder_holds_four_files_and_loads(
     authority: CertificateAuthority, tmp_path: Path
 ) -> None:
-    issued = authority.issue(
+    issued = issue_identity(
+        authority,
         "edge-1",
         Role.DEVICE,
-        out=tmp_path / "edge-1",
+        tmp_path / "edge-1",
         host="broker.lan",
-        port=8883,
         bundle=tmp_path / "bundle",
     )
     assert {path.name for path in issued.folder.iterdir()} == {
@@ -141,7 +151,7 @@ def test_an_authority_that_is_loaded_again_signs_for_the_same_fleet(
 ) -> None:
     tls = authority.server_tls(tmp_path / "broker", "localhost")
     again = CertificateAuthority.load(tmp_path / "ca")
-    device = again.issue("edge-1", Role.DEVICE, tmp_path / "edge-1", "localhost", 8883)
+    device = issue_identity(again, "edge-1", Role.DEVICE, tmp_path / "edge-1")
     assert handshake(device.ssl_context(), server_context(tls), "localhost") == "edge-1"
 
 
@@ -182,7 +192,7 @@ def test_a_name_that_may_not_stand_in_a_topic_gets_no_certificate(
         authority.certify("edge/+", Role.DEVICE)
 
 
-def test_a_host_that_is_none_is_refused(authority: CertificateAuthority, tmp_path: Path) -> None:
+def test_an_invalid_host_is_refused(authority: CertificateAuthority, tmp_path: Path) -> None:
     with pytest.raises(IdentityError, match="expected a host name in ASCII or an IP address"):
         authority.server_tls(tmp_path / "broker", "bröker.lan")
 

@@ -1,4 +1,4 @@
-"""The revocation list: what stands in it, whose signature it has, and when its file is made anew."""
+"""The revocation list: content, signature, and replacement of its file."""
 
 from __future__ import annotations
 
@@ -36,68 +36,68 @@ def now() -> float:
     return datetime.now(UTC).timestamp()
 
 
-def test_it_lists_what_was_revoked_since_when_and_what_is_on_hold(
+def test_it_lists_revoked_certificates_with_their_time_and_those_on_hold(
     authority: CertificateAuthority,
 ) -> None:
-    made = x509.load_pem_x509_crl(authority.crl([Entry("0a"), Entry("ff", None)]))
-    revoked = made.get_revoked_certificate_by_serial_number(10)
-    held = made.get_revoked_certificate_by_serial_number(255)
+    crl = x509.load_pem_x509_crl(authority.crl([Entry("0a"), Entry("ff", None)]))
+    revoked = crl.get_revoked_certificate_by_serial_number(10)
+    on_hold = crl.get_revoked_certificate_by_serial_number(255)
     assert revoked is not None
     assert revoked.revocation_date_utc == REVOKED_AT
-    assert held is not None
+    assert on_hold is not None
     assert (
-        held.extensions.get_extension_for_class(x509.CRLReason).value.reason
+        on_hold.extensions.get_extension_for_class(x509.CRLReason).value.reason
         is x509.ReasonFlags.certificate_hold
     )
-    assert len(made) == 2
+    assert len(crl) == 2
 
 
 def test_the_authority_signs_it(authority: CertificateAuthority, tmp_path: Path) -> None:
     issuer = x509.load_pem_x509_certificate((tmp_path / "ca" / "ca.pem").read_bytes())
-    made = x509.load_pem_x509_crl(authority.crl([]))
-    assert made.issuer == issuer.subject
+    crl = x509.load_pem_x509_crl(authority.crl([]))
+    assert crl.issuer == issuer.subject
     key = issuer.public_key()
     assert isinstance(key, ec.EllipticCurvePublicKey)
-    assert made.is_signature_valid(key)
+    assert crl.is_signature_valid(key)
 
 
-def test_it_lives_seven_days_and_counts_already_where_a_clock_is_behind(
+def test_it_is_valid_for_seven_days_and_also_where_a_clock_is_behind(
     authority: CertificateAuthority,
 ) -> None:
-    made = x509.load_pem_x509_crl(authority.crl([]))
-    assert made.next_update_utc is not None
-    assert made.next_update_utc - datetime.now(UTC) == pytest.approx(
+    crl = x509.load_pem_x509_crl(authority.crl([]))
+    assert crl.next_update_utc is not None
+    assert crl.next_update_utc - datetime.now(UTC) == pytest.approx(
         timedelta(days=CRL_DAYS), abs=timedelta(minutes=1)
     )
-    assert made.last_update_utc < datetime.now(UTC) - timedelta(minutes=4)
+    assert crl.last_update_utc < datetime.now(UTC) - timedelta(minutes=4)
 
 
-def test_the_file_says_which_serials_are_new_in_it(crl: CrlFile) -> None:
+def test_an_update_returns_the_serials_that_are_new(crl: CrlFile) -> None:
     assert crl.update([Entry("a")], now()) == frozenset("a")
     assert crl.update([Entry("a"), Entry("0B")], now()) == frozenset("b")
     assert [f"{entry.serial_number:x}" for entry in load(crl.path)] == ["a", "b"]
 
 
-def test_a_file_that_says_so_already_is_left_alone(crl: CrlFile) -> None:
+def test_an_unchanged_list_is_not_written(crl: CrlFile) -> None:
     crl.update([Entry("a")], now())
     before = crl.path.read_bytes()
     assert crl.update([Entry("a")], now()) is None
     assert crl.path.read_bytes() == before
 
 
-def test_a_file_is_made_anew_after_a_day_though_nothing_was_revoked(crl: CrlFile) -> None:
+def test_a_file_is_replaced_after_a_day_without_changes(crl: CrlFile) -> None:
     crl.update([Entry("a")], now())
     assert crl.update([Entry("a")], now() + RENEW_S - 600) is None
     assert crl.update([Entry("a")], now() + RENEW_S) == frozenset()
 
 
-def test_what_is_on_hold_no_more_leaves_the_file(crl: CrlFile) -> None:
+def test_a_certificate_that_is_resumed_leaves_the_file(crl: CrlFile) -> None:
     crl.update([Entry("a", None)], now())
     assert crl.update([], now()) == frozenset()
     assert len(load(crl.path)) == 0
 
 
-def test_a_file_that_is_none_is_replaced(crl: CrlFile) -> None:
+def test_a_malformed_file_is_replaced(crl: CrlFile) -> None:
     crl.path.write_text("torn")
     assert crl.update([], now()) == frozenset()
     assert len(load(crl.path)) == 0

@@ -1,4 +1,4 @@
-"""Enrolment: what enters the registry, what is written, and what is refused before either."""
+"""Offline enrolment: registry, identity folders, and refusals before either changes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fleet.identity.identity import Identity
 from fleet.protocol.access import Grants, Role
 from fleet.registry.store import Registry
 from provisioning.authority import CertificateAuthority
-from provisioning.offline_enrolment import enroll
+from tests.identities import enroll_identity
 
 
-class Office:
-    """Enrols into one fleet; folders are named after the identities."""
+class OfflineFleet:
+    """A registry and an authority; folders have the names of the identities."""
 
     def __init__(self, registry: Registry, authority: CertificateAuthority, folder: Path) -> None:
         self.registry = registry
@@ -27,35 +27,33 @@ class Office:
 
     def enroll(self, name: str, role: Role = Role.DEVICE, **options: Any) -> Identity:
         out = options.pop("out", self.folder / name)
-        return enroll(
-            self.registry, self._authority, name, role, out, host="localhost", port=8883, **options
-        )
+        return enroll_identity(self.registry, self._authority, name, role, out, **options)
 
 
 @pytest.fixture
-def office(registry: Registry, authority: CertificateAuthority, tmp_path: Path) -> Office:
-    return Office(registry, authority, tmp_path / "out")
+def fleet(registry: Registry, authority: CertificateAuthority, tmp_path: Path) -> OfflineFleet:
+    return OfflineFleet(registry, authority, tmp_path / "out")
 
 
-def test_the_registry_knows_the_certificate_that_was_written(office: Office) -> None:
-    identity = office.enroll("edge-1", group="kitchen")
+def test_the_registry_knows_the_certificate_that_was_written(fleet: OfflineFleet) -> None:
+    identity = fleet.enroll("edge-1", group="kitchen")
     certificate = x509.load_pem_x509_certificate((identity.folder / "cert.pem").read_bytes())
-    (row,) = office.registry.identities()
+    (row,) = fleet.registry.identities.all()
     assert (row.name, row.role, row.group) == ("edge-1", "device", "kitchen")
     assert row.fingerprint == certificate.fingerprint(hashes.SHA256()).hex()
     assert row.not_after == certificate.not_valid_after_utc.timestamp()
 
 
-def test_an_app_is_allowed_devices_and_groups(office: Office) -> None:
-    office.enroll("edge-1", group="kitchen")
-    office.enroll("edge-2")
-    office.enroll("phone", Role.APP, targets=["kitchen", "edge-2"])
-    assert office.registry.grants("phone") == Grants(Role.APP, "phone", ("edge-1", "edge-2"))
+def test_an_app_is_allowed_devices_and_groups(fleet: OfflineFleet) -> None:
+    fleet.enroll("edge-1", group="kitchen")
+    fleet.enroll("edge-2")
+    fleet.enroll("phone", Role.APP, targets=["kitchen", "edge-2"])
+    assert fleet.registry.identities.grants("phone") == Grants(
+        Role.APP, "phone", ("edge-1", "edge-2")
+    )
 
 
-def test_devices_and_workers_are_told_their_bundle_and_apps_are_not(
-    office: Office, tmp_path: Path
-) -> None:
+def test_only_devices_and_workers_have_a_bundle(fleet: OfflineFleet, tmp_path: Path) -> None:
     roles = {
         "edge-1": Role.DEVICE,
         "worker-1": Role.WORKER,
@@ -63,7 +61,7 @@ def test_devices_and_workers_are_told_their_bundle_and_apps_are_not(
         "watcher": Role.SERVER,
     }
     bundles = {
-        name: office.enroll(name, role, bundle=tmp_path).config.bundle
+        name: fleet.enroll(name, role, bundle=tmp_path).config.bundle
         for name, role in roles.items()
     }
     assert bundles == {
@@ -74,39 +72,43 @@ def test_devices_and_workers_are_told_their_bundle_and_apps_are_not(
     }
 
 
-def test_a_name_that_is_taken_is_refused_and_nothing_is_written(
-    office: Office, tmp_path: Path
+def test_an_enrolled_name_is_refused_and_nothing_is_written(
+    fleet: OfflineFleet, tmp_path: Path
 ) -> None:
-    office.enroll("edge-1")
+    fleet.enroll("edge-1")
     with pytest.raises(IdentityError, match="'edge-1' is enrolled already"):
-        office.enroll("edge-1", out=tmp_path / "elsewhere")
+        fleet.enroll("edge-1", out=tmp_path / "elsewhere")
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_force_replaces_an_identity(office: Office) -> None:
-    first = office.enroll("edge-1")
+def test_force_replaces_an_identity(fleet: OfflineFleet) -> None:
+    first = fleet.enroll("edge-1")
     old = (first.folder / "cert.pem").read_bytes()
-    office.enroll("edge-1", force=True)
+    fleet.enroll("edge-1", force=True)
     assert (first.folder / "cert.pem").read_bytes() != old
-    assert len(office.registry.identities()) == 1
+    assert len(fleet.registry.identities.all()) == 1
 
 
-def test_a_folder_that_holds_an_identity_is_refused_and_the_name_stays_free(office: Office) -> None:
-    office.enroll("edge-1")
+def test_a_folder_that_holds_an_identity_is_refused_and_the_name_stays_free(
+    fleet: OfflineFleet,
+) -> None:
+    fleet.enroll("edge-1")
     with pytest.raises(IdentityError, match="holds an identity already"):
-        office.enroll("edge-2", out=office.folder / "edge-1")
-    assert office.registry.grants("edge-2") is None
+        fleet.enroll("edge-2", out=fleet.folder / "edge-1")
+    assert fleet.registry.identities.grants("edge-2") is None
 
 
-def test_a_folder_that_cannot_be_made_leaves_the_name_free(office: Office, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_leaves_the_name_free(
+    fleet: OfflineFleet, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(IdentityError, match="cannot make the folder"):
-        office.enroll("edge-1", out=tmp_path / "file" / "edge-1")
-    assert office.registry.grants("edge-1") is None
+        fleet.enroll("edge-1", out=tmp_path / "file" / "edge-1")
+    assert fleet.registry.identities.grants("edge-1") is None
 
 
 @pytest.mark.parametrize(
-    ("name", "role", "options", "error", "says"),
+    ("name", "role", "options", "error", "message"),
     [
         ("Edge 1", Role.DEVICE, {}, TopicError, "expected 1 to 63 characters"),
         ("edge-1", Role.DEVICE, {"group": "a/b"}, TopicError, "group 'a/b'"),
@@ -116,14 +118,14 @@ def test_a_folder_that_cannot_be_made_leaves_the_name_free(office: Office, tmp_p
         ("phone", Role.APP, {"targets": ["attic"]}, IdentityError, "cannot allow 'attic'"),
     ],
 )
-def test_what_makes_no_sense_is_refused_and_enrols_nobody(
-    office: Office,
+def test_an_invalid_enrolment_is_refused_and_changes_nothing(
+    fleet: OfflineFleet,
     name: str,
     role: Role,
     options: dict[str, Any],
     error: type[FleetError],
-    says: str,
+    message: str,
 ) -> None:
-    with pytest.raises(error, match=says):
-        office.enroll(name, role, **options)
-    assert office.registry.identities() == []
+    with pytest.raises(error, match=message):
+        fleet.enroll(name, role, **options)
+    assert fleet.registry.identities.all() == []

@@ -1,4 +1,4 @@
-"""The fleet's own certificates, renewed where its authority is."""
+"""Renewal of the fleet's own certificates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COLLECTOR = "collector"
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> FleetHome:
+def home(tmp_path: Path) -> FleetHome:
     return FleetHome.create(
         tmp_path / "state",
         FleetConfig(host=HOST, port=free_port(), bundle="/no/bundle", service_port=0),
@@ -35,92 +35,94 @@ def state(tmp_path: Path) -> FleetHome:
 
 
 @pytest.fixture
-def registry(state: FleetHome) -> Iterator[Registry]:
-    with state.registry() as opened:
+def registry(home: FleetHome) -> Iterator[Registry]:
+    with home.registry() as opened:
         yield opened
 
 
-def shown_by(port: int) -> str:
-    """The certificate that a server shows, in PEM."""
+def server_certificate(port: int) -> str:
+    """Return the certificate of a server in PEM."""
     return ssl.get_server_certificate((HOST, port))
 
 
-def make_old(state: FleetHome, folder: Path) -> None:
-    """Puts a server certificate of which two thirds are over into `folder`."""
-    authority = state.authority()
+def make_old(home: FleetHome, folder: Path) -> None:
+    """Write a server certificate that is due for renewal into `folder`."""
+    authority = home.authority()
     life = timedelta(seconds=1)
-    made: Certificate = authority.certify("broker", Role.SERVER, life)
-    made.write(folder)
+    certificate: Certificate = authority.certify("broker", Role.SERVER, life)
+    certificate.write(folder)
 
 
-def test_a_certificate_is_due_at_two_thirds_of_its_life(state: FleetHome) -> None:
-    folder = state.identity(COLLECTOR, Role.SERVER).folder
+def test_a_certificate_is_due_at_two_thirds_of_its_life(home: FleetHome) -> None:
+    folder = home.identity(COLLECTOR, Role.SERVER).folder
     now = time.time()
     assert not is_due(folder, now + 59 * DAY_S)
     assert is_due(folder, now + 61 * DAY_S)
 
 
-def test_an_identity_has_another_key_and_both_certificates_count(
-    state: FleetHome, registry: Registry
+def test_a_renewed_identity_has_another_key_and_both_certificates_are_valid(
+    home: FleetHome, registry: Registry
 ) -> None:
-    identity = state.identity(COLLECTOR, Role.SERVER)
+    identity = home.identity(COLLECTOR, Role.SERVER)
     old = fingerprint_of(identity)
     old_key = (identity.folder / KEY_FILE).read_bytes()
-    renew_own(registry, state.authority(), identity)
+    renew_own(registry, home.authority(), identity)
     assert (identity.folder / KEY_FILE).read_bytes() != old_key
     assert fingerprint_of(identity) != old
     assert (
-        registry.admitted(COLLECTOR, old)
-        == registry.admitted(COLLECTOR, fingerprint_of(identity))
+        registry.identities.admitted(COLLECTOR, old)
+        == registry.identities.admitted(COLLECTOR, fingerprint_of(identity))
         is not None
     )
-    assert registry.audit_log(COLLECTOR)[0].action == "renew"
+    assert registry.audit_log.entries(COLLECTOR)[0].action == "renew"
 
 
-def test_whoever_is_connected_stays_so_and_takes_the_new_one_at_the_next_connection(
-    state: FleetHome, registry: Registry
+def test_a_connected_client_uses_the_new_certificate_at_its_next_connection(
+    home: FleetHome, registry: Registry
 ) -> None:
-    identity = state.identity(COLLECTOR, Role.SERVER)
-    seen = []
+    identity = home.identity(COLLECTOR, Role.SERVER)
+    fingerprints = []
 
     def lookup(name: str, fingerprint: str) -> object:
-        seen.append(fingerprint)
-        return registry.admitted(name, fingerprint)
+        fingerprints.append(fingerprint)
+        return registry.identities.admitted(name, fingerprint)
 
-    tls = state.server_tls()
-    broker = EmbeddedBroker(HOST, state.config.port, tls, lookup)  # type: ignore[arg-type]
+    tls = home.server_tls()
+    broker = EmbeddedBroker(HOST, home.config.port, tls, lookup)  # type: ignore[arg-type]
     with broker, MqttTransport.connect(identity) as link:
         old = fingerprint_of(identity)
-        assert set(seen) == {old}
-        renew_own(registry, state.authority(), identity)
+        assert set(fingerprints) == {old}
+        renew_own(registry, home.authority(), identity)
         assert link.is_up
         broker.__exit__(None, None, None)
-        with EmbeddedBroker(HOST, state.config.port, tls, lookup):  # type: ignore[arg-type]
+        with EmbeddedBroker(HOST, home.config.port, tls, lookup):  # type: ignore[arg-type]
             wait_until(
-                lambda: fingerprint_of(identity) in seen, "it comes back with the new one", 20.0
+                lambda: fingerprint_of(identity) in fingerprints,
+                "it reconnects with the new one",
+                20.0,
             )
             wait_until(lambda: link.is_up, "it is up")
 
 
-def test_upkeep_renews_what_is_due_and_makes_the_broker_show_it(
-    state: FleetHome, registry: Registry
+def test_the_task_renews_a_certificate_that_is_due_and_reloads_the_broker(
+    home: FleetHome, registry: Registry
 ) -> None:
-    tls = state.server_tls()
-    with EmbeddedBroker(HOST, state.config.port, tls, registry.admitted) as broker:
-        before = shown_by(state.config.port)
-        upkeep = CertificateRenewalTask(state, [tls.cert_file.parent], [broker.reload_certificate])
-        upkeep.tend()
-        assert shown_by(state.config.port) == before
-        make_old(state, tls.cert_file.parent)
-        CertificateRenewalTask(state, [tls.cert_file.parent], [broker.reload_certificate]).tend()
-        assert shown_by(state.config.port) not in (before, "")
+    tls = home.server_tls()
+    with EmbeddedBroker(HOST, home.config.port, tls, registry.identities.admitted) as broker:
+        before = server_certificate(home.config.port)
+        task = CertificateRenewalTask(home, [tls.cert_file.parent], [broker.reload_certificate])
+        task.run()
+        assert server_certificate(home.config.port) == before
+        make_old(home, tls.cert_file.parent)
+        CertificateRenewalTask(home, [tls.cert_file.parent], [broker.reload_certificate]).run()
+        assert server_certificate(home.config.port) not in (before, "")
         assert not is_due(tls.cert_file.parent)
-        with MqttTransport.connect(state.identity(COLLECTOR, Role.SERVER)) as link:
+        with MqttTransport.connect(home.identity(COLLECTOR, Role.SERVER)) as link:
             assert link.is_up
 
 
-def test_upkeep_repeats_a_reload_that_failed_and_those_behind_it(state: FleetHome) -> None:
-    tls = state.server_tls()
+def test_the_task_repeats_a_failed_reload_and_those_after_it(home: FleetHome) -> None:
+    tls = home.server_tls()
     calls = list[str]()
 
     def reload() -> None:
@@ -128,36 +130,36 @@ def test_upkeep_repeats_a_reload_that_failed_and_those_behind_it(state: FleetHom
         if calls == ["failed"]:
             raise ConfigError("no process")
 
-    make_old(state, tls.cert_file.parent)
-    upkeep = CertificateRenewalTask(
-        state, [tls.cert_file.parent], [reload, lambda: calls.append("next")]
+    make_old(home, tls.cert_file.parent)
+    task = CertificateRenewalTask(
+        home, [tls.cert_file.parent], [reload, lambda: calls.append("next")]
     )
     with pytest.raises(ConfigError):
-        upkeep.tend()
-    upkeep.tend()
-    upkeep.tend()
+        task.run()
+    task.run()
+    task.run()
     assert calls == ["failed", "reloaded", "next"]
 
 
-def test_upkeep_renews_the_fleets_own_identities(
-    state: FleetHome, monkeypatch: pytest.MonkeyPatch
+def test_the_task_renews_the_fleets_own_identities(
+    home: FleetHome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    identities = [state.identity(COLLECTOR, Role.SERVER), state.identity("worker-1", Role.WORKER)]
+    identities = [home.identity(COLLECTOR, Role.SERVER), home.identity("worker-1", Role.WORKER)]
     before = [fingerprint_of(identity) for identity in identities]
     later = time.time() + 61 * DAY_S
     monkeypatch.setattr("provisioning.own_certificates.time.time", lambda: later)
-    CertificateRenewalTask(state, [], []).tend()
+    CertificateRenewalTask(home, [], []).run()
     assert not {fingerprint_of(identity) for identity in identities} & set(before)
 
 
-def test_an_identity_that_is_due_and_cannot_be_renewed_goes_on_with_what_it_has(
-    state: FleetHome, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_an_identity_that_cannot_be_renewed_stays_in_use(
+    home: FleetHome, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before: Identity = state.identity(COLLECTOR, Role.SERVER)
+    before: Identity = home.identity(COLLECTOR, Role.SERVER)
     old = (before.folder / CERT_FILE).read_bytes()
-    (state.folder / "ca").rename(state.folder / "away")
+    (home.folder / "ca").rename(home.folder / "away")
     later = time.time() + 61 * DAY_S
     monkeypatch.setattr("provisioning.own_certificates.time.time", lambda: later)
-    assert state.identity(COLLECTOR, Role.SERVER) == before
+    assert home.identity(COLLECTOR, Role.SERVER) == before
     assert (before.folder / CERT_FILE).read_bytes() == old
     assert "is due and not renewed" in caplog.text

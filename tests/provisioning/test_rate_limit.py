@@ -1,10 +1,10 @@
-"""How often a peer may ask, with a clock that we turn."""
+"""The rate limit of peers, with a manual clock."""
 
 from __future__ import annotations
 
 import pytest
 
-from provisioning.rate_limit import MAX_PEERS, RateLimit, peer_of
+from provisioning.rate_limit import MAX_PEERS, RateLimit, peer_key
 
 
 class Clock:
@@ -14,7 +14,7 @@ class Clock:
         return self.now
 
 
-def test_a_burst_is_allowed_and_then_so_many_a_minute() -> None:
+def test_a_burst_is_allowed_and_then_a_rate_per_minute() -> None:
     clock = Clock()
     limit = RateLimit(10, 3, clock)
     assert [limit.wait_s("a") for _ in range(3)] == [0, 0, 0]
@@ -26,18 +26,18 @@ def test_a_burst_is_allowed_and_then_so_many_a_minute() -> None:
     assert limit.wait_s("a") > 0
 
 
-def test_what_is_given_back_does_not_count() -> None:
+def test_a_refunded_request_does_not_count() -> None:
     limit = RateLimit(10, 1, Clock())
     for _ in range(5):
         assert limit.wait_s("a") == 0
-        limit.give_back("a")
-    limit.give_back("a")
-    limit.give_back("stranger")
+        limit.refund("a")
+    limit.refund("a")
+    limit.refund("stranger")
     assert limit.wait_s("a") == 0
     assert limit.wait_s("a") > 0
 
 
-def test_who_was_quiet_has_no_more_than_a_burst() -> None:
+def test_an_idle_peer_accumulates_at_most_a_burst() -> None:
     clock = Clock()
     limit = RateLimit(10, 2, clock)
     assert limit.wait_s("a") == 0
@@ -45,7 +45,7 @@ def test_who_was_quiet_has_no_more_than_a_burst() -> None:
     assert [limit.wait_s("a") > 0 for _ in range(3)] == [False, False, True]
 
 
-def test_one_peer_does_not_use_up_anothers() -> None:
+def test_peers_have_separate_limits() -> None:
     limit = RateLimit(10, 1, Clock())
     assert (limit.wait_s("a"), limit.wait_s("b")) == (0, 0)
     assert limit.wait_s("a") > 0
@@ -55,7 +55,7 @@ def test_many_peers_do_not_fill_the_memory() -> None:
     limit = RateLimit(10, 1, Clock())
     for i in range(MAX_PEERS + 10):
         limit.wait_s(str(i))
-    assert limit.wait_s("0") == 0, "it was forgotten"
+    assert limit.wait_s("0") == 0, "it was dropped"
     assert limit.wait_s(str(MAX_PEERS + 9)) > 0
 
 
@@ -69,4 +69,4 @@ def test_many_peers_do_not_fill_the_memory() -> None:
     ],
 )
 def test_an_ipv6_network_is_one_peer(address: str, peer: str) -> None:
-    assert peer_of(address) == peer
+    assert peer_key(address) == peer

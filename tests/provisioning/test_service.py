@@ -1,4 +1,4 @@
-"""The HTTPS service, asked as devices and strangers do."""
+"""The HTTPS service: requests of devices and of strangers."""
 
 from __future__ import annotations
 
@@ -28,16 +28,19 @@ from provisioning.enrolment_service import EnrolmentService
 from provisioning.fleet_address import FleetAddress
 from provisioning.rate_limit import RateLimit
 from provisioning.service import EnrolmentServer
-from tests.provisioning.conftest import HOST, TIMEOUT_S, Desk, make_csr
+from tests.identities import issue_identity
+from tests.provisioning.conftest import HOST, TIMEOUT_S, ServiceBench, make_csr
 
 # Joining.
 
 
-def test_a_device_with_a_token_gets_its_certificate_and_all_that_it_needs(desk: Desk) -> None:
+def test_a_device_with_a_token_receives_its_certificate_and_configuration(
+    bench: ServiceBench,
+) -> None:
     csr, key = make_csr("edge-1")
-    answer = desk.join(desk.invite("edge-1"), csr)
-    assert answer.status == 200
-    reply = msgspec.json.decode(answer.body, type=JoinReply)
+    response = bench.join(bench.invite("edge-1"), csr)
+    assert response.status == 200
+    reply = msgspec.json.decode(response.body, type=JoinReply)
     certificate = x509.load_pem_x509_certificate(reply.certificate.encode())
     assert certificate.public_key() == key.public_key()
     assert certificate.subject.rfc4514_string() == "CN=edge-1,OU=device"
@@ -47,78 +50,82 @@ def test_a_device_with_a_token_gets_its_certificate_and_all_that_it_needs(desk: 
         "ce/v1",
         "b1",
     )
-    assert (reply.ca, reply.config.version) == (desk.authority.pem, 0)
-    assert desk.registry.grants("edge-1") is not None
+    assert (reply.ca, reply.config.version) == (bench.authority.pem, 0)
+    assert bench.registry.identities.grants("edge-1") is not None
 
 
-def test_who_asks_with_the_same_key_again_gets_the_same_reply(desk: Desk) -> None:
-    token = desk.invite()
+def test_a_repeated_request_with_the_same_key_gets_the_same_reply(bench: ServiceBench) -> None:
+    token = bench.invite()
     csr, key = make_csr("edge-1")
-    first = desk.join(token, csr)
+    first = bench.join(token, csr)
     again, _ = make_csr("edge-1", key)  # another request for the same key: the reply was lost
-    assert desk.join(token, again).body == first.body
+    assert bench.join(token, again).body == first.body
 
 
-def test_another_key_finds_the_token_used(desk: Desk) -> None:
-    token = desk.invite()
-    assert desk.join(token, make_csr()[0]).status == 200
-    answer = desk.join(token, make_csr()[0])
-    assert (answer.status, answer.code) == (410, "used_token")
+def test_another_key_finds_the_token_used(bench: ServiceBench) -> None:
+    token = bench.invite()
+    assert bench.join(token, make_csr()[0]).status == 200
+    response = bench.join(token, make_csr()[0])
+    assert (response.status, response.code) == (410, "used_token")
 
 
-def test_of_twenty_keys_at_once_one_wins(desk: Desk) -> None:
-    token = desk.invite()
+def test_only_one_of_twenty_keys_at_once_wins(bench: ServiceBench) -> None:
+    token = bench.invite()
     requests = [make_csr()[0] for _ in range(20)]
     with ThreadPoolExecutor(20) as pool:
-        answers = list(pool.map(lambda csr: desk.join(token, csr), requests))
-    assert sorted(answer.status for answer in answers) == [200] + [410] * 19
+        responses = list(pool.map(lambda csr: bench.join(token, csr), requests))
+    assert sorted(response.status for response in responses) == [200] + [410] * 19
 
 
-def test_a_token_that_is_too_old_is_refused(desk: Desk) -> None:
-    token = desk.invite(ttl_s=-1)
-    answer = desk.join(token, make_csr()[0])
-    assert (answer.status, answer.code) == (410, "expired_token")
+def test_an_expired_token_is_refused(bench: ServiceBench) -> None:
+    token = bench.invite(ttl_s=-1)
+    response = bench.join(token, make_csr()[0])
+    assert (response.status, response.code) == (410, "expired_token")
 
 
-def test_an_unknown_token_and_a_wrong_secret_look_the_same(desk: Desk) -> None:
-    token = desk.invite()
-    unknown = desk.join(dataclasses.replace(token, id="0" * 16), make_csr()[0])
-    wrong = desk.join(token, make_csr()[0], secret="0" * 64)
+def test_an_unknown_token_and_a_wrong_secret_look_the_same(bench: ServiceBench) -> None:
+    token = bench.invite()
+    unknown = bench.join(dataclasses.replace(token, id="0" * 16), make_csr()[0])
+    wrong = bench.join(token, make_csr()[0], secret="0" * 64)
     assert (unknown.status, unknown.code) == (401, "unknown_token")
     assert (wrong.status, wrong.body) == (unknown.status, unknown.body)
-    assert desk.join(token, make_csr()[0]).status == 200
+    assert bench.join(token, make_csr()[0]).status == 200
 
 
-def test_a_request_for_another_name_is_a_conflict_and_the_token_stays_good(desk: Desk) -> None:
-    token = desk.invite()
-    answer = desk.join(token, make_csr("edge-2")[0])
-    assert (answer.status, answer.code) == (409, "other_name")
-    assert desk.join(token, make_csr("edge-1")[0]).status == 200
+def test_a_request_for_another_name_is_a_conflict_and_the_token_stays_valid(
+    bench: ServiceBench,
+) -> None:
+    token = bench.invite()
+    response = bench.join(token, make_csr("edge-2")[0])
+    assert (response.status, response.code) == (409, "other_name")
+    assert bench.join(token, make_csr("edge-1")[0]).status == 200
 
 
-def test_who_was_revoked_before_it_joined_is_refused(desk: Desk) -> None:
-    token = desk.invite()
-    desk.registry.revoke("edge-1")
-    answer = desk.join(token, make_csr()[0])
-    assert (answer.status, answer.code) == (403, "bad_state")
+def test_a_name_that_was_revoked_before_it_joined_is_refused(bench: ServiceBench) -> None:
+    token = bench.invite()
+    bench.registry.identities.revoke("edge-1")
+    response = bench.join(token, make_csr()[0])
+    assert (response.status, response.code) == (403, "bad_state")
 
 
-def test_a_device_is_told_what_is_wanted_of_it_and_an_app_no_bundle(desk: Desk) -> None:
-    desk.invite("edge-1")
-    version = desk.registry.change_settings(
+def test_a_device_receives_its_desired_configuration_and_an_app_no_bundle(
+    bench: ServiceBench,
+) -> None:
+    bench.invite("edge-1")
+    version = bench.registry.desired_state.change_settings(
         Target(Scope.ALL),
         lambda settings: msgspec.structs.replace(settings, bundle="b2", threshold=0.5),
     )
-    reply = desk.joined("edge-1")
+    reply = bench.joined("edge-1")
     assert (reply.bundle_id, reply.config.version, reply.config.settings.threshold) == (
         "b2",
         version,
         0.5,
     )
-    assert desk.joined("phone", Role.APP).bundle_id is None
+    assert bench.joined("phone", Role.APP).bundle_id is None
 
 
-# What is no request.
+# Malformed requests.
 
 
 @pytest.mark.parametrize(
@@ -132,50 +139,52 @@ def test_a_device_is_told_what_is_wanted_of_it_and_an_app_no_bundle(desk: Desk) 
         b"\xff",
     ],
 )
-def test_a_body_that_is_none_is_refused(desk: Desk, body: bytes) -> None:
-    answer = desk.ask("POST", "/v1/join", body)
-    assert (answer.status, answer.code) == (400, "undecodable")
+def test_a_malformed_body_is_refused(bench: ServiceBench, body: bytes) -> None:
+    response = bench.ask("POST", "/v1/join", body)
+    assert (response.status, response.code) == (400, "undecodable")
 
 
-def test_what_is_no_signing_request_is_refused_and_the_token_stays_good(desk: Desk) -> None:
-    token = desk.invite()
-    answer = desk.join(token, "nonsense")
-    assert (answer.status, answer.code) == (400, "bad_csr")
-    assert desk.join(token, make_csr()[0]).status == 200
+def test_a_malformed_signing_request_is_refused_and_the_token_stays_valid(
+    bench: ServiceBench,
+) -> None:
+    token = bench.invite()
+    response = bench.join(token, "nonsense")
+    assert (response.status, response.code) == (400, "bad_csr")
+    assert bench.join(token, make_csr()[0]).status == 200
 
 
-def test_a_body_that_is_too_large_is_refused_unread(desk: Desk) -> None:
-    answer = desk.ask("POST", "/v1/join", b"x" * (MAX_BODY_BYTES + 1))
-    assert (answer.status, answer.code) == (413, "oversized")
+def test_a_body_that_is_too_large_is_refused_unread(bench: ServiceBench) -> None:
+    response = bench.ask("POST", "/v1/join", b"x" * (MAX_BODY_BYTES + 1))
+    assert (response.status, response.code) == (413, "oversized")
 
 
-def test_so_is_one_that_does_not_say_how_large_it_is(desk: Desk) -> None:
+def test_a_chunked_body_that_is_too_large_is_refused(bench: ServiceBench) -> None:
     chunk = b"8000\r\n" + b"x" * 0x8000 + b"\r\n"
     reply = _raw(
-        desk, b"POST /v1/join HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk
+        bench, b"POST /v1/join HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk
     )
     assert b" 413 " in reply.splitlines()[0]
     assert b'"oversized"' in reply
 
 
-def test_a_client_that_says_nothing_is_put_out(desk: Desk) -> None:
+def test_a_silent_client_is_disconnected(bench: ServiceBench) -> None:
     start = time.monotonic()
-    assert _raw(desk, b"") == b""
-    assert _raw(desk, b"POST /v1/join HTT") == b""
+    assert _raw(bench, b"") == b""
+    assert _raw(bench, b"POST /v1/join HTT") == b""
     assert time.monotonic() - start < TIMEOUT_S
 
 
-def test_a_client_that_speaks_too_slowly_is_put_out(desk: Desk) -> None:
+def test_a_slow_client_is_disconnected(bench: ServiceBench) -> None:
     start = time.monotonic()
-    with _connection(desk) as link, suppress(OSError):
+    with _connection(bench) as link, suppress(OSError):
         while time.monotonic() - start < TIMEOUT_S:
             link.sendall(b"x")
             time.sleep(0.2)
     assert time.monotonic() - start < TIMEOUT_S
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(desk: Desk) -> None:
-    reply = _raw(desk, b"POST /v1/join HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+def test_a_missing_body_is_a_timeout(bench: ServiceBench) -> None:
+    reply = _raw(bench, b"POST /v1/join HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
     assert b" 408 " in reply.splitlines()[0]
 
 
@@ -189,168 +198,174 @@ def test_a_body_that_does_not_come_is_not_waited_for(desk: Desk) -> None:
     ],
 )
 def test_other_paths_and_methods_are_refused_in_the_same_form(
-    desk: Desk, method: str, path: str, status: int
+    bench: ServiceBench, method: str, path: str, status: int
 ) -> None:
-    answer = desk.ask(method, path)
-    assert (answer.status, answer.code) == (status, "protocol")
+    response = bench.ask(method, path)
+    assert (response.status, response.code) == (status, "protocol")
 
 
 # Limits.
 
 
-def test_too_many_joins_from_one_address_have_to_wait(
+def test_too_many_joins_from_one_address_must_wait(
     tmp_path: Path, registry: Registry, authority: CertificateAuthority
 ) -> None:
-    office = EnrolmentService(
+    enrolment = EnrolmentService(
         registry=registry,
         authority=authority,
-        site=FleetAddress(host=HOST, port=8883),
+        address=FleetAddress(host=HOST, port=8883),
         find_bundle=lambda _: None,
     )
     tls = authority.server_tls(tmp_path / "broker", HOST)
-    with EnrolmentServer(HOST, 0, tls, office, joins=RateLimit(10, 3)) as service:
-        desk = Desk(tmp_path, registry, authority, service)
-        answers = [desk.join(desk.invite(), "nonsense") for _ in range(4)]
-        assert [answer.status for answer in answers] == [400, 400, 400, 429]
-        assert answers[-1].code == "busy"
-        assert 1 <= int(answers[-1].headers["Retry-After"]) <= 6
-        assert desk.ask("GET", "/v1/ca").status == 200
+    with EnrolmentServer(HOST, 0, tls, enrolment, joins=RateLimit(10, 3)) as service:
+        bench = ServiceBench(tmp_path, registry, authority, service)
+        responses = [bench.join(bench.invite(), "nonsense") for _ in range(4)]
+        assert [response.status for response in responses] == [400, 400, 400, 429]
+        assert responses[-1].code == "busy"
+        assert 1 <= int(responses[-1].headers["Retry-After"]) <= 6
+        assert bench.ask("GET", "/v1/ca").status == 200
 
 
 def test_joins_that_succeed_do_not_count(
     tmp_path: Path, registry: Registry, authority: CertificateAuthority
 ) -> None:
-    office = EnrolmentService(
+    enrolment = EnrolmentService(
         registry=registry,
         authority=authority,
-        site=FleetAddress(host=HOST, port=8883),
+        address=FleetAddress(host=HOST, port=8883),
         find_bundle=lambda _: None,
     )
     tls = authority.server_tls(tmp_path / "broker", HOST)
-    with EnrolmentServer(HOST, 0, tls, office, joins=RateLimit(1, 1)) as service:
-        desk = Desk(tmp_path, registry, authority, service)
-        answers = [desk.join(desk.invite(f"edge-{i}"), make_csr()[0]) for i in range(3)]
-        assert [answer.status for answer in answers] == [200, 200, 200]
+    with EnrolmentServer(HOST, 0, tls, enrolment, joins=RateLimit(1, 1)) as service:
+        bench = ServiceBench(tmp_path, registry, authority, service)
+        responses = [bench.join(bench.invite(f"edge-{i}"), make_csr()[0]) for i in range(3)]
+        assert [response.status for response in responses] == [200, 200, 200]
 
 
-def test_without_a_registry_it_says_so_and_where_it_is_stays_in_the_log(
-    desk: Desk, tmp_path: Path
+def test_an_error_of_the_registry_does_not_reveal_its_path(
+    bench: ServiceBench, tmp_path: Path
 ) -> None:
-    token = desk.invite()
+    token = bench.invite()
     (tmp_path / "registry.sqlite").rename(tmp_path / "elsewhere")
-    desk.registry.close()
+    bench.registry.close()
     (tmp_path / "registry.sqlite").mkdir()
-    answer = desk.join(token, make_csr()[0])
-    assert (answer.status, answer.code) == (503, RegistryError.code)
-    assert str(tmp_path) not in answer.body.decode()
+    response = bench.join(token, make_csr()[0])
+    assert (response.status, response.code) == (503, RegistryError.code)
+    assert str(tmp_path) not in response.body.decode()
 
 
-def test_a_port_that_is_taken_is_named(
+def test_a_port_in_use_is_named(
     tmp_path: Path, registry: Registry, authority: CertificateAuthority
 ) -> None:
-    office = EnrolmentService(
+    enrolment = EnrolmentService(
         registry=registry,
         authority=authority,
-        site=FleetAddress(host=HOST, port=8883),
+        address=FleetAddress(host=HOST, port=8883),
         find_bundle=lambda _: None,
     )
     tls = authority.server_tls(tmp_path / "broker", HOST)
     with (
-        EnrolmentServer(HOST, 0, tls, office) as first,
+        EnrolmentServer(HOST, 0, tls, enrolment) as first,
         pytest.raises(ConfigError, match=rf"{first.port}: the port is in use.*--service-port"),
     ):
-        EnrolmentServer(HOST, first.port, tls, office).__enter__()
+        EnrolmentServer(HOST, first.port, tls, enrolment).__enter__()
 
 
 # Without and with a certificate.
 
 
-def test_anybody_can_have_the_authoritys_certificate(desk: Desk) -> None:
-    assert desk.ask("GET", "/v1/ca").body.decode() == desk.authority.pem
+def test_any_client_can_fetch_the_authoritys_certificate(bench: ServiceBench) -> None:
+    assert bench.ask("GET", "/v1/ca").body.decode() == bench.authority.pem
 
 
-def test_anybody_can_have_the_revoked_certificates(
+def test_any_client_can_fetch_the_revocation_list(
     tmp_path: Path, registry: Registry, authority: CertificateAuthority
 ) -> None:
-    office = EnrolmentService(
+    enrolment = EnrolmentService(
         registry=registry,
         authority=authority,
-        site=FleetAddress(host=HOST, port=8883),
+        address=FleetAddress(host=HOST, port=8883),
         find_bundle=lambda _: None,
         crl=lambda: "a list",
     )
     with EnrolmentServer(
-        HOST, 0, authority.server_tls(tmp_path / "broker", HOST), office
+        HOST, 0, authority.server_tls(tmp_path / "broker", HOST), enrolment
     ) as service:
-        assert Desk(tmp_path, registry, authority, service).ask("GET", "/v1/crl").body == b"a list"
+        assert (
+            ServiceBench(tmp_path, registry, authority, service).ask("GET", "/v1/crl").body
+            == b"a list"
+        )
 
 
-def test_a_device_renews_with_a_new_key_and_gets_the_same_when_it_asks_again(desk: Desk) -> None:
-    identity = desk.identity()
+def test_a_repeated_renewal_with_the_same_key_gets_the_same_certificate(
+    bench: ServiceBench,
+) -> None:
+    identity = bench.identity()
     csr, key = make_csr("edge-1")
-    first = desk.renew(identity, csr)
-    again = desk.renew(identity, csr)
+    first = bench.renew(identity, csr)
+    again = bench.renew(identity, csr)
     assert first.status == 200
     assert again.body == first.body
     certificate = x509.load_pem_x509_certificate(first.json["certificate"].encode())
     assert certificate.public_key() == key.public_key()
     renewed = _with_certificate(identity, first.json["certificate"], key)
-    assert desk.renew(renewed, make_csr()[0]).status == 200
-    assert desk.renew(identity, make_csr()[0]).status == 200  # the old one is good until its end
+    assert bench.renew(renewed, make_csr()[0]).status == 200
+    assert (
+        bench.renew(identity, make_csr()[0]).status == 200
+    )  # the old one stays valid until it expires
 
 
-def test_renewal_needs_a_certificate(desk: Desk) -> None:
-    answer = desk.renew(None, make_csr()[0])
-    assert (answer.status, answer.code) == (401, "bad_credentials")
+def test_renewal_needs_a_certificate(bench: ServiceBench) -> None:
+    response = bench.renew(None, make_csr()[0])
+    assert (response.status, response.code) == (401, "bad_credentials")
 
 
-def test_a_certificate_of_our_authority_that_the_registry_does_not_know_is_refused(
-    desk: Desk,
+def test_a_certificate_of_our_authority_outside_the_registry_is_refused(
+    bench: ServiceBench,
 ) -> None:
-    desk.identity()
-    copy = desk.authority.issue("edge-1", Role.DEVICE, desk.folder / "copy", HOST, 8883)
-    answer = desk.renew(copy, make_csr()[0])
-    assert (answer.status, answer.code) == (401, "bad_credentials")
+    bench.identity()
+    copy = issue_identity(bench.authority, "edge-1", Role.DEVICE, bench.folder / "copy")
+    response = bench.renew(copy, make_csr()[0])
+    assert (response.status, response.code) == (401, "bad_credentials")
 
 
-def test_a_certificate_of_another_authority_is_not_let_in(desk: Desk) -> None:
-    desk.identity()
-    stranger = CertificateAuthority.create(desk.folder / "other").issue(
-        "edge-1", Role.DEVICE, desk.folder / "stranger", HOST, 8883
-    )
-    (stranger.folder / CA_FILE).write_text(desk.authority.pem)
+def test_a_certificate_of_another_authority_is_rejected(bench: ServiceBench) -> None:
+    bench.identity()
+    other = CertificateAuthority.create(bench.folder / "other")
+    stranger = issue_identity(other, "edge-1", Role.DEVICE, bench.folder / "stranger")
+    (stranger.folder / CA_FILE).write_text(bench.authority.pem)
     with pytest.raises((ssl.SSLError, ConnectionError)):
-        desk.renew(stranger, make_csr()[0])
+        bench.renew(stranger, make_csr()[0])
 
 
-@pytest.mark.parametrize("change", [Registry.revoke, Registry.suspend])
-def test_who_was_revoked_or_suspended_can_neither_renew_nor_have_files(
-    desk: Desk, change: object
+@pytest.mark.parametrize("change", ["revoke", "suspend"])
+def test_a_revoked_or_suspended_identity_can_neither_renew_nor_fetch_files(
+    bench: ServiceBench, change: str
 ) -> None:
-    desk.write_bundle()
-    identity = desk.identity()
-    change(desk.registry, "edge-1")  # type: ignore[operator]
-    answers = [
-        desk.renew(identity, make_csr()[0]),
-        desk.ask("GET", "/v1/bundles/b1/manifest.json", None, identity),
+    bench.write_bundle()
+    identity = bench.identity()
+    getattr(bench.registry.identities, change)("edge-1")
+    responses = [
+        bench.renew(identity, make_csr()[0]),
+        bench.ask("GET", "/v1/bundles/b1/manifest.json", None, identity),
     ]
-    assert [(answer.status, answer.code) for answer in answers] == [(403, "bad_state")] * 2
+    assert [(response.status, response.code) for response in responses] == [(403, "bad_state")] * 2
 
 
-def test_a_replaced_identitys_old_certificate_is_revoked(desk: Desk) -> None:
-    identity = desk.identity()
-    desk.registry.enroll([Enrolment(name="edge-1")], 900, replace=True)
-    assert desk.renew(identity, make_csr()[0]).status == 403
-    desk.joined("phone", Role.APP)
+def test_a_replaced_identitys_old_certificate_is_revoked(bench: ServiceBench) -> None:
+    identity = bench.identity()
+    bench.registry.identities.enroll([Enrolment(name="edge-1")], 900, replace=True)
+    assert bench.renew(identity, make_csr()[0]).status == 403
+    bench.joined("phone", Role.APP)
 
 
-def test_nobody_renews_for_another_name_or_with_the_old_key(desk: Desk) -> None:
-    identity = desk.identity()
-    other = desk.renew(identity, make_csr("edge-2")[0])
+def test_renewal_for_another_name_or_with_the_old_key_is_refused(bench: ServiceBench) -> None:
+    identity = bench.identity()
+    other = bench.renew(identity, make_csr("edge-2")[0])
     assert (other.status, other.code) == (409, "other_name")
     old_key = serialization.load_pem_private_key((identity.folder / "key.pem").read_bytes(), None)
     assert isinstance(old_key, ec.EllipticCurvePrivateKey)
-    same = desk.renew(identity, make_csr(None, old_key)[0])
+    same = bench.renew(identity, make_csr(None, old_key)[0])
     assert (same.status, same.code) == (400, "bad_csr")
 
 
@@ -358,29 +373,29 @@ def test_nobody_renews_for_another_name_or_with_the_old_key(desk: Desk) -> None:
 
 
 def test_a_device_and_a_worker_fetch_a_bundles_files(
-    desk: Desk, caplog: pytest.LogCaptureFixture
+    bench: ServiceBench, caplog: pytest.LogCaptureFixture
 ) -> None:
-    content = desk.write_bundle()
-    for identity in (desk.identity(), desk.identity("worker-1", Role.WORKER)):
-        assert desk.ask("GET", "/v1/bundles/b1/edge/block_0.onnx", None, identity).body == content
-        assert "files" in desk.ask("GET", "/v1/bundles/b1/manifest.json", None, identity).json
+    content = bench.write_bundle()
+    for identity in (bench.identity(), bench.identity("worker-1", Role.WORKER)):
+        assert bench.ask("GET", "/v1/bundles/b1/edge/block_0.onnx", None, identity).body == content
+        assert "files" in bench.ask("GET", "/v1/bundles/b1/manifest.json", None, identity).json
     assert caplog.records == []
 
 
-def test_a_download_goes_on_from_where_it_was(desk: Desk) -> None:
-    content = desk.write_bundle()
-    identity = desk.identity()
+def test_a_download_continues_at_its_position(bench: ServiceBench) -> None:
+    content = bench.write_bundle()
+    identity = bench.identity()
     headers = {"Range": "bytes=1000-"}
-    answer = desk.ask("GET", "/v1/bundles/b1/edge/block_0.onnx", None, identity, headers)
-    assert (answer.status, answer.body) == (206, content[1000:])
-    assert answer.headers["Content-Range"] == f"bytes 1000-{len(content) - 1}/{len(content)}"
+    response = bench.ask("GET", "/v1/bundles/b1/edge/block_0.onnx", None, identity, headers)
+    assert (response.status, response.body) == (206, content[1000:])
+    assert response.headers["Content-Range"] == f"bytes 1000-{len(content) - 1}/{len(content)}"
 
 
-def test_apps_and_strangers_get_no_files(desk: Desk) -> None:
-    desk.write_bundle()
+def test_apps_and_strangers_get_no_files(bench: ServiceBench) -> None:
+    bench.write_bundle()
     path = "/v1/bundles/b1/manifest.json"
-    stranger = desk.ask("GET", path)
-    app = desk.ask("GET", path, None, desk.identity("phone", Role.APP))
+    stranger = bench.ask("GET", path)
+    app = bench.ask("GET", path, None, bench.identity("phone", Role.APP))
     assert (stranger.status, stranger.code) == (401, "bad_credentials")
     assert (app.status, app.code) == (403, "not_allowed")
 
@@ -400,25 +415,25 @@ def test_apps_and_strangers_get_no_files(desk: Desk) -> None:
         "b1/edge",
     ],
 )
-def test_nothing_but_what_the_manifest_names_is_given(desk: Desk, path: str) -> None:
-    desk.write_bundle()
-    answer = desk.ask("GET", f"/v1/bundles/{path}", None, desk.identity())
-    assert answer.status == 404
-    assert b"PRIVATE" not in answer.body
+def test_only_files_in_the_manifest_are_sent(bench: ServiceBench, path: str) -> None:
+    bench.write_bundle()
+    response = bench.ask("GET", f"/v1/bundles/{path}", None, bench.identity())
+    assert response.status == 404
+    assert b"PRIVATE" not in response.body
 
 
-def _connection(desk: Desk) -> ssl.SSLSocket:
-    plain = socket.create_connection((HOST, desk.service.port), TIMEOUT_S)
-    return desk.context().wrap_socket(plain, server_hostname=HOST)
+def _connection(bench: ServiceBench) -> ssl.SSLSocket:
+    plain = socket.create_connection((HOST, bench.service.port), TIMEOUT_S)
+    return bench.context().wrap_socket(plain, server_hostname=HOST)
 
 
-def _raw(desk: Desk, data: bytes) -> bytes:
-    """Everything that comes back for these bytes, until the service hangs up."""
-    with _connection(desk) as link:
+def _raw(bench: ServiceBench, data: bytes) -> bytes:
+    """Send bytes, and return the reply until the service closes the connection."""
+    with _connection(bench) as link:
         link.sendall(data)
         reply = b""
-        while part := link.recv(4096):
-            reply += part
+        while data := link.recv(4096):
+            reply += data
             if b"\r\n\r\n" in reply and b"}" in reply:
                 break
         return reply

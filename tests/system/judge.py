@@ -34,7 +34,7 @@ def request(
 def judge(bundle: Bundle, asked: PromptRequest, answer: Answer) -> None:
     """Fails unless the answer is whole and right, and its counts are those of its tokens.
 
-    In verified mode the tokens are the whole model's; else those from the cloud are, behind whatever went before.
+    In verified mode all tokens are the whole model's; otherwise those from the cloud are.
     """
     assert asked.prompt is not None
     assert asked.max_new_tokens is not None

@@ -80,7 +80,7 @@ class MemoryFleet:
         )
         self.client = PromptClient(self._connect(APP))
         self._raw: dict[str, queue.Queue[Reply]] = {}
-        self.watcher.subscribe(topics.reply("+", "+", "+"), self._on_reply, qos=1)
+        self.watcher.subscribe(topics.device_reply("+", "+", "+"), self._on_reply, qos=1)
 
     def _connect(self, name: str, will: Will | None = None) -> InMemoryTransport:
         return self._stack.enter_context(self.broker.connect(name, will))
@@ -122,7 +122,7 @@ class MemoryFleet:
 def acknowledge(link: Transport, topic: str, payload: bytes) -> GenerationReport:
     """The report that came on `topic`; its device is told that it is stored."""
     report = decode_report(payload)
-    (device,) = topics.parse(topic, "d", "+", "stats")
+    (device,) = topics.parse_topic(topic, topics.DEVICE_STATS_FILTER)
     link.publish(
         topics.device_reported(device), encode_receipt(ReportReceipt((report.generation,)))
     )

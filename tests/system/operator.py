@@ -1,4 +1,4 @@
-"""An operator who types commands in a folder of her own, on free ports and with a bundle that a test names."""
+"""An operator who runs commands in a separate folder, on free ports, with a given bundle."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ TIMEOUT_S: Final = 240.0
 
 
 class Operator:
-    """Types lines; what differs from them as they are typed are ports, and the bundle of `fleet up`."""
+    """Run command lines; only the ports and the bundle of `fleet up` are replaced."""
 
     def __init__(self, folder: Path, bundle: Bundle, up_options: str, stack: ExitStack) -> None:
         self.folder = folder
         self._stack = stack
         self._port = free_port()
         self._service_port = free_port()
-        self._up_options = f"--port {self._port} --service-port {self._service_port} --bundle {bundle.folder} {up_options}"
+        ports = f"--port {self._port} --service-port {self._service_port}"
+        self._up_options = f"{ports} --bundle {bundle.folder} {up_options}"
         binaries = Path(sys.executable).parent
         path = os.pathsep.join([str(binaries), os.environ["PATH"]])
         self._environment = os.environ | {
@@ -46,9 +47,14 @@ class Operator:
     def try_to(self, line: str) -> subprocess.CompletedProcess[str]:
         """Runs a line that may fail."""
         return subprocess.run(
-            shlex.split(self._adapted(line)), cwd=self.folder, env=self._environment, capture_output=True, text=True,
-            timeout=TIMEOUT_S, check=False,
-        )  # fmt: skip
+            shlex.split(self._adapted(line)),
+            cwd=self.folder,
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
 
     def start(self, line: str, until: str) -> subprocess.Popen[str]:
         """Starts a line that runs on, and waits until it says `until`."""

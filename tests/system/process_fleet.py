@@ -52,9 +52,9 @@ Process: TypeAlias = "subprocess.Popen[Any]"
 
 
 class ProcessFleet:
-    """Starts parts one by one. Everybody has a link of its own to the broker, a `Proxy`, in `links`.
+    """Start components one by one. Each has its own link to the broker, a `Proxy`, in `links`.
 
-    `kind` is amqtt (`fleet server` with its collector) or mosquitto, with a collector in this process.
+    `kind` is amqtt (`fleet server` with its collector) or mosquitto with a collector here.
     """
 
     def __init__(self, kind: str, folder: Path, bundle: Bundle, stack: ExitStack) -> None:
@@ -68,7 +68,7 @@ class ProcessFleet:
         self._stack = stack
         self._has_shared_subscriptions = kind == "mosquitto"
         port = free_port()
-        self._state = FleetHome.create(
+        self._home = FleetHome.create(
             folder / "state",
             FleetConfig(host=HOST, port=port, bundle=str(bundle.folder), service_port=0),
         )
@@ -82,12 +82,12 @@ class ProcessFleet:
         self._identities = {name: self._enroll(name, role) for name, role in roles.items()}
         self._identities[APP] = self._enroll(APP, Role.APP, DEVICES)
         self._identities["watcher"] = self._enroll("watcher", Role.SERVER)
-        self.registry = stack.enter_context(self._state.registry())
+        self.registry = stack.enter_context(self._home.registry())
         stack.callback(self._end_processes)
         self.start_broker()
         if kind == "mosquitto":
             self._identities[COLLECTOR] = self._through_proxy(
-                self._state.identity(COLLECTOR, Role.SERVER)
+                self._home.identity(COLLECTOR, Role.SERVER)
             )
             self._collecting = stack.enter_context(ExitStack())
             self.start_collector()
@@ -96,7 +96,7 @@ class ProcessFleet:
         self.client = PromptClient(self._connect(APP))
 
     def _enroll(self, name: str, role: Role, allow: tuple[str, ...] = ()) -> Identity:
-        return self._through_proxy(self._state.enroll(name, role, self._folder / name, allow=allow))
+        return self._through_proxy(self._home.enroll(name, role, self._folder / name, allow=allow))
 
     def _through_proxy(self, identity: Identity) -> Identity:
         port = self.links[identity.name].port
@@ -111,7 +111,7 @@ class ProcessFleet:
         return self._stack.enter_context(MqttTransport.connect(self._identities[name], will=will))
 
     def _on_status(self, topic: str, payload: bytes) -> None:
-        (name,) = topics.parse(topic, "w", "+", "status")
+        (name,) = topics.parse_topic(topic, topics.WORKER_STATUS_FILTER)
         if decode_status(payload, WorkerStatus).online:
             self.online.add(name)
         else:
@@ -123,14 +123,14 @@ class ProcessFleet:
         """Starts it, or starts it again; returns when it listens."""
         if self._kind == "amqtt":
             self.broker = self._child(
-                "the broker", "fleet.cli", "server", "--home", str(self._state.folder)
+                "the broker", "fleet.cli", "server", "--home", str(self._home.folder)
             )
             return
         names = (*DEVICES, *WORKERS, APP, "watcher", COLLECTOR)
-        grants = [granted for name in names if (granted := self.registry.grants(name))]
-        port = self._state.config.port
+        grants = [granted for name in names if (granted := self.registry.identities.grants(name))]
+        port = self._home.config.port
         folder = self._folder / "mosquitto"
-        config = write_config(folder, port, self._state.server_tls(), grants)
+        config = write_config(folder, port, self._home.server_tls(), grants)
         self.broker = subprocess.Popen([find_mosquitto("mosquitto"), "-c", str(config)])
         self._started.append(self.broker)
         wait_until(lambda: self.broker.poll() is None and listens(port), "mosquitto listens")
@@ -193,7 +193,7 @@ class ProcessFleet:
             yield agent
 
     def device_process(self, name: str = DEVICE, *launcher: str) -> Process:
-        """One in a process of its own; `launcher` are a module to run in place of ``edge_agent`` and its arguments."""
+        """Start a device as a process; `launcher` replaces the module ``edge_agent``."""
         arguments = (
             *(launcher or ("edge_agent",)),
             "run",
@@ -241,7 +241,7 @@ class ProcessFleet:
 
     @contextmanager
     def neighbour_is_served(self, *, may_notice: bool = False) -> Iterator[None]:
-        """The neighbour is asked meanwhile; its answer is right, and unless it may notice, as if nothing had been."""
+        """Ask the neighbour meanwhile; its answer is right, undisturbed unless it may notice."""
         with ThreadPoolExecutor(1) as pool:
             beside = pool.submit(self.ask, BESIDE, NEIGHBOUR)
             yield
@@ -268,7 +268,7 @@ class ProcessFleet:
         )
 
     def _counted(self) -> dict[str, dict[str, int]]:
-        return {row.device: row.sources for row in self.registry.stats() if row.tokens}
+        return {row.device: row.sources for row in self.registry.stats.per_device() if row.tokens}
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Many devices report to one server, which is killed twice, and whose database is away in between.
 
-SQLite's file is locked by somebody else, PostgreSQL's server is stopped. At its full size:
+SQLite's file is locked by another process, PostgreSQL's server is stopped. At its full size:
 ``python -m tests.system.report_flood --devices 200 --reports 50000 --away-s 20 [--postgresql]``.
 """
 
@@ -26,8 +26,8 @@ from fleet.registry.models import GenerationRecord
 from fleet.server.child_process import Child
 from fleet.server.home import FleetConfig, FleetHome
 from provisioning.authority import CertificateAuthority
-from provisioning.offline_enrolment import enroll
 from tests.brokers import HOST, free_port, wait_until
+from tests.identities import enroll_identity
 
 WAIT_S: Final = 240.0
 DEVICES_A_PROCESS: Final = (
@@ -53,19 +53,21 @@ class Flood:
         config = FleetConfig(
             host=HOST, port=free_port(), bundle=str(folder), registry=url, service_port=0
         )
-        self.state = FleetHome.create(folder / "state", config)
-        self._file = self.state.folder / "registry.sqlite"
+        self.home = FleetHome.create(folder / "state", config)
+        self._file = self.home.folder / "registry.sqlite"
         self._postgresql = postgresql
-        self.registry = stack.enter_context(self.state.registry())
+        self.registry = stack.enter_context(self.home.registry())
         self._engine = create_engine(parse_url(url or self._file), pool_pre_ping=True)
         stack.callback(self._engine.dispose)
         self.server = self._start_server()
         stack.callback(lambda: self.server.stop())
-        authority = CertificateAuthority.load(self.state.folder / "ca")
+        authority = CertificateAuthority.load(self.home.folder / "ca")
         self.folders = [folder / f"d{i}" for i in range(num_devices)]
         for each in self.folders:
-            port = self.state.config.port
-            enroll(self.registry, authority, each.name, Role.DEVICE, each, host=HOST, port=port)
+            port = self.home.config.port
+            enroll_identity(
+                self.registry, authority, each.name, Role.DEVICE, each, host=HOST, port=port
+            )
         self._processes = [
             stack.enter_context(
                 process(
@@ -88,7 +90,7 @@ class Flood:
         self.server = self._start_server()
 
     def _start_server(self) -> Child:
-        server = Child("the server", ("fleet.cli", "server", "--home", str(self.state.folder)))
+        server = Child("the server", ("fleet.cli", "server", "--home", str(self.home.folder)))
         server.wait_ready()
         return server
 
@@ -119,7 +121,7 @@ class Flood:
         wait_until(lambda: self.num_stored() >= count, f"{count} reports are stored", WAIT_S)
 
     def generations(self) -> list[str]:
-        """What the registry's table holds, row by row."""
+        """Return the rows of the registry's table."""
         with self._engine.connect() as database:
             return sorted(database.scalars(select(GenerationRecord.generation)))
 
@@ -131,7 +133,7 @@ def flood(
     away_s: float,
     postgresql: PostgresqlServer | None = None,
 ) -> None:
-    """Fails unless every report is in the registry exactly once at the end, and no device keeps any."""
+    """Fail unless the registry has each report exactly once and no device keeps one."""
     each = num_reports // num_devices
     began = time.monotonic()
 
@@ -165,7 +167,7 @@ def flood(
         assert fleet.generations() == sorted(
             f"{it.name}-{i + 1}" for it in fleet.folders for i in range(each)
         )
-        counted = {(row.generations, row.tokens) for row in fleet.registry.stats()}
+        counted = {(row.generations, row.tokens) for row in fleet.registry.stats.per_device()}
         assert counted == {(each, each * TOKENS_A_REPORT)}
 
 

@@ -1,7 +1,8 @@
-"""Devices that report and answer nothing, many in a process: ``python -m tests.system.reporting_devices FOLDER ...``.
+"""Many devices in one process that only report.
 
-Each has its own connection, outbox on disk and `Reporter`. It says ``ready`` when they are connected; then each line on
-stdin is the number of reports that each of them makes, and the end of stdin is theirs.
+``python -m tests.system.reporting_devices FOLDER ...``: each device has its own connection, outbox
+on disk and `Reporter`. The process prints ``ready`` when all are connected. Each line on stdin is
+then a number of reports that every device makes; the end of stdin ends the process.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ REPORTS_A_SESSION: Final = 8
 
 
 class ReportingDevice:
-    """One device in the identity folder `folder`; its reports are ``<name>-1``, ``<name>-2``, ..."""
+    """One device of the identity folder `folder`; its reports are ``<name>-1``, ``<name>-2``."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._identity = Identity.load(folder)

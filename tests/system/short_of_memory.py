@@ -41,7 +41,7 @@ def main(folder: Path, max_new_tokens: int) -> None:
         Agent(link, Bundle.load(folder), config),
     ):
         app.subscribe(
-            topics.reply("device", "app", "+"),
+            topics.device_reply("device", "app", "+"),
             lambda _, payload: replies.put(decode_reply(payload)),
         )
         app.subscribe(
@@ -53,7 +53,9 @@ def main(folder: Path, max_new_tokens: int) -> None:
             prompt = PromptRequest(
                 prompt="How are you?", mode=Mode.STANDALONE, max_new_tokens=length
             )
-            app.publish(topics.prompt("device", "app", request), msgspec.json.encode(prompt), qos=1)
+            app.publish(
+                topics.device_prompt("device", "app", request), msgspec.json.encode(prompt), qos=1
+            )
             while not (reply := replies.get(timeout=WAIT_S)).done:
                 pass
             last.append(reply)

@@ -1,4 +1,4 @@
-"""A share of collaborative answers is put to the cloud, to see whether the exits still agree with it."""
+"""A sample of collaborative answers is verified by the cloud to measure agreement."""
 
 from __future__ import annotations
 

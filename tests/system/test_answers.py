@@ -163,7 +163,7 @@ def test_a_bad_prompt_gets_one_clear_error_and_the_next_is_served(
 ) -> None:
     with memory_fleet() as fleet:
         fleet.start_device(tiny_bundle)
-        fleet.client._transport.publish(topics.prompt(DEVICE, APP, "bad"), payload, qos=1)
+        fleet.client._transport.publish(topics.device_prompt(DEVICE, APP, "bad"), payload, qos=1)
         reply = fleet.next_reply("bad")
         assert reply.done
         assert reply.error is not None
@@ -180,10 +180,10 @@ def test_above_the_limit_of_requests_the_device_says_that_it_is_busy(tiny_bundle
         long = msgspec.json.encode(
             PromptRequest(prompt=PROMPT, mode=Mode.STANDALONE, threshold=1.0, max_new_tokens=400)
         )
-        fleet.client._transport.publish(topics.prompt(DEVICE, APP, "first"), long, qos=1)
+        fleet.client._transport.publish(topics.device_prompt(DEVICE, APP, "first"), long, qos=1)
         with pytest.raises(PromptError, match="busy"):
             fleet.ask(PromptRequest(prompt=PROMPT))
-        fleet.client._transport.publish(topics.cancel(DEVICE, APP, "first"), b"", qos=1)
+        fleet.client._transport.publish(topics.device_cancel(DEVICE, APP, "first"), b"", qos=1)
         while not (reply := fleet.next_reply("first")).done:
             pass
         assert reply.finish_reason in ("cancelled", "stop")
@@ -196,7 +196,7 @@ def test_queued_requests_are_all_answered(tiny_bundle: Bundle) -> None:
             PromptRequest(prompt=PROMPT, mode=Mode.STANDALONE, max_new_tokens=4)
         )
         for i in range(5):
-            fleet.client._transport.publish(topics.prompt(DEVICE, APP, f"r{i}"), one, qos=1)
+            fleet.client._transport.publish(topics.device_prompt(DEVICE, APP, f"r{i}"), one, qos=1)
         for i in range(5):
             while not (reply := fleet.next_reply(f"r{i}")).done:
                 pass

@@ -1,4 +1,4 @@
-"""Auto mode in one answer: it collaborates, goes on alone while the cloud is away, and collaborates again."""
+"""Auto mode in one answer: collaborative, standalone while the cloud is away, and back."""
 
 from __future__ import annotations
 

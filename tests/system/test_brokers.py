@@ -70,7 +70,7 @@ def client_command(program: str, identity: Identity, *arguments: str) -> list[st
 
 
 def lines_of(command: list[str]) -> Iterator[str]:
-    """What a program prints, line by line, as on a terminal: to a pipe it would be held back. Ends it at the end."""
+    """Yield the lines that a program prints to a terminal (a pipe would be buffered); end it."""
     ours, its = pty.openpty()
     with subprocess.Popen(command, stdout=its, close_fds=True) as process, os.fdopen(ours) as lines:
         os.close(its)
@@ -106,10 +106,10 @@ def test_mosquitto_pub_asks_and_mosquitto_sub_shows_the_stream(
     with running_site("amqtt", tmp_path) as site, serving(site, tiny_bundle):
         identity = site.identity("a1")
         subscribe = client_command(
-            "mosquitto_sub", identity, "-t", topics.reply("d1", "a1", "r1"), "-d"
+            "mosquitto_sub", identity, "-t", topics.device_reply("d1", "a1", "r1"), "-d"
         )
         publish = client_command(
-            "mosquitto_pub", identity, "-t", topics.prompt("d1", "a1", "r1"), "-m", message
+            "mosquitto_pub", identity, "-t", topics.device_prompt("d1", "a1", "r1"), "-m", message
         )
         replies = []
         for line in lines_of(subscribe):

@@ -1,4 +1,4 @@
-"""A calibrated bundle keeps its promise on prompts that neither training nor calibration saw; devices use it."""
+"""A calibrated bundle keeps its promise on prompts outside training and calibration."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ import pytest
 from edge_agent.config import AgentConfig
 from fleet.bundles.calibration_file import keep_calibration, read_calibration, write_calibrated
 from fleet.bundles.manifest import Bundle, hash_file
-from fleet.cli.heads import recorded
+from fleet.cli.heads import load_or_record
 from fleet.cli.record_exits import record
 from fleet.errors import ConfigError
 from fleet.exits.calibration import answer_losses, calibrate
 from fleet.exits.records import Records
-from fleet.exits.thresholds import OFF, measure
+from fleet.exits.thresholds import OFF, evaluate_thresholds
 from fleet.protocol.modes import CLOUD
 from fleet.protocol.prompt import PromptRequest
 from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig
-from onnx_export.training.train import TrainConfig, train_heads
+from onnx_export.training.config import TrainConfig
+from onnx_export.training.train import train_heads
 from tests.conftest import MakeTinyBundle
 from tests.system.memory_fleet import memory_fleet
 
@@ -68,7 +69,7 @@ def trained(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def seen(trained: Bundle) -> Records:
-    """What the exits say on the prompts of the calibration."""
+    """Records of the exits on the calibration prompts."""
     return record(trained, prompts(0, 250), 16, 1)
 
 
@@ -76,7 +77,7 @@ def test_the_promise_holds_on_fresh_prompts(trained: Bundle, seen: Records) -> N
     thresholds, calibration = calibrate(seen, TARGET, 0.9)
     fresh = record(trained, prompts(1000, 250), 16, 1)
     assert 1 - answer_losses(fresh, thresholds).mean() >= TARGET
-    assert measure(fresh, thresholds).offload_rate < 1.0
+    assert evaluate_thresholds(fresh, thresholds).offload_rate < 1.0
     assert calibration.num_answers == 250
     assert calibration.num_tokens == len(seen)
 
@@ -113,9 +114,13 @@ def test_a_kept_calibration_is_for_its_own_heads_only(
     manifest = write_calibrated(trained, *calibrate(seen, TARGET, 0.9), tmp_path / "copy")
     keep_calibration(manifest, tmp_path / "kept.json")
     config = ExportConfig(
-        out=tmp_path / "other", exits=EXITS, model=str(tiny_checkpoint), heads=tiny_heads, quantization="fp32",
+        out=tmp_path / "other",
+        exits=EXITS,
+        model=str(tiny_checkpoint),
+        heads=tiny_heads,
+        quantization="fp32",
         calibration=tmp_path / "kept.json",
-    )  # fmt: skip
+    )
     with pytest.raises(ConfigError, match="calibrate the new bundle"):
         export_bundle(config)
     assert not (tmp_path / "other").exists()
@@ -219,14 +224,14 @@ def test_a_recording_serves_its_own_bundle_and_prompts_only(
     kept = tmp_path / "records.npz"
     first.write_text("\n".join(prompts(0, 6)))
     other.write_text("\n".join(prompts(10, 6)))
-    recording = recorded(trained, [first], 8, kept)
-    again = recorded(trained, [first], 8, kept)
+    recording = load_or_record(trained, [first], 8, kept)
+    again = load_or_record(trained, [first], 8, kept)
     np.testing.assert_array_equal(again.records.confidence, recording.records.confidence)
-    assert recorded(trained, [], 64, kept).prompts_sha256 == (hash_file(first),)
+    assert load_or_record(trained, [], 64, kept).prompts_sha256 == (hash_file(first),)
     calibrated = Bundle(
         trained.folder, msgspec.structs.replace(trained.manifest, thresholds=(0.5, 0.5))
     )
-    assert recorded(calibrated, [first], 8, kept).num_prompts == 6
+    assert load_or_record(calibrated, [first], 8, kept).num_prompts == 6
     for files, length, limit in (
         ([other], 8, None),
         ([first], 9, None),
@@ -234,9 +239,9 @@ def test_a_recording_serves_its_own_bundle_and_prompts_only(
         ([first, other], 8, None),
     ):
         with pytest.raises(ConfigError, match="recorded with other prompts"):
-            recorded(trained, files, length, kept, limit)
+            load_or_record(trained, files, length, kept, limit)
     with pytest.raises(ConfigError, match="recorded with another bundle"):
-        recorded(make_tiny_bundle(EXITS), [first], 8, kept)
+        load_or_record(make_tiny_bundle(EXITS), [first], 8, kept)
 
 
 def test_the_batch_changes_nothing_when_answers_wait_for_a_place(
@@ -261,4 +266,4 @@ def test_a_copy_that_cannot_be_written_is_one_line_and_leaves_nothing(
 
 
 def test_thresholds_that_are_off_leave_every_token_to_the_cloud(seen: Records) -> None:
-    assert measure(seen, (OFF, OFF)).offload_rate == 1.0
+    assert evaluate_thresholds(seen, (OFF, OFF)).offload_rate == 1.0

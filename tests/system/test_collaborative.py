@@ -1,4 +1,4 @@
-"""Collaborative mode: sure tokens are the exits', all others the cloud's, however drafts and verdicts met."""
+"""Collaborative mode: confident tokens come from the exits, all others from the cloud."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def reference(whole: WholeModel, prompt: str, threshold: float) -> list[tuple[in
         logits = whole.logits(cascade, cache, decoder.text[cascade.num_tokens :])
         token = (
             (choice.token_id, exit_source(choice.exit_layer))
-            if choice.is_sure
+            if choice.is_confident
             else (int(logits.argmax()), CLOUD)
         )
         answer.append(token)

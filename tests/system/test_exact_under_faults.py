@@ -97,8 +97,7 @@ def test_every_answer_is_the_whole_models_though_each_meets_a_fault(
             print(f"{prompt!r}: {difference}")
             assert difference.gap <= TIE
             num_differing += 1
-    print(
-        f"{sum(len(a.token_ids) for a in answers)} tokens, {num_differing} not the whole model's, each in a tie"
-    )
+    num_tokens = sum(len(answer.token_ids) for answer in answers)
+    print(f"{num_tokens} tokens, {num_differing} not the whole model's, each in a tie")
     noticed = [answer for answer in answers if answer.last.note]
     assert len(noticed) >= num_answers // 2, "the faults came too late to be noticed"

@@ -110,12 +110,17 @@ def test_bundles_that_differ_do_not_talk_and_both_are_named(
 
 
 @pytest.mark.parametrize("garbage", GARBAGE, ids=lambda g: f"{len(g)}bytes")
-def test_garbage_on_every_topic_disturbs_nobody(tiny_bundle: Bundle, garbage: bytes) -> None:
+def test_garbage_on_every_topic_disturbs_no_component(tiny_bundle: Bundle, garbage: bytes) -> None:
     everywhere = [
-        topics.open_session(DEVICE), topics.open_session("UPPER"), topics.to_worker(WORKER, DEVICE, "s1"),
-        topics.to_device(DEVICE, "s1"), topics.worker_status(WORKER + "x"), topics.cancel(DEVICE, "x", "y"),
-        topics.prompt(DEVICE, "x", "y"), f"{topics.PREFIX}/w/{WORKER}/Ä/s1",
-    ]  # fmt: skip
+        topics.open_session(DEVICE),
+        topics.open_session("UPPER"),
+        topics.to_worker(WORKER, DEVICE, "s1"),
+        topics.to_device(DEVICE, "s1"),
+        topics.worker_status(WORKER + "x"),
+        topics.device_cancel(DEVICE, "x", "y"),
+        topics.device_prompt(DEVICE, "x", "y"),
+        f"{topics.PREFIX}/w/{WORKER}/Ä/s1",
+    ]
     with memory_fleet() as fleet:
         fleet.start_worker(tiny_bundle)
         fleet.start_device(tiny_bundle)

@@ -1,4 +1,4 @@
-"""The broker is stopped or killed and started again in the midst of answers: they end, they are right, and counted."""
+"""The broker is stopped or killed during answers: they end, are right, and are counted."""
 
 from __future__ import annotations
 

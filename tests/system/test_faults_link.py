@@ -1,4 +1,4 @@
-"""Links that are slow, narrow, cut or frozen: answers end, they are right, and the neighbour's are, too."""
+"""Links that are slow, narrow, cut or frozen: answers end and are right, as the neighbour's."""
 
 from __future__ import annotations
 

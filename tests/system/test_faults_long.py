@@ -1,4 +1,4 @@
-"""Faults that take long to notice or to pass; they happen side by side, each in a fleet of its own."""
+"""Faults that take long to notice or to pass; they run in parallel, each in its own fleet."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def worker_stopped_for_a_while(fleet: ProcessFleet, parts: ExitStack) -> None:
 
 
 def worker_back_when_another_has_taken_over(fleet: ProcessFleet, parts: ExitStack) -> None:
-    """What a stopped worker says of sessions that it no longer has is not heard."""
+    """Messages of a stopped worker about sessions that it lost are ignored."""
     process = fleet.worker_process(FIRST)
     start_devices(fleet, parts)
 
@@ -109,7 +109,7 @@ def worker_back_when_another_has_taken_over(fleet: ProcessFleet, parts: ExitStac
 
 
 def device_without_power(fleet: ProcessFleet, parts: ExitStack) -> None:
-    """Its app gets an error, the worker forgets the session, and the device answers when it is back."""
+    """Its app gets an error, the worker drops the session, and the device answers later."""
     worker = parts.enter_context(
         fleet.worker(FIRST, WorkerConfig(num_threads=1, session_ttl_s=3.0))
     )
@@ -124,12 +124,14 @@ def device_without_power(fleet: ProcessFleet, parts: ExitStack) -> None:
         fleet.ask(ASKED, fault=power_cut)
     judge(fleet.bundle, ASKED, fleet.ask(ASKED))
     wait_until(
-        lambda: not worker.engine.sessions, "the worker has forgotten what nobody closed", WAIT_S
+        lambda: not worker.engine.sessions,
+        "the worker has dropped the session that was never closed",
+        WAIT_S,
     )
 
 
 def two_devices_with_one_identity(fleet: ProcessFleet, parts: ExitStack) -> None:
-    """They drive each other away; an answer ends, if not well, and is right when one of them is gone."""
+    """They disconnect each other; an answer ends, and is right once one of them has left."""
     start(fleet, parts)
     fleet.device_process(DEVICE)
     with fleet.neighbour_is_served():
@@ -155,10 +157,16 @@ def start_devices(fleet: ProcessFleet, parts: ExitStack) -> None:
 
 Scenario = Callable[[ProcessFleet, ExitStack], None]
 SCENARIOS: tuple[Scenario, ...] = (
-    broker_away_for_60_s, device_half_open, two_devices_with_one_identity, broker_away_for_10_s,
-    worker_back_when_another_has_taken_over, worker_stopped_for_a_while, device_without_power, worker_half_open,
+    broker_away_for_60_s,
+    device_half_open,
+    two_devices_with_one_identity,
+    broker_away_for_10_s,
+    worker_back_when_another_has_taken_over,
+    worker_stopped_for_a_while,
+    device_without_power,
+    worker_half_open,
     broker_away_for_1_s,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")

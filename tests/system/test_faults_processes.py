@@ -34,7 +34,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Iter
 
 @pytest.fixture
 def parts() -> Iterator[ExitStack]:
-    """What a test starts in this process ends with the test."""
+    """End with the test all that it starts in this process."""
     with ExitStack() as stack:
         yield stack
 

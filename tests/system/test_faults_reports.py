@@ -1,4 +1,4 @@
-"""Answers that are given while nobody counts are counted later."""
+"""Answers that are given while no collector runs are counted later."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`edge-agent join` and `run` as processes: a token, a service, a real broker, and a device that serves."""
+"""`edge-agent join` and `run` as processes, with a token, the service and a real broker."""
 
 from __future__ import annotations
 
@@ -33,9 +33,13 @@ ASKED: Final = PromptRequest(prompt="How warm is it?", max_new_tokens=4)
 
 def edge_agent(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "edge_agent", *arguments], capture_output=True, text=True, timeout=TIMEOUT_S,
-        env=os.environ | {"NO_COLOR": "1"}, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "edge_agent", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        env=os.environ | {"NO_COLOR": "1"},
+        check=False,
+    )
 
 
 @contextmanager
@@ -137,7 +141,7 @@ def test_a_device_whose_bundle_did_not_come_has_joined_and_fetches_it_when_it_ru
     there.replace(away)
     joined = fleet.join(tmp_path / "d1")
     assert joined.returncode == 1
-    assert "d1 has joined; its bundle is not here yet" in joined.stderr
+    assert "d1 has joined, but its bundle is missing" in joined.stderr
     away.replace(there)
     with running(tmp_path / "d1"):
         assert fleet.status(online=True).bundle_id == fleet.service.bundle_id
@@ -161,7 +165,7 @@ def test_a_device_that_is_killed_comes_back_on_what_it_had(
         fleet.status(online=True)
         fleet.want(3, bundle=other.bundle_id, max_new_tokens=3)
         status = fleet.status(config_version=3)
-        assert (status.bundle_id, status.config_error) == (other.bundle_id, "")
+        assert (status.bundle_id, status.config_error) == (other.bundle_id, None)
         process.kill()
         process.wait(TIMEOUT_S)
     fleet.status(online=False)

@@ -1,4 +1,4 @@
-"""What a broker loses on the way to an app is asked for again, and comes once."""
+"""Replies that a broker loses on the way to an app are requested again and arrive once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_an_app_whose_link_was_cut_gets_every_reply_once(tiny_bundle: Bundle) ->
 
 
 def test_a_request_that_comes_again_brings_the_same_replies_again(tiny_bundle: Bundle) -> None:
-    topic = topics.prompt(DEVICE, APP, "r1")
+    topic = topics.device_prompt(DEVICE, APP, "r1")
     payload = msgspec.json.encode(ALONE)
     with memory_fleet() as fleet:
         fleet.start_device(tiny_bundle)
@@ -63,12 +63,12 @@ def test_a_device_that_has_forgotten_the_answer_does_not_continue_it_with_anothe
         long = msgspec.structs.replace(ALONE, max_new_tokens=400, temperature=2.0)
         stream = client.ask(DEVICE, long, timeout_s=WAIT_S)
         assert next(stream).seq == 0
-        with agent._turns:  # nobody can step: it is under way when the link goes
+        with agent._model_lock:  # no step can run: the request is in progress when the link fails
             app_link.drop()
         agent.__exit__(None, None, None)
         link.close()
         fleet.start_device(tiny_bundle)
         app_link.restore()
-        with pytest.raises(LinkError, match="was started again and has forgotten"):
+        with pytest.raises(LinkError, match="has restarted without this request"):
             list(stream)
         app_link.close()

@@ -1,4 +1,4 @@
-"""Recorded messages of every kind, damaged 100,000 times: they are read, or refused with typed errors."""
+"""Recorded messages, damaged 100,000 times, are read or refused with typed errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def recorded(tiny_bundle: Bundle) -> list[Recorded]:
 
 
 def read(kind: str, payload: bytes) -> Counter[str]:
-    """How many of a kind's readers took it, and how many refused it; fails where one raises anything else."""
+    """Count the readers that accepted and refused a payload; fail on any other exception."""
     outcomes: Counter[str] = Counter()
     for reader, error in READERS[kind]:
         try:

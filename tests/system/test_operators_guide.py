@@ -1,6 +1,7 @@
-"""The ten lines of the README's guide, typed as a new operator does: on SQLite with amqtt, PostgreSQL with mosquitto.
+"""The ten commands of the README, run as they are written there.
 
-What differs from the page are free ports, and the tiny model in place of the default one.
+They run on SQLite with amqtt, and on PostgreSQL with mosquitto. Two things differ from the page:
+the ports are free ones, and the tiny model takes the place of the default model.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from tests.system.operator import TIMEOUT_S, Operator, operator
 README = (Path(__file__).parents[2] / "README.md").read_text()
 GUIDE = [
     line.split("  #")[0].strip()
-    for line in README.split("## Operator's guide\n\n```sh\n")[1].split("```")[0].splitlines()
+    for line in README.split("## Operator's guide\n")[1].split("```")[1].splitlines()[1:]
 ]
 OUT_S = 10.0
 
 
 def follow_the_guide(operator: Operator) -> None:
-    """Types its lines in order, and looks at what each has done."""
+    """Run the commands in order, and check the effect of each."""
     _, up, enroll, join, run, prompt, stats, config, doctor, revoke = GUIDE
     operator.start(up, "the fleet is up")
     printed = operator.type(enroll)
@@ -39,8 +40,12 @@ def follow_the_guide(operator: Operator) -> None:
     wait_until(lambda: operator.ask("fleet config diff") == [], "the device follows", TIMEOUT_S)
     (row,) = operator.ask("fleet devices")
     assert (row["device"], row["group"], row["online"], row["state"], row["mode"]) == (
-        "kitchen", "home", True, "active", "auto",
-    )  # fmt: skip
+        "kitchen",
+        "home",
+        True,
+        "active",
+        "auto",
+    )
     assert "no problem found" in operator.type(doctor)
     operator.type(revoke)
     wait_until(lambda: not operator.ask("fleet devices")[0]["online"], "it is out", OUT_S)

@@ -1,4 +1,4 @@
-"""With every exit off the answer is the whole model's, token for token, at every split, exit and upload layer."""
+"""With every exit off the answer is the whole model's at every split and upload layer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.system.memory_fleet import memory_fleet
 
 PROMPTS = ("How warm is it?", "Say something about rivers.", "0123456789 " * 8)
 LAYOUTS = [
-    ((1,), 1), ((2,), 2), ((3,), 3), ((1, 2), 2), ((1, 2), 1), ((1, 3), 3), ((1, 3), 1), ((2, 3), 3), ((2, 3), 2),
-    ((1, 2, 3), 3), ((1, 2, 3), 2), ((1, 2, 3), 1),
+    ((1,), 1), ((2,), 2), ((3,), 3), ((1, 2), 2), ((1, 2), 1), ((1, 3), 3), ((1, 3), 1),
+    ((2, 3), 3), ((2, 3), 2), ((1, 2, 3), 3), ((1, 2, 3), 2), ((1, 2, 3), 1),
 ]  # fmt: skip
 
 

@@ -27,13 +27,18 @@ from tests.brokers import free_port
 
 TIMEOUT_S = 180
 COLORS = {"NO_COLOR": "1"}
+PICTURE_WIDTH = 1238.0  # of 100 columns
 
 
 def fleet(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "fleet.cli", *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+        [sys.executable, "-m", "fleet.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
         env=os.environ | COLORS,
-    )  # fmt: skip
+    )
 
 
 def fleet_json(*arguments: str) -> Any:
@@ -60,7 +65,7 @@ def started(title: str, *arguments: str) -> Iterator[Child]:
 
 
 @pytest.fixture(scope="module")
-def state(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Iterator[Path]:
+def home(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Iterator[Path]:
     """A running fleet with one device, `gateway`."""
     folder = tmp_path_factory.mktemp("fleet")
     where = str(folder / "state")
@@ -129,8 +134,51 @@ def test_the_demo_is_plain_text_in_a_pipe(tiny_bundle: Bundle) -> None:
     assert "what the registry counted" in result.stdout
 
 
-def test_an_operator_prompts_and_sees_the_counts(state: Path) -> None:
-    where = ("--home", str(state))
+def test_the_picture_of_the_demo_is_an_svg_of_fixed_width(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    path = tmp_path / "demo.svg"
+    bundle = ("--bundle", str(tiny_bundle.folder))
+    prompt = ("--prompt", "hello", "--max-new-tokens", "40")
+    result = fleet("demo", *bundle, *prompt, "--picture", str(path))
+    assert result.returncode == 0, result.stderr
+    assert "what the registry counted" in result.stdout
+    svg = path.read_text()
+    text = " ".join(svg.replace("&#160;", " ").split())
+    assert "fleet demo" in text
+    assert "&gt; hello" in text
+    assert "what the registry counted" in text
+    assert 'class="fleet-demo-matrix"' in svg
+    assert "the device" not in text
+    width = float(svg.split('viewBox="0 0 ')[1].split()[0])
+    assert width == PICTURE_WIDTH
+
+
+def test_a_prompt_needs_no_database(home: Path) -> None:
+    program = "import sys; sys.modules['sqlalchemy'] = None; from fleet.cli import main; main()"
+    arguments = ("prompt", "gateway", "hello", "--max-new-tokens", "3", "--home", str(home))
+    result = subprocess.run(
+        [sys.executable, "-c", program, *arguments, "--json"],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    out = json.loads(result.stdout)
+    assert set(out) == {"bundle_id", "results"}
+    assert len(out["results"][0]["token_ids"]) == 3
+
+
+def test_a_prompt_to_an_unknown_device_says_how_to_enrol_it(home: Path) -> None:
+    result = fleet("prompt", "ghost", "hello", "--home", str(home))
+    assert result.returncode == 1
+    assert "unknown device 'ghost'" in result.stderr
+    assert "fleet enroll ghost" in result.stderr
+
+
+def test_an_operator_prompts_and_sees_the_counts(home: Path) -> None:
+    where = ("--home", str(home))
     before = fleet_json("stats", "gateway", *where)
     out = fleet_json(
         "prompt", "gateway", "hello", "--threshold", "1", "--max-new-tokens", "5", *where
@@ -138,12 +186,20 @@ def test_an_operator_prompts_and_sees_the_counts(state: Path) -> None:
     (result,) = out["results"]
     assert set(result["sources"]) == {"cloud"}
     assert set(result) == {
-        "prompt", "text", "token_ids", "finish_reason", "sources", "offload_rate", "bytes_up", "bytes_down", "ttft_ms",
+        "prompt",
+        "text",
+        "token_ids",
+        "finish_reason",
+        "sources",
+        "offload_rate",
+        "bytes_up",
+        "bytes_down",
+        "ttft_ms",
         "tpot_ms",
         "round_trips",
         "drafted",
         "switches",
-    }  # fmt: skip
+    }
 
     counted = before[0]["tokens"] + len(result["token_ids"])
     wait_for(lambda: fleet_json("stats", "gateway", *where)[0]["tokens"] == counted)
@@ -152,18 +208,32 @@ def test_an_operator_prompts_and_sees_the_counts(state: Path) -> None:
     assert fleet_json("stats", "gateway", "--since", "2999-01-01", *where)[0]["tokens"] == 0
 
 
-def test_a_conversation_in_the_terminal(state: Path) -> None:
+def test_a_conversation_in_the_terminal(home: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "fleet.cli", "chat", "gateway", "--max-new-tokens", "4", "--home", str(state)],
-        input="hello\nand again\n\n", capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+        [
+            sys.executable,
+            "-m",
+            "fleet.cli",
+            "chat",
+            "gateway",
+            "--max-new-tokens",
+            "4",
+            "--home",
+            str(home),
+        ],
+        input="hello\nand again\n\n",
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
         env=os.environ | COLORS,
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("tokens:") == 2
 
 
-def test_a_mode_that_a_device_does_not_know_never_reaches_it(state: Path) -> None:
-    result = fleet("prompt", "gateway", "hello", "--mode", "psychic", "--home", str(state))
+def test_a_mode_that_a_device_does_not_know_never_reaches_it(home: Path) -> None:
+    result = fleet("prompt", "gateway", "hello", "--mode", "psychic", "--home", str(home))
     assert result.returncode == 1
     assert "psychic" in result.stderr
 
@@ -174,26 +244,26 @@ def test_a_worker_killed_with_9_in_mid_answer_and_started_again(
     config = FleetConfig(
         host="127.0.0.1", port=free_port(), bundle=str(tiny_bundle.folder), service_port=0
     )
-    state = FleetHome.create(tmp_path / "state", config)
+    home = FleetHome.create(tmp_path / "state", config)
     device = tmp_path / "gw"
     app = tmp_path / "app"
-    state.enroll("gw", Role.DEVICE, device)
+    home.enroll("gw", Role.DEVICE, device)
     request = PromptRequest(prompt="Tell me about rivers.", threshold=1.0, max_new_tokens=100)
     worker = (
         "the worker",
         "cloud_broker_worker",
         "run",
-        str(state.folder / "identities" / WORKER),
+        str(home.folder / "identities" / WORKER),
         "--threads",
         "1",
     )
     with ExitStack() as stack:
         stack.enter_context(
-            started("the broker", "fleet.cli", "server", "--home", str(state.folder))
+            started("the broker", "fleet.cli", "server", "--home", str(home.folder))
         )
         first = stack.enter_context(started(*worker))
         stack.enter_context(started("gw", "edge_agent", "run", str(device), "--threads", "1"))
-        identity = state.enroll("app", Role.APP, app, allow=("gw",))
+        identity = home.enroll("app", Role.APP, app, allow=("gw",))
         client = PromptClient(stack.enter_context(MqttTransport.connect(identity)))
         replies = []
         for reply in client.ask("gw", request, timeout_s=TIMEOUT_S):

@@ -1,4 +1,4 @@
-"""The default model itself: what a person sees in `fleet demo` is the whole model's, and the exits are real."""
+"""The default model: `fleet demo` gives the whole model's text, and the exits are real."""
 
 from __future__ import annotations
 

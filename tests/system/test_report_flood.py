@@ -9,14 +9,14 @@ from tests.postgresql import Databases
 from tests.system.report_flood import flood
 
 
-def test_every_report_of_a_flood_is_counted_once_though_the_server_is_killed_and_its_database_locked(
+def test_a_flood_is_counted_once_though_the_server_is_killed_and_its_database_locked(
     tmp_path: Path,
 ) -> None:
     """At its full size this is ``python -m tests.system.report_flood``."""
     flood(tmp_path, num_devices=40, num_reports=4000, away_s=2.0)
 
 
-def test_every_report_of_a_flood_is_counted_once_though_the_databases_server_stops(
+def test_a_flood_is_counted_once_though_the_databases_server_stops(
     tmp_path: Path, postgresql: Databases
 ) -> None:
     del postgresql  # which others use: this server is stopped

@@ -1,4 +1,4 @@
-"""Several requests on one device: they share its weights, each has its own caches, and none holds up another."""
+"""Several requests on one device share its weights, not caches, and none blocks another."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LONG = 8_000
 
 @pytest.fixture(scope="module")
 def long_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The tiny model with room for 8,192 positions and wide heads: their caches take tens of megabytes."""
+    """The tiny model with 8,192 positions and wide heads: caches of tens of megabytes."""
     folder = tmp_path_factory.mktemp("long")
     checkpoint = make_tiny_checkpoint(
         folder / "checkpoint", max_position_embeddings=8192, head_dim=128
@@ -55,11 +55,13 @@ def long_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 def ask_in_background(fleet: MemoryFleet, request: str, prompt: PromptRequest) -> None:
     """Publishes a prompt; the replies are read with `finish` or `fleet.next_reply`."""
-    fleet.watcher.publish(topics.prompt(DEVICE, APP, request), msgspec.json.encode(prompt), qos=1)
+    fleet.watcher.publish(
+        topics.device_prompt(DEVICE, APP, request), msgspec.json.encode(prompt), qos=1
+    )
 
 
 def cancel(fleet: MemoryFleet, request: str) -> None:
-    fleet.watcher.publish(topics.cancel(DEVICE, APP, request), b"", qos=1)
+    fleet.watcher.publish(topics.device_cancel(DEVICE, APP, request), b"", qos=1)
 
 
 def finish(fleet: MemoryFleet, request: str) -> Answer:
@@ -79,7 +81,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def both_waiting(agent: Agent) -> Callable[[], bool]:
-    return lambda: agent._turns.num_waiting == 2
+    return lambda: agent._model_lock.num_waiting == 2
 
 
 @pytest.mark.parametrize("mode", [Mode.STANDALONE, Mode.COLLABORATIVE, Mode.VERIFIED])
@@ -101,7 +103,7 @@ def test_two_requests_take_turns_and_each_gets_the_answer_that_it_gets_alone(
         fleet.start_worker(tiny_bundle)
         agent, _ = fleet.start_device(tiny_bundle)
         alone = [fleet.ask(prompt).token_ids for prompt in prompts]
-        with agent._turns:  # nobody can step: both begin together
+        with agent._model_lock:  # no step can run: both begin together
             for prompt in prompts:
                 ask_in_background(fleet, str(prompt.seed), prompt)
             wait_until(both_waiting(agent))
@@ -117,11 +119,11 @@ def test_two_requests_are_under_way_at_the_same_time(tiny_bundle: Bundle) -> Non
     prompt = msgspec.structs.replace(ALONE, max_new_tokens=300, temperature=2.0)
     with memory_fleet() as fleet:
         agent, _ = fleet.start_device(tiny_bundle)
-        with agent._turns:
+        with agent._model_lock:
             for request in ("a", "b"):
                 ask_in_background(fleet, request, prompt)
             wait_until(both_waiting(agent))
-        with agent._turns:  # after those who waited: each has had one turn
+        with agent._model_lock:  # after those who waited: each has had one turn
             begun = [fleet.next_reply(request) for request in ("a", "b")]
             wait_until(both_waiting(agent))  # and both want another
         for request in ("a", "b"):
@@ -131,7 +133,7 @@ def test_two_requests_are_under_way_at_the_same_time(tiny_bundle: Bundle) -> Non
     assert not any(reply.done for reply in begun)
 
 
-def test_a_request_whose_worker_never_answers_holds_up_nobody(tiny_bundle: Bundle) -> None:
+def test_a_request_whose_worker_never_answers_blocks_no_other(tiny_bundle: Bundle) -> None:
     opened: queue.Queue[Open] = queue.Queue()
 
     def on_open(_: str, payload: bytes) -> None:
@@ -178,7 +180,9 @@ def test_twenty_requests_on_four_slots_are_all_answered(tiny_bundle: Bundle) -> 
     assert {report.request for report in reports} == set(prompts)
 
 
-def test_a_request_waits_until_its_caches_fit_and_nobody_overtakes_it(long_bundle: Bundle) -> None:
+def test_a_request_waits_until_its_caches_fit_and_no_other_overtakes_it(
+    long_bundle: Bundle,
+) -> None:
     with memory_fleet() as fleet:
         agent, _ = fleet.start_device(
             long_bundle, AgentConfig(num_threads=1, cache_budget_mb=1, max_positions=8192)
@@ -187,9 +191,9 @@ def test_a_request_waits_until_its_caches_fit_and_nobody_overtakes_it(long_bundl
         large, small = (
             msgspec.structs.replace(ALONE, max_new_tokens=n) for n in (most * 2 // 3, 1)
         )
-        with agent._turns:
+        with agent._model_lock:
             ask_in_background(fleet, "large", large)
-            wait_until(lambda: agent._turns.num_waiting == 1)
+            wait_until(lambda: agent._model_lock.num_waiting == 1)
             ask_in_background(fleet, "larger", large)
             ask_in_background(fleet, "small", small)
             wait_until(lambda: agent._jobs.num_waiting == 2)
@@ -216,9 +220,9 @@ def test_a_request_cancelled_while_it_waits_leaves_at_once_without_a_token(
         )
         most = agent._jobs.budget_bytes // Cascade.num_bytes(agent._partition, 1)
         large = msgspec.structs.replace(ALONE, max_new_tokens=most * 2 // 3)
-        with agent._turns:
+        with agent._model_lock:
             ask_in_background(fleet, "running", large)
-            wait_until(lambda: agent._turns.num_waiting == 1)
+            wait_until(lambda: agent._model_lock.num_waiting == 1)
             ask_in_background(fleet, "waiting", large)
             wait_until(lambda: agent._jobs.num_waiting == 1)
             cancel(fleet, "waiting")
@@ -254,7 +258,7 @@ def test_an_answer_of_more_replies_than_a_link_keeps_is_repeated_whole(
 ) -> None:
     asked = msgspec.structs.replace(ALONE, max_new_tokens=MAX_QUEUED + 100)
     config = AgentConfig(num_threads=1, max_positions=2 * MAX_QUEUED)
-    topic = topics.prompt("d1", "a1", "r1")
+    topic = topics.device_prompt("d1", "a1", "r1")
     replies = Inbox()
     with (
         running_site("amqtt", tmp_path) as site,
@@ -262,7 +266,7 @@ def test_an_answer_of_more_replies_than_a_link_keeps_is_repeated_whole(
         site.connect("d1") as link,
         Agent(link, long_bundle, config),
     ):
-        app.subscribe(topics.reply("d1", "a1", "r1"), replies, qos=1)
+        app.subscribe(topics.device_reply("d1", "a1", "r1"), replies, qos=1)
         for _ in range(2):
             app.publish(topic, msgspec.json.encode(asked), qos=1)
             seqs = [decode_reply(replies.get(WAIT_S)[1]).seq for _ in range(MAX_QUEUED + 101)]
@@ -272,9 +276,13 @@ def test_an_answer_of_more_replies_than_a_link_keeps_is_repeated_whole(
 def test_a_request_for_more_memory_than_the_process_gets_fails_alone(long_bundle: Bundle) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.system.short_of_memory", str(long_bundle.folder), str(LONG)],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120, check=False,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
         env=os.environ | {"MALLOC_ARENA_MAX": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     large, small = found["replies"]

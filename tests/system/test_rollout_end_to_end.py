@@ -1,5 +1,7 @@
-"""A real device takes a bundle that is rolled out, is served by a worker of it, and goes back from one that does not
-start: with the commands that an operator types."""
+"""A real device installs a bundle that is rolled out, and returns from one that does not start.
+
+The test runs the commands that an operator types.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from fleet.bundles.manifest import Bundle, read_manifest, write_manifest
 from tests.brokers import wait_until
 from tests.system.operator import TIMEOUT_S, Operator, operator
 
-ROLLOUT = "fleet bundle rollout {} --canary 1 --stages 100 --observe 1s --min-answers 2 --offline-after 60s"
+LIMITS = "--observe 1s --min-answers 2 --offline-after 60s"
+ROLLOUT = "fleet bundle rollout {} --canary 1 --stages 100 " + LIMITS
 ASK = 'fleet prompt kitchen "How warm is it?" --max-new-tokens 8'
 
 
@@ -47,7 +50,7 @@ def serving(operator: Operator) -> str:
 
 
 def unstartable(bundle: Bundle, folder: Path) -> Bundle:
-    """A bundle whose every file is right, for a processor that nobody has."""
+    """A bundle whose files are all right, for a processor that does not exist."""
     shutil.copytree(bundle.folder, folder)
     write_manifest(
         folder, msgspec.structs.replace(read_manifest(folder), instruction_set="from-the-future")

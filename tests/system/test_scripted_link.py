@@ -1,4 +1,4 @@
-"""Auto mode over a real link that is good, slow, gone and back: the switches of each answer say what was decided."""
+"""Auto mode over a link that is good, slow, down and back; each answer lists its switches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from tests.system.process_fleet import FIRST, SLOW, ProcessFleet, process_fleet
 pytestmark = pytest.mark.mosquitto
 
 TARGET_MS = 120.0
-MOST_ANSWERS = 5  # a wait that was right for the old link is lost first, and doubled, until the new one is measured
+# A wait that was right for the old link is lost first, then doubled until the new one is measured.
+MOST_ANSWERS = 5
 PROMPT = PromptRequest(
     prompt="Tell me about the sea.",
     mode=Mode.AUTO,

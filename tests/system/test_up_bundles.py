@@ -1,4 +1,4 @@
-"""`fleet up` hands its bundle out, and starts a worker for another one as soon as a device is wanted on it."""
+"""`fleet up` serves its bundle, and starts a worker for another bundle that is desired."""
 
 from __future__ import annotations
 
@@ -39,20 +39,24 @@ def test_a_wanted_bundle_gets_a_worker_of_its_own_until_the_fleet_goes(
     heard: dict[str, WorkerStatus] = {}
 
     def hear(topic: str, payload: bytes) -> None:
-        heard[topics.parse(topic, "w", "+", "status")[0]] = decode_status(payload, WorkerStatus)
+        heard[topics.parse_topic(topic, topics.WORKER_STATUS_FILTER)[0]] = decode_status(
+            payload, WorkerStatus
+        )
 
     with ExitStack() as stack:
         up = stack.enter_context(child("the fleet", "fleet.cli", "up", *options))
         up.wait_ready(WAIT_S)
-        state = FleetHome.load(folder)
-        kept = state.bundles / tiny_bundle.manifest.bundle_id
+        home = FleetHome.load(folder)
+        kept = home.bundles / tiny_bundle.manifest.bundle_id
         assert verify_bundle(kept, folder / "ca" / "ca.pem").signature == "valid"
-        state.enroll("gw", Role.DEVICE, tmp_path / "gw")
-        bundle_id = state.keep_bundle(other.folder)
-        registry = stack.enter_context(state.registry())
-        link = stack.enter_context(MqttTransport.connect(stack.enter_context(state.operator())))
+        home.enroll("gw", Role.DEVICE, tmp_path / "gw")
+        bundle_id = home.keep_bundle(other.folder)
+        registry = stack.enter_context(home.registry())
+        link = stack.enter_context(MqttTransport.connect(stack.enter_context(home.operator())))
         link.subscribe(topics.WORKER_STATUS_FILTER, hear, qos=1)
-        registry.change_settings(Target(Scope.DEVICE, "gw"), lambda _: Settings(bundle=bundle_id))
+        registry.desired_state.change_settings(
+            Target(Scope.DEVICE, "gw"), lambda _: Settings(bundle=bundle_id)
+        )
         wait_until(
             lambda: "worker-2" in heard and heard["worker-2"].online,
             "a second worker is there",

@@ -1,4 +1,4 @@
-"""`fleet up --broker mosquitto`: a real broker beside the server, which keeps it equal to the registry."""
+"""`fleet up --broker mosquitto`: a real broker that the server keeps equal to the registry."""
 
 from __future__ import annotations
 
@@ -35,14 +35,24 @@ NUM_TOKENS = 24
 
 
 class UpFleet:
-    """`fleet up --broker mosquitto` as a process; `pids` are those that it names: mosquitto's, the server's, ..."""
+    """`fleet up --broker mosquitto` as a process; `pids` are those that it prints."""
 
     def __init__(self, folder: Path, bundle: Bundle, stack: ExitStack) -> None:
         self.port = free_port()
         command = (
-            "fleet.cli", "up", "--broker", "mosquitto", "--home", str(folder / "state"), "--port", str(self.port),
-            "--service-port", "0", "--bundle", str(bundle.folder),
-        )  # fmt: skip
+            "fleet.cli",
+            "up",
+            "--broker",
+            "mosquitto",
+            "--home",
+            str(folder / "state"),
+            "--port",
+            str(self.port),
+            "--service-port",
+            "0",
+            "--bundle",
+            str(bundle.folder),
+        )
         self.process = subprocess.Popen(
             [sys.executable, "-m", *command],
             stdout=subprocess.PIPE,
@@ -51,7 +61,7 @@ class UpFleet:
         )
         stack.callback(self.end)
         self.pids = self._pids_until_up()
-        self.state = FleetHome.load(folder / "state")
+        self.home = FleetHome.load(folder / "state")
 
     def _pids_until_up(self) -> list[int]:
         assert self.process.stdout is not None
@@ -66,10 +76,10 @@ class UpFleet:
         return pids
 
     def enroll(self, name: str, role: Role, folder: Path, allow: tuple[str, ...] = ()) -> Identity:
-        return self.state.enroll(name, role, folder / name, allow=allow)
+        return self.home.enroll(name, role, folder / name, allow=allow)
 
     def end(self) -> str:
-        """What it has said on stderr, once it has ended."""
+        """Return its error output, once it has ended."""
         self.process.terminate()
         try:
             return self.process.communicate(timeout=WAIT_S)[1]
@@ -95,8 +105,8 @@ def test_a_fleet_with_mosquitto_answers_and_a_revoked_device_is_out_within_five_
             "How warm is it?", NUM_TOKENS
         )
         with raw.connected(fleet.enroll("thief", Role.DEVICE, tmp_path)) as thief:
-            with fleet.state.registry() as registry:
-                registry.revoke("thief")
+            with fleet.home.registry() as registry:
+                registry.identities.revoke("thief")
             thief.settimeout(OUT_S)
             assert raw.is_closed(thief)
         assert not can_connect(Identity.load(tmp_path / "thief"))
@@ -104,7 +114,7 @@ def test_a_fleet_with_mosquitto_answers_and_a_revoked_device_is_out_within_five_
             list(client.ask("gw", request, timeout_s=WAIT_S))[-1].finish_reason
             == replies[-1].finish_reason
         )
-        worker = Identity.load(fleet.state.folder / "identities" / WORKER)
+        worker = Identity.load(fleet.home.folder / "identities" / WORKER)
         assert worker.config.shared_subscriptions
         fleet.process.terminate()
         assert fleet.process.wait(WAIT_S) == 0
@@ -114,7 +124,7 @@ def test_a_fleet_with_mosquitto_answers_and_a_revoked_device_is_out_within_five_
 def test_a_device_that_comes_before_its_rights_is_heard_once_it_has_them(
     tmp_path: Path, tiny_bundle: Bundle
 ) -> None:
-    """Until mosquitto has read the new rights it sends such a device nothing and drops what it says, without a word."""
+    """Until mosquitto has read the new rights it silently drops the messages of such a device."""
     with ExitStack() as stack:
         fleet = UpFleet(tmp_path, tiny_bundle, stack)
         transport = stack.enter_context(
@@ -129,9 +139,11 @@ def test_a_device_that_comes_before_its_rights_is_heard_once_it_has_them(
             topics.WORKER_STATUS_FILTER, lambda topic, payload: heard.set(), qos=1, retained=True
         )
         assert heard.wait(WAIT_S)
-        with fleet.state.registry() as registry:
+        with fleet.home.registry() as registry:
             wait_until(
-                lambda: registry.devices()[0].online, "the device's word is in the registry", WAIT_S
+                lambda: registry.stats.devices()[0].online,
+                "the device's status is in the registry",
+                WAIT_S,
             )
 
 

@@ -1,4 +1,4 @@
-"""`fleet up` with several workers, as processes: they share the devices, and one may go while the others serve."""
+"""`fleet up` with several workers: they share the devices, and one may stop."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MANY_TOKENS = 300  # of an answer that goes on for longer than it takes to stop 
 
 @dataclass
 class Told:
-    """What `fleet up` prints of one of its processes."""
+    """The line that `fleet up` prints for one of its processes."""
 
     pid: int
     url: str
@@ -48,9 +48,21 @@ class UpFleet:
     def __init__(self, folder: Path, bundle: Bundle, stack: ExitStack) -> None:
         state = folder / "state"
         command = (
-            "fleet.cli", "up", "--home", str(state), "--port", str(free_port()), "--bundle", str(bundle.folder),
-            "--workers", "2", "--metrics-port", "0", "--service-port", "0",
-        )  # fmt: skip
+            "fleet.cli",
+            "up",
+            "--home",
+            str(state),
+            "--port",
+            str(free_port()),
+            "--bundle",
+            str(bundle.folder),
+            "--workers",
+            "2",
+            "--metrics-port",
+            "0",
+            "--service-port",
+            "0",
+        )
         self.process = subprocess.Popen(
             [sys.executable, "-m", *command],
             stdout=subprocess.PIPE,
@@ -62,9 +74,13 @@ class UpFleet:
         told = [re.search(r"metrics on (\S+) \(process (\d+)\)", line) for line in lines]
         self.server, *self.workers = [Told(int(found[2]), found[1]) for found in told if found]
         fleet = FleetHome.load(state)
-        device, app = (fleet.enroll(name, role, folder / name, allow=allow) for name, role, allow in (
-            ("gw", Role.DEVICE, ()), ("app", Role.APP, ("gw",)),
-        ))  # fmt: skip
+        device, app = (
+            fleet.enroll(name, role, folder / name, allow=allow)
+            for name, role, allow in (
+                ("gw", Role.DEVICE, ()),
+                ("app", Role.APP, ("gw",)),
+            )
+        )
         self.device: Child = stack.enter_context(
             child("gw", "edge_agent", "run", str(device.folder), "--threads", "1")
         )
@@ -93,7 +109,7 @@ def is_ready(url: str) -> bool:
 
 
 def end(process: subprocess.Popen[str]) -> str:
-    """What it has said on stderr, once it has ended."""
+    """Return its error output, once it has ended."""
     process.terminate()
     try:
         return process.communicate(timeout=WAIT_S)[1]
@@ -137,11 +153,11 @@ def test_two_workers_serve_and_each_process_tells_of_itself(
 
 
 def holders(workers: list[Told]) -> list[Told]:
-    """Those that have a session."""
+    """The workers that have a session."""
     return [told for told in workers if scrape(told.url)["fleet_worker_sessions"]]
 
 
-def test_a_worker_that_is_told_to_stop_drains_while_the_other_serves_and_the_last_that_dies_is_named(
+def test_a_stopped_worker_drains_while_the_other_serves_and_a_dead_last_one_is_named(
     tmp_path: Path, tiny_bundle: Bundle
 ) -> None:
     prompt = "Tell me about rivers."
@@ -176,7 +192,7 @@ def test_a_worker_that_is_told_to_stop_drains_while_the_other_serves_and_the_las
             line for line in end(fleet.process).splitlines() if line.startswith("fleet: worker")
         ]
     assert re.fullmatch(
-        r"fleet: worker worker-\d ended with exit status 0; 1 of 2 workers go on", left
+        r"fleet: worker worker-\d ended with exit status 0; 1 of 2 workers continue", left
     )
     assert re.fullmatch(r"fleet: worker worker-\d ended with exit status -9; see above", died)
 
@@ -218,7 +234,11 @@ def test_parts_that_are_started_one_by_one_meet_at_a_broker_that_runs_elsewhere(
         assert fleet_command("enroll", name, *out, *where).returncode == 0
     fleet = FleetHome.load(tmp_path / "state")
     with fleet.registry() as registry:
-        grants = [granted for name in ("w1", "w2", COLLECTOR) if (granted := registry.grants(name))]
+        grants = [
+            granted
+            for name in ("w1", "w2", COLLECTOR)
+            if (granted := registry.identities.grants(name))
+        ]
     config = write_config(tmp_path / "mosquitto", port, fleet.server_tls(), grants)
     with ExitStack() as stack:
         broker = subprocess.Popen([find_mosquitto("mosquitto"), "-c", str(config)])

@@ -1,4 +1,4 @@
-"""Verified mode: whoever drafts, and whatever happens on the way, the text is the whole model's, token for token."""
+"""Verified mode: the text is the whole model's, token for token, under every fault."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_a_cancelled_one_ends_while_it_waits(tiny_bundle: Bundle) -> None:
     with memory_fleet() as fleet:
         fleet.start_device(tiny_bundle, AgentConfig(num_threads=1, max_concurrent_requests=1))
         stream = fleet.client.ask(DEVICE, verified(PROMPTS[0]), timeout_s=0.2)
-        with pytest.raises(Exception, match="did not answer"):
+        with pytest.raises(Exception, match="did not respond"):
             next(stream)
         cancelled = fleet.reports.get(timeout=WAIT_S)
         assert (cancelled.finish_reason, cancelled.tokens) == ("cancelled", 0)

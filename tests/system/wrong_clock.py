@@ -1,4 +1,4 @@
-"""``python -m tests.system.wrong_clock SECONDS run DIR``: a device whose clock is wrong by so much."""
+"""A device with a wrong clock: ``python -m tests.system.wrong_clock SECONDS run DIR``."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Identities: their life cycle, certificates, enrolment tokens and rights."""
+"""Identities: enrolment, certificates, lifecycle and grants."""

@@ -1,24 +1,32 @@
-"""Certificates that the fleet's authority gave out: whose they are, and whether they still count."""
+"""Certificates that the fleet's authority issued, and the lists of those that are revoked."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from sqlalchemy import select, update
+from sqlalchemy import ColumnElement, and_, or_, select, update
 from sqlalchemy.orm import Session
 
-from fleet.errors import CredentialsError, StateError
+from fleet.errors import CredentialsError, CsrError, StateError, TokenNameError
 from fleet.protocol.access import Role
-from fleet.registry.identities.states import IdentityState, state_at
+from fleet.registry.audit import audit
+from fleet.registry.identities.lifecycle import (
+    IdentityChange,
+    IdentityState,
+    next_state,
+    state_at,
+)
 from fleet.registry.models import CertificateRecord, IdentityRecord
-from fleet.registry.results import IssuedCertificate
+from fleet.registry.results import Certified, IssuedCertificate, RevokedCertificate
 
 MakeCertificate = Callable[[str, Role], IssuedCertificate]
-"""Signs for a name and its role."""
+"""Signs a certificate for a name and its role."""
+
+BARRED = (IdentityState.SUSPENDED, IdentityState.REVOKED)
 
 
 def keep_certificate(db: Session, record: IdentityRecord, issued: IssuedCertificate) -> None:
-    """Makes `issued` the newest certificate of an identity."""
+    """Store `issued` as the newest certificate of an identity."""
     record.fingerprint = issued.fingerprint
     record.not_after = issued.not_after
     db.flush()
@@ -36,7 +44,7 @@ def keep_certificate(db: Session, record: IdentityRecord, issued: IssuedCertific
 
 
 def certificate_of_key(db: Session, name: str, key_hash: str) -> CertificateRecord | None:
-    """The newest certificate of `name` for one key, unless it was revoked."""
+    """Return the newest certificate of `name` for one key, unless it was revoked."""
     query = (
         select(CertificateRecord)
         .where(CertificateRecord.name == name, CertificateRecord.key_hash == key_hash)
@@ -47,31 +55,65 @@ def certificate_of_key(db: Session, name: str, key_hash: str) -> CertificateReco
     return db.scalar(query)
 
 
+def knows_certificate(db: Session, name: str, fingerprint: str) -> bool:
+    """Whether a certificate of `name` with this SHA-256 is valid: the newest, or not revoked."""
+    stored = select(CertificateRecord.revoked_at).where(
+        CertificateRecord.name == name, CertificateRecord.fingerprint == fingerprint
+    )
+    if row := db.execute(stored).first():
+        return row.revoked_at is None
+    newest = db.scalar(select(IdentityRecord.fingerprint).where(IdentityRecord.name == name))
+    return bool(fingerprint) and newest == fingerprint
+
+
 def revoke_certificates(db: Session, name: str, now: float) -> list[str]:
-    """Revokes all certificates of `name`; the serials of those that were not revoked before."""
-    theirs = CertificateRecord.name == name, CertificateRecord.revoked_at.is_(None)
-    serials = list(db.scalars(select(CertificateRecord.serial).where(*theirs)))
-    db.execute(update(CertificateRecord).where(*theirs).values(revoked_at=now))
+    """Revoke all certificates of `name`; return the serials of those that were valid until now."""
+    valid = (CertificateRecord.name == name, CertificateRecord.revoked_at.is_(None))
+    serials = list(db.scalars(select(CertificateRecord.serial).where(*valid)))
+    db.execute(update(CertificateRecord).where(*valid).values(revoked_at=now))
     return serials
 
 
+def revoked_certificates(db: Session, now: float) -> list[RevokedCertificate]:
+    """Return the certificates that may not be used and have not ended yet, by serial.
+
+    They are revoked, or their identity is suspended or revoked. Those of a suspended identity
+    become valid again when it is resumed: they are on hold (RFC 5280 section 5.3.1).
+    """
+    query = (
+        select(CertificateRecord.serial, CertificateRecord.name, CertificateRecord.revoked_at)
+        .join(IdentityRecord, IdentityRecord.name == CertificateRecord.name)
+        .where(
+            CertificateRecord.not_after > now,
+            or_(CertificateRecord.revoked_at.is_not(None), IdentityRecord.state.in_(BARRED)),
+        )
+        .order_by(CertificateRecord.serial)
+    )
+    return [RevokedCertificate(*row) for row in db.execute(query)]
+
+
+def is_denied(now: float) -> ColumnElement[bool]:
+    """Condition: the identity is suspended, revoked or expired."""
+    has_expired = and_(
+        IdentityRecord.state == IdentityState.ACTIVE, IdentityRecord.not_after <= now
+    )
+    return or_(IdentityRecord.state.in_(BARRED), has_expired)
+
+
 def holder(db: Session, fingerprint: str, now: float) -> IdentityRecord:
-    """The active identity whose certificate it is.
+    """Return the active identity that holds a certificate.
 
     Raises:
-        CredentialsError: nobody's, as far as the registry knows.
+        CredentialsError: the registry does not know the certificate.
         StateError: the certificate was revoked, or its identity is not active.
     """
-    certificate = db.scalar(
-        select(CertificateRecord).where(CertificateRecord.fingerprint == fingerprint)
-    )
-    # One from before there was a table of certificates is known to its identity alone.
-    known = (
-        IdentityRecord.name == certificate.name
-        if certificate
-        else IdentityRecord.fingerprint == fingerprint
-    )
-    record = db.scalar(select(IdentityRecord).where(known))
+    is_certificate = CertificateRecord.fingerprint == fingerprint
+    certificate = db.scalar(select(CertificateRecord).where(is_certificate))
+    # A certificate from before the table of certificates is stored with its identity alone.
+    is_holder = IdentityRecord.fingerprint == fingerprint
+    if certificate:
+        is_holder = IdentityRecord.name == certificate.name
+    record = db.scalar(select(IdentityRecord).where(is_holder))
     if record is None:
         raise CredentialsError(
             "the registry does not know this certificate; enrol again with 'fleet enroll NAME'"
@@ -86,3 +128,66 @@ def holder(db: Session, fingerprint: str, now: float) -> IdentityRecord:
             f"this certificate of {record.name!r} was revoked; use the newest, or enrol again"
         )
     return record
+
+
+def renew(
+    db: Session,
+    fingerprint: str,
+    key_hash: str,
+    make: MakeCertificate,
+    *,
+    csr_name: str | None,
+    now: float,
+) -> Certified:
+    """Issue a certificate for a new key to the holder of the one with `fingerprint`.
+
+    `key_hash` is the SHA-256 of the new key's SPKI, `csr_name` the name in the signing request. A
+    certificate that was issued for the key before is returned again.
+
+    Raises:
+        CredentialsError: the registry does not know the certificate.
+        StateError: it was revoked, or its identity is not active.
+        TokenNameError: the signing request has another name.
+        CsrError: the key is that of the certificate itself.
+    """
+    record = holder(db, fingerprint, now)
+    db.refresh(record, with_for_update=True)
+    # The holder of the record's lock before us may have revoked the certificate.
+    db.expire_all()
+    holder(db, fingerprint, now)
+    state = state_after(record, IdentityChange.RENEW, now)
+    check_csr_name(csr_name, record, "certificate")
+    earlier = certificate_of_key(db, record.name, key_hash)
+    if earlier and earlier.fingerprint == fingerprint:
+        raise CsrError(
+            "the signing request is for the key of the certificate itself: expected a new key"
+        )
+    if earlier and earlier.not_after > now:
+        return Certified(record.name, record.role, earlier.pem)
+    issued = issue_certificate(db, record, make, state)
+    audit(db, record.name, IdentityChange.RENEW, record.name, serial=issued.serial)
+    return Certified(record.name, record.role, issued.pem)
+
+
+def issue_certificate(
+    db: Session, record: IdentityRecord, make: MakeCertificate, state: IdentityState
+) -> IssuedCertificate:
+    """Issue and store a certificate for an identity, which gets the new state."""
+    issued = make(record.name, Role(record.role))
+    record.state = state
+    keep_certificate(db, record, issued)
+    return issued
+
+
+def state_after(record: IdentityRecord, change: IdentityChange, now: float) -> IdentityState:
+    """Return the state that follows; raise StateError when the change is not legal."""
+    return next_state(record.name, state_at(record.state, record.not_after, now), change)
+
+
+def check_csr_name(name: str | None, record: IdentityRecord, owner: str) -> None:
+    """Raise TokenNameError when a signing request has the name of another identity."""
+    if name not in (None, record.name):
+        raise TokenNameError(
+            f"the signing request is for {str(name)[:80]!r}: "
+            f"expected the {owner}'s {record.name!r}, or no name"
+        )

@@ -1,4 +1,4 @@
-"""Questions about devices that reads and writes share."""
+"""Conditions and checks on devices that several queries share."""
 
 from __future__ import annotations
 
@@ -9,35 +9,41 @@ from sqlalchemy.orm import Session
 
 from fleet.errors import UnknownDeviceError
 from fleet.protocol.access import Role
-from fleet.registry.identities.states import IdentityState
+from fleet.registry.identities.lifecycle import IdentityState
 from fleet.registry.models import IdentityRecord, StatusRecord
 
 MAX_NAMES_SHOWN: Final = 20
 
 
 def is_device(name: str | None = None) -> ColumnElement[bool]:
-    """Condition: the identity is a device, and the one of that name when it is given."""
+    """Condition: the identity is a device, and has that name when it is given."""
     device = IdentityRecord.role == Role.DEVICE
     return device if name is None else and_(device, IdentityRecord.name == name)
 
 
 def is_online() -> ColumnElement[bool]:
-    """Condition: the device said last that it is there, and may be. Who was put out has no word at the broker."""
+    """Condition: the device is active, and its newest status is online.
+
+    A revoked device cannot publish its last will, so the status alone is not enough.
+    """
     return and_(StatusRecord.online, IdentityRecord.state == IdentityState.ACTIVE)
 
 
 def check_device(db: Session, device: str) -> None:
-    """Raises UnknownDeviceError, which names the enrolled ones, when nobody enrolled `device`."""
+    """Raise UnknownDeviceError, which names the enrolled devices, unless `device` is enrolled."""
     if not db.scalar(select(exists().where(is_device(device)))):
         raise unknown_device(db, device)
 
 
 def unknown_device(db: Session, device: str) -> UnknownDeviceError:
-    """The error for a device that nobody enrolled; it names those that are."""
+    """Return the error for a device that is not enrolled; it names those that are."""
     names = db.scalars(
         select(IdentityRecord.name).where(is_device()).order_by(IdentityRecord.name)
     ).all()
-    shown = ", ".join(names[:MAX_NAMES_SHOWN]) + (", ..." if len(names) > MAX_NAMES_SHOWN else "")
+    shown = ", ".join(names[:MAX_NAMES_SHOWN])
+    if len(names) > MAX_NAMES_SHOWN:
+        shown += ", ..."
     return UnknownDeviceError(
-        f"unknown device {device[:80]!r}: enrolled are {shown or 'none'}; enrol it with 'fleet enroll {device[:80]}'"
+        f"unknown device {device[:80]!r}: enrolled are {shown or 'none'}; "
+        f"enrol it with 'fleet enroll {device[:80]}'"
     )

@@ -1,4 +1,4 @@
-"""Who is enrolled, and for what: checked and written in one transaction."""
+"""Enrolment of one identity: its checks and its rows, inside a transaction."""
 
 from __future__ import annotations
 
@@ -11,25 +11,33 @@ from fleet.errors import IdentityError
 from fleet.identity.enrolment import Enrolment, is_tag
 from fleet.registry.identities.certificates import revoke_certificates
 from fleet.registry.identities.devices import is_device
-from fleet.registry.identities.states import IdentityChange, IdentityState, next_state, state_at
-from fleet.registry.identities.tokens import forget_tokens
+from fleet.registry.identities.lifecycle import (
+    LIMITED_BY_CERTIFICATE,
+    IdentityChange,
+    IdentityState,
+    next_state,
+    state_at,
+)
+from fleet.registry.identities.tokens import delete_tokens
 from fleet.registry.models import AllowedTarget, IdentityRecord, TagRecord
 
 
 def enroll(db: Session, enrolment: Enrolment, *, replace: bool) -> IdentityRecord:
-    """Makes or changes an identity, which then waits for a certificate; what it had before counts no more.
+    """Add or change an identity, which is pending until it has a certificate.
+
+    Its earlier certificates and tokens become invalid.
 
     Raises:
-        IdentityError: it is active or suspended (unless `replace`), its name is a group's, or its group's is a name;
-            a target is neither a device nor a group.
+        IdentityError: it is active or suspended (unless `replace`), its name is a group's, or its
+            group's is a name; a target is neither a device nor a group nor a tag.
     """
     now = time.time()
-    known = db.get(IdentityRecord, enrolment.name, with_for_update=True)
-    state = _next_state(known, now, replace=replace) if known else IdentityState.PENDING
+    existing = db.get(IdentityRecord, enrolment.name, with_for_update=True)
+    state = _next_state(existing, now, replace=replace) if existing else IdentityState.PENDING
     _check_names(db, enrolment.name, enrolment.group)
     for target in enrolment.targets:
         check_target(db, target)
-    record = known or IdentityRecord(name=enrolment.name, created_at=now)
+    record = existing or IdentityRecord(name=enrolment.name, created_at=now)
     record.role = enrolment.role.value
     record.group = enrolment.group
     record.state = state
@@ -37,39 +45,38 @@ def enroll(db: Session, enrolment: Enrolment, *, replace: bool) -> IdentityRecor
     record.not_after = 0.0
     db.add(record)
     db.flush()
-    if known:
-        revoke_certificates(db, known.name, now)
-        forget_tokens(db, known.name)
+    if existing:
+        revoke_certificates(db, existing.name, now)
+        delete_tokens(db, existing.name)
     _replace_details(db, enrolment)
     return record
 
 
-def _next_state(known: IdentityRecord, now: float, *, replace: bool) -> IdentityState:
-    state = state_at(known.state, known.not_after, now)
-    if state in (IdentityState.ACTIVE, IdentityState.SUSPENDED):
+def _next_state(record: IdentityRecord, now: float, *, replace: bool) -> IdentityState:
+    state = state_at(record.state, record.not_after, now)
+    if state in LIMITED_BY_CERTIFICATE:
         if not replace:
             raise IdentityError(
-                f"{known.name!r} is enrolled already, as {known.role}; choose another name, or replace it with --force"
+                f"{record.name!r} is enrolled already, as {record.role}; "
+                "choose another name, or replace it with --force"
             )
-        state = next_state(known.name, state, IdentityChange.REVOKE)
-    return next_state(known.name, state, IdentityChange.ENROLL)
+        state = next_state(record.name, state, IdentityChange.REVOKE)
+    return next_state(record.name, state, IdentityChange.ENROLL)
 
 
 def _replace_details(db: Session, enrolment: Enrolment) -> None:
-    db.execute(delete(AllowedTarget).where(AllowedTarget.app == enrolment.name))
-    db.execute(delete(TagRecord).where(TagRecord.device == enrolment.name))
+    name = enrolment.name
+    db.execute(delete(AllowedTarget).where(AllowedTarget.app == name))
+    db.execute(delete(TagRecord).where(TagRecord.device == name))
+    targets = dict.fromkeys(enrolment.targets)
+    db.add_all(AllowedTarget(app=name, target=target) for target in targets)
     db.add_all(
-        AllowedTarget(app=enrolment.name, target=target)
-        for target in dict.fromkeys(enrolment.targets)
-    )
-    db.add_all(
-        TagRecord(device=enrolment.name, key=key, value=value)
-        for key, value in enrolment.tags.items()
+        TagRecord(device=name, key=key, value=value) for key, value in enrolment.tags.items()
     )
 
 
 def _check_names(db: Session, name: str, group: str | None) -> None:
-    """A name is an identity's or a group's, never both: else allowing one would allow the other."""
+    """Refuse a name that is an identity's and a group's: a grant would be ambiguous."""
     if db.scalar(select(exists().where(IdentityRecord.group == name))):
         raise IdentityError(f"{name!r} is the name of a group; choose another")
     if group == name or (group is not None and db.get(IdentityRecord, group) is not None):
@@ -77,11 +84,12 @@ def _check_names(db: Session, name: str, group: str | None) -> None:
 
 
 def check_target(db: Session, target: str) -> None:
-    """Raises IdentityError unless `target` is a device, a group of devices, or a tag ``key=value``."""
+    """Raise IdentityError unless `target` is a device, a group, or a tag ``key=value``."""
     if is_tag(target):
         return
     is_group = and_(is_device(), IdentityRecord.group == target)
     if not db.scalar(select(exists().where(or_(is_device(target), is_group)))):
         raise IdentityError(
-            f"cannot allow {target[:80]!r}: it is no enrolled device, no group and no tag like floor=1; enrol it first"
+            f"cannot allow {target[:80]!r}: it is no enrolled device, no group and no tag like "
+            "floor=1; enrol it first"
         )

@@ -1,7 +1,8 @@
-"""Which apps may ask which devices: allowed by a device's name, its group, or a tag ``key=value``."""
+"""Grants: the devices that an app may prompt, by a name, a group, or a tag ``key=value``."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,15 +10,24 @@ from sqlalchemy import ColumnElement, Select, delete, or_, select
 from sqlalchemy.orm import Session
 
 from fleet.errors import IdentityError
-from fleet.protocol.access import Role
+from fleet.protocol.access import Grants, Role
 from fleet.registry.audit import audit
 from fleet.registry.identities.devices import check_device, is_device
 from fleet.registry.identities.enrolment import check_target
+from fleet.registry.identities.lifecycle import IdentityState, state_at
 from fleet.registry.models import AllowedTarget, IdentityRecord, TagRecord
 
 
-def targets_of(db: Session, identity: IdentityRecord) -> tuple[str, ...]:
-    """The devices that an app was allowed, the apps that were allowed a device; none of whoever else."""
+def grants_of(db: Session, name: str, now: float) -> Grants | None:
+    """Return the grants of `name`; None unless it is active."""
+    record = db.get(IdentityRecord, name)
+    if record is None or not _is_active(record, now):
+        return None
+    return Grants(Role(record.role), name, _targets_of(db, record))
+
+
+def _targets_of(db: Session, identity: IdentityRecord) -> tuple[str, ...]:
+    """Return the devices that an app may prompt, or the apps that may prompt a device."""
     match Role(identity.role):
         case Role.APP:
             return tuple(db.scalars(_devices_of(identity.name)))
@@ -26,27 +36,70 @@ def targets_of(db: Session, identity: IdentityRecord) -> tuple[str, ...]:
     return ()
 
 
+def all_grants(db: Session, now: float) -> list[Grants]:
+    """Return the grants of every active identity, by name, from three queries in all."""
+    identities = db.scalars(select(IdentityRecord).order_by(IdentityRecord.name)).all()
+    devices_by_target = _devices_by_target(db, identities)
+    targets: defaultdict[str, set[str]] = defaultdict(set)
+    for app, allowed in targets_by_app(db).items():
+        for target in allowed:
+            for device in devices_by_target[target]:
+                targets[app].add(device)
+                targets[device].add(app)
+    return [
+        Grants(Role(identity.role), identity.name, tuple(sorted(targets[identity.name])))
+        for identity in identities
+        if _is_active(identity, now)
+    ]
+
+
+def _is_active(identity: IdentityRecord, now: float) -> bool:
+    return state_at(identity.state, identity.not_after, now) is IdentityState.ACTIVE
+
+
+def _devices_by_target(
+    db: Session, identities: Sequence[IdentityRecord]
+) -> defaultdict[str, list[str]]:
+    """Return the devices that each target of ``--allow`` covers."""
+    names: defaultdict[str, list[str]] = defaultdict(list)
+    for device in identities:
+        if device.role != Role.DEVICE:
+            continue
+        names[device.name].append(device.name)
+        if device.group:
+            names[device.group].append(device.name)
+    for tag in db.scalars(select(TagRecord)):
+        names[f"{tag.key}={tag.value}"].append(tag.device)
+    return names
+
+
 def allow(db: Session, actor: str, app: str, targets: Sequence[str]) -> None:
-    """Raises IdentityError; see `Registry.allow`."""
+    """Let an app prompt more devices.
+
+    Raises:
+        IdentityError: `app` is no app, or a target is neither a device nor a group nor a tag.
+    """
     _check_app(db, app)
     for target in targets:
         check_target(db, target)
-    known = set(_targets(db, app))
-    db.add_all(
-        AllowedTarget(app=app, target=target)
-        for target in dict.fromkeys(targets)
-        if target not in known
-    )
+    allowed = set(_allowed_targets(db, app))
+    new = [target for target in dict.fromkeys(targets) if target not in allowed]
+    db.add_all(AllowedTarget(app=app, target=target) for target in new)
     audit(db, actor, "allow", app, targets=list(targets))
 
 
 def disallow(db: Session, actor: str, app: str, targets: Sequence[str]) -> None:
-    """Raises IdentityError; see `Registry.disallow`."""
+    """Withdraw targets that an app was allowed.
+
+    Raises:
+        IdentityError: `app` is no app, or was not allowed one of them.
+    """
     _check_app(db, app)
-    known = _targets(db, app)
-    if unknown := [target for target in targets if target not in known]:
+    allowed = _allowed_targets(db, app)
+    if unknown := [target for target in targets if target not in allowed]:
         raise IdentityError(
-            f"{app!r} was not allowed {', '.join(unknown)[:80]}; it was allowed {', '.join(known) or 'nothing'}"
+            f"{app!r} was not allowed {', '.join(unknown)[:80]}; "
+            f"it was allowed {', '.join(allowed) or 'nothing'}"
         )
     db.execute(
         delete(AllowedTarget).where(AllowedTarget.app == app, AllowedTarget.target.in_(targets))
@@ -57,40 +110,50 @@ def disallow(db: Session, actor: str, app: str, targets: Sequence[str]) -> None:
 def change_tags(
     db: Session, actor: str, device: str, tags: Mapping[str, str], remove: Iterable[str]
 ) -> None:
-    """Raises UnknownDeviceError; see `Registry.tag`."""
+    """Set tags of a device, and remove those whose keys are in `remove`.
+
+    Raises:
+        UnknownDeviceError: it is not enrolled.
+    """
     check_device(db, device)
-    gone = sorted({*remove, *tags})
-    db.execute(delete(TagRecord).where(TagRecord.device == device, TagRecord.key.in_(gone)))
+    keys = sorted({*remove, *tags})
+    db.execute(delete(TagRecord).where(TagRecord.device == device, TagRecord.key.in_(keys)))
     db.add_all(TagRecord(device=device, key=key, value=value) for key, value in tags.items())
-    audit(
-        db, actor, "tag", device, tags=dict(tags), removed=[key for key in gone if key not in tags]
-    )
+    removed = [key for key in keys if key not in tags]
+    audit(db, actor, "tag", device, tags=dict(tags), removed=removed)
 
 
-def all_tags(db: Session) -> dict[str, dict[str, str]]:
-    """The tags of every device that has some, in order."""
+def tags_by_device(db: Session, device: str | None = None) -> dict[str, dict[str, str]]:
+    """Return the tags, by key, of every device that has some, or of one device."""
+    query = select(TagRecord).order_by(TagRecord.device, TagRecord.key)
+    if device is not None:
+        query = query.where(TagRecord.device == device)
     tags: dict[str, dict[str, str]] = {}
-    for tag in db.scalars(select(TagRecord).order_by(TagRecord.device, TagRecord.key)):
+    for tag in db.scalars(query):
         tags.setdefault(tag.device, {})[tag.key] = tag.value
     return tags
 
 
-def _targets(db: Session, app: str) -> Sequence[str]:
-    query = (
-        select(AllowedTarget.target).where(AllowedTarget.app == app).order_by(AllowedTarget.target)
-    )
-    return db.scalars(query).all()
+def targets_by_app(db: Session) -> dict[str, list[str]]:
+    """Return the targets that every app was allowed, in order."""
+    targets: dict[str, list[str]] = {}
+    query = select(AllowedTarget.app, AllowedTarget.target).order_by(AllowedTarget.target)
+    for app, target in db.execute(query):
+        targets.setdefault(app, []).append(target)
+    return targets
+
+
+def _allowed_targets(db: Session, app: str) -> Sequence[str]:
+    query = select(AllowedTarget.target).where(AllowedTarget.app == app)
+    return db.scalars(query.order_by(AllowedTarget.target)).all()
 
 
 def _check_app(db: Session, app: str) -> None:
     identity = db.get(IdentityRecord, app)
     if identity is None or identity.role != Role.APP:
-        known = (
-            f"it is a {identity.role}"
-            if identity
-            else f"enrol it with 'fleet enroll {app[:80]} --role app'"
-        )
-        raise IdentityError(f"expected the name of an app, got {app[:80]!r}; {known}")
+        enrol = f"enrol it with 'fleet enroll {app[:80]} --role app'"
+        advice = f"it is a {identity.role}" if identity else enrol
+        raise IdentityError(f"expected the name of an app, got {app[:80]!r}; {advice}")
 
 
 def _tag() -> ColumnElement[str]:
@@ -111,10 +174,6 @@ def _devices_of(app: str) -> Select[Any]:
 
 def _apps_of(device: IdentityRecord) -> Select[Any]:
     tags = select(_tag()).where(TagRecord.device == device.name)
-    names = AllowedTarget.target.in_([device.name] + ([device.group] if device.group else []))
-    return (
-        select(AllowedTarget.app)
-        .where(or_(names, AllowedTarget.target.in_(tags)))
-        .distinct()
-        .order_by("app")
-    )
+    names = [device.name, device.group] if device.group else [device.name]
+    is_target = or_(AllowedTarget.target.in_(names), AllowedTarget.target.in_(tags))
+    return select(AllowedTarget.app).where(is_target).distinct().order_by("app")

@@ -1,74 +1,76 @@
-"""How an identity stands: renewed, suspended, resumed, revoked. Every change goes through `next_state`."""
+"""The states of an identity, and their legal order as a table."""
 
 from __future__ import annotations
 
-from sqlalchemy.orm import Session
+from enum import StrEnum
+from typing import Final
 
-from fleet.errors import CsrError, TokenNameError, UnknownDeviceError
-from fleet.protocol.access import Role
-from fleet.registry.audit import audit
-from fleet.registry.identities.certificates import (
-    MakeCertificate,
-    certificate_of_key,
-    holder,
-    keep_certificate,
-    revoke_certificates,
-)
-from fleet.registry.identities.states import IdentityChange, IdentityState, next_state, state_at
-from fleet.registry.models import IdentityRecord
-from fleet.registry.results import Certified
+from fleet.errors import StateError
 
 
-def change_state(
-    db: Session, actor: str, name: str, change: IdentityChange, now: float
-) -> IdentityState:
-    """The new state of `name` after a change that an operator makes.
+class IdentityState(StrEnum):
+    """The state of an identity.
 
-    Raises:
-        UnknownDeviceError: nobody enrolled `name`.
-        StateError: the change is not legal in its state.
+    `expired` is never stored: an active or suspended identity is expired once its certificate
+    has ended.
     """
-    record = db.get(IdentityRecord, name, with_for_update=True)
-    if record is None:
-        raise UnknownDeviceError(f"nobody enrolled {name[:80]!r}; see 'fleet devices' for who is")
-    state = next_state(name, state_at(record.state, record.not_after, now), change)
-    details = (
-        {"serials": revoke_certificates(db, name, now)} if change is IdentityChange.REVOKE else {}
-    )
-    record.state = state
-    audit(db, actor, change, name, **details)
+
+    PENDING = "pending"
+    ACTIVE = "active"
+    SUSPENDED = "suspended"
+    REVOKED = "revoked"
+    EXPIRED = "expired"
+
+
+class IdentityChange(StrEnum):
+    """A change to an identity."""
+
+    ENROLL = "enroll"
+    JOIN = "join"
+    RENEW = "renew"
+    SUSPEND = "suspend"
+    RESUME = "resume"
+    REVOKE = "revoke"
+
+
+LEGAL: Final[dict[tuple[IdentityState, IdentityChange], IdentityState]] = {
+    (IdentityState.PENDING, IdentityChange.ENROLL): IdentityState.PENDING,
+    (IdentityState.PENDING, IdentityChange.JOIN): IdentityState.ACTIVE,
+    (IdentityState.PENDING, IdentityChange.REVOKE): IdentityState.REVOKED,
+    # The same key joins again after its reply was lost.
+    (IdentityState.ACTIVE, IdentityChange.JOIN): IdentityState.ACTIVE,
+    (IdentityState.ACTIVE, IdentityChange.RENEW): IdentityState.ACTIVE,
+    (IdentityState.ACTIVE, IdentityChange.SUSPEND): IdentityState.SUSPENDED,
+    (IdentityState.ACTIVE, IdentityChange.REVOKE): IdentityState.REVOKED,
+    (IdentityState.SUSPENDED, IdentityChange.RESUME): IdentityState.ACTIVE,
+    (IdentityState.SUSPENDED, IdentityChange.REVOKE): IdentityState.REVOKED,
+    (IdentityState.EXPIRED, IdentityChange.ENROLL): IdentityState.PENDING,
+    (IdentityState.EXPIRED, IdentityChange.REVOKE): IdentityState.REVOKED,
+    (IdentityState.REVOKED, IdentityChange.ENROLL): IdentityState.PENDING,
+    (IdentityState.REVOKED, IdentityChange.REVOKE): IdentityState.REVOKED,
+}
+
+LIMITED_BY_CERTIFICATE: Final = (IdentityState.ACTIVE, IdentityState.SUSPENDED)
+
+
+def state_at(stored: str, not_after: float, now: float) -> IdentityState:
+    """Return the state at `now` (seconds since 1970) with a certificate until `not_after`."""
+    state = IdentityState(stored)
+    if state in LIMITED_BY_CERTIFICATE and not_after <= now:
+        return IdentityState.EXPIRED
     return state
 
 
-def renew(
-    db: Session,
-    fingerprint: str,
-    key_hash: str,
-    csr_name: str | None,
-    make: MakeCertificate,
-    now: float,
-) -> Certified:
-    """A certificate for another key of whoever holds one. See `Registry.renew`."""
-    record = holder(db, fingerprint, now)
-    db.refresh(record, with_for_update=True)
-    db.expire_all()  # whoever held the record's lock before us may have revoked the certificate
-    holder(db, fingerprint, now)
-    state = next_state(
-        record.name, state_at(record.state, record.not_after, now), IdentityChange.RENEW
-    )
-    if csr_name not in (None, record.name):
-        raise TokenNameError(
-            f"the signing request is for {str(csr_name)[:80]!r}: expected the certificate's {record.name!r}, or no name"
-        )
-    known = certificate_of_key(db, record.name, key_hash)
-    if known and known.fingerprint == fingerprint:
-        raise CsrError(
-            "the signing request is for the key of the certificate itself: expected a new key"
-        )
-    if known and known.not_after > now:
-        return Certified(record.name, record.role, known.pem)
-    issued = make(record.name, Role(record.role))
-    record.state = state
-    keep_certificate(db, record, issued)
-    audit(db, record.name, IdentityChange.RENEW, record.name, serial=issued.serial)
-    return Certified(record.name, record.role, issued.pem)
+def next_state(name: str, state: IdentityState, change: IdentityChange) -> IdentityState:
+    """Return the state that follows.
+
+    Raises:
+        StateError: `change` is not legal for an identity in `state`.
+    """
+    try:
+        return LEGAL[state, change]
+    except KeyError:
+        legal = ", ".join(each for start, each in LEGAL if start is state)
+        raise StateError(
+            f"cannot {change} {name!r}, which is {state}: expected one of {legal}"
+        ) from None

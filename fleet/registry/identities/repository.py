@@ -1,30 +1,47 @@
-"""Who belongs to the fleet: the part of the registry that knows names, certificates and rights."""
+"""The repository of identities: names, certificates and grants."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from fleet.errors import StateError, TokenError
+from fleet.errors import StateError, TokenError, UnknownDeviceError
 from fleet.identity.enrolment import Enrolment
 from fleet.protocol.access import Grants, Role
 from fleet.protocol.denylist import MAX_DENIED
 from fleet.registry.audit import audit
-from fleet.registry.identities.certificates import MakeCertificate, holder, keep_certificate
-from fleet.registry.identities.enrolment import enroll
-from fleet.registry.identities.everybody import all_grants
-from fleet.registry.identities.grants import all_tags, allow, change_tags, disallow, targets_of
-from fleet.registry.identities.lifecycle import change_state, renew
-from fleet.registry.identities.revocation import denied, knows_certificate, revoked_certificates
-from fleet.registry.identities.states import IdentityChange, IdentityState, next_state, state_at
-from fleet.registry.identities.tokens import Claim, add_token, join, name_of_token
-from fleet.registry.models import (
-    AllowedTarget,
-    IdentityRecord,
+from fleet.registry.identities.certificates import (
+    MakeCertificate,
+    holder,
+    is_denied,
+    keep_certificate,
+    knows_certificate,
+    renew,
+    revoke_certificates,
+    revoked_certificates,
 )
+from fleet.registry.identities.devices import is_device
+from fleet.registry.identities.enrolment import enroll
+from fleet.registry.identities.grants import (
+    all_grants,
+    allow,
+    change_tags,
+    disallow,
+    grants_of,
+    tags_by_device,
+    targets_by_app,
+)
+from fleet.registry.identities.lifecycle import (
+    IdentityChange,
+    IdentityState,
+    next_state,
+    state_at,
+)
+from fleet.registry.identities.tokens import Claim, add_token, join, name_of_token
+from fleet.registry.models import IdentityRecord
 from fleet.registry.results import (
     Certified,
     IdentityRow,
@@ -32,11 +49,11 @@ from fleet.registry.results import (
     NewToken,
     RevokedCertificate,
 )
-from fleet.registry.transactions import Part
+from fleet.registry.transactions import Repository
 
 
-class IdentityRepository(Part):
-    """Enrolment, certificates, states and rights of identities."""
+class IdentityRepository(Repository):
+    """Enrolment, certificates, states and grants of identities. Each method is one transaction."""
 
     def add_identity(
         self,
@@ -49,76 +66,78 @@ class IdentityRepository(Part):
         not_after: float,
         replace: bool = False,
     ) -> None:
-        """Enrols `name` with a certificate that the registry does not keep. `targets` are as in `Enrolment`.
+        """Enrol `name` with a certificate that the registry does not store.
+
+        `targets` are as in `Enrolment`.
 
         Raises:
-            IdentityError: the name is taken (unless `replace`), is a group's, or the group's is a device's;
-                a target is neither a device nor a group nor a tag.
+            IdentityError: the name is taken (unless `replace`), is a group's, or the group's is a
+                device's; a target is neither a device nor a group nor a tag.
         """
-        wanted = Enrolment(name=name, role=role, group=group, targets=tuple(targets))
+        enrolment = Enrolment(name=name, role=role, group=group, targets=tuple(targets))
 
         def work(db: Session) -> None:
-            record = enroll(db, wanted, replace=replace)
+            record = enroll(db, enrolment, replace=replace)
             record.state = next_state(name, IdentityState.PENDING, IdentityChange.JOIN)
             record.fingerprint = fingerprint
             record.not_after = not_after
-            self._audit_enrolment(db, wanted)
+            self._audit_enrolment(db, enrolment)
 
         self._transactions.write(work)
 
     def add_certified(
         self, enrolled: Iterable[tuple[Enrolment, IssuedCertificate]], *, replace: bool = False
     ) -> None:
-        """Enrols each with a certificate that was made for it: all of them, or none.
+        """Enrol each with a certificate that was issued for it: all of them, or none.
 
         Raises:
             IdentityError: as `add_identity`.
         """
-        pairs = sorted(
-            enrolled, key=lambda pair: pair[0].role is Role.APP
-        )  # after the devices that they are allowed
+        pairs = list(enrolled)
+        pairs.sort(key=lambda pair: pair[0].role is Role.APP)  # after the devices it may prompt
 
         def work(db: Session) -> None:
-            for wanted, issued in pairs:
-                record = enroll(db, wanted, replace=replace)
-                record.state = next_state(wanted.name, IdentityState.PENDING, IdentityChange.JOIN)
+            for enrolment, issued in pairs:
+                name = enrolment.name
+                record = enroll(db, enrolment, replace=replace)
+                record.state = next_state(name, IdentityState.PENDING, IdentityChange.JOIN)
                 keep_certificate(db, record, issued)
-                self._audit_enrolment(db, wanted, serial=issued.serial)
+                self._audit_enrolment(db, enrolment, serial=issued.serial)
 
         self._transactions.write(work)
 
     def enroll(
         self, enrolments: Iterable[Enrolment], ttl_s: float, *, replace: bool = False
     ) -> list[NewToken]:
-        """Makes or changes identities that wait to join, all of them or none: a token each, good for `ttl_s` seconds.
+        """Add or change identities that are pending until they join, all of them or none.
+
+        Return a token for each, valid for `ttl_s` seconds.
 
         Raises:
             IdentityError: as `add_identity`.
         """
-        wanted = list(enrolments)
+        ordered = list(enrolments)
 
         def work(db: Session) -> list[NewToken]:
             tokens = {}
-            for each in sorted(wanted, key=lambda each: each.role is Role.APP):
+            for each in sorted(ordered, key=lambda each: each.role is Role.APP):
                 enroll(db, each, replace=replace)
-                tokens[each.name] = token = add_token(db, each.name, ttl_s, time.time())
+                token = add_token(db, each.name, ttl_s, time.time())
+                tokens[each.name] = token
                 self._audit_enrolment(db, each, token=token.id, expires_at=token.expires_at)
-            return [tokens[each.name] for each in wanted]
+            return [tokens[each.name] for each in ordered]
 
         return self._transactions.write(work)
 
     def _audit_enrolment(self, db: Session, enrolment: Enrolment, **details: str | float) -> None:
-        described = {
-            "role": enrolment.role.value,
-            "group": enrolment.group,
-            "allow": list(enrolment.targets),
-        }
         audit(
             db,
             self.actor,
             IdentityChange.ENROLL,
             enrolment.name,
-            **described,
+            role=enrolment.role.value,
+            group=enrolment.group,
+            allow=list(enrolment.targets),
             tags=enrolment.tags,
             **details,
         )
@@ -126,33 +145,31 @@ class IdentityRepository(Part):
     def join(
         self, claim: Claim, make: MakeCertificate, *, actor: str, now: float | None = None
     ) -> Certified:
-        """Uses a token up: the first key that brings it gets a certificate, and the very same when it asks again.
+        """Use a token up: the first key that presents it gets a certificate.
 
-        `actor` is who asks, for the audit log.
+        The same key gets the same certificate when it asks again. `actor` is the requester, for
+        the audit log, which also records a refusal.
 
         Raises:
-            UnknownTokenError: no such token, or another secret.
-            UsedTokenError: another key was first.
-            ExpiredTokenError: nobody used it in time.
+            UnknownTokenError: there is no such token, or its secret is another.
+            UsedTokenError: another key has used it.
+            ExpiredTokenError: it was not used in time.
             TokenNameError: the claim has a name, and the token is for another.
-            StateError: the identity was suspended, revoked or has expired.
+            StateError: the identity is suspended, revoked or expired.
         """
         at = now or time.time()
         try:
             return self._transactions.write(lambda db: join(db, actor, claim, make, at))
         except (TokenError, StateError) as error:
-            code = error.code
-            self._transactions.write(
-                lambda db: audit(
-                    db,
-                    actor,
-                    "join_refused",
-                    name_of_token(db, claim.id) or claim.id,
-                    token=claim.id,
-                    code=code,
-                )
-            )
+            self._audit_refusal(claim, actor, error.code)
             raise
+
+    def _audit_refusal(self, claim: Claim, actor: str, code: str) -> None:
+        def work(db: Session) -> None:
+            subject = name_of_token(db, claim.id) or claim.id
+            audit(db, actor, "join_refused", subject, token=claim.id, code=code)
+
+        self._transactions.write(work)
 
     def renew(
         self,
@@ -163,24 +180,26 @@ class IdentityRepository(Part):
         csr_name: str | None = None,
         now: float | None = None,
     ) -> Certified:
-        """A certificate for another key of whoever holds the one with `fingerprint`, and the same when asked again.
+        """Issue a certificate for a new key to the holder of the one with `fingerprint`.
+
+        Return the same certificate when asked again.
 
         Raises:
-            CredentialsError: nobody holds it.
+            CredentialsError: the registry does not know the certificate.
             StateError: it was revoked, or its identity is not active.
             TokenNameError: `csr_name` is given and is another's.
             CsrError: the key is the same.
         """
         at = now or time.time()
         return self._transactions.write(
-            lambda db: renew(db, fingerprint, key_hash, csr_name, make, at)
+            lambda db: renew(db, fingerprint, key_hash, make, csr_name=csr_name, now=at)
         )
 
     def role_of(self, fingerprint: str, now: float | None = None) -> tuple[str, Role]:
-        """The name and role of whoever holds a certificate.
+        """Return the name and the role of the holder of a certificate.
 
         Raises:
-            CredentialsError: nobody holds it.
+            CredentialsError: the registry does not know the certificate.
             StateError: it was revoked, or its identity is not active.
         """
         with self._transactions.reading() as db:
@@ -188,112 +207,142 @@ class IdentityRepository(Part):
             return record.name, Role(record.role)
 
     def suspend(self, name: str) -> None:
-        """Takes an identity's rights away until it is resumed.
+        """Withdraw an identity's grants until it is resumed.
 
         Raises:
-            UnknownDeviceError: nobody enrolled `name`.
-            StateError: it is not active.
+            UnknownDeviceError, StateError: it is not enrolled, or not active.
         """
         self._change_state(name, IdentityChange.SUSPEND)
 
     def resume(self, name: str) -> None:
-        """Raises UnknownDeviceError, or StateError when it is not suspended."""
+        """Restore the grants of a suspended identity.
+
+        Raises:
+            UnknownDeviceError, StateError: it is not enrolled, or not suspended.
+        """
         self._change_state(name, IdentityChange.RESUME)
 
     def revoke(self, name: str) -> None:
-        """Takes an identity's rights away for good, and revokes its certificates.
+        """Withdraw an identity's grants for good, and revoke its certificates.
 
         Raises:
-            UnknownDeviceError: nobody enrolled `name`.
+            UnknownDeviceError: it is not enrolled.
         """
         self._change_state(name, IdentityChange.REVOKE)
 
     def _change_state(self, name: str, change: IdentityChange) -> None:
-        self._transactions.write(lambda db: change_state(db, self.actor, name, change, time.time()))
-
-    def identities(self, role: Role | None = None) -> list[IdentityRow]:
-        """Everyone that was enrolled, by name; only those of `role` when it is given."""
-        query = select(IdentityRecord).order_by(IdentityRecord.name)
         now = time.time()
+
+        def work(db: Session) -> None:
+            record = db.get(IdentityRecord, name, with_for_update=True)
+            if record is None:
+                raise UnknownDeviceError(
+                    f"unknown identity {name[:80]!r}: it is not enrolled; see 'fleet devices'"
+                )
+            state = next_state(name, state_at(record.state, record.not_after, now), change)
+            details = {}
+            if change is IdentityChange.REVOKE:
+                details["serials"] = revoke_certificates(db, name, now)
+            record.state = state
+            audit(db, self.actor, change, name, **details)
+
+        self._transactions.write(work)
+
+    def all(self, role: Role | None = None) -> list[IdentityRow]:
+        """Return every identity, by name; only those of `role` when it is given."""
+        query = select(IdentityRecord).order_by(IdentityRecord.name)
+        if role:
+            query = query.where(IdentityRecord.role == role)
         with self._transactions.reading() as db:
-            records = db.scalars(query.where(IdentityRecord.role == role) if role else query).all()
-            allowed = db.execute(
-                select(AllowedTarget.app, AllowedTarget.target).order_by(AllowedTarget.target)
-            ).all()
-            tags = all_tags(db)
-        return [
-            IdentityRow(
-                name=record.name,
-                role=record.role,
-                group=record.group,
-                targets=tuple(target for app, target in allowed if app == record.name),
-                fingerprint=record.fingerprint,
-                created_at=record.created_at,
-                not_after=record.not_after,
-                state=state_at(record.state, record.not_after, now),
-                tags=tags.get(record.name, {}),
-            )
-            for record in records
-        ]
+            targets = targets_by_app(db)
+            tags = tags_by_device(db)
+            return [
+                _identity_row(record, targets.get(record.name, ()), tags.get(record.name, {}))
+                for record in db.scalars(query)
+            ]
 
     def grants(self, name: str) -> Grants | None:
-        """What `name` may do, with today's groups and tags; None for who is unknown, suspended, revoked or expired."""
+        """Return the grants of `name`, with today's groups and tags; None unless it is active."""
         with self._transactions.reading() as db:
-            record = db.get(IdentityRecord, name)
-            if (
-                record is None
-                or state_at(record.state, record.not_after, time.time()) is not IdentityState.ACTIVE
-            ):
-                return None
-            return Grants(Role(record.role), name, targets_of(db, record))
+            return grants_of(db, name, time.time())
 
-    def allow(self, app: str, targets: Iterable[str]) -> None:
-        """Lets an app prompt more devices, and them hear its events: devices, groups, or tags ``key=value``.
+    def all_grants(self) -> list[Grants]:
+        """Return the grants of every active identity, by name."""
+        with self._transactions.reading() as db:
+            return all_grants(db, time.time())
+
+    def allow(self, app: str, targets: Sequence[str]) -> None:
+        """Let an app prompt more devices, and let them receive its events.
+
+        A target is a device, a group, or a tag ``key=value``.
 
         Raises:
             IdentityError: `app` is no app, or a target is neither a device nor a group nor a tag.
         """
-        wanted = tuple(targets)
-        self._transactions.write(lambda db: allow(db, self.actor, app, wanted))
+        self._transactions.write(lambda db: allow(db, self.actor, app, targets))
 
-    def disallow(self, app: str, targets: Iterable[str]) -> None:
-        """Takes back what was allowed, by the same words.
+    def disallow(self, app: str, targets: Sequence[str]) -> None:
+        """Withdraw targets that an app was allowed.
 
         Raises:
             IdentityError: `app` is no app, or was not allowed one of them.
         """
-        taken = tuple(targets)
-        self._transactions.write(lambda db: disallow(db, self.actor, app, taken))
+        self._transactions.write(lambda db: disallow(db, self.actor, app, targets))
 
-    def tag(self, device: str, tags: Mapping[str, str], remove: Iterable[str] = ()) -> None:
-        """Sets tags of a device, and takes those away whose keys are in `remove`.
+    def tag(self, device: str, tags: Mapping[str, str], remove: Sequence[str] = ()) -> None:
+        """Set tags of a device, and remove those whose keys are in `remove`.
 
         Raises:
-            UnknownDeviceError: nobody enrolled it.
+            UnknownDeviceError: it is not enrolled.
         """
-        gone = tuple(remove)
-        self._transactions.write(lambda db: change_tags(db, self.actor, device, tags, gone))
-
-    def all_grants(self) -> list[Grants]:
-        """What everybody who is active may do, by name."""
-        with self._transactions.reading() as db:
-            return all_grants(db, time.time())
+        self._transactions.write(lambda db: change_tags(db, self.actor, device, tags, remove))
 
     def knows_certificate(self, name: str, fingerprint: str) -> bool:
-        """Whether the certificate of `name` with this SHA-256 (of its DER, in hex) counts: handed out, not revoked."""
+        """Whether the certificate of `name` with this SHA-256 (of its DER, in hex) is valid."""
         with self._transactions.reading() as db:
             return knows_certificate(db, name, fingerprint)
 
     def admitted(self, name: str, fingerprint: str) -> Grants | None:
-        """What the holder of a certificate may do; None when it does not count, or `name` is not active."""
-        return self.grants(name) if self.knows_certificate(name, fingerprint) else None
+        """Return the grants of `name`; None unless it is active and the certificate valid."""
+        with self._transactions.reading() as db:
+            if not knows_certificate(db, name, fingerprint):
+                return None
+            return grants_of(db, name, time.time())
 
     def revoked_certificates(self, now: float | None = None) -> list[RevokedCertificate]:
-        """What belongs on a revocation list: revoked or on hold, and not ended yet, by serial."""
+        """Return the certificates of the revocation list, by serial.
+
+        They are revoked or on hold, and have not ended yet.
+        """
         with self._transactions.reading() as db:
             return revoked_certificates(db, time.time() if now is None else now)
 
     def denied(self, now: float | None = None, limit: int = MAX_DENIED) -> list[str]:
-        """The devices that are suspended, revoked or expired; at most `limit`, the latest certificates first."""
+        """Return the devices that are suspended, revoked or expired.
+
+        At most `limit`, those first whose certificates are valid longest.
+        """
+        query = (
+            select(IdentityRecord.name)
+            .where(is_device(), is_denied(time.time() if now is None else now))
+            .order_by(IdentityRecord.not_after.desc(), IdentityRecord.name)
+            .limit(limit)
+        )
         with self._transactions.reading() as db:
-            return denied(db, time.time() if now is None else now, limit)
+            return list(db.scalars(query))
+
+
+def _identity_row(
+    record: IdentityRecord, targets: Sequence[str], tags: dict[str, str]
+) -> IdentityRow:
+    return IdentityRow(
+        name=record.name,
+        role=record.role,
+        group=record.group,
+        targets=tuple(targets),
+        fingerprint=record.fingerprint,
+        created_at=record.created_at,
+        not_after=record.not_after,
+        state=state_at(record.state, record.not_after, time.time()),
+        tags=tags,
+    )

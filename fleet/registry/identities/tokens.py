@@ -1,4 +1,4 @@
-"""Enrolment tokens: made for a name, used up by the first key that brings the secret, and by no other."""
+"""Enrolment tokens: each is for one name, and the first key that presents its secret uses it up."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Final
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
-from fleet.errors import ExpiredTokenError, TokenNameError, UnknownTokenError, UsedTokenError
-from fleet.protocol.access import Role
+from fleet.errors import ExpiredTokenError, UnknownTokenError, UsedTokenError
 from fleet.registry.audit import audit
 from fleet.registry.identities.certificates import (
     MakeCertificate,
     certificate_of_key,
-    keep_certificate,
+    check_csr_name,
+    issue_certificate,
+    state_after,
 )
-from fleet.registry.identities.states import IdentityChange, next_state, state_at
+from fleet.registry.identities.lifecycle import IdentityChange
 from fleet.registry.models import IdentityRecord, TokenRecord
 from fleet.registry.results import Certified, NewToken
 
@@ -28,7 +29,10 @@ SECRET_BYTES: Final = 32
 
 @dataclass(frozen=True)
 class Claim:
-    """Who wants to join: a token, and the SHA-256 of the key's SPKI; `name` where the signing request has one."""
+    """A request to join: a token, and the SHA-256 of the key's SPKI.
+
+    `name` is that of the signing request, where it has one.
+    """
 
     id: str
     secret: str = field(repr=False)
@@ -37,80 +41,90 @@ class Claim:
 
     @property
     def secret_hash(self) -> str:
-        """What the registry knows of the secret."""
+        """The hash of the secret, as the registry stores it."""
         return hash_secret(self.secret)
 
 
 def hash_secret(secret: str) -> str:
-    """SHA-256 in hex: 256 random bits need no salt and no slow hash."""
+    """Return SHA-256 in hex: 256 random bits need no salt and no slow hash."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 def add_token(db: Session, name: str, ttl_s: float, now: float) -> NewToken:
-    """Makes a token of `name`."""
-    made = NewToken(name, secrets.token_hex(ID_BYTES), secrets.token_hex(SECRET_BYTES), now + ttl_s)
-    secret_hash = hash_secret(made.secret)
+    """Create a token for `name` that is valid for `ttl_s` seconds."""
+    token = NewToken(
+        name=name,
+        id=secrets.token_hex(ID_BYTES),
+        secret=secrets.token_hex(SECRET_BYTES),
+        expires_at=now + ttl_s,
+    )
     db.flush()
     db.add(
         TokenRecord(
-            id=made.id,
+            id=token.id,
             name=name,
-            secret_hash=secret_hash,
+            secret_hash=hash_secret(token.secret),
             created_at=now,
-            expires_at=made.expires_at,
+            expires_at=token.expires_at,
         )
     )
-    return made
+    return token
 
 
-def forget_tokens(db: Session, name: str) -> None:
-    """Makes all tokens of `name` unknown, used or not."""
+def delete_tokens(db: Session, name: str) -> None:
+    """Delete all tokens of `name`, used or not."""
     db.execute(delete(TokenRecord).where(TokenRecord.name == name))
 
 
 def join(db: Session, actor: str, claim: Claim, make: MakeCertificate, now: float) -> Certified:
-    """Uses a token up for a key. See `Registry.join`."""
-    name = db.scalar(
-        select(TokenRecord.name).where(
-            TokenRecord.id == claim.id, TokenRecord.secret_hash == claim.secret_hash
-        )
-    )
-    # The identity is locked before the token, as when it is enrolled anew; else the two could wait for each other.
-    record = db.get(IdentityRecord, name, with_for_update=True) if name else None
-    if record is None:
-        raise _unknown()
+    """Use a token up for a key, or return the certificate that the key got for it before.
+
+    Raises:
+        UnknownTokenError: there is no such token, or its secret is another.
+        UsedTokenError: another key has used it.
+        ExpiredTokenError: it was not used in time.
+        TokenNameError: the claim has a name, and the token is for another.
+        StateError: the identity is suspended, revoked or expired.
+    """
+    record = _locked_identity(db, claim)
     is_first = _use(db, claim, now)
     token = db.get(TokenRecord, claim.id)
     if token is None:
         raise _unknown()
-    state = next_state(
-        record.name, state_at(record.state, record.not_after, now), IdentityChange.JOIN
-    )
+    state = state_after(record, IdentityChange.JOIN, now)
     if token.key_hash != claim.key_hash:
         raise _unusable(token)
-    if claim.name not in (None, record.name):
-        raise TokenNameError(
-            f"the signing request is for {str(claim.name)[:80]!r}: expected the token's {record.name!r}, or no name"
-        )
+    check_csr_name(claim.name, record, "token")
     if not is_first:
         certificate = certificate_of_key(db, record.name, claim.key_hash)
         if certificate is None:
             raise _unusable(token)
         return Certified(record.name, record.role, certificate.pem)
-    issued = make(record.name, Role(record.role))
-    record.state = state
-    keep_certificate(db, record, issued)
+    issued = issue_certificate(db, record, make, state)
     audit(db, actor, IdentityChange.JOIN, record.name, token=claim.id, serial=issued.serial)
     return Certified(record.name, record.role, issued.pem)
 
 
 def name_of_token(db: Session, token_id: str) -> str | None:
-    """Whose token has this id, whatever its secret."""
+    """Return the name that the token with this id is for, whatever its secret."""
     return db.scalar(select(TokenRecord.name).where(TokenRecord.id == token_id))
 
 
+def _locked_identity(db: Session, claim: Claim) -> IdentityRecord:
+    """Lock the identity before the token, in the order of an enrolment: no deadlock."""
+    name = db.scalar(
+        select(TokenRecord.name).where(
+            TokenRecord.id == claim.id, TokenRecord.secret_hash == claim.secret_hash
+        )
+    )
+    record = db.get(IdentityRecord, name, with_for_update=True) if name else None
+    if record is None:
+        raise _unknown()
+    return record
+
+
 def _use(db: Session, claim: Claim, now: float) -> bool:
-    """One statement decides who was first."""
+    """Use the token up in one statement; return whether this claim was the first."""
     used = db.execute(
         update(TokenRecord)
         .where(TokenRecord.id == claim.id, TokenRecord.secret_hash == claim.secret_hash)
@@ -123,12 +137,13 @@ def _use(db: Session, claim: Claim, now: float) -> bool:
 
 def _unknown() -> UnknownTokenError:
     return UnknownTokenError(
-        "unknown token: it was never made, or a newer one has replaced it; make one with 'fleet enroll NAME'"
+        "unknown token: it was never made, or a newer one has replaced it; "
+        "make one with 'fleet enroll NAME'"
     )
 
 
 def _unusable(token: TokenRecord) -> UsedTokenError | ExpiredTokenError:
-    what = "make a new one with 'fleet enroll NAME'"
+    advice = "make a new one with 'fleet enroll NAME'"
     if token.used_at is not None:
-        return UsedTokenError(f"another key has used this token of {token.name!r}; {what}")
-    return ExpiredTokenError(f"the time of this token of {token.name!r} is over; {what}")
+        return UsedTokenError(f"another key has used this token of {token.name!r}; {advice}")
+    return ExpiredTokenError(f"the time of this token of {token.name!r} is over; {advice}")

@@ -1,1 +1,1 @@
-"""Roll-outs of bundles: plan, canary analysis, states and steps."""
+"""Bundles and their roll-outs: plan, canary analysis, states and steps."""

@@ -1,11 +1,12 @@
-"""Whether a bundle's answers are worse than those before it: plain functions of what was counted.
+"""Canary analysis: whether a bundle's answers are worse than those before it, as plain functions.
 
-A share of few answers is not the bundle's. So a bundle is *worse* only where a one-sided confidence bound lies beyond
-the limit: Wilson's score interval for one share (Wilson 1927), Newcombe's hybrid of two of them for the difference of
-two (Newcombe 1998, method 10). Tokens of one answer depend on each other, so it is answers that count as the number of
-observations; judged tokens are as many as the answers that they would fill. Who looks often sees chance alone: until
-the end of the observation the bound is that of `LOOK_Z` standard deviations, and then that of `FINAL_Z` (Haybittle
-1971, Peto 1976).
+A share of few answers may be chance. So a bundle is *worse* only where a one-sided confidence bound
+lies beyond the limit: Wilson's score interval for one share (Wilson 1927), Newcombe's hybrid of two
+of them for the difference of two shares (Newcombe 1998, method 10). Tokens of one answer depend on
+each other, so the number of observations is that of answers; judged tokens are as many observations
+as the answers that they would fill. Repeated looks find chance alone: until the end of the
+observation the bound is that of `INTERIM_Z` standard deviations, and then that of `FINAL_Z`
+(Haybittle 1971, Peto 1976).
 """
 
 from __future__ import annotations
@@ -18,23 +19,26 @@ from typing import Annotated, Final, NamedTuple
 
 from msgspec import Meta, Struct
 
-from fleet.protocol.prompt import Share
+from fleet.protocol.types import Share
 from fleet.registry.stats.aggregate import quantile_ms
-from fleet.registry.stats.rollup_tables import BUCKETS_MS, NUM_BUCKETS, TPOT
+from fleet.registry.stats.rollup_columns import BUCKETS_MS, TPOT
 
-LOOK_Z: Final = 3.0
+INTERIM_Z: Final = 3.0
 FINAL_Z: Final = 1.645  # 95%, one-sided
-SETTLED: Final = 10
-"""With so many times the least number of observations, a value beyond its limit decides even if it might be chance."""
+SETTLED_FACTOR: Final = 10
+"""With this many times the minimum of observations, a value beyond its limit decides by itself."""
 
-LEAST: Final = 5.0
-"""A limit is not looked at with fewer observations, of which there may be fewer than answers."""
+MIN_OBSERVATIONS: Final = 5.0
+"""The minimum number of observations before a limit is evaluated; it may be below the answers."""
 
 QUANTILES: Final = (0.5, 0.95)
 
 
 class CanaryLimits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How much worse than before a bundle may be; nothing is judged before there are `min_answers`."""
+    """The limits by which a bundle may be worse than before.
+
+    No limit is evaluated before there are `min_answers`.
+    """
 
     max_offload_increase: Share = 0.1
     max_agreement_drop: Share = 0.05
@@ -44,7 +48,7 @@ class CanaryLimits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class Outcome(StrEnum):
-    """`unsure` is a value beyond its limit that may be chance."""
+    """The outcome of one limit; `unsure` is a value beyond its limit that may be chance."""
 
     FINE = "fine"
     UNSURE = "unsure"
@@ -52,6 +56,8 @@ class Outcome(StrEnum):
 
 
 class Finding(NamedTuple):
+    """The outcome of one limit, with its figures."""
+
     outcome: Outcome
     text: str
 
@@ -64,9 +70,10 @@ class ShareSample(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """Answers of the new bundle; of the same devices with others; and of the other devices with others.
+    """The counts of answers, by the columns of a roll-up.
 
-    Each is counted by the columns of a roll-up.
+    `new`: of the new bundle. `same`: of the same devices with other bundles. `others`: of the other
+    devices with other bundles.
     """
 
     new: Counter[str]
@@ -75,142 +82,152 @@ class Evidence(NamedTuple):
 
     @property
     def num_answers(self) -> int:
+        """The number of answers of the new bundle."""
         return self.new["answers"]
 
 
-def wilson(counted: ShareSample, z: float) -> tuple[float, float]:
-    """Bounds of the share that is behind a counted one, `z` standard deviations away; (0, 1) of nothing."""
-    p, n = counted
+def wilson(sample: ShareSample, z: float) -> tuple[float, float]:
+    """Return the bounds of the share behind a sample, `z` standard deviations away.
+
+    (0, 1) for no observation.
+    """
+    p, n = sample
     if not n:
         return 0.0, 1.0
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    weight = z * z / n
+    centre = p + weight / 2
+    half = z * math.sqrt((p * (1 - p) + weight / 4) / n)
+    low = (centre - half) / (1 + weight)
+    high = (centre + half) / (1 + weight)
+    return max(0.0, low), min(1.0, high)
 
 
 def increase_bound(new: ShareSample, old: ShareSample, z: float) -> float:
-    """The least by which `new` is likely to be above `old`."""
-    below = new.share - wilson(new, z)[0]
-    above = wilson(old, z)[1] - old.share
+    """Return the lower bound of the increase from `old` to `new`."""
+    low, _ = wilson(new, z)
+    _, high = wilson(old, z)
+    below = new.share - low
+    above = high - old.share
     return new.share - old.share - math.hypot(below, above)
 
 
 def examine(evidence: Evidence, limits: CanaryLimits, *, is_final: bool) -> list[Finding]:
-    """What the answers say of each limit; nothing before there are enough of them.
+    """Return the finding for each limit; nothing before there are enough answers.
 
-    The old is what the same devices did before, or where that is too little what the others do; a limit for which
-    there is nothing old is not looked at.
+    The old sample is of the same devices, or where that is too small, of the others; a limit
+    without an old sample is not evaluated.
     """
     if evidence.num_answers < limits.min_answers:
         return []
-    z = FINAL_Z if is_final else LOOK_Z
-    looks = (_offload, _agreement, _errors, _times)
-    return [finding for look in looks for finding in look(evidence, limits, z)]
+    z = FINAL_Z if is_final else INTERIM_Z
+    checks = (_offload, _agreement, _errors, _times)
+    return [finding for check in checks for finding in check(evidence, limits, z)]
 
 
 def _offload(evidence: Evidence, limits: CanaryLimits, z: float) -> Iterator[Finding]:
     new = _share(evidence.new, "cloud_tokens", "tokens")
-    limit = limits.max_offload_increase
     old = _old(evidence, "cloud_tokens", "tokens", limits)
-    if min(new.n, old.n) >= LEAST:
+    limit = limits.max_offload_increase
+    if min(new.n, old.n) >= MIN_OBSERVATIONS:
         text = f"offload {new.share:.1%}, before {old.share:.1%}, limit {limit:.1%} more"
-        yield _finding(
-            text,
-            ShareSample(new.share - old.share, new.n),
-            increase_bound(new, old, z),
-            limit,
-            limits,
-        )
+        increase = ShareSample(new.share - old.share, new.n)
+        yield _finding(text, increase, increase_bound(new, old, z), limit, limits)
 
 
 def _agreement(evidence: Evidence, limits: CanaryLimits, z: float) -> Iterator[Finding]:
     new = _share(evidence.new, "agreed", "judged")
-    limit = limits.max_agreement_drop
     old = _old(evidence, "agreed", "judged", limits)
-    if min(new.n, old.n) >= LEAST:
+    limit = limits.max_agreement_drop
+    if min(new.n, old.n) >= MIN_OBSERVATIONS:
         text = f"agreement {new.share:.1%}, before {old.share:.1%}, limit {limit:.1%} less"
-        bound = increase_bound(
-            ShareSample(1 - new.share, new.n), ShareSample(1 - old.share, old.n), z
-        )
-        yield _finding(text, ShareSample(old.share - new.share, new.n), bound, limit, limits)
+        new_misses = ShareSample(1 - new.share, new.n)
+        old_misses = ShareSample(1 - old.share, old.n)
+        drop = ShareSample(old.share - new.share, new.n)
+        yield _finding(text, drop, increase_bound(new_misses, old_misses, z), limit, limits)
 
 
 def _errors(evidence: Evidence, limits: CanaryLimits, z: float) -> Iterator[Finding]:
     new = _share(evidence.new, "errors", "answers")
     old = _old(evidence, "errors", "answers", limits)
     limit = max(limits.max_error_rate, old.share)
-    yield _finding(
-        f"errors {new.share:.1%}, limit {limit:.1%}", new, wilson(new, z)[0], limit, limits
-    )
+    bound, _ = wilson(new, z)
+    text = f"errors {new.share:.1%}, limit {limit:.1%}"
+    yield _finding(text, new, bound, limit, limits)
 
 
 def _times(evidence: Evidence, limits: CanaryLimits, z: float) -> Iterator[Finding]:
-    """A quantile is above its limit when more answers than its share allows took longer than that.
+    """Evaluate the quantiles of the time per token.
 
-    The bound takes the old quantile where it may be at the most.
+    A quantile is above its limit when a larger share of answers than it leaves took longer. The
+    bound uses the upper bound of the old quantile.
     """
-    times = _histogram(evidence.new)
-    candidates = (_histogram(evidence.same), _histogram(evidence.others))
-    before = next((each for each in candidates if sum(each) >= limits.min_answers), None)
-    if before is None or sum(times) < LEAST:
+    new = _histogram(evidence.new)
+    baselines = (_histogram(evidence.same), _histogram(evidence.others))
+    old = next((each for each in baselines if sum(each) >= limits.min_answers), None)
+    if old is None or sum(new) < MIN_OBSERVATIONS:
         return
+    ratio = limits.max_tpot_ratio
     for q in QUANTILES:
-        old_ms = _quantile_ms(before, q)
-        new_ms = _quantile_ms(times, q)
-        most_ms = _quantile_ms(before, wilson(ShareSample(q, sum(before)), z)[1])
-        slow, surely = (
-            ShareSample(share_above(times, ms * limits.max_tpot_ratio), sum(times))
-            for ms in (old_ms, most_ms)
-        )
-        text = f"p{q * 100:.0f} {new_ms:.0f} ms a token, before {old_ms:.0f}, limit {limits.max_tpot_ratio:g} times"
-        yield _finding(text, slow, wilson(surely, z)[0], 1 - q, limits)
+        _, high = wilson(ShareSample(q, sum(old)), z)
+        new_ms = _quantile_ms(new, q)
+        old_ms = _quantile_ms(old, q)
+        max_old_ms = _quantile_ms(old, high)
+        slow = ShareSample(share_above(new, old_ms * ratio), sum(new))
+        surely_slow = ShareSample(share_above(new, max_old_ms * ratio), sum(new))
+        bound, _ = wilson(surely_slow, z)
+        times = f"{new_ms:.0f} ms a token, before {old_ms:.0f}, limit {ratio:g} times"
+        yield _finding(f"p{q * 100:.0f} {times}", slow, bound, 1 - q, limits)
 
 
 def _quantile_ms(counts: Sequence[int], q: float) -> float:
-    """Of a histogram that is not empty."""
+    """Return the quantile of a histogram that is not empty."""
     ms = quantile_ms(counts, q)
     assert ms is not None
     return ms
 
 
 def share_above(counts: Sequence[int], ms: float) -> float:
-    """The share of a histogram that is above `ms`, linear within its bucket; 0 of an empty one."""
+    """Return the share of a histogram above `ms`, linear within its bucket; 0 of an empty one."""
     total = sum(counts)
+    if not total:
+        return 0.0
     above = 0.0
-    for i, count in enumerate(counts):
-        low = BUCKETS_MS[i - 1] if i else 0.0
-        high = BUCKETS_MS[i] if i < NUM_BUCKETS - 1 else math.inf
+    low = 0.0
+    for high, count in zip((*BUCKETS_MS, math.inf), counts, strict=True):
         if low >= ms:
             above += count
-        elif high > ms and math.isfinite(high):
+        elif ms < high < math.inf:
             above += count * (high - ms) / (high - low)
-    return above / total if total else 0.0
+        low = high
+    return above / total
 
 
 def _finding(
     text: str, value: ShareSample, bound: float, limit: float, limits: CanaryLimits
 ) -> Finding:
-    """`value` is that which must not be above `limit`, `bound` the least that it is likely to be."""
-    settled = value.n >= SETTLED * limits.min_answers
-    if bound > limit or (settled and value.share > limit):
+    """Return the finding for `value`, which has a lower `bound`, and shall not be above `limit`."""
+    is_settled = value.n >= SETTLED_FACTOR * limits.min_answers
+    is_above = value.share > limit
+    if bound > limit or (is_settled and is_above):
         return Finding(Outcome.WORSE, text)
-    return Finding(Outcome.UNSURE if value.share > limit else Outcome.FINE, text)
+    return Finding(Outcome.UNSURE if is_above else Outcome.FINE, text)
 
 
 def _old(evidence: Evidence, part: str, whole: str, limits: CanaryLimits) -> ShareSample:
-    """Of the same devices when they have enough, else of who has more."""
+    """Return the sample of the same devices if it is large enough, else the larger one."""
     same = _share(evidence.same, part, whole)
     others = _share(evidence.others, part, whole)
     return same if same.n >= min(limits.min_answers, others.n) else others
 
 
 def _share(counts: Counter[str], part: str, whole: str) -> ShareSample:
-    """A part of the answers, or of some of their tokens."""
+    """Return a share of the answers, or of some of their tokens."""
     amount = counts[whole]
-    all_ = counts["answers" if whole == "answers" else "tokens"]
-    if not amount or not all_:
+    total = counts["answers" if whole == "answers" else "tokens"]
+    if not amount or not total:
         return ShareSample(0.0, 0.0)
-    return ShareSample(min(1.0, counts[part] / amount), counts["answers"] * min(1.0, amount / all_))
+    n = counts["answers"] * min(1.0, amount / total)
+    return ShareSample(min(1.0, counts[part] / amount), n)
 
 
 def _histogram(counts: Counter[str]) -> list[int]:

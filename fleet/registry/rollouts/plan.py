@@ -1,12 +1,13 @@
-"""Roll-outs: what is planned, and what to do next, as plain functions.
+"""Plans of roll-outs and the decisions that follow from them, as plain functions.
 
-Nothing here reads a clock or a database; `fleet.registry.rollouts.steps` does, and acts.
+Nothing here reads a clock or a database; `fleet.registry.rollouts.steps` does, and applies them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, NamedTuple
 
@@ -14,8 +15,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from fleet.errors import RolloutError
-from fleet.protocol.prompt import Share
-from fleet.protocol.report import NOT_YET
+from fleet.protocol.report import ConfigProblem
+from fleet.protocol.types import Share
 from fleet.registry.rollouts.canary_analysis import CanaryLimits, Finding, Outcome
 
 Positive = Annotated[float, Meta(gt=0, le=1e8)]
@@ -23,12 +24,13 @@ Percentage = Annotated[int, Meta(ge=1, le=100)]
 
 
 class RolloutPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What an operator asked for. The first stage are `canary` devices, or those of `canary_group`.
+    """The plan of a roll-out. The first stage is `canary` devices, or those of `canary_group`.
 
-    Every further stage brings the roll-out to a percentage of its devices: all, or those of `group`. A stage's devices
-    have `take_within_s` seconds to take the bundle, and are then watched for `observe_s` seconds at least. A device
-    that has taken it and is offline for `offline_after_s` seconds has failed; more than `max_failed` of them, as a
-    share, undo the roll-out. While it lasts, `agreement_sample` is a setting of its devices.
+    Every further stage brings the roll-out to a percentage of its devices: all, or those of
+    `group`. A stage's devices have `take_within_s` seconds to install the bundle, and are then
+    watched for at least `observe_s` seconds. A device that has installed it and is offline for
+    `offline_after_s` seconds has failed; a share of more than `max_failed` of them undoes the
+    roll-out. While it lasts, `agreement_sample` is a setting of its devices.
     """
 
     group: str | None = None
@@ -44,11 +46,16 @@ class RolloutPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     @property
     def num_stages(self) -> int:
+        """The number of stages, with the canary."""
         return 1 + len(self.percentages)
 
 
 def check_plan(plan: RolloutPlan) -> RolloutPlan:
-    """`plan` itself; raises RolloutError when a value is out of range, or its stages do not lead to all devices."""
+    """Return `plan` itself.
+
+    Raises:
+        RolloutError: a value is out of range, or its stages do not lead to all devices.
+    """
     try:
         plan = msgspec.convert(msgspec.to_builtins(plan), RolloutPlan)
     except msgspec.ValidationError as error:
@@ -63,15 +70,17 @@ def check_plan(plan: RolloutPlan) -> RolloutPlan:
         )
     if plan.group and plan.canary_group not in (None, plan.group):
         raise RolloutError(
-            f"the canary's group {plan.canary_group!r} is not in the group {plan.group!r}; leave one of them out"
+            f"the canary's group {plan.canary_group!r} is not in the group {plan.group!r}; "
+            "leave one of them out"
         )
     return plan
 
 
 class PreviousState(Struct, frozen=True, kw_only=True):
-    """What a roll-out found when it told a device at `told_at`, and puts back: settings of the device's own scope.
+    """The state of a device when the roll-out changed its settings at `told_at`.
 
-    `served` is the bundle that the device said it served.
+    `bundle` and `agreement_sample` are settings of the device's own scope, which an undo restores.
+    `error` is the message of its `config_error`, `served` the bundle that it served.
     """
 
     told_at: float
@@ -83,10 +92,11 @@ class PreviousState(Struct, frozen=True, kw_only=True):
 
 
 class RolloutProgress(Struct, frozen=True):
-    """What is kept of a roll-out beside its state: the plan, and the devices that it has told.
+    """The plan of a roll-out, and the devices that it has changed.
 
-    `members` shall serve the bundle; `controls` keep theirs and are only asked for their agreement, so that there is
-    something to compare with. The stage's devices are watched since `watched_from`, None while some take the bundle.
+    `members` shall serve the bundle; `controls` keep theirs, and only sample their agreement for
+    the comparison. The stage's devices are watched since `watched_from`, None while some of them
+    install the bundle.
     """
 
     plan: RolloutPlan
@@ -95,50 +105,57 @@ class RolloutProgress(Struct, frozen=True):
     watched_from: float | None = None
 
 
-class Candidate(NamedTuple):
-    """An active device that a roll-out may come to, and what it said last."""
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """An active device that a roll-out may change, and its newest status."""
 
     device: str
     group: str | None = None
     online: bool = True
     bundle_id: str = ""
     last_seen: float = 0.0
-    error: str = ""
+    problem: ConfigProblem | None = None
 
 
 def next_stage(
-    course: RolloutProgress, stage: int, candidates: Sequence[Candidate]
+    progress: RolloutProgress, stage: int, candidates: Sequence[Candidate]
 ) -> tuple[int, list[str]]:
-    """The next stage after `stage` that adds devices, from 1 on, and those; behind the last stage when none does.
+    """Return the next stage after `stage` that adds devices, from 1 on, and those devices.
 
-    Devices that are online come first, then by name.
+    Without one, return the number after the last stage. Online devices come first, then by name.
     """
-    plan = course.plan
-    ordered = [each for each in sorted(candidates, key=_order) if each.device not in course.members]
+    plan = progress.plan
+    ordered = sorted(candidates, key=_order)
+    rest = [each for each in ordered if each.device not in progress.members]
     for number in range(stage + 1, plan.num_stages + 1):
         if number == 1:
-            named = [each for each in ordered if plan.canary_group in (None, each.group)]
-            new = named if plan.canary_group else named[: plan.canary]
+            new = _canaries(plan, rest)
         else:
             share = plan.percentages[number - 2] / 100
-            told = len(candidates) - len(ordered)
-            new = ordered[: max(0, math.ceil(len(candidates) * share) - told)]
+            num_changed = len(ordered) - len(rest)
+            new = rest[: max(0, math.ceil(len(ordered) * share) - num_changed)]
         if new:
             return number, [each.device for each in new]
     return plan.num_stages + 1, []
 
 
+def _canaries(plan: RolloutPlan, candidates: list[Candidate]) -> list[Candidate]:
+    if plan.canary_group is None:
+        return candidates[: plan.canary]
+    return [each for each in candidates if each.group == plan.canary_group]
+
+
 def controls_for(
-    course: RolloutProgress, candidates: Sequence[Candidate], members: Collection[str]
+    progress: RolloutProgress, candidates: Sequence[Candidate], members: Collection[str]
 ) -> list[str]:
-    """As many devices as there are `members`, that keep their bundle and are compared with; once a roll-out."""
-    if course.controls or not course.plan.agreement_sample:
+    """Return as many online devices as there are `members`, for the comparison.
+
+    They keep their bundle. They are chosen once in a roll-out.
+    """
+    if progress.controls or not progress.plan.agreement_sample:
         return []
-    rest = [
-        each.device
-        for each in sorted(candidates, key=_order)
-        if each.online and each.device not in members
-    ]
+    ordered = sorted(candidates, key=_order)
+    rest = [each.device for each in ordered if each.online and each.device not in members]
     return rest[: len(members)]
 
 
@@ -147,7 +164,10 @@ def _order(candidate: Candidate) -> tuple[bool, str]:
 
 
 class DeviceOutcome(StrEnum):
-    """What has become of the bundle on one device. One that is `absent` was away already when it was told."""
+    """The outcome of a roll-out on one device.
+
+    A device is `absent` when it was offline already as the roll-out changed its settings.
+    """
 
     PENDING = "pending"
     TAKEN = "taken"
@@ -155,46 +175,60 @@ class DeviceOutcome(StrEnum):
     ABSENT = "absent"
 
 
+class ReasonedOutcome(NamedTuple):
+    """A device's outcome, and the reason when it has failed."""
+
+    outcome: DeviceOutcome
+    reason: str = ""
+
+
 class RolloutClock(NamedTuple):
-    """When a decision is taken: `now`, the stage's start, and since when devices' statuses are heard at all."""
+    """The times of a decision: `now`, the stage's start, and the start of receiving statuses."""
 
     now: float
     stage_at: float
-    heard_since: float = 0.0
+    receiving_since: float = 0.0
 
     @property
     def began(self) -> float:
-        """Since when the stage's devices could have taken the bundle, and we would know."""
-        return max(self.stage_at, self.heard_since)
+        """The time since when the stage's devices could report that they installed the bundle."""
+        return max(self.stage_at, self.receiving_since)
 
 
-def fate_of(
-    seen: Candidate, before: PreviousState, bundle_id: str, plan: RolloutPlan, at: RolloutClock
-) -> tuple[DeviceOutcome, str]:
-    """What has become of `bundle_id` on a device, and why if it has failed."""
-    offline_s = 0.0 if seen.online else at.now - max(seen.last_seen, at.heard_since)
+def outcome_of(
+    candidate: Candidate,
+    previous: PreviousState,
+    bundle_id: str,
+    plan: RolloutPlan,
+    clock: RolloutClock,
+) -> ReasonedOutcome:
+    """Return the outcome of a roll-out of `bundle_id` on a device."""
+    device = candidate.device
+    offline_s = 0.0
+    if not candidate.online:
+        offline_s = clock.now - max(candidate.last_seen, clock.receiving_since)
     is_gone = offline_s >= plan.offline_after_s
-    if seen.error and seen.error != before.error and not seen.error.startswith(NOT_YET):
-        return DeviceOutcome.FAILED, f"{seen.device} reports: {seen.error}"
-    if is_gone and seen.last_seen < before.told_at:
-        return DeviceOutcome.ABSENT, ""
-    if seen.bundle_id == bundle_id:
-        return (
-            (DeviceOutcome.FAILED, f"{seen.device} took it and went offline")
-            if is_gone
-            else (DeviceOutcome.TAKEN, "")
-        )
-    since = max(at.began, before.told_at, 0.0 if before.online else seen.last_seen)
-    if at.now >= since + plan.take_within_s:
-        return (
-            DeviceOutcome.FAILED,
-            f"{seen.device} has not taken it within {plan.take_within_s:g} s",
-        )
-    return DeviceOutcome.PENDING, ""
+    problem = candidate.problem
+    if problem and problem.is_final and problem.message != previous.error:
+        return ReasonedOutcome(DeviceOutcome.FAILED, f"{device} reports: {problem.message}")
+    if is_gone and candidate.last_seen < previous.told_at:
+        return ReasonedOutcome(DeviceOutcome.ABSENT)
+    if candidate.bundle_id == bundle_id:
+        if is_gone:
+            return ReasonedOutcome(DeviceOutcome.FAILED, f"{device} took it and went offline")
+        return ReasonedOutcome(DeviceOutcome.TAKEN)
+    since = max(clock.began, previous.told_at, 0.0 if previous.online else candidate.last_seen)
+    if clock.now >= since + plan.take_within_s:
+        reason = f"{device} has not taken it within {plan.take_within_s:g} s"
+        return ReasonedOutcome(DeviceOutcome.FAILED, reason)
+    return ReasonedOutcome(DeviceOutcome.PENDING)
 
 
 class RolloutStep(StrEnum):
-    """What to do with a roll-out; `SERVE` and `MISS` say that a worker serves its bundle now, or none any more."""
+    """The next step of a roll-out.
+
+    `SERVE`: a worker serves its bundle now. `MISS`: no worker serves it any more.
+    """
 
     SERVE = "serve"
     MISS = "miss"
@@ -206,52 +240,51 @@ class RolloutStep(StrEnum):
 
 
 class RolloutDecision(NamedTuple):
+    """A step, and its reason."""
+
     step: RolloutStep
     reason: str
 
 
-def decide(
-    course: RolloutProgress, fates: Mapping[str, tuple[DeviceOutcome, str]], at: RolloutClock
+def decide_step(
+    progress: RolloutProgress, outcomes: Mapping[str, ReasonedOutcome], clock: RolloutClock
 ) -> RolloutDecision:
-    """What to do while a stage's devices take the bundle; `WATCH` means that they have."""
-    plan = course.plan
-    here = {device: fate for device, fate in fates.items() if fate[0] is not DeviceOutcome.ABSENT}
-    failed = [why for fate, why in here.values() if fate is DeviceOutcome.FAILED]
-    if len(failed) > plan.max_failed * len(here):
-        more = f" ({len(failed)} of {len(here)} devices failed)" if len(here) > 1 else ""
+    """Return the step while a stage's devices install the bundle; `WATCH` when they have."""
+    plan = progress.plan
+    present = [each for each in outcomes.values() if each.outcome is not DeviceOutcome.ABSENT]
+    failed = [each.reason for each in present if each.outcome is DeviceOutcome.FAILED]
+    if len(failed) > plan.max_failed * len(present):
+        more = f" ({len(failed)} of {len(present)} devices failed)" if len(present) > 1 else ""
         return RolloutDecision(RolloutStep.UNDO, failed[0] + more)
-    num_taken = sum(fate is DeviceOutcome.TAKEN for fate, _ in here.values())
-    if any(fate is DeviceOutcome.PENDING for fate, _ in here.values()):
-        return RolloutDecision(
-            RolloutStep.WAIT, f"{num_taken} of {len(fates)} devices have taken it"
-        )
-    if not num_taken:
-        if at.now >= at.began + plan.take_within_s:
-            return RolloutDecision(
-                RolloutStep.FAIL, f"no device was there to take it within {plan.take_within_s:g} s"
-            )
+    num_taken = sum(each.outcome is DeviceOutcome.TAKEN for each in present)
+    taken = f"{num_taken} of {len(outcomes)} devices have taken it"
+    if any(each.outcome is DeviceOutcome.PENDING for each in present):
+        return RolloutDecision(RolloutStep.WAIT, taken)
+    if num_taken:
+        return RolloutDecision(RolloutStep.WATCH, taken)
+    if clock.now < clock.began + plan.take_within_s:
         return RolloutDecision(RolloutStep.WAIT, "its devices are offline")
-    return RolloutDecision(RolloutStep.WATCH, f"{num_taken} of {len(fates)} devices have taken it")
+    reason = f"no device was there to take it within {plan.take_within_s:g} s"
+    return RolloutDecision(RolloutStep.FAIL, reason)
 
 
 def judge(
     plan: RolloutPlan, findings: Iterable[Finding], num_answers: int, watched_s: float
 ) -> RolloutDecision:
-    """What to do with a stage that has been watched for `watched_s` seconds, and given `num_answers` answers."""
-    found = list(findings)
-    if worse := [each for each in found if each.outcome is Outcome.WORSE]:
-        return RolloutDecision(RolloutStep.UNDO, "; ".join(each.text for each in worse))
+    """Return the step of a stage that has been watched for `watched_s` seconds.
+
+    `num_answers` is the number of its answers in that time.
+    """
+    all_findings = list(findings)
+    if worse := [each.text for each in all_findings if each.outcome is Outcome.WORSE]:
+        return RolloutDecision(RolloutStep.UNDO, "; ".join(worse))
     if watched_s < plan.observe_s:
-        return RolloutDecision(
-            RolloutStep.WAIT, f"watched for {max(0.0, watched_s):.0f} of {plan.observe_s:g} s"
-        )
+        reason = f"watched for {max(0.0, watched_s):.0f} of {plan.observe_s:g} s"
+        return RolloutDecision(RolloutStep.WAIT, reason)
     if num_answers < plan.limits.min_answers:
-        return RolloutDecision(
-            RolloutStep.WAIT, f"{num_answers} of {plan.limits.min_answers} answers"
-        )
-    if unsure := [each for each in found if each.outcome is Outcome.UNSURE]:
-        return RolloutDecision(
-            RolloutStep.WAIT,
-            "not enough answers to be sure: " + "; ".join(each.text for each in unsure),
-        )
+        reason = f"{num_answers} of {plan.limits.min_answers} answers"
+        return RolloutDecision(RolloutStep.WAIT, reason)
+    if unsure := [each.text for each in all_findings if each.outcome is Outcome.UNSURE]:
+        reason = "not enough answers to decide: " + "; ".join(unsure)
+        return RolloutDecision(RolloutStep.WAIT, reason)
     return RolloutDecision(RolloutStep.ADVANCE, "no worse than before")

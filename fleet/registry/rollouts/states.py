@@ -9,7 +9,7 @@ from fleet.errors import RolloutError
 
 
 class RolloutState(StrEnum):
-    """Where a roll-out stands. One that is `waiting` has no worker that serves its bundle."""
+    """The state of a roll-out. While it is `waiting` no worker serves its bundle."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -20,7 +20,10 @@ class RolloutState(StrEnum):
 
 
 class RolloutEvent(StrEnum):
-    """What can happen to a roll-out."""
+    """An event that changes a roll-out's state.
+
+    `SERVE`: a worker serves its bundle. `MISS`: no worker serves it any more.
+    """
 
     SERVE = "serve"
     MISS = "miss"
@@ -31,7 +34,7 @@ class RolloutEvent(StrEnum):
     FAIL = "fail"
 
 
-LEGAL: Final[dict[tuple[RolloutState, RolloutEvent], RolloutState]] = {
+LEGAL_EVENTS: Final[dict[tuple[RolloutState, RolloutEvent], RolloutState]] = {
     (RolloutState.WAITING, RolloutEvent.SERVE): RolloutState.RUNNING,
     (RolloutState.WAITING, RolloutEvent.PAUSE): RolloutState.PAUSED,
     (RolloutState.WAITING, RolloutEvent.UNDO): RolloutState.UNDONE,
@@ -48,14 +51,17 @@ OPEN: Final = (RolloutState.WAITING, RolloutState.RUNNING, RolloutState.PAUSED)
 """The states of a roll-out that has not ended."""
 
 
-def next_state(rollout: int, state: RolloutState, event: RolloutEvent) -> RolloutState:
-    """Raises RolloutError when `event` is not legal for a roll-out in `state`."""
+def next_rollout_state(rollout: int, state: RolloutState, event: RolloutEvent) -> RolloutState:
+    """Return the state that follows.
+
+    Raises:
+        RolloutError: `event` is not legal for a roll-out in `state`.
+    """
     try:
-        return LEGAL[state, event]
+        return LEGAL_EVENTS[state, event]
     except KeyError:
-        legal = (
-            ", ".join(each for known, each in LEGAL if known is state) or "nothing: it has ended"
-        )
+        legal = ", ".join(each for start, each in LEGAL_EVENTS if start is state)
         raise RolloutError(
-            f"cannot {event} roll-out {rollout}, which is {state}: expected one of {legal}"
+            f"cannot {event} roll-out {rollout}, which is {state}: "
+            f"expected one of {legal or 'nothing: it has ended'}"
         ) from None

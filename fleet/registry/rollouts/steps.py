@@ -1,301 +1,200 @@
-"""Roll-outs in the registry: each step is decided from one look at it, and made in one transaction."""
+"""The steps of roll-outs: each is decided from one assessment, and applied in one transaction."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import msgspec
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from fleet.errors import RolloutError
 from fleet.protocol.desired_config import Settings
 from fleet.registry.audit import audit
-from fleet.registry.bundles import check_bundle
-from fleet.registry.models import BundleRecord, IdentityRecord, RolloutRecord
-from fleet.registry.rollouts.assessment import PendingStep, missing_worker
+from fleet.registry.models import IdentityRecord, RolloutRecord
+from fleet.registry.rollouts.assessment import PendingStep
 from fleet.registry.rollouts.plan import (
+    Candidate,
     PreviousState,
     RolloutDecision,
-    RolloutPlan,
     RolloutProgress,
     RolloutStep,
-    check_plan,
     controls_for,
     next_stage,
 )
-from fleet.registry.rollouts.repository import (
+from fleet.registry.rollouts.records import (
+    MAX_REASON_LENGTH,
     candidates,
-    course_of,
-    enter,
-    keep_course,
-    open_rollouts,
+    progress_of,
+    save_progress,
     subject_of,
+    transition,
     watch,
 )
-from fleet.registry.rollouts.states import RolloutEvent, RolloutState, next_state
+from fleet.registry.rollouts.states import RolloutEvent
 from fleet.registry.settings import Scope, change_scope, wider_settings
 
-if TYPE_CHECKING:
-    from fleet.registry.store import Registry
+replace = msgspec.structs.replace
 
-EVERY_S: Final = 2.0
-
-
-class RolloutEngine:
-    """Takes every open roll-out a step further; all that it knows is in the registry."""
-
-    def __init__(
-        self, registry: Registry, clock: Callable[[], float] = time.time, every_s: float = EVERY_S
-    ) -> None:
-        self._registry = registry
-        self._clock = clock
-        self._every_s = every_s
-        self._heard_since = clock()
-        self._next = self._heard_since
-
-    def step(self) -> None:
-        """Does nothing when the last step was less than `every_s` seconds ago; raises RegistryError."""
-        now = self._clock()
-        if now >= self._next:
-            self._next = now + self._every_s
-            self._registry.step_rollouts(now, self._heard_since)
+ChooseBundle: TypeAlias = Callable[[str, PreviousState], str | None]
+"""Chooses the bundle of a device's own settings after the roll-out."""
 
 
-# Changes by hand.
+def apply_step(db: Session, step: PendingStep, now: float) -> None:
+    """Apply a step, unless the roll-out has changed since it was decided."""
+    record = db.get(RolloutRecord, step.rollout, with_for_update=True)
+    if record is not None and (record.state, record.stage) == (step.state, step.stage):
+        apply(db, record, step.decision, now)
 
 
-def start_rollout(db: Session, actor: str, bundle_id: str, plan: RolloutPlan, now: float) -> int:
-    """Makes a roll-out, which waits until the engine begins it; gives its id.
-
-    Raises:
-        RolloutError: the plan is not usable, the bundle is unknown, there is no such device, or another roll-out is
-            open over some of them.
-    """
-    plan = check_plan(plan)
-    db.execute(
-        select(BundleRecord.bundle_id).order_by(BundleRecord.bundle_id).with_for_update()
-    )  # one start at a time
-    check_bundle(db, bundle_id)
-    for other in open_rollouts(db):
-        if None in (plan.group, group := course_of(other).plan.group) or group == plan.group:
-            raise RolloutError(
-                f"roll-out {other.id} of bundle {other.bundle_id} is {other.state} over the same devices; wait for its "
-                f"end, or undo it with 'fleet bundle rollback {other.id}'"
-            )
-    found = candidates(db, plan.group, now)
-    if not next_stage(RolloutProgress(plan), 0, found)[1] or (
-        plan.canary_group and all(each.group != plan.canary_group for each in found)
-    ):
-        wanted = plan.canary_group or plan.group
-        raise RolloutError(
-            f"no active device {f'in the group {wanted!r}' if wanted else ''}; see 'fleet devices'"
-        )
-    record = RolloutRecord(
-        bundle_id=bundle_id,
-        state=RolloutState.WAITING,
-        stage=0,
-        plan=msgspec.to_builtins(RolloutProgress(plan)),
-        reason=missing_worker(db, bundle_id),
-        started_at=now,
-        stage_at=now,
-        ended_at=None,
-    )
-    db.add(record)
-    db.flush()
-    audit(
-        db, actor, "rollout", subject_of(record), bundle=bundle_id, plan=msgspec.to_builtins(plan)
-    )
-    return record.id
-
-
-def change_rollout(
-    db: Session, actor: str, rollout: int | None, event: RolloutEvent, now: float
-) -> int:
-    """Pauses, resumes or undoes a roll-out, or the one that is open; gives its id.
-
-    Raises:
-        RolloutError: there is none, more than one, or the change is not legal in its state.
-    """
-    number = only_open_rollout(db) if rollout is None else rollout
-    record = db.get(RolloutRecord, number, with_for_update=True, populate_existing=True)
-    if record is None:
-        raise RolloutError(f"unknown roll-out {rollout}; see 'fleet bundle status'")
-    next_state(record.id, RolloutState(record.state), event)  # before anything is put back
-    if event is RolloutEvent.UNDO:
-        restore_previous(db, actor, record)
-    enter(db, actor, record=record, event=event, reason="by hand", now=now)
-    return record.id
-
-
-def only_open_rollout(db: Session) -> int:
-    """Raises RolloutError when none or more than one is open."""
-    found = [record.id for record in open_rollouts(db)]
-    if len(found) != 1:
-        shown = ", ".join(map(str, found)) or "none"
-        raise RolloutError(f"open roll-outs are {shown}; name one of them")
-    return found[0]
-
-
-# Steps of the engine.
-
-
-def take_step(db: Session, due: PendingStep, now: float) -> None:
-    """Does what was decided, unless somebody has changed the roll-out meanwhile."""
-    record = db.get(RolloutRecord, due.rollout, with_for_update=True)
-    if record is not None and (record.state, record.stage) == (due.state, due.stage):
-        act(db, record, due.decision, now)
-
-
-def act(db: Session, record: RolloutRecord, decided: RolloutDecision, now: float) -> None:
+def apply(db: Session, record: RolloutRecord, decision: RolloutDecision, now: float) -> None:
+    """Apply a decision to a roll-out."""
     actor = f"rollout {record.id}"
-    match decided.step:
-        case (
-            RolloutStep.SERVE | RolloutStep.MISS
-        ):  # its devices have their time again, and are watched anew
-            record.stage_at = now
-            watch(record, None)
-            enter(
-                db,
-                actor,
-                record=record,
-                event=RolloutEvent(decided.step),
-                reason=decided.reason,
-                now=now,
-            )
+    match decision.step:
         case RolloutStep.WATCH:
             watch(record, now)
+            return
+        case RolloutStep.WAIT:
+            return
         case RolloutStep.ADVANCE:
-            advance(db, actor, record, decided.reason, now)
+            advance_stage(db, actor, record, decision.reason, now)
+            return
+        case RolloutStep.SERVE | RolloutStep.MISS:
+            # Its devices have their full time again, and are watched anew.
+            record.stage_at = now
+            watch(record, None)
         case RolloutStep.UNDO | RolloutStep.FAIL:
             restore_previous(db, actor, record)
-            enter(
-                db,
-                actor,
-                record=record,
-                event=RolloutEvent(decided.step),
-                reason=decided.reason,
-                now=now,
-            )
+    event = RolloutEvent(decision.step)
+    transition(db, actor, record=record, event=event, reason=decision.reason, now=now)
 
 
-def advance(db: Session, actor: str, record: RolloutRecord, reason: str, now: float) -> None:
-    """Tells the next stage's devices, or completes the roll-out when none is left."""
-    course = course_of(record)
-    found = candidates(db, course.plan.group, now)
-    number, new = next_stage(course, record.stage, found)
-    if not new:
-        complete(db, actor, record, course)
-        enter(db, actor, record=record, event=RolloutEvent.COMPLETE, reason=reason, now=now)
+def advance_stage(db: Session, actor: str, record: RolloutRecord, reason: str, now: float) -> None:
+    """Change the settings of the next stage's devices; complete the roll-out after the last."""
+    progress = progress_of(record)
+    active = candidates(db, progress.plan.group, now)
+    number, devices = next_stage(progress, record.stage, active)
+    if not devices:
+        complete(db, actor, record, progress)
+        event = RolloutEvent.COMPLETE
+        transition(db, actor, record=record, event=event, reason=reason, now=now)
         return
-    by_name = {each.device: each for each in found}
-    sample = course.plan.agreement_sample or None
-    controls = controls_for(course, found, new) if number < course.plan.num_stages else []
-    members = dict(course.members)
-    told = dict(course.controls)
+    is_last = number == progress.plan.num_stages
+    controls = [] if is_last else controls_for(progress, active, devices)
+    stage = _Stage(
+        bundle_id=record.bundle_id,
+        now=now,
+        sample=progress.plan.agreement_sample or None,
+        candidates={each.device: each for each in active},
+        members=dict(progress.members),
+        controls=dict(progress.controls),
+    )
+    change_scope(db, actor, Scope.DEVICE, devices, stage.add_member)
+    change_scope(db, actor, Scope.DEVICE, controls, stage.add_control)
+    save_progress(record, RolloutProgress(progress.plan, stage.members, stage.controls))
+    record.stage = number
+    record.stage_at = now
+    record.reason = reason[:MAX_REASON_LENGTH]
+    details = {"stage": number, "devices": len(devices), "reason": reason}
+    audit(db, actor, "rollout_stage", subject_of(record), **details)
 
-    def tell(device: str, settings: Settings) -> Settings:
-        seen = by_name[device]
-        before = PreviousState(
-            told_at=now,
-            online=seen.online,
+
+@dataclass(frozen=True, kw_only=True)
+class _Stage:
+    """A stage that begins at `now`; it adds to `members` and `controls`."""
+
+    bundle_id: str
+    now: float
+    sample: float | None
+    candidates: dict[str, Candidate]
+    members: dict[str, PreviousState]
+    controls: dict[str, PreviousState]
+
+    def add_member(self, device: str, settings: Settings) -> Settings:
+        """Return a device's settings with the bundle and the sample."""
+        candidate = self.candidates[device]
+        # A device that was a control had another sample before.
+        control = self.controls.pop(device, None)
+        sample = control.agreement_sample if control else settings.agreement_sample
+        self.members[device] = PreviousState(
+            told_at=self.now,
+            online=candidate.online,
             bundle=settings.bundle,
-            agreement_sample=settings.agreement_sample,
-            error=seen.error,
-            served=seen.bundle_id,
+            agreement_sample=sample,
+            error=candidate.problem.message if candidate.problem else "",
+            served=candidate.bundle_id,
         )
-        if device in told:  # as a control it had the sample's share before
-            before = msgspec.structs.replace(
-                before, agreement_sample=told.pop(device).agreement_sample
-            )
-        members[device] = before
-        return msgspec.structs.replace(
-            settings, bundle=record.bundle_id, agreement_sample=sample or settings.agreement_sample
+        return replace(
+            settings,
+            bundle=self.bundle_id,
+            agreement_sample=self.sample or settings.agreement_sample,
         )
 
-    def sample_only(device: str, settings: Settings) -> Settings:
-        told[device] = PreviousState(
-            told_at=now,
+    def add_control(self, device: str, settings: Settings) -> Settings:
+        """Return a device's settings with the sample."""
+        self.controls[device] = PreviousState(
+            told_at=self.now,
             online=True,
             bundle=settings.bundle,
             agreement_sample=settings.agreement_sample,
         )
-        return msgspec.structs.replace(settings, agreement_sample=sample)
-
-    change_scope(db, actor, Scope.DEVICE, new, tell)
-    change_scope(db, actor, Scope.DEVICE, controls, sample_only)
-    record.stage = number
-    record.stage_at = now
-    record.reason = reason[:200]
-    keep_course(record, RolloutProgress(course.plan, members, told))
-    audit(
-        db,
-        actor,
-        "rollout_stage",
-        subject_of(record),
-        stage=number,
-        devices=len(new),
-        reason=reason,
-    )
+        return replace(settings, agreement_sample=self.sample)
 
 
-def complete(db: Session, actor: str, record: RolloutRecord, course: RolloutProgress) -> None:
-    """The bundle is from now on what the widest scope of the roll-out says, and no narrower one."""
-    group = course.plan.group
-    serve = {"bundle": record.bundle_id}
-    wide = (Scope.GROUP, group) if group else (Scope.ALL, "")
-    change_scope(
-        db,
-        actor,
-        wide[0],
-        [wide[1]],
-        lambda _, settings: msgspec.structs.replace(settings, **serve),
-    )
-    if not group:
+def complete(db: Session, actor: str, record: RolloutRecord, progress: RolloutProgress) -> None:
+    """Set the bundle in the widest scope of the roll-out, and clear it in the narrower ones."""
+
+    def use_bundle(_: str, settings: Settings) -> Settings:
+        return replace(settings, bundle=record.bundle_id)
+
+    def clear_bundle(_: str, settings: Settings) -> Settings:
+        return replace(settings, bundle=None)
+
+    group = progress.plan.group
+    if group:
+        change_scope(db, actor, Scope.GROUP, [group], use_bundle)
+    else:
+        change_scope(db, actor, Scope.ALL, [""], use_bundle)
         groups = {name for name in db.scalars(select(IdentityRecord.group).distinct()) if name}
-        change_scope(
-            db,
-            actor,
-            Scope.GROUP,
-            groups,
-            lambda _, settings: msgspec.structs.replace(settings, bundle=None),
-        )
-    restore(db, actor, record, course, lambda *_: None)
+        change_scope(db, actor, Scope.GROUP, groups, clear_bundle)
+    restore(db, actor, record, progress, lambda *_: None)
 
 
 def restore_previous(db: Session, actor: str, record: RolloutRecord) -> None:
-    """Gives every device that was told its earlier bundle and share of samples.
+    """Restore the previous bundle and sample of every device that the roll-out changed.
 
-    A device that is told of no bundle stays with the one that it serves. So where nobody said which, it is told the one
-    that it had.
+    A device without a bundle in its settings keeps the one that it serves. So where no scope names
+    one, its own settings name the bundle that it served before.
     """
-    course = course_of(record)
-    wider = wider_settings(db, course.members)
+    progress = progress_of(record)
+    wider = wider_settings(db, progress.members)
 
-    def earlier(device: str, before: PreviousState) -> str | None:
-        return before.bundle or (None if wider[device].bundle else before.served or None)
+    def previous_bundle(device: str, previous: PreviousState) -> str | None:
+        if previous.bundle or wider[device].bundle:
+            return previous.bundle
+        return previous.served or None
 
-    restore(db, actor, record, course, earlier)
+    restore(db, actor, record, progress, previous_bundle)
 
 
 def restore(
     db: Session,
     actor: str,
     record: RolloutRecord,
-    course: RolloutProgress,
-    bundle: Callable[[str, PreviousState], str | None],
+    progress: RolloutProgress,
+    choose_bundle: ChooseBundle,
 ) -> None:
-    """What somebody has said meanwhile of another setting, or of another bundle, stays."""
-    told = course.controls | course.members
+    """Restore the settings that the roll-out changed, except those that were changed since."""
+    changed = progress.controls | progress.members
+    sample = progress.plan.agreement_sample or None
 
-    def change(device: str, settings: Settings) -> Settings:
-        before = told[device]
-        kept = settings.bundle if settings.bundle != record.bundle_id else bundle(device, before)
-        share = settings.agreement_sample
-        if share == (course.plan.agreement_sample or None):
-            share = before.agreement_sample
-        return msgspec.structs.replace(settings, bundle=kept, agreement_sample=share)
+    def restored(device: str, settings: Settings) -> Settings:
+        previous = changed[device]
+        if settings.bundle == record.bundle_id:
+            settings = replace(settings, bundle=choose_bundle(device, previous))
+        if settings.agreement_sample == sample:
+            settings = replace(settings, agreement_sample=previous.agreement_sample)
+        return settings
 
-    change_scope(db, actor, Scope.DEVICE, list(told), change)
+    change_scope(db, actor, Scope.DEVICE, list(changed), restored)

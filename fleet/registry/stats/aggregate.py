@@ -1,98 +1,125 @@
-"""What answers add up to: the sums, histograms and switches of reports, as a value."""
+"""The sums, histograms and mode switches of reports, as a value."""
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 
-from fleet.protocol.modes import CLOUD, FALLBACK
+from fleet.protocol.counts import COUNT_FIELDS, NO_COUNTS, GenerationCounts
 from fleet.protocol.report import GenerationReport
-from fleet.registry.stats.rollup_tables import BUCKETS_MS, TPOT, TTFT
+from fleet.registry.stats.rollup_columns import AMOUNTS, BUCKETS_MS, NUM_BUCKETS, SUMMED, TPOT, TTFT
 
 MAX_AMOUNT: Final = 1 << 40
-"""More than any answer has; a larger figure counts as this, so that no device can make the sums overflow."""
+"""The largest amount of one report that counts, so that no device can make the sums overflow."""
 
 MAX_ANSWERS: Final = 1 << 20
 
-MAX_REASON: Final = 120
+MAX_REASON_LENGTH: Final = 120
+MAX_MODE_LENGTH: Final = 63
 ENDS_MS: Final = np.array([0.0, *BUCKETS_MS, BUCKETS_MS[-1]])
-"""Between which the buckets lie; the last one, which has no end, is a point."""
+"""The ends of the buckets; the last bucket, which has no upper end, is a point."""
 
-FIGURE: Final = re.compile(r"\d+(\.\d+)?")
+NUMBER: Final = re.compile(r"\d+(\.\d+)?")
 
 
-@dataclass
-class Tally:
-    """`counts` are by a roll-up's column, `sources` tokens by source, `switches` by mode and kind of reason."""
+def _empty_histogram() -> list[int]:
+    return [0] * NUM_BUCKETS
 
-    counts: Counter[str] = field(default_factory=Counter)
-    sources: Counter[str] = field(default_factory=Counter)
+
+@dataclass(kw_only=True)
+class ReportAggregate:
+    """The sum of reports: their counts, histograms of times, and switches by mode and reason."""
+
+    counts: GenerationCounts = NO_COUNTS
+    num_answers: int = 0
+    num_errors: int = 0
+    ttft: list[int] = field(default_factory=_empty_histogram)
+    tpot: list[int] = field(default_factory=_empty_histogram)
     switches: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def add(self, report: GenerationReport) -> None:
-        """Counts a report; one that stands for several answers puts all their times where its own are."""
+        """Add a report; the times of one with several answers count for all of them."""
         answers = min(report.answers, MAX_ANSWERS)
-        tokens = limited(report.tokens)
-        self.counts.update(
-            answers=answers,
-            errors=answers if report.finish_reason == "error" else 0,
-            prompt_tokens=limited(report.prompt_tokens),
-            tokens=tokens,
-            cloud_tokens=limited(report.sources.get(CLOUD, 0)),
-            fallback_tokens=limited(report.sources.get(FALLBACK, 0)),
-            assists=limited(report.assists),
-            verifies=limited(report.verifies),
-            drafted=limited(report.drafted),
-            bytes_up=limited(report.bytes_up),
-            bytes_down=limited(report.bytes_down),
-            judged=limited(report.judged),
-            agreed=limited(report.agreed),
-        )
-        if tokens:
-            self.counts[TTFT[bucket(report.ttft_ms)]] += answers
-        if tokens > answers:
-            self.counts[TPOT[bucket(report.tpot_ms)]] += answers
-        self.sources.update(
-            {source: limited(count) for source, count in report.sources.items() if count}
-        )
+        counts = report.limited(MAX_AMOUNT)
+        self.counts = self.counts.merge(counts)
+        self.num_answers += answers
+        if report.finish_reason == "error":
+            self.num_errors += answers
+        if counts.tokens:
+            self.ttft[bucket(report.ttft_ms)] += answers
+        if counts.tokens > answers:
+            self.tpot[bucket(report.tpot_ms)] += answers
         self.switches.update(
-            (switch.mode[:63], kind_of(switch.reason)) for switch in report.switches
+            (switch.mode[:MAX_MODE_LENGTH], kind_of(switch.reason)) for switch in report.switches
         )
 
+    def columns(self) -> dict[str, int]:
+        """Return the aggregate by the columns of a roll-up."""
+        return {
+            "answers": self.num_answers,
+            "errors": self.num_errors,
+            **{name: self.counts.sources.get(source, 0) for source, name in SUMMED.items()},
+            **{name: getattr(self.counts, name) for name in COUNT_FIELDS},
+            **dict(zip(TTFT, self.ttft, strict=True)),
+            **dict(zip(TPOT, self.tpot, strict=True)),
+        }
 
-def limited(amount: int) -> int:
-    return min(amount, MAX_AMOUNT)
+
+def from_columns(values: Sequence[int], sources: Mapping[str, int]) -> ReportAggregate:
+    """Return the aggregate of a roll-up's values, in the order of its columns.
+
+    `sources` are the tokens of the sources that have no column.
+    """
+    amounts = dict(zip(AMOUNTS, values[: len(AMOUNTS)], strict=True))
+    summed = {source: amounts[name] for source, name in SUMMED.items() if amounts[name]}
+    histograms = values[len(AMOUNTS) :]
+    return ReportAggregate(
+        counts=GenerationCounts(
+            sources={**sources, **summed}, **{name: amounts[name] for name in COUNT_FIELDS}
+        ),
+        num_answers=amounts["answers"],
+        num_errors=amounts["errors"],
+        ttft=list(histograms[:NUM_BUCKETS]),
+        tpot=list(histograms[NUM_BUCKETS:]),
+    )
 
 
 def bucket(ms: float) -> int:
-    """The bucket of a histogram that `ms` falls into."""
+    """Return the bucket of a histogram that `ms` falls into."""
     return bisect_left(BUCKETS_MS, ms)
 
 
 def kind_of(reason: str) -> str:
-    """A switch's reason without its figures, so that equal ones add up: "the link is down", "# ms a token ..."."""
-    return FIGURE.sub("#", reason)[:MAX_REASON]
+    """Return a switch's reason without its numbers, so that equal kinds add up.
+
+    For example "the link is down", or "# ms a token ...".
+    """
+    return NUMBER.sub("#", reason)[:MAX_REASON_LENGTH]
 
 
 def quantile_ms(counts: Sequence[int], q: float) -> float | None:
-    """The `q`-quantile of a histogram with `NUM_BUCKETS` counts, 0 < q <= 1; None when it is empty."""
+    """Return the `q`-quantile of a histogram with `NUM_BUCKETS` counts, 0 < q <= 1.
+
+    None when it is empty.
+    """
     return quantiles_ms([counts], (q,))[0][0]
 
 
 def quantiles_ms(
-    histograms: Sequence[Sequence[int]], qs: Sequence[float]
+    histograms: Sequence[Sequence[int]], qs: Iterable[float]
 ) -> list[list[float | None]]:
-    """For each of `qs` the quantile of every histogram.
+    """Return for each of `qs` the quantile of every histogram.
 
-    Linear within its bucket, whose ends are a factor of 1.41 apart; above the last end it is that end.
+    It is linear within its bucket, whose ends are a factor of 1.41 apart; above the last end it is
+    that end.
     """
-    if not len(histograms):
+    if not histograms:
         return [[] for _ in qs]
     counts = np.array(histograms, np.int64)
     below = counts.cumsum(1)
@@ -101,14 +128,10 @@ def quantiles_ms(
     quantiles = []
     for q in qs:
         rank = q * total
-        bucket = (below < rank[:, None]).sum(1)
-        inside = counts[row, bucket]
-        share = (rank - below[row, bucket] + inside) / np.maximum(inside, 1)
-        ms = ENDS_MS[bucket] + (ENDS_MS[bucket + 1] - ENDS_MS[bucket]) * share
-        quantiles.append(
-            [
-                value if number else None
-                for value, number in zip(ms.tolist(), total.tolist(), strict=True)
-            ]
-        )
+        index = (below < rank[:, None]).sum(1)
+        inside = counts[row, index]
+        share = (rank - below[row, index] + inside) / np.maximum(inside, 1)
+        ms = ENDS_MS[index] + (ENDS_MS[index + 1] - ENDS_MS[index]) * share
+        pairs = zip(ms.tolist(), total.tolist(), strict=True)
+        quantiles.append([value if number else None for value, number in pairs])
     return quantiles

@@ -1,4 +1,4 @@
-"""What devices say of themselves and of their answers, and how it is written."""
+"""Ingestion of statuses and reports into the registry's tables."""
 
 from __future__ import annotations
 
@@ -25,83 +25,80 @@ from fleet.registry.models import (
 )
 from fleet.registry.stats.rollups import add_to_rollups
 
-Key: TypeAlias = tuple[str, str]
+DeviceKey: TypeAlias = tuple[str, str]
 """A device and a name that is unique to it: of a generation, or of a session."""
 
 IngestOutcome: TypeAlias = bool | RegistryError
-"""What has become of a report: stored now, stored before, or why not."""
+"""The outcome of a report: True when it is stored now, False when it was before, or an error."""
 
 
 def store_status(db: Session, device: str, status: DeviceStatus, at: float) -> None:
-    """Raises UnknownDeviceError. A last will says no more than that the device is gone."""
+    """Store a device's status, received `at`; of a last will, only that the device is offline.
+
+    Raises:
+        UnknownDeviceError: it is not enrolled.
+    """
     check_device(db, device)
-    known = db.get(StatusRecord, device)
-    if status.online or known is None:
-        db.merge(
-            StatusRecord(
-                device=device,
-                online=status.online,
-                epoch=status.epoch,
-                bundle_id=status.bundle_id,
-                version=status.version,
-                mode=status.mode,
-                last_seen=at,
-                config_version=status.config_version,
-                config_error=status.config_error,
-            )
-        )
-    elif known.online:
-        known.online = False
-        known.last_seen = at
+    stored = db.get(StatusRecord, device)
+    if status.online or stored is None:
+        db.merge(StatusRecord(device=device, last_seen=at, **msgspec.to_builtins(status)))
+    elif stored.online:
+        stored.online = False
+        stored.last_seen = at
 
 
 def store_worker(db: Session, worker: str, status: WorkerStatus, at: float) -> None:
-    """Of one that was not enrolled nothing is kept. A last will says no more than that the worker is gone."""
-    known = db.get(WorkerRecord, worker)
-    if not status.online:
-        if known and known.online:
-            known.online = False
-            known.last_seen = at
-    elif db.scalar(
-        select(exists().where(IdentityRecord.name == worker, IdentityRecord.role == Role.WORKER))
-    ):
-        said = msgspec.to_builtins(status) | {"bundle_ids": list(status.bundle_ids)}
-        db.merge(WorkerRecord(worker=worker, last_seen=at, **said))
+    """Store a worker's status, received `at`, if it is enrolled.
 
-
-def store_report(db: Session, device: str, report: GenerationReport) -> bool:
-    """False when it is stored already; raises UnknownDeviceError, and ReportError when it can never be stored."""
-    (fate,) = store_reports(db, {(device, report.generation): report}).values()
-    if isinstance(fate, RegistryError):
-        raise fate
-    return fate
-
-
-def store_reports(db: Session, reports: dict[Key, GenerationReport]) -> dict[Key, IngestOutcome]:
-    """Stores reports by device and generation, in a few statements for all; a bad one harms no other.
-
-    What became of each: True when it is stored now, False when it was before, else an UnknownDeviceError, or a
-    ReportError when it can never be stored.
+    Of a last will, only that the worker is offline.
     """
-    fates: dict[Key, IngestOutcome] = {}
+    if not status.online:
+        stored = db.get(WorkerRecord, worker)
+        if stored and stored.online:
+            stored.online = False
+            stored.last_seen = at
+        return
+    is_worker = (IdentityRecord.name == worker, IdentityRecord.role == Role.WORKER)
+    if db.scalar(select(exists().where(*is_worker))):
+        fields = msgspec.to_builtins(status) | {"bundle_ids": list(status.bundle_ids)}
+        db.merge(WorkerRecord(worker=worker, last_seen=at, **fields))
+
+
+def store_reports(
+    db: Session, reports: dict[DeviceKey, GenerationReport]
+) -> dict[DeviceKey, IngestOutcome]:
+    """Store reports by device and generation, in a few statements for all.
+
+    A bad report harms no other: its outcome is an UnknownDeviceError, or a ReportError when it can
+    never be stored.
+    """
+    outcomes: dict[DeviceKey, IngestOutcome] = {}
     for key, report in reports.items():
-        if (counted := sum(report.sources.values())) != report.tokens:
-            fates[key] = ReportError(
-                f"generation {report.generation} counts {report.tokens} tokens, but its sources add up to {counted}"
-            )
+        if wrong_sum := _sum_error(report):
+            outcomes[key] = wrong_sum
     devices = {device for device, _ in reports}
     enrolled = db.scalars(
         select(IdentityRecord.name).where(is_device(), IdentityRecord.name.in_(devices))
     )
     for device in devices.difference(enrolled):
-        fates |= {key: unknown_device(db, device) for key in reports if key[0] == device}
-    return fates | _store_sound(
-        db, {key: report for key, report in reports.items() if key not in fates}
-    )
+        error = unknown_device(db, device)
+        outcomes |= {key: error for key in reports if key[0] == device}
+    valid = {key: report for key, report in reports.items() if key not in outcomes}
+    return outcomes | _store_valid(db, valid)
 
 
-def _store_sound(db: Session, reports: dict[Key, GenerationReport]) -> dict[Key, IngestOutcome]:
-    """Where the database refuses a value, the half that has it is stored apart, and so on."""
+def _sum_error(report: GenerationReport) -> ReportError | None:
+    total = sum(report.sources.values())
+    if total == report.tokens:
+        return None
+    counted = f"generation {report.generation} counts {report.tokens} tokens"
+    return ReportError(f"{counted}, but its sources add up to {total}")
+
+
+def _store_valid(
+    db: Session, reports: dict[DeviceKey, GenerationReport]
+) -> dict[DeviceKey, IngestOutcome]:
+    """Store the reports; where the database refuses a value, store each half apart, and so on."""
     try:
         with db.begin_nested():
             return _insert(db, reports)
@@ -114,25 +111,26 @@ def _store_sound(db: Session, reports: dict[Key, GenerationReport]) -> dict[Key,
             }
     items = list(reports.items())
     middle = len(items) // 2
-    return _store_sound(db, dict(items[:middle])) | _store_sound(db, dict(items[middle:]))
+    return _store_valid(db, dict(items[:middle])) | _store_valid(db, dict(items[middle:]))
 
 
-def _insert(db: Session, reports: dict[Key, GenerationReport]) -> dict[Key, IngestOutcome]:
+def _insert(
+    db: Session, reports: dict[DeviceKey, GenerationReport]
+) -> dict[DeviceKey, IngestOutcome]:
     row = GenerationRecord
-    same = tuple_(row.device, row.generation).in_(list(reports))
-    known = {
-        (device, generation)
-        for device, generation in db.execute(select(row.device, row.generation).where(same))
-    }
-    new = {key: report for key, report in reports.items() if key not in known}
+    query = select(row.device, row.generation)
+    same = query.where(tuple_(row.device, row.generation).in_(list(reports)))
+    stored = {(device, generation) for device, generation in db.execute(same)}
+    new = {key: report for key, report in reports.items() if key not in stored}
     if not new:
         return dict.fromkeys(reports, False)
     sessions = _sessions(db, new)
-    insert = (
-        _insert_into(db, row).on_conflict_do_nothing().returning(row.device, row.generation, row.id)
+    insert = _insert_into(db, row).on_conflict_do_nothing()
+    inserted = db.execute(
+        insert.returning(row.device, row.generation, row.id),
+        [_row(device, report, sessions) for (device, _), report in new.items()],
     )
-    rows = [_row(device, report, sessions) for (device, _), report in new.items()]
-    ids = {(device, generation): id_ for device, generation, id_ in db.execute(insert, rows)}
+    ids = {(device, generation): id_ for device, generation, id_ in inserted}
     counts = [
         {"generation_id": id_, "source": source, "tokens": tokens}
         for key, id_ in ids.items()
@@ -140,13 +138,16 @@ def _insert(db: Session, reports: dict[Key, GenerationReport]) -> dict[Key, Inge
     ]
     if counts:
         db.execute(_insert_into(db, TokenCount), counts)
-    add_to_rollups(db, [(device, reports[device, generation]) for device, generation in ids])
+    add_to_rollups(db, [(key[0], reports[key]) for key in ids])
     return {key: key in ids for key in reports}
 
 
-def _sessions(db: Session, reports: dict[Key, GenerationReport]) -> dict[Key, int]:
-    """The ids of the reports' sessions, which begin with their first answer and are with their last worker."""
-    rows: dict[Key, dict[str, Any]] = {}
+def _sessions(db: Session, reports: dict[DeviceKey, GenerationReport]) -> dict[DeviceKey, int]:
+    """Insert or update the reports' sessions; return their ids.
+
+    A session begins with its first answer, and its worker is that of its last one.
+    """
+    rows: dict[DeviceKey, dict[str, Any]] = {}
     for (device, _), report in sorted(reports.items(), key=lambda item: item[1].started_at):
         if report.session is not None:
             new = {
@@ -159,25 +160,26 @@ def _sessions(db: Session, reports: dict[Key, GenerationReport]) -> dict[Key, in
             row["worker"] = report.worker or row["worker"]
     if not rows:
         return {}
-    ours = SessionRecord
+    record = SessionRecord
+    ordered = [rows[key] for key in sorted(rows)]  # one order in all processes: no deadlock
+    inserted = db.execute(
+        _upsert_sessions(db).returning(record.device, record.session, record.id), ordered
+    )
+    return {(device, session): id_ for device, session, id_ in inserted}
+
+
+def _upsert_sessions(db: Session) -> postgresql.Insert | sqlite.Insert:
+    stored = SessionRecord
     insert = _insert_into(db, SessionRecord)
-    theirs = insert.excluded
-    upsert = insert.on_conflict_do_update(
-        index_elements=[ours.device, ours.session],
-        set_={
-            "worker": func.coalesce(theirs.worker, ours.worker),
-            "opened_at": case(
-                (theirs.opened_at < ours.opened_at, theirs.opened_at), else_=ours.opened_at
-            ),
-        },
-    ).returning(ours.device, ours.session, ours.id)
-    ordered = [
-        rows[key] for key in sorted(rows)
-    ]  # two processes that write at once do not wait for each other
-    return {(device, session): id_ for device, session, id_ in db.execute(upsert, ordered)}
+    new = insert.excluded
+    earlier = case((new.opened_at < stored.opened_at, new.opened_at), else_=stored.opened_at)
+    return insert.on_conflict_do_update(
+        index_elements=[stored.device, stored.session],
+        set_={"worker": func.coalesce(new.worker, stored.worker), "opened_at": earlier},
+    )
 
 
-def _row(device: str, report: GenerationReport, sessions: dict[Key, int]) -> dict[str, Any]:
+def _row(device: str, report: GenerationReport, sessions: dict[DeviceKey, int]) -> dict[str, Any]:
     session_id = sessions[device, report.session] if report.session is not None else None
     fields = msgspec.to_builtins(report) | {"device": device, "session_id": session_id}
     return {
@@ -188,10 +190,8 @@ def _row(device: str, report: GenerationReport, sessions: dict[Key, int]) -> dic
 
 
 def _insert_into(db: Session, table: type[Table]) -> postgresql.Insert | sqlite.Insert:
-    """An INSERT that knows ON CONFLICT, which every dialect spells for itself."""
+    """Return an INSERT that supports ON CONFLICT, which differs by dialect."""
     into = table.metadata.tables[table.__tablename__]
-    return (
-        postgresql.insert(into)
-        if db.get_bind().dialect.name == "postgresql"
-        else sqlite.insert(into)
-    )
+    if db.get_bind().dialect.name == "postgresql":
+        return postgresql.insert(into)
+    return sqlite.insert(into)

@@ -1,15 +1,15 @@
-"""What is counted of a window, by device, group, bundle or hour: questions to roll-ups, and to generations.
+"""Queries of a window by device, group, bundle or hour: to roll-ups, and to generations.
 
-Roll-ups know whole hours. The generations themselves are asked for the part of an hour that a window of at most a day
-may begin with.
+Roll-ups hold whole hours. The generations themselves are read for the fraction of an hour that a
+window of at most a day may begin with.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 from sqlalchemy import BigInteger, ColumnElement, Select, Table, and_, cast, func, or_, select
@@ -18,28 +18,24 @@ from sqlalchemy.orm import Session
 from fleet.protocol.report import GenerationReport, Switch
 from fleet.registry.identities.devices import is_device
 from fleet.registry.models import GenerationRecord, IdentityRecord, TokenCount
-from fleet.registry.stats.aggregate import Tally
-from fleet.registry.stats.rollup_tables import (
-    AMOUNTS,
-    HOUR_S,
-    ROLLUPS,
-    SOURCES,
-    SUMMED,
-    SWITCHES,
-    TPOT,
-    TTFT,
-)
+from fleet.registry.stats.aggregate import ReportAggregate, from_columns
+from fleet.registry.stats.rollup_columns import HOUR_S
+from fleet.registry.stats.rollup_tables import ROLLUPS, SOURCES, SWITCHES
 from fleet.registry.stats.rollups import span_start
-from fleet.registry.stats.time_spans import Spans, beginning, ladder, rounded_up, trend_span_s
+from fleet.registry.stats.time_spans import (
+    Spans,
+    ladder,
+    rounded_up,
+    trend_span_s,
+    window_start,
+)
 
-Key: TypeAlias = Any
-"""Of a row: a device's name, a group or None, a bundle's id, or the start of an hour."""
-
-COUNTS: Final = (*AMOUNTS, *TTFT, *TPOT)
+StatsKey: TypeAlias = Any
+"""The key of a row: a device's name, a group or None, a bundle's id, or the start of an hour."""
 
 
 class By(StrEnum):
-    """What a row of the statistics is about."""
+    """The subject of a row of the statistics."""
 
     DEVICE = "device"
     GROUP = "group"
@@ -48,9 +44,9 @@ class By(StrEnum):
 
 
 class StatsQuery(msgspec.Struct, frozen=True, kw_only=True):
-    """What to count: answers since `since` (None is ever) of one device, a group's or all; `now` ends the trend.
+    """The answers to count: since `since` (None is ever) of one device, a group's or all.
 
-    `devices` are those that are counted, None is every one of these.
+    `now` ends the trend. With `devices` only those of them count.
     """
 
     now: float
@@ -60,120 +56,122 @@ class StatsQuery(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[str, ...] | None = None
 
 
-def count(db: Session, by: By, asked: StatsQuery) -> defaultdict[Key, Tally]:
-    """What was counted, by the rows' keys."""
-    tallies: defaultdict[Key, Tally] = defaultdict(Tally)
-    since = None if asked.since is None else beginning(asked.since, asked.now)
-    spans = (
-        ladder(since)
-        if by is not By.HOUR
-        else [Spans(HOUR_S, rounded_up(since or 0.0, HOUR_S), None)]
-    )
-    for key, *sums in db.execute(_sums(ROLLUPS, by, asked, spans)).all():
-        counts: Counter[str] = Counter()
-        tallies[key] = Tally(counts)
-        dict.update(
-            counts, zip(COUNTS, sums, strict=True)
-        )  # a Counter's own takes four times as long
-        tallies[key].sources.update(
-            {source: n for source, name in SUMMED.items() if (n := counts[name])}
-        )
-    for key, source, tokens in db.execute(_sums(SOURCES, by, asked, spans)).all():
-        tallies[key].sources[source] += tokens
-    for key, mode, reason, switches in db.execute(_sums(SWITCHES, by, asked, spans)).all():
-        tallies[key].switches[mode, reason] += switches
+def aggregate_by(db: Session, by: By, query: StatsQuery) -> defaultdict[StatsKey, ReportAggregate]:
+    """Return the aggregates of a query, by the rows' keys."""
+    since = None if query.since is None else window_start(query.since, query.now)
+    if by is By.HOUR:
+        spans = [Spans(HOUR_S, rounded_up(since or 0.0, HOUR_S), None)]
+    else:
+        spans = ladder(since)
+    aggregates = _rollup_aggregates(db, by, query, spans)
     if since is not None and since % HOUR_S:
-        for key, report in _first_hour(db, by, asked, since):
-            tallies[key].add(report)
-    return tallies
+        for key, report in _first_hour(db, by, query, since):
+            aggregates[key].add(report)
+    return aggregates
 
 
-def _sums(table: Table, by: By, asked: StatsQuery, spans: Iterable[Spans]) -> Select[Any]:
-    """The amounts of a table's rows in `spans`, by the row's key and what else a row of it is about."""
-    about = [table.c[name] for name in ("source", "mode", "reason") if name in table.c]
+def _rollup_aggregates(
+    db: Session, by: By, query: StatsQuery, spans: Iterable[Spans]
+) -> defaultdict[StatsKey, ReportAggregate]:
+    sources: defaultdict[StatsKey, dict[str, int]] = defaultdict(dict)
+    for key, source, tokens in db.execute(_sums(SOURCES, by, query, spans)).all():
+        sources[key][source] = tokens
+    aggregates: defaultdict[StatsKey, ReportAggregate] = defaultdict(ReportAggregate)
+    for key, *sums in db.execute(_sums(ROLLUPS, by, query, spans)).all():
+        aggregates[key] = from_columns(sums, sources[key])
+    for key, mode, reason, number in db.execute(_sums(SWITCHES, by, query, spans)).all():
+        aggregates[key].switches[mode, reason] += number
+    return aggregates
+
+
+def _sums(table: Table, by: By, query: StatsQuery, spans: Iterable[Spans]) -> Select[Any]:
+    """Sum the amounts of a table's rows in `spans`, by the row's key and its other key columns."""
+    others = [table.c[name] for name in ("source", "mode", "reason") if name in table.c]
     sums = [cast(func.sum(column), BigInteger) for column in table.c if not column.primary_key]
-    query = _rows(table, by, asked, *about, *sums).group_by("key", *about)
-    return query.where(or_(*(_within(table, part) for part in spans)))
+    rows = _rows(table, by, query, *others, *sums).group_by("key", *others)
+    return rows.where(or_(*(_within(table, each) for each in spans)))
 
 
-def trends(db: Session, by: By, asked: StatsQuery) -> defaultdict[Key, list[float | None]]:
-    """The offload rate of equal parts of the window, oldest first; None where nothing was generated."""
-    since = asked.since
-    if since is None:
-        oldest = db.scalar(select(func.min(ROLLUPS.c.start)).where(ROLLUPS.c.span_s == HOUR_S))
-        since = asked.now if oldest is None else oldest
-    span_s = trend_span_s(asked.now - since)
-    first = span_start(since, span_s)
-    start = ROLLUPS.c.start
-    num_points = max(1, rounded_up(asked.now - first, span_s) // span_s)
-    query = _rows(ROLLUPS, by, asked, start, ROLLUPS.c.tokens, ROLLUPS.c.cloud_tokens).where(
-        _within(ROLLUPS, Spans(span_s, first, first + num_points * span_s))
-    )
-    sums: defaultdict[Key, list[int]] = defaultdict(lambda: [0] * (2 * num_points))
-    for key, at, tokens, cloud_tokens in db.execute(query).all():  # hardly more than there are sums
-        row = sums[key]
-        i = (at - first) // span_s
-        row[i] += tokens
-        row[i + num_points] += cloud_tokens
-    points: defaultdict[Key, list[float | None]] = defaultdict(lambda: [None] * num_points)
-    for key, row in sums.items():
-        pairs = zip(row[:num_points], row[num_points:], strict=True)
-        points[key] = [round(cloud / tokens, 6) if tokens else None for tokens, cloud in pairs]
+def trends(db: Session, by: By, query: StatsQuery) -> defaultdict[StatsKey, list[float | None]]:
+    """Return the offload rate of equal spans of the window, oldest first.
+
+    None where nothing was generated.
+    """
+    first, num_points, span_s = _trend_points(db, query)
+    spans = Spans(span_s, first, first + num_points * span_s)
+    tokens: defaultdict[StatsKey, list[int]] = defaultdict(lambda: [0] * num_points)
+    cloud_tokens: defaultdict[StatsKey, list[int]] = defaultdict(lambda: [0] * num_points)
+    columns = (ROLLUPS.c.start, ROLLUPS.c.tokens, ROLLUPS.c.cloud_tokens)
+    rows = _rows(ROLLUPS, by, query, *columns)
+    rows = rows.where(_within(ROLLUPS, spans))
+    # Summed here: there are hardly more rows than sums.
+    for key, start, num_tokens, num_cloud in db.execute(rows).all():
+        i = (start - first) // span_s
+        tokens[key][i] += num_tokens
+        cloud_tokens[key][i] += num_cloud
+    points: defaultdict[StatsKey, list[float | None]] = defaultdict(lambda: [None] * num_points)
+    for key, totals in tokens.items():
+        pairs = zip(totals, cloud_tokens[key], strict=True)
+        points[key] = [round(cloud / total, 6) if total else None for total, cloud in pairs]
     return points
 
 
-def _within(table: Table, part: Spans) -> ColumnElement[bool]:
-    condition = and_(table.c.span_s == part.span_s, table.c.start >= part.first)
-    return condition if part.end is None else and_(condition, table.c.start < part.end)
+def _trend_points(db: Session, query: StatsQuery) -> tuple[int, int, int]:
+    """Return the start, the number and the length of a trend's points."""
+    since = query.since
+    if since is None:
+        oldest = db.scalar(select(func.min(ROLLUPS.c.start)).where(ROLLUPS.c.span_s == HOUR_S))
+        since = query.now if oldest is None else oldest
+    span_s = trend_span_s(query.now - since)
+    first = span_start(since, span_s)
+    return first, max(1, rounded_up(query.now - first, span_s) // span_s), span_s
 
 
-def _rows(table: Table, by: By, asked: StatsQuery, *columns: ColumnElement[Any]) -> Select[Any]:
-    """These columns of a table's rows, behind the key of the statistics' row that each belongs to."""
-    group = (
-        select(IdentityRecord.group).where(IdentityRecord.name == table.c.device).scalar_subquery()
-    )
+def _within(table: Table, spans: Spans) -> ColumnElement[bool]:
+    condition = and_(table.c.span_s == spans.span_s, table.c.start >= spans.first)
+    return condition if spans.end is None else and_(condition, table.c.start < spans.end)
+
+
+def _rows(table: Table, by: By, query: StatsQuery, *columns: ColumnElement[Any]) -> Select[Any]:
+    """Select columns of a table's rows, after the key of the statistics' row for each."""
+    device = table.c.device
+    identity = select(IdentityRecord.group).where(IdentityRecord.name == device)
     key = {
-        By.DEVICE: table.c.device,
-        By.GROUP: group,
+        By.DEVICE: device,
+        By.GROUP: identity.scalar_subquery(),
         By.BUNDLE: table.c.bundle_id,
         By.HOUR: table.c.start,
     }[by]
-    query = select(key.label("key"), *columns)
-    if asked.device is not None:
-        query = query.where(table.c.device == asked.device)
-    if asked.group is not None:
-        query = query.where(
-            table.c.device.in_(
-                select(IdentityRecord.name).where(IdentityRecord.group == asked.group)
-            )
-        )
-    return query if asked.devices is None else query.where(table.c.device.in_(asked.devices))
+    rows = select(key.label("key"), *columns)
+    if query.device is not None:
+        rows = rows.where(device == query.device)
+    if query.group is not None:
+        members = select(IdentityRecord.name).where(IdentityRecord.group == query.group)
+        rows = rows.where(device.in_(members))
+    if query.devices is not None:
+        rows = rows.where(device.in_(query.devices))
+    return rows
 
 
 def _first_hour(
-    db: Session, by: By, asked: StatsQuery, since: float
-) -> Iterable[tuple[Key, GenerationReport]]:
-    """The generations from `since` to the end of its hour, each with its row's key."""
+    db: Session, by: By, query: StatsQuery, since: float
+) -> Iterable[tuple[StatsKey, GenerationReport]]:
+    """Return the generations from `since` to the end of its hour, each with its row's key."""
     row = GenerationRecord
     end = rounded_up(since, HOUR_S)
-    query = (
+    is_in_hour = and_(row.started_at >= since, row.started_at < end)
+    generations = (
         select(row, IdentityRecord.group)
         .join(IdentityRecord, IdentityRecord.name == row.device)
-        .where(is_device(asked.device), row.started_at >= since, row.started_at < end)
+        .where(is_device(query.device), is_in_hour)
     )
-    if asked.group is not None:
-        query = query.where(IdentityRecord.group == asked.group)
-    if asked.devices is not None:
-        query = query.where(row.device.in_(asked.devices))
-    generations = db.execute(query).all()
-    sources: defaultdict[int, dict[str, int]] = defaultdict(dict)
-    for id_, source, tokens in db.execute(
-        select(TokenCount.generation_id, TokenCount.source, TokenCount.tokens)
-        .join(row, row.id == TokenCount.generation_id)
-        .where(row.started_at >= since, row.started_at < end)
-    ):
-        sources[id_][source] = tokens
-    for record, group in generations:
+    if query.group is not None:
+        generations = generations.where(IdentityRecord.group == query.group)
+    if query.devices is not None:
+        generations = generations.where(row.device.in_(query.devices))
+    records = db.execute(generations).all()
+    sources = _sources(db, is_in_hour)
+    for record, group in records:
         key = {
             By.DEVICE: record.device,
             By.GROUP: group,
@@ -183,29 +181,24 @@ def _first_hour(
         yield key, _report(record, sources[record.id])
 
 
-def _report(record: GenerationRecord, sources: dict[str, int]) -> GenerationReport:
-    return GenerationReport(
-        generation=record.generation,
-        app=record.app,
-        request=record.request,
-        session=None,
-        worker=record.worker,
-        bundle_id=record.bundle_id,
-        mode=record.mode,
-        started_at=record.started_at,
-        prompt_tokens=record.prompt_tokens,
-        tokens=record.tokens,
-        sources=sources,
-        assists=record.assists,
-        bytes_up=record.bytes_up,
-        bytes_down=record.bytes_down,
-        ttft_ms=record.ttft_ms,
-        tpot_ms=record.tpot_ms,
-        finish_reason=record.finish_reason,
-        verifies=record.verifies,
-        drafted=record.drafted,
-        switches=msgspec.convert(record.switches, tuple[Switch, ...]),
-        answers=record.answers,
-        judged=record.judged,
-        agreed=record.agreed,
+def _sources(db: Session, condition: ColumnElement[bool]) -> defaultdict[int, dict[str, int]]:
+    """Return the tokens by source of generations, by the ids of their rows."""
+    counts = (
+        select(TokenCount.generation_id, TokenCount.source, TokenCount.tokens)
+        .join(GenerationRecord, GenerationRecord.id == TokenCount.generation_id)
+        .where(condition)
     )
+    sources: defaultdict[int, dict[str, int]] = defaultdict(dict)
+    for id_, source, tokens in db.execute(counts):
+        sources[id_][source] = tokens
+    return sources
+
+
+def _report(record: GenerationRecord, sources: dict[str, int]) -> GenerationReport:
+    fields = {
+        name: getattr(record, name)
+        for name in GenerationReport.__struct_fields__
+        if name not in ("sources", "session", "switches")
+    }
+    switches = msgspec.convert(record.switches, tuple[Switch, ...])
+    return GenerationReport(session=None, sources=sources, switches=switches, **fields)

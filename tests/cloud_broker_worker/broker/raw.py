@@ -1,4 +1,4 @@
-"""A client in bytes, for what no decent client library would send."""
+"""A client in bytes, for packets that no client library sends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PINGRESP = b"\xd0\x00"
 
 @contextmanager
 def tls_socket(identity: Identity) -> Iterator[ssl.SSLSocket]:
-    """A TLS connection to the identity's broker, which has sent nothing yet."""
+    """Open a TLS connection to the identity's broker; no packet is sent."""
     with (
         socket.create_connection((HOST, identity.config.port), WAIT_S) as plain,
         identity.ssl_context().wrap_socket(plain, server_hostname=HOST) as secure,
@@ -31,7 +31,7 @@ def tls_socket(identity: Identity) -> Iterator[ssl.SSLSocket]:
 def connected(
     identity: Identity, keep_alive_s: int = 0, will: tuple[str, bytes] | None = None
 ) -> Iterator[ssl.SSLSocket]:
-    """As `tls_socket`, and let in under its own name."""
+    """Open a `tls_socket` and connect under its own name."""
     with tls_socket(identity) as secure:
         secure.sendall(connect(identity.name, keep_alive_s=keep_alive_s, will=will))
         assert receive(secure, 4) == ACCEPTED
@@ -41,7 +41,7 @@ def connected(
 def connect(
     client_id: str, *, level: int = 4, keep_alive_s: int = 0, will: tuple[str, bytes] | None = None
 ) -> bytes:
-    """A CONNECT packet (MQTT 3.1.1 section 3.1); the will is retained, with QoS 1."""
+    """Return a CONNECT packet (MQTT 3.1.1 section 3.1); the will is retained, with QoS 1."""
     flags = 0x02 | (0x2C if will else 0)
     body = (
         string(b"MQTT")
@@ -69,7 +69,7 @@ def packet(first: int, body: bytes) -> bytes:
 
 
 def length(value: int) -> bytes:
-    """The remaining length (section 2.2.3)."""
+    """Encode the remaining length (section 2.2.3)."""
     encoded = bytearray()
     while True:
         encoded.append(value & 0x7F | (0x80 if value > 0x7F else 0))
@@ -83,7 +83,7 @@ def string(data: bytes) -> bytes:
 
 
 def receive(sock: ssl.SSLSocket, count: int) -> bytes:
-    """`count` bytes, fewer when the connection ends."""
+    """Receive `count` bytes, or fewer if the connection ends."""
     data = b""
     try:
         while len(data) < count and (more := sock.recv(count - len(data))):
@@ -94,5 +94,5 @@ def receive(sock: ssl.SSLSocket, count: int) -> bytes:
 
 
 def is_closed(sock: ssl.SSLSocket) -> bool:
-    """Whether the broker ends this connection; waits for it."""
+    """Wait for the broker to end this connection; whether it did."""
     return receive(sock, 1) == b""

@@ -1,4 +1,4 @@
-"""Who gets in, and what each identity can and cannot reach, on real brokers."""
+"""The admission and the rights of each identity on real brokers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def device_to_worker(device: str, worker: str = "w1") -> str:
 
 @contextmanager
 def claiming(identity: Identity, client_id: str, *, clean: bool) -> Iterator[paho.Client]:
-    """A hostile client: the certificate of `identity`, the client id and user name of somebody else."""
+    """A hostile client: the certificate of `identity`, another client id and user name."""
     client = paho.Client(
         CallbackAPIVersion.VERSION2, client_id, clean_session=clean, protocol=paho.MQTTv311
     )
@@ -82,19 +82,19 @@ def test_the_brokers_own_certificate_is_no_clients(site: Site) -> None:
         MqttTransport.connect(identity)
 
 
-def test_who_was_not_enrolled_cannot_connect(amqtt_site: Site) -> None:
+def test_a_client_without_enrolment_cannot_connect(amqtt_site: Site) -> None:
     with pytest.raises(LinkError, match="fleet enroll stranger"):
         MqttTransport.connect(amqtt_site.identity("stranger"))
 
 
-def test_who_was_not_enrolled_reaches_nobody(site: Site) -> None:
+def test_a_client_without_enrolment_reaches_no_other_client(site: Site) -> None:
     inbox = Inbox()
     with site.connect("s1") as watcher, site.connect("d1") as device:
         watcher.subscribe(topics.DEVICE_STATUS_FILTER, inbox, qos=1)
         with (
             suppress(LinkError),
             MqttTransport.connect(site.identity("stranger")) as stranger,
-        ):  # mosquitto lets it in
+        ):  # mosquitto admits it
             stranger.publish(topics.device_status("stranger"), FORGED, qos=1)
             stranger.publish(topics.device_status("d1"), FORGED, qos=1)
         device.publish(topics.device_status("d1"), MARKER, qos=1)
@@ -102,7 +102,7 @@ def test_who_was_not_enrolled_reaches_nobody(site: Site) -> None:
 
 
 @pytest.mark.parametrize("clean", [True, False], ids=["clean", "not clean"])
-def test_taking_anothers_client_id_harms_nobody(site: Site, clean: bool) -> None:
+def test_using_anothers_client_id_harms_no_client(site: Site, clean: bool) -> None:
     inbox = Inbox()
     with site.connect("d1") as victim, site.connect("w1") as worker:
         victim.subscribe("ce/v1/d/d1/s/+", inbox, qos=1)
@@ -145,11 +145,11 @@ def test_the_name_in_identity_json_cannot_be_anothers(amqtt_site: Site) -> None:
         ("d2", topics.device_stats("d1"), "s1", "ce/v1/d/+/stats", "d1", topics.device_stats("d1")),
         (
             "d2",
-            topics.reply("d1", "a1", "r1"),
+            topics.device_reply("d1", "a1", "r1"),
             "a1",
             "ce/v1/d/+/reply/a1/+",
             "d1",
-            topics.reply("d1", "a1", "r1"),
+            topics.device_reply("d1", "a1", "r1"),
         ),
         (
             "d2",
@@ -170,43 +170,43 @@ def test_the_name_in_identity_json_cannot_be_anothers(amqtt_site: Site) -> None:
         ),
         (
             "a1",
-            topics.prompt("d2", "a1", "r1"),
+            topics.device_prompt("d2", "a1", "r1"),
             "d2",
             "ce/v1/d/d2/prompt/+/+",
             "a2",
-            topics.prompt("d2", "a2", "r1"),
+            topics.device_prompt("d2", "a2", "r1"),
         ),
         (
             "a1",
-            topics.prompt("d1", "a2", "r1"),
+            topics.device_prompt("d1", "a2", "r1"),
             "d1",
             "ce/v1/d/d1/prompt/+/+",
             "a1",
-            topics.prompt("d1", "a1", "r1"),
+            topics.device_prompt("d1", "a1", "r1"),
         ),
         (
             "a1",
-            topics.cancel("d2", "a1", "r1"),
+            topics.device_cancel("d2", "a1", "r1"),
             "d2",
             "ce/v1/d/d2/cancel/+/+",
             "a2",
-            topics.cancel("d2", "a2", "r1"),
+            topics.device_cancel("d2", "a2", "r1"),
         ),
         (
             "a1",
-            topics.event("a2", "warmth"),
+            topics.app_event("a2", "warmth"),
             "d2",
             "ce/v1/e/a2/+",
             "a2",
-            topics.event("a2", "warmth"),
+            topics.app_event("a2", "warmth"),
         ),
         (
             "d1",
-            topics.event("a1", "warmth"),
+            topics.app_event("a1", "warmth"),
             "d1",
             "ce/v1/e/a1/+",
             "a1",
-            topics.event("a1", "warmth"),
+            topics.app_event("a1", "warmth"),
         ),
         ("a1", "ce/v1/d/d1/config", "d1", "ce/v1/d/d1/config", "s1", "ce/v1/d/d1/config"),
         (
@@ -248,7 +248,7 @@ def test_the_name_in_identity_json_cannot_be_anothers(amqtt_site: Site) -> None:
     ],
     ids=lambda value: value,
 )
-def test_nobody_publishes_in_anothers_place(
+def test_no_client_publishes_in_anothers_place(
     site: Site, forger: str, topic: str, reader: str, topic_filter: str, owner: str, allowed: str
 ) -> None:
     inbox = Inbox()
@@ -269,8 +269,7 @@ def test_nobody_publishes_in_anothers_place(
 
 
 def _wait_acknowledged(transport: MqttTransport) -> None:
-    assert transport._last is not None
-    transport._last.wait_for_publish(WAIT_S)
+    transport._unacknowledged[-1].wait_for_publish(WAIT_S)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +279,7 @@ def _wait_acknowledged(transport: MqttTransport) -> None:
             "d2",
             "ce/v1/d/d1/prompt/+/+",
             "a1",
-            topics.prompt("d1", "a1", "r1"),
+            topics.device_prompt("d1", "a1", "r1"),
             "w1",
             topics.to_device("d2", "m"),
         ),
@@ -288,7 +287,7 @@ def _wait_acknowledged(transport: MqttTransport) -> None:
             "d2",
             "ce/v1/d/+/prompt/+/+",
             "a1",
-            topics.prompt("d1", "a1", "r1"),
+            topics.device_prompt("d1", "a1", "r1"),
             "w1",
             topics.to_device("d2", "m"),
         ),
@@ -322,17 +321,17 @@ def _wait_acknowledged(transport: MqttTransport) -> None:
             "a2",
             "ce/v1/d/+/reply/a1/+",
             "d1",
-            topics.reply("d1", "a1", "r1"),
+            topics.device_reply("d1", "a1", "r1"),
             "d2",
-            topics.reply("d2", "a2", "m"),
+            topics.device_reply("d2", "a2", "m"),
         ),
         (
             "a2",
             "ce/v1/d/d1/reply/+/+",
             "d1",
-            topics.reply("d1", "a1", "r1"),
+            topics.device_reply("d1", "a1", "r1"),
             "d2",
-            topics.reply("d2", "a2", "m"),
+            topics.device_reply("d2", "a2", "m"),
         ),
         (
             "a1",
@@ -340,17 +339,31 @@ def _wait_acknowledged(transport: MqttTransport) -> None:
             "d2",
             topics.device_status("d2"),
             "d1",
-            topics.reply("d1", "a1", "m"),
+            topics.device_reply("d1", "a1", "m"),
         ),
-        ("d2", "ce/v1/e/a1/+", "a1", topics.event("a1", "warmth"), "a2", topics.event("a2", "m")),
-        ("d2", "ce/v1/e/+/+", "a1", topics.event("a1", "warmth"), "a2", topics.event("a2", "m")),
+        (
+            "d2",
+            "ce/v1/e/a1/+",
+            "a1",
+            topics.app_event("a1", "warmth"),
+            "a2",
+            topics.app_event("a2", "m"),
+        ),
+        (
+            "d2",
+            "ce/v1/e/+/+",
+            "a1",
+            topics.app_event("a1", "warmth"),
+            "a2",
+            topics.app_event("a2", "m"),
+        ),
         (
             "a2",
             "ce/v1/e/a1/+",
             "a1",
-            topics.event("a1", "warmth"),
+            topics.app_event("a1", "warmth"),
             "d2",
-            topics.reply("d2", "a2", "m"),
+            topics.device_reply("d2", "a2", "m"),
         ),
         (
             "a1",
@@ -358,7 +371,7 @@ def _wait_acknowledged(transport: MqttTransport) -> None:
             "d1",
             topics.device_stats("d1"),
             "d1",
-            topics.reply("d1", "a1", "m"),
+            topics.device_reply("d1", "a1", "m"),
         ),
         (
             "d2",
@@ -373,7 +386,7 @@ def _wait_acknowledged(transport: MqttTransport) -> None:
     ],
     ids=lambda value: value,
 )
-def test_nobody_reads_what_is_anothers(
+def test_no_client_reads_anothers_messages(
     site: Site,
     spy: str,
     topic_filter: str,

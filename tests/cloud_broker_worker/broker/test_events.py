@@ -1,4 +1,4 @@
-"""Whose events pull a device's triggers, by what the registry says, on real brokers."""
+"""The events that reach a device's triggers by the registry's rights, on real brokers."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from fleet.protocol.access import Grants, Role
 from fleet.protocol.prompt import PromptRequest, parse_prompt
 from fleet.protocol.triggers import Trigger
 from fleet.registry.store import Registry
-from fleet.transport.mqtt import ASK_AGAIN_S
+from fleet.transport.mqtt import RETRY_S
 from tests.brokers import BROKERS, WAIT_S, Inbox, Site, running_site, wait_until
 from tests.fleet.conftest import add
 
 APPS = THERMOSTAT, STRANGER = "thermostat", "stranger"
 DEVICES = KITCHEN, ATTIC = "kitchen", "attic"
 TRIGGERS = [
-    Trigger(name=app, events=f"{app}/warmth", template="{payload}", max_in_flight=64) for app in APPS
-]  # fmt: skip
+    Trigger(name=app, events=f"{app}/warmth", template="{payload}", max_in_flight=64)
+    for app in APPS
+]
 MARKER = b"marker"
 MARKER_PROMPT = PromptRequest(prompt="marker")
 
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[Registry]:
-    """Two devices, and two apps that were allowed nothing."""
+    """Return two devices and two apps without rights."""
     with Registry.open(tmp_path / "registry.sqlite") as opened:
         for name in DEVICES:
             add(opened, name)
@@ -42,11 +43,11 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
 
 
 def granted(registry: Registry) -> list[Grants]:
-    return [grants for name in (*DEVICES, *APPS) if (grants := registry.grants(name))]
+    return [grants for name in (*DEVICES, *APPS) if (grants := registry.identities.grants(name))]
 
 
 def armed(stack: ExitStack, site: Site, device: str) -> Inbox:
-    """The prompts of a device whose triggers wait for both apps."""
+    """Collect the prompts of a device with triggers for both apps."""
     inbox = Inbox()
     EventTriggers(stack.enter_context(site.connect(device)), 1, inbox, lambda *_: False).set(
         TRIGGERS
@@ -58,24 +59,24 @@ def armed(stack: ExitStack, site: Site, device: str) -> Inbox:
 def test_only_an_app_that_was_allowed_the_device_pulls_its_triggers(
     kind: str, registry: Registry, tmp_path: Path
 ) -> None:
-    registry.tag(KITCHEN, {"floor": "1"})
-    registry.allow(THERMOSTAT, ["floor=1"])
-    registry.allow(STRANGER, [ATTIC])
+    registry.identities.tag(KITCHEN, {"floor": "1"})
+    registry.identities.allow(THERMOSTAT, ["floor=1"])
+    registry.identities.allow(STRANGER, [ATTIC])
     with running_site(kind, tmp_path / "site", granted(registry)) as site, ExitStack() as stack:
         kitchen = armed(stack, site, KITCHEN)
         attic = armed(stack, site, ATTIC)
         thermostat, stranger = (stack.enter_context(site.connect(app)) for app in APPS)
-        stranger.publish(topics.event(THERMOSTAT, "warmth"), b"forged", qos=1)
-        stranger.publish(topics.event(STRANGER, "warmth"), b"from the stranger", qos=1)
-        stranger.publish(topics.event(STRANGER, "warmth"), MARKER, qos=1)
+        stranger.publish(topics.app_event(THERMOSTAT, "warmth"), b"forged", qos=1)
+        stranger.publish(topics.app_event(STRANGER, "warmth"), b"from the stranger", qos=1)
+        stranger.publish(topics.app_event(STRANGER, "warmth"), MARKER, qos=1)
         assert _until_marker(attic) == ["from the stranger"]
-        thermostat.publish(topics.event(THERMOSTAT, "warmth"), b"from the thermostat", qos=1)
-        thermostat.publish(topics.event(THERMOSTAT, "warmth"), MARKER, qos=1)
+        thermostat.publish(topics.app_event(THERMOSTAT, "warmth"), b"from the thermostat", qos=1)
+        thermostat.publish(topics.app_event(THERMOSTAT, "warmth"), MARKER, qos=1)
         assert _until_marker(kitchen) == ["from the thermostat"]
         assert attic.is_empty
 
 
-def test_what_is_allowed_while_a_device_is_connected_takes_effect(
+def test_a_right_granted_while_a_device_is_connected_takes_effect(
     registry: Registry, tmp_path: Path
 ) -> None:
     with running_site("amqtt", tmp_path / "site", granted(registry)) as site, ExitStack() as stack:
@@ -83,26 +84,28 @@ def test_what_is_allowed_while_a_device_is_connected_takes_effect(
         thermostat = stack.enter_context(site.connect(THERMOSTAT))
 
         def is_heard() -> bool:
-            thermostat.publish(topics.event(THERMOSTAT, "warmth"), MARKER, qos=1)
+            thermostat.publish(topics.app_event(THERMOSTAT, "warmth"), MARKER, qos=1)
             return not kitchen.is_empty
 
         assert not is_heard()
-        registry.allow(THERMOSTAT, [KITCHEN])
+        registry.identities.allow(THERMOSTAT, [KITCHEN])
         site.known.update({grants.name: grants for grants in granted(registry)})
-        wait_until(is_heard, "the device hears the app", ASK_AGAIN_S[1] + CACHE_S + WAIT_S)
+        wait_until(is_heard, "the device hears the app", RETRY_S[1] + CACHE_S + WAIT_S)
 
 
-def test_what_was_taken_back_reaches_nobody_any_more(registry: Registry, tmp_path: Path) -> None:
-    registry.allow(THERMOSTAT, [KITCHEN])
+def test_an_app_without_its_former_right_reaches_no_device(
+    registry: Registry, tmp_path: Path
+) -> None:
+    registry.identities.allow(THERMOSTAT, [KITCHEN])
     with running_site("amqtt", tmp_path / "site", granted(registry)) as site, ExitStack() as stack:
         kitchen = armed(stack, site, KITCHEN)
         thermostat = stack.enter_context(site.connect(THERMOSTAT))
-        registry.disallow(THERMOSTAT, [KITCHEN])
+        registry.identities.disallow(THERMOSTAT, [KITCHEN])
         site.known.update({grants.name: grants for grants in granted(registry)})
 
         def is_silent() -> bool:
             before = _drained(kitchen)
-            thermostat.publish(topics.event(THERMOSTAT, "warmth"), MARKER, qos=1)
+            thermostat.publish(topics.app_event(THERMOSTAT, "warmth"), MARKER, qos=1)
             time.sleep(0.2)
             return before == 0 and kitchen.is_empty
 
@@ -110,7 +113,7 @@ def test_what_was_taken_back_reaches_nobody_any_more(registry: Registry, tmp_pat
 
 
 def _until_marker(inbox: Inbox) -> list[str]:
-    """The prompts that came before the marker."""
+    """Return the prompts that came before the marker."""
     return [
         parse_prompt(payload).prompt or ""
         for payload in inbox.until(msgspec.json.encode(MARKER_PROMPT))

@@ -1,4 +1,4 @@
-"""Plain mosquitto_pub and mosquitto_sub, with nothing of ours but the certificate."""
+"""Plain mosquitto_pub and mosquitto_sub with an app's certificate."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(*words: str) -> str:
 
 def test_mosquitto_pub_prompts_a_device(site: Site) -> None:
     inbox = Inbox()
-    topic = topics.prompt("d1", "a1", "r1")
+    topic = topics.device_prompt("d1", "a1", "r1")
     with site.connect("d1") as device:
         device.subscribe("ce/v1/d/d1/prompt/+/+", inbox, qos=1)
         run(
@@ -69,7 +69,7 @@ def test_sub_and_pub_run_side_by_side_with_one_certificate(amqtt_site: Site) -> 
         device.subscribe(
             "ce/v1/d/d1/prompt/+/+",
             lambda topic, payload: device.publish(
-                topics.reply("d1", *topic.split("/")[5:7]), payload.upper(), qos=1
+                topics.device_reply("d1", *topic.split("/")[5:7]), payload.upper(), qos=1
             ),
             qos=1,
         )
@@ -84,7 +84,7 @@ def test_sub_and_pub_run_side_by_side_with_one_certificate(amqtt_site: Site) -> 
                         "mosquitto_pub",
                         identity,
                         "-t",
-                        topics.prompt("d1", "a1", "r1"),
+                        topics.device_prompt("d1", "a1", "r1"),
                         "-m",
                         "warm?",
                         "-q",

@@ -1,4 +1,4 @@
-"""Rights by name, remembered for two seconds; the rules of a mosquitto; what one identity may do."""
+"""The cache of rights, the rules of a mosquitto, and the rights of one identity."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Registry:
         return self.known.get(name) if fingerprint == HOLDER.fingerprint else None
 
 
-def test_the_registry_is_asked_once_in_two_seconds() -> None:
+def test_the_registry_is_read_once_in_two_seconds() -> None:
     registry = Registry()
     now = [100.0]
     rights = RightsCache(registry.admitted, lambda: now[0])
-    assert [rights.of(HOLDER), rights.of(HOLDER)] == [DEVICE, DEVICE]
+    assert [rights.get(HOLDER), rights.get(HOLDER)] == [DEVICE, DEVICE]
     assert registry.num_questions == 1
 
 
@@ -39,20 +39,20 @@ def test_rights_that_were_taken_away_are_gone_after_two_seconds() -> None:
     registry = Registry()
     now = [100.0]
     rights = RightsCache(registry.admitted, lambda: now[0])
-    assert rights.may(HOLDER, Action.PUBLISH, "ce/v1/d/d1/status")
+    assert rights.permits(HOLDER, Action.PUBLISH, "ce/v1/d/d1/status")
     registry.known.clear()
     now[0] += CACHE_S
-    assert not rights.may(HOLDER, Action.PUBLISH, "ce/v1/d/d1/status")
+    assert not rights.permits(HOLDER, Action.PUBLISH, "ce/v1/d/d1/status")
 
 
 def test_another_certificate_of_the_same_name_has_rights_of_its_own() -> None:
     rights = RightsCache(Registry().admitted)
-    assert rights.of(HOLDER) == DEVICE
-    assert rights.of(CertificateHolder("d1", "b" * 64)) is None
+    assert rights.get(HOLDER) == DEVICE
+    assert rights.get(CertificateHolder("d1", "b" * 64)) is None
 
 
-def test_a_name_that_nobody_enrolled_may_nothing() -> None:
-    assert not RightsCache(Registry().admitted).may(
+def test_a_name_without_enrolment_has_no_rights() -> None:
+    assert not RightsCache(Registry().admitted).permits(
         CertificateHolder("d9", HOLDER.fingerprint), Action.PUBLISH, "ce/v1/d/d9/status"
     )
 
@@ -70,10 +70,10 @@ def test_a_name_that_nobody_enrolled_may_nothing() -> None:
         (Grants(Role.APP, "a1"), Action.PUBLISH, "ce/v1/d//prompt/a1/r1", False),
     ],
 )
-def test_an_identity_may_what_its_role_and_targets_say(
+def test_an_identity_has_the_rights_of_its_role_and_targets(
     grants: Grants, action: Action, topic: str, allowed: bool
 ) -> None:
-    assert grants.may(action, topic) is allowed
+    assert grants.permits(action, topic) is allowed
 
 
 def test_mosquitto_gets_the_same_rights_line_by_line() -> None:

@@ -1,4 +1,6 @@
-"""The tiny model whole, its cloud partitions cut at every layer, and an engine that is driven by hand."""
+"""The tiny model whole, its cloud partitions cut at every layer, and an engine that is driven by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,10 @@ from fleet.protocol.codec import pack_chunk
 from fleet.protocol.hidden_states import Float16
 from fleet.protocol.messages import (
     PROTOCOL,
-    Assist,
     Context,
     Open,
     Sampling,
     ToDevice,
-    Token,
     ToWorker,
     Verified,
     Verify,
@@ -36,6 +36,7 @@ from onnx_export.bundle import list_files
 from onnx_export.cloud import write_cloud
 
 DEVICE = "edge-1"
+OUTSIDE = (1 << 31) - 1  # a token of no vocabulary: as a draft it is always rejected
 LayersAt = Callable[[int], UpperLayers]
 
 
@@ -50,14 +51,16 @@ class TinyModel:
 
     @torch.inference_mode()
     def upload(self, token_ids: list[int], layer: int) -> Float16:
-        """What a device uploads: hidden states [n, hidden] float16 that enter `layer`."""
+        """Return the upload of a device: hidden states [n, hidden] float16 that enter `layer`."""
         outputs = self.model(torch.tensor([token_ids]), output_hidden_states=True)
         rows: Float16 = outputs.hidden_states[layer][0].numpy().astype(np.float16)
         return rows
 
     @torch.inference_mode()
     def logits(self, hidden_states: Float16, layer: int) -> torch.Tensor:
-        """Logits [n, vocab] of the whole model when `hidden_states` enter `layer`, through Hugging Face's forward."""
+        """Logits [n, vocab] of the whole model when `hidden_states` enter `layer`, through Hugging
+        Face's forward.
+        """
         rows = torch.from_numpy(hidden_states).float()[None]
         hook = self.model.model.layers[layer].register_forward_pre_hook(
             lambda _, args: (rows, *args[1:])
@@ -111,7 +114,9 @@ def layers_at(cloud_bundle: Callable[[int], Bundle]) -> LayersAt:
 
 
 class Bench:
-    """An engine over layers [2, 4), its time, and a device's side of the talk. Integrity is checked at the end."""
+    """An engine over layers [2, 4), its time, and a device's side of the talk. Integrity is checked
+    at the end.
+    """
 
     UPLOAD_LAYER = 2
 
@@ -132,7 +137,7 @@ class Bench:
         return self.whole.upload(token_ids, self.UPLOAD_LAYER)
 
     def session_bytes(self, num_positions: int) -> int:
-        """What a session of that size takes with its cache."""
+        """Return the bytes of a session of that size with its cache."""
         shape = self.engine.pool.shape
         return num_positions * (shape.cache_bytes + shape.hidden_bytes)
 
@@ -144,7 +149,7 @@ class Bench:
     def expected_token(self, hidden_states: Float16) -> int:
         return int(self.whole.logits(hidden_states, self.UPLOAD_LAYER)[-1].argmax())
 
-    def tell(self, message: ToWorker, device: str = DEVICE) -> list[ToDevice]:
+    def send(self, message: ToWorker, device: str = DEVICE) -> list[ToDevice]:
         return [answer.message for answer in self.engine.handle(device, message, self.now)]
 
     def open(self, session: str = "s1", device: str = DEVICE, **changes: Any) -> list[ToDevice]:
@@ -157,7 +162,7 @@ class Bench:
             "max_positions": 64,
             "deadline_ms": 1000,
         }
-        return self.tell(Open(**fields | changes), device)  # type: ignore[arg-type]
+        return self.send(Open(**fields | changes), device)  # type: ignore[arg-type]
 
     def context(
         self,
@@ -165,32 +170,41 @@ class Bench:
         start: int = 0,
         session: str = "s1",
         device: str = DEVICE,
-        branch: int = 0,
+        branch: int | None = None,
     ) -> list[ToDevice]:
-        return self.tell(Context(session, pack_chunk(branch, start, rows)), device)
+        """Send context; `branch` is by default the one that the worker is on."""
+        if branch is None:
+            branch = self.branch(session, device)
+        return self.send(Context(session, pack_chunk(branch, start, rows)), device)
 
     def verify(
         self,
         start: int,
         draft: tuple[int, ...],
         request: int = 0,
-        branch: int = 0,
+        branch: int | None = None,
         deadline_ms: int = 1000,
         trusted: tuple[int, ...] = (),
+        session: str = "s1",
+        device: str = DEVICE,
     ) -> list[ToDevice]:
-        return self.tell(
+        """Send a verify request; `branch` is by default the one that the worker is on."""
+        if branch is None:
+            branch = self.branch(session, device)
+        return self.send(
             Verify(
-                session="s1",
+                session=session,
                 request=request,
                 branch=branch,
                 start=start,
                 draft=draft,
                 deadline_ms=deadline_ms,
                 trusted=trusted,
-            )
+            ),
+            device,
         )
 
-    def assist(
+    def ask(
         self,
         position: int,
         request: int = 0,
@@ -198,22 +212,33 @@ class Bench:
         device: str = DEVICE,
         deadline_ms: int = 1000,
     ) -> list[ToDevice]:
-        return self.tell(
-            Assist(session=session, request=request, position=position, deadline_ms=deadline_ms),
-            device,
+        """Ask for the worker's own token after `position`, by a draft that it rejects."""
+        return self.verify(
+            position,
+            (OUTSIDE,),
+            request=request,
+            deadline_ms=deadline_ms,
+            session=session,
+            device=device,
         )
+
+    def branch(self, session: str, device: str) -> int:
+        """Return the branch that the worker is on; 0 without such a session."""
+        known = self.engine.sessions.get(SessionKey(device, session))
+        return known.branch if known else 0
 
     def step(self) -> dict[SessionKey, ToDevice]:
         return dict(self.engine.step() or [])
 
-    def token(self, session: str = "s1", device: str = DEVICE) -> Token:
-        """Steps once and expects this session's token."""
+    def token(self, session: str = "s1", device: str = DEVICE) -> Verified:
+        """Step once and return the response with the worker's own token for this session."""
         message = self.step()[SessionKey(device, session)]
-        assert isinstance(message, Token), message
+        assert isinstance(message, Verified), message
+        assert message.token_id is not None
         return message
 
     def verdict(self) -> Verified:
-        """Steps once and expects the verdict of session s1."""
+        """Step once and return the response for session s1."""
         message = self.step()[SessionKey(DEVICE, "s1")]
         assert isinstance(message, Verified), message
         return message

@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import pytest
@@ -19,11 +18,12 @@ from fleet.identity.identity import Identity
 from fleet.protocol import topics
 from fleet.protocol.access import Role
 from fleet.protocol.codec import decode_to_device, encode
-from fleet.protocol.messages import PROTOCOL, Assist, Gap, Open, Opened, Refused, Sampling
+from fleet.protocol.messages import PROTOCOL, Gap, Open, Opened, Refused, Sampling, Verify
 from fleet.protocol.report import WorkerStatus, decode_status
 from fleet.transport.mqtt import MqttTransport
 from provisioning.authority import CertificateAuthority
 from tests.brokers import HOST, Inbox, Site, free_port, running_site
+from tests.identities import issue_identity
 
 START_S = 90.0
 
@@ -33,13 +33,15 @@ def issue(tmp_path: Path) -> Callable[[Role], Identity]:
     """Identities for a broker that is not there."""
     authority = CertificateAuthority.create(tmp_path / "ca")
     port = free_port()
-    return lambda role: authority.issue("worker-1", role, tmp_path / role, HOST, port)
+    return lambda role: issue_identity(
+        authority, "worker-1", role, tmp_path / role, host=HOST, port=port
+    )
 
 
 def fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str
 ) -> str:
-    """Runs the command, expects exit status 1, and gives its one line on stderr."""
+    """Run the command, expect exit status 1, and return its one line on stderr."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test runner keeps its own
     monkeypatch.setattr(sys, "argv", ["worker", "run", *arguments])
     with pytest.raises(SystemExit) as stopped:
@@ -112,12 +114,7 @@ class RunningWorker:
         self._killer.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._killer.cancel()
         self.process.kill()
         self.process.communicate()
@@ -186,9 +183,10 @@ def test_after_one_sigterm_sessions_are_served_on_and_after_a_second_they_are_se
         worker.process.send_signal(signal.SIGTERM)
         while not worker.next_status().draining:
             pass
+        request = Verify(session="a1", request=0, branch=0, start=5, draft=(1,), deadline_ms=60_000)
         device.publish(
             topics.to_worker("w1", "d1", "a1"),
-            encode(Assist(session="a1", request=0, position=5, deadline_ms=60_000)),
+            encode(request),
         )
         assert decode_to_device(answers.get()[1]) == Gap("a1", 0, 0)
         worker.process.send_signal(signal.SIGTERM)

@@ -11,10 +11,8 @@ from msgspec.structs import replace
 
 from cloud_broker_worker.worker.session import SessionKey
 from fleet.protocol.codec import pack_chunk
-from fleet.protocol.hidden_states import CONTEXT_DTYPES
+from fleet.protocol.hidden_states import CONTEXT_DTYPES, Float16
 from fleet.protocol.messages import (
-    PROTOCOL,
-    Assist,
     Close,
     Context,
     Gap,
@@ -22,9 +20,10 @@ from fleet.protocol.messages import (
     Refused,
     Sampling,
     ToDevice,
-    Token,
+    Verified,
+    Verify,
 )
-from tests.cloud_broker_worker.worker.conftest import DEVICE, Bench
+from tests.cloud_broker_worker.worker.conftest import DEVICE, OUTSIDE, Bench
 
 
 def refusal(messages: list[ToDevice]) -> Refused:
@@ -67,10 +66,15 @@ def test_another_bundle_is_refused_naming_both(bench: Bench) -> None:
     assert bench.layers.manifest.bundle_id in refused.message
 
 
-def test_another_protocol_is_refused_naming_both(bench: Bench) -> None:
-    refused = refusal(bench.open(protocol=PROTOCOL + 1))
-    assert refused.code == "protocol_mismatch"
-    assert f"expected protocol {PROTOCOL}, got {PROTOCOL + 1}" in refused.message
+@pytest.mark.parametrize(("protocol", "older"), [(3, "device"), (5, "worker")])
+def test_another_protocol_is_refused_in_one_line_that_names_the_side_to_update(
+    bench: Bench, protocol: int, older: str
+) -> None:
+    refused = refusal(bench.open(protocol=protocol))
+    assert (refused.code, refused.retry_after_ms) == ("protocol_mismatch", 0)
+    assert refused.message == (
+        f"the worker speaks protocol 4, the device protocol {protocol}: update the {older}"
+    )
 
 
 @pytest.mark.parametrize("positions", [513, 1 << 20])
@@ -91,28 +95,28 @@ def test_two_devices_may_call_their_sessions_the_same(bench: Bench) -> None:
     for i, device in enumerate(("edge-1", "edge-2")):
         bench.open(device=device)
         bench.context(bench.upload(6, seed=i), device=device)
-        bench.assist(5, device=device)
-    answers = bench.step()
+        bench.ask(5, device=device)
+    responses = bench.step()
     for i, device in enumerate(("edge-1", "edge-2")):
-        token = answers[SessionKey(device, "s1")]
-        assert isinstance(token, Token)
+        token = responses[SessionKey(device, "s1")]
+        assert isinstance(token, Verified)
         assert token.token_id == bench.expected_token(bench.upload(6, seed=i))
 
 
 # context
 
 
-def test_an_assist_is_answered_with_the_whole_models_token_and_its_log_probability(
+def test_a_request_is_answered_with_the_whole_models_token_and_its_log_probability(
     bench: Bench,
 ) -> None:
     rows = bench.upload(12)
     bench.open()
     assert bench.context(rows) == []
-    assert bench.assist(11, request=3) == []
+    assert bench.ask(11, request=3) == []
     token = bench.token()
     logprobs = bench.whole.logits(rows, bench.UPLOAD_LAYER)[-1].log_softmax(-1)
-    assert (token.request, token.position, token.token_id) == (3, 11, int(logprobs.argmax()))
-    assert token.logprob == pytest.approx(float(logprobs.max()), abs=1e-4)
+    assert (token.request, token.start, token.token_id) == (3, 11, int(logprobs.argmax()))
+    assert token.logprobs[-1] == pytest.approx(float(logprobs.max()), abs=1e-4)
 
 
 def test_a_whole_answer_token_by_token_is_the_whole_models(bench: Bench) -> None:
@@ -120,7 +124,7 @@ def test_a_whole_answer_token_by_token_is_the_whole_models(bench: Bench) -> None
     bench.open()
     bench.context(rows[:10])
     for position in range(9, 29):
-        bench.assist(position, request=position)
+        bench.ask(position, request=position)
         assert bench.token().token_id == bench.expected_token(rows[: position + 1])
         bench.context(rows[position + 1 : position + 2], start=position + 1)
 
@@ -135,12 +139,12 @@ def test_a_hole_is_reported_once_until_there_is_progress(bench: Bench) -> None:
     assert bench.context(rows[12:14], start=12) == [Gap("s1", 0, 7)]
 
 
-def test_every_assist_that_waits_for_missing_positions_reports_them(bench: Bench) -> None:
+def test_every_request_that_waits_for_missing_positions_reports_them(bench: Bench) -> None:
     rows = bench.upload(10)
     bench.open()
     bench.context(rows[:4])
-    assert bench.assist(9) == [Gap("s1", 0, 4)]
-    assert bench.assist(9) == [Gap("s1", 0, 4)]
+    assert bench.ask(9) == [Gap("s1", 0, 4)]
+    assert bench.ask(9) == [Gap("s1", 0, 4)]
     assert bench.step() == {}
     bench.context(rows[4:], start=4)
     assert bench.token().token_id == bench.expected_token(rows)
@@ -154,7 +158,7 @@ def test_duplicates_and_overlaps_add_only_what_is_new(bench: Bench) -> None:
             isinstance(answer, Gap) for answer in bench.context(rows[start:stop], start=start)
         )
     assert bench.engine.sessions[SessionKey(DEVICE, "s1")].received == 10
-    bench.assist(9)
+    bench.ask(9)
     assert bench.token().token_id == bench.expected_token(rows)
 
 
@@ -163,7 +167,7 @@ def test_a_duplicate_with_other_values_does_not_change_what_arrived_first(bench:
     bench.open()
     bench.context(rows)
     bench.context(bench.upload(10, seed=1))
-    bench.assist(9)
+    bench.ask(9)
     assert bench.token().token_id == bench.expected_token(rows)
 
 
@@ -177,11 +181,11 @@ def test_a_spoiled_context_is_not_taken_and_is_asked_for_again(
 ) -> None:
     rows = bench.upload(8)
     bench.open()
-    assert bench.tell(Context("s1", replace(pack_chunk(0, 0, rows), **changes))) == [
+    assert bench.send(Context("s1", replace(pack_chunk(0, 0, rows), **changes))) == [
         Gap("s1", 0, 0)
     ]
     assert bench.context(rows) == []
-    bench.assist(7)
+    bench.ask(7)
     assert bench.token().token_id == bench.expected_token(rows)
 
 
@@ -198,64 +202,73 @@ def test_context_beyond_what_was_opened_is_refused_and_the_rest_serves_on(bench:
     bench.context(rows[:9])
     refused = refusal(bench.context(rows[9:], start=9))
     assert (refused.code, refused.message) == ("too_long", "position 12 of at most 10")
-    bench.assist(8)
+    bench.ask(8)
     assert bench.token().token_id == bench.expected_token(rows[:9])
 
 
 @pytest.mark.parametrize(
     "message",
     [
-        Assist(session="s9", request=0, position=0, deadline_ms=100),
+        Verify(session="s9", request=0, branch=0, start=0, draft=(1,), deadline_ms=100),
         Context("s9", pack_chunk(0, 0, np.zeros((1, 64), np.float16))),
     ],
 )
-def test_a_session_that_nobody_opened_is_unknown(bench: Bench, message: Assist | Context) -> None:
-    assert refusal(bench.tell(message)).code == "unknown_session"
+def test_a_session_that_was_not_opened_is_unknown(bench: Bench, message: Verify | Context) -> None:
+    assert refusal(bench.send(message)).code == "unknown_session"
 
 
-# assist
+# verify
 
 
-def test_an_assist_may_bring_its_context(bench: Bench) -> None:
+def request_with_context(rows: Float16) -> Verify:
+    """Return a request for the token after the last of `rows` that brings them from position 8
+    on.
+    """
+    return Verify(
+        session="s1",
+        request=0,
+        branch=0,
+        start=len(rows) - 1,
+        draft=(OUTSIDE,),
+        deadline_ms=1000,
+        chunk=pack_chunk(0, 8, rows[8:]),
+    )
+
+
+def test_a_request_may_bring_its_context(bench: Bench) -> None:
     rows = bench.upload(12)
     bench.open()
     bench.context(rows[:8])
-    message = Assist(
-        session="s1", request=0, position=11, deadline_ms=1000, chunk=pack_chunk(0, 8, rows[8:])
-    )
-    assert bench.tell(message) == []
+    message = request_with_context(rows)
+    assert bench.send(message) == []
     token = bench.token()
     assert token.token_id == bench.expected_token(rows)
-    assert bench.tell(message)[-1] == token  # sent again
+    assert bench.send(message)[-1] == token  # sent again
 
 
-def test_context_that_comes_with_a_question_and_behind_a_hole_gives_one_gap(bench: Bench) -> None:
+def test_context_that_comes_with_a_request_and_behind_a_hole_gives_one_gap(bench: Bench) -> None:
     rows = bench.upload(12)
     bench.open()
     bench.context(rows[:4])
-    assert bench.tell(
-        Assist(
-            session="s1", request=0, position=11, deadline_ms=1000, chunk=pack_chunk(0, 8, rows[8:])
-        )
-    ) == [Gap("s1", 0, 4)]
+    assert bench.send(request_with_context(rows)) == [Gap("s1", 0, 4)]
     bench.context(rows[4:], start=4)
     assert bench.token().token_id == bench.expected_token(rows)
 
 
-def test_the_same_assist_again_gets_the_same_answer_without_running_again(bench: Bench) -> None:
+def test_the_same_request_again_gets_the_same_answer_without_running_again(bench: Bench) -> None:
     bench.open(sampling=Sampling(temperature=1.5, seed=7))
     bench.context(bench.upload(8))
-    bench.assist(7, request=4)
+    bench.ask(7, request=4)
     token = bench.token()
-    assert bench.assist(7, request=4) == [token]
+    assert bench.ask(7, request=4) == [token]
     assert bench.engine.step() is None
 
 
-def test_an_assist_that_is_sent_twice_before_its_answer_is_answered_once(bench: Bench) -> None:
+def test_a_request_that_is_sent_twice_before_its_answer_is_answered_once(bench: Bench) -> None:
     bench.open()
     bench.context(bench.upload(8))
-    bench.assist(7)
-    bench.assist(7)
+    bench.ask(7)
+    bench.ask(7)
     bench.token()
     assert bench.step() == {}
 
@@ -264,17 +277,10 @@ def test_a_new_request_for_an_earlier_position_gets_that_positions_token(bench: 
     rows = bench.upload(20)
     bench.open()
     bench.context(rows)
-    bench.assist(19, request=0)
-    bench.token()
-    bench.assist(12, request=1)
-    token = bench.token()
-    assert (token.request, token.position, token.token_id) == (
-        1,
-        12,
-        bench.expected_token(rows[:13]),
-    )
-    bench.assist(19, request=2)
-    assert bench.token().token_id == bench.expected_token(rows)
+    for request, position in enumerate((19, 12, 19)):
+        bench.verify(position, (bench.expected_token(rows[: position + 1]),), request=request)
+        verdict = bench.verdict()
+        assert (verdict.request, verdict.start, verdict.accepted) == (request, position, 1)
 
 
 def test_a_sampled_token_depends_on_seed_and_position_alone(bench: Bench) -> None:
@@ -282,58 +288,58 @@ def test_a_sampled_token_depends_on_seed_and_position_alone(bench: Bench) -> Non
     for session, seed in (("s1", 7), ("s2", 7), ("s3", 8), ("s4", 9), ("s5", 10)):
         bench.open(session, sampling=Sampling(temperature=5.0, seed=seed))
         bench.context(bench.upload(8), session=session)
-        bench.assist(7, session=session)
+        bench.ask(7, session=session)
         drawn.append(bench.token(session).token_id)
     assert drawn[0] == drawn[1]
     assert len(set(drawn)) > 1
 
 
-def test_an_assist_whose_deadline_has_passed_is_dropped_silently(bench: Bench) -> None:
+def test_a_request_whose_deadline_has_passed_is_dropped_silently(bench: Bench) -> None:
     bench.open()
-    bench.assist(7, deadline_ms=1000)
+    bench.ask(7, deadline_ms=1000)
     bench.now += 1.5
     bench.context(bench.upload(8))
     assert bench.step() == {}
-    bench.assist(7, request=1)
+    bench.ask(7, request=1)
     assert bench.token().request == 1
 
 
 # batches
 
 
-def test_all_sessions_with_a_ready_assist_run_in_one_step_and_the_others_do_not(
+def test_all_sessions_with_a_ready_request_run_in_one_step_and_the_others_do_not(
     bench: Bench,
 ) -> None:
     for i in range(4):
         bench.open(f"s{i}")
         bench.context(bench.upload(3 + i, seed=i), session=f"s{i}")
     for i in range(3):
-        bench.assist(2 + i, session=f"s{i}")
-    answers = bench.step()
-    assert {key.session for key in answers} == {"s0", "s1", "s2"}
+        bench.ask(2 + i, session=f"s{i}")
+    responses = bench.step()
+    assert {key.session for key in responses} == {"s0", "s1", "s2"}
     for i in range(3):
-        token = answers[SessionKey(DEVICE, f"s{i}")]
-        assert isinstance(token, Token)
+        token = responses[SessionKey(DEVICE, f"s{i}")]
+        assert isinstance(token, Verified)
         assert token.token_id == bench.expected_token(bench.upload(3 + i, seed=i))
     assert bench.engine.sessions[SessionKey(DEVICE, "s3")].length == 0
 
 
-def test_a_long_prefill_is_cut_and_does_not_hold_up_short_assists(bench: Bench) -> None:
+def test_a_long_prefill_is_cut_and_does_not_delay_short_requests(bench: Bench) -> None:
     bench.start(max_batch_positions=16)
     long = bench.upload(60)
     short = bench.upload(2, seed=1)
     bench.open("long")
     bench.context(long, session="long")
-    bench.assist(59, session="long")
+    bench.ask(59, session="long")
     bench.open("short")
     bench.context(short, session="short")
-    bench.assist(1, session="short")
+    bench.ask(1, session="short")
     assert bench.token("short").token_id == bench.expected_token(short)
     steps = 1
-    while not (answers := bench.step()):
+    while not (responses := bench.step()):
         steps += 1
-    token = answers[SessionKey(DEVICE, "long")]
-    assert isinstance(token, Token)
+    token = responses[SessionKey(DEVICE, "long")]
+    assert isinstance(token, Verified)
     assert token.token_id == bench.expected_token(long)
     assert steps == 3  # 14 + 16 + 16 before the last 14
 
@@ -341,7 +347,7 @@ def test_a_long_prefill_is_cut_and_does_not_hold_up_short_assists(bench: Bench) 
 # memory and time
 
 
-def test_a_session_that_nobody_used_expires_and_one_in_use_stays(bench: Bench) -> None:
+def test_a_session_that_is_not_used_expires_and_one_in_use_stays(bench: Bench) -> None:
     bench.start(session_ttl_s=60)
     bench.open("old")
     bench.open("used")
@@ -355,8 +361,8 @@ def test_a_session_that_nobody_used_expires_and_one_in_use_stays(bench: Bench) -
 
 def test_a_closed_session_gives_its_memory_back_and_closing_twice_is_no_error(bench: Bench) -> None:
     bench.open()
-    assert bench.tell(Close("s1")) == []
-    assert bench.tell(Close("s1")) == []
+    assert bench.send(Close("s1")) == []
+    assert bench.send(Close("s1")) == []
     assert bench.engine.pool.used_bytes == 0
 
 
@@ -368,9 +374,11 @@ def ask(
     device: str = DEVICE,
     num_rows: int = 12,
 ) -> None:
-    """Uploads a session's rows, where they are not there yet, and asks for the token after the last."""
+    """Uploads a session's rows, where they are not there yet, and asks for the token after the
+    last.
+    """
     bench.context(bench.upload(num_rows, seed=seed), session=session, device=device)
-    bench.assist(num_rows - 1, request=request, session=session, device=device)
+    bench.ask(num_rows - 1, request=request, session=session, device=device)
 
 
 def test_an_evicted_session_keeps_its_context_and_its_cache_is_built_again(bench: Bench) -> None:
@@ -383,7 +391,7 @@ def test_an_evicted_session_keeps_its_context_and_its_cache_is_built_again(bench
         bench.now += 100
     caches = {key.session: s.lease is not None for key, s in bench.engine.sessions.items()}
     assert caches == {"a": False, "b": True}
-    bench.assist(11, request=1, session="a")
+    bench.ask(11, request=1, session="a")
     assert bench.token("a").token_id == bench.expected_token(bench.upload(12, seed=1))
     bench.engine.check_integrity()
 
@@ -399,7 +407,7 @@ def test_the_least_recently_used_idle_cache_goes_first(bench: Bench) -> None:
         ask(bench, session, 1)
         bench.step()
         bench.now += 1
-    bench.assist(11, request=1, session="a")
+    bench.ask(11, request=1, session="a")
     bench.step()
     bench.now += 100
     bench.open("c", device="edge-2")
@@ -436,10 +444,10 @@ def test_a_thousand_sessions_leave_nothing_behind(bench: Bench) -> None:
         session = f"s{i}"
         bench.open(session, device=f"edge-{i % 7}")
         bench.context(rows, session=session, device=f"edge-{i % 7}")
-        bench.assist(3, session=session, device=f"edge-{i % 7}")
+        bench.ask(3, session=session, device=f"edge-{i % 7}")
         bench.step()
         if i % 3:
-            bench.tell(Close(session), device=f"edge-{i % 7}")
+            bench.send(Close(session), device=f"edge-{i % 7}")
         bench.now += 1.5
         bench.engine.expire()
         assert len(bench.engine.sessions) <= 5
@@ -449,12 +457,12 @@ def test_a_thousand_sessions_leave_nothing_behind(bench: Bench) -> None:
     assert bench.engine.pool.used_bytes == 0
 
 
-def test_sessions_in_use_are_not_evicted_and_the_newcomer_is_told_when_to_try_again(
+def test_sessions_in_use_are_not_evicted_and_the_newcomer_learns_when_to_try_again(
     bench: Bench,
 ) -> None:
     bench.start(kv_budget_bytes=bench.session_bytes(64 * 2), retry_after_ms=700)
     bench.open("waits")
-    bench.assist(5, session="waits", deadline_ms=600_000)
+    bench.ask(5, session="waits", deadline_ms=600_000)
     bench.now += 100
     bench.open("fresh")
     refused = refusal(bench.open("new", device="edge-2"))
@@ -462,7 +470,7 @@ def test_sessions_in_use_are_not_evicted_and_the_newcomer_is_told_when_to_try_ag
     assert {key.session for key in bench.engine.sessions} == {"waits", "fresh"}
 
 
-def test_nobody_is_evicted_when_that_would_not_be_enough(bench: Bench) -> None:
+def test_no_session_is_evicted_when_that_would_not_be_enough(bench: Bench) -> None:
     bench.start(kv_budget_bytes=bench.session_bytes(64 * 3))
     bench.open("idle")
     bench.now += 100
@@ -489,22 +497,23 @@ def test_a_device_has_its_share_of_sessions_and_others_keep_theirs(bench: Bench)
 # failures
 
 
-def test_only_the_guilty_of_a_batch_that_fails_is_given_up(bench: Bench) -> None:
+def test_only_the_cause_of_a_failed_batch_is_abandoned(bench: Bench) -> None:
     for session in ("sick", "beside"):
         bench.open(session)
-        bench.context(bench.upload(4), session=session)
-        bench.assist(2, session=session)
+        bench.context(bench.upload(4)[:3], session=session)
+        bench.ask(2, session=session)
     bench.step()
     sick = bench.engine.sessions[SessionKey(DEVICE, "sick")]
     assert sick.lease
     sick.lease.layers = tuple(layer.transpose(2, 3) for layer in sick.lease.layers)
     for session in ("sick", "beside"):
-        bench.assist(3, request=1, session=session)
-    answers = bench.step()
-    refused, token = (answers[SessionKey(DEVICE, session)] for session in ("sick", "beside"))
+        bench.context(bench.upload(4)[3:], start=3, session=session)
+        bench.ask(3, request=1, session=session)
+    responses = bench.step()
+    refused, token = (responses[SessionKey(DEVICE, session)] for session in ("sick", "beside"))
     assert isinstance(refused, Refused)
     assert refused.code == "internal"
-    assert isinstance(token, Token)
+    assert isinstance(token, Verified)
     assert token.token_id == bench.expected_token(bench.upload(4))
 
 
@@ -516,7 +525,7 @@ def test_a_batch_that_fails_when_its_caches_are_written_runs_the_same_positions_
     for session in ("s1", "s2"):
         bench.open(session)
         bench.context(rows, session=session)
-        bench.assist(7, session=session)
+        bench.ask(7, session=session)
 
     def fail(*_: object) -> None:
         failing.remove()
@@ -525,28 +534,29 @@ def test_a_batch_that_fails_when_its_caches_are_written_runs_the_same_positions_
     failing = bench.layers._model.lm_head.register_forward_pre_hook(fail)
     assert bench.step() == {}
     assert {session.length for session in bench.engine.sessions.values()} == {4}
-    answers = bench.step()
+    responses = bench.step()
     for session in ("s1", "s2"):
-        token = answers[SessionKey(DEVICE, session)]
-        assert isinstance(token, Token)
+        token = responses[SessionKey(DEVICE, session)]
+        assert isinstance(token, Verified)
         assert token.token_id == bench.expected_token(rows)
 
 
 def test_a_session_without_finite_logits_is_refused_alone(bench: Bench) -> None:
     for session in ("sick", "beside"):
         bench.open(session, sampling=Sampling(temperature=1.0))
-        bench.context(bench.upload(4), session=session)
-        bench.assist(2, session=session)
+        bench.context(bench.upload(4)[:3], session=session)
+        bench.ask(2, session=session)
     bench.step()
     sick_lease = bench.engine.sessions[SessionKey(DEVICE, "sick")].lease
     assert sick_lease
     for layer in sick_lease.layers:
         layer[1].fill_(torch.nan)
     for session in ("sick", "beside"):
-        bench.assist(3, request=1, session=session)
-    answers = bench.step()
-    sick = answers[SessionKey(DEVICE, "sick")]
-    beside = answers[SessionKey(DEVICE, "beside")]
+        bench.context(bench.upload(4)[3:], start=3, session=session)
+        bench.ask(3, request=1, session=session)
+    responses = bench.step()
+    sick = responses[SessionKey(DEVICE, "sick")]
+    beside = responses[SessionKey(DEVICE, "beside")]
     assert isinstance(sick, Refused)
     assert (sick.code, "no finite logits" in sick.message) == ("internal", True)
-    assert isinstance(beside, Token)
+    assert isinstance(beside, Verified)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cloud_broker_worker.worker.kv_pool import KvPool, KvShape, PoolFullError
+from cloud_broker_worker.worker.kv_pool import KvPool, KvShape
+from fleet.errors import PoolFullError
 
 SHAPE = KvShape(num_layers=2, num_kv_heads=2, head_dim=16, hidden_size=64)
 
@@ -34,8 +35,8 @@ def test_what_is_given_back_can_be_leased_again_and_giving_it_back_twice_changes
         lease = pool.lease(10)
         store = pool.store(10)
         for _ in range(2):
-            pool.take_back(lease)
-            pool.drop(store)
+            pool.free_lease(lease)
+            pool.free_store(store)
         pool.check_integrity()
     assert pool.used_bytes == 0
 

@@ -1,4 +1,4 @@
-"""What a worker tells of itself: counts of its engine, and whether it is alive and ready."""
+"""The metrics of a worker: counts of its engine, and its health and readiness."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.scrape import get, scrape
 WAIT_S = 30.0
 
 
-# What the engine counts.
+# Counts of the engine.
 
 
 def test_a_duration_is_counted_below_its_bound_and_in_the_sum() -> None:
@@ -44,23 +44,22 @@ def test_a_duration_is_counted_below_its_bound_and_in_the_sum() -> None:
 def test_every_position_that_runs_is_counted(bench: Bench) -> None:
     bench.open()
     bench.context(bench.upload(6))
-    bench.assist(5)
+    bench.ask(5)
     bench.token()
-    bench.assist(5, request=1)  # asked anew: its last position runs again
+    bench.ask(5, request=1)  # asked anew: its last position runs again
     bench.token()
-    assert bench.engine.tally.num_positions == 7
+    assert bench.engine.counters.num_positions == 7
 
 
-def test_an_answer_is_counted_with_the_time_since_its_question_arrived(bench: Bench) -> None:
+def test_a_response_is_counted_with_the_time_since_its_request_arrived(bench: Bench) -> None:
     bench.open()
     bench.context(bench.upload(6))
-    bench.assist(5)
+    bench.ask(5)
     bench.now += 0.3
     bench.token()
-    tally = bench.engine.tally
-    assert tally.queued.sum_s == pytest.approx(0.3)
-    assert tally.answered["assist"].sum_s == pytest.approx(0.3)
-    assert tally.answered["verify"].cumulative()[-1] == 0
+    counters = bench.engine.counters
+    assert counters.queued.sum_s == pytest.approx(0.3)
+    assert counters.answered.sum_s == pytest.approx(0.3)
 
 
 def test_a_verify_is_counted_as_one(bench: Bench) -> None:
@@ -69,36 +68,36 @@ def test_a_verify_is_counted_as_one(bench: Bench) -> None:
     bench.context(rows)
     bench.verify(3, bench.expected_tokens(rows, 3)[:2])
     bench.verdict()
-    assert bench.engine.tally.answered["verify"].cumulative()[-1] == 1
+    assert bench.engine.counters.answered.cumulative()[-1] == 1
 
 
-def test_a_question_that_takes_many_steps_is_queued_until_the_first(bench: Bench) -> None:
+def test_a_request_that_takes_many_steps_is_queued_until_the_first(bench: Bench) -> None:
     bench.start(max_batch_positions=2)
     bench.open()
     bench.context(bench.upload(6))
-    bench.assist(5)
+    bench.ask(5)
     for _ in range(3):
         bench.now += 0.1
         bench.step()
-    tally = bench.engine.tally
-    assert tally.queued.cumulative()[-1] == tally.answered["assist"].cumulative()[-1] == 1
-    assert tally.queued.sum_s == pytest.approx(0.1)
-    assert tally.answered["assist"].sum_s == pytest.approx(0.3)
+    counters = bench.engine.counters
+    assert counters.queued.cumulative()[-1] == counters.answered.cumulative()[-1] == 1
+    assert counters.queued.sum_s == pytest.approx(0.1)
+    assert counters.answered.sum_s == pytest.approx(0.3)
 
 
-def test_a_question_that_nobody_waits_for_any_more_is_counted(bench: Bench) -> None:
+def test_a_request_whose_deadline_has_passed_is_counted(bench: Bench) -> None:
     bench.open()
-    bench.assist(5, deadline_ms=100)
+    bench.ask(5, deadline_ms=100)
     bench.now += 1
     bench.step()
-    assert bench.engine.tally.num_expired == 1
+    assert bench.engine.counters.num_expired == 1
 
 
 def test_a_refusal_is_counted_by_its_code(bench: Bench) -> None:
     bench.open(bundle_id="other")
     bench.open(bundle_id="other")
-    bench.assist(0, session="unknown")
-    assert dict(bench.engine.tally.refusals) == {"bundle_mismatch": 2, "unknown_session": 1}
+    bench.ask(0, session="unknown")
+    assert dict(bench.engine.counters.refusals) == {"bundle_mismatch": 2, "unknown_session": 1}
 
 
 def test_an_evicted_cache_is_counted_and_one_that_ends_with_its_session_is_not(
@@ -109,19 +108,19 @@ def test_an_evicted_cache_is_counted_and_one_that_ends_with_its_session_is_not(
     for session in ("s1", "s2"):
         assert isinstance(bench.open(session)[0], Opened)
         bench.context(bench.upload(6), session=session)
-        bench.assist(5, session=session)
+        bench.ask(5, session=session)
         bench.token(session)
-    assert bench.engine.memory.num_evictions == 1
+    assert bench.engine.session_store.num_evictions == 1
     bench.engine.dismiss()
-    assert bench.engine.memory.num_evictions == 1
+    assert bench.engine.session_store.num_evictions == 1
 
 
-# What the endpoint tells.
+# The endpoint.
 
 
 @contextmanager
-def told(worker: Worker, stall_s: float = WAIT_S) -> Iterator[str]:
-    """URL of an endpoint that tells of `worker`."""
+def monitored(worker: Worker, stall_s: float = WAIT_S) -> Iterator[str]:
+    """Yield the URL of an endpoint of `worker`."""
     with HttpEndpoint(HOST, 0) as endpoint:
         endpoint.show(WorkerMonitor(worker, stall_s))
         yield endpoint.url
@@ -136,13 +135,13 @@ def site(cloud_bundle: Callable[[int], Bundle]) -> Iterator[Site]:
 def test_the_metrics_are_those_of_what_a_worker_did(site: Site, whole: TinyModel) -> None:
     device = site.device()
     device.ask("s1", whole, num_positions=6)
-    with told(site.worker) as url:
+    with monitored(site.worker) as url:
         samples = scrape(url)
     pool = site.worker.engine.pool
     assert samples["fleet_worker_sessions"] == 1
     assert samples["fleet_worker_positions_total"] >= 6
-    assert samples['fleet_worker_answer_seconds_count{kind="assist"}'] == 1
-    assert samples['fleet_worker_answer_seconds_bucket{kind="assist",le="+Inf"}'] == 1
+    assert samples['fleet_worker_answer_seconds_count{kind="verify"}'] == 1
+    assert samples['fleet_worker_answer_seconds_bucket{kind="verify",le="+Inf"}'] == 1
     assert samples["fleet_worker_queue_seconds_count"] == 1
     assert samples["fleet_worker_kv_used_bytes"] == pool.used_bytes > 0
     assert samples["fleet_worker_kv_budget_bytes"] == pool.budget_bytes
@@ -150,19 +149,19 @@ def test_the_metrics_are_those_of_what_a_worker_did(site: Site, whole: TinyModel
     assert samples["process_resident_memory_bytes"] > 0
 
 
-def test_a_question_that_could_be_answered_is_in_the_queue(
+def test_a_request_that_could_be_answered_is_in_the_queue(
     bench: Bench, cloud_bundle: Callable[[int], Bundle]
 ) -> None:
     worker = Worker(
         InMemoryBroker().connect("worker-1"), cloud_bundle(2), WorkerConfig(num_threads=1)
     )
-    bench.engine = worker.engine  # its thread has not been started: nobody steps
+    bench.engine = worker.engine  # its thread has not been started: no step runs
     bench.open()
     bench.context(bench.upload(6))
-    bench.assist(9)  # its context is not here: nothing that more workers could do
+    bench.ask(9)  # its context is not here: nothing that more workers could do
     bench.open("s2")
     bench.context(bench.upload(6), session="s2")
-    bench.assist(5, session="s2")
+    bench.ask(5, session="s2")
     values = {s.name: s.value for family in WorkerMonitor(worker).collect() for s in family.samples}
     assert values["fleet_worker_sessions"] == 2
     assert values["fleet_worker_waiting_questions"] == 1
@@ -172,7 +171,7 @@ def test_a_question_that_could_be_answered_is_in_the_queue(
 def test_a_worker_is_ready_until_it_drains(site: Site, whole: TinyModel) -> None:
     site.device().ask("s1", whole)
     hurry = threading.Event()
-    with told(site.worker) as url:
+    with monitored(site.worker) as url:
         assert get(f"{url}/readyz") == get(f"{url}/healthz") == (200, "ok\n")
         draining = threading.Thread(target=site.worker.drain, args=(hurry,))
         draining.start()
@@ -184,7 +183,7 @@ def test_a_worker_is_ready_until_it_drains(site: Site, whole: TinyModel) -> None
 
 
 def test_a_worker_without_a_broker_is_alive_and_not_ready(site: Site) -> None:
-    with told(site.worker) as url:
+    with monitored(site.worker) as url:
         site.link.drop()
         assert get(f"{url}/readyz") == (503, "the worker has no connection to the broker\n")
         assert get(f"{url}/healthz") == (200, "ok\n")
@@ -200,7 +199,7 @@ def test_a_worker_that_is_stuck_in_a_step_is_unhealthy_until_it_goes_on(site: Si
         go_on.wait(WAIT_S)
         site.worker.engine.step = turn  # type: ignore[method-assign]
 
-    with told(site.worker, stall_s=1.0) as url:
+    with monitored(site.worker, stall_s=1.0) as url:
         site.worker.engine.step = stuck  # type: ignore[method-assign]
         wait_until(lambda: get(f"{url}/healthz")[0] == 503, "it is unhealthy", WAIT_S)
         assert "has been in one step" in get(f"{url}/healthz")[1]
@@ -214,7 +213,7 @@ def test_a_worker_whose_thread_has_ended_is_unhealthy(
     with InMemoryBroker().connect("worker-1") as link:
         with Worker(link, cloud_bundle(2), WorkerConfig(num_threads=1)) as worker:
             pass
-        with told(worker) as url:
+        with monitored(worker) as url:
             assert get(f"{url}/healthz") == (503, "the worker's thread has ended\n")
 
 

@@ -1,4 +1,4 @@
-"""Fewer bits: close to float32, and still the same for a session whoever else is in the batch."""
+"""Fewer bits: close to float32, and independent of the other sessions in the batch."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_the_best_logits_with_fewer_bits_are_close_to_those_in_float32(
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_with_fewer_bits_another_session_changes_nobodys_logits_either(
+def test_with_fewer_bits_another_session_changes_no_logits_either(
     cloud_bundle: Callable[[int], Bundle], whole: TinyModel, weights: Weights
 ) -> None:
     layers = UpperLayers(cloud_bundle(2), 1, weights)
@@ -136,12 +136,14 @@ def test_with_fewer_bits_another_session_changes_nobodys_logits_either(
 def test_each_layer_takes_the_fewest_bits_that_hold_it_and_the_lm_head_two_steps() -> None:
     model = nn.ModuleDict({
         "narrow": nn.Linear(48, 32, bias=False), "wide": nn.Linear(64, 32, bias=False),
-        "odd": nn.Linear(33, 32, bias=False), "biased": nn.Linear(64, 32), "lm_head": nn.Linear(64, 32, bias=False),
+        "odd": nn.Linear(33, 32, bias=False), "biased": nn.Linear(64, 32),
+        "lm_head": nn.Linear(64, 32, bias=False),
     })  # fmt: skip
     prepare(model, "int4")
     kinds = {name: type(module) for name, module in model.items()}
     assert kinds == {
-        "narrow": Int8Linear, "wide": Int4Linear, "odd": PackedLinear, "biased": PackedLinear, "lm_head": TwoStepHead,
+        "narrow": Int8Linear, "wide": Int4Linear, "odd": PackedLinear, "biased": PackedLinear,
+        "lm_head": TwoStepHead,
     }  # fmt: skip
 
 

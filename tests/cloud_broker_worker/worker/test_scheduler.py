@@ -1,4 +1,4 @@
-"""Who gets how much of a batch."""
+"""The shares of sessions in a batch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from cloud_broker_worker.worker.scheduler import schedule
 
 
-def test_everybody_runs_whole_when_there_is_room() -> None:
+def test_every_session_runs_whole_when_there_is_room() -> None:
     assert schedule({"a": 5, "b": 1}, 8) == {"b": 1, "a": 5}
 
 
-def test_a_long_prefill_takes_what_short_assists_leave() -> None:
+def test_a_long_prefill_takes_what_short_requests_leave() -> None:
     assert schedule({"long": 1000, "a": 1, "b": 2}, 100) == {"a": 1, "b": 2, "long": 97}
 
 

@@ -78,7 +78,7 @@ def test_sessions_of_any_lengths_share_a_batch_and_each_equals_the_whole_model(
 
 @pytest.mark.parametrize("num_others", [1, 2, 3])
 @pytest.mark.parametrize(("start", "num_outputs"), [(0, 1), (0, 5), (20, 1), (36, 1), (30, 7)])
-def test_another_session_in_the_batch_changes_nobodys_logits(
+def test_another_session_in_the_batch_changes_no_logits(
     layers_at: LayersAt, whole: TinyModel, num_others: int, start: int, num_outputs: int
 ) -> None:
     layers = layers_at(2)

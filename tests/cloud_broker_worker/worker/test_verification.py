@@ -14,7 +14,9 @@ Tokens = tuple[int, ...]
 
 @pytest.fixture
 def expected(bench: Bench) -> Tokens:
-    """The whole model's tokens after positions [START, NUM_ROWS), of a session that has them all."""
+    """The whole model's tokens after positions [START, NUM_ROWS), of a session that has them
+    all.
+    """
     bench.open()
     rows = bench.upload(NUM_ROWS)
     bench.context(rows)
@@ -59,7 +61,7 @@ def test_after_a_rejection_the_next_branch_goes_on(bench: Bench, expected: Token
     bench.verdict()
     more = bench.upload(NUM_ROWS, seed=4)[START + 3 :]
     assert bench.context(more, start=START + 3, branch=1) == []
-    bench.assist(NUM_ROWS - 1, request=1)
+    bench.ask(NUM_ROWS - 1, request=1)
     rows = bench.upload(NUM_ROWS).copy()
     rows[START + 3 :] = more
     assert bench.token().token_id == bench.expected_token(rows)
@@ -75,10 +77,12 @@ def test_what_belongs_to_an_earlier_branch_is_dropped_silently(
     assert next(iter(bench.engine.sessions.values())).received == START + 1
 
 
-def test_who_has_not_heard_the_rejection_and_asks_anew_is_told_to_open_again(
+def test_a_device_that_missed_the_rejection_and_asks_anew_has_to_open_again(
     bench: Bench, expected: Tokens
 ) -> None:
-    """As after an `opened` that overtook the verdict, when the device has given its question another number."""
+    """As after an `opened` that overtook the verdict, when the device has given its question
+    another number.
+    """
     bench.verify(START, spoiled(expected, 0))
     verdict = bench.verdict()
     assert bench.verify(START, spoiled(expected, 0)) == [verdict]
@@ -118,13 +122,13 @@ def test_a_trusted_token_is_accepted_whatever_it_is_and_what_follows_it_is_judge
     assert bench.verdict().accepted == 2
 
 
-def test_a_draft_that_is_trusted_whole_is_accepted_and_the_next_question_is_answered_right(
+def test_a_draft_that_is_trusted_whole_is_accepted_and_the_next_request_is_answered_right(
     bench: Bench, expected: Tokens
 ) -> None:
     bench.verify(START, spoiled(expected[:-1], 0), trusted=tuple(range(len(expected) - 1)))
     verdict = bench.verdict()
     assert (verdict.accepted, set(verdict.logprobs)) == (len(expected) - 1, {0.0})
-    bench.assist(NUM_ROWS - 1, request=1)
+    bench.ask(NUM_ROWS - 1, request=1)
     assert bench.token().token_id == expected[-1]
 
 
@@ -160,7 +164,7 @@ def test_the_same_verify_again_gets_the_same_verdict(bench: Bench, expected: Tok
     assert next(iter(bench.engine.sessions.values())).branch == 1
 
 
-def test_a_verify_waits_for_its_context_and_says_once_what_is_missing(bench: Bench) -> None:
+def test_a_verify_waits_for_its_context_and_reports_once_what_is_missing(bench: Bench) -> None:
     rows = bench.upload(NUM_ROWS)
     bench.open()
     bench.context(rows[:12])
@@ -174,7 +178,7 @@ def test_a_verify_waits_for_its_context_and_says_once_what_is_missing(bench: Ben
 def test_a_verify_about_positions_that_have_run_already_runs_them_again(
     bench: Bench, expected: Tokens
 ) -> None:
-    bench.assist(NUM_ROWS - 1)
+    bench.ask(NUM_ROWS - 1)
     bench.token()
     bench.verify(START, expected, request=1)
     assert bench.verdict().accepted == len(expected)
@@ -199,15 +203,18 @@ def test_a_token_outside_the_vocabulary_is_never_right(bench: Bench, expected: T
     assert bench.verdict().accepted == 0
 
 
-def test_sampled_drafts_are_judged_by_the_draw_that_an_assist_would_get(bench: Bench) -> None:
+def test_sampled_drafts_are_judged_by_the_draw_that_single_requests_get(bench: Bench) -> None:
     rows = bench.upload(NUM_ROWS)
     hot = Sampling(temperature=2.0, seed=11)
     bench.open("other", sampling=hot)
-    bench.context(rows, session="other")
-    drawn = []
+    bench.context(rows[:START], session="other")
+    drawn: list[int] = []
     for request, position in enumerate(range(START, NUM_ROWS)):
-        bench.assist(position, request=request, session="other")
-        drawn.append(bench.token("other").token_id)
+        bench.context(rows[position : position + 1], start=position, session="other")
+        bench.ask(position, request=request, session="other")
+        token_id = bench.token("other").token_id
+        assert token_id is not None
+        drawn.append(token_id)
     bench.open(sampling=hot)
     bench.context(rows)
     bench.verify(START, tuple(drawn))
@@ -237,7 +244,7 @@ def test_receipts_come_at_the_latest_when_half_the_window_is_out(bench: Bench) -
     assert receipts == [Received("s1", 0, 4 * (i + 1)) for i in range(4)]  # rows of 128 bytes
 
 
-def test_who_sends_again_what_is_here_gets_the_receipt_again_once(bench: Bench) -> None:
+def test_a_device_that_repeats_context_gets_the_receipt_again_once(bench: Bench) -> None:
     rows = bench.upload(4)
     bench.open()
     bench.context(rows)
@@ -245,7 +252,7 @@ def test_who_sends_again_what_is_here_gets_the_receipt_again_once(bench: Bench) 
     assert bench.context(rows) == []
 
 
-def test_context_runs_ahead_while_nobody_asks_but_drafts_do_not(bench: Bench) -> None:
+def test_context_runs_ahead_while_no_request_waits_but_drafts_do_not(bench: Bench) -> None:
     bench.start(run_ahead_positions=5)
     rows = bench.upload(NUM_ROWS)
     bench.open()

@@ -20,7 +20,6 @@ from fleet.protocol.codec import MAX_ENVELOPE_BYTES, decode_to_device, encode, p
 from fleet.protocol.denylist import encode_denylist
 from fleet.protocol.messages import (
     PROTOCOL,
-    Assist,
     Close,
     Context,
     Open,
@@ -28,17 +27,32 @@ from fleet.protocol.messages import (
     Refused,
     Sampling,
     ToDevice,
-    Token,
     ToWorker,
+    Verified,
+    Verify,
 )
 from fleet.protocol.report import WorkerStatus, decode_status
 from fleet.transport.base import Will
 from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
-from tests.cloud_broker_worker.worker.conftest import TinyModel
+from tests.cloud_broker_worker.worker.conftest import OUTSIDE, TinyModel
 
 WAIT_S = 30.0
 WORKER = "worker-1"
 DEVICE = "edge-1"
+
+
+def verify_request(session: str, position: int, request: int = 0, branch: int = 0) -> Verify:
+    """Return a request for the token after `position`; the worker rejects its draft."""
+    return Verify(
+        session=session,
+        request=request,
+        branch=branch,
+        start=position,
+        draft=(OUTSIDE,),
+        deadline_ms=10_000,
+    )
+
+
 GARBAGE = {
     "nothing": b"",
     "not msgpack": b"\xc1\xc1\xc1",
@@ -46,14 +60,22 @@ GARBAGE = {
     "a list": msgpack.packb([1, 2, 3]),
     "another type": msgpack.packb({"type": "sudo", "session": "s1"}),
     "a worker's message": msgpack.packb({"type": "gap", "session": "s1", "expected": 0}),
-    "a field missing": msgpack.packb({"type": "assist", "session": "s1"}),
+    "a field missing": msgpack.packb({"type": "verify", "session": "s1"}),
     "out of range": msgpack.packb(
-        {"type": "assist", "session": "s1", "request": 0, "position": -1, "deadline_ms": 5}
+        {
+            "type": "verify",
+            "session": "s1",
+            "request": 0,
+            "branch": 0,
+            "start": -1,
+            "draft": [1],
+            "deadline_ms": 5,
+        }
     ),
     "a claim of 4 GB": b"\xdd\xff\xff\xff\xff",
     "deep nesting": b"\x91" * 100_000,
     "oversized": b"\x00" * (MAX_ENVELOPE_BYTES + 1),
-    "another session": encode(Assist(session="s2", request=0, position=0, deadline_ms=1000)),
+    "another session": encode(verify_request("s2", 0)),
     "a name that is none": msgpack.packb({"type": "close", "session": "../#"}),
 }
 
@@ -100,15 +122,15 @@ class Device:
         return self.statuses.get(timeout=WAIT_S)
 
     def ask(self, session: str, whole: TinyModel, num_positions: int = 6) -> None:
-        """Opens a session, uploads some positions, asks for the next token and expects the whole model's."""
+        """Opens a session, uploads some positions, asks for the next token and expects the whole
+        model's.
+        """
         assert isinstance(self.open(session), Opened)
         rows = whole.upload(list(range(10, 10 + num_positions)), 2)
         self.send(Context(session, pack_chunk(0, 0, rows)))
-        self.send(
-            Assist(session=session, request=0, position=num_positions - 1, deadline_ms=10_000)
-        )
+        self.send(verify_request(session, num_positions - 1))
         token = self.next_answer()
-        assert isinstance(token, Token), token
+        assert isinstance(token, Verified), token
         assert token.token_id == int(whole.logits(rows, 2)[-1].argmax())
 
 
@@ -175,7 +197,7 @@ def test_a_worker_that_is_stopped_says_so_and_its_thread_ends(
 
 
 @pytest.mark.parametrize("payload", GARBAGE.values(), ids=GARBAGE.keys())
-def test_garbage_on_any_topic_is_one_line_in_the_log_and_disturbs_nobody(
+def test_garbage_on_any_topic_is_one_line_in_the_log_and_disturbs_no_device(
     site: Site, whole: TinyModel, payload: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     device = site.device()
@@ -205,7 +227,7 @@ def test_an_open_is_not_taken_on_a_sessions_topic(site: Site, whole: TinyModel) 
     device.transport.publish(topics.to_worker(WORKER, DEVICE, "s1"), encode(message))
     device.transport.publish(
         topics.open_session(DEVICE),
-        encode(Assist(session="s1", request=0, position=0, deadline_ms=1000)),
+        encode(verify_request("s1", 0)),
     )
     device.ask("s2", whole)
     assert device.answers.empty()
@@ -215,7 +237,7 @@ def test_a_device_cannot_reach_a_session_of_another(site: Site, whole: TinyModel
     victim = site.device("edge-1")
     other = site.device("edge-2")
     victim.ask("s1", whole)
-    other.send(Assist(session="s1", request=0, position=5, deadline_ms=1000))
+    other.send(verify_request("s1", 5))
     refused = other.next_answer()
     assert isinstance(refused, Refused)
     assert refused.code == "unknown_session"
@@ -230,7 +252,7 @@ def test_a_refusal_comes_to_the_device_that_asked(site: Site) -> None:
     assert (refused.session, refused.code) == ("s7", "unknown_session")
 
 
-def test_a_draining_worker_takes_nobody_new_and_serves_its_sessions_to_their_end(
+def test_a_draining_worker_accepts_no_new_device_and_serves_its_sessions_to_their_end(
     site: Site, whole: TinyModel, cloud_bundle: Callable[[int], Bundle]
 ) -> None:
     old = site.device("edge-1")
@@ -253,8 +275,8 @@ def test_a_draining_worker_takes_nobody_new_and_serves_its_sessions_to_their_end
     assert isinstance(refused, Refused)
     assert (refused.code, refused.worker) == ("draining", WORKER)
     assert refused.retry_after_ms > 0
-    old.send(Assist(session="s1", request=1, position=5, deadline_ms=10_000))
-    assert isinstance(old.next_answer(), Token)
+    old.send(verify_request("s1", 5, request=1, branch=1))
+    assert isinstance(old.next_answer(), Verified)
     assert draining.is_alive()
     old.send(Close("s1"))
     draining.join(WAIT_S)
@@ -334,7 +356,7 @@ def test_a_device_that_is_denied_no_more_is_served_again(site: Site, whole: Tiny
 def test_a_list_that_cannot_be_read_changes_nothing(site: Site, whole: TinyModel) -> None:
     device = site.device()
     revoke(site, encode_denylist([DEVICE]))
-    revoke(site, b'{"nobody": true}')
+    revoke(site, b'{"none": true}')
     assert isinstance(device.open("s1"), Refused)
 
 
@@ -350,6 +372,6 @@ def test_one_devices_flood_leaves_room_for_the_others(tiny_bundle: Bundle) -> No
         for i in range(40):
             worker._on_message(topics.to_worker(WORKER, f"edge-{i + 2}", "s1"), encode(Close("s1")))
         assert worker.num_queued == 16
-        worker._take(wait=False)
+        worker._handle_queued(wait=False)
         worker._on_message(topics.to_worker(WORKER, DEVICE, "s1"), encode(Close("s1")))
         assert worker.num_queued == 1

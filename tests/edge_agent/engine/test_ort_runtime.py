@@ -1,4 +1,6 @@
-"""ONNX Runtime: providers, graphs that it cannot load, bundles for other machines, lack of memory."""
+"""ONNX Runtime: providers, graphs that it cannot load, bundles for other machines, lack of
+memory.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from edge_agent.engine.ort_runtime import (
     is_out_of_memory,
     load_session,
 )
-from fleet.bundles.instruction_sets import NEEDED_FLAGS, instruction_sets
+from fleet.bundles.instruction_sets import REQUIRED_FLAGS, instruction_sets
 from fleet.bundles.manifest import Bundle
 from fleet.errors import BundleError, ConfigError
 
@@ -31,14 +33,15 @@ def graph(op: str, domain: str = "", opset: int = 17, ir_version: int = 8) -> by
     opsets = {"": opset} | ({domain: 1} if domain else {})
     model = helper.make_model(
         helper.make_graph([helper.make_node(op, ["x"], ["y"], domain=domain)], "graph", [x], [y]),
-        opset_imports=[helper.make_opsetid(*item) for item in opsets.items()], ir_version=ir_version,
+        opset_imports=[helper.make_opsetid(*item) for item in opsets.items()],
+        ir_version=ir_version,
     )  # fmt: skip
     return bytes(model.SerializeToString())
 
 
 GOOD = graph("ConstantOfShape")
 UNLOADABLE = {
-    "a domain that nobody knows": graph("Rotate", "org.example"),
+    "an unknown domain": graph("Rotate", "org.example"),
     "an operator that is newer than the runtime": graph("FlashAttention9", "com.microsoft"),
     "an opset of the future": graph("ConstantOfShape", opset=999),
     "a format of the future": graph("ConstantOfShape", ir_version=999),
@@ -102,7 +105,7 @@ def test_a_bundle_for_this_machine_is_accepted(tiny_bundle: Bundle, instruction_
 
 
 @pytest.mark.parametrize(
-    "instruction_set", [*sorted(set(NEEDED_FLAGS) - set(instruction_sets())), "z80"]
+    "instruction_set", [*sorted(set(REQUIRED_FLAGS) - set(instruction_sets())), "z80"]
 )
 def test_a_bundle_for_another_machine_is_refused_and_both_are_named(
     tiny_bundle: Bundle, instruction_set: str

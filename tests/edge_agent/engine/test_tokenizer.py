@@ -47,8 +47,10 @@ def test_templates_may_use_what_transformers_gives_them(
     tiny_bundle: Bundle, tmp_path: Path
 ) -> None:
     template = (
-        "{{ strftime_now('today') }} {% for message in messages %}{% if message.role == 'system' %}{% continue %}"
-        "{% endif %}{% if message.role == 'assistant' %}{% generation %}<{{ message.content }}>{% endgeneration %}"
+        "{{ strftime_now('today') }} {% for message in messages %}"
+        "{% if message.role == 'system' %}{% continue %}{% endif %}"
+        "{% if message.role == 'assistant' %}"
+        "{% generation %}<{{ message.content }}>{% endgeneration %}"
         "{% else %}{{ message.content }}{% endif %}{% endfor %}"
     )
     shutil.copytree(tiny_bundle.folder / "tokenizer", tmp_path / "tokenizer")

@@ -1,4 +1,4 @@
-"""How likely a draft is to be accepted, learned from verdicts."""
+"""The probability that a draft is accepted, learned from verdicts."""
 
 from __future__ import annotations
 

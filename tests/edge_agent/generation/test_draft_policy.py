@@ -1,4 +1,4 @@
-"""How far drafts are worth their time, against every fixed length of a run."""
+"""The draft policy, against every fixed number of drafts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ IsWorth = Callable[[int, float], bool]
 
 
 def seconds_a_token(chance: float, round_trip_s: float, is_worth: IsWorth) -> float:
-    """Of a device whose drafts are each accepted with probability `chance`, that drafts on while it waits.
+    """Return the time of a device whose drafts are each accepted with probability `chance`, that
+    drafts on while it waits.
 
-    `is_worth` says of so many drafts, all accepted with a probability, whether to draft another one before asking.
+    `is_worth` says of so many drafts, all accepted with a probability, whether to draft another one
+    before asking.
     """
     draw = random.Random(0)
     now = 0.0

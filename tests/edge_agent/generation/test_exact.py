@@ -1,4 +1,6 @@
-"""With positions run one by one, what was drafted and cut off leaves no trace, not even in the last bit."""
+"""With positions run one by one, what was drafted and cut off leaves no trace, not even in the last
+bit.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from edge_agent.generation.mode_policy import (
     MIN_TOKENS,
     MIN_WAIT_MS,
     Targets,
-    decide,
+    decide_mode,
     predict,
     wait_ms,
 )
@@ -29,14 +29,19 @@ def measured(
     round_trip_ms: float = 15,
     *,
     step_ms: float = 20,
-    unsure: float = 0.6,
+    below_threshold: float = 0.6,
     confidence: float = 0.7,
-    sure: float = 0.97,
+    emitted_confidence: float = 0.97,
 ) -> Snapshot:
     return Snapshot(
-        step_s=step_ms / 1000, round_trip_s=round_trip_ms / 1000, num_round_trips=20, unsure=unsure,
-        confidence=confidence, sure_confidence=sure, num_choices=40,
-    )  # fmt: skip
+        step_s=step_ms / 1000,
+        round_trip_s=round_trip_ms / 1000,
+        num_round_trips=20,
+        below_threshold=below_threshold,
+        confidence=confidence,
+        emitted_confidence=emitted_confidence,
+        num_choices=40,
+    )
 
 
 TABLE = [
@@ -60,25 +65,26 @@ TABLE = [
 def test_the_decision_follows_from_measurements_and_targets(
     round_trip_ms: float, targets: Targets, current: Mode, expected: Mode
 ) -> None:
-    decision = decide(measured(round_trip_ms), targets, current, 100, is_link_up=True)
+    decision = decide_mode(measured(round_trip_ms), targets, current, 100, is_link_up=True)
     assert decision.mode is expected, decision.reason
     assert (decision.reason == "as before") == (expected is current)
 
 
 def test_nothing_measured_means_collaborating_which_measures_most() -> None:
-    assert decide(Snapshot(), Targets(), VERIFIED, 100, is_link_up=True).mode is TOGETHER
+    assert decide_mode(Snapshot(), Targets(), VERIFIED, 100, is_link_up=True).mode is TOGETHER
 
 
 @pytest.mark.parametrize("current", [TOGETHER, VERIFIED, ALONE])
 def test_without_the_link_it_is_alone_at_once(current: Mode) -> None:
     assert (
-        decide(measured(), Targets(min_agreement=0.95), current, 0, is_link_up=False).mode is ALONE
+        decide_mode(measured(), Targets(min_agreement=0.95), current, 0, is_link_up=False).mode
+        is ALONE
     )
 
 
 def test_without_the_link_an_exact_text_waits() -> None:
     assert (
-        decide(measured(), Targets(min_agreement=1.0), TOGETHER, 0, is_link_up=False).mode
+        decide_mode(measured(), Targets(min_agreement=1.0), TOGETHER, 0, is_link_up=False).mode
         is VERIFIED
     )
 
@@ -86,11 +92,13 @@ def test_without_the_link_an_exact_text_waits() -> None:
 def test_no_switch_soon_after_another() -> None:
     slow = measured(200)
     assert (
-        decide(slow, Targets(min_agreement=0.95), TOGETHER, MIN_TOKENS - 1, is_link_up=True).mode
+        decide_mode(
+            slow, Targets(min_agreement=0.95), TOGETHER, MIN_TOKENS - 1, is_link_up=True
+        ).mode
         is TOGETHER
     )
     assert (
-        decide(slow, Targets(min_agreement=0.95), TOGETHER, MIN_TOKENS, is_link_up=True).mode
+        decide_mode(slow, Targets(min_agreement=0.95), TOGETHER, MIN_TOKENS, is_link_up=True).mode
         is VERIFIED
     )
 
@@ -107,7 +115,9 @@ def test_collaborating_saves_steps_and_round_trips_behind_right_guesses(
     round_trip_ms: float,
 ) -> None:
     taken = [
-        predict(replace(measured(round_trip_ms), right=right), Targets())[TOGETHER].tpot_s
+        predict(replace(measured(round_trip_ms), guess_acceptance=right), Targets())[
+            TOGETHER
+        ].tpot_s
         for right in (0.0, 0.5, 1.0)
     ]
     assert taken[0] == pytest.approx(0.020 + 0.6 * round_trip_ms / 1000)
@@ -120,7 +130,7 @@ def test_a_small_gain_is_no_reason() -> None:
         predict(measured(60), targets)[mode].tpot_s for mode in (TOGETHER, VERIFIED)
     )
     assert 0.8 * together < verified < together
-    assert decide(measured(60), targets, TOGETHER, 100, is_link_up=True).mode is TOGETHER
+    assert decide_mode(measured(60), targets, TOGETHER, 100, is_link_up=True).mode is TOGETHER
 
 
 def test_noise_at_the_border_does_not_make_it_flap() -> None:
@@ -130,7 +140,9 @@ def test_noise_at_the_border_does_not_make_it_flap() -> None:
     since = 0
     switches = 0
     for _ in range(1000):
-        decision = decide(measured(noise.uniform(25, 45)), targets, current, since, is_link_up=True)
+        decision = decide_mode(
+            measured(noise.uniform(25, 45)), targets, current, since, is_link_up=True
+        )
         since += 1
         if decision.mode is not current:
             current = decision.mode
@@ -140,7 +152,9 @@ def test_noise_at_the_border_does_not_make_it_flap() -> None:
 
 
 def test_a_reason_names_what_was_predicted() -> None:
-    decision = decide(measured(200), Targets(min_agreement=0.95), TOGETHER, 100, is_link_up=True)
+    decision = decide_mode(
+        measured(200), Targets(min_agreement=0.95), TOGETHER, 100, is_link_up=True
+    )
     assert "ms a token predicted, collaborative 140" in decision.reason
 
 
@@ -151,10 +165,10 @@ def test_modes_follow_a_link_that_is_good_slow_gone_and_back() -> None:
     for token in range(400):
         phase = token // 100
         followed.append(modes.at(token, is_link_up=phase != 2))
-        measurements.step(0.02)
-        measurements.chose(0.97 if token % 5 < 2 else 0.5, is_sure=token % 5 < 2)
+        measurements.step_done(0.02)
+        measurements.token_chosen(0.97 if token % 5 < 2 else 0.5, is_emitted=token % 5 < 2)
         if phase != 2:
-            measurements.round_trip({0: 0.015, 1: 0.25, 3: 0.015}[phase])
+            measurements.round_trip_done({0: 0.015, 1: 0.25, 3: 0.015}[phase])
     assert set(followed[:100]) == {TOGETHER}
     assert followed[150] is VERIFIED
     assert set(followed[200:300]) == {ALONE}
@@ -168,9 +182,9 @@ def test_modes_follow_a_link_that_is_good_slow_gone_and_back() -> None:
 def test_a_device_that_is_alone_on_a_good_link_measures_it_now_and_then() -> None:
     modes = ModeController(Mode.AUTO, Targets(), Measurements(), 3000)
     measurements = modes._measurements
-    measurements.step(0.02)
-    measurements.chose(0.5, is_sure=False)
-    measurements.round_trip(0.5)
+    measurements.step_done(0.02)
+    measurements.token_chosen(0.5, is_emitted=False)
+    measurements.round_trip_done(0.5)
     followed = [modes.at(token, is_link_up=True) for token in range(3 * PROBE_TOKENS)]
     assert followed[MIN_TOKENS:].count(TOGETHER) == 2
     assert len(modes.switches) == 1

@@ -11,7 +11,9 @@ Ids = st.lists(st.integers(0, 3), max_size=40)
 
 
 def searched(ids: list[int], max_tokens: int) -> list[int]:
-    """What followed the most recent earlier place with the same last tokens, for the longest n-gram that has one."""
+    """Return the tokens that followed the most recent earlier place with the same last tokens, for
+    the longest n-gram that has one.
+    """
     for n in range(min(MAX_NGRAM, len(ids)), MIN_NGRAM - 1, -1):
         for end in range(len(ids) - 1, n - 1, -1):
             if ids[end - n : end] == ids[-n:]:

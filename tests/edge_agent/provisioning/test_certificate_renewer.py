@@ -1,4 +1,4 @@
-"""A new certificate in time, and never a pair of files that does not fit."""
+"""Renewal in time, and a matching pair of certificate and key at every moment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge_agent.provisioning.certificate_renewer import Renewer, renew, retry_in_s
+from edge_agent.provisioning.certificate_renewer import (
+    CertificateRenewer,
+    renew_certificate,
+    retry_in_s,
+)
 from edge_agent.provisioning.credentials import lifetime, new_key, signing_request
 from edge_agent.service_client import ServiceClient
 from fleet.errors import IdentityError, ServiceError
@@ -48,19 +52,19 @@ def test_a_certificate_of_ninety_days_is_due_after_sixty(
 
 
 @pytest.mark.parametrize(
-    ("left_s", "draw", "wait_s"),
+    ("remaining_s", "draw", "wait_s"),
     [(30 * DAY, 0.5, 600.0), (1000.0, 0.5, 50.0), (1000.0, 0.0, 25.0), (-5.0, 0.5, 1.0)],
 )
-def test_the_less_is_left_the_sooner_it_is_tried_again(
-    left_s: float, draw: float, wait_s: float
+def test_a_shorter_remaining_life_makes_retries_sooner(
+    remaining_s: float, draw: float, wait_s: float
 ) -> None:
-    assert retry_in_s(left_s, 0.0, draw) == pytest.approx(wait_s)
+    assert retry_in_s(remaining_s, 0.0, draw) == pytest.approx(wait_s)
 
 
 def test_a_renewal_replaces_key_and_certificate(service: FleetService, identity: Identity) -> None:
     before = (identity.folder / CERT_FILE).read_bytes()
     key = new_key()
-    renew(identity, key)
+    renew_certificate(identity, key)
     assert (identity.folder / KEY_FILE).read_bytes() == key
     assert (identity.folder / CERT_FILE).read_bytes() != before
     assert stat.S_IMODE((identity.folder / KEY_FILE).stat().st_mode) == 0o600
@@ -69,7 +73,7 @@ def test_a_renewal_replaces_key_and_certificate(service: FleetService, identity:
 
 
 @pytest.mark.parametrize("num_moved", [0, 1])
-def test_whoever_dies_in_a_renewal_leaves_a_pair_that_fits(
+def test_a_process_that_dies_in_a_renewal_leaves_a_pair_that_fits(
     service: FleetService, identity: Identity, num_moved: int
 ) -> None:
     key = new_key()
@@ -89,7 +93,7 @@ def test_a_refusal_leaves_the_old_pair(service: FleetService, identity: Identity
     before = [(identity.folder / name).read_bytes() for name in (CERT_FILE, KEY_FILE)]
     service.refuse(403, "bad_state", "kitchen is suspended")
     with pytest.raises(IdentityError, match="suspended"):
-        renew(identity, new_key())
+        renew_certificate(identity, new_key())
     assert [(identity.folder / name).read_bytes() for name in (CERT_FILE, KEY_FILE)] == before
 
 
@@ -99,16 +103,16 @@ def test_a_certificate_for_another_key_leaves_the_old_pair(
     before = (identity.folder / CERT_FILE).read_bytes()
     monkeypatch.setattr(service, "_certify", lambda csr: (before.decode(), b""))
     with pytest.raises(IdentityError, match="for another key than ours"):
-        renew(identity, new_key())
+        renew_certificate(identity, new_key())
     assert (identity.folder / CERT_FILE).read_bytes() == before
     assert not (identity.folder / RENEWED_FILE).exists()
 
 
-def test_a_lost_reply_is_asked_for_again_with_the_same_key(
+def test_a_request_with_a_lost_reply_is_repeated_with_the_same_key(
     service: FleetService, identity: Identity
 ) -> None:
     service.trouble.num_lost_replies = 1
-    renew(identity, new_key())
+    renew_certificate(identity, new_key())
     assert len(service.keys) == 2
     assert len(set(service.keys)) == 1
 
@@ -117,13 +121,13 @@ def test_a_service_of_another_fleet_gets_no_request(service: FleetService, tmp_p
     with FleetService(tmp_path / "foreign").running() as foreign:
         identity = service.identity(tmp_path / "kitchen")
         config = msgspec.structs.replace(identity.config, server=foreign.url)
-        with pytest.raises(ServiceError, match="not what we trust"):
-            renew(Identity(identity.folder, config), new_key())
+        with pytest.raises(ServiceError, match="is not trusted"):
+            renew_certificate(Identity(identity.folder, config), new_key())
         assert foreign.requests == []
 
 
 def shorten(service: FleetService, identity: Identity, life_s: float) -> None:
-    """Gives an identity a certificate that began minutes ago and ends in `life_s` seconds: it is due."""
+    """Replace the certificate by one that is due and expires in `life_s` seconds."""
     key = (identity.folder / KEY_FILE).read_bytes()
     service.life = timedelta(seconds=life_s)
     certificate, _ = service._certify(signing_request(key, "kitchen"))
@@ -131,43 +135,45 @@ def shorten(service: FleetService, identity: Identity, life_s: float) -> None:
     service.life = timedelta(days=90)
 
 
-def test_what_is_due_is_renewed_while_it_is_used(service: FleetService, identity: Identity) -> None:
+def test_a_certificate_that_is_due_is_renewed_while_in_use(
+    service: FleetService, identity: Identity
+) -> None:
     shorten(service, identity, 60)
     renewed = threading.Event()
-    with Renewer(identity, renewed.set):
+    with CertificateRenewer(identity, renewed.set):
         assert renewed.wait(WAIT_S)
         time.sleep(0.2)
     assert len(service.keys) == 1
     assert lifetime((identity.folder / CERT_FILE).read_bytes())[1] > time.time() + 80 * DAY
 
 
-def test_what_is_not_due_is_left_alone(service: FleetService, identity: Identity) -> None:
-    with Renewer(identity, lambda: None):
+def test_a_certificate_that_is_not_due_is_kept(service: FleetService, identity: Identity) -> None:
+    with CertificateRenewer(identity, lambda: None):
         time.sleep(0.3)
     assert service.requests == []
 
 
-def test_a_renewal_that_fails_is_tried_again_with_the_same_key(
+def test_a_failed_renewal_is_repeated_with_the_same_key(
     service: FleetService, identity: Identity
 ) -> None:
     shorten(service, identity, 20)
     service.refuse(500, "internal", "it failed", times=1)
     service.trouble.num_lost_replies = 0
     renewed = threading.Event()
-    with Renewer(identity, renewed.set):
+    with CertificateRenewer(identity, renewed.set):
         assert renewed.wait(WAIT_S)
     assert service.paths("/renew") == ["", ""]
     assert len(service.keys) == 1
 
 
-def test_a_renewal_that_was_interrupted_is_finished_at_the_next_start(
+def test_an_interrupted_renewal_is_completed_at_the_next_start(
     service: FleetService, identity: Identity
 ) -> None:
     key = new_key()
     certificate, _ = service._certify(signing_request(key, "kitchen"))
     (identity.folder / RENEWED_FILE).write_bytes(certificate.encode() + key)
-    with Renewer(identity, lambda: None):
-        wait_until(lambda: not (identity.folder / RENEWED_FILE).exists(), "the renewal is finished")
+    with CertificateRenewer(identity, lambda: None):
+        wait_until(lambda: not (identity.folder / RENEWED_FILE).exists(), "the renewal is complete")
     assert (identity.folder / KEY_FILE).read_bytes() == key
 
 
@@ -176,7 +182,7 @@ def test_an_identity_without_a_service_is_renewed_by_hand(
 ) -> None:
     shorten(service, identity, 60)
     config = msgspec.structs.replace(identity.config, server=None)
-    with Renewer(Identity(identity.folder, config), lambda: None) as renewer:
+    with CertificateRenewer(Identity(identity.folder, config), lambda: None) as renewer:
         assert not renewer._thread.is_alive()
 
 

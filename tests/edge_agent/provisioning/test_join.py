@@ -1,4 +1,4 @@
-"""A token becomes an identity folder, and nothing else does."""
+"""Joining: from a token to an identity folder, and all refusals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.provisioning.credentials import fingerprint
-from edge_agent.provisioning.join import join, own_key
+from edge_agent.provisioning.join import join_fleet, own_key
 from edge_agent.state.bundle_slots import SlotStore
 from edge_agent.state.desired_state import load_desired
 from fleet.errors import (
@@ -35,33 +35,31 @@ from tests.edge_agent.fleet_service import SECRET, TOKEN_ID, FleetService
 def test_a_token_becomes_an_identity_that_the_service_knows(
     service: FleetService, tmp_path: Path
 ) -> None:
-    identity = join(service.token, service.url, tmp_path / "out")
+    identity = join_fleet(service.token, service.url, tmp_path / "out")
     assert identity == Identity.load(tmp_path / "out")
     assert (identity.name, identity.config.server) == ("kitchen", service.url)
     identity.ssl_context()
 
 
-def test_the_key_and_its_folder_are_nobody_elses_business(
-    service: FleetService, tmp_path: Path
-) -> None:
-    out = join(service.token, service.url, tmp_path / "out").folder
+def test_the_key_and_its_folder_are_private(service: FleetService, tmp_path: Path) -> None:
+    out = join_fleet(service.token, service.url, tmp_path / "out").folder
     assert stat.S_IMODE(out.stat().st_mode) == 0o700
     assert stat.S_IMODE((out / "key.pem").stat().st_mode) == 0o600
 
 
-def test_what_the_fleet_wants_is_noted(service: FleetService, tmp_path: Path) -> None:
+def test_the_desired_configuration_is_stored(service: FleetService, tmp_path: Path) -> None:
     service.config = DesiredConfig(7, Settings(mode=Mode.STANDALONE))
     service.bundle_id = "b1"
-    join(service.token, service.url, tmp_path)
+    join_fleet(service.token, service.url, tmp_path)
     assert load_desired(tmp_path) == service.config
     assert SlotStore(tmp_path).load().current == "b1"
 
 
-def test_a_lost_reply_is_asked_for_again_with_the_same_key(
+def test_a_request_with_a_lost_reply_is_repeated_with_the_same_key(
     service: FleetService, tmp_path: Path
 ) -> None:
     service.trouble.num_lost_replies = 2
-    join(service.token, service.url, tmp_path)
+    join_fleet(service.token, service.url, tmp_path)
     assert len(service.keys) == 3
     assert len(set(service.keys)) == 1
 
@@ -70,19 +68,21 @@ def test_a_device_that_died_before_the_reply_joins_with_the_key_that_it_had(
     service: FleetService, tmp_path: Path
 ) -> None:
     key = own_key(tmp_path)
-    join(service.token, service.url, tmp_path)
+    join_fleet(service.token, service.url, tmp_path)
     assert (tmp_path / "key.pem").read_bytes() == key
 
 
-def test_a_service_with_another_ca_is_told_nothing(service: FleetService, tmp_path: Path) -> None:
+def test_a_service_with_another_ca_receives_no_secret(
+    service: FleetService, tmp_path: Path
+) -> None:
     foreign = CertificateAuthority.create(tmp_path / "foreign")
     token = EnrolmentToken(fingerprint(foreign._ca_pem), TOKEN_ID, SECRET)
-    with pytest.raises(ServiceError, match="somebody may be in between"):
-        join(token, service.url, tmp_path / "out")
+    with pytest.raises(ServiceError, match="the connection may be intercepted"):
+        join_fleet(token, service.url, tmp_path / "out")
     assert [path for _, path, _ in service.requests] == ["/v1/ca"]
 
 
-def test_a_server_that_shows_the_right_ca_and_has_no_certificate_of_it_is_not_trusted(
+def test_a_server_with_the_right_ca_but_no_certificate_of_it_is_not_trusted(
     tmp_path: Path,
 ) -> None:
     class Impostor(FleetService):
@@ -92,8 +92,8 @@ def test_a_server_that_shows_the_right_ca_and_has_no_certificate_of_it_is_not_tr
 
     true = CertificateAuthority.create(tmp_path / "true")
     with Impostor(tmp_path / "impostor").running() as impostor:
-        with pytest.raises(ServiceError, match="not what we trust"):
-            join(
+        with pytest.raises(ServiceError, match="is not trusted"):
+            join_fleet(
                 EnrolmentToken(fingerprint(true._ca_pem), TOKEN_ID, SECRET),
                 impostor.url,
                 tmp_path / "out",
@@ -110,45 +110,43 @@ def test_a_refusal_is_our_error_with_its_message(
 ) -> None:
     service.refuse(status, code, "the token was used")
     with pytest.raises(kind, match="the token was used"):
-        join(service.token, service.url, tmp_path)
+        join_fleet(service.token, service.url, tmp_path)
     assert len(service.requests) == 2
 
 
-def test_a_code_that_nobody_knows_is_the_services_error(
-    service: FleetService, tmp_path: Path
-) -> None:
+def test_an_unknown_error_code_is_a_service_error(service: FleetService, tmp_path: Path) -> None:
     service.refuse(418, "teapot", "short and stout")
     with pytest.raises(ServiceError, match="short and stout"):
-        join(service.token, service.url, tmp_path)
+        join_fleet(service.token, service.url, tmp_path)
 
 
-def test_a_service_that_is_away_for_a_moment_is_asked_again(
+def test_a_service_that_is_temporarily_unavailable_is_asked_again(
     service: FleetService, tmp_path: Path
 ) -> None:
     service.refuse(503, "registry", "the registry is away", times=2)
-    join(service.token, service.url, tmp_path)
+    join_fleet(service.token, service.url, tmp_path)
 
 
-def test_who_is_told_to_wait_waits(service: FleetService, tmp_path: Path) -> None:
+def test_a_retry_after_header_is_obeyed(service: FleetService, tmp_path: Path) -> None:
     service.refuse(429, "busy", "too many", retry_after="1")
     started = time.monotonic()
-    join(service.token, service.url, tmp_path)
+    join_fleet(service.token, service.url, tmp_path)
     assert time.monotonic() - started >= 1.0
 
 
-def test_who_is_told_to_wait_beyond_the_deadline_gives_up(
+def test_a_retry_after_beyond_the_deadline_ends_the_attempt(
     service: FleetService, tmp_path: Path
 ) -> None:
     service.refuse(429, "busy", "too many", retry_after="600")
     with pytest.raises(ServiceAwayError, match="too many") as caught:
-        join(service.token, service.url, tmp_path)
+        join_fleet(service.token, service.url, tmp_path)
     assert not isinstance(caught.value, BusyError)
 
 
-def test_a_port_where_nobody_listens_is_given_up_at_the_deadline(tmp_path: Path) -> None:
+def test_a_closed_port_is_an_error_at_the_deadline(tmp_path: Path) -> None:
     url = f"https://{HOST}:{free_port()}"
     with pytest.raises(ServiceAwayError, match=f"no connection to {url}"):
-        join(EnrolmentToken("0" * 64, TOKEN_ID, SECRET), url, tmp_path, timeout_s=0.5)
+        join_fleet(EnrolmentToken("0" * 64, TOKEN_ID, SECRET), url, tmp_path, timeout_s=0.5)
 
 
 def test_a_server_that_speaks_no_tls_is_named(tmp_path: Path) -> None:
@@ -163,7 +161,7 @@ def test_a_server_that_speaks_no_tls_is_named(tmp_path: Path) -> None:
         thread = threading.Thread(target=greet)
         thread.start()
         with pytest.raises(ServiceError, match="TLS failed"):
-            join(
+            join_fleet(
                 EnrolmentToken("0" * 64, TOKEN_ID, SECRET),
                 f"https://{HOST}:{plain.getsockname()[1]}",
                 tmp_path,
@@ -172,14 +170,13 @@ def test_a_server_that_speaks_no_tls_is_named(tmp_path: Path) -> None:
 
 
 def test_a_clock_that_is_behind_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "provisioning.authority.CLOCK_SKEW", timedelta(days=-1)
-    )  # valid from tomorrow on
+    valid_from_tomorrow = timedelta(days=-1)
+    monkeypatch.setattr("provisioning.authority.CLOCK_SKEW", valid_from_tomorrow)
     with (
         FleetService(tmp_path / "service").running() as service,
         pytest.raises(ServiceError, match="set the clock"),
     ):
-        join(service.token, service.url, tmp_path / "out")
+        join_fleet(service.token, service.url, tmp_path / "out")
 
 
 def test_a_certificate_that_has_expired_by_this_clock_is_named(
@@ -190,13 +187,13 @@ def test_a_certificate_that_has_expired_by_this_clock_is_named(
         FleetService(tmp_path / "service").running() as service,
         pytest.raises(ServiceError, match="has expired by this machine's clock"),
     ):
-        join(service.token, service.url, tmp_path / "out")
+        join_fleet(service.token, service.url, tmp_path / "out")
 
 
-def test_a_folder_that_is_complete_says_so(service: FleetService, tmp_path: Path) -> None:
-    join(service.token, service.url, tmp_path)
+def test_a_complete_folder_is_refused(service: FleetService, tmp_path: Path) -> None:
+    join_fleet(service.token, service.url, tmp_path)
     with pytest.raises(IdentityError, match="is complete: it is the identity of kitchen"):
-        join(service.token, service.url, tmp_path)
+        join_fleet(service.token, service.url, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -206,11 +203,11 @@ def test_an_address_that_is_no_service_is_refused_before_anything_is_made(
     tmp_path: Path, url: str
 ) -> None:
     with pytest.raises(ConfigError, match="expected https://HOST:PORT"):
-        join(EnrolmentToken("0" * 64, TOKEN_ID, SECRET), url, tmp_path / "out")
+        join_fleet(EnrolmentToken("0" * 64, TOKEN_ID, SECRET), url, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_certificate_for_another_key_is_not_taken(
+def test_a_certificate_for_another_key_is_not_accepted(
     service: FleetService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = service.authority.certify(
@@ -218,19 +215,19 @@ def test_a_certificate_for_another_key_is_not_taken(
     )
     monkeypatch.setattr(service, "_certify", lambda csr: (other.issued.pem, b""))
     with pytest.raises(IdentityError, match="for another key than ours"):
-        join(service.token, service.url, tmp_path / "out")
+        join_fleet(service.token, service.url, tmp_path / "out")
     assert not (tmp_path / "out" / "identity.json").exists()
 
 
-def test_a_certificate_for_another_name_is_not_taken(
+def test_a_certificate_for_another_name_is_not_accepted(
     service: FleetService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tests.edge_agent.fleet_service.certify_key", _named_otherwise)
+    monkeypatch.setattr("tests.edge_agent.fleet_service.certify_key", _certify_another_name)
     with pytest.raises(IdentityError, match="expected kitchen"):
-        join(service.token, service.url, tmp_path)
+        join_fleet(service.token, service.url, tmp_path)
 
 
-def _named_otherwise(
+def _certify_another_name(
     authority: CertificateAuthority, key: object, name: str, life: timedelta
 ) -> bytes:
     from tests.edge_agent.certify import certify_key

@@ -1,4 +1,4 @@
-"""Reports wait on disk until the collector has them, whatever happens to device, link, collector and disk."""
+"""The outbox and the reporter, with failures of the device, link, collector and disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.reporting.report_merge import SEVERAL, summarise
+from edge_agent.reporting.report_merge import SEVERAL, merge_reports
 from edge_agent.reporting.report_outbox import ReportOutbox
 from edge_agent.reporting.reporter import FIRST_WINDOW, MAX_WINDOW, Reporter
 from fleet.protocol import topics
@@ -35,10 +35,11 @@ import sys
 from pathlib import Path
 from edge_agent.reporting.reporter import Reporter
 from edge_agent.reporting.report_outbox import ReportOutbox
-from fleet.transport.in_memory import MemoryBroker
+from fleet.transport.in_memory import InMemoryBroker
 from tests.fleet.conftest import report
 
-with Reporter(MemoryBroker().connect("edge-1"), ReportOutbox(Path(sys.argv[1]), 1000)) as reporter:
+outbox = ReportOutbox(Path(sys.argv[1]), 1000)
+with Reporter(InMemoryBroker().connect("edge-1"), outbox) as reporter:
     for i in range(40):
         reporter.add(report(f"g{i}"))
     sys.stdin.read()
@@ -48,12 +49,13 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from tests.edge_agent.reporting.test_reporter import QUICK, Collector, device
-from fleet.transport.in_memory import MemoryBroker
+from fleet.transport.in_memory import InMemoryBroker
 from tests.fleet.conftest import report
 
+# As if the disk were full: no file grows beyond the limit.
 limit = int(sys.argv[2])
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # as if the disk were full: no file grows beyond this
-broker = MemoryBroker()
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+broker = InMemoryBroker()
 collector = Collector(broker)
 with device(broker, Path(sys.argv[1]), QUICK) as (reporter, _):
     for i in range(100):
@@ -63,7 +65,7 @@ with device(broker, Path(sys.argv[1]), QUICK) as (reporter, _):
 
 
 class Collector:
-    """What a collector would hear on the broker; it acknowledges what it is told to."""
+    """A collector that acknowledges the reports that a test chooses."""
 
     def __init__(self, broker: InMemoryBroker) -> None:
         self._link = broker.connect("collector")
@@ -71,7 +73,7 @@ class Collector:
         self._link.subscribe(topics.DEVICE_STATS_FILTER, self.heard)
 
     def next(self) -> str:
-        """The generation of the next report."""
+        """Return the generation of the next report."""
         return decode_report(self.heard.get()[1]).generation
 
     def acknowledge(self, *generations: str, **refused: str) -> None:
@@ -79,7 +81,7 @@ class Collector:
         self._link.publish(topics.device_reported("edge-1"), encode_receipt(receipt))
 
     def collect(self, count: int) -> Counter[str]:
-        """Acknowledges each report that comes, until it has `count` different ones; how often each came."""
+        """Acknowledge reports until `count` different ones arrived; return the number of each."""
         heard: Counter[str] = Counter()
         while len(heard) < count:
             heard[generation := self.next()] += 1
@@ -99,7 +101,7 @@ def device(
 
 
 def kept(path: Path) -> list[str]:
-    """The generations that an outbox's file holds, if there is one."""
+    """Return the generations in an outbox's file, if there is one."""
     if not path.is_file():
         return []
     with closing(sqlite3.connect(path)) as database:
@@ -114,7 +116,7 @@ def kept(path: Path) -> list[str]:
 def fill(
     path: Path | None, limit: int, reports: list[GenerationReport], sent: int = 0
 ) -> list[GenerationReport]:
-    """What is left when reports come one by one, and the first `sent` are sent."""
+    """Add reports one by one, send the first `sent`; return those that are left."""
     outbox = ReportOutbox(path, limit)
     for i, each in enumerate(reports):
         with outbox.transaction():
@@ -157,7 +159,7 @@ def test_a_transaction_that_fails_changes_nothing(tmp_path: Path) -> None:
     assert kept(tmp_path / "reports.sqlite") == []
 
 
-def test_beyond_its_limit_an_outbox_sums_up_the_oldest_and_loses_no_count() -> None:
+def test_beyond_its_limit_an_outbox_merges_the_oldest_and_loses_no_count() -> None:
     reports = [report(f"g{i}", started_at=1000.0 + i) for i in range(1000)]
     left = fill(None, 100, reports)
     assert len(left) <= 100
@@ -165,7 +167,7 @@ def test_beyond_its_limit_an_outbox_sums_up_the_oldest_and_loses_no_count() -> N
     assert [it.generation for it in left if it.answers == 1][-1] == "g999"
 
 
-def test_what_was_sent_is_never_summed_up_since_it_may_have_been_counted() -> None:
+def test_a_report_that_was_sent_is_never_merged_since_it_may_have_been_counted() -> None:
     left = fill(None, 100, [report(f"g{i}") for i in range(300)], sent=40)
     assert {f"g{i}" for i in range(40)} <= {it.generation for it in left if it.answers == 1}
     assert sum(it.answers for it in left) == 300
@@ -179,7 +181,7 @@ def test_answers_of_two_bundles_are_not_mixed() -> None:
         assert totals([it for it in left if it.bundle_id == bundle])[0] == 100
 
 
-def test_a_lower_limit_holds_for_what_was_kept_before(tmp_path: Path) -> None:
+def test_a_lower_limit_applies_to_reports_from_before(tmp_path: Path) -> None:
     path = tmp_path / "reports.sqlite"
     fill(path, 5000, [])
     outbox = ReportOutbox(path, 5000)
@@ -191,8 +193,8 @@ def test_a_lower_limit_holds_for_what_was_kept_before(tmp_path: Path) -> None:
     assert sum(it.answers for it in left) == 2001
 
 
-def test_a_sum_says_what_its_reports_have_in_common_and_the_mean_of_their_times() -> None:
-    several = summarise(
+def test_a_merged_report_has_the_common_labels_and_the_mean_times() -> None:
+    several = merge_reports(
         [report("g1", app="a", ttft_ms=10.0, answers=3), report("g2", app="b", ttft_ms=50.0)], "sum"
     )
     assert (several.generation, several.answers, several.tokens, several.ttft_ms) == (
@@ -207,7 +209,7 @@ def test_a_sum_says_what_its_reports_have_in_common_and_the_mean_of_their_times(
 # The reporter.
 
 
-def test_a_report_is_sent_again_until_it_is_acknowledged_and_then_forgotten(tmp_path: Path) -> None:
+def test_a_report_is_sent_again_until_it_is_acknowledged_and_then_removed(tmp_path: Path) -> None:
     broker = InMemoryBroker()
     path = tmp_path / "reports.sqlite"
     collector = Collector(broker)
@@ -219,7 +221,7 @@ def test_a_report_is_sent_again_until_it_is_acknowledged_and_then_forgotten(tmp_
         wait_until(lambda: not kept(path), "it is forgotten")
 
 
-def test_a_report_made_before_there_was_a_collector_is_sent_when_one_shows_itself() -> None:
+def test_a_report_from_before_the_collectors_start_is_sent_when_it_starts() -> None:
     broker = InMemoryBroker()
     with device(broker, None) as (reporter, _):
         reporter.add(report("g1"))
@@ -238,7 +240,7 @@ def test_a_report_made_while_the_link_was_down_is_sent_when_it_is_up() -> None:
         assert collector.next() == "g1"
 
 
-def test_a_refused_report_is_forgotten_and_its_reason_logged(
+def test_a_refused_report_is_removed_and_its_reason_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = InMemoryBroker()
@@ -254,7 +256,7 @@ def test_a_refused_report_is_forgotten_and_its_reason_logged(
     ]
 
 
-def test_garbage_in_the_place_of_a_receipt_disturbs_nobody() -> None:
+def test_a_malformed_receipt_is_ignored() -> None:
     broker = InMemoryBroker()
     collector = Collector(broker)
     with device(broker, None) as (reporter, _), broker.connect("stranger") as stranger:
@@ -270,7 +272,7 @@ def test_garbage_in_the_place_of_a_receipt_disturbs_nobody() -> None:
         assert collector.next() == "g1"
 
 
-def test_no_more_than_a_window_is_sent_to_a_collector_that_says_nothing_and_all_to_one_that_does(
+def test_a_silent_collector_is_sent_one_window_and_one_that_acknowledges_all(
     tmp_path: Path,
 ) -> None:
     broker = InMemoryBroker()
@@ -288,7 +290,7 @@ def test_no_more_than_a_window_is_sent_to_a_collector_that_says_nothing_and_all_
         wait_until(lambda: not kept(path), "all are forgotten")
 
 
-def test_what_a_killed_process_left_is_delivered_by_its_successor(tmp_path: Path) -> None:
+def test_the_reports_of_a_killed_process_are_delivered_by_its_successor(tmp_path: Path) -> None:
     path = tmp_path / "reports.sqlite"
     with subprocess.Popen(
         [sys.executable, "-c", CHILD, str(path)], stdin=subprocess.PIPE
@@ -314,7 +316,7 @@ def test_two_agents_may_share_a_folder(tmp_path: Path) -> None:
         wait_until(lambda: not kept(path), "all are forgotten")
 
 
-def test_a_file_that_is_no_outbox_is_said_once_and_reports_are_sent_all_the_same(
+def test_an_unusable_file_is_logged_once_and_reports_are_sent_from_memory(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = InMemoryBroker()
@@ -326,21 +328,21 @@ def test_a_file_that_is_no_outbox_is_said_once_and_reports_are_sent_all_the_same
         reporter.add(report("g2"))
         assert collector.collect(2).keys() == {"g1", "g2"}
     assert caplog.messages == [
-        f"reports cannot be kept in {path} (file is not a database): make room, or remove the file; "
-        "until then they are sent from memory"
+        f"reports cannot be kept in {path} (file is not a database): "
+        "make room, or remove the file; until then they are sent from memory"
     ]
 
 
-def test_a_disk_that_is_full_is_said_once_and_reports_are_sent_all_the_same(tmp_path: Path) -> None:
+def test_a_full_disk_is_logged_once_and_reports_are_sent_from_memory(tmp_path: Path) -> None:
     assert on_full_disk(tmp_path, 4096) == [
         "reports cannot be kept in"
     ]  # not even an empty outbox fits
 
 
-def test_a_disk_with_room_for_some_reports_has_each_change_said_once(tmp_path: Path) -> None:
+def test_each_change_of_a_disk_with_little_room_is_logged_once(tmp_path: Path) -> None:
     said = on_full_disk(
         tmp_path, 32768
-    )  # how often it is full depends on how many are put there at once
+    )  # the number of changes depends on the number of reports in a transaction
     assert said
     assert said == [
         ("reports cannot be kept in", "reports are kept on disk")[i % 2] for i in range(len(said))
@@ -348,14 +350,17 @@ def test_a_disk_with_room_for_some_reports_has_each_change_said_once(tmp_path: P
 
 
 def on_full_disk(folder: Path, limit: int) -> list[str]:
-    """What a device says, in five words a line, that sends 100 reports while no file can exceed `limit` bytes."""
+    """Send 100 reports while no file can exceed `limit` bytes.
+
+    Return the log of the device, five words a line.
+    """
     command = [sys.executable, "-c", FULL_DISK, str(folder / "reports.sqlite"), str(limit)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout == "100\n"
     return [" ".join(line.split()[:5]) for line in result.stderr.splitlines()]
 
 
-def test_when_the_disk_is_well_again_what_was_only_in_memory_is_written_down(
+def test_reports_in_memory_are_saved_when_the_disk_works_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = InMemoryBroker()

@@ -1,4 +1,4 @@
-"""What a request needs, and which are refused before any work."""
+"""Plans of requests, and requests that are refused before any work."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def planner(partition: Partition, tiny_bundle: Bundle) -> RequestPlanner:
     return RequestPlanner(partition, ChatTokenizer(tiny_bundle), config)
 
 
-def test_a_prompt_that_names_no_length_gets_what_room_there_is(
+def test_a_prompt_without_a_length_gets_all_available_positions(
     planner: RequestPlanner, partition: Partition
 ) -> None:
     plan = planner.plan(SHORT)
@@ -39,14 +39,14 @@ def test_a_prompt_that_names_no_length_gets_what_room_there_is(
     assert (plan.mode, plan.thresholds) == (Mode.COLLABORATIVE, (0.5, 0.25))
 
 
-def test_what_the_request_names_goes_before_the_settings(planner: RequestPlanner) -> None:
+def test_options_of_the_request_take_precedence_over_settings(planner: RequestPlanner) -> None:
     plan = planner.plan(
         PromptRequest(prompt="x", max_new_tokens=3, mode=Mode.STANDALONE, threshold=0.75)
     )
     assert (plan.max_new_tokens, plan.mode, plan.thresholds) == (3, Mode.STANDALONE, (0.75, 0.75))
 
 
-def test_no_token_ends_an_answer_that_ignores_the_end_of_sequence(
+def test_no_token_ends_a_response_that_ignores_the_end_of_sequence(
     planner: RequestPlanner, partition: Partition
 ) -> None:
     assert planner.plan(SHORT).eos_token_ids == partition.manifest.model.eos_token_ids != ()
@@ -54,28 +54,28 @@ def test_no_token_ends_an_answer_that_ignores_the_end_of_sequence(
 
 
 @pytest.mark.parametrize(
-    ("prompt", "says"),
+    ("prompt", "message"),
     [
         (LONG, f"holds {POSITIONS} positions for both; send a shorter prompt"),
         (
             PromptRequest(prompt="x", max_new_tokens=POSITIONS),
-            f"and {POSITIONS} new ones were asked for",
+            f"and {POSITIONS} new ones are requested",
         ),
         (PromptRequest(prompt="x", thresholds=(0.5,)), "expected 2 thresholds"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_limit(
-    planner: RequestPlanner, prompt: PromptRequest, says: str
+def test_a_request_that_does_not_fit_is_refused_with_the_limit(
+    planner: RequestPlanner, prompt: PromptRequest, message: str
 ) -> None:
-    with pytest.raises(PromptError, match=says):
+    with pytest.raises(PromptError, match=message):
         planner.plan(prompt)
 
 
-def test_the_memory_of_a_plan_is_what_a_cascade_allocates(partition: Partition) -> None:
+def test_the_memory_of_a_plan_is_that_of_a_cascade(partition: Partition) -> None:
     cascade = Cascade(partition, POSITIONS)
     cascade.append([5, 9, 300] * (POSITIONS // 3))
-    held = cascade._token_ids.nbytes
+    num_bytes = cascade._token_ids.nbytes
     for run in cascade._runs:
-        held += run.hidden_states.nbytes + sum(cache.nbytes for cache in run.caches)
-    assert Cascade.num_bytes(partition, POSITIONS) == held
-    assert held < MB
+        num_bytes += run.hidden_states.nbytes + sum(cache.nbytes for cache in run.caches)
+    assert Cascade.num_bytes(partition, POSITIONS) == num_bytes
+    assert num_bytes < MB

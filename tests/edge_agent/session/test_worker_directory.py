@@ -1,4 +1,4 @@
-"""Which workers a device believes to be there."""
+"""The workers that a device believes to be online."""
 
 from __future__ import annotations
 
@@ -30,16 +30,15 @@ def server(broker: InMemoryBroker) -> Iterator[Transport]:
 def test_a_worker_that_left_while_the_broker_was_away_is_there_no_more(
     broker: InMemoryBroker, server: Transport
 ) -> None:
-    """It sent no will that anybody kept, and its birth is retained no more."""
+    """Its will was not kept, and its birth is not retained any more."""
     for worker in ("w1", "w2"):
         server.publish(topics.worker_status(worker), ONLINE, qos=1, retain=True)
-    with broker.connect("d1") as link:
-        workers = WorkerDirectory(link, lambda _: None)
-        wait_until(lambda: workers.epoch("w1") == workers.epoch("w2") == 1, "both are known")
+    with broker.connect("d1") as link, WorkerDirectory(link, lambda _: None) as workers:
+        wait_until(lambda: workers.statuses.keys() == {"w1", "w2"}, "both are known")
         link.drop()
         server.publish(topics.worker_status("w1"), b"", qos=1, retain=True)
         link.restore()
-        wait_until(lambda: workers.epoch("w1") is None and workers.epoch("w2") == 1, "one is left")
+        wait_until(lambda: workers.statuses.keys() == {"w2"}, "one is left")
         link.drop()
         server.publish(topics.worker_status("w2"), b"", qos=1, retain=True)
         link.restore()

@@ -1,4 +1,4 @@
-"""Which bundle is served, and what a trial that fails leaves behind."""
+"""The slots of a device: trials, their confirmation, and their failure."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import pytest
 
 from edge_agent.state.bundle_slots import (
     DIED,
-    GivenUp,
+    AbandonedTrial,
     Slots,
     SlotStore,
-    attempt,
-    confirm,
-    give_up,
-    has_given_up,
+    abandon_trial,
+    after_restart,
+    begin_trial,
+    confirm_trial,
+    is_abandoned,
     partial_name,
-    resume,
     unneeded,
 )
 from fleet.errors import ConfigError
@@ -25,45 +25,47 @@ SERVED = Slots(current="a", previous="o")
 ON_TRIAL = Slots(current="a", previous="o", trial="b", version=5, attempts=1)
 
 
-def test_a_trial_leaves_what_is_served_alone() -> None:
-    assert attempt(SERVED, "b", 5) == ON_TRIAL
+def test_a_trial_does_not_change_the_current_bundle() -> None:
+    assert begin_trial(SERVED, "b", 5) == ON_TRIAL
 
 
-def test_a_trial_that_runs_is_served_and_what_was_before_is_kept() -> None:
-    assert confirm(ON_TRIAL) == Slots(current="b", previous="a")
+def test_a_confirmed_trial_is_current_and_the_bundle_before_it_is_kept() -> None:
+    assert confirm_trial(ON_TRIAL) == Slots(current="b", previous="a")
 
 
-def test_a_trial_that_fails_is_given_up_with_its_reason() -> None:
-    assert give_up(ON_TRIAL, "no memory") == Slots(
-        current="a", previous="o", given_up=GivenUp("b", 5, "no memory")
+def test_a_trial_that_fails_is_abandoned_with_its_reason() -> None:
+    assert abandon_trial(ON_TRIAL, "no memory") == Slots(
+        current="a", previous="o", given_up=AbandonedTrial("b", 5, "no memory")
     )
 
 
-def test_a_trial_that_ended_a_process_is_given_up_by_the_next() -> None:
-    assert resume(ON_TRIAL) == Slots(current="a", previous="o", given_up=GivenUp("b", 5, DIED))
+def test_a_trial_that_ended_a_process_is_abandoned_by_the_next() -> None:
+    assert after_restart(ON_TRIAL) == Slots(
+        current="a", previous="o", given_up=AbandonedTrial("b", 5, DIED)
+    )
 
 
-def test_without_a_trial_a_process_goes_on_as_the_one_before() -> None:
-    assert resume(SERVED) == SERVED
-    assert resume(give_up(ON_TRIAL, "no memory")) == give_up(ON_TRIAL, "no memory")
+def test_without_a_trial_a_process_has_the_slots_of_the_one_before() -> None:
+    assert after_restart(SERVED) == SERVED
+    assert after_restart(abandon_trial(ON_TRIAL, "no memory")) == abandon_trial(
+        ON_TRIAL, "no memory"
+    )
 
 
 def test_only_the_version_that_failed_is_refused() -> None:
-    slots = give_up(ON_TRIAL, "no memory")
-    assert has_given_up(slots, "b", 5)
-    assert not has_given_up(slots, "b", 6)
-    assert not has_given_up(slots, "c", 5)
-    assert not has_given_up(SERVED, "b", 5)
+    slots = abandon_trial(ON_TRIAL, "no memory")
+    assert is_abandoned(slots, "b", 5)
+    assert not is_abandoned(slots, "b", 6)
+    assert not is_abandoned(slots, "c", 5)
+    assert not is_abandoned(SERVED, "b", 5)
 
 
-def test_a_reason_is_as_long_as_a_status_holds() -> None:
-    assert give_up(ON_TRIAL, "x" * 1000).given_up == GivenUp("b", 5, "x" * 200)
+def test_a_reason_is_cut_to_the_length_of_a_label() -> None:
+    assert abandon_trial(ON_TRIAL, "x" * 1000).given_up == AbandonedTrial("b", 5, "x" * 200)
 
 
 @pytest.mark.parametrize(("wanted", "gone"), [(None, {"x"}), ("n", {"x", "o"})])
-def test_a_new_bundle_takes_the_place_of_the_previous_one(
-    wanted: str | None, gone: set[str]
-) -> None:
+def test_a_new_bundle_replaces_the_previous_one(wanted: str | None, gone: set[str]) -> None:
     assert unneeded(SERVED, {"a", "o", "x"}, wanted) == gone
 
 
@@ -76,13 +78,13 @@ def test_without_a_file_there_is_only_the_base(tmp_path: Path) -> None:
     assert SlotStore(tmp_path).load() == Slots()
 
 
-def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
+def test_an_unusable_file_is_named_in_the_error(tmp_path: Path) -> None:
     (tmp_path / "slots.json").write_text('{"current": 3}')
     with pytest.raises(ConfigError, match=r"slots\.json: .*remove it"):
         SlotStore(tmp_path).load()
 
 
-def test_what_nobody_needs_goes_and_a_download_under_way_stays(tmp_path: Path) -> None:
+def test_unneeded_bundles_are_removed_and_an_active_download_is_kept(tmp_path: Path) -> None:
     store = SlotStore(tmp_path)
     for name in ("a", "o", "x", partial_name("n"), partial_name("x")):
         (store.bundles / name / "edge").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What a device makes of the configuration that the fleet wants: plain functions."""
+"""The desired configuration of a device: plain functions and its file."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from edge_agent.config import AgentConfig
-from edge_agent.state.bundle_slots import GivenUp, Slots
+from edge_agent.state.bundle_slots import AbandonedTrial, Slots
 from edge_agent.state.desired_state import (
-    NOTHING_WANTED,
+    NO_DESIRED_CONFIG,
     ConfigStep,
-    lay_over,
     load_desired,
+    merge_settings,
     next_step,
     save_desired,
 )
@@ -24,8 +24,10 @@ OWN = AgentConfig(mode=Mode.STANDALONE, thresholds=(0.5, 0.6), max_draft=3, num_
 EXITS = (1, 2)
 
 
-def test_what_the_fleet_says_goes_before_the_devices_own() -> None:
-    config = lay_over(OWN, Settings(mode=Mode.AUTO, max_new_tokens=9, min_agreement=0.0), EXITS)
+def test_the_fleets_settings_override_the_devices_own() -> None:
+    config = merge_settings(
+        OWN, Settings(mode=Mode.AUTO, max_new_tokens=9, min_agreement=0.0), EXITS
+    )
     assert (config.mode, config.max_new_tokens, config.min_agreement) == (Mode.AUTO, 9, 0.0)
     assert (config.thresholds, config.max_draft, config.num_threads) == ((0.5, 0.6), 3, 1)
 
@@ -35,8 +37,8 @@ def test_every_setting_of_the_fleet_but_the_bundle_is_one_of_the_devices() -> No
     assert set(Settings.__struct_fields__) <= known
 
 
-def test_one_threshold_is_that_of_every_exit() -> None:
-    assert lay_over(OWN, Settings(threshold=0.9), EXITS).thresholds == (0.9, 0.9)
+def test_one_threshold_applies_to_every_exit() -> None:
+    assert merge_settings(OWN, Settings(threshold=0.9), EXITS).thresholds == (0.9, 0.9)
 
 
 @pytest.mark.parametrize(
@@ -50,11 +52,11 @@ def test_thresholds_that_do_not_fit_the_exits_are_refused(
     own: AgentConfig, settings: Settings, whose: str
 ) -> None:
     with pytest.raises(ConfigError, match=whose):
-        lay_over(own, settings, EXITS)
+        merge_settings(own, settings, EXITS)
 
 
 FOLLOWED = DesiredConfig(4, Settings(bundle="a"))
-GIVEN_UP = Slots(current="a", given_up=GivenUp("b", 5, "no memory"))
+GIVEN_UP = Slots(current="a", given_up=AbandonedTrial("b", 5, "no memory"))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,7 @@ GIVEN_UP = Slots(current="a", given_up=GivenUp("b", 5, "no memory"))
         (DesiredConfig(6, Settings(bundle="b")), GIVEN_UP, "a", ConfigStep.CHANGE),
     ],
 )
-def test_what_follows_from_a_configuration(
+def test_the_step_follows_from_the_desired_configuration(
     wanted: DesiredConfig, slots: Slots, serving: str, step: ConfigStep
 ) -> None:
     assert next_step(wanted, FOLLOWED, slots, serving) is step
@@ -81,9 +83,9 @@ def test_a_configuration_survives_the_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b'{"version": -1, "settings": {}}'])
-def test_without_a_readable_configuration_nothing_is_wanted(
+def test_without_a_readable_file_there_is_no_desired_configuration(
     tmp_path: Path, content: bytes | None
 ) -> None:
     if content is not None:
         (tmp_path / "desired.json").write_bytes(content)
-    assert load_desired(tmp_path) == NOTHING_WANTED
+    assert load_desired(tmp_path) == NO_DESIRED_CONFIG

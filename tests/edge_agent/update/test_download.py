@@ -1,4 +1,4 @@
-"""A bundle from a service that obeys, or does not."""
+"""Downloads of bundles from services that work, fail or lie."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fleet.bundles.manifest import FileEntry, Manifest, ModelInfo, hash_file, wr
 from fleet.bundles.signature import sign_bundle
 from fleet.errors import BundleError, ConfigError, ServiceAwayError, ServiceError
 from fleet.identity.identity import CA_FILE, Identity
+from fleet.protocol.report import ConfigProblem
 from tests.edge_agent.fleet_service import FleetService
 
 BLOCK = "edge/block_0.onnx"
@@ -43,7 +44,7 @@ MODEL = ModelInfo(
 
 
 def make_bundle(folder: Path, key: Path) -> str:
-    """Writes a signed bundle of `FILES` below `folder`, named by its id."""
+    """Write a signed bundle of `FILES` below `folder`, in a folder with its id as name."""
     made = folder / "made"
     for name, data in FILES.items():
         (made / name).parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +95,7 @@ def fleet(service: FleetService, tmp_path: Path) -> Fleet:
     return Fleet(service, bundle, service.identity(tmp_path / "kitchen"))
 
 
-def test_what_a_device_needs_of_a_bundle_comes_and_nothing_else(fleet: Fleet) -> None:
+def test_only_the_files_that_a_device_needs_are_downloaded(fleet: Fleet) -> None:
     assert fleet.fetch() == fleet.folder
     names = {
         str(path.relative_to(fleet.folder)) for path in fleet.folder.rglob("*") if path.is_file()
@@ -103,14 +104,14 @@ def test_what_a_device_needs_of_a_bundle_comes_and_nothing_else(fleet: Fleet) ->
     assert (fleet.folder / BLOCK).read_bytes() == FILES[BLOCK]
 
 
-def test_a_bundle_that_is_here_is_not_asked_for_again(fleet: Fleet) -> None:
+def test_a_complete_bundle_is_not_downloaded_again(fleet: Fleet) -> None:
     fleet.fetch()
     num_requests = len(fleet.service.requests)
     assert fleet.fetch() == fleet.folder
     assert len(fleet.service.requests) == num_requests
 
 
-def test_a_download_that_is_cut_goes_on_where_it_was(fleet: Fleet) -> None:
+def test_a_download_that_is_cut_continues_at_the_same_byte(fleet: Fleet) -> None:
     fleet.service.trouble.cuts_after = [100_000, 200_000]
     fleet.fetch()
     asked = fleet.service.paths("block_0.onnx")
@@ -121,7 +122,7 @@ def test_a_download_that_is_cut_goes_on_where_it_was(fleet: Fleet) -> None:
     assert (fleet.folder / BLOCK).read_bytes() == FILES[BLOCK]
 
 
-def test_a_process_that_died_in_a_download_goes_on_where_it_was(fleet: Fleet) -> None:
+def test_a_download_of_a_process_that_died_continues_at_the_same_byte(fleet: Fleet) -> None:
     partial = fleet.bundles / partial_name(fleet.bundle)
     (partial / "edge").mkdir(parents=True)
     (partial / BLOCK).write_bytes(FILES[BLOCK][:1000])
@@ -130,21 +131,21 @@ def test_a_process_that_died_in_a_download_goes_on_where_it_was(fleet: Fleet) ->
     assert not partial.exists()
 
 
-def test_a_service_without_ranges_begins_again(fleet: Fleet) -> None:
+def test_a_download_from_a_service_without_ranges_begins_again(fleet: Fleet) -> None:
     fleet.service.trouble.cuts_after = [100_000]
     fleet.service.trouble.ignores_range = True
     fleet.fetch()
     assert (fleet.folder / BLOCK).read_bytes() == FILES[BLOCK]
 
 
-def test_a_file_that_came_damaged_is_fetched_again(fleet: Fleet) -> None:
+def test_a_damaged_file_is_downloaded_again(fleet: Fleet) -> None:
     fleet.service.trouble.num_damaged = 1
     fleet.fetch()
     assert fleet.service.paths("block_0.onnx") == ["", ""]
     assert (fleet.folder / BLOCK).read_bytes() == FILES[BLOCK]
 
 
-def test_a_file_that_comes_damaged_twice_is_refused(fleet: Fleet) -> None:
+def test_a_file_that_is_damaged_twice_is_refused(fleet: Fleet) -> None:
     fleet.service.trouble.num_damaged = 9
     with pytest.raises(BundleError, match=rf"{BLOCK} of bundle {fleet.bundle} came damaged"):
         fleet.fetch()
@@ -152,7 +153,7 @@ def test_a_file_that_comes_damaged_twice_is_refused(fleet: Fleet) -> None:
     assert not fleet.folder.exists()
 
 
-def test_a_bundle_that_was_damaged_on_disk_is_mended(fleet: Fleet) -> None:
+def test_a_bundle_that_was_damaged_on_disk_is_repaired(fleet: Fleet) -> None:
     fleet.fetch()
     (fleet.folder / BLOCK).write_bytes(b"damaged")
     fleet.fetch()
@@ -174,12 +175,12 @@ def test_the_manifest_of_another_bundle_is_refused(fleet: Fleet) -> None:
         fetch_bundle(fleet.identity, "other", threading.Event())
 
 
-def test_a_bundle_that_the_service_does_not_have_is_its_refusal(fleet: Fleet) -> None:
+def test_a_bundle_that_the_service_does_not_have_is_refused(fleet: Fleet) -> None:
     with pytest.raises(BundleError, match=r"no file manifest\.json"):
         fetch_bundle(fleet.identity, "b7", threading.Event())
 
 
-def test_a_full_disk_is_said_and_leaves_what_is_served(
+def test_a_full_disk_is_reported_and_the_current_bundle_is_kept(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = fleet.bundles / "a" / "edge"
@@ -194,7 +195,7 @@ def test_a_full_disk_is_said_and_leaves_what_is_served(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_disk_that_fills_up_on_the_way_is_said(fleet: Fleet) -> None:
+def test_a_disk_that_becomes_full_during_a_download_is_reported(fleet: Fleet) -> None:
     partial = fleet.bundles / partial_name(fleet.bundle)
     (partial / "edge").mkdir(parents=True)
     (partial / BLOCK).symlink_to("/dev/full")
@@ -202,13 +203,13 @@ def test_a_disk_that_fills_up_on_the_way_is_said(fleet: Fleet) -> None:
         fleet.fetch()
 
 
-def test_an_identity_without_a_service_says_so(fleet: Fleet, tmp_path: Path) -> None:
+def test_an_identity_without_a_service_is_reported(fleet: Fleet, tmp_path: Path) -> None:
     config = msgspec.structs.replace(fleet.identity.config, server=None)
     with pytest.raises(ConfigError, match="names no service"):
         fetch_bundle(Identity(fleet.identity.folder, config), fleet.bundle, threading.Event())
 
 
-def test_who_has_no_certificate_gets_no_file(fleet: Fleet) -> None:
+def test_a_client_without_a_certificate_gets_no_file(fleet: Fleet) -> None:
     import ssl
 
     context = ssl.create_default_context(cafile=fleet.identity.folder / CA_FILE)
@@ -219,7 +220,7 @@ def test_who_has_no_certificate_gets_no_file(fleet: Fleet) -> None:
         BundleDownload(service, fleet.bundle, fleet.bundles, fleet.identity.folder / CA_FILE).run()
 
 
-def test_a_service_that_never_answers_is_given_up(fleet: Fleet) -> None:
+def test_a_download_from_a_silent_service_ends(fleet: Fleet) -> None:
     fleet.service.trouble.is_mute = True
     with (
         ServiceClient(fleet.service.url, fleet.identity.ssl_context(), read_s=0.3) as service,
@@ -228,7 +229,7 @@ def test_a_service_that_never_answers_is_given_up(fleet: Fleet) -> None:
         BundleDownload(service, fleet.bundle, fleet.bundles, fleet.identity.folder / CA_FILE).run()
 
 
-def test_a_service_that_always_cuts_is_given_up_and_what_came_is_kept(
+def test_a_download_that_is_cut_every_time_ends_and_its_bytes_are_kept(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "MAX_CUTS", 2)
@@ -239,55 +240,61 @@ def test_a_service_that_always_cuts_is_given_up_and_what_came_is_kept(
     assert not fleet.folder.exists()
 
 
-def test_progress_reaches_all_bytes_of_a_device(fleet: Fleet) -> None:
-    told: list[tuple[int, int]] = []
+def test_progress_ends_with_all_bytes_that_a_device_needs(fleet: Fleet) -> None:
+    calls: list[tuple[int, int]] = []
     fetch_bundle(
         fleet.identity,
         fleet.bundle,
         threading.Event(),
-        lambda here, total: told.append((here, total)),
+        lambda here, total: calls.append((here, total)),
     )
     total = len(FILES[BLOCK]) + 2
-    assert told[-1] == (total, total)
-    assert told == sorted(told)
+    assert calls[-1] == (total, total)
+    assert calls == sorted(calls)
 
 
-class Fetched:
-    """What a fetcher tells."""
+class DownloadLog:
+    """The callbacks of a background download."""
 
     def __init__(self, fetch: Callable[[str, threading.Event], Path]) -> None:
         self.done = threading.Event()
         self.failed = threading.Event()
-        self.errors: list[str] = []
-        self.fetcher = BackgroundDownload(
+        self.errors: list[ConfigProblem] = []
+        self.download = BackgroundDownload(
             fetch, lambda bundle, path: self.done.set(), self._on_error
         )
 
-    def _on_error(self, bundle: str, error: str) -> None:
+    def _on_error(self, bundle: str, error: ConfigProblem) -> None:
         self.errors.append(error)
         self.failed.set()
 
 
-def test_in_the_background_a_service_that_is_away_is_asked_again(
+def test_a_background_download_is_retried_while_the_service_is_away(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edge_agent.update.background_download.RETRY_FACTOR", 1)
     fleet.service.refuse(503, "registry", "the registry is away")
-    told = Fetched(lambda bundle, stop: fetch_bundle(fleet.identity, bundle, stop))
-    told.fetcher.want(fleet.bundle)
-    assert told.done.wait(10)
-    assert told.errors == ["not yet: the registry is away; it is tried again"]
+    log = DownloadLog(lambda bundle, stop: fetch_bundle(fleet.identity, bundle, stop))
+    log.download.start(fleet.bundle)
+    assert log.done.wait(10)
+    assert log.errors == [
+        ConfigProblem(
+            "service_away", "the registry is away; the device tries again", is_final=False
+        )
+    ]
 
 
-def test_in_the_background_what_will_not_change_is_not_asked_again(fleet: Fleet) -> None:
-    told = Fetched(lambda bundle, stop: fetch_bundle(fleet.identity, bundle, stop))
-    told.fetcher.want("b7")
-    assert told.failed.wait(10)
-    told.fetcher.cancel()
-    assert told.errors == ["no file manifest.json"]
+def test_a_background_download_is_not_retried_after_a_final_error(fleet: Fleet) -> None:
+    log = DownloadLog(lambda bundle, stop: fetch_bundle(fleet.identity, bundle, stop))
+    log.download.start("b7")
+    assert log.failed.wait(10)
+    log.download.cancel()
+    assert log.errors == [
+        ConfigProblem("bad_bundle", "bundle b7: no file manifest.json", is_final=True)
+    ]
 
 
-def test_a_download_that_is_cancelled_ends_and_tells_nobody(fleet: Fleet) -> None:
+def test_a_cancelled_download_ends_without_a_callback(fleet: Fleet) -> None:
     begun = threading.Event()
 
     def fetch(bundle: str, stop: threading.Event) -> Path:
@@ -295,15 +302,15 @@ def test_a_download_that_is_cancelled_ends_and_tells_nobody(fleet: Fleet) -> Non
         stop.wait(10)
         raise ServiceAwayError("stopped")
 
-    told = Fetched(fetch)
-    told.fetcher.want("b1")
+    log = DownloadLog(fetch)
+    log.download.start("b1")
     assert begun.wait(10)
-    told.fetcher.cancel()
-    assert not told.done.is_set()
-    assert told.errors == []
+    log.download.cancel()
+    assert not log.done.is_set()
+    assert log.errors == []
 
 
-def test_a_range_that_was_not_asked_for_is_refused(
+def test_a_range_that_was_not_requested_is_refused(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with ServiceClient(fleet.service.url, fleet.identity.ssl_context()) as service:
@@ -316,7 +323,7 @@ def test_a_range_that_was_not_asked_for_is_refused(
 
 
 def _lying(service: ServiceClient) -> Callable[..., object]:
-    """The service's own request, which asks for another byte than it should."""
+    """Return the service's own request, from the byte after the right one."""
     ask = service._request
 
     def request(method: str, path: str, start: int) -> object:

@@ -1,4 +1,4 @@
-"""A device that follows what the fleet wants: real model, real downloads, and a broker in memory."""
+"""The supervisor with a real model and real downloads, on a broker in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 
 from edge_agent.config import AgentConfig
 from edge_agent.serving.agent import Agent, refuse_prompts
-from edge_agent.state.bundle_slots import Slots, SlotStore, attempt
+from edge_agent.state.bundle_slots import Slots, SlotStore, begin_trial
 from edge_agent.update.download import fetch_bundle
 from edge_agent.update.supervisor import CHECK_S, Supervisor
 from fleet.bundles.manifest import Bundle, Manifest, hash_file, read_manifest, write_manifest
@@ -42,8 +42,14 @@ OWN: Final = AgentConfig(mode=Mode.STANDALONE, num_threads=1, max_new_tokens=5)
 ASKED: Final = PromptRequest(prompt="How warm is it?")
 
 
+def problem_of(status: DeviceStatus) -> str:
+    """Return the message of a status with a problem."""
+    assert status.config_error is not None
+    return status.config_error.message
+
+
 class Device:
-    """One device, started and ended as often as a test likes; the broker remembers nothing but what is retained."""
+    """One device that a test starts and stops; the broker keeps retained messages only."""
 
     def __init__(self, identity: Identity, base: Path | None, own: AgentConfig = OWN) -> None:
         self.broker = InMemoryBroker()
@@ -64,7 +70,7 @@ class Device:
         self._statuses.put(decode_status(payload, DeviceStatus))
 
     def start(self) -> DeviceStatus:
-        """Starts it; what it says of itself then."""
+        """Start the device; return its first status."""
         self._stop = threading.Event()
         will = Will(topics.device_status(NAME), Agent.will())
         self.link = self.broker.connect(NAME, will)
@@ -98,7 +104,7 @@ class Device:
         self.say(b"")
 
     def status(self, is_it: Callable[[DeviceStatus], bool]) -> DeviceStatus:
-        """The next status that is so."""
+        """Return the next status that satisfies a condition."""
         while not is_it(status := self._statuses.get(timeout=WAIT_S)):
             pass
         return status
@@ -114,7 +120,7 @@ def identity(service: FleetService, tmp_path: Path) -> Identity:
 
 @pytest.fixture
 def device(identity: Identity, tiny_bundle: Bundle) -> Iterator[Device]:
-    """A device that was enrolled with a bundle in a folder of its own."""
+    """A device that was enrolled with a bundle in its own folder."""
     device = Device(identity, tiny_bundle.folder)
     yield device
     device.close()
@@ -122,12 +128,12 @@ def device(identity: Identity, tiny_bundle: Bundle) -> Iterator[Device]:
 
 @pytest.fixture
 def other(service: FleetService, make_tiny_bundle: MakeTinyBundle, tmp_path: Path) -> Manifest:
-    """A bundle with three exits, at the service."""
+    """A bundle with three exits that the service offers."""
     return service.publish(make_tiny_bundle((1, 2, 3)).folder)
 
 
 def publish_broken(service: FleetService, folder: Path, tmp_path: Path) -> Manifest:
-    """A bundle that is what its manifest says, and no model."""
+    """Publish a bundle that matches its manifest, and has no usable model."""
     copy = tmp_path / "broken"
     shutil.copytree(folder, copy)
     (copy / "edge/block_0.onnx").write_bytes(b"no graph")
@@ -140,17 +146,17 @@ def publish_broken(service: FleetService, folder: Path, tmp_path: Path) -> Manif
     return service.publish(copy)
 
 
-def test_settings_are_followed_from_the_next_answer_on_without_a_restart(device: Device) -> None:
+def test_settings_apply_from_the_next_answer_on_without_a_restart(device: Device) -> None:
     epoch = device.start().epoch
     device.want(3, max_new_tokens=2, mode=Mode.COLLABORATIVE, threshold=0.0)
     status = device.status(lambda status: status.config_version == 3)
-    assert (status.epoch, status.mode, status.config_error) == (epoch, "collaborative", "")
+    assert (status.epoch, status.mode, status.config_error) == (epoch, "collaborative", None)
     replies = device.ask()
     assert replies[-1].usage
     assert (replies[-1].usage.tokens, replies[-1].usage.sources) == (2, {"exit:1": 2})
 
 
-def test_what_is_taken_back_is_the_devices_own_again(device: Device) -> None:
+def test_a_removed_setting_is_the_devices_own_again(device: Device) -> None:
     device.start()
     device.want(3, max_new_tokens=2)
     device.want(4)
@@ -168,13 +174,13 @@ def test_settings_are_kept_for_a_start_without_the_fleet(device: Device) -> None
     assert len(device.ask()) == 3
 
 
-def test_thresholds_that_do_not_fit_change_nothing_and_are_said(device: Device) -> None:
+def test_thresholds_that_do_not_fit_change_nothing_and_are_reported(device: Device) -> None:
     device.start()
     device.want(3, max_new_tokens=2)
     device.want(4, max_new_tokens=1, thresholds=(0.5,))
     status = device.status(lambda status: bool(status.config_error))
     assert status.config_version == 3
-    assert "1 thresholds, expected 2" in status.config_error
+    assert "1 thresholds, expected 2" in problem_of(status)
     assert len(device.ask()) == 3
 
 
@@ -183,18 +189,18 @@ def test_an_error_is_over_with_the_next_configuration(device: Device) -> None:
     device.want(4, thresholds=(0.5,))
     device.status(lambda status: bool(status.config_error))
     device.want(5, max_new_tokens=2)
-    assert device.status(lambda status: status.config_version == 5).config_error == ""
+    assert device.status(lambda status: status.config_version == 5).config_error is None
 
 
-def test_a_configuration_that_is_none_is_said(device: Device) -> None:
+def test_an_unreadable_configuration_is_reported(device: Device) -> None:
     device.start()
     device.say(b'{"version": 3, "settings": {"colour": "red"}}')
     status = device.status(lambda status: bool(status.config_error))
-    assert "not readable" in status.config_error
+    assert "not readable" in problem_of(status)
     assert status.config_version == 0
 
 
-def test_kept_settings_that_do_not_fit_the_bundle_leave_the_devices_own(
+def test_saved_settings_that_do_not_fit_the_bundle_are_not_applied(
     device: Device, identity: Identity
 ) -> None:
     (identity.folder / "desired.json").write_bytes(
@@ -202,7 +208,7 @@ def test_kept_settings_that_do_not_fit_the_bundle_leave_the_devices_own(
     )
     status = device.start()
     assert status.config_version == 0
-    assert "thresholds" in status.config_error
+    assert "thresholds" in problem_of(status)
 
 
 def test_another_bundle_is_fetched_and_served_in_the_same_process(
@@ -211,7 +217,7 @@ def test_another_bundle_is_fetched_and_served_in_the_same_process(
     before = device.start()
     device.want(3, bundle=other.bundle_id, thresholds=(0.0, 1.0, 1.0))
     status = device.status(lambda status: status.config_version == 3)
-    assert (status.bundle_id, status.config_error) == (other.bundle_id, "")
+    assert (status.bundle_id, status.config_error) == (other.bundle_id, None)
     assert before.bundle_id != other.bundle_id
     assert device.ask()[-1].bundle_id == other.bundle_id
     assert SlotStore(device.folder).load() == Slots(current=other.bundle_id)
@@ -236,7 +242,7 @@ def test_a_bundle_that_is_served_survives_the_process(device: Device, other: Man
     assert device.start().bundle_id == other.bundle_id
 
 
-def test_the_bundle_of_the_identity_is_gone_back_to_without_a_download(
+def test_the_bundle_of_the_identity_is_served_again_without_a_download(
     device: Device, other: Manifest, service: FleetService, tiny_bundle: Bundle
 ) -> None:
     device.start()
@@ -249,7 +255,7 @@ def test_the_bundle_of_the_identity_is_gone_back_to_without_a_download(
     assert len(service.requests) == num_requests
 
 
-def test_an_answer_under_way_is_finished_on_the_old_bundle(
+def test_an_active_answer_ends_on_the_old_bundle(
     device: Device, other: Manifest, tiny_bundle: Bundle
 ) -> None:
     device.start()
@@ -263,7 +269,7 @@ def test_an_answer_under_way_is_finished_on_the_old_bundle(
     assert device.status(lambda status: status.config_version == 3).bundle_id == other.bundle_id
 
 
-def test_a_bundle_that_does_not_start_is_given_up(
+def test_a_bundle_that_does_not_start_is_abandoned(
     device: Device, service: FleetService, tiny_bundle: Bundle, tmp_path: Path
 ) -> None:
     broken = publish_broken(service, tiny_bundle.folder, tmp_path)
@@ -272,11 +278,11 @@ def test_a_bundle_that_does_not_start_is_given_up(
     device.want(4, bundle=broken.bundle_id, max_new_tokens=1)
     status = device.status(lambda status: bool(status.config_error))
     assert (status.bundle_id, status.config_version) == (tiny_bundle.manifest.bundle_id, 3)
-    assert f"bundle {broken.bundle_id} is given up" in status.config_error
+    assert f"bundle {broken.bundle_id} is abandoned" in problem_of(status)
     assert len(device.ask()) == 3
 
 
-def test_a_bundle_that_was_given_up_is_not_tried_again_for_the_same_version(
+def test_an_abandoned_bundle_is_not_tried_again_for_the_same_version(
     device: Device, service: FleetService, tiny_bundle: Bundle, tmp_path: Path
 ) -> None:
     broken = publish_broken(service, tiny_bundle.folder, tmp_path)
@@ -285,30 +291,30 @@ def test_a_bundle_that_was_given_up_is_not_tried_again_for_the_same_version(
     device.status(lambda status: bool(status.config_error))
     device.end()
     num_requests = len(service.requests)
-    assert "is given up" in device.start().config_error
+    assert "is abandoned" in problem_of(device.start())
     device.ask()
     assert len(service.requests) == num_requests
 
 
-def test_a_process_that_died_in_a_trial_comes_back_on_the_old_bundle(
+def test_a_device_that_died_in_a_trial_restarts_on_the_old_bundle(
     device: Device, other: Manifest, tiny_bundle: Bundle
 ) -> None:
-    SlotStore(device.folder).save(attempt(Slots(), other.bundle_id, 3))
+    SlotStore(device.folder).save(begin_trial(Slots(), other.bundle_id, 3))
     device.want(3, bundle=other.bundle_id)
     status = device.start()
     assert status.bundle_id == tiny_bundle.manifest.bundle_id
-    assert "died" in status.config_error
+    assert "died" in problem_of(status)
     device.want(5, bundle=other.bundle_id)
     assert device.status(lambda status: status.config_version == 5).bundle_id == other.bundle_id
 
 
-def test_a_bundle_that_cannot_be_fetched_is_said_and_the_old_one_goes_on(
+def test_a_bundle_that_cannot_be_downloaded_is_reported_and_the_old_one_is_served(
     device: Device, other: Manifest
 ) -> None:
     device.start()
     device.want(3, bundle="b7", max_new_tokens=1)
     status = device.status(lambda status: bool(status.config_error))
-    assert (status.config_version, "b7" in status.config_error) == (0, True)
+    assert (status.config_version, "b7" in problem_of(status)) == (0, True)
     assert len(device.ask()) == OWN.max_new_tokens + 1
 
 
@@ -319,10 +325,10 @@ def test_thresholds_that_do_not_fit_the_new_bundle_keep_the_old_one(
     device.want(3, bundle=other.bundle_id, thresholds=(0.1, 0.2))
     status = device.status(lambda status: bool(status.config_error))
     assert status.bundle_id == tiny_bundle.manifest.bundle_id
-    assert "2 thresholds, expected 3" in status.config_error
+    assert "2 thresholds, expected 3" in problem_of(status)
 
 
-def test_a_device_that_joined_fetches_what_is_missing_before_it_serves(
+def test_a_device_that_joined_downloads_its_bundle_before_it_serves(
     identity: Identity, other: Manifest
 ) -> None:
     SlotStore(identity.folder).save(Slots(current=other.bundle_id))
@@ -333,7 +339,7 @@ def test_a_device_that_joined_fetches_what_is_missing_before_it_serves(
         device.close()
 
 
-def test_a_bundle_that_was_damaged_on_disk_is_mended_at_the_start(
+def test_a_bundle_that_was_damaged_on_disk_is_repaired_at_the_start(
     identity: Identity, other: Manifest
 ) -> None:
     SlotStore(identity.folder).save(Slots(current=other.bundle_id))
@@ -346,7 +352,7 @@ def test_a_bundle_that_was_damaged_on_disk_is_mended_at_the_start(
         device.close()
 
 
-def test_an_identity_without_a_bundle_says_what_to_do(identity: Identity) -> None:
+def test_an_identity_without_a_bundle_gives_an_error_with_advice(identity: Identity) -> None:
     with pytest.raises(ConfigError, match="names no bundle; pass one with --bundle DIR"):
         Supervisor(identity.folder, OWN, None, partial(fetch_bundle, identity)).prepare(
             threading.Event()
@@ -364,7 +370,10 @@ def test_between_two_agents_a_prompt_is_refused_as_busy(device: Device) -> None:
 def test_a_signal_whose_handler_outlasts_the_wait_for_events_stops_the_device(
     device: Device, identity: Identity, tiny_bundle: Bundle
 ) -> None:
-    """After such a signal a `SimpleQueue` of CPython 3.11 waits for ever. Signals come to the main thread alone."""
+    """After such a signal a `SimpleQueue` of CPython 3.11 waits for ever.
+
+    Only the main thread receives signals.
+    """
     stop = threading.Event()
     main = threading.main_thread().ident
     assert main == threading.get_ident()

@@ -32,7 +32,7 @@ from fleet.bundles.instruction_sets import (
         ("riscv64", (), ()),
     ],
 )
-def test_a_machine_covers_its_familys_sets_whose_flags_it_has(
+def test_a_machine_covers_the_sets_of_its_family_and_flags(
     machine: str, flags: tuple[str, ...], sets: tuple[str, ...]
 ) -> None:
     assert covered_sets(machine, flags) == sets

@@ -1,4 +1,4 @@
-"""Bundles: only files that are what the manifest says."""
+"""Bundles: only files that agree with the manifest."""
 
 import hashlib
 from pathlib import Path
@@ -67,7 +67,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def rewrite(folder: Path, **changes: Any) -> None:
-    """The manifest's JSON with other values, whether or not a manifest may have them."""
+    """Return the manifest's JSON with other values, legal or not."""
     path = folder / MANIFEST_FILE
     path.write_bytes(msgspec.json.encode(msgspec.json.decode(path.read_bytes()) | changes))
 
@@ -109,7 +109,7 @@ def test_a_file_is_found_by_its_name(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["edge/block_9.onnx", "../manifest.json", "manifest.json", ""])
-def test_a_file_that_the_manifest_does_not_name_is_not_given_out(folder: Path, name: str) -> None:
+def test_a_file_that_the_manifest_does_not_name_is_not_copied(folder: Path, name: str) -> None:
     with pytest.raises(BundleError, match="has no file"):
         Bundle.load(folder).path(name)
 

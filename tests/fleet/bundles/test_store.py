@@ -1,4 +1,4 @@
-"""What a server hands out is whole, signed, and nothing else."""
+"""The bundles of a server: complete, signed, and without other files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_files_on_the_same_disk_are_not_copied_and_the_source_is_not_touched(
     assert not (kept.folder / "notes.txt").exists()
 
 
-def test_a_bundle_that_somebody_else_signed_is_signed_anew(
+def test_a_bundle_with_another_signature_is_signed_again(
     tmp_path: Path, authority: CertificateAuthority, tiny_bundle: Bundle
 ) -> None:
     source = tmp_path / "source"

@@ -1,4 +1,4 @@
-"""`fleet bundle verify` finds whatever is wrong with a bundle."""
+"""The faults of a bundle that `fleet bundle verify` finds."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def write_keys(folder: Path, private_key: Any = None) -> tuple[Path, Path]:
 
 
 def rewrite(folder: Path, **changes: Any) -> Manifest:
-    """A manifest whose hashes are right, with other values."""
+    """Write a manifest with correct hashes and other values."""
     fields = msgspec.structs.asdict(read_manifest(folder)) | changes
     fields["files"] = tuple(
         FileEntry(entry.path, (folder / entry.path).stat().st_size, hash_file(folder / entry.path))
@@ -80,7 +80,7 @@ def fleet(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_an_exported_bundle_is_good_and_said_to_be_unsigned(
+def test_an_exported_bundle_is_valid_and_reported_as_unsigned(
     folder: Path, tiny_bundle: Bundle
 ) -> None:
     result = fleet("bundle", "verify", folder)
@@ -138,7 +138,7 @@ def test_a_folder_without_a_manifest_is_one_finding(tmp_path: Path) -> None:
         ({"top_k": 5}, "edge/lm_head.onnx: top_ids is int64[1, 64], expected int64[1, 5]"),
     ],
 )
-def test_a_manifest_that_says_other_sizes_is_found(
+def test_a_manifest_with_other_sizes_is_found(
     changes: dict[str, Any], finding: str, folder: Path
 ) -> None:
     rewrite(folder, **changes)

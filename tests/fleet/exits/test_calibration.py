@@ -1,4 +1,4 @@
-"""A calibrated promise holds on new text, and it says when there is too little to promise anything."""
+"""A calibrated guarantee holds on new text, and too few answers are refused."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from fleet.exits.calibration import (
     expected_calibration_error,
     fit_platt,
     p_value,
-    scale,
+    scale_confidence,
 )
 from fleet.exits.records import Floats, Records
-from fleet.exits.thresholds import OFF, measure
+from fleet.exits.thresholds import OFF, evaluate_thresholds
 
 
 def make_answers(num_answers: int, seed: int) -> Records:
-    """Answers of 20 tokens, easy ones and hard ones, so that the tokens of one depend on each other."""
+    """Return answers of 20 tokens, easy ones and hard ones.
+
+    The tokens of one answer depend on each other.
+    """
     random = np.random.default_rng(seed)
     ease = np.repeat(random.beta(3, 1, num_answers), 20)
     n = len(ease)
@@ -32,7 +35,7 @@ def make_answers(num_answers: int, seed: int) -> Records:
 
 
 def losses_with_mean(mean: float, size: int, random: np.random.Generator) -> Floats:
-    """Losses in [0, 1]: many zeros, some large."""
+    """Return losses in [0, 1]: many zeros, some large."""
     losses: Floats = (random.random(size) < 2 * mean) * random.random(size)
     return losses
 
@@ -61,9 +64,9 @@ def test_the_promise_holds_on_answers_that_calibration_never_saw() -> None:
     for seed in range(60):
         thresholds, _ = calibrate(make_answers(300, seed), target, 0.9)
         kept += 1 - answer_losses(fresh, thresholds).mean() >= target
-        rates.append(measure(fresh, thresholds).offload_rate)
+        rates.append(evaluate_thresholds(fresh, thresholds).offload_rate)
     assert kept >= 54 - 3 * 2.4  # 90% of 60, less three standard deviations
-    assert np.mean(rates) < 0.97  # and it is no empty promise
+    assert np.mean(rates) < 0.97  # and the guarantee is not empty
 
 
 def test_too_few_answers_are_refused_with_the_number_that_it_takes() -> None:
@@ -101,7 +104,7 @@ def test_scaling_brings_confidence_to_agreement_and_keeps_the_order() -> None:
     agrees = random.random(20_000) < confidence**3
     before = expected_calibration_error(confidence, agrees)
     slope, intercept = fit_platt(confidence[:10_000], agrees[:10_000])
-    scaled = scale(confidence[10_000:], slope, intercept)
+    scaled = scale_confidence(confidence[10_000:], slope, intercept)
     assert slope > 0
     assert expected_calibration_error(scaled, agrees[10_000:]) < before / 4
     assert (np.argsort(scaled) == np.argsort(confidence[10_000:])).all()

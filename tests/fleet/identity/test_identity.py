@@ -19,7 +19,7 @@ CONFIG = (
 
 
 def self_signed(name: str) -> tuple[bytes, bytes]:
-    """A certificate that is its own authority, and its key, both PEM."""
+    """Make a self-signed certificate and its key, both PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.UTC)
@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_an_identity_says_who_it_is_and_where_the_broker_is(folder: Path) -> None:
+def test_an_identity_has_a_name_a_role_and_the_brokers_address(folder: Path) -> None:
     identity = Identity.load(folder)
     assert identity.name == "pi"
     assert identity.config.role is Role.DEVICE
@@ -54,7 +54,7 @@ def test_an_identity_says_who_it_is_and_where_the_broker_is(folder: Path) -> Non
     assert identity.config.bundle == "/srv/bundle"
 
 
-def test_an_identity_trusts_only_its_own_authority_and_wants_the_brokers_name_checked(
+def test_an_identity_trusts_only_its_own_authority_and_checks_the_brokers_name(
     folder: Path,
 ) -> None:
     context = Identity.load(folder).ssl_context()
@@ -68,7 +68,7 @@ def test_the_private_key_does_not_show(folder: Path) -> None:
     assert "PRIVATE" not in repr(Identity.load(folder))
 
 
-def test_a_folder_without_an_identity_says_how_to_make_one(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_identity_names_the_command_that_makes_one(tmp_path: Path) -> None:
     with pytest.raises(IdentityError, match="fleet enroll"):
         Identity.load(tmp_path)
 

@@ -1,4 +1,4 @@
-"""What is expected of each mode on a link, and what is advised, as tables."""
+"""Expected costs of each mode on a link, and the advice, as tables."""
 
 from __future__ import annotations
 
@@ -8,35 +8,47 @@ import msgspec
 import pytest
 
 from fleet.errors import ConfigError
-from fleet.planning.advice import crossings, plan
+from fleet.planning.advice import crossings, plan_deployment
 from fleet.planning.cost_model import (
+    CostFit,
     Expectation,
-    Fit,
-    Load,
-    Setting,
-    Shares,
-    Side,
+    MachineSpeed,
+    PlanRequest,
+    ServingSetting,
     StepCounts,
-    expect,
+    TimeShares,
     expectations,
+    expected_cost,
     read_fits,
     write_fits,
 )
 
-SUM = Shares(work=1.0, round_trip=1.0, transfer=1.0, extra_ms=0.0)
+SUM = TimeShares(work=1.0, round_trip=1.0, transfer=1.0, extra_ms=0.0)
 
 
-def setting(name: str, agreement: float | None, *counts: StepCounts, **changes: object) -> Setting:
+def setting(
+    name: str, agreement: float | None, *counts: StepCounts, **changes: object
+) -> ServingSetting:
     mode, _, threshold = name.partition("@")
-    of = Setting(
-        name=name, mode=mode, threshold=float(threshold) if threshold else None, agreement=agreement, prompt_edge=0.0,
-        prompt_cloud=0.0, prompt_bytes=0.0, token_bytes=0.0, counts=counts, total=SUM, first=SUM,
-    )  # fmt: skip
+    of = ServingSetting(
+        name=name,
+        mode=mode,
+        threshold=float(threshold) if threshold else None,
+        agreement=agreement,
+        prompt_edge=0.0,
+        prompt_cloud=0.0,
+        prompt_bytes=0.0,
+        token_bytes=0.0,
+        counts=counts,
+        total=SUM,
+        first=SUM,
+    )
     return msgspec.structs.replace(of, **changes)
 
 
-# A step is 20 ms on the device and 40 ms in the cloud. Alone: 20 ms a token. Collaborative: 20, half a round trip and a
-# tenth of a step of the cloud. Cloud-only: 40 ms a token and one round trip an answer of 100 tokens.
+# A step is 20 ms on the device and 40 ms in the cloud. Alone: 20 ms a token. Collaborative: 20,
+# half a round trip and a tenth of a step of the cloud. Cloud-only: 40 ms a token and one round trip
+# an answer of 100 tokens.
 ALONE = setting(
     "standalone",
     0.9,
@@ -67,56 +79,66 @@ CLOUD = setting(
     prompt_cloud=1.0,
     token_bytes=50.0,
 )
-FIT = Fit(
-    model="m", bundle_id="b", exits=(24,), split_layer=24, machine={"processor": "p"}, edge=Side(20.0, 0.2, 0.0),
-    cloud=Side(40.0, 0.25, 0.0), prompt_tokens=50.0, tokens=100.0, rtt_ms=(1.0, 100.0), mbit_s=(10.0, 100.0),
-    errors={"median": 0.03, "highest": 0.1}, settings=(ALONE, TOGETHER, CLOUD),
-)  # fmt: skip
-LINK = Load(rtt_ms=20.0, mbit_s=8.0)
+FIT = CostFit(
+    model="m",
+    bundle_id="b",
+    exits=(24,),
+    split_layer=24,
+    machine={"processor": "p"},
+    edge=MachineSpeed(20.0, 0.2, 0.0),
+    cloud=MachineSpeed(40.0, 0.25, 0.0),
+    prompt_tokens=50.0,
+    tokens=100.0,
+    rtt_ms=(1.0, 100.0),
+    mbit_s=(10.0, 100.0),
+    errors={"median": 0.03, "highest": 0.1},
+    settings=(ALONE, TOGETHER, CLOUD),
+)
+LINK = PlanRequest(rtt_ms=20.0, mbit_s=8.0)
 
 
 @pytest.mark.parametrize(
     ("of", "load", "total_ms"),
     [
         (ALONE, LINK, 100 * 20),
-        (ALONE, Load(rtt_ms=20.0, mbit_s=8.0, edge_step_ms=30.0), 100 * 30),
+        (ALONE, PlanRequest(rtt_ms=20.0, mbit_s=8.0, edge_step_ms=30.0), 100 * 30),
         (TOGETHER, LINK, 100 * (20 + 4) + 50 * 20 + (50 * 1000 + 100 * 500) / 1000),
         (
             TOGETHER,
-            Load(rtt_ms=0.0, mbit_s=8.0, tokens=10, prompt_tokens=1),
+            PlanRequest(rtt_ms=0.0, mbit_s=8.0, tokens=10, prompt_tokens=1),
             10 * 24 + (1000 + 10 * 500) / 1000,
         ),
         (
             TOGETHER,
-            Load(rtt_ms=20.0, mbit_s=80.0),
+            PlanRequest(rtt_ms=20.0, mbit_s=80.0),
             100 * (20 + 4) + 50 * 20 + (50 * 1000 + 100 * 500) / 10_000,
         ),
         (CLOUD, LINK, 100 * 40 + 50 * 0.25 * 40 + 20 + 100 * 50 / 1000),
         (
             CLOUD,
-            Load(rtt_ms=20.0, mbit_s=8.0, cloud_step_ms=4.0),
+            PlanRequest(rtt_ms=20.0, mbit_s=8.0, cloud_step_ms=4.0),
             100 * 4 + 50 * 0.25 * 4 + 20 + 100 * 50 / 1000,
         ),
     ],
 )
 def test_an_answer_is_its_steps_its_round_trips_and_its_bytes(
-    of: Setting, load: Load, total_ms: float
+    of: ServingSetting, load: PlanRequest, total_ms: float
 ) -> None:
-    assert expect(FIT, of, load).total_ms == pytest.approx(total_ms)
+    assert expected_cost(FIT, of, load).total_ms == pytest.approx(total_ms)
 
 
 def test_the_first_token_waits_for_the_prompt_and_one_round_trip() -> None:
-    found = expect(FIT, CLOUD, LINK)
+    found = expected_cost(FIT, CLOUD, LINK)
     assert found.ttft_ms == pytest.approx(50 * 0.25 * 40 + 40 + 20)
     assert found.token_ms == pytest.approx((found.total_ms - found.ttft_ms) / 99)
 
 
 def test_only_shares_of_the_terms_take_time() -> None:
     overlapping = msgspec.structs.replace(
-        TOGETHER, total=Shares(work=0.5, round_trip=0.8, transfer=0.0, extra_ms=3.0)
+        TOGETHER, total=TimeShares(work=0.5, round_trip=0.8, transfer=0.0, extra_ms=3.0)
     )
     expected = 0.5 * 100 * 24 + 50 * (0.8 * 20 + 3)
-    assert expect(FIT, overlapping, LINK).total_ms == pytest.approx(expected)
+    assert expected_cost(FIT, overlapping, LINK).total_ms == pytest.approx(expected)
 
 
 DRAFTS = setting(
@@ -155,8 +177,8 @@ DRAFTS = setting(
 def test_counts_lie_between_those_that_were_measured_by_round_trip_in_steps(
     rtt_ms: float, edge_step_ms: float, round_trips: float
 ) -> None:
-    load = Load(rtt_ms=rtt_ms, mbit_s=8.0, edge_step_ms=edge_step_ms)
-    assert expect(FIT, DRAFTS, load).round_trips == pytest.approx(round_trips)
+    load = PlanRequest(rtt_ms=rtt_ms, mbit_s=8.0, edge_step_ms=edge_step_ms)
+    assert expected_cost(FIT, DRAFTS, load).round_trips == pytest.approx(round_trips)
 
 
 @pytest.mark.parametrize(
@@ -165,12 +187,12 @@ def test_counts_lie_between_those_that_were_measured_by_round_trip_in_steps(
         (LINK, "standalone"),
         (msgspec.structs.replace(LINK, min_agreement=0.95), "collaborative@0.8"),
         (msgspec.structs.replace(LINK, min_agreement=0.98), "cloud_only"),
-        (Load(rtt_ms=20.0, mbit_s=8.0, cloud_step_ms=4.0), "cloud_only"),
-        (Load(rtt_ms=100.0, mbit_s=8.0, min_agreement=0.95), "cloud_only"),
+        (PlanRequest(rtt_ms=20.0, mbit_s=8.0, cloud_step_ms=4.0), "cloud_only"),
+        (PlanRequest(rtt_ms=100.0, mbit_s=8.0, min_agreement=0.95), "cloud_only"),
     ],
 )
-def test_the_fastest_that_agrees_enough_is_the_best(load: Load, best: str) -> None:
-    made = plan((FIT,), load)
+def test_the_fastest_that_agrees_enough_is_the_best(load: PlanRequest, best: str) -> None:
+    made = plan_deployment((FIT,), load)
     assert made.best == best
     assert made.advice.startswith(f"{best} is the fastest: ")
     assert [one.agrees for one in made.expectations] == sorted(
@@ -178,8 +200,8 @@ def test_the_fastest_that_agrees_enough_is_the_best(load: Load, best: str) -> No
     )
 
 
-def test_the_advice_says_from_where_on_another_is_faster() -> None:
-    made = plan((FIT,), Load(rtt_ms=20.0, mbit_s=80.0, min_agreement=0.95))
+def test_the_advice_has_the_links_from_which_another_is_faster() -> None:
+    made = plan_deployment((FIT,), PlanRequest(rtt_ms=20.0, mbit_s=80.0, min_agreement=0.95))
     # 2400 + 50 r + 10 = 4000 + 500 + r + 0.5
     (crossing,) = made.by_rtt_ms
     assert (crossing.below, crossing.above) == ("collaborative@0.8", "cloud_only")
@@ -191,23 +213,23 @@ def test_the_advice_says_from_where_on_another_is_faster() -> None:
     assert crossing.at == pytest.approx(760 / 1120, rel=2e-3)
     assert "Below 0.679 Mbit/s cloud_only is faster." in made.advice
     assert "Cloud-only takes 4.52 s." in made.advice
-    alone = plan((FIT,), LINK)
+    alone = plan_deployment((FIT,), LINK)
     assert (
         "Cloud-only takes 4.53 s, and no other round trip or bandwidth from 0.1 to 1000 alone makes"
         in alone.advice
     )
 
 
-def test_the_advice_says_what_was_not_measured() -> None:
-    words = plan((FIT,), Load(rtt_ms=300.0, mbit_s=31.0)).advice
+def test_the_advice_warns_about_links_that_were_not_measured() -> None:
+    words = plan_deployment((FIT,), PlanRequest(rtt_ms=300.0, mbit_s=31.0)).advice
     assert "300 ms is beyond what was measured (1 to 100)." in words
     assert "Only exits 24 were measured" in words
-    assert "beyond" not in plan((FIT,), Load(rtt_ms=20.0, mbit_s=31.0)).advice
+    assert "beyond" not in plan_deployment((FIT,), PlanRequest(rtt_ms=20.0, mbit_s=31.0)).advice
 
 
-def test_nothing_is_best_where_nothing_agrees_enough() -> None:
+def test_no_mode_is_best_where_none_agrees_enough() -> None:
     fit = msgspec.structs.replace(FIT, settings=(ALONE, TOGETHER))
-    made = plan((fit,), msgspec.structs.replace(LINK, min_agreement=0.99))
+    made = plan_deployment((fit,), msgspec.structs.replace(LINK, min_agreement=0.99))
     assert (made.best, made.by_rtt_ms) == (None, [])
     assert made.advice == "nothing measured agrees to 0.99; the highest is 0.970"
 
@@ -217,10 +239,10 @@ def test_an_unknown_agreement_is_none() -> None:
     assert [
         one.agrees for one in expectations((fit,), msgspec.structs.replace(LINK, min_agreement=0.1))
     ] == [False]
-    assert plan((fit,), LINK).best == "standalone"
+    assert plan_deployment((fit,), LINK).best == "standalone"
 
 
-def test_two_splits_are_told_apart_and_cloud_only_is_one() -> None:
+def test_two_splits_are_distinct_and_cloud_only_is_one() -> None:
     shallow = msgspec.structs.replace(
         FIT,
         exits=(8,),
@@ -242,7 +264,7 @@ def test_two_splits_are_told_apart_and_cloud_only_is_one() -> None:
             CLOUD,
         ),
     )
-    made = plan((FIT, shallow), LINK)
+    made = plan_deployment((FIT, shallow), LINK)
     assert made.best == "standalone with exits 8"
     assert sum(one.mode == "cloud_only" for one in made.expectations) == 1
     assert "whether another split" not in made.advice
@@ -257,19 +279,19 @@ def test_crossings_are_found_to_a_thousandth() -> None:
 @pytest.mark.parametrize(
     ("load", "words"),
     [
-        (Load(rtt_ms=-1.0, mbit_s=8.0), "rtt_ms -1.0: expected a number above 0"),
-        (Load(rtt_ms=1.0, mbit_s=0.0), "mbit_s 0.0: expected a number above 0"),
-        (Load(rtt_ms=1.0, mbit_s=8.0, edge_step_ms=0.0), "edge_step_ms 0.0"),
-        (Load(rtt_ms=float("nan"), mbit_s=8.0), "rtt_ms nan"),
+        (PlanRequest(rtt_ms=-1.0, mbit_s=8.0), "rtt_ms -1.0: expected a number above 0"),
+        (PlanRequest(rtt_ms=1.0, mbit_s=0.0), "mbit_s 0.0: expected a number above 0"),
+        (PlanRequest(rtt_ms=1.0, mbit_s=8.0, edge_step_ms=0.0), "edge_step_ms 0.0"),
+        (PlanRequest(rtt_ms=float("nan"), mbit_s=8.0), "rtt_ms nan"),
         (
-            Load(rtt_ms=1.0, mbit_s=8.0, min_agreement=2.0),
+            PlanRequest(rtt_ms=1.0, mbit_s=8.0, min_agreement=2.0),
             "agreement 2.0: expected a number from 0 to 1",
         ),
     ],
 )
-def test_numbers_that_no_link_has_are_refused(load: Load, words: str) -> None:
+def test_numbers_that_no_link_has_are_refused(load: PlanRequest, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        plan((FIT,), load)
+        plan_deployment((FIT,), load)
 
 
 def test_a_fit_survives_its_file(tmp_path: Path) -> None:
@@ -294,9 +316,22 @@ def test_another_file_is_refused(tmp_path: Path, content: str | None, words: str
 
 
 def test_an_expectation_is_of_one_answer() -> None:
-    found = expect(FIT, TOGETHER, LINK)
+    found = expected_cost(FIT, TOGETHER, LINK)
     assert found == Expectation(
-        name="collaborative@0.8", mode="collaborative", threshold=0.8, exits=(24,), split_layer=24, ttft_ms=94.0,
-        token_ms=(3500 - 94) / 99, total_ms=3500.0, edge_ms=2000.0, cloud_ms=400.0, num_bytes=100_000.0, messages=150.0,
-        round_trips=50.0, offload_rate=0.5, agreement=0.97, agrees=True,
-    )  # fmt: skip
+        name="collaborative@0.8",
+        mode="collaborative",
+        threshold=0.8,
+        exits=(24,),
+        split_layer=24,
+        ttft_ms=94.0,
+        token_ms=(3500 - 94) / 99,
+        total_ms=3500.0,
+        edge_ms=2000.0,
+        cloud_ms=400.0,
+        num_bytes=100_000.0,
+        messages=150.0,
+        round_trips=50.0,
+        offload_rate=0.5,
+        agreement=0.97,
+        agrees=True,
+    )

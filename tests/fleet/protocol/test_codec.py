@@ -1,15 +1,18 @@
 """Messages as exact bytes, both ways."""
 
 import zlib
+from typing import Any
 
 import msgpack
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from fleet.errors import DecodeError, OversizedError
 from fleet.protocol.codec import (
     MAX_ENVELOPE_BYTES,
     decode,
+    decode_to_device,
     decode_to_worker,
     encode,
     pack_chunk,
@@ -17,7 +20,6 @@ from fleet.protocol.codec import (
 )
 from fleet.protocol.messages import (
     MAX_CHUNK_BYTES,
-    Assist,
     Close,
     Context,
     ContextChunk,
@@ -28,7 +30,6 @@ from fleet.protocol.messages import (
     Received,
     Refused,
     Sampling,
-    Token,
     Verified,
     Verify,
 )
@@ -70,32 +71,28 @@ WIRE: list[tuple[Message, bytes]] = [
         b"\xa4data\xc4\x04\x00\x3c\x00\xc0\xa5crc32\xce\x97\x51\x01\x58",
     ),
     (
-        Assist(session="s1", request=3, position=41, deadline_ms=1500),
-        b"\x85\xa4type\xa6assist\xa7session\xa2s1\xa7request\x03\xa8position\x29\xabdeadline_ms\xcd\x05\xdc",
-    ),
-    (
-        Assist(
-            session="s1",
-            request=3,
-            position=5,
-            deadline_ms=1500,
-            chunk=ContextChunk(
-                branch=2, start=5, count=1, data=b"\x00\x3c\x00\xc0", crc32=0x97510158, dtype="int8"
-            ),
-        ),
-        b"\x86\xa4type\xa6assist\xa7session\xa2s1\xa7request\x03\xa8position\x05\xabdeadline_ms\xcd\x05\xdc"
-        b"\xa5chunk\x86\xa6branch\x02\xa5start\x05\xa5count\x01"
-        b"\xa4data\xc4\x04\x00\x3c\x00\xc0\xa5crc32\xce\x97\x51\x01\x58\xa5dtype\xa4int8",
-    ),
-    (
         Verify(session="s1", request=3, branch=2, start=41, draft=(7, 49151), deadline_ms=1500),
         b"\x87\xa4type\xa6verify\xa7session\xa2s1\xa7request\x03\xa6branch\x02\xa5start\x29"
         b"\xa5draft\x92\x07\xcd\xbf\xff\xabdeadline_ms\xcd\x05\xdc",
     ),
     (
-        Token(session="s1", request=3, position=41, token_id=49151, logprob=-0.5, busy_ms=2.0),
-        b"\x87\xa4type\xa5token\xa7session\xa2s1\xa7request\x03\xa8position\x29\xa8token_id\xcd\xbf\xff"
-        b"\xa7logprob\xcb\xbf\xe0\0\0\0\0\0\0\xa7busy_ms\xcb\x40\0\0\0\0\0\0\0",
+        Verify(
+            session="s1",
+            request=3,
+            branch=2,
+            start=4,
+            draft=(7, 8),
+            deadline_ms=1500,
+            chunk=ContextChunk(
+                branch=2, start=5, count=1, data=b"\x00\x3c\x00\xc0", crc32=0x97510158, dtype="int8"
+            ),
+            trusted=(1,),
+        ),
+        b"\x89\xa4type\xa6verify\xa7session\xa2s1\xa7request\x03\xa6branch\x02\xa5start\x04"
+        b"\xa5draft\x92\x07\x08\xabdeadline_ms\xcd\x05\xdc"
+        b"\xa5chunk\x86\xa6branch\x02\xa5start\x05\xa5count\x01"
+        b"\xa4data\xc4\x04\x00\x3c\x00\xc0\xa5crc32\xce\x97\x51\x01\x58\xa5dtype\xa4int8"
+        b"\xa7trusted\x91\x01",
     ),
     (
         Verified(
@@ -140,8 +137,8 @@ BROKEN = {
     "a session with a slash": b"\x82\xa4type\xa5close\xa7session\xa3s/1",
     "a session with a line end": b"\x82\xa4type\xa5close\xa7session\xa3s1\n",
     "text that is not UTF-8": b"\x82\xa4type\xa5close\xa7session\xa2\xff\xff",
-    "a question whose chunk is a number": b"\x86\xa4type\xa6assist\xa7session\xa2s1\xa7request\x03"
-    b"\xa8position\x05\xabdeadline_ms\xcd\x05\xdc\xa5chunk\x07",
+    "a verify request whose chunk is a number": b"\x88\xa4type\xa6verify\xa7session\xa2s1"
+    b"\xa7request\x03\xa6branch\x02\xa5start\x05\xa5draft\x91\x07\xabdeadline_ms\xcd\x05\xdc\xa5chunk\x07",
     "a key that is a list": b"\x81\x90\x01",
     "an extension type": b"\x82\xa4type\xa5close\xa7session\xd4\x05\x00",
     "a list that claims four thousand million items": b"\xdd\xff\xff\xff\xff",
@@ -150,14 +147,28 @@ BROKEN = {
     "a hundred thousand nested lists": b"\x91" * 100_000,
 }
 
+OF_PROTOCOL_3 = {
+    "assist": b"\x85\xa4type\xa6assist\xa7session\xa2s1\xa7request\x03\xa8position\x29"
+    b"\xabdeadline_ms\xcd\x05\xdc",
+    "token": b"\x87\xa4type\xa5token\xa7session\xa2s1\xa7request\x03\xa8position\x29"
+    b"\xa8token_id\xcd\xbf\xff\xa7logprob\xcb\xbf\xe0\0\0\0\0\0\0\xa7busy_ms\xcb\x40\0\0\0\0\0\0\0",
+}
+VERIFY = Verify(session="s1", request=0, branch=0, start=0, draft=(1,), deadline_ms=1500)
+
+
+def verify(**changes: Any) -> Verify:
+    """Return `VERIFY` with these fields changed, which msgspec does not check."""
+    return replace(VERIFY, **changes)
+
+
 OUT_OF_RANGE = [
-    Assist(session="s1", request=-1, position=0, deadline_ms=1500),
-    Assist(session="s1", request=0, position=-1, deadline_ms=1500),
-    Assist(session="s1", request=0, position=1 << 20, deadline_ms=1500),
-    Assist(session="s1", request=0, position=0, deadline_ms=0),
-    Assist(session="s1", request=0, position=0, deadline_ms=600_001),
-    Assist(session="S1", request=0, position=0, deadline_ms=1500),
-    Assist(session="s" * 64, request=0, position=0, deadline_ms=1500),
+    verify(request=-1),
+    verify(start=-1),
+    verify(start=1 << 20),
+    verify(deadline_ms=0),
+    verify(deadline_ms=600_001),
+    verify(session="S1"),
+    verify(session="s" * 64),
     Context("s1", ContextChunk(branch=0, start=0, count=0, data=b"", crc32=0)),
     Context("s1", ContextChunk(branch=0, start=0, count=1, data=b"", crc32=1 << 32)),
     Open(
@@ -233,10 +244,10 @@ OUT_OF_RANGE = [
         deadline_ms=1500,
         branch=-1,
     ),
-    Verify(session="s1", request=0, branch=0, start=0, draft=(), deadline_ms=1500),
-    Verify(session="s1", request=0, branch=0, start=0, draft=(1,) * 65, deadline_ms=1500),
-    Verify(session="s1", request=0, branch=0, start=0, draft=(-1,), deadline_ms=1500),
-    Verify(session="s1", request=0, branch=-1, start=0, draft=(1,), deadline_ms=1500),
+    verify(draft=()),
+    verify(draft=(1,) * 65),
+    verify(draft=(-1,)),
+    verify(branch=-1),
 ]
 
 
@@ -258,10 +269,17 @@ def test_the_table_holds_every_message() -> None:
 def test_bytes_that_are_no_message_are_refused_in_one_line(payload: bytes) -> None:
     with pytest.raises(
         DecodeError,
-        match=r"^expected one of these messages: open, context, assist, verify, close; got \d+",
+        match=r"^expected one of these messages: open, context, verify, close; got \d+",
     ) as e:
         decode_to_worker(payload)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("payload", OF_PROTOCOL_3.values(), ids=OF_PROTOCOL_3.keys())
+def test_the_messages_that_only_protocol_3_has_are_refused(payload: bytes) -> None:
+    for decode_message in (decode_to_worker, decode_to_device):
+        with pytest.raises(DecodeError, match=r"Invalid value '(assist|token)'"):
+            decode_message(payload)
 
 
 @pytest.mark.parametrize("message", OUT_OF_RANGE)

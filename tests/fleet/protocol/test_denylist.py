@@ -20,7 +20,7 @@ def test_the_longest_list_fits_and_no_longer_one_is_made() -> None:
 @pytest.mark.parametrize(
     "payload", [b"", b"[", b"{}", b"[1]", b'["A"]', b'["../#"]', b"\xff", b"[" * 100_000]
 )
-def test_what_is_no_list_of_names_is_refused(payload: bytes) -> None:
+def test_a_payload_that_is_no_list_of_names_is_refused(payload: bytes) -> None:
     with pytest.raises(DecodeError):
         decode_denylist(payload)
 

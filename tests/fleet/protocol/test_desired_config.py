@@ -11,7 +11,7 @@ from fleet.protocol.desired_config import (
     Settings,
     decode_desired,
     encode_desired,
-    merge,
+    merge_scopes,
     parse_settings,
 )
 from fleet.protocol.modes import Mode
@@ -34,10 +34,10 @@ from fleet.protocol.modes import Mode
         ),
     ],
 )
-def test_the_narrowest_scope_that_says_anything_decides(
+def test_the_narrowest_scope_that_has_a_value_decides(
     scopes: tuple[Settings, ...], merged: Settings
 ) -> None:
-    assert merge(*scopes) == merged
+    assert merge_scopes(*scopes) == merged
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_setting_that_is_none_is_refused_by_name(values: dict[str, object], sa
         parse_settings(values)
 
 
-def test_what_is_not_said_is_not_on_the_wire() -> None:
+def test_a_missing_value_is_not_on_the_wire() -> None:
     desired = DesiredConfig(7, Settings(mode=Mode.AUTO))
     assert encode_desired(desired) == b'{"version":7,"settings":{"mode":"auto"}}'
     assert decode_desired(encode_desired(desired)) == desired

@@ -1,10 +1,10 @@
-"""Exit decisions."""
+"""Modes, and the sources of tokens."""
 
 import pytest
 
 from fleet.errors import ConfigError
 from fleet.exits.exit_policy import check_threshold, exit_emits
-from fleet.protocol.modes import Mode, assist_deadline_ms, exit_source, offload_rate, parse_mode
+from fleet.protocol.modes import Mode, exit_source, offload_rate, parse_mode
 
 
 @pytest.mark.parametrize(
@@ -66,12 +66,3 @@ def test_the_offload_rate_is_the_share_of_the_cloud_in_all_tokens(
     sources: dict[str, int], rate: float
 ) -> None:
     assert offload_rate(sources) == rate
-
-
-def test_an_assist_waits_longer_when_more_positions_are_pending() -> None:
-    assert assist_deadline_ms(1000, 0) == 1000
-    assert assist_deadline_ms(1000, 50) == 1500
-
-
-def test_an_assist_never_waits_longer_than_the_wire_allows() -> None:
-    assert assist_deadline_ms(1000, 1 << 20) == 600_000

@@ -1,4 +1,4 @@
-"""Requests of apps, and the answer's stream."""
+"""Requests of apps, and the stream of replies."""
 
 import msgspec
 import pytest
@@ -25,12 +25,13 @@ ACCEPTED: list[tuple[bytes, PromptRequest]] = [
     (b'{"prompt": "hi"}', PromptRequest(prompt="hi")),
     (b' \n {"prompt": "hi"} ', PromptRequest(prompt="hi")),
     (
-        b'{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]}',
+        b'{"messages": [{"role": "system", "content": "Be brief."},'
+        b' {"role": "user", "content": "hi"}]}',
         PromptRequest(messages=(ChatMessage("system", "Be brief."), ChatMessage("user", "hi"))),
     ),
     (
-        b'{"prompt": "hi", "max_new_tokens": 5, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "seed": 3,'
-        b' "mode": "standalone", "threshold": 0.8}',
+        b'{"prompt": "hi", "max_new_tokens": 5, "temperature": 0.7, "top_p": 0.9, "top_k": 40,'
+        b' "seed": 3, "mode": "standalone", "threshold": 0.8}',
         PromptRequest(
             prompt="hi",
             max_new_tokens=5,
@@ -101,15 +102,13 @@ def test_a_payload_is_plain_text_or_a_json_object(payload: bytes, request_: Prom
 
 
 @pytest.mark.parametrize(("payload", "reason"), REFUSED.values(), ids=REFUSED.keys())
-def test_a_request_that_cannot_be_served_is_refused_in_one_line_that_says_why(
-    payload: bytes, reason: str
-) -> None:
+def test_a_bad_request_is_refused_with_the_reason_in_one_line(payload: bytes, reason: str) -> None:
     with pytest.raises(PromptError, match=reason) as caught:
         parse_prompt(payload)
     assert "\n" not in str(caught.value)
 
 
-def test_a_prompt_of_the_largest_size_is_taken() -> None:
+def test_a_prompt_of_the_largest_size_is_accepted() -> None:
     assert parse_prompt(b"a" * MAX_PROMPT_BYTES).prompt == "a" * MAX_PROMPT_BYTES
 
 
@@ -117,7 +116,7 @@ def test_a_prompt_is_a_conversation_of_one_message() -> None:
     assert parse_prompt(b"hi").chat == (ChatMessage("user", "hi"),)
 
 
-def test_a_request_that_says_nothing_of_sampling_is_greedy() -> None:
+def test_a_request_without_sampling_options_is_greedy() -> None:
     assert parse_prompt(b"hi").sampling == Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
 
 
@@ -150,11 +149,11 @@ REPLIES = [
 
 
 @pytest.mark.parametrize("reply", REPLIES)
-def test_a_reply_comes_back_as_it_was(reply: Reply) -> None:
+def test_a_reply_survives_encoding(reply: Reply) -> None:
     assert decode_reply(msgspec.json.encode(reply)) == reply
 
 
-def test_a_reply_says_only_what_it_has_to_say() -> None:
+def test_a_reply_has_no_empty_fields() -> None:
     assert (
         msgspec.json.encode(Reply(seq=0, text="Hel", token_id=12, source="exit:8"))
         == b'{"seq":0,"text":"Hel","token_id":12,"source":"exit:8"}'

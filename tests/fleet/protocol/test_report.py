@@ -1,4 +1,4 @@
-"""Reports of generations, and births and deaths."""
+"""Reports of generations, receipts, and statuses."""
 
 from typing import Any
 
@@ -11,6 +11,7 @@ from fleet.protocol.report import (
     MAX_RECEIPT_BYTES,
     MAX_REPORT_BYTES,
     MAX_STATUS_BYTES,
+    ConfigProblem,
     DeviceStatus,
     GenerationReport,
     ReportReceipt,
@@ -98,7 +99,7 @@ def test_a_report_that_is_too_large_is_refused_before_it_is_read() -> None:
         decode_report(bytes(MAX_REPORT_BYTES + 1))
 
 
-def test_a_report_of_a_device_that_knows_no_sums_is_one_answer() -> None:
+def test_a_report_without_a_number_of_answers_is_one_answer() -> None:
     old = {name: value for name, value in msgspec.to_builtins(REPORT).items() if name != "answers"}
     assert decode_report(msgpack.packb(old)).answers == 1
 
@@ -114,7 +115,7 @@ def test_a_report_of_a_device_that_knows_no_sums_is_one_answer() -> None:
         (altered(app="a" * MAX_REPORT_BYTES), None),
     ],
 )
-def test_what_is_no_report_may_still_say_which_it_was_to_be(
+def test_the_generation_is_read_from_a_payload_that_is_no_report(
     payload: bytes, generation: str | None
 ) -> None:
     assert generation_of(payload) == generation
@@ -136,7 +137,7 @@ def test_a_receipt_comes_back_as_it_was(receipt: ReportReceipt) -> None:
     "raw",
     [[], {"stored": "g1"}, {"stored": ["../g"]}, {"refused": {"g1": 7}}, {"stored": ["g"] * 2000}],
 )
-def test_what_is_no_receipt_is_refused(raw: object) -> None:
+def test_a_payload_that_is_no_receipt_is_refused(raw: object) -> None:
     with pytest.raises(DecodeError, match="expected a receipt"):
         decode_receipt(msgpack.packb(raw))
 
@@ -151,6 +152,11 @@ def test_a_receipt_that_is_too_large_is_refused_before_it_is_read() -> None:
     [
         DeviceStatus(online=True, epoch=7, bundle_id="b1", version="0.1.0", mode="collaborative"),
         DeviceStatus(online=False, epoch=7),
+        DeviceStatus(
+            online=True,
+            epoch=7,
+            config_error=ConfigProblem("service_away", "no answer", is_final=False),
+        ),
         WorkerStatus(
             online=True, epoch=3, bundle_ids=("b1", "b2"), version="0.1.0", num_sessions=5
         ),
@@ -164,6 +170,30 @@ def test_a_status_comes_back_as_it_was(status: DeviceStatus | WorkerStatus) -> N
     else:
         decoded = decode_status(encode_status(status), WorkerStatus)
     assert decoded == status
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", None),
+        ("not yet: no answer", ConfigProblem("unknown", "not yet: no answer", is_final=False)),
+        ("no room", ConfigProblem("unknown", "no room", is_final=False)),
+    ],
+)
+def test_the_text_of_an_older_device_is_a_problem_that_is_not_final(
+    text: str, problem: ConfigProblem | None
+) -> None:
+    payload = msgspec.json.encode({"online": True, "epoch": 1, "config_error": text})
+    assert decode_status(payload, DeviceStatus).config_error == problem
+
+
+@pytest.mark.parametrize(
+    "problem", [7, [], {"code": "x"}, {"code": "x", "message": "x" * 201, "is_final": True}]
+)
+def test_a_status_with_a_malformed_problem_is_refused(problem: object) -> None:
+    payload = msgspec.json.encode({"online": True, "epoch": 1, "config_error": problem})
+    with pytest.raises(DecodeError, match="expected a DeviceStatus in JSON"):
+        decode_status(payload, DeviceStatus)
 
 
 @pytest.mark.parametrize(

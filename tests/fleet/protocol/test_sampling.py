@@ -23,7 +23,7 @@ def ids(candidates: Float32) -> npt.NDArray[np.int64]:
 def drawn(
     candidates: Float32, sampling: Sampling, num_positions: int = 2000
 ) -> npt.NDArray[np.int64]:
-    """How often each candidate was drawn over many positions."""
+    """Return the number of draws of each candidate over many positions."""
     chosen = [
         draw(candidates, ids(candidates), position, sampling) for position in range(num_positions)
     ]
@@ -88,7 +88,7 @@ def test_top_k_and_top_p_leave_only_the_best(sampling: Sampling, possible: int) 
 
 
 def test_top_p_cuts_what_top_k_left_over() -> None:
-    """Of 0.5 and 0.25 the first makes up two thirds, which is already more than 0.6."""
+    """The first of 0.5 and 0.25 makes up two thirds, which is already more than 0.6."""
     counts = drawn(logprobs(0.5, 0.25, 0.15, 0.1), Sampling(temperature=1.0, top_k=2, top_p=0.6))
     assert np.count_nonzero(counts) == 1
 
@@ -157,7 +157,9 @@ def test_noise_is_finite_for_every_hash() -> None:
 
 
 def splitmix64(value: int) -> int:
-    """The first output of the public reference (https://prng.di.unimi.it/splitmix64.c) for a state of `value`."""
+    """The first output of the public reference (https://prng.di.unimi.it/splitmix64.c) for a state
+    of `value`.
+    """
     value = (value + 0x9E3779B97F4A7C15) % (1 << 64)
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % (1 << 64)
     value = (value ^ value >> 27) * 0x94D049BB133111EB % (1 << 64)
@@ -184,7 +186,9 @@ def test_the_hash_is_splitmix64() -> None:
 
 
 def neighbours_table(pairs: list[tuple[tuple[int, int], tuple[int, int]]]) -> float:
-    """Chi-square of drawing twice from 0.4, 0.3, 0.2, 0.1, against independent draws; 15 degrees of freedom."""
+    """Chi-square of drawing twice from 0.4, 0.3, 0.2, 0.1, against independent draws; 15 degrees of
+    freedom.
+    """
     probabilities = np.array([0.4, 0.3, 0.2, 0.1])
     candidates = np.log(probabilities).astype(np.float32)
     counts = np.zeros((4, 4))
@@ -222,7 +226,9 @@ def test_many_seeds_at_one_position_give_the_distribution() -> None:
 
 
 def test_two_that_draw_from_similar_distributions_mostly_draw_the_same() -> None:
-    """At least (1 - d) / (1 + d) of the time at a total variation distance of d (arXiv 2408.07978)."""
+    """At least (1 - d) / (1 + d) of the time at a total variation distance of d (arXiv
+    2408.07978).
+    """
     random = np.random.default_rng(5)
     hot = Sampling(temperature=1.0, seed=3)
     for _ in range(10):

@@ -1,4 +1,4 @@
-"""What a chunk adds, and which event is legal when."""
+"""The new rows of a chunk, and the legal order of events."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Which events become prompts, and which prompts."""
+"""Triggers: events, conditions, templates and the prompts made of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WARM = (
 
 
 def trigger(**changes: Any) -> Trigger:
-    """As it comes in JSON."""
+    """Decode a trigger from JSON fields."""
     values = {"name": "warm", "events": "thermostat/warmth", "template": "It is warm."}
     return msgspec.convert(values | changes, Trigger)
 
@@ -78,11 +78,11 @@ def test_a_number_alone_can_be_formatted_and_compared() -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        "{room.__class__}", "{room.upper}", "{last.__len__}", "{sensor.items}", "{cellar}", "{sensor.humidity}",
-        "{last.2}", "{last.-1}", "{room.0}",
+        "{room.__class__}", "{room.upper}", "{last.__len__}", "{sensor.items}", "{cellar}",
+        "{sensor.humidity}", "{last.2}", "{last.-1}", "{room.0}",
     ],
 )  # fmt: skip
-def test_a_path_leads_to_plain_data_and_nowhere_else(template: str) -> None:
+def test_a_path_leads_only_to_plain_data(template: str) -> None:
     with pytest.raises(PromptError, match="expected a field"):
         fill(template, read_event("warmth", WARM))
 
@@ -98,23 +98,23 @@ def test_a_value_that_does_not_fit_its_format_is_named(template: str) -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        "{", "}", "{}", "{0}", "{room", "{a b}", "{room[0]}", "{room!r}", "{room:{width}}", "{room:999}",
-        "{room:.999f}", "{_.x!s}", "{room:x<5}", "", "x" * 2001,
+        "{", "}", "{}", "{0}", "{room", "{a b}", "{room[0]}", "{room!r}", "{room:{width}}",
+        "{room:999}", "{room:.999f}", "{_.x!s}", "{room:x<5}", "", "x" * 2001,
     ],
 )  # fmt: skip
-def test_a_bad_template_is_no_trigger(template: str) -> None:
+def test_a_bad_template_is_refused(template: str) -> None:
     with pytest.raises(msgspec.ValidationError):
         trigger(template=template)
 
 
-def test_what_a_template_makes_is_bounded() -> None:
+def test_the_length_of_a_filled_template_is_bounded() -> None:
     event = read_event("warmth", b"x" * (MAX_TEXT // 10))
     with pytest.raises(PromptError, match="at most 16384 characters"):
         fill("{payload}" * 200, event)
 
 
 @pytest.mark.parametrize("payload", [b"", b"  \n"])
-def test_an_empty_prompt_is_none(payload: bytes) -> None:
+def test_an_empty_prompt_is_refused(payload: bytes) -> None:
     with pytest.raises(PromptError, match="empty prompt"):
         fill("{payload}", read_event("warmth", payload))
 
@@ -145,7 +145,7 @@ def test_a_condition_compares_a_field_with_a_value(when: str, holds: bool) -> No
 @pytest.mark.parametrize(
     "when", ["room > 3", 'sensor.celsius > "3"', "sensor.ok > 0", "note > 0", "last > 0"]
 )
-def test_what_cannot_be_compared_is_named(when: str) -> None:
+def test_values_that_cannot_be_compared_are_named(when: str) -> None:
     with pytest.raises(PromptError, match=r"expected a (number|text) at"):
         make_prompt(trigger(when=when), read_event("warmth", WARM))
 
@@ -169,7 +169,7 @@ def test_a_condition_on_a_field_that_is_missing_is_an_error() -> None:
         "a()> 3",
     ],
 )
-def test_a_bad_condition_is_no_trigger(when: str) -> None:
+def test_a_bad_condition_is_refused(when: str) -> None:
     with pytest.raises(msgspec.ValidationError, match="condition like celsius > 30"):
         trigger(when=when)
 
@@ -191,11 +191,16 @@ def test_a_bad_event_is_refused(payload: bytes, error: type[Exception]) -> None:
         read_event("warmth", payload)
 
 
-@given(st.binary(max_size=200) | st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | FINITE | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-).map(lambda value: msgspec.json.encode({"room": value})))  # fmt: skip
-def test_no_payload_does_more_than_make_a_prompt_or_an_error_of_ours(payload: bytes) -> None:
+)
+JSON_EVENTS = JSON_VALUES.map(lambda value: msgspec.json.encode({"room": value}))
+
+
+@given(st.binary(max_size=200) | JSON_EVENTS)
+def test_any_payload_makes_a_prompt_or_a_fleet_error(payload: bytes) -> None:
     for each in (
         trigger(template="{room:.1f}"),
         trigger(template="{room} {payload}", when="room > 3"),
@@ -206,22 +211,22 @@ def test_no_payload_does_more_than_make_a_prompt_or_an_error_of_ours(payload: by
 
 
 @given(st.text(max_size=60))
-def test_no_template_does_more_than_be_refused_or_be_filled(template: str) -> None:
+def test_any_template_is_refused_or_filled(template: str) -> None:
     with suppress(msgspec.ValidationError, PromptError):
         prompt = make_prompt(trigger(template=template), read_event("warmth", WARM))
         assert prompt
         assert prompt.prompt
 
 
-def test_the_prompt_has_the_triggers_wishes() -> None:
-    wishes = {
+def test_the_prompt_has_the_triggers_options() -> None:
+    options = {
         "max_new_tokens": 8,
         "mode": "standalone",
         "temperature": 0.5,
         "seed": 7,
         "deadline_ms": 1000,
     }
-    assert make_prompt(trigger(**wishes), read_event("warmth", b"")) == PromptRequest(
+    assert make_prompt(trigger(**options), read_event("warmth", b"")) == PromptRequest(
         prompt="It is warm.",
         max_new_tokens=8,
         mode=Mode.STANDALONE,
@@ -231,7 +236,7 @@ def test_the_prompt_has_the_triggers_wishes() -> None:
     )
 
 
-def test_a_trigger_may_wish_whatever_a_prompt_may() -> None:
+def test_a_trigger_has_all_options_of_a_prompt() -> None:
     assert set(AnswerOptions.__struct_fields__) == set(PromptRequest.__struct_fields__) - {
         "prompt",
         "messages",
@@ -240,14 +245,18 @@ def test_a_trigger_may_wish_whatever_a_prompt_may() -> None:
 
 
 @pytest.mark.parametrize(
-    ("events", "channel", "takes"),
+    ("events", "channel", "listens_to"),
     [
-        ("thermostat/warmth", "warmth", True), ("thermostat/warmth", "door", False), ("thermostat/+", "door", True),
+        ("thermostat/warmth", "warmth", True),
+        ("thermostat/warmth", "door", False),
+        ("thermostat/+", "door", True),
         ("other/+", "door", False),
     ],
-)  # fmt: skip
-def test_a_trigger_takes_its_apps_events(events: str, channel: str, takes: bool) -> None:
-    assert trigger(events=events).takes("thermostat", channel) is takes
+)
+def test_a_trigger_listens_to_the_events_of_its_app(
+    events: str, channel: str, listens_to: bool
+) -> None:
+    assert trigger(events=events).listens_to("thermostat", channel) is listens_to
 
 
 @pytest.mark.parametrize(
@@ -282,15 +291,13 @@ def test_the_longest_trigger_makes_a_legal_request() -> None:
     assert request_name(named, 1, 2) != request_name(named, 1, 3) != request_name(named, 2, 3)
 
 
-def test_two_triggers_have_two_names() -> None:
+def test_names_of_triggers_must_be_unique() -> None:
     values = msgspec.to_builtins(trigger())
-    with pytest.raises(
-        ConfigError, match="a name of its own for each trigger, got warm more than once"
-    ):
+    with pytest.raises(ConfigError, match="unique trigger names, got warm repeatedly"):
         parse_settings({"triggers": [values, values]})
 
 
-def test_triggers_that_no_device_would_take_are_refused_where_they_are_set() -> None:
+def test_triggers_too_large_for_a_device_are_refused_when_they_are_set() -> None:
     triggers = [
         msgspec.to_builtins(trigger(name=f"t{i}", template="\u20ac" * 2000)) for i in range(16)
     ]

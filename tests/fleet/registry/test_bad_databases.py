@@ -1,4 +1,4 @@
-"""A database that is locked, away, gone or without room: each gives its own clear error, and nothing is half done."""
+"""Databases that are locked, away, gone or full: each gives its own error and no partial write."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ sys.stdin.read()
 
 @contextmanager
 def locked(url: str) -> Iterator[None]:
-    """Another process holds what a write needs: SQLite's lock, or a table."""
+    """A lock that another process holds and a write needs: SQLite's, or that of a table."""
     if url.startswith("postgresql"):
         with psycopg.connect(url) as connection:
             connection.execute("LOCK TABLE identities IN EXCLUSIVE MODE")
@@ -59,12 +59,12 @@ def locked(url: str) -> Iterator[None]:
 
 
 def num_until_full(registry: Registry) -> int:
-    """Reports that are stored until there is no room for another."""
+    """Store reports until there is no room for another; return their number."""
     number = 0
     refusal = ""
     while not refusal and number < 10_000:
         try:
-            registry.record_report("edge-1", report(f"g{number}", session=f"s{number}"))
+            registry.stats.record_report("edge-1", report(f"g{number}", session=f"s{number}"))
             number += 1
         except RegistryError as error:
             refusal = str(error)
@@ -73,15 +73,15 @@ def num_until_full(registry: Registry) -> int:
 
 
 def check_whole(registry: Registry, num_reports: int) -> None:
-    """Answers, tokens by source, sessions and roll-ups are those of so many reports."""
-    (row,) = registry.stats()
+    """Check that answers, tokens, sessions and roll-ups are those of `num_reports` reports."""
+    (row,) = registry.stats.per_device()
     assert (row.generations, sum(row.sources.values())) == (num_reports, 10 * num_reports)
-    assert len(registry.sessions(limit=10_000)) == num_reports
+    assert len(registry.stats.sessions(limit=10_000)) == num_reports
 
 
 @contextmanager
 def no_room() -> Iterator[None]:
-    """SQLite files that are opened from now on do not grow."""
+    """Keep SQLite files that are opened from now on from growing."""
 
     def limit(connection: sqlite3.Connection, _: object) -> None:
         (count,) = connection.execute("PRAGMA page_count").fetchone()
@@ -100,7 +100,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_write_to_a_locked_registry_gives_up_in_time_and_works_when_it_is_free(
+def test_a_write_to_a_locked_registry_fails_in_time_and_succeeds_when_it_is_free(
     registry_url: str,
 ) -> None:
     with Registry.open(registry_url) as registry:
@@ -110,9 +110,9 @@ def test_a_write_to_a_locked_registry_gives_up_in_time_and_works_when_it_is_free
                 RegistryError, match=r"was locked for 0.3 s \(.*\); end the process that holds it"
             ):
                 add(registry, "edge-2")
-            assert [row.name for row in registry.identities()] == ["edge-1"]
+            assert [row.name for row in registry.identities.all()] == ["edge-1"]
         add(registry, "edge-2")
-        assert [row.name for row in registry.identities()] == ["edge-1", "edge-2"]
+        assert [row.name for row in registry.identities.all()] == ["edge-1", "edge-2"]
 
 
 @pytest.mark.usefixtures("impatient")
@@ -124,7 +124,7 @@ def test_opening_a_locked_sqlite_registry_says_that_it_is_locked(tmp_path: Path)
 
 
 @pytest.mark.usefixtures("impatient")
-def test_opening_a_postgresql_registry_that_somebody_migrates_does_not_wait_for_ever(
+def test_opening_a_postgresql_registry_during_a_migration_does_not_wait_for_ever(
     postgresql: Databases,
 ) -> None:
     with postgresql.database() as url, psycopg.connect(url) as other:
@@ -133,7 +133,7 @@ def test_opening_a_postgresql_registry_that_somebody_migrates_does_not_wait_for_
             Registry.open(url)
 
 
-def test_a_question_that_postgresql_works_on_for_too_long_is_given_up(
+def test_a_query_that_takes_postgresql_too_long_is_cancelled(
     postgresql: Databases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "QUERY_TIMEOUT_S", 0.3)
@@ -143,9 +143,9 @@ def test_a_question_that_postgresql_works_on_for_too_long_is_given_up(
             other.execute("ALTER TABLE identities RENAME TO kept")
             other.execute("CREATE VIEW identities AS SELECT kept.* FROM kept, pg_sleep(60)")
         with pytest.raises(
-            RegistryError, match=r"worked for 0.3 s on one question \(.*\); ask for less"
+            RegistryError, match=r"worked for 0.3 s on one query \(.*\); query less"
         ):
-            registry.identities()
+            registry.identities.all()
 
 
 def test_a_sqlite_file_that_is_deleted_is_missed_and_no_other_is_made(tmp_path: Path) -> None:
@@ -156,10 +156,10 @@ def test_a_sqlite_file_that_is_deleted_is_missed_and_no_other_is_made(tmp_path: 
         for _ in range(2):
             with pytest.raises(RegistryError, match="its file is gone; put it back"):
                 add(registry, "edge-2")
-            registry.close()  # the next question opens the file again
+            registry.close()  # the next query opens the file again
         assert not path.exists()
         (tmp_path / "away").rename(path)
-        assert [row.name for row in registry.identities()] == ["edge-1"]
+        assert [row.name for row in registry.identities.all()] == ["edge-1"]
 
 
 def test_a_sqlite_file_in_place_of_the_one_that_was_opened_is_not_written_to(
@@ -172,7 +172,7 @@ def test_a_sqlite_file_in_place_of_the_one_that_was_opened_is_not_written_to(
         with pytest.raises(RegistryError, match="another file is in its place; start again"):
             add(registry, "edge-1")
     with Registry.open(path) as registry:
-        assert registry.identities() == []
+        assert registry.identities.all() == []
 
 
 def test_a_postgresql_server_that_stops_is_missed_and_found_again(postgresql: Databases) -> None:
@@ -188,7 +188,7 @@ def test_a_postgresql_server_that_stops_is_missed_and_found_again(postgresql: Da
                 Registry.open(url)
         finally:
             postgresql.server.start()
-        assert [row.name for row in registry.identities()] == ["edge-1"]
+        assert [row.name for row in registry.identities.all()] == ["edge-1"]
 
 
 def test_a_postgresql_database_that_is_dropped_is_missed(postgresql: Databases) -> None:
@@ -199,7 +199,7 @@ def test_a_postgresql_database_that_is_dropped_is_missed(postgresql: Databases) 
             add(registry, "edge-1")
 
 
-def test_a_file_that_is_damaged_is_called_so(tmp_path: Path) -> None:
+def test_a_damaged_file_is_reported_as_damaged(tmp_path: Path) -> None:
     path = tmp_path / "registry.sqlite"
     with Registry.open(path) as registry:
         add(registry, "edge-1")
@@ -207,17 +207,17 @@ def test_a_file_that_is_damaged_is_called_so(tmp_path: Path) -> None:
         file.seek(4096)
         file.write(b"\xff" * (path.stat().st_size - 4096))
     with pytest.raises(RegistryError, match=r"is damaged .*; put a backup in its place"):
-        Registry.open(path).identities()
+        Registry.open(path).identities.all()
 
 
 def test_a_sqlite_registry_without_room_stores_whole_reports_or_none(tmp_path: Path) -> None:
     with Registry.open(tmp_path / "registry.sqlite") as registry, no_room():
-        registry.close()  # the next question connects anew, with no more room than there is
+        registry.close()  # the next query connects anew, and the file cannot grow
         add(registry, "edge-1")
         number = num_until_full(registry)
     with Registry.open(tmp_path / "registry.sqlite") as registry:
         check_whole(registry, number)
-        registry.record_report("edge-1", report("later", session="later"))
+        registry.stats.record_report("edge-1", report("later", session="later"))
         check_whole(registry, number + 1)
 
 
@@ -233,7 +233,7 @@ def test_a_migration_without_room_leaves_the_tables_of_the_earlier_version(tmp_p
 
 @pytest.fixture
 def small_disk() -> Iterator[Path]:
-    """A folder on a disk of 16 MB that PostgreSQL may use; skips who may not mount one."""
+    """A folder on a disk of 16 MB for PostgreSQL; skip the test without the right to mount one."""
     folder = Path(tempfile.mkdtemp(prefix="fleet-disk-"))
     try:
         folder.chmod(0o755)
@@ -267,7 +267,7 @@ def test_a_postgresql_registry_without_room_stores_whole_reports_or_none(
                 number = num_until_full(registry)
                 check_whole(registry, number)
                 ballast.unlink()
-                registry.record_report("edge-1", report("later", session="later"))
+                registry.stats.record_report("edge-1", report("later", session="later"))
                 check_whole(registry, number + 1)
         finally:
             connection.execute("DROP DATABASE small WITH (FORCE)")
@@ -275,7 +275,7 @@ def test_a_postgresql_registry_without_room_stores_whole_reports_or_none(
 
 
 def fill_up(path: Path) -> None:
-    """A file that leaves no room beside it."""
+    """Write a file that fills the disk."""
     with path.open("wb", buffering=0) as file:
         try:
             while True:

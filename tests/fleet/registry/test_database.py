@@ -1,4 +1,4 @@
-"""Opening: empty, old, newer, shared and unusable databases."""
+"""Opening empty, old, newer, shared and unusable databases."""
 
 from __future__ import annotations
 
@@ -40,27 +40,27 @@ def test_there_is_one_newest_migration() -> None:
 def test_a_registry_of_the_first_version_keeps_its_counts_and_gets_roll_ups(empty_url: str) -> None:
     make_old_registry(empty_url, "0001")
     with Registry.open(empty_url) as registry:
-        assert "edge-1" in {row.name for row in registry.identities()}
-        (row,) = registry.stats("edge-1", now=NOW)
+        assert "edge-1" in {row.name for row in registry.identities.all()}
+        (row,) = registry.stats.per_device("edge-1", now=NOW)
         add(registry, "twin", group="north")
         for i in range(20):
-            registry.record_report("twin", old_report(i))
-        as_if_new = registry.stats("twin", now=NOW)[0]
+            registry.stats.record_report("twin", old_report(i))
+        as_if_new = registry.stats.per_device("twin", now=NOW)[0]
         assert (row.generations, row.tokens, row.sources["cloud"]) == (20, 200, 40)
         assert (
             msgspec.structs.replace(row, device="twin", online=False, last_seen=None) == as_if_new
         )
-        assert registry.stats("edge-1", NOW - 7200, now=NOW)[0].generations == 2
-        assert not registry.record_report("edge-1", old_report(0))
+        assert registry.stats.per_device("edge-1", NOW - 7200, now=NOW)[0].generations == 2
+        assert not registry.stats.record_report("edge-1", old_report(0))
 
 
-def test_a_registry_that_is_opened_again_still_knows_everything(tmp_path: Path) -> None:
+def test_a_registry_keeps_its_rows_when_it_is_opened_again(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "registry.sqlite"
     with Registry.open(path) as registry:
         add(registry, "edge-1")
-        registry.record_report("edge-1", report())
+        registry.stats.record_report("edge-1", report())
     with Registry.open(f"sqlite:///{path}") as registry:
-        assert registry.stats("edge-1")[0].tokens == 10
+        assert registry.stats.per_device("edge-1")[0].tokens == 10
 
 
 def test_a_registry_of_a_newer_version_is_left_alone(empty_url: str) -> None:
@@ -103,8 +103,8 @@ def _write_reports(url: str, writer: int, number: int, ready: Barrier) -> None:
     ready.wait(WAIT_S)
     with Registry.open(url) as registry:
         for i in range(number):
-            registry.record_report("edge-1", report(f"g{writer}-{i}", session=f"s{i}"))
-            registry.record_report("edge-1", report(f"both-{i}", session=f"s{i}"))
+            registry.stats.record_report("edge-1", report(f"g{writer}-{i}", session=f"s{i}"))
+            registry.stats.record_report("edge-1", report(f"both-{i}", session=f"s{i}"))
 
 
 def test_processes_that_write_at_once_lose_nothing_and_count_nothing_twice(
@@ -124,8 +124,8 @@ def test_processes_that_write_at_once_lose_nothing_and_count_nothing_twice(
         for process in writers:
             process.join(WAIT_S)
         assert [process.exitcode for process in writers] == [0, 0]
-        (row,) = registry.stats()
-        assert (row.generations, row.tokens, len(registry.sessions())) == (60, 600, 20)
+        (row,) = registry.stats.per_device()
+        assert (row.generations, row.tokens, len(registry.stats.sessions())) == (60, 600, 20)
 
 
 def _open(url: str, ready: Barrier) -> None:
@@ -144,8 +144,8 @@ def test_processes_that_open_a_new_registry_at_once_make_it_once(empty_url: str)
     assert [process.exitcode for process in openers] == [0, 0, 0]
 
 
-def test_whoever_meets_at_a_new_file_changes_its_journal_once(tmp_path: Path) -> None:
-    """SQLite alone says "locked" to about one in 25 of these."""
+def test_processes_that_open_a_new_file_at_once_change_its_journal_once(tmp_path: Path) -> None:
+    """SQLite alone refuses about one in 25 of these as locked."""
 
     def connect(path: Path, ready: threading.Barrier) -> str:
         connection = sqlite3.connect(path, isolation_level=None)

@@ -1,4 +1,4 @@
-"""Desired configuration in the registry, published, and what follows from changes."""
+"""Desired configuration in the registry, its publication, and the tasks after a change."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ EDGE = Target(Scope.DEVICE, "edge-1")
 
 @pytest.fixture
 def fleet(registry: Registry) -> Registry:
-    """edge-1 in the kitchen, and edge-2 in no group."""
+    """A registry with edge-1 in the group kitchen, and edge-2 in no group."""
     add(registry, "edge-1", group="kitchen")
     add(registry, "edge-2")
     return registry
 
 
 def change(registry: Registry, target: Target, settings: Settings) -> int:
-    return registry.change_settings(target, lambda _: settings)
+    return registry.desired_state.change_settings(target, lambda _: settings)
 
 
-def test_nothing_said_is_version_0(fleet: Registry) -> None:
-    assert fleet.desired_configs() == dict.fromkeys(
+def test_a_device_without_settings_has_version_0(fleet: Registry) -> None:
+    assert fleet.desired_state.configs() == dict.fromkeys(
         ("edge-1", "edge-2"), DesiredConfig(0, Settings())
     )
 
@@ -51,52 +51,60 @@ def test_a_device_follows_the_narrowest_scope_and_its_newest_version(fleet: Regi
     group = change(fleet, KITCHEN, Settings(max_draft=4, mode=Mode.AUTO))
     everywhere = change(fleet, ALL, Settings(threshold=0.5, mode=Mode.STANDALONE))
     assert device < group < everywhere
-    assert fleet.desired_configs() == {
+    assert fleet.desired_state.configs() == {
         "edge-1": DesiredConfig(everywhere, Settings(threshold=0.5, mode=Mode.AUTO, max_draft=2)),
         "edge-2": DesiredConfig(everywhere, Settings(threshold=0.5, mode=Mode.STANDALONE)),
     }
 
 
-def test_a_change_sees_what_was_said_before(fleet: Registry) -> None:
+def test_a_change_receives_the_newest_settings(fleet: Registry) -> None:
     change(fleet, EDGE, Settings(max_draft=2))
-    fleet.change_settings(EDGE, lambda settings: Settings(max_draft=(settings.max_draft or 0) + 1))
-    assert fleet.settings(EDGE) == Settings(max_draft=3)
-    assert fleet.settings(ALL) == Settings()
+    fleet.desired_state.change_settings(
+        EDGE, lambda settings: Settings(max_draft=(settings.max_draft or 0) + 1)
+    )
+    assert fleet.desired_state.settings(EDGE) == Settings(max_draft=3)
+    assert fleet.desired_state.settings(ALL) == Settings()
 
 
-def test_of_two_changes_at_once_each_sees_the_other(fleet: Registry, registry_url: str) -> None:
-    with Registry.open(registry_url, "somebody else") as other, ThreadPoolExecutor(1) as pool:
+def test_of_two_changes_at_once_the_later_receives_the_earlier(
+    fleet: Registry, registry_url: str
+) -> None:
+    with Registry.open(registry_url, "another") as other, ThreadPoolExecutor(1) as pool:
 
         def slowly(settings: Settings) -> Settings:
             futures.append(
-                pool.submit(other.change_settings, EDGE, partial(replace, threshold=0.5))
+                pool.submit(
+                    other.desired_state.change_settings, EDGE, partial(replace, threshold=0.5)
+                )
             )
             assert wait(futures, timeout=0.3).not_done, "it has to wait for us"
             return replace(settings, max_draft=2)
 
         futures: list[Future[int]] = []
-        first = fleet.change_settings(EDGE, slowly)
+        first = fleet.desired_state.change_settings(EDGE, slowly)
         assert futures[0].result(30) > first
-    assert fleet.settings(EDGE) == Settings(max_draft=2, threshold=0.5)
+    assert fleet.desired_state.settings(EDGE) == Settings(max_draft=2, threshold=0.5)
 
 
-def test_a_change_is_in_the_audit_log_with_who_made_it(fleet: Registry) -> None:
+def test_a_change_is_in_the_audit_log_with_its_actor(fleet: Registry) -> None:
     version = change(fleet, KITCHEN, Settings(max_draft=4))
-    (row,) = fleet.audit_log("group:kitchen")
+    (row,) = fleet.audit_log.entries("group:kitchen")
     assert (row.actor, row.action) == (fleet.actor, "config")
     assert row.details == {"version": version, "settings": {"max_draft": 4}}
 
 
-def test_settings_of_nobody_are_refused_and_leave_no_trace(fleet: Registry) -> None:
-    newest = fleet.newest_change()
+def test_settings_of_an_unknown_target_are_refused_and_leave_no_trace(fleet: Registry) -> None:
+    newest = fleet.audit_log.newest_change()
     with pytest.raises(UnknownDeviceError, match="unknown device 'edge-9'"):
         change(fleet, Target(Scope.DEVICE, "edge-9"), Settings(max_draft=4))
     with pytest.raises(ConfigError, match="no device is in the group 'attic'"):
         change(fleet, Target(Scope.GROUP, "attic"), Settings(max_draft=4))
-    assert fleet.newest_change() == newest
+    assert fleet.audit_log.newest_change() == newest
 
 
-def test_a_device_reads_what_is_wanted_of_it_also_when_it_comes_later(fleet: Registry) -> None:
+def test_a_device_reads_its_desired_configuration_also_when_it_connects_later(
+    fleet: Registry,
+) -> None:
     broker = InMemoryBroker()
     with broker.connect("server") as server:
         publisher = ConfigPublisher(server, fleet)
@@ -111,7 +119,7 @@ def test_a_device_reads_what_is_wanted_of_it_also_when_it_comes_later(fleet: Reg
             newer = change(fleet, ALL, Settings(threshold=0.5))
             publisher.publish()
             assert decode_desired(inbox.get()[1]).version == newer
-            publisher.forget()
+            publisher.reset()
             publisher.publish()
             assert decode_desired(inbox.get()[1]).version == newer
 
@@ -122,16 +130,16 @@ def test_a_task_runs_at_the_start_and_after_each_change_of_another_process(
     runs = threading.Semaphore(0)
     watcher = ChangeWatcher(fleet, poll_s=0.02)
     watcher.add(runs.release)
-    with watcher, Registry.open(registry_url, "somebody else") as other:
+    with watcher, Registry.open(registry_url, "another") as other:
         assert runs.acquire(timeout=10)
         assert not runs.acquire(timeout=0.2)
         change(other, EDGE, Settings(max_draft=2))
         assert runs.acquire(timeout=10)
-        watcher.again()
+        watcher.run_again()
         assert runs.acquire(timeout=10)
 
 
-def test_a_task_that_fails_is_tried_again_and_holds_up_no_other(fleet: Registry) -> None:
+def test_a_task_that_fails_is_retried_and_delays_no_other(fleet: Registry) -> None:
     attempts = []
     others = threading.Semaphore(0)
 
@@ -151,11 +159,11 @@ def test_a_task_that_fails_is_tried_again_and_holds_up_no_other(fleet: Registry)
     assert len(attempts) == 3
 
 
-def test_the_watcher_outlives_what_nobody_foresaw(
+def test_the_watcher_survives_an_unexpected_error(
     fleet: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = threading.Semaphore(0)
-    newest = fleet.newest_change
+    newest = fleet.audit_log.newest_change
     left = [1, 1]
 
     def out_of_descriptors() -> int:
@@ -164,7 +172,7 @@ def test_the_watcher_outlives_what_nobody_foresaw(
             raise OSError(errno.EMFILE, "Too many open files")
         return newest()
 
-    monkeypatch.setattr(fleet, "newest_change", out_of_descriptors)
+    monkeypatch.setattr(fleet.audit_log, "newest_change", out_of_descriptors)
     watcher = ChangeWatcher(fleet, poll_s=0.02)
     watcher.add(runs.release)
     with watcher:

@@ -35,7 +35,7 @@ ONLINE = DeviceStatus(online=True, epoch=1, bundle_id="b1", version="0.1.0", mod
 
 
 class Site:
-    """A collector on an in-memory broker, and the device edge-1 that hears its receipts."""
+    """A collector on an in-memory broker, and the device edge-1 that receives its receipts."""
 
     def __init__(
         self, device: InMemoryTransport, collector_link: InMemoryTransport, collector: Collector
@@ -69,7 +69,7 @@ def site(registry: Registry, max_waiting: int = 1000) -> Iterator[Site]:
 
 @pytest.fixture
 def edge(registry: Registry) -> Registry:
-    """A registry that knows edge-1."""
+    """A registry with the device edge-1."""
     add(registry, "edge-1")
     return registry
 
@@ -78,10 +78,10 @@ def test_a_report_is_acknowledged_once_it_is_stored(edge: Registry) -> None:
     with site(edge) as fleet:
         fleet.report("edge-1", report())
         assert fleet.receipt() == ReportReceipt(("g1",))
-        assert edge.stats()[0].generations == 1
+        assert edge.stats.per_device()[0].generations == 1
 
 
-def test_a_worker_is_known_from_what_it_says_until_its_last_will(registry: Registry) -> None:
+def test_a_worker_is_online_from_its_birth_to_its_last_will(registry: Registry) -> None:
     add(registry, "cloud-1", Role.WORKER)
     with site(registry) as fleet:
         for worker in ("stranger", "cloud-1"):
@@ -91,8 +91,8 @@ def test_a_worker_is_known_from_what_it_says_until_its_last_will(registry: Regis
                     WorkerStatus(online=True, epoch=1, bundle_ids=("b1", "b2"), num_sessions=3)
                 ),
             )
-        wait_until(lambda: bool(registry.workers()), "the worker is known")
-        (row,) = registry.workers()
+        wait_until(lambda: bool(registry.stats.workers()), "the worker is known")
+        (row,) = registry.stats.workers()
         assert (row.worker, row.online, row.bundle_ids, row.num_sessions) == (
             "cloud-1",
             True,
@@ -102,8 +102,8 @@ def test_a_worker_is_known_from_what_it_says_until_its_last_will(registry: Regis
         fleet.send(
             topics.worker_status("cloud-1"), encode_status(WorkerStatus(online=False, epoch=0))
         )
-        wait_until(lambda: not registry.workers()[0].online, "the worker is gone")
-        assert registry.workers()[0].bundle_ids == ("b1", "b2")
+        wait_until(lambda: not registry.stats.workers()[0].online, "the worker is gone")
+        assert registry.stats.workers()[0].bundle_ids == ("b1", "b2")
 
 
 def test_a_report_that_comes_twice_is_acknowledged_twice_and_counted_once(edge: Registry) -> None:
@@ -111,22 +111,22 @@ def test_a_report_that_comes_twice_is_acknowledged_twice_and_counted_once(edge: 
         for _ in range(2):
             fleet.report("edge-1", report())
             assert fleet.receipt() == ReportReceipt(("g1",))
-        assert edge.stats()[0].generations == 1
+        assert edge.stats.per_device()[0].generations == 1
         assert fleet.collector.reports == {"stored": 1, "repeated": 1, "refused": 0, "dropped": 0}
 
 
-def test_a_report_of_several_answers_counts_as_so_many(edge: Registry) -> None:
+def test_a_report_of_several_answers_counts_as_all_of_them(edge: Registry) -> None:
     with site(edge) as fleet:
         fleet.report("edge-1", report(answers=5))
         fleet.receipt()
-    assert edge.stats()[0].generations == 5
+    assert edge.stats.per_device()[0].generations == 5
 
 
-def test_a_birth_is_stored_and_answered_with_a_receipt_of_nothing(edge: Registry) -> None:
+def test_a_birth_is_stored_and_acknowledged_with_an_empty_receipt(edge: Registry) -> None:
     with site(edge) as fleet:
         fleet.send(topics.device_status("edge-1"), encode_status(ONLINE))
         assert fleet.receipt() == ReportReceipt()
-        assert edge.devices()[0].online
+        assert edge.stats.devices()[0].online
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_birth_is_stored_and_answered_with_a_receipt_of_nothing(edge: Registry
         b"\xdd\xff\xff\xff\xff",
     ],
 )
-def test_garbage_is_dropped_in_one_line_and_the_others_are_served(
+def test_a_malformed_message_is_dropped_with_one_line_and_harms_no_other(
     edge: Registry, caplog: pytest.LogCaptureFixture, payload: bytes
 ) -> None:
     with site(edge) as fleet, caplog.at_level(logging.INFO):
@@ -154,7 +154,7 @@ def test_garbage_is_dropped_in_one_line_and_the_others_are_served(
             line.startswith("dropped a message on 'ce/v1/d/edge-1/") for line in caplog.messages
         )
         assert not any("\n" in line for line in caplog.messages)
-    assert edge.stats()[0].tokens == 10
+    assert edge.stats.per_device()[0].tokens == 10
 
 
 @pytest.mark.parametrize(
@@ -180,10 +180,10 @@ def test_a_report_of_impossible_values_is_refused_with_its_reason(
     assert receipt.refused.keys() == {"g1"}
     assert len(caplog.messages) == 1
     assert receipt.refused["g1"] in caplog.messages[0]
-    assert edge.stats()[0].generations == 0
+    assert edge.stats.per_device()[0].generations == 0
 
 
-def test_a_report_without_a_usable_name_is_dropped_and_nobody_is_told(edge: Registry) -> None:
+def test_a_report_without_a_usable_name_is_dropped_without_a_receipt(edge: Registry) -> None:
     with site(edge) as fleet:
         fleet.report("edge-1", report("../../etc"))
         fleet.report("edge-1", report())
@@ -193,28 +193,28 @@ def test_a_report_without_a_usable_name_is_dropped_and_nobody_is_told(edge: Regi
 
 def test_a_bad_report_harms_no_other_of_its_batch(edge: Registry) -> None:
     wrong = report("wrong", tokens=11)
-    fates = edge.record_reports(
+    fates = edge.stats.record_reports(
         {("edge-1", it.generation): it for it in (report("g1"), wrong, report("g2"))}
         | {("oven", "g1"): report("g1")}
     )
     assert [fate for fate in fates.values() if isinstance(fate, bool)] == [True, True]
     assert "add up to 10" in str(fates["edge-1", "wrong"])
     assert "unknown device 'oven'" in str(fates["oven", "g1"])
-    assert edge.stats()[0].generations == 2
+    assert edge.stats.per_device()[0].generations == 2
 
 
 def test_a_value_that_the_database_refuses_harms_no_other_of_its_batch(edge: Registry) -> None:
-    """PostgreSQL takes no NUL in a text; SQLite does."""
+    """PostgreSQL accepts no NUL in a text; SQLite does."""
     reports = [report(f"g{i}", finish_reason="\0" if i == 3 else "stop") for i in range(8)]
-    fates = edge.record_reports({("edge-1", it.generation): it for it in reports})
+    fates = edge.stats.record_reports({("edge-1", it.generation): it for it in reports})
     odd = fates.pop(("edge-1", "g3"))
     assert set(fates.values()) == {True}
     assert odd is True or "refuses generation g3" in str(odd)
-    assert edge.stats()[0].generations == (8 if odd is True else 7)
+    assert edge.stats.per_device()[0].generations == (8 if odd is True else 7)
 
 
-def test_a_status_that_the_database_refuses_holds_up_nobody(edge: Registry) -> None:
-    """PostgreSQL takes no NUL in a text; SQLite does."""
+def test_a_status_that_the_database_refuses_delays_no_other(edge: Registry) -> None:
+    """PostgreSQL accepts no NUL in a text; SQLite does."""
     add(edge, "edge-2")
     add(edge, "cloud-1", Role.WORKER)
     with site(edge) as fleet:
@@ -229,10 +229,10 @@ def test_a_status_that_the_database_refuses_holds_up_nobody(edge: Registry) -> N
         fleet.send(topics.device_status("edge-1"), encode_status(ONLINE))
         fleet.report("edge-1", report())
         wait_until(lambda: bool(fleet.receipt().stored), "the report is stored")
-    assert {row.device: row.online for row in edge.devices()}["edge-1"]
+    assert {row.device: row.online for row in edge.stats.devices()}["edge-1"]
 
 
-def test_whoever_left_while_the_broker_was_away_is_offline_when_it_is_back(edge: Registry) -> None:
+def test_a_device_that_left_while_the_broker_was_away_is_offline_afterwards(edge: Registry) -> None:
     add(edge, "edge-2")
     add(edge, "cloud-1", Role.WORKER)
     births = {
@@ -242,8 +242,8 @@ def test_whoever_left_while_the_broker_was_away_is_offline_when_it_is_back(edge:
     }
 
     def online() -> set[str]:
-        return {row.device for row in edge.devices() if row.online} | {
-            w.worker for w in edge.workers() if w.online
+        return {row.device for row in edge.stats.devices() if row.online} | {
+            w.worker for w in edge.stats.workers() if w.online
         }
 
     with site(edge) as fleet:
@@ -254,12 +254,12 @@ def test_whoever_left_while_the_broker_was_away_is_offline_when_it_is_back(edge:
         for topic in (topics.device_status("edge-2"), topics.worker_status("cloud-1")):
             fleet.device.publish(
                 topic, b"", qos=1, retain=True
-            )  # what a broker that was started again knows of them
+            )  # a restarted broker has no retained status
         fleet.collector_link.restore()
         wait_until(lambda: online() == {"edge-1"}, "who left is offline")
 
 
-def test_messages_of_a_device_that_nobody_enrolled_are_dropped_in_one_line_each(
+def test_messages_of_an_unknown_device_are_dropped_with_one_line_each(
     edge: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
     with site(edge) as fleet:
@@ -269,7 +269,7 @@ def test_messages_of_a_device_that_nobody_enrolled_are_dropped_in_one_line_each(
         fleet.report("edge-1", report())
         assert fleet.receipt() == ReportReceipt(("g1",)), "the oven is not told to forget"
         wait_until(lambda: len(caplog.messages) == 3, "three lines are logged")
-    assert [row.generations for row in edge.stats()] == [1]
+    assert [row.generations for row in edge.stats.per_device()] == [1]
 
 
 def test_the_devices_name_is_the_topics_whatever_the_payload_says(edge: Registry) -> None:
@@ -278,18 +278,21 @@ def test_the_devices_name_is_the_topics_whatever_the_payload_says(edge: Registry
     with site(edge) as fleet:
         fleet.send(topics.device_stats("edge-1"), forged)
         fleet.receipt()
-    assert {row.device: row.generations for row in edge.stats()} == {"edge-1": 1, "edge-2": 0}
+    assert {row.device: row.generations for row in edge.stats.per_device()} == {
+        "edge-1": 1,
+        "edge-2": 0,
+    }
 
 
-def test_a_device_that_died_while_nobody_listened_is_offline_at_the_next_start(
+def test_a_device_that_died_while_the_collector_was_off_is_offline_at_its_start(
     edge: Registry,
 ) -> None:
-    edge.record_status("edge-1", DeviceStatus(online=True, epoch=1), 10.0)
+    edge.stats.record_status("edge-1", DeviceStatus(online=True, epoch=1), 10.0)
     with site(edge):
-        assert not edge.devices()[0].online
+        assert not edge.stats.devices()[0].online
 
 
-def test_a_device_that_is_still_there_is_online_after_a_new_start_and_knows_of_it(
+def test_a_device_that_is_still_online_is_so_after_a_restart_and_gets_a_receipt(
     edge: Registry,
 ) -> None:
     broker = InMemoryBroker()
@@ -304,10 +307,10 @@ def test_a_device_that_is_still_there_is_online_after_a_new_start_and_knows_of_i
         )
         with Collector(server, edge):
             assert decode_receipt(receipts.get()[1]) == ReportReceipt()
-            assert edge.devices()[0].online
+            assert edge.stats.devices()[0].online
 
 
-def test_what_a_birth_and_a_last_will_said_while_the_registry_was_away_is_kept(
+def test_a_birth_and_a_last_will_from_while_the_registry_was_away_are_stored(
     edge: Registry,
 ) -> None:
     inbox = CollectorQueue(max_reports=10)
@@ -329,7 +332,7 @@ def test_what_a_birth_and_a_last_will_said_while_the_registry_was_away_is_kept(
     ]
 
 
-def test_a_registry_that_is_away_is_said_once_and_loses_nothing_that_was_heard(
+def test_a_registry_that_is_away_is_logged_once_and_no_message_is_lost(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Registry.open(tmp_path / "registry.sqlite") as registry:
@@ -346,11 +349,11 @@ def test_a_registry_that_is_away_is_said_once_and_loses_nothing_that_was_heard(
             (tmp_path / "away.sqlite").rename(tmp_path / "registry.sqlite")
             assert fleet.receipt().stored == ("g1",)
             assert fleet.receipt().stored == ("g2",)
-        assert registry.stats()[0].generations == 2
+        assert registry.stats.per_device()[0].generations == 2
     assert ["cannot answer" in line for line in caplog.messages] == [True, False]
 
 
-def test_who_found_no_room_is_told_when_there_is_some(
+def test_a_device_that_was_turned_away_is_told_when_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_BATCH", 1)
@@ -372,10 +375,10 @@ def test_who_found_no_room_is_told_when_there_is_some(
             for generation in dropped:
                 fleet.report("edge-1", report(generation))
                 fleet.receipt()
-        assert registry.stats()[0].generations == 8
+        assert registry.stats.per_device()[0].generations == 8
 
 
-def test_what_was_heard_before_the_end_is_stored(edge: Registry) -> None:
+def test_messages_from_before_the_end_are_stored(edge: Registry) -> None:
     with site(edge) as fleet:
         for i in range(50):
             fleet.report("edge-1", report(f"g{i}"))
@@ -383,4 +386,4 @@ def test_what_was_heard_before_the_end_is_stored(edge: Registry) -> None:
         fleet.collector_link.subscribe("the-end", heard)
         fleet.send("the-end", b"")
         heard.get()
-    assert edge.stats()[0].generations == 50
+    assert edge.stats.per_device()[0].generations == 50

@@ -1,4 +1,4 @@
-"""What the fleet server tells of itself: sums over the registry, and whether it is alive and ready."""
+"""The metrics of the fleet server, its liveness and its readiness."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
 
 
 class Server:
-    """A collector on a broker in memory, which it takes for its own, and its endpoint."""
+    """A collector on an in-memory broker, which counts as its own, and its endpoint."""
 
     def __init__(
         self,
@@ -57,14 +57,14 @@ def server(registry: Registry) -> Iterator[tuple[Server, InMemoryTransport]]:
 def test_devices_tokens_and_offload_are_summed_by_group(registry: Registry) -> None:
     for name, group in (("a1", "lab"), ("a2", "lab"), ("b1", None)):
         add(registry, name, group=group)
-        registry.record_report(name, report())
-    with server(registry) as (told, _):
-        registry.record_status(
+        registry.stats.record_report(name, report())
+    with server(registry) as (running, _):
+        registry.stats.record_status(
             "a1",
             DeviceStatus(online=True, epoch=1, bundle_id="b", version="0.1.0", mode="standalone"),
             1000.0,
         )
-        samples = scrape(told.url)
+        samples = scrape(running.url)
     assert samples['fleet_devices{group="lab",state="online"}'] == 1
     assert samples['fleet_devices{group="lab",state="offline"}'] == 1
     assert samples['fleet_devices{group="",state="offline"}'] == 1
@@ -75,47 +75,50 @@ def test_devices_tokens_and_offload_are_summed_by_group(registry: Registry) -> N
     assert samples['fleet_session_bytes_total{direction="up",group="lab"}'] == 4000
 
 
-def test_reports_are_counted_by_what_became_of_them(registry: Registry) -> None:
+def test_reports_are_counted_by_outcome(registry: Registry) -> None:
     add(registry, "edge-1")
-    with server(registry) as (told, device):
+    with server(registry) as (running, device):
         for payload in (encode_report(report("g1")), encode_report(report("g1")), b"garbage"):
             device.publish(topics.device_stats("edge-1"), payload, qos=1)
 
         def outcomes() -> list[float]:
-            samples = scrape(told.url)
+            samples = scrape(running.url)
             return [
                 samples[f'fleet_reports_total{{outcome="{name}"}}']
                 for name in ("stored", "repeated", "refused")
             ]
 
-        wait_until(lambda: sum(outcomes()) >= 2, "the reports are dealt with")
+        wait_until(lambda: sum(outcomes()) >= 2, "the reports are counted")
         stored, _, refused = outcomes()
     assert (stored, refused) == (1, 1)
 
 
 def test_a_server_without_a_link_is_alive_and_not_ready(registry: Registry) -> None:
-    with server(registry) as (told, _):
-        assert get(f"{told.url}/readyz") == (200, "ok\n")
-        told.link.drop()
-        assert get(f"{told.url}/readyz") == (503, "the collector has no connection to the broker\n")
-        assert get(f"{told.url}/healthz") == (200, "ok\n")
+    with server(registry) as (running, _):
+        assert get(f"{running.url}/readyz") == (200, "ok\n")
+        running.link.drop()
+        assert get(f"{running.url}/readyz") == (
+            503,
+            "the collector has no connection to the broker\n",
+        )
+        assert get(f"{running.url}/healthz") == (200, "ok\n")
 
 
 def test_a_server_whose_broker_has_ended_is_unhealthy(registry: Registry) -> None:
-    with server(registry) as (told, _):
-        told.is_serving = False
-        assert get(f"{told.url}/healthz") == (503, "the broker's thread has ended\n")
+    with server(registry) as (running, _):
+        running.is_serving = False
+        assert get(f"{running.url}/healthz") == (503, "the broker's thread has ended\n")
 
 
 def test_a_registry_that_cannot_answer_fails_the_scrape_and_not_the_process(
     registry: Registry, tmp_path: Path
 ) -> None:
-    with server(registry) as (told, _):
+    with server(registry) as (running, _):
         registry.close()
         (tmp_path / "registry.sqlite").unlink()
         (tmp_path / "registry.sqlite").mkdir()
-        status, reason = get(f"{told.url}/readyz")
+        status, reason = get(f"{running.url}/readyz")
         assert status == 503
         assert "the registry" in reason
-        assert get(f"{told.url}/metrics") == (503, reason)
-        assert get(f"{told.url}/healthz") == (200, "ok\n")
+        assert get(f"{running.url}/metrics") == (503, reason)
+        assert get(f"{running.url}/healthz") == (200, "ok\n")

@@ -1,4 +1,4 @@
-"""Three worlds in which a transport must behave alike: memory, amqtt and mosquitto."""
+"""Three worlds in which every transport behaves alike: memory, amqtt and mosquitto."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from tests.brokers import BROKERS, Site, running_site, wait_until
 
 
 class World(Protocol):
-    """What the contract's tests need: connections, and the two ways in which they are lost."""
+    """Connections for the contract's tests, and the two ways to lose them."""
 
     def connect(self, name: str, will: Will | None = None) -> Transport: ...
 
     def kill(self, transport: Transport) -> None:
-        """Cuts one connection without a goodbye."""
+        """Cut one connection without a goodbye."""
         ...
 
     @contextmanager
     def outage(self) -> Iterator[None]:
-        """No broker while it lasts; afterwards every link is up again."""
+        """Stop the broker; on exit every link is up again."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What every transport promises, whatever it runs on."""
+"""The contract of every transport, on each kind of broker."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_two_thousand_messages_come_in_order(world: World, qos: int) -> None:
     assert inbox.is_empty
 
 
-def test_a_retained_message_reaches_who_subscribes_later(world: World) -> None:
+def test_a_retained_message_reaches_a_later_subscriber(world: World) -> None:
     world.connect("d1").publish(STATUS, b"born", qos=1, retain=True)
     watcher = world.connect("s1")
     inbox = Inbox()
@@ -50,7 +50,7 @@ def test_a_retained_message_reaches_who_subscribes_later(world: World) -> None:
     assert inbox.get() == (STATUS, b"born")
 
 
-def test_a_message_that_is_not_retained_does_not_reach_who_subscribes_later(world: World) -> None:
+def test_a_message_that_is_not_retained_does_not_reach_a_later_subscriber(world: World) -> None:
     device = world.connect("d1")
     device.publish(STATUS, b"early", qos=1)
     device.close()
@@ -144,7 +144,7 @@ def test_a_handler_may_subscribe_and_publish(world: World) -> None:
     assert inbox.get()[1] == b"hello yourself"
 
 
-def test_every_handler_whose_filter_matches_is_called(world: World) -> None:
+def test_every_handler_with_a_matching_filter_is_called(world: World) -> None:
     device = world.connect("d1")
     exact = Inbox()
     wide = Inbox()
@@ -218,7 +218,7 @@ def test_the_queue_of_an_outage_has_a_limit(world: World) -> None:
             device.publish(STATUS, b"one too many", qos=1)
 
 
-def test_what_is_retained_goes_into_a_full_queue(world: World) -> None:
+def test_a_retained_message_goes_into_a_full_queue(world: World) -> None:
     device = world.connect("d1")
     with world.outage():
         for _ in range(MAX_QUEUED):

@@ -1,4 +1,4 @@
-"""The mischief that the fault tests do to messages."""
+"""The message faults that the fault tests inject."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def test_without_odds_everything_arrives_in_order() -> None:
     assert arrivals(PERFECT) == list(MESSAGES)
 
 
-def test_what_is_lost_never_arrives() -> None:
+def test_a_lost_message_never_arrives() -> None:
     arrived = arrivals(Odds(lost=0.2))
     assert arrived == sorted(set(arrived))
     assert 700 < len(arrived) < 900
 
 
-def test_what_is_doubled_arrives_twice_in_a_row() -> None:
+def test_a_doubled_message_arrives_twice_in_a_row() -> None:
     counts = Counter(arrivals(Odds(doubled=0.2)))
     assert set(counts) == set(MESSAGES)
     assert set(counts.values()) == {1, 2}
 
 
-def test_what_is_held_arrives_a_little_later() -> None:
+def test_a_held_message_arrives_a_little_later() -> None:
     arrived = arrivals(Odds(held=0.2))
     late = [place - message for place, message in enumerate(arrived)]
     assert arrived != sorted(arrived)
@@ -40,7 +40,7 @@ def test_what_is_held_arrives_a_little_later() -> None:
     assert len(set(arrived)) == len(arrived) >= len(MESSAGES) - MAX_HELD_FOR
 
 
-def test_what_is_replayed_was_said_before() -> None:
+def test_a_replayed_message_was_sent_before() -> None:
     mischief: Mischief[int] = Mischief(0, Odds(replayed=0.2))
     for message in MESSAGES:
         *old, new = mischief(message)

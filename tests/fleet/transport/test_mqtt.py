@@ -1,4 +1,4 @@
-"""What the MQTT transport says when a connection cannot be, and how it sets its socket."""
+"""The MQTT transport: errors of a failed connection, its socket and its limits."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def test_nagles_algorithm_is_off(site: Site) -> None:
 
 def test_a_flush_returns_when_the_message_has_gone_or_its_time_is_over(site: Site) -> None:
     with site.connect("d1") as device:
-        device.flush(WAIT_S)  # of nothing
+        device.flush(WAIT_S)  # without a message
         device.publish(topics.to_worker("w1", "d1", "s1"), b"x" * 100_000)
         device.flush(WAIT_S)
-        assert device._newest
-        assert device._newest.is_published()
-        device._newest = paho.MQTTMessageInfo(0)  # one that never goes
+        assert device._newest_qos0
+        assert device._newest_qos0.is_published()
+        device._newest_qos0 = paho.MQTTMessageInfo(0)  # a message that is never sent
         device.flush(0.01)
 
 
-def test_a_port_where_nobody_listens_is_named(site: Site) -> None:
+def test_a_port_without_a_listener_is_named(site: Site) -> None:
     port = free_port()
-    with pytest.raises(LinkError, match=rf"127\.0\.0\.1:{port}: nothing listens there; start it"):
+    with pytest.raises(LinkError, match=rf"127\.0\.0\.1:{port}: no server listens there; start it"):
         MqttTransport.connect(at(site.identity("d1"), port))
 
 
@@ -65,7 +65,7 @@ def test_an_unknown_host_is_named(site: Site) -> None:
 
 def test_a_broker_of_another_fleet_is_not_trusted(site: Site, tmp_path: Path) -> None:
     foreign = CertificateAuthority.create(tmp_path / "foreign")
-    with pytest.raises(LinkError, match="not what we trust"):
+    with pytest.raises(LinkError, match="not trusted"):
         MqttTransport.connect(site.identity("d1", foreign))
 
 
@@ -89,7 +89,7 @@ def test_a_certificate_of_another_fleet_is_refused_with_the_next_step(
 def test_a_server_that_does_not_answer_ends_the_wait(site: Site) -> None:
     with socket.create_server((HOST, 0)) as mute:
         identity = at(site.identity("d1"), mute.getsockname()[1])
-        with pytest.raises(LinkError, match="did not answer"):
+        with pytest.raises(LinkError, match="did not respond"):
             MqttTransport.connect(identity, timeout_s=0.3)
 
 
@@ -147,7 +147,7 @@ def test_a_message_of_a_quarter_megabyte_passes(site: Site) -> None:
         assert inbox.get() == (topics.to_worker("w1", "d1", "s1"), payload)
 
 
-def test_what_was_published_before_closing_arrives(site: Site) -> None:
+def test_messages_published_before_closing_arrive(site: Site) -> None:
     inbox = Inbox()
     with site.connect("s1") as watcher:
         watcher.subscribe(topics.DEVICE_STATS_FILTER, inbox, qos=1)

@@ -18,7 +18,7 @@ MESSAGE = bytes(range(256)) * 40
 
 @pytest.fixture
 def proxy() -> Iterator[Proxy]:
-    """In front of a server that sends back what it gets."""
+    """A proxy in front of an echo server."""
     with socket.create_server((HOST, 0)) as server:
 
         def serve() -> None:
@@ -78,7 +78,7 @@ def test_small_late_pieces_keep_their_order(proxy: Proxy) -> None:
         assert echoes(connection)
 
 
-def test_a_cut_ends_connections_and_takes_new_ones(proxy: Proxy) -> None:
+def test_a_cut_ends_connections_and_accepts_new_ones(proxy: Proxy) -> None:
     with connect(proxy) as connection:
         assert echoes(connection)
         proxy.cut()
@@ -95,7 +95,7 @@ def test_a_reset_is_one(proxy: Proxy) -> None:
             connection.recv(1)
 
 
-def test_nobody_gets_in_until_it_is_healed(proxy: Proxy) -> None:
+def test_connections_are_refused_until_it_is_healed(proxy: Proxy) -> None:
     with connect(proxy) as connection:
         assert echoes(connection)
         proxy.refuse()
@@ -107,7 +107,7 @@ def test_nobody_gets_in_until_it_is_healed(proxy: Proxy) -> None:
         assert echoes(connection)
 
 
-def test_what_was_frozen_arrives_when_it_is_healed(proxy: Proxy) -> None:
+def test_frozen_bytes_arrive_when_it_is_healed(proxy: Proxy) -> None:
     with connect(proxy) as connection:
         assert echoes(connection)
         proxy.freeze()
@@ -137,11 +137,11 @@ def test_a_half_open_connection_swallows_everything_until_it_is_reset(proxy: Pro
 
 
 def test_without_its_target_it_ends_a_connection_at_once() -> None:
-    with socket.socket() as nobody:
-        nobody.bind((HOST, 0))
-        # The end may come before connecting is over, so that it is not only receiving which may raise.
+    with socket.socket() as unused:
+        unused.bind((HOST, 0))
+        # The end may come before the connection is made, so connecting may raise as well.
         with (
-            Proxy(nobody.getsockname()[1]) as proxy,
+            Proxy(unused.getsockname()[1]) as proxy,
             pytest.raises(ConnectionResetError),
             connect(proxy) as connection,
         ):

@@ -1,4 +1,4 @@
-"""A connection that goes over to a new certificate."""
+"""A connection that changes to a new certificate."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
 
 
 def put_certificate(site: Site, identity: Identity, life: timedelta = timedelta(days=1)) -> None:
-    """Another key and certificate in an identity's folder, valid for `life` from now on."""
+    """Put a new key and certificate into an identity's folder, valid for `life` from now."""
     key = new_key()
     public_key = load_pem_private_key(key, None).public_key()
     certificate = certify_key(site.authority, public_key, identity.name, life)  # type: ignore[arg-type]
@@ -48,21 +48,21 @@ def put_certificate(site: Site, identity: Identity, life: timedelta = timedelta(
     site.admit(identity)
 
 
-def test_a_connection_that_is_renewed_takes_the_new_certificate(site: Site) -> None:
+def test_a_renewed_connection_uses_the_new_certificate(site: Site) -> None:
     identity = site.identity("d1")
     put_certificate(site, identity, timedelta(seconds=2))
     connected = threading.Semaphore(0)
     with MqttTransport.connect(identity) as device:
         device.on_up(connected.release)
         put_certificate(site, identity)
-        time.sleep(2.1)  # with the old one nobody comes in any more
-        device.renew()
+        time.sleep(2.1)  # the old one has expired
+        device.reload_certificate()
         assert connected.acquire(timeout=10)
         assert connected.acquire(timeout=10)
         assert device.is_up
 
 
-def test_a_connection_that_is_renewed_sends_no_will_and_keeps_its_subscriptions(site: Site) -> None:
+def test_a_renewed_connection_sends_no_will_and_keeps_its_subscriptions(site: Site) -> None:
     statuses = Inbox()
     sessions = Inbox()
     with (
@@ -72,7 +72,7 @@ def test_a_connection_that_is_renewed_sends_no_will_and_keeps_its_subscriptions(
     ):
         watcher.subscribe(topics.DEVICE_STATUS_FILTER, statuses, qos=1)
         device.subscribe(topics.to_device("d1", "s1"), sessions)
-        device.renew()
+        device.reload_certificate()
         device.publish(WILL.topic, b"here", qos=1)
         assert statuses.get() == (WILL.topic, b"here")
         wait_until(lambda: device.is_up, "the link is up again")
@@ -89,7 +89,7 @@ def test_files_that_do_not_load_leave_the_connection(site: Site) -> None:
     with MqttTransport.connect(identity) as device:
         (identity.folder / RENEWED_FILE).write_text("no certificate")
         with pytest.raises(IdentityError, match="does not load"):
-            device.renew()
+            device.reload_certificate()
         assert device.is_up
 
 
@@ -100,7 +100,7 @@ def test_a_link_that_is_down_comes_back_with_the_new_certificate(site: Site) -> 
         site.broker.stop()
         wait_until(lambda: not device.is_up, "the link is down")
         put_certificate(site, identity)
-        device.renew()
+        device.reload_certificate()
         time.sleep(2.1)
         site.broker.start()
         wait_until(lambda: device.is_up, "the link is up again", timeout_s=20)
@@ -108,7 +108,7 @@ def test_a_link_that_is_down_comes_back_with_the_new_certificate(site: Site) -> 
 
 def test_a_transport_that_was_renewed_closes_and_leaves_no_thread(site: Site) -> None:
     device = site.connect("d1")
-    device.renew()
+    device.reload_certificate()
     device.close()
     wait_until(
         lambda: not any("paho" in thread.name for thread in threading.enumerate()),
@@ -134,6 +134,6 @@ def test_an_answer_under_way_outlives_a_renewal(
         for reply in PromptClient(app).ask("d1", request, timeout_s=60):
             replies.append(reply)
             if reply.seq == 5:
-                edge.renew()
+                edge.reload_certificate()
     assert replies[-1].finish_reason == "length"
     assert len([reply for reply in replies if reply.token_id is not None]) == NUM_TOKENS

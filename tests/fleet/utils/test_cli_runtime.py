@@ -1,4 +1,4 @@
-"""How commands stop."""
+"""The stop of commands."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def _handlers() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_a_command_whatever_it_is_doing(number: signal.Signals) -> None:
+def test_a_signal_stops_a_command_at_any_time(number: signal.Signals) -> None:
     stop = stop_event()
     with stop._cond:  # type: ignore[attr-defined]  # as it is for a moment in `stop.wait`
         signal.raise_signal(number)
     assert stop.wait(WAIT_S)
 
 
-def test_a_signal_that_another_thread_gets_stops_a_command() -> None:
+def test_a_signal_to_another_thread_stops_a_command() -> None:
     stop = stop_event()
     waiting = threading.Timer(
         0.1, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Pictures: the same bytes for the same figure, and one clear line where there can be none."""
+"""Pictures: equal bytes for equal figures, and one clear line for an error."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from matplotlib.figure import Figure
 
 from fleet.errors import ConfigError
 from fleet.exits.plot import plot_curves
-from fleet.exits.thresholds import Point
+from fleet.exits.thresholds import OperatingPoint
 from fleet.utils.plots import check_plot, save
 
 
 def curve() -> Figure:
     return plot_curves(
         "a < b",
-        {"exit 3": [Point(0.9, 0.5, (0.8,)), Point(1.0, 1.0, (1.0,))]},
-        {"it": Point(1, 0.6, ())},
+        {"exit 3": [OperatingPoint(0.9, 0.5, (0.8,)), OperatingPoint(1.0, 1.0, (1.0,))]},
+        {"it": OperatingPoint(1, 0.6, ())},
     )
 
 
@@ -29,9 +29,7 @@ def test_the_same_figure_gives_the_same_bytes(tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["curve", "curve.pdf", "no/curve.svg", "folder.svg"])
-def test_a_name_that_can_be_no_picture_is_refused_before_the_work(
-    tmp_path: Path, name: str
-) -> None:
+def test_a_name_of_no_picture_is_refused_before_the_work(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder.svg").mkdir()
     with pytest.raises(
         ConfigError, match=r"expected a file named \*.png or \*.svg in a folder that exists"

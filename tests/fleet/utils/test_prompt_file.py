@@ -1,4 +1,4 @@
-"""Prompts come out of the usual files, and a bad line is named."""
+"""Prompts in the usual files, and the error of a bad line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fleet.errors import ConfigError
 from fleet.utils.prompt_file import read_prompts
 
 
-def test_prompts_come_in_every_form_and_nothing_else(tmp_path: Path) -> None:
+def test_prompts_are_read_in_every_form(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     text = tmp_path / "prompts.txt"
     rows = [

@@ -1,4 +1,4 @@
-"""A report may stand for several answers."""
+"""Generations that are the sum of several answers."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,7 @@
-"""Roll-ups of 2, 8 and 16 days, added up from those of 1 and 4; tokens that are among the sums, no rows any more."""
+"""Roll-ups of 2, 8 and 16 days, added up from those of 1 and 4 days.
+
+The tokens of the cloud and of the fallback are columns: their rows are deleted.
+"""
 
 import sqlalchemy as sa
 from alembic import op
@@ -20,11 +23,12 @@ def upgrade() -> None:
         keys = ("span_s", "start", "device", *about)
         columns = [column["name"] for column in sa.inspect(op.get_bind()).get_columns(name)]
         amounts = [column for column in columns if column not in keys]
+        sums = ", ".join(f"sum({amount})" for amount in amounts)
         by = ", ".join(("device", *about))
         for from_s, to_s in SPANS_S:
             start = f"start / {to_s} * {to_s}"
             op.execute(
                 f"INSERT INTO {name} (span_s, start, {by}, {', '.join(amounts)}) "
-                f"SELECT {to_s}, {start}, {by}, {', '.join(f'sum({amount})' for amount in amounts)} "
+                f"SELECT {to_s}, {start}, {by}, {sums} "
                 f"FROM {name} WHERE span_s = {from_s} GROUP BY {start}, {by}"
             )

@@ -1,4 +1,4 @@
-"""Enrolment by token, tags, certificates, workers, desired configuration, bundles and roll-outs, the audit log."""
+"""Tables of enrolment and operations, for instance tokens, tags, workers, roll-outs, audit log."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -27,7 +27,7 @@ def upgrade() -> None:
 
 
 def _identities() -> None:
-    # Never by a copy of the table: dropping the old one would take along what belongs to its rows.
+    # Never by a copy of the table: dropping the old one would delete the rows that refer to it.
     with op.batch_alter_table("identities", recreate="never") as batch:
         batch.add_column(sa.Column("state", sa.String(63), nullable=False, server_default="active"))
     op.execute("UPDATE identities SET state = 'revoked' WHERE revoked")
@@ -141,6 +141,6 @@ def _name(column: str) -> sa.Column[str]:
 
 
 def _belongs(table: str, column: str) -> sa.ForeignKeyConstraint:
-    """What goes with an identity."""
+    """Return a foreign key to an identity, whose deletion deletes the row."""
     name = op.f(f"fk_{table}_{column}")
     return sa.ForeignKeyConstraint([column], ["identities.name"], name=name, ondelete="CASCADE")

@@ -1,4 +1,7 @@
-"""Roll-ups by spans of time, filled from the generations that there are; verifies, drafts and switches are kept."""
+"""Roll-ups by spans of time, filled from the existing generations.
+
+Generations get columns for verifies, drafts and switches.
+"""
 
 from itertools import pairwise
 
@@ -70,19 +73,21 @@ def _hours() -> str:
     values += [f"sum({name})" for name in SUMS[2:]]
     values += [_when(f"tokens > 0 AND {part}") for part in _buckets("ttft_ms")]
     values += [_when(f"tokens > 1 AND {part}") for part in _buckets("tpot_ms")]
+    start = _start("started_at", 3600)
     return (
         f"INSERT INTO rollups (device, span_s, start, bundle_id, {', '.join(COUNTS)}) "
-        f"SELECT device, 3600, {_start('started_at', 3600)}, bundle_id, {', '.join(values)} FROM generations "
-        f"GROUP BY device, {_start('started_at', 3600)}, bundle_id"
+        f"SELECT device, 3600, {start}, bundle_id, {', '.join(values)} FROM generations "
+        f"GROUP BY device, {start}, bundle_id"
     )
 
 
 def _hours_of_sources() -> str:
+    start = _start("started_at", 3600)
     return (
         "INSERT INTO rollup_sources (device, span_s, start, bundle_id, source, tokens) "
-        f"SELECT device, 3600, {_start('started_at', 3600)}, bundle_id, source, sum(token_counts.tokens) "
+        f"SELECT device, 3600, {start}, bundle_id, source, sum(token_counts.tokens) "
         "FROM generations JOIN token_counts ON generation_id = generations.id "
-        f"GROUP BY device, {_start('started_at', 3600)}, bundle_id, source"
+        f"GROUP BY device, {start}, bundle_id, source"
     )
 
 
@@ -90,14 +95,15 @@ def _longer(table: str, key: str, counts: list[str]) -> list[str]:
     sums = ", ".join(f"sum({count})" for count in counts)
     return [
         f"INSERT INTO {table} (device, span_s, start, {key}, {', '.join(counts)}) "
-        f"SELECT device, {span_s}, {_start('start', span_s)}, {key}, {sums} FROM {table} WHERE span_s = 3600 "
+        f"SELECT device, {span_s}, {_start('start', span_s)}, {key}, {sums} "
+        f"FROM {table} WHERE span_s = 3600 "
         f"GROUP BY device, {_start('start', span_s)}, {key}"
         for span_s in SPANS_S[1:]
     ]
 
 
 def _start(time: str, span_s: int) -> str:
-    """Times are not negative, so cutting off is rounding down; PostgreSQL's cast alone would round to the nearest."""
+    """Round a time, which is not negative, down; PostgreSQL's cast alone rounds to the nearest."""
     if op.get_bind().dialect.name == "sqlite":
         return f"CAST({time} / {span_s} AS INTEGER) * {span_s}"
     return f"CAST(floor({time} / {span_s}) AS BIGINT) * {span_s}"

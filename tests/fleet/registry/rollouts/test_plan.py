@@ -1,17 +1,19 @@
-"""What a roll-out does next, decided from values: tables of stages, fates, evidence and states."""
+"""Decisions of roll-outs from values: tables of states, stages, outcomes and evidence."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import msgspec
 import pytest
 
 from fleet.errors import RolloutError
-from fleet.protocol.report import NOT_YET
+from fleet.protocol.report import ConfigProblem
 from fleet.registry.rollouts.canary_analysis import (
     FINAL_Z,
-    LOOK_Z,
+    INTERIM_Z,
     CanaryLimits,
     Evidence,
     Finding,
@@ -26,6 +28,7 @@ from fleet.registry.rollouts.plan import (
     Candidate,
     DeviceOutcome,
     PreviousState,
+    ReasonedOutcome,
     RolloutClock,
     RolloutDecision,
     RolloutPlan,
@@ -33,19 +36,25 @@ from fleet.registry.rollouts.plan import (
     RolloutStep,
     check_plan,
     controls_for,
-    decide,
-    fate_of,
+    decide_step,
     judge,
     next_stage,
+    outcome_of,
 )
-from fleet.registry.rollouts.states import LEGAL, OPEN, RolloutEvent, RolloutState, next_state
-from fleet.registry.stats.aggregate import Tally, bucket
+from fleet.registry.rollouts.states import (
+    LEGAL_EVENTS,
+    OPEN,
+    RolloutEvent,
+    RolloutState,
+    next_rollout_state,
+)
+from fleet.registry.stats.aggregate import ReportAggregate, bucket
 from tests.fleet.conftest import report
 
-DEVICES = [Candidate(f"d{i:02}", "home" if i < 4 else None) for i in range(20)]
+DEVICES = [Candidate(device=f"d{i:02}", group="home" if i < 4 else None) for i in range(20)]
 
 
-def told(*devices: str) -> dict[str, PreviousState]:
+def changed(*devices: str) -> dict[str, PreviousState]:
     return {device: PreviousState(told_at=100.0) for device in devices}
 
 
@@ -54,23 +63,23 @@ def told(*devices: str) -> dict[str, PreviousState]:
 
 @pytest.mark.parametrize("state", RolloutState)
 @pytest.mark.parametrize("event", RolloutEvent)
-def test_a_change_is_as_the_table_says_or_an_error_that_names_what_is_legal(
+def test_an_event_follows_the_table_or_raises_an_error_with_the_legal_events(
     state: RolloutState, event: RolloutEvent
 ) -> None:
-    if (state, event) in LEGAL:
-        assert next_state(7, state, event) is LEGAL[state, event]
+    if (state, event) in LEGAL_EVENTS:
+        assert next_rollout_state(7, state, event) is LEGAL_EVENTS[state, event]
     else:
         with pytest.raises(
             RolloutError, match=f"cannot {event} roll-out 7, which is {state}: expected one of"
         ):
-            next_state(7, state, event)
+            next_rollout_state(7, state, event)
 
 
 def test_every_open_roll_out_can_be_undone_and_an_ended_one_not_changed() -> None:
     assert (
-        {state for state, event in LEGAL if event is RolloutEvent.UNDO}
+        {state for state, event in LEGAL_EVENTS if event is RolloutEvent.UNDO}
         == set(OPEN)
-        == {state for state, _ in LEGAL}
+        == {state for state, _ in LEGAL_EVENTS}
     )
 
 
@@ -78,27 +87,30 @@ def test_every_open_roll_out_can_be_undone_and_an_ended_one_not_changed() -> Non
 
 
 def test_stages_grow_from_the_canary_to_all() -> None:
-    course = RolloutProgress(RolloutPlan(canary=1))
+    progress = RolloutProgress(RolloutPlan(canary=1))
     stage = 0
     sizes = []
-    while (found := next_stage(course, stage, DEVICES))[1]:
+    while (found := next_stage(progress, stage, DEVICES))[1]:
         stage, new = found
-        course = msgspec.structs.replace(course, members=course.members | told(*new))
-        sizes.append((stage, len(course.members)))
+        progress = msgspec.structs.replace(progress, members=progress.members | changed(*new))
+        sizes.append((stage, len(progress.members)))
     assert sizes == [(1, 1), (2, 2), (3, 10), (4, 20)]
-    assert stage == course.plan.num_stages
+    assert stage == progress.plan.num_stages
 
 
 def test_a_stage_that_adds_no_device_is_passed_over() -> None:
-    assert next_stage(RolloutProgress(RolloutPlan(), told("d00")), 1, DEVICES[:3]) == (3, ["d01"])
+    assert next_stage(RolloutProgress(RolloutPlan(), changed("d00")), 1, DEVICES[:3]) == (
+        3,
+        ["d01"],
+    )
 
 
-def test_behind_the_last_device_comes_the_end() -> None:
-    assert next_stage(RolloutProgress(RolloutPlan(), told("d00")), 1, DEVICES[:1]) == (5, [])
+def test_after_the_last_device_the_stages_end() -> None:
+    assert next_stage(RolloutProgress(RolloutPlan(), changed("d00")), 1, DEVICES[:1]) == (5, [])
 
 
 def test_devices_that_are_online_come_first() -> None:
-    away = DEVICES[0]._replace(online=False)
+    away = replace(DEVICES[0], online=False)
     assert next_stage(RolloutProgress(RolloutPlan(canary=2)), 0, [away, *DEVICES[1:]]) == (
         1,
         ["d01", "d02"],
@@ -113,17 +125,18 @@ def test_a_named_group_is_the_canary() -> None:
 
 
 def test_a_device_that_was_enrolled_meanwhile_is_in_the_last_stage() -> None:
-    members = told(*(each.device for each in DEVICES))
+    members = changed(*(each.device for each in DEVICES))
     assert next_stage(
-        RolloutProgress(RolloutPlan(), members), 3, [*DEVICES, Candidate("late")]
+        RolloutProgress(RolloutPlan(), members), 3, [*DEVICES, Candidate(device="late")]
     ) == (4, ["late"])
 
 
 def test_as_many_others_as_the_canary_has_devices_are_compared_with_and_only_once() -> None:
-    course = RolloutProgress(RolloutPlan(canary=2))
-    assert controls_for(course, DEVICES, ["d00", "d01"]) == ["d02", "d03"]
+    progress = RolloutProgress(RolloutPlan(canary=2))
+    assert controls_for(progress, DEVICES, ["d00", "d01"]) == ["d02", "d03"]
     assert (
-        controls_for(RolloutProgress(RolloutPlan(), controls=told("d02")), DEVICES, ["d00"]) == []
+        controls_for(RolloutProgress(RolloutPlan(), controls=changed("d02")), DEVICES, ["d00"])
+        == []
     )
     assert controls_for(RolloutProgress(RolloutPlan(agreement_sample=0.0)), DEVICES, ["d00"]) == []
 
@@ -153,125 +166,87 @@ def test_a_canary_outside_of_the_roll_outs_group_is_refused() -> None:
         check_plan(RolloutPlan(group="home", canary_group="lab"))
 
 
-# Devices: told at 100; the stage began then, and 1800 s are there to take the bundle; gone is 120 s offline.
+# Outcomes: the settings changed at 100, as the stage began; a device may install the bundle within
+# 1800 s, and is gone after 120 s offline.
+
+
+def device(bundle_id: str, last_seen: float | None = None) -> Candidate:
+    """Return a device that serves a bundle, and is offline when `last_seen` is given."""
+    online = last_seen is None
+    return Candidate(device="d", bundle_id=bundle_id, online=online, last_seen=last_seen or 0.0)
+
+
+def failing(bundle_id: str, message: str, *, is_final: bool = True) -> Candidate:
+    """Return an online device that publishes a problem."""
+    problem = ConfigProblem("bad_bundle", message, is_final)
+    return Candidate(device="d", bundle_id=bundle_id, problem=problem)
+
+
+def outcome_at(
+    candidate: Candidate, now: float, *, receiving_since: float = 0.0, **previous: Any
+) -> ReasonedOutcome:
+    clock = RolloutClock(now, 100.0, receiving_since)
+    state = PreviousState(told_at=100.0, **previous)
+    return outcome_of(candidate, state, "new", RolloutPlan(), clock)
 
 
 @pytest.mark.parametrize(
-    ("seen", "now", "fate", "why"),
+    ("candidate", "now", "outcome", "reason"),
     [
-        (Candidate("d", bundle_id="old"), 150.0, DeviceOutcome.PENDING, ""),
-        (Candidate("d", bundle_id="old"), 1900.0, DeviceOutcome.FAILED, "d has not taken it within 1800 s"),
-        (Candidate("d", bundle_id="new"), 150.0, DeviceOutcome.TAKEN, ""),
-        (Candidate("d", bundle_id="new"), 9999.0, DeviceOutcome.TAKEN, ""),
-        (Candidate("d", bundle_id="old", error="no room"), 150.0, DeviceOutcome.FAILED, "d reports: no room"),
-        (Candidate("d", bundle_id="new", online=False, last_seen=200.0), 250.0, DeviceOutcome.TAKEN, ""),
-        (
-            Candidate("d", bundle_id="new", online=False, last_seen=200.0), 320.0, DeviceOutcome.FAILED,
-            "d took it and went offline",
-        ),
-        (Candidate("d", bundle_id="old", online=False, last_seen=200.0), 320.0, DeviceOutcome.PENDING, ""),
-        (Candidate("d", bundle_id="old", online=False, last_seen=200.0), 1900.0, DeviceOutcome.FAILED, "d has not taken it"),
-        (Candidate("d", bundle_id="old", online=False, last_seen=50.0), 171.0, DeviceOutcome.ABSENT, ""),
-        (Candidate("d", bundle_id="old", online=False, last_seen=50.0), 1900.0, DeviceOutcome.ABSENT, ""),
+        (device("old"), 150.0, DeviceOutcome.PENDING, ""),
+        (device("old"), 1900.0, DeviceOutcome.FAILED, "d has not taken it within 1800 s"),
+        (device("new"), 150.0, DeviceOutcome.TAKEN, ""),
+        (device("new"), 9999.0, DeviceOutcome.TAKEN, ""),
+        (failing("old", "no room"), 150.0, DeviceOutcome.FAILED, "d reports: no room"),
+        (device("new", 200.0), 250.0, DeviceOutcome.TAKEN, ""),
+        (device("new", 200.0), 320.0, DeviceOutcome.FAILED, "d took it and went offline"),
+        (device("old", 200.0), 320.0, DeviceOutcome.PENDING, ""),
+        (device("old", 200.0), 1900.0, DeviceOutcome.FAILED, "d has not taken it"),
+        (device("old", 50.0), 171.0, DeviceOutcome.ABSENT, ""),
+        (device("old", 50.0), 1900.0, DeviceOutcome.ABSENT, ""),
     ],
-)  # fmt: skip
-def test_what_becomes_of_the_bundle_on_a_device(
-    seen: Candidate, now: float, fate: DeviceOutcome, why: str
+)
+def test_the_outcome_on_a_device_follows_from_its_newest_status(
+    candidate: Candidate, now: float, outcome: DeviceOutcome, reason: str
 ) -> None:
-    got = fate_of(
-        seen, PreviousState(told_at=100.0), "new", RolloutPlan(), RolloutClock(now, 100.0)
-    )
-    assert got[0] is fate
-    assert got[1].startswith(why)
-    assert bool(got[1]) is (fate is DeviceOutcome.FAILED)
+    result = outcome_at(candidate, now)
+    assert result.outcome is outcome
+    assert result.reason.startswith(reason)
+    assert bool(result.reason) is (outcome is DeviceOutcome.FAILED)
 
 
-def test_an_error_that_a_device_had_before_it_was_told_is_not_the_bundles() -> None:
-    seen = Candidate("d", bundle_id="new", error="bad thresholds")
-    assert (
-        fate_of(
-            seen,
-            PreviousState(told_at=100.0, error="bad thresholds"),
-            "new",
-            RolloutPlan(),
-            RolloutClock(150.0, 100.0),
-        )[0]
-        is DeviceOutcome.TAKEN
-    )
+def test_a_problem_from_before_the_change_is_not_the_bundles() -> None:
+    candidate = failing("new", "bad thresholds")
+    result = outcome_at(candidate, 150.0, error="bad thresholds")
+    assert result.outcome is DeviceOutcome.TAKEN
 
 
-def test_an_error_that_passes_is_waited_for() -> None:
-    seen = Candidate("d", error=f"{NOT_YET}the registry is away; it is tried again")
-    assert (
-        fate_of(
-            seen, PreviousState(told_at=100.0), "new", RolloutPlan(), RolloutClock(150.0, 100.0)
-        )[0]
-        is DeviceOutcome.PENDING
-    )
-    assert (
-        fate_of(
-            seen, PreviousState(told_at=100.0), "new", RolloutPlan(), RolloutClock(5000.0, 100.0)
-        )[0]
-        is DeviceOutcome.FAILED
-    )
+def test_a_problem_that_is_not_final_is_no_failure_before_the_time_is_over() -> None:
+    candidate = failing("old", "the registry is away", is_final=False)
+    assert outcome_at(candidate, 150.0).outcome is DeviceOutcome.PENDING
+    assert outcome_at(candidate, 5000.0).outcome is DeviceOutcome.FAILED
 
 
-def test_nobody_is_gone_before_a_server_that_has_just_started_could_hear_them() -> None:
-    seen = Candidate("d", bundle_id="new", online=False, last_seen=200.0)
-    assert (
-        fate_of(
-            seen,
-            PreviousState(told_at=100.0),
-            "new",
-            RolloutPlan(),
-            RolloutClock(900.0, 100.0, heard_since=850.0),
-        )[0]
-        is DeviceOutcome.TAKEN
-    )
-    assert (
-        fate_of(
-            seen,
-            PreviousState(told_at=100.0),
-            "new",
-            RolloutPlan(),
-            RolloutClock(990.0, 100.0, heard_since=850.0),
-        )[0]
-        is DeviceOutcome.FAILED
-    )
+def test_no_device_is_gone_before_a_restarted_server_could_receive_its_status() -> None:
+    candidate = device("new", 200.0)
+    assert outcome_at(candidate, 900.0, receiving_since=850.0).outcome is DeviceOutcome.TAKEN
+    assert outcome_at(candidate, 990.0, receiving_since=850.0).outcome is DeviceOutcome.FAILED
 
 
-def test_a_device_that_comes_back_has_its_time_from_then_on() -> None:
-    back = Candidate("d", bundle_id="old", last_seen=5000.0)
-    assert (
-        fate_of(
-            back,
-            PreviousState(told_at=100.0, online=False),
-            "new",
-            RolloutPlan(),
-            RolloutClock(5100.0, 100.0),
-        )[0]
-        is DeviceOutcome.PENDING
-    )
-    assert (
-        fate_of(
-            back,
-            PreviousState(told_at=100.0, online=False),
-            "new",
-            RolloutPlan(),
-            RolloutClock(6801.0, 100.0),
-        )[0]
-        is DeviceOutcome.FAILED
-    )
+def test_a_device_that_reconnects_has_its_full_time_from_then_on() -> None:
+    candidate = Candidate(device="d", bundle_id="old", last_seen=5000.0)
+    assert outcome_at(candidate, 5100.0, online=False).outcome is DeviceOutcome.PENDING
+    assert outcome_at(candidate, 6801.0, online=False).outcome is DeviceOutcome.FAILED
 
 
-P = (DeviceOutcome.PENDING, "")
-T = (DeviceOutcome.TAKEN, "")
-F = (DeviceOutcome.FAILED, "d reports: no room")
-A = (DeviceOutcome.ABSENT, "")
+P = ReasonedOutcome(DeviceOutcome.PENDING)
+T = ReasonedOutcome(DeviceOutcome.TAKEN)
+F = ReasonedOutcome(DeviceOutcome.FAILED, "d reports: no room")
+A = ReasonedOutcome(DeviceOutcome.ABSENT)
 
 
 @pytest.mark.parametrize(
-    ("fates", "now", "step", "reason"),
+    ("outcomes", "now", "step", "reason"),
     [
         ([P], 101.0, RolloutStep.WAIT, "0 of 1 devices have taken it"),
         ([T, P], 101.0, RolloutStep.WAIT, "1 of 2 devices have taken it"),
@@ -285,16 +260,16 @@ A = (DeviceOutcome.ABSENT, "")
         ([A, A], 1900.0, RolloutStep.FAIL, "no device was there to take it within 1800 s"),
     ],
 )
-def test_what_follows_while_devices_take_the_bundle(
-    fates: list[tuple[DeviceOutcome, str]], now: float, step: RolloutStep, reason: str
+def test_the_step_while_devices_install_the_bundle_follows_from_their_outcomes(
+    outcomes: list[ReasonedOutcome], now: float, step: RolloutStep, reason: str
 ) -> None:
-    got = decide(
+    decision = decide_step(
         RolloutProgress(RolloutPlan()),
-        {f"d{i}": fate for i, fate in enumerate(fates)},
+        {f"d{i}": outcome for i, outcome in enumerate(outcomes)},
         RolloutClock(now, 100.0),
     )
-    assert got.step is step
-    assert got.reason.startswith(reason)
+    assert decision.step is step
+    assert decision.reason.startswith(reason)
 
 
 WORSE, UNSURE, FINE = (
@@ -314,12 +289,12 @@ WORSE, UNSURE, FINE = (
             20,
             600.0,
             RolloutStep.WAIT,
-            "not enough answers to be sure: unsure it is",
+            "not enough answers to decide: unsure it is",
         ),
         ([FINE, WORSE], 20, 10.0, RolloutStep.UNDO, "worse it is"),
     ],
 )
-def test_what_follows_from_what_was_watched(
+def test_the_step_of_a_watched_stage_follows_from_its_findings(
     findings: list[Finding], num_answers: int, watched_s: float, step: RolloutStep, reason: str
 ) -> None:
     assert judge(RolloutPlan(), findings, num_answers, watched_s) == RolloutDecision(step, reason)
@@ -342,8 +317,10 @@ def test_the_bound_of_a_difference_is_that_of_the_paper() -> None:
     ) == pytest.approx(0.0524, abs=1e-4)
 
 
-def test_a_shares_bound_lets_more_pass_while_one_still_looks() -> None:
-    assert wilson(ShareSample(0.2, 40), LOOK_Z)[0] < wilson(ShareSample(0.2, 40), FINAL_Z)[0] < 0.2
+def test_a_shares_bound_is_lower_before_the_end_of_the_observation() -> None:
+    assert (
+        wilson(ShareSample(0.2, 40), INTERIM_Z)[0] < wilson(ShareSample(0.2, 40), FINAL_Z)[0] < 0.2
+    )
 
 
 def test_the_share_of_a_histogram_above_a_time() -> None:
@@ -360,14 +337,14 @@ def test_the_share_of_a_histogram_above_a_time() -> None:
 
 
 def counted(answers: int, **changes: object) -> Counter[str]:
-    made = Tally()
+    aggregate = ReportAggregate()
     for i in range(answers):
-        made.add(report(f"g{i}", **changes))
-    return made.counts
+        aggregate.add(report(f"g{i}", **changes))
+    return Counter(aggregate.columns())
 
 
 def cloud(tokens: int) -> dict[str, object]:
-    """Of ten tokens so many came from the cloud."""
+    """Return counts of ten tokens, `tokens` of them from the cloud."""
     return {"sources": {"cloud": tokens, "exit:8": 10 - tokens}}
 
 
@@ -389,30 +366,30 @@ NOTHING: Counter[str] = Counter()
         (counted(20, **cloud(2), tpot_ms=50.0), ["fine", "fine", "worse", "worse"]),
     ],
 )
-def test_what_answers_say_of_a_bundle(new: Counter[str], outcomes: list[str]) -> None:
-    found = examine(Evidence(new, OLD, NOTHING), CanaryLimits(), is_final=True)
-    assert [each.outcome for each in found] == outcomes
+def test_each_limit_is_evaluated_from_the_answers(new: Counter[str], outcomes: list[str]) -> None:
+    findings = examine(Evidence(new, OLD, NOTHING), CanaryLimits(), is_final=True)
+    assert [each.outcome for each in findings] == outcomes
 
 
-def test_what_the_same_devices_did_goes_before_what_others_do() -> None:
+def test_the_same_devices_are_compared_with_before_others() -> None:
     others = counted(100, **cloud(9))
-    (found, *_) = examine(
+    (finding, *_) = examine(
         Evidence(counted(20, **cloud(9)), OLD, others), CanaryLimits(), is_final=True
     )
-    assert found == (Outcome.WORSE, "offload 90.0%, before 20.0%, limit 10.0% more")
-    (found, *_) = examine(
+    assert finding == (Outcome.WORSE, "offload 90.0%, before 20.0%, limit 10.0% more")
+    (finding, *_) = examine(
         Evidence(counted(20, **cloud(9)), counted(3, **cloud(0)), others),
         CanaryLimits(),
         is_final=True,
     )
-    assert found == (Outcome.FINE, "offload 90.0%, before 90.0%, limit 10.0% more")
+    assert finding == (Outcome.FINE, "offload 90.0%, before 90.0%, limit 10.0% more")
 
 
-def test_where_there_is_nothing_to_compare_with_only_errors_are_judged() -> None:
-    found = examine(
+def test_without_a_baseline_only_errors_are_judged() -> None:
+    findings = examine(
         Evidence(counted(20, **cloud(9)), NOTHING, NOTHING), CanaryLimits(), is_final=True
     )
-    assert found == [Finding(Outcome.FINE, "errors 0.0%, limit 5.0%")]
+    assert findings == [Finding(Outcome.FINE, "errors 0.0%, limit 5.0%")]
 
 
 def test_a_bundle_may_fail_as_often_as_the_one_before_it() -> None:
@@ -442,17 +419,17 @@ def test_judged_tokens_are_as_many_observations_as_the_answers_that_they_would_f
 def test_a_quantile_of_few_earlier_answers_is_taken_where_it_may_be_at_the_most() -> None:
     few, many = (counted(6 * n, tpot_ms=5.0) + counted(4 * n, tpot_ms=20.0) for n in (2, 200))
     new = counted(20, tpot_ms=20.0)
-    said = [
+    outcomes = [
         [
             each.outcome
             for each in examine(Evidence(new, old, NOTHING), CanaryLimits(), is_final=True)
         ][-2]
         for old in (few, many)
     ]
-    assert said == [Outcome.UNSURE, Outcome.WORSE]
+    assert outcomes == [Outcome.UNSURE, Outcome.WORSE]
 
 
-def test_a_value_beyond_its_limit_is_watched_on_and_decides_at_last() -> None:
+def test_a_value_beyond_its_limit_decides_after_enough_observations() -> None:
     outcomes = [
         examine(Evidence(counted(n, **cloud(4)), OLD, NOTHING), CanaryLimits(), is_final=True)[
             0

@@ -1,4 +1,4 @@
-"""Whole roll-outs, driven by what devices report into the registry, on a clock of the test's own."""
+"""Whole roll-outs, driven by statuses and reports in the registry, with a simulated clock."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from sqlalchemy.orm import Session
 from fleet.errors import RolloutError
 from fleet.protocol.access import Role
 from fleet.protocol.desired_config import Settings
-from fleet.protocol.report import DeviceStatus
+from fleet.protocol.report import ConfigProblem, DeviceStatus
 from fleet.registry.database import parse_url
 from fleet.registry.models import WorkerRecord
 from fleet.registry.results import RolloutRow
 from fleet.registry.rollouts.plan import RolloutPlan
 from fleet.registry.rollouts.states import RolloutEvent
-from fleet.registry.rollouts.steps import RolloutEngine
 from fleet.registry.settings import Scope, Target
 from fleet.registry.store import Registry
+from fleet.server.rollout_engine import RolloutEngine
 from tests.fleet.conftest import add, report
 
 OLD = "b-old"
@@ -38,7 +38,7 @@ BAD: Answer = {"sources": {"cloud": 9, "exit:8": 1}}
 
 
 class Site:
-    """Ten devices on the old bundle, their settings followed by hand, and a worker that serves both."""
+    """Ten devices on the old bundle, and a worker that serves both bundles."""
 
     def __init__(self, registry: Registry, url: str) -> None:
         self.registry = registry
@@ -48,12 +48,12 @@ class Site:
         self._database = create_engine(parse_url(url))
         for device in DEVICES:
             add(registry, device, group="home" if device < "d4" else "lab")
-            self.says(device, OLD)
+            self.publish(device, OLD)
         add(registry, "worker-1", Role.WORKER)
         self.serves(OLD, NEW)
         for bundle_id in (OLD, NEW):
-            registry.add_bundle(bundle_id, "tiny", 1000)
-        registry.change_settings(Target(Scope.ALL), lambda _: Settings(bundle=OLD))
+            registry.rollouts.add_bundle(bundle_id, "tiny", 1000)
+        registry.desired_state.change_settings(Target(Scope.ALL), lambda _: Settings(bundle=OLD))
         self.answers(10, GOOD)
         self.now += 3600.0
 
@@ -61,34 +61,41 @@ class Site:
         self._database.dispose()
 
     def new_engine(self) -> RolloutEngine:
-        return RolloutEngine(self.registry, lambda: self.now, every_s=0.0)
+        return RolloutEngine(self.registry, lambda: self.now, period_s=0.0)
 
-    def says(self, device: str, bundle_id: str, *, online: bool = True, error: str = "") -> None:
-        status = DeviceStatus(online=online, epoch=1, bundle_id=bundle_id, config_error=error)
-        self.registry.record_status(device, status, self.now)
+    def publish(self, device: str, bundle_id: str, *, online: bool = True, error: str = "") -> None:
+        problem = ConfigProblem("bad_bundle", error, is_final=True) if error else None
+        status = DeviceStatus(online=online, epoch=1, bundle_id=bundle_id, config_error=problem)
+        self.registry.stats.record_status(device, status, self.now)
 
     def serves(self, *bundle_ids: str) -> None:
         with Session(self._database) as db, db.begin():
             db.merge(
                 WorkerRecord(
-                    worker="worker-1", online=True, epoch=1, bundle_ids=list(bundle_ids), version="", num_sessions=0,
-                    draining=False, last_seen=self.now,
+                    worker="worker-1",
+                    online=True,
+                    epoch=1,
+                    bundle_ids=list(bundle_ids),
+                    version="",
+                    num_sessions=0,
+                    draining=False,
+                    last_seen=self.now,
                 )
-            )  # fmt: skip
+            )
 
-    def wanted(self, device: str) -> Settings:
-        return self.registry.desired_configs([device])[device].settings
+    def desired_settings(self, device: str) -> Settings:
+        return self.registry.desired_state.configs([device])[device].settings
 
     def take(self, *, but: tuple[str, ...] = ()) -> None:
-        """Every device takes what is wanted of it."""
+        """Let every device serve its desired bundle."""
         for device in DEVICES:
-            if device not in but and self.wanted(device).bundle:
-                self.says(device, self.wanted(device).bundle or "")
+            if device not in but and self.desired_settings(device).bundle:
+                self.publish(device, self.desired_settings(device).bundle or "")
 
     def answers(self, count: int, answer: Answer) -> None:
-        """So many answers of each device; those of the old bundle are always good."""
+        """Record `count` answers of each device; those of the old bundle are always good."""
         made = {}
-        for row in self.registry.devices():
+        for row in self.registry.stats.devices():
             values = (answer if row.bundle_id == NEW else GOOD) | {
                 "bundle_id": row.bundle_id,
                 "started_at": self.now,
@@ -96,7 +103,7 @@ class Site:
             for _ in range(count):
                 each = report(f"g{next(self._generations)}", **values)
                 made[row.device, each.generation] = each
-        self.registry.record_reports(made)
+        self.registry.stats.record_reports(made)
 
     def step(self, seconds: float = 5.0) -> RolloutRow:
         self.now += seconds
@@ -104,15 +111,15 @@ class Site:
         return self.row()
 
     def row(self) -> RolloutRow:
-        return self.registry.rollouts(self.now)[0]
+        return self.registry.rollouts.latest(self.now)[0]
 
     def on(self, bundle_id: str) -> list[str]:
-        """The devices that are wanted on a bundle."""
-        configs = self.registry.desired_configs()
+        """Return the devices whose desired bundle it is."""
+        configs = self.registry.desired_state.configs()
         return [device for device, config in configs.items() if config.settings.bundle == bundle_id]
 
     def stage(self, answer: Answer) -> RolloutRow:
-        """The devices take the bundle, and answer while they are watched."""
+        """Let the devices install the bundle, and answer while they are watched."""
         self.take()
         self.step()
         self.answers(30, answer)
@@ -120,7 +127,7 @@ class Site:
         return self.step()
 
     def begin(self, plan: RolloutPlan = PLAN) -> RolloutRow:
-        self.registry.start_rollout(NEW, plan, self.now)
+        self.registry.rollouts.start(NEW, plan, self.now)
         self.step()
         return self.step()
 
@@ -132,8 +139,11 @@ def site(registry: Registry, registry_url: str) -> Iterator[Site]:
     made.close()
 
 
-def said(site: Site) -> dict[str, Settings]:
-    return {device: site.registry.settings(Target(Scope.DEVICE, device)) for device in DEVICES}
+def own_settings(site: Site) -> dict[str, Settings]:
+    return {
+        device: site.registry.desired_state.settings(Target(Scope.DEVICE, device))
+        for device in DEVICES
+    }
 
 
 def test_a_good_bundle_goes_through_every_stage_to_all(site: Site) -> None:
@@ -145,31 +155,31 @@ def test_a_good_bundle_goes_through_every_stage_to_all(site: Site) -> None:
     row = site.stage(GOOD)
     assert (row.state, row.reason) == ("completed", "no worse than before")
     assert row.ended_at == site.now
-    assert site.registry.settings(Target(Scope.ALL)).bundle == NEW
-    assert set(said(site).values()) == {Settings()}
+    assert site.registry.desired_state.settings(Target(Scope.ALL)).bundle == NEW
+    assert set(own_settings(site).values()) == {Settings()}
     assert site.on(NEW) == DEVICES
 
 
-def test_a_device_goes_back_to_what_it_served_though_nobody_had_said_so(site: Site) -> None:
-    site.registry.change_settings(Target(Scope.ALL), lambda _: Settings())
+def test_an_undo_restores_the_served_bundle_where_no_scope_names_one(site: Site) -> None:
+    site.registry.desired_state.change_settings(Target(Scope.ALL), lambda _: Settings())
     site.begin()
     site.stage(BAD)
-    assert said(site)["d0"] == Settings(bundle=OLD)
+    assert own_settings(site)["d0"] == Settings(bundle=OLD)
 
 
 def test_a_bad_bundle_stops_at_the_canary_and_is_undone(site: Site) -> None:
-    site.registry.change_settings(
+    site.registry.desired_state.change_settings(
         Target(Scope.DEVICE, "d0"), lambda _: Settings(bundle=OLD, max_new_tokens=9)
     )
-    before = said(site)
+    before = own_settings(site)
     site.begin()
     assert site.on(NEW) == ["d0"]
     row = site.stage(BAD)
     assert (row.state, row.stage, row.num_told) == ("undone", 1, 1)
     assert row.reason == "offload 90.0%, before 20.0%, limit 10.0% more"
-    assert said(site) == before
+    assert own_settings(site) == before
     assert site.step().state == "undone"
-    assert site.registry.audit_log("rollout:1")[0].actor == "rollout 1"
+    assert site.registry.audit_log.entries("rollout:1")[0].actor == "rollout 1"
 
 
 def test_a_bad_bundle_is_undone_before_its_observation_is_over(site: Site) -> None:
@@ -180,7 +190,7 @@ def test_a_bad_bundle_is_undone_before_its_observation_is_over(site: Site) -> No
     assert site.step().state == "undone"
 
 
-def test_few_answers_decide_nothing(site: Site) -> None:
+def test_few_answers_lead_to_no_decision(site: Site) -> None:
     site.begin()
     site.take()
     site.step()
@@ -189,69 +199,75 @@ def test_few_answers_decide_nothing(site: Site) -> None:
     assert (row.state, row.stage, row.doing) == ("running", 1, "19 of 20 answers")
 
 
-def test_answers_before_the_stage_are_not_the_bundles(site: Site) -> None:
-    site.says("d0", NEW)
+def test_answers_before_the_stage_do_not_count(site: Site) -> None:
+    site.publish("d0", NEW)
     site.answers(30, BAD)
-    site.says("d0", OLD)
+    site.publish("d0", OLD)
     site.now += 7200.0
     site.begin()
     assert site.stage(GOOD).stage == 2
 
 
-def test_a_device_that_cannot_take_it_undoes_it_at_once(site: Site) -> None:
+def test_a_device_that_cannot_install_the_bundle_undoes_the_roll_out_at_once(site: Site) -> None:
     site.begin()
-    site.says("d0", OLD, error="the bundle's signature is not the fleet's")
+    site.publish("d0", OLD, error="the bundle's signature is not the fleet's")
     row = site.step()
     assert (row.state, row.reason) == (
         "undone",
         "d0 reports: the bundle's signature is not the fleet's",
     )
-    assert set(said(site).values()) == {Settings()}
+    assert set(own_settings(site).values()) == {Settings()}
 
 
-def test_a_device_that_never_takes_it_undoes_it_at_the_deadline(site: Site) -> None:
+def test_a_device_that_never_installs_the_bundle_undoes_the_roll_out_at_the_deadline(
+    site: Site,
+) -> None:
     site.begin()
     assert site.step(299.0).state == "running"
     row = site.step(2.0)
     assert (row.state, row.reason) == ("undone", "d0 has not taken it within 300 s")
 
 
-def test_a_device_that_goes_offline_for_good_undoes_it(site: Site) -> None:
+def test_a_device_that_goes_offline_for_good_undoes_the_roll_out(site: Site) -> None:
     site.begin()
     site.take()
     site.step()
-    site.says("d0", "", online=False)
+    site.publish("d0", "", online=False)
     assert site.step(29.0).state == "running"
     row = site.step(2.0)
     assert (row.state, row.reason) == ("undone", "d0 took it and went offline")
 
 
-def test_a_device_that_was_away_holds_nobody_up_and_takes_it_when_it_comes(site: Site) -> None:
-    site.says("d9", "", online=False)
+def test_an_offline_device_delays_no_other_and_installs_the_bundle_when_it_connects(
+    site: Site,
+) -> None:
+    site.publish("d9", "", online=False)
     site.now += 60.0
     site.begin()
     for _ in range(3):
         site.stage(GOOD)
-    site.says("d9", "", online=False)  # `stage` makes every device take what is wanted
+    site.publish("d9", "", online=False)  # `stage` makes every device serve its desired bundle
     assert site.on(NEW) == DEVICES
     site.now += 60.0
-    site.registry.record_status("d9", DeviceStatus(online=False, epoch=1), site.now)
+    site.registry.stats.record_status("d9", DeviceStatus(online=False, epoch=1), site.now)
     row = site.stage(GOOD)
     assert row.state == "completed"
-    assert site.wanted("d9").bundle == NEW
+    assert site.desired_settings("d9").bundle == NEW
 
 
-def test_it_fails_when_no_device_of_the_canary_is_there(site: Site) -> None:
+def test_a_roll_out_fails_when_every_device_of_the_canary_is_offline(site: Site) -> None:
     for device in DEVICES:
-        site.says(device, "", online=False)
+        site.publish(device, "", online=False)
     site.now += 60.0
     assert site.begin().doing == "its devices are offline"
     row = site.step(301.0)
     assert (row.state, row.reason) == ("failed", "no device was there to take it within 300 s")
-    assert set(said(site).values()) == {Settings()}
+    assert set(own_settings(site).values()) == {Settings()}
 
 
-def test_it_waits_until_a_worker_serves_the_bundle_and_says_which_is_missing(site: Site) -> None:
+def test_a_roll_out_waits_until_a_worker_serves_the_bundle_and_names_the_missing_one(
+    site: Site,
+) -> None:
     site.serves(OLD)
     row = site.begin()
     assert (row.state, site.on(NEW)) == ("waiting", [])
@@ -261,67 +277,72 @@ def test_it_waits_until_a_worker_serves_the_bundle_and_says_which_is_missing(sit
     assert site.step().stage == 1
 
 
-def test_it_waits_again_when_the_worker_goes_and_watches_anew_when_it_is_back(site: Site) -> None:
+def test_a_roll_out_waits_when_the_worker_leaves_and_watches_anew_when_it_is_back(
+    site: Site,
+) -> None:
     site.begin()
     site.take()
     site.step()
     site.serves(OLD)
     assert site.step().state == "waiting"
-    site.answers(30, BAD)  # not the bundle's fault: nobody served it
+    site.answers(30, BAD)  # not the bundle's fault: no worker served it
     site.step(1000.0)
     site.serves(OLD, NEW)
     assert site.step().state == "running"
 
 
-def test_a_paused_one_does_nothing_until_it_is_resumed(site: Site) -> None:
+def test_a_paused_roll_out_does_nothing_until_it_is_resumed(site: Site) -> None:
     site.begin()
-    site.registry.change_rollout(None, RolloutEvent.PAUSE, site.now)
-    site.says("d0", OLD, error="no room")
+    site.registry.rollouts.change(None, RolloutEvent.PAUSE, site.now)
+    site.publish("d0", OLD, error="no room")
     row = site.step(1000.0)
     assert (row.state, row.reason, site.on(NEW)) == ("paused", "by hand", ["d0"])
-    site.says("d0", NEW)
-    site.registry.change_rollout(1, RolloutEvent.RESUME, site.now)
+    site.publish("d0", NEW)
+    site.registry.rollouts.change(1, RolloutEvent.RESUME, site.now)
     assert site.step().state == "running"
     assert site.stage(GOOD).stage == 2
 
 
 @pytest.mark.parametrize("paused", [False, True])
-def test_it_is_undone_by_hand(site: Site, *, paused: bool) -> None:
+def test_a_roll_out_is_undone_by_hand(site: Site, *, paused: bool) -> None:
     site.begin()
     if paused:
-        site.registry.change_rollout(None, RolloutEvent.PAUSE, site.now)
-    assert site.registry.change_rollout(None, RolloutEvent.UNDO, site.now) == 1
+        site.registry.rollouts.change(None, RolloutEvent.PAUSE, site.now)
+    assert site.registry.rollouts.change(None, RolloutEvent.UNDO, site.now) == 1
     assert (site.row().state, site.on(NEW)) == ("undone", [])
-    assert set(said(site).values()) == {Settings()}
+    assert set(own_settings(site).values()) == {Settings()}
 
 
-def test_what_an_operator_says_meanwhile_stays(site: Site) -> None:
+def test_settings_that_an_operator_changes_meanwhile_are_kept(site: Site) -> None:
     site.begin()
     change = msgspec.structs.replace
-    site.registry.change_settings(
+    site.registry.desired_state.change_settings(
         Target(Scope.DEVICE, "d0"), lambda old: change(old, max_new_tokens=9)
     )
-    site.registry.change_rollout(None, RolloutEvent.UNDO, site.now)
-    assert said(site)["d0"] == Settings(max_new_tokens=9)
+    site.registry.rollouts.change(None, RolloutEvent.UNDO, site.now)
+    assert own_settings(site)["d0"] == Settings(max_new_tokens=9)
 
 
-def test_its_devices_and_as_many_others_are_sampled_while_it_lasts(site: Site) -> None:
+def test_its_devices_and_as_many_others_are_sampled_during_a_roll_out(site: Site) -> None:
     own = Settings(agreement_sample=0.5)
-    site.registry.change_settings(Target(Scope.DEVICE, "d1"), lambda _: own)
+    site.registry.desired_state.change_settings(Target(Scope.DEVICE, "d1"), lambda _: own)
     site.begin()
-    assert {device: settings.agreement_sample for device, settings in said(site).items() if settings != Settings()} == {
-        "d0": 0.25, "d1": 0.25,
-    }  # fmt: skip
+    samples = {
+        device: settings.agreement_sample
+        for device, settings in own_settings(site).items()
+        if settings != Settings()
+    }
+    assert samples == {"d0": 0.25, "d1": 0.25}
     site.stage(GOOD)
     assert site.on(NEW) == ["d0", "d1"]
-    site.registry.change_rollout(None, RolloutEvent.UNDO, site.now)
-    assert said(site) == dict.fromkeys(DEVICES, Settings()) | {"d1": own}
+    site.registry.rollouts.change(None, RolloutEvent.UNDO, site.now)
+    assert own_settings(site) == dict.fromkeys(DEVICES, Settings()) | {"d1": own}
 
 
 def test_a_bundle_whose_exits_agree_less_is_undone(site: Site) -> None:
     site.begin()
     sampled = {"bundle_id": OLD, "started_at": site.now, "judged": 10, "agreed": 9}
-    site.registry.record_reports(
+    site.registry.stats.record_reports(
         {("d1", f"c{i}"): report(f"c{i}", **sampled | GOOD) for i in range(30)}
     )
     row = site.stage(GOOD | {"judged": 10, "agreed": 6})
@@ -329,38 +350,42 @@ def test_a_bundle_whose_exits_agree_less_is_undone(site: Site) -> None:
     assert row.reason.startswith("agreement 60.0%, before 90.0%")
 
 
-def test_a_group_keeps_it_to_itself(site: Site) -> None:
+def test_a_roll_out_of_a_group_changes_no_other_device(site: Site) -> None:
     site.begin(msgspec.structs.replace(PLAN, group="lab", canary=2, percentages=(100,)))
     assert site.on(NEW) == ["d4", "d5"]
     site.stage(GOOD)
     assert site.stage(GOOD).state == "completed"
-    assert site.registry.settings(Target(Scope.GROUP, "lab")) == Settings(bundle=NEW)
-    assert site.registry.settings(Target(Scope.ALL)) == Settings(bundle=OLD)
+    assert site.registry.desired_state.settings(Target(Scope.GROUP, "lab")) == Settings(bundle=NEW)
+    assert site.registry.desired_state.settings(Target(Scope.ALL)) == Settings(bundle=OLD)
     assert site.on(NEW) == ["d4", "d5", "d6", "d7", "d8", "d9"]
 
 
-def test_when_all_have_it_no_narrower_scope_says_another(site: Site) -> None:
-    site.registry.change_settings(
+def test_a_completed_roll_out_clears_the_bundle_of_narrower_scopes(site: Site) -> None:
+    site.registry.desired_state.change_settings(
         Target(Scope.GROUP, "lab"), lambda _: Settings(bundle=OLD, max_new_tokens=5)
     )
-    site.registry.change_settings(Target(Scope.DEVICE, "d7"), lambda _: Settings(bundle=OLD))
+    site.registry.desired_state.change_settings(
+        Target(Scope.DEVICE, "d7"), lambda _: Settings(bundle=OLD)
+    )
     site.begin(msgspec.structs.replace(PLAN, percentages=(100,)))
     site.stage(GOOD)
     assert site.stage(GOOD).state == "completed"
     assert site.on(NEW) == DEVICES
-    assert site.registry.settings(Target(Scope.GROUP, "lab")) == Settings(max_new_tokens=5)
+    assert site.registry.desired_state.settings(Target(Scope.GROUP, "lab")) == Settings(
+        max_new_tokens=5
+    )
 
 
-def test_one_at_a_time_over_the_same_devices(site: Site) -> None:
-    site.registry.start_rollout(NEW, RolloutPlan(group="lab"), site.now)
+def test_only_one_roll_out_is_open_over_the_same_devices(site: Site) -> None:
+    site.registry.rollouts.start(NEW, RolloutPlan(group="lab"), site.now)
     for group in ("lab", None):
         with pytest.raises(
             RolloutError, match="roll-out 1 of bundle b-new is waiting over the same devices"
         ):
-            site.registry.start_rollout(OLD, RolloutPlan(group=group), site.now)
-    assert site.registry.start_rollout(OLD, RolloutPlan(group="home"), site.now) == 2
+            site.registry.rollouts.start(OLD, RolloutPlan(group=group), site.now)
+    assert site.registry.rollouts.start(OLD, RolloutPlan(group="home"), site.now) == 2
     with pytest.raises(RolloutError, match="open roll-outs are 1, 2; name one of them"):
-        site.registry.change_rollout(None, RolloutEvent.PAUSE, site.now)
+        site.registry.rollouts.change(None, RolloutEvent.PAUSE, site.now)
 
 
 @pytest.mark.parametrize(
@@ -371,46 +396,46 @@ def test_one_at_a_time_over_the_same_devices(site: Site) -> None:
         (NEW, RolloutPlan(canary_group="garden"), "no active device in the group 'garden'"),
     ],
 )
-def test_what_cannot_be_rolled_out_is_refused(
+def test_a_roll_out_that_cannot_start_is_refused(
     site: Site, bundle_id: str, plan: RolloutPlan, message: str
 ) -> None:
     with pytest.raises(RolloutError, match=message):
-        site.registry.start_rollout(bundle_id, plan, site.now)
-    assert site.registry.rollouts() == []
+        site.registry.rollouts.start(bundle_id, plan, site.now)
+    assert site.registry.rollouts.latest() == []
 
 
-def test_one_that_has_ended_cannot_be_changed(site: Site) -> None:
+def test_a_roll_out_that_has_ended_cannot_be_changed(site: Site) -> None:
     site.begin()
-    site.registry.change_rollout(1, RolloutEvent.UNDO, site.now)
+    site.registry.rollouts.change(1, RolloutEvent.UNDO, site.now)
     with pytest.raises(
         RolloutError, match="cannot undo roll-out 1, which is undone: expected one of nothing"
     ):
-        site.registry.change_rollout(1, RolloutEvent.UNDO, site.now)
+        site.registry.rollouts.change(1, RolloutEvent.UNDO, site.now)
     with pytest.raises(RolloutError, match="unknown roll-out 5"):
-        site.registry.change_rollout(5, RolloutEvent.UNDO, site.now)
+        site.registry.rollouts.change(5, RolloutEvent.UNDO, site.now)
     with pytest.raises(RolloutError, match="open roll-outs are none"):
-        site.registry.change_rollout(None, RolloutEvent.UNDO, site.now)
+        site.registry.rollouts.change(None, RolloutEvent.UNDO, site.now)
 
 
 @contextmanager
 def restarted(site: Site) -> Iterator[None]:
-    """The server is away for ten minutes; then it has heard nobody yet."""
+    """Restart the server after ten minutes; it has received no status yet."""
     site.now += 600.0
-    site.registry.all_offline()
+    site.registry.stats.mark_all_offline()
     site.engine = site.new_engine()
     yield
     site.serves(OLD, NEW)
     for device in DEVICES:
-        site.says(device, site.wanted(device).bundle or OLD)
+        site.publish(device, site.desired_settings(device).bundle or OLD)
 
 
-def test_it_goes_on_after_a_restart_of_the_server_in_any_stage(site: Site) -> None:
+def test_a_roll_out_continues_after_a_restart_of_the_server_in_any_stage(site: Site) -> None:
     site.begin()
     for number in (2, 3, 4):
         site.take()
         site.step()
         with restarted(site):
-            assert site.step().state == "waiting"  # for a worker to be heard
+            assert site.step().state == "waiting"  # for the status of a worker
         assert site.step().state == "running"
         assert site.stage(GOOD).stage == number
     with restarted(site):
@@ -420,31 +445,31 @@ def test_it_goes_on_after_a_restart_of_the_server_in_any_stage(site: Site) -> No
 
 
 def test_two_servers_take_each_step_once(site: Site) -> None:
-    site.registry.start_rollout(NEW, PLAN, site.now)
+    site.registry.rollouts.start(NEW, PLAN, site.now)
     other = site.new_engine()
     for _ in range(4):
         site.step()
         other.step()
     stages = [
         each.details["stage"]
-        for each in site.registry.audit_log("rollout:1")
+        for each in site.registry.audit_log.entries("rollout:1")
         if each.action == "rollout_stage"
     ]
     assert stages == [1]
 
 
-def test_a_step_comes_no_sooner_than_it_should(site: Site) -> None:
-    site.registry.start_rollout(NEW, PLAN, site.now)
-    site.engine = RolloutEngine(site.registry, lambda: site.now, every_s=10.0)
+def test_a_step_is_not_applied_before_its_period_is_over(site: Site) -> None:
+    site.registry.rollouts.start(NEW, PLAN, site.now)
+    site.engine = RolloutEngine(site.registry, lambda: site.now, period_s=10.0)
     site.engine.step()
     assert site.row().state == "running"
     assert site.step(9.0).stage == 0
     assert site.step(1.0).stage == 1
 
 
-def test_bundles_say_who_serves_them_and_who_is_wanted_on_them(site: Site) -> None:
+def test_bundles_list_their_workers_and_their_serving_and_desired_devices(site: Site) -> None:
     site.begin()
-    rows = {row.bundle_id: row for row in site.registry.bundles()}
+    rows = {row.bundle_id: row for row in site.registry.rollouts.bundles()}
     new = rows[NEW]
     old = rows[OLD]
     assert (new.devices, new.wanted, new.workers, new.rollout, new.rollout_state) == (
@@ -455,5 +480,5 @@ def test_bundles_say_who_serves_them_and_who_is_wanted_on_them(site: Site) -> No
         "running",
     )
     assert (old.devices, old.wanted, old.rollout, old.rollout_state) == (10, 9, None, "")
-    assert not site.registry.add_bundle(NEW, "tiny", 1000)
-    assert site.registry.wanted_bundles() == {OLD: 9, NEW: 1}
+    assert not site.registry.rollouts.add_bundle(NEW, "tiny", 1000)
+    assert site.registry.rollouts.desired_bundles() == {OLD: 9, NEW: 1}

@@ -1,4 +1,4 @@
-"""Roll-ups hold what the reports said, for every window, and outlive them."""
+"""Roll-ups: they hold the sums of reports for every window, and are kept longer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from fleet.registry.database import parse_url
 from fleet.registry.results import BundleStats, GroupStats, HourStats, StatsRow
 from fleet.registry.stats.aggregate import MAX_AMOUNT, bucket, kind_of, quantile_ms
 from fleet.registry.stats.queries import By
-from fleet.registry.stats.rollup_tables import BUCKETS_MS, HOUR_S, NUM_BUCKETS, ROLLUPS, SPANS_S
-from fleet.registry.stats.time_spans import beginning, ladder, trend_span_s
+from fleet.registry.stats.rollup_columns import BUCKETS_MS, HOUR_S, NUM_BUCKETS, SPANS_S
+from fleet.registry.stats.rollup_tables import ROLLUPS
+from fleet.registry.stats.time_spans import ladder, trend_span_s, window_start
 from fleet.registry.store import Registry
 from fleet.server.retention import Retention
 from tests.fleet.conftest import add, report
@@ -26,7 +27,7 @@ NOW = 60.0 * DAY_S + 12_345
 
 
 def scattered(number: int, days: float, seed: int = 0) -> list[GenerationReport]:
-    """Reports of the last days before NOW."""
+    """Return reports of the last days before NOW."""
     draw = random.Random(seed)
     return [report(f"g{i}", started_at=NOW - draw.random() * days * DAY_S) for i in range(number)]
 
@@ -38,8 +39,8 @@ def test_a_window_of_at_most_a_day_counts_exactly_the_answers_that_began_in_it(
     add(registry, "edge-1")
     reports = scattered(60, days=1.2)
     for each in reports:
-        registry.record_report("edge-1", each)
-    (row,) = registry.stats(since=NOW - length_s, now=NOW)
+        registry.stats.record_report("edge-1", each)
+    (row,) = registry.stats.per_device(since=NOW - length_s, now=NOW)
     assert row.generations == sum(each.started_at >= NOW - length_s for each in reports)
     assert sum(row.sources.values()) == row.tokens == 10 * row.generations
 
@@ -53,16 +54,16 @@ def test_a_longer_window_counts_from_its_whole_hour_or_day_on(
     add(registry, "edge-1")
     reports = scattered(60, days=32)
     for each in reports:
-        registry.record_report("edge-1", each)
+        registry.stats.record_report("edge-1", each)
     since = NOW - days * DAY_S
-    (row,) = registry.stats(since=since, now=NOW)
+    (row,) = registry.stats.per_device(since=since, now=NOW)
     assert row.generations == sum(each.started_at >= since // whole_s * whole_s for each in reports)
 
 
 def test_every_length_of_span_adds_up_to_the_same(registry: Registry, registry_url: str) -> None:
     add(registry, "edge-1")
     for each in scattered(30, days=20):
-        registry.record_report("edge-1", each)
+        registry.stats.record_report("edge-1", each)
     engine = create_engine(parse_url(registry_url))
     with engine.connect() as connection:
         rows = connection.execute(select(ROLLUPS.c.span_s, ROLLUPS.c.answers)).all()
@@ -75,16 +76,16 @@ def test_every_length_of_span_adds_up_to_the_same(registry: Registry, registry_u
 def test_a_report_that_comes_twice_is_rolled_up_once(registry: Registry) -> None:
     add(registry, "edge-1")
     for _ in range(2):
-        registry.record_report("edge-1", report(started_at=NOW))
-    assert registry.stats(now=NOW)[0].generations == 1
+        registry.stats.record_report("edge-1", report(started_at=NOW))
+    assert registry.stats.per_device(now=NOW)[0].generations == 1
 
 
-def test_a_summary_counts_as_all_of_its_answers(registry: Registry) -> None:
+def test_a_merged_report_counts_as_all_of_its_answers(registry: Registry) -> None:
     add(registry, "edge-1")
-    registry.record_report(
+    registry.stats.record_report(
         "edge-1", report(started_at=NOW, answers=40, tokens=400, sources={"exit:8": 400})
     )
-    (row,) = registry.stats(now=NOW)
+    (row,) = registry.stats.per_device(now=NOW)
     assert (row.generations, row.tokens) == (40, 400)
 
 
@@ -94,13 +95,13 @@ def test_switches_are_counted_by_mode_and_kind_of_reason(registry: Registry) -> 
         Switch(20 * i, "standalone", f"{30 + i} ms a token predicted, wanted 12.5")
         for i in range(3)
     ]
-    registry.record_report("edge-1", report("g1", started_at=NOW, switches=tuple(slow)))
-    registry.record_report(
+    registry.stats.record_report("edge-1", report("g1", started_at=NOW, switches=tuple(slow)))
+    registry.stats.record_report(
         "edge-1",
         report("g2", started_at=NOW, switches=(Switch(1, "verified", "the link is back"),)),
     )
     for since in (None, NOW - 60):  # from roll-ups, and from the generations themselves
-        (row,) = registry.stats(since=since, now=NOW + 60)
+        (row,) = registry.stats.per_device(since=since, now=NOW + 60)
         assert row.switches == {
             "standalone: # ms a token predicted, wanted #": 3,
             "verified: the link is back": 1,
@@ -109,9 +110,9 @@ def test_switches_are_counted_by_mode_and_kind_of_reason(registry: Registry) -> 
 
 def test_verifies_drafts_and_errors_are_kept(registry: Registry) -> None:
     add(registry, "edge-1")
-    registry.record_report("edge-1", report("g1", started_at=NOW, verifies=4, drafted=17))
-    registry.record_report("edge-1", report("g2", started_at=NOW, finish_reason="error"))
-    (row,) = registry.stats(now=NOW)
+    registry.stats.record_report("edge-1", report("g1", started_at=NOW, verifies=4, drafted=17))
+    registry.stats.record_report("edge-1", report("g2", started_at=NOW, finish_reason="error"))
+    (row,) = registry.stats.per_device(now=NOW)
     assert (row.verifies, row.drafted, row.errors) == (4, 17, 1)
 
 
@@ -119,7 +120,7 @@ def test_the_trend_is_the_offload_rate_of_equal_parts_oldest_first(registry: Reg
     add(registry, "edge-1")
     noon = 60.0 * DAY_S
     for hours_ago, cloud in ((1, 0), (5, 5), (8, 10)):
-        registry.record_report(
+        registry.stats.record_report(
             "edge-1",
             report(
                 f"g{cloud}",
@@ -127,7 +128,7 @@ def test_the_trend_is_the_offload_rate_of_equal_parts_oldest_first(registry: Reg
                 sources={"cloud": cloud, "exit:8": 10 - cloud},
             ),
         )
-    (row,) = registry.stats(since=noon - 8 * HOUR_S, now=noon)
+    (row,) = registry.stats.per_device(since=noon - 8 * HOUR_S, now=noon)
     assert row.trend == (1.0, None, None, 0.5, None, None, None, 0.0)
 
 
@@ -136,10 +137,12 @@ def test_rows_by_group_bundle_and_hour_add_up_to_the_devices(registry: Registry)
     add(registry, "edge-2", group="kitchen")
     add(registry, "edge-3")
     for i, (device, bundle_id) in enumerate((("edge-1", "b1"), ("edge-2", "b2"), ("edge-3", "b2"))):
-        registry.record_report(device, report(started_at=NOW - i * HOUR_S, bundle_id=bundle_id))
-    groups = registry.stats_by(By.GROUP, now=NOW)
-    bundles = registry.stats_by(By.BUNDLE, now=NOW)
-    hours = registry.stats_by(By.HOUR, since=NOW - DAY_S, now=NOW)
+        registry.stats.record_report(
+            device, report(started_at=NOW - i * HOUR_S, bundle_id=bundle_id)
+        )
+    groups = registry.stats.grouped(By.GROUP, now=NOW)
+    bundles = registry.stats.grouped(By.BUNDLE, now=NOW)
+    hours = registry.stats.grouped(By.HOUR, since=NOW - DAY_S, now=NOW)
     assert [(row.group, row.tokens) for row in groups if isinstance(row, GroupStats)] == [
         (None, 10),
         ("kitchen", 20),
@@ -158,25 +161,27 @@ def test_rows_by_group_bundle_and_hour_add_up_to_the_devices(registry: Registry)
 def test_rows_can_be_of_one_device_or_of_a_group_alone(registry: Registry, by: By) -> None:
     add(registry, "edge-1", group="kitchen")
     add(registry, "edge-2", group="attic")
-    registry.record_report("edge-1", report(started_at=NOW, tokens=3, sources={"exit:8": 3}))
-    registry.record_report("edge-2", report(started_at=NOW))
+    registry.stats.record_report("edge-1", report(started_at=NOW, tokens=3, sources={"exit:8": 3}))
+    registry.stats.record_report("edge-2", report(started_at=NOW))
     for since in (None, NOW - 1):
-        assert [row.tokens for row in registry.stats_by(by, "edge-1", since, now=NOW)] == [3]
+        assert [row.tokens for row in registry.stats.grouped(by, "edge-1", since, now=NOW)] == [3]
         assert [
-            row.tokens for row in registry.stats_by(by, None, since, group="attic", now=NOW)
+            row.tokens for row in registry.stats.grouped(by, None, since, group="attic", now=NOW)
         ] == [10]
-    assert [row.device for row in registry.stats(group="attic", now=NOW)] == ["edge-2"]
+    assert [row.device for row in registry.stats.per_device(group="attic", now=NOW)] == ["edge-2"]
     with pytest.raises(UnknownDeviceError):
-        registry.stats_by(by, "oven")
+        registry.stats.grouped(by, "oven")
 
 
-def test_a_device_that_moves_takes_its_past_to_its_new_group(registry: Registry) -> None:
+def test_the_past_answers_of_a_device_that_moves_count_for_its_new_group(
+    registry: Registry,
+) -> None:
     add(registry, "edge-1", group="kitchen")
-    registry.record_report("edge-1", report(started_at=NOW))
-    registry.add_identity(
+    registry.stats.record_report("edge-1", report(started_at=NOW))
+    registry.identities.add_identity(
         "edge-1", role=Role.DEVICE, group="attic", fingerprint="0", not_after=2e9, replace=True
     )
-    (row,) = registry.stats_by(By.GROUP, now=NOW)
+    (row,) = registry.stats.grouped(By.GROUP, now=NOW)
     assert isinstance(row, GroupStats)
     assert row.group == "attic"
 
@@ -193,8 +198,8 @@ def test_figures_beyond_any_answer_do_not_overflow_the_sums(registry: Registry) 
             bytes_up=most,
             ttft_ms=1e12,
         )
-        registry.record_report("edge-1", huge)
-    (row,) = registry.stats(now=NOW)
+        registry.stats.record_report("edge-1", huge)
+    (row,) = registry.stats.per_device(now=NOW)
     assert (row.tokens, row.bytes_up, row.ttft_p95_ms) == (
         3 * MAX_AMOUNT,
         3 * MAX_AMOUNT,
@@ -202,38 +207,38 @@ def test_figures_beyond_any_answer_do_not_overflow_the_sums(registry: Registry) 
     )
 
 
-def test_what_is_forgotten_stays_in_the_statistics_of_whole_hours(registry: Registry) -> None:
+def test_deleted_generations_stay_in_the_statistics_of_whole_hours(registry: Registry) -> None:
     add(registry, "edge-1")
     for i in range(5):
-        registry.record_report("edge-1", report(f"g{i}", started_at=NOW, session=f"s{i}"))
-    assert registry.forget_before(1.0, limit=3) == 0
-    assert registry.forget_before(9e9, limit=3) == 3
-    assert len(registry.sessions()) == 2
-    assert registry.forget_before(9e9, limit=3) == 2
-    assert registry.sessions() == []
-    (row,) = registry.stats(now=NOW)
+        registry.stats.record_report("edge-1", report(f"g{i}", started_at=NOW, session=f"s{i}"))
+    assert registry.stats.delete_old_generations(1.0, limit=3) == 0
+    assert registry.stats.delete_old_generations(9e9, limit=3) == 3
+    assert len(registry.stats.sessions()) == 2
+    assert registry.stats.delete_old_generations(9e9, limit=3) == 2
+    assert registry.stats.sessions() == []
+    (row,) = registry.stats.per_device(now=NOW)
     assert (row.generations, row.tokens, row.sources["cloud"]) == (5, 50, 10)
 
 
 def test_a_late_report_is_kept_from_its_arrival_on(registry: Registry) -> None:
-    """Else one that a device sends again could find the first forgotten, and count twice."""
+    """Otherwise a report that a device sends again after its deletion would count twice."""
     add(registry, "edge-1")
-    registry.record_report("edge-1", report(started_at=0.0))
-    assert registry.forget_before(recorded_before=1e9, limit=10) == 0
-    assert not registry.record_report("edge-1", report(started_at=0.0))
+    registry.stats.record_report("edge-1", report(started_at=0.0))
+    assert registry.stats.delete_old_generations(recorded_before=1e9, limit=10) == 0
+    assert not registry.stats.record_report("edge-1", report(started_at=0.0))
 
 
-def test_retention_forgets_by_itself_until_nothing_old_is_left(registry: Registry) -> None:
+def test_retention_deletes_until_no_old_generation_is_left(registry: Registry) -> None:
     add(registry, "edge-1")
     for i in range(3):
-        registry.record_report("edge-1", report(f"g{i}"))
+        registry.stats.record_report("edge-1", report(f"g{i}"))
     with Retention(registry, days=-1.0):  # older than tomorrow: all
         deadline = time.monotonic() + 30
-        while registry.sessions():
+        while registry.stats.sessions():
             assert time.monotonic() < deadline
             time.sleep(0.01)
-    assert isinstance(registry.stats()[0], StatsRow)
-    assert registry.stats()[0].generations == 3
+    assert isinstance(registry.stats.per_device()[0], StatsRow)
+    assert registry.stats.per_device()[0].generations == 3
 
 
 @pytest.mark.parametrize(
@@ -266,8 +271,8 @@ def test_a_ladder_covers_every_hour_of_its_window_once(since: float) -> None:
         (30 * DAY_S, DAY_S),
     ],
 )
-def test_the_longer_a_window_the_rounder_its_beginning(ago_s: int, whole_s: int) -> None:
-    assert beginning(NOW - ago_s, NOW) == (NOW - ago_s) // whole_s * whole_s
+def test_the_longer_a_window_the_rounder_its_window_start(ago_s: int, whole_s: int) -> None:
+    assert window_start(NOW - ago_s, NOW) == (NOW - ago_s) // whole_s * whole_s
 
 
 @pytest.mark.parametrize(
@@ -304,7 +309,7 @@ def test_a_histogram_at_its_ends() -> None:
     assert (bucket(0.0), bucket(2.0), bucket(2.1), bucket(1e12)) == (0, 0, 1, NUM_BUCKETS - 1)
 
 
-def test_reasons_that_differ_in_figures_alone_are_one_kind() -> None:
+def test_reasons_that_differ_in_numbers_alone_are_one_kind() -> None:
     assert (
         kind_of("31 ms a token predicted, verified 40, wanted 12.5")
         == "# ms a token predicted, verified #, wanted #"
@@ -312,8 +317,8 @@ def test_reasons_that_differ_in_figures_alone_are_one_kind() -> None:
     assert len(kind_of("x" * 200)) == 120
 
 
-def test_judged_and_agreed_tokens_count_in_the_part_of_an_hour_too(registry: Registry) -> None:
+def test_judged_and_agreed_tokens_count_in_a_fraction_of_an_hour_too(registry: Registry) -> None:
     add(registry, "edge-1")
-    registry.record_report("edge-1", report(started_at=NOW, judged=4, agreed=3))
-    (row,) = registry.stats(since=NOW - 60.0, now=NOW + 60.0)
+    registry.stats.record_report("edge-1", report(started_at=NOW, judged=4, agreed=3))
+    (row,) = registry.stats.per_device(since=NOW - 60.0, now=NOW + 60.0)
     assert (row.judged, row.agreed) == (4, 3)

@@ -1,0 +1,60 @@
+"""Command line of the benchmarks: ``python -m benchmarks NAME``, or `fleet bench NAME`."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import typer
+
+from fleet.cli.options import PASS_ON
+from fleet.utils.cli_runtime import run_command
+from fleet.utils.optional_imports import needs
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Measure the engines on this machine.",
+)
+
+
+@app.command(context_settings=PASS_ON)
+def edge(context: typer.Context) -> None:
+    """Compare the edge engine with llama.cpp and onnxruntime-genai; measure a device's costs."""
+    with needs("edge,export,server"):
+        from benchmarks.edge import app as edge_app
+    _run(edge_app, context)
+
+
+@app.command(context_settings=PASS_ON)
+def worker(context: typer.Context) -> None:
+    """Measure sessions and devices that one worker serves, and round trips a token."""
+    with needs("edge,export,server,worker"):
+        from benchmarks.worker import app as worker_app
+    _run(worker_app, context)
+
+
+@app.command(context_settings=PASS_ON)
+def stats(context: typer.Context) -> None:
+    """Measure the statistics of 1,000 devices over 30 days, on SQLite and on PostgreSQL."""
+    with needs("server,postgres"):
+        from benchmarks.stats import app as stats_app
+    _run(stats_app, context)
+
+
+@app.command(context_settings=PASS_ON)
+def paper(context: typer.Context) -> None:
+    """Run the CE-CoLLM paper's experiments, with more baselines."""
+    with needs("edge,export,server,worker,plots,bench"):
+        from benchmarks.paper.command import app as paper_app
+    _run(paper_app, context)
+
+
+def _run(benchmark: typer.Typer, context: typer.Context) -> None:
+    name = f"fleet bench {context.command.name}"
+    benchmark(args=context.args, prog_name=name, standalone_mode=False)
+
+
+if __name__ == "__main__":
+    run_command("fleet", partial(app, prog_name="fleet bench"))

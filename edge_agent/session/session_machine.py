@@ -1,0 +1,462 @@
+"""A device's session with a cloud worker as a state machine without I/O.
+
+It keeps every hidden state in FP16 and decides which message is due: it opens the session, sends
+[sent, available) in order and within the worker's window, sends a verify request with the last of
+the context that it needs, repeats it, and opens a lost session again. `opened` and `gap` move
+`sent` to what the worker has, so every loss is repaired by sending again from there, to the same
+worker or another.
+
+A few positions without a request wait: they go with the next request, in one message (ADR 0025).
+While a request is pending everything behind it waits: those are drafts, and may be rejected with
+the ones before them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, NamedTuple
+
+import msgspec
+
+from edge_agent.engine.partition import Float32
+from edge_agent.measurements import Measurements
+from edge_agent.session.pending_verify import PendingVerify, verify_deadline_ms
+from edge_agent.session.upload_buffer import UploadBuffer
+from edge_agent.session.worker_directory import is_bundle_served
+from fleet.protocol import topics
+from fleet.protocol.hidden_states import FLOAT16
+from fleet.protocol.messages import (
+    Close,
+    Context,
+    ContextChunk,
+    Gap,
+    Open,
+    Opened,
+    Received,
+    Refused,
+    ToDevice,
+    ToWorker,
+    Verified,
+    Verify,
+)
+from fleet.protocol.report import WorkerStatus
+from fleet.protocol.session import LinkEvent, LinkState, advance
+from fleet.utils.backoff import backoff_s
+
+log = logging.getLogger(__name__)
+
+MAX_HELD_POSITIONS: Final = 3  # more than these are uploaded without a request
+NUM_TRIES: Final = 3  # a message without a response is sent again, evenly over its deadline
+RETRIABLE: Final = ("internal", "unknown_session")  # refusals without a time that may pass
+LINK_DOWN: Final = "the link to the broker went down"
+
+
+class OutgoingMessage(NamedTuple):
+    topic: str
+    body: ToWorker
+    qos: int = 0
+    request: PendingVerify | None = None  # the request that the message carries
+
+
+class SessionMachine:
+    """The state of one session. All times are seconds of one clock, which the caller reads.
+
+    `random` gives the jitter of the back-off, a number in [0, 1).
+    """
+
+    def __init__(
+        self,
+        opening: Open,
+        device: str,
+        hidden_size: int,
+        measurements: Measurements,
+        random: Callable[[], float],
+        *,
+        upload_dtype: str = FLOAT16,
+    ) -> None:
+        self.session = opening.session
+        self.state = LinkState.IDLE
+        self.worker: str | None = None
+        self.note: str | None = None
+        self.refusal: Refused | None = None  # final: no worker will accept the session
+        self.num_assists = 0
+        self.num_verifies = 0
+        self._opening = opening
+        self._device = device
+        self._measurements = measurements
+        self._random = random
+        self._upload_buffer = UploadBuffer(opening.max_positions, hidden_size, upload_dtype)
+        self._request: PendingVerify | None = None
+        self._num_requests = 0
+        self._is_link_up = False
+        self._workers: Mapping[str, WorkerStatus] = {}
+        self._worker_epoch: int | None = None
+        self._open_at = 0.0
+        self._open_until = 0.0
+        self._num_losses = 0
+        self._num_failed_opens = 0
+        self._refused_by: set[str] = set()  # workers that will never accept the session
+        self._workers_to_close: deque[str] = deque()
+
+    # Properties.
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a worker has the session now."""
+        return self.state is LinkState.OPEN
+
+    @property
+    def is_closed(self) -> bool:
+        return self.state is LinkState.CLOSED
+
+    @property
+    def is_available(self) -> bool:
+        """Whether a request has a chance now: the session is open, or opens for the first time."""
+        if self.state is LinkState.OPEN:
+            return True
+        if self._num_losses:
+            return False
+        return self.state is LinkState.OPENING or (self.state is LinkState.IDLE and self._is_served)
+
+    @property
+    def has_request(self) -> bool:
+        """Whether a request is pending, or its response has not been taken."""
+        return self._request is not None
+
+    @property
+    def is_handing_over(self) -> bool:
+        """Whether a request could go to the network now and has not gone yet."""
+        return self.is_open and self._request is not None and not self._request.is_handed_over
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the session is open and has nothing to send or to wait for."""
+        return self.is_open and self._request is None and self._is_held
+
+    @property
+    def _is_served(self) -> bool:
+        return is_bundle_served(self._workers, self._opening.bundle_id)
+
+    @property
+    def _patience_s(self) -> float:
+        return self._opening.deadline_ms / 1000 / NUM_TRIES
+
+    # Calls of the generation.
+
+    def offer(self, hidden_states: Float32) -> None:
+        """Queue the next positions' hidden states [n, hidden] float32 for upload."""
+        self._upload_buffer.add(hidden_states)
+
+    def rewind(self, num_positions: int) -> None:
+        """Drop every position from `num_positions` on and begin the next branch.
+
+        The worker does so on a rejection. To a branch that it does not know it opens anew.
+        """
+        self._upload_buffer.rewind(num_positions)
+
+    def ask(
+        self,
+        start: int,
+        draft: Sequence[int],
+        trusted: Sequence[int] = (),
+        deadline_ms: int | None = None,
+        *,
+        now: float,
+        is_optional: bool = False,
+    ) -> None:
+        """Request whether draft[i] follows position `start + i`, for every i that is not in
+        `trusted`.
+
+        The request outlives a lost session. An optional one does not, nor its deadline, and is not
+        made while the session is not available. `deadline_ms` is by default that of the session.
+        """
+        if is_optional and not self.is_available:
+            return
+        buffer = self._upload_buffer
+        num_pending = buffer.available - buffer.acknowledged
+        body = Verify(
+            session=self.session,
+            request=self._next_request(),
+            branch=buffer.branch,
+            start=start,
+            draft=tuple(draft),
+            deadline_ms=verify_deadline_ms(deadline_ms or self._opening.deadline_ms, num_pending),
+            trusted=tuple(trusted),
+        )
+        self._request = PendingVerify(body=body)
+        if is_optional:
+            self._request.abandon_at = now + self._request.deadline_s
+            self.num_assists += 1
+        else:
+            self.num_verifies += 1
+
+    def take_response(self, now: float) -> Verified | None:
+        """Return the response to the request, once; abandon the request when its time is over."""
+        request = self._request
+        if request is None:
+            return None
+        if request.response is None:
+            if now >= request.abandon_at:
+                self._lose_unanswered(request, now)
+                self.withdraw()
+            return None
+        self._request = None
+        return request.response
+
+    @property
+    def abandon_at(self) -> float:
+        """The time at which :meth:`take_response` abandons the request; infinity when it never
+        does.
+        """
+        return self._request.abandon_at if self._request else math.inf
+
+    def withdraw(self) -> None:
+        """Take an unanswered request back.
+
+        A worker may have rejected its draft and be a branch ahead: the device continues on a branch
+        that no worker can be on, and the worker starts the session afresh.
+        """
+        if self._request:
+            self._upload_buffer.branch += 2
+        self._request = None
+
+    def abandon(self, note: str) -> None:
+        """End the session early: drop the pending request and send no other."""
+        self.note = note
+        self._request = None
+        self.close()
+
+    def close(self) -> None:
+        """End the session; the worker's `close` is the last message due."""
+        if self.is_closed:
+            return
+        self.state = advance(self.state, LinkEvent.CLOSE)
+        if self.worker:
+            self._workers_to_close.append(self.worker)
+
+    # Events.
+
+    def observe(self, workers: Mapping[str, WorkerStatus], *, is_link_up: bool) -> None:
+        """Record the workers that are online and the state of the link to the broker."""
+        self._workers = workers
+        self._is_link_up = is_link_up
+
+    def worker_changed(self, worker: str, now: float) -> None:
+        """Leave a worker whose status, already observed, says that it has gone, has restarted, or
+        drains while another serves.
+        """
+        if worker != self.worker or not self.is_open:
+            return
+        status = self._workers.get(worker)
+        if status is None or status.epoch != self._worker_epoch:
+            self._lose(LinkEvent.WORKER_GONE, f"worker {worker} went away", now)
+        elif status.draining and self._is_served:
+            self._lose(LinkEvent.WORKER_GONE, f"worker {worker} is stopping", now)
+
+    def publish_failed(self, now: float) -> None:
+        """Record that a message could not be published."""
+        self._lose(LinkEvent.TIMEOUT, LINK_DOWN, now)
+
+    def receive(self, message: ToDevice, now: float) -> None:
+        """Process one message of a worker to this session."""
+        buffer = self._upload_buffer
+        match message:
+            case Opened():
+                self._opened(message)
+            case Gap(branch=branch, expected=expected) if branch == buffer.branch:
+                buffer.go_back(expected)
+            case Received(branch=branch, count=count) if branch == buffer.branch:
+                buffer.acknowledge(count)
+            case Verified():
+                self._verified(message, now)
+            case Refused():
+                self._refused(message, now)
+            case _:
+                log.debug("session %s: a message of another branch is dropped", self.session)
+
+    def _opened(self, message: Opened) -> None:
+        if self.is_open or self.is_closed:
+            if message.worker != self.worker:  # a second worker accepted the session
+                self._workers_to_close.append(message.worker)
+            return
+        self.state = advance(self.state, LinkEvent.OPENED)
+        self.worker = message.worker
+        status = self._workers.get(message.worker)
+        self._worker_epoch = status.epoch if status else None
+        self._num_failed_opens = 0
+        self.refusal = None
+        self._refused_by.clear()
+        self._upload_buffer.begin(message)
+        if self._request:
+            self._request.renew(self._next_request(), self._upload_buffer.branch)
+
+    def _verified(self, message: Verified, now: float) -> None:
+        request = self._request
+        if request is None or request.response or not request.accepts(message):
+            log.debug("session %s: a late response is dropped: %s", self.session, message)
+            return
+        request.response = message
+        self._upload_buffer.acknowledge(message.start + 1)
+        if request.num_sent:  # one repetition or several: the time counts from the first
+            self._measurements.round_trip_done(now - request.first_sent_at)
+
+    def _refused(self, message: Refused, now: float) -> None:
+        if self.is_open and message.worker not in (None, self.worker):
+            return  # a worker that does not have the session
+        if message.code == "bundle_mismatch" and self._is_served:
+            return  # a worker of another bundle, next to those that serve this one
+        is_final = message.retry_after_ms == 0 and message.code not in RETRIABLE
+        if self.state is LinkState.OPENING and is_final:
+            self._refuse_finally(message)
+        # When a worker drains, others may accept the session at once.
+        retry_after_s = 0.0 if message.code == "draining" else message.retry_after_ms / 1000
+        note = f"the worker refused ({message.code}): {message.message}"
+        self._lose(LinkEvent.REFUSED, note, now, retry_after_s)
+
+    def _refuse_finally(self, message: Refused) -> None:
+        """Record that one worker will never accept the session; with the last one there is no other
+        to ask.
+        """
+        self._refused_by.add(message.worker or "")
+        bundle_id = self._opening.bundle_id
+        if message.worker is None or not is_bundle_served(
+            self._workers, bundle_id, excluded=self._refused_by
+        ):
+            self.refusal = message
+
+    # Messages that are due.
+
+    def next_message(self, now: float) -> OutgoingMessage | None:
+        """Return the next message that is due, None when there is none; leave a state that has
+        lasted too long.
+        """
+        if self._workers_to_close:
+            return self._to(self._workers_to_close.popleft(), Close(self.session))
+        match self.state:
+            case LinkState.IDLE | LinkState.LOST:
+                return self._next_open(now)
+            case LinkState.OPENING:
+                return self._next_repeated_open(now)
+            case LinkState.OPEN if self._is_link_up:
+                return self._next_context(now) or self._next_request_message(now)
+            case LinkState.OPEN:
+                self._lose(LinkEvent.TIMEOUT, LINK_DOWN, now)
+        return None
+
+    def next_deadline(self, now: float) -> float:
+        """Return the time from which on :meth:`next_message` may give more without any other call;
+        infinity when there is none.
+
+        Call it when :meth:`next_message` gave None at `now`.
+        """
+        match self.state:
+            case LinkState.IDLE | LinkState.LOST:
+                return self._open_at if now < self._open_at else math.inf
+            case LinkState.OPENING:
+                return min(self._open_at, self._open_until)
+            case LinkState.OPEN:
+                return self._next_repetition()
+        return math.inf
+
+    def _next_repetition(self) -> float:
+        if not self._is_held:
+            return self._upload_buffer.retry_at(self._patience_s)
+        request = self._request
+        if request and request.response is None and request.num_sent:
+            return min(request.resend_at, request.first_sent_at + request.deadline_s)
+        return math.inf
+
+    def _next_open(self, now: float) -> OutgoingMessage | None:
+        if now < self._open_at or not self._is_link_up or not self._is_served:
+            return None
+        self._open_until = now + self._opening.deadline_ms / 1000
+        self.state = advance(self.state, LinkEvent.OPEN)
+        return self._open_message(now)
+
+    def _next_repeated_open(self, now: float) -> OutgoingMessage | None:
+        if now >= self._open_until:
+            self._lose(LinkEvent.TIMEOUT, "no worker accepted the session in time", now)
+            return None
+        return self._open_message(now) if now >= self._open_at else None
+
+    def _open_message(self, now: float) -> OutgoingMessage:
+        self._open_at = now + self._patience_s
+        opening = msgspec.structs.replace(self._opening, branch=self._upload_buffer.branch)
+        return OutgoingMessage(topics.open_session(self._device), opening, qos=1)
+
+    def _next_context(self, now: float) -> OutgoingMessage | None:
+        """Return the next chunk; together with a new request when it is the last that the request
+        needs.
+        """
+        if self._is_held:
+            return None
+        chunk = self._upload_buffer.next_chunk(now, self._patience_s)
+        if chunk is None:
+            return None
+        if self._request and self._request.num_sent == 0:
+            message = self._next_request_message(now, chunk)
+            if message:
+                return message
+        return self._to(self.worker, Context(self.session, chunk))
+
+    @property
+    def _is_held(self) -> bool:
+        """Whether the unsent positions can wait: they are few, or drafts behind pending ones."""
+        buffer = self._upload_buffer
+        request = self._request
+        if request and request.response is None:
+            return buffer.sent >= request.num_positions
+        return buffer.available - buffer.sent <= MAX_HELD_POSITIONS
+
+    def _next_request_message(
+        self, now: float, chunk: ContextChunk | None = None
+    ) -> OutgoingMessage | None:
+        request = self._request
+        if request is None or request.response or self._upload_buffer.sent < request.num_positions:
+            return None
+        if request.num_sent == 0:
+            request.first_sent_at = now
+        elif now >= request.first_sent_at + request.deadline_s:
+            self._lose_unanswered(request, now)
+            return None
+        elif now < request.resend_at:
+            return None
+        request.num_sent += 1
+        request.resend_at = now + request.deadline_s / NUM_TRIES
+        body = msgspec.structs.replace(request.body, chunk=chunk) if chunk else request.body
+        return self._to(self.worker, body, request)
+
+    def _next_request(self) -> int:
+        """Return a new request number."""
+        number = self._num_requests
+        self._num_requests += 1
+        return number
+
+    # Losses.
+
+    def _lose_unanswered(self, request: PendingVerify, now: float) -> None:
+        note = f"the cloud did not answer within {request.body.deadline_ms} ms"
+        self._lose(LinkEvent.TIMEOUT, note, now)
+
+    def _lose(self, event: LinkEvent, note: str, now: float, retry_after_s: float = 0.0) -> None:
+        if self.state not in (LinkState.OPENING, LinkState.OPEN):
+            return
+        self.note = note
+        self._measurements.session_lost()
+        is_at_once = event is LinkEvent.WORKER_GONE
+        wait_s = 0.0 if is_at_once else backoff_s(self._num_failed_opens, self._random())
+        self._open_at = now + max(wait_s, retry_after_s)
+        self._num_failed_opens += 1
+        self._num_losses += 1
+        if self._request and self._request.response is None and self.abandon_at < math.inf:
+            self.withdraw()
+        self.state = advance(self.state, event)
+
+    def _to(
+        self, worker: str | None, body: ToWorker, request: PendingVerify | None = None
+    ) -> OutgoingMessage:
+        topic = topics.to_worker(worker or "", self._device, self.session)
+        return OutgoingMessage(topic, body, request=request)

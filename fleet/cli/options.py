@@ -1,0 +1,155 @@
+"""Options and values that several commands of `fleet` share."""
+
+from __future__ import annotations
+
+import re
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+import typer
+
+from fleet.errors import ConfigError
+from fleet.exits.exit_policy import check_threshold
+from fleet.protocol.modes import Mode, parse_mode
+from fleet.protocol.prompt import ChatMessage, PromptRequest
+from fleet.protocol.types import DAY_S
+
+UNITS_S: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY_S}
+
+PASS_ON: Final = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "help_option_names": [],
+}
+"""Context settings of a command that passes its arguments on, `--help` included."""
+
+HomeOption = Annotated[
+    Path | None,
+    typer.Option("--home", help="Fleet's folder (default: $FLEET_HOME, else the user's data)."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+GroupOption = Annotated[str | None, typer.Option("--group", help="Only the devices of this group.")]
+SinceOption = Annotated[str | None, typer.Option(help="For example 30m, 24h, 7d, or 2026-01-31.")]
+PlotOption = Annotated[Path | None, typer.Option(help="Draw a picture into this *.png or *.svg.")]
+
+PortOption = Annotated[int, typer.Option(min=1, max=65535, help="Port of the broker.")]
+RegistryOption = Annotated[
+    str | None,
+    typer.Option(help="postgresql://USER@HOST/DATABASE (default: a SQLite file in the folder)."),
+]
+RetentionOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Delete single answers after so many days; hourly counts stay."),
+]
+MetricsPortOption = Annotated[
+    int | None,
+    typer.Option(min=0, max=65535, help="Serve /healthz, /readyz and /metrics from this port on."),
+]
+ServicePortOption = Annotated[
+    int,
+    typer.Option(
+        min=0, max=65535, help="Port of the HTTPS service where devices join; 0 is no service."
+    ),
+]
+BundleOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the bundle (default: the default model's, built if missing)."),
+]
+
+ModeOption = Annotated[
+    str | None, typer.Option("--mode", help=f"One of {', '.join(Mode)}.", metavar="MODE")
+]
+ThresholdOption = Annotated[
+    float | None, typer.Option(help="For all exits, 0 to 1; 1 switches the exits off.")
+]
+TokensOption = Annotated[
+    int | None, typer.Option("--max-new-tokens", min=1, help="Maximum length of the answer.")
+]
+TemperatureOption = Annotated[float, typer.Option(min=0, max=5, help="0 is greedy.")]
+TopPOption = Annotated[
+    float, typer.Option(help="Nucleus: smallest set of tokens with this probability.")
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
+
+
+def print_json(value: object) -> None:
+    """Print a value of msgspec's types as one line of JSON."""
+    print(msgspec.json.encode(value).decode())
+
+
+def parse_span(text: str) -> float:
+    """Seconds of a span such as "90s", "10m", "1.5h" or "7d"; raises ConfigError."""
+    span_s = _match_span(text)
+    if span_s is None:
+        raise ConfigError(f"span {text!r}: expected a number with its unit, such as 30s, 10m or 2h")
+    return span_s
+
+
+def _match_span(text: str) -> float | None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    return float(match[1]) * UNITS_S[match[2]] if match else None
+
+
+def format_span(span_s: float) -> str:
+    """The shortest text that `parse_span` reads as `span_s`, such as "10m"."""
+    units = [unit for unit, unit_s in UNITS_S.items() if span_s % unit_s == 0]
+    unit = units[-1] if units else "s"
+    return f"{span_s / UNITS_S[unit]:g}{unit}"
+
+
+def parse_since(text: str | None) -> float | None:
+    """Seconds since 1970 of a span before now, or of an ISO date; raises ConfigError."""
+    if text is None:
+        return None
+    span_s = _match_span(text)
+    if span_s is not None:
+        return time.time() - span_s
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        raise ConfigError(
+            f"since {text!r}: expected a span like 30m, 24h, 7d, or a date like 2026-01-31"
+        ) from None
+
+
+def parse_ttl(text: str, max_s: float) -> float:
+    """Seconds of a span from 1 s to `max_s`; raises ConfigError."""
+    span_s = _match_span(text)
+    if span_s is None or not 1 <= span_s <= max_s:
+        raise ConfigError(
+            f"ttl {text!r}: expected a span like 15m, 24h or 7d, at most {format_span(max_s)}"
+        )
+    return span_s
+
+
+def make_request(
+    messages: tuple[ChatMessage, ...],
+    *,
+    mode: str | None,
+    threshold: float | None,
+    max_new_tokens: int | None,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> PromptRequest:
+    """A request from a command's options.
+
+    Raises:
+        ConfigError: a value is outside its range, or a message is empty.
+    """
+    if not 0.0 < top_p <= 1.0:
+        raise ConfigError(f"top-p {top_p}: expected a number above 0 and at most 1")
+    if any(not message.content.strip() for message in messages):
+        raise ConfigError("the prompt is empty; give some text")
+    return PromptRequest(
+        messages=messages,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        mode=parse_mode(mode) if mode else None,
+        threshold=None if threshold is None else check_threshold(threshold),
+    )

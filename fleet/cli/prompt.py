@@ -1,0 +1,68 @@
+"""`fleet prompt`: one prompt to one device."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fleet.cli.device_status import await_online
+from fleet.cli.options import (
+    HomeOption,
+    JsonOption,
+    ModeOption,
+    SeedOption,
+    TemperatureOption,
+    ThresholdOption,
+    TokensOption,
+    TopPOption,
+    make_request,
+    print_json,
+)
+from fleet.cli.responses import exit_sources, stream_response
+from fleet.protocol.prompt import ChatMessage, PromptRequest
+from fleet.server.home import FleetHome
+from fleet.transport.mqtt import MqttTransport
+from fleet.transport.prompt_client import PromptClient
+
+
+def prompt(
+    device: Annotated[str, typer.Argument(help="Name of the device.")],
+    text: Annotated[str, typer.Argument(help="Text of the prompt.")],
+    mode: ModeOption = None,
+    threshold: ThresholdOption = None,
+    max_new_tokens: TokensOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    folder: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prompt a device and stream its answer."""
+    request = make_request(
+        (ChatMessage("user", text),),
+        mode=mode,
+        threshold=threshold,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    send_prompt(FleetHome.load(folder), device, request, as_json=as_json)
+
+
+def send_prompt(home: FleetHome, device: str, request: PromptRequest, *, as_json: bool) -> None:
+    """Send a request as an operator and print the response; needs the broker and no registry.
+
+    Raises:
+        UnknownDeviceError: the broker has no status of the device.
+        LinkError: the broker cannot be reached, or the device is offline.
+    """
+    console = Console(stderr=as_json, highlight=False)
+    with home.operator() as identity, MqttTransport.connect(identity) as link:
+        bundle_id = await_online(link, device).bundle_id
+        exits = exit_sources(home, bundle_id)
+        result = stream_response(console, PromptClient(link), device, request, exits)
+    if as_json:
+        print_json({"bundle_id": bundle_id, "results": [result]})

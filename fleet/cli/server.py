@@ -1,0 +1,53 @@
+"""`fleet server`: the server process alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fleet.cli.options import HomeOption, MetricsPortOption
+from fleet.errors import ConfigError
+from fleet.server.home import FleetHome
+from fleet.utils.optional_imports import needs
+
+BrokerOption = Annotated[
+    bool, typer.Option(help="Run the embedded broker, or use one that runs elsewhere.")
+]
+ListenOption = Annotated[
+    str | None, typer.Option(help="Address of broker and service (default: the fleet's).")
+]
+MosquittoOption = Annotated[
+    Path | None,
+    typer.Option(help="With --no-broker: folder of `fleet broker config` to keep in step."),
+]
+ReloadOption = Annotated[
+    str | None,
+    typer.Option(help="Command that makes that mosquitto reload its files (default: SIGHUP)."),
+]
+MetricsHostOption = Annotated[str, typer.Option(help="Address of --metrics-port.")]
+
+
+def server(
+    folder: HomeOption = None,
+    broker: BrokerOption = True,
+    listen: ListenOption = None,
+    mosquitto: MosquittoOption = None,
+    reload: ReloadOption = None,
+    metrics_port: MetricsPortOption = None,
+    metrics_host: MetricsHostOption = "127.0.0.1",
+) -> None:
+    """Run broker, collector and service alone; `fleet up` starts this."""
+    with needs("server"):
+        from fleet.server.main import ServerOptions, run_server
+    if mosquitto and broker:
+        raise ConfigError("--mosquitto keeps a broker that runs elsewhere in step; add --no-broker")
+    options = ServerOptions(
+        listen=listen,
+        has_broker=broker,
+        mosquitto=mosquitto,
+        reload=reload,
+        metrics=None if metrics_port is None else (metrics_host, metrics_port),
+    )
+    run_server(FleetHome.load(folder), options)

@@ -1,0 +1,36 @@
+"""Annotated types that several messages share. Each limit is part of the wire protocol."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, TypeAlias
+
+from msgspec import Meta
+
+MAX_POSITIONS: Final = 1 << 20
+MAX_LABEL_LENGTH: Final = 200
+DAY_S: Final = 86_400
+
+Id: TypeAlias = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9_-]{0,62}\Z")]
+Label: TypeAlias = Annotated[str, Meta(max_length=MAX_LABEL_LENGTH)]
+Text: TypeAlias = Annotated[str, Meta(max_length=1000)]
+Port: TypeAlias = Annotated[int, Meta(ge=1, le=65535)]
+
+Position: TypeAlias = Annotated[int, Meta(ge=0, lt=MAX_POSITIONS)]
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_POSITIONS)]
+TokenId: TypeAlias = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Source: TypeAlias = Annotated[str, Meta(pattern=r"\A(exit:[0-9]{1,4}|cloud|fallback|lookup)\Z")]
+
+Seed: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Temperature: TypeAlias = Annotated[float, Meta(ge=0, le=5)]
+TopP: TypeAlias = Annotated[float, Meta(gt=0, le=1)]
+TopK: TypeAlias = Annotated[int, Meta(ge=0, le=1000)]
+MaxNewTokens: TypeAlias = Annotated[int, Meta(ge=1, le=100_000)]
+Threshold: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
+Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
+
+DeadlineMs: TypeAlias = Annotated[int, Meta(ge=1, le=600_000)]
+TargetTpotMs: TypeAlias = Annotated[float, Meta(gt=0, le=600_000)]
+Milliseconds: TypeAlias = Annotated[float, Meta(ge=0, le=1e12)]
+# Seconds since 1970, UTC, up to the year 9999, the last one that a calendar can show.
+Timestamp: TypeAlias = Annotated[float, Meta(ge=0, lt=253_402_300_800)]
+Amount: TypeAlias = Annotated[int, Meta(ge=0, le=1 << 53)]
