@@ -50,13 +50,16 @@ def upgrade() -> None:
 
 def _create(name: str, more_key: list[str], counts: list[str]) -> None:
     lengths = {"bundle_id": 63, "source": 20, "mode": 63, "reason": 120}
-    op.create_table(
-        name,
+    columns = [
         sa.Column("span_s", sa.Integer(), nullable=False, autoincrement=False),
         sa.Column("start", sa.BigInteger(), nullable=False, autoincrement=False),
         sa.Column("device", sa.String(63), nullable=False),
-        *(sa.Column(key, sa.String(lengths[key]), nullable=False) for key in more_key),
-        *(sa.Column(count, _type(count), nullable=False) for count in counts),
+    ]
+    columns += [sa.Column(key, sa.String(lengths[key]), nullable=False) for key in more_key]
+    columns += [sa.Column(count, _type(count), nullable=False) for count in counts]
+    op.create_table(
+        name,
+        *columns,
         sa.ForeignKeyConstraint(["device"], ["identities.name"], name=op.f(f"fk_{name}_device")),
         sa.PrimaryKeyConstraint("span_s", "start", "device", *more_key, name=op.f(f"pk_{name}")),
         sqlite_with_rowid=False,

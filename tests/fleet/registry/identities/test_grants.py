@@ -109,7 +109,7 @@ def test_a_target_that_is_neither_device_nor_group_nor_tag_cannot_be_allowed(
     assert targets(home, "phone") == ()
 
 
-@pytest.mark.parametrize("app", ["nobody", "kitchen"])
+@pytest.mark.parametrize("app", ["stranger", "kitchen"])
 def test_only_an_app_can_be_allowed_targets(home: Registry, app: str) -> None:
     with pytest.raises(IdentityError, match=f"expected the name of an app, got '{app}'"):
         home.identities.allow(app, ["attic"])
