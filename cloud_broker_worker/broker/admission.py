@@ -6,77 +6,81 @@ import hashlib
 import secrets
 import ssl
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
-from amqtt.mqtt.connack import NOT_AUTHORIZED, UNACCEPTABLE_PROTOCOL_VERSION
-from amqtt.mqtt.connect import ConnectPacket
-from amqtt.session import Session
-
-from cloud_broker_worker.broker.packets import Packet
+from cloud_broker_worker.broker.packets import (
+    MQTT_3_1_1,
+    ClientPacket,
+    ConnectCode,
+    ConnectPacket,
+)
 from cloud_broker_worker.broker.rights_cache import CertificateHolder, RightsCache
-from fleet.protocol.access import Action
+from fleet.protocol.access import Grants
 
-MQTT_3_1_1: Final = 4
+
+@dataclass(frozen=True)
+class Admission:
+    """An admitted client: the holder of its certificate, its role's rights and its client id."""
+
+    holder: CertificateHolder
+    grants: Grants
+    client_id: str
+    packet: ConnectPacket
 
 
 @dataclass(frozen=True)
 class ConnectRefusal:
-    """The reason for a refused CONNECT; `code` is CONNACK's."""
+    """The reason for a refused CONNECT."""
 
-    code: int
+    code: ConnectCode
     reason: str
 
 
-def admit(
-    packet: Packet | None, holder: CertificateHolder | None, rights: RightsCache
-) -> Session | ConnectRefusal:
-    """Return the session of a client with the certificate of `holder`, or the reason for a refusal.
+async def admit(
+    packet: ClientPacket | None, holder: CertificateHolder | None, rights: RightsCache
+) -> Admission | ConnectRefusal:
+    """Decide on a client with the certificate of `holder`.
 
     Its client id and user name are the certificate's name. A client without a client id gets a
     random one below that name, so that ``mosquitto_sub`` and ``mosquitto_pub`` can run at the same
-    time with one app's certificate. Every session is clean.
+    time with one app's certificate.
     """
     if not isinstance(packet, ConnectPacket):
+        got = type(packet).__name__ if packet else "the end of the connection"
+        return ConnectRefusal(ConnectCode.NOT_AUTHORIZED, f"expected CONNECT first, got {got}")
+    if packet.protocol != "MQTT" or packet.level != MQTT_3_1_1:
+        return ConnectRefusal(ConnectCode.UNACCEPTABLE_VERSION, _version_reason(packet))
+    names = {packet.client_id or None, packet.username, None}
+    if holder is None or names - {None, holder.name}:
+        name = holder.name if holder else None
         return ConnectRefusal(
-            NOT_AUTHORIZED, f"expected CONNECT first, got {type(packet).__name__}"
-        )
-    if packet.proto_name != "MQTT" or packet.proto_level != MQTT_3_1_1:
-        return ConnectRefusal(
-            UNACCEPTABLE_PROTOCOL_VERSION, f"expected MQTT 3.1.1, got level {packet.proto_level}"
-        )
-    client_id = None if packet.client_id_is_random else packet.client_id
-    name = holder.name if holder else None
-    if holder is None or client_id not in (None, name) or packet.username not in (None, name):
-        return ConnectRefusal(
-            NOT_AUTHORIZED,
-            f"certificate of {name!r}, client id {str(client_id)[:80]!r}, "
+            ConnectCode.NOT_AUTHORIZED,
+            f"certificate of {name!r}, client id {packet.client_id[:80]!r}, "
             f"user name {str(packet.username)[:80]!r}: expected one and the same name",
         )
-    grants = rights.fresh(holder)
+    grants = await rights.read(holder)
     if grants is None:
-        return ConnectRefusal(
-            NOT_AUTHORIZED,
-            f"{name!r} is not enrolled, not active, or now has another certificate than this one "
-            f"(SHA-256 {holder.fingerprint[:16]}...); enroll it with 'fleet enroll {name}'",
-        )
-    if packet.will_flag and not grants.permits(Action.PUBLISH, packet.will_topic or ""):
-        return ConnectRefusal(
-            NOT_AUTHORIZED, f"{name!r} may not publish its will to {str(packet.will_topic)[:200]!r}"
-        )
-    return _clean_session(packet, client_id or f"{holder.name}/{secrets.token_hex(8)}")
+        return _refuse_unknown(holder, rights)
+    client_id = packet.client_id or f"{holder.name}/{secrets.token_hex(8)}"
+    return Admission(holder, grants, client_id, packet)
 
 
-def _clean_session(packet: ConnectPacket, client_id: str) -> Session:
-    session = Session()
-    session.client_id = client_id
-    session.clean_session = True
-    session.keep_alive = packet.keep_alive
-    session.will_flag = packet.will_flag
-    session.will_topic = packet.will_topic
-    session.will_message = packet.will_message
-    session.will_qos = packet.will_qos
-    session.will_retain = packet.will_retain_flag
-    return session
+def _version_reason(packet: ConnectPacket) -> str:
+    version = "MQTT 5" if packet.level == 5 else f"{packet.protocol[:20]!r} level {packet.level}"
+    return f"expected MQTT 3.1.1, got {version}; choose version 3.1.1 in the client"
+
+
+def _refuse_unknown(holder: CertificateHolder, rights: RightsCache) -> ConnectRefusal:
+    if rights.is_registry_away:
+        return ConnectRefusal(
+            ConnectCode.UNAVAILABLE,
+            f"the rights of {holder.name!r} are unknown, and the registry cannot be read",
+        )
+    return ConnectRefusal(
+        ConnectCode.NOT_AUTHORIZED,
+        f"{holder.name!r} is not enrolled, not active, or now has another certificate than this "
+        f"one (SHA-256 {holder.fingerprint[:16]}...); enroll it with 'fleet enroll {holder.name}'",
+    )
 
 
 def certificate_holder(tls: ssl.SSLObject | None) -> CertificateHolder | None:

@@ -6,89 +6,114 @@ import asyncio
 import logging
 from typing import Final, Protocol
 
-from amqtt.mqtt.disconnect import DisconnectPacket
-from amqtt.mqtt.pingreq import PingReqPacket
-from amqtt.mqtt.pingresp import PingRespPacket
-from amqtt.mqtt.puback import PubackPacket
-from amqtt.mqtt.publish import PublishPacket
-from amqtt.mqtt.subscribe import SubscribePacket
-from amqtt.mqtt.unsubscribe import UnsubscribePacket
-from amqtt.session import Session
-
-from cloud_broker_worker.broker.packets import Packet, read_packet
-from cloud_broker_worker.broker.rights_cache import CertificateHolder
+from cloud_broker_worker.broker.admission import Admission
+from cloud_broker_worker.broker.packets import (
+    PINGRESP,
+    BrokerMessage,
+    ConnectPacket,
+    DisconnectPacket,
+    PingreqPacket,
+    PubackPacket,
+    PublishPacket,
+    SubscribePacket,
+    UnsubscribePacket,
+    read_packet,
+)
+from cloud_broker_worker.broker.token_bucket import PacketBudget
 from fleet.errors import DecodeError
 
 MAX_UNSENT_BYTES: Final = 8 << 20
 MAX_UNACKNOWLEDGED: Final = 10_000
 KEEP_ALIVE_GRACE: Final = 1.5  # MQTT 3.1.1 section 3.1.2.10
+TURN: Final = 8
+"""Packets of one client that are handled before other clients have their turn."""
 
 logger = logging.getLogger(__name__)
 
 
 class PacketHandler(Protocol):
-    """The operations of the broker that a client's packets trigger."""
+    """The operations of the broker that a client's packets trigger; each returns its cost."""
 
-    async def on_publish(self, connection: Connection, packet: PublishPacket) -> None: ...
+    async def on_publish(self, connection: Connection, packet: PublishPacket) -> float: ...
 
-    async def on_subscribe(self, connection: Connection, packet: SubscribePacket) -> None: ...
+    async def on_subscribe(self, connection: Connection, packet: SubscribePacket) -> float: ...
 
-    async def on_unsubscribe(self, connection: Connection, packet: UnsubscribePacket) -> None: ...
+    async def on_unsubscribe(self, connection: Connection, packet: UnsubscribePacket) -> float: ...
 
 
 class Connection:
-    """An admitted client: `name` is its certificate's, `session.client_id` this connection's."""
+    """An admitted client: `name` is its certificate's, `client_id` this connection's."""
 
     def __init__(
         self,
-        holder: CertificateHolder,
-        session: Session,
+        admission: Admission,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
+        budget: PacketBudget,
     ) -> None:
-        self.holder = holder
-        self.name = holder.name
-        self.session = session
+        self.holder = admission.holder
+        self.name = admission.holder.name
+        self.client_id = admission.client_id
+        self.will = admission.packet.will
         self.filters: set[str] = set()
+        self._silence_s = admission.packet.keep_alive_s * KEEP_ALIVE_GRACE or None
         self._reader = reader
         self._writer = writer
+        self._budget = budget
         self._unacknowledged: set[int] = set()
         self._packet_id = 0
 
-    async def serve(self, handler: PacketHandler) -> bool:
-        """Handle the client's packets in order until its end.
+    async def serve(self, handler: PacketHandler) -> None:
+        """Handle the client's packets in order until its end; after DISCONNECT it has no will.
 
-        Return whether the client sent DISCONNECT; if not, its will is due.
+        The next packet is read when the budget allows it. Meanwhile TCP holds the client back.
 
         Raises:
             ProtocolError: it sent a packet that a client may not send.
             TimeoutError: it was silent for longer than its keep-alive allows.
         """
-        silence_s = self.session.keep_alive * KEEP_ALIVE_GRACE or None
+        num_packets = 0
         while True:
-            async with asyncio.timeout(silence_s):
+            async with asyncio.timeout(self._silence_s):
                 packet = await read_packet(self._reader)
-            match packet:
-                case PublishPacket():
-                    await handler.on_publish(self, packet)
-                case PubackPacket():
-                    self._unacknowledged.discard(packet.variable_header.packet_id)
-                case PingReqPacket():
-                    self.send(PingRespPacket())
-                case SubscribePacket():
-                    await handler.on_subscribe(self, packet)
-                case UnsubscribePacket():
-                    await handler.on_unsubscribe(self, packet)
-                case DisconnectPacket():
-                    return True
-                case None:
-                    return False
-                case _:
-                    raise DecodeError(
-                        f"expected a client's packet with QoS 0 or 1, got {type(packet).__name__}"
-                    )
+            if packet is None:
+                return
+            if isinstance(packet, DisconnectPacket):
+                self.will = None
+                return
+            wait_s = self._budget.spend(await self._handle(packet, handler))
+            num_packets += 1
+            if wait_s or num_packets % TURN == 0:  # reading does not yield while bytes are there
+                await asyncio.sleep(wait_s)
 
-    def send(self, packet: Packet, *, droppable: bool = False) -> None:
+    async def _handle(
+        self,
+        packet: ConnectPacket
+        | PublishPacket
+        | PubackPacket
+        | SubscribePacket
+        | UnsubscribePacket
+        | PingreqPacket,
+        handler: PacketHandler,
+    ) -> float:
+        """Handle one packet; return its cost."""
+        match packet:
+            case PublishPacket():
+                return await handler.on_publish(self, packet)
+            case PubackPacket():
+                self._unacknowledged.discard(packet.packet_id)
+                return 0.0  # the sender of the message has paid
+            case PingreqPacket():
+                self.send(PINGRESP)
+                return 1.0
+            case SubscribePacket():
+                return await handler.on_subscribe(self, packet)
+            case UnsubscribePacket():
+                return await handler.on_unsubscribe(self, packet)
+            case ConnectPacket():
+                raise DecodeError("expected one CONNECT in a connection, got a second one")
+
+    def send(self, packet: bytes, *, droppable: bool = False) -> None:
         """Queue one packet.
 
         A client that reads too slowly loses droppable packets, and is disconnected for others.
@@ -96,14 +121,14 @@ class Connection:
         if self._writer.transport.is_closing():
             return
         if self._num_unsent_bytes <= MAX_UNSENT_BYTES:
-            self._writer.write(packet.to_bytes())
+            self._writer.write(packet)
         elif not droppable:
             self.abort(f"reads too slowly: {MAX_UNSENT_BYTES} bytes wait for it")
 
-    def deliver(self, topic: str, payload: bytes, qos: int, *, retain: bool = False) -> None:
+    def deliver(self, message: BrokerMessage, granted_qos: int) -> None:
         """Queue one message; QoS 1 occupies a packet id until the client acknowledges it."""
-        if qos == 0:
-            self.send(_publish_packet(topic, payload, None, retain), droppable=True)
+        if min(message.qos, granted_qos) == 0:
+            self.send(message.bytes_at_most_once, droppable=True)
             return
         if len(self._unacknowledged) >= MAX_UNACKNOWLEDGED:
             self.abort(f"has not acknowledged {MAX_UNACKNOWLEDGED} messages")
@@ -112,32 +137,18 @@ class Connection:
         while self._packet_id in self._unacknowledged:
             self._packet_id = self._packet_id % 0xFFFF + 1
         self._unacknowledged.add(self._packet_id)
-        self.send(_publish_packet(topic, payload, self._packet_id, retain))
+        self.send(message.bytes_at_least_once(self._packet_id))
 
     def abort(self, reason: str) -> None:
         """End the connection now, and drop unsent packets."""
-        logger.warning("%s is disconnected: it %s", self.session.client_id, reason)
-        self._writer.transport.abort()
+        logger.warning("%s is disconnected: it %s", self.client_id, reason)
+        self.stop()
 
-    async def stop(self) -> None:
-        """End the connection; amqtt calls this at its own shutdown."""
+    def stop(self) -> None:
+        """End the connection now, without a line in the log."""
         self._writer.transport.abort()
 
     @property
     def _num_unsent_bytes(self) -> int:
         size: int = self._writer.transport.get_write_buffer_size()
         return size
-
-
-def _publish_packet(
-    topic: str, payload: bytes, packet_id: int | None, retain: bool
-) -> PublishPacket:
-    """Build a message, with QoS 1 if it has a packet id."""
-    return PublishPacket.build(
-        topic_name=topic,
-        message=payload,
-        packet_id=packet_id,
-        dup_flag=False,
-        qos=0 if packet_id is None else 1,
-        retain=retain,
-    )

@@ -1,11 +1,4 @@
-"""The fleet's broker on amqtt: admission, rights and limits.
-
-amqtt 0.12.1 deletes, or hands over, the session of a claimed client id before it calls its plugins;
-sends a new client the retained messages of all clients' subscriptions; publishes a will on any
-topic; never ends a silent connection; accepts packets of 256 MB; and keeps every message for a slow
-client in memory. So this module handles a connection from CONNECT to its will; amqtt provides the
-listener, the packets, the subscriptions and the retained messages.
-"""
+"""The fleet's broker: admission, rights, limits, subscriptions and retained messages."""
 
 from __future__ import annotations
 
@@ -13,38 +6,48 @@ import asyncio
 import logging
 import socket
 import ssl
+from collections import defaultdict
+from collections.abc import Coroutine, Iterable
+from dataclasses import replace
 from typing import Final
 
-from amqtt.broker import Broker
-from amqtt.contexts import Action as MqttAction
-from amqtt.contexts import BrokerConfig, ListenerConfig
-from amqtt.mqtt.connack import CONNECTION_ACCEPTED, NOT_AUTHORIZED, ConnackPacket
-from amqtt.mqtt.puback import PubackPacket
-from amqtt.mqtt.publish import PublishPacket
-from amqtt.mqtt.suback import SubackPacket
-from amqtt.mqtt.subscribe import SubscribePacket
-from amqtt.mqtt.unsuback import UnsubackPacket
-from amqtt.mqtt.unsubscribe import UnsubscribePacket
-from amqtt.session import Session
-
-from cloud_broker_worker.broker.admission import ConnectRefusal, admit, certificate_holder
+from cloud_broker_worker.broker.acceptor import Acceptor
+from cloud_broker_worker.broker.admission import (
+    Admission,
+    ConnectRefusal,
+    admit,
+    certificate_holder,
+)
 from cloud_broker_worker.broker.connection import Connection
-from cloud_broker_worker.broker.packets import read_packet
+from cloud_broker_worker.broker.packets import (
+    SUBSCRIPTION_REFUSED,
+    BrokerMessage,
+    ConnectCode,
+    PublishPacket,
+    SubscribePacket,
+    UnsubscribePacket,
+    connack,
+    puback,
+    read_packet,
+    suback,
+    unsuback,
+)
 from cloud_broker_worker.broker.rights_cache import RightsCache
+from cloud_broker_worker.broker.token_bucket import PacketBudget, TokenRate
+from cloud_broker_worker.broker.topic_trie import TopicTrie
 from fleet.errors import DecodeError, ProtocolError
 from fleet.protocol import topics
-from fleet.protocol.access import Action
+from fleet.protocol.access import Action, Role
 from fleet.protocol.topics import matches
+from fleet.utils.rate_limited_log import RateLimitedLog
 
-CONNECT_S: Final = 10.0
-CLOSE_S: Final = 2.0
-REVOCATION_S: Final = 1.0  # period of the check; cached rights are up to two seconds old
+REVOCATION_S: Final = 1.0  # period of the look at the registry's changes
 MAX_CONNECT_BYTES: Final = 64 * 1024
 MAX_QOS: Final = 1
 MAX_FILTERS: Final = 100  # subscriptions of one connection
 MAX_CONNECTIONS_PER_NAME: Final = 16
-MAX_ROUTES: Final = 10_000
 MAX_TOPIC_BYTES: Final = 256
+MAX_BUDGETS: Final = 10_000
 RETAINED: Final = (
     topics.DEVICE_STATUS_FILTER,
     topics.DEVICE_CONFIG_FILTER,
@@ -52,41 +55,66 @@ RETAINED: Final = (
     topics.REVOKED,
 )
 """Filters of retained messages. On other topics, which have no limit in number, none is kept."""
-REFUSED: Final = 0x80
+
+CLIENT_RATE: Final = TokenRate(per_s=500, burst=2_000)
+OWN_RATE: Final = TokenRate(per_s=10_000, burst=50_000)
+RATES: Final = {
+    Role.DEVICE: CLIENT_RATE,
+    Role.APP: CLIENT_RATE,
+    Role.WORKER: OWN_RATE,
+    Role.SERVER: OWN_RATE,
+}
+"""Packets of one name in a second. A packet's cost is 1, and more with its deliveries."""
+
+DELIVERIES_PER_TOKEN: Final = 20
+TURN: Final = 50
+"""Deliveries of one packet before other clients have their turn: about a millisecond."""
 
 logger = logging.getLogger(__name__)
 
 
-class FleetBroker(Broker):
+class FleetBroker:
     """A broker on which certificate, client id and user name have one name, with its `rights`."""
 
     def __init__(self, listener: socket.socket, tls: ssl.SSLContext, rights: RightsCache) -> None:
-        super().__init__(
-            BrokerConfig(listeners={"default": ListenerConfig(bind="127.0.0.1:0")}, plugins={})
-        )
-        self._socket = listener
-        self._tls = tls
+        self._acceptor = Acceptor(listener, tls, self._serve)
         self._rights = rights
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._routes: dict[str, dict[str, int]] = {}  # QoS by topic and client id; a cache
+        self._connections: dict[str, Connection] = {}  # by client id
+        self._by_name: defaultdict[str, set[Connection]] = defaultdict(set)
+        self._subscriptions: TopicTrie[dict[Connection, int]] = TopicTrie()  # with the granted QoS
+        self._retained: TopicTrie[BrokerMessage] = TopicTrie()
+        self._budgets: dict[str, PacketBudget] = {}  # by name
+        self._refusals = RateLimitedLog(logger)
+        self._violations = RateLimitedLog(logger)
 
-    async def stream_connected(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        listener_name: str,  # noqa: ARG002
-    ) -> None:
+    async def serve_until(self, stopped: Coroutine[None, None, None]) -> None:
+        """Serve connections until `stopped` returns; then close each one without its will."""
+        work = (stopped, self._acceptor.run(), self._follow_registry())
+        tasks = [asyncio.create_task(each) for each in work]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # raises when the listener or the monitor has failed
+        finally:
+            for task in tasks:
+                task.cancel()
+            for connection in list(self._connections.values()):
+                connection.will = None
+                connection.stop()
+            await self._acceptor.close()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection from CONNECT to its will."""
-        self._writers.add(writer)
         connection = None
         try:
-            # asyncio does this only for sockets with an explicit protocol number, which accepted
-            # ones lack.
-            writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection = await self._admit(reader, writer)
-            if connection and await connection.serve(self):
-                connection.session.will_flag = False
-        except (ProtocolError, OSError) as error:  # TimeoutError and SSLError are OSErrors
+            if connection:
+                await connection.serve(self)
+        except ProtocolError as error:
+            text = "connection of %s ended: %s"
+            self._violations.warning(text, _label(connection, writer), error)
+        except OSError as error:  # also TimeoutError and SSLError
             text = "connection of %s ended: %s"
             logger.info(text, _label(connection, writer), str(error) or type(error).__name__)
         except Exception:
@@ -94,180 +122,199 @@ class FleetBroker(Broker):
         finally:
             if connection:
                 await self._end_session(connection)
-            self._writers.discard(writer)
-            writer.close()
-
-    async def on_publish(self, connection: Connection, packet: PublishPacket) -> None:
-        """Acknowledge a client's message, then publish it if the client has the right."""
-        topic = packet.topic_name
-        qos = packet.qos
-        if qos > MAX_QOS or len(topic.encode()) > MAX_TOPIC_BYTES:
-            raise DecodeError(
-                f"expected QoS 0 or 1 and a topic of at most {MAX_TOPIC_BYTES} bytes, got QoS {qos}"
-            )
-        if qos:
-            connection.send(PubackPacket.build(packet.variable_header.packet_id))
-        if not self._is_live(connection):
-            return
-        if self._rights.permits(connection.holder, Action.PUBLISH, topic):
-            await self._publish(topic, packet.data, qos, retain=packet.retain_flag)
-        else:
-            logger.info("%s may not publish to %s", connection.name, topic[:200])
-
-    async def on_subscribe(self, connection: Connection, packet: SubscribePacket) -> None:
-        """Add the filters that the client may read, and send their retained messages."""
-        filters = packet.payload.topics
-        codes = [await self._add_filter(connection, *subscription) for subscription in filters]
-        connection.send(SubackPacket.build(packet.variable_header.packet_id, codes))
-        for (topic_filter, _), code in zip(filters, codes, strict=True):
-            if code != REFUSED:
-                self._send_retained(connection, topic_filter, code)
-
-    def _send_retained(self, connection: Connection, topic_filter: str, granted_qos: int) -> None:
-        for message in self._retained_messages.values():
-            if matches(topic_filter, message.topic):
-                qos = min(granted_qos, message.qos)
-                connection.deliver(message.topic, bytes(message.data), qos, retain=True)
-
-    async def on_unsubscribe(self, connection: Connection, packet: UnsubscribePacket) -> None:
-        """Remove filters."""
-        for topic_filter in packet.payload.topics:
-            self._del_subscription(topic_filter, connection.session)
-            connection.filters.discard(topic_filter)
-            if not self._subscriptions.get(topic_filter, True):
-                del self._subscriptions[topic_filter]
-        self._routes.clear()
-        connection.send(UnsubackPacket.build(packet.variable_header.packet_id))
-
-    async def shutdown(self) -> None:
-        """Close every connection without its will, then the listener."""
-        self._sessions.clear()
-        for writer in list(self._writers):
-            writer.transport.abort()
-        await super().shutdown()
 
     async def _admit(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> Connection | None:
-        """Read CONNECT and answer it with CONNACK; return the connection of an admitted client."""
-        async with asyncio.timeout(CONNECT_S):
-            packet = await read_packet(reader, MAX_CONNECT_BYTES)
+        """Read CONNECT and respond with CONNACK; return the connection of an admitted client."""
+        packet = await read_packet(reader, MAX_CONNECT_BYTES)
+        self._acceptor.end_silence()
         holder = certificate_holder(writer.get_extra_info("ssl_object"))
-        session = admit(packet, holder, self._rights)
-        if isinstance(session, Session) and holder and self._has_too_many(holder.name, session):
-            reason = f"{holder.name!r} has {MAX_CONNECTIONS_PER_NAME} connections already"
-            session = ConnectRefusal(NOT_AUTHORIZED, reason)
-        if isinstance(session, ConnectRefusal):
+        admission = await admit(packet, holder, self._rights)
+        if isinstance(admission, Admission) and self._has_too_many(admission):
+            reason = f"{admission.holder.name!r} has {MAX_CONNECTIONS_PER_NAME} connections already"
+            admission = ConnectRefusal(ConnectCode.NOT_AUTHORIZED, reason)
+        if isinstance(admission, ConnectRefusal):
             peer = writer.get_extra_info("peername")
-            logger.warning("a connection from %s is refused: %s", peer, session.reason)
-            writer.write(ConnackPacket.build(0, session.code).to_bytes())
+            self._refusals.warning("a connection from %s is refused: %s", peer, admission.reason)
+            writer.write(connack(admission.code))
             return None
-        assert holder is not None  # `admit` refuses a client without one
-        await self._end_predecessor(session.client_id)
-        connection = Connection(holder, session, reader, writer)
-        self._sessions[session.client_id] = (session, connection)
-        connection.send(ConnackPacket.build(0, CONNECTION_ACCEPTED))
+        await self._end_predecessor(admission.client_id)
+        connection = Connection(admission, reader, writer, self._budget(admission))
+        self._connections[connection.client_id] = connection
+        self._by_name[connection.name].add(connection)
+        connection.send(connack(ConnectCode.ACCEPTED))
         return connection
+
+    def _budget(self, admission: Admission) -> PacketBudget:
+        if len(self._budgets) >= MAX_BUDGETS:
+            self._budgets.clear()
+        rate = RATES[admission.grants.role]
+        return self._budgets.setdefault(admission.holder.name, PacketBudget(rate))
+
+    def _has_too_many(self, admission: Admission) -> bool:
+        is_new = admission.client_id not in self._connections
+        connections = self._by_name.get(admission.holder.name, ())
+        return is_new and len(connections) >= MAX_CONNECTIONS_PER_NAME
 
     async def _end_predecessor(self, client_id: str) -> None:
         """End an older session of the client id, without its will."""
-        if client_id in self._sessions:
-            session, connection = self._sessions[client_id]
-            session.will_flag = False
+        if client_id in self._connections:
+            connection = self._connections[client_id]
+            connection.will = None
             await self._end_session(connection)
-            await connection.stop()
+            connection.stop()
 
     async def _end_session(self, connection: Connection) -> None:
         """End a session, with its will if it still has one, unless a successor ended it before."""
         if not self._is_live(connection):
             return
-        session = connection.session
-        del self._sessions[session.client_id]
-        await self._del_all_subscriptions(session)
-        self._routes.clear()
-        topic = session.will_topic
-        if session.will_flag and self._rights.permits(connection.holder, Action.PUBLISH, topic):
-            qos = min(session.will_qos, MAX_QOS)
-            await self._publish(topic, session.will_message, qos, retain=session.will_retain)
+        del self._connections[connection.client_id]
+        self._by_name[connection.name].discard(connection)
+        if not self._by_name[connection.name]:
+            del self._by_name[connection.name]
+        self._remove_filters(connection, list(connection.filters))
+        if connection.will is None:
+            return
+        if self._rights.permits(connection.holder, Action.PUBLISH, connection.will.topic):
+            await self._publish(connection.will)
+        else:
+            text = "%s may not publish its will to %s"
+            self._violations.warning(text, connection.name, connection.will.topic[:200])
 
-    async def _publish(self, topic: str, payload: bytes, qos: int, *, retain: bool) -> None:
-        """Deliver a message. It never waits, so each subscriber gets messages in their order."""
-        if retain and any(matches(each, topic) for each in RETAINED):
-            await self.retain_message(None, topic, payload, qos)
-        for client_id, granted_qos in self._route(topic).items():
-            _, connection = self._sessions[client_id]
-            if self._rights.permits(connection.holder, Action.SUBSCRIBE, topic):
-                connection.deliver(topic, payload, min(qos, granted_qos))
+    def _is_live(self, connection: Connection) -> bool:
+        return self._connections.get(connection.client_id) is connection
 
-    def _route(self, topic: str) -> dict[str, int]:
-        """Return the highest QoS of each client id that subscribed to `topic`."""
-        if topic in self._routes:
-            return self._routes[topic]
-        route: dict[str, int] = {}
-        for topic_filter, subscriptions in self._subscriptions.items():
-            if matches(topic_filter, topic):
-                for session, qos in subscriptions:
-                    route[session.client_id] = max(qos, route.get(session.client_id, 0))
-        if len(self._routes) >= MAX_ROUTES:
-            self._routes.clear()
-        self._routes[topic] = route
+    async def on_publish(self, connection: Connection, packet: PublishPacket) -> float:
+        """Acknowledge a client's message, then publish it if the client has the right."""
+        message = packet.message
+        if message.qos > MAX_QOS:
+            raise DecodeError("expected QoS 0 or 1, got QoS 2; publish with QoS 1")
+        if len(message.topic.encode()) > MAX_TOPIC_BYTES:
+            raise DecodeError(f"expected a topic of at most {MAX_TOPIC_BYTES} bytes, got more")
+        if packet.packet_id is not None:
+            connection.send(puback(packet.packet_id))
+        if not self._is_live(connection):
+            return 1.0
+        if not self._rights.permits(connection.holder, Action.PUBLISH, message.topic):
+            text = "%s may not publish to %s"
+            self._violations.warning(text, connection.name, message.topic[:200])
+            return 1.0
+        return _cost(1, await self._publish(message))
+
+    async def _publish(self, message: BrokerMessage) -> int:
+        """Deliver a message; return the number of its receivers.
+
+        It never waits for one, so each gets the messages of a sender in their order. A retained
+        message is delivered in one step, so that receivers agree on the last one of several
+        senders: of a client and of the will of its former connection.
+        """
+        if message.retain:
+            self._retain(message)
+        live = replace(message, retain=False)
+        route = self._route(message.topic)
+        for i, (connection, granted_qos) in enumerate(route.items()):
+            if i and i % TURN == 0 and not message.retain:
+                await asyncio.sleep(0)
+            if self._is_live(connection) and self._rights.permits(
+                connection.holder, Action.SUBSCRIBE, message.topic
+            ):
+                connection.deliver(live, granted_qos)
+        return len(route)
+
+    def _retain(self, message: BrokerMessage) -> None:
+        if not any(matches(each, message.topic) for each in RETAINED):
+            return
+        if message.payload:
+            self._retained.put(message.topic, replace(message, qos=min(message.qos, MAX_QOS)))
+        else:
+            self._retained.remove(message.topic)
+
+    def _route(self, topic: str) -> dict[Connection, int]:
+        """Return the subscribers of `topic`, each with the highest QoS of its filters."""
+        route: dict[Connection, int] = {}
+        for subscribers in self._subscriptions.values_for_topic(topic):
+            for connection, qos in subscribers.items():
+                route[connection] = max(qos, route.get(connection, 0))
         return route
 
-    async def _add_filter(self, connection: Connection, topic_filter: str, qos: int) -> int:
-        """Add a subscription; return its granted QoS, or `REFUSED`."""
-        if len(connection.filters | {topic_filter}) > MAX_FILTERS or not self._is_live(connection):
-            return REFUSED
-        subscription = (topic_filter, min(qos, MAX_QOS))
-        code: int = await self.add_subscription(subscription, connection.session)
-        if code == REFUSED:
-            logger.info("%s may not subscribe to %s", connection.name, topic_filter[:200])
-        else:
-            connection.filters.add(topic_filter)
-            self._routes.clear()
-        return code
+    async def on_subscribe(self, connection: Connection, packet: SubscribePacket) -> float:
+        """Add the filters that the client may read, and send their retained messages."""
+        distinct = dict(packet.entries)
+        codes = {each: self._add_filter(connection, each, qos) for each, qos in distinct.items()}
+        connection.send(suback(packet.packet_id, [codes[each] for each, _ in packet.entries]))
+        refused = [each for each, code in codes.items() if code == SUBSCRIPTION_REFUSED]
+        if refused:
+            text = "%s may not subscribe to %s; refused filters: %d"
+            self._violations.warning(text, connection.name, refused[0][:200], len(refused))
+        granted = {each: codes[each] for each in codes.keys() - set(refused)}
+        return _cost(len(distinct), await self._send_retained(connection, granted))
 
-    async def _topic_filtering(
-        self,
-        session: Session,
-        topic: str,
-        action: MqttAction,  # noqa: ARG002
-    ) -> bool:
-        """Decide on a subscription for amqtt.
+    def _add_filter(self, connection: Connection, topic_filter: str, qos: int) -> int:
+        """Add a subscription; return its granted QoS, or `SUBSCRIPTION_REFUSED`.
 
         A shared one would be granted and never deliver: MQTT 3.1.1 has none.
         """
-        _, connection = self._sessions[session.client_id]
-        return not topic.startswith("$") and self._rights.permits(
-            connection.holder, Action.SUBSCRIBE, topic
-        )
+        is_new = topic_filter not in connection.filters
+        if (is_new and len(connection.filters) >= MAX_FILTERS) or not self._is_live(connection):
+            return SUBSCRIPTION_REFUSED
+        if topic_filter.startswith("$") or not self._rights.permits(
+            connection.holder, Action.SUBSCRIBE, topic_filter
+        ):
+            return SUBSCRIPTION_REFUSED
+        subscribers = self._subscriptions.get(topic_filter)
+        if subscribers is None:
+            subscribers = {}
+            self._subscriptions.put(topic_filter, subscribers)
+        subscribers[connection] = min(qos, MAX_QOS)
+        connection.filters.add(topic_filter)
+        return subscribers[connection]
 
-    async def _session_monitor(self) -> None:
+    async def _send_retained(self, connection: Connection, granted: dict[str, int]) -> int:
+        """Send the retained messages of new subscriptions; return their number."""
+        num_sent = 0
+        for topic_filter, qos in granted.items():
+            for topic in list(self._retained.paths_in_filter(topic_filter)):
+                message = self._retained.get(topic)  # a newer one may be there after a yield
+                if message:
+                    connection.deliver(message, qos)
+                num_sent += 1
+                if num_sent % TURN == 0:
+                    await asyncio.sleep(0)
+        return num_sent
+
+    async def on_unsubscribe(self, connection: Connection, packet: UnsubscribePacket) -> float:
+        """Remove filters."""
+        distinct = set(packet.filters)
+        self._remove_filters(connection, distinct & connection.filters)
+        connection.send(unsuback(packet.packet_id))
+        return _cost(len(distinct), 0)
+
+    def _remove_filters(self, connection: Connection, filters: Iterable[str]) -> None:
+        for topic_filter in filters:
+            connection.filters.discard(topic_filter)
+            subscribers = self._subscriptions.get(topic_filter)
+            if subscribers is None:
+                continue
+            subscribers.pop(connection, None)
+            if not subscribers:
+                self._subscriptions.remove(topic_filter)
+
+    async def _follow_registry(self) -> None:
         """Disconnect identities that are no longer active, or whose certificate was revoked."""
         while True:
-            await asyncio.sleep(REVOCATION_S)
-            for _, connection in list(self._sessions.values()):
+            await self._rights.refresh({each.holder for each in self._connections.values()})
+            for connection in list(self._connections.values()):
                 if self._rights.get(connection.holder) is None:
-                    connection.abort("is no longer enrolled, or its certificate was revoked")
+                    connection.abort(self._rights.reason_without_rights())
+            await asyncio.sleep(REVOCATION_S)
 
-    async def _create_server_instance(self, *_: object) -> asyncio.Server:
-        """Create the server on the listener of the constructor."""
-        return await asyncio.start_server(
-            lambda reader, writer: self.stream_connected(reader, writer, "default"),
-            sock=self._socket,
-            ssl=self._tls,
-            ssl_handshake_timeout=CONNECT_S,
-            ssl_shutdown_timeout=CLOSE_S,
-        )
 
-    def _is_live(self, connection: Connection) -> bool:
-        return self._sessions.get(connection.session.client_id, (None, None))[1] is connection
-
-    def _has_too_many(self, name: str, session: Session) -> bool:
-        num_connections = sum(connection.name == name for _, connection in self._sessions.values())
-        is_new = session.client_id not in self._sessions
-        return is_new and num_connections >= MAX_CONNECTIONS_PER_NAME
+def _cost(num_entries: int, num_deliveries: int) -> float:
+    """Return the tokens of a packet with this number of filters or messages."""
+    return num_entries + num_deliveries / DELIVERIES_PER_TOKEN
 
 
 def _label(connection: Connection | None, writer: asyncio.StreamWriter) -> str:
     """Return a connection's client id, or the peer's address before its admission."""
-    return str(connection.session.client_id if connection else writer.get_extra_info("peername"))
+    return str(connection.client_id if connection else writer.get_extra_info("peername"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import shutil
 from collections.abc import Iterable
@@ -13,18 +12,23 @@ from fleet.errors import ConfigError
 from fleet.identity.identity import ServerTls
 from fleet.protocol.access import Action, Grants
 from fleet.transport.base import MAX_IN_FLIGHT, MAX_PACKET_BYTES
+from fleet.utils.paths import user_name
 
 CONFIG_FILE: Final = "mosquitto.conf"
 ACL_FILE: Final = "acl"
 CRL_FILE: Final = "crl.pem"
 PID_FILE: Final = "mosquitto.pid"
 MAX_QUEUED: Final = 10_000
+MAX_QUEUED_BYTES: Final = 8 << 20  # messages that wait for one client
+MAX_MEMORY_BYTES: Final = 256 << 20  # heap of the whole broker; 1,000 devices need 44 MB
+MAX_CONNECTIONS: Final = 10_000
 
 # Names come from certificates, and no client can use another's id. The CA and the revocation list
 # alone decide on a connection; a name without rights can do nothing. Each identity has one
 # connection: a second one ends the first.
 CONFIG: Final = """\
 listener {port} {host}
+max_connections {max_connections}
 user {user}
 cafile {ca}
 certfile {certificate}
@@ -40,6 +44,8 @@ set_tcp_nodelay true
 max_packet_size {max_packet_bytes}
 max_inflight_messages {max_in_flight}
 max_queued_messages {max_queued}
+max_queued_bytes {max_queued_bytes}
+memory_limit {max_memory_bytes}
 persistence false
 log_dest stderr
 log_type error
@@ -75,8 +81,8 @@ def write_config(
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         acl.touch(mode=0o600)
-        acl.write_text(acl_text(grants))
-        path.write_text(settings)
+        acl.write_text(acl_text(grants), encoding="utf-8")
+        path.write_text(settings, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"cannot write {CONFIG_FILE} into {folder}: {error.strerror}; choose another folder"
@@ -88,7 +94,7 @@ def _settings_text(folder: Path, host: str, port: int, tls: ServerTls) -> str:
     return CONFIG.format(
         port=port,
         host=host,
-        user=getpass.getuser(),
+        user=user_name(),
         ca=tls.ca_file.resolve(),
         certificate=tls.cert_file.resolve(),
         key=tls.key_file.resolve(),
@@ -96,6 +102,9 @@ def _settings_text(folder: Path, host: str, port: int, tls: ServerTls) -> str:
         max_packet_bytes=MAX_PACKET_BYTES,
         max_in_flight=MAX_IN_FLIGHT,
         max_queued=MAX_QUEUED,
+        max_queued_bytes=MAX_QUEUED_BYTES,
+        max_memory_bytes=MAX_MEMORY_BYTES,
+        max_connections=MAX_CONNECTIONS,
     )
 
 

@@ -23,7 +23,7 @@ def reload_by_signal(pid_file: Path) -> Callable[[], None]:
 
     def reload() -> None:
         try:
-            os.kill(int(pid_file.read_text()), signal.SIGHUP)
+            os.kill(int(pid_file.read_bytes()), signal.SIGHUP)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"cannot reload mosquitto: no process by {pid_file} ({error}); "

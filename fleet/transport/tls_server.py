@@ -9,14 +9,22 @@ import socket
 import ssl
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Final, Self
 
 from fleet.errors import ConfigError
 from fleet.identity.identity import ServerTls
+from fleet.utils.file_limit import raise_file_limit
+from fleet.utils.host_address import address_family, host_port
 
 START_S: Final = 10.0
 STOP_S: Final = 5.0
+BACKLOG: Final = 1024
+"""Connections that wait to be accepted: a whole fleet may reconnect at once."""
+
+CYCLE_S: Final = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +32,8 @@ log = logging.getLogger(__name__)
 class TlsServer(ABC):
     """A context manager that listens on `port`; for 0 it chooses a free one, which `port` then is.
 
-    `name` stands in its error messages and is the name of its thread.
+    `name` stands in its error messages and is the name of its thread. `on_cycle` is called about
+    once a second by the event loop that serves.
     """
 
     def __init__(
@@ -38,6 +47,7 @@ class TlsServer(ABC):
         self._advice = advice
         self._started: Future[asyncio.AbstractEventLoop] = Future()
         self._stop = asyncio.Event()
+        self.on_cycle: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:
         """Listen and start the thread.
@@ -46,6 +56,7 @@ class TlsServer(ABC):
             ConfigError: it cannot listen there.
             IdentityError: its certificate does not load.
         """
+        raise_file_limit()
         self._context = self._ssl_context()
         listener = self._listen()
         self.port = listener.getsockname()[1]
@@ -81,7 +92,10 @@ class TlsServer(ABC):
     async def _until_stopped(self) -> None:
         """Report that the server is up, and wait until it is stopped."""
         self._started.set_result(asyncio.get_running_loop())
-        await self._stop.wait()
+        while not self._stop.is_set():
+            self.on_cycle()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), CYCLE_S)
 
     def _ssl_context(self) -> ssl.SSLContext:
         return self._tls.ssl_context()
@@ -97,14 +111,18 @@ class TlsServer(ABC):
                 self._started.set_exception(error)
 
     def _listen(self) -> socket.socket:
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
-            return socket.create_server((self.host, self.port), family=family, backlog=128)
+            return socket.create_server(
+                (self.host, self.port),
+                family=address_family(self.host, self.port),
+                backlog=BACKLOG,
+                dualstack_ipv6=self.host == "::" and socket.has_dualstack_ipv6(),
+            )
         except (OSError, OverflowError) as error:
             reason = str(error)
             if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
                 reason = "the port is in use; stop what uses it"
             raise ConfigError(
-                f"the {self._name} cannot listen on {self.host}:{self.port}: {reason}, "
+                f"the {self._name} cannot listen on {host_port(self.host, self.port)}: {reason}, "
                 f"or {self._advice}"
             ) from None

@@ -17,6 +17,6 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
 
 
 @pytest.fixture
-def amqtt_site(tmp_path: Path) -> Iterator[Site]:
-    with running_site("amqtt", tmp_path) as running:
+def embedded_site(tmp_path: Path) -> Iterator[Site]:
+    with running_site("embedded", tmp_path) as running:
         yield running

@@ -64,6 +64,18 @@ def subscribe(topic_filter: str, qos: int = 0, packet_id: int = 1) -> bytes:
     return packet(0x82, packet_id.to_bytes(2) + string(topic_filter.encode()) + bytes([qos]))
 
 
+def subscribe_all(filters: list[str], packet_id: int = 1) -> bytes:
+    """Return one SUBSCRIBE for QoS 0 with all `filters`."""
+    entries = b"".join(string(each.encode()) + b"\0" for each in filters)
+    return packet(0x82, packet_id.to_bytes(2) + entries)
+
+
+def unsubscribe_all(filters: list[str], packet_id: int = 1) -> bytes:
+    """Return one UNSUBSCRIBE with all `filters`."""
+    entries = b"".join(string(each.encode()) for each in filters)
+    return packet(0xA2, packet_id.to_bytes(2) + entries)
+
+
 def packet(first: int, body: bytes) -> bytes:
     return bytes([first]) + length(len(body)) + body
 

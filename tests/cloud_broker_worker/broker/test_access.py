@@ -82,9 +82,9 @@ def test_the_brokers_own_certificate_is_no_clients(site: Site) -> None:
         MqttTransport.connect(identity)
 
 
-def test_a_client_without_enrolment_cannot_connect(amqtt_site: Site) -> None:
+def test_a_client_without_enrolment_cannot_connect(embedded_site: Site) -> None:
     with pytest.raises(LinkError, match="fleet enroll stranger"):
-        MqttTransport.connect(amqtt_site.identity("stranger"))
+        MqttTransport.connect(embedded_site.identity("stranger"))
 
 
 def test_a_client_without_enrolment_reaches_no_other_client(site: Site) -> None:
@@ -124,8 +124,8 @@ def test_taking_anothers_client_id_gives_none_of_its_rights(site: Site, clean: b
             assert inbox.until(MARKER) == []
 
 
-def test_the_name_in_identity_json_cannot_be_anothers(amqtt_site: Site) -> None:
-    identity = amqtt_site.identity("d2")
+def test_the_name_in_identity_json_cannot_be_anothers(embedded_site: Site) -> None:
+    identity = embedded_site.identity("d2")
     disguised = replace(identity, config=msgspec.structs.replace(identity.config, name="d1"))
     with pytest.raises(LinkError, match="refuses d1"):
         MqttTransport.connect(disguised)

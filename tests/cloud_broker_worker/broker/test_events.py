@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cloud_broker_worker.broker.rights_cache import CACHE_S
+from cloud_broker_worker.broker.fleet_broker import REVOCATION_S
 from edge_agent.serving.event_triggers import EventTriggers
 from fleet.protocol import topics
 from fleet.protocol.access import Grants, Role
@@ -79,7 +79,10 @@ def test_only_an_app_that_was_allowed_the_device_pulls_its_triggers(
 def test_a_right_granted_while_a_device_is_connected_takes_effect(
     registry: Registry, tmp_path: Path
 ) -> None:
-    with running_site("amqtt", tmp_path / "site", granted(registry)) as site, ExitStack() as stack:
+    with (
+        running_site("embedded", tmp_path / "site", granted(registry)) as site,
+        ExitStack() as stack,
+    ):
         kitchen = armed(stack, site, KITCHEN)
         thermostat = stack.enter_context(site.connect(THERMOSTAT))
 
@@ -90,14 +93,17 @@ def test_a_right_granted_while_a_device_is_connected_takes_effect(
         assert not is_heard()
         registry.identities.allow(THERMOSTAT, [KITCHEN])
         site.known.update({grants.name: grants for grants in granted(registry)})
-        wait_until(is_heard, "the device hears the app", RETRY_S[1] + CACHE_S + WAIT_S)
+        wait_until(is_heard, "the device hears the app", RETRY_S[1] + REVOCATION_S + WAIT_S)
 
 
 def test_an_app_without_its_former_right_reaches_no_device(
     registry: Registry, tmp_path: Path
 ) -> None:
     registry.identities.allow(THERMOSTAT, [KITCHEN])
-    with running_site("amqtt", tmp_path / "site", granted(registry)) as site, ExitStack() as stack:
+    with (
+        running_site("embedded", tmp_path / "site", granted(registry)) as site,
+        ExitStack() as stack,
+    ):
         kitchen = armed(stack, site, KITCHEN)
         thermostat = stack.enter_context(site.connect(THERMOSTAT))
         registry.identities.disallow(THERMOSTAT, [KITCHEN])

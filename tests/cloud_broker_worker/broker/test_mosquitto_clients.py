@@ -63,9 +63,9 @@ def test_mosquitto_sub_reads_a_status(site: Site) -> None:
     assert line == "born\n"
 
 
-def test_sub_and_pub_run_side_by_side_with_one_certificate(amqtt_site: Site) -> None:
-    identity = amqtt_site.identity("a1")
-    with amqtt_site.connect("d1") as device:
+def test_sub_and_pub_run_side_by_side_with_one_certificate(embedded_site: Site) -> None:
+    identity = embedded_site.identity("a1")
+    with embedded_site.connect("d1") as device:
         device.subscribe(
             "ce/v1/d/d1/prompt/+/+",
             lambda topic, payload: device.publish(
