@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import msgspec
 import typer
 
-from cloud_broker_worker.worker.config import Weights, WorkerConfig
+from cloud_broker_worker.worker.config import WorkerConfig, check_weight_format
 from fleet.bundles.manifest import Bundle
 from fleet.errors import ConfigError
 from fleet.identity.identity import Identity
@@ -19,6 +19,7 @@ from fleet.transport.base import Will
 from fleet.transport.mqtt import MqttTransport
 from fleet.utils.cli_runtime import run_command, stop_event, wait_stopped
 from fleet.utils.optional_imports import needs
+from fleet.utils.service_manager import READY, Watchdog, notify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,6 +56,9 @@ def run_worker(
         typer.Option(min=0, max=65535, help="Port for /healthz, /readyz and /metrics over HTTP."),
     ] = None,
     metrics_host: Annotated[str, typer.Option(help="Address of --metrics-port.")] = "127.0.0.1",
+    renew: Annotated[
+        bool, typer.Option(help="Renew the certificate; the server renews those of `fleet up`.")
+    ] = True,
 ) -> None:
     """Serve devices until stopped."""
     identity = _load_identity(folder)
@@ -65,10 +69,11 @@ def run_worker(
         "drain_timeout_s": drain_timeout,
     }
     config = _worker_config(identity, settings)
-    model = bundle or (Path(identity.config.bundle) if identity.config.bundle else None)
+    model = bundle or identity.bundle
     if model is None:
         raise ConfigError(f"{folder} names no bundle; pass one with --bundle DIR")
-    _serve(identity, Bundle.load(model, ("cloud",)), config, metrics_host, metrics_port)
+    metrics = None if metrics_port is None else (metrics_host, metrics_port)
+    _serve(identity, Bundle.load(model, ("cloud",)), config, metrics, renews=renew)
 
 
 def _load_identity(folder: Path) -> Identity:
@@ -83,9 +88,8 @@ def _load_identity(folder: Path) -> Identity:
 
 def _worker_config(identity: Identity, settings: dict[str, Any]) -> WorkerConfig:
     """Return the configuration with those of the settings that are not None."""
-    weights = settings["weights"]
-    if weights and weights not in get_args(Weights):
-        raise ConfigError(f"--weights {weights}: expected one of {', '.join(get_args(Weights))}")
+    if settings["weights"]:
+        check_weight_format(settings["weights"])
     config = WorkerConfig(shared_opens=identity.config.shared_subscriptions)
     changes = {name: value for name, value in settings.items() if value is not None}
     return msgspec.structs.replace(config, **changes)
@@ -95,24 +99,34 @@ def _serve(
     identity: Identity,
     bundle: Bundle,
     config: WorkerConfig,
-    metrics_host: str,
-    metrics_port: int | None,
+    metrics_address: tuple[str, int] | None,
+    *,
+    renews: bool,
 ) -> None:
+    """Serve until stopped, and wait for a broker that is away; `renews` is whether to renew."""
     with needs("worker"):
         from cloud_broker_worker.worker.metrics import WorkerMonitor
         from cloud_broker_worker.worker.worker import Worker
+        from fleet.identity.certificate_renewer import CertificateRenewer
         from fleet.monitoring.http_endpoint import HttpEndpoint
 
     stop = stop_event()
     will = Will(topics.worker_status(identity.name), Worker.will())
     with ExitStack() as stack:
         endpoint = None
-        if metrics_port is not None:
-            endpoint = stack.enter_context(HttpEndpoint(metrics_host, metrics_port))
-        transport = stack.enter_context(MqttTransport.connect(identity, will=will))
-        worker = stack.enter_context(Worker(transport, bundle, config))
+        if metrics_address is not None:
+            endpoint = stack.enter_context(HttpEndpoint(*metrics_address))
+        transport = stack.enter_context(MqttTransport.connect(identity, will=will, wait=False))
+        if renews:
+            stack.enter_context(CertificateRenewer(identity, transport.reload_certificate))
+        worker = Worker(transport, bundle, config)
+        worker.on_cycle = Watchdog().watch("worker")
+        stack.enter_context(worker)
         if endpoint:
             endpoint.show(WorkerMonitor(worker))
+        notify(READY)
+        if not transport.wait_up(stop):
+            return
         manifest = bundle.manifest
         model = f"{manifest.model.name}, bundle {manifest.bundle_id}"
         layers = f"layers {manifest.upload_layer} to {manifest.model.num_layers}"

@@ -1,5 +1,6 @@
-"""The worker's logic without I/O: messages in, responses out, and one step for all sessions
-together.
+"""The worker's logic without I/O.
+
+`Engine.handle` takes messages and returns responses. `Engine.step` runs one batch for all sessions.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import msgspec
 
 from cloud_broker_worker.worker.config import WorkerConfig
 from cloud_broker_worker.worker.counters import WorkerCounters
-from cloud_broker_worker.worker.scheduler import schedule
+from cloud_broker_worker.worker.scheduler import Pending, position_cost, schedule, shared_units
 from cloud_broker_worker.worker.session import Session, SessionKey
 from cloud_broker_worker.worker.session_store import SessionStore
 from cloud_broker_worker.worker.upper_layers import Chunk, UpperLayers
@@ -57,7 +58,8 @@ class EngineResponse(NamedTuple):
 class Engine:
     """Sessions and their verify jobs.
 
-    `clock` gives monotonic seconds; arrivals are times of the same clock.
+    `clock` returns monotonic seconds. The parameter `arrived` of the methods is a time of the same
+    clock.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Engine:
         self.sessions = self.session_store.sessions
         self.counters = WorkerCounters()
         self.is_draining = False
-        self.denied: frozenset[str] = frozenset()  # devices that are not served any more
+        self.denied: frozenset[str] = frozenset()  # devices whose sessions are refused
         self._layers = layers
         self._manifest = layers.manifest
         self._worker = worker
@@ -90,6 +92,7 @@ class Engine:
             responses = [self._open(key, message, arrived)]
         elif session := self.sessions.get(key):
             session.last_used = arrived
+            session.gone_since = None
             responses = self._handle_in_session(session, message, arrived)
         elif isinstance(message, Close):
             responses = []
@@ -102,13 +105,15 @@ class Engine:
         self, session: Session, message: Context | Verify | Close, arrived: float
     ) -> list[ToDevice | None]:
         if isinstance(message, Context):
-            return [self._store(session, message.chunk)]
+            return [self._store(session, message.chunk, arrived)]
         if isinstance(message, Close):
             self.session_store.drop(session)
             return []
         if message.chunk is None:
             return [self._verify(session, message, arrived)]
-        to_chunk = self._store(session, message.chunk)
+        to_chunk = self._store(session, message.chunk, arrived)
+        if session.key not in self.sessions:
+            return [to_chunk]
         request = msgspec.structs.replace(message, chunk=None)
         to_request = self._verify(session, request, arrived)
         return [to_chunk] if to_chunk == to_request else [to_chunk, to_request]
@@ -116,7 +121,7 @@ class Engine:
     def _open(self, key: SessionKey, message: Open, arrived: float) -> ToDevice | None:
         session = self.sessions.get(key)
         if session and message.epoch < session.opening.epoch:
-            return None  # late: sent before the device started again
+            return None  # late: the device has restarted since it sent this
         is_known = session and same_terms(session.opening, message)
         if session is None or not is_known or session.branch != message.branch:
             refused = self._refusal(key, message)
@@ -129,6 +134,7 @@ class Engine:
                 retry_after_ms = self._config.retry_after_ms if can_fit else 0
                 return self._refused(key, error.code, str(error), retry_after_ms)
         session.last_used = arrived
+        session.gone_since = None
         session.last_request = -1
         return Opened(
             session=key.session,
@@ -140,7 +146,7 @@ class Engine:
         )
 
     def _refusal(self, key: SessionKey, message: Open) -> Refused | None:
-        """Return the refusal of a session that cannot be served here whatever memory there is."""
+        """Return a refusal if this worker cannot serve the session even with free memory."""
         bundle_id = self._manifest.bundle_id
         limit = self._manifest.model.max_positions
         if key.device in self.denied:
@@ -155,7 +161,7 @@ class Engine:
             return self._refused(key, "too_long", text)
         return self._refused_draining(key) if self.is_draining else None
 
-    def _store(self, session: Session, chunk: ContextChunk) -> ToDevice | None:
+    def _store(self, session: Session, chunk: ContextChunk, now: float) -> ToDevice | None:
         if not session.is_on(chunk.branch):
             return None
         stop = chunk.start + chunk.count
@@ -167,9 +173,14 @@ class Engine:
             device, name = session.key
             self._log.warning("context of session %s of %s dropped: %s", name, device, error)
             return self._gap(session)
-        num_new = session.add_rows(chunk.start, rows)
-        if num_new is None:
+        if chunk.start > session.received:
             return self._gap(session)
+        try:
+            self.session_store.hold(session, stop, now)
+        except PoolFullError as error:
+            self.session_store.drop(session)
+            return self._refused(session.key, error.code, str(error), self._config.retry_after_ms)
+        num_new = session.add_rows(chunk.start, rows)
         limit_bytes = self._config.window_bytes // 2
         if session.owes_receipt(len(chunk.data), limit_bytes, is_repeat=num_new == 0):
             return Received(session.key.session, session.branch, session.received)
@@ -177,7 +188,7 @@ class Engine:
 
     @staticmethod
     def _gap(session: Session) -> ToDevice | None:
-        """Report what is missing, once until something arrives."""
+        """Report the missing positions. Report them again only after others have arrived."""
         if session.gap_reported == session.received:
             return None
         session.gap_reported = session.received
@@ -192,7 +203,7 @@ class Engine:
         if not session.is_on(message.branch):
             is_new = response and message.request > response.request
             if is_new and message.branch < session.branch:
-                text = "the device has missed this session's last response; open it again"
+                text = "the device missed the last verdict of this session; open the session again"
                 return self._refused(session.key, "unknown_session", text)
             return None
         stop = message.start + len(message.draft)
@@ -201,17 +212,17 @@ class Engine:
         session.add_job(message, arrived)
         if stop <= session.received:
             return None
-        session.gap_reported = None  # a device that sends such a request does not know of the gap
+        session.gap_reported = None  # the request shows that the device has missed the report
         return self._gap(session)
 
     # Steps.
 
     def step(self) -> list[EngineResponse] | None:
         """Run one ragged batch over positions of many sessions and return the responses that are
-        ready.
+        ready, or None when there was nothing to do.
 
-        Verify jobs go first. When none can be run, context that has arrived runs ahead of the next
-        ones. None means that nothing was to do.
+        Verify jobs go first. When no job can run, the step runs context that has arrived, so that
+        later jobs find it in the cache.
         """
         now = self._clock()
         for session in self.sessions.values():
@@ -237,14 +248,37 @@ class Engine:
     def _batch_of_jobs(self, now: float) -> dict[SessionKey, int]:
         waiting = [(s.job.arrived, s) for s in self.sessions.values() if s.job and s.num_pending]
         by_age = [session for _, session in sorted(waiting, key=lambda item: item[0])]
-        pending = {s.key: s.num_pending for s in self._with_caches(by_age, now)}
-        return schedule(pending, self._config.max_batch_positions)
+        pending = {
+            session.key: Pending(session.num_pending, position_cost(session.next_position))
+            for session in self._with_caches(by_age, now)
+        }
+        return self._schedule(pending, self._config.max_batch_positions, now)
+
+    def _schedule(
+        self, pending: Mapping[SessionKey, Pending], max_positions: int, now: float
+    ) -> dict[SessionKey, int]:
+        """Return the number of positions that each session runs in one step.
+
+        The step is short while several devices are served, because a request that arrives during a
+        step has to wait for the end of the step.
+        """
+        in_use = {
+            session.key.device
+            for session in self.sessions.values()
+            if session.received and not self.session_store.is_idle(session, now)
+        }
+        if len(in_use) > 1:
+            units = shared_units(pending, self._config.max_shared_positions)
+            return schedule(pending, min(max_positions, units))
+        plain = {key: Pending(each.num_positions) for key, each in pending.items()}
+        return schedule(plain, max_positions)
 
     def _batch_of_context(self, now: float) -> dict[SessionKey, int]:
-        """Positions that run ahead of any job, of sessions in use whose context is not a draft.
+        """Choose positions to run before a job needs them.
 
-        A draft may be rejected, so it runs with its job. The newest position waits: a job will be
-        about it, and would run it once more for its logits.
+        Only sessions that are in use and hold no drafts take part: a draft may be rejected, so it
+        runs with its job. The newest position is left out, because the next job needs its logits
+        and would have to run it again.
         """
         if not self._config.run_ahead_positions:
             return {}
@@ -255,11 +289,18 @@ class Engine:
             and not session.holds_drafts
             and not self.session_store.is_idle(session, now)
         ]
-        pending = {s.key: s.received - 1 - s.length for s in self._with_caches(behind, now)}
-        return schedule(pending, self._config.run_ahead_positions)
+        pending = {
+            session.key: Pending(
+                session.received - 1 - session.length, position_cost(session.length)
+            )
+            for session in self._with_caches(behind, now)
+        }
+        return self._schedule(pending, self._config.run_ahead_positions, now)
 
     def _with_caches(self, sessions: Iterable[Session], now: float) -> list[Session]:
-        """Return those of the sessions that have a cache now, in this order."""
+        """Give caches to the sessions, in this order, and return those that have one. A session for
+        which the machine lacks memory is abandoned.
+        """
         ready = []
         for session in sessions:
             try:
@@ -270,13 +311,13 @@ class Engine:
         return ready
 
     def _run(self, batch: Mapping[SessionKey, int]) -> None:
-        """Run so many positions of each session."""
+        """Run, for each session of `batch`, the number of positions that it gives."""
         sessions = [self.sessions[key] for key in batch]
         self._run_chunks([(s, next_chunk(s, batch[s.key])) for s in sessions])
 
     def _run_chunks(self, work: Sequence[tuple[Session, Chunk]]) -> None:
-        """Run the chunks as one batch; where that fails, one by one, so that only the cause is
-        abandoned.
+        """Run the chunks as one batch. If the batch fails, run each chunk alone, so that only the
+        session that fails is abandoned.
         """
         try:
             logits = self._layers([chunk for _, chunk in work])
@@ -292,10 +333,10 @@ class Engine:
             first = stop
 
     def _run_one_by_one(self, work: Sequence[tuple[Session, Chunk]], error: Exception) -> None:
-        """Run a failed batch's chunks again; abandon the session when there is one alone."""
+        """Run each chunk of a failed batch alone. If it had only one chunk, abandon the session."""
         if len(work) > 1:
-            log.warning("a batch of %d sessions failed, they run one by one: %s", len(work), error)
-            for item in work:  # the same positions again, though the cache may hold some by now
+            log.warning("a batch of %d sessions failed, running each alone: %s", len(work), error)
+            for item in work:  # safe to repeat: positions in the cache are overwritten
                 self._run_chunks([item])
             return
         session = work[0][0]
@@ -304,12 +345,12 @@ class Engine:
         self._abandon(session, "internal", f"the worker failed: {type(error).__name__}: {error}")
 
     def _conclude(self, session: Session, candidates: TokenCandidates) -> None:
-        """Respond to the session's job when the candidates after its positions decide it."""
+        """Choose tokens from the candidates; if they decide the session's job, respond to it."""
         job = session.job
         if job is None:
             return
         if not candidates.is_finite.all():
-            text = "the worker failed: the upper layers gave no finite logits"
+            text = "the worker failed: the upper layers returned no finite logits"
             self._abandon(session, "internal", text)
             return
         choose_tokens(job, candidates, session.opening.sampling)
@@ -327,19 +368,37 @@ class Engine:
     # Ends.
 
     def expire(self) -> None:
-        """Drop the sessions that have not been used for `session_ttl_s`."""
-        oldest = self._clock() - self._config.session_ttl_s
-        for session in [s for s in self.sessions.values() if s.last_used < oldest]:
-            self.session_store.drop(session)
+        """Drop the sessions that have not been used for `session_ttl_s`, and those of devices that
+        have been offline for `idle_after_s`.
+        """
+        now = self._clock()
+        oldest = now - self._config.session_ttl_s
+        left_before = now - self._config.idle_after_s
+        for session in list(self.sessions.values()):
+            has_left = session.gone_since is not None and session.gone_since <= left_before
+            if has_left or session.last_used < oldest:
+                self.session_store.drop(session)
+
+    def leave(self, device: str) -> None:
+        """Stop all work for a device that went offline.
+
+        Its sessions become idle at once. They are dropped unless the device returns soon.
+        """
+        now = self._clock()
+        for session in self.sessions.values():
+            if session.key.device == device:
+                session.job = None
+                session.gone_since = now
+                session.last_used = min(session.last_used, now - self._config.idle_after_s)
 
     def deny(self, devices: frozenset[str]) -> list[EngineResponse]:
-        """Replace the devices that are not served, and drop their sessions."""
+        """Refuse these devices from now on, instead of the previous set; drop their sessions."""
         self.denied = devices
         sessions = [session for session in self.sessions.values() if session.key.device in devices]
         return self._dismiss(sessions, self._refused_revoked)
 
     def dismiss(self) -> list[EngineResponse]:
-        """Drop every session and send its device to another worker."""
+        """Drop every session, and ask its device to open it with another worker."""
         return self._dismiss(list(self.sessions.values()), self._refused_draining)
 
     def _dismiss(
@@ -350,9 +409,7 @@ class Engine:
         return [EngineResponse(session.key, refuse(session.key)) for session in sessions]
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError when sessions and memory do not agree; tests call it after every
-        scenario.
-        """
+        """Raise RuntimeError if sessions and memory disagree. Tests call it after each scenario."""
         self.session_store.check_integrity()
 
     def _abandon(self, session: Session, code: str, reason: str, retry_after_ms: int = 0) -> None:
@@ -369,7 +426,7 @@ class Engine:
         return self._refused(key, "revoked", text)
 
     def _refused_too_long(self, session: Session, stop: int) -> Refused:
-        text = f"position {stop} of at most {session.capacity}"
+        text = f"expected at most {session.capacity} positions, got {stop}; open a larger session"
         return self._refused(session.key, "too_long", text)
 
     def _refused(
@@ -386,7 +443,7 @@ class Engine:
 
 
 def protocol_mismatch(protocol: int) -> str:
-    """Return the refusal of another `protocol`; it names the side to update."""
+    """Return the error text for a device with another protocol; it says which side to update."""
     older = "device" if protocol < PROTOCOL else "worker"
     return (
         f"the worker speaks protocol {PROTOCOL}, the device protocol {protocol}: update the {older}"
@@ -394,7 +451,7 @@ def protocol_mismatch(protocol: int) -> str:
 
 
 def same_terms(one: Open, other: Open) -> bool:
-    """Return whether two openings of a session have the same terms; the second is a repetition."""
+    """Return whether two `Open` messages have the same terms, so that one repeats the other."""
     return (
         one.epoch == other.epoch
         and one.sampling == other.sampling
@@ -403,8 +460,8 @@ def same_terms(one: Open, other: Open) -> bool:
 
 
 def next_chunk(session: Session, count: int) -> Chunk:
-    """Return the session's next `count` positions, with logits for those that its job has to
-    judge.
+    """Return a chunk of the session's next `count` positions. It requests logits for the positions
+    that the job has not decided yet.
     """
     assert session.lease is not None
     start = session.next_position

@@ -1,33 +1,38 @@
-"""The choice of the sessions and caches that are evicted: plain functions over sessions, which
-change nothing.
+"""The choice of the sessions to drop and the caches to evict: plain functions without side effects.
 
-A session in use (a job waits, or a message came lately) has a claim to its cache, an idle one only
-to its hidden states. A newcomer is admitted when its own claims fit next to all others: so caches
-are evicted when idle sessions wake up, and not by every job in turn.
+A session has a claim to memory for the positions that have arrived; an empty session has none. A
+session in use (it has a job, or a message has come lately) has a claim to its hidden states and its
+cache. An idle session has a claim to its hidden states only. A session can begin or grow if its
+claims and all others fit into the budget. So caches are evicted when idle sessions wake up, and not
+by each job in turn. A device within its share always finds room, because sessions of devices over
+their share are dropped for it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 from cloud_broker_worker.worker.kv_pool import KvShape
 from cloud_broker_worker.worker.session import Session
 from fleet.errors import PoolFullError
 
+BLOCK: Final = 64
+"""Number of positions in a block; memory is leased in whole blocks."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryLimits:
-    """Bytes for everything, bytes for one device's caches while others need some, and sessions a
-    device.
+    """The bytes for all sessions, and for one device its largest share and number of sessions.
 
-    A session is idle when it has not been used for `idle_after_s` seconds.
+    A session is idle when it has no job and has not been used for `idle_after_s` seconds.
     """
 
     shape: KvShape
     budget_bytes: int
-    share_bytes: float
+    max_device_share: float
     max_sessions_per_device: int
     idle_after_s: float
 
@@ -40,83 +45,162 @@ class MemoryLimits:
     def is_idle(self, session: Session, now: float) -> bool:
         return session.job is None and session.last_used <= now - self.idle_after_s
 
+    def share_bytes(self, sessions: Iterable[Session], device: str, now: float) -> float:
+        """Return the bytes of one device while others need memory: at most an equal share.
+
+        The number of shares is that of the devices with a session in use, including `device`.
+        """
+        in_use = {session.key.device for session in sessions if not self.is_idle(session, now)}
+        return self.budget_bytes * min(self.max_device_share, 1 / len(in_use | {device}))
+
+
+class MemoryNeed(NamedTuple):
+    """The need of a session of `device` that has to hold `num_positions`."""
+
+    device: str
+    num_positions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claims:
+    """The bytes that sessions claim: by device, for all hidden states, and for the largest cache.
+
+    `share` is the number of bytes in one device's share.
+    """
+
+    by_device: Mapping[str, int]
+    share: float
+    hidden_bytes: int
+    largest_bytes: int
+
+    def fit(self, device: str, limits: MemoryLimits) -> bool:
+        """Return whether all claims fit. Claims of other devices count only up to their share."""
+        claims = self.by_device.items()
+        claimed = sum(n if name == device else min(n, self.share) for name, n in claims)
+        # The largest cache must fit next to all hidden states, so that its session can wake up.
+        alone = self.hidden_bytes + self.largest_bytes
+        return max(claimed, alone) <= limits.budget_bytes
+
+
+def grown_size(num_held: int, num_needed: int, limit: int) -> int:
+    """Return the number of positions to lease memory for when `num_needed` are needed.
+
+    It grows by at least a quarter, so that the rows are seldom copied.
+    """
+    size = max(num_needed, num_held + num_held // 4)
+    return min(limit, -(-size // BLOCK) * BLOCK)
+
 
 def sessions_to_drop(
-    sessions: Collection[Session], device: str, num_positions: int, limits: MemoryLimits, now: float
+    sessions: Collection[Session], need: MemoryNeed, limits: MemoryLimits, now: float
 ) -> list[Session]:
-    """Return the idle sessions to drop before `device` gets another one of `num_positions`.
+    """Return the sessions to drop, in order, to make room for `need`.
 
-    The device's own are dropped where it has too many; then those of devices over their share, then
-    any, least recently used first.
+    Idle sessions come first: those of devices over their share, then all others, each least
+    recently used first. If `need` is of a device within its share, sessions in use of devices over
+    their share come next.
 
     Raises:
-        PoolFullError: too few are idle. Then none is dropped.
+        PoolFullError: dropping all of these is not enough. No session should then be dropped.
     """
-    idle = sorted((s for s in sessions if limits.is_idle(s, now)), key=lambda s: s.last_used)
-    dropped = _surplus(sessions, idle, device, limits)
-    over = devices_over_share(sessions, limits)
-    others = [session for session in idle if session not in dropped]
-    others.sort(key=lambda s: s.key.device not in over)
-    kept = set(sessions).difference(dropped)
-    in_use = kept.difference(others)
-    if claimed_bytes(in_use, device, num_positions, limits, now) > limits.budget_bytes:
-        cache_bytes = limits.cache_bytes(num_positions)
-        hidden_bytes = limits.hidden_bytes(num_positions)
-        raise PoolFullError(
-            f"a session of {num_positions} positions needs {cache_bytes} bytes for its cache and "
-            f"{hidden_bytes} for its context; those in use leave too few of {limits.budget_bytes}"
-        )
-    for session in others:
-        if claimed_bytes(kept, device, num_positions, limits, now) <= limits.budget_bytes:
-            break
-        kept.remove(session)
-        dropped.append(session)
+    kept = {session for session in sessions if session.store.capacity}
+    dropped = []
+    while not (claims := claims_of(kept, need, limits, now)).fit(need.device, limits):
+        over = over_share(claims.by_device, claims.share)
+        victim = _next_victim(kept, need.device, over, limits, now)
+        if victim is None:
+            raise PoolFullError(_too_few(need, limits))
+        kept.remove(victim)
+        dropped.append(victim)
     return dropped
 
 
-def _surplus(
-    sessions: Iterable[Session], idle: Iterable[Session], device: str, limits: MemoryLimits
+def _next_victim(
+    kept: Collection[Session],
+    device: str,
+    over: Collection[str],
+    limits: MemoryLimits,
+    now: float,
+) -> Session | None:
+    idle = [session for session in kept if limits.is_idle(session, now)]
+    if idle:
+        return min(idle, key=lambda s: (s.key.device not in over, s.last_used))
+    if device in over:
+        return None
+    in_use = [session for session in kept if session.key.device in over]
+    return min(in_use, key=lambda s: s.last_used, default=None)
+
+
+def _too_few(need: MemoryNeed, limits: MemoryLimits) -> str:
+    cache_bytes = limits.cache_bytes(need.num_positions)
+    hidden_bytes = limits.hidden_bytes(need.num_positions)
+    return (
+        f"a session of {need.num_positions} positions needs {cache_bytes} bytes for its cache and "
+        f"{hidden_bytes} for its context; sessions in use leave too few of the "
+        f"{limits.budget_bytes} bytes, so try later"
+    )
+
+
+def surplus_sessions(
+    sessions: Iterable[Session], device: str, limits: MemoryLimits, now: float
 ) -> list[Session]:
-    """Return the device's idle sessions to drop so that it may have one more."""
+    """Return the device's idle sessions to drop before it may open one more, empty ones first.
+
+    Raises:
+        PoolFullError: too few of its sessions are idle.
+    """
     limit = limits.max_sessions_per_device
-    num_own = sum(session.key.device == device for session in sessions)
-    num_surplus = max(0, num_own + 1 - limit)
-    own = [session for session in idle if session.key.device == device]
-    if len(own) < num_surplus:
+    own = [session for session in sessions if session.key.device == device]
+    idle = [session for session in own if limits.is_idle(session, now)]
+    num_surplus = max(0, len(own) + 1 - limit)
+    if len(idle) < num_surplus:
         raise PoolFullError(
             f"device {device} has {limit} sessions in use, which is its limit; close one first"
         )
-    return own[:num_surplus]
+    return sorted(idle, key=lambda s: (s.received > 0, s.last_used))[:num_surplus]
 
 
-def claimed_bytes(
-    sessions: Collection[Session], device: str, num_positions: int, limits: MemoryLimits, now: float
-) -> float:
-    """Return the bytes that these sessions and a new one of `device` may claim.
-
-    Another device has no claim beyond its share.
-    """
-    caches = Counter({device: limits.cache_bytes(num_positions)})
+def claims_of(
+    sessions: Collection[Session], need: MemoryNeed, limits: MemoryLimits, now: float
+) -> Claims:
+    """Return the claims of these sessions and of `need`."""
+    largest = limits.cache_bytes(need.num_positions)
+    hidden = limits.hidden_bytes(need.num_positions)
+    by_device = Counter({need.device: largest + hidden})
     for session in sessions:
-        if not limits.is_idle(session, now):
-            caches[session.key.device] += limits.cache_bytes(session.capacity)
-    in_use = 0.0
-    for name, num_bytes in caches.items():
-        in_use += num_bytes if name == device else min(num_bytes, limits.share_bytes)
-    # The largest session must still fit when it wakes up, alone.
-    largest = max((limits.cache_bytes(s.capacity) for s in sessions), default=0)
-    hidden = limits.hidden_bytes(num_positions) + sum(s.store.num_bytes for s in sessions)
-    return hidden + max(in_use, largest)
+        cache_bytes = limits.cache_bytes(session.store.capacity)
+        hidden += session.store.num_bytes
+        largest = max(largest, cache_bytes)
+        in_use = 0 if limits.is_idle(session, now) else cache_bytes
+        by_device[session.key.device] += session.store.num_bytes + in_use
+    share = limits.share_bytes(sessions, need.device, now)
+    return Claims(by_device=by_device, share=share, hidden_bytes=hidden, largest_bytes=largest)
 
 
-def may_evict(session: Session, other: Session, limits: MemoryLimits, now: float) -> bool:
-    """Return whether `session` may have the cache of `other`.
+def over_share(bytes_by_device: Mapping[str, int], share: float) -> set[str]:
+    """Return the devices that exceed their share."""
+    return {device for device, num_bytes in bytes_by_device.items() if num_bytes > share}
 
-    A job that can be run may evict any cache but that of a job that has waited longer; context that
-    only runs ahead may evict those of idle sessions.
+
+def may_evict(
+    session: Session,
+    other: Session,
+    over: Collection[str],
+    limits: MemoryLimits,
+    now: float,
+) -> bool:
+    """Return whether the cache of `other` may be evicted for `session`.
+
+    The cache of an idle session always may. A session whose job can run may also evict other
+    caches, with two exceptions: the cache of a job that has waited longer, and, if its own device
+    is over its share, the caches of devices within theirs.
     """
+    if limits.is_idle(other, now):
+        return True
     if session.job is None or session.num_pending == 0:
-        return limits.is_idle(other, now)
+        return False
+    if session.key.device in over and other.key.device not in over:
+        return False
     if other.job is None or other.num_pending == 0:
         return True
     return other.job.arrived > session.job.arrived
@@ -125,11 +209,10 @@ def may_evict(session: Session, other: Session, limits: MemoryLimits, now: float
 def caches_to_evict(
     candidates: Iterable[Session], num_bytes: int, over_share: Collection[str]
 ) -> list[Session]:
-    """Return the sessions whose caches free `num_bytes`; all that there are where that is not
-    enough.
+    """Return the sessions whose caches free `num_bytes`, or all candidates if that is not enough.
 
-    Caches that no job needs now come first; among them those of the devices over their share; then
-    the least recently used.
+    Caches that no job needs now come first. Among these, caches of devices over their share come
+    first, then the least recently used.
     """
     victims = []
     for session in sorted(
@@ -144,13 +227,14 @@ def caches_to_evict(
 
 
 def devices_over_share(
-    sessions: Iterable[Session], limits: MemoryLimits, newcomer: Session | None = None
+    sessions: Collection[Session], newcomer: Session, limits: MemoryLimits, now: float
 ) -> set[str]:
-    """Return the devices whose caches exceed their share; a `newcomer` counts as if it had its
-    cache.
+    """Return the devices whose caches exceed their share.
+
+    The `newcomer` counts as if it had its cache.
     """
     used = Counter[str]()
     for session in sessions:
         if session.lease or session is newcomer:
-            used[session.key.device] += limits.cache_bytes(session.capacity)
-    return {device for device, num_bytes in used.items() if num_bytes > limits.share_bytes}
+            used[session.key.device] += limits.cache_bytes(session.store.capacity)
+    return over_share(used, limits.share_bytes(sessions, newcomer.key.device, now))

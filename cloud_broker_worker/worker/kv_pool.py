@@ -1,4 +1,4 @@
-"""The memory of sessions, leased from one budget: KV caches and uploaded hidden states."""
+"""The memory of sessions: KV caches and uploaded hidden states, leased from one budget."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class KvShape:
 
 
 class KvLease:
-    """The cache of one session, of which positions [0, length) have run.
+    """The cache of one session. It holds positions [0, length).
 
-    `layers` are keys and values [2, kv_heads, capacity, head_dim] each. Memory is not touched
-    before it is written, so that a short session in a long lease needs little.
+    `layers` has keys and values [2, kv_heads, capacity, head_dim] of each layer. Memory is not
+    touched before it is written.
     """
 
     def __init__(self, shape: KvShape, capacity: int) -> None:
-        size = shape.num_layers, 2, shape.num_kv_heads, capacity, shape.head_dim
-        self.layers = torch.empty(size, dtype=shape.dtype).unbind()
+        self._shape = shape
+        self.layers = _empty_layers(shape, capacity)
         self.capacity = capacity
         self.length = 0
 
@@ -53,12 +53,25 @@ class KvLease:
     def num_bytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
 
+    def grow(self, capacity: int) -> None:
+        """Copy the positions that have run into a cache of `capacity` positions."""
+        layers = _empty_layers(self._shape, capacity)
+        for layer, previous in zip(layers, self.layers, strict=True):
+            layer[:, :, : self.length] = previous[:, :, : self.length]
+        self.layers = layers
+        self.capacity = capacity
+
+
+def _empty_layers(shape: KvShape, capacity: int) -> tuple[torch.Tensor, ...]:
+    size = shape.num_layers, 2, shape.num_kv_heads, capacity, shape.head_dim
+    return torch.empty(size, dtype=shape.dtype).unbind()
+
 
 class HiddenStore:
     """The hidden states of one session: `rows` [capacity, hidden] float16, as the device uploaded
     them.
 
-    Memory is not touched before it is written. An evicted cache is built again from it.
+    An evicted cache is built again from these rows.
     """
 
     def __init__(self, shape: KvShape, capacity: int) -> None:
@@ -71,6 +84,12 @@ class HiddenStore:
     @property
     def num_bytes(self) -> int:
         return self.rows.nbytes
+
+    def grow(self, capacity: int) -> None:
+        """Copy the rows into a store of `capacity` positions."""
+        rows = np.empty((capacity, self.rows.shape[1]), np.float16)
+        rows[: self.capacity] = self.rows
+        self.rows = rows
 
 
 class KvPool:
@@ -88,54 +107,64 @@ class KvPool:
         return self.budget_bytes - self.used_bytes
 
     def lease(self, num_positions: int) -> KvLease:
-        """Return a cache.
+        """Return a new cache for `num_positions`.
 
         Raises:
-            PoolFullError: the budget or the machine does not hold it.
+            PoolFullError: the budget or the machine lacks the memory.
         """
-        lease = self._allocate(KvLease, num_positions, self.shape.cache_bytes)
+        lease = self._allocate(
+            lambda: KvLease(self.shape, num_positions), num_positions, self.shape.cache_bytes
+        )
         self.leases.add(lease)
         return lease
 
-    def store(self, num_positions: int) -> HiddenStore:
-        """Return a store of hidden states.
+    def grow_lease(self, lease: KvLease, num_positions: int) -> None:
+        """Let a cache hold `num_positions`. Raise PoolFullError as `lease` does."""
+        num_new = num_positions - lease.capacity
+        self._allocate(lambda: lease.grow(num_positions), num_new, self.shape.cache_bytes)
 
-        Raises:
-            PoolFullError: the budget or the machine does not hold it.
-        """
-        store = self._allocate(HiddenStore, num_positions, self.shape.hidden_bytes)
+    def store(self) -> HiddenStore:
+        """Return a new, empty store of hidden states."""
+        store = HiddenStore(self.shape, 0)
         self.stores.add(store)
         return store
 
-    def _allocate(
-        self, kind: Callable[[KvShape, int], T], num_positions: int, position_bytes: int
-    ) -> T:
+    def grow_store(self, store: HiddenStore, num_positions: int) -> None:
+        """Let a store hold `num_positions`.
+
+        Raises:
+            PoolFullError: the budget or the machine lacks the memory.
+        """
+        num_new = num_positions - store.capacity
+        self._allocate(lambda: store.grow(num_positions), num_new, self.shape.hidden_bytes)
+
+    def _allocate(self, allocate: Callable[[], T], num_positions: int, position_bytes: int) -> T:
         needed = num_positions * position_bytes
         text = f"{num_positions} positions need {needed} bytes"
         if needed > self.free_bytes:
             raise PoolFullError(f"{text}; {self.free_bytes} of {self.budget_bytes} are free")
         try:
-            allocated = kind(self.shape, num_positions)
-        except (MemoryError, RuntimeError) as error:  # PyTorch raises the latter
+            allocated = allocate()
+        except (MemoryError, RuntimeError) as error:  # PyTorch raises RuntimeError
             reason = str(error)[:200]
             raise PoolFullError(f"{text}, which this machine does not have: {reason}") from None
         self.used_bytes += needed
         return allocated
 
     def free_lease(self, lease: KvLease) -> None:
-        """Free a cache; one that is free already is left alone."""
+        """Free a cache; do nothing if it is free already."""
         if lease in self.leases:
             self.leases.remove(lease)
             self.used_bytes -= lease.num_bytes
 
     def free_store(self, store: HiddenStore) -> None:
-        """Free a store; one that is free already is left alone."""
+        """Free a store; do nothing if it is free already."""
         if store in self.stores:
             self.stores.remove(store)
             self.used_bytes -= store.num_bytes
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError when the sizes do not add up; tests call it after every scenario."""
+        """Raise RuntimeError if the sizes do not add up. Tests call it after each scenario."""
         total = sum(lease.num_bytes for lease in self.leases)
         total += sum(store.num_bytes for store in self.stores)
         if total != self.used_bytes or total > self.budget_bytes:

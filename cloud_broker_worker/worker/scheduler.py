@@ -2,23 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+from collections import defaultdict
+from collections.abc import Hashable, Mapping
+from typing import Final, NamedTuple, TypeVar
 
-K = TypeVar("K")
+from cloud_broker_worker.worker.session import SessionKey
+
+K = TypeVar("K", bound=Hashable)
+
+CONTEXT_COST: Final = 1024
+"""A position costs one unit, and one more for each so many positions before it, to which it
+attends."""
 
 
-def schedule(pending: Mapping[K, int], max_positions: int) -> dict[K, int]:
-    """Return how many positions of each session run in one batch of at most `max_positions`.
+SHORT_UNITS: Final = 8
+"""A device that waits for so little is served with little else in its step."""
 
-    `pending` is in order of arrival, and no session waits for ever: when there are more sessions
-    than `max_positions` the first ones run. Each gets an equal share, and the rest of a short one's
-    share goes to the longer ones, so that a long prefill never delays short requests.
+
+class Pending(NamedTuple):
+    """A session's positions to run, each of which costs `cost` units."""
+
+    num_positions: int
+    cost: int = 1
+
+    @property
+    def units(self) -> int:
+        return self.num_positions * self.cost
+
+
+def position_cost(start: int) -> int:
+    """Return the units of a position after `start` others."""
+    return 1 + start // CONTEXT_COST
+
+
+def fair_shares(wanted: Mapping[K, int], room: int) -> dict[K, int]:
+    """Return how much of `room` each gets.
+
+    `wanted` is in order of arrival: where there is too little room for all, the first ones get
+    some. Each gets an equal share, and the rest of a small one's share goes to the larger ones.
     """
-    waiting = [(key, count) for key, count in pending.items() if count > 0][:max_positions]
-    batch: dict[K, int] = {}
-    room = max_positions
+    waiting = [(key, count) for key, count in wanted.items() if count > 0][:room]
+    shares: dict[K, int] = {}
     for i, (key, count) in enumerate(sorted(waiting, key=lambda item: item[1])):
-        batch[key] = min(count, room // (len(waiting) - i))
-        room -= batch[key]
+        shares[key] = min(count, room // (len(waiting) - i))
+        room -= shares[key]
+    return shares
+
+
+def units_by_device(pending: Mapping[SessionKey, Pending]) -> dict[str, int]:
+    """Return the units that each device waits for, in order of arrival."""
+    units: dict[str, int] = {}
+    for key, each in pending.items():
+        if each.num_positions > 0:
+            units[key.device] = units.get(key.device, 0) + each.units
+    return units
+
+
+def shared_units(pending: Mapping[SessionKey, Pending], max_long: int) -> int:
+    """Return the units of one step while several devices are served.
+
+    Each device has a few. Long work has `max_long` when no device waits for a few alone.
+    """
+    units = units_by_device(pending).values()
+    few = sum(min(each, SHORT_UNITS) for each in units)
+    has_short = any(each <= SHORT_UNITS for each in units)
+    return few if has_short else max(few, max_long)
+
+
+def schedule(pending: Mapping[SessionKey, Pending], max_units: int) -> dict[SessionKey, int]:
+    """Return how many positions of each session run in one batch of about `max_units`.
+
+    `pending` is in order of arrival, and no session waits for ever. Devices get equal shares,
+    and so do the sessions of each, so that a long prefill never delays short requests, and many
+    sessions get no more than one.
+    """
+    devices: dict[str, dict[SessionKey, Pending]] = defaultdict(dict)
+    for key, each in pending.items():
+        if each.num_positions > 0:
+            devices[key.device][key] = each
+    batch: dict[SessionKey, int] = {}
+    for device, room in fair_shares(units_by_device(pending), max_units).items():
+        batch |= _within_device(devices[device], room)
+    return batch
+
+
+def _within_device(own: Mapping[SessionKey, Pending], room: int) -> dict[SessionKey, int]:
+    """Share `room` among a device's sessions; where none gets a position, its first gets one."""
+    batch: dict[SessionKey, int] = {}
+    for key, units in fair_shares({key: each.units for key, each in own.items()}, room).items():
+        if count := units // own[key].cost:
+            batch[key] = count
+            room -= count * own[key].cost
+    first, pending = next(iter(own.items()))
+    spare = min(pending.num_positions - batch.get(first, 0), room // pending.cost)
+    if spare or not batch:
+        batch[first] = batch.get(first, 0) + max(1, spare)
     return batch

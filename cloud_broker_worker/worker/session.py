@@ -1,5 +1,5 @@
-"""The worker's state of one session: hidden states received, perhaps a cache, and the pending
-verify job.
+"""The worker's state of one session: the hidden states that have arrived, the cache if there is
+one, and the pending verify job.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fleet.protocol.session import new_rows
 
 
 class SessionKey(NamedTuple):
-    """The key of a session: its name is unique only on its device."""
+    """The key of a session. It names the device, because session names are unique only there."""
 
     device: str
     session: str
@@ -29,10 +29,10 @@ class TokenChoice(NamedTuple):
 
 @dataclass(kw_only=True)
 class VerifyJob:
-    """A verify request that waits: it asks for the tokens after positions [first, stop).
+    """A pending verify request, for the tokens after positions [first, stop).
 
-    `choices` are the tokens chosen so far, from `first` on. `has_begun` is set once a step had
-    positions of its session.
+    `choices` are the tokens chosen so far, starting with the one after `first`. `has_begun` is set
+    by the first step that runs positions of the job's session.
     """
 
     message: Verify
@@ -61,11 +61,11 @@ class VerifyJob:
 
     @property
     def next_choice(self) -> int:
-        """The position after which the next token is to be chosen."""
+        """The position after which the worker has to choose the next token."""
         return self.first + len(self.choices)
 
     def undecided_positions(self, stop: int) -> list[int]:
-        """Return the untrusted positions before `stop` whose next token is still to be chosen."""
+        """Return the untrusted positions before `stop` after which no token is chosen yet."""
         return [
             i
             for i in range(self.next_choice, min(stop, self.stop))
@@ -74,7 +74,7 @@ class VerifyJob:
 
     @property
     def num_accepted(self) -> int:
-        """Number of choices that equal the draft, up to the first that does not."""
+        """Number of choices that equal the draft, before the first one that differs."""
         pairs = zip(self.choices, self.draft, strict=False)
         for i, (choice, token_id) in enumerate(pairs):
             if choice.token_id != token_id:
@@ -83,7 +83,7 @@ class VerifyJob:
 
     @property
     def is_decided(self) -> bool:
-        """Whether all choices that matter are made: none does after a rejected token."""
+        """Whether the verdict is known: all tokens are chosen, or one of the draft is rejected."""
         return self.next_choice == self.stop or self.num_accepted < len(self.choices)
 
 
@@ -91,8 +91,9 @@ class VerifyJob:
 class Session:
     """A session of which positions [0, received) have arrived and [0, length) are in the cache.
 
-    `branch` counts rejected drafts. Without a `lease` nothing is in the cache; it is built again on
-    demand. `holds_drafts` is set by the first job: from then on context may be a draft.
+    `branch` counts rejected drafts. A session without a `lease` has no cache; the cache is built
+    again when a step needs it. `holds_drafts` is set by the first job, because later context may
+    belong to drafts. `gone_since` is the time at which the device went offline.
     """
 
     key: SessionKey
@@ -109,11 +110,12 @@ class Session:
     gap_reported: int | None = None
     unacknowledged_bytes: int = 0
     receipt_repeated: int | None = None
+    gone_since: float | None = None
 
     def add_rows(self, start: int, rows: Float16) -> int | None:
         """Store the new rows of a chunk from position `start`.
 
-        Return how many are new, None where positions before them are missing.
+        Return the number of new rows, or None if positions before them are missing.
         """
         count = new_rows(self.received, start, len(rows))
         if count:
@@ -122,8 +124,8 @@ class Session:
         return count
 
     def add_job(self, message: Verify, now: float) -> None:
-        """Make the request the pending job; a repeated one keeps its place, with the later
-        deadline.
+        """Make the request the pending job. A repeated request keeps its arrival time and gets the
+        later of the two deadlines.
         """
         expires = now + message.deadline_ms / 1000
         if self.job and self.job.message == message:
@@ -134,10 +136,10 @@ class Session:
         self.holds_drafts = True
 
     def is_on(self, branch: int) -> bool:
-        """Return whether a message of `branch` is about the session's present state.
+        """Return whether a message of `branch` belongs to the session's current branch.
 
-        On a branch that the worker has not seen the session starts afresh: only the device knows
-        how much the two have in common.
+        If the branch is newer, the session starts again from position 0, because only the device
+        knows which positions the two branches share.
         """
         if branch > self.branch:
             self.rewind(0, branch)
@@ -155,10 +157,10 @@ class Session:
         self.unacknowledged_bytes = 0
 
     def owes_receipt(self, num_bytes: int, limit_bytes: int, *, is_repeat: bool) -> bool:
-        """Return whether a chunk of that size makes a receipt due.
+        """Return whether a chunk of `num_bytes` makes a receipt due.
 
-        It does when `limit_bytes` came since the last one, and once for a device that repeats what
-        is here, for it may have missed that one.
+        A receipt is due when `limit_bytes` have come since the last one. It is also due, once, when
+        the device repeats positions that have arrived, because it may have missed that receipt.
         """
         self.unacknowledged_bytes += num_bytes
         is_first_repeat = is_repeat and self.receipt_repeated != self.received
@@ -171,7 +173,8 @@ class Session:
 
     @property
     def capacity(self) -> int:
-        return self.store.capacity
+        """The largest number of positions. The store grows up to it as positions arrive."""
+        return self.opening.max_positions
 
     @property
     def length(self) -> int:
@@ -179,15 +182,15 @@ class Session:
 
     @property
     def next_position(self) -> int:
-        """The first position of the next chunk; a job about a position that has run runs it
-        again.
+        """The first position of the next chunk. A position that has run is run again if the job
+        needs its logits.
         """
         return self.length if self.job is None else min(self.length, self.job.next_choice)
 
     @property
     def num_pending(self) -> int:
-        """Positions to run before the job can be decided; 0 without a job or when context is
-        missing.
+        """Number of positions to run before the job can be decided. It is 0 if there is no job, or
+        if the job's context has not arrived.
         """
         if self.job is None or self.job.stop > self.received:
             return 0

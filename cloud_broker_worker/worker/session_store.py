@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from cloud_broker_worker.worker.config import WorkerConfig
 from cloud_broker_worker.worker.eviction_policy import (
+    BLOCK,
     MemoryLimits,
+    MemoryNeed,
     caches_to_evict,
     devices_over_share,
+    grown_size,
     may_evict,
     sessions_to_drop,
+    surplus_sessions,
 )
 from cloud_broker_worker.worker.kv_pool import KvPool
 from cloud_broker_worker.worker.session import Session, SessionKey
+from fleet.errors import PoolFullError
 from fleet.protocol.messages import Open
 
 
 class SessionStore:
-    """The sessions of a worker. Each keeps its hidden states; it has a cache while it needs one."""
+    """The sessions of a worker. Each keeps its hidden states; its cache can be evicted."""
 
     def __init__(self, pool: KvPool, config: WorkerConfig) -> None:
         self.pool = pool
@@ -25,64 +30,110 @@ class SessionStore:
         self._limits = MemoryLimits(
             shape=pool.shape,
             budget_bytes=config.kv_budget_bytes,
-            share_bytes=config.max_device_share * config.kv_budget_bytes,
+            max_device_share=config.max_device_share,
             max_sessions_per_device=config.max_sessions_per_device,
             idle_after_s=config.idle_after_s,
         )
 
     def can_ever_fit(self, num_positions: int) -> bool:
-        """Return whether the whole budget holds a session of that size."""
+        """Return whether a session of that size would fit into the whole budget alone."""
         limits = self._limits
         needed = limits.cache_bytes(num_positions) + limits.hidden_bytes(num_positions)
         return needed <= limits.budget_bytes
 
     def admit(self, key: SessionKey, opening: Open, now: float) -> Session:
-        """Add a fresh session, in the place of an earlier one of that name.
+        """Add a new session. It replaces an earlier session with the same key.
 
         Raises:
-            PoolFullError: it would need memory that others have a claim to.
+            PoolFullError: the session needs memory to which other sessions have a claim.
         """
         if key in self.sessions:
             self.drop(self.sessions[key])
         num_positions = opening.max_positions
-        sessions = self.sessions.values()
-        for session in sessions_to_drop(sessions, key.device, num_positions, self._limits, now):
+        if not self.can_ever_fit(num_positions):
+            needed = self._limits.cache_bytes(num_positions)
+            needed += self._limits.hidden_bytes(num_positions)
+            budget = self._limits.budget_bytes
+            raise PoolFullError(
+                f"a session of {num_positions} positions needs {needed} bytes, but the budget is "
+                f"{budget}; open a smaller session, or raise the worker's --kv-budget-mb"
+            )
+        for session in surplus_sessions(self.sessions.values(), key.device, self._limits, now):
             self.drop(session)
-        missing = self._limits.hidden_bytes(num_positions) - self.pool.free_bytes
-        over = devices_over_share(self.sessions.values(), self._limits)
-        for victim in caches_to_evict(self.sessions.values(), missing, over):
-            self.evict(victim)
-        store = self.pool.store(num_positions)
+        first = MemoryNeed(key.device, min(BLOCK, num_positions))
+        sessions_to_drop(self.sessions.values(), first, self._limits, now)  # none yet
         session = Session(
-            key=key, opening=opening, store=store, last_used=now, branch=opening.branch
+            key=key,
+            opening=opening,
+            store=self.pool.store(),
+            last_used=now,
+            branch=opening.branch,
         )
         self.sessions[key] = session
         return session
 
-    def give_cache(self, session: Session, now: float) -> bool:
-        """Give the session a cache, if need be in place of others; return whether it has one now.
+    def hold(self, session: Session, num_positions: int, now: float) -> None:
+        """Let the session's store hold `num_positions`; drop or evict others if necessary.
 
         Raises:
-            PoolFullError: the budget would hold it, but the machine does not.
+            PoolFullError: the session needs memory to which other sessions have a claim.
         """
-        if session.lease:
+        store = session.store
+        if num_positions <= store.capacity:
+            return
+        size = grown_size(store.capacity, num_positions, session.capacity)
+        others = [other for other in self.sessions.values() if other is not session]
+        need = MemoryNeed(session.key.device, size)
+        for victim in sessions_to_drop(others, need, self._limits, now):
+            self.drop(victim)
+        missing = self._limits.hidden_bytes(size - store.capacity) - self.pool.free_bytes
+        over = devices_over_share(self.sessions.values(), session, self._limits, now)
+        for victim in caches_to_evict(self.sessions.values(), missing, over):
+            self.evict(victim)
+        self.pool.grow_store(store, size)
+
+    def give_cache(self, session: Session, now: float) -> bool:
+        """Give the session a cache for its context; evict other caches if necessary.
+
+        Return whether the session has a cache now.
+
+        Raises:
+            PoolFullError: the cache is within the budget, but the machine lacks the memory.
+        """
+        lease = session.lease
+        if lease and lease.capacity >= session.received:
             return True
+        if not self._free_for_cache(session, now):
+            return False
+        if lease:
+            self.pool.grow_lease(lease, session.store.capacity)
+        else:
+            session.lease = self.pool.lease(session.store.capacity)
+        return True
+
+    def _free_for_cache(self, session: Session, now: float) -> bool:
+        """Free the memory for the session's cache. If that fails, free none and return False."""
         limits = self._limits
         sessions = self.sessions.values()
-        needed = limits.cache_bytes(session.capacity)
-        others = [s for s in sessions if s.lease and may_evict(session, s, limits, now)]
-        over = devices_over_share(sessions, limits, session)
+        needed = limits.cache_bytes(session.store.capacity)
+        if session.lease:
+            needed -= session.lease.num_bytes
+        over = devices_over_share(sessions, session, limits, now)
+        others = [
+            other
+            for other in sessions
+            if other is not session and other.lease and may_evict(session, other, over, limits, now)
+        ]
         victims = caches_to_evict(others, needed - self.pool.free_bytes, over)
         freed = sum(victim.lease.num_bytes for victim in victims if victim.lease)
         if self.pool.free_bytes + freed < needed:
             return False
         for victim in victims:
             self.evict(victim)
-        session.lease = self.pool.lease(session.capacity)
         return True
 
     def evict(self, session: Session) -> None:
-        """Free a session's cache; its hidden states stay."""
+        """Free a session's cache and keep its hidden states."""
         self.num_evictions += session.lease is not None
         self._free_cache(session)
 
@@ -102,9 +153,7 @@ class SessionStore:
         return self._limits.is_idle(session, now)
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError when sessions and memory do not agree; tests call it after every
-        scenario.
-        """
+        """Raise RuntimeError if sessions and memory disagree. Tests call it after each scenario."""
         self.pool.check_integrity()
         sessions = self.sessions.values()
         leases = {session.lease for session in sessions if session.lease}
@@ -116,6 +165,7 @@ class SessionStore:
             )
         for key, session in self.sessions.items():
             in_order = 0 <= session.length <= session.received <= session.capacity
+            in_order = in_order and session.received <= session.store.capacity
             if key != session.key or not in_order:
                 raise RuntimeError(
                     f"session {session.key} as {key}: {session.length} positions have run, "

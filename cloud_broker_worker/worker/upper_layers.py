@@ -1,7 +1,8 @@
 """The model's upper layers: Hugging Face's own code, run over one ragged batch of many sessions.
 
-Rows of all sessions pass through every linear layer together; attention, registered as a function
-of this module in transformers' ALL_ATTENTION_FUNCTIONS, runs per session on that session's cache.
+Rows of all sessions pass through each linear layer together. Attention runs for each session alone,
+on that session's cache. It is a function of this module, which is registered in transformers'
+ALL_ATTENTION_FUNCTIONS.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ ATTENTION: Final = "cecollm_ragged"
 
 
 class Chunk(NamedTuple):
-    """Positions [start, stop) of one session, of which [0, start) have run.
+    """Positions [start, stop) of one session. Positions [0, start) of this session have run.
 
-    `hidden_states` [stop - start, hidden] float16 enter the upload layer; logits are computed for
-    the positions `outputs`. A tuple, because a step unpacks it per session.
+    `hidden_states` [stop - start, hidden] float16 are the inputs of the upload layer. Logits are
+    computed for the positions `outputs`. It is a tuple, because each step unpacks it per session.
     """
 
     lease: KvLease
@@ -44,8 +45,8 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Rows of a batch that are positions [start, stop) of a cache; `mask` [stop - start, stop]
-    where one is needed.
+    """The rows of a batch that are positions [start, stop) of a cache. `mask` is [stop - start,
+    stop], or None if no mask is needed.
     """
 
     lease: KvLease
@@ -102,18 +103,18 @@ def ragged_attention(
 def one_row_attention(query: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
     """Attend from query [kv_heads, group, d], scaled, to keys and values [kv_heads, n, d].
 
-    `out` is [kv_heads, group, d]. Three small kernels: the general one costs more to call than to
-    run.
+    Write the result to `out` [kv_heads, group, d]. This calls three small kernels, because calling
+    the general one takes longer than its work.
     """
     weights = torch.bmm(query, keys.transpose(1, 2)).softmax(-1)
     torch.bmm(weights, values, out=out)
 
 
 def make_spans(chunks: Sequence[Chunk]) -> list[Span]:
-    """Return the chunks' rows, one chunk after the other.
+    """Return the spans of the chunks, one chunk after the other.
 
-    One row sees the whole cache, and a first chunk is plainly causal: only several rows behind a
-    prefix need a mask, made once for all layers.
+    A single row sees the whole cache, and a first chunk is causal, so neither needs a mask. Several
+    rows after a prefix need one. It is made once for all layers.
     """
     spans = []
     first = 0
@@ -132,15 +133,15 @@ ALL_ATTENTION_FUNCTIONS.register(ATTENTION, ragged_attention)
 
 
 class UpperLayers:
-    """Layers [upload_layer, num_layers), final norm and LM head of a bundle; weights in float32 or
-    fewer bits.
+    """Layers [upload_layer, num_layers), final norm and LM head of a bundle, with weights in
+    float32 or fewer bits.
     """
 
     def __init__(self, bundle: Bundle, num_threads: int, weights: Weights = "float32") -> None:
         """Load the cloud partition.
 
         Raises:
-            BundleError: it does not load.
+            BundleError: the cloud partition does not load.
         """
         torch.set_num_threads(num_threads)
         self.manifest = bundle.manifest
@@ -154,7 +155,7 @@ class UpperLayers:
 
     @property
     def weight_bytes(self) -> int:
-        """The bytes of weights that a step reads."""
+        """The number of bytes of weights that a step reads."""
         return weight_bytes(self._model)
 
     def new_pool(self, budget_bytes: int) -> KvPool:
@@ -203,9 +204,9 @@ def _load(bundle: Bundle) -> Any:
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     if unexpected or set(missing) - {"model.embed_tokens.weight"}:
         raise ValueError(
-            f"{len(missing)} weights are missing, {len(unexpected)} do not belong there"
+            f"{len(missing)} weights are missing, and {len(unexpected)} are not of this model"
         )
-    model.model.embed_tokens = None  # the device has it
+    model.model.embed_tokens = None  # only the device needs it
     rotary = type(model.model.rotary_emb)
     model.model.rotary_emb = rotary(config=config)  # its table is computed, not stored
     return model.float().eval().requires_grad_(False)

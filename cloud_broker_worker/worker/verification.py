@@ -1,4 +1,4 @@
-"""From logits to responses: the tokens that the worker chooses, and its verdict on a draft."""
+"""The choice of the worker's tokens from logits, and its verdict on a draft."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fleet.protocol.sampling import draw
 
 
 class TokenCandidates(NamedTuple):
-    """The best tokens after each of some positions, best first.
+    """The best tokens after each position of a batch, best first.
 
-    `token_ids` [rows, k] int64, `logprobs` [rows, k] float32 at temperature 1; `is_finite` [rows]
-    bool.
+    `token_ids` [rows, k] int64; `logprobs` [rows, k] float32 at temperature 1; `is_finite` [rows]
+    bool, whether all logits of the row are finite.
     """
 
     token_ids: npt.NDArray[np.int64]
@@ -26,7 +26,7 @@ class TokenCandidates(NamedTuple):
     is_finite: npt.NDArray[np.bool_]
 
     def rows(self, start: int, stop: int) -> TokenCandidates:
-        """Return the candidates after positions [start, stop) of these."""
+        """Return the candidates of rows [start, stop)."""
         rows = slice(start, stop)
         return TokenCandidates(self.token_ids[rows], self.logprobs[rows], self.is_finite[rows])
 
@@ -45,14 +45,15 @@ def best_candidates(logits: torch.Tensor, num_candidates: int) -> TokenCandidate
 
 
 def num_candidates(samplings: Sequence[Sampling], top_k: int) -> int:
-    """Return how many candidates such draws can need: one where all are greedy, else `top_k`."""
+    """Return the number of candidates that a draw may need: 1 if all are greedy, else `top_k`."""
     return top_k if any(sampling.temperature for sampling in samplings) else 1
 
 
 def choose_tokens(job: VerifyJob, candidates: TokenCandidates, sampling: Sampling) -> None:
-    """Choose the tokens that follow the next positions of a job, until it is decided.
+    """Choose the tokens after the next positions of a job, until it is decided.
 
-    `candidates` are those after the next positions that are judged; a trusted token consumes none.
+    `candidates` has a row for each of the next positions that are judged. A trusted token has no
+    row.
     """
     rows = zip(candidates.token_ids, candidates.logprobs, strict=True)
     while not job.is_decided:
@@ -68,7 +69,7 @@ def choose_tokens(job: VerifyJob, candidates: TokenCandidates, sampling: Samplin
 
 
 def verified_response(job: VerifyJob, session: str, busy_ms: float) -> Verified:
-    """Return the response to a job that is decided."""
+    """Return the verdict on a job that is decided."""
     message = job.message
     choices = job.choices
     accepted = job.num_accepted
@@ -86,7 +87,7 @@ def verified_response(job: VerifyJob, session: str, busy_ms: float) -> Verified:
 
 
 def repeats(message: Verify, response: Verified | None) -> bool:
-    """Return whether `message` repeats the request that `response` belongs to."""
+    """Return whether `message` repeats the request to which the verdict `response` belongs."""
     return (
         response is not None
         and message.request == response.request

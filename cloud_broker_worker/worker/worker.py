@@ -1,4 +1,4 @@
-"""The worker: messages from the broker into the engine, the engine's responses back."""
+"""The worker passes messages from the broker to the engine, and the engine's responses back."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Self
 
@@ -20,7 +21,7 @@ from fleet.protocol import topics
 from fleet.protocol.codec import decode_to_worker, encode
 from fleet.protocol.denylist import decode_denylist
 from fleet.protocol.messages import Open, ToWorker
-from fleet.protocol.report import WorkerStatus, encode_status
+from fleet.protocol.report import DeviceStatus, WorkerStatus, decode_status, encode_status
 from fleet.transport.base import Transport
 from fleet.utils.rate_limited_log import RateLimitedLog
 
@@ -29,15 +30,15 @@ log = logging.getLogger(__name__)
 EXPIRY_CHECK_S: Final = 1.0
 STOP_TIMEOUT_S: Final = 5.0
 DRAIN_CHECK_S: Final = 0.1
-QUEUE_SHARE: Final = 0.25  # of the queue that one device may fill, so that it cannot block others
+QUEUE_SHARE: Final = 0.25  # part of the queue that one device may fill, so that others find room
 
 
 class Worker:
-    """A worker that serves one bundle, as a context manager: it announces itself and serves until
+    """A worker that serves one bundle. As a context manager, it announces itself and serves until
     it is closed.
 
-    Its thread processes messages and runs a step, one after the other; `last_cycle_at` is the
-    monotonic time in seconds at which the last such cycle began.
+    Its thread repeats a cycle: it processes the queued messages and runs a step. At the start of
+    each cycle it sets `last_cycle_at` (monotonic seconds) and calls `on_cycle`.
     """
 
     def __init__(self, transport: Transport, bundle: Bundle, config: WorkerConfig) -> None:
@@ -54,11 +55,13 @@ class Worker:
         self._config = config
         self._announced = 0
         self.last_cycle_at = time.monotonic()
+        self.on_cycle: Callable[[], None] = lambda: None
         self._epoch = time.time_ns() // 1_000_000
-        self._queue = queue.Queue[tuple[float, str, ToWorker]](config.max_queued_messages)
+        # A device's message, or None when the device has gone.
+        self._queue = queue.Queue[tuple[float, str, ToWorker | None]](config.max_queued_messages)
         self._num_queued_by = Counter[str]()  # messages of each device in the queue
         self._queue_lock = threading.Lock()
-        self._denied = self.engine.denied  # the list received last; only the thread uses the engine
+        self._denied = self.engine.denied  # the newest list; the thread passes it to the engine
         self._thread = threading.Thread(target=self._serve, name=f"worker-{self.name}", daemon=True)
         self._open_filter = (
             topics.shared_open_filter(self._bundle_id)
@@ -72,23 +75,26 @@ class Worker:
     def __enter__(self) -> Self:
         self._thread.start()
         self._transport.subscribe(topics.REVOKED, self._on_revoked, qos=1, retained=True)
-        self._transport.subscribe(topics.sessions_of_worker(self.name), self._on_message)
-        self._transport.subscribe(self._open_filter, self._on_message, qos=1)
+        self._transport.subscribe(
+            topics.sessions_of_worker(self.name), self._on_message, live_only=True
+        )
+        self._transport.subscribe(self._open_filter, self._on_message, qos=1, live_only=True)
+        self._transport.subscribe(topics.DEVICE_STATUS_FILTER, self._on_device_status, qos=1)
         self._transport.on_up(self._announce)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
         self._thread.join(STOP_TIMEOUT_S)
-        if not self.is_serving:  # else a step still runs, and the devices notice by themselves
+        if not self.is_serving:  # if a step still runs, the devices learn it from the status
             self._send(self.engine.dismiss())
         self._publish(topics.worker_status(self.name), self.will(), qos=1, retain=True)
 
     def drain(self, hurry: threading.Event) -> None:
-        """Accept no more sessions and serve the present ones until they end, at most
+        """Accept no more sessions and serve the existing ones until they end, at most
         `drain_timeout_s` seconds.
 
-        Devices that know of another worker leave at once. Setting `hurry` ends the wait.
+        Devices that know another worker leave at once. Setting `hurry` ends the wait.
         """
         self.engine.is_draining = True
         self._transport.unsubscribe(self._open_filter)
@@ -100,26 +106,26 @@ class Worker:
 
     @property
     def is_serving(self) -> bool:
-        """Whether its thread runs."""
+        """Whether the worker's thread runs."""
         return self._thread.is_alive()
 
     @property
     def is_connected(self) -> bool:
-        """Whether it can reach the broker now."""
+        """Whether the link to the broker is up."""
         return self._transport.is_up
 
     @property
     def num_queued(self) -> int:
-        """Number of messages that have arrived and have not been processed."""
+        """Number of messages that have arrived and wait to be processed."""
         return self._queue.qsize()
 
     @staticmethod
     def will() -> bytes:
-        """Return the status payload of a worker that has gone."""
+        """Return the status payload of a worker that is offline."""
         return encode_status(WorkerStatus(online=False, epoch=0))
 
     def _announce(self) -> None:
-        with self._announce_lock:  # the later of two threads must not publish the older status
+        with self._announce_lock:  # of two threads, the later one must not publish an older status
             self._announced = len(self.engine.sessions)
             status = WorkerStatus(
                 online=True,
@@ -134,8 +140,8 @@ class Worker:
             )
 
     def _on_message(self, topic: str, payload: bytes) -> None:
-        """Decode a message and queue it; its device is named by the topic, which the broker has
-        checked.
+        """Decode a message and queue it. The topic names the device; the broker has checked that
+        the sender may use this topic.
         """
         try:
             message = decode_to_worker(payload)
@@ -148,8 +154,21 @@ class Worker:
                         f"expected session {session} of the topic, got {message.session}"
                     )
         except ProtocolError as error:
-            self._log.warning("message on %s dropped: %s", topic, error)
+            self._log.warning("message on %.200r dropped: %s", topic, error)
             return
+        self._enqueue(topic, device, message)
+
+    def _on_device_status(self, topic: str, payload: bytes) -> None:
+        """Queue that a device with sessions here went offline."""
+        try:
+            (device,) = topics.parse_topic(topic, topics.DEVICE_STATUS_FILTER)
+            is_here = any(key.device == device for key in list(self.engine.sessions))
+            if is_here and not decode_status(payload, DeviceStatus).online:
+                self._enqueue(topic, device, None)
+        except ProtocolError as error:
+            self._log.warning("message on %.200r dropped: %s", topic, error)
+
+    def _enqueue(self, topic: str, device: str, message: ToWorker | None) -> None:
         with self._queue_lock:
             num_own = self._num_queued_by[device]
             has_room = num_own < self._queue.maxsize * QUEUE_SHARE and not self._queue.full()
@@ -157,7 +176,7 @@ class Worker:
                 self._num_queued_by[device] = num_own + 1
                 self._queue.put_nowait((time.monotonic(), device, message))
         if not has_room:
-            text = "message on %s dropped: %d messages wait, %d of them of its device"
+            text = "message on %.200r dropped: %d messages wait, %d of them from this device"
             self._log.warning(text, topic, self._queue.qsize(), num_own)
 
     def _on_revoked(self, topic: str, payload: bytes) -> None:
@@ -165,17 +184,18 @@ class Worker:
         try:
             self._denied = decode_denylist(payload)
         except ProtocolError as error:
-            self._log.warning("message on %s dropped: %s", topic, error)
+            self._log.warning("message on %.200r dropped: %s", topic, error)
 
     def _serve(self) -> None:
         next_check = time.monotonic()
         is_idle = True
         while not self._stopping.is_set():
             self.last_cycle_at = time.monotonic()
+            self.on_cycle()
             try:
                 self._apply_denylist()
                 self._handle_queued(wait=is_idle)
-                is_idle = True  # also after an error, so that errors do not repeat without a pause
+                is_idle = True  # kept if a step raises, so that there is a pause between errors
                 responses = self.engine.step()
                 is_idle = responses is None
                 self._send(responses or [])
@@ -185,22 +205,25 @@ class Worker:
                         self._announce()
                     next_check = time.monotonic() + EXPIRY_CHECK_S
             except Exception:  # the outermost boundary: one bad session must not end the worker
-                log.exception("the worker goes on after an error")
+                log.exception("the worker continues after an error")
 
     def _handle_queued(self, *, wait: bool) -> None:
-        """Pass the queued messages to the engine; with `wait`, wait a little for a first one."""
+        """Pass the queued messages to the engine. With `wait`, wait a short time for the first."""
         with suppress(queue.Empty):
             item = self._queue.get(timeout=EXPIRY_CHECK_S / 5) if wait else self._queue.get_nowait()
             for _ in range(
                 self._queue.maxsize
             ):  # a flood of messages must not prevent the next step
-                self._apply_denylist()  # a list that arrived before a message holds for it
+                self._apply_denylist()  # a list applies to all messages that arrived after it
                 arrived, device, message = item
                 with self._queue_lock:
                     self._num_queued_by[device] -= 1
                     if not self._num_queued_by[device]:
                         del self._num_queued_by[device]
-                self._send(self.engine.handle(device, message, arrived))
+                if message is None:
+                    self.engine.leave(device)
+                else:
+                    self._send(self.engine.handle(device, message, arrived))
                 item = self._queue.get_nowait()
 
     def _apply_denylist(self) -> None:

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Final, Self, TypeVar
 
@@ -17,8 +17,6 @@ from fleet.errors import (
     RegistryError,
     ReportError,
     TopicError,
-    UnknownDeviceError,
-    ValueRefusedError,
 )
 from fleet.protocol import topics
 from fleet.protocol.report import (
@@ -32,19 +30,26 @@ from fleet.protocol.report import (
     generation_of,
 )
 from fleet.protocol.types import MAX_LABEL_LENGTH
-from fleet.registry.stats.ingest import DeviceKey, IngestOutcome
+from fleet.registry.stats.ingest import DeviceKey, IngestOutcome, ReceivedStatus
 from fleet.registry.store import Registry
-from fleet.server.collector_queue import Batch, CollectorQueue, ReceivedStatus
+from fleet.server.collector_queue import Batch, CollectorQueue
+from fleet.server.report_admission import DeviceVolumes, ReportRules, report_cost
+from fleet.server.shared_identities import SHARED_IDENTITY, SharedIdentityDetector
 from fleet.transport.base import Transport
+from fleet.utils.rate_limited_log import RateLimitedLog
 
 T = TypeVar("T")
 
 MAX_WAITING: Final = 20_000  # reports in memory, about 1 KB each
-MAX_BATCH: Final = 500
-WAIT_S: Final = 60.0
+MAX_BATCH: Final = 2000
+WAIT_S: Final = 2.0
 FIRST_RETRY_S: Final = 0.5  # between two attempts at a registry that cannot answer
 MAX_RETRY_S: Final = 10.0
 CLOSE_S: Final = 5.0
+BIRTH_RECEIPT_S: Final = 5.0  # between two receipts for births of one device
+LOG_S: Final = 10.0
+MAX_LINES: Final = 20  # in that time
+DEFAULT_RULES: Final = ReportRules()
 
 log = logging.getLogger(__name__)
 
@@ -56,18 +61,31 @@ class Collector:
     receipt says that they are stored, or refused for good. So reports that do not fit into memory
     while the registry cannot answer are dropped, and the device is notified when there is room. The
     device's name is that of the topic, which the broker guards, and never that of the payload. A
-    message that can never be stored is dropped with one line in the log, and harms no other.
-    `reports` counts reports: stored, repeated, refused, dropped.
+    message that can never be stored is dropped with a line in the log, and harms no other. `rules`
+    are the bounds of a plausible report.
+    `reports` counts reports: stored, repeated, refused, dropped. `on_cycle` is called for each
+    batch, at least every `WAIT_S` seconds, and for each attempt at the registry.
     """
 
     def __init__(
-        self, transport: Transport, registry: Registry, max_waiting: int = MAX_WAITING
+        self,
+        transport: Transport,
+        registry: Registry,
+        max_waiting: int = MAX_WAITING,
+        rules: ReportRules = DEFAULT_RULES,
     ) -> None:
         self.reports = Counter(stored=0, repeated=0, refused=0, dropped=0)
         self._transport = transport
         self._stats = registry.stats
+        self._audit_log = registry.audit_log
+        self._shared_identities = SharedIdentityDetector()
+        self._rules = rules
+        self._volumes = DeviceVolumes()
+        self._births: dict[str, tuple[int, float]] = {}  # those acknowledged last: epoch, time
+        self._log = RateLimitedLog(log, LOG_S, MAX_LINES)
         self._queue = CollectorQueue(max_waiting)
         self._closing = threading.Event()
+        self.on_cycle: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._store_all, name="collector", daemon=True)
 
     def __enter__(self) -> Self:
@@ -107,7 +125,7 @@ class Collector:
             (name,) = topics.parse_topic(topic, topic_filter)
             status = decode_status(payload, kind)
         except ProtocolError as error:
-            _log_dropped(topic, error)
+            self._log_dropped(topic, error)
         else:
             self._queue.put_status(ReceivedStatus(name, status, time.time()))
 
@@ -115,21 +133,35 @@ class Collector:
         try:
             (device,) = topics.parse_topic(topic, topics.DEVICE_STATS_FILTER)
         except TopicError as error:
-            _log_dropped(topic, error)
+            self._log_dropped(topic, error)
+            return
+        now = time.monotonic()
+        if not self._volumes.has_left(device, now):
+            self._queue.turn_away(device)
+            self.reports["dropped"] += 1
             return
         try:
-            if not self._queue.put_report(device, decode_report(payload)):
-                self.reports["dropped"] += 1
-        except ProtocolError as error:
-            self.reports["refused"] += 1
-            _log_dropped(topic, error)
-            if generation := generation_of(payload):
-                self._send_receipt(device, ReportReceipt(refused={generation: _reason(error)}))
+            report = decode_report(payload)
+            self._volumes.charge(device, report_cost(payload, report), now)
+            self._rules.check(report, time.time())
+        except (ProtocolError, ReportError) as error:
+            self._volumes.charge(device, report_cost(payload), now)
+            self._refuse(topic, device, payload, error)
+            return
+        if not self._queue.put_report(device, report):
+            self.reports["dropped"] += 1
+
+    def _refuse(self, topic: str, device: str, payload: bytes, error: FleetError) -> None:
+        self.reports["refused"] += 1
+        self._log_dropped(topic, error)
+        if generation := generation_of(payload):
+            self._send_receipt(device, ReportReceipt(refused={generation: _reason(error)}))
 
     # They are stored on the collector's own thread.
 
     def _store_all(self) -> None:
         while (batch := self._queue.take(MAX_BATCH, WAIT_S)) is not None:
+            self.on_cycle()
             try:
                 self._store(batch)
             except Exception:  # the outermost boundary of a thread; devices send the batch again
@@ -142,40 +174,60 @@ class Collector:
     def _store(self, batch: Batch) -> None:
         ready = set(batch.turned_away)
         if batch.is_new_link:
+            self._births.clear()
             self._retry(self._stats.mark_all_offline)
-        for received in batch.statuses:
-            if self._store_status(received) and isinstance(received.status, DeviceStatus):
-                ready.add(received.name)
+        if batch.statuses:
+            ready |= self._store_statuses(batch.statuses)
         if batch.reports:
             self._acknowledge(self._retry(lambda: self._stats.record_reports(batch.reports)))
         for device in ready:
             self._send_receipt(device, ReportReceipt())
 
-    def _store_status(self, received: ReceivedStatus) -> bool:
-        """Store a status; return False when it can never be stored."""
-        name, status, at = received
-        try:
-            if isinstance(status, WorkerStatus):
-                self._retry(partial(self._stats.record_worker, name, status, at))
-            else:
-                self._retry(partial(self._stats.record_status, name, status, at))
-        except (UnknownDeviceError, ValueRefusedError) as error:
-            _log_dropped(topics.device_status(name), error)
+    def _store_statuses(self, statuses: Sequence[ReceivedStatus]) -> set[str]:
+        """Store statuses; return the devices whose birth is to be acknowledged.
+
+        A device that publishes many statuses need not send its reports again after each.
+        """
+        refused = self._retry(lambda: self._stats.record_statuses(statuses))
+        for name, error in refused.items():
+            self._log_dropped(topics.device_status(name), error)
+        stored = [each for each in statuses if each.name not in refused]
+        for received in stored:
+            self._check_epoch(received)
+        now = time.monotonic()
+        return {each.name for each in stored if self._is_receipt_due(each, now)}
+
+    def _is_receipt_due(self, received: ReceivedStatus, now: float) -> bool:
+        name, status, _ = received
+        if not isinstance(status, DeviceStatus) or not status.online:
             return False
-        return True
+        epoch, at = self._births.get(name, (None, now))
+        is_due = epoch != status.epoch or now - at >= BIRTH_RECEIPT_S
+        if is_due:
+            self._births[name] = (status.epoch, now)
+        return is_due
+
+    def _check_epoch(self, received: ReceivedStatus) -> None:
+        name, status, at = received
+        if not status.online or not self._shared_identities.observe(name, status.epoch, at):
+            return
+        log.warning(
+            "two processes use the identity of %s and drive each other away; stop one of them, or "
+            "enrol the second machine under a name of its own",
+            name,
+        )
+        self._retry(partial(self._audit_log.add, SHARED_IDENTITY, name))
 
     def _retry(self, work: Callable[[], T]) -> T:
         """Return the result of `work`, once the registry can answer.
 
         Raises:
             RegistryError: the registry cannot answer, and the collector is closing.
-            UnknownDeviceError, ValueRefusedError: as the registry.
         """
         for attempt, pause_s in enumerate(_pauses_s()):
+            self.on_cycle()
             try:
                 result = work()
-            except (UnknownDeviceError, ValueRefusedError):
-                raise
             except RegistryError as error:
                 if attempt == 0:
                     log.warning("%s; trying again until it can", error)
@@ -193,7 +245,7 @@ class Collector:
         for (device, generation), outcome in outcomes.items():
             if isinstance(outcome, RegistryError):
                 self.reports["refused"] += 1
-                _log_dropped(topics.device_stats(device), outcome)
+                self._log_dropped(topics.device_stats(device), outcome)
                 if isinstance(outcome, ReportError):
                     refused[device][generation] = _reason(outcome)
             else:
@@ -209,6 +261,9 @@ class Collector:
         except LinkError as error:
             log.info("no receipt for %s: %s", device, error)
 
+    def _log_dropped(self, topic: str, error: FleetError) -> None:
+        self._log.warning("dropped a message on %.200r: %s", topic, error)
+
 
 def _pauses_s() -> Iterator[float]:
     pause_s = FIRST_RETRY_S
@@ -219,7 +274,3 @@ def _pauses_s() -> Iterator[float]:
 
 def _reason(error: FleetError) -> str:
     return " ".join(str(error).split())[:MAX_LABEL_LENGTH]
-
-
-def _log_dropped(topic: str, error: FleetError) -> None:
-    log.warning("dropped a message on %.200r: %s", topic, " ".join(str(error).split()))

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Final
 
-from fleet.protocol.report import DeviceStatus, GenerationReport, WorkerStatus
-from fleet.registry.stats.ingest import DeviceKey
+from fleet.protocol.report import GenerationReport
+from fleet.registry.stats.ingest import DeviceKey, ReceivedStatus
 
+MAX_OF_DEVICE: Final = 512
+"""The reports of one device in the queue; a device has at most 128 in flight."""
 
-class ReceivedStatus(NamedTuple):
-    """A status of a device or a worker, received `at`."""
-
-    name: str
-    status: DeviceStatus | WorkerStatus
-    at: float
+PAUSE_S: Final = 2.0
+"""The pause before a device may send again whose own share of the queue was full."""
 
 
 @dataclass
@@ -35,15 +34,17 @@ class Batch:
 class CollectorQueue:
     """At most `max_reports` reports, and the newest statuses of each device and worker.
 
-    Any thread may call its methods.
+    The devices' reports are read in turn, so that none waits for the queue of another. Any thread
+    may call its methods.
     """
 
     def __init__(self, max_reports: int) -> None:
         self._max_reports = max_reports
         self._changed = threading.Condition()
-        self._reports: deque[tuple[DeviceKey, GenerationReport]] = deque()
+        self._num_reports = 0
+        self._reports: dict[str, deque[GenerationReport]] = {}
         self._statuses: dict[str, list[ReceivedStatus]] = {}
-        self._turned_away: set[str] = set()
+        self._turned_away: dict[str, float] = {}  # when each may send again
         self._is_new_link = False
         self._is_closed = False
 
@@ -63,17 +64,27 @@ class CollectorQueue:
             self._changed.notify()
 
     def put_report(self, device: str, report: GenerationReport) -> bool:
-        """Add a report; return False when the queue is full.
+        """Add a report; return False when the queue, or the device's share of it, is full.
 
         The device is among `turned_away` once there is room again.
         """
         with self._changed:
-            if len(self._reports) >= self._max_reports:
-                self._turned_away.add(device)
+            own = self._reports.get(device, ())
+            if self._num_reports >= self._max_reports or len(own) >= MAX_OF_DEVICE:
+                self._turn_away(device, PAUSE_S if own else 0.0)
                 return False
-            self._reports.append(((device, report.generation), report))
+            self._reports.setdefault(device, deque()).append(report)
+            self._num_reports += 1
             self._changed.notify()
             return True
+
+    def turn_away(self, device: str) -> None:
+        """Let a device send again after a pause."""
+        with self._changed:
+            self._turn_away(device, PAUSE_S)
+
+    def _turn_away(self, device: str, pause_s: float) -> None:
+        self._turned_away.setdefault(device, time.monotonic() + pause_s)
 
     def take(self, max_reports: int, timeout_s: float) -> Batch | None:
         """Return the queued messages, none after `timeout_s`; None once closed and empty."""
@@ -87,12 +98,27 @@ class CollectorQueue:
             self._is_new_link = False
             self._statuses.clear()
             while self._reports and len(batch.reports) < max_reports:
-                key, report = self._reports.popleft()
-                batch.reports[key] = report
+                self._take_one(batch)
             if not self._reports:
-                batch.turned_away = self._turned_away
-                self._turned_away = set()
+                batch.turned_away = self._ready()
             return batch
+
+    def _take_one(self, batch: Batch) -> None:
+        """Move a report of the device whose turn it is."""
+        device = next(iter(self._reports))
+        own = self._reports.pop(device)
+        report = own.popleft()
+        self._num_reports -= 1
+        if own:
+            self._reports[device] = own
+        batch.reports[device, report.generation] = report
+
+    def _ready(self) -> set[str]:
+        now = time.monotonic()
+        ready = {device for device, at in self._turned_away.items() if at <= now}
+        for device in ready:
+            del self._turned_away[device]
+        return ready
 
     def close(self) -> None:
         """Let `take` return None once the queue is empty."""

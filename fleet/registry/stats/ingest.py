@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
-from sqlalchemy import case, exists, func, select, tuple_
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Table as SqlTable
+from sqlalchemy import case, func, select, tuple_
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session
 
-from fleet.errors import RegistryError, ReportError
+from fleet.errors import RegistryError, ReportError, ValueRefusedError
 from fleet.protocol.access import Role
 from fleet.protocol.report import DeviceStatus, GenerationReport, WorkerStatus
-from fleet.registry.identities.devices import check_device, is_device, unknown_device
+from fleet.registry.identities.devices import is_device, unknown_device
 from fleet.registry.models import (
+    BundleRecord,
     GenerationRecord,
     IdentityRecord,
     SessionRecord,
@@ -23,7 +26,15 @@ from fleet.registry.models import (
     TokenCount,
     WorkerRecord,
 )
+from fleet.registry.stats.bulk_insert import BulkInsert, execute_rows, insert_into
+from fleet.registry.stats.rollup_columns import SPANS_S
+from fleet.registry.stats.rollup_tables import ROLLUPS
 from fleet.registry.stats.rollups import add_to_rollups
+
+T = TypeVar("T")
+
+MAX_OTHER_BUNDLES: Final = 4
+"""The bundles of a device that were not added to the fleet, such as one under development."""
 
 DeviceKey: TypeAlias = tuple[str, str]
 """A device and a name that is unique to it: of a generation, or of a session."""
@@ -32,36 +43,73 @@ IngestOutcome: TypeAlias = bool | RegistryError
 """The outcome of a report: True when it is stored now, False when it was before, or an error."""
 
 
-def store_status(db: Session, device: str, status: DeviceStatus, at: float) -> None:
-    """Store a device's status, received `at`; of a last will, only that the device is offline.
+class ReceivedStatus(NamedTuple):
+    """A status of a device or a worker, received `at`."""
 
-    Raises:
-        UnknownDeviceError: it is not enrolled.
+    name: str
+    status: DeviceStatus | WorkerStatus
+    at: float
+
+
+def store_statuses(db: Session, statuses: Sequence[ReceivedStatus]) -> dict[str, RegistryError]:
+    """Store statuses in a few statements for all; return why those of some names are not stored.
+
+    The status of a worker that is not enrolled is left out. Of a last will only the fact is stored
+    that the device or worker is offline.
     """
-    check_device(db, device)
-    stored = db.get(StatusRecord, device)
-    if status.online or stored is None:
-        db.merge(StatusRecord(device=device, last_seen=at, **msgspec.to_builtins(status)))
-    elif stored.online:
-        stored.online = False
-        stored.last_seen = at
+    names = {received.name for received in statuses}
+    is_known = IdentityRecord.name.in_(names)
+    is_worker = IdentityRecord.role == Role.WORKER
+    devices = set(db.scalars(select(IdentityRecord.name).where(is_device(), is_known)))
+    workers = set(db.scalars(select(IdentityRecord.name).where(is_worker, is_known)))
+    of_devices = [each for each in statuses if isinstance(each.status, DeviceStatus)]
+    valid = [each for each in of_devices if each.name in devices]
+    valid += [
+        each for each in statuses if isinstance(each.status, WorkerStatus) and each.name in workers
+    ]
+    valid.sort(key=lambda each: each.name)  # one order in all processes: no deadlock
+    refused = _store_in_halves(db, valid, lambda some: _upsert_statuses(db, some))
+    unknown = {each.name for each in of_devices}.difference(devices)
+    return {name: unknown_device(db, name) for name in unknown} | {
+        each.name: ValueRefusedError(f"the registry does not accept a value: {reason}")
+        for each, reason in refused
+    }
 
 
-def store_worker(db: Session, worker: str, status: WorkerStatus, at: float) -> None:
-    """Store a worker's status, received `at`, if it is enrolled.
+def _upsert_statuses(db: Session, statuses: Sequence[ReceivedStatus]) -> None:
+    """Store statuses of enrolled devices and workers; a birth comes before its last will."""
+    for table, kind in ((StatusRecord, DeviceStatus), (WorkerRecord, WorkerStatus)):
+        own = [each for each in statuses if isinstance(each.status, kind)]
+        births = [_status_row(table, each) for each in own if each.status.online]
+        if births:
+            execute_rows(db, _upsert_births(db, table), _table(table), births)
+        wills = [_status_row(table, each) for each in own if not each.status.online]
+        if wills:
+            execute_rows(db, _upsert_wills(db, table), _table(table), wills)
 
-    Of a last will, only that the worker is offline.
-    """
-    if not status.online:
-        stored = db.get(WorkerRecord, worker)
-        if stored and stored.online:
-            stored.online = False
-            stored.last_seen = at
-        return
-    is_worker = (IdentityRecord.name == worker, IdentityRecord.role == Role.WORKER)
-    if db.scalar(select(exists().where(*is_worker))):
-        fields = msgspec.to_builtins(status) | {"bundle_ids": list(status.bundle_ids)}
-        db.merge(WorkerRecord(worker=worker, last_seen=at, **fields))
+
+def _status_row(table: type[Table], received: ReceivedStatus) -> dict[str, Any]:
+    fields = msgspec.to_builtins(received.status) | {"last_seen": received.at}
+    return {column.name: fields.get(column.name, received.name) for column in _table(table).columns}
+
+
+def _upsert_births(db: Session, table: type[Table]) -> BulkInsert:
+    insert = insert_into(db, _table(table))
+    columns = [column for column in _table(table).columns if not column.primary_key]
+    return insert.on_conflict_do_update(
+        index_elements=list(_table(table).primary_key.columns),
+        set_={column.name: insert.excluded[column.name] for column in columns},
+    )
+
+
+def _upsert_wills(db: Session, table: type[Table]) -> BulkInsert:
+    insert = insert_into(db, _table(table))
+    stored = _table(table).columns
+    last_seen = case((stored.online, insert.excluded.last_seen), else_=stored.last_seen)
+    return insert.on_conflict_do_update(
+        index_elements=list(_table(table).primary_key.columns),
+        set_={"online": False, "last_seen": last_seen},
+    )
 
 
 def store_reports(
@@ -83,8 +131,12 @@ def store_reports(
     for device in devices.difference(enrolled):
         error = unknown_device(db, device)
         outcomes |= {key: error for key in reports if key[0] == device}
-    valid = {key: report for key, report in reports.items() if key not in outcomes}
-    return outcomes | _store_valid(db, valid)
+    outcomes |= _bundle_errors(db, reports)
+    valid = [item for item in reports.items() if item[0] not in outcomes]
+    refused = _store_in_halves(db, valid, lambda some: outcomes.update(_insert(db, dict(some))))
+    for (key, _), reason in refused:
+        outcomes[key] = ReportError(f"the registry refuses generation {key[1]}: {reason}")
+    return outcomes
 
 
 def _sum_error(report: GenerationReport) -> ReportError | None:
@@ -95,23 +147,55 @@ def _sum_error(report: GenerationReport) -> ReportError | None:
     return ReportError(f"{counted}, but its sources add up to {total}")
 
 
-def _store_valid(
-    db: Session, reports: dict[DeviceKey, GenerationReport]
+def _bundle_errors(
+    db: Session, reports: Mapping[DeviceKey, GenerationReport]
 ) -> dict[DeviceKey, IngestOutcome]:
-    """Store the reports; where the database refuses a value, store each half apart, and so on."""
+    """Refuse the reports on bundles that the fleet does not have, beyond a few for each device."""
+    bundle_ids = {report.bundle_id for report in reports.values()}
+    added = select(BundleRecord.bundle_id)
+    known = set(db.scalars(added.where(BundleRecord.bundle_id.in_(bundle_ids))))
+    others = {key: each for key, each in reports.items() if each.bundle_id not in known}
+    if not others:
+        return {}
+    column = ROLLUPS.c
+    own: dict[str, set[str]] = defaultdict(set)
+    seen = select(column.device, column.bundle_id).where(
+        column.span_s == SPANS_S[-1],
+        column.device.in_({device for device, _ in others}),
+        column.bundle_id.not_in(added),
+    )
+    for device, bundle_id in db.execute(seen):
+        own[device].add(bundle_id)
+    errors: dict[DeviceKey, IngestOutcome] = {}
+    for key, report in others.items():
+        bundles = own[key[0]]
+        if report.bundle_id in bundles or len(bundles) < MAX_OTHER_BUNDLES:
+            bundles.add(report.bundle_id)
+        else:
+            reason = f"is of bundle {report.bundle_id}, which the fleet does not have"
+            errors[key] = ReportError(f"generation {key[1]} {reason}; add it with 'fleet bundle'")
+    return errors
+
+
+def _store_in_halves(
+    db: Session, items: Sequence[T], store: Callable[[Sequence[T]], object]
+) -> list[tuple[T, str]]:
+    """Store items together; where the database refuses a value, each half apart, and so on.
+
+    Return the refused items, each with the database's reason.
+    """
+    if not items:
+        return []
     try:
         with db.begin_nested():
-            return _insert(db, reports)
+            store(items)
+        return []
     except (DataError, IntegrityError) as error:
-        if len(reports) == 1:
-            reason = " ".join(str(error.orig).split())
-            return {
-                key: ReportError(f"the registry refuses generation {key[1]}: {reason}")
-                for key in reports
-            }
-    items = list(reports.items())
+        if len(items) == 1:
+            return [(items[0], " ".join(str(error.orig).split()))]
     middle = len(items) // 2
-    return _store_valid(db, dict(items[:middle])) | _store_valid(db, dict(items[middle:]))
+    refused = _store_in_halves(db, items[:middle], store)
+    return refused + _store_in_halves(db, items[middle:], store)
 
 
 def _insert(
@@ -125,11 +209,11 @@ def _insert(
     if not new:
         return dict.fromkeys(reports, False)
     sessions = _sessions(db, new)
-    insert = _insert_into(db, row).on_conflict_do_nothing()
-    inserted = db.execute(
-        insert.returning(row.device, row.generation, row.id),
-        [_row(device, report, sessions) for (device, _), report in new.items()],
-    )
+    insert = insert_into(db, _table(row)).on_conflict_do_nothing()
+    rows = [_row(device, report, sessions) for (device, _), report in new.items()]
+    columns = _table(row).c
+    returning = [columns.device, columns.generation, columns.id]
+    inserted = execute_rows(db, insert, _table(row), rows, returning)
     ids = {(device, generation): id_ for device, generation, id_ in inserted}
     counts = [
         {"generation_id": id_, "source": source, "tokens": tokens}
@@ -137,7 +221,8 @@ def _insert(
         for source, tokens in reports[key].sources.items()
     ]
     if counts:
-        db.execute(_insert_into(db, TokenCount), counts)
+        table = _table(TokenCount)
+        execute_rows(db, insert_into(db, table), table, counts)
     add_to_rollups(db, [(key[0], reports[key]) for key in ids])
     return {key: key in ids for key in reports}
 
@@ -160,17 +245,17 @@ def _sessions(db: Session, reports: dict[DeviceKey, GenerationReport]) -> dict[D
             row["worker"] = report.worker or row["worker"]
     if not rows:
         return {}
-    record = SessionRecord
     ordered = [rows[key] for key in sorted(rows)]  # one order in all processes: no deadlock
-    inserted = db.execute(
-        _upsert_sessions(db).returning(record.device, record.session, record.id), ordered
-    )
+    columns = _table(SessionRecord).c
+    returning = [columns.device, columns.session, columns.id]
+    upsert = _upsert_sessions(db)
+    inserted = execute_rows(db, upsert, _table(SessionRecord), ordered, returning)
     return {(device, session): id_ for device, session, id_ in inserted}
 
 
-def _upsert_sessions(db: Session) -> postgresql.Insert | sqlite.Insert:
+def _upsert_sessions(db: Session) -> BulkInsert:
     stored = SessionRecord
-    insert = _insert_into(db, SessionRecord)
+    insert = insert_into(db, _table(SessionRecord))
     new = insert.excluded
     earlier = case((new.opened_at < stored.opened_at, new.opened_at), else_=stored.opened_at)
     return insert.on_conflict_do_update(
@@ -184,14 +269,10 @@ def _row(device: str, report: GenerationReport, sessions: dict[DeviceKey, int]) 
     fields = msgspec.to_builtins(report) | {"device": device, "session_id": session_id}
     return {
         column.name: fields[column.name]
-        for column in GenerationRecord.__table__.columns
+        for column in _table(GenerationRecord).columns
         if column.name in fields
     }
 
 
-def _insert_into(db: Session, table: type[Table]) -> postgresql.Insert | sqlite.Insert:
-    """Return an INSERT that supports ON CONFLICT, which differs by dialect."""
-    into = table.metadata.tables[table.__tablename__]
-    if db.get_bind().dialect.name == "postgresql":
-        return postgresql.insert(into)
-    return sqlite.insert(into)
+def _table(record: type[Table]) -> SqlTable:
+    return record.metadata.tables[record.__tablename__]

@@ -16,7 +16,7 @@ from sqlalchemy import BigInteger, ColumnElement, Select, Table, and_, cast, fun
 from sqlalchemy.orm import Session
 
 from fleet.protocol.report import GenerationReport, Switch
-from fleet.registry.identities.devices import is_device
+from fleet.registry.identities.devices import has_device_role
 from fleet.registry.models import GenerationRecord, IdentityRecord, TokenCount
 from fleet.registry.stats.aggregate import ReportAggregate, from_columns
 from fleet.registry.stats.rollup_columns import HOUR_S
@@ -163,7 +163,7 @@ def _first_hour(
     generations = (
         select(row, IdentityRecord.group)
         .join(IdentityRecord, IdentityRecord.name == row.device)
-        .where(is_device(query.device), is_in_hour)
+        .where(has_device_role(query.device), is_in_hour)
     )
     if query.group is not None:
         generations = generations.where(IdentityRecord.group == query.group)

@@ -33,9 +33,9 @@ from fleet.registry.results import (
 from fleet.registry.stats.ingest import (
     DeviceKey,
     IngestOutcome,
+    ReceivedStatus,
     store_reports,
-    store_status,
-    store_worker,
+    store_statuses,
 )
 from fleet.registry.stats.queries import By, StatsQuery
 from fleet.registry.stats.summaries import grouped_stats, stats_per_device
@@ -53,12 +53,19 @@ class StatsRepository(Repository):
 
         Raises:
             UnknownDeviceError: it is not enrolled.
+            ValueRefusedError: the database does not accept a value.
         """
-        self._transactions.write(lambda db: store_status(db, device, status, at))
+        for error in self.record_statuses([ReceivedStatus(device, status, at)]).values():
+            raise error
 
     def record_worker(self, worker: str, status: WorkerStatus, at: float) -> None:
-        """Store a worker's status, received `at`, if it is enrolled."""
-        self._transactions.write(lambda db: store_worker(db, worker, status, at))
+        """Store a worker's status, received `at`, if it is enrolled; raises ValueRefusedError."""
+        for error in self.record_statuses([ReceivedStatus(worker, status, at)]).values():
+            raise error
+
+    def record_statuses(self, statuses: Sequence[ReceivedStatus]) -> dict[str, RegistryError]:
+        """Store statuses in one transaction; return why those of some names are not stored."""
+        return self._transactions.write(lambda db: store_statuses(db, statuses))
 
     def mark_all_offline(self) -> None:
         """Mark devices and workers offline until they publish a status again.
@@ -250,6 +257,7 @@ def _device_row(
         not_after=identity.not_after,
         config_version=status.config_version if status else 0,
         config_error=status.config_problem if status else None,
+        software_error=status.software_problem if status else None,
         state=state_at(identity.state, identity.not_after, time.time()),
         tags=tags,
     )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from sqlalchemy import Table
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from fleet.protocol.report import GenerationReport
 from fleet.registry.stats.aggregate import ReportAggregate
+from fleet.registry.stats.bulk_insert import execute_rows, insert_into
 from fleet.registry.stats.rollup_columns import SPANS_S, SUMMED
 from fleet.registry.stats.rollup_tables import ROLLUPS, SOURCES, SWITCHES
 
@@ -58,15 +58,15 @@ def span_start(at: float, span_s: int) -> int:
     return int(at // span_s) * span_s
 
 
-def _add(db: Session, table: Table, rows: Iterable[Mapping[str, Any]]) -> None:
+def _add(db: Session, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add the amounts of `rows` to those of the rows with the same key, or insert them."""
+    if not rows:
+        return
     key = [column.name for column in table.primary_key]
     amounts = [column.name for column in table.columns if not column.primary_key]
-    insert = postgresql.insert if db.get_bind().dialect.name == "postgresql" else sqlite.insert
-    statement = insert(table)
-    statement = statement.on_conflict_do_update(
+    insert = insert_into(db, table)
+    statement = insert.on_conflict_do_update(
         index_elements=key,
-        set_={name: table.c[name] + statement.excluded[name] for name in amounts},
+        set_={name: table.c[name] + insert.excluded[name] for name in amounts},
     )
-    if complete := [dict.fromkeys(amounts, 0) | dict(row) for row in rows]:
-        db.execute(statement, complete)
+    execute_rows(db, statement, table, rows)

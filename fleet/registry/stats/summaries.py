@@ -11,12 +11,17 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from fleet.protocol.counts import COUNT_FIELDS
 from fleet.protocol.modes import NO_EXITS, offload_rate
-from fleet.registry.identities.devices import check_device, is_device, is_online
+from fleet.registry.identities.devices import (
+    check_known_device,
+    has_device_role,
+    is_device,
+    is_online,
+)
 from fleet.registry.models import IdentityRecord, StatusRecord
 from fleet.registry.results import BundleStats, GroupStats, HourStats, StatsRow
 from fleet.registry.stats.aggregate import ReportAggregate, quantiles_ms
@@ -35,19 +40,19 @@ class Quantiles(NamedTuple):
 
 
 def stats_per_device(db: Session, query: StatsQuery) -> list[StatsRow]:
-    """Return a row for each device, by name, also for one without answers.
+    """Return a row for each device, by name, also for one without answers unless it is deleted.
 
     Raises:
         UnknownDeviceError: the query's device is not enrolled.
     """
     if query.device is not None:
-        check_device(db, query.device)
+        check_known_device(db, query.device)
     aggregates = aggregate_by(db, By.DEVICE, query)
     points = trends(db, By.DEVICE, query)
     devices = (
         select(IdentityRecord.name, IdentityRecord.group, is_online(), StatusRecord.last_seen)
         .outerjoin(StatusRecord, StatusRecord.device == IdentityRecord.name)
-        .where(is_device(query.device))
+        .where(has_device_role(query.device), or_(is_device(), IdentityRecord.name.in_(aggregates)))
         .order_by(IdentityRecord.name)
     )
     if query.group is not None:
@@ -69,7 +74,7 @@ def grouped_stats(
         UnknownDeviceError: the query's device is not enrolled.
     """
     if query.device is not None:
-        check_device(db, query.device)
+        check_known_device(db, query.device)
     aggregates = aggregate_by(db, by, query)
     points = {} if by is By.HOUR else trends(db, by, query)
     keys = sorted(aggregates, key=lambda key: (key is not None, key))

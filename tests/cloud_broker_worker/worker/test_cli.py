@@ -137,7 +137,7 @@ def test_a_worker_process_says_when_it_is_ready_and_leaves_in_good_order_on_sigt
 ) -> None:
     bundle = cloud_bundle(2)
     with (
-        running_site("amqtt", tmp_path) as site,
+        running_site("embedded", tmp_path) as site,
         site.connect("s1") as server,
         RunningWorker(site, server, bundle) as worker,
     ):
@@ -161,7 +161,7 @@ def test_after_one_sigterm_sessions_are_served_on_and_after_a_second_they_are_se
 ) -> None:
     bundle = cloud_bundle(2)
     with (
-        running_site("amqtt", tmp_path) as site,
+        running_site("embedded", tmp_path) as site,
         site.connect("s1") as server,
         site.connect("d1") as device,
         RunningWorker(site, server, bundle) as worker,

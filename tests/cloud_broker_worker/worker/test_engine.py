@@ -201,7 +201,8 @@ def test_context_beyond_what_was_opened_is_refused_and_the_rest_serves_on(bench:
     bench.open(max_positions=10)
     bench.context(rows[:9])
     refused = refusal(bench.context(rows[9:], start=9))
-    assert (refused.code, refused.message) == ("too_long", "position 12 of at most 10")
+    text = "expected at most 10 positions, got 12; open a larger session"
+    assert (refused.code, refused.message) == ("too_long", text)
     bench.ask(8)
     assert bench.token().token_id == bench.expected_token(rows[:9])
 
@@ -462,10 +463,12 @@ def test_sessions_in_use_are_not_evicted_and_the_newcomer_learns_when_to_try_aga
 ) -> None:
     bench.start(kv_budget_bytes=bench.session_bytes(64 * 2), retry_after_ms=700)
     bench.open("waits")
+    bench.context(bench.upload(3), session="waits")
     bench.ask(5, session="waits", deadline_ms=600_000)
     bench.now += 100
-    bench.open("fresh")
-    refused = refusal(bench.open("new", device="edge-2"))
+    bench.open("fresh", device="edge-2")
+    bench.context(bench.upload(3), session="fresh", device="edge-2")
+    refused = refusal(bench.open("new", device="edge-3"))
     assert (refused.code, refused.retry_after_ms) == ("busy", 700)
     assert {key.session for key in bench.engine.sessions} == {"waits", "fresh"}
 
@@ -473,10 +476,14 @@ def test_sessions_in_use_are_not_evicted_and_the_newcomer_learns_when_to_try_aga
 def test_no_session_is_evicted_when_that_would_not_be_enough(bench: Bench) -> None:
     bench.start(kv_budget_bytes=bench.session_bytes(64 * 3))
     bench.open("idle")
+    bench.context(bench.upload(3), session="idle")
     bench.now += 100
-    bench.open("busy", max_positions=128)
-    assert refusal(bench.open("large", max_positions=128)).code == "busy"
+    for session in ("busy", "large"):
+        bench.open(session, max_positions=128)
+    assert bench.context(bench.upload(128), session="busy") == []
+    assert refusal(bench.context(bench.upload(128), session="large")).code == "busy"
     assert {key.session for key in bench.engine.sessions} == {"idle", "busy"}
+    bench.engine.check_integrity()
 
 
 def test_a_device_has_its_share_of_sessions_and_others_keep_theirs(bench: Bench) -> None:

@@ -237,7 +237,7 @@ def test_a_worker_process_tells_of_itself_and_leaves_after_its_drain_timeout(
     tmp_path: Path, cloud_bundle: Callable[[int], Bundle]
 ) -> None:
     with (
-        running_site("amqtt", tmp_path) as site,
+        running_site("embedded", tmp_path) as site,
         site.connect("s1") as server,
         site.connect("d1") as link,
     ):

@@ -31,9 +31,10 @@ from fleet.protocol.messages import (
     Verified,
     Verify,
 )
-from fleet.protocol.report import WorkerStatus, decode_status
+from fleet.protocol.report import DeviceStatus, WorkerStatus, decode_status, encode_status
 from fleet.transport.base import Will
 from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
+from tests.brokers import wait_until
 from tests.cloud_broker_worker.worker.conftest import OUTSIDE, TinyModel
 
 WAIT_S = 30.0
@@ -137,14 +138,22 @@ class Device:
 class Site:
     """One broker, one worker, and as many devices as a test wants."""
 
-    def __init__(self, stack: ExitStack, bundle: Bundle, drain_timeout_s: float = WAIT_S) -> None:
+    def __init__(
+        self,
+        stack: ExitStack,
+        bundle: Bundle,
+        drain_timeout_s: float = WAIT_S,
+        idle_after_s: float = 10.0,
+    ) -> None:
         self.broker = InMemoryBroker()
         self._stack = stack
         self._bundle = bundle
         self.link = stack.enter_context(
             self.broker.connect(WORKER, Will(topics.worker_status(WORKER), Worker.will()))
         )
-        config = WorkerConfig(num_threads=1, drain_timeout_s=drain_timeout_s)
+        config = WorkerConfig(
+            num_threads=1, drain_timeout_s=drain_timeout_s, idle_after_s=idle_after_s
+        )
         self.worker = stack.enter_context(Worker(self.link, bundle, config))
 
     def device(self, name: str = DEVICE) -> Device:
@@ -211,6 +220,35 @@ def test_garbage_on_any_topic_is_one_line_in_the_log_and_disturbs_no_device(
         "dropped" in record.message and "\n" not in record.message for record in caplog.records
     )
     assert device.answers.empty()
+
+
+def test_a_topic_with_line_breaks_forges_no_line_of_the_log(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    hostile = topics.to_worker(WORKER, "edge-1\nCRITICAL all is lost", "s1" * 500)
+    with caplog.at_level(logging.WARNING):
+        site.device().transport.publish(hostile, encode(verify_request("s1", 0)))
+        wait_until(lambda: bool(caplog.messages), "the worker has dropped it")
+    (line,) = caplog.messages
+    assert "\n" not in line
+    assert "edge-1\\nCRITICAL" in line
+    assert len(line) < 600
+
+
+def test_sessions_of_a_device_that_went_offline_are_dropped(
+    cloud_bundle: Callable[[int], Bundle], whole: TinyModel
+) -> None:
+    offline = encode_status(DeviceStatus(online=False, epoch=0))
+    with ExitStack() as stack:
+        site = Site(stack, cloud_bundle(2), idle_after_s=0.0)
+        devices = [site.device(name) for name in (DEVICE, "edge-2")]
+        for device in devices:
+            device.ask("s1", whole)
+        status = topics.device_status(DEVICE)
+        devices[0].transport.publish(status, offline, qos=1, retain=True)
+        wait_until(lambda: len(site.worker.engine.sessions) == 1, "its session is dropped")
+        devices[1].ask("s2", whole)
+        assert {key.device for key in site.worker.engine.sessions} == {"edge-2"}
 
 
 def test_an_open_is_not_taken_on_a_sessions_topic(site: Site, whole: TinyModel) -> None:

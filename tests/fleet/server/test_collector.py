@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 import pytest
+from sqlalchemy import event
 
 from fleet.protocol import topics
 from fleet.protocol.access import Role
@@ -17,15 +19,26 @@ from fleet.protocol.report import (
     DeviceStatus,
     GenerationReport,
     ReportReceipt,
+    Switch,
     WorkerStatus,
     decode_receipt,
     encode_report,
     encode_status,
 )
+from fleet.protocol.types import DAY_S
+from fleet.registry.stats.ingest import ReceivedStatus
 from fleet.registry.store import Registry
 from fleet.server import collector as module
+from fleet.server import collector_queue, report_admission
 from fleet.server.collector import Collector
-from fleet.server.collector_queue import CollectorQueue, ReceivedStatus
+from fleet.server.collector_queue import MAX_OF_DEVICE, CollectorQueue
+from fleet.server.report_admission import (
+    BURST_BYTES,
+    RATE_BYTES,
+    SWITCH_COST,
+    ReportRules,
+    report_cost,
+)
 from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
 from tests.brokers import Inbox as Received
 from tests.brokers import wait_until
@@ -57,12 +70,14 @@ class Site:
 
 
 @contextmanager
-def site(registry: Registry, max_waiting: int = 1000) -> Iterator[Site]:
+def site(
+    registry: Registry, max_waiting: int = 1000, rules: ReportRules = module.DEFAULT_RULES
+) -> Iterator[Site]:
     broker = InMemoryBroker()
     with (
         broker.connect("edge-1") as device,
         broker.connect("collector") as server,
-        Collector(server, registry, max_waiting) as collector,
+        Collector(server, registry, max_waiting, rules) as collector,
     ):
         yield Site(device, server, collector)
 
@@ -387,3 +402,145 @@ def test_messages_from_before_the_end_are_stored(edge: Registry) -> None:
         fleet.send("the-end", b"")
         heard.get()
     assert edge.stats.per_device()[0].generations == 50
+
+
+def test_two_processes_with_one_identity_are_named(
+    edge: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    with site(edge) as fleet:
+        for epoch in (1, 2, 1, 2):
+            status = msgspec.structs.replace(ONLINE, epoch=epoch)
+            fleet.send(topics.device_status("edge-1"), encode_status(status))
+            fleet.receipt()  # it is stored before the next one comes
+        wait_until(
+            lambda: bool(edge.audit_log.entries("edge-1", action="shared_identity")),
+            "the finding is stored",
+        )
+    assert "two processes use the identity of edge-1" in caplog.text
+
+
+NOW = time.time()
+RULES = ReportRules(
+    max_age_s=30 * DAY_S, exits_of=lambda bundle_id: (8, 15) if bundle_id == "b1" else None
+)
+SWITCH = Switch(3, "verified", "the link is back")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"sources": {"exit:9": 10}}, "tokens from exit:9, an exit that bundle b1 lacks"),
+        ({"switches": (SWITCH,) * 17}, "17 switches, expected at most 16"),
+        ({"started_at": NOW - 31 * DAY_S}, "more than 30 days ago"),
+        ({"started_at": NOW + 1.1 * DAY_S}, "in the future"),
+        (
+            {"bundle_id": "b2", "sources": {f"exit:{i}": 1 for i in range(20)}, "tokens": 20},
+            "has 20 sources",
+        ),
+    ],
+)
+def test_a_report_that_no_device_can_have_made_is_refused(
+    edge: Registry, changes: dict[str, object], problem: str
+) -> None:
+    plausible = {"started_at": NOW - 29 * DAY_S, "switches": (SWITCH,) * 16}
+    with site(edge, rules=RULES) as fleet:
+        fleet.report("edge-1", report("g1", **{"started_at": NOW} | changes))
+        assert problem in fleet.receipt().refused["g1"]
+        fleet.report("edge-1", report("g2", **plausible))
+        assert fleet.receipt().stored == ("g2",)
+
+
+def test_a_device_may_report_on_few_bundles_that_the_fleet_does_not_have(edge: Registry) -> None:
+    edge.rollouts.add_bundle("b1", "a model", 1)
+    reports = [report(f"g{i}", bundle_id=f"made-up-{i}") for i in range(9)]
+    reports += [report("g9", bundle_id="b1"), report("g10", bundle_id="made-up-0")]
+    for part in (reports[:3], reports[3:]):
+        fates = edge.stats.record_reports({("edge-1", it.generation): it for it in part})
+    assert [it.generation for it in reports[3:] if fates["edge-1", it.generation] is True] == [
+        "g3",
+        "g9",
+        "g10",
+    ]
+    assert "bundle made-up-8, which the fleet does not have" in str(fates["edge-1", "g8"])
+
+
+def test_one_devices_flood_leaves_a_neighbours_report_its_turn() -> None:
+    inbox = CollectorQueue(max_reports=20_000)
+    for i in range(2000):
+        inbox.put_report("edge-7", report(f"g{i}"))
+    assert inbox.put_report("edge-1", report("mine"))
+    batch = inbox.take(max_reports=10, timeout_s=0.0)
+    assert batch is not None
+    assert ("edge-1", "mine") in batch.reports
+    left = inbox.take(max_reports=20_000, timeout_s=0.0)
+    assert left is not None
+    assert len(batch.reports) + len(left.reports) == MAX_OF_DEVICE + 1
+
+
+def test_a_flood_is_stored_up_to_the_devices_volume_and_no_further(edge: Registry) -> None:
+    add(edge, "edge-2")
+    switches = tuple(Switch(i, "verified", "x" * i) for i in range(16))
+    with site(edge) as fleet:
+        for i in range(1000):
+            fleet.report("edge-1", report(f"flood-{i}", switches=switches))
+            if i % 100 == 0:
+                fleet.report("edge-2", report(f"mine-{i}"))
+        wait_until(
+            lambda: edge.stats.per_device("edge-2")[0].generations == 10, "the neighbour's are in"
+        )
+    num_stored = edge.stats.per_device("edge-1")[0].generations
+    cost = report_cost(encode_report(report("flood-1", switches=switches))) + 16 * SWITCH_COST
+    assert num_stored <= (BURST_BYTES + 60 * RATE_BYTES) / cost
+    assert fleet.collector.reports["dropped"] >= 900 - num_stored
+
+
+def test_a_device_over_its_volume_may_send_again_after_a_pause(
+    edge: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_admission, "BURST_BYTES", 600)
+    monkeypatch.setattr(collector_queue, "PAUSE_S", 0.1)
+    monkeypatch.setattr(module, "WAIT_S", 0.05)
+    with site(edge) as fleet:
+        fleet.report("edge-1", report("g1"))
+        fleet.report("edge-1", report("g2"))
+        fleet.report("edge-1", report("g3"))
+        receipts = [fleet.receipt()]
+        while receipts[-1] != ReportReceipt():
+            receipts.append(fleet.receipt())
+        assert sum(len(receipt.stored) for receipt in receipts) == 2
+        fleet.report("edge-1", report("g3"))
+        assert fleet.receipt().stored == ("g3",)
+
+
+def test_many_statuses_are_one_transaction(edge: Registry) -> None:
+    names = [f"many-{i}" for i in range(200)]
+    for name in names:
+        add(edge, name)
+    add(edge, "cloud-1", Role.WORKER)
+    received = [ReceivedStatus(name, ONLINE, 10.0) for name in names]
+    received.append(ReceivedStatus("cloud-1", WorkerStatus(online=True, epoch=1), 10.0))
+    received.append(ReceivedStatus("many-7", DeviceStatus(online=False, epoch=0), 11.0))
+    received.append(ReceivedStatus("oven", ONLINE, 10.0))
+    statements: list[str] = []
+    engine = edge._engine
+    event.listen(engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    refused = edge.stats.record_statuses(received)
+    assert len(statements) < 20
+    assert refused.keys() == {"oven"}
+    online = {row.device: (row.online, row.last_seen) for row in edge.stats.devices()}
+    assert [name for name in names if online[name] != (True, 10.0)] == ["many-7"]
+    assert online["many-7"] == (False, 11.0)
+    assert edge.stats.workers()[0].online
+
+
+def test_a_device_that_repeats_its_status_need_not_send_its_reports_again_each_time(
+    edge: Registry,
+) -> None:
+    with site(edge) as fleet:
+        for mode in ("standalone", "auto", "verified"):
+            status = msgspec.structs.replace(ONLINE, mode=mode)
+            fleet.send(topics.device_status("edge-1"), encode_status(status))
+            wait_until(lambda m=mode: edge.stats.devices()[0].mode == m, "it is stored")  # type: ignore[misc]
+        fleet.report("edge-1", report())
+        assert fleet.receipt() == ReportReceipt()
+        assert fleet.receipt().stored == ("g1",)
