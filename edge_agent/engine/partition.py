@@ -68,6 +68,11 @@ class Partition:
         self._embedding, self._table = load_tables(bundle)
         release_freed_memory()
 
+    @property
+    def num_token_ids(self) -> int:
+        """The number of token ids that have an embedding; a tokenizer may know more."""
+        return len(self._embedding)
+
     def embed(self, token_ids: Int64) -> Float32:
         """Return the embeddings float32 [n, hidden] of token_ids int64 [n]."""
         return self._embedding[token_ids].astype(np.float32)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import queue
 import random
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +26,7 @@ from edge_agent.reporting.reporter import Reporter
 from edge_agent.serving.answerer import Answerer, error_reply
 from edge_agent.serving.event_triggers import EventTriggers
 from edge_agent.serving.job_queue import Job, JobQueue
-from edge_agent.serving.request_planner import MB, RequestPlanner
+from edge_agent.serving.request_planner import MB, RequestPlanner, answer_deadline_s
 from edge_agent.serving.self_test import check_step
 from edge_agent.session.cloud_session import CloudSession
 from edge_agent.session.worker_directory import WorkerDirectory
@@ -37,10 +39,13 @@ from fleet.protocol.messages import Close, Opened
 from fleet.protocol.prompt import parse_prompt
 from fleet.protocol.report import ConfigProblem, DeviceStatus, encode_status
 from fleet.transport.base import Handler, Transport, publish_or_log
+from fleet.utils.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
+drop_log = RateLimitedLog(log, 10.0)
 
 STOP_TIMEOUT_S: Final = 5.0
+SEED_BITS: Final = 53  # of a chosen seed: every reader of JSON keeps it exactly
 MAX_FINISHED: Final = 32  # responses kept for an app that has missed some of its replies
 OUT_OF_MEMORY: Final = (
     "this device ran out of memory on this request; "
@@ -83,6 +88,7 @@ class Agent:
         self._config = config
         self._config_version = 0
         self._config_error: ConfigProblem | None = None
+        self._software_error: ConfigProblem | None = None
         self._epoch = time.time_ns() // 1_000_000
         # The tokenizer comes first: the partition returns the memory that loading has freed.
         self._tokenizer = ChatTokenizer(bundle)
@@ -129,7 +135,9 @@ class Agent:
             for thread in (self._planning_thread, *self._answer_threads):
                 thread.start()
             # This one stays when the agent closes, so that prompts are refused, not lost.
-            self._transport.subscribe(topics.prompts_to(self.name), self._on_prompt, qos=1)
+            self._transport.subscribe(
+                topics.prompts_to(self.name), self._on_prompt, qos=1, live_only=True
+            )
             stack.callback(self._triggers.set, ())
             self._triggers.set(self._config.triggers)
             stack.callback(self._transport.off_up, self._announce)
@@ -173,6 +181,16 @@ class Agent:
         with self._lock:
             return not self._active
 
+    @property
+    def late_s(self) -> float:
+        """The time by which the oldest active request has passed its deadline, 0 without one."""
+        with self._lock:
+            deadlines = [self._deadline(job) for job in self._active.values()]
+        return max(0.0, time.monotonic() - min(deadlines, default=float("inf")))
+
+    def _deadline(self, job: Job) -> float:
+        return job.arrived_at + answer_deadline_s(job.prompt, self._config)
+
     def follow(
         self, config: AgentConfig, version: int, problem: ConfigProblem | None = None
     ) -> None:
@@ -192,6 +210,12 @@ class Agent:
             self._triggers.set(config.triggers)
             self._announce()
 
+    def report_software(self, problem: ConfigProblem | None) -> None:
+        """Publish why the device does not run the desired version of its software."""
+        self._software_error = problem
+        if self._planning_thread.is_alive():
+            self._announce()
+
     @staticmethod
     def will() -> bytes:
         """The status payload of an offline device."""
@@ -199,7 +223,7 @@ class Agent:
 
     def _subscribe(self, stack: ExitStack, topic: str, handler: Handler, *, qos: int = 0) -> None:
         stack.callback(self._transport.unsubscribe, topic)
-        self._transport.subscribe(topic, handler, qos=qos)
+        self._transport.subscribe(topic, handler, qos=qos, live_only=True)
 
     def _stop_jobs(self) -> None:
         deadline = time.monotonic() + STOP_TIMEOUT_S
@@ -223,6 +247,7 @@ class Agent:
             mode=self._config.mode,
             config_version=self._config_version,
             config_error=self._config_error,
+            software_error=self._software_error,
         )
         publish_or_log(
             self._transport,
@@ -235,39 +260,62 @@ class Agent:
     # Handlers run on the transport's thread and must not block.
 
     def _on_prompt(self, topic: str, payload: bytes) -> None:
-        request_key = _request_key(topic, topics.PROMPT_FILTER)
+        request_key = _prompt_key(self._transport, topic, payload)
         if request_key is None:
             return
         app, request = request_key
         try:
-            self._accept(Job(app=app, request=request, prompt=parse_prompt(payload)))
+            prompt = parse_prompt(payload)
+            if prompt.seed is None:
+                prompt = msgspec.structs.replace(prompt, seed=secrets.randbits(SEED_BITS))
+            digest = hashlib.sha256(payload).digest()
+            self._accept(Job(app=app, request=request, prompt=prompt, digest=digest))
         except PromptError as error:
             refuse_prompt(self._transport, app, request, error)
 
     def _accept(self, job: Job) -> None:
-        """Queue a job. Raises BusyError.
+        """Queue a job.
 
         A request that comes twice is one whose replies were lost: its replies are sent again.
+        Another prompt with the id of a finished request is a new request.
+
+        Raises:
+            BusyError: the device accepts no more requests of this app now.
+            PromptError: another prompt with this id is being answered.
         """
         with self._lock:
-            earlier = self._active.get(job.key) or self._finished.get(job.key)
-            if earlier is None:
-                self._check_capacity()
+            active = self._active.get(job.key)
+            earlier = active or self._finished.get(job.key)
+            is_repeated = earlier is not None and earlier.digest == job.digest
+            if not is_repeated:
+                if active:
+                    raise PromptError(
+                        f"request id {job.request} belongs to another prompt, which is being "
+                        "answered; send this prompt with an id of its own"
+                    )
+                self._check_capacity(job.app)
+                self._finished.pop(job.key, None)
                 self._active[job.key] = job
-        if earlier is None:
-            self._new_jobs.put(job)
-        else:
+        if earlier and is_repeated:
             self._resend_replies(earlier)
+        else:
+            self._new_jobs.put(job)
 
-    def _check_capacity(self) -> None:
-        """Check that another request is accepted now. Raises BusyError."""
+    def _check_capacity(self, app: str) -> None:
+        """Check that another request of `app` is accepted now. Raises BusyError.
+
+        Apps share the room equally. An app below its share gets in even if another one filled the
+        room while it was alone, up to twice the number of requests.
+        """
         max_requests = self._config.max_queued_requests
         if self._is_paused:
             raise BusyError("this device is stopping; try again when it is back")
-        if len(self._active) >= max_requests:
+        owners = [owner for owner, _ in self._active]
+        share = max(1, max_requests // len({*owners, app}))
+        if owners.count(app) >= share or len(owners) >= 2 * max_requests:
             raise BusyError(
-                f"this device accepts {max_requests} requests at once and has as many; "
-                "try again later"
+                f"this device accepts {max_requests} requests at once, {share} of them from "
+                f"{app} now, and has {len(owners)}; try again later"
             )
 
     def _is_active(self, app: str, request: str) -> bool:
@@ -303,7 +351,7 @@ class Agent:
                     return
             self._close_late_session(session, payload)
         except ProtocolError as error:
-            log.warning("message on %s dropped: %s", topic, error)
+            drop_log.warning("message on %r dropped: %s", topic[:200], error)
 
     def _close_late_session(self, session: str, payload: bytes) -> None:
         """Close a session that a worker opened after its request had ended."""
@@ -376,12 +424,26 @@ def refuse_prompts(transport: Transport) -> None:
     """Reply `busy` to every prompt while no agent runs, until the next one subscribes."""
 
     def on_prompt(topic: str, payload: bytes) -> None:
-        del payload
-        if request_key := _request_key(topic, topics.PROMPT_FILTER):
+        if request_key := _prompt_key(transport, topic, payload):
             error = BusyError("this device is changing its model; try again in a moment")
             refuse_prompt(transport, *request_key, error)
 
-    transport.subscribe(topics.prompts_to(transport.name), on_prompt, qos=1)
+    transport.subscribe(topics.prompts_to(transport.name), on_prompt, qos=1, live_only=True)
+
+
+def _prompt_key(transport: Transport, topic: str, payload: bytes) -> tuple[str, str] | None:
+    """Return the app and the request of a prompt. None if there is none, or it has been refused."""
+    if not payload:  # as when a client clears a retained message
+        return None
+    request_key = _request_key(topic, topics.PROMPT_FILTER)
+    if request_key is None and (unchecked := topics.unchecked_request(topic)):
+        app, request = unchecked
+        error = PromptError(
+            f"request id {request!r}: expected 1 to 63 characters of a-z, 0-9, '-' and '_'; "
+            "choose such an id"
+        )
+        refuse_prompt(transport, app, request, error)
+    return request_key
 
 
 def _request_key(topic: str, topic_filter: str) -> tuple[str, str] | None:
@@ -389,6 +451,6 @@ def _request_key(topic: str, topic_filter: str) -> tuple[str, str] | None:
     try:
         _, app, request = topics.parse_topic(topic, topic_filter)
     except ProtocolError as error:
-        log.warning("message on %s dropped: %s", topic[:200], error)
+        drop_log.warning("message on %r dropped: %s", topic[:200], error)
         return None
     return app, request

@@ -27,7 +27,7 @@ from fleet.protocol import topics
 from fleet.protocol.counts import AnswerCounts
 from fleet.protocol.messages import PROTOCOL, Open
 from fleet.protocol.modes import Mode, offload_rate
-from fleet.protocol.prompt import ErrorInfo, Reply, Usage
+from fleet.protocol.prompt import MAX_FULL_TEXT_BYTES, ErrorInfo, Reply, Usage
 from fleet.protocol.report import GenerationReport
 from fleet.transport.base import Transport, publish_or_log
 
@@ -92,9 +92,10 @@ class Answerer:
             text=text.flush(),
             done=True,
             finish_reason=finish_reason,
-            usage=_usage(report),
+            usage=_usage(report, job.prompt.seed),
             bundle_id=report.bundle_id,
             note=cloud_session.note if cloud_session else None,
+            full_text=_full_text(text),
         )
         self.reply(job, last_reply)
 
@@ -129,7 +130,7 @@ class Answerer:
             thresholds=plan.thresholds,
             sampling=job.prompt.sampling,
             cloud_session=job.cloud_session,
-            lock=self._model_lock,
+            lock=self._model_lock.of(job.app),
             measurements=self._measurements,
             one_by_one_from=len(plan.prompt_ids) if plan.is_exact else None,
         )
@@ -209,7 +210,12 @@ def _report(job: Job, plan: RequestPlan, bundle_id: str, finish_reason: str) -> 
     )
 
 
-def _usage(report: GenerationReport) -> Usage:
+def _full_text(text: TextStream) -> str | None:
+    full_text = text.text
+    return full_text if len(full_text.encode()) <= MAX_FULL_TEXT_BYTES else None
+
+
+def _usage(report: GenerationReport, seed: int | None) -> Usage:
     counts = {name: getattr(report, name) for name in AnswerCounts.__struct_fields__}
     return Usage(
         **counts,
@@ -218,4 +224,5 @@ def _usage(report: GenerationReport) -> Usage:
         tpot_ms=report.tpot_ms,
         round_trips=report.assists + report.verifies,
         switches=report.switches,
+        seed=seed,
     )

@@ -80,15 +80,17 @@ class EventTriggers:
         for topic_filter in self._filters - filters:
             self._transport.unsubscribe(topic_filter)
         for topic_filter in sorted(filters - self._filters):
-            self._transport.subscribe(topic_filter, self._on_event, qos=1)
+            self._transport.subscribe(topic_filter, self._on_event, qos=1, live_only=True)
         self._filters = filters
 
     def _on_event(self, topic: str, payload: bytes) -> None:
+        if not payload:  # as when a client clears a retained message
+            return
         try:
             app, channel = topics.parse_topic(topic, topics.EVENT_FILTER)
             event = read_event(channel, payload)
         except FleetError as error:
-            self._log.warning("event on %s dropped: %s", topic[:200], error)
+            self._log.warning("event on %r dropped: %s", topic[:200], error)
             return
         for state in self._states.values():
             if state.trigger.listens_to(app, channel):

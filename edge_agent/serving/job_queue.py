@@ -20,12 +20,14 @@ from fleet.protocol.prompt import PromptRequest
 class Job:
     """An accepted request of an app, and the progress of its response.
 
-    `received_at` is in seconds since 1970; the other times are those of the monotonic clock.
+    `digest` is a hash of its payload. `received_at` is in seconds since 1970; the other times are
+    those of the monotonic clock.
     """
 
     app: str
     request: str
     prompt: PromptRequest
+    digest: bytes = b""
     generation: str = field(default_factory=lambda: uuid.uuid4().hex)
     received_at: float = field(default_factory=time.time)
     arrived_at: float = field(default_factory=time.monotonic)
@@ -71,10 +73,12 @@ class Job:
 
 
 class JobQueue:
-    """Jobs with their plans, first come, first served, within a budget of memory.
+    """Jobs with their plans, served in turns of their apps within a budget of memory.
 
-    A job is leased as soon as its caches fit the free memory. A later and smaller job does not
-    overtake one that waits for memory. A cancelled job needs no memory and is leased at once.
+    The next job is the oldest one of the app with the fewest leased jobs; among several such apps,
+    of the one whose last lease is the oldest. It is leased as soon as its caches fit the free
+    memory, and no smaller job overtakes it then. A cancelled job needs no memory and is leased at
+    once.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -82,6 +86,8 @@ class JobQueue:
         self._changed = threading.Condition()
         self._waiting: list[tuple[Job, RequestPlan]] = []
         self._leased: dict[Job, int] = {}
+        self._num_leases = 0
+        self._last_lease: dict[str, int] = {}
         self._closed = False
 
     @property
@@ -133,10 +139,20 @@ class JobQueue:
             self._changed.wait()
         job, plan = self._waiting.pop(index)
         self._leased[job] = 0 if job.cancelled.is_set() else plan.num_bytes
+        self._num_leases += 1
+        self._last_lease[job.app] = self._num_leases
         return job, plan
 
     def _next_index(self) -> int | None:
-        for index, (job, plan) in enumerate(self._waiting):
-            if job.cancelled.is_set() or (index == 0 and plan.num_bytes <= self.free_bytes):
+        for index, (job, _) in enumerate(self._waiting):
+            if job.cancelled.is_set():
                 return index
-        return None
+        turns = [self._turn(job.app) for job, _ in self._waiting]
+        index = turns.index(min(turns)) if turns else 0
+        has_room = turns and self._waiting[index][1].num_bytes <= self.free_bytes
+        return index if has_room else None
+
+    def _turn(self, app: str) -> tuple[int, int]:
+        """Return the rank of an app's next job; the lowest is next."""
+        num_leased = sum(job.app == app for job in self._leased)
+        return num_leased, self._last_lease.get(app, 0)

@@ -85,13 +85,12 @@ class RequestPlanner:
             PromptError: thresholds, length or memory do not fit this device even when it is idle.
         """
         config = self._config  # one configuration for the whole plan: `follow` may replace it
-        prompt_ids = self._tokenizer.encode_chat(prompt.chat)
+        prompt_ids = self._prompt_ids(prompt)
         max_new_tokens = self._max_new_tokens(
             len(prompt_ids), prompt.max_new_tokens, config.max_new_tokens
         )
         num_bytes = self._cache_bytes(len(prompt_ids), max_new_tokens, config.cache_budget_mb)
         mode = prompt.mode or config.mode
-        deadline_s = (prompt.deadline_ms or config.answer_deadline_ms) / 1000
         may_sample = prompt.mode is None and mode is Mode.COLLABORATIVE
         return RequestPlan(
             prompt_ids=prompt_ids,
@@ -99,12 +98,22 @@ class RequestPlanner:
             thresholds=self._request_thresholds(prompt, config),
             mode=mode,
             targets=self._targets(prompt, config),
-            deadline_s=deadline_s,
+            deadline_s=answer_deadline_s(prompt, config),
             num_bytes=num_bytes,
             config=config,
             eos_token_ids=() if prompt.ignore_eos else self._partition.manifest.model.eos_token_ids,
             is_sample=may_sample and self._draw() < config.agreement_sample,
         )
+
+    def _prompt_ids(self, prompt: PromptRequest) -> list[int]:
+        prompt_ids = self._tokenizer.encode_chat(prompt.chat)
+        num_known = self._partition.num_token_ids
+        if max(prompt_ids) >= num_known:
+            raise PromptError(
+                f"the prompt has the token id {max(prompt_ids)}, and this model has embeddings for "
+                f"{num_known} ids; leave that token out, or export the bundle again"
+            )
+        return prompt_ids
 
     def _targets(self, prompt: PromptRequest, config: AgentConfig) -> Targets:
         manifest = self._partition.manifest
@@ -154,6 +163,12 @@ class RequestPlanner:
             expected = f"expected {len(exits)} thresholds, one for each of the exits {exits}"
             raise PromptError(f"{expected}, got {len(thresholds)}")
         return thresholds
+
+
+def answer_deadline_s(prompt: PromptRequest, config: AgentConfig) -> float:
+    """Return the time for a response: the app's, but at most the operator's."""
+    limit_ms = config.answer_deadline_ms
+    return min(prompt.deadline_ms or limit_ms, limit_ms) / 1000
 
 
 def _first_given(requested: float | None, configured: float | None) -> float | None:

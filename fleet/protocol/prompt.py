@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import Struct
@@ -12,6 +12,7 @@ from fleet.protocol.counts import AnswerCounts
 from fleet.protocol.messages import Sampling
 from fleet.protocol.modes import Mode
 from fleet.protocol.report import Switch
+from fleet.protocol.text import is_blank, text_of_payload
 from fleet.protocol.types import (
     DeadlineMs,
     MaxNewTokens,
@@ -25,6 +26,7 @@ from fleet.protocol.types import (
 )
 
 MAX_PROMPT_BYTES: Final = 256 * 1024
+MAX_FULL_TEXT_BYTES: Final = 256 * 1024
 
 
 class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,7 +43,7 @@ class AnswerOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     temperature: Temperature = 0.0
     top_p: TopP = 1.0
     top_k: TopK = 0
-    seed: Seed = 0
+    seed: Seed | None = None
     mode: Mode | None = None
     threshold: Threshold | None = None
     thresholds: tuple[Threshold, ...] | None = None
@@ -65,7 +67,8 @@ class PromptRequest(AnswerOptions, frozen=True, forbid_unknown_fields=True, kw_o
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_p, self.top_k, self.seed)
+        """The options of the draw; a device chooses a seed before if none is given."""
+        return Sampling(self.temperature, self.top_p, self.top_k, self.seed or 0)
 
 
 class ErrorInfo(Struct, frozen=True):
@@ -77,7 +80,7 @@ class Usage(AnswerCounts, frozen=True, kw_only=True):
     """Counts of one response; times in milliseconds: to the first token, and per token after it.
 
     `round_trips` are the verify requests that the device waited for; `switches` are the decisions
-    of auto mode with their reasons.
+    of auto mode with their reasons; `seed` is the request's, or the one that the device chose.
     """
 
     offload_rate: float
@@ -85,6 +88,7 @@ class Usage(AnswerCounts, frozen=True, kw_only=True):
     tpot_ms: float
     round_trips: int = 0
     switches: tuple[Switch, ...] = ()
+    seed: Seed | None = None
 
 
 class Reply(Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -92,7 +96,8 @@ class Reply(Struct, frozen=True, omit_defaults=True, kw_only=True):
 
     `note` is the reason why the cloud did not contribute to a response that needed it. The first
     reply has the id of the `generation`. The same request sent again brings the same replies
-    again, unless the device has dropped them: then it starts another generation.
+    again, unless the device has dropped them: then it starts another generation. `full_text` is
+    the text of all replies, in the last one; None if it is longer than `MAX_FULL_TEXT_BYTES`.
     """
 
     seq: int
@@ -106,6 +111,7 @@ class Reply(Struct, frozen=True, omit_defaults=True, kw_only=True):
     bundle_id: str | None = None
     note: str | None = None
     generation: str | None = None
+    full_text: str | None = None
 
 
 def parse_prompt(payload: bytes) -> PromptRequest:
@@ -120,27 +126,56 @@ def parse_prompt(payload: bytes) -> PromptRequest:
             f"expected a prompt of at most {MAX_PROMPT_BYTES} bytes, got {len(payload)}; "
             "send a shorter one"
         )
-    is_json = payload.lstrip()[:1] == b"{"
-    request = _parse_json(payload) if is_json else _parse_text(payload)
+    request = _parse(payload)
     if (request.prompt is None) == (request.messages is None):
         raise PromptError("expected exactly one of 'prompt' and 'messages'")
-    if not any(message.content.strip() for message in request.chat):
+    if all(is_blank(message.content) for message in request.chat):
         raise PromptError("the prompt is empty; send some text")
     return request
 
 
-def _parse_json(payload: bytes) -> PromptRequest:
+def _parse(payload: bytes) -> PromptRequest:
     try:
-        return msgspec.json.decode(payload, type=PromptRequest)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        text = text_of_payload(payload)
+    except UnicodeDecodeError as error:
+        raise PromptError(f"expected UTF-8 text or a JSON object: {error}") from None
+    return _parse_json(text) if text.lstrip().startswith("{") else PromptRequest(prompt=text)
+
+
+def _parse_json(text: str) -> PromptRequest:
+    try:
+        fields = msgspec.json.decode(text, type=dict[str, Any])
+        _join_parts(fields)
+        return msgspec.convert(fields, PromptRequest)
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise PromptError(f"expected a JSON object with 'prompt' or 'messages': {error}") from None
 
 
-def _parse_text(payload: bytes) -> PromptRequest:
-    try:
-        return PromptRequest(prompt=payload.decode())
-    except UnicodeDecodeError as error:
-        raise PromptError(f"expected UTF-8 text or a JSON object: {error}") from None
+def _join_parts(fields: dict[str, Any]) -> None:
+    """Replace each content that is a list of text parts by their text, a line for each part.
+
+    A field of another kind stays as it is; the conversion refuses it.
+    """
+    messages = fields.get("messages")
+    for i, message in enumerate(messages if isinstance(messages, list) else ()):
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list):
+            path = f"messages[{i}].content"
+            message["content"] = "\n".join(
+                _part_text(part, f"{path}[{k}]") for k, part in enumerate(content)
+            )
+
+
+def _part_text(part: Any, path: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else part
+    if kind != "text":
+        raise PromptError(
+            f"expected a part of type 'text' at {path}, got {str(kind)[:80]!r}; send text only"
+        )
+    text = part.get("text")
+    if not isinstance(text, str) or len(part) > 2:
+        raise PromptError(f"expected only 'type' and 'text', a text, at {path}; send text only")
+    return text
 
 
 def decode_reply(payload: bytes) -> Reply:

@@ -1,17 +1,18 @@
 """Triggers: rules that turn events into prompts. Plain functions without I/O.
 
 A template has fields in braces, as in ``str.format``: a dotted path into the event's JSON and the
-format of a number. Paths lead through plain data only, never to attributes of Python objects, and
-every length is bounded.
+format of a number. A key of other characters is quoted in a path: ``{air.'PM2.5'}``. Paths lead
+through plain data only, never to attributes of Python objects, and every length is bounded.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache
-from string import Formatter
 from typing import Annotated, Any, Final, NamedTuple, TypeAlias
 
 import msgspec
@@ -20,6 +21,7 @@ from msgspec import Meta
 from fleet.errors import DecodeError, OversizedError, PromptError
 from fleet.protocol import topics
 from fleet.protocol.prompt import AnswerOptions, PromptRequest
+from fleet.protocol.text import is_blank, text_of_payload
 from fleet.protocol.types import Id
 
 MAX_EVENT_BYTES: Final = 16 * 1024
@@ -32,9 +34,16 @@ TriggerName: TypeAlias = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9_-]{0,31
 Fields: TypeAlias = dict[str, Any]
 
 EVENTS: Final = re.compile(rf"{topics.NAME.pattern}/({topics.NAME.pattern}|\+)")
-PATH: Final = re.compile(r"[^\W\d][\w-]*(?:\.[\w-]+)*")
-SPEC: Final = re.compile(r"[<>^]?\+?\d{0,2},?(\.\d{1,2})?[defgs%]?")
-CONDITION: Final = re.compile(rf"\s*({PATH.pattern})\s*(==|!=|<=|>=|<|>)\s*(.+?)\s*")
+QUOTED: Final = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+STEP: Final = re.compile(rf"[\w-]+|{QUOTED}")
+PATH: Final = rf"(?:[^\W\d][\w-]*|{QUOTED})(?:\.(?:[\w-]+|{QUOTED}))*"
+SPEC: Final = r"[<>^]?\+?\d{0,2},?(?:\.\d{1,2})?[defgs%]?"
+PIECE: Final = re.compile(rf"(\{{\{{|\}}\}}|[^{{}}]+)|\{{({PATH})(?::({SPEC}))?\}}", re.DOTALL)
+CONDITION: Final = re.compile(rf"\s*({PATH})\s*(==|!=|<=|>=|<|>)\s*(.+?)\s*")
+# A text of JSON, whole (the possessive forms never search again), or a bare number or its name.
+SCALAR: Final = re.compile(
+    r'"(?:[^"\\]++|\\.)*+"?|[-+]?\b(?:nan|inf(?:inity)?)\b|-?\d[\d.]*(?:e[-+]?\d+)?', re.IGNORECASE
+)
 
 ORDERS: Final[dict[str, Callable[[Any, Any], bool]]] = {
     "<": operator.lt,
@@ -42,6 +51,7 @@ ORDERS: Final[dict[str, Callable[[Any, Any], bool]]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
+ORDERED_KINDS: Final = ("number", "text")
 
 
 class Trigger(
@@ -93,10 +103,10 @@ Triggers: TypeAlias = Annotated[tuple[Trigger, ...], Meta(max_length=MAX_TRIGGER
 
 
 class Piece(NamedTuple):
-    """A piece of a template: text, then a field unless its path is empty."""
+    """A piece of a template: text, or the field at `path`."""
 
     text: str
-    path: str
+    path: str | None
     spec: str
 
 
@@ -131,7 +141,8 @@ def read_event(channel: str, payload: bytes) -> Fields:
     """Return the fields of an event that a template may use.
 
     These are the fields of a JSON object, `channel`, and the whole text as `payload`. A payload
-    that is only a number becomes that number.
+    that is only a number becomes that number. A field that is no finite number (``nan``, as some
+    sensors write it) is null.
 
     Raises:
         OversizedError: the payload is too large.
@@ -142,11 +153,27 @@ def read_event(channel: str, payload: bytes) -> Fields:
             f"expected an event of at most {MAX_EVENT_BYTES} bytes, got {len(payload)}"
         )
     try:
-        text = payload.decode().strip()
-        fields = msgspec.json.decode(text, type=Fields) if text.startswith("{") else {}
+        text = text_of_payload(payload).strip()
+        fields = _decode_object(text) if text.startswith("{") else {}
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise DecodeError(f"expected an event in JSON or plain text: {error}") from None
-    return {"payload": _number(text), "channel": channel} | fields
+    return {"payload": _as_number(text), "channel": channel} | fields
+
+
+def _decode_object(text: str) -> Fields:
+    """Decode an object. A number that is none (``nan``, ``1e999``) becomes null, if that helps."""
+    try:
+        return msgspec.json.decode(text, type=Fields)
+    except msgspec.MsgspecError:
+        with suppress(msgspec.MsgspecError):
+            return msgspec.json.decode(SCALAR.sub(_finite_or_null, text), type=Fields)
+        raise
+
+
+def _finite_or_null(match: re.Match[str]) -> str:
+    with suppress(ValueError):  # a text, or no number at all
+        return match[0] if math.isfinite(float(match[0])) else "null"
+    return match[0]
 
 
 def make_prompt(trigger: Trigger, event: Fields) -> PromptRequest | None:
@@ -173,7 +200,7 @@ def fill(template: str, event: Fields) -> str:
                 f"expected a prompt of at most {MAX_TEXT} characters; "
                 "use fewer or shorter fields in the template"
             )
-    if not text.strip():
+    if is_blank(text):
         raise PromptError("the event makes an empty prompt; add text to the template")
     return text
 
@@ -189,18 +216,27 @@ def request_name(trigger: Trigger, epoch: int, number: int) -> str:
 @lru_cache(maxsize=64)
 def _pieces(template: str) -> tuple[Piece, ...]:
     pieces = []
-    for text, path, spec, conversion in Formatter().parse(template):
-        if path is not None and not PATH.fullmatch(path):
+    position = 0
+    while position < len(template):
+        match = PIECE.match(template, position)
+        if not match:
             raise ValueError(
-                f"expected a field like {{room}} or {{sensor.celsius:.1f}}, got {{{path}}}"
+                "expected a field like {room}, {sensor.celsius:.1f} or {air.'PM2.5'} (a key of "
+                f"other characters is quoted), got {template[position : position + 80]!r}; "
+                "write a literal brace twice"
             )
-        if conversion or not SPEC.fullmatch(spec or ""):
-            raise ValueError(
-                f"expected a format like .1f after {{{path}: , "
-                f"got {spec or '!' + str(conversion)!r}"
-            )
-        pieces.append(Piece(text, path or "", spec or ""))
+        text = match[1] or ""
+        pieces.append(Piece(text[:1] if text in ("{{", "}}") else text, match[2], match[3] or ""))
+        position = match.end()
     return tuple(pieces)
+
+
+@lru_cache(maxsize=64)
+def _steps(path: str) -> tuple[str, ...]:
+    return tuple(
+        re.sub(r"\\(.)", r"\1", step[1:-1]) if step[0] in "'\"" else step
+        for step in STEP.findall(path)
+    )
 
 
 @lru_cache(maxsize=64)
@@ -210,6 +246,11 @@ def _condition(when: str) -> Condition:
         value = msgspec.json.decode(match[3], type=float | str | bool | None) if match else None
     except msgspec.MsgspecError:
         match = None
+    if match and match[2] in ORDERS and _kind(value) not in ORDERED_KINDS:
+        raise ValueError(
+            f"expected a number or a text in quotes after {match[2]}, got {match[3]}; "
+            "compare other values with == or !="
+        )
     if not match:
         raise ValueError(f'expected a condition like celsius > 30 or room == "attic", got {when!r}')
     return Condition(match[1], match[2], value)
@@ -218,11 +259,13 @@ def _condition(when: str) -> Condition:
 def _holds(condition: Condition, event: Fields) -> bool:
     value = _look_up(condition.path, event)
     kind = _kind(condition.value)
+    if kind == "number":
+        value = _as_number(value)
     is_same_kind = _kind(value) == kind
     if condition.order in ("==", "!="):
         is_equal = is_same_kind and value == condition.value
         return is_equal is (condition.order == "==")
-    if not is_same_kind or kind not in ("number", "text"):
+    if not is_same_kind:
         raise PromptError(
             f"expected a {kind} at {condition.path!r} of the event, got {_describe(value)}"
         )
@@ -243,39 +286,58 @@ def _kind(value: object) -> str:
 
 
 def _look_up(path: str, event: Fields) -> Any:
-    value: Any = event
-    for step in path.split("."):
-        if isinstance(value, dict) and step in value:
-            value = value[step]
-        elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
-            value = value[int(step)]
-        else:
-            raise PromptError(
-                f"expected a field {path[:80]!r} in the event; send it, or change the trigger"
-            )
-    return value
+    try:
+        return _find(event, _steps(path))
+    except LookupError:
+        raise PromptError(
+            f"expected a field {path[:80]!r} in the event; send it, or change the trigger"
+        ) from None
+
+
+def _find(value: Any, steps: tuple[str, ...]) -> Any:
+    """Return the value that the steps lead to. A key with points may be several steps.
+
+    Raises:
+        LookupError: there is none.
+    """
+    if not steps:
+        return value
+    if isinstance(value, list) and steps[0].isdecimal():
+        return _find(value[int(steps[0])], steps[1:])
+    for num_steps in range(1, len(steps) + 1):
+        key = ".".join(steps[:num_steps])
+        if isinstance(value, dict) and key in value:
+            with suppress(LookupError):
+                return _find(value[key], steps[num_steps:])
+    raise LookupError
 
 
 def _format_value(piece: Piece, value: object) -> str:
-    try:
-        if _kind(value) in ("number", "text"):
-            return format(value, piece.spec)
+    with suppress(ValueError, OverflowError, RecursionError):
+        if _kind(value) in ORDERED_KINDS:
+            return _format_scalar(value, piece.spec)
         if not piece.spec:
             return msgspec.json.encode(value).decode()
-    except (ValueError, OverflowError, RecursionError):
-        pass
     raise PromptError(
         f"expected a value that fits {{{piece.path}:{piece.spec}}} in the event, "
         f"got {_describe(value)}"
     )
 
 
+def _format_scalar(value: object, spec: str) -> str:
+    """Format a number or a text; a text becomes a number if the format is one of numbers."""
+    with suppress(ValueError):
+        return format(value, spec)
+    return format(_as_number(value), spec)
+
+
 def _describe(value: object) -> str:
     return "an object or a list" if _kind(value) == "composite" else repr(str(value)[:80])
 
 
-def _number(text: str) -> float | str:
-    try:
-        return msgspec.json.decode(text, type=int | float)
-    except msgspec.MsgspecError:
-        return text
+def _as_number(value: Any) -> Any:
+    """Return a text that is a number as that number, and any other value as it is."""
+    if isinstance(value, str):
+        with suppress(msgspec.MsgspecError):
+            return msgspec.json.decode(value.strip(), type=int | float)
+    return value

@@ -18,7 +18,7 @@ from fleet.identity.identity import Identity
 from fleet.protocol import topics
 from fleet.protocol.access import Role
 from fleet.protocol.prompt import Reply, decode_reply
-from fleet.server.child_process import Child
+from fleet.server.child_process import Child, child
 from fleet.server.home import FleetConfig, FleetHome
 from fleet.transport.mqtt import MqttTransport
 from tests.brokers import HOST, find_mosquitto, free_port, wait_until
@@ -77,7 +77,9 @@ class Home:
             wanted = registry.desired_state.configs(["kitchen"])["kitchen"].version
             return registry.stats.devices()[0].config_version == wanted
 
-    def run(self, *words: str, text: str = "", folder: Path | None = None) -> str:
+    def run(
+        self, *words: str, text: str = "", folder: Path | None = None, expected_status: int = 0
+    ) -> str:
         """Return the output of a command in a folder with the identities' folders."""
         programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         done = subprocess.run(
@@ -91,7 +93,7 @@ class Home:
             env=os.environ
             | {"PATH": programs, "FLEET_HOME": str(self.fleet_home.folder), "NO_COLOR": "1"},
         )
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == expected_status, done.stderr
         return done.stdout
 
 
@@ -144,12 +146,26 @@ def test_an_app_with_nothing_but_paho_prints_an_answer(home: Home) -> None:
     assert sum(msgspec.json.decode(counts.replace("'", '"')).values()) > 0
 
 
+def test_the_app_ends_with_a_clear_line_when_the_device_is_offline_or_not_allowed(
+    home: Home,
+) -> None:
+    home.fleet_home.enroll("lounge", Role.DEVICE, home.folder / "lounge")
+    home.run("fleet", "allow", "display", "lounge")
+    ask = [sys.executable, str(EXAMPLES / "app.py"), "display"]
+    with child("lounge", "edge_agent", "run", str(home.folder / "lounge")) as lounge:
+        lounge.wait_ready()
+    printed = home.run(*ask, "lounge", "Hello?", expected_status=1)
+    assert printed == "lounge is offline; try again when it is back\n"
+    printed = home.run(*ask, "cellar", "Hello?", expected_status=1)
+    assert printed.startswith("nothing came from cellar")
+
+
 def test_the_app_is_one_that_needs_no_library_of_ours() -> None:
-    source = (EXAMPLES / "app.py").read_text()
+    source = (EXAMPLES / "app.py").read_text(encoding="utf-8")
     imported = [
         line.split()[1] for line in source.splitlines() if line.startswith(("import", "from"))
     ]
-    assert imported == ["json", "sys", "uuid", "pathlib", "paho.mqtt.client"]
+    assert imported == ["json", "queue", "sys", "uuid", "pathlib", "paho.mqtt.client"]
 
 
 def test_an_operators_session_goes_through(home: Home, tmp_path: Path) -> None:
@@ -166,5 +182,7 @@ def test_an_operators_session_goes_through(home: Home, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.iterdir()))
 def test_every_example_is_listed_in_the_guide_and_run_here(example: str) -> None:
-    assert f"(../examples/{example})" in (ROOT / "docs/operator-guide.md").read_text()
-    assert f'EXAMPLES / "{example}"' in Path(__file__).read_text()
+    assert f"(../examples/{example})" in (ROOT / "docs/operator-guide.md").read_text(
+        encoding="utf-8"
+    )
+    assert f'EXAMPLES / "{example}"' in Path(__file__).read_text(encoding="utf-8")

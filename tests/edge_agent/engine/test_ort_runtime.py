@@ -4,6 +4,9 @@ memory.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -128,3 +131,22 @@ def test_lack_of_memory_is_told_from_other_errors(tmp_path: Path) -> None:
     assert is_out_of_memory(huge.value)
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(wrong.value)
+
+
+@pytest.mark.parametrize(
+    "module", ["edge_agent.engine.cascade", "onnx_export.parity", "benchmarks.breakdown"]
+)
+def test_onnx_runtime_sends_no_telemetry(module: str, tmp_path: Path) -> None:
+    """Its telemetry makes an id and a database in the home when the library is loaded."""
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("ORT_")}
+    script = f"import {module}, onnxruntime, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment | {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.stdout == "1\n", process.stderr
+    assert not [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name.lower()]
+    assert not list(tmp_path.rglob("*deviceid*"))

@@ -16,8 +16,8 @@ WAIT_S = 30.0
 BUDGET = 100
 
 
-def put(jobs: JobQueue, request: str, num_bytes: int) -> Job:
-    job = Job(app="app", request=request, prompt=PromptRequest(prompt="x"))
+def put(jobs: JobQueue, request: str, num_bytes: int, app: str = "app") -> Job:
+    job = Job(app=app, request=request, prompt=PromptRequest(prompt="x"))
     plan = RequestPlan(
         prompt_ids=[1],
         max_new_tokens=1,
@@ -71,6 +71,33 @@ def test_a_job_waits_for_memory_and_a_smaller_one_does_not_overtake_it() -> None
         assert jobs.num_waiting == 2
     assert requests.get(timeout=WAIT_S) == "large"
     assert lease_in_thread(jobs).get(timeout=WAIT_S) == "small"
+
+
+def test_apps_take_turns_however_many_jobs_each_has() -> None:
+    jobs = JobQueue(BUDGET)
+    for request in ("a1", "a2", "a3", "a4"):
+        put(jobs, request, 1, "a")
+    order = []
+    with jobs.lease() as first, jobs.lease() as second:
+        for request in ("b1", "b2"):
+            put(jobs, request, 1, "b")
+        put(jobs, "c1", 1, "c")
+        with jobs.lease() as third, jobs.lease() as fourth, jobs.lease() as fifth:
+            order = [entry[0].request for entry in (first, second, third, fourth, fifth) if entry]
+    assert order == ["a1", "a2", "b1", "c1", "b2"]
+    for expected in ("a3", "a4"):
+        assert lease_in_thread(jobs).get(timeout=WAIT_S) == expected
+
+
+def test_a_job_that_waits_for_memory_is_not_overtaken_by_another_app() -> None:
+    jobs = JobQueue(BUDGET)
+    put(jobs, "running", 80, "a")
+    with jobs.lease():
+        put(jobs, "large", 90, "b")
+        put(jobs, "small", 10, "a")
+        assert jobs._next_index() is None
+        requests = lease_in_thread(jobs)
+    assert requests.get(timeout=WAIT_S) == "large"
 
 
 def test_a_cancelled_job_is_leased_at_once_without_memory() -> None:

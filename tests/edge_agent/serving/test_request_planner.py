@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from edge_agent.config import AgentConfig
@@ -13,6 +16,7 @@ from fleet.bundles.manifest import Bundle
 from fleet.errors import PromptError
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest
+from tests.tiny import make_tiny_tokenizer
 
 POSITIONS = 64
 SHORT = PromptRequest(prompt="x")
@@ -44,6 +48,30 @@ def test_options_of_the_request_take_precedence_over_settings(planner: RequestPl
         PromptRequest(prompt="x", max_new_tokens=3, mode=Mode.STANDALONE, threshold=0.75)
     )
     assert (plan.max_new_tokens, plan.mode, plan.thresholds) == (3, Mode.STANDALONE, (0.75, 0.75))
+
+
+def test_the_time_for_a_response_is_the_apps_but_at_most_the_operators(
+    partition: Partition, tiny_bundle: Bundle
+) -> None:
+    config = AgentConfig(max_positions=POSITIONS, answer_deadline_ms=5000)
+    planner = RequestPlanner(partition, ChatTokenizer(tiny_bundle), config)
+    prompts = [PromptRequest(prompt="x", deadline_ms=limit) for limit in (None, 1000, 600_000)]
+    assert [planner.plan(prompt).deadline_s for prompt in prompts] == [5.0, 1.0, 5.0]
+
+
+def test_a_token_without_an_embedding_is_refused(
+    partition: Partition, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_bundle.folder / "tokenizer", tmp_path / "tokenizer")
+    inner = make_tiny_tokenizer().backend_tokenizer
+    inner.add_special_tokens(["<pad>"])
+    inner.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    template = tmp_path / "tokenizer" / "chat_template.jinja"
+    template.write_text("<pad>{{ messages[0]['content'] }}", encoding="utf-8")
+    tokenizer = ChatTokenizer(Bundle(tmp_path, tiny_bundle.manifest))
+    planner = RequestPlanner(partition, tokenizer, AgentConfig(max_positions=POSITIONS))
+    with pytest.raises(PromptError, match="token id 384, and this model has embeddings for 384"):
+        planner.plan(SHORT)
 
 
 def test_no_token_ends_a_response_that_ignores_the_end_of_sequence(

@@ -37,6 +37,7 @@ ALLOWED = [
     (Role.WORKER, SUBSCRIBE, "open/+"),
     (Role.WORKER, SUBSCRIBE, "$share/workers/ce/v1/open/+"),
     (Role.WORKER, SUBSCRIBE, "w/w/+/+"),
+    (Role.WORKER, SUBSCRIBE, "d/+/status"),
     (Role.SERVER, PUBLISH, "d/a/config"),
     (Role.SERVER, PUBLISH, "d/a/reported"),
     (Role.SERVER, PUBLISH, "d/a/prompt/hub/r1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from fleet.errors import ConfigError, DecodeError, OversizedError
@@ -53,6 +54,19 @@ def test_the_narrowest_scope_that_has_a_value_decides(
 def test_a_setting_that_is_none_is_refused_by_name(values: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         parse_settings(values)
+
+
+def test_a_device_that_does_not_know_versions_of_software_reads_the_settings() -> None:
+    """Such a device refuses unknown settings, and ignores unknown fields next to them."""
+    payload = encode_desired(DesiredConfig.of(7, Settings(mode=Mode.AUTO, software="0.9.0")))
+    assert payload == b'{"version":7,"settings":{"mode":"auto"},"software":"0.9.0"}'
+    assert decode_desired(payload).software == "0.9.0"
+
+
+@pytest.mark.parametrize("version", ["", "../x", ".new", "1.0/x", "V1", "1" * 64])
+def test_a_version_of_software_is_the_name_of_a_folder(version: str) -> None:
+    with pytest.raises(DecodeError):
+        decode_desired(msgspec.json.encode({"version": 1, "settings": {}, "software": version}))
 
 
 def test_a_missing_value_is_not_on_the_wire() -> None:

@@ -43,6 +43,15 @@ ACCEPTED: list[tuple[bytes, PromptRequest]] = [
             threshold=0.8,
         ),
     ),
+    (b'\xef\xbb\xbf{"prompt": "hi"}', PromptRequest(prompt="hi")),
+    (b"\xef\xbb\xbfhi", PromptRequest(prompt="hi")),
+    (b'{"prompt": "hi"}\0', PromptRequest(prompt="hi")),
+    (b"hi\0\0\0", PromptRequest(prompt="hi")),
+    (
+        b'{"messages": [{"role": "user", "content": ['
+        b'{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}',
+        PromptRequest(messages=(ChatMessage("user", "a\nb"),)),
+    ),
     (
         b'{"prompt": "hi", "thresholds": [0.8, 1]}',
         PromptRequest(prompt="hi", thresholds=(0.8, 1.0)),
@@ -59,6 +68,25 @@ REFUSED = {
     "an empty prompt": (b'{"prompt": ""}', "the prompt is empty"),
     "no messages": (b'{"messages": []}', "the prompt is empty"),
     "empty messages": (b'{"messages": [{"role": "user", "content": " "}]}', "the prompt is empty"),
+    "NULs": (b"\0\0\0", "the prompt is empty"),
+    "a byte order mark": (b"\xef\xbb\xbf", "the prompt is empty"),
+    "a space of no width": ("\u200b".encode(), "the prompt is empty"),
+    "an image": (
+        b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}',
+        r"'text' at messages\[0\].content\[0\], got 'image_url'",
+    ),
+    "a part that is no object": (
+        b'{"messages": [{"role": "user", "content": ["hi"]}]}',
+        "expected a part of type 'text'",
+    ),
+    "a part with no text": (
+        b'{"messages": [{"role": "user", "content": [{"type": "text", "text": null}]}]}',
+        "only 'type' and 'text'",
+    ),
+    "no parts": (b'{"messages": [{"role": "user", "content": []}]}', "the prompt is empty"),
+    "content of null": (b'{"messages": [{"role": "user", "content": null}]}', "null"),
+    "a tool's message": (b'{"messages": [{"role": "tool", "content": "4"}]}', "'tool'"),
+    "messages that are no list": (b'{"messages": "hi"}', "messages"),
     "neither": (b"{}", "exactly one of 'prompt' and 'messages'"),
     "both": (
         b'{"prompt": "hi", "messages": [{"role": "user", "content": "hi"}]}',
@@ -68,7 +96,7 @@ REFUSED = {
     "two objects": (b'{"prompt": "hi"}{}', "expected a JSON object"),
     "nested too deep": (b'{"messages": ' + b"[" * 10_000, "expected a JSON object"),
     "text that is not UTF-8": (b"caf\xe9", "expected UTF-8 text"),
-    "JSON that is not UTF-8": (b'{"prompt": "caf\xe9"}', "expected a JSON object"),
+    "JSON that is not UTF-8": (b'{"prompt": "caf\xe9"}', "a JSON object"),
     "half a surrogate pair": (b'{"prompt": "\\ud800"}', "expected a JSON object"),
     "an unknown field": (b'{"prompt": "hi", "max_tokens": 5}', "max_tokens"),
     "an unknown field in a message": (
@@ -136,8 +164,10 @@ REPLIES = [
             bytes_down=90,
             ttft_ms=80.0,
             tpot_ms=20.0,
+            seed=7,
         ),
         bundle_id="b1",
+        full_text="Hel",
     ),
     Reply(
         seq=0,

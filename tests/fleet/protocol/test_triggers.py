@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -107,13 +108,109 @@ def test_a_bad_template_is_refused(template: str) -> None:
         trigger(template=template)
 
 
+OTHER_KEYS = read_event(
+    "x",
+    '{"air": {"PM2.5": 44.1, "PM2": {"1": 7}}, "24_hours": 12, "My Team": 1, "28-EA41": 18.2, '
+    '"temp°C": 3, "a\'b": 4, "a:b}": 5, "": 6}'.encode(),
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{air.PM2.5:.0f}", "44"),
+        ("{air.'PM2.5'}", "44.1"),
+        ('{air."PM2.5"}', "44.1"),
+        ("{air.PM2.1}", "7"),
+        ("{'24_hours'}", "12"),
+        ("{'My Team':>3}", "  1"),
+        ("{'28-EA41':.1f}", "18.2"),
+        ("{'temp°C'}", "3"),
+        (r"{'a\'b'}", "4"),
+        ('{"a\'b"}', "4"),
+        ("{'a:b}'}", "5"),
+        ("{''}", "6"),
+    ],
+)
+def test_a_quoted_path_reaches_every_key(template: str, text: str) -> None:
+    assert fill(template, OTHER_KEYS) == text
+
+
+@pytest.mark.parametrize("when", ["'My Team' == 1", "air.'PM2.5' > 44", "air.PM2.5 > 44"])
+def test_a_condition_reaches_every_key(when: str) -> None:
+    assert make_prompt(trigger(when=when), OTHER_KEYS)
+
+
+@pytest.mark.parametrize("template", ["{24_hours}", "{My Team}", "{28-EA41}", "{temp°C}"])
+def test_the_error_of_a_bad_path_shows_how_to_quote_a_key(template: str) -> None:
+    with pytest.raises(msgspec.ValidationError, match=r"\{air\.'PM2\.5'\} \(a key of other"):
+        trigger(template=template)
+
+
+@pytest.mark.parametrize("when", ["sensor.ok > true", "note <= null"])
+def test_a_condition_that_never_holds_is_refused(when: str) -> None:
+    with pytest.raises(msgspec.ValidationError, match="a number or a text in quotes"):
+        trigger(when=when)
+
+
+@pytest.mark.parametrize("text", ["31.2", " 31.2", "3.12e1"])
+def test_a_text_that_is_a_number_counts_as_one(text: str) -> None:
+    event = read_event("x", msgspec.json.encode({"celsius": text}))
+    assert fill("{celsius:.1f}", event) == "31.2"
+    assert fill("{celsius}", event) == text
+    assert make_prompt(trigger(when="celsius > 30"), event)
+    assert make_prompt(trigger(when="celsius == 31.2"), event)
+    assert not make_prompt(trigger(when='celsius == "31"'), event)
+
+
+@pytest.mark.parametrize("text", ["31,2", "20.6 °C", "unavailable", "nan", ""])
+def test_a_text_that_is_no_number_drops_the_event(text: str) -> None:
+    event = read_event("x", msgspec.json.encode({"celsius": text}))
+    with pytest.raises(PromptError, match="expected a number at"):
+        make_prompt(trigger(when="celsius > 30"), event)
+    with pytest.raises(PromptError, match="expected a value that fits"):
+        fill("{celsius:.1f}", event)
+
+
+@pytest.mark.parametrize(
+    "broken", ["nan", "NaN", "-inf", "Infinity", "1e999", "-1e999", "[1, nan]"]
+)
+def test_one_broken_number_does_not_lose_the_other_fields(broken: str) -> None:
+    text = f'{{"one": {{"celsius": 31.0}}, "nan": "say \\"nan\\" [1e999", "two": {broken}}}'
+    event = read_event("x", text.encode())
+    assert fill("{one.celsius:.1f} {nan}", event) == '31.0 say "nan" [1e999'
+    assert event["two"] in (None, [1, None])
+    with pytest.raises(PromptError, match="expected a"):
+        make_prompt(trigger(when="two > 30"), event)
+
+
+def test_a_broken_event_of_many_quotes_is_refused_at_once() -> None:
+    payload = b'{"' + b'\\"' * ((MAX_EVENT_BYTES - 2) // 2)
+    started = time.monotonic()
+    with pytest.raises(DecodeError):
+        read_event("x", payload)
+    assert time.monotonic() - started < 1.0
+
+
+@pytest.mark.parametrize(
+    "payload", ["\ufeff31.2", "31.2\0", "31.2\n\0\0"], ids=["byte order mark", "NUL", "NULs"]
+)
+def test_invisible_bytes_around_an_event_are_skipped(payload: str) -> None:
+    assert fill("{payload:.2f}", read_event("x", payload.encode())) == "31.20"
+
+
+def test_invisible_bytes_around_the_json_of_an_event_are_skipped() -> None:
+    event = read_event("x", b"\xef\xbb\xbf" + WARM + b"\0")
+    assert fill("{sensor.celsius:.1f}", event) == "31.3"
+
+
 def test_the_length_of_a_filled_template_is_bounded() -> None:
     event = read_event("warmth", b"x" * (MAX_TEXT // 10))
     with pytest.raises(PromptError, match="at most 16384 characters"):
         fill("{payload}" * 200, event)
 
 
-@pytest.mark.parametrize("payload", [b"", b"  \n"])
+@pytest.mark.parametrize("payload", [b"", b"  \n", b"\0", "\ufeff\u200b".encode()])
 def test_an_empty_prompt_is_refused(payload: bytes) -> None:
     with pytest.raises(PromptError, match="empty prompt"):
         fill("{payload}", read_event("warmth", payload))
@@ -181,7 +278,6 @@ def test_a_bad_condition_is_refused(when: str) -> None:
         (b"{room}", DecodeError),
         (b"{" * 5000, DecodeError),
         (b'{"a":' + b"[" * 5000, DecodeError),
-        (b'{"a": 1e400}', DecodeError),
         (b"\xff\xfe", DecodeError),
         (b"x" * (MAX_EVENT_BYTES + 1), OversizedError),
     ],
