@@ -15,10 +15,11 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from fleet.bundles.manifest import MANIFEST_FILE
 from fleet.errors import BundleError, ConfigError
 from fleet.protocol.report import ConfigProblem
 from fleet.protocol.types import MAX_LABEL_LENGTH, Amount, Id, Label
-from fleet.utils.atomic_files import write_file
+from fleet.utils.atomic_files import move_aside, write_file
 
 SLOTS_FILE: Final = "slots.json"
 BUNDLES_FOLDER: Final = "bundles"
@@ -105,17 +106,32 @@ class SlotStore:
     def load(self) -> Slots:
         """Return the slots on disk, or the base alone where there is no file.
 
+        A damaged file is moved aside, and the newest complete bundle becomes the current one.
+
         Raises:
-            ConfigError: the file is not usable.
+            ConfigError: the file cannot be read or moved.
         """
         try:
             return msgspec.json.decode(self._file.read_bytes(), type=Slots)
         except FileNotFoundError:
             return Slots()
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{self._file}: {error}; remove it to serve the identity's own bundle"
-            ) from None
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            return self._made_again(error)
+        except OSError as error:
+            raise self._unusable(error) from None
+
+    def _made_again(self, reason: Exception) -> Slots:
+        try:
+            move_aside(self._file, reason)
+            manifests = sorted(
+                self.bundles.glob(f"[!.]*/{MANIFEST_FILE}"), key=lambda path: path.stat().st_mtime
+            )
+        except OSError as error:
+            raise self._unusable(error) from None
+        return Slots(current=manifests[-1].parent.name if manifests else None)
+
+    def _unusable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"cannot use {self._file}: {error.strerror}; check the folder's rights")
 
     def save(self, slots: Slots) -> None:
         """Write the slots.

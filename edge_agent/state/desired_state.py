@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +13,7 @@ from edge_agent.config import AgentConfig
 from edge_agent.state.bundle_slots import Slots, is_abandoned
 from fleet.errors import ConfigError, ProtocolError
 from fleet.protocol.desired_config import DesiredConfig, Settings, decode_desired, encode_desired
-from fleet.utils.atomic_files import write_file
+from fleet.utils.atomic_files import move_aside, write_file
 
 DESIRED_FILE: Final = "desired.json"
 NO_DESIRED_CONFIG: Final = DesiredConfig(0, Settings())
@@ -49,6 +50,7 @@ def merge_settings(own: AgentConfig, settings: Settings, exits: tuple[int, ...])
     values = {name: getattr(settings, name) for name in settings.__struct_fields__}
     changes: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     changes.pop("bundle", None)
+    changes.pop("software", None)
     threshold = changes.pop("threshold", None)
     if threshold is not None and "thresholds" not in changes:
         changes["thresholds"] = (threshold,) * len(exits)
@@ -63,10 +65,18 @@ def merge_settings(own: AgentConfig, settings: Settings, exits: tuple[int, ...])
 
 
 def load_desired(folder: Path) -> DesiredConfig:
-    """Return the configuration that was followed last; an empty one where it is not readable."""
+    """Return the configuration that was followed last; an empty one where it is not readable.
+
+    A damaged file is moved aside; the broker has the configuration, too.
+    """
+    path = folder / DESIRED_FILE
     try:
-        return decode_desired((folder / DESIRED_FILE).read_bytes())
-    except (OSError, ProtocolError):
+        return decode_desired(path.read_bytes())
+    except OSError:
+        return NO_DESIRED_CONFIG
+    except ProtocolError as error:
+        with suppress(OSError):
+            move_aside(path, error)
         return NO_DESIRED_CONFIG
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from edge_agent.service_client import ServiceClient
 from edge_agent.state.bundle_slots import SlotStore, partial_name
 from fleet.bundles.manifest import (
     EDGE_SIDES,
@@ -24,6 +23,7 @@ from fleet.bundles.manifest import (
 from fleet.bundles.signature import SIGNATURE_FILE, check_signature
 from fleet.errors import BundleError, ServiceAwayError
 from fleet.identity.identity import CA_FILE, Identity
+from fleet.identity.service_client import ServiceClient
 from fleet.utils.atomic_files import sync_folder, write_file
 from fleet.utils.backoff import backoff_s
 

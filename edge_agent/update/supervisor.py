@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from typing import Final
 from edge_agent.config import AgentConfig
 from edge_agent.engine.ort_runtime import release_freed_memory
 from edge_agent.reporting.report_outbox import REPORTS_FILE
-from edge_agent.service_client import retry_while_away
 from edge_agent.serving.agent import Agent, refuse_prompts
 from edge_agent.state.bundle_slots import (
     Slots,
@@ -37,9 +37,11 @@ from edge_agent.state.desired_state import (
     save_desired,
 )
 from edge_agent.update.background_download import BackgroundDownload, Fetch
-from edge_agent.update.download import FETCH_S
+from edge_agent.update.launcher import software_store
+from edge_agent.update.software_updater import Install, SoftwareUpdater
 from fleet.bundles.manifest import EDGE_SIDES, Bundle, Manifest, read_manifest
 from fleet.errors import BundleError, ConfigError, FleetError, PromptError, ProtocolError
+from fleet.identity.service_client import log_wait, retry_while_away
 from fleet.protocol import topics
 from fleet.protocol.desired_config import DesiredConfig, decode_desired
 from fleet.protocol.report import ConfigProblem
@@ -48,6 +50,7 @@ from fleet.transport.base import Transport
 
 DRAIN_S: Final = 60.0  # for active requests, before a device changes its bundle
 CHECK_S: Final = 0.25
+MAX_LATE_S: Final = 60.0  # more than one step of the model, after which a deadline is checked
 STORAGE_CODE: Final = "storage"
 
 log = logging.getLogger(__name__)
@@ -57,9 +60,12 @@ class Supervisor:
     """The supervisor of `edge-agent run`.
 
     `folder` is the identity's; `base` the bundle that the identity or the command line names.
-    `fetch` downloads a bundle into its slot (`fetch_bundle`); `on_serving` is called with the
-    manifest of each bundle that is served from now on. Call `prepare` first, then `run`, both on
-    one thread.
+    `fetch` downloads a bundle into its slot (`fetch_bundle`); `install` does that for a version of
+    the software (`install_software`), None for a device that does not update. `on_serving` is
+    called with the manifest of each bundle that is served from now on. Call `prepare` first, then
+    `run`, both on one thread. `is_replaced` is true afterwards when another version of the software
+    is to be started.
+    `on_cycle` is called several times a second while the device makes progress.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class Supervisor:
         fetch: Fetch,
         on_serving: Callable[[Manifest], None] = lambda _: None,
         *,
+        install: Install | None = None,
         drain_s: float = DRAIN_S,
     ) -> None:
         self._folder = folder
@@ -88,6 +95,17 @@ class Supervisor:
         # No SimpleQueue: it may wait for ever after a signal.
         self._events: Queue[Callable[[], None]] = Queue()
         self._stop = threading.Event()
+        self.is_replaced = False
+        self._software = SoftwareUpdater(
+            software_store(folder),
+            install,
+            lambda version: self._events.put(partial(self._on_installed, version)),
+            lambda version, problem: self._events.put(
+                partial(self._on_not_installed, version, problem)
+            ),
+            timeout_s=own.update_timeout_s,
+        )
+        self.on_cycle: Callable[[], None] = lambda: None
         self._download = BackgroundDownload(
             fetch,
             lambda bundle, path: self._events.put(partial(self._on_downloaded, bundle, path)),
@@ -131,6 +149,7 @@ class Supervisor:
         try:
             transport.subscribe(topic, self._on_config, qos=1)
             while not self._stop.is_set():
+                self._report_progress()
                 try:
                     self._events.get(timeout=CHECK_S)()
                 except Empty:
@@ -138,8 +157,14 @@ class Supervisor:
         finally:
             transport.unsubscribe(topic)
             self._download.cancel()
+            self._software.close()
             if self._agent:
                 self._agent.__exit__(None, None, None)
+
+    def _report_progress(self) -> None:
+        """Call `on_cycle`, unless the threads that respond to prompts do not get on."""
+        if self._agent is None or self._agent.late_s < MAX_LATE_S:
+            self.on_cycle()
 
     # Messages arrive on other threads.
 
@@ -159,6 +184,9 @@ class Supervisor:
 
     def _on_desired(self, desired: DesiredConfig) -> None:
         self._desired = desired
+        self._follow_software(desired)
+        if self.is_replaced:
+            return
         step = next_step(desired, self._followed, self._slots, self._serving)
         if step is not ConfigStep.CHANGE:
             self._download.cancel()
@@ -172,6 +200,39 @@ class Supervisor:
                 self._publish_problem(given_up.problem if given_up else None)
             case ConfigStep.CHANGE:
                 self._change_bundle(desired)
+
+    def _follow_software(self, desired: DesiredConfig) -> None:
+        problem = self._software.problem
+        if self._software.follow(desired):
+            self._replace_software()
+        elif self._agent and self._software.problem != problem:
+            self._agent.report_software(self._software.problem)
+
+    def _on_installed(self, version: str) -> None:
+        if self._software.is_desired(version):
+            self._replace_software()
+
+    def _on_not_installed(self, version: str, problem: ConfigProblem) -> None:
+        if self._software.is_desired(version):
+            self._report_software(problem)
+
+    def _report_software(self, problem: ConfigProblem) -> None:
+        log.warning("%s", problem.message)
+        self._software.problem = problem
+        if self._agent:
+            self._agent.report_software(problem)
+
+    def _replace_software(self) -> None:
+        """Stop, so that the desired version is started on trial."""
+        if not self._drained():
+            return
+        if problem := self._software.place():  # a trial that is not on disk must not begin
+            self._report_software(problem)
+            if self._agent:
+                self._agent.resume()
+            return
+        self.is_replaced = True
+        self._stop.set()
 
     def _adopt(self, desired: DesiredConfig) -> None:
         """Apply settings that need no other bundle."""
@@ -270,6 +331,7 @@ class Supervisor:
             and time.monotonic() < deadline
             and not self._stop.is_set()
         ):
+            self._report_progress()
             time.sleep(CHECK_S / 5)
         return not self._stop.is_set()
 
@@ -297,8 +359,10 @@ class Supervisor:
             FleetError: it does not start, or on trial cannot run a step.
         """
         reports = self._folder / REPORTS_FILE
-        agent = Agent(self._transport, bundle, config, reports, is_trial=is_trial)
+        is_checked = is_trial or self._software.is_trial
+        agent = Agent(self._transport, bundle, config, reports, is_trial=is_checked)
         agent.follow(config, version, problem)
+        agent.report_software(self._software.problem)
         self._agent = agent.__enter__()
         self._on_serving(bundle.manifest)
 
@@ -317,7 +381,10 @@ class Supervisor:
         except BundleError as error:
             log.warning("bundle %s is downloaded: %s", bundle, error)
             folder = retry_while_away(
-                lambda: self._fetch(bundle, self._stop), timeout_s=FETCH_S, stop=self._stop
+                lambda: self._fetch(bundle, self._stop),
+                timeout_s=math.inf,
+                stop=self._stop,
+                on_wait=log_wait,
             )
             return Bundle.load(folder, EDGE_SIDES)
 

@@ -46,5 +46,5 @@ def instruction_sets() -> tuple[str, ...]:
 
     Without /proc/cpuinfo it is the plain one of its family.
     """
-    cpuinfo = CPUINFO.read_text() if CPUINFO.is_file() else ""
+    cpuinfo = CPUINFO.read_text(encoding="utf-8") if CPUINFO.is_file() else ""
     return covered_sets(platform.machine(), cpu_flags(cpuinfo))

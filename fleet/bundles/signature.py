@@ -49,29 +49,49 @@ def write_signature(folder: Path, private_key: PrivateKey) -> None:
 
 
 def check_signature(folder: Path, key: Path) -> None:
-    """Check the signature against the public key or certificate in the PEM file `key`.
+    """Check the signature against the public key or certificates in the PEM file `key`.
+
+    The file has several certificates while the fleet's authority is rotated; one of them suffices.
 
     Raises:
         BundleError: the bundle is unsigned, signed by another key, or altered since.
         ConfigError: `key` holds no P-256 public key or certificate.
     """
-    public_key = _load_public_key(key)
     path = folder / SIGNATURE_FILE
     if not path.is_file():
         raise BundleError(
             f"{folder} is unsigned: expected {SIGNATURE_FILE}; sign it with 'fleet bundle sign'"
         )
-    try:
-        public_key.verify(path.read_bytes(), (folder / MANIFEST_FILE).read_bytes(), ALGORITHM)
-    except InvalidSignature:
+    if not is_signed(folder, key):
         raise BundleError(
             f"{path} is no signature of {MANIFEST_FILE} by the key in {key}: the manifest was "
             "altered, or another key signed it; get the bundle again from its signer"
-        ) from None
+        )
 
 
-def _load_public_key(path: Path) -> ec.EllipticCurvePublicKey:
-    """Load the P-256 key of a public key or certificate in PEM.
+def is_signed(folder: Path, key: Path) -> bool:
+    """Whether a key in the PEM file `key` has signed the manifest in `folder`.
+
+    Raises:
+        ConfigError: `key` holds no P-256 public key or certificate.
+        OSError: the manifest or its signature cannot be read.
+    """
+    public_keys = _load_public_keys(key)
+    signature = (folder / SIGNATURE_FILE).read_bytes()
+    manifest = (folder / MANIFEST_FILE).read_bytes()
+    return any(_has_signed(each, signature, manifest) for each in public_keys)
+
+
+def _has_signed(key: ec.EllipticCurvePublicKey, signature: bytes, manifest: bytes) -> bool:
+    try:
+        key.verify(signature, manifest, ALGORITHM)
+    except InvalidSignature:
+        return False
+    return True
+
+
+def _load_public_keys(path: Path) -> list[ec.EllipticCurvePublicKey]:
+    """Load the P-256 keys of a public key or of certificates in PEM.
 
     Raises:
         ConfigError: the file holds neither.
@@ -79,14 +99,19 @@ def _load_public_key(path: Path) -> ec.EllipticCurvePublicKey:
     data = _read_key(path)
     try:
         if b"BEGIN CERTIFICATE" in data:
-            key = x509.load_pem_x509_certificate(data).public_key()
+            keys = [each.public_key() for each in x509.load_pem_x509_certificates(data)]
         else:
-            key = serialization.load_pem_public_key(data)  # type: ignore[assignment]
+            keys = [serialization.load_pem_public_key(data)]  # type: ignore[list-item]
     except ValueError as error:
         raise _wrong_key(path, "a public key or certificate") from error
-    if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != CURVE:
+    p256_keys = [
+        key
+        for key in keys
+        if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == CURVE
+    ]
+    if len(p256_keys) < len(keys):
         raise _wrong_key(path, "a public key or certificate")
-    return key
+    return p256_keys
 
 
 def _read_key(path: Path) -> bytes:

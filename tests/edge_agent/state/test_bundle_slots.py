@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -78,9 +80,33 @@ def test_without_a_file_there_is_only_the_base(tmp_path: Path) -> None:
     assert SlotStore(tmp_path).load() == Slots()
 
 
-def test_an_unusable_file_is_named_in_the_error(tmp_path: Path) -> None:
-    (tmp_path / "slots.json").write_text('{"current": 3}')
-    with pytest.raises(ConfigError, match=r"slots\.json: .*remove it"):
+@pytest.mark.parametrize("content", [b"", b'{"current": 3}', b"\xff"])
+def test_damaged_slots_are_moved_aside_and_the_newest_complete_bundle_is_current(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = SlotStore(tmp_path)
+    for age_s, name in ((20, "old"), (10, "new"), (0, ".next.partial")):
+        folder = store.bundles / name
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").touch()
+        written_at = time.time() - age_s
+        os.utime(folder / "manifest.json", (written_at, written_at))
+    (store.bundles / "incomplete").mkdir()
+    (tmp_path / "slots.json").write_bytes(content)
+    assert store.load() == Slots(current="new")
+    assert (tmp_path / "slots.json.damaged").read_bytes() == content
+    assert len(caplog.messages) == 1
+    assert "slots.json is damaged" in caplog.text
+
+
+def test_damaged_slots_without_a_bundle_are_the_identitys_own(tmp_path: Path) -> None:
+    (tmp_path / "slots.json").touch()
+    assert SlotStore(tmp_path).load() == Slots()
+
+
+def test_slots_that_cannot_be_read_are_named_in_the_error(tmp_path: Path) -> None:
+    (tmp_path / "slots.json").mkdir()
+    with pytest.raises(ConfigError, match=r"cannot use .*slots\.json"):
         SlotStore(tmp_path).load()
 
 

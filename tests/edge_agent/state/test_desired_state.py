@@ -32,8 +32,8 @@ def test_the_fleets_settings_override_the_devices_own() -> None:
     assert (config.thresholds, config.max_draft, config.num_threads) == ((0.5, 0.6), 3, 1)
 
 
-def test_every_setting_of_the_fleet_but_the_bundle_is_one_of_the_devices() -> None:
-    known = {*AgentConfig.__struct_fields__, "threshold", "bundle"}
+def test_every_setting_of_the_fleet_but_bundle_and_software_is_one_of_the_devices() -> None:
+    known = {*AgentConfig.__struct_fields__, "threshold", "bundle", "software"}
     assert set(Settings.__struct_fields__) <= known
 
 
@@ -89,3 +89,14 @@ def test_without_a_readable_file_there_is_no_desired_configuration(
     if content is not None:
         (tmp_path / "desired.json").write_bytes(content)
     assert load_desired(tmp_path) == NO_DESIRED_CONFIG
+
+
+def test_a_damaged_desired_configuration_is_moved_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "desired.json").touch()
+    load_desired(tmp_path)
+    assert not (tmp_path / "desired.json").exists()
+    assert (tmp_path / "desired.json.damaged").exists()
+    load_desired(tmp_path)
+    assert len(caplog.messages) == 1

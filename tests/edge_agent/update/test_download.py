@@ -11,7 +11,6 @@ from typing import NamedTuple
 import msgspec
 import pytest
 
-from edge_agent.service_client import ServiceClient
 from edge_agent.state.bundle_slots import SlotStore, partial_name
 from edge_agent.update import download
 from edge_agent.update.background_download import BackgroundDownload
@@ -20,6 +19,7 @@ from fleet.bundles.manifest import FileEntry, Manifest, ModelInfo, hash_file, wr
 from fleet.bundles.signature import sign_bundle
 from fleet.errors import BundleError, ConfigError, ServiceAwayError, ServiceError
 from fleet.identity.identity import CA_FILE, Identity
+from fleet.identity.service_client import ServiceClient
 from fleet.protocol.report import ConfigProblem
 from tests.edge_agent.fleet_service import FleetService
 

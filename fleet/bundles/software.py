@@ -1,0 +1,194 @@
+"""A version of the devices' software: its wheel, with a manifest that the fleet signs.
+
+The store of a server has a folder for each version, named by it, complete or absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta, Struct
+from packaging.metadata import Metadata
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.version import Version
+
+from fleet.bundles.manifest import MANIFEST_FILE, hash_file
+from fleet.bundles.signature import is_signed
+from fleet.errors import ConfigError, SoftwareError
+from fleet.protocol.types import SoftwareVersion
+from fleet.utils.atomic_files import write_file
+
+DISTRIBUTION: Final = "cecollm-fleet"
+PURE_TAG: Final = "py3-none-any"
+SOFTWARE_SCHEMA: Final = 1
+MAX_WHEEL_BYTES: Final = 64 << 20
+
+
+class SoftwareManifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The content of `manifest.json` of a version; `wheel` is the file name."""
+
+    software_schema: int
+    version: SoftwareVersion
+    wheel: Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_.+-]{1,200}\.whl\Z")]
+    num_bytes: Annotated[int, Meta(ge=1, le=MAX_WHEEL_BYTES)]
+    sha256: str
+
+
+def keep_software(
+    wheel: Path, store: Path, sign: Callable[[Path], None], *, name: str | None = None
+) -> SoftwareManifest:
+    """Copy a wheel into `store`, signed by `sign(folder)`, unless it is there.
+
+    `name` is the file name of the wheel where that of `wheel` is another.
+
+    Raises:
+        SoftwareError: it is no wheel of ours, or the store has another one of its version.
+        ConfigError: `store` cannot be written.
+    """
+    metadata = read_wheel(wheel, name)
+    manifest = SoftwareManifest(
+        software_schema=SOFTWARE_SCHEMA,
+        version=str(metadata.version),
+        wheel=name or wheel.name,
+        num_bytes=wheel.stat().st_size,
+        sha256=hash_file(wheel),
+    )
+    folder = store / manifest.version
+    if folder.is_dir():
+        _check_same(read_software(folder), manifest)
+        return manifest
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=store, prefix=".new-") as temporary:
+            content = Path(temporary) / "software"
+            content.mkdir()
+            shutil.copyfile(wheel, content / manifest.wheel)
+            write_file(content / MANIFEST_FILE, msgspec.json.encode(manifest), mode=0o644)
+            sign(content)
+            content.rename(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot keep version {manifest.version} in {store}: {error.strerror or error}; "
+            "make room, or check the folder's rights"
+        ) from None
+    return manifest
+
+
+def _check_same(kept: SoftwareManifest, new: SoftwareManifest) -> None:
+    if kept.sha256 != new.sha256:
+        raise SoftwareError(
+            f"the fleet has another wheel of version {new.version} (sha256 "
+            f"{kept.sha256[:16]}..., expected {new.sha256[:16]}...); give the wheel a new version"
+        )
+
+
+def find_software(store: Path, version: str) -> Path | None:
+    """Return the folder of a version in a store; None when there is none."""
+    return store / version if version in kept_versions(store) else None
+
+
+def kept_versions(store: Path) -> list[str]:
+    """Return the versions in a store, oldest first."""
+    if not store.is_dir():
+        return []
+    names = (path.name for path in store.iterdir() if not path.name.startswith("."))
+    return sorted(names, key=Version)
+
+
+def read_software(folder: Path) -> SoftwareManifest:
+    """Read the manifest in `folder`.
+
+    Raises:
+        SoftwareError: there is none, or it is not usable.
+    """
+    try:
+        data = (folder / MANIFEST_FILE).read_bytes()
+        manifest = msgspec.json.decode(data, type=SoftwareManifest)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise SoftwareError(
+            f"no software in {folder}: {error}; add it with 'fleet update add WHEEL'"
+        ) from None
+    if manifest.software_schema != SOFTWARE_SCHEMA:
+        raise SoftwareError(
+            f"{folder / MANIFEST_FILE}: expected schema {SOFTWARE_SCHEMA}, "
+            f"got {manifest.software_schema}; install this version with pip"
+        )
+    return manifest
+
+
+def check_software(folder: Path, version: str, ca: Path) -> SoftwareManifest:
+    """Return the manifest of `version` in `folder`, signed by the key in the PEM file `ca`.
+
+    Raises:
+        SoftwareError: it is not usable, another key signed it, or it is another version's.
+    """
+    if not is_signed(folder, ca):
+        raise SoftwareError(
+            f"version {version} is not signed by this fleet: its manifest was altered, or another "
+            "key signed it; add its wheel to the fleet again"
+        )
+    manifest = read_software(folder)
+    if manifest.version != version:
+        raise SoftwareError(
+            f"expected the manifest of version {version}, got that of {manifest.version}; "
+            "add its wheel to the fleet again"
+        )
+    return manifest
+
+
+def check_wheel_bytes(data: bytes, manifest: SoftwareManifest) -> None:
+    """Raise SoftwareError unless `data` is the wheel of a manifest."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    if (len(data), sha256) != (manifest.num_bytes, manifest.sha256):
+        raise SoftwareError(
+            f"{manifest.wheel} came damaged: expected {manifest.num_bytes} bytes with sha256 "
+            f"{manifest.sha256[:16]}..., got {len(data)} with {sha256[:16]}...; "
+            "add the wheel to the fleet again"
+        )
+
+
+def read_wheel(path: Path, name: str | None = None) -> Metadata:
+    """Return the metadata of one of our wheels.
+
+    `name` is its file name where that of `path` is another.
+
+    Raises:
+        SoftwareError: it is no wheel for every machine, or of another distribution.
+    """
+    name = name or path.name
+    try:
+        distribution, version, _, tags = parse_wheel_filename(name)
+        with zipfile.ZipFile(path) as wheel:
+            metadata = _read_metadata(wheel)
+    except InvalidWheelFilename as error:
+        raise SoftwareError(f"{name}: expected a wheel, *.whl: {error}") from None
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise SoftwareError(f"{path} is no usable wheel: {error}; build it again") from None
+    if distribution != DISTRIBUTION or canonicalize_name(metadata.name) != DISTRIBUTION:
+        raise SoftwareError(f"{name}: expected a wheel of {DISTRIBUTION}, got {metadata.name}")
+    if {str(tag) for tag in tags} != {PURE_TAG} or metadata.version != version:
+        raise SoftwareError(
+            f"{name}: expected {DISTRIBUTION} {metadata.version} with the tag {PURE_TAG}; "
+            "build it with 'python -m build --wheel'"
+        )
+    return metadata
+
+
+def _read_metadata(wheel: zipfile.ZipFile) -> Metadata:
+    """Read the metadata. Raises KeyError or ValueError when they are missing or malformed."""
+    names = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    if len(names) != 1:
+        raise ValueError(f"expected one METADATA, got {len(names)}")
+    if any(".data/" in name for name in wheel.namelist()):
+        raise ValueError("it has files outside the packages")
+    try:
+        return Metadata.from_email(wheel.read(names[0]))
+    except ExceptionGroup as error:  # of packaging.metadata.InvalidMetadata
+        raise ValueError(f"bad metadata: {error.exceptions[0]}") from None

@@ -1,0 +1,129 @@
+"""Versions of the devices' software in a server's store, with real wheels of this tree."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fleet.bundles.signature import write_signature
+from fleet.bundles.software import (
+    SoftwareManifest,
+    check_software,
+    check_wheel_bytes,
+    find_software,
+    keep_software,
+    kept_versions,
+    read_software,
+    read_wheel,
+)
+from fleet.errors import SoftwareError
+from tests.wheels import build_wheel
+
+KEY = ec.generate_private_key(ec.SECP256R1())
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"), "0.9.0")
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    """The public key of `KEY` in PEM."""
+    path = tmp_path / "key.pem"
+    pem = KEY.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    path.write_bytes(pem)
+    return path
+
+
+def keep(wheel: Path, store: Path) -> SoftwareManifest:
+    return keep_software(wheel, store, lambda folder: write_signature(folder, KEY))
+
+
+def changed(wheel: Path, folder: Path, name: str | None = None) -> Path:
+    """Return a copy of a wheel with one more file."""
+    copy = folder / (name or wheel.name)
+    shutil.copyfile(wheel, copy)
+    with zipfile.ZipFile(copy, "a") as archive:
+        archive.writestr("fleet/more.py", "")
+    return copy
+
+
+def test_a_version_is_kept_signed_and_found_by_its_name(
+    wheel: Path, key_file: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "software"
+    manifest = keep(wheel, store)
+    assert manifest.version == "0.9.0"
+    assert keep(wheel, store) == manifest
+    folder = find_software(store, "0.9.0")
+    assert folder is not None
+    assert check_software(folder, "0.9.0", key_file) == manifest
+    check_wheel_bytes((folder / manifest.wheel).read_bytes(), manifest)
+    assert kept_versions(store) == ["0.9.0"]
+    assert find_software(store, "0.9.1") is None
+    assert find_software(store, "..") is None
+
+
+def test_another_wheel_of_the_same_version_is_refused(wheel: Path, tmp_path: Path) -> None:
+    store = tmp_path / "software"
+    manifest = keep(wheel, store)
+    with pytest.raises(SoftwareError, match=r"another wheel of version 0\.9\.0"):
+        keep(changed(wheel, tmp_path), store)
+    assert read_software(store / "0.9.0") == manifest
+
+
+def test_a_manifest_that_was_altered_or_renamed_is_refused(
+    wheel: Path, key_file: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "software"
+    keep(wheel, store)
+    with pytest.raises(SoftwareError, match=r"expected the manifest of version 0\.9\.1"):
+        check_software(store / "0.9.0", "0.9.1", key_file)
+    manifest = store / "0.9.0" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b"0.9.0", b"0.9.9"))
+    with pytest.raises(SoftwareError, match="is not signed by this fleet"):
+        check_software(store / "0.9.0", "0.9.0", key_file)
+
+
+def test_bytes_that_are_not_the_wheel_are_refused(wheel: Path, tmp_path: Path) -> None:
+    manifest = keep(wheel, tmp_path / "software")
+    with pytest.raises(SoftwareError, match="came damaged"):
+        check_wheel_bytes(wheel.read_bytes()[:-1], manifest)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wheel.whl", r"expected a wheel, \*\.whl"),
+        ("notes.txt", r"expected a wheel, \*\.whl"),
+        ("other-0.9.0-py3-none-any.whl", "expected a wheel of cecollm-fleet"),
+        ("cecollm_fleet-0.9.1-py3-none-any.whl", "with the tag py3-none-any"),
+        ("cecollm_fleet-0.9.0-cp311-cp311-linux_x86_64.whl", "with the tag py3-none-any"),
+    ],
+)
+def test_a_wheel_of_another_name_version_or_kind_is_refused(
+    wheel: Path, tmp_path: Path, name: str, message: str
+) -> None:
+    with pytest.raises(SoftwareError, match=message):
+        read_wheel(changed(wheel, tmp_path, name))
+
+
+def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cecollm_fleet-0.9.0-py3-none-any.whl"
+    with pytest.raises(SoftwareError, match="is no usable wheel"):
+        read_wheel(path)
+    path.write_text("no archive")
+    with pytest.raises(SoftwareError, match="is no usable wheel"):
+        read_wheel(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("cecollm_fleet-0.9.0.dist-info/METADATA", "Name: cecollm-fleet\n")
+    with pytest.raises(SoftwareError, match="is no usable wheel"):
+        read_wheel(path)
