@@ -7,9 +7,16 @@ from typing import Annotated
 import msgspec
 import typer
 from msgspec import Struct
-from rich.console import Console
 
-from fleet.cli.options import HomeOption, JsonOption, SinceOption, parse_since, print_json
+from fleet.cli.console import new_console
+from fleet.cli.options import (
+    MAX_ROWS,
+    HomeOption,
+    JsonOption,
+    SinceOption,
+    parse_since,
+    print_json,
+)
 from fleet.cli.views import print_rows
 from fleet.registry.results import AuditRow
 from fleet.server.home import FleetHome
@@ -17,7 +24,7 @@ from fleet.server.home import FleetHome
 SubjectArgument = Annotated[
     str | None, typer.Argument(help="Only of this device, app, group or bundle.")
 ]
-LimitOption = Annotated[int, typer.Option(min=1, help="Maximum number of changes.")]
+LimitOption = Annotated[int, typer.Option(min=1, max=MAX_ROWS, help="Maximum number of changes.")]
 
 
 class AuditLine(Struct, frozen=True, kw_only=True):
@@ -43,7 +50,7 @@ def list_changes(
     if as_json:
         print_json(rows)
     else:
-        print_rows(Console(), [_line(row) for row in rows], "changes", as_json=False)
+        print_rows(new_console(), [_line(row) for row in rows], "changes", as_json=False)
 
 
 def _line(row: AuditRow) -> AuditLine:

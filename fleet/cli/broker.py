@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -14,6 +15,7 @@ from fleet.errors import ConfigError
 from fleet.protocol.access import Action, Grants
 from fleet.server.home import FleetHome
 from fleet.server.mosquitto import write_mosquitto
+from fleet.utils.paths import absolute_path
 
 FORMATS: Final = ("mosquitto", "emqx", "json")
 
@@ -41,10 +43,10 @@ def config(
     """Write mosquitto.conf, acl, crl.pem, certificates and a README; again after changes."""
     home = FleetHome.load(folder)
     with home.registry() as registry:
-        path = write_mosquitto(home, registry, out.resolve(), host, port)
+        path = write_mosquitto(home, registry, absolute_path(out), host, port)
     print(
         f"wrote {path} with rights, revocation list and certificates; "
-        f"next: mosquitto -c {path}, see README there"
+        f"next: {shlex.join(['mosquitto', '-c', str(path)])}, see README there"
     )
 
 

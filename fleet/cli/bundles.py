@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fleet.bundles.manifest import Bundle
 from fleet.bundles.signature import SIGNATURE_FILE, sign_bundle
 from fleet.bundles.verify import Verdict, verify_bundle
+from fleet.cli.console import new_console, outside_text
 from fleet.cli.options import HomeOption, JsonOption, print_json
 from fleet.errors import BundleError, ConfigError
 from fleet.registry.results import BundleRow
 from fleet.server.home import FleetHome
+from fleet.utils.printable import count, printable
 
 MB: Final = 1_000_000
 
@@ -47,10 +49,10 @@ def verify(
 
 def _print_verdict(source: Path, verdict: Verdict) -> None:
     for finding in verdict.findings:
-        typer.echo(f"fleet: {finding}", err=True)
+        typer.echo(f"fleet: {printable(finding)}", err=True)
     for note in verdict.notes:
-        print(note)
-    state = "good" if verdict.ok else f"not good: {len(verdict.findings)} findings"
+        print(printable(note))
+    state = "good" if verdict.ok else f"not good: {count(len(verdict.findings), 'finding')}"
     print(f"bundle {verdict.bundle_id or source} is {state}; signature: {verdict.signature}")
 
 
@@ -77,7 +79,7 @@ def add(source: BundleArgument, folder: HomeOption = None, as_json: JsonOption =
         others = f", and {num_others} more" if num_others else ""
         raise BundleError(
             f"{source} is not added: {verdict.findings[0]}{others}; "
-            f"see 'fleet bundle verify {source}'"
+            f"see '{shlex.join(['fleet', 'bundle', 'verify', str(source)])}'"
         )
     bundle_id = home.keep_bundle(source)
     copy = home.bundles / bundle_id
@@ -95,7 +97,7 @@ def list_bundles(folder: HomeOption = None, as_json: JsonOption = False) -> None
     if as_json:
         print_json(rows)
     elif rows:
-        Console().print(bundles_table(rows))
+        new_console().print(bundles_table(rows))
     else:
         print("bundles: none yet; add one with 'fleet bundle add DIR'")
 
@@ -110,10 +112,10 @@ def bundles_table(rows: Sequence[BundleRow]) -> Table:
     table.add_column("roll-out")
     for row in rows:
         table.add_row(
-            f"{row.bundle_id}\n{row.model}",
+            outside_text(f"{row.bundle_id}\n{row.model}"),
             f"{row.num_bytes / MB:,.1f}",
             f"{row.devices:,} on it\n{row.wanted:,} desired",
-            "\n".join(row.workers) or "-",
+            outside_text("\n".join(row.workers) or "-"),
             "-" if row.rollout is None else f"{row.rollout}:\n{row.rollout_state}",
         )
     return table

@@ -8,6 +8,7 @@ import msgspec
 import typer
 from rich.console import Console
 
+from fleet.cli.console import new_console, outside_text
 from fleet.cli.device_status import await_online
 from fleet.cli.options import (
     HomeOption,
@@ -37,7 +38,7 @@ def chat(
     max_new_tokens: TokensOption = None,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
-    seed: SeedOption = 0,
+    seed: SeedOption = None,
     folder: HomeOption = None,
 ) -> None:
     """Converse with a device. /reset clears the conversation, an empty line or Ctrl-D ends it."""
@@ -58,7 +59,7 @@ def converse(home: FleetHome, device: str, base: PromptRequest) -> None:
 
     The error of a refused turn is printed, and the turn is not part of the conversation.
     """
-    console = Console(highlight=False)
+    console = new_console()
     messages: tuple[ChatMessage, ...] = ()
     with home.operator() as identity, MqttTransport.connect(identity) as link:
         exits = exit_sources(home, await_online(link, device).bundle_id)
@@ -74,7 +75,7 @@ def converse(home: FleetHome, device: str, base: PromptRequest) -> None:
                 result = stream_response(console, client, device, request, exits)
                 messages = (*with_turn, ChatMessage("assistant", result.text))
             except PromptError as error:
-                console.print(str(error))
+                console.print(outside_text(str(error)))
 
 
 def _read_turn(console: Console) -> str:

@@ -11,8 +11,8 @@ import msgspec
 import typer
 from msgspec import Struct
 from msgspec.structs import replace
-from rich.console import Console
 
+from fleet.cli.console import new_console
 from fleet.cli.options import GroupOption, HomeOption, JsonOption, print_json
 from fleet.cli.views import print_rows
 from fleet.errors import ConfigError
@@ -21,6 +21,9 @@ from fleet.protocol.report import ConfigProblem
 from fleet.registry.results import DeviceRow
 from fleet.server.home import FleetHome
 from fleet.utils.optional_imports import needs
+from fleet.utils.paths import absolute_path
+from fleet.utils.printable import count
+from fleet.utils.text_files import read_text
 
 if TYPE_CHECKING:
     from fleet.registry.settings import Target
@@ -70,7 +73,7 @@ def set_(
 ) -> None:
     """Set values: `fleet config set kitchen threshold=0.8`, or with --group or --all."""
     pairs = [word for word in words if "=" in word]
-    target = _target([word for word in words if "=" not in word], group, everywhere=everywhere)
+    target = parse_target([word for word in words if "=" not in word], group, everywhere=everywhere)
     changes = parse_settings(dict(map(_parse_pair, pairs)))
     if not pairs:
         raise ConfigError(f"nothing to set: expected KEY=VALUE; {_list_settings()}")
@@ -87,7 +90,9 @@ def unset(
 ) -> None:
     """Remove values, so that a wider scope or the device itself decides again."""
     keys = [word for word in words if word in Settings.__struct_fields__]
-    target = _target([word for word in words if word not in keys], group, everywhere=everywhere)
+    target = parse_target(
+        [word for word in words if word not in keys], group, everywhere=everywhere
+    )
     if not keys:
         raise ConfigError(f"nothing to unset: {_list_settings()}")
     nothing = dict.fromkeys(keys)
@@ -103,14 +108,15 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show the merged settings of a device, or those set for a group or for all."""
-    target = _target([device] if device else [], group, everywhere=everywhere)
+    target = parse_target([device] if device else [], group, everywhere=everywhere)
     with FleetHome.load(folder).registry() as registry:
         if device is None:
             values: dict[str, Any] = {"settings": registry.desired_state.settings(target)}
         else:
             registry.stats.device(device)
             desired = registry.desired_state.configs([device])[device]
-            values = {"version": desired.version, "settings": desired.settings}
+            settings = replace(desired.settings, software=desired.software)
+            values = {"version": desired.version, "settings": settings}
     _print({"target": str(target)} | values, as_json=as_json)
 
 
@@ -130,9 +136,11 @@ def diff(
         ]
     lags = [row for row in rows if row.wanted_version != row.config_version or row.config_error]
     if lags or as_json:
-        print_rows(Console(), lags, "devices that have not followed", as_json=as_json)
+        print_rows(new_console(), lags, "devices that have not followed", as_json=as_json)
     else:
-        print(f"all {len(rows)} devices follow")
+        print(
+            ("all " if len(rows) > 1 else "") + count(len(rows), "device follows", "devices follow")
+        )
 
 
 def _lag(row: DeviceRow, desired_version: int) -> ConfigLag:
@@ -146,7 +154,7 @@ def _lag(row: DeviceRow, desired_version: int) -> ConfigLag:
     )
 
 
-def _target(names: list[str], group: str | None, *, everywhere: bool) -> Target:
+def parse_target(names: list[str], group: str | None, *, everywhere: bool) -> Target:
     """The target of exactly one of a device's name, --group and --all."""
     with needs("server"):
         from fleet.registry.settings import Scope, Target
@@ -166,18 +174,17 @@ def _parse_pair(pair: str) -> tuple[str, Any]:
 
 def _parse_json(text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError:
         return text  # a string without quotation marks
 
 
 def _read_json(pair: str, path: str) -> Any:
+    text = read_text(absolute_path(Path(path)), "give a file of JSON")
     try:
-        return json.loads(Path(path).read_text())
-    except ValueError as error:  # UnicodeDecodeError among them
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ConfigError(f"{pair}: expected a file of JSON: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error}; expected a file of JSON") from None
 
 
 def _change(

@@ -13,9 +13,9 @@ from typing import Annotated, Final
 
 import typer
 from rich.console import Console, RenderableType
-from rich.text import Text
 
 from fleet.bundles.manifest import Bundle
+from fleet.cli.console import new_console, outside_text
 from fleet.cli.options import (
     BundleOption,
     JsonOption,
@@ -38,10 +38,11 @@ from fleet.protocol.prompt import ChatMessage, PromptRequest
 from fleet.registry.results import StatsRow
 from fleet.server.child_process import child
 from fleet.server.home import FleetConfig, FleetHome
-from fleet.server.supervisor import fleet_processes, free_port, resolve_bundle
+from fleet.server.supervisor import fleet_processes, resolve_bundle
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
 from fleet.utils.cli_runtime import check_writable
+from fleet.utils.host_address import free_port
 from fleet.utils.optional_imports import require
 from fleet.utils.prompt_file import read_prompts
 
@@ -96,7 +97,9 @@ def demo(
         for text in texts or PROMPTS
     ]
     screen = Screen(as_json=as_json, has_picture=picture is not None)
-    run_demo(resolve_bundle(bundle, Console(stderr=True).print), requests, screen, as_json=as_json)
+    run_demo(
+        resolve_bundle(bundle, new_console(stderr=True).print), requests, screen, as_json=as_json
+    )
     if picture:
         screen.save_picture(picture)
 
@@ -105,12 +108,10 @@ class Screen:
     """The terminal, and a picture of fixed width if one is to be saved."""
 
     def __init__(self, *, as_json: bool = False, has_picture: bool = False) -> None:
-        self.console = Console(stderr=as_json, highlight=False)
+        self.console = new_console(stderr=as_json)
         self.picture = None
         if has_picture:
-            self.picture = Console(
-                file=io.StringIO(), record=True, width=PICTURE_COLUMNS, highlight=False
-            )
+            self.picture = new_console(file=io.StringIO(), width=PICTURE_COLUMNS)
 
     def print(self, renderable: RenderableType = "") -> None:
         """Print on both."""
@@ -154,7 +155,7 @@ def _send_all(
     results = []
     for request in requests:
         screen.print()
-        screen.print(Text(f"> {request.chat[-1].content}", "bold"))
+        screen.print(outside_text(f"> {request.chat[-1].content}", "bold"))
         result = stream_response(
             screen.console, client, DEVICE, request, exits, picture=screen.picture
         )
@@ -180,7 +181,7 @@ def running_fleet(
         edge = stack.enter_context(child("the device", "edge_agent", "run", str(device)))
         transport = stack.enter_context(MqttTransport.connect(app))
         for process in (*processes.workers, edge):
-            console.print(Text(process.wait_ready(), "dim"))
+            console.print(outside_text(process.wait_ready(), "dim"))
         yield home, transport
 
 

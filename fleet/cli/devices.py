@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
-from rich.console import Console
 
+from fleet.cli.console import new_console, outside_text
 from fleet.cli.options import (
     GroupOption,
     HomeOption,
@@ -15,7 +15,7 @@ from fleet.cli.options import (
     parse_since,
     print_json,
 )
-from fleet.cli.stats_views import print_devices, print_stats
+from fleet.cli.stats_views import print_devices, print_stats, switch_text
 from fleet.cli.views import print_rows
 from fleet.identity.enrolment import format_tags
 from fleet.server.home import FleetHome
@@ -53,11 +53,16 @@ def devices(
         )
 
     with FleetHome.load(folder).registry() as registry:
-        rows = [row for row in registry.stats.devices() if is_shown(row)]
+        enrolled = registry.stats.devices()
+    rows = [row for row in enrolled if is_shown(row)]
     if as_json:
         print_json(rows)
+    elif rows:
+        print_devices(new_console(), rows)
+    elif enrolled:
+        print(f"devices: none of {len(enrolled)} matches these options; leave one out")
     else:
-        print_devices(Console(), rows)
+        print("devices: none yet; enrol one with 'fleet enroll NAME'")
 
 
 def device(
@@ -74,9 +79,9 @@ def device(
     if as_json:
         print_json({"device": row, "stats": counts, "sessions": sessions})
         return
-    console = Console()
+    console = new_console()
     print_devices(console, [row])
     print_stats(console, [counts], "answers")
     for reason, times in counts.switches.items():
-        console.print(f"{times:,} times {reason}", highlight=False)
+        console.print(outside_text(switch_text(reason, times)))
     print_rows(console, sessions, "latest sessions", as_json=False)

@@ -20,7 +20,9 @@ from fleet.bundles.instruction_sets import instruction_sets
 from fleet.cli.fleet_checks import Check, check_fleet
 from fleet.cli.options import HomeOption, JsonOption, print_json
 from fleet.errors import ConfigError
-from fleet.server.home import FLEET_FILE, FleetHome
+from fleet.server.home import FleetHome
+from fleet.utils.paths import existing_folder
+from fleet.utils.printable import printable
 
 DISTRIBUTION: Final = "cecollm-fleet"
 EXTRAS: Final = ("edge", "edge-gpu", "worker", "export", "server")
@@ -52,6 +54,7 @@ class Diagnosis(Struct, frozen=True, kw_only=True):
     num_threads: int
     free_memory_bytes: int | None
     free_disk_bytes: int
+    disk_folder: str
     extras: tuple[ExtraState, ...]
     mosquitto: str | None
     fleet: tuple[Check, ...]
@@ -60,19 +63,23 @@ class Diagnosis(Struct, frozen=True, kw_only=True):
 
 def doctor(folder: HomeOption = None, as_json: JsonOption = False) -> None:
     """Check this machine and its fleet; exit status 1 when there is a problem."""
-    fleet_folder = folder or FleetHome.default_folder()
-    has_fleet = folder is not None or (fleet_folder / FLEET_FILE).exists()
-    diagnosis = diagnose(check_fleet(fleet_folder) if has_fleet else ())
+    fleet_folder = FleetHome.find(folder)
+    has_fleet = folder is not None or FleetHome.is_fleet(fleet_folder)
+    diagnosis = diagnose(check_fleet(fleet_folder) if has_fleet else (), fleet_folder)
     if as_json:
         print_json(diagnosis)
     else:
-        print("\n".join(diagnosis_lines(diagnosis)))
+        print("\n".join(map(printable, diagnosis_lines(diagnosis))))
     if diagnosis.problems:
         raise typer.Exit(1)
 
 
-def diagnose(fleet: tuple[Check, ...] = ()) -> Diagnosis:
-    """Examine this machine and this Python's packages; imports ONNX Runtime if it is installed."""
+def diagnose(fleet: tuple[Check, ...] = (), folder: Path = Path("/")) -> Diagnosis:
+    """Examine this machine and this Python's packages; imports ONNX Runtime if it is installed.
+
+    `folder` is the fleet's, whose disk is examined; it need not exist.
+    """
+    disk_folder = existing_folder(folder)
     required = requirements()
     runtimes = package_versions(RUNTIME_OF.values())
     providers, runtime_problems = check_runtimes(runtimes)
@@ -88,7 +95,8 @@ def diagnose(fleet: tuple[Check, ...] = ()) -> Diagnosis:
         num_cores=os.cpu_count() or 1,
         num_threads=AgentConfig().num_threads,
         free_memory_bytes=free_memory(),
-        free_disk_bytes=shutil.disk_usage(Path.home()).free,
+        free_disk_bytes=shutil.disk_usage(disk_folder).free,
+        disk_folder=str(disk_folder),
         extras=tuple(extra_state(name, unmet(required, name), runtimes) for name in EXTRAS),
         mosquitto=shutil.which("mosquitto", path=path),
         fleet=fleet,
@@ -191,7 +199,7 @@ def free_memory() -> int | None:
     """Bytes that are available without swapping; None where Linux does not report them."""
     if not MEMINFO.is_file():
         return None
-    fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+    fields = dict(line.split(":", 1) for line in MEMINFO.read_text(encoding="ascii").splitlines())
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
@@ -224,7 +232,7 @@ def machine_facts(diagnosis: Diagnosis) -> dict[str, str]:
         "instructions": ", ".join(diagnosis.instruction_sets) or "none that bundles are made for",
         "cores": f"{diagnosis.num_cores}; a device uses {diagnosis.num_threads} threads by default",
         "free memory": "unknown" if memory is None else f"{memory / GB:.1f} GB",
-        "free disk": f"{diagnosis.free_disk_bytes / GB:.1f} GB in {Path.home()}",
+        "free disk": f"{diagnosis.free_disk_bytes / GB:.1f} GB in {diagnosis.disk_folder}",
         "mosquitto": diagnosis.mosquitto or "not found; the broker inside 'fleet up' needs none",
     }
 

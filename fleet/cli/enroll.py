@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from msgspec import Struct
 
-from fleet.cli.options import HomeOption, JsonOption, parse_ttl, print_json
+from fleet.cli.options import HomeOption, JsonOption, format_time, parse_ttl, print_json
 from fleet.errors import ConfigError
 from fleet.identity.enrolment import (
     Enrolment,
@@ -23,7 +23,8 @@ from fleet.protocol.access import Role
 from fleet.protocol.enrolment_api import EnrolmentToken
 from fleet.protocol.types import DAY_S
 from fleet.registry.results import NewToken
-from fleet.server.home import FleetHome
+from fleet.server.home import FleetHome, check_own_names
+from fleet.utils.paths import absolute_path
 
 if TYPE_CHECKING:
     from fleet.registry.store import Registry
@@ -77,9 +78,23 @@ class Invitation(Struct, frozen=True, kw_only=True):
     expires_at: float
     command: str
 
+    @classmethod
+    def of(
+        cls, name: str, role: str, new_token: NewToken, *, ca_sha256: str, server: str
+    ) -> Invitation:
+        """Return a token of the fleet whose CA certificate and service these are."""
+        token = str(EnrolmentToken(ca_sha256, new_token.id, new_token.secret))
+        return cls(
+            name=name,
+            role=role,
+            token=token,
+            expires_at=new_token.expires_at,
+            command=shlex.join(["edge-agent", "join", token, "--server", server]),
+        )
+
     @property
     def line(self) -> str:
-        until = datetime.fromtimestamp(self.expires_at).astimezone().strftime("%Y-%m-%d %H:%M %Z")
+        until = format_time(self.expires_at)
         return (
             f"enrolled {self.role} {self.name}; run this there, once, before {until}:\n"
             f"  {self.command}"
@@ -97,7 +112,7 @@ class IssuedFolder(Struct, frozen=True):
     def line(self) -> str:
         next_step = "use ca.pem, cert.pem and key.pem"
         if self.role == Role.DEVICE:
-            next_step = f"edge-agent run {self.folder}"
+            next_step = shlex.join(["edge-agent", "run", self.folder])
         return f"enrolled {self.role} {self.name} in {self.folder}; next: {next_step}"
 
 
@@ -140,9 +155,10 @@ def enroll_identities(
     if out is None:
         issued = invite(home, enrolments, parse_ttl(ttl, MAX_TTL_S), force=force)
     else:
-        folders = {(out / each.name if from_file else out).resolve(): each for each in enrolments}
+        out = absolute_path(out)
+        folders = {out / each.name if from_file else out: each for each in enrolments}
         address = home.address(
-            bundle and bundle.resolve(), shared_subscriptions=shared_subscriptions
+            bundle and absolute_path(bundle), shared_subscriptions=shared_subscriptions
         )
         home.enroll_all(folders, address, force=force)
         issued = [IssuedFolder(each.name, each.role, str(path)) for path, each in folders.items()]
@@ -223,28 +239,22 @@ def invite(
         ConfigError: the fleet has no service to join at.
         IdentityError: one of them cannot be enrolled.
     """
+    check_own_names(enrolments)
+    server = service_address(home)
+    with home.registry() as registry:
+        tokens = registry.identities.enroll(enrolments, ttl_s, replace=force)
+    ca_sha256 = home.ca_sha256()
+    return [
+        Invitation.of(each.name, each.role, token, ca_sha256=ca_sha256, server=server)
+        for each, token in zip(enrolments, tokens, strict=True)
+    ]
+
+
+def service_address(home: FleetHome) -> str:
+    """The URL at which identities join. Raises ConfigError when the fleet has no service."""
     server = home.address().server
     if server is None:
         raise ConfigError(
             "this fleet has no service to join at; give --out DIR, or start it with --service-port"
         )
-    with home.registry() as registry:
-        tokens = registry.identities.enroll(enrolments, ttl_s, replace=force)
-    ca_sha256 = home.ca_sha256()
-    return [
-        _invitation(enrolment, token, ca_sha256, server)
-        for enrolment, token in zip(enrolments, tokens, strict=True)
-    ]
-
-
-def _invitation(
-    enrolment: Enrolment, new_token: NewToken, ca_sha256: str, server: str
-) -> Invitation:
-    token = str(EnrolmentToken(ca_sha256, new_token.id, new_token.secret))
-    return Invitation(
-        name=enrolment.name,
-        role=enrolment.role,
-        token=token,
-        expires_at=new_token.expires_at,
-        command=f"edge-agent join {token} --server {server}",
-    )
+    return server

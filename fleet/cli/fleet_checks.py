@@ -11,10 +11,20 @@ from typing import Final
 from msgspec import Struct
 
 from fleet.bundles.manifest import Bundle
+from fleet.cli.host_checks import (
+    check_broker_limits,
+    check_descriptors,
+    check_units,
+    is_renewed,
+)
 from fleet.errors import FleetError
 from fleet.protocol.types import DAY_S
 from fleet.server.home import FleetHome
+from fleet.server.shared_identities import SHARED_IDENTITY, WINDOW_S
 from fleet.transport.mqtt import MqttTransport
+from fleet.utils.host_address import host_port
+from fleet.utils.printable import count
+from provisioning.authority_rotation import not_renewed
 
 RENEWAL_DAYS: Final = 30  # a certificate of 90 days is renewed at two thirds of its life
 CA_DAYS: Final = 365
@@ -48,7 +58,11 @@ def _run_checks(home: FleetHome) -> Iterator[Check]:
         "authority": _check_authority,
         "clock": _check_clock,
         "certificates": _check_certificates,
+        "identities": _check_identities,
         "broker": _check_broker,
+        "broker limits": check_broker_limits,
+        "descriptors": check_descriptors,
+        "units": check_units,
         "bundle": _check_bundle,
         "configuration": _check_configuration,
         "disk": _check_disk,
@@ -66,17 +80,24 @@ def _check_registry(home: FleetHome) -> CheckResult:
         workers = registry.stats.workers()
     num_devices = sum(device.online for device in devices)
     num_workers = sum(worker.online for worker in workers)
-    finding = f"{len(devices)} devices, {num_devices} online; {num_workers} workers online"
+    workers_online = count(num_workers, "worker")
+    finding = f"{count(len(devices), 'device')}, {num_devices} online; {workers_online} online"
     problem = "no worker is online, so devices are alone; see 'fleet up'"
     return finding, problem if num_devices and not num_workers else ""
 
 
 def _check_authority(home: FleetHome) -> CheckResult:
-    days = (home.authority().not_after - time.time()) / DAY_S
+    authority = home.authority()
+    days = (authority.not_after - time.time()) / DAY_S
     finding = f"ends in {days:.0f} days"
-    problem = (
-        f"the authority {finding}; make a new fleet and enrol every identity again before that"
-    )
+    if authority.successor:
+        with home.registry() as registry:
+            left = not_renewed(authority, registry.identities.newest_certificates())
+        return (
+            f"{finding}; it has a successor, and {len(left)} identities are not renewed",
+            "" if left else "every identity is renewed; run: fleet authority retire",
+        )
+    problem = f"the authority {finding}; replace it with 'fleet authority rotate'"
     return finding, problem if days < CA_DAYS else ""
 
 
@@ -96,15 +117,39 @@ def _check_clock(home: FleetHome) -> CheckResult:
 
 def _check_certificates(home: FleetHome) -> CheckResult:
     with home.registry() as registry:
-        identities = registry.identities.all()
+        identities = [row for row in registry.identities.all() if row.not_after]
     end = time.time() + RENEWAL_DAYS * DAY_S
-    due = sorted((row.not_after, row.name) for row in identities if 0 < row.not_after < end)
+    due = sorted((row for row in identities if row.not_after < end), key=lambda row: row.not_after)
+    by_hand = [row.name for row in identities if not is_renewed(home, row)]
+    note = f"; no process renews {_first(by_hand)}" if by_hand else ""
     if not due:
-        return f"{len(identities)} identities, none ends within {RENEWAL_DAYS} days", ""
+        number = count(len(identities), "identity", "identities")
+        return f"{number}, none ends within {RENEWAL_DAYS} days{note}", ""
+    names = [row.name for row in due]
+    renewing = [name for name in names if name not in by_hand]
+    advice = []
+    if renewing:
+        advice.append(f"start {_first(renewing)} to renew")
+    if len(renewing) < len(names):
+        others = [name for name in names if name in by_hand]
+        advice.append(f"enrol {_first(others)} again with 'fleet enroll NAME --force --out DIR'")
     return (
-        f"{len(due)} of {len(identities)} end within {RENEWAL_DAYS} days",
-        f"not renewed: {_first([name for _, name in due])}; start the devices so that they renew, "
-        "or enrol them again with 'fleet enroll'",
+        f"{len(due)} of {len(identities)} end within {RENEWAL_DAYS} days{note}",
+        f"not renewed: {_first(names)}; {', and '.join(advice)}",
+    )
+
+
+def _check_identities(home: FleetHome) -> CheckResult:
+    since = time.time() - WINDOW_S
+    with home.registry() as registry:
+        entries = registry.audit_log.entries(since=since, action=SHARED_IDENTITY)
+    names = sorted({entry.subject for entry in entries})
+    if not names:
+        return "each in use by one process", ""
+    return (
+        f"{len(names)} in use by two processes",
+        f"two processes use the identity of {_first(names)} and drive each other away; stop one "
+        "of them, or enrol the second machine under a name of its own",
     )
 
 
@@ -115,7 +160,7 @@ def _first(names: Sequence[str]) -> str:
 def _check_broker(home: FleetHome) -> CheckResult:
     with home.operator() as identity:
         MqttTransport.connect(identity, timeout_s=CONNECT_S).close()
-    return f"reachable on {home.config.host}:{home.config.port}", ""
+    return f"reachable on {host_port(home.config.host, home.config.port)}", ""
 
 
 def _check_bundle(home: FleetHome) -> CheckResult:

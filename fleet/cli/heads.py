@@ -15,6 +15,7 @@ from rich.console import Console
 
 from fleet.bundles.calibration_file import keep_calibration, write_calibrated
 from fleet.bundles.manifest import Bundle, Manifest, hash_file
+from fleet.cli.console import new_console
 from fleet.cli.options import BundleOption, JsonOption, PlotOption
 from fleet.cli.training import profile, progress_bar, train, write_drawn_prompts
 from fleet.cli.views import numbers_table
@@ -114,7 +115,7 @@ def _record(bundle: Bundle, texts: Sequence[str], max_new_tokens: int) -> Record
     with progress_bar("answering", len(texts)) as progress:
         records = record(bundle, texts, max_new_tokens, threads, progress)
     if num_too_long := len(texts) - records.num_answers:
-        Console(stderr=True).print(
+        new_console(stderr=True).print(
             f"{num_too_long} of {len(texts)} prompts are too long for the model and were left out"
         )
     return records
@@ -154,7 +155,7 @@ def hash_prompts(path: Path) -> str:
 
 def open_bundle(folder: Path | None) -> Bundle:
     """Load the bundle in `folder`, by default the default model's."""
-    return Bundle.load(resolve_bundle(folder, Console(stderr=True).print))
+    return Bundle.load(resolve_bundle(folder, new_console(stderr=True).print))
 
 
 def evaluation(records: Records, thresholds: Sequence[float]) -> dict[str, Any]:
@@ -218,7 +219,7 @@ def evaluate(
     if as_json:
         print(json.dumps(result))
         return
-    console = Console()
+    console = new_console()
     print_exits(console, result)
     print_targets(console, measured, thresholds)
 
@@ -278,7 +279,7 @@ def calibrate_command(
         summary = {"bundle_id": manifest.bundle_id} | point_json(recording.records, point)
         print(json.dumps(summary | {"calibration": msgspec.to_builtins(calibration)}))
         return
-    print_calibration(Console(), calibration, thresholds)
+    print_calibration(new_console(), calibration, thresholds)
     print(
         f"with confidence {confidence} an answer's expected agreement is at least "
         f"{target_agreement}; here it offloads {point.offload_rate:.1%} of the tokens"

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fleet.bundles.manifest import Bundle
 from fleet.cli.options import (
     HomeOption,
     PortOption,
@@ -14,18 +15,14 @@ from fleet.cli.options import (
     RetentionOption,
     ServicePortOption,
 )
-from fleet.server.home import (
-    DEFAULT_PORT,
-    DEFAULT_SERVICE_PORT,
-    FleetConfig,
-    FleetHome,
-    create_fleet,
-    resolve_config,
-)
+from fleet.server.fleet_options import FleetOptions, resolve_config
+from fleet.server.home import FleetHome, create_fleet
+from fleet.utils.host_address import host_port
+from fleet.utils.paths import absolute_path
 
 HostOption = Annotated[str, typer.Option(help="Broker's address for devices and workers.")]
 BundlePathOption = Annotated[
-    Path, typer.Option(help="Folder of the bundle on the machines of devices and workers.")
+    Path, typer.Option(help="Folder of the bundle, here and on the machines of workers.")
 ]
 ServiceHostOption = Annotated[
     str | None, typer.Option(help="Service's address for devices (default: HOST).")
@@ -35,24 +32,24 @@ ServiceHostOption = Annotated[
 def init(
     host: HostOption,
     bundle: BundlePathOption,
-    port: PortOption = DEFAULT_PORT,
-    service_port: ServicePortOption = DEFAULT_SERVICE_PORT,
+    port: PortOption = None,
+    service_port: ServicePortOption = None,
     service_host: ServiceHostOption = None,
     registry: RegistryOption = None,
     retention_days: RetentionOption = None,
     folder: HomeOption = None,
 ) -> None:
     """Create or change the fleet's folder: authority, registry and identities. Starts nothing."""
-    folder = folder or FleetHome.default_folder()
-    config = FleetConfig(
+    folder = FleetHome.find(folder)
+    options = FleetOptions(
         host=host,
         port=port,
-        bundle=str(bundle),
+        bundle=str(Bundle.load(absolute_path(bundle), ()).folder),
         service_port=service_port,
         service_host=service_host,
+        registry=registry,
+        retention_days=retention_days,
     )
-    home = create_fleet(folder, resolve_config(folder, config, registry, retention_days))
-    print(
-        f"a fleet in {home.folder} with its broker on {host}:{port}; "
-        "next: fleet enroll, fleet server"
-    )
+    home = create_fleet(folder, resolve_config(folder, options))
+    address = host_port(home.config.host, home.config.port)
+    print(f"a fleet in {folder} with its broker on {address}; next: fleet enroll, fleet server")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -16,7 +16,13 @@ from fleet.exits.exit_policy import check_threshold
 from fleet.protocol.modes import Mode, parse_mode
 from fleet.protocol.prompt import ChatMessage, PromptRequest
 from fleet.protocol.types import DAY_S
+from fleet.server.home import DEFAULT_PORT, DEFAULT_SERVICE_PORT
 
+EPOCH_YEAR: Final = 1970
+TO_THE_MINUTE: Final = "%Y-%m-%d %H:%M %Z"
+TO_THE_SECOND: Final = "%Y-%m-%d %H:%M:%S"  # in a column of times in UTC
+MAX_ROWS: Final = 1_000_000
+MAX_TEMPERATURE: Final = 5.0
 UNITS_S: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY_S}
 
 PASS_ON: Final = {
@@ -32,13 +38,19 @@ HomeOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 GroupOption = Annotated[str | None, typer.Option("--group", help="Only the devices of this group.")]
-SinceOption = Annotated[str | None, typer.Option(help="For example 30m, 24h, 7d, or 2026-01-31.")]
+SinceOption = Annotated[str | None, typer.Option(help="Such as 30m, 24h, 7d, or 2026-01-31 (UTC).")]
 PlotOption = Annotated[Path | None, typer.Option(help="Draw a picture into this *.png or *.svg.")]
 
-PortOption = Annotated[int, typer.Option(min=1, max=65535, help="Port of the broker.")]
+PortOption = Annotated[
+    int | None,
+    typer.Option(min=1, max=65535, help=f"Port of the broker (default: {DEFAULT_PORT})."),
+]
 RegistryOption = Annotated[
     str | None,
-    typer.Option(help="postgresql://USER@HOST/DATABASE (default: a SQLite file in the folder)."),
+    typer.Option(
+        envvar="FLEET_REGISTRY",
+        help="postgresql://USER@HOST/DATABASE (default: a SQLite file in the folder).",
+    ),
 ]
 RetentionOption = Annotated[
     int | None,
@@ -49,9 +61,12 @@ MetricsPortOption = Annotated[
     typer.Option(min=0, max=65535, help="Serve /healthz, /readyz and /metrics from this port on."),
 ]
 ServicePortOption = Annotated[
-    int,
+    int | None,
     typer.Option(
-        min=0, max=65535, help="Port of the HTTPS service where devices join; 0 is no service."
+        min=0,
+        max=65535,
+        help=f"Port of the HTTPS service where devices join; 0: none (default: "
+        f"{DEFAULT_SERVICE_PORT}).",
     ),
 ]
 BundleOption = Annotated[
@@ -68,11 +83,13 @@ ThresholdOption = Annotated[
 TokensOption = Annotated[
     int | None, typer.Option("--max-new-tokens", min=1, help="Maximum length of the answer.")
 ]
-TemperatureOption = Annotated[float, typer.Option(min=0, max=5, help="0 is greedy.")]
+TemperatureOption = Annotated[float, typer.Option(min=0, max=MAX_TEMPERATURE, help="0 is greedy.")]
 TopPOption = Annotated[
     float, typer.Option(help="Nucleus: smallest set of tokens with this probability.")
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
+SeedOption = Annotated[
+    int | None, typer.Option(min=0, help="Seed of the sampling (default: another one each time).")
+]
 
 
 def print_json(value: object) -> None:
@@ -101,18 +118,40 @@ def format_span(span_s: float) -> str:
 
 
 def parse_since(text: str | None) -> float | None:
-    """Seconds since 1970 of a span before now, or of an ISO date; raises ConfigError."""
+    """Seconds since 1970 of a span before now, or of an ISO date; raises ConfigError.
+
+    A date without a zone is in UTC, as every time that a command prints.
+    """
     if text is None:
         return None
     span_s = _match_span(text)
-    if span_s is not None:
-        return time.time() - span_s
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except ValueError:
+    since = _parse_date(text) if span_s is None else time.time() - span_s
+    if since is None or since < 0:
         raise ConfigError(
-            f"since {text!r}: expected a span like 30m, 24h, 7d, or a date like 2026-01-31"
-        ) from None
+            f"since {text!r}: expected a span like 30m, 24h, 7d, or a date in UTC like 2026-01-31 "
+            "or 2026-01-31T09:00, after 1970"
+        )
+    return since
+
+
+def _parse_date(text: str) -> float | None:
+    try:
+        date = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    if date.year < EPOCH_YEAR:  # the number of such a date may be out of range
+        return None
+    return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+
+
+def format_time(at: float | None, pattern: str = TO_THE_MINUTE) -> str:
+    """A time in UTC with its zone, by default to the minute; `at` is in seconds since 1970."""
+    if at is None:
+        return "never"
+    try:
+        return datetime.fromtimestamp(at, UTC).strftime(pattern)
+    except (ValueError, OverflowError, OSError):  # a device's clock may be anything
+        return f"{at:g} s"
 
 
 def parse_ttl(text: str, max_s: float) -> float:
@@ -133,13 +172,15 @@ def make_request(
     max_new_tokens: int | None,
     temperature: float,
     top_p: float,
-    seed: int,
+    seed: int | None,
 ) -> PromptRequest:
     """A request from a command's options.
 
     Raises:
         ConfigError: a value is outside its range, or a message is empty.
     """
+    if not 0.0 <= temperature <= MAX_TEMPERATURE:
+        raise ConfigError(f"temperature {temperature}: expected 0 to {MAX_TEMPERATURE:g}")
     if not 0.0 < top_p <= 1.0:
         raise ConfigError(f"top-p {top_p}: expected a number above 0 and at most 1")
     if any(not message.content.strip() for message in messages):

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fleet.cli.console import new_console
 from fleet.cli.options import JsonOption, print_json
 from fleet.planning.advice import DeploymentPlan, plan_deployment
 from fleet.planning.cost_model import CLOUD_ONLY, DATA, Expectation, PlanRequest, read_fits
@@ -63,7 +64,7 @@ def plan(
     if as_json:
         print_json(deployment)
     else:
-        print_plan(Console(highlight=False), deployment)
+        print_plan(new_console(), deployment)
 
 
 def print_plan(console: Console, plan: DeploymentPlan) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from fleet.cli.console import new_console
 from fleet.cli.device_status import await_online
 from fleet.cli.options import (
     HomeOption,
@@ -35,7 +35,7 @@ def prompt(
     max_new_tokens: TokensOption = None,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
-    seed: SeedOption = 0,
+    seed: SeedOption = None,
     folder: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -59,7 +59,7 @@ def send_prompt(home: FleetHome, device: str, request: PromptRequest, *, as_json
         UnknownDeviceError: the broker has no status of the device.
         LinkError: the broker cannot be reached, or the device is offline.
     """
-    console = Console(stderr=as_json, highlight=False)
+    console = new_console(stderr=as_json)
     with home.operator() as identity, MqttTransport.connect(identity) as link:
         bundle_id = await_online(link, device).bundle_id
         exits = exit_sources(home, bundle_id)

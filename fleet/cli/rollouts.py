@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
+from fleet.cli.console import new_console, outside_text
 from fleet.cli.options import (
     GroupOption,
     HomeOption,
@@ -24,6 +24,7 @@ from fleet.registry.rollouts.canary_analysis import CanaryLimits
 from fleet.registry.rollouts.plan import RolloutPlan
 from fleet.registry.rollouts.states import RolloutEvent
 from fleet.server.home import FleetHome
+from fleet.utils.printable import count
 
 BAR_WIDTH: Final = 24
 MAX_ROLLOUTS: Final = 10_000
@@ -41,7 +42,7 @@ BundleIdArgument = Annotated[
 RolloutArgument = Annotated[
     int | None, typer.Argument(metavar="[ID]", help="The roll-out's id (default: the open one).")
 ]
-LimitOption = Annotated[int, typer.Option(min=1, help="Number of the latest roll-outs.")]
+LimitOption = Annotated[int, typer.Option(min=1, max=MAX_ROLLOUTS, help="Number of the latest.")]
 CanaryOption = Annotated[int, typer.Option(help="Number of devices of the first stage.")]
 CanaryGroupOption = Annotated[
     str | None, typer.Option(help="Group of the devices of the first stage.")
@@ -154,7 +155,7 @@ def list_rollouts(
     if as_json:
         print_json(rows)
         return
-    console = Console(highlight=False)
+    console = new_console()
     for row in rows:
         console.print(progress_text(row, time.time()))
     if not rows:
@@ -169,9 +170,9 @@ def progress_text(row: RolloutRow, now: float) -> Text:
     if any(row.devices.values()):
         lines.append(_outcomes_text(row))
     for finding in row.findings:
-        lines.append(Text(f"  {finding}", "red" if finding.startswith("worse") else ""))
+        lines.append(outside_text(f"  {finding}", "red" if finding.startswith("worse") else ""))
     if row.doing or row.reason:
-        lines.append(Text(f"  {row.doing or row.reason}", "dim"))
+        lines.append(outside_text(f"  {row.doing or row.reason}", "dim"))
     return Text("\n").join(lines)
 
 
@@ -179,7 +180,7 @@ def _stage_text(row: RolloutRow, now: float) -> Text:
     num_reached = row.num_targets if row.state == "completed" else row.num_told
     filled = round(BAR_WIDTH * num_reached / row.num_targets) if row.num_targets else 0
     bar = "█" * filled + "░" * (BAR_WIDTH - filled)
-    devices = f"{num_reached} of {row.num_targets} devices"
+    devices = f"{num_reached} of {count(row.num_targets, 'device')}"
     duration_s = (row.ended_at or now) - row.started_at
     return Text(f"  {bar} stage {row.stage} of {row.num_stages}, {devices}, {duration_s:,.0f} s")
 
@@ -190,7 +191,7 @@ def _outcomes_text(row: RolloutRow) -> Text:
         for outcome, count in row.devices.items()
         if count
     ]
-    return Text("  ") + Text(", ").join(outcomes) + Text(f"; {row.answers:,} answers")
+    return Text("  ") + Text(", ").join(outcomes) + Text(f"; {count(row.answers, 'answer')}")
 
 
 def parse_stages(text: str) -> tuple[int, ...]:

@@ -7,8 +7,8 @@ import time
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 
+from fleet.cli.console import new_console
 from fleet.cli.options import (
     GroupOption,
     HomeOption,
@@ -59,7 +59,7 @@ def stats(
     elif as_json:
         print_json(rows)
     else:
-        print_stats(Console(), rows, f"tokens by {by}" + (f" since {since}" if since else ""))
+        print_stats(new_console(), rows, f"tokens by {by}" + (f" since {since}" if since else ""))
 
 
 def read_stats(

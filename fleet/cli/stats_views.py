@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Final
 
 import msgspec
@@ -13,9 +12,12 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fleet.cli.console import outside_text
+from fleet.cli.options import format_time
 from fleet.cli.views import exits_of, source_bar, source_style
 from fleet.identity.enrolment import format_tags
 from fleet.registry.results import DeviceRow, StatsCounts, StatsRow
+from fleet.utils.printable import count
 
 LEVELS: Final = "▁▂▃▄▅▆▇█"
 KEYS: Final = ("device", "group", "bundle_id", "hour_at")
@@ -59,9 +61,6 @@ def stats_table(rows: Sequence[StatsCounts], title: str) -> RenderableType:
 
 def print_devices(console: Console, rows: Sequence[DeviceRow]) -> None:
     """Print devices as a table that fits a terminal; `--json` has every field."""
-    if not rows:
-        console.print("devices: none yet; enrol one with 'fleet enroll NAME'")
-        return
     table = Table(title="devices", title_justify="left", show_lines=True)
     for header in ("device", "state", "serves", "configuration", "certificate ends"):
         table.add_column(header, overflow="fold")
@@ -73,12 +72,13 @@ def print_devices(console: Console, rows: Sequence[DeviceRow]) -> None:
 def _device_cells(row: DeviceRow) -> list[Text]:
     labels = [label for label in (row.group, " ".join(format_tags(row.tags))) if label]
     version = f"version {row.config_version}" if row.config_version else "its own"
-    problem = [Text(row.config_error.message, "red")] if row.config_error else []
+    errors = [each for each in (row.config_error, row.software_error) if each]
+    problems = [outside_text(each.message, "red") for each in errors]
     return [
         _lines(Text(row.device, "bold"), *(Text(label, "dim") for label in labels)),
         _lines(Text(row.state), _presence(row)),
-        _lines(Text(row.mode or "-"), Text(row.bundle_id[:8], "dim")),
-        _lines(Text(version), *problem),
+        _lines(outside_text(row.mode or "-"), outside_text(row.bundle_id[:8], "dim")),
+        _lines(Text(version), *problems),
         Text(format_time(row.not_after or None)),
     ]
 
@@ -117,10 +117,10 @@ def stats_csv(rows: Sequence[StatsCounts]) -> str:
 
 def _name(row: StatsCounts) -> Text:
     """The row's subject and its answers; for a device also its last status."""
-    lines = [Text(key_of(row), "bold")]
+    lines = [outside_text(key_of(row), "bold")]
     if isinstance(row, StatsRow):
         lines.append(_presence(row))
-    return _lines(*lines, Text(f"{row.generations:,} answers"), Text(f"{row.tokens:,} tokens"))
+    return _lines(*lines, Text(count(row.generations, "answer")), Text(count(row.tokens, "token")))
 
 
 def _sources(row: StatsCounts) -> Text:
@@ -129,15 +129,20 @@ def _sources(row: StatsCounts) -> Text:
         return Text("-")
     exits = exits_of(row.sources)
     shares = [
-        Text(f"{source} {tokens:,} ({row.shares[source]:.1%})", source_style(source, exits))
+        outside_text(f"{source} {tokens:,} ({row.shares[source]:.1%})", source_style(source, exits))
         for source, tokens in row.sources.items()
     ]
     offload = f"offload {row.offload_rate:.1%}"
     if row.trend:
         offload += f", trend\n{spark(row.trend)}"
     most_frequent = list(row.switches.items())[:MAX_REASONS]
-    reasons = [Text(f"{times:,} times {reason}", "dim") for reason, times in most_frequent]
+    reasons = [outside_text(switch_text(*each), "dim") for each in most_frequent]
     return _lines(source_bar(row.sources), Text("  ").join(shares), Text(offload), *reasons)
+
+
+def switch_text(reason: str, times: int) -> str:
+    """The number of switches to a mode, with its reason: "2 times standalone: ..."."""
+    return f"{count(times, 'time')} {reason}"
 
 
 def _costs(row: StatsCounts) -> str:
@@ -147,8 +152,3 @@ def _costs(row: StatsCounts) -> str:
     if row.ttft_p50_ms is not None and row.ttft_p95_ms is not None:
         lines.insert(0, f"first token {row.ttft_p50_ms:,.0f}, {row.ttft_p95_ms:,.0f} ms")
     return "\n".join(lines)
-
-
-def format_time(at: float | None) -> str:
-    """A time in UTC, to the minute; `at` is in seconds since 1970."""
-    return "never" if at is None else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fleet.cli.console import new_console
 from fleet.cli.options import JsonOption, PlotOption
 from fleet.cli.views import numbers_table
 from fleet.exits.profile import ExitOption, pareto_front, profile_exits
@@ -273,7 +273,7 @@ def new_progress() -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=new_console(stderr=True),
     )
 
 
@@ -297,7 +297,7 @@ def print_agreement(records: Records) -> None:
     table.add_column("")
     for layer, share in records.agreement().items():
         table.add_row(str(layer), f"{share:.3f}", "█" * round(BAR_WIDTH * share))
-    Console().print(table)
+    new_console().print(table)
 
 
 def print_options(options: Sequence[ExitOption], agreement: float) -> None:
@@ -306,4 +306,4 @@ def print_options(options: Sequence[ExitOption], agreement: float) -> None:
     table = numbers_table(title, ("exits", "work on the device", "offload"))
     for option in options:
         table.add_row(option.name, f"{option.edge_cost:.0%}", f"{option.offload_rate:.3f}")
-    Console().print(table)
+    new_console().print(table)

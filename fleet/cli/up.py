@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
-from rich.console import Console
 
+from cloud_broker_worker.worker.config import MIN_AGREEMENT, check_weight_format
+from fleet.bundles.manifest import Bundle
+from fleet.cli.console import new_console
 from fleet.cli.options import (
     BundleOption,
     HomeOption,
@@ -16,27 +20,38 @@ from fleet.cli.options import (
     RetentionOption,
     ServicePortOption,
 )
+from fleet.server.fleet_options import (
+    DEFAULT_HOST,
+    FleetOptions,
+    hold_folder,
+    resolve_config,
+)
 from fleet.server.home import (
-    DEFAULT_PORT,
-    DEFAULT_SERVICE_PORT,
     EMBEDDED,
     MOSQUITTO,
-    FleetConfig,
     FleetHome,
     create_fleet,
-    resolve_config,
 )
 from fleet.server.supervisor import (
     check_broker,
-    check_port,
+    check_ports,
     fleet_processes,
-    resolve_bundle,
     watch_processes,
 )
 from fleet.server.worker_pool import WorkerPool
+from fleet.server.worker_settings import WorkerSettings
 from fleet.utils.cli_runtime import stop_event
+from fleet.utils.host_address import host_port
+from fleet.utils.paths import absolute_path
+from onnx_export.default_bundle import default_bundle
 
-HostOption = Annotated[str, typer.Option(help="Address that the broker listens on.")]
+HostOption = Annotated[
+    str | None,
+    typer.Option(help=f"This machine's name or address for devices (default: {DEFAULT_HOST})."),
+]
+ListenOption = Annotated[
+    str | None, typer.Option(help="Address to listen on, such as 0.0.0.0 (default: HOST).")
+]
 WorkersOption = Annotated[
     int, typer.Option(min=1, max=64, help="Number of workers that share the devices.")
 ]
@@ -44,15 +59,32 @@ BrokerOption = Annotated[
     str,
     typer.Option(help=f"{EMBEDDED} in the server's process, or {MOSQUITTO} in one of its own."),
 ]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Weights of the workers: float32, int8 or int4 "
+        f"(default: the fastest that agree with float32 on {MIN_AGREEMENT:.1%} of tokens)."
+    ),
+]
+KvBudgetOption = Annotated[
+    int | None, typer.Option(min=1, help="Memory of each worker for KV caches, in MB.")
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Number of PyTorch threads of each worker.")
+]
 
 
 def up(
     folder: HomeOption = None,
-    host: HostOption = "127.0.0.1",
-    port: PortOption = DEFAULT_PORT,
+    host: HostOption = None,
+    listen: ListenOption = None,
+    port: PortOption = None,
     bundle: BundleOption = None,
     workers: WorkersOption = 1,
-    service_port: ServicePortOption = DEFAULT_SERVICE_PORT,
+    weights: WeightsOption = None,
+    kv_budget_mb: KvBudgetOption = None,
+    threads: ThreadsOption = None,
+    service_port: ServicePortOption = None,
     metrics_port: MetricsPortOption = None,
     registry: RegistryOption = None,
     retention_days: RetentionOption = None,
@@ -60,21 +92,51 @@ def up(
 ) -> None:
     """Start broker, registry, collector, service and workers; stop them with Ctrl-C."""
     check_broker(broker)
-    check_port(host, port)
-    if service_port:
-        check_port(host, service_port, "--service-port")
-    path = resolve_bundle(bundle, Console(stderr=True).print)
-    folder = folder or FleetHome.default_folder()
-    config = FleetConfig(host=host, port=port, bundle=str(path), service_port=service_port)
-    home = create_fleet(folder, resolve_config(folder, config, registry, retention_days))
-    default = home.keep_bundle(path)
+    if weights:
+        check_weight_format(weights)
+    settings = WorkerSettings(weights=weights, kv_budget_mb=kv_budget_mb, threads=threads)
+    options = FleetOptions(
+        host=host,
+        port=port,
+        bundle=str(absolute_path(bundle)) if bundle else None,
+        service_port=service_port,
+        registry=registry,
+        retention_days=retention_days,
+    )
+    folder = FleetHome.find(folder)
+    with hold_folder(folder):
+        config = resolve_config(folder, options)
+        check_ports(config, listen)
+        if not config.bundle:
+            path = default_bundle(new_console(stderr=True).print)
+            config = msgspec.structs.replace(config, bundle=str(path))
+        Bundle.load(Path(config.bundle), ())  # before it is written down
+        home = create_fleet(folder, config)
+        _run(home, workers, metrics_port, broker, listen=listen, settings=settings)
+
+
+def _run(
+    home: FleetHome,
+    workers: int,
+    metrics_port: int | None,
+    broker: str,
+    *,
+    listen: str | None,
+    settings: WorkerSettings,
+) -> None:
+    """Run all processes of a fleet until this one is stopped."""
+    default = home.keep_bundle(Path(home.config.bundle))
     stop = stop_event()  # until now a signal ends the process at once
     shares = broker == MOSQUITTO
-    pool = WorkerPool(home=home, default=default, num_workers=workers, shares=shares)
-    with fleet_processes(home, workers, metrics_port, broker) as processes, pool:
+    pool = WorkerPool(
+        home=home, default=default, num_workers=workers, shares=shares, settings=settings
+    )
+    running = fleet_processes(home, workers, metrics_port, broker, listen=listen, settings=settings)
+    with running as processes, pool:
         for worker in processes.workers:
             worker.wait_ready()
         for process in (*processes.servers, *processes.workers):
             print(f"{process.ready_line} (process {process.process.pid})")
-        print(f"the fleet is up on {host}:{port}; next: fleet enroll NAME", flush=True)
+        address = host_port(home.config.host, home.config.port)
+        print(f"the fleet is up on {address}; next: fleet enroll NAME", flush=True)
         watch_processes(processes, stop, pool.step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Final
 
 from msgspec import Struct
@@ -11,16 +10,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fleet.cli.options import print_json
+from fleet.cli.console import outside_text
+from fleet.cli.options import TO_THE_SECOND, format_time, print_json
 from fleet.identity.enrolment import format_tags
 from fleet.protocol.modes import CLOUD, FALLBACK, LOOKUP, offload_rate
 from fleet.protocol.prompt import Reply, Usage
 from fleet.protocol.report import ConfigProblem
+from fleet.utils.printable import count
 
 EXIT_STYLES: Final = ("green", "cyan", "blue", "bright_green")
 STYLES: Final = {LOOKUP: "bright_cyan", CLOUD: "magenta", FALLBACK: "yellow"}
 BAR_WIDTH: Final = 18
-TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
 TIMES: Final = ("_at", "_seen", "_after")
 HEADERS: Final = {
     "generations": "answers",
@@ -42,7 +42,13 @@ def source_style(source: str, exits: Sequence[str]) -> str:
 def exits_of(sources: Iterable[str]) -> list[str]:
     """The exits among `sources`, in order of depth."""
     exits = {source for source in sources if source not in STYLES}
-    return sorted(exits, key=lambda source: int(source.split(":")[1]))
+    return sorted(exits, key=_depth)
+
+
+def _depth(source: str) -> int:
+    """The layer in ``exit:<layer>``; 0 for another source, which only a faulty device reports."""
+    layer = source.rpartition(":")[2]
+    return int(layer) if layer.isdecimal() else 0
 
 
 def legend(sources: Iterable[str]) -> Text:
@@ -80,22 +86,22 @@ def sources_text(sources: Mapping[str, int]) -> str:
 
 def reply_text(reply: Reply, exits: Sequence[str]) -> Text:
     """The text of a reply in the colour of its source."""
-    return Text(reply.text, source_style(reply.source, exits) if reply.source else "")
+    return outside_text(reply.text, source_style(reply.source, exits) if reply.source else "")
 
 
 def usage_line(usage: Usage, note: str | None) -> Text:
     """One dim line of counts for under a response."""
     words = [
-        f"{usage.tokens} tokens: {sources_text(usage.sources)}",
+        f"{count(usage.tokens, 'token')}: {sources_text(usage.sources)}",
         f"offload {offload_rate(usage.sources):.0%}",
         f"up {usage.bytes_up:,} B, down {usage.bytes_down:,} B",
-        f"{usage.round_trips} round trips",
+        count(usage.round_trips, "round trip"),
         f"first token {usage.ttft_ms:.0f} ms, then {usage.tpot_ms:.0f} ms a token",
         *(f"from token {each.token} on {each.mode}: {each.reason}" for each in usage.switches),
     ]
     if note:
         words.append(note)
-    return Text(f"[{'; '.join(words)}]", "dim")
+    return outside_text(f"[{'; '.join(words)}]", "dim")
 
 
 def print_rows(console: Console, rows: Sequence[Struct], title: str, *, as_json: bool) -> None:
@@ -112,13 +118,19 @@ def print_rows(console: Console, rows: Sequence[Struct], title: str, *, as_json:
         value = getattr(rows[0], name)
         is_number = isinstance(value, int | float) and not name.endswith(TIMES)
         header = HEADERS.get(name, name.replace("_", " "))
+        header += ", UTC" if name.endswith(TIMES) else ""
         table.add_column(header, justify="right" if is_number else "left")
     for row in rows:
         table.add_row(*(_cell(name, getattr(row, name)) for name in fields))
     console.print(table)
 
 
-def _cell(name: str, value: object) -> str | Text:
+def _cell(name: str, value: object) -> Text:
+    text = _cell_text(name, value)
+    return text if isinstance(text, Text) else outside_text(text)
+
+
+def _cell_text(name: str, value: object) -> str | Text:
     match value:
         case None:
             return "-"
@@ -130,8 +142,6 @@ def _cell(name: str, value: object) -> str | Text:
             return _sources_cell(value)
         case int() | float():
             return _number_cell(name, value)
-        case datetime():
-            return value.strftime(TIME_FORMAT)
         case tuple() | list():
             return ", ".join(map(str, value)) or "-"
         case ConfigProblem():
@@ -151,5 +161,5 @@ def _number_cell(name: str, value: float) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if name.endswith(TIMES):
-        return datetime.fromtimestamp(value, UTC).strftime(TIME_FORMAT)
+        return format_time(value, TO_THE_SECOND)
     return f"{value:.1%}" if name.endswith("rate") else f"{value:.1f}"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
@@ -34,6 +37,16 @@ def create_file(path: Path, data: bytes) -> bytes:
         temporary.unlink()
     sync_folder(path.parent)
     return path.read_bytes()
+
+
+def move_aside(path: Path, reason: object) -> None:
+    """Rename a damaged file to ``NAME.damaged``, so that it can be made again, and log that.
+
+    An earlier file of that name is replaced. Raises OSError.
+    """
+    aside = path.with_name(f"{path.name}.damaged")
+    path.replace(aside)
+    log.warning("%s is damaged (%s); it is made again, and kept as %s", path, reason, aside.name)
 
 
 def sync_folder(folder: Path) -> None:

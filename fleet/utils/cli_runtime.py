@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import _thread
-import logging
+import io
 import signal
 import sys
 import threading
@@ -12,17 +12,25 @@ from pathlib import Path
 from typing import Final
 
 from fleet.errors import ConfigError, FleetError
+from fleet.utils.log_format import set_up_log
+from fleet.utils.paths import user_name
+from fleet.utils.printable import printable
+from fleet.utils.service_manager import STOPPING, notify
 
 CHECK_S: Final = 0.25
 
 
 def stop_event() -> threading.Event:
-    """Return an event that SIGTERM or SIGINT sets."""
+    """Return an event that SIGTERM or SIGINT sets; it is also reported to the service manager."""
     stop = threading.Event()
+
+    def end() -> None:
+        stop.set()
+        notify(STOPPING)
 
     def on_signal(*_: object) -> None:
         # The interrupted code may hold the event's lock, so `set` must not be called here.
-        _thread.start_new_thread(stop.set, ())
+        _thread.start_new_thread(end, ())
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
@@ -38,13 +46,31 @@ def wait_stopped(stop: threading.Event) -> None:
 
 
 def run_command(name: str, command: Callable[[], object]) -> None:
-    """Run a command line; a FleetError is one line on stderr and exit status 1."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    """Run a command line; an expected error is one line on stderr and exit status 1.
+
+    Expected are a FleetError, a file that this user may not use, and text that is not Unicode.
+    """
+    set_up_log()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may not know each character
+            stream.reconfigure(errors="backslashreplace")
     try:
         command()
-    except FleetError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+    except (FleetError, PermissionError, UnicodeEncodeError) as error:
+        print(f"{name}: {printable(_error_line(error))}", file=sys.stderr)
         sys.exit(1)
+
+
+def _error_line(error: FleetError | PermissionError | UnicodeEncodeError) -> str:
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return (
+            f"{error.filename}: {error.strerror} for the user {user_name()}; "
+            "run this as the file's owner, or name another folder"
+        )
+    if isinstance(error, UnicodeEncodeError):
+        character = error.object[error.start : error.end]
+        return f"expected text that UTF-8 can hold, got {character!r}; remove it"
+    return str(error)
 
 
 def check_writable(**paths: Path | None) -> None:

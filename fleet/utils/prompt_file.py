@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import msgspec
 
 from fleet.errors import ConfigError
+from fleet.utils.text_files import read_text
+
+JSON_LINES: Final = (".jsonl", ".ndjson")
+FORM: Final = (
+    "expected an object with 'prompt', or the texts 'instruction' and 'input', "
+    "or 'turns', a list of texts"
+)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -18,33 +27,50 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         ConfigError: the file cannot be read, holds no prompt, or a line has none of these keys.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read prompts from {path}: {error}") from None
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        raise ConfigError(f"{path}: expected one prompt a line, as text or in a file *.jsonl")
+    text = read_text(path, "give a file of prompts").replace("\r\n", "\n")
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
         raise ConfigError(f"{path} holds no prompts")
-    if path.suffix != ".jsonl":
-        return [line.strip() for _, line in numbered]
-    return [_parse_line(f"{path}:{number}", line) for number, line in numbered]
+    if suffix not in JSON_LINES:
+        return [line.strip() for _, line in lines]
+    return [_parse_line(f"{path}:{number}", line) for number, line in lines]
 
 
 def _parse_line(place: str, line: str) -> str:
     try:
-        return prompt_of(json.loads(line))
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ConfigError(
-            f"{place}: expected an object with 'prompt', or 'instruction' and 'input', "
-            f"or 'turns': {error}"
-        ) from None
+        return prompt_of(msgspec.json.decode(line))
+    except (msgspec.DecodeError, RecursionError, TypeError) as error:
+        raise ConfigError(f"{place}: {FORM}: {error}") from None
 
 
-def prompt_of(row: dict[str, Any]) -> str:
-    """The prompt of one row; raises LookupError or TypeError when it has none."""
+def prompt_of(row: Any) -> str:
+    """Return the prompt of one row; raise TypeError when it has none."""
+    if not isinstance(row, Mapping):
+        raise TypeError(f"got {_kind(row)}")
     if "prompt" in row:
-        return str(row["prompt"]).strip()
+        return _text(row, "prompt")
     if "turns" in row:
-        return str(row["turns"][0]).strip()
-    texts = (str(row["instruction"]).strip(), str(row.get("input", "")).strip())
-    return "\n".join(filter(None, texts))
+        turns = row["turns"]
+        if not isinstance(turns, list) or not turns:
+            raise TypeError(f"'turns' is {_kind(turns)}")
+        return _text({"turns": turns[0]}, "turns")
+    if "instruction" not in row:
+        raise TypeError(f"got the keys {', '.join(row)[:80] or 'none'}")
+    instruction = _text(row, "instruction")
+    if row.get("input") in (None, ""):
+        return instruction
+    return f"{instruction}\n{_text(row, 'input')}"
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    value = row[key]
+    if not isinstance(value, str) or not value.strip():
+        raise TypeError(f"{key!r} is {_kind(value)}")
+    return value.strip()
+
+
+def _kind(value: object) -> str:
+    return msgspec.json.encode(value).decode()[:80]

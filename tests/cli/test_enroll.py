@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import ssl
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,9 @@ import pytest
 from cryptography import x509
 from typer.testing import CliRunner
 
+from fleet.bundles.manifest import Bundle
 from fleet.cli import app
+from fleet.cli.options import format_time, parse_since
 from fleet.errors import (
     ConfigError,
     FleetError,
@@ -130,6 +134,51 @@ def test_an_identity_is_replaced_with_force(fleet_folder: Path, tmp_path: Path) 
     fleet(fleet_folder, "enroll", "kitchen", "--force", *out)
 
 
+def test_an_identity_that_is_replaced_keeps_what_is_not_given(fleet_folder: Path) -> None:
+    fleet(fleet_folder, "enroll", "kitchen", "--group", "home", "--tag", "floor=1")
+    fleet(fleet_folder, "enroll", "phone", "--role", "app", "--allow", "kitchen")
+    fleet(fleet_folder, "enroll", "kitchen", "--force", "--tag", "floor=2")
+    fleet(fleet_folder, "enroll", "phone", "--role", "app", "--force")
+    with FleetHome.load(fleet_folder).registry() as registry:
+        rows = {row.name: row for row in registry.identities.all()}
+    assert (rows["kitchen"].group, rows["kitchen"].tags) == ("home", {"floor": "2"})
+    assert rows["phone"].targets == ("kitchen",)
+    fleet(fleet_folder, "enroll", "kitchen", "--force", "--role", "app")
+    fleet(fleet_folder, "revoke", "phone")
+    fleet(fleet_folder, "enroll", "phone", "--role", "app", "--force")
+    with FleetHome.load(fleet_folder).registry() as registry:
+        rows = {row.name: row for row in registry.identities.all()}
+    assert (rows["kitchen"].group, rows["kitchen"].tags) == (None, {})
+    assert rows["phone"].targets == ()
+
+
+def test_printed_commands_can_be_pasted(fleet_folder: Path, tmp_path: Path) -> None:
+    output = fleet(fleet_folder, "enroll", "kitchen", "--out", str(tmp_path / "my kitchen"))
+    command = output.strip().partition("next: ")[2]
+    assert shlex.split(command) == ["edge-agent", "run", str(tmp_path / "my kitchen")]
+    output = fleet(fleet_folder, "broker", "config", "--out", str(tmp_path / "my mq"))
+    command = output.strip().partition("next: ")[2].partition(", see README")[0]
+    assert shlex.split(command) == ["mosquitto", "-c", str(tmp_path / "my mq" / "mosquitto.conf")]
+    readme = (tmp_path / "my mq" / "README").read_text()
+    lines = [shlex.split(line) for line in readme.splitlines() if line.startswith("    ")]
+    assert all(line[1:].count(str(tmp_path / "my mq")) <= 1 for line in lines)
+    assert ["mosquitto", "-c", str(tmp_path / "my mq" / "mosquitto.conf")] in lines
+    assert ["fleet", "server", "--no-broker", "--mosquitto", str(tmp_path / "my mq")] in lines
+
+
+def test_times_have_one_zone_that_is_named(
+    fleet_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "Asia/Kolkata")
+    time.tzset()
+    assert parse_since("2026-01-31T09:00") == parse_since("2026-01-31T14:30+05:30")
+    assert format_time(parse_since("2026-01-31T09:00")) == "2026-01-31 09:00 UTC"
+    assert " UTC:" in fleet(fleet_folder, "enroll", "kitchen")
+    assert "changed at, UTC" in fleet(fleet_folder, "audit")
+    monkeypatch.delenv("TZ")
+    time.tzset()
+
+
 def test_without_a_service_there_is_no_token(tmp_path: Path) -> None:
     FleetHome.create(tmp_path, FleetConfig(host=HOST, port=1, bundle="/no/bundle", service_port=0))
     with pytest.raises(
@@ -200,6 +249,37 @@ def test_a_file_enrols_a_whole_batch_with_a_token_each(fleet_folder: Path, batch
     )  # no device has joined yet
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name,group\n\na,home\n,\nb,\n,\n",
+        "Name, Group \nA,home\nb,\n".replace("A", "a"),
+        "name,group,,\na,home,,\nb,,,\n",
+        "\ufeffname,group\r\na,home\r\nb\r\n",
+    ],
+)
+def test_a_file_as_a_spreadsheet_writes_it_is_read(
+    fleet_folder: Path, batch: Path, text: str
+) -> None:
+    batch.write_bytes(text.encode())
+    fleet(fleet_folder, "enroll", "--from", str(batch))
+    with FleetHome.load(fleet_folder).registry() as registry:
+        rows = {row.name: row.group for row in registry.identities.all(Role.DEVICE)}
+    assert rows == {"a": "home", "b": None}
+
+
+@pytest.mark.parametrize("data", [b"name;group\na;home\n", b"sep=,\nname\na\n"])
+def test_another_kind_of_file_is_refused_with_the_kind_to_save(
+    fleet_folder: Path, batch: Path, data: bytes
+) -> None:
+    batch.write_bytes(data)
+    with pytest.raises(ConfigError, match="save it as CSV with commas between the columns"):
+        fleet(fleet_folder, "enroll", "--from", str(batch))
+    batch.write_bytes("name\na\n".encode("utf-16"))
+    with pytest.raises(ConfigError, match="in UTF-16, expected UTF-8"):
+        fleet(fleet_folder, "enroll", "--from", str(batch))
+
+
 def test_a_file_enrols_a_whole_batch_with_a_folder_each(
     fleet_folder: Path, batch: Path, tmp_path: Path
 ) -> None:
@@ -228,14 +308,14 @@ def test_a_file_enrols_a_whole_batch_with_a_folder_each(
         ("name\nok,more\n", "line 2: more cells than columns"),
         ("name,role,allow\nok,,\nphone,app,attic\n", "cannot allow 'attic'"),
         ("name,group\nok,hall\nhall,\n", "'hall' is the name of a group"),
-        ('name\n"ok', "is no CSV file in UTF-8"),
+        ('name\n"ok', "is no CSV file: "),
     ],
 )
 @pytest.mark.parametrize("offline", [False, True])
 def test_one_bad_row_enrols_no_identity(
     fleet_folder: Path, batch: Path, tmp_path: Path, text: str, says: str, offline: bool
 ) -> None:
-    batch.write_text(text)
+    batch.write_text(text, encoding="utf-8")
     extra = ("--out", str(tmp_path / "out")) if offline else ()
     with pytest.raises(FleetError, match=says):
         fleet(fleet_folder, "enroll", "--from", str(batch), *extra)
@@ -305,10 +385,12 @@ def served(tmp_path: Path) -> Iterator[FleetHome]:
         yield home
 
 
-def test_the_service_may_be_on_another_host_than_the_broker(tmp_path: Path) -> None:
+def test_the_service_may_be_on_another_host_than_the_broker(
+    tmp_path: Path, tiny_bundle: Bundle
+) -> None:
     folder = tmp_path / "state"
     address = ("--host", "mqtt.example", "--service-host", "fleet.example")
-    fleet(folder, "init", *address, "--bundle", "/no/bundle")
+    fleet(folder, "init", *address, "--bundle", str(tiny_bundle.folder))
     assert fleet_json(folder, "enroll", "kitchen")["command"].endswith(
         "--server https://fleet.example:8443"
     )

@@ -69,6 +69,10 @@ def test_bad_arguments(arguments: tuple[str, ...], words: tuple[str, ...]) -> No
         (("prompt", "ghost", "hello"), ("127.0.0.1:1", "fleet up")),
         (("stats", "ghost"), ("unknown device 'ghost'",)),
         (("stats", "--since", "yesterday"), ("since 'yesterday'", "24h")),
+        (("stats", "--since", "99999999999d"), ("since '99999999999d'", "after 1970")),
+        (("stats", "--since", "0001-01-01"), ("after 1970",)),
+        (("config", "set", "x", "triggers=\udcff"), ("UTF-8 can hold", "\\udcff")),
+        (("device", "operator-1"), ("this identity has the role server", "fleet identities")),
         (("enroll", "Bad Name"), ("'Bad Name'", "a-z")),
         (("enroll", "x", "--role", "king"), ("unknown role 'king'",)),
         (("enroll", "x", "--role", "app", "--allow", "ghost"), ("ghost",)),
@@ -105,14 +109,6 @@ def test_the_error_of_a_device_without_identity_names_the_command(tmp_path: Path
     assert_one_clear_line(
         run("run", str(tmp_path), module="edge_agent"), "no identity", "fleet enroll"
     )
-
-
-def test_the_error_of_a_device_without_a_broker_names_the_address(
-    home: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "lonely"
-    assert run("enroll", "lonely", "--out", str(out), "--home", str(home)).returncode == 0
-    assert_one_clear_line(run("run", str(out), module="edge_agent"), "127.0.0.1:1", "fleet up")
 
 
 def test_an_altered_bundle_is_refused_by_device_and_worker(

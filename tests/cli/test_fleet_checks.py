@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
 from fleet.bundles.manifest import Bundle
 from fleet.cli import app
 from fleet.cli.fleet_checks import check_fleet
+from fleet.cli.host_checks import (
+    MAX_EMBEDDED_DEVICES,
+    check_broker_limits,
+    check_descriptors,
+    check_units,
+)
 from fleet.errors import ConfigError
 from fleet.protocol.access import Role
 from fleet.protocol.desired_config import Settings
@@ -22,6 +30,7 @@ from fleet.protocol.report import DeviceStatus, WorkerStatus
 from fleet.registry.settings import Scope, Target
 from fleet.server.child_process import child
 from fleet.server.home import FleetConfig, FleetHome
+from fleet.server.mosquitto import write_mosquitto
 from tests.brokers import free_port
 from tests.fleet.conftest import add
 
@@ -56,7 +65,11 @@ def test_a_fleet_whose_broker_runs_has_no_problem(home: FleetHome) -> None:
         "authority",
         "clock",
         "certificates",
+        "identities",
         "broker",
+        "broker limits",
+        "descriptors",
+        "units",
         "bundle",
         "configuration",
         "disk",
@@ -125,12 +138,27 @@ def make_the_registry_no_database(home: FleetHome) -> None:
     (home.folder / "registry.sqlite").write_bytes(b"no database" * 1000)
 
 
+def enrol_more_devices_than_the_embedded_broker_holds(home: FleetHome) -> None:
+    with home.registry() as registry:
+        for number in range(MAX_EMBEDDED_DEVICES + 1):
+            add(registry, f"edge-{number}")
+
+
+def remove_the_brokers_limits(home: FleetHome) -> None:
+    with home.registry() as registry:
+        config = write_mosquitto(home, registry, home.folder / "mosquitto")
+    lines = config.read_text().splitlines()
+    config.write_text("\n".join(each for each in lines if not each.startswith("max_connections")))
+
+
 @pytest.mark.parametrize(
     ("spoil", "name", "says"),
     [
         (remove_the_authority, "authority", "no certificate authority in"),
         (record_a_status_from_the_future, "clock", "this machine's clock is behind"),
-        (add_a_certificate_that_ends_soon, "certificates", "not renewed: old;"),
+        (add_a_certificate_that_ends_soon, "certificates", "not renewed: old; enrol old again"),
+        (enrol_more_devices_than_the_embedded_broker_holds, "broker limits", "--broker mosquitto"),
+        (remove_the_brokers_limits, "broker limits", "fleet broker config --out"),
         (alter_the_bundle, "bundle", "was altered"),
         (serve_another_bundle, "bundle", "no worker serves the bundle of edge-1"),
         (set_a_configuration_that_no_device_follows, "configuration", "fleet config diff"),
@@ -142,6 +170,39 @@ def test_a_fault_is_named_with_its_remedy(
 ) -> None:
     spoil(home)
     assert says in problems(home)[name]
+
+
+def test_a_mosquitto_as_it_was_written_has_limits(home: FleetHome) -> None:
+    with home.registry() as registry:
+        write_mosquitto(home, registry, home.folder / "mosquitto")
+    finding, problem = check_broker_limits(home)
+    assert "has limits" in finding
+    assert not problem
+
+
+def test_too_few_descriptors_are_a_problem(
+    home: FleetHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not check_descriptors(home)[1]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 150))
+    assert "too few for a connection of each device" in check_descriptors(home)[1]
+
+
+def test_the_unit_of_the_server_is_found(home: FleetHome, tmp_path: Path) -> None:
+    assert check_units(home, [tmp_path])[0].startswith("none")
+    (tmp_path / "fleet-server.service").touch()
+    assert check_units(home, [tmp_path]) == (f"fleet-server.service in {tmp_path}", "")
+
+
+def test_certificates_that_no_process_renews_are_named(home: FleetHome, tmp_path: Path) -> None:
+    config = msgspec.structs.replace(home.config, service_port=free_port())
+    home = FleetHome.create(home.folder, config)
+    home.enroll("kitchen", Role.DEVICE, tmp_path / "kitchen")
+    home.enroll("cloud-1", Role.WORKER, tmp_path / "cloud-1")
+    home.enroll("app-1", Role.APP, tmp_path / "app-1", allow=("kitchen",))
+    (check,) = (check for check in check_fleet(home.folder) if check.name == "certificates")
+    assert check.found.endswith("no process renews app-1")
+    assert not check.problem
 
 
 def test_a_named_folder_without_a_fleet_is_an_error(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def check(home: Path) -> None:
 def test_a_fleet_on_sqlite_comes_back_from_its_backup(tmp_path: Path) -> None:
     home = tmp_path / "home"
     fill(home, None)
-    run(commands("Backup", "SQLite:"), tmp_path, home)
+    run(commands("Backup"), tmp_path, home)
     shutil.rmtree(home)
     run(commands("Restore", "SQLite:"), tmp_path, home)
     check(home)
@@ -91,12 +91,23 @@ def test_a_fleet_on_postgresql_comes_back_from_its_backup(
     name = "restored"
     url = postgresql.server.create(name)
     fill(home, url)
-    run(commands("Backup", "PostgreSQL:"), tmp_path, home, url)
+    run(commands("Backup"), tmp_path, home)
     shutil.rmtree(home)
     postgresql.server.drop(name)
     run(commands("Restore", "PostgreSQL:"), tmp_path, home, url)
     check(home)
     postgresql.server.drop(name)
+
+
+def test_the_units_are_written(tmp_path: Path, tiny_bundle: Bundle) -> None:
+    home = tmp_path / "home"
+    variables = f"BUNDLE={tiny_bundle.folder}\nUNITS={tmp_path}/units\n"
+    run(variables + commands("Start at boot"), tmp_path, home)
+    table = PAGE.split("| unit | runs |")[1].split("\n\n")[0]
+    listed = set(re.findall(r"^\| `([\w.-]+)`", table, re.MULTILINE))
+    assert {path.name for path in (tmp_path / "units").iterdir()} - listed == {
+        "fleet-backup.service"
+    }
 
 
 def test_a_fleet_starts_on_a_new_postgresql_database_and_keeps_it(
@@ -223,8 +234,8 @@ def test_every_line_of_commands_is_one_that_a_test_here_runs(line: str) -> None:
     run_here = [
         commands("Which registry"),
         commands("How long single answers are kept"),
-        commands("Backup", "SQLite:"),
-        commands("Backup", "PostgreSQL:"),
+        commands("Backup"),
+        commands("Start at boot"),
         commands("Restore", "SQLite:"),
         commands("Restore", "PostgreSQL:"),
         commands("Install"),

@@ -17,7 +17,8 @@ from fleet.cli.stats_views import spark
 from fleet.errors import ConfigError, FleetError
 from fleet.protocol.access import Role
 from fleet.protocol.report import DeviceStatus, Switch
-from fleet.server.home import FleetConfig, FleetHome, resolve_config
+from fleet.server.fleet_options import FleetOptions, resolve_config
+from fleet.server.home import FleetConfig, FleetHome
 from tests.fleet.conftest import add, report
 
 
@@ -70,7 +71,7 @@ def test_the_table_shows_sources_latency_and_changes_of_mode(
         "exit:8 5 (50.0%)",
         "cloud 2 (20.0%)",
         "20.0%",
-        "1 times standalone: the link is",
+        "1 time standalone: the link is",
         "seen never",
         "2,000",
     ):
@@ -172,7 +173,7 @@ def test_one_device_in_detail(folder: Path) -> None:
     for words in (
         "kitchen",
         "where tokens came from",
-        "1 times standalone: the link is down",
+        "1 time standalone: the link is down",
         "latest sessions",
     ):
         assert words in out
@@ -183,13 +184,15 @@ def test_a_bar_of_rates() -> None:
 
 
 def test_a_fleet_keeps_its_registry_and_retention_by_default(tmp_path: Path) -> None:
-    config = FleetConfig(host="127.0.0.1", port=1, bundle="/no/bundle")
-    first = resolve_config(tmp_path, config, f"sqlite:///{tmp_path}/other.sqlite", 30)
+    registry = f"sqlite:///{tmp_path}/other.sqlite"
+    options = FleetOptions(bundle="/no/bundle", registry=registry, retention_days=30)
+    first = resolve_config(tmp_path, options)
     FleetHome.create(tmp_path, first)
-    assert resolve_config(tmp_path, config, None, None) == first
-    assert resolve_config(tmp_path, config, first.registry, 7).retention_days == 7
+    assert resolve_config(tmp_path, FleetOptions(bundle="/no/bundle")) == first
+    changed = FleetOptions(registry=registry, retention_days=7)
+    assert resolve_config(tmp_path, changed).retention_days == 7
     with pytest.raises(ConfigError, match="another registry, where its devices are enrolled"):
-        resolve_config(tmp_path, config, "postgresql://elsewhere/fleet", None)
+        resolve_config(tmp_path, FleetOptions(registry="postgresql://elsewhere/fleet"))
 
 
 def test_a_registry_that_cannot_be_opened_is_not_written_down(tmp_path: Path) -> None:

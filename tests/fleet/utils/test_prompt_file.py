@@ -40,5 +40,59 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
     path.write_text("\n\n")
     with pytest.raises(ConfigError, match="holds no prompts"):
         read_prompts(path)
-    with pytest.raises(ConfigError, match="cannot read prompts"):
+    with pytest.raises(ConfigError, match=r"cannot read .*absent.txt: No such file"):
         read_prompts(tmp_path / "absent.txt")
+
+
+MARK = "\ufeff"
+
+
+def read(tmp_path: Path, name: str, text: str) -> list[str]:
+    path = tmp_path / name
+    path.write_bytes(text.encode())
+    return read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", f"{MARK}Name a fruit.\r\nName a tree.\r\n"),
+        ("a.jsonl", f'{MARK}{{"prompt": "Name a fruit."}}\n{{"prompt": "Name a tree."}}\n'),
+        ("A.JSONL", '{"instruction": "Name a fruit.", "input": null}\n{"turns": ["Name a tree."]}'),
+    ],
+)
+def test_a_mark_a_line_ending_and_a_suffix_make_no_difference(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    assert read(tmp_path, name, text) == ["Name a fruit.", "Name a tree."]
+
+
+def test_only_the_end_of_a_line_ends_a_prompt(tmp_path: Path) -> None:
+    assert read(tmp_path, "a.txt", "a\x1cb\u2028c\n") == ["a\x1cb\u2028c"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"prompt": null}',
+        '{"prompt": ["a", "b"]}',
+        '{"prompt": {"a": 1}}',
+        '{"prompt": 5}',
+        '{"prompt": ""}',
+        '{"prompt": NaN}',
+        '{"prompt": "half \\ud83d pair"}',
+        '{"turns": [{"content": "hi"}]}',
+        '{"turns": []}',
+        '{"instruction": "x", "input": false}',
+        '{"messages": []}',
+        "5",
+    ],
+)
+def test_a_row_without_a_text_is_refused_with_its_line(tmp_path: Path, row: str) -> None:
+    with pytest.raises(ConfigError, match=r"a\.jsonl:2: expected an object with 'prompt'"):
+        read(tmp_path, "a.jsonl", f'{{"prompt": "fine"}}\n{row}\n')
+
+
+def test_a_document_of_json_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a\.json: expected one prompt a line"):
+        read(tmp_path, "a.json", '["one", "two"]')

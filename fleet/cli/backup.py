@@ -1,0 +1,59 @@
+"""`fleet backup` and `fleet restore`: a fleet in one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fleet.cli.options import HomeOption
+from fleet.errors import ConfigError
+from fleet.server.backup import back_up, remove_old_backups, restore_backup
+from fleet.server.home import FleetHome
+
+FileArgument = Annotated[
+    Path, typer.Argument(metavar="FILE", help="New file, or a folder that gets a new file.")
+]
+BackupArgument = Annotated[Path, typer.Argument(metavar="FILE", help="File of 'fleet backup'.")]
+BundlesOption = Annotated[bool, typer.Option("--bundles", help="Include the models' bundles.")]
+KeepOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="With a folder: keep so many backups, and remove older ones."),
+]
+NewRegistryOption = Annotated[
+    str | None, typer.Option(help="URL of an empty PostgreSQL database (default: the old one's).")
+]
+
+
+def backup(
+    file: FileArgument,
+    bundles: BundlesOption = False,
+    keep: KeepOption = None,
+    folder: HomeOption = None,
+) -> None:
+    """Copy authority, registry and identities into one file, while the fleet runs."""
+    if keep and not file.is_dir():
+        raise ConfigError(f"--keep is for a folder of backups, and {file} is none; leave it out")
+    path = back_up(FleetHome.load(folder), file, bundles=bundles)
+    print(f"wrote {path} with the authority's key; protect it like the fleet's folder")
+    if keep:
+        for old in remove_old_backups(file, keep):
+            print(f"removed {old}")
+
+
+def restore_fleet(
+    file: BackupArgument, registry: NewRegistryOption = None, folder: HomeOption = None
+) -> None:
+    """Restore a backup into a new folder."""
+    home = restore_backup(file, FleetHome.find(folder), registry)
+    with home.registry() as opened:
+        num_identities = len(opened.identities.all())
+    print(f"restored {num_identities} identities into {home.folder}; next: {_next_command(home)}")
+
+
+def _next_command(home: FleetHome) -> str:
+    """Return the command that brings a restored fleet back."""
+    if Path(home.config.bundle).is_dir():
+        return "fleet up, or fleet server, under the same host name"
+    return f"put the model's bundle into {home.config.bundle}; then fleet up, or fleet server"

@@ -1,0 +1,30 @@
+"""The terminal: consoles that print text as it is, and text from outside as a cell or a line."""
+
+from __future__ import annotations
+
+from typing import IO
+
+from rich.console import Console
+from rich.text import Text
+
+from fleet.utils.printable import printable
+
+
+def new_console(
+    *, stderr: bool = False, file: IO[str] | None = None, width: int | None = None
+) -> Console:
+    """Make a console without markup, emoji codes and highlighting; a `file` is recorded."""
+    return Console(
+        stderr=stderr,
+        file=file,
+        width=width,
+        record=file is not None,
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
+
+
+def outside_text(text: str, style: str = "") -> Text:
+    """Return text of users, devices or models as a cell or a line; it never controls a terminal."""
+    return Text(printable(text), style)

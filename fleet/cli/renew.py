@@ -1,0 +1,77 @@
+"""`fleet renew`: another certificate for an identity, also when its last one has ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fleet.cli.enroll import (
+    MAX_TTL_S,
+    Invitation,
+    IssuedFolder,
+    NameArgument,
+    TtlOption,
+    service_address,
+)
+from fleet.cli.options import HomeOption, JsonOption, parse_ttl, print_json
+from fleet.errors import UnknownDeviceError
+from fleet.identity.identity import IDENTITY_FILE, Identity
+from fleet.protocol.access import Role
+from fleet.registry.results import IdentityRow
+from fleet.server.home import FleetHome
+
+OutOption = Annotated[
+    Path | None,
+    typer.Option(help="Renew the identity in this folder, with a new key, instead of a token."),
+]
+
+
+def renew_identity(
+    name: NameArgument,
+    out: OutOption = None,
+    ttl: TtlOption = "15m",
+    folder: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Renew an identity, which keeps its group, tags and rights: print a token, or use --out."""
+    home = FleetHome.load(folder)
+    row = _identity_row(home, name)
+    if out is None and home.has_identity(name):
+        out = home.folder / "identities" / name
+    issued: Invitation | IssuedFolder
+    if out is None:
+        issued = _invite_again(home, row, parse_ttl(ttl, MAX_TTL_S))
+    else:
+        home.certify_again(_identity_in(home, row, out.resolve()))
+        issued = IssuedFolder(row.name, row.role, str(out))
+    if as_json:
+        print_json(issued)
+    else:
+        print(issued.line.replace("enrolled", "renewed", 1))
+
+
+def _identity_row(home: FleetHome, name: str) -> IdentityRow:
+    with home.registry() as registry:
+        for row in registry.identities.all():
+            if row.name == name:
+                return row
+    raise UnknownDeviceError(
+        f"unknown identity {name[:80]!r}: it is not enrolled; enrol it with 'fleet enroll'"
+    )
+
+
+def _identity_in(home: FleetHome, row: IdentityRow, out: Path) -> Identity:
+    """The identity in `out`, or a new one for a folder that has none."""
+    if (out / IDENTITY_FILE).exists():
+        return Identity.load(out)
+    config = home.address().identity_config(row.name, Role(row.role))
+    return Identity(out, config)
+
+
+def _invite_again(home: FleetHome, row: IdentityRow, ttl_s: float) -> Invitation:
+    server = service_address(home)
+    with home.registry() as registry:
+        token = registry.identities.invite(row.name, ttl_s)
+    return Invitation.of(row.name, row.role, token, ca_sha256=home.ca_sha256(), server=server)

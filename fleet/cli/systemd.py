@@ -1,0 +1,63 @@
+"""`fleet systemd`: unit files for the processes of a fleet on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from fleet.cli.options import HomeOption
+from fleet.server.fleet_units import BACKUP_SERVICE, UnitOptions, fleet_units, worker_unit
+from fleet.server.home import EMBEDDED, MOSQUITTO, FleetHome
+from fleet.utils.systemd_unit import service_user, write_units
+
+BACKUPS: Final = Path("/var/lib/cecollm-fleet-backups")
+
+OutOption = Annotated[Path, typer.Option(help="Folder of the units; systemd's own for use.")]
+UserOption = Annotated[
+    str | None, typer.Option(help="User that runs them (default: the owner of the folder).")
+]
+BrokerOption = Annotated[str, typer.Option(help=f"{EMBEDDED} in the server, or {MOSQUITTO}.")]
+WorkersOption = Annotated[
+    int, typer.Option(min=0, max=64, help="Number of the fleet's own workers on this machine.")
+]
+ListenOption = Annotated[
+    str | None, typer.Option(help="Address of broker and service (default: the fleet's).")
+]
+BackupsOption = Annotated[Path, typer.Option(help="Folder of the daily backups.")]
+WorkerOption = Annotated[
+    Path | None, typer.Option(help="Write only the unit of the worker with this identity folder.")
+]
+
+
+def systemd(
+    out: OutOption,
+    user: UserOption = None,
+    broker: BrokerOption = EMBEDDED,
+    workers: WorkersOption = 1,
+    listen: ListenOption = None,
+    backups: BackupsOption = BACKUPS,
+    worker: WorkerOption = None,
+    folder: HomeOption = None,
+) -> None:
+    """Write hardened systemd units: server, broker, workers, and a daily backup."""
+    if worker:
+        identity = worker.resolve()
+        units = {"fleet-worker.service": worker_unit(identity, service_user(identity, user))}
+    else:
+        home = FleetHome.load(folder)
+        options = UnitOptions(
+            user=service_user(home.folder, user),
+            broker=broker,
+            num_workers=workers,
+            listen=listen,
+            backups=backups.resolve(),
+        )
+        units = fleet_units(home, options)
+    write_units(out, units)
+    enabled = " ".join(name for name in units if name != BACKUP_SERVICE)
+    print(
+        f"wrote {', '.join(units)} into {out}; "
+        f"next: systemctl daemon-reload && systemctl enable --now {enabled}"
+    )

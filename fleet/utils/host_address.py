@@ -1,0 +1,56 @@
+"""Hosts and ports: as text, and whether a process may listen there."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from contextlib import closing
+
+from fleet.errors import ConfigError
+
+
+def host_port(host: str, port: int) -> str:
+    """Return ``HOST:PORT``, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def address_family(host: str, port: int = 0) -> socket.AddressFamily:
+    """Return the family, IPv4 or IPv6, of the first address of `host`. Raises OSError."""
+    family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return family
+
+
+def bind_probe(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to `host` and `port`. Raises OSError."""
+    probe = socket.socket(address_family(host, port))
+    try:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+    except BaseException:
+        probe.close()
+        raise
+    return probe
+
+
+def free_port(host: str) -> int:
+    """Return a port of `host` that is free now."""
+    with closing(bind_probe(host, 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def check_reachable(host: str) -> None:
+    """Check that a client can connect to `host`, which must not stand for "every address".
+
+    Raises:
+        ConfigError: it is ``0.0.0.0`` or ``::``.
+    """
+    try:
+        is_every_address = ipaddress.ip_address(host).is_unspecified
+    except ValueError:  # a name
+        return
+    if is_every_address:
+        raise ConfigError(
+            f"--host {host} is an address to listen on, not one that devices can connect to; "
+            f"give --host the name or address of this machine, and --listen {host}"
+        )

@@ -1,0 +1,73 @@
+"""Paths and names of this system that need not exist: a user's home, a user's name."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import platformdirs
+
+from fleet.errors import ConfigError
+
+PROJECT: Final = "cecollm-fleet"
+
+
+def absolute_path(path: Path) -> Path:
+    """Return `path` without ``~`` and ``..``, from the root on.
+
+    Raises:
+        ConfigError: it begins with ``~`` and this user has no home folder.
+    """
+    try:
+        return path.expanduser().resolve()
+    except RuntimeError:
+        raise _homeless(str(path)) from None
+
+
+def user_data_folder() -> Path:
+    """Return the folder of this project's data of this user. Raises ConfigError without a home."""
+    return _user_folder(platformdirs.user_data_path)
+
+
+def user_cache_folder() -> Path:
+    """Return the folder of this project's cache of this user. Raises ConfigError without a home."""
+    return _user_folder(platformdirs.user_cache_path)
+
+
+def _user_folder(find: Callable[[str], Path]) -> Path:
+    try:
+        path = find(PROJECT)
+    except RuntimeError:  # of newer versions of platformdirs; older ones return a path with ~
+        raise _homeless(PROJECT) from None
+    return absolute_path(path)
+
+
+def _homeless(path: str) -> ConfigError:
+    return ConfigError(
+        f"{path}: this user has no home folder; set HOME, or give whole paths (FLEET_HOME, --home, "
+        "--bundle)"
+    )
+
+
+def existing_folder(path: Path) -> Path:
+    """Return the nearest folder that exists: `path` or one that contains it."""
+    return next((each for each in (path, *path.parents) if _is_folder(each)), Path("/"))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except PermissionError:  # below a folder of another user
+        return False
+
+
+def user_name(user: int | None = None) -> str:
+    """Return the name of a user, by default of this process's; its number if it has no name."""
+    number = os.geteuid() if user is None else user
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)

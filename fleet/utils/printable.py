@@ -1,0 +1,21 @@
+"""Text from outside, such as a device's or a model's, as text that a terminal prints as it is."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+HIDDEN: Final = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Control characters except tab and newline, marks of direction, and halves of surrogate pairs."""
+
+
+def printable(text: str) -> str:
+    """Return `text` with each control character shown as its escape, such as ``\\x1b``."""
+    return HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun: "1 answer", "1,200 answers", "0 identities"."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

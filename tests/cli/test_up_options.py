@@ -1,0 +1,91 @@
+"""`fleet up` and `fleet init` on a folder that has a fleet: nothing is lost silently."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fleet.bundles.manifest import Bundle
+from fleet.cli.init import init
+from fleet.cli.up import up
+from fleet.errors import BundleError, ConfigError
+from fleet.server.fleet_options import FleetOptions, hold_folder, resolve_config
+from fleet.server.home import DEFAULT_PORT, DEFAULT_SERVICE_PORT, FleetConfig, FleetHome
+
+
+def start(folder: Path, options: FleetOptions) -> FleetConfig:
+    return FleetHome.create(folder, resolve_config(folder, options)).config
+
+
+def test_a_new_fleet_has_the_defaults(tmp_path: Path) -> None:
+    config = resolve_config(tmp_path, FleetOptions())
+    assert (config.host, config.port) == ("127.0.0.1", DEFAULT_PORT)
+    assert (config.service_port, config.bundle) == (DEFAULT_SERVICE_PORT, "")
+
+
+def test_what_was_given_once_is_kept(
+    tmp_path: Path, tiny_bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = FleetOptions(
+        host="gateway.local",
+        port=2000,
+        service_port=0,
+        service_host="fleet.example",
+        bundle=str(tiny_bundle.folder),
+        retention_days=7,
+    )
+    first = start(tmp_path, options)
+    assert start(tmp_path, FleetOptions()) == first
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bundle_that_is_gone_is_not_kept(tmp_path: Path) -> None:
+    start(tmp_path, FleetOptions(bundle="/no/bundle"))
+    assert resolve_config(tmp_path, FleetOptions()).bundle == ""
+
+
+def test_a_new_address_is_kept_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(tmp_path, FleetOptions(port=2000, service_port=0))
+    assert start(tmp_path, FleetOptions(port=2001)).port == 2001
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the broker moves from 127.0.0.1:2000 to 127.0.0.1:2001" in line
+    assert "edge-agent address" in line
+    start(tmp_path, FleetOptions(host="::1"))
+    assert "from 127.0.0.1:2001 to [::1]:2001" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_host_to_which_no_device_can_connect_is_refused(tmp_path: Path, host: str) -> None:
+    with pytest.raises(ConfigError, match="not one that devices can connect to"):
+        up(tmp_path / "fleet", host=host)
+    assert not (tmp_path / "fleet" / "fleet.json").exists()
+
+
+def test_a_second_fleet_on_the_same_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "fleet"
+    with hold_folder(folder), pytest.raises(ConfigError, match=r"runs already, as process \d+;"):
+        up(folder, bundle=Path("/no/bundle"))
+    with hold_folder(folder):
+        pass
+
+
+def test_a_bundle_that_does_not_exist_is_not_written_down(tmp_path: Path) -> None:
+    folder = tmp_path / "fleet"
+    with pytest.raises(BundleError, match="no bundle in /no/bundle"):
+        init(host="127.0.0.1", bundle=Path("/no/bundle"), folder=folder)
+    with pytest.raises(BundleError, match="no bundle in /no/bundle"):
+        up(folder, bundle=Path("/no/bundle"), port=1024)
+    assert not FleetHome.is_fleet(folder)
+
+
+def test_a_relative_bundle_is_found_from_everywhere(
+    tmp_path: Path, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_bundle.folder.parent)
+    relative = Path(tiny_bundle.folder.name)
+    init(host="127.0.0.1", bundle=relative, folder=tmp_path / "fleet")
+    monkeypatch.chdir(tmp_path)
+    assert Path(FleetHome.load(tmp_path / "fleet").config.bundle) == tiny_bundle.folder.resolve()

@@ -1,0 +1,60 @@
+"""Paths, and users without a name or a home."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import platformdirs
+import pytest
+
+from fleet.errors import ConfigError
+from fleet.server.home import FleetHome
+from fleet.utils import paths
+from fleet.utils.paths import absolute_path, existing_folder, user_name
+
+UNKNOWN = 54321
+
+
+def test_a_path_is_expanded_and_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert absolute_path(Path("~/fleet")) == tmp_path / "fleet"
+    assert absolute_path(Path("a/../b")) == tmp_path / "b"
+
+
+def test_the_fleets_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FLEET_HOME", "~/fleet")
+    assert FleetHome.find(None) == tmp_path / "fleet"
+    assert FleetHome.find(Path("~/other")) == tmp_path / "other"
+
+
+def test_a_user_without_a_name_has_a_number() -> None:
+    assert user_name(UNKNOWN) == str(UNKNOWN)
+    assert user_name(0) == "root"
+
+
+def test_a_user_without_a_home_is_told_to_set_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def expand(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", expand)
+    monkeypatch.delenv("FLEET_HOME", raising=False)
+    with pytest.raises(ConfigError, match="no home folder; set HOME, or give whole paths"):
+        FleetHome.find(None)
+
+
+def test_older_and_newer_versions_of_platformdirs_say_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_: str) -> Path:
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.setattr(platformdirs, "user_cache_path", fail)
+    with pytest.raises(ConfigError, match="no home folder"):
+        paths.user_cache_folder()
+
+
+def test_the_disk_of_a_folder_that_does_not_exist_is_its_parents(tmp_path: Path) -> None:
+    assert existing_folder(tmp_path / "a" / "b") == tmp_path
+    assert existing_folder(Path("/nonexistent")) == Path("/")

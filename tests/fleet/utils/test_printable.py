@@ -1,0 +1,27 @@
+"""Text from outside on a terminal."""
+
+from __future__ import annotations
+
+import pytest
+
+from fleet.utils.printable import count, printable
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain [bold] :smile: {x}\n\ttext é 字", "plain [bold] :smile: {x}\n\ttext é 字"),
+        ("\x1b[31mred\x1b]0;title\x07", "\\x1b[31mred\\x1b]0;title\\x07"),
+        ("over\rwritten\x7f\x9b", "over\\rwritten\\x7f\\x9b"),
+        ("\u202eevil", "\\u202eevil"),
+        ("half \ud83d", "half \\ud83d"),
+    ],
+)
+def test_control_characters_are_shown_and_all_else_stays(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    printable(text).encode()
+
+
+def test_a_noun_follows_its_number() -> None:
+    assert [count(n, "answer") for n in (0, 1, 1200)] == ["0 answers", "1 answer", "1,200 answers"]
+    assert count(2, "identity", "identities") == "2 identities"

@@ -1,0 +1,57 @@
+"""The text of unit files: quoting, folders, users."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fleet.errors import ConfigError
+from fleet.utils.systemd_unit import ServiceUnit, folder_lines, quote, service_user, write_units
+
+
+def test_percent_and_dollar_in_a_command_stand_for_themselves() -> None:
+    assert quote(["run", "/srv/50%", "a b", "$HOME"]) == "run /srv/50%% 'a b' '$$HOME'"
+
+
+def test_a_folder_of_the_systems_state_is_made_by_systemd() -> None:
+    lines = folder_lines([Path("/var/lib/fleet")], [Path("/usr")])
+    assert lines == ["StateDirectory=fleet", "StateDirectoryMode=0700", "ProtectHome=yes"]
+
+
+def test_a_folder_elsewhere_is_writable_and_others_stay_read_only() -> None:
+    lines = folder_lines([Path("/srv/fleet")], [Path("/opt/venv")])
+    assert lines == ["ReadWritePaths=/srv/fleet", "StateDirectoryMode=0700", "ProtectHome=yes"]
+
+
+def test_of_a_home_only_the_named_folders_are_visible() -> None:
+    lines = folder_lines([Path("/home/pi/device")], [Path("/home/pi/venv"), Path("/home/pi/venv")])
+    assert lines == [
+        "StateDirectoryMode=0700",
+        "ProtectHome=tmpfs",
+        "BindPaths=/home/pi/device",
+        "BindReadOnlyPaths=/home/pi/venv",
+    ]
+
+
+def test_a_service_without_a_watchdog_does_not_wait_for_messages() -> None:
+    unit = ServiceUnit(description="x", command=["/bin/true"], user="fleet").render()
+    assert "Type=exec\n" in unit
+    assert "WatchdogSec" not in unit
+
+
+def test_a_user_that_is_given_is_not_checked(tmp_path: Path) -> None:
+    assert service_user(tmp_path, "fleet") == "fleet"
+
+
+def test_no_service_runs_as_root_by_accident(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"belongs to root.*--user"):
+        service_user(Path("/"), None)
+    with pytest.raises(ConfigError, match="name a folder that exists"):
+        service_user(Path("/no/such/folder"), None)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot write units into"):
+        write_units(tmp_path / "file", {"a.service": ""})
