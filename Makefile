@@ -21,6 +21,7 @@ demo: $(INSTALLED)  ## Run the whole fleet on this machine and watch it answer (
 test: $(INSTALLED)  ## Run all tests (ARGS="-k ...")
 	@scripts/install_mosquitto.sh
 	@scripts/install_postgresql.sh
+	@scripts/install_systemd.sh
 	@echo "==> the default model's bundle: fetched and built if it is missing"
 	@$(BIN)/python -c "from onnx_export.default_bundle import default_bundle; print(default_bundle(print))"
 	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)

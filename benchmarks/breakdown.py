@@ -55,7 +55,7 @@ class ProfiledPartition(Partition):
         """Return the events of each graph."""
         sessions = (*self.blocks, self._lm_head)
         return {
-            name: json.loads(Path(session.end_profiling()).read_text())
+            name: json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
             for name, session in zip(self._names, sessions, strict=True)
         }
 

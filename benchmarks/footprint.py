@@ -14,9 +14,9 @@ from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import ChatMessage, PromptRequest
 from fleet.server.child_process import child
 from fleet.server.home import FleetConfig, FleetHome
-from fleet.server.supervisor import free_port
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
+from fleet.utils.host_address import free_port
 
 HOST: Final = "127.0.0.1"
 DEVICE: Final = "edge-1"
@@ -72,7 +72,8 @@ def first_text_after(client: PromptClient, prompt: PromptRequest, start: float) 
 def memory_mb(pid: int) -> dict[str, float]:
     """Return the resident memory of a process, in MB of 10^6 bytes."""
     status = dict(
-        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        line.split(":", 1)
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     )
     names = {"rss_mb": "VmRSS", "own_rss_mb": "RssAnon", "peak_rss_mb": "VmHWM"}
     return {key: int(status[name].split()[0]) * 1024 / 1e6 for key, name in names.items()}
@@ -88,5 +89,5 @@ def idle_percent(pid: int, seconds: float) -> float:
 
 def cpu_seconds(pid: int) -> float:
     """Return user and system time of a process so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -17,7 +17,7 @@ from typing import Any, Final
 import psycopg
 
 from fleet.errors import ConfigError
-from fleet.server.supervisor import free_port
+from fleet.utils.host_address import free_port
 
 DEADLINE_S: Final = 60.0
 HOST: Final = "127.0.0.1"
@@ -91,6 +91,11 @@ class PostgresqlServer:
                         f"PostgreSQL does not start: {error}; its log is {log.name}"
                     ) from None
                 time.sleep(0.05)
+
+    @property
+    def pid(self) -> int:
+        """The process whose children serve the connections."""
+        return self._process.pid
 
     def stop(self) -> None:
         """End it with its connections; `start` restarts it with its data."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,20 +14,29 @@ from typing import Annotated
 import msgspec
 import typer
 
+from edge_agent.device_unit import DEVICE_SERVICE, device_unit
 from fleet.bundles.manifest import Manifest
 from fleet.errors import ConfigError, FleetError
 from fleet.identity.identity import Identity, IdentityConfig
 from fleet.protocol.access import Role
 from fleet.utils.cli_runtime import run_command, stop_event
+from fleet.utils.host_address import host_port
 from fleet.utils.optional_imports import needs
+from fleet.utils.service_manager import READY, Watchdog, notify
+from fleet.utils.systemd_unit import service_user, write_units
+from fleet.utils.text_files import decode_text
+from fleet.utils.version_option import VersionOption
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 
 @app.callback()
-def _edge_agent() -> None:
+def _edge_agent(version: VersionOption = False) -> None:
     """Run a device of the fleet, which answers prompts with the lower half of a language model."""
 
 
@@ -42,11 +52,16 @@ def run_agent(
 ) -> None:
     """Serve prompts until stopped."""
     with needs("edge"):
+        from edge_agent.update.launcher import launch, restart, software_store, stop_with_launcher
+
+    launch(folder)
+    with needs("edge"):
         from edge_agent.config import AgentConfig
-        from edge_agent.provisioning.certificate_renewer import CertificateRenewer
         from edge_agent.serving.agent import Agent
         from edge_agent.update.download import fetch_bundle
+        from edge_agent.update.software_install import install_software
         from edge_agent.update.supervisor import Supervisor
+        from fleet.identity.certificate_renewer import CertificateRenewer
         from fleet.protocol import topics
         from fleet.transport.base import Will
         from fleet.transport.mqtt import MqttTransport
@@ -61,22 +76,46 @@ def run_agent(
     if threads:
         config = msgspec.structs.replace(config, num_threads=threads)
 
-    base = bundle or (Path(identity.config.bundle) if identity.config.bundle else None)
+    base = bundle or identity.bundle
     supervisor = Supervisor(
         folder,
         config,
         base,
         partial(fetch_bundle, identity),
         partial(_print_serving, identity.name),
+        install=partial(install_software, identity, software_store(folder)),
     )
     stop = stop_event()
+    stop_with_launcher(stop)
     supervisor.prepare(stop)
     will = Will(topics.device_status(identity.name), Agent.will())
     with (
-        MqttTransport.connect(identity, will=will) as transport,
+        MqttTransport.connect(identity, will=will, wait=False) as transport,
         CertificateRenewer(identity, transport.reload_certificate),
     ):
-        supervisor.run(transport)
+        if transport.wait_up(stop):
+            supervisor.on_cycle = Watchdog().watch("supervisor")
+            supervisor.run(transport)
+    if supervisor.is_replaced:
+        restart()
+
+
+@app.command("systemd")
+def systemd_command(
+    folder: Annotated[Path, typer.Argument(help="Identity folder of the device.")],
+    out: Annotated[Path, typer.Option(help="Folder of the unit.")] = Path("/etc/systemd/system"),
+    user: Annotated[
+        str | None, typer.Option(help="User that runs it (default: the owner of the folder).")
+    ] = None,
+) -> None:
+    """Write a hardened systemd unit that runs this device."""
+    identity = folder.resolve()
+    unit = device_unit(identity, service_user(identity, user))
+    write_units(out, {DEVICE_SERVICE: unit})
+    print(
+        f"wrote {out / DEVICE_SERVICE}; "
+        f"next: systemctl daemon-reload && systemctl enable --now {DEVICE_SERVICE}"
+    )
 
 
 @app.command("join")
@@ -85,7 +124,9 @@ def join_command(
         str, typer.Argument(help="Token, printed by 'fleet enroll NAME'; '-' reads it from stdin.")
     ],
     server: Annotated[str, typer.Option(help="The fleet's service, https://HOST:PORT.")],
-    out: Annotated[Path, typer.Option(help="Identity folder to make.")] = Path("device"),
+    out: Annotated[
+        Path, typer.Option(help="Identity folder to make, or to mend with a new token.")
+    ] = Path("device"),
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Join a fleet: make a key, request its certificate, and fetch the model."""
@@ -95,7 +136,9 @@ def join_command(
         from edge_agent.state.bundle_slots import SlotStore
         from fleet.protocol.enrolment_api import EnrolmentToken
 
-    enrolment_token = EnrolmentToken.parse(sys.stdin.readline() if token == "-" else token)
+    if token == "-":
+        token = decode_text(sys.stdin.buffer.readline(), "the token on stdin")
+    enrolment_token = EnrolmentToken.parse(token)
     identity = join_fleet(enrolment_token, server, out)
     bundle_id = SlotStore(out).load().current
     if bundle_id:
@@ -103,14 +146,55 @@ def join_command(
     if as_json:
         _print_joined(identity.config, out, bundle_id)
     elif identity.config.role is Role.DEVICE:
-        print(f"{identity.name} has joined; start it with: edge-agent run {out}")
+        print(f"{identity.name} has joined; start it with: {_run_line(out)}")
     else:
         print(f"{identity.name} has joined as {identity.config.role}; its identity is in {out}")
 
 
+@app.command("renew")
+def renew_command(
+    folder: Annotated[Path, typer.Argument(help="Identity folder of any role.")],
+    at_once: Annotated[
+        bool, typer.Option("--now", help="Renew also before two thirds of the life are over.")
+    ] = False,
+) -> None:
+    """Renew the certificate of an app or of a device that does not run; for a daily timer."""
+    with needs("edge"):
+        from fleet.identity.certificate_renewer import renew_if_due
+
+    identity = Identity.load(folder)
+    is_renewed = renew_if_due(identity, at_once=at_once)
+    print(f"{identity.name} is renewed" if is_renewed else f"{identity.name} is not due yet")
+
+
+@app.command("address")
+def address_command(
+    folder: Annotated[Path, typer.Argument(help="Identity folder.")],
+    host: Annotated[str, typer.Option(help="New host of the broker.")],
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="New port of it.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="New address of the service (default: on HOST).")
+    ] = None,
+) -> None:
+    """Change the server's address of an identity; a device that runs has to be started again."""
+    with needs("edge"):
+        from edge_agent.provisioning.address import change_address
+
+    identity = change_address(Identity.load(folder), host, port, server)
+    config = identity.config
+    service = f", service at {config.server}" if config.server else ""
+    broker = host_port(config.host, config.port)
+    print(f"{identity.name} connects to the broker on {broker}{service}")
+
+
+def _run_line(folder: Path) -> str:
+    """The command that runs a device, ready to be pasted into a shell."""
+    return shlex.join(["edge-agent", "run", str(folder)])
+
+
 def _fetch_first_bundle(identity: Identity, bundle_id: str) -> None:
-    from edge_agent.service_client import retry_while_away
     from edge_agent.update.download import FETCH_S, fetch_bundle
+    from fleet.identity.service_client import log_wait, retry_while_away
 
     stop = stop_event()
     try:
@@ -119,11 +203,12 @@ def _fetch_first_bundle(identity: Identity, bundle_id: str) -> None:
                 lambda: fetch_bundle(identity, bundle_id, stop, on_progress),
                 timeout_s=FETCH_S,
                 stop=stop,
+                on_wait=log_wait,
             )
     except FleetError as error:
         raise type(error)(
             f"{identity.name} has joined, but its bundle is missing: {error}; "
-            f"'edge-agent run {identity.folder}' fetches it"
+            f"this fetches it: {_run_line(identity.folder)}"
         ) from None
 
 
@@ -151,6 +236,7 @@ def _print_serving(device: str, manifest: Manifest) -> None:
         f"device {device} serves {manifest.model.name}, bundle {manifest.bundle_id}, exits {exits}",
         flush=True,
     )
+    notify(READY)
 
 
 def _print_joined(config: IdentityConfig, folder: Path, bundle_id: str | None) -> None:

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-import msgspec
 from msgspec import Meta, Struct
 
 from fleet.errors import ConfigError
@@ -15,6 +14,7 @@ from fleet.protocol.messages import MAX_DRAFT
 from fleet.protocol.modes import Mode
 from fleet.protocol.triggers import Triggers, check_triggers
 from fleet.protocol.types import DeadlineMs, Share, TargetTpotMs, Threshold
+from fleet.utils.text_files import decode_json
 
 CONFIG_FILE: Final = "agent.json"
 
@@ -27,7 +27,8 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     Empty `thresholds` mean those of the bundle. `max_queued_requests` includes the active requests.
     `max_kept_reports` is the number of reports that wait on disk for the collector before the
     oldest are merged. `agreement_sample` is the share of collaborative responses whose tokens are
-    also verified by the cloud.
+    also verified by the cloud. `update_timeout_s` is the time within which a new version of the
+    device's software has to confirm itself.
     """
 
     mode: Mode = Mode.COLLABORATIVE
@@ -49,6 +50,7 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     max_draft: Annotated[int, Meta(ge=1, le=MAX_DRAFT)] = 16
     agreement_sample: Share = 0.0
     triggers: Triggers = ()
+    update_timeout_s: Annotated[float, Meta(gt=0, le=86_400)] = 300.0
 
     def __post_init__(self) -> None:
         """Check the triggers. A decoder reports the ValueError in its own error."""
@@ -65,7 +67,8 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         if not path.exists():
             return cls()
         try:
-            return msgspec.json.decode(path.read_bytes(), type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            config: AgentConfig = decode_json(path.read_bytes(), str(path), cls)
+        except ConfigError as error:
             known = ", ".join(cls.__struct_fields__)
-            raise ConfigError(f"{path}: {error}; known settings are {known}") from None
+            raise ConfigError(f"{error}; known settings are {known}") from None
+        return config

@@ -7,6 +7,7 @@ FleetError
  +- BundleError                 a bundle is missing, altered, or made for something else
  |   +- HeadsError              a file of exit heads does not fit
  |   +- ExportError             a model cannot be exported
+ +- SoftwareError               a version of the device's software cannot be installed
  +- ProtocolError               bytes or messages that break the rules of the wire
  |   +- DecodeError             bytes that are no message
  |   +- OversizedError          more bytes than the limit
@@ -81,6 +82,12 @@ class ExportError(BundleError):
     """A model cannot be exported."""
 
     code = "export_failed"
+
+
+class SoftwareError(FleetError):
+    """A version of the device's software is damaged, not signed, or does not fit the device."""
+
+    code = "bad_software"
 
 
 class ProtocolError(FleetError):

@@ -14,10 +14,9 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, Final
 
-import platformdirs
-
 from fleet.bundles.manifest import hash_file
 from fleet.errors import ExportError, MissingExtraError
+from fleet.utils.paths import user_cache_folder
 from onnx_export.config import DEFAULT_MODEL
 
 DEFAULT_NAME: Final = "SmolLM2-135M-Instruct"
@@ -30,7 +29,7 @@ EOS_TOKEN: Final = "<|im_end|>"
 
 def cache_folder() -> Path:
     """Return this project's folder in the user's cache."""
-    return platformdirs.user_cache_path("cecollm-fleet")
+    return user_cache_folder()
 
 
 def resolve_model(name_or_path: str, progress: Callable[[str], None] = lambda _: None) -> str:

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-import platformdirs
-
 from fleet.bundles.manifest import MANIFEST_FILE
 from fleet.errors import ConfigError
+from fleet.utils.paths import user_cache_folder
 from onnx_export.config import ExportConfig, require_packages
 from onnx_export.fingerprints import PACKAGE, source_digest
 
@@ -27,7 +26,7 @@ def default_bundle(progress: Callable[[str], None] = lambda _: None) -> Path:
         MissingExtraError: it has to be built and the extra ``export`` is not installed.
         ExportError: the model cannot be fetched or exported.
     """
-    folder = platformdirs.user_cache_path("cecollm-fleet") / "bundles" / f"default-{build_key()}"
+    folder = _cache() / f"default-{build_key()}"
     manifest_file = folder / MANIFEST_FILE
     if manifest_file.is_file():
         return folder
@@ -41,6 +40,18 @@ def default_bundle(progress: Callable[[str], None] = lambda _: None) -> Path:
         if not manifest_file.is_file():  # else another process was faster
             raise
     return folder
+
+
+def is_default_bundle(folder: Path) -> bool:
+    """Whether `folder` is one of `default_bundle`, of this version of the program or another."""
+    try:
+        return folder.parent == _cache()
+    except ConfigError:  # no home, so no cache
+        return False
+
+
+def _cache() -> Path:
+    return user_cache_folder() / "bundles"
 
 
 def build_key() -> str:

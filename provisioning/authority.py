@@ -20,6 +20,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
 from fleet.bundles.signature import write_signature
 from fleet.errors import IdentityError
+from fleet.identity.credentials import is_issued_by
 from fleet.identity.identity import CA_FILE, CERT_FILE, KEY_FILE, ServerTls
 from fleet.protocol.access import Role
 from fleet.protocol.topics import check_name
@@ -29,6 +30,7 @@ from provisioning.certificate import Certificate, issued_certificate
 from provisioning.crl import CRL_DAYS, CrlEntry, sign_crl
 
 CA_KEY_FILE: Final = "ca-key.pem"
+CA_NAME: Final = "CE-CoLLM Fleet authority"
 CA_DAYS: Final = 3650
 LEAF_DAYS: Final = 90
 LEAF_LIFE: Final = timedelta(days=LEAF_DAYS)
@@ -40,29 +42,56 @@ class CertificateAuthority:
     """The certificate authority of one fleet.
 
     Its key is in its folder (0700) in a file of mode 0600, encrypted if a passphrase was given.
+    While it is rotated it has a `successor`, which signs the certificates of clients. It still
+    signs those of servers, and bundles, because devices that were not renewed trust no other.
     """
 
     def __init__(
-        self, certificate: x509.Certificate, private_key: ec.EllipticCurvePrivateKey
+        self,
+        certificate: x509.Certificate,
+        private_key: ec.EllipticCurvePrivateKey,
+        successor: CertificateAuthority | None = None,
     ) -> None:
+        self.successor = successor
         self._certificate = certificate
         self._private_key = private_key
         self._ca_pem = certificate.public_bytes(serialization.Encoding.PEM)
 
     @property
     def pem(self) -> str:
-        """The authority's own certificate."""
-        return self._ca_pem.decode()
+        """The certificates that members of the fleet trust: its own, then its successor's."""
+        return self._ca_pem.decode() + (self.successor.pem if self.successor else "")
+
+    @property
+    def issuers(self) -> frozenset[str]:
+        """The names of the authorities, as in the revocation lists that they sign."""
+        own = self._certificate.subject.rfc4514_string()
+        return frozenset({own}) | (self.successor.issuers if self.successor else frozenset())
+
+    def signed(self, certificate: x509.Certificate) -> bool:
+        """Whether this authority, and not its successor, signed `certificate`."""
+        return is_issued_by(certificate, self._certificate)
+
+    def adopt(self, other: CertificateAuthority) -> None:
+        """Become `other`, so that all holders of this object sign and trust as it does."""
+        self._certificate = other._certificate
+        self._private_key = other._private_key
+        self._ca_pem = other._ca_pem
+        self.successor = other.successor
 
     @classmethod
-    def create(cls, folder: Path, passphrase: str | None = None) -> CertificateAuthority:
+    def create(
+        cls, folder: Path, passphrase: str | None = None, *, name: str = CA_NAME
+    ) -> CertificateAuthority:
         """Make a new authority in `folder`, atomically; a `passphrase` encrypts its key.
+
+        A successor needs another `name`, because revocation lists are found by it.
 
         Raises:
             IdentityError: the folder is not empty, or cannot be written.
         """
         private_key = ec.generate_private_key(ec.SECP256R1())
-        certificate = _sign_authority(private_key)
+        certificate = _sign_authority(private_key, name)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             # The temporary directory has mode 0700.
@@ -82,13 +111,14 @@ class CertificateAuthority:
 
     @classmethod
     def load(cls, folder: Path, passphrase: str | None = None) -> CertificateAuthority:
-        """Load an authority; only an encrypted key needs a `passphrase`.
+        """Load an authority and its successor; only an encrypted key needs a `passphrase`.
 
         Raises:
             IdentityError: the authority's files are missing or malformed, or its key is encrypted
                 and `passphrase` is missing or wrong.
         """
         try:
+            finish_retirement(folder)
             certificate = x509.load_pem_x509_certificate((folder / CA_FILE).read_bytes())
             private_key = _load_key(folder / CA_KEY_FILE, passphrase)
         except OSError as error:
@@ -106,7 +136,9 @@ class CertificateAuthority:
             raise IdentityError(
                 f"{folder / CA_KEY_FILE} is not the key of {folder / CA_FILE}; restore both files"
             )
-        return cls(certificate, private_key)
+        next_folder = successor_folder(folder)
+        successor = cls.load(next_folder, passphrase) if next_folder.exists() else None
+        return cls(certificate, private_key, successor)
 
     @property
     def not_after(self) -> float:
@@ -114,19 +146,29 @@ class CertificateAuthority:
         return self._certificate.not_valid_after_utc.timestamp()
 
     def crl(self, revoked: Iterable[CrlEntry], days: int = CRL_DAYS) -> bytes:
-        """Sign the revocation list; see `provisioning.crl`. Return PEM."""
-        return sign_crl(self._certificate, self._private_key, revoked, days)
+        """Sign the revocation list; see `provisioning.crl`. Return PEM.
+
+        The successor signs one, too: a broker needs a list of each authority that it trusts.
+        """
+        entries = list(revoked)
+        crl = sign_crl(self._certificate, self._private_key, entries, days)
+        return crl + (self.successor.crl(entries, days) if self.successor else b"")
 
     def certify(self, name: str, role: Role, life: timedelta = LEAF_LIFE) -> Certificate:
         """Make a client's key and `sign` its certificate for `life`. Raises TopicError."""
         private_key = ec.generate_private_key(ec.SECP256R1())
         issued = self.sign(private_key.public_key(), name, role, life)
-        return Certificate(self._ca_pem, issued, _private_pem(private_key))
+        return Certificate(self.pem.encode(), issued, _private_pem(private_key))
 
     def sign(
         self, key: ec.EllipticCurvePublicKey, name: str, role: Role, life: timedelta = LEAF_LIFE
     ) -> IssuedCertificate:
-        """Sign a client's own key for `life`. CN is its name, OU its role. Raises TopicError."""
+        """Sign a client's own key for `life`. CN is its name, OU its role. Raises TopicError.
+
+        A successor signs it, if there is one.
+        """
+        if self.successor:
+            return self.successor.sign(key, name, role, life)
         usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
         return self._sign(key, check_name(name), role, [usage], life)
 
@@ -150,7 +192,7 @@ class CertificateAuthority:
         private_key = ec.generate_private_key(ec.SECP256R1())
         public_key = private_key.public_key()
         issued = self._sign(public_key, "broker", Role.SERVER, extensions, LEAF_LIFE)
-        Certificate(self._ca_pem, issued, _private_pem(private_key)).write(folder)
+        Certificate(self.pem.encode(), issued, _private_pem(private_key)).write(folder)
         return ServerTls(folder / CA_FILE, folder / CERT_FILE, folder / KEY_FILE)
 
     def _sign(
@@ -179,8 +221,20 @@ class CertificateAuthority:
         return issued_certificate(builder.sign(self._private_key, hashes.SHA256()))
 
 
-def _sign_authority(private_key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "CE-CoLLM Fleet authority")])
+def finish_retirement(folder: Path) -> None:
+    """Move a successor into the place of an authority whose retirement was interrupted."""
+    successor = successor_folder(folder)
+    if not folder.exists() and successor.exists():
+        successor.rename(folder)
+
+
+def successor_folder(folder: Path) -> Path:
+    """The folder of the successor of the authority in `folder`."""
+    return folder.with_name(f"{folder.name}-next")
+
+
+def _sign_authority(private_key: ec.EllipticCurvePrivateKey, name: str) -> x509.Certificate:
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     return (
         _certificate(private_key.public_key(), subject, timedelta(days=CA_DAYS))
         .issuer_name(subject)

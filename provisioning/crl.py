@@ -21,6 +21,7 @@ from fleet.utils.atomic_files import write_file
 
 CRL_DAYS: Final = 7
 RENEW_S: Final = 86_400.0
+BEGIN_CRL: Final = b"-----BEGIN X509 CRL-----"
 BACKDATED: Final = timedelta(minutes=5)
 """Start of a list's validity before its creation, for a broker whose clock is behind."""
 
@@ -39,7 +40,10 @@ class CrlEntry(Protocol):
 
 
 class CrlSigner(Protocol):
-    """The signer of a list: the fleet's authority."""
+    """The signer of a list: the fleet's authority, or two of them while it is rotated."""
+
+    @property
+    def issuers(self) -> frozenset[str]: ...
 
     def crl(self, revoked: Iterable[CrlEntry], days: int = CRL_DAYS) -> bytes: ...
 
@@ -85,8 +89,12 @@ def _entry(certificate: CrlEntry, now: datetime) -> x509.RevokedCertificate:
 
 @dataclass(frozen=True)
 class _CrlContent:
-    """The content of a list: serials in hex, and its validity in seconds since 1970."""
+    """The content of a list: serials in hex, and its validity in seconds since 1970.
 
+    A file has a list of each of its `issuers`, with the same serials.
+    """
+
+    issuers: frozenset[str]
     serials: frozenset[str]
     created_at: float
     expires_at: float
@@ -115,7 +123,8 @@ class CrlFile:
         serials = frozenset(f"{int(certificate.serial, 16):x}" for certificate in certificates)
         current = self._read()
         due_at = min(current.created_at + RENEW_S, current.expires_at)
-        if current.serials == serials and now < due_at:
+        is_complete = (current.serials, current.issuers) == (serials, self._signer.issuers)
+        if is_complete and now < due_at:
             return None
         self._write(self._signer.crl(certificates))
         return serials - current.serials
@@ -131,12 +140,20 @@ class CrlFile:
     def _read(self) -> _CrlContent:
         """Read the file; the content is empty and expired if the file is missing or malformed."""
         try:
-            crl = x509.load_pem_x509_crl(self.path.read_bytes())
+            lists = _load_lists(self.path.read_bytes())
         except (OSError, ValueError):
-            return _CrlContent(frozenset(), 0.0, 0.0)
+            return _CrlContent(frozenset(), frozenset(), 0.0, 0.0)
+        crl = lists[0]
         next_update = crl.next_update_utc
         return _CrlContent(
+            issuers=frozenset(each.issuer.rfc4514_string() for each in lists),
             serials=frozenset(f"{entry.serial_number:x}" for entry in crl),
             created_at=crl.last_update_utc.timestamp(),
             expires_at=next_update.timestamp() if next_update else 0.0,
         )
+
+
+def _load_lists(pem: bytes) -> list[x509.CertificateRevocationList]:
+    """Load the lists in PEM, at least one. Raises ValueError."""
+    parts = [part for part in pem.split(BEGIN_CRL) if part.strip()]
+    return [x509.load_pem_x509_crl(BEGIN_CRL + part) for part in parts or [b""]]

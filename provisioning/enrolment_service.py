@@ -8,7 +8,8 @@ from pathlib import Path
 
 from fleet.bundles.manifest import MANIFEST_FILE, read_manifest
 from fleet.bundles.signature import SIGNATURE_FILE
-from fleet.errors import AccessError, BundleError, CredentialsError
+from fleet.bundles.software import find_software, read_software
+from fleet.errors import AccessError, BundleError, CredentialsError, SoftwareError
 from fleet.protocol.access import Role
 from fleet.protocol.desired_config import DesiredConfig, Settings
 from fleet.protocol.enrolment_api import JoinReply, JoinRequest, RenewReply, RenewRequest
@@ -30,7 +31,8 @@ class EnrolmentService:
 
     `find_bundle` returns the folder of a bundle by its id, None if there is none. `crl` returns the
     PEM of the newest revocation list, None before there is one. `bundle_id` is the fleet's bundle,
-    for devices and workers whose configuration names no other.
+    for devices and workers whose configuration names no other. `software` is the folder of the
+    versions of the devices' software, None where there are none.
     """
 
     registry: Registry
@@ -39,6 +41,7 @@ class EnrolmentService:
     find_bundle: FindBundle
     crl: Callable[[], str | None] = lambda: None
     bundle_id: str | None = None
+    software: Path | None = None
 
     def join(self, request: JoinRequest, peer: str) -> JoinReply:
         """Issue a certificate for a token.
@@ -79,7 +82,7 @@ class EnrolmentService:
         renewed = self.registry.identities.renew(
             _checked(fingerprint), csr.key_hash, self._signer(csr), csr_name=csr.name
         )
-        return RenewReply(renewed.pem)
+        return RenewReply(renewed.pem, self.authority.pem)
 
     def bundle_file(self, bundle_id: str, name: str, fingerprint: str | None) -> Path:
         """Return the path of a bundle's file, for a device or a worker.
@@ -89,11 +92,7 @@ class EnrolmentService:
             AccessError: the client is neither a device nor a worker.
             BundleError: there is no such bundle, or it has no such file.
         """
-        client, role = self.registry.identities.role_of(_checked(fingerprint))
-        if role not in SERVING:
-            raise AccessError(
-                f"{client!r} is an identity of the role {role}: expected a device or a worker"
-            )
+        self._check_serving(fingerprint)
         folder = self.find_bundle(bundle_id) if NAME.fullmatch(bundle_id) else None
         if folder is None:
             raise BundleError(f"no bundle {bundle_id[:80]!r} here; see 'fleet bundle list'")
@@ -103,6 +102,29 @@ class EnrolmentService:
                 f"bundle {bundle_id} has no file {name[:80]!r}; its manifest lists its files"
             )
         return folder / name
+
+    def software_file(self, version: str, name: str, fingerprint: str | None) -> Path:
+        """Return the path of a file of a version of the software, for a device or a worker.
+
+        Raises:
+            CredentialsError, StateError, RegistryError: as `Registry.role_of`.
+            AccessError: the client is neither a device nor a worker.
+            SoftwareError: there is no such version, or it has no such file.
+        """
+        self._check_serving(fingerprint)
+        folder = find_software(self.software, version) if self.software else None
+        if folder is None:
+            raise SoftwareError(f"no version {version[:80]!r} here; see 'fleet update list'")
+        if name not in (MANIFEST_FILE, SIGNATURE_FILE, read_software(folder).wheel):
+            raise SoftwareError(f"version {version} has no file {name[:80]!r}")
+        return folder / name
+
+    def _check_serving(self, fingerprint: str | None) -> None:
+        client, role = self.registry.identities.role_of(_checked(fingerprint))
+        if role not in SERVING:
+            raise AccessError(
+                f"{client!r} is an identity of the role {role}: expected a device or a worker"
+            )
 
     def _signer(self, csr: SigningRequest) -> Callable[[str, Role], IssuedCertificate]:
         return lambda name, role: self.authority.sign(csr.public_key, name, role)

@@ -23,6 +23,7 @@ from fleet.protocol.enrolment_api import (
     JOIN_PATH,
     MAX_BODY_BYTES,
     RENEW_PATH,
+    SOFTWARE_PATH,
     JoinRequest,
     RenewRequest,
     decode_body,
@@ -64,6 +65,7 @@ class Routes:
         app.router.add_post(JOIN_PATH, self._join)
         app.router.add_post(RENEW_PATH, self._renew)
         app.router.add_get(BUNDLES_PATH + "/{bundle_id}/{name:.+}", self._bundle_file)
+        app.router.add_get(SOFTWARE_PATH + "/{version}/{name}", self._software_file)
         return app
 
     async def _ca(self, _: web.Request) -> web.Response:
@@ -109,6 +111,14 @@ class Routes:
         name = request.match_info["name"]
         path = await in_thread(
             self._service.bundle_file, bundle_id, name, client_fingerprint(request)
+        )
+        return TimedFile(path)
+
+    async def _software_file(self, request: web.Request) -> web.StreamResponse:
+        version = request.match_info["version"]
+        name = request.match_info["name"]
+        path = await in_thread(
+            self._service.software_file, version, name, client_fingerprint(request)
         )
         return TimedFile(path)
 

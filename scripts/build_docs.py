@@ -43,7 +43,10 @@ def main() -> None:
 
 def copy_page(page: Path) -> None:
     """Copy a page and the files that it links to; a directory is an index of its own."""
-    for target in [page, *(page.parent / link for link in RELATIVE_LINK.findall(page.read_text()))]:
+    for target in [
+        page,
+        *(page.parent / link for link in RELATIVE_LINK.findall(page.read_text(encoding="utf-8"))),
+    ]:
         if target.is_file():
             copy = PAGES / target.resolve().relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +62,8 @@ def write_page(path: str, title: str, body: str) -> None:
 def write_decision_index() -> None:
     decisions = sorted((ROOT / "docs/adr").glob("[0-9]*.md"))
     titles = [
-        (path.name, path.read_text().splitlines()[0].removeprefix("# ")) for path in decisions
+        (path.name, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))
+        for path in decisions
     ]
     lines = [f"- [{title}]({name})" for name, title in titles]
     write_page("docs/adr/README.md", "Decisions", "\n".join(lines))
@@ -100,7 +104,7 @@ class Links(HTMLParser):
         super().__init__()
         self.links: list[str] = []
         self.anchors: set[str] = set()
-        self.feed(path.read_text())
+        self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         values = dict(attributes)

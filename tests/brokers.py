@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import random
 import shutil
@@ -11,7 +12,7 @@ import ssl
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -21,7 +22,7 @@ import pytest
 
 from cloud_broker_worker.broker.embedded import EmbeddedBroker
 from cloud_broker_worker.broker.mosquitto import write_config
-from cloud_broker_worker.broker.rights_cache import RightsLookup
+from cloud_broker_worker.broker.rights_cache import AdmissionRegistry
 from fleet.errors import LinkError
 from fleet.identity.identity import CERT_FILE, Identity, ServerTls
 from fleet.protocol.access import Grants, Role
@@ -33,7 +34,7 @@ from tests.identities import issue_identity
 HOST: Final = "127.0.0.1"
 PORTS: Final = range(15_000, 32_000)
 WAIT_S: Final = 10.0
-BROKERS: Final = ["amqtt", pytest.param("mosquitto", marks=pytest.mark.mosquitto)]
+BROKERS: Final = ["embedded", pytest.param("mosquitto", marks=pytest.mark.mosquitto)]
 FLEET: Final = (
     Grants(Role.DEVICE, "d1", ("a1",)),
     Grants(Role.DEVICE, "d2", ("a2",)),
@@ -80,21 +81,37 @@ class RunningBroker(Protocol):
 
 
 class Amqtt:
-    """The embedded broker, asking `lookup` for rights."""
+    """The embedded broker, with the rights of `registry`."""
 
-    def __init__(self, port: int, tls: ServerTls, lookup: RightsLookup) -> None:
+    def __init__(self, port: int, tls: ServerTls, registry: AdmissionRegistry) -> None:
         self._port = port
         self._tls = tls
-        self._lookup = lookup
+        self._registry = registry
         self._broker: EmbeddedBroker | None = None
 
     def start(self) -> None:
-        self._broker = EmbeddedBroker(HOST, self._port, self._tls, self._lookup).__enter__()
+        self._broker = EmbeddedBroker(HOST, self._port, self._tls, self._registry).__enter__()
 
     def stop(self) -> None:
         if self._broker:
             self._broker.__exit__(None, None, None)
             self._broker = None
+
+
+class LookupRegistry:
+    """A registry of the rights that `lookup` returns, which may have changed at any time."""
+
+    def __init__(self, lookup: Callable[[str, str], Grants | None]) -> None:
+        self._lookup = lookup
+        self._changes = itertools.count()
+        self.audit_log = self
+        self.identities = self
+
+    def newest_change(self) -> int:
+        return next(self._changes)
+
+    def admitted_holders(self, holders: Sequence[tuple[str, str]]) -> list[Grants | None]:
+        return [self._lookup(*holder) for holder in holders]
 
 
 class Mosquitto:
@@ -130,8 +147,8 @@ class Site:
         self._issued: dict[str, set[str]] = defaultdict(set)
         self._open: set[str] = set()
         self.broker: RunningBroker = (
-            Amqtt(self.port, self.tls, self.lookup)
-            if kind == "amqtt"
+            Amqtt(self.port, self.tls, LookupRegistry(self.lookup))
+            if kind == "embedded"
             else Mosquitto(
                 self.port,
                 write_config(folder / "mosquitto", self.port, self.tls, self.known.values()),
@@ -170,7 +187,7 @@ class Site:
 
 @contextmanager
 def running_site(kind: str, folder: Path, fleet: Iterable[Grants] = FLEET) -> Iterator[Site]:
-    """A site whose broker runs; `kind` is amqtt or mosquitto."""
+    """A site whose broker runs; `kind` is embedded or mosquitto."""
     site = Site(kind, folder, fleet)
     site.broker.start()
     try:

@@ -112,7 +112,7 @@ class HostileLink(InMemoryTransport):
                 for forged in self._forge(list(self.said)):
                     super().publish(*forged)
 
-    def _deliver(self, link: int, topic: str, payload: bytes) -> None:
+    def _deliver(self, link: int, topic: str, payload: bytes, *, is_retained: bool) -> None:
         arriving = self.down((topic, payload)) if "/s/" in topic else [(topic, payload)]
         for message in arriving:
-            super()._deliver(link, *message)
+            super()._deliver(link, *message, is_retained=is_retained)

@@ -43,13 +43,15 @@ class RegisteredSite:
         self.tls = self.authority.server_tls(folder / "server", HOST)
         self.watcher = ChangeWatcher(self.registry)
         self.broker = (
-            self._start_amqtt() if kind == "amqtt" else self._start_mosquitto(folder / "mosquitto")
+            self._start_embedded()
+            if kind == "embedded"
+            else self._start_mosquitto(folder / "mosquitto")
         )
         stack.callback(self.broker.stop)
         stack.enter_context(self.watcher)
 
-    def _start_amqtt(self) -> RunningBroker:
-        broker = Amqtt(self.port, self.tls, self.registry.identities.admitted)
+    def _start_embedded(self) -> RunningBroker:
+        broker = Amqtt(self.port, self.tls, self.registry)
         broker.start()
         return broker
 
@@ -95,6 +97,6 @@ class RegisteredSite:
 def registered_site(
     kind: str, folder: Path, fleet: tuple[Grants, ...] = FLEET
 ) -> Iterator[RegisteredSite]:
-    """A site whose broker runs; `kind` is amqtt or mosquitto."""
+    """A site whose broker runs; `kind` is embedded or mosquitto."""
     with ExitStack() as stack:
         yield RegisteredSite(kind, folder, fleet, stack)

@@ -81,7 +81,13 @@ class LocalApp(Transport):
         self._link.flush(timeout_s)
 
     def subscribe(
-        self, topic_filter: str, handler: Handler, *, qos: int = 0, retained: bool = False
+        self,
+        topic_filter: str,
+        handler: Handler,
+        *,
+        qos: int = 0,
+        retained: bool = False,
+        live_only: bool = False,
     ) -> None:
         if topic_filter == topics.prompts_to(self.name):
             self._on_prompt = handler
@@ -91,7 +97,9 @@ class LocalApp(Transport):
             self.messages_down += 1
             handler(topic, payload)
 
-        self._link.subscribe(topic_filter, counting, qos=qos, retained=retained)
+        self._link.subscribe(
+            topic_filter, counting, qos=qos, retained=retained, live_only=live_only
+        )
 
     def unsubscribe(self, topic_filter: str) -> None:
         self._link.unsubscribe(topic_filter)

@@ -93,7 +93,10 @@ def resident_mb() -> dict[str, float]:
 
     `own` is anonymous memory, `mapped` that of mapped files.
     """
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(
+        line.split(":", 1)
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    )
     names = {"own": "RssAnon", "mapped": "RssFile"}
     return {kind: int(status[name].split()[0]) * 1024 / 1e6 for kind, name in names.items()}
 

@@ -37,7 +37,8 @@ from fleet.protocol.access import Role
 from fleet.protocol.prompt import ChatMessage
 from fleet.server.child_process import child
 from fleet.server.home import EMBEDDED, MOSQUITTO, WORKER, FleetConfig, FleetHome
-from fleet.server.supervisor import free_port, server_processes
+from fleet.server.supervisor import server_processes
+from fleet.utils.host_address import free_port
 
 HOST: Final = "127.0.0.1"
 LOOPBACK: Final = Link()

@@ -1,4 +1,4 @@
-"""The rate at which the cloud accepts drafts, by the confidence that they were drafted with."""
+"""The rate at which the cloud accepts drafts, by the confidence of their exit."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ LOOKUP_PRIOR: Final = 0.5
 
 
 class AcceptanceRate:
-    """The acceptance rate of a device, learned from the verdicts of all its answers.
+    """The acceptance rate of a device, learned from the verdicts in all its answers.
 
-    Before there are any, the probability is the confidence.
+    Before the first verdict, the probability is the confidence.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class AcceptanceRate:
         return self._estimate(NUM_BINS, LOOKUP_PRIOR)
 
     def update(self, confidence: float | None, *, accepted: bool) -> None:
-        """Count a verdict; `confidence` None is a token from prompt lookup."""
+        """Count the verdict on one draft. `confidence` is None for a token from prompt lookup."""
         index = NUM_BINS if confidence is None else _bin(confidence)
         with self._lock:
             self._accepted[index] = DECAY * self._accepted[index] + accepted

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from edge_agent.engine.cascade import Cascade
-from edge_agent.engine.fair_lock import FairLock
+from edge_agent.engine.fair_lock import FairLock, UserLock
 from edge_agent.engine.partition import Partition
 from edge_agent.measurements import Measurements
 from edge_agent.session.cloud_session import CloudSession
@@ -21,8 +21,8 @@ from fleet.protocol.sampling import draw
 class ExitChoice:
     """A token that an exit chose, and its log-probability at temperature 1.
 
-    `is_confident` is set when the confidence reaches the exit's threshold, so that the exit emits
-    it.
+    `is_confident` means that the confidence reaches the exit's threshold, so the exit emits the
+    token.
     """
 
     token_id: int
@@ -34,9 +34,7 @@ class ExitChoice:
 
 @dataclass(frozen=True)
 class GeneratedToken:
-    """A token of the answer, its log-probability at temperature 1 at its source, and that
-    source.
-    """
+    """A token of the answer, its source, and its log-probability at temperature 1 there."""
 
     token_id: int
     logprob: float
@@ -47,12 +45,11 @@ class Decoder:
     """A sequence that runs through the cascade.
 
     Decoders that share `lock` run one chunk of a block at a time. `check` is called before each
-    chunk, and may raise an error to end the sequence: a long prompt takes a while.
+    chunk, because a long prompt takes a while. It may raise an error to end the sequence.
 
-    `text` are all tokens; those that have not been needed yet have not run. The outputs of the
-    block that ends at the upload layer are offered to `cloud_session`, each position once. With
-    `one_by_one_from` every position from there on has the very bits that it has without drafts (see
-    :class:`Cascade`).
+    `text` holds all tokens, also those that have not run yet. The outputs of the block that ends at
+    the upload layer are offered to `cloud_session`, each position once. Positions from
+    `one_by_one_from` on have exactly the same bits as without drafts (see :class:`Cascade`).
     """
 
     def __init__(
@@ -62,7 +59,7 @@ class Decoder:
         thresholds: Sequence[float],
         sampling: Sampling,
         cloud_session: CloudSession | None = None,
-        lock: FairLock | None = None,
+        lock: UserLock | None = None,
         measurements: Measurements | None = None,
         *,
         one_by_one_from: int | None = None,
@@ -75,7 +72,7 @@ class Decoder:
         self._thresholds = thresholds
         self._sampling = sampling
         self._cloud_session = cloud_session
-        self._lock = lock or FairLock()
+        self._lock = lock or FairLock().of("")
         self._measurements = measurements or Measurements()
         self._num_offered = 0
 
@@ -85,15 +82,15 @@ class Decoder:
         return self._lock.is_free
 
     def choose(self) -> ExitChoice:
-        """Return the token after the newest position: of the first confident exit, else of the
-        deepest.
+        """Return the token after the newest position, from the first confident exit or, if there is
+        none, from the deepest exit.
         """
         self._append(len(self.text))
         position = self.cascade.num_tokens - 1
         started = time.monotonic()
         if self.cascade.num_filled(0) > position:
-            # An exit's candidates are those of the position that ran last, which may be cut off by
-            # now.
+            # An exit's candidates belong to the position that ran last. This position may have been
+            # cut off since, so run the newest position again.
             self.cascade.truncate(position)
             self.cascade.append(self.text[position:])
         is_step = position == self.cascade.num_filled(0)
@@ -103,7 +100,7 @@ class Decoder:
             is_confident = exit_emits(candidates.confidence, threshold)
             if is_confident:
                 break
-        if is_step:  # the time of a prompt is not that of a token
+        if is_step:  # not for a prompt, which takes longer than one token
             self._measurements.step_done(time.monotonic() - started)
         self._measurements.token_chosen(candidates.confidence, is_emitted=is_confident)
         chosen = draw(candidates.logprobs, candidates.token_ids, position, self._sampling)
@@ -116,14 +113,14 @@ class Decoder:
         )
 
     def upload(self, num_positions: int) -> None:
-        """Upload positions [0, num_positions): run the blocks that early exits skipped for them."""
+        """Upload positions [0, num_positions); first run the blocks that early exits skipped."""
         self._append(num_positions)
         for block in range(self._upload_block + 1):
             self.cascade.fill(block, self._locked)
         self._offer(self._upload_block)
 
     def truncate(self, num_tokens: int) -> None:
-        """Drop every token from `num_tokens` on; the caller rewinds the cloud session."""
+        """Drop every token from `num_tokens` on. The caller has to rewind the cloud session."""
         del self.text[num_tokens:]
         self.cascade.truncate(num_tokens)
         self._num_offered = min(self._num_offered, num_tokens)
@@ -135,7 +132,7 @@ class Decoder:
             yield
 
     def _append(self, num_tokens: int) -> None:
-        """Append the text's first `num_tokens` tokens to the cascade."""
+        """Bring the cascade up to the text's first `num_tokens` tokens."""
         self.cascade.append(self.text[self.cascade.num_tokens : num_tokens])
 
     def _offer(self, block: int) -> None:

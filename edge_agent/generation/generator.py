@@ -1,4 +1,4 @@
-"""One answer, token by token, each in the mode that applies at that time."""
+"""The generation of one answer, each token in the mode that applies at that time."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fleet.protocol.modes import FALLBACK, Mode, exit_source
 
 
 class _CancelledError(Exception):
-    """The end of a cancelled sequence within a step."""
+    """A signal that ends a cancelled sequence within a step."""
 
 
 class Generator:
     """The generation of one sequence.
 
-    Without `cloud_session` and `drafts` it is alone: the deepest exit then always emits.
+    Without `cloud_session` and `drafts` the device generates alone.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Generator:
 
         Raises:
             DeadlineError: the monotonic clock has passed `deadline`.
-            CloudError: the tokens must be the cloud's, and no worker accepts the session.
+            CloudError: the cloud has to choose the tokens, and no worker accepts the session.
         """
         self._decoder.text += prompt_ids
         num_tokens = 0
@@ -78,7 +78,7 @@ class Generator:
         reason = f" ({note})" if note else ""
         return (
             f"the answer's deadline passed after {num_tokens} tokens{reason}; "
-            "allow more time with deadline_ms"
+            "allow more time with deadline_ms, at most the device's answer_deadline_ms"
         )
 
     def _advance(self, num_tokens: int, max_tokens: int) -> list[GeneratedToken]:

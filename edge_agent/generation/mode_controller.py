@@ -1,4 +1,4 @@
-"""The mode of the next token, and the switches of an answer."""
+"""The mode of the next token, and the mode changes within an answer."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from edge_agent.measurements import Measurements
 from fleet.protocol.modes import Mode
 from fleet.protocol.report import Switch
 
-PROBE_TOKENS: Final = 64  # alone on a link that is up; then one request measures the cloud
+PROBE_TOKENS: Final = 64  # so many without the cloud while the link is up; then measure it again
 MAX_SWITCHES: Final = 50
-SAMPLED: Final = "this answer is a sample, which measures the agreement of the exits"
+SAMPLED: Final = "this answer is a sample that measures the agreement of the exits"
 
 
 class ModeController:
-    """The mode of one answer: a fixed one, or in `auto` the one that the measurements suggest.
+    """The mode of one answer: the configured mode, or in `auto` the one that measurements suggest.
 
-    A sample of the collaborative answers is verified as long as the cloud is available, and
-    collaborative from then on.
+    An answer that is a sample is verified as long as the cloud is available, and collaborative
+    after the cloud is lost.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ModeController:
         self._was_up = is_link_up
         snapshot = self._measurements.snapshot()
         current = self._current
-        if came_back:  # the measurements of the link are from before
+        if came_back:  # the measurements are older than the loss of the link
             self._switch(num_tokens, Mode.COLLABORATIVE, "the link is back")
             return self._current
         num_since = num_tokens - self._since
@@ -76,7 +76,7 @@ class ModeController:
             self.switches += (Switch(num_tokens, mode, reason),)
 
     def wait_ms(self) -> int | None:
-        """Return the milliseconds to wait for an optional verify request; None is the device's
+        """Return the milliseconds to wait for an optional verify request, or None for the device's
         setting.
         """
         return wait_ms(self._measurements.snapshot(), self._deadline_ms) if self.is_auto else None

@@ -1,4 +1,4 @@
-"""Auto mode: from measurements and targets to a mode, as plain functions."""
+"""Plain functions of the mode `auto`: they choose a mode from measurements and targets."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Final
 from edge_agent.measurements import Snapshot
 from fleet.protocol.modes import Mode
 
-MIN_TOKENS: Final = 16  # between two switches, unless the link went or came
-GAIN: Final = 0.2  # a switch for speed alone must promise so much less time a token
-SLACK: Final = 0.1  # the present mode may miss a target by so much, another must exceed it by that
+MIN_TOKENS: Final = 16  # between two mode changes, unless the link is lost or comes back
+GAIN: Final = 0.2  # share of the time per token that a change for speed alone must save
+SLACK: Final = 0.1  # share by which the current mode may miss a target, and another must beat it
 MIN_WAIT_MS: Final = 250
 MAX_ROUND: Final = 16
 MIN_JUDGED: Final = 16  # drafts; from then on their acceptance counts, not the exits' confidence
@@ -19,10 +19,10 @@ MIN_JUDGED: Final = 16  # drafts; from then on their acceptance counts, not the 
 
 @dataclass(frozen=True)
 class Targets:
-    """The targets of an answer; None is no target.
+    """The targets of an answer. None means no target.
 
-    `promised_agreement` is the agreement of collaborative mode with the thresholds in use, from
-    calibration; without it the exits' own confidence counts.
+    `promised_agreement` is the agreement of collaborative mode that calibration measured for the
+    thresholds in use. If it is None, the exits' own confidence is used.
     """
 
     target_tpot_ms: float | None = None
@@ -35,7 +35,8 @@ class Targets:
 class Prediction:
     """The prediction for one mode.
 
-    Seconds per token, share of tokens equal to the full model's, share of tokens from the cloud.
+    The fields are the seconds per token, the share of tokens that equal the full model's, and the
+    share of tokens from the cloud.
     """
 
     tpot_s: float
@@ -50,16 +51,18 @@ class ModeDecision:
 
 
 def predict(m: Snapshot, targets: Targets) -> dict[Mode, Prediction]:
-    """Predict each mode from step s, round trip r, and share u of tokens below their threshold.
+    """Predict each mode from the time s of a step, the time r of a round trip, the share u of
+    tokens below their threshold, and the acceptance c.
 
-    c is the share of the device's own tokens that are the cloud's: from verify requests, before
-    those the exits' mean confidence.
+    c is the share of the device's own tokens that equal the cloud's. It is measured by verify
+    requests. Before there are enough of them, it is the exits' mean confidence.
 
-    standalone: s per token; agreement c. collaborative: s + u r, where the next step overlaps with
-    the round trip of a correct draft, and about every second one shares its round trip with the
-    next; agreement 1 - (1 - u)(1 - c above the threshold), or the promised one. verified: a round
-    of k drafts takes k s + r and gives 1 + c + ... + c^(k-1) tokens, at the best k; agreement 1;
-    the cloud corrects 1 - c of the tokens.
+    - standalone: s per token; agreement c.
+    - collaborative: s + u r per token, less two savings for correct drafts: the next step overlaps
+      with the round trip, and about every second draft shares its round trip with the next one.
+      Agreement 1 - (1 - u)(1 - c above the threshold), or the promised one if that is higher.
+    - verified: a round of k drafts takes k s + r and gives 1 + c + ... + c^(k-1) tokens, for the
+      best k; agreement 1. The cloud corrects the share 1 - c of the tokens.
     """
     s = m.step_s
     r = m.round_trip_s
@@ -85,9 +88,10 @@ def decide_mode(
 ) -> ModeDecision:
     """Return the mode of the next token, and the reason.
 
-    Without the link a device is alone, unless the text must be exact (`min_agreement` 1). Otherwise
-    the mode that misses the fewest targets wins, agreement before time before offload; among equals
-    the fastest, or with a `target_tpot_ms` that is kept, the one with the highest agreement.
+    Without the link the device generates alone, unless the text must be exact (`min_agreement` 1).
+    With the link, agreement comes first: a mode that misses its target loses against one that meets
+    it. The time per token comes second, and the offload rate third. Among modes that miss the same
+    targets, the fastest wins, or the one with the highest agreement if `target_tpot_ms` is met.
     """
     if not is_link_up:
         if targets.min_agreement == 1.0:
@@ -116,7 +120,7 @@ def missed(
 ) -> tuple[bool, bool, bool]:
     """Return whether agreement, time per token and offload rate miss their targets.
 
-    The present mode may miss them a little.
+    The current mode may miss them by `SLACK`, so that the mode does not change to and fro.
     """
     slack = SLACK if is_current else -SLACK
     agreement = targets.min_agreement
@@ -131,11 +135,11 @@ def missed(
 
 
 def wait_ms(m: Snapshot, base_ms: int) -> int:
-    """Return the milliseconds to wait for an optional verify request: twice TCP's timeout, at most
-    `base_ms`.
+    """Return the milliseconds to wait for an optional verify request: twice the timeout that TCP
+    would use (RFC 6298), and at most `base_ms`.
 
-    As in TCP (RFC 6298) each loss doubles it until there is a response: a link that has become
-    slower than the wait would never be measured otherwise.
+    As in TCP, each loss doubles the wait until there is a verdict. Otherwise a link that has become
+    slower than the wait would never be measured.
     """
     if m.num_round_trips == 0:
         return base_ms
@@ -152,7 +156,7 @@ def _rank(
 
 
 def _is_better(then: Prediction, now: Prediction, targets: Targets) -> bool:
-    """Return whether a mode that misses no other target is worth a switch."""
+    """Return whether `then` is worth a change of mode, given that it misses no other targets."""
     if targets.target_tpot_ms is not None and not missed(then, targets)[1]:
         return then.agreement > now.agreement + 0.01
     return then.tpot_s < (1 - GAIN) * now.tpot_s

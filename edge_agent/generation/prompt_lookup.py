@@ -10,9 +10,9 @@ MIN_NGRAM: Final = 2
 
 
 class PromptLookup:
-    """The token ids of one sequence, and the places where each n-gram ended in them.
+    """The token ids of one sequence, and for each n-gram the places where it ends.
 
-    A drafter without a model, after prompt lookup decoding
+    It drafts without a model, as in prompt lookup decoding
     (https://github.com/apoorvumang/prompt-lookup-decoding).
     """
 
@@ -24,7 +24,7 @@ class PromptLookup:
         return len(self._ids)
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        """Add tokens."""
+        """Append tokens to the sequence."""
         for token_id in token_ids:
             self._ids.append(token_id)
             for ngram in self._last_ngrams():
@@ -40,11 +40,10 @@ class PromptLookup:
             self._ids.pop()
 
     def propose(self, max_tokens: int) -> list[int]:
-        """Return at most `max_tokens` tokens that followed the most recent earlier place with the
-        same last tokens.
+        """Find the most recent earlier occurrence of the last tokens; return at most `max_tokens`
+        tokens that followed it.
 
-        The longest n-gram with such a place decides; the list is empty when even the shortest has
-        none.
+        The longest n-gram that occurred earlier is used. If none did, the list is empty.
         """
         for ngram in self._last_ngrams():
             ends = self._ends[ngram]

@@ -1,10 +1,10 @@
-"""Speculative decoding over a link: the device drafts, the cloud accepts or corrects, and the
-device drafts on meanwhile.
+"""Speculative decoding over a link: the device drafts, the cloud accepts or corrects the drafts,
+and the device drafts further tokens meanwhile.
 
-The method is arXiv 2211.17192. In verified mode every token is judged, and the result is the
-cloud's text, token for token, independent of the drafts and of repeated requests, since a draw
-depends only on the seed and the position. In collaborative mode a token that an exit is confident
-of needs no verdict (ADR 0028).
+The method is arXiv 2211.17192. In verified mode the cloud judges every token, and the result is
+exactly the cloud's text. Drafts and repeated requests do not change this text, because a random
+draw depends only on the seed and the position. In collaborative mode a token of a confident exit
+needs no verdict (ADR 0028).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ MAX_LOOKUP: Final = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """A token that has no verdict yet; `chance` is the probability that the cloud accepts it.
+    """A token without a verdict. `chance` is the probability that the cloud accepts it.
 
-    `confidence` is the exit's, None for a token from prompt lookup. `is_confident` is set when an
-    exit would emit the token.
+    `confidence` is that of the exit, or None for a token from prompt lookup. `is_confident` means
+    that an exit would emit the token.
     """
 
     token_id: int
@@ -45,16 +45,16 @@ class Draft:
     is_confident: bool
 
     def as_own(self) -> GeneratedToken:
-        """Return the device's own token, without a verdict."""
+        """Return the draft as a token of the answer that has no verdict."""
         source = self.source if self.is_confident else FALLBACK
         return GeneratedToken(self.token_id, self.logprob, source)
 
 
 class SpeculativeDecoder:
-    """The drafts of one sequence, which are the end of the decoder's text.
+    """The drafts of one sequence. They are the last tokens of the decoder's text.
 
-    The pending request is about the first `num_asked` of them; when `asked_trusting`, only about
-    those that no exit is confident of.
+    The pending request contains the first `_num_asked` drafts. With `_asked_trusting`, the worker
+    accepts drafts of confident exits without a check.
     """
 
     def __init__(
@@ -88,13 +88,13 @@ class SpeculativeDecoder:
     def advance(
         self, max_tokens: int, *, trusts_exits: bool = False, wait_ms: int | None = None
     ) -> list[GeneratedToken]:
-        """Do one piece of work (draft a token, ask, or settle a response) and return the tokens
-        that are certain by it.
+        """Draft a token, send a request, or settle a verdict; return the tokens that are certain
+        after that.
 
-        With `trusts_exits` a token that an exit is confident of is certain once all before it are,
-        nothing is looked up, since an exit could be confident of it, and the device continues alone
-        when no response comes within `wait_ms`. At most `max_tokens` are drafted; 0 only settles
-        the present drafts. Wait at most `SLICE_S` seconds.
+        With `trusts_exits` a token of a confident exit is certain once all tokens before it are.
+        Prompt lookup is then not used, because an exit could be confident at the same position. The
+        device continues alone when no verdict comes within `wait_ms`. At most `max_tokens` tokens
+        are drafted; 0 only settles the existing drafts. The call waits at most `SLICE_S` seconds.
         """
         if self._num_asked and not self._cloud_session.has_request:  # it was lost
             self._num_asked = 0
@@ -119,8 +119,8 @@ class SpeculativeDecoder:
         return []
 
     def release(self) -> list[GeneratedToken]:
-        """Return the drafts as the device's own tokens, without the cloud, up to the first from
-        prompt lookup.
+        """Continue without the cloud: withdraw the request and return the drafts as the device's
+        own tokens. Drafts from the first prompt lookup on are dropped.
         """
         self._cloud_session.withdraw()
         own = list(takewhile(lambda draft: draft.confidence is not None, self._drafts))
@@ -136,7 +136,7 @@ class SpeculativeDecoder:
 
     @property
     def _survival(self) -> float:
-        """The probability that every draft is accepted."""
+        """The probability that the cloud accepts all drafts."""
         return prod(draft.chance for draft in self._drafts)
 
     def _pop_confident(self) -> list[GeneratedToken]:
@@ -209,7 +209,7 @@ class SpeculativeDecoder:
         self._cloud_session.ask(start, token_ids, trusted, wait_ms, is_optional=trusts_exits)
 
     def _settle(self, response: Verified) -> list[GeneratedToken]:
-        """Return the tokens that the response makes certain."""
+        """Return the tokens that the verdict makes certain."""
         asked = self._drafts[: self._num_asked]
         self._num_asked = 0
         tokens = []
@@ -234,7 +234,8 @@ class SpeculativeDecoder:
     def _learn(self, draft: Draft, *, is_accepted: bool) -> None:
         self._acceptance.update(draft.confidence, accepted=is_accepted)
         if not self._asked_trusting:
-            # Otherwise only drafts below the threshold are judged, and their share is another one.
+            # With trusted exits only drafts below the threshold are judged, and of these the cloud
+            # accepts another share.
             self._measurements.draft_judged(is_accepted=is_accepted)
         if draft.confidence is None:
             return

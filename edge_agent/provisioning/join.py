@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 import ssl
 import time
 import warnings
 from pathlib import Path
 from typing import Final
 
-import msgspec
 from urllib3.exceptions import InsecureRequestWarning
 
-from edge_agent.provisioning.credentials import (
+from edge_agent.state.bundle_slots import Slots, SlotStore
+from edge_agent.state.desired_state import save_desired
+from fleet.errors import ConfigError, IdentityError, ServiceError, TokenNameError, UsedTokenError
+from fleet.identity.certificate_rotation import replace_pair
+from fleet.identity.credentials import (
     check_certificate,
+    contains_authority,
     fingerprint,
+    is_key,
     new_key,
     only_first,
     signing_request,
 )
-from edge_agent.service_client import ServiceClient, check_url, retry_while_away
-from edge_agent.state.bundle_slots import Slots, SlotStore
-from edge_agent.state.desired_state import save_desired
-from fleet.errors import ConfigError, IdentityError, ServiceError
 from fleet.identity.identity import (
     CA_FILE,
-    CERT_FILE,
     IDENTITY_FILE,
     KEY_FILE,
     Identity,
     IdentityConfig,
 )
+from fleet.identity.service_client import ServiceClient, check_url, log_wait, retry_while_away
 from fleet.protocol.enrolment_api import EnrolmentToken, JoinReply, JoinRequest
 from fleet.protocol.topics import PREFIX
-from fleet.utils.atomic_files import create_file, write_file
+from fleet.utils.atomic_files import create_file, move_aside, write_file
 
 JOIN_S: Final = 120.0
+JOINING_KEY_FILE: Final = "joining-key.pem"
+"""The key of a pending request to mend a folder, which has another key until the reply."""
+
+log = logging.getLogger(__name__)
 
 
 def join_fleet(
@@ -46,41 +52,75 @@ def join_fleet(
     with the same key, and receives the same certificate for the same token. `identity.json` comes
     last. The id of the fleet's bundle is stored, but the bundle is not fetched.
 
+    A folder that is an identity already is mended with a new token for the same name, for instance
+    when its certificate has ended. Its settings, reports and bundles stay.
+
     Raises:
         ConfigError: `server` is no ``https://HOST:PORT``, or speaks another protocol.
-        IdentityError: `out` is an identity already or cannot be written, or the token or the
-            certificate is not valid.
+        IdentityError: `out` is the identity of another name or cannot be written, or the token or
+            the certificate is not valid.
         ServiceError: the service cannot be reached, or does not belong to the token.
     """
     server = check_url(server)
-    if (out / IDENTITY_FILE).exists():
-        raise IdentityError(
-            f"{out} is complete: it is the identity of {Identity.load(out).name}; "
-            f"start it with 'edge-agent run {out}' or name another folder with --out"
-        )
+    present = _present_identity(out)
     deadline = time.monotonic() + timeout_s
-    key = own_key(out)
+    key = own_key(out, JOINING_KEY_FILE if present else KEY_FILE)
     ca = pinned_ca(server, token.ca_sha256, timeout_s)
-    request = JoinRequest(token.id, token.secret, signing_request(key))
-    with ServiceClient(server, trusting_only(ca)) as service:
-        reply = retry_while_away(
-            lambda: service.join(request), timeout_s=deadline - time.monotonic()
-        )
-    return write_joined_identity(out, reply, key, ca)
+    name = present.name if present else None
+    request = JoinRequest(token.id, token.secret, signing_request(key, name))
+    try:
+        with ServiceClient(server, trusting_only(ca)) as service:
+            reply = retry_while_away(
+                lambda: service.join(request),
+                timeout_s=deadline - time.monotonic(),
+                on_wait=log_wait,
+            )
+    except (TokenNameError, UsedTokenError) as error:
+        if present is None:
+            raise
+        raise type(error)(
+            f"{error}; {out} is complete: it is the identity of {present.name}; "
+            f"start it with 'edge-agent run {out}' or name another folder with --out"
+        ) from None
+    return write_joined_identity(out, reply, key, _trusted_ca(reply, token, ca))
 
 
-def own_key(out: Path) -> bytes:
+def _present_identity(out: Path) -> Identity | None:
+    """Return the identity in `out`; None if there is none, or if its files are damaged."""
+    if not (out / IDENTITY_FILE).exists():
+        return None
+    try:
+        return Identity.load(out)
+    except IdentityError as error:
+        log.warning("%s is made again: %s", out, error)
+        return None
+
+
+def _trusted_ca(reply: JoinReply, token: EnrolmentToken, ca: bytes) -> bytes:
+    """Return the CA certificates of the reply, which the pinned one `ca` has verified."""
+    received = reply.ca.encode()
+    return received if contains_authority(received, token.ca_sha256) else ca
+
+
+def own_key(out: Path, name: str = KEY_FILE) -> bytes:
     """Return the private key in `out` (mode 0600, in a folder of 0700); make it if there is none.
+
+    A damaged key is replaced.
 
     Raises:
         IdentityError: the key cannot be written.
     """
+    path = out / name
     try:
         out.mkdir(parents=True, exist_ok=True)
         out.chmod(0o700)
-        return create_file(out / KEY_FILE, new_key())
+        key = create_file(path, new_key())
+        if not is_key(key):
+            move_aside(path, "it holds no P-256 private key")
+            key = create_file(path, new_key())
     except OSError as error:
         raise _not_written(out, error) from None
+    return key
 
 
 def pinned_ca(server: str, ca_sha256: str, timeout_s: float) -> bytes:
@@ -112,7 +152,7 @@ def _fetch_unverified_ca(server: str, timeout_s: float) -> bytes:
     unverified.verify_mode = ssl.CERT_NONE
     with ServiceClient(server, unverified) as service, warnings.catch_warnings():
         warnings.simplefilter("ignore", InsecureRequestWarning)  # the caller verifies the hash
-        return retry_while_away(service.ca, timeout_s=timeout_s)
+        return retry_while_away(service.ca, timeout_s=timeout_s, on_wait=log_wait)
 
 
 def trusting_only(ca: bytes) -> ssl.SSLContext:
@@ -123,7 +163,7 @@ def trusting_only(ca: bytes) -> ssl.SSLContext:
 
 
 def write_joined_identity(out: Path, reply: JoinReply, key: bytes, ca: bytes) -> Identity:
-    """Write the reply into `out`, which contains the key already.
+    """Write the reply into `out`; bundles that are there already stay in their slots.
 
     Raises:
         ConfigError: the fleet speaks another protocol.
@@ -144,16 +184,19 @@ def write_joined_identity(out: Path, reply: JoinReply, key: bytes, ca: bytes) ->
         shared_subscriptions=reply.shared_subscriptions,
         server=check_url(reply.server),
     )
+    identity = Identity(out, config)
     try:
-        write_file(out / CERT_FILE, certificate, mode=0o644)
         write_file(out / CA_FILE, ca, mode=0o644)
+        replace_pair(out, certificate, key)
+        (out / JOINING_KEY_FILE).unlink(missing_ok=True)
         save_desired(out, reply.config)
-        SlotStore(out).save(Slots(current=reply.bundle_id))
-        content = msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
-        write_file(out / IDENTITY_FILE, content, mode=0o644)
+        slots = SlotStore(out)
+        if slots.load().current is None:
+            slots.save(Slots(current=reply.bundle_id))
+        identity.save()
     except OSError as error:
         raise _not_written(out, error) from None
-    return Identity(out, config)
+    return identity
 
 
 def _not_written(out: Path, error: OSError) -> IdentityError:

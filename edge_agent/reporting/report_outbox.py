@@ -13,8 +13,10 @@ from typing import Final, NamedTuple
 from edge_agent.reporting.report_merge import merge_reports
 from fleet.errors import ProtocolError
 from fleet.protocol.report import GenerationReport, decode_report, encode_report
+from fleet.utils.atomic_files import move_aside
 
 REPORTS_FILE: Final = "reports.sqlite"
+SIDE_FILES: Final = ("-wal", "-shm")
 BUSY_S: Final = 5.0  # another agent on the same folder writes for milliseconds
 SPARE_SHARE: Final = 10  # a tenth of the limit is freed at a time
 
@@ -115,6 +117,19 @@ class ReportOutbox:
         return self._database
 
     def _open(self) -> sqlite3.Connection:
+        """Open the file; move it aside and make another one if it is damaged."""
+        try:
+            return self._open_file()
+        except sqlite3.DatabaseError as error:
+            # The other classes are those of a full disk, of missing rights and of a lock.
+            if self._path is None or type(error) is not sqlite3.DatabaseError:
+                raise
+            move_aside(self._path, error)
+            for suffix in SIDE_FILES:
+                self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+            return self._open_file()
+
+    def _open_file(self) -> sqlite3.Connection:
         if self._path:
             # Reports name apps and devices: only the owner may read them.
             handle = os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600)
@@ -127,6 +142,9 @@ class ReportOutbox:
             database.execute("PRAGMA journal_mode = WAL")
             database.execute("PRAGMA synchronous = FULL")
             database.execute(SCHEMA)
+            (state,) = database.execute("PRAGMA quick_check(1)").fetchone()
+            if state != "ok":
+                raise sqlite3.DatabaseError(state)
         except BaseException:
             database.close()
             raise

@@ -24,14 +24,14 @@ log = logging.getLogger(__name__)
 LINK_CHECK_S: Final = 0.1
 IDLE_CHECK_S: Final = 1.0
 CLOSE_TIMEOUT_S: Final = 2.0
-HAND_OVER_S: Final = 0.02  # a request has so long to reach the network before other work begins
+HAND_OVER_S: Final = 0.02  # longest wait until a request is on the network
 
 
 class CloudSession:
     """One session with a cloud worker.
 
-    The generating thread offers and asks, the transport's thread calls `receive`, and a thread of
-    the session publishes what is due.
+    The generating thread calls `offer` and `ask`. The transport's thread calls `receive`. The
+    session's own thread publishes the messages that are due.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class CloudSession:
         self._observe()
 
     def __enter__(self) -> Self:
-        """Begin to ask the workers for the session; do not wait for the response."""
+        """Begin to open the session; do not wait until a worker accepts it."""
         self._thread.start()
         return self
 
@@ -80,7 +80,7 @@ class CloudSession:
 
     @property
     def worker(self) -> str | None:
-        """The worker that had the session last."""
+        """The last worker that accepted the session."""
         return self._machine.worker
 
     @property
@@ -90,17 +90,17 @@ class CloudSession:
 
     @property
     def refusal(self) -> Refused | None:
-        """The refusal after which no worker is left to ask."""
+        """The final refusal, after which no worker can accept the session."""
         return self._machine.refusal
 
     @property
     def num_assists(self) -> int:
-        """Number of optional requests."""
+        """Number of optional verify requests."""
         return self._machine.num_assists
 
     @property
     def num_verifies(self) -> int:
-        """Number of requests that were not optional."""
+        """Number of verify requests that were not optional."""
         return self._machine.num_verifies
 
     @property
@@ -110,20 +110,18 @@ class CloudSession:
 
     @property
     def is_available(self) -> bool:
-        """Whether a request has a chance now: the session is open, or is being opened for the first
-        time.
-        """
+        """Whether a verdict can come soon: the session is open, or can open for the first time."""
         return self._machine.is_available
 
     @property
     def has_request(self) -> bool:
-        """Whether a request is pending, or its response has not been taken."""
+        """Whether a request is pending, or its verdict has not been taken."""
         return self._machine.has_request
 
     # Calls of the generating thread.
 
     def offer(self, hidden_states: Float32) -> None:
-        """Queue the next hidden states [n, hidden] float32 for upload; they are kept as FP16."""
+        """Queue the next positions' hidden states [n, hidden] float32 for upload as FP16."""
         if not len(hidden_states):
             return
         with self._changed:
@@ -145,10 +143,11 @@ class CloudSession:
         *,
         is_optional: bool = False,
     ) -> None:
-        """Request a verdict as :meth:`SessionMachine.ask` does; return when the request is on its
-        way.
+        """Request a verdict, see :meth:`SessionMachine.ask`; wait until the request is on the
+        network.
 
-        A step that began before that would keep a core from it.
+        The wait is at most `HAND_OVER_S`. Without it, the next step of the model would use the
+        processor core that the sending thread needs.
         """
         with self._changed:
             now = time.monotonic()
@@ -160,7 +159,7 @@ class CloudSession:
                 now = time.monotonic()
 
     def wait_response(self, timeout_s: float) -> Verified | None:
-        """Return the response to the request, if it comes within `timeout_s` seconds."""
+        """Return the verdict on the request, or None if none comes within `timeout_s` seconds."""
         machine = self._machine
         now = time.monotonic()
         deadline = now + timeout_s
@@ -174,23 +173,21 @@ class CloudSession:
                 now = time.monotonic()
 
     def withdraw(self) -> None:
-        """Take an unanswered request back."""
+        """Take back a request without a verdict; see :meth:`SessionMachine.withdraw`."""
         with self._changed:
             self._machine.withdraw()
 
     # Events, reported by other threads.
 
     def worker_changed(self, worker: str) -> None:
-        """Continue with another worker when `worker` has the session and cannot keep it."""
+        """Continue with another worker if `worker` has the session and cannot keep it."""
         with self._changed:
             self._observe()
             self._machine.worker_changed(worker, time.monotonic())
             self._changed.notify_all()
 
     def abandon(self, note: str) -> None:
-        """End the session early: a request that waits for the cloud ends now, and no other is
-        sent.
-        """
+        """End the session early: drop the pending request, and send no further requests."""
         with self._changed:
             self._machine.abandon(note)
             self._changed.notify_all()
@@ -199,7 +196,7 @@ class CloudSession:
         """Process one message of a worker.
 
         Raises:
-            ProtocolError: the payload is no message, or not for this session.
+            ProtocolError: the payload is not a valid message, or belongs to another session.
         """
         message = decode_to_device(payload)
         if message.session != self.session:
@@ -211,15 +208,15 @@ class CloudSession:
             self._observe()
             self._machine.receive(message, time.monotonic())
             self._changed.notify_all()
-        if self._machine.is_closed:  # the thread may have ended, and a late worker be closed still
+        if self._machine.is_closed:  # the thread may have ended, but a late worker needs a `Close`
             self._run()
 
     # The session's thread.
 
     def _run(self) -> None:
-        """Publish what is due until the session is closed."""
+        """Publish the messages that are due until the session is closed."""
         while message := self._wait_message():
-            if not self._publish(message):  # without the lock: the next token is being computed
+            if not self._publish(message):  # without the lock, which the next token's thread needs
                 with self._changed:
                     self._machine.publish_failed(time.monotonic())
                     self._changed.notify_all()
@@ -230,7 +227,9 @@ class CloudSession:
                     self._changed.notify_all()
 
     def _wait_message(self) -> OutgoingMessage | None:
-        """Return the next message once it is due; None when the session is closed."""
+        """Wait for the next message that is due and return it, or None once the session is
+        closed.
+        """
         machine = self._machine
         with self._changed:
             while True:
@@ -249,7 +248,7 @@ class CloudSession:
         self._machine.observe(self._workers.statuses, is_link_up=self._transport.is_up)
 
     def _publish(self, message: OutgoingMessage) -> bool:
-        """Return whether the message could be published."""
+        """Publish the message; return whether that succeeded."""
         payload = encode(message.body)
         try:
             self._transport.publish(message.topic, payload, qos=message.qos)

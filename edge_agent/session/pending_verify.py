@@ -1,6 +1,4 @@
-"""The verify request that a session has sent or is about to send; there is at most one at a
-time.
-"""
+"""The verify request that a session has sent or is about to send. A session has at most one."""
 
 from __future__ import annotations
 
@@ -12,24 +10,22 @@ import msgspec
 
 from fleet.protocol.messages import Verified, Verify
 
-MS_PER_POSITION: Final = 10  # allowed to a worker for each position that it has to run first
+MS_PER_POSITION: Final = 10  # added to the deadline for each position that the worker runs first
 MAX_DEADLINE_MS: Final = 600_000
 
 
 def verify_deadline_ms(base_ms: int, num_pending: int) -> int:
-    """Return the deadline of a verify request when the worker has `num_pending` positions to run
-    first.
-    """
+    """Return the deadline of a verify request for which `num_pending` positions must run first."""
     return min(base_ms + MS_PER_POSITION * num_pending, MAX_DEADLINE_MS)
 
 
 @dataclass(kw_only=True)
 class PendingVerify:
-    """A verify request and how often it has been sent.
+    """A verify request and the number of times that it has been sent.
 
     The worker has `body.deadline_ms` milliseconds from `first_sent_at` on. At `abandon_at` the
-    device goes on without a response; a request with such a time does not wait for another worker
-    either. All times are seconds of one clock.
+    device continues without a verdict. A request that has an `abandon_at` is not repeated to
+    another worker when the session is lost. All times are seconds of one clock.
     """
 
     body: Verify
@@ -46,11 +42,11 @@ class PendingVerify:
 
     @property
     def num_positions(self) -> int:
-        """The worker needs positions [0, n) to respond."""
+        """The number n of positions [0, n) that the worker needs for its verdict."""
         return self.body.start + len(self.body.draft)
 
     def accepts(self, response: Verified) -> bool:
-        """Return whether `response` has this request's number and is a possible response to it."""
+        """Return whether the verdict has this request's number and fits its draft."""
         num_own = 0 if response.token_id is None else 1
         return (
             self.body.request == response.request
@@ -60,7 +56,7 @@ class PendingVerify:
         )
 
     def renew(self, request: int, branch: int) -> None:
-        """Make it a new request to another worker; late responses to the old one are ignored."""
+        """Make it a new request, after a new opening. Late verdicts on the old one are ignored."""
         self.body = msgspec.structs.replace(self.body, request=request, branch=branch)
         self.num_sent = 0
         self.is_handed_over = False

@@ -1,14 +1,16 @@
 """A device's session with a cloud worker as a state machine without I/O.
 
-It keeps every hidden state in FP16 and decides which message is due: it opens the session, sends
-[sent, available) in order and within the worker's window, sends a verify request with the last of
-the context that it needs, repeats it, and opens a lost session again. `opened` and `gap` move
-`sent` to what the worker has, so every loss is repaired by sending again from there, to the same
-worker or another.
+It keeps every hidden state in FP16 and decides which message to send next. First it opens the
+session. Then it sends context in order and within the worker's window (positions [sent, available)
+of the :class:`UploadBuffer`), and verify requests. A request carries the last chunk that it needs.
+A message without a response is repeated, and a lost session is opened again.
 
-A few positions without a request wait: they go with the next request, in one message (ADR 0025).
-While a request is pending everything behind it waits: those are drafts, and may be rejected with
-the ones before them.
+The worker's messages `opened` and `gap` name the first position that it lacks. The upload continues
+from there. This repairs every loss, with the same worker or another.
+
+Up to `MAX_HELD_POSITIONS` new positions are held back and sent with the next request, in one
+message (ADR 0025). While a request is pending, later positions are not sent: they follow
+unconfirmed drafts, and are dropped when the worker rejects one of these.
 """
 
 from __future__ import annotations
@@ -48,9 +50,9 @@ from fleet.utils.backoff import backoff_s
 
 log = logging.getLogger(__name__)
 
-MAX_HELD_POSITIONS: Final = 3  # more than these are uploaded without a request
-NUM_TRIES: Final = 3  # a message without a response is sent again, evenly over its deadline
-RETRIABLE: Final = ("internal", "unknown_session")  # refusals without a time that may pass
+MAX_HELD_POSITIONS: Final = 3  # so many wait for the next request; more are uploaded without one
+NUM_TRIES: Final = 3  # sendings of a message in all, at equal intervals until its deadline
+RETRIABLE: Final = ("internal", "unknown_session")  # worth a retry, though without a retry time
 LINK_DOWN: Final = "the link to the broker went down"
 
 
@@ -62,9 +64,10 @@ class OutgoingMessage(NamedTuple):
 
 
 class SessionMachine:
-    """The state of one session. All times are seconds of one clock, which the caller reads.
+    """The state of one session.
 
-    `random` gives the jitter of the back-off, a number in [0, 1).
+    All times are seconds of one monotonic clock. The caller reads it and passes `now`. `random`
+    returns the jitter of the back-off, a number in [0, 1).
     """
 
     def __init__(
@@ -114,7 +117,7 @@ class SessionMachine:
 
     @property
     def is_available(self) -> bool:
-        """Whether a request has a chance now: the session is open, or opens for the first time."""
+        """Whether a verdict can come soon: the session is open, or can open for the first time."""
         if self.state is LinkState.OPEN:
             return True
         if self._num_losses:
@@ -123,12 +126,12 @@ class SessionMachine:
 
     @property
     def has_request(self) -> bool:
-        """Whether a request is pending, or its response has not been taken."""
+        """Whether a request is pending, or its verdict has not been taken."""
         return self._request is not None
 
     @property
     def is_handing_over(self) -> bool:
-        """Whether a request could go to the network now and has not gone yet."""
+        """Whether the request can be sent now and is not on the network yet."""
         return self.is_open and self._request is not None and not self._request.is_handed_over
 
     @property
@@ -153,7 +156,8 @@ class SessionMachine:
     def rewind(self, num_positions: int) -> None:
         """Drop every position from `num_positions` on and begin the next branch.
 
-        The worker does so on a rejection. To a branch that it does not know it opens anew.
+        The worker does the same when it rejects a draft. A worker that is on another branch than
+        the device starts the session again from position 0.
         """
         self._upload_buffer.rewind(num_positions)
 
@@ -167,11 +171,11 @@ class SessionMachine:
         now: float,
         is_optional: bool = False,
     ) -> None:
-        """Request whether draft[i] follows position `start + i`, for every i that is not in
-        `trusted`.
+        """Ask the worker whether it would choose draft[i] after position `start + i`.
 
-        The request outlives a lost session. An optional one does not, nor its deadline, and is not
-        made while the session is not available. `deadline_ms` is by default that of the session.
+        It accepts the indices in `trusted` without a check. A request is sent again when the
+        session is lost. An optional request is withdrawn instead, also at its deadline, and it is
+        not made while the session is unavailable. By default, `deadline_ms` is that of the `Open`.
         """
         if is_optional and not self.is_available:
             return
@@ -194,7 +198,7 @@ class SessionMachine:
             self.num_verifies += 1
 
     def take_response(self, now: float) -> Verified | None:
-        """Return the response to the request, once; abandon the request when its time is over."""
+        """Return the verdict and forget the request; abandon the request after `abandon_at`."""
         request = self._request
         if request is None:
             return None
@@ -208,29 +212,27 @@ class SessionMachine:
 
     @property
     def abandon_at(self) -> float:
-        """The time at which :meth:`take_response` abandons the request; infinity when it never
-        does.
-        """
+        """The time at which :meth:`take_response` abandons the request, or infinity."""
         return self._request.abandon_at if self._request else math.inf
 
     def withdraw(self) -> None:
-        """Take an unanswered request back.
+        """Take back a request without a verdict.
 
-        A worker may have rejected its draft and be a branch ahead: the device continues on a branch
-        that no worker can be on, and the worker starts the session afresh.
+        The worker may already have rejected the draft, and then its branch number is one higher.
+        The device adds two, so that no worker has the same number and each starts from position 0.
         """
         if self._request:
             self._upload_buffer.branch += 2
         self._request = None
 
     def abandon(self, note: str) -> None:
-        """End the session early: drop the pending request and send no other."""
+        """End the session early: drop the pending request, and send no further requests."""
         self.note = note
         self._request = None
         self.close()
 
     def close(self) -> None:
-        """End the session; the worker's `close` is the last message due."""
+        """End the session. The last message due is a `Close` to the worker."""
         if self.is_closed:
             return
         self.state = advance(self.state, LinkEvent.CLOSE)
@@ -245,8 +247,8 @@ class SessionMachine:
         self._is_link_up = is_link_up
 
     def worker_changed(self, worker: str, now: float) -> None:
-        """Leave a worker whose status, already observed, says that it has gone, has restarted, or
-        drains while another serves.
+        """Leave the worker when it has gone or restarted, or drains while another worker serves
+        the bundle. Call :meth:`observe` with its new status first.
         """
         if worker != self.worker or not self.is_open:
             return
@@ -261,7 +263,7 @@ class SessionMachine:
         self._lose(LinkEvent.TIMEOUT, LINK_DOWN, now)
 
     def receive(self, message: ToDevice, now: float) -> None:
-        """Process one message of a worker to this session."""
+        """Process one message that a worker has sent in this session."""
         buffer = self._upload_buffer
         match message:
             case Opened():
@@ -275,7 +277,7 @@ class SessionMachine:
             case Refused():
                 self._refused(message, now)
             case _:
-                log.debug("session %s: a message of another branch is dropped", self.session)
+                log.debug("session %s: dropping a message of another branch", self.session)
 
     def _opened(self, message: Opened) -> None:
         if self.is_open or self.is_closed:
@@ -296,29 +298,29 @@ class SessionMachine:
     def _verified(self, message: Verified, now: float) -> None:
         request = self._request
         if request is None or request.response or not request.accepts(message):
-            log.debug("session %s: a late response is dropped: %s", self.session, message)
+            log.debug("session %s: dropping a late verdict: %s", self.session, message)
             return
         request.response = message
         self._upload_buffer.acknowledge(message.start + 1)
-        if request.num_sent:  # one repetition or several: the time counts from the first
+        if request.num_sent:  # the round trip counts from the first sending, also after repetitions
             self._measurements.round_trip_done(now - request.first_sent_at)
 
     def _refused(self, message: Refused, now: float) -> None:
         if self.is_open and message.worker not in (None, self.worker):
-            return  # a worker that does not have the session
+            return  # the sender does not have the session
         if message.code == "bundle_mismatch" and self._is_served:
-            return  # a worker of another bundle, next to those that serve this one
+            return  # the sender has another bundle, and other workers serve this device's bundle
         is_final = message.retry_after_ms == 0 and message.code not in RETRIABLE
         if self.state is LinkState.OPENING and is_final:
             self._refuse_finally(message)
-        # When a worker drains, others may accept the session at once.
+        # When a worker drains, another one may accept the session at once.
         retry_after_s = 0.0 if message.code == "draining" else message.retry_after_ms / 1000
         note = f"the worker refused ({message.code}): {message.message}"
         self._lose(LinkEvent.REFUSED, note, now, retry_after_s)
 
     def _refuse_finally(self, message: Refused) -> None:
-        """Record that one worker will never accept the session; with the last one there is no other
-        to ask.
+        """Record that this worker will never accept the session. When no other worker is left, the
+        refusal is final.
         """
         self._refused_by.add(message.worker or "")
         bundle_id = self._opening.bundle_id
@@ -330,7 +332,7 @@ class SessionMachine:
     # Messages that are due.
 
     def next_message(self, now: float) -> OutgoingMessage | None:
-        """Return the next message that is due, None when there is none; leave a state that has
+        """Return the next message that is due, or None. The session is lost here when its state has
         lasted too long.
         """
         if self._workers_to_close:
@@ -347,10 +349,10 @@ class SessionMachine:
         return None
 
     def next_deadline(self, now: float) -> float:
-        """Return the time from which on :meth:`next_message` may give more without any other call;
-        infinity when there is none.
+        """Return the next time at which :meth:`next_message` may return a message although no event
+        has come, or infinity.
 
-        Call it when :meth:`next_message` gave None at `now`.
+        Call it when :meth:`next_message` has returned None at `now`.
         """
         match self.state:
             case LinkState.IDLE | LinkState.LOST:
@@ -388,8 +390,8 @@ class SessionMachine:
         return OutgoingMessage(topics.open_session(self._device), opening, qos=1)
 
     def _next_context(self, now: float) -> OutgoingMessage | None:
-        """Return the next chunk; together with a new request when it is the last that the request
-        needs.
+        """Return the next chunk. If it is the last one that a new request needs, return both in one
+        message.
         """
         if self._is_held:
             return None
@@ -404,7 +406,7 @@ class SessionMachine:
 
     @property
     def _is_held(self) -> bool:
-        """Whether the unsent positions can wait: they are few, or drafts behind pending ones."""
+        """Whether the unsent positions can wait: they are few, or lie behind a pending request."""
         buffer = self._upload_buffer
         request = self._request
         if request and request.response is None:
@@ -438,7 +440,7 @@ class SessionMachine:
     # Losses.
 
     def _lose_unanswered(self, request: PendingVerify, now: float) -> None:
-        note = f"the cloud did not answer within {request.body.deadline_ms} ms"
+        note = f"no verdict of the cloud came within {request.body.deadline_ms} ms"
         self._lose(LinkEvent.TIMEOUT, note, now)
 
     def _lose(self, event: LinkEvent, note: str, now: float, retry_after_s: float = 0.0) -> None:

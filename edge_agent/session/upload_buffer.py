@@ -1,4 +1,4 @@
-"""The hidden states of a session, kept as a whole, and the progress of their upload."""
+"""The hidden states of a session from its first position on, and the progress of their upload."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MAX_FLOAT16: Final = np.finfo(np.float16).max
 
 
 class UploadBuffer:
-    """Positions [0, available) in FP16; [0, sent) have been sent and [0, acknowledged) have
-    arrived.
+    """The hidden states of positions [0, available) in FP16.
 
-    The difference of the last two never exceeds the worker's window. Moving `sent` back repairs
-    every loss.
+    Positions [0, sent) have been sent, and the worker has acknowledged [0, acknowledged). At most
+    one window of the worker lies between `acknowledged` and `sent`. To repair a loss, `sent` moves
+    back.
     """
 
     def __init__(self, capacity: int, hidden_size: int, dtype: str = FLOAT16) -> None:
@@ -36,8 +36,8 @@ class UploadBuffer:
         self._stalled_at: float | None = None
 
     def add(self, hidden_states: Float32) -> None:
-        """Add the next positions' hidden states [n, hidden] float32; values beyond FP16 are
-        clipped.
+        """Add the hidden states [n, hidden] float32 of the next positions. Values beyond the range
+        of FP16 are clipped.
         """
         end = self.available + len(hidden_states)
         self._rows[self.available : end] = np.clip(hidden_states, -MAX_FLOAT16, MAX_FLOAT16)
@@ -51,7 +51,7 @@ class UploadBuffer:
         self.acknowledged = min(self.acknowledged, num_positions)
 
     def begin(self, opened: Opened) -> None:
-        """Continue from the positions that the worker has, within the limits that it names."""
+        """Continue after the positions that the worker has, within the limits of its `Opened`."""
         self._dtype = self._preferred_dtype if self._preferred_dtype in opened.dtypes else FLOAT16
         size = row_bytes(self._rows.shape[1], self._dtype)
         self._max_chunk = max(1, opened.max_chunk_bytes // size)
@@ -61,22 +61,22 @@ class UploadBuffer:
         self._stalled_at = None
 
     def acknowledge(self, count: int) -> None:
-        """Record that positions [0, count) have arrived."""
+        """Record that positions [0, count) have arrived at the worker."""
         if count > self.acknowledged:
             self.acknowledged = min(count, self.available)
             self.sent = max(self.sent, self.acknowledged)
             self._stalled_at = None
 
     def go_back(self, expected: int) -> None:
-        """Send again from position `expected` on, the first that the worker lacks."""
+        """Send again from position `expected` on, which is the first that the worker lacks."""
         self.sent = min(self.sent, expected)
         self.acknowledge(expected)
 
     def next_chunk(self, now: float, patience_s: float) -> ContextChunk | None:
-        """Return the next chunk; None when everything is sent or the window is full.
+        """Return the next chunk, or None when everything is sent or the window is full.
 
-        When the window has been full for `patience_s` seconds, chunks or receipts were lost:
-        sending begins again at the first position that is not acknowledged.
+        A window that is full for `patience_s` seconds means that chunks or receipts were lost. The
+        buffer then sends again from the first position that is not acknowledged.
         """
         if self.sent >= self.available:
             return None
@@ -88,14 +88,14 @@ class UploadBuffer:
         return pack_chunk(self.branch, start, self._rows[start : self.sent], self._dtype)
 
     def retry_at(self, patience_s: float) -> float:
-        """Return the time at which a full window is sent again; infinity when it is not full."""
+        """Return the time at which a full window is sent again, or infinity if it is not full."""
         if self._stalled_at is None or self._room > 0:
             return math.inf
         return self._stalled_at + patience_s
 
     def _is_stall_over(self, now: float, patience_s: float) -> bool:
-        """Record that the window is full; after `patience_s` seconds go back to what was
-        acknowledged.
+        """Record that the window is full. When it has been full for `patience_s` seconds, go back
+        to the first position that is not acknowledged and return True.
         """
         if self._stalled_at is None:
             self._stalled_at = now
@@ -106,5 +106,5 @@ class UploadBuffer:
 
     @property
     def _room(self) -> int:
-        """Positions that the window still has room for."""
+        """The number of positions that still fit into the window."""
         return self.acknowledged + self._window - self.sent

@@ -16,14 +16,14 @@ from fleet.transport.base import Transport
 
 log = logging.getLogger(__name__)
 
-GRACE_S: Final = 1.0  # retained statuses arrive within this time after the link came up
+GRACE_S: Final = 1.0  # retained statuses arrive within this time after the link comes up
 
 
 class WorkerDirectory:
-    """The workers whose status says that they are online. A worker that restarted has another
-    epoch.
+    """The statuses of the workers that are online, by name.
 
-    `statuses` is replaced at each change and never modified, so any thread may read it.
+    A worker that has restarted has another epoch. At each change a new mapping replaces `statuses`,
+    and no mapping is modified, so any thread may read it.
     """
 
     def __init__(self, transport: Transport, on_change: Callable[[str], None]) -> None:
@@ -47,13 +47,13 @@ class WorkerDirectory:
         self._transport.off_up(self._link_up)
 
     def serves(self, bundle_id: str) -> bool:
-        """Return whether some worker accepts sessions of the bundle, as far as is known now."""
+        """Return whether a worker that is known now accepts sessions of the bundle."""
         return is_bundle_served(self.statuses, bundle_id)
 
     def why_none(self, bundle_id: str) -> str | None:
-        """Return None when some worker serves the bundle; else the reason, and what to do.
+        """Return why no worker serves the bundle and what to do, or None if a worker serves it.
 
-        Right after the link came up wait for the retained statuses, at most `GRACE_S` seconds.
+        Right after the link has come up, wait up to `GRACE_S` seconds for the retained statuses.
         """
         with self._changed:
             self._changed.wait_for(
@@ -72,13 +72,13 @@ class WorkerDirectory:
         )
 
     def log_mismatch(self, refused: Refused) -> None:
-        """Log a worker's refusal of the device's protocol, each reason once."""
+        """Log that a worker refuses the device's protocol; log each reason only once."""
         if refused.message not in self._logged_mismatches:
             self._logged_mismatches.add(refused.message)
             log.warning("no cloud for this device: %s", refused.message)
 
     def _link_up(self) -> None:
-        """Drop the statuses; the broker sends those of the workers that are online now."""
+        """Drop the statuses: the broker now sends the current ones."""
         with self._changed:
             self._up_since = time.monotonic()
             self.statuses = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -13,8 +14,10 @@ from msgspec import Struct
 from fleet.errors import ConfigError, FleetError
 from fleet.protocol.access import Role
 from fleet.protocol.topics import NAME, check_name
+from fleet.utils.text_files import read_text
 
 COLUMNS: Final = ("name", "group", "tags", "role", "allow")
+SAVE_AS: Final = "save it as CSV with commas between the columns, in UTF-8"
 MAX_TAGS: Final = 32
 
 
@@ -123,7 +126,7 @@ def format_tags(tags: Mapping[str, str]) -> list[str]:
 def read_enrolments(path: Path) -> list[Enrolment]:
     """Read a CSV file with the columns name, group, tags, role and allow; only name is required.
 
-    Several tags or targets in one cell are separated by spaces.
+    Several tags or targets in one cell are separated by spaces. Empty rows are skipped.
 
     Raises:
         ConfigError: the file cannot be read, or a row is invalid; the message names the line.
@@ -137,33 +140,40 @@ def read_enrolments(path: Path) -> list[Enrolment]:
 
 
 def _read_rows(path: Path) -> list[Enrolment]:
+    text = read_text(path, "give --from the path of a CSV file")
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, strict=True)
-            _check_columns(path, rows.fieldnames or ())
-            return [_enrolment(path, rows.line_num, row) for row in rows]
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror}; give --from the path of a CSV file"
-        ) from None
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no CSV file in UTF-8: {error}") from None
+        rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+        columns = _columns(path, next(rows, []))
+        return [_enrolment(path, rows.line_num, columns, row) for row in rows if any(row)]
+    except csv.Error as error:
+        raise ConfigError(f"{path} is no CSV file: {error}; {SAVE_AS}") from None
 
 
-def _check_columns(path: Path, columns: Sequence[str]) -> None:
-    if "name" not in columns or not set(columns) <= set(COLUMNS):
+def _columns(path: Path, header: Sequence[str]) -> list[str]:
+    """Return the columns of a file by its header, in small letters, without empty ones at its end.
+
+    Raises:
+        ConfigError: a column is unknown, or occurs twice, or there is no name.
+    """
+    columns = [column.strip().lower() for column in header]
+    while columns and not columns[-1]:
+        del columns[-1]
+    is_known = set(columns) <= set(COLUMNS) and len(set(columns)) == len(columns)
+    if "name" not in columns or not is_known:
         raise ConfigError(
             f"{path}: expected the columns {', '.join(COLUMNS)}, of which only name is required, "
-            f"got {', '.join(columns)[:200] or 'none'}"
+            f"got {', '.join(header)[:200] or 'none'}; {SAVE_AS}"
         )
+    return columns
 
 
-def _enrolment(path: Path, line: int, row: Mapping[str | None, str | None]) -> Enrolment:
+def _enrolment(path: Path, line: int, columns: Sequence[str], row: Sequence[str]) -> Enrolment:
     """Parse a row. Raises an error whose message names the line."""
     try:
-        if None in row:
+        if any(row[len(columns) :]):
             raise ConfigError("more cells than columns")
-        cells = {column: (row.get(column) or "").strip() for column in COLUMNS}
+        values = dict(zip(columns, row, strict=False))
+        cells = {column: values.get(column, "").strip() for column in COLUMNS}
         enrolment = Enrolment(
             name=cells["name"],
             role=parse_role(cells["role"] or Role.DEVICE),

@@ -10,16 +10,18 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from fleet.errors import IdentityError
+from fleet.errors import ConfigError, IdentityError
 from fleet.protocol.access import Role
 from fleet.protocol.types import Id, Port
+from fleet.utils.atomic_files import write_file
+from fleet.utils.paths import absolute_path
+from fleet.utils.text_files import decode_json
 
 IDENTITY_FILE: Final = "identity.json"
 CA_FILE: Final = "ca.pem"
 CERT_FILE: Final = "cert.pem"
 KEY_FILE: Final = "key.pem"
 RENEWED_FILE: Final = "renewed.pem"
-NOT_YET_VALID: Final = 9  # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID
 
 
 class IdentityConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -52,16 +54,14 @@ class Identity:
         """Load an identity. Raises IdentityError when a file is missing or malformed."""
         path = folder / IDENTITY_FILE
         try:
-            config = msgspec.json.decode(path.read_bytes(), type=IdentityConfig)
+            config = decode_json(path.read_bytes(), str(path), IdentityConfig)
         except OSError as error:
             raise IdentityError(
                 f"no identity in {folder}: cannot read {IDENTITY_FILE} ({error.strerror}); "
                 "make one with 'fleet enroll NAME --out DIR'"
             ) from None
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise IdentityError(
-                f"{path} is not usable: {error}; make it again with 'fleet enroll'"
-            ) from None
+        except ConfigError as error:
+            raise IdentityError(f"{error}; make it again with 'fleet enroll'") from None
         for name in (CA_FILE, CERT_FILE, KEY_FILE):
             if not (folder / name).is_file():
                 raise IdentityError(
@@ -70,13 +70,18 @@ class Identity:
         return cls(folder, config)
 
     def save(self) -> None:
-        """Write `identity.json`, but neither certificate nor key."""
-        path = self.folder / IDENTITY_FILE
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(self.config), indent=2) + b"\n")
+        """Write `identity.json`, but neither certificate nor key. Raises OSError."""
+        content = msgspec.json.format(msgspec.json.encode(self.config), indent=2) + b"\n"
+        write_file(self.folder / IDENTITY_FILE, content, mode=0o644)
 
     @property
     def name(self) -> str:
         return self.config.name
+
+    @property
+    def bundle(self) -> Path | None:
+        """The folder of the model that a device or worker serves. Raises ConfigError."""
+        return absolute_path(Path(self.config.bundle)) if self.config.bundle else None
 
     def ssl_context(self) -> ssl.SSLContext:
         """Return a context for TLS 1.2 or later with our certificate; trusts the fleet's CA only.
@@ -91,7 +96,7 @@ class Identity:
         except (ssl.SSLError, OSError) as error:
             raise IdentityError(
                 f"the CA certificate of {self.name} in {self.folder} does not load: {error}; "
-                "enroll it again"
+                "join again with a new token"
             ) from None
         self.load_certificate(context)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -100,20 +105,37 @@ class Identity:
     def load_certificate(self, context: ssl.SSLContext) -> None:
         """Load our certificate and key from disk into `context`; its next connection uses them.
 
-        `renewed.pem` takes precedence: it holds both of a renewal that is not complete yet.
+        A pair in `renewed.pem` takes precedence: it is of a renewal that is not complete yet. The
+        context also trusts the CA certificates that are on disk now, in addition to those before.
         Raises IdentityError.
         """
         renewed = self.folder / RENEWED_FILE
         try:
-            if renewed.exists():
+            context.load_verify_locations(self.folder / CA_FILE)
+            if holds_pair(renewed):
                 context.load_cert_chain(renewed)
             else:
                 context.load_cert_chain(self.folder / CERT_FILE, self.folder / KEY_FILE)
         except (ssl.SSLError, OSError) as error:
             raise IdentityError(
                 f"certificate of {self.name} in {self.folder} does not load: {error}; "
-                "enroll it again"
+                "join again with a new token"
             ) from None
+
+
+def holds_pair(certificate: Path, key: Path | None = None) -> bool:
+    """Whether the files hold a certificate and its key in PEM; one file may hold both.
+
+    Raises:
+        OSError: a file is unreadable.
+    """
+    if not certificate.exists() or not (key or certificate).exists():
+        return False
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key, password="")
+    except ssl.SSLError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -143,8 +165,12 @@ class ServerTls:
         return context
 
     def load_certificate(self, context: ssl.SSLContext) -> None:
-        """Load certificate and key into `context`, for new connections. Raises IdentityError."""
+        """Load certificate and key into `context`, for new connections. Raises IdentityError.
+
+        The context also trusts the CA certificates that are on disk now.
+        """
         try:
+            context.load_verify_locations(self.ca_file)
             context.load_cert_chain(self.cert_file, self.key_file)
         except (ssl.SSLError, OSError) as error:
             raise IdentityError(

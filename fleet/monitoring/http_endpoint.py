@@ -11,6 +11,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from prometheus_client import CollectorRegistry, Metric, ProcessCollector, make_wsgi_app
 
 from fleet.errors import ConfigError, FleetError
+from fleet.utils.host_address import address_family, host_port
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -51,13 +52,13 @@ class HttpEndpoint:
         ProcessCollector(registry=self._registry)
         self._metrics: WSGIApplication = make_wsgi_app(self._registry)
         try:
-            self._server = make_server(host, port, self._app, _Server, _Handler)
+            self._server = make_server(host, port, self._app, _server_class(host), _Handler)
         except (OSError, OverflowError) as error:
             raise ConfigError(
-                f"cannot serve metrics on {host}:{port}: {error}; "
-                "stop the program that uses it or choose another --metrics-port"
+                f"cannot serve metrics on {host_port(host, port)}: {error}; stop the program that "
+                "uses it, or choose another --metrics-host or --metrics-port"
             ) from None
-        self.url = f"http://{host}:{self._server.server_port}"
+        self.url = f"http://{host_port(host, self._server.server_port)}"
 
     def __enter__(self) -> Self:
         self._thread = threading.Thread(
@@ -112,6 +113,11 @@ class _Collector:
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+
+
+def _server_class(host: str) -> type[_Server]:
+    """Return a server for the family of `host`, IPv4 or IPv6. Raises OSError."""
+    return type("_Server", (_Server,), {"address_family": address_family(host)})
 
 
 class _Handler(WSGIRequestHandler):

@@ -69,6 +69,7 @@ RULES: Final[dict[Role, dict[Action, tuple[str, ...]]]] = {
         Action.SUBSCRIBE: (
             topics.OPEN_FILTER,
             topics.to_worker(OWN_NAME, ANY, ANY),
+            topics.DEVICE_STATUS_FILTER,
             topics.REVOKED,
         ),
     },
@@ -102,21 +103,10 @@ def permitted_filters(
     return filters
 
 
-def is_within(requested: str, filters: Iterable[str]) -> bool:
-    """Whether a topic, or a subscription filter, lies wholly inside one of `filters`.
-
-    A wildcard is inside only where the filter has one too, so ``d/+/status`` is never a way around
-    ``d/a/status``.
-    """
-    levels = requested.split("/")
-    return any(_covers_levels(each.split("/"), levels) for each in filters)
-
-
-def _covers_levels(permitted: list[str], requested: list[str]) -> bool:
-    if len(permitted) != len(requested):
-        return False
-    pairs = zip(permitted, requested, strict=True)
-    return all(mine in (ANY, level) and level != "#" for mine, level in pairs)
+RULE_LEVELS: Final = {
+    role: {action: [rule.split("/") for rule in rules] for action, rules in table.items()}
+    for role, table in RULES.items()
+}
 
 
 @dataclass(frozen=True)
@@ -147,4 +137,24 @@ class Grants:
         """
         is_subscription = action is Action.SUBSCRIBE
         requested = topics.subscribed_filter(topic) if is_subscription else topic
-        return is_within(requested, self.filters[action])
+        levels = requested.split("/")
+        return any(self._covers(rule, levels) for rule in RULE_LEVELS[self.role][action])
+
+    def _covers(self, rule: list[str], levels: list[str]) -> bool:
+        """Whether a topic or filter lies wholly inside a rule.
+
+        A wildcard is inside only where the rule has one too, so ``d/+/status`` is never a way
+        around ``d/a/status``.
+        """
+        if len(rule) != len(levels):
+            return False
+        return all(map(self._covers_level, rule, levels))
+
+    def _covers_level(self, rule: str, level: str) -> bool:
+        if rule == TARGET:
+            return level in self._target_names
+        return level == (self.name if rule == OWN_NAME else rule) or (rule == ANY and level != "#")
+
+    @cached_property
+    def _target_names(self) -> frozenset[str]:
+        return frozenset(self.targets)

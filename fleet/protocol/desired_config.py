@@ -6,6 +6,7 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from fleet.errors import ConfigError, DecodeError, OversizedError
 from fleet.protocol.messages import MAX_DRAFT
@@ -17,6 +18,7 @@ from fleet.protocol.types import (
     Id,
     MaxNewTokens,
     Share,
+    SoftwareVersion,
     TargetTpotMs,
     Threshold,
 )
@@ -33,7 +35,8 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, om
 
     `bundle` is the id of the desired bundle. `agreement_sample` is the share of collaborative
     generations whose tokens are also verified by the cloud, to measure whether the exits still
-    agree with it.
+    agree with it. `software` is the desired version of the device's software; a message to a
+    device has it in `DesiredConfig` instead.
     """
 
     mode: Mode | None = None
@@ -49,6 +52,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, om
     upload_dtype: UploadDtype | None = None
     agreement_sample: Share | None = None
     bundle: Id | None = None
+    software: SoftwareVersion | None = None
     triggers: Triggers | None = None
 
     def __post_init__(self) -> None:
@@ -56,14 +60,22 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, om
         check_triggers(self.triggers or ())
 
 
-class DesiredConfig(Struct, frozen=True):
+class DesiredConfig(Struct, frozen=True, omit_defaults=True):
     """The retained message on `d/<device>/config`.
 
     A different version is a different configuration, whether the number is higher or lower.
+    `software` is the desired version of the device's software. It is not in `settings`, because
+    earlier devices refuse settings that they do not know.
     """
 
     version: Amount
     settings: Settings
+    software: SoftwareVersion | None = None
+
+    @classmethod
+    def of(cls, version: int, settings: Settings) -> DesiredConfig:
+        """Return the message for the merged settings of a device."""
+        return cls(version, replace(settings, software=None), settings.software)
 
 
 def merge_scopes(*scopes: Settings) -> Settings:

@@ -24,6 +24,8 @@ JOIN_PATH: Final = "/v1/join"
 RENEW_PATH: Final = "/v1/renew"
 # /<bundle id>/<name of a file as in the manifest, or of the manifest or the signature itself>
 BUNDLES_PATH: Final = "/v1/bundles"
+# /<version>/<name of the manifest, of its signature or of the wheel>
+SOFTWARE_PATH: Final = "/v1/software"
 MAX_BODY_BYTES: Final = 16 * 1024
 TOKEN: Final = re.compile(r"([0-9a-f]{64})\.([0-9a-f]{16})\.([0-9a-f]{64})")
 
@@ -73,7 +75,9 @@ class JoinRequest(Struct, frozen=True, forbid_unknown_fields=True):
 class JoinReply(Struct, frozen=True, kw_only=True):
     """Everything that an identity needs.
 
-    A request with the same token and the same key again returns the same certificate.
+    A request with the same token and the same key again returns the same certificate. `ca` holds
+    the CA certificates to trust: that of the token, and a second one while the fleet's authority is
+    rotated.
     `host` and `port` are the broker's, `server` the base URL of this service.
     """
 
@@ -96,10 +100,15 @@ class RenewRequest(Struct, frozen=True, forbid_unknown_fields=True):
     csr: Pem
 
 
-class RenewReply(Struct, frozen=True):
-    """The certificate of the new key in PEM."""
+class RenewReply(Struct, frozen=True, omit_defaults=True):
+    """The certificate of the new key in PEM.
+
+    `ca` holds the CA certificates that the client must trust from now on: two while the fleet's
+    authority is rotated. An older service does not send them.
+    """
 
     certificate: Pem
+    ca: Pem | None = None
 
 
 class ServiceProblem(Struct, frozen=True):

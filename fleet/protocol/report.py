@@ -83,7 +83,8 @@ class DeviceStatus(Struct, frozen=True, kw_only=True):
     """The retained birth message of a device, and with `online` false its last will.
 
     `config_version` is the version of the desired configuration that the device follows, 0 for
-    none; `config_error` is the reason why it does not follow a newer one.
+    none; `config_error` is the reason why it does not follow a newer one. `software_error` is the
+    reason why it does not run the desired version of its software.
     """
 
     online: bool
@@ -93,6 +94,7 @@ class DeviceStatus(Struct, frozen=True, kw_only=True):
     mode: Label = ""
     config_version: Amount = 0
     config_error: ConfigProblem | None = None
+    software_error: ConfigProblem | None = None
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True):

@@ -13,6 +13,7 @@ from fleet.errors import TopicError
 PREFIX: Final = "ce/v1"
 ANY: Final = "+"  # MQTT's wildcard for one level
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+MAX_UNCHECKED: Final = 128  # characters of a request that is refused because of its name
 
 
 def check_name(name: str, kind: str = "name") -> str:
@@ -152,6 +153,16 @@ def parse_topic(topic: str, topic_filter: str) -> tuple[str, ...]:
         raise TopicError(f"expected a topic like {topic_filter}, got {topic[:200]!r}")
     pairs = zip(levels, expected, strict=True)
     return tuple(check_name(level) for level, wildcard in pairs if wildcard == ANY)
+
+
+def unchecked_request(topic: str) -> tuple[str, str] | None:
+    """Return the app and the request of a prompt's topic whose request is not a legal name.
+
+    A device may refuse such a prompt on the topic of its replies. None if that cannot be a topic.
+    """
+    app, request = topic.split("/")[-2:]
+    is_printable = request.isprintable() and 0 < len(request) <= MAX_UNCHECKED
+    return (app, request) if NAME.fullmatch(app) and is_printable else None
 
 
 def subscribed_filter(subscription: str) -> str:

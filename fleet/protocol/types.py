@@ -11,6 +11,7 @@ MAX_LABEL_LENGTH: Final = 200
 DAY_S: Final = 86_400
 
 Id: TypeAlias = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9_-]{0,62}\Z")]
+SoftwareVersion: TypeAlias = Annotated[str, Meta(pattern=r"\A[0-9][0-9a-z.+]{0,62}\Z")]
 Label: TypeAlias = Annotated[str, Meta(max_length=MAX_LABEL_LENGTH)]
 Text: TypeAlias = Annotated[str, Meta(max_length=1000)]
 Port: TypeAlias = Annotated[int, Meta(ge=1, le=65535)]

@@ -24,23 +24,33 @@ def audit(db: Session, actor: str, action: str, subject: str, **details: Any) ->
 class AuditLog(Repository):
     """The entries of the audit log."""
 
+    def add(self, action: str, subject: str, **details: Any) -> None:
+        """Record an event that changes no row; as `audit`."""
+        self._transactions.write(lambda db: audit(db, self.actor, action, subject, **details))
+
     def newest_change(self) -> int:
         """Return a number that grows with every change; 0 before the first."""
         with self._transactions.reading() as db:
             return db.scalar(select(func.max(AuditRecord.id))) or 0
 
     def entries(
-        self, subject: str | None = None, since: float | None = None, limit: int = 100
+        self,
+        subject: str | None = None,
+        since: float | None = None,
+        limit: int = 100,
+        action: str | None = None,
     ) -> list[AuditRow]:
         """Return the latest changes, newest first.
 
-        Only those of `subject`, and at `since` or later, where they are given.
+        Only those of `subject`, at `since` or later, and of this `action`, where they are given.
         """
         query = select(AuditRecord).order_by(AuditRecord.id.desc()).limit(limit)
         if subject is not None:
             query = query.where(AuditRecord.subject == subject)
         if since is not None:
             query = query.where(AuditRecord.at >= since)
+        if action is not None:
+            query = query.where(AuditRecord.action == action)
         with self._transactions.reading() as db:
             return [_audit_row(record) for record in db.scalars(query)]
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -61,7 +62,7 @@ def open_database(url_or_path: str | Path) -> Engine:
     """
     url = parse_url(url_or_path)
     with registry_errors(url):
-        engine = _sqlite(url) if url.get_backend_name() == "sqlite" else _postgresql(url)
+        engine = connect_database(url)
         try:
             with writing(engine).begin() as connection:
                 _migrate(connection)
@@ -69,6 +70,11 @@ def open_database(url_or_path: str | Path) -> Engine:
             engine.dispose()
             raise
     return engine
+
+
+def connect_database(url: URL) -> Engine:
+    """Return an engine on an existing database, whose tables stay as they are."""
+    return _sqlite(url) if url.get_backend_name() == "sqlite" else _postgresql(url)
 
 
 def reading(engine: Engine) -> Engine:
@@ -86,7 +92,7 @@ def writing(engine: Engine) -> Engine:
 @contextmanager
 def registry_errors(url: URL) -> Iterator[None]:
     """Turn the errors of SQLAlchemy and Alembic into a RegistryError of one line."""
-    shown = url.render_as_string(hide_password=True)
+    shown = without_secrets(url)
     try:
         yield
     except DataError as error:
@@ -100,6 +106,11 @@ def registry_errors(url: URL) -> Iterator[None]:
             f"the registry {shown} was made by another version ({error}); "
             "install that version or a newer one"
         ) from None
+
+
+def without_secrets(url: URL) -> str:
+    """Return a URL without its password and without its parameters, which may hold one."""
+    return url.set(query={}).render_as_string(hide_password=True)
 
 
 def _explanation(error: SQLAlchemyError) -> str:
@@ -175,6 +186,11 @@ def parse_url(url_or_path: str | Path) -> URL:
             "the registry's URL is malformed: "
             "expected a path or a URL like postgresql://user@host/fleet"
         ) from None
+    if url.host and "@" in f"{url.host}{url.database}":  # the password would be printed
+        raise RegistryError(
+            "the registry's URL has more than one @; write an @ in the user's name or password as "
+            "%40, and a % as %25"
+        )
     if url.drivername in ("postgres", "postgresql"):
         url = url.set(drivername="postgresql+psycopg")
     if url.get_backend_name() not in ("sqlite", "postgresql"):
@@ -193,10 +209,9 @@ def _create(url: URL, **options: Any) -> Engine:
         ) from None
     except ImportError as error:
         package = "'cecollm-fleet[postgres]'" if error.name == "psycopg" else error.name
-        shown = url.render_as_string(hide_password=True)
         raise MissingExtraError(
-            f"the registry {shown} needs the driver {error.name}, which is not installed; "
-            f"run: pip install {package}"
+            f"the registry {without_secrets(url)} needs the driver {error.name}, which is not "
+            f"installed; run: pip install {package}"
         ) from None
 
 
@@ -262,6 +277,7 @@ def _sqlite(url: URL) -> Engine:
     if url.database and url.database != ":memory:":
         path = Path(url.database)
         _make_folder(path.parent)
+        make_private(path)
         file = _SqliteFile(path)
     engine = _create(url, connect_args={"timeout": BUSY_TIMEOUT_S})
 
@@ -285,6 +301,19 @@ def _sqlite(url: URL) -> Engine:
         connection.exec_driver_sql(f"BEGIN {kind}")
 
     return engine
+
+
+def make_private(path: Path) -> None:
+    """Let only its owner read a SQLite file and those next to it (mode 0600); create the file.
+
+    SQLite gives the files that it creates later the same mode.
+    """
+    # Only a new file is opened: closing one that this process has open would drop SQLite's locks.
+    with suppress(OSError):  # SQLite reports what is wrong
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    for each in (path, *(path.with_name(path.name + suffix) for suffix in ("-wal", "-shm"))):
+        with suppress(OSError):
+            each.chmod(0o600)
 
 
 def _make_folder(folder: Path) -> None:

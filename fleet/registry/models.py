@@ -123,7 +123,7 @@ class CertificateRecord(Table):
 
 
 class StatusRecord(Table):
-    """The newest status of a device; `config_error` is a `ConfigProblem` in builtins."""
+    """The newest status of a device; both errors are a `ConfigProblem` in builtins."""
 
     __tablename__ = "device_status"
 
@@ -138,11 +138,17 @@ class StatusRecord(Table):
     last_seen: Mapped[Time]
     config_version: Mapped[Amount] = mapped_column(default=0)
     config_error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    software_error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
 
     @property
     def config_problem(self) -> ConfigProblem | None:
         """The reason why the device does not follow its desired configuration."""
         return msgspec.convert(self.config_error, ConfigProblem | None)
+
+    @property
+    def software_problem(self) -> ConfigProblem | None:
+        """The reason why the device does not run the desired version of its software."""
+        return msgspec.convert(self.software_error, ConfigProblem | None)
 
 
 class WorkerRecord(Table):

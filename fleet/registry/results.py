@@ -28,6 +28,7 @@ class DeviceRow(Struct, frozen=True, kw_only=True):
     not_after: float
     config_version: int
     config_error: ConfigProblem | None
+    software_error: ConfigProblem | None
     state: str
     tags: dict[str, str]
 

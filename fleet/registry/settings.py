@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session
 
@@ -67,16 +68,29 @@ class DesiredStateRepository(Repository):
         def work(db: Session) -> int:
             _check_target(db, target)
             acquire_lock(db, CONFIG_LOCK)
-            values = msgspec.to_builtins(change(_newest_settings(db, target)))
-            record = ConfigChange(
-                scope=target.scope, target=target.name, settings=values, changed_at=time.time()
-            )
-            db.add(record)
-            db.flush()
-            audit(
-                db, self.actor, "config", str(target), version=record.id, settings=record.settings
-            )
-            return record.id
+            return _add_change(db, self.actor, target, change(_newest_settings(db, target)))
+
+        return self._transactions.write(work)
+
+    def roll_out_software(self, target: Target, version: str) -> int:
+        """Make `version` the software of a target, instead of that of narrower scopes within it.
+
+        Return the new version of the target's settings, which is new also when they were the same.
+
+        Raises:
+            UnknownDeviceError: the device is not enrolled.
+            ConfigError: no device is in the group.
+        """
+
+        def work(db: Session) -> int:
+            _check_target(db, target)
+            acquire_lock(db, CONFIG_LOCK)
+            for narrower, newest in _settings_by_target(db).items():
+                if newest.settings.software and _is_narrower(db, narrower, target):
+                    settings = replace(newest.settings, software=None)
+                    _add_change(db, self.actor, narrower, settings)
+            settings = replace(_newest_settings(db, target), software=version)
+            return _add_change(db, self.actor, target, settings)
 
         return self._transactions.write(work)
 
@@ -123,7 +137,7 @@ def change_scope(
 def desired_configs(db: Session, devices: Iterable[str] | None = None) -> dict[str, DesiredConfig]:
     """Return the desired configuration of each device, or of `devices`."""
     return {
-        name: DesiredConfig(
+        name: DesiredConfig.of(
             max(each.version for each in scopes), merge_scopes(*(each.settings for each in scopes))
         )
         for name, scopes in _scopes(db, devices).items()
@@ -176,6 +190,28 @@ def _settings_by_target(db: Session) -> dict[Target, VersionedSettings]:
         )
         for row in db.scalars(select(ConfigChange).where(ConfigChange.id.in_(newest)))
     }
+
+
+def _add_change(db: Session, actor: str, target: Target, settings: Settings) -> int:
+    """Store the settings of a target; return their version."""
+    values = msgspec.to_builtins(settings)
+    record = ConfigChange(
+        scope=target.scope, target=target.name, settings=values, changed_at=time.time()
+    )
+    db.add(record)
+    db.flush()
+    audit(db, actor, "config", str(target), version=record.id, settings=record.settings)
+    return record.id
+
+
+def _is_narrower(db: Session, narrower: Target, target: Target) -> bool:
+    """Whether a target is one of the devices or groups within another."""
+    if target.scope is Scope.ALL:
+        return narrower.scope is not Scope.ALL
+    if target.scope is Scope.DEVICE or narrower.scope is not Scope.DEVICE:
+        return False
+    record = db.get(IdentityRecord, narrower.name)
+    return record is not None and record.group == target.name
 
 
 def _check_target(db: Session, target: Target) -> None:

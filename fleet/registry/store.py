@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import socket
 from pathlib import Path
 from typing import Self
@@ -16,6 +15,7 @@ from fleet.registry.rollouts.repository import RolloutRepository
 from fleet.registry.settings import DesiredStateRepository
 from fleet.registry.stats.repository import StatsRepository
 from fleet.registry.transactions import Transactions
+from fleet.utils.paths import user_name
 
 
 class Registry:
@@ -45,7 +45,7 @@ class Registry:
             MissingExtraError: its driver is not installed.
         """
         engine = open_database(url_or_path)
-        return cls(engine, actor or f"{getpass.getuser()}@{socket.gethostname()}")
+        return cls(engine, actor or f"{user_name()}@{socket.gethostname()}")
 
     def close(self) -> None:
         """Close all connections."""

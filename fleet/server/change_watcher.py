@@ -20,7 +20,7 @@ class ChangeWatcher:
     """A poll of the audit log's newest number, once a second; a context manager with one thread.
 
     A task runs at the start and after every change, again until it succeeds; a periodic one in
-    every round.
+    every round. `on_cycle` is called once a round.
     """
 
     def __init__(self, registry: Registry, poll_s: float = POLL_S) -> None:
@@ -29,6 +29,7 @@ class ChangeWatcher:
         self._tasks: list[_Task] = []
         self._wake = threading.Event()
         self._closing = False
+        self.on_cycle: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._run, name="changes", daemon=True)
 
     def add(self, work: Callable[[], None], *, periodic: bool = False) -> None:
@@ -50,6 +51,7 @@ class ChangeWatcher:
 
     def _run(self) -> None:
         while not self._closing:
+            self.on_cycle()
             self._run_tasks()
             if self._wake.wait(self._poll_s):
                 self._wake.clear()

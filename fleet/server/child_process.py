@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import IO, Final
 
 from fleet.errors import FleetError
+from fleet.utils.host_address import host_port
 
 START_TIMEOUT_S: Final = 60.0
 DRAIN_TIMEOUT_S: Final = 5.0  # for a worker's sessions under `fleet up`; alone it may take longer
@@ -73,10 +74,10 @@ class Child:
                 raise self._not_started(status)
             if time.monotonic() > deadline:
                 raise FleetError(
-                    f"{self.title} did not listen on {host}:{port} within {timeout_s:g} s"
+                    f"{self.title} did not listen on {host_port(host, port)} within {timeout_s:g} s"
                 )
             time.sleep(LISTEN_CHECK_S)
-        self.ready_line = f"{self.title} listens on {host}:{port} (TLS)"
+        self.ready_line = f"{self.title} listens on {host_port(host, port)} (TLS)"
         return self.ready_line
 
     def _not_started(self, status: int) -> FleetError:

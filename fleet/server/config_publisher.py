@@ -31,7 +31,11 @@ class ConfigPublisher:
             RegistryError: the registry cannot answer.
         """
         published = self._published
-        for device, desired in self._registry.desired_state.configs().items():
+        configs = self._registry.desired_state.configs()
+        for device in published.keys() - configs.keys():  # deleted
+            self._transport.publish(topics.device_config(device), b"", qos=1, retain=True)
+            del published[device]
+        for device, desired in configs.items():
             payload = encode_desired(desired)
             if published.get(device) != payload:
                 self._transport.publish(topics.device_config(device), payload, qos=1, retain=True)

@@ -7,27 +7,35 @@ import hashlib
 import itertools
 import logging
 import os
+import re
 import ssl
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
-import platformdirs
 from msgspec import Meta, Struct
 
 from fleet.bundles.manifest import read_manifest
+from fleet.bundles.software import SoftwareManifest, keep_software
 from fleet.bundles.store import keep_bundle
-from fleet.errors import BundleError, ConfigError, FleetError
+from fleet.errors import BundleError, ConfigError, FleetError, IdentityError
 from fleet.identity.enrolment import Enrolment
 from fleet.identity.identity import CA_FILE, Identity, ServerTls
 from fleet.protocol.access import Role
+from fleet.utils.atomic_files import write_file
 from fleet.utils.optional_imports import needs
-from provisioning.authority import CertificateAuthority
+from fleet.utils.paths import absolute_path, user_data_folder
+from fleet.utils.text_files import decode_json
+from provisioning.authority import (
+    CertificateAuthority,
+    finish_retirement,
+    successor_folder,
+)
 from provisioning.fleet_address import FleetAddress, base_url
 from provisioning.own_certificates import is_due, renew_own
 
@@ -43,7 +51,7 @@ DEFAULT_PORT: Final = 8883
 DEFAULT_SERVICE_PORT: Final = 8443
 PASSPHRASE: Final = "FLEET_CA_PASSPHRASE"
 COLLECTOR: Final = "collector"
-EMBEDDED: Final = "amqtt"  # the brokers that `fleet up` starts
+EMBEDDED: Final = "embedded"  # the brokers that `fleet up` starts
 MOSQUITTO: Final = "mosquitto"
 WORKER: Final = "worker-1"  # the first worker that `fleet up` starts
 CRL_CACHE_S: Final = 60
@@ -72,12 +80,27 @@ class FleetHome:
     def __init__(self, folder: Path, config: FleetConfig) -> None:
         self.folder = folder
         self.config = config
+        self._exits: dict[str, tuple[int, ...]] = {}  # a bundle never changes
 
     @staticmethod
     def default_folder() -> Path:
-        """``$FLEET_HOME``, else the user's data folder."""
+        """``$FLEET_HOME``, else the user's data folder. Raises ConfigError if there is none."""
         home = os.environ.get("FLEET_HOME")
-        return Path(home) if home else platformdirs.user_data_path("cecollm-fleet")
+        return absolute_path(Path(home)) if home else user_data_folder()
+
+    @classmethod
+    def find(cls, folder: Path | None) -> Path:
+        """Return the absolute path of `folder`, by default `default_folder`."""
+        return absolute_path(folder) if folder else cls.default_folder()
+
+    @staticmethod
+    def is_fleet(folder: Path) -> bool:
+        """Whether there is a fleet in `folder`. Raises PermissionError."""
+        try:
+            (folder / FLEET_FILE).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     @classmethod
     def load(cls, folder: Path | None = None) -> FleetHome:
@@ -85,17 +108,15 @@ class FleetHome:
 
         Raises:
             ConfigError: there is no fleet in the folder, or its configuration is not usable.
+            PermissionError: this user may not read it.
         """
-        folder = folder or cls.default_folder()
+        folder = cls.find(folder)
         path = folder / FLEET_FILE
-        try:
-            return cls(folder, msgspec.json.decode(path.read_bytes(), type=FleetConfig))
-        except OSError:
+        if not cls.is_fleet(folder):
             raise ConfigError(
                 f"no fleet in {folder}; start one with 'fleet up', or name its folder with --home"
-            ) from None
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not usable: {error}") from None
+            )
+        return cls(folder, decode_json(path.read_bytes(), str(path), FleetConfig))
 
     @classmethod
     def create(cls, folder: Path, config: FleetConfig) -> FleetHome:
@@ -106,29 +127,59 @@ class FleetHome:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         home = cls(folder, config)
         home.registry().close()  # before the file is written: a registry that opens
-        path = folder / FLEET_FILE
-        path.touch(mode=0o600)  # a registry's URL may hold a password
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
-        if not (folder / "ca").exists():
-            CertificateAuthority.create(folder / "ca", os.environ.get(PASSPHRASE))
+        home.save()
+        finish_retirement(home.ca_folder)
+        if not home.ca_folder.exists():
+            CertificateAuthority.create(home.ca_folder, os.environ.get(PASSPHRASE))
         home.identity(COLLECTOR, Role.SERVER)
         home.identity(operator_name(1), Role.SERVER)  # so that its first command needs no registry
         home.identity(WORKER, Role.WORKER)
         return home
 
+    def save(self) -> None:
+        """Write `fleet.json` (mode 0600: a registry's URL may hold a password)."""
+        data = msgspec.json.format(msgspec.json.encode(self.config), indent=2) + b"\n"
+        write_file(self.folder / FLEET_FILE, data)
+
+    @property
+    def registry_url(self) -> str:
+        """The registry's URL, or the path of its SQLite file."""
+        return self.config.registry or str(self.folder / REGISTRY_FILE)
+
     def registry(self) -> Registry:
         """Open the registry; use it as a context manager."""
         with needs("server"):
             from fleet.registry.store import Registry
-        return Registry.open(self.config.registry or self.folder / REGISTRY_FILE)
+        return Registry.open(self.registry_url)
 
     def authority(self) -> CertificateAuthority:
         """Load the certificate authority; raises IdentityError when its key cannot be opened."""
-        return CertificateAuthority.load(self.folder / "ca", os.environ.get(PASSPHRASE))
+        return CertificateAuthority.load(self.ca_folder, os.environ.get(PASSPHRASE))
+
+    @property
+    def ca_folder(self) -> Path:
+        """The folder of the certificate authority."""
+        return self.folder / "ca"
+
+    def trusted_ca(self) -> str:
+        """The CA certificates that the fleet trusts, as `CertificateAuthority.pem`.
+
+        Raises:
+            IdentityError: there is no certificate authority. Its key is not needed.
+        """
+        finish_retirement(self.ca_folder)
+        try:
+            own = (self.ca_folder / CA_FILE).read_text(encoding="utf-8")
+            successor = successor_folder(self.ca_folder) / CA_FILE
+            return own + (successor.read_text(encoding="utf-8") if successor.exists() else "")
+        except OSError as error:
+            raise IdentityError(
+                f"no certificate authority in {self.ca_folder}: {error.strerror}; restore it"
+            ) from None
 
     def ca_sha256(self) -> str:
         """SHA-256 of the authority's certificate; its key is not needed."""
-        pem = (self.folder / "ca" / CA_FILE).read_text()
+        pem = (self.ca_folder / CA_FILE).read_text(encoding="ascii")
         return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
 
     def address(
@@ -164,6 +215,7 @@ class FleetHome:
         self, enrolments: Mapping[Path, Enrolment], address: FleetAddress, *, force: bool = False
     ) -> Sequence[Identity]:
         """Enrol all or none, and write a folder for each; raises FleetError."""
+        check_own_names(enrolments.values())
         with needs("server"):
             from provisioning.offline_enrolment import enroll_offline
         with self.registry() as registry:
@@ -187,6 +239,33 @@ class FleetHome:
             registry.rollouts.add_bundle(manifest.bundle_id, manifest.model.name, num_bytes)
         return manifest.bundle_id
 
+    @property
+    def software(self) -> Path:
+        """The folder of the versions of the devices' software, each in a folder named by it."""
+        return self.folder / "software"
+
+    def keep_software(self, wheel: Path) -> SoftwareManifest:
+        """Copy a wheel to the versions that the server offers, and sign it.
+
+        Raises:
+            SoftwareError: it is no wheel of ours, or another one of its version was added.
+            ConfigError: the fleet's folder cannot be written.
+        """
+        return keep_software(wheel, self.software, self.authority().sign_bundle)
+
+    def keep_own_bundle(self) -> None:
+        """Keep the fleet's bundle as `keep_bundle`, if its folder is on this machine.
+
+        Log why not, if it cannot be kept: a server without it serves the other bundles.
+        """
+        bundle = Path(self.config.bundle)
+        if bundle_id_of(bundle) is None:
+            return
+        try:
+            self.keep_bundle(bundle)
+        except FleetError as error:
+            log.warning("devices cannot fetch the fleet's bundle: %s", error)
+
     def server_tls(self, folder: Path | None = None) -> ServerTls:
         """Issue the certificate of broker and service in `folder`, by default the fleet's own."""
         hosts = filter(None, (self.config.host, self.config.service_host))
@@ -199,17 +278,25 @@ class FleetHome:
                 return folder
         return None
 
-    def service(self, registry: Registry, listen: str, tls: ServerTls) -> EnrolmentServer:
+    def bundle_exits(self, bundle_id: str) -> tuple[int, ...] | None:
+        """The exits of a bundle; None when the fleet does not have it."""
+        if bundle_id not in self._exits and (folder := self.bundle_folder(bundle_id)):
+            self._exits[bundle_id] = read_manifest(folder).exits
+        return self._exits.get(bundle_id)
+
+    def service(
+        self, registry: Registry, listen: str, tls: ServerTls, authority: CertificateAuthority
+    ) -> EnrolmentServer:
         """Make the HTTPS service, which is not started."""
         with needs("server"):
             from provisioning.enrolment_service import EnrolmentService
             from provisioning.service import EnrolmentServer
-        authority = self.authority()
         enrolment = EnrolmentService(
             registry=registry,
             authority=authority,
             address=self.address(),
             find_bundle=self.bundle_folder,
+            software=self.software,
             crl=_cached_crl(authority, registry),
             bundle_id=bundle_id_of(Path(self.config.bundle)),
         )
@@ -225,9 +312,29 @@ class FleetHome:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two commands may need a new identity at once
             if not self.has_identity(name):
                 return self.enroll(name, role, out)
-            identity = Identity.load(out)
+            identity = self._load_or_mend(name, role)
             self._renew_if_due(identity)
         return self._with_current_address(identity)
+
+    def _load_or_mend(self, name: str, role: Role) -> Identity:
+        """Load one of the fleet's own identities; make its files again if they are damaged."""
+        out = self.folder / "identities" / name
+        try:
+            return Identity.load(out)
+        except IdentityError as error:
+            log.warning("an identity of the fleet is made again: %s", error)
+            identity = Identity(out, self.address().identity_config(name, role))
+            self.certify_again(identity)
+            return identity
+
+    def certify_again(self, identity: Identity) -> None:
+        """Replace key and certificate of an identity in its folder, also when they have ended.
+
+        Raises:
+            FleetError: it is not enrolled, suspended or revoked, or a file cannot be used.
+        """
+        with self.registry() as registry:
+            renew_own(registry, self.authority(), identity)
 
     def _with_current_address(self, identity: Identity) -> Identity:
         current = msgspec.structs.replace(
@@ -246,14 +353,14 @@ class FleetHome:
         """Renew the fleet's own identities that are due, for their next connections."""
         for folder in sorted((self.folder / "identities").iterdir()):
             if self.has_identity(folder.name):
-                self.identity(folder.name, Identity.load(folder).config.role)
+                role = own_role(folder.name) or Identity.load(folder).config.role
+                self.identity(folder.name, role)
 
     def _renew_if_due(self, identity: Identity) -> None:
-        if not is_due(identity.folder):
-            return
         try:
-            with self.registry() as registry:
-                renew_own(registry, self.authority(), identity)
+            ca = (identity.folder / CA_FILE).read_text(encoding="utf-8")
+            if is_due(identity.folder) or ca != self.trusted_ca():
+                self.certify_again(identity)
         except FleetError as error:
             log.warning("the certificate of %s is due and not renewed: %s", identity.name, error)
 
@@ -302,6 +409,24 @@ def create_fleet(folder: Path, config: FleetConfig) -> FleetHome:
     return home
 
 
+def own_role(name: str) -> Role | None:
+    """The role of a name that the fleet uses for its own identities; None for other names."""
+    if name == COLLECTOR or re.fullmatch(r"operator-\d+", name):
+        return Role.SERVER
+    return Role.WORKER if re.fullmatch(r"worker-\d+", name) else None
+
+
+def check_own_names(enrolments: Iterable[Enrolment]) -> None:
+    """Raise ConfigError when a name of the fleet's own is to be enrolled in another role."""
+    for each in enrolments:
+        role = own_role(each.name)
+        if role not in (None, each.role):
+            raise ConfigError(
+                f"{each.name!r} is a name of the fleet's own, which is a {role}: choose another "
+                f"name for a {each.role}"
+            )
+
+
 def operator_name(number: int) -> str:
     """The name of an operator's identity, from 1 on."""
     return f"operator-{number}"
@@ -313,25 +438,3 @@ def bundle_id_of(folder: Path) -> str | None:
         return read_manifest(folder).bundle_id
     except BundleError:
         return None
-
-
-def resolve_config(
-    folder: Path, config: FleetConfig, registry: str | None, retention_days: int | None
-) -> FleetConfig:
-    """`config` with the given registry and retention, else those of the fleet in `folder`.
-
-    Raises:
-        ConfigError: the fleet has another registry, where its identities are enrolled.
-    """
-    current = FleetHome.load(folder).config if (folder / FLEET_FILE).exists() else None
-    if current and registry not in (None, current.registry):
-        raise ConfigError(
-            f"the fleet in {folder} has another registry, where its devices are enrolled; "
-            "name a new folder with --home, or, if the same database has moved, "
-            f"write its URL into {folder / FLEET_FILE}"
-        )
-    return msgspec.structs.replace(
-        config,
-        registry=current.registry if current else registry,
-        retention_days=retention_days or (current or config).retention_days,
-    )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from cloud_broker_worker.broker.embedded import EmbeddedBroker
 from fleet.protocol.access import Role
+from fleet.protocol.types import DAY_S
 from fleet.registry.store import Registry
 from fleet.server.certificate_renewal_task import CertificateRenewalTask
 from fleet.server.change_watcher import ChangeWatcher
@@ -18,14 +20,20 @@ from fleet.server.config_publisher import ConfigPublisher
 from fleet.server.denylist_publisher import DenylistPublisher
 from fleet.server.home import COLLECTOR, FleetHome
 from fleet.server.mosquitto import make_sync, reload_by
+from fleet.server.report_admission import ReportRules
 from fleet.server.retention import Retention
 from fleet.server.rollout_engine import RolloutEngine
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.tls_server import TlsServer
 from fleet.utils.cli_runtime import stop_event, wait_stopped
+from fleet.utils.host_address import host_port
+from fleet.utils.service_manager import READY, Watchdog, notify
+from provisioning.authority import CertificateAuthority
 
 if TYPE_CHECKING:
     from fleet.monitoring.http_endpoint import HttpEndpoint
+
+LINK_S: Final = 5.0  # for the first attempt to reach the broker, before the server reports ready
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,39 +57,55 @@ def run_server(home: FleetHome, options: ServerOptions) -> None:
     """Serve until SIGTERM or SIGINT."""
     stop = stop_event()
     with ExitStack() as stack:
-        print(_start(stack, home, options), flush=True)
+        print(_start(stack, home, options, stop), flush=True)
+        notify(READY)
         wait_stopped(stop)
 
 
-def _start(stack: ExitStack, home: FleetHome, options: ServerOptions) -> str:
-    """Start everything on `stack`; the line that announces it."""
+def _start(stack: ExitStack, home: FleetHome, options: ServerOptions, stop: threading.Event) -> str:
+    """Start everything on `stack`; the line that announces it.
+
+    A broker that runs elsewhere may come later: the link waits for it, and the service does not.
+    """
     config = home.config
     listen = options.listen or config.host
     endpoint = _open_endpoint(stack, options.metrics)
     registry = stack.enter_context(home.registry())
     stack.enter_context(Retention(registry, config.retention_days))
+    home.keep_own_bundle()
+    authority = home.authority()
     tls = home.server_tls()
     broker = service = None
     if options.has_broker:
-        broker = stack.enter_context(
-            EmbeddedBroker(listen, config.port, tls, registry.identities.admitted)
-        )
-    link = stack.enter_context(MqttTransport.connect(home.identity(COLLECTOR, Role.SERVER)))
-    collector = stack.enter_context(Collector(link, registry))
+        broker = stack.enter_context(EmbeddedBroker(listen, config.port, tls, registry))
+    identity = home.identity(COLLECTOR, Role.SERVER)
+    link = stack.enter_context(MqttTransport.connect(identity, wait=False))
+    rules = ReportRules(max_age_s=config.retention_days * DAY_S, exits_of=home.bundle_exits)
+    collector = stack.enter_context(Collector(link, registry, rules=rules))
     if config.service_port:
-        service = stack.enter_context(home.service(registry, listen, tls))
+        service = stack.enter_context(home.service(registry, listen, tls, authority))
     tls_servers = [each for each in (broker, service) if each]
-    stack.enter_context(_change_watcher(home, registry, link, options, tls_servers))
+    watcher = _change_watcher(home, registry, link, options, authority, tls_servers)
+    _watch_progress(collector, watcher, *tls_servers)
+    stack.enter_context(watcher)
     if endpoint:
         from fleet.server.metrics import FleetMonitor
 
         endpoint.show(FleetMonitor(registry, collector, link, broker))
-    line = f"collector at the broker on {config.host}:{config.port}"
+    link.wait_up(stop, LINK_S)
+    line = f"collector at the broker on {host_port(config.host, config.port)}"
     if broker:
-        line = f"broker listens on {listen}:{config.port} (TLS)"
+        line = f"broker listens on {host_port(listen, config.port)} (TLS)"
     line += f", registry {home.folder}"
     line += f", service on {service.url}" if service else ""
     return line + (f", metrics on {endpoint.url}" if endpoint else "")
+
+
+def _watch_progress(*loops: Collector | ChangeWatcher | TlsServer) -> None:
+    """Report to the service manager while each of these loops makes progress."""
+    watchdog = Watchdog()
+    for number, loop in enumerate(loops):
+        loop.on_cycle = watchdog.watch(f"{type(loop).__name__}-{number}")
 
 
 def _open_endpoint(stack: ExitStack, address: tuple[str, int] | None) -> HttpEndpoint | None:
@@ -97,18 +121,20 @@ def _change_watcher(
     registry: Registry,
     link: MqttTransport,
     options: ServerOptions,
+    authority: CertificateAuthority,
     tls_servers: Sequence[TlsServer],
 ) -> ChangeWatcher:
     """The tasks after each change of the registry, and after each new connection to the broker.
 
-    `tls_servers` present the server's certificate.
+    `tls_servers` present the server's certificate. `authority` is the object that the service signs
+    with; it follows a rotation.
     """
     watcher = ChangeWatcher(registry)
     folders = [home.folder / "broker"]
     reloads: list[Callable[[], None]] = [each.reload_certificate for each in tls_servers]
     if options.mosquitto:  # the first task: a revoked client must lose its connection soon
         reload = reload_by(options.mosquitto, options.reload)
-        sync = make_sync(home, registry, options.mosquitto, reload)
+        sync = make_sync(home, registry, options.mosquitto, reload, authority)
         watcher.add(sync.sync, periodic=True)
         folders.append(options.mosquitto)
         reloads.append(reload)
@@ -116,7 +142,8 @@ def _change_watcher(
     watcher.add(DenylistPublisher(link, registry).publish)
     watcher.add(configs.publish)
     watcher.add(RolloutEngine(registry).step, periodic=True)
-    watcher.add(CertificateRenewalTask(home, folders, reloads).run, periodic=True)
+    renewal = CertificateRenewalTask(home, folders, reloads, authority)
+    watcher.add(renewal.run, periodic=True)
     for callback in (configs.reset, watcher.run_again):
         link.on_up(callback)
     return watcher

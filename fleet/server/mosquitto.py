@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,8 @@ from cloud_broker_worker.broker.mosquitto_sync import MosquittoSync
 from fleet.errors import ConfigError
 from fleet.server.child_process import Child
 from fleet.server.home import MOSQUITTO, FleetHome
-from provisioning.authority import LEAF_DAYS
+from fleet.utils.file_limit import raise_file_limit
+from provisioning.authority import LEAF_DAYS, CertificateAuthority
 from provisioning.crl import CRL_DAYS, CrlFile
 from provisioning.session_takeover import SessionTakeover
 
@@ -29,11 +31,10 @@ if TYPE_CHECKING:
 README: Final = """\
 A mosquitto for the fleet in {home}, on port {port}. Start it:
 
-    mosquitto -c {config}
+    {start}
 
-or from a systemd unit with that ExecStart, Type=exec, Restart=on-failure and
-ExecReload=/bin/kill -HUP $MAINPID. It needs mosquitto 2.0.11 or later, and runs as the user who
-wrote these files.
+or by the units of 'fleet systemd --broker mosquitto'. It needs mosquitto 2.0.11 or later, and runs
+as the user who wrote these files.
 
 A fleet server can keep these files in step with the registry:
 
@@ -83,28 +84,31 @@ def _write_readme(home: FleetHome, folder: Path, config: Path, port: int) -> Non
     readme = README.format(
         home=home.folder,
         port=port,
-        config=config,
-        folder=folder,
-        pid_file=folder / PID_FILE,
+        start=shlex.join(["mosquitto", "-c", str(config)]),
+        folder=shlex.quote(str(folder)),
+        pid_file=shlex.quote(str(folder / PID_FILE)),
         crl_days=CRL_DAYS,
         leaf_days=LEAF_DAYS,
     )
-    (folder / "README").write_text(readme)
+    (folder / "README").write_text(readme, encoding="utf-8")
 
 
-def start_mosquitto(home: FleetHome, folder: Path) -> Child:
+def start_mosquitto(home: FleetHome, folder: Path, listen: str | None = None) -> Child:
     """Start a mosquitto for `home` with its files in `folder`; it listens on return.
+
+    It listens on the address `listen`, by default on the fleet's host.
 
     Raises:
         ConfigError: it is not installed, or the folder cannot be written.
         FleetError: it did not start.
     """
     program = find_mosquitto()
+    raise_file_limit()  # mosquitto inherits it
     with home.registry() as registry:
-        path = write_mosquitto(home, registry, folder)
+        path = write_mosquitto(home, registry, folder, listen)
     process = Child(MOSQUITTO, ("-c", str(path)), (program,))
     try:
-        process.wait_listening(home.config.host, home.config.port)
+        process.wait_listening(listen or home.config.host, home.config.port)
     except BaseException:
         process.stop()
         raise
@@ -119,19 +123,22 @@ def reload_by(folder: Path, command: str | None) -> Callable[[], None]:
 
 
 def make_sync(
-    home: FleetHome, registry: Registry, folder: Path, reload: Callable[[], None]
+    home: FleetHome,
+    registry: Registry,
+    folder: Path,
+    reload: Callable[[], None],
+    authority: CertificateAuthority,
 ) -> MosquittoSync:
     """Make the task that keeps the files in `folder` equal to the registry.
 
     Raises:
         ConfigError: the folder has no files of `write_mosquitto`.
-        IdentityError: there is no certificate authority.
     """
     if not (folder / CONFIG_FILE).exists():
         raise ConfigError(
-            f"no {CONFIG_FILE} in {folder}; make it: fleet broker config --out {folder}"
+            f"no {CONFIG_FILE} in {folder}; make it: "
+            + shlex.join(["fleet", "broker", "config", "--out", str(folder)])
         )
-    authority = home.authority()
     crl = CrlFile(folder / CRL_FILE, authority)
     takeover = SessionTakeover(authority, home.config.host, home.config.port)
     return MosquittoSync(folder, registry, crl, reload, takeover)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
+import errno
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +17,16 @@ from fleet.errors import ConfigError, FleetError
 from fleet.identity.identity import Identity
 from fleet.protocol.access import Role
 from fleet.server.child_process import DRAIN_TIMEOUT_S, Child, child, running
-from fleet.server.home import EMBEDDED, MOSQUITTO, WORKER, FleetHome
+from fleet.server.home import EMBEDDED, MOSQUITTO, WORKER, FleetConfig, FleetHome
 from fleet.server.mosquitto import start_mosquitto
+from fleet.server.worker_settings import WorkerSettings
+from fleet.utils.host_address import bind_probe, host_port
 from fleet.utils.optional_imports import require
+from fleet.utils.paths import absolute_path
 from onnx_export.default_bundle import default_bundle
 
 WATCH_S: Final = 0.2
+DEFAULT_SETTINGS: Final = WorkerSettings()
 
 
 class FleetProcesses(NamedTuple):
@@ -43,52 +46,50 @@ def check_broker(broker: str) -> None:
 
 def check_port(host: str, port: int, option: str = "--port") -> None:
     """Raise ConfigError, which names the `option` for another port, when the port is in use."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {host}:{port}: {error.strerror}; "
-                f"stop what uses it or choose another with {option}"
-            ) from None
+    try:
+        bind_probe(host, port).close()
+    except OSError as error:
+        advice = "check the host's name and this machine's addresses"
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            advice = f"stop what uses it or choose another with {option}"
+        raise ConfigError(
+            f"cannot listen on {host_port(host, port)}: {error.strerror}; {advice}"
+        ) from None
 
 
-def check_ports(home: FleetHome) -> None:
+def check_ports(config: FleetConfig, listen: str | None = None) -> None:
     """Raise ConfigError when the port of the broker or of the service is in use."""
-    config = home.config
-    check_port(config.host, config.port)
+    host = listen or config.host
+    check_port(host, config.port)
     if config.service_port:
-        check_port(config.host, config.service_port, "--service-port")
-
-
-def free_port(host: str) -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+        check_port(host, config.service_port, "--service-port")
 
 
 @contextmanager
 def fleet_processes(
-    home: FleetHome, num_workers: int = 1, metrics_port: int | None = None, broker: str = EMBEDDED
+    home: FleetHome,
+    num_workers: int = 1,
+    metrics_port: int | None = None,
+    broker: str = EMBEDDED,
+    listen: str | None = None,
+    settings: WorkerSettings = DEFAULT_SETTINGS,
 ) -> Iterator[FleetProcesses]:
     """Run server and workers; the server is ready and the workers start when the block begins.
 
     The embedded broker is in the server's process; mosquitto is a process of its own. With a
     `metrics_port` the server serves its metrics there, and the workers on the ports that follow.
+    Broker and service listen on the address `listen`, by default on the fleet's host.
     """
-    check_ports(home)
+    check_ports(home.config, listen)
     require("worker", "torch", "transformers")
     shares = broker == MOSQUITTO
-    options = _worker_options(home, num_workers)
+    options = worker_options(settings, Path(home.config.bundle), num_workers)
     with ExitStack() as stack:
         # Each folder before a broker starts: its rights are in the broker's first files.
         names = [worker_name(number) for number in range(1, num_workers + 1)]
         folders = [worker_folder(home, name, shares=shares) for name in names]
         server_options = _metrics_options(metrics_port, 0)
-        servers = stack.enter_context(server_processes(home, server_options, broker))
+        servers = stack.enter_context(server_processes(home, server_options, broker, listen))
         workers = []
         for number, folder in enumerate(folders, start=1):
             metrics = _metrics_options(metrics_port, number)
@@ -99,16 +100,11 @@ def fleet_processes(
         yield FleetProcesses(servers, workers)
 
 
-def _worker_options(home: FleetHome, num_workers: int) -> list[str]:
-    options = ["--bundle", home.config.bundle, "--drain-timeout", str(DRAIN_TIMEOUT_S)]
-    if num_workers > 1:  # workers share the cores; a single one chooses its own number
-        options += ["--threads", threads_per_worker(num_workers)]
-    return options
-
-
-def threads_per_worker(num_workers: int) -> str:
-    """The value of `--threads` for each of several workers that share this machine's cores."""
-    return str(max(1, (os.cpu_count() or 1) // num_workers))
+def worker_options(settings: WorkerSettings, bundle: Path, num_workers: int) -> list[str]:
+    """The options of one of `num_workers` workers on this machine."""
+    own = ["--drain-timeout", str(DRAIN_TIMEOUT_S)]
+    own.append("--no-renew")  # the server renews the fleet's own identities
+    return [*settings.arguments(bundle, num_workers), *own]
 
 
 def _metrics_options(first_port: int | None, number: int) -> list[str]:
@@ -119,16 +115,21 @@ def _metrics_options(first_port: int | None, number: int) -> list[str]:
 
 @contextmanager
 def server_processes(
-    home: FleetHome, options: Sequence[str] = (), broker: str = EMBEDDED
+    home: FleetHome,
+    options: Sequence[str] = (),
+    broker: str = EMBEDDED,
+    listen: str | None = None,
 ) -> Iterator[list[Child]]:
     """Run broker and server, ready when the block begins; `options` are the server's."""
     title = "the broker"
     command = ["fleet.cli", "server", "--home", str(home.folder), *options]
+    if listen:
+        command += ["--listen", listen]
     with ExitStack() as stack:
         servers = []
         if broker == MOSQUITTO:
             folder = home.folder / MOSQUITTO
-            servers.append(stack.enter_context(running(start_mosquitto(home, folder))))
+            servers.append(stack.enter_context(running(start_mosquitto(home, folder, listen))))
             title = "the server"
             command += ["--no-broker", "--mosquitto", str(folder)]
         server = stack.enter_context(child(title, *command))
@@ -180,4 +181,4 @@ def worker_name(number: int) -> str:
 
 def resolve_bundle(bundle: Path | None, progress: Callable[[str], None]) -> Path:
     """The given bundle, or the default model's, which is downloaded and built if it is missing."""
-    return bundle.resolve() if bundle is not None else default_bundle(progress)
+    return absolute_path(bundle) if bundle is not None else default_bundle(progress)

@@ -10,9 +10,16 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Self
 
 from fleet.errors import FleetError
-from fleet.server.child_process import DRAIN_TIMEOUT_S, Child
+from fleet.server.child_process import Child
 from fleet.server.home import FleetHome
-from fleet.server.supervisor import report, threads_per_worker, worker_folder, worker_name
+from fleet.server.supervisor import (
+    DEFAULT_SETTINGS,
+    report,
+    worker_folder,
+    worker_name,
+    worker_options,
+)
+from fleet.server.worker_settings import WorkerSettings
 
 SCALE_S: Final = 2.0
 IDLE_S: Final = 300.0
@@ -75,6 +82,7 @@ class WorkerPool:
     default: str
     num_workers: int
     shares: bool
+    settings: WorkerSettings = DEFAULT_SETTINGS
     _workers: dict[str, ManagedWorker] = field(default_factory=dict)  # by bundle
     _draining: list[ManagedWorker] = field(default_factory=list)
     _next_step: float = 0.0
@@ -139,12 +147,7 @@ class WorkerPool:
             "cloud_broker_worker",
             "run",
             str(worker_folder(self.home, name, shares=self.shares)),
-            "--bundle",
-            str(self.home.bundles / bundle_id),
-            "--drain-timeout",
-            str(DRAIN_TIMEOUT_S),
-            "--threads",
-            threads_per_worker(self.num_workers + 1),
+            *worker_options(self.settings, self.home.bundles / bundle_id, self.num_workers + 1),
         ]
         process = Child(f"worker {name}", arguments)
         self._workers[bundle_id] = ManagedWorker(name, process, now, now)

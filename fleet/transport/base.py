@@ -1,23 +1,27 @@
-"""The only seam for I/O between the programs of the fleet: publish, subscribe, watch the link."""
+"""The interface for all messages between the programs of the fleet: publish, subscribe, and watch
+the link.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, Protocol, Self
 
 from fleet.errors import LinkError
 from fleet.protocol.topics import matches
+from fleet.utils.rate_limited_log import RateLimitedLog
 
 Handler = Callable[[str, bytes], None]
-MAX_PACKET_BYTES: Final = 1 << 20  # a packet on any of the fleet's brokers
-MAX_IN_FLIGHT: Final = 100  # QoS 1 messages sent and not yet acknowledged, on either side
-MAX_QUEUED: Final = 1000  # QoS 1 messages kept for a link that is down
-MAX_RETAINED: Final = 100  # more of them if they are retained: a status outlasts other messages
+MAX_PACKET_BYTES: Final = 1 << 20  # largest packet that the fleet's brokers accept
+MAX_IN_FLIGHT: Final = 100  # QoS 1 messages sent and not yet acknowledged, in each direction
+MAX_QUEUED: Final = 1000  # QoS 1 messages that wait while the link is down
+MAX_RETAINED: Final = 100  # places in addition, only for retained messages such as a status
 
 logger = logging.getLogger(__name__)
+replay_log = RateLimitedLog(logger, 10.0)
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,20 @@ class Will:
     payload: bytes
 
 
+@dataclass(frozen=True)
+class Subscription:
+    """The handler of a topic filter. With `live_only` it receives no retained messages."""
+
+    handler: Handler
+    qos: int = 0
+    live_only: bool = False
+
+
 class Transport(Protocol):
     """A connection to a broker under one name.
 
-    Handlers run one after the other on the transport's own thread; they must not block. After a
-    lost connection the transport reconnects by itself, subscribes again, and calls every `on_up`
+    Handlers run one after the other on the transport's own thread; they must not block. After the
+    connection is lost, the transport reconnects by itself, subscribes again, and calls each `on_up`
     callback again.
     """
 
@@ -47,7 +60,7 @@ class Transport(Protocol):
         """Send one message. QoS 1 is queued while the link is down.
 
         Raises:
-            LinkError: QoS 0 and the link is down, or the queue is full.
+            LinkError: the link is down (QoS 0), or the queue is full (QoS 1).
         """
         ...
 
@@ -56,14 +69,24 @@ class Transport(Protocol):
         ...
 
     def subscribe(
-        self, topic_filter: str, handler: Handler, *, qos: int = 0, retained: bool = False
+        self,
+        topic_filter: str,
+        handler: Handler,
+        *,
+        qos: int = 0,
+        retained: bool = False,
+        live_only: bool = False,
     ) -> None:
-        """Call ``handler(topic, payload)`` for each message under the filter, reconnects included.
+        """Call ``handler(topic, payload)`` for each message under the filter, until `unsubscribe`.
 
         `retained` states that the filter normally has a retained message. A broker that does not
         know the client's rights yet sends nothing, and drops the client's messages, without an
-        error. So the subscription is repeated until a message arrives. That counts as a link that
-        has come up: every filter is subscribed to again, and the `on_up` callbacks are called.
+        error. So the subscription is repeated until a message arrives. The transport then acts as
+        if the link had come up: it subscribes to each filter again and calls the `on_up` callbacks.
+
+        `live_only` is for a filter whose messages must not be retained. If a client has published
+        one as retained nevertheless, the broker sends it again with each connection, with MQTT's
+        retain flag set. The transport drops such a message.
         """
         ...
 
@@ -74,7 +97,7 @@ class Transport(Protocol):
     def on_up(self, callback: Callable[[], None]) -> None:
         """Call `callback` now if the link is up, and each time that it comes up.
 
-        A client announces itself in it. The callback runs before retained messages arrive again.
+        Use it to announce the client. The callback runs before retained messages arrive again.
         """
         ...
 
@@ -83,7 +106,7 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None:
-        """Disconnect regularly, so that the will is not sent, within a few seconds."""
+        """Disconnect regularly within a few seconds, so that the broker does not send the will."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -91,17 +114,26 @@ class Transport(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-def dispatch(handlers: Iterable[tuple[str, Handler]], topic: str, payload: bytes) -> None:
-    """Call each handler whose filter covers `topic`; log one that fails and call the others."""
-    for topic_filter, handler in handlers:
-        if matches(topic_filter, topic):
-            run_guarded(partial(handler, topic, payload), f"handler of {topic_filter}")
+def dispatch(
+    subscriptions: Mapping[str, Subscription], topic: str, payload: bytes, *, is_retained: bool
+) -> None:
+    """Call each handler whose filter covers `topic`. If one fails, log it and call the others.
+
+    `is_retained` is the message's retain flag: the broker had stored the message.
+    """
+    for topic_filter, subscription in subscriptions.items():
+        if not matches(topic_filter, topic):
+            continue
+        if is_retained and subscription.live_only:
+            replay_log.warning("retained message on %r dropped; clear it at the broker", topic)
+            continue
+        run_guarded(partial(subscription.handler, topic, payload), f"handler of {topic_filter}")
 
 
 def publish_or_log(
     transport: Transport, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False
 ) -> None:
-    """Publish a message; log one that cannot be sent."""
+    """Publish a message, or log that it cannot be sent."""
     try:
         transport.publish(topic, payload, qos=qos, retain=retain)
     except LinkError as error:
@@ -109,7 +141,7 @@ def publish_or_log(
 
 
 def run_guarded(call: Callable[[], None], name: str) -> None:
-    """Run a callback on the transport's thread, which must go on: log an exception."""
+    """Run a callback. Log an exception, so that the transport's thread continues."""
     try:
         call()
     except Exception:

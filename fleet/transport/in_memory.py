@@ -1,4 +1,4 @@
-"""The in-memory twin of the transport: a broker without a network, with links that can be cut."""
+"""A transport and a broker in memory, without a network, whose links can be cut."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fleet.transport.base import (
     MAX_QUEUED,
     MAX_RETAINED,
     Handler,
+    Subscription,
     Transport,
     Will,
     dispatch,
@@ -22,7 +23,7 @@ from fleet.transport.base import (
 
 
 class InMemoryBroker:
-    """A broker within one process; it keeps retained messages and checks no rights."""
+    """A broker within one process. It keeps retained messages and checks no rights."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -42,7 +43,7 @@ class InMemoryBroker:
             elif retain:
                 self._retained.pop(topic, None)
             for client in self._clients:
-                client._offer(topic, payload)
+                client._offer(topic, payload, is_retained=False)
 
     def _attach(self, client: InMemoryTransport) -> None:
         with self._lock:
@@ -57,7 +58,7 @@ class InMemoryBroker:
         with self._lock:
             for topic, payload in self._retained.items():
                 if matches(topic_filter, topic):
-                    client._offer(topic, payload)
+                    client._offer(topic, payload, is_retained=True)
 
 
 class InMemoryTransport(Transport):
@@ -68,7 +69,7 @@ class InMemoryTransport(Transport):
         self._broker = broker
         self._will = will
         self._lock = threading.RLock()
-        self._handlers: dict[str, Handler] = {}
+        self._subscriptions: dict[str, Subscription] = {}
         self._callbacks: list[Callable[[], None]] = []
         self._waiting: list[tuple[str, bytes, bool]] = []
         self._link = 0  # the number of the current link; messages of earlier ones are dropped
@@ -91,11 +92,13 @@ class InMemoryTransport(Transport):
             if self._closed:
                 raise LinkError(f"{self.name} is closed; connect again")
             if not self._is_up and qos == 0:
-                raise LinkError(f"{self.name} has no link to the broker; send again when it is up")
+                raise LinkError(
+                    f"{self.name} has no link to the broker; send again when the link is up"
+                )
             max_waiting = MAX_QUEUED + (MAX_RETAINED if retain else 0)
             if not self._is_up and len(self._waiting) >= max_waiting:
                 raise LinkError(
-                    f"{MAX_QUEUED} messages of {self.name} wait for the broker already; try later"
+                    f"{MAX_QUEUED} messages of {self.name} already wait for the broker; try later"
                 )
             if not self._is_up:
                 self._waiting.append((topic, payload, retain))
@@ -112,14 +115,15 @@ class InMemoryTransport(Transport):
         *,
         qos: int = 0,  # noqa: ARG002 (every message arrives once)
         retained: bool = False,  # noqa: ARG002 (every message arrives once)
+        live_only: bool = False,
     ) -> None:
         with self._lock:
-            self._handlers[topic_filter] = handler
+            self._subscriptions[topic_filter] = Subscription(handler, live_only=live_only)
         self._broker._offer_retained(self, topic_filter)
 
     def unsubscribe(self, topic_filter: str) -> None:
         with self._lock:
-            self._handlers.pop(topic_filter, None)
+            self._subscriptions.pop(topic_filter, None)
 
     def on_up(self, callback: Callable[[], None]) -> None:
         self._callbacks.append(callback)
@@ -131,21 +135,21 @@ class InMemoryTransport(Transport):
             self._callbacks.remove(callback)
 
     def drop(self) -> None:
-        """Cut the link without a goodbye: the will is sent, and messages on their way are lost."""
+        """Cut the link. The broker sends the will, and messages that are under way are lost."""
         if self._is_up:
             self._cut()
             if self._will:
                 self._broker._publish(self._will.topic, self._will.payload, retain=True)
 
     def restore(self) -> None:
-        """Bring the link up: subscribe and announce again, then send the queued messages."""
+        """Bring the link up: call the `on_up` callbacks, subscribe, and send queued messages."""
         with self._lock:
             if self._is_up or self._closed:
                 return
             self._is_up = True
             self._link += 1
             callbacks = list(self._callbacks)
-            filters = list(self._handlers)
+            filters = list(self._subscriptions)
         for callback in callbacks:
             self._jobs.put(partial(run_guarded, callback, "on_up callback"))
         self._broker._attach(self)
@@ -181,15 +185,15 @@ class InMemoryTransport(Transport):
         for topic, payload, retain in waiting:
             self._broker._publish(topic, payload, retain=retain)
 
-    def _offer(self, topic: str, payload: bytes) -> None:
+    def _offer(self, topic: str, payload: bytes, *, is_retained: bool) -> None:
         """Queue a message; the broker holds its lock, so each subscriber gets the same order."""
         link = self._link
-        if self._is_up and any(matches(each, topic) for each in list(self._handlers)):
-            self._jobs.put(partial(self._deliver, link, topic, payload))
+        if self._is_up and any(matches(each, topic) for each in list(self._subscriptions)):
+            self._jobs.put(partial(self._deliver, link, topic, payload, is_retained=is_retained))
 
-    def _deliver(self, link: int, topic: str, payload: bytes) -> None:
+    def _deliver(self, link: int, topic: str, payload: bytes, *, is_retained: bool) -> None:
         if link == self._link:
-            dispatch(list(self._handlers.items()), topic, payload)
+            dispatch(dict(self._subscriptions), topic, payload, is_retained=is_retained)
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import ssl
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Self
@@ -17,18 +19,22 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from fleet.errors import IdentityError, LinkError
-from fleet.identity.identity import NOT_YET_VALID, Identity
+from fleet.identity.identity import Identity
+from fleet.identity.tls_errors import explain_certificate
 from fleet.protocol.topics import matches
 from fleet.transport.base import (
     MAX_IN_FLIGHT,
     MAX_QUEUED,
     MAX_RETAINED,
     Handler,
+    Subscription,
     Transport,
     Will,
     dispatch,
     run_guarded,
 )
+from fleet.transport.link_log import LinkLog
+from fleet.utils.host_address import host_port
 
 KEEP_ALIVE_S: Final = 15
 RECONNECT_S: Final = (1, 30)
@@ -36,10 +42,12 @@ CONNECT_S: Final = 5.0
 SUBSCRIBE_S: Final = 5.0
 CLOSE_S: Final = 3.0
 RETRY_S: Final = (1.0, 60.0)
-"""First and longest delay before a subscription that was refused, or brought nothing, is repeated.
+"""First and longest delay before a subscription is repeated.
 
-The identity's rights may reach the broker later."""
+It is repeated when it was refused, or when its retained message did not come, because the broker
+may learn the identity's rights only after the identity has connected."""
 NOT_AUTHORIZED: Final = "Not authorized"
+WAKE_S: Final = 0.25
 
 logger = logging.getLogger(__name__)
 
@@ -50,20 +58,22 @@ class MqttTransport(Transport):
     def __init__(self, identity: Identity, will: Will | None) -> None:
         self.name = identity.name
         self._identity = identity
-        self._address = f"{identity.config.host}:{identity.config.port}"
+        self._address = host_port(identity.config.host, identity.config.port)
         self._lock = threading.Lock()
-        self._subscriptions: dict[str, tuple[Handler, int]] = {}
+        self._subscriptions: dict[str, Subscription] = {}
         self._callbacks: list[Callable[[], None]] = []
         self._pending_subscribes: dict[int, tuple[str, threading.Event]] = {}  # by message id
         self._refused: set[str] = set()
-        self._retained: set[str] = set()  # filters with a retained message
-        self._silent: set[str] = set()  # those of them that brought nothing on this connection
+        self._retained: set[str] = set()  # filters that should bring a retained message
+        self._silent: set[str] = set()  # filters in `_retained`, no message on this connection yet
         self._retry_s = RETRY_S[0]
         self._retry_timer: threading.Timer | None = None
         self._up = threading.Event()
-        self._has_outcome = threading.Event()  # the first attempt to connect has ended
-        self._has_connack = False  # on this connection
+        self._has_outcome = threading.Event()  # set at the end of the first attempt to connect
+        self._has_connack = False  # whether the broker responded on this connection
         self._failure = "it did not respond"
+        self._log = LinkLog(logger, self.name, self._address)
+        self._is_reloading = False
         self._network_thread = 0
         self._newest_qos0: paho.MQTTMessageInfo | None = None
         self._unacknowledged: list[paho.MQTTMessageInfo] = []  # of QoS 1; see `_has_full_queue`
@@ -103,12 +113,15 @@ class MqttTransport(Transport):
     ) -> MqttTransport:
         """Connect to the identity's broker; with ``wait=False`` return at once and keep trying.
 
+        With ``wait=False`` the reason of a failure is logged once.
+
         Raises:
             LinkError: the broker cannot be reached, refuses the identity, or does not respond
                 within `timeout_s`.
             IdentityError: the certificate does not load.
         """
         transport = cls(identity, will)
+        transport._log.is_unattended = not wait
         client = transport._client
         client.connect_timeout = max(0.1, min(timeout_s, CONNECT_S))
         client.connect_async(identity.config.host, identity.config.port, keepalive=KEEP_ALIVE_S)
@@ -121,6 +134,17 @@ class MqttTransport(Transport):
                     f"no connection to the broker at {transport._address}: {transport._failure}"
                 )
         return transport
+
+    def wait_up(self, stop: threading.Event, timeout_s: float = math.inf) -> bool:
+        """Wait until the link is up, `stop` is set, or `timeout_s` seconds have passed.
+
+        Return whether it is up. The main thread may call this, and still receives signals.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self._up.wait(WAKE_S):
+            if stop.is_set() or time.monotonic() >= deadline:
+                return False
+        return True
 
     @property
     def is_up(self) -> bool:
@@ -136,7 +160,8 @@ class MqttTransport(Transport):
         try:
             info = self._client.publish(topic, payload, qos=qos, retain=retain)
         except OSError:
-            # `reload_certificate` closes the sockets that wake paho's thread; paho queues QoS 1.
+            # `reload_certificate` may close paho's wake-up sockets during this call. A QoS 1
+            # message is in paho's queue by then, and a QoS 0 message is lost.
             if qos:
                 return
             raise self._no_link("reconnects to") from None
@@ -147,15 +172,15 @@ class MqttTransport(Transport):
         if qos == 0:
             self._newest_qos0 = info
             return
-        # paho keeps the message, but lets no caller wait for one whose first attempt failed.
+        # paho queues the message, but `wait_for_publish` would raise this error, so clear it.
         info.rc = MQTTErrorCode.MQTT_ERR_SUCCESS
         with self._lock:
             self._unacknowledged.append(info)
 
     def _has_full_queue(self) -> bool:
-        """Whether `MAX_QUEUED` messages of QoS 1 are not acknowledged yet.
+        """Whether `MAX_QUEUED` QoS 1 messages or more wait for an acknowledgement.
 
-        paho counts them, but publishes no count.
+        paho counts them, but has no public attribute for their number.
         """
         with self._lock:
             if len(self._unacknowledged) >= MAX_QUEUED:
@@ -165,12 +190,12 @@ class MqttTransport(Transport):
 
     def _queue_full(self) -> LinkError:
         return LinkError(
-            f"{MAX_QUEUED} messages of {self.name} wait for the broker already; try later"
+            f"{MAX_QUEUED} messages of {self.name} already wait for the broker; try later"
         )
 
     def _no_link(self, state: str) -> LinkError:
         return LinkError(
-            f"{self.name} {state} the broker at {self._address}; send again when it is up"
+            f"{self.name} {state} the broker at {self._address}; send again when the link is up"
         )
 
     def flush(self, timeout_s: float) -> None:
@@ -179,10 +204,16 @@ class MqttTransport(Transport):
                 self._newest_qos0.wait_for_publish(timeout_s)
 
     def subscribe(
-        self, topic_filter: str, handler: Handler, *, qos: int = 0, retained: bool = False
+        self,
+        topic_filter: str,
+        handler: Handler,
+        *,
+        qos: int = 0,
+        retained: bool = False,
+        live_only: bool = False,
     ) -> None:
         with self._lock:
-            self._subscriptions[topic_filter] = (handler, qos)
+            self._subscriptions[topic_filter] = Subscription(handler, qos, live_only)
             if retained:
                 self._retained.add(topic_filter)
                 self._silent.add(topic_filter)
@@ -198,7 +229,7 @@ class MqttTransport(Transport):
             self._subscriptions.pop(topic_filter, None)
             for filters in (self._refused, self._retained, self._silent):
                 filters.discard(topic_filter)
-        with suppress(OSError):  # as in `publish`; the next connection omits the filter
+        with suppress(OSError):  # of `reload_certificate`; the next connection omits the filter
             self._client.unsubscribe(topic_filter)
 
     def on_up(self, callback: Callable[[], None]) -> None:
@@ -213,16 +244,18 @@ class MqttTransport(Transport):
     def reload_certificate(self) -> None:
         """Reconnect with the certificate that the identity's folder has now.
 
-        Not to be called on the transport's own thread. The disconnection is regular, so no will is
-        sent, and messages without an acknowledgement are sent again. A link that is down comes back
-        with the new certificate. The call does not wait for the broker; on a network that hangs it
-        waits for the end of the old connection, at most twice `KEEP_ALIVE_S` seconds.
+        Do not call it on the transport's own thread. The client disconnects regularly, so the
+        broker sends no will. Messages without an acknowledgement are sent again on the new
+        connection. A link that is down comes back with the new certificate. The call does not wait
+        until the new connection is up. It waits until the old one has ended, which on a network
+        that hangs takes up to twice `KEEP_ALIVE_S` seconds.
 
         Raises:
             IdentityError: the new files do not load; the connection stays as it is.
         """
-        # paho accepts no second context, but the content of this one may change.
+        # paho accepts no second TLS context, so the new certificate is loaded into the first one.
         self._identity.load_certificate(self._context)
+        self._is_reloading = self.is_up
         has_ended = self.is_up and self._end_connection(2 * KEEP_ALIVE_S)
         if not has_ended or self._closed.is_set():
             return
@@ -245,9 +278,9 @@ class MqttTransport(Transport):
         self._up.clear()
 
     def _end_connection(self, timeout_s: float) -> bool:
-        """Disconnect; whether paho's thread ended within `timeout_s`."""
+        """Disconnect. Return whether paho's thread ended within `timeout_s` seconds."""
         self._client.disconnect()
-        # paho's own join has no limit, and a network that hangs must not block the caller.
+        # `loop_stop` joins without a time limit, so it runs on a thread of its own.
         stopper = threading.Thread(
             target=self._client.loop_stop, name=f"close-{self.name}", daemon=True
         )
@@ -263,12 +296,12 @@ class MqttTransport(Transport):
         self.close()
 
     def _send_subscribe(self, topic_filter: str, qos: int) -> threading.Event:
-        """Request a subscription; the returned event is set by the broker's acknowledgement."""
+        """Request a subscription. Return an event that the broker's acknowledgement sets."""
         is_done = threading.Event()
         with self._lock:
             try:
                 _, message_id = self._client.subscribe(topic_filter, qos)
-            except OSError:  # as in `publish`; the next connection subscribes to every filter
+            except OSError:  # of `reload_certificate`; the next connection subscribes again
                 message_id = None
             if message_id is None:
                 is_done.set()
@@ -281,10 +314,11 @@ class MqttTransport(Transport):
         try:
             self._identity.load_certificate(self._context)
         except IdentityError as error:
-            logger.warning("%s connects with the certificate that it had: %s", self.name, error)
+            text = "%s connects with its old certificate, because the new one does not load: %s"
+            logger.warning(text, self.name, error)
 
     def _on_socket_open(self, _client: object, _data: object, sock: object) -> None:
-        """Turn off Nagle's algorithm, which costs 40 ms a QoS 1 message; paho leaves it on."""
+        """Turn off Nagle's algorithm. It delays each QoS 1 message by 40 ms; paho leaves it on."""
         self._has_connack = False
         if isinstance(sock, socket.socket):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -300,8 +334,11 @@ class MqttTransport(Transport):
         self._network_thread = threading.get_ident()
         self._has_connack = True
         if reason.is_failure:
-            self._report_failure(self._explain_refusal(reason))
+            self._on_failure(self._explain_refusal(reason), needs_help=True)
             return
+        if not self._is_reloading:
+            self._log.connected()
+        self._is_reloading = False
         self._up.set()
         with self._lock:
             self._pending_subscribes.clear()
@@ -323,14 +360,16 @@ class MqttTransport(Transport):
     def _announce(self) -> None:
         """Subscribe to every filter and call the `on_up` callbacks."""
         with self._lock:
-            filters = [(each, qos) for each, (_, qos) in self._subscriptions.items()]
+            filters = [(each, item.qos) for each, item in self._subscriptions.items()]
         for topic_filter, qos in filters:
             self._send_subscribe(topic_filter, qos)
         for callback in list(self._callbacks):
             run_guarded(callback, "on_up callback")
 
     def _on_connect_fail(self, _client: object, _data: object) -> None:
-        self._report_failure(_explain(sys.exc_info()[1]))
+        error = sys.exc_info()[1]
+        needs_help = isinstance(error, ssl.SSLCertVerificationError)
+        self._on_failure(_explain(error), needs_help=needs_help)
 
     def _on_disconnect(
         self,
@@ -344,20 +383,18 @@ class MqttTransport(Transport):
         self._up.clear()
         if self._closed.is_set():
             return
-        if was_up:
-            text = "%s lost its link to the broker at %s (%s); connecting again"
-            logger.info(text, self.name, self._address, reason)
-        elif not self._has_connack:
-            self._report_failure(
-                "it closed the connection without a response, as it does when the certificate is "
-                f"of another fleet, has expired or was revoked; enroll {self.name} again"
+        if was_up and not self._is_reloading:
+            self._log.lost(reason)
+        elif not was_up and not self._has_connack:
+            self._on_failure(
+                "it closed the connection without a response; the certificate may be of another "
+                "fleet, expired or revoked, or the clock may be wrong; check the clock, or enroll "
+                f"{self.name} again",
+                needs_help=True,
             )
 
-    def _report_failure(self, failure: str) -> None:
-        """Log why an attempt to connect failed, unless the one before failed alike."""
-        if not self._has_outcome.is_set() or failure != self._failure:
-            text = "no connection of %s to the broker at %s: %s"
-            logger.info(text, self.name, self._address, failure)
+    def _on_failure(self, failure: str, *, needs_help: bool = False) -> None:
+        self._log.failed(failure, needs_help=needs_help)
         self._failure = failure
         self._has_outcome.set()
 
@@ -375,7 +412,7 @@ class MqttTransport(Transport):
             )
         if any(reason.is_failure for reason in reasons):
             if topic_filter not in self._refused:
-                text = "the broker refuses %s the subscription to %s; it is repeated"
+                text = "the broker refuses %s the subscription to %s; trying again later"
                 logger.warning(text, self.name, topic_filter)
             with self._lock:
                 self._refused.add(topic_filter)
@@ -390,7 +427,8 @@ class MqttTransport(Transport):
                 return
             timer = threading.Timer(self._retry_s, self._retry_subscriptions)
             timer.daemon = True
-            # Without memory for a thread the next event schedules it; paho's thread must go on.
+            # Without memory for a thread, skip this retry: an exception would end paho's thread.
+            # The next event schedules a retry again.
             with suppress(RuntimeError):
                 timer.start()
                 self._retry_timer = timer
@@ -400,7 +438,7 @@ class MqttTransport(Transport):
             self._retry_timer = None
             self._retry_s = min(1.5 * self._retry_s, RETRY_S[1])
             open_filters = (self._refused | self._silent) & self._subscriptions.keys()
-            filters = [(each, self._subscriptions[each][1]) for each in open_filters]
+            filters = [(each, self._subscriptions[each].qos) for each in open_filters]
             is_silent = bool(self._silent)
         if not self.is_up:
             return  # the next connection subscribes to every filter
@@ -415,23 +453,24 @@ class MqttTransport(Transport):
         except UnicodeDecodeError:
             return
         with self._lock:
-            handlers = [(each, handler) for each, (handler, _) in self._subscriptions.items()]
+            subscriptions = dict(self._subscriptions)
             answered = {each for each in self._silent if matches(each, topic)}
             self._silent -= answered
-            # The broker knows the identity's rights only now if a repeated subscription was needed.
+            # If a repeated subscription was needed, the broker has learnt the rights only now.
             has_new_rights = bool(answered) and self._retry_s > RETRY_S[0]
             if has_new_rights:
                 self._retry_s = RETRY_S[0]
         if has_new_rights:
             self._announce()
-        dispatch(handlers, topic, bytes(message.payload))
+        dispatch(subscriptions, topic, bytes(message.payload), is_retained=message.retain)
 
 
 class _TlsSocket(ssl.SSLSocket):
-    """A socket that closes itself when its handshake fails, and waits `CONNECT_S` for it.
+    """A socket that waits `CONNECT_S` for its handshake, and closes itself when that fails.
 
-    paho waits `KEEP_ALIVE_S` for a handshake, and leaves the socket open when it fails. So does
-    Python 3.11 when the connection was reset before TLS began, which shows in a `recv`.
+    paho waits `KEEP_ALIVE_S` for a handshake, and leaves the socket open when it fails. Python 3.11
+    also leaves the socket open when the connection is reset before TLS begins. The error then comes
+    from `recv`.
     """
 
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
@@ -451,28 +490,20 @@ class _TlsSocket(ssl.SSLSocket):
 
 
 def _close_wakeup_sockets(client: paho.Client) -> None:
-    """Close the pair of sockets by which other threads wake paho's.
+    """Close the pair of sockets with which other threads wake paho's thread.
 
-    This is the one private member of paho in use, and the reason for the cap in pyproject.toml:
-    `loop_start` makes a new pair and leaves the old one open, and no public method closes it
-    without forgetting the client's settings and its queue.
+    `loop_start` makes a new pair and leaves the old one open. The public methods that close the
+    pair also drop the client's settings and queue. So this uses the only private member of paho in
+    this project, for which pyproject.toml limits paho's version.
     """
     client._reset_sockets(sockpair_only=True)
 
 
 def _explain(error: BaseException | None) -> str:
-    """Explain a failure below MQTT, with the next step."""
+    """Return a text that explains a failure of the network or of TLS, and says what to do."""
     match error:
-        case ssl.SSLCertVerificationError(verify_code=code) if code == NOT_YET_VALID:
-            return (
-                "its certificate is not valid yet by this machine's clock, which seems to be "
-                "behind; set the clock"
-            )
         case ssl.SSLCertVerificationError():
-            return (
-                f"its certificate is not trusted ({error.verify_message}); "
-                "enroll again to get its CA"
-            )
+            return explain_certificate(error)
         case ssl.SSLError():
             return (
                 f"TLS failed ({error.reason or error}); "

@@ -25,7 +25,7 @@ REPEAT_S: Final = 5.0
 
 
 class PromptClient:
-    """A client that sends prompts under the transport's name, an app's or an operator's."""
+    """A client that sends prompts under the transport's name, as an app or an operator."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -36,14 +36,14 @@ class PromptClient:
     def ask(
         self, device: str, prompt: PromptRequest, timeout_s: float = REPLY_TIMEOUT_S
     ) -> Iterator[Reply]:
-        """Yield the replies of one request, in order, each once; the last one has `done`.
+        """Yield the replies of one request, in order, each once. The last one has `done`.
 
-        An abandoned stream is cancelled. A request without replies is repeated, and the device then
-        repeats the replies of a request that it knows.
+        When the caller stops iterating, the request is cancelled. A request without replies is sent
+        again; a device that knows the request then sends its replies again.
 
         Raises:
-            LinkError: no new reply within `timeout_s` of the one before, or the device has
-                restarted.
+            LinkError: no reply came within `timeout_s` seconds of the previous one, or the device
+                has restarted.
             PromptError: the device refused the request.
         """
         request = uuid.uuid4().hex
@@ -129,7 +129,7 @@ class _ReplyStream:
 
     def _store(self, reply: Reply) -> None:
         if reply.generation and self._generation and reply.generation != self._generation:
-            raise LinkError("the device has restarted without this request; send the prompt again")
+            raise LinkError("the device has restarted and lost this request; send the prompt again")
         self._generation = reply.generation or self._generation
         if reply.seq >= self._next:
             self._early[reply.seq] = reply

@@ -21,11 +21,11 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [
-        ("edge_agent.serving.agent", {"torch", "transformers", "sqlalchemy", "alembic", "amqtt"}),
-        ("edge_agent.cli", {"torch", "transformers", "sqlalchemy", "alembic", "amqtt"}),
+        ("edge_agent.serving.agent", {"torch", "transformers", "sqlalchemy", "alembic"}),
+        ("edge_agent.cli", {"torch", "transformers", "sqlalchemy", "alembic"}),
         ("cloud_broker_worker.worker.worker", {"onnxruntime", "sqlalchemy"}),
         ("provisioning.offline_enrolment", {"torch", "onnxruntime"}),
-        ("fleet.cli", {"torch", "transformers", "onnxruntime", "sqlalchemy", "amqtt"}),
+        ("fleet.cli", {"torch", "transformers", "onnxruntime", "sqlalchemy"}),
     ],
 )
 def test_a_program_imports_nothing_that_it_does_not_need(module: str, forbidden: set[str]) -> None:

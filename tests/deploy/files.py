@@ -33,12 +33,12 @@ class Run(NamedTuple):
 
 
 def documents(path: Path) -> list[Any]:
-    return list(yaml.safe_load_all(path.read_text()))
+    return list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
 
 
 def dockerfile() -> dict[str, Image]:
     """Return the Dockerfile's stages that have an entry point."""
-    text = (DEPLOY / "Dockerfile").read_text()
+    text = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
     stages = re.findall(r"^FROM \S+ AS (\w+)\n(.*?)(?=^FROM|\Z)", text, re.MULTILINE | re.DOTALL)
     images = {}
     for name, body in stages:
@@ -56,7 +56,9 @@ def dockerfile() -> dict[str, Image]:
 
 def environment() -> dict[str, str]:
     """Return the Dockerfile's variables."""
-    lines = re.findall(r"^ENV (.*)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    lines = re.findall(
+        r"^ENV (.*)$", (DEPLOY / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE
+    )
     return dict(word.split("=", 1) for line in lines for word in shlex.split(line))
 
 

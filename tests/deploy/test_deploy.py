@@ -46,7 +46,7 @@ from tests.deploy.files import (
 )
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SCALING = (ROOT / "docs/scaling.md").read_text()
+SCALING = (ROOT / "docs/scaling.md").read_text().replace("\\\n", " ")
 PROGRAMS = {
     ("fleet",): fleet.cli.app,
     ("python", "-m", "cloud_broker_worker"): cloud_broker_worker.worker.cli.app,
@@ -58,6 +58,7 @@ REQUIRED = {  # in addition to apiVersion, kind and metadata.name
     "Deployment": ("apps/v1", ("selector", "template")),
     "StatefulSet": ("apps/v1", ("serviceName", "selector", "template")),
     "PodDisruptionBudget": ("policy/v1", ("selector",)),
+    "NetworkPolicy": ("networking.k8s.io/v1", ("podSelector", "policyTypes")),
     "ScaledObject": ("keda.sh/v1alpha1", ("scaleTargetRef", "triggers")),
     "ServiceMonitor": ("monitoring.coreos.com/v1", ("selector", "endpoints")),
 }
@@ -94,7 +95,7 @@ def test_the_images_hold_what_the_project_is_built_of_and_extras_that_it_has() -
     text = (DEPLOY / "Dockerfile").read_text()
     copied = {
         word
-        for line in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE)
+        for line in re.findall(r"^COPY (?!--from|deploy/)(.*) \S+$", text, re.MULTILINE)
         for word in line.split()
     }
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"][
@@ -125,13 +126,12 @@ def test_the_state_is_in_the_folder_that_is_mounted(monkeypatch: pytest.MonkeyPa
         for container in containers(workload)
         if container["name"] == "server"
     ]
-    assert [mount["mountPath"] for container in servers for mount in container["volumeMounts"]] == [
-        folder
-    ]
+    mounts = [mount for container in servers for mount in container["volumeMounts"]]
+    assert {"name": "fleet", "mountPath": folder} in mounts
 
 
 COMMANDS = re.findall(
-    r"^ *(?:docker compose run --rm init|fleet) ([^#>\n]*)", SCALING, re.MULTILINE
+    r"^ *(?:docker compose run --rm init|(?:operator )?fleet) ([^#>\n]*)", SCALING, re.MULTILINE
 )
 
 
@@ -164,7 +164,7 @@ def test_devices_reach_the_service_where_it_listens() -> None:
     (service,) = [document for document in inside if document["kind"] == "Service"]
     (server,) = [document for document in inside if document["kind"] == "Deployment"]
     assert {"name": "service", "port": DEFAULT_SERVICE_PORT} in service["spec"]["ports"]
-    *_, container = containers(server)
+    (container,) = (each for each in containers(server) if each["name"] == "server")
     assert {"name": "service", "containerPort": DEFAULT_SERVICE_PORT} in container["ports"]
     assert option(container["args"], "--listen") == "0.0.0.0"
     assert (
@@ -207,8 +207,12 @@ def test_every_scraper_uses_the_port_of_the_metrics() -> None:
 
 
 def probed() -> list[dict[str, Any]]:
+    """Return the containers that serve."""
     return [
-        c for workload in workloads() for c in workload["spec"]["template"]["spec"]["containers"]
+        container
+        for workload in workloads()
+        for container in workload["spec"]["template"]["spec"]["containers"]
+        if "command" not in container  # else it is a shell
     ]
 
 
@@ -278,6 +282,70 @@ def test_names_that_objects_refer_to_are_there() -> None:
             assert ("Service", workload["spec"]["serviceName"]) in names
     (scaled,) = (manifest["spec"] for manifest in manifests() if manifest["kind"] == "ScaledObject")
     assert (scaled["scaleTargetRef"]["kind"], scaled["scaleTargetRef"]["name"]) in names
+
+
+# Rights.
+
+
+def test_our_containers_have_no_capability_and_a_root_that_they_cannot_write() -> None:
+    for name, service in compose()["services"].items():
+        assert "no-new-privileges:true" in service["security_opt"], name
+        if service["image"].startswith("cecollm-fleet/"):
+            assert service["cap_drop"] == ["ALL"], name
+            assert service["read_only"], name
+            assert service["tmpfs"] == ["/tmp"], name
+
+
+def test_our_pods_keep_the_pod_security_standard_restricted() -> None:
+    for workload in workloads():
+        pod = workload["spec"]["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["automountServiceAccountToken"] is False
+        for container in containers(workload):
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert "memory" in container["resources"]["limits"]
+    (namespace,) = (each for each in manifests() if each["kind"] == "Namespace")
+    labels = namespace["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+def test_the_network_admits_devices_and_scrapers_alone() -> None:
+    policies = {
+        each["metadata"]["name"]: each["spec"]
+        for each in manifests()
+        if each["kind"] == "NetworkPolicy"
+    }
+    assert policies["default"]["podSelector"] == {}
+    assert policies["default"]["policyTypes"] == ["Ingress", "Egress"]
+    admitted = {
+        (name, port["port"])
+        for name, spec in policies.items()
+        for rule in spec.get("ingress", ())
+        for port in rule["ports"]
+    }
+    assert admitted == {("default", 9100), ("server", DEFAULT_SERVICE_PORT)}
+    (scraper,) = policies["default"]["ingress"]
+    assert scraper["from"], "metrics are not for everyone"
+
+
+def test_no_password_is_an_argument() -> None:
+    arguments = [
+        argument
+        for service in compose()["services"].values()
+        for argument in service.get("command", ())
+    ]
+    arguments += [
+        argument
+        for workload in workloads()
+        for container in containers(workload)
+        for argument in container.get("args", ())
+    ]
+    assert [each for each in arguments if "PASS" in each or "REGISTRY" in each] == []
 
 
 # Metrics.

@@ -70,6 +70,8 @@ class FleetService:
         self.trouble = Trouble()
         self.requests: list[tuple[str, str, str]] = []
         self.keys: list[bytes] = []
+        self.signing_requests: list[str] = []
+        self.new_ca: str | None = None
         self.name = "kitchen"
         self.broker_port = 8883
         self.bundle_id: str | None = None
@@ -86,7 +88,7 @@ class FleetService:
 
     @property
     def token(self) -> EnrolmentToken:
-        from edge_agent.provisioning.credentials import fingerprint
+        from fleet.identity.credentials import fingerprint
 
         return EnrolmentToken(fingerprint(self.ca), TOKEN_ID, SECRET)
 
@@ -180,6 +182,7 @@ class FleetService:
         body = decode_body(await request.read(), JoinRequest)
         if (body.id, body.secret) != (TOKEN_ID, SECRET):
             return _problem(401, "bad_token", "no such token")
+        self.signing_requests.append(body.csr)
         certificate, key = self._certify(body.csr)
         self.keys.append(key)
         reply = JoinReply(
@@ -201,7 +204,7 @@ class FleetService:
             return _problem(401, "bad_identity", "no certificate")
         certificate, key = self._certify(decode_body(await request.read(), RenewRequest).csr)
         self.keys.append(key)
-        return web.Response(body=msgspec.json.encode(RenewReply(certificate)))
+        return web.Response(body=msgspec.json.encode(RenewReply(certificate, self.new_ca)))
 
     def _certify(self, csr: str) -> tuple[str, bytes]:
         key = x509.load_pem_x509_csr(csr.encode()).public_key()

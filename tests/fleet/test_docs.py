@@ -28,8 +28,8 @@ from fleet.protocol.topics import PREFIX
 from fleet.protocol.triggers import Trigger
 
 ROOT = Path(__file__).parents[2]
-PROTOCOL = (ROOT / "docs/protocol.md").read_text()
-ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
+PROTOCOL = (ROOT / "docs/protocol.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 PACKAGES = ("fleet", "edge_agent", "cloud_broker_worker", "onnx_export", "provisioning")
 MODULES = [
     path
@@ -38,11 +38,11 @@ MODULES = [
     if not path.stem.startswith("__")
 ]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
-GUIDE = (ROOT / "docs/operator-guide.md").read_text()
-SITE = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+GUIDE = (ROOT / "docs/operator-guide.md").read_text(encoding="utf-8")
+SITE = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 MAX_README_WORDS = 900
-ONLY_IN_SCOPES = {"bundle", "threshold"}
+ONLY_IN_SCOPES = {"bundle", "software", "threshold"}
 IN_WORDS = {
     *ONLY_IN_SCOPES,
     "thresholds",
@@ -136,7 +136,7 @@ def without_code(text: str) -> str:
 
 
 def links(page: Path) -> list[str]:
-    found = LINK.findall(without_code(page.read_text()))
+    found = LINK.findall(without_code(page.read_text(encoding="utf-8")))
     return [link for link in found if not link.startswith(("https://", "http://"))]
 
 
@@ -160,7 +160,9 @@ def site_anchor(heading: str) -> str:
 
 def anchors(page: Path) -> set[str]:
     """Return the anchors of a page that are the same on a forge and in the site."""
-    headings = re.findall(r"^#+ (.*)$", without_code(page.read_text()), re.MULTILINE)
+    headings = re.findall(
+        r"^#+ (.*)$", without_code(page.read_text(encoding="utf-8")), re.MULTILINE
+    )
     plain = [re.sub(r"`|\*|\]\([^)]*\)|\[", "", heading) for heading in headings]
     return {forge_anchor(heading) for heading in plain} & {
         site_anchor(heading) for heading in plain
@@ -199,20 +201,20 @@ def test_the_index_leads_to_every_page_of_the_folder() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().split()) <= MAX_README_WORDS
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= MAX_README_WORDS
 
 
 def test_the_glossary_is_alphabetical() -> None:
-    glossary = (ROOT / "docs/glossary.md").read_text()
+    glossary = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
     words = re.findall(r"^### (.*)$", glossary, re.MULTILINE)
     assert words == sorted(words, key=str.lower)
 
 
 def test_the_citation_has_the_projects_version_and_licence() -> None:
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == PROJECT["version"]
     assert citation["license"] == PROJECT["license"]
-    assert citation["authors"][0]["name"] in (ROOT / "LICENSE").read_text()
+    assert citation["authors"][0]["name"] in (ROOT / "LICENSE").read_text(encoding="utf-8")
 
 
 def settings_table(heading: str) -> dict[str, str]:
@@ -241,7 +243,7 @@ def test_the_guide_gives_the_defaults_of_the_code() -> None:
 
 def commands(page: Path) -> list[str]:
     """Return the commands of this project that a page has, in blocks and between text."""
-    text = page.read_text().replace("\\\n", " ")
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", without_code(text))]

@@ -98,7 +98,7 @@ def test_the_commands_say_what_they_can_do(edge_environment: Path, tmp_path: Pat
 def test_a_device_from_the_wheel_answers_a_prompt(
     edge_environment: Path, tiny_bundle: Bundle, tmp_path: Path
 ) -> None:
-    with running_site("amqtt", tmp_path) as site, site.connect("a1") as app:
+    with running_site("embedded", tmp_path) as site, site.connect("a1") as app:
         statuses = Inbox()
         app.subscribe(topics.device_status("d1"), statuses, qos=1)
         folder = site.identity("d1").folder

@@ -193,6 +193,7 @@ def bench(
         address=address,
         find_bundle=folders.get,
         bundle_id="b1",
+        software=tmp_path / "software",
     )
     tls = authority.server_tls(tmp_path / "broker", HOST)
     with EnrolmentServer(HOST, 0, tls, enrolment, joins=RateLimit(600, 50), idle_s=1.0) as service:

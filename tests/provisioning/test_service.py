@@ -422,6 +422,38 @@ def test_only_files_in_the_manifest_are_sent(bench: ServiceBench, path: str) -> 
     assert b"PRIVATE" not in response.body
 
 
+# Versions of the devices' software.
+
+
+def test_a_device_fetches_a_version_and_nothing_else_of_its_folder(bench: ServiceBench) -> None:
+    folder = bench.folder / "software" / "0.9.0"
+    folder.mkdir(parents=True)
+    manifest = {
+        "software_schema": 1,
+        "version": "0.9.0",
+        "wheel": "cecollm_fleet-0.9.0-py3-none-any.whl",
+        "num_bytes": 5,
+        "sha256": "0" * 64,
+    }
+    (folder / "manifest.json").write_bytes(msgspec.json.encode(manifest))
+    (folder / manifest["wheel"]).write_text("wheel")  # type: ignore[operator]
+    (folder / "secret").write_text("PRIVATE")
+    device = bench.identity()
+
+    def fetch(path: str, identity: Identity | None = device) -> tuple[int, bytes]:
+        response = bench.ask("GET", f"/v1/software/{path}", None, identity)
+        return response.status, response.body
+
+    assert fetch("0.9.0/manifest.json")[0] == 200
+    assert fetch("0.9.0/cecollm_fleet-0.9.0-py3-none-any.whl") == (200, b"wheel")
+    for path in ("0.9.0/secret", "0.9.1/manifest.json", "..%2fca/manifest.json", "0.9.0"):
+        status, body = fetch(path)
+        assert status == 404
+        assert b"PRIVATE" not in body
+    assert fetch("0.9.0/manifest.json", None)[0] == 401
+    assert fetch("0.9.0/manifest.json", bench.identity("phone", Role.APP))[0] == 403
+
+
 def _connection(bench: ServiceBench) -> ssl.SSLSocket:
     plain = socket.create_connection((HOST, bench.service.port), TIMEOUT_S)
     return bench.context().wrap_socket(plain, server_hostname=HOST)

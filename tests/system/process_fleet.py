@@ -54,7 +54,7 @@ Process: TypeAlias = "subprocess.Popen[Any]"
 class ProcessFleet:
     """Start components one by one. Each has its own link to the broker, a `Proxy`, in `links`.
 
-    `kind` is amqtt (`fleet server` with its collector) or mosquitto with a collector here.
+    `kind` is embedded (`fleet server` with its collector) or mosquitto with a collector here.
     """
 
     def __init__(self, kind: str, folder: Path, bundle: Bundle, stack: ExitStack) -> None:
@@ -121,7 +121,7 @@ class ProcessFleet:
 
     def start_broker(self) -> None:
         """Starts it, or starts it again; returns when it listens."""
-        if self._kind == "amqtt":
+        if self._kind == "embedded":
             self.broker = self._child(
                 "the broker", "fleet.cli", "server", "--home", str(self._home.folder)
             )

@@ -25,7 +25,7 @@ HEADROOM_BYTES = 16 << 20
 
 def limit_memory() -> None:
     """Lets this process have `HEADROOM_BYTES` more than it has."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
     most = pages * resource.getpagesize() + HEADROOM_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 

@@ -103,7 +103,7 @@ def test_the_answer_over_a_real_broker_is_the_whole_models(site: Site, tiny_bund
 def test_mosquitto_pub_asks_and_mosquitto_sub_shows_the_stream(
     tmp_path: Path, tiny_bundle: Bundle, message: str
 ) -> None:
-    with running_site("amqtt", tmp_path) as site, serving(site, tiny_bundle):
+    with running_site("embedded", tmp_path) as site, serving(site, tiny_bundle):
         identity = site.identity("a1")
         subscribe = client_command(
             "mosquitto_sub", identity, "-t", topics.device_reply("d1", "a1", "r1"), "-d"

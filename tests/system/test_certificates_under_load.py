@@ -17,11 +17,11 @@ import pytest
 from cloud_broker_worker.worker.config import WorkerConfig
 from cloud_broker_worker.worker.worker import Worker
 from edge_agent.config import AgentConfig
-from edge_agent.provisioning.certificate_renewer import renew_certificate
-from edge_agent.provisioning.credentials import new_key
 from edge_agent.serving.agent import Agent
 from fleet.bundles.manifest import Bundle
 from fleet.errors import FleetError, LinkError
+from fleet.identity.certificate_renewer import renew_certificate
+from fleet.identity.credentials import new_key
 from fleet.identity.identity import Identity
 from fleet.protocol import topics
 from fleet.protocol.access import Grants, Role

@@ -192,7 +192,8 @@ def test_a_thousand_sessions_leave_no_memory_behind(tiny_bundle: Bundle) -> None
             for _ in range(200):
                 fleet.ask(asked)
             resident_bytes.append(
-                int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+                int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+                * resource.getpagesize()
             )
         worker.__exit__(None, None, None)
         worker.engine.check_integrity()

@@ -80,6 +80,7 @@ class HostileFleet(MemoryFleet):
         self.link = self._stack.enter_context(
             HostileLink(self.broker, name, will, self._seed, self._odds)
         )
+        self.link.start()
         return self.link
 
 

@@ -88,7 +88,7 @@ class Fleet:
 @pytest.fixture
 def fleet(tmp_path: Path, tiny_bundle: Bundle) -> Iterator[Fleet]:
     with ExitStack() as stack:
-        site = stack.enter_context(running_site("amqtt", tmp_path))
+        site = stack.enter_context(running_site("embedded", tmp_path))
         site.admit_any("d1")
         service = FleetService(tmp_path / "service", site.authority)
         service.name = "d1"

@@ -60,15 +60,17 @@ def test_a_device_that_has_forgotten_the_answer_does_not_continue_it_with_anothe
     with memory_fleet() as fleet:
         agent, link = fleet.start_device(tiny_bundle)
         client, app_link = second_client(fleet)
-        long = msgspec.structs.replace(ALONE, max_new_tokens=400, temperature=2.0)
+        long = msgspec.structs.replace(ALONE, max_new_tokens=400, temperature=2.0, seed=0)
         stream = client.ask(DEVICE, long, timeout_s=WAIT_S)
         assert next(stream).seq == 0
-        with agent._model_lock:  # no step can run: the request is in progress when the link fails
+        with agent._model_lock.of(
+            APP
+        ):  # no step can run: the request is in progress when the link fails
             app_link.drop()
         agent.__exit__(None, None, None)
         link.close()
         fleet.start_device(tiny_bundle)
         app_link.restore()
-        with pytest.raises(LinkError, match="has restarted without this request"):
+        with pytest.raises(LinkError, match="has restarted and lost this request"):
             list(stream)
         app_link.close()

@@ -1,7 +1,7 @@
 """The ten commands of the README, run as they are written there.
 
-They run on SQLite with amqtt, and on PostgreSQL with mosquitto. Two things differ from the page:
-the ports are free ones, and the tiny model takes the place of the default model.
+They run on SQLite with the embedded broker, and on PostgreSQL with mosquitto. Two things differ
+from the page: the ports are free ones, and the tiny model takes the place of the default model.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def test_two_requests_take_turns_and_each_gets_the_answer_that_it_gets_alone(
         fleet.start_worker(tiny_bundle)
         agent, _ = fleet.start_device(tiny_bundle)
         alone = [fleet.ask(prompt).token_ids for prompt in prompts]
-        with agent._model_lock:  # no step can run: both begin together
+        with agent._model_lock.of(APP):  # no step can run: both begin together
             for prompt in prompts:
                 ask_in_background(fleet, str(prompt.seed), prompt)
             wait_until(both_waiting(agent))
@@ -116,14 +116,14 @@ def test_two_requests_take_turns_and_each_gets_the_answer_that_it_gets_alone(
 
 
 def test_two_requests_are_under_way_at_the_same_time(tiny_bundle: Bundle) -> None:
-    prompt = msgspec.structs.replace(ALONE, max_new_tokens=300, temperature=2.0)
+    prompt = msgspec.structs.replace(ALONE, max_new_tokens=300, temperature=2.0, seed=0)
     with memory_fleet() as fleet:
         agent, _ = fleet.start_device(tiny_bundle)
-        with agent._model_lock:
+        with agent._model_lock.of(APP):
             for request in ("a", "b"):
                 ask_in_background(fleet, request, prompt)
             wait_until(both_waiting(agent))
-        with agent._model_lock:  # after those who waited: each has had one turn
+        with agent._model_lock.of(APP):  # after those who waited: each has had one turn
             begun = [fleet.next_reply(request) for request in ("a", "b")]
             wait_until(both_waiting(agent))  # and both want another
         for request in ("a", "b"):
@@ -191,7 +191,7 @@ def test_a_request_waits_until_its_caches_fit_and_no_other_overtakes_it(
         large, small = (
             msgspec.structs.replace(ALONE, max_new_tokens=n) for n in (most * 2 // 3, 1)
         )
-        with agent._model_lock:
+        with agent._model_lock.of(APP):
             ask_in_background(fleet, "large", large)
             wait_until(lambda: agent._model_lock.num_waiting == 1)
             ask_in_background(fleet, "larger", large)
@@ -220,7 +220,7 @@ def test_a_request_cancelled_while_it_waits_leaves_at_once_without_a_token(
         )
         most = agent._jobs.budget_bytes // Cascade.num_bytes(agent._partition, 1)
         large = msgspec.structs.replace(ALONE, max_new_tokens=most * 2 // 3)
-        with agent._model_lock:
+        with agent._model_lock.of(APP):
             ask_in_background(fleet, "running", large)
             wait_until(lambda: agent._model_lock.num_waiting == 1)
             ask_in_background(fleet, "waiting", large)
@@ -234,7 +234,7 @@ def test_a_request_cancelled_while_it_waits_leaves_at_once_without_a_token(
 
 
 def test_closing_ends_every_answer_and_every_thread(tiny_bundle: Bundle) -> None:
-    long = msgspec.structs.replace(ALONE, max_new_tokens=400, temperature=2.0)
+    long = msgspec.structs.replace(ALONE, max_new_tokens=400, temperature=2.0, seed=0)
     with memory_fleet() as fleet:
         agent, _ = fleet.start_device(tiny_bundle)
         requests = [f"r{i}" for i in range(6)]
@@ -261,7 +261,7 @@ def test_an_answer_of_more_replies_than_a_link_keeps_is_repeated_whole(
     topic = topics.device_prompt("d1", "a1", "r1")
     replies = Inbox()
     with (
-        running_site("amqtt", tmp_path) as site,
+        running_site("embedded", tmp_path) as site,
         site.connect("a1") as app,
         site.connect("d1") as link,
         Agent(link, long_bundle, config),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 from sqlalchemy import ColumnElement, and_, or_, select, update
 from sqlalchemy.orm import Session
@@ -22,7 +23,7 @@ from fleet.registry.results import Certified, IssuedCertificate, RevokedCertific
 MakeCertificate = Callable[[str, Role], IssuedCertificate]
 """Signs a certificate for a name and its role."""
 
-BARRED = (IdentityState.SUSPENDED, IdentityState.REVOKED)
+BARRED = (IdentityState.SUSPENDED, IdentityState.REVOKED, IdentityState.DELETED)
 
 
 def keep_certificate(db: Session, record: IdentityRecord, issued: IssuedCertificate) -> None:
@@ -66,6 +67,25 @@ def knows_certificate(db: Session, name: str, fingerprint: str) -> bool:
     return bool(fingerprint) and newest == fingerprint
 
 
+def valid_fingerprints(db: Session, fingerprints: Sequence[str]) -> defaultdict[str, set[str]]:
+    """Return those of `fingerprints` for which `knows_certificate` is true, by name."""
+    stored = select(
+        CertificateRecord.name, CertificateRecord.fingerprint, CertificateRecord.revoked_at
+    ).where(CertificateRecord.fingerprint.in_(fingerprints))
+    newest = select(IdentityRecord.name, IdentityRecord.fingerprint).where(
+        IdentityRecord.fingerprint.in_(fingerprints), IdentityRecord.fingerprint != ""
+    )
+    valid: defaultdict[str, set[str]] = defaultdict(set)
+    for name, fingerprint in db.execute(newest):
+        valid[name].add(fingerprint)
+    for name, fingerprint, revoked_at in db.execute(stored):
+        if revoked_at is None:
+            valid[name].add(fingerprint)
+        else:
+            valid[name].discard(fingerprint)
+    return valid
+
+
 def revoke_certificates(db: Session, name: str, now: float) -> list[str]:
     """Revoke all certificates of `name`; return the serials of those that were valid until now."""
     valid = (CertificateRecord.name == name, CertificateRecord.revoked_at.is_(None))
@@ -93,7 +113,7 @@ def revoked_certificates(db: Session, now: float) -> list[RevokedCertificate]:
 
 
 def is_denied(now: float) -> ColumnElement[bool]:
-    """Condition: the identity is suspended, revoked or expired."""
+    """Condition: the identity is suspended, revoked, deleted or expired."""
     has_expired = and_(
         IdentityRecord.state == IdentityState.ACTIVE, IdentityRecord.not_after <= now
     )

@@ -15,10 +15,15 @@ from fleet.registry.models import IdentityRecord, StatusRecord
 MAX_NAMES_SHOWN: Final = 20
 
 
-def is_device(name: str | None = None) -> ColumnElement[bool]:
-    """Condition: the identity is a device, and has that name when it is given."""
+def has_device_role(name: str | None = None) -> ColumnElement[bool]:
+    """Condition: the identity is a device or a deleted one, and has that name when it is given."""
     device = IdentityRecord.role == Role.DEVICE
     return device if name is None else and_(device, IdentityRecord.name == name)
+
+
+def is_device(name: str | None = None) -> ColumnElement[bool]:
+    """Condition: the identity is a device, and has that name when it is given."""
+    return and_(has_device_role(name), IdentityRecord.state != IdentityState.DELETED)
 
 
 def is_online() -> ColumnElement[bool]:
@@ -35,8 +40,20 @@ def check_device(db: Session, device: str) -> None:
         raise unknown_device(db, device)
 
 
+def check_known_device(db: Session, device: str) -> None:
+    """Raise UnknownDeviceError unless `device` is enrolled, or was until it was deleted."""
+    if not db.scalar(select(exists().where(has_device_role(device)))):
+        raise unknown_device(db, device)
+
+
 def unknown_device(db: Session, device: str) -> UnknownDeviceError:
     """Return the error for a device that is not enrolled; it names those that are."""
+    other = db.get(IdentityRecord, device)
+    if other is not None and other.state != IdentityState.DELETED:
+        return UnknownDeviceError(
+            f"unknown device {device!r}: this identity has the role {other.role}; "
+            "see 'fleet identities'"
+        )
     names = db.scalars(
         select(IdentityRecord.name).where(is_device()).order_by(IdentityRecord.name)
     ).all()

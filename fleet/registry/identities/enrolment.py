@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from typing import Final
 
+import msgspec
 from sqlalchemy import and_, delete, exists, or_, select
 from sqlalchemy.orm import Session
 
@@ -19,13 +21,24 @@ from fleet.registry.identities.lifecycle import (
     state_at,
 )
 from fleet.registry.identities.tokens import delete_tokens
-from fleet.registry.models import AllowedTarget, IdentityRecord, TagRecord
+from fleet.registry.models import (
+    AllowedTarget,
+    ConfigChange,
+    IdentityRecord,
+    StatusRecord,
+    TagRecord,
+    WorkerRecord,
+)
+
+ENDED: Final = (IdentityState.REVOKED, IdentityState.DELETED)
+DEVICE_SCOPE: Final = "device"  # of `fleet.registry.settings.Scope`, which is above this room
 
 
 def enroll(db: Session, enrolment: Enrolment, *, replace: bool) -> IdentityRecord:
     """Add or change an identity, which is pending until it has a certificate.
 
-    Its earlier certificates and tokens become invalid.
+    Its earlier certificates and tokens become invalid. An identity that is replaced in the same
+    role keeps its group, its tags and its targets, each unless `enrolment` has new ones.
 
     Raises:
         IdentityError: it is active or suspended (unless `replace`), its name is a group's, or its
@@ -34,9 +47,11 @@ def enroll(db: Session, enrolment: Enrolment, *, replace: bool) -> IdentityRecor
     now = time.time()
     existing = db.get(IdentityRecord, enrolment.name, with_for_update=True)
     state = _next_state(existing, now, replace=replace) if existing else IdentityState.PENDING
-    _check_names(db, enrolment.name, enrolment.group)
     for target in enrolment.targets:
         check_target(db, target)
+    if existing and replace:
+        enrolment = _keep_details(db, existing, enrolment)
+    _check_names(db, enrolment.name, enrolment.group)
     record = existing or IdentityRecord(name=enrolment.name, created_at=now)
     record.role = enrolment.role.value
     record.group = enrolment.group
@@ -64,6 +79,21 @@ def _next_state(record: IdentityRecord, now: float, *, replace: bool) -> Identit
     return next_state(record.name, state, IdentityChange.ENROLL)
 
 
+def _keep_details(db: Session, existing: IdentityRecord, enrolment: Enrolment) -> Enrolment:
+    """Return the enrolment with those details of `existing` that it does not have itself."""
+    if existing.role != enrolment.role or existing.state in ENDED:
+        return enrolment
+    name = existing.name
+    targets = select(AllowedTarget.target).where(AllowedTarget.app == name)
+    tags = db.scalars(select(TagRecord).where(TagRecord.device == name))
+    return msgspec.structs.replace(
+        enrolment,
+        group=enrolment.group or existing.group,
+        tags=enrolment.tags or {tag.key: tag.value for tag in tags},
+        targets=enrolment.targets or tuple(db.scalars(targets)),
+    )
+
+
 def _replace_details(db: Session, enrolment: Enrolment) -> None:
     name = enrolment.name
     db.execute(delete(AllowedTarget).where(AllowedTarget.app == name))
@@ -79,8 +109,30 @@ def _check_names(db: Session, name: str, group: str | None) -> None:
     """Refuse a name that is an identity's and a group's: a grant would be ambiguous."""
     if db.scalar(select(exists().where(IdentityRecord.group == name))):
         raise IdentityError(f"{name!r} is the name of a group; choose another")
-    if group == name or (group is not None and db.get(IdentityRecord, group) is not None):
+    check_group(db, name, group)
+
+
+def check_group(db: Session, name: str, group: str | None) -> None:
+    """Raise IdentityError when the group of `name` is the name of an identity."""
+    if group is None:
+        return
+    is_named = and_(IdentityRecord.name == group, IdentityRecord.state != IdentityState.DELETED)
+    if group == name or db.scalar(select(exists().where(is_named))):
         raise IdentityError(f"group {group!r} is the name of an identity; choose another")
+
+
+def delete_details(db: Session, record: IdentityRecord) -> None:
+    """Delete everything about an identity but its name, its certificates and its statistics."""
+    name = record.name
+    record.group = None
+    delete_tokens(db, name)
+    is_right = or_(AllowedTarget.app == name, AllowedTarget.target == name)
+    db.execute(delete(AllowedTarget).where(is_right))
+    db.execute(delete(TagRecord).where(TagRecord.device == name))
+    is_own = and_(ConfigChange.scope == DEVICE_SCOPE, ConfigChange.target == name)
+    db.execute(delete(ConfigChange).where(is_own))
+    db.execute(delete(StatusRecord).where(StatusRecord.device == name))
+    db.execute(delete(WorkerRecord).where(WorkerRecord.worker == name))
 
 
 def check_target(db: Session, target: str) -> None:

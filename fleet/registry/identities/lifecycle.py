@@ -12,7 +12,8 @@ class IdentityState(StrEnum):
     """The state of an identity.
 
     `expired` is never stored: an active or suspended identity is expired once its certificate
-    has ended.
+    has ended. A deleted identity is only a name, with the statistics of the device and with its
+    certificates, which stay on the revocation list until they end.
     """
 
     PENDING = "pending"
@@ -20,6 +21,7 @@ class IdentityState(StrEnum):
     SUSPENDED = "suspended"
     REVOKED = "revoked"
     EXPIRED = "expired"
+    DELETED = "deleted"
 
 
 class IdentityChange(StrEnum):
@@ -28,26 +30,38 @@ class IdentityChange(StrEnum):
     ENROLL = "enroll"
     JOIN = "join"
     RENEW = "renew"
+    INVITE = "invite"  # by a new token, without other changes
+    RECERTIFY = "recertify"  # by the holder of the authority's key
     SUSPEND = "suspend"
     RESUME = "resume"
     REVOKE = "revoke"
+    DELETE = "delete"
 
 
 LEGAL: Final[dict[tuple[IdentityState, IdentityChange], IdentityState]] = {
     (IdentityState.PENDING, IdentityChange.ENROLL): IdentityState.PENDING,
     (IdentityState.PENDING, IdentityChange.JOIN): IdentityState.ACTIVE,
+    (IdentityState.PENDING, IdentityChange.INVITE): IdentityState.PENDING,
+    (IdentityState.PENDING, IdentityChange.RECERTIFY): IdentityState.ACTIVE,
     (IdentityState.PENDING, IdentityChange.REVOKE): IdentityState.REVOKED,
+    (IdentityState.PENDING, IdentityChange.DELETE): IdentityState.DELETED,
     # The same key joins again after its reply was lost.
     (IdentityState.ACTIVE, IdentityChange.JOIN): IdentityState.ACTIVE,
     (IdentityState.ACTIVE, IdentityChange.RENEW): IdentityState.ACTIVE,
+    (IdentityState.ACTIVE, IdentityChange.INVITE): IdentityState.ACTIVE,
+    (IdentityState.ACTIVE, IdentityChange.RECERTIFY): IdentityState.ACTIVE,
     (IdentityState.ACTIVE, IdentityChange.SUSPEND): IdentityState.SUSPENDED,
     (IdentityState.ACTIVE, IdentityChange.REVOKE): IdentityState.REVOKED,
     (IdentityState.SUSPENDED, IdentityChange.RESUME): IdentityState.ACTIVE,
     (IdentityState.SUSPENDED, IdentityChange.REVOKE): IdentityState.REVOKED,
     (IdentityState.EXPIRED, IdentityChange.ENROLL): IdentityState.PENDING,
+    (IdentityState.EXPIRED, IdentityChange.INVITE): IdentityState.PENDING,
+    (IdentityState.EXPIRED, IdentityChange.RECERTIFY): IdentityState.ACTIVE,
     (IdentityState.EXPIRED, IdentityChange.REVOKE): IdentityState.REVOKED,
     (IdentityState.REVOKED, IdentityChange.ENROLL): IdentityState.PENDING,
     (IdentityState.REVOKED, IdentityChange.REVOKE): IdentityState.REVOKED,
+    (IdentityState.REVOKED, IdentityChange.DELETE): IdentityState.DELETED,
+    (IdentityState.DELETED, IdentityChange.ENROLL): IdentityState.PENDING,
 }
 
 LIMITED_BY_CERTIFICATE: Final = (IdentityState.ACTIVE, IdentityState.SUSPENDED)

@@ -22,15 +22,18 @@ from fleet.registry.identities.certificates import (
     renew,
     revoke_certificates,
     revoked_certificates,
+    state_after,
+    valid_fingerprints,
 )
-from fleet.registry.identities.devices import is_device
-from fleet.registry.identities.enrolment import enroll
+from fleet.registry.identities.devices import check_device, has_device_role
+from fleet.registry.identities.enrolment import check_group, delete_details, enroll
 from fleet.registry.identities.grants import (
     all_grants,
     allow,
     change_tags,
     disallow,
     grants_of,
+    grants_of_names,
     tags_by_device,
     targets_by_app,
 )
@@ -40,8 +43,14 @@ from fleet.registry.identities.lifecycle import (
     next_state,
     state_at,
 )
-from fleet.registry.identities.tokens import Claim, add_token, join, name_of_token
-from fleet.registry.models import IdentityRecord
+from fleet.registry.identities.tokens import (
+    Claim,
+    add_token,
+    delete_tokens,
+    join,
+    name_of_token,
+)
+from fleet.registry.models import CertificateRecord, IdentityRecord
 from fleet.registry.results import (
     Certified,
     IdentityRow,
@@ -195,6 +204,60 @@ class IdentityRepository(Repository):
             lambda db: renew(db, fingerprint, key_hash, make, csr_name=csr_name, now=at)
         )
 
+    def invite(self, name: str, ttl_s: float) -> NewToken:
+        """Return another token for an identity, which keeps its group, tags and targets.
+
+        Its earlier tokens become invalid; a certificate that has not ended stays valid.
+
+        Raises:
+            UnknownDeviceError, StateError: it is not enrolled, or suspended or revoked.
+        """
+        now = time.time()
+
+        def work(db: Session) -> NewToken:
+            record = self._locked(db, name)
+            record.state = state_after(record, IdentityChange.INVITE, now)
+            delete_tokens(db, name)
+            token = add_token(db, name, ttl_s, now)
+            expires_at = token.expires_at
+            audit(db, self.actor, IdentityChange.INVITE, name, token=token.id, expires=expires_at)
+            return token
+
+        return self._transactions.write(work)
+
+    def recertify(self, name: str, role: Role, issued: IssuedCertificate) -> None:
+        """Store another certificate of an identity, also when its last one has ended.
+
+        `role` becomes its role. Certificates that have not ended stay valid.
+
+        Raises:
+            UnknownDeviceError, StateError: it is not enrolled, or suspended or revoked.
+        """
+        now = time.time()
+
+        def work(db: Session) -> None:
+            record = self._locked(db, name)
+            record.state = state_after(record, IdentityChange.RECERTIFY, now)
+            record.role = role.value
+            delete_tokens(db, name)
+            keep_certificate(db, record, issued)
+            audit(db, self.actor, IdentityChange.RECERTIFY, name, serial=issued.serial)
+
+        self._transactions.write(work)
+
+    def newest_certificates(self, now: float | None = None) -> list[tuple[str, str]]:
+        """Return the active identities, by name, with the newest certificate of each in PEM."""
+        is_newest = IdentityRecord.fingerprint == CertificateRecord.fingerprint
+        query = (
+            select(IdentityRecord.name, CertificateRecord.pem)
+            .join(CertificateRecord, is_newest)
+            .where(IdentityRecord.state == IdentityState.ACTIVE)
+            .where(IdentityRecord.not_after > (time.time() if now is None else now))
+            .order_by(IdentityRecord.name)
+        )
+        with self._transactions.reading() as db:
+            return [(name, pem) for name, pem in db.execute(query)]
+
     def role_of(self, fingerprint: str, now: float | None = None) -> tuple[str, Role]:
         """Return the name and the role of the holder of a certificate.
 
@@ -230,16 +293,50 @@ class IdentityRepository(Repository):
         """
         self._change_state(name, IdentityChange.REVOKE)
 
+    def delete(self, name: str) -> None:
+        """Delete an identity that is revoked or has never joined.
+
+        Its name can be enrolled again, without its earlier group, tags, settings and rights. Its
+        statistics stay.
+
+        Raises:
+            UnknownDeviceError: it is not enrolled.
+            StateError: it is active, suspended or expired.
+        """
+
+        def work(db: Session) -> None:
+            record = self._locked(db, name)
+            state = state_at(record.state, record.not_after, time.time())
+            record.state = next_state(name, state, IdentityChange.DELETE)
+            delete_details(db, record)
+            audit(db, self.actor, IdentityChange.DELETE, name, role=record.role)
+
+        self._transactions.write(work)
+
+    def move(self, device: str, group: str | None) -> None:
+        """Change the group of a device; None is no group.
+
+        Raises:
+            UnknownDeviceError: it is not enrolled.
+            IdentityError: the group's name is an identity's.
+        """
+
+        def work(db: Session) -> None:
+            check_device(db, device)
+            check_group(db, device, group)
+            record = self._locked(db, device)
+            earlier = record.group
+            record.group = group
+            audit(db, self.actor, "group", device, group=group, earlier=earlier)
+
+        self._transactions.write(work)
+
     def _change_state(self, name: str, change: IdentityChange) -> None:
         now = time.time()
 
         def work(db: Session) -> None:
-            record = db.get(IdentityRecord, name, with_for_update=True)
-            if record is None:
-                raise UnknownDeviceError(
-                    f"unknown identity {name[:80]!r}: it is not enrolled; see 'fleet devices'"
-                )
-            state = next_state(name, state_at(record.state, record.not_after, now), change)
+            record = self._locked(db, name)
+            state = state_after(record, change, now)
             details = {}
             if change is IdentityChange.REVOKE:
                 details["serials"] = revoke_certificates(db, name, now)
@@ -248,9 +345,22 @@ class IdentityRepository(Repository):
 
         self._transactions.write(work)
 
+    def _locked(self, db: Session, name: str) -> IdentityRecord:
+        """Return an identity for a change. Raises UnknownDeviceError."""
+        record = db.get(IdentityRecord, name, with_for_update=True)
+        if record is None or record.state == IdentityState.DELETED:
+            raise UnknownDeviceError(
+                f"unknown identity {name[:80]!r}: it is not enrolled; see 'fleet identities'"
+            )
+        return record
+
     def all(self, role: Role | None = None) -> list[IdentityRow]:
         """Return every identity, by name; only those of `role` when it is given."""
-        query = select(IdentityRecord).order_by(IdentityRecord.name)
+        query = (
+            select(IdentityRecord)
+            .where(IdentityRecord.state != IdentityState.DELETED)
+            .order_by(IdentityRecord.name)
+        )
         if role:
             query = query.where(IdentityRecord.role == role)
         with self._transactions.reading() as db:
@@ -309,6 +419,20 @@ class IdentityRepository(Repository):
                 return None
             return grants_of(db, name, time.time())
 
+    def admitted_holders(self, holders: Sequence[tuple[str, str]]) -> list[Grants | None]:
+        """Return `admitted` for each name and fingerprint, from one snapshot.
+
+        The number of queries does not grow with the number of holders.
+        """
+        with self._transactions.reading() as db:
+            fingerprints = valid_fingerprints(db, [fingerprint for _, fingerprint in holders])
+            names = [name for name, fingerprint in holders if fingerprint in fingerprints[name]]
+            grants = {each.name: each for each in grants_of_names(db, names, time.time())}
+            return [
+                grants.get(name) if fingerprint in fingerprints[name] else None
+                for name, fingerprint in holders
+            ]
+
     def revoked_certificates(self, now: float | None = None) -> list[RevokedCertificate]:
         """Return the certificates of the revocation list, by serial.
 
@@ -318,13 +442,13 @@ class IdentityRepository(Repository):
             return revoked_certificates(db, time.time() if now is None else now)
 
     def denied(self, now: float | None = None, limit: int = MAX_DENIED) -> list[str]:
-        """Return the devices that are suspended, revoked or expired.
+        """Return the devices that are suspended, revoked, deleted or expired.
 
         At most `limit`, those first whose certificates are valid longest.
         """
         query = (
             select(IdentityRecord.name)
-            .where(is_device(), is_denied(time.time() if now is None else now))
+            .where(has_device_role(), is_denied(time.time() if now is None else now))
             .order_by(IdentityRecord.not_after.desc(), IdentityRecord.name)
             .limit(limit)
         )

@@ -10,10 +10,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 
-from edge_agent.provisioning.credentials import fingerprint
 from edge_agent.provisioning.join import join_fleet, own_key
-from edge_agent.state.bundle_slots import SlotStore
+from edge_agent.state.bundle_slots import Slots, SlotStore
 from edge_agent.state.desired_state import load_desired
 from fleet.errors import (
     BusyError,
@@ -22,7 +22,10 @@ from fleet.errors import (
     ServiceAwayError,
     ServiceError,
     TokenError,
+    TokenNameError,
+    UsedTokenError,
 )
+from fleet.identity.credentials import fingerprint, lifetime
 from fleet.identity.identity import Identity
 from fleet.protocol.desired_config import DesiredConfig, Settings
 from fleet.protocol.enrolment_api import EnrolmentToken
@@ -176,7 +179,7 @@ def test_a_clock_that_is_behind_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         FleetService(tmp_path / "service").running() as service,
         pytest.raises(ServiceError, match="set the clock"),
     ):
-        join_fleet(service.token, service.url, tmp_path / "out")
+        join_fleet(service.token, service.url, tmp_path / "out", timeout_s=0.5)
 
 
 def test_a_certificate_that_has_expired_by_this_clock_is_named(
@@ -187,13 +190,80 @@ def test_a_certificate_that_has_expired_by_this_clock_is_named(
         FleetService(tmp_path / "service").running() as service,
         pytest.raises(ServiceError, match="has expired by this machine's clock"),
     ):
-        join_fleet(service.token, service.url, tmp_path / "out")
+        join_fleet(service.token, service.url, tmp_path / "out", timeout_s=0.5)
 
 
-def test_a_complete_folder_is_refused(service: FleetService, tmp_path: Path) -> None:
-    join_fleet(service.token, service.url, tmp_path)
-    with pytest.raises(IdentityError, match="is complete: it is the identity of kitchen"):
+def test_a_complete_folder_stays_when_the_token_was_used(
+    service: FleetService, tmp_path: Path
+) -> None:
+    identity = join_fleet(service.token, service.url, tmp_path)
+    before = (identity.folder / "cert.pem").read_bytes()
+    service.refuse(410, "used_token", "another key has used this token")
+    with pytest.raises(UsedTokenError, match="is complete: it is the identity of kitchen"):
         join_fleet(service.token, service.url, tmp_path)
+    assert (identity.folder / "cert.pem").read_bytes() == before
+    identity.ssl_context()
+
+
+def test_a_new_token_mends_an_expired_folder_and_keeps_the_rest(
+    service: FleetService, tmp_path: Path
+) -> None:
+    service.bundle_id = "b1"
+    service.life = timedelta(seconds=1)
+    identity = join_fleet(service.token, service.url, tmp_path)
+    old_key = (tmp_path / "key.pem").read_bytes()
+    (tmp_path / "agent.json").write_text('{"mode": "standalone"}')
+    (tmp_path / "reports.sqlite").write_bytes(b"kept")
+    SlotStore(tmp_path).save(Slots(current="b0", previous="b1"))
+    service.life = timedelta(days=90)
+    service.broker_port = 1884
+    mended = join_fleet(service.token, service.url, tmp_path)
+    assert lifetime((tmp_path / "cert.pem").read_bytes())[1] > time.time() + 80 * 86_400
+    assert (tmp_path / "key.pem").read_bytes() != old_key
+    assert (mended.name, mended.config.port) == (identity.name, 1884)
+    assert (tmp_path / "agent.json").read_text() == '{"mode": "standalone"}'
+    assert (tmp_path / "reports.sqlite").read_bytes() == b"kept"
+    assert SlotStore(tmp_path).load() == Slots(current="b0", previous="b1")
+    assert not (tmp_path / "joining-key.pem").exists()
+    mended.ssl_context()
+
+
+def test_the_request_to_mend_a_folder_names_its_identity(
+    service: FleetService, tmp_path: Path
+) -> None:
+    join_fleet(service.token, service.url, tmp_path)
+    join_fleet(service.token, service.url, tmp_path)
+    requests = [x509.load_pem_x509_csr(csr.encode()) for csr in service.signing_requests]
+    assert [each.subject.rfc4514_string() for each in requests] == ["", "CN=kitchen"]
+
+
+def test_a_token_for_another_name_leaves_a_complete_folder(
+    service: FleetService, tmp_path: Path
+) -> None:
+    join_fleet(service.token, service.url, tmp_path)
+    service.refuse(403, "other_name", "the signing request is for 'kitchen'")
+    with pytest.raises(TokenNameError, match="name another folder with --out"):
+        join_fleet(service.token, service.url, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["identity.json", "cert.pem", "ca.pem", "key.pem"])
+def test_a_damaged_folder_is_made_again_by_a_token(
+    service: FleetService, tmp_path: Path, name: str
+) -> None:
+    join_fleet(service.token, service.url, tmp_path)
+    (tmp_path / name).write_bytes(b"")
+    join_fleet(service.token, service.url, tmp_path).ssl_context()
+    assert Identity.load(tmp_path).name == "kitchen"
+
+
+def test_a_joining_device_says_once_that_it_waits(
+    service: FleetService, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service.refuse(503, "registry", "the registry is away", times=2)
+    join_fleet(service.token, service.url, tmp_path)
+    assert [each for each in caplog.messages if "away" in each] == [
+        "the registry is away; trying again"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -316,7 +316,7 @@ def test_two_agents_may_share_a_folder(tmp_path: Path) -> None:
         wait_until(lambda: not kept(path), "all are forgotten")
 
 
-def test_an_unusable_file_is_logged_once_and_reports_are_sent_from_memory(
+def test_a_damaged_file_is_moved_aside_and_reports_are_kept_in_a_new_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = InMemoryBroker()
@@ -328,9 +328,26 @@ def test_an_unusable_file_is_logged_once_and_reports_are_sent_from_memory(
         reporter.add(report("g2"))
         assert collector.collect(2).keys() == {"g1", "g2"}
     assert caplog.messages == [
-        f"reports cannot be kept in {path} (file is not a database): "
-        "make room, or remove the file; until then they are sent from memory"
+        f"{path} is damaged (file is not a database); it is made again, "
+        "and kept as reports.sqlite.damaged"
     ]
+    assert path.read_bytes().startswith(b"SQLite format 3")
+    assert (tmp_path / "reports.sqlite.damaged").read_bytes().startswith(b"something else")
+
+
+def test_a_file_with_a_damaged_page_is_moved_aside(tmp_path: Path) -> None:
+    path = tmp_path / "reports.sqlite"
+    outbox = ReportOutbox(path, 1000)
+    with outbox.transaction():
+        outbox.add({f"g{number}": bytes(2000) for number in range(50)})
+    outbox.close()
+    content = bytearray(path.read_bytes())
+    content[4096 : 4096 + 2048] = bytes(range(256)) * 8
+    path.write_bytes(content)
+    with outbox.transaction():
+        outbox.add({"new": b"report"})
+        assert len(outbox) == 1
+    assert (tmp_path / "reports.sqlite.damaged").exists()
 
 
 def test_a_full_disk_is_logged_once_and_reports_are_sent_from_memory(tmp_path: Path) -> None:

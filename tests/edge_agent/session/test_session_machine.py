@@ -401,7 +401,7 @@ def lose_by_restart(driver: Driver) -> None:
 
 
 LOSSES: dict[str, tuple[Callable[[Driver], None], str]] = {
-    "deadline": (lose_by_deadline, "did not answer within"),
+    "deadline": (lose_by_deadline, "no verdict of the cloud came within"),
     "link": (lose_by_link, "link to the broker"),
     "publish": (lose_by_publish, "link to the broker"),
     "refusal": (lose_by_refusal, "no room"),

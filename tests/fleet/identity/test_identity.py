@@ -97,7 +97,7 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
 )
 def test_a_configuration_that_cannot_be_used_is_refused(folder: Path, config: bytes) -> None:
     (folder / IDENTITY_FILE).write_bytes(config)
-    with pytest.raises(IdentityError, match=r"identity.json is not usable"):
+    with pytest.raises(IdentityError, match=r"identity.json is not (usable|in UTF-8)"):
         Identity.load(folder)
 
 

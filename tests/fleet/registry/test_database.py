@@ -80,6 +80,9 @@ def test_a_registry_of_a_newer_version_is_left_alone(empty_url: str) -> None:
         ("nothing://host/db", "no such kind of registry: 'nothing'; expected sqlite or postgresql"),
         ("postgresql://me:secret@127.0.0.1:1/fleet", "cannot answer: .*refused"),
         ("://", "expected a path or a URL"),
+        ("postgresql://u:p@ss%/secret@127.0.0.1:1/fleet", "more than one @; write an @ .* as %40"),
+        ("postgresql://u:p@secret@127.0.0.1:1/fleet", "more than one @|malformed"),
+        ("postgresql://u@127.0.0.1:1/fleet?password=secret", "cannot answer: .*refused"),
         ("postgresql+psycopg2://me:secret@127.0.0.1:1/fleet", r"psycopg2|cannot answer"),
         ("sqlite:////proc/none/registry.sqlite", "cannot"),
     ],
@@ -160,3 +163,19 @@ def test_processes_that_open_a_new_file_at_once_change_its_journal_once(tmp_path
             ready = threading.Barrier(6)
             met = [pool.submit(connect, tmp_path / f"{number}.sqlite", ready) for _ in range(6)]
             assert [future.result(WAIT_S) for future in met] == ["wal"] * 6
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_only_the_owner_reads_a_sqlite_registry_and_the_files_next_to_it(
+    tmp_path: Path, *, exists: bool
+) -> None:
+    path = tmp_path / "registry.sqlite"
+    if exists:
+        Registry.open(path).close()
+        path.chmod(0o644)
+    with Registry.open(path) as registry:
+        add(registry, "edge-1")
+        modes = {each.name: each.stat().st_mode & 0o777 for each in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(
+        ("registry.sqlite", "registry.sqlite-wal", "registry.sqlite-shm"), 0o600
+    )

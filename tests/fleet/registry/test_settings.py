@@ -124,6 +124,50 @@ def test_a_device_reads_its_desired_configuration_also_when_it_connects_later(
             assert decode_desired(inbox.get()[1]).version == newer
 
 
+def test_the_configuration_of_a_deleted_device_is_no_longer_retained(fleet: Registry) -> None:
+    broker = InMemoryBroker()
+    with broker.connect("server") as server, broker.connect("watcher") as watcher:
+        publisher = ConfigPublisher(server, fleet)
+        publisher.publish()
+        inbox = Inbox()
+        watcher.subscribe(topics.device_config("edge-1"), inbox)
+        inbox.get()
+        fleet.identities.revoke("edge-1")
+        fleet.identities.delete("edge-1")
+        publisher.publish()
+        assert inbox.get()[1] == b""
+        publisher.publish()
+        assert inbox.is_empty
+
+
+def test_a_version_of_the_software_is_beside_the_settings_and_replaces_narrower_ones(
+    fleet: Registry,
+) -> None:
+    state = fleet.desired_state
+    change(fleet, EDGE, Settings(max_draft=2))
+    first = state.roll_out_software(KITCHEN, "1.1")
+    assert state.configs()["edge-1"] == DesiredConfig(first, Settings(max_draft=2), "1.1")
+    assert state.configs()["edge-2"].software is None
+    state.roll_out_software(EDGE, "1.2")
+    assert state.configs()["edge-1"].software == "1.2"
+    everywhere = state.roll_out_software(ALL, "1.3")
+    assert {config.software for config in state.configs().values()} == {"1.3"}
+    assert state.settings(EDGE) == Settings(max_draft=2)
+    assert state.settings(KITCHEN) == Settings()
+    assert state.roll_out_software(ALL, "1.3") > everywhere  # once more, after a failure
+
+
+def test_a_version_for_a_group_replaces_that_of_its_devices_alone(fleet: Registry) -> None:
+    state = fleet.desired_state
+    state.roll_out_software(EDGE, "1.2")
+    state.roll_out_software(Target(Scope.DEVICE, "edge-2"), "1.2")
+    state.roll_out_software(KITCHEN, "1.3")
+    assert state.configs()["edge-1"].software == "1.3"
+    assert state.configs()["edge-2"].software == "1.2"
+    with pytest.raises(ConfigError, match="no device is in the group 'attic'"):
+        state.roll_out_software(Target(Scope.GROUP, "attic"), "1.3")
+
+
 def test_a_task_runs_at_the_start_and_after_each_change_of_another_process(
     fleet: Registry, registry_url: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""Three worlds in which every transport behaves alike: memory, amqtt and mosquitto."""
+"""Three brokers behind every transport: in memory, embedded, and mosquitto."""
 
 from __future__ import annotations
 

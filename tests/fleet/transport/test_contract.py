@@ -50,6 +50,26 @@ def test_a_retained_message_reaches_a_later_subscriber(world: World) -> None:
     assert inbox.get() == (STATUS, b"born")
 
 
+def test_a_live_subscription_receives_no_retained_message(world: World) -> None:
+    device = world.connect("d1")
+    device.publish(STATUS, b"born", qos=1, retain=True)
+    watcher = world.connect("s1")
+    inbox = Inbox()
+    live = Inbox()
+
+    def asked() -> bool:
+        watcher.subscribe(STATUS, live, qos=1, live_only=True)
+        watcher.subscribe(topics.DEVICE_STATUS_FILTER, inbox, qos=1)
+        return not inbox.is_empty
+
+    wait_until(asked, "the retained message came")
+    assert inbox.get() == (STATUS, b"born")
+    with world.outage():
+        pass
+    device.publish(STATUS, b"now", qos=1)
+    assert live.get() == (STATUS, b"now")
+
+
 def test_a_message_that_is_not_retained_does_not_reach_a_later_subscriber(world: World) -> None:
     device = world.connect("d1")
     device.publish(STATUS, b"early", qos=1)

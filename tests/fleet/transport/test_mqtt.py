@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -69,11 +71,44 @@ def test_a_broker_of_another_fleet_is_not_trusted(site: Site, tmp_path: Path) ->
         MqttTransport.connect(site.identity("d1", foreign))
 
 
+def test_a_clock_that_is_ahead_gets_the_advice_of_the_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_site("embedded", tmp_path) as site:
+        site.broker.stop()
+        with monkeypatch.context() as patch:
+            patch.setattr("provisioning.authority.LEAF_LIFE", timedelta(0))
+            site.authority.server_tls(tmp_path / "server", HOST)
+        site.broker.start()
+        with pytest.raises(LinkError, match="set the clock if it is wrong, else the fleet's"):
+            MqttTransport.connect(site.identity("d1"))
+
+
+def test_a_device_whose_clock_is_set_connects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_site("embedded", tmp_path) as site:
+        site.broker.stop()
+        with monkeypatch.context() as patch:
+            patch.setattr("provisioning.authority.CLOCK_SKEW", timedelta(days=-1))
+            site.authority.server_tls(tmp_path / "server", HOST)
+        site.broker.start()
+        with MqttTransport.connect(site.identity("d1"), wait=False) as device:
+            assert not device.wait_up(threading.Event(), 1.5)
+            site.broker.stop()
+            site.authority.server_tls(tmp_path / "server", HOST)  # as valid as by the right clock
+            site.broker.start()
+            assert device.wait_up(threading.Event(), 2 * WAIT_S)
+
+
 def test_a_clock_that_is_behind_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "provisioning.authority.CLOCK_SKEW", timedelta(days=-1)
     )  # valid from tomorrow on
-    with running_site("amqtt", tmp_path) as site, pytest.raises(LinkError, match="set the clock"):
+    with (
+        running_site("embedded", tmp_path) as site,
+        pytest.raises(LinkError, match="set the clock"),
+    ):
         site.connect("d1")
 
 
@@ -124,7 +159,7 @@ def test_a_connection_that_is_reset_before_tls_begins_is_closed(site: Site) -> N
 def test_a_broken_certificate_is_an_identity_error(site: Site) -> None:
     identity = site.identity("d1")
     (identity.folder / "cert.pem").write_text("no certificate")
-    with pytest.raises(IdentityError, match="enroll it again"):
+    with pytest.raises(IdentityError, match="join again"):
         MqttTransport.connect(identity)
 
 
@@ -136,6 +171,64 @@ def test_without_waiting_it_connects_as_soon_as_the_broker_is_there(site: Site) 
         assert not device.is_up
         site.broker.start()
         assert announced.wait(20)
+
+
+def test_a_wait_ends_when_the_broker_is_there_or_the_process_is_stopped(site: Site) -> None:
+    site.broker.stop()
+    stop = threading.Event()
+    with MqttTransport.connect(site.identity("d1"), wait=False) as device:
+        assert not device.wait_up(stop, timeout_s=0.1)
+        site.broker.start()
+        assert device.wait_up(stop)
+    site.broker.stop()
+    stop.set()
+    with MqttTransport.connect(site.identity("d1"), wait=False) as device:
+        assert not device.wait_up(stop)
+    site.broker.start()
+
+
+def test_a_start_before_the_broker_is_logged_once(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "fleet.transport.mqtt")
+    site.broker.stop()
+    with MqttTransport.connect(site.identity("d1"), wait=False) as device:
+        time.sleep(2.5)  # several attempts
+        site.broker.start()
+        assert device.wait_up(threading.Event(), WAIT_S)
+    lines = [each for each in caplog.messages if each.startswith(("no connection of d1", "d1 "))]
+    assert [each.split(f":{site.port}")[1] for each in lines] == [
+        ": no server listens there; start it with 'fleet up', or correct host and port in "
+        "identity.json; trying again",
+        "",
+    ]
+
+
+def test_a_lost_link_and_its_return_are_one_line_each(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "fleet.transport.mqtt")
+    with site.connect("d1") as device:
+        site.broker.stop()
+        wait_until(lambda: not device.is_up, "the link is lost")
+        time.sleep(1.5)
+        site.broker.start()
+        assert device.wait_up(threading.Event(), 2 * WAIT_S)
+    lines = [each for each in caplog.messages if each.startswith(("no connection of d1", "d1 "))]
+    assert [each.split(" broker")[0] for each in lines] == [
+        "d1 lost its link to the",
+        "d1 is connected to the",
+    ]
+
+
+def test_a_new_certificate_is_no_loss_of_the_link(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "fleet.transport.mqtt")
+    with site.connect("d1") as device:
+        device.reload_certificate()
+        assert device.wait_up(threading.Event(), WAIT_S)
+    assert [each for each in caplog.messages if each.startswith("d1 ")] == []
 
 
 def test_a_message_of_a_quarter_megabyte_passes(site: Site) -> None:

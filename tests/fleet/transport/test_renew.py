@@ -14,11 +14,11 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cloud_broker_worker.worker.config import WorkerConfig
 from cloud_broker_worker.worker.worker import Worker
 from edge_agent.config import AgentConfig
-from edge_agent.provisioning.credentials import new_key
 from edge_agent.serving.agent import Agent
 from fleet.bundles.manifest import Bundle
 from fleet.errors import IdentityError
-from fleet.identity.identity import CERT_FILE, KEY_FILE, RENEWED_FILE, Identity
+from fleet.identity.credentials import new_key
+from fleet.identity.identity import CERT_FILE, KEY_FILE, Identity
 from fleet.protocol import topics
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest
@@ -87,7 +87,7 @@ def test_a_renewed_connection_sends_no_will_and_keeps_its_subscriptions(site: Si
 def test_files_that_do_not_load_leave_the_connection(site: Site) -> None:
     identity = site.identity("d1")
     with MqttTransport.connect(identity) as device:
-        (identity.folder / RENEWED_FILE).write_text("no certificate")
+        (identity.folder / CERT_FILE).write_text("no certificate")
         with pytest.raises(IdentityError, match="does not load"):
             device.reload_certificate()
         assert device.is_up

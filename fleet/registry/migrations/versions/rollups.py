@@ -4,6 +4,7 @@ Generations get columns for verifies, drafts and switches.
 """
 
 from itertools import pairwise
+from typing import Any
 
 import sqlalchemy as sa
 from alembic import op
@@ -50,7 +51,7 @@ def upgrade() -> None:
 
 def _create(name: str, more_key: list[str], counts: list[str]) -> None:
     lengths = {"bundle_id": 63, "source": 20, "mode": 63, "reason": 120}
-    columns = [
+    columns: list[sa.Column[Any]] = [
         sa.Column("span_s", sa.Integer(), nullable=False, autoincrement=False),
         sa.Column("start", sa.BigInteger(), nullable=False, autoincrement=False),
         sa.Column("device", sa.String(63), nullable=False),

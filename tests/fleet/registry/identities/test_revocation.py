@@ -12,6 +12,7 @@ from sqlalchemy import update
 from fleet.protocol import topics
 from fleet.protocol.access import Role
 from fleet.protocol.denylist import decode_denylist
+from fleet.registry.identities.grants import FEW
 from fleet.registry.identities.lifecycle import IdentityState
 from fleet.registry.models import AllowedTarget, CertificateRecord, IdentityRecord, TagRecord
 from fleet.registry.store import Registry
@@ -208,3 +209,20 @@ def test_the_denylist_is_published_when_it_changes_and_when_the_link_is_back(
         told = [decode_denylist(inbox.get()[1]) for _ in range(3)]
     assert told == [frozenset(), {"d1"}, {"d1"}]
     assert inbox.is_empty
+
+
+@pytest.mark.parametrize("num_devices", [3, FEW + 4], ids=["few", "many"])
+def test_one_look_up_for_many_holders_gives_each_what_its_own_would_give(
+    registry: Registry, num_devices: int
+) -> None:
+    names = [f"d{i}" for i in range(num_devices)]
+    for name in names:
+        add(registry, name)
+    add(registry, "a1", Role.APP, targets=tuple(names[1:]))
+    keep(registry, "d1", "1", OLDER)
+    registry.identities.suspend("d0")
+    registry.identities.revoke("d2")
+    holders = [(name, newest) for name in [*names, "a1", "d99"] for newest in (NEWEST, OLDER, "")]
+    rights = registry.identities.admitted_holders(holders)
+    assert rights == [registry.identities.admitted(*holder) for holder in holders]
+    assert sum(grants is not None for grants in rights) == num_devices

@@ -53,6 +53,8 @@ def lifetime(certificate: bytes) -> tuple[float, float]:
 def check_certificate(certificate: bytes, key: bytes, ca: bytes, name: str, now: float) -> None:
     """Check that `certificate` is for our key, by our CA, for `name`, and valid `now`. All are PEM.
 
+    `ca` holds one CA certificate, or two while the fleet's authority is rotated.
+
     Raises:
         IdentityError: the certificate is not usable.
     """
@@ -61,7 +63,7 @@ def check_certificate(certificate: bytes, key: bytes, ca: bytes, name: str, now:
         raise IdentityError(
             "the certificate received is for another key than ours; ask the fleet's operator"
         )
-    _check_issuer(loaded, _load(ca))
+    _check_issuer(loaded, ca)
     common_names = loaded.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     names = [attribute.value for attribute in common_names]
     if names != [name]:
@@ -71,13 +73,25 @@ def check_certificate(certificate: bytes, key: bytes, ca: bytes, name: str, now:
     _check_validity(certificate, now)
 
 
-def _check_issuer(certificate: x509.Certificate, authority: x509.Certificate) -> None:
+def _check_issuer(certificate: x509.Certificate, ca: bytes) -> None:
+    if not any(is_issued_by(certificate, authority) for authority in _load_all(ca)):
+        raise IdentityError(
+            "the certificate received is not by the fleet's CA; ask the fleet's operator"
+        )
+
+
+def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    """Whether `authority` signed `certificate`."""
     try:
         certificate.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature):
-        raise IdentityError(
-            "the certificate received is not by the fleet's CA; ask the fleet's operator"
-        ) from None
+        return False
+    return True
+
+
+def contains_authority(ca: bytes, ca_sha256: str) -> bool:
+    """Whether a CA certificate in `ca` (PEM) has this SHA-256. Raises IdentityError."""
+    return any(each.fingerprint(hashes.SHA256()).hex() == ca_sha256 for each in _load_all(ca))
 
 
 def _check_validity(certificate: bytes, now: float) -> None:
@@ -96,6 +110,24 @@ def _load(certificate: bytes) -> x509.Certificate:
         raise IdentityError(
             f"expected a certificate in PEM, got {len(certificate)} bytes; ask the fleet's operator"
         ) from None
+
+
+def _load_all(certificates: bytes) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates(certificates)
+    except ValueError:
+        raise IdentityError(
+            f"expected certificates in PEM, got {len(certificates)} bytes; ask the fleet's operator"
+        ) from None
+
+
+def is_key(key: bytes) -> bool:
+    """Whether `key` is a P-256 private key in PEM."""
+    try:
+        _load_key(key)
+    except IdentityError:
+        return False
+    return True
 
 
 def _load_key(key: bytes) -> ec.EllipticCurvePrivateKey:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import Final, Self, TypeVar
 
 import msgspec
@@ -16,13 +16,15 @@ import urllib3
 from urllib3.exceptions import HTTPError, NewConnectionError, TimeoutError  # noqa: A004 (urllib3's)
 
 from fleet.errors import ConfigError, DecodeError, FleetError, ServiceAwayError, ServiceError
-from fleet.identity.identity import NOT_YET_VALID, Identity
+from fleet.identity.identity import Identity
+from fleet.identity.tls_errors import depends_on_clock, explain_certificate
 from fleet.protocol.enrolment_api import (
     BUNDLES_PATH,
     CA_PATH,
     JOIN_PATH,
     MAX_BODY_BYTES,
     RENEW_PATH,
+    SOFTWARE_PATH,
     JoinReply,
     JoinRequest,
     RenewReply,
@@ -36,9 +38,10 @@ CONNECT_S: Final = 5.0
 READ_S: Final = 20.0  # between two bytes
 TEMPORARY: Final = (429, 502, 503, 504)
 MAX_RETRY_AFTER_S: Final = 3600.0
-EXPIRED: Final = 10  # OpenSSL's X509_V_ERR_CERT_HAS_EXPIRED
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class ServiceClient:
@@ -83,6 +86,10 @@ class ServiceClient:
     def small_file(self, bundle_id: str, name: str, max_bytes: int) -> bytes:
         """Fetch a file of a bundle that has at most `max_bytes` bytes."""
         return self._call("GET", f"{BUNDLES_PATH}/{bundle_id}/{name}", max_bytes=max_bytes)
+
+    def software_file(self, version: str, name: str, max_bytes: int) -> bytes:
+        """Fetch a file of a version of the software that has at most `max_bytes` bytes."""
+        return self._call("GET", f"{SOFTWARE_PATH}/{version}/{name}", max_bytes=max_bytes)
 
     @contextmanager
     def file(self, bundle_id: str, name: str, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
@@ -194,7 +201,8 @@ class ServiceClient:
                 "if that lasts, check the clock, or join again with a new token"
             )
         if isinstance(cause, ssl.SSLError):
-            return ServiceError(f"no connection to {self.url}: {_explain_tls(cause)}")
+            kind = ServiceAwayError if depends_on_clock(cause) else ServiceError
+            return kind(f"no connection to {self.url}: {_explain_tls(cause)}")
         if isinstance(error, TimeoutError):
             return ServiceAwayError(
                 f"{self.url} did not answer in time; check the network and the address"
@@ -203,9 +211,15 @@ class ServiceClient:
 
 
 def retry_while_away(
-    call: Callable[[], T], *, timeout_s: float, stop: threading.Event | None = None
+    call: Callable[[], T],
+    *,
+    timeout_s: float,
+    stop: threading.Event | None = None,
+    on_wait: Callable[[ServiceAwayError], None] = lambda _: None,
 ) -> T:
     """Call `call`, and repeat it with back-off while it raises ServiceAwayError.
+
+    `on_wait` is called once, with the first of these errors, before the first repetition.
 
     Raises:
         ServiceAwayError: `timeout_s` seconds have passed, or `stop` was set.
@@ -220,7 +234,14 @@ def retry_while_away(
             wait_s = max(backoff_s(num_failures, random.random()), error.retry_after_s)
             if time.monotonic() + wait_s >= deadline or stop.wait(wait_s):
                 raise
+            if num_failures == 0:
+                on_wait(error)
             num_failures += 1
+
+
+def log_wait(error: ServiceAwayError) -> None:
+    """Log that a request is repeated; the `on_wait` of commands."""
+    log.warning("%s; trying again", error)
 
 
 def check_url(url: str) -> str:
@@ -238,23 +259,9 @@ def check_url(url: str) -> str:
 
 
 def _explain_tls(error: ssl.SSLError) -> str:
-    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     match error:
-        case ssl.SSLCertVerificationError(verify_code=code) if code == NOT_YET_VALID:
-            return (
-                f"its certificate is not valid yet by this machine's clock ({now}), "
-                "which is behind; set the clock"
-            )
-        case ssl.SSLCertVerificationError(verify_code=code) if code == EXPIRED:
-            return (
-                f"its certificate has expired by this machine's clock ({now}); set the clock if "
-                "it is wrong, else the fleet's operator has to start the service again"
-            )
         case ssl.SSLCertVerificationError():
-            return (
-                f"its certificate is not trusted ({error.verify_message}): the connection may be "
-                "intercepted, or it is another fleet's service; check the address"
-            )
+            return explain_certificate(error)
         case _ if "CERTIFICATE" in (error.reason or ""):
             return (
                 f"it does not accept our certificate ({error.reason}): it expired, was revoked or "

@@ -11,17 +11,19 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge_agent.provisioning.certificate_renewer import (
+from fleet.errors import IdentityError, ServiceError
+from fleet.identity.certificate_renewer import (
     CertificateRenewer,
     renew_certificate,
+    renew_if_due,
     retry_in_s,
 )
-from edge_agent.provisioning.credentials import lifetime, new_key, signing_request
-from edge_agent.service_client import ServiceClient
-from fleet.errors import IdentityError, ServiceError
 from fleet.identity.certificate_rotation import finish_renewal, renewal_in_s
-from fleet.identity.identity import CERT_FILE, KEY_FILE, RENEWED_FILE, Identity
+from fleet.identity.credentials import lifetime, new_key, signing_request
+from fleet.identity.identity import CA_FILE, CERT_FILE, KEY_FILE, RENEWED_FILE, Identity
+from fleet.identity.service_client import ServiceClient
 from fleet.protocol.enrolment_api import RenewRequest
+from provisioning.authority import CertificateAuthority
 from tests.brokers import wait_until
 from tests.edge_agent.fleet_service import FleetService
 
@@ -191,3 +193,55 @@ def test_an_expired_certificate_is_named(service: FleetService, identity: Identi
     request = RenewRequest(signing_request(new_key(), "kitchen"))
     with ServiceClient.of(identity) as client, pytest.raises(ServiceError, match="our certificate"):
         client.renew(request)
+
+
+@pytest.mark.parametrize("content", [b"", b"-----BEGIN CERTIFICATE-----\n", b"\0" * 4096])
+def test_a_damaged_renewal_leaves_the_pair_and_is_removed(
+    identity: Identity, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair = [(identity.folder / name).read_bytes() for name in (CERT_FILE, KEY_FILE)]
+    (identity.folder / RENEWED_FILE).write_bytes(content)
+    identity.ssl_context()
+    finish_renewal(identity.folder)
+    assert [(identity.folder / name).read_bytes() for name in (CERT_FILE, KEY_FILE)] == pair
+    assert not (identity.folder / RENEWED_FILE).exists()
+    assert "holds no certificate with its key" in caplog.text
+
+
+def test_a_renewal_with_a_key_of_another_certificate_is_removed(
+    service: FleetService, identity: Identity
+) -> None:
+    certificate, _ = service._certify(signing_request(new_key(), "kitchen"))
+    (identity.folder / RENEWED_FILE).write_bytes(certificate.encode() + new_key())
+    finish_renewal(identity.folder)
+    assert not (identity.folder / RENEWED_FILE).exists()
+    identity.ssl_context()
+
+
+def test_a_renewal_brings_the_certificates_of_a_rotated_authority(
+    service: FleetService, identity: Identity, tmp_path: Path
+) -> None:
+    successor = CertificateAuthority.create(tmp_path / "ca-next", name="the successor")
+    service.new_ca = service.authority.pem + successor.pem
+    service.authority.successor = successor
+    renew_certificate(identity, new_key())
+    assert (identity.folder / CA_FILE).read_text() == service.new_ca
+    identity.ssl_context()
+
+
+def test_a_certificate_of_an_authority_that_the_reply_does_not_name_is_refused(
+    service: FleetService, identity: Identity, tmp_path: Path
+) -> None:
+    before = (identity.folder / CA_FILE).read_text()
+    service.new_ca = CertificateAuthority.create(tmp_path / "other").pem
+    with pytest.raises(IdentityError, match="not by the fleet's CA"):
+        renew_certificate(identity, new_key())
+    assert (identity.folder / CA_FILE).read_text() == before
+
+
+def test_an_app_renews_when_it_is_due_or_at_once(service: FleetService, identity: Identity) -> None:
+    assert not renew_if_due(identity)
+    assert renew_if_due(identity, at_once=True)
+    shorten(service, identity, 60)
+    assert renew_if_due(identity)
+    assert lifetime((identity.folder / CERT_FILE).read_bytes())[1] > time.time() + 80 * DAY

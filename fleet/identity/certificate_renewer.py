@@ -1,4 +1,4 @@
-"""Renewal of a device's key and certificate at two thirds of its life, while the device serves."""
+"""Renewal of an identity's key and certificate at two thirds of its life, while it is in use."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import time
 from collections.abc import Callable
 from typing import Final, Self
 
-from edge_agent.provisioning.credentials import (
+from fleet.errors import FleetError, IdentityError
+from fleet.identity.certificate_rotation import finish_renewal, renewal_in_s, replace_pair
+from fleet.identity.credentials import (
     check_certificate,
     lifetime,
     new_key,
     signing_request,
 )
-from edge_agent.service_client import ServiceClient, retry_while_away
-from fleet.errors import FleetError, IdentityError
-from fleet.identity.certificate_rotation import finish_renewal, renewal_in_s, replace_pair
 from fleet.identity.identity import CA_FILE, CERT_FILE, Identity
-from fleet.protocol.enrolment_api import RenewRequest
+from fleet.identity.service_client import ServiceClient, retry_while_away
+from fleet.protocol.enrolment_api import RenewReply, RenewRequest
+from fleet.utils.atomic_files import write_file
 
 REQUEST_S: Final = 60.0
 CHECK_S: Final = 600.0  # a clock may be set in the meantime
@@ -42,6 +43,8 @@ def retry_in_s(not_after: float, now: float, draw: float) -> float:
 def renew_certificate(identity: Identity, key: bytes, stop: threading.Event | None = None) -> None:
     """Request a certificate for the new `key`, and replace the old pair by the new one.
 
+    `ca.pem` is replaced, too, when the service names other CA certificates.
+
     Raises:
         ConfigError: the identity names no service.
         IdentityError: the service refuses, or the certificate is not ours or cannot be written.
@@ -50,15 +53,42 @@ def renew_certificate(identity: Identity, key: bytes, stop: threading.Event | No
     with ServiceClient.of(identity) as service:
         request = RenewRequest(signing_request(key, identity.name))
         reply = retry_while_away(lambda: service.renew(request), timeout_s=REQUEST_S, stop=stop)
-    certificate = reply.certificate.encode()
     try:
-        ca = (identity.folder / CA_FILE).read_bytes()
-        check_certificate(certificate, key, ca, identity.name, time.time())
-        replace_pair(identity.folder, certificate, key)
+        _store(identity, reply, key)
     except OSError as error:
         raise IdentityError(
             f"cannot renew in {identity.folder}: {error.strerror}; the old certificate stays"
         ) from None
+
+
+def _store(identity: Identity, reply: RenewReply, key: bytes) -> None:
+    """Check and store a reply, `ca.pem` first: it verifies the old certificate, too."""
+    certificate = reply.certificate.encode()
+    present_ca = (identity.folder / CA_FILE).read_bytes()
+    ca = reply.ca.encode() if reply.ca else present_ca
+    check_certificate(certificate, key, ca, identity.name, time.time())
+    if ca != present_ca:
+        write_file(identity.folder / CA_FILE, ca, mode=0o644)
+    replace_pair(identity.folder, certificate, key)
+
+
+def renew_if_due(identity: Identity, *, at_once: bool = False) -> bool:
+    """Renew an identity that no process renews, if it is due or `at_once`; return whether it was.
+
+    Raises:
+        ConfigError, IdentityError, ServiceError: as `renew_certificate`.
+    """
+    try:
+        finish_renewal(identity.folder)
+        certificate = (identity.folder / CERT_FILE).read_bytes()
+    except OSError as error:
+        raise IdentityError(
+            f"cannot use {identity.folder}: {error.strerror}; check the folder's rights"
+        ) from None
+    if not at_once and renewal_in_s(*lifetime(certificate), time.time()) > 0:
+        return False
+    renew_certificate(identity, new_key())
+    return True
 
 
 class CertificateRenewer:

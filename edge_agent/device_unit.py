@@ -1,0 +1,52 @@
+"""The systemd unit of a device."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Final
+
+from fleet.errors import ConfigError
+from fleet.identity.identity import Identity
+from fleet.protocol.access import Role
+from fleet.utils.systemd_unit import ServiceUnit, program_folders
+
+DEVICE_SERVICE: Final = "edge-agent.service"
+WATCHDOG_S: Final = 180
+GPU_PACKAGE: Final = "onnxruntime-gpu"
+
+
+def device_unit(folder: Path, user: str) -> str:
+    """Return the unit of the device with this identity folder.
+
+    Raises:
+        IdentityError: there is no identity in the folder.
+        ConfigError: the identity has another role.
+    """
+    config = Identity.load(folder).config
+    if config.role is not Role.DEVICE:
+        raise ConfigError(
+            f"{folder} is the identity of a {config.role}, expected a device's; "
+            "make one with 'edge-agent join'"
+        )
+    bundle = [Path(config.bundle)] if config.bundle else []
+    return ServiceUnit(
+        description=f"CE-CoLLM fleet: device {config.name}",
+        command=[sys.executable, "-m", "edge_agent", "run", str(folder)],
+        user=user,
+        writable=[folder],
+        readable=[*program_folders(), *bundle],
+        watchdog_s=WATCHDOG_S,
+        notify_access="all",  # a version in a slot runs as a child of the launcher
+        start_s="infinity",  # a device without a bundle downloads it first
+        has_gpu=_uses_gpu(),
+    ).render()
+
+
+def _uses_gpu() -> bool:
+    try:
+        distribution(GPU_PACKAGE)
+    except PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,242 @@
+"""A fleet in one file: its folder and its registry, copied while the fleet runs."""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import io
+import os
+import tarfile
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Final, Literal
+
+import msgspec
+from msgspec import Struct
+
+from fleet import __version__
+from fleet.errors import ConfigError
+from fleet.server.home import FLEET_FILE, REGISTRY_FILE, FleetConfig, FleetHome, bundle_id_of
+from fleet.utils.atomic_files import sync_folder
+from fleet.utils.optional_imports import needs
+
+INFO_FILE: Final = "backup.json"  # the first member
+DUMP_FILE: Final = "registry.backup"
+LOCK_FILE: Final = "lock"
+BUNDLES: Final = "bundles"
+NAME: Final = "fleet-%Y-%m-%dT%H%M%SZ.tar.gz"
+PATTERN: Final = "fleet-*T*Z.tar.gz"
+COMPRESSION: Final = 1  # most of it is a model, which hardly gets smaller
+CHUNK_BYTES: Final = 1 << 20
+
+
+class BackupInfo(Struct, frozen=True, kw_only=True):
+    """The first member of a backup; `bundle_id` is that of the bundle that the fleet serves."""
+
+    format: Literal[1] = 1
+    version: str
+    created_at: float
+    bundle_id: str | None
+
+
+def back_up(home: FleetHome, file: Path, *, bundles: bool = False) -> Path:
+    """Write a backup to the new file `file`, or into that folder under the name of this second.
+
+    The file (mode 0600) appears complete or not at all. It holds the authority's key.
+
+    Raises:
+        ConfigError: the file exists, or cannot be written.
+        RegistryError: the registry cannot be copied.
+    """
+    path = file / time.strftime(NAME, time.gmtime()) if file.is_dir() else file
+    if path.exists():
+        raise _exists(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+            archive = Path(folder) / "archive"
+            _write_archive(home, archive, bundles=bundles)
+            _place(archive, path)
+    except FileExistsError:
+        raise _exists(path) from None
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the backup {path}: {error.strerror or error}; make room, "
+            "or name another file"
+        ) from None
+    return path
+
+
+def remove_old_backups(folder: Path, num_kept: int) -> list[Path]:
+    """Remove all but the newest backups whose names `back_up` has chosen."""
+    old = sorted(folder.glob(PATTERN))[:-num_kept]
+    for path in old:
+        path.unlink()
+    return old
+
+
+def restore_backup(file: Path, folder: Path, registry: str | None = None) -> FleetHome:
+    """Restore a backup into a folder that is new or empty; `registry` is the URL of its database.
+
+    `fleet.json` appears last: without it there is no fleet in the folder.
+
+    Raises:
+        ConfigError: the file is no backup or is damaged, or the folder is not empty.
+        RegistryError: the database is not empty, or cannot be reached.
+    """
+    if not file.is_file():
+        raise ConfigError(f"{file} is no file; name one that 'fleet backup' wrote")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty; restore into a new folder, with --home")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".restore-") as temporary:
+            content = Path(temporary)
+            _restore_into(folder, file, content, registry)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot restore {file} into {folder}: {error.strerror or error}"
+        ) from None
+    return FleetHome.load(folder)
+
+
+def _exists(path: Path) -> ConfigError:
+    return ConfigError(f"{path} exists; a backup replaces no file, so name another one")
+
+
+def _place(archive: Path, path: Path) -> None:
+    """Give a complete archive its name, unless there is a file of that name."""
+    try:
+        os.link(archive, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without links, such as many USB sticks
+        if path.exists():
+            raise FileExistsError from None
+        archive.rename(path)
+    sync_folder(path.parent)
+
+
+def _write_archive(home: FleetHome, archive: Path, *, bundles: bool) -> None:
+    with needs("server"):
+        from fleet.registry.backup import dump_registry
+    info = BackupInfo(
+        version=__version__,
+        created_at=time.time(),
+        bundle_id=bundle_id_of(Path(home.config.bundle)),
+    )
+    dump = archive.with_name(DUMP_FILE)
+    with archive.open("xb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        with (
+            gzip.GzipFile("", "wb", COMPRESSION, file) as stream,
+            tarfile.open(fileobj=stream, mode="w|") as tar,
+        ):
+            _add_bytes(tar, INFO_FILE, msgspec.json.encode(info))
+            with _lock(home.folder):
+                dump_registry(home.registry_url, dump)
+                tar.add(dump, DUMP_FILE)
+                for path in _files(home.folder, bundles=bundles):
+                    tar.add(path, str(path.relative_to(home.folder)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Let no other process enrol an identity of the fleet's own."""
+    with (folder / LOCK_FILE).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _files(folder: Path, *, bundles: bool) -> Iterator[Path]:
+    """Yield the files of a fleet's folder, but no registry, lock, or file that is being written."""
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        is_left_out = (
+            any(part.startswith(".") or part == LOCK_FILE for part in parts)
+            or parts[0].startswith(REGISTRY_FILE)
+            or (parts[0] == BUNDLES and not bundles)
+        )
+        if path.is_file() and not path.is_symlink() and not is_left_out:
+            yield path
+
+
+def _add_bytes(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _restore_into(folder: Path, file: Path, content: Path, registry: str | None) -> None:
+    """Restore into `folder` by way of `content`, a new folder in it."""
+    info = _extract(file, content)
+    dump = content / DUMP_FILE
+    config = _read_config(content, file)
+    if registry and not config.registry:
+        raise ConfigError(f"the registry in {file} is a SQLite file; leave --registry out")
+    config = msgspec.structs.replace(config, registry=registry or config.registry)
+    _load_registry(FleetHome(content, config), dump)
+    own = Path(BUNDLES) / (info.bundle_id or "")
+    if bundle_id_of(Path(config.bundle)) != info.bundle_id and bundle_id_of(content / own):
+        config = msgspec.structs.replace(config, bundle=str(folder.absolute() / own))
+    dump.unlink()
+    (content / INFO_FILE).unlink()
+    FleetHome(content, config).save()
+    names = sorted(path.name for path in content.iterdir())
+    for name in sorted(names, key=lambda name: name == FLEET_FILE):  # that file last
+        (content / name).rename(folder / name)
+    sync_folder(folder)
+
+
+def _load_registry(home: FleetHome, dump: Path) -> None:
+    with needs("server"):
+        from fleet.registry.backup import load_registry
+    load_registry(dump, home.registry_url)
+    home.registry().close()  # migrates it, or refuses one of a newer version
+
+
+def _read_config(content: Path, file: Path) -> FleetConfig:
+    try:
+        return msgspec.json.decode((content / FLEET_FILE).read_bytes(), type=FleetConfig)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} has no usable {FLEET_FILE}: {error}") from None
+
+
+def _extract(file: Path, content: Path) -> BackupInfo:
+    """Extract every file of a backup (mode 0600) into a folder, and check its checksum.
+
+    Raises:
+        ConfigError: it is no backup of a version that we can read, or it is damaged.
+    """
+    try:
+        with gzip.open(file) as stream:
+            with tarfile.open(fileobj=stream, mode="r|") as tar:
+                for member in tar:
+                    _extract_member(tar, member, content)
+            while stream.read(CHUNK_BYTES):  # its checksum is at the end
+                pass
+        return msgspec.json.decode((content / INFO_FILE).read_bytes(), type=BackupInfo)
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ConfigError(f"{file} is damaged, or no backup of a fleet: {error}") from None
+    except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is no backup that this version reads: {error}") from None
+
+
+def _extract_member(tar: tarfile.TarFile, member: tarfile.TarInfo, content: Path) -> None:
+    name = PurePosixPath(member.name)
+    if not member.isfile() or name.is_absolute() or ".." in name.parts:
+        raise tarfile.TarError(f"unexpected member {member.name!r}")
+    source = tar.extractfile(member)
+    path = content / name
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as target:
+        while source and (chunk := source.read(CHUNK_BYTES)):
+            target.write(chunk)
+        target.flush()
+        os.fsync(target.fileno())

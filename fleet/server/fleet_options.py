@@ -1,0 +1,128 @@
+"""The options of `fleet up` and `fleet init`, merged with the configuration that a fleet has."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from fleet.errors import ConfigError
+from fleet.server.home import (
+    DEFAULT_PORT,
+    DEFAULT_SERVICE_PORT,
+    FLEET_FILE,
+    FleetConfig,
+    FleetHome,
+    bundle_id_of,
+)
+from fleet.utils.host_address import check_reachable, host_port
+from onnx_export.default_bundle import is_default_bundle
+
+DEFAULT_HOST: Final = "127.0.0.1"
+RUNNING_FILE: Final = ".running"  # backups leave hidden files out
+
+
+class FleetOptions(Struct, frozen=True, kw_only=True):
+    """The given options; None keeps the setting of the fleet, or is the default of a new one."""
+
+    host: str | None = None
+    port: int | None = None
+    bundle: str | None = None
+    service_port: int | None = None
+    service_host: str | None = None
+    registry: str | None = None
+    retention_days: int | None = None
+
+    def given(self) -> dict[str, object]:
+        """Return the options that were given, by name."""
+        values = {name: getattr(self, name) for name in self.__struct_fields__}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def resolve_config(folder: Path, options: FleetOptions) -> FleetConfig:
+    """Return the configuration of the fleet in `folder` with the given options in place.
+
+    Its bundle is "" if the fleet has to use the default model's. A new address of an existing fleet
+    is reported on stderr.
+
+    Raises:
+        ConfigError: the fleet has another registry, where its identities are enrolled, or no client
+            can connect to the host.
+    """
+    current = FleetHome.load(folder).config if FleetHome.is_fleet(folder) else None
+    defaults = {"host": DEFAULT_HOST, "port": DEFAULT_PORT, "service_port": DEFAULT_SERVICE_PORT}
+    kept = {name: getattr(current, name) for name in FleetConfig.__struct_fields__ if current}
+    _check_registry(folder, current, options.registry)
+    values = defaults | kept | options.given()
+    check_reachable(str(values["host"]))
+    if not options.bundle and not (current and _is_own_bundle(Path(current.bundle))):
+        values["bundle"] = ""
+    config = msgspec.convert(values, FleetConfig)
+    if current:
+        _report_moves(current, config)
+    return config
+
+
+def _is_own_bundle(folder: Path) -> bool:
+    """Whether an operator's bundle is there; a default model's follows this program's version."""
+    return bundle_id_of(folder) is not None and not is_default_bundle(folder)
+
+
+def _check_registry(folder: Path, current: FleetConfig | None, registry: str | None) -> None:
+    if current and registry not in (None, current.registry):
+        raise ConfigError(
+            f"the fleet in {folder} has another registry, where its devices are enrolled; "
+            "name a new folder with --home, or, if the same database has moved, "
+            f"write its URL into {folder / FLEET_FILE}"
+        )
+
+
+def _report_moves(current: FleetConfig, config: FleetConfig) -> None:
+    """Report each new address, which devices and apps do not learn by themselves."""
+    before = addresses(current)
+    for name, address in addresses(config).items():
+        if name in before and before[name] != address:
+            print(
+                f"fleet: the {name} moves from {before[name]} to {address}; devices, workers and "
+                "apps with the former address stay away until 'edge-agent address DIR' gives them "
+                "the new one, or until you give the former --host, --port and --service-port again",
+                file=sys.stderr,
+            )
+
+
+def addresses(config: FleetConfig) -> dict[str, str]:
+    """Return the addresses that identities of this fleet hold, by name."""
+    places = {"broker": host_port(config.host, config.port)}
+    if config.service_port:
+        places["service"] = host_port(config.service_host or config.host, config.service_port)
+    return places
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Be the only `fleet up` on `folder`, which is made if it is missing, for the block.
+
+    Raises:
+        ConfigError: another one runs.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (folder / RUNNING_FILE).open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise ConfigError(
+                f"the fleet in {folder} runs already, as process {lock.read().strip()}; "
+                "stop that one, or name another folder with --home"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield

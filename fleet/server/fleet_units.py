@@ -1,0 +1,164 @@
+"""The systemd units of a fleet on one machine: server, broker, workers and daily backup."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cloud_broker_worker.broker.mosquitto import CONFIG_FILE, find_mosquitto
+from fleet.errors import ConfigError
+from fleet.identity.identity import Identity
+from fleet.protocol.access import Role
+from fleet.server.home import MOSQUITTO, FleetHome
+from fleet.server.supervisor import check_broker, worker_folder, worker_name
+from fleet.server.worker_settings import threads_per_worker
+from fleet.utils.systemd_unit import ServiceUnit, program_folders
+
+SERVER_SERVICE: Final = "fleet-server.service"
+MOSQUITTO_SERVICE: Final = "fleet-mosquitto.service"
+BACKUP_SERVICE: Final = "fleet-backup.service"
+BACKUP_TIMER: Final = "fleet-backup.timer"
+WATCHDOG_S: Final = 180  # more than the longest step of a worker, or query of a registry
+LOAD_S: Final = 900  # for a large model, or the migration of a large registry
+DRAIN_S: Final = 30
+KEPT_BACKUPS: Final = 14
+
+TIMER: Final = """\
+[Unit]
+Description=CE-CoLLM fleet: a backup each day
+
+[Timer]
+OnCalendar=daily
+RandomizedDelaySec=1h
+Persistent=yes
+
+[Install]
+WantedBy=timers.target
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitOptions:
+    """Options of `fleet systemd`; broker and service listen on `listen`, or on the fleet's host."""
+
+    user: str
+    broker: str
+    num_workers: int
+    listen: str | None
+    backups: Path
+
+
+def fleet_units(home: FleetHome, options: UnitOptions) -> dict[str, str]:
+    """Return the units of the fleet in `home` by file name; enrol its workers.
+
+    Raises:
+        ConfigError: there is no such broker, or it is not installed.
+        FleetError: a worker cannot be enrolled.
+    """
+    check_broker(options.broker)
+    shares = options.broker == MOSQUITTO
+    names = [worker_name(number) for number in range(1, options.num_workers + 1)]
+    units = {SERVER_SERVICE: _server_unit(home, options)}
+    if shares:
+        units[MOSQUITTO_SERVICE] = _mosquitto_unit(home, options.user)
+    worker_options = ["--no-renew"]  # the server renews the fleet's own identities
+    if len(names) > 1:
+        worker_options += ["--threads", threads_per_worker(len(names))]
+    for name in names:
+        identity = worker_folder(home, name, shares=shares)
+        command = _worker_command(identity, Path(home.config.bundle), worker_options)
+        units[f"fleet-{name}.service"] = _worker_unit(command, identity, options.user)
+    texts = {name: unit.render() for name, unit in units.items()}
+    backup = _backup_unit(home, options)
+    return texts | {BACKUP_SERVICE: backup.render(), BACKUP_TIMER: TIMER}
+
+
+def worker_unit(folder: Path, user: str) -> str:
+    """Return the unit of a worker whose identity folder came from another machine.
+
+    Raises:
+        IdentityError: there is no identity in the folder.
+        ConfigError: the identity has another role, or names no bundle.
+    """
+    config = Identity.load(folder).config
+    if config.role is not Role.WORKER or not config.bundle:
+        raise ConfigError(
+            f"{folder} is the identity of a {config.role}, expected a worker's with a bundle; "
+            "make one with 'fleet enroll NAME --role worker --out DIR --bundle DIR'"
+        )
+    command = _worker_command(folder, Path(config.bundle))
+    return _worker_unit(command, folder, user).render()
+
+
+def _module(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", name, *arguments]
+
+
+def _server_unit(home: FleetHome, options: UnitOptions) -> ServiceUnit:
+    arguments = ["server", "--home", str(home.folder)]
+    if options.broker == MOSQUITTO:
+        arguments += ["--no-broker", "--mosquitto", str(home.folder / MOSQUITTO)]
+    if options.listen:
+        arguments += ["--listen", options.listen]
+    return ServiceUnit(
+        description="CE-CoLLM fleet: server",
+        command=_module("fleet.cli", *arguments),
+        user=options.user,
+        after=[MOSQUITTO_SERVICE] if options.broker == MOSQUITTO else ["postgresql.service"],
+        writable=[home.folder],
+        readable=[*program_folders(), Path(home.config.bundle)],
+        watchdog_s=WATCHDOG_S,
+        start_s=LOAD_S,
+    )
+
+
+def _mosquitto_unit(home: FleetHome, user: str) -> ServiceUnit:
+    """Return the unit of mosquitto, which writes its files anew before each start.
+
+    So its certificate and its revocation list are valid, also after months.
+    """
+    folder = home.folder / MOSQUITTO
+    write = ("broker", "config", "--home", str(home.folder), "--out", str(folder))
+    return ServiceUnit(
+        description="CE-CoLLM fleet: mosquitto",
+        before=[_module("fleet.cli", *write)],
+        command=[find_mosquitto(), "-c", str(folder / CONFIG_FILE)],
+        user=user,
+        writable=[home.folder],
+        readable=program_folders(),
+        reload="/bin/kill -HUP $MAINPID",
+    )
+
+
+def _worker_command(folder: Path, bundle: Path, options: Sequence[str] = ()) -> list[str]:
+    arguments = ("run", str(folder), "--bundle", str(bundle), "--drain-timeout", str(DRAIN_S))
+    return _module("cloud_broker_worker", *arguments, *options)
+
+
+def _worker_unit(command: Sequence[str], folder: Path, user: str) -> ServiceUnit:
+    return ServiceUnit(
+        description=f"CE-CoLLM fleet: worker {folder.name}",
+        command=command,
+        user=user,
+        after=[SERVER_SERVICE],
+        writable=[folder],
+        readable=[*program_folders(), Path(command[command.index("--bundle") + 1])],
+        watchdog_s=WATCHDOG_S,
+        start_s=LOAD_S,
+        stop_s=2 * DRAIN_S,
+    )
+
+
+def _backup_unit(home: FleetHome, options: UnitOptions) -> ServiceUnit:
+    arguments = ("backup", str(options.backups), "--home", str(home.folder))
+    return ServiceUnit(
+        description="CE-CoLLM fleet: backup",
+        command=_module("fleet.cli", *arguments, "--keep", str(KEPT_BACKUPS)),
+        user=options.user,
+        writable=[home.folder, options.backups],
+        readable=program_folders(),
+        is_oneshot=True,
+    )

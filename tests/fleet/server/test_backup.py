@@ -1,0 +1,176 @@
+"""Backups: complete or absent, private, and restored only into new places."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import tarfile
+import threading
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from fleet.bundles.manifest import Bundle
+from fleet.errors import ConfigError, RegistryError
+from fleet.protocol.access import Role
+from fleet.server.backup import back_up, remove_old_backups, restore_backup
+from fleet.server.home import FleetConfig, FleetHome
+from tests.fleet.conftest import add, report
+from tests.postgresql import Databases
+
+
+def make_home(folder: Path, bundle: str = "/no/bundle", url: str | None = None) -> FleetHome:
+    config = FleetConfig(host="127.0.0.1", port=1, bundle=bundle, registry=url)
+    home = FleetHome.create(folder, config)
+    with home.registry() as registry:
+        add(registry, "edge-1", group="kitchen")
+        registry.stats.record_report("edge-1", report())
+    return home
+
+
+def check_restored(home: FleetHome) -> None:
+    """The restored fleet has the counts, and its authority enrols further devices."""
+    with home.registry() as registry:
+        assert registry.stats.per_device()[0].tokens == 10
+        assert not registry.stats.record_report("edge-1", report())
+    home.enroll("edge-2", Role.DEVICE, home.folder.parent / "edge-2")
+
+
+def test_a_fleet_on_sqlite_comes_back(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home")
+    file = back_up(home, tmp_path / "backup.tar.gz")
+    restored = restore_backup(file, tmp_path / "new")
+    assert restored.ca_sha256() == home.ca_sha256()
+    assert restored.config == home.config
+    check_restored(restored)
+
+
+def test_a_fleet_on_postgresql_comes_back_in_another_database(
+    tmp_path: Path, postgresql: Databases
+) -> None:
+    with postgresql.database() as url, postgresql.database(empty=True) as new_url:
+        file = back_up(make_home(tmp_path / "home", url=url), tmp_path / "backup.tar.gz")
+        with pytest.raises(RegistryError, match=r"is not empty.*--registry"):
+            restore_backup(file, tmp_path / "new")
+        assert not any((tmp_path / "new").iterdir())
+        restored = restore_backup(file, tmp_path / "new", new_url)
+        assert restored.config.registry == new_url
+        check_restored(restored)
+
+
+def test_a_registry_that_is_being_written_is_copied_whole(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home")
+    stop = threading.Event()
+
+    def write() -> None:
+        with home.registry() as registry:
+            for number in range(100_000):
+                if stop.is_set():
+                    return
+                registry.stats.record_report("edge-1", report(f"more-{number}"))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        files = [back_up(home, tmp_path / f"{number}.tar.gz") for number in range(3)]
+    finally:
+        stop.set()
+        writer.join()
+    for file in files:
+        with restore_backup(file, tmp_path / f"from-{file.name}").registry() as registry:
+            (row,) = registry.stats.per_device()
+            assert row.tokens == 10 * row.generations
+
+
+def test_a_backup_is_private_and_replaces_no_file(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home")
+    file = back_up(home, tmp_path / "backup.tar.gz")
+    assert file.stat().st_mode & 0o777 == 0o600
+    content = file.read_bytes()
+    with pytest.raises(ConfigError, match="exists; a backup replaces no file"):
+        back_up(home, file)
+    assert file.read_bytes() == content
+
+
+def test_a_backup_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home")
+    (home.folder / "registry.sqlite").write_bytes(b"no database" * 1000)
+    with pytest.raises(RegistryError):
+        back_up(home, tmp_path / "backup.tar.gz")
+    with pytest.raises(ConfigError, match="cannot write the backup"):
+        back_up(home, tmp_path / "no/folder.tar.gz")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_in_a_folder_only_the_newest_are_kept(tmp_path: Path) -> None:
+    names = [f"fleet-2026-01-0{day}T000000Z.tar.gz" for day in range(1, 5)]
+    for name in [*names, "mine.tar.gz"]:
+        (tmp_path / name).touch()
+    assert [path.name for path in remove_old_backups(tmp_path, 2)] == names[:2]
+    assert {path.name for path in tmp_path.iterdir()} == {*names[2:], "mine.tar.gz"}
+
+
+def test_bundles_are_optional_and_are_served_where_the_old_folder_is_gone(
+    tmp_path: Path, tiny_bundle: Bundle
+) -> None:
+    home = make_home(tmp_path / "home", str(tiny_bundle.folder))
+    bundle_id = home.keep_bundle(tiny_bundle.folder)
+    small = back_up(home, tmp_path / "small.tar.gz")
+    assert not (restore_backup(small, tmp_path / "small").bundles / bundle_id).exists()
+    config = msgspec.structs.replace(home.config, bundle=str(home.bundles / bundle_id))
+    moved = FleetHome(home.folder, config)
+    moved.save()
+    large = back_up(moved, tmp_path / "large.tar.gz", bundles=True)
+    home.folder.rename(tmp_path / "lost")
+    restored = restore_backup(large, tmp_path / "new")
+    assert restored.config.bundle == str(tmp_path / "new/bundles" / bundle_id)
+    assert Bundle.load(Path(restored.config.bundle)).manifest == tiny_bundle.manifest
+
+
+def test_a_folder_with_files_is_not_restored_into(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home")
+    file = back_up(home, tmp_path / "backup.tar.gz")
+    with pytest.raises(ConfigError, match="is not empty; restore into a new folder"):
+        restore_backup(file, home.folder)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+def test_a_file_that_is_cut_off_restores_nothing(tmp_path: Path, share: float) -> None:
+    file = back_up(make_home(tmp_path / "home"), tmp_path / "backup.tar.gz")
+    data = file.read_bytes()
+    (tmp_path / "cut").write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ConfigError, match=r"damaged|no backup"):
+        restore_backup(tmp_path / "cut", tmp_path / "new")
+    assert not any((tmp_path / "new").iterdir())
+
+
+def test_a_file_with_a_flipped_bit_restores_nothing(tmp_path: Path) -> None:
+    file = back_up(make_home(tmp_path / "home"), tmp_path / "backup.tar.gz")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises((ConfigError, RegistryError)):
+        restore_backup(file, tmp_path / "new")
+    assert not any((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize("name", ["../outside", "/outside", "ca/../../outside"])
+def test_an_archive_writes_nothing_outside_the_folder(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "backup.tar.gz"
+    with gzip.open(file, "wb") as stream, tarfile.open(fileobj=stream, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    with pytest.raises(ConfigError, match="unexpected member"):
+        restore_backup(file, tmp_path / "inside/new")
+    assert {path.name for path in tmp_path.iterdir()} == {"backup.tar.gz", "inside"}
+
+
+def test_a_link_in_an_archive_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "backup.tar.gz"
+    link = tarfile.TarInfo("ca")
+    link.type = tarfile.SYMTYPE
+    link.linkname = "/etc"
+    with gzip.open(file, "wb") as stream, tarfile.open(fileobj=stream, mode="w") as tar:
+        tar.addfile(link)
+    with pytest.raises(ConfigError, match="unexpected member 'ca'"):
+        restore_backup(file, tmp_path / "new")
