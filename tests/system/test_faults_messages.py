@@ -326,6 +326,9 @@ def test_an_answer_waits_for_room_on_a_full_worker(tiny_bundle: Bundle) -> None:
             deadline_ms=1000,
         )
         fleet.watcher.publish(topics.open_session(NEIGHBOUR), encode(opening))
+        rows = np.zeros((50, tiny_bundle.manifest.model.hidden_size), np.float16)
+        context = Context("s1", pack_chunk(0, 0, rows))
+        fleet.watcher.publish(topics.to_worker(WORKER, NEIGHBOUR, "s1"), encode(context))
         fleet.watcher.subscribe(
             topics.to_device(DEVICE, "+"), lambda _, payload: make_room(payload)
         )
