@@ -1,6 +1,7 @@
 """The worker's logic without I/O.
 
-`Engine.handle` takes messages and returns responses. `Engine.step` runs one batch for all sessions.
+`Engine.handle` processes one message and returns the immediate responses. `Engine.step` runs one
+batch of positions from several sessions, and returns the verdicts that are ready.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ class Engine:
         )
 
     def _refusal(self, key: SessionKey, message: Open) -> Refused | None:
-        """Return a refusal if this worker cannot serve the session even with free memory."""
+        """Return a refusal if this worker cannot serve the session, memory aside."""
         bundle_id = self._manifest.bundle_id
         limit = self._manifest.model.max_positions
         if key.device in self.denied:
@@ -188,7 +189,7 @@ class Engine:
 
     @staticmethod
     def _gap(session: Session) -> ToDevice | None:
-        """Report the missing positions. Report them again only after others have arrived."""
+        """Return a `Gap` with the first missing position, or None if the last `Gap` named it."""
         if session.gap_reported == session.received:
             return None
         session.gap_reported = session.received
@@ -212,7 +213,8 @@ class Engine:
         session.add_job(message, arrived)
         if stop <= session.received:
             return None
-        session.gap_reported = None  # the request shows that the device has missed the report
+        # The device would not send a request yet if it had received the last `Gap`.
+        session.gap_reported = None
         return self._gap(session)
 
     # Steps.
@@ -276,9 +278,9 @@ class Engine:
     def _batch_of_context(self, now: float) -> dict[SessionKey, int]:
         """Choose positions to run before a job needs them.
 
-        Only sessions that are in use and hold no drafts take part: a draft may be rejected, so it
-        runs with its job. The newest position is left out, because the next job needs its logits
-        and would have to run it again.
+        Only sessions that are in use and hold no drafts take part. A draft may still be rejected,
+        so drafts run only when a job asks for them. The newest position is left out: the next job
+        needs logits for it, so it would run twice.
         """
         if not self._config.run_ahead_positions:
             return {}
@@ -298,8 +300,10 @@ class Engine:
         return self._schedule(pending, self._config.run_ahead_positions, now)
 
     def _with_caches(self, sessions: Iterable[Session], now: float) -> list[Session]:
-        """Give caches to the sessions, in this order, and return those that have one. A session for
-        which the machine lacks memory is abandoned.
+        """Give each session a cache, in the given order, and return the sessions that have one now.
+
+        A session that finds the budget full waits for a later step. A session within the budget is
+        abandoned if the machine itself has no memory left.
         """
         ready = []
         for session in sessions:
@@ -311,7 +315,7 @@ class Engine:
         return ready
 
     def _run(self, batch: Mapping[SessionKey, int]) -> None:
-        """Run, for each session of `batch`, the number of positions that it gives."""
+        """Run the positions of one step. `batch` maps each session to its number of positions."""
         sessions = [self.sessions[key] for key in batch]
         self._run_chunks([(s, next_chunk(s, batch[s.key])) for s in sessions])
 
@@ -333,7 +337,9 @@ class Engine:
             first = stop
 
     def _run_one_by_one(self, work: Sequence[tuple[Session, Chunk]], error: Exception) -> None:
-        """Run each chunk of a failed batch alone. If it had only one chunk, abandon the session."""
+        """Run each chunk of a failed batch alone. A batch of one chunk is not repeated: its session
+        is abandoned.
+        """
         if len(work) > 1:
             log.warning("a batch of %d sessions failed, running each alone: %s", len(work), error)
             for item in work:  # safe to repeat: positions in the cache are overwritten
@@ -345,12 +351,14 @@ class Engine:
         self._abandon(session, "internal", f"the worker failed: {type(error).__name__}: {error}")
 
     def _conclude(self, session: Session, candidates: TokenCandidates) -> None:
-        """Choose tokens from the candidates; if they decide the session's job, respond to it."""
+        """Choose tokens from the candidates. When the verdict on the session's job is known, add it
+        to the responses.
+        """
         job = session.job
         if job is None:
             return
         if not candidates.is_finite.all():
-            text = "the worker failed: the upper layers returned no finite logits"
+            text = "the worker failed: some logits of the upper layers are not finite"
             self._abandon(session, "internal", text)
             return
         choose_tokens(job, candidates, session.opening.sampling)
@@ -382,7 +390,8 @@ class Engine:
     def leave(self, device: str) -> None:
         """Stop all work for a device that went offline.
 
-        Its sessions become idle at once. They are dropped unless the device returns soon.
+        Its sessions count as unused from now on, so other devices may get the memory of their
+        caches. They are dropped unless the device returns soon.
         """
         now = self._clock()
         for session in self.sessions.values():
@@ -392,7 +401,7 @@ class Engine:
                 session.last_used = min(session.last_used, now - self._config.idle_after_s)
 
     def deny(self, devices: frozenset[str]) -> list[EngineResponse]:
-        """Refuse these devices from now on, instead of the previous set; drop their sessions."""
+        """Replace the set of refused devices by this one, and drop the sessions of its devices."""
         self.denied = devices
         sessions = [session for session in self.sessions.values() if session.key.device in devices]
         return self._dismiss(sessions, self._refused_revoked)
@@ -451,7 +460,7 @@ def protocol_mismatch(protocol: int) -> str:
 
 
 def same_terms(one: Open, other: Open) -> bool:
-    """Return whether two `Open` messages have the same terms, so that one repeats the other."""
+    """Return whether both messages open the same session: same epoch, sampling and size."""
     return (
         one.epoch == other.epoch
         and one.sampling == other.sampling
@@ -460,8 +469,8 @@ def same_terms(one: Open, other: Open) -> bool:
 
 
 def next_chunk(session: Session, count: int) -> Chunk:
-    """Return a chunk of the session's next `count` positions. It requests logits for the positions
-    that the job has not decided yet.
+    """Return the session's next `count` positions as a chunk. Logits are computed only where the
+    job still has a token to choose.
     """
     assert session.lease is not None
     start = session.next_position

@@ -110,12 +110,12 @@ class CloudSession:
 
     @property
     def is_available(self) -> bool:
-        """Whether a verdict can come soon: the session is open, or can open for the first time."""
+        """Whether a verdict can come soon; see :attr:`SessionMachine.is_available`."""
         return self._machine.is_available
 
     @property
     def has_request(self) -> bool:
-        """Whether a request is pending, or its verdict has not been taken."""
+        """Whether a request waits for its verdict, or its verdict for :meth:`wait_response`."""
         return self._machine.has_request
 
     # Calls of the generating thread.

@@ -1,16 +1,17 @@
-"""A device's session with a cloud worker as a state machine without I/O.
+"""The state machine of a device's session with a cloud worker. It does no I/O.
 
 It keeps every hidden state in FP16 and decides which message to send next. First it opens the
-session. Then it sends context in order and within the worker's window (positions [sent, available)
-of the :class:`UploadBuffer`), and verify requests. A request carries the last chunk that it needs.
-A message without a response is repeated, and a lost session is opened again.
+session. Then it sends verify requests and context. Context is sent in order, and never more than
+the worker's window allows. Positions [sent, available) of the :class:`UploadBuffer` are still to be
+sent. If a new request needs only one more chunk, both are sent in one message. An `Open`, a request
+or a full window to which no response comes is sent again. A lost session is opened again.
 
 The worker's messages `opened` and `gap` name the first position that it lacks. The upload continues
-from there. This repairs every loss, with the same worker or another.
+from there. This repairs lost messages and lost sessions alike, also when another worker takes over.
 
 Up to `MAX_HELD_POSITIONS` new positions are held back and sent with the next request, in one
-message (ADR 0025). While a request is pending, later positions are not sent: they follow
-unconfirmed drafts, and are dropped when the worker rejects one of these.
+message (ADR 0025). While a request is pending, only the positions that its verdict needs are sent.
+Later positions would be dropped if the worker rejected a draft.
 """
 
 from __future__ import annotations
@@ -50,9 +51,12 @@ from fleet.utils.backoff import backoff_s
 
 log = logging.getLogger(__name__)
 
-MAX_HELD_POSITIONS: Final = 3  # so many wait for the next request; more are uploaded without one
-NUM_TRIES: Final = 3  # sendings of a message in all, at equal intervals until its deadline
-RETRIABLE: Final = ("internal", "unknown_session")  # worth a retry, though without a retry time
+# At most so many unsent positions wait for the next request. If there are more, all are sent.
+MAX_HELD_POSITIONS: Final = 3
+# A message is sent at most so many times, at equal intervals until its deadline.
+NUM_TRIES: Final = 3
+# Codes to retry even if `retry_after_ms` is 0, which for all other codes means "never".
+RETRIABLE: Final = ("internal", "unknown_session")
 LINK_DOWN: Final = "the link to the broker went down"
 
 
@@ -84,7 +88,7 @@ class SessionMachine:
         self.state = LinkState.IDLE
         self.worker: str | None = None
         self.note: str | None = None
-        self.refusal: Refused | None = None  # final: no worker will accept the session
+        self.refusal: Refused | None = None  # set when no online worker will accept the session
         self.num_assists = 0
         self.num_verifies = 0
         self._opening = opening
@@ -117,7 +121,9 @@ class SessionMachine:
 
     @property
     def is_available(self) -> bool:
-        """Whether a verdict can come soon: the session is open, or can open for the first time."""
+        """Whether a verdict can come soon: the session is open, or it was never lost and can be
+        opened. After a loss, the device does not wait for the session to open again.
+        """
         if self.state is LinkState.OPEN:
             return True
         if self._num_losses:
@@ -126,17 +132,17 @@ class SessionMachine:
 
     @property
     def has_request(self) -> bool:
-        """Whether a request is pending, or its verdict has not been taken."""
+        """Whether a request waits for its verdict, or its verdict for :meth:`take_response`."""
         return self._request is not None
 
     @property
     def is_handing_over(self) -> bool:
-        """Whether the request can be sent now and is not on the network yet."""
+        """Whether the session is open and its request has not been handed to the network yet."""
         return self.is_open and self._request is not None and not self._request.is_handed_over
 
     @property
     def is_idle(self) -> bool:
-        """Whether the session is open and has nothing to send or to wait for."""
+        """Whether the session is open, has no request, and need not send its positions yet."""
         return self.is_open and self._request is None and self._is_held
 
     @property
@@ -147,7 +153,7 @@ class SessionMachine:
     def _patience_s(self) -> float:
         return self._opening.deadline_ms / 1000 / NUM_TRIES
 
-    # Calls of the generation.
+    # Methods to call while tokens are generated.
 
     def offer(self, hidden_states: Float32) -> None:
         """Queue the next positions' hidden states [n, hidden] float32 for upload."""
@@ -156,8 +162,8 @@ class SessionMachine:
     def rewind(self, num_positions: int) -> None:
         """Drop every position from `num_positions` on and begin the next branch.
 
-        The worker does the same when it rejects a draft. A worker that is on another branch than
-        the device starts the session again from position 0.
+        The worker does the same when it rejects a draft. If the device's branch is newer than the
+        worker's, the worker drops all positions of the session at the next message.
         """
         self._upload_buffer.rewind(num_positions)
 
@@ -173,9 +179,11 @@ class SessionMachine:
     ) -> None:
         """Ask the worker whether it would choose draft[i] after position `start + i`.
 
-        It accepts the indices in `trusted` without a check. A request is sent again when the
-        session is lost. An optional request is withdrawn instead, also at its deadline, and it is
-        not made while the session is unavailable. By default, `deadline_ms` is that of the `Open`.
+        The worker accepts draft[i] without a check for each i in `trusted`, which are tokens of
+        confident exits. If the session is lost, the request is sent again when the session is open
+        again. An optional request is withdrawn when the session is lost or the deadline passes. It
+        is not made while the session is unavailable. By default, `deadline_ms` is that of the
+        `Open`.
         """
         if is_optional and not self.is_available:
             return
@@ -198,7 +206,10 @@ class SessionMachine:
             self.num_verifies += 1
 
     def take_response(self, now: float) -> Verified | None:
-        """Return the verdict and forget the request; abandon the request after `abandon_at`."""
+        """Return the verdict and forget the request, or return None if there is no verdict yet.
+
+        From `abandon_at` on, a request without a verdict is withdrawn and the session is lost.
+        """
         request = self._request
         if request is None:
             return None
@@ -219,7 +230,8 @@ class SessionMachine:
         """Take back a request without a verdict.
 
         The worker may already have rejected the draft, and then its branch number is one higher.
-        The device adds two, so that no worker has the same number and each starts from position 0.
+        The device adds two, so its number is higher than any worker's, and each worker starts the
+        session again from position 0.
         """
         if self._request:
             self._upload_buffer.branch += 2
@@ -259,7 +271,7 @@ class SessionMachine:
             self._lose(LinkEvent.WORKER_GONE, f"worker {worker} is stopping", now)
 
     def publish_failed(self, now: float) -> None:
-        """Record that a message could not be published."""
+        """Lose the session, because a message could not be published."""
         self._lose(LinkEvent.TIMEOUT, LINK_DOWN, now)
 
     def receive(self, message: ToDevice, now: float) -> None:
@@ -307,9 +319,9 @@ class SessionMachine:
 
     def _refused(self, message: Refused, now: float) -> None:
         if self.is_open and message.worker not in (None, self.worker):
-            return  # the sender does not have the session
+            return  # the refusal is from a worker that does not have this session
         if message.code == "bundle_mismatch" and self._is_served:
-            return  # the sender has another bundle, and other workers serve this device's bundle
+            return  # this worker has another bundle, and other workers serve the device's bundle
         is_final = message.retry_after_ms == 0 and message.code not in RETRIABLE
         if self.state is LinkState.OPENING and is_final:
             self._refuse_finally(message)
@@ -332,8 +344,10 @@ class SessionMachine:
     # Messages that are due.
 
     def next_message(self, now: float) -> OutgoingMessage | None:
-        """Return the next message that is due, or None. The session is lost here when its state has
-        lasted too long.
+        """Return the next message that is due, or None.
+
+        This method also loses the session when its opening or its request has timed out, or when
+        the link to the broker is down.
         """
         if self._workers_to_close:
             return self._to(self._workers_to_close.popleft(), Close(self.session))
@@ -349,10 +363,10 @@ class SessionMachine:
         return None
 
     def next_deadline(self, now: float) -> float:
-        """Return the next time at which :meth:`next_message` may return a message although no event
-        has come, or infinity.
+        """Return the time at which to call :meth:`next_message` again if no event comes first.
 
-        Call it when :meth:`next_message` has returned None at `now`.
+        Infinity means that only an event can make a message due. Call this method when
+        :meth:`next_message` has returned None at `now`.
         """
         match self.state:
             case LinkState.IDLE | LinkState.LOST:
@@ -406,7 +420,9 @@ class SessionMachine:
 
     @property
     def _is_held(self) -> bool:
-        """Whether the unsent positions can wait: they are few, or lie behind a pending request."""
+        """Whether the unsent positions can wait: the pending request does not need them, or there
+        is no pending request and they are few.
+        """
         buffer = self._upload_buffer
         request = self._request
         if request and request.response is None:

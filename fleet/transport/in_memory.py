@@ -90,7 +90,7 @@ class InMemoryTransport(Transport):
     def publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> None:
         with self._lock:
             if self._closed:
-                raise LinkError(f"{self.name} is closed; connect again")
+                raise LinkError(f"the connection of {self.name} is closed; make a new one")
             if not self._is_up and qos == 0:
                 raise LinkError(
                     f"{self.name} has no link to the broker; send again when the link is up"

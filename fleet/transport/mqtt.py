@@ -44,8 +44,9 @@ CLOSE_S: Final = 3.0
 RETRY_S: Final = (1.0, 60.0)
 """First and longest delay before a subscription is repeated.
 
-It is repeated when it was refused, or when its retained message did not come, because the broker
-may learn the identity's rights only after the identity has connected."""
+A subscription is repeated if the broker refused it, or if it should bring a retained message and
+none came. The reason is that a broker may learn an identity's rights only some time after the
+identity has connected."""
 NOT_AUTHORIZED: Final = "Not authorized"
 WAKE_S: Final = 0.25
 
@@ -65,7 +66,8 @@ class MqttTransport(Transport):
         self._pending_subscribes: dict[int, tuple[str, threading.Event]] = {}  # by message id
         self._refused: set[str] = set()
         self._retained: set[str] = set()  # filters that should bring a retained message
-        self._silent: set[str] = set()  # filters in `_retained`, no message on this connection yet
+        # Filters of `_retained` for which this connection has brought no message yet.
+        self._silent: set[str] = set()
         self._retry_s = RETRY_S[0]
         self._retry_timer: threading.Timer | None = None
         self._up = threading.Event()
@@ -113,11 +115,12 @@ class MqttTransport(Transport):
     ) -> MqttTransport:
         """Connect to the identity's broker; with ``wait=False`` return at once and keep trying.
 
-        With ``wait=False`` the reason of a failure is logged once.
+        With ``wait=False`` the log reports why attempts fail, each reason once until the link is
+        up.
 
         Raises:
-            LinkError: the broker cannot be reached, refuses the identity, or does not respond
-                within `timeout_s`.
+            LinkError: only with `wait`: the broker cannot be reached, refuses the identity, or does
+                not respond within `timeout_s`.
             IdentityError: the certificate does not load.
         """
         transport = cls(identity, will)
@@ -138,7 +141,8 @@ class MqttTransport(Transport):
     def wait_up(self, stop: threading.Event, timeout_s: float = math.inf) -> bool:
         """Wait until the link is up, `stop` is set, or `timeout_s` seconds have passed.
 
-        Return whether it is up. The main thread may call this, and still receives signals.
+        Return whether the link is up. The main thread may call this method, because signals are
+        handled during the wait.
         """
         deadline = time.monotonic() + timeout_s
         while not self._up.wait(WAKE_S):
@@ -152,7 +156,7 @@ class MqttTransport(Transport):
 
     def publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> None:
         if self._closed.is_set():
-            raise LinkError(f"{self.name} is closed; connect again")
+            raise LinkError(f"the connection of {self.name} is closed; make a new one")
         if qos == 0 and not self.is_up:
             raise self._no_link("has no link to")
         if qos and not retain and self._has_full_queue():
@@ -172,7 +176,8 @@ class MqttTransport(Transport):
         if qos == 0:
             self._newest_qos0 = info
             return
-        # paho queues the message, but `wait_for_publish` would raise this error, so clear it.
+        # Without a link, paho queues the message and also sets an error code, for which
+        # `wait_for_publish` would raise an exception. Clear the code.
         info.rc = MQTTErrorCode.MQTT_ERR_SUCCESS
         with self._lock:
             self._unacknowledged.append(info)
@@ -229,7 +234,9 @@ class MqttTransport(Transport):
             self._subscriptions.pop(topic_filter, None)
             for filters in (self._refused, self._retained, self._silent):
                 filters.discard(topic_filter)
-        with suppress(OSError):  # of `reload_certificate`; the next connection omits the filter
+        # `reload_certificate` may close paho's sockets during this call. The next connection omits
+        # the filter anyway.
+        with suppress(OSError):
             self._client.unsubscribe(topic_filter)
 
     def on_up(self, callback: Callable[[], None]) -> None:
@@ -244,11 +251,11 @@ class MqttTransport(Transport):
     def reload_certificate(self) -> None:
         """Reconnect with the certificate that the identity's folder has now.
 
-        Do not call it on the transport's own thread. The client disconnects regularly, so the
-        broker sends no will. Messages without an acknowledgement are sent again on the new
-        connection. A link that is down comes back with the new certificate. The call does not wait
-        until the new connection is up. It waits until the old one has ended, which on a network
-        that hangs takes up to twice `KEEP_ALIVE_S` seconds.
+        Do not call it on the transport's own thread. The client sends a DISCONNECT packet, so the
+        broker does not publish the will. QoS 1 messages that were not acknowledged are sent again
+        on the new connection. A link that is down comes back with the new certificate. The call
+        waits only for the end of the old connection, not for the new one. If the network hangs,
+        this wait lasts up to twice `KEEP_ALIVE_S` seconds.
 
         Raises:
             IdentityError: the new files do not load; the connection stays as it is.
@@ -301,7 +308,9 @@ class MqttTransport(Transport):
         with self._lock:
             try:
                 _, message_id = self._client.subscribe(topic_filter, qos)
-            except OSError:  # of `reload_certificate`; the next connection subscribes again
+            except OSError:
+                # `reload_certificate` may close paho's sockets during this call. The next
+                # connection subscribes again.
                 message_id = None
             if message_id is None:
                 is_done.set()
@@ -387,8 +396,8 @@ class MqttTransport(Transport):
             self._log.lost(reason)
         elif not was_up and not self._has_connack:
             self._on_failure(
-                "it closed the connection without a response; the certificate may be of another "
-                "fleet, expired or revoked, or the clock may be wrong; check the clock, or enroll "
+                "it closed the connection without a response; perhaps the certificate is expired, "
+                "revoked or from another fleet, or a clock is wrong; check the clock, or enroll "
                 f"{self.name} again",
                 needs_help=True,
             )
@@ -412,7 +421,7 @@ class MqttTransport(Transport):
             )
         if any(reason.is_failure for reason in reasons):
             if topic_filter not in self._refused:
-                text = "the broker refuses %s the subscription to %s; trying again later"
+                text = "the broker does not let %s subscribe to %s yet; trying again later"
                 logger.warning(text, self.name, topic_filter)
             with self._lock:
                 self._refused.add(topic_filter)
@@ -427,8 +436,8 @@ class MqttTransport(Transport):
                 return
             timer = threading.Timer(self._retry_s, self._retry_subscriptions)
             timer.daemon = True
-            # Without memory for a thread, skip this retry: an exception would end paho's thread.
-            # The next event schedules a retry again.
+            # If the machine has no memory for a thread, skip this retry. An exception here would
+            # end paho's thread. The next refusal or connection schedules a retry again.
             with suppress(RuntimeError):
                 timer.start()
                 self._retry_timer = timer
@@ -456,7 +465,9 @@ class MqttTransport(Transport):
             subscriptions = dict(self._subscriptions)
             answered = {each for each in self._silent if matches(each, topic)}
             self._silent -= answered
-            # If a repeated subscription was needed, the broker has learnt the rights only now.
+            # A first message that comes only after a retry shows that the broker has learnt the
+            # rights since the last try. It may have ignored earlier subscriptions and messages, so
+            # all filters are subscribed again and the `on_up` callbacks run again.
             has_new_rights = bool(answered) and self._retry_s > RETRY_S[0]
             if has_new_rights:
                 self._retry_s = RETRY_S[0]
@@ -469,8 +480,8 @@ class _TlsSocket(ssl.SSLSocket):
     """A socket that waits `CONNECT_S` for its handshake, and closes itself when that fails.
 
     paho waits `KEEP_ALIVE_S` for a handshake, and leaves the socket open when it fails. Python 3.11
-    also leaves the socket open when the connection is reset before TLS begins. The error then comes
-    from `recv`.
+    leaves it open, too, if the connection is reset before TLS begins. In this case `recv` raises
+    the error, so `recv` closes the socket.
     """
 
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
@@ -493,8 +504,9 @@ def _close_wakeup_sockets(client: paho.Client) -> None:
     """Close the pair of sockets with which other threads wake paho's thread.
 
     `loop_start` makes a new pair and leaves the old one open. The public methods that close the
-    pair also drop the client's settings and queue. So this uses the only private member of paho in
-    this project, for which pyproject.toml limits paho's version.
+    pair also drop the client's settings and queue. So this function calls a private method of
+    paho. No other code in the project uses a private member of paho. Because of this one,
+    pyproject.toml limits paho's version.
     """
     client._reset_sockets(sockpair_only=True)
 
