@@ -105,8 +105,12 @@ def lm_head_layers(config: Any) -> float:
     return float(config.vocab_size * hidden / (attention + mlp))
 
 
-def model_info(name: str, model: Any, max_positions: int) -> ModelInfo:
+def model_info(
+    name: str, model: Any, max_positions: int, tokenizer: Any | None = None
+) -> ModelInfo:
     """Return the sizes of a transformers causal model, sessions bounded to `max_positions` tokens.
+
+    Its end-of-sequence tokens are those of :func:`eos_token_ids`.
 
     Raises:
         ExportError: the model has no end-of-sequence token.
@@ -122,17 +126,26 @@ def model_info(name: str, model: Any, max_positions: int) -> ModelInfo:
         head_dim=head_dim(config),
         vocab_size=config.vocab_size,
         max_positions=min(max_positions, config.max_position_embeddings),
-        eos_token_ids=eos_token_ids(name, model),
+        eos_token_ids=eos_token_ids(name, model, tokenizer),
     )
 
 
-def eos_token_ids(name: str, model: Any) -> tuple[int, ...]:
-    """Return the end-of-sequence tokens; raise ExportError when the model has none."""
-    eos = model.generation_config.eos_token_id
-    if eos is None:
-        eos = model.config.eos_token_id
-    if eos is None:
+def eos_token_ids(name: str, model: Any, tokenizer: Any | None = None) -> tuple[int, ...]:
+    """Return all end-of-sequence tokens of the configurations and the tokenizer, in order.
+
+    Checkpoints often name the end of a turn in one of these places only. Ids without a row in the
+    embedding are left out, as the model cannot generate them.
+
+    Raises:
+        ExportError: there is none.
+    """
+    ids: set[Any] = set()
+    for source in (model.config, model.generation_config, tokenizer):
+        eos = getattr(source, "eos_token_id", None)
+        ids |= set(eos) if isinstance(eos, list | tuple) else {eos}
+    known = sorted(ids.intersection(range(model.config.vocab_size)))
+    if not known:
         raise ExportError(
             f"model {name} names no end-of-sequence token; set eos_token_id in its config.json"
         )
-    return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    return tuple(known)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from onnx_export.config import (
     require_packages,
 )
 from onnx_export.fingerprints import tool_versions
-from onnx_export.graph_cache import GraphCache, default_graph_cache
+from onnx_export.graph_cache import GraphCache, default_graph_cache, initializer_bytes
 from onnx_export.heads import (
     SHIPPED_HEADS,
     HeadsFile,
@@ -41,10 +40,14 @@ from onnx_export.heads import (
     model_fingerprint,
     shared_heads,
 )
+from onnx_export.tokenizer import check_tokenizer, write_tokenizer
 
 MAX_INLINE_BYTES = 1 << 20
 """Larger weights go into a file next to the graph; ONNX Runtime maps it into memory without a copy.
 """
+
+FILE_MODE = 0o644
+"""The mode of every file of a bundle: the libraries that write some of them make them private."""
 
 Progress = Callable[[str], None]
 Report = Callable[[Mapping[str, float], Mapping[str, float]], None]
@@ -85,7 +88,7 @@ def build_bundle(
     """Fill an empty `folder` with a bundle."""
     model, tokenizer = load_model_and_tokenizer(config, progress)
     name = DEFAULT_NAME if config.model == DEFAULT_MODEL else Path(config.model).name
-    info = model_info(name, model, config.max_positions)
+    info = model_info(name, model, config.max_positions, tokenizer)
     heads = read_heads(config, model, progress)
     cache = GraphCache(config.graph_cache) if config.graph_cache else default_graph_cache()
     assembly = Assembly(model, info, config.quantization, cache)
@@ -98,7 +101,7 @@ def build_bundle(
     parity.check_parity(figures, limits)
     progress(f"writing layers [{config.upload}, {info.num_layers}) for the cloud")
     write_cloud(model, config.upload, folder / "cloud")
-    write_tokenizer(tokenizer, folder / "tokenizer")
+    write_tokenizer(tokenizer, name, info.vocab_size, folder / "tokenizer")
     digest = heads_digest(heads.heads)
     thresholds, calibration = choose_thresholds(config, digest)
     manifest = Manifest(
@@ -118,6 +121,7 @@ def build_bundle(
         files=tuple(list_files(folder)),
     )
     write_manifest(folder, manifest)
+    set_file_modes(folder)
     return manifest
 
 
@@ -167,7 +171,7 @@ def load_model_and_tokenizer(config: ExportConfig, progress: Progress) -> tuple[
     check_model(model_config)
     check_exits(config.exits, model_config.num_hidden_layers)
     tokenizer = load_pretrained(AutoTokenizer, source, config.model)
-    check_tokenizer(tokenizer, config.model)
+    check_tokenizer(tokenizer, config.model, model_config.vocab_size, progress)
     model, loading_info = load_pretrained(
         AutoModelForCausalLM,
         source,
@@ -198,16 +202,6 @@ def check_weights(name: str, loading_info: Mapping[str, Any], progress: Progress
             f"model {name!r} lacks {len(missing)} of its weights, such as {missing[0]}; "
             "expected a whole causal language model"
         )
-
-
-def check_tokenizer(tokenizer: Any, name: str) -> None:
-    """Raise ExportError when a tokenizer lacks a fast form or a chat template for devices."""
-    if not tokenizer.is_fast:
-        raise ExportError(
-            f"the tokenizer of {name} has no fast form (tokenizer.json), which devices need"
-        )
-    if not isinstance(tokenizer.chat_template, str):
-        raise ExportError(f"the tokenizer of {name} has no single chat template; devices need one")
 
 
 def read_heads(config: ExportConfig, model: Any, progress: Progress) -> HeadsFile:
@@ -244,20 +238,16 @@ def write_edge(
 
 def save_graph(graph: onnx.ModelProto, path: Path) -> None:
     """Write one file, or for a large graph a second one for its weights."""
-    num_bytes = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
-    is_large = num_bytes > MAX_INLINE_BYTES
+    is_large = initializer_bytes(graph) > MAX_INLINE_BYTES
     location = f"{path.name}.data" if is_large else None
     onnx.save_model(graph, path, save_as_external_data=is_large, location=location)
 
 
-def write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write ``tokenizer.json``, the chat template and its two special tokens for devices."""
-    folder.mkdir()
-    vocabulary = tokenizer.backend_tokenizer.to_str(pretty=True)
-    (folder / "tokenizer.json").write_text(vocabulary, encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-    tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-    (folder / "config.json").write_text(json.dumps(tokens) + "\n", encoding="utf-8")
+def set_file_modes(folder: Path) -> None:
+    """Let every user read the files below `folder`; the folder decides who reaches them."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(FILE_MODE)
 
 
 def list_files(folder: Path) -> list[FileEntry]:

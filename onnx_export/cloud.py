@@ -16,9 +16,8 @@ def write_cloud(model: Any, upload_layer: int, folder: Path) -> None:
     """Write layers from `upload_layer` on, the norm and an untied LM head, without embedding."""
     folder.mkdir(parents=True)
     cloud_config(model, upload_layer).save_pretrained(folder)
-    path = folder / "model.safetensors"
-    save_file(cloud_tensors(model, upload_layer), path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors makes it readable to its owner alone
+    tensors = cloud_tensors(model, upload_layer)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def cloud_config(model: Any, upload_layer: int) -> Any:

@@ -39,6 +39,11 @@ def graph_key(tensors: Mapping[str, Any], **options: object) -> str:
     return digest.hexdigest()
 
 
+def initializer_bytes(graph: onnx.ModelProto) -> int:
+    """Return the size of a graph's weights, also for a graph too large for one protobuf message."""
+    return sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
+
+
 @dataclass(frozen=True)
 class GraphCache:
     """A folder of graphs, one file each: the SHA-256 of the rest, then the graph.
@@ -58,7 +63,8 @@ class GraphCache:
         if cached is not None:
             return cached, True
         graph = make()
-        if graph.ByteSize() <= min(MAX_GRAPH_BYTES, self.max_bytes):
+        # A message over 2 GiB has no size and no serialised form: protobuf raises an error.
+        if initializer_bytes(graph) <= min(MAX_GRAPH_BYTES, self.max_bytes):
             self._write(key, graph.SerializeToString(deterministic=True))
         return graph, False
 

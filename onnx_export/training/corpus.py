@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fleet.errors import ConfigError
+from onnx_export.architecture import eos_token_ids
 from onnx_export.checkpoint import load_pretrained
 from onnx_export.training.generation import TENSORS, TOP_K, TrainingAnswers, generate_answers
 from onnx_export.training.prompts import ChatFormat, check_yield, generate_prompts, without_repeats
@@ -73,8 +74,7 @@ class ShardMaker:
         self.model = model.to("cuda" if cuda else "cpu").eval().requires_grad_(False)
         self.tokenizer = load_pretrained(AutoTokenizer, config.source, config.source)
         self.chat = ChatFormat.of(self.tokenizer)
-        ends = model.generation_config.eos_token_id
-        self.ends = [ends] if isinstance(ends, int) else list(ends)
+        self.ends = eos_token_ids(config.source, model, self.tokenizer)
 
     def make(self, task: ShardTask) -> None:
         """Write the shard of `task`, whole or not at all."""

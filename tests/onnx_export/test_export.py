@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fleet.bundles.manifest import Bundle
 from fleet.errors import BundleError, ConfigError, ExportError, HeadsError, MissingExtraError
+from onnx_export import bundle as bundle_module
 from onnx_export import config as config_module
 from onnx_export.bundle import export_bundle
 from onnx_export.checkpoint import check_wheel, resolve_model
@@ -142,6 +144,23 @@ def test_an_export_that_fails_half_way_leaves_nothing(
             stop,
         )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_all_files_of_a_bundle_have_one_mode(
+    umask: int, tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle_module, "MAX_INLINE_BYTES", 1000)  # external data
+    previous = os.umask(umask)
+    try:
+        export(tmp_path / "bundle", tiny_checkpoint, exit_head="shared")
+    finally:
+        os.umask(previous)
+    files = [path for path in (tmp_path / "bundle").rglob("*") if path.is_file()]
+    assert {"block_0.onnx.data", "model.safetensors", "manifest.json"} <= {
+        path.name for path in files
+    }
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o644"}
 
 
 def test_transformers_is_as_before_after_an_export(tiny_bundle: Bundle) -> None:

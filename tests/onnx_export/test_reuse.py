@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 from threading import Barrier, Thread
+from typing import Any, NoReturn
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper
 
 from fleet.bundles.manifest import Manifest
+from onnx_export import bundle
 from onnx_export import graph_cache as parts
 from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig
@@ -111,6 +114,39 @@ def test_a_damaged_graph_is_made_again(tmp_path: Path) -> None:
         file.write_bytes(damaged)
         assert cache.get_or_make("key", make_graph) == (make_graph(), False)
         assert cache.get_or_make("key", make_graph)[1] is True
+
+
+class TooLargeGraph:
+    """A graph of more than 2 GiB, as protobuf treats it."""
+
+    def __init__(self) -> None:
+        self.graph = make_graph(1000).graph
+
+    def fail(self, **_: bool) -> NoReturn:
+        raise ValueError("Failed to serialize proto")
+
+    ByteSize = SerializeToString = fail
+
+
+def test_a_graph_too_large_for_one_message_is_used_and_not_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "MAX_GRAPH_BYTES", 3999)
+    graph: Any = TooLargeGraph()
+    cache = GraphCache(tmp_path / "parts")
+    assert cache.get_or_make("key", lambda: graph) == (graph, False)
+    assert not (tmp_path / "parts").exists()
+
+
+def test_large_weights_go_into_a_file_of_their_own_without_one_large_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle, "MAX_INLINE_BYTES", 3999)
+    bundle.save_graph(make_graph(1000), tmp_path / "g.onnx")
+    assert (tmp_path / "g.onnx.data").stat().st_size == 4000
+    assert (tmp_path / "g.onnx").stat().st_size < 1000
+    loaded = onnx.load(tmp_path / "g.onnx")
+    assert len(loaded.graph.initializer[0].raw_data) == 4000
 
 
 def test_the_least_recently_used_graphs_are_removed_first(tmp_path: Path) -> None:
