@@ -57,6 +57,7 @@ def check_signature(folder: Path, key: Path) -> None:
         BundleError: the bundle is unsigned, signed by another key, or altered since.
         ConfigError: `key` holds no P-256 public key or certificate.
     """
+    _load_public_keys(key)
     path = folder / SIGNATURE_FILE
     if not path.is_file():
         raise BundleError(

@@ -222,6 +222,19 @@ def test_a_device_is_suspended_resumed_and_revoked_and_the_audit_log_says_so(
         ]
 
 
+def test_the_authority_is_replaced(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    fleet_home = FleetHome.create(home, FleetConfig(host="127.0.0.1", port=1, bundle="/no/bundle"))
+    rotate, doctor, retire = commands("Replace the authority").splitlines()
+    run(rotate, tmp_path, home)
+    fleet_home.renew_own()
+    run(f"({doctor.partition('#')[0]} || true) | grep authority", tmp_path, home)
+    run(retire, tmp_path, home)
+    with fleet_home.registry() as registry:
+        actions = [entry.action for entry in registry.audit_log.entries("authority")]
+    assert actions == ["retire_authority", "rotate_authority"]
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -242,5 +255,6 @@ def test_every_line_of_commands_is_one_that_a_test_here_runs(line: str) -> None:
         commands("Install", "a timer can run it"),
         commands("TLS"),
         commands("A person leaves, or a device is stolen"),
+        commands("Replace the authority"),
     ]  # fmt: skip
     assert any(line in block for block in run_here)

@@ -160,7 +160,10 @@ def test_evaluate_prints_what_scripts_read(trained: Bundle, tmp_path: Path) -> N
     ("arguments", "words"),
     [
         (("evaluate",), ("no prompts", "--prompts FILE")),
-        (("evaluate", "--prompts", "/no/such/file"), ("cannot read prompts", "/no/such/file")),
+        (
+            ("evaluate", "--prompts", "/no/such/file"),
+            ("cannot read /no/such/file", "give a file of prompts"),
+        ),
         (("calibrate", "--prompts", "FEW"), ("2 answers are too few", "are needed")),
         (("calibrate", "--prompts", "FEW", "--target-agreement", "1.5"), ("target agreement 1.5",)),
         (

@@ -120,7 +120,7 @@ def device_without_power(fleet: ProcessFleet, parts: ExitStack) -> None:
         fleet.kill(DEVICE)
         fleet.device_process(DEVICE)
 
-    with fleet.neighbour_is_served(), pytest.raises(LinkError, match="started again"):
+    with fleet.neighbour_is_served(), pytest.raises(LinkError, match="has restarted"):
         fleet.ask(ASKED, fault=power_cut)
     judge(fleet.bundle, ASKED, fleet.ask(ASKED))
     wait_until(

@@ -77,17 +77,6 @@ def test_a_worker_without_a_bundle_is_told_how_to_name_one(
     )
 
 
-def test_a_broker_that_is_not_there_is_named(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    issue: Callable[[Role], Identity],
-    cloud_bundle: Callable[[int], Bundle],
-) -> None:
-    identity = issue(Role.WORKER)
-    line = fails(capsys, monkeypatch, str(identity.folder), "--bundle", str(cloud_bundle(2).folder))
-    assert f"{HOST}:{identity.config.port}" in line
-
-
 class RunningWorker:
     """Worker w1 as a process, and what it says in its status."""
 
