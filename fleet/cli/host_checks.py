@@ -14,7 +14,7 @@ from fleet.server.fleet_units import SERVER_SERVICE
 from fleet.server.home import MOSQUITTO, FleetHome
 
 MAX_EMBEDDED_DEVICES: Final = 300
-"""Above it the embedded broker is busy with idle connections (docs/scaling.md)."""
+"""The largest number that `python -m tests.system.hostile_clients` connects to the broker."""
 
 RESERVED_FILES: Final = 200  # descriptors of a server without a device
 UNIT_FOLDERS: Final = tuple(
