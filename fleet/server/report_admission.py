@@ -20,7 +20,7 @@ MIN_COST: Final = 500
 SWITCH_COST: Final = 1000
 """Bytes of the registry that a switch may take: its kind is counted in each span of time."""
 
-BURST_BYTES: Final = 1_000_000
+BURST_BYTES: Final = 500_000
 RATE_BYTES: Final = 32_000
 """The volume of one device: at once, and then a second."""
 
