@@ -98,7 +98,7 @@ class Agent:
         self._planner = RequestPlanner(self._partition, self._tokenizer, config, draw)
         self._model_lock = FairLock()
         self._new_jobs: queue.Queue[Job | None] = queue.Queue()
-        self._jobs = JobQueue(config.cache_budget_mb * MB)
+        self._jobs = JobQueue(config.cache_budget_mb * MB, config.max_concurrent_requests)
         self._active: dict[tuple[str, str], Job] = {}
         self._finished: dict[tuple[str, str], Job] = {}
         self._is_paused = False

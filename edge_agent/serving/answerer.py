@@ -225,4 +225,5 @@ def _usage(report: GenerationReport, seed: int | None) -> Usage:
         round_trips=report.assists + report.verifies,
         switches=report.switches,
         seed=seed,
+        mode=Mode(report.mode),
     )

@@ -8,12 +8,16 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Final
 
 from edge_agent.generation.mode_controller import ModeController
 from edge_agent.generation.speculative import SpeculativeDecoder
 from edge_agent.serving.request_planner import RequestPlan
 from edge_agent.session.cloud_session import CloudSession
 from fleet.protocol.prompt import PromptRequest
+
+RESERVED_S: Final = 10.0
+"""The time after an app's last job for which other apps leave a lease free for its next one."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -79,15 +83,21 @@ class JobQueue:
     of the one whose last lease is the oldest. It is leased as soon as its caches fit the free
     memory, and no smaller job overtakes it then. A cancelled job needs no memory and is leased at
     once.
+
+    At most `max_leases` jobs are leased at once. An app with all other leases does not get the last
+    one for `RESERVED_S` after a job of another app, so that an app that sends its next prompt after
+    each answer need not wait for the answers to an app that sends many.
     """
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, max_leases: int) -> None:
         self.budget_bytes = budget_bytes
+        self.max_leases = max_leases
         self._changed = threading.Condition()
         self._waiting: list[tuple[Job, RequestPlan]] = []
         self._leased: dict[Job, int] = {}
         self._num_leases = 0
         self._last_lease: dict[str, int] = {}
+        self._last_end: dict[str, float] = {}  # monotonic time
         self._closed = False
 
     @property
@@ -130,13 +140,14 @@ class JobQueue:
             if entry:
                 with self._changed:
                     del self._leased[entry[0]]
+                    self._last_end[entry[0].app] = time.monotonic()
                     self._changed.notify_all()
 
     def _wait_for_next(self) -> tuple[Job, RequestPlan] | None:
         while (index := self._next_index()) is None:
             if self._closed and not self._waiting:
                 return None
-            self._changed.wait()
+            self._changed.wait(RESERVED_S if self._waiting else None)
         job, plan = self._waiting.pop(index)
         self._leased[job] = 0 if job.cancelled.is_set() else plan.num_bytes
         self._num_leases += 1
@@ -147,10 +158,20 @@ class JobQueue:
         for index, (job, _) in enumerate(self._waiting):
             if job.cancelled.is_set():
                 return index
-        turns = [self._turn(job.app) for job, _ in self._waiting]
-        index = turns.index(min(turns)) if turns else 0
-        has_room = turns and self._waiting[index][1].num_bytes <= self.free_bytes
+        ready = [index for index, (job, _) in enumerate(self._waiting) if self._may_lease(job.app)]
+        if not ready:
+            return None
+        index = min(ready, key=lambda index: self._turn(self._waiting[index][0].app))
+        has_room = self._waiting[index][1].num_bytes <= self.free_bytes
         return index if has_room else None
+
+    def _may_lease(self, app: str) -> bool:
+        """Return whether an app may lease one more, or leaves the last lease to another app."""
+        apps = {job.app for job in self._leased}
+        if apps != {app} or len(self._leased) < self.max_leases - 1:
+            return True
+        began = time.monotonic() - RESERVED_S
+        return not any(end > began for other, end in self._last_end.items() if other != app)
 
     def _turn(self, app: str) -> tuple[int, int]:
         """Return the rank of an app's next job; the lowest is next."""

@@ -80,10 +80,13 @@ class Flood:
             self.done.set()
 
 
-def test_an_app_gets_its_share_of_a_device_that_another_app_floods(tiny_bundle: Bundle) -> None:
+@pytest.mark.parametrize("num_at_once", [1, 2])
+def test_an_app_gets_its_share_of_a_device_that_another_app_floods(
+    tiny_bundle: Bundle, num_at_once: int
+) -> None:
     with memory_fleet() as fleet:
         fleet.start_device(tiny_bundle)
-        flood = Flood(fleet, {APP: FLOOD, OTHER_APP: 2}, num_wanted=8)
+        flood = Flood(fleet, {APP: FLOOD, OTHER_APP: num_at_once}, num_wanted=8)
         assert flood.done.wait(2 * WAIT_S)
     assert flood.tokens[OTHER_APP] >= flood.tokens.total() / 3
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import queue
 import threading
 
+import pytest
+
 from edge_agent.config import AgentConfig
 from edge_agent.generation.mode_policy import Targets
+from edge_agent.serving import job_queue
 from edge_agent.serving.job_queue import Job, JobQueue
 from edge_agent.serving.request_planner import RequestPlan
 from fleet.protocol.modes import Mode
@@ -14,6 +17,7 @@ from fleet.protocol.prompt import PromptRequest
 
 WAIT_S = 30.0
 BUDGET = 100
+MAX_LEASES = 8
 
 
 def put(jobs: JobQueue, request: str, num_bytes: int, app: str = "app") -> Job:
@@ -49,7 +53,7 @@ def lease_in_thread(jobs: JobQueue) -> queue.Queue[str | None]:
 
 
 def test_jobs_that_fit_together_are_leased_together_and_their_memory_is_freed() -> None:
-    jobs = JobQueue(BUDGET)
+    jobs = JobQueue(BUDGET, MAX_LEASES)
     put(jobs, "a", 60)
     put(jobs, "b", 40)
     with jobs.lease() as first, jobs.lease() as second:
@@ -61,7 +65,7 @@ def test_jobs_that_fit_together_are_leased_together_and_their_memory_is_freed() 
 
 
 def test_a_job_waits_for_memory_and_a_smaller_one_does_not_overtake_it() -> None:
-    jobs = JobQueue(BUDGET)
+    jobs = JobQueue(BUDGET, MAX_LEASES)
     put(jobs, "running", 80)
     with jobs.lease():
         put(jobs, "large", 90)
@@ -74,7 +78,7 @@ def test_a_job_waits_for_memory_and_a_smaller_one_does_not_overtake_it() -> None
 
 
 def test_apps_take_turns_however_many_jobs_each_has() -> None:
-    jobs = JobQueue(BUDGET)
+    jobs = JobQueue(BUDGET, MAX_LEASES)
     for request in ("a1", "a2", "a3", "a4"):
         put(jobs, request, 1, "a")
     order = []
@@ -89,8 +93,35 @@ def test_apps_take_turns_however_many_jobs_each_has() -> None:
         assert lease_in_thread(jobs).get(timeout=WAIT_S) == expected
 
 
+def test_an_app_with_all_leases_but_one_leaves_the_last_to_an_app_that_was_just_served() -> None:
+    jobs = JobQueue(BUDGET, max_leases=2)
+    put(jobs, "b1", 1, "b")
+    with jobs.lease():
+        pass
+    for request in ("a1", "a2"):
+        put(jobs, request, 1, "a")
+    with jobs.lease():
+        requests = lease_in_thread(jobs)
+        put(jobs, "b2", 1, "b")
+        assert requests.get(timeout=WAIT_S) == "b2"
+
+
+def test_an_app_leases_all_while_no_other_app_was_just_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(job_queue, "RESERVED_S", 0.05)
+    jobs = JobQueue(BUDGET, max_leases=2)
+    put(jobs, "b1", 1, "b")
+    with jobs.lease():
+        pass
+    for request in ("a1", "a2"):
+        put(jobs, request, 1, "a")
+    with jobs.lease():
+        assert lease_in_thread(jobs).get(timeout=WAIT_S) == "a2"
+
+
 def test_a_job_that_waits_for_memory_is_not_overtaken_by_another_app() -> None:
-    jobs = JobQueue(BUDGET)
+    jobs = JobQueue(BUDGET, MAX_LEASES)
     put(jobs, "running", 80, "a")
     with jobs.lease():
         put(jobs, "large", 90, "b")
@@ -101,7 +132,7 @@ def test_a_job_that_waits_for_memory_is_not_overtaken_by_another_app() -> None:
 
 
 def test_a_cancelled_job_is_leased_at_once_without_memory() -> None:
-    jobs = JobQueue(BUDGET)
+    jobs = JobQueue(BUDGET, MAX_LEASES)
     put(jobs, "running", 80)
     with jobs.lease():
         put(jobs, "large", 90)
@@ -113,7 +144,7 @@ def test_a_cancelled_job_is_leased_at_once_without_memory() -> None:
 
 
 def test_a_failed_job_frees_its_memory() -> None:
-    jobs = JobQueue(BUDGET)
+    jobs = JobQueue(BUDGET, MAX_LEASES)
     put(jobs, "a", 60)
     try:
         with jobs.lease():
@@ -123,7 +154,7 @@ def test_a_failed_job_frees_its_memory() -> None:
 
 
 def test_a_closed_queue_leases_its_last_jobs_and_then_ends() -> None:
-    jobs = JobQueue(BUDGET)
+    jobs = JobQueue(BUDGET, MAX_LEASES)
     put(jobs, "last", 60)
     jobs.close()
     assert lease_in_thread(jobs).get(timeout=WAIT_S) == "last"
