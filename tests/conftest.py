@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any, Final
 
 import pytest
+from torch.onnx._internal import _lazy_import
 
 from fleet.bundles.manifest import Bundle
 from onnx_export.bundle import export_bundle
@@ -15,10 +17,51 @@ from onnx_export.default_bundle import default_bundle
 from onnx_export.heads import HeadKind
 from tests.postgresql import empty_url as empty_url  # fixtures
 from tests.postgresql import postgresql as postgresql
+from tests.postgresql import ready_sqlite as ready_sqlite
 from tests.postgresql import registry_url as registry_url
 from tests.tiny import make_tiny_checkpoint, make_tiny_heads
 
 MakeTinyBundle = Callable[..., Bundle]
+
+LONG_FILES: Final = (
+    "system/test_faults_long.py",
+    "system/test_certificate_life.py",
+    "cli/test_retraining.py",
+    "system/test_rollouts.py",
+    "onnx_export/test_models.py",
+    "system/test_watchdog.py",
+    "onnx_export/test_head_kinds.py",
+    "system/test_rollout_end_to_end.py",
+    "onnx_export/test_training.py",
+    "deploy/test_recipes.py",
+    "onnx_export/test_real_model.py",
+    "system/test_exact_under_faults.py",
+    "fleet/registry/rollouts/test_steps.py",
+    "system/test_operators_guide.py",
+    "packaging/test_edge_wheel.py",
+    "system/test_up_workers.py",
+    "onnx_export/test_export.py",
+    "system/test_processes.py",
+    "onnx_export/test_reuse.py",
+    "system/test_scripted_link.py",
+    "deploy/test_units.py",
+    "system/test_calibration.py",
+    "system/test_two_workers.py",
+    "system/test_software_update.py",
+)
+"""Files that take long. Those that wait alternate with those that compute."""
+
+# PyTorch's exporter parses the sources of its 500 operators again in each of a bundle's exports,
+# for up to a second. They do not change, so a process of tests parses them once.
+exporter: Any = vars(_lazy_import)["onnxscript_apis"]
+vars(exporter)["get_torchlib_ops"] = cache(lambda: exporter.__getattr__("get_torchlib_ops")())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first: none of them then starts near the end and runs on alone."""
+    tests = Path(__file__).parent
+    rank = {tests / name: i for i, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,11 +48,23 @@ def postgresql() -> Iterator[Databases]:
         yield Databases(server)
 
 
+@pytest.fixture(scope="session")
+def ready_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a SQLite file that has the registry's tables."""
+    path = tmp_path_factory.mktemp(READY) / "registry.sqlite"
+    open_database(path).dispose()
+    return path
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
-def registry_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """Return the URL of an empty database."""
+def registry_url(
+    request: pytest.FixtureRequest, tmp_path: Path, ready_sqlite: Path
+) -> Iterator[str]:
+    """Return the URL of a database that has the registry's tables, without any row."""
     if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path}/registry.sqlite"
+        path = tmp_path / "registry.sqlite"
+        shutil.copy(ready_sqlite, path)
+        yield f"sqlite:///{path}"
         return
     databases: Databases = request.getfixturevalue("postgresql")
     with databases.database() as url:

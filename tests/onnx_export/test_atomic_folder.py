@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 
 import pytest
 
 from fleet.errors import ConfigError
+from fleet.utils import cli_runtime
+from onnx_export.__main__ import app
 from onnx_export.atomic_folder import staged
 
 WRITE_AND_HANG = """
@@ -26,41 +29,36 @@ with staged(Path(sys.argv[1])) as folder:
 """
 
 
-def export_with_limit(num_bytes: int, out: Path, model: Path) -> subprocess.CompletedProcess[str]:
-    """Export in a process that cannot write files larger than this.
-
-    It fails as with a full disk.
-    """
-    command = [
-        sys.executable,
-        "-m",
-        "onnx_export",
-        "--out",
-        str(out),
-        "--exits",
-        "1,2",
-        "--model",
-        str(model),
-    ]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-        env=os.environ | {"XDG_CACHE_HOME": str(out.parent.parent / "cache")},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes)),
-    )
+@contextmanager
+def file_size_limit(num_bytes: int) -> Iterator[None]:
+    """Let this process write no file larger than this; a write fails as with a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("num_bytes", [20_000, 250_000], ids=["for a graph", "for the cloud"])
 def test_a_disk_without_room_leaves_nothing_and_one_clear_line(
-    num_bytes: int, tiny_checkpoint: Path, tmp_path: Path
+    num_bytes: int,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    result = export_with_limit(num_bytes, tmp_path / "here" / "bundle", tiny_checkpoint)
-    assert result.returncode == 1
-    line = result.stderr.splitlines()[-1]
-    assert "Traceback" not in result.stderr
+    out = tmp_path / "here" / "bundle"
+    arguments = ["--out", str(out), "--exits", "1,2", "--model", str(tiny_checkpoint)]
+    monkeypatch.setattr(sys, "argv", ["onnx_export", *arguments])
+    monkeypatch.setattr(cli_runtime, "set_up_log", lambda: None)  # it is for a whole process
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with file_size_limit(num_bytes), pytest.raises(SystemExit) as ended:
+        cli_runtime.run_command("python -m onnx_export", app)
+    assert ended.value.code == 1
+    errors = capsys.readouterr().err
+    line = errors.splitlines()[-1]
+    assert "Traceback" not in errors
     assert line.startswith("python -m onnx_export: cannot write the bundle")
     assert "File too large" in line
     assert list((tmp_path / "here").iterdir()) == []

@@ -171,6 +171,22 @@ def test_drawn_prompts_are_different_and_come_again_with_their_seed(
         check_yield(2000, 3)
 
 
+def test_few_prompts_are_drawn_from_few_texts(
+    model: Any, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def counted(*arguments: Any) -> list[str]:
+        sizes.append(arguments[3])
+        return generate_prompts(*arguments)
+
+    monkeypatch.setattr("onnx_export.training.prompts.generate_prompts", counted)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    drawn = draw_many(model, tokenizer, 3, seed=5, batch=192, progress=lambda _: None)
+    assert len(drawn) == 3
+    assert set(sizes) == {6}
+
+
 def test_a_softmax_over_candidates_stands_for_the_whole_vocabulary() -> None:
     torch.manual_seed(0)
     lm_head = torch.randn(5000, 16)
@@ -297,9 +313,11 @@ def tiny_config(folder: Path, checkpoint: Path, **changes: Any) -> TrainConfig:
 def test_interrupted_training_goes_on_and_gives_the_same_heads(
     tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
-    config = tiny_config(tmp_path / "whole", tiny_checkpoint)
-    train_heads(config)
-    cut = tiny_config(tmp_path / "cut", tiny_checkpoint)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"one two three {i}\n" for i in range(16)))
+    shards: dict[str, Any] = {"tokens": 500, "prompts": (prompts,)}  # two drawn, one of the file
+    train_heads(tiny_config(tmp_path / "whole", tiny_checkpoint, processes=1, **shards))
+    cut = tiny_config(tmp_path / "cut", tiny_checkpoint, **shards)
     code = (
         "from pathlib import Path\n"
         "from onnx_export.training.config import TrainConfig\n"
@@ -322,7 +340,7 @@ def test_interrupted_training_goes_on_and_gives_the_same_heads(
         path: path.stat().st_mtime_ns for path in (tmp_path / "cut").rglob("answers-*.safetensors")
     }
     assert made
-    train_heads(cut)
+    train_heads(tiny_config(tmp_path / "cut", tiny_checkpoint, processes=1, **shards))
     assert all(path.stat().st_mtime_ns == before for path, before in made.items())
     one, other = (load_file(tmp_path / name / "heads.safetensors") for name in ("whole", "cut"))
     assert one.keys() == other.keys()
@@ -332,19 +350,46 @@ def test_interrupted_training_goes_on_and_gives_the_same_heads(
 def test_other_exits_and_kinds_are_trained_on_the_same_answers(
     tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
-    config = tiny_config(tmp_path, tiny_checkpoint, tokens=300, exits=(1,), processes=1)
+    config = tiny_config(tmp_path, tiny_checkpoint, tokens=150, exits=(1,), processes=1)
     train_heads(config)
     (first,) = tmp_path.rglob("answers-00000.safetensors")
     before = load_file(first)
-    train_heads(tiny_config(tmp_path, tiny_checkpoint, tokens=300, exits=(3,), processes=1))
+    train_heads(tiny_config(tmp_path, tiny_checkpoint, tokens=150, exits=(3,), processes=1))
     after = load_file(first)
     assert after.keys() - before.keys() == {"hidden.3"}
     assert all(torch.equal(after[key], before[key]) for key in before)
     made = first.stat().st_mtime_ns
     train_heads(
-        tiny_config(tmp_path, tiny_checkpoint, tokens=300, exits=(1, 3), processes=1, kind="block")
+        tiny_config(tmp_path, tiny_checkpoint, tokens=150, exits=(1, 3), processes=1, kind="block")
     )
     assert first.stat().st_mtime_ns == made
+
+
+def test_few_tokens_take_few_answers(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    config = tiny_config(tmp_path, tiny_checkpoint, tokens=150, batch=192)
+    assert tiny_config(tmp_path, tiny_checkpoint, tokens=50_000, batch=192).shard_size == 192
+    stages: list[tuple[str, int, int]] = []
+    train_heads(config, lambda *stage: stages.append(stage))
+    shards = [load_file(path) for path in tmp_path.rglob("answers-*.safetensors")]
+    assert sum(len(shard["lengths"]) for shard in shards) <= 40
+    assert sum(len(shard["final"]) for shard in shards) >= 150
+    memory = next(stage for stage, _, total in stages if total == 0)
+    assert "processes that generate answers: 2; memory of each: up to 0.4 GB" in memory
+    (first_answers, *_) = (done for stage, done, _ in stages if stage == "answering" and done)
+    assert stages.index((memory, 0, 0)) < stages.index(("answering", first_answers, 150))
+
+
+def test_answers_to_drawn_prompts_serve_runs_with_other_files(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    train_heads(tiny_config(tmp_path, tiny_checkpoint, tokens=150, processes=1))
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("answers-*.safetensors")}
+    file = tmp_path / "prompts.txt"
+    file.write_text("".join(f"one two three {i}\n" for i in range(16)))
+    config = tiny_config(tmp_path, tiny_checkpoint, tokens=150, processes=1, prompts=(file,))
+    train_heads(config)
+    (drawn_folder,) = {path.parent for path in made}
+    assert {path: path.stat().st_mtime_ns for path in drawn_folder.glob("answers-*")} == made
 
 
 def test_heads_describe_how_they_were_made(
