@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import typer
 
 from fleet.cli.allow import allow_app, disallow_app, tag_device
@@ -39,51 +41,60 @@ from fleet.cli.up import up
 from fleet.cli.updates import app as update_app
 from fleet.cli.workers import workers
 from fleet.utils.cli_runtime import run_command
+from fleet.utils.command_group import CommandGroup
 from fleet.utils.version_option import VersionOption
 
+START: Final = "Run a fleet"
+PROMPTS: Final = "Send prompts"
+IDENTITIES: Final = "Enrol devices, apps and workers"
+STATISTICS: Final = "Look at a fleet"
+CHANGES: Final = "Change devices"
+MODELS: Final = "Choose and make models"
+
 app = typer.Typer(
+    cls=CommandGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("init")(init)
-app.command("up")(up)
-app.command("server")(server)
-app.command("systemd")(systemd)
-app.command("backup")(backup)
-app.command("restore")(restore_fleet)
-app.command("doctor")(doctor)
-app.command("demo")(demo)
-app.command("prompt")(prompt)
-app.command("chat")(chat)
-app.command("enroll")(enroll_identities)
-app.command("renew")(renew_identity)
-app.command("suspend")(suspend_identity)
-app.command("resume")(resume_identity)
-app.command("revoke")(revoke_identity)
-app.command("delete")(delete_identity)
-app.command("identities")(identities)
-app.command("group")(change_group)
-app.command("allow")(allow_app)
-app.command("disallow")(disallow_app)
-app.command("tag")(tag_device)
-app.command("devices")(devices)
-app.command("device")(device)
-app.command("workers")(workers)
-app.command("sessions")(sessions)
-app.command("stats")(stats)
-app.command("audit")(list_changes)
-app.command("plan")(plan)
-app.command("export", context_settings=PASS_ON)(export)
-app.command("bench", context_settings=PASS_ON)(bench)
+app.command("demo", rich_help_panel=START)(demo)
+app.command("init", rich_help_panel=START)(init)
+app.command("up", rich_help_panel=START)(up)
+app.command("server", rich_help_panel=START)(server)
+app.command("systemd", rich_help_panel=START)(systemd)
+app.command("backup", rich_help_panel=START)(backup)
+app.command("restore", rich_help_panel=START)(restore_fleet)
+app.command("doctor", rich_help_panel=START)(doctor)
+app.command("prompt", rich_help_panel=PROMPTS)(prompt)
+app.command("chat", rich_help_panel=PROMPTS)(chat)
+app.command("enroll", rich_help_panel=IDENTITIES)(enroll_identities)
+app.command("renew", rich_help_panel=IDENTITIES)(renew_identity)
+app.command("suspend", rich_help_panel=IDENTITIES)(suspend_identity)
+app.command("resume", rich_help_panel=IDENTITIES)(resume_identity)
+app.command("revoke", rich_help_panel=IDENTITIES)(revoke_identity)
+app.command("delete", rich_help_panel=IDENTITIES)(delete_identity)
+app.command("identities", rich_help_panel=IDENTITIES)(identities)
+app.command("group", rich_help_panel=IDENTITIES)(change_group)
+app.command("allow", rich_help_panel=IDENTITIES)(allow_app)
+app.command("disallow", rich_help_panel=IDENTITIES)(disallow_app)
+app.command("tag", rich_help_panel=IDENTITIES)(tag_device)
+app.command("devices", rich_help_panel=STATISTICS)(devices)
+app.command("device", rich_help_panel=STATISTICS)(device)
+app.command("workers", rich_help_panel=STATISTICS)(workers)
+app.command("sessions", rich_help_panel=STATISTICS)(sessions)
+app.command("stats", rich_help_panel=STATISTICS)(stats)
+app.command("audit", rich_help_panel=STATISTICS)(list_changes)
+app.command("plan", rich_help_panel=MODELS)(plan)
+app.command("export", rich_help_panel=MODELS, context_settings=PASS_ON)(export)
+app.command("bench", rich_help_panel=MODELS, context_settings=PASS_ON)(bench)
 add_rollout_commands(bundle_app)
-app.add_typer(config_app, name="config")
-app.add_typer(bundle_app, name="bundle")
-app.add_typer(update_app, name="update")
-app.add_typer(heads_app, name="heads")
-app.add_typer(broker_app, name="broker")
-app.add_typer(authority_app, name="authority")
+app.add_typer(config_app, name="config", rich_help_panel=CHANGES)
+app.add_typer(bundle_app, name="bundle", rich_help_panel=CHANGES)
+app.add_typer(update_app, name="update", rich_help_panel=CHANGES)
+app.add_typer(heads_app, name="heads", rich_help_panel=MODELS)
+app.add_typer(broker_app, name="broker", rich_help_panel=START)
+app.add_typer(authority_app, name="authority", rich_help_panel=START)
 
 
 @app.callback()

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
 import typer
-from msgspec import Struct
+from rich.console import Console
 
 from fleet.cli.console import new_console
 from fleet.cli.options import (
     MAX_ROWS,
+    TO_THE_SECOND,
     HomeOption,
     JsonOption,
     SinceOption,
+    format_time,
     parse_since,
     print_json,
 )
-from fleet.cli.views import print_rows
+from fleet.cli.views import cell_of, lines_table
 from fleet.registry.results import AuditRow
 from fleet.server.home import FleetHome
 
@@ -25,16 +28,6 @@ SubjectArgument = Annotated[
     str | None, typer.Argument(help="Only of this device, app, group or bundle.")
 ]
 LimitOption = Annotated[int, typer.Option(min=1, max=MAX_ROWS, help="Maximum number of changes.")]
-
-
-class AuditLine(Struct, frozen=True, kw_only=True):
-    """A change as the table shows it."""
-
-    changed_at: float
-    actor: str
-    action: str
-    subject: str
-    details: str
 
 
 def list_changes(
@@ -50,16 +43,21 @@ def list_changes(
     if as_json:
         print_json(rows)
     else:
-        print_rows(new_console(), [_line(row) for row in rows], "changes", as_json=False)
+        print_changes(new_console(), rows)
 
 
-def _line(row: AuditRow) -> AuditLine:
+def print_changes(console: Console, rows: Sequence[AuditRow]) -> None:
+    """Print changes as a table that fits a terminal."""
+    table = lines_table("changes", ("time, UTC, and actor", "change", "details"))
+    for row in rows:
+        table.add_row(
+            cell_of(format_time(row.at, TO_THE_SECOND), row.actor),
+            cell_of(row.action, row.subject),
+            cell_of(*_details(row)),
+        )
+    console.print(table if rows else "changes: none yet")
+
+
+def _details(row: AuditRow) -> list[str]:
     values = {key: value for key, value in row.details.items() if value not in (None, [], {}, "")}
-    words = [f"{key}={msgspec.json.encode(value).decode()}" for key, value in values.items()]
-    return AuditLine(
-        changed_at=row.at,
-        actor=row.actor,
-        action=row.action,
-        subject=row.subject,
-        details=" ".join(words),
-    )
+    return [f"{key}={msgspec.json.encode(value).decode()}" for key, value in values.items()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from typing import Annotated, Final
 
 import msgspec
@@ -17,18 +19,26 @@ from fleet.cli.options import (
     TemperatureOption,
     ThresholdOption,
     TokensOption,
+    TopKOption,
     TopPOption,
     make_request,
 )
-from fleet.cli.responses import exit_sources, stream_response
+from fleet.cli.responses import exit_sources, follow_response, print_usage
 from fleet.cli.views import legend
-from fleet.errors import PromptError
-from fleet.protocol.prompt import ChatMessage, PromptRequest
+from fleet.errors import FleetError, PromptError, RefusedPromptError
+from fleet.protocol.prompt import ChatMessage, PromptRequest, Reply
 from fleet.server.home import FleetHome
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
+from fleet.utils.printable import count
 
-RESET: Final = "/reset"
+HINT: Final = "/help lists the commands. Ctrl-C stops an answer, Ctrl-D ends the conversation."
+HELP: Final = """\
+/system TEXT  set the system prompt; without TEXT, remove it
+/reset        clear the conversation; the system prompt stays
+/quit         end the conversation, as Ctrl-D does
+//TEXT        send /TEXT to the device
+Ctrl-C stops an answer. The arrow keys edit a line and bring earlier ones back."""
 
 
 def chat(
@@ -38,10 +48,11 @@ def chat(
     max_new_tokens: TokensOption = None,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
     seed: SeedOption = None,
     folder: HomeOption = None,
 ) -> None:
-    """Converse with a device. /reset clears the conversation, an empty line or Ctrl-D ends it."""
+    """Converse with a device. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends it."""
     base = make_request(
         (),
         mode=mode,
@@ -49,37 +60,145 @@ def chat(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
+        top_k=top_k,
         seed=seed,
     )
     converse(FleetHome.load(folder), device, base)
 
 
 def converse(home: FleetHome, device: str, base: PromptRequest) -> None:
-    """Read turns from the terminal until an empty line or the end of input.
-
-    The error of a refused turn is printed, and the turn is not part of the conversation.
-    """
+    """Connect to the device, and hold a conversation until the end of the input."""
     console = new_console()
-    messages: tuple[ChatMessage, ...] = ()
     with home.operator() as identity, MqttTransport.connect(identity) as link:
         exits = exit_sources(home, await_online(link, device).bundle_id)
         console.print(legend(exits))
-        client = PromptClient(link)
-        while turn := _read_turn(console):
-            if turn == RESET:
-                messages = ()
-                continue
-            with_turn = (*messages, ChatMessage("user", turn))
-            request = msgspec.structs.replace(base, messages=with_turn)
+        Conversation(console, PromptClient(link), device, base, exits).run()
+
+
+class Conversation:
+    """The turns of one conversation. `base` has the options of each request.
+
+    A turn that the device refuses, and one that is stopped before its first text, are not kept.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        client: PromptClient,
+        device: str,
+        base: PromptRequest,
+        exits: Sequence[str],
+    ) -> None:
+        self._console = console
+        self._client = client
+        self._device = device
+        self._base = base
+        self._exits = exits
+        self._system: tuple[ChatMessage, ...] = ()
+        self._turns: tuple[ChatMessage, ...] = ()  # alternately of user and assistant
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/help": lambda _: self._note(HELP),
+            "/system": self._set_system,
+            "/reset": self._reset,
+        }
+
+    def run(self) -> None:
+        """Read lines from the terminal until /quit or the end of the input."""
+        with suppress(ImportError):  # of a Python without it; lines then have no history
+            import readline  # noqa: F401 (from now on `input` edits lines and keeps them)
+        self._note(HINT)
+        while (line := _read_line()) not in (None, "/quit"):
             try:
-                result = stream_response(console, client, device, request, exits)
-                messages = (*with_turn, ChatMessage("assistant", result.text))
-            except PromptError as error:
-                console.print(outside_text(str(error)))
+                self.handle(line or "")
+            except KeyboardInterrupt:  # before the answer began
+                self._note("stopped")
+
+    def handle(self, line: str) -> None:
+        """Send a line to the device, or run its command."""
+        command, _, argument = line.partition(" ")
+        if not line:
+            return
+        if not line.startswith("/"):
+            self._send(line)
+        elif line.startswith("//"):
+            self._send(line[1:])
+        elif command in self._commands:
+            self._commands[command](argument.strip())
+        else:
+            self._note(f"unknown command {command}; /help lists them, //TEXT sends /TEXT")
+
+    def _set_system(self, text: str) -> None:
+        self._system = (ChatMessage("system", text),) if text else ()
+        self._note("the system prompt is set" if text else "there is no system prompt now")
+
+    def _reset(self, _: str) -> None:
+        num_turns = len(self._turns) // 2
+        self._turns = ()
+        self._note(f"the conversation is empty; {count(num_turns, 'turn')} cleared")
+
+    def _send(self, text: str) -> None:
+        """Send a turn; while the device refuses its length, without the older half of the rest."""
+        turns = self._turns
+        question = ChatMessage("user", text)
+        try:
+            while not self._try_turn(turns, question):
+                num_dropped = (len(turns) // 2 + 1) // 2
+                turns = turns[2 * num_dropped :]
+                self._note(f"sending it without {count(num_dropped, 'turn')} from the start")
+        except (FleetError, UnicodeEncodeError) as error:
+            self._note(f"{error}\nthis turn is left out of the conversation")
+
+    def _try_turn(self, turns: tuple[ChatMessage, ...], question: ChatMessage) -> bool:
+        """Follow the answer to a turn after `turns`; False if the device may accept fewer.
+
+        Raises:
+            FleetError: the device refuses it for another reason, or is away.
+        """
+        with_question = (*turns, question)
+        try:
+            replies = self._follow(with_question)
+        except RefusedPromptError as error:
+            if error.code != PromptError.code or not turns:
+                raise
+            self._note(str(error))
+            return False
+        if text := "".join(reply.text for reply in replies):
+            self._turns = (*with_question, ChatMessage("assistant", text))
+        return True
+
+    def _follow(self, turns: tuple[ChatMessage, ...]) -> list[Reply]:
+        """Return the replies to a conversation: those before Ctrl-C if it stops the answer."""
+        request = msgspec.structs.replace(self._base, messages=(*self._system, *turns))
+        replies: list[Reply] = []
+        response = follow_response(self._console, self._client, self._device, request, self._exits)
+        try:
+            with closing(response):
+                replies.extend(response)
+        except KeyboardInterrupt:
+            self._note("stopped")
+            return replies
+        print_usage(self._console, self._device, replies[-1])
+        if replies[-1].finish_reason == "length" and self._base.max_new_tokens is None:
+            self._note(
+                "the answer reached its greatest length, or the device's room for a conversation; "
+                "ask it to go on, or clear the conversation with /reset"
+            )
+        return replies
+
+    def _note(self, text: str) -> None:
+        self._console.print(outside_text(text, "dim"))
 
 
-def _read_turn(console: Console) -> str:
+def _read_line() -> str | None:
+    """Read a line of the user: "" if it is stopped with Ctrl-C, None at the end of the input."""
+    print()
     try:
-        return console.input("\n> ").strip()
-    except (EOFError, KeyboardInterrupt):
-        return ""
+        return input("> ").strip()
+    except EOFError:
+        print()
+        return None
+    except KeyboardInterrupt:
+        print("\nCtrl-D or /quit ends the conversation")
+    except UnicodeDecodeError as error:
+        print(f"expected text in UTF-8: {error}")
+    return ""

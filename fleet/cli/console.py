@@ -11,13 +11,21 @@ from fleet.utils.printable import printable
 
 
 def new_console(
-    *, stderr: bool = False, file: IO[str] | None = None, width: int | None = None
+    *,
+    stderr: bool = False,
+    file: IO[str] | None = None,
+    width: int | None = None,
+    is_terminal: bool | None = None,
 ) -> Console:
-    """Make a console without markup, emoji codes and highlighting; a `file` is recorded."""
+    """Make a console without markup, emoji codes and highlighting; a `file` is recorded.
+
+    `is_terminal` None looks at the file.
+    """
     return Console(
         stderr=stderr,
         file=file,
         width=width,
+        force_terminal=is_terminal,
         record=file is not None,
         markup=False,
         emoji=False,

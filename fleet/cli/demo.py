@@ -24,6 +24,7 @@ from fleet.cli.options import (
     TemperatureOption,
     ThresholdOption,
     TokensOption,
+    TopKOption,
     TopPOption,
     make_request,
     print_json,
@@ -76,6 +77,7 @@ def demo(
     max_new_tokens: TokensOption = 64,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
     seed: SeedOption = 0,
     bundle: BundleOption = None,
     picture: PictureOption = None,
@@ -92,6 +94,7 @@ def demo(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
+            top_k=top_k,
             seed=seed,
         )
         for text in texts or PROMPTS
@@ -167,7 +170,11 @@ def _send_all(
 def running_fleet(
     bundle: Path, folder: Path, console: Console
 ) -> Iterator[tuple[FleetHome, MqttTransport]]:
-    """Run server, worker and one device, ready when the block begins; an app's connection."""
+    """Run server, worker and one device, ready when the block begins; an app's connection.
+
+    Each process is reported when it starts and when it is ready.
+    """
+    console.print(outside_text("starting the broker and the registry ...", "dim"))
     require("edge", "onnxruntime", "tokenizers")
     config = FleetConfig(
         host=HOST, port=free_port(HOST), bundle=str(bundle), service_port=free_port(HOST)
@@ -178,6 +185,9 @@ def running_fleet(
     app = home.enroll(APP, Role.APP, folder / "apps" / APP, allow=(DEVICE,))
     with ExitStack() as stack:
         processes = stack.enter_context(fleet_processes(home))
+        for server in processes.servers:
+            console.print(outside_text(server.ready_line, "dim"))
+        console.print(outside_text("starting a worker and a device ...", "dim"))
         edge = stack.enter_context(child("the device", "edge_agent", "run", str(device)))
         transport = stack.enter_context(MqttTransport.connect(app))
         for process in (*processes.workers, edge):

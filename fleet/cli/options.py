@@ -23,6 +23,7 @@ TO_THE_MINUTE: Final = "%Y-%m-%d %H:%M %Z"
 TO_THE_SECOND: Final = "%Y-%m-%d %H:%M:%S"  # in a column of times in UTC
 MAX_ROWS: Final = 1_000_000
 MAX_TEMPERATURE: Final = 5.0
+MAX_TOP_K: Final = 1000
 UNITS_S: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY_S}
 
 PASS_ON: Final = {
@@ -54,7 +55,7 @@ RegistryOption = Annotated[
 ]
 RetentionOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Delete single answers after so many days; hourly counts stay."),
+    typer.Option(min=1, help="Days until single answers are deleted; hourly counts stay."),
 ]
 MetricsPortOption = Annotated[
     int | None,
@@ -87,8 +88,12 @@ TemperatureOption = Annotated[float, typer.Option(min=0, max=MAX_TEMPERATURE, he
 TopPOption = Annotated[
     float, typer.Option(help="Nucleus: smallest set of tokens with this probability.")
 ]
+TopKOption = Annotated[
+    int,
+    typer.Option(min=0, max=MAX_TOP_K, help="Draw from this number of likeliest tokens; 0: all."),
+]
 SeedOption = Annotated[
-    int | None, typer.Option(min=0, help="Seed of the sampling (default: another one each time).")
+    int | None, typer.Option(min=0, help="Seed of the sampling (default: a new one each time).")
 ]
 
 
@@ -172,6 +177,7 @@ def make_request(
     max_new_tokens: int | None,
     temperature: float,
     top_p: float,
+    top_k: int,
     seed: int | None,
 ) -> PromptRequest:
     """A request from a command's options.
@@ -190,6 +196,7 @@ def make_request(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
+        top_k=top_k,
         seed=seed,
         mode=parse_mode(mode) if mode else None,
         threshold=None if threshold is None else check_threshold(threshold),

@@ -16,6 +16,7 @@ from fleet.cli.options import (
     TemperatureOption,
     ThresholdOption,
     TokensOption,
+    TopKOption,
     TopPOption,
     make_request,
     print_json,
@@ -35,6 +36,7 @@ def prompt(
     max_new_tokens: TokensOption = None,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
     seed: SeedOption = None,
     folder: HomeOption = None,
     as_json: JsonOption = False,
@@ -47,6 +49,7 @@ def prompt(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
+        top_k=top_k,
         seed=seed,
     )
     send_prompt(FleetHome.load(folder), device, request, as_json=as_json)

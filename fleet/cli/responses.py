@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 
 from msgspec import Struct
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.text import Text
 
 from fleet.bundles.manifest import Bundle
 from fleet.cli.views import reply_text, usage_line
+from fleet.cli.word_wrap import WordWrap
 from fleet.errors import ConfigError
 from fleet.protocol.modes import exit_source
 from fleet.protocol.prompt import PromptRequest, Reply, Usage
@@ -49,26 +51,49 @@ def stream_response(
     `exits` are the sources of the device's exits in order of depth. `picture` gets the response in
     one piece, which wraps.
     """
-    replies = []
-    for reply in client.ask(device, request):
-        replies.append(reply)
-        console.print(reply_text(reply, exits), end="", soft_wrap=True)
-    usage = _usage_of(device, replies[-1])
-    line = usage_line(usage, replies[-1].note)
-    console.print()
-    console.print(line)
+    replies = list(follow_response(console, client, device, request, exits))
+    usage, line = print_usage(console, device, replies[-1])
     if picture:
         response = Text().join(reply_text(reply, exits) for reply in replies)
         picture.print(response, line, sep="\n")
     return _result(request, replies, usage)
 
 
-def _usage_of(device: str, last: Reply) -> Usage:
+def follow_response(
+    console: Console,
+    client: PromptClient,
+    device: str,
+    request: PromptRequest,
+    exits: Sequence[str],
+) -> Generator[Reply, None, None]:
+    """Send a request, and yield its replies while their text is printed.
+
+    Closing the generator, or an exception in it, cancels the request at the device.
+    """
+    wrap = WordWrap(console)
+    with closing(client.ask(device, request)) as replies:
+        try:
+            for reply in replies:
+                text = reply_text(reply, exits)
+                wrap.print(text.plain, str(text.style))
+                yield reply
+        finally:
+            wrap.end()
+
+
+def print_usage(console: Console, device: str, last: Reply) -> tuple[Usage, Text]:
+    """Print the counts of a response, which its last reply has; return them and the line.
+
+    Raises:
+        ConfigError: it has none.
+    """
     if last.usage is None:
         raise ConfigError(
             f"device {device} ended its response without counts; is it of another version?"
         )
-    return last.usage
+    line = usage_line(last.usage, last.note)
+    console.print(line)
+    return last.usage, line
 
 
 def _result(request: PromptRequest, replies: Sequence[Reply], usage: Usage) -> PromptResult:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from fleet.cli.console import new_console
-from fleet.cli.options import MAX_ROWS, HomeOption, JsonOption
-from fleet.cli.views import print_rows
+from fleet.cli.options import (
+    MAX_ROWS,
+    TO_THE_SECOND,
+    HomeOption,
+    JsonOption,
+    format_time,
+    print_json,
+)
+from fleet.cli.views import cell_of, lines_table
+from fleet.registry.results import SessionRow
 from fleet.server.home import FleetHome
+from fleet.utils.printable import count
 
 
 def sessions(
@@ -21,4 +32,20 @@ def sessions(
     """List the latest sessions between devices and workers."""
     with FleetHome.load(folder).registry() as registry:
         rows = registry.stats.sessions(device, limit)
-    print_rows(new_console(), rows, "sessions", as_json=as_json)
+    if as_json:
+        print_json(rows)
+    else:
+        print_sessions(new_console(), rows, "sessions")
+
+
+def print_sessions(console: Console, rows: Sequence[SessionRow], title: str) -> None:
+    """Print sessions as a table that fits a terminal; `--json` has the whole ids."""
+    table = lines_table(title, ("session", "device, worker", "answers", "bytes"))
+    for row in rows:
+        table.add_row(
+            cell_of(row.session[:8], format_time(row.opened_at, TO_THE_SECOND)),
+            cell_of(row.device, row.worker or "-"),
+            cell_of(count(row.generations, "answer"), count(row.tokens, "token")),
+            cell_of(f"up {row.bytes_up:,}", f"down {row.bytes_down:,}"),
+        )
+    console.print(table if rows else f"{title}: none yet")

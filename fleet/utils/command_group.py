@@ -1,0 +1,31 @@
+"""A group of commands whose help lists them by section, with whole descriptions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from typer._click import Context, HelpFormatter
+
+DEFAULT_SECTION: Final = "Commands"
+WHOLE: Final = 1000  # characters of a description: more than any has
+
+
+class CommandGroup(TyperGroup):
+    """A group of commands; the section of each is its `rich_help_panel`."""
+
+    def format_commands(self, ctx: Context, formatter: HelpFormatter) -> None:
+        """Write each section in the order of its first command."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            command = self.commands[name]
+            section = getattr(command, "rich_help_panel", None)
+            title = section if isinstance(section, str) else DEFAULT_SECTION
+            row = (name, command.get_short_help_str(WHOLE))
+            sections.setdefault(title, []).append(row)
+        width = max((len(name) for name in self.commands), default=0)
+        for title, rows in sections.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(width), text) for name, text in rows])
