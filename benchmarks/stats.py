@@ -176,7 +176,7 @@ def _rollups(names: list[str], hours: range) -> Iterator[Row]:
             for _ in range(ANSWERS):
                 counts[TTFT[draw.randrange(12, 20)]] += 1
                 counts[TPOT[draw.randrange(5, 11)]] += 1
-            yield HOUR_S, hour, name, BUNDLE, *counts.values()
+            yield HOUR_S, hour, name, BUNDLE, "auto", *counts.values()
 
 
 def _sources(names: list[str], hours: range) -> Iterator[Row]:
@@ -204,7 +204,9 @@ def _load(engine: Engine, table: str, columns: list[str], rows: Iterator[Row]) -
                     copy.write_row(row)
         else:
             insert_all: Any = cursor.executemany  # of any iterable
-            insert_all(f"INSERT INTO {table} VALUES ({', '.join('?' * len(columns))})", rows)
+            names = ", ".join(columns)
+            values = ", ".join("?" * len(columns))
+            insert_all(f"INSERT INTO {table} ({names}) VALUES ({values})", rows)
 
 
 def _lengthen(connection: Connection, table: Any) -> None:

@@ -1,4 +1,4 @@
-"""`fleet bundle`: verify, sign, add and list bundles."""
+"""`fleet bundle`: verify, sign, add, rename, remove and list bundles."""
 
 from __future__ import annotations
 
@@ -8,27 +8,45 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
+from msgspec.structs import asdict
 from rich.table import Table
 
 from fleet.bundles.manifest import Bundle
 from fleet.bundles.signature import SIGNATURE_FILE, sign_bundle
+from fleet.bundles.store import bundle_bytes
 from fleet.bundles.verify import Verdict, verify_bundle
 from fleet.cli.console import new_console, outside_text
-from fleet.cli.options import HomeOption, JsonOption, print_json
+from fleet.cli.options import HomeOption, JsonOption, format_time, print_json
 from fleet.errors import BundleError, ConfigError
 from fleet.registry.results import BundleRow
 from fleet.server.home import FleetHome
+from fleet.utils.command_group import CommandGroup
 from fleet.utils.printable import count, printable
 
 MB: Final = 1_000_000
 
 app = typer.Typer(
-    no_args_is_help=True, help="Verify, sign, add and roll out bundles.", rich_markup_mode=None
+    cls=CommandGroup,
+    no_args_is_help=True,
+    help="Verify, sign, add and roll out bundles.",
+    rich_markup_mode=None,
 )
 
 BundleArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The bundle's folder.")]
 PublicKeyOption = Annotated[
     Path | None, typer.Option(help="Public key or certificate (PEM) of the signature.")
+]
+BundleIdArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="BUNDLE",
+        help="A bundle's name, its id, or the first 4 or more digits of its id.",
+    ),
+]
+NameArgument = Annotated[str, typer.Argument(help="New name, which no other bundle has.")]
+NameOption = Annotated[str | None, typer.Option(help="Name of the bundle.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Also when a completed roll-out could go back to it.")
 ]
 PrivateKeyOption = Annotated[Path, typer.Option(help="Private key (PEM, P-256).")]
 
@@ -70,7 +88,12 @@ def sign(source: BundleArgument, key: PrivateKeyOption) -> None:
 
 
 @app.command()
-def add(source: BundleArgument, folder: HomeOption = None, as_json: JsonOption = False) -> None:
+def add(
+    source: BundleArgument,
+    name: NameOption = None,
+    folder: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Check a bundle, sign it with the fleet's key and offer it to devices."""
     home = FleetHome.load(folder)
     verdict = verify_bundle(source)
@@ -81,19 +104,62 @@ def add(source: BundleArgument, folder: HomeOption = None, as_json: JsonOption =
             f"{source} is not added: {verdict.findings[0]}{others}; "
             f"see '{shlex.join(['fleet', 'bundle', 'verify', str(source)])}'"
         )
-    bundle_id = home.keep_bundle(source)
+    bundle_id = _keep(home, source, verdict.bundle_id or "", name)
     copy = home.bundles / bundle_id
     if as_json:
-        print_json({"bundle_id": bundle_id, "folder": str(copy)})
+        print_json({"bundle_id": bundle_id, "name": name, "folder": str(copy)})
     else:
-        print(f"bundle {bundle_id} is in {copy}; next: fleet bundle rollout {bundle_id}")
+        print(f"bundle {bundle_id} is in {copy}; next: fleet bundle rollout {name or bundle_id}")
+
+
+def _keep(home: FleetHome, source: Path, bundle_id: str, name: str | None) -> str:
+    """Keep a bundle under a name, which is checked before any file is written; its id."""
+    with home.registry() as registry:
+        if name is not None:
+            registry.rollouts.check_bundle_name(name, bundle_id)
+        bundle_id = home.keep_bundle(source)
+        if name is not None:
+            registry.rollouts.rename_bundle(bundle_id, name)
+    return bundle_id
+
+
+@app.command()
+def rename(
+    bundle: BundleIdArgument,
+    name: NameArgument,
+    folder: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give a bundle a name, which every command accepts instead of its id."""
+    with FleetHome.load(folder).registry() as registry:
+        bundle_id = registry.rollouts.rename_bundle(bundle, name)
+    if as_json:
+        print_json({"bundle_id": bundle_id, "name": name})
+    else:
+        print(f"bundle {bundle_id} is named {name}")
+
+
+@app.command()
+def remove(
+    bundle: BundleIdArgument,
+    force: ForceOption = False,
+    folder: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove a bundle that no device needs, and delete its files from the fleet's folder."""
+    bundle_id, freed_bytes = FleetHome.load(folder).remove_bundle(bundle, force=force)
+    if as_json:
+        print_json({"bundle_id": bundle_id, "freed_bytes": freed_bytes})
+    else:
+        print(f"bundle {bundle_id} is removed; {freed_bytes / MB:,.1f} MB are free")
 
 
 @app.command("list")
 def list_bundles(folder: HomeOption = None, as_json: JsonOption = False) -> None:
-    """List the bundles: their devices, their workers, and an open roll-out."""
-    with FleetHome.load(folder).registry() as registry:
-        rows = registry.rollouts.bundles()
+    """List the bundles: their size on disk, devices and workers, and an open roll-out."""
+    home = FleetHome.load(folder)
+    with home.registry() as registry:
+        rows = [_stored(home, row) for row in registry.rollouts.bundles()]
     if as_json:
         print_json(rows)
     elif rows:
@@ -102,7 +168,17 @@ def list_bundles(folder: HomeOption = None, as_json: JsonOption = False) -> None
         print("bundles: none yet; add one with 'fleet bundle add DIR'")
 
 
-def bundles_table(rows: Sequence[BundleRow]) -> Table:
+class StoredBundle(BundleRow, frozen=True, kw_only=True):
+    """A bundle, and the size of its files in the fleet's folder, or None if they are missing."""
+
+    disk_bytes: int | None
+
+
+def _stored(home: FleetHome, row: BundleRow) -> StoredBundle:
+    return StoredBundle(**asdict(row), disk_bytes=bundle_bytes(home.bundles, row.bundle_id))
+
+
+def bundles_table(rows: Sequence[StoredBundle]) -> Table:
     """The registry's bundles as a table of at most 80 columns."""
     table = Table(title="bundles", title_justify="left", show_lines=True)
     table.add_column("bundle", min_width=32, overflow="fold")
@@ -111,9 +187,10 @@ def bundles_table(rows: Sequence[BundleRow]) -> Table:
     table.add_column("workers", overflow="fold")
     table.add_column("roll-out")
     for row in rows:
+        lines = [row.bundle_id, row.name, row.model, f"added {format_time(row.added_at)}"]
         table.add_row(
-            outside_text(f"{row.bundle_id}\n{row.model}"),
-            f"{row.num_bytes / MB:,.1f}",
+            outside_text("\n".join(filter(None, lines))),
+            "no files" if row.disk_bytes is None else f"{row.disk_bytes / MB:,.1f}",
             f"{row.devices:,} on it\n{row.wanted:,} desired",
             outside_text("\n".join(row.workers) or "-"),
             "-" if row.rollout is None else f"{row.rollout}:\n{row.rollout_state}",

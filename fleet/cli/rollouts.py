@@ -9,6 +9,7 @@ from typing import Annotated, Final
 import typer
 from rich.text import Text
 
+from fleet.cli.bundles import BundleIdArgument
 from fleet.cli.console import new_console, outside_text
 from fleet.cli.options import (
     GroupOption,
@@ -19,10 +20,10 @@ from fleet.cli.options import (
     print_json,
 )
 from fleet.errors import ConfigError
-from fleet.registry.results import RolloutRow
+from fleet.registry.results import RolloutRow, bundle_label
 from fleet.registry.rollouts.canary_analysis import CanaryLimits
 from fleet.registry.rollouts.plan import RolloutPlan
-from fleet.registry.rollouts.states import RolloutEvent
+from fleet.registry.rollouts.states import RolloutEvent, RolloutState
 from fleet.server.home import FleetHome
 from fleet.utils.printable import count
 
@@ -36,11 +37,16 @@ OBSERVE: Final = format_span(PLAN.observe_s)
 TAKE_WITHIN: Final = format_span(PLAN.take_within_s)
 OFFLINE_AFTER: Final = format_span(PLAN.offline_after_s)
 
-BundleIdArgument = Annotated[
-    str, typer.Argument(metavar="BUNDLE", help="A bundle's id; see `fleet bundle list`.")
-]
 RolloutArgument = Annotated[
     int | None, typer.Argument(metavar="[ID]", help="The roll-out's id (default: the open one).")
+]
+UndoneArgument = Annotated[
+    int | None,
+    typer.Argument(metavar="[ID]", help="The roll-out's id (default: the open or newest one)."),
+]
+AtOnceOption = Annotated[
+    bool,
+    typer.Option("--at-once", help="After its end: on all devices at once, without comparison."),
 ]
 LimitOption = Annotated[int, typer.Option(min=1, max=MAX_ROLLOUTS, help="Number of the latest.")]
 CanaryOption = Annotated[int, typer.Option(help="Number of devices of the first stage.")]
@@ -75,7 +81,7 @@ OfflineAfterOption = Annotated[
 
 
 def start_rollout(
-    bundle_id: BundleIdArgument,
+    bundle: BundleIdArgument,
     group: GroupOption = None,
     canary: CanaryOption = PLAN.canary,
     canary_group: CanaryGroupOption = None,
@@ -114,8 +120,8 @@ def start_rollout(
         agreement_sample=agreement_sample,
     )
     with FleetHome.load(folder).registry() as registry:
-        number = registry.rollouts.start(bundle_id, plan)
-        row = next(row for row in registry.rollouts.latest() if row.id == number)
+        number = registry.rollouts.start(bundle, plan)
+        row = registry.rollouts.get(number)
     _print_change(row, "started", as_json=as_json)
 
 
@@ -134,10 +140,17 @@ def resume_rollout(
 
 
 def roll_back(
-    rollout: RolloutArgument = None, folder: HomeOption = None, as_json: JsonOption = False
+    rollout: UndoneArgument = None,
+    at_once: AtOnceOption = False,
+    folder: HomeOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Undo a roll-out: restore the previous settings of its devices."""
-    _change(rollout, RolloutEvent.UNDO, "undone", folder, as_json=as_json)
+    """Undo a roll-out; after its end, bring the previous bundle back, stage by stage."""
+    with FleetHome.load(folder).registry() as registry:
+        number = registry.rollouts.roll_back(rollout, at_once=at_once)
+        row = registry.rollouts.get(number)
+    is_undone = row.state == RolloutState.UNDONE
+    _print_change(row, "undone" if is_undone else "started", as_json=as_json)
 
 
 def list_rollouts(
@@ -148,10 +161,8 @@ def list_rollouts(
 ) -> None:
     """Show the latest roll-outs: their progress, their findings, and what they wait for."""
     with FleetHome.load(folder).registry() as registry:
-        rows = registry.rollouts.latest(limit=limit if rollout is None else MAX_ROLLOUTS)
-    rows = [row for row in rows if rollout in (None, row.id)]
-    if rollout is not None and not rows:
-        raise ConfigError(f"unknown roll-out {rollout}; see 'fleet bundle status'")
+        rollouts = registry.rollouts
+        rows = rollouts.latest(limit=limit) if rollout is None else [rollouts.get(rollout)]
     if as_json:
         print_json(rows)
         return
@@ -165,7 +176,8 @@ def list_rollouts(
 def progress_text(row: RolloutRow, now: float) -> Text:
     """A roll-out in a few lines: its progress, the outcomes of its devices, its findings."""
     targets = f"group {row.group}" if row.group else "all devices"
-    title = f"roll-out {row.id}: bundle {row.bundle_id} to {targets}, {row.state}"
+    label = bundle_label(row.bundle_id, row.bundle_name)
+    title = f"roll-out {row.id}: bundle {label} to {targets}, {row.state}"
     lines = [Text(title, "bold"), _stage_text(row, now)]
     if any(row.devices.values()):
         lines.append(_outcomes_text(row))
@@ -212,7 +224,7 @@ def _change(
 ) -> None:
     with FleetHome.load(folder).registry() as registry:
         number = registry.rollouts.change(rollout, event)
-        row = next(row for row in registry.rollouts.latest(limit=MAX_ROLLOUTS) if row.id == number)
+        row = registry.rollouts.get(number)
     _print_change(row, participle, as_json=as_json)
 
 
@@ -220,7 +232,8 @@ def _print_change(row: RolloutRow, participle: str, *, as_json: bool) -> None:
     if as_json:
         print_json(row)
         return
-    print(f"roll-out {row.id} of bundle {row.bundle_id} is {participle}; see 'fleet bundle status'")
+    label = bundle_label(row.bundle_id, row.bundle_name)
+    print(f"roll-out {row.id} of bundle {label} is {participle}; see 'fleet bundle status'")
     if row.state == "waiting" and row.doing:
         print(f"it waits: {row.doing}")
 

@@ -14,7 +14,12 @@ from sqlalchemy import inspect
 from sqlalchemy.engine import URL
 
 from fleet.errors import ConfigError, RegistryError
-from fleet.registry.database import connect_database, parse_url, registry_errors
+from fleet.registry.database import (
+    connect_database,
+    parse_url,
+    registry_errors,
+    without_secrets,
+)
 
 POSTGRESQL_FOLDER: Final = Path("/usr/lib/postgresql")
 
@@ -73,23 +78,23 @@ def _check_empty(url: URL) -> None:
         finally:
             engine.dispose()
     if tables:
-        shown = url.render_as_string(hide_password=True)
         raise RegistryError(
-            f"the registry {shown} is not empty ({len(tables)} tables); "
+            f"the registry {without_secrets(url)} is not empty ({len(tables)} tables); "
             "create a new database (createdb), and name it with --registry"
         )
 
 
 def _conninfo(url: URL) -> str:
     """Return the URL for libpq, without the password: any user can list a command's arguments."""
-    return url.set(drivername="postgresql", password=None).render_as_string()
+    url = url.set(drivername="postgresql", password=None)
+    return url.difference_update_query(["password"]).render_as_string()
 
 
 def _run_client(program: str, url: URL, *arguments: str) -> None:
     """Run a program of PostgreSQL; its first error is that of a RegistryError."""
     environment = dict(os.environ)
-    if url.password:
-        environment["PGPASSWORD"] = str(url.password)
+    if password := url.password or url.query.get("password"):
+        environment["PGPASSWORD"] = str(password)
     done = subprocess.run(
         [_find_client(program), "--no-password", *arguments],
         env=environment,
@@ -98,7 +103,7 @@ def _run_client(program: str, url: URL, *arguments: str) -> None:
         check=False,
     )
     if done.returncode:
-        shown = url.render_as_string(hide_password=True)
+        shown = without_secrets(url)
         reason = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
         raise RegistryError(f"{program} failed on the registry {shown}: {reason[:500]}")
 

@@ -132,7 +132,7 @@ def _explanation(error: SQLAlchemyError) -> str:
         return f"cannot use its disk ({reason}); check whether it is full or broken"
     if code in BROKEN:
         return f"is damaged ({reason}); put a backup in its place"
-    return f"cannot answer: {reason}; check its path or URL"
+    return f"is not available: {reason}; check its path or URL"
 
 
 def _first_error(error: BaseException) -> BaseException:
@@ -235,7 +235,7 @@ class _SqliteFile:
         self._opened: tuple[int, int] | None = None
 
     def check(self) -> None:
-        """Raise RegistryError when the file is gone, or another is in its place.
+        """Raise RegistryError if the file was removed or replaced by another one.
 
         SQLite would write into the deleted file, or into a new one.
         """
@@ -250,7 +250,7 @@ class _SqliteFile:
                 if file
                 else "its file is gone; put it back"
             )
-            raise RegistryError(f"the registry {self._path} cannot answer: {reason}")
+            raise RegistryError(f"the registry {self._path} is not available: {reason}")
         self._opened = file
 
 

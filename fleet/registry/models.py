@@ -123,7 +123,7 @@ class CertificateRecord(Table):
 
 
 class StatusRecord(Table):
-    """The newest status of a device; both errors are a `ConfigProblem` in builtins."""
+    """The newest status of a device; each error is a `ConfigProblem` in builtins."""
 
     __tablename__ = "device_status"
 
@@ -139,6 +139,7 @@ class StatusRecord(Table):
     config_version: Mapped[Amount] = mapped_column(default=0)
     config_error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     software_error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    event_error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
 
     @property
     def config_problem(self) -> ConfigProblem | None:
@@ -149,6 +150,11 @@ class StatusRecord(Table):
     def software_problem(self) -> ConfigProblem | None:
         """The reason why the device does not run the desired version of its software."""
         return msgspec.convert(self.software_error, ConfigProblem | None)
+
+    @property
+    def event_problem(self) -> ConfigProblem | None:
+        """The reason why the device dropped an event."""
+        return msgspec.convert(self.event_error, ConfigProblem | None)
 
 
 class WorkerRecord(Table):
@@ -185,7 +191,11 @@ class ConfigChange(Table):
 
 
 class BundleRecord(Table):
-    """A bundle whose files the server offers."""
+    """A bundle whose files the server offers, or has offered until `removed_at`.
+
+    `name` is the operator's name for it, which is unique. Reports and roll-outs of the past refer
+    to bundles that were removed.
+    """
 
     __tablename__ = "bundles"
 
@@ -193,6 +203,8 @@ class BundleRecord(Table):
     model: Mapped[Label]
     num_bytes: Mapped[Amount]
     added_at: Mapped[Time]
+    name: Mapped[Name | None] = mapped_column(unique=True, index=True)
+    removed_at: Mapped[Time | None]
 
 
 class RolloutRecord(Table):

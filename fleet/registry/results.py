@@ -23,12 +23,14 @@ class DeviceRow(Struct, frozen=True, kw_only=True):
     online: bool
     mode: str
     bundle_id: str
+    bundle_name: str | None = None
     version: str
     last_seen: float | None
     not_after: float
     config_version: int
     config_error: ConfigProblem | None
     software_error: ConfigProblem | None
+    event_error: ConfigProblem | None
     state: str
     tags: dict[str, str]
 
@@ -104,7 +106,7 @@ class StatsCounts(GenerationCounts, frozen=True, kw_only=True):
     `sources` and `shares` are in the order of depth: exits, lookup, cloud, fallback. Quantiles are
     in ms, read from histograms, and None without answers. `switches` counts changes of mode by the
     new mode and the kind of reason. `trend` is the offload rate of equal spans of the window,
-    oldest first, None where nothing was generated.
+    oldest first, and None for a span without tokens.
     """
 
     generations: int
@@ -141,6 +143,7 @@ class BundleStats(StatsCounts, frozen=True, kw_only=True):
     """The counts of a bundle over all devices."""
 
     bundle_id: str
+    bundle_name: str | None = None
 
 
 class HourStats(StatsCounts, frozen=True, kw_only=True):
@@ -191,6 +194,7 @@ class BundleRow(Struct, frozen=True, kw_only=True):
     """
 
     bundle_id: str
+    name: str | None
     model: str
     num_bytes: int
     added_at: float
@@ -211,6 +215,7 @@ class RolloutRow(Struct, frozen=True, kw_only=True):
 
     id: int
     bundle_id: str
+    bundle_name: str | None = None
     group: str | None
     state: str
     stage: int
@@ -226,3 +231,8 @@ class RolloutRow(Struct, frozen=True, kw_only=True):
     stage_at: float
     ended_at: float | None
     plan: dict[str, Any]
+
+
+def bundle_label(bundle_id: str, name: str | None) -> str:
+    """Return a bundle's id, with its name if it has one."""
+    return f"{bundle_id} ({name})" if name else bundle_id

@@ -55,7 +55,7 @@ class DesiredStateRepository(Repository):
     def settings(self, target: Target) -> Settings:
         """Return the newest settings of `target` itself, without the wider scopes."""
         with self._transactions.reading() as db:
-            return _newest_settings(db, target)
+            return newest_settings(db, target)
 
     def change_settings(self, target: Target, change: Callable[[Settings], Settings]) -> int:
         """Replace a target's settings by ``change(settings)``; return the new version.
@@ -68,7 +68,7 @@ class DesiredStateRepository(Repository):
         def work(db: Session) -> int:
             _check_target(db, target)
             acquire_lock(db, CONFIG_LOCK)
-            return _add_change(db, self.actor, target, change(_newest_settings(db, target)))
+            return _add_change(db, self.actor, target, change(newest_settings(db, target)))
 
         return self._transactions.write(work)
 
@@ -89,7 +89,7 @@ class DesiredStateRepository(Repository):
                 if newest.settings.software and _is_narrower(db, narrower, target):
                     settings = replace(newest.settings, software=None)
                     _add_change(db, self.actor, narrower, settings)
-            settings = replace(_newest_settings(db, target), software=version)
+            settings = replace(newest_settings(db, target), software=version)
             return _add_change(db, self.actor, target, settings)
 
         return self._transactions.write(work)
@@ -97,7 +97,7 @@ class DesiredStateRepository(Repository):
     def configs(self, devices: Iterable[str] | None = None) -> dict[str, DesiredConfig]:
         """Return the desired configuration of each device, or of `devices`.
 
-        Its version is 0 where there are no settings.
+        A configuration without settings has version 0.
         """
         with self._transactions.reading() as db:
             return desired_configs(db, devices)
@@ -152,7 +152,8 @@ def wider_settings(db: Session, devices: Iterable[str]) -> dict[str, Settings]:
     }
 
 
-def _newest_settings(db: Session, target: Target) -> Settings:
+def newest_settings(db: Session, target: Target) -> Settings:
+    """Return the newest settings of `target` itself, without the wider scopes."""
     query = (
         select(ConfigChange.settings)
         .where(ConfigChange.scope == target.scope, ConfigChange.target == target.name)

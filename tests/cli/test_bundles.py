@@ -15,11 +15,13 @@ from fleet.cli import app
 from fleet.cli.options import format_span, parse_span
 from fleet.cli.rollouts import progress_text
 from fleet.errors import BundleError, ConfigError, FleetError, RolloutError
+from fleet.protocol.desired_config import Settings
 from fleet.protocol.report import DeviceStatus
 from fleet.registry.results import RolloutRow
 from fleet.registry.rollouts.plan import DeviceOutcome
+from fleet.registry.settings import Scope, Target
 from fleet.server.home import FleetConfig, FleetHome
-from fleet.server.worker_pool import IDLE_S, ScalingPlan, plan_scaling
+from fleet.server.worker_pool import IDLE_S, ScalingPlan, WorkerPool, plan_scaling
 from tests.fleet.conftest import add
 
 
@@ -121,7 +123,7 @@ def test_the_list_names_the_open_roll_out_of_a_bundle(fleet: FleetHome, bundle_i
     ("arguments", "message"),
     [
         (("rollout", "b-none"), "unknown bundle 'b-none': there are none"),
-        (("pause",), "open roll-outs are none"),
+        (("pause",), "no roll-out is open"),
         (("rollback", "3"), "unknown roll-out 3"),
         (("status", "3"), "unknown roll-out 3"),
         (("rollout", "b", "--stages", "10,x"), "stages '10,x': expected percentages"),
@@ -167,6 +169,81 @@ def test_the_progress_of_a_roll_out_in_a_few_lines() -> None:
         "  fine: errors 0.0%, limit 5.0%",
         "  watched for 12 of 600 s",
     ]
+
+
+def test_a_bundle_is_added_under_a_name_that_every_command_accepts(
+    fleet: FleetHome, tiny_bundle: Bundle
+) -> None:
+    bundle_id = tiny_bundle.manifest.bundle_id
+    output = run(fleet, "add", str(tiny_bundle.folder), "--name", "spring")
+    assert output.endswith("next: fleet bundle rollout spring\n")
+    assert f"bundle {bundle_id} (spring) is started" in run(fleet, "rollout", "spring")
+    assert rows(fleet)[0].bundle_name == "spring"
+    assert f"bundle {bundle_id} (spring) to all devices" in run(fleet, "status")
+    assert "spring" in run(fleet, "list")
+    run(fleet, "rename", bundle_id[:6], "summer")
+    (row,) = msgspec.json.decode(run(fleet, "list", "--json"))
+    assert row["name"] == "summer"
+    arguments = ["config", "set", "bundle=summer", "--all", "--json", "--home", str(fleet.folder)]
+    result = CliRunner().invoke(app, arguments)
+    assert msgspec.json.decode(result.output)["settings"] == {"bundle": bundle_id}
+
+
+def test_a_bundle_with_a_name_that_is_not_plain_is_not_kept(
+    fleet: FleetHome, tiny_bundle: Bundle
+) -> None:
+    with pytest.raises(RolloutError, match="name 'a b': expected"):
+        run(fleet, "add", str(tiny_bundle.folder), "--name", "a b")
+    assert not fleet.bundles.exists()
+
+
+def test_a_removed_bundle_leaves_the_disk(fleet: FleetHome, bundle_id: str, tmp_path: Path) -> None:
+    with pytest.raises(RolloutError, match="the fleet serves it by its configuration"):
+        run(fleet, "remove", bundle_id)
+    config = msgspec.structs.replace(fleet.config, bundle=str(tmp_path / "none"))
+    FleetHome(fleet.folder, config).save()
+    (row,) = msgspec.json.decode(run(fleet, "list", "--json"))
+    files = [path for path in (fleet.bundles / bundle_id).rglob("*") if path.is_file()]
+    assert row["disk_bytes"] == sum(path.stat().st_size for path in files)
+    own = [path.stat().st_size for path in files if path.stat().st_nlink == 1]
+    removed = msgspec.json.decode(run(fleet, "remove", bundle_id[:4], "--json"))
+    assert removed == {"bundle_id": bundle_id, "freed_bytes": sum(own)}
+    assert list(fleet.bundles.iterdir()) == []
+    assert msgspec.json.decode(run(fleet, "list", "--json")) == []
+
+
+def test_a_bundle_without_files_is_listed_as_such(fleet: FleetHome, bundle_id: str) -> None:
+    shutil.rmtree(fleet.bundles / bundle_id)
+    assert msgspec.json.decode(run(fleet, "list", "--json"))[0]["disk_bytes"] is None
+    assert "no files" in run(fleet, "list")
+
+
+def test_a_restored_fleet_names_the_bundles_without_files(
+    fleet: FleetHome, bundle_id: str, tmp_path: Path
+) -> None:
+    config = msgspec.structs.replace(fleet.config, bundle=str(tmp_path / "none"))
+    FleetHome(fleet.folder, config).save()
+    run(fleet, "rename", bundle_id, "spring")
+    file = str(tmp_path / "backup.tar.gz")
+    lines = []
+    for bundles in ([], ["--bundles"]):
+        back_up = ["backup", f"{file}{len(bundles)}", *bundles, "--home", str(fleet.folder)]
+        assert CliRunner().invoke(app, back_up).exit_code == 0
+        new = ["--home", str(tmp_path / f"new{len(bundles)}")]
+        lines.append(CliRunner().invoke(app, ["restore", back_up[1], *new]).output)
+    assert f"without files are bundles {bundle_id} (spring): add each one again" in lines[0]
+    assert "without files" not in lines[1]
+
+
+def test_no_worker_starts_for_a_bundle_without_files(fleet: FleetHome, bundle_id: str) -> None:
+    with fleet.registry() as registry:
+        registry.desired_state.change_settings(
+            Target(Scope.ALL), lambda _: Settings(bundle=bundle_id)
+        )
+    with WorkerPool(home=fleet, default="", num_workers=0, shares=False) as pool:
+        assert pool._desired_bundles() == {bundle_id}
+        shutil.rmtree(fleet.bundles / bundle_id)
+        assert pool._desired_bundles() == set()
 
 
 @pytest.mark.parametrize(

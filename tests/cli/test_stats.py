@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ import pytest
 from typer.testing import CliRunner
 
 from fleet.cli import app
+from fleet.cli.stats_plot import trend_times
 from fleet.cli.stats_views import spark
 from fleet.errors import ConfigError, FleetError
 from fleet.protocol.access import Role
 from fleet.protocol.report import DeviceStatus, Switch
+from fleet.registry.stats.rollup_columns import HOUR_S
 from fleet.server.fleet_options import FleetOptions, resolve_config
 from fleet.server.home import FleetConfig, FleetHome
 from tests.fleet.conftest import add, report
@@ -172,11 +176,29 @@ def test_one_device_in_detail(folder: Path) -> None:
     out = fleet(folder, "device", "edge-1")
     for words in (
         "kitchen",
-        "where tokens came from",
+        "token sources",
         "1 time standalone: the link is down",
         "latest sessions",
     ):
         assert words in out
+
+
+def test_a_trend_of_one_point_is_not_drawn(folder: Path) -> None:
+    assert "trend" not in fleet(folder, "stats", "edge-1", "--since", "1h")
+
+
+def test_the_trend_of_a_plot_has_dates(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "stats.svg"
+    fleet(folder, "stats", "edge-1", "--since", "3h", "--plot", str(path))
+    assert re.search(r"\d\d:00<", path.read_text())
+
+
+def test_a_point_of_a_trend_is_at_the_begin_of_its_span() -> None:
+    at = datetime(2026, 11, 30, 8, 40, tzinfo=UTC).timestamp()
+    assert [f"{each:%d %H:%M}" for each in trend_times(2, at, at + HOUR_S)] == [
+        "30 08:00",
+        "30 09:00",
+    ]
 
 
 def test_a_bar_of_rates() -> None:
@@ -202,7 +224,7 @@ def test_a_registry_that_cannot_be_opened_is_not_written_down(tmp_path: Path) ->
         bundle="/no/bundle",
         registry="postgresql://fleet:secret@127.0.0.1:1/fleet",
     )
-    with pytest.raises(FleetError, match="cannot answer") as raised:
+    with pytest.raises(FleetError, match="is not available") as raised:
         FleetHome.create(tmp_path, config)
     assert "secret" not in str(raised.value)
     assert not (tmp_path / "fleet.json").exists()

@@ -95,7 +95,7 @@ def revoke_certificates(db: Session, name: str, now: float) -> list[str]:
 
 
 def revoked_certificates(db: Session, now: float) -> list[RevokedCertificate]:
-    """Return the certificates that may not be used and have not ended yet, by serial.
+    """Return the certificates that may not be used and have not expired yet, by serial.
 
     They are revoked, or their identity is suspended or revoked. Those of a suspended identity
     become valid again when it is resumed: they are on hold (RFC 5280 section 5.3.1).

@@ -73,7 +73,8 @@ def _next_state(record: IdentityRecord, now: float, *, replace: bool) -> Identit
         if not replace:
             raise IdentityError(
                 f"{record.name!r} is enrolled already, as {record.role}; "
-                "choose another name, or replace it with --force"
+                "choose another name, replace it with --force, "
+                "or leave the enrolled names of a file out with --new-only"
             )
         state = next_state(record.name, state, IdentityChange.REVOKE)
     return next_state(record.name, state, IdentityChange.ENROLL)

@@ -207,7 +207,7 @@ class IdentityRepository(Repository):
     def invite(self, name: str, ttl_s: float) -> NewToken:
         """Return another token for an identity, which keeps its group, tags and targets.
 
-        Its earlier tokens become invalid; a certificate that has not ended stays valid.
+        Its earlier tokens become invalid; a certificate that has not expired stays valid.
 
         Raises:
             UnknownDeviceError, StateError: it is not enrolled, or suspended or revoked.
@@ -226,9 +226,9 @@ class IdentityRepository(Repository):
         return self._transactions.write(work)
 
     def recertify(self, name: str, role: Role, issued: IssuedCertificate) -> None:
-        """Store another certificate of an identity, also when its last one has ended.
+        """Store another certificate of an identity, even if the last one has expired.
 
-        `role` becomes its role. Certificates that have not ended stay valid.
+        `role` becomes its role. Certificates that have not expired stay valid.
 
         Raises:
             UnknownDeviceError, StateError: it is not enrolled, or suspended or revoked.
@@ -371,6 +371,14 @@ class IdentityRepository(Repository):
                 for record in db.scalars(query)
             ]
 
+    def deleted(self) -> dict[str, Role]:
+        """Return the names that are deleted and not enrolled again, each with its last role."""
+        query = select(IdentityRecord.name, IdentityRecord.role).where(
+            IdentityRecord.state == IdentityState.DELETED
+        )
+        with self._transactions.reading() as db:
+            return {name: Role(role) for name, role in db.execute(query)}
+
     def grants(self, name: str) -> Grants | None:
         """Return the grants of `name`, with today's groups and tags; None unless it is active."""
         with self._transactions.reading() as db:
@@ -436,7 +444,7 @@ class IdentityRepository(Repository):
     def revoked_certificates(self, now: float | None = None) -> list[RevokedCertificate]:
         """Return the certificates of the revocation list, by serial.
 
-        They are revoked or on hold, and have not ended yet.
+        They are revoked or on hold, and have not expired yet.
         """
         with self._transactions.reading() as db:
             return revoked_certificates(db, time.time() if now is None else now)

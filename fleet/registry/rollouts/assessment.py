@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from fleet.registry.models import RolloutRecord
+from fleet.registry.models import BundleRecord, RolloutRecord
 from fleet.registry.results import RolloutRow
 from fleet.registry.rollouts.bundles import missing_worker
-from fleet.registry.rollouts.canary_analysis import Evidence, examine
+from fleet.registry.rollouts.canary_analysis import Evidence, examine_modes
 from fleet.registry.rollouts.plan import (
     DeviceOutcome,
     ReasonedOutcome,
@@ -28,7 +28,8 @@ from fleet.registry.rollouts.plan import (
 )
 from fleet.registry.rollouts.records import candidates, open_rollouts, progress_of
 from fleet.registry.rollouts.states import OPEN, RolloutState
-from fleet.registry.stats.queries import By, StatsQuery, aggregate_by
+from fleet.registry.stats.queries import StatsQuery, counts_by_mode
+from fleet.registry.stats.rollup_columns import UNKNOWN_MODE
 
 BASELINE_S: Final = 86_400.0
 """The time before the roll-out whose answers of other bundles are compared with."""
@@ -65,19 +66,22 @@ def assess(db: Session, record: RolloutRecord, now: float, receiving_since: floa
         return Assessment(RolloutDecision(RolloutStep.SERVE, "a worker serves it"), outcomes)
     if not record.stage:
         return Assessment(RolloutDecision(RolloutStep.ADVANCE, "a worker serves it"), outcomes)
+    if progress.plan.at_once:
+        return Assessment(RolloutDecision(RolloutStep.ADVANCE, "at once"), outcomes)
     decision = decide_step(progress, outcomes, clock)
     if progress.watched_from is None:
         return Assessment(decision, outcomes)
     plan = progress.plan
-    evidence = evidence_of(
+    evidence = evidence_by_mode(
         db, record, plan=plan, members=tuple(outcomes), since=progress.watched_from, now=now
     )
     watched_s = now - progress.watched_from
-    findings = examine(evidence, plan.limits, is_final=watched_s >= plan.observe_s)
+    findings = examine_modes(evidence, plan.limits, is_final=watched_s >= plan.observe_s)
+    num_answers = [each.num_answers for each in evidence.values()]
     if decision.step is RolloutStep.WATCH:
-        decision = judge(plan, findings, evidence.num_answers, watched_s)
+        decision = judge(plan, findings, max(num_answers, default=0), watched_s)
     texts = tuple(f"{each.outcome}: {each.text}" for each in findings)
-    return Assessment(decision, outcomes, evidence.num_answers, texts)
+    return Assessment(decision, outcomes, sum(num_answers), texts)
 
 
 def _outcomes(
@@ -92,7 +96,7 @@ def _outcomes(
     }
 
 
-def evidence_of(
+def evidence_by_mode(
     db: Session,
     record: RolloutRecord,
     *,
@@ -100,40 +104,60 @@ def evidence_of(
     members: tuple[str, ...],
     since: float,
     now: float,
-) -> Evidence:
-    """Return the answers of a stage's devices from `since` on, and those to compare with."""
-    new = _counts_by_bundle(db, StatsQuery(now=now, since=since), members)[record.bundle_id]
-    if new["answers"] < plan.limits.min_answers:
-        return Evidence(new, Counter(), Counter())
+) -> dict[str, Evidence]:
+    """Return the answers of a stage's devices from `since` on, and those to compare with.
+
+    They are by mode, as far as the stage's devices have answered in it. A mode with too few answers
+    has none to compare with.
+    """
+    new = _counts_of_devices(db, StatsQuery(now=now, since=since), members)
+    evidence = _new_evidence(new, record.bundle_id)
+    modes = [mode for mode, each in evidence.items() if each.num_answers >= plan.limits.min_answers]
+    if not modes:
+        return evidence
     baseline = StatsQuery(now=now, since=record.started_at - BASELINE_S, group=plan.group)
-    own = _counts_by_bundle(db, baseline, members)
-    same = _sum(counts for bundle_id, counts in own.items() if bundle_id != record.bundle_id)
-    all_devices = aggregate_by(db, By.BUNDLE, baseline)
-    everyone = _sum(
-        Counter(aggregate.columns())
-        for bundle_id, aggregate in all_devices.items()
-        if bundle_id != record.bundle_id
-    )
-    return Evidence(new, same, everyone - same)
+    own = _counts_of_devices(db, baseline, members)
+    all_devices = counts_by_mode(db, baseline)
+    for mode in modes:
+        same = _counts_before(own, record.bundle_id, mode)
+        others = _counts_before(all_devices, record.bundle_id, mode) - same
+        evidence[mode] = evidence[mode]._replace(same=same, others=others)
+    return evidence
 
 
-def _counts_by_bundle(
+def _new_evidence(
+    counts: Mapping[tuple[str, str], Counter[str]], bundle_id: str
+) -> dict[str, Evidence]:
+    """Return the counts of a bundle by mode, without those to compare with."""
+    modes = sorted(mode for other, mode in counts if other == bundle_id)
+    return {mode: Evidence(counts[bundle_id, mode], Counter(), Counter()) for mode in modes}
+
+
+def _counts_of_devices(
     db: Session, query: StatsQuery, devices: Sequence[str]
-) -> defaultdict[str, Counter[str]]:
-    """Return the counts of some devices by bundle, by the columns of a roll-up.
+) -> defaultdict[tuple[str, str], Counter[str]]:
+    """Return the counts of some devices by bundle and mode, by the columns of a roll-up.
 
     Devices are queried in chunks: a statement has a limited number of parameters.
     """
-    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    counts: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for i in range(0, len(devices), CHUNK_SIZE):
         chunk = msgspec.structs.replace(query, devices=tuple(devices[i : i + CHUNK_SIZE]))
-        for bundle_id, aggregate in aggregate_by(db, By.BUNDLE, chunk).items():
-            counts[bundle_id].update(aggregate.columns())
+        for key, columns in counts_by_mode(db, chunk).items():
+            counts[key].update(columns)
     return counts
 
 
-def _sum(counts: Iterable[Counter[str]]) -> Counter[str]:
-    return sum(counts, Counter())
+def _counts_before(
+    counts: Mapping[tuple[str, str], Counter[str]], bundle_id: str, mode: str
+) -> Counter[str]:
+    """Return the sum of the counts of other bundles in a mode, or in one that is not known."""
+    before = [
+        each
+        for (other, counted), each in counts.items()
+        if other != bundle_id and counted in (mode, UNKNOWN_MODE)
+    ]
+    return sum(before, Counter())
 
 
 def pending_steps(db: Session, now: float, receiving_since: float) -> list[PendingStep]:
@@ -152,19 +176,22 @@ def pending_steps(db: Session, now: float, receiving_since: float) -> list[Pendi
 def rollout_rows(db: Session, now: float, limit: int) -> list[RolloutRow]:
     """Return the latest roll-outs, newest first; of the open ones also their assessments."""
     query = select(RolloutRecord).order_by(RolloutRecord.id.desc()).limit(limit)
-    return [_rollout_row(db, record, now) for record in db.scalars(query)]
+    return [rollout_row(db, record, now) for record in db.scalars(query)]
 
 
-def _rollout_row(db: Session, record: RolloutRecord, now: float) -> RolloutRow:
+def rollout_row(db: Session, record: RolloutRecord, now: float) -> RolloutRow:
+    """Return a roll-out; of an open one also its assessment."""
     progress = progress_of(record)
     assessment = Assessment(RolloutDecision(RolloutStep.WAIT, ""))
     if record.state in OPEN:
         assessment = assess(db, record, now, 0.0)
     outcomes = [each.outcome for each in assessment.outcomes.values()]
     is_paused = record.state == RolloutState.PAUSED
+    bundle = db.get(BundleRecord, record.bundle_id)
     return RolloutRow(
         id=record.id,
         bundle_id=record.bundle_id,
+        bundle_name=bundle.name if bundle else None,
         group=progress.plan.group,
         state=record.state,
         stage=record.stage,

@@ -7,21 +7,10 @@ from collections import Counter, defaultdict
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from fleet.errors import RolloutError
 from fleet.registry.models import BundleRecord, StatusRecord, WorkerRecord
 from fleet.registry.results import BundleRow
 from fleet.registry.rollouts.records import open_rollouts
 from fleet.registry.settings import desired_configs
-
-
-def check_bundle(db: Session, bundle_id: str) -> None:
-    """Raise RolloutError, which names the existing bundles, unless the bundle was added."""
-    if db.get(BundleRecord, bundle_id) is None:
-        ids = db.scalars(select(BundleRecord.bundle_id).order_by(BundleRecord.bundle_id))
-        raise RolloutError(
-            f"unknown bundle {bundle_id[:80]!r}: there are {', '.join(ids) or 'none'}; "
-            "add it with 'fleet bundle add DIR'"
-        )
 
 
 def serving_workers(db: Session) -> dict[str, list[str]]:
@@ -56,16 +45,18 @@ def desired_bundles(db: Session) -> Counter[str]:
 
 
 def bundle_rows(db: Session) -> list[BundleRow]:
-    """Return every bundle, the newest first."""
+    """Return every bundle that the server offers, the newest first."""
     desired = desired_bundles(db)
     workers = serving_workers(db)
     served = Counter(db.scalars(select(StatusRecord.bundle_id).where(StatusRecord.online)))
     rollouts = {record.bundle_id: record.id for record in open_rollouts(db)}
     states = {record.bundle_id: record.state for record in open_rollouts(db)}
-    newest_first = (BundleRecord.added_at.desc(), BundleRecord.bundle_id)
+    offered = select(BundleRecord).where(BundleRecord.removed_at.is_(None))
+    newest_first = offered.order_by(BundleRecord.added_at.desc(), BundleRecord.bundle_id)
     return [
         BundleRow(
             bundle_id=record.bundle_id,
+            name=record.name,
             model=record.model,
             num_bytes=record.num_bytes,
             added_at=record.added_at,
@@ -75,5 +66,5 @@ def bundle_rows(db: Session) -> list[BundleRow]:
             rollout=rollouts.get(record.bundle_id),
             rollout_state=states.get(record.bundle_id, ""),
         )
-        for record in db.scalars(select(BundleRecord).order_by(*newest_first))
+        for record in db.scalars(newest_first)
     ]

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
+from itertools import chain
 from typing import Annotated, Final, NamedTuple
 
 from msgspec import Meta, Struct
@@ -87,9 +88,9 @@ class Evidence(NamedTuple):
 
 
 def wilson(sample: ShareSample, z: float) -> tuple[float, float]:
-    """Return the bounds of the share behind a sample, `z` standard deviations away.
+    """Return the bounds of the true share of a sample, `z` standard deviations away.
 
-    (0, 1) for no observation.
+    They are (0, 1) for a sample without observations.
     """
     p, n = sample
     if not n:
@@ -109,6 +110,24 @@ def increase_bound(new: ShareSample, old: ShareSample, z: float) -> float:
     below = new.share - low
     above = high - old.share
     return new.share - old.share - math.hypot(below, above)
+
+
+def examine_modes(
+    evidence: Mapping[str, Evidence], limits: CanaryLimits, *, is_final: bool
+) -> list[Finding]:
+    """Return the findings of each mode's answers; with several modes their texts begin with it.
+
+    Offload and times differ between modes more than between bundles, so the answers of one mode are
+    compared with those of the same mode.
+    """
+    findings = {mode: examine(each, limits, is_final=is_final) for mode, each in evidence.items()}
+    if len(evidence) == 1:
+        return [*chain.from_iterable(findings.values())]
+    return [
+        Finding(finding.outcome, f"{mode}: {finding.text}")
+        for mode, each in findings.items()
+        for finding in each
+    ]
 
 
 def examine(evidence: Evidence, limits: CanaryLimits, *, is_final: bool) -> list[Finding]:

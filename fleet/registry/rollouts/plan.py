@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
@@ -20,6 +20,7 @@ from fleet.protocol.types import Share
 from fleet.registry.rollouts.canary_analysis import CanaryLimits, Finding, Outcome
 
 Positive = Annotated[float, Meta(gt=0, le=1e8)]
+MAX_CANARY: Final = 1_000_000
 Percentage = Annotated[int, Meta(ge=1, le=100)]
 
 
@@ -31,10 +32,12 @@ class RolloutPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     watched for at least `observe_s` seconds. A device that has installed it and is offline for
     `offline_after_s` seconds has failed; a share of more than `max_failed` of them undoes the
     roll-out. While it lasts, `agreement_sample` is a setting of its devices.
+
+    With `at_once` its first stage is all devices, and it waits for none of them.
     """
 
     group: str | None = None
-    canary: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
+    canary: Annotated[int, Meta(ge=1, le=MAX_CANARY)] = 1
     canary_group: str | None = None
     percentages: tuple[Percentage, ...] = (10, 50, 100)
     limits: CanaryLimits = CanaryLimits()
@@ -43,6 +46,7 @@ class RolloutPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     offline_after_s: Positive = 120.0
     max_failed: Share = 0.1
     agreement_sample: Share = 0.25
+    at_once: bool = False
 
     @property
     def num_stages(self) -> int:
@@ -148,9 +152,9 @@ def _canaries(plan: RolloutPlan, candidates: list[Candidate]) -> list[Candidate]
 def controls_for(
     progress: RolloutProgress, candidates: Sequence[Candidate], members: Collection[str]
 ) -> list[str]:
-    """Return as many online devices as there are `members`, for the comparison.
+    """Return online devices for the comparison, as many as there are `members`.
 
-    They keep their bundle. They are chosen once in a roll-out.
+    They keep their bundle, and are chosen once for each roll-out.
     """
     if progress.controls or not progress.plan.agreement_sample:
         return []
@@ -166,7 +170,7 @@ def _order(candidate: Candidate) -> tuple[bool, str]:
 class DeviceOutcome(StrEnum):
     """The outcome of a roll-out on one device.
 
-    A device is `absent` when it was offline already as the roll-out changed its settings.
+    A device is `absent` if it was already offline when the roll-out changed its settings.
     """
 
     PENDING = "pending"
@@ -215,11 +219,11 @@ def outcome_of(
         return ReasonedOutcome(DeviceOutcome.ABSENT)
     if candidate.bundle_id == bundle_id:
         if is_gone:
-            return ReasonedOutcome(DeviceOutcome.FAILED, f"{device} took it and went offline")
+            return ReasonedOutcome(DeviceOutcome.FAILED, f"{device} went offline with the bundle")
         return ReasonedOutcome(DeviceOutcome.TAKEN)
     since = max(clock.began, previous.told_at, 0.0 if previous.online else candidate.last_seen)
     if clock.now >= since + plan.take_within_s:
-        reason = f"{device} has not taken it within {plan.take_within_s:g} s"
+        reason = f"{device} has not installed the bundle within {plan.take_within_s:g} s"
         return ReasonedOutcome(DeviceOutcome.FAILED, reason)
     return ReasonedOutcome(DeviceOutcome.PENDING)
 
@@ -257,14 +261,14 @@ def decide_step(
         more = f" ({len(failed)} of {len(present)} devices failed)" if len(present) > 1 else ""
         return RolloutDecision(RolloutStep.UNDO, failed[0] + more)
     num_taken = sum(each.outcome is DeviceOutcome.TAKEN for each in present)
-    taken = f"{num_taken} of {len(outcomes)} devices have taken it"
+    taken = f"{num_taken} of {len(outcomes)} devices have installed the bundle"
     if any(each.outcome is DeviceOutcome.PENDING for each in present):
         return RolloutDecision(RolloutStep.WAIT, taken)
     if num_taken:
         return RolloutDecision(RolloutStep.WATCH, taken)
     if clock.now < clock.began + plan.take_within_s:
         return RolloutDecision(RolloutStep.WAIT, "its devices are offline")
-    reason = f"no device was there to take it within {plan.take_within_s:g} s"
+    reason = f"no device was online to install the bundle within {plan.take_within_s:g} s"
     return RolloutDecision(RolloutStep.FAIL, reason)
 
 

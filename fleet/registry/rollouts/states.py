@@ -61,7 +61,11 @@ def next_rollout_state(rollout: int, state: RolloutState, event: RolloutEvent) -
         return LEGAL_EVENTS[state, event]
     except KeyError:
         legal = ", ".join(each for start, each in LEGAL_EVENTS if start is state)
+        advice = (
+            f"expected one of {legal}"
+            if legal
+            else "it has ended; start another one with 'fleet bundle rollout BUNDLE'"
+        )
         raise RolloutError(
-            f"cannot {event} roll-out {rollout}, which is {state}: "
-            f"expected one of {legal or 'nothing: it has ended'}"
+            f"cannot {event} roll-out {rollout}, which is {state}: {advice}"
         ) from None

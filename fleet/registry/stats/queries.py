@@ -6,7 +6,7 @@ window of at most a day may begin with.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any, TypeAlias
@@ -19,7 +19,7 @@ from fleet.protocol.report import GenerationReport, Switch
 from fleet.registry.identities.devices import has_device_role
 from fleet.registry.models import GenerationRecord, IdentityRecord, TokenCount
 from fleet.registry.stats.aggregate import ReportAggregate, from_columns
-from fleet.registry.stats.rollup_columns import HOUR_S
+from fleet.registry.stats.rollup_columns import HOUR_S, mode_column
 from fleet.registry.stats.rollup_tables import ROLLUPS, SOURCES, SWITCHES
 from fleet.registry.stats.rollups import span_start
 from fleet.registry.stats.time_spans import (
@@ -58,7 +58,7 @@ class StatsQuery(msgspec.Struct, frozen=True, kw_only=True):
 
 def aggregate_by(db: Session, by: By, query: StatsQuery) -> defaultdict[StatsKey, ReportAggregate]:
     """Return the aggregates of a query, by the rows' keys."""
-    since = None if query.since is None else window_start(query.since, query.now)
+    since = _start(query)
     if by is By.HOUR:
         spans = [Spans(HOUR_S, rounded_up(since or 0.0, HOUR_S), None)]
     else:
@@ -70,23 +70,48 @@ def aggregate_by(db: Session, by: By, query: StatsQuery) -> defaultdict[StatsKey
     return aggregates
 
 
+def counts_by_mode(db: Session, query: StatsQuery) -> defaultdict[tuple[str, str], Counter[str]]:
+    """Return the counts of a query by bundle and mode, each by the columns of a roll-up."""
+    since = _start(query)
+    amounts = [column.name for column in ROLLUPS.c if not column.primary_key]
+    counts: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    sums_by_mode = _sums(ROLLUPS, By.BUNDLE, query, ladder(since), "mode")
+    for bundle_id, mode, *sums in db.execute(sums_by_mode):
+        counts[bundle_id, mode].update(dict(zip(amounts, sums, strict=True)))
+    if since is not None and since % HOUR_S:
+        first_hour: defaultdict[tuple[str, str], ReportAggregate] = defaultdict(ReportAggregate)
+        for bundle_id, report in _first_hour(db, By.BUNDLE, query, since):
+            first_hour[bundle_id, mode_column(report.mode)].add(report)
+        for key, aggregate in first_hour.items():
+            counts[key].update(aggregate.columns())
+    return counts
+
+
+def _start(query: StatsQuery) -> float | None:
+    """Return the time from which on a query counts; None is ever."""
+    return None if query.since is None else window_start(query.since, query.now)
+
+
 def _rollup_aggregates(
     db: Session, by: By, query: StatsQuery, spans: Iterable[Spans]
 ) -> defaultdict[StatsKey, ReportAggregate]:
     sources: defaultdict[StatsKey, dict[str, int]] = defaultdict(dict)
-    for key, source, tokens in db.execute(_sums(SOURCES, by, query, spans)).all():
+    for key, source, tokens in db.execute(_sums(SOURCES, by, query, spans, "source")).all():
         sources[key][source] = tokens
     aggregates: defaultdict[StatsKey, ReportAggregate] = defaultdict(ReportAggregate)
     for key, *sums in db.execute(_sums(ROLLUPS, by, query, spans)).all():
         aggregates[key] = from_columns(sums, sources[key])
-    for key, mode, reason, number in db.execute(_sums(SWITCHES, by, query, spans)).all():
+    switches = _sums(SWITCHES, by, query, spans, "mode", "reason")
+    for key, mode, reason, number in db.execute(switches).all():
         aggregates[key].switches[mode, reason] += number
     return aggregates
 
 
-def _sums(table: Table, by: By, query: StatsQuery, spans: Iterable[Spans]) -> Select[Any]:
-    """Sum the amounts of a table's rows in `spans`, by the row's key and its other key columns."""
-    others = [table.c[name] for name in ("source", "mode", "reason") if name in table.c]
+def _sums(
+    table: Table, by: By, query: StatsQuery, spans: Iterable[Spans], *columns: str
+) -> Select[Any]:
+    """Sum the amounts of a table's rows in `spans`, by the row's key and some of its columns."""
+    others = [table.c[name] for name in columns]
     sums = [cast(func.sum(column), BigInteger) for column in table.c if not column.primary_key]
     rows = _rows(table, by, query, *others, *sums).group_by("key", *others)
     return rows.where(or_(*(_within(table, each) for each in spans)))
@@ -95,7 +120,7 @@ def _sums(table: Table, by: By, query: StatsQuery, spans: Iterable[Spans]) -> Se
 def trends(db: Session, by: By, query: StatsQuery) -> defaultdict[StatsKey, list[float | None]]:
     """Return the offload rate of equal spans of the window, oldest first.
 
-    None where nothing was generated.
+    The rate of a span without tokens is None.
     """
     first, num_points, span_s = _trend_points(db, query)
     spans = Spans(span_s, first, first + num_points * span_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from msgspec.structs import replace
 from sqlalchemy import SQLColumnExpression, delete, exists, func, select, update
 from sqlalchemy.orm import Session
 
@@ -14,6 +15,7 @@ from fleet.registry.identities.devices import check_device, is_device, is_online
 from fleet.registry.identities.grants import tags_by_device
 from fleet.registry.identities.lifecycle import state_at
 from fleet.registry.models import (
+    BundleRecord,
     GenerationRecord,
     IdentityRecord,
     SessionRecord,
@@ -231,15 +233,19 @@ def _session_row(
 
 def _device_rows(db: Session, name: str | None = None) -> list[DeviceRow]:
     query = (
-        select(IdentityRecord, StatusRecord, is_online())
+        select(IdentityRecord, StatusRecord, is_online(), BundleRecord.name)
         .outerjoin(StatusRecord, StatusRecord.device == IdentityRecord.name)
+        .outerjoin(BundleRecord, BundleRecord.bundle_id == StatusRecord.bundle_id)
         .where(is_device(name))
         .order_by(IdentityRecord.name)
     )
     tags = tags_by_device(db, name)
     return [
-        _device_row(identity, status, tags.get(identity.name, {}), is_online=bool(online))
-        for identity, status, online in db.execute(query)
+        replace(
+            _device_row(identity, status, tags.get(identity.name, {}), is_online=bool(online)),
+            bundle_name=bundle_name,
+        )
+        for identity, status, online, bundle_name in db.execute(query)
     ]
 
 
@@ -258,6 +264,7 @@ def _device_row(
         config_version=status.config_version if status else 0,
         config_error=status.config_problem if status else None,
         software_error=status.software_problem if status else None,
+        event_error=status.event_problem if status else None,
         state=state_at(identity.state, identity.not_after, time.time()),
         tags=tags,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from fleet.protocol.counts import COUNT_FIELDS
-from fleet.protocol.modes import CLOUD, FALLBACK
+from fleet.protocol.modes import CLOUD, FALLBACK, Mode
 from fleet.protocol.types import DAY_S
 
 HOUR_S: Final = 3600
@@ -18,6 +18,13 @@ SUMMED: Final = {CLOUD: "cloud_tokens", FALLBACK: "fallback_tokens"}
 AMOUNTS: Final = ("answers", "errors", *SUMMED.values(), *COUNT_FIELDS)
 """The sums of a roll-up; most are fields of `GenerationCounts`."""
 
+MODES: Final = frozenset(each.value for each in Mode)
+UNKNOWN_MODE: Final = ""
+"""The mode of the answers that were counted before roll-ups had a mode."""
+
+OTHER_MODE: Final = "other"
+"""The mode of answers with an unknown mode, and of reports that sum up several modes."""
+
 NUM_BUCKETS: Final = 32
 BUCKETS_MS: Final[tuple[float, ...]] = tuple(2.0 ** (1 + i / 2) for i in range(NUM_BUCKETS - 1))
 """The upper ends of a histogram's buckets: from 2 ms to 65,536 ms by the square root of 2.
@@ -27,3 +34,8 @@ The last bucket has no end. A value read from the middle of a bucket is wrong by
 
 TTFT: Final = tuple(f"ttft_{i}" for i in range(NUM_BUCKETS))
 TPOT: Final = tuple(f"tpot_{i}" for i in range(NUM_BUCKETS))
+
+
+def mode_column(mode: str) -> str:
+    """Return the mode under which a report is counted; a device may report any text."""
+    return mode if mode in MODES else OTHER_MODE

@@ -1,4 +1,4 @@
-"""The roll-ups' tables: the sums of a device's answers in one span of time, by bundle.
+"""The roll-ups' tables: the sums of a device's answers in one span of time, by bundle and mode.
 
 A span starts at a multiple of its length, in seconds since 1970, and a generation belongs to the
 span in which it started. A query for a window reads the fewest spans that cover it (ADR 0016).
@@ -28,6 +28,7 @@ ROLLUPS: Final = Table(
     "rollups",
     Base.metadata,
     *_key(),
+    Column("mode", String(63), primary_key=True),
     *(Column(name, BigInteger, nullable=False) for name in AMOUNTS),
     # PostgreSQL adds 32-bit integers up twice as fast.
     *(Column(name, Integer, nullable=False) for name in (*TTFT, *TPOT)),

@@ -22,7 +22,7 @@ from fleet.registry.identities.devices import (
     is_device,
     is_online,
 )
-from fleet.registry.models import IdentityRecord, StatusRecord
+from fleet.registry.models import BundleRecord, IdentityRecord, StatusRecord
 from fleet.registry.results import BundleStats, GroupStats, HourStats, StatsRow
 from fleet.registry.stats.aggregate import ReportAggregate, quantiles_ms
 from fleet.registry.stats.queries import By, StatsQuery, aggregate_by, trends
@@ -83,7 +83,11 @@ def grouped_stats(
     if by is By.HOUR:
         return [HourStats(hour_at=float(key), **counts) for key, counts in rows]
     if by is By.BUNDLE:
-        return [BundleStats(bundle_id=key, **counts) for key, counts in rows]
+        bundles = db.execute(select(BundleRecord.bundle_id, BundleRecord.name))
+        names = {bundle.bundle_id: bundle.name for bundle in bundles}
+        return [
+            BundleStats(bundle_id=key, bundle_name=names.get(key), **counts) for key, counts in rows
+        ]
     return [GroupStats(group=key, **counts) for key, counts in rows]
 
 

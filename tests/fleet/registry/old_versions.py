@@ -30,6 +30,13 @@ SESSION: Final = (
     "INSERT INTO sessions (device, session, worker, opened_at) "
     "VALUES ('edge-1', 's1', 'worker-1', 1000) RETURNING id"
 )
+BUNDLE: Final = (
+    "INSERT INTO bundles (bundle_id, model, num_bytes, added_at) VALUES ('b1', 'tiny', 9, 1000)"
+)
+ROLLOUT: Final = (
+    "INSERT INTO rollouts (bundle_id, state, stage, plan, reason, started_at, stage_at, ended_at) "
+    """VALUES ('b1', 'completed', 4, '{"plan": {}}', 'no worse', 1000, 1000, 2000)"""
+)
 GENERATION_COLUMNS: Final = (
     "generation",
     "app",
@@ -67,7 +74,8 @@ def old_report(i: int) -> GenerationReport:
 def make_old_registry(url: str, version: str) -> None:
     """Fill an empty database with the tables and rows of `version`.
 
-    It has two devices, one of which is revoked, and an app, all with statuses and answers.
+    It has two devices, one of which is revoked, and an app, all with statuses and answers, and from
+    version 0004 on a bundle with its roll-out.
     """
     engine = _engine(url)
     with engine.begin() as connection:
@@ -91,6 +99,9 @@ def _add_later_columns(connection: Connection, version: str) -> None:
     if version >= "0003":
         connection.execute(text("UPDATE generations SET answers = 2 WHERE generation = 'g1'"))
     if version >= "0004":
+        connection.execute(text(BUNDLE))
+        connection.execute(text(ROLLOUT))
+    if "0004" <= version < "0006":
         update = text("UPDATE device_status SET config_error = :error WHERE device = :device")
         for device, error in (("edge-1", NOT_YET_TEXT), ("edge-2", FINAL_TEXT)):
             connection.execute(update, {"device": device, "error": error})

@@ -181,10 +181,10 @@ def test_a_postgresql_server_that_stops_is_missed_and_found_again(postgresql: Da
         postgresql.server.stop()
         try:
             with pytest.raises(
-                RegistryError, match=r"cannot answer: .*refused.*; check its path or URL"
+                RegistryError, match=r"is not available: .*refused.*; check its path or URL"
             ):
                 add(registry, "edge-2")
-            with pytest.raises(RegistryError, match=r"cannot answer: .*refused"):
+            with pytest.raises(RegistryError, match=r"is not available: .*refused"):
                 Registry.open(url)
         finally:
             postgresql.server.start()
@@ -195,7 +195,7 @@ def test_a_postgresql_database_that_is_dropped_is_missed(postgresql: Databases) 
     url = postgresql.server.create("dropped", "ready")
     with Registry.open(url) as registry:
         postgresql.server.drop("dropped")
-        with pytest.raises(RegistryError, match=r"cannot answer: .*does not exist"):
+        with pytest.raises(RegistryError, match=r"is not available: .*does not exist"):
             add(registry, "edge-1")
 
 

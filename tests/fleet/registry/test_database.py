@@ -78,12 +78,12 @@ def test_a_registry_of_a_newer_version_is_left_alone(empty_url: str) -> None:
     ("url", "says"),
     [
         ("nothing://host/db", "no such kind of registry: 'nothing'; expected sqlite or postgresql"),
-        ("postgresql://me:secret@127.0.0.1:1/fleet", "cannot answer: .*refused"),
+        ("postgresql://me:secret@127.0.0.1:1/fleet", "is not available: .*refused"),
         ("://", "expected a path or a URL"),
         ("postgresql://u:p@ss%/secret@127.0.0.1:1/fleet", "more than one @; write an @ .* as %40"),
         ("postgresql://u:p@secret@127.0.0.1:1/fleet", "more than one @|malformed"),
-        ("postgresql://u@127.0.0.1:1/fleet?password=secret", "cannot answer: .*refused"),
-        ("postgresql+psycopg2://me:secret@127.0.0.1:1/fleet", r"psycopg2|cannot answer"),
+        ("postgresql://u@127.0.0.1:1/fleet?password=secret", "is not available: .*refused"),
+        ("postgresql+psycopg2://me:secret@127.0.0.1:1/fleet", r"psycopg2|is not available"),
         ("sqlite:////proc/none/registry.sqlite", "cannot"),
     ],
 )

@@ -16,6 +16,7 @@ from fleet.registry.identities.lifecycle import IdentityState
 from fleet.registry.stats.rollup_columns import HOUR_S, SPANS_S, SUMMED
 from fleet.registry.stats.rollup_tables import LEVELS, ROLLUPS
 from fleet.registry.store import Registry
+from tests.fleet.conftest import report
 from tests.fleet.registry.old_versions import (
     FINAL_TEXT,
     NOT_YET_TEXT,
@@ -25,7 +26,7 @@ from tests.fleet.registry.old_versions import (
     rows_of,
 )
 
-VERSIONS = ("0001", "0002", "0003", "0004", "0005")
+VERSIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007")
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -117,6 +118,38 @@ def test_a_revoked_identity_stays_revoked_and_statuses_targets_and_counts_are_ke
         assert (row.generations, row.tokens, row.sources["cloud"]) == (20, 200, 40)
         sessions = registry.stats.sessions()
         assert [(row.device, row.session) for row in sessions] == [("edge-1", "s1")]
+
+
+@pytest.mark.parametrize("version", ["0004", "0007"])
+def test_a_bundle_and_its_roll_out_are_kept_and_the_bundle_can_be_named(
+    empty_url: str, version: str
+) -> None:
+    make_old_registry(empty_url, version)
+    with Registry.open(empty_url) as registry:
+        (row,) = registry.rollouts.bundles()
+        assert (row.bundle_id, row.name, row.added_at) == ("b1", None, 1000.0)
+        registry.rollouts.rename_bundle("b1", "first")
+        (rollout,) = registry.rollouts.latest(NOW)
+        assert (rollout.bundle_id, rollout.bundle_name, rollout.state) == (
+            "b1",
+            "first",
+            "completed",
+        )
+
+
+def test_roll_ups_of_an_earlier_version_have_no_mode_and_new_answers_have_theirs(
+    empty_url: str,
+) -> None:
+    make_old_registry(empty_url, "0007")
+    started_at = NOW - 1800.0  # in the hour of an old answer
+    with Registry.open(empty_url) as registry:
+        new = report("new", bundle_id="b1", mode="standalone", started_at=started_at)
+        registry.stats.record_report("edge-1", new)
+        (row,) = registry.stats.per_device("edge-1", now=NOW)
+    assert row.generations == 21
+    hours = [each for each in rows_of(empty_url)["rollups"] if each["span_s"] == HOUR_S]
+    in_hour = {each["mode"]: each["answers"] for each in hours if each["start"] + 3600 > started_at}
+    assert in_hour == {"": 1, "standalone": 1}
 
 
 @pytest.mark.parametrize("version", VERSIONS)

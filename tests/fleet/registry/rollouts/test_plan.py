@@ -69,8 +69,9 @@ def test_an_event_follows_the_table_or_raises_an_error_with_the_legal_events(
     if (state, event) in LEGAL_EVENTS:
         assert next_rollout_state(7, state, event) is LEGAL_EVENTS[state, event]
     else:
+        advice = "expected one of [a-z, ]+$" if state in OPEN else "it has ended; start another"
         with pytest.raises(
-            RolloutError, match=f"cannot {event} roll-out 7, which is {state}: expected one of"
+            RolloutError, match=f"cannot {event} roll-out 7, which is {state}: {advice}"
         ):
             next_rollout_state(7, state, event)
 
@@ -194,14 +195,14 @@ def outcome_at(
     ("candidate", "now", "outcome", "reason"),
     [
         (device("old"), 150.0, DeviceOutcome.PENDING, ""),
-        (device("old"), 1900.0, DeviceOutcome.FAILED, "d has not taken it within 1800 s"),
+        (device("old"), 1900.0, DeviceOutcome.FAILED, "d has not installed the bundle within 1800"),
         (device("new"), 150.0, DeviceOutcome.TAKEN, ""),
         (device("new"), 9999.0, DeviceOutcome.TAKEN, ""),
         (failing("old", "no room"), 150.0, DeviceOutcome.FAILED, "d reports: no room"),
         (device("new", 200.0), 250.0, DeviceOutcome.TAKEN, ""),
-        (device("new", 200.0), 320.0, DeviceOutcome.FAILED, "d took it and went offline"),
+        (device("new", 200.0), 320.0, DeviceOutcome.FAILED, "d went offline with the bundle"),
         (device("old", 200.0), 320.0, DeviceOutcome.PENDING, ""),
-        (device("old", 200.0), 1900.0, DeviceOutcome.FAILED, "d has not taken it"),
+        (device("old", 200.0), 1900.0, DeviceOutcome.FAILED, "d has not installed the bundle"),
         (device("old", 50.0), 171.0, DeviceOutcome.ABSENT, ""),
         (device("old", 50.0), 1900.0, DeviceOutcome.ABSENT, ""),
     ],
@@ -248,16 +249,16 @@ A = ReasonedOutcome(DeviceOutcome.ABSENT)
 @pytest.mark.parametrize(
     ("outcomes", "now", "step", "reason"),
     [
-        ([P], 101.0, RolloutStep.WAIT, "0 of 1 devices have taken it"),
-        ([T, P], 101.0, RolloutStep.WAIT, "1 of 2 devices have taken it"),
-        ([T, T], 101.0, RolloutStep.WATCH, "2 of 2 devices have taken it"),
-        ([T, A], 101.0, RolloutStep.WATCH, "1 of 2 devices have taken it"),
+        ([P], 101.0, RolloutStep.WAIT, "0 of 1 devices have installed the bundle"),
+        ([T, P], 101.0, RolloutStep.WAIT, "1 of 2 devices have installed the bundle"),
+        ([T, T], 101.0, RolloutStep.WATCH, "2 of 2 devices have installed the bundle"),
+        ([T, A], 101.0, RolloutStep.WATCH, "1 of 2 devices have installed the bundle"),
         ([F], 101.0, RolloutStep.UNDO, "d reports: no room"),
         ([F, P, P], 101.0, RolloutStep.UNDO, "d reports: no room (1 of 3 devices failed)"),
         ([F, *[T] * 9], 101.0, RolloutStep.WATCH, "9 of 10"),
         ([F, F, *[T] * 9], 101.0, RolloutStep.UNDO, "d reports: no room (2 of 11 devices failed)"),
         ([A, A], 101.0, RolloutStep.WAIT, "its devices are offline"),
-        ([A, A], 1900.0, RolloutStep.FAIL, "no device was there to take it within 1800 s"),
+        ([A, A], 1900.0, RolloutStep.FAIL, "no device was online to install the bundle within"),
     ],
 )
 def test_the_step_while_devices_install_the_bundle_follows_from_their_outcomes(

@@ -225,7 +225,7 @@ def test_a_device_that_never_installs_the_bundle_undoes_the_roll_out_at_the_dead
     site.begin()
     assert site.step(299.0).state == "running"
     row = site.step(2.0)
-    assert (row.state, row.reason) == ("undone", "d0 has not taken it within 300 s")
+    assert (row.state, row.reason) == ("undone", "d0 has not installed the bundle within 300 s")
 
 
 def test_a_device_that_goes_offline_for_good_undoes_the_roll_out(site: Site) -> None:
@@ -235,7 +235,7 @@ def test_a_device_that_goes_offline_for_good_undoes_the_roll_out(site: Site) -> 
     site.publish("d0", "", online=False)
     assert site.step(29.0).state == "running"
     row = site.step(2.0)
-    assert (row.state, row.reason) == ("undone", "d0 took it and went offline")
+    assert (row.state, row.reason) == ("undone", "d0 went offline with the bundle")
 
 
 def test_an_offline_device_delays_no_other_and_installs_the_bundle_when_it_connects(
@@ -261,7 +261,8 @@ def test_a_roll_out_fails_when_every_device_of_the_canary_is_offline(site: Site)
     site.now += 60.0
     assert site.begin().doing == "its devices are offline"
     row = site.step(301.0)
-    assert (row.state, row.reason) == ("failed", "no device was there to take it within 300 s")
+    assert row.state == "failed"
+    assert row.reason == "no device was online to install the bundle within 300 s"
     assert set(own_settings(site).values()) == {Settings()}
 
 
@@ -408,12 +409,12 @@ def test_a_roll_out_that_has_ended_cannot_be_changed(site: Site) -> None:
     site.begin()
     site.registry.rollouts.change(1, RolloutEvent.UNDO, site.now)
     with pytest.raises(
-        RolloutError, match="cannot undo roll-out 1, which is undone: expected one of nothing"
+        RolloutError, match="cannot undo roll-out 1, which is undone: it has ended; start another"
     ):
         site.registry.rollouts.change(1, RolloutEvent.UNDO, site.now)
     with pytest.raises(RolloutError, match="unknown roll-out 5"):
         site.registry.rollouts.change(5, RolloutEvent.UNDO, site.now)
-    with pytest.raises(RolloutError, match="open roll-outs are none"):
+    with pytest.raises(RolloutError, match="no roll-out is open"):
         site.registry.rollouts.change(None, RolloutEvent.UNDO, site.now)
 
 
@@ -482,3 +483,165 @@ def test_bundles_list_their_workers_and_their_serving_and_desired_devices(site: 
     assert (old.devices, old.wanted, old.rollout, old.rollout_state) == (10, 9, None, "")
     assert not site.registry.rollouts.add_bundle(NEW, "tiny", 1000)
     assert site.registry.rollouts.desired_bundles() == {OLD: 9, NEW: 1}
+
+
+# The way back from a completed roll-out.
+
+
+def completed(site: Site, plan: RolloutPlan = PLAN) -> RolloutRow:
+    site.begin(plan)
+    for _ in range(plan.num_stages):
+        row = site.stage(GOOD)
+    assert row.state == "completed"
+    return row
+
+
+def test_a_completed_roll_out_is_rolled_back_by_the_same_stages(site: Site) -> None:
+    completed(site)
+    assert site.registry.rollouts.roll_back(None, now=site.now) == 2
+    site.step()
+    row = site.step()
+    assert (row.id, row.bundle_id, row.state, row.stage) == (2, OLD, "running", 1)
+    assert row.plan == msgspec.to_builtins(PLAN)
+    assert site.on(OLD) == ["d0"]
+    for count in (2, 5, 10):
+        site.stage(GOOD)
+        assert len(site.on(OLD)) == count
+    assert site.stage(GOOD).state == "completed"
+    assert site.registry.desired_state.settings(Target(Scope.ALL)).bundle == OLD
+    assert set(own_settings(site).values()) == {Settings()}
+
+
+def test_the_way_back_at_once_neither_waits_nor_compares(site: Site) -> None:
+    completed(site)
+    assert site.registry.rollouts.roll_back(1, at_once=True, now=site.now) == 2
+    site.step()
+    assert site.step().stage == 1
+    assert site.on(OLD) == DEVICES
+    row = site.step()
+    assert (row.state, row.reason) == ("completed", "at once")
+    assert site.registry.desired_state.settings(Target(Scope.ALL)).bundle == OLD
+    assert set(own_settings(site).values()) == {Settings()}
+    site.take()
+    assert site.registry.rollouts.roll_back(None, now=site.now) == 3
+    assert (site.row().bundle_id, site.row().num_stages) == (NEW, RolloutPlan().num_stages)
+
+
+def test_an_open_roll_out_is_undone_before_a_completed_one_is_rolled_back(site: Site) -> None:
+    completed(site)
+    site.registry.rollouts.start(OLD, PLAN, site.now)
+    assert site.registry.rollouts.roll_back(None, now=site.now) == 2
+    assert site.row().state == "undone"
+    with pytest.raises(RolloutError, match="cannot undo roll-out 2, which is undone: it has ended"):
+        site.registry.rollouts.roll_back(None, now=site.now)
+
+
+def test_a_way_back_to_no_known_bundle_is_refused(site: Site) -> None:
+    with pytest.raises(RolloutError, match="no roll-out is open"):
+        site.registry.rollouts.roll_back(None, now=site.now)
+    for device in DEVICES:
+        site.publish(device, NEW)
+    site.registry.desired_state.change_settings(Target(Scope.ALL), lambda _: Settings())
+    completed(site)
+    with pytest.raises(RolloutError, match="no device of roll-out 1 served another bundle before"):
+        site.registry.rollouts.roll_back(None, now=site.now)
+
+
+# Answers of one mode are compared with those of the same mode.
+
+
+def test_answers_are_compared_with_earlier_ones_of_the_same_mode(site: Site) -> None:
+    alone = {"sources": {"exit:8": 10}, "mode": "standalone", "bundle_id": OLD}
+    earlier = {
+        (device, f"{device}-{i}"): report(f"{device}-{i}", started_at=site.now - 60.0, **alone)
+        for device in DEVICES
+        for i in range(90)
+    }
+    site.registry.stats.record_reports(earlier)
+    site.begin()
+    site.take()
+    site.step()
+    site.answers(30, GOOD)
+    findings = site.row().findings
+    assert findings[0] == "fine: offload 20.0%, before 20.0%, limit 10.0% more"
+    assert site.stage(GOOD).stage == 2
+
+
+def test_a_bundle_that_is_worse_in_one_mode_is_undone(site: Site) -> None:
+    site.begin()
+    site.take()
+    site.step()
+    site.answers(30, BAD)
+    site.answers(300, {"mode": "standalone", "sources": {"exit:8": 10}})
+    row = site.step()
+    assert row.state == "undone"
+    assert row.reason.startswith("collaborative: offload 90.0%, before 20.0%")
+
+
+def test_a_stage_waits_for_enough_answers_of_one_mode(site: Site) -> None:
+    site.begin()
+    site.take()
+    site.step()
+    for mode in ("collaborative", "standalone", "verified"):
+        site.answers(19, GOOD | {"mode": mode})
+    row = site.step(1000.0)
+    assert (row.state, row.answers, row.doing) == ("running", 57, "19 of 20 answers")
+
+
+# Removal.
+
+
+def test_a_bundle_without_devices_is_removed_and_can_be_added_again(site: Site) -> None:
+    rollouts = site.registry.rollouts
+    rollouts.rename_bundle(NEW, "spring")
+    assert rollouts.remove_bundle("spring") == NEW
+    assert [row.bundle_id for row in rollouts.bundles()] == [OLD]
+    with pytest.raises(RolloutError, match="unknown bundle 'b-new': there are b-old; add it"):
+        rollouts.start(NEW, PLAN, site.now)
+    (entry, *_) = site.registry.audit_log.entries(f"bundle:{NEW}")
+    assert (entry.action, entry.details["name"]) == ("bundle_remove", "spring")
+    rollouts.rename_bundle(OLD, "spring")  # the name is free
+    assert rollouts.add_bundle(NEW, "tiny", 1000)
+    assert rollouts.find_bundle(NEW) == NEW
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_bundle_that_is_needed_is_not_removed(site: Site, *, force: bool) -> None:
+    def remove(bundle_id: str) -> None:
+        site.registry.rollouts.remove_bundle(bundle_id, force=force)
+
+    with pytest.raises(
+        RolloutError,
+        match=r"b-old is not removed: it is the desired bundle of all devices; .*; "
+        r"10 devices \(d0, d1, d2 and 7 more\) serve it",
+    ):
+        remove(OLD)
+    site.registry.desired_state.change_settings(Target(Scope.ALL), lambda _: Settings())
+    with pytest.raises(RolloutError, match="10 devices"):
+        remove(OLD)
+    with pytest.raises(RolloutError, match="the fleet serves it by its configuration"):
+        site.registry.rollouts.remove_bundle(NEW, own_bundle=NEW, force=force)
+    site.registry.rollouts.start(NEW, PLAN, site.now)
+    with pytest.raises(RolloutError, match="roll-out 1, which is waiting, needs it"):
+        remove(NEW)
+
+
+def test_a_device_that_is_offline_and_desires_another_bundle_needs_its_old_one_no_more(
+    site: Site,
+) -> None:
+    for device in DEVICES[1:]:
+        site.publish(device, NEW)
+    site.publish("d0", "", online=False)
+    site.registry.desired_state.change_settings(Target(Scope.ALL), lambda _: Settings(bundle=NEW))
+    assert site.registry.rollouts.remove_bundle(OLD) == OLD
+
+
+def test_a_bundle_that_a_completed_roll_out_could_go_back_to_is_removed_only_by_force(
+    site: Site,
+) -> None:
+    completed(site)
+    with pytest.raises(RolloutError, match=r"'fleet bundle rollback 1' goes back to it; --force"):
+        site.registry.rollouts.remove_bundle(OLD)
+    assert site.registry.rollouts.remove_bundle(OLD, force=True) == OLD
+    with pytest.raises(RolloutError, match="unknown bundle 'b-old': there are b-new"):
+        site.registry.rollouts.roll_back(None, now=site.now)
