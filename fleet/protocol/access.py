@@ -75,6 +75,8 @@ RULES: Final[dict[Role, dict[Action, tuple[str, ...]]]] = {
     },
     Role.SERVER: {
         Action.PUBLISH: (
+            topics.DEVICE_STATUS_FILTER,  # to clear those of deleted identities
+            topics.WORKER_STATUS_FILTER,
             topics.DEVICE_CONFIG_FILTER,
             topics.DEVICE_REPORTED_FILTER,
             topics.device_prompt(ANY, OWN_NAME, ANY),

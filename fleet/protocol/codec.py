@@ -52,7 +52,7 @@ def decode(payload: bytes, expected: type[T]) -> T:
     except (ValueError, RecursionError, msgpack.exceptions.UnpackException) as error:
         raise DecodeError(
             f"expected one of these messages: {_names(expected)}; "
-            f"got {len(payload)} bytes that are none: {str(error) or type(error).__name__}"
+            f"got {len(payload)} unreadable bytes: {str(error) or type(error).__name__}"
         ) from None
 
 

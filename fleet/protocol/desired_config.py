@@ -22,6 +22,7 @@ from fleet.protocol.types import (
     TargetTpotMs,
     Threshold,
 )
+from fleet.utils.validation import describe_error
 
 MAX_DESIRED_BYTES: Final = 64 * 1024
 MAX_SETTINGS_BYTES: Final = 60 * 1024  # leaves room for the small settings of other scopes
@@ -104,8 +105,9 @@ def parse_settings(values: dict[str, Any]) -> Settings:
     try:
         settings = msgspec.convert(values, Settings)
     except msgspec.ValidationError as error:
+        reason = describe_error(error, Settings)
         raise ConfigError(
-            f"{error}; known settings are {', '.join(Settings.__struct_fields__)}"
+            f"{reason}; known settings are {', '.join(Settings.__struct_fields__)}"
         ) from None
     size = len(msgspec.json.encode(settings))
     if size > MAX_SETTINGS_BYTES:

@@ -116,7 +116,7 @@ class Verified(Struct, frozen=True, tag_field="type", tag="verified", kw_only=Tr
     """Worker to device: the first `accepted` tokens of the draft equal the worker's.
 
     `token_id` is the worker's own token in place of the first rejected one, None when all are
-    accepted. A rejection begins the next branch: both sides drop every position behind `start +
+    accepted. A rejection begins the next branch: both sides drop every position after `start +
     accepted`. `logprobs` are those of the accepted tokens and of `token_id`, at temperature 1; 0
     for a trusted token. `busy_ms` is the time that the worker held the request.
     """

@@ -24,6 +24,7 @@ from fleet.protocol.types import (
     TopK,
     TopP,
 )
+from fleet.utils.validation import describe_error
 
 MAX_PROMPT_BYTES: Final = 256 * 1024
 MAX_FULL_TEXT_BYTES: Final = 256 * 1024
@@ -81,6 +82,7 @@ class Usage(AnswerCounts, frozen=True, kw_only=True):
 
     `round_trips` are the verify requests that the device waited for; `switches` are the decisions
     of auto mode with their reasons; `seed` is the request's, or the one that the device chose.
+    `mode` is the mode of the request or of the device. A device of an older version sends None.
     """
 
     offload_rate: float
@@ -89,6 +91,7 @@ class Usage(AnswerCounts, frozen=True, kw_only=True):
     round_trips: int = 0
     switches: tuple[Switch, ...] = ()
     seed: Seed | None = None
+    mode: Mode | None = None
 
 
 class Reply(Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -148,7 +151,10 @@ def _parse_json(text: str) -> PromptRequest:
         _join_parts(fields)
         return msgspec.convert(fields, PromptRequest)
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise PromptError(f"expected a JSON object with 'prompt' or 'messages': {error}") from None
+        reason = describe_error(error, PromptRequest)
+        if "unknown field" in reason and "$." not in reason:  # of the request itself
+            reason += f"; its fields are {', '.join(PromptRequest.__struct_fields__)}"
+        raise PromptError(f"expected a JSON object with 'prompt' or 'messages': {reason}") from None
 
 
 def _join_parts(fields: dict[str, Any]) -> None:

@@ -64,7 +64,7 @@ class ReportReceipt(Struct, frozen=True):
 
 
 class ConfigProblem(Struct, frozen=True):
-    """The reason why a device does not follow its desired configuration.
+    """The reason why a device does not follow its desired configuration, or drops events.
 
     With `is_final` the device has abandoned this version; otherwise it tries again by itself.
     """
@@ -84,7 +84,8 @@ class DeviceStatus(Struct, frozen=True, kw_only=True):
 
     `config_version` is the version of the desired configuration that the device follows, 0 for
     none; `config_error` is the reason why it does not follow a newer one. `software_error` is the
-    reason why it does not run the desired version of its software.
+    reason why it does not run the desired version of its software. `event_error` is the reason why
+    it dropped an event: the first one of a minute, until the configuration changes.
     """
 
     online: bool
@@ -95,6 +96,7 @@ class DeviceStatus(Struct, frozen=True, kw_only=True):
     config_version: Amount = 0
     config_error: ConfigProblem | None = None
     software_error: ConfigProblem | None = None
+    event_error: ConfigProblem | None = None
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True):
@@ -126,7 +128,7 @@ def decode_report(payload: bytes) -> GenerationReport:
         return msgspec.convert(_unpack(payload, MAX_REPORT_ITEMS), GenerationReport)
     except UNREADABLE as error:
         raise DecodeError(
-            f"expected a generation report, got {len(payload)} bytes that are none: {error}"
+            f"expected a generation report, got {len(payload)} unreadable bytes: {error}"
         ) from None
 
 
@@ -157,7 +159,7 @@ def decode_receipt(payload: bytes) -> ReportReceipt:
         return msgspec.convert(_unpack(payload, MAX_RECEIPT_ITEMS), ReportReceipt)
     except UNREADABLE as error:
         raise DecodeError(
-            f"expected a receipt, got {len(payload)} bytes that are none: {error}"
+            f"expected a receipt, got {len(payload)} unreadable bytes: {error}"
         ) from None
 
 
@@ -194,18 +196,20 @@ StatusT = TypeVar("StatusT", DeviceStatus, WorkerStatus)
 
 
 def decode_status(payload: bytes, kind: type[StatusT]) -> StatusT:
-    """Return the status in a payload.
+    """Return the status in a payload; of an empty one, which clears a retained status, offline.
 
     Raises:
         OversizedError: it is too long.
         DecodeError: it is no status.
     """
+    if not payload:
+        return kind(online=False, epoch=0)
     _check_size(payload, MAX_STATUS_BYTES, "a status")
     try:
         return msgspec.convert(_upgraded(msgspec.json.decode(payload)), kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise DecodeError(
-            f"expected a {kind.__name__} in JSON, got {len(payload)} bytes that are none: {error}"
+            f"expected a {kind.__name__} in JSON, got {len(payload)} unreadable bytes: {error}"
         ) from None
 
 

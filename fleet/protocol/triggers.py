@@ -161,7 +161,7 @@ def read_event(channel: str, payload: bytes) -> Fields:
 
 
 def _decode_object(text: str) -> Fields:
-    """Decode an object. A number that is none (``nan``, ``1e999``) becomes null, if that helps."""
+    """Decode an object. A value that is not a JSON number (``nan``, ``1e999``) becomes null."""
     try:
         return msgspec.json.decode(text, type=Fields)
     except msgspec.MsgspecError:
@@ -295,10 +295,10 @@ def _look_up(path: str, event: Fields) -> Any:
 
 
 def _find(value: Any, steps: tuple[str, ...]) -> Any:
-    """Return the value that the steps lead to. A key with points may be several steps.
+    """Return the value that the steps lead to. A key with dots may be several steps.
 
     Raises:
-        LookupError: there is none.
+        LookupError: the steps lead to no value.
     """
     if not steps:
         return value

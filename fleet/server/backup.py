@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Struct
 
 from fleet import __version__
+from fleet.bundles.manifest import MANIFEST_FILE
 from fleet.errors import ConfigError
 from fleet.server.home import FLEET_FILE, REGISTRY_FILE, FleetConfig, FleetHome, bundle_id_of
 from fleet.utils.atomic_files import sync_folder
@@ -88,7 +89,7 @@ def restore_backup(file: Path, folder: Path, registry: str | None = None) -> Fle
         RegistryError: the database is not empty, or cannot be reached.
     """
     if not file.is_file():
-        raise ConfigError(f"{file} is no file; name one that 'fleet backup' wrote")
+        raise ConfigError(f"{file} is not a file; name one that 'fleet backup' wrote")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty; restore into a new folder, with --home")
     try:
@@ -154,16 +155,26 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _files(folder: Path, *, bundles: bool) -> Iterator[Path]:
-    """Yield the files of a fleet's folder, but no registry, lock, or file that is being written."""
+    """Yield the files of a fleet's folder, but no registry, lock, or file that is being written.
+
+    Without `bundles` also none of a bundle, in any folder: the registry has its id.
+    """
+    models = set() if bundles else _bundle_folders(folder)
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         is_left_out = (
             any(part.startswith(".") or part == LOCK_FILE for part in parts)
             or parts[0].startswith(REGISTRY_FILE)
             or (parts[0] == BUNDLES and not bundles)
+            or not models.isdisjoint(path.parents)
         )
         if path.is_file() and not path.is_symlink() and not is_left_out:
             yield path
+
+
+def _bundle_folders(folder: Path) -> set[Path]:
+    manifests = folder.rglob(MANIFEST_FILE)
+    return {path.parent for path in manifests if bundle_id_of(path.parent) is not None}
 
 
 def _add_bytes(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -17,6 +17,7 @@ from fleet.errors import (
     RegistryError,
     ReportError,
     TopicError,
+    UnknownDeviceError,
 )
 from fleet.protocol import topics
 from fleet.protocol.report import (
@@ -35,7 +36,7 @@ from fleet.registry.store import Registry
 from fleet.server.collector_queue import Batch, CollectorQueue
 from fleet.server.report_admission import DeviceVolumes, ReportRules, report_cost
 from fleet.server.shared_identities import SHARED_IDENTITY, SharedIdentityDetector
-from fleet.transport.base import Transport
+from fleet.transport.base import Transport, publish_or_log
 from fleet.utils.rate_limited_log import RateLimitedLog
 
 T = TypeVar("T")
@@ -43,12 +44,12 @@ T = TypeVar("T")
 MAX_WAITING: Final = 20_000  # reports in memory, about 1 KB each
 MAX_BATCH: Final = 2000
 WAIT_S: Final = 2.0
-FIRST_RETRY_S: Final = 0.5  # between two attempts at a registry that cannot answer
+FIRST_RETRY_S: Final = 0.5  # between two attempts while the registry is not available
 MAX_RETRY_S: Final = 10.0
 CLOSE_S: Final = 5.0
 BIRTH_RECEIPT_S: Final = 5.0  # between two receipts for births of one device
 LOG_S: Final = 10.0
-MAX_LINES: Final = 20  # in that time
+MAX_LINES: Final = 20  # in `LOG_S` seconds
 DEFAULT_RULES: Final = ReportRules()
 
 log = logging.getLogger(__name__)
@@ -58,11 +59,12 @@ class Collector:
     """A subscriber to every device and worker; a context manager with one thread.
 
     The thread stores what has arrived, many messages at once. A device keeps its reports until a
-    receipt says that they are stored, or refused for good. So reports that do not fit into memory
-    while the registry cannot answer are dropped, and the device is notified when there is room. The
-    device's name is that of the topic, which the broker guards, and never that of the payload. A
-    message that can never be stored is dropped with a line in the log, and harms no other. `rules`
-    are the bounds of a plausible report.
+    receipt says that they are stored, or refused for good. While the registry is not available,
+    reports that do not fit into memory are therefore dropped. The device gets a receipt when there
+    is room, and sends them again. The device's name comes from the topic, for which the broker
+    checks the sender's rights, and never from the payload. A message that can never be stored is
+    dropped with a line in the log; the other messages of its batch are stored. `rules` are the
+    bounds of a plausible report.
     `reports` counts reports: stored, repeated, refused, dropped. `on_cycle` is called for each
     batch, at least every `WAIT_S` seconds, and for each attempt at the registry.
     """
@@ -81,7 +83,7 @@ class Collector:
         self._shared_identities = SharedIdentityDetector()
         self._rules = rules
         self._volumes = DeviceVolumes()
-        self._births: dict[str, tuple[int, float]] = {}  # those acknowledged last: epoch, time
+        self._births: dict[str, tuple[int, float]] = {}  # the last acknowledged birth: epoch, time
         self._log = RateLimitedLog(log, LOG_S, MAX_LINES)
         self._queue = CollectorQueue(max_waiting)
         self._closing = threading.Event()
@@ -92,7 +94,7 @@ class Collector:
         """Start to collect.
 
         Raises:
-            RegistryError: the registry cannot answer.
+            RegistryError: the registry is not available.
         """
         self._transport.on_up(self._queue.begin_link)
         self._stats.mark_all_offline()
@@ -113,6 +115,8 @@ class Collector:
     # Messages arrive on the transport's thread, which must not block.
 
     def _on_status(self, topic: str, payload: bytes) -> None:
+        if not payload:  # the server has cleared it
+            return
         self._queue_status(topic, payload, topics.DEVICE_STATUS_FILTER, DeviceStatus)
 
     def _on_worker(self, topic: str, payload: bytes) -> None:
@@ -157,7 +161,7 @@ class Collector:
         if generation := generation_of(payload):
             self._send_receipt(device, ReportReceipt(refused={generation: _reason(error)}))
 
-    # They are stored on the collector's own thread.
+    # Messages are stored on the collector's own thread.
 
     def _store_all(self) -> None:
         while (batch := self._queue.take(MAX_BATCH, WAIT_S)) is not None:
@@ -186,16 +190,22 @@ class Collector:
     def _store_statuses(self, statuses: Sequence[ReceivedStatus]) -> set[str]:
         """Store statuses; return the devices whose birth is to be acknowledged.
 
-        A device that publishes many statuses need not send its reports again after each.
+        A device sends its reports again after each such receipt, so receipts for births are rare.
         """
         refused = self._retry(lambda: self._stats.record_statuses(statuses))
         for name, error in refused.items():
             self._log_dropped(topics.device_status(name), error)
+            if isinstance(error, UnknownDeviceError):
+                self._clear_status(name)
         stored = [each for each in statuses if each.name not in refused]
         for received in stored:
             self._check_epoch(received)
         now = time.monotonic()
         return {each.name for each in stored if self._is_receipt_due(each, now)}
+
+    def _clear_status(self, device: str) -> None:
+        """Clear the retained status of a device that is not enrolled, such as a deleted one."""
+        publish_or_log(self._transport, topics.device_status(device), b"", qos=1, retain=True)
 
     def _is_receipt_due(self, received: ReceivedStatus, now: float) -> bool:
         name, status, _ = received
@@ -212,17 +222,17 @@ class Collector:
         if not status.online or not self._shared_identities.observe(name, status.epoch, at):
             return
         log.warning(
-            "two processes use the identity of %s and drive each other away; stop one of them, or "
+            "two processes use the identity of %s and disconnect each other; stop one of them, or "
             "enrol the second machine under a name of its own",
             name,
         )
         self._retry(partial(self._audit_log.add, SHARED_IDENTITY, name))
 
     def _retry(self, work: Callable[[], T]) -> T:
-        """Return the result of `work`, once the registry can answer.
+        """Return the result of `work`, once the registry is available.
 
         Raises:
-            RegistryError: the registry cannot answer, and the collector is closing.
+            RegistryError: the registry is not available, and the collector is closing.
         """
         for attempt, pause_s in enumerate(_pauses_s()):
             self.on_cycle()
@@ -230,12 +240,12 @@ class Collector:
                 result = work()
             except RegistryError as error:
                 if attempt == 0:
-                    log.warning("%s; trying again until it can", error)
+                    log.warning("%s; trying again", error)
                 if self._closing.wait(pause_s):
                     raise
             else:
                 if attempt:
-                    log.warning("the registry answers again")
+                    log.warning("the registry is available again")
                 return result
         raise AssertionError("there is always another pause")
 

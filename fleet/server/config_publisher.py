@@ -28,7 +28,7 @@ class ConfigPublisher:
 
         Raises:
             LinkError: the queue of the link is full.
-            RegistryError: the registry cannot answer.
+            RegistryError: the registry is not available.
         """
         published = self._published
         configs = self._registry.desired_state.configs()

@@ -24,7 +24,7 @@ class DenylistPublisher:
         """Publish the names if they have changed.
 
         Raises:
-            RegistryError: the registry cannot answer.
+            RegistryError: the registry is not available.
             LinkError: the queue of the link is full.
         """
         payload = encode_denylist(self._registry.identities.denied())

@@ -14,7 +14,8 @@ from fleet.identity.identity import Identity
 from fleet.protocol.access import Role
 from fleet.server.home import MOSQUITTO, FleetHome
 from fleet.server.supervisor import check_broker, worker_folder, worker_name
-from fleet.server.worker_settings import threads_per_worker
+from fleet.server.worker_settings import WorkerSettings
+from fleet.utils.paths import absolute_path
 from fleet.utils.systemd_unit import ServiceUnit, program_folders
 
 SERVER_SERVICE: Final = "fleet-server.service"
@@ -56,7 +57,7 @@ def fleet_units(home: FleetHome, options: UnitOptions) -> dict[str, str]:
 
     Raises:
         ConfigError: there is no such broker, or it is not installed.
-        FleetError: a worker cannot be enrolled.
+        FleetError: a worker cannot be enrolled, or the fleet's bundle cannot be read.
     """
     check_broker(options.broker)
     shares = options.broker == MOSQUITTO
@@ -64,13 +65,13 @@ def fleet_units(home: FleetHome, options: UnitOptions) -> dict[str, str]:
     units = {SERVER_SERVICE: _server_unit(home, options)}
     if shares:
         units[MOSQUITTO_SERVICE] = _mosquitto_unit(home, options.user)
-    worker_options = ["--no-renew"]  # the server renews the fleet's own identities
-    if len(names) > 1:
-        worker_options += ["--threads", threads_per_worker(len(names))]
+    bundle = absolute_path(Path(home.config.bundle))
     for name in names:
         identity = worker_folder(home, name, shares=shares)
-        command = _worker_command(identity, Path(home.config.bundle), worker_options)
-        units[f"fleet-{name}.service"] = _worker_unit(command, identity, options.user)
+        arguments = WorkerSettings().arguments(bundle, len(names))
+        arguments.append("--no-renew")  # the server renews the fleet's own identities
+        unit = _worker_unit(identity, bundle, arguments, options.user)
+        units[f"fleet-{name}.service"] = unit
     texts = {name: unit.render() for name, unit in units.items()}
     backup = _backup_unit(home, options)
     return texts | {BACKUP_SERVICE: backup.render(), BACKUP_TIMER: TIMER}
@@ -82,15 +83,18 @@ def worker_unit(folder: Path, user: str) -> str:
     Raises:
         IdentityError: there is no identity in the folder.
         ConfigError: the identity has another role, or names no bundle.
+        BundleError: the bundle cannot be read.
     """
-    config = Identity.load(folder).config
-    if config.role is not Role.WORKER or not config.bundle:
+    identity = Identity.load(folder)
+    config = identity.config
+    bundle = identity.bundle
+    if config.role is not Role.WORKER or bundle is None:
         raise ConfigError(
             f"{folder} is the identity of a {config.role}, expected a worker's with a bundle; "
             "make one with 'fleet enroll NAME --role worker --out DIR --bundle DIR'"
         )
-    command = _worker_command(folder, Path(config.bundle))
-    return _worker_unit(command, folder, user).render()
+    arguments = WorkerSettings().arguments(bundle, num_workers=1)
+    return _worker_unit(folder, bundle, arguments, user).render()
 
 
 def _module(name: str, *arguments: str) -> list[str]:
@@ -116,9 +120,9 @@ def _server_unit(home: FleetHome, options: UnitOptions) -> ServiceUnit:
 
 
 def _mosquitto_unit(home: FleetHome, user: str) -> ServiceUnit:
-    """Return the unit of mosquitto, which writes its files anew before each start.
+    """Return the unit of mosquitto, which writes its files again before each start.
 
-    So its certificate and its revocation list are valid, also after months.
+    So its certificate and its revocation list are valid even after months.
     """
     folder = home.folder / MOSQUITTO
     write = ("broker", "config", "--home", str(home.folder), "--out", str(folder))
@@ -133,19 +137,15 @@ def _mosquitto_unit(home: FleetHome, user: str) -> ServiceUnit:
     )
 
 
-def _worker_command(folder: Path, bundle: Path, options: Sequence[str] = ()) -> list[str]:
-    arguments = ("run", str(folder), "--bundle", str(bundle), "--drain-timeout", str(DRAIN_S))
-    return _module("cloud_broker_worker", *arguments, *options)
-
-
-def _worker_unit(command: Sequence[str], folder: Path, user: str) -> ServiceUnit:
+def _worker_unit(folder: Path, bundle: Path, arguments: Sequence[str], user: str) -> ServiceUnit:
+    command = ("run", str(folder), *arguments, "--drain-timeout", str(DRAIN_S))
     return ServiceUnit(
         description=f"CE-CoLLM fleet: worker {folder.name}",
-        command=command,
+        command=_module("cloud_broker_worker", *command),
         user=user,
         after=[SERVER_SERVICE],
         writable=[folder],
-        readable=[*program_folders(), Path(command[command.index("--bundle") + 1])],
+        readable=[*program_folders(), bundle],
         watchdog_s=WATCHDOG_S,
         start_s=LOAD_S,
         stop_s=2 * DRAIN_S,

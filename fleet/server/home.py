@@ -22,7 +22,7 @@ from msgspec import Meta, Struct
 
 from fleet.bundles.manifest import read_manifest
 from fleet.bundles.software import SoftwareManifest, keep_software
-from fleet.bundles.store import keep_bundle
+from fleet.bundles.store import delete_bundle, keep_bundle
 from fleet.errors import BundleError, ConfigError, FleetError, IdentityError
 from fleet.identity.enrolment import Enrolment
 from fleet.identity.identity import CA_FILE, Identity, ServerTls
@@ -196,6 +196,10 @@ class FleetHome:
             shared_subscriptions=shared_subscriptions,
         )
 
+    def shares_subscriptions(self) -> bool:
+        """Whether the fleet's own workers share their subscriptions, as with mosquitto."""
+        return self.identity(WORKER, Role.WORKER).config.shared_subscriptions
+
     def enroll(
         self,
         name: str,
@@ -239,6 +243,18 @@ class FleetHome:
             registry.rollouts.add_bundle(manifest.bundle_id, manifest.model.name, num_bytes)
         return manifest.bundle_id
 
+    def remove_bundle(self, bundle: str, *, force: bool = False) -> tuple[str, int]:
+        """Remove a bundle from those that the server offers; its id, and the bytes that are free.
+
+        Raises:
+            RolloutError: it is unknown, or needed; without `force` also for a way back.
+            ConfigError: its files cannot be deleted.
+        """
+        own = bundle_id_of(Path(self.config.bundle))
+        with self.registry() as registry:
+            bundle_id = registry.rollouts.remove_bundle(bundle, own_bundle=own, force=force)
+        return bundle_id, delete_bundle(self.bundles, bundle_id)
+
     @property
     def software(self) -> Path:
         """The folder of the versions of the devices' software, each in a folder named by it."""
@@ -248,7 +264,8 @@ class FleetHome:
         """Copy a wheel to the versions that the server offers, and sign it.
 
         Raises:
-            SoftwareError: it is no wheel of ours, or another one of its version was added.
+            SoftwareError: it is not a wheel of this project, or another one of its version was
+                added.
             ConfigError: the fleet's folder cannot be written.
         """
         return keep_software(wheel, self.software, self.authority().sign_bundle)
@@ -328,7 +345,7 @@ class FleetHome:
             return identity
 
     def certify_again(self, identity: Identity) -> None:
-        """Replace key and certificate of an identity in its folder, also when they have ended.
+        """Replace key and certificate of an identity in its folder, even an expired one.
 
         Raises:
             FleetError: it is not enrolled, suspended or revoked, or a file cannot be used.
@@ -403,7 +420,8 @@ def create_fleet(folder: Path, config: FleetConfig) -> FleetHome:
     if is_new and not os.environ.get(PASSPHRASE):
         key = folder / "ca" / "ca-key.pem"
         print(
-            f"fleet: {key} is not encrypted (mode 0600); set {PASSPHRASE} before the first start",
+            f"fleet: {key} is not encrypted (mode 0600); for a fleet with an encrypted key, stop "
+            f"this one, delete {folder}, set {PASSPHRASE}, and start again",
             file=sys.stderr,
         )
     return home

@@ -21,6 +21,7 @@ from fleet.server.denylist_publisher import DenylistPublisher
 from fleet.server.home import COLLECTOR, FleetHome
 from fleet.server.mosquitto import make_sync, reload_by
 from fleet.server.report_admission import ReportRules
+from fleet.server.retained_cleaner import RetainedCleaner
 from fleet.server.retention import Retention
 from fleet.server.rollout_engine import RolloutEngine
 from fleet.transport.mqtt import MqttTransport
@@ -139,11 +140,13 @@ def _change_watcher(
         folders.append(options.mosquitto)
         reloads.append(reload)
     configs = ConfigPublisher(link, registry)
+    cleaner = RetainedCleaner(link, registry)
     watcher.add(DenylistPublisher(link, registry).publish)
     watcher.add(configs.publish)
+    watcher.add(cleaner.clear)
     watcher.add(RolloutEngine(registry).step, periodic=True)
     renewal = CertificateRenewalTask(home, folders, reloads, authority)
     watcher.add(renewal.run, periodic=True)
-    for callback in (configs.reset, watcher.run_again):
+    for callback in (configs.reset, cleaner.reset, watcher.run_again):
         link.on_up(callback)
     return watcher

@@ -71,8 +71,8 @@ class FleetMonitor:
         """Yield the metrics.
 
         Raises:
-            RegistryError: the registry cannot answer; then the scrape fails, so that no zeros are
-                read as numbers.
+            RegistryError: the registry is not available. The scrape then fails, so that zeros are
+                not read as counts.
         """
         yield from _group_metrics(self._count())
         reports = CounterMetricFamily(

@@ -29,7 +29,7 @@ RATE_BYTES: Final = 32_000
 class ReportRules:
     """The bounds of a plausible report.
 
-    `exits_of` returns the exits of a bundle, None where they are not known.
+    `exits_of` returns the exits of a bundle, or None if they are not known.
     """
 
     max_age_s: float = math.inf

@@ -30,7 +30,7 @@ class RolloutEngine:
         """Apply the steps that are pending, unless the last call was less than a period ago.
 
         Raises:
-            RegistryError: the registry cannot answer.
+            RegistryError: the registry is not available.
         """
         now = self._clock()
         if now >= self._next_at:

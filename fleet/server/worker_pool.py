@@ -1,4 +1,4 @@
-"""Additional workers that `fleet up` runs for the bundles that devices are to serve."""
+"""Additional workers that `fleet up` starts for the bundles in the devices' settings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class ManagedWorker:
-    """A worker of one bundle; `desired_at` is when that was last desired (monotonic clock)."""
+    """A worker of one bundle.
+
+    `desired_at` is the time when the bundle was last desired, on the monotonic clock.
+    """
 
     name: str
     process: Child
@@ -42,12 +45,12 @@ class ManagedWorker:
 
     @property
     def exit_status(self) -> int | None:
-        """None while it runs."""
+        """The exit status of the process, or None while it runs."""
         return self.process.process.poll()
 
 
 class ScalingPlan(NamedTuple):
-    """Bundles whose worker is to be started, and those whose worker is to be stopped."""
+    """The bundles whose workers to start and to stop."""
 
     start: list[str]
     stop: list[str]
@@ -58,8 +61,8 @@ def plan_scaling(
 ) -> ScalingPlan:
     """Decide which workers to start and to stop.
 
-    `served` are the bundles of other workers; `last_desired` has the bundle of each of our workers
-    with the time when it was last desired.
+    `served` are the bundles of workers outside the pool. `last_desired` is the time at which the
+    bundle of each worker in the pool was last desired.
     """
     start = sorted(set(desired) - set(served) - last_desired.keys())
     stop = [
@@ -74,8 +77,8 @@ def plan_scaling(
 class WorkerPool:
     """A context manager that starts and stops workers, and stops all of them at its end.
 
-    `default` is the bundle of the workers that run anyway, which have the numbers up to
-    `num_workers`; `shares` is whether the broker has shared subscriptions.
+    `default` is the bundle of the permanent workers. Their numbers are 1 to `num_workers`. `shares`
+    means that the broker has shared subscriptions.
     """
 
     home: FleetHome
@@ -133,7 +136,8 @@ class WorkerPool:
         self._replace_ended(now)
 
     def _desired_bundles(self) -> set[str]:
-        added = {row.bundle_id for row in self._registry.rollouts.bundles()}
+        rows = self._registry.rollouts.bundles()
+        added = {row.bundle_id for row in rows if (self.home.bundles / row.bundle_id).is_dir()}
         return (self._registry.rollouts.desired_bundles().keys() & added) - {self.default}
 
     def _bundles_of_others(self) -> list[str]:
@@ -157,7 +161,7 @@ class WorkerPool:
         worker = self._workers.pop(bundle_id)
         worker.process.request_stop()
         self._draining.append(worker)
-        report(f"worker {worker.name} stops: no device is to serve bundle {bundle_id} any more")
+        report(f"worker {worker.name} stops: no device needs bundle {bundle_id} any more")
 
     def _replace_ended(self, now: float) -> None:
         for bundle_id, worker in list(self._workers.items()):
@@ -168,7 +172,7 @@ class WorkerPool:
                 self._start(bundle_id, now)
 
     def _free_name(self) -> str:
-        """A name that neither our workers have, nor identities for other machines."""
+        """Return a name that no worker of the pool and no identity on another machine has."""
         names = {each.name for each in self._all_workers}
         for row in self._registry.identities.all():
             if not self.home.has_identity(row.name):

@@ -41,6 +41,7 @@ RECONNECT_S: Final = (1, 30)
 CONNECT_S: Final = 5.0
 SUBSCRIBE_S: Final = 5.0
 CLOSE_S: Final = 3.0
+RELOAD_S: Final = 2.0 * KEEP_ALIVE_S
 RETRY_S: Final = (1.0, 60.0)
 """First and longest delay before a subscription is repeated.
 
@@ -76,6 +77,7 @@ class MqttTransport(Transport):
         self._failure = "it did not respond"
         self._log = LinkLog(logger, self.name, self._address)
         self._is_reloading = False
+        self._is_restarting = False  # from the end of a connection until the next one begins
         self._network_thread = 0
         self._newest_qos0: paho.MQTTMessageInfo | None = None
         self._unacknowledged: list[paho.MQTTMessageInfo] = []  # of QoS 1; see `_has_full_queue`
@@ -254,28 +256,49 @@ class MqttTransport(Transport):
         Do not call it on the transport's own thread. The client sends a DISCONNECT packet, so the
         broker does not publish the will. QoS 1 messages that were not acknowledged are sent again
         on the new connection. A link that is down comes back with the new certificate. The call
-        waits only for the end of the old connection, not for the new one. If the network hangs,
-        this wait lasts up to twice `KEEP_ALIVE_S` seconds.
+        waits for the end of the old connection, at most `RELOAD_S` seconds, and not for the new
+        one. The new one begins when the old one has ended, which may be after the call.
 
         Raises:
             IdentityError: the new files do not load; the connection stays as it is.
         """
         # paho accepts no second TLS context, so the new certificate is loaded into the first one.
         self._identity.load_certificate(self._context)
-        self._is_reloading = self.is_up
-        has_ended = self.is_up and self._end_connection(2 * KEEP_ALIVE_S)
-        if not has_ended or self._closed.is_set():
-            return
+        with self._lock:
+            if self._is_restarting or self._closed.is_set():
+                return
+            self._is_reloading = self.is_up
+            if not self.is_up:
+                return
+            restart = threading.Thread(
+                target=self._restart_connection, name=f"reload-{self.name}", daemon=True
+            )
+            restart.start()
+            self._is_restarting = True
+        restart.join(RELOAD_S)
+
+    def _restart_connection(self) -> None:
+        """End the connection and begin another one.
+
+        paho accepts no second connection before its thread has ended. The thread may still write to
+        a network that hangs, until `KEEP_ALIVE_S` seconds have passed, or run a handler.
+        """
+        self._client.disconnect()
+        self._client.loop_stop()
         config = self._identity.config
-        self._client.connect_async(config.host, config.port, keepalive=KEEP_ALIVE_S)
-        _close_wakeup_sockets(self._client)
-        self._client.loop_start()
+        with self._lock:
+            self._is_restarting = False
+            if self._closed.is_set():
+                return
+            self._client.connect_async(config.host, config.port, keepalive=KEEP_ALIVE_S)
+            _close_wakeup_sockets(self._client)
+            self._client.loop_start()
 
     def close(self) -> None:
-        if self._closed.is_set():
-            return
-        self._closed.set()
         with self._lock:
+            if self._closed.is_set():
+                return
+            self._closed.set()
             if self._retry_timer:
                 self._retry_timer.cancel()
         is_own_thread = threading.get_ident() == self._network_thread
@@ -284,8 +307,8 @@ class MqttTransport(Transport):
         self._end_connection(CLOSE_S)
         self._up.clear()
 
-    def _end_connection(self, timeout_s: float) -> bool:
-        """Disconnect. Return whether paho's thread ended within `timeout_s` seconds."""
+    def _end_connection(self, timeout_s: float) -> None:
+        """Disconnect, and wait at most `timeout_s` seconds for the end of paho's thread."""
         self._client.disconnect()
         # `loop_stop` joins without a time limit, so it runs on a thread of its own.
         stopper = threading.Thread(
@@ -294,7 +317,6 @@ class MqttTransport(Transport):
         stopper.start()
         if threading.get_ident() != self._network_thread:
             stopper.join(timeout_s)
-        return not stopper.is_alive()
 
     def __enter__(self) -> Self:
         return self
@@ -465,10 +487,12 @@ class MqttTransport(Transport):
             subscriptions = dict(self._subscriptions)
             answered = {each for each in self._silent if matches(each, topic)}
             self._silent -= answered
-            # A first message that comes only after a retry shows that the broker has learnt the
-            # rights since the last try. It may have ignored earlier subscriptions and messages, so
-            # all filters are subscribed again and the `on_up` callbacks run again.
-            has_new_rights = bool(answered) and self._retry_s > RETRY_S[0]
+            # A first message that is not retained, or comes only after a retry, shows that the
+            # broker may have learnt the rights since the last try. It may have ignored earlier
+            # subscriptions and messages, so all filters are subscribed again and the `on_up`
+            # callbacks run again.
+            is_late = self._retry_s > RETRY_S[0] or not message.retain
+            has_new_rights = bool(answered) and is_late
             if has_new_rights:
                 self._retry_s = RETRY_S[0]
         if has_new_rights:

@@ -6,14 +6,14 @@ import logging
 import queue
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from functools import partial
 from typing import Final
 
 import msgspec
 
-from fleet.errors import FleetError, LinkError, PromptError
+from fleet.errors import FleetError, LinkError, RefusedPromptError
 from fleet.protocol import topics
 from fleet.protocol.prompt import PromptRequest, Reply, decode_reply
 from fleet.transport.base import Transport
@@ -35,8 +35,8 @@ class PromptClient:
 
     def ask(
         self, device: str, prompt: PromptRequest, timeout_s: float = REPLY_TIMEOUT_S
-    ) -> Iterator[Reply]:
-        """Yield the replies of one request, in order, each once. The last one has `done`.
+    ) -> Generator[Reply, None, None]:
+        """Yield each reply of one request once, in order. The field `done` is set in the last one.
 
         When the caller stops iterating, the request is cancelled. A request without replies is sent
         again; a device that knows the request then sends its replies again.
@@ -44,7 +44,7 @@ class PromptClient:
         Raises:
             LinkError: no reply came within `timeout_s` seconds of the previous one, or the device
                 has restarted.
-            PromptError: the device refused the request.
+            RefusedPromptError: the device refused the request.
         """
         request = uuid.uuid4().hex
         topic = topics.device_prompt(device, self._transport.name, request)
@@ -64,7 +64,7 @@ class PromptClient:
                 is_done = reply.done
                 if reply.error:
                     reason = f"({reply.error.code}): {reply.error.message}"
-                    raise PromptError(f"device {device} refused {reason}")
+                    raise RefusedPromptError(f"device {device} refused {reason}", reply.error.code)
                 yield reply
         finally:
             del self._streams[request]

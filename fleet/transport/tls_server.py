@@ -39,7 +39,7 @@ class TlsServer(ABC):
     def __init__(
         self, name: str, host: str, port: int, tls: ServerTls, advice: str = "choose another port"
     ) -> None:
-        """Keep the values; `advice` ends the message of a port that is in use, behind an "or"."""
+        """Store the values. `advice` ends the message for a port in use, after the word "or"."""
         self.host = host
         self.port = port
         self._name = name

@@ -40,6 +40,8 @@ ALLOWED = [
     (Role.WORKER, SUBSCRIBE, "d/+/status"),
     (Role.SERVER, PUBLISH, "d/a/config"),
     (Role.SERVER, PUBLISH, "d/a/reported"),
+    (Role.SERVER, PUBLISH, "d/a/status"),
+    (Role.SERVER, PUBLISH, "w/w/status"),
     (Role.SERVER, PUBLISH, "d/a/prompt/hub/r1"),
     (Role.SERVER, SUBSCRIBE, "d/+/status"),
     (Role.SERVER, SUBSCRIBE, "d/+/stats"),
@@ -86,7 +88,7 @@ DENIED = [
     (Role.WORKER, PUBLISH, "d/a/reported"),
     (Role.WORKER, SUBSCRIBE, "d/+/prompt/+/+"),
     (Role.WORKER, SUBSCRIBE, "d/+/s/+"),
-    (Role.SERVER, PUBLISH, "d/a/status"),
+    (Role.SERVER, PUBLISH, "d/a/stats"),
     (Role.SERVER, PUBLISH, "d/a/s/s1"),
     (Role.SERVER, SUBSCRIBE, "d/+/s/+"),
     # Wildcards wider than the grant.

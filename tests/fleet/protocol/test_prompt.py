@@ -124,6 +124,14 @@ REFUSED = {
 }
 
 
+def test_an_unknown_field_is_refused_with_the_names_of_the_fields() -> None:
+    with pytest.raises(PromptError, match=r"unknown field `stream`; its fields are .*top_k"):
+        parse_prompt(b'{"prompt": "hi", "stream": false}')
+    with pytest.raises(PromptError) as caught:
+        parse_prompt(b'{"messages": [{"role": "user", "content": "hi", "name": "x"}]}')
+    assert "its fields" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("payload", "request_"), ACCEPTED)
 def test_a_payload_is_plain_text_or_a_json_object(payload: bytes, request_: PromptRequest) -> None:
     assert parse_prompt(payload) == request_

@@ -199,7 +199,6 @@ def test_a_status_with_a_malformed_problem_is_refused(problem: object) -> None:
 @pytest.mark.parametrize(
     "payload",
     [
-        b"",
         b"{}",
         b"offline",
         b'{"online": "yes", "epoch": 1}',
@@ -212,6 +211,11 @@ def test_a_status_with_a_malformed_problem_is_refused(problem: object) -> None:
 def test_bytes_that_are_no_status_are_refused(payload: bytes) -> None:
     with pytest.raises(DecodeError, match="expected a DeviceStatus in JSON"):
         decode_status(payload, DeviceStatus)
+
+
+def test_a_status_that_was_cleared_is_offline() -> None:
+    assert decode_status(b"", DeviceStatus) == DeviceStatus(online=False, epoch=0)
+    assert decode_status(b"", WorkerStatus) == WorkerStatus(online=False, epoch=0)
 
 
 def test_a_status_that_is_too_large_is_refused_before_it_is_read() -> None:

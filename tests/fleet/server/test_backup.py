@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import shutil
 import tarfile
 import threading
 from pathlib import Path
@@ -126,6 +127,20 @@ def test_bundles_are_optional_and_are_served_where_the_old_folder_is_gone(
     restored = restore_backup(large, tmp_path / "new")
     assert restored.config.bundle == str(tmp_path / "new/bundles" / bundle_id)
     assert Bundle.load(Path(restored.config.bundle)).manifest == tiny_bundle.manifest
+
+
+def test_a_bundle_elsewhere_in_the_fleets_folder_is_left_out_as_well(
+    tmp_path: Path, tiny_bundle: Bundle
+) -> None:
+    model = tmp_path / "home/models/tiny"
+    home = make_home(tmp_path / "home", str(model))
+    shutil.copytree(tiny_bundle.folder, model)
+    (model.parent / "notes.txt").write_text("kept")
+    small = restore_backup(back_up(home, tmp_path / "small.tar.gz"), tmp_path / "small")
+    assert [path.name for path in (small.folder / "models").iterdir()] == ["notes.txt"]
+    file = back_up(home, tmp_path / "large.tar.gz", bundles=True)
+    large = restore_backup(file, tmp_path / "large")
+    assert Bundle.load(large.folder / "models/tiny").manifest == tiny_bundle.manifest
 
 
 def test_a_folder_with_files_is_not_restored_into(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Two processes with one identity are recognised; a restart is not taken for them."""
+"""Two processes with one identity are recognised. A restart is not mistaken for them."""
 
 from __future__ import annotations
 

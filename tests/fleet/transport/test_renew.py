@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from benchmarks.proxy import Proxy
 from cloud_broker_worker.worker.config import WorkerConfig
 from cloud_broker_worker.worker.worker import Worker
 from edge_agent.config import AgentConfig
@@ -22,10 +24,11 @@ from fleet.identity.identity import CERT_FILE, KEY_FILE, Identity
 from fleet.protocol import topics
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest
+from fleet.transport import mqtt
 from fleet.transport.base import Will
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
-from tests.brokers import BROKERS, Inbox, Site, running_site, wait_until
+from tests.brokers import BROKERS, WAIT_S, Inbox, Site, running_site, wait_until
 from tests.edge_agent.certify import certify_key
 
 WILL = Will(topics.device_status("d1"), b"gone")
@@ -36,6 +39,10 @@ NUM_TOKENS = 300
 def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
     with running_site(request.param, tmp_path) as running:
         yield running
+
+
+def wait_for(event: threading.Event) -> None:
+    event.wait(WAIT_S)
 
 
 def put_certificate(site: Site, identity: Identity, life: timedelta = timedelta(days=1)) -> None:
@@ -114,6 +121,67 @@ def test_a_transport_that_was_renewed_closes_and_leaves_no_thread(site: Site) ->
         lambda: not any("paho" in thread.name for thread in threading.enumerate()),
         "paho's thread ended",
     )
+
+
+def test_a_connection_whose_handler_outlasts_the_call_is_renewed_afterwards(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mqtt, "RELOAD_S", 0.2)
+    session = topics.to_device("d1", "s1")
+    is_handled = threading.Event()
+    connected = threading.Semaphore(0)
+    with site.connect("w1") as worker, site.connect("d1") as device:
+        device.on_up(connected.release)
+        device.subscribe(session, lambda *_: wait_for(is_handled))
+        assert connected.acquire(timeout=WAIT_S)
+        worker.publish(session, b"hello", qos=1)
+        time.sleep(0.5)  # the handler blocks the transport's thread
+        device.reload_certificate()
+        device.reload_certificate()
+        is_handled.set()
+        assert connected.acquire(timeout=WAIT_S)
+        assert device.is_up
+        device.reload_certificate()
+        assert connected.acquire(timeout=WAIT_S)
+
+
+def test_a_connection_that_cannot_send_is_renewed_when_the_network_is_back(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mqtt, "KEEP_ALIVE_S", 2)
+    identity = site.identity("d1")
+    connected = threading.Semaphore(0)
+    with Proxy(site.port) as link:
+        config = msgspec.structs.replace(identity.config, port=link.port)
+        with MqttTransport.connect(Identity(identity.folder, config)) as device:
+            device.on_up(connected.release)
+            assert connected.acquire(timeout=WAIT_S)
+            link.freeze()
+            for _ in range(200):  # more than the buffers of the sockets hold
+                device.publish(topics.to_worker("w1", "d1", "s1"), bytes(200_000))
+            device.reload_certificate()
+            link.heal()
+            assert connected.acquire(timeout=2 * WAIT_S)
+            assert device.is_up
+
+
+def test_a_connection_that_is_closed_during_its_renewal_stays_closed(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mqtt, "RELOAD_S", 0.2)
+    session = topics.to_device("d1", "s1")
+    is_handled = threading.Event()
+    with site.connect("w1") as worker, site.connect("d1") as device:
+        device.subscribe(session, lambda *_: wait_for(is_handled))
+        worker.publish(session, b"hello", qos=1)
+        time.sleep(0.5)
+        device.reload_certificate()
+        device.close()
+        is_handled.set()
+        wait_until(
+            lambda: not any(each.name.endswith("-d1") for each in threading.enumerate()),
+            "the threads of d1 have ended",
+        )
 
 
 @pytest.mark.parametrize("mode", [Mode.VERIFIED, Mode.COLLABORATIVE])
