@@ -34,7 +34,7 @@ def export_command(
     ] = DEFAULT_MODEL,
     heads: Annotated[
         Path | None,
-        typer.Option(help="Trained exit heads; without them exits share the model's final norm."),
+        typer.Option(help="Trained exit heads; by default those shipped, or the final norm."),
     ] = None,
     exit_head: Annotated[
         str | None,
@@ -113,7 +113,7 @@ def parse_numbers(text: str, number: Callable[[str], N], option: str, example: s
         ) from None
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(export_command)
 
 

@@ -137,7 +137,7 @@ def eos_token_ids(name: str, model: Any, tokenizer: Any | None = None) -> tuple[
     embedding are left out, as the model cannot generate them.
 
     Raises:
-        ExportError: there is none.
+        ExportError: no token is left.
     """
     ids: set[Any] = set()
     for source in (model.config, model.generation_config, tokenizer):

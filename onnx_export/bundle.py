@@ -1,4 +1,4 @@
-"""One export from a model to a bundle's folder, which appears whole or not at all."""
+"""The export of a model as a bundle. The folder appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MAX_INLINE_BYTES = 1 << 20
 """
 
 FILE_MODE = 0o644
-"""The mode of every file of a bundle: the libraries that write some of them make them private."""
+"""The mode of every file of a bundle. Some libraries write files that only their owner can read."""
 
 Progress = Callable[[str], None]
 Report = Callable[[Mapping[str, float], Mapping[str, float]], None]
@@ -58,11 +58,11 @@ def export_bundle(
 ) -> Manifest:
     """Export a model into ``config.out`` and return the manifest.
 
-    `progress` receives one line a stage; `report` receives the figures of
+    `progress` receives one line for each stage; `report` receives the figures of
     :mod:`onnx_export.parity` and their limits.
 
     Raises:
-        ConfigError: a value makes no sense, `out` is in use, or an extra is missing.
+        ConfigError: an option is invalid, `out` is not empty, or an extra is missing.
         ExportError: the model or the exits cannot be exported, the graphs differ from PyTorch,
             or the disk is full.
         HeadsError: the exit heads do not fit.
@@ -75,8 +75,8 @@ def export_bundle(
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ExportError(
-            f"cannot write the bundle {config.out}: {reason}; nothing is left of it, "
-            "make room and export again"
+            f"cannot write the bundle {config.out}: {reason}; the incomplete "
+            "folder is removed; make room and export again"
         ) from error
     progress(f"bundle {manifest.bundle_id} in {config.out}")
     return manifest
@@ -131,7 +131,7 @@ def choose_thresholds(
     """Return thresholds for the exits, and the calibration that they come from, if any.
 
     Raises:
-        ConfigError: the calibration file cannot be read or holds for another edge.
+        ConfigError: the calibration file cannot be read, or is of another bundle.
     """
     if config.thresholds:
         return config.thresholds, None
@@ -147,11 +147,11 @@ def choose_thresholds(
 def calibrated_thresholds(
     config: ExportConfig, path: Path, heads_sha256: str
 ) -> tuple[tuple[float, ...], Calibration]:
-    """Return the thresholds of a calibration file, which must hold for this edge."""
+    """Return the thresholds of a calibration file. It must match exits, heads and quantization."""
     file = read_calibration(path)
     if not file.fits(config.exits, config.quantization, heads_sha256):
         raise ConfigError(
-            f"{path} holds for exits {format_layers(file.exits)}, {file.quantization} "
+            f"{path} is for exits {format_layers(file.exits)}, {file.quantization} "
             f"and heads {file.heads_sha256[:12]}, not for exits {format_layers(config.exits)}, "
             f"{config.quantization} and heads {heads_sha256[:12]}; "
             "calibrate the new bundle with 'fleet heads calibrate'"
@@ -227,7 +227,7 @@ def write_edge(
         progress(f"exporting layers [{start}, {stop}) as {config.quantization}")
         graph, cached = assembly.block((start, stop), heads.heads[stop])
         if cached:
-            progress(f"layers [{start}, {stop}) are as in an earlier export")
+            progress(f"layers [{start}, {stop}) come from an earlier export")
         save_graph(graph, folder / f"block_{i}.onnx")
     progress(f"exporting the LM head as {config.quantization}")
     lm_head, _ = assembly.lm_head(config.top_k_of(assembly.info.vocab_size))
@@ -237,14 +237,14 @@ def write_edge(
 
 
 def save_graph(graph: onnx.ModelProto, path: Path) -> None:
-    """Write one file, or for a large graph a second one for its weights."""
+    """Write a graph. The weights of a large graph go into a second file."""
     is_large = initializer_bytes(graph) > MAX_INLINE_BYTES
     location = f"{path.name}.data" if is_large else None
     onnx.save_model(graph, path, save_as_external_data=is_large, location=location)
 
 
 def set_file_modes(folder: Path) -> None:
-    """Let every user read the files below `folder`; the folder decides who reaches them."""
+    """Make the files below `folder` readable for all users whom the folder's own mode admits."""
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(FILE_MODE)

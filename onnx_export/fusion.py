@@ -143,7 +143,7 @@ def reshapes_before(graph: Graph, name: str) -> list[NodeProto]:
 def merge_products(graph: Graph) -> None:
     """Merge products of one value by several weights into one product.
 
-    The result is split behind it, or stays packed for the attention that it feeds.
+    The result is then split, or stays packed for the attention that reads it.
     """
     groups: defaultdict[str, list[NodeProto]] = defaultdict(list)
     for node in graph.nodes:

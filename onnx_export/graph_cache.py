@@ -58,7 +58,7 @@ class GraphCache:
     def get_or_make(
         self, key: str, make: Callable[[], onnx.ModelProto]
     ) -> tuple[onnx.ModelProto, bool]:
-        """Return the graph under `key`, made and stored if missing, and whether it was there."""
+        """Return the graph under `key` and whether it was stored. Make and store a missing one."""
         cached = self._read(key)
         if cached is not None:
             return cached, True

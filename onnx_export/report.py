@@ -11,7 +11,9 @@ from onnx_export import parity
 
 def parity_table(figures: Mapping[str, float], limits: Mapping[str, float]) -> Table:
     """Return a table with one row a figure: its name, its value, its limit."""
-    table = Table(title=f"parity, {parity.NUM_TOKENS} tokens", title_justify="left")
+    table = Table(
+        title=f"exported graphs against PyTorch, {parity.NUM_TOKENS} tokens", title_justify="left"
+    )
     table.add_column("figure", justify="left")
     table.add_column("value", justify="right")
     table.add_column("limit", justify="right")

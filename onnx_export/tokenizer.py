@@ -55,10 +55,10 @@ def check_tokenizer(
 
 
 def chat_template(tokenizer: Any, name: str) -> str:
-    """Return the chat template; of several, the one with the name ``default``.
+    """Return the chat template. If there are several, return the one with the name ``default``.
 
     Raises:
-        ExportError: there is none.
+        ExportError: there is no such template.
     """
     template = tokenizer.chat_template
     if isinstance(template, dict):
@@ -140,12 +140,12 @@ def check_rendering(
     except Exception as error:  # a template raises errors of any type
         raise ExportError(
             f"the chat template of {name} fails on the turns {roles(turns)}: {one_line(error)}; "
-            "expected a template for transformers, mend chat_template in the checkpoint"
+            "expected a template for transformers, correct chat_template in the checkpoint"
         ) from error
     if not expected:
         raise ExportError(
             f"the chat template of {name} renders nothing of the turns {roles(turns)}; "
-            "expected the text of a prompt, mend chat_template in the checkpoint"
+            "expected the text of a prompt, correct chat_template in the checkpoint"
         )
     if written.encode(text, add_special_tokens=False).ids != expected:
         raise ExportError(

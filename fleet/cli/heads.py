@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -13,16 +14,19 @@ import msgspec
 import typer
 from rich.console import Console
 
+from fleet import __version__
 from fleet.bundles.calibration_file import keep_calibration, write_calibrated
 from fleet.bundles.manifest import Bundle, Manifest, hash_file
 from fleet.cli.console import new_console
 from fleet.cli.options import BundleOption, JsonOption, PlotOption
-from fleet.cli.training import profile, progress_bar, train, write_drawn_prompts
+from fleet.cli.progress import progress_bar
+from fleet.cli.training import profile, train, write_drawn_prompts
 from fleet.cli.views import numbers_table
 from fleet.errors import ConfigError
 from fleet.exits.calibration import (
     Calibration,
     calibrate,
+    check_guarantee,
     expected_calibration_error,
     summarize_thresholds,
 )
@@ -35,10 +39,13 @@ from fleet.exits.thresholds import (
 )
 from fleet.server.supervisor import resolve_bundle
 from fleet.utils.cli_runtime import check_free, check_writable
+from fleet.utils.command_group import CommandGroup
 from fleet.utils.optional_imports import needs
+from fleet.utils.paths import user_cache_folder
 from fleet.utils.prompt_file import read_prompts
 
 app = typer.Typer(
+    cls=CommandGroup,
     no_args_is_help=True,
     help="Train, profile, evaluate and calibrate exits.",
     rich_markup_mode=None,
@@ -57,7 +64,8 @@ TokensOption = Annotated[
 ]
 LimitOption = Annotated[int | None, typer.Option(help="Maximum number of prompts.")]
 RecordsOption = Annotated[
-    Path | None, typer.Option(help="Keep the recording here, or read it when it exists.")
+    Path | None,
+    typer.Option(help="Keep the recording here or read it from here (default: user's cache)."),
 ]
 TargetAgreementOption = Annotated[
     float, typer.Option(help="Mean agreement of an answer with the full model.")
@@ -79,8 +87,11 @@ def load_or_record(
     max_new_tokens: int,
     path: Path | None,
     limit: int | None = None,
+    check: Callable[[int], None] = lambda _: None,
 ) -> Recording:
     """The exits along the full model's answers: from the file `path` if it exists, else recorded.
+
+    `check` receives the number of answers before they are recorded, and may raise an error.
 
     Raises:
         ConfigError: there are no prompts, or `path` is of another bundle or other answers.
@@ -91,13 +102,15 @@ def load_or_record(
         recording = load_recording(path)
         inputs = (hashes, len(texts), max_new_tokens) if prompts else None
         _check_recording(recording, bundle, inputs, path)
+        print_note(f"the recording is read from {path}")
         return recording
     if not prompts:
         raise ConfigError(
             "no prompts: give --prompts FILE, or --records FILE with an earlier recording"
         )
+    check(len(texts))
     recording = Recording(
-        records=_record(bundle, texts, max_new_tokens),
+        records=_record(bundle, texts, max_new_tokens, check),
         parts_sha256=parts_sha256(bundle.manifest),
         prompts_sha256=hashes,
         num_prompts=len(texts),
@@ -105,17 +118,42 @@ def load_or_record(
     )
     if path is not None:
         save_recording(recording, path)
+        print_note(f"the recording is kept in {path}")
     return recording
 
 
-def _record(bundle: Bundle, texts: Sequence[str], max_new_tokens: int) -> Records:
+def print_note(line: str) -> None:
+    """Print a line on stderr."""
+    new_console(stderr=True).print(line, soft_wrap=True)
+
+
+def cached_recording(
+    bundle: Bundle, prompts: Sequence[Path], max_new_tokens: int, limit: int | None = None
+) -> Path | None:
+    """The file of a recording in the user's cache; none without prompts or a writable cache."""
+    if not prompts:
+        return None
+    hashes = [hash_prompts(each) for each in prompts]
+    inputs = [__version__, parts_sha256(bundle.manifest), hashes, max_new_tokens, limit]
+    key = hashlib.sha256(msgspec.json.encode(inputs)).hexdigest()[:16]
+    folder = user_cache_folder() / "recordings"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder / f"{key}.npz"
+
+
+def _record(
+    bundle: Bundle, texts: Sequence[str], max_new_tokens: int, check: Callable[[int], None]
+) -> Records:
     from fleet.cli.record_exits import record
 
     threads = len(os.sched_getaffinity(0))
     with progress_bar("answering", len(texts)) as progress:
-        records = record(bundle, texts, max_new_tokens, threads, progress)
+        records = record(bundle, texts, max_new_tokens, threads, progress, check=check)
     if num_too_long := len(texts) - records.num_answers:
-        new_console(stderr=True).print(
+        print_note(
             f"{num_too_long} of {len(texts)} prompts are too long for the model and were left out"
         )
     return records
@@ -210,7 +248,9 @@ def evaluate(
             from fleet.utils.plots import check_plot, save
         check_plot(plot)
     opened = open_bundle(bundle)
-    measured = load_or_record(opened, prompts or (), max_new_tokens, records, limit).records
+    files = prompts or ()
+    path = records or cached_recording(opened, files, max_new_tokens, limit)
+    measured = load_or_record(opened, files, max_new_tokens, path, limit).records
     thresholds = opened.manifest.thresholds
     result = evaluation(measured, thresholds)
     if plot:
@@ -267,7 +307,10 @@ def calibrate_command(
     if out is not None:
         check_free(out)
     opened = open_bundle(bundle)
-    recording = load_or_record(opened, prompts or (), max_new_tokens, records)
+    files = prompts or ()
+    check = partial(check_guarantee, target=target_agreement, confidence=confidence)
+    path = records or cached_recording(opened, files, max_new_tokens)
+    recording = load_or_record(opened, files, max_new_tokens, path, check=check)
     thresholds, calibration = calibrate(
         recording.records, target_agreement, confidence, recording.prompts_sha256
     )

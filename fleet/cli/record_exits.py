@@ -147,11 +147,13 @@ def record(
     max_new_tokens: int,
     num_threads: int,
     progress: Callable[[int], None] = lambda _: None,
+    check: Callable[[int], None] = lambda _: None,
 ) -> Records:
     """Answer the prompts greedily with the full model, and record every exit at every position.
 
     The device's graphs run in ONNX Runtime, the worker's layers in PyTorch, with FP16 hidden states
-    between them, as in a fleet. `progress` receives the number of finished answers.
+    between them, as in a fleet. `progress` receives the number of finished answers. `check`
+    receives the number of answers before the first one; its error ends the recording.
 
     Raises:
         ConfigError: there is no prompt, or none is short enough.
@@ -164,4 +166,5 @@ def record(
             f"none of {len(prompts)} prompts leaves room for {max_new_tokens} tokens; "
             "give shorter ones"
         )
+    check(len(prompt_ids))
     return recorder.record(prompt_ids, progress)

@@ -5,23 +5,15 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from fleet.cli.console import new_console
 from fleet.cli.options import JsonOption, PlotOption
+from fleet.cli.progress import progress_bar, stage_progress
 from fleet.cli.views import numbers_table
 from fleet.exits.profile import ExitOption, pareto_front, profile_exits
 from fleet.exits.records import Records
@@ -59,7 +51,9 @@ NewTokensOption = Annotated[
 MaxPromptTokensOption = Annotated[
     int, typer.Option(help="Maximum length of a prompt; longer ones are left out.")
 ]
-BatchOption = Annotated[int, typer.Option(help="Conversations that a process generates at once.")]
+BatchOption = Annotated[
+    int, typer.Option(help="Maximum number of conversations that a process generates at once.")
+]
 ProcessesOption = Annotated[
     int | None, typer.Option(help="Processes that generate, on a CPU (default: one per core).")
 ]
@@ -246,7 +240,7 @@ def write_drawn_prompts(
 
 
 def run_training(*, cache: Path | None, processes: int | None, **options: Any) -> Records:
-    """Train with a progress bar for each stage."""
+    """Train with the progress of each stage on stderr."""
     require_packages()
     with needs("export"):
         from onnx_export.training.train import train_heads
@@ -255,34 +249,8 @@ def run_training(*, cache: Path | None, processes: int | None, **options: Any) -
         processes=processes or len(os.sched_getaffinity(0)),
         **options,
     )
-    with new_progress() as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=min(done, total))
-
-        return train_heads(config, progress)
-
-
-def new_progress() -> Progress:
-    """Progress bars on stderr, one for each task."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=new_console(stderr=True),
-    )
-
-
-@contextmanager
-def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """One progress bar; the function that receives the number of completed items."""
-    with new_progress() as bars:
-        task = bars.add_task(description, total=total)
-        yield lambda done: bars.update(task, completed=done)
+    with stage_progress() as report:
+        return train_heads(config, report)
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -12,6 +13,10 @@ from onnx_export.config import DEFAULT_MODEL
 if TYPE_CHECKING:
     from onnx_export.heads import HeadKind
 
+MIN_SHARD: Final = 8
+ANSWER_SHARE: Final = 2 / 3
+"""Expected length of an answer, as a share of the longest one."""
+
 MINIMUMS: Final = {"tokens": 1, "epochs": 0, "max_new_tokens": 2, "batch": 1, "processes": 1}
 
 
@@ -21,7 +26,7 @@ class TrainConfig:
 
     `prompts`: files of prompts in addition to those that the model draws itself; may be empty.
     `cache`: folder of the answers. `intermediate`: width of an ``mlp`` head, or 0 for the hidden
-    size. `batch`: conversations that a process generates at once; it decides the memory.
+    size. `batch`: most conversations that a process generates at once; it decides the memory.
     `processes`: number of processes that generate on a CPU.
     """
 
@@ -39,6 +44,15 @@ class TrainConfig:
     batch: int = 192
     processes: int = 1
     seed: int = 0
+
+    @property
+    def shard_size(self) -> int:
+        """Conversations that are generated at once: `batch`, or fewer if half of `tokens` needs it.
+
+        It does not depend on the exits, so that other runs with as many tokens use the answers.
+        """
+        num_answers = self.tokens / (ANSWER_SHARE * self.max_new_tokens)
+        return min(self.batch, max(MIN_SHARD, math.ceil(num_answers / 2)))
 
     def check(self) -> None:
         """Raise ConfigError when a number is too small."""

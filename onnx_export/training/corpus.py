@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import threading
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 import torch
@@ -22,12 +23,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fleet.errors import ConfigError
 from onnx_export.architecture import eos_token_ids
 from onnx_export.checkpoint import load_pretrained
+from onnx_export.training.config import ANSWER_SHARE
 from onnx_export.training.generation import TENSORS, TOP_K, TrainingAnswers, generate_answers
 from onnx_export.training.prompts import ChatFormat, check_yield, generate_prompts, without_repeats
 
 TEMPERATURES: Final = (0.0, 0.0, 0.7)
 """Temperatures of successive shards: mostly the greedy answers of devices, and some variety."""
-FORMAT: Final = 1
+FORMAT: Final = 2
+Source = Literal["files", "drawn", "prompts"]
+"""The shards' kinds: answers to prompts from files, answers to drawn prompts, drawn prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,23 +113,26 @@ class ShardMaker:
 
 
 class Corpus:
-    """A folder of shards for one configuration, which grows with the number of tokens requested.
+    """The shards of one configuration, which grow with the number of tokens requested.
 
     Shards of answers are numbered. Of three, two answer prompts drawn from the model and one
     answers prompts from files, while there are any; so a shard does not depend on the number of
-    tokens requested.
+    tokens requested. Answers to drawn prompts are in a folder of their own, `folder`: runs with
+    other files use them, too.
     """
 
     def __init__(
         self, folder: Path, config: CorpusConfig, file_prompts: Sequence[str], fingerprint: str
     ) -> None:
-        """Create the folder of this configuration's shards below `folder`.
+        """Create the folders of this configuration's shards below `folder`.
 
         `file_prompts` are the prompts from files; `fingerprint` is the model's.
         """
         self.config = config
-        self.folder = folder / corpus_key(config, file_prompts, fingerprint)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder / corpus_key(config, (), fingerprint)
+        self._files_folder = folder / corpus_key(config, file_prompts, fingerprint)
+        for each in (self.folder, self._files_folder):
+            each.mkdir(parents=True, exist_ok=True)
         short = self._short(without_repeats(file_prompts))
         self._file_batches = batches(short, config.batch)
         self._drawn_batches: list[tuple[str, ...]] = []
@@ -146,13 +153,15 @@ class Corpus:
     ) -> list[Path]:
         """Make the missing shards.
 
-        Returns the shards, in order, that hold `num_tokens` tokens of answers or just more.
+        Return the first shards that together hold at least `num_tokens` tokens of answers.
         `progress` receives the number of tokens so far.
         """
         paths: list[Path] = []
         total = 0
+        progress(0)
         while total < num_tokens:
-            numbers = range(len(paths), len(paths) + makers.processes)
+            num_shards = self._num_shards(num_tokens - total, total, len(paths))
+            numbers = range(len(paths), len(paths) + min(num_shards, makers.processes))
             tasks = self._answer_tasks(numbers, makers)
             makers.make(tasks)
             for task in tasks:
@@ -162,11 +171,18 @@ class Corpus:
             progress(total)
         return paths
 
+    def _num_shards(self, num_tokens: int, total: int, num_made: int) -> int:
+        """Estimate the number of shards with `num_tokens` tokens, from `num_made` with `total`."""
+        config = self.config
+        expected = ANSWER_SHARE * config.max_new_tokens * config.batch
+        mean = total / num_made if num_made else expected
+        return math.ceil(num_tokens / mean)
+
     def _answer_tasks(self, numbers: range, makers: ShardMakerPool) -> list[ShardTask]:
         """Return the tasks of some shards of answers; draw prompts for them as needed."""
         num_needed = sum(not self._is_from_files(number) for number in range(numbers.stop))
         while len(self._drawn_batches) < num_needed:
-            self._draw(makers)
+            self._draw(makers, num_needed - len(self._drawn_batches))
         return [self._answer_task(number) for number in numbers]
 
     def _is_from_files(self, number: int) -> bool:
@@ -174,26 +190,29 @@ class Corpus:
 
     def _answer_task(self, number: int) -> ShardTask:
         """Return the task of one shard of answers."""
-        path = self.folder / f"answers-{number:05}.safetensors"
-        layers = {*self.config.layers, *stored_layers(path)}
+        if self._is_from_files(number):
+            index = number // 3
+            return self._task(self._files_folder, index, "files", self._file_batches[index])
+        index = number - min((number + 1) // 3, len(self._file_batches))
+        return self._task(self.folder, index, "drawn", self._drawn_batches[index])
+
+    def _task(
+        self, folder: Path, index: int, source: Source, prompts: tuple[str, ...]
+    ) -> ShardTask:
+        """Return the task that answers `prompts`, the `index`-th of their source."""
+        path = folder / f"answers-{index:05}.safetensors"
+        period = index if source == "files" else index // 2
         return ShardTask(
             path=path,
-            seed=shard_seed(self.config.seed, number),
-            temperature=TEMPERATURES[number // 3 % len(TEMPERATURES)],
-            prompts=self._prompts(number),
-            layers=tuple(sorted(layers)),
+            seed=shard_seed(self.config.seed, index, source),
+            temperature=TEMPERATURES[period % len(TEMPERATURES)],
+            prompts=prompts,
+            layers=tuple(sorted({*self.config.layers, *stored_layers(path)})),
         )
 
-    def _prompts(self, number: int) -> tuple[str, ...]:
-        """Return the prompts of one shard of answers."""
-        if self._is_from_files(number):
-            return self._file_batches[number // 3]
-        num_from_files = min((number + 1) // 3, len(self._file_batches))
-        return self._drawn_batches[number - num_from_files]
-
-    def _draw(self, makers: ShardMakerPool) -> None:
-        """Draw more prompts, or read those that were drawn before."""
-        count = self._num_drawn + makers.processes
+    def _draw(self, makers: ShardMakerPool, num_batches: int) -> None:
+        """Draw prompts for up to `num_batches` more batches, or read those drawn before."""
+        count = self._num_drawn + min(num_batches, makers.processes)
         tasks = [self._draw_task(number) for number in range(count)]
         makers.make(tasks[self._num_drawn :])
         self._num_drawn = count
@@ -209,7 +228,7 @@ class Corpus:
     def _draw_task(self, number: int) -> ShardTask:
         return ShardTask(
             path=self.folder / f"drawn-{number:05}.json",
-            seed=shard_seed(self.config.seed, number, drawing=True),
+            seed=shard_seed(self.config.seed, number, "prompts"),
         )
 
 
@@ -226,9 +245,9 @@ def batches(prompts: Sequence[str], size: int) -> list[tuple[str, ...]]:
     return [tuple(prompts[i : i + size]) for i in range(0, len(prompts), size)]
 
 
-def shard_seed(seed: int, number: int, drawing: bool = False) -> int:
+def shard_seed(seed: int, index: int, source: Source) -> int:
     """Return a separate seed for each shard."""
-    digest = hashlib.sha256(f"{seed} {number} {drawing}".encode()).digest()
+    digest = hashlib.sha256(f"{seed} {index} {source}".encode()).digest()
     return int.from_bytes(digest[:6])
 
 
@@ -257,20 +276,29 @@ def run_task(task: ShardTask) -> None:
 
 
 class ShardMakerPool:
-    """Processes that make shards; on CUDA it is one.
+    """Processes that make shards; a single one, as on CUDA, is this process.
 
     Each has one thread, which uses the cores better than one process with many threads.
     """
 
-    def __init__(self, config: CorpusConfig, processes: int) -> None:
+    def __init__(
+        self,
+        config: CorpusConfig,
+        processes: int,
+        on_start: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """`on_start` receives the number of processes before the first shard is made."""
         self._config = config
+        self._on_start = on_start
         self.processes = 1 if torch.cuda.is_available() else processes
         self._pool: ProcessPoolExecutor | None = None
+        self._maker: ShardMaker | None = None
 
     def __enter__(self) -> ShardMakerPool:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._maker = None
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -279,11 +307,27 @@ class ShardMakerPool:
         missing = [task for task in tasks if not task.is_done]
         if not missing:
             return
+        if self._maker is None and self._pool is None:
+            self._on_start(self.processes)
+        if self.processes == 1:
+            self._make_here(missing)
+            return
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self.processes, context, start_maker, (self._config,))
         for future in [self._pool.submit(run_task, task) for task in missing]:
             future.result()
+
+    def _make_here(self, tasks: Sequence[ShardTask]) -> None:
+        """Make shards in this process, with one thread as in a process of the pool."""
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            self._maker = self._maker or ShardMaker(self._config)
+            for task in tasks:
+                self._maker.make(task)
+        finally:
+            torch.set_num_threads(num_threads)
 
 
 def stored_layers(path: Path) -> set[int]:

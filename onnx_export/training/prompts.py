@@ -71,19 +71,22 @@ def draw_many(
 ) -> list[str]:
     """Return `count` different prompts; `progress` receives the number so far.
 
+    It draws `batch` texts at once, or twice `count` if that is less: not every text is a prompt.
+
     Raises:
         ExportError: the model hardly puts a prompt into an empty user turn.
     """
     chat = ChatFormat.of(tokenizer)
+    size = min(batch, 2 * count)
     generator = torch.Generator().manual_seed(seed)
     drawn: list[str] = []
     for num_batches in itertools.count(1):
-        drawn += generate_prompts(model, tokenizer, chat, batch, generator)
+        drawn += generate_prompts(model, tokenizer, chat, size, generator)
         drawn = without_repeats(drawn)
         progress(min(count, len(drawn)))
         if len(drawn) >= count:
             return drawn[:count]
-        check_yield(num_batches * batch, len(drawn))
+        check_yield(num_batches * size, len(drawn))
     raise AssertionError
 
 

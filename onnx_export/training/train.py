@@ -28,6 +28,7 @@ from onnx_export.training.config import TrainConfig
 from onnx_export.training.corpus import Corpus, CorpusConfig, ShardMakerPool, load_answers
 from onnx_export.training.fitting import FitConfig, evaluate_head, fit_by_gradient, fit_ridge
 from onnx_export.training.generation import TrainingAnswers, concatenate
+from onnx_export.training.memory import generation_bytes, memory_line
 from onnx_export.training.prompts import draw_many
 
 HELD_OUT: Final = 20  # every n-th conversation is not trained on
@@ -37,16 +38,16 @@ Progress = Callable[[str, int, int], None]
 def train_heads(config: TrainConfig, progress: Progress = lambda *_: None) -> Records:
     """Write ``config.out`` and return records of the heads along held-out conversations.
 
-    `progress` receives stage, done and total. An interrupted training continues from the shards
-    that were finished.
+    `progress` receives stage, done and total; with a total of 0 the stage is a message. An
+    interrupted training continues from the shards that were finished.
 
     Raises:
-        ConfigError: a value makes no sense, or prompts cannot be read.
+        ConfigError: an option is invalid, or prompts cannot be read.
         ExportError: the model cannot be exported, or the exits do not fit it.
     """
     config.check()
     file_prompts = [prompt for path in config.prompts for prompt in read_prompts(path)]
-    source = resolve_model(config.model, lambda line: progress(line, 0, 1))
+    source = resolve_model(config.model, lambda line: progress(line, 0, 0))
     model = load_frozen_model(source, config.model)
     check_exits(config.exits, model.config.num_hidden_layers)
     heads = {
@@ -126,17 +127,21 @@ def collect_answers(
         seed=config.seed,
         max_prompt_tokens=config.max_prompt_tokens,
         max_new_tokens=config.max_new_tokens,
-        batch=config.batch,
+        batch=config.shard_size,
     )
     corpus = Corpus(config.cache, corpus_config, file_prompts, model_fingerprint(model))
 
     def report(done: int) -> None:
         progress("answering", done, config.tokens)
 
+    def report_memory(processes: int) -> None:
+        needed = generation_bytes(model.config, model.num_parameters(), corpus_config)
+        progress(memory_line(needed, processes), 0, 0)
+
     try:
         with (
             FileLock(corpus.folder / ".lock", timeout=0),
-            ShardMakerPool(corpus_config, config.processes) as makers,
+            ShardMakerPool(corpus_config, config.processes, report_memory) as makers,
         ):
             shards = corpus.fill(config.tokens, makers, report)
     except Timeout:

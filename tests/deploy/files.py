@@ -25,7 +25,7 @@ class Image(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One start of a container of ours: which image, with which arguments."""
+    """One start of a container of this project, with its image and arguments."""
 
     where: str
     image: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,9 +12,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import pytest
 
-from fleet.bundles.manifest import Bundle
+from edge_agent.device_unit import device_unit
+from fleet.bundles.manifest import Bundle, read_manifest, write_manifest
 from fleet.server.home import FleetHome
 from tests.brokers import BROKERS, HOST, free_port, listens, wait_until
 from tests.deploy.units import Unit, find_systemd_analyze, run_service, service
@@ -101,6 +104,36 @@ def test_a_unit_restarts_its_process_and_gives_it_files_and_a_watchdog(
         assert int(unit.value("LimitNOFILE")) >= 10_000
         assert unit.value("User") == USER
         assert unit.value("WantedBy") == "multi-user.target"
+
+
+def test_workers_run_with_the_fastest_weights_that_agree(
+    run: Run, tmp_path: Path, tiny_bundle: Bundle
+) -> None:
+    """As those of `fleet up`; the weights of this model's name were measured."""
+    folder = shutil.copytree(tiny_bundle.folder, tmp_path / "bundle")
+    manifest = read_manifest(folder)
+    model = msgspec.structs.replace(manifest.model, name="SmolLM2-135M-Instruct")
+    write_manifest(folder, msgspec.structs.replace(manifest, model=model))
+    for path in write_units(run, tmp_path, "embedded", Bundle.load(folder)):
+        if "worker" in path.name:
+            (command,) = Unit(path).commands("ExecStart")
+            assert command[command.index("--weights") + 1] == "int4"
+
+
+def test_a_device_and_its_bundle_may_be_in_the_home_of_a_user(
+    run: Run, tmp_path: Path, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init(run, tiny_bundle)
+    run("fleet enroll kitchen --home home --out kitchen")
+    path = tmp_path / "kitchen" / "identity.json"
+    identity = json.loads(path.read_text())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run(f"edge-agent systemd '~/kitchen' --user {USER} --out units")
+    (command,) = Unit(tmp_path / "units" / "edge-agent.service").commands("ExecStart")
+    assert command[-1] == str(tmp_path / "kitchen")
+    monkeypatch.setenv("HOME", "/home/operator")
+    path.write_text(json.dumps(identity | {"bundle": "~/model"}))
+    assert "BindReadOnlyPaths=/home/operator/model" in device_unit(tmp_path / "kitchen", USER)
 
 
 @pytest.mark.parametrize("kind", BROKERS)

@@ -196,7 +196,7 @@ def test_the_manifest_has_the_parity_of_the_graphs(
     make_tiny_bundle: MakeTinyBundle, quantization: Quantization
 ) -> None:
     figures = make_tiny_bundle((1, 2), None, None, quantization).manifest.parity
-    kinds = ("hidden", "steps", "exit_hidden", "logprob", "top1", "agreement")
+    kinds = ("hidden", "steps", "exit_hidden", "logprob", "top1", "same_as_pytorch")
     assert set(figures) == {
         *(f"{kind}.{layer}" for kind in kinds for layer in (1, 2)),
         "lm_head.logprob",
@@ -206,15 +206,16 @@ def test_the_manifest_has_the_parity_of_the_graphs(
 
 
 def test_figures_outside_their_limits_fail_the_export_by_name() -> None:
-    figures = {"hidden.1": 1e-6, "hidden.2": 0.01, "agreement.2": 0.5, "lm_head.top1": 1.0}
+    figures = {"hidden.1": 1e-6, "hidden.2": 0.01, "same_as_pytorch.2": 0.5, "lm_head.top1": 1.0}
     with pytest.raises(
-        ExportError, match=r"hidden\.2 is 0\.01, expected at most 0\.0001; agreement\.2 is 0\.5"
+        ExportError,
+        match=r"hidden\.2 is 0\.01, expected at most 0\.0001; same_as_pytorch\.2 is 0\.5",
     ) as raised:
         parity.check_parity(figures, parity.parity_limits("fp32", "linear"))
     assert "hidden.1" not in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["hidden.1", "agreement.1", "lm_head.logprob"])
+@pytest.mark.parametrize("name", ["hidden.1", "same_as_pytorch.1", "lm_head.logprob"])
 def test_graphs_that_give_no_number_fail_the_export(name: str) -> None:
     with pytest.raises(ExportError, match="differ from PyTorch"):
         parity.check_parity({name: float("nan")}, parity.parity_limits("int8", "linear"))

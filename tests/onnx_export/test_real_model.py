@@ -81,7 +81,7 @@ def test_the_default_bundle_is_balanced_and_near_pytorch(real_bundle: Bundle) ->
     )
     assert manifest.model.eos_token_ids == (2,)
     parity.check_parity(manifest.parity, parity.parity_limits("balanced", "linear"))
-    assert min(manifest.parity[f"agreement.{layer}"] for layer in SHIPPED) >= 0.9
+    assert min(manifest.parity[f"same_as_pytorch.{layer}"] for layer in SHIPPED) >= 0.9
 
 
 def test_a_built_default_bundle_is_returned_without_building(real_bundle: Bundle) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,50 +16,29 @@ from fleet.protocol.prompt import PromptRequest
 from fleet.protocol.report import DeviceStatus, decode_status
 from fleet.transport.prompt_client import PromptClient
 from tests.brokers import WAIT_S, Inbox, running_site
+from tests.packaging.environments import (
+    build_project_wheel,
+    install_lowest,
+    install_newest,
+    run,
+)
 
 pytestmark = [pytest.mark.packaging, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).parent.parent.parent
-INSTALL_TIMEOUT_S = 400
 START_TIMEOUT_S = 60.0
 
 
-def run(*command: str | Path, folder: Path) -> str:
-    """Return the output of a command; fail the test with its error output when it fails."""
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture(scope="module", params=[install_newest, install_lowest])
+def edge_environment(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Folder of the programs of a fresh environment that holds the wheel with its extra `edge`.
 
-
-@pytest.fixture(scope="module")
-def edge_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the programs of a fresh environment that holds the wheel with its extra `edge`."""
+    Its packages are the newest ones, or the least that pyproject.toml allows.
+    """
     folder = tmp_path_factory.mktemp("edge")
-    run(
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--outdir",
-        folder,
-        ROOT,
-        folder=folder,
-    )
-    (wheel,) = folder.glob("*.whl")
-    run(sys.executable, "-m", "venv", folder / "venv", folder=folder)
-    programs = folder / "venv" / "bin"
-    run(
-        programs / "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        f"{wheel}[edge]",
-        folder=folder,
-    )
-    return programs
+    install: Callable[[Path, str], Path] = request.param
+    return install(folder, f"{build_project_wheel(folder)}[edge]")
 
 
 @contextmanager

@@ -1,0 +1,76 @@
+"""Fresh environments with this project: the newest versions of its packages, or the least."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import uv
+
+ROOT: Final = Path(__file__).parent.parent.parent
+TIMEOUT_S: Final = 400
+
+
+def run(*command: str | Path, folder: Path, variables: Mapping[str, str] | None = None) -> str:
+    """Return the output of a command; fail the test with its error output when it fails."""
+    process = subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | dict(variables or {}),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+def build_project_wheel(folder: Path) -> Path:
+    """Build the wheel of this tree into `folder`."""
+    build: list[str | Path] = [sys.executable, "-m", "build", "--wheel", "--no-isolation"]
+    run(*build, "--outdir", folder, ROOT, folder=folder)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def install_newest(folder: Path, requirement: str) -> Path:
+    """Install the newest versions that fit into `folder`/venv; return its folder of programs."""
+    run(sys.executable, "-m", "venv", folder / "venv", folder=folder)
+    programs = folder / "venv" / "bin"
+    install: list[str | Path] = [
+        programs / "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
+    run(*install, requirement, folder=folder)
+    return programs
+
+
+def install_lowest(folder: Path, requirement: str) -> Path:
+    """Install the least versions that fit into `folder`/venv; return its folder of programs.
+
+    PyTorch is the build that runs these tests: another one would be a download of gigabytes.
+    """
+    python = folder / "venv" / "bin" / "python"
+    program = uv.find_uv_bin()
+    run(program, "venv", "--quiet", "--python", sys.executable, folder / "venv", folder=folder)
+    constraints = folder / "constraints.txt"
+    torch_version = importlib.metadata.version("torch")
+    constraints.write_text(f"torch=={torch_version}\n", encoding="utf-8")
+    install: list[str | Path] = [program, "pip", "install", "--quiet", "--python", python]
+    install += ["-c", constraints]
+    for place in os.environ.get("PIP_FIND_LINKS", "").split():
+        install += ["--find-links", place]
+    wheel, _, extras = requirement.rstrip("]").partition("[")
+    # Dependencies of a wheel are not direct ones to uv, those of the project's file are.
+    install += ["--resolution", "lowest-direct", "-r", ROOT / "pyproject.toml"]
+    run(*install, *(f"--extra={extra}" for extra in extras.split(",")), folder=folder)
+    run(program, "pip", "install", "-q", "--python", python, "--no-deps", wheel, folder=folder)
+    return python.parent
