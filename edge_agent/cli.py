@@ -20,14 +20,17 @@ from fleet.errors import ConfigError, FleetError
 from fleet.identity.identity import Identity, IdentityConfig
 from fleet.protocol.access import Role
 from fleet.utils.cli_runtime import run_command, stop_event
+from fleet.utils.command_group import CommandGroup
 from fleet.utils.host_address import host_port
 from fleet.utils.optional_imports import needs
+from fleet.utils.paths import absolute_path
 from fleet.utils.service_manager import READY, Watchdog, notify
 from fleet.utils.systemd_unit import service_user, write_units
 from fleet.utils.text_files import decode_text
 from fleet.utils.version_option import VersionOption
 
 app = typer.Typer(
+    cls=CommandGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -109,7 +112,7 @@ def systemd_command(
     ] = None,
 ) -> None:
     """Write a hardened systemd unit that runs this device."""
-    identity = folder.resolve()
+    identity = absolute_path(folder)
     unit = device_unit(identity, service_user(identity, user))
     write_units(out, {DEVICE_SERVICE: unit})
     print(
@@ -125,7 +128,7 @@ def join_command(
     ],
     server: Annotated[str, typer.Option(help="The fleet's service, https://HOST:PORT.")],
     out: Annotated[
-        Path, typer.Option(help="Identity folder to make, or to mend with a new token.")
+        Path, typer.Option(help="Identity folder to create, or to repair with a new token.")
     ] = Path("device"),
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:

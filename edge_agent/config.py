@@ -62,9 +62,10 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
         Raises:
             ConfigError: the file is not JSON, or has a key that is unknown or out of range.
+            OSError: the file cannot be read.
         """
         path = folder / CONFIG_FILE
-        if not path.exists():
+        if not os.path.lexists(path):  # a link that leads nowhere is an error
             return cls()
         try:
             config: AgentConfig = decode_json(path.read_bytes(), str(path), cls)

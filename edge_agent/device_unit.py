@@ -10,6 +10,7 @@ from typing import Final
 from fleet.errors import ConfigError
 from fleet.identity.identity import Identity
 from fleet.protocol.access import Role
+from fleet.utils.paths import absolute_path
 from fleet.utils.systemd_unit import ServiceUnit, program_folders
 
 DEVICE_SERVICE: Final = "edge-agent.service"
@@ -22,21 +23,23 @@ def device_unit(folder: Path, user: str) -> str:
 
     Raises:
         IdentityError: there is no identity in the folder.
-        ConfigError: the identity has another role.
+        ConfigError: the identity has another role, or a path begins with ``~`` and there is no home
+            folder.
     """
-    config = Identity.load(folder).config
+    folder = absolute_path(folder)
+    identity = Identity.load(folder)
+    config = identity.config
     if config.role is not Role.DEVICE:
         raise ConfigError(
             f"{folder} is the identity of a {config.role}, expected a device's; "
             "make one with 'edge-agent join'"
         )
-    bundle = [Path(config.bundle)] if config.bundle else []
     return ServiceUnit(
         description=f"CE-CoLLM fleet: device {config.name}",
         command=[sys.executable, "-m", "edge_agent", "run", str(folder)],
         user=user,
         writable=[folder],
-        readable=[*program_folders(), *bundle],
+        readable=[*program_folders(), *filter(None, [identity.bundle])],
         watchdog_s=WATCHDOG_S,
         notify_access="all",  # a version in a slot runs as a child of the launcher
         start_s="infinity",  # a device without a bundle downloads it first

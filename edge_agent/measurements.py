@@ -1,4 +1,4 @@
-"""The measurements of a device: of itself, the link and the cloud."""
+"""The measurements of a device about itself, its link and the cloud."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ from fleet.protocol.access import Action, Role
 from fleet.protocol.topics import matches
 from fleet.utils.rate_limited_log import RateLimitedLog
 
-REVOCATION_S: Final = 1.0  # period of the look at the registry's changes
+REVOCATION_S: Final = 1.0  # time between two reads of the registry
 MAX_CONNECT_BYTES: Final = 64 * 1024
 MAX_QOS: Final = 1
 MAX_FILTERS: Final = 100  # subscriptions of one connection
@@ -54,7 +54,8 @@ RETAINED: Final = (
     topics.WORKER_STATUS_FILTER,
     topics.REVOKED,
 )
-"""Filters of retained messages. On other topics, which have no limit in number, none is kept."""
+"""Filters of the topics with retained messages. The number of other topics is not limited, so the
+broker retains no message on them."""
 
 CLIENT_RATE: Final = TokenRate(per_s=500, burst=2_000)
 OWN_RATE: Final = TokenRate(per_s=10_000, burst=50_000)
@@ -64,17 +65,20 @@ RATES: Final = {
     Role.WORKER: OWN_RATE,
     Role.SERVER: OWN_RATE,
 }
-"""Packets of one name in a second. A packet's cost is 1, and more with its deliveries."""
+"""Tokens of one name per second. A packet costs one token, and more if it is delivered often."""
 
 DELIVERIES_PER_TOKEN: Final = 20
 TURN: Final = 50
-"""Deliveries of one packet before other clients have their turn: about a millisecond."""
+"""Deliveries of one packet before the event loop serves other clients: about a millisecond."""
 
 logger = logging.getLogger(__name__)
 
 
 class FleetBroker:
-    """A broker on which certificate, client id and user name have one name, with its `rights`."""
+    """A broker whose clients use one name in certificate, client id and user name.
+
+    `rights` are the rights of each name.
+    """
 
     def __init__(self, listener: socket.socket, tls: ssl.SSLContext, rights: RightsCache) -> None:
         self._acceptor = Acceptor(listener, tls, self._serve)
@@ -88,13 +92,13 @@ class FleetBroker:
         self._violations = RateLimitedLog(logger)
 
     async def serve_until(self, stopped: Coroutine[None, None, None]) -> None:
-        """Serve connections until `stopped` returns; then close each one without its will."""
+        """Serve connections until `stopped` returns; then close them without their wills."""
         work = (stopped, self._acceptor.run(), self._follow_registry())
         tasks = [asyncio.create_task(each) for each in work]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                task.result()  # raises when the listener or the monitor has failed
+                task.result()  # raises if the listener or `_follow_registry` has failed
         finally:
             for task in tasks:
                 task.cancel()
@@ -105,7 +109,7 @@ class FleetBroker:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one connection from CONNECT to its will."""
+        """Serve one connection, from its CONNECT packet to its last will."""
         connection = None
         try:
             connection = await self._admit(reader, writer)
@@ -158,7 +162,7 @@ class FleetBroker:
         return is_new and len(connections) >= MAX_CONNECTIONS_PER_NAME
 
     async def _end_predecessor(self, client_id: str) -> None:
-        """End an older session of the client id, without its will."""
+        """End an older session of the client id without publishing its will."""
         if client_id in self._connections:
             connection = self._connections[client_id]
             connection.will = None
@@ -166,7 +170,7 @@ class FleetBroker:
             connection.stop()
 
     async def _end_session(self, connection: Connection) -> None:
-        """End a session, with its will if it still has one, unless a successor ended it before."""
+        """End a session and publish its will, unless a newer session has replaced it."""
         if not self._is_live(connection):
             return
         del self._connections[connection.client_id]
@@ -205,9 +209,9 @@ class FleetBroker:
     async def _publish(self, message: BrokerMessage) -> int:
         """Deliver a message; return the number of its receivers.
 
-        It never waits for one, so each gets the messages of a sender in their order. A retained
-        message is delivered in one step, so that receivers agree on the last one of several
-        senders: of a client and of the will of its former connection.
+        It never waits for a receiver, so each receives a sender's messages in order. A retained
+        message is delivered to all receivers in one step. So all of them agree which message of a
+        topic is the newest, for example a status or the will of an earlier connection.
         """
         if message.retain:
             self._retain(message)
@@ -239,7 +243,7 @@ class FleetBroker:
         return route
 
     async def on_subscribe(self, connection: Connection, packet: SubscribePacket) -> float:
-        """Add the filters that the client may read, and send their retained messages."""
+        """Add the filters that the client may subscribe to, and send their retained messages."""
         distinct = dict(packet.entries)
         codes = {each: self._add_filter(connection, each, qos) for each, qos in distinct.items()}
         connection.send(suback(packet.packet_id, [codes[each] for each, _ in packet.entries]))
@@ -253,7 +257,7 @@ class FleetBroker:
     def _add_filter(self, connection: Connection, topic_filter: str, qos: int) -> int:
         """Add a subscription; return its granted QoS, or `SUBSCRIPTION_REFUSED`.
 
-        A shared one would be granted and never deliver: MQTT 3.1.1 has none.
+        A shared subscription is refused, because MQTT 3.1.1 has none: it would never deliver.
         """
         is_new = topic_filter not in connection.filters
         if (is_new and len(connection.filters) >= MAX_FILTERS) or not self._is_live(connection):
@@ -275,7 +279,7 @@ class FleetBroker:
         num_sent = 0
         for topic_filter, qos in granted.items():
             for topic in list(self._retained.paths_in_filter(topic_filter)):
-                message = self._retained.get(topic)  # a newer one may be there after a yield
+                message = self._retained.get(topic)  # other tasks may have replaced it
                 if message:
                     connection.deliver(message, qos)
                 num_sent += 1
@@ -311,7 +315,7 @@ class FleetBroker:
 
 
 def _cost(num_entries: int, num_deliveries: int) -> float:
-    """Return the tokens of a packet with this number of filters or messages."""
+    """Return the cost of a packet in tokens. Its entries are its filters or its message."""
     return num_entries + num_deliveries / DELIVERIES_PER_TOKEN
 
 

@@ -239,7 +239,7 @@ class _Fields:
         return packet_id
 
     def binary(self) -> bytes:
-        """Bytes behind their length."""
+        """Read a length, then as many bytes."""
         return self.take(self.number())
 
     def string(self) -> str:

@@ -18,10 +18,12 @@ from fleet.protocol.access import Role
 from fleet.transport.base import Will
 from fleet.transport.mqtt import MqttTransport
 from fleet.utils.cli_runtime import run_command, stop_event, wait_stopped
+from fleet.utils.command_group import CommandGroup
 from fleet.utils.optional_imports import needs
 from fleet.utils.service_manager import READY, Watchdog, notify
 
 app = typer.Typer(
+    cls=CommandGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -68,6 +68,6 @@ class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     window_bytes: Annotated[int, Meta(ge=1024)] = 1 << 20
     max_queued_messages: Annotated[int, Meta(ge=1)] = 1000
     retry_after_ms: Annotated[int, Meta(ge=0)] = 1000
-    # The broker gives each `open` to one of the workers; else all receive it.
+    # The broker gives each `open` to one of the workers. Otherwise all receive it.
     shared_opens: bool = False
     drain_timeout_s: Annotated[float, Meta(ge=0)] = 30.0

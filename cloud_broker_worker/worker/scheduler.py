@@ -11,12 +11,12 @@ from cloud_broker_worker.worker.session import SessionKey
 K = TypeVar("K", bound=Hashable)
 
 CONTEXT_COST: Final = 1024
-"""A position costs one unit, and one more for each so many positions before it, to which it
-attends."""
+"""The number of earlier positions whose attention costs one unit. A position itself also costs one
+unit."""
 
 
 SHORT_UNITS: Final = 8
-"""A device that waits for so little is served with little else in its step."""
+"""A device that waits for at most this many units is served in a short step."""
 
 
 class Pending(NamedTuple):
@@ -36,10 +36,10 @@ def position_cost(start: int) -> int:
 
 
 def fair_shares(wanted: Mapping[K, int], room: int) -> dict[K, int]:
-    """Return how much of `room` each gets.
+    """Divide `room` into equal shares, and return the share of each key.
 
-    `wanted` is in order of arrival: where there is too little room for all, the first ones get
-    some. Each gets an equal share, and the rest of a small one's share goes to the larger ones.
+    A key gets no more than it wants, and the others get the rest of its share. `wanted` is in order
+    of arrival: if `room` is smaller than the number of keys, the first ones get one each.
     """
     waiting = [(key, count) for key, count in wanted.items() if count > 0][:room]
     shares: dict[K, int] = {}
@@ -61,7 +61,8 @@ def units_by_device(pending: Mapping[SessionKey, Pending]) -> dict[str, int]:
 def shared_units(pending: Mapping[SessionKey, Pending], max_long: int) -> int:
     """Return the units of one step while several devices are served.
 
-    Each device has a few. Long work has `max_long` when no device waits for a few alone.
+    While a device waits for at most `SHORT_UNITS`, each device gets at most this many. Otherwise
+    the step has at least `max_long` units.
     """
     units = units_by_device(pending).values()
     few = sum(min(each, SHORT_UNITS) for each in units)
@@ -72,9 +73,9 @@ def shared_units(pending: Mapping[SessionKey, Pending], max_long: int) -> int:
 def schedule(pending: Mapping[SessionKey, Pending], max_units: int) -> dict[SessionKey, int]:
     """Return how many positions of each session run in one batch of about `max_units`.
 
-    `pending` is in order of arrival, and no session waits for ever. Devices get equal shares,
-    and so do the sessions of each, so that a long prefill never delays short requests, and many
-    sessions get no more than one.
+    `pending` is in order of arrival, and no session waits forever. Devices get equal shares, and so
+    do the sessions of one device. So a long prefill never delays short requests, and a device with
+    many sessions gets no more than a device with one.
     """
     devices: dict[str, dict[SessionKey, Pending]] = defaultdict(dict)
     for key, each in pending.items():
@@ -87,7 +88,7 @@ def schedule(pending: Mapping[SessionKey, Pending], max_units: int) -> dict[Sess
 
 
 def _within_device(own: Mapping[SessionKey, Pending], room: int) -> dict[SessionKey, int]:
-    """Share `room` among a device's sessions; where none gets a position, its first gets one."""
+    """Share `room` among a device's sessions. If no session gets a position, the first gets one."""
     batch: dict[SessionKey, int] = {}
     for key, units in fair_shares({key: each.units for key, each in own.items()}, room).items():
         if count := units // own[key].cost:

@@ -36,7 +36,7 @@ class SessionStore:
         )
 
     def can_ever_fit(self, num_positions: int) -> bool:
-        """Return whether a session of that size would fit into the whole budget alone."""
+        """Return whether the whole budget is enough for a session of `num_positions`."""
         limits = self._limits
         needed = limits.cache_bytes(num_positions) + limits.hidden_bytes(num_positions)
         return needed <= limits.budget_bytes
@@ -45,7 +45,8 @@ class SessionStore:
         """Add a new session. It replaces an earlier session with the same key.
 
         Raises:
-            PoolFullError: the session needs memory to which other sessions have a claim.
+            PoolFullError: the session exceeds the whole budget, or needs memory to which other
+                sessions have a claim.
         """
         if key in self.sessions:
             self.drop(self.sessions[key])
@@ -61,7 +62,8 @@ class SessionStore:
         for session in surplus_sessions(self.sessions.values(), key.device, self._limits, now):
             self.drop(session)
         first = MemoryNeed(key.device, min(BLOCK, num_positions))
-        sessions_to_drop(self.sessions.values(), first, self._limits, now)  # none yet
+        # Only for its PoolFullError: the sessions are dropped when hidden states arrive.
+        sessions_to_drop(self.sessions.values(), first, self._limits, now)
         session = Session(
             key=key,
             opening=opening,
@@ -73,7 +75,9 @@ class SessionStore:
         return session
 
     def hold(self, session: Session, num_positions: int, now: float) -> None:
-        """Let the session's store hold `num_positions`; drop or evict others if necessary.
+        """Grow the session's store to `num_positions`.
+
+        Drop other sessions or evict caches if there is too little memory.
 
         Raises:
             PoolFullError: the session needs memory to which other sessions have a claim.

@@ -24,6 +24,7 @@ from fleet.protocol.messages import Open, ToWorker
 from fleet.protocol.report import DeviceStatus, WorkerStatus, decode_status, encode_status
 from fleet.transport.base import Transport
 from fleet.utils.rate_limited_log import RateLimitedLog
+from fleet.utils.validation import validated
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,9 @@ class Worker:
 
         Raises:
             BundleError: the cloud partition does not load.
+            ConfigError: a setting is out of its range.
         """
+        config = validated(config)
         self.name = transport.name
         layers = UpperLayers(bundle, config.num_threads, config.weights)
         self.engine = Engine(layers, transport.name, config)

@@ -1,4 +1,4 @@
-"""A lock that is granted to its users in turns."""
+"""A lock that its users acquire in turn."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections import deque
 class FairLock:
     """A lock for users with several threads each, e.g. apps with several requests.
 
-    Among the users that wait it is granted to the one that has not had it for the longest time;
-    among the threads of a user, in the order of the requests. Python's own lock may be acquired
-    again and again by the thread that has just released it.
+    Of the waiting users, the one that has not had the lock for the longest time gets it. The
+    threads of one user get it in the order of their requests. With Python's own lock, the thread
+    that has just released it could acquire it again and again.
     """
 
     def __init__(self) -> None:

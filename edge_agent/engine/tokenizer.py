@@ -9,10 +9,12 @@ from datetime import datetime
 from typing import Any, Final
 
 import jinja2
+import msgspec
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from msgspec import Struct
 from tokenizers import Tokenizer
 
 from edge_agent.engine.control_tokens import ControlTokens
@@ -22,6 +24,13 @@ from fleet.protocol.prompt import ChatMessage
 
 REPLACEMENT: Final = "\ufffd"
 BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+class _SpecialTokens(Struct):
+    """The special tokens that a template may use; None if the model has no such token."""
+
+    bos_token: str | None
+    eos_token: str | None
 
 
 class GenerationMark(Extension):
@@ -52,14 +61,19 @@ class ChatTokenizer:
         """
         try:
             self._tokenizer = Tokenizer.from_file(str(bundle.path("tokenizer/tokenizer.json")))
-            special = json.loads(_read_text(bundle, "tokenizer/config.json"))
+            special = msgspec.json.decode(
+                _read_text(bundle, "tokenizer/config.json"), type=_SpecialTokens
+            )
             source = _read_text(bundle, "tokenizer/chat_template.jinja")
             self._template = _environment().from_string(source)
-        except (ValueError, jinja2.TemplateError, OSError) as error:
+        except Exception as error:  # the library of tokenizers raises no narrower type
             raise BundleError(
                 f"the tokenizer of {bundle.folder} does not load: {error}; export the bundle again"
             ) from None
-        self._variables = {name: special[name] or "" for name in ("bos_token", "eos_token")}
+        self._variables = {
+            "bos_token": special.bos_token or "",
+            "eos_token": special.eos_token or "",
+        }
         self._special_ids = frozenset(
             token_id
             for token_id, token in self._tokenizer.get_added_tokens_decoder().items()

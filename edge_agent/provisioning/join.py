@@ -38,7 +38,7 @@ from fleet.utils.atomic_files import create_file, move_aside, write_file
 
 JOIN_S: Final = 120.0
 JOINING_KEY_FILE: Final = "joining-key.pem"
-"""The key of a pending request to mend a folder, which has another key until the reply."""
+"""The key of a pending request to repair a folder. The folder keeps its old key until the reply."""
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def join_fleet(
     last. The id of the fleet's bundle is stored, but the bundle is not fetched.
 
     A folder that is an identity already is mended with a new token for the same name, for instance
-    when its certificate has ended. Its settings, reports and bundles stay.
+    when its certificate has expired. Its settings, reports and bundles stay.
 
     Raises:
         ConfigError: `server` is no ``https://HOST:PORT``, or speaks another protocol.

@@ -40,6 +40,7 @@ from fleet.protocol.prompt import parse_prompt
 from fleet.protocol.report import ConfigProblem, DeviceStatus, encode_status
 from fleet.transport.base import Handler, Transport, publish_or_log
 from fleet.utils.rate_limited_log import RateLimitedLog
+from fleet.utils.validation import validated
 
 log = logging.getLogger(__name__)
 drop_log = RateLimitedLog(log, 10.0)
@@ -79,8 +80,10 @@ class Agent:
             is_trial: run one step of the model first.
 
         Raises:
-            FleetError: the model does not load, or the thresholds do not fit its exits.
+            FleetError: the model does not load, the thresholds do not fit its exits, or a setting
+                is out of its range.
         """
+        config = validated(config)
         check_instruction_set(bundle.manifest)
         self.name = transport.name
         self._transport = transport
@@ -89,6 +92,7 @@ class Agent:
         self._config_version = 0
         self._config_error: ConfigProblem | None = None
         self._software_error: ConfigProblem | None = None
+        self._event_error: ConfigProblem | None = None
         self._epoch = time.time_ns() // 1_000_000
         # The tokenizer comes first: the partition returns the memory that loading has freed.
         self._tokenizer = ChatTokenizer(bundle)
@@ -103,7 +107,13 @@ class Agent:
         self._finished: dict[tuple[str, str], Job] = {}
         self._is_paused = False
         self._lock = threading.Lock()
-        self._triggers = EventTriggers(transport, self._epoch, self._on_prompt, self._is_active)
+        self._triggers = EventTriggers(
+            transport,
+            self._epoch,
+            self._on_prompt,
+            self._is_active,
+            on_problem=self._report_event,
+        )
         self._workers = WorkerDirectory(transport, self._worker_changed)
         self._reporter = Reporter(transport, ReportOutbox(reports_file, config.max_kept_reports))
         self._answerer = Answerer(
@@ -206,6 +216,7 @@ class Agent:
         self._config = config
         self._config_version = version
         self._config_error = problem
+        self._event_error = None
         if self._planning_thread.is_alive():
             self._triggers.set(config.triggers)
             self._announce()
@@ -215,6 +226,11 @@ class Agent:
         self._software_error = problem
         if self._planning_thread.is_alive():
             self._announce()
+
+    def _report_event(self, problem: ConfigProblem) -> None:
+        """Publish why an event was dropped."""
+        self._event_error = problem
+        self._announce()
 
     @staticmethod
     def will() -> bytes:
@@ -248,6 +264,7 @@ class Agent:
             config_version=self._config_version,
             config_error=self._config_error,
             software_error=self._software_error,
+            event_error=self._event_error,
         )
         publish_or_log(
             self._transport,
@@ -322,7 +339,7 @@ class Agent:
         return (app, request) in self._active
 
     def _resend_replies(self, job: Job) -> None:
-        """Send them at QoS 0, which has no limit of messages in flight; the app may ask again."""
+        """Send the replies again at QoS 0, which does not limit messages in flight."""
         topic = topics.device_reply(self.name, job.app, job.request)
         for payload in list(job.replies):
             publish_or_log(self._transport, topic, payload)
@@ -432,7 +449,7 @@ def refuse_prompts(transport: Transport) -> None:
 
 
 def _prompt_key(transport: Transport, topic: str, payload: bytes) -> tuple[str, str] | None:
-    """Return the app and the request of a prompt. None if there is none, or it has been refused."""
+    """Return the app and the request of a prompt, or None if it is empty or has been refused."""
     if not payload:  # as when a client clears a retained message
         return None
     request_key = _request_key(topic, topics.PROMPT_FILTER)

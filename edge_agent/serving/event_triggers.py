@@ -13,6 +13,7 @@ import msgspec
 
 from fleet.errors import FleetError
 from fleet.protocol import topics
+from fleet.protocol.report import ConfigProblem
 from fleet.protocol.triggers import (
     Fields,
     Trigger,
@@ -21,12 +22,14 @@ from fleet.protocol.triggers import (
     read_event,
     request_name,
 )
+from fleet.protocol.types import MAX_LABEL_LENGTH
 from fleet.transport.base import Handler, Transport
 from fleet.utils.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
 LOG_S: Final = 10.0
+PROBLEM_S: Final = 60.0
 
 RequestKey: TypeAlias = tuple[str, str]  # app, request
 
@@ -43,7 +46,8 @@ class EventTriggers:
 
     When an event fires a trigger, `on_prompt` receives the message that the app would have sent;
     `is_active` returns whether a request (app, request) is still being answered. A bad event costs
-    one line in the log, at most one in `LOG_S` seconds.
+    one line in the log, at most one in `LOG_S` seconds, and `on_problem` receives at most one of
+    these problems in `PROBLEM_S` seconds.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class EventTriggers:
         on_prompt: Handler,
         is_active: Callable[[str, str], bool],
         clock: Callable[[], float] = time.monotonic,
+        on_problem: Callable[[ConfigProblem], None] = lambda _: None,
     ) -> None:
         """`epoch` differs after every start of the device."""
         self._transport = transport
@@ -60,6 +65,8 @@ class EventTriggers:
         self._on_prompt = on_prompt
         self._is_active = is_active
         self._clock = clock
+        self._on_problem = on_problem
+        self._problem_at = float("-inf")
         self._numbers = itertools.count(1)
         self._states: dict[str, _TriggerState] = {}
         self._filters: set[str] = set()
@@ -91,6 +98,7 @@ class EventTriggers:
             event = read_event(channel, payload)
         except FleetError as error:
             self._log.warning("event on %r dropped: %s", topic[:200], error)
+            self._report(f"event on {topic[:80]!r} dropped", error)
             return
         for state in self._states.values():
             if state.trigger.listens_to(app, channel):
@@ -99,6 +107,14 @@ class EventTriggers:
                 except FleetError as error:
                     name = state.trigger.name
                     self._log.warning("trigger %s drops event on %s: %s", name, topic, error)
+                    self._report(f"trigger {name} drops {app}/{channel}", error)
+
+    def _report(self, event: str, error: FleetError) -> None:
+        """Pass on why an event was dropped, unless another one was reported in this minute."""
+        if self._clock() - self._problem_at >= PROBLEM_S:
+            self._problem_at = self._clock()
+            message = f"{event}: {error}"[:MAX_LABEL_LENGTH]
+            self._on_problem(ConfigProblem(error.code, message, is_final=False))
 
     def _fire(self, state: _TriggerState, app: str, event: Fields) -> None:
         """Turn an event into a prompt, if the trigger's condition and limits allow it."""

@@ -77,7 +77,7 @@ class Job:
 
 
 class JobQueue:
-    """Jobs with their plans, served in turns of their apps within a budget of memory.
+    """Jobs with their plans, served app by app in turn, within a budget of memory.
 
     The next job is the oldest one of the app with the fewest leased jobs; among several such apps,
     of the one whose last lease is the oldest. It is leased as soon as its caches fit the free

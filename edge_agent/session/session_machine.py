@@ -3,8 +3,9 @@
 It keeps every hidden state in FP16 and decides which message to send next. First it opens the
 session. Then it sends verify requests and context. Context is sent in order, and never more than
 the worker's window allows. Positions [sent, available) of the :class:`UploadBuffer` are still to be
-sent. If a new request needs only one more chunk, both are sent in one message. An `Open`, a request
-or a full window to which no response comes is sent again. A lost session is opened again.
+sent. If a new request needs only one more chunk, both are sent in one message. An `Open` or a
+request without a response is sent again, and so are the positions of a window that stays full. A
+lost session is opened again.
 
 The worker's messages `opened` and `gap` name the first position that it lacks. The upload continues
 from there. This repairs lost messages and lost sessions alike, also when another worker takes over.
@@ -51,9 +52,9 @@ from fleet.utils.backoff import backoff_s
 
 log = logging.getLogger(__name__)
 
-# At most so many unsent positions wait for the next request. If there are more, all are sent.
+# The largest number of unsent positions that wait for the next request. Beyond it, all are sent.
 MAX_HELD_POSITIONS: Final = 3
-# A message is sent at most so many times, at equal intervals until its deadline.
+# The largest number of times a message is sent, at equal intervals until its deadline.
 NUM_TRIES: Final = 3
 # Codes to retry even if `retry_after_ms` is 0, which for all other codes means "never".
 RETRIABLE: Final = ("internal", "unknown_session")
@@ -132,7 +133,7 @@ class SessionMachine:
 
     @property
     def has_request(self) -> bool:
-        """Whether a request waits for its verdict, or its verdict for :meth:`take_response`."""
+        """Whether there is a request whose verdict :meth:`take_response` has not returned yet."""
         return self._request is not None
 
     @property
@@ -182,8 +183,8 @@ class SessionMachine:
         The worker accepts draft[i] without a check for each i in `trusted`, which are tokens of
         confident exits. If the session is lost, the request is sent again when the session is open
         again. An optional request is withdrawn when the session is lost or the deadline passes. It
-        is not made while the session is unavailable. By default, `deadline_ms` is that of the
-        `Open`.
+        is not made while the session is unavailable. Without `deadline_ms` the deadline of the
+        `Open` applies.
         """
         if is_optional and not self.is_available:
             return
@@ -208,7 +209,8 @@ class SessionMachine:
     def take_response(self, now: float) -> Verified | None:
         """Return the verdict and forget the request, or return None if there is no verdict yet.
 
-        From `abandon_at` on, a request without a verdict is withdrawn and the session is lost.
+        If there is no verdict at the time `abandon_at`, the request is withdrawn and the session is
+        lost.
         """
         request = self._request
         if request is None:

@@ -1,8 +1,8 @@
 """The two bundle slots of a device: plain functions on their state, and the file that holds it.
 
-A new bundle is on trial until one step has run with it. A trial that has begun and is not confirmed
-when a process starts has ended the process before: it is abandoned, and the previous bundle is
-served.
+A new bundle is on trial until one step has run with it. If a process finds a
+trial that was begun and not confirmed, the last process died on it. The trial is then abandoned,
+and the previous bundle is served.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fleet.errors import BundleError, ConfigError
 from fleet.protocol.report import ConfigProblem
 from fleet.protocol.types import MAX_LABEL_LENGTH, Amount, Id, Label
 from fleet.utils.atomic_files import move_aside, write_file
+from fleet.utils.validation import JSON_ERRORS
 
 SLOTS_FILE: Final = "slots.json"
 BUNDLES_FOLDER: Final = "bundles"
@@ -115,7 +116,7 @@ class SlotStore:
             return msgspec.json.decode(self._file.read_bytes(), type=Slots)
         except FileNotFoundError:
             return Slots()
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except JSON_ERRORS as error:
             return self._made_again(error)
         except OSError as error:
             raise self._unusable(error) from None

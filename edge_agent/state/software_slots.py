@@ -19,6 +19,7 @@ from fleet.errors import SoftwareError
 from fleet.protocol.report import ConfigProblem
 from fleet.protocol.types import MAX_LABEL_LENGTH, Amount, Label, SoftwareVersion
 from fleet.utils.atomic_files import write_file
+from fleet.utils.validation import JSON_ERRORS
 
 SOFTWARE_FILE: Final = "software.json"
 SOFTWARE_FOLDER: Final = "software"
@@ -130,7 +131,7 @@ class SoftwareStore:
             slots = msgspec.json.decode(self._file.read_bytes(), type=SoftwareSlots)
         except FileNotFoundError:
             return SoftwareSlots(base=self._base)
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (OSError, *JSON_ERRORS) as error:
             log.warning("%s: %s; version %s runs", self._file, error, self._base)
             return SoftwareSlots(base=self._base)
         return slots if slots.base == self._base else SoftwareSlots(base=self._base)

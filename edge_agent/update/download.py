@@ -144,7 +144,7 @@ class BundleDownload:
         )
 
     def _download_file(self, entry: FileEntry, stop: threading.Event) -> None:
-        """Download a file unless it is there; once more when it is complete and damaged."""
+        """Download a missing file. Download it again if it is complete but damaged."""
         path = self._partial / entry.path
         for _ in range(NUM_TRIES):
             self._complete(entry, path, stop)
@@ -155,7 +155,7 @@ class BundleDownload:
                 path.unlink(missing_ok=True)
                 log.warning("%s of bundle %s is damaged", entry.path, self._bundle_id)
         raise BundleError(
-            f"{entry.path} of bundle {self._bundle_id} came damaged {NUM_TRIES} times: "
+            f"{entry.path} of bundle {self._bundle_id} arrived damaged {NUM_TRIES} times: "
             f"expected sha256 {entry.sha256[:16]}...; add the bundle to the fleet again"
         )
 
@@ -239,5 +239,5 @@ def device_files(manifest: Manifest) -> list[FileEntry]:
 
 
 def size(path: Path) -> int:
-    """Return the number of bytes of a file; 0 when it is not there."""
+    """Return the number of bytes of a file, or 0 if it is missing."""
     return path.stat().st_size if path.exists() else 0

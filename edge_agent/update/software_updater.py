@@ -116,7 +116,7 @@ class SoftwareUpdater:
         self._slots = confirm_software(self._slots)
         try:
             self._store.save(self._slots)
-        except OSError as error:  # the launcher returns to the version before
+        except OSError as error:  # the launcher returns to the previous version
             log.warning("version %s cannot be confirmed on disk: %s", __version__, error)
 
     def _start_download(self, version: str | None) -> None:

@@ -50,7 +50,7 @@ from fleet.transport.base import Transport
 
 DRAIN_S: Final = 60.0  # for active requests, before a device changes its bundle
 CHECK_S: Final = 0.25
-MAX_LATE_S: Final = 60.0  # more than one step of the model, after which a deadline is checked
+MAX_LATE_S: Final = 60.0  # longer than one step of the model; deadlines are checked after each
 STORAGE_CODE: Final = "storage"
 
 log = logging.getLogger(__name__)
@@ -59,12 +59,12 @@ log = logging.getLogger(__name__)
 class Supervisor:
     """The supervisor of `edge-agent run`.
 
-    `folder` is the identity's; `base` the bundle that the identity or the command line names.
-    `fetch` downloads a bundle into its slot (`fetch_bundle`); `install` does that for a version of
-    the software (`install_software`), None for a device that does not update. `on_serving` is
-    called with the manifest of each bundle that is served from now on. Call `prepare` first, then
-    `run`, both on one thread. `is_replaced` is true afterwards when another version of the software
-    is to be started.
+    `folder` is the identity folder. `base` is the bundle that the identity or the command line
+    names. `fetch` downloads a bundle into its slot (`fetch_bundle`). `install` installs a version
+    of the software into its slot (`install_software`); it is None for a device that does not
+    update. `on_serving` is called with the manifest of each bundle when its serving begins. Call
+    `prepare` first, then `run`, both on one thread. If `is_replaced` is true after `run`, the
+    caller has to start another version of the software.
     `on_cycle` is called several times a second while the device makes progress.
     """
 
@@ -92,7 +92,7 @@ class Supervisor:
         self._config = own
         self._problem: ConfigProblem | None = None
         self._agent: Agent | None = None
-        # No SimpleQueue: it may wait for ever after a signal.
+        # Not a SimpleQueue, which can block forever after a signal.
         self._events: Queue[Callable[[], None]] = Queue()
         self._stop = threading.Event()
         self.is_replaced = False
@@ -117,10 +117,10 @@ class Supervisor:
     def prepare(self, stop: threading.Event) -> None:
         """Load the bundle that was served last, or download it where it is missing.
 
-        A trial that ended the last process is abandoned.
+        A trial during which the last process died is abandoned.
 
         Raises:
-            ConfigError: there is no bundle to serve, or `agent.json` does not fit it.
+            ConfigError: no bundle is named, or `agent.json` does not fit the bundle.
             BundleError, ServiceError: the bundle is damaged, and cannot be downloaded.
         """
         self._stop = stop
@@ -162,25 +162,25 @@ class Supervisor:
                 self._agent.__exit__(None, None, None)
 
     def _report_progress(self) -> None:
-        """Call `on_cycle`, unless the threads that respond to prompts do not get on."""
+        """Call `on_cycle`, unless an answer is so late that its thread must hang."""
         if self._agent is None or self._agent.late_s < MAX_LATE_S:
             self.on_cycle()
 
     # Messages arrive on other threads.
 
     def _on_config(self, topic: str, payload: bytes) -> None:
-        if not payload:  # retained no more: the desired configuration stays
+        if not payload:  # the retained message was cleared; keep the configuration
             return
         try:
             desired = decode_desired(payload)
         except ProtocolError as error:
             log.warning("message on %s dropped: %s", topic, error)
-            reason = f"the configuration is not readable: {error}"
+            reason = f"the configuration cannot be read: {error}"
             self._events.put(partial(self._publish_problem, _problem(error.code, reason)))
         else:
             self._events.put(partial(self._on_desired, desired))
 
-    # They are processed on the thread of `run`.
+    # Messages are processed on the thread of `run`.
 
     def _on_desired(self, desired: DesiredConfig) -> None:
         self._desired = desired
@@ -223,7 +223,7 @@ class Supervisor:
             self._agent.report_software(problem)
 
     def _replace_software(self) -> None:
-        """Stop, so that the desired version is started on trial."""
+        """Stop, so that the caller can start the desired version on trial."""
         if not self._drained():
             return
         if problem := self._software.place():  # a trial that is not on disk must not begin
@@ -266,12 +266,12 @@ class Supervisor:
             self._publish_problem(problem)
 
     def _publish_problem(self, problem: ConfigProblem | None) -> None:
-        """Publish why the desired configuration is not followed, if that has changed."""
+        """Publish a new reason why the desired configuration is not applied, or None."""
         if problem == self._problem:
             return
         if problem:
             version = self._desired.version
-            log.warning("configuration %d is not followed: %s", version, problem.message)
+            log.warning("configuration %d is not applied: %s", version, problem.message)
         self._problem = problem
         if self._agent:
             self._agent.follow(self._config, self._followed.version, problem)
@@ -302,7 +302,8 @@ class Supervisor:
         slots = abandon_trial(self._slots, reason)
         self._save_slots(slots)
         self._problem = slots.given_up.problem if slots.given_up else None
-        log.warning("%s; %s continues", self._problem and self._problem.message, self._serving)
+        text = "%s; bundle %s is served again"
+        log.warning(text, self._problem and self._problem.message, self._serving)
         self._start(self._bundle, self._config, self._followed.version, self._problem)
 
     def _try(self, desired: DesiredConfig, folder: Path) -> str:
@@ -336,7 +337,7 @@ class Supervisor:
         return not self._stop.is_set()
 
     def _close_agent(self) -> None:
-        """End the agent, and release its memory before another one needs as much."""
+        """Close the agent and release its memory, before another agent allocates as much."""
         if self._agent:
             self._agent.close()
         refuse_prompts(self._transport)
@@ -356,7 +357,7 @@ class Supervisor:
         """Start an agent.
 
         Raises:
-            FleetError: it does not start, or on trial cannot run a step.
+            FleetError: the agent does not start, or cannot run a step on trial.
         """
         reports = self._folder / REPORTS_FILE
         is_checked = is_trial or self._software.is_trial
@@ -371,7 +372,7 @@ class Supervisor:
         return self._bundle.manifest.bundle_id
 
     def _load(self, bundle: str | None) -> Bundle:
-        """Load the base, or a slot's bundle; download one that is damaged or missing."""
+        """Load the base, or the bundle of a slot. Download a bundle that is damaged or missing."""
         if bundle in (None, self._base_id):
             if self._base is None:
                 raise ConfigError(f"{self._folder} names no bundle; pass one with --bundle DIR")
@@ -395,7 +396,7 @@ class Supervisor:
             return None
 
     def _save_slots(self, slots: Slots) -> ConfigProblem | None:
-        """Use other slots; return why they are not on disk, or None."""
+        """Use other slots and save them. Return the problem if they cannot be saved."""
         is_new = slots != self._slots
         self._slots = slots
         try:
@@ -412,7 +413,7 @@ class Supervisor:
         try:
             save_desired(self._folder, desired)
         except OSError as error:
-            log.warning("configuration %d is followed, not saved: %s", desired.version, error)
+            log.warning("configuration %d is applied, but not saved: %s", desired.version, error)
 
 
 def _problem(code: str, message: str) -> ConfigProblem:

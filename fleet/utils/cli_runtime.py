@@ -48,7 +48,8 @@ def wait_stopped(stop: threading.Event) -> None:
 def run_command(name: str, command: Callable[[], object]) -> None:
     """Run a command line; an expected error is one line on stderr and exit status 1.
 
-    Expected are a FleetError, a file that this user may not use, and text that is not Unicode.
+    Expected are a FleetError, an error of the system, such as a full disk or a file that this user
+    may not use, and text that is not Unicode.
     """
     set_up_log()
     for stream in (sys.stdout, sys.stderr):
@@ -56,17 +57,22 @@ def run_command(name: str, command: Callable[[], object]) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         command()
-    except (FleetError, PermissionError, UnicodeEncodeError) as error:
-        print(f"{name}: {printable(_error_line(error))}", file=sys.stderr)
+    except (FleetError, OSError, UnicodeEncodeError) as error:
+        line = printable(_error_line(error).strip()).replace("\n", "\\n")
+        print(f"{name}: {line}", file=sys.stderr)
         sys.exit(1)
 
 
-def _error_line(error: FleetError | PermissionError | UnicodeEncodeError) -> str:
+def _error_line(error: FleetError | OSError | UnicodeEncodeError) -> str:
     if isinstance(error, PermissionError) and error.filename is not None:
         return (
             f"{error.filename}: {error.strerror} for the user {user_name()}; "
             "run this as the file's owner, or name another folder"
         )
+    if isinstance(error, OSError):
+        place = "" if error.filename is None else f"{error.filename}: "
+        reason = error.strerror or str(error)
+        return f"{place}{reason}; correct that, or name another file or folder"
     if isinstance(error, UnicodeEncodeError):
         character = error.object[error.start : error.end]
         return f"expected text that UTF-8 can hold, got {character!r}; remove it"

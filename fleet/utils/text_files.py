@@ -9,6 +9,7 @@ from typing import Any, Final
 import msgspec
 
 from fleet.errors import ConfigError
+from fleet.utils.validation import describe_error
 
 UTF_16: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -48,4 +49,4 @@ def decode_json(data: bytes, source: str, type_: Any = Any) -> Any:
     try:
         return msgspec.json.decode(text, type=type_)
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise ConfigError(f"{source} is not usable: {error}") from None
+        raise ConfigError(f"{source} is not usable: {describe_error(error, type_)}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from fleet.errors import ConfigError
 from fleet.protocol import topics
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest, parse_prompt
+from fleet.protocol.report import ConfigProblem, DeviceStatus, decode_status
 from fleet.protocol.triggers import Trigger
 from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
 from tests.system.memory_fleet import APP, DEVICE, WAIT_S, memory_fleet
@@ -36,12 +38,14 @@ class TriggeredDevice:
         self.now = 0.0
         self.prompts: list[tuple[str, str, PromptRequest]] = []
         self.active: set[tuple[str, str]] = set()
+        self.problems: list[ConfigProblem] = []
         self.triggers = EventTriggers(
             device,
             epoch=7,
             on_prompt=self._on_prompt,
             is_active=lambda app, request: (app, request) in self.active,
             clock=lambda: self.now,
+            on_problem=self.problems.append,
         )
         self._device = device
         self._app = app
@@ -132,6 +136,21 @@ def test_no_more_events_are_answered_at_once_than_allowed(
     assert len(triggered.send(*[b'{"celsius": 31}'] * 50)) == 1
 
 
+def test_the_reason_of_a_dropped_event_is_passed_on_once_a_minute(
+    triggered: TriggeredDevice,
+) -> None:
+    triggered.triggers.set([trigger(template="It is {celsius:.1f} degrees.")])
+    assert triggered.send(b'{"celsius": "20.5"}') == ["It is 20.5 degrees."]
+    assert triggered.send(b'{"celsius": "unavailable"}', b'{"celsius": null}', b"{") == []
+    (problem,) = triggered.problems
+    assert problem.message.startswith(f"trigger warm drops {APP}/warmth: expected a value")
+    assert "'unavailable'" in problem.message
+    assert not problem.is_final
+    triggered.now += 60
+    triggered.send(b"{")
+    assert [each.code for each in triggered.problems] == ["bad_prompt", "undecodable"]
+
+
 @pytest.mark.parametrize(
     "payload",
     [b"{", b"\xff", b'{"fahrenheit": 88}', b'{"celsius": "warm"}', b"31", b" ", b"x" * 20_000],
@@ -190,6 +209,26 @@ def test_a_device_answers_an_event_and_streams_to_the_app(tiny_bundle: Bundle) -
         assert replies[-1].usage.tokens == len(replies) - 1
         report = fleet.reports.get(timeout=WAIT_S)
         assert (report.app, report.request, report.mode) == (APP, request, "standalone")
+
+
+def test_a_devices_status_has_the_reason_of_a_dropped_event_until_it_is_configured_again(
+    tiny_bundle: Bundle,
+) -> None:
+    config = AgentConfig(num_threads=1, triggers=(trigger(),))
+    statuses: queue.Queue[DeviceStatus] = queue.Queue()
+    with memory_fleet() as fleet:
+        agent, _ = fleet.start_device(tiny_bundle, config)
+        fleet.watcher.subscribe(
+            topics.device_status(DEVICE),
+            lambda _, payload: statuses.put(decode_status(payload, DeviceStatus)),
+            qos=1,
+        )
+        fleet.watcher.publish(topics.app_event(APP, "warmth"), b'{"humidity": 60}', qos=1)
+        while (problem := statuses.get(timeout=WAIT_S).event_error) is None:
+            pass  # the status before the event
+        assert "expected a field 'celsius'" in problem.message
+        agent.follow(config, 2)
+        assert statuses.get(timeout=WAIT_S).event_error is None
 
 
 def test_a_stopped_device_receives_no_events(tiny_bundle: Bundle) -> None:

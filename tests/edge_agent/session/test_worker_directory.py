@@ -44,3 +44,14 @@ def test_a_worker_that_left_while_the_broker_was_away_is_there_no_more(
         link.restore()
         wait_until(lambda: not workers.serves("b1"), "none is left")
         assert workers.why_none("b1") == "no cloud worker is online; start one with 'fleet up'"
+
+
+def test_a_worker_whose_status_is_cleared_is_there_no_more(
+    broker: InMemoryBroker, server: Transport
+) -> None:
+    """The server clears the status of a worker that is deleted."""
+    with broker.connect("d1") as link, WorkerDirectory(link, lambda _: None) as workers:
+        server.publish(topics.worker_status("w1"), ONLINE, qos=1, retain=True)
+        wait_until(lambda: workers.serves("b1"), "it is known")
+        server.publish(topics.worker_status("w1"), b"", qos=1, retain=True)
+        wait_until(lambda: not workers.statuses, "none is left")

@@ -147,7 +147,7 @@ def test_a_damaged_file_is_downloaded_again(fleet: Fleet) -> None:
 
 def test_a_file_that_is_damaged_twice_is_refused(fleet: Fleet) -> None:
     fleet.service.trouble.num_damaged = 9
-    with pytest.raises(BundleError, match=rf"{BLOCK} of bundle {fleet.bundle} came damaged"):
+    with pytest.raises(BundleError, match=rf"{BLOCK} of bundle {fleet.bundle} arrived damaged"):
         fleet.fetch()
     assert fleet.service.paths("block_0.onnx") == ["", ""]
     assert not fleet.folder.exists()

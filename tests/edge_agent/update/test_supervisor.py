@@ -196,7 +196,7 @@ def test_an_unreadable_configuration_is_reported(device: Device) -> None:
     device.start()
     device.say(b'{"version": 3, "settings": {"colour": "red"}}')
     status = device.status(lambda status: bool(status.config_error))
-    assert "not readable" in problem_of(status)
+    assert "cannot be read" in problem_of(status)
     assert status.config_version == 0
 
 
@@ -370,7 +370,7 @@ def test_between_two_agents_a_prompt_is_refused_as_busy(device: Device) -> None:
 def test_a_signal_whose_handler_outlasts_the_wait_for_events_stops_the_device(
     device: Device, identity: Identity, tiny_bundle: Bundle
 ) -> None:
-    """After such a signal a `SimpleQueue` of CPython 3.11 waits for ever.
+    """After such a signal a `SimpleQueue` of CPython 3.11 waits forever.
 
     Only the main thread receives signals.
     """

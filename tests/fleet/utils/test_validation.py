@@ -1,0 +1,50 @@
+"""Values that Python code gives, and errors of fields with choices."""
+
+from __future__ import annotations
+
+import pytest
+
+from cloud_broker_worker.worker.config import WorkerConfig
+from edge_agent.config import AgentConfig
+from fleet.errors import ConfigError, PromptError
+from fleet.protocol.desired_config import parse_settings
+from fleet.protocol.modes import Mode
+from fleet.protocol.prompt import parse_prompt
+from fleet.utils.text_files import decode_json
+from fleet.utils.validation import validated
+
+
+def test_a_text_becomes_the_mode_that_it_names() -> None:
+    config = validated(AgentConfig(mode="standalone"))  # type: ignore[arg-type]
+    assert config.mode is Mode.STANDALONE
+
+
+def test_a_valid_configuration_is_unchanged() -> None:
+    for config in (AgentConfig(thresholds=(0.5, 1.0), num_threads=1), WorkerConfig()):
+        assert validated(config) == config
+
+
+def test_a_value_out_of_range_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"AgentConfig: .*max_positions"):
+        validated(AgentConfig(max_positions=1))
+    with pytest.raises(ConfigError, match=r"WorkerConfig: .*float32, int4, int8"):
+        validated(WorkerConfig(weights="float8"))  # type: ignore[arg-type]
+
+
+def test_an_error_of_a_mode_names_all_modes() -> None:
+    reasons = []
+    for refused in (
+        lambda: parse_settings({"mode": "fast"}),
+        lambda: parse_prompt(b'{"prompt": "hi", "mode": "fast"}'),
+        lambda: decode_json(b'{"mode": "fast"}', "agent.json", AgentConfig),
+    ):
+        with pytest.raises((ConfigError, PromptError)) as caught:
+            refused()
+        reasons.append(str(caught.value))
+    for reason in reasons:
+        assert all(mode in reason.split("expected one of ")[1] for mode in Mode)
+
+
+def test_an_error_of_an_optional_field_with_choices_names_them() -> None:
+    with pytest.raises(ConfigError, match=r"'int4' .*expected one of float16, int8"):
+        parse_settings({"upload_dtype": "int4"})
