@@ -120,7 +120,7 @@ class EngineProcess:
 
     def _ended(self) -> FleetError:
         status = self._process.wait(STOP_TIMEOUT_S)
-        # The last lines of stderr may come behind the end of the responses.
+        # The last lines of stderr may arrive after the end of the responses.
         self._error_reader.join(STOP_TIMEOUT_S)
         output = " ".join("".join(self._errors).split())[-400:]
         return FleetError(f"{self.name} ended with status {status}: {output or 'no output'}")

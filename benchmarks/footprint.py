@@ -28,7 +28,7 @@ QUESTION: Final = "Explain in a few sentences how a battery stores energy."
 def measure_footprint(bundle: Path, idle_s: float = IDLE_S) -> dict[str, float]:
     """Measure a real device in standalone mode, with a real broker, on the default settings.
 
-    Returns the time from the start of its process to the first text of an answer in s, its resident
+    Return the time from the start of its process to the first text of an answer in s, its resident
     memory in MB after three answers (`rss_mb`, of which `own_rss_mb` is not mapped from files;
     `peak_rss_mb` at most so far) and its use of one core in percent while connected and idle.
     """

@@ -48,7 +48,7 @@ class Pace:
         self._due = 0.0
 
     def due(self, now: float, num_bytes: int, shape: Shape) -> float:
-        """Return the arrival time of a piece sent at `now`, behind the earlier pieces."""
+        """Return the arrival time of a piece sent at `now`, after the earlier pieces."""
         self._sent = max(self._sent, now) + num_bytes / shape.bytes_per_s
         late = shape.latency_s + self._random.uniform(-shape.jitter_s, shape.jitter_s)
         self._due = max(self._due, self._sent + max(0.0, late))

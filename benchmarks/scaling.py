@@ -160,7 +160,7 @@ def answer_of(demo: dict[str, Any]) -> MeanAnswer:
 def capacity_of(bench: dict[str, Any]) -> Capacity:
     """Read the output of ``fleet bench worker --only throughput --json``.
 
-    Returns its row with the most sessions.
+    Return its row with the most sessions.
     """
     sessions = max(bench["sessions"], key=int)
     rate = bench["sessions"][sessions]["tokens_per_s"]

@@ -100,7 +100,7 @@ class WholeModel:
     def differences(self, prompt: str, token_ids: Sequence[int]) -> list[TokenDifference]:
         """Return the differences of a greedy answer from the whole model's choices.
 
-        Each token is judged behind the answer's own ones.
+        Each token is judged after the answer's own earlier tokens.
         """
         prompt_ids = self.tokenizer.encode_chat([ChatMessage("user", prompt)])
         cascade = Cascade(self.partition, len(prompt_ids) + len(token_ids))

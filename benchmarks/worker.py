@@ -158,9 +158,7 @@ class WorkerBench:
             for device, r in zip(devices, cycle(self.recordings), strict=False)
         )
         worker.engine.check_integrity()
-        start = max(
-            device.answers[0][1] for device in devices
-        )  # all have their prompts behind them
+        start = max(device.answers[0][1] for device in devices)  # all have finished their prompts
         stop = min(device.tokens[-1][0] for device in devices)
         waits = [wait for device in devices for at, wait in device.tokens if start < at <= stop]
         p50 = quantiles(waits, n=100)[49]
@@ -189,7 +187,7 @@ class WorkerBench:
             "read_gb_per_s": read_bandwidth(num_threads) / 1e9,
         }
 
-    # Devices a worker.
+    # Devices per worker.
 
     def devices(self, p95_ms: float, link_s: float, seconds: float) -> dict[str, Any]:
         """Measure how many devices of each kind one core serves with 95% of the tokens within

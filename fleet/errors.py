@@ -14,6 +14,7 @@ FleetError
  |   +- OutOfOrderError         a message that is not legal in this state
  |   +- TopicError              a topic, or a name in it, that is not valid
  +- PromptError                 an app's request that cannot be served
+ |   +- RefusedPromptError      a request that a device refused
  |   +- BusyError               more requests at once than the device accepts
  |   +- DeadlineError           a generation took longer than its app allowed
  |   +- CloudError              only the cloud may decide, and no worker is available
@@ -36,7 +37,7 @@ FleetError
      +- ValueRefusedError       the database never accepts this value
      +- ReportError             a report that can never be stored
 
-A message says what was expected, what came, and what to do.
+A message reports the expected value, the actual value, and what to do.
 """
 
 from __future__ import annotations
@@ -124,6 +125,14 @@ class PromptError(FleetError):
     """An app's request that cannot be served as it is."""
 
     code = "bad_prompt"
+
+
+class RefusedPromptError(PromptError):
+    """A request that a device refused. `code` is the code of the device's error."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class BusyError(PromptError):

@@ -27,12 +27,12 @@ SERVING = Role.DEVICE, Role.WORKER
 
 @dataclass(frozen=True, kw_only=True)
 class EnrolmentService:
-    """The service behind HTTP. Its methods block on the registry and the disk; any thread may call.
+    """The service without HTTP. Its methods block on the registry and the disk, on any thread.
 
-    `find_bundle` returns the folder of a bundle by its id, None if there is none. `crl` returns the
-    PEM of the newest revocation list, None before there is one. `bundle_id` is the fleet's bundle,
-    for devices and workers whose configuration names no other. `software` is the folder of the
-    versions of the devices' software, None where there are none.
+    `find_bundle` returns the folder of the bundle with an id, or None. `crl` returns the newest
+    revocation list in PEM, or None. `bundle_id` is the default bundle for devices and workers whose
+    configuration names none. `software` is the folder of the versions of the devices' software, or
+    None if there are none.
     """
 
     registry: Registry
@@ -47,8 +47,8 @@ class EnrolmentService:
         """Issue a certificate for a token.
 
         Raises:
-            CsrError: the signing request is not acceptable.
-            TokenError, StateError, RegistryError: as `Registry.join`.
+            CsrError: the signing request is refused.
+            TokenError, StateError, RegistryError: as for `IdentityRepository.join`.
         """
         csr = SigningRequest.parse(request.csr)
         claim = Claim(request.id, request.secret, csr.key_hash, csr.name)
@@ -75,8 +75,9 @@ class EnrolmentService:
         """Issue a certificate for a new key to the holder of the one with `fingerprint`.
 
         Raises:
-            CredentialsError, StateError, TokenNameError, RegistryError: as `Registry.renew`.
-            CsrError: the signing request is not acceptable.
+            CredentialsError, StateError, TokenNameError, RegistryError: as for
+                `IdentityRepository.renew`.
+            CsrError: the signing request is refused.
         """
         csr = SigningRequest.parse(request.csr)
         renewed = self.registry.identities.renew(
@@ -88,7 +89,7 @@ class EnrolmentService:
         """Return the path of a bundle's file, for a device or a worker.
 
         Raises:
-            CredentialsError, StateError, RegistryError: as `Registry.role_of`.
+            CredentialsError, StateError, RegistryError: as for `IdentityRepository.role_of`.
             AccessError: the client is neither a device nor a worker.
             BundleError: there is no such bundle, or it has no such file.
         """
@@ -107,7 +108,7 @@ class EnrolmentService:
         """Return the path of a file of a version of the software, for a device or a worker.
 
         Raises:
-            CredentialsError, StateError, RegistryError: as `Registry.role_of`.
+            CredentialsError, StateError, RegistryError: as for `IdentityRepository.role_of`.
             AccessError: the client is neither a device nor a worker.
             SoftwareError: there is no such version, or it has no such file.
         """

@@ -46,7 +46,7 @@ STATUS: Final[tuple[tuple[type[FleetError], int], ...]] = (
     (BusyError, 429),
     (RegistryError, 503),
 )
-UNAVAILABLE: Final = "the registry cannot answer now; ask again later"
+UNAVAILABLE: Final = "the registry is not available now; try again later"
 
 
 def status_of(error: FleetError) -> int:

@@ -38,7 +38,7 @@ def is_due(folder: Path, now: float | None = None) -> bool:
 def renew_own(registry: Registry, authority: CertificateAuthority, identity: Identity) -> None:
     """Replace the key, the certificate and `ca.pem` of an identity whose folder is on this machine.
 
-    The certificate may have ended. One that has not is accepted until then.
+    The certificate may have expired. One that has not is accepted until it expires.
 
     Raises:
         UnknownDeviceError, StateError: the identity is not enrolled, or suspended or revoked.

@@ -27,7 +27,7 @@ class NotifySocket:
         return variables
 
     def receive(self, timeout_s: float) -> str | None:
-        """Return the next message; None when there is none in time."""
+        """Return the next message, or None if none arrives in time."""
         self._link.settimeout(timeout_s)
         try:
             return self._link.recv(4096).decode()

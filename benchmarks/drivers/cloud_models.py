@@ -54,7 +54,7 @@ class _Layers:
         return self._lease
 
     def _next(self, lease: KvLease, rows: Rows) -> int:
-        """Return the best token behind the next positions' hidden states [n, hidden]."""
+        """Return the best token after the next positions, given their hidden states [n, hidden]."""
         start = lease.length
         stop = lease.length + len(rows)
         self.positions += len(rows)

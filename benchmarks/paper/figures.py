@@ -190,8 +190,8 @@ def reduction(rows: Sequence[Row], baseline: Sequence[Row], model: ModelSizes) -
 def agreement(rows: Sequence[Row], reference: Sequence[Row]) -> float | None:
     """Return the share of tokens that are the reference's, every sample once.
 
-    Tokens count up to and including the first that differs, as the texts differ behind it. None
-    when no sample has a reference.
+    Tokens count up to and including the first that differs, as the texts differ after it. Return
+    None if no sample has a reference.
     """
     theirs = {_text_of(row): row.token_ids for row in reference}
     ours = {_text_of(row): row.token_ids for row in rows if _text_of(row) in theirs}

@@ -16,7 +16,7 @@ from fleet.bundles.manifest import Bundle
 
 
 class FullModelVerdict(NamedTuple):
-    """The full model's verdict on an answer, each token judged behind the answer's own ones.
+    """The full model's verdict on an answer. Each token is judged after the earlier ones.
 
     `nll` is the mean negative log-likelihood, `agreement` the share of tokens that are its own
     choice, and `gap` the maximum by which a logit exceeds that of the answer's token: a gap near 0
@@ -37,7 +37,7 @@ class FullModel:
         self.upper = UpperLayers(bundle, num_threads)
 
     def read(self, prompt_ids: Sequence[int], max_tokens: int) -> Reading:
-        """Run a prompt; answers of at most `max_tokens` tokens can be judged behind it."""
+        """Run a prompt. Answers to it of at most `max_tokens` tokens can then be judged."""
         return Reading(self, prompt_ids, max_tokens)
 
 
@@ -79,7 +79,7 @@ class Reading:
         return FullModelVerdict(float(nll), float(agreement), float(gaps.max()))
 
     def logits_along(self, token_ids: Sequence[int]) -> Tensor:
-        """Return logits [n, vocab] for each of n tokens, behind those before it."""
+        """Return logits [n, vocab] for each of n tokens, given the earlier ones."""
         start = self._num_prompt
         count = len(token_ids) - 1
         if not count:

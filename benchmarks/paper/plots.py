@@ -19,7 +19,7 @@ from fleet.utils.plots import COLOURS, save
 def draw_figures(summary: Summary, folder: Path) -> dict[str, Path]:
     """Write the plots that there are figures for, into a folder that is made if missing.
 
-    Returns their files by name.
+    Return their files by name.
 
     Raises:
         ConfigError: a plot cannot be written.

@@ -15,6 +15,7 @@ from fleet.bundles.signature import SIGNATURE_FILE
 from fleet.errors import BundleError, ConfigError
 from fleet.exits.calibration import Calibration
 from fleet.utils.cli_runtime import check_free
+from fleet.utils.validation import JSON_ERRORS
 
 
 class KeptCalibration(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -60,7 +61,7 @@ def read_calibration(path: Path) -> KeptCalibration:
     """
     try:
         return msgspec.json.decode(path.read_bytes(), type=KeptCalibration)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (OSError, *JSON_ERRORS) as error:
         raise ConfigError(
             f"cannot read the calibration {path}: {error}; "
             "make one with 'fleet heads calibrate --write'"

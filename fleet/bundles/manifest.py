@@ -12,9 +12,12 @@ from msgspec import Meta, Struct
 
 from fleet.errors import BundleError
 from fleet.exits.calibration import Calibration
+from fleet.protocol.types import Threshold
+from fleet.utils.validation import JSON_ERRORS
 
 SCHEMA_VERSION: Final = 3
 MANIFEST_FILE: Final = "manifest.json"
+FILE_PATH: Final = r"\A(edge|cloud|tokenizer)/[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}\Z"
 Side = Literal["edge", "cloud", "tokenizer"]
 SIDES: Final[tuple[Side, ...]] = get_args(Side)
 EDGE_SIDES: Final[tuple[Side, ...]] = ("edge", "tokenizer")  # of a device
@@ -38,7 +41,7 @@ class ModelInfo(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
     """One file of a bundle, by its path in the folder."""
 
-    path: Annotated[str, Meta(pattern=r"\A(edge|cloud|tokenizer)/[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")]
+    path: Annotated[str, Meta(pattern=FILE_PATH)]
     num_bytes: int
     sha256: str
 
@@ -56,7 +59,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     upload_layer: int
     quantization: str
     top_k: int
-    thresholds: tuple[float, ...]
+    thresholds: tuple[Threshold, ...]
     parity: dict[str, float]
     tools: dict[str, str]
     files: tuple[FileEntry, ...]
@@ -93,7 +96,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"no bundle in {folder}: cannot read {MANIFEST_FILE} ({error.strerror}); "
             "make one with 'python -m onnx_export --out DIR'"
         ) from None
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except JSON_ERRORS as error:
         raise BundleError(
             f"{path} is no manifest of schema {SCHEMA_VERSION}: {error}; export the bundle again"
         ) from None

@@ -24,6 +24,7 @@ from fleet.bundles.signature import is_signed
 from fleet.errors import ConfigError, SoftwareError
 from fleet.protocol.types import SoftwareVersion
 from fleet.utils.atomic_files import write_file
+from fleet.utils.validation import JSON_ERRORS
 
 DISTRIBUTION: Final = "cecollm-fleet"
 PURE_TAG: Final = "py3-none-any"
@@ -49,7 +50,8 @@ def keep_software(
     `name` is the file name of the wheel where that of `wheel` is another.
 
     Raises:
-        SoftwareError: it is no wheel of ours, or the store has another one of its version.
+        SoftwareError: it is not a wheel of this project, or the store has another one of its
+            version.
         ConfigError: `store` cannot be written.
     """
     metadata = read_wheel(wheel, name)
@@ -90,7 +92,7 @@ def _check_same(kept: SoftwareManifest, new: SoftwareManifest) -> None:
 
 
 def find_software(store: Path, version: str) -> Path | None:
-    """Return the folder of a version in a store; None when there is none."""
+    """Return the folder of a version in a store, or None if the store does not have it."""
     return store / version if version in kept_versions(store) else None
 
 
@@ -106,12 +108,12 @@ def read_software(folder: Path) -> SoftwareManifest:
     """Read the manifest in `folder`.
 
     Raises:
-        SoftwareError: there is none, or it is not usable.
+        SoftwareError: the manifest is missing or not usable.
     """
     try:
         data = (folder / MANIFEST_FILE).read_bytes()
         manifest = msgspec.json.decode(data, type=SoftwareManifest)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, *JSON_ERRORS) as error:
         raise SoftwareError(
             f"no software in {folder}: {error}; add it with 'fleet update add WHEEL'"
         ) from None
@@ -148,7 +150,7 @@ def check_wheel_bytes(data: bytes, manifest: SoftwareManifest) -> None:
     sha256 = hashlib.sha256(data).hexdigest()
     if (len(data), sha256) != (manifest.num_bytes, manifest.sha256):
         raise SoftwareError(
-            f"{manifest.wheel} came damaged: expected {manifest.num_bytes} bytes with sha256 "
+            f"{manifest.wheel} arrived damaged: expected {manifest.num_bytes} bytes with sha256 "
             f"{manifest.sha256[:16]}..., got {len(data)} with {sha256[:16]}...; "
             "add the wheel to the fleet again"
         )
@@ -160,7 +162,7 @@ def read_wheel(path: Path, name: str | None = None) -> Metadata:
     `name` is its file name where that of `path` is another.
 
     Raises:
-        SoftwareError: it is no wheel for every machine, or of another distribution.
+        SoftwareError: the wheel is not for every machine, or is of another distribution.
     """
     name = name or path.name
     try:

@@ -46,6 +46,38 @@ def keep_bundle(source: Path, store: Path, sign: Callable[[Path], None]) -> Bund
     return Bundle(folder, manifest)
 
 
+def bundle_bytes(store: Path, bundle_id: str) -> int | None:
+    """Return the size of a bundle's files in `store`, or None if the bundle is not there."""
+    folder = store / bundle_id
+    if not folder.is_dir():
+        return None
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def delete_bundle(store: Path, bundle_id: str) -> int:
+    """Delete a bundle from `store`; return the number of bytes that are free now.
+
+    A file that is a hard link of another one, such as of the folder that was added, frees none.
+
+    Raises:
+        ConfigError: a file cannot be deleted.
+    """
+    folder = store / bundle_id
+    if not folder.exists():
+        return 0
+    doomed = store / f".{bundle_id}-removed"
+    try:
+        folder.rename(doomed)  # so that it is complete or absent
+        stats = [path.stat() for path in doomed.rglob("*") if path.is_file()]
+        shutil.rmtree(doomed)
+    except OSError as error:
+        raise ConfigError(
+            f"bundle {bundle_id} is no longer offered, but its files in {store} cannot be deleted: "
+            f"{error.strerror or error}; delete them by hand"
+        ) from None
+    return sum(each.st_size for each in stats if each.st_nlink == 1)
+
+
 def _link(source: Path, copy: Path) -> None:
     """Link or copy a file; a missing one is reported by the check that follows."""
     if not source.is_file():

@@ -15,6 +15,7 @@ from fleet.bundles.manifest import MANIFEST_FILE, Bundle, Manifest, check_file, 
 from fleet.bundles.signature import SIGNATURE_FILE, check_signature
 from fleet.bundles.token_tables import EMBEDDING, load_tables
 from fleet.errors import BundleError
+from fleet.utils.validation import JSON_ERRORS
 
 REQUIRED: Final = (
     "edge/lm_head.onnx",
@@ -37,6 +38,12 @@ class CloudConfig(Struct, kw_only=True):
     num_attention_heads: int
     num_key_value_heads: int
     vocab_size: int
+
+
+class TensorEntry(Struct):
+    """The part of a tensor's entry in a safetensors header that is verified."""
+
+    shape: tuple[int, ...]
 
 
 class Verdict(Struct, frozen=True, kw_only=True):
@@ -223,7 +230,7 @@ def _check_cloud(folder: Path, manifest: Manifest) -> Iterator[str]:
     try:
         config = msgspec.json.decode((folder / "cloud/config.json").read_bytes(), type=CloudConfig)
         shapes = _read_shapes(folder / "cloud/model.safetensors")
-    except (msgspec.MsgspecError, ValueError, struct.error) as error:
+    except (*JSON_ERRORS, ValueError, struct.error) as error:
         yield f"the cloud partition cannot be read: {error}"
         return
     num_layers = info.num_layers - manifest.upload_layer
@@ -249,8 +256,10 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"{path} has a header of {length} bytes")
-        header = msgspec.json.decode(file.read(length), type=dict[str, dict[str, Any]])
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        header = msgspec.json.decode(file.read(length), type=dict[str, Any])
+    header.pop("__metadata__", None)
+    tensors = msgspec.convert(header, dict[str, TensorEntry])
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _required_shapes(

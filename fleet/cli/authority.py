@@ -9,6 +9,7 @@ import typer
 
 from fleet.cli.options import HomeOption
 from fleet.server.home import PASSPHRASE, FleetHome
+from fleet.utils.command_group import CommandGroup
 from provisioning.authority_rotation import (
     ca_sha256,
     check_retirable,
@@ -20,7 +21,9 @@ from provisioning.authority_rotation import (
 if TYPE_CHECKING:
     from provisioning.authority import CertificateAuthority
 
-app = typer.Typer(no_args_is_help=True, help="Replace the fleet's certificate authority.")
+app = typer.Typer(
+    cls=CommandGroup, no_args_is_help=True, help="Replace the fleet's certificate authority."
+)
 
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Lock out identities that were not renewed.")

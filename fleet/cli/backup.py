@@ -9,6 +9,7 @@ import typer
 
 from fleet.cli.options import HomeOption
 from fleet.errors import ConfigError
+from fleet.registry.results import bundle_label
 from fleet.server.backup import back_up, remove_old_backups, restore_backup
 from fleet.server.home import FleetHome
 
@@ -19,7 +20,7 @@ BackupArgument = Annotated[Path, typer.Argument(metavar="FILE", help="File of 'f
 BundlesOption = Annotated[bool, typer.Option("--bundles", help="Include the models' bundles.")]
 KeepOption = Annotated[
     int | None,
-    typer.Option(min=1, help="With a folder: keep so many backups, and remove older ones."),
+    typer.Option(min=1, help="With a folder: number of backups to keep; older ones are removed."),
 ]
 NewRegistryOption = Annotated[
     str | None, typer.Option(help="URL of an empty PostgreSQL database (default: the old one's).")
@@ -34,7 +35,7 @@ def backup(
 ) -> None:
     """Copy authority, registry and identities into one file, while the fleet runs."""
     if keep and not file.is_dir():
-        raise ConfigError(f"--keep is for a folder of backups, and {file} is none; leave it out")
+        raise ConfigError(f"{file} is not a folder; leave out --keep, or name a folder of backups")
     path = back_up(FleetHome.load(folder), file, bundles=bundles)
     print(f"wrote {path} with the authority's key; protect it like the fleet's folder")
     if keep:
@@ -49,7 +50,15 @@ def restore_fleet(
     home = restore_backup(file, FleetHome.find(folder), registry)
     with home.registry() as opened:
         num_identities = len(opened.identities.all())
+        bundles = opened.rollouts.bundles()
     print(f"restored {num_identities} identities into {home.folder}; next: {_next_command(home)}")
+    missing = [row for row in bundles if home.bundle_folder(row.bundle_id) is None]
+    if missing:
+        labels = ", ".join(bundle_label(row.bundle_id, row.name) for row in missing)
+        print(
+            f"without files are bundles {labels}: add each one again with 'fleet bundle add DIR', "
+            "or remove it with 'fleet bundle remove BUNDLE'"
+        )
 
 
 def _next_command(home: FleetHome) -> str:

@@ -15,11 +15,14 @@ from fleet.errors import ConfigError
 from fleet.protocol.access import Action, Grants
 from fleet.server.home import FleetHome
 from fleet.server.mosquitto import write_mosquitto
+from fleet.utils.command_group import CommandGroup
 from fleet.utils.paths import absolute_path
 
 FORMATS: Final = ("mosquitto", "emqx", "json")
 
-app = typer.Typer(no_args_is_help=True, help="Configure brokers other than the embedded one.")
+app = typer.Typer(
+    cls=CommandGroup, no_args_is_help=True, help="Configure brokers other than the embedded one."
+)
 
 OutOption = Annotated[
     Path, typer.Option(help="Folder for the files; it holds the broker's private key.")

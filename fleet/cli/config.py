@@ -20,15 +20,18 @@ from fleet.protocol.desired_config import Settings, merge_scopes, parse_settings
 from fleet.protocol.report import ConfigProblem
 from fleet.registry.results import DeviceRow
 from fleet.server.home import FleetHome
+from fleet.utils.command_group import CommandGroup
 from fleet.utils.optional_imports import needs
 from fleet.utils.paths import absolute_path
 from fleet.utils.printable import count
 from fleet.utils.text_files import read_text
+from fleet.utils.validation import JSON_ERRORS
 
 if TYPE_CHECKING:
     from fleet.registry.settings import Target
 
 app = typer.Typer(
+    cls=CommandGroup,
     no_args_is_help=True,
     help="Set and show the desired settings of all devices, of a group or of one device.",
 )
@@ -77,6 +80,9 @@ def set_(
     changes = parse_settings(dict(map(_parse_pair, pairs)))
     if not pairs:
         raise ConfigError(f"nothing to set: expected KEY=VALUE; {_list_settings()}")
+    if changes.bundle:
+        with FleetHome.load(folder).registry() as registry:
+            changes = replace(changes, bundle=registry.rollouts.find_bundle(changes.bundle))
     _change(folder, target, lambda settings: merge_scopes(settings, changes), as_json=as_json)
 
 
@@ -175,7 +181,7 @@ def _parse_pair(pair: str) -> tuple[str, Any]:
 def _parse_json(text: str) -> Any:
     try:
         return msgspec.json.decode(text)
-    except msgspec.DecodeError:
+    except JSON_ERRORS:
         return text  # a string without quotation marks
 
 
@@ -183,7 +189,7 @@ def _read_json(pair: str, path: str) -> Any:
     text = read_text(absolute_path(Path(path)), "give a file of JSON")
     try:
         return msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except JSON_ERRORS as error:
         raise ConfigError(f"{pair}: expected a file of JSON: {error}") from None
 
 

@@ -15,8 +15,8 @@ from fleet.cli.options import (
     parse_since,
     print_json,
 )
+from fleet.cli.sessions import print_sessions
 from fleet.cli.stats_views import print_devices, print_stats, switch_text
-from fleet.cli.views import print_rows
 from fleet.identity.enrolment import format_tags
 from fleet.server.home import FleetHome
 
@@ -84,4 +84,4 @@ def device(
     print_stats(console, [counts], "answers")
     for reason, times in counts.switches.items():
         console.print(outside_text(switch_text(reason, times)))
-    print_rows(console, sessions, "latest sessions", as_json=False)
+    print_sessions(console, sessions, "latest sessions")

@@ -22,6 +22,7 @@ from fleet.identity.enrolment import (
 from fleet.protocol.access import Role
 from fleet.protocol.enrolment_api import EnrolmentToken
 from fleet.protocol.types import DAY_S
+from fleet.registry.identities.lifecycle import LIMITED_BY_CERTIFICATE
 from fleet.registry.results import NewToken
 from fleet.server.home import FleetHome, check_own_names
 from fleet.utils.paths import absolute_path
@@ -38,7 +39,10 @@ OutOption = Annotated[
     Path | None,
     typer.Option(help="Write the identity folder there, with its key, instead of a token."),
 ]
-RoleOption = Annotated[str, typer.Option(help=f"One of {', '.join(Role)}.")]
+RoleOption = Annotated[
+    str | None,
+    typer.Option(help=f"One of {', '.join(Role)} (default: device; with --force its role)."),
+]
 AllowOption = Annotated[
     list[str] | None, typer.Option(help="Device or group that an app may prompt; repeatable.")
 ]
@@ -53,6 +57,9 @@ FromFileOption = Annotated[
 ]
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Replace an identity; its certificates are revoked.")
+]
+NewOnlyOption = Annotated[
+    bool, typer.Option("--new-only", help="With --from: leave out names that are enrolled.")
 ]
 IdentityBundleOption = Annotated[
     Path | None, typer.Option(help="With --out: the model bundle (default: the fleet's).")
@@ -89,7 +96,7 @@ class Invitation(Struct, frozen=True, kw_only=True):
             role=role,
             token=token,
             expires_at=new_token.expires_at,
-            command=shlex.join(["edge-agent", "join", token, "--server", server]),
+            command=shlex.join(["edge-agent", "join", token, "--server", server, "--out", name]),
         )
 
     @property
@@ -119,13 +126,14 @@ class IssuedFolder(Struct, frozen=True):
 def enroll_identities(
     name: OptionalNameArgument = None,
     out: OutOption = None,
-    role: RoleOption = Role.DEVICE,
+    role: RoleOption = None,
     allow: AllowOption = None,
     group: DeviceGroupOption = None,
     tag: DeviceTagOption = None,
     ttl: TtlOption = "15m",
     from_file: FromFileOption = None,
     force: ForceOption = False,
+    new_only: NewOnlyOption = False,
     bundle: IdentityBundleOption = None,
     shared_subscriptions: SharedSubscriptionsOption = False,
     folder: HomeOption = None,
@@ -134,23 +142,27 @@ def enroll_identities(
     """Enrol an identity: print a token for `edge-agent join`, or write a folder (--out)."""
     if (name is None) == (from_file is None):
         raise ConfigError("expected a NAME or --from FILE; give one of the two")
-    if name is None and (role != Role.DEVICE or allow or group or tag):
+    if new_only and (force or from_file is None):
+        raise ConfigError("--new-only is for --from FILE, without --force; leave one of them out")
+    if name is None and (role not in (None, Role.DEVICE) or allow or group or tag):
         raise ConfigError(
             "the file has role, group, tags and targets; "
             "leave --role, --group, --tag and --allow out"
         )
-    enrolments = (
-        read_enrolments(from_file)
-        if from_file
-        else [_enrolment(name or "", role, group, tag, allow)]
-    )
-    if shared_subscriptions:
-        _check_workers(enrolments)
-    if out is None and (bundle or shared_subscriptions):
-        raise ConfigError(
-            "--bundle and --shared-subscriptions are for an identity folder; give --out DIR, too"
-        )
     home = FleetHome.load(folder)
+    if from_file:
+        enrolments = read_enrolments(from_file)
+    else:
+        name = name or ""
+        role = role or (_role_of(home, name) if force else Role.DEVICE)
+        enrolments = [_enrolment(name, role, group, tag, allow)]
+    if shared_subscriptions:
+        for each in enrolments:
+            check_shares_subscriptions(each.name, each.role)
+    if bundle or shared_subscriptions:
+        check_has_folder(out)
+    if new_only:
+        enrolments = without_enrolled(home, enrolments)
     issued: Sequence[Invitation | IssuedFolder]
     if out is None:
         issued = invite(home, enrolments, parse_ttl(ttl, MAX_TTL_S), force=force)
@@ -165,7 +177,14 @@ def enroll_identities(
     if as_json:
         print_json(issued if from_file else issued[0])
     else:
-        print("\n".join(each.line for each in issued))
+        print("\n".join(each.line for each in issued) or f"every name in {from_file} is enrolled")
+
+
+def _role_of(home: FleetHome, name: str) -> str:
+    """Return the role of an identity, which it keeps when it is replaced; "device" of a new one."""
+    with home.registry() as registry:
+        roles = {each.name: each.role for each in registry.identities.all()}
+    return roles.get(name, Role.DEVICE)
 
 
 def _enrolment(
@@ -182,13 +201,28 @@ def _enrolment(
     return enrolment
 
 
-def _check_workers(enrolments: Sequence[Enrolment]) -> None:
-    for enrolment in enrolments:
-        if enrolment.role is not Role.WORKER:
-            name = enrolment.name
-            raise ConfigError(
-                f"only a worker shares a subscription; {name!r} is none: leave the option out"
-            )
+def without_enrolled(home: FleetHome, enrolments: Sequence[Enrolment]) -> list[Enrolment]:
+    """Return the enrolments of names that have no certificate."""
+    with home.registry() as registry:
+        rows = registry.identities.all()
+    enrolled = {row.name for row in rows if row.state in LIMITED_BY_CERTIFICATE}
+    return [each for each in enrolments if each.name not in enrolled]
+
+
+def check_shares_subscriptions(name: str, role: str) -> None:
+    """Raise ConfigError unless the role of `name` shares subscriptions."""
+    if role != Role.WORKER:
+        raise ConfigError(
+            f"only a worker shares a subscription; {name!r} is not a worker: leave the option out"
+        )
+
+
+def check_has_folder(out: Path | None) -> None:
+    """Raise ConfigError if options of an identity folder are given without one."""
+    if out is None:
+        raise ConfigError(
+            "--bundle and --shared-subscriptions are for an identity folder; give --out DIR, too"
+        )
 
 
 def suspend_identity(

@@ -93,8 +93,9 @@ def _check_authority(home: FleetHome) -> CheckResult:
     if authority.successor:
         with home.registry() as registry:
             left = not_renewed(authority, registry.identities.newest_certificates())
+        waiting = count(len(left), "identity", "identities")
         return (
-            f"{finding}; it has a successor, and {len(left)} identities are not renewed",
+            f"{finding}; it has a successor; not renewed yet: {waiting}",
             "" if left else "every identity is renewed; run: fleet authority retire",
         )
     problem = f"the authority {finding}; replace it with 'fleet authority rotate'"
@@ -148,7 +149,7 @@ def _check_identities(home: FleetHome) -> CheckResult:
         return "each in use by one process", ""
     return (
         f"{len(names)} in use by two processes",
-        f"two processes use the identity of {_first(names)} and drive each other away; stop one "
+        f"two processes use the identity of {_first(names)} and disconnect each other; stop one "
         "of them, or enrol the second machine under a name of its own",
     )
 

@@ -12,6 +12,7 @@ from fleet.protocol.access import Role
 from fleet.registry.results import IdentityRow
 from fleet.server.fleet_units import SERVER_SERVICE
 from fleet.server.home import MOSQUITTO, FleetHome
+from fleet.utils.printable import count
 
 MAX_EMBEDDED_DEVICES: Final = 300
 """The largest number that `python -m tests.system.hostile_clients` connects to the broker."""
@@ -60,7 +61,7 @@ def check_broker_limits(home: FleetHome) -> CheckResult:
             f"'fleet broker config --out {config.parent}', and restart it",
         )
     num_devices = _num_devices(home)
-    finding = f"{num_devices:,} devices, no mosquitto"
+    finding = f"{count(num_devices, 'device')}, no mosquitto"
     if num_devices <= MAX_EMBEDDED_DEVICES:
         return finding, ""
     return (

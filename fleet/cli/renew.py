@@ -1,10 +1,11 @@
-"""`fleet renew`: another certificate for an identity, also when its last one has ended."""
+"""`fleet renew`: another certificate for an identity, even if the last one has expired."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from fleet.cli.enroll import (
@@ -12,7 +13,10 @@ from fleet.cli.enroll import (
     Invitation,
     IssuedFolder,
     NameArgument,
+    SharedSubscriptionsOption,
     TtlOption,
+    check_has_folder,
+    check_shares_subscriptions,
     service_address,
 )
 from fleet.cli.options import HomeOption, JsonOption, parse_ttl, print_json
@@ -21,6 +25,7 @@ from fleet.identity.identity import IDENTITY_FILE, Identity
 from fleet.protocol.access import Role
 from fleet.registry.results import IdentityRow
 from fleet.server.home import FleetHome
+from fleet.utils.paths import absolute_path
 
 OutOption = Annotated[
     Path | None,
@@ -32,19 +37,24 @@ def renew_identity(
     name: NameArgument,
     out: OutOption = None,
     ttl: TtlOption = "15m",
+    shared_subscriptions: SharedSubscriptionsOption = False,
     folder: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Renew an identity, which keeps its group, tags and rights: print a token, or use --out."""
     home = FleetHome.load(folder)
     row = _identity_row(home, name)
+    if shared_subscriptions:
+        check_shares_subscriptions(row.name, row.role)
+        check_has_folder(out)
     if out is None and home.has_identity(name):
         out = home.folder / "identities" / name
     issued: Invitation | IssuedFolder
     if out is None:
         issued = _invite_again(home, row, parse_ttl(ttl, MAX_TTL_S))
     else:
-        home.certify_again(_identity_in(home, row, out.resolve()))
+        out = absolute_path(out)
+        home.certify_again(_identity_in(home, row, out, shared_subscriptions=shared_subscriptions))
         issued = IssuedFolder(row.name, row.role, str(out))
     if as_json:
         print_json(issued)
@@ -62,11 +72,21 @@ def _identity_row(home: FleetHome, name: str) -> IdentityRow:
     )
 
 
-def _identity_in(home: FleetHome, row: IdentityRow, out: Path) -> Identity:
-    """The identity in `out`, or a new one for a folder that has none."""
+def _identity_in(
+    home: FleetHome, row: IdentityRow, out: Path, *, shared_subscriptions: bool
+) -> Identity:
+    """The identity in `out`, or a new one for a folder that has none.
+
+    A worker shares its subscriptions if that is given, or if the fleet's own workers do.
+    """
+    role = Role(row.role)
     if (out / IDENTITY_FILE).exists():
-        return Identity.load(out)
-    config = home.address().identity_config(row.name, Role(row.role))
+        identity = Identity.load(out)
+        shares = shared_subscriptions or identity.config.shared_subscriptions
+    else:
+        identity = Identity(out, home.address().identity_config(row.name, role))
+        shares = role is Role.WORKER and (shared_subscriptions or home.shares_subscriptions())
+    config = msgspec.structs.replace(identity.config, shared_subscriptions=shares)
     return Identity(out, config)
 
 

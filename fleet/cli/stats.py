@@ -21,6 +21,7 @@ from fleet.cli.options import (
 from fleet.cli.stats_views import print_stats, stats_csv
 from fleet.errors import ConfigError
 from fleet.protocol.types import DAY_S
+from fleet.registry.results import HourStats
 from fleet.server.home import FleetHome
 from fleet.utils.optional_imports import needs
 
@@ -51,9 +52,11 @@ def stats(
             from fleet.cli.stats_plot import plot_stats
             from fleet.utils.plots import check_plot
         check_plot(plot)
-    rows = read_stats(FleetHome.load(folder), by, device, parse_since(since), group)
+    home = FleetHome.load(folder)
+    since_at = parse_since(since)
+    rows = read_stats(home, by, device, since_at, group)
     if plot is not None:
-        plot_stats(rows, plot)
+        plot_stats(rows, plot, since_at or first_hour(home), time.time())
     if as_csv:
         print(stats_csv(rows), end="")
     elif as_json:
@@ -77,3 +80,13 @@ def read_stats(
         if by == "hour" and since is None:
             since = now - DAY_S
         return registry.stats.grouped(By(by), device, since, group=group, now=now)
+
+
+def first_hour(home: FleetHome) -> float:
+    """Return the begin of the first hour with answers, in seconds since 1970; now without any."""
+    from fleet.registry.stats.queries import By
+
+    now = time.time()
+    with home.registry() as registry:
+        hours = registry.stats.grouped(By.HOUR, None, None, group=None, now=now)
+    return min((each.hour_at for each in hours if isinstance(each, HourStats)), default=now)

@@ -16,7 +16,7 @@ from fleet.cli.console import outside_text
 from fleet.cli.options import format_time
 from fleet.cli.views import exits_of, source_bar, source_style
 from fleet.identity.enrolment import format_tags
-from fleet.registry.results import DeviceRow, StatsCounts, StatsRow
+from fleet.registry.results import BundleStats, DeviceRow, StatsCounts, StatsRow, bundle_label
 from fleet.utils.printable import count
 
 LEVELS: Final = "▁▂▃▄▅▆▇█"
@@ -37,6 +37,8 @@ def key_name(row: StatsCounts) -> str:
 
 def key_of(row: StatsCounts) -> str:
     """The subject of a row, as text."""
+    if isinstance(row, BundleStats):
+        return bundle_label(row.bundle_id, row.bundle_name)
     value: str | float | None = getattr(row, key_name(row))
     return format_time(value) if isinstance(value, float) else value or "-"
 
@@ -52,7 +54,7 @@ def stats_table(rows: Sequence[StatsCounts], title: str) -> RenderableType:
         return f"{title}: none yet"
     table = Table(title=title, title_justify="left", show_lines=True)
     table.add_column(key_name(rows[0]).removesuffix("_id").removesuffix("_at"), overflow="fold")
-    table.add_column("where tokens came from")
+    table.add_column("token sources")
     table.add_column("p50, p95, bytes", no_wrap=True)
     for row in rows:
         table.add_row(_name(row), _sources(row), _costs(row))
@@ -72,12 +74,15 @@ def print_devices(console: Console, rows: Sequence[DeviceRow]) -> None:
 def _device_cells(row: DeviceRow) -> list[Text]:
     labels = [label for label in (row.group, " ".join(format_tags(row.tags))) if label]
     version = f"version {row.config_version}" if row.config_version else "its own"
-    errors = [each for each in (row.config_error, row.software_error) if each]
+    errors = [each for each in (row.config_error, row.software_error, row.event_error) if each]
     problems = [outside_text(each.message, "red") for each in errors]
     return [
         _lines(Text(row.device, "bold"), *(Text(label, "dim") for label in labels)),
         _lines(Text(row.state), _presence(row)),
-        _lines(outside_text(row.mode or "-"), outside_text(row.bundle_id[:8], "dim")),
+        _lines(
+            outside_text(row.mode or "-"),
+            outside_text(row.bundle_name or row.bundle_id[:8], "dim"),
+        ),
         _lines(Text(version), *problems),
         Text(format_time(row.not_after or None)),
     ]
@@ -133,7 +138,7 @@ def _sources(row: StatsCounts) -> Text:
         for source, tokens in row.sources.items()
     ]
     offload = f"offload {row.offload_rate:.1%}"
-    if row.trend:
+    if sum(rate is not None for rate in row.trend) > 1:
         offload += f", trend\n{spark(row.trend)}"
     most_frequent = list(row.switches.items())[:MAX_REASONS]
     reasons = [outside_text(switch_text(*each), "dim") for each in most_frequent]

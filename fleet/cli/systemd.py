@@ -10,6 +10,7 @@ import typer
 from fleet.cli.options import HomeOption
 from fleet.server.fleet_units import BACKUP_SERVICE, UnitOptions, fleet_units, worker_unit
 from fleet.server.home import EMBEDDED, MOSQUITTO, FleetHome
+from fleet.utils.paths import absolute_path
 from fleet.utils.systemd_unit import service_user, write_units
 
 BACKUPS: Final = Path("/var/lib/cecollm-fleet-backups")
@@ -43,7 +44,7 @@ def systemd(
 ) -> None:
     """Write hardened systemd units: server, broker, workers, and a daily backup."""
     if worker:
-        identity = worker.resolve()
+        identity = absolute_path(worker)
         units = {"fleet-worker.service": worker_unit(identity, service_user(identity, user))}
     else:
         home = FleetHome.load(folder)
@@ -52,7 +53,7 @@ def systemd(
             broker=broker,
             num_workers=workers,
             listen=listen,
-            backups=backups.resolve(),
+            backups=absolute_path(backups),
         )
         units = fleet_units(home, options)
     write_units(out, units)

@@ -133,10 +133,10 @@ def _run(
     )
     running = fleet_processes(home, workers, metrics_port, broker, listen=listen, settings=settings)
     with running as processes, pool:
+        for server in processes.servers:
+            print(f"{server.ready_line} (process {server.process.pid})", flush=True)
         for worker in processes.workers:
-            worker.wait_ready()
-        for process in (*processes.servers, *processes.workers):
-            print(f"{process.ready_line} (process {process.process.pid})")
+            print(f"{worker.wait_ready()} (process {worker.process.pid})", flush=True)
         address = host_port(home.config.host, home.config.port)
         print(f"the fleet is up on {address}; next: fleet enroll NAME", flush=True)
         watch_processes(processes, stop, pool.step)

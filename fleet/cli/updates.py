@@ -19,8 +19,10 @@ from fleet.errors import SoftwareError
 from fleet.protocol.desired_config import DesiredConfig
 from fleet.registry.results import DeviceRow
 from fleet.server.home import FleetHome
+from fleet.utils.command_group import CommandGroup
 
 app = typer.Typer(
+    cls=CommandGroup,
     no_args_is_help=True,
     help="Add versions of the devices' software, and roll them out.",
     rich_markup_mode=None,

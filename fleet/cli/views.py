@@ -7,13 +7,14 @@ from typing import Final
 
 from msgspec import Struct
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from fleet.cli.console import outside_text
 from fleet.cli.options import TO_THE_SECOND, format_time, print_json
 from fleet.identity.enrolment import format_tags
-from fleet.protocol.modes import CLOUD, FALLBACK, LOOKUP, offload_rate
+from fleet.protocol.modes import CLOUD, FALLBACK, LOOKUP, Mode, offload_rate
 from fleet.protocol.prompt import Reply, Usage
 from fleet.protocol.report import ConfigProblem
 from fleet.utils.printable import count
@@ -21,10 +22,11 @@ from fleet.utils.printable import count
 EXIT_STYLES: Final = ("green", "cyan", "blue", "bright_green")
 STYLES: Final = {LOOKUP: "bright_cyan", CLOUD: "magenta", FALLBACK: "yellow"}
 BAR_WIDTH: Final = 18
+MAX_COLUMNS: Final = 10_000  # of a table before it is fitted to the terminal
 TIMES: Final = ("_at", "_seen", "_after")
 HEADERS: Final = {
     "generations": "answers",
-    "sources": "where tokens came from",
+    "sources": "token sources",
     "offload_rate": "offload",
     "bytes_up": "up, B",
     "bytes_down": "down, B",
@@ -97,15 +99,41 @@ def usage_line(usage: Usage, note: str | None) -> Text:
         f"up {usage.bytes_up:,} B, down {usage.bytes_down:,} B",
         count(usage.round_trips, "round trip"),
         f"first token {usage.ttft_ms:.0f} ms, then {usage.tpot_ms:.0f} ms a token",
-        *(f"from token {each.token} on {each.mode}: {each.reason}" for each in usage.switches),
+        *_mode_words(usage),
     ]
     if note:
         words.append(note)
     return outside_text(f"[{'; '.join(words)}]", "dim")
 
 
+def _mode_words(usage: Usage) -> list[str]:
+    """The modes that `auto` chose, in order, and other changes of the mode."""
+    words = [f"from token {each.token} on {each.mode}: {each.reason}" for each in usage.switches]
+    if usage.mode is Mode.AUTO and not any(each.token == 0 for each in usage.switches):
+        words.insert(0, f"auto began as {Mode.COLLABORATIVE}")
+    return words
+
+
+def lines_table(title: str, headers: Iterable[str]) -> Table:
+    """Return an empty table whose cells have several lines, so that it fits a terminal."""
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    return table
+
+
+def cell_of(*lines: str) -> Text:
+    """Return a cell with text from outside, a line each; the first is bold."""
+    first, *others = [outside_text(line) for line in lines or ("-",)]
+    first.stylize("bold")
+    return Text("\n").join((first, *others))
+
+
 def print_rows(console: Console, rows: Sequence[Struct], title: str, *, as_json: bool) -> None:
-    """Print rows of one type as a table, or as one JSON array."""
+    """Print rows of one type as a table, or as one JSON array.
+
+    A table whose longest words do not fit the terminal becomes a list: one field a line.
+    """
     if as_json:
         print_json(rows)
         return
@@ -122,7 +150,23 @@ def print_rows(console: Console, rows: Sequence[Struct], title: str, *, as_json:
         table.add_column(header, justify="right" if is_number else "left")
     for row in rows:
         table.add_row(*(_cell(name, getattr(row, name)) for name in fields))
-    console.print(table)
+    unlimited = console.options.update_width(MAX_COLUMNS)
+    if Measurement.get(console, unlimited, table).minimum <= console.width:
+        console.print(table)
+    else:
+        _print_fields(console, table)
+
+
+def _print_fields(console: Console, table: Table) -> None:
+    """Print the cells of a table one below another, and each row after an empty line."""
+    console.print(table.title)
+    columns = [(str(column.header), list(column.cells)) for column in table.columns]
+    for i in range(table.row_count):
+        grid = Table.grid(padding=(0, 2))
+        for header, cells in columns:
+            grid.add_row(header, cells[i])
+        console.print()
+        console.print(grid)
 
 
 def _cell(name: str, value: object) -> Text:

@@ -39,7 +39,7 @@ class Records:
             )
         if not np.all((self.confidence >= 0) & (self.confidence <= 1)):
             raise ConfigError(
-                "records hold a confidence that is no number from 0 to 1; the heads may be broken"
+                "records hold a confidence that is not from 0 to 1; the heads may be broken"
             )
 
     def __len__(self) -> int:

@@ -94,7 +94,7 @@ def frontier(records: Records, agreements: Sequence[float] = AGREEMENTS) -> list
 def grid_counts(records: Records, grids: Sequence[Floats]) -> tuple[Ints, Ints, Ints]:
     """Count positions for every combination of thresholds, by one histogram for each exit.
 
-    Returns the positions at which no exit but the last may emit, [grid 0, .., 1]; the positions at
+    Return the positions at which no exit but the last may emit, [grid 0, .., 1]; the positions at
     which no exit emits, and the tokens that are wrong, [grid 0, .., last grid].
     """
     columns = zip(grids, records.confidence.T, strict=True)

@@ -1,4 +1,4 @@
-"""Requests to enrol names with their roles, also many at once from a file."""
+"""Requests to enrol names with their roles. A file can contain many of them."""
 
 from __future__ import annotations
 

@@ -32,9 +32,9 @@ class Crossing(Struct, frozen=True):
 
 
 class DeploymentPlan(Struct, frozen=True, kw_only=True):
-    """Expectations: those with enough agreement first, and among them the fastest.
+    """Expectations, in order: those with enough agreement come first, the fastest of them first.
 
-    `best` is None where none has enough.
+    `best` is None if none has enough agreement.
     """
 
     load: PlanRequest

@@ -17,6 +17,7 @@ import numpy as np
 from msgspec import Struct
 
 from fleet.errors import ConfigError
+from fleet.utils.validation import JSON_ERRORS
 
 DATA: Final = Path(__file__).parent / "data/plan.json"
 CLOUD_ONLY: Final = "cloud_only"
@@ -173,7 +174,7 @@ def read_fits(path: Path = DATA) -> tuple[CostFit, ...]:
             f"nothing was measured to plan with: there is no {path}; make it in a checkout of the "
             "project with 'fleet bench paper' and then 'fleet bench paper --fit'"
         ) from None
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (OSError, *JSON_ERRORS) as error:
         raise ConfigError(
             f"cannot read {path}: {error}; "
             "expected a file of 'fleet bench paper --fit', make it again"

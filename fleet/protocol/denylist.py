@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from fleet.errors import DecodeError, OversizedError
 from fleet.protocol.types import Id
+from fleet.utils.validation import JSON_ERRORS
 
 MAX_DENIED: Final = 10_000
 MAX_DENYLIST_BYTES: Final = MAX_DENIED * 66 + 2  # 63 characters, two quotes and a comma each
@@ -35,5 +36,5 @@ def decode_denylist(payload: bytes) -> frozenset[str]:
         )
     try:
         return frozenset(_DECODER.decode(payload))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except JSON_ERRORS as error:
         raise DecodeError(f"expected a JSON list of names, got something else: {error}") from None

@@ -22,7 +22,7 @@ from fleet.protocol.types import (
     TargetTpotMs,
     Threshold,
 )
-from fleet.utils.validation import describe_error
+from fleet.utils.validation import JSON_ERRORS, describe_error
 
 MAX_DESIRED_BYTES: Final = 64 * 1024
 MAX_SETTINGS_BYTES: Final = 60 * 1024  # leaves room for the small settings of other scopes
@@ -136,5 +136,5 @@ def decode_desired(payload: bytes) -> DesiredConfig:
         )
     try:
         return msgspec.json.decode(payload, type=DesiredConfig)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except JSON_ERRORS as error:
         raise DecodeError(f"expected a desired configuration in JSON: {error}") from None

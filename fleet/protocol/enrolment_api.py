@@ -17,6 +17,7 @@ from fleet.errors import DecodeError, TokenError
 from fleet.protocol.access import Role
 from fleet.protocol.desired_config import DesiredConfig
 from fleet.protocol.types import Id
+from fleet.utils.validation import JSON_ERRORS
 
 CA_PATH: Final = "/v1/ca"
 CRL_PATH: Final = "/v1/crl"
@@ -122,5 +123,5 @@ def decode_body(data: bytes, kind: type[T]) -> T:
     """Decode a `kind` in JSON. Raises DecodeError; its message does not repeat `data`."""
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except JSON_ERRORS as error:
         raise DecodeError(f"expected a {kind.__name__} in JSON: {error}") from None

@@ -24,7 +24,7 @@ from fleet.protocol.types import (
     TopK,
     TopP,
 )
-from fleet.utils.validation import describe_error
+from fleet.utils.validation import JSON_ERRORS, describe_error
 
 MAX_PROMPT_BYTES: Final = 256 * 1024
 MAX_FULL_TEXT_BYTES: Final = 256 * 1024
@@ -142,7 +142,9 @@ def _parse(payload: bytes) -> PromptRequest:
         text = text_of_payload(payload)
     except UnicodeDecodeError as error:
         raise PromptError(f"expected UTF-8 text or a JSON object: {error}") from None
-    return _parse_json(text) if text.lstrip().startswith("{") else PromptRequest(prompt=text)
+    # Spaces of Unicode around the object, such as a page's no-break space, are no JSON.
+    is_json = text.lstrip().startswith("{")
+    return _parse_json(text.strip()) if is_json else PromptRequest(prompt=text)
 
 
 def _parse_json(text: str) -> PromptRequest:
@@ -188,5 +190,5 @@ def decode_reply(payload: bytes) -> Reply:
     """Decode a reply. Raises PromptError."""
     try:
         return msgspec.json.decode(payload, type=Reply)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except JSON_ERRORS as error:
         raise PromptError(f"expected a reply in JSON: {error}") from None

@@ -11,6 +11,7 @@ from msgspec import Meta, Struct
 from fleet.errors import DecodeError, FleetError, OversizedError
 from fleet.protocol.counts import GenerationCounts
 from fleet.protocol.types import MAX_LABEL_LENGTH, Amount, Id, Label, Milliseconds, Timestamp
+from fleet.utils.validation import JSON_ERRORS
 
 MAX_REPORT_BYTES: Final = 16 * 1024
 MAX_REPORT_ITEMS: Final = 256
@@ -207,7 +208,7 @@ def decode_status(payload: bytes, kind: type[StatusT]) -> StatusT:
     _check_size(payload, MAX_STATUS_BYTES, "a status")
     try:
         return msgspec.convert(_upgraded(msgspec.json.decode(payload)), kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except JSON_ERRORS as error:
         raise DecodeError(
             f"expected a {kind.__name__} in JSON, got {len(payload)} unreadable bytes: {error}"
         ) from None

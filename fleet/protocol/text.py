@@ -13,9 +13,13 @@ def text_of_payload(payload: bytes) -> str:
     """Return a payload as text, without a byte order mark before it and NULs at its end.
 
     Raises:
-        UnicodeDecodeError: the payload is not UTF-8.
+        UnicodeDecodeError: the payload is not UTF-8; a NUL inside shows that it is UTF-16.
     """
-    return payload.removeprefix(BYTE_ORDER_MARK).rstrip(b"\0").decode()
+    data = payload.removeprefix(BYTE_ORDER_MARK).rstrip(b"\0")
+    nul = data.find(b"\0")
+    if nul >= 0:
+        raise UnicodeDecodeError("utf-8", data, nul, nul + 1, "a NUL, as in UTF-16")
+    return data.decode()
 
 
 def is_blank(text: str) -> bool:

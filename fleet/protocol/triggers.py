@@ -23,6 +23,7 @@ from fleet.protocol import topics
 from fleet.protocol.prompt import AnswerOptions, PromptRequest
 from fleet.protocol.text import is_blank, text_of_payload
 from fleet.protocol.types import Id
+from fleet.utils.validation import JSON_ERRORS
 
 MAX_EVENT_BYTES: Final = 16 * 1024
 MAX_TRIGGERS: Final = 16
@@ -155,7 +156,7 @@ def read_event(channel: str, payload: bytes) -> Fields:
     try:
         text = text_of_payload(payload).strip()
         fields = _decode_object(text) if text.startswith("{") else {}
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except JSON_ERRORS as error:
         raise DecodeError(f"expected an event in JSON or plain text: {error}") from None
     return {"payload": _as_number(text), "channel": channel} | fields
 

@@ -24,6 +24,7 @@ from fleet.errors import ConfigError
 from fleet.server.home import FLEET_FILE, REGISTRY_FILE, FleetConfig, FleetHome, bundle_id_of
 from fleet.utils.atomic_files import sync_folder
 from fleet.utils.optional_imports import needs
+from fleet.utils.validation import JSON_ERRORS
 
 INFO_FILE: Final = "backup.json"  # the first member
 DUMP_FILE: Final = "registry.backup"
@@ -214,7 +215,7 @@ def _load_registry(home: FleetHome, dump: Path) -> None:
 def _read_config(content: Path, file: Path) -> FleetConfig:
     try:
         return msgspec.json.decode((content / FLEET_FILE).read_bytes(), type=FleetConfig)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (OSError, *JSON_ERRORS) as error:
         raise ConfigError(f"{file} has no usable {FLEET_FILE}: {error}") from None
 
 
@@ -234,7 +235,7 @@ def _extract(file: Path, content: Path) -> BackupInfo:
         return msgspec.json.decode((content / INFO_FILE).read_bytes(), type=BackupInfo)
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ConfigError(f"{file} is damaged, or no backup of a fleet: {error}") from None
-    except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (FileNotFoundError, *JSON_ERRORS) as error:
         raise ConfigError(f"{file} is no backup that this version reads: {error}") from None
 
 

@@ -87,7 +87,8 @@ def test_a_device_is_enrolled_with_one_line_to_run_on_it(fleet_folder: Path) -> 
     first, command = output.splitlines()
     assert first.startswith("enrolled device kitchen; run this there, once, before 20")
     words = command.split()
-    assert [*words[:2], *words[3:]] == ["edge-agent", "join", "--server", "https://127.0.0.1:8443"]
+    options = ["--server", "https://127.0.0.1:8443", "--out", "kitchen"]  # a folder each
+    assert [*words[:2], *words[3:]] == ["edge-agent", "join", *options]
     assert EnrolmentToken.parse(words[2]).ca_sha256 == FleetHome.load(fleet_folder).ca_sha256()
     (row,) = fleet_json(fleet_folder, "devices")
     assert (row["device"], row["group"], row["state"]) == ("kitchen", "home", "pending")
@@ -138,11 +139,11 @@ def test_an_identity_that_is_replaced_keeps_what_is_not_given(fleet_folder: Path
     fleet(fleet_folder, "enroll", "kitchen", "--group", "home", "--tag", "floor=1")
     fleet(fleet_folder, "enroll", "phone", "--role", "app", "--allow", "kitchen")
     fleet(fleet_folder, "enroll", "kitchen", "--force", "--tag", "floor=2")
-    fleet(fleet_folder, "enroll", "phone", "--role", "app", "--force")
+    fleet(fleet_folder, "enroll", "phone", "--force")
     with FleetHome.load(fleet_folder).registry() as registry:
         rows = {row.name: row for row in registry.identities.all()}
     assert (rows["kitchen"].group, rows["kitchen"].tags) == ("home", {"floor": "2"})
-    assert rows["phone"].targets == ("kitchen",)
+    assert (rows["phone"].role, rows["phone"].targets) == ("app", ("kitchen",))
     fleet(fleet_folder, "enroll", "kitchen", "--force", "--role", "app")
     fleet(fleet_folder, "revoke", "phone")
     fleet(fleet_folder, "enroll", "phone", "--role", "app", "--force")
@@ -174,7 +175,7 @@ def test_times_have_one_zone_that_is_named(
     assert parse_since("2026-01-31T09:00") == parse_since("2026-01-31T14:30+05:30")
     assert format_time(parse_since("2026-01-31T09:00")) == "2026-01-31 09:00 UTC"
     assert " UTC:" in fleet(fleet_folder, "enroll", "kitchen")
-    assert "changed at, UTC" in fleet(fleet_folder, "audit")
+    assert "time, UTC" in fleet(fleet_folder, "audit")
     monkeypatch.delenv("TZ")
     time.tzset()
 
@@ -293,6 +294,22 @@ def test_a_file_enrols_a_whole_batch_with_a_folder_each(
     ]
 
 
+def test_only_the_new_names_of_a_file_are_enrolled(
+    fleet_folder: Path, batch: Path, tmp_path: Path
+) -> None:
+    fleet(fleet_folder, "enroll", "hall", "--out", str(tmp_path / "hall"))
+    file = ("--from", str(batch))
+    with pytest.raises(IdentityError, match="leave the enrolled names of a file out"):
+        fleet(fleet_folder, "enroll", *file)
+    output = fleet_json(fleet_folder, "enroll", *file, "--new-only")
+    assert [each["name"] for each in output] == ["phone", "kitchen"]
+    fleet(fleet_folder, "enroll", *file, "--new-only", "--out", str(tmp_path / "all"))
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["kitchen", "phone"]
+    assert fleet(fleet_folder, "enroll", *file, "--new-only").startswith("every name in")
+    with pytest.raises(ConfigError, match="--new-only is for"):
+        fleet(fleet_folder, "enroll", "attic", "--new-only")
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -392,7 +409,7 @@ def test_the_service_may_be_on_another_host_than_the_broker(
     address = ("--host", "mqtt.example", "--service-host", "fleet.example")
     fleet(folder, "init", *address, "--bundle", str(tiny_bundle.folder))
     assert fleet_json(folder, "enroll", "kitchen")["command"].endswith(
-        "--server https://fleet.example:8443"
+        "--server https://fleet.example:8443 --out kitchen"
     )
     certificate = x509.load_pem_x509_certificate(
         FleetHome.load(folder).server_tls().cert_file.read_bytes()
@@ -404,7 +421,7 @@ def test_the_service_may_be_on_another_host_than_the_broker(
 def test_a_device_joins_at_the_service_of_a_running_fleet(served: FleetHome) -> None:
     output = fleet_json(served.folder, "enroll", "kitchen")
     token = EnrolmentToken.parse(output["command"].split()[2])
-    server = output["command"].split()[-1]
+    server = output["command"].split()[4]
     csr, _ = make_csr("kitchen")
     body = json.dumps({"id": token.id, "secret": token.secret, "csr": csr}).encode()
     context = ssl.create_default_context(cafile=served.folder / "ca" / "ca.pem")

@@ -162,7 +162,7 @@ def remove_the_brokers_limits(home: FleetHome) -> None:
         (alter_the_bundle, "bundle", "was altered"),
         (serve_another_bundle, "bundle", "no worker serves the bundle of edge-1"),
         (set_a_configuration_that_no_device_follows, "configuration", "fleet config diff"),
-        (make_the_registry_no_database, "registry", "cannot answer"),
+        (make_the_registry_no_database, "registry", "is not available"),
     ],
 )
 def test_a_fault_is_named_with_its_remedy(
@@ -178,6 +178,12 @@ def test_a_mosquitto_as_it_was_written_has_limits(home: FleetHome) -> None:
     finding, problem = check_broker_limits(home)
     assert "has limits" in finding
     assert not problem
+
+
+def test_one_device_is_counted_as_one(home: FleetHome) -> None:
+    with home.registry() as registry:
+        add(registry, "edge-1")
+    assert check_broker_limits(home) == ("1 device, no mosquitto", "")
 
 
 def test_too_few_descriptors_are_a_problem(

@@ -44,6 +44,7 @@ def folder(tmp_path: Path) -> Path:
             version="0.1.0",
             mode="auto",
             config_error=ConfigProblem("bad_bundle", TEXT, is_final=True),
+            event_error=ConfigProblem("bad_prompt", f"event: {TEXT}", is_final=False),
         )
         registry.stats.record_status("edge-1", status, time.time())
     return path
@@ -61,6 +62,10 @@ def fleet(folder: Path, *arguments: str) -> str:
 def test_a_devices_problem_is_shown_as_it_is(folder: Path, arguments: tuple[str, ...]) -> None:
     fleet(folder, "config", "set", "edge-1", "max_new_tokens=9")
     assert SHOWN in fleet(folder, *arguments)
+
+
+def test_the_reason_of_a_dropped_event_is_shown(folder: Path) -> None:
+    assert f"event: {SHOWN}" in fleet(folder, "devices")
 
 
 def test_a_template_in_the_audit_log_is_shown_as_it_is(folder: Path, tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from fleet.cli.fleet_checks import check_fleet
-from fleet.errors import StateError, UnknownDeviceError
+from fleet.errors import ConfigError, StateError, UnknownDeviceError
 from fleet.identity.identity import Identity
 from fleet.protocol.access import Role
-from fleet.server.home import FleetConfig, FleetHome
+from fleet.server.home import WORKER, FleetConfig, FleetHome
+from fleet.server.supervisor import worker_folder
 from tests.brokers import fingerprint_of
 from tests.cli.test_enroll import HOST, fleet, fleet_json
 
@@ -66,6 +67,33 @@ def test_an_identity_of_the_fleet_is_renewed_in_its_own_folder(home: FleetHome) 
     Identity.load(identity.folder).ssl_context()
 
 
+@pytest.mark.parametrize("options", [(), ("--shared-subscriptions",)])
+def test_a_worker_shares_its_subscriptions_in_a_new_folder(
+    home: FleetHome, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """It does if the option is given, or if the fleet's own workers do."""
+    worker_folder(home, WORKER, shares=not options)
+    for name, role in (("cloud", Role.WORKER), ("kitchen", Role.DEVICE)):
+        home.enroll(name, role, tmp_path / name)
+    out = tmp_path / "moved"
+    fleet(home.folder, "renew", "cloud", "--out", str(out), *options)
+    assert Identity.load(out).config.shared_subscriptions
+    fleet(home.folder, "renew", "cloud", "--out", str(out))
+    assert Identity.load(out).config.shared_subscriptions
+    fleet(home.folder, "renew", "kitchen", "--out", str(tmp_path / "other"))
+    assert not Identity.load(tmp_path / "other").config.shared_subscriptions
+
+
+def test_only_a_workers_folder_shares_subscriptions(home: FleetHome, tmp_path: Path) -> None:
+    home.enroll("kitchen", Role.DEVICE, tmp_path / "kitchen")
+    home.enroll("cloud", Role.WORKER, tmp_path / "cloud")
+    out = str(tmp_path / "kitchen")
+    with pytest.raises(ConfigError, match="only a worker shares a subscription; 'kitchen'"):
+        fleet(home.folder, "renew", "kitchen", "--out", out, "--shared-subscriptions")
+    with pytest.raises(ConfigError, match="give --out DIR"):
+        fleet(home.folder, "renew", "cloud", "--shared-subscriptions")
+
+
 def test_a_revoked_or_unknown_identity_is_not_renewed(home: FleetHome, tmp_path: Path) -> None:
     home.enroll("kitchen", Role.DEVICE, tmp_path / "kitchen")
     fleet(home.folder, "revoke", "kitchen")
@@ -83,7 +111,7 @@ def test_the_doctor_counts_identities_that_need_the_old_authority(
     fleet(home.folder, "authority", "rotate")
     home.renew_own()
     checks = {check.name: check for check in check_fleet(home.folder)}
-    assert "1 identities are not renewed" in checks["authority"].found
+    assert "not renewed yet: 1 identity" in checks["authority"].found
     assert checks["authority"].problem == ""
     with pytest.raises(StateError, match="kitchen; wait until they have renewed"):
         fleet(home.folder, "authority", "retire")

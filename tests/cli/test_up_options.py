@@ -11,7 +11,13 @@ from fleet.cli.init import init
 from fleet.cli.up import up
 from fleet.errors import BundleError, ConfigError
 from fleet.server.fleet_options import FleetOptions, hold_folder, resolve_config
-from fleet.server.home import DEFAULT_PORT, DEFAULT_SERVICE_PORT, FleetConfig, FleetHome
+from fleet.server.home import (
+    DEFAULT_PORT,
+    DEFAULT_SERVICE_PORT,
+    FleetConfig,
+    FleetHome,
+    create_fleet,
+)
 
 
 def start(folder: Path, options: FleetOptions) -> FleetConfig:
@@ -62,6 +68,16 @@ def test_a_host_to_which_no_device_can_connect_is_refused(tmp_path: Path, host: 
     with pytest.raises(ConfigError, match="not one that devices can connect to"):
         up(tmp_path / "fleet", host=host)
     assert not (tmp_path / "fleet" / "fleet.json").exists()
+
+
+def test_a_key_without_a_passphrase_is_reported_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("FLEET_CA_PASSPHRASE", raising=False)
+    folder = tmp_path / "fleet"
+    create_fleet(folder, FleetConfig(host="127.0.0.1", port=1, bundle="/no/bundle"))
+    line = capsys.readouterr().err
+    assert f"stop this one, delete {folder}, set FLEET_CA_PASSPHRASE, and start again" in line
 
 
 def test_a_second_fleet_on_the_same_folder_is_refused(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_an_identity_that_cannot_be_renewed_stays_in_use(
 
 
 def let_expire(home: FleetHome, identity: Identity) -> None:
-    """Replace the certificate of an identity by one that has ended, as after a long pause."""
+    """Replace the certificate of an identity by an expired one, as after a long pause."""
     config = identity.config
     certificate = home.authority().certify(config.name, config.role, timedelta(minutes=-1))
     with home.registry() as registry:

@@ -54,6 +54,17 @@ def test_each_position_of_a_branch_goes_up_once_in_fp16_and_the_counted_bytes_ar
         assert end >= usage.prompt_tokens + last_asked
 
 
+def test_a_mode_that_is_given_as_a_text_is_that_mode(tiny_bundle: Bundle) -> None:
+    with memory_fleet() as fleet:
+        fleet.start_worker(tiny_bundle)
+        config = AgentConfig(num_threads=1, mode="standalone")  # type: ignore[arg-type]
+        fleet.start_device(tiny_bundle, config)
+        answer = fleet.ask(PromptRequest(prompt=PROMPT, threshold=1.0, max_new_tokens=8))
+    assert CLOUD not in answer.sources
+    assert answer.last.usage is not None
+    assert answer.last.usage.mode is Mode.STANDALONE
+
+
 def test_what_goes_up_are_the_hidden_states_at_the_upload_layer(tiny_bundle: Bundle) -> None:
     sent: list[bytes] = []
     with memory_fleet() as fleet:

@@ -15,7 +15,7 @@ import pytest
 from edge_agent.config import AgentConfig
 from fleet.bundles.calibration_file import keep_calibration, read_calibration, write_calibrated
 from fleet.bundles.manifest import Bundle, hash_file
-from fleet.cli.heads import load_or_record
+from fleet.cli.heads import cached_recording, load_or_record
 from fleet.cli.record_exits import record
 from fleet.errors import ConfigError
 from fleet.exits.calibration import answer_losses, calibrate
@@ -187,6 +187,7 @@ def test_bad_input_is_one_clear_line(
     result = run(*given, "--bundle", str(trained.folder), "--max-new-tokens", "4")
     assert result.returncode != 0
     assert "Traceback" not in result.stderr
+    assert "answering" not in result.stderr
     assert all(word in result.stderr.replace("\n", " ") for word in words), result.stderr
     assert (trained.folder / "manifest.json").read_bytes() == before
 
@@ -245,6 +246,25 @@ def test_a_recording_serves_its_own_bundle_and_prompts_only(
             load_or_record(trained, files, length, kept, limit)
     with pytest.raises(ConfigError, match="recorded with another bundle"):
         load_or_record(make_tiny_bundle(EXITS), [first], 8, kept)
+
+
+def test_a_recording_is_kept_in_the_cache_and_read_again(
+    trained: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "few.txt"
+    file.write_text("\n".join(prompts(0, 3)))
+    path = cached_recording(trained, [file], 4)
+    assert path is not None
+    assert path.is_relative_to(tmp_path / "cache")
+    assert cached_recording(trained, [file], 5) != path != cached_recording(trained, [file], 4, 2)
+    files = ("--bundle", str(trained.folder), "--prompts", str(file), "--max-new-tokens", "4")
+    first = run("evaluate", *files)
+    assert "answering: 0 of 3" in first.stderr
+    assert f"kept in {path}" in first.stderr
+    again = run("evaluate", *files)
+    assert "answering" not in again.stderr
+    assert again.stdout == first.stdout != ""
 
 
 def test_the_batch_changes_nothing_when_answers_wait_for_a_place(

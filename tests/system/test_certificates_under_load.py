@@ -103,7 +103,7 @@ class BusyFleet:
             self.answers[name] += 1
 
     def stop_asking(self) -> None:
-        """Returns when every question that was asked has its answer."""
+        """Wait until each prompt has its answer."""
         self._stop.set()
         for thread in self._threads:
             thread.join(WAIT_S)

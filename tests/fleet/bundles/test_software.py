@@ -95,7 +95,7 @@ def test_a_manifest_that_was_altered_or_renamed_is_refused(
 
 def test_bytes_that_are_not_the_wheel_are_refused(wheel: Path, tmp_path: Path) -> None:
     manifest = keep(wheel, tmp_path / "software")
-    with pytest.raises(SoftwareError, match="came damaged"):
+    with pytest.raises(SoftwareError, match="arrived damaged"):
         check_wheel_bytes(wheel.read_bytes()[:-1], manifest)
 
 
