@@ -12,6 +12,16 @@ SUPPORTED_MODEL_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 SUPPORTED_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
 """Rotary scalings whose angles depend on the position alone."""
 
+SIZES: Final = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+NUMBERS: Final = ("rms_norm_eps", "rope_theta")
 HEAD_DIM_MULTIPLE: Final = 16
 """Head sizes that ONNX Runtime's attention accepts when it rotates by itself."""
 
@@ -27,6 +37,7 @@ def check_model(config: Any) -> None:
             f"model type {config.model_type!r} cannot be exported: "
             f"expected one of {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
+    check_sizes(config)
     check_full_weights(config)
     check_rotary_embedding(config)
     if uses_sliding_window(config):
@@ -39,6 +50,26 @@ def check_model(config: Any) -> None:
             f"attention heads of {head_dim(config)} dimensions cannot be exported: "
             f"expected a multiple of {HEAD_DIM_MULTIPLE}, which ONNX Runtime's attention needs"
         )
+
+
+def check_sizes(config: Any) -> None:
+    """Raise ExportError unless each size of the model is a whole number of at least 1.
+
+    The other values that enter its computation have to be numbers, too.
+    """
+    for name in SIZES:
+        size = getattr(config, name, None)
+        if type(size) is not int or size < 1:
+            raise ExportError(
+                f"{name} is {size!r}: expected a whole number of at least 1; "
+                "correct the checkpoint's config.json"
+            )
+    for name in NUMBERS:
+        number = getattr(config, name, 1.0)
+        if not isinstance(number, int | float):
+            raise ExportError(
+                f"{name} is {number!r}: expected a number; correct the checkpoint's config.json"
+            )
 
 
 def check_full_weights(config: Any) -> None:
@@ -139,11 +170,11 @@ def eos_token_ids(name: str, model: Any, tokenizer: Any | None = None) -> tuple[
     Raises:
         ExportError: no token is left.
     """
-    ids: set[Any] = set()
+    ids: list[Any] = []
     for source in (model.config, model.generation_config, tokenizer):
         eos = getattr(source, "eos_token_id", None)
-        ids |= set(eos) if isinstance(eos, list | tuple) else {eos}
-    known = sorted(ids.intersection(range(model.config.vocab_size)))
+        ids += eos if isinstance(eos, list | tuple) else [eos]
+    known = [each for each in range(model.config.vocab_size) if each in ids]
     if not known:
         raise ExportError(
             f"model {name} names no end-of-sequence token; set eos_token_id in its config.json"

@@ -66,7 +66,7 @@ class ChatTokenizer:
             )
             source = _read_text(bundle, "tokenizer/chat_template.jinja")
             self._template = _environment().from_string(source)
-        except Exception as error:  # the library of tokenizers raises no narrower type
+        except Exception as error:  # noqa: BLE001  the tokenizers raise no narrower type
             raise BundleError(
                 f"the tokenizer of {bundle.folder} does not load: {error}; export the bundle again"
             ) from None

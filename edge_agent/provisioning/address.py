@@ -8,6 +8,7 @@ import urllib3
 from fleet.errors import ConfigError, IdentityError
 from fleet.identity.identity import Identity, IdentityConfig
 from fleet.identity.service_client import check_url
+from fleet.utils.host_address import check_host
 
 
 def change_address(
@@ -23,17 +24,18 @@ def change_address(
         IdentityError: the file cannot be written.
     """
     config = identity.config
-    changes = {
-        **msgspec.to_builtins(config),
-        "host": host,
-        "port": port or config.port,
-        "server": check_url(server) if server else _moved_service(config, host),
-    }
     try:
+        check_host(host)
+        changes = {
+            **msgspec.to_builtins(config),
+            "host": host,
+            "port": port or config.port,
+            "server": check_url(server) if server else _moved_service(config, host),
+        }
         changed = Identity(identity.folder, msgspec.convert(changes, IdentityConfig))
         changed.save()
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{host[:80]}: expected a host name or an IP address: {error}") from None
+    except (ValueError, msgspec.ValidationError) as error:
+        raise ConfigError(str(error)) from None
     except OSError as error:
         raise IdentityError(
             f"cannot write into {identity.folder}: {error.strerror}; check the folder's rights"

@@ -229,6 +229,7 @@ def suspend_identity(
     name: NameArgument, folder: HomeOption = None, as_json: JsonOption = False
 ) -> None:
     """Withdraw an identity's rights until it is resumed."""
+    FleetHome.load(folder).check_not_own(name)
     change_state(name, lambda registry: registry.identities.suspend(name), folder, as_json=as_json)
 
 
@@ -243,6 +244,7 @@ def revoke_identity(
     name: NameArgument, folder: HomeOption = None, as_json: JsonOption = False
 ) -> None:
     """Withdraw an identity's rights for good, and revoke its certificates."""
+    FleetHome.load(folder).check_not_own(name)
     change_state(name, lambda registry: registry.identities.revoke(name), folder, as_json=as_json)
 
 

@@ -16,7 +16,8 @@ from fleet.exits.exit_policy import check_threshold
 from fleet.protocol.modes import Mode, parse_mode
 from fleet.protocol.prompt import ChatMessage, PromptRequest
 from fleet.protocol.types import DAY_S
-from fleet.server.home import DEFAULT_PORT, DEFAULT_SERVICE_PORT
+from fleet.server.home import DEFAULT_PORT, DEFAULT_SERVICE_PORT, MAX_RETENTION_DAYS
+from fleet.utils.printable import printable_json
 
 EPOCH_YEAR: Final = 1970
 TO_THE_MINUTE: Final = "%Y-%m-%d %H:%M %Z"
@@ -55,7 +56,11 @@ RegistryOption = Annotated[
 ]
 RetentionOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Days until single answers are deleted; hourly counts stay."),
+    typer.Option(
+        min=1,
+        max=MAX_RETENTION_DAYS,
+        help="Days until single answers are deleted; hourly counts stay.",
+    ),
 ]
 MetricsPortOption = Annotated[
     int | None,
@@ -99,7 +104,7 @@ SeedOption = Annotated[
 
 def print_json(value: object) -> None:
     """Print a value of msgspec's types as one line of JSON."""
-    print(msgspec.json.encode(value).decode())
+    print(printable_json(msgspec.json.encode(value).decode()))
 
 
 def parse_span(text: str) -> float:

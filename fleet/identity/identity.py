@@ -14,6 +14,7 @@ from fleet.errors import ConfigError, IdentityError
 from fleet.protocol.access import Role
 from fleet.protocol.types import Id, Port
 from fleet.utils.atomic_files import write_file
+from fleet.utils.host_address import check_host
 from fleet.utils.paths import absolute_path
 from fleet.utils.text_files import decode_json
 
@@ -40,6 +41,10 @@ class IdentityConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     bundle: str | None = None
     shared_subscriptions: bool = False
     server: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the host. A decoder reports the ValueError in its own error."""
+        check_host(self.host)
 
 
 @dataclass(frozen=True)

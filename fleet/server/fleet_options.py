@@ -23,6 +23,7 @@ from fleet.server.home import (
     bundle_id_of,
 )
 from fleet.utils.host_address import check_reachable, host_port
+from fleet.utils.paths import absolute_path
 from onnx_export.default_bundle import is_default_bundle
 
 DEFAULT_HOST: Final = "127.0.0.1"
@@ -53,18 +54,24 @@ def resolve_config(folder: Path, options: FleetOptions) -> FleetConfig:
     is reported on stderr.
 
     Raises:
-        ConfigError: the fleet has another registry, where its identities are enrolled, or no client
-            can connect to the host.
+        ConfigError: the fleet has another registry, where its identities are enrolled, no client
+            can connect to the host, or a value is not usable.
     """
     current = FleetHome.load(folder).config if FleetHome.is_fleet(folder) else None
     defaults = {"host": DEFAULT_HOST, "port": DEFAULT_PORT, "service_port": DEFAULT_SERVICE_PORT}
     kept = {name: getattr(current, name) for name in FleetConfig.__struct_fields__ if current}
+    if options.registry and "://" not in options.registry:  # the path of a SQLite file
+        registry = str(absolute_path(Path(options.registry)))
+        options = msgspec.structs.replace(options, registry=registry)
     _check_registry(folder, current, options.registry)
     values = defaults | kept | options.given()
     check_reachable(str(values["host"]))
     if not options.bundle and not (current and _is_own_bundle(Path(current.bundle))):
         values["bundle"] = ""
-    config = msgspec.convert(values, FleetConfig)
+    try:
+        config = msgspec.convert(values, FleetConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error)) from None
     if current:
         _report_moves(current, config)
     return config

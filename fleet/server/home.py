@@ -28,6 +28,7 @@ from fleet.identity.enrolment import Enrolment
 from fleet.identity.identity import CA_FILE, Identity, ServerTls
 from fleet.protocol.access import Role
 from fleet.utils.atomic_files import write_file
+from fleet.utils.host_address import check_host
 from fleet.utils.optional_imports import needs
 from fleet.utils.paths import absolute_path, user_data_folder
 from fleet.utils.text_files import decode_json
@@ -55,6 +56,7 @@ EMBEDDED: Final = "embedded"  # the brokers that `fleet up` starts
 MOSQUITTO: Final = "mosquitto"
 WORKER: Final = "worker-1"  # the first worker that `fleet up` starts
 CRL_CACHE_S: Final = 60
+MAX_RETENTION_DAYS: Final = 36_500
 
 
 class FleetConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -69,9 +71,20 @@ class FleetConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     port: Annotated[int, Meta(ge=1, le=65535)]
     bundle: str
     registry: str | None = None
-    retention_days: Annotated[int, Meta(ge=1)] = 90
+    retention_days: Annotated[int, Meta(ge=1, le=MAX_RETENTION_DAYS)] = 90
     service_port: Annotated[int, Meta(ge=0, le=65535)] = DEFAULT_SERVICE_PORT
     service_host: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check hosts and ports. A decoder reports the ValueError in its own error."""
+        check_host(self.host)
+        if self.service_host is not None:
+            check_host(self.service_host)
+        if self.port == self.service_port:
+            raise ValueError(
+                f"broker and service both have port {self.port}; give one of them another, "
+                "with --port or --service-port"
+            )
 
 
 class FleetHome:
@@ -147,7 +160,17 @@ class FleetHome:
         return self.config.registry or str(self.folder / REGISTRY_FILE)
 
     def registry(self) -> Registry:
-        """Open the registry; use it as a context manager."""
+        """Open the registry; use it as a context manager.
+
+        Raises:
+            ConfigError: its file is missing, although there are certificates of its identities.
+        """
+        file = self.folder / REGISTRY_FILE
+        if not self.config.registry and self.ca_folder.exists() and not file.exists():
+            raise ConfigError(
+                f"the registry {file} is missing; restore a backup with 'fleet restore', or, for "
+                f"a new fleet, remove {self.folder}"
+            )
         with needs("server"):
             from fleet.registry.store import Registry
         return Registry.open(self.registry_url)
@@ -343,6 +366,16 @@ class FleetHome:
             identity = Identity(out, self.address().identity_config(name, role))
             self.certify_again(identity)
             return identity
+
+    def check_not_own(self, name: str) -> None:
+        """Raise ConfigError when `name` is the server's own identity or an operator's."""
+        if own_role(name) is Role.SERVER:
+            folder = self.folder / "identities" / name
+            raise ConfigError(
+                f"the fleet cannot work without its own identity {name}; to replace it, so that "
+                "its old certificate is refused, use "
+                f"'fleet enroll {name} --role server --force --out {folder}'"
+            )
 
     def certify_again(self, identity: Identity) -> None:
         """Replace key and certificate of an identity in its folder, even an expired one.

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from contextlib import closing
+from typing import Final
 
 from fleet.errors import ConfigError
+
+HOST_NAME: Final = re.compile(r"(?=.{1,253}\Z)([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?")
 
 
 def host_port(host: str, port: int) -> str:
@@ -37,6 +41,23 @@ def free_port(host: str) -> int:
     with closing(bind_probe(host, 0)) as probe:
         port: int = probe.getsockname()[1]
         return port
+
+
+def check_host(host: str) -> None:
+    """Check that `host` is a name or an address alone, without a scheme, a port or brackets.
+
+    Raises:
+        ValueError: it is not; a decoder reports it in its own error.
+    """
+    try:
+        is_host = bool(ipaddress.IPv6Address(host))
+    except ValueError:
+        is_host = bool(HOST_NAME.fullmatch(host))
+    if not is_host:
+        raise ValueError(
+            f"host {host[:80]!r}: expected a name or an address alone, such as fleet.example, "
+            "192.0.2.5 or ::1; correct it, and give the port by itself"
+        )
 
 
 def check_reachable(host: str) -> None:

@@ -6,7 +6,7 @@ import re
 from typing import Final
 
 HIDDEN: Final = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 """Control characters except tab and newline, marks of direction, and halves of surrogate pairs."""
 
@@ -14,6 +14,11 @@ HIDDEN: Final = re.compile(
 def printable(text: str) -> str:
     """Return `text` with each control character shown as its escape, such as ``\\x1b``."""
     return HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def printable_json(text: str) -> str:
+    """Return JSON with the same values, each control character in a text as its escape."""
+    return HIDDEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:

@@ -14,6 +14,7 @@ import fleet
 from fleet.errors import ConfigError
 from fleet.utils.atomic_files import write_file
 from fleet.utils.paths import user_name
+from fleet.utils.printable import HIDDEN as HIDDEN_CHARACTER
 
 HIDDEN: Final = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))
 """Folders that ProtectHome= and PrivateTmp= replace by empty ones."""
@@ -113,7 +114,7 @@ class ServiceUnit(Struct, frozen=True, kw_only=True):
             after=" ".join(("network-online.target", *self.after)),
             process=self._life_cycle(),
             commands="\n".join(commands),
-            user=self.user,
+            user=unit_text(self.user),
             environment_file=ENVIRONMENT_FILE,
             folders="\n".join(folder_lines(self.writable, self.readable)),
             max_open_files=MAX_OPEN_FILES,
@@ -133,7 +134,14 @@ class ServiceUnit(Struct, frozen=True, kw_only=True):
 
 def quote(command: Sequence[str]) -> str:
     """Return a command line for a unit file, in which `%` and `$` stand for themselves."""
-    return shlex.join(command).replace("%", "%%").replace("$", "$$")
+    return unit_text(shlex.join(command)).replace("%", "%%").replace("$", "$$")
+
+
+def unit_text(text: str) -> str:
+    """Return `text`. Raises ConfigError when it would be several lines of a unit file."""
+    if HIDDEN_CHARACTER.search(text) or "\n" in text:
+        raise ConfigError(f"{text[:200]!r}: expected no line break or control character; rename it")
+    return text
 
 
 def folder_lines(writable: Iterable[Path], readable: Iterable[Path]) -> list[str]:
@@ -160,7 +168,7 @@ def _is_hidden(folder: Path) -> bool:
 
 
 def _escape(path: Path) -> str:
-    return str(path).replace("%", "%%").replace(" ", "\\x20")
+    return unit_text(str(path)).replace("%", "%%").replace(" ", "\\x20")
 
 
 def program_folders() -> list[Path]:

@@ -23,6 +23,7 @@ T = TypeVar("T", bound=Struct)
 JSON_ERRORS: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """Errors of msgspec's decoder for bytes that are no JSON, not in UTF-8, or nested too deeply."""
 
+FIELD: Final = re.compile(r"\.(\w+)")
 CHOICE: Final = re.compile(r"Invalid enum value .* at `(\$[^`]*)`", re.DOTALL)
 
 
@@ -42,7 +43,7 @@ def validated(config: T) -> T:
 def describe_error(error: Exception, type_: Any) -> str:
     """Return the text of an error of msgspec; for a field with choices, with all of them."""
     match = CHOICE.search(str(error))
-    choices = _choices(type_info(type_), match[1].split(".")[1:]) if match else []
+    choices = _choices(type_info(type_), FIELD.findall(match[1])) if match else []
     return f"{error}; expected one of {', '.join(choices)}" if choices else str(error)
 
 
@@ -54,9 +55,8 @@ def _choices(info: Any, path: Sequence[str]) -> list[str]:
         case VarTupleType():
             return _choices(info.item_type, path)
         case StructType() if path:
-            name = path[0].partition("[")[0]
-            (field,) = (each for each in info.fields if each.encode_name == name)
-            return _choices(field.type, path[1:])
+            types = [each.type for each in info.fields if each.encode_name == path[0]]
+            return [choice for each in types for choice in _choices(each, path[1:])]
         case EnumType():
             return [str(each.value) for each in info.cls]
         case LiteralType():

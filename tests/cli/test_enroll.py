@@ -32,7 +32,7 @@ from fleet.protocol.access import Role
 from fleet.protocol.enrolment_api import EnrolmentToken
 from fleet.server.child_process import child
 from fleet.server.home import PASSPHRASE, FleetConfig, FleetHome, create_fleet
-from tests.brokers import free_port
+from tests.brokers import fingerprint_of, free_port
 from tests.provisioning.conftest import make_csr
 
 HOST = "127.0.0.1"
@@ -352,6 +352,22 @@ def test_an_operator_suspends_resumes_and_revokes(fleet_folder: Path, tmp_path: 
         fleet(fleet_folder, "suspend", "kitchen")
     with pytest.raises(UnknownDeviceError, match="unknown identity 'oven'"):
         fleet(fleet_folder, "revoke", "oven")
+
+
+@pytest.mark.parametrize("command", ["suspend", "revoke"])
+def test_the_fleets_own_identity_is_replaced_rather_than_revoked(
+    tmp_path: Path, command: str
+) -> None:
+    home = FleetHome.create(tmp_path / "state", FleetConfig(host=HOST, port=1, bundle="/no/bundle"))
+    with home.operator() as operator:
+        before = fingerprint_of(operator)
+        with pytest.raises(ConfigError, match="cannot work without its own identity") as caught:
+            fleet(home.folder, command, operator.name)
+    replacement = shlex.split(str(caught.value).rpartition("'fleet ")[2].rstrip("'"))
+    fleet(home.folder, *replacement)
+    with home.registry() as registry, home.operator() as operator:
+        assert registry.identities.admitted(operator.name, before) is None
+        assert registry.identities.admitted(operator.name, fingerprint_of(operator)) is not None
 
 
 # The authority's passphrase.

@@ -14,6 +14,7 @@ from fleet.server.fleet_options import FleetOptions, hold_folder, resolve_config
 from fleet.server.home import (
     DEFAULT_PORT,
     DEFAULT_SERVICE_PORT,
+    REGISTRY_FILE,
     FleetConfig,
     FleetHome,
     create_fleet,
@@ -105,3 +106,19 @@ def test_a_relative_bundle_is_found_from_everywhere(
     init(host="127.0.0.1", bundle=relative, folder=tmp_path / "fleet")
     monkeypatch.chdir(tmp_path)
     assert Path(FleetHome.load(tmp_path / "fleet").config.bundle) == tiny_bundle.folder.resolve()
+
+
+def test_a_registry_that_is_a_path_does_not_depend_on_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = FleetOptions(bundle="/no/bundle", registry="other.sqlite")
+    assert resolve_config(tmp_path, options).registry == str(tmp_path / "other.sqlite")
+
+
+def test_a_fleet_whose_registry_is_gone_does_not_start_an_empty_one(tmp_path: Path) -> None:
+    start(tmp_path, FleetOptions(bundle="/no/bundle"))
+    (tmp_path / REGISTRY_FILE).unlink()
+    with pytest.raises(ConfigError, match=r"registry\.sqlite is missing; restore a backup"):
+        FleetHome.load(tmp_path).registry()
+    assert not (tmp_path / REGISTRY_FILE).exists()

@@ -220,6 +220,9 @@ def set_config(folder: Path, **changes: Any) -> None:
     ("changes", "message"),
     [
         ({"model_type": "mixtral"}, "model type 'mixtral' cannot be exported"),
+        ({"num_hidden_layers": "4"}, "num_hidden_layers is '4': expected a whole number"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6': expected a number"),
+        ({"max_position_embeddings": None}, "max_position_embeddings is None: expected a whole"),
         ({"model_type": "mine"}, "cannot load model .* has model type `mine`"),
         ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}, "contains custom code"),
         (

@@ -61,6 +61,7 @@ def check_template(template: str) -> list[str]:
         ([7, 3], None, (2, 3, 7)),
         (None, None, (2,)),
         (VOCAB_SIZE, -1, (2,)),
+        ([[0]], None, (2,)),
     ],
 )
 def test_an_answer_ends_at_the_end_tokens_of_all_three_sources(
@@ -136,8 +137,12 @@ def test_a_tokenizer_without_a_default_template_is_refused(templates: Any, messa
     [
         ("{{ messages[0]['content'] + 1 }}", "fails on the turns user, assistant, user: .*str"),
         ("{% for m in messages %}{{ m['content'] }", "fails on the turns .*unexpected '}'"),
-        ("", "renders nothing of the turns user, assistant, user"),
-        ("{% if messages[0]['role'] == 'user' %}x{% endif %}", "nothing of the turns system, user"),
+        ("", "leaves out the last of the turns user, assistant, user"),
+        ("Hello!", "leaves out the last of the turns user, assistant, user"),
+        (
+            "{% if messages[0]['role'] == 'user' %}{{ messages[2]['content'] }}{% endif %}",
+            "leaves out the last of the turns system, user",
+        ),
         ("{{ raise_exception('never') }}", "fails on the turns user, assistant, user: never"),
         (
             "{% if messages[0]['role'] == 'system' %}{{ 1 + '' }}{% endif %}" + CHAT_TEMPLATE,

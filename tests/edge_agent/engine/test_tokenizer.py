@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from edge_agent.engine.tokenizer import ChatTokenizer, TextStream
 from fleet.bundles.manifest import Bundle
-from fleet.errors import PromptError
+from fleet.errors import BundleError, PromptError
 from fleet.protocol.prompt import ChatMessage
 from tests.tiny import CHAT_TEMPLATE, VOCAB_SIZE, make_tiny_tokenizer
 
@@ -253,6 +253,25 @@ def test_a_bundle_is_read_alike_in_every_locale(
         check=False,
     )
     assert process.stdout.strip() == str(expected), process.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", ""),
+        ("tokenizer.json", "{}"),
+        ("config.json", "[]"),
+        ("config.json", "{}"),
+        ("config.json", '{"bos_token": {"content": "<s>"}, "eos_token": null}'),
+        ("config.json", "[" * 10_000),
+    ],
+)
+def test_a_tokenizer_that_does_not_load_is_an_error_of_the_bundle(
+    make_tokenizer: MakeTokenizer, tmp_path: Path, name: str, content: str
+) -> None:
+    (tmp_path / "tokenizer" / name).write_text(content, encoding="utf-8")
+    with pytest.raises(BundleError, match=r"the tokenizer of .* does not load: "):
+        make_tokenizer()
 
 
 def test_templates_may_use_what_transformers_gives_them(

@@ -66,7 +66,10 @@ def test_the_file_keeps_the_slots_of_its_base_alone(tmp_path: Path) -> None:
     assert SoftwareStore(tmp_path, "2.0").load() == SoftwareSlots(base="2.0")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"base": 1}', b"\xff", b'{"current": "../x"}'])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b'{"base": 1}', b"\xff", b'{"current": "../x"}', b'{"later": ' + b"[" * 10_000],
+)
 def test_a_damaged_file_leaves_the_base(tmp_path: Path, content: bytes) -> None:
     (tmp_path / SOFTWARE_FILE).write_bytes(content)
     assert SoftwareStore(tmp_path, "1.0").load() == BASE

@@ -156,6 +156,7 @@ def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
         "edge\\a",
         "other/a",
         "edge/a\n",
+        "edge/" + "a" * 5000,
         "",
     ],
 )
@@ -172,6 +173,12 @@ def test_another_schema_is_refused_with_both_numbers(folder: Path) -> None:
     with pytest.raises(
         BundleError, match=f"expected schema {SCHEMA_VERSION}, got {SCHEMA_VERSION + 1}"
     ):
+        Bundle.load(folder)
+
+
+def test_a_threshold_that_is_no_probability_is_refused(folder: Path) -> None:
+    rewrite(folder, thresholds=[2.0, -1.0])
+    with pytest.raises(BundleError, match="thresholds"):
         Bundle.load(folder)
 
 

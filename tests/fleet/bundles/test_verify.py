@@ -169,7 +169,17 @@ def test_a_graph_that_is_none_is_found(folder: Path) -> None:
     assert "ONNX Runtime cannot load" in findings(folder)
 
 
-@pytest.mark.parametrize("header", [b"", struct.pack("<Q", 1 << 60), struct.pack("<Q", 2) + b"[]"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        struct.pack("<Q", 1 << 60),
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 8) + b'{"a":{}}',
+        struct.pack("<Q", 20) + b'{"a":{"shape":null}}',
+        struct.pack("<Q", 10_000) + b'{"a":' + b"[" * 9995,
+    ],
+)
 def test_tensors_that_cannot_be_read_are_found(header: bytes, folder: Path) -> None:
     (folder / "cloud/model.safetensors").write_bytes(header)
     rewrite(folder)

@@ -56,6 +56,7 @@ ACCEPTED: list[tuple[bytes, PromptRequest]] = [
         b'{"prompt": "hi", "thresholds": [0.8, 1]}',
         PromptRequest(prompt="hi", thresholds=(0.8, 1.0)),
     ),
+    ('\u00a0{"prompt": "hi"}\u2028'.encode(), PromptRequest(prompt="hi")),
     (
         b'{"prompt": "hi", "seed": 9223372036854775807}',
         PromptRequest(prompt="hi", seed=(1 << 63) - 1),
@@ -97,13 +98,17 @@ REFUSED = {
     "nested too deep": (b'{"messages": ' + b"[" * 10_000, "expected a JSON object"),
     "text that is not UTF-8": (b"caf\xe9", "expected UTF-8 text"),
     "JSON that is not UTF-8": (b'{"prompt": "caf\xe9"}', "a JSON object"),
+    "text in UTF-16": ("hi there".encode("utf-16-le"), "a NUL, as in UTF-16"),
     "half a surrogate pair": (b'{"prompt": "\\ud800"}', "expected a JSON object"),
     "an unknown field": (b'{"prompt": "hi", "max_tokens": 5}', "max_tokens"),
     "an unknown field in a message": (
         b'{"messages": [{"role": "user", "content": "a", "name": "b"}]}',
         "name",
     ),
-    "an unknown role": (b'{"messages": [{"role": "robot", "content": "a"}]}', "robot"),
+    "an unknown role": (
+        b'{"messages": [{"role": "robot", "content": "a"}]}',
+        "expected one of assistant",
+    ),
     "an unknown mode": (b'{"prompt": "hi", "mode": "cloudy"}', "cloudy"),
     "a threshold above one": (b'{"prompt": "hi", "threshold": 1.5}', "threshold"),
     "a threshold below zero": (b'{"prompt": "hi", "thresholds": [0.5, -0.5]}', "thresholds"),

@@ -1,14 +1,18 @@
-"""The stop of commands."""
+"""The stop of commands, and their errors as one line."""
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from fleet.utils.cli_runtime import stop_event, wait_stopped
+from fleet.errors import ConfigError
+from fleet.utils import cli_runtime
+from fleet.utils.cli_runtime import run_command, stop_event, wait_stopped
 
 WAIT_S = 30.0
 
@@ -38,3 +42,31 @@ def test_a_signal_to_another_thread_stops_a_command() -> None:
     waiting.start()
     wait_stopped(stop)
     waiting.join(WAIT_S)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.EROFS, os.strerror(errno.EROFS), "/m/a"), "/m/a: Read-only file system; "),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device; "),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a\nb"), "a\\nb: Is a directory; "),
+        (ConfigError("device a refused: no\nfleet: all is well"), "no\\nfleet: all is well"),
+    ],
+)
+def test_an_error_of_the_system_or_from_outside_is_one_line(
+    error: Exception,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cli_runtime, "set_up_log", lambda: None)  # it is for a whole process
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        run_command("fleet", fail)
+    assert stopped.value.code == 1
+    (printed,) = capsys.readouterr().err.splitlines()
+    assert printed.startswith("fleet: ")
+    assert line in printed

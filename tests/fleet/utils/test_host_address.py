@@ -5,13 +5,24 @@ from __future__ import annotations
 import socket
 import urllib.request
 from contextlib import closing
+from pathlib import Path
 
+import msgspec
 import pytest
 
 from fleet.errors import ConfigError
+from fleet.identity.identity import IdentityConfig
 from fleet.monitoring.http_endpoint import HttpEndpoint
+from fleet.server.fleet_options import FleetOptions, resolve_config
 from fleet.server.supervisor import check_port
-from fleet.utils.host_address import bind_probe, check_reachable, free_port, host_port
+from fleet.utils.host_address import (
+    bind_probe,
+    check_host,
+    check_reachable,
+    free_port,
+    host_port,
+)
+from fleet.utils.text_files import decode_json
 
 HOSTS = ("127.0.0.1", "::1", "localhost")
 
@@ -52,3 +63,27 @@ def test_an_ipv6_address_is_in_brackets() -> None:
     assert host_port("::1", 8883) == "[::1]:8883"
     assert host_port("localhost", 8883) == "localhost:8883"
     assert socket.has_ipv6
+
+
+@pytest.mark.parametrize("host", [*HOSTS, "fe80::1%eth0", "my_pi.local", "fleet.example."])
+def test_a_name_or_an_address_alone_is_a_host(host: str) -> None:
+    check_host(host)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["", "[::1]", "https://pi", "pi:8883", "a b", "pi\n", "a..b", "a" * 64, "b\u00fccher.example"],
+)
+def test_a_host_with_anything_else_is_refused_wherever_it_is_given(
+    host: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="expected a name or an address alone"):
+        resolve_config(tmp_path, FleetOptions(host=host))
+    fields = {"name": "pi", "role": "device", "host": host, "port": 1}
+    with pytest.raises(ConfigError, match=r"identity\.json .*expected a name or an address alone"):
+        decode_json(msgspec.json.encode(fields), "identity.json", IdentityConfig)
+
+
+def test_broker_and_service_need_a_port_each(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"both have port 8443.*--service-port"):
+        resolve_config(tmp_path, FleetOptions(port=8443))

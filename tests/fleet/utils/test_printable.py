@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from fleet.utils.printable import count, printable
+from fleet.utils.printable import count, printable, printable_json
 
 
 @pytest.mark.parametrize(
@@ -13,13 +14,20 @@ from fleet.utils.printable import count, printable
         ("plain [bold] :smile: {x}\n\ttext é 字", "plain [bold] :smile: {x}\n\ttext é 字"),
         ("\x1b[31mred\x1b]0;title\x07", "\\x1b[31mred\\x1b]0;title\\x07"),
         ("over\rwritten\x7f\x9b", "over\\rwritten\\x7f\\x9b"),
-        ("\u202eevil", "\\u202eevil"),
+        ("\u202eevil \u061c", "\\u202eevil \\u061c"),
         ("half \ud83d", "half \\ud83d"),
     ],
 )
 def test_control_characters_are_shown_and_all_else_stays(text: str, shown: str) -> None:
     assert printable(text) == shown
     printable(text).encode()
+
+
+def test_json_keeps_its_values_and_holds_no_control_character() -> None:
+    value = {"mode": "\x9b31m \u202e\u061c\x7f\x1b é\n"}
+    text = printable_json(msgspec.json.encode(value).decode())
+    assert printable(text) == text
+    assert msgspec.json.decode(text) == value
 
 
 def test_a_noun_follows_its_number() -> None:

@@ -14,6 +14,17 @@ def test_percent_and_dollar_in_a_command_stand_for_themselves() -> None:
     assert quote(["run", "/srv/50%", "a b", "$HOME"]) == "run /srv/50%% 'a b' '$$HOME'"
 
 
+@pytest.mark.parametrize("user", ["fleet\nExecStartPre=/tmp/x", "fleet\r"])
+def test_a_text_of_several_lines_is_refused(user: str) -> None:
+    for run in (
+        ServiceUnit(description="x", command=["/bin/true"], user=user).render,
+        lambda: quote(["run", f"/srv/{user}"]),
+        lambda: folder_lines([Path(f"/srv/{user}")], []),
+    ):
+        with pytest.raises(ConfigError, match="expected no line break"):
+            run()
+
+
 def test_a_folder_of_the_systems_state_is_made_by_systemd() -> None:
     lines = folder_lines([Path("/var/lib/fleet")], [Path("/usr")])
     assert lines == ["StateDirectory=fleet", "StateDirectoryMode=0700", "ProtectHome=yes"]

@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 
 from edge_agent.config import CONFIG_FILE, AgentConfig
+from fleet.bundles.calibration_file import read_calibration
+from fleet.cli.config import _parse_pair
 from fleet.errors import ConfigError
 from fleet.identity.identity import IDENTITY_FILE, Identity
+from fleet.planning.cost_model import read_fits
+from fleet.protocol.desired_config import parse_settings
 from fleet.server.home import FLEET_FILE, FleetHome
 from fleet.utils.text_files import decode_json, decode_text, read_text
 
@@ -49,3 +53,21 @@ def test_files_of_settings_may_begin_with_a_mark(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     (tmp_path / IDENTITY_FILE).write_bytes(MARK + IDENTITY)
     assert Identity.load(tmp_path).name == "pi"
+
+
+def test_a_link_to_settings_that_are_not_there_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_FILE).symlink_to("absent.json")
+    with pytest.raises(FileNotFoundError):
+        AgentConfig.load(tmp_path)
+
+
+def test_a_file_nested_too_deeply_is_refused_by_every_reader(tmp_path: Path) -> None:
+    path = tmp_path / "deep.json"
+    path.write_bytes(b'[{"later": ' + b"[" * 9999)
+    with pytest.raises(ConfigError, match=r"deep\.json"):
+        read_fits(path)
+    path.write_bytes(b'{"later": ' + b"[" * 9999)
+    with pytest.raises(ConfigError, match=r"deep\.json"):
+        read_calibration(path)
+    with pytest.raises(ConfigError, match="triggers"):
+        parse_settings(dict([_parse_pair("triggers=" + "[" * 9999)]))
