@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 DOCS := .venv/.docs
@@ -18,13 +19,13 @@ $(INSTALLED): pyproject.toml scripts/bootstrap.py
 demo: $(INSTALLED)  ## Run the whole fleet on this machine and watch it answer (ARGS="--prompt ...")
 	@$(BIN)/fleet demo $(ARGS)
 
-test: $(INSTALLED)  ## Run all tests (ARGS="-k ...")
+test: $(INSTALLED)  ## Run all tests in JOBS processes, 3 unless given (ARGS="-k ...")
 	@scripts/install_mosquitto.sh
 	@scripts/install_postgresql.sh
 	@scripts/install_systemd.sh
 	@echo "==> the default model's bundle: fetched and built if it is missing"
 	@$(BIN)/python -c "from onnx_export.default_bundle import default_bundle; print(default_bundle(print))"
-	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(INSTALLED)  ## Lint, format, types, import rules
 	@$(BIN)/ruff check

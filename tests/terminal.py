@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import select
+import signal
 import struct
 import termios
 import time
@@ -38,7 +39,9 @@ class Terminal:
         """Wait until the program prints `until` after `begin`; what it has printed since."""
         deadline = time.monotonic() + WAIT_S
         while until not in self.screen[begin:]:
-            assert time.monotonic() < deadline, f"no {until!r} in {self.screen[begin:]!r}"
+            assert time.monotonic() < deadline, (
+                f"no {until!r} in {self.screen[begin:]!r}, after {self.screen[:begin][-300:]!r}"
+            )
             if select.select([self._descriptor], [], [], 0.1)[0]:
                 self.screen += os.read(self._descriptor, 65_536).decode(errors="replace")
         return self.screen[begin:]
@@ -47,10 +50,12 @@ class Terminal:
 @contextmanager
 def terminal(command: Sequence[str]) -> Iterator[Terminal]:
     """Run a command in a terminal; it has to end by itself before the block does."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job has none
     process, descriptor = pty.fork()
     if process == 0:
         environment = {key: os.environ[key] for key in os.environ.keys() - {"COLUMNS", "NO_COLOR"}}
         os.execve(command[0], tuple(command), environment | {"TERM": "xterm"})
+    signal.signal(signal.SIGINT, handler)
     try:
         fcntl.ioctl(descriptor, termios.TIOCSWINSZ, SIZE)
         yield Terminal(descriptor)

@@ -61,7 +61,8 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(tiny_bundle: Bundle) ->
         screen.wait(PROMPT)
         screen.type("hello\n", GREEN)
         assert "stopped" in screen.type(CTRL_C, PROMPT)
-        assert "Ctrl-D or /quit ends" in screen.type("half a line" + CTRL_C, PROMPT)
+        screen.type("half a line", "half a line")
+        assert "Ctrl-D or /quit ends" in screen.type(CTRL_C, PROMPT)
         screen.type(CTRL_D, "ended: cancelled")
 
 

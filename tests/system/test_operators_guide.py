@@ -26,7 +26,7 @@ OUT_S = 10.0
 
 def follow_the_guide(operator: Operator) -> None:
     """Run the commands in order, and check the effect of each."""
-    _, _, up, enroll, join, run, prompt, stats, config, doctor, revoke = GUIDE
+    _, up, enroll, join, run, prompt, stats, config, doctor, revoke = GUIDE
     operator.start(up, "the fleet is up")
     printed = operator.type(enroll)
     command = re.search(r"edge-agent join (\S+) --server (\S+)", printed)

@@ -23,7 +23,7 @@ from fleet.protocol.access import Role
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest, Reply
 from fleet.server.child_process import Child, child
-from fleet.server.home import COLLECTOR, FleetHome
+from fleet.server.home import COLLECTOR, FleetConfig, FleetHome
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
 from tests.brokers import HOST, find_mosquitto, free_port, listens, wait_until
@@ -258,6 +258,7 @@ def test_parts_that_are_started_one_by_one_meet_at_a_broker_that_runs_elsewhere(
 
 
 def test_only_a_worker_shares_a_subscription(tmp_path: Path) -> None:
-    refused = fleet_command("enroll", "d1", "--shared-subscriptions", "--home", str(tmp_path))
+    home = FleetHome.create(tmp_path / "state", FleetConfig(host=HOST, port=1, bundle="/no/bundle"))
+    refused = fleet_command("enroll", "d1", "--shared-subscriptions", "--home", str(home.folder))
     assert refused.returncode == 1
     assert "only a worker shares a subscription" in refused.stderr

@@ -150,7 +150,7 @@ def test_many_positions_lose_next_to_nothing_to_the_grid() -> None:
 def test_invalid_records_are_refused() -> None:
     with pytest.raises(ConfigError, match="no positions"):
         frontier(Records((8,), np.zeros(0, int), np.zeros((0, 1)), np.zeros((0, 1), bool)))
-    with pytest.raises(ConfigError, match="no number from 0 to 1"):
+    with pytest.raises(ConfigError, match="confidence that is not from 0 to 1"):
         Records((8,), np.zeros(1, int), np.array([[np.nan]]), np.ones((1, 1), bool))
     with pytest.raises(ConfigError, match="searched for up to 4"):
         frontier(make_records(2, 2, (1, 2, 3, 4, 5)))

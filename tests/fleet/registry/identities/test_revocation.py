@@ -27,7 +27,7 @@ NOW: Final = time.time()
 
 
 def keep(
-    registry: Registry, name: str, serial: str, fingerprint: str, not_after: float = NOW + 1000
+    registry: Registry, name: str, serial: str, fingerprint: str, not_after: float = NOW + 86_400
 ) -> None:
     """Store a certificate."""
     row = CertificateRecord(
