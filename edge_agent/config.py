@@ -9,7 +9,7 @@ from typing import Annotated, Final, Literal
 from msgspec import Meta, Struct
 
 from fleet.errors import ConfigError
-from fleet.protocol.desired_config import UploadDtype
+from fleet.protocol.desired_config import Settings, UploadDtype
 from fleet.protocol.messages import MAX_DRAFT
 from fleet.protocol.modes import Mode
 from fleet.protocol.triggers import Triggers, check_triggers
@@ -21,6 +21,9 @@ CONFIG_FILE: Final = "agent.json"
 Provider = Literal["auto", "cpu", "cuda"]
 
 
+LOCKABLE: Final = tuple(sorted({*Settings.__struct_fields__} - {"bundle", "software", "threshold"}))
+
+
 class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The settings that an operator may change on a device.
 
@@ -28,7 +31,8 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     `max_kept_reports` is the number of reports that wait on disk for the collector before the
     oldest are merged. `agreement_sample` is the share of collaborative responses whose tokens are
     also verified by the cloud. `update_timeout_s` is the time within which a new version of the
-    device's software has to confirm itself.
+    device's software has to confirm itself. `locked` names settings that the fleet's configuration
+    does not change.
     """
 
     mode: Mode = Mode.COLLABORATIVE
@@ -51,10 +55,14 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     agreement_sample: Share = 0.0
     triggers: Triggers = ()
     update_timeout_s: Annotated[float, Meta(gt=0, le=86_400)] = 300.0
+    locked: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check the triggers. A decoder reports the ValueError in its own error."""
+        """Check triggers and locks. A decoder reports the ValueError in its own error."""
         check_triggers(self.triggers)
+        unknown = sorted(set(self.locked) - set(LOCKABLE))
+        if unknown:
+            raise ValueError(f"cannot lock {unknown[0]!r}; expected some of {', '.join(LOCKABLE)}")
 
     @classmethod
     def load(cls, folder: Path) -> AgentConfig:

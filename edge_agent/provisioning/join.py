@@ -35,6 +35,7 @@ from fleet.identity.service_client import ServiceClient, check_url, log_wait, re
 from fleet.protocol.enrolment_api import EnrolmentToken, JoinReply, JoinRequest
 from fleet.protocol.topics import PREFIX
 from fleet.utils.atomic_files import create_file, move_aside, write_file
+from fleet.utils.printable import command_line
 
 JOIN_S: Final = 120.0
 JOINING_KEY_FILE: Final = "joining-key.pem"
@@ -80,7 +81,8 @@ def join_fleet(
             raise
         raise type(error)(
             f"{error}; {out} is complete: it is the identity of {present.name}; "
-            f"start it with 'edge-agent run {out}' or name another folder with --out"
+            f"start it with {command_line('edge-agent', 'run', out)} "
+            "or name another folder with --out"
         ) from None
     return write_joined_identity(out, reply, key, _trusted_ca(reply, token, ca))
 

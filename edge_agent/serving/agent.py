@@ -34,6 +34,7 @@ from fleet import __version__
 from fleet.bundles.manifest import Bundle
 from fleet.errors import BusyError, FleetError, PromptError, ProtocolError
 from fleet.protocol import topics
+from fleet.protocol.access import is_operator
 from fleet.protocol.codec import decode_to_device, encode
 from fleet.protocol.messages import Close, Opened
 from fleet.protocol.prompt import parse_prompt
@@ -322,14 +323,15 @@ class Agent:
         """Check that another request of `app` is accepted now. Raises BusyError.
 
         Apps share the room equally. An app below its share gets in even if another one filled the
-        room while it was alone, up to twice the number of requests.
+        room while it was alone, up to twice the number of requests; an operator even then.
         """
         max_requests = self._config.max_queued_requests
         if self._is_paused:
             raise BusyError("this device is stopping; try again when it is back")
         owners = [owner for owner, _ in self._active]
         share = max(1, max_requests // len({*owners, app}))
-        if owners.count(app) >= share or len(owners) >= 2 * max_requests:
+        is_full = len(owners) >= 2 * max_requests and not is_operator(app)
+        if owners.count(app) >= share or is_full:
             raise BusyError(
                 f"this device accepts {max_requests} requests at once, {share} of them from "
                 f"{app} now, and has {len(owners)}; try again later"

@@ -54,6 +54,8 @@ def merge_settings(own: AgentConfig, settings: Settings, exits: tuple[int, ...])
     threshold = changes.pop("threshold", None)
     if threshold is not None and "thresholds" not in changes:
         changes["thresholds"] = (threshold,) * len(exits)
+    for name in own.locked:
+        changes.pop(name, None)
     config = msgspec.structs.replace(own, **changes)
     if config.thresholds and len(config.thresholds) != len(exits):
         origin = "the fleet's configuration" if "thresholds" in changes else "agent.json"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -44,6 +46,11 @@ def config(
     folder: HomeOption = None,
 ) -> None:
     """Write mosquitto.conf, acl, crl.pem, certificates and a README; again after changes."""
+    if os.geteuid() == 0:
+        print(
+            "fleet: this mosquitto would run as root; run the command as its own user",
+            file=sys.stderr,
+        )
     home = FleetHome.load(folder)
     with home.registry() as registry:
         path = write_mosquitto(home, registry, absolute_path(out), host, port)

@@ -179,6 +179,8 @@ def _parse_pair(pair: str) -> tuple[str, Any]:
 
 
 def _parse_json(text: str) -> Any:
+    if text.lower().lstrip("+-") in ("nan", "inf", "infinity"):
+        raise ConfigError(f"{text} is not finite; expected a number such as 0.9")
     try:
         return msgspec.json.decode(text)
     except JSON_ERRORS:

@@ -12,7 +12,7 @@ from fleet.protocol.access import Role
 from fleet.registry.results import IdentityRow
 from fleet.server.fleet_units import SERVER_SERVICE
 from fleet.server.home import MOSQUITTO, FleetHome
-from fleet.utils.printable import count
+from fleet.utils.printable import command_line, count
 
 MAX_EMBEDDED_DEVICES: Final = 300
 """The largest number that `python -m tests.system.hostile_clients` connects to the broker."""
@@ -57,8 +57,9 @@ def check_broker_limits(home: FleetHome) -> CheckResult:
             return f"{config} has limits", ""
         return (
             f"{config} lacks {', '.join(missing)}",
-            f"one client can exhaust the broker; write its files again with "
-            f"'fleet broker config --out {config.parent}', and restart it",
+            "one client can exhaust the broker; write its files again with "
+            f"{command_line('fleet', 'broker', 'config', '--out', config.parent)}, "
+            "and restart it",
         )
     num_devices = _num_devices(home)
     finding = f"{count(num_devices, 'device')}, no mosquitto"

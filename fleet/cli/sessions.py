@@ -40,7 +40,7 @@ def sessions(
 
 def print_sessions(console: Console, rows: Sequence[SessionRow], title: str) -> None:
     """Print sessions as a table that fits a terminal; `--json` has the whole ids."""
-    table = lines_table(title, ("session", "device, worker", "answers", "bytes"))
+    table = lines_table(title, ("session, opened (UTC)", "device, worker", "answers", "bytes"))
     for row in rows:
         table.add_row(
             cell_of(row.session[:8], format_time(row.opened_at, TO_THE_SECOND)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,10 +116,8 @@ def train(
         print(json.dumps({"heads": str(out), "held_out_tokens": len(records), "exits": exits_json}))
         return
     print_agreement(records)
-    print(
-        f"heads in {out}; "
-        f"next: fleet export --model {model} --exits {exits} --heads {out} --out DIR"
-    )
+    export = ["fleet", "export", "--model", model, "--exits", exits, "--heads", str(out)]
+    print(f"heads in {out}; next: {shlex.join(export)} --out DIR")
 
 
 def profile(

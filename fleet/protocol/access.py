@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,6 +23,11 @@ class Role(StrEnum):
     APP = "app"
     WORKER = "worker"
     SERVER = "server"
+
+
+def is_operator(name: str) -> bool:
+    """Return whether a name is an operator's; no other identity can have such a name."""
+    return re.fullmatch(r"operator-\d+", name) is not None
 
 
 class Action(StrEnum):

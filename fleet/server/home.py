@@ -26,11 +26,12 @@ from fleet.bundles.store import delete_bundle, keep_bundle
 from fleet.errors import BundleError, ConfigError, FleetError, IdentityError
 from fleet.identity.enrolment import Enrolment
 from fleet.identity.identity import CA_FILE, Identity, ServerTls
-from fleet.protocol.access import Role
+from fleet.protocol.access import Role, is_operator
 from fleet.utils.atomic_files import write_file
 from fleet.utils.host_address import check_host
 from fleet.utils.optional_imports import needs
 from fleet.utils.paths import absolute_path, user_data_folder
+from fleet.utils.printable import command_line
 from fleet.utils.text_files import decode_json
 from provisioning.authority import (
     CertificateAuthority,
@@ -371,10 +372,10 @@ class FleetHome:
         """Raise ConfigError when `name` is the server's own identity or an operator's."""
         if own_role(name) is Role.SERVER:
             folder = self.folder / "identities" / name
+            command = ("fleet", "enroll", name, "--role", "server", "--force", "--out", folder)
             raise ConfigError(
                 f"the fleet cannot work without its own identity {name}; to replace it, so that "
-                "its old certificate is refused, use "
-                f"'fleet enroll {name} --role server --force --out {folder}'"
+                f"its old certificate is refused, use {command_line(*command)}"
             )
 
     def certify_again(self, identity: Identity) -> None:
@@ -462,7 +463,7 @@ def create_fleet(folder: Path, config: FleetConfig) -> FleetHome:
 
 def own_role(name: str) -> Role | None:
     """The role of a name that the fleet uses for its own identities; None for other names."""
-    if name == COLLECTOR or re.fullmatch(r"operator-\d+", name):
+    if name == COLLECTOR or is_operator(name):
         return Role.SERVER
     return Role.WORKER if re.fullmatch(r"worker-\d+", name) else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from typing import Final
 
 HIDDEN: Final = re.compile(
@@ -19,6 +20,11 @@ def printable(text: str) -> str:
 def printable_json(text: str) -> str:
     """Return JSON with the same values, each control character in a text as its escape."""
     return HIDDEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def command_line(*words: object) -> str:
+    """Return a command in backticks, each word quoted as a shell needs it."""
+    return f"`{shlex.join(map(str, words))}`"
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:

@@ -84,6 +84,16 @@ def test_it_reports_the_packages_and_resources_of_this_machine() -> None:
     ]
 
 
+def test_the_disk_is_examined_without_a_home_that_exists_or_can_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    home = tmp_path / "file" / "home"
+    result = doctor("--json", HOME=str(home), FLEET_HOME=str(home / "fleet"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    diagnosis = json.loads(result.stdout)
+    assert diagnosis["disk_folder"] == str(tmp_path)
+    assert diagnosis["free_disk_bytes"] > 0
+
+
 def test_another_onnxruntime_is_installed_after_the_present_one_is_removed() -> None:
     install = extras_of(json.loads(doctor("--json").stdout))["edge-gpu"]["install"]
     assert install == "pip uninstall -y onnxruntime && pip install 'cecollm-fleet[edge-gpu]'"

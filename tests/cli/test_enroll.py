@@ -167,6 +167,15 @@ def test_printed_commands_can_be_pasted(fleet_folder: Path, tmp_path: Path) -> N
     assert ["fleet", "server", "--no-broker", "--mosquitto", str(tmp_path / "my mq")] in lines
 
 
+@pytest.mark.parametrize(("user", "is_warned"), [(0, True), (1000, False)])
+def test_a_mosquitto_that_would_run_as_root_is_pointed_out(
+    fleet_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: int, is_warned: bool
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: user)
+    arguments = ["broker", "config", "--out", str(tmp_path / "mq"), "--home", str(fleet_folder)]
+    assert ("run as root" in CliRunner().invoke(app, arguments).stderr) is is_warned
+
+
 def test_times_have_one_zone_that_is_named(
     fleet_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,8 +372,8 @@ def test_the_fleets_own_identity_is_replaced_rather_than_revoked(
         before = fingerprint_of(operator)
         with pytest.raises(ConfigError, match="cannot work without its own identity") as caught:
             fleet(home.folder, command, operator.name)
-    replacement = shlex.split(str(caught.value).rpartition("'fleet ")[2].rstrip("'"))
-    fleet(home.folder, *replacement)
+    command = str(caught.value).rpartition("`fleet ")[2].rstrip("`")
+    fleet(home.folder, *shlex.split(command))
     with home.registry() as registry, home.operator() as operator:
         assert registry.identities.admitted(operator.name, before) is None
         assert registry.identities.admitted(operator.name, fingerprint_of(operator)) is not None

@@ -71,6 +71,7 @@ def test_bad_arguments(arguments: tuple[str, ...], words: tuple[str, ...]) -> No
         (("stats", "--since", "yesterday"), ("since 'yesterday'", "24h")),
         (("stats", "--since", "99999999999d"), ("since '99999999999d'", "after 1970")),
         (("stats", "--since", "0001-01-01"), ("after 1970",)),
+        (("config", "set", "--all", "min_agreement=NaN"), ("NaN is not finite", "0.9")),
         (("config", "set", "x", "triggers=\udcff"), ("UTF-8 can hold", "\\udcff")),
         (("device", "operator-1"), ("this identity has the role server", "fleet identities")),
         (("enroll", "Bad Name"), ("'Bad Name'", "a-z")),
@@ -85,10 +86,28 @@ def test_bad_arguments_in_a_fleet(
     assert_one_clear_line(run(*arguments, *extra, "--home", str(home)), *words)
 
 
+@pytest.mark.parametrize("command", ["audit", "sessions"])
+def test_a_number_of_rows_that_is_too_large_is_refused_with_the_largest(
+    home: Path, command: str
+) -> None:
+    result = run(command, "--limit", "9" * 20, "--home", str(home))
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "1000000" in result.stderr
+
+
 def test_a_name_is_enrolled_once(home: Path, tmp_path: Path) -> None:
     where = ("--home", str(home))
     assert run("enroll", "sleeper", "--out", str(tmp_path / "a"), *where).returncode == 0
     assert_one_clear_line(run("enroll", "sleeper", "--out", str(tmp_path / "b"), *where), "sleeper")
+
+
+def test_a_number_that_is_none_is_refused_with_the_range() -> None:
+    result = run("demo", "--temperature", "nan")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "'--temperature'" in result.stderr
+    assert "less than or equal to 5" in result.stderr
 
 
 @pytest.mark.parametrize("option", ["--port", "--service-port"])

@@ -70,7 +70,7 @@ def printed(print_table: Callable[[Console], None]) -> str:
         (
             lambda console, rows: print_sessions(console, rows, "sessions"),
             SESSION,
-            ["01234567 ", SESSION.device, "2027-01-15 08:00:00", "123,456,789", "1 answer "],
+            ["01234567 ", "UTC", SESSION.device, "2027-01-15 08:00:00", "123,456,789", "1 answer "],
         ),
         (print_workers, WORKER, [WORKER.worker, "draining", "01234567", "ffffffff", "1 session "]),
         (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,19 @@ def test_a_key_without_a_passphrase_is_reported_with_what_to_do(
     create_fleet(folder, FleetConfig(host="127.0.0.1", port=1, bundle="/no/bundle"))
     line = capsys.readouterr().err
     assert f"stop this one, delete {folder}, set FLEET_CA_PASSPHRASE, and start again" in line
+
+
+def test_a_fleet_of_another_user_is_a_permission_error_and_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, **_: bool) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    start(tmp_path, FleetOptions())
+    monkeypatch.setattr(Path, "stat", refuse)  # the modes of files do not bind root
+    for command in (FleetHome.load, lambda folder: resolve_config(folder, FleetOptions())):
+        with pytest.raises(PermissionError, match=r"fleet\.json"):
+            command(tmp_path)
 
 
 def test_a_second_fleet_on_the_same_folder_is_refused(tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ from fleet.identity.identity import Identity
 from fleet.protocol import topics
 from fleet.protocol.access import Role
 from fleet.protocol.prompt import Reply, decode_reply
+from fleet.protocol.report import DeviceStatus, encode_status
 from fleet.server.child_process import Child, child
 from fleet.server.home import FleetConfig, FleetHome
 from fleet.transport.mqtt import MqttTransport
-from tests.brokers import HOST, find_mosquitto, free_port, wait_until
+from tests.brokers import HOST, Inbox, find_mosquitto, free_port, wait_until
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -158,6 +159,22 @@ def test_the_app_ends_with_a_clear_line_when_the_device_is_offline_or_not_allowe
     assert printed == "lounge is offline; try again when it is back\n"
     printed = home.run(*ask, "cellar", "Hello?", expected_status=1)
     assert printed.startswith("nothing came from cellar")
+
+
+def test_the_request_of_an_app_that_is_killed_is_cancelled(home: Home) -> None:
+    inbox = Inbox()
+    home.fleet_home.enroll("pantry", Role.DEVICE, home.folder / "pantry")
+    home.run("fleet", "allow", "display", "pantry")
+    with MqttTransport.connect(Identity.load(home.folder / "pantry")) as pantry:
+        for topic_filter in (topics.prompts_to("pantry"), topics.cancels_to("pantry")):
+            pantry.subscribe(topic_filter, inbox, qos=1)
+        online = encode_status(DeviceStatus(online=True, epoch=1))
+        pantry.publish(topics.device_status("pantry"), online, qos=1, retain=True)
+        ask = [sys.executable, str(EXAMPLES / "app.py"), "display", "pantry", "Hello?"]
+        with subprocess.Popen(ask, cwd=home.folder) as app:
+            request = inbox.get(TIMEOUT_S)[0].rsplit("/", 1)[1]
+            app.kill()
+        assert inbox.get() == (topics.device_cancel("pantry", "display", request), b"")
 
 
 def test_the_app_is_one_that_needs_no_library_of_ours() -> None:

@@ -45,6 +45,7 @@ MAX_README_WORDS = 900
 ONLY_IN_SCOPES = {"bundle", "software", "threshold"}
 IN_WORDS = {
     *ONLY_IN_SCOPES,
+    "locked",
     "thresholds",
     "target_tpot_ms",
     "min_agreement",

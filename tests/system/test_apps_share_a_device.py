@@ -109,6 +109,20 @@ def test_an_app_alone_may_fill_the_device_and_another_still_gets_in(tiny_bundle:
             assert read_answer(fleet, request).last.usage
 
 
+def test_a_device_that_apps_have_filled_still_accepts_an_operator(tiny_bundle: Bundle) -> None:
+    with memory_fleet() as fleet:
+        agent, _ = fleet.start_device(
+            tiny_bundle, AgentConfig(num_threads=1, max_queued_requests=2)
+        )
+        with agent._model_lock.of("test"):
+            for i, app in enumerate((APP, APP, OTHER_APP, "app-3")):
+                publish(fleet, f"r{i}", ALONE, app)
+            publish(fleet, "refused", ALONE, "app-4")
+            assert "busy: this device accepts 2 requests" in error_of(fleet.next_reply("refused"))
+            publish(fleet, "asked", ALONE, "operator-1")
+        assert read_answer(fleet, "asked").last.usage
+
+
 def test_another_prompt_with_the_id_of_an_answered_one_is_answered(tiny_bundle: Bundle) -> None:
     with memory_fleet() as fleet:
         fleet.start_device(tiny_bundle)

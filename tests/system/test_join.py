@@ -31,11 +31,12 @@ TIMEOUT_S: Final = 60
 ASKED: Final = PromptRequest(prompt="How warm is it?", max_new_tokens=4)
 
 
-def edge_agent(*arguments: str) -> subprocess.CompletedProcess[str]:
+def edge_agent(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "edge_agent", *arguments],
+        input=text,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=TIMEOUT_S,
         env=os.environ | {"NO_COLOR": "1"},
         check=False,
@@ -145,6 +146,14 @@ def test_a_device_whose_bundle_did_not_come_has_joined_and_fetches_it_when_it_ru
     away.replace(there)
     with running(tmp_path / "d1"):
         assert fleet.status(online=True).bundle_id == fleet.service.bundle_id
+
+
+def test_a_token_on_stdin_may_begin_with_a_mark_and_end_as_a_line_of_windows(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    arguments = ["join", "-", "--server", fleet.service.url, "--out", str(tmp_path / "d1")]
+    joined = edge_agent(*arguments, text=f"\ufeff{fleet.service.token}\r\n")
+    assert joined.returncode == 0, joined.stderr
 
 
 def test_what_is_no_token_is_one_line_that_does_not_repeat_it(tmp_path: Path) -> None:

@@ -425,6 +425,23 @@ def test_a_will_reaches_no_topic_of_anothers(site: Site) -> None:
         assert inbox.until(MARKER) == []
 
 
+def test_a_client_with_a_will_that_it_may_not_publish_is_admitted_by_each_broker(
+    site: Site,
+) -> None:
+    with site.connect("a1", Will("homeassistant/status", b"offline")) as app:
+        assert app.is_up
+
+
+def test_the_will_of_an_app_cancels_its_request(site: Site) -> None:
+    inbox = Inbox()
+    cancel = topics.device_cancel("d1", "a1", "r1")
+    with site.connect("d1") as device:
+        device.subscribe(topics.cancels_to("d1"), inbox, qos=1, live_only=True)
+        with raw.connected(site.identity("a1"), will=(cancel, b"")):
+            assert inbox.is_empty
+        assert inbox.get() == (cancel, b"")
+
+
 def test_a_new_connection_is_sent_nothing_that_it_did_not_ask_for(site: Site) -> None:
     with site.connect("s1") as watcher, site.connect("d1") as device:
         watcher.subscribe(topics.DEVICE_STATUS_FILTER, Inbox(), qos=1)

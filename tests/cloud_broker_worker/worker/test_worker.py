@@ -271,6 +271,18 @@ def test_an_open_is_not_taken_on_a_sessions_topic(site: Site, whole: TinyModel) 
     assert device.answers.empty()
 
 
+def test_a_replayed_message_of_a_session_is_dropped(site: Site, whole: TinyModel) -> None:
+    device = site.device()
+    device.transport.publish(
+        topics.to_worker(WORKER, DEVICE, "s1"), encode(verify_request("s1", 0)), retain=True
+    )
+    assert isinstance(device.next_answer(), Refused)  # of the message as it was published
+    site.link.drop()
+    site.link.restore()
+    device.ask("s2", whole)
+    assert device.answers.empty()
+
+
 def test_a_device_cannot_reach_a_session_of_another(site: Site, whole: TinyModel) -> None:
     victim = site.device("edge-1")
     other = site.device("edge-2")

@@ -6,6 +6,7 @@ import socket
 import stat
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from fleet.protocol.desired_config import DesiredConfig, Settings
 from fleet.protocol.enrolment_api import EnrolmentToken
 from fleet.protocol.modes import Mode
 from provisioning.authority import CertificateAuthority
-from tests.brokers import HOST, free_port
+from tests.brokers import HOST, WAIT_S, free_port, wait_until
 from tests.edge_agent.fleet_service import SECRET, TOKEN_ID, FleetService
 
 
@@ -180,6 +181,24 @@ def test_a_clock_that_is_behind_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         pytest.raises(ServiceError, match="set the clock"),
     ):
         join_fleet(service.token, service.url, tmp_path / "out", timeout_s=0.5)
+
+
+def test_a_device_whose_clock_is_set_joins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    authority = CertificateAuthority.create(tmp_path / "authority")
+    with monkeypatch.context() as patch:
+        patch.setattr("provisioning.authority.CLOCK_SKEW", timedelta(days=-1))
+        early = FleetService(tmp_path / "early", authority)
+    later = FleetService(tmp_path / "later", authority)  # as valid as by the right clock
+    later.port = early.port
+    later.url = early.url
+    with ThreadPoolExecutor(1) as pool:
+        with early.running():
+            joining = pool.submit(join_fleet, early.token, early.url, tmp_path / "out")
+            wait_until(lambda: "set the clock" in caplog.text, "the device waits")
+        with later.running():
+            assert joining.result(2 * WAIT_S).name == "kitchen"
 
 
 def test_a_certificate_that_has_expired_by_this_clock_is_named(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from edge_agent.config import AgentConfig
@@ -30,6 +31,17 @@ def test_the_fleets_settings_override_the_devices_own() -> None:
     )
     assert (config.mode, config.max_new_tokens, config.min_agreement) == (Mode.AUTO, 9, 0.0)
     assert (config.thresholds, config.max_draft, config.num_threads) == ((0.5, 0.6), 3, 1)
+
+
+def test_settings_that_the_owner_has_locked_are_the_devices_own() -> None:
+    own = msgspec.structs.replace(OWN, locked=("mode", "thresholds"))
+    config = merge_settings(own, Settings(mode=Mode.AUTO, threshold=0.9, max_draft=7), EXITS)
+    assert (config.mode, config.thresholds, config.max_draft) == (OWN.mode, OWN.thresholds, 7)
+
+
+def test_what_the_fleet_does_not_set_cannot_be_locked() -> None:
+    with pytest.raises(ValueError, match="cannot lock 'num_threads'; expected some of agreement_"):
+        AgentConfig(locked=("num_threads",))
 
 
 def test_every_setting_of_the_fleet_but_bundle_and_software_is_one_of_the_devices() -> None:

@@ -172,6 +172,18 @@ def test_a_malformed_message_is_dropped_with_one_line_and_harms_no_other(
     assert edge.stats.per_device()[0].tokens == 10
 
 
+def test_a_flood_of_malformed_messages_writes_a_limited_number_of_lines(
+    edge: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    with site(edge) as fleet:
+        for _ in range(100):
+            fleet.send(topics.device_stats("edge-1"), b"garbage")
+        fleet.report("edge-1", report())
+        assert fleet.receipt() == ReportReceipt(("g1",))
+    assert len(caplog.messages) == module.MAX_LINES
+    assert fleet.collector.reports["refused"] == 100
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -13,6 +13,7 @@ import pytest
 from fleet.errors import ConfigError
 from fleet.utils import cli_runtime
 from fleet.utils.cli_runtime import run_command, stop_event, wait_stopped
+from fleet.utils.paths import user_name
 
 WAIT_S = 30.0
 
@@ -49,6 +50,10 @@ def test_a_signal_to_another_thread_stops_a_command() -> None:
     [
         (OSError(errno.EROFS, os.strerror(errno.EROFS), "/m/a"), "/m/a: Read-only file system; "),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device; "),
+        (
+            PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/f/fleet.json"),
+            f"/f/fleet.json: Permission denied for the user {user_name()}; run this as the file's",
+        ),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a\nb"), "a\\nb: Is a directory; "),
         (ConfigError("device a refused: no\nfleet: all is well"), "no\\nfleet: all is well"),
     ],

@@ -7,12 +7,16 @@ from pathlib import Path
 import platformdirs
 import pytest
 
+from cloud_broker_worker.broker.mosquitto import write_config
 from fleet.errors import ConfigError
+from fleet.identity.identity import ServerTls
+from fleet.registry.store import Registry
 from fleet.server.home import FleetHome
 from fleet.utils import paths
 from fleet.utils.paths import absolute_path, existing_folder, user_name
 
 UNKNOWN = 54321
+"""A user id that no account has."""
 
 
 def test_a_path_is_expanded_and_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,6 +36,18 @@ def test_the_fleets_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_user_without_a_name_has_a_number() -> None:
     assert user_name(UNKNOWN) == str(UNKNOWN)
     assert user_name(0) == "root"
+
+
+def test_a_user_without_a_name_is_a_number_in_the_audit_log_and_to_mosquitto(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fleet.utils.paths.os.geteuid", lambda: UNKNOWN)
+    with Registry.open(f"sqlite:///{tmp_path}/registry.sqlite") as registry:
+        registry.audit_log.add("shared-identity", "d1")
+        (entry,) = registry.audit_log.entries()
+    assert entry.actor.startswith(f"{UNKNOWN}@")
+    config = write_config(tmp_path, 1, ServerTls(tmp_path, tmp_path, tmp_path), ())
+    assert f"user {UNKNOWN}" in config.read_text(encoding="utf-8").splitlines()
 
 
 def test_a_user_without_a_home_is_told_to_set_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 import msgspec
 import pytest
 
-from fleet.utils.printable import count, printable, printable_json
+from fleet.utils.printable import command_line, count, printable, printable_json
 
 
 @pytest.mark.parametrize(
@@ -33,3 +36,8 @@ def test_json_keeps_its_values_and_holds_no_control_character() -> None:
 def test_a_noun_follows_its_number() -> None:
     assert [count(n, "answer") for n in (0, 1, 1200)] == ["0 answers", "1 answer", "1,200 answers"]
     assert count(2, "identity", "identities") == "2 identities"
+
+
+def test_a_command_is_quoted_as_a_shell_needs_it() -> None:
+    line = command_line("edge-agent", "run", Path("/srv/my device"))
+    assert shlex.split(line.strip("`")) == ["edge-agent", "run", "/srv/my device"]
