@@ -197,11 +197,11 @@ def measure(
             print(each.stdout.readline().strip(), flush=True)
         ended = time.monotonic()
         expected = num_devices * num_seconds
-        while time.monotonic() - ended < within_s:
-            stored = load.num_reports()
-            if stored == expected and load.num_statuses(num_seconds) == num_devices:
-                break
+        is_stored = False
+        while not is_stored and time.monotonic() - ended < within_s:
             time.sleep(POLL_S)
+            has_statuses = load.num_statuses(num_seconds) == num_devices
+            is_stored = has_statuses and load.num_reports() == expected
         figures = {
             "reports_published": expected,
             "reports_stored": load.num_reports(),
@@ -213,7 +213,7 @@ def measure(
         print(json.dumps(figures, indent=2), flush=True)
         for each in publishers:
             each.communicate("\n")
-        return figures["reports_stored"] == expected
+        return is_stored
 
 
 def processes(load: Load, publishers: list[subprocess.Popen[str]]) -> dict[str, int]:
