@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,7 +77,7 @@ def set_(
     """Set values: `fleet config set kitchen threshold=0.8`, or with --group or --all."""
     pairs = [word for word in words if "=" in word]
     target = parse_target([word for word in words if "=" not in word], group, everywhere=everywhere)
-    changes = parse_settings(dict(map(_parse_pair, pairs)))
+    changes = parse_settings(_parse_pairs(pairs))
     if not pairs:
         raise ConfigError(f"nothing to set: expected KEY=VALUE; {_list_settings()}")
     if changes.bundle:
@@ -165,12 +165,29 @@ def parse_target(names: list[str], group: str | None, *, everywhere: bool) -> Ta
     with needs("server"):
         from fleet.registry.settings import Scope, Target
     if len(names) + (group is not None) + everywhere != 1:
+        chosen = [*names, *([f"--group {group}"] if group is not None else [])]
+        chosen += ["--all"] if everywhere else []
         raise ConfigError(
-            f"expected one device, or --group G, or --all, got {', '.join(names) or 'none of them'}"
+            "expected one device, or --group G, or --all, "
+            f"got {' and '.join(chosen) or 'none of them'}"
         )
     if group is not None:
         return Target(Scope.GROUP, group)
     return Target(Scope.ALL) if everywhere else Target(Scope.DEVICE, names[0])
+
+
+def _parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:
+    """The value of each setting; a null or a second value of one is an error, not a choice."""
+    values: dict[str, Any] = {}
+    for key, value in map(_parse_pair, pairs):
+        if key in values:
+            raise ConfigError(f"{key} is given twice; give each setting once")
+        if value is None:
+            raise ConfigError(
+                f"{key}=null sets nothing; to take a value back, use 'fleet config unset'"
+            )
+        values[key] = value
+    return values
 
 
 def _parse_pair(pair: str) -> tuple[str, Any]:

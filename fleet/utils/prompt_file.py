@@ -30,7 +30,7 @@ def read_prompts(path: Path) -> list[str]:
     suffix = path.suffix.lower()
     if suffix == ".json":
         raise ConfigError(f"{path}: expected one prompt a line, as text or in a file *.jsonl")
-    text = read_text(path, "give a file of prompts").replace("\r\n", "\n")
+    text = read_text(path, "give a file of prompts").replace("\r\n", "\n").replace("\r", "\n")
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ConfigError(f"{path} holds no prompts")

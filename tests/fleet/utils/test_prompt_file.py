@@ -57,6 +57,7 @@ def read(tmp_path: Path, name: str, text: str) -> list[str]:
     ("name", "text"),
     [
         ("a.txt", f"{MARK}Name a fruit.\r\nName a tree.\r\n"),
+        ("a.txt", "Name a fruit.\rName a tree.\r"),
         ("a.jsonl", f'{MARK}{{"prompt": "Name a fruit."}}\n{{"prompt": "Name a tree."}}\n'),
         ("A.JSONL", '{"instruction": "Name a fruit.", "input": null}\n{"turns": ["Name a tree."]}'),
     ],
