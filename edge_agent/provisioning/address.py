@@ -8,7 +8,7 @@ import urllib3
 from fleet.errors import ConfigError, IdentityError
 from fleet.identity.identity import Identity, IdentityConfig
 from fleet.identity.service_client import check_url
-from fleet.utils.host_address import check_host
+from fleet.utils.host_address import check_host, check_reachable
 
 
 def change_address(
@@ -24,6 +24,7 @@ def change_address(
         IdentityError: the file cannot be written.
     """
     config = identity.config
+    check_reachable(host)
     try:
         check_host(host)
         changes = {

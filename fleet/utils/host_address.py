@@ -64,14 +64,24 @@ def check_reachable(host: str) -> None:
     """Check that a client can connect to `host`, which must not stand for "every address".
 
     Raises:
-        ConfigError: it is ``0.0.0.0`` or ``::``.
+        ConfigError: it is ``0.0.0.0`` or ``::``, in any of the forms that the system reads.
     """
-    try:
-        is_every_address = ipaddress.ip_address(host).is_unspecified
-    except ValueError:  # a name
-        return
-    if is_every_address:
+    if _is_every_address(host):
         raise ConfigError(
             f"--host {host} is an address to listen on, not one that devices can connect to; "
-            f"give --host the name or address of this machine, and --listen {host}"
+            "give --host the name or address of the server's machine; the server itself has "
+            f"--listen {host}"
         )
+
+
+def _is_every_address(host: str) -> bool:
+    try:
+        return socket.inet_aton(host) == bytes(4)  # also 0, 0x0 and 0.0
+    except OSError:
+        pass
+    try:
+        address = ipaddress.IPv6Address(host)
+    except ValueError:  # a name
+        return False
+    mapped = address.ipv4_mapped
+    return address.is_unspecified or (mapped is not None and mapped.is_unspecified)

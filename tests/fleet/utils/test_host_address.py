@@ -51,7 +51,7 @@ def test_metrics_are_served_in_both_families(host: str) -> None:
             assert response.status == 200
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "0", "0x0", "00.0.0.0", "::ffff:0.0.0.0"])
 def test_an_address_to_listen_on_is_none_to_connect_to(host: str) -> None:
     with pytest.raises(ConfigError, match=f"--host {host} is an address to listen on.*--listen"):
         check_reachable(host)
