@@ -229,27 +229,30 @@ def suspend_identity(
     name: NameArgument, folder: HomeOption = None, as_json: JsonOption = False
 ) -> None:
     """Withdraw an identity's rights until it is resumed."""
-    FleetHome.load(folder).check_not_own(name)
-    change_state(name, lambda registry: registry.identities.suspend(name), folder, as_json=as_json)
+    home = FleetHome.load(folder)
+    home.check_not_own(name)
+    change_state(home, name, lambda registry: registry.identities.suspend(name), as_json=as_json)
 
 
 def resume_identity(
     name: NameArgument, folder: HomeOption = None, as_json: JsonOption = False
 ) -> None:
     """Restore the rights of a suspended identity."""
-    change_state(name, lambda registry: registry.identities.resume(name), folder, as_json=as_json)
+    home = FleetHome.load(folder)
+    change_state(home, name, lambda registry: registry.identities.resume(name), as_json=as_json)
 
 
 def revoke_identity(
     name: NameArgument, folder: HomeOption = None, as_json: JsonOption = False
 ) -> None:
     """Withdraw an identity's rights for good, and revoke its certificates."""
-    FleetHome.load(folder).check_not_own(name)
-    change_state(name, lambda registry: registry.identities.revoke(name), folder, as_json=as_json)
+    home = FleetHome.load(folder)
+    home.check_not_own(name)
+    change_state(home, name, lambda registry: registry.identities.revoke(name), as_json=as_json)
 
 
 def change_state(
-    name: str, work: Callable[[Registry], None], folder: Path | None, *, as_json: bool
+    home: FleetHome, name: str, work: Callable[[Registry], None], *, as_json: bool
 ) -> None:
     """Change the state of an identity and print the new one.
 
@@ -257,7 +260,7 @@ def change_state(
         UnknownDeviceError: `name` is not enrolled.
         StateError: the change is not legal.
     """
-    with FleetHome.load(folder).registry() as registry:
+    with home.registry() as registry:
         work(registry)
         (row,) = (row for row in registry.identities.all() if row.name == name)
     if as_json:

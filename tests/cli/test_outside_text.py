@@ -18,11 +18,12 @@ from fleet.cli.console import new_console
 from fleet.cli.rollouts import progress_text
 from fleet.cli.views import reply_text, usage_line
 from fleet.errors import PromptError
-from fleet.protocol.prompt import Reply, Usage
+from fleet.protocol.prompt import Reply
 from fleet.protocol.report import ConfigProblem, DeviceStatus
 from fleet.registry.results import RolloutRow
 from fleet.server.home import FleetConfig, FleetHome
 from fleet.utils.cli_runtime import run_command
+from tests.cli.test_responses import make_usage
 from tests.fleet.conftest import add
 
 ROOT = Path(__file__).parents[2]
@@ -83,17 +84,7 @@ def printed(renderable: object) -> str:
 
 
 def test_a_models_text_is_shown_as_it_is() -> None:
-    usage = Usage(
-        prompt_tokens=1,
-        tokens=1,
-        sources={},
-        offload_rate=0.0,
-        bytes_up=0,
-        bytes_down=0,
-        ttft_ms=1.0,
-        tpot_ms=1.0,
-        round_trips=1,
-    )
+    usage = make_usage(round_trips=1)
     assert printed(reply_text(Reply(seq=0, text=TEXT, source="cloud"), [])) == SHOWN
     assert SHOWN in printed(usage_line(usage, TEXT))
     assert "1 token:" in printed(usage_line(usage, None))

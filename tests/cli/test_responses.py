@@ -15,6 +15,21 @@ BACK = Switch(9, Mode.COLLABORATIVE, "the link is back")
 FIRST = "from token 0 on standalone: the link is down"
 
 
+def make_usage(**changes: object) -> Usage:
+    """Return the usage of one token."""
+    values: dict[str, object] = {
+        "prompt_tokens": 1,
+        "tokens": 1,
+        "sources": {},
+        "offload_rate": 0.0,
+        "bytes_up": 0,
+        "bytes_down": 0,
+        "ttft_ms": 1.0,
+        "tpot_ms": 1.0,
+    }
+    return Usage(**values | changes)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("mode", "switches", "expected"),
     [
@@ -27,19 +42,9 @@ FIRST = "from token 0 on standalone: the link is down"
 def test_the_line_has_the_mode_that_auto_chose(
     mode: Mode, switches: tuple[Switch, ...], expected: list[str]
 ) -> None:
-    usage = Usage(
-        prompt_tokens=1,
-        tokens=1,
-        sources={},
-        offload_rate=0.0,
-        bytes_up=0,
-        bytes_down=0,
-        ttft_ms=1.0,
-        tpot_ms=1.0,
-        mode=mode,
-        switches=switches,
-    )
-    words = usage_line(usage, None).plain.split("; ")[-len(expected) :]
+    words = usage_line(make_usage(mode=mode, switches=switches), None).plain.split("; ")[
+        -len(expected) :
+    ]
     for word, start in zip(words, expected, strict=True):
         assert start in word
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from sqlalchemy import Table
 from sqlalchemy.orm import Session
@@ -17,6 +17,11 @@ from fleet.registry.stats.rollup_tables import ROLLUPS, SOURCES, SWITCHES
 
 RollupKey: TypeAlias = tuple[int, int, str, str, str]
 """The length and the start of a span, a device, a bundle, and a mode."""
+
+KEYS: Final = {
+    table: tuple(column.name for column in table.primary_key)
+    for table in (ROLLUPS, SOURCES, SWITCHES)
+}
 
 
 def add_to_rollups(db: Session, reports: Iterable[tuple[str, GenerationReport]]) -> None:
@@ -51,8 +56,7 @@ def _aggregates(
 
 
 def _key_columns(table: Table, key: tuple[Any, ...]) -> dict[str, Any]:
-    names = [column.name for column in table.primary_key]
-    return dict(zip(names, key, strict=True))
+    return dict(zip(KEYS[table], key, strict=True))
 
 
 def _rows(table: Table, amount: str, counts: Counter[tuple[Any, ...]]) -> list[dict[str, Any]]:

@@ -93,13 +93,19 @@ def test_apps_take_turns_however_many_jobs_each_has() -> None:
         assert lease_in_thread(jobs).get(timeout=WAIT_S) == expected
 
 
-def test_an_app_with_all_leases_but_one_leaves_the_last_to_an_app_that_was_just_served() -> None:
+def flooded_queue() -> JobQueue:
+    """A queue of two leases: app a waits with two jobs, and one of app b has just ended."""
     jobs = JobQueue(BUDGET, max_leases=2)
     put(jobs, "b1", 1, "b")
     with jobs.lease():
         pass
     for request in ("a1", "a2"):
         put(jobs, request, 1, "a")
+    return jobs
+
+
+def test_an_app_with_all_leases_but_one_leaves_the_last_to_an_app_that_was_just_served() -> None:
+    jobs = flooded_queue()
     with jobs.lease():
         requests = lease_in_thread(jobs)
         put(jobs, "b2", 1, "b")
@@ -110,12 +116,7 @@ def test_an_app_leases_all_while_no_other_app_was_just_served(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(job_queue, "RESERVED_S", 0.05)
-    jobs = JobQueue(BUDGET, max_leases=2)
-    put(jobs, "b1", 1, "b")
-    with jobs.lease():
-        pass
-    for request in ("a1", "a2"):
-        put(jobs, request, 1, "a")
+    jobs = flooded_queue()
     with jobs.lease():
         assert lease_in_thread(jobs).get(timeout=WAIT_S) == "a2"
 
