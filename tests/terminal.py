@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Final
 
 WAIT_S: Final = 60.0
+REPEAT_S: Final = 5.0
 SIZE: Final = struct.pack("HHHH", 24, 80, 0, 0)
 CTRL_C: Final = "\x03"
 CTRL_D: Final = "\x04"
@@ -35,6 +36,24 @@ class Terminal:
         os.write(self._descriptor, keys.encode())
         return self.wait(until, begin)
 
+    def interrupt_input(self, until: str) -> str:
+        """Press Ctrl-C at a prompt, again every few seconds, until the program prints `until`.
+
+        CPython's readline looks for signals before it waits for a key. One that comes between the
+        two is handled with the next.
+        """
+        begin = len(self.screen)
+        deadline = time.monotonic() + WAIT_S
+        while until not in self.screen[begin:] and time.monotonic() < deadline:
+            os.write(self._descriptor, CTRL_C.encode())
+            self._read_for(REPEAT_S, until, begin)
+        return self.wait(until, begin)
+
+    def _read_for(self, seconds: float, until: str, begin: int) -> None:
+        deadline = time.monotonic() + seconds
+        while until not in self.screen[begin:] and time.monotonic() < deadline:
+            self._read()
+
     def wait(self, until: str, begin: int = 0) -> str:
         """Wait until the program prints `until` after `begin`; what it has printed since."""
         deadline = time.monotonic() + WAIT_S
@@ -42,9 +61,12 @@ class Terminal:
             assert time.monotonic() < deadline, (
                 f"no {until!r} in {self.screen[begin:]!r}, after {self.screen[:begin][-300:]!r}"
             )
-            if select.select([self._descriptor], [], [], 0.1)[0]:
-                self.screen += os.read(self._descriptor, 65_536).decode(errors="replace")
+            self._read()
         return self.screen[begin:]
+
+    def _read(self) -> None:
+        if select.select([self._descriptor], [], [], 0.1)[0]:
+            self.screen += os.read(self._descriptor, 65_536).decode(errors="replace")
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(tiny_bundle: Bundle) ->
         screen.type("hello\n", GREEN)
         assert "stopped" in screen.type(CTRL_C, PROMPT)
         screen.type("half a line", "half a line")
-        assert "Ctrl-D or /quit ends" in screen.type(CTRL_C, PROMPT)
+        assert "Ctrl-D or /quit ends" in screen.interrupt_input(PROMPT)
         screen.type(CTRL_D, "ended: cancelled")
 
 
@@ -81,6 +81,7 @@ def test_a_command_does_not_go_to_the_model(chat: Chat) -> None:
     assert "/system TEXT set the system prompt" in chat.type("/help")
     assert "unknown command /retry; /help lists them" in chat.type("/retry now")
     assert chat.type("") == ""
+    assert chat.type("\u200b") == ""
     assert not chat.requests
     chat.type("//etc is a folder")
     assert chat.sent() == [("user", "/etc is a folder")]

@@ -60,8 +60,8 @@ class Answer:
 class MemoryFleet:
     """Starts parts one by one, so that a test can leave one out, stop it, or start it again."""
 
-    def __init__(self, stack: ExitStack) -> None:
-        self.broker = InMemoryBroker()
+    def __init__(self, stack: ExitStack, broker: InMemoryBroker) -> None:
+        self.broker = broker
         self.reports: queue.Queue[GenerationReport] = queue.Queue()
         self._stack = stack
         self._worker_status: queue.Queue[WorkerStatus] = queue.Queue()
@@ -130,6 +130,6 @@ def acknowledge(link: Transport, topic: str, payload: bytes) -> GenerationReport
 
 
 @contextmanager
-def memory_fleet() -> Iterator[MemoryFleet]:
+def memory_fleet(broker: InMemoryBroker | None = None) -> Iterator[MemoryFleet]:
     with ExitStack() as stack:
-        yield MemoryFleet(stack)
+        yield MemoryFleet(stack, broker or InMemoryBroker())

@@ -33,7 +33,7 @@ from fleet.protocol.messages import (
 )
 from fleet.protocol.modes import CLOUD, Mode
 from fleet.transport.base import Will
-from fleet.transport.in_memory import InMemoryTransport
+from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
 from tests.brokers import wait_until
 from tests.conftest import MakeTinyBundle
 from tests.hostile import PERFECT, HostileLink, Odds, Said
@@ -72,7 +72,7 @@ class HostileFleet(MemoryFleet):
     def __init__(self, stack: ExitStack, seed: int, odds: Odds) -> None:
         self._seed = seed
         self._odds = odds
-        super().__init__(stack)
+        super().__init__(stack, InMemoryBroker())
 
     def _connect(self, name: str, will: Will | None = None) -> InMemoryTransport:
         if name != DEVICE:
