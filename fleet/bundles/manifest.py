@@ -1,4 +1,4 @@
-"""A bundle: a model's files for both sides, with a manifest whose hash is the bundle's id."""
+"""A bundle: a model's files for both sides, with a manifest that gives the bundle's id."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Annotated, Final, Literal, get_args
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec.structs import replace
 
-from fleet.errors import BundleError
+from fleet.errors import BundleError, ConfigError
 from fleet.exits.calibration import Calibration
 from fleet.protocol.types import Threshold
-from fleet.utils.validation import JSON_ERRORS
+from fleet.utils.paths import describe_absence
+from fleet.utils.text_files import read_json
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
+READABLE_SCHEMAS: Final = (3, 4)
+GRAPH_SUFFIX: Final = ".onnx"
 MANIFEST_FILE: Final = "manifest.json"
+MAKE_BUNDLE: Final = f"make one of schema {SCHEMA_VERSION} with 'python -m onnx_export --out DIR'"
 FILE_PATH: Final = r"\A(edge|cloud|tokenizer)/[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}\Z"
 Side = Literal["edge", "cloud", "tokenizer"]
 SIDES: Final[tuple[Side, ...]] = get_args(Side)
@@ -67,14 +72,24 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     heads_sha256: str = ""
     calibration: Calibration | None = None
     instruction_set: str = "any"
+    exporter: str | UnsetType = UNSET
 
     @property
     def bundle_id(self) -> str:
-        """The first 32 hex digits of the SHA-256 of the canonical JSON.
+        """The first 32 hex digits of a SHA-256. It is the same on every machine.
 
-        A device and a worker cooperate only if theirs are equal.
+        It covers settings, weights and the exporter's sources. It does not cover the figures of
+        `parity`, the versions of `tools` and the graphs without their weights: tools of different
+        versions make different graphs for the same function. The bundle's signature covers all.
+        Schema 3 covers all, too. A device and a worker cooperate only if their ids are equal.
         """
-        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:32]
+        content = self if self.schema_version == 3 else self._machine_independent
+        return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()[:32]
+
+    @property
+    def _machine_independent(self) -> Manifest:
+        files = tuple(each for each in self.files if not each.path.endswith(GRAPH_SUFFIX))
+        return replace(self, parity={}, tools={}, files=files)
 
     @property
     def blocks(self) -> tuple[tuple[int, int], ...]:
@@ -90,17 +105,10 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
-    except OSError as error:
-        raise BundleError(
-            f"no bundle in {folder}: cannot read {MANIFEST_FILE} ({error.strerror}); "
-            "make one with 'python -m onnx_export --out DIR'"
-        ) from None
-    except JSON_ERRORS as error:
-        raise BundleError(
-            f"{path} is no manifest of schema {SCHEMA_VERSION}: {error}; export the bundle again"
-        ) from None
-    if manifest.schema_version != SCHEMA_VERSION:
+        manifest: Manifest = read_json(path, Manifest, MAKE_BUNDLE)
+    except ConfigError as error:
+        raise BundleError(f"no usable bundle in {folder}: {error}") from None
+    if manifest.schema_version not in READABLE_SCHEMAS:
         raise BundleError(
             f"{path}: expected schema {SCHEMA_VERSION}, got {manifest.schema_version}; "
             "export the bundle again"
@@ -156,7 +164,9 @@ def check_file(folder: Path, entry: FileEntry) -> None:
     """
     path = folder / entry.path
     if not path.is_file():
-        raise BundleError(f"bundle file {path} is missing; export or copy the bundle again")
+        raise BundleError(
+            f"bundle file {path} {describe_absence(path)}; export or copy the bundle again"
+        )
     if path.stat().st_size != entry.num_bytes or hash_file(path) != entry.sha256:
         raise BundleError(
             f"bundle file {path} was altered: expected {entry.num_bytes} bytes "

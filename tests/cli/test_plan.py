@@ -81,7 +81,7 @@ def test_the_table_is_followed_by_advice_and_its_source(
         ),
         (
             ("--rtt", "20", "--bandwidth", "31", "--data", "/no/plan.json"),
-            "there is no /no/plan.json; make it",
+            "cannot read /no/plan.json",
         ),
     ],
 )

@@ -18,6 +18,7 @@ from fleet.bundles.manifest import (
 )
 from fleet.errors import BundleError
 
+SCHEMA_3_ID = "0f8dc984857cfb847a7103c7f07c9549"
 FILES = {
     "edge/block_0.onnx": b"lower layers",
     "edge/lm_head.onnx": b"head",
@@ -77,7 +78,7 @@ def test_a_bundle_is_read_as_it_was_written(folder: Path) -> None:
 
 
 def test_the_id_is_the_same_on_every_machine() -> None:
-    assert manifest().bundle_id == "0f8dc984857cfb847a7103c7f07c9549"
+    assert manifest().bundle_id == "7c2f1b3f71a67d07a835cbd4be2fe334"
 
 
 def test_the_id_does_not_depend_on_the_order_in_which_things_were_noted(folder: Path) -> None:
@@ -93,11 +94,32 @@ def test_the_id_does_not_depend_on_the_order_in_which_things_were_noted(folder: 
     [
         {"upload_layer": 1},
         {"thresholds": (0.8, 0.9)},
-        {"files": FILES | {"edge/lm_head.onnx": b"hEad"}},
+        {"exporter": "of a later release"},
+        {"files": FILES | {"cloud/model.safetensors": b"other layers"}},
+        {"files": FILES | {"tokenizer/tokenizer.json": b"[]"}},
     ],
 )
-def test_the_id_is_another_when_anything_in_the_bundle_is(changes: dict[str, Any]) -> None:
+def test_the_id_is_another_when_a_setting_or_a_weight_is(changes: dict[str, Any]) -> None:
     assert manifest(**changes).bundle_id != manifest().bundle_id
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parity": {"logits": 2e-5}},
+        {"tools": {"torch": "2", "onnx": "1.1"}},
+        {"files": FILES | {"edge/lm_head.onnx": b"the same head, written by another version"}},
+    ],
+)
+def test_the_id_is_the_same_with_other_tools_on_another_processor(changes: dict[str, Any]) -> None:
+    assert manifest(**changes).bundle_id == manifest().bundle_id
+
+
+def test_a_bundle_of_schema_3_keeps_its_id(folder: Path) -> None:
+    rewrite(folder, schema_version=3)
+    loaded = Bundle.load(folder).manifest
+    assert loaded.bundle_id == SCHEMA_3_ID
+    assert manifest(schema_version=3, parity={}).bundle_id != SCHEMA_3_ID
 
 
 def test_the_blocks_are_the_layers_between_the_exits() -> None:
@@ -131,6 +153,16 @@ def test_a_missing_file_is_found(folder: Path) -> None:
     (folder / "edge/block_0.onnx").unlink()
     with pytest.raises(BundleError, match=r"edge/block_0.onnx is missing; export or copy"):
         Bundle.load(folder)
+    (folder / "edge/block_0.onnx").mkdir()
+    with pytest.raises(BundleError, match=r"edge/block_0.onnx is a folder, expected a file"):
+        Bundle.load(folder)
+
+
+def test_a_manifest_in_utf_16_is_refused_by_that_name(folder: Path) -> None:
+    path = folder / MANIFEST_FILE
+    path.write_text(path.read_text(), encoding="utf-16")
+    with pytest.raises(BundleError, match=r"manifest\.json is in UTF-16, expected UTF-8"):
+        Bundle.load(folder)
 
 
 def test_a_device_needs_no_files_of_the_cloud(folder: Path) -> None:
@@ -139,7 +171,7 @@ def test_a_device_needs_no_files_of_the_cloud(folder: Path) -> None:
 
 
 def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"no bundle in .*manifest.json"):
+    with pytest.raises(BundleError, match=r"no usable bundle in .*manifest.json"):
         Bundle.load(tmp_path)
 
 
@@ -164,7 +196,7 @@ def test_a_file_name_that_leaves_the_bundles_folders_is_refused(folder: Path, na
     rewrite(
         folder, files=[{"path": name, "num_bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}]
     )
-    with pytest.raises(BundleError, match="is no manifest"):
+    with pytest.raises(BundleError, match="is not usable"):
         Bundle.load(folder)
 
 
@@ -193,5 +225,5 @@ def test_an_unknown_field_is_refused(folder: Path) -> None:
 )
 def test_a_file_that_is_no_manifest_is_refused(folder: Path, payload: bytes) -> None:
     (folder / MANIFEST_FILE).write_bytes(payload)
-    with pytest.raises(BundleError, match="is no manifest of schema"):
+    with pytest.raises(BundleError, match=r"make one of schema 4|is not in UTF-8"):
         Bundle.load(folder)

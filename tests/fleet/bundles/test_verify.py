@@ -113,7 +113,7 @@ def test_an_altered_byte_is_found(name: str, folder: Path) -> None:
 
 
 def test_a_folder_without_a_manifest_is_one_finding(tmp_path: Path) -> None:
-    assert findings(tmp_path).startswith("no bundle in")
+    assert findings(tmp_path).startswith("no usable bundle in")
     result = fleet("bundle", "verify", tmp_path)
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1
@@ -228,7 +228,7 @@ def test_a_key_of_another_kind_is_refused_in_one_line(folder: Path, tmp_path: Pa
             sign_bundle(folder, private)
         with pytest.raises(ConfigError, match="expected a public key or certificate"):
             verify_bundle(folder, public)
-    with pytest.raises(ConfigError, match="cannot read the key"):
+    with pytest.raises(ConfigError, match="cannot read"):
         verify_bundle(folder, tmp_path / "nowhere.pem")
     assert not (folder / SIGNATURE_FILE).exists()
 
@@ -243,8 +243,8 @@ def test_an_altered_bundle_is_not_signed(folder: Path, tmp_path: Path) -> None:
 
 def test_loading_ignores_the_signature_and_wants_the_schema(folder: Path) -> None:
     (folder / SIGNATURE_FILE).write_bytes(b"whatever")
-    assert Bundle.load(folder).manifest.schema_version == 3
+    assert Bundle.load(folder).manifest.schema_version == 4
     path = folder / MANIFEST_FILE
-    path.write_bytes(path.read_bytes().replace(b'"schema_version": 3', b'"schema_version": 1'))
-    with pytest.raises(BundleError, match="expected schema 3, got 1"):
+    path.write_bytes(path.read_bytes().replace(b'"schema_version": 4', b'"schema_version": 1'))
+    with pytest.raises(BundleError, match="expected schema 4, got 1"):
         Bundle.load(folder)
