@@ -6,6 +6,8 @@ JOBS ?= 3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 DOCS := .venv/.docs
+# Some images set this; hundreds of processes would then compile the same modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench docs clean

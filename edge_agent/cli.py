@@ -24,6 +24,7 @@ from fleet.utils.command_group import CommandGroup
 from fleet.utils.host_address import host_port
 from fleet.utils.optional_imports import needs
 from fleet.utils.paths import absolute_path
+from fleet.utils.printable import print_line
 from fleet.utils.service_manager import READY, Watchdog, notify
 from fleet.utils.systemd_unit import service_user, write_units
 from fleet.utils.text_files import decode_text
@@ -51,7 +52,9 @@ def run_agent(
     bundle: Annotated[
         Path | None, typer.Option(help="Model bundle; default: the identity's bundle.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of ONNX Runtime.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Threads of ONNX Runtime.")
+    ] = None,
 ) -> None:
     """Serve prompts until stopped."""
     with needs("edge"):
@@ -115,7 +118,7 @@ def systemd_command(
     identity = absolute_path(folder)
     unit = device_unit(identity, service_user(identity, user))
     write_units(out, {DEVICE_SERVICE: unit})
-    print(
+    print_line(
         f"wrote {out / DEVICE_SERVICE}; "
         f"next: systemctl daemon-reload && systemctl enable --now {DEVICE_SERVICE}"
     )
@@ -149,9 +152,11 @@ def join_command(
     if as_json:
         _print_joined(identity.config, out, bundle_id)
     elif identity.config.role is Role.DEVICE:
-        print(f"{identity.name} has joined; start it with: {_run_line(out)}")
+        print_line(f"{identity.name} has joined; start it with: {_run_line(out)}")
     else:
-        print(f"{identity.name} has joined as {identity.config.role}; its identity is in {out}")
+        print_line(
+            f"{identity.name} has joined as {identity.config.role}; its identity is in {out}"
+        )
 
 
 @app.command("renew")
@@ -167,7 +172,7 @@ def renew_command(
 
     identity = Identity.load(folder)
     is_renewed = renew_if_due(identity, at_once=at_once)
-    print(f"{identity.name} is renewed" if is_renewed else f"{identity.name} is not due yet")
+    print_line(f"{identity.name} is renewed" if is_renewed else f"{identity.name} is not due yet")
 
 
 @app.command("address")
@@ -187,7 +192,7 @@ def address_command(
     config = identity.config
     service = f", service at {config.server}" if config.server else ""
     broker = host_port(config.host, config.port)
-    print(f"{identity.name} connects to the broker on {broker}{service}")
+    print_line(f"{identity.name} connects to the broker on {broker}{service}")
 
 
 def _run_line(folder: Path) -> str:

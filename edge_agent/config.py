@@ -8,7 +8,6 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
 
-from fleet.errors import ConfigError
 from fleet.protocol.desired_config import Settings, UploadDtype
 from fleet.protocol.messages import MAX_DRAFT
 from fleet.protocol.modes import Mode
@@ -75,9 +74,6 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         path = folder / CONFIG_FILE
         if not os.path.lexists(path):  # a link that leads nowhere is an error
             return cls()
-        try:
-            config: AgentConfig = decode_json(path.read_bytes(), str(path), cls)
-        except ConfigError as error:
-            known = ", ".join(cls.__struct_fields__)
-            raise ConfigError(f"{error}; known settings are {known}") from None
+        known = f"known settings are {', '.join(cls.__struct_fields__)}"
+        config: AgentConfig = decode_json(path.read_bytes(), str(path), cls, known)
         return config

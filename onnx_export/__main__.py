@@ -41,10 +41,13 @@ def export_command(
         typer.Option(help="'shared': exits share the model's final norm on purpose (LayerSkip)."),
     ] = None,
     split: Annotated[
-        int | None, typer.Option(help="Layers on the edge; must be the last exit.")
+        int | None, typer.Option(min=1, max=1000, help="Layers on the edge; must be the last exit.")
     ] = None,
     upload_layer: Annotated[
-        int | None, typer.Option(help="Exit whose hidden states are uploaded, by default the last.")
+        int | None,
+        typer.Option(
+            min=1, max=1000, help="Exit whose hidden states are uploaded, by default the last."
+        ),
     ] = None,
     quantization: Annotated[
         str, typer.Option(help=f"Quantization of the edge: {', '.join(QUANTIZATIONS)}.")
@@ -57,7 +60,7 @@ def export_command(
         Path | None, typer.Option(help="Calibration file of 'fleet heads calibrate --write'.")
     ] = None,
     max_positions: Annotated[
-        int, typer.Option(help="Maximum length of a session, in tokens.")
+        int, typer.Option(min=8, max=1 << 20, help="Maximum length of a session, in tokens.")
     ] = ExportConfig.max_positions,
 ) -> None:
     """Export MODEL as a bundle for devices and cloud workers."""

@@ -10,6 +10,7 @@ from typing import Final, Literal, get_args
 from fleet.errors import ConfigError, ExportError, MissingExtraError
 from fleet.exits.exit_policy import check_threshold
 from fleet.utils.cli_runtime import check_free
+from fleet.utils.optional_imports import check_current_folder
 
 Quantization = Literal["fp32", "int8", "balanced", "int4"]
 QUANTIZATIONS: Final[tuple[str, ...]] = get_args(Quantization)
@@ -140,7 +141,13 @@ def format_layers(layers: tuple[int, ...]) -> str:
 
 
 def require_packages() -> None:
-    """Raise MissingExtraError with the names of required packages that are not installed."""
+    """Check that the packages of an export are installed and can be imported.
+
+    Raises:
+        ConfigError: the current folder no longer exists.
+        MissingExtraError: packages are missing; the message has all their names.
+    """
+    check_current_folder("export")
     missing = [name for name in EXTRA_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingExtraError(

@@ -26,6 +26,7 @@ from fleet.protocol.access import Role
 from fleet.protocol.topics import check_name
 from fleet.registry.results import IssuedCertificate
 from fleet.utils.atomic_files import write_file
+from fleet.utils.text_files import describe_read_error
 from provisioning.certificate import Certificate, issued_certificate
 from provisioning.crl import CRL_DAYS, CrlEntry, sign_crl
 
@@ -122,10 +123,8 @@ class CertificateAuthority:
             certificate = x509.load_pem_x509_certificate((folder / CA_FILE).read_bytes())
             private_key = _load_key(folder / CA_KEY_FILE, passphrase)
         except OSError as error:
-            raise IdentityError(
-                f"no certificate authority in {folder}: cannot read "
-                f"{Path(error.filename).name} ({error.strerror}); 'fleet up' makes one"
-            ) from None
+            reason = describe_read_error(Path(error.filename), error, "'fleet up' makes one")
+            raise IdentityError(f"no usable certificate authority in {folder}: {reason}") from None
         except (ValueError, TypeError) as error:
             raise IdentityError(
                 f"the certificate authority in {folder} does not load: {error}"

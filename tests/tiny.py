@@ -54,9 +54,16 @@ def round_to_grid(weight: Tensor) -> None:
 
 
 def make_tiny_checkpoint(
-    folder: Path, seed: int = 0, model_type: str = "llama", **overrides: Any
+    folder: Path,
+    seed: int = 0,
+    model_type: str = "llama",
+    end_scale: float = 0.0,
+    **overrides: Any,
 ) -> Path:
-    """Random model in `folder`: 4 layers, hidden 64, 4 query and 2 key-value heads, 384 ids."""
+    """Random model in `folder`: 4 layers, hidden 64, 4 query and 2 key-value heads, 384 ids.
+
+    `end_scale`: deviation of the end token's row in the LM head. At 0 hardly any text ends.
+    """
     sizes = {
         "num_hidden_layers": 4,
         "hidden_size": 64,
@@ -83,6 +90,9 @@ def make_tiny_checkpoint(
         for name, parameter in model.named_parameters():
             if name.endswith(("norm.weight", "bias")):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        if end_scale:
+            row = model.lm_head.weight[model.config.eos_token_id]
+            row.copy_(torch.randn_like(row) * end_scale)
     model.save_pretrained(folder)
     make_tiny_tokenizer().save_pretrained(folder)
     return folder

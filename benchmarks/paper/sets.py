@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -11,6 +10,9 @@ from typing import Final, NamedTuple
 from benchmarks.paper.tasks import TASKS, Row
 from benchmarks.paper.tasks import Sample as Sample
 from fleet.errors import ConfigError, MissingExtraError
+from fleet.utils.json_text import parse_unique_json
+from fleet.utils.text_files import read_text
+from fleet.utils.validation import JSON_ERRORS
 
 HUB_TIMEOUT_S: Final = 5.0
 
@@ -112,16 +114,14 @@ def _rows(name: str, source: Path | None) -> tuple[Sequence[Row], Callable[[int]
 def _file_rows(path: Path) -> list[tuple[int, Row]]:
     """Return (number of the line, row) of a file of JSON lines."""
     rows = []
-    try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path, "expected JSON lines").split("\n"), 1):
+        try:
             if line.strip():
-                rows.append((number, json.loads(line)))
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{path}, line {number}: expected a JSON object, got something else ({error.msg})"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}; expected JSON lines in UTF-8") from None
+                rows.append((number, parse_unique_json(line)))
+        except JSON_ERRORS as error:
+            raise ConfigError(
+                f"{path}, line {number}: expected a JSON object, got something else ({error})"
+            ) from None
     return rows
 
 

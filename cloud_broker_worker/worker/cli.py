@@ -9,7 +9,13 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from cloud_broker_worker.worker.config import WorkerConfig, check_weight_format
+from cloud_broker_worker.worker.config import (
+    MAX_DRAIN_S,
+    MAX_KV_BUDGET_MB,
+    MAX_THREADS,
+    WorkerConfig,
+    check_weight_format,
+)
 from fleet.bundles.manifest import Bundle
 from fleet.errors import ConfigError
 from fleet.identity.identity import Identity
@@ -42,16 +48,20 @@ def run_worker(
     bundle: Annotated[
         Path | None, typer.Option(help="Model bundle; default: the identity's bundle.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Number of PyTorch threads.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="Number of PyTorch threads.")
+    ] = None,
     weights: Annotated[
         str | None, typer.Option(help="Weights: float32, int8 or int4; fewer bits need less time.")
     ] = None,
     kv_budget_mb: Annotated[
-        int | None, typer.Option(min=1, help="Memory for KV caches, in MB.")
+        int | None, typer.Option(min=1, max=MAX_KV_BUDGET_MB, help="Memory for KV caches, in MB.")
     ] = None,
     drain_timeout: Annotated[
         float | None,
-        typer.Option(min=0, help="Seconds to wait for sessions to end after a stop signal."),
+        typer.Option(
+            min=0, max=MAX_DRAIN_S, help="Seconds to wait for sessions to end after a stop signal."
+        ),
     ] = None,
     metrics_port: Annotated[
         int | None,

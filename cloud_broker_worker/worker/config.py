@@ -12,6 +12,9 @@ from fleet.errors import ConfigError
 Weights = Literal["float32", "int8", "int4"]
 
 MIN_AGREEMENT: Final = 0.995
+MAX_THREADS: Final = 1024
+MAX_KV_BUDGET_MB: Final = 1 << 24
+MAX_DRAIN_S: Final = 86_400
 
 
 class WeightsMeasurement(NamedTuple):
@@ -48,10 +51,10 @@ def check_weight_format(weights: str) -> None:
 class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The settings that an operator may change on a worker."""
 
-    num_threads: Annotated[int, Meta(ge=1, le=1024)] = min(8, os.cpu_count() or 1)
+    num_threads: Annotated[int, Meta(ge=1, le=MAX_THREADS)] = min(8, os.cpu_count() or 1)
     # Of the upper layers; int8 and int4 give slightly different logits in less time.
     weights: Weights = "float32"
-    kv_budget_bytes: Annotated[int, Meta(ge=1)] = 1 << 30
+    kv_budget_bytes: Annotated[int, Meta(ge=1, le=MAX_KV_BUDGET_MB * 1_000_000)] = 1 << 30
     max_batch_positions: Annotated[int, Meta(ge=1)] = 512
     # Of long prefills in one step while several devices are served, so that a request that comes
     # meanwhile is soon served.
@@ -70,4 +73,4 @@ class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     retry_after_ms: Annotated[int, Meta(ge=0)] = 1000
     # The broker gives each `open` to one of the workers. Otherwise all receive it.
     shared_opens: bool = False
-    drain_timeout_s: Annotated[float, Meta(ge=0)] = 30.0
+    drain_timeout_s: Annotated[float, Meta(ge=0, le=MAX_DRAIN_S)] = 30.0

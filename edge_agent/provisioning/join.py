@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import ssl
 import time
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from urllib3.exceptions import InsecureRequestWarning
+from urllib3.util import parse_url
 
 from edge_agent.state.bundle_slots import Slots, SlotStore
 from edge_agent.state.desired_state import save_desired
@@ -38,6 +40,7 @@ from fleet.utils.atomic_files import create_file, move_aside, write_file
 from fleet.utils.printable import command_line
 
 JOIN_S: Final = 120.0
+PROBE_S: Final = 2.0
 JOINING_KEY_FILE: Final = "joining-key.pem"
 """The key of a pending request to repair a folder. The folder keeps its old key until the reply."""
 
@@ -154,7 +157,43 @@ def _fetch_unverified_ca(server: str, timeout_s: float) -> bytes:
     unverified.verify_mode = ssl.CERT_NONE
     with ServiceClient(server, unverified) as service, warnings.catch_warnings():
         warnings.simplefilter("ignore", InsecureRequestWarning)  # the caller verifies the hash
-        return retry_while_away(service.ca, timeout_s=timeout_s, on_wait=log_wait)
+
+        def fetch() -> bytes:
+            try:
+                return service.ca()
+            except ServiceError:
+                if _requires_certificate(server, unverified):
+                    raise _broker_port(server) from None
+                raise
+
+        return retry_while_away(fetch, timeout_s=timeout_s, on_wait=log_wait)
+
+
+def _requires_certificate(server: str, context: ssl.SSLContext) -> bool:
+    """Whether a server refuses clients without a certificate, as brokers do.
+
+    The refusal comes after the handshake. It is lost when data was sent meanwhile.
+    """
+    url = parse_url(server)
+    address = (str(url.host).strip("[]"), url.port or 443)
+    try:
+        with (
+            socket.create_connection(address, PROBE_S) as connection,
+            context.wrap_socket(connection) as encrypted,
+        ):
+            encrypted.recv(1)
+    except ssl.SSLError as error:
+        return "CERTIFICATE_REQUIRED" in (error.reason or "")
+    except OSError:
+        return False
+    return False
+
+
+def _broker_port(server: str) -> ServiceError:
+    return ServiceError(
+        f"{server} demands a client's certificate, as a fleet's broker does: this is probably the "
+        "broker's port; give the port of the service, as 'fleet enroll' prints it with the token"
+    )
 
 
 def trusting_only(ca: bytes) -> ssl.SSLContext:

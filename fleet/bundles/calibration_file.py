@@ -15,7 +15,7 @@ from fleet.bundles.signature import SIGNATURE_FILE
 from fleet.errors import BundleError, ConfigError
 from fleet.exits.calibration import Calibration
 from fleet.utils.cli_runtime import check_free
-from fleet.utils.validation import JSON_ERRORS
+from fleet.utils.text_files import read_json
 
 
 class KeptCalibration(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -59,13 +59,10 @@ def read_calibration(path: Path) -> KeptCalibration:
     Raises:
         ConfigError: the file is missing or has another content.
     """
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=KeptCalibration)
-    except (OSError, *JSON_ERRORS) as error:
-        raise ConfigError(
-            f"cannot read the calibration {path}: {error}; "
-            "make one with 'fleet heads calibrate --write'"
-        ) from None
+    kept: KeptCalibration = read_json(
+        path, KeptCalibration, "make a calibration with 'fleet heads calibrate --write'"
+    )
+    return kept
 
 
 def find_calibration(

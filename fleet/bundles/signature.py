@@ -16,9 +16,11 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from fleet.bundles.manifest import MANIFEST_FILE
 from fleet.errors import BundleError, ConfigError
+from fleet.utils.text_files import read_bytes
 
 SIGNATURE_FILE: Final = "manifest.sig"
 CURVE: Final = "secp256r1"  # P-256
+GIVE_KEY: Final = "give --key the path of a PEM file"
 ALGORITHM: Final = ec.ECDSA(hashes.SHA256())
 
 
@@ -29,7 +31,7 @@ def sign_bundle(folder: Path, key: Path) -> None:
         ConfigError: the file holds no unencrypted P-256 private key.
     """
     try:
-        private_key = serialization.load_pem_private_key(_read_key(key), password=None)
+        private_key = serialization.load_pem_private_key(read_bytes(key, GIVE_KEY), password=None)
     except (ValueError, TypeError) as error:
         raise _wrong_key(key, "an unencrypted private key") from error
     if not isinstance(private_key, PrivateKey) or private_key.curve.name != CURVE:
@@ -97,7 +99,7 @@ def _load_public_keys(path: Path) -> list[ec.EllipticCurvePublicKey]:
     Raises:
         ConfigError: the file holds neither.
     """
-    data = _read_key(path)
+    data = read_bytes(path, GIVE_KEY)
     try:
         if b"BEGIN CERTIFICATE" in data:
             keys = [each.public_key() for each in x509.load_pem_x509_certificates(data)]
@@ -113,16 +115,6 @@ def _load_public_keys(path: Path) -> list[ec.EllipticCurvePublicKey]:
     if len(p256_keys) < len(keys):
         raise _wrong_key(path, "a public key or certificate")
     return p256_keys
-
-
-def _read_key(path: Path) -> bytes:
-    """Read a key file; raise ConfigError if that fails."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read the key {path}: {error.strerror}; give --key the path of a PEM file"
-        ) from None
 
 
 def _wrong_key(path: Path, kind: str) -> ConfigError:

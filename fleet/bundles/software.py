@@ -24,7 +24,7 @@ from fleet.bundles.signature import is_signed
 from fleet.errors import ConfigError, SoftwareError
 from fleet.protocol.types import SoftwareVersion
 from fleet.utils.atomic_files import write_file
-from fleet.utils.validation import JSON_ERRORS
+from fleet.utils.text_files import read_json
 
 DISTRIBUTION: Final = "cecollm-fleet"
 PURE_TAG: Final = "py3-none-any"
@@ -111,12 +111,11 @@ def read_software(folder: Path) -> SoftwareManifest:
         SoftwareError: the manifest is missing or not usable.
     """
     try:
-        data = (folder / MANIFEST_FILE).read_bytes()
-        manifest = msgspec.json.decode(data, type=SoftwareManifest)
-    except (OSError, *JSON_ERRORS) as error:
-        raise SoftwareError(
-            f"no software in {folder}: {error}; add it with 'fleet update add WHEEL'"
-        ) from None
+        manifest: SoftwareManifest = read_json(
+            folder / MANIFEST_FILE, SoftwareManifest, "add it with 'fleet update add WHEEL'"
+        )
+    except ConfigError as error:
+        raise SoftwareError(f"no usable software in {folder}: {error}") from None
     if manifest.software_schema != SOFTWARE_SCHEMA:
         raise SoftwareError(
             f"{folder / MANIFEST_FILE}: expected schema {SOFTWARE_SCHEMA}, "

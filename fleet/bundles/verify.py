@@ -14,7 +14,8 @@ from msgspec import Struct
 from fleet.bundles.manifest import MANIFEST_FILE, Bundle, Manifest, check_file, read_manifest
 from fleet.bundles.signature import SIGNATURE_FILE, check_signature
 from fleet.bundles.token_tables import EMBEDDING, load_tables
-from fleet.errors import BundleError
+from fleet.errors import BundleError, ConfigError
+from fleet.utils.text_files import read_json
 from fleet.utils.validation import JSON_ERRORS
 
 REQUIRED: Final = (
@@ -228,9 +229,11 @@ def _check_cloud(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Yield the cloud partition's values and tensor shapes that contradict the manifest."""
     info = manifest.model
     try:
-        config = msgspec.json.decode((folder / "cloud/config.json").read_bytes(), type=CloudConfig)
+        config: CloudConfig = read_json(
+            folder / "cloud/config.json", CloudConfig, "export the bundle again"
+        )
         shapes = _read_shapes(folder / "cloud/model.safetensors")
-    except (*JSON_ERRORS, ValueError, struct.error) as error:
+    except (ConfigError, *JSON_ERRORS, ValueError, struct.error) as error:
         yield f"the cloud partition cannot be read: {error}"
         return
     num_layers = info.num_layers - manifest.upload_layer

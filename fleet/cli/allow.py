@@ -10,6 +10,7 @@ from fleet.cli.options import HomeOption, JsonOption, print_json
 from fleet.errors import ConfigError
 from fleet.identity.enrolment import format_tags, parse_tags
 from fleet.server.home import FleetHome
+from fleet.utils.printable import print_line
 
 AppArgument = Annotated[str, typer.Argument(metavar="APP", help="An app or a sensor.")]
 TargetsArgument = Annotated[
@@ -60,13 +61,16 @@ def tag_device(
     if not tags and not remove:
         raise ConfigError("nothing to do: give tags like floor=1, or --remove floor")
     new_tags = parse_tags(tags or ())
+    both = ", ".join(key for key in new_tags if key in (remove or ()))
+    if both:
+        raise ConfigError(f"{both} is to be set and to be removed; give each tag once")
     with FleetHome.load(folder).registry() as registry:
         registry.identities.tag(device, new_tags, remove or ())
         row = registry.stats.device(device)
     if as_json:
         print_json({"device": device, "tags": row.tags})
     else:
-        print(f"{device} has {', '.join(format_tags(row.tags)) or 'no tags'}")
+        print_line(f"{device} has {', '.join(format_tags(row.tags)) or 'no tags'}")
 
 
 def _print_targets(home: FleetHome, app: str, *, as_json: bool) -> None:
@@ -75,4 +79,4 @@ def _print_targets(home: FleetHome, app: str, *, as_json: bool) -> None:
     if as_json:
         print_json({"app": app, "targets": row.targets})
     else:
-        print(f"{app} may prompt {', '.join(row.targets) or 'no device'}")
+        print_line(f"{app} may prompt {', '.join(row.targets) or 'no device'}")

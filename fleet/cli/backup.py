@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from fleet.cli.options import HomeOption
+from fleet.cli.options import MAX_ROWS, HomeOption
 from fleet.errors import ConfigError
 from fleet.registry.results import bundle_label
 from fleet.server.backup import back_up, remove_old_backups, restore_backup
 from fleet.server.home import FleetHome
+from fleet.utils.printable import print_line
 
 FileArgument = Annotated[
     Path, typer.Argument(metavar="FILE", help="New file, or a folder that gets a new file.")
@@ -20,7 +21,11 @@ BackupArgument = Annotated[Path, typer.Argument(metavar="FILE", help="File of 'f
 BundlesOption = Annotated[bool, typer.Option("--bundles", help="Include the models' bundles.")]
 KeepOption = Annotated[
     int | None,
-    typer.Option(min=1, help="With a folder: number of backups to keep; older ones are removed."),
+    typer.Option(
+        min=1,
+        max=MAX_ROWS,
+        help="With a folder: number of backups to keep; older ones are removed.",
+    ),
 ]
 NewRegistryOption = Annotated[
     str | None, typer.Option(help="URL of an empty PostgreSQL database (default: the old one's).")
@@ -37,10 +42,10 @@ def backup(
     if keep and not file.is_dir():
         raise ConfigError(f"{file} is not a folder; leave out --keep, or name a folder of backups")
     path = back_up(FleetHome.load(folder), file, bundles=bundles)
-    print(f"wrote {path} with the authority's key; protect it like the fleet's folder")
+    print_line(f"wrote {path} with the authority's key; protect it like the fleet's folder")
     if keep:
         for old in remove_old_backups(file, keep):
-            print(f"removed {old}")
+            print_line(f"removed {old}")
 
 
 def restore_fleet(
@@ -51,7 +56,9 @@ def restore_fleet(
     with home.registry() as opened:
         num_identities = len(opened.identities.all())
         bundles = opened.rollouts.bundles()
-    print(f"restored {num_identities} identities into {home.folder}; next: {_next_command(home)}")
+    print_line(
+        f"restored {num_identities} identities into {home.folder}; next: {_next_command(home)}"
+    )
     missing = [row for row in bundles if home.bundle_folder(row.bundle_id) is None]
     if missing:
         labels = ", ".join(bundle_label(row.bundle_id, row.name) for row in missing)

@@ -19,6 +19,7 @@ from fleet.server.home import FleetHome
 from fleet.server.mosquitto import write_mosquitto
 from fleet.utils.command_group import CommandGroup
 from fleet.utils.paths import absolute_path
+from fleet.utils.printable import print_line
 
 FORMATS: Final = ("mosquitto", "emqx", "json")
 
@@ -54,7 +55,7 @@ def config(
     home = FleetHome.load(folder)
     with home.registry() as registry:
         path = write_mosquitto(home, registry, absolute_path(out), host, port)
-    print(
+    print_line(
         f"wrote {path} with rights, revocation list and certificates; "
         f"next: {shlex.join(['mosquitto', '-c', str(path)])}, see README there"
     )

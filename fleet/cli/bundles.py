@@ -9,19 +9,19 @@ from typing import Annotated, Final
 
 import typer
 from msgspec.structs import asdict
-from rich.table import Table
 
 from fleet.bundles.manifest import Bundle
 from fleet.bundles.signature import SIGNATURE_FILE, sign_bundle
 from fleet.bundles.store import bundle_bytes
 from fleet.bundles.verify import Verdict, verify_bundle
 from fleet.cli.console import new_console, outside_text
+from fleet.cli.fitted_table import FittedTable
 from fleet.cli.options import HomeOption, JsonOption, format_time, print_json
 from fleet.errors import BundleError, ConfigError
 from fleet.registry.results import BundleRow
 from fleet.server.home import FleetHome
 from fleet.utils.command_group import CommandGroup
-from fleet.utils.printable import count, printable
+from fleet.utils.printable import count, print_line, printable_line
 
 MB: Final = 1_000_000
 
@@ -67,11 +67,11 @@ def verify(
 
 def _print_verdict(source: Path, verdict: Verdict) -> None:
     for finding in verdict.findings:
-        typer.echo(f"fleet: {printable(finding)}", err=True)
+        typer.echo(f"fleet: {printable_line(finding)}", err=True)
     for note in verdict.notes:
-        print(printable(note))
+        print_line(note)
     state = "good" if verdict.ok else f"not good: {count(len(verdict.findings), 'finding')}"
-    print(f"bundle {verdict.bundle_id or source} is {state}; signature: {verdict.signature}")
+    print_line(f"bundle {verdict.bundle_id or source} is {state}; signature: {verdict.signature}")
 
 
 @app.command()
@@ -84,7 +84,7 @@ def sign(source: BundleArgument, key: PrivateKeyOption) -> None:
         raise ConfigError(
             f"cannot write {source / SIGNATURE_FILE}: {error.strerror}; choose a folder of yours"
         ) from None
-    print(f"signed bundle {bundle_id}: {source / SIGNATURE_FILE}")
+    print_line(f"signed bundle {bundle_id}: {source / SIGNATURE_FILE}")
 
 
 @app.command()
@@ -109,7 +109,9 @@ def add(
     if as_json:
         print_json({"bundle_id": bundle_id, "name": name, "folder": str(copy)})
     else:
-        print(f"bundle {bundle_id} is in {copy}; next: fleet bundle rollout {name or bundle_id}")
+        print_line(
+            f"bundle {bundle_id} is in {copy}; next: fleet bundle rollout {name or bundle_id}"
+        )
 
 
 def _keep(home: FleetHome, source: Path, bundle_id: str, name: str | None) -> str:
@@ -136,7 +138,7 @@ def rename(
     if as_json:
         print_json({"bundle_id": bundle_id, "name": name})
     else:
-        print(f"bundle {bundle_id} is named {name}")
+        print_line(f"bundle {bundle_id} is named {name}")
 
 
 @app.command()
@@ -151,7 +153,7 @@ def remove(
     if as_json:
         print_json({"bundle_id": bundle_id, "freed_bytes": freed_bytes})
     else:
-        print(f"bundle {bundle_id} is removed; {freed_bytes / MB:,.1f} MB are free")
+        print_line(f"bundle {bundle_id} is removed; {freed_bytes / MB:,.1f} MB are free")
 
 
 @app.command("list")
@@ -178,9 +180,9 @@ def _stored(home: FleetHome, row: BundleRow) -> StoredBundle:
     return StoredBundle(**asdict(row), disk_bytes=bundle_bytes(home.bundles, row.bundle_id))
 
 
-def bundles_table(rows: Sequence[StoredBundle]) -> Table:
+def bundles_table(rows: Sequence[StoredBundle]) -> FittedTable:
     """The registry's bundles as a table of at most 80 columns."""
-    table = Table(title="bundles", title_justify="left", show_lines=True)
+    table = FittedTable(title="bundles", title_justify="left", show_lines=True)
     table.add_column("bundle", min_width=32, overflow="fold")
     table.add_column("MB", justify="right")
     table.add_column("devices")

@@ -31,6 +31,7 @@ from fleet.server.home import FleetHome
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
 from fleet.utils.printable import count
+from fleet.utils.text import is_blank
 
 HINT: Final = "/help lists the commands. Ctrl-C stops an answer, Ctrl-D ends the conversation."
 HELP: Final = """\
@@ -116,7 +117,7 @@ class Conversation:
     def handle(self, line: str) -> None:
         """Send a line to the device, or run its command."""
         command, _, argument = line.partition(" ")
-        if not line:
+        if is_blank(line):
             return
         if not line.startswith("/"):
             self._send(line)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,8 +26,7 @@ from fleet.utils.command_group import CommandGroup
 from fleet.utils.optional_imports import needs
 from fleet.utils.paths import absolute_path
 from fleet.utils.printable import count
-from fleet.utils.text_files import read_text
-from fleet.utils.validation import JSON_ERRORS
+from fleet.utils.text_files import decode_json, read_json
 
 if TYPE_CHECKING:
     from fleet.registry.settings import Target
@@ -192,24 +193,21 @@ def _parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:
 
 def _parse_pair(pair: str) -> tuple[str, Any]:
     key, _, text = pair.partition("=")
-    return key, _read_json(pair, text[1:]) if text.startswith("@") else _parse_json(text)
+    if text.startswith("@"):
+        return key, read_json(absolute_path(Path(text[1:])), Any, "give a file of JSON")
+    return key, _parse_value(key, text)
 
 
-def _parse_json(text: str) -> Any:
-    if text.lower().lstrip("+-") in ("nan", "inf", "infinity"):
-        raise ConfigError(f"{text} is not finite; expected a number such as 0.9")
+def _parse_value(key: str, text: str) -> Any:
+    with suppress(ValueError):
+        if not math.isfinite(float(text)):
+            raise ConfigError(f"{text} is not finite; expected a number such as 0.9")
+    if text.startswith(("[", "{")):
+        return decode_json(text.encode(), key)
     try:
         return msgspec.json.decode(text)
-    except JSON_ERRORS:
+    except msgspec.DecodeError:
         return text  # a string without quotation marks
-
-
-def _read_json(pair: str, path: str) -> Any:
-    text = read_text(absolute_path(Path(path)), "give a file of JSON")
-    try:
-        return msgspec.json.decode(text)
-    except JSON_ERRORS as error:
-        raise ConfigError(f"{pair}: expected a file of JSON: {error}") from None
 
 
 def _change(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import IO
+from typing import IO, Final
 
 from rich.console import Console
 from rich.text import Text
 
 from fleet.utils.printable import printable
+
+MIN_COLUMNS: Final = 20  # a narrower terminal breaks the lines by itself
 
 
 def new_console(
@@ -21,7 +23,7 @@ def new_console(
 
     `is_terminal` None looks at the file.
     """
-    return Console(
+    console = Console(
         stderr=stderr,
         file=file,
         width=width,
@@ -31,6 +33,9 @@ def new_console(
         emoji=False,
         highlight=False,
     )
+    if console.width < MIN_COLUMNS:
+        console.width = MIN_COLUMNS
+    return console
 
 
 def outside_text(text: str, style: str = "") -> Text:

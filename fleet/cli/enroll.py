@@ -26,6 +26,7 @@ from fleet.registry.identities.lifecycle import LIMITED_BY_CERTIFICATE
 from fleet.registry.results import NewToken
 from fleet.server.home import FleetHome, check_own_names
 from fleet.utils.paths import absolute_path
+from fleet.utils.printable import printable_line
 
 if TYPE_CHECKING:
     from fleet.registry.store import Registry
@@ -120,7 +121,8 @@ class IssuedFolder(Struct, frozen=True):
         next_step = "use ca.pem, cert.pem and key.pem"
         if self.role == Role.DEVICE:
             next_step = shlex.join(["edge-agent", "run", self.folder])
-        return f"enrolled {self.role} {self.name} in {self.folder}; next: {next_step}"
+        line = f"enrolled {self.role} {self.name} in {self.folder}; next: {next_step}"
+        return printable_line(line)
 
 
 def enroll_identities(

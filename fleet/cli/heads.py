@@ -18,7 +18,7 @@ from fleet import __version__
 from fleet.bundles.calibration_file import keep_calibration, write_calibrated
 from fleet.bundles.manifest import Bundle, Manifest, hash_file
 from fleet.cli.console import new_console
-from fleet.cli.options import BundleOption, JsonOption, PlotOption
+from fleet.cli.options import MAX_NEW_TOKENS, MAX_ROWS, BundleOption, JsonOption, PlotOption
 from fleet.cli.progress import progress_bar
 from fleet.cli.training import profile, train, write_drawn_prompts
 from fleet.cli.views import numbers_table
@@ -60,9 +60,14 @@ PromptsOption = Annotated[
     list[Path] | None, typer.Option(help="File of prompts, .jsonl or text; repeatable.")
 ]
 TokensOption = Annotated[
-    int, typer.Option("--max-new-tokens", min=1, help="Maximum length of an answer.")
+    int,
+    typer.Option(
+        "--max-new-tokens", min=1, max=MAX_NEW_TOKENS, help="Maximum length of an answer."
+    ),
 ]
-LimitOption = Annotated[int | None, typer.Option(help="Maximum number of prompts.")]
+LimitOption = Annotated[
+    int | None, typer.Option(min=1, max=MAX_ROWS, help="Maximum number of prompts.")
+]
 RecordsOption = Annotated[
     Path | None,
     typer.Option(help="Keep the recording here or read it from here (default: user's cache)."),

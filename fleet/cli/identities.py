@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from fleet.cli.console import new_console
+from fleet.cli.fitted_table import FittedTable
 from fleet.cli.options import GroupOption, HomeOption, JsonOption, format_time, print_json
 from fleet.errors import ConfigError
 from fleet.identity.enrolment import Enrolment, format_tags, parse_role
 from fleet.registry.results import IdentityRow
 from fleet.server.home import FleetHome
+from fleet.utils.printable import print_line
 
 IdentityArgument = Annotated[
     str, typer.Argument(metavar="NAME", help="An identity; see `fleet identities`.")
@@ -71,7 +72,7 @@ def change_group(
     if as_json:
         print_json({"device": device, "group": row.group})
     else:
-        print(f"{device} is in group {row.group}" if row.group else f"{device} is in no group")
+        print_line(f"{device} is in group {row.group}" if row.group else f"{device} is in no group")
 
 
 def delete_identity(
@@ -83,12 +84,12 @@ def delete_identity(
     if as_json:
         print_json({"name": name, "state": "deleted"})
     else:
-        print(f"{name} is deleted; its name can be enrolled again")
+        print_line(f"{name} is deleted; its name can be enrolled again")
 
 
-def identities_table(rows: Sequence[IdentityRow]) -> Table:
+def identities_table(rows: Sequence[IdentityRow]) -> FittedTable:
     """Identities as a table of at most 80 columns."""
-    table = Table(title="identities", title_justify="left")
+    table = FittedTable(title="identities", title_justify="left")
     for header in ("name", "role", "state", "group and tags", "may prompt", "certificate ends"):
         table.add_column(header, overflow="fold")
     for row in rows:

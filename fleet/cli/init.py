@@ -19,6 +19,7 @@ from fleet.server.fleet_options import FleetOptions, resolve_config
 from fleet.server.home import FleetHome, create_fleet
 from fleet.utils.host_address import host_port
 from fleet.utils.paths import absolute_path
+from fleet.utils.printable import print_line
 
 HostOption = Annotated[str, typer.Option(help="Broker's address for devices and workers.")]
 BundlePathOption = Annotated[
@@ -52,4 +53,6 @@ def init(
     )
     home = create_fleet(folder, resolve_config(folder, options))
     address = host_port(home.config.host, home.config.port)
-    print(f"a fleet in {folder} with its broker on {address}; next: fleet enroll, fleet server")
+    print_line(
+        f"a fleet in {folder} with its broker on {address}; next: fleet enroll, fleet server"
+    )

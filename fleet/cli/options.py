@@ -18,6 +18,7 @@ from fleet.protocol.prompt import ChatMessage, PromptRequest
 from fleet.protocol.types import DAY_S
 from fleet.server.home import DEFAULT_PORT, DEFAULT_SERVICE_PORT, MAX_RETENTION_DAYS
 from fleet.utils.printable import printable_json
+from fleet.utils.text import is_blank
 
 EPOCH_YEAR: Final = 1970
 TO_THE_MINUTE: Final = "%Y-%m-%d %H:%M %Z"
@@ -25,6 +26,9 @@ TO_THE_SECOND: Final = "%Y-%m-%d %H:%M:%S"  # in a column of times in UTC
 MAX_ROWS: Final = 1_000_000
 MAX_TEMPERATURE: Final = 5.0
 MAX_TOP_K: Final = 1000
+MAX_NEW_TOKENS: Final = 100_000
+MAX_SEED: Final = (1 << 63) - 1
+MAX_COUNT: Final = 1_000_000_000
 UNITS_S: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY_S}
 
 PASS_ON: Final = {
@@ -87,7 +91,10 @@ ThresholdOption = Annotated[
     float | None, typer.Option(help="For all exits, 0 to 1; 1 switches the exits off.")
 ]
 TokensOption = Annotated[
-    int | None, typer.Option("--max-new-tokens", min=1, help="Maximum length of the answer.")
+    int | None,
+    typer.Option(
+        "--max-new-tokens", min=1, max=MAX_NEW_TOKENS, help="Maximum length of the answer."
+    ),
 ]
 TemperatureOption = Annotated[float, typer.Option(min=0, max=MAX_TEMPERATURE, help="0 is greedy.")]
 TopPOption = Annotated[
@@ -98,7 +105,8 @@ TopKOption = Annotated[
     typer.Option(min=0, max=MAX_TOP_K, help="Draw from this number of likeliest tokens; 0: all."),
 ]
 SeedOption = Annotated[
-    int | None, typer.Option(min=0, help="Seed of the sampling (default: a new one each time).")
+    int | None,
+    typer.Option(min=0, max=MAX_SEED, help="Seed of the sampling (default: a new one each time)."),
 ]
 
 
@@ -194,7 +202,7 @@ def make_request(
         raise ConfigError(f"temperature {temperature}: expected 0 to {MAX_TEMPERATURE:g}")
     if not 0.0 < top_p <= 1.0:
         raise ConfigError(f"top-p {top_p}: expected a number above 0 and at most 1")
-    if any(not message.content.strip() for message in messages):
+    if any(is_blank(message.content) for message in messages):
         raise ConfigError("the prompt is empty; give some text")
     return PromptRequest(
         messages=messages,

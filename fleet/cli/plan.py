@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from fleet.cli.console import new_console
-from fleet.cli.options import JsonOption, print_json
+from fleet.cli.fitted_table import FittedTable
+from fleet.cli.options import MAX_ROWS, JsonOption, print_json
 from fleet.planning.advice import DeploymentPlan, plan_deployment
 from fleet.planning.cost_model import CLOUD_ONLY, DATA, Expectation, PlanRequest, read_fits
 from fleet.protocol.modes import DEFAULT_AGREEMENT
@@ -26,10 +26,12 @@ CloudStepOption = Annotated[
     float | None, typer.Option(help="Ms per token in the cloud (default: as measured).")
 ]
 PromptTokensOption = Annotated[
-    int | None, typer.Option(min=1, help="Tokens of the prompt (default: as measured).")
+    int | None,
+    typer.Option(min=1, max=MAX_ROWS, help="Tokens of the prompt (default: as measured)."),
 ]
 TokensOption = Annotated[
-    int | None, typer.Option(min=1, help="Tokens of the answer (default: as measured).")
+    int | None,
+    typer.Option(min=1, max=MAX_ROWS, help="Tokens of the answer (default: as measured)."),
 ]
 MinAgreementOption = Annotated[
     float, typer.Option(help="Minimum agreement with the full model; 0 for any.")
@@ -83,8 +85,8 @@ def print_plan(console: Console, plan: DeploymentPlan) -> None:
         )
 
 
-def _expectations_table(plan: DeploymentPlan) -> Table:
-    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+def _expectations_table(plan: DeploymentPlan) -> FittedTable:
+    table = FittedTable(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     has_splits = len({each.exits for each in plan.expectations}) > 1
     table.add_column("mode", no_wrap=True)
     if has_splits:

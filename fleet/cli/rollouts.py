@@ -12,6 +12,8 @@ from rich.text import Text
 from fleet.cli.bundles import BundleIdArgument
 from fleet.cli.console import new_console, outside_text
 from fleet.cli.options import (
+    MAX_COUNT,
+    MAX_ROWS,
     GroupOption,
     HomeOption,
     JsonOption,
@@ -38,18 +40,28 @@ TAKE_WITHIN: Final = format_span(PLAN.take_within_s)
 OFFLINE_AFTER: Final = format_span(PLAN.offline_after_s)
 
 RolloutArgument = Annotated[
-    int | None, typer.Argument(metavar="[ID]", help="The roll-out's id (default: the open one).")
+    int | None,
+    typer.Argument(
+        min=1, max=MAX_COUNT, metavar="[ID]", help="The roll-out's id (default: the open one)."
+    ),
 ]
 UndoneArgument = Annotated[
     int | None,
-    typer.Argument(metavar="[ID]", help="The roll-out's id (default: the open or newest one)."),
+    typer.Argument(
+        min=1,
+        max=MAX_COUNT,
+        metavar="[ID]",
+        help="The roll-out's id (default: the open or newest one).",
+    ),
 ]
 AtOnceOption = Annotated[
     bool,
     typer.Option("--at-once", help="After its end: on all devices at once, without comparison."),
 ]
 LimitOption = Annotated[int, typer.Option(min=1, max=MAX_ROLLOUTS, help="Number of the latest.")]
-CanaryOption = Annotated[int, typer.Option(help="Number of devices of the first stage.")]
+CanaryOption = Annotated[
+    int, typer.Option(min=1, max=MAX_ROWS, help="Number of devices of the first stage.")
+]
 CanaryGroupOption = Annotated[
     str | None, typer.Option(help="Group of the devices of the first stage.")
 ]
@@ -67,7 +79,10 @@ MaxTpotRatioOption = Annotated[
     float, typer.Option(help="Maximum time per token, relative to the previous bundle.")
 ]
 MinAnswersOption = Annotated[
-    int, typer.Option(help="Minimum number of answers before the limits are evaluated.")
+    int,
+    typer.Option(
+        min=1, max=MAX_ROWS, help="Minimum number of answers before the limits are evaluated."
+    ),
 ]
 MaxFailedOption = Annotated[float, typer.Option(help="Maximum share of devices that fail.")]
 AgreementSampleOption = Annotated[

@@ -9,10 +9,10 @@ from typing import Final
 
 import msgspec
 from rich.console import Console, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from fleet.cli.console import outside_text
+from fleet.cli.fitted_table import FittedTable
 from fleet.cli.options import format_time
 from fleet.cli.views import exits_of, source_bar, source_style
 from fleet.identity.enrolment import format_tags
@@ -52,7 +52,7 @@ def stats_table(rows: Sequence[StatsCounts], title: str) -> RenderableType:
     """Rows of statistics, of one kind, as a table."""
     if not rows:
         return f"{title}: none yet"
-    table = Table(title=title, title_justify="left", show_lines=True)
+    table = FittedTable(title=title, title_justify="left", show_lines=True)
     table.add_column(key_name(rows[0]).removesuffix("_id").removesuffix("_at"), overflow="fold")
     table.add_column("token sources")
     table.add_column("p50, p95, bytes", no_wrap=True)
@@ -63,7 +63,7 @@ def stats_table(rows: Sequence[StatsCounts], title: str) -> RenderableType:
 
 def print_devices(console: Console, rows: Sequence[DeviceRow]) -> None:
     """Print devices as a table that fits a terminal; `--json` has every field."""
-    table = Table(title="devices", title_justify="left", show_lines=True)
+    table = FittedTable(title="devices", title_justify="left", show_lines=True)
     for header in ("device", "state", "serves", "configuration", "certificate ends"):
         table.add_column(header, overflow="fold")
     for row in rows:

@@ -11,6 +11,7 @@ from fleet.cli.options import HomeOption
 from fleet.server.fleet_units import BACKUP_SERVICE, UnitOptions, fleet_units, worker_unit
 from fleet.server.home import EMBEDDED, MOSQUITTO, FleetHome
 from fleet.utils.paths import absolute_path
+from fleet.utils.printable import print_line
 from fleet.utils.systemd_unit import service_user, write_units
 
 BACKUPS: Final = Path("/var/lib/cecollm-fleet-backups")
@@ -58,7 +59,7 @@ def systemd(
         units = fleet_units(home, options)
     write_units(out, units)
     enabled = " ".join(name for name in units if name != BACKUP_SERVICE)
-    print(
+    print_line(
         f"wrote {', '.join(units)} into {out}; "
         f"next: systemctl daemon-reload && systemctl enable --now {enabled}"
     )

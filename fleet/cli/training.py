@@ -13,13 +13,21 @@ from typing import Annotated, Any, Final
 import typer
 
 from fleet.cli.console import new_console
-from fleet.cli.options import JsonOption, PlotOption
+from fleet.cli.options import (
+    MAX_COUNT,
+    MAX_NEW_TOKENS,
+    MAX_ROWS,
+    MAX_SEED,
+    JsonOption,
+    PlotOption,
+)
 from fleet.cli.progress import progress_bar, stage_progress
 from fleet.cli.views import numbers_table
 from fleet.exits.profile import ExitOption, pareto_front, profile_exits
 from fleet.exits.records import Records
 from fleet.exits.thresholds import frontier
 from fleet.utils.optional_imports import needs
+from fleet.utils.printable import print_line
 from onnx_export.__main__ import parse_numbers
 from onnx_export.architecture import lm_head_layers
 from onnx_export.checkpoint import cache_folder, model_config
@@ -40,40 +48,58 @@ KindOption = Annotated[
     str, typer.Option(help="Kind of the heads: shared (no training), linear, mlp or block.")
 ]
 IntermediateOption = Annotated[
-    int, typer.Option(min=0, help="Width of an mlp head (0: the hidden size).")
+    int, typer.Option(min=0, max=MAX_ROWS, help="Width of an mlp head (0: the hidden size).")
 ]
 TrainingTokensOption = Annotated[
-    int, typer.Option(help="Number of tokens of the model's own answers to train on.")
+    int,
+    typer.Option(
+        min=1, max=MAX_COUNT, help="Number of tokens of the model's own answers to train on."
+    ),
 ]
-EpochsOption = Annotated[float, typer.Option(help="Passes over these tokens.")]
+EpochsOption = Annotated[float, typer.Option(min=0, max=MAX_ROWS, help="Passes over these tokens.")]
 NewTokensOption = Annotated[
-    int, typer.Option("--max-new-tokens", help="Maximum length of an answer.")
+    int,
+    typer.Option(
+        "--max-new-tokens", min=2, max=MAX_NEW_TOKENS, help="Maximum length of an answer."
+    ),
 ]
 MaxPromptTokensOption = Annotated[
-    int, typer.Option(help="Maximum length of a prompt; longer ones are left out.")
+    int,
+    typer.Option(min=1, max=MAX_ROWS, help="Maximum length of a prompt; longer ones are left out."),
 ]
 BatchOption = Annotated[
-    int, typer.Option(help="Maximum number of conversations that a process generates at once.")
+    int,
+    typer.Option(
+        min=1,
+        max=MAX_ROWS,
+        help="Maximum number of conversations that a process generates at once.",
+    ),
 ]
 ProcessesOption = Annotated[
-    int | None, typer.Option(help="Processes that generate, on a CPU (default: one per core).")
+    int | None,
+    typer.Option(
+        min=1, max=1024, help="Processes that generate, on a CPU (default: one per core)."
+    ),
 ]
-SeedOption = Annotated[int, typer.Option(help="Seed of prompts, sampling and order.")]
+SeedOption = Annotated[
+    int, typer.Option(min=0, max=MAX_SEED, help="Seed of prompts, sampling and order.")
+]
 CacheOption = Annotated[
     Path | None, typer.Option(help="Folder where answers are kept (default: the user's cache).")
 ]
 LayersOption = Annotated[str, typer.Option(help="Layers to examine, or 'all', or 'even'.")]
 TargetAgreementOption = Annotated[
-    float, typer.Option(help="Overall agreement with the full model.")
+    float, typer.Option(min=0, max=1, help="Overall agreement with the full model.")
 ]
 MaxEdgeCostOption = Annotated[
-    float, typer.Option(help="Maximum work for a token, as a share of the full model's.")
+    float,
+    typer.Option(min=0, max=1, help="Maximum work for a token, as a share of the full model's."),
 ]
 MaxExitsOption = Annotated[
     int, typer.Option(min=1, max=3, help="Maximum number of exits in one combination.")
 ]
 PromptsOutOption = Annotated[Path, typer.Option(help="Text file of the prompts, one per line.")]
-CountOption = Annotated[int, typer.Option(min=1, help="Number of prompts.")]
+CountOption = Annotated[int, typer.Option(min=1, max=MAX_ROWS, help="Number of prompts.")]
 
 
 def train(
@@ -117,7 +143,7 @@ def train(
         return
     print_agreement(records)
     export = ["fleet", "export", "--model", model, "--exits", exits, "--heads", str(out)]
-    print(f"heads in {out}; next: {shlex.join(export)} --out DIR")
+    print_line(f"heads in {out}; next: {shlex.join(export)} --out DIR")
 
 
 def profile(
@@ -216,9 +242,9 @@ def print_profile(
     print_options(pareto_front(options), target_agreement)
     limit = f"at most {max_edge_cost:.0%} of the full model's work"
     if best is None:
-        print(f"no exits cost {limit}; raise --max-edge-cost")
+        print_line(f"no exits cost {limit}; raise --max-edge-cost")
     else:
-        print(f"with {limit} on the device: exits {best.name}")
+        print_line(f"with {limit} on the device: exits {best.name}")
 
 
 def write_drawn_prompts(
@@ -235,7 +261,7 @@ def write_drawn_prompts(
     with progress_bar("drawing", count) as progress:
         prompts = draw_training_prompts(model, count, seed, batch, progress)
     out.write_text("".join(" ".join(prompt.split()) + "\n" for prompt in prompts), encoding="utf-8")
-    print(f"{count} prompts in {out}")
+    print_line(f"{count} prompts in {out}")
 
 
 def run_training(*, cache: Path | None, processes: int | None, **options: Any) -> Records:

@@ -8,7 +8,12 @@ from typing import Annotated
 import msgspec
 import typer
 
-from cloud_broker_worker.worker.config import MIN_AGREEMENT, check_weight_format
+from cloud_broker_worker.worker.config import (
+    MAX_KV_BUDGET_MB,
+    MAX_THREADS,
+    MIN_AGREEMENT,
+    check_weight_format,
+)
 from fleet.bundles.manifest import Bundle
 from fleet.cli.console import new_console
 from fleet.cli.options import (
@@ -67,10 +72,12 @@ WeightsOption = Annotated[
     ),
 ]
 KvBudgetOption = Annotated[
-    int | None, typer.Option(min=1, help="Memory of each worker for KV caches, in MB.")
+    int | None,
+    typer.Option(min=1, max=MAX_KV_BUDGET_MB, help="Memory of each worker for KV caches, in MB."),
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="Number of PyTorch threads of each worker.")
+    int | None,
+    typer.Option(min=1, max=MAX_THREADS, help="Number of PyTorch threads of each worker."),
 ]
 
 

@@ -20,6 +20,7 @@ from fleet.protocol.desired_config import DesiredConfig
 from fleet.registry.results import DeviceRow
 from fleet.server.home import FleetHome
 from fleet.utils.command_group import CommandGroup
+from fleet.utils.printable import print_line
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -125,7 +126,7 @@ def roll_out_version(
     if as_json:
         print_json({"target": str(target), "version": number, "software": version})
     else:
-        print(f"version {version} is desired for {target}; see 'fleet update status'")
+        print_line(f"version {version} is desired for {target}; see 'fleet update status'")
 
 
 @app.command("status")

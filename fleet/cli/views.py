@@ -7,11 +7,10 @@ from typing import Final
 
 from msgspec import Struct
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 from rich.text import Text
 
 from fleet.cli.console import outside_text
+from fleet.cli.fitted_table import FittedTable
 from fleet.cli.options import TO_THE_SECOND, format_time, print_json
 from fleet.identity.enrolment import format_tags
 from fleet.protocol.modes import CLOUD, FALLBACK, LOOKUP, Mode, offload_rate
@@ -22,7 +21,6 @@ from fleet.utils.printable import count
 EXIT_STYLES: Final = ("green", "cyan", "blue", "bright_green")
 STYLES: Final = {LOOKUP: "bright_cyan", CLOUD: "magenta", FALLBACK: "yellow"}
 BAR_WIDTH: Final = 18
-MAX_COLUMNS: Final = 10_000  # of a table before it is fitted to the terminal
 TIMES: Final = ("_at", "_seen", "_after")
 HEADERS: Final = {
     "generations": "answers",
@@ -74,9 +72,9 @@ def source_bar(sources: Mapping[str, int]) -> Text:
     return bar
 
 
-def numbers_table(title: str, headers: Iterable[str]) -> Table:
+def numbers_table(title: str, headers: Iterable[str]) -> FittedTable:
     """An empty table with right-aligned columns."""
-    table = Table(title=title)
+    table = FittedTable(title=title)
     for header in headers:
         table.add_column(header, justify="right")
     return table
@@ -114,9 +112,9 @@ def _mode_words(usage: Usage) -> list[str]:
     return words
 
 
-def lines_table(title: str, headers: Iterable[str]) -> Table:
+def lines_table(title: str, headers: Iterable[str]) -> FittedTable:
     """Return an empty table whose cells have several lines, so that it fits a terminal."""
-    table = Table(title=title, title_justify="left", show_lines=True)
+    table = FittedTable(title=title, title_justify="left", show_lines=True)
     for header in headers:
         table.add_column(header, overflow="fold")
     return table
@@ -140,7 +138,7 @@ def print_rows(console: Console, rows: Sequence[Struct], title: str, *, as_json:
     if not rows:
         console.print(f"{title}: none yet")
         return
-    table = Table(title=title, title_justify="left")
+    table = FittedTable(title=title, title_justify="left")
     fields = rows[0].__struct_fields__
     for name in fields:
         value = getattr(rows[0], name)
@@ -150,23 +148,7 @@ def print_rows(console: Console, rows: Sequence[Struct], title: str, *, as_json:
         table.add_column(header, justify="right" if is_number else "left")
     for row in rows:
         table.add_row(*(_cell(name, getattr(row, name)) for name in fields))
-    unlimited = console.options.update_width(MAX_COLUMNS)
-    if Measurement.get(console, unlimited, table).minimum <= console.width:
-        console.print(table)
-    else:
-        _print_fields(console, table)
-
-
-def _print_fields(console: Console, table: Table) -> None:
-    """Print the cells of a table one below another, and each row after an empty line."""
-    console.print(table.title)
-    columns = [(str(column.header), list(column.cells)) for column in table.columns]
-    for i in range(table.row_count):
-        grid = Table.grid(padding=(0, 2))
-        for header, cells in columns:
-            grid.add_row(header, cells[i])
-        console.print()
-        console.print(grid)
+    console.print(table)
 
 
 def _cell(name: str, value: object) -> Text:

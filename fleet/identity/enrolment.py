@@ -135,7 +135,10 @@ def read_enrolments(path: Path) -> list[Enrolment]:
     enrolments = _read_rows(path)
     if not enrolments:
         raise ConfigError(f"{path} has no rows; expected one for each name")
-    check_enrolments(enrolments)
+    try:
+        check_enrolments(enrolments)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return enrolments
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import ssl
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,14 +18,15 @@ from fleet.protocol.access import Role
 from fleet.protocol.types import Id, Port
 from fleet.utils.atomic_files import write_file
 from fleet.utils.host_address import check_host
-from fleet.utils.paths import absolute_path
-from fleet.utils.text_files import decode_json
+from fleet.utils.paths import absolute_path, describe_absence
+from fleet.utils.text_files import describe_read_error, read_json
 
 IDENTITY_FILE: Final = "identity.json"
 CA_FILE: Final = "ca.pem"
 CERT_FILE: Final = "cert.pem"
 KEY_FILE: Final = "key.pem"
 RENEWED_FILE: Final = "renewed.pem"
+JOIN_AGAIN: Final = "join again with a new token"
 
 
 class IdentityConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -59,18 +63,14 @@ class Identity:
         """Load an identity. Raises IdentityError when a file is missing or malformed."""
         path = folder / IDENTITY_FILE
         try:
-            config = decode_json(path.read_bytes(), str(path), IdentityConfig)
-        except OSError as error:
-            raise IdentityError(
-                f"no identity in {folder}: cannot read {IDENTITY_FILE} ({error.strerror}); "
-                "make one with 'fleet enroll NAME --out DIR'"
-            ) from None
+            config = read_json(path, IdentityConfig, "make one with 'fleet enroll NAME --out DIR'")
         except ConfigError as error:
-            raise IdentityError(f"{error}; make it again with 'fleet enroll'") from None
+            raise IdentityError(f"no usable identity in {folder}: {error}") from None
         for name in (CA_FILE, CERT_FILE, KEY_FILE):
-            if not (folder / name).is_file():
+            path = folder / name
+            if not path.is_file():
                 raise IdentityError(
-                    f"{folder / name} is missing; make the identity again with 'fleet enroll'"
+                    f"{path} {describe_absence(path)}; make the identity again with 'fleet enroll'"
                 )
         return cls(folder, config)
 
@@ -94,15 +94,10 @@ class Identity:
         Raises:
             IdentityError: the files do not load.
         """
-        try:
-            context = ssl.create_default_context(
-                ssl.Purpose.SERVER_AUTH, cafile=self.folder / CA_FILE
-            )
-        except (ssl.SSLError, OSError) as error:
-            raise IdentityError(
-                f"the CA certificate of {self.name} in {self.folder} does not load: {error}; "
-                "join again with a new token"
-            ) from None
+        file = self.folder / CA_FILE
+        what = f"the CA certificate of {self.name} in {self.folder}"
+        with _loading(what, JOIN_AGAIN, (file,)):
+            context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=file)
         self.load_certificate(context)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         return context
@@ -114,18 +109,27 @@ class Identity:
         context also trusts the CA certificates that are on disk now, in addition to those before.
         Raises IdentityError.
         """
+        ca, certificate, key = (self.folder / name for name in (CA_FILE, CERT_FILE, KEY_FILE))
         renewed = self.folder / RENEWED_FILE
-        try:
-            context.load_verify_locations(self.folder / CA_FILE)
+        what = f"certificate of {self.name} in {self.folder}"
+        with _loading(what, JOIN_AGAIN, (key, certificate, ca, renewed)):
+            context.load_verify_locations(ca)
             if holds_pair(renewed):
                 context.load_cert_chain(renewed)
             else:
-                context.load_cert_chain(self.folder / CERT_FILE, self.folder / KEY_FILE)
-        except (ssl.SSLError, OSError) as error:
-            raise IdentityError(
-                f"certificate of {self.name} in {self.folder} does not load: {error}; "
-                "join again with a new token"
-            ) from None
+                context.load_cert_chain(certificate, key)
+
+
+@contextmanager
+def _loading(what: str, remedy: str, files: Sequence[Path]) -> Iterator[None]:
+    """Report that `files` in PEM, which the block loads, do not load, as an IdentityError."""
+    try:
+        yield
+    except PermissionError as error:
+        file = next((each for each in files if not os.access(each, os.R_OK)), files[0])
+        raise IdentityError(describe_read_error(file, error, remedy)) from None
+    except OSError as error:  # also of ssl
+        raise IdentityError(f"{what} does not load: {error}; {remedy}") from None
 
 
 def holds_pair(certificate: Path, key: Path | None = None) -> bool:
@@ -158,12 +162,8 @@ class ServerTls:
             IdentityError: the files do not load.
         """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        try:
+        with _loading(f"the CA certificate {self.ca_file}", "restore it", (self.ca_file,)):
             context.load_verify_locations(self.ca_file)
-        except (ssl.SSLError, OSError) as error:
-            raise IdentityError(
-                f"the CA certificate {self.ca_file} does not load: {error}; restore it"
-            ) from None
         self.load_certificate(context)
         context.verify_mode = ssl.CERT_REQUIRED
         context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -174,11 +174,8 @@ class ServerTls:
 
         The context also trusts the CA certificates that are on disk now.
         """
-        try:
+        files = (self.key_file, self.cert_file, self.ca_file)
+        what = f"the broker's certificate {self.cert_file}"
+        with _loading(what, "make it again with 'fleet up'", files):
             context.load_verify_locations(self.ca_file)
             context.load_cert_chain(self.cert_file, self.key_file)
-        except (ssl.SSLError, OSError) as error:
-            raise IdentityError(
-                f"the broker's certificate {self.cert_file} does not load: {error}; "
-                "make it again with 'fleet up'"
-            ) from None

@@ -17,10 +17,14 @@ import numpy as np
 from msgspec import Struct
 
 from fleet.errors import ConfigError
-from fleet.utils.validation import JSON_ERRORS
+from fleet.utils.text_files import read_json
 
 DATA: Final = Path(__file__).parent / "data/plan.json"
 CLOUD_ONLY: Final = "cloud_only"
+MAKE_FITS: Final = (
+    "expected a file of fits; make one in a checkout of the project with 'fleet bench paper' and "
+    "then 'fleet bench paper --fit'"
+)
 
 
 class MachineSpeed(Struct, frozen=True):
@@ -167,18 +171,7 @@ def read_fits(path: Path = DATA) -> tuple[CostFit, ...]:
     Raises:
         ConfigError: the file is missing or is not one.
     """
-    try:
-        fits = msgspec.json.decode(path.read_bytes(), type=tuple[CostFit, ...])
-    except FileNotFoundError:
-        raise ConfigError(
-            f"nothing was measured to plan with: there is no {path}; make it in a checkout of the "
-            "project with 'fleet bench paper' and then 'fleet bench paper --fit'"
-        ) from None
-    except (OSError, *JSON_ERRORS) as error:
-        raise ConfigError(
-            f"cannot read {path}: {error}; "
-            "expected a file of 'fleet bench paper --fit', make it again"
-        ) from None
+    fits: tuple[CostFit, ...] = read_json(path, tuple[CostFit, ...], MAKE_FITS)
     if not fits:
         raise ConfigError(f"{path} holds no fit; make it again with 'fleet bench paper --fit'")
     return fits
@@ -287,4 +280,4 @@ def check_request(request: PlanRequest) -> None:
             if not 0 <= value <= 1:
                 raise ConfigError(f"agreement {value}: expected a number from 0 to 1")
         elif value is not None and not (0 < value < 1e9 or (value == 0 and name == "rtt_ms")):
-            raise ConfigError(f"{name} {value}: expected a number above 0")
+            raise ConfigError(f"{name} {value}: expected a number above 0 and below 1e9")

@@ -10,13 +10,13 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Final, TypeVar
 
-import msgspec
 from msgspec import Meta, Struct
 
 from fleet.errors import DecodeError, TokenError
 from fleet.protocol.access import Role
 from fleet.protocol.desired_config import DesiredConfig
 from fleet.protocol.types import Id
+from fleet.utils.json_text import parse_json
 from fleet.utils.validation import JSON_ERRORS
 
 CA_PATH: Final = "/v1/ca"
@@ -122,6 +122,6 @@ class ServiceProblem(Struct, frozen=True):
 def decode_body(data: bytes, kind: type[T]) -> T:
     """Decode a `kind` in JSON. Raises DecodeError; its message does not repeat `data`."""
     try:
-        return msgspec.json.decode(data, type=kind)
+        return parse_json(data, kind)
     except JSON_ERRORS as error:
         raise DecodeError(f"expected a {kind.__name__} in JSON: {error}") from None

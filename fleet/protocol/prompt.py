@@ -12,7 +12,6 @@ from fleet.protocol.counts import AnswerCounts
 from fleet.protocol.messages import Sampling
 from fleet.protocol.modes import Mode
 from fleet.protocol.report import Switch
-from fleet.protocol.text import is_blank, text_of_payload
 from fleet.protocol.types import (
     DeadlineMs,
     MaxNewTokens,
@@ -24,6 +23,8 @@ from fleet.protocol.types import (
     TopK,
     TopP,
 )
+from fleet.utils.json_text import parse_json
+from fleet.utils.text import is_blank, text_of_payload
 from fleet.utils.validation import JSON_ERRORS, describe_error
 
 MAX_PROMPT_BYTES: Final = 256 * 1024
@@ -149,7 +150,7 @@ def _parse(payload: bytes) -> PromptRequest:
 
 def _parse_json(text: str) -> PromptRequest:
     try:
-        fields = msgspec.json.decode(text, type=dict[str, Any])
+        fields = parse_json(text, dict[str, Any])
         _join_parts(fields)
         return msgspec.convert(fields, PromptRequest)
     except (msgspec.MsgspecError, RecursionError) as error:

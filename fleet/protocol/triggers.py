@@ -21,8 +21,9 @@ from msgspec import Meta
 from fleet.errors import DecodeError, OversizedError, PromptError
 from fleet.protocol import topics
 from fleet.protocol.prompt import AnswerOptions, PromptRequest
-from fleet.protocol.text import is_blank, text_of_payload
 from fleet.protocol.types import Id
+from fleet.utils.json_text import parse_json
+from fleet.utils.text import is_blank, text_of_payload
 from fleet.utils.validation import JSON_ERRORS
 
 MAX_EVENT_BYTES: Final = 16 * 1024
@@ -168,7 +169,7 @@ def _decode_object(text: str) -> Fields:
     except msgspec.MsgspecError:
         with suppress(msgspec.MsgspecError):
             return msgspec.json.decode(SCALAR.sub(_finite_or_null, text), type=Fields)
-        raise
+    return parse_json(text, Fields)  # fails, and names the flaw
 
 
 def _finite_or_null(match: re.Match[str]) -> str:

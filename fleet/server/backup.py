@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import Struct
@@ -24,7 +24,7 @@ from fleet.errors import ConfigError
 from fleet.server.home import FLEET_FILE, REGISTRY_FILE, FleetConfig, FleetHome, bundle_id_of
 from fleet.utils.atomic_files import sync_folder
 from fleet.utils.optional_imports import needs
-from fleet.utils.validation import JSON_ERRORS
+from fleet.utils.text_files import decode_json
 
 INFO_FILE: Final = "backup.json"  # the first member
 DUMP_FILE: Final = "registry.backup"
@@ -213,10 +213,18 @@ def _load_registry(home: FleetHome, dump: Path) -> None:
 
 
 def _read_config(content: Path, file: Path) -> FleetConfig:
+    config: FleetConfig = _read_member(content, file, FLEET_FILE, FleetConfig)
+    return config
+
+
+def _read_member(content: Path, file: Path, name: str, type_: Any) -> Any:
+    """Read JSON that was extracted from the backup `file`. Raises ConfigError, which names it."""
     try:
-        return msgspec.json.decode((content / FLEET_FILE).read_bytes(), type=FleetConfig)
-    except (OSError, *JSON_ERRORS) as error:
-        raise ConfigError(f"{file} has no usable {FLEET_FILE}: {error}") from None
+        return decode_json((content / name).read_bytes(), name, type_)
+    except FileNotFoundError:
+        raise ConfigError(f"{file} is no backup of a fleet: it has no {name}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{file} is no backup that this version reads: {error}") from None
 
 
 def _extract(file: Path, content: Path) -> BackupInfo:
@@ -232,11 +240,10 @@ def _extract(file: Path, content: Path) -> BackupInfo:
                     _extract_member(tar, member, content)
             while stream.read(CHUNK_BYTES):  # its checksum is at the end
                 pass
-        return msgspec.json.decode((content / INFO_FILE).read_bytes(), type=BackupInfo)
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ConfigError(f"{file} is damaged, or no backup of a fleet: {error}") from None
-    except (FileNotFoundError, *JSON_ERRORS) as error:
-        raise ConfigError(f"{file} is no backup that this version reads: {error}") from None
+    info: BackupInfo = _read_member(content, file, INFO_FILE, BackupInfo)
+    return info
 
 
 def _extract_member(tar: tarfile.TarFile, member: tarfile.TarInfo, content: Path) -> None:

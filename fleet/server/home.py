@@ -32,7 +32,7 @@ from fleet.utils.host_address import check_host
 from fleet.utils.optional_imports import needs
 from fleet.utils.paths import absolute_path, user_data_folder
 from fleet.utils.printable import command_line
-from fleet.utils.text_files import decode_json
+from fleet.utils.text_files import decode_json, describe_read_error
 from provisioning.authority import (
     CertificateAuthority,
     finish_retirement,
@@ -197,9 +197,8 @@ class FleetHome:
             successor = successor_folder(self.ca_folder) / CA_FILE
             return own + (successor.read_text(encoding="utf-8") if successor.exists() else "")
         except OSError as error:
-            raise IdentityError(
-                f"no certificate authority in {self.ca_folder}: {error.strerror}; restore it"
-            ) from None
+            reason = describe_read_error(Path(error.filename), error, "restore it")
+            raise IdentityError(f"no usable certificate authority: {reason}") from None
 
     def ca_sha256(self) -> str:
         """SHA-256 of the authority's certificate; its key is not needed."""

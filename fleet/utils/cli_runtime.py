@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import _thread
 import io
+import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Final
 
 from fleet.errors import ConfigError, FleetError
+from fleet.utils.command_output import is_output_error, name_output
 from fleet.utils.log_format import set_up_log
-from fleet.utils.paths import user_name
-from fleet.utils.printable import printable
+from fleet.utils.paths import NO_CURRENT_FOLDER, has_current_folder, user_name
+from fleet.utils.printable import printable_line
 from fleet.utils.service_manager import STOPPING, notify
 
 CHECK_S: Final = 0.25
+MAX_COLUMNS: Final = 10_000
+
+
+class _Ended(BaseException):
+    """A signal ends the process, after the cleanup of what the command has begun."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def stop_event() -> threading.Event:
@@ -49,26 +62,82 @@ def run_command(name: str, command: Callable[[], object]) -> None:
     """Run a command line; an expected error is one line on stderr and exit status 1.
 
     Expected are a FleetError, an error of the system, such as a full disk or a file that this user
-    may not use, and text that is not Unicode.
+    may not use, and text that is not Unicode. A closed pipe ends the process without a line.
     """
     set_up_log()
+    _drop_odd_sizes()
+    name_output()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may not know each character
             stream.reconfigure(errors="backslashreplace")
     try:
-        command()
+        with _cleanup_on_signals():
+            _run_to_the_end(command)
     except (FleetError, OSError, UnicodeEncodeError) as error:
-        line = printable(_error_line(error).strip()).replace("\n", "\\n")
-        print(f"{name}: {line}", file=sys.stderr)
+        if not _is_closed_pipe(error):
+            print(f"{name}: {printable_line(_error_line(error).strip())}", file=sys.stderr)
         sys.exit(1)
 
 
+def _run_to_the_end(command: Callable[[], object]) -> None:
+    """Run a command, and write out all that it has printed."""
+    try:
+        command()
+    finally:
+        if sys.stdout is not None:  # without standard output
+            sys.stdout.flush()
+
+
+def _is_closed_pipe(error: Exception) -> bool:
+    return isinstance(error, BrokenPipeError) and is_output_error(error)
+
+
+def _drop_odd_sizes() -> None:
+    """Let the terminal's own size count unless that of the environment is a usable number."""
+    for name in ("COLUMNS", "LINES"):
+        size = os.environ.get(name, "")
+        if not (size.isdecimal() and len(size) < 6 and 0 < int(size) <= MAX_COLUMNS):
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def _cleanup_on_signals() -> Iterator[None]:
+    """Remove temporary files and end child processes before SIGTERM or SIGHUP ends this one.
+
+    A second signal ends it at once. `stop_event` replaces the handler of SIGTERM.
+    """
+
+    def end(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise _Ended(number)
+
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is signal.SIG_DFL  # `nohup` ignores SIGHUP
+    ]
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    except _Ended as ended:
+        signal.raise_signal(ended.number)
+    finally:
+        for number in numbers:
+            if signal.getsignal(number) is end:
+                signal.signal(number, signal.SIG_DFL)
+
+
 def _error_line(error: FleetError | OSError | UnicodeEncodeError) -> str:
+    if _misses_folder(error):
+        return NO_CURRENT_FOLDER
     if isinstance(error, PermissionError) and error.filename is not None:
         return (
             f"{error.filename}: {error.strerror} for the user {user_name()}; "
             "run this as the file's owner, or name another folder"
         )
+    if is_output_error(error):
+        return f"cannot write to the output: {error.strerror}; send it elsewhere"
     if isinstance(error, OSError):
         place = "" if error.filename is None else f"{error.filename}: "
         reason = error.strerror or str(error)
@@ -77,6 +146,13 @@ def _error_line(error: FleetError | OSError | UnicodeEncodeError) -> str:
         character = error.object[error.start : error.end]
         return f"expected text that UTF-8 can hold, got {character!r}; remove it"
     return str(error)
+
+
+def _misses_folder(error: BaseException | None) -> bool:
+    """Whether a file was not found because the current folder was deleted."""
+    while error and not isinstance(error, FileNotFoundError):
+        error = error.__context__
+    return error is not None and not has_current_folder()
 
 
 def check_writable(**paths: Path | None) -> None:

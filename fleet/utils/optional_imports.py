@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from fleet.errors import MissingExtraError
+from fleet.errors import ConfigError, MissingExtraError
+from fleet.utils.paths import NO_CURRENT_FOLDER, has_current_folder
 
 OWN_PACKAGES: Final = frozenset(
     {
@@ -19,6 +20,7 @@ OWN_PACKAGES: Final = frozenset(
         "provisioning",
     }
 )
+TORCH_EXTRAS: Final = frozenset({"export", "worker"})
 
 
 @contextmanager
@@ -28,8 +30,10 @@ def needs(extra: str) -> Iterator[None]:
     An error about a module of this project passes through: it is a fault, not a missing extra.
 
     Raises:
+        ConfigError: an extra has PyTorch, and the current folder no longer exists.
         MissingExtraError: a third-party package is not installed; the message names the extra.
     """
+    check_current_folder(extra)
     try:
         yield
     except ModuleNotFoundError as error:
@@ -40,7 +44,13 @@ def needs(extra: str) -> Iterator[None]:
 
 
 def require(extra: str, *modules: str) -> None:
-    """Raise MissingExtraError, without an import, when a module of `extra` is not installed."""
+    """Check, without an import, that modules of `extra` are installed and can be imported.
+
+    Raises:
+        ConfigError: the extra has PyTorch, and the current folder no longer exists.
+        MissingExtraError: a module is not installed.
+    """
+    check_current_folder(extra)
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise missing_extra(module, extra)
@@ -52,3 +62,9 @@ def missing_extra(module: str, extra: str) -> MissingExtraError:
         f"this command needs {module}, which is not installed; "
         f"run: pip install 'cecollm-fleet[{extra}]'"
     )
+
+
+def check_current_folder(extra: str) -> None:
+    """Raise ConfigError where an import of PyTorch would end the process: in a deleted folder."""
+    if not TORCH_EXTRAS.isdisjoint(extra.split(",")) and not has_current_folder():
+        raise ConfigError(NO_CURRENT_FOLDER)

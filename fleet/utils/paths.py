@@ -13,6 +13,7 @@ import platformdirs
 from fleet.errors import ConfigError
 
 PROJECT: Final = "cecollm-fleet"
+NO_CURRENT_FOLDER: Final = "the current folder no longer exists; cd to another one"
 
 
 def absolute_path(path: Path) -> Path:
@@ -62,6 +63,20 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except PermissionError:  # below a folder of another user
         return False
+
+
+def has_current_folder() -> bool:
+    """Whether the current folder exists; it may have been deleted."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def describe_absence(path: Path) -> str:
+    """Return the words for a path that is no file: it is missing, or a folder."""
+    return "is a folder, expected a file" if path.is_dir() else "is missing"
 
 
 def user_name(user: int | None = None) -> str:

@@ -17,6 +17,16 @@ def printable(text: str) -> str:
     return HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def printable_line(text: object) -> str:
+    """Return a path, a name or an error as one printable line."""
+    return printable(str(text)).replace("\n", "\\n")
+
+
+def print_line(text: object) -> None:
+    """Print one line, whatever line breaks are in the names and paths of `text`."""
+    print(printable_line(text))
+
+
 def printable_json(text: str) -> str:
     """Return JSON with the same values, each control character in a text as its escape."""
     return HIDDEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

@@ -9,7 +9,10 @@ from typing import Any, Final
 import msgspec
 
 from fleet.errors import ConfigError
+from fleet.utils.json_text import parse_unique_json
+from fleet.utils.text import is_blank
 from fleet.utils.text_files import read_text
+from fleet.utils.validation import JSON_ERRORS
 
 JSON_LINES: Final = (".jsonl", ".ndjson")
 FORM: Final = (
@@ -31,7 +34,9 @@ def read_prompts(path: Path) -> list[str]:
     if suffix == ".json":
         raise ConfigError(f"{path}: expected one prompt a line, as text or in a file *.jsonl")
     text = read_text(path, "give a file of prompts").replace("\r\n", "\n").replace("\r", "\n")
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [
+        (number, line) for number, line in enumerate(text.split("\n"), 1) if not is_blank(line)
+    ]
     if not lines:
         raise ConfigError(f"{path} holds no prompts")
     if suffix not in JSON_LINES:
@@ -41,8 +46,8 @@ def read_prompts(path: Path) -> list[str]:
 
 def _parse_line(place: str, line: str) -> str:
     try:
-        return prompt_of(msgspec.json.decode(line))
-    except (msgspec.DecodeError, RecursionError, TypeError) as error:
+        return prompt_of(parse_unique_json(line))
+    except (*JSON_ERRORS, TypeError) as error:
         raise ConfigError(f"{place}: {FORM}: {error}") from None
 
 
@@ -67,8 +72,10 @@ def prompt_of(row: Any) -> str:
 
 def _text(row: Mapping[str, Any], key: str) -> str:
     value = row[key]
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str):
         raise TypeError(f"{key!r} is {_kind(value)}")
+    if is_blank(value):
+        raise TypeError(f"{key!r} has no visible character")
     return value.strip()
 
 

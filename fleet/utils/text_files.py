@@ -1,27 +1,32 @@
-"""Text and JSON of users: UTF-8 with or without a byte order mark, on every machine the same."""
+"""Files of users, as bytes, text or JSON: UTF-8 with or without a byte order mark."""
 
 from __future__ import annotations
 
-import codecs
 from pathlib import Path
-from typing import Any, Final
-
-import msgspec
+from typing import Any
 
 from fleet.errors import ConfigError
-from fleet.utils.validation import describe_error
-
-UTF_16: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+from fleet.utils.json_text import parse_unique_json
+from fleet.utils.paths import user_name
+from fleet.utils.text import wide_encoding
+from fleet.utils.validation import JSON_ERRORS, describe_error
 
 
 def decode_text(data: bytes, source: str) -> str:
     """Decode UTF-8; a byte order mark is skipped. `source` names the data in the error.
 
     Raises:
-        ConfigError: the data is in another encoding.
+        ConfigError: the data is in another encoding, or has a NUL.
     """
-    if data.startswith(UTF_16) or b"\0" in data[:2]:
-        raise ConfigError(f"{source} is in UTF-16, expected UTF-8; save it as UTF-8")
+    encoding = wide_encoding(data)
+    if encoding:
+        raise ConfigError(f"{source} is in {encoding}, expected UTF-8; save it as UTF-8")
+    nul = data.find(b"\0")
+    if nul >= 0:
+        raise ConfigError(
+            f"{source} is damaged: byte {nul} of {len(data)} is a NUL, as after a loss of power; "
+            "restore it or write it again"
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -30,23 +35,56 @@ def decode_text(data: bytes, source: str) -> str:
         ) from None
 
 
+def read_bytes(path: Path, remedy: str) -> bytes:
+    """Read a file. Raises ConfigError; `remedy` ends the line of a missing file."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(describe_read_error(path, error, remedy)) from None
+
+
 def read_text(path: Path, remedy: str) -> str:
     """Read a text file as UTF-8. Raises ConfigError; `remedy` ends the line of a missing file."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; {remedy}") from None
-    return decode_text(data, str(path))
+    return decode_text(read_bytes(path, remedy), str(path))
 
 
-def decode_json(data: bytes, source: str, type_: Any = Any) -> Any:
+def read_json(path: Path, type_: Any, remedy: str) -> Any:
+    """Read a file of JSON as `decode_json` does. Raises ConfigError; `remedy` ends its line."""
+    return decode_json(read_bytes(path, remedy), str(path), type_, remedy)
+
+
+def decode_json(data: bytes, source: str, type_: Any = Any, remedy: str = "") -> Any:
     """Decode JSON in UTF-8 into a value of `type_`, which is a type of msgspec.
 
     Raises:
-        ConfigError: the data is not JSON, not in UTF-8, or no value of `type_`.
+        ConfigError: the data is not JSON, not in UTF-8, has a key twice, or is no value of
+            `type_`.
     """
     text = decode_text(data, source)
+    next_step = f"; {remedy}" if remedy else ""
+    if not text.strip():
+        raise ConfigError(f"{source} is empty, expected JSON{next_step}")
     try:
-        return msgspec.json.decode(text, type=type_)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise ConfigError(f"{source} is not usable: {describe_error(error, type_)}") from None
+        return parse_unique_json(text, type_)
+    except JSON_ERRORS as error:
+        reason = describe_error(error, type_)
+        raise ConfigError(f"{source} is not usable: {reason}{next_step}") from None
+
+
+def describe_read_error(path: Path, error: OSError, remedy: str) -> str:
+    """Return the line of a file that cannot be read; `remedy` is the next step if it is missing."""
+    if isinstance(error, IsADirectoryError):
+        return f"cannot read {path}: it is a folder, expected a file; {remedy}"
+    if isinstance(error, PermissionError):
+        return (
+            f"cannot read {path}: {error.strerror} for the user {user_name()}; "
+            f"run this as {_owner(path)}, or change its rights"
+        )
+    return f"cannot read {path}: {error.strerror or error}; {remedy}"
+
+
+def _owner(path: Path) -> str:
+    try:
+        return f"its owner {user_name(path.stat().st_uid)}"
+    except OSError:  # in a folder of another user
+        return "its owner"

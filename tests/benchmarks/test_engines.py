@@ -68,7 +68,7 @@ def test_an_engine_that_ends_is_reported_with_its_last_words() -> None:
 def test_an_engine_that_does_not_load_is_reported_with_its_last_words(
     tmp_path: os.PathLike[str],
 ) -> None:
-    with pytest.raises(FleetError, match=r"ours ended with status 1: .*no bundle in"):
+    with pytest.raises(FleetError, match=r"ours ended with status 1: .*no usable bundle in"):
         EngineProcess(
             "ours",
             [

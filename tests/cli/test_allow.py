@@ -8,6 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from fleet.cli.allow import tag_device
+from fleet.errors import ConfigError
 from fleet.protocol.access import Role
 from fleet.server.home import FleetConfig, FleetHome
 from tests.cli.test_errors import assert_one_clear_line, run
@@ -85,3 +87,8 @@ def test_a_mistake_is_reported_in_one_line(
     home: Path, arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     assert_one_clear_line(run(*arguments, "--home", str(home)), *words)
+
+
+def test_a_tag_that_is_both_set_and_removed_is_refused() -> None:
+    with pytest.raises(ConfigError, match="floor is to be set and to be removed"):
+        tag_device("kitchen", tags=["floor=1", "side=north"], remove=["floor"])

@@ -330,7 +330,7 @@ def test_only_the_new_names_of_a_file_are_enrolled(
         ("name,role\nok,\nx,king\n", "line 3: unknown role 'king'"),
         ("name,tags\nok,roof\n", "line 2: tag 'roof': expected key=value"),
         ("name,allow\nok,hall\n", "line 2: only an app is allowed"),
-        ("name\nok\nok\n", "'ok' occurs twice"),
+        ("name\nok\nok\n", "batch.csv: 'ok' occurs twice"),
         ("name\nok,more\n", "line 2: more cells than columns"),
         ("name,role,allow\nok,,\nphone,app,attic\n", "cannot allow 'attic'"),
         ("name,group\nok,hall\nhall,\n", "'hall' is the name of a group"),

@@ -55,7 +55,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Path:
         (("demo", "--prompt", "  "), ("prompt is empty",)),
         (("demo", "--top-p", "0"), ("top-p",)),
         (("demo", "--prompts", "/no/such/file"), ("/no/such/file",)),
-        (("demo", "--bundle", "/no/bundle"), ("no bundle in /no/bundle", "onnx_export")),
+        (("demo", "--bundle", "/no/bundle"), ("no usable bundle in /no/bundle", "onnx_export")),
         (("stats", "--home", "/no/fleet"), ("no fleet in /no/fleet", "fleet up")),
     ],
 )
@@ -129,7 +129,7 @@ def test_a_busy_port_is_named(tmp_path: Path, tiny_bundle: Bundle, option: str) 
 
 def test_the_error_of_a_device_without_identity_names_the_command(tmp_path: Path) -> None:
     assert_one_clear_line(
-        run("run", str(tmp_path), module="edge_agent"), "no identity", "fleet enroll"
+        run("run", str(tmp_path), module="edge_agent"), "no usable identity", "fleet enroll"
     )
 
 

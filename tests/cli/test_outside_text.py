@@ -130,3 +130,12 @@ def test_each_console_of_the_command_line_is_one_without_markup() -> None:
         functions = [node.func for node in nodes if isinstance(node, ast.Call)]
         names = {function.id for function in functions if isinstance(function, ast.Name)}
         assert "Console" not in names, path
+
+
+def test_a_path_of_two_lines_is_printed_as_one(folder: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["bundle", "verify", str(tmp_path / "a\nfleet: all is well")])
+    assert result.exit_code == 1
+    assert len(result.stdout.splitlines()) == len(result.stderr.splitlines()) == 1
+    (tmp_path / "b\nc").mkdir()
+    (line,) = fleet(folder, "backup", str(tmp_path / "b\nc")).splitlines()
+    assert "b\\nc" in line

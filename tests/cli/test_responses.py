@@ -6,8 +6,9 @@ import pytest
 
 from fleet.cli.options import make_request
 from fleet.cli.views import usage_line
+from fleet.errors import ConfigError
 from fleet.protocol.modes import Mode
-from fleet.protocol.prompt import ChatMessage, Usage
+from fleet.protocol.prompt import ChatMessage, PromptRequest, Usage
 from fleet.protocol.report import Switch
 
 ALONE = Switch(0, Mode.STANDALONE, "the link is down")
@@ -49,9 +50,9 @@ def test_the_line_has_the_mode_that_auto_chose(
         assert start in word
 
 
-def test_top_k_is_an_option_of_a_request() -> None:
-    request = make_request(
-        (ChatMessage("user", "hi"),),
+def request_of(text: str) -> PromptRequest:
+    return make_request(
+        (ChatMessage("user", text),),
         mode=None,
         threshold=None,
         max_new_tokens=None,
@@ -60,4 +61,13 @@ def test_top_k_is_an_option_of_a_request() -> None:
         top_k=40,
         seed=None,
     )
-    assert request.sampling.top_k == 40
+
+
+def test_top_k_is_an_option_of_a_request() -> None:
+    assert request_of("hi").sampling.top_k == 40
+
+
+@pytest.mark.parametrize("text", ["", " ", "\u200b", "\u3164"])
+def test_a_prompt_without_a_visible_character_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="the prompt is empty"):
+        request_of(text)

@@ -14,6 +14,7 @@ import pytest
 
 from fleet.bundles.manifest import Bundle
 from onnx_export.heads import load_heads
+from tests.tiny import make_tiny_checkpoint
 
 PAGE = Path(__file__).parents[2] / "docs/retraining.md"
 WORDS = (
@@ -56,8 +57,9 @@ def prompts(first: int, count: int) -> str:
 
 @pytest.mark.timeout(560)
 def test_every_command_of_the_page_runs_on_the_tiny_model(
-    tmp_path: Path, tiny_checkpoint: Path
+    tmp_path: Path,
 ) -> None:
+    checkpoint = make_tiny_checkpoint(tmp_path / "model", end_scale=0.3)
     blocks = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) == 7
     (tmp_path / "training.txt").write_text(prompts(0, 40))
@@ -66,7 +68,7 @@ def test_every_command_of_the_page_runs_on_the_tiny_model(
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "MODEL": str(tiny_checkpoint),
+        "MODEL": str(checkpoint),
         "EXITS": "1,3",
         "TOKENS": "1200",
         "PROFILE_TOKENS": "500",
@@ -95,6 +97,6 @@ def test_every_command_of_the_page_runs_on_the_tiny_model(
     heads = load_heads(
         tmp_path / "heads.safetensors",
         (1, 3),
-        AutoModelForCausalLM.from_pretrained(tiny_checkpoint),
+        AutoModelForCausalLM.from_pretrained(checkpoint),
     )
     assert heads.kind == bundle.manifest.exit_head == "linear"

@@ -12,10 +12,11 @@ from rich.console import Console
 
 from fleet.cli.audit import print_changes
 from fleet.cli.console import new_console
+from fleet.cli.identities import identities_table
 from fleet.cli.sessions import print_sessions
 from fleet.cli.views import print_rows
 from fleet.cli.workers import print_workers
-from fleet.registry.results import AuditRow, SessionRow, WorkerRow
+from fleet.registry.results import AuditRow, IdentityRow, SessionRow, WorkerRow
 
 DIGEST = "0123456789abcdef" * 2
 AT = 1_800_000_000.0  # 2027-01-15 08:00:00 UTC
@@ -103,3 +104,21 @@ def test_rows_too_wide_for_a_table_become_a_list() -> None:
         ["second", "c" * 70],
         ["third", "5"],
     ]
+
+
+def test_a_table_in_a_narrow_terminal_becomes_a_list_with_each_value() -> None:
+    row = IdentityRow(
+        name="kitchen-thermo-17",
+        role="device",
+        state="active",
+        group="kitchen",
+        tags={"floor": "1"},
+        targets=("hall",),
+        fingerprint="0" * 64,
+        created_at=AT,
+        not_after=AT,
+    )
+    out = io.StringIO()
+    new_console(file=out, width=3).print(identities_table([row]))
+    words = "".join(line[10:].strip() for line in out.getvalue().splitlines())
+    assert words == "kitchen-thermo-17deviceactivekitchenfloor=1hall2027-01-1508:00 UTC"

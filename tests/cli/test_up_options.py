@@ -106,9 +106,9 @@ def test_a_second_fleet_on_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_bundle_that_does_not_exist_is_not_written_down(tmp_path: Path) -> None:
     folder = tmp_path / "fleet"
-    with pytest.raises(BundleError, match="no bundle in /no/bundle"):
+    with pytest.raises(BundleError, match="no usable bundle in /no/bundle"):
         init(host="127.0.0.1", bundle=Path("/no/bundle"), folder=folder)
-    with pytest.raises(BundleError, match="no bundle in /no/bundle"):
+    with pytest.raises(BundleError, match="no usable bundle in /no/bundle"):
         up(folder, bundle=Path("/no/bundle"), port=1024)
     assert not FleetHome.is_fleet(folder)
 

@@ -19,7 +19,7 @@ from onnx_export.default_bundle import EXITS as SHIPPED
 from onnx_export.default_bundle import default_bundle
 
 pytestmark = pytest.mark.real_model
-EXITS = 8, 15  # a quarter and a half, as in the paper
+EXITS = 2, 5  # tracing takes time for each layer, and all layers are built alike
 TOKEN_IDS = np.random.default_rng(3).integers(3, 49152, (1, 12))
 
 

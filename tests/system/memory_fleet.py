@@ -6,9 +6,9 @@ import queue
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from cloud_broker_worker.worker.config import WorkerConfig
-from cloud_broker_worker.worker.worker import Worker
 from edge_agent.config import AgentConfig
 from edge_agent.serving.agent import Agent
 from fleet.bundles.manifest import Bundle
@@ -26,6 +26,9 @@ from fleet.protocol.report import (
 from fleet.transport.base import Transport, Will
 from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
 from fleet.transport.prompt_client import PromptClient
+
+if TYPE_CHECKING:
+    from cloud_broker_worker.worker.worker import Worker
 
 WAIT_S = 30.0
 DEVICE = "edge-1"
@@ -88,6 +91,9 @@ class MemoryFleet:
     def start_worker(
         self, bundle: Bundle, config: WorkerConfig | None = None, name: str = WORKER
     ) -> tuple[Worker, InMemoryTransport]:
+        # A process that starts none of them does not import PyTorch.
+        from cloud_broker_worker.worker.worker import Worker
+
         transport = self._connect(name, Will(topics.worker_status(name), Worker.will()))
         worker = Worker(transport, bundle, config or WorkerConfig(num_threads=1))
         self._stack.enter_context(worker)

@@ -55,7 +55,7 @@ def fails(
 def test_a_folder_without_an_identity_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert f"no identity in {tmp_path}" in fails(capsys, monkeypatch, str(tmp_path))
+    assert f"no usable identity in {tmp_path}" in fails(capsys, monkeypatch, str(tmp_path))
 
 
 def test_the_identity_of_a_device_is_refused(

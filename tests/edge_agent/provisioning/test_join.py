@@ -7,6 +7,7 @@ import stat
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -151,6 +152,29 @@ def test_a_closed_port_is_an_error_at_the_deadline(tmp_path: Path) -> None:
     url = f"https://{HOST}:{free_port()}"
     with pytest.raises(ServiceAwayError, match=f"no connection to {url}"):
         join_fleet(EnrolmentToken("0" * 64, TOKEN_ID, SECRET), url, tmp_path, timeout_s=0.5)
+
+
+def test_the_port_of_the_broker_is_named_at_once(tmp_path: Path) -> None:
+    tls = CertificateAuthority.create(tmp_path / "ca").server_tls(tmp_path / "server", HOST)
+    context = tls.ssl_context()
+    with socket.create_server((HOST, 0)) as broker:
+
+        def refuse() -> None:
+            for _ in range(2):
+                connection, _address = broker.accept()
+                with connection, suppress(OSError):
+                    context.wrap_socket(connection, server_side=True).recv(1)
+
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        with pytest.raises(ServiceError, match="probably the broker's port") as refused:
+            join_fleet(
+                EnrolmentToken("0" * 64, TOKEN_ID, SECRET),
+                f"https://{HOST}:{broker.getsockname()[1]}",
+                tmp_path / "device",
+            )
+        thread.join(WAIT_S)
+    assert not isinstance(refused.value, ServiceAwayError)
 
 
 def test_a_server_that_speaks_no_tls_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Identity folders."""
 
 import datetime
+import errno
+import os
 import ssl
 from pathlib import Path
 
@@ -78,6 +80,22 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(IdentityError, match=f"{name} is missing"):
         Identity.load(folder)
+    (folder / name).mkdir()
+    with pytest.raises(IdentityError, match=f"{name} is a folder, expected a file"):
+        Identity.load(folder)
+
+
+def test_a_key_that_this_user_may_not_read_is_named_with_its_owner(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    context = Identity.load(folder).ssl_context()
+    monkeypatch.setattr(context, "load_cert_chain", refuse)
+    monkeypatch.setattr(os, "access", lambda path, _: path.name != KEY_FILE)
+    with pytest.raises(IdentityError, match=r"cannot read .*key\.pem: Permission .* its owner"):
+        Identity.load(folder).load_certificate(context)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +115,7 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
 )
 def test_a_configuration_that_cannot_be_used_is_refused(folder: Path, config: bytes) -> None:
     (folder / IDENTITY_FILE).write_bytes(config)
-    with pytest.raises(IdentityError, match=r"identity.json is not (usable|in UTF-8)"):
+    with pytest.raises(IdentityError, match=r"identity.json is (not (usable|in UTF-8)|empty)"):
         Identity.load(folder)
 
 

@@ -305,7 +305,7 @@ def test_a_fit_survives_its_file(tmp_path: Path) -> None:
         (None, "fleet bench paper --fit"),
         ("[]", "holds no fit"),
         ('{"a": 1}', "expected a file of"),
-        ("\xff", "cannot"),
+        ("\xff", "is not in UTF-8"),
     ],
 )
 def test_another_file_is_refused(tmp_path: Path, content: str | None, words: str) -> None:

@@ -99,7 +99,8 @@ REFUSED = {
     "text that is not UTF-8": (b"caf\xe9", "expected UTF-8 text"),
     "JSON that is not UTF-8": (b'{"prompt": "caf\xe9"}', "a JSON object"),
     "text in UTF-16": ("hi there".encode("utf-16-le"), "a NUL, as in UTF-16"),
-    "half a surrogate pair": (b'{"prompt": "\\ud800"}', "expected a JSON object"),
+    "text in UTF-32": ("hi".encode("utf-32-le"), "a NUL, as in UTF-32"),
+    "half a surrogate pair": (b'{"prompt": "\\ud800"}', "'prompt' has half of a surrogate pair"),
     "an unknown field": (b'{"prompt": "hi", "max_tokens": 5}', "max_tokens"),
     "an unknown field in a message": (
         b'{"messages": [{"role": "user", "content": "a", "name": "b"}]}',
@@ -115,9 +116,9 @@ REFUSED = {
     "a negative temperature": (b'{"prompt": "hi", "temperature": -1}', "temperature"),
     "a number too large for a float": (
         b'{"prompt": "hi", "temperature": 1e400}',
-        "expected a JSON object",
+        "'temperature' is no finite number",
     ),
-    "not a number": (b'{"prompt": "hi", "temperature": NaN}', "expected a JSON object"),
+    "not a number": (b'{"prompt": "hi", "temperature": NaN}', "'temperature' is no finite number"),
     "a top_p of zero": (b'{"prompt": "hi", "top_p": 0}', "top_p"),
     "no tokens": (b'{"prompt": "hi", "max_new_tokens": 0}', "max_new_tokens"),
     "tokens as text": (b'{"prompt": "hi", "max_new_tokens": "5"}', "max_new_tokens"),

@@ -180,6 +180,15 @@ def test_an_archive_writes_nothing_outside_the_folder(tmp_path: Path, name: str)
     assert {path.name for path in tmp_path.iterdir()} == {"backup.tar.gz", "inside"}
 
 
+def test_an_archive_of_other_files_is_no_backup(tmp_path: Path) -> None:
+    file = tmp_path / "backup.tar.gz"
+    with gzip.open(file, "wb") as stream, tarfile.open(fileobj=stream, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("notes.txt"), io.BytesIO())
+    words = r"backup\.tar\.gz is no backup of a fleet: it has no backup\.json$"
+    with pytest.raises(ConfigError, match=words):
+        restore_backup(file, tmp_path / "new")
+
+
 def test_a_link_in_an_archive_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "backup.tar.gz"
     link = tarfile.TarInfo("ca")

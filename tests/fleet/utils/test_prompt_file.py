@@ -37,7 +37,7 @@ def test_prompts_are_read_in_every_form(tmp_path: Path) -> None:
 
 def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "empty.txt"
-    path.write_text("\n\n")
+    path.write_text("\n\u200b\n\ufeff\u2800\n")
     with pytest.raises(ConfigError, match="holds no prompts"):
         read_prompts(path)
     with pytest.raises(ConfigError, match=r"cannot read .*absent.txt: No such file"):
@@ -82,6 +82,9 @@ def test_only_the_end_of_a_line_ends_a_prompt(tmp_path: Path) -> None:
         '{"prompt": ""}',
         '{"prompt": NaN}',
         '{"prompt": "half \\ud83d pair"}',
+        '{"prompt": "a", "prompt": "b"}',
+        '{"prompt": "\\u200b\\u0000"}',
+        '{"turns": ["\\u3164"]}',
         '{"turns": [{"content": "hi"}]}',
         '{"turns": []}',
         '{"instruction": "x", "input": false}',

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edge_agent.config import CONFIG_FILE, AgentConfig
 from fleet.bundles.calibration_file import read_calibration
+from fleet.bundles.manifest import MANIFEST_FILE, read_manifest
 from fleet.cli.config import _parse_pair
-from fleet.errors import ConfigError
+from fleet.errors import BundleError, ConfigError
 from fleet.identity.identity import IDENTITY_FILE, Identity
 from fleet.planning.cost_model import read_fits
 from fleet.protocol.desired_config import parse_settings
 from fleet.server.home import FLEET_FILE, FleetHome
-from fleet.utils.text_files import decode_json, decode_text, read_text
+from fleet.utils.paths import user_name
+from fleet.utils.text_files import decode_json, decode_text, read_json, read_text
 
 MARK = b"\xef\xbb\xbf"
 FLEET = b'{"host": "h", "port": 1, "bundle": "/b"}'
@@ -26,10 +31,60 @@ def test_a_byte_order_mark_is_skipped(data: bytes) -> None:
     assert decode_text(data, "a file") == "Wärme"
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_text_in_utf_16_is_refused_by_its_name(encoding: str) -> None:
-    with pytest.raises(ConfigError, match="a file is in UTF-16, expected UTF-8; save it as UTF-8"):
-        decode_text('{"a": 1}'.encode(encoding), "a file")
+@pytest.mark.parametrize("order", ["", "-le", "-be"])
+@pytest.mark.parametrize("name", ["UTF-16", "UTF-32"])
+def test_text_in_a_wide_encoding_is_refused_by_its_name(name: str, order: str) -> None:
+    with pytest.raises(ConfigError, match=f"a file is in {name}, expected UTF-8; save it as UTF-8"):
+        decode_text('{"a": 1}'.encode(name + order), "a file")
+
+
+@pytest.mark.parametrize(("data", "nul"), [(b"{}\0\0", 2), (b"\0\0\0\0", 0), (b"on\0e\n", 2)])
+def test_a_nul_is_named_by_its_place(data: bytes, nul: int) -> None:
+    words = f"a file is damaged: byte {nul} of {len(data)} is a NUL, as after a loss of power"
+    with pytest.raises(ConfigError, match=words):
+        decode_json(data, "a file")
+
+
+@pytest.mark.parametrize("data", [b"", b" \n", MARK])
+def test_an_empty_file_is_called_empty(data: bytes) -> None:
+    with pytest.raises(ConfigError, match=r"^a file is empty, expected JSON; give another$"):
+        decode_json(data, "a file", remedy="give another")
+
+
+def test_a_key_that_is_given_twice_is_named_with_its_file(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_FILE).write_bytes(b'{"mode": "auto", "mode": "standalone"}')
+    with pytest.raises(ConfigError, match=r"agent\.json is not usable: 'mode' is given twice"):
+        AgentConfig.load(tmp_path)
+    (tmp_path / FLEET_FILE).write_bytes(FLEET[:-1] + b', "port": 2}')
+    with pytest.raises(ConfigError, match=r"fleet\.json is not usable: 'port' is given twice"):
+        FleetHome.load(tmp_path)
+    (tmp_path / "triggers.json").write_bytes(b'[{"name": "a", "name": "b"}]')
+    with pytest.raises(ConfigError, match=r"triggers\.json is not usable: 'name' is given twice"):
+        _parse_pair(f"triggers=@{tmp_path / 'triggers.json'}")
+    with pytest.raises(ConfigError, match="triggers is not usable: 'name' is given twice"):
+        _parse_pair('triggers=[{"name": "a", "name": "b"}]')
+
+
+def test_a_folder_in_place_of_a_file_is_called_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{tmp_path}: it is a folder, expected a file; make it"):
+        read_json(tmp_path, Any, "make it")
+
+
+def test_the_owner_of_a_file_that_this_user_may_not_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    path = tmp_path / MANIFEST_FILE
+    path.touch()
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    owner = user_name(path.stat().st_uid)
+    words = rf"{path}: Permission denied for the user {user_name()}; run this as its owner {owner}"
+    with pytest.raises(ConfigError, match=f"{words}, or change its rights$"):
+        read_json(path, Any, "make it")
+    with pytest.raises(BundleError, match=f"{words}, or change its rights$"):
+        read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("data", [b"caf\xe9 noir", b'"\\ud83d"', b'"\\ud83d pair"', b"[" * 9999])
