@@ -33,7 +33,7 @@ def new_console(
         emoji=False,
         highlight=False,
     )
-    if console.width < MIN_COLUMNS:
+    if width is None and console.width < MIN_COLUMNS:
         console.width = MIN_COLUMNS
     return console
 
