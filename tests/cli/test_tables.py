@@ -106,7 +106,9 @@ def test_rows_too_wide_for_a_table_become_a_list() -> None:
     ]
 
 
-def test_a_table_in_a_narrow_terminal_becomes_a_list_with_each_value() -> None:
+def test_a_table_in_a_narrow_terminal_becomes_a_list_with_each_value(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     row = IdentityRow(
         name="kitchen-thermo-17",
         role="device",
@@ -119,6 +121,7 @@ def test_a_table_in_a_narrow_terminal_becomes_a_list_with_each_value() -> None:
         not_after=AT,
     )
     out = io.StringIO()
-    new_console(file=out, width=3).print(identities_table([row]))
+    monkeypatch.setenv("COLUMNS", "3")
+    new_console(file=out).print(identities_table([row]))
     words = "".join(line[10:].strip() for line in out.getvalue().splitlines())
     assert words == "kitchen-thermo-17deviceactivekitchenfloor=1hall2027-01-1508:00 UTC"
