@@ -30,7 +30,7 @@ from onnx_export.config import (
     format_layers,
     require_packages,
 )
-from onnx_export.fingerprints import exporter_digest, tool_versions
+from onnx_export.fingerprints import tool_versions
 from onnx_export.graph_cache import GraphCache, default_graph_cache, initializer_bytes
 from onnx_export.heads import (
     SHIPPED_HEADS,
@@ -118,7 +118,6 @@ def build_bundle(
         thresholds=thresholds,
         parity=figures,
         tools=tool_versions(),
-        exporter=exporter_digest(),
         files=tuple(list_files(folder)),
     )
     write_manifest(folder, manifest)

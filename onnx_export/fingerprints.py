@@ -27,20 +27,15 @@ def tool_version(package: str) -> str:
 
 
 @cache
-def exporter_digest() -> str:
-    """Return the SHA-256, in hex, of the sources that make bundles.
+def source_digest() -> str:
+    """Return the SHA-256, in hex, of the sources that make bundles and of the tools' versions.
 
     Training is left out: it makes heads, not bundles.
     """
     paths = [path for path in sorted(PACKAGE.glob("*.py")) if path.name not in NOT_IN_BUNDLE]
     paths.append(PACKAGE.parent / "fleet/bundles/manifest.py")
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(tool_versions()).encode())
     for path in paths:
         digest.update(path.name.encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
-
-
-def source_digest() -> str:
-    """Return the SHA-256, in hex, of these sources and of the tools' versions."""
-    return hashlib.sha256(f"{tool_versions()} {exporter_digest()}".encode()).hexdigest()

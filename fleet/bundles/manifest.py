@@ -1,4 +1,4 @@
-"""A bundle: a model's files for both sides, with a manifest that gives the bundle's id."""
+"""A bundle: a model's files for both sides, with a manifest whose hash is the bundle's id."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Final, Literal, get_args
 
 import msgspec
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from fleet.errors import BundleError, ConfigError
@@ -19,7 +19,6 @@ from fleet.utils.text_files import read_json
 
 SCHEMA_VERSION: Final = 4
 READABLE_SCHEMAS: Final = (3, 4)
-GRAPH_SUFFIX: Final = ".onnx"
 MANIFEST_FILE: Final = "manifest.json"
 MAKE_BUNDLE: Final = f"make one of schema {SCHEMA_VERSION} with 'python -m onnx_export --out DIR'"
 FILE_PATH: Final = r"\A(edge|cloud|tokenizer)/[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}\Z"
@@ -72,24 +71,17 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     heads_sha256: str = ""
     calibration: Calibration | None = None
     instruction_set: str = "any"
-    exporter: str | UnsetType = UNSET
 
     @property
     def bundle_id(self) -> str:
-        """The first 32 hex digits of a SHA-256. It is the same on every machine.
+        """The first 32 hex digits of the SHA-256 of the canonical JSON.
 
-        It covers settings, weights and the exporter's sources. It does not cover the figures of
-        `parity`, the versions of `tools` and the graphs without their weights: tools of different
-        versions make different graphs for the same function. The bundle's signature covers all.
-        Schema 3 covers all, too. A device and a worker cooperate only if their ids are equal.
+        A device and a worker cooperate only if theirs are equal. The figures of `parity` and the
+        versions of `tools` do not count, so the same files have one id on every machine. In schema
+        3 they do.
         """
-        content = self if self.schema_version == 3 else self._machine_independent
+        content = self if self.schema_version == 3 else replace(self, parity={}, tools={})
         return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()[:32]
-
-    @property
-    def _machine_independent(self) -> Manifest:
-        files = tuple(each for each in self.files if not each.path.endswith(GRAPH_SUFFIX))
-        return replace(self, parity={}, tools={}, files=files)
 
     @property
     def blocks(self) -> tuple[tuple[int, int], ...]:
