@@ -63,6 +63,10 @@ class Source:
     def tree(self) -> ast.Module:
         return ast.parse(self.text)
 
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        return list(ast.walk(self.tree))
+
     @property
     def module(self) -> str:
         """The dotted name: ``fleet.cli`` for fleet/cli/__init__.py."""
@@ -74,7 +78,7 @@ class Source:
         return self.path.relative_to(ROOT).parts[0] in PACKAGES
 
     def docstrings(self) -> Iterator[ast.Constant]:
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Module | ast.ClassDef | Function) and ast.get_docstring(node):
                 statement = node.body[0]
                 assert isinstance(statement, ast.Expr)
@@ -127,7 +131,7 @@ def openings(sources: Iterable[Source]) -> Iterator[str]:
     """Docstrings and help texts that begin with a question word."""
     for source in sources:
         texts = list(source.docstrings())
-        for node in ast.walk(source.tree):
+        for node in source.nodes:
             if isinstance(node, ast.keyword) and node.arg in ("help", "description", "epilog"):
                 texts += [part for part in ast.walk(node.value) if isinstance(part, ast.Constant)][
                     :1
@@ -161,7 +165,7 @@ def long_lines(name: str, paths: Iterable[Path]) -> Figure:
 
 def calls_by_position(sources: Iterable[Source]) -> Iterator[str]:
     for source in sources:
-        for node in ast.walk(source.tree):
+        for node in source.nodes:
             if isinstance(node, ast.Call) and len(node.args) >= 6:
                 yield place(source.path, node.lineno, ast.unparse(node.func))
 
@@ -169,7 +173,7 @@ def calls_by_position(sources: Iterable[Source]) -> Iterator[str]:
 def tuple_assignments(sources: Iterable[Source]) -> Iterator[str]:
     """Statements ``a, b = x, y``; unpacking the result of a call is none."""
     for source in sources:
-        for node in ast.walk(source.tree):
+        for node in source.nodes:
             if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
                 continue
             if isinstance(node.targets[0], ast.Tuple):
@@ -192,7 +196,7 @@ def repeated_names(sources: Iterable[Source]) -> Iterator[str]:
 def imports(source: Source, modules: set[str]) -> set[str]:
     """Modules of the project that a file imports, at whatever place in it."""
     found: set[str] = set()
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -240,7 +244,7 @@ def room_cycles(graph: dict[str, set[str]]) -> Iterator[str]:
 def import_strings(sources: Iterable[Source]) -> Iterator[str]:
     """Calls that import a module by its name as a string."""
     for source in sources:
-        for node in ast.walk(source.tree):
+        for node in source.nodes:
             if isinstance(node, ast.Call):
                 function = ast.unparse(node.func).rpartition(".")[2]
                 if function in ("import_module", "__import__"):
@@ -252,7 +256,7 @@ def function_lines(sources: Iterable[Source]) -> list[int]:
     return sorted(
         (node.end_lineno or 0) - node.lineno + 1
         for source in sources
-        for node in ast.walk(source.tree)
+        for node in source.nodes
         if isinstance(node, Function)
     )
 
@@ -263,9 +267,7 @@ def measure(sources: list[Source]) -> list[Figure]:
     docs = tracked("*.md")
     num_lines = sum(source.num_code_lines() for source in product)
     num_nodes = sum(
-        not isinstance(node, UNCOUNTED_NODES)
-        for source in product
-        for node in ast.walk(source.tree)
+        not isinstance(node, UNCOUNTED_NODES) for source in product for node in source.nodes
     )
     lengths = function_lines(product)
     positional = list(calls_by_position(product))

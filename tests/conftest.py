@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import logging
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +13,7 @@ import pytest
 from torch.onnx._internal import _lazy_import
 
 from fleet.bundles.manifest import Bundle
+from fleet.utils.optional_imports import without_garbage_collection
 from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig, Quantization
 from onnx_export.default_bundle import default_bundle
@@ -55,6 +58,17 @@ LONG_FILES: Final = (
 # for up to a second. They do not change, so a process of tests parses them once.
 exporter: Any = vars(_lazy_import)["onnxscript_apis"]
 vars(exporter)["get_torchlib_ops"] = cache(lambda: exporter.__getattr__("get_torchlib_ops")())
+
+# pytest would format a record of each step that PyTorch traces.
+logging.getLogger("torch.__trace").propagate = False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Keep the garbage collector from the modules and the tests: none of them goes away."""
+    with without_garbage_collection():
+        yield
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

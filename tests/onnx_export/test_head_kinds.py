@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,12 +27,19 @@ from onnx_export.bundle import export_bundle
 from onnx_export.config import QUANTIZATIONS, ExportConfig, Quantization
 from onnx_export.heads import ExitHead, HeadKind, load_heads
 from tests.conftest import MakeTinyBundle
+from tests.onnx_export.traces import shared_traces
 from tests.system.memory_fleet import memory_fleet
 from tests.tiny import VOCAB_SIZE, make_tiny_checkpoint, make_tiny_heads
 
 EXITS = (1, 3)
 KINDS: tuple[HeadKind, ...] = get_args(HeadKind)
 TOKENS: list[int] = np.random.default_rng(3).integers(0, VOCAB_SIZE, 12).tolist()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_traces() -> Iterator[None]:
+    with shared_traces():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig, Quantization
 from onnx_export.parity import relative_error
 from tests.cloud_broker_worker.worker.conftest import TinyModel
+from tests.onnx_export.traces import shared_traces
 from tests.tiny import VOCAB_SIZE, make_tiny_checkpoint, make_tiny_tokenizer
 
 EXITS = (2,)
@@ -69,6 +71,12 @@ LONG_ROPE = {
         "long_factor": [1] * 64,
     }
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_traces() -> Iterator[None]:
+    with shared_traces():
+        yield
 
 
 def export(

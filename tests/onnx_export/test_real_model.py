@@ -28,7 +28,7 @@ def fp32_bundle(real_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -
     """The default model's edge without quantisation."""
     assert real_bundle.manifest.exits == SHIPPED  # so that the model has been fetched
     out = tmp_path_factory.mktemp("real") / "fp32"
-    export_bundle(ExportConfig(out=out, exits=EXITS, quantization="fp32"))
+    export_bundle(ExportConfig(out=out, exits=EXITS, exit_head="shared", quantization="fp32"))
     return Bundle.load(out)
 
 

@@ -42,22 +42,34 @@ from onnx_export.training.prompts import (
     without_repeats,
 )
 from onnx_export.training.train import train_heads
+from tests.tiny import make_tiny_checkpoint
 
 EXITS = (1, 3)
 END = 2
 
 
+def load_model(checkpoint: Path) -> Any:
+    """Load a model, ready to run."""
+    language_model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    return language_model.eval().requires_grad_(False)
+
+
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint: Path) -> Any:
     """The tiny model, ready to run."""
-    language_model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
-    return language_model.eval().requires_grad_(False)
+    return load_model(tiny_checkpoint)
 
 
 def random_prompts(count: int) -> list[list[int]]:
     """Return prompts of several lengths, always the same."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(3, 384, (4 + i % 5,), generator=generator).tolist() for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def brief_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny model that draws a prompt in every third try, not in one of eighty."""
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "brief", end_scale=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +171,10 @@ def test_prompts_are_drawn_after_the_template_and_filtered(
 
 
 def test_drawn_prompts_are_different_and_come_again_with_their_seed(
-    model: Any, tiny_checkpoint: Path
+    brief_checkpoint: Path,
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    model = load_model(brief_checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(brief_checkpoint)
     counts: list[int] = []
     drawn = draw_many(model, tokenizer, count=10, seed=5, batch=32, progress=counts.append)
     assert len(set(drawn)) == 10 == counts[-1]
@@ -172,7 +185,7 @@ def test_drawn_prompts_are_different_and_come_again_with_their_seed(
 
 
 def test_few_prompts_are_drawn_from_few_texts(
-    model: Any, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    brief_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
 
@@ -181,7 +194,8 @@ def test_few_prompts_are_drawn_from_few_texts(
         return generate_prompts(*arguments)
 
     monkeypatch.setattr("onnx_export.training.prompts.generate_prompts", counted)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    model = load_model(brief_checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(brief_checkpoint)
     drawn = draw_many(model, tokenizer, 3, seed=5, batch=192, progress=lambda _: None)
     assert len(drawn) == 3
     assert set(sizes) == {6}
@@ -311,13 +325,13 @@ def tiny_config(folder: Path, checkpoint: Path, **changes: Any) -> TrainConfig:
 
 
 def test_interrupted_training_goes_on_and_gives_the_same_heads(
-    tmp_path: Path, tiny_checkpoint: Path
+    tmp_path: Path, brief_checkpoint: Path
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"one two three {i}\n" for i in range(16)))
     shards: dict[str, Any] = {"tokens": 500, "prompts": (prompts,)}  # two drawn, one of the file
-    train_heads(tiny_config(tmp_path / "whole", tiny_checkpoint, processes=1, **shards))
-    cut = tiny_config(tmp_path / "cut", tiny_checkpoint, **shards)
+    train_heads(tiny_config(tmp_path / "whole", brief_checkpoint, processes=1, **shards))
+    cut = tiny_config(tmp_path / "cut", brief_checkpoint, **shards)
     code = (
         "from pathlib import Path\n"
         "from onnx_export.training.config import TrainConfig\n"
@@ -340,7 +354,7 @@ def test_interrupted_training_goes_on_and_gives_the_same_heads(
         path: path.stat().st_mtime_ns for path in (tmp_path / "cut").rglob("answers-*.safetensors")
     }
     assert made
-    train_heads(tiny_config(tmp_path / "cut", tiny_checkpoint, processes=1, **shards))
+    train_heads(tiny_config(tmp_path / "cut", brief_checkpoint, processes=1, **shards))
     assert all(path.stat().st_mtime_ns == before for path, before in made.items())
     one, other = (load_file(tmp_path / name / "heads.safetensors") for name in ("whole", "cut"))
     assert one.keys() == other.keys()
@@ -348,26 +362,26 @@ def test_interrupted_training_goes_on_and_gives_the_same_heads(
 
 
 def test_other_exits_and_kinds_are_trained_on_the_same_answers(
-    tmp_path: Path, tiny_checkpoint: Path
+    tmp_path: Path, brief_checkpoint: Path
 ) -> None:
-    config = tiny_config(tmp_path, tiny_checkpoint, tokens=150, exits=(1,), processes=1)
+    config = tiny_config(tmp_path, brief_checkpoint, tokens=150, exits=(1,), processes=1)
     train_heads(config)
     (first,) = tmp_path.rglob("answers-00000.safetensors")
     before = load_file(first)
-    train_heads(tiny_config(tmp_path, tiny_checkpoint, tokens=150, exits=(3,), processes=1))
+    train_heads(tiny_config(tmp_path, brief_checkpoint, tokens=150, exits=(3,), processes=1))
     after = load_file(first)
     assert after.keys() - before.keys() == {"hidden.3"}
     assert all(torch.equal(after[key], before[key]) for key in before)
     made = first.stat().st_mtime_ns
     train_heads(
-        tiny_config(tmp_path, tiny_checkpoint, tokens=150, exits=(1, 3), processes=1, kind="block")
+        tiny_config(tmp_path, brief_checkpoint, tokens=150, exits=(1, 3), processes=1, kind="block")
     )
     assert first.stat().st_mtime_ns == made
 
 
-def test_few_tokens_take_few_answers(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    config = tiny_config(tmp_path, tiny_checkpoint, tokens=150, batch=192)
-    assert tiny_config(tmp_path, tiny_checkpoint, tokens=50_000, batch=192).shard_size == 192
+def test_few_tokens_take_few_answers(tmp_path: Path, brief_checkpoint: Path) -> None:
+    config = tiny_config(tmp_path, brief_checkpoint, tokens=150, batch=192)
+    assert tiny_config(tmp_path, brief_checkpoint, tokens=50_000, batch=192).shard_size == 192
     stages: list[tuple[str, int, int]] = []
     train_heads(config, lambda *stage: stages.append(stage))
     shards = [load_file(path) for path in tmp_path.rglob("answers-*.safetensors")]
@@ -380,28 +394,26 @@ def test_few_tokens_take_few_answers(tmp_path: Path, tiny_checkpoint: Path) -> N
 
 
 def test_answers_to_drawn_prompts_serve_runs_with_other_files(
-    tmp_path: Path, tiny_checkpoint: Path
+    tmp_path: Path, brief_checkpoint: Path
 ) -> None:
-    train_heads(tiny_config(tmp_path, tiny_checkpoint, tokens=150, processes=1))
+    train_heads(tiny_config(tmp_path, brief_checkpoint, tokens=150, processes=1))
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("answers-*.safetensors")}
     file = tmp_path / "prompts.txt"
     file.write_text("".join(f"one two three {i}\n" for i in range(16)))
-    config = tiny_config(tmp_path, tiny_checkpoint, tokens=150, processes=1, prompts=(file,))
+    config = tiny_config(tmp_path, brief_checkpoint, tokens=150, processes=1, prompts=(file,))
     train_heads(config)
     (drawn_folder,) = {path.parent for path in made}
     assert {path: path.stat().st_mtime_ns for path in drawn_folder.glob("answers-*")} == made
 
 
-def test_heads_describe_how_they_were_made(
-    tmp_path: Path, tiny_checkpoint: Path, model: Any
-) -> None:
+def test_heads_describe_how_they_were_made(tmp_path: Path, brief_checkpoint: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"one two three {i}\n" for i in range(20)))
     config = tiny_config(
-        tmp_path, tiny_checkpoint, prompts=(prompts,), kind="mlp", tokens=100, processes=1
+        tmp_path, brief_checkpoint, prompts=(prompts,), kind="mlp", tokens=100, processes=1
     )
     records = train_heads(config)
-    file = load_heads(config.out, (1, 2), model)
+    file = load_heads(config.out, (1, 2), load_model(brief_checkpoint))
     assert file.kind == "mlp"
     assert file.made_by["seed"] == "0"
     assert len(file.made_by["sha256 of prompts.txt"]) == 64

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tests.system.operator import TIMEOUT_S, Operator, operator
 
 LIMITS = "--observe 1s --min-answers 2 --offline-after 60s"
 ROLLOUT = "fleet bundle rollout {} --canary 1 --stages 100 " + LIMITS
+PAUSE_S = 1.0  # each question is a process, and answers are counted meanwhile
 ASK = 'fleet prompt kitchen "How warm is it?" --max-new-tokens 8'
 
 
@@ -38,6 +40,7 @@ def ended(operator: Operator) -> Any:
 
     def has_ended() -> bool:
         operator.try_to(ASK)  # refused as busy while the device changes its bundle
+        time.sleep(PAUSE_S)
         return operator.ask("fleet bundle status")[0]["state"] not in ("waiting", "running")
 
     wait_until(has_ended, "the roll-out ends", TIMEOUT_S)

@@ -61,11 +61,11 @@ def test_the_promise_holds_on_answers_that_calibration_never_saw() -> None:
     fresh = make_answers(5000, seed=999)
     kept = 0
     rates = []
-    for seed in range(60):
+    for seed in range(30):
         thresholds, _ = calibrate(make_answers(300, seed), target, 0.9)
         kept += 1 - answer_losses(fresh, thresholds).mean() >= target
         rates.append(evaluate_thresholds(fresh, thresholds).offload_rate)
-    assert kept >= 54 - 3 * 2.4  # 90% of 60, less three standard deviations
+    assert kept >= 27 - 3 * 1.64  # 90% of 30, less three standard deviations
     assert np.mean(rates) < 0.97  # and the guarantee is not empty
 
 

@@ -32,6 +32,14 @@ def make_records(
     return Records(exits, np.repeat(np.arange(num_answers), length), confidence, agrees)
 
 
+@pytest.fixture(scope="module")
+def everything() -> tuple[Records, list[OperatingPoint]]:
+    """Positions, and every pair of thresholds that can make a difference to them."""
+    records = make_records(20, 10)
+    values = [np.append(np.unique(records.confidence[:, i]), OFF) for i in range(2)]
+    return records, [evaluate_thresholds(records, pair) for pair in product(*values)]
+
+
 def test_the_first_confident_exit_emits_and_one_that_is_off_never_does() -> None:
     records = Records(
         (8, 15),
@@ -46,11 +54,11 @@ def test_the_first_confident_exit_emits_and_one_that_is_off_never_does() -> None
 
 
 @pytest.mark.parametrize("target", [0.98, 0.9, 0.8])
-def test_the_search_is_as_good_as_trying_everything(target: float) -> None:
-    records = make_records(20, 10)
-    values = [np.append(np.unique(records.confidence[:, i]), OFF) for i in range(2)]
-    everything = (evaluate_thresholds(records, pair) for pair in product(*values))
-    least = min(point.offload_rate for point in everything if point.agreement >= target)
+def test_the_search_is_as_good_as_trying_everything(
+    target: float, everything: tuple[Records, list[OperatingPoint]]
+) -> None:
+    records, points = everything
+    least = min(point.offload_rate for point in points if point.agreement >= target)
     found = best_thresholds(records, target)
     assert found.agreement >= target
     assert found.offload_rate <= least + 0.02  # the first exit is searched on a grid
@@ -135,12 +143,12 @@ def test_records_survive_a_file_and_garbage_does_not(tmp_path: Path) -> None:
 
 def test_many_positions_lose_next_to_nothing_to_the_grid() -> None:
     records = make_records(200, 50)
+    finer = np.append(
+        np.quantile(records.confidence, np.linspace(0, 1, 60), axis=0), [[OFF, OFF]], axis=0
+    )
+    grid = [evaluate_thresholds(records, (first, last)) for first, last in product(*finer.T)]
     for target in (0.98, 0.9):
         found = best_thresholds(records, target)
-        finer = np.append(
-            np.quantile(records.confidence, np.linspace(0, 1, 60), axis=0), [[OFF, OFF]], axis=0
-        )
-        grid = [evaluate_thresholds(records, (first, last)) for first, last in product(*finer.T)]
         assert found.agreement >= target
         assert (
             found.offload_rate <= min(p.offload_rate for p in grid if p.agreement >= target) + 0.005

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 
 import pytest
@@ -27,3 +28,12 @@ def test_packages_are_checked_without_an_import() -> None:
     require("server", "sqlalchemy", "aiohttp")
     with pytest.raises(MissingExtraError, match=r"needs no_such_package, .*cecollm-fleet\[edge\]"):
         require("edge", "onnxruntime", "no_such_package")
+
+
+def test_no_garbage_is_collected_during_imports() -> None:
+    with needs("edge"):
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(MissingExtraError), needs("plots"):
+        importlib.import_module("no_such_package")
+    assert gc.isenabled()
