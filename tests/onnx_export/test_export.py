@@ -197,7 +197,7 @@ def test_an_altered_file_is_found_when_the_bundle_is_loaded(
 
 def test_a_manifest_that_is_no_manifest_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"schema_version": 1}')
-    with pytest.raises(BundleError, match="is no manifest"):
+    with pytest.raises(BundleError, match="no usable bundle"):
         Bundle.load(tmp_path)
 
 
