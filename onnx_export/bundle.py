@@ -20,7 +20,12 @@ from onnx_export import parity
 from onnx_export.architecture import check_exits, check_model, model_info
 from onnx_export.assembly import Assembly
 from onnx_export.atomic_folder import staged
-from onnx_export.checkpoint import DEFAULT_NAME, load_pretrained, resolve_model
+from onnx_export.checkpoint import (
+    DEFAULT_NAME,
+    check_generation_config,
+    load_pretrained,
+    resolve_model,
+)
 from onnx_export.cloud import write_cloud
 from onnx_export.config import (
     DEFAULT_MODEL,
@@ -170,6 +175,7 @@ def load_model_and_tokenizer(config: ExportConfig, progress: Progress) -> tuple[
     model_config = load_pretrained(AutoConfig, source, config.model)
     check_model(model_config)
     check_exits(config.exits, model_config.num_hidden_layers)
+    check_generation_config(source)
     tokenizer = load_pretrained(AutoTokenizer, source, config.model)
     check_tokenizer(tokenizer, config.model, model_config.vocab_size, progress)
     model, loading_info = load_pretrained(

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from fleet.bundles.manifest import hash_file
-from fleet.errors import ExportError, MissingExtraError
+from fleet.errors import ConfigError, ExportError, MissingExtraError
 from fleet.utils.paths import user_cache_folder
+from fleet.utils.text import BYTE_ORDER_MARK
+from fleet.utils.text_files import read_json
 from onnx_export.config import DEFAULT_MODEL
 
 DEFAULT_NAME: Final = "SmolLM2-135M-Instruct"
@@ -85,6 +87,22 @@ def load_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
             f"cannot load model {name!r} with {kind.__name__}: {reason}; "
             "expected 'default', a hub name or a checkpoint's folder"
         ) from error
+
+
+def check_generation_config(source: str) -> None:
+    """Check that a checkpoint's ``generation_config.json`` is read: its end tokens are in it.
+
+    transformers leaves out a file that it cannot read, without a word.
+
+    Raises:
+        ConfigError: it is no JSON object in UTF-8, or has a byte order mark.
+    """
+    path = Path(source) / "generation_config.json"
+    if not path.is_file():
+        return
+    read_json(path, dict[str, Any], "correct it")
+    if path.read_bytes().startswith(BYTE_ORDER_MARK):
+        raise ConfigError(f"{path} begins with a byte order mark; save it as UTF-8 without one")
 
 
 def default_checkpoint(progress: Callable[[str], None]) -> Path:

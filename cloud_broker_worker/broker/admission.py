@@ -79,7 +79,8 @@ def _refuse_unknown(holder: CertificateHolder, rights: RightsCache) -> ConnectRe
     return ConnectRefusal(
         ConnectCode.NOT_AUTHORIZED,
         f"{holder.name!r} is not enrolled, not active, or now has another certificate than this "
-        f"one (SHA-256 {holder.fingerprint[:16]}...); enroll it with 'fleet enroll {holder.name}'",
+        f"one (SHA-256 {holder.fingerprint[:16]}...); see 'fleet identities': "
+        f"'fleet resume {holder.name}' if it is suspended, else 'fleet enroll {holder.name}'",
     )
 
 

@@ -7,6 +7,8 @@ import socket
 import ssl
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -68,17 +70,17 @@ def join_fleet(
     server = check_url(server)
     present = _present_identity(out)
     deadline = time.monotonic() + timeout_s
-    key = own_key(out, JOINING_KEY_FILE if present else KEY_FILE)
     ca = pinned_ca(server, token.ca_sha256, timeout_s)
     name = present.name if present else None
-    request = JoinRequest(token.id, token.secret, signing_request(key, name))
     try:
-        with ServiceClient(server, trusting_only(ca)) as service:
-            reply = retry_while_away(
-                lambda: service.join(request),
-                timeout_s=deadline - time.monotonic(),
-                on_wait=log_wait,
-            )
+        with _request_key(out, JOINING_KEY_FILE if present else KEY_FILE) as key:
+            request = JoinRequest(token.id, token.secret, signing_request(key, name))
+            with ServiceClient(server, trusting_only(ca)) as service:
+                reply = retry_while_away(
+                    lambda: service.join(request),
+                    timeout_s=deadline - time.monotonic(),
+                    on_wait=log_wait,
+                )
     except (TokenNameError, UsedTokenError) as error:
         if present is None:
             raise
@@ -99,6 +101,26 @@ def _present_identity(out: Path) -> Identity | None:
     except IdentityError as error:
         log.warning("%s is made again: %s", out, error)
         return None
+
+
+@contextmanager
+def _request_key(out: Path, name: str) -> Iterator[bytes]:
+    """Make the key of a request, and remove it again if the request is refused for good.
+
+    After any other failure the key stays: the token may be bound to it by now.
+    """
+    is_new_folder = not out.exists()
+    is_new_key = not (out / name).exists()
+    key = own_key(out, name)
+    try:
+        yield key
+    except IdentityError:
+        with suppress(OSError):
+            if is_new_key:
+                (out / name).unlink()
+            if is_new_folder:
+                out.rmdir()
+        raise
 
 
 def _trusted_ca(reply: JoinReply, token: EnrolmentToken, ca: bytes) -> bytes:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fleet.cli.options import HomeOption
-from fleet.server.home import PASSPHRASE, FleetHome
+from fleet.server.home import FleetHome, ca_passphrase
 from fleet.utils.command_group import CommandGroup
 from provisioning.authority_rotation import (
     ca_sha256,
@@ -34,7 +33,7 @@ ForceOption = Annotated[
 def rotate(folder: HomeOption = None) -> None:
     """Make a second authority; the fleet trusts both until the old one is retired."""
     home = FleetHome.load(folder)
-    authority = rotate_authority(home.ca_folder, os.environ.get(PASSPHRASE))
+    authority = rotate_authority(home.ca_folder, ca_passphrase())
     _record(home, "rotate_authority", authority)
     print(
         "the fleet trusts two authorities now; a running server uses both within seconds, but a "
@@ -54,7 +53,7 @@ def retire(force: ForceOption = False, folder: HomeOption = None) -> None:
         left = not_renewed(authority, registry.identities.newest_certificates())
     check_retirable(authority, [] if force else left)
     stores = (home.bundles, home.software)
-    successor = retire_authority(home.ca_folder, stores, os.environ.get(PASSPHRASE))
+    successor = retire_authority(home.ca_folder, stores, ca_passphrase())
     _record(home, "retire_authority", successor)
     print(
         "the old authority is retired; start the server and a mosquitto again, so that they no "

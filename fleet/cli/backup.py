@@ -15,7 +15,7 @@ from fleet.server.home import FleetHome
 from fleet.utils.printable import print_line
 
 FileArgument = Annotated[
-    Path, typer.Argument(metavar="FILE", help="New file, or a folder that gets a new file.")
+    str, typer.Argument(metavar="FILE", help="New file, or a folder that gets a new file.")
 ]
 BackupArgument = Annotated[Path, typer.Argument(metavar="FILE", help="File of 'fleet backup'.")]
 BundlesOption = Annotated[bool, typer.Option("--bundles", help="Include the models' bundles.")]
@@ -39,13 +39,25 @@ def backup(
     folder: HomeOption = None,
 ) -> None:
     """Copy authority, registry and identities into one file, while the fleet runs."""
-    if keep and not file.is_dir():
+    place = _place_of(file)
+    if keep and not place.is_dir():
         raise ConfigError(f"{file} is not a folder; leave out --keep, or name a folder of backups")
-    path = back_up(FleetHome.load(folder), file, bundles=bundles)
+    path = back_up(FleetHome.load(folder), place, bundles=bundles)
     print_line(f"wrote {path} with the authority's key; protect it like the fleet's folder")
     if keep:
-        for old in remove_old_backups(file, keep):
+        for old in remove_old_backups(place, keep):
             print_line(f"removed {old}")
+
+
+def _place_of(file: str) -> Path:
+    """Return the path of a new backup. Raises ConfigError for ``-`` and for a missing folder."""
+    if file == "-":
+        raise ConfigError("a backup is a file, and is not printed; name one, or a folder, not -")
+    if file.endswith("/") and not Path(file).is_dir():
+        raise ConfigError(
+            f"{file} is no folder; make it first, or name a file without / at its end"
+        )
+    return Path(file)
 
 
 def restore_fleet(

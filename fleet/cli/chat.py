@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from typing import Annotated, Final
@@ -107,6 +109,9 @@ class Conversation:
         """Read lines from the terminal until /quit or the end of the input."""
         with suppress(ImportError):  # of a Python without it; lines then have no history
             import readline  # noqa: F401 (from now on `input` edits lines and keeps them)
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            # An error of the decoder would lose the lines after it.
+            sys.stdin.reconfigure(errors="surrogateescape")
         self._note(HINT)
         while (line := _read_line()) not in (None, "/quit"):
             try:
@@ -194,12 +199,15 @@ def _read_line() -> str | None:
     """Read a line of the user: "" if it is stopped with Ctrl-C, None at the end of the input."""
     print()
     try:
-        return input("> ").strip()
+        line = input("> ").removeprefix("\ufeff").strip()  # a byte order mark
+        line.encode()
     except EOFError:
         print()
         return None
     except KeyboardInterrupt:
         print("\nCtrl-D or /quit ends the conversation")
-    except UnicodeDecodeError as error:
-        print(f"expected text in UTF-8: {error}")
+    except UnicodeEncodeError:
+        print("this line is not in UTF-8, and is not sent; give the input in UTF-8")
+    else:
+        return line
     return ""

@@ -35,10 +35,12 @@ from fleet.server.home import (
     EMBEDDED,
     MOSQUITTO,
     FleetHome,
+    ca_passphrase,
     create_fleet,
 )
 from fleet.server.supervisor import (
     check_broker,
+    check_metrics_ports,
     check_ports,
     fleet_processes,
     watch_processes,
@@ -111,8 +113,10 @@ def up(
         retention_days=retention_days,
     )
     folder = FleetHome.find(folder)
+    ca_passphrase()  # an unusable one is refused before the model is fetched
     with hold_folder(folder):
         config = resolve_config(folder, options)
+        check_metrics_ports(config, metrics_port, workers)
         check_ports(config, listen)
         if not config.bundle:
             path = default_bundle(new_console(stderr=True).print)

@@ -26,6 +26,7 @@ CA_FILE: Final = "ca.pem"
 CERT_FILE: Final = "cert.pem"
 KEY_FILE: Final = "key.pem"
 RENEWED_FILE: Final = "renewed.pem"
+KEY_LOG: Final = "SSLKEYLOGFILE"
 JOIN_AGAIN: Final = "join again with a new token"
 
 
@@ -125,11 +126,20 @@ def _loading(what: str, remedy: str, files: Sequence[Path]) -> Iterator[None]:
     """Report that `files` in PEM, which the block loads, do not load, as an IdentityError."""
     try:
         yield
-    except PermissionError as error:
-        file = next((each for each in files if not os.access(each, os.R_OK)), files[0])
-        raise IdentityError(describe_read_error(file, error, remedy)) from None
     except OSError as error:  # also of ssl
-        raise IdentityError(f"{what} does not load: {error}; {remedy}") from None
+        raise IdentityError(_load_error(error, what, remedy, files)) from None
+
+
+def _load_error(error: OSError, what: str, remedy: str, files: Sequence[Path]) -> str:
+    if error.filename and error.filename == os.environ.get(KEY_LOG):  # Python opens it
+        return (
+            f"cannot write {error.filename}, the file of {KEY_LOG}: {error.strerror}; unset "
+            f"{KEY_LOG}, or name another file there"
+        )
+    if isinstance(error, PermissionError):
+        file = next((each for each in files if not os.access(each, os.R_OK)), files[0])
+        return describe_read_error(file, error, remedy)
+    return f"{what} does not load: {error}; {remedy}"
 
 
 def holds_pair(certificate: Path, key: Path | None = None) -> bool:

@@ -33,6 +33,7 @@ from fleet.protocol.enrolment_api import (
     decode_body,
 )
 from fleet.utils.backoff import backoff_s
+from fleet.utils.host_address import check_host
 
 CONNECT_S: Final = 5.0
 READ_S: Final = 20.0  # between two bytes
@@ -255,6 +256,10 @@ def check_url(url: str) -> str:
         raise ConfigError(
             f"service {url[:200]!r}: expected https://HOST:PORT, as 'fleet enroll' prints it"
         )
+    try:
+        check_host(parsed.host.strip("[]"))
+    except ValueError as error:
+        raise ConfigError(f"service {url[:200]!r}: {error}") from None
     return url.rstrip("/")
 
 

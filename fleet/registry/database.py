@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -45,6 +46,12 @@ SLOW: Final = "57014"
 BROKEN: Final = frozenset({sqlite3.SQLITE_CORRUPT, "XX001", "XX002"})
 MIGRATION_LOCK: Final = 0xCEC0_11A3
 """The advisory lock of a migration: several processes may open a new database at once."""
+
+NO_PATH: Final = re.compile(
+    r"\s*(?:(?:host|hostaddr|port|dbname|user|password|passfile|service|sslmode)\s*="
+    r"|(?:postgres|postgresql|sqlite)(?:\+\w+)?:)"
+)
+"""The beginning of a connection string of libpq, or of a URL that lacks a slash."""
 
 CONFIG_LOCK: Final = 0xCEC0_11A4
 """The advisory lock of a change to settings, which depends on the newest ones."""
@@ -178,6 +185,11 @@ def parse_url(url_or_path: str | Path) -> URL:
         RegistryError: it is malformed, or of another kind of database.
     """
     if isinstance(url_or_path, Path) or "://" not in url_or_path:
+        if NO_PATH.match(str(url_or_path)):  # its password would be in a file's name
+            raise RegistryError(
+                "the registry is neither a path nor a URL, but looks like libpq's 'host=... "
+                "dbname=...' or a URL without '//'; give postgresql://USER@HOST/DATABASE"
+            )
         return URL.create("sqlite", database=str(Path(url_or_path).absolute()))
     try:
         url = make_url(url_or_path)

@@ -9,9 +9,12 @@ from typing import Final, Self
 
 from fleet.errors import FleetError
 from fleet.registry.store import Registry
+from fleet.utils.rate_limited_log import RateLimitedLog
 
 POLL_S: Final = 1.0
 CLOSE_S: Final = 5.0
+WARNING_S: Final = 60.0
+"""Minimum time between two warnings of a task that fails in each round."""
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +32,7 @@ class ChangeWatcher:
         self._tasks: list[_Task] = []
         self._wake = threading.Event()
         self._closing = False
+        self._log = RateLimitedLog(log, WARNING_S)
         self.on_cycle: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._run, name="changes", daemon=True)
 
@@ -62,7 +66,7 @@ class ChangeWatcher:
         try:
             newest = self._registry.audit_log.newest_change()
         except FleetError as error:
-            log.warning("cannot read the changes of the registry: %s", error)
+            self._log.warning("cannot read the changes of the registry: %s", error)
         except Exception:  # the outermost boundary of a thread
             log.exception("cannot read the changes of the registry")
         else:
@@ -75,6 +79,7 @@ class _Task:
         self._work = work
         self._periodic = periodic
         self._done = -1
+        self._log = RateLimitedLog(log, WARNING_S)
 
     def reset(self) -> None:
         self._done = -1
@@ -84,8 +89,8 @@ class _Task:
             return
         try:
             self._work()
-        except FleetError as error:
-            log.warning("%s; trying again", error)
+        except (FleetError, OSError) as error:
+            self._log.warning("%s; trying again", error)
         except Exception:  # the outermost boundary of a thread
             log.exception("a change did not take effect; trying again")
         else:

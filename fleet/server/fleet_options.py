@@ -23,6 +23,7 @@ from fleet.server.home import (
     bundle_id_of,
 )
 from fleet.utils.host_address import check_reachable, host_port
+from fleet.utils.optional_imports import needs
 from fleet.utils.paths import absolute_path
 from onnx_export.default_bundle import is_default_bundle
 
@@ -56,10 +57,13 @@ def resolve_config(folder: Path, options: FleetOptions) -> FleetConfig:
     Raises:
         ConfigError: the fleet has another registry, where its identities are enrolled, no client
             can connect to the host, or a value is not usable.
+        RegistryError: the registry's URL is malformed.
     """
     current = FleetHome.load(folder).config if FleetHome.is_fleet(folder) else None
     defaults = {"host": DEFAULT_HOST, "port": DEFAULT_PORT, "service_port": DEFAULT_SERVICE_PORT}
     kept = {name: getattr(current, name) for name in FleetConfig.__struct_fields__ if current}
+    if options.registry:
+        _check_url(options.registry)
     if options.registry and "://" not in options.registry:  # the path of a SQLite file
         registry = str(absolute_path(Path(options.registry)))
         options = msgspec.structs.replace(options, registry=registry)
@@ -80,6 +84,13 @@ def resolve_config(folder: Path, options: FleetOptions) -> FleetConfig:
 def _is_own_bundle(folder: Path) -> bool:
     """Whether an operator's bundle is there; a default model's follows this program's version."""
     return bundle_id_of(folder) is not None and not is_default_bundle(folder)
+
+
+def _check_url(registry: str) -> None:
+    """Raise RegistryError for a malformed URL before a command stores or builds anything."""
+    with needs("server"):
+        from fleet.registry.database import parse_url
+    parse_url(registry)
 
 
 def _check_registry(folder: Path, current: FleetConfig | None, registry: str | None) -> None:

@@ -29,9 +29,10 @@ from fleet.identity.identity import CA_FILE, Identity, ServerTls
 from fleet.protocol.access import Role, is_operator
 from fleet.utils.atomic_files import write_file
 from fleet.utils.host_address import check_host
+from fleet.utils.json_text import HALF_PAIR
 from fleet.utils.optional_imports import needs
 from fleet.utils.paths import absolute_path, user_data_folder
-from fleet.utils.printable import command_line
+from fleet.utils.printable import HIDDEN, command_line
 from fleet.utils.text_files import decode_json, describe_read_error
 from provisioning.authority import (
     CertificateAuthority,
@@ -51,12 +52,15 @@ FLEET_FILE: Final = "fleet.json"
 REGISTRY_FILE: Final = "registry.sqlite"
 DEFAULT_PORT: Final = 8883
 DEFAULT_SERVICE_PORT: Final = 8443
+HOME: Final = "FLEET_HOME"
 PASSPHRASE: Final = "FLEET_CA_PASSPHRASE"
+MAX_PASSPHRASE_BYTES: Final = 1023  # of OpenSSL
 COLLECTOR: Final = "collector"
 EMBEDDED: Final = "embedded"  # the brokers that `fleet up` starts
 MOSQUITTO: Final = "mosquitto"
 WORKER: Final = "worker-1"  # the first worker that `fleet up` starts
 CRL_CACHE_S: Final = 60
+QUOTES: Final = "'\""
 MAX_RETENTION_DAYS: Final = 36_500
 
 
@@ -99,8 +103,8 @@ class FleetHome:
     @staticmethod
     def default_folder() -> Path:
         """``$FLEET_HOME``, else the user's data folder. Raises ConfigError if there is none."""
-        home = os.environ.get("FLEET_HOME")
-        return absolute_path(Path(home)) if home else user_data_folder()
+        home = os.environ.get(HOME)
+        return absolute_path(_plain_path(home)) if home else user_data_folder()
 
     @classmethod
     def find(cls, folder: Path | None) -> Path:
@@ -138,13 +142,14 @@ class FleetHome:
 
         The fleet's own identities follow the broker's address.
         """
+        passphrase = ca_passphrase()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         home = cls(folder, config)
         home.registry().close()  # before the file is written: a registry that opens
         home.save()
         finish_retirement(home.ca_folder)
         if not home.ca_folder.exists():
-            CertificateAuthority.create(home.ca_folder, os.environ.get(PASSPHRASE))
+            CertificateAuthority.create(home.ca_folder, passphrase)
         home.identity(COLLECTOR, Role.SERVER)
         home.identity(operator_name(1), Role.SERVER)  # so that its first command needs no registry
         home.identity(WORKER, Role.WORKER)
@@ -178,7 +183,7 @@ class FleetHome:
 
     def authority(self) -> CertificateAuthority:
         """Load the certificate authority; raises IdentityError when its key cannot be opened."""
-        return CertificateAuthority.load(self.ca_folder, os.environ.get(PASSPHRASE))
+        return CertificateAuthority.load(self.ca_folder, ca_passphrase())
 
     @property
     def ca_folder(self) -> Path:
@@ -400,11 +405,17 @@ class FleetHome:
         return identity
 
     def renew_own(self) -> None:
-        """Renew the fleet's own identities that are due, for their next connections."""
+        """Renew the fleet's own identities that are due, for their next connections.
+
+        One whose files cannot be used is logged; the others are renewed.
+        """
         for folder in sorted((self.folder / "identities").iterdir()):
-            if self.has_identity(folder.name):
-                role = own_role(folder.name) or Identity.load(folder).config.role
-                self.identity(folder.name, role)
+            try:
+                if self.has_identity(folder.name):
+                    role = own_role(folder.name) or Identity.load(folder).config.role
+                    self.identity(folder.name, role)
+            except (IdentityError, PermissionError) as error:
+                log.warning("the identity %s is not renewed: %s", folder.name, _reason(error))
 
     def _renew_if_due(self, identity: Identity) -> None:
         try:
@@ -450,7 +461,7 @@ def create_fleet(folder: Path, config: FleetConfig) -> FleetHome:
     """Create a fleet for an operator, with a note where the authority's key is not encrypted."""
     is_new = not (folder / "ca").exists()
     home = FleetHome.create(folder, config)
-    if is_new and not os.environ.get(PASSPHRASE):
+    if is_new and not ca_passphrase():
         key = folder / "ca" / "ca-key.pem"
         print(
             f"fleet: {key} is not encrypted (mode 0600); for a fleet with an encrypted key, stop "
@@ -458,6 +469,34 @@ def create_fleet(folder: Path, config: FleetConfig) -> FleetHome:
             file=sys.stderr,
         )
     return home
+
+
+def ca_passphrase() -> str | None:
+    """Return the passphrase of the authority's key, from the environment; None if there is none.
+
+    Raises:
+        ConfigError: OpenSSL or UTF-8 cannot hold it. The message does not quote it.
+    """
+    passphrase = os.environ.get(PASSPHRASE)
+    num_bytes = len(os.environb.get(PASSPHRASE.encode(), b""))
+    if num_bytes > MAX_PASSPHRASE_BYTES:
+        raise ConfigError(
+            f"{PASSPHRASE} has {num_bytes:,} bytes, expected at most {MAX_PASSPHRASE_BYTES:,}; "
+            "set a shorter one"
+        )
+    if passphrase and HALF_PAIR.search(passphrase):  # bytes that are not UTF-8
+        raise ConfigError(f"{PASSPHRASE} is not in UTF-8; set it in UTF-8")
+    return passphrase
+
+
+def _plain_path(text: str) -> Path:
+    """Return the path in ``$FLEET_HOME``. Raises ConfigError for traces of an environment file."""
+    if not text.strip() or HIDDEN.search(text) or text[0] in QUOTES or text[-1] in QUOTES:
+        raise ConfigError(
+            f"{HOME} is {text[:200]!r}: expected a folder's path, without quotes or control "
+            "characters around it; correct it where it is set"
+        )
+    return Path(text)
 
 
 def own_role(name: str) -> Role | None:
@@ -481,6 +520,12 @@ def check_own_names(enrolments: Iterable[Enrolment]) -> None:
 def operator_name(number: int) -> str:
     """The name of an operator's identity, from 1 on."""
     return f"operator-{number}"
+
+
+def _reason(error: IdentityError | PermissionError) -> str:
+    if isinstance(error, PermissionError) and error.filename:
+        return describe_read_error(Path(error.filename), error, "change its rights")
+    return str(error)
 
 
 def bundle_id_of(folder: Path) -> str | None:

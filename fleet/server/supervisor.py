@@ -26,6 +26,7 @@ from fleet.utils.paths import absolute_path
 from onnx_export.default_bundle import default_bundle
 
 WATCH_S: Final = 0.2
+MAX_PORT: Final = 65535
 DEFAULT_SETTINGS: Final = WorkerSettings()
 
 
@@ -63,6 +64,27 @@ def check_ports(config: FleetConfig, listen: str | None = None) -> None:
     check_port(host, config.port)
     if config.service_port:
         check_port(host, config.service_port, "--service-port")
+
+
+def check_metrics_ports(config: FleetConfig, metrics_port: int | None, num_workers: int) -> None:
+    """Raise ConfigError when a port of the server's or a worker's metrics is impossible or used.
+
+    With 0 the system chooses them.
+    """
+    if not metrics_port:
+        return
+    last = metrics_port + num_workers
+    for port, option in ((config.port, "--port"), (config.service_port, "--service-port")):
+        if metrics_port <= port <= last:
+            raise ConfigError(
+                f"--metrics-port {metrics_port}: metrics need the ports {metrics_port} to {last}, "
+                f"and {option} has {port}; give one of them another"
+            )
+    if last > MAX_PORT:
+        raise ConfigError(
+            f"--metrics-port {metrics_port}: metrics need the ports {metrics_port} to {last}, and "
+            f"{MAX_PORT} is the last one; give a smaller number"
+        )
 
 
 @contextmanager

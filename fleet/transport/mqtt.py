@@ -384,8 +384,9 @@ class MqttTransport(Transport):
         if str(reason) != NOT_AUTHORIZED:
             return f"it refuses the connection ({reason})"
         return (
-            f"it refuses {self.name} ({reason}); "
-            f"enroll it with 'fleet enroll {self.name}' on the broker's machine"
+            f"it refuses {self.name} ({reason}); on the broker's machine see its state with "
+            f"'fleet identities': 'fleet resume {self.name}' if it is suspended, else "
+            f"'fleet enroll {self.name}'"
         )
 
     def _announce(self) -> None:
@@ -419,8 +420,8 @@ class MqttTransport(Transport):
         elif not was_up and not self._has_connack:
             self._on_failure(
                 "it closed the connection without a response; perhaps the certificate is expired, "
-                "revoked or from another fleet, or a clock is wrong; check the clock, or enroll "
-                f"{self.name} again",
+                f"revoked or from another fleet, {self.name} is suspended, or a clock is wrong; "
+                f"check the clock, give 'fleet resume {self.name}' or enroll it again",
                 needs_help=True,
             )
 

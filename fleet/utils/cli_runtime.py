@@ -15,7 +15,12 @@ from types import FrameType
 from typing import Final
 
 from fleet.errors import ConfigError, FleetError
-from fleet.utils.command_output import is_output_error, name_output
+from fleet.utils.command_output import (
+    check_output,
+    is_output_error,
+    name_output,
+    open_closed_streams,
+)
 from fleet.utils.log_format import set_up_log
 from fleet.utils.paths import NO_CURRENT_FOLDER, has_current_folder, user_name
 from fleet.utils.printable import printable_line
@@ -64,6 +69,7 @@ def run_command(name: str, command: Callable[[], object]) -> None:
     Expected are a FleetError, an error of the system, such as a full disk or a file that this user
     may not use, and text that is not Unicode. A closed pipe ends the process without a line.
     """
+    open_closed_streams()
     set_up_log()
     _drop_odd_sizes()
     name_output()
@@ -81,11 +87,11 @@ def run_command(name: str, command: Callable[[], object]) -> None:
 
 def _run_to_the_end(command: Callable[[], object]) -> None:
     """Run a command, and write out all that it has printed."""
+    check_output()
     try:
         command()
     finally:
-        if sys.stdout is not None:  # without standard output
-            sys.stdout.flush()
+        sys.stdout.flush()
 
 
 def _is_closed_pipe(error: Exception) -> bool:

@@ -1,4 +1,7 @@
-"""The output of a command: an error names it, and the rest of a failed output is dropped."""
+"""The standard streams of a command: closed ones, and the output, whose errors name it.
+
+The rest of a failed output is dropped.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ import sys
 from pathlib import Path
 from typing import Final, TypeGuard
 
+from fleet.errors import ConfigError
+
+STDERR: Final = 2
 OUTPUT: Final = "<output>"
 """The file name of an error of the output."""
 
@@ -25,6 +31,29 @@ class _Output(io.FileIO):
                 os.dup2(nowhere.fileno(), self.fileno())
             error.filename = OUTPUT
             raise
+
+
+def open_closed_streams() -> None:
+    """Open descriptors 0 to 2 on ``/dev/null`` if they are closed: a file might get their number.
+
+    Standard output stays without a stream, because its lines would be lost; see `check_output`.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= STDERR:
+        pass
+    os.close(descriptor)
+    if sys.stdin is None:
+        sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(os.devnull)), "utf-8")
+    if sys.stderr is None:
+        sys.stderr = io.TextIOWrapper(io.FileIO(os.devnull, "w"), "utf-8", write_through=True)
+
+
+def check_output() -> None:
+    """Raise ConfigError, before the work, if standard output is closed."""
+    if sys.stdout is None:
+        raise ConfigError(
+            "standard output is closed, and what this command prints would be lost; send it to a "
+            f"file, or to {os.devnull}"
+        )
 
 
 def name_output() -> None:

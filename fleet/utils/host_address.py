@@ -10,7 +10,11 @@ from typing import Final
 
 from fleet.errors import ConfigError
 
-HOST_NAME: Final = re.compile(r"(?=.{1,253}\Z)([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?")
+LABEL: Final = "[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+HOST_NAME: Final = re.compile(rf"(?=.{{1,253}}\Z)({LABEL}\.)*{LABEL}\.?")
+NUMBERS: Final = re.compile(r"(?:0[xX][0-9A-Fa-f]*|[0-9]+)(?:\.(?:0[xX][0-9A-Fa-f]*|[0-9]+))*\.?")
+"""An IPv4 address in any form that some system reads, or what is left of one."""
+BROADCAST: Final = ipaddress.IPv4Address("255.255.255.255")
 
 
 def host_port(host: str, port: int) -> str:
@@ -46,18 +50,28 @@ def free_port(host: str) -> int:
 def check_host(host: str) -> None:
     """Check that `host` is a name or an address alone, without a scheme, a port or brackets.
 
+    An address is one machine's, and an IPv4 address has four decimal numbers.
+
     Raises:
         ValueError: it is not; a decoder reports it in its own error.
     """
-    try:
-        is_host = bool(ipaddress.IPv6Address(host))
-    except ValueError:
-        is_host = bool(HOST_NAME.fullmatch(host))
-    if not is_host:
+    if not (_is_machine_address(host) or _is_name(host)):
         raise ValueError(
             f"host {host[:80]!r}: expected a name or an address alone, such as fleet.example, "
             "192.0.2.5 or ::1; correct it, and give the port by itself"
         )
+
+
+def _is_machine_address(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return not address.is_multicast and address != BROADCAST
+
+
+def _is_name(host: str) -> bool:
+    return bool(HOST_NAME.fullmatch(host)) and not NUMBERS.fullmatch(host)
 
 
 def check_reachable(host: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fleet.errors import ConfigError
 from fleet.utils.json_text import parse_unique_json
@@ -11,13 +11,17 @@ from fleet.utils.paths import user_name
 from fleet.utils.text import wide_encoding
 from fleet.utils.validation import JSON_ERRORS, describe_error
 
+GZIP: Final = b"\x1f\x8b"
+
 
 def decode_text(data: bytes, source: str) -> str:
     """Decode UTF-8; a byte order mark is skipped. `source` names the data in the error.
 
     Raises:
-        ConfigError: the data is in another encoding, or has a NUL.
+        ConfigError: the data is compressed, in another encoding, or has a NUL.
     """
+    if data.startswith(GZIP):
+        raise ConfigError(f"{source} is a gzip file, expected text; unpack it with gunzip")
     encoding = wide_encoding(data)
     if encoding:
         raise ConfigError(f"{source} is in {encoding}, expected UTF-8; save it as UTF-8")

@@ -43,6 +43,11 @@ class Chat:
         self._conversation.handle(line)
         return " ".join(self._screen.getvalue()[begin:].split())
 
+    def read(self, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Converse with `data` as the input."""
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8"))
+        self._conversation.run()
+
     def sent(self) -> list[tuple[str, str]]:
         """Roles and texts of the latest request's messages, without those of the assistant."""
         messages = self.requests[-1].chat
@@ -85,6 +90,22 @@ def test_a_command_does_not_go_to_the_model(chat: Chat) -> None:
     assert not chat.requests
     chat.type("//etc is a folder")
     assert chat.sent() == [("user", "/etc is a folder")]
+
+
+def test_a_byte_order_mark_before_a_command_does_not_count(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat.read(b"\xef\xbb\xbf/quit\nhello\n", monkeypatch)
+    assert not chat.requests
+
+
+def test_a_line_that_is_not_in_utf_8_is_left_out_and_the_next_one_is_sent(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat.read(b"caf\xe9\nhello\n", monkeypatch)
+    assert "this line is not in UTF-8, and is not sent" in capsys.readouterr().out
+    assert len(chat.requests) == 1
+    assert chat.sent() == [("user", "hello")]
 
 
 def test_a_system_prompt_leads_each_request_and_survives_a_reset(chat: Chat) -> None:

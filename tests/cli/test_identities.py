@@ -67,7 +67,7 @@ def test_a_device_changes_its_group_and_the_rights_follow(home: FleetHome) -> No
         (("group", "attic", "kitchen"), "is the name of an identity"),
         (("group", "cellar", "home"), "unknown device 'cellar'"),
         (("group", "attic", "Up Stairs"), "Up Stairs"),
-        (("delete", "kitchen"), "cannot delete 'kitchen', which is active"),
+        (("delete", "kitchen"), "which is active; first give 'fleet revoke kitchen'"),
         (("delete", "cellar"), "unknown identity 'cellar'"),
     ],
 )  # fmt: skip

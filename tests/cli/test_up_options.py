@@ -73,6 +73,38 @@ def test_a_host_to_which_no_device_can_connect_is_refused(tmp_path: Path, host: 
     assert not (tmp_path / "fleet" / "fleet.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("passphrase", "reason"),
+    [(b"secret" * 200, "has 1,200 bytes"), (b"secr\xe9t", "is not in UTF-8")],
+)
+def test_an_unusable_passphrase_is_refused_and_leaves_nothing(
+    passphrase: bytes, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLEET_CA_PASSPHRASE", os.fsdecode(passphrase))
+    config = FleetConfig(host="127.0.0.1", port=1, bundle="/no/bundle")
+    for command in (lambda: create_fleet(tmp_path / "fleet", config), lambda: up(tmp_path / "up")):
+        with pytest.raises(ConfigError, match=f"^FLEET_CA_PASSPHRASE {reason}") as raised:
+            command()
+        assert "secr" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("metrics_port", "reason"),
+    [
+        (8883, "and --port has 8883"),
+        (8442, "and --service-port has 8443"),
+        (65535, "65535 is the l"),
+    ],
+)
+def test_impossible_ports_of_metrics_are_refused_before_anything_is_stored(
+    metrics_port: int, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"--metrics-port {metrics_port}: .*{reason}"):
+        up(tmp_path / "fleet", metrics_port=metrics_port)
+    assert not (tmp_path / "fleet" / "fleet.json").exists()
+
+
 def test_a_key_without_a_passphrase_is_reported_with_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

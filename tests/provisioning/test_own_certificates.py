@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import ssl
 import time
 from collections.abc import Iterator
@@ -151,6 +153,29 @@ def test_the_task_renews_the_fleets_own_identities(
     monkeypatch.setattr("provisioning.own_certificates.time.time", lambda: later)
     CertificateRenewalTask(home, [], []).run()
     assert not {fingerprint_of(identity) for identity in identities} & set(before)
+
+
+def test_files_of_another_user_are_reported_once_and_hinder_no_other_identity(
+    home: FleetHome, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stat = Path.stat
+
+    def refuse(path: Path, **options: bool) -> os.stat_result:
+        if "operator-1" in path.parts:  # the modes of files do not bind root
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **options)
+
+    worker = home.identity("worker-1", Role.WORKER)
+    before = fingerprint_of(worker)
+    later = time.time() + 61 * DAY_S
+    monkeypatch.setattr("provisioning.own_certificates.time.time", lambda: later)
+    monkeypatch.setattr(Path, "stat", refuse)
+    task = CertificateRenewalTask(home, [], [])
+    task.run()
+    task.run()
+    (line,) = [each for each in caplog.messages if "operator-1" in each]
+    assert "identity.json: Permission denied for the user" in line
+    assert fingerprint_of(worker) != before
 
 
 def test_an_identity_that_cannot_be_renewed_stays_in_use(

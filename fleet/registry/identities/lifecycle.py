@@ -64,6 +64,15 @@ LEGAL: Final[dict[tuple[IdentityState, IdentityChange], IdentityState]] = {
     (IdentityState.DELETED, IdentityChange.ENROLL): IdentityState.PENDING,
 }
 
+COMMANDS: Final = (
+    IdentityChange.RESUME,
+    IdentityChange.REVOKE,
+    IdentityChange.DELETE,
+    IdentityChange.ENROLL,
+    IdentityChange.SUSPEND,
+)
+"""The changes that an operator can make, in the order in which they are advised."""
+
 LIMITED_BY_CERTIFICATE: Final = (IdentityState.ACTIVE, IdentityState.SUSPENDED)
 
 
@@ -84,7 +93,16 @@ def next_state(name: str, state: IdentityState, change: IdentityChange) -> Ident
     try:
         return LEGAL[state, change]
     except KeyError:
-        legal = ", ".join(each for start, each in LEGAL if start is state)
         raise StateError(
-            f"cannot {change} {name!r}, which is {state}: expected one of {legal}"
+            f"cannot {change} {name!r}, which is {state}; {_next_step(name, state, change)}"
         ) from None
+
+
+def _next_step(name: str, state: IdentityState, change: IdentityChange) -> str:
+    """Return the command that makes `change` legal; if there is none, those that are legal."""
+    commands = [each for each in COMMANDS if (state, each) in LEGAL]
+    for command in commands:
+        if (LEGAL[state, command], change) in LEGAL:
+            return f"first give 'fleet {command} {name}'"
+    legal = ", ".join(f"'fleet {command} {name}'" for command in commands)
+    return f"possible now: {legal}"

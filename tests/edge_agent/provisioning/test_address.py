@@ -14,7 +14,7 @@ from provisioning.authority import CertificateAuthority
 from tests.identities import issue_identity
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "https://fleet.example"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "https://fleet.example", "192.168.1.300"])
 def test_an_address_that_no_device_can_connect_to_is_refused(tmp_path: Path, host: str) -> None:
     authority = CertificateAuthority.create(tmp_path / "ca")
     identity = issue_identity(

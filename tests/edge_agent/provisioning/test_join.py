@@ -115,8 +115,27 @@ def test_a_refusal_is_our_error_with_its_message(
 ) -> None:
     service.refuse(status, code, "the token was used")
     with pytest.raises(kind, match="the token was used"):
-        join_fleet(service.token, service.url, tmp_path)
+        join_fleet(service.token, service.url, tmp_path / "out")
     assert len(service.requests) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refusal_leaves_a_key_that_was_there_before(
+    service: FleetService, tmp_path: Path
+) -> None:
+    key = own_key(tmp_path)
+    service.refuse(410, "bad_token", "the token was used")
+    with pytest.raises(TokenError):
+        join_fleet(service.token, service.url, tmp_path)
+    assert (tmp_path / "key.pem").read_bytes() == key
+
+
+def test_the_key_stays_while_the_service_is_away(service: FleetService, tmp_path: Path) -> None:
+    service.refuse(503, "registry", "the registry is away")
+    service.trouble.num_lost_replies = 1
+    with pytest.raises(ServiceAwayError):
+        join_fleet(service.token, service.url, tmp_path / "out", timeout_s=0.1)
+    assert (tmp_path / "out" / "key.pem").exists()
 
 
 def test_an_unknown_error_code_is_a_service_error(service: FleetService, tmp_path: Path) -> None:
@@ -285,8 +304,10 @@ def test_a_token_for_another_name_leaves_a_complete_folder(
 ) -> None:
     join_fleet(service.token, service.url, tmp_path)
     service.refuse(403, "other_name", "the signing request is for 'kitchen'")
+    names = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(TokenNameError, match="name another folder with --out"):
         join_fleet(service.token, service.url, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 @pytest.mark.parametrize("name", ["identity.json", "cert.pem", "ca.pem", "key.pem"])

@@ -98,6 +98,14 @@ def test_a_key_that_this_user_may_not_read_is_named_with_its_owner(
         Identity.load(folder).load_certificate(context)
 
 
+def test_a_key_log_that_cannot_be_written_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSLKEYLOGFILE", "/nonexistent/keys")
+    with pytest.raises(IdentityError, match=r"^cannot write /nonexistent/keys, the file of SSLKEY"):
+        Identity.load(folder).ssl_context()
+
+
 @pytest.mark.parametrize(
     "config",
     [

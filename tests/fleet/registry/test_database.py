@@ -20,6 +20,7 @@ from fleet.errors import MissingExtraError, RegistryError
 from fleet.registry.database import alembic_config, open_database, use_wal
 from fleet.registry.stats.rollup_tables import ROLLUPS
 from fleet.registry.store import Registry
+from fleet.server.fleet_options import FleetOptions, resolve_config
 from tests.fleet.conftest import add, report
 from tests.fleet.registry.old_versions import NOW, make_old_registry, old_report, rows_of
 
@@ -52,6 +53,29 @@ def test_a_registry_of_the_first_version_keeps_its_counts_and_gets_roll_ups(empt
         )
         assert registry.stats.per_device("edge-1", NOW - 7200, now=NOW)[0].generations == 2
         assert not registry.stats.record_report("edge-1", old_report(0))
+
+
+@pytest.mark.parametrize(
+    "registry",
+    [
+        "host=127.0.0.1 dbname=f password=secret",
+        " password = secret",
+        "postgresql:fleet:secret@host/f",
+        "sqlite:/srv/secret",
+    ],
+)
+def test_a_registry_that_is_neither_a_url_nor_a_path_is_refused_and_not_shown(
+    registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        Registry.open,
+        lambda text: resolve_config(tmp_path, FleetOptions(registry=text)),
+    ):
+        with pytest.raises(RegistryError, match="neither a path nor a URL") as raised:
+            command(registry)
+        assert "secret" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_registry_keeps_its_rows_when_it_is_opened_again(tmp_path: Path) -> None:

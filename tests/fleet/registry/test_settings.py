@@ -203,6 +203,24 @@ def test_a_task_that_fails_is_retried_and_delays_no_other(fleet: Registry) -> No
     assert len(attempts) == 3
 
 
+def test_a_task_that_fails_in_each_round_is_logged_once_in_a_while(
+    fleet: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors = [PermissionError(errno.EACCES, "no"), LinkError("away"), LinkError("away")]
+    attempts = []
+
+    def failing() -> None:
+        attempts.append(1)
+        if errors:
+            raise errors.pop(0)
+
+    watcher = ChangeWatcher(fleet, poll_s=0.02)
+    watcher.add(failing)
+    with watcher:
+        wait_until(lambda: len(attempts) == 4, "the fourth attempt")
+    assert caplog.messages == ["[Errno 13] no; trying again"]
+
+
 def test_the_watcher_survives_an_unexpected_error(
     fleet: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

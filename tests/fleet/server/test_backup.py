@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from fleet.bundles.manifest import Bundle
+from fleet.cli.backup import backup
 from fleet.errors import ConfigError, RegistryError
 from fleet.protocol.access import Role
 from fleet.server.backup import back_up, remove_old_backups, restore_backup
@@ -36,6 +37,19 @@ def check_restored(home: FleetHome) -> None:
         assert registry.stats.per_device()[0].tokens == 10
         assert not registry.stats.record_report("edge-1", report())
     home.enroll("edge-2", Role.DEVICE, home.folder.parent / "edge-2")
+
+
+@pytest.mark.parametrize(
+    ("place", "advice"), [("missing/", "is no folder; make it"), ("-", "is not printed; name one")]
+)
+def test_a_place_that_is_no_file_is_refused(
+    place: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_home(tmp_path / "home")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=advice):
+        backup(place, folder=tmp_path / "home")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
 def test_a_fleet_on_sqlite_comes_back(tmp_path: Path) -> None:

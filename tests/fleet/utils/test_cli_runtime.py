@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fleet.errors import ConfigError
-from fleet.utils import cli_runtime
+from fleet.utils import cli_runtime, command_output
 from fleet.utils.cli_runtime import run_command, stop_event, wait_stopped
 from fleet.utils.optional_imports import needs
 from fleet.utils.paths import user_name
@@ -136,6 +137,44 @@ def test_a_closed_pipe_ends_a_command_without_a_line(
         with pytest.raises(SystemExit):
             run_command("fleet", lambda: print("text"))
     assert not capsys.readouterr().err
+
+
+def test_a_command_runs_without_stdin_and_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", root.level)
+    for name in ("stdin", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    lines: list[bytes] = []
+
+    def work() -> None:
+        logging.getLogger("fleet").warning("text")
+        lines.append(sys.stdin.buffer.readline())
+
+    run_command("fleet", work)
+    assert lines == [b""]
+    sys.stdin.close()
+    sys.stderr.close()
+
+
+def test_a_closed_output_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli_runtime, "set_up_log", lambda: None)
+    monkeypatch.setattr(sys, "stdout", None)
+    calls: list[int] = []
+    line = one_error(lambda: calls.append(1), capsys)
+    assert line.startswith("fleet: standard output is closed")
+    assert not calls
+
+
+def test_closed_descriptors_lead_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    descriptors = iter([1, 2, 7])
+    closed: list[int] = []
+    monkeypatch.setattr("fleet.utils.command_output.os.open", lambda *_: next(descriptors))
+    monkeypatch.setattr("fleet.utils.command_output.os.close", closed.append)
+    command_output.open_closed_streams()
+    assert closed == [7]
 
 
 @pytest.mark.parametrize("size", ["0", "-5", "abc", "\u00b2", "9" * 5000])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import urllib.request
 from contextlib import closing
@@ -12,6 +13,7 @@ import pytest
 
 from fleet.errors import ConfigError
 from fleet.identity.identity import IdentityConfig
+from fleet.identity.service_client import check_url
 from fleet.monitoring.http_endpoint import HttpEndpoint
 from fleet.server.fleet_options import FleetOptions, resolve_config
 from fleet.server.supervisor import check_port
@@ -65,14 +67,36 @@ def test_an_ipv6_address_is_in_brackets() -> None:
     assert socket.has_ipv6
 
 
-@pytest.mark.parametrize("host", [*HOSTS, "fe80::1%eth0", "my_pi.local", "fleet.example."])
+@pytest.mark.parametrize(
+    "host", [*HOSTS, "fe80::1%eth0", "my_pi.local", "fleet.example.", "192.168.1.30", "1.pi", "4b"]
+)
 def test_a_name_or_an_address_alone_is_a_host(host: str) -> None:
     check_host(host)
 
 
 @pytest.mark.parametrize(
     "host",
-    ["", "[::1]", "https://pi", "pi:8883", "a b", "pi\n", "a..b", "a" * 64, "b\u00fccher.example"],
+    [
+        "",
+        "[::1]",
+        "https://pi",
+        "pi:8883",
+        "a b",
+        "pi\n",
+        "a..b",
+        "a" * 64,
+        "b\u00fccher.example",
+        "192.168.1.300",
+        "192.168.001.010",
+        "10.0.0",
+        "1.2.3.4.5",
+        "0x7f.1",
+        "224.0.0.1",
+        "ff02::1",
+        "255.255.255.255",
+        "-pi",
+        "pi-.local",
+    ],
 )
 def test_a_host_with_anything_else_is_refused_wherever_it_is_given(
     host: str, tmp_path: Path
@@ -82,6 +106,13 @@ def test_a_host_with_anything_else_is_refused_wherever_it_is_given(
     fields = {"name": "pi", "role": "device", "host": host, "port": 1}
     with pytest.raises(ConfigError, match=r"identity\.json .*expected a name or an address alone"):
         decode_json(msgspec.json.encode(fields), "identity.json", IdentityConfig)
+
+
+@pytest.mark.parametrize("host", ["192.168.1.300", "10.0.0", "-pi", "[ff02::1]"])
+def test_the_host_of_a_service_is_checked_as_well(host: str) -> None:
+    with pytest.raises(ConfigError, match=rf"service 'https://.*{re.escape(host.strip('[]'))}"):
+        check_url(f"https://{host}:8443")
+    assert check_url("https://[::1]:8443") == "https://[::1]:8443"
 
 
 def test_broker_and_service_need_a_port_each(tmp_path: Path) -> None:

@@ -33,6 +33,15 @@ def test_the_fleets_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.Monke
     assert FleetHome.find(Path("~/other")) == tmp_path / "other"
 
 
+@pytest.mark.parametrize("home", ["'/srv/fleet'", '"/srv/fleet"', "/srv/fleet\r", "\t", "  "])
+def test_traces_of_an_environment_file_in_the_fleets_folder_are_refused(
+    home: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLEET_HOME", home)
+    with pytest.raises(ConfigError, match=r"FLEET_HOME is .*: expected a folder's path, without"):
+        FleetHome.find(None)
+
+
 def test_a_user_without_a_name_has_a_number() -> None:
     assert user_name(UNKNOWN) == str(UNKNOWN)
     assert user_name(0) == "root"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import os
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ IDENTITY = b'{"name": "pi", "role": "device", "host": "h", "port": 1}'
 @pytest.mark.parametrize("data", ["Wärme".encode(), MARK + "Wärme".encode()])
 def test_a_byte_order_mark_is_skipped(data: bytes) -> None:
     assert decode_text(data, "a file") == "Wärme"
+
+
+def test_a_compressed_file_is_refused_by_its_name() -> None:
+    with pytest.raises(ConfigError, match="a file is a gzip file, expected text; unpack it"):
+        decode_text(gzip.compress(b"prompt"), "a file")
 
 
 @pytest.mark.parametrize("order", ["", "-le", "-be"])
