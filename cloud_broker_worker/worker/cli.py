@@ -52,7 +52,8 @@ def run_worker(
         int | None, typer.Option(min=1, max=MAX_THREADS, help="Number of PyTorch threads.")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Weights: float32, int8 or int4; fewer bits need less time.")
+        str | None,
+        typer.Option(help="Weights: float32, bfloat16, int8 or int4; fewer bits need less memory."),
     ] = None,
     kv_budget_mb: Annotated[
         int | None, typer.Option(min=1, max=MAX_KV_BUDGET_MB, help="Memory for KV caches, in MB.")

@@ -9,7 +9,7 @@ from msgspec import Meta, Struct
 
 from fleet.errors import ConfigError
 
-Weights = Literal["float32", "int8", "int4"]
+Weights = Literal["float32", "bfloat16", "int8", "int4"]
 
 MIN_AGREEMENT: Final = 0.995
 MAX_THREADS: Final = 1024
@@ -35,11 +35,17 @@ MEASURED: Final[dict[str, tuple[WeightsMeasurement, ...]]] = {
 """By model; the source is docs/worker.md, "One position, and fewer bits"."""
 
 
-def default_weights(model: str) -> Weights:
-    """Return the fastest weights that keep `MIN_AGREEMENT`; float32 where none was measured."""
+def default_weights(model: str, stored_type: str = "F32") -> Weights:
+    """Return the fastest weights that keep `MIN_AGREEMENT`.
+
+    Where none was measured they have the size of the bundle's own: bfloat16 if these have 16 bits,
+    else float32.
+    """
     accurate = [each for each in MEASURED.get(model, ()) if each.agreement >= MIN_AGREEMENT]
     fastest = min(accurate, key=lambda each: each.position_ms, default=None)
-    return fastest.weights if fastest else "float32"
+    if fastest:
+        return fastest.weights
+    return "float32" if stored_type == "F32" else "bfloat16"
 
 
 def check_weight_format(weights: str) -> None:
@@ -52,7 +58,7 @@ class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """The settings that an operator may change on a worker."""
 
     num_threads: Annotated[int, Meta(ge=1, le=MAX_THREADS)] = min(8, os.cpu_count() or 1)
-    # Of the upper layers; int8 and int4 give slightly different logits in less time.
+    # Of the upper layers; the others give slightly different logits in less time and memory.
     weights: Weights = "float32"
     kv_budget_bytes: Annotated[int, Meta(ge=1, le=MAX_KV_BUDGET_MB * 1_000_000)] = 1 << 30
     max_batch_positions: Annotated[int, Meta(ge=1)] = 512

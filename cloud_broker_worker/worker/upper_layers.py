@@ -13,7 +13,6 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,12 +20,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cloud_broker_worker.worker.config import Weights
 from cloud_broker_worker.worker.kv_pool import KvLease, KvPool, KvShape
-from cloud_broker_worker.worker.packed_linear import prepare, weight_bytes
+from cloud_broker_worker.worker.packed_linear import pack_layers, weight_bytes
 from fleet.bundles.manifest import Bundle
+from fleet.bundles.tensor_file import TensorFile
 from fleet.errors import BundleError
 from fleet.protocol.hidden_states import Float16
+from fleet.utils.memory_release import release_freed_memory
 
 ATTENTION: Final = "cecollm_ragged"
+DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class Chunk(NamedTuple):
@@ -146,8 +148,7 @@ class UpperLayers:
         torch.set_num_threads(num_threads)
         self.manifest = bundle.manifest
         try:
-            self._model = _load(bundle)
-            prepare(self._model, weights)
+            self._model = load_model(bundle, weights)
         except (OSError, ValueError, RuntimeError) as error:
             raise BundleError(
                 f"the cloud partition of {bundle.folder} does not load: {error}; export it again"
@@ -196,17 +197,42 @@ class UpperLayers:
         return logits
 
 
-def _load(bundle: Bundle) -> Any:
+def load_model(bundle: Bundle, weights: Weights) -> Any:
+    """Load the cloud partition with weights of this kind, one tensor at a time.
+
+    Raises:
+        OSError, ValueError, RuntimeError: the partition cannot be read, or is of another model.
+    """
     config = AutoConfig.from_pretrained(bundle.folder / "cloud", attn_implementation=ATTENTION)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    weights = load_file(bundle.path("cloud/model.safetensors"))
-    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
-    if unexpected or set(missing) - {"model.embed_tokens.weight"}:
-        raise ValueError(
-            f"{len(missing)} weights are missing, and {len(unexpected)} are not of this model"
-        )
     model.model.embed_tokens = None  # only the device needs it
     rotary = type(model.model.rotary_emb)
     model.model.rotary_emb = rotary(config=config)  # its table is computed, not stored
-    return model.float().eval().requires_grad_(False)
+    with TensorFile(bundle.path("cloud/model.safetensors")) as file:
+        check_tensors(model, file)
+        pack_layers(model, weights, lambda name: read_tensor(file, name))
+        left = file.entries.keys() & model.state_dict().keys()
+        norms = {name: read_tensor(file, name).float() for name in left}
+        model.load_state_dict(norms, strict=False, assign=True)
+    release_freed_memory()
+    return model.eval().requires_grad_(False)
+
+
+def check_tensors(model: Any, file: TensorFile) -> None:
+    """Raise ValueError unless the file has the model's tensors, and no others."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = expected.keys() - file.entries.keys()
+    unexpected = file.entries.keys() - expected.keys()
+    if missing or unexpected:
+        raise ValueError(
+            f"{len(missing)} weights are missing, and {len(unexpected)} are not of this model"
+        )
+    for name, shape in expected.items():
+        if file.entries[name].shape != shape:
+            raise ValueError(f"{name} is {file.entries[name].shape}, expected {shape}")
+
+
+def read_tensor(file: TensorFile, name: str) -> Tensor:
+    """Read a tensor in its stored type."""
+    return torch.from_numpy(file.read(name)).view(DTYPES[file.entries[name].dtype])

@@ -21,6 +21,10 @@ MAX_CHUNK: Final = 256
 """Positions that a block runs at once: its memory besides the caches stays small for prompts of any
 length.
 """
+LARGE_CHUNK: Final = 64
+"""Positions from which on a block's run returns its working memory, instead of keeping it for the
+next run. A step of few positions is not to wait for that.
+"""
 
 
 class Cascade:
@@ -150,6 +154,8 @@ class _BlockRun:
         self._total_length = np.zeros((), np.int32)
         self._one_input = np.empty((1, 1, hidden), np.float32)
         self._one_output = np.empty((1, 1, hidden), np.float32)
+        self._large_run = ort.RunOptions()
+        self._large_run.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._chunk = self._bind(pasts)
         self._step = self._bind(pasts)
         bind_input(self._step, "input", self._one_input)
@@ -177,5 +183,6 @@ class _BlockRun:
         else:
             bind_input(self._chunk, "input", hidden_states[None])
             bind_output(self._chunk, "hidden_states", self.hidden_states[None, self.filled : end])
-            self._session.run_with_iobinding(self._chunk)
+            options = self._large_run if len(hidden_states) >= LARGE_CHUNK else None
+            self._session.run_with_iobinding(self._chunk, options)
         self.filled = end

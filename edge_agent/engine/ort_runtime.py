@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +14,7 @@ from edge_agent.config import Provider
 from fleet.bundles.instruction_sets import covers, instruction_sets
 from fleet.bundles.manifest import Manifest
 from fleet.errors import BundleError, ConfigError
+from fleet.utils.memory_release import release_mapped_pages
 
 CUDA: Final = "CUDAExecutionProvider"
 CPU: Final = "CPUExecutionProvider"
@@ -89,13 +88,9 @@ def load_session(
             f"{CUDA} is installed but does not start: check the driver and the CUDA and cuDNN "
             "libraries, or set provider to 'cpu'"
         )
+    # ONNX Runtime has packed most of the weights into memory of its own, and keeps its mappings.
+    release_mapped_pages(path.with_name(f"{path.name}.data"))
     return session
-
-
-def release_freed_memory() -> None:
-    """Return freed memory to the system, if the C library can do so (glibc)."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def check_instruction_set(manifest: Manifest) -> None:

@@ -12,9 +12,10 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from edge_agent.config import Provider
-from edge_agent.engine.ort_runtime import Runtime, load_session, release_freed_memory
+from edge_agent.engine.ort_runtime import Runtime, load_session
 from fleet.bundles.manifest import Bundle
 from fleet.bundles.token_tables import Table, load_tables
+from fleet.utils.memory_release import release_freed_memory
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]

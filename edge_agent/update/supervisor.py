@@ -17,7 +17,6 @@ from queue import Empty, Queue
 from typing import Final
 
 from edge_agent.config import AgentConfig
-from edge_agent.engine.ort_runtime import release_freed_memory
 from edge_agent.reporting.report_outbox import REPORTS_FILE
 from edge_agent.serving.agent import Agent, refuse_prompts
 from edge_agent.state.bundle_slots import (
@@ -47,6 +46,7 @@ from fleet.protocol.desired_config import DesiredConfig, decode_desired
 from fleet.protocol.report import ConfigProblem
 from fleet.protocol.types import MAX_LABEL_LENGTH
 from fleet.transport.base import Transport
+from fleet.utils.memory_release import release_freed_memory
 
 DRAIN_S: Final = 60.0  # for active requests, before a device changes its bundle
 CHECK_S: Final = 0.25

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-import msgspec
 from msgspec import Struct
 
 from fleet.bundles.manifest import MANIFEST_FILE, Bundle, Manifest, check_file, read_manifest
 from fleet.bundles.signature import SIGNATURE_FILE, check_signature
+from fleet.bundles.tensor_file import TensorFile
 from fleet.bundles.token_tables import EMBEDDING, load_tables
 from fleet.errors import BundleError, ConfigError
 from fleet.utils.text_files import read_json
@@ -26,7 +25,6 @@ REQUIRED: Final = (
     "tokenizer/tokenizer.json",
 )
 ONNX_TYPES: Final = {"float16": "float16", "float32": "float"}
-MAX_HEADER_BYTES: Final = 100_000_000  # of a safetensors file, by its specification
 GraphValue: TypeAlias = tuple[Any, ...]  # the type, then the sizes; None for a free size
 
 
@@ -39,12 +37,6 @@ class CloudConfig(Struct, kw_only=True):
     num_attention_heads: int
     num_key_value_heads: int
     vocab_size: int
-
-
-class TensorEntry(Struct):
-    """The part of a tensor's entry in a safetensors header that is verified."""
-
-    shape: tuple[int, ...]
 
 
 class Verdict(Struct, frozen=True, kw_only=True):
@@ -233,7 +225,7 @@ def _check_cloud(folder: Path, manifest: Manifest) -> Iterator[str]:
             folder / "cloud/config.json", CloudConfig, "export the bundle again"
         )
         shapes = _read_shapes(folder / "cloud/model.safetensors")
-    except (ConfigError, *JSON_ERRORS, ValueError, struct.error) as error:
+    except (ConfigError, *JSON_ERRORS, ValueError) as error:
         yield f"the cloud partition cannot be read: {error}"
         return
     num_layers = info.num_layers - manifest.upload_layer
@@ -254,15 +246,11 @@ def _check_cloud(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Read shapes by name from a safetensors file's header."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > MAX_HEADER_BYTES:
-            raise ValueError(f"{path} has a header of {length} bytes")
-        header = msgspec.json.decode(file.read(length), type=dict[str, Any])
-    header.pop("__metadata__", None)
-    tensors = msgspec.convert(header, dict[str, TensorEntry])
-    return {name: tensor.shape for name, tensor in tensors.items()}
+    """Read shapes by name from a safetensors file's header; check that all values are finite."""
+    with TensorFile(path) as file:
+        for name in file.entries:
+            file.check(name)
+        return {name: entry.shape for name, entry in file.entries.items()}
 
 
 def _required_shapes(

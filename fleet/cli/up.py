@@ -69,7 +69,7 @@ BrokerOption = Annotated[
 WeightsOption = Annotated[
     str | None,
     typer.Option(
-        help="Weights of the workers: float32, int8 or int4 "
+        help="Weights of the workers: float32, bfloat16, int8 or int4 "
         f"(default: the fastest that agree with float32 on {MIN_AGREEMENT:.1%} of tokens)."
     ),
 ]

@@ -34,6 +34,8 @@ from fleet.protocol.messages import (
 from onnx_export.architecture import model_info
 from onnx_export.bundle import list_files
 from onnx_export.cloud import write_cloud
+from onnx_export.streamed_model import StreamedModel
+from onnx_export.weights import LoadedWeights
 
 DEVICE = "edge-1"
 OUTSIDE = (1 << 31) - 1  # a token of no vocabulary: as a draft it is always rejected
@@ -48,6 +50,9 @@ class TinyModel:
             checkpoint, dtype=torch.float32
         ).eval()
         self.num_layers: int = self.model.config.num_hidden_layers
+        self.streamed = StreamedModel(
+            "tiny", self.model.config, LoadedWeights(self.model.state_dict())
+        )
 
     @torch.inference_mode()
     def upload(self, token_ids: list[int], layer: int) -> Float16:
@@ -88,7 +93,7 @@ def cloud_bundle(
     @cache
     def make(upload_layer: int) -> Bundle:
         folder = tmp_path_factory.mktemp("cloud")
-        write_cloud(whole.model, upload_layer, folder / "cloud")
+        write_cloud(whole.streamed, upload_layer, folder / "cloud")
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             model=model_info("tiny", whole.model, 512),

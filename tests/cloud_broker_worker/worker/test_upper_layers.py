@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from cloud_broker_worker.worker.config import Weights
 from cloud_broker_worker.worker.kv_pool import KvLease
 from cloud_broker_worker.worker.upper_layers import Chunk, UpperLayers
 from fleet.bundles.manifest import Bundle
+from fleet.bundles.tensor_file import TensorFile
 from fleet.errors import BundleError
 from fleet.protocol.hidden_states import Float16
 from tests.cloud_broker_worker.worker.conftest import LayersAt, TinyModel
@@ -136,3 +144,90 @@ def test_a_partition_that_lacks_a_weight_is_refused_by_name_of_the_bundle(
     )
     with pytest.raises(BundleError, match=r"does not load: .* weights are missing"):
         UpperLayers(Bundle(tmp_path, deeper.manifest), num_threads=1)
+
+
+def rewrite_tensors(source: Bundle, folder: Path, change: Callable[[Tensor], Tensor]) -> Bundle:
+    """A cloud partition with changed tensors. The manifest is the old one."""
+    (folder / "cloud").mkdir()
+    config = source.path("cloud/config.json").read_bytes()
+    (folder / "cloud/config.json").write_bytes(config)
+    tensors = load_file(source.path("cloud/model.safetensors"))
+    changed = {name: change(tensor) for name, tensor in tensors.items()}
+    save_file(changed, folder / "cloud/model.safetensors")
+    return Bundle(folder, source.manifest)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+def test_weights_that_are_stored_in_16_bits_are_the_rounded_weights(
+    cloud_bundle: Callable[[int], Bundle],
+    whole: TinyModel,
+    stored: torch.dtype,
+    weights: Weights,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "stored").mkdir()
+    (tmp_path / "rounded").mkdir()
+    source = cloud_bundle(2)
+    bundle = rewrite_tensors(source, tmp_path / "stored", lambda tensor: tensor.to(stored))
+    rounded = rewrite_tensors(
+        source, tmp_path / "rounded", lambda tensor: tensor.to(stored).float()
+    )
+    rows = whole.upload(IDS[0], 2)
+    logits, expected = (
+        layers([Sequence(layers, rows).chunk(num_outputs=len(rows))])
+        for layers in (UpperLayers(each, 1, weights) for each in (bundle, rounded))
+    )
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-2)
+
+
+def test_a_model_in_bfloat16_takes_half_the_bytes_of_float32(
+    cloud_bundle: Callable[[int], Bundle],
+) -> None:
+    exact = UpperLayers(cloud_bundle(2), 1).weight_bytes
+    assert UpperLayers(cloud_bundle(2), 1, "bfloat16").weight_bytes < 0.51 * exact
+
+
+def test_a_partition_is_read_one_tensor_at_a_time(
+    cloud_bundle: Callable[[int], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor that was read is freed before the next one is read, unless it is kept in a layer."""
+    alive: list[weakref.ref[Any]] = []
+    most = 0
+    read = TensorFile.read
+
+    def read_and_count(file: TensorFile, name: str) -> Any:
+        nonlocal most
+        gc.collect(0)
+        most = max(most, sum(each() is not None for each in alive))
+        values = read(file, name)
+        if values.ndim == 2:
+            alive.append(weakref.ref(values))
+        return values
+
+    monkeypatch.setattr(TensorFile, "read", read_and_count)
+    UpperLayers(cloud_bundle(2), 1, "bfloat16")
+    assert len(alive) == 2 * 7 + 1
+    assert most <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda tensor: tensor * math.nan, "values that are infinite or not a number"),
+        (lambda tensor: tensor.double(), "has the type F64, expected one of F32, BF16, F16"),
+        (lambda tensor: tensor[:-1].contiguous(), r"is \(.*\), expected \("),
+    ],
+)
+def test_a_partition_with_other_values_is_refused_in_one_line(
+    change: Callable[[Tensor], Tensor],
+    reason: str,
+    cloud_bundle: Callable[[int], Bundle],
+    tmp_path: Path,
+) -> None:
+    bundle = rewrite_tensors(cloud_bundle(2), tmp_path, change)
+    with pytest.raises(
+        BundleError, match=rf"does not load: .*{reason}.*; export it again"
+    ) as error:
+        UpperLayers(bundle, 1)
+    assert "\n" not in str(error.value)

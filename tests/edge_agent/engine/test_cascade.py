@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
-from edge_agent.engine.cascade import MAX_CHUNK, Cascade
+from edge_agent.engine.cascade import LARGE_CHUNK, MAX_CHUNK, Cascade
 from edge_agent.engine.partition import Partition
 from tests.conftest import MakeTinyBundle
 
@@ -125,3 +127,22 @@ def test_candidates_are_log_probabilities_best_first(partition: Partition) -> No
     assert (np.diff(candidates.logprobs) <= 0).all()
     assert candidates.confidence == pytest.approx(float(np.exp(candidates.logprobs[0])), rel=1e-5)
     assert float(np.exp(candidates.logprobs).sum()) <= 1 + 1e-5
+
+
+def test_a_run_over_a_long_prompt_returns_its_memory_and_a_step_does_not_wait_for_that(
+    partition: Partition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ort.InferenceSession.run_with_iobinding
+    shrinks: list[bool] = []
+
+    def record(session: ort.InferenceSession, binding: ort.IOBinding, options: Any = None) -> None:
+        key = "memory.enable_memory_arena_shrinkage"
+        shrinks.append(options is not None and options.get_run_config_entry(key) == "cpu:0")
+        run(session, binding, options)
+
+    cascade = Cascade(partition, LARGE_CHUNK + 20)
+    monkeypatch.setattr(ort.InferenceSession, "run_with_iobinding", record)
+    for count in (LARGE_CHUNK, LARGE_CHUNK // 8, 1):
+        cascade.append([7] * count)
+        cascade.fill(0)
+    assert shrinks == [True, False, False]

@@ -15,6 +15,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+from edge_agent.engine import ort_runtime
 from edge_agent.engine.ort_runtime import (
     CPU,
     CUDA,
@@ -78,6 +79,17 @@ def test_a_good_graph_loads_and_runs(tmp_path: Path) -> None:
     path.write_bytes(GOOD)
     (ones,) = load_session(path, Runtime(num_threads=2)).run(None, {"x": np.array([3])})
     assert ones.shape == (3,)
+
+
+def test_the_mapped_weights_of_a_loaded_graph_are_returned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    returned: list[Path] = []
+    monkeypatch.setattr(ort_runtime, "release_mapped_pages", returned.append)
+    path = tmp_path / "block_0.onnx"
+    path.write_bytes(GOOD)
+    load_session(path, Runtime())
+    assert returned == [tmp_path / "block_0.onnx.data"]
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import onnx
 import pytest
+import torch
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fleet.bundles.manifest import (
     MANIFEST_FILE,
@@ -66,6 +71,11 @@ def rewrite(folder: Path, **changes: Any) -> Manifest:
     manifest = Manifest(**fields)
     write_manifest(folder, manifest)
     return manifest
+
+
+def change_tensors(folder: Path, change: Callable[[Tensor], Tensor]) -> None:
+    path = folder / "cloud/model.safetensors"
+    save_file({name: change(tensor) for name, tensor in load_file(path).items()}, path)
 
 
 def findings(folder: Path, key: Path | None = None) -> str:
@@ -184,6 +194,30 @@ def test_tensors_that_cannot_be_read_are_found(header: bytes, folder: Path) -> N
     (folder / "cloud/model.safetensors").write_bytes(header)
     rewrite(folder)
     assert "the cloud partition cannot be read" in findings(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cloud_partition_in_16_bits_is_valid(dtype: torch.dtype, folder: Path) -> None:
+    change_tensors(folder, lambda tensor: tensor.to(dtype))
+    rewrite(folder)
+    assert findings(folder) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        (lambda tensor: tensor * math.nan, "values that are infinite or not a number"),
+        (lambda tensor: tensor.double(), "has the type F64, expected one of F32, BF16, F16"),
+    ],
+)
+def test_tensors_of_other_values_are_one_finding(
+    change: Callable[[Tensor], Tensor], finding: str, folder: Path
+) -> None:
+    change_tensors(folder, change)
+    rewrite(folder)
+    verdict = verify_bundle(folder)
+    assert len(verdict.findings) == 1
+    assert finding in verdict.findings[0]
 
 
 def test_a_signed_bundle_is_valid_by_its_key_alone(folder: Path, tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from cloud_broker_worker.worker.config import MEASURED, check_weight_format, default_weights
 from fleet.bundles.manifest import Bundle
-from fleet.errors import ConfigError
+from fleet.errors import BundleError, ConfigError
 from fleet.server.worker_settings import WorkerSettings, threads_per_worker
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "worker.md"
@@ -28,11 +31,32 @@ def test_the_table_of_weights_is_the_documents() -> None:
     }
 
 
-def test_the_fastest_weights_that_agree_are_the_default_and_float32_where_none_is_measured() -> (
-    None
-):
-    assert default_weights("SmolLM2-135M-Instruct") == "int4"
-    assert default_weights("another-model") == "float32"
+def test_the_fastest_weights_that_agree_are_the_default_of_a_measured_model() -> None:
+    assert default_weights("SmolLM2-135M-Instruct", "F32") == "int4"
+    assert default_weights("SmolLM2-135M-Instruct", "BF16") == "int4"
+
+
+@pytest.mark.parametrize(
+    ("stored", "weights"),
+    [(torch.float32, "float32"), (torch.bfloat16, "bfloat16"), (torch.float16, "bfloat16")],
+)
+def test_another_model_has_weights_of_the_size_that_the_bundle_stores(
+    stored: torch.dtype, weights: str, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_bundle.folder, tmp_path / "bundle")
+    path = folder / "cloud/model.safetensors"
+    save_file({name: tensor.to(stored) for name, tensor in load_file(path).items()}, path)
+    assert WorkerSettings().arguments(folder, 1)[-2:] == ["--weights", weights]
+
+
+def test_a_bundle_without_readable_layers_is_refused_in_one_line(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_bundle.folder, tmp_path / "bundle")
+    (folder / "cloud/model.safetensors").write_bytes(b"none")
+    with pytest.raises(BundleError, match=r"the cloud partition of .* cannot be read") as error:
+        WorkerSettings().arguments(folder, 1)
+    assert "\n" not in str(error.value)
 
 
 def test_settings_become_options_of_each_worker(tiny_bundle: Bundle) -> None:
@@ -47,5 +71,7 @@ def test_settings_become_options_of_each_worker(tiny_bundle: Bundle) -> None:
 
 
 def test_unknown_weights_are_refused_with_those_that_there_are() -> None:
-    with pytest.raises(ConfigError, match="--weights int2: expected one of float32, int8, int4"):
+    with pytest.raises(
+        ConfigError, match="--weights int2: expected one of float32, bfloat16, int8, int4"
+    ):
         check_weight_format("int2")
