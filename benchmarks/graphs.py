@@ -6,16 +6,38 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from fleet.bundles.manifest import SCHEMA_VERSION, Manifest, write_manifest
 from onnx_export.architecture import model_info
 from onnx_export.assembly import Assembly
 from onnx_export.atomic_folder import staged
-from onnx_export.bundle import list_files, load_model_and_tokenizer, write_edge
-from onnx_export.checkpoint import cache_folder, model_config
+from onnx_export.bundle import list_files, write_edge
+from onnx_export.checkpoint import (
+    cache_folder,
+    load_pretrained,
+    model_config,
+    resolve_model,
+)
 from onnx_export.config import DEFAULT_MODEL, ExportConfig, Quantization
 from onnx_export.fingerprints import source_digest, tool_versions
 from onnx_export.graph_cache import default_graph_cache
 from onnx_export.heads import ExitHead, HeadKind, HeadsFile, model_fingerprint, new_head
+from onnx_export.streamed_model import StreamedModel, open_model
+
+
+def whole_model(name: str, attention: str, progress: Callable[[str], None]) -> Any:
+    """Return a model in float32 with one of transformers' kinds of attention."""
+    source = resolve_model(name, progress)
+    model = load_pretrained(
+        AutoModelForCausalLM,
+        source,
+        name,
+        dtype=torch.float32,
+        attn_implementation=attention,
+    )
+    return model.eval().requires_grad_(False)
 
 
 class EdgeGraphs:
@@ -35,7 +57,7 @@ class EdgeGraphs:
         self._progress = progress
         self._name = model
         self._folder = folder or cache_folder() / "bench" / source_digest()[:16]
-        self._loaded: tuple[Any, Any] | None = None
+        self._model: StreamedModel | None = None
 
     @property
     def num_layers(self) -> int:
@@ -43,12 +65,10 @@ class EdgeGraphs:
         return int(model_config(self._name).num_hidden_layers)
 
     def model(self) -> tuple[Any, Any]:
-        """Return the model in float32 and its tokenizer, loaded at the first call."""
-        if self._loaded is None:
-            self._loaded = load_model_and_tokenizer(
-                ExportConfig(out=Path(), exits=(1,), model=self._name), self._progress
-            )
-        return self._loaded
+        """Return the whole model in float32 and its tokenizer."""
+        source = resolve_model(self._name, self._progress)
+        tokenizer = load_pretrained(AutoTokenizer, source, self._name)
+        return whole_model(self._name, "eager", self._progress), tokenizer
 
     def bundle(self, layer: int, preset: Quantization) -> Path:
         """Return the folder of a bundle with edge graphs alone, layers [0, layer)."""
@@ -59,12 +79,15 @@ class EdgeGraphs:
         return folder
 
     def _write(self, folder: Path, layer: int, preset: Quantization) -> None:
-        model, _ = self.model()
+        if self._model is None:
+            source = resolve_model(self._name, self._progress)
+            self._model = open_model(source, self._name, self._progress)
+        model = self._model
         config = ExportConfig(out=folder, exits=(layer,), model=self._name, quantization=preset)
-        info = model_info(Path(self._name).name, model, config.max_positions)
+        info = model_info(Path(self._name).name, model.skeleton, config.max_positions)
         kind: HeadKind = "shared" if layer == info.num_layers else "linear"
-        head: ExitHead = new_head(kind, model, layer).requires_grad_(False)
-        heads = HeadsFile({layer: head}, kind, model_fingerprint(model))
+        head: ExitHead = new_head(kind, model.skeleton, layer).requires_grad_(False)
+        heads = HeadsFile({layer: head}, kind, model_fingerprint(model.skeleton))
         write_edge(
             Assembly(model, info, preset, default_graph_cache()),
             config,

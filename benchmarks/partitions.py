@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from fleet.bundles.manifest import Bundle, Manifest, write_manifest
 from onnx_export.atomic_folder import staged
-from onnx_export.bundle import list_files, load_model_and_tokenizer
-from onnx_export.checkpoint import cache_folder
+from onnx_export.bundle import list_files
+from onnx_export.checkpoint import cache_folder, resolve_model
 from onnx_export.cloud import write_cloud
-from onnx_export.config import DEFAULT_MODEL, ExportConfig
+from onnx_export.config import DEFAULT_MODEL
 from onnx_export.fingerprints import source_digest
+from onnx_export.streamed_model import StreamedModel, open_model
 
 
 class CloudPartitions:
@@ -32,7 +32,7 @@ class CloudPartitions:
         self._progress = progress
         self._name = model
         self._folder = folder or cache_folder() / "bench" / source_digest()[:16]
-        self._model: Any = None
+        self._model: StreamedModel | None = None
 
     def bundle(self, layer: int) -> Bundle:
         """Return a bundle with the cloud's side alone, layers [layer, num_layers)."""
@@ -44,9 +44,8 @@ class CloudPartitions:
 
     def _write(self, folder: Path, layer: int) -> None:
         if self._model is None:
-            self._model, _ = load_model_and_tokenizer(
-                ExportConfig(out=Path(), exits=(1,), model=self._name), self._progress
-            )
+            source = resolve_model(self._name, self._progress)
+            self._model = open_model(source, self._name, self._progress)
         self._progress(f"writing layers [{layer}, {self._manifest.model.num_layers}) for the cloud")
         write_cloud(self._model, layer, folder / "cloud")
         manifest = msgspec.structs.replace(

@@ -62,6 +62,13 @@ def export_command(
     max_positions: Annotated[
         int, typer.Option(min=8, max=1 << 20, help="Maximum length of a session, in tokens.")
     ] = ExportConfig.max_positions,
+    accept: Annotated[
+        float,
+        typer.Option(
+            metavar="AGREEMENT",
+            help="Least share of tokens equal to PyTorch's, if less than the export requires.",
+        ),
+    ] = ExportConfig.accept,
 ) -> None:
     """Export MODEL as a bundle for devices and cloud workers."""
     exit_layers = parse_numbers(exits, int, "--exits", "8,15")
@@ -78,6 +85,7 @@ def export_command(
         thresholds=tuple(values) if values else None,
         calibration=calibration,
         max_positions=max_positions,
+        accept=accept,
     )
     require_packages()
     config.check()

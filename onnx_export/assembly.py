@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
-from onnx import numpy_helper
+from onnx import TensorProto
 from torch import Tensor, nn
 
 from fleet.bundles.manifest import ModelInfo
 from onnx_export.config import Quantization
+from onnx_export.fusion import Graph, fuse_graph
 from onnx_export.graph_cache import GraphCache, graph_key
+from onnx_export.graph_weights import DataFile, Read
 from onnx_export.heads import ExitHead
-from onnx_export.partition import export_block, export_lm_head, fuse_norms, trace_module
+from onnx_export.partition import (
+    export_block,
+    export_lm_head,
+    fuse_norms,
+    rotary_tables,
+    trace_module,
+)
 from onnx_export.quantize import quantize, quantize_preview
+from onnx_export.streamed_model import StreamedModel
+from onnx_export.weights import EMBEDDING
 
 
 class IdentityHead(ExitHead):
@@ -45,113 +58,131 @@ class HeadGraph(nn.Module):
 
 @dataclass(frozen=True)
 class Assembly:
-    """The quantised graphs of one model.
+    """Writes the quantised graphs of one model.
 
-    `block` and `lm_head` also return whether the graph, except for the head, was in the cache.
+    `write_block` and `write_lm_head` return whether the graph, except for the head, was in the
+    cache.
     """
 
-    model: Any
+    model: StreamedModel
     info: ModelInfo
     quantization: Quantization
     cache: GraphCache
 
-    def block(self, layers: tuple[int, int], head: ExitHead) -> tuple[onnx.ModelProto, bool]:
-        """Return layers [start, stop) with their exit head; its own layer is traced with them."""
+    def write_block(self, layers: tuple[int, int], head: ExitHead, path: Path) -> bool:
+        """Write layers [start, stop) with their exit head; its own layer is traced with them."""
         if head.layer is not None:
-            head_tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
-            return self._layers(layers, head, head_tensors)
-        body, cached = self._layers(layers, IdentityHead(self.info.hidden_size), {})
-        return append_head(body, self._head(head)), cached
+            graph, is_cached = self._layers(layers, head, path)
+        else:
+            graph, is_cached = self._layers(layers, IdentityHead(self.info.hidden_size), path)
+            append_head(graph, self._head(head, data_file(path)))
+        save_graph(graph, path)
+        return is_cached
 
-    def lm_head(self, top_k: int) -> tuple[onnx.ModelProto, bool]:
-        """Return the LM head's graph."""
-        weight = self.model.lm_head.weight
-        key = graph_key(
-            {"lm_head": weight},
-            part="lm_head",
+    def write_lm_head(self, top_k: int, path: Path) -> bool:
+        """Write the LM head's graph."""
+        graph, is_cached = self._graph(
+            path,
+            {"lm_head.weight": in_memory(self.model.skeleton.lm_head.weight)},
+            lambda: export_lm_head(self.info, top_k, self.table_dtype),
+            quantize_preview,
             top_k=top_k,
             table=self.table_dtype,
         )
-
-        def make() -> onnx.ModelProto:
-            graph = export_lm_head(self.model, self.info, top_k, self.table_dtype)
-            return quantize_preview(graph, self.quantization)
-
-        return self.cache.get_or_make(key, make)
+        save_graph(graph, path)
+        return is_cached
 
     @property
     def table_dtype(self) -> torch.dtype:
         """The type of the stored embedding and of the LM head's exact weights."""
         return torch.float32 if self.quantization == "fp32" else torch.float16
 
-    def tables(self) -> dict[str, Tensor]:
-        """Return the embedding and, if it differs, the LM head's weights, [vocab, hidden]."""
-        embedding = self.model.model.embed_tokens.weight
-        lm_head = self.model.lm_head.weight
-        weights = {"embedding": embedding}
+    def write_tables(self, folder: Path) -> None:
+        """Write the embedding and, if it differs, the LM head's weights, [vocab, hidden]."""
+        embedding = self.model.read(EMBEDDING)
+        lm_head = self.model.skeleton.lm_head.weight
+        np.save(folder / "embedding.npy", embedding.to(self.table_dtype).numpy())
         if not torch.equal(embedding, lm_head):
-            weights["lm_head"] = lm_head
-        return {name: weight.detach().to(self.table_dtype) for name, weight in weights.items()}
+            del embedding
+            np.save(folder / "lm_head.npy", lm_head.to(self.table_dtype).numpy())
 
     def _layers(
-        self, layers: tuple[int, int], head: ExitHead, head_tensors: dict[str, Tensor]
+        self, layers: tuple[int, int], head: ExitHead, path: Path
     ) -> tuple[onnx.ModelProto, bool]:
         start, stop = layers
-        tensors = dict(self.model.model.layers[start:stop].state_dict())
-        key = graph_key(
-            tensors | head_tensors,
-            part=f"layers {layers}",
+        skeleton = self.model.skeleton
+        cos, sin = rotary_tables(skeleton, self.info.max_positions)
+        state = {f"head.{name}": value for name, value in head.state_dict().items()}
+        weights = {
+            name: in_memory(value) for name, value in (state | {"cos": cos, "sin": sin}).items()
+        }
+        for i in range(start, stop):
+            for name, stored in self.model.layer_names(i).items():
+                weights[f"layers.{i - start}.{name}"] = partial(self.model.read, stored)
+        return self._graph(
+            path,
+            weights,
+            lambda: export_block(skeleton, layers, head, self.info),
+            quantize,
             config=self.model.config.to_json_string(use_diff=False),
             info=self.info,
-            quantization=self.quantization,
+            layers=layers,
         )
 
+    def _graph(
+        self,
+        path: Path,
+        weights: Mapping[str, Read],
+        trace: Callable[[], onnx.ModelProto],
+        shrink: Callable[[Graph, Quantization], Graph],
+        **options: object,
+    ) -> tuple[onnx.ModelProto, bool]:
+        """Return the graph of `trace` with its weights and whether it was in the cache."""
+        data = data_file(path)
+        key = graph_key(weights, part=shrink.__name__, preset=self.quantization, **options)
+
         def make() -> onnx.ModelProto:
-            graph = export_block(self.model, layers, head, self.info)
-            return quantize(graph, self.quantization)
+            graph = fuse_graph(Graph(trace(), weights, data.store))
+            return shrink(graph, self.quantization).to_model()
 
-        return self.cache.get_or_make(key, make)
+        return self.cache.get_or_make(key, make, data.path)
 
-    def _head(self, head: ExitHead) -> onnx.ModelProto:
+    def _head(self, head: ExitHead, data: DataFile) -> onnx.ModelProto:
         """Return the head's graph in float32: a cached graph of its shape with its weights."""
-        weights = {f"head.{name}": value.numpy() for name, value in head.state_dict().items()}
-        shapes = {name: weight.shape for name, weight in weights.items()}
+        state = head.state_dict()
         key = graph_key(
             {},
             part="head",
             kind=head.kind,
             eps=head.norm.eps,
-            shapes=sorted(shapes.items()),
+            shapes=[(name, tuple(value.shape)) for name, value in state.items()],
         )
-        graph, _ = self.cache.get_or_make(key, lambda: trace_head(head))
-        for tensor in graph.graph.initializer:
-            if tensor.name in weights:
-                tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))
-        return graph
+        model, _ = self.cache.get_or_make(key, lambda: trace_head(head))
+        weights = {f"head.{name}": in_memory(value) for name, value in state.items()}
+        return Graph(model, weights, data.store).to_model()
+
+
+def in_memory(value: Tensor) -> Read:
+    """Return a function that returns a weight in memory."""
+    return lambda: value
 
 
 def trace_head(head: ExitHead) -> onnx.ModelProto:
-    """Return a graph for heads like `head`, with random weights.
+    """Return a graph for heads like `head`, without weights.
 
     last_hidden [1, hidden] -> exit_hidden [1, hidden].
     """
-    module = HeadGraph(head)
-    generator = torch.Generator().manual_seed(0)
-    # The exporter merges equal parameters, so no two may be equal.
-    for parameter in module.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator)
     hidden_size = head.norm.weight.shape[0]
     return trace_module(
-        module,
+        HeadGraph(head),
         (torch.zeros(1, hidden_size),),
         inputs=["last_hidden"],
         outputs=["exit_hidden"],
-        dynamic_shapes=None,
     )
 
 
-def append_head(body: onnx.ModelProto, head: onnx.ModelProto) -> onnx.ModelProto:
-    """Append `head` (last_hidden -> exit_hidden) to `body` and return `body`.
+def append_head(body: onnx.ModelProto, head: onnx.ModelProto) -> None:
+    """Append `head` (last_hidden -> exit_hidden) to `body`.
 
     The ``exit_hidden`` of `body` is the last hidden state.
     """
@@ -164,7 +195,6 @@ def append_head(body: onnx.ModelProto, head: onnx.ModelProto) -> onnx.ModelProto
     body.graph.initializer.extend(head.graph.initializer)
     domains = {opset.domain for opset in body.opset_import}
     body.opset_import.extend(opset for opset in head.opset_import if opset.domain not in domains)
-    return body
 
 
 def value_names(model: onnx.ModelProto) -> set[str]:
@@ -183,3 +213,17 @@ def rename_values(model: onnx.ModelProto, names: dict[str, str]) -> None:
         node.output[:] = [names.get(name, name) for name in node.output]
     for tensor in model.graph.initializer:
         tensor.name = names.get(tensor.name, tensor.name)
+
+
+def data_file(path: Path) -> DataFile:
+    """Return the file of the large weights of the graph at `path`."""
+    return DataFile(path.with_name(f"{path.name}.data"))
+
+
+def save_graph(graph: onnx.ModelProto, path: Path) -> None:
+    """Write a graph whose large weights are in its data file."""
+    for tensor in graph.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            entry = next(entry for entry in tensor.external_data if entry.key == "location")
+            entry.value = data_file(path).path.name
+    path.write_bytes(graph.SerializeToString(deterministic=True))

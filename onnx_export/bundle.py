@@ -6,11 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
-import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from fleet.bundles.calibration_file import find_calibration, read_calibration
 from fleet.bundles.manifest import SCHEMA_VERSION, FileEntry, Manifest, hash_file, write_manifest
@@ -36,7 +33,7 @@ from onnx_export.config import (
     require_packages,
 )
 from onnx_export.fingerprints import tool_versions
-from onnx_export.graph_cache import GraphCache, default_graph_cache, initializer_bytes
+from onnx_export.graph_cache import GraphCache, default_graph_cache
 from onnx_export.heads import (
     SHIPPED_HEADS,
     HeadsFile,
@@ -45,26 +42,29 @@ from onnx_export.heads import (
     model_fingerprint,
     shared_heads,
 )
+from onnx_export.resources import check_resources
+from onnx_export.streamed_model import StreamedModel, open_model
 from onnx_export.tokenizer import check_tokenizer, write_tokenizer
-
-MAX_INLINE_BYTES = 1 << 20
-"""Larger weights go into a file next to the graph; ONNX Runtime maps it into memory without a copy.
-"""
 
 FILE_MODE = 0o644
 """The mode of every file of a bundle. Some libraries write files that only their owner can read."""
 
 Progress = Callable[[str], None]
 Report = Callable[[Mapping[str, float], Mapping[str, float]], None]
+Load = Callable[[ExportConfig, Progress], tuple[StreamedModel, Any]]
 
 
 def export_bundle(
-    config: ExportConfig, progress: Progress = lambda _: None, report: Report = lambda *_: None
+    config: ExportConfig,
+    progress: Progress = lambda _: None,
+    report: Report = lambda *_: None,
+    load: Load | None = None,
 ) -> Manifest:
     """Export a model into ``config.out`` and return the manifest.
 
     `progress` receives one line for each stage; `report` receives the figures of
-    :mod:`onnx_export.parity` and their limits.
+    :mod:`onnx_export.parity` and their limits. `load` returns the model and its tokenizer, by
+    default those of ``config.model``.
 
     Raises:
         ConfigError: an option is invalid, `out` is not empty, or an extra is missing.
@@ -74,9 +74,13 @@ def export_bundle(
     """
     require_packages()
     config.check()
+    model, tokenizer = (load or load_model_and_tokenizer)(config, progress)
+    check_resources(config, model)
     try:
         with staged(config.out, progress) as folder:
-            manifest = build_bundle(config, folder, progress, report)
+            manifest = build_bundle(
+                config, model, tokenizer, folder=folder, progress=progress, report=report
+            )
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ExportError(
@@ -88,20 +92,25 @@ def export_bundle(
 
 
 def build_bundle(
-    config: ExportConfig, folder: Path, progress: Progress, report: Report
+    config: ExportConfig,
+    model: StreamedModel,
+    tokenizer: Any,
+    *,
+    folder: Path,
+    progress: Progress,
+    report: Report,
 ) -> Manifest:
     """Fill an empty `folder` with a bundle."""
-    model, tokenizer = load_model_and_tokenizer(config, progress)
     name = DEFAULT_NAME if config.model == DEFAULT_MODEL else Path(config.model).name
-    info = model_info(name, model, config.max_positions, tokenizer)
-    heads = read_heads(config, model, progress)
+    info = model_info(name, model.skeleton, config.max_positions, tokenizer)
+    heads = read_heads(config, model.skeleton, progress)
     cache = GraphCache(config.graph_cache) if config.graph_cache else default_graph_cache()
     assembly = Assembly(model, info, config.quantization, cache)
     write_edge(assembly, config, heads, folder / "edge", progress)
     progress(f"comparing the graphs with PyTorch on {parity.NUM_TOKENS} tokens of text")
     windows = parity.text_windows(tokenizer, info.max_positions)
     figures = parity.measure_parity(folder / "edge", model, heads.heads, info, windows)
-    limits = parity.parity_limits(config.quantization, heads.kind)
+    limits = parity.parity_limits(config.quantization, heads.kind, config.accept)
     report(figures, limits)
     parity.check_parity(figures, limits)
     progress(f"writing layers [{config.upload}, {info.num_layers}) for the cloud")
@@ -164,8 +173,8 @@ def calibrated_thresholds(
     return file.thresholds, file.calibration
 
 
-def load_model_and_tokenizer(config: ExportConfig, progress: Progress) -> tuple[Any, Any]:
-    """Return the model in float32 on the CPU and its tokenizer.
+def load_model_and_tokenizer(config: ExportConfig, progress: Progress) -> tuple[StreamedModel, Any]:
+    """Return the model, whose layers stay in its checkpoint, and its tokenizer.
 
     Raises:
         ExportError: one of them cannot be loaded or exported.
@@ -178,36 +187,7 @@ def load_model_and_tokenizer(config: ExportConfig, progress: Progress) -> tuple[
     check_generation_config(source)
     tokenizer = load_pretrained(AutoTokenizer, source, config.model)
     check_tokenizer(tokenizer, config.model, model_config.vocab_size, progress)
-    model, loading_info = load_pretrained(
-        AutoModelForCausalLM,
-        source,
-        config.model,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        output_loading_info=True,
-    )
-    check_weights(config.model, loading_info, progress)
-    return model.eval().requires_grad_(False), tokenizer
-
-
-def check_weights(name: str, loading_info: Mapping[str, Any], progress: Progress) -> None:
-    """Report weights of a checkpoint that have no place in the model.
-
-    Raises:
-        ExportError: the model lacks weights.
-    """
-    unused = sorted(loading_info["unexpected_keys"])
-    if unused:
-        progress(
-            f"{len(unused)} weights of the checkpoint have no place in the model, "
-            f"such as {unused[0]}: left out"
-        )
-    missing = sorted(loading_info["missing_keys"])
-    if missing:
-        raise ExportError(
-            f"model {name!r} lacks {len(missing)} of its weights, such as {missing[0]}; "
-            "expected a whole causal language model"
-        )
+    return open_model(source, config.model, progress), tokenizer
 
 
 def read_heads(config: ExportConfig, model: Any, progress: Progress) -> HeadsFile:
@@ -226,27 +206,18 @@ def read_heads(config: ExportConfig, model: Any, progress: Progress) -> HeadsFil
 def write_edge(
     assembly: Assembly, config: ExportConfig, heads: HeadsFile, folder: Path, progress: Progress
 ) -> None:
-    """Write the graphs of the blocks and the LM head, and the tables of :meth:`Assembly.tables`."""
+    """Write the graphs of the blocks and the LM head, and the tables of token weights."""
     folder.mkdir()
     starts = (0, *config.exits[:-1])
     for i, (start, stop) in enumerate(zip(starts, config.exits, strict=True)):
         progress(f"exporting layers [{start}, {stop}) as {config.quantization}")
-        graph, cached = assembly.block((start, stop), heads.heads[stop])
-        if cached:
+        path = folder / f"block_{i}.onnx"
+        if assembly.write_block((start, stop), heads.heads[stop], path):
             progress(f"layers [{start}, {stop}) come from an earlier export")
-        save_graph(graph, folder / f"block_{i}.onnx")
     progress(f"exporting the LM head as {config.quantization}")
-    lm_head, _ = assembly.lm_head(config.top_k_of(assembly.info.vocab_size))
-    save_graph(lm_head, folder / "lm_head.onnx")
-    for name, table in assembly.tables().items():
-        np.save(folder / f"{name}.npy", table.numpy())
-
-
-def save_graph(graph: onnx.ModelProto, path: Path) -> None:
-    """Write a graph. The weights of a large graph go into a second file."""
-    is_large = initializer_bytes(graph) > MAX_INLINE_BYTES
-    location = f"{path.name}.data" if is_large else None
-    onnx.save_model(graph, path, save_as_external_data=is_large, location=location)
+    top_k = config.top_k_of(assembly.info.vocab_size)
+    assembly.write_lm_head(top_k, folder / "lm_head.onnx")
+    assembly.write_tables(folder)
 
 
 def set_file_modes(folder: Path) -> None:

@@ -39,8 +39,8 @@ class ExportConfig:
     `exit_head` ``shared`` makes them share it on purpose, for a model that was trained with early
     exits (LayerSkip, arXiv 2404.16710). `split_layer` must be the last exit, its default;
     `upload_layer` is the split or an earlier exit. `max_positions` bounds a session's length in
-    tokens. `graph_cache` is the folder of graphs that later exports reuse, by default one in the
-    user's cache.
+    tokens. `accept` lowers the agreement with PyTorch that the export requires. `graph_cache` is
+    the folder of graphs that later exports reuse, by default one in the user's cache.
     """
 
     out: Path
@@ -55,6 +55,7 @@ class ExportConfig:
     calibration: Path | None = None
     max_positions: int = 8192
     top_k: int = 64
+    accept: float = 1.0
     graph_cache: Path | None = None
 
     @property
@@ -91,6 +92,8 @@ class ExportConfig:
                 f"max positions {self.max_positions} and top-k {self.top_k}: "
                 "expected at least 8 and 1"
             )
+        if not 0 <= self.accept <= 1:
+            raise ConfigError(f"accepted agreement {self.accept}: expected a number from 0 to 1")
         check_free(self.out)
 
     def _check_heads(self) -> None:

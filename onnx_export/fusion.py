@@ -9,12 +9,15 @@ are removed.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import NodeProto, helper, numpy_helper
+from onnx import NodeProto, helper
+
+from onnx_export.graph_weights import Array, Read, Store, Weight, inline
 
 MICROSOFT = "com.microsoft"
 ATTENTION = "GroupQueryAttention"
@@ -22,12 +25,26 @@ NORM = "SimplifiedLayerNormalization"
 
 
 class Graph:
-    """A model's nodes in order, with the producer and the readers of each value."""
+    """A model's nodes in order, with the producer and the readers of each value.
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    `constants` are its initialisers, with their values. `weights` are read when they are needed.
+    """
+
+    def __init__(
+        self, model: onnx.ModelProto, weights: Mapping[str, Read], store: Store = inline
+    ) -> None:
+        """Take `weights` from the inputs of `model`; `store` makes initialisers of values."""
         self.model = model
+        self.store = store
+        inputs = model.graph.input
+        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.weights = {
+            value.name: Weight(value_shape(value), (weights[value.name],))
+            for value in inputs
+            if value.name in weights
+        }
+        replace_elements(inputs, [value for value in inputs if value.name not in weights])
         self.outputs = {value.name for value in model.graph.output}
-        self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
         self.nodes: list[NodeProto] = []
         self.replace_nodes(model.graph.node)
 
@@ -48,28 +65,26 @@ class Graph:
         ids = {id(node) for node in removed}
         return [node for node in self.nodes if id(node) not in ids]
 
-    def add_weight(self, name: str, value: np.ndarray) -> str:
-        """Add an initialiser unless there is one of that name; return the name."""
-        if name not in self.weights:
-            self.weights[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+    def add_constant(self, name: str, value: Array) -> str:
+        """Store a value as an initialiser; return its name."""
+        self.constants[name] = self.store(name, value)
         return name
 
-    def array(self, name: str) -> np.ndarray:
-        """Return an initialiser's value."""
-        return numpy_helper.to_array(self.weights[name])
-
     def is_product(self, node: NodeProto) -> bool:
-        """Return whether `node` multiplies by a constant matrix."""
+        """Return whether `node` multiplies by a weight."""
         return node.op_type == "MatMul" and node.input[1] in self.weights
 
     def to_model(self) -> onnx.ModelProto:
         """Return the model with these nodes and the initialisers that they read."""
         used = {name for node in self.nodes for name in node.input}
-        weights = [tensor for name, tensor in self.weights.items() if name in used]
+        for name, weight in self.weights.items():
+            if name in used:
+                self.add_constant(name, weight.read())
+        initializers = [tensor for name, tensor in self.constants.items() if name in used]
         nodes = [NodeProto.FromString(node.SerializeToString()) for node in self.nodes]
         graph = self.model.graph
         replace_elements(graph.node, nodes)
-        replace_elements(graph.initializer, weights)
+        replace_elements(graph.initializer, initializers)
         replace_elements(graph.value_info, [])
         domains = {opset.domain for opset in self.model.opset_import}
         if MICROSOFT not in domains:
@@ -78,19 +93,36 @@ class Graph:
         return self.model
 
 
+def value_shape(value: onnx.ValueInfoProto) -> tuple[int, ...]:
+    """Return the shape of a value, none of whose sizes is free."""
+    return tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
+
+
 def replace_elements(field: Any, values: Sequence[Any]) -> None:
     """Replace all elements of a repeated protobuf field."""
     del field[:]
     field.extend(values)
 
 
-def fuse_graph(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Fuse nodes of a model in place and return it."""
-    graph = Graph(model)
+def fuse_graph(graph: Graph) -> Graph:
+    """Fuse nodes of a graph in place and return it."""
+    fold_transposes(graph)
     drop_attention_reshapes(graph)
     merge_products(graph)
     fuse_residual_norms(graph)
-    return graph.to_model()
+    return graph
+
+
+def fold_transposes(graph: Graph) -> None:
+    """Replace the transposes of weights by transposed weights."""
+    transposes = [
+        node
+        for node in graph.nodes
+        if node.op_type == "Transpose" and node.input[0] in graph.weights
+    ]
+    for node in transposes:
+        graph.weights[node.output[0]] = graph.weights[node.input[0]].transposed()
+    graph.replace_nodes(graph.without(transposes))
 
 
 def drop_attention_reshapes(graph: Graph) -> None:
@@ -165,9 +197,12 @@ def merge_group(graph: Graph, products: list[NodeProto]) -> list[NodeProto]:
 
     A Split that restores their outputs follows it, unless an attention reads them packed.
     """
-    weights = [graph.array(node.input[1]) for node in products]
+    weights = [graph.weights[node.input[1]] for node in products]
+    widths = [weight.shape[1] for weight in weights]
+    parts = tuple(part for weight in weights for part in weight.parts)
     name = "+".join(node.input[1] for node in products)
-    graph.add_weight(name, np.concatenate(weights, 1))
+    shape = (weights[0].shape[0], sum(widths))
+    graph.weights[name] = replace(weights[0], shape=shape, parts=parts)
     outputs = [node.output[0] for node in products]
     product = helper.make_node(
         "MatMul",
@@ -177,8 +212,7 @@ def merge_group(graph: Graph, products: list[NodeProto]) -> list[NodeProto]:
     )
     if pack_attention_inputs(graph, outputs, product.output[0]):
         return [product]
-    widths = np.array([weight.shape[1] for weight in weights], np.int64)
-    sizes = graph.add_weight(f"{name}.sizes", widths)
+    sizes = graph.add_constant(f"{name}.sizes", np.array(widths, np.int64))
     split = helper.make_node(
         "Split",
         [product.output[0], sizes],
@@ -222,7 +256,8 @@ def fuse_residual_norms(graph: Graph) -> None:
 
 def is_residual_sum(graph: Graph, node: NodeProto) -> bool:
     """Return whether `node` adds two values, neither of which is a weight."""
-    return node.op_type == "Add" and graph.weights.keys().isdisjoint(node.input)
+    constants = graph.weights.keys() | graph.constants.keys()
+    return node.op_type == "Add" and constants.isdisjoint(node.input)
 
 
 def skip_norm(residual_sum: NodeProto, norm: NodeProto) -> NodeProto:

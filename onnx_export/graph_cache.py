@@ -7,19 +7,28 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import BinaryIO, Final, Protocol
 
 import onnx
+import torch
 from filelock import FileLock
 
 from onnx_export.checkpoint import cache_folder
 from onnx_export.fingerprints import source_digest
+from onnx_export.graph_weights import Read
 
-MAX_GRAPH_BYTES: Final = 1 << 30
 MAX_CACHE_BYTES: Final = 4 << 30
 DIGEST_BYTES: Final = 32
+SIZE_BYTES: Final = 8
+PIECE_BYTES: Final = 1 << 20
 LOCK_FILE: Final = ".lock"
 PARTIAL_FILE: Final = ".partial"
+
+
+class Digest(Protocol):
+    """A digest of the standard library."""
+
+    def update(self, data: bytes, /) -> None: ...
 
 
 def default_graph_cache() -> GraphCache:
@@ -27,26 +36,24 @@ def default_graph_cache() -> GraphCache:
     return GraphCache(cache_folder() / "parts")
 
 
-def graph_key(tensors: Mapping[str, Any], **options: object) -> str:
+def graph_key(weights: Mapping[str, Read], **options: object) -> str:
     """Return a hex digest of a graph's inputs and our sources.
 
-    The inputs are torch tensors by name, and options whose ``repr`` shows their value.
+    The inputs are weights by name, read one at a time, and options whose ``repr`` shows their
+    value.
     """
     digest = hashlib.sha256(f"{source_digest()} {sorted(options.items())!r}".encode())
-    for name, tensor in sorted(tensors.items()):
+    for name, read in sorted(weights.items()):
+        tensor = read().detach().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def initializer_bytes(graph: onnx.ModelProto) -> int:
-    """Return the size of a graph's weights, also for a graph too large for one protobuf message."""
-    return sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
 
 
 @dataclass(frozen=True)
 class GraphCache:
-    """A folder of graphs, one file each: the SHA-256 of the rest, then the graph.
+    """A folder of graphs, one file each: the SHA-256 of the rest, the size of the graph, the graph,
+    and the file of its large weights.
 
     The least recently used graphs are removed first. Writers hold a lock and readers see whole
     files only, so exports may run at the same time or be killed.
@@ -56,48 +63,68 @@ class GraphCache:
     max_bytes: int = MAX_CACHE_BYTES
 
     def get_or_make(
-        self, key: str, make: Callable[[], onnx.ModelProto]
+        self, key: str, make: Callable[[], onnx.ModelProto], data: Path | None = None
     ) -> tuple[onnx.ModelProto, bool]:
-        """Return the graph under `key` and whether it was stored. Make and store a missing one."""
-        cached = self._read(key)
+        """Return the graph under `key` and whether it was stored. Make and store a missing one.
+
+        `data` is the file of its large weights, which `make` writes.
+        """
+        cached = self._read(key, data)
         if cached is not None:
             return cached, True
         graph = make()
-        # A message over 2 GiB has no size and no serialised form: protobuf raises an error.
-        if initializer_bytes(graph) <= min(MAX_GRAPH_BYTES, self.max_bytes):
-            self._write(key, graph.SerializeToString(deterministic=True))
+        self._write(key, graph.SerializeToString(deterministic=True), data)
         return graph, False
 
-    def _read(self, key: str) -> onnx.ModelProto | None:
-        """Return the graph, or None when it is missing or damaged."""
+    def _read(self, key: str, data: Path | None) -> onnx.ModelProto | None:
+        """Return the graph and write its weights to `data`; None when it is missing or damaged."""
         path = self.folder / key
         try:
-            content = path.read_bytes()
             os.utime(path)
+            file = path.open("rb")
         except OSError:
             return None
-        digest = content[:DIGEST_BYTES]
-        payload = memoryview(content)[DIGEST_BYTES:]
-        if hashlib.sha256(payload).digest() != digest:
-            return None
-        return onnx.load_model_from_string(bytes(payload))
+        with file:
+            digest = file.read(DIGEST_BYTES)
+            prefix = file.read(SIZE_BYTES)
+            graph = file.read(min(int.from_bytes(prefix), path.stat().st_size))
+            actual = hashlib.sha256(prefix + graph)
+            if data is not None:
+                with data.open("wb") as copy:
+                    copy_file(file, copy, actual)
+        if actual.digest() == digest:
+            return onnx.load_model_from_string(graph)
+        if data is not None:
+            data.unlink()
+        return None
 
-    def _write(self, key: str, payload: bytes) -> None:
+    def _write(self, key: str, graph: bytes, data: Path | None) -> None:
         """Store a graph; without room on the disk it is not stored."""
+        weights_bytes = data.stat().st_size if data is not None and data.exists() else 0
+        if len(graph) + weights_bytes > self.max_bytes:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / LOCK_FILE):
-                self._replace(self.folder / key, payload)
+                self._replace(self.folder / key, graph, data)
                 self._prune()
         except OSError:
             return
 
-    def _replace(self, path: Path, payload: bytes) -> None:
+    def _replace(self, path: Path, graph: bytes, data: Path | None) -> None:
         """Write a graph's file whole or not at all; the caller holds the lock."""
         # Only the lock's holder writes the partial file, so a killed writer's one is overwritten.
         partial = self.folder / PARTIAL_FILE
+        content = len(graph).to_bytes(SIZE_BYTES) + graph
+        digest = hashlib.sha256(content)
         try:
-            partial.write_bytes(hashlib.sha256(payload).digest() + payload)
+            with partial.open("wb") as file:
+                file.write(bytes(DIGEST_BYTES) + content)
+                if data is not None and data.exists():
+                    with data.open("rb") as weights:
+                        copy_file(weights, file, digest)
+                file.seek(0)
+                file.write(digest.digest())
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -111,3 +138,10 @@ class GraphCache:
             room -= path.stat().st_size
             if room < 0:
                 path.unlink()
+
+
+def copy_file(source: BinaryIO, target: BinaryIO, digest: Digest) -> None:
+    """Copy the rest of a file and add it to a digest."""
+    while piece := source.read(PIECE_BYTES):
+        digest.update(piece)
+        target.write(piece)

@@ -19,6 +19,7 @@ from fleet.errors import ConfigError, HeadsError
 
 FORMAT: Final = "cecollm-exit-heads/2"
 SHIPPED_HEADS: Final = Path(__file__).parent / "data" / "smollm2-135m-instruct.heads.safetensors"
+FINGERPRINT_ROWS: Final = 4096
 HeadKind = Literal["shared", "linear", "mlp", "block"]
 HEAD_KINDS: Final[tuple[str, ...]] = get_args(HeadKind)
 
@@ -125,7 +126,8 @@ def model_fingerprint(model: Any) -> str:
     """Return the SHA-256, in hex, of final norm and LM head as float32; heads build on them."""
     digest = hashlib.sha256()
     for weight in (model.model.norm.weight, model.lm_head.weight):
-        digest.update(weight.detach().float().cpu().contiguous().numpy().data)
+        for rows in weight.detach().split(FINGERPRINT_ROWS):
+            digest.update(rows.float().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -229,7 +231,7 @@ def load_head(
     intermediate = state["mlp.up.weight"].shape[0] if kind == "mlp" else 0
     head = new_head(kind, model, layer, intermediate)
     try:
-        head.load_state_dict(state)
+        head.load_state_dict(state, assign=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise HeadsError(

@@ -14,18 +14,19 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.onnx import ops
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fleet.bundles.manifest import ModelInfo
 from fleet.errors import ExportError
 from onnx_export.checkpoint import quiet_loggers
-from onnx_export.fusion import fuse_graph
 from onnx_export.heads import ExitHead, RmsNorm
 
 ATTENTION = "onnx_group_query"
@@ -206,11 +207,9 @@ class LmHead(nn.Module):
     [1, k], top_logprobs float32 [1, k] best first, confidence [1].
     """
 
-    def __init__(self, weight: Tensor, top_k: int) -> None:
+    def __init__(self, hidden: int, vocab: int, top_k: int) -> None:
         super().__init__()
-        vocab, hidden = weight.shape
-        self.lm_head = nn.Linear(hidden, vocab, bias=False)
-        self.lm_head.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.lm_head = nn.Linear(hidden, vocab, bias=False, device="meta")
         self.top_k = top_k
         self.num_candidates = min(CANDIDATES_PER_TOKEN * top_k, vocab)
 
@@ -275,21 +274,20 @@ def quiet_exporter() -> Iterator[None]:
 def export_block(
     model: Any, layers: tuple[int, int], head: ExitHead, info: ModelInfo
 ) -> onnx.ModelProto:
-    """Return layers [start, stop) of `layers` as a graph."""
+    """Return layers [start, stop) of `layers` as a graph, without weights."""
     start, stop = layers
     num_caches = stop - start + len(own_layers(head))
     caches = [f"{i}.{name}" for i in range(num_caches) for name in ("key", "value")]
     sequence = torch.export.Dim("sequence", min=1, max=info.max_positions)
     capacity = torch.export.Dim("capacity", min=1, max=info.max_positions)
     with fused_tracing(model):
-        graph = trace_module(
+        return trace_module(
             Block(model, start, stop, head, info),
             traced_inputs(info, len(caches)),
             inputs=["input", "seqlens_k", "total_length", *(f"past.{name}" for name in caches)],
             outputs=["hidden_states", "exit_hidden", *(f"present.{name}" for name in caches)],
-            dynamic_shapes=({1: sequence}, None, None, tuple({2: capacity} for _ in caches)),
+            dynamic_shapes=({1: sequence}, {}, {}, *({2: capacity} for _ in caches)),
         )
-    return fuse_graph(graph)
 
 
 def traced_inputs(info: ModelInfo, num_caches: int) -> tuple[Tensor, ...]:
@@ -303,20 +301,31 @@ def traced_inputs(info: ModelInfo, num_caches: int) -> tuple[Tensor, ...]:
     )
 
 
-def export_lm_head(model: Any, info: ModelInfo, top_k: int, table: torch.dtype) -> onnx.ModelProto:
-    """Return the model's LM head with top-k, log-probabilities and confidence as a graph.
+def export_lm_head(info: ModelInfo, top_k: int, table: torch.dtype) -> onnx.ModelProto:
+    """Return the LM head with top-k, log-probabilities and confidence as a graph, without weights.
 
     `table` is the type of its exact weights.
     """
     exit_hidden = torch.zeros(1, info.hidden_size)
-    weights = torch.zeros(info.vocab_size, info.hidden_size, dtype=table)
+    weights = torch.zeros((), dtype=table).expand(info.vocab_size, info.hidden_size)
     return trace_module(
-        LmHead(model.lm_head.weight, top_k),
+        LmHead(info.hidden_size, info.vocab_size, top_k),
         (exit_hidden, weights),
         inputs=["exit_hidden", "table"],
         outputs=["top_ids", "top_logprobs", "confidence"],
-        dynamic_shapes=None,
     )
+
+
+class WithoutWeights(nn.Module):
+    """A module whose weights are inputs, in the order of its state."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.call = partial(functional_call, module.eval())
+        self.names = list(module.state_dict())
+
+    def forward(self, weights: list[Tensor], *args: Tensor) -> Any:
+        return self.call(dict(zip(self.names, weights, strict=True)), args)
 
 
 def trace_module(
@@ -325,16 +334,23 @@ def trace_module(
     *,
     inputs: list[str],
     outputs: list[str],
-    dynamic_shapes: Any,
+    dynamic_shapes: tuple[Any, ...] | None = None,
 ) -> onnx.ModelProto:
-    """Return a module as a graph that does not depend on the machine that made it."""
+    """Return a module as a graph that does not depend on the machine that made it.
+
+    The graph has no weights: they are inputs, in float32, before the others. So the module can be
+    on the meta device, and the exporter neither merges equal weights nor computes with them.
+    """
+    weights = {
+        name: torch.zeros(()).expand(value.shape) for name, value in module.state_dict().items()
+    }
     with quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
-            module.eval(),
-            args,
-            input_names=inputs,
+            WithoutWeights(module).eval(),
+            (list(weights.values()), *args),
+            input_names=[*weights, *inputs],
             output_names=outputs,
-            dynamic_shapes=dynamic_shapes,
+            dynamic_shapes=dynamic_shapes and ([{}] * len(weights), dynamic_shapes),
             dynamo=True,
             opset_version=OPSET,
             verbose=False,

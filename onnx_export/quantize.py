@@ -10,24 +10,25 @@ query, key and value by float32 inputs instead of int8 ones: most of the loss is
 
 from __future__ import annotations
 
-import logging
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 from onnx import NodeProto, helper
 from onnxruntime.quantization.matmul_nbits_quantizer import (
     DefaultWeightOnlyQuantConfig,
-    MatMulNBitsQuantizer,
+    DefaultWeightOnlyQuantizer,
 )
 from onnxruntime.quantization.quant_utils import QuantFormat
 
 from onnx_export.config import Quantization
 from onnx_export.fusion import ATTENTION, MICROSOFT, Graph
+from onnx_export.graph_weights import Array, Floats
 
-Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 BLOCK_SIZE: Final = 32
@@ -41,37 +42,77 @@ REST_COLUMNS: Final = 2
 NUM_REFINEMENTS: Final = 4
 
 
-def quantize(graph: onnx.ModelProto, preset: Quantization) -> onnx.ModelProto:
-    """Quantise the products of a block's graph; ``fp32`` changes nothing."""
+def quantize(graph: Graph, preset: Quantization) -> Graph:
+    """Quantise the products of a block's graph in place; ``fp32`` changes nothing."""
     if preset == "fp32":
         return graph
     if preset != "int8":
-        graph = quantize_affine(graph, float_attention=preset == "balanced")
+        quantize_affine(graph, float_attention=preset == "balanced")
     return quantize_symmetric(graph, bits=8, block_size=BLOCK_SIZE)
 
 
-def quantize_preview(graph: onnx.ModelProto, preset: Quantization) -> onnx.ModelProto:
+def quantize_preview(graph: Graph, preset: Quantization) -> Graph:
     """Quantise the LM head's product, which only chooses tokens, to 4 bits, except for ``fp32``."""
     if preset == "fp32":
         return graph
     return quantize_symmetric(graph, bits=4, block_size=PREVIEW_BLOCK_SIZE)
 
 
-def quantize_symmetric(graph: onnx.ModelProto, *, bits: int, block_size: int) -> onnx.ModelProto:
+def quantize_symmetric(graph: Graph, *, bits: int, block_size: int) -> Graph:
     """Quantise every remaining product with ONNX Runtime's own quantiser."""
     config = DefaultWeightOnlyQuantConfig(
-        block_size=block_size,
-        is_symmetric=True,
-        accuracy_level=INT8_COMPUTE,
-        bits=bits,
-        quant_format=QuantFormat.QOperator,
-        op_types_to_quantize=("MatMul",),
+        block_size=block_size, is_symmetric=True, bits=bits, quant_format=QuantFormat.QOperator
     )
-    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
-    quantizer = MatMulNBitsQuantizer(graph, algo_config=config)
-    quantizer.process()
-    result: onnx.ModelProto = quantizer.model.model
-    return result
+    quantizer = DefaultWeightOnlyQuantizer(config)
+
+    def product(node: NodeProto) -> NodeProto:
+        pieces = graph.weights[node.input[1]].pieces()
+        quantized = [
+            quantizer.qbits_block_quant(np.ascontiguousarray(piece))[:2] for piece in pieces
+        ]
+        return quantized_product(
+            graph,
+            node,
+            node.input[0],
+            with_scale_rows(*joined(quantized)),
+            K=graph.weights[node.input[1]].shape[0],
+            bits=bits,
+            block_size=block_size,
+            accuracy_level=INT8_COMPUTE,
+        )
+
+    graph.replace_nodes(product(node) if graph.is_product(node) else node for node in graph.nodes)
+    return graph
+
+
+def joined(pieces: Iterable[Sequence[Array]]) -> list[Array]:
+    """Join the arrays of pieces of a weight, output by output."""
+    return [np.concatenate(arrays) for arrays in zip(*pieces, strict=True)]
+
+
+def with_scale_rows(steps: Bytes, scales: Floats) -> tuple[Bytes, Floats]:
+    """Return steps and scales [n, blocks], which ONNX Runtime 1.22 returns as [n * blocks]."""
+    return steps, scales.reshape(len(steps), -1)
+
+
+def quantized_product(
+    graph: Graph, product: NodeProto, x: str, weights: Sequence[Array], **attributes: int
+) -> NodeProto:
+    """Return `product` as MatMulNBits of the value `x` by `weights`: steps, scales, any zeros."""
+    name = product.input[1]
+    inputs = [
+        graph.add_constant(f"{name}.{kind}", array)
+        for kind, array in zip(("steps", "scales", "zeros"), weights, strict=False)
+    ]
+    return helper.make_node(
+        "MatMulNBits",
+        [x, *inputs],
+        list(product.output),
+        name=f"quantized_{product.name or name}",
+        domain=MICROSOFT,
+        N=len(weights[0]),
+        **attributes,
+    )
 
 
 @dataclass(frozen=True)
@@ -137,14 +178,13 @@ class Grid:
         return error
 
 
-def quantize_affine(model: onnx.ModelProto, *, float_attention: bool) -> onnx.ModelProto:
+def quantize_affine(graph: Graph, *, float_attention: bool) -> None:
     """Quantise products with whole blocks on a grid; `float_attention`: float32 q, k and v."""
-    graph = Graph(model)
     precise = {id(node) for node in attention_products(graph)} if float_attention else set()
     extended: dict[str, str] = {}
     nodes: list[NodeProto] = []
     for node in graph.nodes:
-        if not graph.is_product(node) or graph.array(node.input[1]).shape[0] % BLOCK_SIZE:
+        if not graph.is_product(node) or graph.weights[node.input[1]].shape[0] % BLOCK_SIZE:
             nodes.append(node)
             continue
         name = node.input[0]
@@ -154,7 +194,6 @@ def quantize_affine(model: onnx.ModelProto, *, float_attention: bool) -> onnx.Mo
         level = FLOAT_COMPUTE if id(node) in precise else INT8_COMPUTE
         nodes.append(grid_product(graph, node, extended[name], level))
     graph.replace_nodes(nodes)
-    return graph.to_model()
 
 
 def with_means(name: str, extended: str) -> list[NodeProto]:
@@ -180,25 +219,16 @@ def with_means(name: str, extended: str) -> list[NodeProto]:
 
 def grid_product(graph: Graph, product: NodeProto, extended: str, accuracy_level: int) -> NodeProto:
     """Return `product` as MatMulNBits on its weights' grid, with means in its input."""
-    name = product.input[1]
-    grid = Grid.fit(graph.array(name))
-    n, blocks = grid.scale.shape
-    steps, scales, zeros = grid_weights(grid)
-    packed_steps = pack_nibbles(steps).reshape(n, -1, BLOCK_SIZE // 2)
-    inputs = [
+    weight = graph.weights[product.input[1]]
+    blocks = weight.shape[0] // BLOCK_SIZE
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        weights = joined(pool.map(lambda piece: grid_weights(Grid.fit(piece)), weight.pieces()))
+    return quantized_product(
+        graph,
+        product,
         extended,
-        graph.add_weight(f"{name}.steps", packed_steps),
-        graph.add_weight(f"{name}.scales", scales),
-        graph.add_weight(f"{name}.zeros", pack_nibbles(zeros)),
-    ]
-    return helper.make_node(
-        "MatMulNBits",
-        inputs,
-        list(product.output),
-        name=f"grid_{product.name or name}",
-        domain=MICROSOFT,
+        weights,
         K=blocks * (BLOCK_SIZE + REST_COLUMNS),
-        N=n,
         bits=4,
         block_size=BLOCK_SIZE,
         accuracy_level=accuracy_level,
@@ -206,7 +236,7 @@ def grid_product(graph: Graph, product: NodeProto, extended: str, accuracy_level
 
 
 def grid_weights(grid: Grid) -> tuple[Bytes, Floats, Bytes]:
-    """Return steps, scales and zeros of MatMulNBits, those of the rest's columns included."""
+    """Return packed steps, scales and packed zeros of MatMulNBits, with the rest's columns."""
     n, blocks = grid.scale.shape
     zero = np.clip(np.rint(-grid.low / grid.scale), 0, LEVELS).astype(np.uint8)
     rest = (grid.low + zero * grid.scale) * BLOCK_SIZE
@@ -219,7 +249,9 @@ def grid_weights(grid: Grid) -> tuple[Bytes, Floats, Bytes]:
     scales = np.concatenate([grid.scale, rest_scales], 1)
     num_zeros = num_rest_blocks + scales.shape[1] % 2
     rest_zeros = np.full((n, num_zeros), MIDDLE, np.uint8)
-    return steps, scales, np.concatenate([zero, rest_zeros], 1)
+    zeros = np.concatenate([zero, rest_zeros], 1)
+    packed = pack_nibbles(steps).reshape(n, -1, BLOCK_SIZE // 2)
+    return packed, scales, pack_nibbles(zeros)
 
 
 def rest_columns(rest: Floats) -> tuple[list[Bytes], Floats]:

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -18,6 +17,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from benchmarks.graphs import whole_model
 from benchmarks.paper.full_model import FullModel, Reading
 from benchmarks.paper.in_process import FleetAnswer, InProcessFleet, in_process_fleet
 from benchmarks.paper.rows import RowFile, Scored
@@ -33,8 +33,7 @@ from fleet.errors import ConfigError
 from fleet.exits.exit_policy import exit_emits
 from fleet.protocol.modes import CLOUD, Mode, exit_source
 from fleet.protocol.prompt import ChatMessage, PromptRequest
-from onnx_export.bundle import load_model_and_tokenizer
-from onnx_export.config import DEFAULT_MODEL, ExportConfig
+from onnx_export.config import DEFAULT_MODEL
 
 FULL: Final = "full"
 VERIFIED: Final = "verified"
@@ -275,13 +274,9 @@ class Scorer:
 
     @cached_property
     def _checkpoint(self) -> Any:
-        model, _ = load_model_and_tokenizer(
-            ExportConfig(out=Path(), exits=(1,), model=self._model_name), self._progress
-        )
+        # Eager attention is slow on long prompts.
+        model = whole_model(self._model_name, "sdpa", self._progress)
         check_shape(model.config, self._manifest, self._model_name)
-        model.set_attn_implementation(
-            "sdpa"
-        )  # the export uses eager attention, which is slow on long prompts
         return model
 
 

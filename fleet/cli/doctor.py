@@ -21,13 +21,13 @@ from fleet.cli.fleet_checks import Check, check_fleet
 from fleet.cli.options import HomeOption, JsonOption, print_json
 from fleet.errors import ConfigError
 from fleet.server.home import FleetHome
+from fleet.utils.free_memory import free_memory
 from fleet.utils.paths import existing_folder
 from fleet.utils.printable import printable
 
 DISTRIBUTION: Final = "cecollm-fleet"
 EXTRAS: Final = ("edge", "edge-gpu", "worker", "export", "server")
 RUNTIME_OF: Final = {"edge": "onnxruntime", "edge-gpu": "onnxruntime-gpu"}
-MEMINFO: Final = Path("/proc/meminfo")
 MOSQUITTO_FOLDERS: Final = "/usr/sbin:/usr/local/sbin"
 GB: Final = 1 << 30
 
@@ -193,14 +193,6 @@ def package_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def free_memory() -> int | None:
-    """Bytes that are available without swapping; None where Linux does not report them."""
-    if not MEMINFO.is_file():
-        return None
-    fields = dict(line.split(":", 1) for line in MEMINFO.read_text(encoding="ascii").splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def diagnosis_lines(diagnosis: Diagnosis) -> list[str]:

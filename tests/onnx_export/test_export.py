@@ -17,7 +17,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fleet.bundles.manifest import Bundle
 from fleet.errors import BundleError, ConfigError, ExportError, HeadsError, MissingExtraError
-from onnx_export import bundle as bundle_module
 from onnx_export import config as config_module
 from onnx_export.bundle import export_bundle
 from onnx_export.checkpoint import check_wheel, resolve_model
@@ -51,6 +50,8 @@ def export(out: Path, model: Path, **options: Any) -> None:
         ({"thresholds": (0.5, 1.5)}, r"threshold 1\.5: expected a number from 0 to 1"),
         ({"quantization": "int3"}, "unknown quantization 'int3'"),
         ({"max_positions": 0}, "max positions 0"),
+        ({"accept": 1.5}, r"accepted agreement 1\.5: expected a number from 0 to 1"),
+        ({"accept": -0.1}, r"accepted agreement -0\.1: expected a number from 0 to 1"),
     ],
 )
 def test_options_that_fit_no_model_are_refused_by_name(
@@ -148,9 +149,8 @@ def test_an_export_that_fails_half_way_leaves_nothing(
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_all_files_of_a_bundle_have_one_mode(
-    umask: int, tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    umask: int, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
-    monkeypatch.setattr(bundle_module, "MAX_INLINE_BYTES", 1000)  # external data
     previous = os.umask(umask)
     try:
         export(tmp_path / "bundle", tiny_checkpoint, exit_head="shared")

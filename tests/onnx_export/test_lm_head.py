@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from fleet.bundles.manifest import ModelInfo
+from onnx_export.fusion import Graph, fuse_graph
 from onnx_export.partition import GROUP_SIZE, best_ids, export_lm_head
 from onnx_export.quantize import quantize_preview
 
@@ -27,15 +27,7 @@ def test_the_best_are_found_group_by_group(n: int, k: int) -> None:
     assert set(best_ids(values, k).tolist()) == set(values.topk(k).indices.tolist())
 
 
-class Model:
-    """The attributes of a model that the LM head's export reads."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.lm_head = torch.nn.Linear(HIDDEN, VOCAB, bias=False)
-        self.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
-
-
-def test_a_coarse_choice_and_exact_logits_give_the_exact_candidates(tmp_path: Path) -> None:
+def test_a_coarse_choice_and_exact_logits_give_the_exact_candidates() -> None:
     generator = torch.Generator().manual_seed(7)
     weight = torch.randn(VOCAB, HIDDEN, generator=generator)
     info: Any = ModelInfo(
@@ -50,8 +42,10 @@ def test_a_coarse_choice_and_exact_logits_give_the_exact_candidates(tmp_path: Pa
         max_positions=64,
         eos_token_ids=(0,),
     )
-    graph = quantize_preview(export_lm_head(Model(weight), info, TOP_K, torch.float16), "balanced")
-    session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    model = export_lm_head(info, TOP_K, torch.float16)
+    graph = fuse_graph(Graph(model, {"lm_head.weight": lambda: weight}))
+    quantized = quantize_preview(graph, "balanced").to_model().SerializeToString()
+    session = ort.InferenceSession(quantized, providers=["CPUExecutionProvider"])
     table = weight.half()
     for _ in range(20):
         hidden = torch.randn(1, HIDDEN, generator=generator) * 0.6

@@ -288,7 +288,7 @@ def test_a_checkpoint_that_was_cut_off_is_refused_in_one_line(tmp_path: Path) ->
     checkpoint = make_tiny_checkpoint(tmp_path / "model")
     path = checkpoint / "model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
-    assert_refused(tmp_path, checkpoint, "cannot load model .* deserializing")
+    assert_refused(tmp_path, checkpoint, r"cannot load model .*expected \d+ bytes within the file")
 
 
 def assert_refused(folder: Path, checkpoint: Path, message: str) -> None:

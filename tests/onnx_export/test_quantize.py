@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
+from onnx_export.fusion import Graph
 from onnx_export.quantize import BLOCK_SIZE, Grid, quantize, quantize_symmetric
 
 Floats = NDArray[np.float32]
@@ -41,27 +42,31 @@ def inputs(length: int, k: int) -> Floats:
     return x / np.float32(127)
 
 
-def product_graph(weight: Floats) -> onnx.ModelProto:
+def product_graph(weight: Floats) -> Graph:
     k, n = weight.shape
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["y"])],
         "product",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "s", k])],
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "s", k]),
+            helper.make_tensor_value_info("w", TensorProto.FLOAT, [k, n]),
+        ],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, "s", n])],
-        [numpy_helper.from_array(weight, "w")],
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return Graph(model, {"w": lambda: torch.from_numpy(weight)})
 
 
-def run(graph: onnx.ModelProto, x: Floats) -> Floats:
-    (y,) = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"]).run(
-        ["y"], {"x": x}
+def run(graph: Graph, x: Floats) -> Floats:
+    session = ort.InferenceSession(
+        graph.to_model().SerializeToString(), providers=["CPUExecutionProvider"]
     )
+    (y,) = session.run(["y"], {"x": x})
     out: Floats = y
     return out
 
 
-def error(graph: onnx.ModelProto, weight: Floats, x: Floats) -> float:
+def error(graph: Graph, weight: Floats, x: Floats) -> float:
     expected = x @ weight
     return float(np.linalg.norm(run(graph, x) - expected) / np.linalg.norm(expected))
 
@@ -109,7 +114,7 @@ def test_constant_blocks_are_no_trouble(weight: Floats) -> None:
 def test_inputs_without_whole_blocks_fall_back_to_eight_bits() -> None:
     weight = RNG.standard_normal((48, 16)).astype(np.float32)
     graph = quantize(product_graph(weight), "int4")
-    (node,) = graph.graph.node
+    (node,) = graph.nodes
     assert (node.op_type, next(a.i for a in node.attribute if a.name == "bits")) == (
         "MatMulNBits",
         8,

@@ -7,19 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 from threading import Barrier, Thread
-from typing import Any, NoReturn
 
 import numpy as np
 import onnx
-import pytest
-from onnx import TensorProto, helper
+import torch
+from onnx import TensorProto, helper, numpy_helper
 
 from fleet.bundles.manifest import Manifest
-from onnx_export import bundle
 from onnx_export import graph_cache as parts
+from onnx_export.assembly import save_graph
 from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig
 from onnx_export.graph_cache import GraphCache, graph_key
+from onnx_export.graph_weights import DataFile
 from tests.tiny import make_tiny_heads
 
 KEPT = "come from an earlier export"
@@ -61,7 +61,8 @@ def test_new_heads_are_put_behind_the_layers_of_an_earlier_export(
     changed = {
         a.path for a, b in zip(first.files, second.files, strict=True) if a.sha256 != b.sha256
     }
-    assert changed == {"edge/block_0.onnx", "edge/block_1.onnx"}
+    files = ("block_0.onnx", "block_0.onnx.data", "block_1.onnx", "block_1.onnx.data")
+    assert changed == {f"edge/{name}" for name in files}
     assert second.bundle_id == alone.bundle_id != first.bundle_id
 
 
@@ -90,18 +91,17 @@ def test_two_processes_write_the_same_bundle_to_the_byte(
 
 
 def test_any_other_input_has_another_key() -> None:
-    import torch
-
     weight = torch.zeros(2, 3)
     keys = {
-        graph_key({"w": weight}, layers=(0, 1)),
-        graph_key({"w": weight}, layers=(0, 2)),
-        graph_key({"w": weight.reshape(3, 2)}, layers=(0, 1)),
-        graph_key({"w": weight + 1}, layers=(0, 1)),
-        graph_key({"v": weight}, layers=(0, 1)),
+        graph_key({"w": lambda: weight}, layers=(0, 1)),
+        graph_key({"w": lambda: weight}, layers=(0, 2)),
+        graph_key({"w": lambda: weight.reshape(3, 2)}, layers=(0, 1)),
+        graph_key({"w": lambda: weight + 1}, layers=(0, 1)),
+        graph_key({"w": lambda: weight.half()}, layers=(0, 1)),
+        graph_key({"v": lambda: weight}, layers=(0, 1)),
     }
-    assert len(keys) == 5
-    assert graph_key({"w": torch.zeros(2, 3)}, layers=(0, 1)) in keys
+    assert len(keys) == 6
+    assert graph_key({"w": lambda: torch.zeros(2, 3)}, layers=(0, 1)) in keys
 
 
 def test_a_damaged_graph_is_made_again(tmp_path: Path) -> None:
@@ -115,41 +115,50 @@ def test_a_damaged_graph_is_made_again(tmp_path: Path) -> None:
         assert cache.get_or_make("key", make_graph)[1] is True
 
 
-class TooLargeGraph:
-    """A graph of more than 2 GiB, as protobuf treats it."""
-
-    def __init__(self) -> None:
-        self.graph = make_graph(1000).graph
-
-    def fail(self, **_: bool) -> NoReturn:
-        raise ValueError("Failed to serialize proto")
-
-    ByteSize = SerializeToString = fail
+def make_with_data(path: Path) -> onnx.ModelProto:
+    """Return a graph whose weight is in a file of its own, which it writes."""
+    graph = make_graph()
+    tensor = DataFile(path).store("w", np.arange(1000, dtype=np.float32))
+    graph.graph.initializer[0].CopyFrom(tensor)
+    return graph
 
 
-def test_a_graph_too_large_for_one_message_is_used_and_not_stored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_file_of_large_weights_comes_from_the_cache_too_unless_it_is_damaged(
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(parts, "MAX_GRAPH_BYTES", 3999)
-    graph: Any = TooLargeGraph()
     cache = GraphCache(tmp_path / "parts")
-    assert cache.get_or_make("key", lambda: graph) == (graph, False)
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    graph, is_cached = cache.get_or_make("key", lambda: make_with_data(first), first)
+    assert not is_cached
+    assert cache.get_or_make("key", make_graph, second) == (graph, True)
+    assert second.read_bytes() == first.read_bytes()
+    stored = tmp_path / "parts" / "key"
+    stored.write_bytes(stored.read_bytes()[:-1] + b"\xff")
+    assert cache.get_or_make("key", lambda: make_with_data(third), third)[1] is False
+    assert third.read_bytes() == first.read_bytes()
+
+
+def test_a_graph_larger_than_the_cache_is_used_and_not_stored(tmp_path: Path) -> None:
+    cache = GraphCache(tmp_path / "parts", max_bytes=3999)
+    data = tmp_path / "data"
+    assert cache.get_or_make("key", lambda: make_with_data(data), data)[1] is False
     assert not (tmp_path / "parts").exists()
 
 
-def test_large_weights_go_into_a_file_of_their_own_without_one_large_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bundle, "MAX_INLINE_BYTES", 3999)
-    bundle.save_graph(make_graph(1000), tmp_path / "g.onnx")
+def test_large_weights_are_in_a_file_next_to_the_graph(tmp_path: Path) -> None:
+    graph = make_with_data(tmp_path / "of another name")
+    (tmp_path / "of another name").rename(tmp_path / "g.onnx.data")
+    save_graph(graph, tmp_path / "g.onnx")
     assert (tmp_path / "g.onnx.data").stat().st_size == 4000
     assert (tmp_path / "g.onnx").stat().st_size < 1000
     loaded = onnx.load(tmp_path / "g.onnx")
-    assert len(loaded.graph.initializer[0].raw_data) == 4000
+    np.testing.assert_array_equal(
+        numpy_helper.to_array(loaded.graph.initializer[0]), np.arange(1000)
+    )
 
 
 def test_the_least_recently_used_graphs_are_removed_first(tmp_path: Path) -> None:
-    size = make_graph(100).ByteSize() + parts.DIGEST_BYTES
+    size = make_graph(100).ByteSize() + parts.DIGEST_BYTES + parts.SIZE_BYTES
     cache = GraphCache(tmp_path, max_bytes=2 * size)
     for made_at, key in enumerate(("used", "idle")):
         cache.get_or_make(key, lambda: make_graph(100))
