@@ -36,6 +36,14 @@ def worker(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASS_ON)
+def export(context: typer.Context) -> None:
+    """Measure the export of a large random model, and the memory of its halves."""
+    with needs("edge,export,server,worker"):
+        from benchmarks.export import app as export_app
+    _run(export_app, context)
+
+
+@app.command(context_settings=PASS_ON)
 def stats(context: typer.Context) -> None:
     """Measure the statistics of 1,000 devices over 30 days, on SQLite and on PostgreSQL."""
     with needs("server,postgres"):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+from benchmarks.processes import memory_mb
 from fleet.errors import FleetError
 from fleet.protocol.access import Role
 from fleet.protocol.modes import Mode
@@ -67,16 +68,6 @@ def first_text_after(client: PromptClient, prompt: PromptRequest, start: float) 
     if not first:
         raise FleetError(f"device {DEVICE} answered without a token; expected at least one")
     return first
-
-
-def memory_mb(pid: int) -> dict[str, float]:
-    """Return the resident memory of a process, in MB of 10^6 bytes."""
-    status = dict(
-        line.split(":", 1)
-        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    )
-    names = {"rss_mb": "VmRSS", "own_rss_mb": "RssAnon", "peak_rss_mb": "VmHWM"}
-    return {key: int(status[name].split()[0]) * 1024 / 1e6 for key, name in names.items()}
 
 
 def idle_percent(pid: int, seconds: float) -> float:

@@ -24,6 +24,16 @@ def cpu_s(pid: int) -> float:
     return time.clock_gettime((~pid << 3) | CPUCLOCK_SCHED)
 
 
+def memory_mb(pid: int) -> dict[str, float]:
+    """Return the resident memory of a process, in MB of 10^6 bytes."""
+    status = dict(
+        line.split(":", 1)
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    )
+    names = {"rss_mb": "VmRSS", "own_rss_mb": "RssAnon", "peak_rss_mb": "VmHWM"}
+    return {key: int(status[name].split()[0]) * 1024 / 1e6 for key, name in names.items()}
+
+
 def two_cores() -> tuple[int, int] | None:
     """Return a core for either side, or None with only one core or no way to pin processes."""
     if not hasattr(os, "sched_getaffinity") or len(cores := sorted(os.sched_getaffinity(0))) < 2:

@@ -328,7 +328,7 @@ def highest_within(limit: float, measure: Callable[[int], float]) -> tuple[int, 
 def run(
     only: Annotated[str, typer.Option(help="Parts to run, separated by commas.")] = ",".join(PARTS),
     weights: Annotated[
-        str, typer.Option(help="Weights of the worker: float32, int8 or int4.")
+        str, typer.Option(help="Weights of the worker: float32, bfloat16, int8 or int4.")
     ] = "float32",
     threads: Annotated[
         int, typer.Option(min=1, help="Threads of the worker, for throughput.")

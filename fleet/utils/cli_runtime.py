@@ -168,9 +168,9 @@ def check_writable(**paths: Path | None) -> None:
             raise ConfigError(f"--{option} {path}: expected a file in a folder that exists")
 
 
-def check_free(out: Path) -> None:
-    """Raise ConfigError unless `out` does not exist or is an empty folder."""
+def check_free(out: Path, option: str = "--out") -> None:
+    """Raise ConfigError unless `out`, which `option` names, is missing or an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
-            f"{out} exists and is not an empty folder; remove it or choose another --out"
+            f"{out} exists and is not an empty folder; remove it or choose another {option}"
         )
