@@ -67,6 +67,7 @@ HOST: Final = "127.0.0.1"
 PROMPT: Final = "Sixteen letters."  # as many tokens
 NUM_TOKENS: Final = 16
 READY_TIMEOUT_S: Final = 600.0
+SCRAPE_TIMEOUT_S: Final = 60.0
 DEADLINE_MS: Final = 600_000
 DEVICE_CONFIG: Final = AgentConfig(
     assist_deadline_ms=DEADLINE_MS, answer_deadline_ms=DEADLINE_MS, max_draft=1
@@ -151,7 +152,7 @@ def running_halves(bundle: Path, folder: Path) -> Iterator[RunningHalves]:
 
 def scrape_verify_times(url: str) -> VerifyTimes:
     """Return the times that a worker's metrics report."""
-    with urllib.request.urlopen(f"{url}/metrics") as response:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=SCRAPE_TIMEOUT_S) as response:
         families = text_string_to_metric_families(response.read().decode())
     values = {sample.name: sample.value for family in families for sample in family.samples}
     return VerifyTimes(values[f"{ANSWERED}_count"], values[f"{ANSWERED}_sum"])

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from onnx_export.architecture import check_exits, check_model
 from onnx_export.config import ExportConfig
-from onnx_export.streamed_model import LM_HEAD, StreamedModel, make_skeleton
+from onnx_export.streamed_model import FINAL_NORM, LM_HEAD, StreamedModel, make_skeleton
 from onnx_export.weights import RandomWeights
 
 MAX_POSITIONS: Final = 512
@@ -95,6 +96,18 @@ SHAPES: Final = {
 }
 
 
+@dataclass(frozen=True)
+class TiedRandomWeights(RandomWeights):
+    """Random weights of a model whose LM head is the embedding.
+
+    The final norm makes up for the embedding's scale, which is too large for an LM head.
+    """
+
+    def read(self, name: str) -> Tensor:
+        weight = super().read(name)
+        return weight * weight.numel() ** -0.5 if name == FINAL_NORM else weight
+
+
 def random_model(
     shape: ModelShape, seed: int
 ) -> Callable[[ExportConfig, Callable[[str], None]], tuple[StreamedModel, Any]]:
@@ -109,7 +122,8 @@ def random_model(
             for name, weight in make_skeleton(model_config).state_dict().items()
             if not (shape.is_tied and name == LM_HEAD)
         }
-        model = StreamedModel(config.model, model_config, RandomWeights(weights, seed))
+        kind = TiedRandomWeights if shape.is_tied else RandomWeights
+        model = StreamedModel(config.model, model_config, kind(weights, seed))
         return model, byte_tokenizer(shape.vocab_size)
 
     return load

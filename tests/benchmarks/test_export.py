@@ -30,7 +30,8 @@ from fleet.bundles.manifest import Bundle
 from fleet.errors import FleetError
 from fleet.monitoring.http_endpoint import HttpEndpoint
 from fleet.protocol.modes import Mode
-from onnx_export.streamed_model import make_skeleton
+from onnx_export.streamed_model import FINAL_NORM, make_skeleton
+from onnx_export.weights import EMBEDDING
 from tests.system.memory_fleet import memory_fleet
 
 TOY: Final = ModelShape(
@@ -97,6 +98,13 @@ def test_a_random_model_is_exported_and_its_halves_answer_in_both_modes(tmp_path
 def test_a_shape_has_the_published_number_of_parameters(name: str) -> None:
     skeleton = make_skeleton(SHAPES[name].config())
     assert sum(weight.numel() for weight in skeleton.parameters()) == NUM_PARAMETERS[name]
+
+
+def test_the_final_norm_makes_up_for_the_scale_of_a_tied_embedding(tmp_path: Path) -> None:
+    config = export_config("toy", (2,), "balanced", tmp_path / "bundle", tmp_path / "graphs")
+    model, _ = random_model(TOY, 0)(config, lambda _: None)
+    scale = model.read(EMBEDDING).float().std() * model.read(FINAL_NORM).float().mean()
+    assert float(scale) == pytest.approx(TOY.hidden_size**-0.5, rel=0.05)
 
 
 def test_the_prompt_has_16_tokens() -> None:
