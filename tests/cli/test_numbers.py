@@ -31,6 +31,7 @@ CHECKED: Final = frozenset(
         "agreement_sample",
         "target_agreement",
         "confidence",
+        "accept",
     }
 )
 """Fractions that the commands themselves refuse; their tests are those of the commands."""

@@ -50,6 +50,7 @@ OUT_S = 5.0
 WAIT_S = 120.0
 NUM_TOKENS = 8
 REQUEST = PromptRequest(prompt="How warm is it?", threshold=1.0, max_new_tokens=NUM_TOKENS)
+PATIENT = AgentConfig(num_threads=1, assist_deadline_ms=60_000)
 
 
 class BusyFleet:
@@ -75,7 +76,7 @@ class BusyFleet:
             link = stack.enter_context(
                 site.connect(name, Will(topics.device_status(name), Agent.will()))
             )
-            stack.enter_context(Agent(link, bundle, AgentConfig(num_threads=1)))
+            stack.enter_context(Agent(link, bundle, PATIENT))
             self.links[name] = link
         client = PromptClient(stack.enter_context(site.connect("a1")))
         self._threads = [
