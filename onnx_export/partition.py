@@ -1,9 +1,9 @@
 """Edge partition: Hugging Face's own layers and LM head as ONNX graphs with fused operators.
 
-The layers run unchanged. Three things are replaced while a graph is traced: attention becomes
-``com.microsoft::GroupQueryAttention``, which rotates and keeps the cache in place; the model's own
-rotary function becomes the identity; RMS norms become ``SimplifiedLayerNormalization``, on a copy
-of the layers.
+The code of the layers stays as it is. While a graph is traced, three parts are replaced. Attention
+becomes ``com.microsoft::GroupQueryAttention``, which applies the rotary embedding and updates the
+cache in place. The model's own rotary function becomes the identity. RMS norms become
+``SimplifiedLayerNormalization``, in a copy of the layers.
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ OPSET = 21
 TRACED_CHUNK = 5
 TRACED_CAPACITY = 64
 CANDIDATES_PER_TOKEN = 2
-"""Tokens with exact logits for each returned one, so that tokens that the coarse product ranks too
-low are among them."""
+"""Number of candidates for each token that `LmHead` returns. All candidates get exact logits, so
+`LmHead` also finds tokens that its coarse product ranks a little too low."""
 GROUP_SIZE = 64
 
 
 @dataclass(kw_only=True)
 class CacheInputs:
-    """Inputs of fused attention in addition to query, key and value while one block is traced."""
+    """The tensors that fused attention uses besides query, key and value, for one traced block.
+
+    Attention appends the layer's new keys and values to `present`.
+    """
 
     first_layer: int
     past: tuple[Tensor, ...]
@@ -62,7 +65,8 @@ def group_query_attention(
     cache: CacheInputs,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend with ONNX Runtime's fused operator, which also rotates and updates the cache.
+    """Attend with ONNX Runtime's fused operator, which also applies the rotary embedding to query
+    and key, and updates the cache.
 
     query [1, heads, s, d], key and value [1, kv_heads, s, d], unrotated -> [1, s, heads, d].
     A layer without rotary embedding (SmolLM3 has some) has a false `use_rope`.
@@ -137,8 +141,8 @@ def rotary_tables(model: Any, max_positions: int) -> tuple[Tensor, Tensor]:
 class Block(nn.Module):
     """Layers [start, stop), with the exit head at the end.
 
-    A head's own layer, if it has one, runs over all positions with the last of the caches;
-    `hidden_states` are its input.
+    If the head has a layer of its own, this layer runs over all positions and uses the last cache.
+    Its input is the block's output `hidden_states`.
 
     forward: input float32 [1, s, hidden], seqlens_k int32 [1], total_length int32 scalar, past keys
     and values float32 [1, kv_heads, capacity, head_dim] ->
@@ -197,11 +201,12 @@ def own_layers(head: ExitHead) -> list[nn.Module]:
 
 
 class LmHead(nn.Module):
-    """The LM head in two steps: a coarse product chooses tokens, then their logits are exact.
+    """The LM head in two steps: a coarse product selects candidates, then exact weights give their
+    logits.
 
-    The exact weights are an input, so that a tied model stores them once, as its embedding. The sum
-    of all probabilities is corrected by the change of the chosen tokens' logits; only the other
-    tokens' share of it remains that of the coarse product (docs/adr/0010).
+    The exact weights are an input, so that a tied model stores them once, as its embedding. The
+    softmax sum has exact terms for the candidates and coarse terms for all other tokens
+    (docs/adr/0010).
 
     forward: exit_hidden [1, hidden], table [vocab, hidden] of any float type -> top_ids int64
     [1, k], top_logprobs float32 [1, k] best first, confidence [1].
@@ -214,7 +219,8 @@ class LmHead(nn.Module):
         self.num_candidates = min(CANDIDATES_PER_TOKEN * top_k, vocab)
 
     def forward(self, exit_hidden: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # In three dimensions the product becomes a MatMul, which is quantised.
+        # The exporter writes a MatMul for an input of three dimensions, and a later step quantises
+        # it. For two dimensions it would write a Gemm, which stays in float32.
         logits = self.lm_head(exit_hidden[None])[0, 0]
         ids = best_ids(logits, self.num_candidates)
         coarse = logits.index_select(0, ids)
@@ -232,7 +238,8 @@ class LmHead(nn.Module):
 def best_ids(values: Tensor, k: int) -> Tensor:
     """Return the indices of the k largest of values [n], int64 [k] in any order.
 
-    They lie in the k groups with the largest maxima, and to find these groups is much faster.
+    All of them are in the k groups of `GROUP_SIZE` values that have the largest maxima. To find
+    these groups first is much faster than a top-k over all n values.
     """
     if values.shape[0] % GROUP_SIZE or values.shape[0] <= k * GROUP_SIZE:
         return values.topk(k, sorted=False).indices
@@ -246,7 +253,9 @@ def best_ids(values: Tensor, k: int) -> Tensor:
 
 @contextmanager
 def fused_tracing(model: Any) -> Iterator[None]:
-    """Disable rotation in the model's module and register the fused attention."""
+    """For the `with` block, disable rotary embedding in the model's Python module, and register
+    the fused attention.
+    """
     modeling: Any = sys.modules[type(model.model.layers[0].self_attn).__module__]
     rotary = modeling.apply_rotary_pos_emb
     modeling.apply_rotary_pos_emb = lambda q, k, *_args, **_kwargs: (q, k)
@@ -274,7 +283,10 @@ def quiet_exporter() -> Iterator[None]:
 def export_block(
     model: Any, layers: tuple[int, int], head: ExitHead, info: ModelInfo
 ) -> onnx.ModelProto:
-    """Return layers [start, stop) of `layers` as a graph, without weights."""
+    """Return the layers [start, stop) with `head` as a graph, without weights.
+
+    `layers` is the pair (start, stop).
+    """
     start, stop = layers
     num_caches = stop - start + len(own_layers(head))
     caches = [f"{i}.{name}" for i in range(num_caches) for name in ("key", "value")]
@@ -317,7 +329,7 @@ def export_lm_head(info: ModelInfo, top_k: int, table: torch.dtype) -> onnx.Mode
 
 
 class WithoutWeights(nn.Module):
-    """A module whose weights are inputs, in the order of its state."""
+    """A module that takes its weights as inputs, in the order of `state_dict()`."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -338,8 +350,8 @@ def trace_module(
 ) -> onnx.ModelProto:
     """Return a module as a graph that does not depend on the machine that made it.
 
-    The graph has no weights: they are inputs, in float32, before the others. So the module can be
-    on the meta device, and the exporter neither merges equal weights nor computes with them.
+    The weights are float32 inputs of the graph, before its other inputs. So the module can be on
+    the meta device, and the exporter can neither merge equal weights nor fold them into constants.
     """
     weights = {
         name: torch.zeros(()).expand(value.shape) for name, value in module.state_dict().items()

@@ -36,15 +36,16 @@ CA_DAYS: Final = 3650
 LEAF_DAYS: Final = 90
 LEAF_LIFE: Final = timedelta(days=LEAF_DAYS)
 CLOCK_SKEW: Final = timedelta(minutes=5)
-"""Start of a certificate's validity before its creation, for devices whose clock is behind."""
+"""Time by which a certificate is backdated, so that devices whose clock is slow accept it."""
 
 
 class CertificateAuthority:
     """The certificate authority of one fleet.
 
     Its key is in its folder (0700) in a file of mode 0600, encrypted if a passphrase was given.
-    While it is rotated it has a `successor`, which signs the certificates of clients. It still
-    signs those of servers, and bundles, because devices that were not renewed trust no other.
+    During a rotation the authority has a `successor`, which signs the certificates of clients. The
+    old authority still signs the broker's certificate and the bundles, because devices with
+    certificates from before the rotation trust only the old authority.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class CertificateAuthority:
 
     @property
     def pem(self) -> str:
-        """The certificates that members of the fleet trust: its own, then its successor's."""
+        """The CA certificates that the fleet trusts: the authority's, then the successor's."""
         return self._ca_pem.decode() + (self.successor.pem if self.successor else "")
 
     @property
@@ -74,7 +75,7 @@ class CertificateAuthority:
         return is_issued_by(certificate, self._certificate)
 
     def adopt(self, other: CertificateAuthority) -> None:
-        """Become `other`, so that all holders of this object sign and trust as it does."""
+        """Take over keys and successor of `other`, for all code that holds this object."""
         self._certificate = other._certificate
         self._private_key = other._private_key
         self._ca_pem = other._ca_pem
@@ -86,7 +87,7 @@ class CertificateAuthority:
     ) -> CertificateAuthority:
         """Make a new authority in `folder`, atomically; a `passphrase` encrypts its key.
 
-        A successor needs another `name`, because revocation lists are found by it.
+        A successor needs a different `name`: brokers find a revocation list by its issuer's name.
 
         Raises:
             IdentityError: the folder is not empty, or cannot be written.
@@ -154,7 +155,7 @@ class CertificateAuthority:
         return crl + (self.successor.crl(entries, days) if self.successor else b"")
 
     def certify(self, name: str, role: Role, life: timedelta = LEAF_LIFE) -> Certificate:
-        """Make a client's key and `sign` its certificate for `life`. Raises TopicError."""
+        """Make a client's key, and `sign` its certificate. Raises TopicError for a bad `name`."""
         private_key = ec.generate_private_key(ec.SECP256R1())
         issued = self.sign(private_key.public_key(), name, role, life)
         return Certificate(self.pem.encode(), issued, _private_pem(private_key))
@@ -162,9 +163,12 @@ class CertificateAuthority:
     def sign(
         self, key: ec.EllipticCurvePublicKey, name: str, role: Role, life: timedelta = LEAF_LIFE
     ) -> IssuedCertificate:
-        """Sign a client's own key for `life`. CN is its name, OU its role. Raises TopicError.
+        """Issue a certificate for a client's public key, valid for `life`.
 
-        A successor signs it, if there is one.
+        Its subject has `name` as CN and `role` as OU. The successor signs it, if there is one.
+
+        Raises:
+            TopicError: `name` is not a valid name; see `check_name`.
         """
         if self.successor:
             return self.successor.sign(key, name, role, life)
@@ -307,7 +311,10 @@ def _private_pem(private_key: ec.EllipticCurvePrivateKey, passphrase: str | None
 
 
 def _load_key(path: Path, passphrase: str | None) -> PrivateKeyTypes:
-    """Load a key. Raises IdentityError for a bad passphrase; ValueError, OSError for the file."""
+    """Load a private key. Raises IdentityError without the right `passphrase`.
+
+    Raises OSError, TypeError or ValueError if the file cannot be read or holds no private key.
+    """
     data = path.read_bytes()
     if b"BEGIN ENCRYPTED PRIVATE KEY" not in data:
         return serialization.load_pem_private_key(data, password=None)

@@ -34,8 +34,9 @@ DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.floa
 class Chunk(NamedTuple):
     """Positions [start, stop) of one session. Positions [0, start) of this session have run.
 
-    `hidden_states` [stop - start, hidden] float16 are the inputs of the upload layer. Logits are
-    computed for the positions `outputs`. It is a tuple, because each step unpacks it per session.
+    `hidden_states` [stop - start, hidden] float16 are the outputs of the upload layer. The worker
+    computes logits for the positions `outputs`. A chunk is a tuple, because each step unpacks one
+    for each session.
     """
 
     lease: KvLease
@@ -69,8 +70,9 @@ def ragged_attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Return [1, rows, heads, d] of query [1, heads, rows, d], key and value [1, kv_heads, rows,
-    d].
+    """Write each span's keys and values into its cache, and attend from its queries.
+
+    query [1, heads, rows, d], key and value [1, kv_heads, rows, d] -> [1, rows, heads, d].
     """
     del attention_mask, kwargs
     heads = query.shape[1]
@@ -103,10 +105,11 @@ def ragged_attention(
 
 
 def one_row_attention(query: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
-    """Attend from query [kv_heads, group, d], scaled, to keys and values [kv_heads, n, d].
+    """Attend from a scaled query [kv_heads, group, d] to keys and values [kv_heads, n, d].
 
-    Write the result to `out` [kv_heads, group, d]. This calls three small kernels, because calling
-    the general one takes longer than its work.
+    Write the result to `out` [kv_heads, group, d]. Three small kernels replace
+    `scaled_dot_product_attention`: for one row, the overhead of its call is longer than the
+    computation.
     """
     weights = torch.bmm(query, keys.transpose(1, 2)).softmax(-1)
     torch.bmm(weights, values, out=out)
@@ -115,8 +118,9 @@ def one_row_attention(query: Tensor, keys: Tensor, values: Tensor, out: Tensor) 
 def make_spans(chunks: Sequence[Chunk]) -> list[Span]:
     """Return the spans of the chunks, one chunk after the other.
 
-    A single row sees the whole cache, and a first chunk is causal, so neither needs a mask. Several
-    rows after a prefix need one. It is made once for all layers.
+    A single row sees the whole cache, so it needs no mask. For a first chunk, the kernel's option
+    `is_causal` replaces the mask. Several rows after a prefix need a mask. It is made here, once
+    for all layers.
     """
     spans = []
     first = 0
@@ -198,7 +202,7 @@ class UpperLayers:
 
 
 def load_model(bundle: Bundle, weights: Weights) -> Any:
-    """Load the cloud partition with weights of this kind, one tensor at a time.
+    """Load the cloud partition, one tensor at a time, with weights of the kind `weights`.
 
     Raises:
         OSError, ValueError, RuntimeError: the partition cannot be read, or is of another model.

@@ -18,26 +18,25 @@ ChunkContext = Callable[[], AbstractContextManager[None]]
 PAST: Final = "past."
 PRESENT: Final = "present."
 MAX_CHUNK: Final = 256
-"""Positions that a block runs at once: its memory besides the caches stays small for prompts of any
-length.
+"""The most positions that a block runs at once. So the memory of a run, in addition to the caches,
+stays small for prompts of any length.
 """
 LARGE_CHUNK: Final = 64
-"""Positions from which on a block's run returns its working memory, instead of keeping it for the
-next run. A step of few positions is not to wait for that.
+"""Number of positions from which on a run frees its working memory at its end. A smaller run keeps
+the memory, because freeing it takes time.
 """
 
 
 class Cascade:
     """The state of one sequence of at most `capacity` positions.
 
-    Block 0 runs over embedded tokens; block i over the outputs of block i - 1. A block runs every
-    position that the block before it has run and it has not: the backlog of early exits and the
-    newest position, in chunks, so that no KV cache ever has a hole (CE-CoLLM, arXiv 2411.02829,
-    section 4).
+    Block 0 runs over embedded tokens; block i over the outputs of block i - 1. A block always runs
+    its whole backlog, in chunks: all positions that the previous block has run and this block has
+    not. So no KV cache has a hole (CE-CoLLM, arXiv 2411.02829, section 4).
 
-    Positions from `one_by_one_from` on run one at a time. A chunk is cheaper, but rounds
-    differently from its positions alone, and quantised activations turn the last bit of a float
-    into a step of their grid.
+    Positions from `one_by_one_from` on run one at a time. A chunk is cheaper, but its results
+    differ from those of single positions by rounding. The quantisation of activations can enlarge
+    this difference to a whole step of its grid.
     """
 
     def __init__(

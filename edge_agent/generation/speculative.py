@@ -45,7 +45,7 @@ class Draft:
     is_confident: bool
 
     def as_own(self) -> GeneratedToken:
-        """Return the draft as a token of the answer that has no verdict."""
+        """Return the answer's token if the device emits this draft without a verdict."""
         source = self.source if self.is_confident else FALLBACK
         return GeneratedToken(self.token_id, self.logprob, source)
 
@@ -53,8 +53,8 @@ class Draft:
 class SpeculativeDecoder:
     """The drafts of one sequence. They are the last tokens of the decoder's text.
 
-    The pending request contains the first `_num_asked` drafts. With `_asked_trusting`, the worker
-    accepts drafts of confident exits without a check.
+    The pending request contains the first `_num_asked` drafts. `_asked_trusting` means that this
+    request lets the worker accept drafts of confident exits without a check.
     """
 
     def __init__(
@@ -88,15 +88,18 @@ class SpeculativeDecoder:
     def advance(
         self, max_tokens: int, *, trusts_exits: bool = False, wait_ms: int | None = None
     ) -> list[GeneratedToken]:
-        """Draft a token, send a request, or settle a verdict; return the tokens that are certain
-        after that.
+        """Draft a token, send a request or process a verdict; return the tokens that became
+        certain. A certain token belongs to the answer and never changes.
 
-        With `trusts_exits` a token of a confident exit is certain once all tokens before it are.
-        Prompt lookup is then not used, because an exit could be confident at the same position. The
-        device continues alone when no verdict comes within `wait_ms`. At most `max_tokens` tokens
-        are drafted; 0 only settles the existing drafts. The call waits at most `SLICE_S` seconds.
+        With `trusts_exits`, a token of a confident exit is certain as soon as all tokens before it
+        are certain. Prompt lookup is then off, because it drafts tokens without running the exits,
+        and an exit could be confident at such a position. If no verdict comes within `wait_ms`, the
+        device then emits its own drafts.
+
+        At most `max_tokens` drafts exist at a time. With 0 the call drafts nothing, and only gets a
+        verdict on the existing drafts. It waits at most `SLICE_S` seconds.
         """
-        if self._num_asked and not self._cloud_session.has_request:  # it was lost
+        if self._num_asked and not self._cloud_session.has_request:  # withdrawn, or never made
             self._num_asked = 0
             if trusts_exits:
                 return self.release()
@@ -120,7 +123,7 @@ class SpeculativeDecoder:
 
     def release(self) -> list[GeneratedToken]:
         """Continue without the cloud: withdraw the request and return the drafts as the device's
-        own tokens. Drafts from the first prompt lookup on are dropped.
+        own tokens. Drop the first draft that comes from prompt lookup, and all drafts after it.
         """
         self._cloud_session.withdraw()
         own = list(takewhile(lambda draft: draft.confidence is not None, self._drafts))
@@ -234,8 +237,8 @@ class SpeculativeDecoder:
     def _learn(self, draft: Draft, *, is_accepted: bool) -> None:
         self._acceptance.update(draft.confidence, accepted=is_accepted)
         if not self._asked_trusting:
-            # With trusted exits only drafts below the threshold are judged, and of these the cloud
-            # accepts another share.
+            # With trusted exits the cloud judges only drafts below the threshold. Their acceptance
+            # rate is not that of all drafts, so it must not enter this mean.
             self._measurements.draft_judged(is_accepted=is_accepted)
         if draft.confidence is None:
             return

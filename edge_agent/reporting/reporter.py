@@ -37,10 +37,9 @@ class InFlight(NamedTuple):
 class Reporter:
     """The delivery of one device's reports to the collector; a context manager with one thread.
 
-    At most a window of reports is in flight. The window begins small, grows with each receipt that
-    arrives within `SLOW_S`, shrinks with each that takes longer, and begins anew when none arrives:
-    so the devices of a fleet that reconnect at once share their collector's capacity, and no queue
-    grows between them.
+    At most a window of reports is in flight. The window starts small. It grows with each receipt
+    within `SLOW_S`, shrinks with each later one, and starts again when none arrives. So many
+    devices that reconnect at once do not flood the collector.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class Reporter:
         self._receipts: deque[ReportReceipt] = deque()
         self._wake = threading.Event()
         self._stopping = False
-        self._unsaved: dict[str, bytes] = {}  # by generation, as the next two
+        self._unsaved: dict[str, bytes] = {}  # generations are the keys here and in the next two
         self._acknowledged: set[str] = set()
         self._in_flight: dict[str, InFlight] = {}
         self._last_taken_id = 0
@@ -167,7 +166,7 @@ class Reporter:
         """Update the outbox; return the next reports from it, at most `room`."""
         with self._outbox.transaction():
             self._outbox.remove(self._acknowledged)
-            # While the disk failed, they were sent from memory.
+            # After a failure of the disk, unsaved reports may have been sent from memory already.
             self._outbox.add(self._unsaved, sent=self._disk_fails)
             stored = self._outbox.take(self._last_taken_id, max(0, room))
         self._acknowledged.clear()

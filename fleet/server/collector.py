@@ -47,7 +47,7 @@ WAIT_S: Final = 2.0
 FIRST_RETRY_S: Final = 0.5  # between two attempts while the registry is not available
 MAX_RETRY_S: Final = 10.0
 CLOSE_S: Final = 5.0
-BIRTH_RECEIPT_S: Final = 5.0  # between two receipts for births of one device
+BIRTH_RECEIPT_S: Final = 5.0  # least time between two receipts for births of one epoch
 LOG_S: Final = 10.0
 MAX_LINES: Final = 20  # in `LOG_S` seconds
 DEFAULT_RULES: Final = ReportRules()
@@ -59,14 +59,17 @@ class Collector:
     """A subscriber to every device and worker; a context manager with one thread.
 
     The thread stores what has arrived, many messages at once. A device keeps its reports until a
-    receipt says that they are stored, or refused for good. While the registry is not available,
-    reports that do not fit into memory are therefore dropped. The device gets a receipt when there
-    is room, and sends them again. The device's name comes from the topic, for which the broker
-    checks the sender's rights, and never from the payload. A message that can never be stored is
-    dropped with a line in the log; the other messages of its batch are stored. `rules` are the
-    bounds of a plausible report.
-    `reports` counts reports: stored, repeated, refused, dropped. `on_cycle` is called for each
-    batch, at least every `WAIT_S` seconds, and for each attempt at the registry.
+    receipt names them as stored, or as refused for good. So the collector may drop reports when its
+    memory is full, for example while the registry is away. When there is room again, the device
+    gets an empty receipt and sends its reports again. The device's name comes from the topic, never
+    from the payload, because the broker checks that the sender may publish on this topic. A message
+    that can never be stored is dropped with a line in the log; the other messages of its batch are
+    stored.
+
+    `rules` are the bounds of a plausible report. `reports` counts reports: stored, repeated,
+    refused, dropped. The thread calls `on_cycle`, for a watchdog, before each batch and before each
+    attempt to use the registry. The longest pause between two calls is `WAIT_S` seconds, or
+    `MAX_RETRY_S` while the registry is away.
     """
 
     def __init__(
@@ -98,7 +101,8 @@ class Collector:
         """
         self._transport.on_up(self._queue.begin_link)
         self._stats.mark_all_offline()
-        self._queue.take(0, 0.0)  # the new link, which has delivered nothing yet
+        # Drop the mark of a new link that `on_up` may have set: all devices are offline already.
+        self._queue.take(0, 0.0)
         self._thread.start()
         self._transport.subscribe(topics.DEVICE_STATUS_FILTER, self._on_status, qos=1)
         self._transport.subscribe(topics.WORKER_STATUS_FILTER, self._on_worker, qos=1)
@@ -168,7 +172,7 @@ class Collector:
             self.on_cycle()
             try:
                 self._store(batch)
-            except Exception:  # the outermost boundary of a thread; devices send the batch again
+            except Exception:  # the thread must go on; devices send these reports again
                 log.exception(
                     "%d statuses and %d reports were dropped",
                     len(batch.statuses),
@@ -190,7 +194,8 @@ class Collector:
     def _store_statuses(self, statuses: Sequence[ReceivedStatus]) -> set[str]:
         """Store statuses; return the devices whose birth is to be acknowledged.
 
-        A device sends its reports again after each such receipt, so receipts for births are rare.
+        After each such receipt a device sends all its reports again. For one epoch there is
+        therefore at most one in `BIRTH_RECEIPT_S` seconds.
         """
         refused = self._retry(lambda: self._stats.record_statuses(statuses))
         for name, error in refused.items():
