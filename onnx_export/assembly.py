@@ -51,14 +51,14 @@ class HeadGraph(nn.Module):
         fuse_norms(self)
 
     def forward(self, last_hidden: Tensor) -> Tensor:
-        # In two dimensions a Linear is a Gemm, which stays in float32.
+        # The exporter writes a Linear on two dimensions as a Gemm, which stays in float32.
         out: Tensor = self.head(last_hidden)
         return out
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """Writes the quantised graphs of one model.
+    """The writer of the quantised graphs of one model.
 
     `write_block` and `write_lm_head` return whether the graph, except for the head, was in the
     cache.
@@ -70,7 +70,7 @@ class Assembly:
     cache: GraphCache
 
     def write_block(self, layers: tuple[int, int], head: ExitHead, path: Path) -> bool:
-        """Write layers [start, stop) with their exit head; its own layer is traced with them."""
+        """Write layers [start, stop) with their exit head; a layer of the head is traced, too."""
         if head.layer is not None:
             graph, is_cached = self._layers(layers, head, path)
         else:
@@ -137,7 +137,7 @@ class Assembly:
         shrink: Callable[[Graph, Quantization], Graph],
         **options: object,
     ) -> tuple[onnx.ModelProto, bool]:
-        """Return the graph of `trace` with its weights and whether it was in the cache."""
+        """Return the graph of `trace` with weights, and whether the graph was in the cache."""
         data = data_file(path)
         key = graph_key(weights, part=shrink.__name__, preset=self.quantization, **options)
 
@@ -148,7 +148,9 @@ class Assembly:
         return self.cache.get_or_make(key, make, data.path)
 
     def _head(self, head: ExitHead, data: DataFile) -> onnx.ModelProto:
-        """Return the head's graph in float32: a cached graph of its shape with its weights."""
+        """Return the head's graph in float32: the cached graph of all heads of this shape, with
+        the weights of this head.
+        """
         state = head.state_dict()
         key = graph_key(
             {},
@@ -184,7 +186,7 @@ def trace_head(head: ExitHead) -> onnx.ModelProto:
 def append_head(body: onnx.ModelProto, head: onnx.ModelProto) -> None:
     """Append `head` (last_hidden -> exit_hidden) to `body`.
 
-    The ``exit_hidden`` of `body` is the last hidden state.
+    The value ``exit_hidden`` of `body`, its last hidden state, becomes the input of `head`.
     """
     rename_values(body, {"exit_hidden": "last_hidden"})
     internal = value_names(head) - {"last_hidden", "exit_hidden"}

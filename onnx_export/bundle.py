@@ -145,7 +145,7 @@ def choose_thresholds(
     """Return thresholds for the exits, and the calibration that they come from, if any.
 
     Raises:
-        ConfigError: the calibration file cannot be read, or is of another bundle.
+        ConfigError: the calibration file cannot be read, or is of a different bundle.
     """
     if config.thresholds:
         return config.thresholds, None

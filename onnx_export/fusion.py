@@ -33,7 +33,9 @@ class Graph:
     def __init__(
         self, model: onnx.ModelProto, weights: Mapping[str, Read], store: Store = inline
     ) -> None:
-        """Take `weights` from the inputs of `model`; `store` makes initialisers of values."""
+        """Turn the inputs of `model` that `weights` names into weights; `store` makes initialisers
+        of values.
+        """
         self.model = model
         self.store = store
         inputs = model.graph.input
@@ -94,7 +96,7 @@ class Graph:
 
 
 def value_shape(value: onnx.ValueInfoProto) -> tuple[int, ...]:
-    """Return the shape of a value, none of whose sizes is free."""
+    """Return the shape of a value without dynamic sizes."""
     return tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
 
 
@@ -195,7 +197,7 @@ def merge_products(graph: Graph) -> None:
 def merge_group(graph: Graph, products: list[NodeProto]) -> list[NodeProto]:
     """Return one product for `products`, which read the same value.
 
-    A Split that restores their outputs follows it, unless an attention reads them packed.
+    A Split that restores the single outputs follows, unless an attention reads the packed output.
     """
     weights = [graph.weights[node.input[1]] for node in products]
     widths = [weight.shape[1] for weight in weights]
@@ -226,7 +228,8 @@ def merge_group(graph: Graph, products: list[NodeProto]) -> list[NodeProto]:
 def pack_attention_inputs(graph: Graph, outputs: list[str], packed: str) -> bool:
     """Feed `packed` to the attention whose query, key and value are `outputs`.
 
-    Return False and change nothing if there is no such attention or another reader.
+    Return False and change nothing if there is no such attention, or if any other node reads
+    `outputs`.
     """
     readers = [reader for output in outputs for reader in graph.readers[output]]
     attention = readers[0]

@@ -143,7 +143,10 @@ def heads_digest(heads: Mapping[int, ExitHead]) -> str:
 
 @dataclass(frozen=True)
 class HeadsFile:
-    """A file of heads: their kind, the model they were made for, and how (free text by key)."""
+    """A file of heads, with their kind and the fingerprint of the model that they are for.
+
+    `made_by` describes how they were made: free text by key.
+    """
 
     heads: Mapping[int, ExitHead]
     kind: HeadKind
@@ -178,14 +181,14 @@ def load_heads(path: Path, exits: tuple[int, ...], model: Any) -> HeadsFile:
     """Load heads for `exits` of `model`, in float32, from a file of :func:`save_heads`.
 
     Raises:
-        HeadsError: the file is not a heads file, was made for another model, or lacks an exit.
+        HeadsError: the file is not a heads file, is for a different model, or lacks an exit.
     """
     metadata, tensors = read_heads_file(path)
     fingerprint = model_fingerprint(model)
     trained_for = metadata.get("model")
     if trained_for != fingerprint:
         raise HeadsError(
-            f"{path}: the heads were trained for another model (its hash is "
+            f"{path}: the heads were trained for a different model (its hash is "
             f"{str(trained_for)[:12]}, this model's {fingerprint[:12]}); "
             "train heads for this one with 'fleet heads train'"
         )
@@ -198,7 +201,7 @@ def read_heads_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Read the metadata and the float32 tensors of a heads file.
 
     Raises:
-        HeadsError: the file cannot be read or has another format.
+        HeadsError: the file cannot be read or has a different format.
     """
     try:
         with safe_open(path, framework="pt") as file:

@@ -1,9 +1,9 @@
 """Rotation of the fleet's authority: a successor signs, and later replaces it.
 
 Between `rotate_authority` and `retire_authority` the fleet trusts both. The successor signs the
-certificates of clients, and each renewal brings both CA certificates. The old authority goes on to
-sign those of servers, and bundles, for devices that were not renewed yet. It can be retired when no
-identity uses a certificate of it.
+certificates of clients, and each renewal brings both CA certificates. The old authority still signs
+the broker's certificate and the bundles, for devices that have not renewed their certificate yet.
+The old authority can be retired when no identity uses a certificate that it has signed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def rotate_authority(folder: Path, passphrase: str | None) -> CertificateAuthori
     """Make a successor of the authority in `folder`; return the authority with it.
 
     Raises:
-        StateError: there is one already.
+        StateError: there is a successor already.
         IdentityError: the authority does not load, or the successor cannot be written.
     """
     authority = CertificateAuthority.load(folder, passphrase)
@@ -58,7 +58,7 @@ def check_retirable(authority: CertificateAuthority, left: list[str]) -> None:
     """Check that no identity needs the authority; `left` is the result of `not_renewed`.
 
     Raises:
-        StateError: it has no successor, or some identities were not renewed.
+        StateError: the authority has no successor, or some identities were not renewed.
     """
     if authority.successor is None:
         raise StateError(
@@ -76,10 +76,10 @@ def check_retirable(authority: CertificateAuthority, left: list[str]) -> None:
 def retire_authority(
     folder: Path, stores: Iterable[Path], passphrase: str | None
 ) -> CertificateAuthority:
-    """Replace the authority in `folder` by its successor, and remove its key.
+    """Replace the authority in `folder` by its successor, and remove the old key.
 
-    The successor signs what is in `stores` first: folders of bundles and of software. A command
-    that dies in between is repeated.
+    First the successor signs all bundles and versions of software in the folders `stores`. If the
+    command dies in between, it can be repeated.
 
     Raises:
         IdentityError: the files cannot be read or written.

@@ -1,6 +1,6 @@
 """The certificate revocation list (CRL, RFC 5280 section 5).
 
-The authority signs it; a file holds it, which is replaced long before the list expires.
+The authority signs the list. A file holds it, and is replaced long before the list expires.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ CRL_DAYS: Final = 7
 RENEW_S: Final = 86_400.0
 BEGIN_CRL: Final = b"-----BEGIN X509 CRL-----"
 BACKDATED: Final = timedelta(minutes=5)
-"""Start of a list's validity before its creation, for a broker whose clock is behind."""
+"""Time by which a list is backdated, so that a broker whose clock is slow accepts it."""
 
 
 class CrlEntry(Protocol):
     """A revoked certificate.
 
-    `serial` is in hex, `revoked_at` in seconds since 1970; None means that it is on hold.
+    `serial` is in hex. `revoked_at` is in seconds since 1970, or None for a certificate on hold.
     """
 
     @property
@@ -40,7 +40,7 @@ class CrlEntry(Protocol):
 
 
 class CrlSigner(Protocol):
-    """The signer of a list: the fleet's authority, or two of them while it is rotated."""
+    """The signer of a list: the fleet's authority, during a rotation with its successor."""
 
     @property
     def issuers(self) -> frozenset[str]: ...

@@ -27,7 +27,7 @@ SERVING = Role.DEVICE, Role.WORKER
 
 @dataclass(frozen=True, kw_only=True)
 class EnrolmentService:
-    """The service without HTTP. Its methods block on the registry and the disk, on any thread.
+    """The service without HTTP. Any thread may call its methods; they wait for registry and disk.
 
     `find_bundle` returns the folder of the bundle with an id, or None. `crl` returns the newest
     revocation list in PEM, or None. `bundle_id` is the default bundle for devices and workers whose
@@ -72,7 +72,7 @@ class EnrolmentService:
         )
 
     def renew(self, request: RenewRequest, fingerprint: str | None) -> RenewReply:
-        """Issue a certificate for a new key to the holder of the one with `fingerprint`.
+        """Issue a certificate for a new key to the client whose certificate has `fingerprint`.
 
         Raises:
             CredentialsError, StateError, TokenNameError, RegistryError: as for

@@ -22,7 +22,7 @@ def enroll_offline(
     *,
     force: bool = False,
 ) -> list[Identity]:
-    """Enrol all or none, and write the folder of each, which is its key in `enrolments`.
+    """Enrol all or none, and write the identity folders, which are the keys of `enrolments`.
 
     `force` replaces identities of the same name, and the content of their folders.
 
@@ -30,8 +30,8 @@ def enroll_offline(
         TopicError: a name may not stand in a topic.
         ConfigError: an enrolment does not fit its role: targets are for apps, groups and tags for
             devices.
-        IdentityError: a name is enrolled already, a target is not enrolled, or a folder holds
-            another identity or cannot be written.
+        IdentityError: a name is enrolled already, a target is not enrolled, or a folder cannot be
+            written or holds an identity already.
     """
     check_enrolments(list(enrolments.values()))
     certificates = {
@@ -54,7 +54,7 @@ def enroll_offline(
 
 
 def _check_free(out: Path) -> None:
-    """Check and make a folder before its name enters the registry."""
+    """Check that a folder holds no identity, and make the folder if it is missing."""
     if (out / IDENTITY_FILE).exists():
         raise IdentityError(f"{out} holds an identity already; name another folder with --out")
     try:

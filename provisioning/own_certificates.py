@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def is_due(folder: Path, now: float | None = None) -> bool:
-    """Whether a certificate's life is two thirds over, or the folder holds no usable pair.
+    """Whether a certificate's life is two thirds over, or it or its key is missing or damaged.
 
     Raises:
         IdentityError: the folder cannot be read or written.
@@ -38,7 +38,7 @@ def is_due(folder: Path, now: float | None = None) -> bool:
 def renew_own(registry: Registry, authority: CertificateAuthority, identity: Identity) -> None:
     """Replace the key, the certificate and `ca.pem` of an identity whose folder is on this machine.
 
-    The certificate may have expired. One that has not is accepted until it expires.
+    The old certificate may have expired. If it has not, it stays valid until it expires.
 
     Raises:
         UnknownDeviceError, StateError: the identity is not enrolled, or suspended or revoked.

@@ -37,14 +37,14 @@ class RateLimit:
         return 0.0 if is_allowed else (1 - left) / self._per_s
 
     def refund(self, peer: str) -> None:
-        """Uncount the last request of `peer`."""
+        """Take the last request of `peer` off the count."""
         if bucket := self._buckets.get(peer):
             left, updated_at = bucket
             self._buckets[peer] = min(self._burst, left + 1), updated_at
 
 
 def peer_key(address: str) -> str:
-    """Return the address, or the /64 of an IPv6 address, as one client has all of a /64."""
+    """Return the address, or the /64 of an IPv6 address: one client can have a whole /64."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(parsed, ipaddress.IPv6Address):
         if parsed.ipv4_mapped:

@@ -149,7 +149,7 @@ async def errors_to_responses(request: web.Request, handler: Handler) -> web.Str
     except FleetError as error:
         _log_error(request, error)
         return error_response(error)
-    except Exception:  # the outermost boundary of a request
+    except Exception:  # a failed request must not end the service
         log.exception("%s %s failed", request.method, request.path)
         return error_response(FleetError("internal"))
 

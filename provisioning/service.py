@@ -25,7 +25,7 @@ JOINS_AT_ONCE: Final = 20
 
 
 class EnrolmentServer(TlsServer):
-    """The server, as a context manager; `port` 0 chooses a free one, which `port` then holds.
+    """The server, as a context manager; for `port` 0 it chooses a free one, and sets `port` to it.
 
     A client without a certificate can join. A client's certificate must be one of the fleet's.
     """

@@ -34,7 +34,9 @@ class SessionTakeover:
         self._spent: list[tuple[str, IssuedCertificate]] = []
 
     def evict(self, name: str) -> None:
-        """End the session of `name`, if it has one. The broker sends its last will if rights allow.
+        """End the session of the client `name`, if there is one.
+
+        The broker then publishes the client's last will, if the client's rights allow that.
 
         Raises:
             LinkError: the broker cannot be reached.

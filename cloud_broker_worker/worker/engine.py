@@ -147,7 +147,7 @@ class Engine:
         )
 
     def _refusal(self, key: SessionKey, message: Open) -> Refused | None:
-        """Return a refusal if this worker cannot serve the session, memory aside."""
+        """Return a refusal if this worker cannot serve the session. Memory is not checked here."""
         bundle_id = self._manifest.bundle_id
         limit = self._manifest.model.max_positions
         if key.device in self.denied:
@@ -200,7 +200,7 @@ class Engine:
         if repeats(message, response):
             return response
         if message.request < session.last_request:
-            return None  # late: the device has sent another request since
+            return None  # late: the device has sent a newer request since
         if not session.is_on(message.branch):
             is_new = response and message.request > response.request
             if is_new and message.branch < session.branch:
@@ -213,7 +213,8 @@ class Engine:
         session.add_job(message, arrived)
         if stop <= session.received:
             return None
-        # The device would not send a request yet if it had received the last `Gap`.
+        # A device that has received the last `Gap` would not send this request yet. So the `Gap`
+        # was lost, and is sent again.
         session.gap_reported = None
         return self._gap(session)
 
@@ -391,7 +392,7 @@ class Engine:
         """Stop all work for a device that went offline.
 
         Its sessions count as unused from now on, so other devices may get the memory of their
-        caches. They are dropped unless the device returns soon.
+        caches. The sessions are dropped unless the device returns soon.
         """
         now = self._clock()
         for session in self.sessions.values():
@@ -401,7 +402,7 @@ class Engine:
                 session.last_used = min(session.last_used, now - self._config.idle_after_s)
 
     def deny(self, devices: frozenset[str]) -> list[EngineResponse]:
-        """Replace the set of refused devices by this one, and drop the sessions of its devices."""
+        """Set the devices that are refused from now on, and drop their sessions."""
         self.denied = devices
         sessions = [session for session in self.sessions.values() if session.key.device in devices]
         return self._dismiss(sessions, self._refused_revoked)
@@ -452,7 +453,7 @@ class Engine:
 
 
 def protocol_mismatch(protocol: int) -> str:
-    """Return the error text for a device with another protocol; it says which side to update."""
+    """Return the error text for a device with a different protocol: which side to update."""
     older = "device" if protocol < PROTOCOL else "worker"
     return (
         f"the worker speaks protocol {PROTOCOL}, the device protocol {protocol}: update the {older}"

@@ -31,7 +31,7 @@ class Pending(NamedTuple):
 
 
 def position_cost(start: int) -> int:
-    """Return the units of a position after `start` others."""
+    """Return the cost, in units, of a position after `start` earlier ones."""
     return 1 + start // CONTEXT_COST
 
 
@@ -61,8 +61,8 @@ def units_by_device(pending: Mapping[SessionKey, Pending]) -> dict[str, int]:
 def shared_units(pending: Mapping[SessionKey, Pending], max_long: int) -> int:
     """Return the units of one step while several devices are served.
 
-    While a device waits for at most `SHORT_UNITS`, each device gets at most this many. Otherwise
-    the step has at least `max_long` units.
+    While any device waits for at most `SHORT_UNITS` units, no device gets more than `SHORT_UNITS`.
+    Otherwise the step has at least `max_long` units.
     """
     units = units_by_device(pending).values()
     few = sum(min(each, SHORT_UNITS) for each in units)

@@ -14,7 +14,7 @@ from fleet.protocol.session import new_rows
 
 
 class SessionKey(NamedTuple):
-    """The key of a session. It names the device, because session names are unique only there."""
+    """The key of a session. A session's name alone is unique only on its device."""
 
     device: str
     session: str
@@ -91,9 +91,10 @@ class VerifyJob:
 class Session:
     """A session of which positions [0, received) have arrived and [0, length) are in the cache.
 
-    `branch` counts rejected drafts. A session without a `lease` has no cache; the cache is built
-    again when a step needs it. `holds_drafts` is set by the first job, because later context may
-    belong to drafts. `gone_since` is the time at which the device went offline.
+    `branch` grows with each rejected draft and each withdrawn request. A session without a `lease`
+    has no cache; the cache is built again when a step needs it. `holds_drafts` is set by the first
+    job, because later context may belong to drafts. `gone_since` is the time at which the device
+    went offline.
     """
 
     key: SessionKey
@@ -160,7 +161,7 @@ class Session:
         """Return whether a chunk of `num_bytes` makes a receipt due.
 
         A receipt is due when `limit_bytes` have come since the last one. It is also due, once, when
-        the device repeats positions that have arrived, because it may have missed that receipt.
+        the device repeats positions that have arrived: the device may have missed the last receipt.
         """
         self.unacknowledged_bytes += num_bytes
         is_first_repeat = is_repeat and self.receipt_repeated != self.received

@@ -62,7 +62,7 @@ class SessionStore:
         for session in surplus_sessions(self.sessions.values(), key.device, self._limits, now):
             self.drop(session)
         first = MemoryNeed(key.device, min(BLOCK, num_positions))
-        # Only for its PoolFullError: the sessions are dropped when hidden states arrive.
+        # Called only for its PoolFullError: `hold` drops sessions when hidden states arrive.
         sessions_to_drop(self.sessions.values(), first, self._limits, now)
         session = Session(
             key=key,
@@ -116,7 +116,7 @@ class SessionStore:
         return True
 
     def _free_for_cache(self, session: Session, now: float) -> bool:
-        """Free the memory for the session's cache. If that fails, free none and return False."""
+        """Free memory for the session's cache. If there is too little, free none; return False."""
         limits = self._limits
         sessions = self.sessions.values()
         needed = limits.cache_bytes(session.store.capacity)

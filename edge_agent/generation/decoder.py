@@ -34,7 +34,10 @@ class ExitChoice:
 
 @dataclass(frozen=True)
 class GeneratedToken:
-    """A token of the answer, its source, and its log-probability at temperature 1 there."""
+    """A token of the answer, its source, and its log-probability at temperature 1.
+
+    The log-probability is the cloud's if the cloud chose or accepted the token, else the exit's.
+    """
 
     token_id: int
     logprob: float
@@ -48,8 +51,8 @@ class Decoder:
     chunk, because a long prompt takes a while. It may raise an error to end the sequence.
 
     `text` holds all tokens, also those that have not run yet. The outputs of the block that ends at
-    the upload layer are offered to `cloud_session`, each position once. Positions from
-    `one_by_one_from` on have exactly the same bits as without drafts (see :class:`Cascade`).
+    the upload layer are offered to `cloud_session`, each position once. From the position
+    `one_by_one_from` on, all results have the same bits as without drafts (see :class:`Cascade`).
     """
 
     def __init__(
@@ -89,8 +92,8 @@ class Decoder:
         position = self.cascade.num_tokens - 1
         started = time.monotonic()
         if self.cascade.num_filled(0) > position:
-            # An exit's candidates belong to the position that ran last. This position may have been
-            # cut off since, so run the newest position again.
+            # An exit's candidates belong to the position that ran last, which may have been dropped
+            # since. So run the newest position again.
             self.cascade.truncate(position)
             self.cascade.append(self.text[position:])
         is_step = position == self.cascade.num_filled(0)
@@ -132,7 +135,7 @@ class Decoder:
             yield
 
     def _append(self, num_tokens: int) -> None:
-        """Bring the cascade up to the text's first `num_tokens` tokens."""
+        """Append tokens of the text to the cascade, until it has the first `num_tokens`."""
         self.cascade.append(self.text[self.cascade.num_tokens : num_tokens])
 
     def _offer(self, block: int) -> None:

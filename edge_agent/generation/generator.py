@@ -15,7 +15,7 @@ from fleet.protocol.modes import FALLBACK, Mode, exit_source
 
 
 class _CancelledError(Exception):
-    """A signal that ends a cancelled sequence within a step."""
+    """A signal that ends a cancelled sequence in the middle of a step."""
 
 
 class Generator:

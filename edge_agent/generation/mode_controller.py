@@ -9,7 +9,7 @@ from edge_agent.measurements import Measurements
 from fleet.protocol.modes import Mode
 from fleet.protocol.report import Switch
 
-PROBE_TOKENS: Final = 64  # tokens without the cloud on a working link before it is measured again
+PROBE_TOKENS: Final = 64  # tokens without the cloud, after which a working link is measured again
 MAX_SWITCHES: Final = 50
 SAMPLED: Final = "this answer is a sample that measures the agreement of the exits"
 

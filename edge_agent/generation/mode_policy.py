@@ -9,9 +9,9 @@ from typing import Final
 from edge_agent.measurements import Snapshot
 from fleet.protocol.modes import Mode
 
-MIN_TOKENS: Final = 16  # between two mode changes, unless the link is lost or comes back
+MIN_TOKENS: Final = 16  # least number between two mode changes, unless the link goes or comes back
 GAIN: Final = 0.2  # share of the time per token that a change for speed alone must save
-SLACK: Final = 0.1  # share by which the current mode may miss a target, and another must beat it
+SLACK: Final = 0.1  # share by which the current mode may miss a target, and a new one must beat it
 MIN_WAIT_MS: Final = 250
 MAX_ROUND: Final = 16
 MIN_JUDGED: Final = 16  # drafts; from then on their acceptance counts, not the exits' confidence
@@ -55,7 +55,7 @@ def predict(m: Snapshot, targets: Targets) -> dict[Mode, Prediction]:
     tokens below their threshold, and the acceptance c.
 
     c is the share of the device's own tokens that equal the cloud's. It is measured by verify
-    requests. Before there are enough of them, it is the exits' mean confidence.
+    requests. Before the cloud has judged `MIN_JUDGED` drafts, c is the exits' mean confidence.
 
     - standalone: s per token; agreement c.
     - collaborative: s + u r per token, less two savings for correct drafts: the next step overlaps
@@ -89,9 +89,10 @@ def decide_mode(
     """Return the mode of the next token, and the reason.
 
     Without the link the device generates alone, unless the text must be exact (`min_agreement` 1).
-    With the link, agreement comes first: a mode that misses its target loses against one that meets
-    it. The time per token comes second, and the offload rate third. Among modes that miss the same
-    targets, the fastest wins, or the one with the highest agreement if `target_tpot_ms` is met.
+    With the link, agreement comes first: a mode that misses this target loses against a mode that
+    meets it. The time per token comes second, and the offload rate third. Among modes that miss the
+    same targets, the fastest wins, or the one with the highest agreement if `target_tpot_ms` is
+    met.
     """
     if not is_link_up:
         if targets.min_agreement == 1.0:
@@ -120,7 +121,7 @@ def missed(
 ) -> tuple[bool, bool, bool]:
     """Return whether agreement, time per token and offload rate miss their targets.
 
-    The current mode may miss them by `SLACK`, so that the mode does not change to and fro.
+    The current mode may miss a target by `SLACK`, so that the mode does not change back and forth.
     """
     slack = SLACK if is_current else -SLACK
     agreement = targets.min_agreement
@@ -156,7 +157,7 @@ def _rank(
 
 
 def _is_better(then: Prediction, now: Prediction, targets: Targets) -> bool:
-    """Return whether `then` is worth a change of mode, given that it misses no other targets."""
+    """Return whether `then` is worth a change of mode, if both miss the same targets."""
     if targets.target_tpot_ms is not None and not missed(then, targets)[1]:
         return then.agreement > now.agreement + 0.01
     return then.tpot_s < (1 - GAIN) * now.tpot_s
@@ -175,12 +176,12 @@ def _why(
     then_ms = then.tpot_s * 1000
     speed = f"{then_ms:.0f} ms a token predicted, {current} {now_ms:.0f}"
     if misses[0]:
-        return f"{current} agrees on {now.agreement:.3f}, target {targets.min_agreement:g}"
+        return f"{current} has agreement {now.agreement:.3f}, target {targets.min_agreement:g}"
     if misses[1]:
         return f"{speed}, target {targets.target_tpot_ms:g}"
     if misses[2]:
         return (
-            f"{current} needs the cloud for {now.offload_rate:.0%}, "
+            f"{current} needs the cloud for {now.offload_rate:.0%} of tokens, "
             f"target at most {targets.max_offload_rate:.0%}"
         )
     if targets.target_tpot_ms is not None:

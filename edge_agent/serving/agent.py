@@ -1,4 +1,4 @@
-"""The agent: accept prompts over MQTT, generate some of the responses at once, and report each."""
+"""The agent: accept prompts over MQTT, generate several responses at a time, and report each."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 drop_log = RateLimitedLog(log, 10.0)
 
 STOP_TIMEOUT_S: Final = 5.0
-SEED_BITS: Final = 53  # of a chosen seed: every reader of JSON keeps it exactly
+SEED_BITS: Final = 53  # the size of a random seed; every reader of JSON keeps 53 bits exactly
 MAX_FINISHED: Final = 32  # responses kept for an app that has missed some of its replies
 OUT_OF_MEMORY: Final = (
     "this device ran out of memory on this request; "
@@ -145,7 +145,7 @@ class Agent:
             stack.callback(self._stop_jobs)
             for thread in (self._planning_thread, *self._answer_threads):
                 thread.start()
-            # This one stays when the agent closes, so that prompts are refused, not lost.
+            # This subscription stays when the agent closes, so that prompts are refused, not lost.
             self._transport.subscribe(
                 topics.prompts_to(self.name), self._on_prompt, qos=1, live_only=True
             )
@@ -166,8 +166,8 @@ class Agent:
     def close(self) -> None:
         """Cancel the active requests, accept no more, and wait at most `STOP_TIMEOUT_S` seconds.
 
-        Prompts are refused as by a busy device until another agent subscribes to them or the
-        transport closes.
+        Until the next agent subscribes to prompts, or the transport closes, each prompt gets the
+        reply `busy`.
         """
         self._stack.close()
 
@@ -194,7 +194,7 @@ class Agent:
 
     @property
     def late_s(self) -> float:
-        """The time by which the oldest active request has passed its deadline, 0 without one."""
+        """The time since the earliest deadline of the active requests; 0 if none has passed."""
         with self._lock:
             deadlines = [self._deadline(job) for job in self._active.values()]
         return max(0.0, time.monotonic() - min(deadlines, default=float("inf")))
@@ -208,7 +208,7 @@ class Agent:
         """Apply `config` from the next prompt on, and publish its `version` to the fleet.
 
         Only settings that :class:`fleet.protocol.desired_config.Settings` has may differ from the
-        previous configuration. `problem` is the reason why it is not a newer version.
+        previous configuration. `problem` is the reason why no newer version is in use.
 
         Raises:
             PromptError: the thresholds do not fit the bundle's exits; nothing has changed.
@@ -294,12 +294,12 @@ class Agent:
     def _accept(self, job: Job) -> None:
         """Queue a job.
 
-        A request that comes twice is one whose replies were lost: its replies are sent again.
-        Another prompt with the id of a finished request is a new request.
+        When the same request comes again, its replies were lost, and are sent again. A different
+        prompt with the id of a finished request is a new request.
 
         Raises:
             BusyError: the device accepts no more requests of this app now.
-            PromptError: another prompt with this id is being answered.
+            PromptError: a different prompt with this id is being answered.
         """
         with self._lock:
             active = self._active.get(job.key)
@@ -308,7 +308,7 @@ class Agent:
             if not is_repeated:
                 if active:
                     raise PromptError(
-                        f"request id {job.request} belongs to another prompt, which is being "
+                        f"request id {job.request} belongs to a different prompt, which is being "
                         "answered; send this prompt with an id of its own"
                     )
                 self._check_capacity(job.app)
@@ -320,10 +320,11 @@ class Agent:
             self._new_jobs.put(job)
 
     def _check_capacity(self, app: str) -> None:
-        """Check that another request of `app` is accepted now. Raises BusyError.
+        """Check that one more request of `app` is accepted now. Raises BusyError.
 
-        Apps share the room equally. An app below its share gets in even if another one filled the
-        room while it was alone, up to twice the number of requests; an operator even then.
+        Apps share the `max_queued_requests` places equally. If an app filled all places while it
+        was alone, other apps still get their shares, up to twice the number of places. An operator
+        gets a share even beyond that.
         """
         max_requests = self._config.max_queued_requests
         if self._is_paused:
@@ -341,7 +342,7 @@ class Agent:
         return (app, request) in self._active
 
     def _resend_replies(self, job: Job) -> None:
-        """Send the replies again at QoS 0, which does not limit messages in flight."""
+        """Send the replies again at QoS 0, which has no limit of messages in flight."""
         topic = topics.device_reply(self.name, job.app, job.request)
         for payload in list(job.replies):
             publish_or_log(self._transport, topic, payload)
@@ -411,7 +412,7 @@ class Agent:
             yield
         except FleetError as error:
             self._fail(job, error.code, str(error))
-        except Exception as error:  # the outermost boundary of a thread
+        except Exception as error:  # the thread must go on
             if is_out_of_memory(error):
                 self._fail(job, "memory", OUT_OF_MEMORY)
             else:
@@ -440,7 +441,7 @@ def refuse_prompt(transport: Transport, app: str, request: str, error: PromptErr
 
 
 def refuse_prompts(transport: Transport) -> None:
-    """Reply `busy` to every prompt while no agent runs, until the next one subscribes."""
+    """Reply `busy` to every prompt until the next agent subscribes to prompts."""
 
     def on_prompt(topic: str, payload: bytes) -> None:
         if request_key := _prompt_key(transport, topic, payload):
@@ -451,7 +452,10 @@ def refuse_prompts(transport: Transport) -> None:
 
 
 def _prompt_key(transport: Transport, topic: str, payload: bytes) -> tuple[str, str] | None:
-    """Return the app and the request of a prompt, or None if it is empty or has been refused."""
+    """Return the app and the request id of a prompt; None if there is no prompt to answer.
+
+    A prompt with a malformed request id is refused here.
+    """
     if not payload:  # as when a client clears a retained message
         return None
     request_key = _request_key(topic, topics.PROMPT_FILTER)

@@ -31,7 +31,7 @@ from fleet.protocol.prompt import MAX_FULL_TEXT_BYTES, ErrorInfo, Reply, Usage
 from fleet.protocol.report import GenerationReport
 from fleet.transport.base import Transport, publish_or_log
 
-# A session's name is in every message, and needs to be unique only on its device.
+# A session's name is short, because every message has it. It must be unique only on its device.
 SESSION_BYTES: Final = 5
 
 

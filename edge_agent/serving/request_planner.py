@@ -23,9 +23,9 @@ MB: Final = 1 << 20
 class RequestPlan:
     """The plan of a request that fits the device.
 
-    `num_bytes` is the memory of its caches; `deadline_s` counts from its arrival. `config` is the
-    settings of the whole response. In a sample the cloud verifies every token while it is
-    reachable.
+    `num_bytes` is the memory of the caches. `deadline_s` counts from the arrival of the request.
+    `config` has the settings for the whole response. In a sample the cloud verifies every token
+    while the cloud is reachable.
     """
 
     prompt_ids: list[int]
@@ -74,7 +74,7 @@ class RequestPlanner:
         self.follow(config)
 
     def follow(self, config: AgentConfig) -> None:
-        """Apply other settings from the next plan on. Raises PromptError, and changes nothing."""
+        """Use `config` from the next plan on, or raise PromptError and keep the present one."""
         self._check_thresholds(config.thresholds or self._partition.manifest.thresholds)
         self._config = config
 

@@ -115,7 +115,7 @@ class CloudSession:
 
     @property
     def has_request(self) -> bool:
-        """Whether a request waits for its verdict, or its verdict for :meth:`wait_response`."""
+        """Whether there is a request whose verdict :meth:`wait_response` has not returned yet."""
         return self._machine.has_request
 
     # Calls of the generating thread.
@@ -146,8 +146,8 @@ class CloudSession:
         """Request a verdict, see :meth:`SessionMachine.ask`; wait until the request is on the
         network.
 
-        The wait is at most `HAND_OVER_S`. Without it, the next step of the model would use the
-        processor core that the sending thread needs.
+        The wait is at most `HAND_OVER_S`. Without this wait, the next step of the model would use
+        the processor core that the sending thread needs.
         """
         with self._changed:
             now = time.monotonic()
@@ -196,7 +196,7 @@ class CloudSession:
         """Process one message of a worker.
 
         Raises:
-            ProtocolError: the payload is not a valid message, or belongs to another session.
+            ProtocolError: the payload is not a valid message, or is of a different session.
         """
         message = decode_to_device(payload)
         if message.session != self.session:
@@ -216,7 +216,7 @@ class CloudSession:
     def _run(self) -> None:
         """Publish the messages that are due until the session is closed."""
         while message := self._wait_message():
-            if not self._publish(message):  # without the lock, which the next token's thread needs
+            if not self._publish(message):  # without the lock, which the generating thread needs
                 with self._changed:
                     self._machine.publish_failed(time.monotonic())
                     self._changed.notify_all()

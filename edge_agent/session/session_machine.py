@@ -7,7 +7,7 @@ sent. If a new request needs only one more chunk, both are sent in one message. 
 request without a response is sent again, and so are the positions of a window that stays full. A
 lost session is opened again.
 
-The worker's messages `opened` and `gap` name the first position that it lacks. The upload continues
+The messages `opened` and `gap` name the first position that the worker lacks. The upload continues
 from there. This repairs lost messages and lost sessions alike, also when another worker takes over.
 
 Up to `MAX_HELD_POSITIONS` new positions are held back and sent with the next request, in one
@@ -180,11 +180,11 @@ class SessionMachine:
     ) -> None:
         """Ask the worker whether it would choose draft[i] after position `start + i`.
 
-        The worker accepts draft[i] without a check for each i in `trusted`, which are tokens of
-        confident exits. If the session is lost, the request is sent again when the session is open
-        again. An optional request is withdrawn when the session is lost or the deadline passes. It
-        is not made while the session is unavailable. Without `deadline_ms` the deadline of the
-        `Open` applies.
+        The worker accepts draft[i] without a check for each index i in `trusted`, the indices of
+        the tokens of confident exits. If the session is lost, the request is sent again when the
+        session is open again. An optional request is withdrawn when the session is lost or the
+        deadline passes. It is not made while the session is unavailable. Without `deadline_ms` the
+        deadline of the `Open` applies.
         """
         if is_optional and not self.is_available:
             return
@@ -231,9 +231,9 @@ class SessionMachine:
     def withdraw(self) -> None:
         """Take back a request without a verdict.
 
-        The worker may already have rejected the draft, and then its branch number is one higher.
-        The device adds two, so its number is higher than any worker's, and each worker starts the
-        session again from position 0.
+        If the worker has rejected the draft already, the worker's branch number is higher by one.
+        The device adds two, so the device's number is higher than any worker's, and each worker
+        starts the session again from position 0.
         """
         if self._request:
             self._upload_buffer.branch += 2
@@ -291,7 +291,7 @@ class SessionMachine:
             case Refused():
                 self._refused(message, now)
             case _:
-                log.debug("session %s: dropping a message of another branch", self.session)
+                log.debug("session %s: dropping a message of a different branch", self.session)
 
     def _opened(self, message: Opened) -> None:
         if self.is_open or self.is_closed:
@@ -323,7 +323,7 @@ class SessionMachine:
         if self.is_open and message.worker not in (None, self.worker):
             return  # the refusal is from a worker that does not have this session
         if message.code == "bundle_mismatch" and self._is_served:
-            return  # this worker has another bundle, and other workers serve the device's bundle
+            return  # this worker has a different bundle, and others serve the device's bundle
         is_final = message.retry_after_ms == 0 and message.code not in RETRIABLE
         if self.state is LinkState.OPENING and is_final:
             self._refuse_finally(message)

@@ -32,7 +32,7 @@ LOCK_FILE: Final = "lock"
 BUNDLES: Final = "bundles"
 NAME: Final = "fleet-%Y-%m-%dT%H%M%SZ.tar.gz"
 PATTERN: Final = "fleet-*T*Z.tar.gz"
-COMPRESSION: Final = 1  # most of it is a model, which hardly gets smaller
+COMPRESSION: Final = 1  # most of a backup is a model, which hardly gets smaller
 CHUNK_BYTES: Final = 1 << 20
 
 
@@ -46,7 +46,8 @@ class BackupInfo(Struct, frozen=True, kw_only=True):
 
 
 def back_up(home: FleetHome, file: Path, *, bundles: bool = False) -> Path:
-    """Write a backup to the new file `file`, or into that folder under the name of this second.
+    """Write a backup to the new file `file`; if that is a folder, to a new file in this folder,
+    with the time as its name.
 
     The file (mode 0600) appears complete or not at all. It holds the authority's key.
 
@@ -81,7 +82,7 @@ def remove_old_backups(folder: Path, num_kept: int) -> list[Path]:
 
 
 def restore_backup(file: Path, folder: Path, registry: str | None = None) -> FleetHome:
-    """Restore a backup into a folder that is new or empty; `registry` is the URL of its database.
+    """Restore a backup into a new or empty folder; `registry` is the URL of the new database.
 
     `fleet.json` appears last: without it there is no fleet in the folder.
 
@@ -149,7 +150,7 @@ def _write_archive(home: FleetHome, archive: Path, *, bundles: bool) -> None:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Let no other process enrol an identity of the fleet's own."""
+    """Hold the lock with which other processes enrol the fleet's own identities."""
     with (folder / LOCK_FILE).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -158,7 +159,7 @@ def _lock(folder: Path) -> Iterator[None]:
 def _files(folder: Path, *, bundles: bool) -> Iterator[Path]:
     """Yield the files of a fleet's folder, but no registry, lock, or file that is being written.
 
-    Without `bundles` also none of a bundle, in any folder: the registry has its id.
+    Without `bundles`, leave out each folder of a bundle, too: the registry has the bundle's id.
     """
     models = set() if bundles else _bundle_folders(folder)
     for path in sorted(folder.rglob("*")):
@@ -209,7 +210,7 @@ def _load_registry(home: FleetHome, dump: Path) -> None:
     with needs("server"):
         from fleet.registry.backup import load_registry
     load_registry(dump, home.registry_url)
-    home.registry().close()  # migrates it, or refuses one of a newer version
+    home.registry().close()  # migrates the registry, or refuses that of a newer version
 
 
 def _read_config(content: Path, file: Path) -> FleetConfig:
@@ -218,7 +219,7 @@ def _read_config(content: Path, file: Path) -> FleetConfig:
 
 
 def _read_member(content: Path, file: Path, name: str, type_: Any) -> Any:
-    """Read JSON that was extracted from the backup `file`. Raises ConfigError, which names it."""
+    """Read JSON that was extracted from `file`. Raises ConfigError, which names this backup."""
     try:
         return decode_json((content / name).read_bytes(), name, type_)
     except FileNotFoundError:
@@ -228,17 +229,17 @@ def _read_member(content: Path, file: Path, name: str, type_: Any) -> Any:
 
 
 def _extract(file: Path, content: Path) -> BackupInfo:
-    """Extract every file of a backup (mode 0600) into a folder, and check its checksum.
+    """Extract every file of a backup (mode 0600) into a folder, and check the backup's checksum.
 
     Raises:
-        ConfigError: it is no backup of a version that we can read, or it is damaged.
+        ConfigError: the file is damaged, or no backup that this version can read.
     """
     try:
         with gzip.open(file) as stream:
             with tarfile.open(fileobj=stream, mode="r|") as tar:
                 for member in tar:
                     _extract_member(tar, member, content)
-            while stream.read(CHUNK_BYTES):  # its checksum is at the end
+            while stream.read(CHUNK_BYTES):  # to the end, where the checksum is
                 pass
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ConfigError(f"{file} is damaged, or no backup of a fleet: {error}") from None

@@ -18,8 +18,8 @@ CHECK_S: Final = 3600.0
 class CertificateRenewalTask:
     """A periodic task of the `ChangeWatcher`, which checks once an hour, and after a rotation.
 
-    `server_folders` hold certificates that the broker or the service presents; `reloads` make them
-    present the new ones. `authority` is the one that a running service signs with.
+    `server_folders` hold the certificates that the broker and the service present. `reloads` make
+    both present the new ones. `authority` is the object with which a running service signs.
     """
 
     def __init__(
@@ -67,6 +67,6 @@ class CertificateRenewalTask:
 
 
 def _is_outdated(folder: Path, trusted_ca: str) -> bool:
-    """Whether a server's folder needs another certificate, or trusts other authorities."""
+    """Whether a server's folder needs a new certificate, or its `ca.pem` is out of date."""
     ca = folder / CA_FILE
     return is_due(folder) or not ca.exists() or ca.read_text(encoding="utf-8") != trusted_ca

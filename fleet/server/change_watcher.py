@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 class ChangeWatcher:
     """A poll of the audit log's newest number, once a second; a context manager with one thread.
 
-    A task runs at the start and after every change, again until it succeeds; a periodic one in
-    every round. `on_cycle` is called once a round.
+    A task runs at the start and after every change. If it fails, it runs again in each round until
+    it succeeds. A periodic task runs in every round. `on_cycle` is called once a round.
     """
 
     def __init__(self, registry: Registry, poll_s: float = POLL_S) -> None:
@@ -67,7 +67,7 @@ class ChangeWatcher:
             newest = self._registry.audit_log.newest_change()
         except FleetError as error:
             self._log.warning("cannot read the changes of the registry: %s", error)
-        except Exception:  # the outermost boundary of a thread
+        except Exception:  # the thread must go on
             log.exception("cannot read the changes of the registry")
         else:
             for task in self._tasks:
@@ -91,7 +91,7 @@ class _Task:
             self._work()
         except (FleetError, OSError) as error:
             self._log.warning("%s; trying again", error)
-        except Exception:  # the outermost boundary of a thread
+        except Exception:  # the thread must go on
             log.exception("a change did not take effect; trying again")
         else:
             self._done = newest

@@ -17,13 +17,13 @@ from fleet.errors import FleetError
 from fleet.utils.host_address import host_port
 
 START_TIMEOUT_S: Final = 60.0
-DRAIN_TIMEOUT_S: Final = 5.0  # for a worker's sessions under `fleet up`; alone it may take longer
+DRAIN_TIMEOUT_S: Final = 5.0  # for the sessions of a worker of `fleet up`; other workers have more
 LISTEN_CHECK_S: Final = 0.05
 STOP_TIMEOUT_S: Final = 20.0  # more than a worker's drain, its last step and its last messages
 
 
 class Child:
-    """A process that prints one line when it is ready; its stderr is ours."""
+    """A process that prints one line when it is ready. It writes to the stderr of this process."""
 
     def __init__(
         self, title: str, arguments: Sequence[str], program: Sequence[str] = (sys.executable, "-m")

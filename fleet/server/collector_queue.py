@@ -12,10 +12,10 @@ from fleet.protocol.report import GenerationReport
 from fleet.registry.stats.ingest import DeviceKey, ReceivedStatus
 
 MAX_OF_DEVICE: Final = 512
-"""The reports of one device in the queue; a device has at most 128 in flight."""
+"""The most reports of one device in the queue; a device has at most 128 in flight."""
 
 PAUSE_S: Final = 2.0
-"""The pause before a device may send again whose own share of the queue was full."""
+"""The pause before a device may send again after it has sent too many reports."""
 
 
 @dataclass
@@ -34,8 +34,8 @@ class Batch:
 class CollectorQueue:
     """At most `max_reports` reports, and the newest statuses of each device and worker.
 
-    The devices' reports are read in turn, so that none waits for the queue of another. Any thread
-    may call its methods.
+    One report of each device is taken in turn, so that no device waits for all reports of another.
+    Any thread may call the methods.
     """
 
     def __init__(self, max_reports: int) -> None:
@@ -56,7 +56,7 @@ class CollectorQueue:
             self._changed.notify()
 
     def put_status(self, received: ReceivedStatus) -> None:
-        """Add a status: a birth replaces all before it, a last will is added to the birth."""
+        """Add a status: a birth replaces all earlier ones, a last will is put after the birth."""
         with self._changed:
             earlier = [] if received.status.online else self._statuses.get(received.name, [])
             births = [each for each in earlier if each.status.online]
@@ -66,7 +66,7 @@ class CollectorQueue:
     def put_report(self, device: str, report: GenerationReport) -> bool:
         """Add a report; return False when the queue, or the device's share of it, is full.
 
-        The device is among `turned_away` once there is room again.
+        A batch has the device in `turned_away` once there is room again.
         """
         with self._changed:
             own = self._reports.get(device, ())
@@ -87,7 +87,10 @@ class CollectorQueue:
         self._turned_away.setdefault(device, time.monotonic() + pause_s)
 
     def take(self, max_reports: int, timeout_s: float) -> Batch | None:
-        """Return the queued messages, none after `timeout_s`; None once closed and empty."""
+        """Wait for messages, at most `timeout_s` seconds; return them, at most `max_reports`.
+
+        Return None once the queue is closed and empty.
+        """
         with self._changed:
             if not self._has_any() and not self._is_closed:
                 self._changed.wait(timeout_s)
@@ -104,7 +107,7 @@ class CollectorQueue:
             return batch
 
     def _take_one(self, batch: Batch) -> None:
-        """Move a report of the device whose turn it is."""
+        """Move one report of the next device into the batch."""
         device = next(iter(self._reports))
         own = self._reports.pop(device)
         report = own.popleft()

@@ -32,7 +32,7 @@ RUNNING_FILE: Final = ".running"  # backups leave hidden files out
 
 
 class FleetOptions(Struct, frozen=True, kw_only=True):
-    """The given options; None keeps the setting of the fleet, or is the default of a new one."""
+    """The options that were given. None keeps a fleet's setting, and is a new fleet's default."""
 
     host: str | None = None
     port: int | None = None
@@ -51,12 +51,12 @@ class FleetOptions(Struct, frozen=True, kw_only=True):
 def resolve_config(folder: Path, options: FleetOptions) -> FleetConfig:
     """Return the configuration of the fleet in `folder` with the given options in place.
 
-    Its bundle is "" if the fleet has to use the default model's. A new address of an existing fleet
-    is reported on stderr.
+    The bundle in the configuration is "" if the fleet has to use the default model's. A new address
+    of an existing fleet is reported on stderr.
 
     Raises:
-        ConfigError: the fleet has another registry, where its identities are enrolled, no client
-            can connect to the host, or a value is not usable.
+        ConfigError: the fleet's identities are enrolled in a different registry, no client can
+            connect to the host, or a value is not usable.
         RegistryError: the registry's URL is malformed.
     """
     current = FleetHome.load(folder).config if FleetHome.is_fleet(folder) else None
@@ -82,7 +82,7 @@ def resolve_config(folder: Path, options: FleetOptions) -> FleetConfig:
 
 
 def _is_own_bundle(folder: Path) -> bool:
-    """Whether an operator's bundle is there; a default model's follows this program's version."""
+    """Whether `folder` has a bundle, and not the default model's, which may be out of date."""
     return bundle_id_of(folder) is not None and not is_default_bundle(folder)
 
 
@@ -96,7 +96,7 @@ def _check_url(registry: str) -> None:
 def _check_registry(folder: Path, current: FleetConfig | None, registry: str | None) -> None:
     if current and registry not in (None, current.registry):
         raise ConfigError(
-            f"the fleet in {folder} has another registry, where its devices are enrolled; "
+            f"the devices of the fleet in {folder} are enrolled in a different registry; "
             "name a new folder with --home, or, if the same database has moved, "
             f"write its URL into {folder / FLEET_FILE}"
         )
@@ -125,10 +125,10 @@ def addresses(config: FleetConfig) -> dict[str, str]:
 
 @contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
-    """Be the only `fleet up` on `folder`, which is made if it is missing, for the block.
+    """Lock `folder` for the block, as its only `fleet up`; make the folder if it is missing.
 
     Raises:
-        ConfigError: another one runs.
+        ConfigError: another `fleet up` has the lock.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (folder / RUNNING_FILE).open("a+", encoding="utf-8") as lock:

@@ -56,7 +56,7 @@ def fleet_units(home: FleetHome, options: UnitOptions) -> dict[str, str]:
     """Return the units of the fleet in `home` by file name; enrol its workers.
 
     Raises:
-        ConfigError: there is no such broker, or it is not installed.
+        ConfigError: `fleet up` does not know the broker, or the broker is not installed.
         FleetError: a worker cannot be enrolled, or the fleet's bundle cannot be read.
     """
     check_broker(options.broker)
@@ -82,7 +82,7 @@ def worker_unit(folder: Path, user: str) -> str:
 
     Raises:
         IdentityError: there is no identity in the folder.
-        ConfigError: the identity has another role, or names no bundle.
+        ConfigError: the identity has a different role, or names no bundle.
         BundleError: the bundle cannot be read.
     """
     identity = Identity.load(folder)
@@ -120,9 +120,9 @@ def _server_unit(home: FleetHome, options: UnitOptions) -> ServiceUnit:
 
 
 def _mosquitto_unit(home: FleetHome, user: str) -> ServiceUnit:
-    """Return the unit of mosquitto, which writes its files again before each start.
+    """Return the unit of mosquitto. It writes mosquitto's files again before each start.
 
-    So its certificate and its revocation list are valid even after months.
+    So the certificate and the revocation list are valid even after months.
     """
     folder = home.folder / MOSQUITTO
     write = ("broker", "config", "--home", str(home.folder), "--out", str(folder))

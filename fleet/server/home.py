@@ -54,7 +54,7 @@ DEFAULT_PORT: Final = 8883
 DEFAULT_SERVICE_PORT: Final = 8443
 HOME: Final = "FLEET_HOME"
 PASSPHRASE: Final = "FLEET_CA_PASSPHRASE"
-MAX_PASSPHRASE_BYTES: Final = 1023  # of OpenSSL
+MAX_PASSPHRASE_BYTES: Final = 1023  # the limit of OpenSSL
 COLLECTOR: Final = "collector"
 EMBEDDED: Final = "embedded"  # the brokers that `fleet up` starts
 MOSQUITTO: Final = "mosquitto"
@@ -138,14 +138,14 @@ class FleetHome:
 
     @classmethod
     def create(cls, folder: Path, config: FleetConfig) -> FleetHome:
-        """Create the folder, or bring an existing one to `config`.
+        """Create a fleet in `folder`, or give an existing fleet the configuration `config`.
 
-        The fleet's own identities follow the broker's address.
+        The fleet's own identities get the broker's address of `config`.
         """
         passphrase = ca_passphrase()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         home = cls(folder, config)
-        home.registry().close()  # before the file is written: a registry that opens
+        home.registry().close()  # the registry must open before the file is written
         home.save()
         finish_retirement(home.ca_folder)
         if not home.ca_folder.exists():
@@ -259,7 +259,7 @@ class FleetHome:
         return self.folder / "bundles"
 
     def keep_bundle(self, source: Path) -> str:
-        """Copy the bundle in `source` to those that the server offers, and sign it; its id.
+        """Copy the bundle in `source` to those that the server offers, sign it, return its id.
 
         Raises:
             BundleError: a file is missing or altered.
@@ -272,10 +272,11 @@ class FleetHome:
         return manifest.bundle_id
 
     def remove_bundle(self, bundle: str, *, force: bool = False) -> tuple[str, int]:
-        """Remove a bundle from those that the server offers; its id, and the bytes that are free.
+        """Remove a bundle from those that the server offers; return its id and the freed bytes.
 
         Raises:
-            RolloutError: it is unknown, or needed; without `force` also for a way back.
+            RolloutError: the bundle is unknown or in use, or, without `force`, a roll-out can go
+                back to it.
             ConfigError: its files cannot be deleted.
         """
         own = bundle_id_of(Path(self.config.bundle))
@@ -285,23 +286,23 @@ class FleetHome:
 
     @property
     def software(self) -> Path:
-        """The folder of the versions of the devices' software, each in a folder named by it."""
+        """The folder of the devices' software, with a folder for each version."""
         return self.folder / "software"
 
     def keep_software(self, wheel: Path) -> SoftwareManifest:
         """Copy a wheel to the versions that the server offers, and sign it.
 
         Raises:
-            SoftwareError: it is not a wheel of this project, or another one of its version was
-                added.
+            SoftwareError: it is not a wheel of this project, or a different wheel of the same
+                version was added before.
             ConfigError: the fleet's folder cannot be written.
         """
         return keep_software(wheel, self.software, self.authority().sign_bundle)
 
     def keep_own_bundle(self) -> None:
-        """Keep the fleet's bundle as `keep_bundle`, if its folder is on this machine.
+        """Offer the fleet's own bundle, as `keep_bundle` does, if it is on this machine.
 
-        Log why not, if it cannot be kept: a server without it serves the other bundles.
+        If that fails, log the reason: the server still offers the other bundles.
         """
         bundle = Path(self.config.bundle)
         if bundle_id_of(bundle) is None:
@@ -332,7 +333,7 @@ class FleetHome:
     def service(
         self, registry: Registry, listen: str, tls: ServerTls, authority: CertificateAuthority
     ) -> EnrolmentServer:
-        """Make the HTTPS service, which is not started."""
+        """Make the HTTPS service; do not start it."""
         with needs("server"):
             from provisioning.enrolment_service import EnrolmentService
             from provisioning.service import EnrolmentServer
@@ -383,10 +384,11 @@ class FleetHome:
             )
 
     def certify_again(self, identity: Identity) -> None:
-        """Replace key and certificate of an identity in its folder, even an expired one.
+        """Replace key and certificate in an identity's folder, even if they have expired.
 
         Raises:
-            FleetError: it is not enrolled, suspended or revoked, or a file cannot be used.
+            FleetError: the identity is suspended, revoked or not enrolled, or a file cannot be
+                used.
         """
         with self.registry() as registry:
             renew_own(registry, self.authority(), identity)
@@ -407,7 +409,7 @@ class FleetHome:
     def renew_own(self) -> None:
         """Renew the fleet's own identities that are due, for their next connections.
 
-        One whose files cannot be used is logged; the others are renewed.
+        An identity whose files cannot be used is logged; the others are renewed.
         """
         for folder in sorted((self.folder / "identities").iterdir()):
             try:
@@ -433,7 +435,7 @@ class FleetHome:
     def operator(self) -> Iterator[Identity]:
         """Lease an operator's identity for the block.
 
-        Each concurrent command has its own, since a client id has one connection.
+        Each concurrent command has an identity of its own, since a client id has one connection.
         """
         for number in itertools.count(1):
             identity = self.identity(operator_name(number), Role.SERVER)
@@ -458,7 +460,7 @@ def _cached_crl(authority: CertificateAuthority, registry: Registry) -> Callable
 
 
 def create_fleet(folder: Path, config: FleetConfig) -> FleetHome:
-    """Create a fleet for an operator, with a note where the authority's key is not encrypted."""
+    """Create a fleet for an operator; print a note if the authority's key is not encrypted."""
     is_new = not (folder / "ca").exists()
     home = FleetHome.create(folder, config)
     if is_new and not ca_passphrase():
@@ -475,7 +477,8 @@ def ca_passphrase() -> str | None:
     """Return the passphrase of the authority's key, from the environment; None if there is none.
 
     Raises:
-        ConfigError: OpenSSL or UTF-8 cannot hold it. The message does not quote it.
+        ConfigError: the passphrase is too long for OpenSSL, or not in UTF-8. The message does not
+            quote the passphrase.
     """
     passphrase = os.environ.get(PASSPHRASE)
     num_bytes = len(os.environb.get(PASSPHRASE.encode(), b""))
@@ -490,7 +493,11 @@ def ca_passphrase() -> str | None:
 
 
 def _plain_path(text: str) -> Path:
-    """Return the path in ``$FLEET_HOME``. Raises ConfigError for traces of an environment file."""
+    """Return the path in ``$FLEET_HOME``.
+
+    Raises:
+        ConfigError: it is empty, or has quotes or control characters, as environment files leave.
+    """
     if not text.strip() or HIDDEN.search(text) or text[0] in QUOTES or text[-1] in QUOTES:
         raise ConfigError(
             f"{HOME} is {text[:200]!r}: expected a folder's path, without quotes or control "
@@ -507,7 +514,7 @@ def own_role(name: str) -> Role | None:
 
 
 def check_own_names(enrolments: Iterable[Enrolment]) -> None:
-    """Raise ConfigError when a name of the fleet's own is to be enrolled in another role."""
+    """Raise ConfigError when a name of the fleet's own is to be enrolled in a different role."""
     for each in enrolments:
         role = own_role(each.name)
         if role not in (None, each.role):

@@ -34,7 +34,7 @@ from provisioning.authority import CertificateAuthority
 if TYPE_CHECKING:
     from fleet.monitoring.http_endpoint import HttpEndpoint
 
-LINK_S: Final = 5.0  # for the first attempt to reach the broker, before the server reports ready
+LINK_S: Final = 5.0  # longest wait for the link to the broker before the server reports ready
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,9 @@ class ServerOptions:
     """Options of `fleet server`.
 
     Broker and service listen on the address `listen`, the fleet's own when it is None. Without
-    `has_broker` the broker runs elsewhere; `mosquitto` is then the folder of one that follows the
-    registry, and `reload` the command that makes it read its files. `metrics` is the address of the
-    HTTP endpoint.
+    `has_broker` the broker runs elsewhere. `mosquitto` is then the folder of a mosquitto whose
+    files the server keeps equal to the registry, and `reload` the command that makes mosquitto read
+    them. `metrics` is the address of the HTTP endpoint.
     """
 
     listen: str | None = None
@@ -64,9 +64,9 @@ def run_server(home: FleetHome, options: ServerOptions) -> None:
 
 
 def _start(stack: ExitStack, home: FleetHome, options: ServerOptions, stop: threading.Event) -> str:
-    """Start everything on `stack`; the line that announces it.
+    """Start everything on `stack`; return the line that announces the server.
 
-    A broker that runs elsewhere may come later: the link waits for it, and the service does not.
+    A broker that runs elsewhere may start later: only the link to it waits, the service does not.
     """
     config = home.config
     listen = options.listen or config.host
@@ -125,7 +125,8 @@ def _change_watcher(
     authority: CertificateAuthority,
     tls_servers: Sequence[TlsServer],
 ) -> ChangeWatcher:
-    """The tasks after each change of the registry, and after each new connection to the broker.
+    """Return the watcher that runs the server's tasks after each change of the registry, and after
+    each new connection to the broker.
 
     `tls_servers` present the server's certificate. `authority` is the object that the service signs
     with; it follows a rotation.

@@ -58,7 +58,7 @@ def write_mosquitto(
     host: str | None = None,
     port: int | None = None,
 ) -> Path:
-    """Write every file of a mosquitto for `home` into `folder`; the path of `mosquitto.conf`.
+    """Write every file of a mosquitto for `home` into `folder`; return its configuration file.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -99,11 +99,11 @@ def start_mosquitto(home: FleetHome, folder: Path, listen: str | None = None) ->
     It listens on the address `listen`, by default on the fleet's host.
 
     Raises:
-        ConfigError: it is not installed, or the folder cannot be written.
-        FleetError: it did not start.
+        ConfigError: mosquitto is not installed, or the folder cannot be written.
+        FleetError: mosquitto did not start.
     """
     program = find_mosquitto()
-    raise_file_limit()  # mosquitto inherits it
+    raise_file_limit()  # mosquitto inherits the limit
     with home.registry() as registry:
         path = write_mosquitto(home, registry, folder, listen)
     process = Child(MOSQUITTO, ("-c", str(path)), (program,))
@@ -116,7 +116,7 @@ def start_mosquitto(home: FleetHome, folder: Path, listen: str | None = None) ->
 
 
 def reload_by(folder: Path, command: str | None) -> Callable[[], None]:
-    """The call that makes the mosquitto of `folder` reload: `command`, or SIGHUP if it is None."""
+    """Return the function that reloads the mosquitto of `folder`, by `command` or by SIGHUP."""
     if command:
         return mosquitto_reload.reload_by_command(command)
     return mosquitto_reload.reload_by_signal(folder / PID_FILE)

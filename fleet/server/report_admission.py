@@ -14,7 +14,7 @@ from fleet.protocol.types import DAY_S
 
 MAX_SWITCHES: Final = 16
 MAX_SOURCES: Final = 19
-"""The sources of a report on a bundle whose exits are not known."""
+"""The most sources of a report on a bundle whose exits are not known."""
 
 MIN_COST: Final = 500
 SWITCH_COST: Final = 1000
@@ -22,7 +22,7 @@ SWITCH_COST: Final = 1000
 
 BURST_BYTES: Final = 500_000
 RATE_BYTES: Final = 32_000
-"""The volume of one device: at once, and then a second."""
+"""The bytes of reports that one device may send: at once, and then per second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class DeviceVolumes:
         return self._level(device, now) > 0
 
     def charge(self, device: str, num_bytes: int, now: float) -> None:
-        """Count a report."""
+        """Count a report of `num_bytes`."""
         self._levels[device] = (self._level(device, now) - num_bytes, now)
 
     def _level(self, device: str, now: float) -> float:

@@ -25,7 +25,7 @@ class RetainedCleaner:
         self._cleared = set()
 
     def clear(self) -> None:
-        """Publish an empty retained message on each topic of the identities deleted since.
+        """Publish an empty retained message on each topic of the newly deleted identities.
 
         Raises:
             LinkError: the queue of the link is full.

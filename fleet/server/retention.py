@@ -47,6 +47,6 @@ class Retention:
                 num_deleted = self._stats.delete_old_generations(before, BATCH_SIZE)
             except RegistryError as error:
                 log.warning("no old generation was deleted: %s", error)
-            except Exception:  # the outermost boundary of a thread
+            except Exception:  # the thread must go on
                 log.exception("no old generation was deleted")
             self._stop.wait(PAUSE_S if num_deleted == BATCH_SIZE else PERIOD_S)

@@ -12,7 +12,7 @@ PERIOD_S: Final = 2.0
 
 
 class RolloutEngine:
-    """Applies the next step of every open roll-out; all of its state is in the registry."""
+    """The task that applies the next step of every open roll-out. Its state is in the registry."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """Detection of two processes that use one identity, such as a copied folder.
 
-Each connection of one ends that of the other at the broker, so that their statuses take turns. Each
-process has an epoch of its own, and a status returns to the epoch of an earlier one only if both
-processes run.
+At the broker, each connection of one process ends the connection of the other, so their statuses
+alternate. Each process has an epoch of its own. So an earlier epoch returns only if both processes
+run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 WINDOW_S: Final = 3600.0
-MIN_RETURNS: Final = 2  # one may be a message that the broker delivered late
+MIN_RETURNS: Final = 2  # a single return may be a message that the broker delivered late
 MAX_EPOCHS: Final = 8
 
 SHARED_IDENTITY: Final = "shared_identity"
@@ -34,7 +34,7 @@ class SharedIdentityDetector:
         self._names: dict[str, _Epochs] = {}
 
     def observe(self, name: str, epoch: int, now: float) -> bool:
-        """Note the epoch of an online status; return whether to report that two processes use it.
+        """Note the epoch of a birth; return whether to report that two processes use the name.
 
         A name is reported once in `WINDOW_S` seconds.
         """

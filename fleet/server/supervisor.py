@@ -38,7 +38,7 @@ class FleetProcesses(NamedTuple):
 
 
 def check_broker(broker: str) -> None:
-    """Raise ConfigError when `fleet up` cannot start such a broker."""
+    """Raise ConfigError when `fleet up` cannot start a broker of this kind."""
     if broker not in (EMBEDDED, MOSQUITTO):
         raise ConfigError(f"--broker {broker}: expected {EMBEDDED} or {MOSQUITTO}")
     if broker == MOSQUITTO:
@@ -69,7 +69,7 @@ def check_ports(config: FleetConfig, listen: str | None = None) -> None:
 def check_metrics_ports(config: FleetConfig, metrics_port: int | None, num_workers: int) -> None:
     """Raise ConfigError when a port of the server's or a worker's metrics is impossible or used.
 
-    With 0 the system chooses them.
+    With 0 the system chooses the ports.
     """
     if not metrics_port:
         return
@@ -107,7 +107,7 @@ def fleet_processes(
     shares = broker == MOSQUITTO
     options = worker_options(settings, Path(home.config.bundle), num_workers)
     with ExitStack() as stack:
-        # Each folder before a broker starts: its rights are in the broker's first files.
+        # Enrol each worker before a broker starts, whose first files then have the worker's rights.
         names = [worker_name(number) for number in range(1, num_workers + 1)]
         folders = [worker_folder(home, name, shares=shares) for name in names]
         server_options = _metrics_options(metrics_port, 0)
@@ -160,7 +160,7 @@ def server_processes(
 
 
 def worker_folder(home: FleetHome, name: str, *, shares: bool) -> Path:
-    """The identity folder of one of our workers; `shares` is for shared subscriptions."""
+    """The identity folder of one of our workers; with `shares` it uses shared subscriptions."""
     identity = home.identity(name, Role.WORKER)
     if identity.config.shared_subscriptions is not shares:
         config = msgspec.structs.replace(identity.config, shared_subscriptions=shares)

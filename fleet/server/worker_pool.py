@@ -23,7 +23,7 @@ from fleet.server.worker_settings import WorkerSettings
 
 SCALE_S: Final = 2.0
 IDLE_S: Final = 300.0
-"""How long a worker is kept after its bundle was last desired."""
+"""Time for which a worker is kept after its bundle was last desired."""
 
 RESTART_S: Final = 30.0
 """Minimum time between two starts of a worker that ends by itself."""

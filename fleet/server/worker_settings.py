@@ -16,8 +16,9 @@ from fleet.errors import BundleError
 class WorkerSettings:
     """The options of each worker; None is the default for its bundle and this machine.
 
-    The default weights are the fastest that keep the agreement with float32, or those of the bundle
-    where none is measured; several workers share this machine's cores.
+    The default weights are the fastest that keep the agreement with float32. For a model that was
+    not measured, they have the size of the bundle's own. Several workers share this machine's
+    cores.
     """
 
     weights: str | None = None
@@ -32,7 +33,7 @@ class WorkerSettings:
             arguments += ["--kv-budget-mb", str(self.kv_budget_mb)]
         if self.threads:
             arguments += ["--threads", str(self.threads)]
-        elif num_workers > 1:  # a single one chooses its own number
+        elif num_workers > 1:  # a single worker chooses the number itself
             arguments += ["--threads", threads_per_worker(num_workers)]
         return arguments
 

@@ -213,7 +213,7 @@ def test_a_fleet_keeps_its_registry_and_retention_by_default(tmp_path: Path) -> 
     assert resolve_config(tmp_path, FleetOptions(bundle="/no/bundle")) == first
     changed = FleetOptions(registry=registry, retention_days=7)
     assert resolve_config(tmp_path, changed).retention_days == 7
-    with pytest.raises(ConfigError, match="another registry, where its devices are enrolled"):
+    with pytest.raises(ConfigError, match="are enrolled in a different registry"):
         resolve_config(tmp_path, FleetOptions(registry="postgresql://elsewhere/fleet"))
 
 

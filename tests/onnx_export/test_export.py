@@ -73,7 +73,7 @@ def test_heads_for_other_exits_or_another_model_are_refused(
             heads=make_tiny_heads(tmp_path / "three", tiny_checkpoint, exits=(3,)),
         )
     other = make_tiny_checkpoint(tmp_path / "other", seed=9)
-    with pytest.raises(HeadsError, match="trained for another model"):
+    with pytest.raises(HeadsError, match="trained for a different model"):
         export(tmp_path / "b", tiny_checkpoint, heads=make_tiny_heads(tmp_path / "others", other))
     (tmp_path / "garbage").write_bytes(b"no heads")
     with pytest.raises(HeadsError, match="cannot read the exit heads"):

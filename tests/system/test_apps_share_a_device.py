@@ -145,7 +145,7 @@ def test_another_prompt_with_the_id_of_one_in_progress_is_refused(tiny_bundle: B
             publish(fleet, "ask", ALONE)
             publish(fleet, "ask", msgspec.structs.replace(ALONE, prompt="How cold is it?"))
             error = error_of(fleet.next_reply("ask"))
-        assert "bad_prompt: request id ask belongs to another prompt" in error
+        assert "bad_prompt: request id ask belongs to a different prompt" in error
         assert read_answer(fleet, "ask").last.usage
 
 
