@@ -10,7 +10,7 @@ DOCS := .venv/.docs
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs clean
+.PHONY: help demo test test-parts check bench docs clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' Makefile
@@ -21,13 +21,15 @@ $(INSTALLED): pyproject.toml scripts/bootstrap.py
 demo: $(INSTALLED)  ## Run the whole fleet on this machine and watch it answer (ARGS="--prompt ...")
 	@$(BIN)/fleet demo $(ARGS)
 
-test: $(INSTALLED)  ## Run all tests in JOBS processes, 3 unless given (ARGS="-k ...")
+test: test-parts  ## Run all tests in JOBS processes, 3 unless given (ARGS="-k ...")
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-parts: $(INSTALLED)
 	@scripts/install_mosquitto.sh
 	@scripts/install_postgresql.sh
 	@scripts/install_systemd.sh
 	@echo "==> the default model's bundle: fetched and built if it is missing"
 	@$(BIN)/python -c "from onnx_export.default_bundle import default_bundle; print(default_bundle(print))"
-	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(INSTALLED)  ## Lint, format, types, import rules
 	@$(BIN)/ruff check

@@ -34,7 +34,8 @@ def main():
     # An older pip takes minutes longer to find versions that fit together.
     pip = [python, "-m", "pip", "install"]
     run("bringing .venv's pip up to date", *pip, "--quiet", "--upgrade", "pip")
-    install = [*pip, "--disable-pip-version-check"]
+    # Two of three modules are never imported; Python compiles the others when it needs them.
+    install = [*pip, "--disable-pip-version-check", "--no-compile"]
     if not sys.stdout.isatty():
         install.append("--quiet")
     run("installing " + TORCH + ", the largest package", *install, TORCH)
