@@ -2,7 +2,8 @@
 
 PYTHON ?= python3
 ARGS ?=
-JOBS ?= 3
+# Many tests wait for other processes, so two of them share a core.
+JOBS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores > 3 ? 8 : 2 * cores)))
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 DOCS := .venv/.docs
@@ -21,7 +22,7 @@ $(INSTALLED): pyproject.toml scripts/bootstrap.py
 demo: $(INSTALLED)  ## Run the whole fleet on this machine and watch it answer (ARGS="--prompt ...")
 	@$(BIN)/fleet demo $(ARGS)
 
-test: test-parts  ## Run all tests in JOBS processes, 3 unless given (ARGS="-k ...")
+test: test-parts  ## Run all tests in JOBS processes, two a core unless given (ARGS="-k ...")
 	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-parts: $(INSTALLED)
