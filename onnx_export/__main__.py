@@ -69,6 +69,13 @@ def export_command(
             help="Least share of tokens equal to PyTorch's, if less than the export requires.",
         ),
     ] = ExportConfig.accept,
+    prompt_format: Annotated[
+        str | None,
+        typer.Option(
+            help="'chat': conversations, the default of a model with a chat template; "
+            "'raw': texts, which the model continues."
+        ),
+    ] = None,
 ) -> None:
     """Export MODEL as a bundle for devices and cloud workers."""
     exit_layers = parse_numbers(exits, int, "--exits", "8,15")
@@ -86,6 +93,7 @@ def export_command(
         calibration=calibration,
         max_positions=max_positions,
         accept=accept,
+        prompt_format=prompt_format,  # type: ignore[arg-type]  # checked by the export
     )
     require_packages()
     config.check()

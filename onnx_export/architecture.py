@@ -164,16 +164,20 @@ def model_info(
 def eos_token_ids(name: str, model: Any, tokenizer: Any | None = None) -> tuple[int, ...]:
     """Return all end-of-sequence tokens of the configurations and the tokenizer, in order.
 
-    Checkpoints often name the end of a turn in one of these places only. Ids without a row in the
-    embedding are left out, as the model cannot generate them.
+    Checkpoints often name the end of a turn in one of these places only, or only write it with
+    their chat template, as those made of a GGUF file do. Ids without a row in the embedding are
+    left out, as the model cannot generate them.
 
     Raises:
         ExportError: no token is left.
     """
+    from onnx_export.tokenizer import turn_end_id  # which imports transformers
+
     ids: list[Any] = []
     for source in (model.config, model.generation_config, tokenizer):
         eos = getattr(source, "eos_token_id", None)
         ids += eos if isinstance(eos, list | tuple) else [eos]
+    ids.append(turn_end_id(tokenizer))
     known = [each for each in range(model.config.vocab_size) if each in ids]
     if not known:
         raise ExportError(

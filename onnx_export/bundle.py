@@ -115,7 +115,7 @@ def build_bundle(
     parity.check_parity(figures, limits)
     progress(f"writing layers [{config.upload}, {info.num_layers}) for the cloud")
     write_cloud(model, config.upload, folder / "cloud")
-    write_tokenizer(tokenizer, name, info.vocab_size, folder / "tokenizer")
+    write_tokenizer(tokenizer, name, info.vocab_size, folder, config.prompt_format)
     digest = heads_digest(heads.heads)
     thresholds, calibration = choose_thresholds(config, digest)
     manifest = Manifest(
@@ -186,7 +186,9 @@ def load_model_and_tokenizer(config: ExportConfig, progress: Progress) -> tuple[
     check_exits(config.exits, model_config.num_hidden_layers)
     check_generation_config(source)
     tokenizer = load_pretrained(AutoTokenizer, source, config.model)
-    check_tokenizer(tokenizer, config.model, model_config.vocab_size, progress)
+    check_tokenizer(
+        tokenizer, config.model, model_config.vocab_size, progress, config.prompt_format
+    )
     return open_model(source, config.model, progress), tokenizer
 
 

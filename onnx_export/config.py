@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, get_args
 
+from fleet.bundles.manifest import PROMPT_FORMATS, PromptFormat
 from fleet.errors import ConfigError, ExportError, MissingExtraError
 from fleet.exits.exit_policy import check_threshold
 from fleet.utils.cli_runtime import check_free
@@ -41,6 +42,7 @@ class ExportConfig:
     `upload_layer` is the split or an earlier exit. `max_positions` bounds a session's length in
     tokens. `accept` lowers the agreement with PyTorch that the export requires. `graph_cache` is
     the folder of graphs that later exports reuse, by default one in the user's cache.
+    `prompt_format` is ``chat`` by default if the tokenizer has a chat template, else ``raw``.
     """
 
     out: Path
@@ -56,6 +58,7 @@ class ExportConfig:
     max_positions: int = 8192
     top_k: int = 64
     accept: float = 1.0
+    prompt_format: PromptFormat | None = None
     graph_cache: Path | None = None
 
     @property
@@ -83,6 +86,11 @@ class ExportConfig:
             raise ConfigError(
                 f"unknown quantization {self.quantization!r}: "
                 f"expected one of {', '.join(QUANTIZATIONS)}"
+            )
+        if self.prompt_format not in (None, *PROMPT_FORMATS):
+            raise ConfigError(
+                f"unknown prompt format {self.prompt_format!r}: "
+                f"expected one of {', '.join(PROMPT_FORMATS)}"
             )
         self._check_heads()
         self._check_layers()

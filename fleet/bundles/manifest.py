@@ -25,6 +25,10 @@ FILE_PATH: Final = r"\A(edge|cloud|tokenizer)/[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}\
 Side = Literal["edge", "cloud", "tokenizer"]
 SIDES: Final[tuple[Side, ...]] = get_args(Side)
 EDGE_SIDES: Final[tuple[Side, ...]] = ("edge", "tokenizer")  # of a device
+PromptFormat = Literal["chat", "raw"]
+PROMPT_FORMATS: Final[tuple[PromptFormat, ...]] = get_args(PromptFormat)
+CHAT_TEMPLATE: Final = "tokenizer/chat_template.jinja"
+TOOL_TEMPLATE: Final = "tokenizer/tool_use_template.jinja"
 
 
 class ModelInfo(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -88,6 +92,15 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """The half-open layer ranges of the edge blocks, e.g. ((0, 8), (8, 15))."""
         return tuple(zip((0, *self.exits[:-1]), self.exits, strict=True))
 
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """``chat`` if the bundle has a chat template; ``raw`` if its model continues a text."""
+        return "chat" if self.has_file(CHAT_TEMPLATE) else "raw"
+
+    def has_file(self, name: str) -> bool:
+        """Return whether the bundle has a file of this name, e.g. ``edge/block_0.onnx``."""
+        return any(entry.path == name for entry in self.files)
+
 
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of the bundle in `folder`; its files are not read.
@@ -135,7 +148,7 @@ class Bundle:
         Raises:
             BundleError: the manifest has no such file.
         """
-        if all(entry.path != name for entry in self.manifest.files):
+        if not self.manifest.has_file(name):
             raise BundleError(
                 f"bundle {self.manifest.bundle_id} has no file {name}; export the bundle again"
             )

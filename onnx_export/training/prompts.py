@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 
 from fleet.errors import ExportError
+from onnx_export.tokenizer import start_ids
 from onnx_export.training.generation import generate_texts
 
 MARK: Final = "\N{REPLACEMENT CHARACTER}"
@@ -24,14 +25,22 @@ MIN_VARIETY: Final = 0.5  # distinct words per word
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A chat template around the user's text, as token ids; `after` begins with its end token."""
+    """Token ids before and after the user's text. Prompts are drawn after `start`, until `end`.
+
+    Without a chat template there is none after it: a prompt is the beginning of a text, and is
+    drawn to any length.
+    """
 
     before: tuple[int, ...]
     after: tuple[int, ...]
+    start: tuple[int, ...]
+    end: int
 
     @classmethod
     def of(cls, tokenizer: Any) -> ChatFormat:
         """Split a chat template; raise ExportError if it changes the text or lacks a side."""
+        if not tokenizer.chat_template:
+            return cls._of_texts(tokenizer)
         chat = [{"role": "user", "content": MARK}]
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         if text.count(MARK) != 1:
@@ -46,22 +55,38 @@ class ChatFormat:
                 "the chat template has nothing before or after the user's words; "
                 "cannot draw prompts"
             )
-        return cls(tuple(before), tuple(after))
+        return cls(tuple(before), tuple(after), start=tuple(before), end=after[0])
+
+    @classmethod
+    def _of_texts(cls, tokenizer: Any) -> ChatFormat:
+        """Return the format of texts. Without a token that begins them they follow an end token.
+
+        Raises:
+            ExportError: there is no end token.
+        """
+        end = tokenizer.eos_token_id
+        if end is None:
+            raise ExportError(
+                "the tokenizer has no chat template and no end token; expected one of them, "
+                "set eos_token in its tokenizer_config.json"
+            )
+        before = tuple(start_ids(tokenizer))
+        return cls(before, (), start=before or (end,), end=end)
 
 
 def generate_prompts(
     model: Any, tokenizer: Any, chat: ChatFormat, count: int, generator: torch.Generator
 ) -> list[str]:
-    """Let the model fill an empty user turn `count` times; return the texts that are prompts."""
+    """Let the model write `count` user turns, or beginnings of texts; return the prompts."""
     drawn = generate_texts(
         model,
-        [chat.before] * count,
-        ends=[chat.after[0]],
+        [chat.start] * count,
+        ends=[chat.end],
         max_new_tokens=MAX_DRAWN_TOKENS,
         temperature=DRAW_TEMPERATURE,
         generator=generator,
     )
-    complete = [ids for ids in drawn if len(ids) < MAX_DRAWN_TOKENS]
+    complete = [ids for ids in drawn if not chat.after or len(ids) < MAX_DRAWN_TOKENS]
     texts = [tokenizer.decode(ids).strip() for ids in complete]
     return [text for text in texts if is_prompt(text)]
 

@@ -11,15 +11,22 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edge_agent.engine.tokenizer import ChatTokenizer
-from fleet.bundles.manifest import Bundle
+from fleet.bundles.manifest import CHAT_TEMPLATE as CHAT_TEMPLATE_FILE
+from fleet.bundles.manifest import TOOL_TEMPLATE, Bundle
 from fleet.errors import ExportError
 from fleet.protocol.prompt import ChatMessage
 from onnx_export.architecture import eos_token_ids
 from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig
-from onnx_export.tokenizer import CONVERSATION, WITH_SYSTEM_TURN, check_tokenizer
+from onnx_export.tokenizer import (
+    CONVERSATION,
+    WITH_SYSTEM_TURN,
+    chat_templates,
+    check_tokenizer,
+)
 from tests.tiny import CHAT_TEMPLATE, VOCAB_SIZE, make_tiny_checkpoint, make_tiny_tokenizer
 
+TOOLS_TEMPLATE = "{{ tools | tojson }}" + CHAT_TEMPLATE
 REFUSES_SYSTEM_TURNS = (
     "{% if messages[0]['role'] == 'system' %}"
     "{{ raise_exception('System role not supported') }}{% endif %}" + CHAT_TEMPLATE
@@ -73,6 +80,8 @@ def test_an_answer_ends_at_the_end_tokens_of_all_three_sources(
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)  # its end token is 2
     assert eos_token_ids("tiny", model, tokenizer) == expected
+    tokenizer.eos_token = None  # the chat template still writes it after an answer
+    assert eos_token_ids("tiny", model, tokenizer) == expected
 
 
 def test_odd_parts_of_a_checkpoint_are_mended_in_the_bundle(tmp_path: Path) -> None:
@@ -82,13 +91,15 @@ def test_odd_parts_of_a_checkpoint_are_mended_in_the_bundle(tmp_path: Path) -> N
     tokenizer.save_pretrained(checkpoint)
     (checkpoint / "chat_template.jinja").unlink()
     templates = [
-        {"name": "tool_use", "template": "{{ tools[0] }}"},
+        {"name": "tool_use", "template": TOOLS_TEMPLATE},
+        {"name": "rag", "template": "{{ documents[0].text }}"},
         {"name": "default", "template": CHAT_TEMPLATE},
     ]
     set_json(checkpoint / "tokenizer_config.json", chat_template=templates)
     bundle, lines = export(tmp_path, checkpoint)
     assert bundle.manifest.model.eos_token_ids == (0, 2)
-    assert bundle.path("tokenizer/chat_template.jinja").read_text() == CHAT_TEMPLATE
+    assert bundle.path(CHAT_TEMPLATE_FILE).read_text() == CHAT_TEMPLATE
+    assert bundle.path(TOOL_TEMPLATE).read_text() == TOOLS_TEMPLATE
     assert (
         "left out 1 of the tokenizer's added tokens, such as '<pad>': "
         "no row in the embedding of 384 rows"
@@ -118,17 +129,28 @@ def test_a_template_that_needs_a_token_beyond_the_embedding_is_refused() -> None
         check_tokenizer(tokenizer, "tiny", VOCAB_SIZE)
 
 
-@pytest.mark.parametrize(
-    ("templates", "message"),
-    [
-        (None, "has no chat template"),
-        ({"tool_use": CHAT_TEMPLATE}, "several and none of them is 'default'"),
-    ],
-)
-def test_a_tokenizer_without_a_default_template_is_refused(templates: Any, message: str) -> None:
+@pytest.mark.parametrize("is_list", [True, False])
+def test_several_templates_are_found_in_both_forms_of_a_checkpoint(
+    is_list: bool, tmp_path: Path
+) -> None:
     tokenizer = make_tiny_tokenizer()
-    tokenizer.chat_template = templates
-    with pytest.raises(ExportError, match=message):
+    tokenizer.chat_template = {"default": CHAT_TEMPLATE, "tool_use": TOOLS_TEMPLATE}
+    tokenizer.save_pretrained(tmp_path, save_jinja_files=not is_list)
+    has_files = (tmp_path / "additional_chat_templates" / "tool_use.jinja").is_file()
+    assert has_files is not is_list
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert chat_templates(loaded, "tiny") == {
+        CHAT_TEMPLATE_FILE: CHAT_TEMPLATE,
+        TOOL_TEMPLATE: TOOLS_TEMPLATE,
+    }
+    assert chat_templates(loaded, "tiny", "raw") == {}
+
+
+@pytest.mark.parametrize("template", ["{{ tools[0]['x'].y }}" + CHAT_TEMPLATE, "{{ tools }}"])
+def test_a_template_of_tools_that_does_not_work_is_refused(template: str) -> None:
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = {"default": CHAT_TEMPLATE, "tool_use": template}
+    with pytest.raises(ExportError, match=r"the chat template of tiny (fails|leaves out)"):
         check_tokenizer(tokenizer, "tiny", VOCAB_SIZE)
 
 

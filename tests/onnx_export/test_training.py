@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fleet.errors import ConfigError, ExportError
@@ -42,7 +43,7 @@ from onnx_export.training.prompts import (
     without_repeats,
 )
 from onnx_export.training.train import train_heads
-from tests.tiny import make_tiny_checkpoint
+from tests.tiny import make_tiny_checkpoint, make_tiny_tokenizer
 
 EXITS = (1, 3)
 END = 2
@@ -168,6 +169,24 @@ def test_prompts_are_drawn_after_the_template_and_filtered(
         "What is this?",
         "Another one",
     ]
+
+
+def test_prompts_of_a_model_without_a_template_are_beginnings_of_texts(model: Any) -> None:
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = None
+    texts = ChatFormat.of(tokenizer)
+    assert texts == ChatFormat(before=(), after=(), start=(END,), end=END)
+    drawn = generate_prompts(model, tokenizer, texts, 64, torch.Generator().manual_seed(1))
+    assert drawn
+    assert all(is_prompt(text) for text in drawn)
+    start = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", start)]
+    )
+    assert ChatFormat.of(tokenizer) == ChatFormat((start,), (), start=(start,), end=END)
+    tokenizer.eos_token = None
+    with pytest.raises(ExportError, match="no chat template and no end token"):
+        ChatFormat.of(tokenizer)
 
 
 def test_drawn_prompts_are_different_and_come_again_with_their_seed(
