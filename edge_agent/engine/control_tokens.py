@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 from tokenizers import AddedToken, Tokenizer
 
 from fleet.errors import PromptError
-from fleet.protocol.prompt import ChatMessage
 
 # Unicode's noncharacters stand for no text; they are removed from messages.
 HOLDER: Final = "\ufdd0"  # encloses the number of a control token's name inside a message
@@ -33,7 +32,7 @@ class ControlTokens:
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str) -> None:
-        """Change `tokenizer` as described; `template` is the source of the chat template."""
+        """Change `tokenizer` as described; `template` is the source of all chat templates."""
         self._tokenizer = tokenizer
         added = {
             token_id: token
@@ -56,14 +55,40 @@ class ControlTokens:
         self._forbidden = added.keys() - set(self._encode(UNKNOWN))
         self._as_text = [self._ordinary_text(token.content, i) for i, token in added.items()]
 
-    def shield(self, message: ChatMessage) -> str:
-        """Return the content of a message with its names of control tokens replaced."""
-        content = MARKS.sub("", message.content)
-        names = self._special_names if message.role == "assistant" else self._names
-        return names.sub(lambda match: f"{HOLDER}{self._numbers[match[0]]}{HOLDER}", content)
+    def shield(self, value: Any, *, is_assistant: bool = False) -> Any:
+        """Return a text, or a value of JSON, with the names of control tokens in it replaced.
+
+        In the assistant's text these are the names of special tokens alone.
+        """
+        if isinstance(value, str):
+            return self._shield_text(value, is_assistant=is_assistant)
+        if isinstance(value, dict):
+            return {self.shield(key): self.shield(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.shield(item) for item in value]
+        return value
+
+    def _shield_text(self, text: str, *, is_assistant: bool) -> str:
+        names = self._special_names if is_assistant else self._names
+        return names.sub(
+            lambda match: f"{HOLDER}{self._numbers[match[0]]}{HOLDER}", MARKS.sub("", text)
+        )
+
+    def restore(self, text: str) -> str:
+        """Return a text that was made of shielded values, with the names back in place."""
+        names = list(self._numbers)
+        return HELD.sub(lambda match: names[int(match[1])], text)
+
+    def encode_raw(self, text: str) -> list[int]:
+        """Return the token ids of a text in which names of control tokens are control tokens.
+
+        Raises:
+            PromptError: the text makes a control token in another way.
+        """
+        return self.encode(MARKS.sub("", text))
 
     def encode(self, rendered: str) -> list[int]:
-        """Return the token ids of a rendered conversation with shielded messages.
+        """Return the token ids of a rendered conversation, or another text, that was shielded.
 
         Raises:
             PromptError: a message makes a control token in another way.

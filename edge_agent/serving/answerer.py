@@ -78,7 +78,7 @@ class Answerer:
         """
         needs_cloud = plan.mode is not Mode.STANDALONE and not job.cancelled.is_set()
         cloud_session = self._connect(job, plan) if needs_cloud else None
-        text = self._tokenizer.stream()
+        text = self._tokenizer.stream(job.prompt)
         try:
             with cloud_session or nullcontext():
                 finish_reason = self._generate(job, plan, text)

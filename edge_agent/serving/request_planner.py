@@ -106,7 +106,7 @@ class RequestPlanner:
         )
 
     def _prompt_ids(self, prompt: PromptRequest) -> list[int]:
-        prompt_ids = self._tokenizer.encode_chat(prompt.chat)
+        prompt_ids = self._tokenizer.encode(prompt)
         num_known = self._partition.num_token_ids
         if max(prompt_ids) >= num_known:
             raise PromptError(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
 from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer
 from edge_agent.generation.decoder import Decoder
 from fleet.errors import BundleError
 from fleet.protocol.messages import Sampling
-from fleet.protocol.prompt import ChatMessage
+from fleet.protocol.prompt import PromptRequest
 
-PROMPT = (ChatMessage("user", "How are you?"),)
+PROMPT: Final = PromptRequest(prompt="How are you?")
 
 
 def check_step(partition: Partition, tokenizer: ChatTokenizer) -> None:
@@ -21,7 +22,7 @@ def check_step(partition: Partition, tokenizer: ChatTokenizer) -> None:
         BundleError: the result is no token, or has no probability.
     """
     manifest = partition.manifest
-    prompt_ids = tokenizer.encode_chat(PROMPT)[: manifest.model.max_positions]
+    prompt_ids = tokenizer.encode(PROMPT)[: manifest.model.max_positions]
     decoder = Decoder(partition, len(prompt_ids) + 1, (1.0,) * len(manifest.exits), Sampling())
     decoder.text += prompt_ids
     choice = decoder.choose()

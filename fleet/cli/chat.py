@@ -25,9 +25,9 @@ from fleet.cli.options import (
     TopPOption,
     make_request,
 )
-from fleet.cli.responses import exit_sources, follow_response, print_usage
+from fleet.cli.responses import exit_sources, follow_response, known_manifest, print_usage
 from fleet.cli.views import legend
-from fleet.errors import FleetError, PromptError, RefusedPromptError
+from fleet.errors import ConfigError, FleetError, PromptError, RefusedPromptError
 from fleet.protocol.prompt import ChatMessage, PromptRequest, Reply
 from fleet.server.home import FleetHome
 from fleet.transport.mqtt import MqttTransport
@@ -57,7 +57,7 @@ def chat(
 ) -> None:
     """Converse with a device. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends it."""
     base = make_request(
-        (),
+        None,
         mode=mode,
         threshold=threshold,
         max_new_tokens=max_new_tokens,
@@ -70,12 +70,28 @@ def chat(
 
 
 def converse(home: FleetHome, device: str, base: PromptRequest) -> None:
-    """Connect to the device, and hold a conversation until the end of the input."""
+    """Connect to the device, and hold a conversation until the end of the input.
+
+    Raises:
+        ConfigError: the device's model has no chat template.
+    """
     console = new_console()
     with home.operator() as identity, MqttTransport.connect(identity) as link:
-        exits = exit_sources(home, await_online(link, device).bundle_id)
+        bundle_id = await_online(link, device).bundle_id
+        check_can_chat(home, device, bundle_id)
+        exits = exit_sources(home, bundle_id)
         console.print(legend(exits))
         Conversation(console, PromptClient(link), device, base, exits).run()
+
+
+def check_can_chat(home: FleetHome, device: str, bundle_id: str) -> None:
+    """Raise ConfigError when the device's bundle is known here and has no chat template."""
+    manifest = known_manifest(home, bundle_id)
+    if manifest and manifest.prompt_format == "raw":
+        raise ConfigError(
+            f"device {device} serves {manifest.model.name}, which has no chat template and "
+            f"continues a text; use fleet prompt {device} 'The beginning of a text'"
+        )
 
 
 class Conversation:

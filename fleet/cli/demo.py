@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
+from msgspec.structs import replace
 from rich.console import Console, RenderableType
 
-from fleet.bundles.manifest import Bundle
+from fleet.bundles.manifest import PromptFormat, read_manifest
 from fleet.cli.console import new_console, outside_text
 from fleet.cli.options import (
     BundleOption,
@@ -35,7 +36,7 @@ from fleet.cli.views import legend
 from fleet.errors import RegistryError
 from fleet.protocol.access import Role
 from fleet.protocol.modes import exit_source
-from fleet.protocol.prompt import ChatMessage, PromptRequest
+from fleet.protocol.prompt import PromptRequest
 from fleet.registry.results import StatsRow
 from fleet.server.child_process import child
 from fleet.server.home import FleetConfig, FleetHome
@@ -55,11 +56,18 @@ CHECK_S: Final = 0.1
 PICTURE_TITLE: Final = "fleet demo"
 PICTURE_ID: Final = "fleet-demo"
 PICTURE_COLUMNS: Final = 100
-PROMPTS: Final = (
-    "What is the capital of France, and what is it known for?",
-    "Write a short note that asks a neighbour to water the plants.",
-    "Give three tips for saving energy at home.",
-)
+PROMPTS: Final[dict[PromptFormat, tuple[str, ...]]] = {
+    "chat": (
+        "What is the capital of France, and what is it known for?",
+        "Write a short note that asks a neighbour to water the plants.",
+        "Give three tips for saving energy at home.",
+    ),
+    "raw": (
+        "The capital of France is",
+        "Dear neighbour, I am away next week. Could you please",
+        "Three tips for saving energy at home:\n1.",
+    ),
+}
 
 PromptsOption = Annotated[list[str] | None, typer.Option(help="A prompt; repeatable.")]
 PromptFileOption = Annotated[Path | None, typer.Option(help="JSONL file of prompts.")]
@@ -88,7 +96,7 @@ def demo(
     texts = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())]
     requests = [
         make_request(
-            (ChatMessage("user", text),),
+            text,
             mode=mode,
             threshold=threshold,
             max_new_tokens=max_new_tokens,
@@ -97,14 +105,21 @@ def demo(
             top_k=top_k,
             seed=seed,
         )
-        for text in texts or PROMPTS
+        for text in texts or PROMPTS["chat"]
     ]
+    folder = resolve_bundle(bundle, new_console(stderr=True).print)
+    if not texts:
+        pairs = zip(requests, default_prompts(folder), strict=True)
+        requests = [replace(request, prompt=text) for request, text in pairs]
     screen = Screen(as_json=as_json, has_picture=picture is not None)
-    run_demo(
-        resolve_bundle(bundle, new_console(stderr=True).print), requests, screen, as_json=as_json
-    )
+    run_demo(folder, requests, screen, as_json=as_json)
     if picture:
         screen.save_picture(picture)
+
+
+def default_prompts(bundle: Path) -> tuple[str, ...]:
+    """The prompts of a demo without any: questions, or texts that the bundle's model continues."""
+    return PROMPTS[read_manifest(bundle).prompt_format]
 
 
 class Screen:
@@ -136,7 +151,7 @@ def run_demo(
     Raises:
         RegistryError: the counts of the registry do not become those of the responses.
     """
-    manifest = Bundle.load(bundle, ()).manifest
+    manifest = read_manifest(bundle)
     exits = [exit_source(layer) for layer in manifest.exits]
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-demo-"))
@@ -158,7 +173,7 @@ def _send_all(
     results = []
     for request in requests:
         screen.print()
-        screen.print(outside_text(f"> {request.chat[-1].content}", "bold"))
+        screen.print(outside_text(f"> {request.prompt}", "bold"))
         result = stream_response(
             screen.console, client, DEVICE, request, exits, picture=screen.picture
         )

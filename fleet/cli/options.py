@@ -14,7 +14,7 @@ import typer
 from fleet.errors import ConfigError
 from fleet.exits.exit_policy import check_threshold
 from fleet.protocol.modes import Mode, parse_mode
-from fleet.protocol.prompt import ChatMessage, PromptRequest
+from fleet.protocol.prompt import PromptRequest
 from fleet.protocol.types import DAY_S
 from fleet.server.home import DEFAULT_PORT, DEFAULT_SERVICE_PORT, MAX_RETENTION_DAYS
 from fleet.utils.printable import printable_json
@@ -183,7 +183,7 @@ def parse_ttl(text: str, max_s: float) -> float:
 
 
 def make_request(
-    messages: tuple[ChatMessage, ...],
+    text: str | None,
     *,
     mode: str | None,
     threshold: float | None,
@@ -192,20 +192,22 @@ def make_request(
     top_p: float,
     top_k: int,
     seed: int | None,
+    raw: bool = False,
 ) -> PromptRequest:
-    """A request from a command's options.
+    """A request from a command's options; without a text if that follows.
 
     Raises:
-        ConfigError: a value is outside its range, or a message is empty.
+        ConfigError: a value is outside its range, or the text is empty.
     """
     if not 0.0 <= temperature <= MAX_TEMPERATURE:
         raise ConfigError(f"temperature {temperature}: expected 0 to {MAX_TEMPERATURE:g}")
     if not 0.0 < top_p <= 1.0:
         raise ConfigError(f"top-p {top_p}: expected a number above 0 and at most 1")
-    if any(is_blank(message.content) for message in messages):
+    if text is not None and is_blank(text):
         raise ConfigError("the prompt is empty; give some text")
     return PromptRequest(
-        messages=messages,
+        prompt=text,
+        raw=raw,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,

@@ -22,10 +22,14 @@ from fleet.cli.options import (
     print_json,
 )
 from fleet.cli.responses import exit_sources, stream_response
-from fleet.protocol.prompt import ChatMessage, PromptRequest
+from fleet.protocol.prompt import PromptRequest
 from fleet.server.home import FleetHome
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
+
+RawOption = Annotated[
+    bool, typer.Option("--raw", help="Continue the text as it is; control tokens in it count.")
+]
 
 
 def prompt(
@@ -38,12 +42,13 @@ def prompt(
     top_p: TopPOption = 1.0,
     top_k: TopKOption = 0,
     seed: SeedOption = None,
+    raw: RawOption = False,
     folder: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Prompt a device and stream its answer."""
     request = make_request(
-        (ChatMessage("user", text),),
+        text,
         mode=mode,
         threshold=threshold,
         max_new_tokens=max_new_tokens,
@@ -51,6 +56,7 @@ def prompt(
         top_p=top_p,
         top_k=top_k,
         seed=seed,
+        raw=raw,
     )
     send_prompt(FleetHome.load(folder), device, request, as_json=as_json)
 

@@ -13,7 +13,7 @@ from fleet.bundles.manifest import Bundle
 from fleet.errors import ConfigError
 from fleet.exits.records import Records
 from fleet.protocol.hidden_states import Float16
-from fleet.protocol.prompt import ChatMessage
+from fleet.protocol.prompt import PromptRequest
 from fleet.utils.optional_imports import needs
 
 with needs("edge"):
@@ -78,8 +78,8 @@ class ExitRecorder:
     def encode(self, prompts: Iterable[str]) -> list[list[int]]:
         """The token ids of the prompts that leave room for an answer."""
         max_length = self._manifest.model.max_positions - self._max_new_tokens
-        chats = (self._tokenizer.encode_chat([ChatMessage("user", text)]) for text in prompts)
-        return [token_ids for token_ids in chats if len(token_ids) <= max_length]
+        encoded = (self._tokenizer.encode(PromptRequest(prompt=text)) for text in prompts)
+        return [token_ids for token_ids in encoded if len(token_ids) <= max_length]
 
     def record(self, prompts: Sequence[Sequence[int]], progress: Callable[[int], None]) -> Records:
         """Answer the prompts greedily, in batches; `progress` receives the number of answers."""

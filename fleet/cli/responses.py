@@ -9,7 +9,7 @@ from msgspec import Struct
 from rich.console import Console
 from rich.text import Text
 
-from fleet.bundles.manifest import Bundle
+from fleet.bundles.manifest import Manifest, read_manifest
 from fleet.cli.views import reply_text, usage_line
 from fleet.cli.word_wrap import WordWrap
 from fleet.errors import ConfigError
@@ -98,7 +98,7 @@ def print_usage(console: Console, device: str, last: Reply) -> tuple[Usage, Text
 
 def _result(request: PromptRequest, replies: Sequence[Reply], usage: Usage) -> PromptResult:
     return PromptResult(
-        prompt=request.chat[-1].content,
+        prompt=request.chat[-1].content or "",
         text="".join(reply.text for reply in replies),
         token_ids=[reply.token_id for reply in replies if reply.token_id is not None],
         finish_reason=replies[-1].finish_reason or "",
@@ -116,7 +116,11 @@ def _result(request: PromptRequest, replies: Sequence[Reply], usage: Usage) -> P
 
 def exit_sources(home: FleetHome, bundle_id: str) -> list[str]:
     """The sources of a bundle's exits in order of depth; none for a bundle that is not here."""
+    manifest = known_manifest(home, bundle_id)
+    return [exit_source(layer) for layer in manifest.exits] if manifest else []
+
+
+def known_manifest(home: FleetHome, bundle_id: str) -> Manifest | None:
+    """The manifest of a bundle; None for a bundle that is not here."""
     folder = home.bundle_folder(bundle_id)
-    if folder is None:
-        return []
-    return [exit_source(layer) for layer in Bundle.load(folder, ()).manifest.exits]
+    return read_manifest(folder) if folder else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 from msgspec import Struct
@@ -31,11 +31,21 @@ MAX_PROMPT_BYTES: Final = 256 * 1024
 MAX_FULL_TEXT_BYTES: Final = 256 * 1024
 
 
-class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
-    """A message of a conversation."""
+JsonObject: TypeAlias = dict[str, Any]
 
-    role: Literal["system", "user", "assistant"]
-    content: str
+
+class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A message of a conversation, as chat templates of transformers read it.
+
+    A message of the assistant with `tool_calls` may have no `content`. The result of a call is the
+    `content` of a message with the role ``tool``.
+    """
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | None = None
+    name: str | None = None
+    tool_calls: tuple[JsonObject, ...] | None = None
+    tool_call_id: str | None = None
 
 
 class AnswerOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -56,16 +66,31 @@ class AnswerOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     ignore_eos: bool = False
 
 
-class PromptRequest(AnswerOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A request for one response. Exactly one of `prompt` and `messages` is given."""
+class PromptRequest(
+    AnswerOptions, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
+):
+    """A request for one response. Exactly one of `prompt` and `messages` is given.
+
+    With `raw` the response continues the text of `prompt`, in which names of control tokens are
+    control tokens. `tools` and `documents` are for the chat template.
+    """
 
     prompt: str | None = None
     messages: tuple[ChatMessage, ...] | None = None
+    raw: bool = False
+    tools: tuple[JsonObject, ...] | None = None
+    documents: tuple[JsonObject, ...] | None = None
 
     @property
     def chat(self) -> tuple[ChatMessage, ...]:
         """The conversation; a `prompt` becomes a conversation of one message."""
         return self.messages or (ChatMessage("user", self.prompt or ""),)
+
+    @property
+    def needs_template(self) -> bool:
+        """Whether the request has a field that only a chat template can put into a text."""
+        fields = (self.messages, self.tools, self.documents)
+        return any(field is not None for field in fields)
 
     @property
     def sampling(self) -> Sampling:
@@ -133,9 +158,23 @@ def parse_prompt(payload: bytes) -> PromptRequest:
     request = _parse(payload)
     if (request.prompt is None) == (request.messages is None):
         raise PromptError("expected exactly one of 'prompt' and 'messages'")
-    if all(is_blank(message.content) for message in request.chat):
+    if request.raw and request.needs_template:
+        raise PromptError(
+            "expected only 'prompt' with 'raw', got 'messages', 'tools' or 'documents'; "
+            "a raw prompt is continued as it is"
+        )
+    _check_contents(request.chat)
+    if all(is_blank(message.content or "") for message in request.chat):
         raise PromptError("the prompt is empty; send some text")
     return request
+
+
+def _check_contents(messages: tuple[ChatMessage, ...]) -> None:
+    for i, message in enumerate(messages):
+        if message.content is None and message.tool_calls is None:
+            raise PromptError(
+                f"expected 'content', a text, in messages[{i}], got none or null; send some text"
+            )
 
 
 def _parse(payload: bytes) -> PromptRequest:

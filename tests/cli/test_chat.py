@@ -51,7 +51,7 @@ class Chat:
     def sent(self) -> list[tuple[str, str]]:
         """Roles and texts of the latest request's messages, without those of the assistant."""
         messages = self.requests[-1].chat
-        return [(each.role, each.content) for each in messages if each.role != "assistant"]
+        return [(each.role, each.content or "") for each in messages if each.role != "assistant"]
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from fleet.cli.options import make_request
 from fleet.cli.views import usage_line
 from fleet.errors import ConfigError
 from fleet.protocol.modes import Mode
-from fleet.protocol.prompt import ChatMessage, PromptRequest, Usage
+from fleet.protocol.prompt import PromptRequest, Usage
 from fleet.protocol.report import Switch
 
 ALONE = Switch(0, Mode.STANDALONE, "the link is down")
@@ -52,7 +52,7 @@ def test_the_line_has_the_mode_that_auto_chose(
 
 def request_of(text: str) -> PromptRequest:
     return make_request(
-        (ChatMessage("user", text),),
+        text,
         mode=None,
         threshold=None,
         max_new_tokens=None,
@@ -61,6 +61,12 @@ def request_of(text: str) -> PromptRequest:
         top_k=40,
         seed=None,
     )
+
+
+def test_a_text_is_sent_as_a_prompt_which_models_without_a_template_accept() -> None:
+    request = request_of("hi")
+    assert request.prompt == "hi"
+    assert not request.needs_template
 
 
 def test_top_k_is_an_option_of_a_request() -> None:

@@ -56,6 +56,20 @@ ACCEPTED: list[tuple[bytes, PromptRequest]] = [
         b'{"prompt": "hi", "thresholds": [0.8, 1]}',
         PromptRequest(prompt="hi", thresholds=(0.8, 1.0)),
     ),
+    (b'{"prompt": "hi", "raw": true}', PromptRequest(prompt="hi", raw=True)),
+    (
+        b'{"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]},'
+        b'{"role": "tool", "content": "4", "tool_call_id": "1", "name": "f"}],'
+        b'"tools": [{"name": "f", "a": [1.5, null]}], "documents": [{"title": "t"}]}',
+        PromptRequest(
+            messages=(
+                ChatMessage("assistant", tool_calls=({"name": "f"},)),
+                ChatMessage("tool", "4", name="f", tool_call_id="1"),
+            ),
+            tools=({"name": "f", "a": [1.5, None]},),
+            documents=({"title": "t"},),
+        ),
+    ),
     ('\u00a0{"prompt": "hi"}\u2028'.encode(), PromptRequest(prompt="hi")),
     (
         b'{"prompt": "hi", "seed": 9223372036854775807}',
@@ -86,7 +100,17 @@ REFUSED = {
     ),
     "no parts": (b'{"messages": [{"role": "user", "content": []}]}', "the prompt is empty"),
     "content of null": (b'{"messages": [{"role": "user", "content": null}]}', "null"),
-    "a tool's message": (b'{"messages": [{"role": "tool", "content": "4"}]}', "'tool'"),
+    "no content": (b'{"messages": [{"role": "tool"}]}', r"'content', a text, in messages\[0\]"),
+    "a tool that is a text": (
+        b'{"prompt": "hi", "tools": ["x"]}',
+        r"object.* at `\$.tools\[0\]`",
+    ),
+    "documents that are no list": (b'{"prompt": "hi", "documents": {}}', "documents"),
+    "raw messages": (
+        b'{"messages": [{"role": "user", "content": "hi"}], "raw": true}',
+        "expected only 'prompt' with 'raw'",
+    ),
+    "raw tools": (b'{"prompt": "hi", "tools": [], "raw": true}', "expected only 'prompt' with"),
     "messages that are no list": (b'{"messages": "hi"}', "messages"),
     "neither": (b"{}", "exactly one of 'prompt' and 'messages'"),
     "both": (
@@ -103,8 +127,8 @@ REFUSED = {
     "half a surrogate pair": (b'{"prompt": "\\ud800"}', "'prompt' has half of a surrogate pair"),
     "an unknown field": (b'{"prompt": "hi", "max_tokens": 5}', "max_tokens"),
     "an unknown field in a message": (
-        b'{"messages": [{"role": "user", "content": "a", "name": "b"}]}',
-        "name",
+        b'{"messages": [{"role": "user", "content": "a", "nick": "b"}]}',
+        "nick",
     ),
     "an unknown role": (
         b'{"messages": [{"role": "robot", "content": "a"}]}',
@@ -134,7 +158,7 @@ def test_an_unknown_field_is_refused_with_the_names_of_the_fields() -> None:
     with pytest.raises(PromptError, match=r"unknown field `stream`; its fields are .*top_k"):
         parse_prompt(b'{"prompt": "hi", "stream": false}')
     with pytest.raises(PromptError) as caught:
-        parse_prompt(b'{"messages": [{"role": "user", "content": "hi", "name": "x"}]}')
+        parse_prompt(b'{"messages": [{"role": "user", "content": "hi", "nick": "x"}]}')
     assert "its fields" not in str(caught.value)
 
 
@@ -156,6 +180,15 @@ def test_a_prompt_of_the_largest_size_is_accepted() -> None:
 
 def test_a_prompt_is_a_conversation_of_one_message() -> None:
     assert parse_prompt(b"hi").chat == (ChatMessage("user", "hi"),)
+
+
+def test_a_request_has_no_field_that_it_does_not_need() -> None:
+    """Devices of earlier versions refuse fields that they do not know."""
+    request = PromptRequest(messages=(ChatMessage("user", "hi"),), max_new_tokens=8)
+    assert msgspec.json.decode(msgspec.json.encode(request)) == {
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_new_tokens": 8,
+    }
 
 
 def test_a_request_without_sampling_options_is_greedy() -> None:

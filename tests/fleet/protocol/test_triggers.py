@@ -336,6 +336,9 @@ def test_a_trigger_has_all_options_of_a_prompt() -> None:
     assert set(AnswerOptions.__struct_fields__) == set(PromptRequest.__struct_fields__) - {
         "prompt",
         "messages",
+        "raw",
+        "tools",
+        "documents",
     }
     assert set(trigger().options()) == set(AnswerOptions.__struct_fields__)
 
