@@ -41,12 +41,17 @@ def export_command(
         typer.Option(help="'shared': exits share the model's final norm on purpose (LayerSkip)."),
     ] = None,
     split: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Layers on the edge; must be the last exit.")
-    ] = None,
-    upload_layer: Annotated[
         int | None,
         typer.Option(
-            min=1, max=1000, help="Exit whose hidden states are uploaded, by default the last."
+            min=1, max=1000, help="Exit up to which devices run by default: the last, unless given."
+        ),
+    ] = None,
+    uploads: Annotated[
+        str | None,
+        typer.Option(
+            "--uploads",
+            "--upload-layer",
+            help="Exits whose hidden states can be uploaded; by default the split alone.",
         ),
     ] = None,
     quantization: Annotated[
@@ -79,6 +84,7 @@ def export_command(
 ) -> None:
     """Export MODEL as a bundle for devices and cloud workers."""
     exit_layers = parse_numbers(exits, int, "--exits", "8,15")
+    upload_layers = parse_numbers(uploads, int, "--uploads", "8,15") if uploads else []
     values = parse_numbers(thresholds, float, "--thresholds", "0.8,0.8") if thresholds else None
     config = ExportConfig(
         out=out,
@@ -87,7 +93,7 @@ def export_command(
         heads=heads,
         exit_head=exit_head,
         split_layer=split,
-        upload_layer=upload_layer,
+        uploads=tuple(upload_layers),
         quantization=quantization,  # type: ignore[arg-type]  # checked by the export
         thresholds=tuple(values) if values else None,
         calibration=calibration,

@@ -113,17 +113,16 @@ def head_dim(config: Any) -> int:
     return int(explicit or config.hidden_size // config.num_attention_heads)
 
 
-def check_exits(exits: tuple[int, ...], num_layers: int) -> None:
-    """Check that `exits` increase and lie inside a model of `num_layers` layers.
+def check_exits(exits: tuple[int, ...], last: int) -> None:
+    """Check that `exits` increase and that none is above the layer `last`.
 
     Raises:
         ExportError: they do not.
     """
     check_order(exits)
-    if exits[-1] >= num_layers:
+    if exits[-1] > last:
         raise ExportError(
-            f"exits {format_layers(exits)}: expected layers from 1 to {num_layers - 1}, "
-            f"as the model has {num_layers} and the cloud needs at least one"
+            f"exits {format_layers(exits)}: expected layers from 1 to {last} for this model"
         )
 
 

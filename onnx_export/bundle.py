@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from msgspec import UNSET
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
@@ -113,8 +115,9 @@ def build_bundle(
     limits = parity.parity_limits(config.quantization, heads.kind, config.accept)
     report(figures, limits)
     parity.check_parity(figures, limits)
-    progress(f"writing layers [{config.upload}, {info.num_layers}) for the cloud")
-    write_cloud(model, config.upload, folder / "cloud")
+    if config.upload < info.num_layers:
+        progress(f"writing layers [{config.upload}, {info.num_layers}) for the cloud")
+        write_cloud(model, config.upload, folder / "cloud")
     write_tokenizer(tokenizer, name, info.vocab_size, folder, config.prompt_format)
     digest = heads_digest(heads.heads)
     thresholds, calibration = choose_thresholds(config, digest)
@@ -124,6 +127,7 @@ def build_bundle(
         exits=config.exits,
         split_layer=config.split,
         upload_layer=config.upload,
+        uploads=config.uploads if len(config.uploads) > 1 else UNSET,
         exit_head=heads.kind,
         heads_sha256=digest,
         calibration=calibration,
@@ -137,6 +141,15 @@ def build_bundle(
     write_manifest(folder, manifest)
     set_file_modes(folder)
     return manifest
+
+
+def check_uploads(uploads: tuple[int, ...], num_layers: int) -> None:
+    """Raise ExportError if the cloud's half has no layer for one of several upload layers."""
+    if len(uploads) > 1 and uploads[-1] == num_layers:
+        raise ExportError(
+            f"upload layers {format_layers(uploads)}: expected layers below {num_layers}, "
+            "the end of the model; leave the last one out"
+        )
 
 
 def choose_thresholds(
@@ -184,6 +197,7 @@ def load_model_and_tokenizer(config: ExportConfig, progress: Progress) -> tuple[
     model_config = load_pretrained(AutoConfig, source, config.model)
     check_model(model_config)
     check_exits(config.exits, model_config.num_hidden_layers)
+    check_uploads(config.upload_layers, model_config.num_hidden_layers)
     check_generation_config(source)
     tokenizer = load_pretrained(AutoTokenizer, source, config.model)
     check_tokenizer(
@@ -193,11 +207,17 @@ def load_model_and_tokenizer(config: ExportConfig, progress: Progress) -> tuple[
 
 
 def read_heads(config: ExportConfig, model: Any, progress: Progress) -> HeadsFile:
-    """Return the exit heads: from a file, the shipped ones, or the model's own final norm."""
+    """Return the exit heads: from a file, the shipped ones, or the model's own final norm.
+
+    The exit after the last layer is the model's own end, which no file has.
+    """
     path = config.heads or (SHIPPED_HEADS if config.model == DEFAULT_MODEL else None)
-    if path is not None and config.exit_head != SHARED_HEAD:
-        return load_heads(path, config.exits, model)
-    if config.exit_head is None:
+    trained = tuple(layer for layer in config.exits if layer < model.config.num_hidden_layers)
+    if path is not None and config.exit_head != SHARED_HEAD and trained:
+        file = load_heads(path, trained, model)
+        own_end = shared_heads(model, config.exits[len(trained) :])
+        return replace(file, heads={**file.heads, **own_end})
+    if config.exit_head is None and trained:
         progress(
             "no exit heads given: the exits share the model's final norm, "
             "as with --exit-head shared"

@@ -38,11 +38,12 @@ class ExportConfig:
     `model` is ``default``, a hub name or a folder. Without `heads` the exits share the model's
     final norm, except for the default model, whose trained heads ship with this package.
     `exit_head` ``shared`` makes them share it on purpose, for a model that was trained with early
-    exits (LayerSkip, arXiv 2404.16710). `split_layer` must be the last exit, its default;
-    `upload_layer` is the split or an earlier exit. `max_positions` bounds a session's length in
-    tokens. `accept` lowers the agreement with PyTorch that the export requires. `graph_cache` is
-    the folder of graphs that later exports reuse, by default one in the user's cache.
-    `prompt_format` is ``chat`` by default if the tokenizer has a chat template, else ``raw``.
+    exits (LayerSkip, arXiv 2404.16710). `split_layer` is the exit up to which a device runs that
+    has no other setting, by default the last. `uploads` are the exits whose hidden states can be
+    uploaded, by default the split alone. `max_positions` bounds a session's length in tokens.
+    `accept` lowers the agreement with PyTorch that the export requires. `graph_cache` is the folder
+    of graphs that later exports reuse, by default one in the user's cache. `prompt_format` is
+    ``chat`` by default if the tokenizer has a chat template, else ``raw``.
     """
 
     out: Path
@@ -51,7 +52,7 @@ class ExportConfig:
     heads: Path | None = None
     exit_head: str | None = None
     split_layer: int | None = None
-    upload_layer: int | None = None
+    uploads: tuple[int, ...] = ()
     quantization: Quantization = "balanced"
     thresholds: tuple[float, ...] | None = None
     calibration: Path | None = None
@@ -63,13 +64,18 @@ class ExportConfig:
 
     @property
     def split(self) -> int:
-        """The number of layers on the edge."""
+        """The number of layers on a device that has no other setting."""
         return self.exits[-1] if self.split_layer is None else self.split_layer
 
     @property
+    def upload_layers(self) -> tuple[int, ...]:
+        """The exits whose hidden states can be uploaded."""
+        return self.uploads or (self.split,)
+
+    @property
     def upload(self) -> int:
-        """The exit whose hidden states are uploaded."""
-        return self.split if self.upload_layer is None else self.upload_layer
+        """The lowest exit whose hidden states can be uploaded, where the cloud's half begins."""
+        return self.upload_layers[0]
 
     def top_k_of(self, vocab_size: int) -> int:
         """Return the number of candidates that the LM head gives for a vocabulary of this size."""
@@ -117,13 +123,17 @@ class ExportConfig:
 
     def _check_layers(self) -> None:
         check_order(self.exits)
-        if self.split != self.exits[-1]:
+        uploads = self.upload_layers
+        exits = format_layers(self.exits)
+        if list(uploads) != sorted(set(uploads)) or not set(uploads) <= set(self.exits):
             raise ExportError(
-                f"split {self.split}: expected the last exit, {self.exits[-1]}; leave --split out"
+                f"upload layers {format_layers(uploads)}: expected increasing ones of the exits "
+                f"{exits}"
             )
-        if self.upload not in self.exits:
+        if self.split not in self.exits or self.split < self.upload:
             raise ExportError(
-                f"upload layer {self.upload}: expected one of the exits {format_layers(self.exits)}"
+                f"split {self.split}: expected one of the exits {exits}, "
+                f"from the upload layer {self.upload} on"
             )
 
     def _check_thresholds(self) -> None:

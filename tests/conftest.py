@@ -51,6 +51,7 @@ LONG_FILES: Final = (
     "system/test_calibration.py",
     "system/test_two_workers.py",
     "system/test_software_update.py",
+    "system/test_splits.py",
 )
 """Files that take long. Those that wait alternate with those that compute."""
 
@@ -110,7 +111,7 @@ def make_tiny_bundle(
     def make(
         exits: tuple[int, ...] = (1, 2),
         split: int | None = None,
-        upload_layer: int | None = None,
+        upload_layer: int | tuple[int, ...] | None = None,
         quantization: Quantization = "fp32",
         kind: HeadKind = "linear",
     ) -> Bundle:
@@ -127,7 +128,7 @@ def make_tiny_bundle(
                 model=str(tiny_checkpoint),
                 heads=heads,
                 split_layer=split,
-                upload_layer=upload_layer,
+                uploads=(upload_layer,) if isinstance(upload_layer, int) else upload_layer or (),
                 quantization=quantization,
             )
         )

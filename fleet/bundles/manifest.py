@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Final, Literal, get_args
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 from msgspec.structs import replace
 
 from fleet.errors import BundleError, ConfigError
@@ -57,7 +57,10 @@ class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The content of a bundle and its origin.
 
-    Layer ranges are half-open: an exit at 8 means that the layers [0, 8) have run.
+    Layer ranges are half-open: an exit at 8 means that the layers [0, 8) have run. `split_layer` is
+    the split of a device that has no other setting. The cloud's half holds the layers from
+    `upload_layer` on. `uploads` has all layers after which a device may upload, from `upload_layer`
+    on, where there are several. A file without them has the id that it had before they existed.
     """
 
     schema_version: int
@@ -75,6 +78,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     heads_sha256: str = ""
     calibration: Calibration | None = None
     instruction_set: str = "any"
+    uploads: Annotated[tuple[int, ...], Meta(min_length=1)] | UnsetType = UNSET
 
     @property
     def bundle_id(self) -> str:
@@ -100,6 +104,39 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def has_file(self, name: str) -> bool:
         """Return whether the bundle has a file of this name, e.g. ``edge/block_0.onnx``."""
         return any(entry.path == name for entry in self.files)
+
+    @property
+    def upload_layers(self) -> tuple[int, ...]:
+        """The layers after which a device may upload its hidden states."""
+        return (self.upload_layer,) if self.uploads is UNSET else self.uploads
+
+    @property
+    def splits(self) -> tuple[int, ...]:
+        """The numbers of layers that a device may hold: exits from the first upload layer on."""
+        return tuple(layer for layer in self.exits if layer >= self.upload_layer)
+
+    @property
+    def is_device_only(self) -> bool:
+        """Whether the bundle has no half for the cloud."""
+        return self.upload_layer == self.model.num_layers
+
+    def upload_layer_of(self, split: int) -> int:
+        """Return the layer after which a device that holds `split` layers uploads."""
+        return max(layer for layer in self.upload_layers if layer <= split)
+
+    def split_of(self, setting: int | Literal["auto"]) -> int:
+        """Return the split that a device's setting selects.
+
+        Raises:
+            ConfigError: this bundle cannot be split there.
+        """
+        split = self.split_layer if setting == "auto" else setting
+        if split not in self.splits:
+            raise ConfigError(
+                f"split {split}: expected 'auto' or one of {', '.join(map(str, self.splits))}, "
+                f"the splits of bundle {self.bundle_id}; correct it, or leave it out"
+            )
+        return split
 
 
 def read_manifest(folder: Path) -> Manifest:

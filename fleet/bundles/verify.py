@@ -17,13 +17,8 @@ from fleet.errors import BundleError, ConfigError
 from fleet.utils.text_files import read_json
 from fleet.utils.validation import JSON_ERRORS
 
-REQUIRED: Final = (
-    "edge/lm_head.onnx",
-    EMBEDDING,
-    "cloud/config.json",
-    "cloud/model.safetensors",
-    "tokenizer/tokenizer.json",
-)
+REQUIRED: Final = ("edge/lm_head.onnx", EMBEDDING, "tokenizer/tokenizer.json")
+REQUIRED_IN_CLOUD: Final = ("cloud/config.json", "cloud/model.safetensors")
 ONNX_TYPES: Final = {"float16": "float16", "float32": "float"}
 GraphValue: TypeAlias = tuple[Any, ...]  # the type, then the sizes; None for a free size
 
@@ -80,7 +75,8 @@ def verify_bundle(folder: Path, key: Path | None = None) -> Verdict:
                 findings.append(str(error))
         findings += [*_check_files(folder, manifest), *_check_layout(manifest)]
         if not findings:
-            findings += _check_cloud(folder, manifest)
+            if not manifest.is_device_only:
+                findings += _check_cloud(folder, manifest)
             if importlib.util.find_spec("onnxruntime") is None:
                 notes.append("shapes of the graphs were not checked: onnxruntime is not installed")
             else:
@@ -112,18 +108,29 @@ def _check_layout(manifest: Manifest) -> Iterator[str]:
     exits = manifest.exits
     info = manifest.model
     is_increasing = list(exits) == sorted(set(exits))
-    if not exits or not is_increasing or exits[0] < 1 or exits[-1] >= info.num_layers:
-        yield f"exits {exits}: expected increasing layers from 1 to {info.num_layers - 1}"
+    if not exits or not is_increasing or exits[0] < 1 or exits[-1] > info.num_layers:
+        yield f"exits {exits}: expected increasing layers from 1 to {info.num_layers}"
         return
-    if manifest.split_layer != exits[-1] or manifest.upload_layer not in exits:
+    if manifest.split_layer not in manifest.splits or manifest.upload_layer not in exits:
         yield (
             f"split {manifest.split_layer} and upload layer {manifest.upload_layer}: "
-            f"expected the last exit and one of {exits}"
+            f"expected two of {exits}, and a split that is not below the upload layer"
         )
+    uploads = manifest.upload_layers
+    is_increasing = list(uploads) == sorted(set(uploads))
+    is_needed = manifest.is_device_only or uploads[-1] < info.num_layers
+    if uploads[:1] != (manifest.upload_layer,) or not is_increasing or not is_needed:
+        yield (
+            f"upload layers {uploads}: expected increasing ones from {manifest.upload_layer} on "
+            f"and below {info.num_layers}"
+        )
+    if not set(uploads) <= set(exits):
+        yield f"upload layers {uploads}: expected some of the exits {exits}"
     if len(manifest.thresholds) != len(exits):
         yield f"{len(manifest.thresholds)} thresholds for {len(exits)} exits: expected one for each"
     files = [entry.path for entry in manifest.files]
-    for name in (*(f"edge/block_{i}.onnx" for i in range(len(exits))), *REQUIRED):
+    in_cloud = () if manifest.is_device_only else REQUIRED_IN_CLOUD
+    for name in (*(f"edge/block_{i}.onnx" for i in range(len(exits))), *REQUIRED, *in_cloud):
         if files.count(name) != 1:
             yield f"the manifest names {name} {files.count(name)} times: expected it once"
 
@@ -131,7 +138,8 @@ def _check_layout(manifest: Manifest) -> Iterator[str]:
 def _check_graphs(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Yield the graphs whose inputs or outputs contradict the manifest in type or size."""
     for i, (start, stop) in enumerate(manifest.blocks):
-        num_layers = stop - start + (manifest.exit_head == "block")
+        has_own_layer = manifest.exit_head == "block" and stop < manifest.model.num_layers
+        num_layers = stop - start + has_own_layer
         yield from _check_block(folder, manifest, f"edge/block_{i}.onnx", num_layers)
     yield from _check_lm_head(folder, manifest)
 

@@ -83,7 +83,9 @@ def _check_registry(home: FleetHome) -> CheckResult:
     workers_online = count(num_workers, "worker")
     finding = f"{count(len(devices), 'device')}, {num_devices} online; {workers_online} online"
     problem = "no worker is online, so devices are alone; see 'fleet up'"
-    return finding, problem if num_devices and not num_workers else ""
+    # A bundle whose devices hold the whole model has no folder of that name.
+    needs_worker = num_devices > 0 and (Path(home.config.bundle) / "cloud").is_dir()
+    return finding, problem if needs_worker and not num_workers else ""
 
 
 def _check_authority(home: FleetHome) -> CheckResult:

@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from cloud_broker_worker.broker.mosquitto import find_mosquitto
+from fleet.bundles.manifest import read_manifest
 from fleet.errors import ConfigError, FleetError
 from fleet.identity.identity import Identity
 from fleet.protocol.access import Role
@@ -100,12 +101,18 @@ def fleet_processes(
 
     The embedded broker is in the server's process; mosquitto is a process of its own. With a
     `metrics_port` the server serves its metrics there, and the workers on the ports that follow.
-    Broker and service listen on the address `listen`, by default on the fleet's host.
+    Broker and service listen on the address `listen`, by default on the fleet's host. There are no
+    workers if the devices of the fleet's bundle hold the whole model.
     """
     check_ports(home.config, listen)
     require("worker", "torch", "transformers")
     shares = broker == MOSQUITTO
-    options = worker_options(settings, Path(home.config.bundle), num_workers)
+    bundle = Path(home.config.bundle)
+    options = []
+    if read_manifest(bundle).is_device_only:
+        num_workers = 0
+    else:
+        options = worker_options(settings, bundle, num_workers)
     with ExitStack() as stack:
         # Enrol each worker before a broker starts, whose first files then have the worker's rights.
         names = [worker_name(number) for number in range(1, num_workers + 1)]

@@ -137,7 +137,9 @@ class WorkerPool:
 
     def _desired_bundles(self) -> set[str]:
         rows = self._registry.rollouts.bundles()
-        added = {row.bundle_id for row in rows if (self.home.bundles / row.bundle_id).is_dir()}
+        folders = {row.bundle_id: self.home.bundles / row.bundle_id for row in rows}
+        # A bundle whose devices hold the whole model has no folder of that name.
+        added = {bundle_id for bundle_id, path in folders.items() if (path / "cloud").is_dir()}
         return (self._registry.rollouts.desired_bundles().keys() & added) - {self.default}
 
     def _bundles_of_others(self) -> list[str]:

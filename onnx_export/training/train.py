@@ -49,7 +49,7 @@ def train_heads(config: TrainConfig, progress: Progress = lambda *_: None) -> Re
     file_prompts = [prompt for path in config.prompts for prompt in read_prompts(path)]
     source = resolve_model(config.model, lambda line: progress(line, 0, 0))
     model = load_frozen_model(source, config.model)
-    check_exits(config.exits, model.config.num_hidden_layers)
+    check_exits(config.exits, model.config.num_hidden_layers - 1)
     heads = {
         layer: new_head(config.kind, model, layer, config.intermediate) for layer in config.exits
     }

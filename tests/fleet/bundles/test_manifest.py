@@ -16,7 +16,7 @@ from fleet.bundles.manifest import (
     ModelInfo,
     write_manifest,
 )
-from fleet.errors import BundleError
+from fleet.errors import BundleError, ConfigError
 
 SCHEMA_3_ID = "0f8dc984857cfb847a7103c7f07c9549"
 FILES = {
@@ -93,6 +93,7 @@ def test_the_id_does_not_depend_on_the_order_in_which_things_were_noted(folder: 
     "changes",
     [
         {"upload_layer": 1},
+        {"upload_layer": 1, "uploads": (1, 2)},
         {"thresholds": (0.8, 0.9)},
         {"files": FILES | {"edge/lm_head.onnx": b"hEad"}},
     ],
@@ -121,6 +122,32 @@ def test_a_bundle_of_schema_3_keeps_its_id(folder: Path) -> None:
 
 def test_the_blocks_are_the_layers_between_the_exits() -> None:
     assert manifest(exits=(8, 15)).blocks == ((0, 8), (8, 15))
+
+
+@pytest.mark.parametrize(
+    ("changes", "splits", "uploads"),
+    [
+        ({}, (2,), [2]),
+        ({"upload_layer": 1}, (1, 2), [1, 1]),
+        ({"upload_layer": 1, "uploads": (1, 2)}, (1, 2), [1, 2]),
+        ({"exits": (1, 3, 4), "upload_layer": 1, "uploads": (1, 3)}, (1, 3, 4), [1, 3, 3]),
+        ({"exits": (2, 4), "split_layer": 4, "upload_layer": 4}, (4,), [4]),
+    ],
+)
+def test_a_device_holds_layers_up_to_an_exit_and_uploads_at_the_deepest_layer_that_it_can(
+    changes: dict[str, Any], splits: tuple[int, ...], uploads: list[int]
+) -> None:
+    made = manifest(**changes)
+    assert made.splits == splits
+    assert [made.upload_layer_of(split) for split in splits] == uploads
+    assert made.split_of(splits[0]) == splits[0]
+    with pytest.raises(ConfigError, match=r"split 7: expected 'auto' or one of"):
+        made.split_of(7)
+
+
+def test_the_split_is_the_bundles_own_unless_it_is_set() -> None:
+    several = manifest(upload_layer=1, uploads=(1, 2), split_layer=1)
+    assert (several.split_of("auto"), several.split_of(2)) == (1, 2)
 
 
 def test_a_file_is_found_by_its_name(folder: Path) -> None:

@@ -133,7 +133,11 @@ def test_a_folder_without_a_manifest_is_one_finding(tmp_path: Path) -> None:
     ("changes", "finding"),
     [
         ({"exits": (2, 1)}, r"exits (2, 1): expected increasing"),
-        ({"exits": (1, 4)}, r"exits (1, 4): expected increasing layers from 1 to 3"),
+        ({"exits": (1, 5)}, r"exits (1, 5): expected increasing layers from 1 to 4"),
+        ({"split_layer": 1}, "split 1 and upload layer 2"),
+        ({"uploads": (1, 2)}, "upload layers (1, 2): expected increasing ones from 2 on"),
+        ({"uploads": (2, 3)}, "upload layers (2, 3): expected some of the exits (1, 2)"),
+        ({"uploads": (2, 4)}, "upload layers (2, 4): expected increasing ones from 2 on and below"),
         ({"upload_layer": 3}, "split 2 and upload layer 3"),
         ({"thresholds": (0.8,)}, "1 thresholds for 2 exits"),
         (
