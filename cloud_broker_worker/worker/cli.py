@@ -12,6 +12,7 @@ import typer
 from cloud_broker_worker.worker.config import (
     MAX_DRAIN_S,
     MAX_KV_BUDGET_MB,
+    MAX_LAYER,
     MAX_THREADS,
     WorkerConfig,
     check_weight_format,
@@ -55,6 +56,12 @@ def run_worker(
         str | None,
         typer.Option(help="Weights: float32, bfloat16, int8 or int4; fewer bits need less memory."),
     ] = None,
+    from_layer: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=MAX_LAYER, help="Lowest layer to load; refuse devices with a lower split."
+        ),
+    ] = None,
     kv_budget_mb: Annotated[
         int | None, typer.Option(min=1, max=MAX_KV_BUDGET_MB, help="Memory for KV caches, in MB.")
     ] = None,
@@ -78,6 +85,7 @@ def run_worker(
     settings = {
         "num_threads": threads,
         "weights": weights,
+        "from_layer": from_layer,
         "kv_budget_bytes": kv_budget_mb and kv_budget_mb * 1_000_000,
         "drain_timeout_s": drain_timeout,
     }
@@ -142,7 +150,8 @@ def _serve(
             return
         manifest = bundle.manifest
         model = f"{manifest.model.name}, bundle {manifest.bundle_id}"
-        layers = f"layers {manifest.upload_layer} to {manifest.model.num_layers}"
+        first = config.from_layer or manifest.upload_layer
+        layers = f"layers {first} to {manifest.model.num_layers}"
         metrics = f", metrics on {endpoint.url}" if endpoint else ""
         print(f"worker {identity.name} serves {model}, {layers}{metrics}", flush=True)
         wait_stopped(stop)

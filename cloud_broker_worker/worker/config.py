@@ -15,6 +15,7 @@ MIN_AGREEMENT: Final = 0.995
 MAX_THREADS: Final = 1024
 MAX_KV_BUDGET_MB: Final = 1 << 24
 MAX_DRAIN_S: Final = 86_400
+MAX_LAYER: Final = 9999
 
 
 class WeightsMeasurement(NamedTuple):
@@ -60,6 +61,8 @@ class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     num_threads: Annotated[int, Meta(ge=1, le=MAX_THREADS)] = min(8, os.cpu_count() or 1)
     # Of the upper layers; the others give slightly different logits in less time and memory.
     weights: Weights = "float32"
+    # The lowest layer that is loaded; 0 is the lowest that devices of the bundle may need.
+    from_layer: Annotated[int, Meta(ge=0, le=MAX_LAYER)] = 0
     kv_budget_bytes: Annotated[int, Meta(ge=1, le=MAX_KV_BUDGET_MB * 1_000_000)] = 1 << 30
     max_batch_positions: Annotated[int, Meta(ge=1)] = 512
     # Of long prefills in one step while several devices are served, so that a request that comes

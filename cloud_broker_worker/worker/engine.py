@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
+from msgspec import UNSET
 
 from cloud_broker_worker.worker.config import WorkerConfig
 from cloud_broker_worker.worker.counters import WorkerCounters
@@ -27,6 +28,7 @@ from cloud_broker_worker.worker.verification import (
     repeats,
     verified_response,
 )
+from fleet.bundles.manifest import Manifest
 from fleet.errors import DecodeError, PoolFullError
 from fleet.protocol.codec import unpack_chunk
 from fleet.protocol.hidden_states import CONTEXT_DTYPES
@@ -128,10 +130,11 @@ class Engine:
             refused = self._refusal(key, message)
             if refused:
                 return refused
+            first_layer = upload_layer(message, self._manifest) - self._manifest.upload_layer
             try:
-                session = self.session_store.admit(key, message, arrived)
+                session = self.session_store.admit(key, message, arrived, first_layer=first_layer)
             except PoolFullError as error:
-                can_fit = self.session_store.can_ever_fit(message.max_positions)
+                can_fit = self.session_store.can_ever_fit(message.max_positions, first_layer)
                 retry_after_ms = self._config.retry_after_ms if can_fit else 0
                 return self._refused(key, error.code, str(error), retry_after_ms)
         session.last_used = arrived
@@ -160,6 +163,11 @@ class Engine:
         if message.max_positions > limit:
             text = f"expected at most {limit} positions, got {message.max_positions}"
             return self._refused(key, "too_long", text)
+        layer = upload_layer(message, self._manifest)
+        if layer not in self._layers.upload_layers:
+            layers = " or ".join(map(str, self._layers.upload_layers))
+            text = f"this worker continues after layer {layers}, the device uploads after {layer}"
+            return self._refused(key, "split_mismatch", f"{text}; use another split or worker")
         return self._refused_draining(key) if self.is_draining else None
 
     def _store(self, session: Session, chunk: ContextChunk, now: float) -> ToDevice | None:
@@ -461,12 +469,18 @@ def protocol_mismatch(protocol: int) -> str:
 
 
 def same_terms(one: Open, other: Open) -> bool:
-    """Return whether both messages open the same session: same epoch, sampling and size."""
+    """Return whether both messages open the same session: same epoch, sampling, size and layer."""
     return (
         one.epoch == other.epoch
         and one.sampling == other.sampling
+        and one.upload_layer == other.upload_layer
         and one.max_positions == other.max_positions
     )
+
+
+def upload_layer(message: Open, manifest: Manifest) -> int:
+    """Return the layer after which the device of a session uploads."""
+    return manifest.upload_layer if message.upload_layer is UNSET else message.upload_layer
 
 
 def next_chunk(session: Session, count: int) -> Chunk:

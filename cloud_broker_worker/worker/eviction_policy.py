@@ -36,8 +36,8 @@ class MemoryLimits:
     max_sessions_per_device: int
     idle_after_s: float
 
-    def cache_bytes(self, num_positions: int) -> int:
-        return num_positions * self.shape.cache_bytes
+    def cache_bytes(self, num_positions: int, first_layer: int = 0) -> int:
+        return num_positions * self.shape.without(first_layer).cache_bytes
 
     def hidden_bytes(self, num_positions: int) -> int:
         return num_positions * self.shape.hidden_bytes
@@ -55,10 +55,11 @@ class MemoryLimits:
 
 
 class MemoryNeed(NamedTuple):
-    """The need of a session of `device` that has to hold `num_positions`."""
+    """The need of a session of `device` that has to hold `num_positions` from `first_layer` on."""
 
     device: str
     num_positions: int
+    first_layer: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,7 @@ def _next_victim(
 
 
 def _too_few(need: MemoryNeed, limits: MemoryLimits) -> str:
-    cache_bytes = limits.cache_bytes(need.num_positions)
+    cache_bytes = limits.cache_bytes(need.num_positions, need.first_layer)
     hidden_bytes = limits.hidden_bytes(need.num_positions)
     return (
         f"a session of {need.num_positions} positions needs {cache_bytes} bytes for its cache and "
@@ -164,11 +165,11 @@ def claims_of(
     sessions: Collection[Session], need: MemoryNeed, limits: MemoryLimits, now: float
 ) -> Claims:
     """Return the claims of these sessions and of `need`."""
-    largest = limits.cache_bytes(need.num_positions)
+    largest = limits.cache_bytes(need.num_positions, need.first_layer)
     hidden = limits.hidden_bytes(need.num_positions)
     by_device = Counter({need.device: largest + hidden})
     for session in sessions:
-        cache_bytes = limits.cache_bytes(session.store.capacity)
+        cache_bytes = limits.cache_bytes(session.store.capacity, session.first_layer)
         hidden += session.store.num_bytes
         largest = max(largest, cache_bytes)
         in_use = 0 if limits.is_idle(session, now) else cache_bytes
@@ -236,5 +237,7 @@ def devices_over_share(
     used = Counter[str]()
     for session in sessions:
         if session.lease or session is newcomer:
-            used[session.key.device] += limits.cache_bytes(session.store.capacity)
+            used[session.key.device] += limits.cache_bytes(
+                session.store.capacity, session.first_layer
+            )
     return over_share(used, limits.share_bytes(sessions, newcomer.key.device, now))

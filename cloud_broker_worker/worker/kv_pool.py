@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class KvShape:
-    """Sizes of the memory for one position."""
+    """Sizes of the memory for one position in all layers of the cloud's half."""
 
     num_layers: int
     num_kv_heads: int
@@ -30,6 +30,10 @@ class KvShape:
         """Bytes of a position's keys and values in every layer."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
+    def without(self, num_layers: int) -> KvShape:
+        """Return the shape without the lowest layers."""
+        return replace(self, num_layers=self.num_layers - num_layers)
+
     @property
     def hidden_bytes(self) -> int:
         """Bytes of a position's hidden state in float16."""
@@ -39,12 +43,13 @@ class KvShape:
 class KvLease:
     """The cache of one session. It holds positions [0, length).
 
-    `layers` has keys and values [2, kv_heads, capacity, head_dim] of each layer. Memory is not
-    touched before it is written.
+    `layers` has keys and values [2, kv_heads, capacity, head_dim] of each layer from `first_layer`
+    on. Memory is not touched before it is written.
     """
 
-    def __init__(self, shape: KvShape, capacity: int) -> None:
-        self._shape = shape
+    def __init__(self, shape: KvShape, capacity: int, first_layer: int = 0) -> None:
+        self.shape = shape
+        self.first_layer = first_layer
         self.layers = _empty_layers(shape, capacity)
         self.capacity = capacity
         self.length = 0
@@ -55,7 +60,7 @@ class KvLease:
 
     def grow(self, capacity: int) -> None:
         """Copy the positions that have run into a cache of `capacity` positions."""
-        layers = _empty_layers(self._shape, capacity)
+        layers = _empty_layers(self.shape, capacity)
         for layer, previous in zip(layers, self.layers, strict=True):
             layer[:, :, : self.length] = previous[:, :, : self.length]
         self.layers = layers
@@ -106,14 +111,15 @@ class KvPool:
     def free_bytes(self) -> int:
         return self.budget_bytes - self.used_bytes
 
-    def lease(self, num_positions: int) -> KvLease:
-        """Return a new cache for `num_positions`.
+    def lease(self, num_positions: int, first_layer: int = 0) -> KvLease:
+        """Return a new cache for `num_positions` in the layers from `first_layer` on.
 
         Raises:
             PoolFullError: the budget or the machine lacks the memory.
         """
+        shape = self.shape.without(first_layer)
         lease = self._allocate(
-            lambda: KvLease(self.shape, num_positions), num_positions, self.shape.cache_bytes
+            lambda: KvLease(shape, num_positions, first_layer), num_positions, shape.cache_bytes
         )
         self.leases.add(lease)
         return lease
@@ -121,7 +127,7 @@ class KvPool:
     def grow_lease(self, lease: KvLease, num_positions: int) -> None:
         """Let a cache hold `num_positions`. Raise PoolFullError as `lease` does."""
         num_new = num_positions - lease.capacity
-        self._allocate(lambda: lease.grow(num_positions), num_new, self.shape.cache_bytes)
+        self._allocate(lambda: lease.grow(num_positions), num_new, lease.shape.cache_bytes)
 
     def store(self) -> HiddenStore:
         """Return a new, empty store of hidden states."""

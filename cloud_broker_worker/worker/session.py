@@ -94,7 +94,7 @@ class Session:
     `branch` grows with each rejected draft and each withdrawn request. A session without a `lease`
     has no cache; the cache is built again when a step needs it. `holds_drafts` is set by the first
     job, because later context may belong to drafts. `gone_since` is the time at which the device
-    went offline.
+    went offline. The hidden states enter `first_layer`; 0 is the lowest layer of the cloud's half.
     """
 
     key: SessionKey
@@ -112,6 +112,7 @@ class Session:
     unacknowledged_bytes: int = 0
     receipt_repeated: int | None = None
     gone_since: float | None = None
+    first_layer: int = 0
 
     def add_rows(self, start: int, rows: Float16) -> int | None:
         """Store the new rows of a chunk from position `start`.

@@ -35,13 +35,15 @@ class SessionStore:
             idle_after_s=config.idle_after_s,
         )
 
-    def can_ever_fit(self, num_positions: int) -> bool:
+    def can_ever_fit(self, num_positions: int, first_layer: int = 0) -> bool:
         """Return whether the whole budget is enough for a session of `num_positions`."""
-        limits = self._limits
-        needed = limits.cache_bytes(num_positions) + limits.hidden_bytes(num_positions)
-        return needed <= limits.budget_bytes
+        return self._session_bytes(num_positions, first_layer) <= self._limits.budget_bytes
 
-    def admit(self, key: SessionKey, opening: Open, now: float) -> Session:
+    def _session_bytes(self, num_positions: int, first_layer: int) -> int:
+        limits = self._limits
+        return limits.cache_bytes(num_positions, first_layer) + limits.hidden_bytes(num_positions)
+
+    def admit(self, key: SessionKey, opening: Open, now: float, *, first_layer: int = 0) -> Session:
         """Add a new session. It replaces an earlier session with the same key.
 
         Raises:
@@ -51,9 +53,8 @@ class SessionStore:
         if key in self.sessions:
             self.drop(self.sessions[key])
         num_positions = opening.max_positions
-        if not self.can_ever_fit(num_positions):
-            needed = self._limits.cache_bytes(num_positions)
-            needed += self._limits.hidden_bytes(num_positions)
+        if not self.can_ever_fit(num_positions, first_layer):
+            needed = self._session_bytes(num_positions, first_layer)
             budget = self._limits.budget_bytes
             raise PoolFullError(
                 f"a session of {num_positions} positions needs {needed} bytes, but the budget is "
@@ -61,7 +62,7 @@ class SessionStore:
             )
         for session in surplus_sessions(self.sessions.values(), key.device, self._limits, now):
             self.drop(session)
-        first = MemoryNeed(key.device, min(BLOCK, num_positions))
+        first = MemoryNeed(key.device, min(BLOCK, num_positions), first_layer)
         # Called only for its PoolFullError: `hold` drops sessions when hidden states arrive.
         sessions_to_drop(self.sessions.values(), first, self._limits, now)
         session = Session(
@@ -70,6 +71,7 @@ class SessionStore:
             store=self.pool.store(),
             last_used=now,
             branch=opening.branch,
+            first_layer=first_layer,
         )
         self.sessions[key] = session
         return session
@@ -87,7 +89,7 @@ class SessionStore:
             return
         size = grown_size(store.capacity, num_positions, session.capacity)
         others = [other for other in self.sessions.values() if other is not session]
-        need = MemoryNeed(session.key.device, size)
+        need = MemoryNeed(session.key.device, size, session.first_layer)
         for victim in sessions_to_drop(others, need, self._limits, now):
             self.drop(victim)
         missing = self._limits.hidden_bytes(size - store.capacity) - self.pool.free_bytes
@@ -112,14 +114,14 @@ class SessionStore:
         if lease:
             self.pool.grow_lease(lease, session.store.capacity)
         else:
-            session.lease = self.pool.lease(session.store.capacity)
+            session.lease = self.pool.lease(session.store.capacity, session.first_layer)
         return True
 
     def _free_for_cache(self, session: Session, now: float) -> bool:
         """Free memory for the session's cache. If there is too little, free none; return False."""
         limits = self._limits
         sessions = self.sessions.values()
-        needed = limits.cache_bytes(session.store.capacity)
+        needed = limits.cache_bytes(session.store.capacity, session.first_layer)
         if session.lease:
             needed -= session.lease.num_bytes
         over = devices_over_share(sessions, session, limits, now)

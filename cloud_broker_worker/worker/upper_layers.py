@@ -21,9 +21,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from cloud_broker_worker.worker.config import Weights
 from cloud_broker_worker.worker.kv_pool import KvLease, KvPool, KvShape
 from cloud_broker_worker.worker.packed_linear import pack_layers, weight_bytes
-from fleet.bundles.manifest import Bundle
+from fleet.bundles.manifest import Bundle, Manifest
 from fleet.bundles.tensor_file import TensorFile
-from fleet.errors import BundleError
+from fleet.errors import BundleError, ConfigError
 from fleet.protocol.hidden_states import Float16
 from fleet.utils.memory_release import release_freed_memory
 
@@ -34,9 +34,9 @@ DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.floa
 class Chunk(NamedTuple):
     """Positions [start, stop) of one session. Positions [0, start) of this session have run.
 
-    `hidden_states` [stop - start, hidden] float16 are the outputs of the upload layer. The worker
-    computes logits for the positions `outputs`. A chunk is a tuple, because each step unpacks one
-    for each session.
+    `hidden_states` [stop - start, hidden] float16 are the inputs of the lease's first layer. The
+    worker computes logits for the positions `outputs`. A chunk is a tuple, because each step
+    unpacks one for each session.
     """
 
     lease: KvLease
@@ -84,7 +84,7 @@ def ragged_attention(
     out = torch.empty(num_rows, heads, dim)
     grouped, grouped_out = (rows.view(num_rows, kv_heads, -1, dim) for rows in (scaled, out))
     for span in spans:
-        cache = span.lease.layers[module.layer_idx]
+        cache = span.lease.layers[module.layer_idx - span.lease.first_layer]
         cache[:, :, span.start : span.stop] = both[:, :, span.rows]
         keys, values = cache[:, :, : span.stop]
         if span.stop - span.start == 1:
@@ -116,43 +116,55 @@ def one_row_attention(query: Tensor, keys: Tensor, values: Tensor, out: Tensor) 
 
 
 def make_spans(chunks: Sequence[Chunk]) -> list[Span]:
-    """Return the spans of the chunks, one chunk after the other.
+    """Return the spans of the chunks. Rows are in the order of the layers where the chunks begin.
 
     A single row sees the whole cache, so it needs no mask. For a first chunk, the kernel's option
     `is_causal` replaces the mask. Several rows after a prefix need a mask. It is made here, once
     for all layers.
     """
-    spans = []
+    spans = {}
     first = 0
-    for lease, _, start, stop, _ in chunks:
+    for i in sorted(range(len(chunks)), key=lambda i: chunks[i].lease.first_layer):
+        lease, _, start, stop, _ = chunks[i]
         count = stop - start
         mask = None
         if start and count > 1:
             mask = torch.ones(count, stop, dtype=torch.bool).tril_(start)
         rows = slice(first, first + count)
-        spans.append(Span(lease=lease, rows=rows, start=start, stop=stop, mask=mask))
+        spans[i] = Span(lease=lease, rows=rows, start=start, stop=stop, mask=mask)
         first += count
-    return spans
+    return [spans[i] for i in range(len(chunks))]
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, ragged_attention)
 
 
 class UpperLayers:
-    """Layers [upload_layer, num_layers), final norm and LM head of a bundle, with weights in
-    float32 or fewer bits.
+    """Layers [from_layer, num_layers), final norm and LM head of a bundle, with weights in float32
+    or fewer bits.
+
+    `upload_layers` are the layers where a session may begin.
     """
 
-    def __init__(self, bundle: Bundle, num_threads: int, weights: Weights = "float32") -> None:
-        """Load the cloud partition.
+    def __init__(
+        self,
+        bundle: Bundle,
+        num_threads: int,
+        weights: Weights = "float32",
+        from_layer: int = 0,
+    ) -> None:
+        """Load the cloud partition from `from_layer` on; 0 stands for its lowest layer.
 
         Raises:
-            BundleError: the cloud partition does not load.
+            BundleError: the cloud partition does not load, or there is none.
+            ConfigError: no device of the bundle uploads after `from_layer` layers.
         """
         torch.set_num_threads(num_threads)
         self.manifest = bundle.manifest
+        self.upload_layers = checked_layers(bundle.manifest, from_layer)
         try:
-            self._model = load_model(bundle, weights)
+            self._model = load_model(bundle, weights, self.upload_layers[0])
+            self._layers = list(self._model.model.layers)
         except (OSError, ValueError, RuntimeError) as error:
             raise BundleError(
                 f"the cloud partition of {bundle.folder} does not load: {error}; export it again"
@@ -178,17 +190,17 @@ class UpperLayers:
     def __call__(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run every chunk's positions and add them to its cache.
 
-        Return logits [number of outputs, vocab] float32, chunk by chunk.
+        Each layer runs the rows of all chunks that begin at it or below. Return logits [number of
+        outputs, vocab] float32, chunk by chunk.
         """
         spans = make_spans(chunks)
-        rows = np.concatenate([chunk.hidden_states for chunk in chunks])
-        hidden = torch.from_numpy(rows).float()[None]
-        positions = torch.cat([torch.arange(span.start, span.stop) for span in spans])[None]
-        decoder = self._model.model
-        rotary = decoder.rotary_emb(hidden, positions)
-        for layer in decoder.layers:
-            out = layer(hidden, position_ids=positions, position_embeddings=rotary, spans=spans)
-            hidden = out[0] if isinstance(out, tuple) else out
+        num_rows = sum(span.stop - span.start for span in spans)
+        rows = np.empty((num_rows, self.manifest.model.hidden_size), np.float16)
+        positions = torch.empty(1, num_rows, dtype=torch.long)
+        for span, chunk in zip(spans, chunks, strict=True):
+            rows[span.rows] = chunk.hidden_states
+            positions[0, span.rows] = torch.arange(span.start, span.stop)
+        hidden = self._run_layers(torch.from_numpy(rows).float()[None], positions, spans)
         for span in spans:
             span.lease.length = max(span.lease.length, span.stop)
         output_rows = [
@@ -197,12 +209,53 @@ class UpperLayers:
             for i in chunk.outputs
         ]
         outputs = hidden[0, torch.tensor(output_rows, dtype=torch.long)]
-        logits: Tensor = self._model.lm_head(decoder.norm(outputs))
+        logits: Tensor = self._model.lm_head(self._model.model.norm(outputs))
         return logits
 
+    def _run_layers(self, inputs: Tensor, positions: Tensor, spans: Sequence[Span]) -> Tensor:
+        """Return the last layer's outputs [1, rows, hidden] of `inputs`, the rows of all spans."""
+        rotary = self._model.model.rotary_emb(inputs, positions)
+        firsts = sorted({span.lease.first_layer for span in spans})
+        hidden = inputs[:, :0]
+        for first, stop in zip(firsts, [*firsts[1:], len(self._layers)], strict=True):
+            begun = [span for span in spans if span.lease.first_layer <= first]
+            num_rows = max(span.rows.stop for span in begun)
+            hidden = torch.cat((hidden, inputs[:, hidden.shape[1] : num_rows]), 1)
+            arguments = {
+                "position_ids": positions[:, :num_rows],
+                "position_embeddings": tuple(table[:, :num_rows] for table in rotary),
+                "spans": begun,
+            }
+            for layer in self._layers[first:stop]:
+                out = layer(hidden, **arguments)
+                hidden = out[0] if isinstance(out, tuple) else out
+        return hidden
 
-def load_model(bundle: Bundle, weights: Weights) -> Any:
+
+def checked_layers(manifest: Manifest, from_layer: int) -> tuple[int, ...]:
+    """Return the layers after which devices may upload to a worker with the layers from
+    `from_layer` on.
+
+    Raises:
+        BundleError: the device holds the whole model.
+        ConfigError: no device uploads after `from_layer` layers.
+    """
+    if manifest.is_device_only:
+        raise BundleError(
+            f"bundle {manifest.bundle_id} has no layers for a worker: its devices hold the whole "
+            "model; run no worker for it, or export it with --uploads"
+        )
+    first = from_layer or manifest.upload_layer
+    if first not in manifest.upload_layers:
+        layers = ", ".join(map(str, manifest.upload_layers))
+        raise ConfigError(f"--from-layer {first}: expected one of the upload layers {layers}")
+    return tuple(layer for layer in manifest.upload_layers if layer >= first)
+
+
+def load_model(bundle: Bundle, weights: Weights, from_layer: int) -> Any:
     """Load the cloud partition, one tensor at a time, with weights of the kind `weights`.
+
+    Layers below `from_layer` of the whole model have no weights.
 
     Raises:
         OSError, ValueError, RuntimeError: the partition cannot be read, or is of another model.
@@ -215,6 +268,8 @@ def load_model(bundle: Bundle, weights: Weights) -> Any:
     model.model.rotary_emb = rotary(config=config)  # its table is computed, not stored
     with TensorFile(bundle.path("cloud/model.safetensors")) as file:
         check_tensors(model, file)
+        for number in range(from_layer - bundle.manifest.upload_layer):
+            model.model.layers[number] = torch.nn.Identity()
         pack_layers(model, weights, lambda name: read_tensor(file, name))
         left = file.entries.keys() & model.state_dict().keys()
         norms = {name: read_tensor(file, name).float() for name in left}

@@ -51,7 +51,7 @@ class Worker:
         """
         config = validated(config)
         self.name = transport.name
-        layers = UpperLayers(bundle, config.num_threads, config.weights)
+        layers = UpperLayers(bundle, config.num_threads, config.weights, config.from_layer)
         self.engine = Engine(layers, transport.name, config)
         self._transport = transport
         self._bundle_id = bundle.manifest.bundle_id

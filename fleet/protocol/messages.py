@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, Final, TypeAlias
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from fleet.protocol.types import (
     MAX_POSITIONS,
     Count,
     DeadlineMs,
     Id,
+    Layer,
     Position,
     Seed,
     Temperature,
@@ -44,7 +45,8 @@ class Open(Struct, frozen=True, tag_field="type", tag="open", kw_only=True):
     """Device to workers: a request to accept this session.
 
     `max_positions` bounds the KV cache that it will need. `branch` is the number of rejected drafts
-    that the device knows of: a worker that has the session on another branch starts it afresh.
+    that the device knows of: a worker that has the session on another branch starts it afresh. The
+    hidden states are those after `upload_layer` layers, by default the lowest of the bundle's.
     """
 
     session: Id
@@ -55,6 +57,7 @@ class Open(Struct, frozen=True, tag_field="type", tag="open", kw_only=True):
     max_positions: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
     deadline_ms: DeadlineMs
     branch: Count = 0
+    upload_layer: Layer | UnsetType = UNSET
 
 
 class Opened(Struct, frozen=True, tag_field="type", tag="opened", kw_only=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias
 
 from msgspec import Meta
 
@@ -28,6 +28,9 @@ TopK: TypeAlias = Annotated[int, Meta(ge=0, le=1000)]
 MaxNewTokens: TypeAlias = Annotated[int, Meta(ge=1, le=100_000)]
 Threshold: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
+
+Layer: TypeAlias = Annotated[int, Meta(ge=1, le=9999)]
+Split: TypeAlias = Literal["auto"] | Layer
 
 DeadlineMs: TypeAlias = Annotated[int, Meta(ge=1, le=600_000)]
 TargetTpotMs: TypeAlias = Annotated[float, Meta(gt=0, le=600_000)]

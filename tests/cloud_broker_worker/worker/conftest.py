@@ -39,7 +39,7 @@ from onnx_export.weights import LoadedWeights
 
 DEVICE = "edge-1"
 OUTSIDE = (1 << 31) - 1  # a token of no vocabulary: as a draft it is always rejected
-LayersAt = Callable[[int], UpperLayers]
+LayersAt = Callable[..., UpperLayers]
 
 
 class TinyModel:
@@ -87,22 +87,24 @@ def whole(tiny_checkpoint: Path) -> TinyModel:
 @pytest.fixture(scope="session")
 def cloud_bundle(
     whole: TinyModel, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int], Bundle]:
-    """Bundles with the cloud side alone, cut at a layer."""
+) -> Callable[..., Bundle]:
+    """Bundles with the cloud side alone, cut at one of the layers or at each."""
 
     @cache
-    def make(upload_layer: int) -> Bundle:
+    def make(upload_layer: int, *higher_layers: int) -> Bundle:
+        uploads = (upload_layer, *higher_layers)
         folder = tmp_path_factory.mktemp("cloud")
         write_cloud(whole.streamed, upload_layer, folder / "cloud")
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             model=model_info("tiny", whole.model, 512),
-            exits=(upload_layer,),
+            exits=uploads,
             split_layer=upload_layer,
             upload_layer=upload_layer,
+            uploads=uploads,
             quantization="fp32",
             top_k=64,
-            thresholds=(0.8,),
+            thresholds=(0.8,) * len(uploads),
             parity={},
             tools={},
             files=tuple(list_files(folder)),
@@ -114,8 +116,8 @@ def cloud_bundle(
 
 
 @pytest.fixture(scope="session")
-def layers_at(cloud_bundle: Callable[[int], Bundle]) -> LayersAt:
-    return cache(lambda upload_layer: UpperLayers(cloud_bundle(upload_layer), num_threads=1))
+def layers_at(cloud_bundle: Callable[..., Bundle]) -> LayersAt:
+    return cache(lambda *layers: UpperLayers(cloud_bundle(*layers), num_threads=1))
 
 
 class Bench:

@@ -50,6 +50,21 @@ WIRE: list[tuple[Message, bytes]] = [
         b"\xadmax_positions\xcd\x08\x00\xabdeadline_ms\xcd\x05\xdc\xa6branch\x00",
     ),
     (
+        Open(
+            session="s1",
+            epoch=7,
+            bundle_id="b1",
+            protocol=4,
+            sampling=Sampling(),
+            max_positions=1,
+            deadline_ms=1,
+            upload_layer=15,
+        ),
+        b"\x8a\xa4type\xa4open\xa7session\xa2s1\xa5epoch\x07\xa9bundle_id\xa2b1\xa8protocol\x04"
+        b"\xa8sampling\x84\xabtemperature\xcb\0\0\0\0\0\0\0\0\xa5top_p\xcb\x3f\xf0\0\0\0\0\0\0\xa5top_k\0\xa4seed\0"
+        b"\xadmax_positions\x01\xabdeadline_ms\x01\xa6branch\x00\xacupload_layer\x0f",
+    ),
+    (
         Opened(
             session="s1",
             worker="w1",

@@ -5,6 +5,7 @@ from contextlib import suppress
 import msgpack
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import UNSET
 
 from fleet.errors import FleetError, PromptError, ProtocolError
 from fleet.protocol.codec import decode_to_device, decode_to_worker, encode, unpack_chunk
@@ -63,6 +64,7 @@ OPENS = st.builds(
     max_positions=st.integers(1, 1 << 20),
     deadline_ms=DEADLINES,
     branch=COUNTS,
+    upload_layer=st.just(UNSET) | st.integers(1, 9999),
 )
 VERIFIES = st.builds(
     Verify,
