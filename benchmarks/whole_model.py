@@ -89,7 +89,10 @@ class WholeModel:
         return logits
 
     def generate(
-        self, prompt: str, max_new_tokens: int, sampling: Sampling | None = None
+        self,
+        prompt: str | Sequence[ChatMessage],
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
     ) -> list[int]:
         """Return token ids, greedy unless `sampling` is given.
 
@@ -116,10 +119,14 @@ class WholeModel:
         return result
 
     def steps(
-        self, prompt: str, max_new_tokens: int, sampling: Sampling | None = None
+        self,
+        prompt: str | Sequence[ChatMessage],
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield each token with the logits [vocab] float32 that it was chosen from."""
-        prompt_ids = self.tokenizer.encode_chat([ChatMessage("user", prompt)])
+        chat = [ChatMessage("user", prompt)] if isinstance(prompt, str) else prompt
+        prompt_ids = self.tokenizer.encode_chat(chat)
         cascade = Cascade(self.partition, len(prompt_ids) + max_new_tokens)
         cache = DynamicCache()
         token_ids: list[int] = []

@@ -12,7 +12,7 @@ from fleet.protocol.desired_config import Settings, UploadDtype
 from fleet.protocol.messages import MAX_DRAFT
 from fleet.protocol.modes import Mode
 from fleet.protocol.triggers import Triggers, check_triggers
-from fleet.protocol.types import DeadlineMs, Share, TargetTpotMs, Threshold
+from fleet.protocol.types import DeadlineMs, Share, Split, TargetTpotMs, Threshold
 from fleet.utils.text_files import decode_json
 
 CONFIG_FILE: Final = "agent.json"
@@ -26,7 +26,8 @@ LOCKABLE: Final = tuple(sorted({*Settings.__struct_fields__} - {"bundle", "softw
 class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The settings that an operator may change on a device.
 
-    Empty `thresholds` mean those of the bundle. `max_queued_requests` includes the active requests.
+    Empty `thresholds` mean those of the bundle. `split` is the number of layers that the device
+    holds, or ``auto`` for the bundle's own. `max_queued_requests` includes the active requests.
     `max_kept_reports` is the number of reports that wait on disk for the collector before the
     oldest are merged. `agreement_sample` is the share of collaborative responses whose tokens are
     also verified by the cloud. `update_timeout_s` is the time within which a new version of the
@@ -50,6 +51,7 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     min_agreement: Share | None = None
     max_offload_rate: Share | None = None
     upload_dtype: UploadDtype = "float16"
+    split: Split = "auto"
     max_draft: Annotated[int, Meta(ge=1, le=MAX_DRAFT)] = 16
     agreement_sample: Share = 0.0
     triggers: Triggers = ()

@@ -4,8 +4,9 @@ share.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -44,30 +45,66 @@ class WorkCounter:
 
 
 class Partition:
-    """The graphs of a bundle, loaded once and shared by every sequence on the device.
+    """The graphs of a bundle up to a split, loaded once and shared by every sequence on the device.
 
-    The embedding, also the LM head's exact weights if a model ties them, stays in its file, mapped
-    into memory: a step reads a row of it and one for each candidate.
+    `split` is the number of layers, by default those of all exits. The embedding, also the LM
+    head's exact weights if a model ties them, stays in its file, mapped into memory: a step reads a
+    row of it and one for each candidate.
     """
 
-    def __init__(self, bundle: Bundle, num_threads: int, provider: Provider = "auto") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        num_threads: int,
+        provider: Provider = "auto",
+        split: int | None = None,
+    ) -> None:
         """Load the graphs.
 
         Raises:
             BundleError: ONNX Runtime cannot load a graph.
             ConfigError: ONNX Runtime lacks the provider.
         """
-        runtime = Runtime(num_threads, provider)
         self.manifest = bundle.manifest
-        tools = bundle.manifest.tools
-        self.blocks = [
-            load_session(bundle.path(f"edge/block_{i}.onnx"), runtime, tools)
-            for i in range(len(bundle.manifest.exits))
-        ]
-        self._lm_head = load_session(bundle.path("edge/lm_head.onnx"), runtime, tools)
-        self.work = WorkCounter([0] * len(self.blocks))
+        self._bundle = bundle
+        self._runtime = Runtime(num_threads, provider)
+        self._lm_head = self._load("edge/lm_head.onnx")
         self._embedding, self._table = load_tables(bundle)
+        self.work = WorkCounter([0] * len(self.manifest.exits))
+        self.blocks: list[ort.InferenceSession] = []
+        self._load_blocks(split or self.manifest.exits[-1])
         release_freed_memory()
+
+    def move(self, split: int) -> Self:
+        """Return a partition with `split` layers, which shares its graphs with this one.
+
+        Raises:
+            BundleError: ONNX Runtime cannot load a graph.
+        """
+        moved = copy(self)
+        moved._load_blocks(split)
+        return moved
+
+    def _load_blocks(self, split: int) -> None:
+        """Keep or load the blocks below `split`."""
+        self.split = split
+        self.exits = tuple(layer for layer in self.manifest.exits if layer <= split)
+        names = [f"edge/block_{i}.onnx" for i in range(len(self.exits))]
+        loaded = self.blocks[: len(names)]
+        self.blocks = loaded + [self._load(name) for name in names[len(loaded) :]]
+
+    def _load(self, name: str) -> ort.InferenceSession:
+        return load_session(self._bundle.path(name), self._runtime, self.manifest.tools)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the device holds the whole model, so that it needs no cloud."""
+        return self.split == self.manifest.model.num_layers
+
+    @property
+    def upload_layer(self) -> int:
+        """The layer whose hidden states are uploaded."""
+        return self.manifest.upload_layer_of(self.split)
 
     @property
     def num_token_ids(self) -> int:

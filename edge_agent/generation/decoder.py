@@ -13,6 +13,7 @@ from edge_agent.engine.partition import Partition
 from edge_agent.measurements import Measurements
 from edge_agent.session.cloud_session import CloudSession
 from fleet.exits.exit_policy import exit_emits
+from fleet.exits.thresholds import OFF
 from fleet.protocol.messages import Sampling
 from fleet.protocol.sampling import draw
 
@@ -21,8 +22,8 @@ from fleet.protocol.sampling import draw
 class ExitChoice:
     """A token that an exit chose, and its log-probability at temperature 1.
 
-    `is_confident` means that the confidence reaches the exit's threshold, so the exit emits the
-    token.
+    `is_confident` means that the exit emits the token: its confidence reaches the threshold, or it
+    is the end of the whole model.
     """
 
     token_id: int
@@ -70,8 +71,9 @@ class Decoder:
         self.cascade = Cascade(partition, capacity, one_by_one_from)
         self.text: list[int] = []
         self.check: Callable[[], None] = lambda: None
-        self._manifest = partition.manifest
-        self._upload_block = self._manifest.exits.index(self._manifest.upload_layer)
+        self._exits = partition.exits
+        self._is_whole = partition.is_whole
+        self._upload_block = self._exits.index(partition.upload_layer)
         self._thresholds = thresholds
         self._sampling = sampling
         self._cloud_session = cloud_session
@@ -98,9 +100,15 @@ class Decoder:
             self.cascade.append(self.text[position:])
         is_step = position == self.cascade.num_filled(0)
         for block, threshold in enumerate(self._thresholds):
+            is_last = block == len(self._exits) - 1
+            if threshold == OFF and not is_last:
+                self.cascade.fill(block, self._locked)
+                self._offer(block)
+                continue
             candidates = self.cascade.run(block, self._locked)
             self._offer(block)
-            is_confident = exit_emits(candidates.confidence, threshold)
+            is_exact = is_last and self._is_whole
+            is_confident = is_exact or exit_emits(candidates.confidence, threshold)
             if is_confident:
                 break
         if is_step:  # not for a prompt, which takes longer than one token
@@ -110,7 +118,7 @@ class Decoder:
         return ExitChoice(
             token_id=int(candidates.token_ids[chosen]),
             logprob=float(candidates.logprobs[chosen]),
-            exit_layer=self._manifest.exits[block],
+            exit_layer=self._exits[block],
             confidence=candidates.confidence,
             is_confident=is_confident,
         )

@@ -40,6 +40,7 @@ from fleet.protocol.messages import Close, Opened
 from fleet.protocol.prompt import parse_prompt
 from fleet.protocol.report import ConfigProblem, DeviceStatus, encode_status
 from fleet.transport.base import Handler, Transport, publish_or_log
+from fleet.utils.memory_release import release_unused_memory
 from fleet.utils.rate_limited_log import RateLimitedLog
 from fleet.utils.validation import validated
 
@@ -97,10 +98,12 @@ class Agent:
         self._epoch = time.time_ns() // 1_000_000
         # The tokenizer comes first: the partition returns the memory that loading has freed.
         self._tokenizer = ChatTokenizer(bundle)
-        self._partition = Partition(bundle, config.num_threads, config.provider)
+        split = self._manifest.split_of(config.split)
+        partition = Partition(bundle, config.num_threads, config.provider, split)
+        self.work: WorkCounter = partition.work  # since it was loaded
         if is_trial:
-            check_step(self._partition, self._tokenizer)
-        self._planner = RequestPlanner(self._partition, self._tokenizer, config, draw)
+            check_step(partition, self._tokenizer)
+        self._planner = RequestPlanner(partition, self._tokenizer, config, draw)
         self._model_lock = FairLock()
         self._new_jobs: queue.Queue[Job | None] = queue.Queue()
         self._jobs = JobQueue(config.cache_budget_mb * MB, config.max_concurrent_requests)
@@ -122,7 +125,6 @@ class Agent:
             workers=self._workers,
             reporter=self._reporter,
             manifest=self._manifest,
-            partition=self._partition,
             tokenizer=self._tokenizer,
             model_lock=self._model_lock,
             epoch=self._epoch,
@@ -182,11 +184,6 @@ class Agent:
             self._is_paused = False
 
     @property
-    def work(self) -> WorkCounter:
-        """The work that the model has done since it was loaded."""
-        return self._partition.work
-
-    @property
     def is_idle(self) -> bool:
         """Whether no request is active."""
         with self._lock:
@@ -211,9 +208,14 @@ class Agent:
         previous configuration. `problem` is the reason why no newer version is in use.
 
         Raises:
-            PromptError: the thresholds do not fit the bundle's exits; nothing has changed.
+            ConfigError, PromptError: the split or the thresholds do not fit the bundle's exits.
+            BundleError: a block of the new split cannot be loaded. In each case nothing has
+                changed.
         """
+        split = self._planner.partition.split
         self._planner.follow(config)
+        if self._planner.partition.split != split:
+            release_unused_memory()
         self._config = config
         self._config_version = version
         self._config_error = problem
@@ -396,14 +398,22 @@ class Agent:
                 self._jobs.put(job, self._planner.plan(job.prompt))
 
     def _answer_jobs(self) -> None:
-        while True:
-            with self._jobs.lease() as lease:
-                if lease is None:
-                    return
-                job, plan = lease
-                with self._errors_as_replies(job):
-                    self._answerer.answer(job, plan)
-                    self._finish(job)
+        while partition := self._answer_job():
+            is_moved = partition is not self._planner.partition
+            del partition
+            if is_moved:
+                release_unused_memory()
+
+    def _answer_job(self) -> Partition | None:
+        """Answer the next job; return the partition that it used, or None when there is no job."""
+        with self._jobs.lease() as lease:
+            if lease is None:
+                return None
+            job, plan = lease
+            with self._errors_as_replies(job):
+                self._answerer.answer(job, plan)
+                self._finish(job)
+            return plan.partition
 
     @contextmanager
     def _errors_as_replies(self, job: Job) -> Iterator[None]:

@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from typing import Final
 
 import msgspec
+from msgspec import UNSET
 
 from edge_agent.engine.fair_lock import FairLock
-from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer, TextStream
 from edge_agent.generation.acceptance_rate import AcceptanceRate
 from edge_agent.generation.decoder import Decoder
@@ -45,7 +45,6 @@ class Answerer:
         workers: WorkerDirectory,
         reporter: Reporter,
         manifest: Manifest,
-        partition: Partition,
         tokenizer: ChatTokenizer,
         model_lock: FairLock,
         epoch: int,
@@ -54,7 +53,6 @@ class Answerer:
         self._workers = workers
         self._reporter = reporter
         self._manifest = manifest
-        self._partition = partition
         self._tokenizer = tokenizer
         self._model_lock = model_lock
         self._epoch = epoch
@@ -76,8 +74,8 @@ class Answerer:
         Raises:
             PromptError: the response is late, or cannot continue without the cloud.
         """
-        needs_cloud = plan.mode is not Mode.STANDALONE and not job.cancelled.is_set()
-        cloud_session = self._connect(job, plan) if needs_cloud else None
+        is_alone = plan.applied_mode is Mode.STANDALONE or job.cancelled.is_set()
+        cloud_session = None if is_alone else self._connect(job, plan)
         text = self._tokenizer.stream(job.prompt)
         try:
             with cloud_session or nullcontext():
@@ -125,9 +123,9 @@ class Answerer:
 
     def _generator(self, job: Job, plan: RequestPlan) -> Generator:
         decoder = Decoder(
-            self._partition,
+            plan.partition,
             plan.capacity,
-            thresholds=plan.thresholds,
+            thresholds=plan.exit_thresholds,
             sampling=job.prompt.sampling,
             cloud_session=job.cloud_session,
             lock=self._model_lock.of(job.app),
@@ -144,9 +142,8 @@ class Answerer:
                 eos_token_ids=eos,
                 max_draft=plan.config.max_draft,
             )
-        mode = Mode.VERIFIED if plan.is_exact else plan.mode
         job.mode_controller = ModeController(
-            mode,
+            plan.applied_mode,
             plan.targets,
             self._measurements,
             plan.config.assist_deadline_ms,
@@ -156,6 +153,7 @@ class Answerer:
 
     def _connect(self, job: Job, plan: RequestPlan) -> CloudSession:
         note = self._workers.why_none(self._manifest.bundle_id)
+        layer = plan.partition.upload_layer
         opening = Open(
             session=secrets.token_hex(SESSION_BYTES),
             epoch=self._epoch,
@@ -164,6 +162,7 @@ class Answerer:
             sampling=job.prompt.sampling,
             max_positions=plan.capacity,
             deadline_ms=plan.config.assist_deadline_ms,
+            upload_layer=UNSET if layer == self._manifest.upload_layer else layer,
         )
         job.cloud_session = CloudSession(
             self._transport,

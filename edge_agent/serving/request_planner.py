@@ -13,6 +13,7 @@ from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer
 from edge_agent.generation.mode_policy import Targets
 from fleet.errors import PromptError
+from fleet.exits.thresholds import OFF
 from fleet.protocol.modes import DEFAULT_AGREEMENT, Mode
 from fleet.protocol.prompt import PromptRequest
 
@@ -24,10 +25,11 @@ class RequestPlan:
     """The plan of a request that fits the device.
 
     `num_bytes` is the memory of the caches. `deadline_s` counts from the arrival of the request.
-    `config` has the settings for the whole response. In a sample the cloud verifies every token
-    while the cloud is reachable.
+    `partition` and `config` are those of the whole response. `thresholds` has one for each exit of
+    the bundle. In a sample the cloud verifies every token while the cloud is reachable.
     """
 
+    partition: Partition
     prompt_ids: list[int]
     max_new_tokens: int
     thresholds: tuple[float, ...]
@@ -45,6 +47,22 @@ class RequestPlan:
         return self.mode is Mode.VERIFIED or (
             self.mode is Mode.AUTO and self.targets.min_agreement == 1.0
         )
+
+    @property
+    def applied_mode(self) -> Mode:
+        """The mode of generation. A device that holds the whole model answers alone."""
+        if self.partition.is_whole:
+            return Mode.STANDALONE
+        return Mode.VERIFIED if self.is_exact else self.mode
+
+    @property
+    def exit_thresholds(self) -> tuple[float, ...]:
+        """The threshold of each exit of the partition. Only the last exit of a whole model is
+        exact.
+        """
+        num_exits = len(self.partition.exits)
+        is_last_only = self.is_exact and self.partition.is_whole
+        return (OFF,) * num_exits if is_last_only else self.thresholds[:num_exits]
 
     @property
     def capacity(self) -> int:
@@ -67,15 +85,24 @@ class RequestPlanner:
         Raises:
             PromptError: the configured thresholds do not fit the bundle's exits.
         """
-        self._partition = partition
+        self.partition = partition
+        self._manifest = partition.manifest
         self._tokenizer = tokenizer
         self._draw = draw
         self._max_positions = min(config.max_positions, partition.manifest.model.max_positions)
         self.follow(config)
 
     def follow(self, config: AgentConfig) -> None:
-        """Use `config` from the next plan on, or raise PromptError and keep the present one."""
-        self._check_thresholds(config.thresholds or self._partition.manifest.thresholds)
+        """Use `config` from the next plan on, and load or drop blocks for another split.
+
+        Raises:
+            ConfigError, PromptError: it does not fit the bundle; the present one is kept.
+            BundleError: a block cannot be loaded; the present one is kept.
+        """
+        self._check_thresholds(config.thresholds or self._manifest.thresholds)
+        split = self._manifest.split_of(config.split)
+        if split != self.partition.split:
+            self.partition = self.partition.move(split)
         self._config = config
 
     def plan(self, prompt: PromptRequest) -> RequestPlan:
@@ -84,15 +111,18 @@ class RequestPlanner:
         Raises:
             PromptError: thresholds, length or memory do not fit this device even when it is idle.
         """
-        config = self._config  # one configuration for the whole plan: `follow` may replace it
+        config = self._config  # one of each for the whole plan: `follow` may replace them
+        partition = self.partition
         prompt_ids = self._prompt_ids(prompt)
         max_new_tokens = self._max_new_tokens(
             len(prompt_ids), prompt.max_new_tokens, config.max_new_tokens
         )
-        num_bytes = self._cache_bytes(len(prompt_ids), max_new_tokens, config.cache_budget_mb)
+        num_bytes = _cache_bytes(partition, len(prompt_ids), max_new_tokens, config.cache_budget_mb)
         mode = prompt.mode or config.mode
-        may_sample = prompt.mode is None and mode is Mode.COLLABORATIVE
+        is_shared = mode is Mode.COLLABORATIVE and not partition.is_whole
+        may_sample = prompt.mode is None and is_shared
         return RequestPlan(
+            partition=partition,
             prompt_ids=prompt_ids,
             max_new_tokens=max_new_tokens,
             thresholds=self._request_thresholds(prompt, config),
@@ -101,13 +131,13 @@ class RequestPlanner:
             deadline_s=answer_deadline_s(prompt, config),
             num_bytes=num_bytes,
             config=config,
-            eos_token_ids=() if prompt.ignore_eos else self._partition.manifest.model.eos_token_ids,
+            eos_token_ids=() if prompt.ignore_eos else self._manifest.model.eos_token_ids,
             is_sample=may_sample and self._draw() < config.agreement_sample,
         )
 
     def _prompt_ids(self, prompt: PromptRequest) -> list[int]:
         prompt_ids = self._tokenizer.encode(prompt)
-        num_known = self._partition.num_token_ids
+        num_known = self.partition.num_token_ids
         if max(prompt_ids) >= num_known:
             raise PromptError(
                 f"the prompt has the token id {max(prompt_ids)}, and this model has embeddings for "
@@ -116,7 +146,7 @@ class RequestPlanner:
         return prompt_ids
 
     def _targets(self, prompt: PromptRequest, config: AgentConfig) -> Targets:
-        manifest = self._partition.manifest
+        manifest = self._manifest
         calibration = manifest.calibration
         promised = None
         if calibration and self._request_thresholds(prompt, config) == manifest.thresholds:
@@ -140,25 +170,15 @@ class RequestPlanner:
             )
         return requested or min(default, available)
 
-    def _cache_bytes(self, num_prompt_tokens: int, max_new_tokens: int, budget_mb: int) -> int:
-        num_bytes = Cascade.num_bytes(self._partition, num_prompt_tokens + max_new_tokens)
-        if num_bytes > budget_mb * MB:
-            raise PromptError(
-                f"a prompt of {num_prompt_tokens} tokens and {max_new_tokens} new ones need "
-                f"{num_bytes / MB:.1f} MB of caches; this device has {budget_mb} MB for them "
-                "(cache_budget_mb); send a shorter prompt or ask for fewer tokens"
-            )
-        return num_bytes
-
     def _request_thresholds(self, prompt: PromptRequest, config: AgentConfig) -> tuple[float, ...]:
         if prompt.thresholds is not None:
             return self._check_thresholds(prompt.thresholds)
         if prompt.threshold is not None:
-            return (prompt.threshold,) * len(self._partition.manifest.exits)
-        return config.thresholds or self._partition.manifest.thresholds
+            return (prompt.threshold,) * len(self._manifest.exits)
+        return config.thresholds or self._manifest.thresholds
 
     def _check_thresholds(self, thresholds: tuple[float, ...]) -> tuple[float, ...]:
-        exits = self._partition.manifest.exits
+        exits = self._manifest.exits
         if len(thresholds) != len(exits):
             expected = f"expected {len(exits)} thresholds, one for each of the exits {exits}"
             raise PromptError(f"{expected}, got {len(thresholds)}")
@@ -169,6 +189,19 @@ def answer_deadline_s(prompt: PromptRequest, config: AgentConfig) -> float:
     """Return the time for a response: the app's, but at most the operator's."""
     limit_ms = config.answer_deadline_ms
     return min(prompt.deadline_ms or limit_ms, limit_ms) / 1000
+
+
+def _cache_bytes(
+    partition: Partition, num_prompt_tokens: int, max_new_tokens: int, budget_mb: int
+) -> int:
+    num_bytes = Cascade.num_bytes(partition, num_prompt_tokens + max_new_tokens)
+    if num_bytes > budget_mb * MB:
+        raise PromptError(
+            f"a prompt of {num_prompt_tokens} tokens and {max_new_tokens} new ones need "
+            f"{num_bytes / MB:.1f} MB of caches; this device has {budget_mb} MB for them "
+            "(cache_budget_mb); send a shorter prompt or ask for fewer tokens"
+        )
+    return num_bytes
 
 
 def _first_given(requested: float | None, configured: float | None) -> float | None:

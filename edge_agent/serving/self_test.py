@@ -16,14 +16,14 @@ PROMPT: Final = PromptRequest(prompt="How are you?")
 
 
 def check_step(partition: Partition, tokenizer: ChatTokenizer) -> None:
-    """Let every exit choose the token that follows a short prompt.
+    """Run every block, and let the last exit choose the token that follows a short prompt.
 
     Raises:
         BundleError: the result is no token, or has no probability.
     """
     manifest = partition.manifest
     prompt_ids = tokenizer.encode(PROMPT)[: manifest.model.max_positions]
-    decoder = Decoder(partition, len(prompt_ids) + 1, (1.0,) * len(manifest.exits), Sampling())
+    decoder = Decoder(partition, len(prompt_ids) + 1, (1.0,) * len(partition.exits), Sampling())
     decoder.text += prompt_ids
     choice = decoder.choose()
     is_token = 0 <= choice.token_id < manifest.model.vocab_size

@@ -11,6 +11,7 @@ import msgspec
 
 from edge_agent.config import AgentConfig
 from edge_agent.state.bundle_slots import Slots, is_abandoned
+from fleet.bundles.manifest import Manifest
 from fleet.errors import ConfigError, ProtocolError
 from fleet.protocol.desired_config import DesiredConfig, Settings, decode_desired, encode_desired
 from fleet.utils.atomic_files import move_aside, write_file
@@ -41,12 +42,13 @@ def next_step(
     return ConfigStep.REFUSE if is_abandoned(slots, bundle, desired.version) else ConfigStep.CHANGE
 
 
-def merge_settings(own: AgentConfig, settings: Settings, exits: tuple[int, ...]) -> AgentConfig:
-    """Return the device's own settings, overridden by the fleet's, for a bundle with `exits`.
+def merge_settings(own: AgentConfig, settings: Settings, manifest: Manifest) -> AgentConfig:
+    """Return the device's own settings, overridden by the fleet's, for the bundle of `manifest`.
 
     Raises:
-        ConfigError: the thresholds do not fit the exits.
+        ConfigError: the thresholds or the split do not fit its exits.
     """
+    exits = manifest.exits
     values = {name: getattr(settings, name) for name in settings.__struct_fields__}
     changes: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     changes.pop("bundle", None)
@@ -63,6 +65,7 @@ def merge_settings(own: AgentConfig, settings: Settings, exits: tuple[int, ...])
             f"{origin} has {len(config.thresholds)} thresholds, expected {len(exits)} "
             f"for the exits {exits}; correct them, or leave them out for the bundle's own"
         )
+    manifest.split_of(config.split)
     return config
 
 

@@ -5,7 +5,6 @@ All agents use one connection to the broker.
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import threading
@@ -39,14 +38,14 @@ from edge_agent.update.background_download import BackgroundDownload, Fetch
 from edge_agent.update.launcher import software_store
 from edge_agent.update.software_updater import Install, SoftwareUpdater
 from fleet.bundles.manifest import EDGE_SIDES, Bundle, Manifest, read_manifest
-from fleet.errors import BundleError, ConfigError, FleetError, PromptError, ProtocolError
+from fleet.errors import BundleError, ConfigError, FleetError, ProtocolError
 from fleet.identity.service_client import log_wait, retry_while_away
 from fleet.protocol import topics
 from fleet.protocol.desired_config import DesiredConfig, decode_desired
 from fleet.protocol.report import ConfigProblem
 from fleet.protocol.types import MAX_LABEL_LENGTH
 from fleet.transport.base import Transport
-from fleet.utils.memory_release import release_freed_memory
+from fleet.utils.memory_release import release_unused_memory
 
 DRAIN_S: Final = 60.0  # for active requests, before a device changes its bundle
 CHECK_S: Final = 0.25
@@ -133,13 +132,13 @@ class Supervisor:
         self._bundle = self._load(self._slots.current)
         self._desired = load_desired(self._folder)
         self._followed = self._desired
-        exits = self._bundle.manifest.exits
+        manifest = self._bundle.manifest
         try:
-            self._config = merge_settings(self._own, self._followed.settings, exits)
+            self._config = merge_settings(self._own, self._followed.settings, manifest)
         except ConfigError as error:
             self._followed = NO_DESIRED_CONFIG
             self._problem = ConfigProblem.of(error)
-            self._config = merge_settings(self._own, self._followed.settings, exits)
+            self._config = merge_settings(self._own, self._followed.settings, manifest)
 
     def run(self, transport: Transport) -> None:
         """Serve until the event of `prepare` is set; raise FleetError if the agent cannot start."""
@@ -237,10 +236,10 @@ class Supervisor:
     def _adopt(self, desired: DesiredConfig) -> None:
         """Apply settings that need no other bundle."""
         try:
-            config = merge_settings(self._own, desired.settings, self._bundle.manifest.exits)
+            config = merge_settings(self._own, desired.settings, self._bundle.manifest)
             if self._agent:
                 self._agent.follow(config, desired.version)
-        except (ConfigError, PromptError) as error:
+        except FleetError as error:
             self._publish_problem(ConfigProblem.of(error))
             return
         self._config = config
@@ -310,7 +309,7 @@ class Supervisor:
         """Start with another bundle; return why it does not start, or ""."""
         try:
             bundle = Bundle.load(folder, EDGE_SIDES)
-            config = merge_settings(self._own, desired.settings, bundle.manifest.exits)
+            config = merge_settings(self._own, desired.settings, bundle.manifest)
             self._start(bundle, config, self._followed.version, is_trial=True)
         except FleetError as error:
             return str(error)
@@ -342,8 +341,7 @@ class Supervisor:
             self._agent.close()
         refuse_prompts(self._transport)
         self._agent = None
-        gc.collect()
-        release_freed_memory()
+        release_unused_memory()
 
     def _start(
         self,

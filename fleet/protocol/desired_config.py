@@ -19,6 +19,7 @@ from fleet.protocol.types import (
     MaxNewTokens,
     Share,
     SoftwareVersion,
+    Split,
     TargetTpotMs,
     Threshold,
 )
@@ -34,10 +35,11 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, om
 
     None leaves a value to the next wider scope.
 
-    `bundle` is the id of the desired bundle. `agreement_sample` is the share of collaborative
-    generations whose tokens are also verified by the cloud, to measure whether the exits still
-    agree with it. `software` is the desired version of the device's software; a message to a
-    device has it in `DesiredConfig` instead.
+    `bundle` is the id of the desired bundle. `split` is the number of layers that the device holds,
+    one of its bundle's, or ``auto`` for the bundle's own. `agreement_sample` is the share of
+    collaborative generations whose tokens are also verified by the cloud, to measure whether the
+    exits still agree with it. `software` is the desired version of the device's software; a message
+    to a device has it in `DesiredConfig` instead.
     """
 
     mode: Mode | None = None
@@ -51,6 +53,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, om
     max_new_tokens: MaxNewTokens | None = None
     max_draft: Annotated[int, Meta(ge=1, le=MAX_DRAFT)] | None = None
     upload_dtype: UploadDtype | None = None
+    split: Split | None = None
     agreement_sample: Share | None = None
     bundle: Id | None = None
     software: SoftwareVersion | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,12 @@ def release_freed_memory() -> None:
     """Return freed memory to the system, if the C library can do so (glibc)."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def release_unused_memory() -> None:
+    """Collect garbage, and return all freed memory to the system."""
+    gc.collect()
+    release_freed_memory()
 
 
 def release_mapped_pages(path: Path) -> None:

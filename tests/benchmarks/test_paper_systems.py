@@ -152,7 +152,7 @@ def test_work_is_counted_on_the_side_where_it_is_done(
         ours.layer_positions_edge >= positions * split
     )  # steps behind wrong guesses are work, too
     assert ours.layer_positions_cloud >= positions * (model.num_layers - split)
-    assert ours.head_calls >= TOKENS * (1 + len(tiny_bundle.manifest.exits))
+    assert ours.head_calls >= TOKENS * 2  # the exit that is not the last is off
     assert ours.head_calls_cloud >= TOKENS
     assert rows["verified"].layer_positions_edge > rows["standalone"].layer_positions_edge > 0
     assert rows["standalone"].layer_positions_cloud == 0

@@ -187,7 +187,7 @@ def test_a_request_waits_until_its_caches_fit_and_no_other_overtakes_it(
         agent, _ = fleet.start_device(
             long_bundle, AgentConfig(num_threads=1, cache_budget_mb=1, max_positions=8192)
         )
-        most = agent._jobs.budget_bytes // Cascade.num_bytes(agent._partition, 1)
+        most = agent._jobs.budget_bytes // Cascade.num_bytes(agent._planner.partition, 1)
         large, small = (
             msgspec.structs.replace(ALONE, max_new_tokens=n) for n in (most * 2 // 3, 1)
         )
@@ -218,7 +218,7 @@ def test_a_request_cancelled_while_it_waits_leaves_at_once_without_a_token(
         agent, _ = fleet.start_device(
             long_bundle, AgentConfig(num_threads=1, cache_budget_mb=1, max_positions=8192)
         )
-        most = agent._jobs.budget_bytes // Cascade.num_bytes(agent._partition, 1)
+        most = agent._jobs.budget_bytes // Cascade.num_bytes(agent._planner.partition, 1)
         large = msgspec.structs.replace(ALONE, max_new_tokens=most * 2 // 3)
         with agent._model_lock.of(APP):
             ask_in_background(fleet, "running", large)

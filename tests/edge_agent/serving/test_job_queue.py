@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import queue
 import threading
+from typing import cast
 
 import pytest
 
 from edge_agent.config import AgentConfig
+from edge_agent.engine.partition import Partition
 from edge_agent.generation.mode_policy import Targets
 from edge_agent.serving import job_queue
 from edge_agent.serving.job_queue import Job, JobQueue
@@ -23,6 +25,7 @@ MAX_LEASES = 8
 def put(jobs: JobQueue, request: str, num_bytes: int, app: str = "app") -> Job:
     job = Job(app=app, request=request, prompt=PromptRequest(prompt="x"))
     plan = RequestPlan(
+        partition=cast(Partition, None),  # a queue runs no model
         prompt_ids=[1],
         max_new_tokens=1,
         thresholds=(1.0,),

@@ -17,17 +17,41 @@ from edge_agent.state.desired_state import (
     next_step,
     save_desired,
 )
+from fleet.bundles.manifest import SCHEMA_VERSION, Manifest, ModelInfo
 from fleet.errors import ConfigError
 from fleet.protocol.desired_config import DesiredConfig, Settings
 from fleet.protocol.modes import Mode
 
 OWN = AgentConfig(mode=Mode.STANDALONE, thresholds=(0.5, 0.6), max_draft=3, num_threads=1)
-EXITS = (1, 2)
+MANIFEST = Manifest(
+    schema_version=SCHEMA_VERSION,
+    model=ModelInfo(
+        name="tiny",
+        architecture="llama",
+        num_layers=4,
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=384,
+        max_positions=128,
+        eos_token_ids=(0,),
+    ),
+    exits=(1, 2),
+    split_layer=2,
+    upload_layer=2,
+    quantization="fp32",
+    top_k=8,
+    thresholds=(0.8, 0.8),
+    parity={},
+    tools={},
+    files=(),
+)
 
 
 def test_the_fleets_settings_override_the_devices_own() -> None:
     config = merge_settings(
-        OWN, Settings(mode=Mode.AUTO, max_new_tokens=9, min_agreement=0.0), EXITS
+        OWN, Settings(mode=Mode.AUTO, max_new_tokens=9, min_agreement=0.0), MANIFEST
     )
     assert (config.mode, config.max_new_tokens, config.min_agreement) == (Mode.AUTO, 9, 0.0)
     assert (config.thresholds, config.max_draft, config.num_threads) == ((0.5, 0.6), 3, 1)
@@ -35,7 +59,7 @@ def test_the_fleets_settings_override_the_devices_own() -> None:
 
 def test_settings_that_the_owner_has_locked_are_the_devices_own() -> None:
     own = msgspec.structs.replace(OWN, locked=("mode", "thresholds"))
-    config = merge_settings(own, Settings(mode=Mode.AUTO, threshold=0.9, max_draft=7), EXITS)
+    config = merge_settings(own, Settings(mode=Mode.AUTO, threshold=0.9, max_draft=7), MANIFEST)
     assert (config.mode, config.thresholds, config.max_draft) == (OWN.mode, OWN.thresholds, 7)
 
 
@@ -50,7 +74,7 @@ def test_every_setting_of_the_fleet_but_bundle_and_software_is_one_of_the_device
 
 
 def test_one_threshold_applies_to_every_exit() -> None:
-    assert merge_settings(OWN, Settings(threshold=0.9), EXITS).thresholds == (0.9, 0.9)
+    assert merge_settings(OWN, Settings(threshold=0.9), MANIFEST).thresholds == (0.9, 0.9)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +88,18 @@ def test_thresholds_that_do_not_fit_the_exits_are_refused(
     own: AgentConfig, settings: Settings, whose: str
 ) -> None:
     with pytest.raises(ConfigError, match=whose):
-        merge_settings(own, settings, EXITS)
+        merge_settings(own, settings, MANIFEST)
+
+
+@pytest.mark.parametrize(
+    ("own", "settings"),
+    [(AgentConfig(), Settings(split=1)), (AgentConfig(split=3), Settings())],
+)
+def test_a_split_that_the_bundle_does_not_have_is_refused(
+    own: AgentConfig, settings: Settings
+) -> None:
+    with pytest.raises(ConfigError, match=r"split [13]: expected 'auto' or one of 2, the splits"):
+        merge_settings(own, settings, MANIFEST)
 
 
 FOLLOWED = DesiredConfig(4, Settings(bundle="a"))
