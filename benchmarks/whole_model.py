@@ -79,6 +79,7 @@ class WholeModel:
         for i in range(len(manifest.exits)):
             cascade.run(i)
         hidden_states = cascade.hidden_states(block, start).astype(np.float16).astype(np.float32)
+        hidden_states *= getattr(self._upper.config, "state_scale", 1.0)
         with torch.inference_mode():
             output = self._upper(
                 inputs_embeds=torch.from_numpy(hidden_states)[None],

@@ -8,9 +8,19 @@ from fleet.bundles.manifest import ModelInfo
 from fleet.errors import ExportError
 from onnx_export.config import check_order, format_layers
 
-SUPPORTED_MODEL_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-SUPPORTED_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
-"""Rotary scalings whose angles depend on the position alone."""
+SUPPORTED_MODEL_TYPES: Final = (
+    "gemma2",
+    "gemma3_text",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
+SUPPORTED_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+"""Rotary scalings. The angles of the last two depend on the length of a longer sequence."""
 
 SIZES: Final = (
     "num_hidden_layers",
@@ -21,9 +31,20 @@ SIZES: Final = (
     "vocab_size",
     "max_position_embeddings",
 )
-NUMBERS: Final = ("rms_norm_eps", "rope_theta")
-HEAD_DIM_MULTIPLE: Final = 16
-"""Head sizes that ONNX Runtime's attention accepts when it rotates by itself."""
+OPTIONAL_SIZES: Final = ("sliding_window", "original_max_position_embeddings")
+NUMBERS: Final = (
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_local_base_freq",
+    "query_pre_attn_scalar",
+)
+OPTIONAL_NUMBERS: Final = (
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "partial_rotary_factor",
+)
+ROTARY_DIM_MULTIPLE: Final = 16
+"""Sizes of a head, or of its rotated dimensions, that ONNX Runtime's attention rotates."""
 
 
 def check_model(config: Any) -> None:
@@ -40,15 +61,15 @@ def check_model(config: Any) -> None:
     check_sizes(config)
     check_full_weights(config)
     check_rotary_embedding(config)
-    if uses_sliding_window(config):
+    if getattr(config, "use_bidirectional_attention", False):
         raise ExportError(
-            f"sliding-window attention (window {config.sliding_window}) cannot be exported; "
-            "choose a model without it"
+            "attention to later positions (use_bidirectional_attention) cannot be exported; "
+            "choose a model that generates text"
         )
-    if head_dim(config) % HEAD_DIM_MULTIPLE:
+    if head_dim(config) % ROTARY_DIM_MULTIPLE:
         raise ExportError(
             f"attention heads of {head_dim(config)} dimensions cannot be exported: "
-            f"expected a multiple of {HEAD_DIM_MULTIPLE}, which ONNX Runtime's attention needs"
+            f"expected a multiple of {ROTARY_DIM_MULTIPLE}, which ONNX Runtime's attention needs"
         )
 
 
@@ -57,15 +78,19 @@ def check_sizes(config: Any) -> None:
 
     The other values that enter its computation have to be numbers, too.
     """
-    for name in SIZES:
+    for name in SIZES + OPTIONAL_SIZES:
         size = getattr(config, name, None)
+        if size is None and name in OPTIONAL_SIZES:
+            continue
         if type(size) is not int or size < 1:
             raise ExportError(
                 f"{name} is {size!r}: expected a whole number of at least 1; "
                 "correct the checkpoint's config.json"
             )
-    for name in NUMBERS:
+    for name in NUMBERS + OPTIONAL_NUMBERS:
         number = getattr(config, name, 1.0)
+        if number is None and name in OPTIONAL_NUMBERS:
+            continue
         if not isinstance(number, int | float):
             raise ExportError(
                 f"{name} is {number!r}: expected a number; correct the checkpoint's config.json"
@@ -84,27 +109,41 @@ def check_full_weights(config: Any) -> None:
 
 
 def check_rotary_embedding(config: Any) -> None:
-    """Raise ExportError when rotary angles depend on the length or cover a head in part."""
-    rope = getattr(config, "rope_scaling", None) or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in SUPPORTED_ROPE_TYPES:
+    """Raise ExportError when the rotary scaling is unknown, or a head is rotated in part.
+
+    The layers of Phi-3 can rotate a part; those of the other models cannot.
+    """
+    if rope_type(config) not in SUPPORTED_ROPE_TYPES:
         raise ExportError(
-            f"rope scaling {rope_type!r} cannot be exported: its angles depend on the length; "
+            f"rope scaling {rope_type(config)!r} cannot be exported: "
             f"expected one of {', '.join(SUPPORTED_ROPE_TYPES)}"
         )
-    rotary_factor = getattr(config, "partial_rotary_factor", 1.0)
-    if rotary_factor not in (None, 1, 1.0):
+    factor = getattr(config, "partial_rotary_factor", None) or 1.0
+    rotary_dim = int(head_dim(config) * factor)
+    is_whole = rotary_dim == head_dim(config)
+    if not is_whole and (config.model_type != "phi3" or rotary_dim % ROTARY_DIM_MULTIPLE):
         raise ExportError(
-            f"partial rotary embedding ({rotary_factor}) cannot be exported; expected 1.0"
+            f"partial rotary embedding ({factor}) cannot be exported: expected 1.0, or with phi3 "
+            f"a part of {head_dim(config)} dimensions that is a multiple of {ROTARY_DIM_MULTIPLE}"
         )
 
 
-def uses_sliding_window(config: Any) -> bool:
-    """Return whether any layer attends to less than the whole sequence."""
-    if getattr(config, "sliding_window", None) is None:
-        return False
-    layer_types = getattr(config, "layer_types", None)
-    return layer_types is None or "sliding_attention" in layer_types
+def rope_type(config: Any) -> str:
+    """Return the name of a model's rotary scaling."""
+    rope = getattr(config, "rope_scaling", None) or {}
+    name: str = rope.get("rope_type", rope.get("type", "default"))
+    return name
+
+
+def check_positions(config: Any, max_positions: int) -> None:
+    """Raise ExportError when angles depend on the length of sessions of `max_positions` tokens."""
+    longest = min(max_positions, config.max_position_embeddings)
+    original = getattr(config, "original_max_position_embeddings", None) or longest
+    if rope_type(config) == "longrope" and longest > original:
+        raise ExportError(
+            f"rope scaling 'longrope' with sessions of {longest} tokens cannot be exported: beyond "
+            f"{original} tokens its angles depend on the length; give --max-positions {original}"
+        )
 
 
 def head_dim(config: Any) -> int:

@@ -29,6 +29,7 @@ from onnx_export.partition import (
 )
 from onnx_export.quantize import quantize, quantize_preview
 from onnx_export.streamed_model import StreamedModel
+from onnx_export.variants import logit_cap
 from onnx_export.weights import EMBEDDING
 
 
@@ -81,13 +82,15 @@ class Assembly:
 
     def write_lm_head(self, top_k: int, path: Path) -> bool:
         """Write the LM head's graph."""
+        cap = logit_cap(self.model.config)
         graph, is_cached = self._graph(
             path,
             {"lm_head.weight": in_memory(self.model.skeleton.lm_head.weight)},
-            lambda: export_lm_head(self.info, top_k, self.table_dtype),
+            lambda: export_lm_head(self.info, top_k, self.table_dtype, cap),
             quantize_preview,
             top_k=top_k,
             table=self.table_dtype,
+            cap=cap,
         )
         save_graph(graph, path)
         return is_cached
@@ -111,11 +114,9 @@ class Assembly:
     ) -> tuple[onnx.ModelProto, bool]:
         start, stop = layers
         skeleton = self.model.skeleton
-        cos, sin = rotary_tables(skeleton, self.info.max_positions)
-        state = {f"head.{name}": value for name, value in head.state_dict().items()}
-        weights = {
-            name: in_memory(value) for name, value in (state | {"cos": cos, "sin": sin}).items()
-        }
+        values = rotary_tables(skeleton, self.info.max_positions)
+        values |= {f"head.{name}": value for name, value in head.state_dict().items()}
+        weights = {name: in_memory(value) for name, value in values.items()}
         for i in range(start, stop):
             for name, stored in self.model.layer_names(i).items():
                 weights[f"layers.{i - start}.{name}"] = partial(self.model.read, stored)

@@ -16,7 +16,7 @@ from fleet.bundles.manifest import SCHEMA_VERSION, FileEntry, Manifest, hash_fil
 from fleet.errors import ConfigError, ExportError
 from fleet.exits.calibration import Calibration
 from onnx_export import parity
-from onnx_export.architecture import check_exits, check_model, model_info
+from onnx_export.architecture import check_exits, check_model, check_positions, model_info
 from onnx_export.assembly import Assembly
 from onnx_export.atomic_folder import staged
 from onnx_export.checkpoint import (
@@ -198,6 +198,7 @@ def load_model_and_tokenizer(config: ExportConfig, progress: Progress) -> tuple[
     check_model(model_config)
     check_exits(config.exits, model_config.num_hidden_layers)
     check_uploads(config.upload_layers, model_config.num_hidden_layers)
+    check_positions(model_config, config.max_positions)
     check_generation_config(source)
     tokenizer = load_pretrained(AutoTokenizer, source, config.model)
     check_tokenizer(

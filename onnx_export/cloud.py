@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 
 from onnx_export.streamed_model import FINAL_NORM, LAYERS, LM_HEAD, StreamedModel
+from onnx_export.variants import state_scale
 from onnx_export.weights import DTYPES, TensorSpec
 
 PER_LAYER: Final = ("layer_types", "no_rope_layers")  # settings with one value a layer
@@ -40,6 +41,9 @@ def cloud_config(model: StreamedModel, upload_layer: int) -> Any:
     config = model.config.to_dict()
     config["num_hidden_layers"] -= upload_layer
     config["tie_word_embeddings"] = False
+    scale = state_scale(model.config)
+    if scale != 1.0:
+        config["state_scale"] = scale
     config["dtype"] = model.skeleton.lm_head.weight.dtype
     for key in PER_LAYER:
         values = config.get(key)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import NodeProto, helper
+from onnx import NodeProto, helper, numpy_helper
 
 from onnx_export.graph_weights import Array, Read, Store, Weight, inline
 
@@ -72,6 +72,12 @@ class Graph:
         self.constants[name] = self.store(name, value)
         return name
 
+    def number(self, name: str) -> float | None:
+        """Return the value of a constant that is one number; None for other values."""
+        tensor = self.constants.get(name)
+        is_number = tensor is not None and not tensor.dims
+        return float(numpy_helper.to_array(tensor)) if is_number else None
+
     def is_product(self, node: NodeProto) -> bool:
         """Return whether `node` multiplies by a weight."""
         return node.op_type == "MatMul" and node.input[1] in self.weights
@@ -109,6 +115,7 @@ def replace_elements(field: Any, values: Sequence[Any]) -> None:
 def fuse_graph(graph: Graph) -> Graph:
     """Fuse nodes of a graph in place and return it."""
     fold_transposes(graph)
+    fold_offsets(graph)
     drop_attention_reshapes(graph)
     merge_products(graph)
     fuse_residual_norms(graph)
@@ -127,6 +134,17 @@ def fold_transposes(graph: Graph) -> None:
     graph.replace_nodes(graph.without(transposes))
 
 
+def fold_offsets(graph: Graph) -> None:
+    """Replace the sums of a weight and a number by weights."""
+    sums: list[NodeProto] = []
+    for node in graph.nodes:
+        offset = graph.number(node.input[1]) if node.op_type == "Add" else None
+        if offset is not None and node.input[0] in graph.weights:
+            graph.weights[node.output[0]] = graph.weights[node.input[0]].plus(offset)
+            sums.append(node)
+    graph.replace_nodes(graph.without(sums))
+
+
 def drop_attention_reshapes(graph: Graph) -> None:
     """Connect attention to the products around it; both use [1, s, heads * head_dim]."""
     dropped: list[NodeProto] = []
@@ -143,7 +161,7 @@ def bypass_reshapes_before(graph: Graph, attention: NodeProto) -> list[NodeProto
         chain = reshapes_before(graph, attention.input[i])
         source = chain[-1].input[0] if chain else attention.input[i]
         producer = graph.producers.get(source)
-        if producer is not None and producer.op_type in ("MatMul", "Add"):
+        if producer is not None and producer.op_type in ("MatMul", "Add", "Slice"):
             attention.input[i] = source
             dropped += chain
     return dropped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +39,11 @@ class Weight:
         """Return the transposed weight."""
         return replace(self, shape=self.shape[::-1], is_transposed=not self.is_transposed)
 
+    def plus(self, offset: float) -> Weight:
+        """Return the weight plus a number."""
+        parts = tuple(partial(add_offset, read, offset) for read in self.parts)
+        return replace(self, parts=parts)
+
     def pieces(self) -> Iterator[Floats]:
         """Yield the weight in float32, cut along the last axis; one part is read at a time."""
         for read in self.parts:
@@ -51,6 +57,11 @@ class Weight:
     def read(self) -> Floats:
         """Return the whole weight in float32."""
         return np.concatenate(list(self.pieces()), -1)
+
+
+def add_offset(read: Read, offset: float) -> Tensor:
+    """Read a weight and return it plus a number, in float32."""
+    return read().float() + offset
 
 
 def inline(name: str, value: Array) -> TensorProto:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fleet.errors import ConfigError, HeadsError
+from onnx_export.variants import norm_epsilon, norm_offset
 
 FORMAT: Final = "cecollm-exit-heads/2"
 SHIPPED_HEADS: Final = Path(__file__).parent / "data" / "smollm2-135m-instruct.heads.safetensors"
@@ -112,8 +113,8 @@ def new_head(kind: HeadKind, model: Any, exit_layer: int, intermediate: int = 0)
         layer = copy.deepcopy(model.model.layers[-1]).float()
         layer.self_attn.layer_idx = exit_layer
     norm = model.model.norm
-    epsilon = float(norm.variance_epsilon)
-    head = ExitHead(kind, norm.weight.detach(), epsilon, layer, intermediate)
+    weight = norm.weight.detach().float() + norm_offset(norm)
+    head = ExitHead(kind, weight, norm_epsilon(norm), layer, intermediate)
     return head.eval()
 
 

@@ -37,6 +37,16 @@ from fleet.errors import ExportError
 from onnx_export.config import Quantization
 from onnx_export.heads import ExitHead, HeadKind
 from onnx_export.streamed_model import StreamedModel
+from onnx_export.variants import (
+    attention_mask,
+    attention_window,
+    cap_logits,
+    embedding_scale,
+    layer_output,
+    logit_cap,
+    rotate_positions,
+    state_scale,
+)
 from onnx_export.weights import EMBEDDING
 
 Floats = NDArray[np.float32]
@@ -165,14 +175,12 @@ def text_windows(tokenizer: Any, max_positions: int) -> list[Ids]:
     return [tokens[None, start : start + width] for start in range(0, NUM_TOKENS, width)]
 
 
-def run_layer(rotary: Any, layer: Any, hidden_states: Tensor) -> Tensor:
+def run_layer(decoder: Any, layer: Any, hidden_states: Tensor) -> Tensor:
     """Run PyTorch's layer on hidden_states float32 [1, s, hidden] from position 0 on."""
     length = hidden_states.shape[1]
-    position = rotary(hidden_states, torch.arange(length)[None])
-    lowest = torch.finfo(torch.float32).min
-    mask = torch.full((1, 1, length, length), lowest).triu(1)
-    out: Tensor = layer(hidden_states, attention_mask=mask, position_embeddings=position)
-    return out
+    angles = rotate_positions(decoder, hidden_states, torch.arange(length)[None])
+    mask = attention_mask(length, attention_window(layer.self_attn))
+    return layer_output(layer(hidden_states, attention_mask=mask, **angles))
 
 
 def run_head(model: StreamedModel, head: ExitHead, hidden_states: Tensor) -> Tensor:
@@ -181,7 +189,7 @@ def run_head(model: StreamedModel, head: ExitHead, hidden_states: Tensor) -> Ten
     Return exit_hidden [s, hidden].
     """
     if head.layer is not None:
-        hidden_states = run_layer(model.skeleton.model.rotary_emb, head.layer, hidden_states)
+        hidden_states = run_layer(model.skeleton.model, head.layer, hidden_states)
     out: Tensor = head(hidden_states)[0]
     return out
 
@@ -316,11 +324,13 @@ class Comparison:
         block.length = 0
         chunk = block.run(x)[0]
         x, exit_hidden = block.step(x)
+        check_uploads(x, name.removeprefix("{}."))
         top_ids, logprobs = self.lm_head.run(exit_hidden)
-        own = run_head(self.model, head, torch.from_numpy(x))
+        own_state = torch.from_numpy(x) * state_scale(self.model.config)
+        own = run_head(self.model, head, own_state)
         whole = run_head(self.model, head, state)
         add = self.figures.add
-        add(name.format("hidden"), relative_error(x, state.numpy()))
+        add(name.format("hidden"), relative_error(own_state.numpy(), state.numpy()))
         add(name.format("steps"), relative_error(x, chunk))
         add(name.format("exit_hidden"), relative_error(exit_hidden, own.numpy()))
         expected = exact_logprobs(self.model, own)
@@ -328,6 +338,17 @@ class Comparison:
         share = share_of_best(top_ids, exact_logprobs(self.model, whole))
         add(name.format("same_as_pytorch"), share)
         return x
+
+
+def check_uploads(hidden_states: Floats, layer: str) -> None:
+    """Raise ExportError unless float16, in which hidden states are uploaded, can hold them."""
+    largest = float(np.abs(hidden_states).max())
+    limit = float(np.finfo(np.float16).max)
+    if largest > limit:
+        raise ExportError(
+            f"hidden states after layer {layer} reach {largest:.0f}, but they are uploaded in "
+            f"float16, which ends at {limit:.0f}; choose an earlier exit"
+        )
 
 
 def lower_layers(
@@ -338,12 +359,13 @@ def lower_layers(
     The states are those of each window. Each of the model's layers is read once.
     """
     embedding = model.read(EMBEDDING)
-    states = [embedding[torch.from_numpy(window)].float() for window in windows]
+    scale = embedding_scale(model.config)
+    states = [embedding[torch.from_numpy(window)].float() * scale for window in windows]
     del embedding
     kept: dict[int, list[Tensor]] = {}
     for number in range(layers[-1]):
         layer = model.layer(number)
-        states = [run_layer(model.skeleton.model.rotary_emb, layer, state) for state in states]
+        states = [run_layer(model.skeleton.model, layer, state) for state in states]
         kept[number + 1] = states
     return {layer: kept[layer] for layer in layers}
 
@@ -352,7 +374,7 @@ def exact_logprobs(model: StreamedModel, exit_hidden: Tensor) -> Floats:
     """Return PyTorch's log-probabilities [s, vocab] of exit_hidden [s, hidden]."""
     pieces = model.skeleton.lm_head.weight.split(LM_HEAD_ROWS)
     logits = torch.cat([exit_hidden @ rows.float().T for rows in pieces], -1)
-    logprobs: Floats = logits.log_softmax(-1).numpy()
+    logprobs: Floats = cap_logits(logits, logit_cap(model.config)).log_softmax(-1).numpy()
     return logprobs
 
 

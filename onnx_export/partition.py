@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +28,17 @@ from fleet.bundles.manifest import ModelInfo
 from fleet.errors import ExportError
 from onnx_export.checkpoint import quiet_loggers
 from onnx_export.heads import ExitHead, RmsNorm
+from onnx_export.variants import (
+    cap_logits,
+    embedding_scale,
+    is_rms_norm,
+    layer_output,
+    norm_epsilon,
+    norm_offset,
+    rotary_embeddings,
+    scaled,
+    state_scale,
+)
 
 ATTENTION = "onnx_group_query"
 OPSET = 21
@@ -37,6 +48,7 @@ CANDIDATES_PER_TOKEN = 2
 """Number of candidates for each token that `LmHead` returns. All candidates get exact logits, so
 `LmHead` also finds tokens that its coarse product ranks a little too low."""
 GROUP_SIZE = 64
+LOCAL = "local_"
 
 
 @dataclass(kw_only=True)
@@ -50,9 +62,13 @@ class CacheInputs:
     past: tuple[Tensor, ...]
     seqlens_k: Tensor
     total_length: Tensor
-    cos: Tensor
-    sin: Tensor
+    rotary: Mapping[str, Tensor]
     present: list[Tensor] = field(default_factory=list)
+
+    def tables(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines of a layer with this window."""
+        prefix = LOCAL if window is not None and f"{LOCAL}cos" in self.rotary else ""
+        return self.rotary[f"{prefix}cos"], self.rotary[f"{prefix}sin"]
 
 
 def group_query_attention(
@@ -63,6 +79,8 @@ def group_query_attention(
     _mask: None,
     *,
     cache: CacheInputs,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend with ONNX Runtime's fused operator, which also applies the rotary embedding to query
@@ -75,16 +93,18 @@ def group_query_attention(
     packed = [x.transpose(1, 2).reshape(batch, length, -1) for x in (query, key, value)]
     index = 2 * (module.layer_idx - cache.first_layer)
     past = cache.past[index : index + 2]
-    rotary = (cache.cos, cache.sin) if getattr(module, "use_rope", True) else ()
+    tables = cache.tables(sliding_window)
+    rotary = tables if getattr(module, "use_rope", True) else ()
+    attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": key.shape[1]}
+    attributes |= {"scale": float(module.scaling), "do_rotary": int(bool(rotary))}
+    if sliding_window is not None and sliding_window < len(tables[0]):
+        attributes["local_window_size"] = sliding_window
+    if softcap is not None:
+        attributes["softcap"] = float(softcap)
     out, *present = ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
         (*packed, *past, cache.seqlens_k, cache.total_length, *rotary),
-        attrs={
-            "num_heads": heads,
-            "kv_num_heads": key.shape[1],
-            "scale": float(module.scaling),
-            "do_rotary": int(bool(rotary)),
-        },
+        attrs=attributes,
         dtypes=(query.dtype, *(tensor.dtype for tensor in past)),
         shapes=((batch, length, heads * dim), *(tensor.shape for tensor in past)),
         version=1,
@@ -94,18 +114,23 @@ def group_query_attention(
 
 
 class FusedRmsNorm(nn.Module):
-    """An RMS norm as one node: x [..., hidden] -> [..., hidden]."""
+    """An RMS norm as one node: x [..., hidden] -> [..., hidden].
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    `offset` is added to the weight, which :mod:`onnx_export.fusion` does in the stored one.
+    """
+
+    def __init__(self, weight: Tensor, eps: float, offset: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.eps = eps
+        self.offset = offset
 
     def forward(self, x: Tensor) -> Tensor:
         attributes: dict[str, Any] = {"axis": -1, "epsilon": self.eps, "stash_type": 1}
+        weight = self.weight + self.offset if self.offset else self.weight
         return ops.symbolic(
             "SimplifiedLayerNormalization",
-            (x, self.weight),
+            (x, weight),
             attrs=attributes,
             dtype=x.dtype,
             shape=x.shape,
@@ -118,7 +143,7 @@ def fuse_norms(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, RmsNorm):
             setattr(module, name, FusedRmsNorm(child.weight, child.eps))
-        elif type(child).__name__.endswith("RMSNorm"):
+        elif is_rms_norm(child):
             setattr(module, name, fused_norm(child))
         else:
             fuse_norms(child)
@@ -126,23 +151,31 @@ def fuse_norms(module: nn.Module) -> None:
 
 def fused_norm(norm: Any) -> FusedRmsNorm:
     """Return a Hugging Face RMS norm in its fused form."""
-    return FusedRmsNorm(norm.weight, float(norm.variance_epsilon))
+    return FusedRmsNorm(norm.weight, norm_epsilon(norm), norm_offset(norm))
 
 
-def rotary_tables(model: Any, max_positions: int) -> tuple[Tensor, Tensor]:
-    """Return the model's own cosines and sines, float32 [max_positions, head_dim / 2] each."""
+def rotary_tables(model: Any, max_positions: int) -> dict[str, Tensor]:
+    """Return the model's own cosines and sines, float32 [max_positions, rotary_dim / 2] each.
+
+    Those of its layers with a window have names that begin with `LOCAL` if they differ.
+    """
+    tables: dict[str, Tensor] = {}
     positions = torch.arange(max_positions)[None]
-    with torch.no_grad():
-        cos, sin = model.model.rotary_emb(torch.zeros(1, 1), positions)
-    half = cos.shape[-1] // 2
-    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+    for name, rotary in rotary_embeddings(model.model).items():
+        prefix = LOCAL if name.endswith("_local") else ""
+        with torch.no_grad():
+            angles = rotary(torch.zeros(1, 1), positions)
+        for function, values in zip(("cos", "sin"), angles, strict=True):
+            tables[prefix + function] = values[0, :, : values.shape[-1] // 2].contiguous()
+    return tables
 
 
 class Block(nn.Module):
     """Layers [start, stop), with the exit head at the end.
 
     If the head has a layer of its own, this layer runs over all positions and uses the last cache.
-    Its input is the block's output `hidden_states`.
+    Its input is the block's output `hidden_states`. The first block's input is the embedding; the
+    input of each other block is the output `hidden_states` of the block before it.
 
     forward: input float32 [1, s, hidden], seqlens_k int32 [1], total_length int32 scalar, past keys
     and values float32 [1, kv_heads, capacity, head_dim] ->
@@ -150,12 +183,11 @@ class Block(nn.Module):
     and values.
     """
 
-    cos: Tensor
-    sin: Tensor
-
     def __init__(self, model: Any, start: int, stop: int, head: ExitHead, info: ModelInfo):
         super().__init__()
         self.start = start
+        self.output_scale = 1 / state_scale(model.config)
+        self.input_scale = (state_scale if start else embedding_scale)(model.config)
         self.layers = copy.deepcopy(model.model.layers[start:stop])
         self.head = copy.deepcopy(head)
         fuse_norms(self)
@@ -163,9 +195,11 @@ class Block(nn.Module):
         config._attn_implementation = ATTENTION
         for layer in (*self.layers, *own_layers(self.head)):
             layer.self_attn.config = config
-        cos, sin = rotary_tables(model, info.max_positions)
-        self.register_buffer("cos", cos)
-        self.register_buffer("sin", sin)
+        self.angles = rotary_embeddings(model.model).keys()
+        tables = rotary_tables(model, info.max_positions)
+        self.tables = tables.keys()
+        for name, table in tables.items():
+            self.register_buffer(name, table)
 
     def forward(
         self, hidden: Tensor, seqlens_k: Tensor, total_length: Tensor, *past: Tensor
@@ -175,24 +209,19 @@ class Block(nn.Module):
             past=past,
             seqlens_k=seqlens_k,
             total_length=total_length,
-            cos=self.cos,
-            sin=self.sin,
+            rotary={name: getattr(self, name) for name in self.tables},
         )
-        hidden = run_layers(self.layers, hidden, cache)
-        exit_states = run_layers(own_layers(self.head), hidden, cache)
-        return hidden, self.head(exit_states[:, -1]), *cache.present
+        hidden = self._run(self.layers, scaled(hidden, self.input_scale), cache)
+        exit_states = self._run(own_layers(self.head), hidden, cache)
+        exit_hidden = self.head(exit_states[:, -1])
+        return scaled(hidden, self.output_scale), exit_hidden, *cache.present
 
-
-def run_layers(layers: Any, hidden: Tensor, cache: CacheInputs) -> Tensor:
-    """Run decoder layers one after the other with fused attention."""
-    options: dict[str, Any] = {
-        "attention_mask": None,
-        "position_embeddings": (None, None),
-        "cache": cache,
-    }
-    for layer in layers:
-        hidden = layer(hidden, **options)
-    return hidden
+    def _run(self, layers: Iterable[nn.Module], hidden: Tensor, cache: CacheInputs) -> Tensor:
+        """Run decoder layers one after the other; the fused attention rotates."""
+        unrotated = dict.fromkeys(self.angles, (None, None))
+        for layer in layers:
+            hidden = layer_output(layer(hidden, attention_mask=None, cache=cache, **unrotated))
+        return hidden
 
 
 def own_layers(head: ExitHead) -> list[nn.Module]:
@@ -212,22 +241,23 @@ class LmHead(nn.Module):
     [1, k], top_logprobs float32 [1, k] best first, confidence [1].
     """
 
-    def __init__(self, hidden: int, vocab: int, top_k: int) -> None:
+    def __init__(self, hidden: int, vocab: int, top_k: int, cap: float | None) -> None:
         super().__init__()
         self.lm_head = nn.Linear(hidden, vocab, bias=False, device="meta")
         self.top_k = top_k
+        self.cap = cap
         self.num_candidates = min(CANDIDATES_PER_TOKEN * top_k, vocab)
 
     def forward(self, exit_hidden: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # The exporter writes a MatMul for an input of three dimensions, and a later step quantises
         # it. For two dimensions it would write a Gemm, which stays in float32.
-        logits = self.lm_head(exit_hidden[None])[0, 0]
+        logits = cap_logits(self.lm_head(exit_hidden[None])[0, 0], self.cap)
         ids = best_ids(logits, self.num_candidates)
         coarse = logits.index_select(0, ids)
         probabilities = logits.softmax(-1).index_select(0, ids)
         log_sum = coarse.amax(-1) - probabilities.amax(-1).log()
         weights = table.index_select(0, ids).float()
-        exact = (exit_hidden @ weights.T)[0] - log_sum
+        exact = cap_logits((exit_hidden @ weights.T)[0], self.cap) - log_sum
         others = (1 - probabilities.sum()).clamp(min=0)
         corrected_sum = others + exact.exp().sum()
         top, order = (exact - corrected_sum.log()).topk(self.top_k)
@@ -313,15 +343,17 @@ def traced_inputs(info: ModelInfo, num_caches: int) -> tuple[Tensor, ...]:
     )
 
 
-def export_lm_head(info: ModelInfo, top_k: int, table: torch.dtype) -> onnx.ModelProto:
+def export_lm_head(
+    info: ModelInfo, top_k: int, table: torch.dtype, cap: float | None = None
+) -> onnx.ModelProto:
     """Return the LM head with top-k, log-probabilities and confidence as a graph, without weights.
 
-    `table` is the type of its exact weights.
+    `table` is the type of its exact weights; `cap` bounds the logits.
     """
     exit_hidden = torch.zeros(1, info.hidden_size)
     weights = torch.zeros((), dtype=table).expand(info.vocab_size, info.hidden_size)
     return trace_module(
-        LmHead(info.hidden_size, info.vocab_size, top_k),
+        LmHead(info.hidden_size, info.vocab_size, top_k, cap),
         (exit_hidden, weights),
         inputs=["exit_hidden", "table"],
         outputs=["top_ids", "top_logprobs", "confidence"],

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from fleet.errors import ExportError
 from onnx_export.checkpoint import load_pretrained
+from onnx_export.variants import restore_rotary_embeddings
 from onnx_export.weights import (
     EMBEDDING,
     CheckpointWeights,
@@ -48,8 +49,7 @@ class StreamedModel:
         norm = self.read(FINAL_NORM).float()
         self.skeleton.model.norm.weight = nn.Parameter(norm, requires_grad=False)
         self.skeleton.lm_head.weight = nn.Parameter(self.read(LM_HEAD), requires_grad=False)
-        rotary = type(self.skeleton.model.rotary_emb)
-        self.skeleton.model.rotary_emb = rotary(config=config)
+        restore_rotary_embeddings(self.skeleton.model)
 
     @property
     def num_layers(self) -> int:

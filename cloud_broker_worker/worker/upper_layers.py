@@ -8,8 +8,8 @@ ALL_ATTENTION_FUNCTIONS.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -48,15 +48,38 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """The rows of a batch that are positions [start, stop) of a cache. `mask` is [stop - start,
-    stop], or None if no mask is needed.
-    """
+    """The rows of a batch that are positions [start, stop) of a cache."""
 
     lease: KvLease
     rows: slice
     start: int
     stop: int
-    mask: Tensor | None
+    _masks: dict[int, Tensor] = field(default_factory=dict)
+
+    def first_key(self, window: int | None) -> int:
+        """Return the first position that a row sees. A row sees `window` positions, or all."""
+        return 0 if window is None else max(0, self.start + 1 - window)
+
+    def mask(self, window: int | None) -> Tensor:
+        """Return a mask [stop - start, stop - first key]: True where a row sees a position.
+
+        It is made once for all layers with this window.
+        """
+        size = min(window or self.stop, self.stop)
+        if size not in self._masks:
+            count = self.stop - self.start
+            first = self.first_key(size)
+            mask = torch.ones(count, self.stop - first, dtype=torch.bool)
+            mask.tril_(self.start - first).triu_(self.start - first + 1 - size)
+            self._masks[size] = mask
+        return self._masks[size]
+
+    def is_causal(self, window: int | None) -> bool:
+        """Return whether the rows begin at position 0 and are all within the window.
+
+        The kernel's option `is_causal` then replaces the mask.
+        """
+        return self.start == 0 and (window is None or self.stop <= window)
 
 
 def ragged_attention(
@@ -68,11 +91,14 @@ def ragged_attention(
     *,
     spans: Sequence[Span],
     scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Write each span's keys and values into its cache, and attend from its queries.
 
     query [1, heads, rows, d], key and value [1, kv_heads, rows, d] -> [1, rows, heads, d].
+    A row sees `sliding_window` positions, its own included, or all. `softcap` bounds the scores.
     """
     del attention_mask, kwargs
     heads = query.shape[1]
@@ -86,52 +112,68 @@ def ragged_attention(
     for span in spans:
         cache = span.lease.layers[module.layer_idx - span.lease.first_layer]
         cache[:, :, span.start : span.stop] = both[:, :, span.rows]
-        keys, values = cache[:, :, : span.stop]
+        keys, values = cache[:, :, span.first_key(sliding_window) : span.stop]
         if span.stop - span.start == 1:
             row = span.rows.start
-            one_row_attention(grouped[row], keys, values, out=grouped_out[row])
-            continue
-        rows = scaled_dot_product_attention(
-            query[:, :, span.rows],
-            keys[None],
-            values[None],
-            attn_mask=span.mask,
-            is_causal=span.start == 0 and span.stop > 1,
-            scale=scaling,
-            enable_gqa=True,
-        )
-        out[span.rows] = rows[0].transpose(0, 1)
+            one_row_attention(grouped[row], keys, values, out=grouped_out[row], cap=softcap)
+        elif softcap is not None:
+            mask = span.mask(sliding_window)
+            rows = capped_attention(grouped[span.rows], keys, values, mask=mask, cap=softcap)
+            grouped_out[span.rows] = rows
+        else:
+            is_causal = span.is_causal(sliding_window)
+            rows = scaled_dot_product_attention(
+                query[:, :, span.rows],
+                keys[None],
+                values[None],
+                attn_mask=None if is_causal else span.mask(sliding_window),
+                is_causal=is_causal,
+                scale=scaling,
+                enable_gqa=True,
+            )
+            out[span.rows] = rows[0].transpose(0, 1)
     return out[None], None
 
 
-def one_row_attention(query: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+def one_row_attention(
+    query: Tensor, keys: Tensor, values: Tensor, out: Tensor, cap: float | None = None
+) -> None:
     """Attend from a scaled query [kv_heads, group, d] to keys and values [kv_heads, n, d].
 
     Write the result to `out` [kv_heads, group, d]. Three small kernels replace
     `scaled_dot_product_attention`: for one row, the overhead of its call is longer than the
     computation.
     """
-    weights = torch.bmm(query, keys.transpose(1, 2)).softmax(-1)
+    weights = bounded(torch.bmm(query, keys.transpose(1, 2)), cap).softmax(-1)
     torch.bmm(weights, values, out=out)
 
 
-def make_spans(chunks: Sequence[Chunk]) -> list[Span]:
-    """Return the spans of the chunks. Rows are in the order of the layers where the chunks begin.
+def capped_attention(
+    query: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor, cap: float
+) -> Tensor:
+    """Attend from query [rows, kv_heads, group, d], scaled, to keys and values [kv_heads, n, d].
 
-    A single row sees the whole cache, so it needs no mask. For a first chunk, the kernel's option
-    `is_causal` replaces the mask. Several rows after a prefix need a mask. It is made here, once
-    for all layers.
+    `mask` is [rows, n], and `cap` bounds the scores before it; PyTorch's kernel has no such bound.
     """
+    scores = bounded(torch.einsum("rkgd,knd->kgrn", query, keys), cap)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return torch.einsum("kgrn,knd->rkgd", weights, values)
+
+
+def bounded(values: Tensor, cap: float | None) -> Tensor:
+    """Bound values smoothly to (-cap, cap), or return them if there is no cap."""
+    return values if cap is None else (values / cap).tanh() * cap
+
+
+def make_spans(chunks: Sequence[Chunk]) -> list[Span]:
+    """Return the spans of the chunks, with rows in the order of the layers where chunks begin."""
     spans = {}
     first = 0
     for i in sorted(range(len(chunks)), key=lambda i: chunks[i].lease.first_layer):
         lease, _, start, stop, _ = chunks[i]
         count = stop - start
-        mask = None
-        if start and count > 1:
-            mask = torch.ones(count, stop, dtype=torch.bool).tril_(start)
         rows = slice(first, first + count)
-        spans[i] = Span(lease=lease, rows=rows, start=start, stop=stop, mask=mask)
+        spans[i] = Span(lease=lease, rows=rows, start=start, stop=stop)
         first += count
     return [spans[i] for i in range(len(chunks))]
 
@@ -170,6 +212,10 @@ class UpperLayers:
                 f"the cloud partition of {bundle.folder} does not load: {error}; export it again"
             ) from None
 
+        config = self._model.config
+        self._state_scale: float = getattr(config, "state_scale", 1.0)
+        self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
+
     @property
     def weight_bytes(self) -> int:
         """The number of bytes of weights that a step reads."""
@@ -200,7 +246,10 @@ class UpperLayers:
         for span, chunk in zip(spans, chunks, strict=True):
             rows[span.rows] = chunk.hidden_states
             positions[0, span.rows] = torch.arange(span.start, span.stop)
-        hidden = self._run_layers(torch.from_numpy(rows).float()[None], positions, spans)
+        inputs = torch.from_numpy(rows).float()[None]
+        if self._state_scale != 1.0:
+            inputs *= self._state_scale
+        hidden = self._run_layers(inputs, positions, spans)
         for span in spans:
             span.lease.length = max(span.lease.length, span.stop)
         output_rows = [
@@ -210,26 +259,56 @@ class UpperLayers:
         ]
         outputs = hidden[0, torch.tensor(output_rows, dtype=torch.long)]
         logits: Tensor = self._model.lm_head(self._model.model.norm(outputs))
-        return logits
+        return bounded(logits, self._logit_cap)
 
     def _run_layers(self, inputs: Tensor, positions: Tensor, spans: Sequence[Span]) -> Tensor:
         """Return the last layer's outputs [1, rows, hidden] of `inputs`, the rows of all spans."""
-        rotary = self._model.model.rotary_emb(inputs, positions)
+        angles = rotary_arguments(self._model.model, inputs, positions)
         firsts = sorted({span.lease.first_layer for span in spans})
         hidden = inputs[:, :0]
         for first, stop in zip(firsts, [*firsts[1:], len(self._layers)], strict=True):
             begun = [span for span in spans if span.lease.first_layer <= first]
             num_rows = max(span.rows.stop for span in begun)
             hidden = torch.cat((hidden, inputs[:, hidden.shape[1] : num_rows]), 1)
-            arguments = {
-                "position_ids": positions[:, :num_rows],
-                "position_embeddings": tuple(table[:, :num_rows] for table in rotary),
-                "spans": begun,
-            }
+            arguments = {name: first_rows(pair, num_rows) for name, pair in angles.items()}
             for layer in self._layers[first:stop]:
-                out = layer(hidden, **arguments)
+                ids = positions[:, :num_rows]
+                out = layer(hidden, position_ids=ids, spans=begun, **arguments)
                 hidden = out[0] if isinstance(out, tuple) else out
         return hidden
+
+
+Angles: TypeAlias = tuple[Tensor, Tensor]
+"""Cosines and sines, each [1, rows, d]."""
+
+
+def rotary_arguments(decoder: Any, hidden: Tensor, positions: Tensor) -> dict[str, Angles]:
+    """Return the arguments of a decoder's layers with the angles of positions [1, s].
+
+    Gemma 3 has other ones for layers with a window.
+    """
+    angles = decoder.rotary_emb(hidden, positions)
+    local = getattr(decoder, "rotary_emb_local", None)
+    if local is None:
+        return {"position_embeddings": angles}
+    return {
+        "position_embeddings_global": angles,
+        "position_embeddings_local": local(hidden, positions),
+    }
+
+
+def first_rows(angles: Angles, num_rows: int) -> Angles:
+    """Return the angles of the first rows."""
+    cosines, sines = angles
+    return cosines[:, :num_rows], sines[:, :num_rows]
+
+
+def recompute_rotary_embeddings(decoder: Any) -> None:
+    """Compute the angles of a decoder that is on the meta device: they are not stored."""
+    for name in ("rotary_emb", "rotary_emb_local"):
+        rotary = getattr(decoder, name, None)
+        if rotary is not None:
+            setattr(decoder, name, type(rotary)(config=rotary.config))
 
 
 def checked_layers(manifest: Manifest, from_layer: int) -> tuple[int, ...]:
@@ -264,8 +343,7 @@ def load_model(bundle: Bundle, weights: Weights, from_layer: int) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.model.embed_tokens = None  # only the device needs it
-    rotary = type(model.model.rotary_emb)
-    model.model.rotary_emb = rotary(config=config)  # its table is computed, not stored
+    recompute_rotary_embeddings(model.model)
     with TensorFile(bundle.path("cloud/model.safetensors")) as file:
         check_tensors(model, file)
         for number in range(from_layer - bundle.manifest.upload_layer):

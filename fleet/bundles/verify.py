@@ -9,7 +9,14 @@ from typing import Any, Final, TypeAlias
 
 from msgspec import Struct
 
-from fleet.bundles.manifest import MANIFEST_FILE, Bundle, Manifest, check_file, read_manifest
+from fleet.bundles.manifest import (
+    MANIFEST_FILE,
+    Bundle,
+    Manifest,
+    ModelInfo,
+    check_file,
+    read_manifest,
+)
 from fleet.bundles.signature import SIGNATURE_FILE, check_signature
 from fleet.bundles.tensor_file import TensorFile
 from fleet.bundles.token_tables import EMBEDDING, load_tables
@@ -20,6 +27,14 @@ from fleet.utils.validation import JSON_ERRORS
 REQUIRED: Final = ("edge/lm_head.onnx", EMBEDDING, "tokenizer/tokenizer.json")
 REQUIRED_IN_CLOUD: Final = ("cloud/config.json", "cloud/model.safetensors")
 ONNX_TYPES: Final = {"float16": "float16", "float32": "float"}
+LLAMA_NORMS: Final = ("input_layernorm", "post_attention_layernorm")
+GEMMA_NORMS: Final = (*LLAMA_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+NORMS: Final = {
+    "gemma2": GEMMA_NORMS,
+    "gemma3_text": GEMMA_NORMS,
+    "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+}
+"""Norms of a layer by the type of the model."""
 GraphValue: TypeAlias = tuple[Any, ...]  # the type, then the sizes; None for a free size
 
 
@@ -32,6 +47,7 @@ class CloudConfig(Struct, kw_only=True):
     num_attention_heads: int
     num_key_value_heads: int
     vocab_size: int
+    model_type: str = "llama"
 
 
 class Verdict(Struct, frozen=True, kw_only=True):
@@ -244,8 +260,8 @@ def _check_cloud(folder: Path, manifest: Manifest) -> Iterator[str]:
     if config.num_hidden_layers != num_layers:
         found = config.num_hidden_layers
         yield f"cloud/config.json: num_hidden_layers is {found}, expected {num_layers}"
-    required = _required_shapes(manifest, config.intermediate_size, num_layers)
-    optional = _optional_shapes(manifest, required, num_layers)
+    required = _required_shapes(manifest, config, num_layers)
+    optional = _optional_shapes(manifest, config, num_layers)
     for name in sorted(shapes.keys() | required.keys()):
         expected = required.get(name, optional.get(name))
         if shapes.get(name) != expected:
@@ -262,42 +278,58 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _required_shapes(
-    manifest: Manifest, intermediate_size: int, num_layers: int
+    manifest: Manifest, config: CloudConfig, num_layers: int
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of `num_layers` Llama layers, the final norm and the LM head."""
+    """Return the shapes of `num_layers` layers, the final norm and the LM head."""
     info = manifest.model
+    hidden = (info.hidden_size,)
+    layer = _product_shapes(info, config)
+    layer |= dict.fromkeys(NORMS.get(config.model_type, LLAMA_NORMS), hidden)
+    shapes = _layer_shapes({f"{name}.weight": shape for name, shape in layer.items()}, num_layers)
+    lm_head = (info.vocab_size, info.hidden_size)
+    return {"model.norm.weight": hidden, "lm_head.weight": lm_head, **shapes}
+
+
+def _product_shapes(info: ModelInfo, config: CloudConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a layer's matrices, some of which Phi-3 stores as one."""
     hidden = info.hidden_size
-    queries = info.num_attention_heads
-    keys = info.num_key_value_heads
-    layer = {
-        "self_attn.q_proj": (queries * info.head_dim, hidden),
-        "self_attn.k_proj": (keys * info.head_dim, hidden),
-        "self_attn.v_proj": (keys * info.head_dim, hidden),
-        "self_attn.o_proj": (hidden, queries * info.head_dim),
-        "mlp.gate_proj": (intermediate_size, hidden),
-        "mlp.up_proj": (intermediate_size, hidden),
-        "mlp.down_proj": (hidden, intermediate_size),
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-    }
-    layers = {
-        f"model.layers.{i}.{name}.weight": shape
-        for i in range(num_layers)
-        for name, shape in layer.items()
-    }
-    return {"model.norm.weight": (hidden,), "lm_head.weight": (info.vocab_size, hidden), **layers}
+    intermediate = config.intermediate_size
+    queries = info.num_attention_heads * info.head_dim
+    keys = info.num_key_value_heads * info.head_dim
+    outputs = {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}
+    outputs |= {"mlp.gate_proj": intermediate, "mlp.up_proj": intermediate}
+    if config.model_type == "phi3":
+        outputs = {"self_attn.qkv_proj": queries + 2 * keys, "mlp.gate_up_proj": 2 * intermediate}
+    shapes: dict[str, tuple[int, ...]] = {name: (size, hidden) for name, size in outputs.items()}
+    shapes["self_attn.o_proj"] = (hidden, queries)
+    shapes["mlp.down_proj"] = (hidden, intermediate)
+    return shapes
 
 
 def _optional_shapes(
-    manifest: Manifest, required: Mapping[str, tuple[int, ...]], num_layers: int
+    manifest: Manifest, config: CloudConfig, num_layers: int
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of biases and of query and key norms, which some families have."""
-    biases = {
-        name.replace(".weight", ".bias"): shape[:1]
-        for name, shape in required.items()
-        if "_proj." in name
+    """Return the shapes of biases and of query and key norms, which some models have."""
+    info = manifest.model
+    products = _product_shapes(info, config)
+    layer: dict[str, tuple[int, ...]] = {
+        f"{name}.bias": shape[:1] for name, shape in products.items()
     }
-    norms = (
-        f"model.layers.{i}.self_attn.{name}_norm.weight" for i in range(num_layers) for name in "qk"
-    )
-    return biases | dict.fromkeys(norms, (manifest.model.head_dim,))
+    # OLMo 2 normalises all heads together.
+    is_joint = config.model_type == "olmo2"
+    queries = info.num_attention_heads if is_joint else 1
+    keys = info.num_key_value_heads if is_joint else 1
+    layer["self_attn.q_norm.weight"] = (queries * info.head_dim,)
+    layer["self_attn.k_norm.weight"] = (keys * info.head_dim,)
+    return _layer_shapes(layer, num_layers)
+
+
+def _layer_shapes(
+    layer: Mapping[str, tuple[int, ...]], num_layers: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of `num_layers` layers from those of one."""
+    return {
+        f"model.layers.{i}.{name}": shape
+        for i in range(num_layers)
+        for name, shape in layer.items()
+    }

@@ -25,7 +25,7 @@ from onnx_export.heads import load_heads
 from onnx_export.quantize import FLOAT_COMPUTE, INT8_COMPUTE
 from onnx_export.report import parity_table
 from tests.conftest import MakeTinyBundle
-from tests.tiny import VOCAB_SIZE, make_tiny_checkpoint, make_tiny_tokenizer
+from tests.tiny import VOCAB_SIZE, make_tiny_tokenizer
 
 EXITS = (1, 2, 3)
 TOKEN_IDS = np.random.default_rng(7).integers(0, VOCAB_SIZE, (1, 24))
@@ -115,32 +115,6 @@ def test_the_lm_head_gives_the_best_tokens_of_pytorch_first(
     np.testing.assert_allclose(confidence, [exact.max().exp()], rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        {"rope_type": "linear", "factor": 2.0},
-        {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
-    ],
-    ids=["linear", "llama3", "yarn"],
-)
-def test_scaled_rotary_embeddings_export_too(scaling: dict[str, Any], tmp_path: Path) -> None:
-    checkpoint = make_tiny_checkpoint(tmp_path / "model", rope_scaling=scaling)
-    export_bundle(
-        ExportConfig(
-            out=tmp_path / "bundle", exits=(2,), model=str(checkpoint), quantization="fp32"
-        )
-    )
-    output = run_blocks(Bundle.load(tmp_path / "bundle"), [24])[0]
-    assert parity.relative_error(output, reference(checkpoint)[2].numpy()) < 1e-4
-
-
 def test_the_cloud_partition_continues_where_the_edge_stops(
     make_tiny_bundle: MakeTinyBundle, tiny_checkpoint: Path
 ) -> None:
@@ -213,6 +187,13 @@ def test_figures_outside_their_limits_fail_the_export_by_name() -> None:
     ) as raised:
         parity.check_parity(figures, parity.parity_limits("fp32", "linear"))
     assert "hidden.1" not in str(raised.value)
+
+
+def test_hidden_states_that_float16_cannot_hold_fail_the_export() -> None:
+    states = np.array([[1.0, -65504.0]], np.float32)
+    parity.check_uploads(states, "4")
+    with pytest.raises(ExportError, match=r"after layer 4 reach 131008, but .* ends at 65504"):
+        parity.check_uploads(states * 2, "4")
 
 
 @pytest.mark.parametrize("name", ["hidden.1", "same_as_pytorch.1", "lm_head.logprob"])
