@@ -11,6 +11,13 @@ from torch import Tensor, nn
 
 from onnx_export.heads import ExitHead
 from onnx_export.training.generation import TrainingAnswers, causal_mask, unrepeated_attention
+from onnx_export.variants import (
+    cap_logits,
+    layer_output,
+    logit_cap,
+    rotate_positions,
+    state_scale,
+)
 
 RIDGE = 1e-3
 
@@ -33,8 +40,8 @@ class FitConfig:
     seed: int = 0
 
 
-def fit_ridge(head: ExitHead, states: Tensor, final: Tensor) -> None:
-    """Set the adapter to the ridge regression of `final` on the normalised `states`.
+def fit_ridge(head: ExitHead, states: Tensor, final: Tensor, scale: float = 1.0) -> None:
+    """Set the adapter to the ridge regression of `final` on the normalised `states` times `scale`.
 
     Both are [n, hidden].
     """
@@ -43,7 +50,7 @@ def fit_ridge(head: ExitHead, states: Tensor, final: Tensor) -> None:
     cross = torch.zeros(hidden, hidden, dtype=torch.float64)
     with torch.no_grad():
         for x, y in zip(states.split(8192), final.split(8192), strict=True):
-            normalised = head.norm(x.float())
+            normalised = head.norm(x.float() * scale)
             gram += (normalised.T @ normalised).double()
             cross += (normalised.T @ y.float()).double()
         ridge = RIDGE * gram.diagonal().mean() * torch.eye(hidden, dtype=torch.float64)
@@ -79,19 +86,15 @@ class SampledVocabulary:
 
 
 def distillation_loss(
-    exit_hidden: Tensor,
-    weight: Tensor,
-    vocabulary: SampledVocabulary,
-    probs: Tensor,
-    hard_share: float,
+    logits: Tensor, vocabulary: SampledVocabulary, probs: Tensor, hard_share: float
 ) -> Tensor:
-    """Return the mean loss of exit_hidden [n, hidden] against the full model's best tokens.
+    """Return the mean loss of logits [n, c] against the full model's best tokens.
 
-    `weight` [c, hidden]: rows of the LM head for the tokens of `vocabulary`. The soft loss is the
-    cross entropy with `probs` [n, k], best first, in which the probability that the best tokens
-    leave over is one more class; the hard loss is that of the best token.
+    The logits are those of the tokens of `vocabulary`. The soft loss is the cross entropy with
+    `probs` [n, k], best first, in which the probability that the best tokens leave over is one more
+    class; the hard loss is that of the best token.
     """
-    logits = torch.addmm(vocabulary.offset, exit_hidden, weight.T)
+    logits = logits + vocabulary.offset
     logprobs = logits.gather(1, vocabulary.targets) - logits.logsumexp(1, keepdim=True)
     rest = (1 - probs.sum(1)).clamp(min=0)
     best_probs = logprobs.exp().sum(1).clamp(max=1 - 1e-6)
@@ -107,6 +110,7 @@ class HeadRunner:
     def __init__(self, model: Any, answers: TrainingAnswers) -> None:
         self.answers = answers
         self.model = model
+        self.scale = state_scale(model.config)
 
     def forward(self, head: ExitHead, exit_layer: int, conversations: Sequence[int]) -> Tensor:
         """Return exit_hidden [answering positions of these conversations, hidden] float32."""
@@ -114,7 +118,7 @@ class HeadRunner:
         if head.layer is not None:
             return self._forward_block(head, head.layer, hidden, conversations)
         spans = [self.answers.answering(conversation)[0] for conversation in conversations]
-        return head(torch.cat([hidden[span] for span in spans]).float())
+        return head(torch.cat([hidden[span] for span in spans]).float() * self.scale)
 
     def _forward_block(
         self, head: ExitHead, layer: nn.Module, hidden: Tensor, conversations: Sequence[int]
@@ -123,13 +127,13 @@ class HeadRunner:
         starts = self.answers.starts
         lengths = self.answers.lengths
         states = [hidden[starts[c] : starts[c] + lengths[c]] for c in conversations]
-        padded = nn.utils.rnn.pad_sequence(states, batch_first=True).float()
+        padded = nn.utils.rnn.pad_sequence(states, batch_first=True).float() * self.scale
         columns = torch.arange(padded.shape[1])
         no_padding = torch.zeros(len(padded), dtype=torch.int64)
         mask = causal_mask(no_padding, columns, padded.dtype)
-        position_embeddings = self.model.model.rotary_emb(padded, columns[None])
-        with unrepeated_attention(self.model):
-            out = layer(padded, attention_mask=mask, position_embeddings=position_embeddings)
+        angles = rotate_positions(self.model.model, padded, columns[None])
+        with unrepeated_attention(layer.self_attn):
+            out = layer_output(layer(padded, attention_mask=mask, **angles))
         answering: list[Tensor] = []
         for row, conversation in enumerate(conversations):
             first = int(self.answers.prompt_lengths[conversation]) - 1
@@ -157,6 +161,7 @@ class HeadTrainer:
         self.runner = HeadRunner(model, answers)
         self.config = config
         self.lm_head = model.lm_head.weight.detach()
+        self.cap = logit_cap(model.config)
         self.parameters = [
             parameter.requires_grad_(True)
             for head in heads.values()
@@ -180,7 +185,8 @@ class HeadTrainer:
         weight = self.lm_head[vocabulary.ids]
         for layer, head in self.heads.items():
             out = self.runner.forward(head, layer, conversations)
-            loss = distillation_loss(out, weight, vocabulary, probs, self.config.hard_share)
+            logits = cap_logits(out @ weight.T, self.cap)
+            loss = distillation_loss(logits, vocabulary, probs, self.config.hard_share)
             loss.backward()
         # Each head is clipped on its own, so that it does not depend on the others.
         for head in self.heads.values():
@@ -238,7 +244,7 @@ def evaluate_head(
     for batch in conversations.split(8):
         chosen = batch.tolist()
         out = runner.forward(head, exit_layer, chosen)
-        logits = nn.functional.linear(out, lm_head)
+        logits = cap_logits(nn.functional.linear(out, lm_head), logit_cap(model.config))
         best, ids = logits.softmax(-1).max(-1)
         confidence.append(best)
         agrees.append(ids == answers.top_ids[runner.rows(chosen), 0])

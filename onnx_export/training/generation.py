@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,14 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from onnx_export.variants import (
+    attention_mask,
+    cap_logits,
+    layer_output,
+    logit_cap,
+    state_scale,
+)
 
 ATTENTION = "grouped_static"
 TENSORS = ("token_ids", "lengths", "prompt_lengths", "final", "top_ids", "top_logprobs")
@@ -24,10 +33,11 @@ class TrainingAnswers:
     """Conversations one after the other: n positions, m of which predict a token of an answer.
 
     `token_ids` int32 [n]; `lengths` and `prompt_lengths` int32 [conversations]: positions of each
-    conversation, and of its prompt; `hidden`: by layer count, float16 [n, hidden]. For the m
-    answering positions: `final` float16 [m, hidden] after the last norm, `top_ids` int32 [m, 32]
-    and `top_logprobs` float16 [m, 32] of the full model, best first. A conversation's last position
-    predicts its last token, which is not among the positions.
+    conversation, and of its prompt; `hidden`: by layer count, float16 [n, hidden], divided by
+    :func:`onnx_export.variants.state_scale`. For the m answering positions: `final` float16
+    [m, hidden] after the last norm, `top_ids` int32 [m, 32] and `top_logprobs` float16
+    [m, 32] of the full model, best first. A conversation's last position predicts its last token,
+    which is not among the positions.
     """
 
     token_ids: Tensor
@@ -89,7 +99,8 @@ class GenerationBatch:
         self.rows = torch.arange(len(prompts), device=self.device)
         self.columns = torch.arange(width, device=self.device)
         self.live = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
-        self.cache = StaticCache(model.config, max_cache_len=width + max_new_tokens)
+        self.scale = state_scale(model.config)
+        self.cache = StaticCache(full_cache(model.config), max_cache_len=width + max_new_tokens)
 
     def forward(self) -> Tensor:
         """Run the pending columns; return the last column's final hidden states [rows, hidden]."""
@@ -144,7 +155,7 @@ def generate_texts(
     texts: list[list[int]] = [[] for _ in prompts]
     with unrepeated_attention(model):
         for _ in range(max_new_tokens):
-            logits = model.lm_head(batch.forward())
+            logits = cap_logits(model.lm_head(batch.forward()), logit_cap(model.config))
             token_ids = sample_tokens(logits, temperature, generator)
             batch.live = batch.live & ~torch.isin(token_ids, stop)
             rows = batch.rows[batch.live].tolist()
@@ -177,7 +188,7 @@ def generate_answers(
             captured.clear()
             final = batch.forward()
             buffers.add_hidden(batch, captured)
-            logits = model.lm_head(final).float()
+            logits = cap_logits(model.lm_head(final).float(), logit_cap(model.config))
             top = logits.topk(TOP_K, -1)
             buffers.add_step(batch, step, final, top, logits.logsumexp(-1, keepdim=True))
             token_ids = sample_tokens(logits, temperature, generator, top.indices[:, 0])
@@ -214,7 +225,8 @@ class AnswerBuffers:
         start = int(batch.columns[0])
         end = int(batch.columns[-1]) + 1
         for layer, chunks in captured.items():
-            self.hidden[layer][rows, start:end] = torch.cat(chunks, 1).to("cpu", torch.float16)
+            states = torch.cat(chunks, 1) / batch.scale
+            self.hidden[layer][rows, start:end] = states.to("cpu", torch.float16)
 
     def add_step(
         self, batch: GenerationBatch, step: int, final: Tensor, top: Any, log_sum: Tensor
@@ -260,8 +272,7 @@ def capture_hidden_states(model: Any, layers: Sequence[int]) -> Iterator[dict[in
 
     def hook(layer: int) -> Any:
         def capture(_module: Any, _inputs: Any, output: Any) -> None:
-            states = output[0] if isinstance(output, tuple) else output
-            captured.setdefault(layer, []).append(states)
+            captured.setdefault(layer, []).append(layer_output(output))
 
         return capture
 
@@ -292,6 +303,8 @@ def grouped_attention(
     mask: Tensor,
     *,
     scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend without a copy of key and value for each query head.
@@ -304,23 +317,36 @@ def grouped_attention(
     key = key[:, :, :num_columns]
     value = value[:, :, :num_columns]
     grouped = query.reshape(batch, kv_heads, -1, dim)
-    scores = (grouped @ key.transpose(2, 3)).mul_(scaling)
+    if sliding_window is not None and num_columns > sliding_window:
+        mask = mask + attention_mask(num_columns, sliding_window)[:, :, -length:].to(mask)
+    scores = cap_logits((grouped @ key.transpose(2, 3)).mul_(scaling), softcap)
     masked = scores.view(batch, heads, length, num_columns).add_(mask)
     weights = masked.softmax(-1).view(batch, kv_heads, -1, num_columns)
     out = (weights @ value).view(batch, heads, length, dim)
     return out.transpose(1, 2), None
 
 
+def full_cache(config: Any) -> Any:
+    """Return a configuration of caches that keep all positions: the attention drops some itself."""
+    config = copy.deepcopy(config)
+    config.layer_types = None
+    config.sliding_window = None
+    return config
+
+
 @contextmanager
-def unrepeated_attention(model: Any) -> Iterator[None]:
-    """Let `model` run `grouped_attention`: repeated keys would cost most of the time."""
-    before = model.config._attn_implementation
+def unrepeated_attention(module: Any) -> Iterator[None]:
+    """Let a model or an attention run `grouped_attention`.
+
+    Repeated keys would cost most of the time, and PyTorch's own kernel has no bound of the scores.
+    """
+    before = module.config._attn_implementation
     ALL_ATTENTION_FUNCTIONS[ATTENTION] = grouped_attention
-    model.config._attn_implementation = ATTENTION
+    module.config._attn_implementation = ATTENTION
     try:
         yield
     finally:
-        model.config._attn_implementation = before
+        module.config._attn_implementation = before
         del ALL_ATTENTION_FUNCTIONS[ATTENTION]
 
 

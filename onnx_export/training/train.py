@@ -30,6 +30,7 @@ from onnx_export.training.fitting import FitConfig, evaluate_head, fit_by_gradie
 from onnx_export.training.generation import TrainingAnswers, concatenate
 from onnx_export.training.memory import generation_bytes, memory_line
 from onnx_export.training.prompts import draw_many
+from onnx_export.variants import state_scale
 
 HELD_OUT: Final = 20  # every n-th conversation is not trained on
 Progress = Callable[[str, int, int], None]
@@ -164,7 +165,7 @@ def fit_heads(
     if config.kind == "shared":
         return
     if config.kind != "block":
-        fit_closed_form(heads, answers, conversations)
+        fit_closed_form(heads, answers, conversations, state_scale(model.config))
     total = max(1, round(config.epochs * len(conversations)))
     done = 0
 
@@ -185,9 +186,12 @@ def fit_heads(
 
 
 def fit_closed_form(
-    heads: Mapping[int, ExitHead], answers: TrainingAnswers, conversations: Tensor
+    heads: Mapping[int, ExitHead], answers: TrainingAnswers, conversations: Tensor, scale: float
 ) -> None:
-    """Fit the heads' matrices by ridge regression on some conversations."""
+    """Fit the heads' matrices by ridge regression on some conversations.
+
+    `scale` is that of the answers' hidden states.
+    """
     rows: list[Tensor] = []
     targets: list[Tensor] = []
     for conversation in conversations.tolist():
@@ -196,7 +200,7 @@ def fit_closed_form(
         targets.append(torch.arange(answering.start, answering.stop))
     final = answers.final[torch.cat(targets)]
     for layer, head in heads.items():
-        fit_ridge(head, answers.hidden[layer][torch.cat(rows)], final)
+        fit_ridge(head, answers.hidden[layer][torch.cat(rows)], final, scale)
 
 
 def describe_training(config: TrainConfig, num_tokens: int, records: Records) -> dict[str, str]:

@@ -43,6 +43,8 @@ from onnx_export.training.prompts import (
     without_repeats,
 )
 from onnx_export.training.train import train_heads
+from onnx_export.variants import state_scale
+from tests.onnx_export.test_models import MODELS
 from tests.tiny import make_tiny_checkpoint, make_tiny_tokenizer
 
 EXITS = (1, 3)
@@ -115,6 +117,37 @@ def test_a_stored_answer_equals_the_models_output_for_it_alone(
             answers.top_logprobs[rows].float(), best.values, rtol=1e-2, atol=1e-2
         )
         assert answers.top_ids[rows][:-1, 0].tolist() == ids[positions.start - start + 1 :].tolist()
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "gemma2", "gemma3"])
+def test_answers_of_models_with_windows_and_bounds_are_those_of_transformers(
+    name: str, tmp_path: Path
+) -> None:
+    model = load_model(make_tiny_checkpoint(tmp_path / "model", **MODELS[name]))
+    answers = generate_answers(
+        model,
+        random_prompts(2),
+        layers=[3],
+        ends=[END],
+        max_new_tokens=16,
+        temperature=0.0,
+        generator=torch.Generator(),
+    )
+    # A block after all layers but the last is the rest of the model.
+    head = new_head("block", model, 3)
+    exit_hidden = HeadRunner(model, answers).forward(head, 3, [0, 1])
+    torch.testing.assert_close(exit_hidden, answers.final.float(), rtol=1e-2, atol=2e-2)
+    agreement = evaluate_head(head, 3, model, answers, torch.arange(2))[1]
+    assert agreement.float().mean() > 0.9
+    model.set_attn_implementation("eager")
+    start = int(answers.starts[1])
+    output = model(answers.token_ids[None, start:].long(), output_hidden_states=True)
+    states = answers.hidden[3][start:].float() * state_scale(model.config)
+    torch.testing.assert_close(states, output.hidden_states[3][0], rtol=1e-2, atol=1e-2)
+    positions, rows = answers.answering(1)
+    best = output.logits[0, positions.start - start :].log_softmax(-1).topk(8).values
+    logprobs = answers.top_logprobs[rows, :8].float()
+    torch.testing.assert_close(logprobs, best, rtol=1e-2, atol=1e-2)
 
 
 def test_an_answer_ends_with_the_end_token_or_at_the_limit(answers: TrainingAnswers) -> None:
@@ -238,8 +271,7 @@ def test_a_softmax_over_candidates_stands_for_the_whole_vocabulary() -> None:
         assert len(vocabulary.ids) < 2000
         losses.append(
             distillation_loss(
-                hidden,
-                lm_head[vocabulary.ids],
+                hidden @ lm_head[vocabulary.ids].T,
                 vocabulary,
                 probs,
                 hard_share=0.0,
