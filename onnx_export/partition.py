@@ -1,8 +1,8 @@
-"""Edge partition: Hugging Face's own layers and LM head as ONNX graphs with fused operators.
+"""Edge partition: ONNX graphs of the device's layers and of the LM head, with fused operators.
 
-The code of the layers stays as it is. While a graph is traced, three parts are replaced. Attention
-becomes ``com.microsoft::GroupQueryAttention``, which applies the rotary embedding and updates the
-cache in place. The model's own rotary function becomes the identity. RMS norms become
+The layers run Hugging Face's own code, except for three parts. During a trace, attention becomes
+``com.microsoft::GroupQueryAttention``, which applies the rotary embedding and updates the cache in
+place, and the model's own rotary function becomes the identity. RMS norms become
 ``SimplifiedLayerNormalization``, in a copy of the layers.
 """
 
@@ -45,8 +45,9 @@ OPSET = 21
 TRACED_CHUNK = 5
 TRACED_CAPACITY = 64
 CANDIDATES_PER_TOKEN = 2
-"""Number of candidates for each token that `LmHead` returns. All candidates get exact logits, so
-`LmHead` also finds tokens that its coarse product ranks a little too low."""
+"""Number of candidates that `LmHead` selects for each token that it returns. It selects them by a
+coarse product, and computes their exact logits. So it also finds a token that the coarse product
+ranks a little too low."""
 GROUP_SIZE = 64
 LOCAL = "local_"
 
@@ -55,7 +56,7 @@ LOCAL = "local_"
 class CacheInputs:
     """The tensors that fused attention uses besides query, key and value, for one traced block.
 
-    Attention appends the layer's new keys and values to `present`.
+    Attention appends the updated cache of each layer, its keys and its values, to `present`.
     """
 
     first_layer: int
@@ -173,9 +174,9 @@ def rotary_tables(model: Any, max_positions: int) -> dict[str, Tensor]:
 class Block(nn.Module):
     """Layers [start, stop), with the exit head at the end.
 
-    If the head has a layer of its own, this layer runs over all positions and uses the last cache.
-    Its input is the block's output `hidden_states`. The first block's input is the embedding; the
-    input of each other block is the output `hidden_states` of the block before it.
+    If the head has a layer of its own, this layer runs over all positions of the block's output
+    `hidden_states`, and uses the last pair of past keys and values. The first block's input is the
+    embedding; the input of each other block is the output `hidden_states` of the block before it.
 
     forward: input float32 [1, s, hidden], seqlens_k int32 [1], total_length int32 scalar, past keys
     and values float32 [1, kv_heads, capacity, head_dim] ->
@@ -230,12 +231,12 @@ def own_layers(head: ExitHead) -> list[nn.Module]:
 
 
 class LmHead(nn.Module):
-    """The LM head in two steps: a coarse product selects candidates, then exact weights give their
-    logits.
+    """The LM head in two steps: a coarse product, which a later step quantises, selects candidates;
+    then exact weights give their logits.
 
-    The exact weights are an input, so that a tied model stores them once, as its embedding. The
-    softmax sum has exact terms for the candidates and coarse terms for all other tokens
-    (docs/adr/0010).
+    The exact weights are the input `table`, so that a tied model stores them once, as its
+    embedding. The softmax sum has exact terms for the candidates and coarse terms for all other
+    tokens (docs/adr/0010).
 
     forward: exit_hidden [1, hidden], table [vocab, hidden] of any float type -> top_ids int64
     [1, k], top_logprobs float32 [1, k] best first, confidence [1].
@@ -249,8 +250,8 @@ class LmHead(nn.Module):
         self.num_candidates = min(CANDIDATES_PER_TOKEN * top_k, vocab)
 
     def forward(self, exit_hidden: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # The exporter writes a MatMul for an input of three dimensions, and a later step quantises
-        # it. For two dimensions it would write a Gemm, which stays in float32.
+        # For an input of three dimensions the exporter writes a MatMul, which a later step
+        # quantises. For two dimensions the exporter would write a Gemm, which stays in float32.
         logits = cap_logits(self.lm_head(exit_hidden[None])[0, 0], self.cap)
         ids = best_ids(logits, self.num_candidates)
         coarse = logits.index_select(0, ids)
@@ -266,10 +267,10 @@ class LmHead(nn.Module):
 
 
 def best_ids(values: Tensor, k: int) -> Tensor:
-    """Return the indices of the k largest of values [n], int64 [k] in any order.
+    """Return the indices of the k largest numbers in `values` [n]: int64 [k], in any order.
 
-    All of them are in the k groups of `GROUP_SIZE` values that have the largest maxima. To find
-    these groups first is much faster than a top-k over all n values.
+    The numbers form groups of `GROUP_SIZE`. The k groups with the largest maxima contain the k
+    largest numbers. To find these groups first is much faster than a top-k over all n numbers.
     """
     if values.shape[0] % GROUP_SIZE or values.shape[0] <= k * GROUP_SIZE:
         return values.topk(k, sorted=False).indices
@@ -333,7 +334,7 @@ def export_block(
 
 
 def traced_inputs(info: ModelInfo, num_caches: int) -> tuple[Tensor, ...]:
-    """Return example inputs of a `Block` with this number of past keys and values."""
+    """Return example inputs of a `Block`; `num_caches` counts tensors of keys and of values."""
     cache_shape = (1, info.num_key_value_heads, TRACED_CAPACITY, info.head_dim)
     return (
         torch.zeros(1, TRACED_CHUNK, info.hidden_size),

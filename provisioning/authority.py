@@ -1,6 +1,6 @@
 """The fleet's certificate authority (RFC 5280).
 
-It issues P-256 certificates for clients, for the broker and for the service.
+It issues P-256 certificates for clients, and for the server's broker and HTTPS service.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ CLOCK_SKEW: Final = timedelta(minutes=5)
 class CertificateAuthority:
     """The certificate authority of one fleet.
 
-    Its key is in its folder (0700) in a file of mode 0600, encrypted if a passphrase was given.
-    During a rotation the authority has a `successor`, which signs the certificates of clients. The
-    old authority still signs the broker's certificate and the bundles, because devices with
-    certificates from before the rotation trust only the old authority.
+    The authority's folder has mode 0700, and the file with its key has mode 0600. If a passphrase
+    was given, the key is encrypted. During a rotation the authority has a `successor`, which signs
+    the certificates of clients. The old authority still signs the certificates of broker and HTTPS
+    service, and the bundles, because devices with certificates from before the rotation trust only
+    the old authority.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class CertificateAuthority:
 
     @property
     def issuers(self) -> frozenset[str]:
-        """The names of the authorities, as in the revocation lists that they sign."""
+        """The names of the authority and its successor, as their revocation lists give them."""
         own = self._certificate.subject.rfc4514_string()
         return frozenset({own}) | (self.successor.issuers if self.successor else frozenset())
 
@@ -75,7 +76,10 @@ class CertificateAuthority:
         return is_issued_by(certificate, self._certificate)
 
     def adopt(self, other: CertificateAuthority) -> None:
-        """Take over keys and successor of `other`, for all code that holds this object."""
+        """Replace this object's certificate, key and successor by those of `other`.
+
+        Code that holds this object, such as the service, then uses the new ones.
+        """
         self._certificate = other._certificate
         self._private_key = other._private_key
         self._ca_pem = other._ca_pem
@@ -124,7 +128,8 @@ class CertificateAuthority:
             certificate = x509.load_pem_x509_certificate((folder / CA_FILE).read_bytes())
             private_key = _load_key(folder / CA_KEY_FILE, passphrase)
         except OSError as error:
-            reason = describe_read_error(Path(error.filename), error, "'fleet up' makes one")
+            remedy = "restore it; 'fleet up' makes an authority only if its folder is missing"
+            reason = describe_read_error(Path(error.filename), error, remedy)
             raise IdentityError(f"no usable certificate authority in {folder}: {reason}") from None
         except (ValueError, TypeError) as error:
             raise IdentityError(
@@ -148,7 +153,7 @@ class CertificateAuthority:
     def crl(self, revoked: Iterable[CrlEntry], days: int = CRL_DAYS) -> bytes:
         """Sign the revocation list; see `provisioning.crl`. Return PEM.
 
-        The successor signs one, too: a broker needs a list of each authority that it trusts.
+        The successor adds a list of its own: a broker needs one from each authority that it trusts.
         """
         entries = list(revoked)
         crl = sign_crl(self._certificate, self._private_key, entries, days)
@@ -180,12 +185,13 @@ class CertificateAuthority:
         write_signature(folder, self._private_key)
 
     def server_tls(self, folder: Path, *hosts: str) -> ServerTls:
-        """Issue the broker's certificate and write it into `folder`.
+        """Issue a certificate for broker and HTTPS service, and write it into `folder`.
 
         It is valid for `hosts`, ``localhost`` and the loopback addresses.
 
         Raises:
-            IdentityError: a host is no host name or address, or the folder cannot be written.
+            IdentityError: one of `hosts` is neither a host name nor an address, or the folder
+                cannot be written.
         """
         unique_hosts = dict.fromkeys((*hosts, "localhost", "127.0.0.1", "::1"))
         extensions = [
@@ -225,7 +231,7 @@ class CertificateAuthority:
 
 
 def finish_retirement(folder: Path) -> None:
-    """Move a successor into the place of an authority whose retirement was interrupted."""
+    """Complete an interrupted retirement: if `folder` is missing, rename the successor's to it."""
     successor = successor_folder(folder)
     if not folder.exists() and successor.exists():
         successor.rename(folder)

@@ -2,8 +2,9 @@
 
 Between `rotate_authority` and `retire_authority` the fleet trusts both. The successor signs the
 certificates of clients, and each renewal brings both CA certificates. The old authority still signs
-the broker's certificate and the bundles, for devices that have not renewed their certificate yet.
-The old authority can be retired when no identity uses a certificate that it has signed.
+the certificates of broker and HTTPS service, and the bundles, for devices that have not renewed
+their certificate yet. The old authority can be retired when no identity uses a certificate that it
+has signed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The model's upper layers: Hugging Face's own code, run over one ragged batch of many sessions.
 
 Rows of all sessions pass through each linear layer together. Attention runs for each session alone,
-on that session's cache. It is a function of this module, which is registered in transformers'
-ALL_ATTENTION_FUNCTIONS.
+on that session's cache. For this purpose the module registers its function `ragged_attention` in
+transformers' ALL_ATTENTION_FUNCTIONS.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Chunk(NamedTuple):
     """Positions [start, stop) of one session. Positions [0, start) of this session have run.
 
     `hidden_states` [stop - start, hidden] float16 are the inputs of the lease's first layer. The
-    worker computes logits for the positions `outputs`. A chunk is a tuple, because each step
-    unpacks one for each session.
+    worker computes logits for the positions `outputs`. A chunk is a tuple, so that `make_spans` can
+    unpack it.
     """
 
     lease: KvLease
@@ -209,7 +209,8 @@ class UpperLayers:
             self._layers = list(self._model.model.layers)
         except (OSError, ValueError, RuntimeError) as error:
             raise BundleError(
-                f"the cloud partition of {bundle.folder} does not load: {error}; export it again"
+                f"the cloud partition of {bundle.folder} does not load: {error}; "
+                "export the bundle again"
             ) from None
 
         config = self._model.config

@@ -1,9 +1,10 @@
 """Speculative decoding over a link: the device drafts, the cloud accepts or corrects the drafts,
 and the device drafts further tokens meanwhile.
 
-The method is arXiv 2211.17192. In verified mode the cloud judges every token, and the result is
-exactly the cloud's text. Drafts and repeated requests do not change this text, because a random
-draw depends only on the seed and the position. In collaborative mode a token of a confident exit
+The method follows arXiv 2211.17192, with a simpler test: the cloud accepts a draft only if it
+chooses the same token. In verified mode the cloud judges every token, and the result is exactly the
+cloud's text. Drafts and repeated requests do not change this text, because the noise of the
+sampling depends only on seed, position and token. In collaborative mode a token of a confident exit
 needs no verdict (ADR 0028).
 """
 
@@ -25,7 +26,7 @@ from edge_agent.session.cloud_session import CloudSession
 from fleet.protocol.messages import MAX_DRAFT, Verified
 from fleet.protocol.modes import CLOUD, FALLBACK, LOOKUP, exit_source
 
-SLICE_S: Final = 0.2  # longest wait for the cloud before the caller can check its own deadline
+SLICE_S: Final = 0.2  # longest wait in one `advance`; the caller checks the deadline in between
 MAX_LOOKUP: Final = 8
 
 
@@ -45,13 +46,13 @@ class Draft:
     is_confident: bool
 
     def as_own(self) -> GeneratedToken:
-        """Return the answer's token if the device emits this draft without a verdict."""
+        """Return this draft as a token that the device emits without a verdict."""
         source = self.source if self.is_confident else FALLBACK
         return GeneratedToken(self.token_id, self.logprob, source)
 
 
 class SpeculativeDecoder:
-    """The drafts of one sequence. They are the last tokens of the decoder's text.
+    """Speculative decoding of one sequence. The drafts are the last tokens of `decoder.text`.
 
     The pending request contains the first `_num_asked` drafts. `_asked_trusting` means that this
     request lets the worker accept drafts of confident exits without a check.
@@ -92,12 +93,13 @@ class SpeculativeDecoder:
         certain. A certain token belongs to the answer and never changes.
 
         With `trusts_exits`, a token of a confident exit is certain as soon as all tokens before it
-        are certain. Prompt lookup is then off, because it drafts tokens without running the exits,
-        and an exit could be confident at such a position. If no verdict comes within `wait_ms`, the
-        device then emits its own drafts.
+        are certain, and the device emits its own drafts if no verdict comes within `wait_ms`.
+        Prompt lookup is then off: it drafts tokens without running the exits, so the device would
+        not notice that an exit is confident and the token needs no verdict.
 
-        At most `max_tokens` drafts exist at a time. With 0 the call drafts nothing, and only gets a
-        verdict on the existing drafts. It waits at most `SLICE_S` seconds.
+        A call adds drafts only while there are fewer than `max_tokens`. With 0 it adds none: it
+        requests a verdict on the existing drafts, unless a request is pending already. Each call
+        waits for a verdict for at most `SLICE_S` seconds.
         """
         if self._num_asked and not self._cloud_session.has_request:  # withdrawn, or never made
             self._num_asked = 0
@@ -237,8 +239,8 @@ class SpeculativeDecoder:
     def _learn(self, draft: Draft, *, is_accepted: bool) -> None:
         self._acceptance.update(draft.confidence, accepted=is_accepted)
         if not self._asked_trusting:
-            # With trusted exits the cloud judges only drafts below the threshold. Their acceptance
-            # rate is not that of all drafts, so it must not enter this mean.
+            # With trusted exits the cloud judges only drafts below the threshold. These verdicts do
+            # not count in the measured `acceptance`, which is a share of all drafts.
             self._measurements.draft_judged(is_accepted=is_accepted)
         if draft.confidence is None:
             return

@@ -47,7 +47,7 @@ WAIT_S: Final = 2.0
 FIRST_RETRY_S: Final = 0.5  # between two attempts while the registry is not available
 MAX_RETRY_S: Final = 10.0
 CLOSE_S: Final = 5.0
-BIRTH_RECEIPT_S: Final = 5.0  # least time between two receipts for births of one epoch
+BIRTH_RECEIPT_S: Final = 5.0  # least time between receipts for two births with the same epoch
 LOG_S: Final = 10.0
 MAX_LINES: Final = 20  # in `LOG_S` seconds
 DEFAULT_RULES: Final = ReportRules()
@@ -101,7 +101,8 @@ class Collector:
         """
         self._transport.on_up(self._queue.begin_link)
         self._stats.mark_all_offline()
-        # Drop the mark of a new link that `on_up` may have set: all devices are offline already.
+        # All devices and workers are marked offline now. Drop the queue's mark of a new link, which
+        # `on_up` may have set, so that they are not marked again.
         self._queue.take(0, 0.0)
         self._thread.start()
         self._transport.subscribe(topics.DEVICE_STATUS_FILTER, self._on_status, qos=1)
@@ -192,10 +193,10 @@ class Collector:
             self._send_receipt(device, ReportReceipt())
 
     def _store_statuses(self, statuses: Sequence[ReceivedStatus]) -> set[str]:
-        """Store statuses; return the devices whose birth is to be acknowledged.
+        """Store statuses; return the devices that get a receipt for their birth.
 
-        After each such receipt a device sends all its reports again. For one epoch there is
-        therefore at most one in `BIRTH_RECEIPT_S` seconds.
+        A device sends all its reports again after such a receipt. So it gets at most one in
+        `BIRTH_RECEIPT_S` seconds, unless its epoch or the collector's link is new.
         """
         refused = self._retry(lambda: self._stats.record_statuses(statuses))
         for name, error in refused.items():
@@ -274,7 +275,7 @@ class Collector:
         try:
             self._transport.publish(topics.device_reported(device), encode_receipt(receipt))
         except LinkError as error:
-            log.info("no receipt for %s: %s", device, error)
+            log.info("did not send a receipt to %s: %s", device, error)
 
     def _log_dropped(self, topic: str, error: FleetError) -> None:
         self._log.warning("dropped a message on %.200r: %s", topic, error)

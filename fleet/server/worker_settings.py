@@ -49,7 +49,9 @@ def bundle_weights(bundle: Path) -> str:
         with TensorFile(bundle / "cloud/model.safetensors") as file:
             types = {entry.dtype for entry in file.entries.values()}
     except (OSError, ValueError) as error:
-        raise BundleError(f"the cloud partition of {bundle} cannot be read: {error}") from None
+        raise BundleError(
+            f"the cloud partition of {bundle} cannot be read: {error}; export the bundle again"
+        ) from None
     return default_weights(model, "F32" if "F32" in types else "BF16")
 
 

@@ -165,7 +165,7 @@ def test_an_authority_is_never_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_missing_authority_is_named(tmp_path: Path) -> None:
-    with pytest.raises(IdentityError, match=r"cannot read .*ca\.pem: .*'fleet up' makes one"):
+    with pytest.raises(IdentityError, match=r"cannot read .*ca\.pem: .*; restore it; 'fleet up'"):
         CertificateAuthority.load(tmp_path)
 
 

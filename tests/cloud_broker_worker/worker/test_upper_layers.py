@@ -227,7 +227,7 @@ def test_a_partition_with_other_values_is_refused_in_one_line(
 ) -> None:
     bundle = rewrite_tensors(cloud_bundle(2), tmp_path, change)
     with pytest.raises(
-        BundleError, match=rf"does not load: .*{reason}.*; export it again"
+        BundleError, match=rf"does not load: .*{reason}.*; export the bundle again"
     ) as error:
         UpperLayers(bundle, 1)
     assert "\n" not in str(error.value)

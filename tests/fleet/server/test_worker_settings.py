@@ -54,7 +54,7 @@ def test_a_bundle_without_readable_layers_is_refused_in_one_line(
 ) -> None:
     folder = shutil.copytree(tiny_bundle.folder, tmp_path / "bundle")
     (folder / "cloud/model.safetensors").write_bytes(b"none")
-    with pytest.raises(BundleError, match=r"the cloud partition of .* cannot be read") as error:
+    with pytest.raises(BundleError, match=r"cannot be read: .*; export the bundle again") as error:
         WorkerSettings().arguments(folder, 1)
     assert "\n" not in str(error.value)
 
