@@ -41,7 +41,7 @@ class Graph:
         inputs = model.graph.input
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
         self.weights = {
-            value.name: Weight(value_shape(value), (weights[value.name],))
+            value.name: Weight(value_shape(value), (weights[value.name],), names=(value.name,))
             for value in inputs
             if value.name in weights
         }
@@ -220,9 +220,10 @@ def merge_group(graph: Graph, products: list[NodeProto]) -> list[NodeProto]:
     weights = [graph.weights[node.input[1]] for node in products]
     widths = [weight.shape[1] for weight in weights]
     parts = tuple(part for weight in weights for part in weight.parts)
+    names = tuple(name for weight in weights for name in weight.names)
     name = "+".join(node.input[1] for node in products)
     shape = (weights[0].shape[0], sum(widths))
-    graph.weights[name] = replace(weights[0], shape=shape, parts=parts)
+    graph.weights[name] = replace(weights[0], shape=shape, parts=parts, names=names)
     outputs = [node.output[0] for node in products]
     product = helper.make_node(
         "MatMul",

@@ -28,12 +28,13 @@ ALIGNMENT: Final = 64
 class Weight:
     """A weight of a graph, joined along the last axis from stored ones.
 
-    `is_transposed`: the stored ones are transposed.
+    `is_transposed`: the stored ones are transposed. `names` are those of the parts.
     """
 
     shape: tuple[int, ...]
     parts: tuple[Read, ...]
     is_transposed: bool = False
+    names: tuple[str, ...] = ()
 
     def transposed(self) -> Weight:
         """Return the transposed weight."""

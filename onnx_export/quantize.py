@@ -1,8 +1,9 @@
 """Weight-only quantisation of edge graphs, in blocks of 32 weights of one output.
 
 ``int8`` is symmetric. ``int4`` and ``balanced`` use a grid of 16 steps with a scale and an offset
-for each block, ``w = scale * (q - zero) + rest``, which represents a llama.cpp Q4_1 file's weights
-up to the precision of `rest`. MatMulNBits multiplies by ``scale * (q - zero)`` with an integer
+for each block, ``w = scale * (q - zero) + rest``, which represents the weights of llama.cpp's Q4_1
+and Q4_K up to the precision of `rest`. Weights on a finer grid, as of Q5_0, Q5_K, Q6_K and Q8_0,
+have 8 bits. MatMulNBits multiplies by ``scale * (q - zero)`` with an integer
 `zero`; the rest, at most half a step and the same for a whole block, is multiplied by the block's
 mean, which joins the input as a few more columns (docs/adr/0010). ``balanced`` also multiplies
 query, key and value by float32 inputs instead of int8 ones: most of the loss is there.
@@ -13,11 +14,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 from onnx import NodeProto, helper
 from onnxruntime.quantization.matmul_nbits_quantizer import (
     DefaultWeightOnlyQuantConfig,
@@ -27,27 +26,28 @@ from onnxruntime.quantization.quant_utils import QuantFormat
 
 from onnx_export.config import Quantization
 from onnx_export.fusion import ATTENTION, MICROSOFT, Graph
-from onnx_export.graph_weights import Array, Floats
+from onnx_export.graph_weights import Array, Floats, Weight
+from onnx_export.grid import BLOCK_SIZE, Bytes, Grid, needs_bytes
 
-Bytes = npt.NDArray[np.uint8]
-
-BLOCK_SIZE: Final = 32
 PREVIEW_BLOCK_SIZE: Final = 64
 FLOAT_COMPUTE: Final = 1  # accuracy levels of MatMulNBits: float32 inputs and sums
 INT8_COMPUTE: Final = 4  # int8 inputs, rounded block by block, and int32 sums
-LEVELS: Final = 15
-MIDDLE: Final = 8  # the level that stands for 0 in the columns of the rest
+WITH_MEANS: Final = ".with_means"
+NO_REST: Final = 1e-4  # in steps
 REST_COLUMNS: Final = 2
-"""Columns of 16 steps each for the rest: together 31 steps for half a grid step on either side."""
-NUM_REFINEMENTS: Final = 4
+"""Columns for the rest, of 16 steps each in 4 bits: together 31 steps for half a grid step on
+either side."""
 
 
-def quantize(graph: Graph, preset: Quantization) -> Graph:
-    """Quantise the products of a block's graph in place; ``fp32`` changes nothing."""
+def quantize(graph: Graph, preset: Quantization, raised: frozenset[str] = frozenset()) -> Graph:
+    """Quantise the products of a block's graph in place; ``fp32`` changes nothing.
+
+    Those of the weights named in `raised` have 8 bits in every preset.
+    """
     if preset == "fp32":
         return graph
     if preset != "int8":
-        quantize_affine(graph, float_attention=preset == "balanced")
+        quantize_affine(graph, float_attention=preset == "balanced", raised=raised)
     return quantize_symmetric(graph, bits=8, block_size=BLOCK_SIZE)
 
 
@@ -115,85 +115,54 @@ def quantized_product(
     )
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Weights ``scale * steps + low``.
+def quantize_affine(graph: Graph, *, float_attention: bool, raised: frozenset[str]) -> None:
+    """Quantise products with whole blocks on a grid, except for those of `raised`.
 
-    `steps` uint8 [n, blocks, 32] from 0 to 15; `scale` and `low` float32 [n, blocks].
+    `float_attention`: query, key and value of 4 bits multiply float32 inputs. The kernel of 8 bits
+    has no fast way to do that.
     """
-
-    steps: Bytes
-    scale: Floats
-    low: Floats
-
-    @classmethod
-    def fit(cls, weight: Floats) -> Grid:
-        """Return the grid of weight [k, n].
-
-        For blocks on no grid of 16 steps it is near the one of the least squared error.
-        """
-        blocks = weight.T.reshape(weight.shape[1], -1, BLOCK_SIZE)
-        low = blocks.min(-1)
-        span = blocks.max(-1) - low
-        best = cls._round(blocks, span / LEVELS, low)
-        least = best._error(blocks)
-        for _ in range(NUM_REFINEMENTS):
-            scale, low = best._regression(blocks)
-            refined = cls._round(blocks, scale, low)
-            error = refined._error(blocks)
-            is_better = error < least
-            best = best._replace_where(is_better, refined)
-            least = np.where(is_better, error, least)
-        return best
-
-    @classmethod
-    def _round(cls, blocks: Floats, scale: Floats, low: Floats) -> Grid:
-        scale = np.where(scale > 0, scale, 1).astype(np.float32)
-        positions = (blocks - low[..., None]) / scale[..., None]
-        steps = np.clip(np.rint(positions), 0, LEVELS)
-        return cls(steps.astype(np.uint8), scale, low.astype(np.float32))
-
-    def _replace_where(self, mask: npt.NDArray[np.bool_], other: Grid) -> Grid:
-        return Grid(
-            np.where(mask[..., None], other.steps, self.steps),
-            np.where(mask, other.scale, self.scale),
-            np.where(mask, other.low, self.low),
-        )
-
-    def _regression(self, blocks: Floats) -> tuple[Floats, Floats]:
-        """Return scale and low of the least squared error for these steps."""
-        steps = self.steps.astype(np.float32)
-        mean = steps.mean(-1)
-        target = blocks.mean(-1)
-        deviation = steps - mean[..., None]
-        variance = np.square(deviation).sum(-1)
-        covariance = (deviation * (blocks - target[..., None])).sum(-1)
-        slope = covariance / np.where(variance > 0, variance, 1)
-        scale = np.where(slope > 0, slope, self.scale)
-        return scale, target - scale * mean
-
-    def _error(self, blocks: Floats) -> Floats:
-        weights = self.scale[..., None] * self.steps + self.low[..., None]
-        error: Floats = np.square(weights - blocks).sum(-1)
-        return error
-
-
-def quantize_affine(graph: Graph, *, float_attention: bool) -> None:
-    """Quantise products with whole blocks on a grid; `float_attention`: float32 q, k and v."""
     precise = {id(node) for node in attention_products(graph)} if float_attention else set()
     extended: dict[str, str] = {}
     nodes: list[NodeProto] = []
     for node in graph.nodes:
-        if not graph.is_product(node) or graph.weights[node.input[1]].shape[0] % BLOCK_SIZE:
+        if not is_affine(graph, node, raised):
             nodes.append(node)
             continue
         name = node.input[0]
+        grids, bits = product_grids(graph.weights[node.input[1]])
+        if bits == 8 and not any(has_rest(grid) for grid in grids):
+            nodes.append(whole_grid_product(graph, node, grids))
+            continue
         if name not in extended:
-            extended[name] = f"{name}.with_means"
+            extended[name] = name + WITH_MEANS
             nodes += with_means(name, extended[name])
-        level = FLOAT_COMPUTE if id(node) in precise else INT8_COMPUTE
-        nodes.append(grid_product(graph, node, extended[name], level))
+        level = FLOAT_COMPUTE if bits == 4 and id(node) in precise else INT8_COMPUTE
+        weights = joined(grid_weights(grid, bits) for grid in grids)
+        nodes.append(grid_product(graph, node, extended[name], weights, bits, level))
     graph.replace_nodes(nodes)
+
+
+def is_affine(graph: Graph, node: NodeProto, raised: frozenset[str]) -> bool:
+    """Return whether `node` is a product with whole blocks that is not in `raised`."""
+    if not graph.is_product(node):
+        return False
+    weight = graph.weights[node.input[1]]
+    return weight.shape[0] % BLOCK_SIZE == 0 and raised.isdisjoint(weight.names)
+
+
+def product_grids(weight: Weight) -> tuple[list[Grid], int]:
+    """Return the grids of a weight's pieces and their bits: 8 where a piece needs them, or 4."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        grids = list(pool.map(coarse_grid, weight.pieces()))
+        fitting = [grid for grid in grids if grid is not None]
+        if len(fitting) == len(grids):
+            return fitting, 4
+        return list(pool.map(Grid.fit_bytes, weight.pieces())), 8
+
+
+def coarse_grid(piece: Floats) -> Grid | None:
+    """Return the grid of 16 steps of a piece, or None if it lies on a finer one."""
+    return None if needs_bytes(piece) else Grid.fit(piece)
 
 
 def with_means(name: str, extended: str) -> list[NodeProto]:
@@ -217,49 +186,83 @@ def with_means(name: str, extended: str) -> list[NodeProto]:
     return [pool, concat]
 
 
-def grid_product(graph: Graph, product: NodeProto, extended: str, accuracy_level: int) -> NodeProto:
+def grid_product(
+    graph: Graph,
+    product: NodeProto,
+    extended: str,
+    weights: Sequence[Array],
+    bits: int,
+    accuracy_level: int,
+) -> NodeProto:
     """Return `product` as MatMulNBits on its weights' grid, with means in its input."""
-    weight = graph.weights[product.input[1]]
-    blocks = weight.shape[0] // BLOCK_SIZE
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        weights = joined(pool.map(lambda piece: grid_weights(Grid.fit(piece)), weight.pieces()))
+    blocks = graph.weights[product.input[1]].shape[0] // BLOCK_SIZE
     return quantized_product(
         graph,
         product,
         extended,
         weights,
         K=blocks * (BLOCK_SIZE + REST_COLUMNS),
-        bits=4,
+        bits=bits,
         block_size=BLOCK_SIZE,
         accuracy_level=accuracy_level,
     )
 
 
-def grid_weights(grid: Grid) -> tuple[Bytes, Floats, Bytes]:
+def whole_grid_product(graph: Graph, product: NodeProto, grids: Sequence[Grid]) -> NodeProto:
+    """Return `product` as MatMulNBits of 8 bits on grids on which 0 is one of the steps."""
+    weights = joined((grid.steps, grid.scale, zero_steps(grid, 255)) for grid in grids)
+    return quantized_product(
+        graph,
+        product,
+        product.input[0],
+        weights,
+        K=graph.weights[product.input[1]].shape[0],
+        bits=8,
+        block_size=BLOCK_SIZE,
+        accuracy_level=INT8_COMPUTE,
+    )
+
+
+def zero_steps(grid: Grid, levels: int) -> Bytes:
+    """Return the step next to 0 in each block [n, blocks]."""
+    steps: Bytes = np.clip(np.rint(-grid.low / grid.scale), 0, levels).astype(np.uint8)
+    return steps
+
+
+def has_rest(grid: Grid) -> bool:
+    """Return whether 0 is none of the 256 steps of some block."""
+    rest = grid.low / grid.scale + zero_steps(grid, 255)
+    return bool((np.abs(rest) > NO_REST).any())
+
+
+def grid_weights(grid: Grid, bits: int) -> tuple[Bytes, Floats, Bytes]:
     """Return packed steps, scales and packed zeros of MatMulNBits, with the rest's columns."""
     n, blocks = grid.scale.shape
-    zero = np.clip(np.rint(-grid.low / grid.scale), 0, LEVELS).astype(np.uint8)
+    middle = 1 << (bits - 1)  # the step that stands for 0 in the columns of the rest
+    zero = zero_steps(grid, 2 * middle - 1)
     rest = (grid.low + zero * grid.scale) * BLOCK_SIZE
-    columns, rest_scale = rest_columns(rest)
+    columns, rest_scale = rest_columns(rest, middle)
     num_rest_blocks = -(-REST_COLUMNS * blocks // BLOCK_SIZE)
     num_padding = num_rest_blocks * BLOCK_SIZE - REST_COLUMNS * blocks
-    padding = np.full((n, num_padding), MIDDLE, np.uint8)
+    padding = np.full((n, num_padding), middle, np.uint8)
     steps = np.concatenate([grid.steps.reshape(n, -1), *columns, padding], 1)
     rest_scales = np.repeat(rest_scale, num_rest_blocks, 1)
     scales = np.concatenate([grid.scale, rest_scales], 1)
-    num_zeros = num_rest_blocks + scales.shape[1] % 2
-    rest_zeros = np.full((n, num_zeros), MIDDLE, np.uint8)
+    num_zeros = num_rest_blocks + (scales.shape[1] % 2 if bits == 4 else 0)
+    rest_zeros = np.full((n, num_zeros), middle, np.uint8)
     zeros = np.concatenate([zero, rest_zeros], 1)
+    if bits == 8:
+        return steps.reshape(n, -1, BLOCK_SIZE), scales, zeros
     packed = pack_nibbles(steps).reshape(n, -1, BLOCK_SIZE // 2)
     return packed, scales, pack_nibbles(zeros)
 
 
-def rest_columns(rest: Floats) -> tuple[list[Bytes], Floats]:
+def rest_columns(rest: Floats, middle: int) -> tuple[list[Bytes], Floats]:
     """Return rest [n, blocks] as columns of steps, uint8 [n, blocks] each, and a scale [n, 1]."""
-    limit = REST_COLUMNS * (LEVELS - MIDDLE)
+    limit = REST_COLUMNS * (middle - 1)
     largest = np.abs(rest).max(1, keepdims=True)
     scale = np.maximum(largest / limit, np.finfo(np.float32).tiny).astype(np.float32)
-    levels = np.rint(rest / scale).astype(np.int64) + REST_COLUMNS * MIDDLE
+    levels = np.rint(rest / scale).astype(np.int64) + REST_COLUMNS * middle
     columns = [((levels + i) // REST_COLUMNS).astype(np.uint8) for i in range(REST_COLUMNS)]
     return columns, scale
 
@@ -268,6 +271,15 @@ def pack_nibbles(values: Bytes) -> Bytes:
     """Pack pairs of values [n, even] below 16 into bytes [n, even / 2], the first one low."""
     packed: Bytes = values[:, 0::2] | (values[:, 1::2] << np.uint8(4))
     return packed
+
+
+def product_weights(node: NodeProto) -> int:
+    """Return the number of weights of a quantised product, without the columns of the rest."""
+    sizes = {attribute.name: attribute.i for attribute in node.attribute}
+    columns = sizes["K"]
+    if node.input[0].endswith(WITH_MEANS):
+        columns -= columns * REST_COLUMNS // (BLOCK_SIZE + REST_COLUMNS)
+    return int(columns * sizes["N"])
 
 
 def attention_products(graph: Graph) -> list[NodeProto]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import NodeProto, TensorProto, helper
 
 from onnx_export.fusion import Graph
-from onnx_export.quantize import BLOCK_SIZE, Grid, quantize, quantize_symmetric
+from onnx_export.grid import BLOCK_SIZE, Grid
+from onnx_export.quantize import product_weights, quantize, quantize_symmetric
 
 Floats = NDArray[np.float32]
 RNG = np.random.default_rng(5)
@@ -84,9 +87,32 @@ def test_weights_on_a_grid_are_kept_in_four_bits_as_well_as_in_eight(k: int, len
 
 def test_a_grid_is_found_exactly() -> None:
     weight = on_a_grid(128, 32)
-    grid = Grid.fit(weight)
-    found = (grid.steps * grid.scale[..., None] + grid.low[..., None]).reshape(32, 128).T
-    np.testing.assert_allclose(found, weight, atol=1e-6)
+    np.testing.assert_allclose(Grid.fit(weight).weights, weight, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "columns"), [("Q8_0", 256), ("Q5_1", 256 + 2 * 8)])
+@pytest.mark.parametrize("length", [1, 7])
+def test_weights_on_a_finer_grid_have_eight_bits_that_keep_them(
+    kind: str, columns: int, length: int
+) -> None:
+    normal = RNG.standard_normal((48, 256)).astype(np.float32)
+    quantized = GGMLQuantizationType[kind]
+    weight = gguf.dequantize(gguf.quantize(normal, quantized), quantized).T
+    graph = quantize(product_graph(weight), "balanced")
+    product = graph.nodes[-1]
+    assert (attribute(product, "bits"), attribute(product, "K")) == (8, columns)
+    assert product_weights(product) == weight.size
+    assert error(graph, weight, inputs(length, 256)) < 2e-3
+
+
+def test_a_raised_product_has_eight_bits() -> None:
+    weight = on_a_grid(64, 48)
+    (product,) = quantize(product_graph(weight), "balanced", frozenset({"w"})).nodes
+    assert attribute(product, "bits") == 8
+
+
+def attribute(node: NodeProto, name: str) -> int:
+    return next(int(each.i) for each in node.attribute if each.name == name)
 
 
 def test_weights_on_no_grid_come_nearer_than_from_least_to_largest() -> None:
@@ -115,8 +141,5 @@ def test_inputs_without_whole_blocks_fall_back_to_eight_bits() -> None:
     weight = RNG.standard_normal((48, 16)).astype(np.float32)
     graph = quantize(product_graph(weight), "int4")
     (node,) = graph.nodes
-    assert (node.op_type, next(a.i for a in node.attribute if a.name == "bits")) == (
-        "MatMulNBits",
-        8,
-    )
+    assert (node.op_type, attribute(node, "bits")) == ("MatMulNBits", 8)
     assert error(graph, weight, inputs(4, 48)) < 0.01
