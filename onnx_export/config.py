@@ -35,8 +35,8 @@ SHARED_HEAD: Final = "shared"
 class ExportConfig:
     """One export. An exit at 8 means that layers [0, 8) have run: layer ranges are half-open.
 
-    `model` is ``default``, a hub name or a folder. Without `heads` the exits share the model's
-    final norm, except for the default model, whose trained heads ship with this package.
+    `model` is ``default``, a hub name, a folder or a GGUF file. Without `heads` the exits share the
+    model's final norm, except for the default model, whose trained heads ship with this package.
     `exit_head` ``shared`` makes them share it on purpose, for a model that was trained with early
     exits (LayerSkip, arXiv 2404.16710). `split_layer` is the exit up to which a device runs that
     has no other setting, by default the last. `uploads` are the exits whose hidden states can be

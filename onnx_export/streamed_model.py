@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from fleet.errors import ExportError
-from onnx_export.checkpoint import load_pretrained
+from onnx_export.checkpoint import is_gguf, load_config, load_pretrained
+from onnx_export.gguf_weights import GgufWeights
 from onnx_export.variants import restore_rotary_embeddings
 from onnx_export.weights import (
     EMBEDDING,
@@ -105,9 +107,9 @@ def open_model(
     Raises:
         ExportError: it cannot be loaded or is not whole.
     """
-    config = load_pretrained(AutoConfig, source, name)
+    config = load_config(source, name)
     try:
-        model = StreamedModel(name, config, open_weights(source, name))
+        model = StreamedModel(name, config, open_weights(source, name, config))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ExportError(
@@ -119,8 +121,10 @@ def open_model(
     return model
 
 
-def open_weights(source: str, name: str) -> WeightSource:
+def open_weights(source: str, name: str, config: Any) -> WeightSource:
     """Return a checkpoint's weights. Those of an older format than safetensors are loaded whole."""
+    if is_gguf(source):
+        return GgufWeights(Path(source), make_skeleton(config))
     paths = weight_files(source)
     if paths:
         return CheckpointWeights(paths)

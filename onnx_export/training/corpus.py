@@ -18,11 +18,11 @@ import msgspec
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from fleet.errors import ConfigError
 from onnx_export.architecture import eos_token_ids
-from onnx_export.checkpoint import load_pretrained
+from onnx_export.checkpoint import load_pretrained, load_tokenizer
 from onnx_export.training.config import ANSWER_SHARE
 from onnx_export.training.generation import TENSORS, TOP_K, TrainingAnswers, generate_answers
 from onnx_export.training.prompts import ChatFormat, check_yield, generate_prompts, without_repeats
@@ -76,7 +76,7 @@ class ShardMaker:
         dtype = torch.bfloat16 if cuda else torch.float32
         model = load_pretrained(AutoModelForCausalLM, config.source, config.source, dtype=dtype)
         self.model = model.to("cuda" if cuda else "cpu").eval().requires_grad_(False)
-        self.tokenizer = load_pretrained(AutoTokenizer, config.source, config.source)
+        self.tokenizer = load_tokenizer(config.source, config.source)
         self.chat = ChatFormat.of(self.tokenizer)
         self.ends = eos_token_ids(config.source, model, self.tokenizer)
 
@@ -142,7 +142,7 @@ class Corpus:
         """Return the prompts that are not too long, in random order."""
         if not prompts:
             return []
-        tokenizer = load_pretrained(AutoTokenizer, self.config.source, self.config.source)
+        tokenizer = load_tokenizer(self.config.source, self.config.source)
         ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
         generator = torch.Generator().manual_seed(self.config.seed)
         order = torch.randperm(len(prompts), generator=generator).tolist()

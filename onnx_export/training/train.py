@@ -10,13 +10,18 @@ from typing import Any, Final
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from fleet.errors import ConfigError
 from fleet.exits.records import Records
 from fleet.utils.prompt_file import read_prompts
 from onnx_export.architecture import check_exits, check_model
-from onnx_export.checkpoint import load_pretrained, resolve_model
+from onnx_export.checkpoint import (
+    load_config,
+    load_pretrained,
+    load_tokenizer,
+    resolve_model,
+)
 from onnx_export.heads import (
     ExitHead,
     HeadsFile,
@@ -103,7 +108,7 @@ def draw_training_prompts(
     """
     source = resolve_model(name)
     model = load_frozen_model(source, name)
-    tokenizer = load_pretrained(AutoTokenizer, source, name)
+    tokenizer = load_tokenizer(source, name)
     return draw_many(model, tokenizer, count=count, seed=seed, batch=batch, progress=progress)
 
 
@@ -113,7 +118,7 @@ def load_frozen_model(source: str, name: str) -> Any:
     Raises:
         ExportError: it cannot be loaded or exported.
     """
-    check_model(load_pretrained(AutoConfig, source, name))
+    check_model(load_config(source, name))
     model = load_pretrained(AutoModelForCausalLM, source, name, dtype=torch.float32)
     return model.eval().requires_grad_(False)
 
