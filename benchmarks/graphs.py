@@ -13,7 +13,7 @@ from fleet.bundles.manifest import SCHEMA_VERSION, Manifest, write_manifest
 from onnx_export.architecture import model_info
 from onnx_export.assembly import Assembly
 from onnx_export.atomic_folder import staged
-from onnx_export.bundle import list_files, write_edge
+from onnx_export.bundle import list_files
 from onnx_export.checkpoint import (
     cache_folder,
     load_pretrained,
@@ -21,6 +21,7 @@ from onnx_export.checkpoint import (
     resolve_model,
 )
 from onnx_export.config import DEFAULT_MODEL, ExportConfig, Quantization
+from onnx_export.edge import write_edge
 from onnx_export.fingerprints import source_digest, tool_versions
 from onnx_export.graph_cache import default_graph_cache
 from onnx_export.heads import ExitHead, HeadKind, HeadsFile, model_fingerprint, new_head

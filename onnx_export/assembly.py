@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -61,6 +61,8 @@ class HeadGraph(nn.Module):
 class Assembly:
     """The writer of the quantised graphs of one model.
 
+    Layers' weights named in `raised` have 8 bits, as then has the layer of an exit head.
+    `traces` are the graphs of layers without weights, for a second writing with other bits.
     `write_block` and `write_lm_head` return whether the graph, except for the head, was in the
     cache.
     """
@@ -69,6 +71,8 @@ class Assembly:
     info: ModelInfo
     quantization: Quantization
     cache: GraphCache
+    raised: frozenset[str] = frozenset()
+    traces: dict[tuple[int, int], bytes] = field(default_factory=dict)
 
     def write_block(self, layers: tuple[int, int], head: ExitHead, path: Path) -> bool:
         """Write layers [start, stop) with their exit head; a layer of the head is traced, too."""
@@ -88,6 +92,7 @@ class Assembly:
             {"lm_head.weight": in_memory(self.model.skeleton.lm_head.weight)},
             lambda: export_lm_head(self.info, top_k, self.table_dtype, cap),
             quantize_preview,
+            part="lm_head",
             top_k=top_k,
             table=self.table_dtype,
             cap=cap,
@@ -115,20 +120,31 @@ class Assembly:
         start, stop = layers
         skeleton = self.model.skeleton
         values = rotary_tables(skeleton, self.info.max_positions)
-        values |= {f"head.{name}": value for name, value in head.state_dict().items()}
-        weights = {name: in_memory(value) for name, value in values.items()}
+        state = {f"head.{name}": value for name, value in head.state_dict().items()}
+        weights = {name: in_memory(value) for name, value in (values | state).items()}
+        raised = set(state) if self.raised else set()
         for i in range(start, stop):
             for name, stored in self.model.layer_names(i).items():
                 weights[f"layers.{i - start}.{name}"] = partial(self.model.read, stored)
+                if stored in self.raised:
+                    raised.add(f"layers.{i - start}.{name}")
         return self._graph(
             path,
             weights,
-            lambda: export_block(skeleton, layers, head, self.info),
-            quantize,
+            lambda: self._trace(layers, head),
+            lambda graph, preset: quantize(graph, preset, frozenset(raised)),
+            part="block",
+            raised=sorted(raised),
             config=self.model.config.to_json_string(use_diff=False),
             info=self.info,
             layers=layers,
         )
+
+    def _trace(self, layers: tuple[int, int], head: ExitHead) -> onnx.ModelProto:
+        if layers not in self.traces:
+            graph = export_block(self.model.skeleton, layers, head, self.info)
+            self.traces[layers] = graph.SerializeToString()
+        return onnx.load_model_from_string(self.traces[layers])
 
     def _graph(
         self,
@@ -140,7 +156,7 @@ class Assembly:
     ) -> tuple[onnx.ModelProto, bool]:
         """Return the graph of `trace` with weights, and whether the graph was in the cache."""
         data = data_file(path)
-        key = graph_key(weights, part=shrink.__name__, preset=self.quantization, **options)
+        key = graph_key(weights, preset=self.quantization, **options)
 
         def make() -> onnx.ModelProto:
             graph = fuse_graph(Graph(trace(), weights, data.store))

@@ -9,7 +9,6 @@ from typing import Any
 
 from msgspec import UNSET
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer
 
 from fleet.bundles.calibration_file import find_calibration, read_calibration
 from fleet.bundles.manifest import SCHEMA_VERSION, FileEntry, Manifest, hash_file, write_manifest
@@ -22,7 +21,8 @@ from onnx_export.atomic_folder import staged
 from onnx_export.checkpoint import (
     DEFAULT_NAME,
     check_generation_config,
-    load_pretrained,
+    load_config,
+    load_tokenizer,
     resolve_model,
 )
 from onnx_export.cloud import write_cloud
@@ -34,6 +34,7 @@ from onnx_export.config import (
     format_layers,
     require_packages,
 )
+from onnx_export.edge import Edge, Progress
 from onnx_export.fingerprints import tool_versions
 from onnx_export.graph_cache import GraphCache, default_graph_cache
 from onnx_export.heads import (
@@ -51,7 +52,6 @@ from onnx_export.tokenizer import check_tokenizer, write_tokenizer
 FILE_MODE = 0o644
 """The mode of every file of a bundle. Some libraries write files that only their owner can read."""
 
-Progress = Callable[[str], None]
 Report = Callable[[Mapping[str, float], Mapping[str, float]], None]
 Load = Callable[[ExportConfig, Progress], tuple[StreamedModel, Any]]
 
@@ -108,13 +108,17 @@ def build_bundle(
     heads = read_heads(config, model.skeleton, progress)
     cache = GraphCache(config.graph_cache) if config.graph_cache else default_graph_cache()
     assembly = Assembly(model, info, config.quantization, cache)
-    write_edge(assembly, config, heads, folder / "edge", progress)
-    progress(f"comparing the graphs with PyTorch on {parity.NUM_TOKENS} tokens of text")
-    windows = parity.text_windows(tokenizer, info.max_positions)
-    figures = parity.measure_parity(folder / "edge", model, heads.heads, info, windows)
-    limits = parity.parity_limits(config.quantization, heads.kind, config.accept)
-    report(figures, limits)
-    parity.check_parity(figures, limits)
+    edge = Edge(
+        assembly=assembly,
+        config=config,
+        heads=heads,
+        windows=parity.text_windows(tokenizer, info.max_positions),
+        folder=folder / "edge",
+        progress=progress,
+    )
+    figures = edge.write()
+    report(figures, edge.limits)
+    parity.check_parity(figures, edge.limits)
     if config.upload < info.num_layers:
         progress(f"writing layers [{config.upload}, {info.num_layers}) for the cloud")
         write_cloud(model, config.upload, folder / "cloud")
@@ -194,13 +198,13 @@ def load_model_and_tokenizer(config: ExportConfig, progress: Progress) -> tuple[
     """
     source = resolve_model(config.model, progress)
     progress(f"loading {config.model}")
-    model_config = load_pretrained(AutoConfig, source, config.model)
+    model_config = load_config(source, config.model)
     check_model(model_config)
     check_exits(config.exits, model_config.num_hidden_layers)
     check_uploads(config.upload_layers, model_config.num_hidden_layers)
     check_positions(model_config, config.max_positions)
     check_generation_config(source)
-    tokenizer = load_pretrained(AutoTokenizer, source, config.model)
+    tokenizer = load_tokenizer(source, config.model)
     check_tokenizer(
         tokenizer, config.model, model_config.vocab_size, progress, config.prompt_format
     )
@@ -224,23 +228,6 @@ def read_heads(config: ExportConfig, model: Any, progress: Progress) -> HeadsFil
             "as with --exit-head shared"
         )
     return HeadsFile(shared_heads(model, config.exits), "shared", model_fingerprint(model))
-
-
-def write_edge(
-    assembly: Assembly, config: ExportConfig, heads: HeadsFile, folder: Path, progress: Progress
-) -> None:
-    """Write the graphs of the blocks and the LM head, and the tables of token weights."""
-    folder.mkdir()
-    starts = (0, *config.exits[:-1])
-    for i, (start, stop) in enumerate(zip(starts, config.exits, strict=True)):
-        progress(f"exporting layers [{start}, {stop}) as {config.quantization}")
-        path = folder / f"block_{i}.onnx"
-        if assembly.write_block((start, stop), heads.heads[stop], path):
-            progress(f"layers [{start}, {stop}) come from an earlier export")
-    progress(f"exporting the LM head as {config.quantization}")
-    top_k = config.top_k_of(assembly.info.vocab_size)
-    assembly.write_lm_head(top_k, folder / "lm_head.onnx")
-    assembly.write_tables(folder)
 
 
 def set_file_modes(folder: Path) -> None:

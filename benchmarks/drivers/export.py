@@ -21,8 +21,9 @@ from benchmarks.random_model import MAX_POSITIONS, SHAPES, ModelShape, random_mo
 from fleet.errors import FleetError
 from fleet.utils.cli_runtime import run_command
 from fleet.utils.free_memory import free_memory
-from onnx_export.bundle import Progress, export_bundle
+from onnx_export.bundle import export_bundle
 from onnx_export.config import SHARED_HEAD, ExportConfig, Quantization
+from onnx_export.edge import Progress
 from onnx_export.resources import GB, export_sizes
 from onnx_export.streamed_model import StreamedModel
 
