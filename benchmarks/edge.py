@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ from benchmarks.engines import EngineProcess
 from benchmarks.fidelity import PROMPTS, ReferenceAnswer, default_answers, token_agreement
 from benchmarks.graphs import EdgeGraphs
 from benchmarks.peers import peers
-from fleet.bundles.instruction_sets import CPUINFO, instruction_sets
+from fleet.bundles.instruction_sets import instruction_sets, processor_name
 from fleet.errors import ConfigError
 from fleet.utils.cli_runtime import run_command
 from fleet.utils.optional_imports import needs
@@ -296,13 +295,8 @@ def run(
 
 def machine() -> dict[str, Any]:
     """Return the machine that the figures hold for."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in CPUINFO.read_text().splitlines()
-        if line.startswith("model name")
-    ]
     return {
-        "processor": names[0] if names else platform.processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "instruction_sets": list(instruction_sets()),
     }

@@ -15,9 +15,10 @@ import msgspec
 import typer
 
 from edge_agent.device_unit import DEVICE_SERVICE, device_unit
-from fleet.bundles.manifest import Manifest
+from fleet.bundles.manifest import Bundle, Manifest
 from fleet.errors import ConfigError, FleetError
 from fleet.identity.identity import Identity, IdentityConfig
+from fleet.planning.machine_speeds import print_progress, report_speeds, warn_about_load
 from fleet.protocol.access import Role
 from fleet.utils.cli_runtime import run_command, stop_event
 from fleet.utils.command_group import CommandGroup
@@ -157,6 +158,32 @@ def join_command(
         print_line(
             f"{identity.name} has joined as {identity.config.role}; its identity is in {out}"
         )
+
+
+@app.command("measure")
+def measure_speed(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a model bundle.")],
+    out: Annotated[
+        Path, typer.Option(help="File of the speeds, for 'fleet plan --machine'.")
+    ] = Path("device.json"),
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Threads of ONNX Runtime.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and write no file.")] = False,
+) -> None:
+    """Measure this device's speed with a model, in less than a minute."""
+    with needs("edge"):
+        from edge_agent.config import AgentConfig
+        from edge_agent.engine.ort_runtime import check_instruction_set
+        from edge_agent.engine.partition import Partition
+        from edge_agent.engine.speed import measure_device
+
+    warn_about_load()
+    opened = Bundle.load(bundle, ("edge",))
+    check_instruction_set(opened.manifest)
+    num_threads = threads or AgentConfig().num_threads
+    partition = Partition(opened, num_threads)
+    report_speeds(measure_device(partition, num_threads, print_progress), out, as_json=as_json)
 
 
 @app.command("renew")

@@ -25,6 +25,7 @@ from benchmarks.paper.rows import Link, ModelSizes, Row, Run
 from fleet.errors import ConfigError
 from fleet.planning.cost_model import (
     CLOUD_ONLY,
+    PLAIN_SUM,
     CostFit,
     MachineSpeed,
     PlanRequest,
@@ -46,7 +47,6 @@ REFERENCES: Final = (
 )  # both give the deployed full model's tokens
 PULL: Final = 0.1  # towards the plain sum, where rows do not tell terms apart
 GOAL: Final = 0.15
-PLAIN_SUM: Final = TimeShares(1.0, 1.0, 1.0, 0.0)
 
 
 class HeldBack(Struct, frozen=True, kw_only=True):
@@ -114,6 +114,8 @@ def fit_cost_model(rows: Iterable[Row], run: Run) -> tuple[CostFit, list[HeldBac
         rtt_ms=(min(link.rtt_ms for link in links), max(link.rtt_ms for link in links)),
         mbit_s=(links[0].mbit_s, links[-1].mbit_s),
         errors={},
+        whole=run.model.whole,
+        exit_agreement=run.model.exit_agreement,
         settings=tuple(
             setting_of(name, own, agreement(answers[name], reference), work)
             for name, own in by_system.items()

@@ -21,6 +21,7 @@ from benchmarks.paper.report import Summary
 from benchmarks.paper.rows import ModelSizes, Row, RowFile, Run, Scored
 from fleet.bundles.manifest import Bundle
 from fleet.errors import BundleError, ConfigError
+from fleet.planning.splits import exit_agreement, whole_model
 
 PACKAGES: Final = ("cecollm-fleet", "onnxruntime", "torch", "transformers")
 CONDITIONS: Final = {
@@ -121,6 +122,8 @@ def model_sizes(bundle: Bundle) -> ModelSizes:
         ) from None
     model = manifest.model
     attention = 2 * model.head_dim * (model.num_attention_heads + model.num_key_value_heads)
+    layer_parameters = model.hidden_size * (attention + 3 * intermediate)
+    head_parameters = model.hidden_size * model.vocab_size
     return ModelSizes(
         name=model.name,
         num_layers=model.num_layers,
@@ -128,8 +131,10 @@ def model_sizes(bundle: Bundle) -> ModelSizes:
         split_layer=manifest.split_layer,
         upload_layer=manifest.upload_layer,
         thresholds=manifest.thresholds,
-        layer_parameters=model.hidden_size * (attention + 3 * intermediate),
-        head_parameters=model.hidden_size * model.vocab_size,
+        layer_parameters=layer_parameters,
+        head_parameters=head_parameters,
+        whole=whole_model(manifest, head_parameters / layer_parameters),
+        exit_agreement=exit_agreement(manifest, manifest.exits[-1])[0],
     )
 
 

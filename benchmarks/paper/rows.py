@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from fleet.errors import ConfigError
+from fleet.planning.cost_model import WholeModel
 
 
 class Link(Struct, frozen=True):
@@ -113,7 +114,8 @@ class Scored(Struct, frozen=True, kw_only=True):
 class ModelSizes(Struct, frozen=True, kw_only=True):
     """Units of an answer's work.
 
-    Parameters are those of one layer's products, and of the LM head's.
+    Parameters are those of one layer's products, and of the LM head's. `whole` is the whole model
+    on a device, and `exit_agreement` the deepest exit's, both None in rows of earlier versions.
     """
 
     name: str
@@ -124,6 +126,8 @@ class ModelSizes(Struct, frozen=True, kw_only=True):
     thresholds: tuple[float, ...]
     layer_parameters: int
     head_parameters: int
+    whole: WholeModel | None = None
+    exit_agreement: float | None = None
 
     @property
     def head_layers(self) -> float:

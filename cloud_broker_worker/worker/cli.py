@@ -20,6 +20,7 @@ from cloud_broker_worker.worker.config import (
 from fleet.bundles.manifest import Bundle
 from fleet.errors import ConfigError
 from fleet.identity.identity import Identity
+from fleet.planning.machine_speeds import print_progress, report_speeds, warn_about_load
 from fleet.protocol import topics
 from fleet.protocol.access import Role
 from fleet.transport.base import Will
@@ -95,6 +96,33 @@ def run_worker(
         raise ConfigError(f"{folder} names no bundle; pass one with --bundle DIR")
     metrics = None if metrics_port is None else (metrics_host, metrics_port)
     _serve(identity, Bundle.load(model, ("cloud",)), config, metrics, renews=renew)
+
+
+@app.command("measure")
+def measure_worker_speed(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a model bundle.")],
+    out: Annotated[
+        Path, typer.Option(help="File of the speeds, for 'fleet plan --worker'.")
+    ] = Path("worker.json"),
+    threads: Annotated[
+        int, typer.Option(min=1, max=MAX_THREADS, help="Number of PyTorch threads.")
+    ] = WorkerConfig().num_threads,
+    weights: Annotated[
+        str, typer.Option(help="Weights: float32, bfloat16, int8 or int4.")
+    ] = WorkerConfig().weights,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and write no file.")] = False,
+) -> None:
+    """Measure this worker's speed with a model, in less than a minute."""
+    with needs("worker"):
+        from cloud_broker_worker.worker.speed import measure_worker
+        from cloud_broker_worker.worker.upper_layers import UpperLayers
+
+    check_weight_format(weights)
+    warn_about_load()
+    kind: Any = weights
+    layers = UpperLayers(Bundle.load(bundle, ("cloud",)), threads, kind)
+    speeds = measure_worker(layers, threads, kind, print_progress)
+    report_speeds(speeds, out, as_json=as_json)
 
 
 def _load_identity(folder: Path) -> Identity:

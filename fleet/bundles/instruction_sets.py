@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Collection
 from functools import cache
 from pathlib import Path
@@ -38,6 +39,13 @@ def cpu_flags(cpuinfo: str) -> frozenset[str]:
         if key.strip() in ("flags", "Features"):
             return frozenset(value.split())
     return frozenset()
+
+
+def processor_name() -> str:
+    """Return the name of this machine's processor."""
+    cpuinfo = CPUINFO.read_text(encoding="utf-8") if CPUINFO.is_file() else ""
+    match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()
 
 
 @cache

@@ -9,13 +9,18 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from fleet.errors import ConfigError
 from fleet.planning.cost_model import (
     CLOUD_ONLY,
+    ON_DEVICE,
     CostFit,
     Expectation,
     PlanRequest,
     check_request,
+    device_memory_mb,
     expectations,
+    has_room,
+    on_device_cost,
 )
 
 RANGE: Final = (0.1, 1000.0)
@@ -50,10 +55,15 @@ def plan_deployment(fits: Sequence[CostFit], request: PlanRequest) -> Deployment
     """Recommend a mode, a threshold and a split, and find the links where another is faster.
 
     Raises:
-        ConfigError: a number that no link, machine or text has.
+        ConfigError: a number that no link, machine or text has, or a device without room.
     """
     check_request(request)
     expected = expectations(fits, request)
+    if not expected:
+        raise ConfigError(
+            f"no split fits {request.device_memory_mb:g} MB of the device's memory, and cloud-only "
+            "was not measured; give more memory, or a bundle with an earlier exit"
+        )
     best = expected[0] if expected[0].agrees else None
 
     def fastest_at(**changes: float) -> str:
@@ -112,18 +122,62 @@ def describe_plan(
     sentences = [
         f"{name} is the fastest: {best.total_ms / 1e3:.2f} s an answer, "
         f"{best.ttft_ms:.0f} ms to the first token.",
+        *_on_device_sentence(fits, request, expected),
         *_cloud_only_sentence(expected, [*by_rtt, *by_bandwidth]),
     ]
     sentences += _nearest("a round trip of ", "ms", request.rtt_ms, name, by_rtt)
     sentences += _beyond("ms", request.rtt_ms, [fit.rtt_ms for fit in fits])
     sentences += _nearest("", "Mbit/s", request.mbit_s, name, by_bandwidth)
     sentences += _beyond("Mbit/s", request.mbit_s, [fit.mbit_s for fit in fits])
-    if len({fit.exits for fit in fits}) == 1:
-        exits = ", ".join(map(str, fits[0].exits))
-        sentences.append(
-            f"Only exits {exits} were measured: whether another split suits better cannot be said."
-        )
+    sentences += _one_split(fits) if best.mode != ON_DEVICE else []
     return " ".join(sentences)
+
+
+def _one_split(fits: Sequence[CostFit]) -> list[str]:
+    """Return the way to compare other splits, where there is only one."""
+    if len({fit.exits for fit in fits}) > 1:
+        return []
+    only = f"Only exits {', '.join(map(str, fits[0].exits))} were compared;"
+    if not fits[0].errors:  # computed from the speeds of machines
+        return [f"{only} a bundle with more exits has more splits."]
+    return [
+        f"{only} 'edge-agent measure' measures a machine, and 'fleet plan --machine' compares "
+        "the splits of a bundle on it."
+    ]
+
+
+def _on_device_sentence(
+    fits: Sequence[CostFit], request: PlanRequest, expected: Sequence[Expectation]
+) -> Iterator[str]:
+    """Compare the best with the whole model on the device, where that is or would be faster."""
+    best = expected[0]
+    fit = fits[0]
+    on_device = on_device_cost(fit, request)
+    if on_device is None:
+        return
+    if best.mode == ON_DEVICE:
+        yield _wrong_choice(fits, expected)
+        return
+    if on_device.total_ms >= best.total_ms:
+        return
+    takes = f"The whole model on the device would take {on_device.total_ms / 1e3:.2f} s, but"
+    if not has_room(fit, on_device.split_layer, request):
+        memory_mb = device_memory_mb(fit, on_device.split_layer, request)
+        yield f"{takes} needs {memory_mb:.0f} MB there, of {request.device_memory_mb:g} MB."
+    elif on_device.agreement is None:
+        yield f"{takes} its agreement with the full model was not measured."
+    else:
+        yield f"{takes} agrees only to {on_device.agreement:.3f}."
+
+
+def _wrong_choice(fits: Sequence[CostFit], expected: Sequence[Expectation]) -> str:
+    """Return the sentence for a model that belongs on the device."""
+    verdict = "The whole model belongs on the device; a split is the wrong choice here"
+    splits = [one for one in expected if one.agrees and one.mode not in (ON_DEVICE, CLOUD_ONLY)]
+    if not splits:
+        return f"{verdict}."
+    name = _title(splits[0], fits)
+    return f"{verdict}: the fastest, {name}, takes {splits[0].total_ms / 1e3:.2f} s."
 
 
 def _cloud_only_sentence(
@@ -166,7 +220,7 @@ def _beyond(unit: str, value: float, spans: Iterable[tuple[float, float]]) -> It
 
 def _title(expectation: Expectation, fits: Sequence[CostFit]) -> str:
     """Return a name, with the exits where there is more than one choice of them."""
-    if expectation.mode == CLOUD_ONLY or len({fit.exits for fit in fits}) == 1:
+    if expectation.mode in (CLOUD_ONLY, ON_DEVICE) or len({fit.exits for fit in fits}) == 1:
         return expectation.name
     return f"{expectation.name} with exits {','.join(map(str, expectation.exits))}"
 

@@ -21,6 +21,8 @@ from fleet.utils.text_files import read_json
 
 DATA: Final = Path(__file__).parent / "data/plan.json"
 CLOUD_ONLY: Final = "cloud_only"
+ON_DEVICE: Final = "on_device"
+STANDALONE: Final = "standalone"
 MAKE_FITS: Final = (
     "expected a file of fits; make one in a checkout of the project with 'fleet bench paper' and "
     "then 'fleet bench paper --fit'"
@@ -72,12 +74,37 @@ class TimeShares(Struct, frozen=True):
         return self.work * work_ms + waits_ms + self.transfer * transfer_ms(num_bytes, mbit_s)
 
 
+PLAIN_SUM: Final = TimeShares(1.0, 1.0, 1.0, 0.0)
+NO_LINK: Final = TimeShares(1.0, 0.0, 1.0, 0.0)
+
+
+class WholeModel(Struct, frozen=True, kw_only=True):
+    """The whole model on a device, in the preset of the bundle.
+
+    `head_layers` is the time of the LM head in layers. `tables_mb` are the embedding and the LM
+    head, `layer_mb` one layer's weights and `cache_kb` its caches of a position. `agreement` is the
+    share of tokens that equal those of the model in float32, None if it is not known.
+    """
+
+    num_layers: int
+    head_layers: float
+    tables_mb: float
+    layer_mb: float
+    cache_kb: float
+    agreement: float | None
+
+    def memory_mb(self, num_layers: int, positions: float) -> float:
+        """Return the memory of a device with some of the layers, for one answer."""
+        return self.tables_mb + num_layers * (self.layer_mb + self.cache_kb * positions / 1e3)
+
+
 class ServingSetting(Struct, frozen=True, kw_only=True):
     """One way to serve.
 
     `threshold` is one for all exits, None for the bundle's own; `agreement` is None if it is not
-    known. `prompt_edge` and `prompt_cloud`: shares of the whole model's layers that a prompt's
-    position runs through. `counts` are sorted by round trip.
+    known, and `basis` is the origin of the agreement and the counts. `prompt_edge` and
+    `prompt_cloud`: shares of the whole model's layers that a prompt's position runs through.
+    `counts` are sorted by round trip.
     """
 
     name: str
@@ -91,13 +118,15 @@ class ServingSetting(Struct, frozen=True, kw_only=True):
     counts: tuple[StepCounts, ...]
     total: TimeShares
     first: TimeShares
+    basis: str = "measured"
 
 
 class CostFit(Struct, frozen=True, kw_only=True):
     """Constants measured with one bundle on one machine.
 
     `prompt_tokens` and `tokens` are those of a mean answer; `errors` are those of predicted totals
-    on links that the fit did not see, as shares.
+    on links that the fit did not see, as shares. `exit_agreement` is that of the deepest exit with
+    the full model, as calibrated.
     """
 
     model: str
@@ -113,12 +142,15 @@ class CostFit(Struct, frozen=True, kw_only=True):
     mbit_s: tuple[float, float]
     errors: dict[str, float]
     settings: tuple[ServingSetting, ...]
+    whole: WholeModel | None = None
+    exit_agreement: float | None = None
 
 
 class PlanRequest(Struct, frozen=True, kw_only=True):
     """A link, two machines and an answer to plan for.
 
-    A step of None is the fitted machine's; tokens of None are those of its mean answer.
+    A step of None is the fitted machine's; tokens of None are those of its mean answer; a memory of
+    None has no limit.
     """
 
     rtt_ms: float
@@ -128,6 +160,7 @@ class PlanRequest(Struct, frozen=True, kw_only=True):
     prompt_tokens: int | None = None
     tokens: int | None = None
     min_agreement: float = 0.0
+    device_memory_mb: float | None = None
 
 
 class AnswerTerms(Struct, frozen=True, kw_only=True):
@@ -163,6 +196,7 @@ class Expectation(Struct, frozen=True, kw_only=True):
     offload_rate: float
     agreement: float | None
     agrees: bool
+    basis: str = "measured"
 
 
 def read_fits(path: Path = DATA) -> tuple[CostFit, ...]:
@@ -256,20 +290,77 @@ def expected_cost(fit: CostFit, setting: ServingSetting, request: PlanRequest) -
         offload_rate=terms.offload_rate,
         agreement=setting.agreement,
         agrees=request.min_agreement == 0 or agreement >= request.min_agreement,
+        basis=setting.basis,
     )
 
 
-def expectations(fits: Sequence[CostFit], request: PlanRequest) -> list[Expectation]:
-    """Return the expected cost of every setting of every split, cloud-only once.
+def on_device_setting(fit: CostFit, whole: WholeModel) -> ServingSetting:
+    """Return the whole model on the device: a step a token, and no link.
 
-    Those with enough agreement are first, then sorted by total time.
+    Its work takes the share of the time that standalone answers' work took.
+    """
+    alone = next((one for one in fit.settings if one.mode == STANDALONE), None)
+    step = StepCounts(
+        rtt_ms=0.0,
+        edge_steps=1.0,
+        cloud_steps=0.0,
+        round_trips=0.0,
+        messages=0.0,
+        offload_rate=0.0,
+    )
+    return ServingSetting(
+        name=ON_DEVICE,
+        mode=ON_DEVICE,
+        threshold=None,
+        agreement=whole.agreement,
+        prompt_edge=1.0,
+        prompt_cloud=0.0,
+        prompt_bytes=0.0,
+        token_bytes=0.0,
+        counts=(step,),
+        total=alone.total if alone else PLAIN_SUM,
+        first=msgspec.structs.replace(alone.first, round_trip=0.0) if alone else NO_LINK,
+    )
+
+
+def on_device_cost(fit: CostFit, request: PlanRequest) -> Expectation | None:
+    """Return the expected cost with the whole model on the device, None if that is not known."""
+    if fit.whole is None:
+        return None
+    layers = fit.whole.num_layers
+    whole_fit = msgspec.structs.replace(fit, exits=(layers,), split_layer=layers)
+    return expected_cost(whole_fit, on_device_setting(fit, fit.whole), request)
+
+
+def device_memory_mb(fit: CostFit, num_layers: int, request: PlanRequest) -> float | None:
+    """Return the memory of a device with some of the layers for one answer, None if not known."""
+    prompt = fit.prompt_tokens if request.prompt_tokens is None else request.prompt_tokens
+    tokens = fit.tokens if request.tokens is None else request.tokens
+    return fit.whole.memory_mb(num_layers, prompt + tokens) if fit.whole else None
+
+
+def has_room(fit: CostFit, num_layers: int, request: PlanRequest) -> bool:
+    """Return whether a device has room for some of the layers; for an unknown need it has."""
+    needed_mb = device_memory_mb(fit, num_layers, request)
+    limit_mb = request.device_memory_mb
+    return needed_mb is None or limit_mb is None or needed_mb <= limit_mb
+
+
+def expectations(fits: Sequence[CostFit], request: PlanRequest) -> list[Expectation]:
+    """Return the expected cost of every setting of every split that the device has room for.
+
+    Cloud-only and the whole model on the device come once. Those with enough agreement are first,
+    then sorted by total time.
     """
     expected = [
         expected_cost(fit, setting, request)
         for i, fit in enumerate(fits)
         for setting in fit.settings
-        if i == 0 or setting.mode != CLOUD_ONLY
+        if (i == 0 if setting.mode == CLOUD_ONLY else has_room(fit, fit.split_layer, request))
     ]
+    whole = on_device_cost(fits[0], request)
+    if whole and has_room(fits[0], whole.split_layer, request):
+        expected.append(whole)
     return sorted(expected, key=lambda one: (not one.agrees, one.total_ms))
 
 

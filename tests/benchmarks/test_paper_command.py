@@ -76,6 +76,9 @@ def test_sizes_are_those_of_the_bundles_model(tiny_bundle: Bundle) -> None:
     assert (sizes.num_layers, sizes.exits, sizes.split_layer) == (4, (1, 2), 2)
     assert sizes.layer_parameters == 64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3
     assert sizes.head_parameters == 384 * 64
+    assert sizes.whole is not None
+    assert (sizes.whole.num_layers, sizes.whole.head_layers) == (4, sizes.head_layers)
+    assert sizes.exit_agreement is None  # the bundle is not calibrated
     run = new_run(tiny_bundle, "small", 3)
     assert (run.bundle_id, run.seed, run.size) == (tiny_bundle.manifest.bundle_id, 3, "small")
     assert {"python", "torch", "onnxruntime"} <= set(run.versions)

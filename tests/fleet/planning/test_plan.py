@@ -223,7 +223,7 @@ def test_the_advice_has_the_links_from_which_another_is_faster() -> None:
 def test_the_advice_warns_about_links_that_were_not_measured() -> None:
     words = plan_deployment((FIT,), PlanRequest(rtt_ms=300.0, mbit_s=31.0)).advice
     assert "300 ms is beyond what was measured (1 to 100)." in words
-    assert "Only exits 24 were measured" in words
+    assert "Only exits 24 were compared; 'edge-agent measure' measures a machine" in words
     assert "beyond" not in plan_deployment((FIT,), PlanRequest(rtt_ms=20.0, mbit_s=31.0)).advice
 
 
