@@ -44,6 +44,14 @@ def export(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASS_ON)
+def plan(context: typer.Context) -> None:
+    """Compare what `fleet plan` predicts for other splits with measured times."""
+    with needs("edge,export,server,worker"):
+        from benchmarks.plan import app as plan_app
+    _run(plan_app, context)
+
+
+@app.command(context_settings=PASS_ON)
 def stats(context: typer.Context) -> None:
     """Measure the statistics of 1,000 devices over 30 days, on SQLite and on PostgreSQL."""
     with needs("server,postgres"):

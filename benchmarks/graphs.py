@@ -46,7 +46,7 @@ class EdgeGraphs:
 
     Bundles of the default model are kept in the user's cache. An exit has an untrained head of the
     default kind, `linear`, at the cost of a trained one; the last layer has the model's own norm,
-    so that its best token is the model's.
+    so that its best token is the model's. `stream` is a model that has no checkpoint.
     """
 
     def __init__(
@@ -54,11 +54,12 @@ class EdgeGraphs:
         progress: Callable[[str], None],
         model: str = DEFAULT_MODEL,
         folder: Path | None = None,
+        stream: StreamedModel | None = None,
     ) -> None:
         self._progress = progress
         self._name = model
         self._folder = folder or cache_folder() / "bench" / source_digest()[:16]
-        self._model: StreamedModel | None = None
+        self._model = stream
 
     @property
     def num_layers(self) -> int:

@@ -26,13 +26,14 @@ class CloudPartitions:
         progress: Callable[[str], None],
         model: str = DEFAULT_MODEL,
         folder: Path | None = None,
+        stream: StreamedModel | None = None,
     ) -> None:
-        """Use the `manifest` of a bundle of `model`."""
+        """Use the `manifest` of a bundle of `model`; `stream` is one that has no checkpoint."""
         self._manifest = manifest
         self._progress = progress
         self._name = model
         self._folder = folder or cache_folder() / "bench" / source_digest()[:16]
-        self._model: StreamedModel | None = None
+        self._model = stream
 
     def bundle(self, layer: int) -> Bundle:
         """Return a bundle with the cloud's side alone, layers [layer, num_layers)."""
