@@ -385,7 +385,7 @@ class Comparison:
         block.length = 0
         chunk = block.run(x)[0]
         x, exit_hidden = block.step(x)
-        check_uploads(x, name.removeprefix("{}."))
+        check_float16_range(x, name.removeprefix("{}."))
         top_ids, logprobs = self.lm_head.run(exit_hidden)
         own_state = torch.from_numpy(x) * state_scale(self.model.config)
         own = run_head(self.model, head, own_state)
@@ -401,7 +401,7 @@ class Comparison:
         return x
 
 
-def check_uploads(hidden_states: Floats, layer: str) -> None:
+def check_float16_range(hidden_states: Floats, layer: str) -> None:
     """Raise ExportError unless float16, in which hidden states are uploaded, can hold them."""
     largest = float(np.abs(hidden_states).max())
     limit = float(np.finfo(np.float16).max)
