@@ -6,13 +6,15 @@ from typing import Annotated
 
 import typer
 
-from fleet.cli.options import HomeOption, JsonOption, print_json
+from fleet.cli.options import DeviceArgument, HomeOption, JsonOption, checked_name, print_json
 from fleet.errors import ConfigError
 from fleet.identity.enrolment import format_tags, parse_tags
 from fleet.server.home import FleetHome
 from fleet.utils.printable import print_line
 
-AppArgument = Annotated[str, typer.Argument(metavar="APP", help="An app or a sensor.")]
+AppArgument = Annotated[
+    str, typer.Argument(metavar="APP", help="An app or a sensor.", callback=checked_name)
+]
 TargetsArgument = Annotated[
     list[str], typer.Argument(metavar="TARGET...", help="Devices, groups, or tags KEY=VALUE.")
 ]
@@ -51,7 +53,7 @@ def disallow_app(
 
 
 def tag_device(
-    device: Annotated[str, typer.Argument(help="Name of the device.")],
+    device: DeviceArgument,
     tags: TagsArgument = None,
     remove: RemoveOption = None,
     folder: HomeOption = None,

@@ -6,15 +6,15 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from typing import Annotated, Final
+from typing import Final
 
 import msgspec
-import typer
 from rich.console import Console
 
 from fleet.cli.console import new_console, outside_text
 from fleet.cli.device_status import await_online
 from fleet.cli.options import (
+    DeviceArgument,
     HomeOption,
     ModeOption,
     SeedOption,
@@ -45,7 +45,7 @@ Ctrl-C stops an answer. The arrow keys edit a line and bring earlier ones back."
 
 
 def chat(
-    device: Annotated[str, typer.Argument(help="Name of the device.")],
+    device: DeviceArgument,
     mode: ModeOption = None,
     threshold: ThresholdOption = None,
     max_new_tokens: TokensOption = None,

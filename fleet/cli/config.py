@@ -15,11 +15,19 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from fleet.cli.console import new_console
-from fleet.cli.options import GroupOption, HomeOption, JsonOption, print_json
+from fleet.cli.options import (
+    GroupOption,
+    HomeOption,
+    JsonOption,
+    checked_group,
+    checked_name,
+    print_json,
+)
 from fleet.cli.views import print_rows
 from fleet.errors import ConfigError
 from fleet.protocol.desired_config import Settings, merge_scopes, parse_settings
 from fleet.protocol.report import ConfigProblem
+from fleet.protocol.topics import check_name
 from fleet.registry.results import DeviceRow
 from fleet.server.home import FleetHome
 from fleet.utils.command_group import CommandGroup
@@ -48,10 +56,14 @@ KeysArgument = Annotated[
     list[str], typer.Argument(metavar="[DEVICE] KEY...", help="Settings to remove.")
 ]
 DeviceArgument = Annotated[
-    str | None, typer.Argument(help="Show the settings of this device, merged from all scopes.")
+    str | None,
+    typer.Argument(
+        help="Show the settings of this device, merged from all scopes.", callback=checked_name
+    ),
 ]
 TargetGroupOption = Annotated[
-    str | None, typer.Option("--group", help="Target the devices of this group.")
+    str | None,
+    typer.Option("--group", help="Target the devices of this group.", callback=checked_group),
 ]
 AllOption = Annotated[bool, typer.Option("--all", help="Target all devices.")]
 
@@ -174,7 +186,7 @@ def parse_target(names: list[str], group: str | None, *, everywhere: bool) -> Ta
         )
     if group is not None:
         return Target(Scope.GROUP, group)
-    return Target(Scope.ALL) if everywhere else Target(Scope.DEVICE, names[0])
+    return Target(Scope.ALL) if everywhere else Target(Scope.DEVICE, check_name(names[0]))
 
 
 def _parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:

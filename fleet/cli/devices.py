@@ -8,6 +8,7 @@ import typer
 
 from fleet.cli.console import new_console, outside_text
 from fleet.cli.options import (
+    DeviceArgument,
     GroupOption,
     HomeOption,
     JsonOption,
@@ -66,7 +67,7 @@ def devices(
 
 
 def device(
-    name: Annotated[str, typer.Argument(help="Name of the device.")],
+    name: DeviceArgument,
     since: SinceOption = None,
     folder: HomeOption = None,
     as_json: JsonOption = False,

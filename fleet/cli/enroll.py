@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 from msgspec import Struct
 
-from fleet.cli.options import HomeOption, JsonOption, format_time, parse_ttl, print_json
+from fleet.cli.options import (
+    HomeOption,
+    JsonOption,
+    checked_name,
+    format_time,
+    parse_ttl,
+    print_json,
+)
 from fleet.errors import ConfigError
 from fleet.identity.enrolment import (
     Enrolment,
@@ -34,8 +41,8 @@ if TYPE_CHECKING:
 MAX_TTL_S: Final = 30 * DAY_S
 NAME_HELP: Final = "a-z, 0-9, '-' and '_'."
 
-NameArgument = Annotated[str, typer.Argument(help=NAME_HELP)]
-OptionalNameArgument = Annotated[str | None, typer.Argument(help=NAME_HELP)]
+NameArgument = Annotated[str, typer.Argument(help=NAME_HELP, callback=checked_name)]
+OptionalNameArgument = Annotated[str | None, typer.Argument(help=NAME_HELP, callback=checked_name)]
 OutOption = Annotated[
     Path | None,
     typer.Option(help="Write the identity folder there, with its key, instead of a token."),

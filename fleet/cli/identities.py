@@ -9,7 +9,14 @@ import typer
 
 from fleet.cli.console import new_console
 from fleet.cli.fitted_table import FittedTable
-from fleet.cli.options import GroupOption, HomeOption, JsonOption, format_time, print_json
+from fleet.cli.options import (
+    GroupOption,
+    HomeOption,
+    JsonOption,
+    checked_name,
+    format_time,
+    print_json,
+)
 from fleet.errors import ConfigError
 from fleet.identity.enrolment import Enrolment, format_tags, parse_role
 from fleet.registry.results import IdentityRow
@@ -17,7 +24,10 @@ from fleet.server.home import FleetHome
 from fleet.utils.printable import print_line
 
 IdentityArgument = Annotated[
-    str, typer.Argument(metavar="NAME", help="An identity; see `fleet identities`.")
+    str,
+    typer.Argument(
+        metavar="NAME", help="An identity; see `fleet identities`.", callback=checked_name
+    ),
 ]
 MovedDeviceArgument = Annotated[str, typer.Argument(metavar="DEVICE", help="Name of the device.")]
 NewGroupArgument = Annotated[

@@ -15,6 +15,7 @@ from fleet.errors import ConfigError
 from fleet.exits.exit_policy import check_threshold
 from fleet.protocol.modes import Mode, parse_mode
 from fleet.protocol.prompt import PromptRequest
+from fleet.protocol.topics import check_name
 from fleet.protocol.types import DAY_S
 from fleet.server.home import DEFAULT_PORT, DEFAULT_SERVICE_PORT, MAX_RETENTION_DAYS
 from fleet.utils.printable import printable_json
@@ -38,12 +39,30 @@ PASS_ON: Final = {
 }
 """Context settings of a command that passes its arguments on, `--help` included."""
 
+
+def checked_name(name: str | None) -> str | None:
+    """Return the name of an argument. Raises TopicError before the command begins."""
+    return None if name is None else check_name(name)
+
+
+def checked_group(group: str | None) -> str | None:
+    """Return the group of an option. Raises TopicError before the command begins."""
+    return None if group is None else check_name(group, "group")
+
+
+DeviceArgument = Annotated[str, typer.Argument(help="Name of the device.", callback=checked_name)]
+OnlyDeviceArgument = Annotated[
+    str | None, typer.Argument(help="Only of this device.", callback=checked_name)
+]
 HomeOption = Annotated[
     Path | None,
     typer.Option("--home", help="Fleet's folder (default: $FLEET_HOME, else the user's data)."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-GroupOption = Annotated[str | None, typer.Option("--group", help="Only the devices of this group.")]
+GroupOption = Annotated[
+    str | None,
+    typer.Option("--group", help="Only the devices of this group.", callback=checked_group),
+]
 SinceOption = Annotated[str | None, typer.Option(help="Such as 30m, 24h, 7d, or 2026-01-31 (UTC).")]
 PlotOption = Annotated[Path | None, typer.Option(help="Draw a picture into this *.png or *.svg.")]
 

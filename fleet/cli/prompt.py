@@ -9,6 +9,7 @@ import typer
 from fleet.cli.console import new_console
 from fleet.cli.device_status import await_online
 from fleet.cli.options import (
+    DeviceArgument,
     HomeOption,
     JsonOption,
     ModeOption,
@@ -33,7 +34,7 @@ RawOption = Annotated[
 
 
 def prompt(
-    device: Annotated[str, typer.Argument(help="Name of the device.")],
+    device: DeviceArgument,
     text: Annotated[str, typer.Argument(help="Text of the prompt.")],
     mode: ModeOption = None,
     threshold: ThresholdOption = None,

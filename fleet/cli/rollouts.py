@@ -17,6 +17,7 @@ from fleet.cli.options import (
     GroupOption,
     HomeOption,
     JsonOption,
+    checked_group,
     format_span,
     parse_span,
     print_json,
@@ -63,7 +64,8 @@ CanaryOption = Annotated[
     int, typer.Option(min=1, max=MAX_ROWS, help="Number of devices of the first stage.")
 ]
 CanaryGroupOption = Annotated[
-    str | None, typer.Option(help="Group of the devices of the first stage.")
+    str | None,
+    typer.Option(help="Group of the devices of the first stage.", callback=checked_group),
 ]
 StagesOption = Annotated[str, typer.Option(help="Percentages of devices after the first stage.")]
 MaxOffloadIncreaseOption = Annotated[

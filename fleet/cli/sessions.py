@@ -14,6 +14,7 @@ from fleet.cli.options import (
     TO_THE_SECOND,
     HomeOption,
     JsonOption,
+    OnlyDeviceArgument,
     format_time,
     print_json,
 )
@@ -24,7 +25,7 @@ from fleet.utils.printable import count
 
 
 def sessions(
-    device: Annotated[str | None, typer.Argument(help="Only of this device.")] = None,
+    device: OnlyDeviceArgument = None,
     limit: Annotated[int, typer.Option(min=1, max=MAX_ROWS, help="Maximum number.")] = 50,
     folder: HomeOption = None,
     as_json: JsonOption = False,

@@ -13,6 +13,7 @@ from fleet.cli.options import (
     GroupOption,
     HomeOption,
     JsonOption,
+    OnlyDeviceArgument,
     PlotOption,
     SinceOption,
     parse_since,
@@ -35,7 +36,7 @@ ByOption = Annotated[Subject, typer.Option("--by", help="Subject of a row.")]
 
 
 def stats(
-    device: Annotated[str | None, typer.Argument(help="Only of this device.")] = None,
+    device: OnlyDeviceArgument = None,
     by: ByOption = "device",
     since: SinceOption = None,
     group: GroupOption = None,

@@ -13,7 +13,7 @@ from msgspec import Struct
 from fleet.bundles.software import kept_versions
 from fleet.cli.config import AllOption, TargetGroupOption, parse_target
 from fleet.cli.console import new_console
-from fleet.cli.options import GroupOption, HomeOption, JsonOption, print_json
+from fleet.cli.options import GroupOption, HomeOption, JsonOption, checked_name, print_json
 from fleet.cli.views import print_rows
 from fleet.errors import SoftwareError
 from fleet.protocol.desired_config import DesiredConfig
@@ -36,7 +36,8 @@ VersionArgument = Annotated[
     str, typer.Argument(metavar="VERSION", help="A version; see `fleet update list`.")
 ]
 OneDeviceArgument = Annotated[
-    str | None, typer.Argument(help="A device, unless --group or --all is given.")
+    str | None,
+    typer.Argument(help="A device, unless --group or --all is given.", callback=checked_name),
 ]
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Also after a failure, or without an earlier stage.")

@@ -45,9 +45,10 @@ class PromptClient:
             LinkError: no reply came within `timeout_s` seconds of the previous one, or the device
                 has restarted.
             RefusedPromptError: the device refused the request.
+            TopicError: `device` cannot be a name.
         """
         request = uuid.uuid4().hex
-        topic = topics.device_prompt(device, self._transport.name, request)
+        topic = topics.device_prompt(topics.check_name(device), self._transport.name, request)
         payload = msgspec.json.encode(prompt)
         stream = _ReplyStream(partial(self._transport.publish, topic, payload, qos=1))
         self._streams[request] = stream

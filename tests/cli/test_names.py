@@ -1,0 +1,56 @@
+"""Names on the command line that cannot stand in a topic: refused before a command begins."""
+
+from __future__ import annotations
+
+import pytest
+from typer.main import get_command
+
+from fleet.cli import app
+from fleet.errors import TopicError
+from fleet.protocol.prompt import PromptRequest
+from fleet.transport.in_memory import InMemoryBroker
+from fleet.transport.prompt_client import PromptClient
+
+COMMAND = get_command(app)
+NO_NAMES = ("+", "#", "kitchen/status", "Kitchen", "", "a\tb", "a" * 300)
+COMMANDS = [
+    ("prompt", "NAME", "hello"),
+    ("chat", "NAME"),
+    ("device", "NAME"),
+    ("stats", "NAME"),
+    ("stats", "--group", "NAME"),
+    ("sessions", "NAME"),
+    ("tag", "NAME", "floor=1"),
+    ("allow", "NAME", "kitchen"),
+    ("disallow", "NAME", "kitchen"),
+    ("renew", "NAME"),
+    ("suspend", "NAME"),
+    ("resume", "NAME"),
+    ("revoke", "NAME"),
+    ("delete", "NAME"),
+    ("config", "set", "NAME", "max_draft=2"),
+    ("config", "set", "--group", "NAME", "max_draft=2"),
+    ("config", "unset", "NAME", "max_draft"),
+    ("config", "show", "NAME"),
+    ("update", "rollout", "1.0", "NAME"),
+    ("bundle", "rollout", "b1", "--canary-group", "NAME"),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_command_refuses_what_cannot_be_a_name_before_it_needs_a_fleet(
+    command: tuple[str, ...],
+) -> None:
+    for name in NO_NAMES:
+        words = [name if word == "NAME" else word for word in command]
+        with pytest.raises(TopicError, match="expected 1 to 63 characters of a-z, 0-9") as caught:
+            COMMAND.main([*words, "--home", "/no/fleet"], standalone_mode=False)
+        assert "enroll" not in str(caught.value)
+
+
+def test_an_app_that_prompts_all_devices_at_once_is_refused() -> None:
+    with (
+        InMemoryBroker().connect("phone") as link,
+        pytest.raises(TopicError, match="name '\\+': expected 1 to 63"),
+    ):
+        next(PromptClient(link).ask("+", PromptRequest(prompt="hello")))
