@@ -15,7 +15,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
-from fleet.errors import BusyError, FleetError, OversizedError, RegistryError
+from fleet.errors import BusyError, DecodeError, FleetError, OversizedError, RegistryError
 from fleet.protocol.enrolment_api import (
     BUNDLES_PATH,
     CA_PATH,
@@ -178,6 +178,8 @@ async def read_body(request: web.Request, kind: type[T], timeout_s: float) -> T:
             data = await request.read()
     except TimeoutError:
         raise web.HTTPRequestTimeout from None
+    except web.RequestPayloadError:
+        raise DecodeError("expected a whole body, got chunks that are malformed") from None
     return decode_body(data, kind)
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import ssl
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 from aiohttp import web
 
+from fleet.errors import DecodeError, FleetError
 from fleet.identity.identity import ServerTls
 from fleet.transport.tls_server import STOP_S, TlsServer
+from fleet.utils.rate_limited_log import RateLimitedLog
 from provisioning.enrolment_service import EnrolmentService
 from provisioning.fleet_address import base_url
+from provisioning.http_errors import error_response, http_error_response
 from provisioning.rate_limit import RateLimit
-from provisioning.routes import Routes
+from provisioning.routes import Routes, peer_address
 
 HANDSHAKE_S: Final = 10.0
 IDLE_S: Final = 15.0
@@ -22,6 +27,37 @@ IDLE_S: Final = 15.0
 
 JOINS_PER_MINUTE: Final = 10
 JOINS_AT_ONCE: Final = 20
+NO_REQUEST: Final = "expected a request of HTTP/1.1, got bytes that are none, or too large a header"
+LOG_S: Final = 10.0
+
+malformed = RateLimitedLog(logging.getLogger(__name__), LOG_S)
+
+
+class _Connection(web.RequestHandler):
+    """A client's connection; a request that aiohttp refuses has a `ServiceProblem`, too."""
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Return the response to bytes that are no request, and log a limited line."""
+        reason = exc or message or status
+        malformed.warning("a request of %s is refused: %s", peer_address(request), reason)
+        error = DecodeError(NO_REQUEST) if status < 500 else FleetError("internal")
+        response = error_response(error)
+        response.force_close()
+        return response
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send a response. That of aiohttp's own refusals becomes one of the service."""
+        if isinstance(resp, web.HTTPException):
+            resp = http_error_response(resp)
+        return await super().finish_response(request, resp, start_time)
 
 
 class EnrolmentServer(TlsServer):
@@ -59,16 +95,13 @@ class EnrolmentServer(TlsServer):
         return context
 
     async def _serve(self, listener: socket.socket, context: ssl.SSLContext) -> None:
-        runner = web.AppRunner(
-            self._routes.application(),
-            access_log=None,
-            keepalive_timeout=self._idle_s,
-            shutdown_timeout=STOP_S / 2,
-        )
+        runner = web.AppRunner(self._routes.application(), shutdown_timeout=STOP_S / 2)
         await runner.setup()
         assert runner.server
-        server = await asyncio.get_running_loop().create_server(
-            runner.server,
+        loop = asyncio.get_running_loop()
+        options: dict[str, Any] = {"access_log": None, "keepalive_timeout": self._idle_s}
+        server = await loop.create_server(
+            partial(_Connection, runner.server, loop=loop, **options),
             sock=listener,
             ssl=context,
             ssl_handshake_timeout=HANDSHAKE_S,

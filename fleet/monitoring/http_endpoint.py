@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 STOP_TIMEOUT_S: Final = 5.0
+
+log = logging.getLogger(__name__)
 
 
 class Monitor(Protocol):
@@ -113,6 +117,11 @@ class _Collector:
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """Log an error, but no line for each client that resets its connection."""
+        if not isinstance(sys.exception(), OSError):
+            log.exception("a request for metrics failed")
 
 
 def _server_class(host: str) -> type[_Server]:

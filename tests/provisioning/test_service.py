@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import socket
 import ssl
 import time
@@ -23,6 +24,8 @@ from fleet.protocol.access import Role
 from fleet.protocol.enrolment_api import MAX_BODY_BYTES, JoinReply
 from fleet.registry.settings import Scope, Target
 from fleet.registry.store import Registry
+from fleet.utils.rate_limited_log import RateLimitedLog
+from provisioning import service
 from provisioning.authority import CertificateAuthority
 from provisioning.enrolment_service import EnrolmentService
 from provisioning.fleet_address import FleetAddress
@@ -189,6 +192,36 @@ def test_a_missing_body_is_a_timeout(bench: ServiceBench) -> None:
 
 
 @pytest.mark.parametrize(
+    "head",
+    [
+        b"Content-Length: 1\r\nContent-Length: 2\r\n",
+        b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n",
+        b"X: " + b"x" * 20_000 + b"\r\n",
+        b"X: a\0b\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\nZZZ\r\n",
+        b"Content-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc",
+    ],
+)
+def test_a_malformed_request_is_refused_in_the_same_form(bench: ServiceBench, head: bytes) -> None:
+    reply = _raw(bench, b"POST /v1/join HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n")
+    assert b" 400 " in reply.splitlines()[0]
+    assert b'"undecodable"' in reply
+
+
+def test_strangers_add_one_line_to_the_log_and_not_their_bytes(
+    bench: ServiceBench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited = RateLimitedLog(logging.getLogger("tests"), 600.0)
+    monkeypatch.setattr(service, "malformed", limited)
+    for line in (b"\x16\x03\x01 hello", b"GET / HTTP/9.9", b"GET /" + b"x" * 20_000 + b" HTTP/1.1"):
+        reply = _raw(bench, line + b"\r\nHost: x\r\n\r\n")
+        assert b'"undecodable"' in reply
+    (record,) = caplog.records
+    assert record.exc_info is None
+    assert "a request of 127.0.0.1 is refused: " in record.message
+
+
+@pytest.mark.parametrize(
     ("method", "path", "status"),
     [
         ("GET", "/", 404),
@@ -202,6 +235,11 @@ def test_other_paths_and_methods_are_refused_in_the_same_form(
 ) -> None:
     response = bench.ask(method, path)
     assert (response.status, response.code) == (status, "protocol")
+
+
+def test_an_expectation_that_is_none_is_refused_in_the_same_form(bench: ServiceBench) -> None:
+    response = bench.ask("GET", "/v1/ca", headers={"Expect": "nonsense"})
+    assert (response.status, response.code) == (417, "protocol")
 
 
 # Limits.

@@ -261,3 +261,19 @@ def test_a_worker_process_tells_of_itself_and_leaves_after_its_drain_timeout(
             assert scrape(url)["fleet_worker_sessions"] == 1
             worker.process.send_signal(signal.SIGTERM)
             assert worker.end() == (0, "")
+
+
+@pytest.mark.parametrize(("error", "num_lines"), [(ConnectionResetError, 0), (ValueError, 1)])
+def test_a_client_that_resets_its_connection_adds_no_line_to_the_log(
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    error: type[Exception],
+    num_lines: int,
+) -> None:
+    with HttpEndpoint(HOST, 0) as endpoint:
+        try:
+            raise error
+        except error:
+            endpoint._server.handle_error(None, (HOST, 1))
+    assert len(caplog.records) == num_lines
+    assert "Traceback" not in capfd.readouterr().err
