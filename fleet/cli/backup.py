@@ -42,10 +42,11 @@ def backup(
     place = _place_of(file)
     if keep and not place.is_dir():
         raise ConfigError(f"{file} is not a folder; leave out --keep, or name a folder of backups")
-    path = back_up(FleetHome.load(folder), place, bundles=bundles)
+    home = FleetHome.load(folder)
+    path = back_up(home, place, bundles=bundles)
     print_line(f"wrote {path} with the authority's key; protect it like the fleet's folder")
     if keep:
-        for old in remove_old_backups(place, keep):
+        for old in remove_old_backups(home, place, keep):
             print_line(f"removed {old}")
 
 

@@ -30,8 +30,12 @@ INFO_FILE: Final = "backup.json"  # the first member
 DUMP_FILE: Final = "registry.backup"
 LOCK_FILE: Final = "lock"
 BUNDLES: Final = "bundles"
-NAME: Final = "fleet-%Y-%m-%dT%H%M%SZ.tar.gz"
-PATTERN: Final = "fleet-*T*Z.tar.gz"
+NAME: Final = "fleet-{fleet}-{time}.tar.gz"
+TIME: Final = "%Y-%m-%dT%H%M%SZ"
+ANY_TIME: Final = "????-??-??T??????Z"  # of a glob
+FLEET_DIGITS: Final = 8
+GZIP_MAGIC: Final = b"\x1f\x8b"
+END_BYTES: Final = 1024  # zeros at the end of an archive of tar
 COMPRESSION: Final = 1  # most of a backup is a model, which hardly gets smaller
 CHUNK_BYTES: Final = 1 << 20
 
@@ -47,7 +51,7 @@ class BackupInfo(Struct, frozen=True, kw_only=True):
 
 def back_up(home: FleetHome, file: Path, *, bundles: bool = False) -> Path:
     """Write a backup to the new file `file`; if that is a folder, to a new file in this folder,
-    with the time as its name.
+    with the fleet and the time in its name.
 
     The file (mode 0600) appears complete or not at all. It holds the authority's key.
 
@@ -55,7 +59,8 @@ def back_up(home: FleetHome, file: Path, *, bundles: bool = False) -> Path:
         ConfigError: the file exists, or cannot be written.
         RegistryError: the registry cannot be copied.
     """
-    path = file / time.strftime(NAME, time.gmtime()) if file.is_dir() else file
+    now = time.strftime(TIME, time.gmtime())
+    path = file / _name(home, now) if file.is_dir() else file
     if path.exists():
         raise _exists(path)
     try:
@@ -73,9 +78,9 @@ def back_up(home: FleetHome, file: Path, *, bundles: bool = False) -> Path:
     return path
 
 
-def remove_old_backups(folder: Path, num_kept: int) -> list[Path]:
-    """Remove all but the newest backups whose names `back_up` has chosen."""
-    old = sorted(folder.glob(PATTERN))[:-num_kept]
+def remove_old_backups(home: FleetHome, folder: Path, num_kept: int) -> list[Path]:
+    """Remove all but the newest backups of this fleet whose names `back_up` has chosen."""
+    old = sorted(folder.glob(_name(home, ANY_TIME)))[:-num_kept]
     for path in old:
         path.unlink()
     return old
@@ -104,6 +109,11 @@ def restore_backup(file: Path, folder: Path, registry: str | None = None) -> Fle
             f"cannot restore {file} into {folder}: {error.strerror or error}"
         ) from None
     return FleetHome.load(folder)
+
+
+def _name(home: FleetHome, at: str) -> str:
+    """Return the name of a backup; digits of the authority's hash tell fleets apart."""
+    return NAME.format(fleet=home.ca_sha256()[:FLEET_DIGITS], time=at)
 
 
 def _exists(path: Path) -> ConfigError:
@@ -159,6 +169,7 @@ def _lock(folder: Path) -> Iterator[None]:
 def _files(folder: Path, *, bundles: bool) -> Iterator[Path]:
     """Yield the files of a fleet's folder, but no registry, lock, or file that is being written.
 
+    Backups in the folder are left out, too: otherwise each one would hold all earlier ones.
     Without `bundles`, leave out each folder of a bundle, too: the registry has the bundle's id.
     """
     models = set() if bundles else _bundle_folders(folder)
@@ -170,8 +181,25 @@ def _files(folder: Path, *, bundles: bool) -> Iterator[Path]:
             or (parts[0] == BUNDLES and not bundles)
             or not models.isdisjoint(path.parents)
         )
-        if path.is_file() and not path.is_symlink() and not is_left_out:
+        is_file = path.is_file() and not path.is_symlink()
+        if is_file and not is_left_out and not _is_backup(path):
             yield path
+
+
+def _is_backup(path: Path) -> bool:
+    """Whether a file begins as `back_up` writes it, whatever its name is now."""
+    try:
+        with _open_archive(path) as stream:
+            return stream.read(len(INFO_FILE)) == INFO_FILE.encode()
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        return False
+
+
+def _open_archive(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    """Open a backup; it may be without gzip, as some browsers keep it."""
+    with path.open("rb") as file:
+        is_packed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+    return gzip.open(path) if is_packed else path.open("rb")
 
 
 def _bundle_folders(folder: Path) -> set[Path]:
@@ -235,20 +263,31 @@ def _extract(file: Path, content: Path) -> BackupInfo:
         ConfigError: the file is damaged, or no backup that this version can read.
     """
     try:
-        with gzip.open(file) as stream:
+        with _open_archive(file) as stream:
             with tarfile.open(fileobj=stream, mode="r|") as tar:
                 for member in tar:
                     _extract_member(tar, member, content)
             while stream.read(CHUNK_BYTES):  # to the end, where the checksum is
                 pass
+            if not isinstance(stream, gzip.GzipFile):
+                _check_end(stream)
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ConfigError(f"{file} is damaged, or no backup of a fleet: {error}") from None
     info: BackupInfo = _read_member(content, file, INFO_FILE, BackupInfo)
     return info
 
 
+def _check_end(stream: io.BufferedReader) -> None:
+    """Check the zeros at the end of a file without a checksum. Raises TarError if it is cut off."""
+    stream.seek(-END_BYTES, os.SEEK_END)
+    if any(stream.read()):
+        raise tarfile.TarError("its end is missing")
+
+
 def _extract_member(tar: tarfile.TarFile, member: tarfile.TarInfo, content: Path) -> None:
     name = PurePosixPath(member.name)
+    if member.isdir():  # of a backup that was packed again
+        return
     if not member.isfile() or name.is_absolute() or ".." in name.parts:
         raise tarfile.TarError(f"unexpected member {member.name!r}")
     source = tar.extractfile(member)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 import shutil
 import tarfile
 import threading
@@ -118,12 +119,18 @@ def test_a_backup_that_fails_leaves_no_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
-def test_in_a_folder_only_the_newest_are_kept(tmp_path: Path) -> None:
-    names = [f"fleet-2026-01-0{day}T000000Z.tar.gz" for day in range(1, 5)]
-    for name in [*names, "mine.tar.gz"]:
-        (tmp_path / name).touch()
-    assert [path.name for path in remove_old_backups(tmp_path, 2)] == names[:2]
-    assert {path.name for path in tmp_path.iterdir()} == {*names[2:], "mine.tar.gz"}
+def test_in_a_folder_only_the_newest_of_this_fleet_are_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "backups"
+    folder.mkdir()
+    home = make_home(tmp_path / "home")
+    other = make_home(tmp_path / "other")
+    last = back_up(home, folder)
+    names = [re.sub(r"\d{4}-.*T", f"2026-01-0{day}T", last.name) for day in range(1, 4)]
+    kept = {last.name, names[2], back_up(other, folder).name, "photos-2020T1Z.tar.gz"}
+    for name in {*names, *kept}:
+        (folder / name).touch()
+    assert [path.name for path in remove_old_backups(home, folder, 2)] == names[:2]
+    assert {path.name for path in folder.iterdir()} == kept
 
 
 def test_bundles_are_optional_and_are_served_where_the_old_folder_is_gone(
@@ -155,6 +162,46 @@ def test_a_bundle_elsewhere_in_the_fleets_folder_is_left_out_as_well(
     file = back_up(home, tmp_path / "large.tar.gz", bundles=True)
     large = restore_backup(file, tmp_path / "large")
     assert Bundle.load(large.folder / "models/tiny").manifest == tiny_bundle.manifest
+
+
+def test_a_backup_in_the_fleets_folder_is_no_part_of_the_next_one(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home")
+    (home.folder / "backups").mkdir()
+    first = back_up(home, home.folder / "backups")
+    first.with_name("first.tar").write_bytes(gzip.decompress(first.read_bytes()))
+    first.rename(first.with_name("mine (1).tgz"))
+    first.with_name("photos.tar.gz").write_bytes(gzip.compress(b"photos"))
+    restored = restore_backup(back_up(home, home.folder), tmp_path / "new")
+    assert [path.name for path in (restored.folder / "backups").iterdir()] == ["photos.tar.gz"]
+    assert not list(restored.folder.glob("*.tar.gz"))
+
+
+@pytest.mark.parametrize("is_unpacked", [True, False])
+def test_a_backup_that_another_program_has_packed_again_is_restored(
+    tmp_path: Path, is_unpacked: bool
+) -> None:
+    home = make_home(tmp_path / "home")
+    file = back_up(home, tmp_path / "backup.tar.gz")
+    again = tmp_path / "again"
+    if is_unpacked:
+        again.write_bytes(gzip.decompress(file.read_bytes()))
+    else:
+        with tarfile.open(file) as tar:
+            tar.extractall(tmp_path / "content", filter="data")
+        with tarfile.open(again, "w:gz") as tar:
+            tar.add(tmp_path / "content", ".")
+    check_restored(restore_backup(again, tmp_path / "new"))
+
+
+def test_a_backup_without_gzip_that_is_cut_off_restores_nothing(tmp_path: Path) -> None:
+    file = back_up(make_home(tmp_path / "home"), tmp_path / "backup.tar.gz")
+    content = gzip.decompress(file.read_bytes())
+    with tarfile.open(file) as tar:
+        ends = [member.offset for member in tar.getmembers()[3:]]
+    for end in (*ends[:2], len(content) - 10_000):
+        (tmp_path / "cut.tar").write_bytes(content[:end])
+        with pytest.raises(ConfigError, match=r"cut.tar is damaged, or no backup of a fleet"):
+            restore_backup(tmp_path / "cut.tar", tmp_path / "new")
 
 
 def test_a_folder_with_files_is_not_restored_into(tmp_path: Path) -> None:
