@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fleet.errors import IdentityError
 from fleet.identity.enrolment import Enrolment, check_enrolments
-from fleet.identity.identity import IDENTITY_FILE, Identity
+from fleet.identity.identity import IDENTITY_FILE, Identity, check_identity_folder
 from fleet.registry.store import Registry
 from provisioning.authority import CertificateAuthority
 from provisioning.certificate import write_identity
@@ -24,7 +24,8 @@ def enroll_offline(
 ) -> list[Identity]:
     """Enrol all or none, and write the identity folders, which are the keys of `enrolments`.
 
-    `force` replaces identities of the same name, and the content of their folders.
+    `force` replaces identities of the same name, and the content of their folders. A folder of
+    another name is never replaced.
 
     Raises:
         TopicError: a name may not stand in a topic.
@@ -38,8 +39,9 @@ def enroll_offline(
         out: authority.certify(enrolment.name, enrolment.role)
         for out, enrolment in enrolments.items()
     }
-    if not force:
-        for out in enrolments:
+    for out, enrolment in enrolments.items():
+        check_identity_folder(out, enrolment.name)
+        if not force:
             _check_free(out)
     registry.identities.add_certified(
         [(enrolments[out], certificate.issued) for out, certificate in certificates.items()],

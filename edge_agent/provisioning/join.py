@@ -34,6 +34,7 @@ from fleet.identity.identity import (
     KEY_FILE,
     Identity,
     IdentityConfig,
+    check_identity_folder,
 )
 from fleet.identity.service_client import ServiceClient, check_url, log_wait, retry_while_away
 from fleet.protocol.enrolment_api import EnrolmentToken, JoinReply, JoinRequest
@@ -68,6 +69,7 @@ def join_fleet(
         ServiceError: the service cannot be reached, or does not belong to the token.
     """
     server = check_url(server)
+    check_identity_folder(out)
     present = _present_identity(out)
     deadline = time.monotonic() + timeout_s
     ca = pinned_ca(server, token.ca_sha256, timeout_s)

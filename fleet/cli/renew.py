@@ -21,7 +21,7 @@ from fleet.cli.enroll import (
 )
 from fleet.cli.options import HomeOption, JsonOption, parse_ttl, print_json
 from fleet.errors import UnknownDeviceError
-from fleet.identity.identity import IDENTITY_FILE, Identity
+from fleet.identity.identity import IDENTITY_FILE, Identity, check_identity_folder
 from fleet.protocol.access import Role
 from fleet.registry.results import IdentityRow
 from fleet.server.home import FleetHome
@@ -79,6 +79,7 @@ def _identity_in(
 
     A worker shares its subscriptions if that is given, or if the fleet's own workers do.
     """
+    check_identity_folder(out, row.name)
     role = Role(row.role)
     if (out / IDENTITY_FILE).exists():
         identity = Identity.load(out)

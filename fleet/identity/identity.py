@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import ssl
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -27,6 +27,7 @@ CERT_FILE: Final = "cert.pem"
 KEY_FILE: Final = "key.pem"
 RENEWED_FILE: Final = "renewed.pem"
 KEY_LOG: Final = "SSLKEYLOGFILE"
+OTHER_FOLDERS: Final = {"manifest.json": "a bundle", "fleet.json": "a fleet"}
 JOIN_AGAIN: Final = "join again with a new token"
 
 
@@ -119,6 +120,31 @@ class Identity:
                 context.load_cert_chain(renewed)
             else:
                 context.load_cert_chain(certificate, key)
+
+
+def check_identity_folder(folder: Path, name: str | None = None) -> None:
+    """Check that the identity `name` may be written into a folder; None stands for any name.
+
+    Raises:
+        IdentityError: the folder holds another identity, a bundle or a fleet.
+    """
+    for file, content in OTHER_FOLDERS.items():
+        if (folder / file).exists():
+            raise IdentityError(f"{folder} holds {content}; name another folder with --out")
+    holder = _holder(folder)
+    if name and holder and holder != name:
+        raise IdentityError(
+            f"{folder} is the identity of {holder}, expected that of {name} or a new folder; "
+            "name another with --out"
+        )
+
+
+def _holder(folder: Path) -> str | None:
+    """Return the name in `identity.json`; None if there is none that can be read."""
+    with suppress(ConfigError):
+        config: IdentityConfig = read_json(folder / IDENTITY_FILE, IdentityConfig, "")
+        return config.name
+    return None
 
 
 @contextmanager

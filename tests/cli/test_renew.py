@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from edge_agent.provisioning.join import join_fleet
 from fleet.cli.fleet_checks import check_fleet
-from fleet.errors import ConfigError, StateError, UnknownDeviceError
+from fleet.errors import ConfigError, IdentityError, StateError, UnknownDeviceError
 from fleet.identity.identity import Identity
 from fleet.protocol.access import Role
+from fleet.protocol.enrolment_api import EnrolmentToken
 from fleet.server.home import WORKER, FleetConfig, FleetHome
 from fleet.server.supervisor import worker_folder
 from tests.brokers import fingerprint_of
@@ -65,6 +67,37 @@ def test_an_identity_of_the_fleet_is_renewed_in_its_own_folder(home: FleetHome) 
     fleet(home.folder, "renew", "operator-1")
     assert fingerprint_of(identity) != before
     Identity.load(identity.folder).ssl_context()
+
+
+def test_the_folder_of_another_identity_is_not_renewed(home: FleetHome, tmp_path: Path) -> None:
+    for name, role in (("kitchen", Role.DEVICE), ("k2", Role.DEVICE), ("phone", Role.APP)):
+        home.enroll(name, role, tmp_path / name)
+    certificates = {path: path.read_bytes() for path in tmp_path.glob("*/cert.pem")}
+    for name, owner in (("phone", "kitchen"), ("kitchen", "phone"), ("kitchen", "k2")):
+        words = f"{owner} is the identity of {owner}, expected that of {name}"
+        for command in (("renew", name), ("enroll", name, "--force")):
+            with pytest.raises(IdentityError, match=words):
+                fleet(home.folder, *command, "--out", str(tmp_path / owner))
+    assert certificates == {path: path.read_bytes() for path in tmp_path.glob("*/cert.pem")}
+    assert row(home, "kitchen").state == "active"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("manifest.json", "bundle"), ("fleet.json", "fleet")]
+)
+def test_no_identity_is_written_into_a_bundle_or_a_fleet(
+    home: FleetHome, tmp_path: Path, file: str, content: str
+) -> None:
+    home.enroll("kitchen", Role.DEVICE, tmp_path / "kitchen")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / file).touch()
+    for command in (("enroll", "new"), ("renew", "kitchen")):
+        with pytest.raises(IdentityError, match=f"other holds a {content}; name another folder"):
+            fleet(home.folder, *command, "--out", str(other))
+    with pytest.raises(IdentityError, match=f"other holds a {content}; name another folder"):
+        join_fleet(EnrolmentToken("0" * 64, "0" * 16, "0" * 64), "https://localhost:1", other)
+    assert [path.name for path in other.iterdir()] == [file]
 
 
 @pytest.mark.parametrize("options", [(), ("--shared-subscriptions",)])
