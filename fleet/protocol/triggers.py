@@ -34,12 +34,14 @@ MAX_TEXT: Final = 16 * 1024  # characters of a filled template
 # Shorter than an id, because a request's id adds an epoch and a number to it.
 TriggerName: TypeAlias = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9_-]{0,31}\Z")]
 Fields: TypeAlias = dict[str, Any]
+Comparable: TypeAlias = int | float | str | bool | None
 
 EVENTS: Final = re.compile(rf"{topics.NAME.pattern}/({topics.NAME.pattern}|\+)")
 QUOTED: Final = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 STEP: Final = re.compile(rf"[\w-]+|{QUOTED}")
 PATH: Final = rf"(?:[^\W\d][\w-]*|{QUOTED})(?:\.(?:[\w-]+|{QUOTED}))*"
 SPEC: Final = r"[<>^]?\+?\d{0,2},?(?:\.\d{1,2})?[defgs%]?"
+NUMERIC: Final = re.compile(r"[+,.%defg]|^[<>^]?0\d")
 PIECE: Final = re.compile(rf"(\{{\{{|\}}\}}|[^{{}}]+)|\{{({PATH})(?::({SPEC}))?\}}", re.DOTALL)
 CONDITION: Final = re.compile(rf"\s*({PATH})\s*(==|!=|<=|>=|<|>)\s*(.+?)\s*")
 # A text of JSON, whole (the possessive forms never search again), or a bare number or its name.
@@ -117,7 +119,7 @@ class Condition(NamedTuple):
 
     path: str
     order: str
-    value: float | str | bool | None
+    value: Comparable
 
 
 def check_triggers(triggers: Iterable[Trigger]) -> None:
@@ -142,9 +144,8 @@ def event_filters(triggers: Sequence[Trigger]) -> set[str]:
 def read_event(channel: str, payload: bytes) -> Fields:
     """Return the fields of an event that a template may use.
 
-    These are the fields of a JSON object, `channel`, and the whole text as `payload`. A payload
-    that is only a number becomes that number. A field that is no finite number (``nan``, as some
-    sensors write it) is null.
+    These are the fields of a JSON object, `channel`, and the whole text as `payload`. A field that
+    is no finite number (``nan``, as some sensors write it) is null.
 
     Raises:
         OversizedError: the payload is too large.
@@ -159,7 +160,7 @@ def read_event(channel: str, payload: bytes) -> Fields:
         fields = _decode_object(text) if text.startswith("{") else {}
     except JSON_ERRORS as error:
         raise DecodeError(f"expected an event in JSON or plain text: {error}") from None
-    return {"payload": _as_number(text), "channel": channel} | fields
+    return {"payload": text, "channel": channel} | fields
 
 
 def _decode_object(text: str) -> Fields:
@@ -245,7 +246,7 @@ def _steps(path: str) -> tuple[str, ...]:
 def _condition(when: str) -> Condition:
     match = CONDITION.fullmatch(when)
     try:
-        value = msgspec.json.decode(match[3], type=float | str | bool | None) if match else None
+        value = msgspec.json.decode(match[3], type=Comparable) if match else None
     except msgspec.MsgspecError:
         match = None
     if match and match[2] in ORDERS and _kind(value) not in ORDERED_KINDS:
@@ -328,9 +329,7 @@ def _format_value(piece: Piece, value: object) -> str:
 
 def _format_scalar(value: object, spec: str) -> str:
     """Format a number or a text; a text becomes a number if the format is one of numbers."""
-    with suppress(ValueError):
-        return format(value, spec)
-    return format(_as_number(value), spec)
+    return format(_as_number(value) if NUMERIC.search(spec) else value, spec)
 
 
 def _describe(value: object) -> str:

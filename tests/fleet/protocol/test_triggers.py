@@ -60,6 +60,9 @@ def test_a_template_is_filled_with_the_fields_of_the_event(template: str, text: 
         (b"The window is open.", "The window is open."),
         (b" 21.5\n", "21.5"),
         (b"007", "007"),
+        (b"1.10", "1.10"),
+        (b"12e5", "12e5"),
+        (b"89490200001234567890", "89490200001234567890"),
         (b'"open"', '"open"'),
         (b"[1, 2]", "[1, 2]"),
         ("grüß".encode(), "grüß"),
@@ -67,6 +70,46 @@ def test_a_template_is_filled_with_the_fields_of_the_event(template: str, text: 
 )
 def test_plain_text_is_the_payload(payload: bytes, text: str) -> None:
     assert fill("{payload}", read_event("warmth", payload)) == text
+
+
+@pytest.mark.parametrize(
+    ("when", "holds"),
+    [
+        ('payload == "1"', True),
+        ('payload != "1"', False),
+        ('payload < "5"', True),
+        ("payload == 1", True),
+        ("payload < 5", True),
+        ('s == "1"', True),
+        ("s == 1", True),
+    ],
+)
+def test_digits_are_a_text_where_a_text_is_expected_and_a_number_elsewhere(
+    when: str, holds: bool
+) -> None:
+    event = read_event("warmth", b"1" if when.startswith("payload") else b'{"s": "1"}')
+    assert (make_prompt(trigger(when=when), event) is not None) is holds
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("{v}", "1.10"),
+        ("{v:>6}", "  1.10"),
+        ("{v:6s}", "1.10  "),
+        ("{v:.3f}", "1.100"),
+        ("{v:06}", "0001.1"),
+    ],
+)
+def test_digits_become_a_number_in_a_format_of_numbers_only(field: str, text: str) -> None:
+    assert fill(field, read_event("x", b'{"v": "1.10"}')) == text
+    assert fill(field.replace("v", "payload"), read_event("x", b"1.10")) == text
+
+
+def test_a_long_number_is_compared_with_all_its_digits() -> None:
+    event = read_event("card", b'{"id": 89490200001234567891}')
+    assert make_prompt(trigger(when="id == 89490200001234567891"), event)
+    assert not make_prompt(trigger(when="id == 89490200001234567890"), event)
 
 
 def test_a_number_alone_can_be_formatted_and_compared() -> None:
