@@ -23,6 +23,7 @@ from fleet.bundles.manifest import Bundle
 from fleet.cli.heads import evaluation, load_or_record, print_exits, print_targets
 from fleet.exits.thresholds import OperatingPoint, evaluate_thresholds, frontier
 from fleet.utils.optional_imports import needs
+from fleet.utils.prompt_file import PromptFile
 from onnx_export.bundle import export_bundle
 from onnx_export.checkpoint import cache_folder
 from onnx_export.config import ExportConfig, format_layers
@@ -61,9 +62,10 @@ def run(
     results: dict[str, Any] = {}
     curves: dict[str, list[OperatingPoint]] = {}
     marks: dict[str, OperatingPoint] = {}
+    files = list(map(PromptFile.read, prompts))
     for layers in dict.fromkeys(configurations):
         bundle = bundle_with(layers, errors)
-        records = load_or_record(bundle, prompts, max_new_tokens, None, limit).records
+        records = load_or_record(bundle, files, max_new_tokens, None, limit).records
         shown = format_layers(layers)
         name = f"exits {shown}" if len(layers) > 1 else f"exit {shown}"
         results[format_layers(layers)] = evaluation(records, bundle.manifest.thresholds)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fleet import __version__
 from fleet.bundles.calibration_file import keep_calibration, write_calibrated
-from fleet.bundles.manifest import Bundle, Manifest, hash_file
+from fleet.bundles.manifest import Bundle, Manifest
 from fleet.cli.console import new_console
 from fleet.cli.options import MAX_NEW_TOKENS, MAX_ROWS, BundleOption, JsonOption, PlotOption
 from fleet.cli.progress import progress_bar
@@ -42,7 +42,7 @@ from fleet.utils.cli_runtime import check_free, check_writable
 from fleet.utils.command_group import CommandGroup
 from fleet.utils.optional_imports import needs
 from fleet.utils.paths import user_cache_folder
-from fleet.utils.prompt_file import read_prompts
+from fleet.utils.prompt_file import PromptFile
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -88,7 +88,7 @@ WriteOption = Annotated[
 
 def load_or_record(
     bundle: Bundle,
-    prompts: Sequence[Path],
+    prompts: Sequence[PromptFile],
     max_new_tokens: int,
     path: Path | None,
     limit: int | None = None,
@@ -101,8 +101,8 @@ def load_or_record(
     Raises:
         ConfigError: there are no prompts, or `path` is of another bundle or other answers.
     """
-    hashes = tuple(hash_prompts(each) for each in prompts)
-    texts = [text for each in prompts for text in read_prompts(each)][:limit]
+    hashes = tuple(each.sha256 for each in prompts)
+    texts = [text for each in prompts for text in each.texts][:limit]
     if path is not None and path.exists():
         recording = load_recording(path)
         inputs = (hashes, len(texts), max_new_tokens) if prompts else None
@@ -133,12 +133,12 @@ def print_note(line: str) -> None:
 
 
 def cached_recording(
-    bundle: Bundle, prompts: Sequence[Path], max_new_tokens: int, limit: int | None = None
+    bundle: Bundle, prompts: Sequence[PromptFile], max_new_tokens: int, limit: int | None = None
 ) -> Path | None:
     """The file of a recording in the user's cache; none without prompts or a writable cache."""
     if not prompts:
         return None
-    hashes = [hash_prompts(each) for each in prompts]
+    hashes = [each.sha256 for each in prompts]
     inputs = [__version__, parts_sha256(bundle.manifest), hashes, max_new_tokens, limit]
     key = hashlib.sha256(msgspec.json.encode(inputs)).hexdigest()[:16]
     folder = user_cache_folder() / "recordings"
@@ -188,12 +188,6 @@ def parts_sha256(manifest: Manifest) -> str:
     """Hash of all files that determine exits and full model, which thresholds do not."""
     parts = (manifest.exits, manifest.upload_layer, manifest.files)
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
-
-
-def hash_prompts(path: Path) -> str:
-    """SHA-256 of a file of prompts; raises ConfigError when it cannot be read."""
-    read_prompts(path)
-    return hash_file(path)
 
 
 def open_bundle(folder: Path | None) -> Bundle:
@@ -253,7 +247,7 @@ def evaluate(
             from fleet.utils.plots import check_plot, save
         check_plot(plot)
     opened = open_bundle(bundle)
-    files = prompts or ()
+    files = list(map(PromptFile.read, prompts or ()))
     path = records or cached_recording(opened, files, max_new_tokens, limit)
     measured = load_or_record(opened, files, max_new_tokens, path, limit).records
     thresholds = opened.manifest.thresholds
@@ -312,7 +306,7 @@ def calibrate_command(
     if out is not None:
         check_free(out)
     opened = open_bundle(bundle)
-    files = prompts or ()
+    files = list(map(PromptFile.read, prompts or ()))
     check = partial(check_guarantee, target=target_agreement, confidence=confidence)
     path = records or cached_recording(opened, files, max_new_tokens)
     recording = load_or_record(opened, files, max_new_tokens, path, check=check)

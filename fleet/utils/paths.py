@@ -17,15 +17,17 @@ NO_CURRENT_FOLDER: Final = "the current folder no longer exists; cd to another o
 
 
 def absolute_path(path: Path) -> Path:
-    """Return `path` without ``~`` and ``..``, from the root on.
+    """Return `path` without ``~`` and ``..``, from the root on; a pipe (``/dev/fd/63``) stays.
 
     Raises:
         ConfigError: it begins with ``~`` and this user has no home folder.
     """
     try:
-        return path.expanduser().resolve()
+        resolved = path.expanduser().resolve()
     except RuntimeError:
         raise _homeless(str(path)) from None
+    is_pipe = path.is_fifo() and not resolved.exists()  # a link of the kernel, with no target
+    return path.absolute() if is_pipe else resolved
 
 
 def user_data_folder() -> Path:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from fleet.errors import ConfigError
 from fleet.utils.json_text import parse_unique_json
 from fleet.utils.text import is_blank
-from fleet.utils.text_files import read_text
+from fleet.utils.text_files import decode_text, read_bytes
 from fleet.utils.validation import JSON_ERRORS
 
 JSON_LINES: Final = (".jsonl", ".ndjson")
@@ -19,6 +20,19 @@ FORM: Final = (
     "expected an object with 'prompt', or the texts 'instruction' and 'input', "
     "or 'turns', a list of texts"
 )
+
+
+class PromptFile(NamedTuple):
+    """The prompts of a file, and its SHA-256. A pipe can be read only once."""
+
+    sha256: str
+    texts: list[str]
+
+    @classmethod
+    def read(cls, path: Path) -> PromptFile:
+        """Read a file as `read_prompts` does. Raises ConfigError."""
+        data = read_bytes(path, "give a file of prompts")
+        return cls(hashlib.sha256(data).hexdigest(), _parse_prompts(path, data))
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -30,10 +44,14 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         ConfigError: the file cannot be read, holds no prompt, or a line has none of these keys.
     """
+    return PromptFile.read(path).texts
+
+
+def _parse_prompts(path: Path, data: bytes) -> list[str]:
     suffix = path.suffix.lower()
     if suffix == ".json":
         raise ConfigError(f"{path}: expected one prompt a line, as text or in a file *.jsonl")
-    text = read_text(path, "give a file of prompts").replace("\r\n", "\n").replace("\r", "\n")
+    text = decode_text(data, str(path)).replace("\r\n", "\n").replace("\r", "\n")
     lines = [
         (number, line) for number, line in enumerate(text.split("\n"), 1) if not is_blank(line)
     ]

@@ -23,6 +23,7 @@ from fleet.exits.records import Records
 from fleet.exits.thresholds import OFF, evaluate_thresholds
 from fleet.protocol.modes import CLOUD
 from fleet.protocol.prompt import PromptRequest
+from fleet.utils.prompt_file import PromptFile
 from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig
 from onnx_export.training.config import TrainConfig
@@ -228,24 +229,26 @@ def test_a_recording_serves_its_own_bundle_and_prompts_only(
     kept = tmp_path / "records.npz"
     first.write_text("\n".join(prompts(0, 6)))
     other.write_text("\n".join(prompts(10, 6)))
-    recording = load_or_record(trained, [first], 8, kept)
-    again = load_or_record(trained, [first], 8, kept)
+    first_file = PromptFile.read(first)
+    other_file = PromptFile.read(other)
+    recording = load_or_record(trained, [first_file], 8, kept)
+    again = load_or_record(trained, [first_file], 8, kept)
     np.testing.assert_array_equal(again.records.confidence, recording.records.confidence)
     assert load_or_record(trained, [], 64, kept).prompts_sha256 == (hash_file(first),)
     calibrated = Bundle(
         trained.folder, msgspec.structs.replace(trained.manifest, thresholds=(0.5, 0.5))
     )
-    assert load_or_record(calibrated, [first], 8, kept).num_prompts == 6
+    assert load_or_record(calibrated, [first_file], 8, kept).num_prompts == 6
     for files, length, limit in (
-        ([other], 8, None),
-        ([first], 9, None),
-        ([first], 8, 3),
-        ([first, other], 8, None),
+        ([other_file], 8, None),
+        ([first_file], 9, None),
+        ([first_file], 8, 3),
+        ([first_file, other_file], 8, None),
     ):
         with pytest.raises(ConfigError, match="recorded with other prompts"):
             load_or_record(trained, files, length, kept, limit)
     with pytest.raises(ConfigError, match="recorded with another bundle"):
-        load_or_record(make_tiny_bundle(EXITS), [first], 8, kept)
+        load_or_record(make_tiny_bundle(EXITS), [first_file], 8, kept)
 
 
 def test_a_recording_is_kept_in_the_cache_and_read_again(
@@ -254,10 +257,11 @@ def test_a_recording_is_kept_in_the_cache_and_read_again(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     file = tmp_path / "few.txt"
     file.write_text("\n".join(prompts(0, 3)))
-    path = cached_recording(trained, [file], 4)
+    read = PromptFile.read(file)
+    path = cached_recording(trained, [read], 4)
     assert path is not None
     assert path.is_relative_to(tmp_path / "cache")
-    assert cached_recording(trained, [file], 5) != path != cached_recording(trained, [file], 4, 2)
+    assert cached_recording(trained, [read], 5) != path != cached_recording(trained, [read], 4, 2)
     files = ("--bundle", str(trained.folder), "--prompts", str(file), "--max-new-tokens", "4")
     first = run("evaluate", *files)
     assert "answering: 0 of 3" in first.stderr

@@ -14,6 +14,7 @@ from fleet.registry.store import Registry
 from fleet.server.home import FleetHome
 from fleet.utils import paths
 from fleet.utils.paths import absolute_path, existing_folder, user_name
+from tests.pipes import in_pipe
 
 UNKNOWN = 54321
 """A user id that no account has."""
@@ -83,3 +84,11 @@ def test_older_and_newer_versions_of_platformdirs_say_the_same(
 def test_the_disk_of_a_folder_that_does_not_exist_is_its_parents(tmp_path: Path) -> None:
     assert existing_folder(tmp_path / "a" / "b") == tmp_path
     assert existing_folder(Path("/nonexistent")) == Path("/")
+
+
+def test_a_pipe_keeps_its_path_and_a_link_does_not(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "file")
+    assert absolute_path(link) == tmp_path / "file"
+    with in_pipe(b"content") as path:
+        assert absolute_path(path).read_bytes() == b"content"

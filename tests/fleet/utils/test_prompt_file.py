@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
 from fleet.errors import ConfigError
-from fleet.utils.prompt_file import read_prompts
+from fleet.utils.prompt_file import PromptFile, read_prompts
+from tests.pipes import in_pipe
 
 
 def test_prompts_are_read_in_every_form(tmp_path: Path) -> None:
@@ -100,3 +102,9 @@ def test_a_row_without_a_text_is_refused_with_its_line(tmp_path: Path, row: str)
 def test_a_document_of_json_is_no_text(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a\.json: expected one prompt a line"):
         read(tmp_path, "a.json", '["one", "two"]')
+
+
+def test_a_pipe_is_read_once_for_its_prompts_and_their_hash() -> None:
+    data = b"Why?\nHow?\n"
+    with in_pipe(data) as path:
+        assert PromptFile.read(path) == (hashlib.sha256(data).hexdigest(), ["Why?", "How?"])
