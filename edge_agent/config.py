@@ -8,12 +8,14 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
 
+from fleet.errors import ConfigError
 from fleet.protocol.desired_config import Settings, UploadDtype
 from fleet.protocol.messages import MAX_DRAFT
 from fleet.protocol.modes import Mode
 from fleet.protocol.triggers import Triggers, check_triggers
 from fleet.protocol.types import DeadlineMs, Share, Split, TargetTpotMs, Threshold
 from fleet.utils.text_files import decode_json
+from fleet.utils.validation import is_unknown_field
 
 CONFIG_FILE: Final = "agent.json"
 
@@ -76,6 +78,11 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         path = folder / CONFIG_FILE
         if not os.path.lexists(path):  # a link that leads nowhere is an error
             return cls()
-        known = f"known settings are {', '.join(cls.__struct_fields__)}"
-        config: AgentConfig = decode_json(path.read_bytes(), str(path), cls, known)
+        try:
+            config: AgentConfig = decode_json(path.read_bytes(), str(path), cls)
+        except ConfigError as error:
+            if not is_unknown_field(str(error)):
+                raise
+            known = ", ".join(cls.__struct_fields__)
+            raise ConfigError(f"{error}; known settings are {known}") from None
         return config

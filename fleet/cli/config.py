@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 import typer
@@ -44,6 +44,8 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Set and show the desired settings of all devices, of a group or of one device.",
 )
+
+TEXT_SETTINGS: Final = ("mode", "upload_dtype", "bundle", "software")
 
 PairsArgument = Annotated[
     list[str],
@@ -90,12 +92,13 @@ def set_(
     """Set values: `fleet config set kitchen threshold=0.8`, or with --group or --all."""
     pairs = [word for word in words if "=" in word]
     target = parse_target([word for word in words if "=" not in word], group, everywhere=everywhere)
-    changes = parse_settings(_parse_pairs(pairs))
     if not pairs:
         raise ConfigError(f"nothing to set: expected KEY=VALUE; {_list_settings()}")
-    if changes.bundle:
+    values = _parse_pairs(pairs)
+    if isinstance(bundle := values.get("bundle"), str):  # also a name, or the beginning of an id
         with FleetHome.load(folder).registry() as registry:
-            changes = replace(changes, bundle=registry.rollouts.find_bundle(changes.bundle))
+            values["bundle"] = registry.rollouts.find_bundle(bundle)
+    changes = parse_settings(values)
     _change(folder, target, lambda settings: merge_scopes(settings, changes), as_json=as_json)
 
 
@@ -204,13 +207,16 @@ def _parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _parse_pair(pair: str) -> tuple[str, Any]:
-    key, _, text = pair.partition("=")
+    key, _, text = (part.strip() for part in pair.partition("="))
     if text.startswith("@"):
         return key, read_json(absolute_path(Path(text[1:])), Any, "give a file of JSON")
     return key, _parse_value(key, text)
 
 
 def _parse_value(key: str, text: str) -> Any:
+    """Parse JSON, or a text without quotation marks; 2026.1 may also be the name of a bundle."""
+    if key in TEXT_SETTINGS and text != "null" and not text.startswith('"'):
+        return text
     with suppress(ValueError):
         if not math.isfinite(float(text)):
             raise ConfigError(f"{text} is not finite; expected a number such as 0.9")

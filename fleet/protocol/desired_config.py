@@ -23,7 +23,7 @@ from fleet.protocol.types import (
     TargetTpotMs,
     Threshold,
 )
-from fleet.utils.validation import JSON_ERRORS, describe_error
+from fleet.utils.validation import JSON_ERRORS, describe_error, is_unknown_field
 
 MAX_DESIRED_BYTES: Final = 64 * 1024
 MAX_SETTINGS_BYTES: Final = 60 * 1024  # leaves room for the small settings of other scopes
@@ -108,10 +108,10 @@ def parse_settings(values: dict[str, Any]) -> Settings:
     try:
         settings = msgspec.convert(values, Settings)
     except msgspec.ValidationError as error:
-        reason = describe_error(error, Settings)
-        raise ConfigError(
-            f"{reason}; known settings are {', '.join(Settings.__struct_fields__)}"
-        ) from None
+        reason = describe_error(error, Settings, values)
+        if is_unknown_field(reason):
+            reason += f"; known settings are {', '.join(Settings.__struct_fields__)}"
+        raise ConfigError(reason) from None
     size = len(msgspec.json.encode(settings))
     if size > MAX_SETTINGS_BYTES:
         raise ConfigError(

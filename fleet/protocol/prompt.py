@@ -25,7 +25,7 @@ from fleet.protocol.types import (
 )
 from fleet.utils.json_text import parse_json
 from fleet.utils.text import is_blank, text_of_payload
-from fleet.utils.validation import JSON_ERRORS, describe_error
+from fleet.utils.validation import JSON_ERRORS, describe_error, is_unknown_field
 
 MAX_PROMPT_BYTES: Final = 256 * 1024
 MAX_FULL_TEXT_BYTES: Final = 256 * 1024
@@ -188,13 +188,14 @@ def _parse(payload: bytes) -> PromptRequest:
 
 
 def _parse_json(text: str) -> PromptRequest:
+    fields: dict[str, Any] = {}
     try:
         fields = parse_json(text, dict[str, Any])
         _join_parts(fields)
         return msgspec.convert(fields, PromptRequest)
     except (msgspec.MsgspecError, RecursionError) as error:
-        reason = describe_error(error, PromptRequest)
-        if "unknown field" in reason and "$." not in reason:  # of the request itself
+        reason = describe_error(error, PromptRequest, fields)
+        if is_unknown_field(reason):
             reason += f"; its fields are {', '.join(PromptRequest.__struct_fields__)}"
         raise PromptError(f"expected a JSON object with 'prompt' or 'messages': {reason}") from None
 

@@ -9,7 +9,10 @@ from typing import Any, Final, TypeVar
 import msgspec
 from msgspec import Struct
 from msgspec.inspect import (
+    BoolType,
     EnumType,
+    FloatType,
+    IntType,
     LiteralType,
     StructType,
     UnionType,
@@ -20,11 +23,26 @@ from msgspec.inspect import (
 from fleet.errors import ConfigError
 
 T = TypeVar("T", bound=Struct)
+MAX_VALUE: Final = 80  # characters of a value in an error
 JSON_ERRORS: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """Errors of msgspec's decoder for bytes that are no JSON, not in UTF-8, or nested too deeply."""
 
-FIELD: Final = re.compile(r"\.(\w+)")
-CHOICE: Final = re.compile(r"Invalid enum value .* at `(\$[^`]*)`", re.DOTALL)
+FAULT: Final = re.compile(
+    r"(?:Expected `.*?`(?:, got `(?P<kind>\w+)`)?[^`]*|Invalid enum value (?P<choice>.*))"
+    r" - at `\$\.(?P<path>[^`]*)`",
+    re.DOTALL,
+)
+STEP: Final = re.compile(r"\w+|\[(?:\d+|\.\.\.)\]")
+KINDS: Final = {
+    "array": "a list",
+    "bool": "true or false",
+    "float": "a number",
+    "int": "a whole number",
+    "null": "null",
+    "object": "an object",
+    "str": "a text",
+}
+"""Plain words for the types in msgspec's errors."""
 
 
 def validated(config: T) -> T:
@@ -36,29 +54,75 @@ def validated(config: T) -> T:
     try:
         return msgspec.convert(msgspec.to_builtins(config), type(config))
     except msgspec.ValidationError as error:
-        reason = describe_error(error, type(config))
+        reason = describe_error(error, type(config), msgspec.to_builtins(config))
         raise ConfigError(f"{type(config).__name__}: {reason}") from None
 
 
-def describe_error(error: Exception, type_: Any) -> str:
-    """Return the text of an error of msgspec; for a field with choices, with all of them."""
-    match = CHOICE.search(str(error))
-    choices = _choices(type_info(type_), FIELD.findall(match[1])) if match else []
-    return f"{error}; expected one of {', '.join(choices)}" if choices else str(error)
+def describe_error(error: Exception, type_: Any, values: Any = None) -> str:
+    """Return the text of an error of msgspec; for a scalar field, in plain words.
+
+    They are the field, its range or choices, and what came: its value if `values`, which were
+    converted, are given.
+    """
+    match = FAULT.fullmatch(str(error))
+    steps = STEP.findall(match["path"]) if match else []
+    words = list(filter(None, map(_words, _types_at(type_info(type_), steps))))
+    if not match or not words:
+        return str(error)
+    got = match["choice"] or _value_at(values, steps) or KINDS.get(match["kind"] or "", "")
+    return f"{match['path']}: expected {' or '.join(words)}" + (f", got {got}" if got else "")
 
 
-def _choices(info: Any, path: Sequence[str]) -> list[str]:
-    """Return the choices of the field at `path`, names of fields from `info` inwards."""
+def is_unknown_field(reason: str) -> bool:
+    """Whether an error is about an unknown field of the value itself, not of one inside it."""
+    return "unknown field" in reason and "$." not in reason
+
+
+def _types_at(info: Any, steps: Sequence[str]) -> list[Any]:
+    """Return the types of the field at `steps`, from `info` inwards."""
     match info:
         case UnionType():
-            return [choice for each in info.types for choice in _choices(each, path)]
-        case VarTupleType():
-            return _choices(info.item_type, path)
-        case StructType() if path:
-            types = [each.type for each in info.fields if each.encode_name == path[0]]
-            return [choice for each in types for choice in _choices(each, path[1:])]
+            return [each for option in info.types for each in _types_at(option, steps)]
+        case VarTupleType() if steps:
+            return _types_at(info.item_type, steps[1:])
+        case StructType() if steps:
+            types = [each.type for each in info.fields if each.encode_name == steps[0]]
+            return [each for field in types for each in _types_at(field, steps[1:])]
+    return [] if steps else [info]
+
+
+def _words(info: Any) -> str | None:
+    """Return what a field of a type expects; None if there are no plain words for it."""
+    match info:
         case EnumType():
-            return [str(each.value) for each in info.cls]
+            return f"one of {', '.join(str(each.value) for each in info.cls)}"
         case LiteralType():
-            return [str(each) for each in info.values]
-    return []
+            return f"one of {', '.join(map(str, info.values))}"
+        case BoolType():
+            return KINDS["bool"]
+        case IntType():
+            return f"{KINDS['int']}{_range(info)}"
+        case FloatType():
+            return f"{KINDS['float']}{_range(info)}" + (", such as 0.8" if info.le == 1 else "")
+        case VarTupleType() if words := _words(info.item_type):
+            return f"{KINDS['array']}, each of it {words}"
+    return None
+
+
+def _range(info: IntType | FloatType) -> str:
+    if info.ge is not None and info.le is not None:
+        return f" from {info.ge:,} to {info.le:,}"
+    bounds = {"at least": info.ge, "above": info.gt, "at most": info.le, "below": info.lt}
+    parts = [f"{word} {bound:,}" for word, bound in bounds.items() if bound is not None]
+    return f" {' and '.join(parts)}" if parts else ""
+
+
+def _value_at(values: Any, steps: Sequence[str]) -> str:
+    """Return the value at `steps` as text; an empty one if there is none."""
+    for step in steps:
+        key = int(step[1:-1]) if step.strip("[]").isdecimal() and step[0] == "[" else step
+        try:
+            values = values[key]
+        except (LookupError, TypeError):
+            return ""
+    return "null" if values is None else repr(values)[:MAX_VALUE]

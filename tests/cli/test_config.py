@@ -15,6 +15,7 @@ from fleet.errors import ConfigError, FleetError, UnknownDeviceError
 from fleet.protocol.report import ConfigProblem, DeviceStatus
 from fleet.server.home import FleetConfig, FleetHome
 from tests.fleet.conftest import add
+from tests.pipes import in_pipe
 
 
 @pytest.fixture
@@ -72,6 +73,36 @@ def test_a_value_may_come_from_a_file(folder: Path, tmp_path: Path) -> None:
     assert result["settings"] == {"thresholds": [0.25, 0.5]}
 
 
+def test_a_value_may_come_from_a_pipe(folder: Path) -> None:
+    with in_pipe(b"[0.25, 0.5]") as path:
+        result = fleet_json(folder, "config", "set", "edge-1", f"thresholds=@{path}")
+    assert result["settings"] == {"thresholds": [0.25, 0.5]}
+
+
+def test_a_bundle_is_desired_by_each_of_its_names(folder: Path) -> None:
+    ids = ["8155" + "a" * 28, "81e5" + "b" * 28, "c" * 32, "d" * 32, "e" * 32]
+    names = ["Spring.1", "2026.1", "inf"]
+    with FleetHome.load(folder).registry() as registry:
+        for bundle_id in ids:
+            registry.rollouts.add_bundle(bundle_id, "tiny", 1000)
+        for bundle_id, name in zip(ids[2:], names, strict=True):
+            registry.rollouts.rename_bundle(bundle_id, name)
+    texts = ["8155", "81e5", *names]
+    for text, bundle_id in zip((*texts, '"Spring.1"', "CCCC"), (*ids, ids[2], ids[2]), strict=True):
+        result = fleet_json(folder, "config", "set", "edge-2", f"bundle={text}")
+        assert result["settings"] == {"bundle": bundle_id}
+
+
+def test_a_version_that_looks_like_a_number_is_a_text(folder: Path) -> None:
+    result = fleet_json(folder, "config", "set", "--all", "software=1.0", "mode=auto")
+    assert result["settings"] == {"software": "1.0", "mode": "auto"}
+
+
+def test_blanks_around_the_sign_do_not_count(folder: Path) -> None:
+    result = fleet_json(folder, "config", "set", "edge-1", "threshold = 0.8", "mode = auto")
+    assert result["settings"] == {"threshold": 0.8, "mode": "auto"}
+
+
 def test_diff_lists_the_devices_that_do_not_follow_with_the_reason(folder: Path) -> None:
     version = fleet_json(folder, "config", "set", "--all", "max_draft=4")["version"]
     with FleetHome.load(folder).registry() as registry:
@@ -110,7 +141,18 @@ def test_diff_lists_the_devices_that_do_not_follow_with_the_reason(folder: Path)
     [
         (("edge-9", "max_draft=4"), UnknownDeviceError, "unknown device 'edge-9'"),
         (("edge-1", "treshold=0.5"), ConfigError, "known settings are mode, threshold"),
-        (("edge-1", "threshold=high"), ConfigError, "Expected `float"),
+        (("edge-1", "threshold=high"), ConfigError, "threshold: expected a number from 0 to 1"),
+        (("edge-1", "threshold=0,8"), ConfigError, "such as 0.8, got '0,8'$"),
+        (("edge-1", "threshold=80%"), ConfigError, "got '80%'$"),
+        (("edge-1", "threshold=.8"), ConfigError, "got '.8'$"),
+        (("edge-1", "thresholds=0.8"), ConfigError, "thresholds: expected a list, each of it a"),
+        (("edge-1", "target_tpot_ms=50ms"), ConfigError, "expected a number above 0 and at most 6"),
+        (
+            ("edge-1", "max_new_tokens=1e2"),
+            ConfigError,
+            "expected a whole number from 1 to",
+        ),
+        (("edge-1", "mode=fast"), ConfigError, "mode: expected one of standalone.*, got 'fast'$"),
         (("edge-1",), ConfigError, "nothing to set"),
         (("max_draft=4",), ConfigError, "expected one device, or --group G, or --all"),
         (("edge-1", "--all", "max_draft=4"), ConfigError, "expected one device"),

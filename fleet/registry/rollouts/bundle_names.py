@@ -22,8 +22,11 @@ PREFIX: Final = re.compile(r"[0-9a-f]{4,31}")
 def matching_ids(text: str, names: Mapping[str, str | None]) -> list[str]:
     """Return the ids that a text stands for; `names` has the name of each id.
 
-    The text is an id, else a name, else at least 4 hex digits that ids begin with.
+    The text is an id, else a name, else at least 4 hex digits that ids begin with. A name has
+    other letters, too, so hex digits may be capitals.
     """
+    if HEX.fullmatch(text):
+        text = text.lower()
     if text in names:
         return [text]
     named = [each for each, name in names.items() if name == text]

@@ -45,9 +45,9 @@ def test_the_narrowest_scope_that_has_a_value_decides(
     ("values", "says"),
     [
         ({"treshold": 0.5}, "unknown field `treshold`.*known settings are mode, threshold"),
-        ({"threshold": 1.5}, r"<= 1.0.*\$.threshold"),
-        ({"mode": "fast"}, "Invalid enum value 'fast'"),
-        ({"max_draft": 0}, ">= 1"),
+        ({"threshold": 1.5}, "threshold: expected a number from 0 to 1, such as 0.8, got 1.5$"),
+        ({"mode": "fast"}, "mode: expected one of standalone, .*, got 'fast'$"),
+        ({"max_draft": 0}, "max_draft: expected a whole number from 1 to "),
         ({"bundle": "../etc"}, "bundle"),
     ],
 )

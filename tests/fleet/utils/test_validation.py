@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import msgspec
 import pytest
 
 from cloud_broker_worker.worker.config import WorkerConfig
@@ -46,5 +49,39 @@ def test_an_error_of_a_mode_names_all_modes() -> None:
 
 
 def test_an_error_of_an_optional_field_with_choices_names_them() -> None:
-    with pytest.raises(ConfigError, match=r"'int4' .*expected one of float16, int8"):
+    with pytest.raises(ConfigError, match="expected one of float16, int8, got 'int4'"):
         parse_settings({"upload_dtype": "int4"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"temperature": "hot"}, "temperature: expected a number from 0 to 5, got 'hot'"),
+        ({"top_p": 0}, "top_p: expected a number above 0 and at most 1, such as 0.8, got 0"),
+        ({"seed": 1.5}, "seed: expected a whole number from 0 to 9,223,372,036,854,775,807, got 1"),
+        ({"mode": None, "top_k": None}, "top_k: expected a whole number from 0 to 1,000, got null"),
+    ],
+)
+def test_an_error_of_a_number_has_its_range_and_the_value(
+    fields: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(PromptError) as caught:
+        parse_prompt(msgspec.json.encode({"prompt": "hi"} | fields))
+    assert reason in str(caught.value)
+
+
+def test_an_error_in_a_file_has_the_kind_of_the_value() -> None:
+    with pytest.raises(ConfigError, match=r"num_threads: expected .*, got a text$"):
+        decode_json(b'{"num_threads": "two"}', "agent.json", AgentConfig)
+
+
+def test_only_an_unknown_setting_of_a_device_lists_the_known_ones(tmp_path: Path) -> None:
+    for content, is_listed in (
+        (b'{"treshold": 1}', True),
+        (b'{"num_threads": "two"}', False),
+        (b'{"triggers": [{"nam": "x"}]}', False),
+    ):
+        (tmp_path / "agent.json").write_bytes(content)
+        with pytest.raises(ConfigError) as caught:
+            AgentConfig.load(tmp_path)
+        assert ("known settings are" in str(caught.value)) is is_listed
