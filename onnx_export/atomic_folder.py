@@ -38,8 +38,9 @@ def staged(out: Path, progress: Callable[[str], None] = lambda _: None) -> Itera
 
 
 def replace_empty(out: Path, folder: Path) -> None:
-    """Rename `folder` to `out`, which is missing or empty."""
+    """Rename `folder` to `out`, which is missing, or empty and keeps its mode."""
     if out.exists():
+        folder.chmod(out.stat().st_mode)
         out.rmdir()
     folder.rename(out)
 

@@ -50,6 +50,7 @@ from onnx_export.streamed_model import StreamedModel, open_model
 from onnx_export.tokenizer import check_tokenizer, write_tokenizer
 
 FILE_MODE = 0o644
+FOLDER_MODE = 0o755
 """The mode of every file of a bundle. Some libraries write files that only their owner can read."""
 
 Report = Callable[[Mapping[str, float], Mapping[str, float]], None]
@@ -231,10 +232,9 @@ def read_heads(config: ExportConfig, model: Any, progress: Progress) -> HeadsFil
 
 
 def set_file_modes(folder: Path) -> None:
-    """Make the files below `folder` readable for all users whom the folder's own mode admits."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(FILE_MODE)
+    """Make a folder and all that is in it readable for all users, whatever the umask is."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(FOLDER_MODE if path.is_dir() else FILE_MODE)
 
 
 def list_files(folder: Path) -> list[FileEntry]:

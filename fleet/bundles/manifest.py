@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from fleet.errors import BundleError, ConfigError
 from fleet.exits.calibration import Calibration
 from fleet.protocol.types import Threshold
+from fleet.utils.atomic_files import write_file
 from fleet.utils.paths import describe_absence
 from fleet.utils.text_files import read_json
 
@@ -219,8 +220,6 @@ def check_file(folder: Path, entry: FileEntry) -> None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest as indented JSON, complete or not at all."""
-    path = folder / MANIFEST_FILE
-    partial = folder / f".{MANIFEST_FILE}.partial"
     content = msgspec.json.encode(manifest, order="sorted")
-    partial.write_bytes(msgspec.json.format(content, indent=2) + b"\n")
-    partial.replace(path)
+    formatted = msgspec.json.format(content, indent=2) + b"\n"
+    write_file(folder / MANIFEST_FILE, formatted, mode=0o644)

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from fleet.bundles.manifest import MANIFEST_FILE
 from fleet.errors import BundleError, ConfigError
+from fleet.utils.atomic_files import write_file
 from fleet.utils.text_files import read_bytes
 
 SIGNATURE_FILE: Final = "manifest.sig"
@@ -42,12 +43,7 @@ def sign_bundle(folder: Path, key: Path) -> None:
 def write_signature(folder: Path, private_key: PrivateKey) -> None:
     """Write the signature by a P-256 key, complete or not at all."""
     signature = private_key.sign((folder / MANIFEST_FILE).read_bytes(), ALGORITHM)
-    partial = folder / f".{SIGNATURE_FILE}.partial"
-    try:
-        partial.write_bytes(signature)
-        partial.replace(folder / SIGNATURE_FILE)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(folder / SIGNATURE_FILE, signature, mode=0o644)
 
 
 def check_signature(folder: Path, key: Path) -> None:

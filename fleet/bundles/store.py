@@ -37,6 +37,7 @@ def keep_bundle(source: Path, store: Path, sign: Callable[[Path], None]) -> Bund
             write_manifest(content, manifest)
             Bundle.load(content)
             sign(content)
+            _share_folders(content)
             _place(content, folder)
     except OSError as error:
         raise ConfigError(
@@ -87,6 +88,13 @@ def _link(source: Path, copy: Path) -> None:
         os.link(source.resolve(), copy)
     except OSError:  # another disk, or one without links
         shutil.copyfile(source, copy)
+
+
+def _share_folders(folder: Path) -> None:
+    """Make a bundle's folders readable for other users, whatever the umask is, as its files are."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            path.chmod(0o755)
 
 
 def _place(content: Path, folder: Path) -> None:

@@ -102,3 +102,11 @@ def test_a_second_export_waits_and_finds_the_folder_in_use(tmp_path: Path) -> No
     assert "is not an empty folder" in results[0]
     assert (out / "file").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_an_empty_folder_keeps_its_mode(tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    out.mkdir(mode=0o700)
+    with staged(out) as folder:
+        folder.chmod(0o755)
+    assert out.stat().st_mode & 0o777 == 0o700

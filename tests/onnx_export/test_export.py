@@ -164,6 +164,8 @@ def test_all_files_of_a_bundle_have_one_mode(
         path.name for path in files
     }
     assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o644"}
+    folders = {path.parent for path in files}
+    assert {oct(path.stat().st_mode & 0o777) for path in folders} == {"0o755"}
 
 
 def test_transformers_is_as_before_after_an_export(tiny_bundle: Bundle) -> None:

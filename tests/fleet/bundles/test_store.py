@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,19 @@ def test_a_kept_bundle_is_whole_and_signed_by_the_fleet(
     assert [path.name for path in (tmp_path / "bundles").iterdir()] == [
         tiny_bundle.manifest.bundle_id
     ]
+
+
+def test_a_kept_bundle_is_readable_for_other_users_whatever_the_umask_is(
+    tmp_path: Path, tiny_bundle: Bundle, authority: CertificateAuthority
+) -> None:
+    previous = os.umask(0o077)
+    try:
+        folder = keep_bundle(tiny_bundle.folder, tmp_path / "store", authority.sign_bundle).folder
+    finally:
+        os.umask(previous)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (folder, *folder.rglob("*"))}
+    folders = {folder.name, "edge", "cloud", "tokenizer"}
+    assert modes == {name: "0o755" if name in folders else "0o644" for name in modes}
 
 
 def test_files_on_the_same_disk_are_not_copied_and_the_source_is_not_touched(
