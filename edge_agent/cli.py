@@ -16,7 +16,7 @@ import typer
 
 from edge_agent.device_unit import DEVICE_SERVICE, device_unit
 from fleet.bundles.manifest import Bundle, Manifest
-from fleet.errors import ConfigError, FleetError
+from fleet.errors import FleetError
 from fleet.identity.identity import Identity, IdentityConfig
 from fleet.planning.machine_speeds import print_progress, report_speeds, warn_about_load
 from fleet.protocol.access import Role
@@ -74,11 +74,7 @@ def run_agent(
         from fleet.transport.mqtt import MqttTransport
 
     identity = Identity.load(folder)
-    if identity.config.role is not Role.DEVICE:
-        raise ConfigError(
-            f"{folder} is the identity of a {identity.config.role}, expected a device's; "
-            "make one with 'fleet enroll NAME --out DIR'"
-        )
+    identity.check_role(Role.DEVICE, "make one with 'fleet enroll NAME --out DIR'")
     config = AgentConfig.load(folder)
     if threads:
         config = msgspec.structs.replace(config, num_threads=threads)

@@ -7,7 +7,6 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Final
 
-from fleet.errors import ConfigError
 from fleet.identity.identity import Identity
 from fleet.protocol.access import Role
 from fleet.utils.paths import absolute_path
@@ -28,14 +27,9 @@ def device_unit(folder: Path, user: str) -> str:
     """
     folder = absolute_path(folder)
     identity = Identity.load(folder)
-    config = identity.config
-    if config.role is not Role.DEVICE:
-        raise ConfigError(
-            f"{folder} is the identity of a {config.role}, expected a device's; "
-            "make one with 'edge-agent join'"
-        )
+    identity.check_role(Role.DEVICE, "make one with 'edge-agent join'")
     return ServiceUnit(
-        description=f"CE-CoLLM fleet: device {config.name}",
+        description=f"CE-CoLLM fleet: device {identity.name}",
         command=[sys.executable, "-m", "edge_agent", "run", str(folder)],
         user=user,
         writable=[folder],

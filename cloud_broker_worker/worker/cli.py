@@ -127,11 +127,7 @@ def measure_worker_speed(
 
 def _load_identity(folder: Path) -> Identity:
     identity = Identity.load(folder)
-    if identity.config.role is not Role.WORKER:
-        raise ConfigError(
-            f"{folder} is the identity of a {identity.config.role}, expected a worker's; "
-            "make one with 'fleet enroll NAME --role worker --out DIR'"
-        )
+    identity.check_role(Role.WORKER, "make one with 'fleet enroll NAME --role worker --out DIR'")
     return identity
 
 

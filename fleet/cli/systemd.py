@@ -8,7 +8,13 @@ from typing import Annotated, Final
 import typer
 
 from fleet.cli.options import HomeOption
-from fleet.server.fleet_units import BACKUP_SERVICE, UnitOptions, fleet_units, worker_unit
+from fleet.server.fleet_units import (
+    BACKUP_SERVICE,
+    UnitOptions,
+    fleet_units,
+    stale_units,
+    worker_unit,
+)
 from fleet.server.home import EMBEDDED, MOSQUITTO, FleetHome
 from fleet.utils.paths import absolute_path
 from fleet.utils.printable import print_line
@@ -63,3 +69,9 @@ def systemd(
         f"wrote {', '.join(units)} into {out}; "
         f"next: systemctl daemon-reload && systemctl enable --now {enabled}"
     )
+    if worker is None and (stale := stale_units(out, units)):
+        files = " ".join(str(out / name) for name in stale)
+        print_line(
+            f"of an earlier run are {', '.join(stale)}; "
+            f"next: systemctl disable --now {' '.join(stale)} && rm {files}"
+        )

@@ -64,16 +64,17 @@ class Enrolment(Struct, frozen=True, kw_only=True):
         if self.targets and self.role is not Role.APP:
             raise ConfigError(
                 "only an app is allowed devices or groups; "
-                f"{self.name!r} is to be a {self.role}: leave --allow out"
+                f"{self.name!r} is to be {self.role.with_article}: leave --allow out"
             )
         if self.group is not None and self.role is not Role.DEVICE:
             raise ConfigError(
                 "only a device belongs to a group; "
-                f"{self.name!r} is to be a {self.role}: leave --group out"
+                f"{self.name!r} is to be {self.role.with_article}: leave --group out"
             )
         if self.tags and self.role is not Role.DEVICE:
             raise ConfigError(
-                f"only a device has tags; {self.name!r} is to be a {self.role}: leave --tag out"
+                f"only a device has tags; {self.name!r} is to be {self.role.with_article}: "
+                "leave --tag out"
             )
 
 

@@ -81,6 +81,14 @@ class Identity:
         content = msgspec.json.format(msgspec.json.encode(self.config), indent=2) + b"\n"
         write_file(self.folder / IDENTITY_FILE, content, mode=0o644)
 
+    def check_role(self, role: Role, remedy: str) -> None:
+        """Raise ConfigError, which ends with `remedy`, unless the identity has this role."""
+        if self.config.role is not role:
+            raise ConfigError(
+                f"{self.folder} is the identity of {self.config.role.with_article}, "
+                f"expected {role.with_article}'s; {remedy}"
+            )
+
     @property
     def name(self) -> str:
         return self.config.name

@@ -24,6 +24,11 @@ class Role(StrEnum):
     WORKER = "worker"
     SERVER = "server"
 
+    @property
+    def with_article(self) -> str:
+        """The role with "a" or "an", for messages."""
+        return f"an {self}" if self is Role.APP else f"a {self}"
+
 
 def is_operator(name: str) -> bool:
     """Return whether a name is an operator's; no other identity can have such a name."""

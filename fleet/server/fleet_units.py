@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -77,6 +78,16 @@ def fleet_units(home: FleetHome, options: UnitOptions) -> dict[str, str]:
     return texts | {BACKUP_SERVICE: backup.render(), BACKUP_TIMER: TIMER}
 
 
+def stale_units(out: Path, units: Collection[str]) -> list[str]:
+    """Return the units in `out` of an earlier run with more workers, or with mosquitto.
+
+    ``fleet-worker.service``, of a worker with a folder of its own, is no unit of the fleet.
+    """
+    names = (path.name for path in out.glob("fleet-*.service"))
+    own = re.compile(rf"fleet-worker-\d+\.service|{re.escape(MOSQUITTO_SERVICE)}")
+    return sorted(name for name in names if own.fullmatch(name) and name not in units)
+
+
 def worker_unit(folder: Path, user: str) -> str:
     """Return the unit of a worker whose identity folder came from another machine.
 
@@ -86,13 +97,11 @@ def worker_unit(folder: Path, user: str) -> str:
         BundleError: the bundle cannot be read.
     """
     identity = Identity.load(folder)
-    config = identity.config
+    remedy = "make one with 'fleet enroll NAME --role worker --out DIR --bundle DIR'"
+    identity.check_role(Role.WORKER, remedy)
     bundle = identity.bundle
-    if config.role is not Role.WORKER or bundle is None:
-        raise ConfigError(
-            f"{folder} is the identity of a {config.role}, expected a worker's with a bundle; "
-            "make one with 'fleet enroll NAME --role worker --out DIR --bundle DIR'"
-        )
+    if bundle is None:
+        raise ConfigError(f"{folder} names no bundle, which a worker serves; {remedy}")
     arguments = WorkerSettings().arguments(bundle, num_workers=1)
     return _worker_unit(folder, bundle, arguments, user).render()
 

@@ -519,8 +519,8 @@ def check_own_names(enrolments: Iterable[Enrolment]) -> None:
         role = own_role(each.name)
         if role not in (None, each.role):
             raise ConfigError(
-                f"{each.name!r} is a name of the fleet's own, which is a {role}: choose another "
-                f"name for a {each.role}"
+                f"{each.name!r} is a name of the fleet's own, with the role {role}: choose another "
+                f"name for {each.role.with_article}"
             )
 
 

@@ -22,7 +22,7 @@ from fleet.utils.command_output import (
     open_closed_streams,
 )
 from fleet.utils.log_format import set_up_log
-from fleet.utils.paths import NO_CURRENT_FOLDER, has_current_folder, user_name
+from fleet.utils.paths import NO_CURRENT_FOLDER, has_current_folder, rights_remedy, user_name
 from fleet.utils.printable import printable_line
 from fleet.utils.service_manager import STOPPING, notify
 
@@ -140,7 +140,7 @@ def _error_line(error: FleetError | OSError | UnicodeEncodeError) -> str:
     if isinstance(error, PermissionError) and error.filename is not None:
         return (
             f"{error.filename}: {error.strerror} for the user {user_name()}; "
-            "run this as the file's owner, or name another folder"
+            f"{rights_remedy(Path(os.fsdecode(error.filename)))}, or name another folder"
         )
     if is_output_error(error):
         return f"cannot write to the output: {error.strerror}; send it elsewhere"

@@ -81,6 +81,20 @@ def describe_absence(path: Path) -> str:
     return "is a folder, expected a file" if path.is_dir() else "is missing"
 
 
+def rights_remedy(path: Path) -> str:
+    """Return the next step for a file that this user may not use."""
+    try:
+        owner = user_name(path.stat().st_uid)
+        folder_owner = user_name(path.parent.stat().st_uid)
+    except OSError:  # in a folder of another user
+        return "run this as its owner, or change its rights"
+    if owner != folder_owner:  # as a command with sudo leaves it
+        chown = f"'sudo chown {folder_owner} {path}'"
+        return f"it belongs to {owner}, give it to the owner of its folder: {chown}"
+    user = f"'#{owner}'" if owner.isdecimal() else owner
+    return f"run this as its owner (sudo -u {user}), or change its rights"
+
+
 def user_name(user: int | None = None) -> str:
     """Return the name of a user, by default of this process's; its number if it has no name."""
     number = os.geteuid() if user is None else user

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,11 @@ HIDDEN: Final = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tm
 STATE: Final = Path("/var/lib")
 ENVIRONMENT_FILE: Final = "/etc/cecollm-fleet/environment"
 MAX_OPEN_FILES: Final = 65_536
+
+USER: Final = re.compile(r"[^-\s:/](?:[^:/\0-\x1f]{0,253}[^\s:/])?")
+"""Names that systemd accepts, also those of a directory service (``fleet@example.org``)."""
+
+NO_USERS: Final = (2**16 - 1, 2**32 - 1)  # of systemd and the kernel
 
 SERVICE: Final = """\
 [Unit]
@@ -181,10 +187,10 @@ def service_user(folder: Path, user: str | None) -> str:
     """Return `user`, by default the owner of the folder that a service uses.
 
     Raises:
-        ConfigError: the folder belongs to root, or does not exist.
+        ConfigError: systemd accepts no such user, or the folder belongs to root or does not exist.
     """
     if user:
-        return user
+        return _checked_user(user)
     try:
         owner = folder.stat().st_uid
     except OSError as error:
@@ -195,6 +201,15 @@ def service_user(folder: Path, user: str | None) -> str:
             f"give the folder to another user (chown --recursive USER {folder}), or pass --user"
         )
     return user_name(owner)
+
+
+def _checked_user(user: str) -> str:
+    is_number = user.isascii() and user.isdecimal()
+    if not USER.fullmatch(user) or (is_number and int(user) in NO_USERS):
+        raise ConfigError(
+            f"user {user[:80]!r}: expected a name as in /etc/passwd, or the number of a user"
+        )
+    return user
 
 
 def write_units(out: Path, units: Mapping[str, str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from fleet.errors import ConfigError
 from fleet.utils.json_text import parse_unique_json
-from fleet.utils.paths import user_name
+from fleet.utils.paths import rights_remedy, user_name
 from fleet.utils.text import wide_encoding
 from fleet.utils.validation import JSON_ERRORS, describe_error
 
@@ -82,13 +82,6 @@ def describe_read_error(path: Path, error: OSError, remedy: str) -> str:
     if isinstance(error, PermissionError):
         return (
             f"cannot read {path}: {error.strerror} for the user {user_name()}; "
-            f"run this as {_owner(path)}, or change its rights"
+            f"{rights_remedy(path)}"
         )
     return f"cannot read {path}: {error.strerror or error}; {remedy}"
-
-
-def _owner(path: Path) -> str:
-    try:
-        return f"its owner {user_name(path.stat().st_uid)}"
-    except OSError:  # in a folder of another user
-        return "its owner"

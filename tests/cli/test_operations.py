@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks.postgresql import find_postgresql
 from fleet.bundles.manifest import Bundle
+from fleet.cli.systemd import systemd
 from fleet.protocol.access import Role
 from fleet.server.home import FleetConfig, FleetHome
 from tests.brokers import free_port
@@ -108,6 +109,27 @@ def test_the_units_are_written(tmp_path: Path, tiny_bundle: Bundle) -> None:
     assert {path.name for path in (tmp_path / "units").iterdir()} - listed == {
         "fleet-backup.service"
     }
+
+
+def test_a_later_run_names_the_units_that_are_no_longer_of_the_fleet(
+    tmp_path: Path, tiny_bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = FleetHome.create(
+        tmp_path / "home", FleetConfig(host="127.0.0.1", port=1, bundle=str(tiny_bundle.folder))
+    )
+    out = tmp_path / "units"
+    systemd(out, user="fleet", workers=3, folder=home.folder)
+    (out / "fleet-mosquitto.service").touch()
+    (out / "fleet-worker.service").touch()  # of a worker with a folder of its own
+    assert "of an earlier run" not in capsys.readouterr().out
+    systemd(out, user="fleet", workers=1, folder=home.folder)
+    stale = [f"fleet-{name}.service" for name in ("mosquitto", "worker-2", "worker-3")]
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert f"systemctl disable --now {' '.join(stale)} && rm {out}/{stale[0]} " in line
+    for name in stale:
+        (out / name).unlink()
+    systemd(out, user="fleet", workers=1, folder=home.folder)
+    assert "of an earlier run" not in capsys.readouterr().out
 
 
 def test_a_fleet_starts_on_a_new_postgresql_database_and_keeps_it(

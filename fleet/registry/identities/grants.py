@@ -165,7 +165,7 @@ def _check_app(db: Session, app: str) -> None:
         identity = None
     if identity is None or identity.role != Role.APP:
         enrol = f"enrol it with 'fleet enroll {app[:80]} --role app'"
-        advice = f"it is a {identity.role}" if identity else enrol
+        advice = f"it is {Role(identity.role).with_article}" if identity else enrol
         raise IdentityError(f"expected the name of an app, got {app[:80]!r}; {advice}")
 
 

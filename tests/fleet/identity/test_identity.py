@@ -6,12 +6,13 @@ import os
 import ssl
 from pathlib import Path
 
+import msgspec
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fleet.errors import IdentityError
+from fleet.errors import ConfigError, IdentityError
 from fleet.identity.identity import CA_FILE, CERT_FILE, IDENTITY_FILE, KEY_FILE, Identity
 from fleet.protocol.access import Role
 
@@ -83,6 +84,14 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).mkdir()
     with pytest.raises(IdentityError, match=f"{name} is a folder, expected a file"):
         Identity.load(folder)
+
+
+def test_an_identity_of_another_role_is_named_with_its_article(folder: Path) -> None:
+    identity = Identity.load(folder)
+    app = Identity(folder, msgspec.structs.replace(identity.config, role=Role.APP))
+    with pytest.raises(ConfigError, match=r"is the identity of an app, expected a device's"):
+        app.check_role(Role.DEVICE, "make one")
+    app.check_role(Role.APP, "make one")
 
 
 def test_a_key_that_this_user_may_not_read_is_named_with_its_owner(

@@ -58,7 +58,7 @@ def test_a_signal_to_another_thread_stops_a_command() -> None:
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device; "),
         (
             PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/f/fleet.json"),
-            f"/f/fleet.json: Permission denied for the user {user_name()}; run this as the file's",
+            f"/f/fleet.json: Permission denied for the user {user_name()}; run this as its owner",
         ),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a\nb"), "a\\nb: Is a directory; "),
         (ConfigError("device a refused: no\nfleet: all is well"), "no\\nfleet: all is well"),

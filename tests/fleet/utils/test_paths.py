@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import platformdirs
 import pytest
@@ -13,7 +14,7 @@ from fleet.identity.identity import ServerTls
 from fleet.registry.store import Registry
 from fleet.server.home import FleetHome
 from fleet.utils import paths
-from fleet.utils.paths import absolute_path, existing_folder, user_name
+from fleet.utils.paths import absolute_path, existing_folder, rights_remedy, user_name
 from tests.pipes import in_pipe
 
 UNKNOWN = 54321
@@ -84,6 +85,20 @@ def test_older_and_newer_versions_of_platformdirs_say_the_same(
 def test_the_disk_of_a_folder_that_does_not_exist_is_its_parents(tmp_path: Path) -> None:
     assert existing_folder(tmp_path / "a" / "b") == tmp_path
     assert existing_folder(Path("/nonexistent")) == Path("/")
+
+
+def test_a_file_that_another_user_has_left_is_to_be_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after `sudo fleet ...` in the folder of a service's user."""
+    file = tmp_path / "ca.pem"
+    file.touch()
+    assert rights_remedy(file).startswith(f"run this as its owner (sudo -u {user_name()})")
+    owners = {file: UNKNOWN, tmp_path: UNKNOWN}
+    monkeypatch.setattr(Path, "stat", lambda path: SimpleNamespace(st_uid=owners[path]))
+    assert rights_remedy(file).startswith(f"run this as its owner (sudo -u '#{UNKNOWN}')")
+    owners[file] = 0
+    assert rights_remedy(file).endswith(f"the owner of its folder: 'sudo chown {UNKNOWN} {file}'")
 
 
 def test_a_pipe_keeps_its_path_and_a_link_does_not(tmp_path: Path) -> None:

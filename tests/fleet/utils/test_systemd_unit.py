@@ -51,8 +51,15 @@ def test_a_service_without_a_watchdog_does_not_wait_for_messages() -> None:
     assert "WatchdogSec" not in unit
 
 
-def test_a_user_that_is_given_is_not_checked(tmp_path: Path) -> None:
-    assert service_user(tmp_path, "fleet") == "fleet"
+@pytest.mark.parametrize("user", ["fleet", "fleet@example.org", "EXAMPLE\\fleet", "1000", "f"])
+def test_a_user_that_is_given_need_not_exist_yet(tmp_path: Path, user: str) -> None:
+    assert service_user(tmp_path, user) == user
+
+
+@pytest.mark.parametrize("user", ["-x", " fleet", "fleet ", "4294967295", "65535", "a:b", "a/b"])
+def test_a_user_that_systemd_refuses_is_refused(tmp_path: Path, user: str) -> None:
+    with pytest.raises(ConfigError, match="expected a name as in /etc/passwd"):
+        service_user(tmp_path, user)
 
 
 def test_no_service_runs_as_root_by_accident(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,10 @@ def test_the_owner_of_a_file_that_this_user_may_not_read_is_named(
     path.touch()
     monkeypatch.setattr(Path, "read_bytes", refuse)
     owner = user_name(path.stat().st_uid)
-    words = rf"{path}: Permission denied for the user {user_name()}; run this as its owner {owner}"
+    words = (
+        rf"{path}: Permission denied for the user {user_name()}; "
+        rf"run this as its owner \(sudo -u {owner}\)"
+    )
     with pytest.raises(ConfigError, match=f"{words}, or change its rights$"):
         read_json(path, Any, "make it")
     with pytest.raises(BundleError, match=f"{words}, or change its rights$"):
