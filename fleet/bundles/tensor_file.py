@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
+from fleet.utils.text_files import check_no_pointer
 from fleet.utils.validation import JSON_ERRORS
 
 MAX_HEADER_BYTES: Final = 100_000_000  # by the format's specification
@@ -57,7 +58,9 @@ class TensorFile:
         Raises:
             OSError: it cannot be read.
             ValueError: it is no such file, or a tensor has another type or lies outside of it.
+            ConfigError: it is a pointer of Git LFS.
         """
+        check_no_pointer(path)
         self._path = path
         self._file = path.open("rb")
         try:

@@ -11,15 +11,35 @@ from fleet.utils.paths import rights_remedy, user_name
 from fleet.utils.text import wide_encoding
 from fleet.utils.validation import JSON_ERRORS, describe_error
 
+LFS_POINTER: Final = b"version https://git-lfs"
 GZIP: Final = b"\x1f\x8b"
+
+
+def check_no_pointer(path: Path) -> None:
+    """Check that a file is not the pointer that a clone without Git LFS leaves in its place.
+
+    Raises:
+        ConfigError: it is one.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        _check_content(file.read(len(LFS_POINTER)), str(path))
+
+
+def _check_content(data: bytes, source: str) -> None:
+    if data.startswith(LFS_POINTER):
+        raise ConfigError(
+            f"{source} is a pointer of Git LFS, not the file; run 'git lfs pull' in its folder"
+        )
 
 
 def decode_text(data: bytes, source: str) -> str:
     """Decode UTF-8; a byte order mark is skipped. `source` names the data in the error.
 
     Raises:
-        ConfigError: the data is compressed, in another encoding, or has a NUL.
+        ConfigError: the data is compressed, in another encoding, a pointer, or has a NUL.
     """
+    _check_content(data, source)
     if data.startswith(GZIP):
         raise ConfigError(f"{source} is a gzip file, expected text; unpack it with gunzip")
     encoding = wide_encoding(data)

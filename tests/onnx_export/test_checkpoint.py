@@ -1,4 +1,4 @@
-"""Files of a checkpoint that transformers leaves out without a word."""
+"""Files of a checkpoint that transformers leaves out without a word, or that are not there."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from fleet.errors import ConfigError
+from fleet.utils.prompt_file import read_prompts
 from onnx_export.bundle import load_model_and_tokenizer
 from onnx_export.config import ExportConfig
+from onnx_export.heads import read_heads_file
+from onnx_export.weights import weight_files
 from tests.tiny import make_tiny_checkpoint
 
 MARK = b"\xef\xbb\xbf"
@@ -31,3 +34,32 @@ def test_end_tokens_that_cannot_be_read_are_refused(
     config = ExportConfig(out=tmp_path / "bundle", exits=(2,), model=str(checkpoint))
     with pytest.raises(ConfigError, match=rf"generation_config\.json {reason}"):
         load_model_and_tokenizer(config, lambda _: None)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_clone_without_git_lfs_is_told_to_pull(tmp_path: Path, name: str) -> None:
+    checkpoint = make_tiny_checkpoint(tmp_path / "model")
+    (checkpoint / name).write_bytes(POINTER)
+    (checkpoint / "pytorch_model.bin").write_bytes(POINTER)  # which is not needed
+    config = ExportConfig(out=tmp_path / "bundle", exits=(2,), model=str(checkpoint))
+    words = rf"model/{name} is a pointer of Git LFS, not the file; run 'git lfs pull'"
+    with pytest.raises(ConfigError, match=words):
+        load_model_and_tokenizer(config, lambda _: None)
+
+
+def test_a_pointer_to_shards_heads_or_prompts_is_no_content(tmp_path: Path) -> None:
+    checkpoint = make_tiny_checkpoint(tmp_path / "model")
+    (checkpoint / "model.safetensors").unlink()
+    names = ("model/model.safetensors.index.json", "heads.safetensors", "prompts.txt")
+    pointers = [tmp_path / name for name in names]
+    for path in pointers:
+        path.write_bytes(POINTER)
+    with pytest.raises(ConfigError, match="is a pointer of Git LFS"):
+        weight_files(str(checkpoint))
+    with pytest.raises(ConfigError, match="is a pointer of Git LFS"):
+        read_heads_file(pointers[1])
+    with pytest.raises(ConfigError, match="is a pointer of Git LFS"):
+        read_prompts(pointers[2])
