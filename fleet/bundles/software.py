@@ -5,6 +5,7 @@ The store of a server has a folder for each version, named by it, complete or ab
 
 from __future__ import annotations
 
+import email
 import hashlib
 import shutil
 import tempfile
@@ -165,21 +166,40 @@ def read_wheel(path: Path, name: str | None = None) -> Metadata:
     """
     name = name or path.name
     try:
-        distribution, version, _, tags = parse_wheel_filename(name)
         with zipfile.ZipFile(path) as wheel:
             metadata = _read_metadata(wheel)
-    except InvalidWheelFilename as error:
-        raise SoftwareError(f"{name}: expected a wheel, *.whl: {error}") from None
+            tags = _read_tags(wheel)
     except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
         raise SoftwareError(f"{path} is no usable wheel: {error}; build it again") from None
-    if distribution != DISTRIBUTION or canonicalize_name(metadata.name) != DISTRIBUTION:
+    if canonicalize_name(metadata.name) != DISTRIBUTION:
         raise SoftwareError(f"{name}: expected a wheel of {DISTRIBUTION}, got {metadata.name}")
-    if {str(tag) for tag in tags} != {PURE_TAG} or metadata.version != version:
+    if tags != [PURE_TAG]:
         raise SoftwareError(
-            f"{name}: expected {DISTRIBUTION} {metadata.version} with the tag {PURE_TAG}; "
-            "build it with 'python -m build --wheel'"
+            f"{name}: expected {DISTRIBUTION} {metadata.version} with the tag {PURE_TAG}, "
+            f"got {', '.join(tags)[:80] or 'none'}; build it with 'python -m build --wheel'"
         )
+    if not _is_named(name, metadata.version):
+        own_name = f"{DISTRIBUTION.replace('-', '_')}-{metadata.version}-{PURE_TAG}.whl"
+        raise SoftwareError(f"{name}: expected the wheel's own name; rename it to {own_name}")
     return metadata
+
+
+def _is_named(name: str, version: Version) -> bool:
+    """Whether the name of a file is that of a wheel of this project and version."""
+    try:
+        distribution, named_version, _, tags = parse_wheel_filename(name)
+    except InvalidWheelFilename:
+        return False
+    is_pure = [str(tag) for tag in tags] == [PURE_TAG]
+    return is_pure and (distribution, named_version) == (DISTRIBUTION, version)
+
+
+def _read_tags(wheel: zipfile.ZipFile) -> list[str]:
+    """Read the tags in the file WHEEL. Raises KeyError when the archive has no such file."""
+    names = [name for name in wheel.namelist() if name.endswith(".dist-info/WHEEL")]
+    if len(names) != 1:
+        raise KeyError(f"expected one WHEEL, got {len(names)}")
+    return email.message_from_bytes(wheel.read(names[0])).get_all("Tag", [])
 
 
 def _read_metadata(wheel: zipfile.ZipFile) -> Metadata:

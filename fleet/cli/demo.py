@@ -33,7 +33,7 @@ from fleet.cli.options import (
 from fleet.cli.responses import PromptResult, stream_response
 from fleet.cli.stats_views import stats_table
 from fleet.cli.views import legend
-from fleet.errors import RegistryError
+from fleet.errors import ConfigError, RegistryError
 from fleet.protocol.access import Role
 from fleet.protocol.modes import exit_source
 from fleet.protocol.prompt import PromptRequest
@@ -93,6 +93,8 @@ def demo(
 ) -> None:
     """Run the whole system on this machine, with answers to a few prompts."""
     check_writable(picture=picture)
+    if picture and picture.suffix.lower() != ".svg":
+        raise ConfigError(f"--picture {picture}: expected a file named *.svg")
     texts = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())]
     requests = [
         make_request(

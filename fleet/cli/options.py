@@ -168,6 +168,8 @@ def parse_since(text: str | None) -> float | None:
             f"since {text!r}: expected a span like 30m, 24h, 7d, or a date in UTC like 2026-01-31 "
             "or 2026-01-31T09:00, after 1970"
         )
+    if since > time.time():
+        raise ConfigError(f"since {text!r}: expected a time before now, got one in the future")
     return since
 
 

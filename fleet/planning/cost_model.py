@@ -23,6 +23,7 @@ DATA: Final = Path(__file__).parent / "data/plan.json"
 CLOUD_ONLY: Final = "cloud_only"
 ON_DEVICE: Final = "on_device"
 STANDALONE: Final = "standalone"
+LEAST: Final = 1e-6  # smaller values lead to infinite figures
 MAKE_FITS: Final = (
     "expected a file of fits; make one in a checkout of the project with 'fleet bench paper' and "
     "then 'fleet bench paper --fit'"
@@ -370,5 +371,5 @@ def check_request(request: PlanRequest) -> None:
         if name == "min_agreement":
             if not 0 <= value <= 1:
                 raise ConfigError(f"agreement {value}: expected a number from 0 to 1")
-        elif value is not None and not (0 < value < 1e9 or (value == 0 and name == "rtt_ms")):
-            raise ConfigError(f"{name} {value}: expected a number above 0 and below 1e9")
+        elif value is not None and not (LEAST <= value < 1e9 or (value == 0 and name == "rtt_ms")):
+            raise ConfigError(f"{name} {value}: expected a number from {LEAST:f} up to 1e9")

@@ -1,4 +1,4 @@
-"""Names on the command line that cannot stand in a topic: refused before a command begins."""
+"""Names of devices and files on the command line: refused before a command begins."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from typer.main import get_command
 
 from fleet.cli import app
-from fleet.errors import TopicError
+from fleet.errors import ConfigError, TopicError
 from fleet.protocol.prompt import PromptRequest
 from fleet.transport.in_memory import InMemoryBroker
 from fleet.transport.prompt_client import PromptClient
@@ -54,3 +54,8 @@ def test_an_app_that_prompts_all_devices_at_once_is_refused() -> None:
         pytest.raises(TopicError, match="name '\\+': expected 1 to 63"),
     ):
         next(PromptClient(link).ask("+", PromptRequest(prompt="hello")))
+
+
+def test_a_picture_of_another_kind_is_refused_before_the_demo_runs() -> None:
+    with pytest.raises(ConfigError, match=r"--picture o\.png: expected a file named \*\.svg"):
+        COMMAND.main(["demo", "--picture", "o.png"], standalone_mode=False)

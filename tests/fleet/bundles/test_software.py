@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -100,20 +101,42 @@ def test_bytes_that_are_not_the_wheel_are_refused(wheel: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    "name",
     [
-        ("wheel.whl", r"expected a wheel, \*\.whl"),
-        ("notes.txt", r"expected a wheel, \*\.whl"),
-        ("other-0.9.0-py3-none-any.whl", "expected a wheel of cecollm-fleet"),
-        ("cecollm_fleet-0.9.1-py3-none-any.whl", "with the tag py3-none-any"),
-        ("cecollm_fleet-0.9.0-cp311-cp311-linux_x86_64.whl", "with the tag py3-none-any"),
+        "wheel.whl",
+        "notes.txt",
+        "cecollm_fleet-0.9.0-py3-none-any (1).whl",
+        "other-0.9.0-py3-none-any.whl",
+        "cecollm_fleet-0.9.1-py3-none-any.whl",
+        "cecollm_fleet-0.9.0-cp311-cp311-linux_x86_64.whl",
     ],
 )
-def test_a_wheel_of_another_name_version_or_kind_is_refused(
-    wheel: Path, tmp_path: Path, name: str, message: str
+def test_a_wheel_under_another_name_is_to_be_renamed(
+    wheel: Path, tmp_path: Path, name: str
 ) -> None:
-    with pytest.raises(SoftwareError, match=message):
+    words = f"{re.escape(name)}: .*; rename it to {re.escape(wheel.name)}$"
+    with pytest.raises(SoftwareError, match=words):
         read_wheel(changed(wheel, tmp_path, name))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("WHEEL", b"py3-none-any", b"cp311-cp311-linux_x86_64", "got cp311-cp311-linux_x86_64; "),
+        ("METADATA", b"Name: cecollm-fleet", b"Name: other", "expected a wheel of cecollm-fleet"),
+    ],
+)
+def test_a_wheel_of_another_kind_or_project_is_refused(
+    wheel: Path, tmp_path: Path, file: str, old: bytes, new: bytes, message: str
+) -> None:
+    copy = tmp_path / wheel.name
+    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(copy, "w") as target:
+        for name in source.namelist():
+            data = source.read(name)
+            is_changed = name.endswith(f".dist-info/{file}")
+            target.writestr(name, data.replace(old, new) if is_changed else data)
+    with pytest.raises(SoftwareError, match=message):
+        read_wheel(copy)
 
 
 def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import msgspec
@@ -10,6 +11,7 @@ import pytest
 from fleet.errors import ConfigError
 from fleet.planning.advice import crossings, plan_deployment
 from fleet.planning.cost_model import (
+    DATA,
     CostFit,
     Expectation,
     MachineSpeed,
@@ -279,10 +281,12 @@ def test_crossings_are_found_to_a_thousandth() -> None:
 @pytest.mark.parametrize(
     ("load", "words"),
     [
-        (PlanRequest(rtt_ms=-1.0, mbit_s=8.0), "rtt_ms -1.0: expected a number above 0"),
-        (PlanRequest(rtt_ms=1.0, mbit_s=0.0), "mbit_s 0.0: expected a number above 0"),
+        (PlanRequest(rtt_ms=-1.0, mbit_s=8.0), "rtt_ms -1.0: expected a number from 0.000001"),
+        (PlanRequest(rtt_ms=1.0, mbit_s=0.0), "mbit_s 0.0: expected a number from 0.000001"),
         (PlanRequest(rtt_ms=1.0, mbit_s=8.0, edge_step_ms=0.0), "edge_step_ms 0.0"),
         (PlanRequest(rtt_ms=float("nan"), mbit_s=8.0), "rtt_ms nan"),
+        (PlanRequest(rtt_ms=1e-320, mbit_s=8.0), "rtt_ms 1e-320: expected"),
+        (PlanRequest(rtt_ms=1.0, mbit_s=1e-320), "mbit_s 1e-320: expected"),
         (
             PlanRequest(rtt_ms=1.0, mbit_s=8.0, min_agreement=2.0),
             "agreement 2.0: expected a number from 0 to 1",
@@ -297,6 +301,20 @@ def test_numbers_that_no_link_has_are_refused(load: PlanRequest, words: str) -> 
 def test_a_fit_survives_its_file(tmp_path: Path) -> None:
     write_fits([FIT], tmp_path / "new" / "plan.json")
     assert read_fits(tmp_path / "new" / "plan.json") == (FIT,)
+
+
+@pytest.mark.parametrize("least", [1e-6, 999_999_999.0])
+def test_every_figure_of_an_accepted_request_is_finite(least: float) -> None:
+    request = PlanRequest(
+        rtt_ms=999_999_999.0,
+        mbit_s=least,
+        edge_step_ms=least,
+        cloud_step_ms=least,
+        prompt_tokens=1_000_000,
+        tokens=1_000_000,
+    )
+    for one in expectations(read_fits(DATA), request):
+        assert math.isfinite(one.total_ms + one.ttft_ms + one.token_ms)
 
 
 @pytest.mark.parametrize(
