@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 import math
+import re
 import ssl
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -37,6 +38,10 @@ T = TypeVar("T")
 
 ANSWER_S: Final = 60.0
 DOWNLOAD_S: Final = 3600.0  # afterwards a device requests the rest of the file
+RANGE: Final = re.compile(
+    r"bytes=(?:(?P<first>\d+)-(?P<last>\d*)|-(?P<suffix>\d+))", re.ASCII | re.IGNORECASE
+)
+MAX_FILE_BYTES: Final = 1 << 62
 PEM: Final = "application/x-pem-file"
 
 log = logging.getLogger(__name__)
@@ -129,7 +134,7 @@ class TimedFile(web.FileResponse):
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         try:
             async with asyncio.timeout(DOWNLOAD_S):
-                return await super().prepare(request)
+                return await super().prepare(with_usable_range(request))
         except TimeoutError:
             log.warning(
                 "%s did not take %s within %g s", peer_address(request), request.path, DOWNLOAD_S
@@ -137,6 +142,22 @@ class TimedFile(web.FileResponse):
             if request.transport:
                 request.transport.abort()
             raise ConnectionResetError from None
+
+
+def with_usable_range(request: web.BaseRequest) -> web.BaseRequest:
+    """Return a request without a Range that is no single range of bytes, as RFC 9110, 14.2, says.
+
+    The last 0 bytes become a range that no file satisfies; aiohttp would send the whole file.
+    """
+    if "Range" not in request.headers:
+        return request
+    headers = request.headers.copy()
+    match = RANGE.fullmatch(headers.popall("Range")[0])
+    if match and match["suffix"] and not int(match["suffix"]):
+        headers["Range"] = f"bytes={MAX_FILE_BYTES}-"
+    elif match and int(match["first"] or 0) <= int(match["last"] or MAX_FILE_BYTES):
+        return request
+    return request.clone(headers=headers)
 
 
 @web.middleware

@@ -429,6 +429,30 @@ def test_a_download_continues_at_its_position(bench: ServiceBench) -> None:
     assert response.headers["Content-Range"] == f"bytes 1000-{len(content) - 1}/{len(content)}"
 
 
+@pytest.mark.parametrize(
+    ("value", "status", "num_bytes"),
+    [
+        ("bytes=0-9", 206, 10),
+        ("Bytes=-10", 206, 10),
+        ("bytes=-0", 416, 0),
+        ("bytes=99999-", 416, 0),
+        ("lines=0-9", 200, 10_240),
+        ("bytes=9-0", 200, 10_240),
+        ("bytes=0-1,4-5", 200, 10_240),
+        ("bytes=-", 200, 10_240),
+    ],
+)
+def test_a_range_that_is_none_does_not_count_and_an_empty_one_is_refused(
+    bench: ServiceBench, value: str, status: int, num_bytes: int
+) -> None:
+    bench.write_bundle()
+    path = "/v1/bundles/b1/edge/block_0.onnx"
+    response = bench.ask("GET", path, None, bench.identity(), {"Range": value})
+    assert (response.status, len(response.body)) == (status, num_bytes)
+    if status == 416:
+        assert response.headers["Content-Range"] == "bytes */10240"
+
+
 def test_apps_and_strangers_get_no_files(bench: ServiceBench) -> None:
     bench.write_bundle()
     path = "/v1/bundles/b1/manifest.json"
