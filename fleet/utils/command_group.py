@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import re
+from typing import TYPE_CHECKING, Any, Final
 
+import typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from typer._click import Context, HelpFormatter
 
 DEFAULT_SECTION: Final = "Commands"
+USAGE_ERROR: Final[Any] = typer.BadParameter.__base__  # of the click that typer uses
+TEXT_AS_OPTION: Final = re.compile(r"No such option: -(?!-[a-z-]+$).*", re.DOTALL)
 WHOLE: Final = 1000  # characters of a description: more than any has
 
 
 class CommandGroup(TyperGroup):
     """A group of commands; the section of each is its `rich_help_panel`."""
+
+    def invoke(self, ctx: Context) -> Any:
+        """Run the command that the arguments name; an unknown option may be meant as a text."""
+        try:
+            return super().invoke(ctx)
+        except USAGE_ERROR as error:
+            if TEXT_AS_OPTION.fullmatch(error.message):
+                error.message += "; put -- before a text that begins with a minus"
+            raise
 
     def format_commands(self, ctx: Context, formatter: HelpFormatter) -> None:
         """Write each section in the order of its first command."""

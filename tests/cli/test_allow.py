@@ -81,6 +81,7 @@ def test_devices_are_listed_by_tag_and_by_state(home: Path) -> None:
         (("tag", "kitchen", "first-floor"), ("'first-floor'", "for example floor=1")),
         (("tag", "kitchen", "Floor=1"), ("'Floor'", "a-z")),
         (("tag", "ghost", "floor=1"), ("unknown device 'ghost'",)),
+        (("tag", "kitchen", "--remove", "nosuch"), ("'kitchen' has no tag nosuch; it has ",)),
     ],
 )
 def test_a_mistake_is_reported_in_one_line(

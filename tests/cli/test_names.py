@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from fleet.cli import app
 from fleet.errors import ConfigError, TopicError
@@ -59,3 +60,15 @@ def test_an_app_that_prompts_all_devices_at_once_is_refused() -> None:
 def test_a_picture_of_another_kind_is_refused_before_the_demo_runs() -> None:
     with pytest.raises(ConfigError, match=r"--picture o\.png: expected a file named \*\.svg"):
         COMMAND.main(["demo", "--picture", "o.png"], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_text"), [("-5 degrees?", True), ("- an item", True), ("--treshold", False)]
+)
+def test_a_prompt_that_looks_like_an_option_is_told_of_the_two_dashes(
+    text: str, is_text: bool
+) -> None:
+    result = CliRunner().invoke(app, ["prompt", "kitchen", text])
+    assert result.exit_code == 2
+    assert "No such option" in result.output
+    assert ("put -- before a text that begins with a minus" in result.output) is is_text

@@ -125,13 +125,23 @@ def change_tags(
 
     Raises:
         UnknownDeviceError: it is not enrolled.
+        IdentityError: it does not have a tag that is to be removed.
     """
     check_device(db, device)
+    _check_tags(db, device, remove)
     keys = sorted({*remove, *tags})
     db.execute(delete(TagRecord).where(TagRecord.device == device, TagRecord.key.in_(keys)))
     db.add_all(TagRecord(device=device, key=key, value=value) for key, value in tags.items())
     removed = [key for key in keys if key not in tags]
     audit(db, actor, "tag", device, tags=dict(tags), removed=removed)
+
+
+def _check_tags(db: Session, device: str, keys: Iterable[str]) -> None:
+    tags = tags_by_device(db, device).get(device, {})
+    if unknown := [key for key in keys if key not in tags]:
+        raise IdentityError(
+            f"{device!r} has no tag {', '.join(unknown)[:80]}; it has {', '.join(tags) or 'none'}"
+        )
 
 
 def tags_by_device(db: Session, device: str | None = None) -> dict[str, dict[str, str]]:

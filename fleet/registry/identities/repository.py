@@ -412,6 +412,7 @@ class IdentityRepository(Repository):
 
         Raises:
             UnknownDeviceError: it is not enrolled.
+            IdentityError: it does not have a tag that is to be removed.
         """
         self._transactions.write(lambda db: change_tags(db, self.actor, device, tags, remove))
 

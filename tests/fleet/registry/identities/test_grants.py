@@ -75,7 +75,9 @@ def test_another_value_of_a_tag_is_another_tag(home: Registry) -> None:
 def test_a_removed_tag_allows_no_app(home: Registry) -> None:
     home.identities.tag("kitchen", {"floor": "1", "wing": "east"})
     home.identities.allow("phone", ["floor=1"])
-    home.identities.tag("kitchen", {}, remove=["floor", "never-there"])
+    with pytest.raises(IdentityError, match="has no tag never-there; it has floor, wing"):
+        home.identities.tag("kitchen", {}, remove=["floor", "never-there"])
+    home.identities.tag("kitchen", {}, remove=["floor"])
     assert (targets(home, "phone"), targets(home, "kitchen")) == ((), ())
 
 
