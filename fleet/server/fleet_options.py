@@ -22,6 +22,7 @@ from fleet.server.home import (
     FleetHome,
     bundle_id_of,
 )
+from fleet.utils.atomic_files import made_folder
 from fleet.utils.host_address import check_reachable, host_port
 from fleet.utils.optional_imports import needs
 from fleet.utils.paths import absolute_path
@@ -127,11 +128,13 @@ def addresses(config: FleetConfig) -> dict[str, str]:
 def hold_folder(folder: Path) -> Iterator[None]:
     """Lock `folder` for the block, as its only `fleet up`; make the folder if it is missing.
 
+    A folder that is still empty after an error is removed again.
+
     Raises:
         ConfigError: another `fleet up` has the lock.
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (folder / RUNNING_FILE).open("a+", encoding="utf-8") as lock:
+    path = folder / RUNNING_FILE
+    with made_folder(folder), path.open("a+", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -143,4 +146,8 @@ def hold_folder(folder: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
-        yield
+        try:
+            yield
+        finally:
+            if list(folder.iterdir()) == [path]:  # there is no fleet after all
+                path.unlink()

@@ -27,7 +27,7 @@ from fleet.errors import BundleError, ConfigError, FleetError, IdentityError
 from fleet.identity.enrolment import Enrolment
 from fleet.identity.identity import CA_FILE, Identity, ServerTls
 from fleet.protocol.access import Role, is_operator
-from fleet.utils.atomic_files import write_file
+from fleet.utils.atomic_files import made_folder, write_file
 from fleet.utils.host_address import check_host
 from fleet.utils.json_text import HALF_PAIR
 from fleet.utils.optional_imports import needs
@@ -143,9 +143,9 @@ class FleetHome:
         The fleet's own identities get the broker's address of `config`.
         """
         passphrase = ca_passphrase()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         home = cls(folder, config)
-        home.registry().close()  # the registry must open before the file is written
+        with made_folder(folder):
+            home.registry().close()  # the registry must open before the file is written
         home.save()
         finish_retirement(home.ca_folder)
         if not home.ca_folder.exists():

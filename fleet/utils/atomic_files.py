@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,24 @@ def create_file(path: Path, data: bytes) -> bytes:
         temporary.unlink()
     sync_folder(path.parent)
     return path.read_bytes()
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder (mode 0700) for the block. An error removes it if it is new and empty.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # it is not empty
+            if is_new:
+                folder.rmdir()
+        raise
 
 
 def move_aside(path: Path, reason: object) -> None:

@@ -13,6 +13,7 @@ import platformdirs
 from fleet.errors import ConfigError
 
 PROJECT: Final = "cecollm-fleet"
+DEVICES: Final = "/dev"  # a pipe there (/dev/fd/63) is a link of the kernel, with no target
 NO_CURRENT_FOLDER: Final = "the current folder no longer exists; cd to another one"
 
 
@@ -23,11 +24,9 @@ def absolute_path(path: Path) -> Path:
         ConfigError: it begins with ``~`` and this user has no home folder.
     """
     try:
-        resolved = path.expanduser().resolve()
+        return path if path.is_relative_to(DEVICES) else path.expanduser().resolve()
     except RuntimeError:
         raise _homeless(str(path)) from None
-    is_pipe = path.is_fifo() and not resolved.exists()  # a link of the kernel, with no target
-    return path.absolute() if is_pipe else resolved
 
 
 def user_data_folder() -> Path:

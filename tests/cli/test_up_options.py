@@ -11,7 +11,7 @@ import pytest
 from fleet.bundles.manifest import Bundle
 from fleet.cli.init import init
 from fleet.cli.up import up
-from fleet.errors import BundleError, ConfigError
+from fleet.errors import BundleError, ConfigError, FleetError
 from fleet.server.fleet_options import FleetOptions, hold_folder, resolve_config
 from fleet.server.home import (
     DEFAULT_PORT,
@@ -169,3 +169,18 @@ def test_a_fleet_whose_registry_is_gone_does_not_start_an_empty_one(tmp_path: Pa
     with pytest.raises(ConfigError, match=r"registry\.sqlite is missing; restore a backup"):
         FleetHome.load(tmp_path).registry()
     assert not (tmp_path / REGISTRY_FILE).exists()
+
+
+@pytest.mark.parametrize("is_made", [False, True])
+def test_an_unusable_registry_leaves_no_folder(
+    tmp_path: Path, tiny_bundle: Bundle, is_made: bool
+) -> None:
+    folder = tmp_path / "fleet"
+    if is_made:
+        folder.mkdir()
+    for registry in ("postgresql://x@127.0.0.1:1/x", "nonsense://x"):
+        with pytest.raises(FleetError):
+            up(folder, port=1024, bundle=tiny_bundle.folder, registry=registry)
+        with pytest.raises(FleetError):
+            init(folder=folder, host="127.0.0.1", bundle=tiny_bundle.folder, registry=registry)
+    assert [path.name for path in tmp_path.rglob("*")] == (["fleet"] if is_made else [])
