@@ -125,18 +125,22 @@ def check_gguf(source: str, name: str) -> None:
 def load_tokenizer(source: str, name: str) -> Any:
     """Load the tokenizer of the model `name`.
 
-    transformers gets the special tokens of a GGUF file wrong. They are set here.
+    transformers gets the special tokens of a GGUF file wrong, and Gemma's pieces. They are set
+    here.
 
     Raises:
         ExportError: it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
+    from onnx_export.gguf_tokenizer import correct_gguf_tokenizer
+
     if not is_gguf(source):
         return load_pretrained(AutoTokenizer, source, name)
     config = load_config(source, name)
     with quiet_gguf_reader():
         tokenizer = load_pretrained(AutoTokenizer, source, name)
+    correct_gguf_tokenizer(tokenizer.backend_tokenizer, Path(source))
     for kind in ("bos", "eos", "pad"):
         token_id = getattr(config, f"{kind}_token_id")
         if token_id is not None:
