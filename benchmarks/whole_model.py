@@ -29,7 +29,7 @@ from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer
 from fleet.bundles.manifest import Bundle
 from fleet.protocol.messages import Sampling
-from fleet.protocol.prompt import ChatMessage
+from fleet.protocol.prompt import ChatMessage, PromptRequest
 from fleet.protocol.sampling import draw
 from fleet.server.supervisor import resolve_bundle
 from fleet.utils.prompt_file import read_prompts
@@ -67,6 +67,12 @@ class WholeModel:
                 f"{missing} missing, {unexpected} unexpected"
             )
         self._upper = model.eval()
+
+    def prompt_ids(self, prompt: str | Sequence[ChatMessage]) -> list[int]:
+        """Return the tokens that a device makes of a text or of a conversation."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(PromptRequest(prompt=prompt))
+        return self.tokenizer.encode_chat(prompt)
 
     def logits(
         self, cascade: Cascade, cache: DynamicCache, token_ids: Sequence[int]
@@ -106,7 +112,7 @@ class WholeModel:
 
         Each token is judged after the answer's own earlier tokens.
         """
-        prompt_ids = self.tokenizer.encode_chat([ChatMessage("user", prompt)])
+        prompt_ids = self.prompt_ids(prompt)
         cascade = Cascade(self.partition, len(prompt_ids) + len(token_ids))
         cache = DynamicCache()
         result = []
@@ -126,8 +132,7 @@ class WholeModel:
         sampling: Sampling | None = None,
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield each token with the logits [vocab] float32 that it was chosen from."""
-        chat = [ChatMessage("user", prompt)] if isinstance(prompt, str) else prompt
-        prompt_ids = self.tokenizer.encode_chat(chat)
+        prompt_ids = self.prompt_ids(prompt)
         cascade = Cascade(self.partition, len(prompt_ids) + max_new_tokens)
         cache = DynamicCache()
         token_ids: list[int] = []

@@ -11,6 +11,7 @@ import torch
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.whole_model import WholeModel
 from edge_agent.config import AgentConfig
 from fleet.bundles.manifest import CHAT_TEMPLATE, Bundle, write_manifest
 from fleet.cli.chat import Conversation, check_can_chat
@@ -103,6 +104,13 @@ def test_a_text_is_continued_as_by_transformers(
     num_tokens = len(answer.token_ids)
     assert answer.token_ids == expected[:num_tokens]
     assert num_tokens == NUM_TOKENS or answer.last.finish_reason == "stop"
+
+
+def test_the_whole_model_of_the_benchmarks_continues_the_text(
+    raw_bundle: Bundle, base_checkpoint: Path
+) -> None:
+    answer = WholeModel(raw_bundle, num_threads=1).generate(TEXT, NUM_TOKENS)
+    assert answer == continuation(base_checkpoint, TEXT)[1][: len(answer)]
 
 
 def test_messages_are_refused_in_one_line_and_the_next_text_is_continued(
