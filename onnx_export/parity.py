@@ -43,6 +43,7 @@ from onnx_export.config import Quantization
 from onnx_export.heads import ExitHead, HeadKind
 from onnx_export.quantize import product_weights
 from onnx_export.streamed_model import StreamedModel
+from onnx_export.tokenizer import start_ids
 from onnx_export.variants import (
     attention_mask,
     attention_window,
@@ -178,12 +179,21 @@ def relative_error(actual: Floats, expected: Floats) -> float:
 
 
 def text_windows(tokenizer: Any, max_positions: int) -> list[Ids]:
-    """Return `NUM_TOKENS` tokens of our text as separate sequences, int64 [1, up to 128] each."""
+    """Return `NUM_TOKENS` tokens as separate sequences, int64 [1, up to 128] each.
+
+    Each begins with the tokens that the tokenizer adds before a text: without them, the hidden
+    states of models such as Gemma are unlike those of any prompt. Our text follows.
+    """
     text = TEXT.read_text(encoding="utf-8")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    tokens = np.resize(np.array(ids, np.int64), NUM_TOKENS)
+    start = start_ids(tokenizer)
     width = min(WINDOW, max_positions)
-    return [tokens[None, start : start + width] for start in range(0, NUM_TOKENS, width)]
+    offsets = range(0, NUM_TOKENS, width)
+    rows = np.resize(np.array(ids, np.int64), (len(offsets), width - len(start)))
+    windows = [np.array([[*start, *row]], np.int64) for row in rows]
+    return [
+        window[:, : NUM_TOKENS - offset] for window, offset in zip(windows, offsets, strict=True)
+    ]
 
 
 def run_layer(decoder: Any, layer: Any, hidden_states: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from onnx import numpy_helper
 from rich.console import Console
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fleet.bundles.manifest import Bundle
@@ -297,6 +298,18 @@ def test_the_text_is_cut_into_sequences_that_fit_the_model() -> None:
     windows = parity.text_windows(make_tiny_tokenizer(), 100)
     assert [window.shape for window in windows] == [(1, 100)] * 5 + [(1, 12)]
     assert make_tiny_tokenizer().decode(windows[0][0]).startswith("A lighthouse keeper")
+
+
+def test_each_sequence_begins_with_the_tokens_that_begin_a_text() -> None:
+    tokenizer = make_tiny_tokenizer()
+    start = ("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[start]
+    )
+    windows = parity.text_windows(tokenizer, 100)
+    assert [window.shape for window in windows] == [(1, 100)] * 5 + [(1, 12)]
+    assert [window[0, 0] for window in windows] == [start[1]] * 6
+    assert tokenizer.decode(windows[0][0, 1:]).startswith("A lighthouse keeper")
 
 
 def test_the_report_lists_every_figure_with_its_limit(make_tiny_bundle: MakeTinyBundle) -> None:
