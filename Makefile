@@ -11,10 +11,10 @@ DOCS := .venv/.docs
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-parts check bench docs clean
+.PHONY: help demo test test-parts check bench arm64 docs clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' Makefile
 
 $(INSTALLED): pyproject.toml scripts/bootstrap.py
 	@$(PYTHON) scripts/bootstrap.py
@@ -41,6 +41,10 @@ check: $(INSTALLED)  ## Lint, format, types, import rules
 
 bench: $(INSTALLED)  ## Measure the edge engine beside its peers, on an idle machine (ARGS="--only speed ...")
 	@$(BIN)/fleet bench edge $(ARGS)
+
+arm64: $(INSTALLED)  ## Compare a device on an emulated ARM processor with this machine (ARGS="--cpu ...")
+	@scripts/install_arm64.sh
+	@$(BIN)/python scripts/arm64.py $(ARGS)
 
 $(DOCS): $(INSTALLED)
 	@echo "==> installing the tools of the documentation site"

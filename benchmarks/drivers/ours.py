@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import onnxruntime as ort
 
@@ -63,6 +63,16 @@ class OurEngine:
         cascade, candidates = self.start(prompt, len(answer))
         following = [self.step(cascade, token_id) for token_id in answer[:-1]]
         return {"best": [int(candidates.token_ids[0]), *following]}
+
+    def candidates(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:
+        """Return the best three tokens at each position of an answer, and log-probabilities."""
+        cascade, first = self.start(prompt, len(answer))
+        found = [first]
+        for token_id in answer[:-1]:
+            cascade.append([token_id])
+            found.append(self.run(cascade))
+        rows = [zip(best.token_ids[:3], best.logprobs[:3], strict=True) for best in found]
+        return {"candidates": [[(int(i), round(float(p), 4)) for i, p in row] for row in rows]}
 
     def step_ms(self, prompt: Sequence[int], steps: int) -> dict[str, float]:
         """Return the median time of one step, in ms."""

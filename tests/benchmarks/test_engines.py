@@ -36,6 +36,16 @@ def test_our_engine_reports_its_version_and_speed(engine: EngineProcess) -> None
     assert set(engine.ask("growth", prompt=PROMPT, answers=2, new_tokens=8)) == {"own", "mapped"}
 
 
+def test_the_candidates_along_an_answer_begin_with_the_best_tokens(engine: EngineProcess) -> None:
+    text = {"prompt": PROMPT, "answer": PROMPT[:6]}
+    candidates = engine.ask("candidates", **text)["candidates"]
+    assert [row[0][0] for row in candidates] == engine.ask("best", **text)["best"]
+    for row in candidates:
+        logprobs = [logprob for _, logprob in row]
+        assert len(row) == 3
+        assert logprobs == sorted(logprobs, reverse=True)
+
+
 def test_the_best_token_of_each_position_does_not_depend_on_what_follows(
     engine: EngineProcess,
 ) -> None:
