@@ -93,7 +93,7 @@ def test_a_folder_that_holds_an_identity_is_refused_and_the_name_stays_free(
     fleet: OfflineFleet,
 ) -> None:
     fleet.enroll("edge-1")
-    with pytest.raises(IdentityError, match="holds an identity already"):
+    with pytest.raises(IdentityError, match="is the identity of edge-1, expected that of edge-2"):
         fleet.enroll("edge-2", out=fleet.folder / "edge-1")
     assert fleet.registry.identities.grants("edge-2") is None
 
