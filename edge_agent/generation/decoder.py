@@ -45,6 +45,10 @@ class GeneratedToken:
     source: str
 
 
+def proceed() -> None:
+    """Let every chunk of a sequence run."""
+
+
 class Decoder:
     """A sequence that runs through the cascade.
 
@@ -70,7 +74,7 @@ class Decoder:
     ) -> None:
         self.cascade = Cascade(partition, capacity, one_by_one_from)
         self.text: list[int] = []
-        self.check: Callable[[], None] = lambda: None
+        self.check: Callable[[], None] = proceed
         self._exits = partition.exits
         self._is_whole = partition.is_whole
         self._upload_block = self._exits.index(partition.upload_layer)

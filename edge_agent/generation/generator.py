@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 
-from edge_agent.generation.decoder import Decoder, GeneratedToken
+from edge_agent.generation.decoder import Decoder, GeneratedToken, proceed
 from edge_agent.generation.mode_controller import ModeController
 from edge_agent.generation.speculative import SpeculativeDecoder
 from edge_agent.session.cloud_session import CloudSession
@@ -64,7 +63,7 @@ class Generator:
                 raise DeadlineError(self._why_late(num_tokens))
 
         self._decoder.check = check
-        with suppress(_CancelledError):
+        try:
             while num_tokens < max_new_tokens:
                 check()
                 for token in self._advance(num_tokens, max_new_tokens - num_tokens):
@@ -72,6 +71,11 @@ class Generator:
                     yield token
                     if token.token_id in self._eos_token_ids:
                         return
+        except _CancelledError:
+            return
+        finally:
+            # `check` refers to this object: without it the caches are freed at once.
+            self._decoder.check = proceed
 
     def _why_late(self, num_tokens: int) -> str:
         note = self._cloud_session.note if self._cloud_session else None

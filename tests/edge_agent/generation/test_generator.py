@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 
 from edge_agent.engine.cascade import MAX_CHUNK
@@ -36,6 +39,17 @@ def generate(
     decoder = Decoder(partition, 64, thresholds, sampling or Sampling())
     generator = Generator(decoder, ModeController(mode, Targets(), Measurements(), 100), EOS)
     return list(generator.generate(PROMPT, 12)), decoder
+
+
+def test_an_answers_caches_are_freed_without_the_garbage_collector(partition: Partition) -> None:
+    gc.disable()
+    try:
+        _, decoder = generate(partition, (1.0, 0.0))
+        cascade = weakref.ref(decoder.cascade)
+        del decoder
+        assert cascade() is None
+    finally:
+        gc.enable()
 
 
 def test_threshold_zero_emits_at_the_first_exit_and_runs_nothing_deeper(
