@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,12 +19,16 @@ COMMAND_S: Final = 10.0
 def reload_by_signal(pid_file: Path) -> Callable[[], None]:
     """Return a function that sends SIGHUP to the process that wrote `pid_file`.
 
-    The function raises ConfigError when there is no such process.
+    The function raises ConfigError when there is no such process, and when the signal would end it:
+    mosquitto listens before it handles signals.
     """
 
     def reload() -> None:
         try:
-            os.kill(int(pid_file.read_bytes()), signal.SIGHUP)
+            process = int(pid_file.read_bytes())
+            if ends_at_hangup(process):
+                raise ConfigError(f"cannot reload mosquitto: process {process} is still starting")
+            os.kill(process, signal.SIGHUP)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"cannot reload mosquitto: no process by {pid_file} ({error}); "
@@ -31,6 +36,20 @@ def reload_by_signal(pid_file: Path) -> Callable[[], None]:
             ) from None
 
     return reload
+
+
+def ends_at_hangup(process: int) -> bool:
+    """Return whether a process neither handles, blocks nor ignores SIGHUP (proc(5)).
+
+    Without such information, as on systems other than Linux, return False.
+    """
+    try:
+        status = Path("/proc", str(process), "status").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    masks = re.findall(r"^Sig(?:Cgt|Blk|Ign):\s*([0-9a-f]+)$", status, re.MULTILINE)
+    bit = 1 << (signal.SIGHUP - 1)
+    return bool(masks) and not any(int(mask, 16) & bit for mask in masks)
 
 
 def reload_by_command(command: str) -> Callable[[], None]:

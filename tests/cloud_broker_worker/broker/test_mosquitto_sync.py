@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -230,3 +231,15 @@ def test_a_mosquitto_that_is_not_installed_comes_with_the_line_that_installs_it(
 ) -> None:
     with pytest.raises(ConfigError, match="apt-get install mosquitto"):
         find_mosquitto(str(tmp_path))
+
+
+def test_a_process_that_does_not_handle_the_signal_yet_is_not_ended_by_it(tmp_path: Path) -> None:
+    pid_file = tmp_path / "mosquitto.pid"
+    with subprocess.Popen(["sleep", "60"]) as starting:
+        pid_file.write_text(f"{starting.pid}\n", encoding="utf-8")
+        try:
+            with pytest.raises(ConfigError, match="is still starting"):
+                reload_by_signal(pid_file)()
+            assert starting.poll() is None
+        finally:
+            starting.kill()
