@@ -125,7 +125,7 @@ def test_in_a_folder_only_the_newest_of_this_fleet_are_kept(tmp_path: Path) -> N
     home = make_home(tmp_path / "home")
     other = make_home(tmp_path / "other")
     last = back_up(home, folder)
-    names = [re.sub(r"\d{4}-.*T", f"2026-01-0{day}T", last.name) for day in range(1, 4)]
+    names = [re.sub(r"-\d{4}-.*T", f"-2026-01-0{day}T", last.name) for day in range(1, 4)]
     kept = {last.name, names[2], back_up(other, folder).name, "photos-2020T1Z.tar.gz"}
     for name in {*names, *kept}:
         (folder / name).touch()
