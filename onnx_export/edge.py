@@ -61,14 +61,16 @@ class Edge:
         num_layers = self.config.exits[-1]
         scores = product_scores(self.assembly.model, num_layers, self.windows[0])
         share = first_share(self._agreement(figures), self.limits[parity.WHOLE])
+        num_raised = 0
         for _ in range(MAX_CHOICES):
             raised = choose_raised(scores, share)
-            if len(raised) == len(scores):
-                break
+            share *= NEXT_SHARE
+            if not num_raised < len(raised) < len(scores):
+                continue
+            num_raised = len(raised)
             figures = self._write(raised, len(scores))
             if not self._needs_bits(figures):
                 return figures
-            share *= NEXT_SHARE
         return self._write(scores, len(scores)) if scores else figures
 
     def _write(self, raised: Sequence[ProductScore], num_products: int = 0) -> dict[str, float]:

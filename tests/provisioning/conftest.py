@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fleet.bundles.manifest import SCHEMA_VERSION, FileEntry, Manifest, ModelInfo, write_manifest
+from fleet.bundles.manifest import SCHEMA_VERSION, FileEntry, Manifest, write_manifest
 from fleet.identity.enrolment import Enrolment
 from fleet.identity.identity import Identity
 from fleet.protocol.access import Role
@@ -31,6 +31,7 @@ from provisioning.fleet_address import FleetAddress
 from provisioning.rate_limit import RateLimit
 from provisioning.service import EnrolmentServer
 from tests.identities import enroll_identity
+from tests.model_info import TINY_MODEL
 
 HOST: Final = "127.0.0.1"
 TIMEOUT_S: Final = 10.0
@@ -113,23 +114,11 @@ class ServiceBench:
         (folder / "edge" / "block_0.onnx").write_bytes(content)
         (folder / "secret").write_text("PRIVATE")
         entry = FileEntry("edge/block_0.onnx", len(content), hashlib.sha256(content).hexdigest())
-        model = ModelInfo(
-            name="tiny",
-            architecture="llama",
-            num_layers=4,
-            hidden_size=64,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            vocab_size=384,
-            max_positions=128,
-            eos_token_ids=(0,),
-        )
         write_manifest(
             folder,
             Manifest(
                 schema_version=SCHEMA_VERSION,
-                model=model,
+                model=TINY_MODEL,
                 exits=(1, 2),
                 split_layer=2,
                 upload_layer=2,

@@ -17,26 +17,16 @@ from edge_agent.state.desired_state import (
     next_step,
     save_desired,
 )
-from fleet.bundles.manifest import SCHEMA_VERSION, Manifest, ModelInfo
+from fleet.bundles.manifest import SCHEMA_VERSION, Manifest
 from fleet.errors import ConfigError
 from fleet.protocol.desired_config import DesiredConfig, Settings
 from fleet.protocol.modes import Mode
+from tests.model_info import TINY_MODEL
 
 OWN = AgentConfig(mode=Mode.STANDALONE, thresholds=(0.5, 0.6), max_draft=3, num_threads=1)
 MANIFEST = Manifest(
     schema_version=SCHEMA_VERSION,
-    model=ModelInfo(
-        name="tiny",
-        architecture="llama",
-        num_layers=4,
-        hidden_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=384,
-        max_positions=128,
-        eos_token_ids=(0,),
-    ),
+    model=TINY_MODEL,
     exits=(1, 2),
     split_layer=2,
     upload_layer=2,

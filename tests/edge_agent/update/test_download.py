@@ -15,13 +15,14 @@ from edge_agent.state.bundle_slots import SlotStore, partial_name
 from edge_agent.update import download
 from edge_agent.update.background_download import BackgroundDownload
 from edge_agent.update.download import BundleDownload, fetch_bundle
-from fleet.bundles.manifest import FileEntry, Manifest, ModelInfo, hash_file, write_manifest
+from fleet.bundles.manifest import FileEntry, Manifest, hash_file, write_manifest
 from fleet.bundles.signature import sign_bundle
 from fleet.errors import BundleError, ConfigError, ServiceAwayError, ServiceError
 from fleet.identity.identity import CA_FILE, Identity
 from fleet.identity.service_client import ServiceClient
 from fleet.protocol.report import ConfigProblem
 from tests.edge_agent.fleet_service import FleetService
+from tests.model_info import TINY_MODEL
 
 BLOCK = "edge/block_0.onnx"
 FILES = {
@@ -29,18 +30,6 @@ FILES = {
     "tokenizer/tokenizer.json": b"{}",
     "cloud/model.safetensors": b"cloud" * 100,
 }
-MODEL = ModelInfo(
-    name="tiny",
-    architecture="LlamaForCausalLM",
-    num_layers=4,
-    hidden_size=8,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=4,
-    vocab_size=32,
-    max_positions=64,
-    eos_token_ids=(2,),
-)
 
 
 def make_bundle(folder: Path, key: Path) -> str:
@@ -54,7 +43,7 @@ def make_bundle(folder: Path, key: Path) -> str:
     )
     manifest = Manifest(
         schema_version=3,
-        model=MODEL,
+        model=TINY_MODEL,
         exits=(2,),
         split_layer=2,
         upload_layer=2,

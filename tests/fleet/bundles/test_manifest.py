@@ -13,10 +13,10 @@ from fleet.bundles.manifest import (
     Bundle,
     FileEntry,
     Manifest,
-    ModelInfo,
     write_manifest,
 )
 from fleet.errors import BundleError, ConfigError
+from tests.model_info import TINY_MODEL
 
 SCHEMA_3_ID = "0f8dc984857cfb847a7103c7f07c9549"
 FILES = {
@@ -33,18 +33,7 @@ def manifest(files: dict[str, bytes] = FILES, **changes: Any) -> Manifest:
     )
     fields: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "model": ModelInfo(
-            name="tiny",
-            architecture="LlamaForCausalLM",
-            num_layers=4,
-            hidden_size=64,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            vocab_size=384,
-            max_positions=512,
-            eos_token_ids=(2,),
-        ),
+        "model": TINY_MODEL,
         "exits": (1, 2),
         "split_layer": 2,
         "upload_layer": 2,
