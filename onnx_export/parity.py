@@ -37,6 +37,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fleet.bundles.decoder_variants import bounded, layer_output, rotate_positions
 from fleet.bundles.manifest import ModelInfo
 from fleet.errors import ExportError
 from onnx_export.config import Quantization
@@ -47,11 +48,8 @@ from onnx_export.tokenizer import start_ids
 from onnx_export.variants import (
     attention_mask,
     attention_window,
-    cap_logits,
     embedding_scale,
-    layer_output,
     logit_cap,
-    rotate_positions,
     state_scale,
 )
 from onnx_export.weights import EMBEDDING
@@ -450,7 +448,7 @@ def exact_logprobs(model: StreamedModel, exit_hidden: Tensor) -> Floats:
     """Return PyTorch's log-probabilities [s, vocab] of exit_hidden [s, hidden]."""
     pieces = model.skeleton.lm_head.weight.split(LM_HEAD_ROWS)
     logits = torch.cat([exit_hidden @ rows.float().T for rows in pieces], -1)
-    logprobs: Floats = cap_logits(logits, logit_cap(model.config)).log_softmax(-1).numpy()
+    logprobs: Floats = bounded(logits, logit_cap(model.config)).log_softmax(-1).numpy()
     return logprobs
 
 

@@ -24,18 +24,16 @@ from torch.func import functional_call
 from torch.onnx import ops
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fleet.bundles.decoder_variants import bounded, layer_output, rotary_embeddings
 from fleet.bundles.manifest import ModelInfo
 from fleet.errors import ExportError
 from onnx_export.checkpoint import quiet_loggers
 from onnx_export.heads import ExitHead, RmsNorm
 from onnx_export.variants import (
-    cap_logits,
     embedding_scale,
     is_rms_norm,
-    layer_output,
     norm_epsilon,
     norm_offset,
-    rotary_embeddings,
     scaled,
     state_scale,
 )
@@ -252,13 +250,13 @@ class LmHead(nn.Module):
     def forward(self, exit_hidden: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # For an input of three dimensions the exporter writes a MatMul, which a later step
         # quantises. For two dimensions the exporter would write a Gemm, which stays in float32.
-        logits = cap_logits(self.lm_head(exit_hidden[None])[0, 0], self.cap)
+        logits = bounded(self.lm_head(exit_hidden[None])[0, 0], self.cap)
         ids = best_ids(logits, self.num_candidates)
         coarse = logits.index_select(0, ids)
         probabilities = logits.softmax(-1).index_select(0, ids)
         log_sum = coarse.amax(-1) - probabilities.amax(-1).log()
         weights = table.index_select(0, ids).float()
-        exact = cap_logits((exit_hidden @ weights.T)[0], self.cap) - log_sum
+        exact = bounded((exit_hidden @ weights.T)[0], self.cap) - log_sum
         others = (1 - probabilities.sum()).clamp(min=0)
         corrected_sum = others + exact.exp().sum()
         top, order = (exact - corrected_sum.log()).topk(self.top_k)

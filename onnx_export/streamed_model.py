@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from fleet.bundles.decoder_variants import restore_rotary_embeddings
 from fleet.errors import ExportError
 from onnx_export.checkpoint import is_gguf, load_config, load_pretrained
 from onnx_export.gguf_weights import GgufWeights
-from onnx_export.variants import restore_rotary_embeddings
 from onnx_export.weights import (
     EMBEDDING,
     CheckpointWeights,

@@ -1,4 +1,4 @@
-"""Variants of the Llama layout: scales, caps, windows and rotary embeddings of some models."""
+"""Variants of the Llama layout: scales, caps, windows and norms of some models."""
 
 from __future__ import annotations
 
@@ -38,11 +38,6 @@ def logit_cap(config: Any) -> float | None:
     return cap
 
 
-def cap_logits(logits: Tensor, cap: float | None) -> Tensor:
-    """Bound logits smoothly to (-cap, cap), or return them if there is no cap."""
-    return logits if cap is None else (logits / cap).tanh() * cap
-
-
 def attention_window(attention: Any) -> int | None:
     """Return the number of positions that an attention sees, its own included; None for all."""
     owner = attention if hasattr(attention, "sliding_window") else attention.config
@@ -63,36 +58,6 @@ def norm_epsilon(norm: Any) -> float:
 def norm_offset(norm: Any) -> float:
     """Return the number that an RMS norm of transformers adds to its weight: 1 in Gemma."""
     return 1.0 if type(norm).__name__.startswith("Gemma") else 0.0
-
-
-def rotary_embeddings(decoder: Any) -> dict[str, Any]:
-    """Return a decoder's rotary embeddings by the argument of its layers that takes their result.
-
-    Gemma 3 has one more, for layers with a window.
-    """
-    local = getattr(decoder, "rotary_emb_local", None)
-    if local is None:
-        return {"position_embeddings": decoder.rotary_emb}
-    return {"position_embeddings_global": decoder.rotary_emb, "position_embeddings_local": local}
-
-
-def rotate_positions(decoder: Any, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
-    """Return the arguments of a decoder's layers with the angles of positions [1, s]."""
-    return {name: rotary(hidden, positions) for name, rotary in rotary_embeddings(decoder).items()}
-
-
-def restore_rotary_embeddings(decoder: Any) -> None:
-    """Compute the angles of a decoder that is on the meta device: no checkpoint has them."""
-    for name in ("rotary_emb", "rotary_emb_local"):
-        rotary = getattr(decoder, name, None)
-        if rotary is not None:
-            setattr(decoder, name, type(rotary)(config=rotary.config))
-
-
-def layer_output(output: Any) -> Tensor:
-    """Return the hidden states that a layer returns, in some models as the first of a tuple."""
-    states: Tensor = output[0] if isinstance(output, tuple) else output
-    return states
 
 
 def attention_mask(length: int, window: int | None = None) -> Tensor:

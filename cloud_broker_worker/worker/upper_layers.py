@@ -21,6 +21,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from cloud_broker_worker.worker.config import Weights
 from cloud_broker_worker.worker.kv_pool import KvLease, KvPool, KvShape
 from cloud_broker_worker.worker.packed_linear import pack_layers, weight_bytes
+from fleet.bundles.decoder_variants import (
+    bounded,
+    layer_output,
+    restore_rotary_embeddings,
+    rotate_positions,
+)
 from fleet.bundles.manifest import Bundle, Manifest
 from fleet.bundles.tensor_file import TensorFile
 from fleet.errors import BundleError, ConfigError
@@ -160,11 +166,6 @@ def capped_attention(
     return torch.einsum("kgrn,knd->rkgd", weights, values)
 
 
-def bounded(values: Tensor, cap: float | None) -> Tensor:
-    """Bound values smoothly to (-cap, cap), or return them if there is no cap."""
-    return values if cap is None else (values / cap).tanh() * cap
-
-
 def make_spans(chunks: Sequence[Chunk]) -> list[Span]:
     """Return the spans of the chunks, with rows in the order of the layers where chunks begin."""
     spans = {}
@@ -264,7 +265,7 @@ class UpperLayers:
 
     def _run_layers(self, inputs: Tensor, positions: Tensor, spans: Sequence[Span]) -> Tensor:
         """Return the last layer's outputs [1, rows, hidden] of `inputs`, the rows of all spans."""
-        angles = rotary_arguments(self._model.model, inputs, positions)
+        angles = rotate_positions(self._model.model, inputs, positions)
         firsts = sorted({span.lease.first_layer for span in spans})
         hidden = inputs[:, :0]
         for first, stop in zip(firsts, [*firsts[1:], len(self._layers)], strict=True):
@@ -275,7 +276,7 @@ class UpperLayers:
             for layer in self._layers[first:stop]:
                 ids = positions[:, :num_rows]
                 out = layer(hidden, position_ids=ids, spans=begun, **arguments)
-                hidden = out[0] if isinstance(out, tuple) else out
+                hidden = layer_output(out)
         return hidden
 
 
@@ -283,33 +284,10 @@ Angles: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines, each [1, rows, d]."""
 
 
-def rotary_arguments(decoder: Any, hidden: Tensor, positions: Tensor) -> dict[str, Angles]:
-    """Return the arguments of a decoder's layers with the angles of positions [1, s].
-
-    Gemma 3 has other ones for layers with a window.
-    """
-    angles = decoder.rotary_emb(hidden, positions)
-    local = getattr(decoder, "rotary_emb_local", None)
-    if local is None:
-        return {"position_embeddings": angles}
-    return {
-        "position_embeddings_global": angles,
-        "position_embeddings_local": local(hidden, positions),
-    }
-
-
 def first_rows(angles: Angles, num_rows: int) -> Angles:
     """Return the angles of the first rows."""
     cosines, sines = angles
     return cosines[:, :num_rows], sines[:, :num_rows]
-
-
-def recompute_rotary_embeddings(decoder: Any) -> None:
-    """Compute the angles of a decoder that is on the meta device: they are not stored."""
-    for name in ("rotary_emb", "rotary_emb_local"):
-        rotary = getattr(decoder, name, None)
-        if rotary is not None:
-            setattr(decoder, name, type(rotary)(config=rotary.config))
 
 
 def checked_layers(manifest: Manifest, from_layer: int) -> tuple[int, ...]:
@@ -344,7 +322,7 @@ def load_model(bundle: Bundle, weights: Weights, from_layer: int) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.model.embed_tokens = None  # only the device needs it
-    recompute_rotary_embeddings(model.model)
+    restore_rotary_embeddings(model.model)
     with TensorFile(bundle.path("cloud/model.safetensors")) as file:
         check_tensors(model, file)
         for number in range(from_layer - bundle.manifest.upload_layer):

@@ -9,15 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fleet.bundles.decoder_variants import bounded, layer_output, rotate_positions
 from onnx_export.heads import ExitHead
 from onnx_export.training.generation import TrainingAnswers, causal_mask, unrepeated_attention
-from onnx_export.variants import (
-    cap_logits,
-    layer_output,
-    logit_cap,
-    rotate_positions,
-    state_scale,
-)
+from onnx_export.variants import logit_cap, state_scale
 
 RIDGE = 1e-3
 
@@ -185,7 +180,7 @@ class HeadTrainer:
         weight = self.lm_head[vocabulary.ids]
         for layer, head in self.heads.items():
             out = self.runner.forward(head, layer, conversations)
-            logits = cap_logits(out @ weight.T, self.cap)
+            logits = bounded(out @ weight.T, self.cap)
             loss = distillation_loss(logits, vocabulary, probs, self.config.hard_share)
             loss.backward()
         # Each head is clipped on its own, so that it does not depend on the others.
@@ -244,7 +239,7 @@ def evaluate_head(
     for batch in conversations.split(8):
         chosen = batch.tolist()
         out = runner.forward(head, exit_layer, chosen)
-        logits = cap_logits(nn.functional.linear(out, lm_head), logit_cap(model.config))
+        logits = bounded(nn.functional.linear(out, lm_head), logit_cap(model.config))
         best, ids = logits.softmax(-1).max(-1)
         confidence.append(best)
         agrees.append(ids == answers.top_ids[runner.rows(chosen), 0])

@@ -14,13 +14,8 @@ from torch import Tensor
 from transformers import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from onnx_export.variants import (
-    attention_mask,
-    cap_logits,
-    layer_output,
-    logit_cap,
-    state_scale,
-)
+from fleet.bundles.decoder_variants import bounded, layer_output
+from onnx_export.variants import attention_mask, logit_cap, state_scale
 
 ATTENTION = "grouped_static"
 TENSORS = ("token_ids", "lengths", "prompt_lengths", "final", "top_ids", "top_logprobs")
@@ -155,7 +150,7 @@ def generate_texts(
     texts: list[list[int]] = [[] for _ in prompts]
     with unrepeated_attention(model):
         for _ in range(max_new_tokens):
-            logits = cap_logits(model.lm_head(batch.forward()), logit_cap(model.config))
+            logits = bounded(model.lm_head(batch.forward()), logit_cap(model.config))
             token_ids = sample_tokens(logits, temperature, generator)
             batch.live = batch.live & ~torch.isin(token_ids, stop)
             rows = batch.rows[batch.live].tolist()
@@ -188,7 +183,7 @@ def generate_answers(
             captured.clear()
             final = batch.forward()
             buffers.add_hidden(batch, captured)
-            logits = cap_logits(model.lm_head(final).float(), logit_cap(model.config))
+            logits = bounded(model.lm_head(final).float(), logit_cap(model.config))
             top = logits.topk(TOP_K, -1)
             buffers.add_step(batch, step, final, top, logits.logsumexp(-1, keepdim=True))
             token_ids = sample_tokens(logits, temperature, generator, top.indices[:, 0])
@@ -319,7 +314,7 @@ def grouped_attention(
     grouped = query.reshape(batch, kv_heads, -1, dim)
     if sliding_window is not None and num_columns > sliding_window:
         mask = mask + attention_mask(num_columns, sliding_window)[:, :, -length:].to(mask)
-    scores = cap_logits((grouped @ key.transpose(2, 3)).mul_(scaling), softcap)
+    scores = bounded((grouped @ key.transpose(2, 3)).mul_(scaling), softcap)
     masked = scores.view(batch, heads, length, num_columns).add_(mask)
     weights = masked.softmax(-1).view(batch, kv_heads, -1, num_columns)
     out = (weights @ value).view(batch, heads, length, dim)
