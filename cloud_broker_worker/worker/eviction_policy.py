@@ -1,11 +1,12 @@
 """The choice of the sessions to drop and the caches to evict: plain functions without side effects.
 
-A session has a claim to memory for the positions that have arrived; an empty session has none. A
-session in use (it has a job, or a message has come lately) has a claim to its hidden states and its
-cache. An idle session has a claim to its hidden states only. A session can begin or grow if its
-claims and all others fit into the budget. So caches are evicted when idle sessions wake up, and not
-by each job in turn. A device within its share always finds room, because sessions of devices over
-their share are dropped for it.
+A session claims the memory that is leased for its positions. A session in use (it has a job, or a
+message has come lately) claims memory for its hidden states and for its cache. An idle session
+claims memory for its hidden states only. A session can begin or grow if its own claims and those
+of all other sessions fit into the budget; the claims of another device count only up to its share.
+So the caches of all sessions in use fit at the same time. A cache is evicted when an idle session
+wakes up, and jobs do not evict each other's caches in turn. A device within its share always finds
+room, because sessions of devices over their share are dropped for it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ BLOCK: Final = 64
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryLimits:
-    """The bytes for all sessions, and for one device its largest share and number of sessions.
+    """The byte budget of all sessions, the largest share of it that one device may use, and the
+    largest number of sessions that one device may have.
 
     A session is idle when it has no job and has not been used for `idle_after_s` seconds.
     """
@@ -46,16 +48,19 @@ class MemoryLimits:
         return session.job is None and session.last_used <= now - self.idle_after_s
 
     def share_bytes(self, sessions: Iterable[Session], device: str, now: float) -> float:
-        """Return the bytes of one device while others need memory: at most an equal share.
+        """Return the number of bytes that one device may use while others need memory.
 
-        The number of shares is that of the devices with a session in use, including `device`.
+        This is an equal share of the budget, and at most `max_device_share` of it. The budget is
+        divided by the number of devices with a session in use; `device` always counts as one.
         """
         in_use = {session.key.device for session in sessions if not self.is_idle(session, now)}
         return self.budget_bytes * min(self.max_device_share, 1 / len(in_use | {device}))
 
 
 class MemoryNeed(NamedTuple):
-    """The need of a session of `device` that has to hold `num_positions` from `first_layer` on."""
+    """The memory that a session of `device` needs: `num_positions` positions in the layers from
+    `first_layer` on.
+    """
 
     device: str
     num_positions: int
@@ -86,7 +91,8 @@ class Claims:
 def grown_size(num_held: int, num_needed: int, limit: int) -> int:
     """Return the number of positions to lease memory for when `num_needed` are needed.
 
-    It grows by at least a quarter, so that the rows are seldom copied.
+    The number grows by at least a quarter, but never beyond `limit`, so that the stored hidden
+    states are seldom copied into a larger buffer.
     """
     size = max(num_needed, num_held + num_held // 4)
     return min(limit, -(-size // BLOCK) * BLOCK)
@@ -97,12 +103,15 @@ def sessions_to_drop(
 ) -> list[Session]:
     """Return the sessions to drop, in order, to make room for `need`.
 
-    Idle sessions come first: those of devices over their share, then all others, each least
-    recently used first. If `need` is of a device within its share, sessions in use of devices over
-    their share come next.
+    1. idle sessions of devices over their share
+    2. the other idle sessions
+    3. if the device that needs memory is within its share: sessions in use whose device is over
+       its share
+
+    Within each group, the least recently used session comes first.
 
     Raises:
-        PoolFullError: dropping all of these is not enough. No session should then be dropped.
+        PoolFullError: dropping all of these would not make enough room. The caller then drops none.
     """
     kept = {session for session in sessions if session.store.capacity}
     dropped = []
@@ -136,8 +145,8 @@ def _too_few(need: MemoryNeed, limits: MemoryLimits) -> str:
     cache_bytes = limits.cache_bytes(need.num_positions, need.first_layer)
     hidden_bytes = limits.hidden_bytes(need.num_positions)
     return (
-        f"a session of {need.num_positions} positions needs {cache_bytes} bytes for its cache and "
-        f"{hidden_bytes} for its context; sessions in use leave too few of the "
+        f"{need.num_positions} positions of a session need {cache_bytes} bytes for their cache and "
+        f"{hidden_bytes} for their hidden states; sessions in use leave too few of the "
         f"{limits.budget_bytes} bytes, so try later"
     )
 
@@ -192,9 +201,11 @@ def may_evict(
 ) -> bool:
     """Return whether the cache of `other` may be evicted for `session`.
 
-    The cache of an idle session always may. A session whose job can run may also evict other
-    caches, with two exceptions: the cache of a job that has waited longer, and, if its own device
-    is over its share, the caches of devices within theirs.
+    The cache of an idle session may always be evicted. If the job of `session` can run, the cache
+    of a session in use may be evicted as well, with two exceptions:
+
+    - The device of `session` is over its share, and the device of `other` is not.
+    - The job of `other` can run, too, and did not arrive later.
     """
     if limits.is_idle(other, now):
         return True
@@ -210,10 +221,12 @@ def may_evict(
 def caches_to_evict(
     candidates: Iterable[Session], num_bytes: int, over_share: Collection[str]
 ) -> list[Session]:
-    """Return the sessions whose caches free `num_bytes`, or all candidates if that is not enough.
+    """Return the sessions whose caches to evict to free `num_bytes`; if all caches together are too
+    small, return every candidate that has a cache.
 
-    Caches that no job needs now come first. Among these, caches of devices over their share come
-    first, then the least recently used.
+    Caches that no job needs now come before the others. In each of these two groups, the caches of
+    devices over their share come first. The least recently used cache of a device comes before its
+    other caches.
     """
     victims = []
     for session in sorted(

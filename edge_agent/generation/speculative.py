@@ -26,7 +26,7 @@ from edge_agent.session.cloud_session import CloudSession
 from fleet.protocol.messages import MAX_DRAFT, Verified
 from fleet.protocol.modes import CLOUD, FALLBACK, LOOKUP, exit_source
 
-SLICE_S: Final = 0.2  # longest wait in one `advance`; the caller checks the deadline in between
+SLICE_S: Final = 0.2  # longest wait for a verdict in one `advance`; the caller checks deadlines
 MAX_LOOKUP: Final = 8
 
 
@@ -93,15 +93,18 @@ class SpeculativeDecoder:
         certain. A certain token belongs to the answer and never changes.
 
         With `trusts_exits`, a token of a confident exit is certain as soon as all tokens before it
-        are certain, and the device emits its own drafts if no verdict comes within `wait_ms`.
+        are certain, and the device emits its own drafts if no verdict comes within `wait_ms`,
+        plus the time that the session allows for positions that the worker has not acknowledged.
         Prompt lookup is then off: it drafts tokens without running the exits, so the device would
         not notice that an exit is confident and the token needs no verdict.
 
-        A call adds drafts only while there are fewer than `max_tokens`. With 0 it adds none: it
-        requests a verdict on the existing drafts, unless a request is pending already. Each call
-        waits for a verdict for at most `SLICE_S` seconds.
+        A call adds drafts only while there are fewer than `max_tokens` drafts, and fewer than the
+        decoder's `max_draft`. With 0 it adds none: it requests a verdict on the existing drafts,
+        unless a request is pending already. Each call waits for a verdict for at most `SLICE_S`
+        seconds.
         """
-        if self._num_asked and not self._cloud_session.has_request:  # withdrawn, or never made
+        if self._num_asked and not self._cloud_session.has_request:
+            # The session has withdrawn the request, or could not send it.
             self._num_asked = 0
             if trusts_exits:
                 return self.release()

@@ -1,11 +1,18 @@
-"""Canary analysis: whether a bundle's answers are worse than those before it, as plain functions.
+"""Canary analysis: plain functions that decide whether a bundle's answers are worse than the
+answers of earlier bundles.
 
-A share of few answers may be chance. So a bundle is *worse* only where a one-sided confidence bound
-lies beyond the limit: Wilson's score interval for one share (Wilson 1927), Newcombe's hybrid of two
-of them for the difference of two shares (Newcombe 1998, method 10). Tokens of one answer depend on
-each other, so the number of observations is that of answers; judged tokens are as many observations
-as the answers that they would fill. Repeated looks find chance alone: until the end of the
-observation the bound is that of `INTERIM_Z` standard deviations, and then that of `FINAL_Z`
+A share that is measured on few answers may differ by chance. So a bundle is *worse* when a
+one-sided confidence bound lies beyond the limit. For one share, the bound comes from Wilson's score
+interval (Wilson 1927). For the difference of two shares, it comes from Newcombe's combination of
+their two Wilson intervals (Newcombe 1998, method 10). With `SETTLED_FACTOR` times `min_answers`
+observations, the measured value itself decides.
+
+The tokens of one answer depend on each other, so each answer is one observation. If the cloud has
+judged only a part of the tokens, the same part of the answers counts: answers x judged tokens / all
+tokens.
+
+An evaluation that is repeated often enough finds a difference by chance. The bound is therefore
+`INTERIM_Z` standard deviations away until the end of the observation, and `FINAL_Z` at its end
 (Haybittle 1971, Peto 1976).
 """
 
@@ -27,18 +34,21 @@ from fleet.registry.stats.rollup_columns import BUCKETS_MS, TPOT
 INTERIM_Z: Final = 3.0
 FINAL_Z: Final = 1.645  # 95%, one-sided
 SETTLED_FACTOR: Final = 10
-"""With this many times the minimum of observations, a value beyond its limit decides by itself."""
+"""With this many times `min_answers` observations, a value beyond its limit means *worse*, whatever
+the bound is."""
 
 MIN_OBSERVATIONS: Final = 5.0
-"""The minimum number of observations before a limit is evaluated; it may be below the answers."""
+"""The minimum number of observations of the new bundle before offload, agreement and times are
+evaluated. A sample may have fewer observations than answers."""
 
 QUANTILES: Final = (0.5, 0.95)
 
 
 class CanaryLimits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The limits by which a bundle may be worse than before.
+    """The amounts by which a bundle may be worse than before.
 
-    No limit is evaluated before there are `min_answers`.
+    `max_error_rate` is a share of the answers; where the share was higher before, the old one is
+    the limit. No limit is evaluated before there are `min_answers`.
     """
 
     max_offload_increase: Share = 0.1
@@ -71,10 +81,10 @@ class ShareSample(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """The counts of answers, by the columns of a roll-up.
+    """The sums over three sets of answers, by the columns of a roll-up (errors, tokens, ...).
 
-    `new`: of the new bundle. `same`: of the same devices with other bundles. `others`: of the other
-    devices with other bundles.
+    `new`: answers of the new bundle. `same`: answers of the same devices with other bundles.
+    `others`: answers of the other devices with other bundles.
     """
 
     new: Counter[str]
@@ -88,9 +98,9 @@ class Evidence(NamedTuple):
 
 
 def wilson(sample: ShareSample, z: float) -> tuple[float, float]:
-    """Return the bounds of the true share of a sample, `z` standard deviations away.
+    """Return Wilson's lower and upper bound of the true share, at `z` standard deviations.
 
-    They are (0, 1) for a sample without observations.
+    Without observations they are (0, 1).
     """
     p, n = sample
     if not n:
@@ -115,7 +125,7 @@ def increase_bound(new: ShareSample, old: ShareSample, z: float) -> float:
 def examine_modes(
     evidence: Mapping[str, Evidence], limits: CanaryLimits, *, is_final: bool
 ) -> list[Finding]:
-    """Return the findings of each mode's answers; with several modes their texts begin with it.
+    """Return the findings for all modes. With several modes, each text begins with the mode's name.
 
     Offload and times differ between modes more than between bundles, so the answers of one mode are
     compared with those of the same mode.
@@ -133,8 +143,8 @@ def examine_modes(
 def examine(evidence: Evidence, limits: CanaryLimits, *, is_final: bool) -> list[Finding]:
     """Return the finding for each limit; nothing before there are enough answers.
 
-    The old sample is of the same devices, or where that is too small, of the others; a limit
-    without an old sample is not evaluated.
+    The old sample comes from the same devices. If they have too few answers, it comes from the
+    other devices. Without a large enough old sample, only the limit of errors is evaluated.
     """
     if evidence.num_answers < limits.min_answers:
         return []
@@ -177,8 +187,9 @@ def _errors(evidence: Evidence, limits: CanaryLimits, z: float) -> Iterator[Find
 def _times(evidence: Evidence, limits: CanaryLimits, z: float) -> Iterator[Finding]:
     """Evaluate the quantiles of the time per token.
 
-    A quantile is above its limit when a larger share of answers than it leaves took longer. The
-    bound uses the upper bound of the old quantile.
+    The quantile q is above its limit when more than the share 1 - q of the new answers took longer
+    a token than `max_tpot_ratio` times the old quantile. For the lower bound of this share, the old
+    quantile is replaced by its own upper bound.
     """
     new = _histogram(evidence.new)
     baselines = (_histogram(evidence.same), _histogram(evidence.others))
@@ -206,7 +217,10 @@ def _quantile_ms(counts: Sequence[int], q: float) -> float:
 
 
 def share_above(counts: Sequence[int], ms: float) -> float:
-    """Return the share of a histogram above `ms`, linear within its bucket; 0 of an empty one."""
+    """Return the share of a histogram's counts above `ms`, interpolated in the bucket of `ms`.
+
+    It is 0 for an empty histogram.
+    """
     total = sum(counts)
     if not total:
         return 0.0
@@ -224,7 +238,10 @@ def share_above(counts: Sequence[int], ms: float) -> float:
 def _finding(
     text: str, value: ShareSample, bound: float, limit: float, limits: CanaryLimits
 ) -> Finding:
-    """Return the finding for `value`, which has a lower `bound`, and shall not be above `limit`."""
+    """Return the finding for `value`, which should be at most `limit`.
+
+    `bound` is the lower confidence bound of `value`.
+    """
     is_settled = value.n >= SETTLED_FACTOR * limits.min_answers
     is_above = value.share > limit
     if bound > limit or (is_settled and is_above):
@@ -240,7 +257,11 @@ def _old(evidence: Evidence, part: str, whole: str, limits: CanaryLimits) -> Sha
 
 
 def _share(counts: Counter[str], part: str, whole: str) -> ShareSample:
-    """Return a share of the answers, or of some of their tokens."""
+    """Return `part` / `whole` as a share of the answers or of some of their tokens.
+
+    The number of observations is that of the answers, reduced by the fraction of all tokens that
+    `whole` counts.
+    """
     amount = counts[whole]
     total = counts["answers" if whole == "answers" else "tokens"]
     if not amount or not total:
