@@ -10,14 +10,15 @@ import msgspec
 from msgspec import UNSET
 
 from edge_agent.engine.fair_lock import FairLock
-from edge_agent.engine.tokenizer import ChatTokenizer, TextStream
+from edge_agent.engine.tokenizer import ChatTokenizer
 from edge_agent.generation.acceptance_rate import AcceptanceRate
-from edge_agent.generation.decoder import Decoder
+from edge_agent.generation.decoder import Decoder, GeneratedToken
 from edge_agent.generation.generator import Generator
 from edge_agent.generation.mode_controller import ModeController
 from edge_agent.generation.speculative import SpeculativeDecoder
 from edge_agent.measurements import Measurements
 from edge_agent.reporting.reporter import Reporter
+from edge_agent.serving.answer_text import AnswerText
 from edge_agent.serving.job_queue import Job
 from edge_agent.serving.request_planner import RequestPlan
 from edge_agent.session.cloud_session import CloudSession
@@ -33,6 +34,7 @@ from fleet.transport.base import Transport, publish_or_log
 
 # A session's name is short, because every message has it. It must be unique only on its device.
 SESSION_BYTES: Final = 5
+MAX_REPLY_CHARACTERS: Final = MAX_FULL_TEXT_BYTES // 4
 
 
 class Answerer:
@@ -76,29 +78,40 @@ class Answerer:
         """
         is_alone = plan.applied_mode is Mode.STANDALONE or job.cancelled.is_set()
         cloud_session = None if is_alone else self._connect(job, plan)
-        text = self._tokenizer.stream(job.prompt)
+        text = AnswerText(self._tokenizer.stream(job.prompt), job.prompt.stop)
         try:
             with cloud_session or nullcontext():
                 finish_reason = self._generate(job, plan, text)
         except Exception:
             self._reporter.add(_report(job, plan, self._manifest.bundle_id, "error"))
             raise
+        rest = text.flush()
+        if text.is_stopped:
+            finish_reason = "stop"
         report = _report(job, plan, self._manifest.bundle_id, finish_reason)
         self._reporter.add(report)
+        last_text = rest if job.prompt.stream else self._whole_text(job, text.text)
         last_reply = Reply(
             seq=len(job.replies),
-            text=text.flush(),
+            text=last_text,
             done=True,
             finish_reason=finish_reason,
             usage=_usage(report, job.prompt.seed),
             bundle_id=report.bundle_id,
             note=cloud_session.note if cloud_session else None,
-            full_text=_full_text(text),
+            full_text=_full_text(text.text),
         )
         self.reply(job, last_reply)
 
-    def _generate(self, job: Job, plan: RequestPlan, text: TextStream) -> str:
-        """Stream the response's tokens, and return the reason why it ended."""
+    def _whole_text(self, job: Job, text: str) -> str:
+        """Return the text of the only reply; send the beginning of a very long text before."""
+        while _full_text(text) is None:
+            self.reply(job, Reply(seq=len(job.replies), text=text[:MAX_REPLY_CHARACTERS]))
+            text = text[MAX_REPLY_CHARACTERS:]
+        return text
+
+    def _generate(self, job: Job, plan: RequestPlan, text: AnswerText) -> str:
+        """Generate the response, and return the reason why it ended."""
         if job.cancelled.is_set():
             return "cancelled"
         generator = self._generator(job, plan)
@@ -110,14 +123,10 @@ class Answerer:
         )
         for token in tokens:
             job.count(token.source)
-            reply = Reply(
-                seq=len(job.replies),
-                text=text.push(token.token_id),
-                token_id=token.token_id,
-                source=token.source,
-            )
-            self.reply(job, reply)
-            if token.token_id in plan.eos_token_ids:
+            piece = text.push(token.token_id)
+            if job.prompt.stream:
+                self.reply(job, _token_reply(job, token, piece))
+            if text.is_stopped or token.token_id in plan.eos_token_ids:
                 return "stop"
         return "cancelled" if job.cancelled.is_set() else "length"
 
@@ -209,9 +218,12 @@ def _report(job: Job, plan: RequestPlan, bundle_id: str, finish_reason: str) -> 
     )
 
 
-def _full_text(text: TextStream) -> str | None:
-    full_text = text.text
-    return full_text if len(full_text.encode()) <= MAX_FULL_TEXT_BYTES else None
+def _token_reply(job: Job, token: GeneratedToken, text: str) -> Reply:
+    return Reply(seq=len(job.replies), text=text, token_id=token.token_id, source=token.source)
+
+
+def _full_text(text: str) -> str | None:
+    return text if len(text.encode()) <= MAX_FULL_TEXT_BYTES else None
 
 
 def _usage(report: GenerationReport, seed: int | None) -> Usage:

@@ -18,6 +18,7 @@ from fleet.cli.options import (
     HomeOption,
     ModeOption,
     SeedOption,
+    StopOption,
     TemperatureOption,
     ThresholdOption,
     TokensOption,
@@ -53,6 +54,7 @@ def chat(
     top_p: TopPOption = 1.0,
     top_k: TopKOption = 0,
     seed: SeedOption = None,
+    stop: StopOption = None,
     folder: HomeOption = None,
 ) -> None:
     """Converse with a device. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends it."""
@@ -65,6 +67,7 @@ def chat(
         top_p=top_p,
         top_k=top_k,
         seed=seed,
+        stop=stop,
     )
     converse(FleetHome.load(folder), device, base)
 

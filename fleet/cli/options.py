@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Final
@@ -16,7 +17,7 @@ from fleet.exits.exit_policy import check_threshold
 from fleet.protocol.modes import Mode, parse_mode
 from fleet.protocol.prompt import PromptRequest
 from fleet.protocol.topics import check_name
-from fleet.protocol.types import DAY_S
+from fleet.protocol.types import DAY_S, StopTexts
 from fleet.server.home import DEFAULT_PORT, DEFAULT_SERVICE_PORT, MAX_RETENTION_DAYS
 from fleet.utils.printable import printable_json
 from fleet.utils.text import is_blank
@@ -127,6 +128,10 @@ SeedOption = Annotated[
     int | None,
     typer.Option(min=0, max=MAX_SEED, help="Seed of the sampling (default: a new one each time)."),
 ]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="End the answer before this text; up to 4 times.", metavar="TEXT"),
+]
 
 
 def print_json(value: object) -> None:
@@ -214,6 +219,8 @@ def make_request(
     top_k: int,
     seed: int | None,
     raw: bool = False,
+    stop: Sequence[str] | None = None,
+    stream: bool = True,
 ) -> PromptRequest:
     """A request from a command's options; without a text if that follows.
 
@@ -236,4 +243,16 @@ def make_request(
         seed=seed,
         mode=parse_mode(mode) if mode else None,
         threshold=None if threshold is None else check_threshold(threshold),
+        stop=_checked_stops(stop or ()),
+        stream=stream,
     )
+
+
+def _checked_stops(stops: Sequence[str]) -> tuple[str, ...]:
+    """Return the texts of --stop. Raises ConfigError."""
+    try:
+        return msgspec.convert(stops, StopTexts)
+    except msgspec.ValidationError:
+        raise ConfigError(
+            "--stop: expected up to 4 texts of 1 to 256 characters each; shorten them"
+        ) from None

@@ -14,6 +14,7 @@ from fleet.cli.options import (
     JsonOption,
     ModeOption,
     SeedOption,
+    StopOption,
     TemperatureOption,
     ThresholdOption,
     TokensOption,
@@ -31,6 +32,7 @@ from fleet.transport.prompt_client import PromptClient
 RawOption = Annotated[
     bool, typer.Option("--raw", help="Continue the text as it is; control tokens in it count.")
 ]
+StreamOption = Annotated[bool, typer.Option(help="Print the answer as it comes, or at its end.")]
 
 
 def prompt(
@@ -43,7 +45,9 @@ def prompt(
     top_p: TopPOption = 1.0,
     top_k: TopKOption = 0,
     seed: SeedOption = None,
+    stop: StopOption = None,
     raw: RawOption = False,
+    stream: StreamOption = True,
     folder: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -58,6 +62,8 @@ def prompt(
         top_k=top_k,
         seed=seed,
         raw=raw,
+        stop=stop,
+        stream=stream,
     )
     send_prompt(FleetHome.load(folder), device, request, as_json=as_json)
 

@@ -35,6 +35,7 @@ class PromptResult(Struct, frozen=True, kw_only=True):
     tpot_ms: float
     round_trips: int
     drafted: int
+    seed: int | None
     switches: tuple[Switch, ...]
 
 
@@ -110,6 +111,7 @@ def _result(request: PromptRequest, replies: Sequence[Reply], usage: Usage) -> P
         tpot_ms=usage.tpot_ms,
         round_trips=usage.round_trips,
         drafted=usage.drafted,
+        seed=usage.seed,
         switches=usage.switches,
     )
 

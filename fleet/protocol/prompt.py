@@ -17,6 +17,7 @@ from fleet.protocol.types import (
     MaxNewTokens,
     Seed,
     Share,
+    StopTexts,
     TargetTpotMs,
     Temperature,
     Threshold,
@@ -49,7 +50,11 @@ class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
 
 
 class AnswerOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Options of a response. The device chooses a value for each that is None."""
+    """Options of a response. The device chooses a value for each that is None.
+
+    A response ends before the first of its `stop` texts. Without `stream` it is one reply with the
+    whole text.
+    """
 
     max_new_tokens: MaxNewTokens | None = None
     temperature: Temperature = 0.0
@@ -64,6 +69,8 @@ class AnswerOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     min_agreement: Share | None = None
     max_offload_rate: Share | None = None
     ignore_eos: bool = False
+    stop: StopTexts = ()
+    stream: bool = True
 
 
 class PromptRequest(
@@ -126,7 +133,8 @@ class Reply(Struct, frozen=True, omit_defaults=True, kw_only=True):
     `note` is the reason why the cloud did not contribute to a response that needed it. The first
     reply has the id of the `generation`. The same request sent again brings the same replies
     again, unless the device has dropped them: then it starts another generation. `full_text` is
-    the text of all replies, in the last one; None if it is longer than `MAX_FULL_TEXT_BYTES`.
+    the text of all replies, in the last one; None if it is longer than `MAX_FULL_TEXT_BYTES`. The
+    reply to a request without `stream` is the last one, unless its text is longer than that.
     """
 
     seq: int

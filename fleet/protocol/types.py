@@ -8,6 +8,7 @@ from msgspec import Meta
 
 MAX_POSITIONS: Final = 1 << 20
 MAX_LABEL_LENGTH: Final = 200
+MAX_DEADLINE_MS: Final = 600_000
 DAY_S: Final = 86_400
 
 Id: TypeAlias = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9_-]{0,62}\Z")]
@@ -25,6 +26,9 @@ Seed: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Temperature: TypeAlias = Annotated[float, Meta(ge=0, le=5)]
 TopP: TypeAlias = Annotated[float, Meta(gt=0, le=1)]
 TopK: TypeAlias = Annotated[int, Meta(ge=0, le=1000)]
+StopTexts: TypeAlias = Annotated[
+    tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...], Meta(max_length=4)
+]
 MaxNewTokens: TypeAlias = Annotated[int, Meta(ge=1, le=100_000)]
 Threshold: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
@@ -32,7 +36,7 @@ Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Layer: TypeAlias = Annotated[int, Meta(ge=1, le=9999)]
 Split: TypeAlias = Literal["auto"] | Layer
 
-DeadlineMs: TypeAlias = Annotated[int, Meta(ge=1, le=600_000)]
+DeadlineMs: TypeAlias = Annotated[int, Meta(ge=1, le=MAX_DEADLINE_MS)]
 TargetTpotMs: TypeAlias = Annotated[float, Meta(gt=0, le=600_000)]
 Milliseconds: TypeAlias = Annotated[float, Meta(ge=0, le=1e12)]
 # Seconds since 1970, UTC, up to the year 9999, the last one that a calendar can show.

@@ -16,6 +16,7 @@ import msgspec
 from fleet.errors import FleetError, LinkError, RefusedPromptError
 from fleet.protocol import topics
 from fleet.protocol.prompt import PromptRequest, Reply, decode_reply
+from fleet.protocol.types import MAX_DEADLINE_MS
 from fleet.transport.base import Transport
 
 log = logging.getLogger(__name__)
@@ -34,12 +35,13 @@ class PromptClient:
         transport.on_up(self._repeat_requests)
 
     def ask(
-        self, device: str, prompt: PromptRequest, timeout_s: float = REPLY_TIMEOUT_S
+        self, device: str, prompt: PromptRequest, timeout_s: float | None = None
     ) -> Generator[Reply, None, None]:
         """Yield each reply of one request once, in order. The field `done` is set in the last one.
 
         When the caller stops iterating, the request is cancelled. A request without replies is sent
-        again; a device that knows the request then sends its replies again.
+        again; a device that knows the request then sends its replies again. The default of
+        `timeout_s` is `REPLY_TIMEOUT_S`, and the time of the whole answer more without `stream`.
 
         Raises:
             LinkError: no reply came within `timeout_s` seconds of the previous one, or the device
@@ -51,6 +53,7 @@ class PromptClient:
         topic = topics.device_prompt(topics.check_name(device), self._transport.name, request)
         payload = msgspec.json.encode(prompt)
         stream = _ReplyStream(partial(self._transport.publish, topic, payload, qos=1))
+        timeout_s = reply_timeout_s(prompt) if timeout_s is None else timeout_s
         self._streams[request] = stream
         is_done = False
         try:
@@ -91,6 +94,12 @@ class PromptClient:
                 stream.put(decode_reply(payload))
         except FleetError as error:
             log.warning("reply on %s dropped: %s", topic, error)
+
+
+def reply_timeout_s(prompt: PromptRequest) -> float:
+    """Return the longest time without a reply after which a device counts as lost."""
+    answer_ms = 0 if prompt.stream else prompt.deadline_ms or MAX_DEADLINE_MS
+    return REPLY_TIMEOUT_S + answer_ms / 1000
 
 
 class _ReplyStream:

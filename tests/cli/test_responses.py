@@ -69,6 +69,16 @@ def test_a_text_is_sent_as_a_prompt_which_models_without_a_template_accept() -> 
     assert not request.needs_template
 
 
+def test_stop_texts_are_options_of_a_request() -> None:
+    options = {"mode": None, "threshold": None, "max_new_tokens": None, "seed": None}
+    plain = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "stream": False} | options
+    request = make_request("hi", stop=["\n", "END"], **plain)  # type: ignore[arg-type]
+    assert (request.stop, request.stream) == (("\n", "END"), False)
+    for stop in ([""], ["a"] * 5, ["a" * 257]):
+        with pytest.raises(ConfigError, match="--stop: expected up to 4 texts of 1 to 256"):
+            make_request("hi", stop=stop, **plain)  # type: ignore[arg-type]
+
+
 def test_top_k_is_an_option_of_a_request() -> None:
     assert request_of("hi").sampling.top_k == 40
 

@@ -72,6 +72,10 @@ ACCEPTED: list[tuple[bytes, PromptRequest]] = [
     ),
     ('\u00a0{"prompt": "hi"}\u2028'.encode(), PromptRequest(prompt="hi")),
     (
+        b'{"prompt": "hi", "stop": ["\\n", " END"], "stream": false}',
+        PromptRequest(prompt="hi", stop=("\n", " END"), stream=False),
+    ),
+    (
         b'{"prompt": "hi", "seed": 9223372036854775807}',
         PromptRequest(prompt="hi", seed=(1 << 63) - 1),
     ),
@@ -146,6 +150,14 @@ REFUSED = {
     "a top_p of zero": (b'{"prompt": "hi", "top_p": 0}', "top_p"),
     "no tokens": (b'{"prompt": "hi", "max_new_tokens": 0}', "max_new_tokens"),
     "tokens as text": (b'{"prompt": "hi", "max_new_tokens": "5"}', "max_new_tokens"),
+    "an empty stop text": (
+        b'{"prompt": "hi", "stop": ["a", ""]}',
+        r"length >= 1 - at `\$.stop\[1\]`",
+    ),
+    "a stop text that is no list": (b'{"prompt": "hi", "stop": "a"}', "stop"),
+    "five stop texts": (b'{"prompt": "hi", "stop": ["a", "b", "c", "d", "e"]}', "stop"),
+    "a long stop text": (b'{"prompt": "hi", "stop": ["%s"]}' % (b"a" * 257), r"stop\[0\]"),
+    "a stream of text": (b'{"prompt": "hi", "stream": "no"}', "stream: expected true or false"),
     "a seed too large": (b'{"prompt": "hi", "seed": 9223372036854775808}', "seed"),
     "too long": (
         b"a" * (MAX_PROMPT_BYTES + 1),
@@ -155,8 +167,8 @@ REFUSED = {
 
 
 def test_an_unknown_field_is_refused_with_the_names_of_the_fields() -> None:
-    with pytest.raises(PromptError, match=r"unknown field `stream`; its fields are .*top_k"):
-        parse_prompt(b'{"prompt": "hi", "stream": false}')
+    with pytest.raises(PromptError, match=r"unknown field `best_of`; its fields are .*top_k"):
+        parse_prompt(b'{"prompt": "hi", "best_of": 2}')
     with pytest.raises(PromptError) as caught:
         parse_prompt(b'{"messages": [{"role": "user", "content": "hi", "nick": "x"}]}')
     assert "its fields" not in str(caught.value)
