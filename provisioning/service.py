@@ -13,7 +13,8 @@ from aiohttp import web
 
 from fleet.errors import DecodeError, FleetError
 from fleet.identity.identity import ServerTls
-from fleet.transport.tls_server import STOP_S, TlsServer
+from fleet.transport.threaded_server import STOP_S
+from fleet.transport.tls_server import TlsServer
 from fleet.utils.rate_limited_log import RateLimitedLog
 from provisioning.enrolment_service import EnrolmentService
 from provisioning.fleet_address import base_url

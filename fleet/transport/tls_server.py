@@ -2,52 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import errno
-import logging
 import socket
 import ssl
-import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from concurrent.futures import Future
-from contextlib import suppress
-from typing import Final, Self
+from abc import abstractmethod
+from typing import Self
 
-from fleet.errors import ConfigError
 from fleet.identity.identity import ServerTls
-from fleet.utils.file_limit import raise_file_limit
-from fleet.utils.host_address import address_family, host_port
-
-START_S: Final = 10.0
-STOP_S: Final = 5.0
-BACKLOG: Final = 1024
-"""Connections that wait to be accepted: a whole fleet may reconnect at once."""
-
-CYCLE_S: Final = 1.0
-
-log = logging.getLogger(__name__)
+from fleet.transport.threaded_server import ThreadedServer
 
 
-class TlsServer(ABC):
-    """A context manager that listens on `port`; for 0 it chooses a free one, which `port` then is.
-
-    `name` stands in its error messages and is the name of its thread. `on_cycle` is called about
-    once a second by the event loop that serves.
-    """
+class TlsServer(ThreadedServer):
+    """A `ThreadedServer` with TLS."""
 
     def __init__(
         self, name: str, host: str, port: int, tls: ServerTls, advice: str = "choose another port"
     ) -> None:
-        """Store the values. `advice` ends the message for a port in use, after the word "or"."""
-        self.host = host
-        self.port = port
-        self._name = name
+        super().__init__(name, host, port, advice)
         self._tls = tls
-        self._advice = advice
-        self._started: Future[asyncio.AbstractEventLoop] = Future()
-        self._stop = asyncio.Event()
-        self.on_cycle: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:
         """Listen and start the thread.
@@ -56,21 +27,8 @@ class TlsServer(ABC):
             ConfigError: it cannot listen there.
             IdentityError: its certificate does not load.
         """
-        raise_file_limit()
         self._context = self._ssl_context()
-        listener = self._listen()
-        self.port = listener.getsockname()[1]
-        self._thread = threading.Thread(
-            target=self._run, args=(listener,), name=self._name, daemon=True
-        )
-        self._thread.start()
-        self._loop = self._started.result(START_S)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(STOP_S)
+        return super().__enter__()
 
     def reload_certificate(self) -> None:
         """Use the certificate that is on disk now for new connections.
@@ -80,49 +38,12 @@ class TlsServer(ABC):
         """
         self._tls.load_certificate(self._context)
 
-    @property
-    def is_serving(self) -> bool:
-        """Whether its thread runs."""
-        return self._thread.is_alive()
-
     @abstractmethod
     async def _serve(self, listener: socket.socket, context: ssl.SSLContext) -> None:
         """Start to serve, await `_until_stopped`, and end within `STOP_S` seconds."""
 
-    async def _until_stopped(self) -> None:
-        """Report that the server is up, and wait until it is stopped."""
-        self._started.set_result(asyncio.get_running_loop())
-        while not self._stop.is_set():
-            self.on_cycle()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), CYCLE_S)
+    async def _serve_on(self, listener: socket.socket) -> None:
+        await self._serve(listener, self._context)
 
     def _ssl_context(self) -> ssl.SSLContext:
         return self._tls.ssl_context()
-
-    def _run(self, listener: socket.socket) -> None:
-        try:
-            with listener:
-                asyncio.run(self._serve(listener, self._context))
-        except Exception as error:
-            if self._started.done():
-                log.exception("the %s on port %d stopped", self._name, self.port)
-            else:
-                self._started.set_exception(error)
-
-    def _listen(self) -> socket.socket:
-        try:
-            return socket.create_server(
-                (self.host, self.port),
-                family=address_family(self.host, self.port),
-                backlog=BACKLOG,
-                dualstack_ipv6=self.host == "::" and socket.has_dualstack_ipv6(),
-            )
-        except (OSError, OverflowError) as error:
-            reason = str(error)
-            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-                reason = "the port is in use; stop what uses it"
-            raise ConfigError(
-                f"the {self._name} cannot listen on {host_port(self.host, self.port)}: {reason}, "
-                f"or {self._advice}"
-            ) from None
