@@ -15,6 +15,8 @@ FleetError
  |   +- TopicError              a topic, or a name in it, that is not valid
  +- PromptError                 an app's request that cannot be served
  |   +- RefusedPromptError      a request that a device refused
+ |   +- RequestFieldError       a field of an HTTP request that cannot be honoured
+ |   +- UnknownModelError       a model that does not exist, or that the app may not use
  |   +- BusyError               more requests at once than the device accepts
  |   +- DeadlineError           a generation took longer than its app allowed
  |   +- CloudError              only the cloud may decide, and no worker is available
@@ -133,6 +135,23 @@ class RefusedPromptError(PromptError):
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class RequestFieldError(PromptError):
+    """A field of an HTTP request that has no meaning here, or a value that it cannot have.
+
+    `field` is its name, with the path to it.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class UnknownModelError(PromptError):
+    """A model that does not exist, or that the app may not use."""
+
+    code = "unknown_model"
 
 
 class BusyError(PromptError):

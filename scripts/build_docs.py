@@ -87,14 +87,13 @@ def write_reference_page(room: Path) -> None:
     """Write a page for the modules of a folder; the folders below it have pages of their own."""
     modules = [path.relative_to(ROOT) for path in sorted((ROOT / room).glob("*.py"))]
     names = [dotted(path) for path in modules if not path.stem.startswith("__")]
-    write_page(
-        f"docs/api/{dotted(room)}.md", dotted(room), "\n\n".join(f"::: {name}" for name in names)
-    )
+    content = "\n\n".join(f"::: {name}" for name in names)
+    write_page(f"docs/reference/{dotted(room)}.md", dotted(room), content)
 
 
 def write_reference_index() -> None:
     lines = [f"- [{dotted(room)}]({dotted(room)}.md)" for room in rooms()]
-    write_page("docs/api/README.md", "API reference", "\n".join(lines))
+    write_page("docs/reference/README.md", "API reference", "\n".join(lines))
 
 
 class Links(HTMLParser):

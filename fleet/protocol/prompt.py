@@ -163,7 +163,19 @@ def parse_prompt(payload: bytes) -> PromptRequest:
             f"expected a prompt of at most {MAX_PROMPT_BYTES} bytes, got {len(payload)}; "
             "send a shorter one"
         )
-    request = _parse(payload)
+    return _checked(_parse(payload))
+
+
+def prompt_of_fields(fields: dict[str, Any]) -> PromptRequest:
+    """Return the request that has these fields, as decoded from JSON.
+
+    Raises:
+        PromptError: a field is unknown or out of range, or there is no prompt.
+    """
+    return _checked(_convert(fields))
+
+
+def _checked(request: PromptRequest) -> PromptRequest:
     if (request.prompt is None) == (request.messages is None):
         raise PromptError("expected exactly one of 'prompt' and 'messages'")
     if request.raw and request.needs_template:
@@ -196,16 +208,26 @@ def _parse(payload: bytes) -> PromptRequest:
 
 
 def _parse_json(text: str) -> PromptRequest:
-    fields: dict[str, Any] = {}
     try:
         fields = parse_json(text, dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise _no_prompt(str(error)) from None
+    return _convert(fields)
+
+
+def _convert(fields: dict[str, Any]) -> PromptRequest:
+    try:
         _join_parts(fields)
         return msgspec.convert(fields, PromptRequest)
     except (msgspec.MsgspecError, RecursionError) as error:
         reason = describe_error(error, PromptRequest, fields)
         if is_unknown_field(reason):
             reason += f"; its fields are {', '.join(PromptRequest.__struct_fields__)}"
-        raise PromptError(f"expected a JSON object with 'prompt' or 'messages': {reason}") from None
+        raise _no_prompt(reason) from None
+
+
+def _no_prompt(reason: str) -> PromptError:
+    return PromptError(f"expected a JSON object with 'prompt' or 'messages': {reason}")
 
 
 def _join_parts(fields: dict[str, Any]) -> None:

@@ -26,9 +26,8 @@ Seed: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Temperature: TypeAlias = Annotated[float, Meta(ge=0, le=5)]
 TopP: TypeAlias = Annotated[float, Meta(gt=0, le=1)]
 TopK: TypeAlias = Annotated[int, Meta(ge=0, le=1000)]
-StopTexts: TypeAlias = Annotated[
-    tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...], Meta(max_length=4)
-]
+StopText: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
+StopTexts: TypeAlias = Annotated[tuple[StopText, ...], Meta(max_length=4)]
 MaxNewTokens: TypeAlias = Annotated[int, Meta(ge=1, le=100_000)]
 Threshold: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]

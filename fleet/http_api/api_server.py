@@ -1,0 +1,56 @@
+"""The server of an HTTP API, on a thread and an event loop of its own."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from typing import Final
+
+from aiohttp import web
+
+from fleet.http_api.api_address import ApiAddress
+from fleet.http_api.application import http_application
+from fleet.http_api.backend import ApiBackend
+from fleet.transport.threaded_server import STOP_S, ThreadedServer
+from fleet.utils.host_address import host_port
+
+IDLE_S: Final = 60.0
+LINGER_S: Final = 2.0
+"""Seconds for which the rest of a refused body is read and dropped, so that its client can read the
+response."""
+
+
+class ApiServer(ThreadedServer):
+    """The server, as a context manager.
+
+    Where only this machine can connect, requests must name it as their host: a web page that makes
+    its own name an address of this machine is refused.
+    """
+
+    def __init__(
+        self, address: ApiAddress, backend: ApiBackend, tls: ssl.SSLContext | None = None
+    ) -> None:
+        super().__init__("API", address.host, address.port, "choose another with --api")
+        self._hosts = address.request_hosts
+        self._backend = backend
+        self._tls = tls
+
+    @property
+    def url(self) -> str:
+        """The base URL."""
+        scheme = "https" if self._tls else "http"
+        return f"{scheme}://{host_port(self.host, self.port)}"
+
+    async def _serve_on(self, listener: socket.socket) -> None:
+        runner = web.AppRunner(
+            http_application(self._backend, self._hosts),
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=IDLE_S,
+            lingering_time=LINGER_S,
+            shutdown_timeout=STOP_S / 2,
+        )
+        await runner.setup()
+        await web.SockSite(runner, listener, ssl_context=self._tls).start()
+        await self._until_stopped()
+        await runner.cleanup()

@@ -1,0 +1,138 @@
+"""OpenAI's text completions: `POST /v1/completions`, which continue a text without a template."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Final, Literal
+
+from msgspec import Struct
+
+from fleet.errors import RequestFieldError
+from fleet.http_api.answer_facts import FleetFacts, Timings, answer_facts, timings, token_facts
+from fleet.http_api.answer_writer import EVENT_STREAM, AnswerCall, AnswerWriter, event
+from fleet.http_api.openai_fields import (
+    DONE,
+    OpenAiSampling,
+    TokenUsage,
+    check_openai,
+    token_usage,
+)
+from fleet.http_api.problems import Problem, openai_error
+from fleet.http_api.request_fields import convert_fields, decode_object, prompt_fields
+from fleet.protocol.prompt import Reply, prompt_of_fields
+from fleet.protocol.types import MaxNewTokens
+
+NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+}
+"""Fields without a meaning here, with the values that change nothing."""
+
+
+class TextCompletionBody(OpenAiSampling, forbid_unknown_fields=True, kw_only=True):
+    """The body of a request. `prompt` is a text, or a list with one text."""
+
+    prompt: str | list[Any]
+    max_tokens: MaxNewTokens | None = None
+    best_of: Any = None
+    echo: Any = None
+    suffix: Any = None
+
+
+class TextChoice(Struct, frozen=True, kw_only=True):
+    """A whole answer, or a piece of it."""
+
+    text: str
+    finish_reason: str | None = None
+    index: int = 0
+    logprobs: None = None
+
+
+class TextCompletion(Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """The response, or with `stream` an event of it."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: tuple[TextChoice, ...]
+    usage: TokenUsage | None = None
+    fleet: FleetFacts | None = None
+    timings: Timings | None = None
+
+
+class TextCompletionWriter(AnswerWriter):
+    """The bytes of one text completion."""
+
+    content_type = EVENT_STREAM
+
+    def __init__(self, model: str, *, includes_usage: bool = False) -> None:
+        super().__init__(model)
+        self._includes_usage = includes_usage
+
+    def whole(self, reply: Reply) -> TextCompletion:
+        return self._end(reply, self.text, token_usage(reply))
+
+    def fail(self, problem: Problem) -> bytes:
+        return event(openai_error(problem))
+
+    def _chunk(self, reply: Reply) -> bytes:
+        choice = TextChoice(text=reply.text)
+        return event(self._completion(choice, fleet=token_facts(reply)))
+
+    def _last(self, reply: Reply) -> bytes:
+        usage = event(self._completion(usage=token_usage(reply))) if self._includes_usage else b""
+        return event(self._end(reply, reply.text)) + usage + DONE
+
+    def _end(self, reply: Reply, text: str, usage: TokenUsage | None = None) -> TextCompletion:
+        return self._completion(
+            TextChoice(text=text, finish_reason=reply.finish_reason),
+            usage=usage,
+            fleet=answer_facts(reply, self.generation),
+            timings=timings(reply.usage),
+        )
+
+    def _completion(
+        self,
+        *choices: TextChoice,
+        usage: TokenUsage | None = None,
+        fleet: FleetFacts | None = None,
+        timings: Timings | None = None,
+    ) -> TextCompletion:
+        return TextCompletion(
+            id=f"cmpl-{self.id}",
+            object="text_completion",
+            created=int(self.created_at),
+            model=self.model,
+            choices=choices,
+            usage=usage,
+            fleet=fleet,
+            timings=timings,
+        )
+
+
+def parse_text_completion(data: bytes) -> AnswerCall:
+    """Parse a request.
+
+    Raises:
+        DecodeError, PromptError: it cannot be honoured.
+    """
+    body = convert_fields(decode_object(data), TextCompletionBody)
+    check_openai(body, NEUTRAL)
+    fields = prompt_fields(body, body.fleet) | {"prompt": _text(body.prompt), "raw": True}
+    if body.max_tokens:
+        fields["max_new_tokens"] = body.max_tokens
+    return AnswerCall(
+        model=body.model,
+        prompt=prompt_of_fields(fields),
+        is_streamed=bool(body.stream),
+        make_writer=partial(TextCompletionWriter, includes_usage=body.includes_usage),
+    )
+
+
+def _text(prompt: str | list[Any]) -> str:
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if len(texts) != 1 or not isinstance(texts[0], str):
+        raise RequestFieldError("prompt", "prompt: expected one text; send each text by itself")
+    return texts[0]
