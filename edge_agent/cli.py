@@ -6,21 +6,21 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
 
 from edge_agent.device_unit import DEVICE_SERVICE, device_unit
-from fleet.bundles.manifest import Bundle, Manifest
+from fleet.bundles.manifest import EDGE_SIDES, Bundle, Manifest
 from fleet.errors import FleetError
 from fleet.identity.identity import Identity, IdentityConfig
 from fleet.planning.machine_speeds import print_progress, report_speeds, warn_about_load
 from fleet.protocol.access import Role
-from fleet.utils.cli_runtime import run_command, stop_event
+from fleet.utils.cli_runtime import run_command, stop_event, wait_stopped
 from fleet.utils.command_group import CommandGroup
 from fleet.utils.host_address import host_port
 from fleet.utils.optional_imports import needs
@@ -30,6 +30,10 @@ from fleet.utils.service_manager import READY, Watchdog, notify
 from fleet.utils.systemd_unit import service_user, write_units
 from fleet.utils.text_files import decode_text
 from fleet.utils.version_option import VersionOption
+
+if TYPE_CHECKING:
+    from edge_agent.serving.agent import Agent
+    from fleet.http_api.api_server import ApiServer
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -55,6 +59,16 @@ def run_agent(
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, max=256, help="Threads of ONNX Runtime.")
+    ] = None,
+    api: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Serve the HTTP APIs of OpenAI and Ollama here, also without a broker.",
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File of the keys of the API, one in each line.")
     ] = None,
 ) -> None:
     """Serve prompts until stopped."""
@@ -88,6 +102,7 @@ def run_agent(
         partial(_print_serving, identity.name),
         install=partial(install_software, identity, software_store(folder)),
     )
+    server = _api_server(lambda: supervisor.agent, api, api_key_file) if api else None
     stop = stop_event()
     stop_with_launcher(stop)
     supervisor.prepare(stop)
@@ -95,12 +110,58 @@ def run_agent(
     with (
         MqttTransport.connect(identity, will=will, wait=False) as transport,
         CertificateRenewer(identity, transport.reload_certificate),
+        server or nullcontext(),
     ):
-        if transport.wait_up(stop):
+        if server:
+            print_line(f"device {identity.name} has its HTTP API at {server.url}")
+        if server or transport.wait_up(stop):
             supervisor.on_cycle = Watchdog().watch("supervisor")
             supervisor.run(transport)
     if supervisor.is_replaced:
         restart()
+
+
+@app.command("serve")
+def serve_command(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a model bundle.")],
+    api: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Address of the HTTP API.")
+    ] = "127.0.0.1:11434",
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File of the keys of the API, one in each line.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Threads of ONNX Runtime.")
+    ] = None,
+) -> None:
+    """Answer the clients of OpenAI and Ollama with a bundle alone, without a fleet."""
+    with needs("edge"):
+        from edge_agent.config import AgentConfig
+        from edge_agent.local_api.lone_agent import lone_agent
+
+    opened = Bundle.load(bundle, EDGE_SIDES)
+    server = _api_server(lambda: agent, api, api_key_file)
+    agent = lone_agent(opened, threads or AgentConfig().num_threads)
+    stop = stop_event()
+    with agent, server:
+        print_line(f"bundle {opened.manifest.bundle_id} has its HTTP API at {server.url}")
+        wait_stopped(stop)
+
+
+def _api_server(
+    find_agent: Callable[[], Agent | None], address: str, key_file: Path | None
+) -> ApiServer:
+    """Return the server of the HTTP API."""
+    with needs("api"):
+        from fleet.http_api.api_server import ApiServer
+    from edge_agent.local_api.api_keys import ApiKeys, check_exposure
+    from edge_agent.local_api.device_backend import DeviceBackend
+    from fleet.http_api.api_address import ApiAddress
+
+    listens = ApiAddress.parse(address)
+    keys = ApiKeys.load(key_file) if key_file else ApiKeys()
+    check_exposure(listens, keys)
+    return ApiServer(listens, DeviceBackend(find_agent, keys))
 
 
 @app.command("systemd")

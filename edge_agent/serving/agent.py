@@ -9,8 +9,10 @@ import random
 import secrets
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final, Self
 
@@ -31,13 +33,13 @@ from edge_agent.serving.self_test import check_step
 from edge_agent.session.cloud_session import CloudSession
 from edge_agent.session.worker_directory import WorkerDirectory
 from fleet import __version__
-from fleet.bundles.manifest import Bundle
+from fleet.bundles.manifest import Bundle, Manifest
 from fleet.errors import BusyError, FleetError, PromptError, ProtocolError
 from fleet.protocol import topics
 from fleet.protocol.access import is_operator
 from fleet.protocol.codec import decode_to_device, encode
 from fleet.protocol.messages import Close, Opened
-from fleet.protocol.prompt import parse_prompt
+from fleet.protocol.prompt import PromptRequest, parse_prompt
 from fleet.protocol.report import ConfigProblem, DeviceStatus, encode_status
 from fleet.transport.base import Handler, Transport, publish_or_log
 from fleet.utils.memory_release import release_unused_memory
@@ -184,6 +186,21 @@ class Agent:
             self._is_paused = False
 
     @property
+    def manifest(self) -> Manifest:
+        """The manifest of the bundle that it serves."""
+        return self._manifest
+
+    @property
+    def started_at(self) -> float:
+        """The time at which it was made, in seconds since 1970."""
+        return self._epoch / 1000
+
+    @property
+    def max_positions(self) -> int:
+        """The number of positions of prompt and answer together."""
+        return self._planner.max_positions
+
+    @property
     def is_idle(self) -> bool:
         """Whether no request is active."""
         with self._lock:
@@ -250,7 +267,7 @@ class Agent:
         with self._lock:
             jobs = list(self._active.values())
         for job in jobs:
-            self._cancel(job)
+            self.cancel(job)
         self._new_jobs.put(None)
         self._planning_thread.join(STOP_TIMEOUT_S)
         self._jobs.close()
@@ -285,13 +302,35 @@ class Agent:
             return
         app, request = request_key
         try:
-            prompt = parse_prompt(payload)
-            if prompt.seed is None:
-                prompt = msgspec.structs.replace(prompt, seed=secrets.randbits(SEED_BITS))
-            digest = hashlib.sha256(payload).digest()
-            self._accept(Job(app=app, request=request, prompt=prompt, digest=digest))
+            reply_topic = topics.device_reply(self.name, app, request)
+            job = Job(
+                app=app,
+                request=request,
+                prompt=_with_seed(parse_prompt(payload)),
+                send=partial(publish_or_log, self._transport, reply_topic, qos=1),
+                digest=hashlib.sha256(payload).digest(),
+            )
+            self._accept(job)
         except PromptError as error:
             refuse_prompt(self._transport, app, request, error)
+
+    def submit(self, app: str, prompt: PromptRequest, send: Callable[[bytes], None]) -> Job:
+        """Accept the prompt of an app on this machine. Any thread may call; it does not wait.
+
+        `send` gets each reply, encoded, on another thread.
+
+        Raises:
+            BusyError: the device accepts no more requests of this app now.
+        """
+        job = Job(app=app, request=uuid.uuid4().hex, prompt=_with_seed(prompt), send=send)
+        self._accept(job)
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """End an answer early, or remove it from the queue."""
+        self._jobs.cancel(job)
+        if cloud_session := job.cloud_session:
+            cloud_session.abandon("the request was cancelled")
 
     def _accept(self, job: Job) -> None:
         """Queue a job.
@@ -357,12 +396,7 @@ class Agent:
         with self._lock:
             job = self._active.get(request_key)
         if job:
-            self._cancel(job)
-
-    def _cancel(self, job: Job) -> None:
-        self._jobs.cancel(job)
-        if job.cloud_session:
-            job.cloud_session.abandon("the request was cancelled")
+            self.cancel(job)
 
     def _on_session(self, topic: str, payload: bytes) -> None:
         try:
@@ -434,13 +468,21 @@ class Agent:
         self._finish(job)
 
     def _finish(self, job: Job) -> None:
-        """Keep only the replies of a job that has ended."""
+        """Keep only the replies of a job that has ended, if its app can ask for them again."""
         with self._lock:
             del self._active[job.key]
             job.release()
-            self._finished[job.key] = job
+            if job.digest:
+                self._finished[job.key] = job
             while len(self._finished) > MAX_FINISHED:
                 del self._finished[next(iter(self._finished))]
+
+
+def _with_seed(prompt: PromptRequest) -> PromptRequest:
+    """Return a prompt with a seed: its own, or a random one."""
+    if prompt.seed is not None:
+        return prompt
+    return msgspec.structs.replace(prompt, seed=secrets.randbits(SEED_BITS))
 
 
 def refuse_prompt(transport: Transport, app: str, request: str, error: PromptError) -> None:

@@ -24,13 +24,12 @@ from edge_agent.serving.request_planner import RequestPlan
 from edge_agent.session.cloud_session import CloudSession
 from edge_agent.session.worker_directory import WorkerDirectory
 from fleet.bundles.manifest import Manifest
-from fleet.protocol import topics
 from fleet.protocol.counts import AnswerCounts
 from fleet.protocol.messages import PROTOCOL, Open
 from fleet.protocol.modes import Mode, offload_rate
 from fleet.protocol.prompt import MAX_FULL_TEXT_BYTES, ErrorInfo, Reply, Usage
 from fleet.protocol.report import GenerationReport
-from fleet.transport.base import Transport, publish_or_log
+from fleet.transport.base import Transport
 
 # A session's name is short, because every message has it. It must be unique only on its device.
 SESSION_BYTES: Final = 5
@@ -62,13 +61,12 @@ class Answerer:
         self._acceptance = AcceptanceRate()
 
     def reply(self, job: Job, reply: Reply) -> None:
-        """Publish a job's next reply, and keep it for an app that sends its request again."""
+        """Send a job's next reply, and keep it for an app that sends its request again."""
         if not job.replies:
             reply = msgspec.structs.replace(reply, generation=job.generation)
         payload = msgspec.json.encode(reply)
         job.replies.append(payload)
-        topic = topics.device_reply(self._transport.name, job.app, job.request)
-        publish_or_log(self._transport, topic, payload, qos=1)
+        job.send(payload)
 
     def answer(self, job: Job, plan: RequestPlan) -> None:
         """Stream the response, and report its counts, also after an error.

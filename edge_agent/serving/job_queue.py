@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -24,13 +24,15 @@ RESERVED_S: Final = 10.0
 class Job:
     """An accepted request of an app, and the progress of its response.
 
-    `digest` is a hash of its payload. `received_at` is in seconds since 1970; the other times are
-    those of the monotonic clock.
+    `send` delivers an encoded reply to the app. `digest` is a hash of the request's payload; it is
+    empty for an app that cannot send the same request again. `received_at` is in seconds since
+    1970; the other times are those of the monotonic clock.
     """
 
     app: str
     request: str
     prompt: PromptRequest
+    send: Callable[[bytes], None]
     digest: bytes = b""
     generation: str = field(default_factory=lambda: uuid.uuid4().hex)
     received_at: float = field(default_factory=time.time)

@@ -89,7 +89,7 @@ class RequestPlanner:
         self._manifest = partition.manifest
         self._tokenizer = tokenizer
         self._draw = draw
-        self._max_positions = min(config.max_positions, partition.manifest.model.max_positions)
+        self.max_positions = min(config.max_positions, partition.manifest.model.max_positions)
         self.follow(config)
 
     def follow(self, config: AgentConfig) -> None:
@@ -160,12 +160,12 @@ class RequestPlanner:
         )
 
     def _max_new_tokens(self, num_prompt_tokens: int, requested: int | None, default: int) -> int:
-        available = self._max_positions - num_prompt_tokens
+        available = self.max_positions - num_prompt_tokens
         if available < (requested or 1):
             request = f" and {requested} new ones are requested" if requested else ""
             raise PromptError(
                 f"the prompt has {num_prompt_tokens} tokens{request}; "
-                f"this device holds {self._max_positions} positions for both; "
+                f"this device holds {self.max_positions} positions for both; "
                 "send a shorter prompt or ask for fewer tokens"
             )
         return requested or min(default, available)

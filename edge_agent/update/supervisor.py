@@ -366,6 +366,11 @@ class Supervisor:
         self._on_serving(bundle.manifest)
 
     @property
+    def agent(self) -> Agent | None:
+        """The agent that serves now; None while the device changes its bundle."""
+        return self._agent
+
+    @property
     def _serving(self) -> str:
         return self._bundle.manifest.bundle_id
 

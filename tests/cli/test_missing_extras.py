@@ -9,16 +9,19 @@ from pathlib import Path
 import pytest
 
 from fleet.bundles.manifest import Bundle
+from fleet.protocol.access import Role
 from fleet.server.home import FleetConfig, FleetHome
 from tests.brokers import free_port
 
 TIMEOUT_S = 120
-WITHOUT = "import sys; sys.modules[sys.argv.pop(1)] = None; from fleet.cli import main; main()"
+WITHOUT = "import sys; sys.modules[sys.argv.pop(1)] = None; from {}.cli import main; main()"
 
 
-def run_without(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `fleet` in a process that cannot import `module`."""
-    command = [sys.executable, "-c", WITHOUT, module, *arguments]
+def run_without(
+    module: str, *arguments: str, package: str = "fleet"
+) -> subprocess.CompletedProcess[str]:
+    """Run the command of a package in a process that cannot import `module`."""
+    command = [sys.executable, "-c", WITHOUT.format(package), module, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
 
 
@@ -61,3 +64,13 @@ def test_a_recording_names_the_extras_of_devices_and_workers(
         result = run_without(module, "heads", "evaluate", *bundle, "--prompts", str(prompts))
         assert result.returncode == 1
         assert f"cecollm-fleet[{extra}]" in result.stderr
+
+
+def test_a_device_with_an_api_names_the_extra_that_it_needs(
+    home: Path, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    device = FleetHome.load(home).enroll("d1", Role.DEVICE, tmp_path / "d1").folder
+    run = ("run", str(device), "--bundle", str(tiny_bundle.folder))
+    result = run_without("aiohttp", *run, "--api", "127.0.0.1:0", package="edge_agent")
+    assert result.returncode == 1
+    assert result.stderr.endswith("run: pip install 'cecollm-fleet[api]'\n")

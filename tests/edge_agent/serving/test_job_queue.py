@@ -23,7 +23,8 @@ MAX_LEASES = 8
 
 
 def put(jobs: JobQueue, request: str, num_bytes: int, app: str = "app") -> Job:
-    job = Job(app=app, request=request, prompt=PromptRequest(prompt="x"))
+    prompt = PromptRequest(prompt="x")
+    job = Job(app=app, request=request, prompt=prompt, send=lambda _: None)
     plan = RequestPlan(
         partition=cast(Partition, None),  # a queue runs no model
         prompt_ids=[1],

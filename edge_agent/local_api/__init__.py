@@ -1,0 +1,1 @@
+"""The HTTP API of a device, for apps on the same machine or with a key."""

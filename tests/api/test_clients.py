@@ -1,0 +1,204 @@
+"""The packages that people use as clients, against a device without a broker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from fleet.bundles.manifest import Bundle
+from fleet.protocol.prompt import ChatMessage, PromptRequest
+from tests.api.device_api import device_api
+from tests.api.environment import call_clients
+from tests.api.environment import client_python as client_python  # a fixture
+
+pytestmark = [pytest.mark.packaging, pytest.mark.timeout(600)]
+
+KEY: Final = "0123456789abcdef"
+MODEL: Final = "tiny"
+PROMPT: Final = "Name a river."
+TOKENS: Final = 8
+
+Values = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_bundle: Bundle) -> dict[str, str]:
+    """The texts that an app gets over MQTT: of a chat, and of a raw prompt."""
+    chat = PromptRequest(messages=(ChatMessage("user", PROMPT),), max_new_tokens=TOKENS)
+    raw = PromptRequest(prompt=PROMPT, raw=True, max_new_tokens=TOKENS)
+    with device_api(tiny_bundle) as device:
+        return {"chat": device.text_over_mqtt(chat), "raw": device.text_over_mqtt(raw)}
+
+
+@pytest.fixture(scope="module")
+def values(tiny_bundle: Bundle, client_python: Path) -> Values:
+    """The values of all calls; the device has lost its broker and needs a key."""
+    with device_api(tiny_bundle, key=KEY) as device:
+        device.transport.drop()
+        return call_clients(client_python, device.url, MODEL, KEY)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "openai_chat",
+        "openai_chat_with_newer_limit",
+        "openai_stream",
+        "openai_async_stream",
+        "openai_response",
+        "ollama_chat_text",
+        "ollama_stream",
+        "ollama_generate",
+        "ollama_latest_tag",
+        "langchain_openai",
+        "langchain_openai_responses",
+        "langchain_ollama_stream",
+        "langchain_ollama_generate",
+        "litellm_openai",
+        "litellm_openai_stream",
+        "litellm_ollama",
+        "litellm_ollama_stream",
+        "llm_prompt",
+    ],
+)
+def test_a_client_gets_the_text_that_an_app_gets_over_mqtt(
+    name: str, values: Values, expected: dict[str, str]
+) -> None:
+    value = values[name]
+    texts = value if isinstance(value, list) else [value]
+    assert texts == [expected["chat"]] * len(texts)
+
+
+@pytest.mark.parametrize("name", ["openai_completion", "ollama_raw", "langchain_openai_completion"])
+def test_a_completion_continues_its_text(
+    name: str, values: Values, expected: dict[str, str]
+) -> None:
+    value = values[name]
+    texts = value if isinstance(value, list) else [value]
+    assert texts == [expected["raw"]] * len(texts)
+
+
+def test_parts_of_a_message_are_its_lines(values: Values) -> None:
+    parts, whole = values["openai_chat_of_parts"]
+    assert parts == whole
+
+
+def test_a_completion_has_the_counts_of_the_fleet_and_the_times_of_llama_cpp(
+    values: Values,
+) -> None:
+    completion = values["openai_chat_object"]
+    counts = completion["fleet"]["counts"]
+    usage = completion["usage"]
+    assert usage["completion_tokens"] == counts["tokens"] == completion["timings"]["predicted_n"]
+    assert usage["prompt_tokens"] == counts["prompt_tokens"] == completion["timings"]["prompt_n"]
+    assert counts["sources"] == {"fallback": TOKENS}
+    assert completion["choices"][0]["finish_reason"] == "length"
+
+
+def test_every_chunk_of_a_stream_has_what_strict_clients_need(values: Values) -> None:
+    *chunks, last, usage = values["openai_stream_chunks"]
+    (identity,) = {(chunk["id"], chunk["object"], chunk["model"]) for chunk in (*chunks, last)}
+    assert identity[1:] == ("chat.completion.chunk", MODEL)
+    choices = [chunk["choices"][0] for chunk in (*chunks, last)]
+    assert [choice["index"] for choice in choices] == [0] * len(choices)
+    assert [choice["finish_reason"] for choice in choices[:-1]] == [None] * len(chunks)
+    assert choices[-1]["finish_reason"] == "length"
+    assert choices[0]["delta"]["role"] == "assistant"
+    assert [chunk["fleet"]["source"] for chunk in chunks[1:]] == ["fallback"] * TOKENS
+    assert last["fleet"]["counts"]["tokens"] == TOKENS
+    assert usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] == TOKENS
+
+
+def test_the_events_of_a_response_come_in_the_order_of_openai(
+    values: Values, expected: dict[str, str]
+) -> None:
+    events = values["openai_response_events"]
+    deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+    assert [event["type"] for event in events if event not in deltas] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.incomplete",
+    ]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert "".join(event["delta"] for event in deltas) == expected["chat"]
+    response = events[-1]["response"]
+    assert response["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert response["output"][0]["content"][0]["text"] == expected["chat"]
+
+
+def test_a_response_has_counts_and_instructions(values: Values) -> None:
+    response = values["openai_response_object"]
+    assert response["usage"]["output_tokens"] == TOKENS
+    assert response["instructions"] == "Be short."
+    assert response["store"] is False
+
+
+def test_clients_find_the_model(values: Values) -> None:
+    assert values["openai_models"] == [[MODEL], MODEL]
+    assert values["ollama_lists"] == [[MODEL], [MODEL], ["completion"], "llama"]
+    assert values["ollama_load"] == "load"
+
+
+def test_a_chat_of_ollama_has_counts_and_times(values: Values) -> None:
+    line = values["ollama_chat_object"]
+    assert line["done_reason"] == "length"
+    assert line["eval_count"] == TOKENS
+    assert line["total_duration"] == line["prompt_eval_duration"] + line["eval_duration"]
+
+
+def test_home_assistant_gets_its_streamed_turn(values: Values) -> None:
+    *lines, last = values["home_assistant"]
+    assert [done for _, done in lines] == [False] * TOKENS
+    assert last[1] is True
+
+
+@pytest.mark.parametrize("name", ["langchain_openai_stream", "langchain_ollama"])
+def test_langchain_counts_the_tokens(name: str, values: Values, expected: dict[str, str]) -> None:
+    assert values[name] == [expected["chat"], TOKENS]
+
+
+def not_found(error: Values) -> bool:
+    return error["status"] == 404 and "not found: this device serves 'tiny'" in error["text"]
+
+
+def refused(field: str) -> Callable[[Values], bool]:
+    return lambda error: error["status"] == 400 and f"{field}: it is not supported" in error["text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_right"),
+    [
+        ("openai_unknown_model", not_found),
+        ("openai_unknown_model_in_a_stream", not_found),
+        ("openai_unknown_model_of_a_response", not_found),
+        ("ollama_unknown_model", not_found),
+        ("openai_image", refused("messages[0].content[0].image_url")),
+        ("openai_image_of_a_response", refused("input[0].content[0].input_image")),
+        ("openai_tools", refused("tools")),
+        ("openai_previous_response", refused("previous_response_id")),
+        ("ollama_image", refused("messages[0].images")),
+        ("ollama_tools", refused("tools")),
+        ("openai_wrong_key", lambda error: error["error"] == "AuthenticationError"),
+    ],
+)
+def test_a_client_gets_the_error_of_its_api(
+    name: str, is_right: Callable[[Values], bool], values: Values
+) -> None:
+    assert is_right(values[name]), values[name]
+
+
+def test_the_errors_of_openai_name_the_field_and_the_code(values: Values) -> None:
+    assert values["openai_unknown_model"]["error"] == "NotFoundError"
+    assert values["openai_unknown_model"]["code"] == "model_not_found"
+    assert values["openai_unknown_model"]["param"] == "model"
+    assert values["openai_tools"]["error"] == "BadRequestError"
+    assert values["openai_tools"]["param"] == "tools"
