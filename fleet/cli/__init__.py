@@ -28,6 +28,7 @@ from fleet.cli.export import export
 from fleet.cli.heads import app as heads_app
 from fleet.cli.identities import change_group, delete_identity, identities
 from fleet.cli.init import init
+from fleet.cli.keys import app as key_app
 from fleet.cli.options import PASS_ON
 from fleet.cli.plan import plan
 from fleet.cli.prompt import prompt
@@ -89,6 +90,7 @@ app.command("plan", rich_help_panel=MODELS)(plan)
 app.command("export", rich_help_panel=MODELS, context_settings=PASS_ON)(export)
 app.command("bench", rich_help_panel=MODELS, context_settings=PASS_ON)(bench)
 add_rollout_commands(bundle_app)
+app.add_typer(key_app, name="key", rich_help_panel=IDENTITIES)
 app.add_typer(config_app, name="config", rich_help_panel=CHANGES)
 app.add_typer(bundle_app, name="bundle", rich_help_panel=CHANGES)
 app.add_typer(update_app, name="update", rich_help_panel=CHANGES)

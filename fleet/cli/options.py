@@ -99,6 +99,18 @@ ServicePortOption = Annotated[
         f"{DEFAULT_SERVICE_PORT}).",
     ),
 ]
+ApiOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Serve the HTTP APIs of OpenAI and Ollama here; beyond this machine with TLS.",
+    ),
+]
+ApiCertOption = Annotated[
+    Path | None,
+    typer.Option(help="Certificate of --api in PEM (default: of the fleet's own authority)."),
+]
+ApiCertKeyOption = Annotated[Path | None, typer.Option(help="Key of --api-cert in PEM.")]
 BundleOption = Annotated[
     Path | None,
     typer.Option(help="Folder of the bundle (default: the default model's, built if missing)."),
@@ -198,12 +210,12 @@ def format_time(at: float | None, pattern: str = TO_THE_MINUTE) -> str:
         return f"{at:g} s"
 
 
-def parse_ttl(text: str, max_s: float) -> float:
-    """Seconds of a span from 1 s to `max_s`; raises ConfigError."""
+def parse_ttl(text: str, max_s: float, option: str = "ttl") -> float:
+    """Seconds of a span from 1 s to `max_s`; raises ConfigError, which names the `option`."""
     span_s = _match_span(text)
     if span_s is None or not 1 <= span_s <= max_s:
         raise ConfigError(
-            f"ttl {text!r}: expected a span like 15m, 24h or 7d, at most {format_span(max_s)}"
+            f"{option} {text!r}: expected a span like 15m, 24h or 7d, at most {format_span(max_s)}"
         )
     return span_s
 

@@ -105,6 +105,19 @@ class TokenRecord(Table):
     key_hash: Mapped[Digest | None]
 
 
+class ApiKeyRecord(Table):
+    """A key of an app for the HTTP API; `secret_hash` is the SHA-256 of its secret."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    app: Mapped[Name] = mapped_column(ForeignKey("identities.name", ondelete="CASCADE"), index=True)
+    secret_hash: Mapped[Digest]
+    created_at: Mapped[Time]
+    expires_at: Mapped[Time | None]
+    revoked_at: Mapped[Time | None]
+
+
 class CertificateRecord(Table):
     """A certificate of the fleet's authority; `serial` in lower-case hex, `pem` as issued."""
 

@@ -100,6 +100,48 @@ class NewToken:
     expires_at: float
 
 
+class ApiKeyRow(Struct, frozen=True, kw_only=True):
+    """An app's key for the HTTP API.
+
+    `state` is "active", "revoked", "expired", or the `IdentityState` of an app that may not use it.
+    Times are in seconds since 1970; a key without `expires_at` is valid until it is revoked.
+    """
+
+    id: str
+    app: str
+    state: str
+    created_at: float
+    expires_at: float | None
+
+
+class StoredKey(Struct, frozen=True):
+    """A key that is not revoked: its app, the SHA-256 of its secret, and the end of its time."""
+
+    app: str
+    secret_hash: str
+    expires_at: float | None
+
+
+class DeviceLabels(Struct, frozen=True):
+    """The group of a device, and its tags in the form ``key=value``."""
+
+    group: str | None
+    tags: tuple[str, ...]
+
+
+class ApiRights(Struct, frozen=True, kw_only=True):
+    """The keys of the HTTP API by their ids, and the devices that their apps may prompt.
+
+    `change` is the newest change of the registry when the rights were read. `devices` are the
+    active ones by name.
+    """
+
+    change: int = 0
+    keys: dict[str, StoredKey] = {}
+    devices_of: dict[str, tuple[str, ...]] = {}
+    devices: dict[str, DeviceLabels] = {}
+
+
 class StatsCounts(GenerationCounts, frozen=True, kw_only=True):
     """The sums over answers, and what follows from them.
 

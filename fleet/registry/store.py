@@ -10,6 +10,7 @@ from sqlalchemy import Engine
 
 from fleet.registry.audit import AuditLog
 from fleet.registry.database import open_database
+from fleet.registry.identities.key_repository import ApiKeyRepository
 from fleet.registry.identities.repository import IdentityRepository
 from fleet.registry.rollouts.repository import RolloutRepository
 from fleet.registry.settings import DesiredStateRepository
@@ -28,6 +29,7 @@ class Registry:
         transactions = Transactions(engine)
         self.actor = actor
         self.identities = IdentityRepository(transactions, actor)
+        self.api_keys = ApiKeyRepository(transactions, actor)
         self.desired_state = DesiredStateRepository(transactions, actor)
         self.rollouts = RolloutRepository(transactions, actor)
         self.stats = StatsRepository(transactions, actor)

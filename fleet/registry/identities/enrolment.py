@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from fleet.errors import IdentityError
 from fleet.identity.enrolment import Enrolment, is_tag
+from fleet.registry.identities.api_keys import delete_keys, revoke_keys
 from fleet.registry.identities.certificates import revoke_certificates
 from fleet.registry.identities.devices import is_device
 from fleet.registry.identities.lifecycle import (
@@ -37,8 +38,9 @@ DEVICE_SCOPE: Final = "device"  # of `fleet.registry.settings.Scope`, which is a
 def enroll(db: Session, enrolment: Enrolment, *, replace: bool) -> IdentityRecord:
     """Add or change an identity, which is pending until it has a certificate.
 
-    Its earlier certificates and tokens become invalid. An identity that is replaced in the same
-    role keeps its group, its tags and its targets, each unless `enrolment` has new ones.
+    Its earlier certificates and tokens become invalid, and with `replace` its API keys. An identity
+    that is replaced in the same role keeps its group, its tags and its targets, each unless
+    `enrolment` has new ones.
 
     Raises:
         IdentityError: it is active or suspended (unless `replace`), its name is a group's, or its
@@ -47,6 +49,8 @@ def enroll(db: Session, enrolment: Enrolment, *, replace: bool) -> IdentityRecor
     now = time.time()
     existing = db.get(IdentityRecord, enrolment.name, with_for_update=True)
     state = _next_state(existing, now, replace=replace) if existing else IdentityState.PENDING
+    if existing and replace:
+        revoke_keys(db, existing.name, now)
     for target in enrolment.targets:
         check_target(db, target)
     if existing and replace:
@@ -127,6 +131,7 @@ def delete_details(db: Session, record: IdentityRecord) -> None:
     name = record.name
     record.group = None
     delete_tokens(db, name)
+    delete_keys(db, name)
     is_right = or_(AllowedTarget.app == name, AllowedTarget.target == name)
     db.execute(delete(AllowedTarget).where(is_right))
     db.execute(delete(TagRecord).where(TagRecord.device == name))

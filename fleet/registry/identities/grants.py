@@ -24,7 +24,7 @@ FEW: Final = 16
 def grants_of(db: Session, name: str, now: float) -> Grants | None:
     """Return the grants of `name`; None unless it is active."""
     record = db.get(IdentityRecord, name)
-    if record is None or not _is_active(record, now):
+    if record is None or not is_active(record, now):
         return None
     return Grants(Role(record.role), name, _targets_of(db, record))
 
@@ -42,17 +42,15 @@ def _targets_of(db: Session, identity: IdentityRecord) -> tuple[str, ...]:
 def all_grants(db: Session, now: float) -> list[Grants]:
     """Return the grants of every active identity, by name, from three queries in all."""
     identities = db.scalars(select(IdentityRecord).order_by(IdentityRecord.name)).all()
-    devices_by_target = _devices_by_target(db, identities)
     targets: defaultdict[str, set[str]] = defaultdict(set)
-    for app, allowed in targets_by_app(db).items():
-        for target in allowed:
-            for device in devices_by_target[target]:
-                targets[app].add(device)
-                targets[device].add(app)
+    for app, devices in devices_by_app(db, identities).items():
+        targets[app] |= devices
+        for device in devices:
+            targets[device].add(app)
     return [
         Grants(Role(identity.role), identity.name, tuple(sorted(targets[identity.name])))
         for identity in identities
-        if _is_active(identity, now)
+        if is_active(identity, now)
     ]
 
 
@@ -64,8 +62,18 @@ def grants_of_names(db: Session, names: Sequence[str], now: float) -> list[Grant
     return [each for name in names if (each := grants_of(db, name, now))]
 
 
-def _is_active(identity: IdentityRecord, now: float) -> bool:
+def is_active(identity: IdentityRecord, now: float) -> bool:
+    """Whether an identity has its rights now."""
     return state_at(identity.state, identity.not_after, now) is IdentityState.ACTIVE
+
+
+def devices_by_app(db: Session, identities: Sequence[IdentityRecord]) -> dict[str, set[str]]:
+    """Return those of `identities` that each app may prompt, of every app that has targets."""
+    devices = _devices_by_target(db, identities)
+    return {
+        app: {device for target in allowed for device in devices[target]}
+        for app, allowed in targets_by_app(db).items()
+    }
 
 
 def _devices_by_target(
@@ -90,7 +98,7 @@ def allow(db: Session, actor: str, app: str, targets: Sequence[str]) -> None:
     Raises:
         IdentityError: `app` is no app, or a target is neither a device nor a group nor a tag.
     """
-    _check_app(db, app)
+    check_app(db, app)
     for target in targets:
         check_target(db, target)
     allowed = set(_allowed_targets(db, app))
@@ -105,7 +113,7 @@ def disallow(db: Session, actor: str, app: str, targets: Sequence[str]) -> None:
     Raises:
         IdentityError: `app` is no app, or was not allowed one of them.
     """
-    _check_app(db, app)
+    check_app(db, app)
     allowed = _allowed_targets(db, app)
     if unknown := [target for target in targets if target not in allowed]:
         raise IdentityError(
@@ -169,7 +177,8 @@ def _allowed_targets(db: Session, app: str) -> Sequence[str]:
     return db.scalars(query.order_by(AllowedTarget.target)).all()
 
 
-def _check_app(db: Session, app: str) -> None:
+def check_app(db: Session, app: str) -> None:
+    """Raise IdentityError unless `app` is the name of an app."""
     identity = db.get(IdentityRecord, app)
     if identity is not None and identity.state == IdentityState.DELETED:
         identity = None

@@ -13,6 +13,7 @@ from fleet.identity.enrolment import Enrolment
 from fleet.protocol.access import Grants, Role
 from fleet.protocol.denylist import MAX_DENIED
 from fleet.registry.audit import audit
+from fleet.registry.identities.api_keys import revoke_keys
 from fleet.registry.identities.certificates import (
     MakeCertificate,
     holder,
@@ -286,7 +287,7 @@ class IdentityRepository(Repository):
         self._change_state(name, IdentityChange.RESUME)
 
     def revoke(self, name: str) -> None:
-        """Withdraw an identity's grants for good, and revoke its certificates.
+        """Withdraw an identity's grants for good, and revoke its certificates and keys.
 
         Raises:
             UnknownDeviceError: it is not enrolled.
@@ -340,6 +341,7 @@ class IdentityRepository(Repository):
             details = {}
             if change is IdentityChange.REVOKE:
                 details["serials"] = revoke_certificates(db, name, now)
+                revoke_keys(db, name, now)
             record.state = state
             audit(db, self.actor, change, name, **details)
 
