@@ -22,6 +22,7 @@ FleetError
  |   +- CloudError              only the cloud may decide, and no worker is available
  +- PoolFullError               the worker has no memory for another session
  +- LinkError                   the broker cannot be reached, or refuses the client
+ |   +- OfflineError            a device is offline now
  |   +- ServiceError            the fleet's HTTPS service cannot be reached, or failed
  |       +- ServiceAwayError    the service may respond later
  +- IdentityError               an identity folder or a certificate is missing or wrong
@@ -182,6 +183,13 @@ class LinkError(FleetError):
     """The broker cannot be reached, or refuses the client."""
 
     code = "link"
+
+
+class OfflineError(LinkError):
+    """The device is offline; it may be back in `retry_after_s` seconds or later."""
+
+    code = "offline"
+    retry_after_s = 15.0
 
 
 class ServiceError(LinkError):

@@ -64,6 +64,7 @@ RATES: Final = {
     Role.APP: CLIENT_RATE,
     Role.WORKER: OWN_RATE,
     Role.SERVER: OWN_RATE,
+    Role.GATEWAY: OWN_RATE,
 }
 """Tokens of one name per second. A packet costs one token, and more if it is delivered often."""
 

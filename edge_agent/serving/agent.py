@@ -28,6 +28,7 @@ from edge_agent.reporting.reporter import Reporter
 from edge_agent.serving.answerer import Answerer, error_reply
 from edge_agent.serving.event_triggers import EventTriggers
 from edge_agent.serving.job_queue import Job, JobQueue
+from edge_agent.serving.load_publisher import LoadPublisher
 from edge_agent.serving.request_planner import MB, RequestPlanner, answer_deadline_s
 from edge_agent.serving.self_test import check_step
 from edge_agent.session.cloud_session import CloudSession
@@ -111,6 +112,9 @@ class Agent:
         self._jobs = JobQueue(config.cache_budget_mb * MB, config.max_concurrent_requests)
         self._active: dict[tuple[str, str], Job] = {}
         self._finished: dict[tuple[str, str], Job] = {}
+        self._load = LoadPublisher(
+            transport, config.max_concurrent_requests, lambda: len(self._active)
+        )
         self._is_paused = False
         self._lock = threading.Lock()
         self._triggers = EventTriggers(
@@ -293,6 +297,7 @@ class Agent:
             qos=1,
             retain=True,
         )
+        self._load.publish()
 
     # Handlers run on the transport's thread and must not block.
 
@@ -359,6 +364,7 @@ class Agent:
             self._resend_replies(earlier)
         else:
             self._new_jobs.put(job)
+            self._load.publish()
 
     def _check_capacity(self, app: str) -> None:
         """Check that one more request of `app` is accepted now. Raises BusyError.
@@ -476,6 +482,7 @@ class Agent:
                 self._finished[job.key] = job
             while len(self._finished) > MAX_FINISHED:
                 del self._finished[next(iter(self._finished))]
+        self._load.publish()
 
 
 def _with_seed(prompt: PromptRequest) -> PromptRequest:

@@ -23,6 +23,7 @@ STATUS: Final = {
     "link": 503,
     "memory": 503,
     "no_cloud": 503,
+    "offline": 503,
     "cancelled": 503,
     "deadline": 504,
 }

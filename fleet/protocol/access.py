@@ -16,13 +16,15 @@ from fleet.protocol.topics import ANY
 class Role(StrEnum):
     """The purpose of an identity.
 
-    Its name is its certificate's CN, MQTT user name and client id.
+    Its name is its certificate's CN, MQTT user name and client id. A gateway sends the prompts of
+    apps that have no connection of their own; it checks the rights of each app by itself.
     """
 
     DEVICE = "device"
     APP = "app"
     WORKER = "worker"
     SERVER = "server"
+    GATEWAY = "gateway"
 
     @property
     def with_article(self) -> str:
@@ -51,6 +53,7 @@ RULES: Final[dict[Role, dict[Action, tuple[str, ...]]]] = {
             topics.device_status(OWN_NAME),
             topics.device_reply(OWN_NAME, ANY, ANY),
             topics.device_stats(OWN_NAME),
+            topics.device_load(OWN_NAME),
             topics.open_session(OWN_NAME),
             topics.to_worker(ANY, OWN_NAME, ANY),
         ),
@@ -100,6 +103,14 @@ RULES: Final[dict[Role, dict[Action, tuple[str, ...]]]] = {
             topics.device_reply(ANY, OWN_NAME, ANY),
             topics.WORKER_STATUS_FILTER,
             topics.REVOKED,
+        ),
+    },
+    Role.GATEWAY: {
+        Action.PUBLISH: (topics.PROMPT_FILTER, topics.CANCEL_FILTER),
+        Action.SUBSCRIBE: (
+            topics.DEVICE_STATUS_FILTER,
+            topics.DEVICE_LOAD_FILTER,
+            topics.REPLY_FILTER,
         ),
     },
 }

@@ -16,6 +16,7 @@ from fleet.utils.validation import JSON_ERRORS
 MAX_REPORT_BYTES: Final = 16 * 1024
 MAX_REPORT_ITEMS: Final = 256
 MAX_STATUS_BYTES: Final = 16 * 1024
+MAX_LOAD_BYTES: Final = 256
 MAX_RECEIPT_BYTES: Final = 256 * 1024
 MAX_RECEIPT_ITEMS: Final = 1024
 
@@ -98,6 +99,13 @@ class DeviceStatus(Struct, frozen=True, kw_only=True):
     config_error: ConfigProblem | None = None
     software_error: ConfigProblem | None = None
     event_error: ConfigProblem | None = None
+
+
+class DeviceLoad(Struct, frozen=True, kw_only=True):
+    """The requests that a device has: those that it answers now, and those that wait."""
+
+    num_running: Amount = 0
+    num_waiting: Amount = 0
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True):
@@ -211,6 +219,27 @@ def decode_status(payload: bytes, kind: type[StatusT]) -> StatusT:
     except JSON_ERRORS as error:
         raise DecodeError(
             f"expected a {kind.__name__} in JSON, got {len(payload)} unreadable bytes: {error}"
+        ) from None
+
+
+def encode_load(load: DeviceLoad) -> bytes:
+    """Return a load as JSON."""
+    return msgspec.json.encode(load)
+
+
+def decode_load(payload: bytes) -> DeviceLoad:
+    """Return the load in a payload.
+
+    Raises:
+        OversizedError: it is too long.
+        DecodeError: it is no load.
+    """
+    _check_size(payload, MAX_LOAD_BYTES, "a load")
+    try:
+        return msgspec.json.decode(payload, type=DeviceLoad)
+    except JSON_ERRORS as error:
+        raise DecodeError(
+            f"expected a DeviceLoad in JSON, got {len(payload)} unreadable bytes: {error}"
         ) from None
 
 

@@ -42,6 +42,11 @@ def device_stats(device: str) -> str:
     return f"{PREFIX}/d/{device}/stats"
 
 
+def device_load(device: str) -> str:
+    """The topic of the requests that a device has."""
+    return f"{PREFIX}/d/{device}/load"
+
+
 def device_config(device: str) -> str:
     """The topic of a device's retained desired configuration."""
     return f"{PREFIX}/d/{device}/config"
@@ -96,6 +101,7 @@ REVOKED: Final = f"{PREFIX}/fleet/revoked"
 
 DEVICE_STATUS_FILTER: Final = device_status(ANY)
 DEVICE_STATS_FILTER: Final = device_stats(ANY)
+DEVICE_LOAD_FILTER: Final = device_load(ANY)
 DEVICE_CONFIG_FILTER: Final = device_config(ANY)
 DEVICE_REPORTED_FILTER: Final = device_reported(ANY)
 PROMPT_FILTER: Final = device_prompt(ANY, ANY, ANY)

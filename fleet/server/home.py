@@ -56,6 +56,7 @@ HOME: Final = "FLEET_HOME"
 PASSPHRASE: Final = "FLEET_CA_PASSPHRASE"
 MAX_PASSPHRASE_BYTES: Final = 1023  # the limit of OpenSSL
 COLLECTOR: Final = "collector"
+GATEWAY: Final = "http-api"  # sends the prompts of the HTTP API
 EMBEDDED: Final = "embedded"  # the brokers that `fleet up` starts
 MOSQUITTO: Final = "mosquitto"
 WORKER: Final = "worker-1"  # the first worker that `fleet up` starts
@@ -374,10 +375,11 @@ class FleetHome:
             return identity
 
     def check_not_own(self, name: str) -> None:
-        """Raise ConfigError when `name` is the server's own identity or an operator's."""
-        if own_role(name) is Role.SERVER:
+        """Raise ConfigError when `name` is an identity of the server's own or an operator's."""
+        role = own_role(name)
+        if role in (Role.SERVER, Role.GATEWAY):
             folder = self.folder / "identities" / name
-            command = ("fleet", "enroll", name, "--role", "server", "--force", "--out", folder)
+            command = ("fleet", "enroll", name, "--role", role, "--force", "--out", folder)
             raise ConfigError(
                 f"the fleet cannot work without its own identity {name}; to replace it, so that "
                 f"its old certificate is refused, use {command_line(*command)}"
@@ -510,6 +512,8 @@ def own_role(name: str) -> Role | None:
     """The role of a name that the fleet uses for its own identities; None for other names."""
     if name == COLLECTOR or is_operator(name):
         return Role.SERVER
+    if name == GATEWAY:
+        return Role.GATEWAY
     return Role.WORKER if re.fullmatch(r"worker-\d+", name) else None
 
 

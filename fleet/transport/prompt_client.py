@@ -61,14 +61,9 @@ class PromptClient:
             while not is_done:
                 reply = stream.next(timeout_s)
                 if reply is None:
-                    raise LinkError(
-                        f"device {device} did not respond within {timeout_s:g} s; is it running? "
-                        "see 'fleet devices'"
-                    )
+                    raise silent_device(device, timeout_s)
                 is_done = reply.done
-                if reply.error:
-                    reason = f"({reply.error.code}): {reply.error.message}"
-                    raise RefusedPromptError(f"device {device} refused {reason}", reply.error.code)
+                check_not_refused(device, reply)
                 yield reply
         finally:
             del self._streams[request]
@@ -102,15 +97,51 @@ def reply_timeout_s(prompt: PromptRequest) -> float:
     return REPLY_TIMEOUT_S + answer_ms / 1000
 
 
+def silent_device(device: str, timeout_s: float) -> LinkError:
+    """Return the error of a device that does not respond."""
+    return LinkError(
+        f"device {device} did not respond within {timeout_s:g} s; is it running? "
+        "see 'fleet devices'"
+    )
+
+
+def check_not_refused(device: str, reply: Reply) -> None:
+    """Raise RefusedPromptError for a reply with an error."""
+    if reply.error:
+        reason = f"({reply.error.code}): {reply.error.message}"
+        raise RefusedPromptError(f"device {device} refused {reason}", reply.error.code)
+
+
+class ReplyOrder:
+    """The replies of one request, put back into order; each comes out once."""
+
+    def __init__(self) -> None:
+        self._early: dict[int, Reply] = {}
+        self._next = 0
+        self._generation: str | None = None
+
+    def store(self, reply: Reply) -> None:
+        """Add a reply that has arrived. Raises LinkError if the device has restarted."""
+        if reply.generation and self._generation and reply.generation != self._generation:
+            raise LinkError("the device has restarted and lost this request; send the prompt again")
+        self._generation = reply.generation or self._generation
+        if reply.seq >= self._next:
+            self._early[reply.seq] = reply
+
+    def pop(self) -> Reply | None:
+        """Return the next reply in order; None if it has not arrived."""
+        reply = self._early.pop(self._next, None)
+        self._next += reply is not None
+        return reply
+
+
 class _ReplyStream:
-    """The replies of one request, put back into order."""
+    """The replies of one request, for a thread that waits for them."""
 
     def __init__(self, send_request: Callable[[], None]) -> None:
         self.send_request = send_request
         self._arrived: queue.Queue[Reply] = queue.Queue()
-        self._early: dict[int, Reply] = {}
-        self._next = 0
-        self._generation: str | None = None
+        self._order = ReplyOrder()
 
     def put(self, reply: Reply) -> None:
         self._arrived.put(reply)
@@ -125,7 +156,7 @@ class _ReplyStream:
         """
         deadline = time.monotonic() + timeout_s
         repeat_at = time.monotonic() + REPEAT_S
-        while self._next not in self._early:
+        while (reply := self._order.pop()) is None:
             now = time.monotonic()
             if now >= deadline:
                 return None
@@ -133,13 +164,5 @@ class _ReplyStream:
                 self.send_request()
                 repeat_at = now + REPEAT_S
             with suppress(queue.Empty):
-                self._store(self._arrived.get(timeout=min(deadline, repeat_at) - now))
-        self._next += 1
-        return self._early.pop(self._next - 1)
-
-    def _store(self, reply: Reply) -> None:
-        if reply.generation and self._generation and reply.generation != self._generation:
-            raise LinkError("the device has restarted and lost this request; send the prompt again")
-        self._generation = reply.generation or self._generation
-        if reply.seq >= self._next:
-            self._early[reply.seq] = reply
+                self._order.store(self._arrived.get(timeout=min(deadline, repeat_at) - now))
+        return reply

@@ -7,12 +7,19 @@ from fleet.protocol.access import RULES, Action, Grants, Role, permitted_filters
 
 PUBLISH = Action.PUBLISH
 SUBSCRIBE = Action.SUBSCRIBE
-NAMES = {Role.DEVICE: "a", Role.APP: "app", Role.WORKER: "w", Role.SERVER: "hub"}
+NAMES = {
+    Role.DEVICE: "a",
+    Role.APP: "app",
+    Role.WORKER: "w",
+    Role.SERVER: "hub",
+    Role.GATEWAY: "http-api",
+}
 TARGETS = ("a", "b")
 
 ALLOWED = [
     (Role.DEVICE, PUBLISH, "d/a/status"),
     (Role.DEVICE, PUBLISH, "d/a/stats"),
+    (Role.DEVICE, PUBLISH, "d/a/load"),
     (Role.DEVICE, PUBLISH, "d/a/reply/app/r1"),
     (Role.DEVICE, PUBLISH, "open/a"),
     (Role.DEVICE, PUBLISH, "w/w/a/s1"),
@@ -48,6 +55,11 @@ ALLOWED = [
     (Role.SERVER, SUBSCRIBE, "d/a/reply/hub/r1"),
     (Role.SERVER, SUBSCRIBE, "w/+/status"),
     (Role.SERVER, SUBSCRIBE, "fleet/revoked"),
+    (Role.GATEWAY, PUBLISH, "d/a/prompt/app/r1"),
+    (Role.GATEWAY, PUBLISH, "d/a/cancel/app/r1"),
+    (Role.GATEWAY, SUBSCRIBE, "d/+/reply/app/+"),
+    (Role.GATEWAY, SUBSCRIBE, "d/+/status"),
+    (Role.GATEWAY, SUBSCRIBE, "d/+/load"),
 ]
 
 DENIED = [
@@ -70,6 +82,7 @@ DENIED = [
     (Role.APP, SUBSCRIBE, "d/c/status"),
     (Role.WORKER, PUBLISH, "w/other/status"),
     (Role.WORKER, SUBSCRIBE, "w/other/+/+"),
+    (Role.DEVICE, PUBLISH, "d/b/load"),
     (Role.SERVER, PUBLISH, "d/a/prompt/app/r1"),
     # The other side of one's own topics.
     (Role.DEVICE, PUBLISH, "d/a/s/s1"),
@@ -91,6 +104,14 @@ DENIED = [
     (Role.SERVER, PUBLISH, "d/a/stats"),
     (Role.SERVER, PUBLISH, "d/a/s/s1"),
     (Role.SERVER, SUBSCRIBE, "d/+/s/+"),
+    (Role.APP, SUBSCRIBE, "d/a/load"),
+    (Role.GATEWAY, PUBLISH, "d/a/reply/app/r1"),
+    (Role.GATEWAY, PUBLISH, "d/a/status"),
+    (Role.GATEWAY, PUBLISH, "d/a/config"),
+    (Role.GATEWAY, PUBLISH, "e/app/warmth"),
+    (Role.GATEWAY, SUBSCRIBE, "d/a/prompt/+/+"),
+    (Role.GATEWAY, SUBSCRIBE, "d/+/stats"),
+    (Role.GATEWAY, SUBSCRIBE, "d/+/s/+"),
     # Wildcards wider than the grant.
     (Role.DEVICE, SUBSCRIBE, "d/+/s/+"),
     (Role.DEVICE, SUBSCRIBE, "d/+/config"),

@@ -12,13 +12,16 @@ from fleet.protocol.report import (
     MAX_REPORT_BYTES,
     MAX_STATUS_BYTES,
     ConfigProblem,
+    DeviceLoad,
     DeviceStatus,
     GenerationReport,
     ReportReceipt,
     WorkerStatus,
+    decode_load,
     decode_receipt,
     decode_report,
     decode_status,
+    encode_load,
     encode_receipt,
     encode_report,
     encode_status,
@@ -211,6 +214,17 @@ def test_a_status_with_a_malformed_problem_is_refused(problem: object) -> None:
 def test_bytes_that_are_no_status_are_refused(payload: bytes) -> None:
     with pytest.raises(DecodeError, match="expected a DeviceStatus in JSON"):
         decode_status(payload, DeviceStatus)
+
+
+def test_a_load_comes_back_as_it_was_and_other_bytes_are_refused() -> None:
+    load = DeviceLoad(num_running=2, num_waiting=7)
+    assert decode_load(encode_load(load)) == load
+    assert decode_load(b'{"later": 1}') == DeviceLoad()
+    for payload in (b"", b"busy", b"[]", b'{"num_running": -1}', b'{"num_waiting": "x"}'):
+        with pytest.raises(DecodeError, match="expected a DeviceLoad in JSON"):
+            decode_load(payload)
+    with pytest.raises(OversizedError, match="a load of at most"):
+        decode_load(bytes(1000))
 
 
 def test_a_status_that_was_cleared_is_offline() -> None:

@@ -1,0 +1,160 @@
+"""The app's side of a prompt on an event loop, also for apps without a connection of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import msgspec
+
+from fleet.errors import FleetError, LinkError
+from fleet.protocol import topics
+from fleet.protocol.prompt import PromptRequest, Reply, decode_reply
+from fleet.transport.base import Transport
+from fleet.transport.prompt_client import (
+    REPEAT_S,
+    REPLY_TIMEOUT_S,
+    ReplyOrder,
+    check_not_refused,
+    silent_device,
+)
+
+log = logging.getLogger(__name__)
+
+
+class AsyncPromptClient:
+    """A client that sends prompts as `app`: the transport's own name, or any if it is a gateway's.
+
+    `open` and `close` may be called on any thread; `open` waits for the broker.
+    """
+
+    def __init__(self, transport: Transport, app: str) -> None:
+        self._transport = transport
+        self._app = app
+        self._streams: dict[str, AsyncReplyStream] = {}
+
+    def open(self) -> None:
+        """Subscribe to the replies."""
+        self._transport.subscribe(topics.replies_to(self._app), self._on_reply, qos=1)
+        self._transport.on_up(self._repeat_requests)
+
+    def close(self) -> None:
+        """Unsubscribe."""
+        self._transport.off_up(self._repeat_requests)
+        self._transport.unsubscribe(topics.replies_to(self._app))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is open."""
+        return not self._streams
+
+    @contextmanager
+    def ask(self, device: str, prompt: PromptRequest) -> Iterator[AsyncReplyStream]:
+        """Send a prompt. At the end of the block its answer is cancelled unless it is complete.
+
+        Raises:
+            LinkError: the queue of the link is full.
+            TopicError: `device` cannot be a name.
+        """
+        request = uuid.uuid4().hex
+        topic = topics.device_prompt(topics.check_name(device), self._app, request)
+        stream = AsyncReplyStream(self._transport, device, topic, msgspec.json.encode(prompt))
+        self._streams[request] = stream
+        try:
+            stream.send_request()
+            yield stream
+        finally:
+            del self._streams[request]
+            if not stream.is_done:
+                self._cancel(device, request)
+
+    def _cancel(self, device: str, request: str) -> None:
+        try:
+            topic = topics.device_cancel(device, self._app, request)
+            self._transport.publish(topic, b"", qos=1)
+        except LinkError as error:
+            log.warning("request %s was not cancelled: %s", request, error)
+
+    def _repeat_requests(self) -> None:
+        for stream in list(self._streams.values()):
+            stream.send_request()
+
+    def _on_reply(self, topic: str, payload: bytes) -> None:
+        try:
+            _, _, request = topics.parse_topic(topic, topics.REPLY_FILTER)
+            if stream := self._streams.get(request):
+                stream.put(decode_reply(payload))
+        except FleetError as error:
+            log.warning("reply on %s dropped: %s", topic, error)
+
+
+class AsyncReplyStream:
+    """The replies of one request, for a task that waits for them.
+
+    `put` and `fail` may be called on any thread. `has_begun` is whether a reply has arrived.
+    """
+
+    def __init__(self, transport: Transport, device: str, topic: str, payload: bytes) -> None:
+        self.device = device
+        self.has_begun = False
+        self.is_done = False
+        self._transport = transport
+        self._topic = topic
+        self._payload = payload
+        self._loop = asyncio.get_running_loop()
+        self._arrived: asyncio.Queue[Reply | None] = asyncio.Queue()
+        self._order = ReplyOrder()
+        self._error: FleetError | None = None
+
+    def send_request(self) -> None:
+        """Send the request, also once more: the device knows it."""
+        self._transport.publish(self._topic, self._payload, qos=1)
+
+    def put(self, reply: Reply) -> None:
+        """Add a reply that has arrived."""
+        self.has_begun = True
+        self._wake(reply)
+
+    def fail(self, error: FleetError) -> None:
+        """Make `next` raise an error from now on."""
+        self._error = error
+        self._wake(None)
+
+    def _wake(self, reply: Reply | None) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._arrived.put_nowait, reply)
+
+    async def next(self, timeout_s: float = REPLY_TIMEOUT_S) -> Reply:
+        """Return the next reply in order. The field `done` is set in the last one.
+
+        The request is repeated every `REPEAT_S` seconds until the reply arrives; a device that
+        knows the request then sends its replies again.
+
+        Raises:
+            LinkError: it did not come within `timeout_s` seconds, or the device has restarted.
+            RefusedPromptError: the device refused the request.
+            FleetError: the error of `fail`.
+        """
+        deadline = self._loop.time() + timeout_s
+        while True:
+            if self._error:
+                raise self._error
+            if reply := self._order.pop():
+                self.is_done = reply.done
+                check_not_refused(self.device, reply)
+                return reply
+            if arrived := await self._receive(deadline - self._loop.time(), timeout_s):
+                self._order.store(arrived)
+
+    async def _receive(self, left_s: float, timeout_s: float) -> Reply | None:
+        if left_s <= 0:
+            raise silent_device(self.device, timeout_s)
+        try:
+            return await asyncio.wait_for(self._arrived.get(), min(REPEAT_S, left_s))
+        except TimeoutError:
+            with suppress(LinkError):  # its queue is full; the next attempt may succeed
+                self.send_request()
+            return None
