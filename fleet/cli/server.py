@@ -7,7 +7,13 @@ from typing import Annotated
 
 import typer
 
-from fleet.cli.options import HomeOption, MetricsPortOption
+from fleet.cli.options import (
+    ApiCertKeyOption,
+    ApiCertOption,
+    ApiOption,
+    HomeOption,
+    MetricsPortOption,
+)
 from fleet.errors import ConfigError
 from fleet.server.home import FleetHome
 from fleet.utils.optional_imports import needs
@@ -37,9 +43,13 @@ def server(
     reload: ReloadOption = None,
     metrics_port: MetricsPortOption = None,
     metrics_host: MetricsHostOption = "127.0.0.1",
+    api: ApiOption = None,
+    api_cert: ApiCertOption = None,
+    api_cert_key: ApiCertKeyOption = None,
 ) -> None:
     """Run broker, collector and service alone; `fleet up` starts this."""
     with needs("server"):
+        from fleet.server.gateway.api_options import ApiOptions
         from fleet.server.main import ServerOptions, run_server
     if mosquitto and broker:
         raise ConfigError("--mosquitto keeps a broker that runs elsewhere in step; add --no-broker")
@@ -49,5 +59,6 @@ def server(
         mosquitto=mosquitto,
         reload=reload,
         metrics=None if metrics_port is None else (metrics_host, metrics_port),
+        api=ApiOptions.of(api, api_cert, api_cert_key),
     )
     run_server(FleetHome.load(folder), options)

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
-from fleet.cli.options import HomeOption
+from fleet.cli.options import ApiCertKeyOption, ApiCertOption, ApiOption, HomeOption
 from fleet.server.fleet_units import (
     BACKUP_SERVICE,
     UnitOptions,
@@ -15,6 +15,7 @@ from fleet.server.fleet_units import (
     stale_units,
     worker_unit,
 )
+from fleet.server.gateway.api_options import ApiOptions
 from fleet.server.home import EMBEDDED, MOSQUITTO, FleetHome
 from fleet.utils.paths import absolute_path
 from fleet.utils.printable import print_line
@@ -47,6 +48,9 @@ def systemd(
     listen: ListenOption = None,
     backups: BackupsOption = BACKUPS,
     worker: WorkerOption = None,
+    api: ApiOption = None,
+    api_cert: ApiCertOption = None,
+    api_cert_key: ApiCertKeyOption = None,
     folder: HomeOption = None,
 ) -> None:
     """Write hardened systemd units: server, broker, workers, and a daily backup."""
@@ -61,6 +65,7 @@ def systemd(
             num_workers=workers,
             listen=listen,
             backups=absolute_path(backups),
+            api=ApiOptions.of(api, api_cert, api_cert_key),
         )
         units = fleet_units(home, options)
     write_units(out, units)

@@ -17,6 +17,9 @@ from cloud_broker_worker.worker.config import (
 from fleet.bundles.manifest import Bundle
 from fleet.cli.console import new_console
 from fleet.cli.options import (
+    ApiCertKeyOption,
+    ApiCertOption,
+    ApiOption,
     BundleOption,
     HomeOption,
     MetricsPortOption,
@@ -25,14 +28,18 @@ from fleet.cli.options import (
     RetentionOption,
     ServicePortOption,
 )
+from fleet.http_api.api_certificate import ApiCertificate
+from fleet.protocol.access import Role
 from fleet.server.fleet_options import (
     DEFAULT_HOST,
     FleetOptions,
     hold_folder,
     resolve_config,
 )
+from fleet.server.gateway.api_options import ApiOptions
 from fleet.server.home import (
     EMBEDDED,
+    GATEWAY,
     MOSQUITTO,
     FleetHome,
     ca_passphrase,
@@ -41,6 +48,7 @@ from fleet.server.home import (
 from fleet.server.supervisor import (
     check_broker,
     check_metrics_ports,
+    check_port,
     check_ports,
     fleet_processes,
     watch_processes,
@@ -98,11 +106,15 @@ def up(
     registry: RegistryOption = None,
     retention_days: RetentionOption = None,
     broker: BrokerOption = EMBEDDED,
+    api: ApiOption = None,
+    api_cert: ApiCertOption = None,
+    api_cert_key: ApiCertKeyOption = None,
 ) -> None:
     """Start broker, registry, collector, service and workers; stop them with Ctrl-C."""
     check_broker(broker)
     if weights:
         check_weight_format(weights)
+    api_options = ApiOptions.of(api, api_cert, api_cert_key)
     settings = WorkerSettings(weights=weights, kv_budget_mb=kv_budget_mb, threads=threads)
     options = FleetOptions(
         host=host,
@@ -118,12 +130,31 @@ def up(
         config = resolve_config(folder, options)
         check_metrics_ports(config, metrics_port, workers)
         check_ports(config, listen)
+        if api_options:
+            _check_api(api_options)
         if not config.bundle:
             path = default_bundle(new_console(stderr=True).print)
             config = msgspec.structs.replace(config, bundle=str(path))
         Bundle.load(Path(config.bundle), ())  # before it is written down
         home = create_fleet(folder, config)
-        _run(home, workers, metrics_port, broker, listen=listen, settings=settings)
+        if api_options:
+            home.identity(GATEWAY, Role.GATEWAY)  # before a broker starts and reads its rights
+        _run(
+            home,
+            workers,
+            metrics_port,
+            broker,
+            listen=listen,
+            settings=settings,
+            api=api_options,
+        )
+
+
+def _check_api(options: ApiOptions) -> None:
+    """Raise ConfigError when the port of the API is in use, or its certificate cannot be used."""
+    check_port(options.address.host, options.address.port, "--api")
+    if options.cert_file and options.key_file:
+        ApiCertificate(options.cert_file, options.key_file)
 
 
 def _run(
@@ -134,6 +165,7 @@ def _run(
     *,
     listen: str | None,
     settings: WorkerSettings,
+    api: ApiOptions | None,
 ) -> None:
     """Run all processes of a fleet until this one is stopped."""
     default = home.keep_bundle(Path(home.config.bundle))
@@ -142,7 +174,15 @@ def _run(
     pool = WorkerPool(
         home=home, default=default, num_workers=workers, shares=shares, settings=settings
     )
-    running = fleet_processes(home, workers, metrics_port, broker, listen=listen, settings=settings)
+    running = fleet_processes(
+        home,
+        workers,
+        metrics_port,
+        broker,
+        listen=listen,
+        settings=settings,
+        server_options=api.arguments() if api else (),
+    )
     with running as processes, pool:
         for server in processes.servers:
             print(f"{server.ready_line} (process {server.process.pid})", flush=True)

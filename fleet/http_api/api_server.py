@@ -24,14 +24,20 @@ class ApiServer(ThreadedServer):
     """The server, as a context manager.
 
     Where only this machine can connect, requests must name it as their host: a web page that makes
-    its own name an address of this machine is refused.
+    its own name an address of this machine is refused. With `needs_key` each host is accepted,
+    because such a page has no key, and a reverse proxy may forward the host of its own.
     """
 
     def __init__(
-        self, address: ApiAddress, backend: ApiBackend, tls: ssl.SSLContext | None = None
+        self,
+        address: ApiAddress,
+        backend: ApiBackend,
+        tls: ssl.SSLContext | None = None,
+        *,
+        needs_key: bool = False,
     ) -> None:
         super().__init__("API", address.host, address.port, "choose another with --api")
-        self._hosts = address.request_hosts
+        self._hosts = None if needs_key else address.request_hosts
         self._backend = backend
         self._tls = tls
 

@@ -13,7 +13,8 @@ from cloud_broker_worker.broker.mosquitto import CONFIG_FILE, find_mosquitto
 from fleet.errors import ConfigError
 from fleet.identity.identity import Identity
 from fleet.protocol.access import Role
-from fleet.server.home import MOSQUITTO, FleetHome
+from fleet.server.gateway.api_options import ApiOptions
+from fleet.server.home import GATEWAY, MOSQUITTO, FleetHome
 from fleet.server.supervisor import check_broker, worker_folder, worker_name
 from fleet.server.worker_settings import WorkerSettings
 from fleet.utils.paths import absolute_path
@@ -44,17 +45,21 @@ WantedBy=timers.target
 
 @dataclass(frozen=True, kw_only=True)
 class UnitOptions:
-    """Options of `fleet systemd`; broker and service listen on `listen`, or on the fleet's host."""
+    """Options of `fleet systemd`.
+
+    Broker and service listen on `listen`, or on the fleet's host; `api` is that of `fleet up`.
+    """
 
     user: str
     broker: str
     num_workers: int
     listen: str | None
     backups: Path
+    api: ApiOptions | None = None
 
 
 def fleet_units(home: FleetHome, options: UnitOptions) -> dict[str, str]:
-    """Return the units of the fleet in `home` by file name; enrol its workers.
+    """Return the units of the fleet in `home` by file name; enrol its workers, and its gateway.
 
     Raises:
         ConfigError: `fleet up` does not know the broker, or the broker is not installed.
@@ -63,6 +68,8 @@ def fleet_units(home: FleetHome, options: UnitOptions) -> dict[str, str]:
     check_broker(options.broker)
     shares = options.broker == MOSQUITTO
     names = [worker_name(number) for number in range(1, options.num_workers + 1)]
+    if options.api:
+        home.identity(GATEWAY, Role.GATEWAY)  # before the broker first reads the rights
     units = {SERVER_SERVICE: _server_unit(home, options)}
     if shares:
         units[MOSQUITTO_SERVICE] = _mosquitto_unit(home, options.user)
@@ -116,13 +123,16 @@ def _server_unit(home: FleetHome, options: UnitOptions) -> ServiceUnit:
         arguments += ["--no-broker", "--mosquitto", str(home.folder / MOSQUITTO)]
     if options.listen:
         arguments += ["--listen", options.listen]
+    api = options.api
+    if api:
+        arguments += api.arguments()
     return ServiceUnit(
         description="CE-CoLLM fleet: server",
         command=_module("fleet.cli", *arguments),
         user=options.user,
         after=[MOSQUITTO_SERVICE] if options.broker == MOSQUITTO else ["postgresql.service"],
         writable=[home.folder],
-        readable=[*program_folders(), Path(home.config.bundle)],
+        readable=[*program_folders(), Path(home.config.bundle), *(api.files if api else ())],
         watchdog_s=WATCHDOG_S,
         start_s=LOAD_S,
     )

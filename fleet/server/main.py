@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from cloud_broker_worker.broker.embedded import EmbeddedBroker
+from fleet.identity.identity import ServerTls
 from fleet.protocol.access import Role
 from fleet.protocol.types import DAY_S
 from fleet.registry.store import Registry
@@ -18,13 +19,14 @@ from fleet.server.change_watcher import ChangeWatcher
 from fleet.server.collector import Collector
 from fleet.server.config_publisher import ConfigPublisher
 from fleet.server.denylist_publisher import DenylistPublisher
-from fleet.server.home import COLLECTOR, FleetHome
+from fleet.server.home import COLLECTOR, GATEWAY, FleetHome
 from fleet.server.mosquitto import make_sync, reload_by
 from fleet.server.report_admission import ReportRules
 from fleet.server.retained_cleaner import RetainedCleaner
 from fleet.server.retention import Retention
 from fleet.server.rollout_engine import RolloutEngine
 from fleet.transport.mqtt import MqttTransport
+from fleet.transport.threaded_server import ThreadedServer
 from fleet.transport.tls_server import TlsServer
 from fleet.utils.cli_runtime import stop_event, wait_stopped
 from fleet.utils.host_address import host_port
@@ -32,7 +34,9 @@ from fleet.utils.service_manager import READY, Watchdog, notify
 from provisioning.authority import CertificateAuthority
 
 if TYPE_CHECKING:
+    from fleet.http_api.api_server import ApiServer
     from fleet.monitoring.http_endpoint import HttpEndpoint
+    from fleet.server.gateway.api_options import ApiOptions
 
 LINK_S: Final = 5.0  # longest wait for the link to the broker before the server reports ready
 
@@ -44,7 +48,7 @@ class ServerOptions:
     Broker and service listen on the address `listen`, the fleet's own when it is None. Without
     `has_broker` the broker runs elsewhere. `mosquitto` is then the folder of a mosquitto whose
     files the server keeps equal to the registry, and `reload` the command that makes mosquitto read
-    them. `metrics` is the address of the HTTP endpoint.
+    them. `metrics` is the address of the HTTP endpoint, and `api` are the options of the HTTP API.
     """
 
     listen: str | None = None
@@ -52,6 +56,7 @@ class ServerOptions:
     mosquitto: Path | None = None
     reload: str | None = None
     metrics: tuple[str, int] | None = None
+    api: ApiOptions | None = None
 
 
 def run_server(home: FleetHome, options: ServerOptions) -> None:
@@ -87,7 +92,8 @@ def _start(stack: ExitStack, home: FleetHome, options: ServerOptions, stop: thre
         service = stack.enter_context(home.service(registry, listen, tls, authority))
     tls_servers = [each for each in (broker, service) if each]
     watcher = _change_watcher(home, registry, link, options, authority, tls_servers)
-    _watch_progress(collector, watcher, *tls_servers)
+    api = _start_api(stack, home, registry, watcher, options.api, tls)
+    _watch_progress(collector, watcher, *tls_servers, *filter(None, [api]))
     stack.enter_context(watcher)
     if endpoint:
         from fleet.server.metrics import FleetMonitor
@@ -99,10 +105,28 @@ def _start(stack: ExitStack, home: FleetHome, options: ServerOptions, stop: thre
         line = f"broker listens on {host_port(listen, config.port)} (TLS)"
     line += f", registry {home.folder}"
     line += f", service on {service.url}" if service else ""
+    line += f", API on {api.url}" if api else ""
     return line + (f", metrics on {endpoint.url}" if endpoint else "")
 
 
-def _watch_progress(*loops: Collector | ChangeWatcher | TlsServer) -> None:
+def _start_api(
+    stack: ExitStack,
+    home: FleetHome,
+    registry: Registry,
+    watcher: ChangeWatcher,
+    options: ApiOptions | None,
+    tls: ServerTls,
+) -> ApiServer | None:
+    if options is None:
+        return None
+    from fleet.server.gateway.api_gateway import start_api
+
+    identity = home.identity(GATEWAY, Role.GATEWAY)
+    link = stack.enter_context(MqttTransport.connect(identity, wait=False))
+    return start_api(stack, link, registry, watcher, options, tls)
+
+
+def _watch_progress(*loops: Collector | ChangeWatcher | ThreadedServer) -> None:
     """Report to the service manager while each of these loops makes progress."""
     watchdog = Watchdog()
     for number, loop in enumerate(loops):

@@ -96,13 +96,15 @@ def fleet_processes(
     broker: str = EMBEDDED,
     listen: str | None = None,
     settings: WorkerSettings = DEFAULT_SETTINGS,
+    server_options: Sequence[str] = (),
 ) -> Iterator[FleetProcesses]:
     """Run server and workers; the server is ready and the workers start when the block begins.
 
     The embedded broker is in the server's process; mosquitto is a process of its own. With a
     `metrics_port` the server serves its metrics there, and the workers on the ports that follow.
     Broker and service listen on the address `listen`, by default on the fleet's host. There are no
-    workers if the devices of the fleet's bundle hold the whole model.
+    workers if the devices of the fleet's bundle hold the whole model. `server_options` are further
+    options of the server's command line.
     """
     check_ports(home.config, listen)
     require("worker", "torch", "transformers")
@@ -117,8 +119,8 @@ def fleet_processes(
         # Enrol each worker before a broker starts, whose first files then have the worker's rights.
         names = [worker_name(number) for number in range(1, num_workers + 1)]
         folders = [worker_folder(home, name, shares=shares) for name in names]
-        server_options = _metrics_options(metrics_port, 0)
-        servers = stack.enter_context(server_processes(home, server_options, broker, listen))
+        all_options = [*_metrics_options(metrics_port, 0), *server_options]
+        servers = stack.enter_context(server_processes(home, all_options, broker, listen))
         workers = []
         for number, folder in enumerate(folders, start=1):
             metrics = _metrics_options(metrics_port, number)

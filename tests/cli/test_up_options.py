@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from fleet.server.home import (
     FleetHome,
     create_fleet,
 )
+from tests.brokers import free_port
 
 
 def start(folder: Path, options: FleetOptions) -> FleetConfig:
@@ -103,6 +105,26 @@ def test_impossible_ports_of_metrics_are_refused_before_anything_is_stored(
     with pytest.raises(ConfigError, match=f"--metrics-port {metrics_port}: .*{reason}"):
         up(tmp_path / "fleet", metrics_port=metrics_port)
     assert not (tmp_path / "fleet" / "fleet.json").exists()
+
+
+def test_an_api_that_cannot_be_served_is_refused_before_a_fleet_is_made(tmp_path: Path) -> None:
+    folder = tmp_path / "fleet"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(ConfigError, match="choose another with --api"):
+            up(folder, port=free_port(), service_port=0, api=address)
+    text = tmp_path / "text.pem"
+    text.write_text("no certificate")
+    with pytest.raises(ConfigError, match="both in PEM"):
+        up(
+            folder,
+            port=free_port(),
+            service_port=0,
+            api="127.0.0.1:0",
+            api_cert=text,
+            api_cert_key=text,
+        )
+    assert not folder.exists()
 
 
 def test_a_key_without_a_passphrase_is_reported_with_what_to_do(

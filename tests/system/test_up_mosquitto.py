@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from benchmarks.whole_model import WholeModel
@@ -39,6 +41,7 @@ class UpFleet:
 
     def __init__(self, folder: Path, bundle: Bundle, stack: ExitStack) -> None:
         self.port = free_port()
+        self.api = f"127.0.0.1:{free_port()}"
         command = (
             "fleet.cli",
             "up",
@@ -50,6 +53,8 @@ class UpFleet:
             str(self.port),
             "--service-port",
             "0",
+            "--api",
+            self.api,
             "--bundle",
             str(bundle.folder),
         )
@@ -78,6 +83,19 @@ class UpFleet:
     def enroll(self, name: str, role: Role, folder: Path, allow: tuple[str, ...] = ()) -> Identity:
         return self.home.enroll(name, role, folder / name, allow=allow)
 
+    def ask_over_http(self, body: dict[str, object]) -> str:
+        """Return the answer to an app that has only a key."""
+        with self.home.registry() as registry:
+            key = registry.api_keys.create("notebook", ["gw"])
+        request = urllib.request.Request(
+            f"http://{self.api}/v1/chat/completions",
+            msgspec.json.encode(body),
+            {"Authorization": f"Bearer {key}"},
+        )
+        with urllib.request.urlopen(request, timeout=WAIT_S) as response:
+            answer = msgspec.json.decode(response.read())
+        return str(answer["choices"][0]["message"]["content"])
+
     def end(self) -> str:
         """Return its error output, once it has ended."""
         self.process.terminate()
@@ -104,6 +122,13 @@ def test_a_fleet_with_mosquitto_answers_and_a_revoked_device_is_out_within_five_
         assert tokens == WholeModel(tiny_bundle, num_threads=1).generate(
             "How warm is it?", NUM_TOKENS
         )
+        body = {
+            "model": "fleet",
+            "messages": [{"role": "user", "content": "How warm is it?"}],
+            "max_tokens": NUM_TOKENS,
+            "fleet": {"mode": "verified"},
+        }
+        assert fleet.ask_over_http(body) == "".join(reply.text for reply in replies)
         with raw.connected(fleet.enroll("thief", Role.DEVICE, tmp_path)) as thief:
             with fleet.home.registry() as registry:
                 registry.identities.revoke("thief")
