@@ -60,7 +60,7 @@ def greedy_answers(
     for i, text in enumerate(texts, 1):
         progress(f"the model's own answer in float32, {i} of {len(texts)}")
         ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
         )
         input_ids = torch.tensor([ids])
         with torch.inference_mode():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from fleet.bundles.manifest import SCHEMA_VERSION, Manifest, write_manifest
 from onnx_export.architecture import model_info
@@ -17,6 +17,7 @@ from onnx_export.bundle import list_files
 from onnx_export.checkpoint import (
     cache_folder,
     load_pretrained,
+    load_whole_model,
     model_config,
     resolve_model,
 )
@@ -31,13 +32,7 @@ from onnx_export.streamed_model import StreamedModel, open_model
 def whole_model(name: str, attention: str, progress: Callable[[str], None]) -> Any:
     """Return a model in float32 with one of transformers' kinds of attention."""
     source = resolve_model(name, progress)
-    model = load_pretrained(
-        AutoModelForCausalLM,
-        source,
-        name,
-        dtype=torch.float32,
-        attn_implementation=attention,
-    )
+    model = load_whole_model(source, name, dtype=torch.float32, attn_implementation=attention)
     return model.eval().requires_grad_(False)
 
 

@@ -86,12 +86,10 @@ class WholeModel:
             cascade.run(i)
         hidden_states = cascade.hidden_states(block, start).astype(np.float16).astype(np.float32)
         hidden_states *= getattr(self._upper.config, "state_scale", 1.0)
+        inputs = torch.from_numpy(hidden_states)[None]
         with torch.inference_mode():
-            output = self._upper(
-                inputs_embeds=torch.from_numpy(hidden_states)[None],
-                past_key_values=cache,
-                logits_to_keep=1,
-            )
+            # By position: the cache's name changed in transformers 5.24.
+            output = self._upper(None, None, None, cache, inputs, logits_to_keep=1)
         logits: torch.Tensor = output.logits[0, -1]
         return logits
 

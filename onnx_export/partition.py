@@ -24,7 +24,13 @@ from torch.func import functional_call
 from torch.onnx import ops
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fleet.bundles.decoder_variants import bounded, layer_output, rotary_embeddings
+from fleet.bundles.decoder_variants import (
+    LOCAL,
+    angle_arguments,
+    bounded,
+    layer_output,
+    rotary_embeddings,
+)
 from fleet.bundles.manifest import ModelInfo
 from fleet.errors import ExportError
 from onnx_export.checkpoint import quiet_loggers
@@ -47,7 +53,7 @@ CANDIDATES_PER_TOKEN = 2
 coarse product, and computes their exact logits. So it also finds a token that the coarse product
 ranks a little too low."""
 GROUP_SIZE = 64
-LOCAL = "local_"
+LOCAL_PREFIX = "local_"
 
 
 @dataclass(kw_only=True)
@@ -66,7 +72,8 @@ class CacheInputs:
 
     def tables(self, window: int | None) -> tuple[Tensor, Tensor]:
         """Return cosines and sines of a layer with this window."""
-        prefix = LOCAL if window is not None and f"{LOCAL}cos" in self.rotary else ""
+        has_local = f"{LOCAL_PREFIX}cos" in self.rotary
+        prefix = LOCAL_PREFIX if window is not None and has_local else ""
         return self.rotary[f"{prefix}cos"], self.rotary[f"{prefix}sin"]
 
 
@@ -77,7 +84,7 @@ def group_query_attention(
     value: Tensor,
     _mask: None,
     *,
-    cache: CacheInputs,
+    caches: CacheInputs,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **_: Any,
@@ -90,9 +97,9 @@ def group_query_attention(
     """
     batch, heads, length, dim = query.shape
     packed = [x.transpose(1, 2).reshape(batch, length, -1) for x in (query, key, value)]
-    index = 2 * (module.layer_idx - cache.first_layer)
-    past = cache.past[index : index + 2]
-    tables = cache.tables(sliding_window)
+    index = 2 * (module.layer_idx - caches.first_layer)
+    past = caches.past[index : index + 2]
+    tables = caches.tables(sliding_window)
     rotary = tables if getattr(module, "use_rope", True) else ()
     attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": key.shape[1]}
     attributes |= {"scale": float(module.scaling), "do_rotary": int(bool(rotary))}
@@ -102,13 +109,13 @@ def group_query_attention(
         attributes["softcap"] = float(softcap)
     out, *present = ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        (*packed, *past, cache.seqlens_k, cache.total_length, *rotary),
+        (*packed, *past, caches.seqlens_k, caches.total_length, *rotary),
         attrs=attributes,
         dtypes=(query.dtype, *(tensor.dtype for tensor in past)),
         shapes=((batch, length, heads * dim), *(tensor.shape for tensor in past)),
         version=1,
     )
-    cache.present += present
+    caches.present += present
     return out.reshape(batch, length, heads, dim), None
 
 
@@ -156,12 +163,12 @@ def fused_norm(norm: Any) -> FusedRmsNorm:
 def rotary_tables(model: Any, max_positions: int) -> dict[str, Tensor]:
     """Return the model's own cosines and sines, float32 [max_positions, rotary_dim / 2] each.
 
-    Those of its layers with a window have names that begin with `LOCAL` if they differ.
+    Those of its layers with a window have names that begin with `LOCAL_PREFIX` if they differ.
     """
     tables: dict[str, Tensor] = {}
     positions = torch.arange(max_positions)[None]
-    for name, rotary in rotary_embeddings(model.model).items():
-        prefix = LOCAL if name.endswith("_local") else ""
+    for kind, rotary in rotary_embeddings(model.model).items():
+        prefix = LOCAL_PREFIX if kind == LOCAL else ""
         with torch.no_grad():
             angles = rotary(torch.zeros(1, 1), positions)
         for function, values in zip(("cos", "sin"), angles, strict=True):
@@ -203,23 +210,24 @@ class Block(nn.Module):
     def forward(
         self, hidden: Tensor, seqlens_k: Tensor, total_length: Tensor, *past: Tensor
     ) -> tuple[Tensor, ...]:
-        cache = CacheInputs(
+        caches = CacheInputs(
             first_layer=self.start,
             past=past,
             seqlens_k=seqlens_k,
             total_length=total_length,
             rotary={name: getattr(self, name) for name in self.tables},
         )
-        hidden = self._run(self.layers, scaled(hidden, self.input_scale), cache)
-        exit_states = self._run(own_layers(self.head), hidden, cache)
+        hidden = self._run(self.layers, scaled(hidden, self.input_scale), caches)
+        exit_states = self._run(own_layers(self.head), hidden, caches)
         exit_hidden = self.head(exit_states[:, -1])
-        return scaled(hidden, self.output_scale), exit_hidden, *cache.present
+        return scaled(hidden, self.output_scale), exit_hidden, *caches.present
 
-    def _run(self, layers: Iterable[nn.Module], hidden: Tensor, cache: CacheInputs) -> Tensor:
+    def _run(self, layers: Iterable[nn.Module], hidden: Tensor, caches: CacheInputs) -> Tensor:
         """Run decoder layers one after the other; the fused attention rotates."""
         unrotated = dict.fromkeys(self.angles, (None, None))
         for layer in layers:
-            hidden = layer_output(layer(hidden, attention_mask=None, cache=cache, **unrotated))
+            angles = angle_arguments(layer, unrotated)
+            hidden = layer_output(layer(hidden, attention_mask=None, caches=caches, **angles))
         return hidden
 
 

@@ -201,7 +201,11 @@ def check_rendering(
     written.no_truncation()
     try:
         expected = tokenizer.apply_chat_template(
-            turns, tools=tools, chat_template=template, add_generation_prompt=True
+            turns,
+            tools=tools,
+            chat_template=template,
+            add_generation_prompt=True,
+            return_dict=False,
         )
         text = device_text(tokenizer, template, turns, tools)
     except Exception as error:  # a template raises errors of any type

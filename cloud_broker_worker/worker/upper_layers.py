@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from cloud_broker_worker.worker.config import Weights
 from cloud_broker_worker.worker.kv_pool import KvLease, KvPool, KvShape
 from cloud_broker_worker.worker.packed_linear import pack_layers, weight_bytes
 from fleet.bundles.decoder_variants import (
+    Angles,
+    angle_arguments,
     bounded,
     layer_output,
     restore_rotary_embeddings,
@@ -272,16 +274,13 @@ class UpperLayers:
             begun = [span for span in spans if span.lease.first_layer <= first]
             num_rows = max(span.rows.stop for span in begun)
             hidden = torch.cat((hidden, inputs[:, hidden.shape[1] : num_rows]), 1)
-            arguments = {name: first_rows(pair, num_rows) for name, pair in angles.items()}
+            begun_angles = {kind: first_rows(pair, num_rows) for kind, pair in angles.items()}
+            ids = positions[:, :num_rows]
             for layer in self._layers[first:stop]:
-                ids = positions[:, :num_rows]
+                arguments = angle_arguments(layer, begun_angles)
                 out = layer(hidden, position_ids=ids, spans=begun, **arguments)
                 hidden = layer_output(out)
         return hidden
-
-
-Angles: TypeAlias = tuple[Tensor, Tensor]
-"""Cosines and sines, each [1, rows, d]."""
 
 
 def first_rows(angles: Angles, num_rows: int) -> Angles:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any, Final, TypeAlias
+
+FULL: Final = "full_attention"
+LOCAL: Final = "sliding_attention"
+Angles: TypeAlias = tuple[Any, Any]
+Rotary: TypeAlias = Callable[..., Angles]
 
 
 def bounded(values: Any, cap: float | None) -> Any:
@@ -13,23 +21,43 @@ def bounded(values: Any, cap: float | None) -> Any:
     return values if cap is None else (values / cap).tanh() * cap
 
 
-def rotary_embeddings(decoder: Any) -> dict[str, Any]:
-    """Return a decoder's rotary embeddings by the argument of its layers that takes their result.
+def rotary_embeddings(decoder: Any) -> dict[str, Rotary]:
+    """Return the functions of a decoder that compute angles, by the kind of layers they are for.
 
-    Gemma 3 has one more, for layers with a window.
+    Gemma 3 has two kinds: in transformers 4 as two modules, in transformers 5 as one that takes the
+    kind.
     """
     local = getattr(decoder, "rotary_emb_local", None)
-    if local is None:
-        return {"position_embeddings": decoder.rotary_emb}
-    return {"position_embeddings_global": decoder.rotary_emb, "position_embeddings_local": local}
+    if local is not None:
+        return {FULL: decoder.rotary_emb, LOCAL: local}
+    kinds = getattr(decoder.rotary_emb, "layer_types", None)
+    if kinds is None:
+        return {FULL: decoder.rotary_emb}
+    return {kind: partial(decoder.rotary_emb, layer_type=kind) for kind in kinds}
 
 
-def rotate_positions(decoder: Any, hidden: Any, positions: Any) -> dict[str, tuple[Any, Any]]:
-    """Return the arguments of a decoder's layers with the angles of positions [1, s].
+def rotate_positions(decoder: Any, hidden: Any, positions: Any) -> dict[str, Angles]:
+    """Return the angles of positions [1, s], by the kind of layers they are for.
 
     The angles are cosines and sines, each [1, s, d].
     """
-    return {name: rotary(hidden, positions) for name, rotary in rotary_embeddings(decoder).items()}
+    return {kind: rotary(hidden, positions) for kind, rotary in rotary_embeddings(decoder).items()}
+
+
+def angle_arguments(layer: Any, angles: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a decoder's layer with its angles, chosen from those by kind."""
+    is_local = LOCAL in angles and layer.self_attn.sliding_window is not None
+    return dict.fromkeys(angle_names(type(layer).forward), angles[LOCAL if is_local else FULL])
+
+
+@cache
+def angle_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of the arguments with angles of a layer's function `forward`.
+
+    Gemma 3's layers have two in transformers 4, of which a layer uses one.
+    """
+    names = inspect.signature(forward).parameters
+    return tuple(name for name in names if name.startswith("position_embeddings"))
 
 
 def restore_rotary_embeddings(decoder: Any) -> None:

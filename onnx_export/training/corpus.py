@@ -18,11 +18,10 @@ import msgspec
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
 from fleet.errors import ConfigError
 from onnx_export.architecture import eos_token_ids
-from onnx_export.checkpoint import load_pretrained, load_tokenizer
+from onnx_export.checkpoint import load_tokenizer, load_whole_model
 from onnx_export.training.config import ANSWER_SHARE
 from onnx_export.training.generation import TENSORS, TOP_K, TrainingAnswers, generate_answers
 from onnx_export.training.prompts import ChatFormat, check_yield, generate_prompts, without_repeats
@@ -74,7 +73,7 @@ class ShardMaker:
         self.config = config
         cuda = torch.cuda.is_available()
         dtype = torch.bfloat16 if cuda else torch.float32
-        model = load_pretrained(AutoModelForCausalLM, config.source, config.source, dtype=dtype)
+        model = load_whole_model(config.source, config.source, dtype=dtype)
         self.model = model.to("cuda" if cuda else "cpu").eval().requires_grad_(False)
         self.tokenizer = load_tokenizer(config.source, config.source)
         self.chat = ChatFormat.of(self.tokenizer)

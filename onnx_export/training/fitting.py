@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fleet.bundles.decoder_variants import bounded, layer_output, rotate_positions
+from fleet.bundles.decoder_variants import (
+    angle_arguments,
+    bounded,
+    layer_output,
+    rotate_positions,
+)
 from onnx_export.heads import ExitHead
 from onnx_export.training.generation import TrainingAnswers, causal_mask, unrepeated_attention
 from onnx_export.variants import logit_cap, state_scale
@@ -128,7 +133,8 @@ class HeadRunner:
         mask = causal_mask(no_padding, columns, padded.dtype)
         angles = rotate_positions(self.model.model, padded, columns[None])
         with unrepeated_attention(layer.self_attn):
-            out = layer_output(layer(padded, attention_mask=mask, **angles))
+            arguments = angle_arguments(layer, angles)
+            out = layer_output(layer(padded, attention_mask=mask, **arguments))
         answering: list[Tensor] = []
         for row, conversation in enumerate(conversations):
             first = int(self.answers.prompt_lengths[conversation]) - 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fleet.bundles.decoder_variants import bounded, layer_output
@@ -76,8 +74,34 @@ def concatenate(batches: Sequence[TrainingAnswers]) -> TrainingAnswers:
     return TrainingAnswers(hidden=hidden, **tensors)
 
 
+class LayerCaches:
+    """The keys and values of each layer of a batch, with room for `num_columns` columns."""
+
+    def __init__(self, num_columns: int) -> None:
+        self.num_columns = num_columns
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def append(self, layer: int, stop: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the columns before `stop`; return those of all columns so far.
+
+        key and value [rows, kv_heads, s, d] -> [rows, kv_heads, stop, d].
+        """
+        if layer not in self._layers:
+            shape = (*key.shape[:2], self.num_columns, key.shape[-1])
+            self._layers[layer] = (key.new_zeros(shape), key.new_zeros(shape))
+        for cache, columns in zip(self._layers[layer], (key, value), strict=True):
+            cache[:, :, stop - key.shape[2] : stop] = columns
+        keys, values = self._layers[layer]
+        return keys[:, :, :stop], values[:, :, :stop]
+
+    def keep(self, rows: Tensor) -> None:
+        """Remove all rows except `rows`."""
+        for layer, (keys, values) in self._layers.items():
+            self._layers[layer] = (keys[rows], values[rows])
+
+
 class GenerationBatch:
-    """A batch of conversations during generation, with one static cache.
+    """A batch of conversations during generation, with its caches.
 
     Rows that end are removed when they are many. `prompts`: token ids of each row's prompt. Rows
     are padded on the left.
@@ -95,7 +119,7 @@ class GenerationBatch:
         self.columns = torch.arange(width, device=self.device)
         self.live = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
         self.scale = state_scale(model.config)
-        self.cache = StaticCache(full_cache(model.config), max_cache_len=width + max_new_tokens)
+        self.caches = LayerCaches(width + max_new_tokens)
 
     def forward(self) -> Tensor:
         """Run the pending columns; return the last column's final hidden states [rows, hidden]."""
@@ -107,8 +131,8 @@ class GenerationBatch:
                 input_ids,
                 attention_mask=causal_mask(self.starts, columns, self.model.dtype),
                 position_ids=(columns - self.starts[:, None]).clamp(min=0),
-                cache_position=columns,
-                past_key_values=self.cache,
+                use_cache=False,
+                caches=self.caches,
             )
         last: Tensor = output.last_hidden_state[:, -1]
         return last
@@ -124,9 +148,7 @@ class GenerationBatch:
 
     def _keep(self, rows_to_keep: Tensor) -> None:
         """Remove all rows except `rows_to_keep`."""
-        for layer in self.cache.layers:
-            layer.keys = layer.keys[rows_to_keep]
-            layer.values = layer.values[rows_to_keep]
+        self.caches.keep(rows_to_keep)
         self.live = self.live[rows_to_keep]
         self.rows = self.rows[rows_to_keep]
         self.starts = self.starts[rows_to_keep]
@@ -291,26 +313,28 @@ def causal_mask(starts: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def grouped_attention(
-    _module: Any,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor,
     *,
     scaling: float,
+    caches: LayerCaches | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend without a copy of key and value for each query head.
 
-    query [b, heads, s, d], key and value [b, kv_heads, >= n, d] -> [b, s, heads, d].
+    query [b, heads, s, d], key and value [b, kv_heads, s, d] -> [b, s, heads, d]. `caches` has the
+    keys and values of earlier columns, if there are any.
     """
     batch, heads, length, dim = query.shape
     kv_heads = key.shape[1]
     num_columns = mask.shape[-1]
-    key = key[:, :, :num_columns]
-    value = value[:, :, :num_columns]
+    if caches is not None:
+        key, value = caches.append(module.layer_idx, num_columns, key, value)
     grouped = query.reshape(batch, kv_heads, -1, dim)
     if sliding_window is not None and num_columns > sliding_window:
         mask = mask + attention_mask(num_columns, sliding_window)[:, :, -length:].to(mask)
@@ -319,14 +343,6 @@ def grouped_attention(
     weights = masked.softmax(-1).view(batch, kv_heads, -1, num_columns)
     out = (weights @ value).view(batch, heads, length, dim)
     return out.transpose(1, 2), None
-
-
-def full_cache(config: Any) -> Any:
-    """Return a configuration of caches that keep all positions: the attention drops some itself."""
-    config = copy.deepcopy(config)
-    config.layer_types = None
-    config.sliding_window = None
-    return config
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from typing import Any, Final
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from fleet.errors import ConfigError
 from fleet.exits.records import Records
@@ -18,8 +17,8 @@ from fleet.utils.prompt_file import read_prompts
 from onnx_export.architecture import check_exits, check_model
 from onnx_export.checkpoint import (
     load_config,
-    load_pretrained,
     load_tokenizer,
+    load_whole_model,
     resolve_model,
 )
 from onnx_export.heads import (
@@ -119,7 +118,7 @@ def load_frozen_model(source: str, name: str) -> Any:
         ExportError: it cannot be loaded or exported.
     """
     check_model(load_config(source, name))
-    model = load_pretrained(AutoModelForCausalLM, source, name, dtype=torch.float32)
+    model = load_whole_model(source, name, dtype=torch.float32)
     return model.eval().requires_grad_(False)
 
 

@@ -201,7 +201,9 @@ def test_a_device_makes_the_tokens_that_the_export_compared(
     turns: list[dict[str, str]], tiny_bundle: Bundle
 ) -> None:
     messages = [ChatMessage(**turn) for turn in turns]  # type: ignore[arg-type]
-    expected = make_tiny_tokenizer().apply_chat_template(turns, add_generation_prompt=True)
+    expected = make_tiny_tokenizer().apply_chat_template(
+        turns, add_generation_prompt=True, return_dict=False
+    )
     assert ChatTokenizer(tiny_bundle).encode_chat(messages) == expected
 
 

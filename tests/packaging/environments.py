@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -48,6 +49,21 @@ def install_newest(folder: Path, requirement: str) -> Path:
     install = ("install", "--quiet", "--disable-pip-version-check", "--no-compile")
     run(*pip, *install, requirement, folder=folder)
     return programs
+
+
+def install_beside(folder: Path, requirement: str) -> Path:
+    """Install the newest version that fits beside the packages of this environment, which it
+    replaces; return the new environment's Python.
+    """
+    python = folder / "venv" / "bin" / "python"
+    program = uv.find_uv_bin()
+    run(program, "venv", "--quiet", "--python", sys.executable, folder / "venv", folder=folder)
+    (packages,) = (folder / "venv").glob("lib/*/site-packages")
+    (packages / "beside.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", python]
+    install = ("install", "--upgrade", "--quiet", "--disable-pip-version-check", "--no-compile")
+    run(*pip, *install, requirement, folder=folder)
+    return python
 
 
 def install_lowest(folder: Path, requirement: str) -> Path:
