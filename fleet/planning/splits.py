@@ -1,8 +1,9 @@
 """Cost models of every split of a bundle, from the speeds of a device and a worker (ADR 0043).
 
 Steps follow from the number of layers and heads on either side. The number of round trips depends
-on the share of the device's tokens that the full model agrees with. It was measured for one exit;
-an exit that never agrees needs a round trip for each token, and those between are interpolated.
+on the share of the device's drafts that the full model agrees with. Both were measured in the
+answers of the fit; drafts that are never accepted need a round trip for each token, and what is
+between or beyond is interpolated.
 """
 
 from __future__ import annotations
@@ -129,6 +130,14 @@ def deployed_point(manifest: Manifest) -> CurvePoint | None:
     return min(calibration.curve, key=lambda one: float(np.abs(one.thresholds - deployed).sum()))
 
 
+def accepted_below(agreement: float, share: float) -> float:
+    """Return the accepted share of drafts below the threshold, which are a `share` of all.
+
+    An exit's confident tokens count as agreeing.
+    """
+    return max(0.0, agreement - (1 - share)) / share if share > 0 else 0.0
+
+
 def split_fits(
     manifest: Manifest, device: MachineSpeeds, worker: MachineSpeeds, fitted: CostFit
 ) -> tuple[CostFit, ...]:
@@ -182,12 +191,17 @@ class SplitModel:
 
     @property
     def num_heads(self) -> float:
-        """The mean number of exits of the split that a token evaluates."""
+        """The mean number of exits of the split that a token evaluates.
+
+        Without a calibration it is the highest. The last exit drafts even if it is off.
+        """
         count = self.manifest.exits.index(self.layer) + 1
+        thresholds = self.manifest.thresholds[:count]
         point = deployed_point(self.manifest)
-        if point is None:
-            return count
-        return sum(1 - sum(point.coverage[:i]) for i in range(count))
+        coverage = point.coverage if point else (0.0,) * count
+        reached = [1 - sum(coverage[:i]) for i in range(count)]
+        earlier = zip(reached, thresholds[:-1], strict=False)
+        return reached[-1] + sum(share for share, threshold in earlier if threshold < OFF)
 
     def fit(self) -> CostFit:
         """Return the cost model of this split."""
@@ -243,24 +257,35 @@ class SplitModel:
     def _verified(self, agreement: float | None, basis: str) -> ServingSetting:
         """Return `verified`: each token needs a verdict."""
         of_fit = self._fitted_setting(Mode.VERIFIED)
-        ratio = self._accepted_ratio(agreement)
+        accepted = agreement or 0.0
+        ratios = [self._ratio(1 - one.offload_rate, accepted) for one in of_fit.counts]
         counts = [
-            self._trips(one, ratio, (1.0, 1.0), 1 + (one.offload_rate - 1) * ratio)
-            for one in of_fit.counts
+            self._trips(one, ratio, (1.0, 1.0), 1 - ratio * (1 - one.offload_rate))
+            for one, ratio in zip(of_fit.counts, ratios, strict=True)
         ]
-        return self._assisted(of_fit, 1.0, counts, ratio, self._basis(basis))
+        return self._assisted(of_fit, 1.0, counts, fmean(ratios), self._basis(basis))
 
     def _collaborative(self, agreement: float, point: CurvePoint) -> ServingSetting:
-        """Return `collaborative`: a token of no confident exit needs a verdict."""
+        """Return `collaborative`: a token of no confident exit needs a verdict.
+
+        Only drafts of these tokens can be rejected, so fewer of them are accepted than in
+        `verified`.
+        """
         of_fit = self._fitted_setting(CALIBRATED)
+        fitted = zip(of_fit.counts, self._fitted_setting(Mode.VERIFIED).counts, strict=True)
         exits = self.manifest.exits.index(self.layer) + 1
         share = 1 - sum(point.coverage[:exits])
-        ratio = self._accepted_ratio(agreement)
+        accepted = accepted_below(agreement, share)
+        ratios = [
+            self._ratio(accepted_below(1 - verified.offload_rate, one.offload_rate), accepted)
+            for one, verified in fitted
+        ]
         counts = [
-            self._trips(one, ratio, (share, one.offload_rate), share) for one in of_fit.counts
+            self._trips(one, ratio, (share, one.offload_rate), share)
+            for one, ratio in zip(of_fit.counts, ratios, strict=True)
         ]
         basis = self._basis(MEASURED)
-        return self._assisted(of_fit, point.agreement, counts, ratio * share, basis)
+        return self._assisted(of_fit, point.agreement, counts, fmean(ratios) * share, basis)
 
     def _cloud_only(self) -> ServingSetting:
         of_fit = self._fitted_setting(CLOUD_ONLY)
@@ -335,19 +360,23 @@ class SplitModel:
         layers = self.fitted.split_layer + whole.head_layers
         return self.fitted.edge.step_ms * layers / (whole.num_layers + whole.head_layers)
 
-    def _accepted_ratio(self, agreement: float | None) -> float:
-        """Return the agreement over that of the fitted exit; 0 if it is not known."""
-        if agreement is None or not self.fitted.exit_agreement:
-            return 0.0
-        return agreement / self.fitted.exit_agreement
+    @property
+    def _is_fitted(self) -> bool:
+        """Whether the answers of the fit were those of this model and split."""
+        fitted = (self.fitted.model, self.fitted.split_layer)
+        return (self.manifest.model.name, self.layer) == fitted
+
+    def _ratio(self, fitted: float, accepted: float) -> float:
+        """Return the accepted share of drafts over that of the fit; 0 if it is not known."""
+        if accepted and self._is_fitted:
+            return 1.0
+        return accepted / fitted if fitted > 0 else 0.0
 
     def _basis(self, of_agreement: str) -> str:
         """Return the basis of the number of round trips."""
         if of_agreement == NOT_MEASURED:
             return AT_MOST
-        fitted = (self.fitted.model, self.fitted.split_layer)
-        is_fitted = (self.manifest.model.name, self.layer) == fitted
-        return of_agreement if is_fitted else INTERPOLATED
+        return of_agreement if self._is_fitted else INTERPOLATED
 
     def _fitted_setting(self, name: str) -> ServingSetting:
         """Return a setting of the fit; raise ConfigError when it is missing."""

@@ -23,6 +23,7 @@ from fleet.planning.splits import (
     INTERPOLATED,
     MEASURED,
     NOT_MEASURED,
+    accepted_below,
     exit_agreement,
     split_fits,
     whole_agreement,
@@ -124,7 +125,7 @@ def by_name(of: Manifest, request: PlanRequest = LINK) -> dict[tuple[str, int], 
     ("name", "layer", "edge_ms", "cloud_ms"),
     [
         ("standalone", 8, 8 + 1 * 10, 0),
-        ("standalone", 15, 15 + 2 * 10, 0),  # without thresholds each exit is evaluated
+        ("standalone", 15, 15 + 2 * 10, 0),  # each exit may be evaluated
         ("standalone", 24, 24 + 3 * 10, 0),
         ("verified", 8, 8 + 1 * 10, 22 * 2 + 10),
         ("verified", 24, 24 + 3 * 10, 6 * 2 + 10),
@@ -135,12 +136,22 @@ def by_name(of: Manifest, request: PlanRequest = LINK) -> dict[tuple[str, int], 
 def test_a_token_takes_the_layers_and_heads_of_either_side(
     name: str, layer: int, edge_ms: float, cloud_ms: float
 ) -> None:
-    uncalibrated = manifest(thresholds=(1.0, 1.0, 1.0))
-    found = by_name(uncalibrated)[name, layer]
+    found = by_name(manifest())[name, layer]
     prompt_ms = 0.1 * layer if name != "cloud_only" else 0
     prompt_cloud_ms = 0.1 * (30 - layer) if name == "verified" else 3 if cloud_ms == 70 else 0
     assert found.edge_ms == pytest.approx(100 * edge_ms + prompt_ms)
     assert found.cloud_ms == pytest.approx(100 * cloud_ms + prompt_cloud_ms)
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "num_heads"),
+    [((1.0, 1.0, 1.0), 1), ((1.0, 0.8, 1.0), 2), ((0.8, 0.8, 1.0), 3)],
+)
+def test_an_exit_that_is_off_takes_no_time_unless_it_is_the_last(
+    thresholds: tuple[float, ...], num_heads: int
+) -> None:
+    alone = by_name(manifest(thresholds=thresholds))["standalone", 24]
+    assert alone.edge_ms == pytest.approx(100 * (24 + 10 * num_heads) + 2.4)
 
 
 def test_the_worker_runs_the_layers_above_the_deepest_upload_layer() -> None:
@@ -167,18 +178,31 @@ def test_without_an_agreement_each_token_is_a_round_trip_at_most() -> None:
 
 
 def test_round_trips_lie_between_those_of_no_agreement_and_the_fitted_exits() -> None:
-    fitted = FITTED.exit_agreement
-    assert fitted is not None
+    counts = next(one for one in FITTED.settings if one.name == "verified").counts[0]
+    fitted = 1 - counts.offload_rate
     calibrated = manifest(calibration=calibration(e8=0.0, e15=fitted / 2, e24=fitted))
     found = by_name(calibrated, msgspec.structs.replace(LINK, rtt_ms=0.0))
-    measured = next(one for one in FITTED.settings if one.name == "verified").counts[0].round_trips
+    measured = counts.round_trips
     trips = [found["verified", layer].round_trips for layer in (8, 15, 24)]
     assert trips == pytest.approx([100, 100 * (1 + measured) / 2, 100 * measured])
+    shares = [found["verified", layer].offload_rate for layer in (8, 15, 24)]
+    assert shares == pytest.approx([1, 1 - fitted / 2, 1 - fitted])
     assert [found["verified", layer].basis for layer in (8, 15, 24)] == [
         INTERPOLATED,
         INTERPOLATED,
         MEASURED,
     ]
+
+
+def test_drafts_below_the_threshold_are_accepted_less_often() -> None:
+    assert accepted_below(0.6, 0.5) == pytest.approx(0.2)
+    assert accepted_below(0.4, 0.5) == 0.0
+    assert accepted_below(0.6, 1.0) == 0.6
+    assert accepted_below(1.0, 0.0) == 0.0
+    found = by_name(manifest(calibration=calibration(e8=0.2, e15=0.5, e24=0.7)))
+    # No draft of exit 8 is accepted beyond the fifth of the tokens that it emits.
+    assert found["collaborative", 8].round_trips == pytest.approx(80)
+    assert found["verified", 8].round_trips < 100
 
 
 def test_exits_of_a_split_emit_the_share_that_they_were_calibrated_with() -> None:
