@@ -1,6 +1,8 @@
 """Times that `fleet plan` predicts for other splits, next to measured ones.
 
     fleet bench plan [--shape default|0.5b|1.1b|3b|7b] [--splits 8,15,24] [--rounds 5] [--json]
+    fleet bench plan --bundle DIR [--fitted LAYER] [--rtt 20,100] [--bandwidth 31] [--prompts FILE]
+        [--answers 5] [--tokens 32] [--json]
 
 The constants are those of the middle split, as `edge-agent measure` and the worker's `measure` give
 them. They predict the steps of the device and of the worker at the other splits, the whole model on
@@ -9,8 +11,11 @@ of the worker. All of these are measured, too; none but the middle split's steps
 constants.
 
 Times are those of one thread's CPU, and all engines take turns, round by round, so that other work
-on the machine changes all of them. Links are not part of it: `fleet bench paper --fit` holds back
-links.
+on the machine changes all of them. A link is not part of it.
+
+With a bundle that has several upload layers, whole answers are measured instead, at each of its
+splits and over links: see `benchmarks.split_answers`. Their times are those of the clock, so the
+machine should do nothing else.
 """
 
 from __future__ import annotations
@@ -31,8 +36,10 @@ from rich.table import Table
 
 from benchmarks.edge import machine
 from benchmarks.graphs import EdgeGraphs
+from benchmarks.paper.rows import Link
 from benchmarks.partitions import CloudPartitions
 from benchmarks.random_model import SHAPES, ModelShape, random_model
+from benchmarks.split_answers import compare_answers
 from cloud_broker_worker.worker.config import Weights
 from cloud_broker_worker.worker.speed import RequestTimer, WorkerMeter
 from cloud_broker_worker.worker.upper_layers import UpperLayers
@@ -40,8 +47,10 @@ from edge_agent.engine.partition import Partition
 from edge_agent.engine.speed import TOKEN, DeviceMeter, StepTimer
 from fleet.bundles.manifest import Bundle, read_manifest
 from fleet.errors import ConfigError
-from fleet.planning.machine_speeds import MachineSpeeds
+from fleet.planning.cost_model import PlanRequest, check_request
+from fleet.planning.machine_speeds import MachineSpeeds, warn_about_load
 from fleet.utils.cli_runtime import run_command
+from fleet.utils.prompt_file import read_prompts
 from onnx_export.__main__ import parse_numbers
 from onnx_export.architecture import check_exits
 from onnx_export.config import DEFAULT_MODEL, ExportConfig
@@ -51,6 +60,7 @@ DEFAULT: Final = "default"
 DEFAULT_SPLITS: Final = (8, 15, 24)
 NUM_SPLITS: Final = 3
 STEPS: Final = 20
+PROMPTS: Final = Path(__file__).parent / "data/prompts.txt"
 
 Progress = Callable[[str], None]
 
@@ -246,9 +256,43 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
             "yes" if row["is_held_back"] else "no",
         )
     console.print(table)
+    errors = {"median": result["median_error"], "highest": result["highest_error"]}
+    print_errors(console, "held back", errors)
+
+
+def print_answers(console: Console, result: dict[str, Any]) -> None:
+    """Print the rows of whole answers as a table, and the errors of those that are held back."""
+    title = (
+        f"an answer of {result['tokens']} tokens of {result['model']}, s; constants of split "
+        f"{result['fitted']}, {result['round_trip_ms']:.0f} ms a round trip beyond the link"
+    )
+    table = Table(title=title, title_justify="left")
+    for header in ("", "layers", "rtt, ms", "measured", "predicted", "error"):
+        table.add_column(header, justify="right" if header else "left")
+    for header in ("trips", "predicted", "error at these trips"):
+        table.add_column(header, justify="right")
+    for row in result["rows"]:
+        has_link = row["link"]["mbit_s"]
+        table.add_row(
+            row["mode"],
+            str(row["layers"]),
+            f"{row['link']['rtt_ms']:g}" if has_link else "-",
+            f"{row['measured_s']:.2f}",
+            f"{row['predicted_s']:.2f}",
+            f"{row['error']:+.1%}",
+            f"{row['round_trips']:.1f}" if has_link else "-",
+            f"{row['predicted_round_trips']:.1f}" if has_link else "-",
+            f"{row['error_at_measured_trips']:+.1%}",
+        )
+    console.print(table)
+    for name, errors in result["errors"].items():
+        print_errors(console, f"{name.replace('_', ' ')}, held back", errors)
+
+
+def print_errors(console: Console, name: str, errors: dict[str, float]) -> None:
+    """Print the errors of the rows that are held back."""
     console.print(
-        f"held back: median error {result['median_error']:.1%}, "
-        f"largest {result['highest_error']:.1%}",
+        f"{name}: median error {errors['median']:.1%}, largest {errors['highest']:.1%}",
         highlight=False,
     )
 
@@ -263,32 +307,56 @@ def run(
         typer.Option(help="Three layers (default: 8,15,24, or a quarter, half, three quarters)."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which all take turns.")] = 5,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Measure whole answers at the splits of this bundle.")
+    ] = None,
+    fitted: Annotated[
+        int | None, typer.Option(min=1, help="Split that gives the constants (default: middle).")
+    ] = None,
+    rtt: Annotated[str, typer.Option(help="Round trips of the links, in ms.")] = "20,100",
+    bandwidth: Annotated[float, typer.Option(min=0.01, help="Their bandwidth, in Mbit/s.")] = 31.0,
+    prompts: Annotated[Path, typer.Option(help="File of prompts.", show_default=False)] = PROMPTS,
+    answers: Annotated[int, typer.Option(min=1, help="Answers of a row.")] = 5,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compare the planner's predictions for other splits with measured times."""
-    if shape != DEFAULT and shape not in SHAPES:
-        names = ", ".join((DEFAULT, *SHAPES))
-        raise ConfigError(f"unknown shape {shape!r}: expected one of {names}")
-    num_layers = SHAPES[shape].num_layers if shape in SHAPES else EdgeGraphs(print).num_layers
-    layers = chosen_splits(splits, shape, num_layers)
     console = Console(stderr=True)
 
     def progress(line: str) -> None:
         console.print(line, style="dim", highlight=False)
 
-    result = measure_shape(shape, layers, rounds, progress)
+    if bundle is None:
+        result = measure_shape(shape, chosen_splits(splits, shape), rounds, progress)
+    else:
+        links = chosen_links(rtt, bandwidth)
+        texts = read_prompts(prompts)[:answers]
+        warn_about_load()
+        result = compare_answers(Bundle.load(bundle), fitted, links, texts, tokens, progress)
     if as_json:
         print(json.dumps(result))
     else:
-        print_result(Console(), result)
+        (print_result if bundle is None else print_answers)(Console(), result)
 
 
-def chosen_splits(text: str | None, shape: str, num_layers: int) -> tuple[int, ...]:
+def chosen_links(rtts: str, mbit_s: float) -> list[Link]:
+    """Return the links; raise ConfigError for a round trip outside its range."""
+    links = [Link(rtt_ms, mbit_s) for rtt_ms in parse_numbers(rtts, float, "--rtt", "20,100")]
+    for link in links:
+        check_request(PlanRequest(rtt_ms=link.rtt_ms, mbit_s=link.mbit_s))
+    return links
+
+
+def chosen_splits(text: str | None, shape: str) -> tuple[int, ...]:
     """Return the three splits.
 
     Raises:
-        ConfigError: there are not three, or not below the last layer.
+        ConfigError: the shape is unknown, or there are not three splits below the last layer.
     """
+    if shape != DEFAULT and shape not in SHAPES:
+        names = ", ".join((DEFAULT, *SHAPES))
+        raise ConfigError(f"unknown shape {shape!r}: expected one of {names}")
+    num_layers = SHAPES[shape].num_layers if shape in SHAPES else EdgeGraphs(print).num_layers
     if text is None:
         quarters = tuple(num_layers * i // 4 for i in (1, 2, 3))
         return DEFAULT_SPLITS if shape == DEFAULT else quarters

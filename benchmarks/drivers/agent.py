@@ -39,10 +39,13 @@ class AgentDriver:
 
     version = f"onnxruntime {ort.__version__}"
 
-    def __init__(self, agent: Agent, app: LocalApp, manifest: Manifest) -> None:
+    def __init__(
+        self, agent: Agent, app: LocalApp, manifest: Manifest, config: AgentConfig
+    ) -> None:
         self._agent = agent
         self._app = app
         self._manifest = manifest
+        self._config = config
 
     def answer(
         self, prompt: str, max_new_tokens: int, mode: str, thresholds: Sequence[float] | None = None
@@ -77,6 +80,12 @@ class AgentDriver:
             head_calls=head_calls,
         )
         return dict(msgspec.to_builtins(answer))
+
+    def move(self, split: int) -> dict[str, int]:
+        """Hold `split` layers from the next answer on."""
+        self._config = msgspec.structs.replace(self._config, split=split)
+        self._agent.follow(self._config, 0)
+        return {"split": split}
 
     def counts(self) -> dict[str, int]:
         """Return the messages so far.
@@ -115,4 +124,4 @@ if __name__ == "__main__":
     with MqttTransport.connect(identity, will=will) as link:
         app = LocalApp(link)
         with Agent(app, bundle, config) as agent:
-            serve_lines(lambda: AgentDriver(agent, app, bundle.manifest))
+            serve_lines(lambda: AgentDriver(agent, app, bundle.manifest, config))

@@ -234,6 +234,10 @@ class Rig:
 
     # Answers.
 
+    def move(self, name: str, split: int) -> None:
+        """Let the device of a system hold `split` layers from the next answer on."""
+        self._devices[SYSTEMS[name].device].ask("move", split=split)
+
     def answer(
         self, name: str, prompt: str, max_new_tokens: int, link: Link
     ) -> tuple[DriverAnswer, Cost]:

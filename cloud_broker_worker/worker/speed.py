@@ -76,7 +76,7 @@ class WorkerMeter:
     def speeds(self, num_threads: int, weights: Weights) -> MachineSpeeds:
         """Return the medians of all rounds."""
         manifest = self._layers.manifest
-        num_layers = manifest.model.num_layers - manifest.upload_layer
+        num_layers = manifest.model.num_layers - self._layers.upload_layers[0]
         layers_ms = 1e3 * median(self._layers_s)
         return MachineSpeeds(
             side="worker",
@@ -98,7 +98,8 @@ class RequestTimer:
         self._layers = layers
         self._clock = clock
         self._hidden_size = layers.manifest.model.hidden_size
-        self._lease = layers.new_pool(POOL_BYTES).lease(capacity)
+        first_layer = layers.upload_layers[0] - layers.manifest.upload_layer
+        self._lease = layers.new_pool(POOL_BYTES).lease(capacity, first_layer)
         self._random = np.random.default_rng(0)
 
     def run(self, count: int, *, has_logits: bool = False) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.plan import SplitEngines, app, chosen_splits, measure_splits
-from benchmarks.random_model import SHAPES
 from cloud_broker_worker.worker.upper_layers import UpperLayers
 from edge_agent.engine.partition import Partition
 from fleet.bundles.manifest import Bundle
@@ -50,8 +49,7 @@ def test_rows_compare_each_split_and_only_the_middle_is_fitted(
     ],
 )
 def test_splits_are_three(text: str | None, shape: str, splits: tuple[int, ...]) -> None:
-    num_layers = SHAPES[shape].num_layers if shape in SHAPES else 30
-    assert chosen_splits(text, shape, num_layers) == splits
+    assert chosen_splits(text, shape) == splits
 
 
 @pytest.mark.parametrize(

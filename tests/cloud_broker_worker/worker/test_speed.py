@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
 
 import pytest
@@ -37,6 +38,18 @@ def test_the_head_is_what_logits_add(layers: UpperLayers, monkeypatch: pytest.Mo
     assert speeds.layer_ms == pytest.approx(4.0 / 2)
     assert speeds.head_ms == pytest.approx(3.0)
     assert speeds.prompt_layer_ms == pytest.approx(128 / 2 / PROMPT)
+
+
+def test_a_worker_of_fewer_layers_gives_the_time_of_one(
+    cloud_bundle: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upper = UpperLayers(cloud_bundle(1, 3), num_threads=1, from_layer=3)
+    timer = RequestTimer(upper, 8, count().__next__)
+    assert timer.run(2, has_logits=True) == 1
+    monkeypatch.setattr(RequestTimer, "run", lambda *_, **__: 0.004)
+    meter = WorkerMeter(upper)
+    meter.run_round(steps=3)
+    assert meter.speeds(1, "float32").layer_ms == pytest.approx(4.0)
 
 
 def test_a_session_runs_on_position_by_position(layers: UpperLayers) -> None:
