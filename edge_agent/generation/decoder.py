@@ -38,11 +38,13 @@ class GeneratedToken:
     """A token of the answer, its source, and its log-probability at temperature 1.
 
     The log-probability is the cloud's if the cloud chose or accepted the token, else the exit's.
+    `confidence` is that of the exit which chose the token, if an exit did.
     """
 
     token_id: int
     logprob: float
     source: str
+    confidence: float | None = None
 
 
 def proceed() -> None:

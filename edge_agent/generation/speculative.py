@@ -48,7 +48,11 @@ class Draft:
     def as_own(self) -> GeneratedToken:
         """Return this draft as a token that the device emits without a verdict."""
         source = self.source if self.is_confident else FALLBACK
-        return GeneratedToken(self.token_id, self.logprob, source)
+        return self.as_token(self.logprob, source)
+
+    def as_token(self, logprob: float, source: str) -> GeneratedToken:
+        """Return this draft as a token of the answer."""
+        return GeneratedToken(self.token_id, logprob, source, self.confidence)
 
 
 class SpeculativeDecoder:
@@ -229,7 +233,7 @@ class SpeculativeDecoder:
             self._learn(draft, is_accepted=is_accepted)
             if is_accepted:
                 source = CLOUD if self._asked_trusting else draft.source
-                tokens.append(GeneratedToken(draft.token_id, response.logprobs[i], source))
+                tokens.append(draft.as_token(response.logprobs[i], source))
         if response.token_id is None:
             del self._drafts[: len(asked)]
         else:

@@ -217,7 +217,18 @@ def _report(job: Job, plan: RequestPlan, bundle_id: str, finish_reason: str) -> 
 
 
 def _token_reply(job: Job, token: GeneratedToken, text: str) -> Reply:
-    return Reply(seq=len(job.replies), text=text, token_id=token.token_id, source=token.source)
+    return Reply(
+        seq=len(job.replies),
+        text=text,
+        token_id=token.token_id,
+        source=token.source,
+        confidence=_rounded(token.confidence),
+    )
+
+
+def _rounded(confidence: float | None) -> float | None:
+    """Return a confidence with the digits that a reader needs; each token's reply has one."""
+    return None if confidence is None else round(confidence, 4)
 
 
 def _full_text(text: str) -> str | None:

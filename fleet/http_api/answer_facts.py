@@ -10,11 +10,13 @@ from fleet.protocol.prompt import Reply, Usage
 class FleetFacts(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """The object `fleet` in a response: the origin of a token, or at the end of the whole answer.
 
-    `source` is that of the token. At the end, `counts` has all numbers of the answer, `note` the
-    reason why the cloud did not contribute, and `generation` its id in the fleet's reports.
+    `source` is that of the token, and `confidence` that of the exit which chose it. At the end,
+    `counts` has all numbers of the answer, `note` the reason why the cloud did not contribute, and
+    `generation` its id in the fleet's reports.
     """
 
     source: str | None = None
+    confidence: float | None = None
     counts: Usage | None = None
     bundle_id: str | None = None
     generation: str | None = None
@@ -39,7 +41,9 @@ class Timings(Struct, frozen=True, kw_only=True):
 
 def token_facts(reply: Reply) -> FleetFacts | None:
     """Return the facts of a token; None for a reply without a token."""
-    return FleetFacts(source=reply.source) if reply.source else None
+    if reply.source is None:
+        return None
+    return FleetFacts(source=reply.source, confidence=reply.confidence)
 
 
 def answer_facts(last_reply: Reply, generation: str | None) -> FleetFacts:

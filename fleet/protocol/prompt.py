@@ -130,8 +130,9 @@ class Usage(AnswerCounts, frozen=True, kw_only=True):
 class Reply(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """A message of the response's stream. The last one has `done`, and `usage` or `error`.
 
-    `note` is the reason why the cloud did not contribute to a response that needed it. The first
-    reply has the id of the `generation`. The same request sent again brings the same replies
+    `confidence` is that of the device's exit which chose the token, also where the cloud confirmed
+    it. `note` is the reason why the cloud did not contribute to a response that needed it. The
+    first reply has the id of the `generation`. The same request sent again brings the same replies
     again, unless the device has dropped them: then it starts another generation. `full_text` is
     the text of all replies, in the last one; None if it is longer than `MAX_FULL_TEXT_BYTES`. The
     reply to a request without `stream` is the last one, unless its text is longer than that.
@@ -141,6 +142,7 @@ class Reply(Struct, frozen=True, omit_defaults=True, kw_only=True):
     text: str = ""
     token_id: int | None = None
     source: str | None = None
+    confidence: float | None = None
     done: bool = False
     finish_reason: str | None = None
     usage: Usage | None = None

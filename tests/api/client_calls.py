@@ -291,7 +291,7 @@ def home_assistant() -> Any:
             messages=list(messages),
             tools=None,
             stream=True,
-            keep_alive="-1s",
+            keep_alive=-1,
             options={"num_ctx": 8192, "num_predict": TOKENS},
             think=False,
             format=None,

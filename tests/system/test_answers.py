@@ -137,6 +137,24 @@ def test_replies_come_in_order_and_join_to_the_text(tiny_bundle: Bundle) -> None
     assert answer.text == "".join(reply.text for reply in answer.replies) != ""
 
 
+def test_a_token_has_the_confidence_of_the_exit_that_chose_it(tiny_bundle: Bundle) -> None:
+    threshold = 0.08
+    with memory_fleet() as fleet:
+        fleet.start_device(tiny_bundle)
+        request = PromptRequest(
+            prompt=PROMPT, mode=Mode.STANDALONE, threshold=threshold, max_new_tokens=24
+        )
+        answer = fleet.ask(request)
+    by_source: dict[str, list[float]] = {}
+    for reply in answer.replies[:-1]:
+        assert reply.source is not None
+        assert reply.confidence is not None
+        by_source.setdefault(reply.source, []).append(reply.confidence)
+    assert by_source.keys() == {"exit:1", "exit:2"}
+    assert min(by_source["exit:1"]) >= threshold
+    assert min(by_source["exit:2"]) < threshold
+
+
 def test_a_conversation_is_longer_than_its_last_turn(tiny_bundle: Bundle) -> None:
     turns = (
         ChatMessage("user", "one"),
