@@ -44,6 +44,18 @@ app = typer.Typer(
 )
 
 
+ApiOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Serve the HTTP APIs of OpenAI and Ollama here, also without a broker.",
+    ),
+]
+ApiKeyFileOption = Annotated[
+    Path | None, typer.Option(help="File of the keys of the API, one in each line.")
+]
+
+
 @app.callback()
 def _edge_agent(version: VersionOption = False) -> None:
     """Run a device of the fleet, which answers prompts with the lower half of a language model."""
@@ -60,16 +72,8 @@ def run_agent(
     threads: Annotated[
         int | None, typer.Option(min=1, max=256, help="Threads of ONNX Runtime.")
     ] = None,
-    api: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="Serve the HTTP APIs of OpenAI and Ollama here, also without a broker.",
-        ),
-    ] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="File of the keys of the API, one in each line.")
-    ] = None,
+    api: ApiOption = None,
+    api_key_file: ApiKeyFileOption = None,
 ) -> None:
     """Serve prompts until stopped."""
     with needs("edge"):
@@ -127,9 +131,7 @@ def serve_command(
     api: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Address of the HTTP API.")
     ] = "127.0.0.1:11434",
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="File of the keys of the API, one in each line.")
-    ] = None,
+    api_key_file: ApiKeyFileOption = None,
     threads: Annotated[
         int | None, typer.Option(min=1, max=256, help="Threads of ONNX Runtime.")
     ] = None,
@@ -160,7 +162,7 @@ def _api_server(
 
     listens = ApiAddress.parse(address)
     keys = ApiKeys.load(key_file) if key_file else ApiKeys()
-    check_exposure(listens, keys)
+    check_exposure(listens, has_keys=bool(keys))
     return ApiServer(listens, DeviceBackend(find_agent, keys))
 
 
@@ -171,10 +173,12 @@ def systemd_command(
     user: Annotated[
         str | None, typer.Option(help="User that runs it (default: the owner of the folder).")
     ] = None,
+    api: ApiOption = None,
+    api_key_file: ApiKeyFileOption = None,
 ) -> None:
     """Write a hardened systemd unit that runs this device."""
     identity = absolute_path(folder)
-    unit = device_unit(identity, service_user(identity, user))
+    unit = device_unit(identity, service_user(identity, user), api, api_key_file)
     write_units(out, {DEVICE_SERVICE: unit})
     print_line(
         f"wrote {out / DEVICE_SERVICE}; "

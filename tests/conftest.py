@@ -42,6 +42,7 @@ LONG_FILES: Final = (
     "fleet/registry/rollouts/test_steps.py",
     "system/test_operators_guide.py",
     "packaging/test_edge_wheel.py",
+    "api/test_clients.py",
     "system/test_up_workers.py",
     "onnx_export/test_export.py",
     "system/test_processes.py",

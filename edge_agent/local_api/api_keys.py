@@ -52,13 +52,13 @@ class ApiKeys:
             )
 
 
-def check_exposure(address: ApiAddress, keys: ApiKeys) -> None:
+def check_exposure(address: ApiAddress, *, has_keys: bool) -> None:
     """Check that an API beyond this machine needs a key.
 
     Raises:
         ConfigError: it does not.
     """
-    if not address.is_local and not keys:
+    if not address.is_local and not has_keys:
         raise ConfigError(
             f"--api {address} accepts connections of other machines, which needs a key: add "
             "--api-key-file FILE with one key in each line, or listen on 127.0.0.1"

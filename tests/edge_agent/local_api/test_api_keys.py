@@ -55,18 +55,18 @@ def test_a_file_without_a_key_or_with_a_short_one_is_refused(text: str, tmp_path
     ],
 )
 def test_an_address_beyond_this_machine_needs_a_key(
-    text: str, address: tuple[str, int], is_local: bool, tmp_path: Path
+    text: str, address: tuple[str, int], is_local: bool
 ) -> None:
     parsed = ApiAddress.parse(text)
     assert (parsed.host, parsed.port) == address
     assert parsed.is_local == is_local
     assert (parsed.request_hosts is not None) == is_local
-    check_exposure(parsed, keys(tmp_path, FIRST))
+    check_exposure(parsed, has_keys=True)
     if is_local:
-        check_exposure(parsed, ApiKeys())
+        check_exposure(parsed, has_keys=False)
     else:
         with pytest.raises(ConfigError, match="--api-key-file"):
-            check_exposure(parsed, ApiKeys())
+            check_exposure(parsed, has_keys=False)
 
 
 @pytest.mark.parametrize("text", ["", ":80", "::1:80", "host:x", "host:99999", "http://host:80"])
