@@ -28,7 +28,8 @@ from edge_agent.engine.cascade import Cascade
 from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer
 from fleet.bundles.manifest import Bundle
-from fleet.protocol.messages import Sampling
+from fleet.protocol.choice_rules import Float32, Int64, adjust_logits
+from fleet.protocol.messages import NO_RULES, ChoiceRules, Sampling
 from fleet.protocol.prompt import ChatMessage, PromptRequest
 from fleet.protocol.sampling import draw
 from fleet.server.supervisor import resolve_bundle
@@ -98,12 +99,13 @@ class WholeModel:
         prompt: str | Sequence[ChatMessage],
         max_new_tokens: int,
         sampling: Sampling | None = None,
+        rules: ChoiceRules = NO_RULES,
     ) -> list[int]:
         """Return token ids, greedy unless `sampling` is given.
 
         The last one may be an end-of-sequence token.
         """
-        return [token_id for token_id, _ in self.steps(prompt, max_new_tokens, sampling)]
+        return [token_id for token_id, _ in self.steps(prompt, max_new_tokens, sampling, rules)]
 
     def differences(self, prompt: str, token_ids: Sequence[int]) -> list[TokenDifference]:
         """Return the differences of a greedy answer from the whole model's choices.
@@ -128,6 +130,7 @@ class WholeModel:
         prompt: str | Sequence[ChatMessage],
         max_new_tokens: int,
         sampling: Sampling | None = None,
+        rules: ChoiceRules = NO_RULES,
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield each token with the logits [vocab] float32 that it was chosen from."""
         prompt_ids = self.prompt_ids(prompt)
@@ -136,14 +139,28 @@ class WholeModel:
         token_ids: list[int] = []
         for _ in range(max_new_tokens):
             logits = self.logits(cascade, cache, token_ids[-1:] or prompt_ids)
-            logprobs, ids = torch.log_softmax(logits, -1).topk(self.partition.manifest.top_k)
-            chosen = draw(
-                logprobs.numpy(), ids.numpy(), cascade.num_tokens - 1, sampling or Sampling()
-            )
+            scores, ids = self._candidates(logits, rules, [*prompt_ids, *token_ids])
+            position = cascade.num_tokens - 1
+            chosen = draw(scores, ids, position, sampling or Sampling(), rules.min_p)
             token_ids.append(int(ids[chosen]))
             yield token_ids[-1], logits
             if token_ids[-1] in self.partition.manifest.model.eos_token_ids:
                 return
+
+    def _candidates(
+        self, logits: torch.Tensor, rules: ChoiceRules, text: Sequence[int]
+    ) -> tuple[Float32, Int64]:
+        """Return the best tokens after the rules, which change the whole vocabulary: the scores
+        [k], and the tokens [k].
+
+        A token whose score is below all unchanged ones of the best is no candidate.
+        """
+        top_k = self.partition.manifest.top_k
+        every = np.arange(len(logits))
+        adjusted = torch.from_numpy(adjust_logits(every, logits.numpy(), rules, text))
+        scores, ids = adjusted.topk(top_k)
+        num_kept = int((scores >= logits.topk(top_k).values[-1]).sum())
+        return scores[: num_kept or None].numpy(), ids[: num_kept or None].numpy()
 
 
 def run(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from msgspec import UNSET
+
 from fleet.bundles.manifest import ModelInfo
 from fleet.errors import ExportError
 from onnx_export.config import check_order, format_layers
@@ -198,6 +200,7 @@ def model_info(
         vocab_size=config.vocab_size,
         max_positions=min(max_positions, config.max_position_embeddings),
         eos_token_ids=eos_token_ids(name, model, tokenizer),
+        logit_cap=getattr(config, "final_logit_softcapping", None) or UNSET,
     )
 
 

@@ -30,9 +30,10 @@ from cloud_broker_worker.worker.verification import (
 )
 from fleet.bundles.manifest import Manifest
 from fleet.errors import DecodeError, PoolFullError
-from fleet.protocol.codec import unpack_chunk
+from fleet.protocol.codec import unpack_chunk, unpack_tokens
 from fleet.protocol.hidden_states import CONTEXT_DTYPES
 from fleet.protocol.messages import (
+    MIN_PROTOCOL,
     PROTOCOL,
     Close,
     Context,
@@ -155,7 +156,7 @@ class Engine:
         limit = self._manifest.model.max_positions
         if key.device in self.denied:
             return self._refused_revoked(key)
-        if message.protocol != PROTOCOL:
+        if not MIN_PROTOCOL <= message.protocol <= PROTOCOL:
             return self._refused(key, "protocol_mismatch", protocol_mismatch(message.protocol))
         if message.bundle_id != bundle_id:
             text = f"this worker serves bundle {bundle_id}, the device has {message.bundle_id}"
@@ -163,6 +164,11 @@ class Engine:
         if message.max_positions > limit:
             text = f"expected at most {limit} positions, got {message.max_positions}"
             return self._refused(key, "too_long", text)
+        vocab_size = self._manifest.model.vocab_size
+        biased = [token_id for token_id, _ in message.choice_rules.logit_bias]
+        if max(biased, default=0) >= vocab_size:
+            text = f"expected biases of token ids below {vocab_size}, got {max(biased)}"
+            return self._refused(key, "unknown_token", f"{text}; correct the bias")
         layer = upload_layer(message, self._manifest)
         if layer not in self._layers.upload_layers:
             layers = " or ".join(map(str, self._layers.upload_layers))
@@ -178,6 +184,7 @@ class Engine:
             return self._refused_too_long(session, stop)
         try:
             rows = unpack_chunk(chunk, self._manifest.model.hidden_size)
+            tokens = self._tokens_of(session, chunk)
         except DecodeError as error:
             device, name = session.key
             self._log.warning("context of session %s of %s dropped: %s", name, device, error)
@@ -189,11 +196,16 @@ class Engine:
         except PoolFullError as error:
             self.session_store.drop(session)
             return self._refused(session.key, error.code, str(error), self._config.retry_after_ms)
-        num_new = session.add_rows(chunk.start, rows)
+        num_new = session.add_rows(chunk.start, rows, tokens)
         limit_bytes = self._config.window_bytes // 2
         if session.owes_receipt(len(chunk.data), limit_bytes, is_repeat=num_new == 0):
             return Received(session.key.session, session.branch, session.received)
         return None
+
+    def _tokens_of(self, session: Session, chunk: ContextChunk) -> list[int]:
+        """Return the tokens of a chunk, none if the session's rules need none."""
+        need_text = session.opening.choice_rules.need_text
+        return unpack_tokens(chunk, self._manifest.model.vocab_size) if need_text else []
 
     @staticmethod
     def _gap(session: Session) -> ToDevice | None:
@@ -334,8 +346,8 @@ class Engine:
         """
         try:
             logits = self._layers([chunk for _, chunk in work])
-            samplings = [session.opening.sampling for session, _ in work]
-            candidates = best_candidates(logits, num_candidates(samplings, self._manifest.top_k))
+            openings = [session.opening for session, _ in work]
+            candidates = best_candidates(logits, num_candidates(openings, self._manifest.top_k))
         except Exception as error:  # noqa: BLE001  the other sessions have to be served
             self._run_one_by_one(work, error)
             return
@@ -370,11 +382,13 @@ class Engine:
             text = "the worker failed: some logits of the upper layers are not finite"
             self._abandon(session, "internal", text)
             return
-        choose_tokens(job, candidates, session.opening.sampling)
+        opening = session.opening
+        choose_tokens(job, candidates, opening, session.tokens)
         if not job.is_decided:
             return
         busy_ms = max(0.0, self._clock() - job.arrived) * 1000
-        response = verified_response(job, session.key.session, busy_ms)
+        has_top = opening.choice_rules.top_logprobs > 0
+        response = verified_response(job, session.key.session, busy_ms, has_top=has_top)
         self.counters.answered.add(busy_ms / 1000)
         session.response = response
         session.job = None
@@ -462,17 +476,21 @@ class Engine:
 
 def protocol_mismatch(protocol: int) -> str:
     """Return the error text for a device with a different protocol: which side to update."""
-    older = "device" if protocol < PROTOCOL else "worker"
+    older = "device" if protocol < MIN_PROTOCOL else "worker"
     return (
-        f"the worker speaks protocol {PROTOCOL}, the device protocol {protocol}: update the {older}"
+        f"the worker speaks protocols {MIN_PROTOCOL} to {PROTOCOL}, "
+        f"the device protocol {protocol}: update the {older}"
     )
 
 
 def same_terms(one: Open, other: Open) -> bool:
-    """Return whether both messages open the same session: same epoch, sampling, size and layer."""
+    """Return whether both messages open the same session: same epoch, sampling, rules, size and
+    layer.
+    """
     return (
         one.epoch == other.epoch
         and one.sampling == other.sampling
+        and one.rules == other.rules
         and one.upload_layer == other.upload_layer
         and one.max_positions == other.max_positions
     )

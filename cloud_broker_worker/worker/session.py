@@ -4,12 +4,13 @@ one, and the pending verify job.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cloud_broker_worker.worker.kv_pool import HiddenStore, KvLease
 from fleet.protocol.hidden_states import Float16
-from fleet.protocol.messages import Open, Verified, Verify
+from fleet.protocol.messages import Open, TopTokens, Verified, Verify
 from fleet.protocol.session import new_rows
 
 
@@ -21,10 +22,14 @@ class SessionKey(NamedTuple):
 
 
 class TokenChoice(NamedTuple):
-    """The worker's token after a position, and its log-probability at temperature 1."""
+    """The worker's token after a position, and its log-probability at temperature 1.
+
+    `top` has the best tokens, as many as the session's rules ask for.
+    """
 
     token_id: int
     logprob: float
+    top: TopTokens = ()
 
 
 @dataclass(kw_only=True)
@@ -95,6 +100,7 @@ class Session:
     has no cache; the cache is built again when a step needs it. `holds_drafts` is set by the first
     job, because later context may belong to drafts. `gone_since` is the time at which the device
     went offline. The hidden states enter `first_layer`; 0 is the lowest layer of the cloud's half.
+    `tokens` are those of the received positions, if the session's rules need them.
     """
 
     key: SessionKey
@@ -113,15 +119,17 @@ class Session:
     receipt_repeated: int | None = None
     gone_since: float | None = None
     first_layer: int = 0
+    tokens: list[int] = field(default_factory=list)
 
-    def add_rows(self, start: int, rows: Float16) -> int | None:
-        """Store the new rows of a chunk from position `start`.
+    def add_rows(self, start: int, rows: Float16, tokens: Sequence[int] = ()) -> int | None:
+        """Store the new rows of a chunk from position `start`, and their tokens.
 
         Return the number of new rows, or None if positions before them are missing.
         """
         count = new_rows(self.received, start, len(rows))
         if count:
             self.store.rows[self.received : self.received + count] = rows[-count:]
+            self.tokens[self.received :] = tokens[-count:]
             self.received += count
         return count
 

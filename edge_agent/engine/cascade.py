@@ -11,7 +11,14 @@ from typing import Final
 import numpy as np
 import onnxruntime as ort
 
-from edge_agent.engine.partition import ExitCandidates, Float32, Partition, bind_input, bind_output
+from edge_agent.engine.partition import (
+    ExitCandidates,
+    Float32,
+    Int64,
+    Partition,
+    bind_input,
+    bind_output,
+)
 
 ChunkContext = Callable[[], AbstractContextManager[None]]
 
@@ -108,6 +115,10 @@ class Cascade:
         if block:
             return self._runs[block - 1].hidden_states[start:stop]
         return self._partition.embed(self._token_ids[start:stop])
+
+    def logits_of(self, token_ids: Int64 | None) -> Float32:
+        """Return logits of the exit that ran last; see :meth:`LmHeadRun.logits_of`."""
+        return self._lm_head.logits_of(token_ids)
 
     def truncate(self, num_tokens: int) -> None:
         """Drop every position from `num_tokens` on, in every block; nothing is copied."""

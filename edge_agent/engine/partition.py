@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ from fleet.utils.memory_release import release_freed_memory
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
+TABLE_ROWS: Final = 4096
+"""Rows of the LM head's exact weights that are converted to float32 at a time."""
 
 
 @dataclass(frozen=True)
@@ -117,21 +119,35 @@ class Partition:
 
     def lm_head(self, exit_hidden: Float32) -> LmHeadRun:
         """Return the LM head, which reads `exit_hidden`, float32 [1, hidden], at each call."""
-        return LmHeadRun(self._lm_head, self._table, exit_hidden, self.manifest.top_k)
+        return LmHeadRun(
+            self._lm_head,
+            self._table,
+            exit_hidden,
+            self.manifest.top_k,
+            cap=self.manifest.model.logit_cap or None,
+        )
 
 
 class LmHeadRun:
     """The LM head for one sequence, bound once."""
 
     def __init__(
-        self, session: ort.InferenceSession, table: Table, exit_hidden: Float32, top_k: int
+        self,
+        session: ort.InferenceSession,
+        table: Table,
+        exit_hidden: Float32,
+        top_k: int,
+        *,
+        cap: float | None = None,
     ) -> None:
         self._session = session
+        self._table = table
+        self._exit_hidden = exit_hidden
+        self._cap = cap
         self._ids = np.empty((1, top_k), np.int64)
         self._logprobs = np.empty((1, top_k), np.float32)
         self._confidence = np.empty(1, np.float32)
         self._binding = session.io_binding()
-        self._borrowed = table, exit_hidden  # a binding keeps no array alive
         bind_input(self._binding, "table", table)
         bind_input(self._binding, "exit_hidden", exit_hidden)
         bind_output(self._binding, "top_ids", self._ids)
@@ -144,6 +160,20 @@ class LmHeadRun:
         return ExitCandidates(
             self._ids[0].copy(), self._logprobs[0].copy(), float(self._confidence[0])
         )
+
+    def logits_of(self, token_ids: Int64 | None) -> Float32:
+        """Return the logits [n] float32 of tokens [n], or of the whole vocabulary for None.
+
+        They are those of the last run, by the exact weights that give the candidates' logits.
+        """
+        if token_ids is None:
+            blocks = range(0, len(self._table), TABLE_ROWS)
+            return np.concatenate([self._products(slice(i, i + TABLE_ROWS)) for i in blocks])
+        return self._products(token_ids)
+
+    def _products(self, rows: slice | Int64) -> Float32:
+        logits: Float32 = self._table[rows].astype(np.float32) @ self._exit_hidden[0]
+        return logits if self._cap is None else self._cap * np.tanh(logits / self._cap)
 
 
 def bind_input(binding: ort.IOBinding, name: str, array: npt.NDArray[Any]) -> None:

@@ -187,6 +187,11 @@ class ChatTokenizer:
             turn["content"] = shield(message.content, is_assistant=message.role == "assistant")
         return turn
 
+    def token_text(self, token_id: int) -> str:
+        """Return the text of one token alone; the name of a control token."""
+        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return text
+
     def stream(self, prompt: PromptRequest | None = None) -> TextStream:
         """Return a stream of the text of a response; to `prompt`, if that is given."""
         is_continuation = prompt is not None and self.continues_text(prompt)

@@ -9,19 +9,21 @@ from dataclasses import dataclass
 
 from edge_agent.engine.cascade import Cascade
 from edge_agent.engine.fair_lock import FairLock, UserLock
-from edge_agent.engine.partition import Partition
+from edge_agent.engine.partition import ExitCandidates, Partition
 from edge_agent.measurements import Measurements
 from edge_agent.session.cloud_session import CloudSession
 from fleet.exits.exit_policy import exit_emits
 from fleet.exits.thresholds import OFF
-from fleet.protocol.messages import Sampling
+from fleet.protocol.choice_rules import RankedTokens, rank_tokens, top_tokens
+from fleet.protocol.messages import NO_RULES, ChoiceRules, Sampling, TopTokens
 from fleet.protocol.sampling import draw
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExitChoice:
-    """A token that an exit chose, and its log-probability at temperature 1.
+    """A token that an exit chose, and its log-probability at temperature 1, before the rules.
 
+    `top` has the exit's best tokens, as many as the rules ask for.
     `is_confident` means that the exit emits the token: its confidence reaches the threshold, or it
     is the end of the whole model.
     """
@@ -31,19 +33,22 @@ class ExitChoice:
     exit_layer: int
     confidence: float
     is_confident: bool
+    top: TopTokens = ()
 
 
 @dataclass(frozen=True)
 class GeneratedToken:
     """A token of the answer, its source, and its log-probability at temperature 1.
 
-    The log-probability is the cloud's if the cloud chose or accepted the token, else the exit's.
-    `confidence` is that of the exit which chose the token, if an exit did.
+    The log-probability is the cloud's if the cloud chose or accepted the token, else the exit's. So
+    are the best tokens, `top`. `confidence` is that of the exit which chose the token, if an exit
+    did.
     """
 
     token_id: int
     logprob: float
     source: str
+    top: TopTokens = ()
     confidence: float | None = None
 
 
@@ -73,6 +78,7 @@ class Decoder:
         measurements: Measurements | None = None,
         *,
         one_by_one_from: int | None = None,
+        rules: ChoiceRules = NO_RULES,
     ) -> None:
         self.cascade = Cascade(partition, capacity, one_by_one_from)
         self.text: list[int] = []
@@ -82,6 +88,7 @@ class Decoder:
         self._upload_block = self._exits.index(partition.upload_layer)
         self._thresholds = thresholds
         self._sampling = sampling
+        self._rules = rules
         self._cloud_session = cloud_session
         self._lock = lock or FairLock().of("")
         self._measurements = measurements or Measurements()
@@ -112,22 +119,32 @@ class Decoder:
                 self._offer(block)
                 continue
             candidates = self.cascade.run(block, self._locked)
+            ranked = self._rank(candidates)
             self._offer(block)
             is_exact = is_last and self._is_whole
-            is_confident = is_exact or exit_emits(candidates.confidence, threshold)
+            is_confident = is_exact or exit_emits(ranked.confidence, threshold)
             if is_confident:
                 break
         if is_step:  # not for a prompt, which takes longer than one token
             self._measurements.step_done(time.monotonic() - started)
-        self._measurements.token_chosen(candidates.confidence, is_emitted=is_confident)
-        chosen = draw(candidates.logprobs, candidates.token_ids, position, self._sampling)
+        self._measurements.token_chosen(ranked.confidence, is_emitted=is_confident)
+        chosen = draw(ranked.scores, ranked.token_ids, position, self._sampling, self._rules.min_p)
         return ExitChoice(
-            token_id=int(candidates.token_ids[chosen]),
-            logprob=float(candidates.logprobs[chosen]),
+            token_id=int(ranked.token_ids[chosen]),
+            logprob=float(ranked.logprobs[chosen]),
             exit_layer=self._exits[block],
-            confidence=candidates.confidence,
+            confidence=ranked.confidence,
             is_confident=is_confident,
+            top=top_tokens(candidates.token_ids, candidates.logprobs, self._rules.top_logprobs),
         )
+
+    def _rank(self, candidates: ExitCandidates) -> RankedTokens:
+        """Return an exit's candidates for the next token after the rules."""
+        token_ids = candidates.token_ids
+        logprobs = candidates.logprobs
+        if not self._rules.change_logits:
+            return RankedTokens(token_ids, logprobs, logprobs, candidates.confidence)
+        return rank_tokens(token_ids, logprobs, self._rules, self.text, self.cascade.logits_of)
 
     def upload(self, num_positions: int) -> None:
         """Upload positions [0, num_positions); first run the blocks that early exits skipped."""
@@ -156,5 +173,6 @@ class Decoder:
         """Offer the outputs of `block` that have not been offered yet."""
         if self._cloud_session and block == self._upload_block:
             hidden_states = self.cascade.hidden_states(block, self._num_offered)
-            self._cloud_session.offer(hidden_states)
-            self._num_offered += len(hidden_states)
+            stop = self._num_offered + len(hidden_states)
+            self._cloud_session.offer(hidden_states, self.text[self._num_offered : stop])
+            self._num_offered = stop

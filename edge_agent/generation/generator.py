@@ -112,4 +112,6 @@ class Generator:
         self._decoder.text.append(choice.token_id)
         is_emitted = choice.is_confident or self._modes.is_alone
         source = exit_source(choice.exit_layer) if is_emitted else FALLBACK
-        return GeneratedToken(choice.token_id, choice.logprob, source, choice.confidence)
+        return GeneratedToken(
+            choice.token_id, choice.logprob, source, choice.top, choice.confidence
+        )

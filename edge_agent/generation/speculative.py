@@ -17,13 +17,15 @@ from itertools import takewhile
 from math import prod
 from typing import Final
 
+from msgspec import UNSET
+
 from edge_agent.generation.acceptance_rate import AcceptanceRate
 from edge_agent.generation.decoder import Decoder, GeneratedToken
 from edge_agent.generation.draft_policy import worth_drafting, worth_guessing
 from edge_agent.generation.prompt_lookup import PromptLookup
 from edge_agent.measurements import Measurements
 from edge_agent.session.cloud_session import CloudSession
-from fleet.protocol.messages import MAX_DRAFT, Verified
+from fleet.protocol.messages import MAX_DRAFT, TopTokens, Verified
 from fleet.protocol.modes import CLOUD, FALLBACK, LOOKUP, exit_source
 
 SLICE_S: Final = 0.2  # longest wait for a verdict in one `advance`; the caller checks deadlines
@@ -44,15 +46,16 @@ class Draft:
     chance: float
     confidence: float | None
     is_confident: bool
+    top: TopTokens = ()
 
     def as_own(self) -> GeneratedToken:
         """Return this draft as a token that the device emits without a verdict."""
         source = self.source if self.is_confident else FALLBACK
-        return self.as_token(self.logprob, source)
+        return self.as_token(self.logprob, source, self.top)
 
-    def as_token(self, logprob: float, source: str) -> GeneratedToken:
+    def as_token(self, logprob: float, source: str, top: TopTokens) -> GeneratedToken:
         """Return this draft as a token of the answer."""
-        return GeneratedToken(self.token_id, logprob, source, self.confidence)
+        return GeneratedToken(self.token_id, logprob, source, top, self.confidence)
 
 
 class SpeculativeDecoder:
@@ -182,6 +185,7 @@ class SpeculativeDecoder:
             chance=chance,
             confidence=choice.confidence,
             is_confident=choice.is_confident,
+            top=choice.top,
         )
         drafts = [draft]
         may_look_up = not trusts_exits and not choice.is_confident
@@ -233,14 +237,16 @@ class SpeculativeDecoder:
             self._learn(draft, is_accepted=is_accepted)
             if is_accepted:
                 source = CLOUD if self._asked_trusting else draft.source
-                tokens.append(draft.as_token(response.logprobs[i], source))
+                top = top_of(response, i)
+                tokens.append(draft.as_token(response.logprobs[i], source, top))
         if response.token_id is None:
             del self._drafts[: len(asked)]
         else:
             self._rewind(self._num_certain + response.accepted)
             self._drafts = []
             self._decoder.text.append(response.token_id)
-            tokens.append(GeneratedToken(response.token_id, response.logprobs[-1], CLOUD))
+            top = top_of(response, response.accepted)
+            tokens.append(GeneratedToken(response.token_id, response.logprobs[-1], CLOUD, top))
         return tokens
 
     def _learn(self, draft: Draft, *, is_accepted: bool) -> None:
@@ -261,3 +267,9 @@ class SpeculativeDecoder:
         self._decoder.truncate(num_tokens)
         self._cloud_session.rewind(num_tokens)
         self._lookup.truncate(num_tokens)
+
+
+def top_of(response: Verified, index: int) -> TopTokens:
+    """Return the worker's best tokens at a position of its verdict; none if it sent none."""
+    top = () if response.top is UNSET else response.top
+    return top[index] if index < len(top) else ()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Final
+from dataclasses import dataclass
+from typing import Any, Final
 
 import msgspec
 from msgspec import UNSET
@@ -17,6 +19,7 @@ from edge_agent.generation.generator import Generator
 from edge_agent.generation.mode_controller import ModeController
 from edge_agent.generation.speculative import SpeculativeDecoder
 from edge_agent.measurements import Measurements
+from edge_agent.reporting.report_merge import merge_reports
 from edge_agent.reporting.reporter import Reporter
 from edge_agent.serving.answer_text import AnswerText
 from edge_agent.serving.job_queue import Job
@@ -25,15 +28,35 @@ from edge_agent.session.cloud_session import CloudSession
 from edge_agent.session.worker_directory import WorkerDirectory
 from fleet.bundles.manifest import Manifest
 from fleet.protocol.counts import AnswerCounts
-from fleet.protocol.messages import PROTOCOL, Open
+from fleet.protocol.messages import MIN_PROTOCOL, NO_RULES, PROTOCOL, ChoiceRules, Open
 from fleet.protocol.modes import Mode, offload_rate
-from fleet.protocol.prompt import MAX_FULL_TEXT_BYTES, ErrorInfo, Reply, Usage
+from fleet.protocol.prompt import (
+    MAX_FULL_TEXT_BYTES,
+    Choice,
+    ErrorInfo,
+    Reply,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
 from fleet.protocol.report import GenerationReport
 from fleet.transport.base import Transport
 
 # A session's name is short, because every message has it. It must be unique only on its device.
 SESSION_BYTES: Final = 5
+MIN_LOGPROB: Final = -9999.0
 MAX_REPLY_CHARACTERS: Final = MAX_FULL_TEXT_BYTES // 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    """One choice of a response. `rest` is the end of its `text`, which no reply has yet."""
+
+    report: GenerationReport
+    text: str
+    rest: str
+    note: str | None
+    logprobs: tuple[TokenLogprob, ...] | None
 
 
 class Answerer:
@@ -69,11 +92,52 @@ class Answerer:
         job.send(payload)
 
     def answer(self, job: Job, plan: RequestPlan) -> None:
-        """Stream the response, and report its counts, also after an error.
+        """Stream the response, or send its choices, and report the counts, also after an error.
 
         Raises:
             PromptError: the response is late, or cannot continue without the cloud.
         """
+        seed = job.prompt.seed
+        outcomes = [self._answer_once(job, plan, choice) for choice in range(job.prompt.n)]
+        reports = [outcome.report for outcome in outcomes]
+        report = merge_reports(reports, job.generation) if len(reports) > 1 else reports[0]
+        content = self._content(job, outcomes)
+        last_reply = Reply(
+            seq=len(job.replies),
+            done=True,
+            finish_reason=reports[0].finish_reason,
+            usage=_usage(report, seed),
+            bundle_id=report.bundle_id,
+            note=outcomes[0].note,
+            **content,
+        )
+        self.reply(job, last_reply)
+
+    def _content(self, job: Job, outcomes: Sequence[_Outcome]) -> dict[str, Any]:
+        """Return the fields of the last reply that have the text."""
+        if len(outcomes) > 1:
+            max_bytes = MAX_FULL_TEXT_BYTES // len(outcomes)
+            choices = [
+                Choice(
+                    index=index,
+                    full_text=_full_text(outcome.text, max_bytes),
+                    finish_reason=outcome.report.finish_reason,
+                    logprobs=outcome.logprobs,
+                )
+                for index, outcome in enumerate(outcomes)
+            ]
+            return {"choices": tuple(choices)}
+        outcome = outcomes[0]
+        text = outcome.rest if job.prompt.stream else self._whole_text(job, outcome.text)
+        return {
+            "text": text,
+            "full_text": _full_text(outcome.text),
+            "logprobs": outcome.logprobs,
+        }
+
+    def _answer_once(self, job: Job, plan: RequestPlan, choice: int) -> _Outcome:
+        """Generate and report one choice of the response."""
+        job.begin(choice)
         is_alone = plan.applied_mode is Mode.STANDALONE or job.cancelled.is_set()
         cloud_session = None if is_alone else self._connect(job, plan)
         text = AnswerText(self._tokenizer.stream(job.prompt), job.prompt.stop)
@@ -88,18 +152,13 @@ class Answerer:
             finish_reason = "stop"
         report = _report(job, plan, self._manifest.bundle_id, finish_reason)
         self._reporter.add(report)
-        last_text = rest if job.prompt.stream else self._whole_text(job, text.text)
-        last_reply = Reply(
-            seq=len(job.replies),
-            text=last_text,
-            done=True,
-            finish_reason=finish_reason,
-            usage=_usage(report, job.prompt.seed),
-            bundle_id=report.bundle_id,
+        return _Outcome(
+            report=report,
+            text=text.text,
+            rest=rest,
             note=cloud_session.note if cloud_session else None,
-            full_text=_full_text(text.text),
+            logprobs=tuple(job.logprobs) or None,
         )
-        self.reply(job, last_reply)
 
     def _whole_text(self, job: Job, text: str) -> str:
         """Return the text of the only reply; send the beginning of a very long text before."""
@@ -122,11 +181,34 @@ class Answerer:
         for token in tokens:
             job.count(token.source)
             piece = text.push(token.token_id)
+            logprobs = self._logprobs(job, token)
             if job.prompt.stream:
-                self.reply(job, _token_reply(job, token, piece))
+                reply = Reply(
+                    seq=len(job.replies),
+                    text=piece,
+                    token_id=token.token_id,
+                    source=token.source,
+                    confidence=_rounded_confidence(token.confidence),
+                    logprobs=logprobs or None,
+                )
+                self.reply(job, reply)
+            else:
+                job.logprobs += logprobs
             if text.is_stopped or token.token_id in plan.eos_token_ids:
                 return "stop"
         return "cancelled" if job.cancelled.is_set() else "length"
+
+    def _logprobs(self, job: Job, token: GeneratedToken) -> tuple[TokenLogprob, ...]:
+        """Return the log-probabilities of a token, if the request asks for them."""
+        if not job.prompt.logprobs:
+            return ()
+        text_of = self._tokenizer.token_text
+        top = tuple(
+            TopLogprob(text_of(token_id), token_id, _rounded(logprob))
+            for token_id, logprob in token.top
+        )
+        text = text_of(token.token_id)
+        return (TokenLogprob(text, token.token_id, _rounded(token.logprob), top),)
 
     def _generator(self, job: Job, plan: RequestPlan) -> Generator:
         decoder = Decoder(
@@ -138,6 +220,7 @@ class Answerer:
             lock=self._model_lock.of(job.app),
             measurements=self._measurements,
             one_by_one_from=len(plan.prompt_ids) if plan.is_exact else None,
+            rules=_choice_rules(job, plan),
         )
         eos = plan.eos_token_ids
         if job.cloud_session:
@@ -161,15 +244,17 @@ class Answerer:
     def _connect(self, job: Job, plan: RequestPlan) -> CloudSession:
         note = self._workers.why_none(self._manifest.bundle_id)
         layer = plan.partition.upload_layer
+        rules = _choice_rules(job, plan)
         opening = Open(
             session=secrets.token_hex(SESSION_BYTES),
             epoch=self._epoch,
             bundle_id=self._manifest.bundle_id,
-            protocol=PROTOCOL,
+            protocol=MIN_PROTOCOL if rules == NO_RULES else PROTOCOL,
             sampling=job.prompt.sampling,
             max_positions=plan.capacity,
             deadline_ms=plan.config.assist_deadline_ms,
             upload_layer=UNSET if layer == self._manifest.upload_layer else layer,
+            rules=UNSET if rules == NO_RULES else rules,
         )
         job.cloud_session = CloudSession(
             self._transport,
@@ -183,6 +268,10 @@ class Answerer:
         return job.cloud_session
 
 
+def _choice_rules(job: Job, plan: RequestPlan) -> ChoiceRules:
+    return job.prompt.choice_rules(len(plan.prompt_ids))
+
+
 def error_reply(seq: int, code: str, message: str) -> Reply:
     """Return the last reply to a request that fails."""
     return Reply(seq=seq, done=True, finish_reason="error", error=ErrorInfo(code, message))
@@ -191,7 +280,7 @@ def error_reply(seq: int, code: str, message: str) -> Reply:
 def _report(job: Job, plan: RequestPlan, bundle_id: str, finish_reason: str) -> GenerationReport:
     cloud_session = job.cloud_session
     return GenerationReport(
-        generation=job.generation,
+        generation=job.report_name,
         app=job.app,
         request=job.request,
         session=cloud_session.session if cloud_session else None,
@@ -216,23 +305,19 @@ def _report(job: Job, plan: RequestPlan, bundle_id: str, finish_reason: str) -> 
     )
 
 
-def _token_reply(job: Job, token: GeneratedToken, text: str) -> Reply:
-    return Reply(
-        seq=len(job.replies),
-        text=text,
-        token_id=token.token_id,
-        source=token.source,
-        confidence=_rounded(token.confidence),
-    )
+def _rounded(logprob: float) -> float:
+    """Return a log-probability, also of a faulty worker, as a finite number of six digits."""
+    return round(min(0.0, max(MIN_LOGPROB, logprob)), 6)
 
 
-def _rounded(confidence: float | None) -> float | None:
+def _rounded_confidence(confidence: float | None) -> float | None:
     """Return a confidence with the digits that a reader needs; each token's reply has one."""
     return None if confidence is None else round(confidence, 4)
 
 
-def _full_text(text: str) -> str | None:
-    return text if len(text.encode()) <= MAX_FULL_TEXT_BYTES else None
+def _full_text(text: str, max_bytes: int | None = None) -> str | None:
+    limit = MAX_FULL_TEXT_BYTES if max_bytes is None else max_bytes
+    return text if len(text.encode()) <= limit else None
 
 
 def _usage(report: GenerationReport, seed: int | None) -> Usage:

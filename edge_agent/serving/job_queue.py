@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
+from msgspec.structs import replace
+
 from edge_agent.generation.mode_controller import ModeController
 from edge_agent.generation.speculative import SpeculativeDecoder
 from edge_agent.serving.request_planner import RequestPlan
 from edge_agent.session.cloud_session import CloudSession
-from fleet.protocol.prompt import PromptRequest
+from fleet.protocol.prompt import PromptRequest, TokenLogprob
 
 RESERVED_S: Final = 10.0
 """The time after an app's last job for which other apps leave a lease free for its next one."""
@@ -22,7 +24,7 @@ RESERVED_S: Final = 10.0
 
 @dataclass(eq=False, kw_only=True)
 class Job:
-    """An accepted request of an app, and the progress of its response.
+    """An accepted request of an app, and the progress of the present choice of its response.
 
     `send` delivers an encoded reply to the app. `digest` is a hash of the request's payload; it is
     empty for an app that cannot send the same request again. `received_at` is in seconds since
@@ -42,14 +44,34 @@ class Job:
     speculative: SpeculativeDecoder | None = None
     mode_controller: ModeController | None = None
     replies: list[bytes] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     sources: dict[str, int] = field(default_factory=dict)
     first_token_at: float = 0.0
     last_token_at: float = 0.0
+    choice: int = 0
 
     @property
     def key(self) -> tuple[str, str]:
         """The app and the request, which together are unique."""
         return self.app, self.request
+
+    @property
+    def report_name(self) -> str:
+        """The unique name of the present choice for reports."""
+        return f"{self.generation}-{self.choice}" if self.choice else self.generation
+
+    def begin(self, choice: int) -> None:
+        """Begin a choice of the response; each after the first has the next seed."""
+        if choice == 0:
+            return
+        seed = ((self.prompt.seed or 0) + 1) % (1 << 63)
+        self.prompt = replace(self.prompt, seed=seed)
+        self.choice = choice
+        self.sources = {}
+        self.logprobs = []
+        self.first_token_at = 0.0
+        self.last_token_at = 0.0
+        self.release()
 
     def count(self, source: str) -> None:
         """Count one token from `source`, generated now."""
@@ -62,6 +84,7 @@ class Job:
         self.cloud_session = None
         self.speculative = None
         self.mode_controller = None
+        self.logprobs = []
 
     @property
     def num_tokens(self) -> int:

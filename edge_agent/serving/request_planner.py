@@ -18,6 +18,7 @@ from fleet.protocol.modes import DEFAULT_AGREEMENT, Mode
 from fleet.protocol.prompt import PromptRequest
 
 MB: Final = 1 << 20
+MAX_LOGPROBS: Final = 8192  # in one reply; each takes about 70 bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +115,11 @@ class RequestPlanner:
         config = self._config  # one of each for the whole plan: `follow` may replace them
         partition = self.partition
         prompt_ids = self._prompt_ids(prompt)
+        self._check_biases(prompt)
         max_new_tokens = self._max_new_tokens(
             len(prompt_ids), prompt.max_new_tokens, config.max_new_tokens
         )
+        _check_num_logprobs(prompt, max_new_tokens)
         num_bytes = _cache_bytes(partition, len(prompt_ids), max_new_tokens, config.cache_budget_mb)
         mode = prompt.mode or config.mode
         is_shared = mode is Mode.COLLABORATIVE and not partition.is_whole
@@ -144,6 +147,15 @@ class RequestPlanner:
                 f"{num_known} ids; leave that token out, or export the bundle again"
             )
         return prompt_ids
+
+    def _check_biases(self, prompt: PromptRequest) -> None:
+        vocab_size = self._manifest.model.vocab_size
+        for token_id in map(int, prompt.logit_bias or ()):
+            if token_id >= vocab_size:
+                raise PromptError(
+                    f"expected token ids below {vocab_size} in 'logit_bias', got {token_id}; "
+                    "use ids of this model's tokenizer"
+                )
 
     def _targets(self, prompt: PromptRequest, config: AgentConfig) -> Targets:
         manifest = self._manifest
@@ -183,6 +195,17 @@ class RequestPlanner:
             expected = f"expected {len(exits)} thresholds, one for each of the exits {exits}"
             raise PromptError(f"{expected}, got {len(thresholds)}")
         return thresholds
+
+
+def _check_num_logprobs(prompt: PromptRequest, max_new_tokens: int) -> None:
+    """Check that the log-probabilities of an answer in one reply fit into it."""
+    num_logprobs = prompt.n * max_new_tokens * (prompt.top_logprobs + 1)
+    if prompt.logprobs and not prompt.stream and num_logprobs > MAX_LOGPROBS:
+        raise PromptError(
+            f"expected at most {MAX_LOGPROBS} log-probabilities in one reply, got {num_logprobs}: "
+            f"{prompt.n * max_new_tokens} tokens with {prompt.top_logprobs} best ones each; "
+            "ask for fewer, or with 'stream'"
+        )
 
 
 def answer_deadline_s(prompt: PromptRequest, config: AgentConfig) -> float:

@@ -120,12 +120,14 @@ class CloudSession:
 
     # Calls of the generating thread.
 
-    def offer(self, hidden_states: Float32) -> None:
-        """Queue the next positions' hidden states [n, hidden] float32 for upload as FP16."""
+    def offer(self, hidden_states: Float32, tokens: Sequence[int] = ()) -> None:
+        """Queue the next positions' hidden states [n, hidden] float32 for upload as FP16, with
+        their tokens [n].
+        """
         if not len(hidden_states):
             return
         with self._changed:
-            self._machine.offer(hidden_states)
+            self._machine.offer(hidden_states, tokens)
             self._changed.notify_all()
 
     def rewind(self, num_positions: int) -> None:

@@ -96,7 +96,12 @@ class SessionMachine:
         self._device = device
         self._measurements = measurements
         self._random = random
-        self._upload_buffer = UploadBuffer(opening.max_positions, hidden_size, upload_dtype)
+        self._upload_buffer = UploadBuffer(
+            opening.max_positions,
+            hidden_size,
+            upload_dtype,
+            has_tokens=opening.choice_rules.need_text,
+        )
         self._request: PendingVerify | None = None
         self._num_requests = 0
         self._is_link_up = False
@@ -156,9 +161,11 @@ class SessionMachine:
 
     # Methods to call while tokens are generated.
 
-    def offer(self, hidden_states: Float32) -> None:
-        """Queue the next positions' hidden states [n, hidden] float32 for upload."""
-        self._upload_buffer.add(hidden_states)
+    def offer(self, hidden_states: Float32, tokens: Sequence[int] = ()) -> None:
+        """Queue the next positions' hidden states [n, hidden] float32 for upload; their tokens [n],
+        too, if the session's rules need them.
+        """
+        self._upload_buffer.add(hidden_states, tokens)
 
     def rewind(self, num_positions: int) -> None:
         """Drop every position from `num_positions` on and begin the next branch.

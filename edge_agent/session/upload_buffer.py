@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
 from edge_agent.engine.partition import Float32
-from fleet.protocol.codec import pack_chunk
+from fleet.protocol.codec import TOKEN_BYTES, TOKEN_DTYPE, pack_chunk
 from fleet.protocol.hidden_states import FLOAT16, row_bytes
 from fleet.protocol.messages import ContextChunk, Opened
 
@@ -16,30 +17,40 @@ MAX_FLOAT16: Final = np.finfo(np.float16).max
 
 
 class UploadBuffer:
-    """The hidden states of positions [0, available) in FP16.
+    """The hidden states of positions [0, available) in FP16, and with `has_tokens` their tokens.
 
     Positions [0, sent) have been sent, and the worker has acknowledged [0, acknowledged). At most
     one window of the worker lies between `acknowledged` and `sent`. To repair a loss, `sent` moves
     back.
     """
 
-    def __init__(self, capacity: int, hidden_size: int, dtype: str = FLOAT16) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        hidden_size: int,
+        dtype: str = FLOAT16,
+        *,
+        has_tokens: bool = False,
+    ) -> None:
         self.branch = 0
         self.available = 0
         self.sent = 0
         self.acknowledged = 0
         self._rows = np.empty((capacity, hidden_size), np.float16)
+        self._tokens = np.empty(capacity, TOKEN_DTYPE) if has_tokens else None
         self._preferred_dtype = dtype
         self._dtype = FLOAT16
         self._max_chunk = 1
         self._window = 1
         self._stalled_at: float | None = None
 
-    def add(self, hidden_states: Float32) -> None:
-        """Add the hidden states [n, hidden] float32 of the next positions. Values beyond the range
-        of FP16 are clipped.
+    def add(self, hidden_states: Float32, tokens: Sequence[int] = ()) -> None:
+        """Add the hidden states [n, hidden] float32 of the next positions, and their tokens [n] if
+        the session's rules need them. Values beyond the range of FP16 are clipped.
         """
         end = self.available + len(hidden_states)
+        if self._tokens is not None:
+            self._tokens[self.available : end] = tokens
         self._rows[self.available : end] = np.clip(hidden_states, -MAX_FLOAT16, MAX_FLOAT16)
         self.available = end
 
@@ -54,6 +65,7 @@ class UploadBuffer:
         """Continue after the positions that the worker has, within the limits of its `Opened`."""
         self._dtype = self._preferred_dtype if self._preferred_dtype in opened.dtypes else FLOAT16
         size = row_bytes(self._rows.shape[1], self._dtype)
+        size += 0 if self._tokens is None else TOKEN_BYTES
         self._max_chunk = max(1, opened.max_chunk_bytes // size)
         self._window = max(self._max_chunk, opened.window_bytes // size)
         self.acknowledged = min(opened.received, self.available)
@@ -85,7 +97,9 @@ class UploadBuffer:
         self._stalled_at = None
         start = self.sent
         self.sent = min(self.available, start + min(self._max_chunk, self._room))
-        return pack_chunk(self.branch, start, self._rows[start : self.sent], self._dtype)
+        rows = self._rows[start : self.sent]
+        tokens = None if self._tokens is None else self._tokens[start : self.sent]
+        return pack_chunk(self.branch, start, rows, self._dtype, tokens)
 
     def retry_at(self, patience_s: float) -> float:
         """Return the time at which a full window is sent again, or infinity if it is not full."""

@@ -33,7 +33,7 @@ TOOL_TEMPLATE: Final = "tokenizer/tool_use_template.jinja"
 
 
 class ModelInfo(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Sizes of the whole model."""
+    """Sizes of the whole model, and the cap of its logits if it has one (Gemma 2)."""
 
     name: str
     architecture: str
@@ -45,6 +45,7 @@ class ModelInfo(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     vocab_size: int
     max_positions: int
     eos_token_ids: tuple[int, ...]
+    logit_cap: float | UnsetType = UNSET
 
 
 class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):

@@ -15,8 +15,12 @@ from fleet.cli.console import new_console, outside_text
 from fleet.cli.device_status import await_online
 from fleet.cli.options import (
     DeviceArgument,
+    FrequencyOption,
     HomeOption,
+    MinPOption,
     ModeOption,
+    PresenceOption,
+    RepetitionOption,
     SeedOption,
     StopOption,
     TemperatureOption,
@@ -54,6 +58,10 @@ def chat(
     top_p: TopPOption = 1.0,
     top_k: TopKOption = 0,
     seed: SeedOption = None,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: RepetitionOption = 1.0,
+    presence_penalty: PresenceOption = 0.0,
+    frequency_penalty: FrequencyOption = 0.0,
     stop: StopOption = None,
     folder: HomeOption = None,
 ) -> None:
@@ -67,6 +75,10 @@ def chat(
         top_p=top_p,
         top_k=top_k,
         seed=seed,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
         stop=stop,
     )
     converse(FleetHome.load(folder), device, base)

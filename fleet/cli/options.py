@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 import typer
@@ -15,9 +15,9 @@ import typer
 from fleet.errors import ConfigError
 from fleet.exits.exit_policy import check_threshold
 from fleet.protocol.modes import Mode, parse_mode
-from fleet.protocol.prompt import PromptRequest
+from fleet.protocol.prompt import PromptRequest, TokenKey
 from fleet.protocol.topics import check_name
-from fleet.protocol.types import DAY_S, StopTexts
+from fleet.protocol.types import DAY_S, Bias, StopTexts
 from fleet.server.home import DEFAULT_PORT, DEFAULT_SERVICE_PORT, MAX_RETENTION_DAYS
 from fleet.utils.printable import printable_json
 from fleet.utils.text import is_blank
@@ -140,6 +140,40 @@ SeedOption = Annotated[
     int | None,
     typer.Option(min=0, max=MAX_SEED, help="Seed of the sampling (default: a new one each time)."),
 ]
+MinPOption = Annotated[
+    float,
+    typer.Option(min=0, max=1, help="Smallest probability to draw, as a share of the best one's."),
+]
+RepetitionOption = Annotated[
+    float,
+    typer.Option(
+        "--repetition-penalty", min=0.1, max=10, help="Above 1: fewer tokens of prompt and answer."
+    ),
+]
+PresenceOption = Annotated[
+    float,
+    typer.Option(
+        "--presence-penalty",
+        min=-2,
+        max=2,
+        help="Above 0: fewer tokens of the answer so far.",
+    ),
+]
+FrequencyOption = Annotated[
+    float,
+    typer.Option(
+        "--frequency-penalty",
+        min=-2,
+        max=2,
+        help="The same, for each time of the token.",
+    ),
+]
+BiasOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--logit-bias", help="Add this to the logit of a token; repeatable.", metavar="ID=BIAS"
+    ),
+]
 StopOption = Annotated[
     list[str] | None,
     typer.Option("--stop", help="End the answer before this text; up to 4 times.", metavar="TEXT"),
@@ -225,16 +259,15 @@ def make_request(
     *,
     mode: str | None,
     threshold: float | None,
-    max_new_tokens: int | None,
     temperature: float,
     top_p: float,
-    top_k: int,
-    seed: int | None,
-    raw: bool = False,
     stop: Sequence[str] | None = None,
-    stream: bool = True,
+    logit_bias: Sequence[str] | None = None,
+    **fields: Any,
 ) -> PromptRequest:
     """A request from a command's options; without a text if that follows.
+
+    `fields` are other fields of the request, which the options have checked.
 
     Raises:
         ConfigError: a value is outside its range, or the text is empty.
@@ -247,17 +280,25 @@ def make_request(
         raise ConfigError("the prompt is empty; give some text")
     return PromptRequest(
         prompt=text,
-        raw=raw,
-        max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
-        top_k=top_k,
-        seed=seed,
         mode=parse_mode(mode) if mode else None,
         threshold=None if threshold is None else check_threshold(threshold),
         stop=_checked_stops(stop or ()),
-        stream=stream,
+        logit_bias=dict(map(_parse_bias, logit_bias)) if logit_bias else None,
+        **fields,
     )
+
+
+def _parse_bias(text: str) -> tuple[str, float]:
+    """Return the token id and the bias of a --logit-bias. Raises ConfigError."""
+    token_id, _, bias = text.partition("=")
+    try:
+        return msgspec.convert((token_id, float(bias)), tuple[TokenKey, Bias])
+    except ValueError:
+        raise ConfigError(
+            f"--logit-bias {text!r}: expected a token id and -100 to 100, such as 42=-5"
+        ) from None
 
 
 def _checked_stops(stops: Sequence[str]) -> tuple[str, ...]:

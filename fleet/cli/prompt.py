@@ -9,10 +9,15 @@ import typer
 from fleet.cli.console import new_console
 from fleet.cli.device_status import await_online
 from fleet.cli.options import (
+    BiasOption,
     DeviceArgument,
+    FrequencyOption,
     HomeOption,
     JsonOption,
+    MinPOption,
     ModeOption,
+    PresenceOption,
+    RepetitionOption,
     SeedOption,
     StopOption,
     TemperatureOption,
@@ -32,6 +37,9 @@ from fleet.transport.prompt_client import PromptClient
 RawOption = Annotated[
     bool, typer.Option("--raw", help="Continue the text as it is; control tokens in it count.")
 ]
+ChoicesOption = Annotated[
+    int, typer.Option("--n", min=1, max=4, help="Number of answers, printed at their end.")
+]
 StreamOption = Annotated[bool, typer.Option(help="Print the answer as it comes, or at its end.")]
 
 
@@ -45,8 +53,14 @@ def prompt(
     top_p: TopPOption = 1.0,
     top_k: TopKOption = 0,
     seed: SeedOption = None,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: RepetitionOption = 1.0,
+    presence_penalty: PresenceOption = 0.0,
+    frequency_penalty: FrequencyOption = 0.0,
+    logit_bias: BiasOption = None,
     stop: StopOption = None,
     raw: RawOption = False,
+    n: ChoicesOption = 1,
     stream: StreamOption = True,
     folder: HomeOption = None,
     as_json: JsonOption = False,
@@ -61,9 +75,15 @@ def prompt(
         top_p=top_p,
         top_k=top_k,
         seed=seed,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=logit_bias,
         raw=raw,
         stop=stop,
-        stream=stream,
+        n=n,
+        stream=stream and n == 1,
     )
     send_prompt(FleetHome.load(folder), device, request, as_json=as_json)
 

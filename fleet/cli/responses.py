@@ -14,14 +14,14 @@ from fleet.cli.views import reply_text, usage_line
 from fleet.cli.word_wrap import WordWrap
 from fleet.errors import ConfigError
 from fleet.protocol.modes import exit_source
-from fleet.protocol.prompt import PromptRequest, Reply, Usage
+from fleet.protocol.prompt import Choice, PromptRequest, Reply, Usage
 from fleet.protocol.report import Switch
 from fleet.server.home import FleetHome
 from fleet.transport.prompt_client import PromptClient
 
 
-class PromptResult(Struct, frozen=True, kw_only=True):
-    """One response of `fleet demo` or `fleet prompt`."""
+class PromptResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One response of `fleet demo` or `fleet prompt`; `choices` if there are several."""
 
     prompt: str
     text: str
@@ -37,6 +37,7 @@ class PromptResult(Struct, frozen=True, kw_only=True):
     drafted: int
     seed: int | None
     switches: tuple[Switch, ...]
+    choices: tuple[Choice, ...] | None = None
 
 
 def stream_response(
@@ -113,6 +114,7 @@ def _result(request: PromptRequest, replies: Sequence[Reply], usage: Usage) -> P
         drafted=usage.drafted,
         seed=usage.seed,
         switches=usage.switches,
+        choices=replies[-1].choices,
     )
 
 

@@ -85,7 +85,10 @@ def sources_text(sources: Mapping[str, int]) -> str:
 
 
 def reply_text(reply: Reply, exits: Sequence[str]) -> Text:
-    """The text of a reply in the colour of its source."""
+    """The text of a reply in the colour of its source, or its choices with their numbers."""
+    if reply.choices:
+        lines = [f"{choice.index + 1}: {choice.full_text or ''}" for choice in reply.choices]
+        return outside_text("\n".join(lines))
     return outside_text(reply.text, source_style(reply.source, exits) if reply.source else "")
 
 

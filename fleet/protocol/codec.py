@@ -5,16 +5,22 @@ use.
 from __future__ import annotations
 
 import zlib
-from typing import Final, TypeVar, get_args
+from typing import Final, TypeAlias, TypeVar, get_args
 
 import msgpack
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from fleet.errors import DecodeError, OversizedError
 from fleet.protocol.hidden_states import FLOAT16, Float16, pack_rows, unpack_rows
 from fleet.protocol.messages import MAX_CHUNK_BYTES, ContextChunk, Message, ToDevice, ToWorker
 
 MAX_ENVELOPE_BYTES: Final = MAX_CHUNK_BYTES + 4096
+
+TOKEN_DTYPE: Final = np.dtype("<u4")
+TOKEN_BYTES: Final = TOKEN_DTYPE.itemsize
+TokenIds: TypeAlias = npt.NDArray[np.uint32]
 
 T = TypeVar("T")
 
@@ -74,10 +80,14 @@ def _names(expected: object) -> str:
 
 
 def pack_chunk(
-    branch: int, start: int, hidden_states: Float16, dtype: str = FLOAT16
+    branch: int,
+    start: int,
+    hidden_states: Float16,
+    dtype: str = FLOAT16,
+    tokens: TokenIds | None = None,
 ) -> ContextChunk:
-    """Pack hidden states [count, hidden] float16 of positions [start, start + count) for a
-    message.
+    """Pack hidden states [count, hidden] float16 of positions [start, start + count) for a message,
+    with their tokens [count] if those are given.
     """
     data = pack_rows(hidden_states, dtype)
     return ContextChunk(
@@ -87,7 +97,29 @@ def pack_chunk(
         data=data,
         crc32=zlib.crc32(data),
         dtype=dtype,
+        tokens=b"" if tokens is None else tokens.tobytes(),
     )
+
+
+def unpack_tokens(chunk: ContextChunk, vocab_size: int) -> list[int]:
+    """Return the token ids [count] of a chunk.
+
+    Raises:
+        DecodeError: their number is not that of the positions, or the vocabulary has no such id.
+    """
+    if len(chunk.tokens) != TOKEN_BYTES * chunk.count:
+        raise DecodeError(
+            f"context at position {chunk.start}: expected {chunk.count} token ids for the rules, "
+            f"got {len(chunk.tokens)} bytes; send 4 for each position"
+        )
+    tokens = np.frombuffer(chunk.tokens, TOKEN_DTYPE)
+    if tokens.max(initial=0) >= vocab_size:
+        raise DecodeError(
+            f"context at position {chunk.start}: expected token ids below {vocab_size}, "
+            f"got {tokens.max(initial=0)}; use the tokenizer of the bundle"
+        )
+    ids: list[int] = tokens.tolist()
+    return ids
 
 
 def unpack_chunk(chunk: ContextChunk, hidden_size: int) -> Float16:

@@ -15,18 +15,29 @@ from fleet.protocol.types import (
     DeadlineMs,
     Id,
     Layer,
+    LogitBias,
+    Penalty,
     Position,
+    RepetitionPenalty,
     Seed,
+    Share,
     Temperature,
     Text,
     TokenId,
     TopK,
+    TopLogprobs,
     TopP,
 )
 
-PROTOCOL: Final = 4
+PROTOCOL: Final = 5
+MIN_PROTOCOL: Final = 4
+"""The protocol of a session without rules, which workers of earlier versions serve, too."""
 MAX_CHUNK_BYTES: Final = 256 * 1024
 MAX_DRAFT: Final = 64
+
+
+TopTokens: TypeAlias = Annotated[tuple[tuple[TokenId, float], ...], Meta(max_length=20)]
+"""The best tokens of a position with their log-probabilities at temperature 1, best first."""
 
 
 class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,12 +52,43 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
     seed: Seed = 0
 
 
+class ChoiceRules(Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """The rules that change logits before a draw; `fleet.protocol.choice_rules` applies them.
+
+    The penalties read the tokens so far, of which the first `prompt_length` are the prompt. The
+    best `top_logprobs` tokens are returned with each choice.
+    """
+
+    min_p: Share = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: LogitBias = ()
+    prompt_length: Count = 0
+    top_logprobs: TopLogprobs = 0
+
+    @property
+    def need_text(self) -> bool:
+        """Whether a choice depends on the tokens before it."""
+        penalties = self.presence_penalty or self.frequency_penalty
+        return self.repetition_penalty != 1.0 or bool(penalties)
+
+    @property
+    def change_logits(self) -> bool:
+        """Whether any logit may change."""
+        return self.need_text or bool(self.logit_bias)
+
+
+NO_RULES: Final = ChoiceRules()
+
+
 class Open(Struct, frozen=True, tag_field="type", tag="open", kw_only=True):
     """Device to workers: a request to accept this session.
 
     `max_positions` bounds the KV cache that it will need. `branch` is the number of rejected drafts
     that the device knows of: a worker that has the session on another branch starts it afresh. The
-    hidden states are those after `upload_layer` layers, by default the lowest of the bundle's.
+    hidden states are those after `upload_layer` layers, by default the lowest of the bundle's. An
+    `Open` with `rules` is of protocol 5, so that no earlier worker ignores them.
     """
 
     session: Id
@@ -58,6 +100,12 @@ class Open(Struct, frozen=True, tag_field="type", tag="open", kw_only=True):
     deadline_ms: DeadlineMs
     branch: Count = 0
     upload_layer: Layer | UnsetType = UNSET
+    rules: ChoiceRules | UnsetType = UNSET
+
+    @property
+    def choice_rules(self) -> ChoiceRules:
+        """The rules, or those that change nothing."""
+        return NO_RULES if self.rules is UNSET else self.rules
 
 
 class Opened(Struct, frozen=True, tag_field="type", tag="opened", kw_only=True):
@@ -78,7 +126,10 @@ class Opened(Struct, frozen=True, tag_field="type", tag="opened", kw_only=True):
 
 
 class ContextChunk(Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """Hidden states of positions [start, start + count), row-major, little-endian."""
+    """Hidden states of positions [start, start + count), row-major, little-endian.
+
+    `tokens` are the ids of the tokens at these positions, uint32, if the session's rules need them.
+    """
 
     branch: Count
     start: Position
@@ -86,6 +137,7 @@ class ContextChunk(Struct, frozen=True, omit_defaults=True, kw_only=True):
     data: Annotated[bytes, Meta(max_length=MAX_CHUNK_BYTES)]
     crc32: Annotated[int, Meta(ge=0, lt=1 << 32)]
     dtype: str = "float16"
+    tokens: Annotated[bytes, Meta(max_length=MAX_CHUNK_BYTES)] = b""
 
 
 class Context(Struct, frozen=True, tag_field="type", tag="context"):
@@ -121,7 +173,8 @@ class Verified(Struct, frozen=True, tag_field="type", tag="verified", kw_only=Tr
     `token_id` is the worker's own token in place of the first rejected one, None when all are
     accepted. A rejection begins the next branch: both sides drop every position after `start +
     accepted`. `logprobs` are those of the accepted tokens and of `token_id`, at temperature 1; 0
-    for a trusted token. `busy_ms` is the time that the worker held the request.
+    for a trusted token. `busy_ms` is the time that the worker held the request. `top` has the best
+    tokens and their log-probabilities for each of `logprobs`, if the rules ask for them.
     """
 
     session: Id
@@ -131,6 +184,7 @@ class Verified(Struct, frozen=True, tag_field="type", tag="verified", kw_only=Tr
     token_id: TokenId | None
     logprobs: Annotated[tuple[float, ...], Meta(max_length=MAX_DRAFT)]
     busy_ms: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
+    top: Annotated[tuple[TopTokens, ...], Meta(max_length=MAX_DRAFT)] | UnsetType = UNSET
 
 
 class Received(Struct, frozen=True, tag_field="type", tag="received"):

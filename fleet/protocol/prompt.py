@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from fleet.errors import PromptError
 from fleet.protocol.counts import AnswerCounts
-from fleet.protocol.messages import Sampling
+from fleet.protocol.messages import ChoiceRules, Sampling
 from fleet.protocol.modes import Mode
 from fleet.protocol.report import Switch
 from fleet.protocol.types import (
+    MAX_BIASES,
+    Bias,
     DeadlineMs,
     MaxNewTokens,
+    NumChoices,
+    Penalty,
+    RepetitionPenalty,
     Seed,
     Share,
     StopTexts,
@@ -22,6 +28,7 @@ from fleet.protocol.types import (
     Temperature,
     Threshold,
     TopK,
+    TopLogprobs,
     TopP,
 )
 from fleet.utils.json_text import parse_json
@@ -33,6 +40,9 @@ MAX_FULL_TEXT_BYTES: Final = 256 * 1024
 
 
 JsonObject: TypeAlias = dict[str, Any]
+TokenKey: TypeAlias = Annotated[str, Meta(pattern=r"\A(0|[1-9][0-9]{0,9})\Z")]
+LogitBiases: TypeAlias = Annotated[dict[TokenKey, Bias], Meta(max_length=MAX_BIASES)]
+"""Biases by token id, which JSON writes as a text."""
 
 
 class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -53,7 +63,9 @@ class AnswerOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """Options of a response. The device chooses a value for each that is None.
 
     A response ends before the first of its `stop` texts. Without `stream` it is one reply with the
-    whole text.
+    whole text, and may have `n` choices, of which each has the next seed. With `logprobs`, the
+    replies have the log-probability of each token, and those of the `top_logprobs` best tokens at
+    its position.
     """
 
     max_new_tokens: MaxNewTokens | None = None
@@ -71,6 +83,14 @@ class AnswerOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     ignore_eos: bool = False
     stop: StopTexts = ()
     stream: bool = True
+    min_p: Share = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: LogitBiases | None = None
+    logprobs: bool = False
+    top_logprobs: TopLogprobs = 0
+    n: NumChoices = 1
 
 
 class PromptRequest(
@@ -104,6 +124,45 @@ class PromptRequest(
         """The options of the draw; a device chooses a seed before if none is given."""
         return Sampling(self.temperature, self.top_p, self.top_k, self.seed or 0)
 
+    def choice_rules(self, prompt_length: int) -> ChoiceRules:
+        """Return the rules of a choice, after a prompt of `prompt_length` tokens."""
+        biases = (self.logit_bias or {}).items()
+        rules = ChoiceRules(
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple((int(token_id), bias) for token_id, bias in biases if bias),
+            top_logprobs=self.top_logprobs,
+        )
+        return replace(rules, prompt_length=prompt_length) if rules.need_text else rules
+
+
+class TopLogprob(Struct, frozen=True):
+    """A token that was likely at a position, and its log-probability."""
+
+    token: str
+    token_id: int
+    logprob: float
+
+
+class TokenLogprob(TopLogprob, frozen=True, omit_defaults=True):
+    """A token of a response with its log-probability, and the best tokens at its position.
+
+    They are the model's at temperature 1, before penalties and biases.
+    """
+
+    top: tuple[TopLogprob, ...] = ()
+
+
+class Choice(Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """One of several responses to a request. `full_text` is None if it is very long."""
+
+    index: int
+    full_text: str | None
+    finish_reason: str
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
 
 class ErrorInfo(Struct, frozen=True):
     code: str
@@ -135,7 +194,9 @@ class Reply(Struct, frozen=True, omit_defaults=True, kw_only=True):
     first reply has the id of the `generation`. The same request sent again brings the same replies
     again, unless the device has dropped them: then it starts another generation. `full_text` is
     the text of all replies, in the last one; None if it is longer than `MAX_FULL_TEXT_BYTES`. The
-    reply to a request without `stream` is the last one, unless its text is longer than that.
+    reply to a request without `stream` is the last one, unless its text is longer than that; it has
+    the `logprobs` of all tokens, otherwise the reply with a token has its one. Several `choices`
+    have the texts and log-probabilities instead.
     """
 
     seq: int
@@ -151,6 +212,8 @@ class Reply(Struct, frozen=True, omit_defaults=True, kw_only=True):
     note: str | None = None
     generation: str | None = None
     full_text: str | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    choices: tuple[Choice, ...] | None = None
 
 
 def parse_prompt(payload: bytes) -> PromptRequest:
@@ -185,10 +248,21 @@ def _checked(request: PromptRequest) -> PromptRequest:
             "expected only 'prompt' with 'raw', got 'messages', 'tools' or 'documents'; "
             "a raw prompt is continued as it is"
         )
+    _check_options(request)
     _check_contents(request.chat)
     if all(is_blank(message.content or "") for message in request.chat):
         raise PromptError("the prompt is empty; send some text")
     return request
+
+
+def _check_options(request: PromptRequest) -> None:
+    if request.n > 1 and request.stream:
+        raise PromptError(
+            f"expected 'stream' false with 'n' {request.n}, got a stream; set it, or ask "
+            f"{request.n} times"
+        )
+    if request.top_logprobs and not request.logprobs:
+        raise PromptError("expected 'logprobs' true with 'top_logprobs'; set it")
 
 
 def _check_contents(messages: tuple[ChatMessage, ...]) -> None:

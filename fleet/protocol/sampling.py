@@ -19,17 +19,19 @@ def draw(
     token_ids: npt.NDArray[np.int64],
     position: int,
     sampling: Sampling,
+    min_p: float = 0.0,
 ) -> int:
     """Return the index of the chosen candidate.
 
     Args:
-        logprobs: [k] float32, log-probabilities of the candidates, best first.
+        logprobs: [k] float32, log-probabilities of the candidates up to a constant, best first.
         token_ids: [k] int64, the candidates.
         position: position that the token will follow. Seed, position and token determine the noise,
             so that a second draw gives the same token, and a draw from a similar distribution
             mostly the same one (Gumbel-max; its use as a coupling: arXiv 2408.07978).
         sampling: temperature 0 is greedy. Otherwise top-k and nucleus (arXiv 1904.09751) cut, both
             after the temperature, among the k candidates.
+        min_p: smallest probability to keep, as a share of the best one's, after these cuts.
     """
     if sampling.temperature == 0.0:
         return 0
@@ -38,6 +40,7 @@ def draw(
     probabilities = np.exp(scaled)
     probabilities /= probabilities.sum()
     kept = int(np.searchsorted(np.cumsum(probabilities), sampling.top_p)) + 1
+    kept = min(kept, int((probabilities >= min_p * probabilities[0]).sum()))
     scaled = scaled[:kept]
     noise = gumbel(sampling.seed, position, token_ids[: len(scaled)])
     return int(np.argmax(scaled + noise))

@@ -9,6 +9,7 @@ from msgspec import Meta
 MAX_POSITIONS: Final = 1 << 20
 MAX_LABEL_LENGTH: Final = 200
 MAX_DEADLINE_MS: Final = 600_000
+MAX_BIASES: Final = 300
 DAY_S: Final = 86_400
 
 Id: TypeAlias = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9_-]{0,62}\Z")]
@@ -20,6 +21,8 @@ Port: TypeAlias = Annotated[int, Meta(ge=1, le=65535)]
 Position: TypeAlias = Annotated[int, Meta(ge=0, lt=MAX_POSITIONS)]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_POSITIONS)]
 TokenId: TypeAlias = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Bias: TypeAlias = Annotated[float, Meta(ge=-100, le=100)]
+LogitBias: TypeAlias = Annotated[tuple[tuple[TokenId, Bias], ...], Meta(max_length=MAX_BIASES)]
 Source: TypeAlias = Annotated[str, Meta(pattern=r"\A(exit:[0-9]{1,4}|cloud|fallback|lookup)\Z")]
 
 Seed: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
@@ -28,6 +31,10 @@ TopP: TypeAlias = Annotated[float, Meta(gt=0, le=1)]
 TopK: TypeAlias = Annotated[int, Meta(ge=0, le=1000)]
 StopText: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
 StopTexts: TypeAlias = Annotated[tuple[StopText, ...], Meta(max_length=4)]
+RepetitionPenalty: TypeAlias = Annotated[float, Meta(ge=0.1, le=10)]
+Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
+TopLogprobs: TypeAlias = Annotated[int, Meta(ge=0, le=20)]
+NumChoices: TypeAlias = Annotated[int, Meta(ge=1, le=4)]
 MaxNewTokens: TypeAlias = Annotated[int, Meta(ge=1, le=100_000)]
 Threshold: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]

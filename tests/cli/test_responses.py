@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from fleet.cli.options import make_request
-from fleet.cli.views import usage_line
+from fleet.cli.views import reply_text, usage_line
 from fleet.errors import ConfigError
 from fleet.protocol.modes import Mode
-from fleet.protocol.prompt import PromptRequest, Usage
+from fleet.protocol.prompt import Choice, PromptRequest, Reply, Usage
 from fleet.protocol.report import Switch
 
 ALONE = Switch(0, Mode.STANDALONE, "the link is down")
@@ -87,3 +87,21 @@ def test_top_k_is_an_option_of_a_request() -> None:
 def test_a_prompt_without_a_visible_character_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="the prompt is empty"):
         request_of(text)
+
+
+def test_a_bias_is_a_token_id_and_a_number() -> None:
+    options = {"mode": None, "threshold": None, "temperature": 0.0, "top_p": 1.0}
+    request = make_request("hi", logit_bias=["7=2.5", "8=-100"], **options)  # type: ignore[arg-type]
+    assert request.logit_bias == {"7": 2.5, "8": -100.0}
+    for text in ("7", "=1", "x=1", "7=101", "7=nan", "07=1", "7=1=1"):
+        with pytest.raises(ConfigError, match="expected a token id and -100 to 100, such as 42"):
+            make_request("hi", logit_bias=[text], **options)  # type: ignore[arg-type]
+
+
+def test_choices_are_printed_with_their_numbers() -> None:
+    choices = (
+        Choice(index=0, full_text="one", finish_reason="stop"),
+        Choice(index=1, full_text="t\x1bwo", finish_reason="length"),
+    )
+    reply = Reply(seq=0, done=True, choices=choices)
+    assert reply_text(reply, []).plain == "1: one\n2: t\\x1bwo"

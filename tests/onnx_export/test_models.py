@@ -222,13 +222,16 @@ def test_device_and_worker_together_are_the_whole_model(name: str, split_model: 
         with torch.no_grad():
             expected = whole.model(torch.tensor([token_ids]), output_hidden_states=True)
             exit_hidden = whole.model.model.norm(expected.hidden_states[layer][0])
-            exit_logprobs = whole_logits(whole, exit_hidden).log_softmax(-1).numpy()
+            exit_logits = whole_logits(whole, exit_hidden)
+            exit_logprobs = exit_logits.log_softmax(-1).numpy()
         cascade.truncate(chunks[0][0])
         for start, stop in chunks:
             cascade.append(token_ids[start:stop])
             candidates = cascade.run(0)
             logprobs = exit_logprobs[stop - 1, candidates.token_ids]
             np.testing.assert_allclose(candidates.logprobs, logprobs, atol=1e-4)
+            every = torch.from_numpy(cascade.logits_of(None))
+            torch.testing.assert_close(every, exit_logits[stop - 1], rtol=1e-4, atol=1e-3)
             uploaded = cascade.hidden_states(0, 0).astype(np.float16)
             logits = upper([Chunk(lease, uploaded[start:], start, stop, [stop - 1])])[0]
             same_input = whole.logits(uploaded * scale, layer)[-1]

@@ -66,14 +66,14 @@ def test_another_bundle_is_refused_naming_both(bench: Bench) -> None:
     assert bench.layers.manifest.bundle_id in refused.message
 
 
-@pytest.mark.parametrize(("protocol", "older"), [(3, "device"), (5, "worker")])
+@pytest.mark.parametrize(("protocol", "older"), [(3, "device"), (6, "worker")])
 def test_another_protocol_is_refused_in_one_line_that_names_the_side_to_update(
     bench: Bench, protocol: int, older: str
 ) -> None:
     refused = refusal(bench.open(protocol=protocol))
     assert (refused.code, refused.retry_after_ms) == ("protocol_mismatch", 0)
     assert refused.message == (
-        f"the worker speaks protocol 4, the device protocol {protocol}: update the {older}"
+        f"the worker speaks protocols 4 to 5, the device protocol {protocol}: update the {older}"
     )
 
 

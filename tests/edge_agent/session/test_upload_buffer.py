@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from edge_agent.session.upload_buffer import UploadBuffer
-from fleet.protocol.codec import unpack_chunk
+from fleet.protocol.codec import TOKEN_BYTES, unpack_chunk, unpack_tokens
 from fleet.protocol.messages import ContextChunk, Opened
 
 HIDDEN = 8
@@ -20,6 +21,16 @@ def rows(start: int, count: int) -> np.ndarray:
     return np.arange(start * HIDDEN, (start + count) * HIDDEN, dtype=np.float32).reshape(
         count, HIDDEN
     )
+
+
+OPENED = Opened(
+    session="s1",
+    worker="w1",
+    received=0,
+    max_chunk_bytes=4096,
+    window_bytes=4096,
+    dtypes=("float16",),
+)
 
 
 def filled_buffer(
@@ -63,6 +74,23 @@ def test_every_position_goes_once_in_chunks_that_the_worker_takes() -> None:
     np.testing.assert_array_equal(
         np.concatenate([unpack_chunk(c, HIDDEN) for c in chunks]), rows(0, 10)
     )
+
+
+def test_each_chunk_has_its_tokens_also_after_a_rewind() -> None:
+    size = 4 * (ROW_BYTES + TOKEN_BYTES)
+    buffer = UploadBuffer(64, HIDDEN, has_tokens=True)
+    buffer.add(rows(0, 10), range(10))
+    buffer.begin(replace(OPENED, max_chunk_bytes=size, window_bytes=4096))
+    chunks = sent(buffer)
+    assert spans(chunks) == [(0, 4), (4, 8), (8, 10)]
+    assert [unpack_tokens(chunk, 99) for chunk in chunks] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9],
+    ]
+    buffer.rewind(8)
+    buffer.add(rows(8, 2), [70, 71])
+    assert [unpack_tokens(chunk, 99) for chunk in sent(buffer)] == [[70, 71]]
 
 
 def test_what_the_worker_has_already_is_not_sent() -> None:

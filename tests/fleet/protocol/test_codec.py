@@ -11,15 +11,19 @@ from msgspec.structs import replace
 from fleet.errors import DecodeError, OversizedError
 from fleet.protocol.codec import (
     MAX_ENVELOPE_BYTES,
+    TOKEN_BYTES,
+    TOKEN_DTYPE,
     decode,
     decode_to_device,
     decode_to_worker,
     encode,
     pack_chunk,
     unpack_chunk,
+    unpack_tokens,
 )
 from fleet.protocol.messages import (
     MAX_CHUNK_BYTES,
+    ChoiceRules,
     Close,
     Context,
     ContextChunk,
@@ -65,6 +69,32 @@ WIRE: list[tuple[Message, bytes]] = [
         b"\xadmax_positions\x01\xabdeadline_ms\x01\xa6branch\x00\xacupload_layer\x0f",
     ),
     (
+        Open(
+            session="s1",
+            epoch=7,
+            bundle_id="b1",
+            protocol=5,
+            sampling=Sampling(),
+            max_positions=1,
+            deadline_ms=1,
+            rules=ChoiceRules(
+                min_p=0.5,
+                repetition_penalty=1.5,
+                presence_penalty=-2.0,
+                frequency_penalty=2.0,
+                logit_bias=((7, -100.0),),
+                prompt_length=3,
+                top_logprobs=20,
+            ),
+        ),
+        b"\x8a\xa4type\xa4open\xa7session\xa2s1\xa5epoch\x07\xa9bundle_id\xa2b1\xa8protocol\x05"
+        b"\xa8sampling\x84\xabtemperature\xcb\0\0\0\0\0\0\0\0\xa5top_p\xcb\x3f\xf0\0\0\0\0\0\0\xa5top_k\0\xa4seed\0"
+        b"\xadmax_positions\x01\xabdeadline_ms\x01\xa6branch\x00"
+        b"\xa5rules\x87\xa5min_p\xcb\x3f\xe0\0\0\0\0\0\0\xb2repetition_penalty\xcb\x3f\xf8\0\0\0\0\0\0"
+        b"\xb0presence_penalty\xcb\xc0\0\0\0\0\0\0\0\xb1frequency_penalty\xcb\x40\0\0\0\0\0\0\0"
+        b"\xaalogit_bias\x91\x92\x07\xcb\xc0\x59\0\0\0\0\0\0\xadprompt_length\x03\xactop_logprobs\x14",
+    ),
+    (
         Opened(
             session="s1",
             worker="w1",
@@ -84,6 +114,22 @@ WIRE: list[tuple[Message, bytes]] = [
         ),
         b"\x83\xa4type\xa7context\xa7session\xa2s1\xa5chunk\x85\xa6branch\x02\xa5start\x05\xa5count\x01"
         b"\xa4data\xc4\x04\x00\x3c\x00\xc0\xa5crc32\xce\x97\x51\x01\x58",
+    ),
+    (
+        Context(
+            "s1",
+            ContextChunk(
+                branch=2,
+                start=5,
+                count=1,
+                data=b"\x00\x3c\x00\xc0",
+                crc32=0x97510158,
+                tokens=b"\xff\xbf\0\0",
+            ),
+        ),
+        b"\x83\xa4type\xa7context\xa7session\xa2s1\xa5chunk\x86\xa6branch\x02\xa5start\x05\xa5count\x01"
+        b"\xa4data\xc4\x04\x00\x3c\x00\xc0\xa5crc32\xce\x97\x51\x01\x58"
+        b"\xa6tokens\xc4\x04\xff\xbf\0\0",
     ),
     (
         Verify(session="s1", request=3, branch=2, start=41, draft=(7, 49151), deadline_ms=1500),
@@ -121,6 +167,21 @@ WIRE: list[tuple[Message, bytes]] = [
         ),
         b"\x88\xa4type\xa8verified\xa7session\xa2s1\xa7request\x03\xa5start\x29\xa8accepted\x01"
         b"\xa8token_id\xc0\xa8logprobs\x91\xcb\xbf\xe0\0\0\0\0\0\0\xa7busy_ms\xcb\x40\0\0\0\0\0\0\0",
+    ),
+    (
+        Verified(
+            session="s1",
+            request=3,
+            start=41,
+            accepted=1,
+            token_id=None,
+            logprobs=(-0.5,),
+            busy_ms=2.0,
+            top=(((7, -0.5), (9, -2.0)),),
+        ),
+        b"\x89\xa4type\xa8verified\xa7session\xa2s1\xa7request\x03\xa5start\x29\xa8accepted\x01"
+        b"\xa8token_id\xc0\xa8logprobs\x91\xcb\xbf\xe0\0\0\0\0\0\0\xa7busy_ms\xcb\x40\0\0\0\0\0\0\0"
+        b"\xa3top\x91\x92\x92\x07\xcb\xbf\xe0\0\0\0\0\0\0\x92\x09\xcb\xc0\0\0\0\0\0\0\0",
     ),
     (
         Received("s1", 2, 17),
@@ -176,7 +237,31 @@ def verify(**changes: Any) -> Verify:
     return replace(VERIFY, **changes)
 
 
+def opening(**rules: Any) -> Open:
+    """Return an `Open` with these rules, which msgspec does not check."""
+    return Open(
+        session="s1",
+        epoch=0,
+        bundle_id="b1",
+        protocol=5,
+        sampling=Sampling(),
+        max_positions=2048,
+        deadline_ms=1500,
+        rules=ChoiceRules(**rules),
+    )
+
+
 OUT_OF_RANGE = [
+    opening(min_p=1.5),
+    opening(repetition_penalty=0.0),
+    opening(repetition_penalty=float("nan")),
+    opening(presence_penalty=2.5),
+    opening(frequency_penalty=-2.5),
+    opening(logit_bias=((-1, 1.0),)),
+    opening(logit_bias=((1, 101.0),)),
+    opening(logit_bias=((1, float("inf")),)),
+    opening(logit_bias=((1, 1.0),) * 301),
+    opening(top_logprobs=21),
     verify(request=-1),
     verify(start=-1),
     verify(start=1 << 20),
@@ -368,6 +453,23 @@ def test_hidden_states_come_back_bit_for_bit() -> None:
     chunk = pack_chunk(0, 3, rows)
     assert (chunk.start, chunk.count) == (3, 7)
     assert np.array_equal(unpack_chunk(chunk, 64), rows)
+
+
+def test_the_tokens_of_a_chunk_come_back() -> None:
+    rows = np.zeros((3, 4), np.float16)
+    chunk = pack_chunk(0, 0, rows, tokens=np.array([0, 7, 49151], TOKEN_DTYPE))
+    assert unpack_tokens(chunk, 49152) == [0, 7, 49151]
+    with pytest.raises(DecodeError, match="expected token ids below 49151, got 49151"):
+        unpack_tokens(chunk, 49151)
+    with pytest.raises(DecodeError, match="expected 3 token ids for the rules, got 0 bytes"):
+        unpack_tokens(pack_chunk(0, 0, rows), 49152)
+
+
+def test_a_chunk_of_the_largest_size_travels_with_its_tokens() -> None:
+    count = MAX_CHUNK_BYTES // (128 + TOKEN_BYTES)
+    rows = np.zeros((count, 64), np.float16)
+    message = Context("s1", pack_chunk(0, 0, rows, tokens=np.zeros(count, TOKEN_DTYPE)))
+    assert decode_to_worker(encode(message)) == message
 
 
 def test_hidden_states_travel_as_two_bytes_each_little_endian_and_row_by_row() -> None:

@@ -8,9 +8,16 @@ from hypothesis import strategies as st
 from msgspec import UNSET
 
 from fleet.errors import FleetError, PromptError, ProtocolError
-from fleet.protocol.codec import decode_to_device, decode_to_worker, encode, unpack_chunk
+from fleet.protocol.codec import (
+    decode_to_device,
+    decode_to_worker,
+    encode,
+    unpack_chunk,
+    unpack_tokens,
+)
 from fleet.protocol.hidden_states import CONTEXT_DTYPES
 from fleet.protocol.messages import (
+    ChoiceRules,
     Close,
     Context,
     ContextChunk,
@@ -43,6 +50,7 @@ TOKEN_IDS = st.integers(0, (1 << 31) - 1)
 DRAFTS = st.lists(TOKEN_IDS, min_size=1, max_size=64).map(tuple)
 LOGPROBS = st.floats(allow_nan=False)
 LOGPROB_LISTS = st.lists(LOGPROBS, max_size=64).map(tuple)
+TOP_TOKENS = st.lists(st.tuples(TOKEN_IDS, LOGPROBS), max_size=20).map(tuple)
 TIMES = st.floats(0, 1e9)
 DTYPE_LISTS = st.lists(st.text(max_size=9), min_size=1, max_size=3).map(tuple)
 CHUNKS = st.builds(
@@ -53,6 +61,18 @@ CHUNKS = st.builds(
     data=st.binary(max_size=99),
     crc32=COUNTS,
     dtype=st.text(max_size=9),
+    tokens=st.binary(max_size=99),
+)
+PENALTIES = st.floats(-2, 2)
+RULES = st.builds(
+    ChoiceRules,
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(0.1, 10),
+    presence_penalty=PENALTIES,
+    frequency_penalty=PENALTIES,
+    logit_bias=st.lists(st.tuples(TOKEN_IDS, st.floats(-100, 100)), max_size=9).map(tuple),
+    prompt_length=COUNTS,
+    top_logprobs=st.integers(0, 20),
 )
 OPENS = st.builds(
     Open,
@@ -65,6 +85,7 @@ OPENS = st.builds(
     deadline_ms=DEADLINES,
     branch=COUNTS,
     upload_layer=st.just(UNSET) | st.integers(1, 9999),
+    rules=st.just(UNSET) | RULES,
 )
 VERIFIES = st.builds(
     Verify,
@@ -95,6 +116,7 @@ VERIFIEDS = st.builds(
     token_id=st.none() | TOKEN_IDS,
     logprobs=LOGPROB_LISTS,
     busy_ms=TIMES,
+    top=st.just(UNSET) | st.lists(TOP_TOKENS, max_size=3).map(tuple),
 )
 REFUSALS = st.builds(
     Refused,
@@ -196,6 +218,8 @@ def test_any_chunk_gives_hidden_states_or_a_protocol_error(
 ) -> None:
     with suppress(ProtocolError):
         unpack_chunk(chunk, hidden_size)
+    with suppress(ProtocolError):
+        unpack_tokens(chunk, hidden_size)
 
 
 @given(st.binary(max_size=200) | VALUES.map(msgpack.packb))

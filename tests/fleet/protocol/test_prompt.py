@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from fleet.errors import PromptError
-from fleet.protocol.messages import Sampling
+from fleet.protocol.messages import NO_RULES, ChoiceRules, Sampling
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import (
     MAX_PROMPT_BYTES,
@@ -71,6 +71,10 @@ ACCEPTED: list[tuple[bytes, PromptRequest]] = [
         ),
     ),
     ('\u00a0{"prompt": "hi"}\u2028'.encode(), PromptRequest(prompt="hi")),
+    (
+        b'{"prompt": "hi", "min_p": 0.1, "logit_bias": {"7": -100}, "logprobs": true}',
+        PromptRequest(prompt="hi", min_p=0.1, logit_bias={"7": -100.0}, logprobs=True),
+    ),
     (
         b'{"prompt": "hi", "stop": ["\\n", " END"], "stream": false}',
         PromptRequest(prompt="hi", stop=("\n", " END"), stream=False),
@@ -150,6 +154,15 @@ REFUSED = {
     "a top_p of zero": (b'{"prompt": "hi", "top_p": 0}', "top_p"),
     "no tokens": (b'{"prompt": "hi", "max_new_tokens": 0}', "max_new_tokens"),
     "tokens as text": (b'{"prompt": "hi", "max_new_tokens": "5"}', "max_new_tokens"),
+    "choices in a stream": (b'{"prompt": "hi", "n": 2}', "expected 'stream' false with 'n' 2"),
+    "five choices": (b'{"prompt": "hi", "n": 5, "stream": false}', "from 1 to 4, got 5"),
+    "a penalty too large": (b'{"prompt": "hi", "presence_penalty": 2.1}', "presence_penalty"),
+    "a repetition penalty of zero": (b'{"prompt": "hi", "repetition_penalty": 0}', "repetition"),
+    "a bias of a name": (b'{"prompt": "hi", "logit_bias": {"the": 1}}', "logit_bias"),
+    "a bias too large": (b'{"prompt": "hi", "logit_bias": {"1": 101}}', "logit_bias"),
+    "a bias given twice": (b'{"prompt": "hi", "logit_bias": {"1": 1, "01": 2}}', "logit_bias"),
+    "too many best tokens": (b'{"prompt": "hi", "logprobs": true, "top_logprobs": 21}', "20"),
+    "best tokens alone": (b'{"prompt": "hi", "top_logprobs": 2}', "'logprobs' true"),
     "an empty stop text": (
         b'{"prompt": "hi", "stop": ["a", ""]}',
         r"length >= 1 - at `\$.stop\[1\]`",
@@ -255,3 +268,11 @@ def test_a_reply_has_no_empty_fields() -> None:
 def test_bytes_that_are_no_reply_are_refused(payload: bytes) -> None:
     with pytest.raises(PromptError, match="expected a reply in JSON"):
         decode_reply(payload)
+
+
+def test_a_request_has_the_rules_of_its_choices() -> None:
+    assert PromptRequest(prompt="hi", temperature=1.0, seed=3).choice_rules(9) == NO_RULES
+    request = PromptRequest(prompt="hi", logit_bias={"7": 2.0, "8": 0.0}, top_logprobs=3)
+    assert request.choice_rules(9) == ChoiceRules(logit_bias=((7, 2.0),), top_logprobs=3)
+    penalized = PromptRequest(prompt="hi", presence_penalty=1.0).choice_rules(9)
+    assert penalized == ChoiceRules(presence_penalty=1.0, prompt_length=9)

@@ -34,6 +34,26 @@ def test_temperature_zero_takes_the_best_whatever_the_seed() -> None:
     assert drawn(logprobs(0.5, 0.5), Sampling(seed=3), 50).tolist() == [50, 0]
 
 
+@pytest.mark.parametrize(
+    ("min_p", "kept"), [(0.0, [0, 1, 2]), (0.24, [0, 1, 2]), (0.3, [0, 1]), (1.0, [0])]
+)
+def test_min_p_keeps_the_tokens_with_a_share_of_the_best_probability(
+    min_p: float, kept: list[int]
+) -> None:
+    candidates = logprobs(0.5, 0.375, 0.125)
+    sampling = Sampling(temperature=1.0, seed=5)
+    chosen = {draw(candidates, ids(candidates), i, sampling, min_p) for i in range(300)}
+    assert sorted(chosen) == kept
+
+
+def test_min_p_reads_the_probabilities_after_the_temperature() -> None:
+    candidates = logprobs(0.8, 0.2)
+    for temperature, num_kept in ((1.0, 1), (2.0, 2)):  # the share of the second is 0.25, then 0.5
+        sampling = Sampling(temperature=temperature)
+        chosen = {draw(candidates, ids(candidates), i, sampling, 0.4) for i in range(300)}
+        assert len(chosen) == num_kept
+
+
 def test_the_same_seed_and_position_give_the_same_draw() -> None:
     candidates = logprobs(*[0.05] * 20)
     sampling = Sampling(temperature=1.0, seed=7)
