@@ -67,6 +67,14 @@ def paper(context: typer.Context) -> None:
     _run(paper_app, context)
 
 
+@app.command(context_settings=PASS_ON)
+def constrained(context: typer.Context) -> None:
+    """Check answers of ten JSON schemas in every mode, and measure the cost of the masks."""
+    with needs("edge,export,server,worker,bench"):
+        from benchmarks.constrained import app as constrained_app
+    _run(constrained_app, context)
+
+
 def _run(benchmark: typer.Typer, context: typer.Context) -> None:
     name = f"fleet bench {context.command.name}"
     benchmark(args=context.args, prog_name=name, standalone_mode=False)

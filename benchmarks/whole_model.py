@@ -28,6 +28,7 @@ from edge_agent.engine.cascade import Cascade
 from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer
 from fleet.bundles.manifest import Bundle
+from fleet.constraints.token_constraint import TokenConstraint
 from fleet.protocol.choice_rules import Float32, Int64, adjust_logits
 from fleet.protocol.messages import NO_RULES, ChoiceRules, Sampling
 from fleet.protocol.prompt import ChatMessage, PromptRequest
@@ -134,12 +135,16 @@ class WholeModel:
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield each token with the logits [vocab] float32 that it was chosen from."""
         prompt_ids = self.prompt_ids(prompt)
+        constraint = None
+        if rules.constraint:
+            grammars = self.tokenizer.grammars
+            constraint = grammars.constrain(rules.constraint, len(prompt_ids))
         cascade = Cascade(self.partition, len(prompt_ids) + max_new_tokens)
         cache = DynamicCache()
         token_ids: list[int] = []
         for _ in range(max_new_tokens):
             logits = self.logits(cascade, cache, token_ids[-1:] or prompt_ids)
-            scores, ids = self._candidates(logits, rules, [*prompt_ids, *token_ids])
+            scores, ids = self._candidates(logits, rules, [*prompt_ids, *token_ids], constraint)
             position = cascade.num_tokens - 1
             chosen = draw(scores, ids, position, sampling or Sampling(), rules.min_p)
             token_ids.append(int(ids[chosen]))
@@ -148,7 +153,11 @@ class WholeModel:
                 return
 
     def _candidates(
-        self, logits: torch.Tensor, rules: ChoiceRules, text: Sequence[int]
+        self,
+        logits: torch.Tensor,
+        rules: ChoiceRules,
+        text: Sequence[int],
+        constraint: TokenConstraint | None,
     ) -> tuple[Float32, Int64]:
         """Return the best tokens after the rules, which change the whole vocabulary: the scores
         [k], and the tokens [k].
@@ -158,8 +167,14 @@ class WholeModel:
         top_k = self.partition.manifest.top_k
         every = np.arange(len(logits))
         adjusted = torch.from_numpy(adjust_logits(every, logits.numpy(), rules, text))
+        allowed = constraint.allowed(text) if constraint else None
+        if allowed is not None:
+            adjusted[torch.from_numpy(~allowed)] = -torch.inf
+            top_k = min(top_k, int(allowed.sum()))
         scores, ids = adjusted.topk(top_k)
-        num_kept = int((scores >= logits.topk(top_k).values[-1]).sum())
+        is_few = allowed is not None and allowed.sum() <= self.partition.manifest.top_k
+        lowest = -torch.inf if is_few else logits.topk(top_k).values[-1]
+        num_kept = int((scores >= lowest).sum())
         return scores[: num_kept or None].numpy(), ids[: num_kept or None].numpy()
 
 

@@ -20,6 +20,7 @@ FleetError
  |   +- BusyError               more requests at once than the device accepts
  |   +- DeadlineError           a generation took longer than its app allowed
  |   +- CloudError              only the cloud may decide, and no worker is available
+ |   +- ConstraintError         a schema or regular expression that cannot be used
  +- PoolFullError               the worker has no memory for another session
  +- LinkError                   the broker cannot be reached, or refuses the client
  |   +- OfflineError            a device is offline now
@@ -171,6 +172,10 @@ class CloudError(PromptError):
     """Only the cloud may decide on this request's tokens, and no worker is available."""
 
     code = "no_cloud"
+
+
+class ConstraintError(PromptError):
+    """A JSON schema or a regular expression that no answer can follow, or that is too complex."""
 
 
 class PoolFullError(FleetError):

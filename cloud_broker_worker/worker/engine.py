@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 from msgspec import UNSET
@@ -29,12 +29,15 @@ from cloud_broker_worker.worker.verification import (
     verified_response,
 )
 from fleet.bundles.manifest import Manifest
-from fleet.errors import DecodeError, PoolFullError
+from fleet.constraints.grammars import Grammars
+from fleet.constraints.token_constraint import TokenConstraint
+from fleet.errors import ConstraintError, DecodeError, PoolFullError
 from fleet.protocol.codec import unpack_chunk, unpack_tokens
 from fleet.protocol.hidden_states import CONTEXT_DTYPES
 from fleet.protocol.messages import (
     MIN_PROTOCOL,
     PROTOCOL,
+    ChoiceRules,
     Close,
     Context,
     ContextChunk,
@@ -51,6 +54,8 @@ from fleet.utils.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
+BAD_CONSTRAINT: Final = "bad_constraint"
+
 
 class EngineResponse(NamedTuple):
     """A message for a session's device."""
@@ -62,6 +67,8 @@ class EngineResponse(NamedTuple):
 class Engine:
     """Sessions and their verify jobs.
 
+    Without `grammars` the worker refuses sessions with a constraint.
+
     `clock` returns monotonic seconds. The parameter `arrived` of the methods is a time of the same
     clock.
     """
@@ -72,6 +79,7 @@ class Engine:
         worker: str,
         config: WorkerConfig,
         clock: Callable[[], float] = time.monotonic,
+        grammars: Grammars | None = None,
     ) -> None:
         self.pool = layers.new_pool(config.kv_budget_bytes)
         self.session_store = SessionStore(self.pool, config)
@@ -84,6 +92,7 @@ class Engine:
         self._worker = worker
         self._config = config
         self._clock = clock
+        self._grammars = grammars
         self._responses: list[EngineResponse] = []
         self._log = RateLimitedLog(log)
 
@@ -133,7 +142,11 @@ class Engine:
                 return refused
             first_layer = upload_layer(message, self._manifest) - self._manifest.upload_layer
             try:
+                constraint = self._constraint(message.choice_rules)
                 session = self.session_store.admit(key, message, arrived, first_layer=first_layer)
+                session.constraint = constraint
+            except ConstraintError as error:
+                return self._refused(key, BAD_CONSTRAINT, str(error))
             except PoolFullError as error:
                 can_fit = self.session_store.can_ever_fit(message.max_positions, first_layer)
                 retry_after_ms = self._config.retry_after_ms if can_fit else 0
@@ -149,6 +162,14 @@ class Engine:
             window_bytes=self._config.window_bytes,
             dtypes=CONTEXT_DTYPES,
         )
+
+    def _constraint(self, rules: ChoiceRules) -> TokenConstraint | None:
+        """Return the constraint of a session, if it has one. Raises ConstraintError."""
+        if rules.constraint is None:
+            return None
+        if self._grammars is None:
+            raise ConstraintError("this worker serves no session with a constraint")
+        return self._grammars.constrain(rules.constraint, rules.prompt_length)
 
     def _refusal(self, key: SessionKey, message: Open) -> Refused | None:
         """Return a refusal if this worker cannot serve the session. Memory is not checked here."""
@@ -383,7 +404,11 @@ class Engine:
             self._abandon(session, "internal", text)
             return
         opening = session.opening
-        choose_tokens(job, candidates, opening, session.tokens)
+        try:
+            choose_tokens(job, candidates, opening, session.tokens, session.constraint)
+        except ConstraintError as error:
+            self._abandon(session, BAD_CONSTRAINT, str(error))
+            return
         if not job.is_decided:
             return
         busy_ms = max(0.0, self._clock() - job.arrived) * 1000

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cloud_broker_worker.worker.kv_pool import HiddenStore, KvLease
+from fleet.constraints.token_constraint import TokenConstraint
 from fleet.protocol.hidden_states import Float16
 from fleet.protocol.messages import Open, TopTokens, Verified, Verify
 from fleet.protocol.session import new_rows
@@ -100,7 +101,8 @@ class Session:
     has no cache; the cache is built again when a step needs it. `holds_drafts` is set by the first
     job, because later context may belong to drafts. `gone_since` is the time at which the device
     went offline. The hidden states enter `first_layer`; 0 is the lowest layer of the cloud's half.
-    `tokens` are those of the received positions, if the session's rules need them.
+    `tokens` are those of the received positions, if the session's rules need them. `constraint`
+    follows the answer if the rules have one.
     """
 
     key: SessionKey
@@ -120,6 +122,7 @@ class Session:
     gone_since: float | None = None
     first_layer: int = 0
     tokens: list[int] = field(default_factory=list)
+    constraint: TokenConstraint | None = None
 
     def add_rows(self, start: int, rows: Float16, tokens: Sequence[int] = ()) -> int | None:
         """Store the new rows of a chunk from position `start`, and their tokens.

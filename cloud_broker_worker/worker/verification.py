@@ -12,6 +12,7 @@ import torch
 from msgspec import UNSET
 
 from cloud_broker_worker.worker.session import TokenChoice, VerifyJob
+from fleet.constraints.token_constraint import TokenConstraint
 from fleet.protocol.choice_rules import Float32, Int64, RankedTokens, rank_tokens, top_tokens
 from fleet.protocol.messages import Open, Verified, Verify
 from fleet.protocol.sampling import draw
@@ -36,14 +37,23 @@ class TokenCandidates(NamedTuple):
             self.token_ids[rows], self.logprobs[rows], self.is_finite[rows], self.logits[rows]
         )
 
-    def choose(self, row: int, position: int, opening: Open, text: Sequence[int]) -> TokenChoice:
+    def choose(
+        self,
+        row: int,
+        position: int,
+        opening: Open,
+        text: Sequence[int],
+        constraint: TokenConstraint | None = None,
+    ) -> TokenChoice:
         """Return the choice of a row, the one after `position`, where the tokens `text` end."""
         rules = opening.choice_rules
         ids = self.token_ids[row]
         logprobs = self.logprobs[row]
         ranked = RankedTokens(ids, logprobs, logprobs, 1.0)
         if rules.change_logits:
-            ranked = rank_tokens(ids, logprobs, rules, text, partial(self._logits_of, row))
+            allowed = constraint.allowed(text) if constraint else None
+            logits_of = partial(self._logits_of, row)
+            ranked = rank_tokens(ids, logprobs, rules, text, logits_of, allowed)
         chosen = draw(ranked.scores, ranked.token_ids, position, opening.sampling, rules.min_p)
         return TokenChoice(
             int(ranked.token_ids[chosen]),
@@ -80,12 +90,19 @@ def num_candidates(openings: Iterable[Open], top_k: int) -> int:
 
 
 def choose_tokens(
-    job: VerifyJob, candidates: TokenCandidates, opening: Open, text: Sequence[int] = ()
+    job: VerifyJob,
+    candidates: TokenCandidates,
+    opening: Open,
+    text: Sequence[int] = (),
+    constraint: TokenConstraint | None = None,
 ) -> None:
     """Choose the tokens after the next positions of a job, until it is decided.
 
     `candidates` has a row for each of the next positions that are judged. A trusted token has no
     row. `text` has the tokens at all positions if the session's rules need them.
+
+    Raises:
+        ConstraintError: the constraint is too complex.
     """
     rows = iter(range(len(candidates.token_ids)))
     while not job.is_decided:
@@ -94,7 +111,7 @@ def choose_tokens(
             job.choices.append(TokenChoice(job.draft[index], 0.0))
         elif (row := next(rows, None)) is not None:
             position = job.next_choice
-            choice = candidates.choose(row, position, opening, text[: position + 1])
+            choice = candidates.choose(row, position, opening, text[: position + 1], constraint)
             job.choices.append(choice)
         else:
             return

@@ -16,6 +16,7 @@ from cloud_broker_worker.worker.engine import Engine, EngineResponse
 from cloud_broker_worker.worker.upper_layers import UpperLayers
 from fleet import __version__
 from fleet.bundles.manifest import Bundle
+from fleet.constraints.grammars import bundle_grammars
 from fleet.errors import LinkError, ProtocolError
 from fleet.protocol import topics
 from fleet.protocol.codec import decode_to_worker, encode
@@ -52,7 +53,7 @@ class Worker:
         config = validated(config)
         self.name = transport.name
         layers = UpperLayers(bundle, config.num_threads, config.weights, config.from_layer)
-        self.engine = Engine(layers, transport.name, config)
+        self.engine = Engine(layers, transport.name, config, grammars=bundle_grammars(bundle))
         self._transport = transport
         self._bundle_id = bundle.manifest.bundle_id
         self._config = config

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from edge_agent.engine.control_tokens import HOLDER, ControlTokens
 from fleet.bundles.manifest import CHAT_TEMPLATE, TOOL_TEMPLATE, Bundle
+from fleet.constraints.grammars import bundle_grammars
 from fleet.errors import BundleError, PromptError
 from fleet.protocol.prompt import ChatMessage, JsonObject, PromptRequest
 
@@ -94,6 +95,7 @@ class ChatTokenizer:
             if token.special
         )
         self._control_tokens = ControlTokens(self._tokenizer, "\n".join(sources.values()))
+        self.grammars = bundle_grammars(bundle)
 
     def encode(self, prompt: PromptRequest) -> list[int]:
         """Return the token ids of a request: a text to continue, or a conversation.

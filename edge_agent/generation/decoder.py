@@ -12,6 +12,8 @@ from edge_agent.engine.fair_lock import FairLock, UserLock
 from edge_agent.engine.partition import ExitCandidates, Partition
 from edge_agent.measurements import Measurements
 from edge_agent.session.cloud_session import CloudSession
+from fleet.constraints.token_constraint import Bool, TokenConstraint
+from fleet.errors import ConstraintError
 from fleet.exits.exit_policy import exit_emits
 from fleet.exits.thresholds import OFF
 from fleet.protocol.choice_rules import RankedTokens, rank_tokens, top_tokens
@@ -79,6 +81,7 @@ class Decoder:
         *,
         one_by_one_from: int | None = None,
         rules: ChoiceRules = NO_RULES,
+        constraint: TokenConstraint | None = None,
     ) -> None:
         self.cascade = Cascade(partition, capacity, one_by_one_from)
         self.text: list[int] = []
@@ -89,6 +92,7 @@ class Decoder:
         self._thresholds = thresholds
         self._sampling = sampling
         self._rules = rules
+        self._constraint = constraint
         self._cloud_session = cloud_session
         self._lock = lock or FairLock().of("")
         self._measurements = measurements or Measurements()
@@ -112,6 +116,7 @@ class Decoder:
             self.cascade.truncate(position)
             self.cascade.append(self.text[position:])
         is_step = position == self.cascade.num_filled(0)
+        allowed = self._allowed()
         for block, threshold in enumerate(self._thresholds):
             is_last = block == len(self._exits) - 1
             if threshold == OFF and not is_last:
@@ -119,7 +124,7 @@ class Decoder:
                 self._offer(block)
                 continue
             candidates = self.cascade.run(block, self._locked)
-            ranked = self._rank(candidates)
+            ranked = self._rank(candidates, allowed)
             self._offer(block)
             is_exact = is_last and self._is_whole
             is_confident = is_exact or exit_emits(ranked.confidence, threshold)
@@ -138,13 +143,31 @@ class Decoder:
             top=top_tokens(candidates.token_ids, candidates.logprobs, self._rules.top_logprobs),
         )
 
-    def _rank(self, candidates: ExitCandidates) -> RankedTokens:
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
+        """Return how many of these tokens may follow the text, before one is forbidden."""
+        constraint = self._constraint
+        return constraint.num_allowed(self.text, token_ids) if constraint else len(token_ids)
+
+    def _allowed(self) -> Bool | None:
+        """Return which tokens [vocab] may follow the text; None without a constraint."""
+        if self._constraint is None:
+            return None
+        allowed = self._constraint.allowed(self.text)
+        if allowed is None:
+            raise ConstraintError(
+                "the worker chose a token that the constraint of this answer forbids; "
+                "use the same version of llguidance on both sides"
+            )
+        return allowed
+
+    def _rank(self, candidates: ExitCandidates, allowed: Bool | None) -> RankedTokens:
         """Return an exit's candidates for the next token after the rules."""
         token_ids = candidates.token_ids
         logprobs = candidates.logprobs
         if not self._rules.change_logits:
             return RankedTokens(token_ids, logprobs, logprobs, candidates.confidence)
-        return rank_tokens(token_ids, logprobs, self._rules, self.text, self.cascade.logits_of)
+        logits_of = self.cascade.logits_of
+        return rank_tokens(token_ids, logprobs, self._rules, self.text, logits_of, allowed)
 
     def upload(self, num_positions: int) -> None:
         """Upload positions [0, num_positions); first run the blocks that early exits skipped."""

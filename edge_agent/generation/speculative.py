@@ -199,6 +199,7 @@ class SpeculativeDecoder:
         """Return drafts from prompt lookup."""
         self._lookup.extend(self._decoder.text[len(self._lookup) :])
         chance = self._acceptance.lookup_probability
+        proposed = self._lookup.propose(room)
         return [
             Draft(
                 token_id=token_id,
@@ -208,7 +209,7 @@ class SpeculativeDecoder:
                 confidence=None,
                 is_confident=False,
             )
-            for token_id in self._lookup.propose(room)
+            for token_id in proposed[: self._decoder.num_allowed(proposed)]
         ]
 
     def _ask(self, *, trusts_exits: bool, wait_ms: int | None) -> None:

@@ -27,6 +27,7 @@ from edge_agent.serving.request_planner import RequestPlan
 from edge_agent.session.cloud_session import CloudSession
 from edge_agent.session.worker_directory import WorkerDirectory
 from fleet.bundles.manifest import Manifest
+from fleet.constraints.token_constraint import TokenConstraint
 from fleet.protocol.counts import AnswerCounts
 from fleet.protocol.messages import MIN_PROTOCOL, NO_RULES, PROTOCOL, ChoiceRules, Open
 from fleet.protocol.modes import Mode, offload_rate
@@ -210,7 +211,13 @@ class Answerer:
         text = text_of(token.token_id)
         return (TokenLogprob(text, token.token_id, _rounded(token.logprob), top),)
 
+    def _constraint(self, rules: ChoiceRules) -> TokenConstraint | None:
+        if rules.constraint is None:
+            return None
+        return self._tokenizer.grammars.constrain(rules.constraint, rules.prompt_length)
+
     def _generator(self, job: Job, plan: RequestPlan) -> Generator:
+        rules = _choice_rules(job, plan)
         decoder = Decoder(
             plan.partition,
             plan.capacity,
@@ -220,7 +227,8 @@ class Answerer:
             lock=self._model_lock.of(job.app),
             measurements=self._measurements,
             one_by_one_from=len(plan.prompt_ids) if plan.is_exact else None,
-            rules=_choice_rules(job, plan),
+            rules=rules,
+            constraint=self._constraint(rules),
         )
         eos = plan.eos_token_ids
         if job.cloud_session:

@@ -116,6 +116,8 @@ class RequestPlanner:
         partition = self.partition
         prompt_ids = self._prompt_ids(prompt)
         self._check_biases(prompt)
+        if prompt.constraint:
+            self._tokenizer.grammars.constrain(prompt.constraint, len(prompt_ids))
         max_new_tokens = self._max_new_tokens(
             len(prompt_ids), prompt.max_new_tokens, config.max_new_tokens
         )

@@ -14,6 +14,7 @@ import typer
 
 from fleet.errors import ConfigError
 from fleet.exits.exit_policy import check_threshold
+from fleet.protocol.constraint import JsonSchemaFormat, ResponseFormat
 from fleet.protocol.modes import Mode, parse_mode
 from fleet.protocol.prompt import PromptRequest, TokenKey
 from fleet.protocol.topics import check_name
@@ -21,6 +22,7 @@ from fleet.protocol.types import DAY_S, Bias, StopTexts
 from fleet.server.home import DEFAULT_PORT, DEFAULT_SERVICE_PORT, MAX_RETENTION_DAYS
 from fleet.utils.printable import printable_json
 from fleet.utils.text import is_blank
+from fleet.utils.text_files import read_json
 
 EPOCH_YEAR: Final = 1970
 TO_THE_MINUTE: Final = "%Y-%m-%d %H:%M %Z"
@@ -174,6 +176,14 @@ BiasOption = Annotated[
         "--logit-bias", help="Add this to the logit of a token; repeatable.", metavar="ID=BIAS"
     ),
 ]
+SchemaOption = Annotated[
+    Path | None,
+    typer.Option("--schema", help="File with a JSON schema; the answer is JSON that matches it."),
+]
+RegexOption = Annotated[
+    str | None,
+    typer.Option("--regex", help="Regular expression that the answer matches.", metavar="REGEX"),
+]
 StopOption = Annotated[
     list[str] | None,
     typer.Option("--stop", help="End the answer before this text; up to 4 times.", metavar="TEXT"),
@@ -288,6 +298,14 @@ def make_request(
         logit_bias=dict(map(_parse_bias, logit_bias)) if logit_bias else None,
         **fields,
     )
+
+
+def read_response_format(schema: Path | None) -> ResponseFormat | None:
+    """Return the form of an answer whose JSON schema is in a file. Raises ConfigError."""
+    if schema is None:
+        return None
+    content: dict[str, Any] = read_json(schema, dict[str, Any], "write a JSON schema")
+    return ResponseFormat(type="json_schema", json_schema=JsonSchemaFormat(schema=content))
 
 
 def _parse_bias(text: str) -> tuple[str, float]:

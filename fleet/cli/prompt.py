@@ -17,7 +17,9 @@ from fleet.cli.options import (
     MinPOption,
     ModeOption,
     PresenceOption,
+    RegexOption,
     RepetitionOption,
+    SchemaOption,
     SeedOption,
     StopOption,
     TemperatureOption,
@@ -27,6 +29,7 @@ from fleet.cli.options import (
     TopPOption,
     make_request,
     print_json,
+    read_response_format,
 )
 from fleet.cli.responses import exit_sources, stream_response
 from fleet.protocol.prompt import PromptRequest
@@ -58,6 +61,8 @@ def prompt(
     presence_penalty: PresenceOption = 0.0,
     frequency_penalty: FrequencyOption = 0.0,
     logit_bias: BiasOption = None,
+    schema: SchemaOption = None,
+    regex: RegexOption = None,
     stop: StopOption = None,
     raw: RawOption = False,
     n: ChoicesOption = 1,
@@ -84,6 +89,8 @@ def prompt(
         stop=stop,
         n=n,
         stream=stream and n == 1,
+        response_format=read_response_format(schema),
+        regex=regex,
     )
     send_prompt(FleetHome.load(folder), device, request, as_json=as_json)
 

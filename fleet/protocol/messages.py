@@ -9,6 +9,7 @@ from typing import Annotated, Final, TypeAlias
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from fleet.protocol.constraint import Constraint
 from fleet.protocol.types import (
     MAX_POSITIONS,
     Count,
@@ -56,7 +57,8 @@ class ChoiceRules(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """The rules that change logits before a draw; `fleet.protocol.choice_rules` applies them.
 
     The penalties read the tokens so far, of which the first `prompt_length` are the prompt. The
-    best `top_logprobs` tokens are returned with each choice.
+    best `top_logprobs` tokens are returned with each choice. With a `constraint` only the tokens
+    that it allows are chosen.
     """
 
     min_p: Share = 0.0
@@ -66,12 +68,13 @@ class ChoiceRules(Struct, frozen=True, omit_defaults=True, kw_only=True):
     logit_bias: LogitBias = ()
     prompt_length: Count = 0
     top_logprobs: TopLogprobs = 0
+    constraint: Constraint | None = None
 
     @property
     def need_text(self) -> bool:
         """Whether a choice depends on the tokens before it."""
         penalties = self.presence_penalty or self.frequency_penalty
-        return self.repetition_penalty != 1.0 or bool(penalties)
+        return self.repetition_penalty != 1.0 or bool(penalties or self.constraint)
 
     @property
     def change_logits(self) -> bool:

@@ -9,6 +9,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from fleet.errors import PromptError
+from fleet.protocol.constraint import Constraint, Regex, ResponseFormat, make_constraint
 from fleet.protocol.counts import AnswerCounts
 from fleet.protocol.messages import ChoiceRules, Sampling
 from fleet.protocol.modes import Mode
@@ -73,6 +74,8 @@ class AnswerOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     top_p: TopP = 1.0
     top_k: TopK = 0
     seed: Seed | None = None
+    response_format: ResponseFormat | None = None
+    regex: Regex | None = None
     mode: Mode | None = None
     threshold: Threshold | None = None
     thresholds: tuple[Threshold, ...] | None = None
@@ -91,6 +94,20 @@ class AnswerOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     logprobs: bool = False
     top_logprobs: TopLogprobs = 0
     n: NumChoices = 1
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """The form that the response must have, if any.
+
+        Raises:
+            PromptError: the fields contradict each other, or the schema is too large.
+        """
+        constraint = make_constraint(self.response_format, self.regex)
+        if constraint and self.ignore_eos:
+            raise PromptError(
+                f"expected no 'ignore_eos' with {constraint.field!r}, whose answer has to end"
+            )
+        return constraint
 
 
 class PromptRequest(
@@ -134,6 +151,7 @@ class PromptRequest(
             frequency_penalty=self.frequency_penalty,
             logit_bias=tuple((int(token_id), bias) for token_id, bias in biases if bias),
             top_logprobs=self.top_logprobs,
+            constraint=self.constraint,
         )
         return replace(rules, prompt_length=prompt_length) if rules.need_text else rules
 
@@ -250,6 +268,7 @@ def _checked(request: PromptRequest) -> PromptRequest:
         )
     _check_options(request)
     _check_contents(request.chat)
+    _ = request.constraint  # raises the errors of its fields
     if all(is_blank(message.content or "") for message in request.chat):
         raise PromptError("the prompt is empty; send some text")
     return request

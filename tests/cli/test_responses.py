@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from fleet.cli.options import make_request
+from fleet.cli.options import make_request, read_response_format
 from fleet.cli.views import reply_text, usage_line
 from fleet.errors import ConfigError
+from fleet.protocol.constraint import Constraint
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import Choice, PromptRequest, Reply, Usage
 from fleet.protocol.report import Switch
@@ -50,7 +54,7 @@ def test_the_line_has_the_mode_that_auto_chose(
         assert start in word
 
 
-def request_of(text: str) -> PromptRequest:
+def request_of(text: str, **fields: Any) -> PromptRequest:
     return make_request(
         text,
         mode=None,
@@ -60,6 +64,7 @@ def request_of(text: str) -> PromptRequest:
         top_p=1.0,
         top_k=40,
         seed=None,
+        **fields,
     )
 
 
@@ -87,6 +92,17 @@ def test_top_k_is_an_option_of_a_request() -> None:
 def test_a_prompt_without_a_visible_character_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="the prompt is empty"):
         request_of(text)
+
+
+def test_a_schema_is_read_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "fruit.json"
+    file.write_text('{"type": "object"}', encoding="utf-8")
+    request = request_of("hi", response_format=read_response_format(file))
+    assert request.constraint == Constraint("json_schema", b'{"type":"object"}')
+    assert read_response_format(None) is None
+    file.write_text("[1]", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"fruit\.json .*Expected .*; write a JSON schema"):
+        read_response_format(file)
 
 
 def test_a_bias_is_a_token_id_and_a_number() -> None:
