@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from fleet.http_api.problems import Problem
-from fleet.protocol.prompt import PromptRequest, Reply
+from fleet.protocol.prompt import Choice, PromptRequest, Reply, TokenLogprob
 
 EVENT_STREAM: Final = "text/event-stream"
 JSON_LINES: Final = "application/x-ndjson"
@@ -34,6 +34,7 @@ class AnswerWriter(ABC):
         self.generation: str | None = None
         self.id = uuid.uuid4().hex
         self._texts: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
 
     @property
     def text(self) -> str:
@@ -49,7 +50,18 @@ class AnswerWriter(ABC):
     def add(self, reply: Reply) -> bytes:
         """Return the bytes of the next reply, and of the end of the stream after the last one."""
         self._texts.append(reply.text)
+        self._logprobs += reply.logprobs or ()
         return self._last(reply) if reply.done else self._chunk(reply)
+
+    def _choices(self, last_reply: Reply) -> tuple[Choice, ...]:
+        """Return the whole answers: several, or the one that has come in pieces."""
+        only = Choice(
+            index=0,
+            full_text=self.text,
+            finish_reason=last_reply.finish_reason or "",
+            logprobs=tuple(self._logprobs) or None,
+        )
+        return last_reply.choices or (only,)
 
     @abstractmethod
     def _chunk(self, reply: Reply) -> bytes:

@@ -10,17 +10,19 @@ from msgspec import Struct
 from fleet.http_api.answer_facts import FleetFacts, Timings, answer_facts, timings, token_facts
 from fleet.http_api.answer_writer import EVENT_STREAM, AnswerCall, AnswerWriter, event
 from fleet.http_api.conversation import chat_messages
+from fleet.http_api.logprobs import ChatLogprobs, chat_logprobs
 from fleet.http_api.openai_fields import (
     DONE,
     OpenAiSampling,
     TokenUsage,
     check_openai,
+    openai_prompt_fields,
     token_usage,
 )
 from fleet.http_api.problems import Problem, openai_error
-from fleet.http_api.request_fields import convert_fields, decode_object, prompt_fields
-from fleet.protocol.prompt import JsonObject, Reply, prompt_of_fields
-from fleet.protocol.types import MaxNewTokens
+from fleet.http_api.request_fields import convert_fields, decode_object
+from fleet.protocol.prompt import Choice, JsonObject, Reply, prompt_of_fields
+from fleet.protocol.types import MaxNewTokens, TopLogprobs
 
 NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "audio": (),
@@ -40,6 +42,8 @@ class ChatCompletionBody(OpenAiSampling, forbid_unknown_fields=True, kw_only=Tru
     messages: list[JsonObject]
     max_tokens: MaxNewTokens | None = None
     max_completion_tokens: MaxNewTokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: TopLogprobs | None = None
     audio: Any = None
     function_call: Any = None
     functions: Any = None
@@ -72,9 +76,9 @@ class ChatChoice(Struct, frozen=True, kw_only=True):
     """A whole answer."""
 
     message: AssistantMessage
-    finish_reason: str | None
-    index: int = 0
-    logprobs: None = None
+    finish_reason: str
+    index: int
+    logprobs: ChatLogprobs | None
 
 
 class ChatChunkChoice(Struct, frozen=True, kw_only=True):
@@ -83,7 +87,7 @@ class ChatChunkChoice(Struct, frozen=True, kw_only=True):
     delta: AssistantDelta
     finish_reason: str | None = None
     index: int = 0
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletion(Struct, frozen=True, kw_only=True):
@@ -126,15 +130,12 @@ class ChatCompletionWriter(AnswerWriter):
         return self._event(ChatChunkChoice(delta=AssistantDelta(role="assistant", content="")))
 
     def whole(self, reply: Reply) -> ChatCompletion:
-        choice = ChatChoice(
-            message=AssistantMessage(content=self.text), finish_reason=reply.finish_reason
-        )
         return ChatCompletion(
             id=self._id,
             object="chat.completion",
             created=int(self.created_at),
             model=self.model,
-            choices=(choice,),
+            choices=tuple(map(_chat_choice, self._choices(reply))),
             usage=token_usage(reply),
             fleet=answer_facts(reply, self.generation),
             timings=timings(reply.usage),
@@ -144,8 +145,10 @@ class ChatCompletionWriter(AnswerWriter):
         return event(openai_error(problem))
 
     def _chunk(self, reply: Reply) -> bytes:
-        delta = AssistantDelta(content=reply.text)
-        return self._event(ChatChunkChoice(delta=delta), fleet=token_facts(reply))
+        choice = ChatChunkChoice(
+            delta=AssistantDelta(content=reply.text), logprobs=chat_logprobs(reply.logprobs)
+        )
+        return self._event(choice, fleet=token_facts(reply))
 
     def _last(self, reply: Reply) -> bytes:
         rest = self._chunk(reply) if reply.text else b""
@@ -182,6 +185,15 @@ class ChatCompletionWriter(AnswerWriter):
         return f"chatcmpl-{self.id}"
 
 
+def _chat_choice(choice: Choice) -> ChatChoice:
+    return ChatChoice(
+        message=AssistantMessage(content=choice.full_text or ""),
+        finish_reason=choice.finish_reason,
+        index=choice.index,
+        logprobs=chat_logprobs(choice.logprobs),
+    )
+
+
 def parse_chat_completion(data: bytes) -> AnswerCall:
     """Parse a request.
 
@@ -190,7 +202,7 @@ def parse_chat_completion(data: bytes) -> AnswerCall:
     """
     body = convert_fields(decode_object(data), ChatCompletionBody)
     check_openai(body, NEUTRAL)
-    fields = prompt_fields(body, body.fleet) | {"messages": chat_messages(body.messages)}
+    fields = openai_prompt_fields(body) | {"messages": chat_messages(body.messages)}
     max_tokens = body.max_completion_tokens or body.max_tokens
     if max_tokens:
         fields["max_new_tokens"] = max_tokens

@@ -11,6 +11,7 @@ from msgspec import Struct
 from fleet.http_api.answer_facts import token_facts
 from fleet.http_api.answer_writer import JSON_LINES, AnswerCall, AnswerWriter, json_line
 from fleet.http_api.conversation import chat_messages
+from fleet.http_api.logprobs import api_logprobs
 from fleet.http_api.ollama_fields import (
     ADVICE,
     OllamaBody,
@@ -83,13 +84,17 @@ class OllamaWriter(AnswerWriter):
     content_type = JSON_LINES
 
     def whole(self, reply: Reply) -> Struct:
-        return self._line(self.text, done=True, **ollama_end(reply, self.generation))
+        end = ollama_end(reply, self.generation)
+        logprobs = api_logprobs(self._logprobs) or None
+        return self._line(self.text, done=True, logprobs=logprobs, **end)
 
     def fail(self, problem: Problem) -> bytes:
         return json_line(ollama_error(problem))
 
     def _chunk(self, reply: Reply) -> bytes:
-        return json_line(self._line(reply.text, done=False, fleet=token_facts(reply)))
+        logprobs = api_logprobs(reply.logprobs) or None
+        facts = token_facts(reply)
+        return json_line(self._line(reply.text, done=False, logprobs=logprobs, fleet=facts))
 
     def _last(self, reply: Reply) -> bytes:
         end = ollama_end(reply, self.generation)

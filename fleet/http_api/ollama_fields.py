@@ -8,26 +8,31 @@ from typing import Annotated, Any, Final
 from msgspec import Meta, Struct
 
 from fleet.http_api.answer_facts import FleetFacts, answer_facts, timings
+from fleet.http_api.logprobs import ApiLogprob
 from fleet.http_api.request_fields import check_neutral, convert_fields, prompt_fields
 from fleet.protocol.prompt import AnswerOptions, JsonObject, Reply
-from fleet.protocol.types import StopText, StopTexts, Temperature, TopK, TopP
+from fleet.protocol.types import (
+    Penalty,
+    RepetitionPenalty,
+    Share,
+    StopText,
+    StopTexts,
+    Temperature,
+    TopK,
+    TopLogprobs,
+    TopP,
+)
 
 NS: Final = 1_000_000  # nanoseconds in a millisecond
 ADVICE: Final = "leave it out"
 NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "format": ("",),
-    "logprobs": (False,),
     "think": (False,),
     "tools": ([],),
-    "top_logprobs": (0,),
 }
 NEUTRAL_OPTIONS: Final[dict[str, tuple[Any, ...]]] = {
-    "frequency_penalty": (0,),
-    "min_p": (0,),
     "mirostat": (0,),
     "penalize_newline": (True, False),
-    "presence_penalty": (0,),
-    "repeat_penalty": (1,),
     "tfs_z": (1,),
     "typical_p": (1,),
 }
@@ -47,13 +52,15 @@ class OllamaOptions(Struct, forbid_unknown_fields=True, kw_only=True):
     top_k: TopK | None = None
     stop: StopText | StopTexts | None = None
     seed: Annotated[int, Meta(ge=-1, le=(1 << 63) - 1)] | None = None
+    min_p: Share | None = None
+    repeat_penalty: RepetitionPenalty | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
     fleet: AnswerOptions | None = None
     f16_kv: Any = None
-    frequency_penalty: Any = None
     logits_all: Any = None
     low_vram: Any = None
     main_gpu: Any = None
-    min_p: Any = None
     mirostat: Any = None
     mirostat_eta: Any = None
     mirostat_tau: Any = None
@@ -64,9 +71,7 @@ class OllamaOptions(Struct, forbid_unknown_fields=True, kw_only=True):
     num_thread: Any = None
     numa: Any = None
     penalize_newline: Any = None
-    presence_penalty: Any = None
     repeat_last_n: Any = None
-    repeat_penalty: Any = None
     tfs_z: Any = None
     typical_p: Any = None
     use_mlock: Any = None
@@ -83,12 +88,12 @@ class OllamaBody(Struct, forbid_unknown_fields=True, kw_only=True):
     model: str
     stream: bool | None = None
     options: JsonObject | None = None
+    logprobs: bool | None = None
+    top_logprobs: TopLogprobs | None = None
     format: Any = None
     keep_alive: Any = None
-    logprobs: Any = None
     think: Any = None
     tools: Any = None
-    top_logprobs: Any = None
 
     @property
     def is_streamed(self) -> bool:
@@ -106,6 +111,7 @@ class OllamaDuration(Struct, frozen=True, omit_defaults=True, kw_only=True):
     prompt_eval_duration: int | None = None
     eval_count: int | None = None
     eval_duration: int | None = None
+    logprobs: tuple[ApiLogprob, ...] | None = None
     fleet: FleetFacts | None = None
 
 
@@ -118,7 +124,9 @@ def ollama_prompt_fields(body: OllamaBody) -> dict[str, Any]:
     check_neutral(body, NEUTRAL, ADVICE)
     options = convert_fields(_given(body.options), OllamaOptions, "options")
     check_neutral(options, NEUTRAL_OPTIONS, ADVICE)
-    fields = prompt_fields(options, options.fleet)
+    fields = prompt_fields(options, options.fleet) | prompt_fields(body)
+    if options.repeat_penalty:
+        fields["repetition_penalty"] = options.repeat_penalty
     if (options.seed or 0) < 0:
         del fields["seed"]
     if (options.num_predict or 0) > 0:

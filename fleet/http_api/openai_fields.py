@@ -6,21 +6,24 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from fleet.http_api.request_fields import check_neutral
-from fleet.protocol.prompt import AnswerOptions, Reply
-from fleet.protocol.types import Seed, StopText, StopTexts, Temperature, TopK, TopP
+from fleet.http_api.request_fields import check_neutral, prompt_fields, unsupported
+from fleet.protocol.prompt import AnswerOptions, LogitBiases, Reply
+from fleet.protocol.types import (
+    NumChoices,
+    Penalty,
+    RepetitionPenalty,
+    Seed,
+    Share,
+    StopText,
+    StopTexts,
+    Temperature,
+    TopK,
+    TopP,
+)
 
 ADVICE: Final = "leave it out"
 DONE: Final = b"data: [DONE]\n\n"
-NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "n": (1,),
-    "presence_penalty": (0,),
-    "response_format": ({"type": "text"},),
-    "top_logprobs": (0,),
-}
+NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {"response_format": ({"type": "text"},)}
 """Fields without a meaning here, with the values that change nothing."""
 
 
@@ -45,26 +48,40 @@ class OpenAiSampling(Struct, forbid_unknown_fields=True, kw_only=True):
     top_k: TopK | None = None
     seed: Seed | None = None
     stop: StopText | StopTexts | None = None
+    n: NumChoices | None = None
+    min_p: Share | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: LogitBiases | None = None
     fleet: AnswerOptions | None = None
-    frequency_penalty: Any = None
-    logit_bias: Any = None
-    logprobs: Any = None
     metadata: Any = None
-    n: Any = None
-    presence_penalty: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
     response_format: Any = None
     safety_identifier: Any = None
     service_tier: Any = None
     store: Any = None
-    top_logprobs: Any = None
     user: Any = None
 
     @property
     def includes_usage(self) -> bool:
         """Whether the stream ends with an event that has the counts of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+
+def openai_prompt_fields(body: OpenAiSampling) -> dict[str, Any]:
+    """Return the fields of a prompt that a body has under the same names, and those of `fleet`.
+
+    Raises:
+        RequestFieldError: several answers cannot be a stream.
+    """
+    fields = prompt_fields(body, body.fleet)
+    if fields.get("n", 1) > 1:
+        if body.stream:
+            raise unsupported("n", (1,), "leave out 'stream' for several answers")
+        fields["stream"] = False
+    return fields
 
 
 class TokenUsage(Struct, frozen=True, kw_only=True):

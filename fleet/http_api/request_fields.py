@@ -19,7 +19,7 @@ B = TypeVar("B", bound=Struct)
 
 UNKNOWN_FIELD: Final = re.compile(r"Object contains unknown field `(.*?)`(?: - at `\$\.?(.*)`)?")
 MISSING_FIELD: Final = re.compile(r"Object missing required field `(.*?)`(?: - at `\$\.?(.*)`)?")
-FIELD_PATH: Final = re.compile(r"[\w.\[\]]+(?=: )|(?<=at `\$\.)[^`]+")
+FIELD_PATH: Final = re.compile(r"[\w.\[\]]+(?=: )|(?<=`\$\.)[^`]+")
 COPIED: Final = frozenset(AnswerOptions.__struct_fields__) - {"stream"}
 """Fields that reach the device as they are. Each answer reaches an API as a stream."""
 

@@ -13,6 +13,7 @@ from fleet.errors import RequestFieldError
 from fleet.http_api.answer_facts import FleetFacts, Timings, answer_facts, timings, token_facts
 from fleet.http_api.answer_writer import EVENT_STREAM, AnswerCall, AnswerWriter
 from fleet.http_api.conversation import ONLY_TEXT, chat_messages
+from fleet.http_api.logprobs import ApiLogprob, api_logprobs
 from fleet.http_api.openai_fields import ADVICE
 from fleet.http_api.problems import Problem, openai_error
 from fleet.http_api.request_fields import (
@@ -23,25 +24,25 @@ from fleet.http_api.request_fields import (
     unsupported,
 )
 from fleet.protocol.prompt import AnswerOptions, JsonObject, Reply, prompt_of_fields
-from fleet.protocol.types import MaxNewTokens, Temperature, TopP
+from fleet.protocol.types import MaxNewTokens, Temperature, TopLogprobs, TopP
 
+LOGPROBS: Final = "message.output_text.logprobs"
 NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "background": (False,),
     "conversation": (),
-    "include": ([],),
     "previous_response_id": (),
     "prompt": (),
     "text": ({"format": {"type": "text"}}, {}),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
 """Fields without a meaning here, with the values that change nothing."""
 
 
 class ResponseBody(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The body of a request. `input` is a text, or a list of messages with texts.
+    """The body of a request. `input` is a text, or a list of messages with texts. Of `include`,
+    only `LOGPROBS` has a meaning: other parts of a response do not occur here.
 
     No response is stored: `store` is ignored. `max_tool_calls`, `metadata`, `parallel_tool_calls`,
     `prompt_cache_key`, `prompt_cache_retention`, `reasoning`, `safety_identifier`, `service_tier`,
@@ -55,10 +56,11 @@ class ResponseBody(Struct, forbid_unknown_fields=True, kw_only=True):
     stream: bool | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
+    include: list[str] = []
+    top_logprobs: TopLogprobs | None = None
     fleet: AnswerOptions | None = None
     background: Any = None
     conversation: Any = None
-    include: Any = None
     max_tool_calls: Any = None
     metadata: Any = None
     parallel_tool_calls: Any = None
@@ -74,7 +76,6 @@ class ResponseBody(Struct, forbid_unknown_fields=True, kw_only=True):
     text: Any = None
     tool_choice: Any = None
     tools: Any = None
-    top_logprobs: Any = None
     truncation: Any = None
     user: Any = None
 
@@ -85,7 +86,7 @@ class OutputText(Struct, frozen=True, kw_only=True):
     text: str
     type: Literal["output_text"] = "output_text"
     annotations: tuple[()] = ()
-    logprobs: tuple[()] = ()
+    logprobs: tuple[ApiLogprob, ...] = ()
 
 
 class OutputMessage(Struct, frozen=True, kw_only=True):
@@ -191,17 +192,22 @@ class ResponseWriter(AnswerWriter):
         facts = token_facts(reply)
         origin = {"fleet": facts} if facts else {}
         return self._content_event(
-            "response.output_text.delta", delta=reply.text, logprobs=(), **origin
+            "response.output_text.delta",
+            delta=reply.text,
+            logprobs=api_logprobs(reply.logprobs),
+            **origin,
         )
 
     def _last(self, reply: Reply) -> bytes:
-        text = OutputText(text=self.text)
+        text = self._text()
         message = self._message(_status(reply))
         name = f"response.{_status(reply)}"
         return b"".join(
             [
                 self._chunk(reply) if reply.text else b"",
-                self._content_event("response.output_text.done", text=self.text, logprobs=()),
+                self._content_event(
+                    "response.output_text.done", text=self.text, logprobs=text.logprobs
+                ),
                 self._content_event("response.content_part.done", part=text),
                 self._event("response.output_item.done", output_index=0, item=message),
                 self._event(name, response=self.whole(reply)),
@@ -213,8 +219,10 @@ class ResponseWriter(AnswerWriter):
         return f"msg_{self.id}"
 
     def _message(self, status: str) -> OutputMessage:
-        content = (OutputText(text=self.text),)
-        return OutputMessage(id=self._message_id, status=status, content=content)
+        return OutputMessage(id=self._message_id, status=status, content=(self._text(),))
+
+    def _text(self) -> OutputText:
+        return OutputText(text=self.text, logprobs=api_logprobs(self._logprobs))
 
     def _response(self, status: str, *output: OutputMessage) -> ResponseObject:
         body = self._body
@@ -267,6 +275,8 @@ def parse_response(data: bytes) -> AnswerCall:
     body = convert_fields(decode_object(data), ResponseBody)
     check_neutral(body, NEUTRAL, ADVICE)
     fields = prompt_fields(body, body.fleet) | {"messages": _messages(body)}
+    if body.top_logprobs or LOGPROBS in body.include:
+        fields["logprobs"] = True
     if body.max_output_tokens:
         fields["max_new_tokens"] = body.max_output_tokens
     return AnswerCall(

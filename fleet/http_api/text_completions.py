@@ -10,17 +10,19 @@ from msgspec import Struct
 from fleet.errors import RequestFieldError
 from fleet.http_api.answer_facts import FleetFacts, Timings, answer_facts, timings, token_facts
 from fleet.http_api.answer_writer import EVENT_STREAM, AnswerCall, AnswerWriter, event
+from fleet.http_api.logprobs import TextLogprobs, text_logprobs
 from fleet.http_api.openai_fields import (
     DONE,
     OpenAiSampling,
     TokenUsage,
     check_openai,
+    openai_prompt_fields,
     token_usage,
 )
 from fleet.http_api.problems import Problem, openai_error
-from fleet.http_api.request_fields import convert_fields, decode_object, prompt_fields
-from fleet.protocol.prompt import Reply, prompt_of_fields
-from fleet.protocol.types import MaxNewTokens
+from fleet.http_api.request_fields import convert_fields, decode_object
+from fleet.protocol.prompt import Choice, Reply, prompt_of_fields
+from fleet.protocol.types import MaxNewTokens, TopLogprobs
 
 NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "best_of": (1,),
@@ -35,6 +37,7 @@ class TextCompletionBody(OpenAiSampling, forbid_unknown_fields=True, kw_only=Tru
 
     prompt: str | list[Any]
     max_tokens: MaxNewTokens | None = None
+    logprobs: TopLogprobs | None = None
     best_of: Any = None
     echo: Any = None
     suffix: Any = None
@@ -46,7 +49,7 @@ class TextChoice(Struct, frozen=True, kw_only=True):
     text: str
     finish_reason: str | None = None
     index: int = 0
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
 
 
 class TextCompletion(Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -72,22 +75,32 @@ class TextCompletionWriter(AnswerWriter):
         self._includes_usage = includes_usage
 
     def whole(self, reply: Reply) -> TextCompletion:
-        return self._end(reply, self.text, token_usage(reply))
+        choices = map(_text_choice, self._choices(reply))
+        return self._end(reply, *choices, usage=token_usage(reply))
 
     def fail(self, problem: Problem) -> bytes:
         return event(openai_error(problem))
 
     def _chunk(self, reply: Reply) -> bytes:
-        choice = TextChoice(text=reply.text)
-        return event(self._completion(choice, fleet=token_facts(reply)))
+        return event(self._completion(self._piece(reply), fleet=token_facts(reply)))
 
     def _last(self, reply: Reply) -> bytes:
         usage = event(self._completion(usage=token_usage(reply))) if self._includes_usage else b""
-        return event(self._end(reply, reply.text)) + usage + DONE
+        return event(self._end(reply, self._piece(reply))) + usage + DONE
 
-    def _end(self, reply: Reply, text: str, usage: TokenUsage | None = None) -> TextCompletion:
+    def _piece(self, reply: Reply) -> TextChoice:
+        offset = len(self.text) - len(reply.text)
+        return TextChoice(
+            text=reply.text,
+            finish_reason=reply.finish_reason,
+            logprobs=text_logprobs(reply.logprobs, offset),
+        )
+
+    def _end(
+        self, reply: Reply, *choices: TextChoice, usage: TokenUsage | None = None
+    ) -> TextCompletion:
         return self._completion(
-            TextChoice(text=text, finish_reason=reply.finish_reason),
+            *choices,
             usage=usage,
             fleet=answer_facts(reply, self.generation),
             timings=timings(reply.usage),
@@ -112,6 +125,15 @@ class TextCompletionWriter(AnswerWriter):
         )
 
 
+def _text_choice(choice: Choice) -> TextChoice:
+    return TextChoice(
+        text=choice.full_text or "",
+        finish_reason=choice.finish_reason,
+        index=choice.index,
+        logprobs=text_logprobs(choice.logprobs),
+    )
+
+
 def parse_text_completion(data: bytes) -> AnswerCall:
     """Parse a request.
 
@@ -120,7 +142,9 @@ def parse_text_completion(data: bytes) -> AnswerCall:
     """
     body = convert_fields(decode_object(data), TextCompletionBody)
     check_openai(body, NEUTRAL)
-    fields = prompt_fields(body, body.fleet) | {"prompt": _text(body.prompt), "raw": True}
+    fields = openai_prompt_fields(body) | {"prompt": _text(body.prompt), "raw": True}
+    if body.logprobs is not None:
+        fields |= {"logprobs": True, "top_logprobs": body.logprobs}
     if body.max_tokens:
         fields["max_new_tokens"] = body.max_tokens
     return AnswerCall(

@@ -200,6 +200,31 @@ def openai_previous_response() -> Any:
 
 
 @call
+def openai_logprobs() -> Any:
+    choice = chat(logprobs=True, top_logprobs=2).choices[0]
+    return [[each.token, len(each.top_logprobs)] for each in choice.logprobs.content]
+
+
+@call
+def openai_several_answers() -> Any:
+    completion = chat(n=2, temperature=1, seed=3)
+    alone = [chat(temperature=1, seed=3 + i).choices[0].message.content for i in range(2)]
+    return [[choice.message.content for choice in completion.choices], alone]
+
+
+@call
+def openai_stop() -> Any:
+    text = chat().choices[0].message.content
+    choice = chat(stop=[text[4:6]]).choices[0]
+    return [text, choice.message.content, choice.finish_reason]
+
+
+@call
+def openai_several_answers_in_a_stream() -> Any:
+    return chat(n=2, stream=True)
+
+
+@call
 def openai_wrong_key() -> Any:
     client = openai.OpenAI(base_url=BASE, api_key="wrong", max_retries=0)
     return client.models.list().data[0].id
@@ -213,6 +238,11 @@ def ollama_chat_text() -> Any:
 @call
 def ollama_chat_object() -> Any:
     return ollama_chat().model_dump()
+
+
+@call
+def ollama_logprobs() -> Any:
+    return [len(each.top_logprobs) for each in ollama_chat(logprobs=True, top_logprobs=2).logprobs]
 
 
 @call

@@ -113,6 +113,23 @@ def test_every_chunk_of_a_stream_has_what_strict_clients_need(values: Values) ->
     assert usage["usage"]["completion_tokens"] == TOKENS
 
 
+def test_each_token_has_its_log_probability(values: Values) -> None:
+    assert [top for _, top in values["openai_logprobs"]] == [2] * TOKENS
+    assert values["ollama_logprobs"] == [2] * TOKENS
+
+
+def test_several_answers_have_seeds_of_their_own(values: Values) -> None:
+    together, alone = values["openai_several_answers"]
+    assert together == alone
+    assert together[0] != together[1]
+
+
+def test_an_answer_ends_before_its_stop_text(values: Values) -> None:
+    text, stopped, reason = values["openai_stop"]
+    assert stopped == text[: text.index(text[4:6])]
+    assert reason == "stop"
+
+
 def test_the_events_of_a_response_come_in_the_order_of_openai(
     values: Values, expected: dict[str, str]
 ) -> None:
@@ -184,6 +201,7 @@ def refused(field: str) -> Callable[[Values], bool]:
         ("openai_image", refused("messages[0].content[0].image_url")),
         ("openai_image_of_a_response", refused("input[0].content[0].input_image")),
         ("openai_tools", refused("tools")),
+        ("openai_several_answers_in_a_stream", lambda error: error["param"] == "n"),
         ("openai_previous_response", refused("previous_response_id")),
         ("ollama_image", refused("messages[0].images")),
         ("ollama_tools", refused("tools")),

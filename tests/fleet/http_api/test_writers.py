@@ -17,7 +17,7 @@ from fleet.http_api.ollama_answers import OllamaChatWriter, OllamaGenerateWriter
 from fleet.http_api.problems import Problem
 from fleet.http_api.responses import ResponseBody, ResponseWriter
 from fleet.http_api.text_completions import TextCompletionWriter
-from fleet.protocol.prompt import Reply, Usage
+from fleet.protocol.prompt import Choice, Reply, TokenLogprob, TopLogprob, Usage
 
 USAGE: Final = Usage(
     prompt_tokens=10,
@@ -101,6 +101,71 @@ def test_a_stream_that_fails_ends_with_its_error(name: str) -> None:
     data = writer.fail(Problem.of(DeadlineError("too late")))
     error = json.loads(data.decode().rpartition("data: ")[2])["error"]
     assert (error if isinstance(error, str) else error["message"]) == "too late"
+
+
+LIKELY: Final = TokenLogprob("Hel", 1, -0.5, (TopLogprob("Hel", 1, -0.5), TopLogprob("ä", 2, -1.5)))
+LOGGED: Final = (
+    msgspec.structs.replace(REPLIES[0], logprobs=(LIKELY,)),
+    msgspec.structs.replace(REPLIES[2], logprobs=(TokenLogprob("lö!", 3, -0.1),)),
+    msgspec.structs.replace(REPLIES[3], text=""),
+)
+API_LOGPROBS: Final = [
+    {
+        "token": "Hel",
+        "logprob": -0.5,
+        "bytes": [72, 101, 108],
+        "top_logprobs": [
+            {"token": "Hel", "logprob": -0.5, "bytes": [72, 101, 108]},
+            {"token": "ä", "logprob": -1.5, "bytes": [195, 164]},
+        ],
+    },
+    {"token": "lö!", "logprob": -0.1, "bytes": [108, 195, 182, 33], "top_logprobs": []},
+]
+
+
+def whole(name: str) -> dict[str, Any]:
+    """The whole answer with log-probabilities, decoded from JSON."""
+    writer = WRITERS[name]("m")
+    stream(writer, LOGGED)
+    value: dict[str, Any] = json.loads(msgspec.json.encode(writer.whole(LOGGED[-1])))
+    return value
+
+
+def test_log_probabilities_have_the_shape_of_each_api() -> None:
+    assert whole("chat")["choices"][0]["logprobs"]["content"] == API_LOGPROBS
+    assert whole("response")["output"][0]["content"][0]["logprobs"] == API_LOGPROBS
+    assert whole("ollama chat")["logprobs"] == API_LOGPROBS
+    assert whole("text")["choices"][0]["logprobs"] == {
+        "tokens": ["Hel", "lö!"],
+        "token_logprobs": [-0.5, -0.1],
+        "top_logprobs": [{"Hel": -0.5, "ä": -1.5}, {}],
+        "text_offset": [0, 3],
+    }
+
+
+def test_a_stream_has_the_log_probability_of_each_token() -> None:
+    chunks = stream(ChatCompletionWriter("m"), LOGGED)
+    logged = [chunk["choices"][0]["logprobs"] for chunk in chunks if chunk["choices"]]
+    assert [each["content"] for each in logged if each] == [[each] for each in API_LOGPROBS]
+    text = stream(TextCompletionWriter("m"), LOGGED)
+    offsets = [each["choices"][0]["logprobs"]["text_offset"] for each in text[:2]]
+    assert offsets == [[0], [3]]
+
+
+def test_several_answers_are_several_choices() -> None:
+    choices = (
+        Choice(index=0, full_text="a", finish_reason="stop", logprobs=(LIKELY,)),
+        Choice(index=1, full_text="b", finish_reason="length"),
+    )
+    only = msgspec.structs.replace(REPLIES[-1], seq=0, text="", choices=choices, generation="g1")
+    for writer in (ChatCompletionWriter("m"), TextCompletionWriter("m")):
+        writer.begin(only)
+        writer.add(only)
+        value = msgspec.to_builtins(writer.whole(only))
+        answers = [(each["index"], each["finish_reason"]) for each in value["choices"]]
+        assert answers == [(0, "stop"), (1, "length")]
+        assert [text_of({"choices": [each]}) for each in value["choices"]] == ["a", "b"]
+        assert value["choices"][1]["logprobs"] is None
 
 
 def test_a_chat_completion_in_bytes() -> None:
