@@ -12,15 +12,15 @@ from fleet.http_api.answer_writer import EVENT_STREAM, AnswerCall, AnswerWriter,
 from fleet.http_api.conversation import chat_messages
 from fleet.http_api.logprobs import ChatLogprobs, chat_logprobs
 from fleet.http_api.openai_fields import (
+    ADVICE,
     DONE,
     OpenAiSampling,
     TokenUsage,
-    check_openai,
     openai_prompt_fields,
     token_usage,
 )
 from fleet.http_api.problems import Problem, openai_error
-from fleet.http_api.request_fields import convert_fields, decode_object
+from fleet.http_api.request_fields import check_neutral, convert_fields, decode_object
 from fleet.protocol.prompt import Choice, JsonObject, Reply, prompt_of_fields
 from fleet.protocol.types import MaxNewTokens, TopLogprobs
 
@@ -201,7 +201,7 @@ def parse_chat_completion(data: bytes) -> AnswerCall:
         DecodeError, PromptError: it cannot be honoured.
     """
     body = convert_fields(decode_object(data), ChatCompletionBody)
-    check_openai(body, NEUTRAL)
+    check_neutral(body, NEUTRAL, ADVICE)
     fields = openai_prompt_fields(body) | {"messages": chat_messages(body.messages)}
     max_tokens = body.max_completion_tokens or body.max_tokens
     if max_tokens:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Struct
 
@@ -26,7 +26,6 @@ from fleet.protocol.types import (
 NS: Final = 1_000_000  # nanoseconds in a millisecond
 ADVICE: Final = "leave it out"
 NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
-    "format": ("",),
     "think": (False,),
     "tools": ([],),
 }
@@ -90,7 +89,7 @@ class OllamaBody(Struct, forbid_unknown_fields=True, kw_only=True):
     options: JsonObject | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
-    format: Any = None
+    format: Literal["", "json"] | JsonObject | None = None
     keep_alive: Any = None
     think: Any = None
     tools: Any = None
@@ -125,6 +124,8 @@ def ollama_prompt_fields(body: OllamaBody) -> dict[str, Any]:
     options = convert_fields(_given(body.options), OllamaOptions, "options")
     check_neutral(options, NEUTRAL_OPTIONS, ADVICE)
     fields = prompt_fields(options, options.fleet) | prompt_fields(body)
+    if body.format:
+        fields["response_format"] = _response_format(body.format)
     if options.repeat_penalty:
         fields["repetition_penalty"] = options.repeat_penalty
     if (options.seed or 0) < 0:
@@ -132,6 +133,12 @@ def ollama_prompt_fields(body: OllamaBody) -> dict[str, Any]:
     if (options.num_predict or 0) > 0:
         fields["max_new_tokens"] = options.num_predict
     return fields
+
+
+def _response_format(form: str | JsonObject) -> JsonObject:
+    if isinstance(form, str):
+        return {"type": "json_object"}
+    return {"type": "json_schema", "json_schema": {"schema": form}}
 
 
 def _given(options: JsonObject | None) -> JsonObject:

@@ -6,7 +6,8 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from fleet.http_api.request_fields import check_neutral, prompt_fields, unsupported
+from fleet.http_api.request_fields import prompt_fields, unsupported
+from fleet.protocol.constraint import ResponseFormat
 from fleet.protocol.prompt import AnswerOptions, LogitBiases, Reply
 from fleet.protocol.types import (
     NumChoices,
@@ -23,8 +24,6 @@ from fleet.protocol.types import (
 
 ADVICE: Final = "leave it out"
 DONE: Final = b"data: [DONE]\n\n"
-NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {"response_format": ({"type": "text"},)}
-"""Fields without a meaning here, with the values that change nothing."""
 
 
 class StreamOptions(Struct, kw_only=True):
@@ -49,6 +48,7 @@ class OpenAiSampling(Struct, forbid_unknown_fields=True, kw_only=True):
     seed: Seed | None = None
     stop: StopText | StopTexts | None = None
     n: NumChoices | None = None
+    response_format: ResponseFormat | None = None
     min_p: Share | None = None
     repetition_penalty: RepetitionPenalty | None = None
     presence_penalty: Penalty | None = None
@@ -58,7 +58,6 @@ class OpenAiSampling(Struct, forbid_unknown_fields=True, kw_only=True):
     metadata: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
-    response_format: Any = None
     safety_identifier: Any = None
     service_tier: Any = None
     store: Any = None
@@ -100,12 +99,3 @@ def token_usage(last_reply: Reply) -> TokenUsage:
     return TokenUsage(
         prompt_tokens=num_prompt, completion_tokens=num_new, total_tokens=num_prompt + num_new
     )
-
-
-def check_openai(body: OpenAiSampling, neutral: dict[str, tuple[Any, ...]]) -> None:
-    """Check the fields without a meaning here; `neutral` are those of the endpoint alone.
-
-    Raises:
-        RequestFieldError: one has a value that would change the answer.
-    """
-    check_neutral(body, NEUTRAL | neutral, ADVICE)

@@ -94,7 +94,9 @@ def prompt_fields(body: Struct, fleet: AnswerOptions | None = None) -> dict[str,
     """
     extra = msgspec.to_builtins(fleet) if fleet else {}
     fields = {name: getattr(body, name) for name in body.__struct_fields__ if name in COPIED}
-    given = {name: value for name, value in fields.items() if value is not None}
+    given = {
+        name: msgspec.to_builtins(value) for name, value in fields.items() if value is not None
+    }
     stop = given.get("stop")
     if isinstance(stop, str):
         given["stop"] = [stop] if stop else []

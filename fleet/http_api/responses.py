@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Final, Literal
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import Struct
 
 from fleet.errors import RequestFieldError
 from fleet.http_api.answer_facts import FleetFacts, Timings, answer_facts, timings, token_facts
@@ -32,12 +32,37 @@ NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "conversation": (),
     "previous_response_id": (),
     "prompt": (),
-    "text": ({"format": {"type": "text"}}, {}),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "truncation": ("disabled",),
 }
 """Fields without a meaning here, with the values that change nothing."""
+
+
+class TextFormat(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """The form of an answer. `name`, `description` and `strict` change nothing."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    schema: JsonObject | None = None
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+    def as_response_format(self) -> JsonObject:
+        """Return it as a prompt has it."""
+        if self.schema is None:
+            return {"type": self.type}
+        return {"type": self.type, "json_schema": {"schema": self.schema}}
+
+
+class ResponseText(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """The form of an answer; `verbosity` does not concern it."""
+
+    format: TextFormat | None = None
+    verbosity: str | None = None
+
+
+PLAIN_TEXT: Final = ResponseText(format=TextFormat(type="text"))
 
 
 class ResponseBody(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -58,6 +83,7 @@ class ResponseBody(Struct, forbid_unknown_fields=True, kw_only=True):
     top_p: TopP | None = None
     include: list[str] = []
     top_logprobs: TopLogprobs | None = None
+    text: ResponseText | None = None
     fleet: AnswerOptions | None = None
     background: Any = None
     conversation: Any = None
@@ -73,7 +99,6 @@ class ResponseBody(Struct, forbid_unknown_fields=True, kw_only=True):
     service_tier: Any = None
     store: Any = None
     stream_options: Any = None
-    text: Any = None
     tool_choice: Any = None
     tools: Any = None
     truncation: Any = None
@@ -115,12 +140,6 @@ class IncompleteDetails(Struct, frozen=True):
     reason: str
 
 
-class TextFormat(Struct, frozen=True):
-    """The format of the answer."""
-
-    format: dict[str, str] = field(default_factory=lambda: {"type": "text"})
-
-
 class ResponseObject(Struct, frozen=True, kw_only=True):
     """The response, also inside the first and the last events of a stream."""
 
@@ -143,7 +162,7 @@ class ResponseObject(Struct, frozen=True, kw_only=True):
     parallel_tool_calls: bool = False
     previous_response_id: None = None
     store: bool = False
-    text: TextFormat = TextFormat()
+    text: ResponseText
     tool_choice: Literal["auto"] = "auto"
     tools: tuple[()] = ()
     truncation: Literal["disabled"] = "disabled"
@@ -236,6 +255,7 @@ class ResponseWriter(AnswerWriter):
             max_output_tokens=body.max_output_tokens,
             temperature=body.temperature or 0.0,
             top_p=1.0 if body.top_p is None else body.top_p,
+            text=body.text or PLAIN_TEXT,
         )
 
     def _content_event(self, name: str, **fields: Any) -> bytes:
@@ -277,6 +297,8 @@ def parse_response(data: bytes) -> AnswerCall:
     fields = prompt_fields(body, body.fleet) | {"messages": _messages(body)}
     if body.top_logprobs or LOGPROBS in body.include:
         fields["logprobs"] = True
+    if body.text and body.text.format:
+        fields["response_format"] = body.text.format.as_response_format()
     if body.max_output_tokens:
         fields["max_new_tokens"] = body.max_output_tokens
     return AnswerCall(

@@ -12,15 +12,15 @@ from fleet.http_api.answer_facts import FleetFacts, Timings, answer_facts, timin
 from fleet.http_api.answer_writer import EVENT_STREAM, AnswerCall, AnswerWriter, event
 from fleet.http_api.logprobs import TextLogprobs, text_logprobs
 from fleet.http_api.openai_fields import (
+    ADVICE,
     DONE,
     OpenAiSampling,
     TokenUsage,
-    check_openai,
     openai_prompt_fields,
     token_usage,
 )
 from fleet.http_api.problems import Problem, openai_error
-from fleet.http_api.request_fields import convert_fields, decode_object
+from fleet.http_api.request_fields import check_neutral, convert_fields, decode_object
 from fleet.protocol.prompt import Choice, Reply, prompt_of_fields
 from fleet.protocol.types import MaxNewTokens, TopLogprobs
 
@@ -141,7 +141,7 @@ def parse_text_completion(data: bytes) -> AnswerCall:
         DecodeError, PromptError: it cannot be honoured.
     """
     body = convert_fields(decode_object(data), TextCompletionBody)
-    check_openai(body, NEUTRAL)
+    check_neutral(body, NEUTRAL, ADVICE)
     fields = openai_prompt_fields(body) | {"prompt": _text(body.prompt), "raw": True}
     if body.logprobs is not None:
         fields |= {"logprobs": True, "top_logprobs": body.logprobs}

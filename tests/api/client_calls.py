@@ -37,12 +37,19 @@ import litellm  # noqa: E402
 import llm  # noqa: E402
 import ollama  # noqa: E402
 import openai  # noqa: E402
+import pydantic  # noqa: E402
 from langchain_ollama import ChatOllama, OllamaLLM  # noqa: E402
 from langchain_openai import ChatOpenAI  # noqa: E402
 from langchain_openai import OpenAI as LangchainOpenAI  # noqa: E402
 
 openai_client = openai.OpenAI(base_url=BASE, api_key=KEY, max_retries=0)
 ollama_client = ollama.Client(host=URL, headers={"Authorization": f"Bearer {KEY}"})
+
+
+class Verdict(pydantic.BaseModel):
+    """An answer of a given form."""
+
+    ok: bool
 
 
 def call(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -102,6 +109,16 @@ def openai_chat_of_parts() -> Any:
 @call
 def openai_chat_with_newer_limit() -> Any:
     return chat(max_tokens=None, max_completion_tokens=TOKENS).choices[0].message.content
+
+
+@call
+def openai_parsed() -> Any:
+    given = {"model": MODEL, "messages": MESSAGES, "max_tokens": 40, "temperature": 0}
+    chat_answer = openai_client.chat.completions.parse(**given, response_format=Verdict)
+    answer = openai_client.responses.parse(
+        model=MODEL, input=PROMPT, max_output_tokens=40, temperature=0, text_format=Verdict
+    )
+    return [chat_answer.choices[0].message.parsed.ok, answer.output_parsed.ok]
 
 
 @call

@@ -118,6 +118,10 @@ def test_each_token_has_its_log_probability(values: Values) -> None:
     assert values["ollama_logprobs"] == [2] * TOKENS
 
 
+def test_an_answer_has_the_form_of_a_schema(values: Values) -> None:
+    assert all(isinstance(ok, bool) for ok in values["openai_parsed"])
+
+
 def test_several_answers_have_seeds_of_their_own(values: Values) -> None:
     together, alone = values["openai_several_answers"]
     assert together == alone

@@ -18,7 +18,6 @@ from fleet.http_api import (
     chat_completions,
     ollama_answers,
     ollama_fields,
-    openai_fields,
     responses,
     text_completions,
 )
@@ -37,7 +36,6 @@ MODULES: Final[list[ModuleType]] = [
     importlib.import_module(f"fleet.http_api.{path.stem}")
     for path in Path(fleet.http_api.__file__).parent.glob("[a-z]*.py")
 ]
-OPENAI: Final = openai_fields.NEUTRAL
 OLLAMA: Final = ollama_fields.NEUTRAL | ollama_answers.NEUTRAL
 OLLAMA_BODIES: Final = (OllamaChatBody, OllamaGenerateBody)
 INTERNAL: Final = (ApiCaller, Problem)
@@ -80,8 +78,8 @@ def test_the_page_lists_every_path() -> None:
 @pytest.mark.parametrize(
     ("title", "number", "kinds", "neutral"),
     [
-        ("Chat completions", 0, (ChatCompletionBody,), OPENAI | chat_completions.NEUTRAL),
-        ("Text completions", 0, (TextCompletionBody,), OPENAI | text_completions.NEUTRAL),
+        ("Chat completions", 0, (ChatCompletionBody,), chat_completions.NEUTRAL),
+        ("Text completions", 0, (TextCompletionBody,), text_completions.NEUTRAL),
         ("Responses", 0, (ResponseBody,), responses.NEUTRAL),
         ("Ollama", 0, OLLAMA_BODIES, OLLAMA),
         ("Ollama", 1, (OllamaOptions,), ollama_fields.NEUTRAL_OPTIONS),

@@ -13,11 +13,14 @@ from fleet.http_api.chat_completions import parse_chat_completion
 from fleet.http_api.ollama_answers import parse_ollama_chat, parse_ollama_generate
 from fleet.http_api.responses import parse_response
 from fleet.http_api.text_completions import parse_text_completion
+from fleet.protocol.constraint import JsonSchemaFormat, ResponseFormat
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import ChatMessage, PromptRequest
 
 USER: Final = {"role": "user", "content": "Hi"}
 PART: Final = "messages[0].content[0]"
+SCHEMA: Final = {"type": "object", "properties": {"ok": {"type": "boolean"}}}
+JSON_SCHEMA: Final = ResponseFormat(type="json_schema", json_schema=JsonSchemaFormat(schema=SCHEMA))
 USAGE: Final = "stream_options.include_usage"
 HI: Final = (ChatMessage("user", "Hi"),)
 ALL: Final = (
@@ -151,6 +154,35 @@ def least(parse_call: ParseCall) -> dict[str, Any]:
             PromptRequest(messages=(ChatMessage("system", "Be short."), *HI)),
         ),
         (parse_ollama_generate, {"raw": True}, PromptRequest(prompt="Hi", raw=True)),
+        (
+            parse_chat_completion,
+            {"response_format": {"type": "json_schema", "json_schema": {
+                "name": "n", "strict": True, "schema": SCHEMA}}},
+            PromptRequest(messages=HI, response_format=ResponseFormat(
+                type="json_schema",
+                json_schema=JsonSchemaFormat(schema=SCHEMA, name="n", strict=True),
+            )),
+        ),
+        (
+            parse_response,
+            {"text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}}},
+            PromptRequest(messages=HI, response_format=JSON_SCHEMA),
+        ),
+        (
+            parse_response,
+            {"text": {"verbosity": "low"}},
+            PromptRequest(messages=HI),
+        ),
+        (
+            parse_ollama_chat,
+            {"format": SCHEMA},
+            PromptRequest(messages=HI, response_format=JSON_SCHEMA),
+        ),
+        (
+            parse_ollama_chat,
+            {"format": "json"},
+            PromptRequest(messages=HI, response_format=ResponseFormat(type="json_object")),
+        ),
     ],
 )  # fmt: skip
 def test_a_body_becomes_a_prompt(
@@ -167,7 +199,9 @@ def test_a_body_becomes_a_prompt(
         (parse_chat_completion, {"n": 5}, "n"),
         (parse_chat_completion, {"presence_penalty": 3}, "presence_penalty"),
         (parse_chat_completion, {"logit_bias": {"x": 1}}, "logit_bias"),
-        (parse_chat_completion, {"response_format": {"type": "json_object"}}, "response_format"),
+        (parse_chat_completion, {"response_format": {"type": "xml"}}, "response_format.type"),
+        (parse_response, {"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        (parse_ollama_chat, {"format": "xml"}, "format"),
         (parse_chat_completion, {"modalities": ["text", "audio"]}, "modalities"),
         (parse_chat_completion, {"temprature": 1}, "temprature"),
         (parse_chat_completion, {"temperature": 9}, "temperature"),
