@@ -32,7 +32,7 @@ from onnx_export.streamed_model import StreamedModel, open_model
 def whole_model(name: str, attention: str, progress: Callable[[str], None]) -> Any:
     """Return a model in float32 with one of transformers' kinds of attention."""
     source = resolve_model(name, progress)
-    model = load_whole_model(source, name, dtype=torch.float32, attn_implementation=attention)
+    model = load_whole_model(source, name, attention=attention)
     return model.eval().requires_grad_(False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import io
 import logging
@@ -11,6 +12,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -107,24 +109,33 @@ def load_config(source: str, name: str) -> Any:
     """
     from transformers import AutoConfig
 
-    try:
-        return adopt_rotary_settings(load_pretrained(AutoConfig, source, name))
-    except ExportError:
-        if is_gguf(source):
-            check_gguf(source, name)
-        raise
+    if is_gguf(source):
+        return adopt_rotary_settings(load_gguf_config(source, name))
+    return adopt_rotary_settings(load_pretrained(AutoConfig, source, name))
 
 
-def load_whole_model(source: str, name: str, **options: Any) -> Any:
-    """Load the transformers causal model `name` with all of its weights.
+def load_gguf_config(source: str, name: str) -> Any:
+    """Load the transformers configuration of a GGUF file.
+
+    Its header is parsed once: with a large vocabulary that takes many seconds.
 
     Raises:
         ExportError: it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
+    path = Path(source)
+    try:
+        return copy.deepcopy(parse_gguf_config(source, name, path.stat().st_mtime_ns))
+    except (OSError, ExportError):
+        check_gguf(source, name)
+        raise
 
-    config = load_config(source, name)
-    return load_pretrained(AutoModelForCausalLM, source, name, config=config, **options)
+
+@lru_cache(maxsize=1)
+def parse_gguf_config(source: str, name: str, _mtime_ns: int) -> Any:
+    """Return the configuration of a GGUF file as it was at a time."""
+    from transformers import AutoConfig
+
+    return load_pretrained(AutoConfig, source, name)
 
 
 def check_gguf(source: str, name: str) -> None:

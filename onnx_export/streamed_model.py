@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -119,6 +120,26 @@ def open_model(
     with suppress(OSError):  # a checkpoint need not have one
         model.skeleton.generation_config = GenerationConfig.from_pretrained(source)
     return model
+
+
+def load_whole_model(
+    source: str, name: str, dtype: torch.dtype = torch.float32, attention: str = "eager"
+) -> Any:
+    """Return a transformers model with all its weights, frozen: those that an export reads.
+
+    Raises:
+        ExportError: as :func:`open_model`.
+    """
+    streamed = open_model(source, name)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            streamed.config, dtype=dtype, attn_implementation=attention
+        )
+    weights = {key: streamed.read(key).to(dtype) for key, _ in model.named_parameters()}
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    model.generation_config = streamed.skeleton.generation_config
+    return model.eval().requires_grad_(False)
 
 
 def open_weights(source: str, name: str, config: Any) -> WeightSource:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fleet.errors import ExportError
 from onnx_export.checkpoint import load_config
-from onnx_export.streamed_model import StreamedModel, open_model
+from onnx_export.heads import model_fingerprint
+from onnx_export.streamed_model import StreamedModel, load_whole_model, open_model
 from tests.tiny import VOCAB_SIZE, make_tiny_checkpoint
 
 GATE: Final = "blk.3.ffn_gate.weight"
@@ -105,6 +106,18 @@ def test_each_weight_is_the_one_of_the_checkpoint(
         torch.testing.assert_close(model.read(name), weight, rtol=0, atol=0)
     config = load_config(str(path), "tiny")
     assert (config.num_hidden_layers, config.head_dim, config.eos_token_id) == (4, 16, 2)
+
+
+def test_heads_are_trained_for_the_weights_that_an_export_reads(
+    weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "model.gguf", weights, Type.Q5_0)
+    trained = load_whole_model(str(path), "tiny")
+    exported = open_gguf_model(path)
+    assert model_fingerprint(trained) == model_fingerprint(exported.skeleton)
+    layer = exported.layer(3).state_dict()
+    for name, weight in trained.model.layers[3].state_dict().items():
+        torch.testing.assert_close(weight, layer[name], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", [Type.F16, Type.BF16, Type.Q8_0, Type.Q5_0, Type.Q4_1])

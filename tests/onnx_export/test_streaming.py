@@ -21,8 +21,9 @@ from onnx_export.cloud import write_cloud
 from onnx_export.config import ExportConfig
 from onnx_export.graph_weights import DataFile, Weight
 from onnx_export.resources import check_resources, export_sizes
-from onnx_export.streamed_model import StreamedModel, open_model
+from onnx_export.streamed_model import StreamedModel, load_whole_model, open_model
 from onnx_export.weights import LoadedWeights, RandomWeights, TensorSpec
+from tests.onnx_export.test_models import MODELS
 from tests.tiny import make_tiny_checkpoint
 
 NAMES: Final = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -84,6 +85,19 @@ def test_the_layers_are_on_no_device_until_one_is_needed(tiny_checkpoint: Path) 
     whole: Any = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
     for name, weight in whole.model.layers[3].state_dict().items():
         torch.testing.assert_close(model.layer(3).state_dict()[name], weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi4-mini"])
+def test_the_whole_model_is_the_one_that_transformers_loads(name: str, tmp_path: Path) -> None:
+    checkpoint = make_tiny_checkpoint(tmp_path / "model", **MODELS[name])
+    own = load_whole_model(str(checkpoint), "tiny")
+    expected: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    is_tied = own.lm_head.weight is own.model.embed_tokens.weight
+    assert is_tied == own.config.tie_word_embeddings
+    assert not any(parameter.requires_grad for parameter in own.parameters())
+    ids = torch.arange(3, 40)[None]
+    torch.testing.assert_close(own(ids).logits, expected(ids).logits, rtol=1e-3, atol=1e-4)
+    assert own.generation_config.eos_token_id == expected.generation_config.eos_token_id
 
 
 def test_a_missing_shard_is_refused_by_its_name(tmp_path: Path) -> None:
