@@ -49,10 +49,15 @@ def processor_name() -> str:
 
 
 @cache
+def machine_flags() -> frozenset[str]:
+    """Return the flags of this machine's processor; none without /proc/cpuinfo."""
+    return cpu_flags(CPUINFO.read_text(encoding="utf-8")) if CPUINFO.is_file() else frozenset()
+
+
+@cache
 def instruction_sets() -> tuple[str, ...]:
     """Return the instruction sets of this machine.
 
     Without /proc/cpuinfo it is the plain one of its family.
     """
-    cpuinfo = CPUINFO.read_text(encoding="utf-8") if CPUINFO.is_file() else ""
-    return covered_sets(platform.machine(), cpu_flags(cpuinfo))
+    return covered_sets(platform.machine(), machine_flags())

@@ -18,7 +18,15 @@ from fleet import __version__
 from fleet.bundles.calibration_file import keep_calibration, write_calibrated
 from fleet.bundles.manifest import Bundle, Manifest
 from fleet.cli.console import new_console
-from fleet.cli.options import MAX_NEW_TOKENS, MAX_ROWS, BundleOption, JsonOption, PlotOption
+from fleet.cli.options import (
+    MAX_NEW_TOKENS,
+    MAX_ROWS,
+    BundleOption,
+    JsonOption,
+    MemoryOption,
+    PlotOption,
+    memory_bytes,
+)
 from fleet.cli.progress import progress_bar
 from fleet.cli.training import profile, train, write_drawn_prompts
 from fleet.cli.views import numbers_table
@@ -93,10 +101,12 @@ def load_or_record(
     path: Path | None,
     limit: int | None = None,
     check: Callable[[int], None] = lambda _: None,
+    memory: int | None = None,
 ) -> Recording:
     """The exits along the full model's answers: from the file `path` if it exists, else recorded.
 
     `check` receives the number of answers before they are recorded, and may raise an error.
+    `memory`, in bytes, limits the number of answers at once.
 
     Raises:
         ConfigError: there are no prompts, or `path` is of another bundle or other answers.
@@ -115,7 +125,7 @@ def load_or_record(
         )
     check(len(texts))
     recording = Recording(
-        records=_record(bundle, texts, max_new_tokens, check),
+        records=_record(bundle, texts, max_new_tokens, check, memory),
         parts_sha256=parts_sha256(bundle.manifest),
         prompts_sha256=hashes,
         num_prompts=len(texts),
@@ -150,13 +160,19 @@ def cached_recording(
 
 
 def _record(
-    bundle: Bundle, texts: Sequence[str], max_new_tokens: int, check: Callable[[int], None]
+    bundle: Bundle,
+    texts: Sequence[str],
+    max_new_tokens: int,
+    check: Callable[[int], None],
+    memory: int | None,
 ) -> Records:
     from fleet.cli.record_exits import record
 
     threads = len(os.sched_getaffinity(0))
     with progress_bar("answering", len(texts)) as progress:
-        records = record(bundle, texts, max_new_tokens, threads, progress, check=check)
+        records = record(
+            bundle, texts, max_new_tokens, threads, progress, check=check, memory=memory
+        )
     if num_too_long := len(texts) - records.num_answers:
         print_note(
             f"{num_too_long} of {len(texts)} prompts are too long for the model and were left out"
@@ -236,6 +252,7 @@ def evaluate(
     max_new_tokens: TokensOption = 64,
     limit: LimitOption = None,
     records: RecordsOption = None,
+    memory: MemoryOption = None,
     plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -249,7 +266,9 @@ def evaluate(
     opened = open_bundle(bundle)
     files = list(map(PromptFile.read, prompts or ()))
     path = records or cached_recording(opened, files, max_new_tokens, limit)
-    measured = load_or_record(opened, files, max_new_tokens, path, limit).records
+    measured = load_or_record(
+        opened, files, max_new_tokens, path, limit, memory=memory_bytes(memory)
+    ).records
     thresholds = opened.manifest.thresholds
     result = evaluation(measured, thresholds)
     if plot:
@@ -297,6 +316,7 @@ def calibrate_command(
     confidence: ConfidenceOption = 0.95,
     max_new_tokens: TokensOption = 64,
     records: RecordsOption = None,
+    memory: MemoryOption = None,
     out: OutOption = None,
     write: WriteOption = None,
     as_json: JsonOption = False,
@@ -309,7 +329,9 @@ def calibrate_command(
     files = list(map(PromptFile.read, prompts or ()))
     check = partial(check_guarantee, target=target_agreement, confidence=confidence)
     path = records or cached_recording(opened, files, max_new_tokens)
-    recording = load_or_record(opened, files, max_new_tokens, path, check=check)
+    recording = load_or_record(
+        opened, files, max_new_tokens, path, check=check, memory=memory_bytes(memory)
+    )
     thresholds, calibration = calibrate(
         recording.records, target_agreement, confidence, recording.prompts_sha256
     )

@@ -20,6 +20,7 @@ from fleet.protocol.prompt import PromptRequest, TokenKey
 from fleet.protocol.topics import check_name
 from fleet.protocol.types import DAY_S, Bias, StopTexts
 from fleet.server.home import DEFAULT_PORT, DEFAULT_SERVICE_PORT, MAX_RETENTION_DAYS
+from fleet.utils.free_memory import free_memory
 from fleet.utils.printable import printable_json
 from fleet.utils.text import is_blank
 from fleet.utils.text_files import read_json
@@ -33,6 +34,9 @@ MAX_TOP_K: Final = 1000
 MAX_NEW_TOKENS: Final = 100_000
 MAX_SEED: Final = (1 << 63) - 1
 MAX_COUNT: Final = 1_000_000_000
+GB: Final = 1e9
+MIN_MEMORY_GB: Final = 0.1
+MAX_MEMORY_GB: Final = 100_000.0
 UNITS_S: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY_S}
 
 PASS_ON: Final = {
@@ -41,6 +45,24 @@ PASS_ON: Final = {
     "help_option_names": [],
 }
 """Context settings of a command that passes its arguments on, `--help` included."""
+
+
+MemoryOption = Annotated[
+    float | None,
+    typer.Option(
+        min=MIN_MEMORY_GB,
+        max=MAX_MEMORY_GB,
+        help="Memory in GB that all processes may use (default: half of what is free).",
+    ),
+]
+
+
+def memory_bytes(memory_gb: float | None) -> int | None:
+    """Return the bytes of `--memory`: by default half of what is free, or None if unknown."""
+    if memory_gb is not None:
+        return int(memory_gb * GB)
+    free = free_memory()
+    return None if free is None else free // 2
 
 
 def checked_name(name: str | None) -> str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from fleet.bundles.manifest import Bundle
+from fleet.bundles.manifest import Bundle, Manifest
 from fleet.errors import ConfigError
 from fleet.exits.records import Records
 from fleet.protocol.hidden_states import Float16
@@ -26,8 +26,10 @@ with needs("worker"):
 if TYPE_CHECKING:
     from cloud_broker_worker.worker.kv_pool import KvLease
 
-BATCH: Final = 32  # answers at once: the cloud part runs them as one ragged batch
-POOL_BYTES: Final = 1 << 40  # never reached: there are at most `BATCH` leases
+MAX_BATCH: Final = 32  # answers at once: the cloud part runs them as one ragged batch
+FLOAT32_BYTES: Final = 4
+NUM_COPIES: Final = 2  # of a half: mapped from its file, and packed or converted for its kernels
+POOL_BYTES: Final = 1 << 40  # never reached: there are at most `MAX_BATCH` leases
 
 
 class ExitRow(NamedTuple):
@@ -66,7 +68,10 @@ class RecordedAnswer:
 class ExitRecorder:
     """Both parts of a bundle in this process: graphs in ONNX Runtime, upper layers in PyTorch."""
 
-    def __init__(self, bundle: Bundle, max_new_tokens: int, num_threads: int) -> None:
+    def __init__(
+        self, bundle: Bundle, max_new_tokens: int, num_threads: int, memory: int | None
+    ) -> None:
+        self._memory = memory
         self._manifest = bundle.manifest
         self._max_new_tokens = max_new_tokens
         self._partition = Partition(bundle, num_threads)
@@ -83,10 +88,12 @@ class ExitRecorder:
 
     def record(self, prompts: Sequence[Sequence[int]], progress: Callable[[int], None]) -> Records:
         """Answer the prompts greedily, in batches; `progress` receives the number of answers."""
+        longest = max(map(len, prompts)) + self._max_new_tokens
+        size = batch_size(self._manifest, longest, self._memory)
         queue = deque(enumerate(prompts))
         batch: list[RecordedAnswer] = []
         while queue or batch:
-            while queue and len(batch) < BATCH:
+            while queue and len(batch) < size:
                 batch.append(self._begin(*queue.popleft()))
             batch = self._step(batch)
             progress(len(prompts) - len(queue) - len(batch))
@@ -141,6 +148,20 @@ class ExitRecorder:
         return True
 
 
+def batch_size(manifest: Manifest, num_positions: int, memory: int | None) -> int:
+    """Return the number of answers whose caches need at most `memory` bytes with the bundle.
+
+    It is at least 1.
+    """
+    if memory is None:
+        return MAX_BATCH
+    model = manifest.model
+    cached = 2 * model.num_layers * model.num_key_value_heads * model.head_dim
+    answer_bytes = num_positions * cached * FLOAT32_BYTES
+    free = memory - NUM_COPIES * sum(file.num_bytes for file in manifest.files)
+    return min(MAX_BATCH, max(1, free // answer_bytes))
+
+
 def record(
     bundle: Bundle,
     prompts: Sequence[str],
@@ -148,18 +169,20 @@ def record(
     num_threads: int,
     progress: Callable[[int], None] = lambda _: None,
     check: Callable[[int], None] = lambda _: None,
+    memory: int | None = None,
 ) -> Records:
     """Answer the prompts greedily with the full model, and record every exit at every position.
 
     The device's graphs run in ONNX Runtime, the worker's layers in PyTorch, with FP16 hidden states
     between them, as in a fleet. `progress` receives the number of finished answers. `check`
-    receives the number of answers before the first one; its error ends the recording.
+    receives the number of answers before the first one; its error ends the recording. `memory`, in
+    bytes, limits the number of answers at once.
 
     Raises:
         ConfigError: there is no prompt, or none is short enough.
         MissingExtraError: an extra of devices or workers is not installed.
     """
-    recorder = ExitRecorder(bundle, max_new_tokens, num_threads)
+    recorder = ExitRecorder(bundle, max_new_tokens, num_threads, memory)
     prompt_ids = recorder.encode(prompts)
     if not prompt_ids:
         raise ConfigError(

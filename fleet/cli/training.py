@@ -19,7 +19,9 @@ from fleet.cli.options import (
     MAX_ROWS,
     MAX_SEED,
     JsonOption,
+    MemoryOption,
     PlotOption,
+    memory_bytes,
 )
 from fleet.cli.progress import progress_bar, stage_progress
 from fleet.cli.views import numbers_table
@@ -115,6 +117,7 @@ def train(
     max_prompt_tokens: MaxPromptTokensOption = TrainConfig.max_prompt_tokens,
     batch: BatchOption = TrainConfig.batch,
     processes: ProcessesOption = None,
+    memory: MemoryOption = None,
     seed: SeedOption = TrainConfig.seed,
     cache: CacheOption = None,
     as_json: JsonOption = False,
@@ -133,6 +136,7 @@ def train(
         max_prompt_tokens=max_prompt_tokens,
         batch=batch,
         processes=processes,
+        memory=memory,
         seed=seed,
         cache=cache,
     )
@@ -159,6 +163,7 @@ def profile(
     max_new_tokens: NewTokensOption = TrainConfig.max_new_tokens,
     batch: BatchOption = TrainConfig.batch,
     processes: ProcessesOption = None,
+    memory: MemoryOption = None,
     seed: SeedOption = TrainConfig.seed,
     cache: CacheOption = None,
     plot: PlotOption = None,
@@ -184,6 +189,7 @@ def profile(
             max_new_tokens=max_new_tokens,
             batch=batch,
             processes=processes,
+            memory=memory,
             seed=seed,
             cache=cache,
         )
@@ -252,6 +258,7 @@ def write_drawn_prompts(
     count: CountOption = 300,
     model: ModelOption = DEFAULT_MODEL,
     batch: BatchOption = TrainConfig.batch,
+    memory: MemoryOption = None,
     seed: SeedOption = 1,
 ) -> None:
     """Draw prompts from the model itself, for calibration or a test without own prompts."""
@@ -259,12 +266,16 @@ def write_drawn_prompts(
     with needs("export"):
         from onnx_export.training.train import draw_training_prompts
     with progress_bar("drawing", count) as progress:
-        prompts = draw_training_prompts(model, count, seed, batch, progress)
+        prompts = draw_training_prompts(
+            model, count, seed, batch, memory=memory_bytes(memory), progress=progress
+        )
     out.write_text("".join(" ".join(prompt.split()) + "\n" for prompt in prompts), encoding="utf-8")
     print_line(f"{count} prompts in {out}")
 
 
-def run_training(*, cache: Path | None, processes: int | None, **options: Any) -> Records:
+def run_training(
+    *, cache: Path | None, processes: int | None, memory: float | None, **options: Any
+) -> Records:
     """Train with the progress of each stage on stderr."""
     require_packages()
     with needs("export"):
@@ -272,6 +283,7 @@ def run_training(*, cache: Path | None, processes: int | None, **options: Any) -
     config = TrainConfig(
         cache=cache or cache_folder() / "answers",
         processes=processes or len(os.sched_getaffinity(0)),
+        memory=memory_bytes(memory),
         **options,
     )
     with stage_progress() as report:

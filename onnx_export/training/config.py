@@ -26,8 +26,9 @@ class TrainConfig:
 
     `prompts`: files of prompts in addition to those that the model draws itself; may be empty.
     `cache`: folder of the answers. `intermediate`: width of an ``mlp`` head, or 0 for the hidden
-    size. `batch`: most conversations that a process generates at once; it decides the memory.
-    `processes`: number of processes that generate on a CPU.
+    size. `batch`: most conversations that a process generates at once.
+    `processes`: number of processes that generate on a CPU. `memory`: bytes that all of them may
+    use, which decides how many there are and how many conversations each generates at once.
     """
 
     exits: tuple[int, ...]
@@ -43,6 +44,7 @@ class TrainConfig:
     max_new_tokens: int = 128
     batch: int = 192
     processes: int = 1
+    memory: int | None = None
     seed: int = 0
 
     @property

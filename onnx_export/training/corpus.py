@@ -10,25 +10,36 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 import msgspec
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fleet.errors import ConfigError
+from fleet.bundles.instruction_sets import machine_flags
+from fleet.errors import ConfigError, ExportError
 from onnx_export.architecture import eos_token_ids
-from onnx_export.checkpoint import load_tokenizer, load_whole_model
+from onnx_export.checkpoint import load_tokenizer
+from onnx_export.streamed_model import load_whole_model
 from onnx_export.training.config import ANSWER_SHARE
-from onnx_export.training.generation import TENSORS, TOP_K, TrainingAnswers, generate_answers
+from onnx_export.training.generation import (
+    TENSORS,
+    TOP_K,
+    TrainingAnswers,
+    concatenate,
+    generate_answers,
+)
 from onnx_export.training.prompts import ChatFormat, check_yield, generate_prompts, without_repeats
 
 TEMPERATURES: Final = (0.0, 0.0, 0.7)
 """Temperatures of successive shards: mostly the greedy answers of devices, and some variety."""
 FORMAT: Final = 2
+MATRIX_UNIT: Final = "amx_bf16"
+PromptT = TypeVar("PromptT")
 Source = Literal["files", "drawn", "prompts"]
 """The shards' kinds: answers to prompts from files, answers to drawn prompts, drawn prompts."""
 
@@ -67,14 +78,13 @@ class ShardTask:
 
 
 class ShardMaker:
-    """A loaded model that makes shards."""
+    """A loaded model that makes shards, `rows` conversations at once."""
 
-    def __init__(self, config: CorpusConfig) -> None:
+    def __init__(self, config: CorpusConfig, rows: int) -> None:
         self.config = config
-        cuda = torch.cuda.is_available()
-        dtype = torch.bfloat16 if cuda else torch.float32
-        model = load_whole_model(config.source, config.source, dtype=dtype)
-        self.model = model.to("cuda" if cuda else "cpu").eval().requires_grad_(False)
+        self.rows = rows
+        model = load_whole_model(config.source, config.source, generation_dtype())
+        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(config.source, config.source)
         self.chat = ChatFormat.of(self.tokenizer)
         self.ends = eos_token_ids(config.source, model, self.tokenizer)
@@ -86,13 +96,11 @@ class ShardMaker:
             answers = self._answer(task, generator)
             write_whole(task.path, lambda path: save_answers(answers, path))
         else:
-            prompts = generate_prompts(
-                self.model,
-                self.tokenizer,
-                self.chat,
-                2 * self.config.batch,
-                generator,
-            )
+            prompts: list[str] = []
+            for rows in batches(range(2 * self.config.batch), self.rows):
+                prompts += generate_prompts(
+                    self.model, self.tokenizer, self.chat, len(rows), generator
+                )
             content = msgspec.json.encode(prompts)
             write_whole(task.path, lambda path: path.write_bytes(content))
 
@@ -100,15 +108,26 @@ class ShardMaker:
         ids = self.tokenizer(list(task.prompts), add_special_tokens=False)["input_ids"]
         before = list(self.chat.before)
         after = list(self.chat.after)
-        return generate_answers(
-            self.model,
-            [before + prompt_ids + after for prompt_ids in ids],
-            layers=task.layers,
-            ends=self.ends,
-            max_new_tokens=self.config.max_new_tokens,
-            temperature=task.temperature,
-            generator=generator,
-        )
+        rows = [before + prompt_ids + after for prompt_ids in ids]
+        answers = [
+            generate_answers(
+                self.model,
+                some,
+                layers=task.layers,
+                ends=self.ends,
+                max_new_tokens=self.config.max_new_tokens,
+                temperature=task.temperature,
+                generator=generator,
+            )
+            for some in batches(rows, self.rows)
+        ]
+        return concatenate(answers)
+
+
+def generation_dtype() -> torch.dtype:
+    """Return bfloat16 for CUDA and for processors with a matrix unit for it, else float32."""
+    is_fast = torch.cuda.is_available() or MATRIX_UNIT in machine_flags()
+    return torch.bfloat16 if is_fast else torch.float32
 
 
 class Corpus:
@@ -239,7 +258,7 @@ def corpus_key(config: CorpusConfig, file_prompts: Sequence[str], fingerprint: s
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def batches(prompts: Sequence[str], size: int) -> list[tuple[str, ...]]:
+def batches(prompts: Sequence[PromptT], size: int) -> list[tuple[PromptT, ...]]:
     """Return the prompts in tuples of `size`; the last one may be shorter."""
     return [tuple(prompts[i : i + size]) for i in range(0, len(prompts), size)]
 
@@ -253,12 +272,12 @@ def shard_seed(seed: int, index: int, source: Source) -> int:
 _maker: ShardMaker  # in a process of the pool, once it has started
 
 
-def start_maker(config: CorpusConfig) -> None:
+def start_maker(config: CorpusConfig, rows: int) -> None:
     """Load the model in a process of the pool, with one thread; it ends with its parent."""
     global _maker
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    _maker = ShardMaker(config)
+    _maker = ShardMaker(config, rows)
 
 
 def end_with_parent() -> None:
@@ -284,10 +303,12 @@ class ShardMakerPool:
         self,
         config: CorpusConfig,
         processes: int,
-        on_start: Callable[[int], None] = lambda _: None,
+        rows: int,
+        on_start: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_start` receives the number of processes before the first shard is made."""
+        """Each process generates `rows` at once; `on_start` is called before the first shard."""
         self._config = config
+        self._rows = rows
         self._on_start = on_start
         self.processes = 1 if torch.cuda.is_available() else processes
         self._pool: ProcessPoolExecutor | None = None
@@ -307,22 +328,29 @@ class ShardMakerPool:
         if not missing:
             return
         if self._maker is None and self._pool is None:
-            self._on_start(self.processes)
+            self._on_start()
         if self.processes == 1:
             self._make_here(missing)
             return
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.processes, context, start_maker, (self._config,))
-        for future in [self._pool.submit(run_task, task) for task in missing]:
-            future.result()
+            arguments = (self._config, self._rows)
+            self._pool = ProcessPoolExecutor(self.processes, context, start_maker, arguments)
+        try:
+            for future in [self._pool.submit(run_task, task) for task in missing]:
+                future.result()
+        except BrokenProcessPool:
+            raise ExportError(
+                "a process that generates answers was ended, for lack of memory perhaps; give a "
+                "smaller --memory or --batch: the answers so far are kept"
+            ) from None
 
     def _make_here(self, tasks: Sequence[ShardTask]) -> None:
         """Make shards in this process, with one thread as in a process of the pool."""
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            self._maker = self._maker or ShardMaker(self._config)
+            self._maker = self._maker or ShardMaker(self._config, self._rows)
             for task in tasks:
                 self._maker.make(task)
         finally:

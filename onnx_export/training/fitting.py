@@ -20,6 +20,8 @@ from onnx_export.training.generation import TrainingAnswers, causal_mask, unrepe
 from onnx_export.variants import logit_cap, state_scale
 
 RIDGE = 1e-3
+ROWS = 128
+"""Rows of logits that are in memory at once: all of a vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,8 +247,10 @@ def evaluate_head(
     for batch in conversations.split(8):
         chosen = batch.tolist()
         out = runner.forward(head, exit_layer, chosen)
-        logits = bounded(nn.functional.linear(out, lm_head), logit_cap(model.config))
-        best, ids = logits.softmax(-1).max(-1)
-        confidence.append(best)
-        agrees.append(ids == answers.top_ids[runner.rows(chosen), 0])
+        best_ids = answers.top_ids[runner.rows(chosen), 0]
+        for rows, expected in zip(out.split(ROWS), best_ids.split(ROWS), strict=True):
+            logits = bounded(nn.functional.linear(rows, lm_head), logit_cap(model.config))
+            best, ids = logits.max(-1)
+            confidence.append((best - logits.logsumexp(-1)).exp())
+            agrees.append(ids == expected)
     return torch.cat(confidence), torch.cat(agrees)

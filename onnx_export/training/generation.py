@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -206,15 +206,36 @@ def generate_answers(
             final = batch.forward()
             buffers.add_hidden(batch, captured)
             logits = bounded(model.lm_head(final).float(), logit_cap(model.config))
-            top = logits.topk(TOP_K, -1)
+            top = best_tokens(model, final, logits)
             buffers.add_step(batch, step, final, top, logits.logsumexp(-1, keepdim=True))
-            token_ids = sample_tokens(logits, temperature, generator, top.indices[:, 0])
+            token_ids = sample_tokens(logits, temperature, generator, top.ids[:, 0])
             batch.live = batch.live & ~torch.isin(token_ids, stop)
             if not batch.live.any() or step == max_new_tokens - 1:
                 break
             buffers.add_tokens(batch, step, token_ids)
             batch.append(token_ids)
     return buffers.result()
+
+
+class BestTokens(NamedTuple):
+    """The best tokens of rows, best first: `ids` [rows, k], and their `logits` [rows, k]."""
+
+    ids: Tensor
+    logits: Tensor
+
+
+def best_tokens(model: Any, final: Tensor, logits: Tensor) -> BestTokens:
+    """Return the `TOP_K` best tokens of logits [rows, vocab], which `final` [rows, hidden] gave.
+
+    Logits of 16 bits have many ties, so those of twice as many tokens are computed in float32.
+    """
+    if model.dtype == torch.float32:
+        top = logits.topk(TOP_K, -1)
+        return BestTokens(top.indices, top.values)
+    ids = logits.topk(min(2 * TOP_K, logits.shape[-1]), -1).indices
+    exact = (model.lm_head.weight[ids].float() @ final.float()[:, :, None])[:, :, 0]
+    top = bounded(exact, logit_cap(model.config)).topk(TOP_K, -1)
+    return BestTokens(ids.gather(1, top.indices), top.values)
 
 
 class AnswerBuffers:
@@ -246,13 +267,13 @@ class AnswerBuffers:
             self.hidden[layer][rows, start:end] = states.to("cpu", torch.float16)
 
     def add_step(
-        self, batch: GenerationBatch, step: int, final: Tensor, top: Any, log_sum: Tensor
+        self, batch: GenerationBatch, step: int, final: Tensor, top: BestTokens, log_sum: Tensor
     ) -> None:
         """Store a step's final states and best tokens, before its tokens are chosen."""
         rows = batch.rows.cpu()
-        logprobs = top.values - log_sum
+        logprobs = top.logits - log_sum
         self.finals[rows, step] = final.to("cpu", torch.float16)
-        self.top_ids[rows, step] = top.indices.to("cpu", torch.int32)
+        self.top_ids[rows, step] = top.ids.to("cpu", torch.int32)
         self.top_logprobs[rows, step] = logprobs.to("cpu", torch.float16)
         self.last[rows[batch.live.cpu()]] = self.width + step
 

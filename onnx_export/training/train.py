@@ -15,12 +15,7 @@ from fleet.errors import ConfigError
 from fleet.exits.records import Records
 from fleet.utils.prompt_file import read_prompts
 from onnx_export.architecture import check_exits, check_model
-from onnx_export.checkpoint import (
-    load_config,
-    load_tokenizer,
-    load_whole_model,
-    resolve_model,
-)
+from onnx_export.checkpoint import load_config, load_tokenizer, resolve_model
 from onnx_export.heads import (
     ExitHead,
     HeadsFile,
@@ -28,12 +23,13 @@ from onnx_export.heads import (
     new_head,
     save_heads,
 )
+from onnx_export.streamed_model import load_whole_model
 from onnx_export.training.config import TrainConfig
 from onnx_export.training.corpus import Corpus, CorpusConfig, ShardMakerPool, load_answers
 from onnx_export.training.fitting import FitConfig, evaluate_head, fit_by_gradient, fit_ridge
 from onnx_export.training.generation import TrainingAnswers, concatenate
-from onnx_export.training.memory import generation_bytes, memory_line
-from onnx_export.training.prompts import draw_many
+from onnx_export.training.memory import loaded_bytes, plan_generation
+from onnx_export.training.prompts import MAX_DRAWN_TOKENS, draw_many
 from onnx_export.variants import state_scale
 
 HELD_OUT: Final = 20  # every n-th conversation is not trained on
@@ -96,19 +92,35 @@ def record_heads(
 
 
 def draw_training_prompts(
-    name: str, count: int, seed: int, batch: int, progress: Callable[[int], None] = lambda _: None
+    name: str,
+    count: int,
+    seed: int,
+    batch: int,
+    memory: int | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
     """Return different prompts that a model puts into an empty user turn.
 
-    `progress` receives the number so far.
+    `batch` are drawn at once, or fewer where `memory` bytes need it. `progress` receives the number
+    so far.
 
     Raises:
+        ConfigError: the memory is not enough for one.
         ExportError: the model cannot be exported, or puts no prompts there.
     """
     source = resolve_model(name)
     model = load_frozen_model(source, name)
     tokenizer = load_tokenizer(source, name)
-    return draw_many(model, tokenizer, count=count, seed=seed, batch=batch, progress=progress)
+    config = CorpusConfig(
+        source=source,
+        layers=(),
+        seed=seed,
+        max_prompt_tokens=0,
+        max_new_tokens=MAX_DRAWN_TOKENS,
+        batch=batch,
+    )
+    plan = plan_generation(model.config, model.num_parameters(), config, processes=1, memory=memory)
+    return draw_many(model, tokenizer, count=count, seed=seed, batch=plan.rows, progress=progress)
 
 
 def load_frozen_model(source: str, name: str) -> Any:
@@ -118,8 +130,7 @@ def load_frozen_model(source: str, name: str) -> Any:
         ExportError: it cannot be loaded or exported.
     """
     check_model(load_config(source, name))
-    model = load_whole_model(source, name, dtype=torch.float32)
-    return model.eval().requires_grad_(False)
+    return load_whole_model(source, name)
 
 
 def collect_answers(
@@ -139,14 +150,20 @@ def collect_answers(
     def report(done: int) -> None:
         progress("answering", done, config.tokens)
 
-    def report_memory(processes: int) -> None:
-        needed = generation_bytes(model.config, model.num_parameters(), corpus_config)
-        progress(memory_line(needed, processes), 0, 0)
-
+    plan = plan_generation(
+        model.config,
+        model.num_parameters(),
+        corpus_config,
+        processes=config.processes,
+        memory=config.memory,
+        own_bytes=loaded_bytes(model.num_parameters()),
+    )
     try:
         with (
             FileLock(corpus.folder / ".lock", timeout=0),
-            ShardMakerPool(corpus_config, config.processes, report_memory) as makers,
+            ShardMakerPool(
+                corpus_config, plan.processes, plan.rows, lambda: progress(plan.line, 0, 0)
+            ) as makers,
         ):
             shards = corpus.fill(config.tokens, makers, report)
     except Timeout:
@@ -213,7 +230,7 @@ def describe_training(config: TrainConfig, num_tokens: int, records: Records) ->
     The description has the options by name, the prompts by hash, and the held-out agreement.
     """
     description = {key: str(value) for key, value in asdict(config).items()}
-    for key in ("out", "cache", "processes"):
+    for key in ("out", "cache", "processes", "memory"):
         del description[key]
     description["prompts"] = " ".join(path.name for path in config.prompts)
     description["tokens"] = str(num_tokens)

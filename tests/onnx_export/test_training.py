@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +20,13 @@ from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fleet.bundles.decoder_variants import bounded
 from fleet.errors import ConfigError, ExportError
 from onnx_export.heads import HeadKind, load_heads, new_head
+from onnx_export.streamed_model import load_whole_model
+from onnx_export.training import corpus, fitting, train
 from onnx_export.training.config import TrainConfig
+from onnx_export.training.corpus import CorpusConfig
 from onnx_export.training.fitting import (
     FitConfig,
     HeadRunner,
@@ -30,10 +38,12 @@ from onnx_export.training.fitting import (
 )
 from onnx_export.training.generation import (
     TrainingAnswers,
+    best_tokens,
     concatenate,
     generate_answers,
     generate_texts,
 )
+from onnx_export.training.memory import generation_bytes, loaded_bytes, plan_generation
 from onnx_export.training.prompts import (
     ChatFormat,
     check_yield,
@@ -117,6 +127,22 @@ def test_a_stored_answer_equals_the_models_output_for_it_alone(
             answers.top_logprobs[rows].float(), best.values, rtol=1e-2, atol=1e-2
         )
         assert answers.top_ids[rows][:-1, 0].tolist() == ids[positions.start - start + 1 :].tolist()
+
+
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_the_best_tokens_of_a_model_in_16_bits_are_those_of_exact_logits(
+    cap: float | None, tiny_checkpoint: Path
+) -> None:
+    model = load_whole_model(str(tiny_checkpoint), "tiny", torch.bfloat16)
+    model.config.final_logit_softcapping = cap
+    generator = torch.Generator().manual_seed(4)
+    final = (torch.randn(2000, 64, generator=generator) * 4).bfloat16()
+    coarse = bounded(model.lm_head(final).float(), cap)
+    exact = bounded(final.float() @ model.lm_head.weight.float().T, cap)
+    top = best_tokens(model, final, coarse)
+    assert torch.equal(top.ids[:, 0], exact.argmax(-1))
+    assert not torch.equal(top.ids[:, 0], coarse.argmax(-1))
+    torch.testing.assert_close(top.logits, exact.gather(1, top.ids), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["mistral-window", "gemma2", "gemma3"])
@@ -300,6 +326,20 @@ def test_training_brings_each_kind_of_head_nearer_to_the_full_model(
     assert after > before + 0.1
 
 
+def test_a_head_is_judged_a_few_rows_at_a_time(
+    model: Any, answers: TrainingAnswers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = new_head("shared", model, 3)
+    everything = torch.arange(len(answers))
+    whole = evaluate_head(head, 3, model, answers, everything)
+    monkeypatch.setattr(fitting, "ROWS", 5)
+    confidence, agrees = evaluate_head(head, 3, model, answers, everything)
+    torch.testing.assert_close(confidence, whole[0])
+    assert torch.equal(agrees, whole[1])
+    logits = model.lm_head(HeadRunner(model, answers).forward(head, 3, everything.tolist()))
+    torch.testing.assert_close(confidence, logits.softmax(-1).max(-1).values)
+
+
 def test_a_head_does_not_depend_on_the_others_in_training(
     model: Any, answers: TrainingAnswers
 ) -> None:
@@ -439,9 +479,57 @@ def test_few_tokens_take_few_answers(tmp_path: Path, brief_checkpoint: Path) -> 
     assert sum(len(shard["lengths"]) for shard in shards) <= 40
     assert sum(len(shard["final"]) for shard in shards) >= 150
     memory = next(stage for stage, _, total in stages if total == 0)
-    assert "processes that generate answers: 2; memory of each: up to 0.4 GB" in memory
+    expected = "processes that generate answers: 2; memory of each: up to 0.4 GB for 10 conv"
+    assert memory.startswith(expected)
     (first_answers, *_) = (done for stage, done, _ in stages if stage == "answering" and done)
     assert stages.index((memory, 0, 0)) < stages.index(("answering", first_answers, 150))
+
+
+def test_little_memory_gives_fewer_processes_then_fewer_rows(model: Any) -> None:
+    config = CorpusConfig(
+        source="tiny", layers=(1,), seed=0, max_prompt_tokens=64, max_new_tokens=64, batch=64
+    )
+    size = model.num_parameters()
+    needed = partial(generation_bytes, model.config, size, config)
+    own = loaded_bytes(size)
+
+    def planned(memory: int | None) -> tuple[int, int]:
+        plan = plan_generation(
+            model.config, size, config, processes=4, memory=memory, own_bytes=own
+        )
+        assert memory is None or own + plan.processes * plan.num_bytes <= memory
+        return plan.processes, plan.rows
+
+    assert planned(None) == planned(own + 4 * needed(64)) == (4, 64)
+    assert planned(own + 4 * needed(20)) == (4, 20)
+    assert planned(own + 4 * needed(4)) == (3, 64)
+    assert planned(own + needed(1)) == (1, 1)
+    with pytest.raises(ConfigError, match=r"at least 0\.8 GB of memory.* give --memory 0\.8"):
+        planned(own + needed(0))
+
+
+def test_a_shard_is_whole_however_few_rows_are_generated_at_once(
+    tmp_path: Path, brief_checkpoint: Path
+) -> None:
+    plan = partial(plan_generation, processes=1, memory=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "plan_generation", lambda *args, **_: replace(plan(*args), rows=3))
+        train_heads(tiny_config(tmp_path, brief_checkpoint, tokens=150, processes=1))
+    (drawn, *_) = tmp_path.rglob("drawn-*.json")
+    (shard, *_) = sorted(tmp_path.rglob("answers-*.safetensors"))
+    assert len(json.loads(drawn.read_bytes())) > 3
+    assert len(load_file(shard)["lengths"]) == 10
+
+
+def test_a_process_that_is_ended_is_reported_in_one_line(
+    tmp_path: Path, brief_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
+    monkeypatch.setattr(corpus, "start_maker", lambda *_: os._exit(9))
+    config = tiny_config(tmp_path, brief_checkpoint, tokens=150)
+    with pytest.raises(ExportError, match=r"was ended, for lack of memory .*--memory or --batch"):
+        train_heads(config)
 
 
 def test_answers_to_drawn_prompts_serve_runs_with_other_files(

@@ -16,7 +16,7 @@ from edge_agent.config import AgentConfig
 from fleet.bundles.calibration_file import keep_calibration, read_calibration, write_calibrated
 from fleet.bundles.manifest import Bundle, hash_file
 from fleet.cli.heads import cached_recording, load_or_record
-from fleet.cli.record_exits import record
+from fleet.cli.record_exits import ExitRecorder, batch_size, record
 from fleet.errors import ConfigError
 from fleet.exits.calibration import answer_losses, calibrate
 from fleet.exits.records import Records
@@ -38,6 +38,22 @@ TARGET = 0.9
 def prompts(first: int, count: int) -> list[str]:
     """Prompts of a few numbers, all different."""
     return [f"{i * 7919 % 10_007} {i * 104_729 % 9973} {i}" for i in range(first, first + count)]
+
+
+def test_little_memory_records_fewer_answers_at_once(tiny_bundle: Bundle) -> None:
+    manifest = tiny_bundle.manifest
+    halves = 2 * sum(file.num_bytes for file in manifest.files)
+    answer = 100 * 2 * 4 * 2 * 16 * 4  # positions, keys and values, layers, heads, float32
+    assert batch_size(manifest, 100, None) == batch_size(manifest, 100, halves + 99 * answer) == 32
+    assert batch_size(manifest, 100, halves + 5 * answer) == 5
+    assert batch_size(manifest, 100, 0) == 1
+    ids = [[5, 6, 7], [8, 9], [10], [11, 12]]
+    whole, halved = (
+        ExitRecorder(tiny_bundle, 4, num_threads=1, memory=memory).record(ids, lambda _: None)
+        for memory in (None, 0)
+    )
+    np.testing.assert_allclose(whole.confidence, halved.confidence, rtol=1e-4)
+    np.testing.assert_array_equal(whole.answer, halved.answer)
 
 
 @pytest.fixture(scope="module")
