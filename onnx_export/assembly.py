@@ -27,7 +27,7 @@ from onnx_export.partition import (
     rotary_tables,
     trace_module,
 )
-from onnx_export.quantize import quantize, quantize_preview
+from onnx_export.quantize import PREVIEW_BITS, quantize, quantize_preview
 from onnx_export.streamed_model import StreamedModel
 from onnx_export.variants import logit_cap
 from onnx_export.weights import EMBEDDING
@@ -62,6 +62,7 @@ class Assembly:
     """The writer of the quantised graphs of one model.
 
     Layers' weights named in `raised` have 8 bits, as then has the layer of an exit head.
+    `preview_bits` are those of the LM head's first step.
     `traces` are the graphs of layers without weights, for a second writing with other bits.
     `write_block` and `write_lm_head` return whether the graph, except for the head, was in the
     cache.
@@ -72,6 +73,7 @@ class Assembly:
     quantization: Quantization
     cache: GraphCache
     raised: frozenset[str] = frozenset()
+    preview_bits: int = PREVIEW_BITS
     traces: dict[tuple[int, int], bytes] = field(default_factory=dict)
 
     def write_block(self, layers: tuple[int, int], head: ExitHead, path: Path) -> bool:
@@ -91,8 +93,9 @@ class Assembly:
             path,
             {"lm_head.weight": in_memory(self.model.skeleton.lm_head.weight)},
             lambda: export_lm_head(self.info, top_k, self.table_dtype, cap),
-            quantize_preview,
+            partial(quantize_preview, bits=self.preview_bits),
             part="lm_head",
+            bits=self.preview_bits,
             top_k=top_k,
             table=self.table_dtype,
             cap=cap,

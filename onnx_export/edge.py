@@ -25,8 +25,10 @@ MAX_CHOICES: Final = 2
 """Choices of products for 8 bits, before all of them have 8 bits."""
 NEXT_SHARE: Final = 0.25
 """Share of the scores that a choice leaves, relative to the one before."""
-RAISING: Final = ("hidden", "same_as_pytorch")
-"""Kinds of figures that more bits improve."""
+RAISING: Final = frozenset(("hidden", "same_as_pytorch"))
+"""Kinds of figures that more bits in the layers improve."""
+PREVIEWING: Final = frozenset(("logprob", "top1"))
+"""Kinds of figures that more bits in the LM head's first step improve."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +53,20 @@ class Edge:
     def write(self) -> dict[str, float]:
         """Write the graphs and return their figures of parity.
 
-        ``balanced`` has 4 bits first, then 8 bits for the most sensitive products, and at last for
-        all of them, until the figures are within their limits.
+        ``balanced`` has 4 bits first, then 8 bits in the LM head's first step if its figures need
+        them, then for the most sensitive products, and at last for all of them, until the figures
+        are within their limits.
         """
         figures = self._write(())
+        if not self._failing(figures) & PREVIEWING:
+            return self._write_products(figures)
+        self.progress("8 bits for the LM head's first step, which chooses candidates")
+        shutil.rmtree(self.folder)
+        finer = replace(self, assembly=replace(self.assembly, preview_bits=8))
+        return finer._write_products(finer._write(()))
+
+    def _write_products(self, figures: dict[str, float]) -> dict[str, float]:
+        """Write the graphs again, with 8 bits for products, while `figures` need them."""
         if not self._needs_bits(figures):
             return figures
         self.progress("measuring the error that 4 bits cause in each product")
@@ -105,10 +117,15 @@ class Edge:
         return min(figures[self._deepest], figures[parity.WHOLE])
 
     def _needs_bits(self, figures: Mapping[str, float]) -> bool:
-        """Return whether figures are outside their limits, and all of those need more bits."""
+        """Return whether more bits in the layers improve all figures outside their limits."""
+        kinds = self._failing(figures)
+        return bool(kinds) and kinds <= RAISING
+
+    def _failing(self, figures: Mapping[str, float]) -> set[str]:
+        """Return the kinds of figures outside their limits; other presets do not mend any."""
         names = parity.outside_limits(figures, self.limits)
-        kinds = {parity.figure_kind(name) for name in names}
-        return self.config.quantization == "balanced" and bool(kinds) and kinds <= set(RAISING)
+        is_mended = self.config.quantization == "balanced"
+        return {parity.figure_kind(name) for name in names} if is_mended else set()
 
 
 def write_edge(

@@ -29,6 +29,7 @@ from onnx_export.fusion import ATTENTION, MICROSOFT, Graph
 from onnx_export.graph_weights import Array, Floats, Weight
 from onnx_export.grid import BLOCK_SIZE, Bytes, Grid, needs_bytes
 
+PREVIEW_BITS: Final = 4
 PREVIEW_BLOCK_SIZE: Final = 64
 FLOAT_COMPUTE: Final = 1  # accuracy levels of MatMulNBits: float32 inputs and sums
 INT8_COMPUTE: Final = 4  # int8 inputs, rounded block by block, and int32 sums
@@ -51,11 +52,11 @@ def quantize(graph: Graph, preset: Quantization, raised: frozenset[str] = frozen
     return quantize_symmetric(graph, bits=8, block_size=BLOCK_SIZE)
 
 
-def quantize_preview(graph: Graph, preset: Quantization) -> Graph:
-    """Quantise the LM head's product, which only chooses tokens, to 4 bits, except for ``fp32``."""
+def quantize_preview(graph: Graph, preset: Quantization, bits: int = PREVIEW_BITS) -> Graph:
+    """Quantise the LM head's product, which only chooses tokens, except for ``fp32``."""
     if preset == "fp32":
         return graph
-    return quantize_symmetric(graph, bits=4, block_size=PREVIEW_BLOCK_SIZE)
+    return quantize_symmetric(graph, bits=bits, block_size=PREVIEW_BLOCK_SIZE)
 
 
 def quantize_symmetric(graph: Graph, *, bits: int, block_size: int) -> Graph:

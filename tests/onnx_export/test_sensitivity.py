@@ -113,6 +113,22 @@ def test_an_export_raises_bits_until_the_agreement_is_met(tmp_path: Path) -> Non
     assert f"{figures['bits']:.3g} bits a weight" in steps[-1]
 
 
+def test_an_lm_head_that_is_too_coarse_has_8_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {**parity.LIMITS["balanced"], "logprob": 0.01}
+    monkeypatch.setattr(parity, "LIMITS", {**parity.LIMITS, "balanced": limits})
+    model = make_tiny_checkpoint(tmp_path / "model")
+    lines: list[str] = []
+    out = tmp_path / "bundle"
+    options = ExportConfig(out=out, exits=(2,), model=str(model), exit_head="shared", top_k=4)
+    export_bundle(options, lines.append)
+    (line,) = [line for line in lines if "LM head's first step" in line]
+    assert line.startswith("8 bits for ")
+    figures = read_manifest(out).parity
+    assert max(figures["logprob.2"], figures["lm_head.logprob"]) <= 0.01
+
+
 def test_a_limit_that_more_bits_do_not_meet_fails_with_what_was_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
