@@ -75,6 +75,14 @@ def constrained(context: typer.Context) -> None:
     _run(constrained_app, context)
 
 
+@app.command(context_settings=PASS_ON)
+def links(context: typer.Context) -> None:
+    """Compare the modes of a bundle with its whole model elsewhere, over several links."""
+    with needs("edge,export,server,worker"):
+        from benchmarks.links import app as links_app
+    _run(links_app, context)
+
+
 def _run(benchmark: typer.Typer, context: typer.Context) -> None:
     name = f"fleet bench {context.command.name}"
     benchmark(args=context.args, prog_name=name, standalone_mode=False)

@@ -22,7 +22,8 @@ from onnx_export.checkpoint import (
     download_wheel,
 )
 
-PACKAGES: Final = ("xllamacpp==2026.10.11549", "onnxruntime-genai==0.18.0", "onnxruntime==1.32.0")
+LLAMA_CPP: Final = "xllamacpp==2026.10.11549"
+PACKAGES: Final = (LLAMA_CPP, "onnxruntime-genai==0.18.0", "onnxruntime==1.32.0")
 BUILDER_PACKAGES: Final = (
     "torch==2.13.0",
     "transformers==5.23.0",
@@ -46,7 +47,8 @@ def peers(threads: int, progress: Progress) -> dict[tuple[str, str], list[str]]:
         FleetError: they cannot be installed, or a model cannot be made.
     """
     folder = cache_folder() / "bench" / f"peers-{peers_key()}"
-    python = environment(folder / "environment", progress) / "bin" / "python"
+    packages = (*PACKAGES, *BUILDER_PACKAGES)
+    python = environment(folder / "environment", packages, progress)
     models = {("llama.cpp", "Q4_1"): ("llama_cpp", gguf(folder / "gguf", progress))}
     for preset in GENAI_PRESETS:
         models["onnxruntime-genai", preset] = (
@@ -54,17 +56,26 @@ def peers(threads: int, progress: Progress) -> dict[tuple[str, str], list[str]]:
             genai_model(folder / f"genai-{preset}", preset, python, progress),
         )
     return {
-        key: [
-            str(python),
-            "-m",
-            f"benchmarks.drivers.{driver}",
-            "--model",
-            str(model),
-            "--threads",
-            str(threads),
-        ]
+        key: driver_command(python, driver, model, threads)
         for key, (driver, model) in models.items()
     }
+
+
+def llama_cpp(model: Path, threads: int, progress: Progress) -> list[str]:
+    """Return the command of llama.cpp's driver for a GGUF file; the first call installs it.
+
+    Raises:
+        FleetError: it cannot be installed.
+    """
+    folder = cache_folder() / "bench" / LLAMA_CPP.replace("==", "-")
+    python = environment(folder, (LLAMA_CPP,), progress)
+    return driver_command(python, "llama_cpp", model.absolute(), threads)
+
+
+def driver_command(python: Path, driver: str, model: Path, threads: int) -> list[str]:
+    """Return the command of a peer's driver in the environment of `python`."""
+    options = ["--model", str(model), "--threads", str(threads)]
+    return [str(python), "-m", f"benchmarks.drivers.{driver}", *options]
 
 
 def peers_key() -> str:
@@ -73,12 +84,12 @@ def peers_key() -> str:
     return hashlib.sha256(" ".join(whole).encode()).hexdigest()[:16]
 
 
-def environment(folder: Path, progress: Progress) -> Path:
-    """Make a virtual environment with the peers and the dependencies of their model builder."""
+def environment(folder: Path, packages: Sequence[str], progress: Progress) -> Path:
+    """Return the Python of a virtual environment with `packages`, which is made once."""
     if not folder.exists():
         with staged(folder, progress) as partial:
             progress(
-                f"installing {', '.join(PACKAGES)} into a separate environment "
+                f"installing {', '.join(packages)} into a separate environment "
                 "(once, a few minutes)"
             )
             call(
@@ -94,8 +105,8 @@ def environment(folder: Path, progress: Progress) -> Path:
                 "--quiet",
                 "--disable-pip-version-check",
             ]
-            call("install the peers", [*pip, *PACKAGES, *BUILDER_PACKAGES], INSTALL_TIMEOUT_S)
-    return folder
+            call("install the peers", [*pip, *packages], INSTALL_TIMEOUT_S)
+    return folder / "bin" / "python"
 
 
 def gguf(folder: Path, progress: Progress) -> Path:

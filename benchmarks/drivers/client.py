@@ -36,7 +36,7 @@ from fleet.errors import FleetError
 from fleet.identity.identity import Identity
 from fleet.protocol import topics
 from fleet.protocol.modes import CLOUD
-from fleet.protocol.prompt import ChatMessage
+from fleet.protocol.prompt import PromptRequest
 from fleet.protocol.report import WorkerStatus, decode_status
 from fleet.transport.base import Transport
 from fleet.transport.mqtt import MqttTransport
@@ -187,7 +187,7 @@ class ClientDriver:
         }
 
     def _encode(self, prompt: str) -> list[int]:
-        return self._tokenizer.encode_chat([ChatMessage("user", prompt)])
+        return self._tokenizer.encode(PromptRequest(prompt=prompt))
 
 
 def to_json(answer: DriverAnswer) -> dict[str, Any]:

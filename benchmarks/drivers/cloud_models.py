@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 import numpy as np
+from transformers import AutoConfig
 
 from benchmarks.drivers.wire import Hidden, Prompt, Rows, ToCloud
 from benchmarks.engines import EngineProcess
@@ -14,6 +15,7 @@ from cloud_broker_worker.worker.kv_pool import KvLease
 from cloud_broker_worker.worker.upper_layers import Chunk, UpperLayers
 from fleet.bundles.manifest import Bundle
 from fleet.errors import ProtocolError
+from onnx_export.variants import embedding_scale, state_scale
 
 POOL_BYTES: Final = 1 << 34
 
@@ -69,6 +71,8 @@ class WholeCloudModel(_Layers):
         """`bundle` has every layer; `embedding` is a file [vocab, hidden]."""
         super().__init__(bundle)
         self._embedding = np.load(embedding, mmap_mode="r")
+        config = AutoConfig.from_pretrained(bundle.folder / "cloud")
+        self._scale = embedding_scale(config) / state_scale(config)
 
     def answer(self, session: str, message: ToCloud) -> Iterator[int]:
         if not isinstance(message, Prompt):
@@ -76,7 +80,8 @@ class WholeCloudModel(_Layers):
         lease = self._begin(len(message.token_ids) + message.max_new_tokens)
         token_ids: Sequence[int] = message.token_ids
         for _ in range(message.max_new_tokens):
-            token_id = self._next(lease, self._embedding[list(token_ids)].astype(np.float16))
+            rows = self._embedding[list(token_ids)] * np.float32(self._scale)
+            token_id = self._next(lease, rows.astype(np.float16))
             yield token_id
             token_ids = [token_id]
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from benchmarks.partitions import CloudPartitions
+from benchmarks.peers import llama_cpp, peers
 from fleet.bundles.manifest import Bundle
 from onnx_export.bundle import export_bundle
-from onnx_export.checkpoint import cache_folder
+from onnx_export.checkpoint import cache_folder, is_gguf
 from onnx_export.config import DEFAULT_MODEL, ExportConfig
 from onnx_export.fingerprints import source_digest
+
+PeerName = tuple[str, str]
+LLAMA_CPP: Final[PeerName] = ("llama.cpp", "Q4_1")
+GENAI: Final[PeerName] = ("onnxruntime-genai", "int4")
 
 
 class PaperModels:
@@ -34,6 +40,15 @@ class PaperModels:
         self._model = model
         self._heads = heads
         self._folder = folder or cache_folder() / "bench" / source_digest()[:16]
+
+    def peers(self) -> dict[PeerName, list[str]]:
+        """Return the commands of other projects' engines, each with one thread.
+
+        For a model in a GGUF file it is llama.cpp alone.
+        """
+        if is_gguf(self._model):
+            return {LLAMA_CPP: llama_cpp(Path(self._model), 1, self._progress)}
+        return peers(1, self._progress)
 
     def whole(self) -> Bundle:
         """Return every layer in float32, for the cloud."""

@@ -23,10 +23,9 @@ import torch
 from benchmarks.drivers.answer import DriverAnswer, Stopwatch
 from benchmarks.engines import EngineProcess
 from benchmarks.paper.cloud_side import BaselineSide, CloudSide, WorkerSide
-from benchmarks.paper.models import PaperModels
+from benchmarks.paper.models import GENAI, LLAMA_CPP, PaperModels
 from benchmarks.paper.rows import Link, Traffic
 from benchmarks.paper.systems import SYSTEMS, Cloud, Device, System
-from benchmarks.peers import peers
 from benchmarks.processes import cpu_s, energy_j, started_on, two_cores
 from cloud_broker_worker.broker.mosquitto import find_mosquitto
 from edge_agent.engine.tokenizer import ChatTokenizer
@@ -34,7 +33,7 @@ from fleet.bundles.manifest import Bundle
 from fleet.errors import ConfigError, FleetError
 from fleet.identity.identity import Identity
 from fleet.protocol.access import Role
-from fleet.protocol.prompt import ChatMessage
+from fleet.protocol.prompt import PromptRequest
 from fleet.server.child_process import child
 from fleet.server.home import EMBEDDED, MOSQUITTO, WORKER, FleetConfig, FleetHome
 from fleet.server.supervisor import server_processes
@@ -45,7 +44,7 @@ LOOPBACK: Final = Link()
 QUIET_S: Final = 0.1  # without a byte on a link, in addition to its round trip
 QUIET_TIMEOUT_S: Final = 20.0
 ENDING_S: Final = 1.0  # from the reset of a connection to the end of its process
-PEER_NAMES: Final = {"llama.cpp": ("llama.cpp", "Q4_1"), "genai": ("onnxruntime-genai", "int4")}
+PEER_NAMES: Final = {"llama.cpp": LLAMA_CPP, "genai": GENAI}
 WORKERS: Final[dict[Cloud, str]] = {
     "worker": WORKER,
     "whole": "cloud-whole",
@@ -126,7 +125,7 @@ class Rig:
         devices = list(dict.fromkeys(system.device for system in self._systems))
         clouds = list(dict.fromkeys(system.cloud for system in self._systems if system.cloud))
         if any(name in PEER_NAMES for name in (*devices, *clouds)):
-            self._peers = peers(1, self._progress)
+            self._peers = self._models.peers()
         whole = self._models.whole() if "whole" in clouds else None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-paper-")))
         bundle = str(self._models.bundle.folder)
@@ -300,7 +299,7 @@ class Rig:
 
     def _ask_peer(self, device: EngineProcess, prompt: str, max_new_tokens: int) -> DriverAnswer:
         model = self._models.bundle.manifest.model
-        prompt_ids = self._tokenizer.encode_chat([ChatMessage("user", prompt)])
+        prompt_ids = self._tokenizer.encode(PromptRequest(prompt=prompt))
         watch = Stopwatch()
         for line in device.stream("generate", prompt=prompt_ids, new_tokens=max_new_tokens):
             watch.add(line["token_id"], f"exit:{model.num_layers}")

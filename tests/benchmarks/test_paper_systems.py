@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from itertools import pairwise
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from msgspec import structs
 
 from benchmarks.drivers.client import Channel, ClientDriver
 from benchmarks.drivers.cloud import CloudDriver
 from benchmarks.drivers.cloud_models import WholeCloudModel
-from benchmarks.drivers.wire import Hidden, NextToken, decode_to_cloud, encode, pieces
+from benchmarks.drivers.wire import Hidden, NextToken, Prompt, decode_to_cloud, encode, pieces
 from benchmarks.fidelity import greedy_answers
 from benchmarks.graphs import EdgeGraphs
 from benchmarks.paper import measure as measuring
@@ -31,12 +34,20 @@ from benchmarks.paper.rig import LOOPBACK, Rig
 from benchmarks.paper.rows import Link, Row, RowFile
 from benchmarks.paper.sizes import PAPER_LINK, SIZES, SLOW_LINK, Size
 from benchmarks.paper.systems import NAIVE_SPLIT, OWN, SYSTEMS
+from benchmarks.partitions import CloudPartitions
 from cloud_broker_worker.worker.worker import Worker
 from fleet.bundles.manifest import Bundle
 from fleet.errors import DecodeError, FleetError
 from fleet.protocol import topics
 from fleet.protocol.report import WorkerStatus, encode_status
 from fleet.transport.in_memory import InMemoryBroker
+from onnx_export.architecture import model_info
+from onnx_export.bundle import list_files
+from onnx_export.streamed_model import load_whole_model, open_model
+from onnx_export.tokenizer import write_tokenizer
+from onnx_export.weights import EMBEDDING
+from tests.onnx_export.test_models import MODELS
+from tests.tiny import VOCAB_SIZE, make_tiny_checkpoint, make_tiny_tokenizer
 
 TOKENS = 12
 PROMPT = "How warm is it?"
@@ -202,6 +213,43 @@ def test_a_cloud_only_service_streams_the_models_own_answer(
         "pid": None,
     }
     assert (answer["round_trips"], answer["layer_positions"]) == (1, 0)
+
+
+def test_a_client_sends_a_text_to_continue_if_the_model_has_no_template(
+    models: PaperModels, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    folder = tmp_path / "raw"
+    shutil.copytree(tiny_bundle.folder, folder, ignore=shutil.ignore_patterns("tokenizer"))
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = None
+    write_tokenizer(tokenizer, "tiny", VOCAB_SIZE, folder)
+    manifest = structs.replace(tiny_bundle.manifest, files=tuple(list_files(folder)))
+    broker = InMemoryBroker()
+    embedding = tiny_bundle.path("edge/embedding.npy")
+    with broker.connect("edge-1") as device, broker.connect("cloud-1") as cloud:
+        CloudDriver(cloud, WholeCloudModel(models.whole(), embedding), "1")
+        client = ClientDriver(device, Bundle(folder, manifest))
+        answer = client.cloud_only("How", 2, "cloud-1")
+    assert (answer["prompt_tokens"], len(answer["token_ids"])) == (3, 2)
+
+
+def test_the_whole_model_in_the_cloud_scales_gemmas_embedding(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    checkpoint = make_tiny_checkpoint(tmp_path / "model", **MODELS["gemma3"])
+    stream = open_model(str(checkpoint), "tiny")
+    info = model_info("tiny", stream.skeleton, max_positions=64)
+    manifest = structs.replace(tiny_bundle.manifest, model=info)
+    whole = CloudPartitions(manifest, lambda _: None, str(checkpoint), tmp_path).bundle(0)
+    embedding = tmp_path / "embedding.npy"
+    np.save(embedding, stream.read(EMBEDDING).numpy())
+    prompt = tuple(range(5, 25))
+    own = list(WholeCloudModel(whole, embedding).answer("session", Prompt(prompt, TOKENS)))
+    model = load_whole_model(str(checkpoint), "tiny")
+    expected = model.generate(
+        torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False, eos_token_id=-1
+    )
+    assert own == expected[0, len(prompt) :].tolist()
 
 
 def test_a_waiting_device_learns_that_its_worker_has_ended() -> None:
