@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer
 
 from fleet.bundles.manifest import SCHEMA_VERSION, Manifest, write_manifest
@@ -17,7 +16,6 @@ from onnx_export.bundle import list_files
 from onnx_export.checkpoint import (
     cache_folder,
     load_pretrained,
-    load_whole_model,
     model_config,
     resolve_model,
 )
@@ -26,14 +24,13 @@ from onnx_export.edge import write_edge
 from onnx_export.fingerprints import source_digest, tool_versions
 from onnx_export.graph_cache import default_graph_cache
 from onnx_export.heads import ExitHead, HeadKind, HeadsFile, model_fingerprint, new_head
-from onnx_export.streamed_model import StreamedModel, open_model
+from onnx_export.streamed_model import StreamedModel, load_whole_model, open_model
 
 
 def whole_model(name: str, attention: str, progress: Callable[[str], None]) -> Any:
     """Return a model in float32 with one of transformers' kinds of attention."""
     source = resolve_model(name, progress)
-    model = load_whole_model(source, name, attention=attention)
-    return model.eval().requires_grad_(False)
+    return load_whole_model(source, name, attention=attention)
 
 
 class EdgeGraphs:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from fleet.bundles.decoder_variants import restore_rotary_embeddings
 from fleet.errors import ExportError
-from onnx_export.checkpoint import is_gguf, load_config, load_whole_model
+from onnx_export.checkpoint import is_gguf, load_config, load_pretrained
 from onnx_export.gguf_weights import GgufWeights
 from onnx_export.weights import (
     EMBEDDING,
@@ -149,7 +149,7 @@ def open_weights(source: str, name: str, config: Any) -> WeightSource:
     paths = weight_files(source)
     if paths:
         return CheckpointWeights(paths)
-    model = load_whole_model(source, name, dtype="auto")
+    model = load_pretrained(AutoModelForCausalLM, source, name, config=config, dtype="auto")
     return LoadedWeights(model.state_dict())
 
 
