@@ -257,16 +257,22 @@ def check_wheel(wheel: Path) -> Path:
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Convert a GGUF file to a float32 checkpoint with its tokenizer.
 
-    The GGUF reader gets the end token wrong; it is set here.
+    The GGUF reader gets the end token wrong; it is set here. The weights are read by the export's
+    own reader, because transformers 5 saves no model that it has loaded from a GGUF file.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from onnx_export.gguf_weights import GgufWeights
 
     with quiet_gguf_reader():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-        )
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    weights = GgufWeights(gguf, model)
+    tensors = {name: weights.read(name) for name, _ in model.named_parameters()}
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
     set_special_tokens(tokenizer, model)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
