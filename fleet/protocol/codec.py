@@ -90,14 +90,15 @@ def pack_chunk(
     with their tokens [count] if those are given.
     """
     data = pack_rows(hidden_states, dtype)
+    ids = b"" if tokens is None else tokens.tobytes()
     return ContextChunk(
         branch=branch,
         start=start,
         count=len(hidden_states),
         data=data,
-        crc32=zlib.crc32(data),
+        crc32=zlib.crc32(ids, zlib.crc32(data)),
         dtype=dtype,
-        tokens=b"" if tokens is None else tokens.tobytes(),
+        tokens=ids,
     )
 
 
@@ -129,7 +130,7 @@ def unpack_chunk(chunk: ContextChunk, hidden_size: int) -> Float16:
         DecodeError: the dtype, the number of bytes or the checksum is wrong, or values are not
             finite.
     """
-    if zlib.crc32(chunk.data) != chunk.crc32:
+    if zlib.crc32(chunk.tokens, zlib.crc32(chunk.data)) != chunk.crc32:
         raise DecodeError(
             f"context at position {chunk.start}: the checksum does not match the data; "
             "send it again"

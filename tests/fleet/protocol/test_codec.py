@@ -123,12 +123,12 @@ WIRE: list[tuple[Message, bytes]] = [
                 start=5,
                 count=1,
                 data=b"\x00\x3c\x00\xc0",
-                crc32=0x97510158,
+                crc32=0xF3F34748,
                 tokens=b"\xff\xbf\0\0",
             ),
         ),
         b"\x83\xa4type\xa7context\xa7session\xa2s1\xa5chunk\x86\xa6branch\x02\xa5start\x05\xa5count\x01"
-        b"\xa4data\xc4\x04\x00\x3c\x00\xc0\xa5crc32\xce\x97\x51\x01\x58"
+        b"\xa4data\xc4\x04\x00\x3c\x00\xc0\xa5crc32\xce\xf3\xf3\x47\x48"
         b"\xa6tokens\xc4\x04\xff\xbf\0\0",
     ),
     (
@@ -459,6 +459,9 @@ def test_the_tokens_of_a_chunk_come_back() -> None:
     rows = np.zeros((3, 4), np.float16)
     chunk = pack_chunk(0, 0, rows, tokens=np.array([0, 7, 49151], TOKEN_DTYPE))
     assert unpack_tokens(chunk, 49152) == [0, 7, 49151]
+    assert not unpack_chunk(chunk, 4).any()
+    with pytest.raises(DecodeError, match="the checksum does not match"):
+        unpack_chunk(replace(chunk, tokens=chunk.tokens[::-1]), 4)
     with pytest.raises(DecodeError, match="expected token ids below 49151, got 49151"):
         unpack_tokens(chunk, 49151)
     with pytest.raises(DecodeError, match="expected 3 token ids for the rules, got 0 bytes"):
