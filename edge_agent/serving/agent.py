@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import queue
 import random
 import secrets
 import threading
@@ -26,9 +25,11 @@ from edge_agent.engine.tokenizer import ChatTokenizer
 from edge_agent.reporting.report_outbox import ReportOutbox
 from edge_agent.reporting.reporter import Reporter
 from edge_agent.serving.answerer import Answerer, error_reply
+from edge_agent.serving.app_turns import AppTurns
 from edge_agent.serving.event_triggers import EventTriggers
 from edge_agent.serving.job_queue import Job, JobQueue
 from edge_agent.serving.load_publisher import LoadPublisher
+from edge_agent.serving.reply_resender import ReplyResender
 from edge_agent.serving.request_planner import MB, RequestPlanner, answer_deadline_s
 from edge_agent.serving.self_test import check_step
 from edge_agent.session.cloud_session import CloudSession
@@ -108,7 +109,8 @@ class Agent:
             check_step(partition, self._tokenizer)
         self._planner = RequestPlanner(partition, self._tokenizer, config, draw)
         self._model_lock = FairLock()
-        self._new_jobs: queue.Queue[Job | None] = queue.Queue()
+        self._new_jobs: AppTurns[Job] = AppTurns()
+        self._resender = ReplyResender(transport)
         self._jobs = JobQueue(config.cache_budget_mb * MB, config.max_concurrent_requests)
         self._active: dict[tuple[str, str], Job] = {}
         self._finished: dict[tuple[str, str], Job] = {}
@@ -151,6 +153,7 @@ class Agent:
             self._subscribe(stack, topics.sessions_of_device(self.name), self._on_session)
             self._subscribe(stack, topics.cancels_to(self.name), self._on_cancel, qos=1)
             stack.callback(self._stop_jobs)
+            self._resender.start()
             for thread in (self._planning_thread, *self._answer_threads):
                 thread.start()
             # This subscription stays when the agent closes, so that prompts are refused, not lost.
@@ -272,7 +275,8 @@ class Agent:
             jobs = list(self._active.values())
         for job in jobs:
             self.cancel(job)
-        self._new_jobs.put(None)
+        self._new_jobs.close()
+        self._resender.close(STOP_TIMEOUT_S)
         self._planning_thread.join(STOP_TIMEOUT_S)
         self._jobs.close()
         for thread in self._answer_threads:
@@ -361,9 +365,9 @@ class Agent:
                 self._finished.pop(job.key, None)
                 self._active[job.key] = job
         if earlier and is_repeated:
-            self._resend_replies(earlier)
+            self._resender.add(earlier)
         else:
-            self._new_jobs.put(job)
+            self._new_jobs.put(job.app, job)
             self._load.publish()
 
     def _check_capacity(self, app: str) -> None:
@@ -387,12 +391,6 @@ class Agent:
 
     def _is_active(self, app: str, request: str) -> bool:
         return (app, request) in self._active
-
-    def _resend_replies(self, job: Job) -> None:
-        """Send the replies again at QoS 0, which has no limit of messages in flight."""
-        topic = topics.device_reply(self.name, job.app, job.request)
-        for payload in list(job.replies):
-            publish_or_log(self._transport, topic, payload)
 
     def _on_cancel(self, topic: str, payload: bytes) -> None:
         del payload
@@ -430,7 +428,7 @@ class Agent:
         with self._lock:
             return [job.cloud_session for job in self._active.values() if job.cloud_session]
 
-    # One thread plans in the order of the prompts; then several threads answer, one job each.
+    # One thread plans, apps in turn; then several threads answer, one job each.
 
     def _plan_jobs(self) -> None:
         while job := self._new_jobs.get():

@@ -27,8 +27,9 @@ class Job:
     """An accepted request of an app, and the progress of the present choice of its response.
 
     `send` delivers an encoded reply to the app. `digest` is a hash of the request's payload; it is
-    empty for an app that cannot send the same request again. `received_at` is in seconds since
-    1970; the other times are those of the monotonic clock.
+    empty for an app that cannot send the same request again. `is_resend_due` tells that its app has
+    repeated the request, and waits for the replies. `received_at` is in seconds since 1970; the
+    other times are those of the monotonic clock.
     """
 
     app: str
@@ -45,6 +46,7 @@ class Job:
     mode_controller: ModeController | None = None
     replies: list[bytes] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    is_resend_due: bool = False
     sources: dict[str, int] = field(default_factory=dict)
     first_token_at: float = 0.0
     last_token_at: float = 0.0

@@ -17,7 +17,7 @@ from fleet.utils.rate_limited_log import RateLimitedLog
 Handler = Callable[[str, bytes], None]
 MAX_PACKET_BYTES: Final = 1 << 20  # largest packet that the fleet's brokers accept
 MAX_IN_FLIGHT: Final = 100  # QoS 1 messages sent and not yet acknowledged, in each direction
-MAX_QUEUED: Final = 1000  # QoS 1 messages that wait while the link is down
+MAX_QUEUED: Final = 1000  # messages of each QoS that wait; those of QoS 0 on a link that is slow
 MAX_RETAINED: Final = 100  # places in addition, only for retained messages such as a status
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Transport(Protocol):
         """Send one message. QoS 1 is queued while the link is down.
 
         Raises:
-            LinkError: the link is down (QoS 0), or the queue is full (QoS 1).
+            LinkError: the link is down (QoS 0), or too many messages of the same QoS wait.
         """
         ...
 

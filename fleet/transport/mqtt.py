@@ -9,6 +9,7 @@ import ssl
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Self
@@ -80,6 +81,7 @@ class MqttTransport(Transport):
         self._is_restarting = False  # from the end of a connection until the next one begins
         self._network_thread = 0
         self._newest_qos0: paho.MQTTMessageInfo | None = None
+        self._unsent_qos0: deque[paho.MQTTMessageInfo] = deque()  # the oldest first
         self._unacknowledged: list[paho.MQTTMessageInfo] = []  # of QoS 1; see `_has_full_queue`
         self._closed = threading.Event()
         self._context = identity.ssl_context()
@@ -163,6 +165,8 @@ class MqttTransport(Transport):
             raise self._no_link("has no link to")
         if qos and not retain and self._has_full_queue():
             raise self._queue_full()
+        if qos == 0 and self._has_full_link():
+            raise self._queue_full()
         try:
             info = self._client.publish(topic, payload, qos=qos, retain=retain)
         except OSError:
@@ -177,6 +181,7 @@ class MqttTransport(Transport):
             raise self._no_link("lost its link to")
         if qos == 0:
             self._newest_qos0 = info
+            self._unsent_qos0.append(info)
             return
         # Without a link, paho queues the message and also sets an error code, for which
         # `wait_for_publish` would raise an exception. Clear the code.
@@ -194,6 +199,13 @@ class MqttTransport(Transport):
                 waiting = [info for info in self._unacknowledged if not info.is_published()]
                 self._unacknowledged = waiting
             return len(self._unacknowledged) >= MAX_QUEUED
+
+    def _has_full_link(self) -> bool:
+        """Whether `MAX_QUEUED` QoS 0 messages wait for the network, as paho itself has no limit."""
+        with self._lock, suppress(IndexError):
+            while not _is_waiting(self._unsent_qos0[0]):
+                self._unsent_qos0.popleft()
+        return len(self._unsent_qos0) >= MAX_QUEUED
 
     def _queue_full(self) -> LinkError:
         return LinkError(
@@ -523,6 +535,14 @@ class _TlsSocket(ssl.SSLSocket):
         except OSError:
             self.close()
             raise
+
+
+def _is_waiting(info: paho.MQTTMessageInfo) -> bool:
+    """Whether a QoS 0 message is not on the network yet, and not lost with its connection."""
+    try:
+        return not info.is_published()
+    except RuntimeError:  # lost
+        return False
 
 
 def _close_wakeup_sockets(client: paho.Client) -> None:

@@ -19,6 +19,7 @@ from benchmarks.proxy import LINGER_0
 from fleet.errors import IdentityError, LinkError
 from fleet.identity.identity import Identity
 from fleet.protocol import topics
+from fleet.transport.base import MAX_QUEUED
 from fleet.transport.mqtt import MqttTransport, _TlsSocket
 from provisioning.authority import CertificateAuthority
 from tests.brokers import BROKERS, HOST, Inbox, Site, free_port, running_site, wait_until
@@ -52,6 +53,19 @@ def test_a_flush_returns_when_the_message_has_gone_or_its_time_is_over(site: Sit
         assert device._newest_qos0.is_published()
         device._newest_qos0 = paho.MQTTMessageInfo(0)  # a message that is never sent
         device.flush(0.01)
+
+
+def test_a_link_that_is_too_slow_refuses_messages_until_others_are_sent(site: Site) -> None:
+    with site.connect("d1") as device:
+        unsent = [paho.MQTTMessageInfo(number) for number in range(MAX_QUEUED)]
+        device._unsent_qos0.extend(unsent)
+        topic = topics.to_worker("w1", "d1", "s1")
+        with pytest.raises(LinkError, match="messages of d1 already wait"):
+            device.publish(topic, b"x")
+        unsent[0]._set_as_published()
+        unsent[1].rc = paho.MQTT_ERR_CONN_LOST
+        device.publish(topic, b"x")
+        assert len(device._unsent_qos0) == MAX_QUEUED - 1
 
 
 def test_a_port_without_a_listener_is_named(site: Site) -> None:
