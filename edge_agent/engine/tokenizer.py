@@ -18,6 +18,7 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from msgspec import Struct
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from edge_agent.engine.control_tokens import HOLDER, ControlTokens
 from fleet.bundles.manifest import CHAT_TEMPLATE, TOOL_TEMPLATE, Bundle
@@ -29,6 +30,7 @@ REPLACEMENT: Final = "\ufffd"
 NOT_ASCII: Final = re.compile(f"[^\\x00-\\x7f{HOLDER}]+")
 MAX_REASON: Final = 500  # characters of a template's error, which may repeat a message
 LETTER: Final = "a"  # a text that no tokenizer changes
+BLANKS: Final = re.compile("[\\s\u0120\u010a\u2581]+")  # as vocabularies write them, too
 BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -94,18 +96,36 @@ class ChatTokenizer:
             for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
             if token.special
         )
+        self._max_token_length = _max_token_length(self._tokenizer)
         self._control_tokens = ControlTokens(self._tokenizer, "\n".join(sources.values()))
         self.grammars = bundle_grammars(bundle)
 
-    def encode(self, prompt: PromptRequest) -> list[int]:
+    def encode(self, prompt: PromptRequest, max_tokens: int | None = None) -> list[int]:
         """Return the token ids of a request: a text to continue, or a conversation.
 
+        A text that cannot fit in `max_tokens` is refused before the work; a shorter text may still
+        have more tokens.
+
         Raises:
-            PromptError: the model has no template, or its template refuses the conversation.
+            PromptError: the model has no template, its template refuses the conversation, or the
+                text is too long.
         """
         if self.continues_text(prompt):
-            return self._encode_text(prompt.prompt or "", is_raw=prompt.raw)
-        return self.encode_chat(prompt.chat, prompt.tools, prompt.documents)
+            text = prompt.prompt or ""
+            self._check_length(text, max_tokens)
+            return self._encode_text(text, is_raw=prompt.raw)
+        rendered = self._render(prompt.chat, prompt.tools, prompt.documents)
+        self._check_length(rendered, max_tokens)
+        return self._encode_rendered(rendered)
+
+    def _check_length(self, text: str, max_tokens: int | None) -> None:
+        if max_tokens is None or self._max_token_length is None:
+            return
+        if len(BLANKS.sub(" ", text)) > max_tokens * self._max_token_length:
+            raise PromptError(
+                f"the prompt has {len(text):,} characters, more than {max_tokens:,} tokens of this "
+                "model can hold; send a shorter prompt"
+            )
 
     def continues_text(self, prompt: PromptRequest) -> bool:
         """Return whether the response to a request continues the text of its prompt."""
@@ -123,7 +143,9 @@ class ChatTokenizer:
             PromptError: the model has no template, or its template refuses the conversation or
                 makes no text of it.
         """
-        rendered = self._render(messages, tools, documents)
+        return self._encode_rendered(self._render(messages, tools, documents))
+
+    def _encode_rendered(self, rendered: str) -> list[int]:
         ids = self._control_tokens.encode(rendered)
         if not ids:
             raise PromptError(
@@ -269,6 +291,21 @@ def _start_ids(tokenizer: Tokenizer) -> list[int]:
     encoding = tokenizer.encode(LETTER)
     pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
     return [token_id for token_id, _ in takewhile(lambda pair: pair[1], pairs)]
+
+
+def _max_token_length(tokenizer: Tokenizer) -> int | None:
+    """Return the most characters of a token, each run of blanks counted as one.
+
+    None if a token may stand for more characters than its name has: a word that is unknown.
+    """
+    model = tokenizer.model
+    if not isinstance(model, BPE) or (model.unk_token and not model.byte_fallback):
+        return None
+    longest = 1
+    for token in tokenizer.get_vocab():
+        if len(token) > longest:
+            longest = max(longest, len(BLANKS.sub(" ", token)))
+    return longest
 
 
 def _read_text(bundle: Bundle, name: str) -> str:

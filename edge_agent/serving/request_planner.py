@@ -141,7 +141,7 @@ class RequestPlanner:
         )
 
     def _prompt_ids(self, prompt: PromptRequest) -> list[int]:
-        prompt_ids = self._tokenizer.encode(prompt)
+        prompt_ids = self._tokenizer.encode(prompt, self.max_positions)
         num_known = self.partition.num_token_ids
         if max(prompt_ids) >= num_known:
             raise PromptError(

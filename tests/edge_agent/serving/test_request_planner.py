@@ -9,6 +9,7 @@ import pytest
 
 from edge_agent.config import AgentConfig
 from edge_agent.engine.cascade import Cascade
+from edge_agent.engine.control_tokens import ControlTokens
 from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer
 from edge_agent.serving.request_planner import MB, RequestPlanner
@@ -107,3 +108,15 @@ def test_the_memory_of_a_plan_is_that_of_a_cascade(partition: Partition) -> None
         num_bytes += run.hidden_states.nbytes + sum(cache.nbytes for cache in run.caches)
     assert Cascade.num_bytes(partition, POSITIONS) == num_bytes
     assert num_bytes < MB
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_the_tokenizer_runs(
+    partition: Partition, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner = RequestPlanner(
+        partition, ChatTokenizer(tiny_bundle), AgentConfig(max_positions=POSITIONS)
+    )
+    monkeypatch.setattr(ControlTokens, "encode", None)
+    for raw in (False, True):
+        with pytest.raises(PromptError, match="more than 64 tokens of this model can hold"):
+            planner.plan(PromptRequest(prompt="word " * 50_000, raw=raw))
