@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -14,6 +15,8 @@ from onnx_export.config import ExportConfig, require_packages
 from onnx_export.fingerprints import PACKAGE, source_digest
 
 EXITS: Final = (24,)
+FOLDER: Final = "bundles"  # in the cache
+NAME: Final = re.compile(r"default-[0-9a-f]{16}")
 DATA: Final = PACKAGE / "data"
 
 
@@ -43,15 +46,13 @@ def default_bundle(progress: Callable[[str], None] = lambda _: None) -> Path:
 
 
 def is_default_bundle(folder: Path) -> bool:
-    """Whether `folder` is one of `default_bundle`, of this version of the program or another."""
-    try:
-        return folder.parent == _cache()
-    except ConfigError:  # no home, so no cache
-        return False
+    """Whether `folder` is one of `default_bundle`, of any user and any version of the program."""
+    is_name = NAME.fullmatch(folder.name) is not None
+    return is_name and folder.parent.name == FOLDER
 
 
 def _cache() -> Path:
-    return user_cache_folder() / "bundles"
+    return user_cache_folder() / FOLDER
 
 
 def build_key() -> str:

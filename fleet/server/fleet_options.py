@@ -13,14 +13,14 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from fleet.errors import ConfigError
+from fleet.bundles.manifest import read_manifest
+from fleet.errors import BundleError, ConfigError
 from fleet.server.home import (
     DEFAULT_PORT,
     DEFAULT_SERVICE_PORT,
     FLEET_FILE,
     FleetConfig,
     FleetHome,
-    bundle_id_of,
 )
 from fleet.utils.atomic_files import made_folder
 from fleet.utils.host_address import check_reachable, host_port
@@ -58,21 +58,19 @@ def resolve_config(folder: Path, options: FleetOptions) -> FleetConfig:
     Raises:
         ConfigError: the fleet's identities are enrolled in a different registry, no client can
             connect to the host, or a value is not usable.
+        BundleError: no bundle is given, and the fleet's own is gone.
         RegistryError: the registry's URL is malformed.
     """
     current = FleetHome.load(folder).config if FleetHome.is_fleet(folder) else None
     defaults = {"host": DEFAULT_HOST, "port": DEFAULT_PORT, "service_port": DEFAULT_SERVICE_PORT}
     kept = {name: getattr(current, name) for name in FleetConfig.__struct_fields__ if current}
     if options.registry:
-        _check_url(options.registry)
-    if options.registry and "://" not in options.registry:  # the path of a SQLite file
-        registry = str(absolute_path(Path(options.registry)))
-        options = msgspec.structs.replace(options, registry=registry)
+        options = msgspec.structs.replace(options, registry=_absolute_registry(options.registry))
     _check_registry(folder, current, options.registry)
     values = defaults | kept | options.given()
     check_reachable(str(values["host"]))
-    if not options.bundle and not (current and _is_own_bundle(Path(current.bundle))):
-        values["bundle"] = ""
+    if not options.bundle:
+        values["bundle"] = _kept_bundle(current)
     try:
         config = msgspec.convert(values, FleetConfig)
     except msgspec.ValidationError as error:
@@ -82,16 +80,43 @@ def resolve_config(folder: Path, options: FleetOptions) -> FleetConfig:
     return config
 
 
-def _is_own_bundle(folder: Path) -> bool:
-    """Whether `folder` has a bundle, and not the default model's, which may be out of date."""
-    return bundle_id_of(folder) is not None and not is_default_bundle(folder)
+def _kept_bundle(current: FleetConfig | None) -> str:
+    """Return the fleet's own bundle; "" if it uses the default model's, which may be out of date.
+
+    Raises:
+        BundleError: it is gone. Only the operator may choose another model.
+    """
+    if not current or not current.bundle or is_default_bundle(Path(current.bundle)):
+        return ""
+    try:
+        read_manifest(Path(current.bundle))
+    except BundleError as error:
+        raise BundleError(
+            f"the fleet's model is not served: {error}; or mount the disk of the bundle, "
+            "or name its new place with --bundle"
+        ) from None
+    return current.bundle
 
 
-def _check_url(registry: str) -> None:
-    """Raise RegistryError for a malformed URL before a command stores or builds anything."""
+def _absolute_registry(registry: str) -> str:
+    """Return a registry that is the same one in every current folder.
+
+    Raises:
+        ConfigError: it is a database in memory.
+        RegistryError: its URL is malformed.
+    """
     with needs("server"):
         from fleet.registry.database import parse_url
-    parse_url(registry)
+    url = parse_url(registry)
+    if url.get_backend_name() != "sqlite":
+        return registry
+    if url.database in (None, "", ":memory:"):
+        raise ConfigError(
+            f"the registry {registry} is in memory and would be lost; name a file with --registry"
+        )
+    if "://" not in registry:
+        return str(absolute_path(Path(registry)))
+    return url.set(database=str(absolute_path(Path(url.database)))).render_as_string()
 
 
 def _check_registry(folder: Path, current: FleetConfig | None, registry: str | None) -> None:

@@ -301,15 +301,12 @@ class FleetHome:
         return keep_software(wheel, self.software, self.authority().sign_bundle)
 
     def keep_own_bundle(self) -> None:
-        """Offer the fleet's own bundle, as `keep_bundle` does, if it is on this machine.
+        """Offer the fleet's own bundle, as `keep_bundle` does.
 
         If that fails, log the reason: the server still offers the other bundles.
         """
-        bundle = Path(self.config.bundle)
-        if bundle_id_of(bundle) is None:
-            return
         try:
-            self.keep_bundle(bundle)
+            self.keep_bundle(Path(self.config.bundle))
         except FleetError as error:
             log.warning("devices cannot fetch the fleet's bundle: %s", error)
 

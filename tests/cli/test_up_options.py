@@ -51,9 +51,19 @@ def test_what_was_given_once_is_kept(
     assert capsys.readouterr().err == ""
 
 
-def test_a_bundle_that_is_gone_is_not_kept(tmp_path: Path) -> None:
-    start(tmp_path, FleetOptions(bundle="/no/bundle"))
-    assert resolve_config(tmp_path, FleetOptions()).bundle == ""
+def test_a_fleet_whose_bundle_is_gone_does_not_serve_another_model(tmp_path: Path) -> None:
+    folder = tmp_path / "fleet"
+    start(folder, FleetOptions(bundle="/no/bundle"))
+    before = (folder / "fleet.json").read_bytes()
+    with pytest.raises(BundleError, match=r"no usable bundle in /no/bundle: .* mount the disk"):
+        up(folder)
+    assert (folder / "fleet.json").read_bytes() == before
+
+
+def test_the_default_bundle_of_another_user_is_found_again(tmp_path: Path) -> None:
+    folder = tmp_path / "bundles" / "default-0123456789abcdef"
+    start(tmp_path / "fleet", FleetOptions(bundle=str(folder)))
+    assert resolve_config(tmp_path / "fleet", FleetOptions()).bundle == ""
 
 
 def test_a_new_address_is_kept_and_reported(
@@ -183,6 +193,15 @@ def test_a_registry_that_is_a_path_does_not_depend_on_the_current_folder(
     monkeypatch.chdir(tmp_path)
     options = FleetOptions(bundle="/no/bundle", registry="other.sqlite")
     assert resolve_config(tmp_path, options).registry == str(tmp_path / "other.sqlite")
+    options = FleetOptions(bundle="/no/bundle", registry="sqlite:///other.sqlite")
+    expected = f"sqlite:///{tmp_path / 'other.sqlite'}"
+    assert resolve_config(tmp_path, options).registry == expected
+
+
+@pytest.mark.parametrize("registry", ["sqlite://", "sqlite:///:memory:"])
+def test_a_registry_in_memory_is_refused(tmp_path: Path, registry: str) -> None:
+    with pytest.raises(ConfigError, match="in memory and would be lost; name a file"):
+        resolve_config(tmp_path, FleetOptions(bundle="/no/bundle", registry=registry))
 
 
 def test_a_fleet_whose_registry_is_gone_does_not_start_an_empty_one(tmp_path: Path) -> None:
