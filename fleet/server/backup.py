@@ -21,10 +21,12 @@ from msgspec import Struct
 from fleet import __version__
 from fleet.bundles.manifest import MANIFEST_FILE
 from fleet.errors import ConfigError
+from fleet.identity.identity import CA_FILE
 from fleet.server.home import FLEET_FILE, REGISTRY_FILE, FleetConfig, FleetHome, bundle_id_of
 from fleet.utils.atomic_files import sync_folder
 from fleet.utils.optional_imports import needs
 from fleet.utils.text_files import decode_json
+from provisioning.authority import CA_KEY_FILE
 
 INFO_FILE: Final = "backup.json"  # the first member
 DUMP_FILE: Final = "registry.backup"
@@ -56,10 +58,11 @@ def back_up(home: FleetHome, file: Path, *, bundles: bool = False) -> Path:
     The file (mode 0600) appears complete or not at all. It holds the authority's key.
 
     Raises:
-        ConfigError: the file exists, or cannot be written.
+        ConfigError: the file exists, or cannot be written, or there is no authority.
         RegistryError: the registry cannot be copied.
     """
     now = time.strftime(TIME, time.gmtime())
+    _check_authority(home.ca_folder, "restore its files, or mount their disk")
     path = file / _name(home, now) if file.is_dir() else file
     if path.exists():
         raise _exists(path)
@@ -92,7 +95,8 @@ def restore_backup(file: Path, folder: Path, registry: str | None = None) -> Fle
     `fleet.json` appears last: without it there is no fleet in the folder.
 
     Raises:
-        ConfigError: the file is no backup or is damaged, or the folder is not empty.
+        ConfigError: the file is no backup, is damaged or has no authority, or the folder is not
+            empty.
         RegistryError: the database is not empty, or cannot be reached.
     """
     if not file.is_file():
@@ -146,7 +150,7 @@ def _write_archive(home: FleetHome, archive: Path, *, bundles: bool) -> None:
         os.fchmod(file.fileno(), 0o600)
         with (
             gzip.GzipFile("", "wb", COMPRESSION, file) as stream,
-            tarfile.open(fileobj=stream, mode="w|") as tar,
+            tarfile.open(fileobj=stream, mode="w|", dereference=True) as tar,
         ):
             _add_bytes(tar, INFO_FILE, msgspec.json.encode(info))
             with _lock(home.folder):
@@ -170,10 +174,11 @@ def _files(folder: Path, *, bundles: bool) -> Iterator[Path]:
     """Yield the files of a fleet's folder, but no registry, lock, or file that is being written.
 
     Backups in the folder are left out, too: otherwise each one would hold all earlier ones.
-    Without `bundles`, leave out each folder of a bundle, too: the registry has the bundle's id.
+    Without `bundles`, leave out each folder of a bundle, too: the registry has the bundle's id. A
+    link counts as the file or the folder to which it leads, such as an authority on another disk.
     """
     models = set() if bundles else _bundle_folders(folder)
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(_walk(folder)):
         parts = path.relative_to(folder).parts
         is_left_out = (
             any(part.startswith(".") or part == LOCK_FILE for part in parts)
@@ -181,9 +186,18 @@ def _files(folder: Path, *, bundles: bool) -> Iterator[Path]:
             or (parts[0] == BUNDLES and not bundles)
             or not models.isdisjoint(path.parents)
         )
-        is_file = path.is_file() and not path.is_symlink()
-        if is_file and not is_left_out and not _is_backup(path):
+        if not is_left_out and path.is_file() and not _is_backup(path):
             yield path
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield every path in a folder; a link to a folder around it is not followed."""
+    for name, folders, files in os.walk(folder, followlinks=True):
+        path = Path(name)
+        if path != folder and path.resolve() in {each.resolve() for each in path.parents}:
+            folders.clear()
+            continue
+        yield from (path / file for file in files)
 
 
 def _is_backup(path: Path) -> bool:
@@ -203,7 +217,7 @@ def _open_archive(path: Path) -> gzip.GzipFile | io.BufferedReader:
 
 
 def _bundle_folders(folder: Path) -> set[Path]:
-    manifests = folder.rglob(MANIFEST_FILE)
+    manifests = [path for path in _walk(folder) if path.name == MANIFEST_FILE]
     return {path.parent for path in manifests if bundle_id_of(path.parent) is not None}
 
 
@@ -218,6 +232,7 @@ def _restore_into(folder: Path, file: Path, content: Path, registry: str | None)
     info = _extract(file, content)
     dump = content / DUMP_FILE
     config = _read_config(content, file)
+    _check_authority(content / "ca", f"{file} is not complete: restore another backup")
     if registry and not config.registry:
         raise ConfigError(f"the registry in {file} is a SQLite file; leave --registry out")
     config = msgspec.structs.replace(config, registry=registry or config.registry)
@@ -232,6 +247,13 @@ def _restore_into(folder: Path, file: Path, content: Path, registry: str | None)
     for name in sorted(names, key=lambda name: name == FLEET_FILE):  # that file last
         (content / name).rename(folder / name)
     sync_folder(folder)
+
+
+def _check_authority(folder: Path, advice: str) -> None:
+    """Check that a fleet has its authority: with a new one, no device could connect again."""
+    for name in (CA_FILE, CA_KEY_FILE):
+        if not (folder / name).is_file():
+            raise ConfigError(f"the fleet's authority has no {folder / name}; {advice}")
 
 
 def _load_registry(home: FleetHome, dump: Path) -> None:

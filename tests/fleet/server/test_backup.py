@@ -17,6 +17,7 @@ from fleet.bundles.manifest import Bundle
 from fleet.cli.backup import backup
 from fleet.errors import ConfigError, RegistryError
 from fleet.protocol.access import Role
+from fleet.server import backup as server_backup
 from fleet.server.backup import back_up, remove_old_backups, restore_backup
 from fleet.server.home import FleetConfig, FleetHome
 from tests.fleet.conftest import add, report
@@ -259,3 +260,39 @@ def test_a_link_in_an_archive_is_refused(tmp_path: Path) -> None:
         tar.addfile(link)
     with pytest.raises(ConfigError, match="unexpected member 'ca'"):
         restore_backup(file, tmp_path / "new")
+
+
+def test_folders_on_another_disk_are_part_of_a_backup(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home")
+    for name in ("ca", "identities"):
+        (home.folder / name).rename(tmp_path / name)
+        (home.folder / name).symlink_to(tmp_path / name)
+    (home.folder / "itself").symlink_to(home.folder)
+    restored = restore_backup(back_up(home, tmp_path / "backup.tar.gz"), tmp_path / "new")
+    assert restored.ca_sha256() == home.ca_sha256()
+    assert restored.has_identity("collector")
+    assert not (restored.folder / "itself").exists()
+    check_restored(restored)
+
+
+def test_a_fleet_without_its_authority_is_not_backed_up(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home")
+    key = home.folder / "ca" / "ca-key.pem"
+    key.unlink()
+    key.symlink_to("/no/disk/ca-key.pem")
+    with pytest.raises(ConfigError, match=r"no .*ca-key\.pem; restore its files, or mount"):
+        back_up(home, tmp_path / "backup.tar.gz")
+    assert not (tmp_path / "backup.tar.gz").exists()
+
+
+def test_a_backup_without_an_authority_restores_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = make_home(tmp_path / "home")
+    with monkeypatch.context() as patch:
+        patch.setattr(server_backup, "_check_authority", lambda folder, advice: None)
+        shutil.rmtree(home.folder / "ca")
+        file = back_up(home, tmp_path / "backup.tar.gz")
+    with pytest.raises(ConfigError, match="is not complete: restore another backup"):
+        restore_backup(file, tmp_path / "new")
+    assert not any((tmp_path / "new").iterdir())
