@@ -44,7 +44,8 @@ def enroll(db: Session, enrolment: Enrolment, *, replace: bool) -> IdentityRecor
 
     Raises:
         IdentityError: it is active or suspended (unless `replace`), its name is a group's, or its
-            group's is a name; a target is neither a device nor a group nor a tag.
+            group's is a name; apps are allowed a former group of its name; a target is neither a
+            device nor a group nor a tag.
     """
     now = time.time()
     existing = db.get(IdentityRecord, enrolment.name, with_for_update=True)
@@ -56,6 +57,8 @@ def enroll(db: Session, enrolment: Enrolment, *, replace: bool) -> IdentityRecor
     if existing and replace:
         enrolment = _keep_details(db, existing, enrolment)
     _check_names(db, enrolment.name, enrolment.group)
+    if not existing or existing.state == IdentityState.DELETED:
+        _check_not_allowed(db, enrolment.name)
     record = existing or IdentityRecord(name=enrolment.name, created_at=now)
     record.role = enrolment.role.value
     record.group = enrolment.group
@@ -115,6 +118,16 @@ def _check_names(db: Session, name: str, group: str | None) -> None:
     if db.scalar(select(exists().where(IdentityRecord.group == name))):
         raise IdentityError(f"{name!r} is the name of a group; choose another")
     check_group(db, name, group)
+
+
+def _check_not_allowed(db: Session, name: str) -> None:
+    """Refuse a new name that apps may prompt, as a group's: the right was not for this identity."""
+    apps = db.scalars(select(AllowedTarget.app).where(AllowedTarget.target == name)).all()
+    if apps:
+        raise IdentityError(
+            f"{name!r} was a group, and is still allowed to {', '.join(sorted(apps))}; withdraw it "
+            f"with 'fleet disallow APP {name}', or choose another name"
+        )
 
 
 def check_group(db: Session, name: str, group: str | None) -> None:

@@ -148,3 +148,16 @@ def test_a_refused_change_leaves_no_line_in_the_audit_log(home: Registry) -> Non
     with pytest.raises(IdentityError):
         home.identities.allow("phone", ["cellar"])
     assert home.audit_log.newest_change() == before
+
+
+def test_a_new_device_does_not_get_the_rights_on_a_former_group_of_its_name(
+    home: Registry,
+) -> None:
+    home.identities.allow("phone", ["home"])
+    home.identities.revoke("kitchen")
+    home.identities.delete("kitchen")
+    with pytest.raises(IdentityError, match=r"still allowed to phone; .*fleet disallow APP home"):
+        add(home, "home")
+    home.identities.disallow("phone", ["home"])
+    add(home, "home")
+    assert targets(home, "phone") == ()
