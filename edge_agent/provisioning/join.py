@@ -132,7 +132,7 @@ def _trusted_ca(reply: JoinReply, token: EnrolmentToken, ca: bytes) -> bytes:
 
 
 def own_key(out: Path, name: str = KEY_FILE) -> bytes:
-    """Return the private key in `out` (mode 0600, in a folder of 0700); make it if there is none.
+    """Return the private key in `out` (mode 0600); make it if there is none, and the folder (0700).
 
     A damaged key is replaced.
 
@@ -141,8 +141,7 @@ def own_key(out: Path, name: str = KEY_FILE) -> bytes:
     """
     path = out / name
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        out.chmod(0o700)
+        out.mkdir(parents=True, exist_ok=True, mode=0o700)
         key = create_file(path, new_key())
         if not is_key(key):
             move_aside(path, "it holds no P-256 private key")

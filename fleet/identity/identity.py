@@ -28,6 +28,7 @@ KEY_FILE: Final = "key.pem"
 RENEWED_FILE: Final = "renewed.pem"
 KEY_LOG: Final = "SSLKEYLOGFILE"
 OTHER_FOLDERS: Final = {"manifest.json": "a bundle", "fleet.json": "a fleet"}
+PREPARED: Final = {"agent.json", "lost+found"}  # may be in the folder before the identity
 JOIN_AGAIN: Final = "join again with a new token"
 
 
@@ -134,16 +135,28 @@ def check_identity_folder(folder: Path, name: str | None = None) -> None:
     """Check that the identity `name` may be written into a folder; None stands for any name.
 
     Raises:
-        IdentityError: the folder holds another identity, a bundle or a fleet.
+        IdentityError: the folder holds another identity, a bundle, a fleet or other files.
     """
     for file, content in OTHER_FOLDERS.items():
         if (folder / file).exists():
             raise IdentityError(f"{folder} holds {content}; name another folder with --out")
+    _check_no_other_files(folder)
     holder = _holder(folder)
     if name and holder and holder != name:
         raise IdentityError(
             f"{folder} is the identity of {holder}, expected that of {name} or a new folder; "
             "name another with --out"
+        )
+
+
+def _check_no_other_files(folder: Path) -> None:
+    """Refuse a folder with files, but no identity or part of one. Hidden files do not count."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = sorted(name for name in names - PREPARED if not name.startswith("."))
+    if others and names.isdisjoint((IDENTITY_FILE, KEY_FILE)):
+        raise IdentityError(
+            f"{folder} holds other files ({others[0]!r}), expected an identity or an empty folder; "
+            "name a new one with --out"
         )
 
 

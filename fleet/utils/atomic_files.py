@@ -15,6 +15,8 @@ log = logging.getLogger(__name__)
 def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Replace `path` by `data` in one step; it never has wider rights than `mode`.
 
+    As root, the file keeps its owner; a new file has the owner of its folder.
+
     Raises:
         OSError: it cannot be written.
     """
@@ -78,11 +80,21 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _keep_owner(descriptor: int, path: Path) -> None:
+    """Give a new file the owner of `path`, or of its folder: a service reads what root renews."""
+    if os.geteuid() != 0:
+        return
+    owner = (path if os.path.lexists(path) else path.parent).lstat()
+    with suppress(OSError):  # a disk without owners
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)
+
+
 def _write_temporary(path: Path, data: bytes) -> Path:
     """Write `data` to a new file (mode 0600) in the folder of `path`."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(descriptor, "wb") as file:
+            _keep_owner(descriptor, path)
             file.write(data)
             file.flush()
             os.fsync(descriptor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +10,7 @@ from tests.edge_agent.fleet_service import FleetService
 
 
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[FleetService]:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FleetService]:
     """A service on 127.0.0.1 with its own CA."""
-    with FleetService(tmp_path / "service").running() as running:
+    with FleetService(tmp_path_factory.mktemp("service")).running() as running:
         yield running

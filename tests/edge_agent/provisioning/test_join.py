@@ -52,6 +52,22 @@ def test_the_key_and_its_folder_are_private(service: FleetService, tmp_path: Pat
     assert stat.S_IMODE((out / "key.pem").stat().st_mode) == 0o600
 
 
+def test_a_folder_with_other_files_is_refused_and_keeps_its_rights(
+    service: FleetService, tmp_path: Path
+) -> None:
+    out = tmp_path / "data"
+    out.mkdir()
+    out.chmod(0o755)
+    (out / "agent.json").write_text("{}")
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(IdentityError, match=r"holds other files \('notes\.txt'\)"):
+        join_fleet(service.token, service.url, out)
+    assert service.requests == []
+    (out / "notes.txt").unlink()
+    join_fleet(service.token, service.url, out)
+    assert stat.S_IMODE(out.stat().st_mode) == 0o755
+
+
 def test_the_desired_configuration_is_stored(service: FleetService, tmp_path: Path) -> None:
     service.config = DesiredConfig(7, Settings(mode=Mode.STANDALONE))
     service.bundle_id = "b1"
