@@ -12,6 +12,7 @@ from fleet.errors import ConfigError
 from fleet.identity.identity import ServerTls
 from fleet.protocol.access import Action, Grants
 from fleet.transport.base import MAX_IN_FLIGHT, MAX_PACKET_BYTES
+from fleet.utils.atomic_files import write_file
 from fleet.utils.paths import user_name
 
 CONFIG_FILE: Final = "mosquitto.conf"
@@ -23,10 +24,13 @@ MAX_QUEUED_BYTES: Final = 8 << 20  # messages that wait for one client
 MAX_MEMORY_BYTES: Final = 256 << 20  # heap of the whole broker; 1,000 devices need 44 MB
 MAX_CONNECTIONS: Final = 10_000
 
+OWN_LINE: Final = "use_username_as_clientid true\n"  # of every file that we have written
+
 # Names come from certificates, and no client can use another's id. The CA and the revocation list
 # alone decide on a connection; a name without rights can do nothing. Each identity has one
 # connection: a second one ends the first.
 CONFIG: Final = """\
+# Written by 'fleet broker config', which replaces this file.
 listener {port} {host}
 max_connections {max_connections}
 user {user}
@@ -70,7 +74,7 @@ def write_config(
     Return the path of `mosquitto.conf`.
 
     Raises:
-        ConfigError: the folder cannot be written.
+        ConfigError: the folder cannot be written, or has files of another mosquitto.
     """
     path = folder / CONFIG_FILE
     acl = folder / ACL_FILE
@@ -80,14 +84,28 @@ def write_config(
         settings += f"crlfile {crl}\npid_file {(folder / PID_FILE).resolve()}\n"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        acl.touch(mode=0o600)
-        acl.write_text(acl_text(grants), encoding="utf-8")
-        path.write_text(settings, encoding="utf-8")
+        check_own_folder(folder)
+        write_file(path, settings.encode())
+        write_file(acl, acl_text(grants).encode())
     except OSError as error:
         raise ConfigError(
             f"cannot write {CONFIG_FILE} into {folder}: {error.strerror}; choose another folder"
         ) from None
     return path
+
+
+def check_own_folder(folder: Path) -> None:
+    """Raise ConfigError if `write_config` would replace a file that it has not written."""
+    path = folder / CONFIG_FILE
+    if path.exists():
+        is_own = OWN_LINE in path.read_text(encoding="utf-8", errors="replace")
+    else:
+        is_own = not (folder / ACL_FILE).exists()
+    if not is_own:
+        raise ConfigError(
+            f"{folder} has {CONFIG_FILE} or {ACL_FILE} of another mosquitto, expected a new folder "
+            "or the fleet's own; name another folder with --out"
+        )
 
 
 def _settings_text(folder: Path, host: str, port: int, tls: ServerTls) -> str:

@@ -13,6 +13,7 @@ from cloud_broker_worker.broker.mosquitto import (
     CONFIG_FILE,
     CRL_FILE,
     PID_FILE,
+    check_own_folder,
     find_mosquitto,
     write_config,
 )
@@ -61,9 +62,10 @@ def write_mosquitto(
     """Write every file of a mosquitto for `home` into `folder`; return its configuration file.
 
     Raises:
-        ConfigError: the folder cannot be written.
+        ConfigError: the folder cannot be written, or has files of another mosquitto.
         IdentityError: there is no certificate authority.
     """
+    check_own_folder(folder)
     port = port or home.config.port
     authority = home.authority()
     path = write_config(

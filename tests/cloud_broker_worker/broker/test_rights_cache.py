@@ -246,3 +246,20 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="choose another folder"):
         write_config(tmp_path / "file", 8883, TLS, [DEVICE])
+
+
+@pytest.mark.parametrize("name", ["mosquitto.conf", "acl"])
+def test_files_of_another_mosquitto_are_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("listener 1883\n")
+    with pytest.raises(ConfigError, match="of another mosquitto, expected a new folder"):
+        write_config(tmp_path, 8883, TLS, [DEVICE])
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_files_of_the_fleet_are_replaced_and_become_private(tmp_path: Path) -> None:
+    config = write_config(tmp_path, 8883, TLS, [DEVICE])
+    acl = config.parent / "acl"
+    acl.chmod(0o644)
+    write_config(tmp_path, 8884, TLS, [])
+    assert acl.stat().st_mode & 0o777 == config.stat().st_mode & 0o777 == 0o600
+    assert "listener 8884" in config.read_text()
