@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
@@ -299,7 +300,19 @@ def _parse(payload: bytes) -> PromptRequest:
         raise PromptError(f"expected UTF-8 text or a JSON object: {error}") from None
     # Spaces of Unicode around the object, such as a page's no-break space, are no JSON.
     is_json = text.lstrip().startswith("{")
-    return _parse_json(text.strip()) if is_json else PromptRequest(prompt=text)
+    return _parse_json(text.strip()) if is_json else _plain_prompt(text)
+
+
+def _plain_prompt(text: str) -> PromptRequest:
+    """Return the request for a plain text. Raises PromptError if it is JSON meant as a request."""
+    value = None
+    with suppress(*JSON_ERRORS):
+        value = msgspec.json.decode(text) if text.lstrip()[:1] in ("[", '"') else None
+    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        raise _no_prompt("got a list of objects; send it as 'messages' of an object")
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        raise _no_prompt("got an object inside a JSON text; encode the object once")
+    return PromptRequest(prompt=text)
 
 
 def _parse_json(text: str) -> PromptRequest:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -44,10 +45,10 @@ SPEC: Final = r"[<>^]?\+?\d{0,2},?(?:\.\d{1,2})?[defgs%]?"
 NUMERIC: Final = re.compile(r"[+,.%defg]|^[<>^]?0\d")
 PIECE: Final = re.compile(rf"(\{{\{{|\}}\}}|[^{{}}]+)|\{{({PATH})(?::({SPEC}))?\}}", re.DOTALL)
 CONDITION: Final = re.compile(rf"\s*({PATH})\s*(==|!=|<=|>=|<|>)\s*(.+?)\s*")
-# A text of JSON, whole (the possessive forms never search again), or a bare number or its name.
-SCALAR: Final = re.compile(
-    r'"(?:[^"\\]++|\\.)*+"?|[-+]?\b(?:nan|inf(?:inity)?)\b|-?\d[\d.]*(?:e[-+]?\d+)?', re.IGNORECASE
-)
+# A text of JSON, whole (the possessive forms never search again), or a bare word such as a number.
+SCALAR: Final = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[^\s"\[\]{},:]+')
+NUMBER: Final = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
+NAMES: Final = ("true", "false", "null")
 
 ORDERS: Final[dict[str, Callable[[Any, Any], bool]]] = {
     "<": operator.lt,
@@ -156,27 +157,37 @@ def read_event(channel: str, payload: bytes) -> Fields:
             f"expected an event of at most {MAX_EVENT_BYTES} bytes, got {len(payload)}"
         )
     try:
-        text = text_of_payload(payload).strip()
+        text = _unquoted(text_of_payload(payload).strip())
         fields = _decode_object(text) if text.startswith("{") else {}
     except JSON_ERRORS as error:
         raise DecodeError(f"expected an event in JSON or plain text: {error}") from None
     return {"payload": text, "channel": channel} | fields
 
 
+def _unquoted(text: str) -> str:
+    """Return the text that JSON in quotes holds; another text as it is."""
+    if text.startswith('"'):
+        with suppress(*JSON_ERRORS):
+            return msgspec.json.decode(text, type=str).strip()
+    return text
+
+
 def _decode_object(text: str) -> Fields:
-    """Decode an object. A value that is not a JSON number (``nan``, ``1e999``) becomes null."""
+    """Decode an object. A bare word that is no value of JSON (``nan``, ``ovf``) becomes null."""
     try:
         return msgspec.json.decode(text, type=Fields)
     except msgspec.MsgspecError:
         with suppress(msgspec.MsgspecError):
-            return msgspec.json.decode(SCALAR.sub(_finite_or_null, text), type=Fields)
+            return msgspec.json.decode(SCALAR.sub(_value_or_null, text), type=Fields)
     return parse_json(text, Fields)  # fails, and names the flaw
 
 
-def _finite_or_null(match: re.Match[str]) -> str:
-    with suppress(ValueError):  # a text, or no number at all
-        return match[0] if math.isfinite(float(match[0])) else "null"
-    return match[0]
+def _value_or_null(match: re.Match[str]) -> str:
+    word = match[0]
+    if word.startswith('"') or word in NAMES:
+        return word
+    number = _as_number(word)
+    return "null" if isinstance(number, str) else msgspec.json.encode(number).decode()
 
 
 def make_prompt(trigger: Trigger, event: Fields) -> PromptRequest | None:
@@ -218,6 +229,7 @@ def request_name(trigger: Trigger, epoch: int, number: int) -> str:
 
 @lru_cache(maxsize=64)
 def _pieces(template: str) -> tuple[Piece, ...]:
+    template = _normal(template)
     pieces = []
     position = 0
     while position < len(template):
@@ -244,7 +256,7 @@ def _steps(path: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=64)
 def _condition(when: str) -> Condition:
-    match = CONDITION.fullmatch(when)
+    match = CONDITION.fullmatch(_normal(when))
     try:
         value = msgspec.json.decode(match[3], type=Comparable) if match else None
     except msgspec.MsgspecError:
@@ -264,6 +276,8 @@ def _holds(condition: Condition, event: Fields) -> bool:
     kind = _kind(condition.value)
     if kind == "number":
         value = _as_number(value)
+    elif kind == "text" and isinstance(value, str):
+        value = _normal(value)
     is_same_kind = _kind(value) == kind
     if condition.order in ("==", "!="):
         is_equal = is_same_kind and value == condition.value
@@ -307,12 +321,18 @@ def _find(value: Any, steps: tuple[str, ...]) -> Any:
         return value
     if isinstance(value, list) and steps[0].isdecimal():
         return _find(value[int(steps[0])], steps[1:])
+    fields = {_normal(key): each for key, each in value.items()} if isinstance(value, dict) else {}
     for num_steps in range(1, len(steps) + 1):
         key = ".".join(steps[:num_steps])
-        if isinstance(value, dict) and key in value:
+        if key in fields:
             with suppress(LookupError):
-                return _find(value[key], steps[num_steps:])
+                return _find(fields[key], steps[num_steps:])
     raise LookupError
+
+
+def _normal(text: str) -> str:
+    """Return a text in Unicode's form NFC; a file name of macOS, for example, is in NFD."""
+    return unicodedata.normalize("NFC", text)
 
 
 def _format_value(piece: Piece, value: object) -> str:
@@ -329,7 +349,10 @@ def _format_value(piece: Piece, value: object) -> str:
 
 def _format_scalar(value: object, spec: str) -> str:
     """Format a number or a text; a text becomes a number if the format is one of numbers."""
-    return format(_as_number(value) if NUMERIC.search(spec) else value, spec)
+    number = _as_number(value) if NUMERIC.search(spec) else value
+    if spec.endswith("d") and isinstance(number, float) and number.is_integer():
+        number = int(number)
+    return format(number, spec)
 
 
 def _describe(value: object) -> str:
@@ -338,7 +361,8 @@ def _describe(value: object) -> str:
 
 def _as_number(value: Any) -> Any:
     """Return a text that is a number as that number, and any other value as it is."""
-    if isinstance(value, str):
-        with suppress(msgspec.MsgspecError):
-            return msgspec.json.decode(value.strip(), type=int | float)
+    if isinstance(value, str) and NUMBER.fullmatch(text := value.strip()):
+        with suppress(ValueError):  # an integer of thousands of digits
+            number = int(text) if text.lstrip("+-").isdecimal() else float(text)
+            return number if isinstance(number, int) or math.isfinite(number) else value
     return value

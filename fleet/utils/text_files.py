@@ -12,7 +12,21 @@ from fleet.utils.text import wide_encoding
 from fleet.utils.validation import JSON_ERRORS, describe_error
 
 LFS_POINTER: Final = b"version https://git-lfs"
-GZIP: Final = b"\x1f\x8b"
+CONTAINERS: Final = (
+    (b"\x1f\x8b", "a gzip file", "unpack it with gunzip"),
+    (b"\xfd7zXZ\0", "an archive (xz)", "unpack it with unxz"),
+    (b"\x28\xb5\x2f\xfd", "an archive (zstd)", "unpack it with unzstd"),
+    (b"BZh91AY&SY", "an archive (bzip2)", "unpack it with bunzip2"),
+    (b"7z\xbc\xaf\x27\x1c", "an archive (7z)", "unpack it"),
+    (b"PK\x03\x04", "a spreadsheet, a document or an archive (zip)", "save it as text or CSV"),
+    (
+        b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
+        "an old spreadsheet or document",
+        "save it as text or CSV",
+    ),
+    (b"%PDF-", "a PDF", "save it as text"),
+)
+"""The first bytes of files that users take for text, their kinds, and the next step."""
 
 
 def check_no_pointer(path: Path) -> None:
@@ -37,11 +51,12 @@ def decode_text(data: bytes, source: str) -> str:
     """Decode UTF-8; a byte order mark is skipped. `source` names the data in the error.
 
     Raises:
-        ConfigError: the data is compressed, in another encoding, a pointer, or has a NUL.
+        ConfigError: the data is no plain text, in another encoding, a pointer, or has a NUL.
     """
     _check_content(data, source)
-    if data.startswith(GZIP):
-        raise ConfigError(f"{source} is a gzip file, expected text; unpack it with gunzip")
+    for beginning, kind, next_step in CONTAINERS:
+        if data.startswith(beginning):
+            raise ConfigError(f"{source} is {kind}, expected text; {next_step}")
     encoding = wide_encoding(data)
     if encoding:
         raise ConfigError(f"{source} is in {encoding}, expected UTF-8; save it as UTF-8")

@@ -10,10 +10,12 @@ import msgspec
 from msgspec import Struct
 from msgspec.inspect import (
     BoolType,
+    DictType,
     EnumType,
     FloatType,
     IntType,
     LiteralType,
+    StrType,
     StructType,
     UnionType,
     VarTupleType,
@@ -28,7 +30,8 @@ JSON_ERRORS: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """Errors of msgspec's decoder for bytes that are no JSON, not in UTF-8, or nested too deeply."""
 
 FAULT: Final = re.compile(
-    r"(?:Expected `.*?`(?:, got `(?P<kind>\w+)`)?[^`]*|Invalid enum value (?P<choice>.*))"
+    r"(?:Expected `(?P<expected>.*?)`(?:, got `(?P<kind>\w+)`)?[^`]*"
+    r"|Invalid enum value (?P<choice>.*))"
     r" - at `\$\.(?P<path>[^`]*)`",
     re.DOTALL,
 )
@@ -67,10 +70,16 @@ def describe_error(error: Exception, type_: Any, values: Any = None) -> str:
     match = FAULT.fullmatch(str(error))
     steps = STEP.findall(match["path"]) if match else []
     words = list(filter(None, map(_words, _types_at(type_info(type_), steps))))
-    if not match or not words:
+    if not match or not words or _is_about_length(match):
         return str(error)
     got = match["choice"] or _value_at(values, steps) or KINDS.get(match["kind"] or "", "")
     return f"{match['path']}: expected {' or '.join(words)}" + (f", got {got}" if got else "")
+
+
+def _is_about_length(match: re.Match[str]) -> bool:
+    """Whether the value has the right type, and its length or its characters do not fit."""
+    is_compound = (match["expected"] or "").startswith(("str", "array", "object"))
+    return is_compound and match["kind"] is None
 
 
 def is_unknown_field(reason: str) -> bool:
@@ -104,8 +113,13 @@ def _words(info: Any) -> str | None:
             return f"{KINDS['int']}{_range(info)}"
         case FloatType():
             return f"{KINDS['float']}{_range(info)}" + (", such as 0.8" if info.le == 1 else "")
-        case VarTupleType() if words := _words(info.item_type):
-            return f"{KINDS['array']}, each of it {words}"
+        case VarTupleType():
+            words = _words(info.item_type)
+            return f"{KINDS['array']}, each of it {words}" if words else KINDS["array"]
+        case StructType() | DictType():
+            return KINDS["object"]
+        case StrType():
+            return KINDS["str"]
     return None
 
 

@@ -111,7 +111,7 @@ REFUSED = {
     "no content": (b'{"messages": [{"role": "tool"}]}', r"'content', a text, in messages\[0\]"),
     "a tool that is a text": (
         b'{"prompt": "hi", "tools": ["x"]}',
-        r"object.* at `\$.tools\[0\]`",
+        r"tools\[0\]: expected an object, got 'x'",
     ),
     "documents that are no list": (b'{"prompt": "hi", "documents": {}}', "documents"),
     "raw messages": (
@@ -126,6 +126,8 @@ REFUSED = {
         "exactly one of 'prompt' and 'messages'",
     ),
     "JSON cut short": (b'{"prompt": "hi"', "expected a JSON object"),
+    "messages alone": (b'[{"role": "user", "content": "hi"}]', "got a list of objects"),
+    "an object encoded twice": (b'"{\\"prompt\\": \\"hi\\"}"', "got an object inside a JSON text"),
     "two objects": (b'{"prompt": "hi"}{}', "expected a JSON object"),
     "nested too deep": (b'{"messages": ' + b"[" * 10_000, "expected a JSON object"),
     "text that is not UTF-8": (b"caf\xe9", "expected UTF-8 text"),

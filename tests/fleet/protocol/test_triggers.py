@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+import unicodedata
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -63,7 +64,8 @@ def test_a_template_is_filled_with_the_fields_of_the_event(template: str, text: 
         (b"1.10", "1.10"),
         (b"12e5", "12e5"),
         (b"89490200001234567890", "89490200001234567890"),
-        (b'"open"', '"open"'),
+        (b'"open"', "open"),
+        (b'"open', '"open'),
         (b"[1, 2]", "[1, 2]"),
         ("grüß".encode(), "grüß"),
     ],
@@ -79,6 +81,7 @@ def test_plain_text_is_the_payload(payload: bytes, text: str) -> None:
         ('payload != "1"', False),
         ('payload < "5"', True),
         ("payload == 1", True),
+        ("payload == 1.0", True),
         ("payload < 5", True),
         ('s == "1"', True),
         ("s == 1", True),
@@ -196,7 +199,7 @@ def test_a_condition_that_never_holds_is_refused(when: str) -> None:
         trigger(when=when)
 
 
-@pytest.mark.parametrize("text", ["31.2", " 31.2", "3.12e1"])
+@pytest.mark.parametrize("text", ["31.2", " 31.2", "3.12e1", "+31.2", "031.2", ".312e2"])
 def test_a_text_that_is_a_number_counts_as_one(text: str) -> None:
     event = read_event("x", msgspec.json.encode({"celsius": text}))
     assert fill("{celsius:.1f}", event) == "31.2"
@@ -216,7 +219,8 @@ def test_a_text_that_is_no_number_drops_the_event(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "broken", ["nan", "NaN", "-inf", "Infinity", "1e999", "-1e999", "[1, nan]"]
+    "broken",
+    ["nan", "NaN", "-inf", "Infinity", "1e999", "-1e999", "[1, nan]", "ovf", "1.#QNAN", "-1.#IND"],
 )
 def test_one_broken_number_does_not_lose_the_other_fields(broken: str) -> None:
     text = f'{{"one": {{"celsius": 31.0}}, "nan": "say \\"nan\\" [1e999", "two": {broken}}}'
@@ -225,6 +229,37 @@ def test_one_broken_number_does_not_lose_the_other_fields(broken: str) -> None:
     assert event["two"] in (None, [1, None])
     with pytest.raises(PromptError, match="expected a"):
         make_prompt(trigger(when="two > 30"), event)
+
+
+@pytest.mark.parametrize("number", ["+31.2", "031.2", ".312e2", '"+31.2"'])
+def test_a_number_in_an_instruments_form_is_a_number(number: str) -> None:
+    event = read_event("x", f'{{"celsius": {number}, "ok": true}}'.encode())
+    assert fill("{celsius:.1f} {ok}", event) == "31.2 true"
+    assert make_prompt(trigger(when="celsius > 30"), event)
+
+
+@pytest.mark.parametrize("number", ["5", "5.0", "5.", "+5", '"5.0"'])
+def test_a_whole_number_fits_a_format_of_whole_numbers(number: str) -> None:
+    assert fill("{n:d}", read_event("x", f'{{"n": {number}}}'.encode())) == "5"
+    with pytest.raises(PromptError, match="expected a value that fits"):
+        fill("{n:d}", read_event("x", b'{"n": 5.5}'))
+
+
+def test_an_event_in_quotes_of_json_is_its_text() -> None:
+    assert make_prompt(trigger(when='payload == "ON"'), read_event("x", b'"ON"'))
+    twice = msgspec.json.encode(WARM.decode())
+    assert fill("{sensor.celsius:.1f}", read_event("x", twice)) == "31.3"
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("of_trigger", ["NFC", "NFD"])
+def test_a_key_is_found_in_each_form_of_unicode(
+    form: Literal["NFC", "NFD"], of_trigger: Literal["NFC", "NFD"]
+) -> None:
+    text = unicodedata.normalize(form, '{"wärme": {"höhe": "grün"}}')
+    when = unicodedata.normalize(of_trigger, 'wärme.höhe == "grün"')
+    template = unicodedata.normalize(of_trigger, "{wärme.höhe}")
+    assert make_prompt(trigger(when=when, template=template), read_event("x", text.encode()))
 
 
 def test_a_broken_event_of_many_quotes_is_refused_at_once() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import errno
 import gzip
+import io
+import lzma
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +36,28 @@ def test_a_byte_order_mark_is_skipped(data: bytes) -> None:
     assert decode_text(data, "a file") == "Wärme"
 
 
-def test_a_compressed_file_is_refused_by_its_name() -> None:
-    with pytest.raises(ConfigError, match="a file is a gzip file, expected text; unpack it"):
-        decode_text(gzip.compress(b"prompt"), "a file")
+def zipped() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("[Content_Types].xml", "<Types/>")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (gzip.compress(b"prompt"), "a gzip file, expected text; unpack it with gunzip"),
+        (bz2.compress(b"prompt"), r"an archive \(bzip2\), expected text; unpack it with bunzip2"),
+        (lzma.compress(b"prompt"), r"an archive \(xz\), expected text; unpack it with unxz"),
+        (b"\x28\xb5\x2f\xfd\0", r"an archive \(zstd\), expected text; unpack it with unzstd"),
+        (zipped(), r"a spreadsheet, a document or an archive \(zip\), .*; save it as text or CSV"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1\0", "an old spreadsheet or document, expected text"),
+        (b"%PDF-1.7\n", "a PDF, expected text; save it as text"),
+    ],
+)
+def test_a_file_that_is_no_plain_text_is_refused_by_its_kind(data: bytes, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"a file is {words}"):
+        decode_text(data, "a file")
 
 
 @pytest.mark.parametrize("order", ["", "-le", "-be"])

@@ -58,6 +58,10 @@ def test_an_error_of_an_optional_field_with_choices_names_them() -> None:
     [
         ({"temperature": "hot"}, "temperature: expected a number from 0 to 5, got 'hot'"),
         ({"top_p": 0}, "top_p: expected a number above 0 and at most 1, such as 0.8, got 0"),
+        ({"stop": "a"}, "stop: expected a list, each of it a text, got 'a'"),
+        ({"tools": {}}, "tools: expected a list, each of it an object, got {}"),
+        ({"messages": "hi"}, "messages: expected a list, each of it an object, got 'hi'"),
+        ({"prompt": 5}, "prompt: expected a text, got 5"),
         ({"seed": 1.5}, "seed: expected a whole number from 0 to 9,223,372,036,854,775,807, got 1"),
         ({"mode": None, "top_k": None}, "top_k: expected a whole number from 0 to 1,000, got null"),
     ],
