@@ -36,6 +36,7 @@ from fleet.protocol.messages import ChoiceRules, Sampling
 from fleet.protocol.modes import CLOUD, Mode
 from fleet.protocol.prompt import PromptRequest
 from fleet.server.supervisor import resolve_bundle
+from fleet.utils.path_options import path_option
 
 FORMS: Final = Path(__file__).parent / "data" / "forms.json"
 MAX_NEW_TOKENS: Final = 160
@@ -195,7 +196,7 @@ def run(
     limit: Annotated[int, typer.Option(min=1, max=200, help="Number of prompts.")] = 200,
     threads: Annotated[int, typer.Option(min=1, max=64, help="Threads of each side.")] = 1,
     bundle: Annotated[
-        Path | None, typer.Option(help="Model bundle (default: the default model's).")
+        Path | None, path_option(help="Model bundle (default: the default model's).")
     ] = None,
 ) -> None:
     """Check answers of ten schemas in every mode, and print the cost of the masks."""

@@ -33,7 +33,9 @@ from benchmarks.peers import peers
 from fleet.bundles.instruction_sets import instruction_sets, processor_name
 from fleet.errors import ConfigError
 from fleet.utils.cli_runtime import run_command
+from fleet.utils.console import new_console
 from fleet.utils.optional_imports import needs
+from fleet.utils.path_options import path_option
 from onnx_export.config import QUANTIZATIONS, ExportConfig, Quantization
 from onnx_export.default_bundle import default_bundle
 
@@ -243,12 +245,12 @@ def run(
     ] = "balanced,int4,int8,fp32",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the engines take turns.")] = 7,
     only: Annotated[str, typer.Option(help="Parts to run.")] = ",".join(PARTS),
-    prompts: Annotated[Path, typer.Option(help="File of prompts for fidelity.")] = PROMPTS,
+    prompts: Annotated[Path, path_option(help="File of prompts for fidelity.")] = PROMPTS,
     with_peers: Annotated[
         bool, typer.Option("--peers/--no-peers", help="Measure other engines, too.")
     ] = True,
     plot: Annotated[
-        Path | None, typer.Option(help="Plot speed and agreement into *.svg or *.png.")
+        Path | None, path_option(help="Plot speed and agreement into *.svg or *.png.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -258,7 +260,7 @@ def run(
             from benchmarks.plots import plot_engines
             from fleet.utils.plots import check_plot, save
         check_plot(plot)
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
     parts = parse_list(only, PARTS, "part")
     chosen = parse_list(presets, get_args(Quantization), "preset")
 
@@ -290,7 +292,7 @@ def run(
     if as_json:
         print(json.dumps(result))
     else:
-        print_result(Console(), result)
+        print_result(new_console(), result)
 
 
 def machine() -> dict[str, Any]:

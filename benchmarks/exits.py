@@ -22,7 +22,9 @@ from rich.console import Console
 from fleet.bundles.manifest import Bundle
 from fleet.cli.heads import evaluation, load_or_record, print_exits, print_targets
 from fleet.exits.thresholds import OperatingPoint, evaluate_thresholds, frontier
+from fleet.utils.console import new_console
 from fleet.utils.optional_imports import needs
+from fleet.utils.path_options import path_option
 from fleet.utils.prompt_file import PromptFile
 from onnx_export.bundle import export_bundle
 from onnx_export.checkpoint import cache_folder
@@ -41,13 +43,13 @@ def bundle_with(exits: tuple[int, ...], console: Console) -> Bundle:
 
 
 def run(
-    prompts: Annotated[list[Path], typer.Option(help="File of prompts; can be repeated.")],
+    prompts: Annotated[list[Path], path_option(help="File of prompts; can be repeated.")],
     exits: Annotated[
         list[str] | None, typer.Option(help="Configurations in addition to the shipped one.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     limit: Annotated[int | None, typer.Option(help="Only the first prompts.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Plot the curves into *.svg or *.png.")] = None,
+    plot: Annotated[Path | None, path_option(help="Plot the curves into *.svg or *.png.")] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Measure the exits of one or more configurations on the same prompts."""
@@ -56,8 +58,8 @@ def run(
             from fleet.exits.plot import plot_curves
             from fleet.utils.plots import check_plot, save
         check_plot(plot)
-    errors = Console(stderr=True)
-    console = Console()
+    errors = new_console(stderr=True)
+    console = new_console()
     configurations = [EXITS, *(tuple(map(int, text.split(","))) for text in exits or ["8,15"])]
     results: dict[str, Any] = {}
     curves: dict[str, list[OperatingPoint]] = {}

@@ -57,7 +57,9 @@ from fleet.server.worker_settings import WorkerSettings
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
 from fleet.utils.cli_runtime import check_free, run_command
+from fleet.utils.console import new_console
 from fleet.utils.host_address import free_port
+from fleet.utils.path_options import path_option
 from onnx_export.__main__ import parse_numbers
 from onnx_export.architecture import check_exits
 from onnx_export.config import ExportConfig, Quantization, format_layers
@@ -257,7 +259,7 @@ def run(
     ] = ExportConfig.quantization,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
     keep: Annotated[
-        Path | None, typer.Option(help="Keep the bundle in this folder, on whose disk all is done.")
+        Path | None, path_option(help="Keep the bundle in this folder, on whose disk all is done.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -270,7 +272,7 @@ def run(
         keep = keep.absolute()
         check_free(keep, "--keep")
         keep.parent.mkdir(parents=True, exist_ok=True)
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
 
     def progress(line: str) -> None:
         console.print(line, style="dim", highlight=False)
@@ -291,7 +293,7 @@ def run(
     if as_json:
         print(json.dumps(result))
     else:
-        print_result(Console(), result)
+        print_result(new_console(), result)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from typing import Annotated, Final
 
 import typer
 from msgspec import Struct, to_builtins
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.drivers.answer import DriverAnswer
@@ -34,6 +33,8 @@ from fleet.bundles.manifest import Bundle
 from fleet.errors import ConfigError
 from fleet.protocol.modes import CLOUD
 from fleet.utils.cli_runtime import run_command
+from fleet.utils.console import new_console
+from fleet.utils.path_options import path_option
 from fleet.utils.prompt_file import read_prompts
 from onnx_export.checkpoint import cache_folder, is_gguf
 
@@ -70,9 +71,9 @@ class LinkRow(Struct, frozen=True, kw_only=True):
 
 @app.command()
 def run(
-    bundle: Annotated[Path, typer.Option(help="Bundle's folder.")],
+    bundle: Annotated[Path, path_option(help="Bundle's folder.")],
     model: Annotated[str, typer.Option(help="Model that it was exported from.")],
-    prompts: Annotated[Path, typer.Option(help="File of prompts, .jsonl or text.")],
+    prompts: Annotated[Path, path_option(help="File of prompts, .jsonl or text.")],
     links: Annotated[
         str, typer.Option(help="Round trip in ms and Mbit/s of each link.")
     ] = "5:100,20:31,100:10",
@@ -82,7 +83,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compare modes, the whole model in the cloud, and llama.cpp over several links."""
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
 
     def progress(line: str) -> None:
         console.print(line, style="dim", highlight=False, soft_wrap=True)
@@ -104,7 +105,7 @@ def run(
     if as_json:
         print(json.dumps({"machine": machine(), "rows": to_builtins(rows)}))
     else:
-        Console().print(links_table(rows))
+        new_console().print(links_table(rows))
 
 
 def parse_links(text: str) -> list[Link]:

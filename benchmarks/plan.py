@@ -50,6 +50,8 @@ from fleet.errors import ConfigError
 from fleet.planning.cost_model import PlanRequest, check_request
 from fleet.planning.machine_speeds import MachineSpeeds, warn_about_load
 from fleet.utils.cli_runtime import run_command
+from fleet.utils.console import new_console
+from fleet.utils.path_options import path_option
 from fleet.utils.prompt_file import read_prompts
 from onnx_export.__main__ import parse_numbers
 from onnx_export.architecture import check_exits
@@ -308,20 +310,20 @@ def run(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which all take turns.")] = 5,
     bundle: Annotated[
-        Path | None, typer.Option(help="Measure whole answers at the splits of this bundle.")
+        Path | None, path_option(help="Measure whole answers at the splits of this bundle.")
     ] = None,
     fitted: Annotated[
         int | None, typer.Option(min=1, help="Split that gives the constants (default: middle).")
     ] = None,
     rtt: Annotated[str, typer.Option(help="Round trips of the links, in ms.")] = "20,100",
     bandwidth: Annotated[float, typer.Option(min=0.01, help="Their bandwidth, in Mbit/s.")] = 31.0,
-    prompts: Annotated[Path, typer.Option(help="File of prompts.", show_default=False)] = PROMPTS,
+    prompts: Annotated[Path, path_option(help="File of prompts.", show_default=False)] = PROMPTS,
     answers: Annotated[int, typer.Option(min=1, help="Answers of a row.")] = 5,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compare the planner's predictions for other splits with measured times."""
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
 
     def progress(line: str) -> None:
         console.print(line, style="dim", highlight=False)
@@ -336,7 +338,7 @@ def run(
     if as_json:
         print(json.dumps(result))
     else:
-        (print_result if bundle is None else print_answers)(Console(), result)
+        (print_result if bundle is None else print_answers)(new_console(), result)
 
 
 def chosen_links(rtts: str, mbit_s: float) -> list[Link]:

@@ -28,6 +28,7 @@ from fleet.protocol.access import Role
 from fleet.protocol.report import GenerationReport
 from fleet.registry.store import Registry
 from fleet.server.collector import MAX_BATCH
+from fleet.utils.path_options import path_option
 
 DATA: Final = Path(__file__).parent / "data/scaling.json"
 FLEETS: Final = (1_000, 10_000, 100_000, 1_000_000)
@@ -262,9 +263,9 @@ def run(
     utilisation: Annotated[
         float, typer.Option(min=0.01, max=1, help="Maximum utilisation of workers and brokers.")
     ] = 0.6,
-    demo: Annotated[Path | None, typer.Option(help="Output of 'fleet demo --json'.")] = None,
+    demo: Annotated[Path | None, path_option(help="Output of 'fleet demo --json'.")] = None,
     worker: Annotated[
-        Path | None, typer.Option(help="Output of 'fleet bench worker --json'.")
+        Path | None, path_option(help="Output of 'fleet bench worker --json'.")
     ] = None,
     save: Annotated[
         bool, typer.Option("--save", help="Measure the registry, too, and save all measurements.")

@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
 from sqlalchemy import Connection, Engine, insert, text
 
 from fleet.errors import ConfigError
@@ -32,6 +31,7 @@ from fleet.registry.stats.rollup_columns import AMOUNTS, HOUR_S, SPANS_S, SUMMED
 from fleet.registry.stats.rollup_tables import LEVELS, ROLLUPS, SOURCES, SWITCHES
 from fleet.registry.stats.rollups import span_start
 from fleet.registry.store import Registry
+from fleet.utils.console import new_console
 from fleet.utils.optional_imports import require
 
 SINCE: Final = (
@@ -56,7 +56,7 @@ def run(
     """Time the statistics of a large fleet on both databases."""
     if only not in (None, "sqlite", "postgresql"):
         raise ConfigError(f"--only {only!r}: expected sqlite or postgresql")
-    errors = Console(stderr=True)
+    errors = new_console(stderr=True)
     results = {}
     for name in ("sqlite", "postgresql"):
         if only in (None, name):

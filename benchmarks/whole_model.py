@@ -34,6 +34,7 @@ from fleet.protocol.messages import NO_RULES, ChoiceRules, Sampling
 from fleet.protocol.prompt import ChatMessage, PromptRequest
 from fleet.protocol.sampling import draw
 from fleet.server.supervisor import resolve_bundle
+from fleet.utils.path_options import path_option
 from fleet.utils.prompt_file import read_prompts
 
 TIE: Final = 1e-3
@@ -179,13 +180,13 @@ class WholeModel:
 
 
 def run(
-    prompts: Annotated[Path, typer.Option(help="JSONL file of prompts, as for 'fleet demo'.")],
+    prompts: Annotated[Path, path_option(help="JSONL file of prompts, as for 'fleet demo'.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     limit: Annotated[int | None, typer.Option(help="Only the first prompts.")] = None,
     bundle: Annotated[
-        Path | None, typer.Option(help="Model bundle (default: the default model's).")
+        Path | None, path_option(help="Model bundle (default: the default model's).")
     ] = None,
-    compare: Annotated[Path | None, typer.Option(help="Output of 'fleet demo --json'.")] = None,
+    compare: Annotated[Path | None, path_option(help="Output of 'fleet demo --json'.")] = None,
 ) -> None:
     """Print the greedy token ids of the whole model, or compare them with a demo's."""
     model = WholeModel(

@@ -45,7 +45,9 @@ from fleet.protocol.modes import Mode, exit_source
 from fleet.protocol.prompt import PromptRequest
 from fleet.transport.prompt_client import PromptClient
 from fleet.utils.cli_runtime import run_command
+from fleet.utils.console import new_console
 from fleet.utils.optional_imports import needs
+from fleet.utils.path_options import path_option
 from fleet.utils.prompt_file import read_prompts
 from onnx_export.default_bundle import default_bundle
 
@@ -281,7 +283,8 @@ class WorkerBench:
     def round_trips(self, num_prompts: int, num_tokens: int, console: Console) -> dict[str, float]:
         """A token, in a fleet of real processes: broker, worker and one device."""
         exits = [exit_source(layer) for layer in self.bundle.manifest.exits]
-        quiet = Console(quiet=True)
+        quiet = new_console()
+        quiet.quiet = True
         result = {}
         with (
             TemporaryDirectory(prefix="fleet-bench-") as folder,
@@ -342,7 +345,7 @@ def run(
         float, typer.Option(min=1, help="Length of a measurement of devices, after a warm-up.")
     ] = 8.0,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw devices over the offload rate, *.svg or *.png.")
+        Path | None, path_option(help="Draw devices over the offload rate, *.svg or *.png.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -354,7 +357,7 @@ def run(
         check_plot(plot)
     parts = parse_list(only, PARTS, "part")
     (chosen,) = parse_list(weights, get_args(Weights), "kind of weights")
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
 
     def progress(line: str) -> None:
         console.print(line, style="dim", highlight=False)
@@ -388,7 +391,7 @@ def run(
     if as_json:
         print(json.dumps(result))
     else:
-        print_result(Console(), result)
+        print_result(new_console(), result)
 
 
 def print_result(console: Console, result: dict[str, Any]) -> None:

@@ -22,8 +22,10 @@ from fleet.planning.machine_speeds import print_progress, report_speeds, warn_ab
 from fleet.protocol.access import Role
 from fleet.utils.cli_runtime import run_command, stop_event, wait_stopped
 from fleet.utils.command_group import CommandGroup
+from fleet.utils.console import new_console
 from fleet.utils.host_address import host_port
 from fleet.utils.optional_imports import needs
+from fleet.utils.path_options import path_argument, path_option
 from fleet.utils.paths import absolute_path
 from fleet.utils.printable import print_line
 from fleet.utils.service_manager import READY, Watchdog, notify
@@ -52,7 +54,7 @@ ApiOption = Annotated[
     ),
 ]
 ApiKeyFileOption = Annotated[
-    Path | None, typer.Option(help="File of the keys of the API, one in each line.")
+    Path | None, path_option(help="File of the keys of the API, one in each line.")
 ]
 
 
@@ -64,10 +66,10 @@ def _edge_agent(version: VersionOption = False) -> None:
 @app.command("run")
 def run_agent(
     folder: Annotated[
-        Path, typer.Argument(help="Identity folder, made by 'fleet enroll NAME --out DIR'.")
+        Path, path_argument(help="Identity folder, made by 'fleet enroll NAME --out DIR'.")
     ],
     bundle: Annotated[
-        Path | None, typer.Option(help="Model bundle; default: the identity's bundle.")
+        Path | None, path_option(help="Model bundle; default: the identity's bundle.")
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, max=256, help="Threads of ONNX Runtime.")
@@ -127,7 +129,7 @@ def run_agent(
 
 @app.command("serve")
 def serve_command(
-    bundle: Annotated[Path, typer.Argument(help="Folder of a model bundle.")],
+    bundle: Annotated[Path, path_argument(help="Folder of a model bundle.")],
     api: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Address of the HTTP API.")
     ] = "127.0.0.1:11434",
@@ -168,8 +170,8 @@ def _api_server(
 
 @app.command("systemd")
 def systemd_command(
-    folder: Annotated[Path, typer.Argument(help="Identity folder of the device.")],
-    out: Annotated[Path, typer.Option(help="Folder of the unit.")] = Path("/etc/systemd/system"),
+    folder: Annotated[Path, path_argument(help="Identity folder of the device.")],
+    out: Annotated[Path, path_option(help="Folder of the unit.")] = Path("/etc/systemd/system"),
     user: Annotated[
         str | None, typer.Option(help="User that runs it (default: the owner of the folder).")
     ] = None,
@@ -193,7 +195,7 @@ def join_command(
     ],
     server: Annotated[str, typer.Option(help="The fleet's service, https://HOST:PORT.")],
     out: Annotated[
-        Path, typer.Option(help="Identity folder to create, or to repair with a new token.")
+        Path, path_option(help="Identity folder to create, or to repair with a new token.")
     ] = Path("device"),
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
@@ -223,9 +225,9 @@ def join_command(
 
 @app.command("measure")
 def measure_speed(
-    bundle: Annotated[Path, typer.Argument(help="Folder of a model bundle.")],
+    bundle: Annotated[Path, path_argument(help="Folder of a model bundle.")],
     out: Annotated[
-        Path, typer.Option(help="File of the speeds, for 'fleet plan --machine'.")
+        Path, path_option(help="File of the speeds, for 'fleet plan --machine'.")
     ] = Path("device.json"),
     threads: Annotated[
         int | None, typer.Option(min=1, max=256, help="Threads of ONNX Runtime.")
@@ -249,7 +251,7 @@ def measure_speed(
 
 @app.command("renew")
 def renew_command(
-    folder: Annotated[Path, typer.Argument(help="Identity folder of any role.")],
+    folder: Annotated[Path, path_argument(help="Identity folder of any role.")],
     at_once: Annotated[
         bool, typer.Option("--now", help="Renew also before two thirds of the life are over.")
     ] = False,
@@ -265,7 +267,7 @@ def renew_command(
 
 @app.command("address")
 def address_command(
-    folder: Annotated[Path, typer.Argument(help="Identity folder.")],
+    folder: Annotated[Path, path_argument(help="Identity folder.")],
     host: Annotated[str, typer.Option(help="New host of the broker.")],
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="New port of it.")] = None,
     server: Annotated[
@@ -311,12 +313,11 @@ def _fetch_first_bundle(identity: Identity, bundle_id: str) -> None:
 @contextmanager
 def _progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar of received and total bytes on stderr, if that is a terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

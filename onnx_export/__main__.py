@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
-from rich.console import Console
 
 from fleet.errors import ConfigError
 from fleet.utils.cli_runtime import run_command
+from fleet.utils.console import new_console, outside_text
+from fleet.utils.path_options import path_option
 from onnx_export.config import (
     DEFAULT_MODEL,
     DEFAULT_THRESHOLD,
@@ -25,7 +26,7 @@ N = TypeVar("N", int, float)
 
 
 def export_command(
-    out: Annotated[Path, typer.Option(help="Folder of the bundle; it must not exist or be empty.")],
+    out: Annotated[Path, path_option(help="Folder of the bundle; it must not exist or be empty.")],
     exits: Annotated[
         str, typer.Option(help="Layers that run before each exit, increasing.")
     ] = format_layers(EXITS),
@@ -34,7 +35,7 @@ def export_command(
     ] = DEFAULT_MODEL,
     heads: Annotated[
         Path | None,
-        typer.Option(help="Trained exit heads; by default those shipped, or the final norm."),
+        path_option(help="Trained exit heads; by default those shipped, or the final norm."),
     ] = None,
     exit_head: Annotated[
         str | None,
@@ -62,7 +63,7 @@ def export_command(
         typer.Option(help=f"One threshold for each exit, by default {DEFAULT_THRESHOLD}."),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Calibration file of 'fleet heads calibrate --write'.")
+        Path | None, path_option(help="Calibration file of 'fleet heads calibrate --write'.")
     ] = None,
     max_positions: Annotated[
         int, typer.Option(min=8, max=1 << 20, help="Maximum length of a session, in tokens.")
@@ -111,12 +112,12 @@ def export_with_progress(config: ExportConfig) -> str:
     from onnx_export.bundle import export_bundle
     from onnx_export.report import parity_table
 
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
     with console.status("starting") as status:
 
         def progress(line: str) -> None:
             console.print(line, highlight=False)
-            status.update(line)
+            status.update(outside_text(line))
 
         def report(figures: Mapping[str, float], limits: Mapping[str, float]) -> None:
             console.print(parity_table(figures, limits))

@@ -34,6 +34,8 @@ from fleet.bundles.manifest import Bundle
 from fleet.errors import ConfigError
 from fleet.planning.cost_model import DATA, CostFit, read_fits, write_fits
 from fleet.utils.cli_runtime import run_command
+from fleet.utils.console import new_console
+from fleet.utils.path_options import path_option
 from onnx_export.checkpoint import cache_folder
 from onnx_export.default_bundle import default_bundle
 
@@ -50,19 +52,19 @@ def run(
     size: Annotated[str, typer.Option(help=f"Size of the run: {' or '.join(SIZES)}.")] = "small",
     only: Annotated[str, typer.Option(help="Parts to measure; '' for none.")] = ",".join(PARTS),
     data: Annotated[
-        Path | None, typer.Option(help="Folder of the datasets' files (default: the hub).")
+        Path | None, path_option(help="Folder of the datasets' files (default: the hub).")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the rows (default: one in the user's cache).")
+        Path | None, path_option(help="Folder of the rows (default: one in the user's cache).")
     ] = None,
     bundle: Annotated[
-        Path | None, typer.Option(help="Bundle's folder (default: the default model's).")
+        Path | None, path_option(help="Bundle's folder (default: the default model's).")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
     refit: Annotated[
         bool, typer.Option("--fit", help="Fit 'fleet plan' to the rows; measure nothing.")
     ] = False,
-    plot: Annotated[Path | None, typer.Option(help="Folder for pictures, *.svg.")] = None,
+    plot: Annotated[Path | None, path_option(help="Folder for pictures, *.svg.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Repeat the paper's measurements, and print them next to the paper's figures."""
@@ -74,7 +76,7 @@ def run(
             f"--data {data}: expected a folder with the datasets' files; "
             "leave it out to use the hub's"
         )
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
 
     def progress(line: str) -> None:
         console.print(line, style="dim", highlight=False, soft_wrap=True)
@@ -100,7 +102,7 @@ def run(
     if as_json:
         print(encode(summary).decode(), end="")
     else:
-        print_summary(Console(), summary, results.folder)
+        print_summary(new_console(), summary, results.folder)
 
 
 def measure_parts(
@@ -153,7 +155,7 @@ def print_fit(fitted: CostFit, checked: Sequence[HeldBack], *, as_json: bool) ->
     if as_json:
         print(msgspec.json.encode({"fit": fitted, "held_back": checked}).decode())
         return
-    console = Console(highlight=False)
+    console = new_console()
     for sheet in held_back(checked):
         console.print(sheet.rich())
     console.print(

@@ -19,6 +19,7 @@ import typer
 from benchmarks.paper.report import Summary, conditions, encode, sheets
 from fleet.errors import ConfigError
 from fleet.utils.cli_runtime import run_command
+from fleet.utils.path_options import path_option
 
 ROOT: Final = Path(__file__).parents[2]
 PAGE: Final = ROOT / "docs/benchmarks.md"
@@ -67,7 +68,7 @@ def blocks(summary: Summary) -> dict[str, str]:
 
 @app.command()
 def run(
-    rows: Annotated[Path | None, typer.Option(help="Folder of 'fleet bench paper'.")] = None,
+    rows: Annotated[Path | None, path_option(help="Folder of 'fleet bench paper'.")] = None,
 ) -> None:
     """Write the page's generated sections and its pictures."""
     from benchmarks.paper.plots import draw_figures

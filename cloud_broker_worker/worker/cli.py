@@ -28,6 +28,7 @@ from fleet.transport.mqtt import MqttTransport
 from fleet.utils.cli_runtime import run_command, stop_event, wait_stopped
 from fleet.utils.command_group import CommandGroup
 from fleet.utils.optional_imports import needs
+from fleet.utils.path_options import path_argument, path_option
 from fleet.utils.service_manager import READY, Watchdog, notify
 
 app = typer.Typer(
@@ -46,9 +47,9 @@ def _cloud_worker() -> None:
 
 @app.command("run")
 def run_worker(
-    folder: Annotated[Path, typer.Argument(help="Identity folder of role worker.")],
+    folder: Annotated[Path, path_argument(help="Identity folder of role worker.")],
     bundle: Annotated[
-        Path | None, typer.Option(help="Model bundle; default: the identity's bundle.")
+        Path | None, path_option(help="Model bundle; default: the identity's bundle.")
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, max=MAX_THREADS, help="Number of PyTorch threads.")
@@ -100,10 +101,10 @@ def run_worker(
 
 @app.command("measure")
 def measure_worker_speed(
-    bundle: Annotated[Path, typer.Argument(help="Folder of a model bundle.")],
-    out: Annotated[
-        Path, typer.Option(help="File of the speeds, for 'fleet plan --worker'.")
-    ] = Path("worker.json"),
+    bundle: Annotated[Path, path_argument(help="Folder of a model bundle.")],
+    out: Annotated[Path, path_option(help="File of the speeds, for 'fleet plan --worker'.")] = Path(
+        "worker.json"
+    ),
     threads: Annotated[
         int, typer.Option(min=1, max=MAX_THREADS, help="Number of PyTorch threads.")
     ] = WorkerConfig().num_threads,

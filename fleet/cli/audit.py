@@ -9,7 +9,6 @@ import msgspec
 import typer
 from rich.console import Console
 
-from fleet.cli.console import new_console
 from fleet.cli.options import (
     MAX_ROWS,
     TO_THE_SECOND,
@@ -23,6 +22,7 @@ from fleet.cli.options import (
 from fleet.cli.views import cell_of, lines_table
 from fleet.registry.results import AuditRow
 from fleet.server.home import FleetHome
+from fleet.utils.console import new_console
 
 SubjectArgument = Annotated[
     str | None, typer.Argument(help="Only of this device, app, group or bundle.")

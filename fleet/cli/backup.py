@@ -12,12 +12,13 @@ from fleet.errors import ConfigError
 from fleet.registry.results import bundle_label
 from fleet.server.backup import back_up, remove_old_backups, restore_backup
 from fleet.server.home import FleetHome
+from fleet.utils.path_options import parse_path, path_argument
 from fleet.utils.printable import print_line
 
 FileArgument = Annotated[
     str, typer.Argument(metavar="FILE", help="New file, or a folder that gets a new file.")
 ]
-BackupArgument = Annotated[Path, typer.Argument(metavar="FILE", help="File of 'fleet backup'.")]
+BackupArgument = Annotated[Path, path_argument(metavar="FILE", help="File of 'fleet backup'.")]
 BundlesOption = Annotated[bool, typer.Option("--bundles", help="Include the models' bundles.")]
 KeepOption = Annotated[
     int | None,
@@ -54,11 +55,12 @@ def _place_of(file: str) -> Path:
     """Return the path of a new backup. Raises ConfigError for ``-`` and for a missing folder."""
     if file == "-":
         raise ConfigError("a backup is a file, and is not printed; name one, or a folder, not -")
-    if file.endswith("/") and not Path(file).is_dir():
+    path = parse_path(file)
+    if file.endswith("/") and not path.is_dir():
         raise ConfigError(
             f"{file} is no folder; make it first, or name a file without / at its end"
         )
-    return Path(file)
+    return path
 
 
 def restore_fleet(

@@ -18,6 +18,7 @@ from fleet.protocol.access import Action, Grants
 from fleet.server.home import FleetHome
 from fleet.server.mosquitto import write_mosquitto
 from fleet.utils.command_group import CommandGroup
+from fleet.utils.path_options import path_option
 from fleet.utils.paths import absolute_path
 from fleet.utils.printable import print_line
 
@@ -28,7 +29,7 @@ app = typer.Typer(
 )
 
 OutOption = Annotated[
-    Path, typer.Option(help="Folder for the files; it holds the broker's private key.")
+    Path, path_option(help="Folder for the files; it holds the broker's private key.")
 ]
 HostOption = Annotated[
     str | None, typer.Option(help="Address to listen on (default: the fleet's).")

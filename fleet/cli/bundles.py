@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final
@@ -14,14 +13,15 @@ from fleet.bundles.manifest import Bundle
 from fleet.bundles.signature import SIGNATURE_FILE, sign_bundle
 from fleet.bundles.store import bundle_bytes
 from fleet.bundles.verify import Verdict, verify_bundle
-from fleet.cli.console import new_console, outside_text
 from fleet.cli.fitted_table import FittedTable
 from fleet.cli.options import HomeOption, JsonOption, format_time, print_json
 from fleet.errors import BundleError, ConfigError
 from fleet.registry.results import BundleRow
 from fleet.server.home import FleetHome
 from fleet.utils.command_group import CommandGroup
-from fleet.utils.printable import count, print_line, printable_line
+from fleet.utils.console import new_console, outside_text
+from fleet.utils.path_options import path_argument, path_option
+from fleet.utils.printable import command_line, count, print_line, printable_line
 
 MB: Final = 1_000_000
 
@@ -32,9 +32,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-BundleArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The bundle's folder.")]
+BundleArgument = Annotated[Path, path_argument(metavar="DIR", help="The bundle's folder.")]
 PublicKeyOption = Annotated[
-    Path | None, typer.Option(help="Public key or certificate (PEM) of the signature.")
+    Path | None, path_option(help="Public key or certificate (PEM) of the signature.")
 ]
 BundleIdArgument = Annotated[
     str,
@@ -48,7 +48,7 @@ NameOption = Annotated[str | None, typer.Option(help="Name of the bundle.")]
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Also when a completed roll-out could go back to it.")
 ]
-PrivateKeyOption = Annotated[Path, typer.Option(help="Private key (PEM, P-256).")]
+PrivateKeyOption = Annotated[Path, path_option(help="Private key (PEM, P-256).")]
 
 
 @app.command()
@@ -102,7 +102,7 @@ def add(
         others = f", and {num_others} more" if num_others else ""
         raise BundleError(
             f"{source} is not added: {verdict.findings[0]}{others}; "
-            f"see '{shlex.join(['fleet', 'bundle', 'verify', str(source)])}'"
+            f"see {command_line('fleet', 'bundle', 'verify', source)}"
         )
     bundle_id = _keep(home, source, verdict.bundle_id or "", name)
     copy = home.bundles / bundle_id

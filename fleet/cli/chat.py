@@ -11,7 +11,6 @@ from typing import Final
 import msgspec
 from rich.console import Console
 
-from fleet.cli.console import new_console, outside_text
 from fleet.cli.device_status import await_online
 from fleet.cli.options import (
     DeviceArgument,
@@ -37,6 +36,7 @@ from fleet.protocol.prompt import ChatMessage, PromptRequest, Reply
 from fleet.server.home import FleetHome
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
+from fleet.utils.console import new_console, outside_text
 from fleet.utils.printable import count
 from fleet.utils.text import is_blank
 
@@ -96,7 +96,9 @@ def converse(home: FleetHome, device: str, base: PromptRequest) -> None:
         check_can_chat(home, device, bundle_id)
         exits = exit_sources(home, bundle_id)
         console.print(legend(exits))
-        Conversation(console, PromptClient(link), device, base, exits).run()
+        client = PromptClient(link)
+        client.watch(device)
+        Conversation(console, client, device, base, exits).run()
 
 
 def check_can_chat(home: FleetHome, device: str, bundle_id: str) -> None:

@@ -14,7 +14,7 @@ import typer
 from msgspec import Struct
 from msgspec.structs import replace
 
-from fleet.cli.console import new_console
+from edge_agent.config import CONFIG_FILE, AgentConfig
 from fleet.cli.options import (
     GroupOption,
     HomeOption,
@@ -31,6 +31,7 @@ from fleet.protocol.topics import check_name
 from fleet.registry.results import DeviceRow
 from fleet.server.home import FleetHome
 from fleet.utils.command_group import CommandGroup
+from fleet.utils.console import new_console
 from fleet.utils.optional_imports import needs
 from fleet.utils.paths import absolute_path
 from fleet.utils.printable import count
@@ -91,10 +92,14 @@ def set_(
 ) -> None:
     """Set values: `fleet config set kitchen threshold=0.8`, or with --group or --all."""
     pairs = [word for word in words if "=" in word]
-    target = parse_target([word for word in words if "=" not in word], group, everywhere=everywhere)
+    others = [word for word in words if "=" not in word]
+    if len(others) > 1 or (not pairs and any(map(_is_setting, others))):
+        raise ConfigError(f"expected KEY=VALUE, got {' '.join(others)!r}; {_list_settings()}")
+    target = parse_target(others, group, everywhere=everywhere)
     if not pairs:
         raise ConfigError(f"nothing to set: expected KEY=VALUE; {_list_settings()}")
     values = _parse_pairs(pairs)
+    _check_own(values)
     if isinstance(bundle := values.get("bundle"), str):  # also a name, or the beginning of an id
         with FleetHome.load(folder).registry() as registry:
             values["bundle"] = registry.rollouts.find_bundle(bundle)
@@ -111,10 +116,12 @@ def unset(
     as_json: JsonOption = False,
 ) -> None:
     """Remove values, so that a wider scope or the device itself decides again."""
-    keys = [word for word in words if word in Settings.__struct_fields__]
-    target = parse_target(
-        [word for word in words if word not in keys], group, everywhere=everywhere
-    )
+    keys = [word for word in words if _is_setting(word)]
+    others = [word for word in words if not _is_setting(word)]
+    num_devices = int(group is None and not everywhere)
+    for stray in others[num_devices:]:
+        raise ConfigError(f"unknown setting {stray[:80]!r}; {_list_settings()}")
+    target = parse_target(others, group, everywhere=everywhere)
     if not keys:
         raise ConfigError(f"nothing to unset: {_list_settings()}")
     nothing = dict.fromkeys(keys)
@@ -190,6 +197,20 @@ def parse_target(names: list[str], group: str | None, *, everywhere: bool) -> Ta
     if group is not None:
         return Target(Scope.GROUP, group)
     return Target(Scope.ALL) if everywhere else Target(Scope.DEVICE, check_name(names[0]))
+
+
+def _is_setting(word: str) -> bool:
+    return word in Settings.__struct_fields__
+
+
+def _check_own(values: dict[str, Any]) -> None:
+    """Raise ConfigError for a setting that a device reads from its own file only."""
+    for key in values:
+        if key in AgentConfig.__struct_fields__ and not _is_setting(key):
+            raise ConfigError(
+                f"{key} belongs to one device: set it in {CONFIG_FILE} in the device's folder, "
+                f"and start the device again; {_list_settings()}"
+            )
 
 
 def _parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:

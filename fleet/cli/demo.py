@@ -16,7 +16,6 @@ from msgspec.structs import replace
 from rich.console import Console, RenderableType
 
 from fleet.bundles.manifest import PromptFormat, read_manifest
-from fleet.cli.console import new_console, outside_text
 from fleet.cli.options import (
     BundleOption,
     JsonOption,
@@ -44,8 +43,10 @@ from fleet.server.supervisor import fleet_processes, resolve_bundle
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
 from fleet.utils.cli_runtime import check_writable
+from fleet.utils.console import new_console, outside_text
 from fleet.utils.host_address import free_port
 from fleet.utils.optional_imports import require
+from fleet.utils.path_options import path_option
 from fleet.utils.prompt_file import read_prompts
 
 DEVICE: Final = "edge-1"
@@ -70,10 +71,10 @@ PROMPTS: Final[dict[PromptFormat, tuple[str, ...]]] = {
 }
 
 PromptsOption = Annotated[list[str] | None, typer.Option(help="A prompt; repeatable.")]
-PromptFileOption = Annotated[Path | None, typer.Option(help="JSONL file of prompts.")]
+PromptFileOption = Annotated[Path | None, path_option(help="JSONL file of prompts.")]
 PictureOption = Annotated[
     Path | None,
-    typer.Option(metavar="FILE.svg", help="Write the coloured output into an SVG, too."),
+    path_option(metavar="FILE.svg", help="Write the coloured output into an SVG, too."),
 ]
 
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from fleet.cli.console import new_console, outside_text
 from fleet.cli.options import (
     DeviceArgument,
     GroupOption,
@@ -20,6 +19,7 @@ from fleet.cli.sessions import print_sessions
 from fleet.cli.stats_views import print_devices, print_stats, switch_text
 from fleet.identity.enrolment import format_tags
 from fleet.server.home import FleetHome
+from fleet.utils.console import new_console, outside_text
 
 if TYPE_CHECKING:
     from fleet.registry.results import DeviceRow

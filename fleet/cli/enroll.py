@@ -32,6 +32,7 @@ from fleet.protocol.types import DAY_S
 from fleet.registry.identities.lifecycle import LIMITED_BY_CERTIFICATE
 from fleet.registry.results import NewToken
 from fleet.server.home import FleetHome, check_own_names
+from fleet.utils.path_options import path_option
 from fleet.utils.paths import absolute_path
 from fleet.utils.printable import printable_line
 
@@ -45,7 +46,7 @@ NameArgument = Annotated[str, typer.Argument(help=NAME_HELP, callback=checked_na
 OptionalNameArgument = Annotated[str | None, typer.Argument(help=NAME_HELP, callback=checked_name)]
 OutOption = Annotated[
     Path | None,
-    typer.Option(help="Write the identity folder there, with its key, instead of a token."),
+    path_option(help="Write the identity folder there, with its key, instead of a token."),
 ]
 RoleOption = Annotated[
     str | None,
@@ -61,7 +62,7 @@ DeviceTagOption = Annotated[
 TtlOption = Annotated[str, typer.Option(help="Lifetime of the token: 15m, 24h, 7d.")]
 FromFileOption = Annotated[
     Path | None,
-    typer.Option("--from", help="CSV: name, group, tags, role, allow. With --out a folder each."),
+    path_option("--from", help="CSV: name, group, tags, role, allow. With --out a folder each."),
 ]
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Replace an identity; its certificates are revoked.")
@@ -70,7 +71,7 @@ NewOnlyOption = Annotated[
     bool, typer.Option("--new-only", help="With --from: leave out names that are enrolled.")
 ]
 IdentityBundleOption = Annotated[
-    Path | None, typer.Option(help="With --out: the model bundle (default: the fleet's).")
+    Path | None, path_option(help="With --out: the model bundle (default: the fleet's).")
 ]
 SharedSubscriptionsOption = Annotated[
     bool,

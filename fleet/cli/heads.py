@@ -17,7 +17,6 @@ from rich.console import Console
 from fleet import __version__
 from fleet.bundles.calibration_file import keep_calibration, write_calibrated
 from fleet.bundles.manifest import Bundle, Manifest
-from fleet.cli.console import new_console
 from fleet.cli.options import (
     MAX_NEW_TOKENS,
     MAX_ROWS,
@@ -48,7 +47,9 @@ from fleet.exits.thresholds import (
 from fleet.server.supervisor import resolve_bundle
 from fleet.utils.cli_runtime import check_free, check_writable
 from fleet.utils.command_group import CommandGroup
+from fleet.utils.console import new_console
 from fleet.utils.optional_imports import needs
+from fleet.utils.path_options import path_option
 from fleet.utils.paths import user_cache_folder
 from fleet.utils.prompt_file import PromptFile
 
@@ -65,7 +66,7 @@ app.command("draw")(write_drawn_prompts)
 TARGETS: Final = (0.98, 0.95, 0.90)
 
 PromptsOption = Annotated[
-    list[Path] | None, typer.Option(help="File of prompts, .jsonl or text; repeatable.")
+    list[Path] | None, path_option(help="File of prompts, .jsonl or text; repeatable.")
 ]
 TokensOption = Annotated[
     int,
@@ -78,7 +79,7 @@ LimitOption = Annotated[
 ]
 RecordsOption = Annotated[
     Path | None,
-    typer.Option(help="Keep the recording here or read it from here (default: user's cache)."),
+    path_option(help="Keep the recording here or read it from here (default: user's cache)."),
 ]
 TargetAgreementOption = Annotated[
     float, typer.Option(help="Mean agreement of an answer with the full model.")
@@ -87,10 +88,10 @@ ConfidenceOption = Annotated[
     float, typer.Option(help="Confidence that new text of this kind keeps the target.")
 ]
 OutOption = Annotated[
-    Path | None, typer.Option(help="Write a calibrated copy of the bundle here, not the bundle.")
+    Path | None, path_option(help="Write a calibrated copy of the bundle here, not the bundle.")
 ]
 WriteOption = Annotated[
-    Path | None, typer.Option(help="Also keep the calibration here, for 'fleet export'.")
+    Path | None, path_option(help="Also keep the calibration here, for 'fleet export'.")
 ]
 
 

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from fleet.cli.console import new_console
 from fleet.cli.fitted_table import FittedTable
 from fleet.cli.options import (
     GroupOption,
@@ -21,6 +20,7 @@ from fleet.errors import ConfigError
 from fleet.identity.enrolment import Enrolment, format_tags, parse_role
 from fleet.registry.results import IdentityRow
 from fleet.server.home import FleetHome
+from fleet.utils.console import new_console
 from fleet.utils.printable import print_line
 
 IdentityArgument = Annotated[

@@ -18,12 +18,13 @@ from fleet.cli.options import (
 from fleet.server.fleet_options import FleetOptions, resolve_config
 from fleet.server.home import FleetHome, create_fleet
 from fleet.utils.host_address import host_port
+from fleet.utils.path_options import path_option
 from fleet.utils.paths import absolute_path
 from fleet.utils.printable import print_line
 
 HostOption = Annotated[str, typer.Option(help="Broker's address for devices and workers.")]
 BundlePathOption = Annotated[
-    Path, typer.Option(help="Folder of the bundle, here and on the machines of workers.")
+    Path, path_option(help="Folder of the bundle, here and on the machines of workers.")
 ]
 ServiceHostOption = Annotated[
     str | None, typer.Option(help="Service's address for devices (default: HOST).")

@@ -10,7 +10,6 @@ import typer
 from msgspec import Struct
 
 from fleet.cli.allow import AppArgument
-from fleet.cli.console import new_console
 from fleet.cli.fitted_table import FittedTable
 from fleet.cli.options import (
     HomeOption,
@@ -26,6 +25,7 @@ from fleet.protocol.types import DAY_S
 from fleet.registry.results import ApiKeyRow
 from fleet.server.home import FleetHome, check_own_names
 from fleet.utils.command_group import CommandGroup
+from fleet.utils.console import new_console
 
 MAX_LIFE_S: Final = 3650 * DAY_S
 

@@ -21,6 +21,7 @@ from fleet.protocol.topics import check_name
 from fleet.protocol.types import DAY_S, Bias, StopTexts
 from fleet.server.home import DEFAULT_PORT, DEFAULT_SERVICE_PORT, MAX_RETENTION_DAYS
 from fleet.utils.free_memory import free_memory
+from fleet.utils.path_options import path_option
 from fleet.utils.printable import printable_json
 from fleet.utils.text import is_blank
 from fleet.utils.text_files import read_json
@@ -81,7 +82,7 @@ OnlyDeviceArgument = Annotated[
 ]
 HomeOption = Annotated[
     Path | None,
-    typer.Option("--home", help="Fleet's folder (default: $FLEET_HOME, else the user's data)."),
+    path_option("--home", help="Fleet's folder (default: $FLEET_HOME, else the user's data)."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 GroupOption = Annotated[
@@ -89,7 +90,7 @@ GroupOption = Annotated[
     typer.Option("--group", help="Only the devices of this group.", callback=checked_group),
 ]
 SinceOption = Annotated[str | None, typer.Option(help="Such as 30m, 24h, 7d, or 2026-01-31 (UTC).")]
-PlotOption = Annotated[Path | None, typer.Option(help="Draw a picture into this *.png or *.svg.")]
+PlotOption = Annotated[Path | None, path_option(help="Draw a picture into this *.png or *.svg.")]
 
 PortOption = Annotated[
     int | None,
@@ -132,12 +133,12 @@ ApiOption = Annotated[
 ]
 ApiCertOption = Annotated[
     Path | None,
-    typer.Option(help="Certificate of --api in PEM (default: of the fleet's own authority)."),
+    path_option(help="Certificate of --api in PEM (default: of the fleet's own authority)."),
 ]
-ApiCertKeyOption = Annotated[Path | None, typer.Option(help="Key of --api-cert in PEM.")]
+ApiCertKeyOption = Annotated[Path | None, path_option(help="Key of --api-cert in PEM.")]
 BundleOption = Annotated[
     Path | None,
-    typer.Option(help="Folder of the bundle (default: the default model's, built if missing)."),
+    path_option(help="Folder of the bundle (default: the default model's, built if missing)."),
 ]
 
 ModeOption = Annotated[
@@ -200,7 +201,7 @@ BiasOption = Annotated[
 ]
 SchemaOption = Annotated[
     Path | None,
-    typer.Option("--schema", help="File with a JSON schema; the answer is JSON that matches it."),
+    path_option("--schema", help="File with a JSON schema; the answer is JSON that matches it."),
 ]
 RegexOption = Annotated[
     str | None,

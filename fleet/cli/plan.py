@@ -12,7 +12,6 @@ from rich import box
 from rich.console import Console
 
 from fleet.bundles.manifest import read_manifest
-from fleet.cli.console import new_console
 from fleet.cli.fitted_table import FittedTable
 from fleet.cli.options import MAX_ROWS, BundleOption, JsonOption, print_json
 from fleet.errors import ConfigError
@@ -31,6 +30,8 @@ from fleet.planning.machine_speeds import read_speeds
 from fleet.planning.splits import AT_MOST, INTERPOLATED, split_fits, worker_speeds
 from fleet.protocol.modes import DEFAULT_AGREEMENT
 from fleet.server.supervisor import resolve_bundle
+from fleet.utils.console import new_console
+from fleet.utils.path_options import path_option
 
 RttOption = Annotated[float, typer.Option(help="Round trip between device and broker, in ms.")]
 BandwidthOption = Annotated[float, typer.Option(help="Bandwidth each way, in Mbit/s.")]
@@ -54,18 +55,18 @@ MinAgreementOption = Annotated[
 ]
 MachineOption = Annotated[
     Path | None,
-    typer.Option(help="Device, from 'edge-agent measure'; compares a bundle's splits on it."),
+    path_option(help="Device, from 'edge-agent measure'; compares a bundle's splits on it."),
 ]
 WorkerOption = Annotated[
     Path | None,
-    typer.Option(help="Worker, from its command 'measure' (default: as measured)."),
+    path_option(help="Worker, from its command 'measure' (default: as measured)."),
 ]
 MemoryOption = Annotated[
     int | None,
     typer.Option(min=1, max=MAX_ROWS, help="Memory of the device for the model, in MB."),
 ]
 DataOption = Annotated[
-    Path, typer.Option(help="Another file of 'fleet bench paper --fit'.", show_default=False)
+    Path, path_option(help="Another file of 'fleet bench paper --fit'.", show_default=False)
 ]
 
 

@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fleet.cli.console import new_console
+from fleet.utils.console import new_console
 
 LINE_S: Final = 10.0
 """The least time between two lines of a stage."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
-from fleet.cli.console import new_console
 from fleet.cli.device_status import await_online
 from fleet.cli.options import (
     BiasOption,
@@ -32,10 +32,13 @@ from fleet.cli.options import (
     read_response_format,
 )
 from fleet.cli.responses import exit_sources, stream_response
-from fleet.protocol.prompt import PromptRequest
+from fleet.errors import PromptError
+from fleet.protocol.prompt import MAX_PROMPT_BYTES, PromptRequest
 from fleet.server.home import FleetHome
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
+from fleet.utils.console import new_console
+from fleet.utils.text_files import decode_text
 
 RawOption = Annotated[
     bool, typer.Option("--raw", help="Continue the text as it is; control tokens in it count.")
@@ -48,7 +51,7 @@ StreamOption = Annotated[bool, typer.Option(help="Print the answer as it comes, 
 
 def prompt(
     device: DeviceArgument,
-    text: Annotated[str, typer.Argument(help="Text of the prompt.")],
+    text: Annotated[str, typer.Argument(help="Text of the prompt; '-' reads it from stdin.")],
     mode: ModeOption = None,
     threshold: ThresholdOption = None,
     max_new_tokens: TokensOption = None,
@@ -72,7 +75,7 @@ def prompt(
 ) -> None:
     """Prompt a device and stream its answer."""
     request = make_request(
-        text,
+        _read_stdin() if text == "-" else text,
         mode=mode,
         threshold=threshold,
         max_new_tokens=max_new_tokens,
@@ -95,6 +98,13 @@ def prompt(
     send_prompt(FleetHome.load(folder), device, request, as_json=as_json)
 
 
+def _read_stdin() -> str:
+    data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+    if len(data) > MAX_PROMPT_BYTES:
+        raise PromptError(f"expected a prompt of at most {MAX_PROMPT_BYTES:,} bytes on stdin")
+    return decode_text(data, "the prompt on stdin").removesuffix("\n")
+
+
 def send_prompt(home: FleetHome, device: str, request: PromptRequest, *, as_json: bool) -> None:
     """Send a request as an operator and print the response; needs the broker and no registry.
 
@@ -106,6 +116,8 @@ def send_prompt(home: FleetHome, device: str, request: PromptRequest, *, as_json
     with home.operator() as identity, MqttTransport.connect(identity) as link:
         bundle_id = await_online(link, device).bundle_id
         exits = exit_sources(home, bundle_id)
-        result = stream_response(console, PromptClient(link), device, request, exits)
+        client = PromptClient(link)
+        client.watch(device)
+        result = stream_response(console, client, device, request, exits)
     if as_json:
         print_json({"bundle_id": bundle_id, "results": [result]})

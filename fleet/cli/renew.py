@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
-import typer
 
 from fleet.cli.enroll import (
     MAX_TTL_S,
@@ -25,11 +24,12 @@ from fleet.identity.identity import IDENTITY_FILE, Identity, check_identity_fold
 from fleet.protocol.access import Role
 from fleet.registry.results import IdentityRow
 from fleet.server.home import FleetHome
+from fleet.utils.path_options import path_option
 from fleet.utils.paths import absolute_path
 
 OutOption = Annotated[
     Path | None,
-    typer.Option(help="Renew the identity in this folder, with a new key, instead of a token."),
+    path_option(help="Renew the identity in this folder, with a new key, instead of a token."),
 ]
 
 

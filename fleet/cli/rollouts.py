@@ -10,7 +10,6 @@ import typer
 from rich.text import Text
 
 from fleet.cli.bundles import BundleIdArgument
-from fleet.cli.console import new_console, outside_text
 from fleet.cli.options import (
     MAX_COUNT,
     MAX_ROWS,
@@ -28,6 +27,7 @@ from fleet.registry.rollouts.canary_analysis import CanaryLimits
 from fleet.registry.rollouts.plan import RolloutPlan
 from fleet.registry.rollouts.states import RolloutEvent, RolloutState
 from fleet.server.home import FleetHome
+from fleet.utils.console import new_console, outside_text
 from fleet.utils.printable import count
 
 BAR_WIDTH: Final = 24

@@ -17,6 +17,7 @@ from fleet.cli.options import (
 from fleet.errors import ConfigError
 from fleet.server.home import FleetHome
 from fleet.utils.optional_imports import needs
+from fleet.utils.path_options import path_option
 
 BrokerOption = Annotated[
     bool, typer.Option(help="Run the embedded broker, or use one that runs elsewhere.")
@@ -26,7 +27,7 @@ ListenOption = Annotated[
 ]
 MosquittoOption = Annotated[
     Path | None,
-    typer.Option(help="With --no-broker: folder of `fleet broker config` to keep in step."),
+    path_option(help="With --no-broker: folder of `fleet broker config` to keep in step."),
 ]
 ReloadOption = Annotated[
     str | None,
@@ -51,6 +52,7 @@ def server(
     with needs("server"):
         from fleet.server.gateway.api_options import ApiOptions
         from fleet.server.main import ServerOptions, run_server
+        from fleet.server.supervisor import check_metrics_ports
     if mosquitto and broker:
         raise ConfigError("--mosquitto keeps a broker that runs elsewhere in step; add --no-broker")
     options = ServerOptions(
@@ -61,4 +63,7 @@ def server(
         metrics=None if metrics_port is None else (metrics_host, metrics_port),
         api=ApiOptions.of(api, api_cert, api_cert_key),
     )
-    run_server(FleetHome.load(folder), options)
+    home = FleetHome.load(folder)
+    if broker:
+        check_metrics_ports(home.config, metrics_port, 0)
+    run_server(home, options)

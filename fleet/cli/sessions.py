@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fleet.cli.console import new_console
 from fleet.cli.options import (
     MAX_ROWS,
     TO_THE_SECOND,
@@ -21,6 +20,7 @@ from fleet.cli.options import (
 from fleet.cli.views import cell_of, lines_table
 from fleet.registry.results import SessionRow
 from fleet.server.home import FleetHome
+from fleet.utils.console import new_console
 from fleet.utils.printable import count
 
 

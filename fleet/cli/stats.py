@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fleet.cli.console import new_console
 from fleet.cli.options import (
     GroupOption,
     HomeOption,
@@ -24,6 +23,7 @@ from fleet.errors import ConfigError
 from fleet.protocol.types import DAY_S
 from fleet.registry.results import HourStats
 from fleet.server.home import FleetHome
+from fleet.utils.console import new_console
 from fleet.utils.optional_imports import needs
 
 if TYPE_CHECKING:

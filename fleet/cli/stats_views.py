@@ -11,12 +11,12 @@ import msgspec
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from fleet.cli.console import outside_text
 from fleet.cli.fitted_table import FittedTable
 from fleet.cli.options import format_time
 from fleet.cli.views import exits_of, source_bar, source_style
 from fleet.identity.enrolment import format_tags
 from fleet.registry.results import BundleStats, DeviceRow, StatsCounts, StatsRow, bundle_label
+from fleet.utils.console import outside_text
 from fleet.utils.printable import count
 
 LEVELS: Final = "▁▂▃▄▅▆▇█"

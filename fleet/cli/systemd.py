@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -17,13 +18,14 @@ from fleet.server.fleet_units import (
 )
 from fleet.server.gateway.api_options import ApiOptions
 from fleet.server.home import EMBEDDED, MOSQUITTO, FleetHome
+from fleet.utils.path_options import path_option
 from fleet.utils.paths import absolute_path
 from fleet.utils.printable import print_line
 from fleet.utils.systemd_unit import service_user, write_units
 
 BACKUPS: Final = Path("/var/lib/cecollm-fleet-backups")
 
-OutOption = Annotated[Path, typer.Option(help="Folder of the units; systemd's own for use.")]
+OutOption = Annotated[Path, path_option(help="Folder of the units; systemd's own for use.")]
 UserOption = Annotated[
     str | None, typer.Option(help="User that runs them (default: the owner of the folder).")
 ]
@@ -34,9 +36,9 @@ WorkersOption = Annotated[
 ListenOption = Annotated[
     str | None, typer.Option(help="Address of broker and service (default: the fleet's).")
 ]
-BackupsOption = Annotated[Path, typer.Option(help="Folder of the daily backups.")]
+BackupsOption = Annotated[Path, path_option(help="Folder of the daily backups.")]
 WorkerOption = Annotated[
-    Path | None, typer.Option(help="Write only the unit of the worker with this identity folder.")
+    Path | None, path_option(help="Write only the unit of the worker with this identity folder.")
 ]
 
 
@@ -75,8 +77,8 @@ def systemd(
         f"next: systemctl daemon-reload && systemctl enable --now {enabled}"
     )
     if worker is None and (stale := stale_units(out, units)):
-        files = " ".join(str(out / name) for name in stale)
+        remove = shlex.join(["rm", *(str(out / name) for name in stale)])
         print_line(
             f"of an earlier run are {', '.join(stale)}; "
-            f"next: systemctl disable --now {' '.join(stale)} && rm {files}"
+            f"next: systemctl disable --now {' '.join(stale)} && {remove}"
         )

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from fleet.cli.console import new_console
 from fleet.cli.options import (
     MAX_COUNT,
     MAX_NEW_TOKENS,
@@ -28,7 +27,9 @@ from fleet.cli.views import numbers_table
 from fleet.exits.profile import ExitOption, pareto_front, profile_exits
 from fleet.exits.records import Records
 from fleet.exits.thresholds import frontier
+from fleet.utils.console import new_console
 from fleet.utils.optional_imports import needs
+from fleet.utils.path_options import path_option
 from fleet.utils.printable import print_line
 from onnx_export.__main__ import parse_numbers
 from onnx_export.architecture import lm_head_layers
@@ -39,12 +40,12 @@ from onnx_export.training.config import TrainConfig
 MAX_CURVES: Final = 6  # of the deepest layers
 BAR_WIDTH: Final = 40
 
-OutOption = Annotated[Path, typer.Option(help="File of the heads.")]
+OutOption = Annotated[Path, path_option(help="File of the heads.")]
 ExitsOption = Annotated[str, typer.Option(help="Layers run before each exit, increasing.")]
 ModelOption = Annotated[str, typer.Option(help="'default', a hub name or a checkpoint's folder.")]
 PromptsOption = Annotated[
     list[Path] | None,
-    typer.Option(help="File of prompts, .jsonl or text, in addition to those the model draws."),
+    path_option(help="File of prompts, .jsonl or text, in addition to those the model draws."),
 ]
 KindOption = Annotated[
     str, typer.Option(help="Kind of the heads: shared (no training), linear, mlp or block.")
@@ -87,7 +88,7 @@ SeedOption = Annotated[
     int, typer.Option(min=0, max=MAX_SEED, help="Seed of prompts, sampling and order.")
 ]
 CacheOption = Annotated[
-    Path | None, typer.Option(help="Folder where answers are kept (default: the user's cache).")
+    Path | None, path_option(help="Folder where answers are kept (default: the user's cache).")
 ]
 LayersOption = Annotated[str, typer.Option(help="Layers to examine, or 'all', or 'even'.")]
 TargetAgreementOption = Annotated[
@@ -100,7 +101,7 @@ MaxEdgeCostOption = Annotated[
 MaxExitsOption = Annotated[
     int, typer.Option(min=1, max=3, help="Maximum number of exits in one combination.")
 ]
-PromptsOutOption = Annotated[Path, typer.Option(help="Text file of the prompts, one per line.")]
+PromptsOutOption = Annotated[Path, path_option(help="Text file of the prompts, one per line.")]
 CountOption = Annotated[int, typer.Option(min=1, max=MAX_ROWS, help="Number of prompts.")]
 
 

@@ -15,7 +15,6 @@ from cloud_broker_worker.worker.config import (
     check_weight_format,
 )
 from fleet.bundles.manifest import Bundle
-from fleet.cli.console import new_console
 from fleet.cli.options import (
     ApiCertKeyOption,
     ApiCertOption,
@@ -56,6 +55,7 @@ from fleet.server.supervisor import (
 from fleet.server.worker_pool import WorkerPool
 from fleet.server.worker_settings import WorkerSettings
 from fleet.utils.cli_runtime import stop_event
+from fleet.utils.console import new_console
 from fleet.utils.host_address import host_port
 from fleet.utils.paths import absolute_path
 from onnx_export.default_bundle import default_bundle

@@ -12,7 +12,6 @@ from msgspec import Struct
 
 from fleet.bundles.software import kept_versions
 from fleet.cli.config import AllOption, TargetGroupOption, parse_target
-from fleet.cli.console import new_console
 from fleet.cli.options import GroupOption, HomeOption, JsonOption, checked_name, print_json
 from fleet.cli.views import print_rows
 from fleet.errors import SoftwareError
@@ -20,6 +19,8 @@ from fleet.protocol.desired_config import DesiredConfig
 from fleet.registry.results import DeviceRow
 from fleet.server.home import FleetHome
 from fleet.utils.command_group import CommandGroup
+from fleet.utils.console import new_console
+from fleet.utils.path_options import path_argument
 from fleet.utils.printable import print_line
 
 app = typer.Typer(
@@ -30,7 +31,7 @@ app = typer.Typer(
 )
 
 WheelArgument = Annotated[
-    Path, typer.Argument(metavar="WHEEL", help="A wheel of this project, *.whl.")
+    Path, path_argument(metavar="WHEEL", help="A wheel of this project, *.whl.")
 ]
 VersionArgument = Annotated[
     str, typer.Argument(metavar="VERSION", help="A version; see `fleet update list`.")

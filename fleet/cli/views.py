@@ -9,13 +9,13 @@ from msgspec import Struct
 from rich.console import Console
 from rich.text import Text
 
-from fleet.cli.console import outside_text
 from fleet.cli.fitted_table import FittedTable
 from fleet.cli.options import TO_THE_SECOND, format_time, print_json
 from fleet.identity.enrolment import format_tags
 from fleet.protocol.modes import CLOUD, FALLBACK, LOOKUP, Mode, offload_rate
 from fleet.protocol.prompt import Reply, Usage
 from fleet.protocol.report import ConfigProblem
+from fleet.utils.console import outside_text
 from fleet.utils.printable import count
 
 EXIT_STYLES: Final = ("green", "cyan", "blue", "bright_green")

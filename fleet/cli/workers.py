@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from fleet.cli.console import new_console
 from fleet.cli.options import HomeOption, JsonOption, format_time, print_json
 from fleet.cli.views import cell_of, lines_table
 from fleet.registry.results import WorkerRow
 from fleet.server.home import FleetHome
+from fleet.utils.console import new_console
 from fleet.utils.printable import count
 
 

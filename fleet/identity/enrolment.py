@@ -148,7 +148,9 @@ def _read_rows(path: Path) -> list[Enrolment]:
     try:
         rows = csv.reader(io.StringIO(text, newline=""), strict=True)
         columns = _columns(path, next(rows, []))
-        return [_enrolment(path, rows.line_num, columns, row) for row in rows if any(row)]
+        return [
+            _enrolment(path, rows.line_num, columns, row) for row in rows if "".join(row).strip()
+        ]
     except csv.Error as error:
         raise ConfigError(f"{path} is no CSV file: {error}; {SAVE_AS}") from None
 
@@ -174,7 +176,7 @@ def _columns(path: Path, header: Sequence[str]) -> list[str]:
 def _enrolment(path: Path, line: int, columns: Sequence[str], row: Sequence[str]) -> Enrolment:
     """Parse a row. Raises an error whose message names the line."""
     try:
-        if any(row[len(columns) :]):
+        if "".join(row[len(columns) :]).strip():
             raise ConfigError("more cells than columns")
         values = dict(zip(columns, row, strict=False))
         cells = {column: values.get(column, "").strip() for column in COLUMNS}

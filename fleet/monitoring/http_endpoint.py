@@ -13,7 +13,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from prometheus_client import CollectorRegistry, Metric, ProcessCollector, make_wsgi_app
 
 from fleet.errors import ConfigError, FleetError
-from fleet.utils.host_address import address_family, host_port
+from fleet.utils.host_address import address_family, host_port, listen_remedy
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -59,8 +59,8 @@ class HttpEndpoint:
             self._server = make_server(host, port, self._app, _server_class(host), _Handler)
         except (OSError, OverflowError) as error:
             raise ConfigError(
-                f"cannot serve metrics on {host_port(host, port)}: {error}; stop the program that "
-                "uses it, or choose another --metrics-host or --metrics-port"
+                f"cannot serve metrics on {host_port(host, port)}: "
+                + listen_remedy(error, "choose another --metrics-host or --metrics-port")
             ) from None
         self.url = f"http://{host_port(host, self._server.server_port)}"
 

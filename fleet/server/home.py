@@ -463,10 +463,11 @@ def create_fleet(folder: Path, config: FleetConfig) -> FleetHome:
     is_new = not (folder / "ca").exists()
     home = FleetHome.create(folder, config)
     if is_new and not ca_passphrase():
-        key = folder / "ca" / "ca-key.pem"
+        key = home.ca_folder / "ca-key.pem"
         print(
             f"fleet: {key} is not encrypted (mode 0600); for a fleet with an encrypted key, stop "
-            f"this one, delete {folder}, set {PASSPHRASE}, and start again",
+            f"this one, delete {home.ca_folder} alone, set {PASSPHRASE}, start again, and enrol "
+            "each device again",
             file=sys.stderr,
         )
     return home

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import socket
 import threading
@@ -15,7 +14,7 @@ from typing import Final, Self
 
 from fleet.errors import ConfigError
 from fleet.utils.file_limit import raise_file_limit
-from fleet.utils.host_address import address_family, host_port
+from fleet.utils.host_address import address_family, host_port, listen_remedy
 
 START_S: Final = 10.0
 STOP_S: Final = 5.0
@@ -37,7 +36,7 @@ class ThreadedServer(ABC):
     def __init__(
         self, name: str, host: str, port: int, advice: str = "choose another port"
     ) -> None:
-        """Store the values. `advice` ends the message for a port in use, after the word "or"."""
+        """Store the values. `advice` is the next step for a port that cannot be used."""
         self.host = host
         self.port = port
         self._name = name
@@ -103,10 +102,7 @@ class ThreadedServer(ABC):
                 dualstack_ipv6=self.host == "::" and socket.has_dualstack_ipv6(),
             )
         except (OSError, OverflowError) as error:
-            reason = str(error)
-            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-                reason = "the port is in use; stop what uses it"
             raise ConfigError(
-                f"the {self._name} cannot listen on {host_port(self.host, self.port)}: {reason}, "
-                f"or {self._advice}"
+                f"the {self._name} cannot listen on {host_port(self.host, self.port)}: "
+                f"{listen_remedy(error, self._advice)}"
             ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import re
 import socket
@@ -24,8 +25,22 @@ def host_port(host: str, port: int) -> str:
 
 def address_family(host: str, port: int = 0) -> socket.AddressFamily:
     """Return the family, IPv4 or IPv6, of the first address of `host`. Raises OSError."""
-    family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except UnicodeError:  # a label that is empty or too long
+        raise OSError(errno.EINVAL, "it is no name of a host") from None
     return family
+
+
+def listen_remedy(error: OSError | OverflowError, another: str) -> str:
+    """Return why a process cannot listen, and the next step; `another` is that for its port."""
+    if isinstance(error, OverflowError):
+        return f"{error}; {another}"
+    if error.errno == errno.EADDRINUSE:
+        return f"the port is in use; stop what uses it, or {another}"
+    if error.errno == errno.EACCES:
+        return f"{error.strerror}; {another}"
+    return f"{error.strerror}; check the host's name and this machine's addresses"
 
 
 def bind_probe(host: str, port: int) -> socket.socket:

@@ -11,6 +11,7 @@ from typing import Final
 import platformdirs
 
 from fleet.errors import ConfigError
+from fleet.utils.printable import command_line
 
 PROJECT: Final = "cecollm-fleet"
 DEVICES: Final = "/dev"  # a pipe there (/dev/fd/63) is a link of the kernel, with no target
@@ -23,8 +24,13 @@ def absolute_path(path: Path) -> Path:
     Raises:
         ConfigError: it begins with ``~`` and this user has no home folder.
     """
+    return path if path.is_relative_to(DEVICES) else expand_home(path).resolve()
+
+
+def expand_home(path: Path) -> Path:
+    """Return `path` with the user's home folder in place of ``~``. Raises ConfigError without."""
     try:
-        return path if path.is_relative_to(DEVICES) else path.expanduser().resolve()
+        return path.expanduser()
     except RuntimeError:
         raise _homeless(str(path)) from None
 
@@ -88,7 +94,7 @@ def rights_remedy(path: Path) -> str:
     except OSError:  # in a folder of another user
         return "run this as its owner, or change its rights"
     if owner != folder_owner:  # as a command with sudo leaves it
-        chown = f"'sudo chown {folder_owner} {path}'"
+        chown = command_line("sudo", "chown", folder_owner, path)
         return f"it belongs to {owner}, give it to the owner of its folder: {chown}"
     user = f"'#{owner}'" if owner.isdecimal() else owner
     return f"run this as its owner (sudo -u {user}), or change its rights"

@@ -196,9 +196,10 @@ def service_user(folder: Path, user: str | None) -> str:
     except OSError as error:
         raise ConfigError(f"{folder}: {error.strerror}; name a folder that exists") from None
     if owner == 0:
+        chown = ("chown", "--recursive", "USER", str(folder))
         raise ConfigError(
             f"{folder} belongs to root, and no service should run as root; "
-            f"give the folder to another user (chown --recursive USER {folder}), or pass --user"
+            f"give the folder to another user ({shlex.join(chown)}), or pass --user"
         )
     return user_name(owner)
 

@@ -11,11 +11,11 @@ from typing import Final
 from edge_agent.config import AgentConfig
 from fleet.bundles.manifest import Bundle
 from fleet.cli.chat import Conversation
-from fleet.cli.console import new_console
 from fleet.protocol import topics
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest
 from fleet.transport.in_memory import InMemoryBroker
+from fleet.utils.console import new_console
 from tests.system.memory_fleet import DEVICE, WAIT_S, memory_fleet
 
 NUM_REPLIES: Final = 200

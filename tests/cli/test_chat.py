@@ -12,10 +12,10 @@ from rich.console import Console
 from edge_agent.config import AgentConfig
 from fleet.bundles.manifest import Bundle
 from fleet.cli.chat import Conversation
-from fleet.cli.console import new_console
 from fleet.protocol import topics
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest, parse_prompt
+from fleet.utils.console import new_console
 from tests.system.memory_fleet import DEVICE, MemoryFleet, memory_fleet
 from tests.terminal import CTRL_C, CTRL_D, LEFT, UP, terminal
 

@@ -154,6 +154,13 @@ def test_diff_lists_the_devices_that_do_not_follow_with_the_reason(folder: Path)
         ),
         (("edge-1", "mode=fast"), ConfigError, "mode: expected one of standalone.*, got 'fast'$"),
         (("edge-1",), ConfigError, "nothing to set"),
+        (
+            ("edge-1", "threshold", "0.5"),
+            ConfigError,
+            "KEY=VALUE, got 'edge-1 threshold 0.5'",
+        ),
+        (("--all", "threshold"), ConfigError, "expected KEY=VALUE, got 'threshold'"),
+        (("edge-1", "num_threads=2"), ConfigError, r"num_threads .* set it in agent\.json"),
         (("max_draft=4",), ConfigError, "expected one device, or --group G, or --all"),
         (("edge-1", "--all", "max_draft=4"), ConfigError, "expected one device"),
         (("--group", "attic", "max_draft=4"), ConfigError, "no device is in the group 'attic'"),
@@ -166,6 +173,15 @@ def test_an_invalid_setting_is_refused_in_one_line(
     with pytest.raises(kind, match=says):
         fleet(folder, "config", "set", *words)
     assert fleet_json(folder, "config", "show", "--all")["settings"] == {}
+
+
+@pytest.mark.parametrize("target", [("edge-1",), ("--all",), ("--group", "kitchen")])
+def test_a_setting_to_remove_that_is_unknown_is_named(
+    folder: Path, target: tuple[str, ...]
+) -> None:
+    says = "unknown setting 'treshold'; known settings are mode, threshold"
+    with pytest.raises(ConfigError, match=says):
+        fleet(folder, "config", "unset", *target, "treshold")
 
 
 def test_the_audit_log_lists_changes_with_their_subject_newest_first(folder: Path) -> None:

@@ -27,11 +27,11 @@ from fleet.errors import (
     TopicError,
     UnknownDeviceError,
 )
-from fleet.identity.identity import Identity
+from fleet.identity.identity import CA_FILE, Identity
 from fleet.protocol.access import Role
 from fleet.protocol.enrolment_api import EnrolmentToken
 from fleet.server.child_process import child
-from fleet.server.home import PASSPHRASE, FleetConfig, FleetHome, create_fleet
+from fleet.server.home import COLLECTOR, PASSPHRASE, FleetConfig, FleetHome, create_fleet
 from tests.brokers import fingerprint_of, free_port
 from tests.provisioning.conftest import make_csr
 
@@ -349,6 +349,12 @@ def test_one_bad_row_enrols_no_identity(
     assert not list(tmp_path.glob("out/*/identity.json"))
 
 
+def test_rows_of_blanks_are_no_rows(fleet_folder: Path, batch: Path) -> None:
+    batch.write_text("name,group\nok,hall, \n , \n\t\n", encoding="utf-8")
+    fleet(fleet_folder, "enroll", "--from", str(batch))
+    assert names(fleet_folder) == {"ok"}
+
+
 # States.
 
 
@@ -411,6 +417,22 @@ def test_a_key_that_is_not_encrypted_is_reported_once(
     (line,) = capsys.readouterr().err.splitlines()
     assert "is not encrypted" in line
     assert PASSPHRASE in line
+
+
+def test_the_note_on_a_key_that_is_not_encrypted_names_the_authority_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fleet's folder may hold other files of the user."""
+    monkeypatch.delenv(PASSPHRASE, raising=False)
+    config = FleetConfig(host=HOST, port=1, bundle="/no/bundle")
+    create_fleet(tmp_path, config)
+    assert f"delete {tmp_path / 'ca'} alone, set {PASSPHRASE}" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "ca")
+    monkeypatch.setenv(PASSPHRASE, "correct horse")
+    home = create_fleet(tmp_path, config)
+    assert b"ENCRYPTED" in (tmp_path / "ca" / "ca-key.pem").read_bytes()
+    own = home.identity(COLLECTOR, Role.SERVER).folder / CA_FILE
+    assert own.read_text() == home.trusted_ca()
 
 
 # The server.

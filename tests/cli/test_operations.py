@@ -117,7 +117,7 @@ def test_a_later_run_names_the_units_that_are_no_longer_of_the_fleet(
     home = FleetHome.create(
         tmp_path / "home", FleetConfig(host="127.0.0.1", port=1, bundle=str(tiny_bundle.folder))
     )
-    out = tmp_path / "units"
+    out = tmp_path / "my units"
     systemd(out, user="fleet", workers=3, folder=home.folder)
     (out / "fleet-mosquitto.service").touch()
     (out / "fleet-worker.service").touch()  # of a worker with a folder of its own
@@ -125,7 +125,7 @@ def test_a_later_run_names_the_units_that_are_no_longer_of_the_fleet(
     systemd(out, user="fleet", workers=1, folder=home.folder)
     stale = [f"fleet-{name}.service" for name in ("mosquitto", "worker-2", "worker-3")]
     line = capsys.readouterr().out.splitlines()[-1]
-    assert f"systemctl disable --now {' '.join(stale)} && rm {out}/{stale[0]} " in line
+    assert f"systemctl disable --now {' '.join(stale)} && rm '{out}/{stale[0]}' " in line
     for name in stale:
         (out / name).unlink()
     systemd(out, user="fleet", workers=1, folder=home.folder)

@@ -14,7 +14,6 @@ import pytest
 from typer.testing import CliRunner
 
 from fleet.cli import app
-from fleet.cli.console import new_console
 from fleet.cli.rollouts import progress_text
 from fleet.cli.views import reply_text, usage_line
 from fleet.errors import PromptError
@@ -23,10 +22,12 @@ from fleet.protocol.report import ConfigProblem, DeviceStatus
 from fleet.registry.results import RolloutRow
 from fleet.server.home import FleetConfig, FleetHome
 from fleet.utils.cli_runtime import run_command
+from fleet.utils.console import new_console
 from tests.cli.test_responses import make_usage
 from tests.fleet.conftest import add
 
 ROOT = Path(__file__).parents[2]
+COMMANDS = ("fleet", "edge_agent", "cloud_broker_worker", "onnx_export", "benchmarks")
 TEXT = "[/x] [red]t[/red] [json] [link=http://a] :smile: \x1b[31m \x1b]0;title\x07 {a}"
 SHOWN = "[/x] [red]t[/red] [json] [link=http://a] :smile: \\x1b[31m \\x1b]0;title\\x07 {a}"
 TEMPLATE = "[INST] Status is {payload} [/INST] Answer in [json] only."
@@ -122,8 +123,9 @@ def test_the_line_of_an_error_controls_no_terminal(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == f"fleet: {SHOWN}\n"
 
 
-def test_each_console_of_the_command_line_is_one_without_markup() -> None:
-    for path in (ROOT / "fleet").rglob("*.py"):
+def test_each_console_of_a_command_is_one_without_markup() -> None:
+    files = [file for package in COMMANDS for file in (ROOT / package).rglob("*.py")]
+    for path in files:
         if path.name == "console.py":
             continue
         nodes = ast.walk(ast.parse(path.read_text()))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from fleet.cli import app
 from fleet.cli.options import make_request, read_response_format
 from fleet.cli.views import reply_text, usage_line
 from fleet.errors import ConfigError
 from fleet.protocol.constraint import Constraint
 from fleet.protocol.modes import Mode
-from fleet.protocol.prompt import Choice, PromptRequest, Reply, Usage
+from fleet.protocol.prompt import MAX_PROMPT_BYTES, Choice, PromptRequest, Reply, Usage
 from fleet.protocol.report import Switch
+from fleet.server.home import FleetConfig, FleetHome
 
 ALONE = Switch(0, Mode.STANDALONE, "the link is down")
 BACK = Switch(9, Mode.COLLABORATIVE, "the link is back")
@@ -121,3 +125,15 @@ def test_choices_are_printed_with_their_numbers() -> None:
     )
     reply = Reply(seq=0, done=True, choices=choices)
     assert reply_text(reply, []).plain == "1: one\n2: t\\x1bwo"
+
+
+def test_a_prompt_on_stdin_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[PromptRequest] = []
+    module = importlib.import_module("fleet.cli.prompt")  # next to the function
+    monkeypatch.setattr(module, "send_prompt", lambda *words, **_: sent.append(words[2]))
+    FleetHome.create(tmp_path, FleetConfig(host="127.0.0.1", port=1, bundle="/no/bundle"))
+    arguments = ["prompt", "kitchen", "-", "--home", str(tmp_path)]
+    CliRunner().invoke(app, arguments, input="\ufeffTwo\nlines\n")
+    assert [request.prompt for request in sent] == ["Two\nlines"]
+    result = CliRunner().invoke(app, arguments, input="a" * (MAX_PROMPT_BYTES + 1))
+    assert "expected a prompt of at most" in str(result.exception)

@@ -11,12 +11,12 @@ from msgspec import Struct
 from rich.console import Console
 
 from fleet.cli.audit import print_changes
-from fleet.cli.console import new_console
 from fleet.cli.identities import identities_table
 from fleet.cli.sessions import print_sessions
 from fleet.cli.views import print_rows
 from fleet.cli.workers import print_workers
 from fleet.registry.results import AuditRow, IdentityRow, SessionRow, WorkerRow
+from fleet.utils.console import new_console
 
 DIGEST = "0123456789abcdef" * 2
 AT = 1_800_000_000.0  # 2027-01-15 08:00:00 UTC

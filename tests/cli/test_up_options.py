@@ -11,6 +11,7 @@ import pytest
 
 from fleet.bundles.manifest import Bundle
 from fleet.cli.init import init
+from fleet.cli.server import server
 from fleet.cli.up import up
 from fleet.errors import BundleError, ConfigError, FleetError
 from fleet.server.fleet_options import FleetOptions, hold_folder, resolve_config
@@ -117,6 +118,14 @@ def test_impossible_ports_of_metrics_are_refused_before_anything_is_stored(
     assert not (tmp_path / "fleet" / "fleet.json").exists()
 
 
+def test_the_port_of_the_servers_metrics_is_not_that_of_its_broker(tmp_path: Path) -> None:
+    config = FleetConfig(host="127.0.0.1", port=18883, bundle="/no/bundle", service_port=18443)
+    home = FleetHome.create(tmp_path / "fleet", config)
+    for port, option in ((18883, "--port"), (18443, "--service-port")):
+        with pytest.raises(ConfigError, match=f"--metrics-port {port}: .*{option} has {port}"):
+            server(home.folder, metrics_port=port)
+
+
 def test_an_api_that_cannot_be_served_is_refused_before_a_fleet_is_made(tmp_path: Path) -> None:
     folder = tmp_path / "fleet"
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -135,16 +144,6 @@ def test_an_api_that_cannot_be_served_is_refused_before_a_fleet_is_made(tmp_path
             api_cert_key=text,
         )
     assert not folder.exists()
-
-
-def test_a_key_without_a_passphrase_is_reported_with_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv("FLEET_CA_PASSPHRASE", raising=False)
-    folder = tmp_path / "fleet"
-    create_fleet(folder, FleetConfig(host="127.0.0.1", port=1, bundle="/no/bundle"))
-    line = capsys.readouterr().err
-    assert f"stop this one, delete {folder}, set FLEET_CA_PASSPHRASE, and start again" in line
 
 
 def test_a_fleet_of_another_user_is_a_permission_error_and_not_missing(

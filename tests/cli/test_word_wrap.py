@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 
-from fleet.cli.console import new_console
 from fleet.cli.word_wrap import WordWrap
+from fleet.utils.console import new_console
 
 
 def shown(*pieces: str, is_terminal: bool = True) -> str:

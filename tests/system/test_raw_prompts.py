@@ -15,12 +15,12 @@ from benchmarks.whole_model import WholeModel
 from edge_agent.config import AgentConfig
 from fleet.bundles.manifest import CHAT_TEMPLATE, Bundle, write_manifest
 from fleet.cli.chat import Conversation, check_can_chat
-from fleet.cli.console import new_console
 from fleet.cli.demo import default_prompts
 from fleet.errors import ConfigError, PromptError, RefusedPromptError
 from fleet.protocol.modes import CLOUD, Mode
 from fleet.protocol.prompt import ChatMessage, PromptRequest
 from fleet.server.home import FleetConfig, FleetHome
+from fleet.utils.console import new_console
 from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig
 from tests.fleet.bundles.test_manifest import manifest

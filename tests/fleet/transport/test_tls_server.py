@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import socket
 import ssl
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fleet.errors import ConfigError
+from fleet.monitoring.http_endpoint import HttpEndpoint
 from fleet.transport.tls_server import TlsServer
 from provisioning.authority import CertificateAuthority
 from tests.brokers import HOST, WAIT_S
@@ -43,13 +45,14 @@ def test_a_server_listens_on_the_addresses_of_its_host(
         socket.create_connection((peer, server.port), WAIT_S).close()
 
 
-def test_a_host_that_is_no_address_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", ["absent.invalid", "https://127.0.0.1", "a..b", "192.0.2.1"])
+def test_a_host_that_is_no_address_is_named(host: str, tmp_path: Path) -> None:
     tls = CertificateAuthority.create(tmp_path / "ca").server_tls(tmp_path / "server", HOST)
-    with (
-        pytest.raises(ConfigError, match=r"cannot listen on absent\.invalid:0"),
-        IdleServer("server", "absent.invalid", 0, tls),
-    ):
+    says = rf"cannot listen on .*{re.escape(host)}.*; check the host's name and this machine's addr"
+    with pytest.raises(ConfigError, match=says), IdleServer("server", host, 0, tls):
         pass
+    with pytest.raises(ConfigError, match=r"cannot serve metrics on .*; check the host's name"):
+        HttpEndpoint(host, 0)
 
 
 def test_a_process_that_starts_a_server_may_open_as_many_files_as_the_system_permits() -> None:

@@ -15,6 +15,7 @@ from fleet.registry.store import Registry
 from fleet.server.home import FleetHome
 from fleet.utils import paths
 from fleet.utils.paths import absolute_path, existing_folder, rights_remedy, user_name
+from fleet.utils.systemd_unit import service_user
 from tests.pipes import in_pipe
 
 UNKNOWN = 54321
@@ -98,7 +99,23 @@ def test_a_file_that_another_user_has_left_is_to_be_given_back(
     monkeypatch.setattr(Path, "stat", lambda path: SimpleNamespace(st_uid=owners[path]))
     assert rights_remedy(file).startswith(f"run this as its owner (sudo -u '#{UNKNOWN}')")
     owners[file] = 0
-    assert rights_remedy(file).endswith(f"the owner of its folder: 'sudo chown {UNKNOWN} {file}'")
+    assert rights_remedy(file).endswith(f"the owner of its folder: `sudo chown {UNKNOWN} {file}`")
+
+
+def test_a_command_to_paste_quotes_its_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "my fleet; ls" / "ca.pem"
+    file.parent.mkdir()
+    file.touch()
+    owners = {file: 0, file.parent: UNKNOWN}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", lambda path: SimpleNamespace(st_uid=owners[path]))
+        assert rights_remedy(file).endswith(f"`sudo chown {UNKNOWN} '{file}'`")
+        owners[file] = UNKNOWN
+        owners[file.parent] = 0
+        with pytest.raises(ConfigError, match=f"recursive USER '{file.parent}'"):
+            service_user(file.parent, None)
 
 
 def test_a_pipe_keeps_its_path_and_a_link_does_not(tmp_path: Path) -> None:
