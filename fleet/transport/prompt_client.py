@@ -16,6 +16,7 @@ import msgspec
 from fleet.errors import FleetError, LinkError, RefusedPromptError
 from fleet.protocol import topics
 from fleet.protocol.prompt import PromptRequest, Reply, decode_reply
+from fleet.protocol.report import DeviceStatus, decode_status
 from fleet.protocol.types import MAX_DEADLINE_MS
 from fleet.transport.base import Transport
 
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 REPLY_TIMEOUT_S: Final = 60.0
 REPEAT_S: Final = 5.0
+OFFLINE_S: Final = 10.0
+"""How long a device that has gone offline may need to come back in the midst of an answer."""
 
 
 class PromptClient:
@@ -31,8 +34,17 @@ class PromptClient:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._streams: dict[str, _ReplyStream] = {}
+        self._offline_since: dict[str, float] = {}
         transport.subscribe(topics.replies_to(transport.name), self._on_reply, qos=1)
         transport.on_up(self._repeat_requests)
+
+    def watch(self, device: str) -> None:
+        """Follow the status of a device, which this client may read.
+
+        From now on a request to it fails `OFFLINE_S` seconds after it has gone offline.
+        """
+        topic = topics.device_status(topics.check_name(device))
+        self._transport.subscribe(topic, partial(self._on_status, device), qos=1, retained=True)
 
     def ask(
         self, device: str, prompt: PromptRequest, timeout_s: float | None = None
@@ -45,7 +57,7 @@ class PromptClient:
 
         Raises:
             LinkError: no reply came within `timeout_s` seconds of the previous one, or the device
-                has restarted.
+                has restarted, or it is watched and has gone offline.
             RefusedPromptError: the device refused the request.
             TopicError: `device` cannot be a name.
         """
@@ -59,9 +71,9 @@ class PromptClient:
         try:
             stream.send_request()
             while not is_done:
-                reply = stream.next(timeout_s)
+                reply = stream.next(timeout_s, lambda: self._offline_since.get(device))
                 if reply is None:
-                    raise silent_device(device, timeout_s)
+                    raise self._silence(device, timeout_s)
                 is_done = reply.done
                 check_not_refused(device, reply)
                 yield reply
@@ -77,6 +89,20 @@ class PromptClient:
             )
         except LinkError as error:
             log.warning("request %s was not cancelled: %s", request, error)
+
+    def _silence(self, device: str, timeout_s: float) -> LinkError:
+        if device not in self._offline_since:
+            return silent_device(device, timeout_s)
+        return LinkError(
+            f"device {device} has gone offline and lost this request; send the prompt again when "
+            "it is back, see 'fleet devices'"
+        )
+
+    def _on_status(self, device: str, _: str, payload: bytes) -> None:
+        if decode_status(payload, DeviceStatus).online:
+            self._offline_since.pop(device, None)
+        else:
+            self._offline_since.setdefault(device, time.monotonic())
 
     def _repeat_requests(self) -> None:
         for stream in list(self._streams.values()):
@@ -146,10 +172,13 @@ class _ReplyStream:
     def put(self, reply: Reply) -> None:
         self._arrived.put(reply)
 
-    def next(self, timeout_s: float) -> Reply | None:
+    def next(
+        self, timeout_s: float, offline_since: Callable[[], float | None] = lambda: None
+    ) -> Reply | None:
         """Return the next reply in order, or None after `timeout_s` seconds.
 
-        The request is repeated every `REPEAT_S` seconds until the reply arrives.
+        It is also None `OFFLINE_S` seconds after the device has gone offline. The request is
+        repeated every `REPEAT_S` seconds until the reply arrives.
 
         Raises:
             LinkError: the device has restarted.
@@ -158,11 +187,13 @@ class _ReplyStream:
         repeat_at = time.monotonic() + REPEAT_S
         while (reply := self._order.pop()) is None:
             now = time.monotonic()
-            if now >= deadline:
+            offline_at = offline_since()
+            end = deadline if offline_at is None else min(deadline, offline_at + OFFLINE_S)
+            if now >= end:
                 return None
             if now >= repeat_at:
                 self.send_request()
                 repeat_at = now + REPEAT_S
             with suppress(queue.Empty):
-                self._order.store(self._arrived.get(timeout=min(deadline, repeat_at) - now))
+                self._order.store(self._arrived.get(timeout=min(end, repeat_at) - now))
         return reply

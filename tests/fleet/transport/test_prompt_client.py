@@ -1,9 +1,14 @@
 """The time that an app waits for a reply."""
 
+import msgspec
 import pytest
 
-from fleet.protocol.prompt import PromptRequest
-from fleet.transport.prompt_client import REPLY_TIMEOUT_S, reply_timeout_s
+from fleet.errors import LinkError
+from fleet.protocol import topics
+from fleet.protocol.prompt import PromptRequest, Reply
+from fleet.protocol.report import DeviceStatus
+from fleet.transport.in_memory import InMemoryBroker
+from fleet.transport.prompt_client import REPLY_TIMEOUT_S, PromptClient, reply_timeout_s
 
 
 @pytest.mark.parametrize(
@@ -18,3 +23,35 @@ def test_an_answer_in_one_reply_may_take_as_long_as_the_answer(
     request_: PromptRequest, answer_s: float
 ) -> None:
     assert reply_timeout_s(request_) == REPLY_TIMEOUT_S + answer_s
+
+
+def status(*, online: bool) -> bytes:
+    return msgspec.json.encode(
+        DeviceStatus(online=online, epoch=1, bundle_id="b", version="0.1.0", mode="auto")
+    )
+
+
+def test_a_device_that_goes_offline_in_the_midst_of_an_answer_ends_the_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fleet.transport.prompt_client.OFFLINE_S", 0.0)
+    monkeypatch.setattr("fleet.transport.prompt_client.REPEAT_S", 0.05)
+    broker = InMemoryBroker()
+    topic = topics.device_status("kitchen")
+    with broker.connect("kitchen") as device, broker.connect("app") as link:
+
+        def begin(topic: str, payload: bytes) -> None:
+            del payload
+            _, app, request = topics.parse_topic(topic, topics.PROMPT_FILTER)
+            first = msgspec.json.encode(Reply(seq=0, text="The", generation="g"))
+            device.publish(topics.device_reply("kitchen", app, request), first)
+
+        device.subscribe(topics.prompts_to("kitchen"), begin)
+        device.publish(topic, status(online=True), retain=True)
+        client = PromptClient(link)
+        client.watch("kitchen")
+        replies = client.ask("kitchen", PromptRequest(prompt="hi"))
+        assert next(replies).text == "The"
+        device.publish(topic, status(online=False), retain=True)
+        with pytest.raises(LinkError, match="device kitchen has gone offline"):
+            next(replies)
