@@ -23,7 +23,7 @@ from fleet.bundles.manifest import MANIFEST_FILE
 from fleet.errors import ConfigError
 from fleet.identity.identity import CA_FILE
 from fleet.server.home import FLEET_FILE, REGISTRY_FILE, FleetConfig, FleetHome, bundle_id_of
-from fleet.utils.atomic_files import sync_folder
+from fleet.utils.atomic_files import made_folder, sync_folder
 from fleet.utils.optional_imports import needs
 from fleet.utils.text_files import decode_json
 from provisioning.authority import CA_KEY_FILE
@@ -104,10 +104,11 @@ def restore_backup(file: Path, folder: Path, registry: str | None = None) -> Fle
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty; restore into a new folder, with --home")
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".restore-") as temporary:
-            content = Path(temporary)
-            _restore_into(folder, file, content, registry)
+        with (
+            made_folder(folder),
+            tempfile.TemporaryDirectory(dir=folder, prefix=".restore-") as temporary,
+        ):
+            _restore_into(folder, file, Path(temporary), registry)
     except OSError as error:
         raise ConfigError(
             f"cannot restore {file} into {folder}: {error.strerror or error}"
