@@ -53,9 +53,11 @@ from fleet.protocol.prompt import ChatMessage, PromptRequest, decode_reply, pars
 from fleet.protocol.report import (
     DeviceStatus,
     WorkerStatus,
+    decode_load,
     decode_receipt,
     decode_report,
     decode_status,
+    encode_load,
     encode_receipt,
     encode_report,
     encode_status,
@@ -116,6 +118,7 @@ READERS: Final[dict[str, list[Reader]]] = dict.fromkeys(SESSION_KINDS, SESSION) 
     "device status": [
         (lambda payload: encode_status(decode_status(payload, DeviceStatus)), ProtocolError)
     ],
+    "load": [(lambda payload: encode_load(decode_load(payload)), ProtocolError)],
     "worker status": [
         (lambda payload: encode_status(decode_status(payload, WorkerStatus)), ProtocolError)
     ],

@@ -209,10 +209,12 @@ def test_a_fleet_keeps_its_registry_and_retention_by_default(tmp_path: Path) -> 
     first = resolve_config(tmp_path, options)
     FleetHome.create(tmp_path, first)
     assert resolve_config(tmp_path, FleetOptions(bundle="/no/bundle")) == first
-    changed = FleetOptions(registry=registry, retention_days=7)
+    changed = FleetOptions(bundle="/no/bundle", registry=registry, retention_days=7)
     assert resolve_config(tmp_path, changed).retention_days == 7
     with pytest.raises(ConfigError, match="are enrolled in a different registry"):
-        resolve_config(tmp_path, FleetOptions(registry="postgresql://elsewhere/fleet"))
+        resolve_config(
+            tmp_path, FleetOptions(bundle="/no/bundle", registry="postgresql://elsewhere/fleet")
+        )
 
 
 def test_a_registry_that_cannot_be_opened_is_not_written_down(tmp_path: Path) -> None:

@@ -200,6 +200,7 @@ def test_an_operator_prompts_and_sees_the_counts(home: Path) -> None:
         "round_trips",
         "drafted",
         "switches",
+        "seed",
     }
 
     counted = before[0]["tokens"] + len(result["token_ids"])

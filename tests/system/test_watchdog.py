@@ -48,8 +48,8 @@ main()
 LOOPS: Final = {
     "server's event loop": (
         "server",
-        "from fleet.transport import tls_server; from asyncio import wait_for",
-        "tls_server.asyncio.wait_for",
+        "from fleet.transport import threaded_server; from asyncio import wait_for",
+        "threaded_server.asyncio.wait_for",
     ),
     "server's collector": (
         "server",
