@@ -33,6 +33,7 @@ class AnswerWriter(ABC):
         self.created_at = time.time()
         self.generation: str | None = None
         self.id = uuid.uuid4().hex
+        self.num_characters = 0
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] = []
 
@@ -50,6 +51,7 @@ class AnswerWriter(ABC):
     def add(self, reply: Reply) -> bytes:
         """Return the bytes of the next reply, and of the end of the stream after the last one."""
         self._texts.append(reply.text)
+        self.num_characters += len(reply.text)
         self._logprobs += reply.logprobs or ()
         return self._last(reply) if reply.done else self._chunk(reply)
 

@@ -8,18 +8,18 @@ from typing import Any, Final, Literal
 from msgspec import Struct
 
 from fleet.http_api.answer_facts import FleetFacts, Timings, answer_facts, timings, token_facts
-from fleet.http_api.answer_writer import EVENT_STREAM, AnswerCall, AnswerWriter, event
+from fleet.http_api.answer_writer import AnswerCall, event
 from fleet.http_api.conversation import chat_messages
 from fleet.http_api.logprobs import ChatLogprobs, chat_logprobs
 from fleet.http_api.openai_fields import (
     ADVICE,
     DONE,
+    CompletionWriter,
     OpenAiSampling,
     TokenUsage,
     openai_prompt_fields,
     token_usage,
 )
-from fleet.http_api.problems import Problem, openai_error
 from fleet.http_api.request_fields import check_neutral, convert_fields, decode_object
 from fleet.protocol.prompt import Choice, JsonObject, Reply, prompt_of_fields
 from fleet.protocol.types import MaxNewTokens, TopLogprobs
@@ -116,14 +116,8 @@ class ChatCompletionChunk(Struct, frozen=True, omit_defaults=True, kw_only=True)
     timings: Timings | None = None
 
 
-class ChatCompletionWriter(AnswerWriter):
+class ChatCompletionWriter(CompletionWriter):
     """The bytes of one chat completion."""
-
-    content_type = EVENT_STREAM
-
-    def __init__(self, model: str, *, includes_usage: bool = False) -> None:
-        super().__init__(model)
-        self._includes_usage = includes_usage
 
     def begin(self, reply: Reply) -> bytes:
         super().begin(reply)
@@ -140,9 +134,6 @@ class ChatCompletionWriter(AnswerWriter):
             fleet=answer_facts(reply, self.generation),
             timings=timings(reply.usage),
         )
-
-    def fail(self, problem: Problem) -> bytes:
-        return event(openai_error(problem))
 
     def _chunk(self, reply: Reply) -> bytes:
         choice = ChatChunkChoice(

@@ -6,6 +6,8 @@ from typing import Any, Final
 
 from msgspec import Struct
 
+from fleet.http_api.answer_writer import EVENT_STREAM, AnswerWriter, event
+from fleet.http_api.problems import Problem, openai_error
 from fleet.http_api.request_fields import prompt_fields, unsupported
 from fleet.protocol.constraint import ResponseFormat
 from fleet.protocol.prompt import AnswerOptions, LogitBiases, Reply
@@ -99,3 +101,16 @@ def token_usage(last_reply: Reply) -> TokenUsage:
     return TokenUsage(
         prompt_tokens=num_prompt, completion_tokens=num_new, total_tokens=num_prompt + num_new
     )
+
+
+class CompletionWriter(AnswerWriter):
+    """The part that the writers of both kinds of completions share: the options, and an error."""
+
+    content_type = EVENT_STREAM
+
+    def __init__(self, model: str, *, includes_usage: bool = False) -> None:
+        super().__init__(model)
+        self._includes_usage = includes_usage
+
+    def fail(self, problem: Problem) -> bytes:
+        return event(openai_error(problem))

@@ -9,17 +9,17 @@ from msgspec import Struct
 
 from fleet.errors import RequestFieldError
 from fleet.http_api.answer_facts import FleetFacts, Timings, answer_facts, timings, token_facts
-from fleet.http_api.answer_writer import EVENT_STREAM, AnswerCall, AnswerWriter, event
+from fleet.http_api.answer_writer import AnswerCall, event
 from fleet.http_api.logprobs import TextLogprobs, text_logprobs
 from fleet.http_api.openai_fields import (
     ADVICE,
     DONE,
+    CompletionWriter,
     OpenAiSampling,
     TokenUsage,
     openai_prompt_fields,
     token_usage,
 )
-from fleet.http_api.problems import Problem, openai_error
 from fleet.http_api.request_fields import check_neutral, convert_fields, decode_object
 from fleet.protocol.prompt import Choice, Reply, prompt_of_fields
 from fleet.protocol.types import MaxNewTokens, TopLogprobs
@@ -65,21 +65,12 @@ class TextCompletion(Struct, frozen=True, omit_defaults=True, kw_only=True):
     timings: Timings | None = None
 
 
-class TextCompletionWriter(AnswerWriter):
+class TextCompletionWriter(CompletionWriter):
     """The bytes of one text completion."""
-
-    content_type = EVENT_STREAM
-
-    def __init__(self, model: str, *, includes_usage: bool = False) -> None:
-        super().__init__(model)
-        self._includes_usage = includes_usage
 
     def whole(self, reply: Reply) -> TextCompletion:
         choices = map(_text_choice, self._choices(reply))
         return self._end(reply, *choices, usage=token_usage(reply))
-
-    def fail(self, problem: Problem) -> bytes:
-        return event(openai_error(problem))
 
     def _chunk(self, reply: Reply) -> bytes:
         return event(self._completion(self._piece(reply), fleet=token_facts(reply)))
@@ -89,7 +80,7 @@ class TextCompletionWriter(AnswerWriter):
         return event(self._end(reply, self._piece(reply))) + usage + DONE
 
     def _piece(self, reply: Reply) -> TextChoice:
-        offset = len(self.text) - len(reply.text)
+        offset = self.num_characters - len(reply.text)
         return TextChoice(
             text=reply.text,
             finish_reason=reply.finish_reason,

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 
 import msgspec
 
 from fleet.errors import FleetError, LinkError
 from fleet.protocol import topics
-from fleet.protocol.prompt import PromptRequest, Reply, decode_reply
+from fleet.protocol.prompt import PromptRequest, Reply
 from fleet.transport.base import Transport
+from fleet.transport.open_requests import OpenRequests
 from fleet.transport.prompt_client import (
     REPEAT_S,
     REPLY_TIMEOUT_S,
@@ -34,25 +34,22 @@ class AsyncPromptClient:
     def __init__(self, transport: Transport, app: str) -> None:
         self._transport = transport
         self._app = app
-        self._streams: dict[str, AsyncReplyStream] = {}
+        self._requests = OpenRequests[AsyncReplyStream](transport, app)
 
     def open(self) -> None:
         """Subscribe to the replies."""
-        self._transport.subscribe(topics.replies_to(self._app), self._on_reply, qos=1)
-        self._transport.on_up(self._repeat_requests)
+        self._requests.open()
 
     def close(self) -> None:
         """Unsubscribe."""
-        self._transport.off_up(self._repeat_requests)
-        self._transport.unsubscribe(topics.replies_to(self._app))
+        self._requests.close()
 
     @property
     def is_idle(self) -> bool:
         """Whether no request is open."""
-        return not self._streams
+        return not self._requests
 
-    @contextmanager
-    def ask(self, device: str, prompt: PromptRequest) -> Iterator[AsyncReplyStream]:
+    def ask(self, device: str, prompt: PromptRequest) -> AbstractContextManager[AsyncReplyStream]:
         """Send a prompt. At the end of the block its answer is cancelled unless it is complete.
 
         Raises:
@@ -62,33 +59,7 @@ class AsyncPromptClient:
         request = uuid.uuid4().hex
         topic = topics.device_prompt(topics.check_name(device), self._app, request)
         stream = AsyncReplyStream(self._transport, device, topic, msgspec.json.encode(prompt))
-        self._streams[request] = stream
-        try:
-            stream.send_request()
-            yield stream
-        finally:
-            del self._streams[request]
-            if not stream.is_done:
-                self._cancel(device, request)
-
-    def _cancel(self, device: str, request: str) -> None:
-        try:
-            topic = topics.device_cancel(device, self._app, request)
-            self._transport.publish(topic, b"", qos=1)
-        except LinkError as error:
-            log.warning("request %s was not cancelled: %s", request, error)
-
-    def _repeat_requests(self) -> None:
-        for stream in list(self._streams.values()):
-            stream.send_request()
-
-    def _on_reply(self, topic: str, payload: bytes) -> None:
-        try:
-            _, _, request = topics.parse_topic(topic, topics.REPLY_FILTER)
-            if stream := self._streams.get(request):
-                stream.put(decode_reply(payload))
-        except FleetError as error:
-            log.warning("reply on %s dropped: %s", topic, error)
+        return self._requests.follow(device, request, stream)
 
 
 class AsyncReplyStream:

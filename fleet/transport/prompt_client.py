@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import time
 import uuid
@@ -13,14 +12,13 @@ from typing import Final
 
 import msgspec
 
-from fleet.errors import FleetError, LinkError, RefusedPromptError
+from fleet.errors import LinkError, RefusedPromptError
 from fleet.protocol import topics
-from fleet.protocol.prompt import PromptRequest, Reply, decode_reply
+from fleet.protocol.prompt import PromptRequest, Reply
 from fleet.protocol.report import DeviceStatus, decode_status
 from fleet.protocol.types import MAX_DEADLINE_MS
 from fleet.transport.base import Transport
-
-log = logging.getLogger(__name__)
+from fleet.transport.open_requests import OpenRequests
 
 REPLY_TIMEOUT_S: Final = 60.0
 REPEAT_S: Final = 5.0
@@ -33,10 +31,9 @@ class PromptClient:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._streams: dict[str, _ReplyStream] = {}
+        self._requests = OpenRequests[_ReplyStream](transport, transport.name)
         self._offline_since: dict[str, float] = {}
-        transport.subscribe(topics.replies_to(transport.name), self._on_reply, qos=1)
-        transport.on_up(self._repeat_requests)
+        self._requests.open()
 
     def watch(self, device: str) -> None:
         """Follow the status of a device, which this client may read.
@@ -66,29 +63,14 @@ class PromptClient:
         payload = msgspec.json.encode(prompt)
         stream = _ReplyStream(partial(self._transport.publish, topic, payload, qos=1))
         timeout_s = reply_timeout_s(prompt) if timeout_s is None else timeout_s
-        self._streams[request] = stream
-        is_done = False
-        try:
-            stream.send_request()
-            while not is_done:
+        with self._requests.follow(device, request, stream):
+            while not stream.is_done:
                 reply = stream.next(timeout_s, lambda: self._offline_since.get(device))
                 if reply is None:
                     raise self._silence(device, timeout_s)
-                is_done = reply.done
+                stream.is_done = reply.done
                 check_not_refused(device, reply)
                 yield reply
-        finally:
-            del self._streams[request]
-            if not is_done:
-                self._cancel(device, request)
-
-    def _cancel(self, device: str, request: str) -> None:
-        try:
-            self._transport.publish(
-                topics.device_cancel(device, self._transport.name, request), b"", qos=1
-            )
-        except LinkError as error:
-            log.warning("request %s was not cancelled: %s", request, error)
 
     def _silence(self, device: str, timeout_s: float) -> LinkError:
         if device not in self._offline_since:
@@ -103,18 +85,6 @@ class PromptClient:
             self._offline_since.pop(device, None)
         else:
             self._offline_since.setdefault(device, time.monotonic())
-
-    def _repeat_requests(self) -> None:
-        for stream in list(self._streams.values()):
-            stream.send_request()
-
-    def _on_reply(self, topic: str, payload: bytes) -> None:
-        try:
-            _, _, request = topics.parse_topic(topic, topics.REPLY_FILTER)
-            if stream := self._streams.get(request):
-                stream.put(decode_reply(payload))
-        except FleetError as error:
-            log.warning("reply on %s dropped: %s", topic, error)
 
 
 def reply_timeout_s(prompt: PromptRequest) -> float:
@@ -164,10 +134,14 @@ class ReplyOrder:
 class _ReplyStream:
     """The replies of one request, for a thread that waits for them."""
 
-    def __init__(self, send_request: Callable[[], None]) -> None:
-        self.send_request = send_request
+    def __init__(self, publish_request: Callable[[], None]) -> None:
+        self.is_done = False
+        self._publish_request = publish_request
         self._arrived: queue.Queue[Reply] = queue.Queue()
         self._order = ReplyOrder()
+
+    def send_request(self) -> None:
+        self._publish_request()
 
     def put(self, reply: Reply) -> None:
         self._arrived.put(reply)

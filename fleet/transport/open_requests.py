@@ -1,0 +1,87 @@
+"""The requests of an app that are not complete: sent, repeated, cancelled."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Generic, Protocol, TypeVar
+
+from fleet.errors import FleetError, LinkError
+from fleet.protocol import topics
+from fleet.protocol.prompt import Reply, decode_reply
+from fleet.transport.base import Transport
+
+log = logging.getLogger(__name__)
+
+
+class ReplyStream(Protocol):
+    """The replies of one request, as its client reads them."""
+
+    is_done: bool
+
+    def send_request(self) -> None:
+        """Send the request, also once more: a device that knows it sends its replies again."""
+
+    def put(self, reply: Reply) -> None:
+        """Add a reply that has arrived; called on the transport's thread."""
+
+
+S = TypeVar("S", bound=ReplyStream)
+
+
+class OpenRequests(Generic[S]):
+    """The open requests of one app, by their ids. They are repeated when the link is up again."""
+
+    def __init__(self, transport: Transport, app: str) -> None:
+        self._transport = transport
+        self._app = app
+        self._streams: dict[str, S] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def open(self) -> None:
+        """Subscribe to the replies, which waits for the broker."""
+        self._transport.subscribe(topics.replies_to(self._app), self._on_reply, qos=1)
+        self._transport.on_up(self._repeat)
+
+    def close(self) -> None:
+        """Unsubscribe."""
+        self._transport.off_up(self._repeat)
+        self._transport.unsubscribe(topics.replies_to(self._app))
+
+    @contextmanager
+    def follow(self, device: str, request: str, stream: S) -> Iterator[S]:
+        """Send a request. At the end of the block it is cancelled unless the stream is done.
+
+        Raises:
+            LinkError: the queue of the link is full.
+        """
+        self._streams[request] = stream
+        try:
+            stream.send_request()
+            yield stream
+        finally:
+            del self._streams[request]
+            if not stream.is_done:
+                self._cancel(device, request)
+
+    def _cancel(self, device: str, request: str) -> None:
+        try:
+            topic = topics.device_cancel(device, self._app, request)
+            self._transport.publish(topic, b"", qos=1)
+        except LinkError as error:
+            log.warning("request %s was not cancelled: %s", request, error)
+
+    def _repeat(self) -> None:
+        for stream in list(self._streams.values()):
+            stream.send_request()
+
+    def _on_reply(self, topic: str, payload: bytes) -> None:
+        try:
+            _, _, request = topics.parse_topic(topic, topics.REPLY_FILTER)
+            if stream := self._streams.get(request):
+                stream.put(decode_reply(payload))
+        except FleetError as error:
+            log.warning("reply on %s dropped: %s", topic, error)
