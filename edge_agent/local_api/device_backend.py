@@ -10,14 +10,15 @@ from typing import Final
 
 from edge_agent.local_api.api_keys import ApiKeys
 from edge_agent.serving.agent import Agent
-from fleet.errors import BusyError, UnknownModelError
-from fleet.http_api.backend import ApiBackend, ApiCaller, ApiModel
+from fleet.errors import BusyError, DeadlineError, UnknownModelError
+from fleet.http_api.backend import LATEST, ApiBackend, ApiCaller, ApiModel
 from fleet.protocol.prompt import PromptRequest, Reply, decode_reply
+from fleet.protocol.types import MAX_DEADLINE_MS
 
 LOCAL: Final = ApiCaller("local")
 """The caller of all clients of the API in reports, and in the order of the queue."""
 
-LATEST: Final = ":latest"  # the tag that Ollama's clients add to a name
+MAX_WAIT_S: Final = MAX_DEADLINE_MS / 1000 + 10.0
 
 
 class DeviceBackend(ApiBackend):
@@ -54,7 +55,7 @@ class DeviceBackend(ApiBackend):
         is_done = False
         try:
             while not is_done:
-                reply = decode_reply(await replies.get())
+                reply = decode_reply(await _next(replies))
                 is_done = reply.done
                 yield reply
         finally:
@@ -66,6 +67,14 @@ class DeviceBackend(ApiBackend):
         if agent is None:
             raise BusyError("this device is changing its model; try again in a moment")
         return agent
+
+
+async def _next(replies: asyncio.Queue[bytes]) -> bytes:
+    """Return the next reply. Raises DeadlineError."""
+    try:
+        return await asyncio.wait_for(replies.get(), MAX_WAIT_S)
+    except TimeoutError:
+        raise DeadlineError("the answer takes too long; ask for fewer tokens") from None
 
 
 def _put_from_thread(

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from fleet.bundles.manifest import Bundle
-from fleet.constraints.token_constraint import TokenConstraint
+from fleet.constraints.token_constraint import TokenConstraint, brief_reason
 from fleet.errors import ConstraintError
 from fleet.protocol.constraint import Constraint
 
 MAX_GRAMMARS: Final = 32  # compiled grammars that are kept
 MAX_STATES: Final = 20_000  # of a grammar's lexer
-MAX_REASON: Final = 300  # characters of a compiler's error
 
 # With unlimited white space an answer could reach its length without content.
 JSON_OPTIONS: Final[Any] = {
@@ -114,8 +113,8 @@ class _Compiler:
             self._tokens = llguidance.LLTokenizer(text, n_vocab=vocab_size, eos_token=eos_token_ids)
         except (OSError, ValueError) as error:
             raise ConstraintError(
-                f"'response_format' and 'regex' cannot be used with {tokenizer}: {_brief(error)}; "
-                "leave them out"
+                f"'response_format' and 'regex' cannot be used with {tokenizer}: "
+                f"{brief_reason(error)}; leave them out"
             ) from None
 
     def compile(self, constraint: Constraint) -> Any:
@@ -123,12 +122,12 @@ class _Compiler:
         try:
             grammar = self._grammar(constraint)
         except ValueError as error:
-            raise ConstraintError(f"{constraint.field}: {_brief(error)}") from None
+            raise ConstraintError(f"{constraint.field}: {brief_reason(error)}") from None
         matcher = self._matcher(self._tokens, grammar, log_level=0, limits=self._limits)
         if not matcher.is_error():
             matcher.compute_bitmask()  # some grammars turn out too complex only now
         if matcher.is_error():
-            raise ConstraintError(f"{constraint.field}: {_brief(matcher.get_error())}")
+            raise ConstraintError(f"{constraint.field}: {brief_reason(matcher.get_error())}")
         return matcher
 
     def _grammar(self, constraint: Constraint) -> str:
@@ -136,11 +135,6 @@ class _Compiler:
         if constraint.kind == "regex":
             return str(self._matcher.grammar_from_regex(text))
         return str(self._matcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS))
-
-
-def _brief(error: object) -> str:
-    """Return the first lines of an error as one."""
-    return " ".join(str(error).split())[:MAX_REASON]
 
 
 def with_plain_decoder(text: str) -> str:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from fleet.errors import ConstraintError
 from fleet.protocol.constraint import Constraint
 
-MAX_REASON: Final = 300  # characters of a matcher's error
+MAX_REASON: Final = 300  # characters of an error of llguidance
 Bool: TypeAlias = npt.NDArray[np.bool_]
 
 
@@ -92,8 +92,13 @@ class TokenConstraint:
 
     def _check(self) -> None:
         if self._has_failed():
-            reason = " ".join(self._matcher.get_error().split())[:MAX_REASON]
+            reason = brief_reason(self._matcher.get_error())
             raise ConstraintError(f"{self._constraint.field} is too complex: {reason}; simplify it")
+
+
+def brief_reason(error: object) -> str:
+    """Return the beginning of an error's text as one line."""
+    return " ".join(str(error).split())[:MAX_REASON]
 
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:

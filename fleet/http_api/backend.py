@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from msgspec import Struct
 
 from fleet.protocol.prompt import PromptRequest, Reply
+
+LATEST: Final = ":latest"  # the tag that Ollama's clients add to a name
 
 
 class ApiModel(Struct, frozen=True, kw_only=True):

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from fleet.errors import BusyError, OfflineError, UnknownModelError
+from fleet.http_api.backend import LATEST
 from fleet.registry.results import DeviceLabels
 
 ANY_DEVICE: Final = "fleet"
 GROUP: Final = "group:"
 TAG: Final = "tag:"
-LATEST: Final = ":latest"  # the tag that Ollama's clients add to a name
 
 
 @dataclass(frozen=True, kw_only=True)
