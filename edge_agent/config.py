@@ -13,7 +13,19 @@ from fleet.protocol.desired_config import Settings, UploadDtype
 from fleet.protocol.messages import MAX_DRAFT
 from fleet.protocol.modes import Mode
 from fleet.protocol.triggers import Triggers, check_triggers
-from fleet.protocol.types import DeadlineMs, Share, Split, TargetTpotMs, Threshold
+from fleet.protocol.types import (
+    DeadlineMs,
+    Penalty,
+    RepetitionPenalty,
+    Share,
+    Split,
+    SystemPrompt,
+    TargetTpotMs,
+    Temperature,
+    Threshold,
+    TopK,
+    TopP,
+)
 from fleet.utils.text_files import decode_json
 from fleet.utils.validation import is_unknown_field
 
@@ -28,13 +40,14 @@ LOCKABLE: Final = tuple(sorted({*Settings.__struct_fields__} - {"bundle", "softw
 class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The settings that an operator may change on a device.
 
-    Empty `thresholds` mean those of the bundle. `split` is the number of layers that the device
-    holds, or ``auto`` for the bundle's own. `max_queued_requests` includes the active requests.
-    `max_kept_reports` is the number of reports that wait on disk for the collector before the
-    oldest are merged. `agreement_sample` is the share of collaborative responses whose tokens are
-    also verified by the cloud. `update_timeout_s` is the time within which a new version of the
-    device's software has to confirm itself. `locked` names settings that the fleet's configuration
-    does not change.
+    Empty `thresholds` mean those of the bundle. The settings from `temperature` to `system_prompt`
+    are for requests that leave them out; an empty `system_prompt` is none. `split` is the number of
+    layers that the device holds, or ``auto`` for the bundle's own. `max_queued_requests` includes
+    the active requests. `max_kept_reports` is the number of reports that wait on disk for the
+    collector before the oldest are merged. `agreement_sample` is the share of collaborative
+    responses whose tokens are also verified by the cloud. `update_timeout_s` is the time within
+    which a new version of the device's software has to confirm itself. `locked` names settings that
+    the fleet's configuration does not change.
     """
 
     mode: Mode = Mode.COLLABORATIVE
@@ -43,6 +56,14 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     num_threads: Annotated[int, Meta(ge=1, le=256)] = min(4, os.cpu_count() or 1)
     max_positions: Annotated[int, Meta(ge=16, le=1 << 20)] = 2048
     max_new_tokens: Annotated[int, Meta(ge=1)] = 128
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    min_p: Share = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    system_prompt: SystemPrompt = ""
     max_concurrent_requests: Annotated[int, Meta(ge=1, le=64)] = 4
     max_queued_requests: Annotated[int, Meta(ge=1, le=1000)] = 8
     max_kept_reports: Annotated[int, Meta(ge=256, le=1 << 20)] = 10_000

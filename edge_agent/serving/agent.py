@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-import secrets
 import threading
 import time
 import uuid
@@ -30,6 +29,7 @@ from edge_agent.serving.event_triggers import EventTriggers
 from edge_agent.serving.job_queue import Job, JobQueue
 from edge_agent.serving.load_publisher import LoadPublisher
 from edge_agent.serving.reply_resender import ReplyResender
+from edge_agent.serving.request_defaults import with_defaults
 from edge_agent.serving.request_planner import MB, RequestPlanner, answer_deadline_s
 from edge_agent.serving.self_test import check_step
 from edge_agent.session.cloud_session import CloudSession
@@ -52,7 +52,6 @@ log = logging.getLogger(__name__)
 drop_log = RateLimitedLog(log, 10.0)
 
 STOP_TIMEOUT_S: Final = 5.0
-SEED_BITS: Final = 53  # the size of a random seed; every reader of JSON keeps 53 bits exactly
 MAX_FINISHED: Final = 32  # responses kept for an app that has missed some of its replies
 OUT_OF_MEMORY: Final = (
     "this device ran out of memory on this request; "
@@ -315,7 +314,7 @@ class Agent:
             job = Job(
                 app=app,
                 request=request,
-                prompt=_with_seed(parse_prompt(payload)),
+                prompt=with_defaults(parse_prompt(payload), self._config),
                 send=partial(publish_or_log, self._transport, reply_topic, qos=1),
                 digest=hashlib.sha256(payload).digest(),
             )
@@ -331,7 +330,12 @@ class Agent:
         Raises:
             BusyError: the device accepts no more requests of this app now.
         """
-        job = Job(app=app, request=uuid.uuid4().hex, prompt=_with_seed(prompt), send=send)
+        job = Job(
+            app=app,
+            request=uuid.uuid4().hex,
+            prompt=with_defaults(prompt, self._config),
+            send=send,
+        )
         self._accept(job)
         return job
 
@@ -481,13 +485,6 @@ class Agent:
             while len(self._finished) > MAX_FINISHED:
                 del self._finished[next(iter(self._finished))]
         self._load.publish()
-
-
-def _with_seed(prompt: PromptRequest) -> PromptRequest:
-    """Return a prompt with a seed: its own, or a random one."""
-    if prompt.seed is not None:
-        return prompt
-    return msgspec.structs.replace(prompt, seed=secrets.randbits(SEED_BITS))
 
 
 def refuse_prompt(transport: Transport, app: str, request: str, error: PromptError) -> None:

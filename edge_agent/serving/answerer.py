@@ -35,6 +35,7 @@ from fleet.protocol.prompt import (
     MAX_FULL_TEXT_BYTES,
     Choice,
     ErrorInfo,
+    PromptRequest,
     Reply,
     TokenLogprob,
     TopLogprob,
@@ -98,7 +99,7 @@ class Answerer:
         Raises:
             PromptError: the response is late, or cannot continue without the cloud.
         """
-        seed = job.prompt.seed
+        request = job.prompt  # each later choice has another seed
         outcomes = [self._answer_once(job, plan, choice) for choice in range(job.prompt.n)]
         reports = [outcome.report for outcome in outcomes]
         report = merge_reports(reports, job.generation) if len(reports) > 1 else reports[0]
@@ -107,7 +108,7 @@ class Answerer:
             seq=len(job.replies),
             done=True,
             finish_reason=reports[0].finish_reason,
-            usage=_usage(report, seed),
+            usage=_usage(report, request),
             bundle_id=report.bundle_id,
             note=outcomes[0].note,
             **content,
@@ -328,7 +329,7 @@ def _full_text(text: str, max_bytes: int | None = None) -> str | None:
     return text if len(text.encode()) <= limit else None
 
 
-def _usage(report: GenerationReport, seed: int | None) -> Usage:
+def _usage(report: GenerationReport, request: PromptRequest) -> Usage:
     counts = {name: getattr(report, name) for name in AnswerCounts.__struct_fields__}
     return Usage(
         **counts,
@@ -337,6 +338,7 @@ def _usage(report: GenerationReport, seed: int | None) -> Usage:
         tpot_ms=report.tpot_ms,
         round_trips=report.assists + report.verifies,
         switches=report.switches,
-        seed=seed,
+        seed=request.seed,
         mode=Mode(report.mode),
+        sampling=request.sampling_options,
     )

@@ -12,10 +12,10 @@ from edge_agent.engine.cascade import Cascade
 from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer
 from edge_agent.generation.mode_policy import Targets
-from fleet.errors import PromptError
+from fleet.errors import ConfigError, PromptError
 from fleet.exits.thresholds import OFF
 from fleet.protocol.modes import DEFAULT_AGREEMENT, Mode
-from fleet.protocol.prompt import PromptRequest
+from fleet.protocol.prompt import ChatMessage, PromptRequest
 
 MB: Final = 1 << 20
 MAX_LOGPROBS: Final = 8192  # in one reply; each takes about 70 bytes
@@ -101,10 +101,26 @@ class RequestPlanner:
             BundleError: a block cannot be loaded; the present one is kept.
         """
         self._check_thresholds(config.thresholds or self._manifest.thresholds)
+        self._check_system_prompt(config.system_prompt)
         split = self._manifest.split_of(config.split)
         if split != self.partition.split:
             self.partition = self.partition.move(split)
         self._config = config
+
+    def _check_system_prompt(self, text: str) -> None:
+        """Check that a conversation can begin with the device's system prompt."""
+        if not text:
+            return
+        messages = (ChatMessage("system", text), ChatMessage("user", "?"))
+        try:
+            num_tokens = len(self._tokenizer.encode_chat(messages))
+        except PromptError as error:
+            raise ConfigError(f"system_prompt: {error}; unset it, or set another one") from None
+        if num_tokens >= self.max_positions:
+            raise ConfigError(
+                f"expected a system_prompt that leaves room in {self.max_positions} positions, got "
+                f"{num_tokens} tokens; shorten it"
+            )
 
     def plan(self, prompt: PromptRequest) -> RequestPlan:
         """Plan a request.

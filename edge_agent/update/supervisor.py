@@ -136,14 +136,19 @@ class Supervisor:
         try:
             self._config = merge_settings(self._own, self._followed.settings, manifest)
         except ConfigError as error:
-            self._followed = NO_DESIRED_CONFIG
-            self._problem = ConfigProblem.of(error)
-            self._config = merge_settings(self._own, self._followed.settings, manifest)
+            self._follow_none(error)
+
+    def _follow_none(self, error: ConfigError) -> None:
+        """Use the device's own settings alone, because the fleet's do not fit the bundle."""
+        self._followed = NO_DESIRED_CONFIG
+        self._problem = ConfigProblem.of(error)
+        settings = self._followed.settings
+        self._config = merge_settings(self._own, settings, self._bundle.manifest)
 
     def run(self, transport: Transport) -> None:
         """Serve until the event of `prepare` is set; raise FleetError if the agent cannot start."""
         self._transport = transport
-        self._start(self._bundle, self._config, self._followed.version, self._problem)
+        self._start_followed()
         topic = topics.device_config(transport.name)
         try:
             transport.subscribe(topic, self._on_config, qos=1)
@@ -159,6 +164,19 @@ class Supervisor:
             self._software.close()
             if self._agent:
                 self._agent.__exit__(None, None, None)
+
+    def _start_followed(self) -> None:
+        """Start with the settings that were followed last, or without those of the fleet.
+
+        The model's chat template decides on a system prompt, and is not known before.
+        """
+        try:
+            self._start(self._bundle, self._config, self._followed.version, self._problem)
+        except ConfigError as error:
+            if self._followed is NO_DESIRED_CONFIG:
+                raise
+            self._follow_none(error)
+            self._start(self._bundle, self._config, self._followed.version, self._problem)
 
     def _report_progress(self) -> None:
         """Call `on_cycle`, unless an answer is so late that its thread must hang."""

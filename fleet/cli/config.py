@@ -46,7 +46,7 @@ app = typer.Typer(
     help="Set and show the desired settings of all devices, of a group or of one device.",
 )
 
-TEXT_SETTINGS: Final = ("mode", "upload_dtype", "bundle", "software")
+TEXT_SETTINGS: Final = ("mode", "upload_dtype", "bundle", "software", "system_prompt")
 
 PairsArgument = Annotated[
     list[str],

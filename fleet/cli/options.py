@@ -153,12 +153,14 @@ TokensOption = Annotated[
         "--max-new-tokens", min=1, max=MAX_NEW_TOKENS, help="Maximum length of the answer."
     ),
 ]
-TemperatureOption = Annotated[float, typer.Option(min=0, max=MAX_TEMPERATURE, help="0 is greedy.")]
+TemperatureOption = Annotated[
+    float | None, typer.Option(min=0, max=MAX_TEMPERATURE, help="0 is greedy.")
+]
 TopPOption = Annotated[
-    float, typer.Option(help="Nucleus: smallest set of tokens with this probability.")
+    float | None, typer.Option(help="Nucleus: smallest set of tokens with this probability.")
 ]
 TopKOption = Annotated[
-    int,
+    int | None,
     typer.Option(min=0, max=MAX_TOP_K, help="Draw from this number of likeliest tokens; 0: all."),
 ]
 SeedOption = Annotated[
@@ -166,17 +168,17 @@ SeedOption = Annotated[
     typer.Option(min=0, max=MAX_SEED, help="Seed of the sampling (default: a new one each time)."),
 ]
 MinPOption = Annotated[
-    float,
+    float | None,
     typer.Option(min=0, max=1, help="Smallest probability to draw, as a share of the best one's."),
 ]
 RepetitionOption = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--repetition-penalty", min=0.1, max=10, help="Above 1: fewer tokens of prompt and answer."
     ),
 ]
 PresenceOption = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--presence-penalty",
         min=-2,
@@ -185,7 +187,7 @@ PresenceOption = Annotated[
     ),
 ]
 FrequencyOption = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--frequency-penalty",
         min=-2,
@@ -292,8 +294,8 @@ def make_request(
     *,
     mode: str | None,
     threshold: float | None,
-    temperature: float,
-    top_p: float,
+    temperature: float | None,
+    top_p: float | None,
     stop: Sequence[str] | None = None,
     logit_bias: Sequence[str] | None = None,
     **fields: Any,
@@ -305,9 +307,9 @@ def make_request(
     Raises:
         ConfigError: a value is outside its range, or the text is empty.
     """
-    if not 0.0 <= temperature <= MAX_TEMPERATURE:
+    if temperature is not None and not 0.0 <= temperature <= MAX_TEMPERATURE:
         raise ConfigError(f"temperature {temperature}: expected 0 to {MAX_TEMPERATURE:g}")
-    if not 0.0 < top_p <= 1.0:
+    if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ConfigError(f"top-p {top_p}: expected a number above 0 and at most 1")
     if text is not None and is_blank(text):
         raise ConfigError("the prompt is empty; give some text")

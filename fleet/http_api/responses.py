@@ -150,8 +150,8 @@ class ResponseObject(Struct, frozen=True, kw_only=True):
     output: tuple[OutputMessage, ...]
     instructions: str | None
     max_output_tokens: int | None
-    temperature: float
-    top_p: float
+    temperature: float | None
+    top_p: float | None
     usage: ResponseUsage | None = None
     incomplete_details: IncompleteDetails | None = None
     fleet: FleetFacts | None = None
@@ -193,8 +193,12 @@ class ResponseWriter(AnswerWriter):
 
     def whole(self, reply: Reply) -> ResponseObject:
         is_cut = reply.finish_reason == "length"
+        sampling = reply.usage.sampling if reply.usage else None
+        response = self._response(_status(reply), self._message(_status(reply)))
         return msgspec.structs.replace(
-            self._response(_status(reply), self._message(_status(reply))),
+            response,
+            temperature=sampling.temperature if sampling else response.temperature,
+            top_p=sampling.top_p if sampling else response.top_p,
             usage=_usage(reply),
             incomplete_details=IncompleteDetails("max_output_tokens") if is_cut else None,
             fleet=answer_facts(reply, self.generation),
@@ -253,8 +257,8 @@ class ResponseWriter(AnswerWriter):
             output=output,
             instructions=body.instructions,
             max_output_tokens=body.max_output_tokens,
-            temperature=body.temperature or 0.0,
-            top_p=1.0 if body.top_p is None else body.top_p,
+            temperature=body.temperature,
+            top_p=body.top_p,
             text=body.text or PLAIN_TEXT,
         )
 

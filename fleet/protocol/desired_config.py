@@ -17,11 +17,17 @@ from fleet.protocol.types import (
     DeadlineMs,
     Id,
     MaxNewTokens,
+    Penalty,
+    RepetitionPenalty,
     Share,
     SoftwareVersion,
     Split,
+    SystemPrompt,
     TargetTpotMs,
+    Temperature,
     Threshold,
+    TopK,
+    TopP,
 )
 from fleet.utils.validation import JSON_ERRORS, describe_error, is_unknown_field
 
@@ -35,8 +41,10 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, om
 
     None leaves a value to the next wider scope.
 
-    `bundle` is the id of the desired bundle. `split` is the number of layers that the device holds,
-    one of its bundle's, or ``auto`` for the bundle's own. `agreement_sample` is the share of
+    The settings from `temperature` to `system_prompt` are for requests that leave them out; an
+    empty `system_prompt` is none. `bundle` is the id of the desired bundle. `split` is the number
+    of layers that the device holds, one of its bundle's, or ``auto`` for the bundle's own.
+    `agreement_sample` is the share of
     collaborative generations whose tokens are also verified by the cloud, to measure whether the
     exits still agree with it. `software` is the desired version of the device's software; a message
     to a device has it in `DesiredConfig` instead.
@@ -51,6 +59,14 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, om
     assist_deadline_ms: DeadlineMs | None = None
     answer_deadline_ms: DeadlineMs | None = None
     max_new_tokens: MaxNewTokens | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: Share | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    system_prompt: SystemPrompt | None = None
     max_draft: Annotated[int, Meta(ge=1, le=MAX_DRAFT)] | None = None
     upload_dtype: UploadDtype | None = None
     split: Split | None = None

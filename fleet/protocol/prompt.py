@@ -61,7 +61,19 @@ class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     tool_call_id: str | None = None
 
 
-class AnswerOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class SamplingOptions(Struct, frozen=True, kw_only=True):
+    """Options of the choice of each token. The device's settings decide on each that is None."""
+
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: Share | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+
+
+class AnswerOptions(SamplingOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Options of a response. The device chooses a value for each that is None.
 
     A response ends before the first of its `stop` texts. Without `stream` it is one reply with the
@@ -71,9 +83,6 @@ class AnswerOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """
 
     max_new_tokens: MaxNewTokens | None = None
-    temperature: Temperature = 0.0
-    top_p: TopP = 1.0
-    top_k: TopK = 0
     seed: Seed | None = None
     response_format: ResponseFormat | None = None
     regex: Regex | None = None
@@ -87,10 +96,6 @@ class AnswerOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     ignore_eos: bool = False
     stop: StopTexts = ()
     stream: bool = True
-    min_p: Share = 0.0
-    repetition_penalty: RepetitionPenalty = 1.0
-    presence_penalty: Penalty = 0.0
-    frequency_penalty: Penalty = 0.0
     logit_bias: LogitBiases | None = None
     logprobs: bool = False
     top_logprobs: TopLogprobs = 0
@@ -139,17 +144,23 @@ class PromptRequest(
 
     @property
     def sampling(self) -> Sampling:
-        """The options of the draw; a device chooses a seed before if none is given."""
-        return Sampling(self.temperature, self.top_p, self.top_k, self.seed or 0)
+        """The options of the draw; a device fills in before what the request leaves out."""
+        return Sampling(self.temperature or 0.0, self.top_p or 1.0, self.top_k or 0, self.seed or 0)
+
+    @property
+    def sampling_options(self) -> SamplingOptions:
+        """The options of the choice of each token alone."""
+        names = SamplingOptions.__struct_fields__
+        return SamplingOptions(**{name: getattr(self, name) for name in names})
 
     def choice_rules(self, prompt_length: int) -> ChoiceRules:
         """Return the rules of a choice, after a prompt of `prompt_length` tokens."""
         biases = (self.logit_bias or {}).items()
         rules = ChoiceRules(
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=tuple((int(token_id), bias) for token_id, bias in biases if bias),
             top_logprobs=self.top_logprobs,
             constraint=self.constraint,
@@ -193,7 +204,8 @@ class Usage(AnswerCounts, frozen=True, kw_only=True):
 
     `round_trips` are the verify requests that the device waited for; `switches` are the decisions
     of auto mode with their reasons; `seed` is the request's, or the one that the device chose.
-    `mode` is the mode of the request or of the device. A device of an older version sends None.
+    `mode` and `sampling` are those of the request or of the device. A device of an older version
+    sends None.
     """
 
     offload_rate: float
@@ -203,6 +215,7 @@ class Usage(AnswerCounts, frozen=True, kw_only=True):
     switches: tuple[Switch, ...] = ()
     seed: Seed | None = None
     mode: Mode | None = None
+    sampling: SamplingOptions | None = None
 
 
 class Reply(Struct, frozen=True, omit_defaults=True, kw_only=True):

@@ -10,6 +10,7 @@ MAX_POSITIONS: Final = 1 << 20
 MAX_LABEL_LENGTH: Final = 200
 MAX_DEADLINE_MS: Final = 600_000
 MAX_BIASES: Final = 300
+MAX_TOP_LOGPROBS: Final = 20
 DAY_S: Final = 86_400
 
 Id: TypeAlias = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9_-]{0,62}\Z")]
@@ -33,8 +34,9 @@ StopText: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
 StopTexts: TypeAlias = Annotated[tuple[StopText, ...], Meta(max_length=4)]
 RepetitionPenalty: TypeAlias = Annotated[float, Meta(ge=0.1, le=10)]
 Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
-TopLogprobs: TypeAlias = Annotated[int, Meta(ge=0, le=20)]
+TopLogprobs: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 NumChoices: TypeAlias = Annotated[int, Meta(ge=1, le=4)]
+SystemPrompt: TypeAlias = Annotated[str, Meta(max_length=8000)]
 MaxNewTokens: TypeAlias = Annotated[int, Meta(ge=1, le=100_000)]
 Threshold: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]

@@ -10,12 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import pytest
+from msgspec.structs import asdict
 
 from edge_agent.config import AgentConfig
+from edge_agent.state.desired_state import merge_settings
 from fleet.bundles.manifest import Bundle
 from fleet.protocol import topics
+from fleet.protocol.desired_config import Settings
 from fleet.protocol.modes import Mode
-from fleet.protocol.prompt import MAX_PROMPT_BYTES, ChatMessage, PromptRequest
+from fleet.protocol.prompt import MAX_PROMPT_BYTES, ChatMessage, PromptRequest, SamplingOptions
 from fleet.protocol.report import decode_report
 from tests.api.device_api import WAIT_S, DeviceApi, device_api
 from tests.brokers import Inbox, wait_until
@@ -77,6 +80,37 @@ def locked(tiny_bundle: Bundle) -> Iterator[DeviceApi]:
     """A device that needs a key."""
     with device_api(tiny_bundle, key=KEY) as running:
         yield running
+
+
+def test_defaults_of_the_device_are_used_over_http_and_mqtt_alike(tiny_bundle: Bundle) -> None:
+    sampling = SamplingOptions(
+        temperature=0.9,
+        top_p=0.95,
+        top_k=5,
+        min_p=0.01,
+        repetition_penalty=1.1,
+        presence_penalty=0.5,
+        frequency_penalty=0.5,
+    )
+    own = AgentConfig(num_threads=1, mode=Mode.STANDALONE)
+    fleets = Settings(system_prompt="Be short.", **asdict(sampling))
+    with device_api(tiny_bundle, own) as device:
+        before = device.post(CHAT, chat(seed=7)).json()
+        device.agent.follow(merge_settings(own, fleets, tiny_bundle.manifest), 1)
+        after = device.post(CHAT, chat(seed=7)).json()
+        prompt = PromptRequest(prompt="Hello", max_new_tokens=4, seed=7)
+        assert device.text_over_mqtt(prompt) == after["choices"][0]["message"]["content"]
+        # The same prompt with all fields, to a device without these settings.
+        system = {"role": "system", "content": "Be short."}
+        whole = chat(seed=7, fleet=asdict(sampling))
+        whole["messages"].insert(0, system)
+        device.agent.follow(own, 2)
+        explicit = device.post(CHAT, whole).json()
+    assert before["fleet"]["counts"]["sampling"]["temperature"] == 0.0
+    assert after["fleet"]["counts"]["sampling"] == asdict(sampling)
+    assert after["choices"] == explicit["choices"]
+    assert after["usage"] == explicit["usage"]
+    assert after["usage"]["prompt_tokens"] > before["usage"]["prompt_tokens"]
 
 
 def test_a_client_that_hangs_up_in_mid_stream_cancels_its_answer(device: DeviceApi) -> None:

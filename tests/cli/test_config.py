@@ -98,6 +98,12 @@ def test_a_version_that_looks_like_a_number_is_a_text(folder: Path) -> None:
     assert result["settings"] == {"software": "1.0", "mode": "auto"}
 
 
+@pytest.mark.parametrize("text", ["42", "true", "[Be short.]", "a=b", ""])
+def test_a_system_prompt_is_a_text_whatever_it_looks_like(folder: Path, text: str) -> None:
+    result = fleet_json(folder, "config", "set", "edge-1", f"system_prompt={text}", "top_k=40")
+    assert result["settings"] == {"system_prompt": text, "top_k": 40}
+
+
 def test_blanks_around_the_sign_do_not_count(folder: Path) -> None:
     result = fleet_json(folder, "config", "set", "edge-1", "threshold = 0.8", "mode = auto")
     assert result["settings"] == {"threshold": 0.8, "mode": "auto"}

@@ -52,6 +52,7 @@ IN_WORDS = {
     "max_offload_rate",
     "triggers",
     "num_threads",
+    "system_prompt",
 }
 """Settings whose default the guide gives in words."""
 

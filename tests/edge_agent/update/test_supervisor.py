@@ -200,15 +200,38 @@ def test_an_unreadable_configuration_is_reported(device: Device) -> None:
     assert status.config_version == 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        (Settings(thresholds=(0.1,)), "thresholds"),
+        (Settings(system_prompt="x" * 8000), "system_prompt"),
+    ],
+)
 def test_saved_settings_that_do_not_fit_the_bundle_are_not_applied(
-    device: Device, identity: Identity
+    settings: Settings, field: str, device: Device, identity: Identity
 ) -> None:
-    (identity.folder / "desired.json").write_bytes(
-        encode_desired(DesiredConfig(3, Settings(thresholds=(0.1,))))
-    )
+    (identity.folder / "desired.json").write_bytes(encode_desired(DesiredConfig(3, settings)))
     status = device.start()
     assert status.config_version == 0
-    assert "thresholds" in problem_of(status)
+    assert field in problem_of(status)
+    assert len(device.ask()) == 6
+
+
+def test_defaults_for_prompts_apply_from_the_next_answer_on(device: Device) -> None:
+    device.start()
+    before = device.ask()[-1].usage
+    device.want(1, system_prompt="Be short.", temperature=0.5)
+    device.status(lambda status: status.config_version == 1)
+    after = device.ask()[-1].usage
+    device.want(2, system_prompt="x" * 8000)
+    status = device.status(lambda status: bool(status.config_error))
+    assert before
+    assert after
+    assert after.prompt_tokens > before.prompt_tokens
+    assert after.sampling
+    assert after.sampling.temperature == 0.5
+    assert "system_prompt" in problem_of(status)
+    assert status.config_version == 1
 
 
 def test_another_bundle_is_fetched_and_served_in_the_same_process(

@@ -33,6 +33,10 @@ from fleet.protocol.modes import Mode
             (Settings(agreement_sample=0.2), Settings(agreement_sample=0.0)),
             Settings(agreement_sample=0.0),
         ),
+        (
+            (Settings(temperature=0.7, system_prompt="Rhyme."), Settings(system_prompt="")),
+            Settings(temperature=0.7, system_prompt=""),
+        ),
     ],
 )
 def test_the_narrowest_scope_that_has_a_value_decides(
@@ -49,6 +53,14 @@ def test_the_narrowest_scope_that_has_a_value_decides(
         ({"mode": "fast"}, "mode: expected one of standalone, .*, got 'fast'$"),
         ({"max_draft": 0}, "max_draft: expected a whole number from 1 to "),
         ({"bundle": "../etc"}, "bundle"),
+        ({"temperature": 6}, "temperature: expected a number from 0 to 5, got 6$"),
+        ({"top_p": 0}, "top_p: expected a number "),
+        ({"top_k": 1001}, "top_k: expected a whole number from 0 to 1,000, got 1001$"),
+        ({"min_p": -0.1}, "min_p: expected a number from 0 to 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty: expected a number from 0.1 to 10"),
+        ({"presence_penalty": 3}, "presence_penalty: expected a number from -2 to 2"),
+        ({"frequency_penalty": -3}, "frequency_penalty: expected a number from -2 to 2"),
+        ({"system_prompt": "x" * 8001}, r"of length <= 8000 - at `\$.system_prompt`"),
     ],
 )
 def test_a_setting_that_is_none_is_refused_by_name(values: dict[str, object], says: str) -> None:
