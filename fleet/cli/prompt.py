@@ -34,6 +34,7 @@ from fleet.cli.options import (
 from fleet.cli.responses import exit_sources, stream_response
 from fleet.errors import PromptError
 from fleet.protocol.prompt import MAX_PROMPT_BYTES, PromptRequest
+from fleet.protocol.types import MAX_TOP_LOGPROBS
 from fleet.server.home import FleetHome
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
@@ -45,6 +46,18 @@ RawOption = Annotated[
 ]
 ChoicesOption = Annotated[
     int, typer.Option("--n", min=1, max=4, help="Number of answers, printed at their end.")
+]
+LogprobsOption = Annotated[
+    bool, typer.Option("--logprobs", help="Also print the log-probability of each token.")
+]
+TopLogprobsOption = Annotated[
+    int,
+    typer.Option(
+        "--top-logprobs",
+        min=0,
+        max=MAX_TOP_LOGPROBS,
+        help="The same, with this number of best tokens at each position.",
+    ),
 ]
 StreamOption = Annotated[bool, typer.Option(help="Print the answer as it comes, or at its end.")]
 
@@ -69,6 +82,8 @@ def prompt(
     stop: StopOption = None,
     raw: RawOption = False,
     n: ChoicesOption = 1,
+    logprobs: LogprobsOption = False,
+    top_logprobs: TopLogprobsOption = 0,
     stream: StreamOption = True,
     folder: HomeOption = None,
     as_json: JsonOption = False,
@@ -91,6 +106,8 @@ def prompt(
         raw=raw,
         stop=stop,
         n=n,
+        logprobs=logprobs or top_logprobs > 0,
+        top_logprobs=top_logprobs,
         stream=stream and n == 1,
         response_format=read_response_format(schema),
         regex=regex,

@@ -10,18 +10,28 @@ from rich.console import Console
 from rich.text import Text
 
 from fleet.bundles.manifest import Manifest, read_manifest
-from fleet.cli.views import reply_text, usage_line
+from fleet.cli.views import logprob_tables, logprobs_of, reply_text, usage_line
 from fleet.cli.word_wrap import WordWrap
 from fleet.errors import ConfigError
 from fleet.protocol.modes import exit_source
-from fleet.protocol.prompt import Choice, PromptRequest, Reply, Usage
+from fleet.protocol.prompt import (
+    Choice,
+    PromptRequest,
+    Reply,
+    SamplingOptions,
+    TokenLogprob,
+    Usage,
+)
 from fleet.protocol.report import Switch
 from fleet.server.home import FleetHome
 from fleet.transport.prompt_client import PromptClient
 
 
 class PromptResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One response of `fleet demo` or `fleet prompt`; `choices` if there are several."""
+    """One response of `fleet demo` or `fleet prompt`; `choices` if there are several.
+
+    `logprobs` has each token of the response, if the request asks for them.
+    """
 
     prompt: str
     text: str
@@ -37,6 +47,8 @@ class PromptResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
     drafted: int
     seed: int | None
     switches: tuple[Switch, ...]
+    sampling: SamplingOptions | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
     choices: tuple[Choice, ...] | None = None
 
 
@@ -54,6 +66,8 @@ def stream_response(
     one piece, which wraps.
     """
     replies = list(follow_response(console, client, device, request, exits))
+    for table in logprob_tables(replies):
+        console.print(table)
     usage, line = print_usage(console, device, replies[-1])
     if picture:
         response = Text().join(reply_text(reply, exits) for reply in replies)
@@ -114,6 +128,8 @@ def _result(request: PromptRequest, replies: Sequence[Reply], usage: Usage) -> P
         drafted=usage.drafted,
         seed=usage.seed,
         switches=usage.switches,
+        sampling=usage.sampling,
+        logprobs=logprobs_of(replies) or None,
         choices=replies[-1].choices,
     )
 

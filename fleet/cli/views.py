@@ -13,7 +13,7 @@ from fleet.cli.fitted_table import FittedTable
 from fleet.cli.options import TO_THE_SECOND, format_time, print_json
 from fleet.identity.enrolment import format_tags
 from fleet.protocol.modes import CLOUD, FALLBACK, LOOKUP, Mode, offload_rate
-from fleet.protocol.prompt import Reply, Usage
+from fleet.protocol.prompt import Reply, TokenLogprob, Usage
 from fleet.protocol.report import ConfigProblem
 from fleet.utils.console import outside_text
 from fleet.utils.printable import count
@@ -90,6 +90,32 @@ def reply_text(reply: Reply, exits: Sequence[str]) -> Text:
         lines = [f"{choice.index + 1}: {choice.full_text or ''}" for choice in reply.choices]
         return outside_text("\n".join(lines))
     return outside_text(reply.text, source_style(reply.source, exits) if reply.source else "")
+
+
+def logprobs_of(replies: Iterable[Reply]) -> tuple[TokenLogprob, ...]:
+    """Return the tokens with their log-probabilities that the replies have."""
+    return tuple(each for reply in replies for each in reply.logprobs or ())
+
+
+def logprob_tables(replies: Sequence[Reply]) -> list[FittedTable]:
+    """Return a table of the log-probabilities of a response, or of each of its choices."""
+    tokens_by_title = {
+        f"choice {choice.index + 1}": choice.logprobs or () for choice in replies[-1].choices or ()
+    } or {"log-probabilities": logprobs_of(replies)}
+    return [_logprob_table(title, tokens) for title, tokens in tokens_by_title.items() if tokens]
+
+
+def _logprob_table(title: str, tokens: Sequence[TokenLogprob]) -> FittedTable:
+    table = FittedTable(title=title, title_justify="left")
+    table.add_column("token")
+    table.add_column("log-probability", justify="right")
+    if any(token.top for token in tokens):
+        table.add_column("best tokens", overflow="fold")
+    for token in tokens:
+        best = "  ".join(f"{top.token!r} {top.logprob:.3f}" for top in token.top)
+        cells = [repr(token.token), f"{token.logprob:.3f}", best][: len(table.columns)]
+        table.add_row(*map(outside_text, cells))
+    return table
 
 
 def usage_line(usage: Usage, note: str | None) -> Text:

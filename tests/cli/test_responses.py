@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import importlib
+import io
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from fleet.cli import app
 from fleet.cli.options import make_request, read_response_format
-from fleet.cli.views import reply_text, usage_line
+from fleet.cli.views import logprob_tables, logprobs_of, reply_text, usage_line
 from fleet.errors import ConfigError
 from fleet.protocol.constraint import Constraint
 from fleet.protocol.modes import Mode
-from fleet.protocol.prompt import MAX_PROMPT_BYTES, Choice, PromptRequest, Reply, Usage
+from fleet.protocol.prompt import (
+    MAX_PROMPT_BYTES,
+    Choice,
+    PromptRequest,
+    Reply,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
 from fleet.protocol.report import Switch
 from fleet.server.home import FleetConfig, FleetHome
 
@@ -125,6 +136,66 @@ def test_choices_are_printed_with_their_numbers() -> None:
     )
     reply = Reply(seq=0, done=True, choices=choices)
     assert reply_text(reply, []).plain == "1: one\n2: t\\x1bwo"
+
+
+def tables_of(replies: list[Reply]) -> str:
+    console = Console(width=100, record=True, file=io.StringIO())
+    for table in logprob_tables(replies):
+        console.print(table)
+    return console.export_text()
+
+
+def test_each_token_is_printed_with_its_log_probability_and_the_best_tokens() -> None:
+    tops = (TopLogprob(" a", 1, -0.25), TopLogprob("\x1b", 2, -1.5))
+    replies = [
+        Reply(seq=0, text=" a", logprobs=(TokenLogprob(" a", 1, -0.25, tops),)),
+        Reply(seq=1, text="b\n", logprobs=(TokenLogprob("b\n", 3, -2.0),)),
+        Reply(seq=2, done=True),
+    ]
+    assert [each.token for each in logprobs_of(replies)] == [" a", "b\n"]
+    text = tables_of(replies)
+    assert re.search(r"' a' +│ +-0\.250 +│ ' a' -0\.250  '\\x1b' -1\.500", text)
+    assert re.search(r"'b\\n' +│ +-2\.000", text)
+    assert tables_of([Reply(seq=0, done=True)]) == ""
+
+
+def test_each_choice_has_a_table_of_its_log_probabilities() -> None:
+    choices = [
+        Choice(
+            index=index,
+            full_text="a",
+            finish_reason="stop",
+            logprobs=(TokenLogprob("a", 1, -1.0 - index),),
+        )
+        for index in (0, 1)
+    ]
+    text = tables_of([Reply(seq=0, done=True, choices=tuple(choices))])
+    assert re.search(r"choice 1\s.*-1\.000.*choice 2\s.*-2\.000", text, re.DOTALL)
+    assert "best tokens" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], (False, 0, None)),
+        (["--logprobs"], (True, 0, None)),
+        (["--top-logprobs", "3", "--temperature", "0"], (True, 3, 0.0)),
+    ],
+)
+def test_options_become_fields_of_the_request(
+    options: list[str],
+    expected: tuple[bool, int, float | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: list[PromptRequest] = []
+    module = importlib.import_module("fleet.cli.prompt")  # next to the function
+    monkeypatch.setattr(module, "send_prompt", lambda *words, **_: sent.append(words[2]))
+    FleetHome.create(tmp_path, FleetConfig(host="127.0.0.1", port=1, bundle="/no/bundle"))
+    arguments = ["prompt", "kitchen", "hi", "--home", str(tmp_path), *options]
+    CliRunner().invoke(app, arguments)
+    (request,) = sent
+    assert (request.logprobs, request.top_logprobs, request.temperature) == expected
 
 
 def test_a_prompt_on_stdin_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
