@@ -65,6 +65,32 @@ def test_the_page_names_every_field(kind: type[Struct]) -> None:
     assert [field for field in kind.__struct_fields__ if f"`{field}`" not in PAGE] == []
 
 
+def table_names(text: str, heading: str) -> set[str]:
+    """The names in the first column of the table with this heading."""
+    rows = text.split(f"| {heading} | meaning |\n")[1].split("\n\n")[0]
+    cells = [row.split("|")[1] for row in rows.splitlines()]
+    return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+
+
+@pytest.mark.parametrize(
+    ("title", "heading", "kinds"),
+    [
+        ("Chat completions", "field of the request", (ChatCompletionBody,)),
+        ("Text completions", "field of the request", (TextCompletionBody,)),
+        ("Responses", "field of the request", (ResponseBody,)),
+        ("Ollama", "field of the request", OLLAMA_BODIES),
+        ("Ollama", "option", (OllamaOptions,)),
+    ],
+)
+def test_the_table_of_a_request_has_its_fields_and_no_other(
+    title: str, heading: str, kinds: tuple[type[Struct], ...]
+) -> None:
+    typed = {
+        name for kind in kinds for name, type_ in get_type_hints(kind).items() if type_ is not Any
+    }
+    assert table_names(section(title), heading) == typed
+
+
 def test_the_page_lists_every_path() -> None:
     routes = {
         f"{route.method} {route.path}"
