@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
+from edge_agent.config import AgentConfig
 from fleet.bundles.manifest import Bundle
 from fleet.protocol.prompt import ChatMessage, PromptRequest
-from tests.api.device_api import device_api
+from tests.api.device_api import DeviceApi, device_api
 from tests.api.environment import call_clients
 from tests.api.environment import client_python as client_python  # a fixture
+from tests.packaging.environments import ROOT, run
 
 pytestmark = [pytest.mark.packaging, pytest.mark.timeout(600)]
 
@@ -20,6 +22,7 @@ KEY: Final = "0123456789abcdef"
 MODEL: Final = "tiny"
 PROMPT: Final = "Name a river."
 TOKENS: Final = 8
+EXAMPLES: Final = ROOT / "examples"
 
 Values = dict[str, Any]
 
@@ -34,11 +37,57 @@ def expected(tiny_bundle: Bundle) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def values(tiny_bundle: Bundle, client_python: Path) -> Values:
-    """The values of all calls; the device has lost its broker and needs a key."""
-    with device_api(tiny_bundle, key=KEY) as device:
-        device.transport.drop()
-        return call_clients(client_python, device.url, MODEL, KEY)
+def device(tiny_bundle: Bundle) -> Iterator[DeviceApi]:
+    """A device that has lost its broker and needs a key."""
+    config = AgentConfig(num_threads=1, max_new_tokens=TOKENS)
+    with device_api(tiny_bundle, config, key=KEY) as running:
+        running.transport.drop()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def values(device: DeviceApi, client_python: Path) -> Values:
+    """The values of all calls."""
+    return call_clients(client_python, device.url, MODEL, KEY)
+
+
+@pytest.fixture(scope="module")
+def variables(device: DeviceApi) -> dict[str, str]:
+    """The variables that the examples read."""
+    own = {"OPENAI_BASE_URL": f"{device.url}/v1", "OPENAI_API_KEY": KEY}
+    return own | {"PYTHONPATH": "", "PYTHONWARNINGS": "ignore"}
+
+
+def test_the_example_of_openai_prints_an_answer_and_its_sources(
+    client_python: Path, variables: dict[str, str], expected: dict[str, str]
+) -> None:
+    example = (client_python, EXAMPLES / "openai_client.py", MODEL, PROMPT)
+    printed = run(*example, folder=client_python.parent, variables=variables)
+    assert printed == f"{expected['chat']}\n{{'fallback': {TOKENS}}}\n"
+
+
+def test_the_example_of_langchain_prints_an_answer_to_each_line(
+    device: DeviceApi, client_python: Path, variables: dict[str, str]
+) -> None:
+    example = (client_python, EXAMPLES / "langchain_chat.py", MODEL)
+    text = "Name a river.\nAnd a lake.\n"
+    printed = run(*example, folder=client_python.parent, variables=variables, text=text)
+    answers: list[str] = []
+    turns = [{"role": "system", "content": "Answer in one short sentence."}]
+    for line in text.splitlines():
+        turns.append({"role": "user", "content": line})
+        body = {"model": MODEL, "messages": turns, "max_tokens": 64}
+        answer = device.post("/v1/chat/completions", body).json()
+        answers.append(answer["choices"][0]["message"]["content"])
+        turns.append({"role": "assistant", "content": answers[-1]})
+    assert printed == "".join(f"{answer}\n" for answer in answers)
+
+
+def test_the_description_of_the_api_is_valid(client_python: Path) -> None:
+    """As openapi-spec-validator checks it: the form of OpenAPI 3.1, references and defaults."""
+    document = ROOT / "docs/openapi.json"
+    printed = run(client_python, "-m", "openapi_spec_validator", document, folder=ROOT)
+    assert printed.strip().endswith("OK")
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,21 @@ ROOT: Final = Path(__file__).parent.parent.parent
 TIMEOUT_S: Final = 400
 
 
-def run(*command: str | Path, folder: Path, variables: Mapping[str, str] | None = None) -> str:
-    """Return the output of a command; fail the test with its error output when it fails."""
+def run(
+    *command: str | Path,
+    folder: Path,
+    variables: Mapping[str, str] | None = None,
+    text: str | None = None,
+) -> str:
+    """Return the output of a command, whose input is `text`.
+
+    The test fails with its error output when it fails.
+    """
     process = subprocess.run(
         command,
         cwd=folder,
         env=os.environ | dict(variables or {}),
+        input=text,
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
