@@ -16,7 +16,7 @@ from typing import IO, Final
 from fleet.errors import FleetError
 from fleet.utils.host_address import host_port
 
-START_TIMEOUT_S: Final = 60.0
+START_TIMEOUT_S: Final = 180.0  # a busy machine loads PyTorch and a model for a minute
 DRAIN_TIMEOUT_S: Final = 5.0  # for the sessions of a worker of `fleet up`; other workers have more
 LISTEN_CHECK_S: Final = 0.05
 STOP_TIMEOUT_S: Final = 20.0  # more than a worker's drain, its last step and its last messages

@@ -200,6 +200,26 @@ run_command("fleet", work)
 """
 
 
+CYCLE = """
+from fleet.utils.cli_runtime import run_command
+
+class Cycle:
+    def __del__(self):
+        print("collected", flush=True)
+
+def work():
+    cycle = Cycle()
+    cycle.own = cycle
+
+run_command("fleet", work)
+"""
+
+
+def test_a_command_ends_without_a_search_for_garbage() -> None:
+    command = [sys.executable, "-c", CYCLE]
+    assert subprocess.check_output(command, text=True, timeout=WAIT_S) == ""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_command_after_its_cleanup(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
