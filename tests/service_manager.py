@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-WAIT_S: Final = 60.0
+WAIT_S: Final = 120.0
 
 
 class NotifySocket:

@@ -21,7 +21,7 @@ from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
 from fleet.transport.prompt_client import PromptClient
 
 DEVICE: Final = "edge-1"
-WAIT_S: Final = 30.0
+WAIT_S: Final = 120.0
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from fleet.protocol.denylist import encode_denylist
 from fleet.protocol.report import DeviceStatus, encode_status
 from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
 
-WAIT_S = 0.2
+WAIT_S = 60.0
+SHORT_S = 0.2
 ONLINE = DeviceStatus(online=True, epoch=1, bundle_id="b1")
 OFFLINE = DeviceStatus(online=False, epoch=1)
 
@@ -42,8 +43,10 @@ def publish(link: InMemoryTransport, status: DeviceStatus) -> None:
     link.publish(topics.device_status("d1"), encode_status(status), qos=1, retain=True)
 
 
-def await_d1(link: InMemoryTransport) -> DeviceStatus:
-    return await_online(link, "d1", offline_wait_s=WAIT_S, unknown_wait_s=WAIT_S)
+def await_d1(
+    link: InMemoryTransport, offline_wait_s: float = WAIT_S, unknown_wait_s: float = WAIT_S
+) -> DeviceStatus:
+    return await_online(link, "d1", offline_wait_s=offline_wait_s, unknown_wait_s=unknown_wait_s)
 
 
 def test_an_online_device_has_its_status(
@@ -59,7 +62,7 @@ def test_a_device_may_come_online_within_the_deadline(
     publish(server, OFFLINE)
     timer = threading.Timer(0.05, publish, (server, ONLINE))
     timer.start()
-    assert await_online(operator, "d1", offline_wait_s=30.0) == ONLINE
+    assert await_d1(operator) == ONLINE
     timer.join()
 
 
@@ -68,13 +71,13 @@ def test_an_offline_device_is_an_error(
 ) -> None:
     publish(server, OFFLINE)
     with pytest.raises(LinkError, match="device d1 is offline; start it with 'edge-agent run DIR'"):
-        await_d1(operator)
+        await_d1(operator, offline_wait_s=SHORT_S)
 
 
 @pytest.mark.usefixtures("server")
 def test_a_device_without_a_status_is_unknown(operator: InMemoryTransport) -> None:
     with pytest.raises(UnknownDeviceError, match=r"unknown device 'd1': .*'fleet enroll d1'"):
-        await_d1(operator)
+        await_d1(operator, unknown_wait_s=SHORT_S)
 
 
 def test_a_revoked_device_is_offline_though_its_last_status_says_online(

@@ -158,7 +158,7 @@ class FloodedFleet:
         topic = topics.device_stats("hostile")
         began = time.monotonic()
         payloads = map(encode_report, map(make_report, itertools.count()))
-        while sent_bytes[0] < num_bytes and time.monotonic() < began + 2 * seconds:
+        while sent_bytes[0] < num_bytes and time.monotonic() < began + 20 * seconds:
             with suppress(OSError), raw.connected(self._hostile) as link:
                 while sent_bytes[0] < num_bytes:
                     due = began + sent_bytes[0] / num_bytes * seconds

@@ -30,7 +30,7 @@ from fleet.transport.prompt_client import PromptClient
 if TYPE_CHECKING:
     from cloud_broker_worker.worker.worker import Worker
 
-WAIT_S = 30.0
+WAIT_S = 120.0
 DEVICE = "edge-1"
 WORKER = "worker-1"
 APP = "app-1"

@@ -36,9 +36,9 @@ from tests.brokers import HOST, find_mosquitto, free_port, listens, wait_until
 from tests.system.judge import judge, request
 from tests.system.memory_fleet import Answer
 
-WAIT_S: Final = 60.0
+WAIT_S: Final = 120.0
 ANSWER_S: Final = 180.0
-COUNT_S: Final = 30.0
+COUNT_S: Final = 60.0
 DEVICES = DEVICE, NEIGHBOUR = "edge-1", "edge-2"
 WORKERS = FIRST, SECOND = "cloud-1", "cloud-2"  # the state has a worker-1 of its own
 APP: Final = "app-1"

@@ -17,7 +17,7 @@ from fleet.protocol.report import GenerationReport
 from tests.system.memory_fleet import WAIT_S, Answer, MemoryFleet, memory_fleet
 
 SAMPLED = AgentConfig(
-    num_threads=1, agreement_sample=1.0, thresholds=(0.0, 0.0), assist_deadline_ms=500
+    num_threads=1, agreement_sample=1.0, thresholds=(0.0, 0.0), assist_deadline_ms=20_000
 )
 ASKED = PromptRequest(prompt="How warm is it?", max_new_tokens=24)
 

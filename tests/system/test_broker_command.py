@@ -19,7 +19,6 @@ from fleet.server.home import FleetConfig, FleetHome
 from tests.brokers import HOST, can_connect, find_mosquitto, free_port, listens, wait_until
 
 WAIT_S = 60.0
-OUT_S = 5.0
 
 
 def fleet_command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -91,7 +90,7 @@ def test_a_mosquitto_that_was_started_by_hand_follows_the_command_and_a_signal(
             registry.identities.revoke("gw")
         assert fleet_command(*write).returncode == 0
         process.send_signal(signal.SIGHUP)
-        wait_until(lambda: not can_connect(device), "it is refused", OUT_S)
+        wait_until(lambda: not can_connect(device), "it is refused", WAIT_S)
 
 
 @pytest.mark.mosquitto
@@ -107,7 +106,7 @@ def test_a_server_beside_a_mosquitto_keeps_it_in_step(home: FleetHome, tmp_path:
         assert can_connect(device)
         with home.registry() as registry:
             registry.identities.revoke("gw")
-        wait_until(lambda: not can_connect(device), "it is refused", OUT_S)
+        wait_until(lambda: not can_connect(device), "it is refused", WAIT_S)
 
 
 def test_a_mosquitto_beside_the_embedded_broker_is_refused(home: FleetHome, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from fleet.protocol.messages import Sampling
 from fleet.protocol.modes import CLOUD, exit_source
 from fleet.protocol.prompt import ChatMessage, PromptRequest
 from tests.conftest import MakeTinyBundle
-from tests.system.memory_fleet import memory_fleet
+from tests.system.memory_fleet import WAIT_S, memory_fleet
 
 PROMPTS = ("How warm is it?", "Say something about rivers.", "0123456789 " * 8)
 LAYOUTS = [((1,), 1), ((3,), 3), ((1, 3), 1), ((2, 3), 3)]
@@ -69,7 +69,7 @@ def test_every_token_is_that_of_the_first_sure_exit_or_the_clouds(
                 ]
                 assert said == expected
                 sources.update(source for _, source in expected)
-                report = fleet.reports.get(timeout=10)
+                report = fleet.reports.get(timeout=WAIT_S)
                 assert report.assists <= report.sources.get(CLOUD, 0)
                 assert (report.verifies, report.judged) == (0, 0)
         worker.engine.check_integrity()

@@ -20,7 +20,7 @@ from fleet.transport.base import Will
 from fleet.transport.mqtt import MqttTransport
 from tests.brokers import BROKERS, HOST, Inbox, free_port, wait_until
 
-WAIT_S: Final = 30.0
+WAIT_S: Final = 120.0
 BIRTH: Final = {
     Role.DEVICE: encode_status(DeviceStatus(online=True, epoch=1, bundle_id="b1")),
     Role.WORKER: encode_status(WorkerStatus(online=True, epoch=1, bundle_ids=("b1",))),

@@ -44,11 +44,12 @@ from tests.system.memory_fleet import DEVICE, WAIT_S, WORKER, Answer, MemoryFlee
 NEIGHBOUR: Final = "edge-2"
 PROMPTS: Final = ("How warm is it?", "Say something about rivers.", "0123456789 " * 8)
 HASTY: Final = AgentConfig(
-    num_threads=1, assist_deadline_ms=150
-)  # what is lost is asked for again after 50 ms
+    num_threads=1, assist_deadline_ms=300
+)  # what is lost is asked for again after 100 ms
+PATIENT: Final = AgentConfig(num_threads=1, assist_deadline_ms=20_000)
 SEEDS: Final = range(6)
 MODES: Final = (Mode.VERIFIED, Mode.COLLABORATIVE)
-MOST_TRIES: Final = 10
+MOST_TRIES: Final = 40
 NUM_BEFORE: Final = 16  # messages of a device in a session before something is forged
 FORGERIES: Final = (
     "an earlier epoch",
@@ -86,14 +87,14 @@ class HostileFleet(MemoryFleet):
 
 @contextmanager
 def hostile_fleet(
-    bundle: Bundle, seed: int = 0, odds: Odds = PERFECT
+    bundle: Bundle, seed: int = 0, odds: Odds = PERFECT, config: AgentConfig = PATIENT
 ) -> Iterator[tuple[HostileFleet, Worker]]:
     """Check that the block leaves the neighbour's answer and the worker's state unaffected."""
     with ExitStack() as stack, ThreadPoolExecutor(1) as pool:
         fleet = HostileFleet(stack, seed, odds)
         worker, _ = fleet.start_worker(bundle)
-        fleet.start_device(bundle, HASTY)
-        fleet.start_device(bundle, AgentConfig(num_threads=1), name=NEIGHBOUR)
+        fleet.start_device(bundle, config)
+        fleet.start_device(bundle, PATIENT, name=NEIGHBOUR)
         asked = request(PROMPTS[1], num_tokens=96)
         beside = pool.submit(fleet.ask, asked, NEIGHBOUR)
         yield fleet, worker
@@ -109,10 +110,8 @@ def hostile_fleet(
 def test_messages_lost_doubled_reordered_and_replayed_change_no_token(
     tiny_bundle: Bundle, seed: int, mode: Mode
 ) -> None:
-    with hostile_fleet(tiny_bundle, seed, Odds(lost=0.05, doubled=0.1, held=0.1, replayed=0.1)) as (
-        fleet,
-        _,
-    ):
+    odds = Odds(lost=0.05, doubled=0.1, held=0.1, replayed=0.1)
+    with hostile_fleet(tiny_bundle, seed, odds, HASTY) as (fleet, _):
         for prompt in PROMPTS[:2]:
             asked = request(prompt, mode)
             for _ in range(

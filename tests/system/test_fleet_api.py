@@ -16,7 +16,7 @@ from edge_agent.serving.agent import Agent
 from fleet.bundles.manifest import Bundle
 from tests.brokers import wait_until
 from tests.fleet.server.gateway.api_fleet import APP, DEVICES, ApiFleet, api_fleet, chat
-from tests.system.memory_fleet import MemoryFleet, memory_fleet
+from tests.system.memory_fleet import WAIT_S, MemoryFleet, memory_fleet
 
 NUM_CLIENTS: Final = 64
 HANGS_UP: Final = 10  # every tenth client
@@ -68,7 +68,7 @@ def test_answers_are_complete_and_no_slot_leaks_while_clients_hang_up(
         assert ends == expected
         api.wait_idle()
         wait_until(lambda: all(agent.is_idle for agent in agents), "devices without a request")
-        reports = [fleet.reports.get(timeout=30) for _ in range(NUM_CLIENTS)]
+        reports = [fleet.reports.get(timeout=WAIT_S) for _ in range(NUM_CLIENTS)]
     assert {report.app for report in reports} == {APP}
     cancelled = [report for report in reports if report.finish_reason == "cancelled"]
     assert len(cancelled) <= -(-NUM_CLIENTS // HANGS_UP)

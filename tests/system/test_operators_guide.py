@@ -21,7 +21,6 @@ GUIDE = [
     line.split("  #")[0].strip()
     for line in README.split("## Operator's guide\n")[1].split("```")[1].splitlines()[1:]
 ]
-OUT_S = 10.0
 
 
 def follow_the_guide(operator: Operator) -> None:
@@ -48,7 +47,7 @@ def follow_the_guide(operator: Operator) -> None:
     )
     assert "no problem found" in operator.type(doctor)
     operator.type(revoke)
-    wait_until(lambda: not operator.ask("fleet devices")[0]["online"], "it is out", OUT_S)
+    wait_until(lambda: not operator.ask("fleet devices")[0]["online"], "it is out", TIMEOUT_S)
     assert device.poll() is None
     refused = operator.try_to('fleet prompt kitchen "Still there?"')
     assert refused.returncode == 1

@@ -5,10 +5,10 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from fleet.identity.identity import Identity
-from tests.brokers import HOST, WAIT_S
+from tests.brokers import HOST, POLL_S, WAIT_S
 
 ACCEPTED = b"\x20\x02\x00\x00"
 REFUSED = b"\x20\x02\x00\x05"
@@ -108,3 +108,11 @@ def receive(sock: ssl.SSLSocket, count: int) -> bytes:
 def is_closed(sock: ssl.SSLSocket) -> bool:
     """Wait for the broker to end this connection; whether it did."""
     return receive(sock, 1) == b""
+
+
+def has_ended(sock: ssl.SSLSocket) -> bool:
+    """Whether the broker has ended this connection; a condition of `wait_until`."""
+    sock.settimeout(POLL_S)
+    with suppress(TimeoutError):
+        return is_closed(sock)
+    return False

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,7 +40,7 @@ def mosquitto_site(tmp_path: Path) -> Iterator[RegisteredSite]:
 
 
 def wait_until_out(identity: Identity) -> None:
-    wait_until(lambda: not can_connect(identity), f"{identity.name} is refused", OUT_S)
+    wait_until(lambda: not can_connect(identity), f"{identity.name} is refused")
 
 
 def test_a_revoked_devices_connection_ends_within_five_seconds(site: RegisteredSite) -> None:
@@ -49,9 +49,7 @@ def test_a_revoked_devices_connection_ends_within_five_seconds(site: RegisteredS
         raw.connected(site.identities["d2"]) as other,
     ):
         site.registry.identities.revoke("d1")
-        revoked_at = time.monotonic()
-        assert raw.is_closed(sock)
-        assert time.monotonic() - revoked_at < OUT_S
+        wait_until(partial(raw.has_ended, sock), "its connection ends", OUT_S)
         other.sendall(raw.PINGREQ)
         assert raw.receive(other, 2) == raw.PINGRESP
         assert not can_connect(site.identities["d1"])
@@ -80,7 +78,7 @@ def test_the_old_certificate_of_a_name_that_was_enrolled_again_is_refused(
     site.registry.identities.revoke("d1")
     wait_until_out(old)
     new = site.enroll("d1")
-    wait_until(lambda: can_connect(new), "the new certificate is taken", OUT_S)
+    wait_until(lambda: can_connect(new), "the new certificate is taken")
     assert not can_connect(old)
 
 
@@ -111,7 +109,7 @@ def test_a_suspended_device_is_out_and_comes_back_with_the_same_certificate(
         with pytest.raises(LinkError, match="'fleet resume d1'"):
             MqttTransport.connect(site.identities["d1"])
     site.registry.identities.resume("d1")
-    wait_until(lambda: can_connect(site.identities["d1"]), "it is let in again", OUT_S)
+    wait_until(lambda: can_connect(site.identities["d1"]), "it is let in again")
 
 
 def test_an_expired_certificate_is_refused(site: RegisteredSite, tmp_path: Path) -> None:
@@ -131,7 +129,7 @@ def test_a_device_that_is_enrolled_later_is_admitted_with_its_rights(site: Regis
                 device.publish(topics.device_status("d3"), b"born", qos=1)
             return not inbox.is_empty
 
-        wait_until(is_heard, "its status arrives", OUT_S)
+        wait_until(is_heard, "its status arrives")
 
 
 @pytest.mark.mosquitto
@@ -172,4 +170,4 @@ def test_a_client_admitted_late_is_evicted_when_its_name_belongs_to_another_devi
         silent.sendall(raw.connect("d1"))
         assert raw.receive(silent, 4) == raw.ACCEPTED
         assert raw.is_closed(silent)
-    wait_until(lambda: can_connect(new), "the device itself is let in", OUT_S)
+    wait_until(lambda: can_connect(new), "the device itself is let in")

@@ -27,7 +27,7 @@ from tests.cloud_broker_worker.worker.test_cli import RunningWorker
 from tests.cloud_broker_worker.worker.test_worker import Site
 from tests.scrape import get, scrape
 
-WAIT_S = 30.0
+WAIT_S = 120.0
 
 
 # Counts of the engine.

@@ -34,7 +34,7 @@ from fleet.transport.base import Will
 from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
 from tests.brokers import wait_until
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 HIDDEN = 8
 SESSION = "s1"
 BUNDLE = "b1"

@@ -21,6 +21,7 @@ from fleet.errors import BundleError, ConfigError, ServiceAwayError, ServiceErro
 from fleet.identity.identity import CA_FILE, Identity
 from fleet.identity.service_client import ServiceClient
 from fleet.protocol.report import ConfigProblem
+from tests.brokers import WAIT_S
 from tests.edge_agent.fleet_service import FleetService
 from tests.model_info import TINY_MODEL
 
@@ -265,7 +266,7 @@ def test_a_background_download_is_retried_while_the_service_is_away(
     fleet.service.refuse(503, "registry", "the registry is away")
     log = DownloadLog(lambda bundle, stop: fetch_bundle(fleet.identity, bundle, stop))
     log.download.start(fleet.bundle)
-    assert log.done.wait(10)
+    assert log.done.wait(WAIT_S)
     assert log.errors == [
         ConfigProblem(
             "service_away", "the registry is away; the device tries again", is_final=False
@@ -276,7 +277,7 @@ def test_a_background_download_is_retried_while_the_service_is_away(
 def test_a_background_download_is_not_retried_after_a_final_error(fleet: Fleet) -> None:
     log = DownloadLog(lambda bundle, stop: fetch_bundle(fleet.identity, bundle, stop))
     log.download.start("b7")
-    assert log.failed.wait(10)
+    assert log.failed.wait(WAIT_S)
     log.download.cancel()
     assert log.errors == [
         ConfigProblem("bad_bundle", "bundle b7: no file manifest.json", is_final=True)
@@ -288,12 +289,12 @@ def test_a_cancelled_download_ends_without_a_callback(fleet: Fleet) -> None:
 
     def fetch(bundle: str, stop: threading.Event) -> Path:
         begun.set()
-        stop.wait(10)
+        stop.wait(WAIT_S)
         raise ServiceAwayError("stopped")
 
     log = DownloadLog(fetch)
     log.download.start("b1")
-    assert begun.wait(10)
+    assert begun.wait(WAIT_S)
     log.download.cancel()
     assert not log.done.is_set()
     assert log.errors == []

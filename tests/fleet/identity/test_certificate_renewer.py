@@ -28,7 +28,7 @@ from tests.brokers import wait_until
 from tests.edge_agent.fleet_service import FleetService
 
 DAY = 86400.0
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 @pytest.fixture

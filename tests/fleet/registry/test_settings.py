@@ -20,7 +20,7 @@ from fleet.registry.store import Registry
 from fleet.server.change_watcher import ChangeWatcher
 from fleet.server.config_publisher import ConfigPublisher
 from fleet.transport.in_memory import InMemoryBroker
-from tests.brokers import Inbox, wait_until
+from tests.brokers import WAIT_S, Inbox, wait_until
 from tests.fleet.conftest import add
 
 ALL = Target(Scope.ALL)
@@ -175,12 +175,12 @@ def test_a_task_runs_at_the_start_and_after_each_change_of_another_process(
     watcher = ChangeWatcher(fleet, poll_s=0.02)
     watcher.add(runs.release)
     with watcher, Registry.open(registry_url, "another") as other:
-        assert runs.acquire(timeout=10)
+        assert runs.acquire(timeout=WAIT_S)
         assert not runs.acquire(timeout=0.2)
         change(other, EDGE, Settings(max_draft=2))
-        assert runs.acquire(timeout=10)
+        assert runs.acquire(timeout=WAIT_S)
         watcher.run_again()
-        assert runs.acquire(timeout=10)
+        assert runs.acquire(timeout=WAIT_S)
 
 
 def test_a_task_that_fails_is_retried_and_delays_no_other(fleet: Registry) -> None:
@@ -197,9 +197,9 @@ def test_a_task_that_fails_is_retried_and_delays_no_other(fleet: Registry) -> No
     watcher.add(others.release, periodic=True)
     with watcher:
         wait_until(lambda: len(attempts) == 3, "the third attempt")
-        assert others.acquire(timeout=10)
+        assert others.acquire(timeout=WAIT_S)
         for _ in range(5):
-            assert others.acquire(timeout=10)
+            assert others.acquire(timeout=WAIT_S)
     assert len(attempts) == 3
 
 
@@ -238,7 +238,7 @@ def test_the_watcher_survives_an_unexpected_error(
     watcher = ChangeWatcher(fleet, poll_s=0.02)
     watcher.add(runs.release)
     with watcher:
-        assert runs.acquire(timeout=10)
+        assert runs.acquire(timeout=WAIT_S)
 
 
 def test_changes_are_seen_again_once_the_registry_answers(tmp_path: Path) -> None:
@@ -249,10 +249,10 @@ def test_changes_are_seen_again_once_the_registry_answers(tmp_path: Path) -> Non
         watcher = ChangeWatcher(registry, poll_s=0.02)
         watcher.add(runs.release)
         with watcher:
-            assert runs.acquire(timeout=10)
+            assert runs.acquire(timeout=WAIT_S)
             path.rename(tmp_path / "away")
             path.touch()
             assert not runs.acquire(timeout=0.3)
             (tmp_path / "away").replace(path)
             change(registry, EDGE, Settings(max_draft=2))
-            assert runs.acquire(timeout=10)
+            assert runs.acquire(timeout=WAIT_S)

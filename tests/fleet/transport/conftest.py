@@ -79,9 +79,7 @@ class MqttWorld:
         yield
         self._site.broker.start()
         links = [link for link in self._transports if not link._closed.is_set()]
-        wait_until(
-            lambda: all(link.is_up for link in links), "every link is up again", timeout_s=30
-        )
+        wait_until(lambda: all(link.is_up for link in links), "every link is up again")
 
 
 @pytest.fixture(params=["memory", *BROKERS])

@@ -303,5 +303,5 @@ def test_a_callback_that_was_taken_back_is_not_called_again(world: World) -> Non
     kept.clear()
     with world.outage():
         pass
-    assert kept.wait(30)
+    assert kept.wait(WAIT_S)
     assert calls == [1]

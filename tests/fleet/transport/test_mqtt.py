@@ -22,9 +22,7 @@ from fleet.protocol import topics
 from fleet.transport.base import MAX_QUEUED
 from fleet.transport.mqtt import MqttTransport, _TlsSocket
 from provisioning.authority import CertificateAuthority
-from tests.brokers import BROKERS, HOST, Inbox, Site, free_port, running_site, wait_until
-
-WAIT_S = 10.0
+from tests.brokers import BROKERS, HOST, WAIT_S, Inbox, Site, free_port, running_site, wait_until
 
 
 @pytest.fixture(params=BROKERS)
@@ -112,7 +110,7 @@ def test_a_device_whose_clock_is_set_connects(
             site.broker.stop()
             site.authority.server_tls(tmp_path / "server", HOST)  # as valid as by the right clock
             site.broker.start()
-            assert device.wait_up(threading.Event(), 2 * WAIT_S)
+            assert device.wait_up(threading.Event(), WAIT_S)
 
 
 def test_a_clock_that_is_behind_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +153,7 @@ def test_a_server_that_speaks_no_tls_is_named(site: Site) -> None:
         thread.start()
         with pytest.raises(LinkError, match="TLS failed"):
             MqttTransport.connect(at(site.identity("d1"), plain.getsockname()[1]))
-        thread.join(5)
+        thread.join(WAIT_S)
 
 
 def test_a_connection_that_is_reset_before_tls_begins_is_closed(site: Site) -> None:
@@ -184,7 +182,7 @@ def test_without_waiting_it_connects_as_soon_as_the_broker_is_there(site: Site) 
         device.on_up(announced.set)
         assert not device.is_up
         site.broker.start()
-        assert announced.wait(20)
+        assert announced.wait(WAIT_S)
 
 
 def test_a_wait_ends_when_the_broker_is_there_or_the_process_is_stopped(site: Site) -> None:
@@ -227,7 +225,7 @@ def test_a_lost_link_and_its_return_are_one_line_each(
         wait_until(lambda: not device.is_up, "the link is lost")
         time.sleep(1.5)
         site.broker.start()
-        assert device.wait_up(threading.Event(), 2 * WAIT_S)
+        assert device.wait_up(threading.Event(), WAIT_S)
     lines = [each for each in caplog.messages if each.startswith(("no connection of d1", "d1 "))]
     assert [each.split(" broker")[0] for each in lines] == [
         "d1 lost its link to the",

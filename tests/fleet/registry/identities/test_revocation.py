@@ -18,7 +18,7 @@ from fleet.registry.models import AllowedTarget, CertificateRecord, IdentityReco
 from fleet.registry.store import Registry
 from fleet.server.denylist_publisher import DenylistPublisher
 from fleet.transport.in_memory import InMemoryBroker
-from tests.brokers import Inbox
+from tests.brokers import WAIT_S, Inbox
 from tests.fleet.conftest import add
 
 NEWEST: Final = "0" * 64  # of the identities that `add` enrols
@@ -197,14 +197,14 @@ def test_the_denylist_is_published_when_it_changes_and_when_the_link_is_back(
         denials = DenylistPublisher(server, registry)
         again = threading.Semaphore(0)
         server.on_up(again.release)  # as the server does: the watcher runs its tasks again
-        assert again.acquire(timeout=10)
+        assert again.acquire(timeout=WAIT_S)
         denials.publish()
         denials.publish()
         registry.identities.revoke("d1")
         denials.publish()
         server.drop()
         server.restore()
-        assert again.acquire(timeout=10)
+        assert again.acquire(timeout=WAIT_S)
         denials.publish()
         told = [decode_denylist(inbox.get()[1]) for _ in range(3)]
     assert told == [frozenset(), {"d1"}, {"d1"}]

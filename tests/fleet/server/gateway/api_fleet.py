@@ -26,7 +26,7 @@ from fleet.transport.in_memory import InMemoryBroker
 from tests.brokers import HOST, wait_until
 from tests.fleet.conftest import add
 
-WAIT_S: Final = 30.0
+WAIT_S: Final = 120.0
 APP: Final = "phone"
 DEVICES: Final = ("attic", "kitchen")
 HELLO: Final = [{"role": "user", "content": "hello"}]
