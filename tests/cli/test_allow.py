@@ -12,7 +12,8 @@ from fleet.cli.allow import tag_device
 from fleet.errors import ConfigError
 from fleet.protocol.access import Role
 from fleet.server.home import FleetConfig, FleetHome
-from tests.cli.test_errors import assert_one_clear_line, run
+from tests.cli.test_errors import assert_one_clear_line
+from tests.command_lines import run
 from tests.fleet.conftest import add
 
 

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
 from fleet.bundles.manifest import Bundle
 from fleet.server.home import FleetConfig, FleetHome
 from tests.brokers import free_port
-
-TIMEOUT_S = 120
-
-
-def run(
-    *arguments: str, module: str = "fleet.cli", **environment: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-        env=os.environ | environment,
-    )
+from tests.command_lines import run
 
 
-def assert_one_clear_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
+def assert_one_clear_line(result: CompletedProcess[str], *words: str) -> None:
     assert result.returncode != 0
     assert "Traceback" not in result.stderr
     (line,) = result.stderr.strip().splitlines()

@@ -11,7 +11,8 @@ import pytest
 
 from fleet.protocol.report import ConfigProblem, DeviceStatus
 from fleet.server.home import FleetConfig, FleetHome
-from tests.cli.test_errors import assert_one_clear_line, run
+from tests.cli.test_errors import assert_one_clear_line
+from tests.command_lines import run
 from tests.fleet.conftest import add
 from tests.wheels import build_wheel
 

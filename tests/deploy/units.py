@@ -19,7 +19,7 @@ import pytest
 from fleet.utils.service_manager import READY
 from tests.service_manager import notify_socket
 
-STOP_S: Final = 60.0
+STOP_S: Final = 120.0
 KEPT: Final = ("PYTHONPATH", "OMP_NUM_THREADS", "CI")
 
 

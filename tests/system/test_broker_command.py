@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,14 +15,10 @@ from fleet.identity.identity import Identity
 from fleet.protocol.access import Role
 from fleet.server.child_process import child
 from fleet.server.home import FleetConfig, FleetHome
+from tests import command_lines
 from tests.brokers import HOST, can_connect, find_mosquitto, free_port, listens, wait_until
 
 WAIT_S = 60.0
-
-
-def fleet_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fleet.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
 
 
 @pytest.fixture
@@ -50,7 +45,7 @@ def mosquitto(config: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_all_rights_in_the_format_of_emqx(home: FleetHome) -> None:
-    lines = fleet_command(
+    lines = command_lines.run(
         "broker", "rules", "--format", "emqx", "--home", str(home.folder)
     ).stdout.splitlines()
     published = '"ce/v1/d/gw/prompt/app/+", "ce/v1/d/gw/cancel/app/+", "ce/v1/e/app/+"'
@@ -62,7 +57,7 @@ def test_all_rights_in_the_format_of_emqx(home: FleetHome) -> None:
 
 def test_all_rights_as_json(home: FleetHome) -> None:
     rights = json.loads(
-        fleet_command("broker", "rules", "--format", "json", "--home", str(home.folder)).stdout
+        command_lines.run("broker", "rules", "--format", "json", "--home", str(home.folder)).stdout
     )
     (app,) = (each for each in rights if each["name"] == "app")
     assert app["role"] == "app"
@@ -70,7 +65,7 @@ def test_all_rights_as_json(home: FleetHome) -> None:
 
 
 def test_an_unknown_format_is_refused(home: FleetHome) -> None:
-    refused = fleet_command("broker", "rules", "--format", "hivemq", "--home", str(home.folder))
+    refused = command_lines.run("broker", "rules", "--format", "hivemq", "--home", str(home.folder))
     assert refused.returncode == 1
     assert "expected one of mosquitto, emqx, json" in refused.stderr
 
@@ -82,13 +77,13 @@ def test_a_mosquitto_that_was_started_by_hand_follows_the_command_and_a_signal(
     out = tmp_path / "mosquitto"
     device = Identity.load(tmp_path / "gw")
     write = ("broker", "config", "--out", str(out), "--home", str(home.folder))
-    assert fleet_command(*write).returncode == 0
+    assert command_lines.run(*write).returncode == 0
     assert "kill -HUP" in (out / "README").read_text()
     with mosquitto(out / "mosquitto.conf", home.config.port) as process:
         assert can_connect(device)
         with home.registry() as registry:
             registry.identities.revoke("gw")
-        assert fleet_command(*write).returncode == 0
+        assert command_lines.run(*write).returncode == 0
         process.send_signal(signal.SIGHUP)
         wait_until(lambda: not can_connect(device), "it is refused", WAIT_S)
 
@@ -98,7 +93,7 @@ def test_a_server_beside_a_mosquitto_keeps_it_in_step(home: FleetHome, tmp_path:
     out = tmp_path / "mosquitto"
     device = Identity.load(tmp_path / "gw")
     where = ("--home", str(home.folder))
-    assert fleet_command("broker", "config", "--out", str(out), *where).returncode == 0
+    assert command_lines.run("broker", "config", "--out", str(out), *where).returncode == 0
     with ExitStack() as stack:
         stack.enter_context(mosquitto(out / "mosquitto.conf", home.config.port))
         server = ("fleet.cli", "server", "--no-broker", "--mosquitto", str(out), *where)
@@ -110,6 +105,6 @@ def test_a_server_beside_a_mosquitto_keeps_it_in_step(home: FleetHome, tmp_path:
 
 
 def test_a_mosquitto_beside_the_embedded_broker_is_refused(home: FleetHome, tmp_path: Path) -> None:
-    refused = fleet_command("server", "--mosquitto", str(tmp_path), "--home", str(home.folder))
+    refused = command_lines.run("server", "--mosquitto", str(tmp_path), "--home", str(home.folder))
     assert refused.returncode == 1
     assert "add --no-broker" in refused.stderr

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +22,7 @@ from fleet.server.child_process import Child, child
 from fleet.server.home import COLLECTOR, FleetConfig, FleetHome
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
+from tests import command_lines
 from tests.brokers import HOST, fingerprint_of, free_port, wait_until
 
 WAIT_S: Final = 120.0
@@ -43,14 +41,7 @@ def home(tmp_path: Path, tiny_bundle: Bundle) -> FleetHome:
 
 def command(module: str, *arguments: str) -> str:
     """Run a command to its end; return its output."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-        env=os.environ | {"NO_COLOR": "1"},
-        check=False,
-    )
+    done = command_lines.run(*arguments, module=module, NO_COLOR="1")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -213,13 +204,7 @@ def test_the_authority_is_rotated_and_retired_while_a_device_serves(
             wait_until_the_server_trusts(home, home.trusted_ca())
             wait_until_answered(home)  # the operator has a certificate of the successor
             join(home, "cellar", tmp_path / "cellar")  # a new device trusts both
-            refused = subprocess.run(
-                [sys.executable, "-m", "fleet.cli", "authority", "retire"],
-                capture_output=True,
-                text=True,
-                env=os.environ | {"FLEET_HOME": str(home.folder)},
-                check=False,
-            )
+            refused = command_lines.run("authority", "retire", FLEET_HOME=str(home.folder))
             assert refused.returncode == 1
             assert "display, kitchen" in refused.stderr
         for identity in (kitchen, app.folder):
@@ -278,11 +263,6 @@ def test_two_devices_with_one_identity_are_named_by_the_doctor(
                 "the server has noticed",
                 WAIT_S,
             )
-    found = subprocess.run(
-        [sys.executable, "-m", "fleet.cli", "doctor", "--home", str(home.folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    found = command_lines.run("doctor", "--home", str(home.folder))
     assert "two processes use the identity of kitchen" in found.stdout
     assert "two processes use the identity of kitchen" in capfd.readouterr().err

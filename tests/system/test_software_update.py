@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from fleet.server.child_process import Child
 from fleet.server.home import FleetConfig, FleetHome
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
+from tests import command_lines
 from tests.brokers import HOST, free_port, wait_until
 from tests.wheels import build_wheel
 
@@ -85,11 +85,7 @@ class UpdatableFleet:
 
     def attempt(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Return the result of a command of `fleet`."""
-        command = [sys.executable, "-m", "fleet.cli", *words]
-        environment = os.environ | {"FLEET_HOME": str(self.home.folder), "NO_COLOR": "1"}
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=WAIT_S, check=False, env=environment
-        )
+        return command_lines.run(*words, FLEET_HOME=str(self.home.folder), NO_COLOR="1")
 
     def row(self, name: str) -> DeviceRow:
         """Return a device as the registry knows it."""
