@@ -12,9 +12,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from benchmarks.postgresql import find_postgresql
-from fleet.bundles.manifest import Bundle
+from fleet.bundles.manifest import Bundle, read_manifest, write_manifest
 from fleet.cli.systemd import systemd
 from fleet.protocol.access import Role
 from fleet.server.home import FleetConfig, FleetHome
@@ -139,8 +140,9 @@ def test_a_fleet_starts_on_a_new_postgresql_database_and_keeps_it(
     url = postgresql.server.url("chosen")
     create, up = commands("Which registry").splitlines()
     run(create, tmp_path, home, url)
-    _up(up, tmp_path, home, url, tiny_bundle)
-    _up(commands("How long single answers are kept"), tmp_path, home, url, tiny_bundle)
+    bundle = _without_cloud(tiny_bundle, tmp_path / "bundle")
+    _up(up, tmp_path, home, url, bundle)
+    _up(commands("How long single answers are kept"), tmp_path, home, url, bundle)
     assert FleetHome.load(home).config.registry == url
     assert FleetHome.load(home).config.retention_days == 30
     with FleetHome.load(home).registry() as registry:
@@ -154,6 +156,14 @@ def test_a_fleet_starts_on_a_new_postgresql_database_and_keeps_it(
     )
     assert msgspec.json.decode(stats.stdout) == []
     postgresql.server.drop("chosen")
+
+
+def _without_cloud(bundle: Bundle, folder: Path) -> Bundle:
+    """Copy a bundle as one whose devices hold the whole model, so that no worker is started."""
+    shutil.copytree(bundle.folder, folder)
+    manifest = read_manifest(folder)
+    write_manifest(folder, replace(manifest, upload_layer=manifest.model.num_layers))
+    return Bundle.load(folder)
 
 
 def _up(command: str, folder: Path, home: Path, url: str, bundle: Bundle) -> None:

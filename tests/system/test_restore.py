@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from fleet.bundles.manifest import Bundle
 from fleet.server.child_process import child
@@ -43,10 +43,10 @@ def answered_by(home: FleetHome) -> dict[str, int]:
 
 
 def has_counted(home: FleetHome, num_answers: int) -> bool:
-    """Whether `fleet stats` counts these answers of the device."""
-    (row,) = json.loads(fleet(home, "stats", "kitchen", "--json"))
-    counted: tuple[Any, Any] = row["generations"], row["tokens"]
-    return counted == (num_answers, num_answers * NUM_TOKENS)
+    """Whether the registry counts these answers of the device."""
+    with home.registry() as registry:
+        (row,) = registry.stats.per_device("kitchen")
+    return (row.generations, row.tokens) == (num_answers, num_answers * NUM_TOKENS)
 
 
 def test_a_restored_fleet_answers_and_counts_the_answers_before_its_loss(

@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,18 @@ import msgspec
 import pytest
 
 from fleet.bundles.manifest import Bundle, read_manifest, write_manifest
+from fleet.errors import FleetError
+from fleet.protocol.prompt import PromptRequest
+from fleet.server.home import FleetHome
+from fleet.transport.mqtt import MqttTransport
+from fleet.transport.prompt_client import PromptClient
 from tests.brokers import wait_until
 from tests.system.operator import TIMEOUT_S, Operator, operator
 
 LIMITS = "--observe 1s --min-answers 2 --offline-after 60s"
 ROLLOUT = "fleet bundle rollout {} --canary 1 --stages 100 " + LIMITS
-PAUSE_S = 1.0  # each question is a process, and answers are counted meanwhile
+PAUSE_S = 0.5  # answers are counted meanwhile
+REQUEST = PromptRequest(prompt="How warm is it?", max_new_tokens=8)
 ASK = 'fleet prompt kitchen "How warm is it?" --max-new-tokens 8'
 
 
@@ -37,13 +44,21 @@ def with_a_device(operator: Operator) -> None:
 
 def ended(operator: Operator) -> Any:
     """Asks the device until the roll-out has ended; its row."""
+    home = FleetHome.load(operator.folder / "home")
+    with (
+        home.registry() as registry,
+        home.operator() as identity,
+        MqttTransport.connect(identity) as link,
+    ):
+        client = PromptClient(link)
 
-    def has_ended() -> bool:
-        operator.try_to(ASK)  # refused as busy while the device changes its bundle
-        time.sleep(PAUSE_S)
-        return operator.ask("fleet bundle status")[0]["state"] not in ("waiting", "running")
+        def has_ended() -> bool:
+            with suppress(FleetError):  # refused as busy while the device changes its bundle
+                list(client.ask("kitchen", REQUEST, timeout_s=TIMEOUT_S))
+            time.sleep(PAUSE_S)
+            return registry.rollouts.latest()[0].state not in ("waiting", "running")
 
-    wait_until(has_ended, "the roll-out ends", TIMEOUT_S)
+        wait_until(has_ended, "the roll-out ends", TIMEOUT_S)
     return operator.ask("fleet bundle status")[0]
 
 

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -105,12 +107,42 @@ class UpFleet:
             self.process.kill()
 
 
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Iterator[UpFleet]:
+    """A fleet that the last test with it ends."""
+    with ExitStack() as stack:
+        yield UpFleet(tmp_path_factory.mktemp("up"), tiny_bundle, stack)
+
+
+def test_a_device_that_comes_before_its_rights_is_heard_once_it_has_them(
+    fleet: UpFleet, tmp_path: Path
+) -> None:
+    """Until mosquitto has read the new rights it silently drops the messages of such a device."""
+    with MqttTransport.connect(fleet.enroll("early", Role.DEVICE, tmp_path)) as transport:
+        status = encode_status(DeviceStatus(online=True, epoch=1))
+        transport.on_up(
+            lambda: transport.publish(topics.device_status("early"), status, qos=1, retain=True)
+        )
+        heard = threading.Event()
+        transport.subscribe(
+            topics.WORKER_STATUS_FILTER, lambda topic, payload: heard.set(), qos=1, retained=True
+        )
+        assert heard.wait(WAIT_S)
+        with fleet.home.registry() as registry:
+            wait_until(
+                lambda: any(
+                    row.device == "early" and row.online for row in registry.stats.devices()
+                ),
+                "the device's status is in the registry",
+                WAIT_S,
+            )
+
+
 def test_a_fleet_with_mosquitto_answers_and_a_revoked_device_is_out_within_five_seconds(
-    tmp_path: Path, tiny_bundle: Bundle
+    fleet: UpFleet, tmp_path: Path, tiny_bundle: Bundle
 ) -> None:
     request = PromptRequest(prompt="How warm is it?", mode=Mode.VERIFIED, max_new_tokens=NUM_TOKENS)
     with ExitStack() as stack:
-        fleet = UpFleet(tmp_path, tiny_bundle, stack)
         device = fleet.enroll("gw", Role.DEVICE, tmp_path)
         app = fleet.enroll("app", Role.APP, tmp_path, allow=("gw",))
         stack.enter_context(
@@ -132,8 +164,7 @@ def test_a_fleet_with_mosquitto_answers_and_a_revoked_device_is_out_within_five_
         with raw.connected(fleet.enroll("thief", Role.DEVICE, tmp_path)) as thief:
             with fleet.home.registry() as registry:
                 registry.identities.revoke("thief")
-            thief.settimeout(OUT_S)
-            assert raw.is_closed(thief)
+            wait_until(partial(raw.has_ended, thief), "the thief is out", OUT_S)
         assert not can_connect(Identity.load(tmp_path / "thief"))
         assert (
             list(client.ask("gw", request, timeout_s=WAIT_S))[-1].finish_reason
@@ -144,32 +175,6 @@ def test_a_fleet_with_mosquitto_answers_and_a_revoked_device_is_out_within_five_
         fleet.process.terminate()
         assert fleet.process.wait(WAIT_S) == 0
         assert not listens(fleet.port)
-
-
-def test_a_device_that_comes_before_its_rights_is_heard_once_it_has_them(
-    tmp_path: Path, tiny_bundle: Bundle
-) -> None:
-    """Until mosquitto has read the new rights it silently drops the messages of such a device."""
-    with ExitStack() as stack:
-        fleet = UpFleet(tmp_path, tiny_bundle, stack)
-        transport = stack.enter_context(
-            MqttTransport.connect(fleet.enroll("early", Role.DEVICE, tmp_path))
-        )
-        status = encode_status(DeviceStatus(online=True, epoch=1))
-        transport.on_up(
-            lambda: transport.publish(topics.device_status("early"), status, qos=1, retain=True)
-        )
-        heard = threading.Event()
-        transport.subscribe(
-            topics.WORKER_STATUS_FILTER, lambda topic, payload: heard.set(), qos=1, retained=True
-        )
-        assert heard.wait(WAIT_S)
-        with fleet.home.registry() as registry:
-            wait_until(
-                lambda: registry.stats.devices()[0].online,
-                "the device's status is in the registry",
-                WAIT_S,
-            )
 
 
 def test_a_mosquitto_that_dies_ends_the_fleet_with_a_line_that_names_it(

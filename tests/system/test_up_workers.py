@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -117,10 +117,11 @@ def end(process: subprocess.Popen[str]) -> str:
         process.kill()
 
 
-@contextmanager
-def up(folder: Path, bundle: Bundle) -> Iterator[UpFleet]:
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Iterator[UpFleet]:
+    """A fleet that the last test with it ends."""
     with ExitStack() as stack:
-        yield UpFleet(folder, bundle, stack)
+        yield UpFleet(tmp_path_factory.mktemp("up"), tiny_bundle, stack)
 
 
 def token_ids(replies: list[Reply]) -> list[int]:
@@ -128,28 +129,25 @@ def token_ids(replies: list[Reply]) -> list[int]:
 
 
 def test_two_workers_serve_and_each_process_tells_of_itself(
-    tmp_path: Path, tiny_bundle: Bundle
+    fleet: UpFleet, tiny_bundle: Bundle
 ) -> None:
-    with up(tmp_path, tiny_bundle) as fleet:
-        replies = list(fleet.ask("How warm is it?"))
-        assert token_ids(replies) == WholeModel(tiny_bundle, num_threads=1).generate(
-            "How warm is it?", NUM_TOKENS
-        )
-        for told in (fleet.server, *fleet.workers):
-            assert get(f"{told.url}/healthz") == get(f"{told.url}/readyz") == (200, "ok\n")
-        online = 'fleet_devices{group="",state="online"}'
-        wait_until(
-            lambda: scrape(fleet.server.url)['fleet_reports_total{outcome="stored"}'] == 1,
-            "the report is in",
-        )
-        assert scrape(fleet.server.url)[online] == 1
-        answers = [
-            scrape(told.url)['fleet_worker_answer_seconds_count{kind="verify"}']
-            for told in fleet.workers
-        ]
-        assert sum(answers) >= 1
-        fleet.process.terminate()
-        assert fleet.process.wait(WAIT_S) == 0
+    replies = list(fleet.ask("How warm is it?"))
+    assert token_ids(replies) == WholeModel(tiny_bundle, num_threads=1).generate(
+        "How warm is it?", NUM_TOKENS
+    )
+    for told in (fleet.server, *fleet.workers):
+        assert get(f"{told.url}/healthz") == get(f"{told.url}/readyz") == (200, "ok\n")
+    online = 'fleet_devices{group="",state="online"}'
+    wait_until(
+        lambda: scrape(fleet.server.url)['fleet_reports_total{outcome="stored"}'] == 1,
+        "the report is in",
+    )
+    assert scrape(fleet.server.url)[online] == 1
+    answers = [
+        scrape(told.url)['fleet_worker_answer_seconds_count{kind="verify"}']
+        for told in fleet.workers
+    ]
+    assert sum(answers) >= 1
 
 
 def holders(workers: list[Told]) -> list[Told]:
@@ -158,39 +156,36 @@ def holders(workers: list[Told]) -> list[Told]:
 
 
 def test_a_stopped_worker_drains_while_the_other_serves_and_a_dead_last_one_is_named(
-    tmp_path: Path, tiny_bundle: Bundle
+    fleet: UpFleet, tiny_bundle: Bundle
 ) -> None:
     prompt = "Tell me about rivers."
-    with up(tmp_path, tiny_bundle) as fleet:
-        answer = fleet.ask(prompt, MANY_TOKENS)
-        replies = [next(answer) for _ in range(3)]
-        fleet.device.process.send_signal(
-            signal.SIGSTOP
-        )  # so that the answer does not end before the worker does
-        wait_until(
-            lambda: len(holders(fleet.workers)) == 1, "one of the two has the session", WAIT_S
-        )
-        (leaving,) = holders(fleet.workers)
-        (staying,) = (told for told in fleet.workers if told is not leaving)
-        os.kill(leaving.pid, signal.SIGTERM)
-        wait_until(
-            lambda: get(f"{leaving.url}/readyz") == (503, "the worker is draining\n"),
-            "it drains",
-            WAIT_S,
-        )
-        assert get(f"{staying.url}/readyz") == (200, "ok\n")
-        fleet.device.process.send_signal(signal.SIGCONT)
-        replies += answer
-        assert token_ids(replies) == WholeModel(tiny_bundle, num_threads=1).generate(
-            prompt, MANY_TOKENS
-        )
-        assert replies[-1].note is not None, "the answer ended before its worker left"
-        wait_until(lambda: not is_alive(leaving.pid), "it has left", WAIT_S)
-        os.kill(staying.pid, signal.SIGKILL)
-        assert fleet.process.wait(WAIT_S) == 1
-        left, died = [
-            line for line in end(fleet.process).splitlines() if line.startswith("fleet: worker")
-        ]
+    answer = fleet.ask(prompt, MANY_TOKENS)
+    replies = [next(answer) for _ in range(3)]
+    fleet.device.process.send_signal(
+        signal.SIGSTOP
+    )  # so that the answer does not end before the worker does
+    wait_until(lambda: len(holders(fleet.workers)) == 1, "one of the two has the session", WAIT_S)
+    (leaving,) = holders(fleet.workers)
+    (staying,) = (told for told in fleet.workers if told is not leaving)
+    os.kill(leaving.pid, signal.SIGTERM)
+    wait_until(
+        lambda: get(f"{leaving.url}/readyz") == (503, "the worker is draining\n"),
+        "it drains",
+        WAIT_S,
+    )
+    assert get(f"{staying.url}/readyz") == (200, "ok\n")
+    fleet.device.process.send_signal(signal.SIGCONT)
+    replies += answer
+    assert token_ids(replies) == WholeModel(tiny_bundle, num_threads=1).generate(
+        prompt, MANY_TOKENS
+    )
+    assert replies[-1].note is not None, "the answer ended before its worker left"
+    wait_until(lambda: not is_alive(leaving.pid), "it has left", WAIT_S)
+    os.kill(staying.pid, signal.SIGKILL)
+    assert fleet.process.wait(WAIT_S) == 1
+    left, died = [
+        line for line in end(fleet.process).splitlines() if line.startswith("fleet: worker")
+    ]
     assert re.fullmatch(
         r"fleet: worker worker-\d ended with exit status 0; 1 of 2 workers continue", left
     )
@@ -229,15 +224,12 @@ def test_parts_that_are_started_one_by_one_meet_at_a_broker_that_runs_elsewhere(
         *where,
     )
     assert made.returncode == 0, made.stderr
-    for name in ("w1", "w2"):
-        out = ("--role", "worker", "--shared-subscriptions", "--out", str(tmp_path / name))
-        assert fleet_command("enroll", name, *out, *where).returncode == 0
+    out = ("--role", "worker", "--shared-subscriptions", "--out", str(tmp_path / "w1"))
+    assert fleet_command("enroll", "w1", *out, *where).returncode == 0
     fleet = FleetHome.load(tmp_path / "state")
     with fleet.registry() as registry:
         grants = [
-            granted
-            for name in ("w1", "w2", COLLECTOR)
-            if (granted := registry.identities.grants(name))
+            granted for name in ("w1", COLLECTOR) if (granted := registry.identities.grants(name))
         ]
     config = write_config(tmp_path / "mosquitto", port, fleet.server_tls(), grants)
     with ExitStack() as stack:
@@ -246,10 +238,10 @@ def test_parts_that_are_started_one_by_one_meet_at_a_broker_that_runs_elsewhere(
         stack.callback(broker.terminate)
         wait_until(lambda: listens(port), "mosquitto listens")
         metrics = ("--metrics-port", "0")
-        parts: list[tuple[str, ...]] = [("fleet.cli", "server", "--no-broker", *where, *metrics)]
-        parts += [
-            ("cloud_broker_worker", "run", str(tmp_path / name), *metrics) for name in ("w1", "w2")
-        ]
+        parts = (
+            ("fleet.cli", "server", "--no-broker", *where, *metrics),
+            ("cloud_broker_worker", "run", str(tmp_path / "w1"), *metrics),
+        )
         for part in [stack.enter_context(child(arguments[0], *arguments)) for arguments in parts]:
             found = re.search(r"metrics on (\S+)", part.wait_ready(WAIT_S))
             assert found
