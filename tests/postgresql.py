@@ -28,10 +28,10 @@ class Databases:
         open_database(server.create(READY)).dispose()
 
     @contextmanager
-    def database(self, *, empty: bool = False) -> Iterator[str]:
-        """The URL of a new database, with the registry's tables unless it shall be `empty`."""
+    def database(self, *, empty: bool = False, template: str = READY) -> Iterator[str]:
+        """The URL of a new database: a copy of `template`, or without tables if it is `empty`."""
         name = f"test-{next(self._numbers)}"
-        yield self.server.create(name, "template0" if empty else READY)
+        yield self.server.create(name, "template0" if empty else template)
         self.server.drop(name)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -24,11 +26,14 @@ from fleet.registry.settings import Scope, Target
 from fleet.registry.store import Registry
 from fleet.server.rollout_engine import RolloutEngine
 from tests.fleet.conftest import add, report
+from tests.postgresql import READY, Databases
 
 OLD = "b-old"
 NEW = "b-new"
 DEVICES = [f"d{i}" for i in range(10)]
 START = 1_000_000_000.0
+FIRST_ANSWERS = 10  # of each device, before the tests begin
+FILLED = "filled"  # the template of a site's database
 PLAN = RolloutPlan(
     percentages=(20, 50, 100), observe_s=60.0, take_within_s=300.0, offline_after_s=30.0
 )
@@ -46,15 +51,23 @@ class Site:
         self.engine = self.new_engine()
         self._generations = itertools.count()
         self._database = create_engine(parse_url(url))
+
+    def fill(self) -> None:
+        """Write the devices, their bundles and their first answers into an empty registry."""
         for device in DEVICES:
-            add(registry, device, group="home" if device < "d4" else "lab")
+            add(self.registry, device, group="home" if device < "d4" else "lab")
             self.publish(device, OLD)
-        add(registry, "worker-1", Role.WORKER)
+        add(self.registry, "worker-1", Role.WORKER)
         self.serves(OLD, NEW)
         for bundle_id in (OLD, NEW):
-            registry.rollouts.add_bundle(bundle_id, "tiny", 1000)
-        registry.desired_state.change_settings(Target(Scope.ALL), lambda _: Settings(bundle=OLD))
-        self.answers(10, GOOD)
+            self.registry.rollouts.add_bundle(bundle_id, "tiny", 1000)
+        state = self.registry.desired_state
+        state.change_settings(Target(Scope.ALL), lambda _: Settings(bundle=OLD))
+        self.answers(FIRST_ANSWERS, GOOD)
+
+    def begin_tests(self) -> None:
+        """Continue an hour after `fill`, with further answers."""
+        self._generations = itertools.count(FIRST_ANSWERS * len(DEVICES))
         self.now += 3600.0
 
     def close(self) -> None:
@@ -132,11 +145,44 @@ class Site:
         return self.step()
 
 
+@pytest.fixture(scope="module")
+def filled_sqlite(ready_sqlite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the SQLite file of a site."""
+    path = tmp_path_factory.mktemp(FILLED) / "registry.sqlite"
+    shutil.copy(ready_sqlite, path)
+    fill(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def filled_postgresql(postgresql: Databases) -> Databases:
+    """Return the databases with the template `FILLED`, that of a site."""
+    fill(postgresql.server.create(FILLED, READY))
+    return postgresql
+
+
+def fill(url: str) -> None:
+    with Registry.open(url) as registry, closing(Site(registry, url)) as made:
+        made.fill()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def registry_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Return the URL of a site's database."""
+    if request.param == "sqlite":
+        path = shutil.copy(request.getfixturevalue("filled_sqlite"), tmp_path)
+        yield f"sqlite:///{path}"
+        return
+    databases: Databases = request.getfixturevalue("filled_postgresql")
+    with databases.database(template=FILLED) as url:
+        yield url
+
+
 @pytest.fixture
 def site(registry: Registry, registry_url: str) -> Iterator[Site]:
-    made = Site(registry, registry_url)
-    yield made
-    made.close()
+    with closing(Site(registry, registry_url)) as made:
+        made.begin_tests()
+        yield made
 
 
 def own_settings(site: Site) -> dict[str, Settings]:
