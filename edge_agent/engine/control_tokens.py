@@ -42,6 +42,10 @@ class ControlTokens:
         self._numbers = {token.content: i for i, token in enumerate(added.values())}
         self._names = _pattern(token.content for token in added.values())
         self._special_names = _pattern(token.content for token in added.values() if token.special)
+        self._beginnings = frozenset(
+            name[:length] for name in self._numbers for length in range(1, len(name))
+        )
+        self._max_beginning = max(map(len, self._beginnings), default=0)
         tokenizer.encode_special_tokens = True
         tokenizer.add_tokens([_added_token(BREAK)])
         tokenizer.add_tokens(
@@ -55,21 +59,31 @@ class ControlTokens:
         self._forbidden = added.keys() - set(self._encode(UNKNOWN))
         self._as_text = [self._ordinary_text(token.content, i) for i, token in added.items()]
 
-    def shield(self, value: Any, *, is_assistant: bool = False) -> Any:
-        """Return a text, or a value of JSON, with the names of control tokens in it replaced.
-
-        In the assistant's text these are the names of special tokens alone.
-        """
+    def shield(self, value: Any) -> Any:
+        """Return a text, or a value of JSON, with the names of control tokens in it replaced."""
         if isinstance(value, str):
-            return self._shield_text(value, is_assistant=is_assistant)
+            return self._shield_text(value, self._names)
         if isinstance(value, dict):
             return {self.shield(key): self.shield(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self.shield(item) for item in value]
         return value
 
-    def _shield_text(self, text: str, *, is_assistant: bool) -> str:
+    def shield_message(self, text: str, *, is_assistant: bool) -> str:
+        """Return the text of a message with the names of control tokens in it replaced.
+
+        In the assistant's text these are the names of special tokens alone. A text that ends like
+        the beginning of a name ends with a mark: templates may put the next message behind it.
+        """
         names = self._special_names if is_assistant else self._names
+        shielded = self._shield_text(text, names)
+        end = len(shielded.rstrip())  # templates remove these blanks
+        lengths = range(1, min(end, self._max_beginning) + 1)
+        if not any(shielded[end - length : end] in self._beginnings for length in lengths):
+            return shielded
+        return f"{shielded[:end]}{BREAK}{shielded[end:]}"
+
+    def _shield_text(self, text: str, names: re.Pattern[str]) -> str:
         return names.sub(
             lambda match: f"{HOLDER}{self._numbers[match[0]]}{HOLDER}", MARKS.sub("", text)
         )
@@ -77,7 +91,7 @@ class ControlTokens:
     def restore(self, text: str) -> str:
         """Return a text that was made of shielded values, with the names back in place."""
         names = list(self._numbers)
-        return HELD.sub(lambda match: names[int(match[1])], text)
+        return HELD.sub(lambda match: names[int(match[1])], text.replace(BREAK, ""))
 
     def encode_raw(self, text: str) -> list[int]:
         """Return the token ids of a text in which names of control tokens are control tokens.

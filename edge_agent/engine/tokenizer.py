@@ -20,14 +20,14 @@ from msgspec import Struct
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from edge_agent.engine.control_tokens import HOLDER, ControlTokens
+from edge_agent.engine.control_tokens import BREAK, HOLDER, ControlTokens
 from fleet.bundles.manifest import CHAT_TEMPLATE, TOOL_TEMPLATE, Bundle
 from fleet.constraints.grammars import bundle_grammars
 from fleet.errors import BundleError, PromptError
 from fleet.protocol.prompt import ChatMessage, JsonObject, PromptRequest
 
 REPLACEMENT: Final = "\ufffd"
-NOT_ASCII: Final = re.compile(f"[^\\x00-\\x7f{HOLDER}]+")
+NOT_ASCII: Final = re.compile(f"[^\\x00-\\x7f{BREAK}{HOLDER}]+")
 MAX_REASON: Final = 500  # characters of a template's error, which may repeat a message
 LETTER: Final = "a"  # a text that no tokenizer changes
 BLANKS: Final = re.compile("[\\s\u0120\u010a\u2581]+")  # as vocabularies write them, too
@@ -205,10 +205,11 @@ class ChatTokenizer:
         """Return a message as templates read it: a field without a value is left out."""
         fields = msgspec.structs.asdict(message)
         given = {name: value for name, value in fields.items() if value is not None}
-        shield = self._control_tokens.shield
-        turn: JsonObject = shield(given)
+        tokens = self._control_tokens
+        turn: JsonObject = tokens.shield(given)
         if message.content is not None:
-            turn["content"] = shield(message.content, is_assistant=message.role == "assistant")
+            is_assistant = message.role == "assistant"
+            turn["content"] = tokens.shield_message(message.content, is_assistant=is_assistant)
         return turn
 
     def token_text(self, token_id: int) -> str:

@@ -147,6 +147,28 @@ def test_the_names_of_control_tokens_in_a_message_are_ordinary_text(
     assert tokenizer.encode_chat([message]) == [*turn, start, *encode("assistant\n")]
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [("<|im_", "end|>"), ("<", "|im_end|>"), ("<|im_end|", ">"), ("<|im_ \n", " end|>"),
+     ("<|", "im_", "end|>"), ("a<|im_<|im_", "end|>b")],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "content", ["m['content']", "m['content'] | trim", "m['content'] | tojson"]
+)
+def test_messages_side_by_side_make_no_control_token(
+    make_tokenizer: MakeTokenizer, texts: tuple[str, ...], content: str
+) -> None:
+    template = f"{{% for m in messages %}}{{{{ {content} }}}}{{% endfor %}}<|im_end|>"
+    tokenizer = make_tokenizer(template)
+    messages = [ChatMessage("user", text) for text in texts]
+    inner = make_tiny_tokenizer().backend_tokenizer
+    *ids, end = tokenizer.encode_chat(messages)
+    assert end == inner.token_to_id("<|im_end|>")
+    assert end not in ids
+    if content == "m['content']":
+        assert inner.decode(ids, skip_special_tokens=False) == "".join(texts)
+
+
 @pytest.mark.parametrize("text", ["\ufdd00\ufdd0", "\ufdd11\ufdd1", "<|im_\ufdd2end|>"])
 def test_no_message_reaches_the_marks_that_stand_for_control_tokens(
     tokenizer: ChatTokenizer, text: str
