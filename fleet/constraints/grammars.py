@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +19,7 @@ from fleet.protocol.constraint import Constraint
 
 MAX_GRAMMARS: Final = 32  # compiled grammars that are kept
 MAX_STATES: Final = 20_000  # of a grammar's lexer
+MAX_COMMON_MULTIPLE: Final = 10_000  # a lexer has a state for each remainder of a `multipleOf`
 
 # With unlimited white space an answer could reach its length without content.
 JSON_OPTIONS: Final[Any] = {
@@ -121,7 +124,7 @@ class _Compiler:
         """Return a matcher at the beginning of an answer. Raises ConstraintError."""
         try:
             grammar = self._grammar(constraint)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConstraintError(f"{constraint.field}: {brief_reason(error)}") from None
         matcher = self._matcher(self._tokens, grammar, log_level=0, limits=self._limits)
         if not matcher.is_error():
@@ -134,7 +137,36 @@ class _Compiler:
         text = constraint.source.decode()
         if constraint.kind == "regex":
             return str(self._matcher.grammar_from_regex(text))
+        _check_multiples(text)
         return str(self._matcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS))
+
+
+def _check_multiples(schema: str) -> None:
+    """Check that the compilation of a schema's numbers ends soon.
+
+    Raises:
+        ValueError: the common multiple of all `multipleOf` is too large, or `schema` is no JSON.
+    """
+    common = math.lcm(*_multiples(json.loads(schema, parse_int=Decimal, parse_float=Decimal)))
+    if common > MAX_COMMON_MULTIPLE:
+        raise ValueError(
+            f"expected 'multipleOf' with a common multiple of at most {MAX_COMMON_MULTIPLE}, "
+            f"powers of 10 left out, got {common}"
+        )
+
+
+def _multiples(schema: Any) -> Iterator[int]:
+    """Return the digits of each `multipleOf` in a schema, as integers."""
+    waiting = [schema]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.values()
+            number = value.get("multipleOf")
+            if isinstance(number, Decimal) and number:
+                yield int("".join(map(str, number.normalize().as_tuple().digits)))
+        elif isinstance(value, list):
+            waiting += value
 
 
 def with_plain_decoder(text: str) -> str:

@@ -98,6 +98,10 @@ BAD: list[tuple[Kind, object, str]] = [
     ("json_schema", {"not": {}}, "schema: .*not"),
     ("json_schema", {"$ref": "http://example.com/x"}, "schema: .*not present"),
     ("json_schema", {"enum": []}, "schema: .*anyOf is empty"),
+    ("json_schema", {"type": "integer", "multipleOf": 999983}, "schema: .*multiple .* got 999983"),
+    ("json_schema", {"allOf": [{"multipleOf": 997}, {"multipleOf": 9.91}]}, "got 988027"),
+    ("json_schema", "[" * 20_000, "schema: .*recursion"),
+    ("json_schema", {"items": [{"multipleOf": 0.123457}]}, "got 123457"),
     ("json_schema", {"minimum": 5, "maximum": 3, "type": "number"}, "schema: .*greater than"),
     ("json_schema", {"type": "string", "pattern": "("}, "schema: .*unclosed group"),
 ]
@@ -112,6 +116,12 @@ def test_a_constraint_that_cannot_be_compiled_is_refused_by_its_field(
         grammars.constrain(Constraint(kind, text.encode()), 0)
     assert "\n" not in str(caught.value)
     assert caught.value.code == "bad_prompt"
+
+
+def test_multiples_are_allowed_where_few_remainders_exist(grammars: Grammars) -> None:
+    source = {"anyOf": [{"type": "number", "multipleOf": each} for each in (100, 0.01, 7, 250000)]}
+    rule = grammars.constrain(Constraint("json_schema", json.dumps(source).encode()), len(PROMPT))
+    assert "7" in allowed(rule, "")
 
 
 def test_a_constraint_that_turns_out_too_complex_is_an_error(grammars: Grammars) -> None:
