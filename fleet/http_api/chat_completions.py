@@ -143,13 +143,13 @@ class ChatCompletionWriter(CompletionWriter):
 
     def _last(self, reply: Reply) -> bytes:
         rest = self._chunk(reply) if reply.text else b""
-        end = self._event(
-            ChatChunkChoice(delta=AssistantDelta(), finish_reason=reply.finish_reason),
-            fleet=answer_facts(reply, self.generation),
-            timings=timings(reply.usage),
-        )
-        usage = self._event(usage=token_usage(reply)) if self._includes_usage else b""
-        return rest + end + usage + DONE
+        choice = ChatChunkChoice(delta=AssistantDelta(), finish_reason=reply.finish_reason)
+        facts = answer_facts(reply, self.generation)
+        times = timings(reply.usage)
+        if not self._includes_usage:
+            return rest + self._event(choice, fleet=facts, timings=times) + DONE
+        usage = self._event(usage=token_usage(reply), timings=times)
+        return rest + self._event(choice, fleet=facts) + usage + DONE
 
     def _event(
         self,

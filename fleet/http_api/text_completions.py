@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Final, Literal
 
+import msgspec
 from msgspec import Struct
 
 from fleet.errors import RequestFieldError
@@ -76,8 +77,11 @@ class TextCompletionWriter(CompletionWriter):
         return event(self._completion(self._piece(reply), fleet=token_facts(reply)))
 
     def _last(self, reply: Reply) -> bytes:
-        usage = event(self._completion(usage=token_usage(reply))) if self._includes_usage else b""
-        return event(self._end(reply, self._piece(reply))) + usage + DONE
+        end = self._end(reply, self._piece(reply))
+        if not self._includes_usage:
+            return event(end) + DONE
+        usage = self._completion(usage=token_usage(reply), timings=end.timings)
+        return event(msgspec.structs.replace(end, timings=None)) + event(usage) + DONE
 
     def _piece(self, reply: Reply) -> TextChoice:
         offset = self.num_characters - len(reply.text)

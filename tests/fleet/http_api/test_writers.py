@@ -14,6 +14,7 @@ from fleet.errors import DeadlineError
 from fleet.http_api.answer_writer import AnswerWriter
 from fleet.http_api.chat_completions import ChatCompletionWriter
 from fleet.http_api.ollama_answers import OllamaChatWriter, OllamaGenerateWriter
+from fleet.http_api.openai_fields import CompletionWriter
 from fleet.http_api.problems import Problem
 from fleet.http_api.responses import ResponseBody, ResponseWriter
 from fleet.http_api.text_completions import TextCompletionWriter
@@ -196,6 +197,19 @@ def test_the_times_of_an_answer_have_the_names_of_llama_cpp() -> None:
         "predicted_per_token_ms": 20.0,
         "predicted_per_second": 50.0,
     }
+
+
+@pytest.mark.parametrize("writer_type", [ChatCompletionWriter, TextCompletionWriter])
+@pytest.mark.parametrize("includes_usage", [False, True])
+def test_the_times_are_in_the_event_of_the_usage_if_there_is_one(
+    writer_type: type[CompletionWriter], includes_usage: bool
+) -> None:
+    """Open WebUI adds up the counts of all events that have a usage or times."""
+    *events, last = stream(writer_type("m", includes_usage=includes_usage))
+    assert [event for event in events if "timings" in event or "usage" in event] == []
+    assert "timings" in last
+    assert ("usage" in last) is includes_usage
+    assert (events[-1] if includes_usage else last)["fleet"]["counts"]["tokens"] == 3
 
 
 def test_the_times_of_a_line_are_in_nanoseconds() -> None:
