@@ -81,6 +81,8 @@ class RunningBroker(Protocol):
 
     def stop(self) -> None: ...
 
+    def kill(self) -> None: ...
+
 
 class Amqtt:
     """The embedded broker, with the rights of `registry`."""
@@ -98,6 +100,9 @@ class Amqtt:
         if self._broker:
             self._broker.__exit__(None, None, None)
             self._broker = None
+
+    def kill(self) -> None:
+        self.stop()  # it has no process of its own
 
 
 class LookupRegistry:
@@ -133,8 +138,11 @@ class Mosquitto:
         try:
             self._process.wait(WAIT_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self.kill()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
 
 class Site:
@@ -212,9 +220,14 @@ def fingerprint_of(identity: Identity) -> str:
     return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
 
 
+def installed_mosquitto(program: str) -> str | None:
+    """Return the path of mosquitto or a client; None if it is not installed."""
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+
+
 def find_mosquitto(program: str) -> str:
     """Return the path of mosquitto or a client; skip the test without it, or fail under CI."""
-    path = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+    path = installed_mosquitto(program)
     if path is None:
         reason = (
             f"{program} is not installed; on Debian: apt-get install mosquitto mosquitto-clients"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from fleet.http_api.api_server import ApiServer
 from fleet.protocol.prompt import PromptRequest
 from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
 from fleet.transport.prompt_client import PromptClient
+from tests.brokers import wait_until
 
 DEVICE: Final = "edge-1"
 WAIT_S: Final = 120.0
@@ -75,3 +76,25 @@ def device_api(
     server = ApiServer(ApiAddress("127.0.0.1", 0), DeviceBackend(lambda: agent, keys))
     with transport, agent, server:
         yield DeviceApi(server, agent, transport, broker, key)
+
+
+def hang_up(agents: Sequence[Agent], close: Callable[[], object]) -> None:
+    """Close the connection of a client whose answer has begun, and wait until it is cancelled.
+
+    No token is generated until then, so that the answer cannot end in another way.
+    """
+    with ExitStack() as stack:
+        for agent in agents:
+            stack.enter_context(agent._model_lock.of("test"))
+        active = [job for agent in agents for job in list(agent._active.values())]
+        going_on = [job for job in active if not job.cancelled.is_set()]
+        close()
+        wait_until(lambda: any(job.cancelled.is_set() for job in going_on), "a cancelled answer")
+
+
+def wait_without_requests(agent: Agent) -> None:
+    """Wait until no request is active or waits, and none holds memory."""
+    jobs = agent._jobs
+    wait_until(lambda: agent.is_idle, "no request is active")
+    wait_until(lambda: jobs.free_bytes == jobs.budget_bytes, "no request holds memory")
+    assert jobs.num_waiting == 0

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
 from typing import Any, Final
 
 import pytest
@@ -19,13 +21,21 @@ from fleet.protocol import topics
 from fleet.protocol.desired_config import Settings
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import MAX_PROMPT_BYTES, ChatMessage, PromptRequest, SamplingOptions
-from fleet.protocol.report import decode_report
-from tests.api.device_api import WAIT_S, DeviceApi, device_api
+from fleet.protocol.report import GenerationReport, decode_report
+from tests.api.device_api import (
+    WAIT_S,
+    DeviceApi,
+    device_api,
+    hang_up,
+    wait_without_requests,
+)
 from tests.brokers import Inbox, wait_until
+from tests.system.memory_fleet import acknowledge
 
 CHAT: Final = "/v1/chat/completions"
 OLLAMA: Final = "/api/chat"
 LONG: Final = 400
+CONFIG: Final = AgentConfig(num_threads=1, max_queued_requests=64, mode=Mode.STANDALONE)
 KEY: Final = "a key of 20 letters."
 
 
@@ -67,11 +77,16 @@ def events(data: bytes) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("data: ")) for line in lines if "[DONE]" not in line]
 
 
+def text_alone(device: DeviceApi, text: str) -> str:
+    """The answer to `text` over MQTT."""
+    message = ChatMessage("user", text)
+    return device.text_over_mqtt(PromptRequest(messages=(message,), max_new_tokens=4))
+
+
 @pytest.fixture(scope="module")
 def device(tiny_bundle: Bundle) -> Iterator[DeviceApi]:
     """A device without a key."""
-    config = AgentConfig(num_threads=1, max_queued_requests=64, mode=Mode.STANDALONE)
-    with device_api(tiny_bundle, config) as running:
+    with device_api(tiny_bundle, CONFIG) as running:
         yield running
 
 
@@ -144,31 +159,36 @@ def test_a_client_that_hangs_up_before_the_first_token_leaves_no_request(
     wait_until(lambda: device.agent.is_idle, "no request is active")
 
 
-def test_of_64_clients_each_gets_its_text_while_some_hang_up(device: DeviceApi) -> None:
-    texts = [f"Number {number}" for number in range(64)]
-    alone = {
-        text: device.text_over_mqtt(
-            PromptRequest(messages=(ChatMessage("user", text),), max_new_tokens=4)
-        )
-        for text in texts
-    }
+def test_of_64_clients_each_gets_its_text_while_some_hang_up(tiny_bundle: Bundle) -> None:
+    reports: Queue[GenerationReport] = Queue()
 
     def ask(number: int) -> str | None:
         if number % 10 == 0:
-            with connect(device) as client:
-                client.sendall(request_bytes(device, long_answer(stream=True)))
+            with connect(crowded) as client:
+                client.sendall(request_bytes(crowded, long_answer(stream=True)))
                 read_until(client, b"fleet")
+                hang_up([crowded.agent], client.close)
             return None
-        body = device.post(CHAT, chat(texts[number])).json()
+        body = crowded.post(CHAT, chat(f"Number {number}")).json()
         answer: str = body["choices"][0]["message"]["content"]
         return answer
 
-    with ThreadPoolExecutor(64) as pool:
+    with (
+        device_api(tiny_bundle, CONFIG) as crowded,
+        crowded.broker.connect("watcher") as watcher,
+        ThreadPoolExecutor(64) as pool,
+    ):
+        watcher.subscribe(
+            topics.DEVICE_STATS_FILTER,
+            lambda topic, payload: reports.put(acknowledge(watcher, topic, payload)),
+        )
+        alone = [text_alone(crowded, f"Number {number}") for number in range(64)]
         answers = list(pool.map(ask, range(64)))
-    expected = [None if i % 10 == 0 else alone[text] for i, text in enumerate(texts)]
-    assert answers == expected
-    wait_until(lambda: device.agent.is_idle, "no request is active")
-    assert device.agent._jobs.free_bytes == device.agent._jobs.budget_bytes
+        received = [reports.get(timeout=WAIT_S) for _ in range(128)]
+        wait_without_requests(crowded.agent)
+    assert answers == [None if i % 10 == 0 else text for i, text in enumerate(alone)]
+    reasons = Counter(report.finish_reason for report in received if report.app == "local")
+    assert reasons == {"length": 57, "cancelled": 7}
 
 
 def test_a_body_of_100_megabytes_is_refused_before_it_comes(device: DeviceApi) -> None:
