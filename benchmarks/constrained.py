@@ -1,6 +1,6 @@
 """Answers of a given form: ten schemas, 20 prompts each, in every mode, with a real model.
 
-    python -m benchmarks constrained [--mode verified] [--limit 20]
+    python -m benchmarks constrained [--mode verified] [--first 40] [--limit 20]
 
 Device and worker are as deployed, in one process. Half of the answers are greedy, half are sampled.
 Each answer is parsed and checked by `jsonschema`, and each verified one is compared with the whole
@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -40,17 +40,20 @@ from fleet.utils.path_options import path_option
 
 FORMS: Final = Path(__file__).parent / "data" / "forms.json"
 MAX_NEW_TOKENS: Final = 160
+NUM_TIMED: Final = 20  # answers whose steps are timed
 
 app = typer.Typer(add_completion=False)
 
 
-def make_requests(limit: int) -> list[PromptRequest]:
-    """Return the first requests: for each topic one of each form, greedy and sampled by turns."""
+def make_requests(first: int, limit: int) -> list[PromptRequest]:
+    """Return `limit` requests from `first` on: for each topic one of each form, greedy and sampled
+    by turns.
+    """
     content = json.loads(FORMS.read_text(encoding="utf-8"))
     pairs = ((topic, form) for topic in content["topics"] for form in content["forms"])
     return [
         make_request(form["prompt"].format(topic), form["schema"], number)
-        for number, (topic, form) in enumerate(islice(pairs, limit))
+        for number, (topic, form) in islice(enumerate(pairs), first, first + limit)
     ]
 
 
@@ -167,9 +170,26 @@ def measure_masks(bundle: Bundle, answers: Sequence[ConstrainedAnswer]) -> str:
     )
 
 
-def measure_steps(bundle: Bundle, answer: ConstrainedAnswer, num_threads: int) -> str:
-    """Return the median time of the device's step with and without the constraint, by turns."""
+def measure_steps(bundle: Bundle, answers: Sequence[ConstrainedAnswer], num_threads: int) -> str:
+    """Return the median time of the device's step with and without the constraint, by turns.
+
+    The tokens are those of `answers`. The difference is the median one of two steps that follow
+    each other.
+    """
     partition = Partition(bundle, num_threads)
+    times_ms = [pair for answer in answers for pair in step_pairs(bundle, partition, answer)]
+    plain_ms = np.median([plain for plain, _ in times_ms])
+    difference_ms = np.median([limited - plain for plain, limited in times_ms])
+    return (
+        f"step of the device: {plain_ms:.2f} ms, constrained {difference_ms:+.2f} ms "
+        f"({difference_ms / plain_ms:+.1%}), {len(times_ms)} tokens"
+    )
+
+
+def step_pairs(
+    bundle: Bundle, partition: Partition, answer: ConstrainedAnswer
+) -> Iterator[tuple[float, float]]:
+    """Return for each token of an answer the milliseconds without and with the constraint."""
     rules = ChoiceRules(constraint=answer.constraint, prompt_length=1)
     constraint = bundle_grammars(bundle).constrain(answer.constraint, 1)
     capacity = 1 + len(answer.token_ids)
@@ -178,21 +198,22 @@ def measure_steps(bundle: Bundle, answer: ConstrainedAnswer, num_threads: int) -
     limited = Decoder(
         partition, capacity, thresholds, Sampling(), rules=rules, constraint=constraint
     )
-    times: dict[Decoder, list[float]] = {plain: [], limited: []}
     for token_id in (bundle.manifest.model.eos_token_ids[0], *answer.token_ids[:-1]):
-        for decoder, taken_ms in times.items():
-            decoder.text.append(token_id)
-            started = time.perf_counter()
-            decoder.choose()
-            taken_ms.append(1e3 * (time.perf_counter() - started))
-    plain_ms, limited_ms = (np.median(taken_ms) for taken_ms in times.values())
-    share = limited_ms / plain_ms - 1
-    return f"step of the device: {plain_ms:.2f} ms, constrained {limited_ms:.2f} ms ({share:+.1%})"
+        yield step_ms(plain, token_id), step_ms(limited, token_id)
+
+
+def step_ms(decoder: Decoder, token_id: int) -> float:
+    """Return the milliseconds of one step."""
+    decoder.text.append(token_id)
+    started = time.perf_counter()
+    decoder.choose()
+    return 1e3 * (time.perf_counter() - started)
 
 
 @app.command()
 def run(
     mode: Annotated[list[Mode] | None, typer.Option(help="Modes (default: all).")] = None,
+    first: Annotated[int, typer.Option(min=0, max=199, help="Prompts to leave out.")] = 0,
     limit: Annotated[int, typer.Option(min=1, max=200, help="Number of prompts.")] = 200,
     threads: Annotated[int, typer.Option(min=1, max=64, help="Threads of each side.")] = 1,
     bundle: Annotated[
@@ -201,7 +222,7 @@ def run(
 ) -> None:
     """Check answers of ten schemas in every mode, and print the cost of the masks."""
     loaded = Bundle.load(resolve_bundle(bundle, lambda line: print(line, file=sys.stderr)))
-    requests = make_requests(limit)
+    requests = make_requests(first, limit)
     print("mode          answers  valid  whole model's  tokens  offloaded  ms/token", flush=True)
     num_bad = 0
     with in_process_fleet(loaded, threads) as fleet:
@@ -211,6 +232,5 @@ def run(
             print(result.line(), *result.bad, sep="\n", flush=True)
             num_bad += len(result.bad)
     print(measure_masks(loaded, result.answers))
-    longest = max(result.answers, key=lambda answer: len(answer.token_ids))
-    print(measure_steps(loaded, longest, threads))
+    print(measure_steps(loaded, result.answers[:NUM_TIMED], threads))
     raise typer.Exit(1 if num_bad else 0)

@@ -68,9 +68,12 @@ def rank_tokens(
     """
     num_best = len(token_ids)
     normalizer = logits_of(token_ids[:1])[0] - logprobs[0]
-    raised = np.setdiff1d(raised_ids(rules, text), token_ids)
-    ids = np.concatenate((token_ids, raised))
-    logits = np.concatenate((logprobs + normalizer, logits_of(raised)))
+    ids = token_ids
+    logits = logprobs + normalizer
+    if raised := raised_ids(rules, text):
+        others = np.setdiff1d(np.array(raised, np.int64), token_ids)
+        ids = np.concatenate((ids, others))
+        logits = np.concatenate((logits, logits_of(others)))
     scores = adjust_logits(ids, logits, rules, text)
     if allowed is not None:
         scores[~allowed[ids]] = -np.inf
@@ -104,14 +107,14 @@ def _confidence(scores: Float32, outside: float) -> float:
     return float(1.0 / (shifted.sum() + outside * np.exp(min(-highest, MAX_EXPONENT))))
 
 
-def raised_ids(rules: ChoiceRules, text: Sequence[int]) -> Int64:
-    """Return the tokens whose logits a rule may raise, each once."""
+def raised_ids(rules: ChoiceRules, text: Sequence[int]) -> list[int]:
+    """Return the tokens whose logits a rule may raise."""
     raised = [token_id for token_id, bias in rules.logit_bias if bias > 0]
     if rules.repetition_penalty < 1.0:
         raised += text
     if min(rules.presence_penalty, rules.frequency_penalty) < 0.0:
         raised += text[rules.prompt_length :]
-    return np.unique(np.array(raised, np.int64))
+    return raised
 
 
 def adjust_logits(
