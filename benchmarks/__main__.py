@@ -76,6 +76,14 @@ def constrained(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASS_ON)
+def first_token(context: typer.Context) -> None:
+    """Compare the time to the first token over MQTT and over HTTP."""
+    with needs("edge,export,server,api"):
+        from benchmarks.first_token import app as first_token_app
+    _run(first_token_app, context)
+
+
+@app.command(context_settings=PASS_ON)
 def links(context: typer.Context) -> None:
     """Compare the modes of a bundle with its whole model elsewhere, over several links."""
     with needs("edge,export,server,worker"):
