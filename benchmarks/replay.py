@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.recordings import AnswerRecording
 from cloud_broker_worker.worker.config import WorkerConfig
-from cloud_broker_worker.worker.engine import Engine, EngineResponse
+from cloud_broker_worker.worker.engine import EngineResponse, WorkerEngine
 from cloud_broker_worker.worker.upper_layers import UpperLayers
 from edge_agent.generation.acceptance_rate import AcceptanceRate
 from edge_agent.generation.draft_policy import worth_drafting, worth_guessing
@@ -228,7 +228,7 @@ class ReplayWorker:
     def __init__(self, layers: UpperLayers, config: WorkerConfig, cpu: Callable[[], float]) -> None:
         self.now = 0.0
         self.busy_s = 0.0
-        self.engine = Engine(layers, WORKER, config, clock=lambda: self.now)
+        self.engine = WorkerEngine(layers, WORKER, config, clock=lambda: self.now)
         self._cpu = cpu
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = itertools.count()

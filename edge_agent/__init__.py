@@ -1,3 +1,3 @@
 """The device: the model in ONNX Runtime with early exits, and the agent that serves prompts."""
 
-import fleet  # noqa: F401  # before ONNX Runtime: it turns off its telemetry
+import fleet.version  # noqa: F401  # before ONNX Runtime: it turns off its telemetry

@@ -2,8 +2,8 @@
 
 import os
 
+from fleet.version import __version__ as __version__
+
 # ONNX Runtime's official builds report their use to their maker, and write files into the home,
 # unless this is set before their import. The other packages import this one first.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-
-__version__ = "0.1.0"

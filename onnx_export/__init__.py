@@ -1,3 +1,3 @@
 """Export of a Hugging Face model as a bundle: heads, ONNX graphs, cloud partition, manifest."""
 
-import fleet  # noqa: F401  # before ONNX Runtime: it turns off its telemetry
+import fleet.version  # noqa: F401  # before ONNX Runtime: it turns off its telemetry

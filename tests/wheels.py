@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from fleet import __version__
+from fleet.version import __version__
 
 ROOT: Final = Path(__file__).parents[1]
 PACKAGES: Final = ("fleet", "edge_agent", "cloud_broker_worker", "onnx_export", "provisioning")
@@ -31,7 +31,7 @@ def build_wheel(
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copyfile(ROOT / name, tree / name)
     _replace(tree / "pyproject.toml", f'version = "{__version__}"', f'version = "{version}"')
-    _replace(tree / "fleet/__init__.py", f'"{__version__}"', f'"{version}"')
+    _replace(tree / "fleet/version.py", f'"{__version__}"', f'"{version}"')
     if requires:
         _replace(
             tree / "pyproject.toml", "dependencies = [", f'dependencies = [\n    "{requires}",'

@@ -29,13 +29,13 @@ from benchmarks.drivers.protocol import serve_lines
 from benchmarks.drivers.wire import Failure, NextToken, ToClient, decode_to_cloud, encode
 from benchmarks.engines import EngineProcess
 from cloud_broker_worker.worker.worker import Worker
-from fleet import __version__
 from fleet.bundles.manifest import Bundle
 from fleet.identity.identity import Identity
 from fleet.protocol import topics
 from fleet.protocol.report import WorkerStatus, encode_status
 from fleet.transport.base import Transport, Will
 from fleet.transport.mqtt import MqttTransport
+from fleet.version import __version__
 
 log = logging.getLogger(__name__)
 

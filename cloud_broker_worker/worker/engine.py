@@ -1,7 +1,8 @@
 """The worker's logic without I/O.
 
-`Engine.handle` processes one message and returns the immediate responses. `Engine.step` runs one
-batch of positions from several sessions, and returns the verdicts that are ready.
+`WorkerEngine.handle` processes one message and returns the immediate responses.
+`WorkerEngine.step` runs one batch of positions from several sessions, and returns the verdicts that
+are ready.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class EngineResponse(NamedTuple):
     message: ToDevice
 
 
-class Engine:
+class WorkerEngine:
     """Sessions and their verify jobs.
 
     Without `grammars` the worker refuses sessions with a constraint.

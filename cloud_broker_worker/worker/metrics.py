@@ -10,7 +10,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from cloud_broker_worker.worker.counters import BOUNDS_S, Durations
-from cloud_broker_worker.worker.engine import Engine
+from cloud_broker_worker.worker.engine import WorkerEngine
 from cloud_broker_worker.worker.worker import Worker
 
 STALL_S: Final = 60.0
@@ -59,7 +59,7 @@ class WorkerMonitor:
             "kind",
         )
 
-    def _gauges(self, engine: Engine) -> Iterable[Metric]:
+    def _gauges(self, engine: WorkerEngine) -> Iterable[Metric]:
         sessions = list(engine.sessions.values())  # a copy: the worker's thread changes the dict
         jobs = [(job, session.received) for session in sessions if (job := session.job)]
         waiting = [job.arrived for job, received in jobs if job.stop <= received]
@@ -102,7 +102,7 @@ class WorkerMonitor:
             yield GaugeMetricFamily(f"fleet_worker_{name}", text, value)
 
 
-def _counters(engine: Engine) -> Iterable[Metric]:
+def _counters(engine: WorkerEngine) -> Iterable[Metric]:
     counters = engine.counters
     for name, text, value in (
         ("positions", "Positions run through the upper layers.", counters.num_positions),

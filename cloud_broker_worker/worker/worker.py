@@ -12,9 +12,8 @@ from contextlib import suppress
 from typing import Final, Self
 
 from cloud_broker_worker.worker.config import WorkerConfig
-from cloud_broker_worker.worker.engine import Engine, EngineResponse
+from cloud_broker_worker.worker.engine import EngineResponse, WorkerEngine
 from cloud_broker_worker.worker.upper_layers import UpperLayers
-from fleet import __version__
 from fleet.bundles.manifest import Bundle
 from fleet.constraints.grammars import bundle_grammars
 from fleet.errors import LinkError, ProtocolError
@@ -26,6 +25,7 @@ from fleet.protocol.report import DeviceStatus, WorkerStatus, decode_status, enc
 from fleet.transport.base import Transport
 from fleet.utils.rate_limited_log import RateLimitedLog
 from fleet.utils.validation import validated
+from fleet.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Worker:
         config = validated(config)
         self.name = transport.name
         layers = UpperLayers(bundle, config.num_threads, config.weights, config.from_layer)
-        self.engine = Engine(layers, transport.name, config, grammars=bundle_grammars(bundle))
+        self.engine = WorkerEngine(layers, transport.name, config, grammars=bundle_grammars(bundle))
         self._transport = transport
         self._bundle_id = bundle.manifest.bundle_id
         self._config = config

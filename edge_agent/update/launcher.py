@@ -27,9 +27,9 @@ from edge_agent.state.software_slots import (
     abandon_software,
     count_start,
 )
-from fleet import __version__
 from fleet.errors import SoftwareError
 from fleet.utils.service_manager import Watchdog
+from fleet.version import __version__
 
 SLOT_ENV: Final = "FLEET_SOFTWARE"  # the version in the child's slot
 BASE_ENV: Final = "FLEET_BASE"  # the launcher's own version
@@ -53,7 +53,7 @@ def launch(folder: Path) -> None:
         if slot != __version__:
             raise SoftwareError(
                 f"the wheel of version {slot} holds version {__version__}; "
-                "correct __version__ in fleet/__init__.py and build it again"
+                "correct __version__ in fleet/version.py and build it again"
             )
         return
     store = SoftwareStore(folder, __version__)

@@ -15,11 +15,11 @@ from edge_agent.state.software_slots import (
     place_software,
 )
 from edge_agent.update.background_download import BackgroundDownload
-from fleet import __version__
 from fleet.errors import SoftwareError
 from fleet.protocol.desired_config import DesiredConfig
 from fleet.protocol.report import ConfigProblem
 from fleet.protocol.types import MAX_LABEL_LENGTH
+from fleet.version import __version__
 
 UPDATE_TIMEOUT_S: Final = 300.0
 

@@ -15,7 +15,6 @@ from msgspec import Struct
 from packaging.requirements import Requirement
 
 from edge_agent.config import AgentConfig
-from fleet import __version__
 from fleet.bundles.instruction_sets import instruction_sets
 from fleet.cli.fleet_checks import Check, check_fleet
 from fleet.cli.options import HomeOption, JsonOption, print_json
@@ -24,6 +23,7 @@ from fleet.server.home import FleetHome
 from fleet.utils.free_memory import free_memory
 from fleet.utils.paths import existing_folder
 from fleet.utils.printable import printable
+from fleet.version import __version__
 
 DISTRIBUTION: Final = "cecollm-fleet"
 EXTRAS: Final = ("edge", "edge-gpu", "worker", "export", "server")

@@ -14,7 +14,6 @@ import msgspec
 import typer
 from rich.console import Console
 
-from fleet import __version__
 from fleet.bundles.calibration_file import keep_calibration, write_calibrated
 from fleet.bundles.manifest import Bundle, Manifest
 from fleet.cli.options import (
@@ -52,6 +51,7 @@ from fleet.utils.optional_imports import needs
 from fleet.utils.path_options import path_option
 from fleet.utils.paths import user_cache_folder
 from fleet.utils.prompt_file import PromptFile
+from fleet.version import __version__
 
 app = typer.Typer(
     cls=CommandGroup,

@@ -14,7 +14,6 @@ import msgspec
 from aiohttp import web
 from msgspec import Struct
 
-from fleet import __version__
 from fleet.errors import (
     DecodeError,
     OversizedError,
@@ -39,6 +38,7 @@ from fleet.http_api.request_fields import convert_fields, decode_object
 from fleet.http_api.responses import parse_response
 from fleet.http_api.text_completions import parse_text_completion
 from fleet.protocol.prompt import MAX_PROMPT_BYTES, Reply
+from fleet.version import __version__
 
 Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ErrorShape: TypeAlias = Callable[[Problem], Struct]

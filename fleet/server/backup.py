@@ -18,7 +18,6 @@ from typing import Any, Final, Literal
 import msgspec
 from msgspec import Struct
 
-from fleet import __version__
 from fleet.bundles.manifest import MANIFEST_FILE
 from fleet.errors import ConfigError
 from fleet.identity.identity import CA_FILE
@@ -26,6 +25,7 @@ from fleet.server.home import FLEET_FILE, REGISTRY_FILE, FleetConfig, FleetHome,
 from fleet.utils.atomic_files import made_folder, sync_folder
 from fleet.utils.optional_imports import needs
 from fleet.utils.text_files import decode_json
+from fleet.version import __version__
 from provisioning.authority import CA_KEY_FILE
 
 INFO_FILE: Final = "backup.json"  # the first member

@@ -11,7 +11,6 @@ from typing import Final
 
 from msgspec import Struct
 
-import fleet
 from fleet.errors import ConfigError
 from fleet.utils.atomic_files import write_file
 from fleet.utils.paths import user_name
@@ -179,7 +178,7 @@ def _escape(path: Path) -> str:
 
 def program_folders() -> list[Path]:
     """Return the folders of this Python, its packages and this project."""
-    project = Path(fleet.__file__).resolve().parents[1]
+    project = Path(__file__).resolve().parents[2]
     return [Path(sys.prefix), Path(sys.base_prefix), project]
 
 

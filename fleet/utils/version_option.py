@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fleet import __version__
+from fleet.version import __version__
 
 
 def print_version(is_given: bool) -> None:

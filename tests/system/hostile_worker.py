@@ -26,7 +26,7 @@ from typing import Final, get_args
 import numpy as np
 
 from cloud_broker_worker.worker.config import Weights, WorkerConfig
-from cloud_broker_worker.worker.engine import Engine
+from cloud_broker_worker.worker.engine import WorkerEngine
 from cloud_broker_worker.worker.session import SessionKey
 from cloud_broker_worker.worker.upper_layers import UpperLayers
 from fleet.bundles.manifest import Bundle
@@ -68,7 +68,7 @@ class Site:
 
     def __post_init__(self) -> None:
         config = WorkerConfig(num_threads=1)
-        self.engine = Engine(self.layers, "worker-1", config, lambda: self.now)
+        self.engine = WorkerEngine(self.layers, "worker-1", config, lambda: self.now)
         self._branches: dict[SessionKey, int] = {}
 
     def send(self, device: str, message: ToWorker) -> list[object]:

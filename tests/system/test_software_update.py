@@ -16,7 +16,6 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from edge_agent.state.software_slots import SOFTWARE_FILE, SoftwareSlots
-from fleet import __version__
 from fleet.bundles.manifest import Bundle
 from fleet.bundles.signature import write_signature
 from fleet.identity.identity import Identity
@@ -28,6 +27,7 @@ from fleet.server.child_process import Child
 from fleet.server.home import FleetConfig, FleetHome
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
+from fleet.version import __version__
 from tests import command_lines
 from tests.brokers import HOST, free_port, wait_until
 from tests.wheels import build_wheel

@@ -63,8 +63,8 @@ LOOPS: Final = {
     ),
     "worker's engine": (
         "worker",
-        "from cloud_broker_worker.worker.engine import Engine",
-        "Engine.step",
+        "from cloud_broker_worker.worker.engine import WorkerEngine",
+        "WorkerEngine.step",
     ),
 }
 PROGRAMS: Final = {

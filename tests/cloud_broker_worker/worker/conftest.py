@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cloud_broker_worker.worker.config import WorkerConfig
-from cloud_broker_worker.worker.engine import Engine
+from cloud_broker_worker.worker.engine import WorkerEngine
 from cloud_broker_worker.worker.session import SessionKey
 from cloud_broker_worker.worker.upper_layers import UpperLayers
 from fleet.bundles.manifest import SCHEMA_VERSION, Bundle, Manifest, write_manifest
@@ -133,10 +133,10 @@ class Bench:
         self.now = 1000.0
         self.start()
 
-    def start(self, **settings: Any) -> Engine:
+    def start(self, **settings: Any) -> WorkerEngine:
         """A fresh engine with these settings."""
         config = WorkerConfig(**{"num_threads": 1, "run_ahead_positions": 0} | settings)
-        self.engine = Engine(self.layers, "worker-1", config, lambda: self.now)
+        self.engine = WorkerEngine(self.layers, "worker-1", config, lambda: self.now)
         return self.engine
 
     def upload(self, num_positions: int, seed: int = 0) -> Float16:

@@ -10,7 +10,7 @@ import torch
 from msgspec.structs import replace
 
 from cloud_broker_worker.worker.config import WorkerConfig
-from cloud_broker_worker.worker.engine import Engine
+from cloud_broker_worker.worker.engine import WorkerEngine
 from fleet.constraints.grammars import Grammars
 from fleet.protocol.codec import TOKEN_DTYPE, pack_chunk
 from fleet.protocol.constraint import Constraint
@@ -36,7 +36,7 @@ def grammars(tmp_path_factory: pytest.TempPathFactory) -> Grammars:
 def device(bench: Bench, grammars: Grammars) -> Bench:
     """A device whose worker can apply constraints."""
     config = WorkerConfig(num_threads=1, run_ahead_positions=0)
-    bench.engine = Engine(bench.layers, "worker-1", config, lambda: bench.now, grammars)
+    bench.engine = WorkerEngine(bench.layers, "worker-1", config, lambda: bench.now, grammars)
     return bench
 
 

@@ -14,8 +14,8 @@ from edge_agent.state.software_slots import (
 )
 from edge_agent.update import launcher
 from edge_agent.update.launcher import SLOT_ENV, _next_version, launch
-from fleet import __version__
 from fleet.errors import SoftwareError
+from fleet.version import __version__
 
 TRIAL = SoftwareTrial(version="9.2", config_version=7, timeout_s=1.0)
 
