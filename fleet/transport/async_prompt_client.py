@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 
 import msgspec
 
@@ -19,7 +22,6 @@ from fleet.transport.prompt_client import (
     REPLY_TIMEOUT_S,
     ReplyOrder,
     check_not_refused,
-    silent_device,
 )
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,10 @@ class AsyncPromptClient:
         """Unsubscribe."""
         self._requests.close()
 
+    def watch(self, device: str) -> None:
+        """Follow the status of a device, as `PromptClient.watch` does. Not on the event loop."""
+        self._requests.watch(device)
+
     @property
     def is_idle(self) -> bool:
         """Whether no request is open."""
@@ -58,7 +64,10 @@ class AsyncPromptClient:
         """
         request = uuid.uuid4().hex
         topic = topics.device_prompt(topics.check_name(device), self._app, request)
-        stream = AsyncReplyStream(self._transport, device, topic, msgspec.json.encode(prompt))
+        publish = partial(
+            self._transport.publish, topic, payload=msgspec.json.encode(prompt), qos=1
+        )
+        stream = AsyncReplyStream(self._requests, device, publish)
         return self._requests.follow(device, request, stream)
 
 
@@ -68,13 +77,17 @@ class AsyncReplyStream:
     `put` and `fail` may be called on any thread. `has_begun` is whether a reply has arrived.
     """
 
-    def __init__(self, transport: Transport, device: str, topic: str, payload: bytes) -> None:
+    def __init__(
+        self,
+        requests: OpenRequests[AsyncReplyStream],
+        device: str,
+        publish_request: Callable[[], None],
+    ) -> None:
         self.device = device
         self.has_begun = False
         self.is_done = False
-        self._transport = transport
-        self._topic = topic
-        self._payload = payload
+        self._requests = requests
+        self._publish_request = publish_request
         self._loop = asyncio.get_running_loop()
         self._arrived: asyncio.Queue[Reply | None] = asyncio.Queue()
         self._order = ReplyOrder()
@@ -82,7 +95,7 @@ class AsyncReplyStream:
 
     def send_request(self) -> None:
         """Send the request, also once more: the device knows it."""
-        self._transport.publish(self._topic, self._payload, qos=1)
+        self._publish_request()
 
     def put(self, reply: Reply) -> None:
         """Add a reply that has arrived."""
@@ -109,7 +122,7 @@ class AsyncReplyStream:
             RefusedPromptError: the device refused the request.
             FleetError: the error of `fail`.
         """
-        deadline = self._loop.time() + timeout_s
+        deadline = time.monotonic() + timeout_s
         while True:
             if self._error:
                 raise self._error
@@ -117,12 +130,13 @@ class AsyncReplyStream:
                 self.is_done = reply.done
                 check_not_refused(self.device, reply)
                 return reply
-            if arrived := await self._receive(deadline - self._loop.time(), timeout_s):
+            if arrived := await self._receive(deadline, timeout_s):
                 self._order.store(arrived)
 
-    async def _receive(self, left_s: float, timeout_s: float) -> Reply | None:
+    async def _receive(self, deadline: float, timeout_s: float) -> Reply | None:
+        left_s = self._requests.wait_end(self.device, deadline) - time.monotonic()
         if left_s <= 0:
-            raise silent_device(self.device, timeout_s)
+            raise self._requests.silence(self.device, timeout_s)
         try:
             return await asyncio.wait_for(self._arrived.get(), min(REPEAT_S, left_s))
         except TimeoutError:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Generic, Protocol, TypeVar
+from functools import partial
+from typing import Final, Generic, Protocol, TypeVar
 
 from fleet.errors import FleetError, LinkError
 from fleet.protocol import topics
 from fleet.protocol.prompt import Reply, decode_reply
+from fleet.protocol.report import DeviceStatus, decode_status
 from fleet.transport.base import Transport
 
 log = logging.getLogger(__name__)
+
+OFFLINE_S: Final = 10.0
+"""How long a device that has gone offline may need to come back in the midst of an answer."""
 
 
 class ReplyStream(Protocol):
@@ -37,6 +43,8 @@ class OpenRequests(Generic[S]):
         self._transport = transport
         self._app = app
         self._streams: dict[str, S] = {}
+        self._watched: set[str] = set()
+        self._offline_since: dict[str, float] = {}
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -50,6 +58,34 @@ class OpenRequests(Generic[S]):
         """Unsubscribe."""
         self._transport.off_up(self._repeat)
         self._transport.unsubscribe(topics.replies_to(self._app))
+
+    def watch(self, device: str) -> None:
+        """Follow the status of a device, which the app may read. It waits for the broker."""
+        topic = topics.device_status(topics.check_name(device))
+        if device not in self._watched:
+            self._watched.add(device)
+            handler = partial(self._on_status, device)
+            self._transport.subscribe(topic, handler, qos=1, retained=True)
+
+    def wait_end(self, device: str, deadline: float) -> float:
+        """Return the monotonic time at which a wait for the device ends, `deadline` or earlier.
+
+        It ends `OFFLINE_S` seconds after a device that is watched has gone offline.
+        """
+        offline_since = self._offline_since.get(device)
+        return deadline if offline_since is None else min(deadline, offline_since + OFFLINE_S)
+
+    def silence(self, device: str, timeout_s: float) -> LinkError:
+        """Return the error of a device that has not responded until the end of a wait."""
+        if device in self._offline_since:
+            return LinkError(
+                f"device {device} has gone offline and lost this request; send the prompt again "
+                "when it is back, see 'fleet devices'"
+            )
+        return LinkError(
+            f"device {device} did not respond within {timeout_s:g} s; is it running? "
+            "see 'fleet devices'"
+        )
 
     @contextmanager
     def follow(self, device: str, request: str, stream: S) -> Iterator[S]:
@@ -77,6 +113,12 @@ class OpenRequests(Generic[S]):
     def _repeat(self) -> None:
         for stream in list(self._streams.values()):
             stream.send_request()
+
+    def _on_status(self, device: str, _: str, payload: bytes) -> None:
+        if decode_status(payload, DeviceStatus).online:
+            self._offline_since.pop(device, None)
+        else:
+            self._offline_since.setdefault(device, time.monotonic())
 
     def _on_reply(self, topic: str, payload: bytes) -> None:
         try:

@@ -15,15 +15,12 @@ import msgspec
 from fleet.errors import LinkError, RefusedPromptError
 from fleet.protocol import topics
 from fleet.protocol.prompt import PromptRequest, Reply
-from fleet.protocol.report import DeviceStatus, decode_status
 from fleet.protocol.types import MAX_DEADLINE_MS
 from fleet.transport.base import Transport
 from fleet.transport.open_requests import OpenRequests
 
 REPLY_TIMEOUT_S: Final = 60.0
 REPEAT_S: Final = 5.0
-OFFLINE_S: Final = 10.0
-"""How long a device that has gone offline may need to come back in the midst of an answer."""
 
 
 class PromptClient:
@@ -32,7 +29,6 @@ class PromptClient:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._requests = OpenRequests[_ReplyStream](transport, transport.name)
-        self._offline_since: dict[str, float] = {}
         self._requests.open()
 
     def watch(self, device: str) -> None:
@@ -40,8 +36,7 @@ class PromptClient:
 
         From now on a request to it fails `OFFLINE_S` seconds after it has gone offline.
         """
-        topic = topics.device_status(topics.check_name(device))
-        self._transport.subscribe(topic, partial(self._on_status, device), qos=1, retained=True)
+        self._requests.watch(device)
 
     def ask(
         self, device: str, prompt: PromptRequest, timeout_s: float | None = None
@@ -65,40 +60,18 @@ class PromptClient:
         timeout_s = reply_timeout_s(prompt) if timeout_s is None else timeout_s
         with self._requests.follow(device, request, stream):
             while not stream.is_done:
-                reply = stream.next(timeout_s, lambda: self._offline_since.get(device))
+                reply = stream.next(timeout_s, partial(self._requests.wait_end, device))
                 if reply is None:
-                    raise self._silence(device, timeout_s)
+                    raise self._requests.silence(device, timeout_s)
                 stream.is_done = reply.done
                 check_not_refused(device, reply)
                 yield reply
-
-    def _silence(self, device: str, timeout_s: float) -> LinkError:
-        if device not in self._offline_since:
-            return silent_device(device, timeout_s)
-        return LinkError(
-            f"device {device} has gone offline and lost this request; send the prompt again when "
-            "it is back, see 'fleet devices'"
-        )
-
-    def _on_status(self, device: str, _: str, payload: bytes) -> None:
-        if decode_status(payload, DeviceStatus).online:
-            self._offline_since.pop(device, None)
-        else:
-            self._offline_since.setdefault(device, time.monotonic())
 
 
 def reply_timeout_s(prompt: PromptRequest) -> float:
     """Return the longest time without a reply after which a device counts as lost."""
     answer_ms = 0 if prompt.stream else prompt.deadline_ms or MAX_DEADLINE_MS
     return REPLY_TIMEOUT_S + answer_ms / 1000
-
-
-def silent_device(device: str, timeout_s: float) -> LinkError:
-    """Return the error of a device that does not respond."""
-    return LinkError(
-        f"device {device} did not respond within {timeout_s:g} s; is it running? "
-        "see 'fleet devices'"
-    )
 
 
 def check_not_refused(device: str, reply: Reply) -> None:
@@ -146,13 +119,11 @@ class _ReplyStream:
     def put(self, reply: Reply) -> None:
         self._arrived.put(reply)
 
-    def next(
-        self, timeout_s: float, offline_since: Callable[[], float | None] = lambda: None
-    ) -> Reply | None:
+    def next(self, timeout_s: float, wait_end: Callable[[float], float]) -> Reply | None:
         """Return the next reply in order, or None after `timeout_s` seconds.
 
-        It is also None `OFFLINE_S` seconds after the device has gone offline. The request is
-        repeated every `REPEAT_S` seconds until the reply arrives.
+        `wait_end` is `OpenRequests.wait_end` of the device. The request is repeated every
+        `REPEAT_S` seconds until the reply arrives.
 
         Raises:
             LinkError: the device has restarted.
@@ -161,8 +132,7 @@ class _ReplyStream:
         repeat_at = time.monotonic() + REPEAT_S
         while (reply := self._order.pop()) is None:
             now = time.monotonic()
-            offline_at = offline_since()
-            end = deadline if offline_at is None else min(deadline, offline_at + OFFLINE_S)
+            end = wait_end(deadline)
             if now >= end:
                 return None
             if now >= repeat_at:

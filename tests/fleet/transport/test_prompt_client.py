@@ -34,7 +34,7 @@ def status(*, online: bool) -> bytes:
 def test_a_device_that_goes_offline_in_the_midst_of_an_answer_ends_the_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fleet.transport.prompt_client.OFFLINE_S", 0.0)
+    monkeypatch.setattr("fleet.transport.open_requests.OFFLINE_S", 0.0)
     monkeypatch.setattr("fleet.transport.prompt_client.REPEAT_S", 0.05)
     broker = InMemoryBroker()
     topic = topics.device_status("kitchen")
