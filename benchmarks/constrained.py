@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 import typer
 
-from benchmarks.paper.in_process import FleetAnswer, InProcessFleet, in_process_fleet
+from benchmarks.paper.in_process import FleetAnswer, InProcessFleet
 from benchmarks.whole_model import WholeModel
 from edge_agent.engine.partition import Partition
 from edge_agent.generation.decoder import Decoder
@@ -225,7 +225,7 @@ def run(
     requests = make_requests(first, limit)
     print("mode          answers  valid  whole model's  tokens  offloaded  ms/token", flush=True)
     num_bad = 0
-    with in_process_fleet(loaded, threads) as fleet:
+    with InProcessFleet(loaded, threads) as fleet:
         for each in mode or Mode:
             whole = WholeModel(loaded, threads) if each is Mode.VERIFIED else None
             result = run_mode(fleet, whole, each, requests)

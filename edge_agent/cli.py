@@ -145,9 +145,9 @@ def serve_command(
 
     opened = Bundle.load(bundle, EDGE_SIDES)
     server = _api_server(lambda: agent, api, api_key_file)
-    agent = lone_agent(opened, threads or AgentConfig().num_threads)
-    stop = stop_event()
-    with agent, server:
+    config = AgentConfig(num_threads=threads) if threads else AgentConfig()
+    with lone_agent(opened, config) as agent, server:
+        stop = stop_event()
         print_line(f"bundle {opened.manifest.bundle_id} has its HTTP API at {server.url}")
         wait_stopped(stop)
 

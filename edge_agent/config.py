@@ -88,6 +88,11 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         if unknown:
             raise ValueError(f"cannot lock {unknown[0]!r}; expected some of {', '.join(LOCKABLE)}")
 
+    @property
+    def max_at_once(self) -> int:
+        """The number of requests that are answered at a time."""
+        return min(self.max_concurrent_requests, self.max_queued_requests)
+
     @classmethod
     def load(cls, folder: Path) -> AgentConfig:
         """Load the settings in `folder`, or the defaults if it has no `agent.json`.

@@ -1,4 +1,7 @@
-"""The default model's bundle, built once and kept in the user's cache."""
+"""The default model's bundle, built once and kept in the user's cache.
+
+``python -m onnx_export.default_bundle`` prints its folder, after the lines of its progress.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Final
 
 from fleet.bundles.manifest import MANIFEST_FILE
 from fleet.errors import ConfigError
+from fleet.utils.cli_runtime import run_command
 from fleet.utils.paths import user_cache_folder
 from onnx_export.config import ExportConfig, require_packages
 from onnx_export.fingerprints import PACKAGE, source_digest
@@ -64,3 +68,11 @@ def build_key() -> str:
         digest.update(path.name.encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
+
+
+def _print_folder() -> None:
+    print(default_bundle(lambda line: print(line, flush=True)))
+
+
+if __name__ == "__main__":
+    run_command("default_bundle", _print_folder)

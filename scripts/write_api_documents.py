@@ -18,7 +18,6 @@ import fleet.http_api.ollama_answers as ollama
 import fleet.http_api.ollama_fields as ollama_fields
 import fleet.http_api.responses as responses
 import fleet.http_api.text_completions as texts
-from fleet import __version__
 from fleet.http_api import model_lists
 from fleet.http_api.answer_writer import EVENT_STREAM, JSON_LINES
 from fleet.http_api.conversation import ApiMessage
@@ -35,6 +34,7 @@ from fleet.protocol.report import (
     WorkerStatus,
 )
 from fleet.protocol.types import Id
+from fleet.version import __version__
 
 DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
 SCHEMAS: Final = "#/components/schemas/{name}"

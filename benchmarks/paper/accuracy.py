@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.graphs import whole_model
 from benchmarks.paper.full_model import FullModel, Reading
-from benchmarks.paper.in_process import FleetAnswer, InProcessFleet, in_process_fleet
+from benchmarks.paper.in_process import FleetAnswer, InProcessFleet
 from benchmarks.paper.rows import RowFile, Scored
 from benchmarks.paper.scores import rouge, word_f1
 from benchmarks.paper.sizes import Size
@@ -87,7 +87,7 @@ def score(
         LinkError: the machine is so busy that a token takes a minute.
     """
     num_threads = max(1, (os.cpu_count() or 1) // 2)  # both sides share the machine
-    with in_process_fleet(bundle, num_threads, max_requests=len(MODES)) as fleet:
+    with InProcessFleet(bundle, num_threads, max_requests=len(MODES)) as fleet:
         scorer = Scorer(
             bundle, model, num_threads=num_threads, fleet=fleet, run=run, progress=progress
         )

@@ -1,1 +1,1 @@
-"""The HTTP API of a device, for apps on the same machine or with a key."""
+"""Answers for programs on the device: the HTTP API, and an engine in Python."""

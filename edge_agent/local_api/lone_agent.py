@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
+
+from msgspec.structs import replace
 
 from edge_agent.config import AgentConfig
 from edge_agent.serving.agent import Agent
@@ -13,8 +17,11 @@ from fleet.transport.in_memory import InMemoryBroker
 NAME: Final = "local"
 
 
-def lone_agent(bundle: Bundle, num_threads: int) -> Agent:
-    """Return an agent in the mode `standalone`, whose link to a broker is down for ever."""
-    transport = InMemoryBroker().connect(NAME)
-    transport.drop()
-    return Agent(transport, bundle, AgentConfig(mode=Mode.STANDALONE, num_threads=num_threads))
+@contextmanager
+def lone_agent(bundle: Bundle, config: AgentConfig) -> Iterator[Agent]:
+    """Run an agent in the mode `standalone`, which refuses prompts that need a worker."""
+    with InMemoryBroker().connect(NAME) as transport:
+        transport.drop()
+        config = replace(config, mode=Mode.STANDALONE)
+        with Agent(transport, bundle, config, is_alone=True) as agent:
+            yield agent

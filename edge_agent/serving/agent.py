@@ -30,23 +30,24 @@ from edge_agent.serving.job_queue import Job, JobQueue
 from edge_agent.serving.load_publisher import LoadPublisher
 from edge_agent.serving.reply_resender import ReplyResender
 from edge_agent.serving.request_defaults import with_defaults
-from edge_agent.serving.request_planner import MB, RequestPlanner, answer_deadline_s
+from edge_agent.serving.request_planner import MB, RequestPlan, RequestPlanner, answer_deadline_s
 from edge_agent.serving.self_test import check_step
 from edge_agent.session.cloud_session import CloudSession
 from edge_agent.session.worker_directory import WorkerDirectory
-from fleet import __version__
 from fleet.bundles.manifest import Bundle, Manifest
-from fleet.errors import BusyError, FleetError, PromptError, ProtocolError
+from fleet.errors import BusyError, CloudError, FleetError, PromptError, ProtocolError
 from fleet.protocol import topics
 from fleet.protocol.access import is_operator
 from fleet.protocol.codec import decode_to_device, encode
 from fleet.protocol.messages import Close, Opened
+from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest, parse_prompt
 from fleet.protocol.report import ConfigProblem, DeviceStatus, encode_status
 from fleet.transport.base import Handler, Transport, publish_or_log
 from fleet.utils.memory_release import release_unused_memory
 from fleet.utils.rate_limited_log import RateLimitedLog
 from fleet.utils.validation import validated
+from fleet.version import __version__
 
 log = logging.getLogger(__name__)
 drop_log = RateLimitedLog(log, 10.0)
@@ -71,6 +72,7 @@ class Agent:
         *,
         draw: Callable[[], float] = random.random,
         is_trial: bool = False,
+        is_alone: bool = False,
     ) -> None:
         """Load the model.
 
@@ -83,6 +85,7 @@ class Agent:
             draw: returns numbers from [0, 1), which choose the responses that the cloud verifies
                 as a sample.
             is_trial: run one step of the model first.
+            is_alone: the link to the broker never comes up; refuse prompts that need a worker.
 
         Raises:
             FleetError: the model does not load, the thresholds do not fit its exits, or a setting
@@ -92,6 +95,7 @@ class Agent:
         check_instruction_set(bundle.manifest)
         self.name = transport.name
         self._transport = transport
+        self._is_alone = is_alone
         self._manifest = bundle.manifest
         self._config = config
         self._config_version = 0
@@ -437,7 +441,16 @@ class Agent:
     def _plan_jobs(self) -> None:
         while job := self._new_jobs.get():
             with self._errors_as_replies(job):
-                self._jobs.put(job, self._planner.plan(job.prompt))
+                self._jobs.put(job, self._plan(job.prompt))
+
+    def _plan(self, prompt: PromptRequest) -> RequestPlan:
+        plan = self._planner.plan(prompt)
+        if self._is_alone and plan.applied_mode is Mode.VERIFIED:
+            raise CloudError(
+                f"mode '{plan.mode}' needs a worker for this request, and this device is alone; "
+                "use the mode 'standalone', or a fleet"
+            )
+        return plan
 
     def _answer_jobs(self) -> None:
         while partition := self._answer_job():

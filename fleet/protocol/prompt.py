@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
@@ -270,6 +271,22 @@ def prompt_of_fields(fields: dict[str, Any]) -> PromptRequest:
         PromptError: a field is unknown or out of range, or there is no prompt.
     """
     return _checked(_convert(fields))
+
+
+def prompt_of_values(values: dict[str, Any]) -> PromptRequest:
+    """Return the request that has these fields, made in Python: the one that a device would read.
+
+    Raises:
+        PromptError: a field is unknown or out of range, or there is no prompt, or no JSON can
+            have a value.
+    """
+    try:
+        # msgspec writes NaN as null, which leaves a field out.
+        text = json.dumps(msgspec.to_builtins(values), allow_nan=False, ensure_ascii=False)
+        payload = text.encode()
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise PromptError(f"expected fields that JSON can have: {error}; correct them") from None
+    return parse_prompt(payload)
 
 
 def _checked(request: PromptRequest) -> PromptRequest:

@@ -22,6 +22,7 @@ from fleet.protocol.desired_config import Settings
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import MAX_PROMPT_BYTES, ChatMessage, PromptRequest, SamplingOptions
 from fleet.protocol.report import GenerationReport, decode_report
+from fleet.server.local_fleet import acknowledge
 from tests.api.device_api import (
     WAIT_S,
     DeviceApi,
@@ -30,7 +31,6 @@ from tests.api.device_api import (
     wait_without_requests,
 )
 from tests.brokers import Inbox, wait_until
-from tests.system.memory_fleet import acknowledge
 
 CHAT: Final = "/v1/chat/completions"
 OLLAMA: Final = "/api/chat"

@@ -21,6 +21,9 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [
+        ("fleet", {"torch", "msgspec", "paho", "fleet.public"}),
+        ("edge_agent", {"torch", "onnxruntime", "msgspec"}),
+        ("fleet.public", {"torch", "onnxruntime", "sqlalchemy", "edge_agent.serving"}),
         ("edge_agent.serving.agent", {"torch", "transformers", "sqlalchemy", "alembic"}),
         ("edge_agent.cli", {"torch", "transformers", "sqlalchemy", "alembic"}),
         ("cloud_broker_worker.worker.worker", {"onnxruntime", "sqlalchemy"}),

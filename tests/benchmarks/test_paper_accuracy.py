@@ -13,7 +13,7 @@ import torch
 from benchmarks.paper.accuracy import FULL, MODES, SYSTEMS, VERIFIED, exit_preference, fits, score
 from benchmarks.paper.accuracy_summary import Difference, summary, verified_differences
 from benchmarks.paper.full_model import FullModel
-from benchmarks.paper.in_process import InProcessFleet, in_process_fleet
+from benchmarks.paper.in_process import InProcessFleet
 from benchmarks.paper.rows import RowFile, Scored
 from benchmarks.paper.sizes import SIZES
 from benchmarks.paper.systems import CLOUD_ONLY
@@ -32,7 +32,7 @@ PROMPTS = ("Why is the sky blue?", "Name three fruits.")
 
 @pytest.fixture(scope="module")
 def fleet(tiny_bundle: Bundle) -> Iterator[InProcessFleet]:
-    with in_process_fleet(tiny_bundle, 1) as fleet:
+    with InProcessFleet(tiny_bundle, 1) as fleet:
         yield fleet
 
 

@@ -68,6 +68,12 @@ def test_the_wheel_holds_the_registrys_migrations(edge_environment: Path) -> Non
     assert {"env.py", "first_tables.py"} <= names
 
 
+def test_every_package_of_the_wheel_is_typed(edge_environment: Path) -> None:
+    markers = edge_environment.parent.glob("lib/*/site-packages/*/py.typed")
+    packages = {marker.parent.name for marker in markers}
+    assert packages >= {"fleet", "edge_agent", "cloud_broker_worker", "onnx_export", "provisioning"}
+
+
 def test_the_commands_say_what_they_can_do(edge_environment: Path, tmp_path: Path) -> None:
     assert "run" in run(edge_environment / "edge-agent", "--help", folder=tmp_path)
     assert "demo" in run(edge_environment / "fleet", "--help", folder=tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Final
 
@@ -33,7 +33,7 @@ from fleet.protocol.messages import (
 )
 from fleet.protocol.modes import CLOUD, Mode
 from fleet.transport.base import Will
-from fleet.transport.in_memory import InMemoryBroker, InMemoryTransport
+from fleet.transport.in_memory import InMemoryTransport
 from tests.brokers import wait_until
 from tests.conftest import MakeTinyBundle
 from tests.hostile import PERFECT, HostileLink, Odds, Said
@@ -70,14 +70,14 @@ FORGERIES: Final = (
 class HostileFleet(MemoryFleet):
     """A worker, a device `DEVICE` with a hostile link, and a neighbour that shall not notice."""
 
-    def __init__(self, stack: ExitStack, seed: int, odds: Odds) -> None:
+    def __init__(self, seed: int, odds: Odds) -> None:
         self._seed = seed
         self._odds = odds
-        super().__init__(stack, InMemoryBroker())
+        super().__init__()
 
-    def _connect(self, name: str, will: Will | None = None) -> InMemoryTransport:
+    def connect(self, name: str, will: Will | None = None) -> InMemoryTransport:
         if name != DEVICE:
-            return super()._connect(name, will)
+            return super().connect(name, will)
         self.link = self._stack.enter_context(
             HostileLink(self.broker, name, will, self._seed, self._odds)
         )
@@ -90,8 +90,7 @@ def hostile_fleet(
     bundle: Bundle, seed: int = 0, odds: Odds = PERFECT, config: AgentConfig = PATIENT
 ) -> Iterator[tuple[HostileFleet, Worker]]:
     """Check that the block leaves the neighbour's answer and the worker's state unaffected."""
-    with ExitStack() as stack, ThreadPoolExecutor(1) as pool:
-        fleet = HostileFleet(stack, seed, odds)
+    with HostileFleet(seed, odds) as fleet, ThreadPoolExecutor(1) as pool:
         worker, _ = fleet.start_worker(bundle)
         fleet.start_device(bundle, config)
         fleet.start_device(bundle, PATIENT, name=NEIGHBOUR)

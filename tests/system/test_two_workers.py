@@ -30,10 +30,10 @@ from fleet.protocol.access import Grants, Role
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest, Reply
 from fleet.protocol.report import GenerationReport, WorkerStatus, decode_status
+from fleet.server.local_fleet import acknowledge
 from fleet.transport.base import Will
 from fleet.transport.prompt_client import PromptClient
 from tests.brokers import Inbox, Site, running_site
-from tests.system.memory_fleet import acknowledge
 
 DEVICES = tuple(f"d{i}" for i in range(10))
 SESSIONS_EACH = 5
