@@ -49,6 +49,7 @@ CONDITION: Final = re.compile(rf"\s*({PATH})\s*(==|!=|<=|>=|<|>)\s*(.+?)\s*")
 SCALAR: Final = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[^\s"\[\]{},:]+')
 NUMBER: Final = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 NAMES: Final = ("true", "false", "null")
+REQUEST: Final = re.compile(r"([a-z0-9][a-z0-9_-]{0,31})-[0-9a-f]+-\d+", re.ASCII)  # of a trigger
 
 ORDERS: Final[dict[str, Callable[[Any, Any], bool]]] = {
     "<": operator.lt,
@@ -225,6 +226,12 @@ def request_name(trigger: Trigger, epoch: int, number: int) -> str:
     `epoch` differs after every start of the device.
     """
     return f"{trigger.name}-{epoch:x}-{number}"
+
+
+def trigger_of(request: str) -> str | None:
+    """Return the name of the trigger that made a request; None for the requests of apps."""
+    match = REQUEST.fullmatch(request)
+    return match[1] if match else None
 
 
 @lru_cache(maxsize=64)

@@ -166,8 +166,8 @@ class FleetHome:
         """The registry's URL, or the path of its SQLite file."""
         return self.config.registry or str(self.folder / REGISTRY_FILE)
 
-    def registry(self) -> Registry:
-        """Open the registry; use it as a context manager.
+    def registry(self, actor: str | None = None) -> Registry:
+        """Open the registry; use it as a context manager. `actor` stands in the audit log.
 
         Raises:
             ConfigError: its file is missing, although there are certificates of its identities.
@@ -180,7 +180,7 @@ class FleetHome:
             )
         with needs("server"):
             from fleet.registry.store import Registry
-        return Registry.open(self.registry_url)
+        return Registry.open(self.registry_url, actor)
 
     def authority(self) -> CertificateAuthority:
         """Load the certificate authority; raises IdentityError when its key cannot be opened."""

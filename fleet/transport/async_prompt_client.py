@@ -16,7 +16,7 @@ from fleet.errors import FleetError, LinkError
 from fleet.protocol import topics
 from fleet.protocol.prompt import PromptRequest, Reply
 from fleet.transport.base import Transport
-from fleet.transport.open_requests import OpenRequests
+from fleet.transport.open_requests import OpenRequests, OtherReply
 from fleet.transport.prompt_client import (
     REPEAT_S,
     REPLY_TIMEOUT_S,
@@ -30,13 +30,14 @@ log = logging.getLogger(__name__)
 class AsyncPromptClient:
     """A client that sends prompts as `app`: the transport's own name, or any if it is a gateway's.
 
-    `open` and `close` may be called on any thread; `open` waits for the broker.
+    `open` and `close` may be called on any thread; `open` waits for the broker. Replies to other
+    requests go to `on_other`, on the transport's thread.
     """
 
-    def __init__(self, transport: Transport, app: str) -> None:
+    def __init__(self, transport: Transport, app: str, on_other: OtherReply | None = None) -> None:
         self._transport = transport
         self._app = app
-        self._requests = OpenRequests[AsyncReplyStream](transport, app)
+        self._requests = OpenRequests[AsyncReplyStream](transport, app, on_other)
 
     def open(self) -> None:
         """Subscribe to the replies."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeAlias, TypeVar
 
 from fleet.errors import FleetError, LinkError
 from fleet.protocol import topics
@@ -16,6 +16,8 @@ from fleet.protocol.report import DeviceStatus, decode_status
 from fleet.transport.base import Transport
 
 log = logging.getLogger(__name__)
+
+OtherReply: TypeAlias = Callable[[str, str, Reply], None]  # device, request, reply
 
 OFFLINE_S: Final = 10.0
 """How long a device that has gone offline may need to come back in the midst of an answer."""
@@ -37,11 +39,15 @@ S = TypeVar("S", bound=ReplyStream)
 
 
 class OpenRequests(Generic[S]):
-    """The open requests of one app, by their ids. They are repeated when the link is up again."""
+    """The open requests of one app, by their ids. They are repeated when the link is up again.
 
-    def __init__(self, transport: Transport, app: str) -> None:
+    Replies to other requests, such as those of triggers, go to `on_other`.
+    """
+
+    def __init__(self, transport: Transport, app: str, on_other: OtherReply | None = None) -> None:
         self._transport = transport
         self._app = app
+        self._on_other = on_other
         self._streams: dict[str, S] = {}
         self._watched: set[str] = set()
         self._offline_since: dict[str, float] = {}
@@ -122,8 +128,10 @@ class OpenRequests(Generic[S]):
 
     def _on_reply(self, topic: str, payload: bytes) -> None:
         try:
-            _, _, request = topics.parse_topic(topic, topics.REPLY_FILTER)
+            device, _, request = topics.parse_topic(topic, topics.REPLY_FILTER)
             if stream := self._streams.get(request):
                 stream.put(decode_reply(payload))
+            elif self._on_other:
+                self._on_other(device, request, decode_reply(payload))
         except FleetError as error:
             log.warning("reply on %s dropped: %s", topic, error)

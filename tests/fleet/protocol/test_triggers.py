@@ -25,6 +25,7 @@ from fleet.protocol.triggers import (
     make_prompt,
     read_event,
     request_name,
+    trigger_of,
 )
 
 WARM = (
@@ -466,6 +467,16 @@ def test_the_longest_trigger_makes_a_legal_request() -> None:
     request = request_name(named, (1 << 44) - 1, 10**9)
     assert len(request) <= 63
     assert request_name(named, 1, 2) != request_name(named, 1, 3) != request_name(named, 2, 3)
+
+
+@pytest.mark.parametrize("name", ["a" * 32, "a-1f-2", "warm"])
+def test_a_request_names_its_trigger(name: str) -> None:
+    assert trigger_of(request_name(trigger(name=name), 0x1F, 7)) == name
+
+
+@pytest.mark.parametrize("request_id", ["0123456789abcdef" * 2, "r1", "warm-1f", "a-x-1"])
+def test_the_request_of_an_app_names_no_trigger(request_id: str) -> None:
+    assert trigger_of(request_id) is None
 
 
 def test_names_of_triggers_must_be_unique() -> None:
