@@ -11,6 +11,7 @@ from fleet.cli.audit import list_changes
 from fleet.cli.authority import app as authority_app
 from fleet.cli.backup import backup, restore_fleet
 from fleet.cli.bench import bench
+from fleet.cli.bridge import bridge
 from fleet.cli.broker import app as broker_app
 from fleet.cli.bundles import app as bundle_app
 from fleet.cli.chat import chat
@@ -64,6 +65,7 @@ app.command("init", rich_help_panel=START)(init)
 app.command("up", rich_help_panel=START)(up)
 app.command("server", rich_help_panel=START)(server)
 app.command("systemd", rich_help_panel=START)(systemd)
+app.command("bridge", rich_help_panel=START)(bridge)
 app.command("backup", rich_help_panel=START)(backup)
 app.command("restore", rich_help_panel=START)(restore_fleet)
 app.command("doctor", rich_help_panel=START)(doctor)
