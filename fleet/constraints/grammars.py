@@ -58,11 +58,12 @@ class Grammars:
                 not installed.
         """
         with self._lock:
-            matcher = self._matchers.get(constraint) or self._compile(constraint)
-            self._matchers.move_to_end(constraint)
-            copy = matcher.deep_copy()
+            matcher = self._matchers.get(constraint)
+            if matcher:
+                self._matchers.move_to_end(constraint)
+                matcher = matcher.deep_copy()
         return TokenConstraint(
-            copy,
+            matcher or self._renew(constraint),
             partial(self._renew, constraint),
             constraint,
             answer_start=answer_start,
@@ -70,21 +71,23 @@ class Grammars:
         )
 
     def _renew(self, constraint: Constraint) -> Any:
-        """Return a matcher of a grammar that is compiled again.
+        """Return a matcher of a grammar that is compiled again, while others are used.
 
         The copies of a matcher share the states of its lexer, whose number is limited.
         """
+        matcher = self._loaded_compiler().compile(constraint)
         with self._lock:
-            return self._compile(constraint).deep_copy()
+            self._matchers[constraint] = matcher
+            self._matchers.move_to_end(constraint)
+            if len(self._matchers) > MAX_GRAMMARS:
+                self._matchers.popitem(last=False)
+            return matcher.deep_copy()
 
-    def _compile(self, constraint: Constraint) -> Any:
-        if self._compiler is None:
-            self._compiler = _Compiler(self._tokenizer, self._vocab_size, self._eos_token_ids)
-        matcher = self._compiler.compile(constraint)
-        self._matchers[constraint] = matcher
-        if len(self._matchers) > MAX_GRAMMARS:
-            self._matchers.popitem(last=False)
-        return matcher
+    def _loaded_compiler(self) -> _Compiler:
+        with self._lock:
+            if self._compiler is None:
+                self._compiler = _Compiler(self._tokenizer, self._vocab_size, self._eos_token_ids)
+            return self._compiler
 
 
 def bundle_grammars(bundle: Bundle) -> Grammars:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,20 @@ def test_multiples_are_allowed_where_few_remainders_exist(grammars: Grammars) ->
     source = {"anyOf": [{"type": "number", "multipleOf": each} for each in (100, 0.01, 7, 250000)]}
     rule = grammars.constrain(Constraint("json_schema", json.dumps(source).encode()), len(PROMPT))
     assert "7" in allowed(rule, "")
+
+
+def test_a_grammar_is_compiled_while_another_one_is_used(
+    tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammars = Grammars(tokenizer_file, VOCAB_SIZE, (EOS,))
+    regex(grammars, "a")
+
+    def check(schema: str) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(regex, grammars, "a").result(10)
+
+    monkeypatch.setattr("fleet.constraints.grammars._check_multiples", check)
+    grammars.constrain(Constraint("json_schema", b'{"type": "null"}'), 0)
 
 
 def test_a_constraint_that_turns_out_too_complex_is_an_error(grammars: Grammars) -> None:
