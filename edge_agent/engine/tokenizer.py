@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from itertools import takewhile
 from typing import Any, Final
@@ -18,7 +18,6 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from msgspec import Struct
 from tokenizers import Tokenizer
-from tokenizers.models import BPE
 
 from edge_agent.engine.control_tokens import BREAK, HOLDER, ControlTokens
 from fleet.bundles.manifest import CHAT_TEMPLATE, TOOL_TEMPLATE, Bundle
@@ -30,7 +29,9 @@ REPLACEMENT: Final = "\ufffd"
 NOT_ASCII: Final = re.compile(f"[^\\x00-\\x7f{BREAK}{HOLDER}]+")
 MAX_REASON: Final = 500  # characters of a template's error, which may repeat a message
 LETTER: Final = "a"  # a text that no tokenizer changes
-BLANKS: Final = re.compile("[\\s\u0120\u010a\u2581]+")  # as vocabularies write them, too
+CHARACTERS_PER_TOKEN: Final = 4  # of a usual text, or fewer
+GROWTH: Final = 4
+CUT_TOKENS: Final = 64  # more than a cut inside a word may add
 BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -96,15 +97,14 @@ class ChatTokenizer:
             for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
             if token.special
         )
-        self._max_token_length = _max_token_length(self._tokenizer)
         self._control_tokens = ControlTokens(self._tokenizer, "\n".join(sources.values()))
         self.grammars = bundle_grammars(bundle)
 
     def encode(self, prompt: PromptRequest, max_tokens: int | None = None) -> list[int]:
         """Return the token ids of a request: a text to continue, or a conversation.
 
-        A text that cannot fit in `max_tokens` is refused before the work; a shorter text may still
-        have more tokens.
+        A text with many more than `max_tokens` is refused after a part of the work; another text
+        may still have more.
 
         Raises:
             PromptError: the model has no template, its template refuses the conversation, or the
@@ -112,20 +112,30 @@ class ChatTokenizer:
         """
         if self.continues_text(prompt):
             text = prompt.prompt or ""
-            self._check_length(text, max_tokens)
+            self._check_length(text, max_tokens, self._control_tokens.encode_raw)
             return self._encode_text(text, is_raw=prompt.raw)
         rendered = self._render(prompt.chat, prompt.tools, prompt.documents)
-        self._check_length(rendered, max_tokens)
+        self._check_length(rendered, max_tokens, self._control_tokens.encode)
         return self._encode_rendered(rendered)
 
-    def _check_length(self, text: str, max_tokens: int | None) -> None:
-        if max_tokens is None or self._max_token_length is None:
+    def _check_length(
+        self, text: str, max_tokens: int | None, encode: Callable[[str], list[int]]
+    ) -> None:
+        """Check a long text by its beginning, then by `GROWTH` times as much.
+
+        No number of characters bounds that of tokens: they may stand for long runs of blanks, or
+        for any word.
+        """
+        if max_tokens is None:
             return
-        if len(BLANKS.sub(" ", text)) > max_tokens * self._max_token_length:
-            raise PromptError(
-                f"the prompt has {len(text):,} characters, more than {max_tokens:,} tokens of this "
-                "model can hold; send a shorter prompt"
-            )
+        length = max_tokens * CHARACTERS_PER_TOKEN
+        while length * GROWTH < len(text):
+            if len(encode(text[:length])) > max_tokens + CUT_TOKENS:
+                raise PromptError(
+                    f"the prompt has {len(text):,} characters, more than {max_tokens:,} tokens of "
+                    "this model can hold; send a shorter prompt"
+                )
+            length *= GROWTH
 
     def continues_text(self, prompt: PromptRequest) -> bool:
         """Return whether the response to a request continues the text of its prompt."""
@@ -292,21 +302,6 @@ def _start_ids(tokenizer: Tokenizer) -> list[int]:
     encoding = tokenizer.encode(LETTER)
     pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
     return [token_id for token_id, _ in takewhile(lambda pair: pair[1], pairs)]
-
-
-def _max_token_length(tokenizer: Tokenizer) -> int | None:
-    """Return the most characters of a token, each run of blanks counted as one.
-
-    None if a token may stand for more characters than its name has: a word that is unknown.
-    """
-    model = tokenizer.model
-    if not isinstance(model, BPE) or (model.unk_token and not model.byte_fallback):
-        return None
-    longest = 1
-    for token in tokenizer.get_vocab():
-        if len(token) > longest:
-            longest = max(longest, len(BLANKS.sub(" ", token)))
-    return longest
 
 
 def _read_text(bundle: Bundle, name: str) -> str:

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from edge_agent.engine.tokenizer import ChatTokenizer, TextStream
 from fleet.bundles.manifest import Bundle
 from fleet.errors import BundleError, PromptError
-from fleet.protocol.prompt import ChatMessage
+from fleet.protocol.prompt import ChatMessage, PromptRequest
 from tests.tiny import CHAT_TEMPLATE, VOCAB_SIZE, make_tiny_tokenizer
 
 MakeTokenizer = Callable[..., ChatTokenizer]
@@ -314,3 +314,13 @@ def test_templates_may_use_what_transformers_gives_them(
     assert tokenizer.encode_chat(turns) == make_tiny_tokenizer().apply_chat_template(
         given, chat_template=template
     )
+
+
+def test_a_long_text_of_few_tokens_is_encoded(make_tokenizer: MakeTokenizer) -> None:
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = make_tokenizer(tokenizer=words)
+    text = "a" + "\t" * 50_000 + "z" * 50_000
+    assert tokenizer.encode(PromptRequest(prompt=text, raw=True), 2) == [1, 0]
+    with pytest.raises(PromptError, match="100,201 characters, more than 2 tokens"):
+        tokenizer.encode(PromptRequest(prompt="a " * 100 + text, raw=True), 2)

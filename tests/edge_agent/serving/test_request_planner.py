@@ -110,13 +110,35 @@ def test_the_memory_of_a_plan_is_that_of_a_cascade(partition: Partition) -> None
     assert num_bytes < MB
 
 
-def test_a_prompt_that_cannot_fit_is_refused_before_the_tokenizer_runs(
-    partition: Partition, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+MANY = {
+    "words": "word " * 50_000,
+    "blanks": "a" + " \n" * 125_000,
+    "tabs": "a" + "\t" * 250_000 + "b",
+    "one word": "z" * 250_000,
+    "marks": "\ufdd0999\ufdd0" * 50_000,
+}
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("text", MANY.values(), ids=MANY)
+def test_of_a_prompt_that_cannot_fit_the_tokenizer_sees_a_small_part(
+    partition: Partition,
+    tiny_bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    raw: bool,
 ) -> None:
     planner = RequestPlanner(
         partition, ChatTokenizer(tiny_bundle), AgentConfig(max_positions=POSITIONS)
     )
-    monkeypatch.setattr(ControlTokens, "encode", None)
-    for raw in (False, True):
-        with pytest.raises(PromptError, match="more than 64 tokens of this model can hold"):
-            planner.plan(PromptRequest(prompt="word " * 50_000, raw=raw))
+    encode = ControlTokens.encode
+    lengths: list[int] = []
+
+    def counting(tokens: ControlTokens, rendered: str) -> list[int]:
+        lengths.append(len(rendered))
+        return encode(tokens, rendered)
+
+    monkeypatch.setattr(ControlTokens, "encode", counting)
+    with pytest.raises(PromptError, match="more than 64 tokens of this model can hold"):
+        planner.plan(PromptRequest(prompt=text, raw=raw))
+    assert sum(lengths) < 10_000
