@@ -3,54 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 import ssl
-from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from aiohttp import web
 
 from fleet.errors import DecodeError, FleetError
 from fleet.identity.identity import ServerTls
+from fleet.transport.http_listener import HttpConnection, HttpListener
 from fleet.transport.threaded_server import STOP_S
 from fleet.transport.tls_server import TlsServer
-from fleet.utils.rate_limited_log import RateLimitedLog
 from provisioning.enrolment_service import EnrolmentService
 from provisioning.fleet_address import base_url
 from provisioning.http_errors import error_response, http_error_response
 from provisioning.rate_limit import RateLimit
-from provisioning.routes import Routes, peer_address
+from provisioning.routes import Routes
 
-HANDSHAKE_S: Final = 10.0
 IDLE_S: Final = 15.0
 """Time limit of a silent connection between requests, of a request's headers, and of its body."""
 
 JOINS_PER_MINUTE: Final = 10
 JOINS_AT_ONCE: Final = 20
 NO_REQUEST: Final = "expected a request of HTTP/1.1, got bytes that are none, or too large a header"
-LOG_S: Final = 10.0
-
-malformed = RateLimitedLog(logging.getLogger(__name__), LOG_S)
 
 
-class _Connection(web.RequestHandler):
+class _Connection(HttpConnection):
     """A client's connection; a request that aiohttp refuses has a `ServiceProblem`, too."""
 
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """Return the response to bytes that are no request, and log a limited line."""
-        reason = exc or message or status
-        malformed.warning("a request of %s is refused: %s", peer_address(request), reason)
-        error = DecodeError(NO_REQUEST) if status < 500 else FleetError("internal")
-        response = error_response(error)
-        response.force_close()
-        return response
+    def refusal(self, status: int) -> web.Response:
+        return error_response(DecodeError(NO_REQUEST) if status < 500 else FleetError("internal"))
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
@@ -98,16 +80,15 @@ class EnrolmentServer(TlsServer):
     async def _serve(self, listener: socket.socket, context: ssl.SSLContext) -> None:
         runner = web.AppRunner(self._routes.application(), shutdown_timeout=STOP_S / 2)
         await runner.setup()
-        assert runner.server
-        loop = asyncio.get_running_loop()
-        options: dict[str, Any] = {"access_log": None, "keepalive_timeout": self._idle_s}
-        server = await loop.create_server(
-            partial(_Connection, runner.server, loop=loop, **options),
-            sock=listener,
-            ssl=context,
-            ssl_handshake_timeout=HANDSHAKE_S,
-            ssl_shutdown_timeout=STOP_S / 2,
+        connections = HttpListener(
+            listener,
+            runner,
+            _Connection,
+            context,
+            access_log=None,
+            keepalive_timeout=self._idle_s,
         )
+        accepting = asyncio.create_task(connections.run())
         await self._until_stopped()
-        server.close()
+        accepting.cancel()
         await runner.cleanup()

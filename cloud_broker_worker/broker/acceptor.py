@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import ipaddress
 import logging
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from fleet.utils.host_address import peer_network
 from fleet.utils.rate_limited_log import RateLimitedLog
 
 CONNECT_S: Final = 10.0
@@ -22,7 +22,6 @@ MAX_SILENT: Final = 1_024
 """Connections without CONNECT, in all."""
 
 MAX_SILENT_PER_ADDRESS: Final = 256
-IPV6_NETWORK_BITS: Final = 64
 SELECT_LIMIT: Final = 1024
 """The first file descriptor that `select` cannot watch; paho in this process uses `select`."""
 
@@ -61,16 +60,6 @@ class SilentConnections:
         del same_network[task]
         if not same_network:
             del self._by_network[network]
-
-
-def peer_network(address: str) -> str:
-    """Return the address that limits count: a whole IPv6 network of 64 bits is one."""
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    if parsed.version == 4:
-        return address
-    if parsed.ipv4_mapped:
-        return str(parsed.ipv4_mapped)
-    return str(ipaddress.ip_network((parsed, IPV6_NETWORK_BITS), strict=False))
 
 
 class Acceptor:

@@ -66,4 +66,5 @@ def check_exposure(address: ApiAddress, *, has_keys: bool) -> None:
 
 
 def _hash(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
+    # aiohttp decodes the bytes of a header that are not in UTF-8 as surrogates.
+    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()

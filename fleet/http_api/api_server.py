@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import ssl
 from typing import Final
@@ -9,8 +10,9 @@ from typing import Final
 from aiohttp import web
 
 from fleet.http_api.api_address import ApiAddress
-from fleet.http_api.application import http_application
+from fleet.http_api.application import api_refusal, http_application
 from fleet.http_api.backend import ApiBackend
+from fleet.transport.http_listener import HttpConnection, HttpListener
 from fleet.transport.threaded_server import STOP_S, ThreadedServer
 from fleet.utils.host_address import host_port
 
@@ -51,12 +53,26 @@ class ApiServer(ThreadedServer):
         runner = web.AppRunner(
             http_application(self._backend, self._hosts),
             handler_cancellation=True,
-            access_log=None,
-            keepalive_timeout=IDLE_S,
-            lingering_time=LINGER_S,
             shutdown_timeout=STOP_S / 2,
         )
         await runner.setup()
-        await web.SockSite(runner, listener, ssl_context=self._tls).start()
+        connections = HttpListener(
+            listener,
+            runner,
+            _Connection,
+            self._tls,
+            access_log=None,
+            keepalive_timeout=IDLE_S,
+            lingering_time=LINGER_S,
+        )
+        accepting = asyncio.create_task(connections.run())
         await self._until_stopped()
+        accepting.cancel()
         await runner.cleanup()
+
+
+class _Connection(HttpConnection):
+    """A client's connection; a request that aiohttp refuses has an error of an API, too."""
+
+    def refusal(self, status: int) -> web.Response:
+        return api_refusal(status)

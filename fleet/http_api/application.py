@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import aclosing
@@ -45,6 +46,10 @@ ErrorShape: TypeAlias = Callable[[Problem], Struct]
 
 BODY_S: Final = 30.0
 LOADED_S: Final = 365 * 86_400.0
+BEARER: Final = re.compile(r"bearer[ \t]+(.*?)[ \t]*", re.IGNORECASE)  # RFC 9110, 11.1
+NO_REQUEST: Final = (
+    "expected a request of HTTP/1.1, got bytes that are none, or too large a header; correct it"
+)
 JSON: Final = "application/json"
 STREAM_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 OPENAI_ANSWERS: Final[dict[str, ParseCall]] = {
@@ -94,8 +99,8 @@ class HttpApi:
 
     async def _caller(self, request: web.Request) -> ApiCaller:
         """Return the caller of a request. Raises CredentialsError."""
-        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        return await self._backend.authenticate(key.strip() if scheme == "Bearer" else None)
+        match = BEARER.fullmatch(request.headers.get("Authorization", ""))
+        return await self._backend.authenticate(match[1] if match else None)
 
     async def _openai_models(self, request: web.Request) -> web.Response:
         return _json(openai_models(await self._backend.models(await self._caller(request))))
@@ -230,7 +235,10 @@ def _guarded(handler: Handler, shape: ErrorShape) -> Handler:
         except ConnectionError:
             raise
         except web.HTTPException as error:
-            return _error_response(shape, _no_route(request, error))
+            response = _error_response(shape, _no_route(request, error))
+            if "Allow" in error.headers:
+                response.headers["Allow"] = error.headers["Allow"]
+            return response
         except Exception as error:  # noqa: BLE001 (a failed request must not end the program)
             return _error_response(shape, _problem(request, error))
 
@@ -248,6 +256,14 @@ def _problem(request: web.Request, error: Exception) -> Problem:
     if problem.status == 500:
         log.error("%s %s failed", request.method, request.path, exc_info=error)
     return problem
+
+
+def api_refusal(status: int) -> web.Response:
+    """Return the response to bytes that are no request of HTTP, or to a failure (status 500)."""
+    if status >= 500:
+        return _error_response(openai_error, Problem.of(RuntimeError()))
+    problem = Problem(status=status, code=DecodeError.code, message=NO_REQUEST)
+    return _error_response(openai_error, problem)
 
 
 def _error_response(shape: ErrorShape, problem: Problem) -> web.Response:

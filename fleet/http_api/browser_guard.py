@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from fleet.errors import AccessError
 
@@ -17,12 +17,20 @@ def check_page(host: str, origin: str | None, hosts: Collection[str] | None) -> 
     Raises:
         AccessError: a page of another site sends the request, or Host is another site's name.
     """
-    if hosts is not None and urlsplit(f"//{host}").hostname not in hosts:
+    if hosts is not None and _split(f"//{host}").hostname not in hosts:
         raise AccessError(
             f"expected a request to one of {', '.join(sorted(hosts))}, got one to {host[:200]!r}"
         )
-    if origin is not None and urlsplit(origin).netloc != host:
+    if origin is not None and _split(origin).netloc != host:
         raise AccessError(
             f"a page of {origin[:200]!r} may not use this API; a program may, without the header "
             "'Origin'"
         )
+
+
+def _split(address: str) -> SplitResult:
+    """Return the parts of an address; empty ones if it is none, such as ``http://[``."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")

@@ -76,6 +76,8 @@ class Problem(Struct, frozen=True, kw_only=True):
     @property
     def headers(self) -> dict[str, str]:
         """The headers of a response, beyond those of its body."""
+        if self.status == 401:
+            return {"WWW-Authenticate": "Bearer"}
         if self.retry_after_s is None:
             return {}
         return {"Retry-After": str(math.ceil(self.retry_after_s))}

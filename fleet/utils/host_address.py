@@ -15,6 +15,7 @@ LABEL: Final = "[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 HOST_NAME: Final = re.compile(rf"(?=.{{1,253}}\Z)({LABEL}\.)*{LABEL}\.?")
 NUMBERS: Final = re.compile(r"(?:0[xX][0-9A-Fa-f]*|[0-9]+)(?:\.(?:0[xX][0-9A-Fa-f]*|[0-9]+))*\.?")
 """An IPv4 address in any form that some system reads, or what is left of one."""
+IPV6_NETWORK_BITS: Final = 64
 BROADCAST: Final = ipaddress.IPv4Address("255.255.255.255")
 
 
@@ -114,3 +115,13 @@ def _is_every_address(host: str) -> bool:
         return False
     mapped = address.ipv4_mapped
     return address.is_unspecified or (mapped is not None and mapped.is_unspecified)
+
+
+def peer_network(address: str) -> str:
+    """Return the address that limits count: a whole IPv6 network of 64 bits is one."""
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    if parsed.version == 4:
+        return address
+    if parsed.ipv4_mapped:
+        return str(parsed.ipv4_mapped)
+    return str(ipaddress.ip_network((parsed, IPV6_NETWORK_BITS), strict=False))

@@ -24,8 +24,8 @@ from fleet.protocol.access import Role
 from fleet.protocol.enrolment_api import MAX_BODY_BYTES, JoinReply
 from fleet.registry.settings import Scope, Target
 from fleet.registry.store import Registry
+from fleet.transport import http_listener
 from fleet.utils.rate_limited_log import RateLimitedLog
-from provisioning import service
 from provisioning.authority import CertificateAuthority
 from provisioning.enrolment_service import EnrolmentService
 from provisioning.fleet_address import FleetAddress
@@ -212,7 +212,7 @@ def test_strangers_add_one_line_to_the_log_and_not_their_bytes(
     bench: ServiceBench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limited = RateLimitedLog(logging.getLogger("tests"), 600.0)
-    monkeypatch.setattr(service, "malformed", limited)
+    monkeypatch.setattr(http_listener, "log", limited)
     for line in (b"\x16\x03\x01 hello", b"GET / HTTP/9.9", b"GET /" + b"x" * 20_000 + b" HTTP/1.1"):
         reply = _raw(bench, line + b"\r\nHost: x\r\n\r\n")
         assert b'"undecodable"' in reply

@@ -16,8 +16,8 @@ from cloud_broker_worker.broker.acceptor import (
     SELECT_LIMIT,
     SilentConnections,
     above_select,
-    peer_network,
 )
+from fleet.utils.host_address import peer_network
 from tests.brokers import HOST, Site
 from tests.cloud_broker_worker.broker import raw
 
