@@ -33,7 +33,7 @@ class ApiAddress:
         """
         match = ADDRESS.fullmatch(text)
         port = int(match["port"] or DEFAULT_PORT) if match else 0
-        if match is None or port > 65535:
+        if match is None or port > 65535 or (match["host"] or "").isdecimal():
             raise ConfigError(
                 f"--api {text[:80]!r}: expected HOST:PORT, such as 127.0.0.1:{DEFAULT_PORT} or "
                 f"[::1]:{DEFAULT_PORT}"

@@ -11,6 +11,7 @@ from msgspec import Struct
 from fleet.errors import RequestFieldError
 from fleet.http_api.request_fields import convert_fields, unsupported
 from fleet.protocol.prompt import JsonObject
+from fleet.utils.validation import JSON_ERRORS
 
 ROLES: Final = {
     "system": "system",
@@ -75,7 +76,7 @@ def _tool_call(call: JsonObject) -> JsonObject:
         return call
     try:
         decoded = msgspec.json.decode(arguments)
-    except msgspec.DecodeError:
+    except JSON_ERRORS:
         return call
     return call | {"function": function | {"arguments": decoded}}
 
@@ -90,6 +91,8 @@ def _part_text(part: Any, path: str) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str):
+        raise RequestFieldError(f"{path}.type", f"{path}.type: expected the text 'text'")
     if kind not in TEXT_PARTS:
         raise unsupported(f"{path}.{kind or 'type'}"[:200], (), ONLY_TEXT)
     text = part.get("text")

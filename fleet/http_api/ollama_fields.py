@@ -124,7 +124,7 @@ def ollama_prompt_fields(body: OllamaBody) -> dict[str, Any]:
     options = convert_fields(_given(body.options), OllamaOptions, "options")
     check_neutral(options, NEUTRAL_OPTIONS, ADVICE)
     fields = prompt_fields(options, options.fleet) | prompt_fields(body)
-    if body.format:
+    if body.format not in (None, ""):
         fields["response_format"] = _response_format(body.format)
     if options.repeat_penalty:
         fields["repetition_penalty"] = options.repeat_penalty
@@ -135,7 +135,7 @@ def ollama_prompt_fields(body: OllamaBody) -> dict[str, Any]:
     return fields
 
 
-def _response_format(form: str | JsonObject) -> JsonObject:
+def _response_format(form: str | JsonObject | None) -> JsonObject:
     if isinstance(form, str):
         return {"type": "json_object"}
     return {"type": "json_schema", "json_schema": {"schema": form}}

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from fleet.errors import ConfigError, FleetError
-from fleet.protocol.access import Role
+from fleet.protocol.access import ANY_DEVICE, Role
 from fleet.protocol.topics import NAME, check_name
 from fleet.utils.text_files import read_text
 
@@ -60,7 +60,14 @@ class Enrolment(Struct, frozen=True, kw_only=True):
             check_name(value, "value of a tag")
 
     def _check_role(self) -> None:
-        """Check that only apps have targets, and only devices a group and tags."""
+        """Check that only apps have targets, and only devices a group and tags.
+
+        The name that stands for any device in the HTTP API cannot be that of one.
+        """
+        if self.name == ANY_DEVICE and self.role is Role.DEVICE:
+            raise ConfigError(
+                f"the name {ANY_DEVICE!r} stands for any device in the HTTP API; choose another"
+            )
         if self.targets and self.role is not Role.APP:
             raise ConfigError(
                 "only an app is allowed devices or groups; "

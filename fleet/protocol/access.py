@@ -12,6 +12,8 @@ from typing import Final
 from fleet.protocol import topics
 from fleet.protocol.topics import ANY
 
+ANY_DEVICE: Final = "fleet"  # as `model` of the HTTP API; no device has this name
+
 
 class Role(StrEnum):
     """The purpose of an identity.

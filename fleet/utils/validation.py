@@ -35,6 +35,16 @@ FAULT: Final = re.compile(
     r" - at `\$\.(?P<path>[^`]*)`",
     re.DOTALL,
 )
+LENGTH: Final = re.compile(
+    r"Expected `(?P<kind>str|array|object)` of length (?P<bound>[<>]=) (?P<length>\d+)"
+    r" - at `\$\.(?P<path>[^`]*)`"
+)
+KEY: Final = re.compile(
+    r"Expected `str` matching regex (?P<form>'.*') - at `key` in `\$\.(?P<path>[^`]*)`"
+)
+FORMS: Final = {repr(r"\A(0|[1-9][0-9]{0,9})\Z"): "whole numbers"}
+"""Plain words for the regular expressions of keys."""
+
 STEP: Final = re.compile(r"\w+|\[(?:\d+|\.\.\.)\]")
 KINDS: Final = {
     "array": "a list",
@@ -67,6 +77,11 @@ def describe_error(error: Exception, type_: Any, values: Any = None) -> str:
     They are the field, its range or choices, and what came: its value if `values`, which were
     converted, are given.
     """
+    if match := LENGTH.fullmatch(str(error)):
+        return _length_words(match)
+    if match := KEY.fullmatch(str(error)):
+        form = FORMS.get(match["form"], f"texts of the form {match['form']}")
+        return f"{match['path']}: expected {form} as keys"
     match = FAULT.fullmatch(str(error))
     steps = STEP.findall(match["path"]) if match else []
     words = list(filter(None, map(_words, _types_at(type_info(type_), steps))))
@@ -74,6 +89,14 @@ def describe_error(error: Exception, type_: Any, values: Any = None) -> str:
         return str(error)
     got = match["choice"] or _value_at(values, steps) or KINDS.get(match["kind"] or "", "")
     return f"{match['path']}: expected {' or '.join(words)}" + (f", got {got}" if got else "")
+
+
+def _length_words(match: re.Match[str]) -> str:
+    length = int(match["length"])
+    unit = ("character" if match["kind"] == "str" else "item") + ("" if length == 1 else "s")
+    bound = "at most" if match["bound"] == "<=" else "at least"
+    what = KINDS[match["kind"]]
+    return f"{match['path']}: expected {what} of {bound} {length:,} {unit}"
 
 
 def _is_about_length(match: re.Match[str]) -> bool:
@@ -94,6 +117,8 @@ def _types_at(info: Any, steps: Sequence[str]) -> list[Any]:
             return [each for option in info.types for each in _types_at(option, steps)]
         case VarTupleType() if steps:
             return _types_at(info.item_type, steps[1:])
+        case DictType() if steps:
+            return _types_at(info.value_type, steps[1:])
         case StructType() if steps:
             types = [each.type for each in info.fields if each.encode_name == steps[0]]
             return [each for field in types for each in _types_at(field, steps[1:])]

@@ -114,6 +114,7 @@ def test_a_folder_that_cannot_be_made_leaves_the_name_free(
         ("edge-1", Role.DEVICE, {"group": "a/b"}, TopicError, "group 'a/b'"),
         ("phone", Role.APP, {"targets": ["#"]}, TopicError, "target '#'"),
         ("edge-1", Role.DEVICE, {"targets": ["edge-2"]}, ConfigError, "leave --allow out"),
+        ("fleet", Role.DEVICE, {}, ConfigError, "'fleet' stands for any device"),
         ("phone", Role.APP, {"group": "kitchen"}, ConfigError, "leave --group out"),
         ("phone", Role.APP, {"targets": ["attic"]}, IdentityError, "cannot allow 'attic'"),
     ],

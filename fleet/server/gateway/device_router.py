@@ -8,9 +8,9 @@ from typing import Final
 
 from fleet.errors import BusyError, OfflineError, UnknownModelError
 from fleet.http_api.backend import LATEST
+from fleet.protocol.access import ANY_DEVICE
 from fleet.registry.results import DeviceLabels
 
-ANY_DEVICE: Final = "fleet"
 GROUP: Final = "group:"
 TAG: Final = "tag:"
 

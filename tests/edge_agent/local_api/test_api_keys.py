@@ -69,7 +69,9 @@ def test_an_address_beyond_this_machine_needs_a_key(
             check_exposure(parsed, has_keys=False)
 
 
-@pytest.mark.parametrize("text", ["", ":80", "::1:80", "host:x", "host:99999", "http://host:80"])
+@pytest.mark.parametrize(
+    "text", ["", ":80", "::1:80", "host:x", "host:99999", "http://host:80", "8080", "8080:80"]
+)
 def test_a_text_that_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="expected HOST:PORT"):
         ApiAddress.parse(text)

@@ -233,6 +233,9 @@ def test_a_body_becomes_a_prompt(
         (parse_ollama_chat, {"options": {"hurry": 1}}, "options.hurry"),
         (parse_ollama_generate, {"images": ["AAAA"]}, "images"),
         (parse_ollama_generate, {"suffix": "!"}, "suffix"),
+        (parse_chat_completion, parts({"type": ["x"], "text": "a"}), f"{PART}.type"),
+        (parse_chat_completion, parts({"type": {"a": 1}, "text": "a"}), f"{PART}.type"),
+        (parse_ollama_chat, {"options": {"stop": [""]}}, "options.stop[0]"),
     ],
 )  # fmt: skip
 def test_a_field_that_cannot_be_honoured_is_named(
@@ -276,3 +279,21 @@ def test_openai_streams_only_on_request() -> None:
     body = least(parse_chat_completion)
     assert not parse(parse_chat_completion, body).is_streamed
     assert parse(parse_chat_completion, body | {"stream": True}).is_streamed
+
+
+def test_an_empty_schema_of_ollama_is_any_json() -> None:
+    body = least(parse_ollama_chat)
+    any_json = ResponseFormat(type="json_schema", json_schema=JsonSchemaFormat(schema={}))
+    for form, response_format in (({}, any_json), ("", None)):
+        prompt = parse(parse_ollama_chat, body | {"format": form}).prompt
+        assert prompt
+        assert prompt.response_format == response_format
+
+
+def test_arguments_of_a_call_that_are_nested_too_deep_stay_a_text() -> None:
+    arguments = "[" * 5_000 + "]" * 5_000
+    calls = [{"function": {"name": "f", "arguments": arguments}}]
+    messages = [USER, {"role": "assistant", "tool_calls": calls}]
+    prompt = parse(parse_chat_completion, {"model": "m", "messages": messages}).prompt
+    assert prompt
+    assert prompt.chat[1].tool_calls == tuple(calls)

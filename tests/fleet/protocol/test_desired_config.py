@@ -60,7 +60,10 @@ def test_the_narrowest_scope_that_has_a_value_decides(
         ({"repetition_penalty": 0}, "repetition_penalty: expected a number from 0.1 to 10"),
         ({"presence_penalty": 3}, "presence_penalty: expected a number from -2 to 2"),
         ({"frequency_penalty": -3}, "frequency_penalty: expected a number from -2 to 2"),
-        ({"system_prompt": "x" * 8001}, r"of length <= 8000 - at `\$.system_prompt`"),
+        (
+            {"system_prompt": "x" * 8001},
+            "system_prompt: expected a text of at most 8,000 characters",
+        ),
     ],
 )
 def test_a_setting_that_is_none_is_refused_by_name(values: dict[str, object], says: str) -> None:

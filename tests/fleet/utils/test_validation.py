@@ -63,7 +63,12 @@ def test_an_error_of_an_optional_field_with_choices_names_them() -> None:
         ({"messages": "hi"}, "messages: expected a list, each of it an object, got 'hi'"),
         ({"prompt": 5}, "prompt: expected a text, got 5"),
         ({"seed": 1.5}, "seed: expected a whole number from 0 to 9,223,372,036,854,775,807, got 1"),
-        ({"mode": None, "top_k": None}, "top_k: expected a whole number from 0 to 1,000, got null"),
+        ({"mode": None, "n": None}, "n: expected a whole number from 1 to 4, got null"),
+        ({"stop": [""]}, "stop[0]: expected a text of at least 1 character"),
+        ({"stop": ["a"] * 50}, "stop: expected a list of at most 4 items"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias: expected whole numbers as keys"),
+        ({"logit_bias": {"1": 101}}, "logit_bias[...]: expected a number from -100 to 100"),
+        ({"logit_bias": {"1": "x"}}, "logit_bias[...]: expected a number from -100 to 100"),
     ],
 )
 def test_an_error_of_a_number_has_its_range_and_the_value(
