@@ -20,7 +20,7 @@ FIRST_REQUEST_S: Final = 10.0
 
 CLOSE_S: Final = 2.0
 ACCEPT_AGAIN_S: Final = 0.5
-MAX_CONNECTIONS: Final = 1_024
+MAX_CONNECTIONS: Final = 2_048
 FILE_SHARE: Final = 4
 """A server may use one in so many file descriptors of its process, which has other servers."""
 
