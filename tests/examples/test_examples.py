@@ -202,7 +202,6 @@ def test_every_example_is_listed_in_the_guide_and_run_by_a_test(example: str) ->
     assert f"(../examples/{example})" in (ROOT / "docs/operator-guide.md").read_text(
         encoding="utf-8"
     )
-    here = Path(__file__)
-    tests = (here, here.with_name("test_notebook.py"), ROOT / "tests/api/test_clients.py")
+    tests = [*Path(__file__).parent.glob("test_*.py"), ROOT / "tests/api/test_clients.py"]
     run = "".join(path.read_text(encoding="utf-8") for path in tests)
     assert f'EXAMPLES / "{example}"' in run
