@@ -179,6 +179,7 @@ def test_an_operator_prompts_and_sees_the_counts(home: Path) -> None:
         "drafted",
         "switches",
         "seed",
+        "sampling",
     }
 
     counted = before[0]["tokens"] + len(result["token_ids"])

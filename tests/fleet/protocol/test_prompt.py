@@ -171,7 +171,7 @@ REFUSED = {
     "best tokens alone": (b'{"prompt": "hi", "top_logprobs": 2}', "'logprobs' true"),
     "an empty stop text": (
         b'{"prompt": "hi", "stop": ["a", ""]}',
-        r"length >= 1 - at `\$.stop\[1\]`",
+        r"stop\[1\]: expected a text of at least 1 character",
     ),
     "a stop text that is no list": (b'{"prompt": "hi", "stop": "a"}', "stop"),
     "five stop texts": (b'{"prompt": "hi", "stop": ["a", "b", "c", "d", "e"]}', "stop"),
