@@ -11,6 +11,7 @@ from fleet.bundles.manifest import Bundle
 from fleet.errors import PromptError
 from fleet.protocol import topics
 from fleet.protocol.codec import decode_to_worker, unpack_chunk
+from fleet.protocol.messages import Close
 from fleet.protocol.modes import CLOUD, Mode
 from fleet.protocol.prompt import ChatMessage, PromptRequest
 from tests.conftest import MakeTinyBundle
@@ -48,7 +49,10 @@ def test_each_position_of_a_branch_goes_up_once_in_fp16_and_the_counted_bytes_ar
         end = context.start + context.count
     assert all(context.dtype == "float16" for context in contexts)
     assert all(len(context.data) == context.count * row_bytes for context in contexts)
-    assert usage.bytes_up == sum(map(len, sent))
+    total = sum(map(len, sent))
+    # A worker that opens the session after the answer's end is told to close it, uncounted.
+    late = len(sent[-1]) if isinstance(decode_to_worker(sent[-1]), Close) else 0
+    assert usage.bytes_up in (total, total - late)
     if CLOUD in usage.sources:
         last_asked = max(i for i, r in enumerate(answer.replies[:-1]) if r.source == CLOUD)
         assert end >= usage.prompt_tokens + last_asked
