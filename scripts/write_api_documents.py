@@ -201,7 +201,7 @@ def openapi_document() -> dict[str, Any]:
                 "key": {
                     "type": "http",
                     "scheme": "bearer",
-                    "description": "Not needed at a device's own address, such as 127.0.0.1.",
+                    "description": "Not needed where a device listens on a loopback address.",
                 }
             },
         },
@@ -358,7 +358,7 @@ ACTIONS: Final = {Action.PUBLISH: "send", Action.SUBSCRIBE: "receive"}
 DOCUMENT_OF_MQTT: Final = info(
     "CE-CoLLM Fleet: MQTT protocol",
     "The topics and messages of apps, devices, workers and servers. docs/protocol.md describes "
-    "them. Each operation is a right of one role, its first tag. Made by "
+    "them. Each operation is a right of one role, which its tag names. Made by "
     "scripts/write_api_documents.py.",
 )
 
@@ -421,7 +421,7 @@ def message_name(kind: Any) -> str:
 
 
 def payload_of(kind: Any) -> Schema:
-    """Return the schema of a payload; the one of a cancellation is ignored."""
+    """Return the schema of a payload; a cancellation may have any."""
     if kind is None:
         return {}
     return schema_of(kind) if isinstance(kind, type) and kind is not str else inline_schema(kind)

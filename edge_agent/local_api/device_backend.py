@@ -10,15 +10,13 @@ from typing import Final
 
 from edge_agent.local_api.api_keys import ApiKeys
 from edge_agent.serving.agent import Agent
-from fleet.errors import BusyError, DeadlineError, UnknownModelError
+from edge_agent.serving.request_planner import MAX_WAIT_S, late_answer
+from fleet.errors import BusyError, UnknownModelError
 from fleet.http_api.backend import LATEST, ApiBackend, ApiCaller, ApiModel
 from fleet.protocol.prompt import PromptRequest, Reply, decode_reply
-from fleet.protocol.types import MAX_DEADLINE_MS
 
 LOCAL: Final = ApiCaller("local")
 """The caller of all clients of the API in reports, and in the order of the queue."""
-
-MAX_WAIT_S: Final = MAX_DEADLINE_MS / 1000 + 10.0
 
 
 class DeviceBackend(ApiBackend):
@@ -74,7 +72,7 @@ async def _next(replies: asyncio.Queue[bytes]) -> bytes:
     try:
         return await asyncio.wait_for(replies.get(), MAX_WAIT_S)
     except TimeoutError:
-        raise DeadlineError("the answer takes too long; ask for fewer tokens") from None
+        raise late_answer() from None
 
 
 def _put_from_thread(

@@ -9,20 +9,18 @@ from collections.abc import Generator
 from contextlib import ExitStack
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Final, Self
+from typing import Self
 
 from edge_agent.config import AgentConfig
 from edge_agent.local_api.lone_agent import NAME, lone_agent
 from edge_agent.serving.agent import Agent
+from edge_agent.serving.request_planner import MAX_WAIT_S, late_answer
 from fleet.bundles.manifest import EDGE_SIDES, Bundle
 from fleet.bundles.named_bundle import DEFAULT, load_named_bundle
-from fleet.errors import BundleError, DeadlineError, PromptError
+from fleet.errors import BundleError, PromptError
 from fleet.protocol.prompt import PromptRequest, Reply, decode_reply
-from fleet.protocol.types import MAX_DEADLINE_MS
 from fleet.transport.prompt_client import check_not_refused
 from fleet.transport.responder import Responder
-
-MAX_WAIT_S: Final = MAX_DEADLINE_MS / 1000 + 10.0
 
 
 class Engine(Responder):
@@ -92,7 +90,7 @@ def _next(arrived: SimpleQueue[bytes]) -> bytes:
     try:
         return arrived.get(timeout=MAX_WAIT_S)
     except Empty:
-        raise DeadlineError("the answer takes too long; ask for fewer tokens") from None
+        raise late_answer() from None
 
 
 def _default_folder() -> Path:

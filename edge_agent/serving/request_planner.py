@@ -12,13 +12,16 @@ from edge_agent.engine.cascade import Cascade
 from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer
 from edge_agent.generation.mode_policy import Targets
-from fleet.errors import ConfigError, PromptError
+from fleet.errors import ConfigError, DeadlineError, PromptError
 from fleet.exits.thresholds import OFF
 from fleet.protocol.modes import DEFAULT_AGREEMENT, Mode
 from fleet.protocol.prompt import ChatMessage, PromptRequest
+from fleet.protocol.types import MAX_DEADLINE_MS
 
 MB: Final = 1 << 20
 MAX_LOGPROBS: Final = 8192  # in one reply; each takes about 70 bytes
+MAX_WAIT_S: Final = MAX_DEADLINE_MS / 1000 + 10.0
+"""Time limit of a wait for a reply in this process; the longest answer ends before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +233,11 @@ def answer_deadline_s(prompt: PromptRequest, config: AgentConfig) -> float:
     """Return the time for a response: the app's, but at most the operator's."""
     limit_ms = config.answer_deadline_ms
     return min(prompt.deadline_ms or limit_ms, limit_ms) / 1000
+
+
+def late_answer() -> DeadlineError:
+    """Return the error of an answer whose next reply did not come within `MAX_WAIT_S`."""
+    return DeadlineError("the answer takes too long; ask for fewer tokens")
 
 
 def _cache_bytes(

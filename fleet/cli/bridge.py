@@ -46,7 +46,10 @@ AppOption = Annotated[
     str, typer.Option(help="Name of the bridge as an app of the fleet.", callback=checked_name)
 ]
 UnitsOption = Annotated[
-    Path | None, path_option("--systemd", help="Only write the unit of this bridge into a folder.")
+    Path | None,
+    path_option(
+        "--systemd", help="Enrol the bridge and write its unit into a folder, but do not start it."
+    ),
 ]
 ServiceUserOption = Annotated[
     str | None,

@@ -11,23 +11,19 @@ from msgspec.structs import replace
 from fleet.errors import ConfigError, DecodeError, OversizedError
 from fleet.protocol.messages import MAX_DRAFT
 from fleet.protocol.modes import Mode
+from fleet.protocol.prompt import SamplingOptions
 from fleet.protocol.triggers import Triggers, check_triggers
 from fleet.protocol.types import (
     Amount,
     DeadlineMs,
     Id,
     MaxNewTokens,
-    Penalty,
-    RepetitionPenalty,
     Share,
     SoftwareVersion,
     Split,
     SystemPrompt,
     TargetTpotMs,
-    Temperature,
     Threshold,
-    TopK,
-    TopP,
 )
 from fleet.utils.validation import JSON_ERRORS, describe_error, is_unknown_field
 
@@ -36,18 +32,19 @@ MAX_SETTINGS_BYTES: Final = 60 * 1024  # leaves room for the small settings of o
 UploadDtype = Literal["float16", "int8"]
 
 
-class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+class Settings(
+    SamplingOptions, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
+):
     """Values that can be changed while a device serves.
 
     None leaves a value to the next wider scope.
 
-    The settings from `temperature` to `system_prompt` are for requests that leave them out; an
+    Those of :class:`SamplingOptions` and `system_prompt` are for requests that leave them out; an
     empty `system_prompt` is none. `bundle` is the id of the desired bundle. `split` is the number
     of layers that the device holds, one of its bundle's, or ``auto`` for the bundle's own.
-    `agreement_sample` is the share of
-    collaborative generations whose tokens are also verified by the cloud, to measure whether the
-    exits still agree with it. `software` is the desired version of the device's software; a message
-    to a device has it in `DesiredConfig` instead.
+    `agreement_sample` is the share of collaborative generations whose tokens are also verified by
+    the cloud, to measure whether the exits still agree with it. `software` is the desired version
+    of the device's software; a message to a device has it in `DesiredConfig` instead.
     """
 
     mode: Mode | None = None
@@ -59,13 +56,6 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, om
     assist_deadline_ms: DeadlineMs | None = None
     answer_deadline_ms: DeadlineMs | None = None
     max_new_tokens: MaxNewTokens | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-    min_p: Share | None = None
-    repetition_penalty: RepetitionPenalty | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
     system_prompt: SystemPrompt | None = None
     max_draft: Annotated[int, Meta(ge=1, le=MAX_DRAFT)] | None = None
     upload_dtype: UploadDtype | None = None

@@ -43,14 +43,15 @@ APP: Final = "app-1"
 WATCHER: Final = "watcher"
 START_S: Final = 60.0
 ASSIST_DEADLINE_MS: Final = 60_000
-"""A worker in the same process is never away, only busy."""
+"""How long the device waits for the worker, which may be busy but is never away."""
 
 
 class LocalFleet(Responder):
     """A fleet of one device and one worker in this process: ``with LocalFleet() as fleet:``.
 
-    Everything is real but the wire, which is in memory. All modes are available. A notebook calls
-    `start` and `close` instead. Further parts that are started end with the fleet.
+    Everything is real but the wire, which is in memory. All modes are available, unless the bundle
+    is for a device alone; then no worker runs. A notebook calls `start` and `close` instead, which
+    also stops what `connect`, `start_worker` and `start_device` have started.
     """
 
     def __init__(
@@ -80,10 +81,13 @@ class LocalFleet(Responder):
         self._client: PromptClient | None = None
 
     def start(self) -> Self:
-        """Start the worker, then the device, and wait for both.
+        """Start the worker, if the bundle has its half, then the device, and wait for them.
+
+        Without a bundle, none of them starts.
 
         Raises:
             MissingExtraError: the extra ``edge`` or ``worker`` is not installed.
+            LinkError: a part is not online in time.
             FleetError: the bundle is missing or damaged, or a setting does not fit it.
         """
         with ExitStack() as stack:

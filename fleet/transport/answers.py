@@ -20,7 +20,7 @@ class Answer:
     :class:`fleet.protocol.prompt.Reply`.
 
     Raises:
-        FleetError: by the loop and by each property: the request is refused or has failed.
+        FleetError: the request is refused or has failed; the loop and each property raise it.
     """
 
     def __init__(self, replies: Iterable[Reply] = ()) -> None:

@@ -1,4 +1,4 @@
-"""The connections of an HTTP server, limited in number, of which silent ones are closed."""
+"""The connections of an HTTP server: their number is limited, and each has to ask in time."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ CLOSE_S: Final = 2.0
 ACCEPT_AGAIN_S: Final = 0.5
 MAX_CONNECTIONS: Final = 2_048
 FILE_SHARE: Final = 4
-"""A server may use one in so many file descriptors of its process, which has other servers."""
+"""A server uses at most this part of its process's file descriptors: 4 is a quarter."""
 
 ADDRESS_SHARE: Final = 2
-"""One address may have one in so many of the connections; a reverse proxy is one address."""
+"""An IPv4 address or an IPv6 /64 may have this part of the connections, also a reverse proxy."""
 
 LOG_S: Final = 10.0
 
@@ -33,7 +33,7 @@ log = RateLimitedLog(logging.getLogger(__name__), LOG_S)
 
 
 class HttpConnection(web.RequestHandler):
-    """A client's connection. Failures outside a handler are logged in limited lines."""
+    """A client's connection. Its failures are logged at a limited rate."""
 
     network = ""
     opening: asyncio.Task[None] | None = None
@@ -60,8 +60,9 @@ class HttpConnection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """Return the response to bytes that are no request."""
-        log.warning("a request of %s is refused: %s", request.remote, exc or message or status)
+        """Return the response to bytes that are no request, or to a failure of a handler."""
+        reason = exc or message or "no reason is known"
+        log.warning("a request of %s gets the status %d: %s", request.remote, status, reason)
         response = self.refusal(status)
         response.force_close()
         return response
@@ -78,8 +79,8 @@ class HttpConnection(web.RequestHandler):
 class HttpListener:
     """Accepts connections for a server of aiohttp.
 
-    When there are too many, the one that has been without a request for the longest time is closed,
-    and not the newest: idle connections keep no client out.
+    At the limit, the connection that has been idle for the longest time is closed, so that idle
+    ones keep no client out. If none is idle, the new one is closed.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class HttpListener:
         if oldest is None:
             return False
         self.forget(oldest)
-        # Not before the first step of its task, after which it closes its socket.
+        # Later: a task that is cancelled before its first step would not close its socket.
         asyncio.get_running_loop().call_soon(oldest.close_now)
         return True
 
@@ -195,6 +196,6 @@ class HttpListener:
 
 
 def max_connections() -> int:
-    """Return the most connections of one server."""
+    """Return the maximum number of connections of one server."""
     num_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(min(MAX_CONNECTIONS, num_files // FILE_SHARE), 1)

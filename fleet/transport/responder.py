@@ -14,7 +14,7 @@ from fleet.protocol.prompt import ChatMessage, PromptRequest, Reply, prompt_of_v
 from fleet.transport.answers import Answer, AsyncAnswer
 
 MAX_AT_ONCE: Final = 4
-"""Requests of a batch that are open at once, of those that a device accepts by default."""
+"""Requests of a batch that are sent at a time; a device answers this many at once by default."""
 
 Prompt: TypeAlias = str | PromptRequest
 Message: TypeAlias = ChatMessage | Mapping[str, Any]

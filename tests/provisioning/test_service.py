@@ -218,7 +218,7 @@ def test_strangers_add_one_line_to_the_log_and_not_their_bytes(
         assert b'"undecodable"' in reply
     (record,) = caplog.records
     assert record.exc_info is None
-    assert "a request of 127.0.0.1 is refused: " in record.message
+    assert "a request of 127.0.0.1 gets the status 400: " in record.message
 
 
 @pytest.mark.parametrize(

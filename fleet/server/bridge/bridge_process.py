@@ -45,7 +45,10 @@ def run_bridge(home: FleetHome, options: BridgeOptions) -> None:
 
 
 def bridge_identity(home: FleetHome, app: str) -> Identity:
-    """Return the identity of a bridge, one of the fleet's own, enrolled at its first use.
+    """Return the identity of a bridge, an app's, which is enrolled at its first use.
+
+    It is kept in the fleet's folder.
+
 
     Raises:
         ConfigError: the fleet uses the name for another purpose.

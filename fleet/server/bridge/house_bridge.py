@@ -34,7 +34,7 @@ from fleet.transport.base import Transport
 from fleet.utils.rate_limited_log import RateLimitedLog
 
 STATS_S: Final = 30.0  # between two readings of the statistics
-WINDOW_S: Final = 3600.0  # of the answers that they are about
+WINDOW_S: Final = 3600.0  # the statistics cover the answers of this time
 UNKNOWN: Final = DeviceStatus(online=False, epoch=0)
 
 log = RateLimitedLog(logging.getLogger(__name__), 10.0)
@@ -43,8 +43,8 @@ log = RateLimitedLog(logging.getLogger(__name__), 10.0)
 class HouseBridge:
     """A context manager that shows the devices of an app to a house, and takes its prompts.
 
-    `link` is the connection to the fleet under the app's name. The rights are the app's: its
-    devices are those that it may prompt. `watcher` runs the tasks of the bridge.
+    `link` is the connection to the fleet under the app's name. The house sees the devices that the
+    app may prompt. `watcher` runs the tasks of the bridge.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class HouseBridge:
             self._stats = {row.device: row for row in rows}
 
     def _show_states(self) -> None:
-        """Publish the states that have changed."""
+        """Publish all retained messages that have changed."""
         for device in self.devices:
             self._show_device(device)
         self._show_bridge()
@@ -210,7 +210,8 @@ class HouseBridge:
         device = topic.split("/")[index]
         if device in self._statuses:
             return device
-        log.warning("message of the house on %r dropped: no device of %s", topic[:200], self.app)
+        text = "message of the house on %r dropped: app %s may not prompt a device of this name"
+        log.warning(text, topic[:200], self.app)
         return None
 
     def _on_answer(self, device: str, trigger: str | None, answer: Reply | FleetError) -> None:
@@ -231,7 +232,7 @@ class HouseBridge:
     def _store_modes(self) -> None:
         """Make the chosen modes desired settings, which the server publishes.
 
-        At most one change a device is stored in a round, whatever the house sends.
+        Each round stores at most one change per device, whatever the house sends.
         """
         for device, mode in list(self._modes.items()):
             target = Target(Scope.DEVICE, device)
@@ -243,7 +244,7 @@ class HouseBridge:
                 del self._modes[device]
 
     def _on_discovery(self, topic: str, payload: bytes, is_retained: bool) -> None:
-        """Clear the description of a device that an earlier run of this bridge has left."""
+        """Clear what an earlier run has published about a device that is not shown now."""
         device = topic.split("/")[-2]
         if payload and is_retained and device not in self._statuses:
             self._clear(device)

@@ -119,7 +119,10 @@ class HouseLink:
         return info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS
 
     def publish_once(self, topic: str, payload: bytes) -> None:
-        """Publish a message that is not retained. Some wait for the link, and further are lost."""
+        """Publish a message that is not retained.
+
+        While the link is down, `MAX_WAITING` messages wait, and others are lost.
+        """
         info = self._client.publish(topic, payload, qos=1)
         if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
             log.warning("a message on %r is lost: %d already wait", topic, MAX_WAITING)
@@ -176,9 +179,7 @@ class HouseLink:
         _properties: Properties | None,
     ) -> None:
         if reason.is_failure:
-            text = (
-                "the house's broker refuses a message of the bridge (%s); give its user the rights"
-            )
+            text = "the house's broker refuses a message (%s); allow the bridge to write its topics"
             log.warning(text, reason)
 
     def _on_message(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
@@ -202,7 +203,7 @@ def _one_property(packet: int, name: str, value: int) -> Properties:
 
 
 def _subscriptions_of(message: paho.MQTTMessage) -> Sequence[int]:
-    """Return the numbers of the subscriptions that a message is for; none if the broker has none.
+    """Return the numbers of the subscriptions that a message is for; empty if none came with it.
 
     A broker may send a message once for each of several filters that match (MQTT 5 section 3.3.4).
     """

@@ -18,7 +18,7 @@ MS_PER_S: Final = 1000.0
 
 
 class HouseState(Struct, frozen=True, kw_only=True):
-    """The mode of a device, and figures of its last answers: an offload rate in percent."""
+    """The mode of a device, its offload rate in percent and its speed in the last hour."""
 
     mode: Mode | None = None
     offload_rate: float | None = None

@@ -10,14 +10,15 @@ BASE: Final = "ce-collm"
 DISCOVERY: Final = "homeassistant"  # the prefix that Home Assistant reads by default
 
 NEVER_EVENTS: Final = (f"{BASE}/", f"{DISCOVERY}/", f"{PREFIX}/", "$")
-"""Beginnings of topics that never become events: those of bridges, of the fleet and of the broker.
+"""Beginnings of topics that never become events: those of bridges, of Home
+Assistant's discovery, of the fleet and of the broker.
 
 An event from one of them could come back to the bridge that published it.
 """
 
 
 def bridge_availability(app: str) -> str:
-    """The topic of ``online`` or ``offline`` for a bridge, which is also its last will."""
+    """The topic of ``online`` or ``offline`` for a bridge; ``offline`` is its last will."""
     return f"{BASE}/{app}/availability"
 
 
@@ -47,5 +48,5 @@ def house_mode(app: str, device: str = ANY) -> str:
 
 
 def house_discovery(app: str, device: str = ANY) -> str:
-    """The topic of a device's description for Home Assistant, or the filter of all by a bridge."""
+    """The topic of a device's description for Home Assistant, or the filter for all devices."""
     return f"{DISCOVERY}/device/{BASE}-{app}/{device}/config"

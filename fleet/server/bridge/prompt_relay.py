@@ -24,13 +24,13 @@ STOP_S: Final = 5.0
 log = logging.getLogger(__name__)
 
 OnAnswer = Callable[[str, str | None, Reply | FleetError], None]
-"""A function of a device, the trigger whose answer it is (None: a prompt), and the answer."""
+"""Called with the device, the trigger's name (None for a prompt) and the answer."""
 
 
 class PromptRelay:
     """A context manager that sends prompts under the transport's name, on a thread of its own.
 
-    `on_answer` also gets the answers of triggers, which reply to the app of an event.
+    `on_answer` also gets answers to events: triggers send them to the app that published the event.
     """
 
     def __init__(self, link: Transport, on_answer: OnAnswer) -> None:

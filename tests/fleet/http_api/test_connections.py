@@ -161,4 +161,4 @@ def test_requests_that_are_none_add_one_line_to_the_log(
         assert json.loads(body)["error"]["code"] == "undecodable"
     (record,) = caplog.records
     assert record.exc_info is None
-    assert "a request of 127.0.0.1 is refused: " in record.message
+    assert "a request of 127.0.0.1 gets the status 400: " in record.message

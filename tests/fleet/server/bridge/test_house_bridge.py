@@ -427,6 +427,6 @@ def test_missing_rights_at_the_broker_are_logged(
         with linked(address) as link:
             wait_until(lambda: link.is_up, "the link")
             link.publish_state("room", b"1")
-            wait_until(lambda: "refuses a message of the bridge" in caplog.text, "a refusal")
+            wait_until(lambda: "broker refuses a message" in caplog.text, "a refusal")
     finally:
         broker.stop()
