@@ -95,7 +95,8 @@ def bridge(
     if systemd is None:
         run_bridge(home, options)
         return
-    units = bridge_unit(home, options, service_user(home.folder, unit_user))
+    runs_as = service_user(home.folder, unit_user, "--service-user")
+    units = bridge_unit(home, options, runs_as)
     write_units(systemd, units)
     (name,) = units
     print_line(

@@ -182,8 +182,8 @@ def program_folders() -> list[Path]:
     return [Path(sys.prefix), Path(sys.base_prefix), project]
 
 
-def service_user(folder: Path, user: str | None) -> str:
-    """Return `user`, by default the owner of the folder that a service uses.
+def service_user(folder: Path, user: str | None, option: str = "--user") -> str:
+    """Return `user`, the value of `option`, by default the owner of the folder of a service.
 
     Raises:
         ConfigError: systemd accepts no such user, or the folder belongs to root or does not exist.
@@ -198,7 +198,7 @@ def service_user(folder: Path, user: str | None) -> str:
         chown = ("chown", "--recursive", "USER", str(folder))
         raise ConfigError(
             f"{folder} belongs to root, and no service should run as root; "
-            f"give the folder to another user ({shlex.join(chown)}), or pass --user"
+            f"give the folder to another user ({shlex.join(chown)}), or pass {option}"
         )
     return user_name(owner)
 

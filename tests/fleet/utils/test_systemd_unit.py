@@ -65,6 +65,8 @@ def test_a_user_that_systemd_refuses_is_refused(tmp_path: Path, user: str) -> No
 def test_no_service_runs_as_root_by_accident(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"belongs to root.*--user"):
         service_user(Path("/"), None)
+    with pytest.raises(ConfigError, match="pass --service-user"):
+        service_user(Path("/"), None, "--service-user")
     with pytest.raises(ConfigError, match="name a folder that exists"):
         service_user(Path("/no/such/folder"), None)
 
