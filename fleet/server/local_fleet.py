@@ -43,15 +43,16 @@ APP: Final = "app-1"
 WATCHER: Final = "watcher"
 START_S: Final = 60.0
 ASSIST_DEADLINE_MS: Final = 60_000
-"""How long the device waits for the worker, which may be busy but is never away."""
+"""Time that the device waits for the worker, which may be busy but is never away."""
 
 
 class LocalFleet(Responder):
     """A fleet of one device and one worker in this process: ``with LocalFleet() as fleet:``.
 
-    Everything is real but the wire, which is in memory. All modes are available, unless the bundle
-    is for a device alone; then no worker runs. A notebook calls `start` and `close` instead, which
-    also stops what `connect`, `start_worker` and `start_device` have started.
+    Device, worker and messages are real. The broker is in memory, without TLS and rights, and there
+    is no registry. If the bundle holds the whole model for the device, no worker runs, and the
+    device answers alone in every mode. A notebook calls `start` and `close` instead. `close` also
+    stops what `connect`, `start_worker` and `start_device` have started.
     """
 
     def __init__(
@@ -65,10 +66,10 @@ class LocalFleet(Responder):
         """Store the settings.
 
         Args:
-            bundle: the folder of a bundle, ``default``, or None for a fleet whose parts are started
+            bundle: a bundle, its folder, ``default``, or None for a fleet whose parts are started
                 one by one.
-            config: settings of the device. By default each side has half of the machine's cores,
-                and the device waits up to a minute for the worker.
+            config: settings of the device. Without them it has half of the machine's cores, and
+                waits up to a minute for the worker.
             worker_config: settings of the worker.
             broker: a broker that others may share.
         """
@@ -90,13 +91,14 @@ class LocalFleet(Responder):
             LinkError: a part is not online in time.
             FleetError: the bundle is missing or damaged, or a setting does not fit it.
         """
-        with ExitStack() as stack:
-            self._stack = stack
+        try:
             self._watch(self.connect(WATCHER))
             if self._bundle is not None:
                 self._start(load_named_bundle(self._bundle, _default_folder))
             self._client = PromptClient(self.connect(APP))
-            self._stack = stack.pop_all()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def close(self) -> None:
@@ -128,7 +130,7 @@ class LocalFleet(Responder):
         return self.client.ask(DEVICE, request)
 
     def connect(self, name: str, will: Will | None = None) -> InMemoryTransport:
-        """Return a connection to the broker, which ends with the fleet."""
+        """Return a connection to the broker; `close` ends it."""
         return self._stack.enter_context(self.broker.connect(name, will))
 
     def start_worker(
@@ -175,8 +177,7 @@ class LocalFleet(Responder):
                 pass
         except queue.Empty:
             raise LinkError(
-                f"{name} is not online after {START_S:g} s; see its log, or try again when the "
-                "machine is less busy"
+                f"{name} is not online after {START_S:g} s; try again when the machine is less busy"
             ) from None
 
     def _watch(self, watcher: InMemoryTransport) -> None:
@@ -198,7 +199,7 @@ class LocalFleet(Responder):
 
 
 def acknowledge(link: Transport, topic: str, payload: bytes) -> GenerationReport:
-    """Return the report that came on `topic`, and tell its device that it is stored."""
+    """Return the report that came on `topic`, and send a receipt as a collector does."""
     report = decode_report(payload)
     (device,) = topics.parse_topic(topic, topics.DEVICE_STATS_FILTER)
     receipt = encode_receipt(ReportReceipt((report.generation,)))

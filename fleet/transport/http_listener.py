@@ -21,11 +21,14 @@ FIRST_REQUEST_S: Final = 10.0
 CLOSE_S: Final = 2.0
 ACCEPT_AGAIN_S: Final = 0.5
 MAX_CONNECTIONS: Final = 2_048
-FILE_SHARE: Final = 4
-"""A server uses at most this part of its process's file descriptors: 4 is a quarter."""
+FILE_SHARE: Final = 1 / 4
+"""The largest share of the process's file descriptors that a server uses."""
 
-ADDRESS_SHARE: Final = 2
-"""An IPv4 address or an IPv6 /64 may have this part of the connections, also a reverse proxy."""
+ADDRESS_SHARE: Final = 1 / 2
+"""The largest share of the connections of one IPv4 address or one IPv6 /64.
+
+All clients behind a reverse proxy are one address.
+"""
 
 LOG_S: Final = 10.0
 
@@ -60,7 +63,7 @@ class HttpConnection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """Return the response to bytes that are no request, or to a failure of a handler."""
+        """Log bytes that are no request, or a failure of a handler, and return the response."""
         reason = exc or message or "no reason is known"
         log.warning("a request of %s gets the status %d: %s", request.remote, status, reason)
         response = self.refusal(status)
@@ -68,7 +71,7 @@ class HttpConnection(web.RequestHandler):
         return response
 
     def refusal(self, status: int) -> web.Response:
-        """Return the response to bytes that are no request, or to a failure (status 500)."""
+        """Make the response with a status; subclasses override it."""
         return web.Response(status=status)
 
     def log_exception(self, *_: Any, exc_info: object = None, **__: Any) -> None:
@@ -80,7 +83,8 @@ class HttpListener:
     """Accepts connections for a server of aiohttp.
 
     At the limit, the connection that has been idle for the longest time is closed, so that idle
-    ones keep no client out. If none is idle, the new one is closed.
+    ones keep no client out. If none is idle, the new one is closed. At the limit of one address,
+    only the idle ones of this address count.
     """
 
     def __init__(
@@ -91,14 +95,17 @@ class HttpListener:
         tls: ssl.SSLContext | None = None,
         **options: Any,
     ) -> None:
-        """Store the values; `runner` is set up. `options` are those of `web.RequestHandler`."""
+        """Count the requests of the server of `runner`, after `runner.setup()`.
+
+        `options` are those of `web.RequestHandler`.
+        """
         assert runner.server
         self._listener = listener
         self._server = runner.server
         self._kind = kind
         self._tls = tls
         self._options = options
-        self._idle: dict[HttpConnection, None] = {}  # the longest without a request first
+        self._idle: dict[HttpConnection, None] = {}  # ordered: the longest idle first
         self._num_of_network = Counter[str]()
         self._connections: set[HttpConnection] = set()
         self._handle = self._server.request_handler
@@ -134,7 +141,7 @@ class HttpListener:
     def _has_room(self, network: str) -> bool:
         """Return whether there is room for one more connection; make it if possible."""
         limit = max_connections()
-        is_address_full = self._num_of_network[network] >= max(limit // ADDRESS_SHARE, 1)
+        is_address_full = self._num_of_network[network] >= max(int(limit * ADDRESS_SHARE), 1)
         if not is_address_full and len(self._connections) < limit:
             return True
         log.warning("too many connections, the last from %s", network)
@@ -147,7 +154,7 @@ class HttpListener:
         if oldest is None:
             return False
         self.forget(oldest)
-        # Later: a task that is cancelled before its first step would not close its socket.
+        # Not at once: if `_open` has not begun, a cancellation would skip its `except`.
         asyncio.get_running_loop().call_soon(oldest.close_now)
         return True
 
@@ -198,4 +205,4 @@ class HttpListener:
 def max_connections() -> int:
     """Return the maximum number of connections of one server."""
     num_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(min(MAX_CONNECTIONS, num_files // FILE_SHARE), 1)
+    return max(min(MAX_CONNECTIONS, int(num_files * FILE_SHARE)), 1)

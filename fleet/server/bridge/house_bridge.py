@@ -41,10 +41,10 @@ log = RateLimitedLog(logging.getLogger(__name__), 10.0)
 
 
 class HouseBridge:
-    """A context manager that shows the devices of an app to a house, and takes its prompts.
+    """A context manager that shows devices to a house, and relays the house's prompts to them.
 
-    `link` is the connection to the fleet under the app's name. The house sees the devices that the
-    app may prompt. `watcher` runs the tasks of the bridge.
+    To the fleet, the bridge is an app, under whose name `link` is connected. The house sees the
+    devices that this app may prompt. `watcher` runs the tasks of the bridge.
     """
 
     def __init__(
@@ -182,7 +182,9 @@ class HouseBridge:
             return
         self._statuses[device] = status
         if earlier.online and earlier.epoch != (status.epoch if status.online else None):
-            self._relay.fail(device, OfflineError(f"device {device} went offline; ask again"))
+            self._relay.fail(
+                device, OfflineError(f"device {device} went offline or restarted; ask again")
+            )
         self._show_device(device)
 
     def _on_prompt(self, topic: str, payload: bytes, is_retained: bool) -> None:
@@ -230,7 +232,7 @@ class HouseBridge:
         self._modes[device] = Mode(name)
 
     def _store_modes(self) -> None:
-        """Make the chosen modes desired settings, which the server publishes.
+        """Store the chosen modes in the registry as desired settings, which the server publishes.
 
         Each round stores at most one change per device, whatever the house sends.
         """
@@ -244,13 +246,16 @@ class HouseBridge:
                 del self._modes[device]
 
     def _on_discovery(self, topic: str, payload: bytes, is_retained: bool) -> None:
-        """Clear what an earlier run has published about a device that is not shown now."""
+        """Clear the retained messages of a device that is not shown now.
+
+        An earlier run has left them, or the device was removed while the house's broker was away.
+        """
         device = topic.split("/")[-2]
         if payload and is_retained and device not in self._statuses:
             self._clear(device)
 
     def _on_event(self, topic: str, payload: bytes, is_retained: bool) -> None:
-        """Publish a mapped message as an event; retained ones are old, and no events."""
+        """Publish a mapped message as an event. Retained ones are dropped, because they are old."""
         try:
             channel = self._topic_map.channel_of(topic)
             if channel is None or is_retained or not payload:

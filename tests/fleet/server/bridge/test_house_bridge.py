@@ -125,7 +125,7 @@ def test_a_device_that_goes_offline_ends_its_prompts(house: House) -> None:
     _, request = device.next_prompt()
     device.announce(epoch=2)
     _, late = house.ha.answers(2)
-    assert late["error"] == "device kitchen went offline; ask again"
+    assert late["error"] == "device kitchen went offline or restarted; ask again"
     assert late["text"].startswith("error: ")
     assert device.cancelled.get(timeout=10) == request
 
