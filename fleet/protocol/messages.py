@@ -85,13 +85,25 @@ class ChoiceRules(Struct, frozen=True, omit_defaults=True, kw_only=True):
 NO_RULES: Final = ChoiceRules()
 
 
+class Continuation(Struct, frozen=True, kw_only=True):
+    """An earlier session of the device whose first `num_positions` positions are those of the new
+    session. `branch` is the one that it ended on.
+    """
+
+    session: Id
+    branch: Count
+    num_positions: Count
+
+
 class Open(Struct, frozen=True, tag_field="type", tag="open", kw_only=True):
     """Device to workers: a request to accept this session.
 
     `max_positions` bounds the KV cache that it will need. `branch` is the number of rejected drafts
     that the device knows of: a worker that has the session on another branch starts it afresh. The
     hidden states are those after `upload_layer` layers, by default the lowest of the bundle's. An
-    `Open` with `rules` is of protocol 5, so that no earlier worker ignores them.
+    `Open` with `rules` is of protocol 5, so that no earlier worker ignores them. A worker that has
+    the session that this one `continues` moves its positions into the new one; any other worker
+    ignores the field.
     """
 
     session: Id
@@ -104,6 +116,7 @@ class Open(Struct, frozen=True, tag_field="type", tag="open", kw_only=True):
     branch: Count = 0
     upload_layer: Layer | UnsetType = UNSET
     rules: ChoiceRules | UnsetType = UNSET
+    continues: Continuation | UnsetType = UNSET
 
     @property
     def choice_rules(self) -> ChoiceRules:
@@ -220,10 +233,15 @@ class Refused(Struct, frozen=True, tag_field="type", tag="refused", kw_only=True
     worker: Id | None = None
 
 
-class Close(Struct, frozen=True, tag_field="type", tag="close"):
-    """Device to worker: the session has ended, and its memory may be freed."""
+class Close(Struct, frozen=True, omit_defaults=True, tag_field="type", tag="close"):
+    """Device to worker: the session has ended, and its memory may be freed.
+
+    With `keep` the worker keeps the positions, while no session in use needs the memory: a later
+    session may continue this one. Earlier workers free them.
+    """
 
     session: Id
+    keep: bool = False
 
 
 ToWorker: TypeAlias = Open | Context | Verify | Close

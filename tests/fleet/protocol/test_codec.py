@@ -27,6 +27,7 @@ from fleet.protocol.messages import (
     Close,
     Context,
     ContextChunk,
+    Continuation,
     Gap,
     Message,
     Open,
@@ -93,6 +94,22 @@ WIRE: list[tuple[Message, bytes]] = [
         b"\xa5rules\x87\xa5min_p\xcb\x3f\xe0\0\0\0\0\0\0\xb2repetition_penalty\xcb\x3f\xf8\0\0\0\0\0\0"
         b"\xb0presence_penalty\xcb\xc0\0\0\0\0\0\0\0\xb1frequency_penalty\xcb\x40\0\0\0\0\0\0\0"
         b"\xaalogit_bias\x91\x92\x07\xcb\xc0\x59\0\0\0\0\0\0\xadprompt_length\x03\xactop_logprobs\x14",
+    ),
+    (
+        Open(
+            session="s2",
+            epoch=7,
+            bundle_id="b1",
+            protocol=4,
+            sampling=Sampling(),
+            max_positions=1,
+            deadline_ms=1,
+            continues=Continuation(session="s1", branch=3, num_positions=300),
+        ),
+        b"\x8a\xa4type\xa4open\xa7session\xa2s2\xa5epoch\x07\xa9bundle_id\xa2b1\xa8protocol\x04"
+        b"\xa8sampling\x84\xabtemperature\xcb\0\0\0\0\0\0\0\0\xa5top_p\xcb\x3f\xf0\0\0\0\0\0\0\xa5top_k\0\xa4seed\0"
+        b"\xadmax_positions\x01\xabdeadline_ms\x01\xa6branch\x00"
+        b"\xa9continues\x83\xa7session\xa2s1\xa6branch\x03\xadnum_positions\xcd\x01\x2c",
     ),
     (
         Opened(
@@ -196,6 +213,7 @@ WIRE: list[tuple[Message, bytes]] = [
         b"\xa7message\xa9try later\xa6worker\xa2w1",
     ),
     (Close("s1"), b"\x82\xa4type\xa5close\xa7session\xa2s1"),
+    (Close("s1", keep=True), b"\x83\xa4type\xa5close\xa7session\xa2s1\xa4keep\xc3"),
 ]
 
 BROKEN = {
@@ -251,6 +269,14 @@ def opening(**rules: Any) -> Open:
     )
 
 
+def continuing(**changes: Any) -> Open:
+    """Return an `Open` that continues a session, with these fields changed, which msgspec does not
+    check.
+    """
+    earlier = Continuation(session="s0", branch=0, num_positions=8)
+    return replace(opening(), continues=replace(earlier, **changes))
+
+
 OUT_OF_RANGE = [
     opening(min_p=1.5),
     opening(repetition_penalty=0.0),
@@ -262,6 +288,10 @@ OUT_OF_RANGE = [
     opening(logit_bias=((1, float("inf")),)),
     opening(logit_bias=((1, 1.0),) * 301),
     opening(top_logprobs=21),
+    continuing(session="S0"),
+    continuing(branch=-1),
+    continuing(num_positions=-1),
+    continuing(num_positions=(1 << 20) + 1),
     verify(request=-1),
     verify(start=-1),
     verify(start=1 << 20),

@@ -21,6 +21,7 @@ from fleet.protocol.messages import (
     Close,
     Context,
     ContextChunk,
+    Continuation,
     Gap,
     Message,
     Open,
@@ -74,6 +75,7 @@ RULES = st.builds(
     prompt_length=COUNTS,
     top_logprobs=st.integers(0, 20),
 )
+CONTINUATIONS = st.builds(Continuation, session=NAMES, branch=COUNTS, num_positions=COUNTS)
 OPENS = st.builds(
     Open,
     session=NAMES,
@@ -86,6 +88,7 @@ OPENS = st.builds(
     branch=COUNTS,
     upload_layer=st.just(UNSET) | st.integers(1, 9999),
     rules=st.just(UNSET) | RULES,
+    continues=st.just(UNSET) | CONTINUATIONS,
 )
 VERIFIES = st.builds(
     Verify,
@@ -97,7 +100,8 @@ VERIFIES = st.builds(
     deadline_ms=DEADLINES,
     chunk=st.none() | CHUNKS,
 )
-TO_WORKER = st.one_of(OPENS, st.builds(Context, NAMES, CHUNKS), VERIFIES, st.builds(Close, NAMES))
+CLOSES = st.builds(Close, NAMES, keep=st.booleans())
+TO_WORKER = st.one_of(OPENS, st.builds(Context, NAMES, CHUNKS), VERIFIES, CLOSES)
 OPENEDS = st.builds(
     Opened,
     session=NAMES,
