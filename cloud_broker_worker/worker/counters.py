@@ -35,6 +35,8 @@ class WorkerCounters:
     """Counts since the engine was made; they only grow.
 
     Attributes:
+        num_continued: sessions that began with positions of an earlier one.
+        num_reused: these positions.
         num_expired: verify jobs whose deadline has passed.
         refusals: refusals by code.
         queued: times from a request's arrival until it was first included in a step.
@@ -42,6 +44,8 @@ class WorkerCounters:
     """
 
     num_positions: int = 0
+    num_continued: int = 0
+    num_reused: int = 0
     num_expired: int = 0
     refusals: Counter[str] = field(default_factory=Counter)
     queued: Durations = field(default_factory=Durations)

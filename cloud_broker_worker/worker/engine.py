@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from cloud_broker_worker.worker.config import WorkerConfig
 from cloud_broker_worker.worker.counters import WorkerCounters
@@ -42,6 +42,7 @@ from fleet.protocol.messages import (
     Close,
     Context,
     ContextChunk,
+    Continuation,
     Gap,
     Open,
     Opened,
@@ -51,6 +52,7 @@ from fleet.protocol.messages import (
     ToWorker,
     Verify,
 )
+from fleet.protocol.report import DeviceStatus
 from fleet.utils.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
@@ -105,8 +107,7 @@ class WorkerEngine:
         if isinstance(message, Open):
             responses = [self._open(key, message, arrived)]
         elif session := self.sessions.get(key):
-            session.last_used = arrived
-            session.gone_since = None
+            session.use(arrived)
             responses = self._handle_in_session(session, message, arrived)
         elif isinstance(message, Close):
             responses = []
@@ -121,7 +122,7 @@ class WorkerEngine:
         if isinstance(message, Context):
             return [self._store(session, message.chunk, arrived)]
         if isinstance(message, Close):
-            self.session_store.drop(session)
+            session.keep() if message.keep else self.session_store.drop(session)
             return []
         if message.chunk is None:
             return [self._verify(session, message, arrived)]
@@ -138,22 +139,11 @@ class WorkerEngine:
             return None  # late: the device has restarted since it sent this
         is_known = session and same_terms(session.opening, message)
         if session is None or not is_known or session.branch != message.branch:
-            refused = self._refusal(key, message)
-            if refused:
-                return refused
-            first_layer = upload_layer(message, self._manifest) - self._manifest.upload_layer
-            try:
-                constraint = self._constraint(message.choice_rules)
-                session = self.session_store.admit(key, message, arrived, first_layer=first_layer)
-                session.constraint = constraint
-            except ConstraintError as error:
-                return self._refused(key, BAD_CONSTRAINT, str(error))
-            except PoolFullError as error:
-                can_fit = self.session_store.can_ever_fit(message.max_positions, first_layer)
-                retry_after_ms = self._config.retry_after_ms if can_fit else 0
-                return self._refused(key, error.code, str(error), retry_after_ms)
-        session.last_used = arrived
-        session.gone_since = None
+            admitted = self._refusal(key, message) or self._admit(key, message, arrived)
+            if isinstance(admitted, Refused):
+                return admitted
+            session = admitted
+        session.use(arrived)
         session.last_request = -1
         return Opened(
             session=key.session,
@@ -163,6 +153,31 @@ class WorkerEngine:
             window_bytes=self._config.window_bytes,
             dtypes=CONTEXT_DTYPES,
         )
+
+    def _admit(self, key: SessionKey, message: Open, now: float) -> Session | Refused:
+        """Begin a session, with the positions of an earlier one if it continues that one."""
+        store = self.session_store
+        first_layer = upload_layer(message, self._manifest) - self._manifest.upload_layer
+        earlier = self._continued(key.device, message.continues)
+        try:
+            constraint = self._constraint(message.choice_rules)
+            session = store.admit(key, message, now, first_layer=first_layer, earlier=earlier)
+        except ConstraintError as error:
+            return self._refused(key, BAD_CONSTRAINT, str(error))
+        except PoolFullError as error:
+            can_fit = store.can_ever_fit(message.max_positions, first_layer)
+            retry_after_ms = self._config.retry_after_ms if can_fit else 0
+            return self._refused(key, error.code, str(error), retry_after_ms)
+        session.constraint = constraint
+        self.counters.num_continued += session.received > 0
+        self.counters.num_reused += session.received
+        return session
+
+    def _continued(self, device: str, continues: Continuation | UnsetType) -> Session | None:
+        """Return the session of the device that a new one continues, if it is here."""
+        if continues is UNSET:
+            return None
+        return self.sessions.get(SessionKey(device, continues.session))
 
     def _constraint(self, rules: ChoiceRules) -> TokenConstraint | None:
         """Return the constraint of a session, if it has one. Raises ConstraintError."""
@@ -436,18 +451,21 @@ class WorkerEngine:
             if has_left or session.last_used < oldest:
                 self.session_store.drop(session)
 
-    def leave(self, device: str) -> None:
+    def observe(self, device: str, status: DeviceStatus) -> None:
         """Stop all work for a device that went offline.
 
         Its sessions count as unused from now on, so other devices may get the memory of their
-        caches. The sessions are dropped unless the device returns soon.
+        caches. The sessions are dropped unless the device returns soon and uses them, or has kept
+        them and was not restarted.
         """
         now = self._clock()
         for session in self.sessions.values():
-            if session.key.device == device:
-                session.job = None
-                session.gone_since = now
-                session.last_used = min(session.last_used, now - self._config.idle_after_s)
+            if session.key.device != device:
+                continue
+            if not status.online:
+                session.leave(now, now - self._config.idle_after_s)
+            elif session.is_kept and session.opening.epoch == status.epoch:
+                session.gone_since = None
 
     def deny(self, devices: frozenset[str]) -> list[EngineResponse]:
         """Set the devices that are refused from now on, and drop their sessions."""
@@ -465,6 +483,11 @@ class WorkerEngine:
         for session in sessions:
             self.session_store.drop(session)
         return [EngineResponse(session.key, refuse(session.key)) for session in sessions]
+
+    @property
+    def num_in_use(self) -> int:
+        """Number of sessions that their devices have not ended. Any thread may read it."""
+        return sum(not session.is_kept for session in list(self.sessions.values()))
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if sessions and memory disagree. Tests call it after each scenario."""

@@ -29,7 +29,8 @@ class MemoryLimits:
     """The byte budget of all sessions, the largest share of it that one device may use, and the
     largest number of sessions that one device may have.
 
-    A session is idle when it has no job and has not been used for `idle_after_s` seconds.
+    A session is idle when it has no job and has not been used for `idle_after_s` seconds. A kept
+    session is idle at once.
     """
 
     shape: KvShape
@@ -45,7 +46,8 @@ class MemoryLimits:
         return num_positions * self.shape.hidden_bytes
 
     def is_idle(self, session: Session, now: float) -> bool:
-        return session.job is None and session.last_used <= now - self.idle_after_s
+        has_rested = session.is_kept or session.last_used <= now - self.idle_after_s
+        return session.job is None and has_rested
 
     def share_bytes(self, sessions: Iterable[Session], device: str, now: float) -> float:
         """Return the number of bytes that one device may use while others need memory.
@@ -108,7 +110,7 @@ def sessions_to_drop(
     3. if the device that needs memory is within its share: sessions in use whose device is over
        its share
 
-    Within each group, the least recently used session comes first.
+    Within each group, kept sessions come first, and then the least recently used one.
 
     Raises:
         PoolFullError: dropping all of these would not make enough room. The caller then drops none.
@@ -134,7 +136,7 @@ def _next_victim(
 ) -> Session | None:
     idle = [session for session in kept if limits.is_idle(session, now)]
     if idle:
-        return min(idle, key=lambda s: (s.key.device not in over, s.last_used))
+        return min(idle, key=lambda s: (s.key.device not in over, not s.is_kept, s.last_used))
     if device in over:
         return None
     in_use = [session for session in kept if session.key.device in over]
@@ -154,7 +156,8 @@ def _too_few(need: MemoryNeed, limits: MemoryLimits) -> str:
 def surplus_sessions(
     sessions: Iterable[Session], device: str, limits: MemoryLimits, now: float
 ) -> list[Session]:
-    """Return the device's idle sessions to drop before it may open one more, empty ones first.
+    """Return the device's idle sessions to drop before it may open one more: empty ones first, then
+    kept ones.
 
     Raises:
         PoolFullError: too few of its sessions are idle.
@@ -167,7 +170,7 @@ def surplus_sessions(
         raise PoolFullError(
             f"device {device} has {limit} sessions in use, which is its limit; close one first"
         )
-    return sorted(idle, key=lambda s: (s.received > 0, s.last_used))[:num_surplus]
+    return sorted(idle, key=lambda s: (s.received > 0, not s.is_kept, s.last_used))[:num_surplus]
 
 
 def claims_of(

@@ -68,6 +68,11 @@ class WorkerMonitor:
         for name, text, value in (
             ("sessions", "Sessions on this worker.", len(sessions)),
             (
+                "kept_sessions",
+                "Of these, sessions that have ended and may be continued.",
+                sum(session.is_kept for session in sessions),
+            ),
+            (
                 "waiting_questions",
                 "Verify requests that have their context and no response yet.",
                 len(waiting),
@@ -106,6 +111,12 @@ def _counters(engine: WorkerEngine) -> Iterable[Metric]:
     counters = engine.counters
     for name, text, value in (
         ("positions", "Positions run through the upper layers.", counters.num_positions),
+        (
+            "continued_sessions",
+            "Sessions that began with positions of an earlier one.",
+            counters.num_continued,
+        ),
+        ("reused_positions", "Positions with which these sessions began.", counters.num_reused),
         ("expired_questions", "Verify requests whose deadline has passed.", counters.num_expired),
         (
             "evictions",

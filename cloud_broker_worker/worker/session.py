@@ -100,7 +100,8 @@ class Session:
     `branch` grows with each rejected draft and each withdrawn request. A session without a `lease`
     has no cache; the cache is built again when a step needs it. `holds_drafts` is set by the first
     job, because later context may belong to drafts. `gone_since` is the time at which the device
-    went offline. The hidden states enter `first_layer`; 0 is the lowest layer of the cloud's half.
+    went offline. `is_kept` is set when the device has ended the session and may continue it with
+    another one. The hidden states enter `first_layer`; 0 is the lowest layer of the cloud's half.
     `tokens` are those of the received positions, if the session's rules need them. `constraint`
     follows the answer if the rules have one.
     """
@@ -120,6 +121,7 @@ class Session:
     unacknowledged_bytes: int = 0
     receipt_repeated: int | None = None
     gone_since: float | None = None
+    is_kept: bool = False
     first_layer: int = 0
     tokens: list[int] = field(default_factory=list)
     constraint: TokenConstraint | None = None
@@ -135,6 +137,34 @@ class Session:
             self.tokens[self.received :] = tokens[-count:]
             self.received += count
         return count
+
+    def use(self, now: float) -> None:
+        """Record a message of the device."""
+        self.last_used = now
+        self.gone_since = None
+        self.is_kept = False
+
+    def leave(self, now: float, unused_since: float) -> None:
+        """Stop all work, because the device went offline."""
+        self.job = None
+        self.gone_since = now
+        self.last_used = min(self.last_used, unused_since)
+
+    def keep(self) -> None:
+        """Stop all work, and wait for a session that continues this one."""
+        self.job = None
+        self.is_kept = True
+
+    def take(self, earlier: Session, num_positions: int) -> None:
+        """Begin with the first positions of a session that ends; get all of its memory."""
+        own_store = self.store
+        self.store = earlier.store
+        earlier.store = own_store
+        self.lease = earlier.lease
+        earlier.lease = None
+        self.tokens = earlier.tokens
+        self.received = earlier.received
+        self.rewind(num_positions, self.branch)
 
     def add_job(self, message: Verify, now: float) -> None:
         """Make the request the pending job. A repeated request keeps its arrival time and gets the

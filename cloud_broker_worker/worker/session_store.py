@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+from msgspec import UNSET
+
 from cloud_broker_worker.worker.config import WorkerConfig
 from cloud_broker_worker.worker.eviction_policy import (
     BLOCK,
@@ -18,6 +22,9 @@ from cloud_broker_worker.worker.kv_pool import KvPool
 from cloud_broker_worker.worker.session import Session, SessionKey
 from fleet.errors import PoolFullError
 from fleet.protocol.messages import Open
+
+MAX_CAPACITY_RATIO: Final = 2
+"""Largest capacity of a store that a session takes over, in terms of the positions it may have."""
 
 
 class SessionStore:
@@ -43,15 +50,25 @@ class SessionStore:
         limits = self._limits
         return limits.cache_bytes(num_positions, first_layer) + limits.hidden_bytes(num_positions)
 
-    def admit(self, key: SessionKey, opening: Open, now: float, *, first_layer: int = 0) -> Session:
-        """Add a new session. It replaces an earlier session with the same key.
+    def admit(
+        self,
+        key: SessionKey,
+        opening: Open,
+        now: float,
+        *,
+        first_layer: int = 0,
+        earlier: Session | None = None,
+    ) -> Session:
+        """Add a new session. It replaces a session with the same key, and the `earlier` one that it
+        continues, whose positions it gets as far as it can use them.
 
         Raises:
             PoolFullError: the session exceeds the whole budget, or needs memory to which other
                 sessions have a claim.
         """
-        if key in self.sessions:
-            self.drop(self.sessions[key])
+        replaced = self.sessions.get(key)
+        if replaced and replaced is not earlier:
+            self.drop(replaced)
         num_positions = opening.max_positions
         if not self.can_ever_fit(num_positions, first_layer):
             needed = self._session_bytes(num_positions, first_layer)
@@ -60,11 +77,12 @@ class SessionStore:
                 f"a session of {num_positions} positions needs {needed} bytes, but the budget is "
                 f"{budget}; open a smaller session, or raise the worker's --kv-budget-mb"
             )
-        for session in surplus_sessions(self.sessions.values(), key.device, self._limits, now):
-            self.drop(session)
-        first = MemoryNeed(key.device, min(BLOCK, num_positions), first_layer)
-        # Called only for its PoolFullError: `hold` drops sessions when hidden states arrive.
-        sessions_to_drop(self.sessions.values(), first, self._limits, now)
+        num_reused = num_reusable(earlier, opening, first_layer)
+        num_held = earlier.store.capacity if earlier and num_reused else 0
+        need = MemoryNeed(key.device, max(num_held, min(BLOCK, num_positions)), first_layer)
+        victims = self._admission_victims(need, now, earlier)
+        for victim in victims if num_held else ():  # else `hold` does it, when positions arrive
+            self.drop(victim)
         session = Session(
             key=key,
             opening=opening,
@@ -73,8 +91,33 @@ class SessionStore:
             branch=opening.branch,
             first_layer=first_layer,
         )
+        if earlier:
+            self._move(earlier, session, num_reused)
         self.sessions[key] = session
         return session
+
+    def _admission_victims(
+        self, need: MemoryNeed, now: float, earlier: Session | None
+    ) -> list[Session]:
+        """Drop the surplus of the device's sessions, and return those to drop for their memory.
+
+        Raises:
+            PoolFullError: the device has too many sessions in use, or there is too little memory.
+        """
+        others = [session for session in self.sessions.values() if session is not earlier]
+        surplus = surplus_sessions(others, need.device, self._limits, now)
+        for session in surplus:
+            self.drop(session)
+        left = [session for session in others if session not in surplus]
+        return sessions_to_drop(left, need, self._limits, now)
+
+    def _move(self, earlier: Session, session: Session, num_positions: int) -> None:
+        """Remove the earlier session. If the new one can begin with any of its positions, it gets
+        its memory, too.
+        """
+        if num_positions:
+            session.take(earlier, num_positions)
+        self.drop(earlier)
 
     def hold(self, session: Session, num_positions: int, now: float) -> None:
         """Grow the session's store to `num_positions`.
@@ -177,3 +220,25 @@ class SessionStore:
                     f"session {session.key} as {key}: {session.length} positions have run, "
                     f"{session.received} arrived, {session.capacity} fit"
                 )
+
+
+def num_reusable(earlier: Session | None, opening: Open, first_layer: int) -> int:
+    """Return the number of positions of an earlier session with which a new one can begin.
+
+    It is 0 if they are not those that the device means, or if most of the earlier session's memory
+    would be of no use to the new one.
+    """
+    continues = opening.continues
+    if earlier is None or continues is UNSET:
+        return 0
+    is_meant = (
+        earlier.opening.epoch == opening.epoch
+        and earlier.first_layer == first_layer
+        and earlier.branch == continues.branch
+        and earlier.job is None
+    )
+    max_capacity = max(BLOCK, MAX_CAPACITY_RATIO * opening.max_positions)
+    if not is_meant or earlier.store.capacity > max_capacity:
+        return 0
+    count = min(continues.num_positions, earlier.received, opening.max_positions)
+    return min(count, len(earlier.tokens)) if opening.choice_rules.need_text else count

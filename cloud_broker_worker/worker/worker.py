@@ -61,8 +61,10 @@ class Worker:
         self.last_cycle_at = time.monotonic()
         self.on_cycle: Callable[[], None] = lambda: None
         self._epoch = time.time_ns() // 1_000_000
-        # A device's message, or None when the device has gone.
-        self._queue = queue.Queue[tuple[float, str, ToWorker | None]](config.max_queued_messages)
+        # A device's message, or its status when it has gone or come back.
+        self._queue = queue.Queue[tuple[float, str, ToWorker | DeviceStatus]](
+            config.max_queued_messages
+        )
         self._num_queued_by = Counter[str]()  # messages of each device in the queue
         self._queue_lock = threading.Lock()
         self._denied = self.engine.denied  # the newest list; the thread passes it to the engine
@@ -104,7 +106,7 @@ class Worker:
         self._transport.unsubscribe(self._open_filter)
         self._announce()
         deadline = time.monotonic() + self._config.drain_timeout_s
-        while self.engine.sessions and time.monotonic() < deadline:
+        while self.engine.num_in_use and time.monotonic() < deadline:
             if hurry.wait(DRAIN_CHECK_S):
                 break
 
@@ -130,7 +132,7 @@ class Worker:
 
     def _announce(self) -> None:
         with self._announce_lock:  # of two threads, the later one must not publish an older status
-            self._announced = len(self.engine.sessions)
+            self._announced = self.engine.num_in_use
             status = WorkerStatus(
                 online=True,
                 epoch=self._epoch,
@@ -149,30 +151,22 @@ class Worker:
         """
         try:
             message = decode_to_worker(payload)
-            if isinstance(message, Open):
-                (device,) = topics.parse_topic(topic, topics.OPEN_FILTER)
-            else:
-                _, device, session = topics.parse_topic(topic, topics.TO_WORKER_FILTER)
-                if message.session != session:
-                    raise ProtocolError(
-                        f"expected session {session} of the topic, got {message.session}"
-                    )
+            device = sender_of(topic, message)
         except ProtocolError as error:
             self._log.warning("message on %.200r dropped: %s", topic, error)
             return
         self._enqueue(topic, device, message)
 
     def _on_device_status(self, topic: str, payload: bytes) -> None:
-        """Queue that a device with sessions here went offline."""
+        """Queue that a device with sessions here went offline or came back."""
         try:
             (device,) = topics.parse_topic(topic, topics.DEVICE_STATUS_FILTER)
-            is_here = any(key.device == device for key in list(self.engine.sessions))
-            if is_here and not decode_status(payload, DeviceStatus).online:
-                self._enqueue(topic, device, None)
+            if any(key.device == device for key in list(self.engine.sessions)):
+                self._enqueue(topic, device, decode_status(payload, DeviceStatus))
         except ProtocolError as error:
             self._log.warning("message on %.200r dropped: %s", topic, error)
 
-    def _enqueue(self, topic: str, device: str, message: ToWorker | None) -> None:
+    def _enqueue(self, topic: str, device: str, message: ToWorker | DeviceStatus) -> None:
         with self._queue_lock:
             num_own = self._num_queued_by[device]
             has_room = num_own < self._queue.maxsize * QUEUE_SHARE and not self._queue.full()
@@ -205,7 +199,7 @@ class Worker:
                 self._send(responses or [])
                 if time.monotonic() > next_check:
                     self.engine.expire()
-                    if len(self.engine.sessions) != self._announced:
+                    if self.engine.num_in_use != self._announced:
                         self._announce()
                     next_check = time.monotonic() + EXPIRY_CHECK_S
             except Exception:  # the outermost boundary: one bad session must not end the worker
@@ -224,8 +218,8 @@ class Worker:
                     self._num_queued_by[device] -= 1
                     if not self._num_queued_by[device]:
                         del self._num_queued_by[device]
-                if message is None:
-                    self.engine.leave(device)
+                if isinstance(message, DeviceStatus):
+                    self.engine.observe(device, message)
                 else:
                     self._send(self.engine.handle(device, message, arrived))
                 item = self._queue.get_nowait()
@@ -243,3 +237,20 @@ class Worker:
             self._transport.publish(topic, payload, qos=qos, retain=retain)
         except LinkError as error:
             self._log.warning("not sent on %s: %s", topic, error)
+
+
+def sender_of(topic: str, message: ToWorker) -> str:
+    """Return the device that has sent a message, from its topic.
+
+    An `Open` may come to all workers or to this one, like the later messages of its session.
+
+    Raises:
+        ProtocolError: the message is not allowed on this topic.
+    """
+    if isinstance(message, Open) and topics.matches(topics.OPEN_FILTER, topic):
+        (device,) = topics.parse_topic(topic, topics.OPEN_FILTER)
+        return device
+    _, device, session = topics.parse_topic(topic, topics.TO_WORKER_FILTER)
+    if message.session != session:
+        raise ProtocolError(f"expected session {session} of the topic, got {message.session}")
+    return device

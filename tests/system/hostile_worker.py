@@ -42,6 +42,7 @@ from fleet.protocol.messages import (
     Verified,
     Verify,
 )
+from fleet.protocol.report import DeviceStatus
 from onnx_export.default_bundle import default_bundle
 
 DEVICE_S: Final = 0.030
@@ -191,7 +192,7 @@ class GoneAttack(LongAttack):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         super().act()
-        site.engine.leave(HOSTILE[0])
+        site.engine.observe(HOSTILE[0], DeviceStatus(online=False, epoch=0))
 
     def act(self) -> None:
         return

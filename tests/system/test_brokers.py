@@ -21,6 +21,8 @@ from edge_agent.serving.agent import Agent
 from fleet.bundles.manifest import Bundle
 from fleet.identity.identity import Identity
 from fleet.protocol import topics
+from fleet.protocol.codec import decode_to_device, encode
+from fleet.protocol.messages import PROTOCOL, Open, Opened, Sampling
 from fleet.protocol.prompt import PromptRequest
 from fleet.protocol.report import WorkerStatus, decode_status
 from fleet.transport.base import Will
@@ -96,6 +98,33 @@ def test_the_answer_over_a_real_broker_is_the_whole_models(site: Site, tiny_bund
     usage = replies[-1].usage
     assert usage is not None
     assert usage.sources == {"cloud": len(token_ids)}
+
+
+@pytest.mark.parametrize("shared_opens", [False, True])
+def test_an_open_comes_to_one_worker_over_the_topic_of_its_session(
+    site: Site, tiny_bundle: Bundle, *, shared_opens: bool
+) -> None:
+    opening = Open(
+        session="s1",
+        epoch=1,
+        bundle_id=tiny_bundle.manifest.bundle_id,
+        protocol=PROTOCOL,
+        sampling=Sampling(),
+        max_positions=64,
+        deadline_ms=1000,
+    )
+    config = WorkerConfig(num_threads=1, shared_opens=shared_opens)
+    replies = Inbox()
+    with (
+        site.connect("w1") as cloud,
+        site.connect("d1") as edge,
+        Worker(cloud, tiny_bundle, config),
+    ):
+        edge.subscribe(topics.sessions_of_device("d1"), replies)
+        edge.publish(topics.to_worker("w1", "d1", "s1"), encode(opening))
+        opened = decode_to_device(replies.get()[1])
+    assert isinstance(opened, Opened)
+    assert opened.worker == "w1"
 
 
 @pytest.mark.mosquitto

@@ -6,10 +6,12 @@ import pytest
 
 from cloud_broker_worker.worker.session import SessionKey
 from fleet.protocol.messages import Opened, Verified
+from fleet.protocol.report import DeviceStatus
 from tests.cloud_broker_worker.worker.conftest import Bench
 
 NEIGHBOUR = "edge-1"
 HOSTILE = ("edge-7", "edge-8", "edge-9")
+OFFLINE = DeviceStatus(online=False, epoch=0)
 LONG = 512  # positions, the tiny model's limit
 
 
@@ -105,7 +107,7 @@ def test_a_device_that_has_gone_gets_no_steps_and_loses_its_sessions_unless_it_r
     bench.open("s0", HOSTILE[0], max_positions=LONG)
     bench.context(rows, 0, "s0", HOSTILE[0])
     bench.ask(LONG - 1, 0, "s0", HOSTILE[0], deadline_ms=600_000)
-    bench.engine.leave(HOSTILE[0])
+    bench.engine.observe(HOSTILE[0], OFFLINE)
     assert bench.engine.step() is None
     bench.now += 5
     if returns:

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from msgspec import UNSET
 
 from cloud_broker_worker.worker.config import WorkerConfig
 from cloud_broker_worker.worker.counters import BOUNDS_S, Durations
@@ -19,7 +20,7 @@ from fleet.errors import ConfigError
 from fleet.monitoring.http_endpoint import HttpEndpoint
 from fleet.protocol import topics
 from fleet.protocol.codec import decode_to_device, encode
-from fleet.protocol.messages import PROTOCOL, Open, Opened, Sampling
+from fleet.protocol.messages import PROTOCOL, Close, Continuation, Open, Opened, Sampling
 from fleet.transport.in_memory import InMemoryBroker
 from tests.brokers import HOST, Inbox, free_port, running_site, wait_until
 from tests.cloud_broker_worker.worker.conftest import Bench, TinyModel
@@ -146,7 +147,26 @@ def test_the_metrics_are_those_of_what_a_worker_did(site: Site, whole: TinyModel
     assert samples["fleet_worker_kv_used_bytes"] == pool.used_bytes > 0
     assert samples["fleet_worker_kv_budget_bytes"] == pool.budget_bytes
     assert samples["fleet_worker_connected"] == 1
+    assert samples["fleet_worker_kept_sessions"] == 0
     assert samples["process_resident_memory_bytes"] > 0
+
+
+def test_kept_and_continued_sessions_are_in_the_metrics(site: Site, whole: TinyModel) -> None:
+    device = site.device()
+    for session, continues in (
+        ("s1", UNSET),
+        ("s2", Continuation(session="s1", branch=1, num_positions=5)),
+    ):
+        device.send(device.opening(session, continues))
+        assert isinstance(device.next_answer(), Opened)
+        device.upload_and_ask(session, whole)
+        device.send(Close(session, keep=True))
+    wait_until(lambda: site.worker.engine.num_in_use == 0, "both have ended", WAIT_S)
+    with monitored(site.worker) as url:
+        samples = scrape(url)
+    assert samples["fleet_worker_sessions"] == samples["fleet_worker_kept_sessions"] == 1
+    assert samples["fleet_worker_continued_sessions_total"] == 1
+    assert samples["fleet_worker_reused_positions_total"] == 5
 
 
 def test_a_request_that_could_be_answered_is_in_the_queue(

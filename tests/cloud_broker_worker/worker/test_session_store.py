@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cloud_broker_worker.worker.session import Session, SessionKey
-from fleet.protocol.messages import Close, Opened, Refused, Sampling, Verified, Verify
+from fleet.protocol.messages import Close, Continuation, Opened, Refused, Sampling, Verified, Verify
 from tests.cloud_broker_worker.worker.conftest import DEVICE, Bench
 
 CAPACITY = 64  # positions of a session that Bench opens
@@ -206,6 +206,7 @@ class Player:
         self.random = np.random.default_rng(seed)
         self.bench = bench
         self.num_answers = 0
+        self.num_continued = 0
         self._request = 0
         bench.start(
             kv_budget_bytes=budget(bench, 2, 5),
@@ -220,15 +221,15 @@ class Player:
         session = f"s{self.random.integers(4)}"
         key = SessionKey(device, session)
         state = self.bench.engine.sessions.get(key)
-        kind = self.random.choice(
-            ["open", "context", "verify", "close", "step", "wait"], p=PROBABILITIES
-        )
+        kind = self.random.choice(list(PROBABILITIES), p=list(PROBABILITIES.values()))
         if kind == "step":
             self.step()
         elif kind == "wait":
             self.bench.now += float(self.random.exponential(1.0))
         elif kind == "close":
-            self.bench.send(Close(session), device)
+            self.bench.send(Close(session, keep=bool(self.random.integers(2))), device)
+        elif kind == "continue":
+            self.go_on(device, session, f"s{self.random.integers(4)}")
         elif kind == "open" or state is None:
             sampling = Sampling(temperature=float(self.random.integers(2)), seed=3)
             self.bench.open(session, device, sampling=sampling, branch=state.branch if state else 0)
@@ -242,6 +243,33 @@ class Player:
                 self.bench.context(rows, start, session, device, branch)
         else:
             self.ask(key, state)
+
+    def go_on(self, device: str, session: str, earlier: str) -> None:
+        """Open a session that continues another one, or itself; check the rows that it begins with
+        and the answer that comes from them.
+        """
+        sessions = self.bench.engine.sessions
+        known = sessions.get(SessionKey(device, earlier))
+        rows = known.store.rows[: known.received].copy() if known else np.empty((0, 64), np.float16)
+        continues = Continuation(
+            session=earlier,
+            branch=max(0, (known.branch if known else 0) - int(self.random.integers(8) == 0)),
+            num_positions=int(self.random.integers(0, CAPACITY + 9)),
+        )
+        (reply,) = self.bench.open(
+            session,
+            device,
+            epoch=1 + int(self.random.integers(9) == 0),
+            max_positions=int(self.random.integers(20, 2 * CAPACITY)),
+            continues=continues,
+        ) or (None,)
+        if not isinstance(reply, Opened) or session == earlier:
+            return
+        state = sessions[SessionKey(device, session)]
+        if reply.received and SessionKey(device, earlier) not in sessions:
+            assert reply.received <= continues.num_positions
+            assert np.array_equal(state.store.rows[: reply.received], rows[: reply.received])
+            self.num_continued += 1
 
     def ask(self, key: SessionKey, state: Session) -> None:
         self._request += int(self.random.integers(0, 2))
@@ -282,7 +310,15 @@ class Player:
             assert message.token_id == whole[message.accepted]
 
 
-PROBABILITIES = (0.08, 0.3, 0.3, 0.02, 0.25, 0.05)
+PROBABILITIES = {
+    "open": 0.06,
+    "context": 0.28,
+    "verify": 0.28,
+    "close": 0.04,
+    "continue": 0.06,
+    "step": 0.23,
+    "wait": 0.05,
+}
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -294,6 +330,7 @@ def test_whatever_devices_do_the_memory_adds_up_and_every_answer_is_the_whole_mo
         player.move()
         bench.engine.check_integrity()
     assert player.num_answers > 10
+    assert player.num_continued > 0
     bench.now += 1000
     bench.engine.expire()
     assert bench.engine.pool.used_bytes == 0

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import msgpack
 import numpy as np
 import pytest
+from msgspec import UNSET, UnsetType
 
 from cloud_broker_worker.worker.config import WorkerConfig
 from cloud_broker_worker.worker.worker import Worker
@@ -22,6 +24,7 @@ from fleet.protocol.messages import (
     PROTOCOL,
     Close,
     Context,
+    Continuation,
     Open,
     Opened,
     Refused,
@@ -98,8 +101,8 @@ class Device:
             lambda _, payload: self.statuses.put(decode_status(payload, WorkerStatus)),
         )
 
-    def open(self, session: str) -> ToDevice:
-        message = Open(
+    def opening(self, session: str, continues: Continuation | UnsetType = UNSET) -> Open:
+        return Open(
             session=session,
             epoch=1,
             bundle_id=self._bundle_id,
@@ -107,8 +110,12 @@ class Device:
             sampling=Sampling(),
             max_positions=64,
             deadline_ms=1000,
+            continues=continues,
         )
-        self.transport.publish(topics.open_session(self.transport.name), encode(message), qos=1)
+
+    def open(self, session: str) -> ToDevice:
+        topic = topics.open_session(self.transport.name)
+        self.transport.publish(topic, encode(self.opening(session)), qos=1)
         return self.next_answer()
 
     def send(self, message: ToWorker) -> None:
@@ -123,10 +130,12 @@ class Device:
         return self.statuses.get(timeout=WAIT_S)
 
     def ask(self, session: str, whole: TinyModel, num_positions: int = 6) -> None:
-        """Opens a session, uploads some positions, asks for the next token and expects the whole
-        model's.
-        """
+        """Open a session, upload some positions, and ask for the next token."""
         assert isinstance(self.open(session), Opened)
+        self.upload_and_ask(session, whole, num_positions)
+
+    def upload_and_ask(self, session: str, whole: TinyModel, num_positions: int = 6) -> None:
+        """Upload some positions; the token after them must be the whole model's."""
         rows = whole.upload(list(range(10, 10 + num_positions)), 2)
         self.send(Context(session, pack_chunk(0, 0, rows)))
         self.send(verify_request(session, num_positions - 1))
@@ -251,23 +260,23 @@ def test_sessions_of_a_device_that_went_offline_are_dropped(
         assert {key.device for key in site.worker.engine.sessions} == {"edge-2"}
 
 
-def test_an_open_is_not_taken_on_a_sessions_topic(site: Site, whole: TinyModel) -> None:
+def test_an_open_may_come_to_one_worker_and_no_other_message_to_all(
+    site: Site, whole: TinyModel
+) -> None:
     device = site.device()
-    message = Open(
-        session="s1",
-        epoch=1,
-        bundle_id="b",
-        protocol=PROTOCOL,
-        sampling=Sampling(),
-        max_positions=64,
-        deadline_ms=1000,
+    device.ask("s1", whole)
+    device.send(Close("s1", keep=True))
+    device.send(
+        device.opening("s2", continues=Continuation(session="s1", branch=1, num_positions=4))
     )
-    device.transport.publish(topics.to_worker(WORKER, DEVICE, "s1"), encode(message))
+    opened = device.next_answer()
+    assert isinstance(opened, Opened)
+    assert opened.received == 4
     device.transport.publish(
-        topics.open_session(DEVICE),
-        encode(verify_request("s1", 0)),
-    )
-    device.ask("s2", whole)
+        topics.to_worker(WORKER, DEVICE, "s3"), encode(device.opening("s4"))
+    )  # another session than that of the topic
+    device.transport.publish(topics.open_session(DEVICE), encode(verify_request("s2", 0)))
+    device.ask("s5", whole)
     assert device.answers.empty()
 
 
@@ -331,6 +340,19 @@ def test_a_draining_worker_accepts_no_new_device_and_serves_its_sessions_to_thei
     old.send(Close("s1"))
     draining.join(WAIT_S)
     assert not draining.is_alive()
+
+
+def test_a_worker_does_not_wait_for_kept_sessions_before_it_stops(
+    site: Site, whole: TinyModel
+) -> None:
+    device = site.device()
+    device.ask("s1", whole)
+    device.send(Close("s1", keep=True))
+    wait_until(lambda: site.worker.engine.num_in_use == 0, "the session is kept")
+    started = time.monotonic()
+    site.worker.drain(threading.Event())
+    assert time.monotonic() - started < WAIT_S / 2
+    assert len(site.worker.engine.sessions) == 1
 
 
 def test_sessions_that_are_left_when_a_worker_stops_are_sent_to_another(
