@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -32,6 +33,34 @@ LARGE_CHUNK: Final = 64
 """Number of positions from which on a run frees its working memory at its end. A smaller run keeps
 the memory, because freeing it takes time.
 """
+
+
+@dataclass(frozen=True)
+class BlockState:
+    """The state of a block over n successive positions of a sequence, in float32.
+
+    `hidden_states` [n, hidden] are its outputs, `caches` [num_caches, kv_heads, n, head_dim] the
+    keys and values of its layers.
+    """
+
+    hidden_states: Float32
+    caches: Float32
+
+    def __len__(self) -> int:
+        return len(self.hidden_states)
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory of both arrays."""
+        return self.hidden_states.nbytes + self.caches.nbytes
+
+    def view(self, start: int, stop: int) -> BlockState:
+        """Return positions [start, stop) of these, without a copy."""
+        return BlockState(self.hidden_states[start:stop], self.caches[:, :, start:stop])
+
+    def copy(self) -> BlockState:
+        """Return a copy with memory of its own."""
+        return BlockState(self.hidden_states.copy(), self.caches.copy())
 
 
 class Cascade:
@@ -76,6 +105,34 @@ class Cascade:
         end = self.num_tokens + len(token_ids)
         self._token_ids[self.num_tokens : end] = token_ids
         self.num_tokens = end
+
+    def load(self, token_ids: Sequence[int], blocks: Sequence[Sequence[BlockState]]) -> None:
+        """Begin with tokens that have run elsewhere: copy the successive states of each block.
+
+        A block may have run fewer positions than the one before it.
+        """
+        self.append(token_ids)
+        for run, states in zip(self._runs, blocks, strict=False):
+            for state in states:
+                run.load(state)
+
+    def state(self, block: int, start: int, stop: int) -> BlockState:
+        """Return a view of positions [start, stop) of `block`, without those it has not run."""
+        return self._runs[block].state(start, stop)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._runs)
+
+    @property
+    def position_bytes(self) -> int:
+        """The memory of a position that all blocks have run."""
+        return self.num_bytes(self._partition, 1)
+
+    @property
+    def token_ids(self) -> Int64:
+        """The ids [n] int64 of the tokens; a view."""
+        return self._token_ids[: self.num_tokens]
 
     def run(self, block: int, context: ChunkContext = nullcontext) -> ExitCandidates:
         """Run `block` over its backlog; return the exit's candidates for the newest position.
@@ -140,8 +197,7 @@ class Cascade:
 
         The last pair is the exit head's if that has a layer of its own.
         """
-        run = self._runs[block]
-        return [cache[0, :, : run.filled] for cache in run.caches]
+        return list(self.state(block, 0, self.num_filled(block)).caches)
 
 
 class _BlockRun:
@@ -155,9 +211,8 @@ class _BlockRun:
         pasts = {name: shape for name, shape in inputs.items() if name.startswith(PAST)}
         self.filled = 0
         self.hidden_states = np.empty((capacity, hidden), np.float32)
-        self.caches = [
-            np.zeros((1, heads, capacity, dim), np.float32) for _, heads, _, dim in pasts.values()
-        ]
+        _, heads, _, head_dim = next(iter(pasts.values()))
+        self.caches = np.zeros((len(pasts), 1, heads, capacity, head_dim), np.float32)
         self._session = session
         self._exit_hidden = exit_hidden  # a binding keeps no array alive
         self._seqlens_k = np.zeros(1, np.int32)
@@ -180,6 +235,18 @@ class _BlockRun:
         bind_input(binding, "total_length", self._total_length)
         bind_output(binding, "exit_hidden", self._exit_hidden)
         return binding
+
+    def load(self, state: BlockState) -> None:
+        """Copy the state of the next positions, as if they had run."""
+        end = self.filled + len(state)
+        self.hidden_states[self.filled : end] = state.hidden_states
+        self.caches[:, 0, :, self.filled : end] = state.caches
+        self.filled = end
+
+    def state(self, start: int, stop: int) -> BlockState:
+        """Return a view of positions [start, stop), without those that have not run."""
+        end = min(stop, self.filled)
+        return BlockState(self.hidden_states[start:end], self.caches[:, 0, :, start:end])
 
     def __call__(self, hidden_states: Float32) -> None:
         """Run over the next positions, [n, hidden]; `exit_hidden` is then that of the last."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from edge_agent.engine.cascade import Cascade
 from edge_agent.engine.fair_lock import FairLock, UserLock
 from edge_agent.engine.partition import ExitCandidates, Partition
+from edge_agent.engine.prefix_tree import Prefix
 from edge_agent.measurements import Measurements
 from edge_agent.session.cloud_session import CloudSession
 from fleet.constraints.token_constraint import Bool, TokenConstraint
@@ -102,6 +103,10 @@ class Decoder:
     def is_free(self) -> bool:
         """Whether no other sequence runs the model."""
         return self._lock.is_free
+
+    def begin(self, prefix: Prefix) -> None:
+        """Begin with tokens of the prompt that have run in an earlier answer."""
+        self.cascade.load(prefix.token_ids.tolist(), prefix.blocks)
 
     def choose(self) -> ExitChoice:
         """Return the token after the newest position, from the first confident exit or, if there is

@@ -20,6 +20,7 @@ from edge_agent.config import AgentConfig
 from edge_agent.engine.fair_lock import FairLock
 from edge_agent.engine.ort_runtime import check_instruction_set, is_out_of_memory
 from edge_agent.engine.partition import Partition, WorkCounter
+from edge_agent.engine.prefix_tree import KeptCaches
 from edge_agent.engine.tokenizer import ChatTokenizer
 from edge_agent.reporting.report_outbox import ReportOutbox
 from edge_agent.reporting.reporter import Reporter
@@ -115,6 +116,7 @@ class Agent:
         self._new_jobs: AppTurns[Job] = AppTurns()
         self._resender = ReplyResender(transport)
         self._jobs = JobQueue(config.cache_budget_mb * MB, config.max_concurrent_requests)
+        self._kept_caches = KeptCaches(lambda: self._jobs.free_bytes)
         self._active: dict[tuple[str, str], Job] = {}
         self._finished: dict[tuple[str, str], Job] = {}
         self._load = LoadPublisher(
@@ -138,6 +140,7 @@ class Agent:
             manifest=self._manifest,
             tokenizer=self._tokenizer,
             model_lock=self._model_lock,
+            kept_caches=self._kept_caches,
             epoch=self._epoch,
         )
         self._planning_thread = threading.Thread(
@@ -242,6 +245,7 @@ class Agent:
         split = self._planner.partition.split
         self._planner.follow(config)
         if self._planner.partition.split != split:
+            self._kept_caches.clear()
             release_unused_memory()
         self._config = config
         self._config_version = version

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import UNSET
 
 from edge_agent.engine.fair_lock import FairLock
+from edge_agent.engine.prefix_tree import KeptCaches
 from edge_agent.engine.tokenizer import ChatTokenizer
 from edge_agent.generation.acceptance_rate import AcceptanceRate
 from edge_agent.generation.decoder import Decoder, GeneratedToken
@@ -73,6 +74,7 @@ class Answerer:
         manifest: Manifest,
         tokenizer: ChatTokenizer,
         model_lock: FairLock,
+        kept_caches: KeptCaches,
         epoch: int,
     ) -> None:
         self._transport = transport
@@ -81,6 +83,7 @@ class Answerer:
         self._manifest = manifest
         self._tokenizer = tokenizer
         self._model_lock = model_lock
+        self._kept_caches = kept_caches
         self._epoch = epoch
         self._measurements = Measurements()
         self._acceptance = AcceptanceRate()
@@ -108,7 +111,7 @@ class Answerer:
             seq=len(job.replies),
             done=True,
             finish_reason=reports[0].finish_reason,
-            usage=_usage(report, request),
+            usage=_usage(report, request, job.reused_tokens),
             bundle_id=report.bundle_id,
             note=outcomes[0].note,
             **content,
@@ -173,7 +176,15 @@ class Answerer:
         """Generate the response, and return the reason why it ended."""
         if job.cancelled.is_set():
             return "cancelled"
-        generator = self._generator(job, plan)
+        decoder = self._decoder(job, plan)
+        generator = self._generator(job, plan, decoder)
+        finish_reason = self._stream(job, plan, text, generator)
+        num_tokens = len(plan.prompt_ids) + job.num_tokens
+        self._kept_caches.keep(job.app, decoder.cascade, num_tokens)
+        return finish_reason
+
+    def _stream(self, job: Job, plan: RequestPlan, text: AnswerText, generator: Generator) -> str:
+        """Send the tokens of the response, and return the reason why it ended."""
         tokens = generator.generate(
             plan.prompt_ids,
             plan.max_new_tokens,
@@ -217,7 +228,10 @@ class Answerer:
             return None
         return self._tokenizer.grammars.constrain(rules.constraint, rules.prompt_length)
 
-    def _generator(self, job: Job, plan: RequestPlan) -> Generator:
+    def _decoder(self, job: Job, plan: RequestPlan) -> Decoder:
+        """Return a sequence that begins with what an earlier answer has run of the prompt."""
+        prefix = self._kept_caches.find(job.app, plan.prompt_ids)
+        job.reused_tokens += len(prefix)
         rules = _choice_rules(job, plan)
         decoder = Decoder(
             plan.partition,
@@ -231,6 +245,10 @@ class Answerer:
             rules=rules,
             constraint=self._constraint(rules),
         )
+        decoder.begin(prefix)
+        return decoder
+
+    def _generator(self, job: Job, plan: RequestPlan, decoder: Decoder) -> Generator:
         eos = plan.eos_token_ids
         if job.cloud_session:
             job.speculative = SpeculativeDecoder(
@@ -329,10 +347,11 @@ def _full_text(text: str, max_bytes: int | None = None) -> str | None:
     return text if len(text.encode()) <= limit else None
 
 
-def _usage(report: GenerationReport, request: PromptRequest) -> Usage:
+def _usage(report: GenerationReport, request: PromptRequest, reused_tokens: int) -> Usage:
     counts = {name: getattr(report, name) for name in AnswerCounts.__struct_fields__}
     return Usage(
         **counts,
+        reused_tokens=reused_tokens,
         offload_rate=offload_rate(report.sources),
         ttft_ms=report.ttft_ms,
         tpot_ms=report.tpot_ms,

@@ -51,6 +51,7 @@ class Job:
     first_token_at: float = 0.0
     last_token_at: float = 0.0
     choice: int = 0
+    reused_tokens: int = 0
 
     @property
     def key(self) -> tuple[str, str]:
@@ -129,7 +130,9 @@ class JobQueue:
 
     @property
     def free_bytes(self) -> int:
-        return self.budget_bytes - sum(self._leased.values())
+        """The memory that no leased job has."""
+        with self._changed:
+            return self.budget_bytes - sum(self._leased.values())
 
     @property
     def num_waiting(self) -> int:

@@ -18,6 +18,7 @@ from fleet.protocol.modes import Mode
 from fleet.protocol.report import Switch
 from fleet.protocol.types import (
     MAX_BIASES,
+    Amount,
     Bias,
     DeadlineMs,
     MaxNewTokens,
@@ -203,7 +204,8 @@ class ErrorInfo(Struct, frozen=True):
 class Usage(AnswerCounts, frozen=True, kw_only=True):
     """Counts of one response; times in milliseconds: to the first token, and per token after it.
 
-    `round_trips` are the verify requests that the device waited for; `switches` are the decisions
+    `reused_tokens` are those of `prompt_tokens` that earlier answers to this app have run, so that
+    they did not run again. `round_trips` are the verify requests that the device waited for; `switches` are the decisions
     of auto mode with their reasons; `seed` is the request's, or the one that the device chose.
     `mode` and `sampling` are those of the request or of the device. A device of an older version
     sends None.
@@ -212,6 +214,7 @@ class Usage(AnswerCounts, frozen=True, kw_only=True):
     offload_rate: float
     ttft_ms: float
     tpot_ms: float
+    reused_tokens: Amount = 0
     round_trips: int = 0
     switches: tuple[Switch, ...] = ()
     seed: Seed | None = None
