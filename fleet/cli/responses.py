@@ -39,6 +39,8 @@ class PromptResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
     finish_reason: str
     sources: dict[str, int]
     offload_rate: float
+    prompt_tokens: int
+    reused_tokens: int
     bytes_up: int
     bytes_down: int
     ttft_ms: float
@@ -120,6 +122,8 @@ def _result(request: PromptRequest, replies: Sequence[Reply], usage: Usage) -> P
         finish_reason=replies[-1].finish_reason or "",
         sources=usage.sources,
         offload_rate=usage.offload_rate,
+        prompt_tokens=usage.prompt_tokens,
+        reused_tokens=usage.reused_tokens,
         bytes_up=usage.bytes_up,
         bytes_down=usage.bytes_down,
         ttft_ms=usage.ttft_ms,

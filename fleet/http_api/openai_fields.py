@@ -85,12 +85,19 @@ def openai_prompt_fields(body: OpenAiSampling) -> dict[str, Any]:
     return fields
 
 
+class PromptTokensDetails(Struct, frozen=True):
+    """The tokens of a prompt that did not run again, because an earlier answer had run them."""
+
+    cached_tokens: int
+
+
 class TokenUsage(Struct, frozen=True, kw_only=True):
     """Counts of tokens."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 def token_usage(last_reply: Reply) -> TokenUsage:
@@ -99,7 +106,10 @@ def token_usage(last_reply: Reply) -> TokenUsage:
     num_prompt = counts.prompt_tokens if counts else 0
     num_new = counts.tokens if counts else 0
     return TokenUsage(
-        prompt_tokens=num_prompt, completion_tokens=num_new, total_tokens=num_prompt + num_new
+        prompt_tokens=num_prompt,
+        completion_tokens=num_new,
+        total_tokens=num_prompt + num_new,
+        prompt_tokens_details=PromptTokensDetails(counts.reused_tokens if counts else 0),
     )
 
 

@@ -285,7 +285,7 @@ def _usage(reply: Reply) -> ResponseUsage | None:
         input_tokens=counts.prompt_tokens,
         output_tokens=counts.tokens,
         total_tokens=counts.prompt_tokens + counts.tokens,
-        input_tokens_details={"cached_tokens": 0},
+        input_tokens_details={"cached_tokens": counts.reused_tokens},
         output_tokens_details={"reasoning_tokens": 0},
     )
 
