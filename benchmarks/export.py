@@ -72,7 +72,10 @@ READY_TIMEOUT_S: Final = 600.0
 SCRAPE_TIMEOUT_S: Final = 60.0
 DEADLINE_MS: Final = 600_000
 DEVICE_CONFIG: Final = AgentConfig(
-    assist_deadline_ms=DEADLINE_MS, answer_deadline_ms=DEADLINE_MS, max_draft=1
+    assist_deadline_ms=DEADLINE_MS,
+    answer_deadline_ms=DEADLINE_MS,
+    max_draft=1,
+    reuse_share=0.0,  # the same prompt is asked again
 )
 ANSWERED: Final = "fleet_worker_answer_seconds"
 

@@ -21,8 +21,10 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated, Any, Final
 
+import msgspec
 import typer
 
+from edge_agent.config import CONFIG_FILE, AgentConfig
 from fleet.errors import FleetError
 from fleet.protocol.access import Role
 from fleet.protocol.modes import Mode
@@ -98,6 +100,8 @@ def running_fleet(bundle: Path) -> Iterator[dict[str, Ask]]:
         options = [f"--api={HOST}:{port}" for port in apis.values()]
         server = child("the server", "fleet.cli", "server", "--home", folder, options[1])
         stack.enter_context(server).wait_ready()
+        every_prompt_runs = AgentConfig(reuse_share=0.0)
+        (device.folder / CONFIG_FILE).write_bytes(msgspec.json.encode(every_prompt_runs))
         arguments = (str(device.folder), "--threads", "1", options[0])
         edge = child("the device", "edge_agent", "run", *arguments)
         stack.enter_context(edge).wait_ready()

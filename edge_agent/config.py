@@ -44,10 +44,11 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     are for requests that leave them out; an empty `system_prompt` is none. `split` is the number of
     layers that the device holds, or ``auto`` for the bundle's own. `max_queued_requests` includes
     the active requests. `max_kept_reports` is the number of reports that wait on disk for the
-    collector before the oldest are merged. `agreement_sample` is the share of collaborative
-    responses whose tokens are also verified by the cloud. `update_timeout_s` is the time within
-    which a new version of the device's software has to confirm itself. `locked` names settings that
-    the fleet's configuration does not change.
+    collector before the oldest are merged. `reuse_share` is the share of `cache_budget_mb` for the
+    caches of earlier answers; with 0, each prompt begins afresh. `agreement_sample` is the share of
+    collaborative responses whose tokens are also verified by the cloud. `update_timeout_s` is the
+    time within which a new version of the device's software has to confirm itself. `locked` names
+    settings that the fleet's configuration does not change.
     """
 
     mode: Mode = Mode.COLLABORATIVE
@@ -68,6 +69,7 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     max_queued_requests: Annotated[int, Meta(ge=1, le=1000)] = 8
     max_kept_reports: Annotated[int, Meta(ge=256, le=1 << 20)] = 10_000
     cache_budget_mb: Annotated[int, Meta(ge=1, le=1 << 20)] = 512
+    reuse_share: Share = 0.25
     assist_deadline_ms: DeadlineMs = 3000
     answer_deadline_ms: DeadlineMs = 300_000
     target_tpot_ms: TargetTpotMs | None = None

@@ -119,6 +119,7 @@ if __name__ == "__main__":
         max_positions=bundle.manifest.model.max_positions,
         upload_dtype=arguments.upload,
         assist_deadline_ms=ASSIST_DEADLINE_MS,
+        reuse_share=0.0,  # rows ask the same prompts
     )
     will = Will(topics.device_status(identity.name), Agent.will())
     with MqttTransport.connect(identity, will=will) as link:

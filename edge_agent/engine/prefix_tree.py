@@ -57,12 +57,6 @@ class _Node:
     def num_bytes(self) -> int:
         return self.token_ids.nbytes + sum(state.num_bytes for state in self.blocks)
 
-    def num_equal(self, token_ids: Int64) -> int:
-        """Return the number of tokens with which both this segment and `token_ids` begin."""
-        length = min(len(self), len(token_ids))
-        differs = self.token_ids[:length] != token_ids[:length]
-        return int(differs.argmax()) if differs.any() else length
-
     def adopt(self, child: _Node) -> None:
         """Add a segment that follows this one."""
         child.parent = self
@@ -130,10 +124,14 @@ class PrefixTree:
 
     def _match(self, token_ids: Int64) -> Iterator[tuple[_Node, int]]:
         """Yield the nodes that begin these tokens, each with its number of equal tokens."""
-        node: _Node | None = self._root
+        node = self._root
         start = 0
-        while start < len(token_ids) and (node := node.children.get(int(token_ids[start]))):
-            count = node.num_equal(token_ids[start:])
+        while start < len(token_ids):
+            child = node.children.get(int(token_ids[start]))
+            if child is None:
+                return
+            node = child
+            count = shared_length(node.token_ids, token_ids[start:])
             yield node, count
             if count < len(node):
                 return
@@ -231,6 +229,13 @@ class KeptCaches:
     def _drop_empty(self) -> None:
         for app in [app for app, tree in self._trees.items() if not tree.num_bytes]:
             del self._trees[app]
+
+
+def shared_length(one: Int64, other: Int64) -> int:
+    """Return the number of tokens with which both sequences begin."""
+    length = min(len(one), len(other))
+    differs = one[:length] != other[:length]
+    return int(differs.argmax()) if differs.any() else length
 
 
 def _states(path: Sequence[tuple[_Node, int]], block: int) -> Iterator[BlockState]:

@@ -34,6 +34,7 @@ from edge_agent.serving.request_defaults import with_defaults
 from edge_agent.serving.request_planner import MB, RequestPlan, RequestPlanner, answer_deadline_s
 from edge_agent.serving.self_test import check_step
 from edge_agent.session.cloud_session import CloudSession
+from edge_agent.session.kept_sessions import KeptSessions
 from edge_agent.session.worker_directory import WorkerDirectory
 from fleet.bundles.manifest import Bundle, Manifest
 from fleet.errors import BusyError, CloudError, FleetError, PromptError, ProtocolError
@@ -116,7 +117,7 @@ class Agent:
         self._new_jobs: AppTurns[Job] = AppTurns()
         self._resender = ReplyResender(transport)
         self._jobs = JobQueue(config.cache_budget_mb * MB, config.max_concurrent_requests)
-        self._kept_caches = KeptCaches(lambda: self._jobs.free_bytes)
+        self._kept_caches = KeptCaches(self._free_bytes)
         self._active: dict[tuple[str, str], Job] = {}
         self._finished: dict[tuple[str, str], Job] = {}
         self._load = LoadPublisher(
@@ -132,6 +133,7 @@ class Agent:
             on_problem=self._report_event,
         )
         self._workers = WorkerDirectory(transport, self._worker_changed)
+        self._kept_sessions = KeptSessions(transport, self._workers, continued_layer(partition))
         self._reporter = Reporter(transport, ReportOutbox(reports_file, config.max_kept_reports))
         self._answerer = Answerer(
             transport,
@@ -141,6 +143,7 @@ class Agent:
             tokenizer=self._tokenizer,
             model_lock=self._model_lock,
             kept_caches=self._kept_caches,
+            kept_sessions=self._kept_sessions,
             epoch=self._epoch,
         )
         self._planning_thread = threading.Thread(
@@ -158,6 +161,7 @@ class Agent:
             stack.enter_context(self._reporter)
             self._subscribe(stack, topics.sessions_of_device(self.name), self._on_session)
             self._subscribe(stack, topics.cancels_to(self.name), self._on_cancel, qos=1)
+            stack.callback(self._kept_sessions.close)
             stack.callback(self._stop_jobs)
             self._resender.start()
             for thread in (self._planning_thread, *self._answer_threads):
@@ -246,6 +250,7 @@ class Agent:
         self._planner.follow(config)
         if self._planner.partition.split != split:
             self._kept_caches.clear()
+            self._kept_sessions.move(continued_layer(self._planner.partition))
             release_unused_memory()
         self._config = config
         self._config_version = version
@@ -309,6 +314,11 @@ class Agent:
             retain=True,
         )
         self._load.publish()
+
+    def _free_bytes(self) -> int:
+        """Return the memory that kept caches may have now."""
+        max_bytes = int(self._jobs.budget_bytes * self._config.reuse_share)
+        return min(self._jobs.free_bytes, max_bytes)
 
     # Handlers run on the transport's thread and must not block.
 
@@ -428,11 +438,14 @@ class Agent:
     def _close_late_session(self, session: str, payload: bytes) -> None:
         """Close a session that a worker opened after its request had ended."""
         message = decode_to_device(payload)
+        if session in self._kept_sessions:
+            return
         if isinstance(message, Opened) and message.session == session:
             topic = topics.to_worker(message.worker, self.name, session)
             publish_or_log(self._transport, topic, encode(Close(session)))
 
     def _worker_changed(self, worker: str) -> None:
+        self._kept_sessions.worker_changed(worker)
         for cloud_session in self._cloud_sessions():
             cloud_session.worker_changed(worker)
 
@@ -502,6 +515,11 @@ class Agent:
             while len(self._finished) > MAX_FINISHED:
                 del self._finished[next(iter(self._finished))]
         self._load.publish()
+
+
+def continued_layer(partition: Partition) -> int | None:
+    """Return the layer of sessions that may be continued; None if the device uploads nothing."""
+    return None if partition.is_whole else partition.upload_layer
 
 
 def refuse_prompt(transport: Transport, app: str, request: str, error: PromptError) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
+import numpy as np
 from msgspec import UNSET
 
 from edge_agent.engine.fair_lock import FairLock
@@ -26,6 +27,7 @@ from edge_agent.serving.answer_text import AnswerText
 from edge_agent.serving.job_queue import Job
 from edge_agent.serving.request_planner import RequestPlan
 from edge_agent.session.cloud_session import CloudSession
+from edge_agent.session.kept_sessions import KeptSession, KeptSessions, TakenSession
 from edge_agent.session.worker_directory import WorkerDirectory
 from fleet.bundles.manifest import Manifest
 from fleet.constraints.token_constraint import TokenConstraint
@@ -75,6 +77,7 @@ class Answerer:
         tokenizer: ChatTokenizer,
         model_lock: FairLock,
         kept_caches: KeptCaches,
+        kept_sessions: KeptSessions,
         epoch: int,
     ) -> None:
         self._transport = transport
@@ -84,6 +87,7 @@ class Answerer:
         self._tokenizer = tokenizer
         self._model_lock = model_lock
         self._kept_caches = kept_caches
+        self._kept_sessions = kept_sessions
         self._epoch = epoch
         self._measurements = Measurements()
         self._acceptance = AcceptanceRate()
@@ -144,10 +148,9 @@ class Answerer:
         """Generate and report one choice of the response."""
         job.begin(choice)
         is_alone = plan.applied_mode is Mode.STANDALONE or job.cancelled.is_set()
-        cloud_session = None if is_alone else self._connect(job, plan)
         text = AnswerText(self._tokenizer.stream(job.prompt), job.prompt.stop)
         try:
-            with cloud_session or nullcontext():
+            with nullcontext() if is_alone else self._session(job, plan):
                 finish_reason = self._generate(job, plan, text)
         except Exception:
             self._reporter.add(_report(job, plan, self._manifest.bundle_id, "error"))
@@ -161,7 +164,7 @@ class Answerer:
             report=report,
             text=text.text,
             rest=rest,
-            note=cloud_session.note if cloud_session else None,
+            note=job.cloud_session.note if job.cloud_session else None,
             logprobs=tuple(job.logprobs) or None,
         )
 
@@ -181,7 +184,25 @@ class Answerer:
         finish_reason = self._stream(job, plan, text, generator)
         num_tokens = len(plan.prompt_ids) + job.num_tokens
         self._kept_caches.keep(job.app, decoder.cascade, num_tokens)
+        if finish_reason != "cancelled" and plan.config.reuse_share:
+            job.kept_session = self._end_of_session(job, plan, decoder)
         return finish_reason
+
+    def _end_of_session(self, job: Job, plan: RequestPlan, decoder: Decoder) -> KeptSession | None:
+        """End the session of an answer so that it can be continued, if it can."""
+        session = job.cloud_session
+        end = session.keep() if session else None
+        if session is None or end is None or session.worker is None or session.worker_epoch is None:
+            return None
+        return KeptSession(
+            app=job.app,
+            session=end.session,
+            worker=session.worker,
+            worker_epoch=session.worker_epoch,
+            branch=end.branch,
+            upload_layer=plan.partition.upload_layer,
+            token_ids=np.array(decoder.text[: end.num_positions], np.int64),
+        )
 
     def _stream(self, job: Job, plan: RequestPlan, text: AnswerText, generator: Generator) -> str:
         """Send the tokens of the response, and return the reason why it ended."""
@@ -268,7 +289,22 @@ class Answerer:
         )
         return Generator(decoder, job.mode_controller, eos, job.cloud_session, job.speculative)
 
-    def _connect(self, job: Job, plan: RequestPlan) -> CloudSession:
+    @contextmanager
+    def _session(self, job: Job, plan: RequestPlan) -> Iterator[None]:
+        """Run an answer with a session, which continues an earlier one of the app if it can."""
+        layer = plan.partition.upload_layer
+        taken = self._kept_sessions.take(job.app, plan.prompt_ids, layer)
+        session = self._connect(job, plan, taken)
+        try:
+            with session:
+                yield
+        finally:
+            if taken and session.worker is None:  # no worker has it
+                self._kept_sessions.keep(taken.kept)
+        if job.kept_session:  # its worker knows that the answer has ended
+            self._kept_sessions.keep(job.kept_session)
+
+    def _connect(self, job: Job, plan: RequestPlan, taken: TakenSession | None) -> CloudSession:
         note = self._workers.why_none(self._manifest.bundle_id)
         layer = plan.partition.upload_layer
         rules = _choice_rules(job, plan)
@@ -282,6 +318,7 @@ class Answerer:
             deadline_ms=plan.config.assist_deadline_ms,
             upload_layer=UNSET if layer == self._manifest.upload_layer else layer,
             rules=UNSET if rules == NO_RULES else rules,
+            continues=taken.continuation if taken else UNSET,
         )
         job.cloud_session = CloudSession(
             self._transport,
@@ -291,6 +328,7 @@ class Answerer:
             self._measurements,
             upload_dtype=plan.config.upload_dtype,
             note=note,
+            continued_worker=taken.kept.worker if taken else None,
         )
         return job.cloud_session
 

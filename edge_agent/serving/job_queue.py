@@ -16,6 +16,7 @@ from edge_agent.generation.mode_controller import ModeController
 from edge_agent.generation.speculative import SpeculativeDecoder
 from edge_agent.serving.request_planner import RequestPlan
 from edge_agent.session.cloud_session import CloudSession
+from edge_agent.session.kept_sessions import KeptSession
 from fleet.protocol.prompt import PromptRequest, TokenLogprob
 
 RESERVED_S: Final = 10.0
@@ -42,6 +43,7 @@ class Job:
     arrived_at: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
     cloud_session: CloudSession | None = None
+    kept_session: KeptSession | None = None
     speculative: SpeculativeDecoder | None = None
     mode_controller: ModeController | None = None
     replies: list[bytes] = field(default_factory=list)
@@ -85,6 +87,7 @@ class Job:
     def release(self) -> None:
         """Drop the references that hold memory once the response is complete."""
         self.cloud_session = None
+        self.kept_session = None
         self.speculative = None
         self.mode_controller = None
         self.logprobs = []

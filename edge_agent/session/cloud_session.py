@@ -16,7 +16,7 @@ from edge_agent.session.worker_directory import WorkerDirectory
 from fleet.errors import LinkError, ProtocolError
 from fleet.protocol.codec import decode_to_device, encode
 from fleet.protocol.hidden_states import FLOAT16
-from fleet.protocol.messages import Open, Refused, Verified
+from fleet.protocol.messages import Continuation, Open, Refused, Verified
 from fleet.transport.base import Transport
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class CloudSession:
         *,
         upload_dtype: str = FLOAT16,
         note: str | None = None,
+        continued_worker: str | None = None,
     ) -> None:
         self.session = opening.session
         self.bytes_up = 0
@@ -57,6 +58,7 @@ class CloudSession:
             measurements,
             random.random,
             upload_dtype=upload_dtype,
+            continued_worker=continued_worker,
         )
         self._machine.note = note
         self._changed = threading.Condition()
@@ -76,12 +78,24 @@ class CloudSession:
             self._changed.notify_all()
         self._thread.join(CLOSE_TIMEOUT_S)
 
+    def keep(self) -> Continuation | None:
+        """End the session so that a later one can continue it; see :meth:`SessionMachine.keep`."""
+        with self._changed:
+            continuation = self._machine.keep()
+            self._changed.notify_all()
+            return continuation
+
     # Properties, for any thread.
 
     @property
     def worker(self) -> str | None:
         """The last worker that accepted the session."""
         return self._machine.worker
+
+    @property
+    def worker_epoch(self) -> int | None:
+        """The epoch of that worker when it accepted the session."""
+        return self._machine.worker_epoch
 
     @property
     def note(self) -> str | None:

@@ -7,6 +7,9 @@ sent. If a new request needs only one more chunk, both are sent in one message. 
 request without a response is sent again, and so are the positions of a window that stays full. A
 lost session is opened again.
 
+A session that continues an earlier one is opened at first with the worker that keeps the earlier
+one, and with any worker if there is no response to the first `Open`, or a refusal.
+
 The messages `opened` and `gap` name the first position that the worker lacks. The upload continues
 from there. This repairs lost messages and lost sessions alike, also when another worker takes over.
 
@@ -24,6 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
+from msgspec import UNSET
 
 from edge_agent.engine.partition import Float32
 from edge_agent.measurements import Measurements
@@ -36,6 +40,7 @@ from fleet.protocol.messages import (
     Close,
     Context,
     ContextChunk,
+    Continuation,
     Gap,
     Open,
     Opened,
@@ -84,6 +89,7 @@ class SessionMachine:
         random: Callable[[], float],
         *,
         upload_dtype: str = FLOAT16,
+        continued_worker: str | None = None,
     ) -> None:
         self.session = opening.session
         self.state = LinkState.IDLE
@@ -106,13 +112,15 @@ class SessionMachine:
         self._num_requests = 0
         self._is_link_up = False
         self._workers: Mapping[str, WorkerStatus] = {}
-        self._worker_epoch: int | None = None
+        self.worker_epoch: int | None = None
         self._open_at = 0.0
         self._open_until = 0.0
         self._num_losses = 0
         self._num_failed_opens = 0
         self._refused_by: set[str] = set()  # workers that will never accept the session
-        self._workers_to_close: deque[str] = deque()
+        self._continued_worker = continued_worker  # the worker of the session to continue
+        self._open_directly_at = continued_worker
+        self._closings: deque[tuple[str, Close]] = deque()
 
     # Properties.
 
@@ -196,7 +204,7 @@ class SessionMachine:
         if is_optional and not self.is_available:
             return
         buffer = self._upload_buffer
-        num_pending = buffer.available - buffer.acknowledged
+        num_pending = max(0, buffer.available - buffer.acknowledged)
         body = Verify(
             session=self.session,
             request=self._next_request(),
@@ -258,7 +266,21 @@ class SessionMachine:
             return
         self.state = advance(self.state, LinkEvent.CLOSE)
         if self.worker:
-            self._workers_to_close.append(self.worker)
+            self._closings.append((self.worker, Close(self.session)))
+
+    def keep(self) -> Continuation | None:
+        """End the session so that a later one can continue it. None if no worker has any of it, or
+        a request is pending: then only :meth:`close` remains.
+
+        `num_positions` is the number of positions that the worker can have.
+        """
+        buffer = self._upload_buffer
+        num_positions = min(buffer.sent, buffer.available)
+        if not self.is_open or self.worker is None or self._request or not num_positions:
+            return None
+        self.state = advance(self.state, LinkEvent.CLOSE)
+        self._closings.append((self.worker, Close(self.session, keep=True)))
+        return Continuation(session=self.session, branch=buffer.branch, num_positions=num_positions)
 
     # Events.
 
@@ -274,7 +296,7 @@ class SessionMachine:
         if worker != self.worker or not self.is_open:
             return
         status = self._workers.get(worker)
-        if status is None or status.epoch != self._worker_epoch:
+        if status is None or status.epoch != self.worker_epoch:
             self._lose(LinkEvent.WORKER_GONE, f"worker {worker} went away", now)
         elif status.draining and self._is_served:
             self._lose(LinkEvent.WORKER_GONE, f"worker {worker} is stopping", now)
@@ -303,18 +325,36 @@ class SessionMachine:
     def _opened(self, message: Opened) -> None:
         if self.is_open or self.is_closed:
             if message.worker != self.worker:  # a second worker accepted the session
-                self._workers_to_close.append(message.worker)
+                self._closings.append((message.worker, Close(self.session)))
             return
         self.state = advance(self.state, LinkEvent.OPENED)
         self.worker = message.worker
         status = self._workers.get(message.worker)
-        self._worker_epoch = status.epoch if status else None
+        self.worker_epoch = status.epoch if status else None
         self._num_failed_opens = 0
         self.refusal = None
         self._refused_by.clear()
-        self._upload_buffer.begin(message)
+        self._close_continued(message)
+        continues = self._opening.continues
+        num_continued = 0 if continues is UNSET else continues.num_positions
+        self._upload_buffer.begin(message, num_continued)
         if self._request:
             self._request.renew(self._next_request(), self._upload_buffer.branch)
+
+    def _close_continued(self, opened: Opened) -> None:
+        """Close the session to continue, if its worker has not moved it into this one.
+
+        If another worker has opened this one, the first may have done so as well.
+        """
+        continues = self._opening.continues
+        worker = self._continued_worker
+        if continues is not UNSET and worker:
+            if opened.worker != worker:
+                self._closings.append((worker, Close(self.session)))
+            if opened.worker != worker or not opened.received:
+                self._closings.append((worker, Close(continues.session)))
+        self._continued_worker = None
+        self._open_directly_at = None
 
     def _verified(self, message: Verified, now: float) -> None:
         request = self._request
@@ -331,6 +371,10 @@ class SessionMachine:
             return  # the refusal is from a worker that does not have this session
         if message.code == "bundle_mismatch" and self._is_served:
             return  # this worker has a different bundle, and others serve the device's bundle
+        if self.state is LinkState.OPENING and self._open_directly_at:
+            self._open_directly_at = None
+            self._open_at = now  # with any worker
+            return
         is_final = message.retry_after_ms == 0 and message.code not in RETRIABLE
         if self.state is LinkState.OPENING and is_final:
             self._refuse_finally(message)
@@ -358,8 +402,8 @@ class SessionMachine:
         This method also loses the session when its opening or its request has timed out, or when
         the link to the broker is down.
         """
-        if self._workers_to_close:
-            return self._to(self._workers_to_close.popleft(), Close(self.session))
+        if self._closings:
+            return self._to(*self._closings.popleft())
         match self.state:
             case LinkState.IDLE | LinkState.LOST:
                 return self._next_open(now)
@@ -405,12 +449,18 @@ class SessionMachine:
         if now >= self._open_until:
             self._lose(LinkEvent.TIMEOUT, "no worker accepted the session in time", now)
             return None
-        return self._open_message(now) if now >= self._open_at else None
+        if now < self._open_at:
+            return None
+        self._open_directly_at = None
+        return self._open_message(now)
 
     def _open_message(self, now: float) -> OutgoingMessage:
         self._open_at = now + self._patience_s
         opening = msgspec.structs.replace(self._opening, branch=self._upload_buffer.branch)
-        return OutgoingMessage(topics.open_session(self._device), opening, qos=1)
+        topic = topics.open_session(self._device)
+        if self._open_directly_at:
+            topic = topics.to_worker(self._open_directly_at, self._device, self.session)
+        return OutgoingMessage(topic, opening, qos=1)
 
     def _next_context(self, now: float) -> OutgoingMessage | None:
         """Return the next chunk. If it is the last one that a new request needs, return both in one
@@ -485,5 +535,5 @@ class SessionMachine:
     def _to(
         self, worker: str | None, body: ToWorker, request: PendingVerify | None = None
     ) -> OutgoingMessage:
-        topic = topics.to_worker(worker or "", self._device, self.session)
+        topic = topics.to_worker(worker or "", self._device, body.session)
         return OutgoingMessage(topic, body, request=request)

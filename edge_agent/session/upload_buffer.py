@@ -61,21 +61,24 @@ class UploadBuffer:
         self.sent = min(self.sent, num_positions)
         self.acknowledged = min(self.acknowledged, num_positions)
 
-    def begin(self, opened: Opened) -> None:
-        """Continue after the positions that the worker has, within the limits of its `Opened`."""
+    def begin(self, opened: Opened, num_continued: int = 0) -> None:
+        """Continue after the positions that the worker has, within the limits of its `Opened`.
+
+        It may have the first `num_continued` before they are available here.
+        """
         self._dtype = self._preferred_dtype if self._preferred_dtype in opened.dtypes else FLOAT16
         size = row_bytes(self._rows.shape[1], self._dtype)
         size += 0 if self._tokens is None else TOKEN_BYTES
         self._max_chunk = max(1, opened.max_chunk_bytes // size)
         self._window = max(self._max_chunk, opened.window_bytes // size)
-        self.acknowledged = min(opened.received, self.available)
+        self.acknowledged = min(opened.received, max(self.available, num_continued))
         self.sent = self.acknowledged
         self._stalled_at = None
 
     def acknowledge(self, count: int) -> None:
         """Record that positions [0, count) have arrived at the worker."""
         if count > self.acknowledged:
-            self.acknowledged = min(count, self.available)
+            self.acknowledged = max(self.acknowledged, min(count, self.available))
             self.sent = max(self.sent, self.acknowledged)
             self._stalled_at = None
 

@@ -204,11 +204,11 @@ class ErrorInfo(Struct, frozen=True):
 class Usage(AnswerCounts, frozen=True, kw_only=True):
     """Counts of one response; times in milliseconds: to the first token, and per token after it.
 
-    `reused_tokens` are those of `prompt_tokens` that earlier answers to this app have run, so that
-    they did not run again. `round_trips` are the verify requests that the device waited for; `switches` are the decisions
-    of auto mode with their reasons; `seed` is the request's, or the one that the device chose.
-    `mode` and `sampling` are those of the request or of the device. A device of an older version
-    sends None.
+    `reused_tokens` are those of `prompt_tokens` that did not run again, because an earlier answer
+    to this app had run them. `round_trips` are the verify requests that the device waited for;
+    `switches` are the decisions of auto mode with their reasons; `seed` is the request's, or the
+    one that the device chose. `mode` and `sampling` are those of the request or of the device. A
+    device of an older version sends None.
     """
 
     offload_rate: float

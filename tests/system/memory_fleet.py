@@ -31,6 +31,7 @@ class MemoryFleet(LocalFleet):
 
     def __init__(self, broker: InMemoryBroker | None = None) -> None:
         super().__init__(None, broker=broker)
+        self.agents: dict[str, Agent] = {}
         self.reports: queue.Queue[GenerationReport] = queue.Queue()
         self._raw: dict[str, queue.Queue[Reply]] = {}
 
@@ -42,7 +43,9 @@ class MemoryFleet(LocalFleet):
     def start_device(
         self, bundle: Bundle, config: AgentConfig | None = None, name: str = DEVICE
     ) -> tuple[Agent, InMemoryTransport]:
-        return super().start_device(bundle, config or AgentConfig(num_threads=1), name)
+        agent, link = super().start_device(bundle, config or AgentConfig(num_threads=1), name)
+        self.agents[name] = agent
+        return agent, link
 
     @property
     def watcher(self) -> InMemoryTransport:

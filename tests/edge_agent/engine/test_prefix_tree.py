@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pytest
@@ -251,6 +251,6 @@ def test_random_answers_of_several_threads_leave_exact_caches_and_counts(
     assert answers.is_within_budget
 
 
-def nodes_of(root: object) -> list[object]:
-    children = list(vars(root)["children"].values())
+def nodes_of(root: Any) -> list[Any]:
+    children = list(root.children.values())
     return children + [node for child in children for node in nodes_of(child)]

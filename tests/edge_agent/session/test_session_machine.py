@@ -9,6 +9,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 import pytest
+from msgspec import UNSET, UnsetType
 
 from edge_agent.measurements import Measurements
 from edge_agent.session.session_machine import (
@@ -17,11 +18,13 @@ from edge_agent.session.session_machine import (
     OutgoingMessage,
     SessionMachine,
 )
+from fleet.protocol import topics
 from fleet.protocol.codec import unpack_chunk
 from fleet.protocol.messages import (
     PROTOCOL,
     Close,
     Context,
+    Continuation,
     Gap,
     Open,
     Opened,
@@ -61,7 +64,11 @@ def rows(start: int, count: int) -> np.ndarray:
 class Driver:
     """A machine and the time; `random` 1 makes every back-off its longest."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        continues: Continuation | UnsetType = UNSET,
+        continued_worker: str | None = None,
+    ) -> None:
         self.now = 0.0
         self.measurements = Measurements()
         opening = Open(
@@ -72,8 +79,16 @@ class Driver:
             sampling=Sampling(),
             max_positions=256,
             deadline_ms=int(1000 * DEADLINE_S),
+            continues=continues,
         )
-        self.machine = SessionMachine(opening, "d1", HIDDEN, self.measurements, lambda: 1.0)
+        self.machine = SessionMachine(
+            opening,
+            "d1",
+            HIDDEN,
+            self.measurements,
+            lambda: 1.0,
+            continued_worker=continued_worker,
+        )
         self.observe()
 
     def observe(
@@ -513,3 +528,91 @@ def test_an_open_session_with_nothing_to_do_is_idle(opened: Driver) -> None:
     opened.sent()
     idle.append(opened.machine.is_idle)
     assert idle == [True, False, True]
+
+
+# Continued sessions.
+
+CONTINUES: Final = Continuation(session="s0", branch=2, num_positions=9)
+
+
+@pytest.fixture
+def continuing() -> Driver:
+    """A machine that has sent its first `Open`, which continues a session of worker w1."""
+    driver = Driver(continues=CONTINUES, continued_worker="w1")
+    driver.observe({"w1": ONLINE, "w2": ONLINE})
+    (message,) = driver.sent()
+    assert message.topic == topics.to_worker("w1", "d1", "s1")
+    assert (message.qos, message.body.continues) == (1, CONTINUES)  # type: ignore[union-attr]
+    return driver
+
+
+def test_a_continued_session_uploads_what_its_worker_lacks_also_if_it_opens_before_the_prompt_ran(
+    continuing: Driver,
+) -> None:
+    continuing.receive(msgspec.structs.replace(OPENED, received=9))
+    continuing.machine.offer(rows(0, 6))
+    assert continuing.bodies() == []
+    continuing.receive(Received("s1", 0, 9))  # a late receipt
+    continuing.machine.offer(rows(6, 8))
+    assert spans(continuing.bodies()) == [(9, 14)]
+
+
+def test_a_worker_cannot_claim_more_positions_than_it_was_offered(continuing: Driver) -> None:
+    continuing.receive(msgspec.structs.replace(OPENED, received=200))
+    continuing.machine.offer(rows(0, 14))
+    assert spans(continuing.bodies()) == [(9, 14)]
+
+
+def test_after_one_try_any_worker_may_open_it_and_the_earlier_session_is_closed(
+    continuing: Driver,
+) -> None:
+    assert continuing.wait() == pytest.approx(RETRY_S)
+    (message,) = continuing.sent()
+    assert message.topic == topics.open_session("d1")
+    assert message.body.continues == CONTINUES  # type: ignore[union-attr]
+    continuing.receive(msgspec.structs.replace(OPENED, worker="w2"))
+    messages = [(message.topic, message.body) for message in continuing.sent()]
+    assert messages == [
+        (topics.to_worker("w1", "d1", session), Close(session)) for session in ("s1", "s0")
+    ]
+
+
+def test_after_a_refusal_any_worker_may_open_it_at_once(continuing: Driver) -> None:
+    continuing.receive(msgspec.structs.replace(REFUSED, code="draining"))
+    assert continuing.machine.is_available
+    assert continuing.measurements.snapshot().num_losses == 0
+    (message,) = continuing.sent()
+    assert message.topic == topics.open_session("d1")
+
+
+def test_a_worker_without_the_earlier_positions_gets_all_and_closes_the_rest(
+    continuing: Driver,
+) -> None:
+    continuing.receive(OPENED)
+    continuing.machine.offer(rows(0, 14))
+    assert continuing.bodies()[0] == Close("s0")
+    continuing.machine.ask(13, (7,), now=0.0)
+    assert continuing.machine.worker == "w1"
+
+
+def test_a_session_that_is_kept_ends_with_its_branch_and_what_was_sent(opened: Driver) -> None:
+    opened.machine.offer(rows(0, 10))
+    opened.sent()
+    opened.machine.offer(rows(10, 2))  # held back
+    opened.machine.rewind(11)
+    end = opened.machine.keep()
+    assert end == Continuation(session="s1", branch=1, num_positions=10)
+    assert opened.bodies() == [Close("s1", keep=True)]
+    assert opened.machine.is_closed
+    opened.machine.close()
+    assert opened.bodies() == []
+
+
+def test_a_session_with_a_request_or_without_positions_is_not_kept(opened: Driver) -> None:
+    assert Driver().machine.keep() is None
+    assert opened.machine.keep() is None
+    opened.machine.offer(rows(0, 2))
+    opened.ask(1, (7,))
+    assert opened.machine.keep() is None
+    opened.machine.close()
+    assert opened.bodies() == [Close("s1")]
