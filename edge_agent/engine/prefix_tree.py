@@ -11,11 +11,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 
 from edge_agent.engine.cascade import BlockState, Cascade
 from edge_agent.engine.partition import Int64
+
+MIN_NEW: Final = 2
+"""The last positions of a prompt, which always run. One alone would give other bits than in the
+chunk of a whole prompt, so that a prompt and its repetition could have different answers.
+"""
 
 
 @dataclass(frozen=True)
@@ -182,11 +188,11 @@ class KeptCaches:
         return sum(tree.num_bytes for tree in self._trees.values())
 
     def find(self, app: str, token_ids: Sequence[int]) -> Prefix:
-        """Return what the app's caches have of a prompt. At least its last position has to run.
+        """Return what the app's caches have of a prompt, of which `MIN_NEW` positions have to run.
 
         The memory of the prompt's answer counts as used already.
         """
-        prompt = np.array(token_ids[:-1], np.int64)
+        prompt = np.array(token_ids[:-MIN_NEW], np.int64)
         with self._lock:
             self._num_uses += 1
             tree = self._trees.get(app) or PrefixTree()

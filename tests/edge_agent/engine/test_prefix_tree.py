@@ -36,7 +36,7 @@ class Answers:
         self._partition = partition
 
     def num_reused(self, token_ids: Sequence[int], app: str = "app") -> int:
-        return len(self.kept.find(app, [*token_ids, 0]))
+        return len(self.kept.find(app, [*token_ids, 0, 0]))
 
     def begun(self, token_ids: Sequence[int], app: str = "app") -> Cascade:
         cascade = Cascade(self._partition, capacity=40)
@@ -78,10 +78,10 @@ def test_a_prompt_begins_with_the_states_that_an_earlier_one_left(partition: Par
         np.testing.assert_array_equal(kept.caches, ran.caches)
 
 
-def test_the_last_position_of_a_prompt_always_runs(partition: Partition) -> None:
+def test_the_last_two_positions_of_a_prompt_always_run(partition: Partition) -> None:
     answers = Answers(partition)
     answers.run(FIRST)
-    assert len(answers.kept.find("app", FIRST)) == len(FIRST) - 1
+    assert len(answers.kept.find("app", FIRST)) == len(FIRST) - 2
     assert len(answers.kept.find("app", FIRST[:1])) == 0
 
 
@@ -106,7 +106,7 @@ def test_a_segment_that_is_split_twice_keeps_every_state(partition: Partition) -
     answers.run([*FIRST[:6], 1])
     for prompt in (FIRST, SECOND, [*FIRST[:6], 1]):
         fresh = Answers(partition).run(prompt)
-        reused = answers.begun([*prompt, 0])
+        reused = answers.begun([*prompt, 0, 0])
         for block in range(fresh.num_blocks):
             assert reused.num_filled(block) == len(prompt)
             np.testing.assert_allclose(
@@ -114,7 +114,7 @@ def test_a_segment_that_is_split_twice_keeps_every_state(partition: Partition) -
             )
     assert answers.kept.num_bytes == answers.bytes_of(len(FIRST), 3, 1)
     np.testing.assert_array_equal(
-        answers.begun([*FIRST, 0]).hidden_states(1, 0), whole.hidden_states(1, 0)
+        answers.begun([*FIRST, 0, 0]).hidden_states(1, 0), whole.hidden_states(1, 0)
     )
 
 
@@ -131,11 +131,11 @@ def test_a_block_that_early_exits_skipped_is_completed_by_a_later_answer(
 ) -> None:
     answers = Answers(partition)
     answers.run(FIRST, num_deep=3)
-    shallow = answers.begun([*FIRST, 1])
+    shallow = answers.begun([*FIRST, 1, 2])
     assert (shallow.num_filled(0), shallow.num_filled(1)) == (len(FIRST), 3)
     assert answers.kept.num_bytes < answers.bytes_of(len(FIRST))
     answers.run([*FIRST, 1])
-    deep = answers.begun([*FIRST, 1, 2])
+    deep = answers.begun([*FIRST, 1, 2, 3])
     assert deep.num_filled(0) == deep.num_filled(1) == len(FIRST) + 1
     assert answers.kept.num_bytes == answers.bytes_of(len(FIRST) + 1)
 
@@ -144,7 +144,7 @@ def test_the_states_after_a_gap_of_a_block_are_not_used(partition: Partition) ->
     answers = Answers(partition)
     answers.run(FIRST, num_deep=2)
     answers.run([*FIRST[:4], 1, 2], num_deep=2)  # splits the segment
-    cascade = answers.begun([*FIRST, 1])
+    cascade = answers.begun([*FIRST, 1, 2])
     assert (cascade.num_filled(0), cascade.num_filled(1)) == (len(FIRST), 2)
 
 
