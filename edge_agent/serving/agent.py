@@ -438,9 +438,9 @@ class Agent:
     def _close_late_session(self, session: str, payload: bytes) -> None:
         """Close a session that a worker opened after its request had ended."""
         message = decode_to_device(payload)
-        if session in self._kept_sessions:
+        if not isinstance(message, Opened) or message.session != session:
             return
-        if isinstance(message, Opened) and message.session == session:
+        if not self._kept_sessions.is_kept(session, message.worker):
             topic = topics.to_worker(message.worker, self.name, session)
             publish_or_log(self._transport, topic, encode(Close(session)))
 

@@ -70,8 +70,9 @@ class KeptSessions:
         self._lock = threading.Lock()
         self._kept: list[KeptSession] = []
 
-    def __contains__(self, session: str) -> bool:
-        return any(kept.session == session for kept in self._kept)
+    def is_kept(self, session: str, worker: str) -> bool:
+        """Return whether this worker keeps the session."""
+        return any(kept.session == session and kept.worker == worker for kept in self._kept)
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -299,6 +299,7 @@ class SessionMachine:
         if status is None or status.epoch != self.worker_epoch:
             self._lose(LinkEvent.WORKER_GONE, f"worker {worker} went away", now)
         elif status.draining and self._is_served:
+            self._closings.append((worker, Close(self.session)))  # it waits for its sessions
             self._lose(LinkEvent.WORKER_GONE, f"worker {worker} is stopping", now)
 
     def publish_failed(self, now: float) -> None:
