@@ -109,7 +109,12 @@ class WholeModel:
         """
         return [token_id for token_id, _ in self.steps(prompt, max_new_tokens, sampling, rules)]
 
-    def differences(self, prompt: str, token_ids: Sequence[int]) -> list[TokenDifference]:
+    def differences(
+        self,
+        prompt: str | Sequence[ChatMessage],
+        token_ids: Sequence[int],
+        rules: ChoiceRules = NO_RULES,
+    ) -> list[TokenDifference]:
         """Return the differences of a greedy answer from the whole model's choices.
 
         Each token is judged after the answer's own earlier tokens.
@@ -120,11 +125,12 @@ class WholeModel:
         result = []
         for number, got in enumerate(token_ids):
             logits = self.logits(cascade, cache, [token_ids[number - 1]] if number else prompt_ids)
-            expected = int(logits.argmax())
+            text = [*prompt_ids, *token_ids[:number]]
+            scores = adjust_logits(np.arange(len(logits)), logits.numpy(), rules, text)
+            expected = int(scores.argmax())
             if expected != got:
-                result.append(
-                    TokenDifference(number, expected, got, float(logits[expected] - logits[got]))
-                )
+                gap = float(scores[expected] - scores[got])
+                result.append(TokenDifference(number, expected, got, gap))
         return result
 
     def steps(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -66,8 +66,20 @@ class MemoryFleet(LocalFleet):
         """The next reply to a request that was published by hand."""
         return self._raw.setdefault(request, queue.Queue()).get(timeout=WAIT_S)
 
-    def ask(self, prompt: PromptRequest, device: str = DEVICE) -> Answer:
-        return Answer(list(self.client.ask(device, prompt, timeout_s=WAIT_S)))
+    def ask(
+        self,
+        prompt: PromptRequest,
+        device: str = DEVICE,
+        fault: Callable[[], None] = lambda: None,
+        at: int = 4,
+    ) -> Answer:
+        """An answer; `fault()` happens after its reply number `at`."""
+        answer = Answer()
+        for reply in self.client.ask(device, prompt, timeout_s=WAIT_S):
+            answer.replies.append(reply)
+            if reply.seq == at:
+                fault()
+        return answer
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from fleet.transport.base import Will
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
 from tests.brokers import HOST, find_mosquitto, free_port, listens, wait_until
-from tests.system.judge import judge, request
+from tests.system.judge import first_turn, judge, next_turn, request
 from tests.system.memory_fleet import Answer
 
 WAIT_S: Final = 120.0
@@ -43,6 +43,7 @@ DEVICES = DEVICE, NEIGHBOUR = "edge-1", "edge-2"
 WORKERS = FIRST, SECOND = "cloud-1", "cloud-2"  # the state has a worker-1 of its own
 APP: Final = "app-1"
 ASKED: Final = request("How warm is it?", num_tokens=48)
+FIRST_TURN: Final = first_turn("How warm is it?")
 BESIDE: Final = request("Say something about rivers.", num_tokens=48)
 SLOW: Final = Shape(
     latency_s=0.015
@@ -252,10 +253,16 @@ class ProcessFleet:
     def answer_through(
         self, fault: Callable[[], None], *, may_neighbour_notice: bool = False
     ) -> None:
-        """A fault in the midst of an answer is noticed, and changes no token and no count."""
+        """A fault in the midst of an answer is noticed, and changes no token and no count.
+
+        It is the second turn of a conversation, whose session continues that of the first.
+        """
+        first = self.ask(FIRST_TURN)
+        judge(self.bundle, FIRST_TURN, first)
+        asked = next_turn(FIRST_TURN, first, "And now?", num_tokens=48)
         with self.neighbour_is_served(may_notice=may_neighbour_notice):
-            answer = self.ask(ASKED, fault=fault)
-        judge(self.bundle, ASKED, answer)
+            answer = self.ask(asked, fault=fault)
+        judge(self.bundle, asked, answer)
         assert answer.last.note is not None, "the fault came too late to be noticed"
         self.check_counts()
 

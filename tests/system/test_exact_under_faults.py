@@ -1,4 +1,4 @@
-"""The default model over a real mosquitto, in verified mode, with a fault in every answer.
+"""The default model over a real mosquitto, in verified mode, with a fault in each second turn.
 
     pytest tests/system/test_exact_under_faults.py --answers 40 --answer-tokens 96
 
@@ -20,8 +20,9 @@ from benchmarks.whole_model import TIE, WholeModel
 from edge_agent.config import AgentConfig
 from fleet.bundles.manifest import Bundle
 from fleet.protocol.modes import FALLBACK, Mode
-from fleet.protocol.prompt import PromptRequest
+from fleet.protocol.prompt import ChatMessage, PromptRequest
 from fleet.utils.prompt_file import read_prompts
+from tests.system.judge import FEW_TOKENS, next_turn
 from tests.system.process_fleet import DEVICE, FIRST, ProcessFleet, process_fleet
 
 pytestmark = [pytest.mark.real_model, pytest.mark.mosquitto]
@@ -82,19 +83,24 @@ def test_every_answer_is_the_whole_models_though_each_meets_a_fault(
     prompts = read_prompts(PROMPTS)[:num_answers]
     assert len(prompts) == num_answers
     answers = []
+    turns = []
     with real_fleet(tmp_path, real_bundle) as fleet:
         for prompt, fault in zip(prompts, cycle(FAULTS)):  # the faults come round
-            asked = PromptRequest(prompt=prompt, mode=Mode.VERIFIED, max_new_tokens=num_tokens)
+            messages = (ChatMessage("user", prompt),)
+            first = PromptRequest(messages=messages, mode=Mode.VERIFIED, max_new_tokens=FEW_TOKENS)
+            asked = next_turn(first, fleet.ask(first), "Tell me more.", num_tokens)
+            assert asked.messages
+            turns.append(asked.messages)
             answers.append(fleet.ask(asked, fault=lambda fault=fault: fault(fleet)))  # type: ignore[misc]
             print(f"{fault.__name__}: {len(answers[-1].token_ids)} tokens, {answers[-1].last.note}")
         fleet.check_counts()
     whole = WholeModel(real_bundle, num_threads=1)
     num_differing = 0
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for messages, answer in zip(turns, answers, strict=True):
         assert FALLBACK not in answer.sources
         assert len(answer.token_ids) == num_tokens or answer.last.finish_reason == "stop"
-        for difference in whole.differences(prompt, answer.token_ids):
-            print(f"{prompt!r}: {difference}")
+        for difference in whole.differences(messages, answer.token_ids):
+            print(f"{messages[0].content!r}: {difference}")
             assert difference.gap <= TIE
             num_differing += 1
     num_tokens = sum(len(answer.token_ids) for answer in answers)

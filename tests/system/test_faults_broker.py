@@ -12,10 +12,11 @@ import pytest
 from fleet.bundles.manifest import Bundle
 from fleet.protocol.modes import CLOUD, Mode
 from tests.brokers import BROKERS
-from tests.system.judge import judge, request
+from tests.system.judge import judge, next_turn, request
 from tests.system.process_fleet import (
     ANSWER_S,
     DEVICE,
+    FIRST_TURN,
     NEIGHBOUR,
     WAIT_S,
     ProcessFleet,
@@ -56,13 +57,14 @@ def test_answers_outlive_a_broker_that_is_started_again(
         fleet.broker.wait(WAIT_S)
         fleet.start_broker()
 
+    asked = next_turn(FIRST_TURN, fleet.ask(FIRST_TURN), "And now?", num_tokens=48)
     with ThreadPoolExecutor(1) as pool:
         beside = pool.submit(fleet.ask, ASKED[NEIGHBOUR], NEIGHBOUR)
         answers = {
-            DEVICE: fleet.ask(ASKED[DEVICE], DEVICE, outage),
+            DEVICE: fleet.ask(asked, DEVICE, outage),
             NEIGHBOUR: beside.result(ANSWER_S),
         }
     for device, answer in answers.items():
-        judge(fleet.bundle, ASKED[device], answer)
+        judge(fleet.bundle, asked if device == DEVICE else ASKED[NEIGHBOUR], answer)
         assert answer.last.note is not None, f"{device} did not notice"
     fleet.check_counts()

@@ -26,19 +26,21 @@ from fleet.protocol.messages import (
     Close,
     Context,
     ContextChunk,
+    Continuation,
     Open,
     Sampling,
     ToWorker,
     Verify,
 )
 from fleet.protocol.modes import CLOUD, Mode
+from fleet.protocol.prompt import PromptRequest
 from fleet.transport.base import Will
 from fleet.transport.in_memory import InMemoryTransport
 from tests.brokers import wait_until
 from tests.conftest import MakeTinyBundle
 from tests.hostile import PERFECT, HostileLink, Odds, Said
 from tests.recorded import chunks_of
-from tests.system.judge import judge, request
+from tests.system.judge import first_turn, judge, next_turn, request
 from tests.system.memory_fleet import DEVICE, WAIT_S, WORKER, Answer, MemoryFleet, memory_fleet
 
 NEIGHBOUR: Final = "edge-2"
@@ -62,6 +64,8 @@ FORGERIES: Final = (
     "wrong checksum",
     "positions that skip",
     "a branch to come",
+    "a continuation of itself",
+    "a continuation by another",
     "questions out of turn",
     "questions with wrong context",
 )
@@ -111,18 +115,24 @@ def test_messages_lost_doubled_reordered_and_replayed_change_no_token(
 ) -> None:
     odds = Odds(lost=0.05, doubled=0.1, held=0.1, replayed=0.1)
     with hostile_fleet(tiny_bundle, seed, odds, HASTY) as (fleet, _):
-        for prompt in PROMPTS[:2]:
-            asked = request(prompt, mode)
-            for _ in range(
-                MOST_TRIES
-            ):  # a first question may be lost until the answer has gone on without the cloud
-                answer = fleet.ask(asked)
-                judge(tiny_bundle, asked, answer)
-                if CLOUD in answer.sources:
-                    break
-            assert CLOUD in answer.sources
+        asked = first_turn(PROMPTS[0], mode)
+        answer = ask_until_the_cloud_answers(fleet, tiny_bundle, asked)
+        asked = next_turn(asked, answer, PROMPTS[1], num_tokens=24)
+        ask_until_the_cloud_answers(fleet, tiny_bundle, asked)
     assert fleet.link.up.num_done > 0
     assert fleet.link.down.num_done > 0
+
+
+def ask_until_the_cloud_answers(fleet: MemoryFleet, bundle: Bundle, asked: PromptRequest) -> Answer:
+    """Ask again and again: a first question may be lost until the answer has gone on without the
+    cloud.
+    """
+    for _ in range(MOST_TRIES):
+        answer = fleet.ask(asked)
+        judge(bundle, asked, answer)
+        if CLOUD in answer.sources:
+            return answer
+    raise AssertionError(f"no answer in {MOST_TRIES} had a token of the cloud")
 
 
 def await_end(fleet: HostileFleet, worker: Worker) -> None:
@@ -142,9 +152,15 @@ def ask_while_forging(
     mode: Mode,
     make: Callable[[Sequence[Said]], Iterable[Said]],
 ) -> Answer:
-    """A right answer, in the midst of which the device says what ``make(said)`` gives as well."""
-    fleet.link.forge(NUM_BEFORE, make)
+    """A right answer, in the midst of which the device says what ``make(said)`` gives as well.
+
+    In verified mode it is the second turn of a conversation, whose session continues another one.
+    """
     asked = request(PROMPTS[0], mode, num_tokens=48)
+    if mode is Mode.VERIFIED:
+        first = first_turn(PROMPTS[0])
+        asked = next_turn(first, fleet.ask(first), PROMPTS[1], num_tokens=48)
+    fleet.link.forge(NUM_BEFORE, make)
     answer = fleet.ask(asked)
     judge(bundle, asked, answer)
     assert fleet.link.has_forged
@@ -180,6 +196,8 @@ def forgeries(said: Sequence[Said], bundle: Bundle) -> dict[str, list[ToWorker]]
 
     question = Verify(session=session, request=0, branch=branch, start=0, draft=(1,), deadline_ms=1)
 
+    continues = Continuation(session=session, branch=branch, num_positions=1 << 20)
+
     def sent(*chunks: ContextChunk) -> list[ToWorker]:
         return [Context(session, chunk) for chunk in chunks]
 
@@ -205,6 +223,10 @@ def forgeries(said: Sequence[Said], bundle: Bundle) -> dict[str, list[ToWorker]]
             *(pack_chunk(branch, start, rows) for start in (75, 1000, (1 << 20) - 1))
         ),
         "a branch to come": sent(pack_chunk(branch + 50, 0, rows)),
+        "a continuation of itself": [
+            changed(opening, max_positions=opening.max_positions + 1, continues=continues)
+        ],
+        "a continuation by another": [changed(opening, session="thief", continues=continues)],
         "questions out of turn": [
             question,
             changed(question, draft=(1, 2, 3)),
@@ -234,10 +256,10 @@ def test_wrong_messages_in_the_midst_of_a_session_harm_no_answer(
     tiny_bundle: Bundle, kind: str, mode: Mode
 ) -> None:
     def forge(said: Sequence[Said]) -> Iterable[Said]:
-        opened = said[0][0]
         in_session = said[-1][0]
         for message in forgeries(said, tiny_bundle)[kind]:
-            yield opened if isinstance(message, Open) else in_session, encode(message)
+            is_opening = isinstance(message, Open)
+            yield topics.open_session(DEVICE) if is_opening else in_session, encode(message)
 
     with hostile_fleet(tiny_bundle) as (fleet, _):
         ask_while_forging(fleet, tiny_bundle, mode, forge)
@@ -270,7 +292,7 @@ def garbage(said: Sequence[Said]) -> list[bytes]:
 @pytest.mark.parametrize("mode", MODES)
 def test_garbage_in_the_midst_of_a_session_harms_no_answer(tiny_bundle: Bundle, mode: Mode) -> None:
     def litter(said: Sequence[Said]) -> Iterable[Said]:
-        opened = said[0][0]
+        opened = topics.open_session(DEVICE)
         in_session = said[-1][0]
         for payload in garbage(said):
             for topic in (

@@ -1,4 +1,4 @@
-"""Two workers share fifty sessions over a real mosquitto; one is killed half-way."""
+"""Two workers share fifty conversations over a real mosquitto; one is killed in second turns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks.whole_model import WholeModel
 from edge_agent.config import AgentConfig
 from edge_agent.serving.agent import Agent
 from fleet.bundles.manifest import Bundle
@@ -27,13 +26,14 @@ from fleet.errors import FleetError
 from fleet.identity.identity import Identity
 from fleet.protocol import topics
 from fleet.protocol.access import Grants, Role
-from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest, Reply
 from fleet.protocol.report import GenerationReport, WorkerStatus, decode_status
 from fleet.server.local_fleet import acknowledge
+from fleet.transport.answers import Answer
 from fleet.transport.base import Will
 from fleet.transport.prompt_client import PromptClient
 from tests.brokers import Inbox, Site, running_site
+from tests.system.judge import first_turn, judge, next_turn
 
 DEVICES = tuple(f"d{i}" for i in range(10))
 SESSIONS_EACH = 5
@@ -51,17 +51,15 @@ WAIT_S = 120.0
 
 @dataclass(kw_only=True)
 class Asked:
-    """One answer, and when its replies came."""
+    """The second turn of a conversation, and when its replies came."""
 
     device: str
-    prompt: str
+    question: str
+    request: PromptRequest | None = None
+    first: Answer | None = None
     replies: list[Reply] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     error: FleetError | None = None
-
-    @property
-    def token_ids(self) -> list[int]:
-        return [reply.token_id for reply in self.replies if reply.token_id is not None]
 
     def wait_s(self, since: float) -> float:
         """The longest time without a reply after `since`."""
@@ -92,15 +90,11 @@ def worker_process(site: Site, name: str, bundle: Bundle) -> Iterator[subprocess
 
 
 def follow(client: PromptClient, asked: Asked, progress: threading.Semaphore) -> None:
-    request = PromptRequest(
-        prompt=asked.prompt,
-        mode=Mode.VERIFIED,
-        threshold=0.05,
-        max_new_tokens=NUM_TOKENS,
-        deadline_ms=100_000,
-    )
+    first = msgspec.structs.replace(first_turn(asked.question), deadline_ms=100_000)
     try:
-        for reply in client.ask(asked.device, request, timeout_s=WAIT_S):
+        asked.first = Answer(list(client.ask(asked.device, first, timeout_s=WAIT_S)))
+        asked.request = next_turn(first, asked.first, "And now?", NUM_TOKENS)
+        for reply in client.ask(asked.device, asked.request, timeout_s=WAIT_S):
             asked.times.append(time.monotonic())
             asked.replies.append(reply)
             if len(asked.replies) == NUM_TOKENS // 4:
@@ -113,7 +107,6 @@ def follow(client: PromptClient, asked: Asked, progress: threading.Semaphore) ->
 def test_every_answer_ends_as_the_whole_models_though_a_worker_is_killed(
     tmp_path: Path, tiny_bundle: Bundle
 ) -> None:
-    whole = WholeModel(tiny_bundle, num_threads=1)
     statuses = Inbox()
     half_way = threading.Semaphore(0)
     reports: queue.Queue[GenerationReport] = queue.Queue()
@@ -121,7 +114,7 @@ def test_every_answer_ends_as_the_whole_models_though_a_worker_is_killed(
         num_threads=1, max_concurrent_requests=SESSIONS_EACH, assist_deadline_ms=2000
     )
     asked = [
-        Asked(device=DEVICES[i % len(DEVICES)], prompt=f"Tell me about number {i}.")
+        Asked(device=DEVICES[i % len(DEVICES)], question=f"Tell me about number {i}.")
         for i in range(NUM_SESSIONS)
     ]
     with ExitStack() as stack:
@@ -157,13 +150,13 @@ def test_every_answer_ends_as_the_whole_models_though_a_worker_is_killed(
         for thread in threads:
             thread.join(WAIT_S)
         counted: dict[str, GenerationReport] = {}
-        while len(counted) < len(asked):
+        while len(counted) < 2 * len(asked):
             report = reports.get(timeout=WAIT_S)
             counted[report.generation] = report
     assert [one.error for one in asked if one.error] == []
     for one in asked:
-        assert one.replies[-1].done
-        assert one.token_ids == whole.generate(one.prompt, NUM_TOKENS)
+        assert one.request
+        judge(tiny_bundle, one.request, Answer(one.replies))
     check_counts(list(counted.values()), asked)
     moved = [one for one in asked if one.replies[-1].note == "worker w1 went away"]
     assert moved
@@ -173,7 +166,8 @@ def test_every_answer_ends_as_the_whole_models_though_a_worker_is_killed(
 
 def check_counts(counted: list[GenerationReport], asked: list[Asked]) -> None:
     """The reports equal the emitted tokens; at the end w2 has all sessions still open."""
-    emitted = Counter(reply.source for one in asked for reply in one.replies if reply.source)
+    replies = [[*one.first.replies, *one.replies] for one in asked if one.first]
+    emitted = Counter(reply.source for each in replies for reply in each if reply.source)
     reported: Counter[str] = Counter()
     for report in counted:
         reported.update(report.sources)
