@@ -10,7 +10,8 @@ MIN_NGRAM: Final = 2
 
 
 class PromptLookup:
-    """The token ids of one sequence, and for each n-gram the places where it ends.
+    """The token ids of one sequence, and for each n-gram the places where it ends: a
+    :class:`~edge_agent.generation.proposer.Proposer`.
 
     It drafts without a model, as in prompt lookup decoding
     (https://github.com/apoorvumang/prompt-lookup-decoding).
@@ -50,6 +51,9 @@ class PromptLookup:
             if len(ends) > 1:
                 return self._ids[ends[-2] : ends[-2] + max_tokens]
         return []
+
+    def learn(self, num_proposed: int, num_accepted: int) -> None:
+        """Learn nothing: the text alone decides."""
 
     def _last_ngrams(self) -> list[tuple[int, ...]]:
         """Return the n-grams at the end of the text, longest first."""
