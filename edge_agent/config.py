@@ -32,6 +32,7 @@ from fleet.utils.validation import is_unknown_field
 CONFIG_FILE: Final = "agent.json"
 
 Provider = Literal["auto", "cpu", "cuda"]
+TableStorage = Literal["disk", "memory", "off"]
 
 
 LOCKABLE: Final = tuple(sorted({*Settings.__struct_fields__} - {"bundle", "software", "threshold"}))
@@ -46,9 +47,10 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     the active requests. `max_kept_reports` is the number of reports that wait on disk for the
     collector before the oldest are merged. `reuse_share` is the share of `cache_budget_mb` for the
     caches of earlier answers; with 0, each prompt begins afresh. `agreement_sample` is the share of
-    collaborative responses whose tokens are also verified by the cloud. `update_timeout_s` is the
-    time within which a new version of the device's software has to confirm itself. `locked` names
-    settings that the fleet's configuration does not change.
+    collaborative responses whose tokens are also verified by the cloud. `suffix_tables` is the
+    place of the past texts of each app, from which the device proposes tokens. `update_timeout_s`
+    is the time within which a new version of the device's software has to confirm itself. `locked`
+    names settings that the fleet's configuration does not change.
     """
 
     mode: Mode = Mode.COLLABORATIVE
@@ -79,6 +81,7 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     split: Split = "auto"
     max_draft: Annotated[int, Meta(ge=1, le=MAX_DRAFT)] = 16
     agreement_sample: Share = 0.0
+    suffix_tables: TableStorage = "disk"
     triggers: Triggers = ()
     update_timeout_s: Annotated[float, Meta(gt=0, le=86_400)] = 300.0
     locked: tuple[str, ...] = ()

@@ -11,11 +11,13 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Self
 
 import numpy as np
 
+from edge_agent.config import TableStorage
 from edge_agent.generation.suffix_table import MAX_TOKENS, SuffixTable
+from fleet.bundles.manifest import Manifest
 from fleet.protocol.topics import NAME
 from fleet.utils.atomic_files import write_file
 from fleet.utils.rate_limited_log import RateLimitedLog
@@ -32,8 +34,6 @@ TOKEN_TYPE: Final = np.dtype("<i4")
 MAX_TABLES: Final = 16
 SAVE_S: Final = 600.0
 """Least time between two writes of a table, so that a memory card lasts."""
-
-TableStorage = Literal["disk", "memory", "off"]
 
 
 class SuffixTables:
@@ -69,6 +69,16 @@ class SuffixTables:
         self._clock = clock
         self._tables: OrderedDict[str, _KeptTable] = OrderedDict()
         self._lock = threading.Lock()
+
+    @classmethod
+    def for_bundle(cls, manifest: Manifest, folder: Path | None, storage: TableStorage) -> Self:
+        """Return the tables of a device that serves this bundle; `folder` None has no files."""
+        return cls(
+            folder if storage == "disk" else None,
+            manifest.tokenizer_sha256,
+            manifest.model.vocab_size,
+            is_off=storage == "off",
+        )
 
     def of(self, app: str, trigger: str | None = None) -> SuffixTable:
         """Return the table of an app, or of one of its triggers."""

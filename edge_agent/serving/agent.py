@@ -22,6 +22,7 @@ from edge_agent.engine.ort_runtime import check_instruction_set, is_out_of_memor
 from edge_agent.engine.partition import Partition, WorkCounter
 from edge_agent.engine.prefix_tree import KeptCaches
 from edge_agent.engine.tokenizer import ChatTokenizer
+from edge_agent.generation.suffix_tables import SuffixTables
 from edge_agent.reporting.report_outbox import ReportOutbox
 from edge_agent.reporting.reporter import Reporter
 from edge_agent.serving.answerer import Answerer, error_reply
@@ -72,6 +73,7 @@ class Agent:
         config: AgentConfig,
         reports_file: Path | None = None,
         *,
+        tables_folder: Path | None = None,
         draw: Callable[[], float] = random.random,
         is_trial: bool = False,
         is_alone: bool = False,
@@ -84,6 +86,7 @@ class Agent:
             config: the settings.
             reports_file: the file of the reports that wait for the collector; None keeps them in
                 memory.
+            tables_folder: the folder of the suffix tables; None keeps them in memory.
             draw: returns numbers from [0, 1), which choose the responses that the cloud verifies
                 as a sample.
             is_trial: run one step of the model first.
@@ -135,6 +138,7 @@ class Agent:
         self._workers = WorkerDirectory(transport, self._worker_changed)
         self._kept_sessions = KeptSessions(transport, self._workers, continued_layer(partition))
         self._reporter = Reporter(transport, ReportOutbox(reports_file, config.max_kept_reports))
+        self._tables = SuffixTables.for_bundle(self._manifest, tables_folder, config.suffix_tables)
         self._answerer = Answerer(
             transport,
             workers=self._workers,
@@ -144,6 +148,7 @@ class Agent:
             model_lock=self._model_lock,
             kept_caches=self._kept_caches,
             kept_sessions=self._kept_sessions,
+            tables=self._tables,
             epoch=self._epoch,
         )
         self._planning_thread = threading.Thread(
@@ -162,6 +167,7 @@ class Agent:
             self._subscribe(stack, topics.sessions_of_device(self.name), self._on_session)
             self._subscribe(stack, topics.cancels_to(self.name), self._on_cancel, qos=1)
             stack.callback(self._kept_sessions.close)
+            stack.callback(self._tables.save, is_last=True)
             stack.callback(self._stop_jobs)
             self._resender.start()
             for thread in (self._planning_thread, *self._answer_threads):

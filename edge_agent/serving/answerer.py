@@ -20,6 +20,8 @@ from edge_agent.generation.decoder import Decoder, GeneratedToken
 from edge_agent.generation.generator import Generator
 from edge_agent.generation.mode_controller import ModeController
 from edge_agent.generation.speculative import SpeculativeDecoder
+from edge_agent.generation.suffix_table import SuffixTable
+from edge_agent.generation.suffix_tables import SuffixTables
 from edge_agent.measurements import Measurements
 from edge_agent.reporting.report_merge import merge_reports
 from edge_agent.reporting.reporter import Reporter
@@ -45,6 +47,7 @@ from fleet.protocol.prompt import (
     Usage,
 )
 from fleet.protocol.report import GenerationReport
+from fleet.protocol.triggers import trigger_of
 from fleet.transport.base import Transport
 
 # A session's name is short, because every message has it. It must be unique only on its device.
@@ -78,6 +81,7 @@ class Answerer:
         model_lock: FairLock,
         kept_caches: KeptCaches,
         kept_sessions: KeptSessions,
+        tables: SuffixTables,
         epoch: int,
     ) -> None:
         self._transport = transport
@@ -88,6 +92,7 @@ class Answerer:
         self._model_lock = model_lock
         self._kept_caches = kept_caches
         self._kept_sessions = kept_sessions
+        self._tables = tables
         self._epoch = epoch
         self._measurements = Measurements()
         self._acceptance = AcceptanceRate()
@@ -121,6 +126,7 @@ class Answerer:
             **content,
         )
         self.reply(job, last_reply)
+        self._tables.save()
 
     def _content(self, job: Job, outcomes: Sequence[_Outcome]) -> dict[str, Any]:
         """Return the fields of the last reply that have the text."""
@@ -155,6 +161,8 @@ class Answerer:
         except Exception:
             self._reporter.add(_report(job, plan, self._manifest.bundle_id, "error"))
             raise
+        if finish_reason != "cancelled":
+            self._table(job, plan).add([*plan.prompt_ids, *job.token_ids])
         rest = text.flush()
         if text.is_stopped:
             finish_reason = "stop"
@@ -213,6 +221,7 @@ class Answerer:
             is_cancelled=job.cancelled.is_set,
         )
         for token in tokens:
+            job.token_ids.append(token.token_id)
             job.count(token.source)
             piece = text.push(token.token_id)
             logprobs = self._logprobs(job, token)
@@ -248,6 +257,12 @@ class Answerer:
         if rules.constraint is None:
             return None
         return self._tokenizer.grammars.constrain(rules.constraint, rules.prompt_length)
+
+    def _table(self, job: Job, plan: RequestPlan) -> SuffixTable:
+        """Return the past texts of the job's app, or of the trigger that made the job."""
+        trigger = trigger_of(job.request)
+        names = {each.name for each in plan.config.triggers}
+        return self._tables.of(job.app, trigger if trigger in names else None)
 
     def _decoder(self, job: Job, plan: RequestPlan) -> Decoder:
         """Return a sequence that begins with what an earlier answer has run of the prompt."""

@@ -50,6 +50,7 @@ class Job:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     is_resend_due: bool = False
     sources: dict[str, int] = field(default_factory=dict)
+    token_ids: list[int] = field(default_factory=list)
     first_token_at: float = 0.0
     last_token_at: float = 0.0
     choice: int = 0
@@ -90,6 +91,7 @@ class Job:
         self.kept_session = None
         self.speculative = None
         self.mode_controller = None
+        self.token_ids = []
         self.logprobs = []
 
     @property

@@ -16,6 +16,7 @@ from queue import Empty, Queue
 from typing import Final
 
 from edge_agent.config import AgentConfig
+from edge_agent.generation.suffix_tables import TABLES_FOLDER
 from edge_agent.reporting.report_outbox import REPORTS_FILE
 from edge_agent.serving.agent import Agent, refuse_prompts
 from edge_agent.state.bundle_slots import (
@@ -377,7 +378,14 @@ class Supervisor:
         """
         reports = self._folder / REPORTS_FILE
         is_checked = is_trial or self._software.is_trial
-        agent = Agent(self._transport, bundle, config, reports, is_trial=is_checked)
+        agent = Agent(
+            self._transport,
+            bundle,
+            config,
+            reports,
+            tables_folder=self._folder / TABLES_FOLDER,
+            is_trial=is_checked,
+        )
         agent.follow(config, version, problem)
         agent.report_software(self._software.problem)
         self._agent = agent.__enter__()

@@ -28,6 +28,7 @@ SIDES: Final[tuple[Side, ...]] = get_args(Side)
 EDGE_SIDES: Final[tuple[Side, ...]] = ("edge", "tokenizer")  # of a device
 PromptFormat = Literal["chat", "raw"]
 PROMPT_FORMATS: Final[tuple[PromptFormat, ...]] = get_args(PromptFormat)
+TOKENIZER: Final = "tokenizer/tokenizer.json"
 CHAT_TEMPLATE: Final = "tokenizer/chat_template.jinja"
 TOOL_TEMPLATE: Final = "tokenizer/tool_use_template.jinja"
 
@@ -102,6 +103,12 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def prompt_format(self) -> PromptFormat:
         """``chat`` if the bundle has a chat template; ``raw`` if its model continues a text."""
         return "chat" if self.has_file(CHAT_TEMPLATE) else "raw"
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """The SHA-256 of the tokenizer, by which bundles with the same token ids are known."""
+        digests = {entry.path: entry.sha256 for entry in self.files}
+        return digests.get(TOKENIZER, "")
 
     def has_file(self, name: str) -> bool:
         """Return whether the bundle has a file of this name, e.g. ``edge/block_0.onnx``."""

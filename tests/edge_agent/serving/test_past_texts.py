@@ -1,0 +1,56 @@
+"""Past texts of a device's apps and triggers: kept when an answer ends, and saved at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from edge_agent.config import AgentConfig, TableStorage
+from edge_agent.generation.suffix_tables import SuffixTables
+from edge_agent.serving.agent import Agent
+from fleet.bundles.manifest import Bundle
+from fleet.protocol import topics
+from fleet.protocol.modes import Mode
+from fleet.protocol.prompt import PromptRequest
+from fleet.protocol.triggers import Trigger
+from tests.system.memory_fleet import APP, DEVICE, WAIT_S, MemoryFleet, memory_fleet
+
+TRIGGER = Trigger(name="heat", events=f"{APP}/warmth", template="{celsius} degrees")
+CONFIG = AgentConfig(
+    num_threads=1, mode=Mode.STANDALONE, max_new_tokens=4, triggers=(TRIGGER,), thresholds=(1, 1)
+)
+PROMPT = PromptRequest(prompt="How warm is it?")
+
+
+def answer_both(fleet: MemoryFleet) -> list[int]:
+    """Send a prompt and an event; return the tokens of the prompt's answer."""
+    token_ids = fleet.ask(PROMPT).token_ids
+    fleet.watcher.publish(topics.app_event(APP, "warmth"), b'{"celsius": 31}', qos=1)
+    for _ in range(2):
+        fleet.reports.get(timeout=WAIT_S)
+    return token_ids
+
+
+def run_agent(bundle: Bundle, folder: Path, storage: TableStorage) -> list[int]:
+    config = replace(CONFIG, suffix_tables=storage)
+    with memory_fleet() as fleet:
+        transport = fleet.connect(DEVICE)
+        with Agent(transport, bundle, config, tables_folder=folder):
+            return answer_both(fleet)
+
+
+def test_texts_are_saved_for_each_app_and_trigger(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    token_ids = run_agent(tiny_bundle, tmp_path, "disk")
+    tables = SuffixTables.for_bundle(tiny_bundle.manifest, tmp_path, "disk")
+    assert [*tables.of(APP).token_ids][-5:-1] == token_ids
+    assert len(tables.of(APP, TRIGGER.name).token_ids) > len(token_ids)
+
+
+@pytest.mark.parametrize("storage", ["memory", "off"])
+def test_no_text_reaches_the_disk_if_the_device_may_not_keep_it(
+    tiny_bundle: Bundle, tmp_path: Path, storage: TableStorage
+) -> None:
+    run_agent(tiny_bundle, tmp_path, storage)
+    assert list(tmp_path.iterdir()) == []
