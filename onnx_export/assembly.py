@@ -21,6 +21,7 @@ from onnx_export.graph_cache import GraphCache, graph_key
 from onnx_export.graph_weights import DataFile, Read
 from onnx_export.heads import ExitHead
 from onnx_export.partition import (
+    TRACED_CHUNK,
     export_block,
     export_lm_head,
     fuse_norms,
@@ -44,16 +45,16 @@ class IdentityHead(ExitHead):
 
 
 class HeadGraph(nn.Module):
-    """A head as a module to trace: last_hidden [1, hidden] -> exit_hidden [1, hidden]."""
+    """A head as a module to trace: block_output [s, hidden] -> exit_hidden [s, hidden]."""
 
     def __init__(self, head: ExitHead) -> None:
         super().__init__()
         self.head = copy.deepcopy(head)
         fuse_norms(self)
 
-    def forward(self, last_hidden: Tensor) -> Tensor:
+    def forward(self, block_output: Tensor) -> Tensor:
         # The exporter writes a Linear on two dimensions as a Gemm, which stays in float32.
-        out: Tensor = self.head(last_hidden)
+        out: Tensor = self.head(block_output)
         return out
 
 
@@ -192,24 +193,26 @@ def in_memory(value: Tensor) -> Read:
 def trace_head(head: ExitHead) -> onnx.ModelProto:
     """Return a graph for heads like `head`, without weights.
 
-    last_hidden [1, hidden] -> exit_hidden [1, hidden].
+    block_output [s, hidden] -> exit_hidden [s, hidden].
     """
+    sequence = torch.export.Dim("sequence", min=1)
     hidden_size = head.norm.weight.shape[0]
     return trace_module(
         HeadGraph(head),
-        (torch.zeros(1, hidden_size),),
-        inputs=["last_hidden"],
+        (torch.zeros(TRACED_CHUNK, hidden_size),),
+        inputs=["block_output"],
         outputs=["exit_hidden"],
+        dynamic_shapes=({0: sequence},),
     )
 
 
 def append_head(body: onnx.ModelProto, head: onnx.ModelProto) -> None:
-    """Append `head` (last_hidden -> exit_hidden) to `body`.
+    """Append `head` (block_output -> exit_hidden) to `body`.
 
-    The value ``exit_hidden`` of `body`, its last hidden state, becomes the input of `head`.
+    The value ``exit_hidden`` of `body`, its hidden states, becomes the input of `head`.
     """
-    rename_values(body, {"exit_hidden": "last_hidden"})
-    internal = value_names(head) - {"last_hidden", "exit_hidden"}
+    rename_values(body, {"exit_hidden": "block_output"})
+    internal = value_names(head) - {"block_output", "exit_hidden"}
     rename_values(head, {name: f"head/{name}" for name in internal})
     for node in head.graph.node:
         node.name = f"head/{node.name}"

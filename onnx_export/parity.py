@@ -123,12 +123,12 @@ default model's last layer, after its layers 8 and 15."""
 class BlockRunner:
     """One block's graph with a cache, run without I/O binding: each call copies.
 
-    ``run``: input float32 [1, s, hidden] -> hidden_states [1, s, hidden], exit_hidden [1, hidden].
+    ``run``: input float32 [1, s, hidden] -> hidden_states [1, s, hidden], exit_hidden [s, hidden].
     """
 
     def __init__(self, path: Path, info: ModelInfo, capacity: int) -> None:
         self.session = open_onnx_session(path)
-        shape = (1, info.num_key_value_heads, capacity, info.head_dim)
+        shape = (1, info.num_key_value_heads, capacity + 1, info.head_dim)
         inputs = [value.name for value in self.session.get_inputs()]
         past = [name for name in inputs if name.startswith("past.")]
         present = [name.replace("past.", "present.", 1) for name in past]

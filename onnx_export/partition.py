@@ -161,18 +161,20 @@ def fused_norm(norm: Any) -> FusedRmsNorm:
 
 
 def rotary_tables(model: Any, max_positions: int) -> dict[str, Tensor]:
-    """Return the model's own cosines and sines, float32 [max_positions, rotary_dim / 2] each.
+    """Return the model's own cosines and sines, float32 [max_positions + 1, rotary_dim / 2] each.
 
+    The last row, a copy, is for the further row of attention (:mod:`onnx_export.exact_chunks`).
     Those of its layers with a window have names that begin with `LOCAL_PREFIX` if they differ.
     """
     tables: dict[str, Tensor] = {}
-    positions = torch.arange(max_positions)[None]
+    positions = torch.arange(max_positions)
+    rows = torch.cat([positions, positions[-1:]])
     for kind, rotary in rotary_embeddings(model.model).items():
         prefix = LOCAL_PREFIX if kind == LOCAL else ""
         with torch.no_grad():
-            angles = rotary(torch.zeros(1, 1), positions)
+            angles = rotary(torch.zeros(1, 1), positions[None])
         for function, values in zip(("cos", "sin"), angles, strict=True):
-            tables[prefix + function] = values[0, :, : values.shape[-1] // 2].contiguous()
+            tables[prefix + function] = values[0, rows, : values.shape[-1] // 2]
     return tables
 
 
@@ -185,8 +187,7 @@ class Block(nn.Module):
 
     forward: input float32 [1, s, hidden], seqlens_k int32 [1], total_length int32 scalar, past keys
     and values float32 [1, kv_heads, capacity, head_dim] ->
-    hidden_states [1, s, hidden], exit_hidden [1, hidden] of the last position, and the present keys
-    and values.
+    hidden_states [1, s, hidden], exit_hidden [s, hidden], and the present keys and values.
     """
 
     def __init__(self, model: Any, start: int, stop: int, head: ExitHead, info: ModelInfo):
@@ -219,7 +220,7 @@ class Block(nn.Module):
         )
         hidden = self._run(self.layers, scaled(hidden, self.input_scale), caches)
         exit_states = self._run(own_layers(self.head), hidden, caches)
-        exit_hidden = self.head(exit_states[:, -1])
+        exit_hidden = self.head(exit_states[0])
         return scaled(hidden, self.output_scale), exit_hidden, *caches.present
 
     def _run(self, layers: Iterable[nn.Module], hidden: Tensor, caches: CacheInputs) -> Tensor:
@@ -244,8 +245,8 @@ class LmHead(nn.Module):
     embedding. The softmax sum has exact terms for the candidates and coarse terms for all other
     tokens (docs/adr/0010).
 
-    forward: exit_hidden [1, hidden], table [vocab, hidden] of any float type -> top_ids int64
-    [1, k], top_logprobs float32 [1, k] best first, confidence [1].
+    forward: exit_hidden [n, hidden], table [vocab, hidden] of any float type -> top_ids int64
+    [n, k], top_logprobs float32 [n, k] best first, confidence [n].
     """
 
     def __init__(self, hidden: int, vocab: int, top_k: int, cap: float | None) -> None:
@@ -258,34 +259,35 @@ class LmHead(nn.Module):
     def forward(self, exit_hidden: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # For an input of three dimensions the exporter writes a MatMul, which a later step
         # quantises. For two dimensions the exporter would write a Gemm, which stays in float32.
-        logits = bounded(self.lm_head(exit_hidden[None])[0, 0], self.cap)
+        logits = bounded(self.lm_head(exit_hidden[None])[0], self.cap)
         ids = best_ids(logits, self.num_candidates)
-        coarse = logits.index_select(0, ids)
-        probabilities = logits.softmax(-1).index_select(0, ids)
+        coarse = logits.gather(-1, ids)
+        probabilities = logits.softmax(-1).gather(-1, ids)
         log_sum = coarse.amax(-1) - probabilities.amax(-1).log()
-        weights = table.index_select(0, ids).float()
-        exact = bounded((exit_hidden @ weights.T)[0], self.cap) - log_sum
-        others = (1 - probabilities.sum()).clamp(min=0)
-        corrected_sum = others + exact.exp().sum()
-        top, order = (exact - corrected_sum.log()).topk(self.top_k)
-        top_ids = ids.index_select(0, order)
-        return top_ids[None], top[None], top[:1].exp()
+        weights = table.index_select(0, ids.flatten()).float()
+        weights = weights.unflatten(0, ids.shape)
+        exact = bounded((weights @ exit_hidden[..., None])[..., 0], self.cap) - log_sum[:, None]
+        others = (1 - probabilities.sum(-1)).clamp(min=0)
+        corrected_sum = others + exact.exp().sum(-1)
+        top, order = (exact - corrected_sum.log()[:, None]).topk(self.top_k)
+        return ids.gather(-1, order), top, top[:, 0].exp()
 
 
 def best_ids(values: Tensor, k: int) -> Tensor:
-    """Return the indices of the k largest numbers in `values` [n]: int64 [k], in any order.
+    """Return the indices of the k largest numbers in each row of `values` [n, m]: int64 [n, k], in
+    any order.
 
     The numbers form groups of `GROUP_SIZE`. The k groups with the largest maxima contain the k
-    largest numbers. To find these groups first is much faster than a top-k over all n numbers.
+    largest numbers. To find these groups first is much faster than a top-k over all m numbers.
     """
-    if values.shape[0] % GROUP_SIZE or values.shape[0] <= k * GROUP_SIZE:
+    if values.shape[1] % GROUP_SIZE or values.shape[1] <= k * GROUP_SIZE:
         return values.topk(k, sorted=False).indices
-    groups = values.view(-1, GROUP_SIZE)
+    groups = values.unflatten(-1, (-1, GROUP_SIZE))
     best = groups.amax(-1).topk(k, sorted=False).indices
-    candidates = groups.index_select(0, best).flatten()
-    chosen = candidates.topk(k, sorted=False).indices
-    group = chosen.div(GROUP_SIZE, rounding_mode="floor")
-    return (best.index_select(0, group) - group) * GROUP_SIZE + chosen
+    members = best[..., None] * GROUP_SIZE + torch.arange(GROUP_SIZE)
+    members = members.flatten(-2)
+    chosen = values.gather(-1, members).topk(k, sorted=False).indices
+    return members.gather(-1, chosen)
 
 
 @contextmanager
@@ -357,13 +359,15 @@ def export_lm_head(
 
     `table` is the type of its exact weights; `cap` bounds the logits.
     """
-    exit_hidden = torch.zeros(1, info.hidden_size)
+    exit_hidden = torch.zeros(TRACED_CHUNK, info.hidden_size)
+    rows = torch.export.Dim("rows", min=1, max=info.max_positions)
     weights = torch.zeros((), dtype=table).expand(info.vocab_size, info.hidden_size)
     return trace_module(
         LmHead(info.hidden_size, info.vocab_size, top_k, cap),
         (exit_hidden, weights),
         inputs=["exit_hidden", "table"],
         outputs=["top_ids", "top_logprobs", "confidence"],
+        dynamic_shapes=({0: rows}, {}),
     )
 
 

@@ -6,14 +6,15 @@ and Q4_K up to the precision of `rest`. Weights on a finer grid, as of Q5_0, Q5_
 have 8 bits. MatMulNBits multiplies by ``scale * (q - zero)`` with an integer
 `zero`; the rest, at most half a step and the same for a whole block, is multiplied by the block's
 mean, which joins the input as a few more columns (docs/adr/0010). ``balanced`` also multiplies
-query, key and value by float32 inputs instead of int8 ones: most of the loss is there.
+query, key and value by inputs of 15 bits instead of 8: most of the loss is there (docs/adr/0052).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -25,14 +26,14 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
 from onnxruntime.quantization.quant_utils import QuantFormat
 
 from onnx_export.config import Quantization
+from onnx_export.exact_chunks import PAIR, pad_attention, precise_product
 from onnx_export.fusion import ATTENTION, MICROSOFT, Graph
 from onnx_export.graph_weights import Array, Floats, Weight
 from onnx_export.grid import BLOCK_SIZE, Bytes, Grid, needs_bytes
 
 PREVIEW_BITS: Final = 4
 PREVIEW_BLOCK_SIZE: Final = 64
-FLOAT_COMPUTE: Final = 1  # accuracy levels of MatMulNBits: float32 inputs and sums
-INT8_COMPUTE: Final = 4  # int8 inputs, rounded block by block, and int32 sums
+INT8_COMPUTE: Final = 4  # accuracy level of MatMulNBits: inputs rounded block by block, int32 sums
 WITH_MEANS: Final = ".with_means"
 NO_REST: Final = 1e-4  # in steps
 REST_COLUMNS: Final = 2
@@ -43,13 +44,16 @@ either side."""
 def quantize(graph: Graph, preset: Quantization, raised: frozenset[str] = frozenset()) -> Graph:
     """Quantise the products of a block's graph in place; ``fp32`` changes nothing.
 
-    Those of the weights named in `raised` have 8 bits in every preset.
+    Those of the weights named in `raised` have 8 bits in every preset. A chunk of positions then
+    has the same bits as single positions.
     """
     if preset == "fp32":
         return graph
+    pad_attention(graph)
+    precise = {id(node) for node in attention_products(graph)} if preset == "balanced" else set()
     if preset != "int8":
-        quantize_affine(graph, float_attention=preset == "balanced", raised=raised)
-    return quantize_symmetric(graph, bits=8, block_size=BLOCK_SIZE)
+        quantize_affine(graph, precise, raised)
+    return quantize_symmetric(graph, bits=8, block_size=BLOCK_SIZE, precise=precise)
 
 
 def quantize_preview(graph: Graph, preset: Quantization, bits: int = PREVIEW_BITS) -> Graph:
@@ -59,14 +63,19 @@ def quantize_preview(graph: Graph, preset: Quantization, bits: int = PREVIEW_BIT
     return quantize_symmetric(graph, bits=bits, block_size=PREVIEW_BLOCK_SIZE)
 
 
-def quantize_symmetric(graph: Graph, *, bits: int, block_size: int) -> Graph:
-    """Quantise every remaining product with ONNX Runtime's own quantiser."""
+def quantize_symmetric(
+    graph: Graph, *, bits: int, block_size: int, precise: Collection[int] = ()
+) -> Graph:
+    """Quantise every remaining product with ONNX Runtime's own quantiser.
+
+    Those with an id in `precise` multiply inputs of 15 bits.
+    """
     config = DefaultWeightOnlyQuantConfig(
         block_size=block_size, is_symmetric=True, bits=bits, quant_format=QuantFormat.QOperator
     )
     quantizer = DefaultWeightOnlyQuantizer(config)
 
-    def product(node: NodeProto) -> NodeProto:
+    def product(node: NodeProto, x: str) -> NodeProto:
         pieces = graph.weights[node.input[1]].pieces()
         quantized = [
             quantizer.qbits_block_quant(np.ascontiguousarray(piece))[:2] for piece in pieces
@@ -74,7 +83,7 @@ def quantize_symmetric(graph: Graph, *, bits: int, block_size: int) -> Graph:
         return quantized_product(
             graph,
             node,
-            node.input[0],
+            x,
             with_scale_rows(*joined(quantized)),
             K=graph.weights[node.input[1]].shape[0],
             bits=bits,
@@ -82,7 +91,15 @@ def quantize_symmetric(graph: Graph, *, bits: int, block_size: int) -> Graph:
             accuracy_level=INT8_COMPUTE,
         )
 
-    graph.replace_nodes(product(node) if graph.is_product(node) else node for node in graph.nodes)
+    nodes: list[NodeProto] = []
+    for node in graph.nodes:
+        if not graph.is_product(node):
+            nodes.append(node)
+        elif id(node) in precise:
+            nodes += precise_product(graph, node.input[0], partial(product, node))
+        else:
+            nodes.append(product(node, node.input[0]))
+    graph.replace_nodes(nodes)
     return graph
 
 
@@ -116,13 +133,11 @@ def quantized_product(
     )
 
 
-def quantize_affine(graph: Graph, *, float_attention: bool, raised: frozenset[str]) -> None:
+def quantize_affine(graph: Graph, precise: Collection[int], raised: frozenset[str]) -> None:
     """Quantise products with whole blocks on a grid, except for those of `raised`.
 
-    `float_attention`: query, key and value of 4 bits multiply float32 inputs. The kernel of 8 bits
-    has no fast way to do that.
+    Those with an id in `precise` multiply inputs of 15 bits.
     """
-    precise = {id(node) for node in attention_products(graph)} if float_attention else set()
     extended: dict[str, str] = {}
     nodes: list[NodeProto] = []
     for node in graph.nodes:
@@ -132,14 +147,18 @@ def quantize_affine(graph: Graph, *, float_attention: bool, raised: frozenset[st
         name = node.input[0]
         grids, bits = product_grids(graph.weights[node.input[1]])
         if bits == 8 and not any(has_rest(grid) for grid in grids):
-            nodes.append(whole_grid_product(graph, node, grids))
-            continue
-        if name not in extended:
-            extended[name] = name + WITH_MEANS
-            nodes += with_means(name, extended[name])
-        level = FLOAT_COMPUTE if bits == 4 and id(node) in precise else INT8_COMPUTE
-        weights = joined(grid_weights(grid, bits) for grid in grids)
-        nodes.append(grid_product(graph, node, extended[name], weights, bits, level))
+            multiply = partial(whole_grid_product, graph, node, grids)
+        else:
+            if name not in extended:
+                extended[name] = name + WITH_MEANS
+                nodes += with_means(name, extended[name])
+            name = extended[name]
+            weights = joined(grid_weights(grid, bits) for grid in grids)
+            multiply = partial(grid_product, graph, node, weights, bits)
+        if id(node) in precise:
+            nodes += precise_product(graph, name, multiply)
+        else:
+            nodes.append(multiply(name))
     graph.replace_nodes(nodes)
 
 
@@ -188,12 +207,7 @@ def with_means(name: str, extended: str) -> list[NodeProto]:
 
 
 def grid_product(
-    graph: Graph,
-    product: NodeProto,
-    extended: str,
-    weights: Sequence[Array],
-    bits: int,
-    accuracy_level: int,
+    graph: Graph, product: NodeProto, weights: Sequence[Array], bits: int, extended: str
 ) -> NodeProto:
     """Return `product` as MatMulNBits on its weights' grid, with means in its input."""
     blocks = graph.weights[product.input[1]].shape[0] // BLOCK_SIZE
@@ -205,17 +219,19 @@ def grid_product(
         K=blocks * (BLOCK_SIZE + REST_COLUMNS),
         bits=bits,
         block_size=BLOCK_SIZE,
-        accuracy_level=accuracy_level,
+        accuracy_level=INT8_COMPUTE,
     )
 
 
-def whole_grid_product(graph: Graph, product: NodeProto, grids: Sequence[Grid]) -> NodeProto:
+def whole_grid_product(
+    graph: Graph, product: NodeProto, grids: Sequence[Grid], x: str
+) -> NodeProto:
     """Return `product` as MatMulNBits of 8 bits on grids on which 0 is one of the steps."""
     weights = joined((grid.steps, grid.scale, zero_steps(grid, 255)) for grid in grids)
     return quantized_product(
         graph,
         product,
-        product.input[0],
+        x,
         weights,
         K=graph.weights[product.input[1]].shape[0],
         bits=8,
@@ -278,7 +294,7 @@ def product_weights(node: NodeProto) -> int:
     """Return the number of weights of a quantised product, without the columns of the rest."""
     sizes = {attribute.name: attribute.i for attribute in node.attribute}
     columns = sizes["K"]
-    if node.input[0].endswith(WITH_MEANS):
+    if node.input[0].removesuffix(PAIR).endswith(WITH_MEANS):
         columns -= columns * REST_COLUMNS // (BLOCK_SIZE + REST_COLUMNS)
     return int(columns * sizes["N"])
 

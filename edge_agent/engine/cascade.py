@@ -13,10 +13,12 @@ import numpy as np
 import onnxruntime as ort
 
 from edge_agent.engine.partition import (
+    MAX_EXITS,
     ExitCandidates,
     Float32,
     Int64,
     Partition,
+    WorkCounter,
     bind_input,
     bind_output,
 )
@@ -29,6 +31,10 @@ MAX_CHUNK: Final = 256
 """The most positions that a block runs at once. So the memory of a run, in addition to the caches,
 stays small for prompts of any length.
 """
+SPARE: Final = 1
+"""Positions of a cache after the newest: a run writes one row more than it needs (ADR 0052)."""
+TRIAL: Final = (7, 1, 5, 3, 2, 6, 4, 0)
+"""The tokens by which a chunk is compared with single positions."""
 LARGE_CHUNK: Final = 64
 """Number of positions from which on a run frees its working memory at its end. A smaller run keeps
 the memory, because freeing it takes time.
@@ -70,9 +76,9 @@ class Cascade:
     its whole backlog, in chunks: all positions that the previous block has run and this block has
     not. So no KV cache has a hole (CE-CoLLM, arXiv 2411.02829, section 4).
 
-    Positions from `one_by_one_from` on run one at a time. A chunk is cheaper, but its results
-    differ from those of single positions by rounding. The quantisation of activations can enlarge
-    this difference to a whole step of its grid.
+    Positions from `one_by_one_from` on run one at a time. A chunk is cheaper, but unless
+    :func:`chunks_are_exact` its results differ from those of single positions by rounding. The
+    quantisation of activations can enlarge this difference to a whole step of its grid.
     """
 
     def __init__(
@@ -83,9 +89,9 @@ class Cascade:
         self._one_by_one_from = capacity if one_by_one_from is None else one_by_one_from
         self._partition = partition
         self._token_ids = np.zeros(capacity, np.int64)
-        exit_hidden = np.empty((1, partition.manifest.model.hidden_size), np.float32)
-        self._lm_head = partition.lm_head(exit_hidden)
-        self._runs = [_BlockRun(session, capacity, exit_hidden) for session in partition.blocks]
+        self._lm_head = partition.lm_head()
+        num_exits = MAX_EXITS if partition.has_all_exits else 1
+        self._runs = [_BlockRun(session, capacity, num_exits) for session in partition.blocks]
 
     @staticmethod
     def num_bytes(partition: Partition, capacity: int) -> int:
@@ -95,10 +101,10 @@ class Cascade:
         model = partition.manifest.model
         inputs = [value for block in partition.blocks for value in block.get_inputs()]
         num_caches = sum(value.name.startswith(PAST) for value in inputs)
-        num_floats = num_caches * model.num_key_value_heads * model.head_dim
-        num_floats += len(partition.blocks) * model.hidden_size
+        num_floats = num_caches * model.num_key_value_heads * model.head_dim * (capacity + SPARE)
+        num_floats += len(partition.blocks) * model.hidden_size * capacity
         float_bytes = np.dtype(np.float32).itemsize
-        return int(capacity * (np.dtype(np.int64).itemsize + num_floats * float_bytes))
+        return int(capacity * np.dtype(np.int64).itemsize + num_floats * float_bytes)
 
     def append(self, token_ids: Sequence[int]) -> None:
         """Add tokens; nothing runs yet. The caller stays within `capacity`."""
@@ -127,7 +133,7 @@ class Cascade:
     @property
     def position_bytes(self) -> int:
         """The memory of a position that all blocks have run."""
-        return self.num_bytes(self._partition, 1)
+        return self.num_bytes(self._partition, 2) - self.num_bytes(self._partition, 1)
 
     @property
     def token_ids(self) -> Int64:
@@ -142,30 +148,44 @@ class Cascade:
         """
         while True:
             with context():
-                if self._run_chunk(block):
-                    self._partition.work.head_calls += 1
-                    return self._lm_head()
+                self._run_chunk(block)
+                if self._num_waiting(block) == 0:
+                    stop = self._runs[block].filled
+                    return self.exits(block, stop - 1, stop)[0]
 
-    def fill(self, block: int, context: ChunkContext = nullcontext) -> None:
-        """Run `block` over its backlog, as :meth:`run` does, without its exit."""
-        is_done = self._num_waiting(block) == 0
-        while not is_done:
+    def fill(self, block: int, context: ChunkContext = nullcontext, num_last: int = 1) -> None:
+        """Run `block` over its backlog, as :meth:`run` does, without its exit.
+
+        The last `num_last` positions of the backlog are part of one chunk.
+        """
+        while self._num_waiting(block):
             with context():
-                is_done = self._run_chunk(block)
+                self._run_chunk(block, num_last)
+
+    def exits(self, block: int, start: int, stop: int) -> list[ExitCandidates]:
+        """Return the candidates of a block's exit for positions [start, stop).
+
+        They must be among the last `MAX_EXITS` positions of the block's last chunk.
+        """
+        self._partition.work.head_calls += 1
+        return self._lm_head(self._runs[block].exit_hidden_of(start, stop))
 
     def _num_waiting(self, block: int) -> int:
         available = self._runs[block - 1].filled if block else self.num_tokens
         return available - self._runs[block].filled
 
-    def _run_chunk(self, block: int) -> bool:
-        """Run the next chunk of `block`, if there is one; return whether it was the last."""
+    def _run_chunk(self, block: int, num_last: int = 1) -> None:
+        """Run the next chunk of `block`, if there is one. The last `num_last` positions of the
+        backlog stay in one chunk.
+        """
         waiting = self._num_waiting(block)
         start = self._runs[block].filled
         count = min(waiting, MAX_CHUNK, max(1, self._one_by_one_from - start))
+        if count < waiting < count + num_last:
+            count = waiting - num_last
         if count:
             self._runs[block](self._inputs(block, start, start + count))
             self._partition.work.positions[block] += count
-        return count == waiting
 
     def _inputs(self, block: int, start: int, stop: int) -> Float32:
         """Return the inputs of `block`, [n, hidden] for positions [start, stop)."""
@@ -173,9 +193,12 @@ class Cascade:
             return self._runs[block - 1].hidden_states[start:stop]
         return self._partition.embed(self._token_ids[start:stop])
 
-    def logits_of(self, token_ids: Int64 | None) -> Float32:
-        """Return logits of the exit that ran last; see :meth:`LmHeadRun.logits_of`."""
-        return self._lm_head.logits_of(token_ids)
+    def logits_of(self, block: int, position: int, token_ids: Int64 | None) -> Float32:
+        """Return logits of an exit that has run; see :meth:`exits` and
+        :meth:`LmHeadRun.logits_of`.
+        """
+        exit_hidden = self._runs[block].exit_hidden_of(position, position + 1)
+        return self._lm_head.logits_of(exit_hidden[0], token_ids)
 
     def truncate(self, num_tokens: int) -> None:
         """Drop every position from `num_tokens` on, in every block; nothing is copied."""
@@ -205,16 +228,17 @@ class _BlockRun:
     binds none.
     """
 
-    def __init__(self, session: ort.InferenceSession, capacity: int, exit_hidden: Float32) -> None:
-        hidden = exit_hidden.shape[1]
+    def __init__(self, session: ort.InferenceSession, capacity: int, num_exits: int) -> None:
         inputs = {value.name: value.shape for value in session.get_inputs()}
+        hidden = inputs["input"][2]
         pasts = {name: shape for name, shape in inputs.items() if name.startswith(PAST)}
         self.filled = 0
         self.hidden_states = np.empty((capacity, hidden), np.float32)
         _, heads, _, head_dim = next(iter(pasts.values()))
-        self.caches = np.zeros((len(pasts), 1, heads, capacity, head_dim), np.float32)
+        self.caches = np.zeros((len(pasts), 1, heads, capacity + SPARE, head_dim), np.float32)
         self._session = session
-        self._exit_hidden = exit_hidden  # a binding keeps no array alive
+        self._exit_hidden = np.empty((num_exits, hidden), np.float32)
+        self._exits_start = 0  # the position of the first row of `_exit_hidden`
         self._seqlens_k = np.zeros(1, np.int32)
         self._total_length = np.zeros((), np.int32)
         self._one_input = np.empty((1, 1, hidden), np.float32)
@@ -225,6 +249,7 @@ class _BlockRun:
         self._step = self._bind(pasts)
         bind_input(self._step, "input", self._one_input)
         bind_output(self._step, "hidden_states", self._one_output)
+        bind_output(self._step, "exit_hidden", self._exit_hidden[:1])
 
     def _bind(self, pasts: dict[str, list[int]]) -> ort.IOBinding:
         binding = self._session.io_binding()
@@ -233,7 +258,6 @@ class _BlockRun:
             bind_output(binding, past.replace(PAST, PRESENT, 1), cache)
         bind_input(binding, "seqlens_k", self._seqlens_k)
         bind_input(binding, "total_length", self._total_length)
-        bind_output(binding, "exit_hidden", self._exit_hidden)
         return binding
 
     def load(self, state: BlockState) -> None:
@@ -248,18 +272,63 @@ class _BlockRun:
         end = min(stop, self.filled)
         return BlockState(self.hidden_states[start:end], self.caches[:, 0, :, start:end])
 
+    def exit_hidden_of(self, start: int, stop: int) -> Float32:
+        """Return the exit's rows of positions [start, stop) of the last run."""
+        return self._exit_hidden[start - self._exits_start : stop - self._exits_start]
+
     def __call__(self, hidden_states: Float32) -> None:
-        """Run over the next positions, [n, hidden]; `exit_hidden` is then that of the last."""
-        end = self.filled + len(hidden_states)
+        """Run over the next positions, [n, hidden]; keep the exits of the last ones."""
+        count = len(hidden_states)
+        end = self.filled + count
         self._seqlens_k[0] = end - 1
         self._total_length[()] = end
-        if len(hidden_states) == 1:
+        if count == 1:
             self._one_input[0] = hidden_states
             self._session.run_with_iobinding(self._step)
             self.hidden_states[self.filled] = self._one_output[0, 0]
+            self._exits_start = self.filled
         else:
-            bind_input(self._chunk, "input", hidden_states[None])
-            bind_output(self._chunk, "hidden_states", self.hidden_states[None, self.filled : end])
-            options = self._large_run if len(hidden_states) >= LARGE_CHUNK else None
-            self._session.run_with_iobinding(self._chunk, options)
+            self._run_chunk(hidden_states, self.hidden_states[self.filled : end])
         self.filled = end
+
+    def _run_chunk(self, hidden_states: Float32, outputs: Float32) -> None:
+        count = len(hidden_states)
+        options = self._large_run if count >= LARGE_CHUNK else None
+        num_kept = len(self._exit_hidden)
+        is_kept = count <= num_kept
+        rows = self._exit_hidden
+        if not is_kept and num_kept > 1:
+            rows = np.empty((count, rows.shape[1]), np.float32)
+        bind_input(self._chunk, "input", hidden_states[None])
+        bind_output(self._chunk, "hidden_states", outputs[None])
+        bind_output(self._chunk, "exit_hidden", rows[:count])
+        self._session.run_with_iobinding(self._chunk, options)
+        self._exits_start = self.filled
+        if not is_kept:
+            self._exit_hidden[:] = rows[-num_kept:]
+            self._exits_start = self.filled + count - num_kept
+
+
+def chunks_are_exact(partition: Partition) -> bool:
+    """Return whether a chunk gives the same bits as single positions, on this machine.
+
+    It is measured once for each partition. Graphs of earlier versions, those of the preset
+    ``fp32`` and some processors do not give the same bits.
+    """
+    if partition.chunks_are_exact is None:
+        trial = partition.move(partition.split)
+        trial.work = WorkCounter([0] * len(partition.manifest.exits))
+        chunk = _outputs(trial, [TRIAL[:2], TRIAL[2:]])
+        steps = _outputs(trial, [TRIAL[:2], *([token_id] for token_id in TRIAL[2:])])
+        partition.chunks_are_exact = np.array_equal(chunk, steps)
+    return partition.chunks_are_exact
+
+
+def _outputs(partition: Partition, chunks: Sequence[Sequence[int]]) -> Float32:
+    """Return the outputs [n, hidden] of the deepest block."""
+    cascade = Cascade(partition, len(TRIAL))
+    for token_ids in chunks:
+        cascade.append(token_ids)
+        for block in range(len(partition.blocks)):
+            cascade.fill(block)
+    return cascade.hidden_states(len(partition.blocks) - 1, 0)

@@ -4,6 +4,7 @@ share.
 
 from __future__ import annotations
 
+import logging
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Final, Self
@@ -18,8 +19,12 @@ from fleet.bundles.manifest import Bundle
 from fleet.bundles.token_tables import Table, load_tables
 from fleet.utils.memory_release import release_freed_memory
 
+log = logging.getLogger(__name__)
+
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
+MAX_EXITS: Final = 32
+"""The most positions of a run whose exits are kept."""
 TABLE_ROWS: Final = 4096
 """Rows of the LM head's exact weights that are converted to float32 at a time."""
 
@@ -51,7 +56,8 @@ class Partition:
 
     `split` is the number of layers, by default those of all exits. The embedding, also the LM
     head's exact weights if a model ties them, stays in its file, mapped into memory: a step reads a
-    row of it and one for each candidate.
+    row of it and one for each candidate. `chunks_are_exact` is None before
+    :func:`~edge_agent.engine.cascade.chunks_are_exact` has measured it.
     """
 
     def __init__(
@@ -73,8 +79,15 @@ class Partition:
         self._lm_head = self._load("edge/lm_head.onnx")
         self._embedding, self._table = load_tables(bundle)
         self.work = WorkCounter([0] * len(self.manifest.exits))
+        self.chunks_are_exact: bool | None = None
         self.blocks: list[ort.InferenceSession] = []
         self._load_blocks(split or self.manifest.exits[-1])
+        if not self.has_all_exits:
+            log.info(
+                "bundle %s was made by an earlier version: each step of this device gives one "
+                "token; export the bundle again for several",
+                self.manifest.bundle_id,
+            )
         release_freed_memory()
 
     def move(self, split: int) -> Self:
@@ -84,6 +97,7 @@ class Partition:
             BundleError: ONNX Runtime cannot load a graph.
         """
         moved = copy(self)
+        moved.chunks_are_exact = None
         moved._load_blocks(split)
         return moved
 
@@ -104,6 +118,15 @@ class Partition:
         return self.split == self.manifest.model.num_layers
 
     @property
+    def has_all_exits(self) -> bool:
+        """Whether the graphs give the exits of all positions of a chunk, not only of the last.
+
+        Graphs of earlier versions do not.
+        """
+        values = [block.get_outputs()[1] for block in self.blocks] + self._lm_head.get_inputs()[:1]
+        return all(value.shape[0] != 1 for value in values)
+
+    @property
     def upload_layer(self) -> int:
         """The layer whose hidden states are uploaded."""
         return self.manifest.upload_layer_of(self.split)
@@ -117,62 +140,69 @@ class Partition:
         """Return the embeddings float32 [n, hidden] of token_ids int64 [n]."""
         return self._embedding[token_ids].astype(np.float32)
 
-    def lm_head(self, exit_hidden: Float32) -> LmHeadRun:
-        """Return the LM head, which reads `exit_hidden`, float32 [1, hidden], at each call."""
+    def lm_head(self) -> LmHeadRun:
+        """Return the LM head for one sequence."""
         return LmHeadRun(
             self._lm_head,
             self._table,
-            exit_hidden,
             self.manifest.top_k,
+            max_rows=MAX_EXITS if self.has_all_exits else 1,
             cap=self.manifest.model.logit_cap or None,
         )
 
 
 class LmHeadRun:
-    """The LM head for one sequence, bound once."""
+    """The LM head for one sequence, which binds again only what has moved."""
 
     def __init__(
         self,
         session: ort.InferenceSession,
         table: Table,
-        exit_hidden: Float32,
         top_k: int,
         *,
+        max_rows: int = 1,
         cap: float | None = None,
     ) -> None:
         self._session = session
         self._table = table
-        self._exit_hidden = exit_hidden
         self._cap = cap
-        self._ids = np.empty((1, top_k), np.int64)
-        self._logprobs = np.empty((1, top_k), np.float32)
-        self._confidence = np.empty(1, np.float32)
+        self._ids = np.empty((max_rows, top_k), np.int64)
+        self._logprobs = np.empty((max_rows, top_k), np.float32)
+        self._confidences = np.empty(max_rows, np.float32)
+        self._bound: tuple[int, int] | None = None
         self._binding = session.io_binding()
         bind_input(self._binding, "table", table)
-        bind_input(self._binding, "exit_hidden", exit_hidden)
-        bind_output(self._binding, "top_ids", self._ids)
-        bind_output(self._binding, "top_logprobs", self._logprobs)
-        bind_output(self._binding, "confidence", self._confidence)
 
-    def __call__(self) -> ExitCandidates:
-        """Run the LM head and return the candidates."""
+    def __call__(self, exit_hidden: Float32) -> list[ExitCandidates]:
+        """Run the LM head over exit_hidden [n, hidden]; return the candidates of each row."""
+        count = len(exit_hidden)
+        place = (exit_hidden.ctypes.data, count)
+        if place != self._bound:
+            self._bound = place
+            bind_input(self._binding, "exit_hidden", exit_hidden)
+            bind_output(self._binding, "top_ids", self._ids[:count])
+            bind_output(self._binding, "top_logprobs", self._logprobs[:count])
+            bind_output(self._binding, "confidence", self._confidences[:count])
         self._session.run_with_iobinding(self._binding)
-        return ExitCandidates(
-            self._ids[0].copy(), self._logprobs[0].copy(), float(self._confidence[0])
-        )
+        return [
+            ExitCandidates(self._ids[i].copy(), self._logprobs[i].copy(), float(confidence))
+            for i, confidence in enumerate(self._confidences[:count])
+        ]
 
-    def logits_of(self, token_ids: Int64 | None) -> Float32:
+    def logits_of(self, exit_hidden: Float32, token_ids: Int64 | None) -> Float32:
         """Return the logits [n] float32 of tokens [n], or of the whole vocabulary for None.
 
-        They are those of the last run, by the exact weights that give the candidates' logits.
+        They are those of one row, exit_hidden [hidden], by the exact weights that give the
+        candidates' logits.
         """
         if token_ids is None:
             blocks = range(0, len(self._table), TABLE_ROWS)
-            return np.concatenate([self._products(slice(i, i + TABLE_ROWS)) for i in blocks])
-        return self._products(token_ids)
+            pieces = [self._products(exit_hidden, slice(i, i + TABLE_ROWS)) for i in blocks]
+            return np.concatenate(pieces)
+        return self._products(exit_hidden, token_ids)
 
-    def _products(self, rows: slice | Int64) -> Float32:
-        logits: Float32 = self._table[rows].astype(np.float32) @ self._exit_hidden[0]
+    def _products(self, exit_hidden: Float32, tokens: slice | Int64) -> Float32:
+        logits: Float32 = self._table[tokens].astype(np.float32) @ exit_hidden
         return logits if self._cap is None else self._cap * np.tanh(logits / self._cap)
 
 

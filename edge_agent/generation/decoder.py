@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from edge_agent.engine.cascade import Cascade
 from edge_agent.engine.fair_lock import FairLock, UserLock
@@ -17,7 +18,7 @@ from fleet.constraints.token_constraint import Bool, TokenConstraint
 from fleet.errors import ConstraintError
 from fleet.exits.exit_policy import exit_emits
 from fleet.exits.thresholds import OFF
-from fleet.protocol.choice_rules import RankedTokens, rank_tokens, top_tokens
+from fleet.protocol.choice_rules import LogitsOf, RankedTokens, rank_tokens, top_tokens
 from fleet.protocol.messages import NO_RULES, ChoiceRules, Sampling, TopTokens
 from fleet.protocol.sampling import draw
 
@@ -129,7 +130,8 @@ class Decoder:
                 self._offer(block)
                 continue
             candidates = self.cascade.run(block, self._locked)
-            ranked = self._rank(candidates, allowed)
+            logits_of = partial(self.cascade.logits_of, block, position)
+            ranked = self._rank(candidates, logits_of, allowed)
             self._offer(block)
             is_exact = is_last and self._is_whole
             is_confident = is_exact or exit_emits(ranked.confidence, threshold)
@@ -165,13 +167,14 @@ class Decoder:
             )
         return allowed
 
-    def _rank(self, candidates: ExitCandidates, allowed: Bool | None) -> RankedTokens:
+    def _rank(
+        self, candidates: ExitCandidates, logits_of: LogitsOf, allowed: Bool | None
+    ) -> RankedTokens:
         """Return an exit's candidates for the next token after the rules."""
         token_ids = candidates.token_ids
         logprobs = candidates.logprobs
         if not self._rules.change_logits:
             return RankedTokens(token_ids, logprobs, logprobs, candidates.confidence)
-        logits_of = self.cascade.logits_of
         return rank_tokens(token_ids, logprobs, self._rules, self.text, logits_of, allowed)
 
     def upload(self, num_positions: int) -> None:

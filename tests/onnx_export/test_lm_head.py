@@ -23,8 +23,10 @@ TOP_K = 8
     ("n", "k"), [(GROUP_SIZE * 40, 16), (GROUP_SIZE * 40, 39), (1000, 64), (GROUP_SIZE * 8, 8)]
 )
 def test_the_best_are_found_group_by_group(n: int, k: int) -> None:
-    values = torch.randn(n, generator=torch.Generator().manual_seed(3))
-    assert set(best_ids(values, k).tolist()) == set(values.topk(k).indices.tolist())
+    values = torch.randn(3, n, generator=torch.Generator().manual_seed(3))
+    best = best_ids(values, k)
+    for row, ids in zip(values, best, strict=True):
+        assert set(ids.tolist()) == set(row.topk(k).indices.tolist())
 
 
 def test_a_coarse_choice_and_exact_logits_give_the_exact_candidates() -> None:

@@ -230,7 +230,7 @@ def test_device_and_worker_together_are_the_whole_model(name: str, split_model: 
             candidates = cascade.run(0)
             logprobs = exit_logprobs[stop - 1, candidates.token_ids]
             np.testing.assert_allclose(candidates.logprobs, logprobs, atol=1e-4)
-            every = torch.from_numpy(cascade.logits_of(None))
+            every = torch.from_numpy(cascade.logits_of(0, stop - 1, None))
             torch.testing.assert_close(every, exit_logits[stop - 1], rtol=1e-4, atol=1e-3)
             uploaded = cascade.hidden_states(0, 0).astype(np.float16)
             logits = upper([Chunk(lease, uploaded[start:], start, stop, [stop - 1])])[0]

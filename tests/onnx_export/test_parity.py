@@ -22,8 +22,9 @@ from fleet.errors import ExportError
 from onnx_export import parity
 from onnx_export.bundle import export_bundle
 from onnx_export.config import QUANTIZATIONS, ExportConfig, Quantization
+from onnx_export.exact_chunks import PAIR
 from onnx_export.heads import load_heads
-from onnx_export.quantize import FLOAT_COMPUTE, INT8_COMPUTE
+from onnx_export.quantize import INT8_COMPUTE
 from onnx_export.report import parity_table
 from tests.conftest import MakeTinyBundle
 from tests.tiny import VOCAB_SIZE, make_tiny_tokenizer
@@ -104,7 +105,7 @@ def test_the_lm_head_gives_the_best_tokens_of_pytorch_first(
     heads = load_heads(tiny_heads, EXITS, model).heads
     state = reference(tiny_checkpoint)[1]
     block = parity.BlockRunner(bundle.path("edge/block_0.onnx"), bundle.manifest.model, 24)
-    exit_hidden = block.run(embedded(bundle))[1]
+    exit_hidden = block.run(embedded(bundle))[1][-1:]
     lm_head = parity.LmHeadGraph(bundle.folder / "edge")
     inputs = {"exit_hidden": exit_hidden, "table": lm_head.table}
     top_ids, logprobs, confidence = lm_head.session.run(None, inputs)
@@ -152,14 +153,42 @@ def test_every_product_of_a_block_is_quantised_and_the_tables_are_fp16(
     assert np.load(bundle.path("edge/embedding.npy")).dtype == np.float16
 
 
-def test_query_key_and_value_of_balanced_are_computed_in_float32(
+def test_query_key_and_value_of_balanced_multiply_a_pair_of_inputs(
     make_tiny_bundle: MakeTinyBundle,
 ) -> None:
     nodes = onnx.load(
         make_tiny_bundle((1, 2), None, None, "balanced").path("edge/block_0.onnx")
     ).graph.node
-    levels = [attribute(node, "accuracy_level") for node in nodes if node.op_type == "MatMulNBits"]
-    assert levels == [FLOAT_COMPUTE, *[INT8_COMPUTE] * 3]
+    products = [node for node in nodes if node.op_type == "MatMulNBits"]
+    assert {attribute(node, "accuracy_level") for node in products} == {INT8_COMPUTE}
+    assert [node.input[0].endswith(PAIR) for node in products] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("quantization", ["int8", "balanced", "int4"])
+def test_a_chunk_has_the_bits_of_single_positions(
+    make_tiny_bundle: MakeTinyBundle, quantization: Quantization
+) -> None:
+    figures = make_tiny_bundle((1, 2), None, None, quantization).manifest.parity
+    assert (figures["steps.1"], figures["steps.2"]) == (0, 0)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_block_and_the_lm_head_give_the_exit_of_each_position(
+    make_tiny_bundle: MakeTinyBundle, quantization: Quantization
+) -> None:
+    bundle = make_tiny_bundle((1, 2), None, None, quantization)
+    block = parity.BlockRunner(bundle.path("edge/block_0.onnx"), bundle.manifest.model, 16)
+    lm_head = parity.LmHeadGraph(bundle.folder / "edge")
+    x = embedded(bundle)
+    exit_hidden = block.run(x)[1]
+    np.testing.assert_allclose(exit_hidden, block.step(x)[1], rtol=1e-4, atol=1e-5)
+    names = ["top_ids", "top_logprobs", "confidence"]
+    inputs = {"exit_hidden": exit_hidden, "table": lm_head.table}
+    ids, logprobs, confidence = lm_head.session.run(names, inputs)
+    expected_ids, expected_logprobs = lm_head.run(exit_hidden)
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_allclose(logprobs, expected_logprobs, atol=1e-5)
+    np.testing.assert_allclose(confidence, np.exp(expected_logprobs[:, 0]), rtol=1e-5)
 
 
 def attribute(node: onnx.NodeProto, name: str) -> int:

@@ -58,8 +58,9 @@ def test_the_logits_of_single_tokens_are_those_of_the_whole_vocabulary(
     cascade = Cascade(partition, 8)
     cascade.append(PROMPT)
     candidates = cascade.run(0)
-    every = cascade.logits_of(None)
+    last = len(PROMPT) - 1
+    every = cascade.logits_of(0, last, None)
     logprobs = every - np.log(np.exp(every.astype(np.float64)).sum())
     np.testing.assert_allclose(candidates.logprobs, logprobs[candidates.token_ids], atol=1e-4)
     some = np.array([383, 0, 7])
-    np.testing.assert_allclose(cascade.logits_of(some), every[some], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(cascade.logits_of(0, last, some), every[some], rtol=1e-5, atol=1e-5)
