@@ -6,6 +6,8 @@ import threading
 from dataclasses import dataclass, field
 from typing import Final
 
+FURTHER_COST: Final = 0.25
+"""The time of one more position in a run, in those of a single one, before it is measured."""
 OUTLIER: Final = 4.0  # limit of a duration, in means: one pause is not a trend
 
 
@@ -86,6 +88,8 @@ class Measurements:
     """The measurements of all answers of a device; any thread may report."""
 
     _step: Duration = field(default_factory=_duration)
+    _single: Duration = field(default_factory=_duration)
+    _further: Duration = field(default_factory=_duration)
     _round_trip: Duration = field(default_factory=_duration)
     _below_threshold: Mean = field(default_factory=_share)
     _confidence: Mean = field(default_factory=_share)
@@ -96,9 +100,25 @@ class Measurements:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def step_done(self, seconds: float) -> None:
-        """Count a step of the device, which gave one token."""
+        """Count the time of a token: that of a step by the number of its tokens."""
         with self._lock:
             self._step.add(seconds)
+
+    def chunk_done(self, num_positions: int, seconds: float) -> None:
+        """Count a run of the device over some positions."""
+        with self._lock:
+            if num_positions == 1:
+                self._single.add(seconds)
+            elif self._single.count:
+                further_s = (seconds - self._single.value) / (num_positions - 1)
+                self._further.add(max(0.0, further_s))
+
+    def chunk_cost(self, num_positions: int) -> float:
+        """Return the time of a run over some positions, in seconds if it was measured."""
+        with self._lock:
+            single = self._single.value or 1.0
+            further = self._further.value if self._further.count else FURTHER_COST * single
+            return single + (num_positions - 1) * further
 
     def round_trip_done(self, seconds: float) -> None:
         """Count a round trip from a verify request to its response, the worker's time included.

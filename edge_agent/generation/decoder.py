@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
-from edge_agent.engine.cascade import Cascade
+from edge_agent.engine.cascade import Cascade, ChunkContext
 from edge_agent.engine.fair_lock import FairLock, UserLock
-from edge_agent.engine.partition import ExitCandidates, Partition
+from edge_agent.engine.partition import MAX_EXITS, ExitCandidates, Partition
 from edge_agent.engine.prefix_tree import Prefix
+from edge_agent.generation.proposal_budget import ProposalBudget
+from edge_agent.generation.proposer import Proposer
 from edge_agent.measurements import Measurements
 from edge_agent.session.cloud_session import CloudSession
 from fleet.constraints.token_constraint import Bool, TokenConstraint
@@ -21,6 +24,9 @@ from fleet.exits.thresholds import OFF
 from fleet.protocol.choice_rules import LogitsOf, RankedTokens, rank_tokens, top_tokens
 from fleet.protocol.messages import NO_RULES, ChoiceRules, Sampling, TopTokens
 from fleet.protocol.sampling import draw
+
+HEAD_ROWS: Final = 4
+"""Positions of a chunk for which the LM head runs at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,10 @@ class Decoder:
     `text` holds all tokens, also those that have not run yet. The outputs of the block that ends at
     the upload layer are offered to `cloud_session`, each position once. From the position
     `one_by_one_from` on, all results have the same bits as without drafts (see :class:`Cascade`).
+
+    `proposer` guesses tokens, which run as one chunk with the newest position, so that a step may
+    give several tokens. They are those of single steps (docs/adr/0052). `num_steps` counts the
+    steps that gave tokens.
     """
 
     def __init__(
@@ -84,6 +94,7 @@ class Decoder:
         one_by_one_from: int | None = None,
         rules: ChoiceRules = NO_RULES,
         constraint: TokenConstraint | None = None,
+        proposer: Proposer | None = None,
     ) -> None:
         self.cascade = Cascade(partition, capacity, one_by_one_from)
         self.text: list[int] = []
@@ -99,6 +110,14 @@ class Decoder:
         self._lock = lock or FairLock().of("")
         self._measurements = measurements or Measurements()
         self._num_offered = 0
+        self._proposer = proposer if partition.has_all_exits and one_by_one_from is None else None
+        self._budget = ProposalBudget()
+        self.num_steps = 0
+
+    @property
+    def checks_proposals(self) -> bool:
+        """Whether a step may give several tokens."""
+        return self._proposer is not None
 
     @property
     def is_free(self) -> bool:
@@ -109,36 +128,80 @@ class Decoder:
         """Begin with tokens of the prompt that have run in an earlier answer."""
         self.cascade.load(prefix.token_ids.tolist(), prefix.blocks)
 
+    def advance(self, max_tokens: int) -> list[ExitChoice]:
+        """Append the next tokens to the text, at least one and at most `max_tokens`; return them.
+
+        They are what :meth:`choose` would give one after the other.
+        """
+        proposals = self._propose(min(max_tokens, MAX_EXITS) - 1)
+        choices = self._choose_run(proposals)
+        if proposals and self._proposer:
+            self._proposer.learn(len(proposals), len(choices) - 1)
+        cost = self._measurements.chunk_cost(len(proposals) + 1)
+        self._budget.count(len(choices), cost / self._measurements.chunk_cost(1))
+        self.text += [choice.token_id for choice in choices]
+        return choices
+
     def choose(self) -> ExitChoice:
         """Return the token after the newest position, from the first confident exit or, if there is
         none, from the deepest exit.
         """
+        return self._choose_run(())[0]
+
+    def _propose(self, max_tokens: int) -> list[int]:
+        """Return proposals for the tokens after the text; none before the prompt has run."""
+        proposer = self._proposer
+        is_step = self.cascade.num_filled(0) >= len(self.text) - 1
+        if proposer is None or max_tokens < 1 or not is_step or self._budget.is_spent:
+            return []
+        proposer.extend(self.text[len(proposer) :])
+        proposals = proposer.propose(max_tokens)
+        return proposals[: self.num_allowed(proposals)] if proposals else []
+
+    def _choose_run(self, proposals: Sequence[int]) -> list[ExitChoice]:
+        """Return the tokens after the newest position: those that agree with `proposals`, and the
+        first one that does not, or that follows them all.
+        """
         self._append(len(self.text))
-        position = self.cascade.num_tokens - 1
+        start = self.cascade.num_tokens - 1
         started = time.monotonic()
-        if self.cascade.num_filled(0) > position:
-            # An exit's candidates belong to the position that ran last, which may have been dropped
+        if self.cascade.num_filled(0) > start:
+            # An exit's candidates belong to a position that ran last, which may have been dropped
             # since. So run the newest position again.
-            self.cascade.truncate(position)
-            self.cascade.append(self.text[position:])
-        is_step = position == self.cascade.num_filled(0)
-        allowed = self._allowed()
+            self.cascade.truncate(start)
+            self.cascade.append(self.text[start:])
+        is_step = start == self.cascade.num_filled(0)
+        self.cascade.append(proposals)
+        exits = ChunkExits(self._fill, self.cascade, self._locked)
+        choices: list[ExitChoice] = []
+        text = [*self.text, *proposals] if proposals else self.text
+        for position in range(start, start + len(proposals) + 1):
+            choices.append(self._choose_at(position, text[: position + 1], exits))
+            if text[position + 1 : position + 2] != [choices[-1].token_id]:
+                break
+        self.cascade.truncate(start + len(choices))
+        self._offer(self._upload_block, text)
+        if is_step:  # not for a prompt, which takes longer than one token
+            elapsed_s = time.monotonic() - started
+            self._measurements.step_done(elapsed_s / len(choices))
+            self._measurements.chunk_done(len(proposals) + 1, elapsed_s)
+        self.num_steps += 1
+        return choices
+
+    def _choose_at(self, position: int, text: Sequence[int], exits: ChunkExits) -> ExitChoice:
+        """Return the token after `text`, whose last position is `position`."""
+        allowed = self._allowed(text)
         for block, threshold in enumerate(self._thresholds):
             is_last = block == len(self._exits) - 1
             if threshold == OFF and not is_last:
-                self.cascade.fill(block, self._locked)
-                self._offer(block)
                 continue
-            candidates = self.cascade.run(block, self._locked)
+            candidates = exits.at(block, position)
             logits_of = partial(self.cascade.logits_of, block, position)
-            ranked = self._rank(candidates, logits_of, allowed)
-            self._offer(block)
+            ranked = self._rank(candidates, text, logits_of, allowed)
             is_exact = is_last and self._is_whole
             is_confident = is_exact or exit_emits(ranked.confidence, threshold)
             if is_confident:
                 break
-        if is_step:  # not for a prompt, which takes longer than one token
-            self._measurements.step_done(time.monotonic() - started)
         self._measurements.token_chosen(ranked.confidence, is_emitted=is_confident)
         chosen = draw(ranked.scores, ranked.token_ids, position, self._sampling, self._rules.min_p)
         return ExitChoice(
@@ -155,11 +218,18 @@ class Decoder:
         constraint = self._constraint
         return constraint.num_allowed(self.text, token_ids) if constraint else len(token_ids)
 
-    def _allowed(self) -> Bool | None:
-        """Return which tokens [vocab] may follow the text; None without a constraint."""
+    def _fill(self, block: int, num_last: int) -> None:
+        """Run the blocks up to `block`; the last `num_last` positions are part of one chunk."""
+        for i in range(block + 1):
+            self.cascade.fill(i, self._locked, num_last)
+            if num_last == 1:  # else proposals are among the outputs
+                self._offer(i, self.text)
+
+    def _allowed(self, text: Sequence[int]) -> Bool | None:
+        """Return which tokens [vocab] may follow `text`; None without a constraint."""
         if self._constraint is None:
             return None
-        allowed = self._constraint.allowed(self.text)
+        allowed = self._constraint.allowed(text)
         if allowed is None:
             raise ConstraintError(
                 "the worker chose a token that the constraint of this answer forbids; "
@@ -168,26 +238,32 @@ class Decoder:
         return allowed
 
     def _rank(
-        self, candidates: ExitCandidates, logits_of: LogitsOf, allowed: Bool | None
+        self,
+        candidates: ExitCandidates,
+        text: Sequence[int],
+        logits_of: LogitsOf,
+        allowed: Bool | None,
     ) -> RankedTokens:
-        """Return an exit's candidates for the next token after the rules."""
+        """Return an exit's candidates for the token after `text`, after the rules."""
         token_ids = candidates.token_ids
         logprobs = candidates.logprobs
         if not self._rules.change_logits:
             return RankedTokens(token_ids, logprobs, logprobs, candidates.confidence)
-        return rank_tokens(token_ids, logprobs, self._rules, self.text, logits_of, allowed)
+        return rank_tokens(token_ids, logprobs, self._rules, text, logits_of, allowed)
 
     def upload(self, num_positions: int) -> None:
         """Upload positions [0, num_positions); first run the blocks that early exits skipped."""
         self._append(num_positions)
         for block in range(self._upload_block + 1):
             self.cascade.fill(block, self._locked)
-        self._offer(self._upload_block)
+        self._offer(self._upload_block, self.text)
 
     def truncate(self, num_tokens: int) -> None:
         """Drop every token from `num_tokens` on. The caller has to rewind the cloud session."""
         del self.text[num_tokens:]
         self.cascade.truncate(num_tokens)
+        if self._proposer:
+            self._proposer.truncate(num_tokens)
         self._num_offered = min(self._num_offered, num_tokens)
 
     @contextmanager
@@ -200,10 +276,38 @@ class Decoder:
         """Append tokens of the text to the cascade, until it has the first `num_tokens`."""
         self.cascade.append(self.text[self.cascade.num_tokens : num_tokens])
 
-    def _offer(self, block: int) -> None:
-        """Offer the outputs of `block` that have not been offered yet."""
+    def _offer(self, block: int, text: Sequence[int]) -> None:
+        """Offer the outputs of `block`, whose tokens `text` has, that were not offered yet."""
         if self._cloud_session and block == self._upload_block:
             hidden_states = self.cascade.hidden_states(block, self._num_offered)
             stop = self._num_offered + len(hidden_states)
-            self._cloud_session.offer(hidden_states, self.text[self._num_offered : stop])
+            self._cloud_session.offer(hidden_states, list(text[self._num_offered : stop]))
             self._num_offered = stop
+
+
+class ChunkExits:
+    """The exits' candidates for positions of one chunk, computed when they are needed.
+
+    Wrong proposals cost no LM head but those of the next few positions. `fill` runs the blocks up
+    to one.
+    """
+
+    def __init__(
+        self, fill: Callable[[int, int], None], cascade: Cascade, context: ChunkContext
+    ) -> None:
+        self._fill = fill
+        self._cascade = cascade
+        self._context = context
+        self._known: dict[tuple[int, int], ExitCandidates] = {}
+
+    def at(self, block: int, position: int) -> ExitCandidates:
+        """Return the candidates of a block's exit at a position; ask in ascending order."""
+        if (block, position) not in self._known:
+            num_tokens = self._cascade.num_tokens
+            self._fill(block, num_tokens - position)
+            stop = min(position + HEAD_ROWS, num_tokens)
+            with self._context():
+                found = self._cascade.exits(block, position, stop)
+            places = [(block, i) for i in range(position, stop)]
+            self._known |= dict(zip(places, found, strict=True))
+        return self._known[block, position]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-WORTH: Final = 2.5  # steps
+WORTH: Final = 2.1  # steps
 MIN_SURVIVAL: Final = 0.1
 
 
@@ -15,7 +15,8 @@ def worth_drafting(survival: float, step_s: float, round_trip_s: float) -> bool:
     tokens that one more draft gains. By the marginal value theorem (Charnov 1976,
     doi:10.1016/0040-5809(76)90040-X) a draft is worth its step if it gains tokens at a higher rate
     than the average. As drafting continues during the round trip, an average token takes about two
-    fifths of the time of a step and a round trip (ADR 0028).
+    fifths of the time of a step and a round trip (ADR 0028). `WORTH` is a little below the inverse
+    of this, because a round trip also costs the worker time and the link bytes (ADR 0052).
     """
     return survival * (step_s + round_trip_s) > WORTH * step_s
 

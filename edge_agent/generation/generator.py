@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from edge_agent.generation.decoder import Decoder, GeneratedToken, proceed
+from edge_agent.generation.decoder import Decoder, ExitChoice, GeneratedToken, proceed
 from edge_agent.generation.mode_controller import ModeController
 from edge_agent.generation.speculative import SpeculativeDecoder
 from edge_agent.session.cloud_session import CloudSession
@@ -91,7 +91,7 @@ class Generator:
         is_available = session is not None and session.is_available
         mode = self._modes.at(num_tokens, is_link_up=is_available)
         if session is None or drafts is None:
-            return [self._own_token()]
+            return self._own_tokens(max_tokens)
         if mode is Mode.VERIFIED:
             refusal = session.refusal
             if refusal and self._modes.needs_cloud:
@@ -100,16 +100,17 @@ class Generator:
                 )
             return drafts.advance(max_tokens)
         if not is_available or (mode is Mode.STANDALONE and not session.has_request):
-            return drafts.release() if drafts.has_drafts else [self._own_token()]
+            return drafts.release() if drafts.has_drafts else self._own_tokens(max_tokens)
         return drafts.advance(
             max_tokens if mode is Mode.COLLABORATIVE else 0,
             trusts_exits=True,
             wait_ms=self._modes.wait_ms(),
         )
 
-    def _own_token(self) -> GeneratedToken:
-        choice = self._decoder.choose()
-        self._decoder.text.append(choice.token_id)
+    def _own_tokens(self, max_tokens: int) -> list[GeneratedToken]:
+        return [self._own_token(choice) for choice in self._decoder.advance(max_tokens)]
+
+    def _own_token(self, choice: ExitChoice) -> GeneratedToken:
         is_emitted = choice.is_confident or self._modes.is_alone
         source = exit_source(choice.exit_layer) if is_emitted else FALLBACK
         return GeneratedToken(

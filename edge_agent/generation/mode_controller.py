@@ -37,6 +37,7 @@ class ModeController:
         self._is_sample = is_sample
         self._current = Mode.COLLABORATIVE if self.is_auto else configured
         self._since = 0
+        self._probed_at = 0
         self._was_up = True
         self._targets = targets
         self._measurements = measurements
@@ -62,8 +63,9 @@ class ModeController:
         num_since = num_tokens - self._since
         decision = decide_mode(snapshot, self._targets, current, num_since, is_link_up=is_link_up)
         self._switch(num_tokens, decision.mode, decision.reason)
-        is_probe_due = (num_tokens - self._since) % PROBE_TOKENS == PROBE_TOKENS - 1
+        is_probe_due = num_tokens - self._probed_at >= PROBE_TOKENS - 1
         if self._current is Mode.STANDALONE and is_probe_due and is_link_up:
+            self._probed_at = num_tokens + 1
             return Mode.COLLABORATIVE
         return self._current
 
@@ -72,6 +74,7 @@ class ModeController:
             return
         self._current = mode
         self._since = num_tokens
+        self._probed_at = num_tokens
         if len(self.switches) < MAX_SWITCHES:
             self.switches += (Switch(num_tokens, mode, reason),)
 

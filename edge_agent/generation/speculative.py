@@ -11,7 +11,7 @@ needs no verdict (ADR 0028).
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 from math import prod
@@ -20,9 +20,11 @@ from typing import Final
 from msgspec import UNSET
 
 from edge_agent.generation.acceptance_rate import AcceptanceRate
-from edge_agent.generation.decoder import Decoder, GeneratedToken
+from edge_agent.generation.combined_proposer import MAX_CHANCE
+from edge_agent.generation.decoder import Decoder, ExitChoice, GeneratedToken
 from edge_agent.generation.draft_policy import worth_drafting, worth_guessing
 from edge_agent.generation.prompt_lookup import PromptLookup
+from edge_agent.generation.proposal_stats import ShortMemory
 from edge_agent.measurements import Measurements
 from edge_agent.session.cloud_session import CloudSession
 from fleet.protocol.messages import MAX_DRAFT, TopTokens, Verified
@@ -84,6 +86,7 @@ class SpeculativeDecoder:
         self._eos_token_ids = eos_token_ids
         self._max_draft = max_draft
         self._lookup = PromptLookup()
+        self._memory = ShortMemory()
         self._drafts: list[Draft] = []
         self._num_asked = 0
         self._asked_trusting = False
@@ -156,7 +159,7 @@ class SpeculativeDecoder:
 
     def _pop_confident(self) -> list[GeneratedToken]:
         """Remove and return the leading run of confident drafts."""
-        confident = list(takewhile(lambda draft: draft.is_confident, self._drafts))
+        confident = _confident_run(self._drafts)
         del self._drafts[: len(confident)]
         return [draft.as_own() for draft in confident]
 
@@ -175,30 +178,48 @@ class SpeculativeDecoder:
         return worth_drafting(self._survival, measured.step_s, measured.round_trip_s)
 
     def _draft(self, room: int, *, trusts_exits: bool) -> None:
-        choice = self._decoder.choose()
+        if trusts_exits or self._decoder.checks_proposals:
+            choices = self._decoder.advance(room)
+            drafts = [self._as_draft(choice, trusts_exits=trusts_exits) for choice in choices]
+        else:
+            drafts = self._draft_or_look_up(room)
+        num_certain = 0
+        if trusts_exits and not self._drafts:
+            num_certain = len(_confident_run(drafts))
+        self.num_drafted += len(drafts) - num_certain
+        self._drafts += drafts
+
+    def _draft_or_look_up(self, room: int) -> list[Draft]:
+        """Return an exit's draft, or drafts from prompt lookup if these are better."""
+        own = self._as_draft(self._decoder.choose(), trusts_exits=False)
+        drafts = [own]
+        if not own.is_confident and self._acceptance.lookup_probability > own.chance:
+            drafts = self._look_up(min(room, MAX_LOOKUP)) or drafts
+        self._decoder.text += [draft.token_id for draft in drafts]
+        return drafts
+
+    def _as_draft(self, choice: ExitChoice, *, trusts_exits: bool) -> Draft:
+        """Return an exit's choice as a draft."""
         is_certain = trusts_exits and choice.is_confident
-        chance = 1.0 if is_certain else self._acceptance.probability(choice.confidence)
-        draft = Draft(
+        return Draft(
             token_id=choice.token_id,
             logprob=choice.logprob,
             source=exit_source(choice.exit_layer),
-            chance=chance,
+            chance=1.0 if is_certain else self._chance(choice.confidence),
             confidence=choice.confidence,
             is_confident=choice.is_confident,
             top=choice.top,
         )
-        drafts = [draft]
-        may_look_up = not trusts_exits and not choice.is_confident
-        if may_look_up and self._acceptance.lookup_probability > chance:
-            drafts = self._look_up(min(room, MAX_LOOKUP)) or drafts
-        self.num_drafted += len(drafts) if self._drafts or not is_certain else 0
-        self._drafts += drafts
-        self._decoder.text += [draft.token_id for draft in drafts]
+
+    def _chance(self, confidence: float) -> float:
+        """Return the probability that the cloud accepts an exit's draft in this answer."""
+        expected = self._acceptance.probability(confidence)
+        return min(MAX_CHANCE, self._memory.factor * expected)
 
     def _look_up(self, room: int) -> list[Draft]:
-        """Return drafts from prompt lookup."""
-        self._lookup.extend(self._decoder.text[len(self._lookup) :])
+        """Return drafts from prompt lookup, if these are better than an exit's own one."""
         chance = self._acceptance.lookup_probability
+        self._lookup.extend(self._decoder.text[len(self._lookup) :])
         proposed = self._lookup.propose(room)
         return [
             Draft(
@@ -251,6 +272,9 @@ class SpeculativeDecoder:
         return tokens
 
     def _learn(self, draft: Draft, *, is_accepted: bool) -> None:
+        if draft.confidence is not None:
+            expected = self._acceptance.probability(draft.confidence)
+            self._memory.update(expected, is_right=is_accepted)
         self._acceptance.update(draft.confidence, accepted=is_accepted)
         if not self._asked_trusting:
             # With trusted exits the cloud judges only drafts below the threshold. These verdicts do
@@ -268,6 +292,11 @@ class SpeculativeDecoder:
         self._decoder.truncate(num_tokens)
         self._cloud_session.rewind(num_tokens)
         self._lookup.truncate(num_tokens)
+
+
+def _confident_run(drafts: Iterable[Draft]) -> list[Draft]:
+    """Return the confident drafts at the beginning."""
+    return list(takewhile(lambda draft: draft.is_confident, drafts))
 
 
 def top_of(response: Verified, index: int) -> TopTokens:

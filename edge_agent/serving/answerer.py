@@ -12,10 +12,12 @@ import msgspec
 import numpy as np
 from msgspec import UNSET
 
+from edge_agent.engine.cascade import chunks_are_exact
 from edge_agent.engine.fair_lock import FairLock
 from edge_agent.engine.prefix_tree import KeptCaches
 from edge_agent.engine.tokenizer import ChatTokenizer
 from edge_agent.generation.acceptance_rate import AcceptanceRate
+from edge_agent.generation.combined_proposer import CombinedProposer
 from edge_agent.generation.decoder import Decoder, GeneratedToken
 from edge_agent.generation.generator import Generator
 from edge_agent.generation.mode_controller import ModeController
@@ -264,6 +266,11 @@ class Answerer:
         names = {each.name for each in plan.config.triggers}
         return self._tables.of(job.app, trigger if trigger in names else None)
 
+    def _one_by_one_from(self, plan: RequestPlan) -> int | None:
+        """Return the position from which on an exact answer has to run single positions."""
+        is_any_chunk = not plan.is_exact or chunks_are_exact(plan.partition)
+        return None if is_any_chunk else len(plan.prompt_ids)
+
     def _decoder(self, job: Job, plan: RequestPlan) -> Decoder:
         """Return a sequence that begins with what an earlier answer has run of the prompt."""
         prefix = self._kept_caches.find(job.app, plan.prompt_ids)
@@ -277,9 +284,10 @@ class Answerer:
             cloud_session=job.cloud_session,
             lock=self._model_lock.of(job.app),
             measurements=self._measurements,
-            one_by_one_from=len(plan.prompt_ids) if plan.is_exact else None,
+            one_by_one_from=self._one_by_one_from(plan),
             rules=rules,
             constraint=self._constraint(rules),
+            proposer=CombinedProposer(self._table(job, plan), self._measurements.chunk_cost),
         )
         decoder.begin(prefix)
         return decoder
