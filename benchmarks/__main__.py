@@ -91,6 +91,14 @@ def links(context: typer.Context) -> None:
     _run(links_app, context)
 
 
+@app.command(context_settings=PASS_ON)
+def drafts(context: typer.Context) -> None:
+    """Compare answers with proposals with answers of one token a step."""
+    with needs("edge,export,server,worker"):
+        from benchmarks.drafts import app as drafts_app
+    _run(drafts_app, context)
+
+
 def _run(benchmark: typer.Typer, context: typer.Context) -> None:
     name = f"fleet bench {context.command.name}"
     benchmark(args=context.args, prog_name=name, standalone_mode=False)
