@@ -6,6 +6,7 @@ import threading
 from typing import Final
 
 NUM_BINS: Final = 10
+NUM_ALL_BINS: Final = 2 * NUM_BINS + 1  # of exits, of prompt lookup, of proposals
 PRIOR_WEIGHT: Final = 8.0
 DECAY: Final = 0.995  # a result of about two hundred drafts ago counts a third
 LOOKUP_PRIOR: Final = 0.5
@@ -18,8 +19,8 @@ class AcceptanceRate:
     """
 
     def __init__(self) -> None:
-        self._accepted = [0.0] * (NUM_BINS + 1)
-        self._tried = [0.0] * (NUM_BINS + 1)
+        self._accepted = [0.0] * NUM_ALL_BINS
+        self._tried = [0.0] * NUM_ALL_BINS
         self._lock = threading.Lock()
 
     def probability(self, confidence: float) -> float:
@@ -33,10 +34,22 @@ class AcceptanceRate:
 
     def update(self, confidence: float | None, *, accepted: bool) -> None:
         """Count the verdict on one draft. `confidence` is None for a token from prompt lookup."""
-        index = NUM_BINS if confidence is None else _bin(confidence)
+        self._count(NUM_BINS if confidence is None else _bin(confidence), accepted=accepted)
+
+    def _count(self, index: int, *, accepted: bool) -> None:
         with self._lock:
             self._accepted[index] = DECAY * self._accepted[index] + accepted
             self._tried[index] = DECAY * self._tried[index] + 1
+
+    def proposal_probability(self, chance: float) -> float:
+        """Return the probability that the cloud accepts a proposal of this chance at a place where
+        an exit chose another token.
+        """
+        return self._estimate(NUM_BINS + 1 + _bin(chance), chance)
+
+    def update_proposal(self, chance: float, *, accepted: bool) -> None:
+        """Count whether the cloud chose a proposal of this chance where an exit did not."""
+        self._count(NUM_BINS + 1 + _bin(chance), accepted=accepted)
 
     def _estimate(self, index: int, prior: float) -> float:
         with self._lock:

@@ -64,6 +64,12 @@ class CombinedProposer:
                 self._proposed = guesses[:count]
         return [guess.token_id for guess in self._proposed]
 
+    def chance(self, number: int) -> float:
+        """Return the probability that token `number` of the newest proposal is right, if all
+        tokens before it are.
+        """
+        return self._chance(self._source, self._proposed[number])
+
     def learn(self, num_proposed: int, num_accepted: int) -> None:
         """Count the result of the newest proposal; the guesses after the first wrong one have
         none.
@@ -77,12 +83,15 @@ class CombinedProposer:
 
     def _best_rate(self, source: str, guesses: Sequence[Guess]) -> tuple[float, int]:
         """Return the best rate in tokens a unit of time, and the number of guesses that has it."""
-        factor = self._memories[source].factor
         best = (0.0, 0)
         survival = 1.0
         expected = 1.0
         for count, guess in enumerate(guesses, 1):
-            survival *= min(MAX_CHANCE, factor * self._stats.chance(source, guess))
+            survival *= self._chance(source, guess)
             expected += survival
             best = max(best, (expected / self._chunk_cost(count + 1), count))
         return best
+
+    def _chance(self, source: str, guess: Guess) -> float:
+        factor = self._memories[source].factor
+        return min(MAX_CHANCE, factor * self._stats.chance(source, guess))

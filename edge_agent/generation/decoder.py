@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from typing import Final
 
 from edge_agent.engine.cascade import Cascade, ChunkContext
@@ -29,13 +30,25 @@ HEAD_ROWS: Final = 4
 """Positions of a chunk for which the LM head runs at once."""
 
 
+@dataclass(frozen=True)
+class RejectedProposal:
+    """A proposal in whose place an exit chose another token; `chance` is that of its proposer.
+
+    `is_kept` means that it is in the text nevertheless, as a draft for the cloud.
+    """
+
+    token_id: int
+    chance: float
+    is_kept: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExitChoice:
     """A token that an exit chose, and its log-probability at temperature 1, before the rules.
 
     `top` has the exit's best tokens, as many as the rules ask for.
     `is_confident` means that the exit emits the token: its confidence reaches the threshold, or it
-    is the end of the whole model.
+    is the end of the whole model. `proposal` is one that the exit rejected.
     """
 
     token_id: int
@@ -44,6 +57,10 @@ class ExitChoice:
     confidence: float
     is_confident: bool
     top: TopTokens = ()
+    proposal: RejectedProposal | None = None
+
+
+Prefers = Callable[[ExitChoice], bool]
 
 
 @dataclass(frozen=True)
@@ -60,6 +77,12 @@ class GeneratedToken:
     source: str
     top: TopTokens = ()
     confidence: float | None = None
+
+
+def never(choice: ExitChoice) -> bool:
+    """Prefer no proposal to the choice of an exit."""
+    del choice
+    return False
 
 
 def proceed() -> None:
@@ -128,25 +151,26 @@ class Decoder:
         """Begin with tokens of the prompt that have run in an earlier answer."""
         self.cascade.load(prefix.token_ids.tolist(), prefix.blocks)
 
-    def advance(self, max_tokens: int) -> list[ExitChoice]:
+    def advance(self, max_tokens: int, prefers: Prefers = never) -> list[ExitChoice]:
         """Append the next tokens to the text, at least one and at most `max_tokens`; return them.
 
-        They are what :meth:`choose` would give one after the other.
+        They are what :meth:`choose` would give one after the other. But a rejected proposal that
+        the caller `prefers` to the exit's choice stays in the text, and what follows it, too.
         """
         proposals = self._propose(min(max_tokens, MAX_EXITS) - 1)
-        choices = self._choose_run(proposals)
+        choices = self._choose_run(proposals, prefers)
         if proposals and self._proposer:
-            self._proposer.learn(len(proposals), len(choices) - 1)
+            self._proposer.learn(len(proposals), _num_chosen(choices, proposals))
         cost = self._measurements.chunk_cost(len(proposals) + 1)
         self._budget.count(len(choices), cost / self._measurements.chunk_cost(1))
-        self.text += [choice.token_id for choice in choices]
+        self.text += map(_text_token, choices)
         return choices
 
     def choose(self) -> ExitChoice:
         """Return the token after the newest position, from the first confident exit or, if there is
         none, from the deepest exit.
         """
-        return self._choose_run(())[0]
+        return self._choose_run((), never)[0]
 
     def _propose(self, max_tokens: int) -> list[int]:
         """Return proposals for the tokens after the text; none before the prompt has run."""
@@ -158,7 +182,7 @@ class Decoder:
         proposals = proposer.propose(max_tokens)
         return proposals[: self.num_allowed(proposals)] if proposals else []
 
-    def _choose_run(self, proposals: Sequence[int]) -> list[ExitChoice]:
+    def _choose_run(self, proposals: Sequence[int], prefers: Prefers) -> list[ExitChoice]:
         """Return the tokens after the newest position: those that agree with `proposals`, and the
         first one that does not, or that follows them all.
         """
@@ -175,9 +199,13 @@ class Decoder:
         exits = ChunkExits(self._fill, self.cascade, self._locked)
         choices: list[ExitChoice] = []
         text = [*self.text, *proposals] if proposals else self.text
-        for position in range(start, start + len(proposals) + 1):
-            choices.append(self._choose_at(position, text[: position + 1], exits))
-            if text[position + 1 : position + 2] != [choices[-1].token_id]:
+        for number, token_id in enumerate([*proposals, None]):
+            position = start + number
+            choice = self._choose_at(position, text[: position + 1], exits)
+            if token_id not in (None, choice.token_id):
+                choice = self._with_proposal(choice, number, token_id, prefers)
+            choices.append(choice)
+            if _text_token(choice) != token_id:
                 break
         self.cascade.truncate(start + len(choices))
         self._offer(self._upload_block, text)
@@ -187,6 +215,15 @@ class Decoder:
             self._measurements.chunk_done(len(proposals) + 1, elapsed_s)
         self.num_steps += 1
         return choices
+
+    def _with_proposal(
+        self, choice: ExitChoice, number: int, token_id: int, prefers: Prefers
+    ) -> ExitChoice:
+        """Return a choice with the proposal that it rejects, which is kept if it is preferred."""
+        chance = self._proposer.chance(number) if self._proposer else 0.0
+        proposal = RejectedProposal(token_id, chance)
+        choice = replace(choice, proposal=proposal)
+        return replace(choice, proposal=replace(proposal, is_kept=prefers(choice)))
 
     def _choose_at(self, position: int, text: Sequence[int], exits: ChunkExits) -> ExitChoice:
         """Return the token after `text`, whose last position is `position`."""
@@ -283,6 +320,18 @@ class Decoder:
             stop = self._num_offered + len(hidden_states)
             self._cloud_session.offer(hidden_states, list(text[self._num_offered : stop]))
             self._num_offered = stop
+
+
+def _text_token(choice: ExitChoice) -> int:
+    """Return the token that a choice adds to the text."""
+    proposal = choice.proposal
+    return proposal.token_id if proposal and proposal.is_kept else choice.token_id
+
+
+def _num_chosen(choices: Sequence[ExitChoice], proposals: Sequence[int]) -> int:
+    """Return how many of the proposals the exits chose, before the first that they did not."""
+    pairs = zip(choices, proposals, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0].token_id == pair[1], pairs))
 
 
 class ChunkExits:

@@ -7,6 +7,7 @@ from typing import Final
 
 MAX_NGRAM: Final = 4
 MIN_NGRAM: Final = 2
+CHANCE: Final = 0.5
 
 
 class PromptLookup:
@@ -51,6 +52,11 @@ class PromptLookup:
             if len(ends) > 1:
                 return self._ids[ends[-2] : ends[-2] + max_tokens]
         return []
+
+    def chance(self, number: int) -> float:
+        """Return the same probability for each token."""
+        del number
+        return CHANCE
 
     def learn(self, num_proposed: int, num_accepted: int) -> None:
         """Learn nothing: the text alone decides."""

@@ -25,6 +25,11 @@ class Proposer(Protocol):
     def propose(self, max_tokens: int) -> list[int]:
         """Return at most `max_tokens` tokens that may follow the text; none if no guess pays."""
 
+    def chance(self, number: int) -> float:
+        """Return the probability that token `number` of the newest proposal is right, if all
+        tokens before it are.
+        """
+
     def learn(self, num_proposed: int, num_accepted: int) -> None:
         """Count the result of the newest proposal.
 

@@ -21,7 +21,13 @@ from msgspec import UNSET
 
 from edge_agent.generation.acceptance_rate import AcceptanceRate
 from edge_agent.generation.combined_proposer import MAX_CHANCE
-from edge_agent.generation.decoder import Decoder, ExitChoice, GeneratedToken
+from edge_agent.generation.decoder import (
+    Decoder,
+    ExitChoice,
+    GeneratedToken,
+    RejectedProposal,
+    never,
+)
 from edge_agent.generation.draft_policy import worth_drafting, worth_guessing
 from edge_agent.generation.prompt_lookup import PromptLookup
 from edge_agent.generation.proposal_stats import ShortMemory
@@ -38,8 +44,9 @@ MAX_LOOKUP: Final = 8
 class Draft:
     """A token without a verdict. `chance` is the probability that the cloud accepts it.
 
-    `confidence` is that of the exit, or None for a token from prompt lookup. `is_confident` means
-    that an exit would emit the token.
+    `confidence` is that of the exit, or None for a token from prompt lookup or a kept proposal.
+    `is_confident` means that an exit would emit the token. `proposal` is one that the exit
+    rejected.
     """
 
     token_id: int
@@ -49,6 +56,7 @@ class Draft:
     confidence: float | None
     is_confident: bool
     top: TopTokens = ()
+    proposal: RejectedProposal | None = None
 
     def as_own(self) -> GeneratedToken:
         """Return this draft as a token that the device emits without a verdict."""
@@ -179,7 +187,8 @@ class SpeculativeDecoder:
 
     def _draft(self, room: int, *, trusts_exits: bool) -> None:
         if trusts_exits or self._decoder.checks_proposals:
-            choices = self._decoder.advance(room)
+            prefers = never if trusts_exits else self._prefers_proposal
+            choices = self._decoder.advance(room, prefers)
             drafts = [self._as_draft(choice, trusts_exits=trusts_exits) for choice in choices]
         else:
             drafts = self._draft_or_look_up(room)
@@ -198,8 +207,17 @@ class SpeculativeDecoder:
         self._decoder.text += [draft.token_id for draft in drafts]
         return drafts
 
+    def _prefers_proposal(self, choice: ExitChoice) -> bool:
+        """Return whether the cloud accepts the proposal more probably than the exit's choice."""
+        if choice.proposal is None:
+            return False
+        chance = self._acceptance.proposal_probability(choice.proposal.chance)
+        return chance > self._chance(choice.confidence)
+
     def _as_draft(self, choice: ExitChoice, *, trusts_exits: bool) -> Draft:
-        """Return an exit's choice as a draft."""
+        """Return an exit's choice as a draft, or the proposal that is kept in its place."""
+        if choice.proposal and choice.proposal.is_kept:
+            return self._kept_draft(choice.proposal)
         is_certain = trusts_exits and choice.is_confident
         return Draft(
             token_id=choice.token_id,
@@ -209,6 +227,18 @@ class SpeculativeDecoder:
             confidence=choice.confidence,
             is_confident=choice.is_confident,
             top=choice.top,
+            proposal=choice.proposal,
+        )
+
+    def _kept_draft(self, proposal: RejectedProposal) -> Draft:
+        return Draft(
+            token_id=proposal.token_id,
+            logprob=0.0,
+            source=LOOKUP,
+            chance=self._acceptance.proposal_probability(proposal.chance),
+            confidence=None,
+            is_confident=False,
+            proposal=proposal,
         )
 
     def _chance(self, confidence: float) -> float:
@@ -256,7 +286,7 @@ class SpeculativeDecoder:
             if self._asked_trusting and draft.is_confident:
                 tokens.append(draft.as_own())
                 continue
-            self._learn(draft, is_accepted=is_accepted)
+            self._learn(draft, draft.token_id if is_accepted else response.token_id)
             if is_accepted:
                 source = CLOUD if self._asked_trusting else draft.source
                 top = top_of(response, i)
@@ -271,11 +301,17 @@ class SpeculativeDecoder:
             tokens.append(GeneratedToken(response.token_id, response.logprobs[-1], CLOUD, top))
         return tokens
 
-    def _learn(self, draft: Draft, *, is_accepted: bool) -> None:
+    def _learn(self, draft: Draft, token_id: int | None) -> None:
+        """Count the cloud's token in the place of a draft."""
+        is_accepted = token_id == draft.token_id
+        if draft.proposal:
+            is_chosen = token_id == draft.proposal.token_id
+            self._acceptance.update_proposal(draft.proposal.chance, accepted=is_chosen)
         if draft.confidence is not None:
             expected = self._acceptance.probability(draft.confidence)
             self._memory.update(expected, is_right=is_accepted)
-        self._acceptance.update(draft.confidence, accepted=is_accepted)
+        if draft.confidence is not None or not draft.proposal:
+            self._acceptance.update(draft.confidence, accepted=is_accepted)
         if not self._asked_trusting:
             # With trusted exits the cloud judges only drafts below the threshold. These verdicts do
             # not count in the measured `acceptance`, which is a share of all drafts.

@@ -144,7 +144,7 @@ class _Chain:
     def ends(self, tail: Sequence[int]) -> list[int]:
         """Return the newest places whose n-gram has the hash of the last one of `tail`."""
         end = self._heads[self._key(tail)]
-        ends = []
+        ends: list[int] = []
         while end and len(ends) < MAX_LINKS:
             ends.append(end)
             end = self._previous[end - 1]

@@ -62,6 +62,9 @@ class KnownText:
     def propose(self, max_tokens: int) -> list[int]:
         return self._known[self._num_tokens : self._num_tokens + max_tokens]
 
+    def chance(self, number: int) -> float:
+        return 0.9 if number else 0.8
+
     def learn(self, num_proposed: int, num_accepted: int) -> None:
         self.results.append((num_proposed, num_accepted))
 

@@ -12,9 +12,10 @@ from edge_agent.generation.suffix_tables import SuffixTables
 from edge_agent.serving.agent import Agent
 from fleet.bundles.manifest import Bundle
 from fleet.protocol import topics
-from fleet.protocol.modes import Mode
+from fleet.protocol.modes import LOOKUP, Mode
 from fleet.protocol.prompt import PromptRequest
 from fleet.protocol.triggers import Trigger
+from tests.conftest import MakeTinyBundle
 from tests.system.memory_fleet import APP, DEVICE, WAIT_S, MemoryFleet, memory_fleet
 
 TRIGGER = Trigger(name="heat", events=f"{APP}/warmth", template="{celsius} degrees")
@@ -54,3 +55,17 @@ def test_no_text_reaches_the_disk_if_the_device_may_not_keep_it(
 ) -> None:
     run_agent(tiny_bundle, tmp_path, storage)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_repeated_prompt_takes_fewer_round_trips_and_gets_the_same_verified_answer(
+    make_tiny_bundle: MakeTinyBundle,
+) -> None:
+    bundle = make_tiny_bundle((1, 2), None, None, "balanced")
+    config = AgentConfig(num_threads=1, mode=Mode.VERIFIED, max_new_tokens=24)
+    with memory_fleet() as fleet:
+        fleet.start_worker(bundle)
+        fleet.start_device(bundle, config)
+        first, second = fleet.ask(PROMPT), fleet.ask(PROMPT)
+    assert second.token_ids == first.token_ids
+    assert 2 * second.usage.round_trips < first.usage.round_trips
+    assert second.sources[LOOKUP] > 0
