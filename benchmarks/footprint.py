@@ -24,6 +24,7 @@ DEVICE: Final = "edge-1"
 IDLE_S: Final = 20.0
 NUM_ANSWERS: Final = 3
 QUESTION: Final = "Explain in a few sentences how a battery stores energy."
+TEXT: Final = 40 * "Rivers carry water from the hills to the sea. "
 
 
 def measure_footprint(bundle: Path, idle_s: float = IDLE_S) -> dict[str, float]:
@@ -31,11 +32,10 @@ def measure_footprint(bundle: Path, idle_s: float = IDLE_S) -> dict[str, float]:
 
     Return the time from the start of its process to the first text of an answer in s, its resident
     memory in MB after three answers (`rss_mb`, of which `own_rss_mb` is not mapped from files;
-    `peak_rss_mb` at most so far) and its use of one core in percent while connected and idle.
+    `peak_rss_mb` at most so far) and its use of one core in percent while connected and idle. The
+    names of the memory after three more answers to a long prompt begin with ``long_``.
     """
-    prompt = PromptRequest(
-        messages=(ChatMessage("user", QUESTION),), mode=Mode.STANDALONE, max_new_tokens=64
-    )
+    prompt = standalone_prompt(QUESTION)
     with tempfile.TemporaryDirectory(prefix="fleet-bench-") as folder:
         home = FleetHome.create(
             Path(folder),
@@ -55,8 +55,17 @@ def measure_footprint(bundle: Path, idle_s: float = IDLE_S) -> dict[str, float]:
                     for _ in range(NUM_ANSWERS - 1):
                         first_text_after(client, prompt, start)
                     memory = memory_mb(edge.process.pid)
+                    for _ in range(NUM_ANSWERS):
+                        first_text_after(client, standalone_prompt(TEXT), start)
+                    memory |= {f"long_{k}": v for k, v in memory_mb(edge.process.pid).items()}
                     idle = idle_percent(edge.process.pid, idle_s)
     return {"start_to_first_token_s": first, **memory, "idle_cpu_percent": idle}
+
+
+def standalone_prompt(text: str) -> PromptRequest:
+    """Return a request for an answer of the device alone."""
+    message = ChatMessage("user", text)
+    return PromptRequest(messages=(message,), mode=Mode.STANDALONE, max_new_tokens=64)
 
 
 def first_text_after(client: PromptClient, prompt: PromptRequest, start: float) -> float:

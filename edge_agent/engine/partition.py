@@ -16,7 +16,7 @@ import onnxruntime as ort
 from edge_agent.config import Provider
 from edge_agent.engine.ort_runtime import Runtime, load_session
 from fleet.bundles.manifest import Bundle
-from fleet.bundles.token_tables import Table, load_tables
+from fleet.bundles.token_tables import Table, load_tables, release_table
 from fleet.utils.memory_release import release_freed_memory
 
 log = logging.getLogger(__name__)
@@ -139,6 +139,14 @@ class Partition:
     def embed(self, token_ids: Int64) -> Float32:
         """Return the embeddings float32 [n, hidden] of token_ids int64 [n]."""
         return self._embedding[token_ids].astype(np.float32)
+
+    def release_tables(self) -> None:
+        """Unmap the pages of the embedding and of the LM head's weights that were read.
+
+        Linux maps 16 pages around each row, so that an answer maps nearly all.
+        """
+        release_table(self._embedding)
+        release_table(self._table)
 
     def lm_head(self) -> LmHeadRun:
         """Return the LM head for one sequence."""

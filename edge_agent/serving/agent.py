@@ -47,7 +47,7 @@ from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest, parse_prompt
 from fleet.protocol.report import ConfigProblem, DeviceStatus, encode_status
 from fleet.transport.base import Handler, Transport, publish_or_log
-from fleet.utils.memory_release import release_unused_memory
+from fleet.utils.memory_release import release_unused_memory, return_large_blocks
 from fleet.utils.rate_limited_log import RateLimitedLog
 from fleet.utils.validation import validated
 from fleet.version import __version__
@@ -108,6 +108,7 @@ class Agent:
         self._software_error: ConfigProblem | None = None
         self._event_error: ConfigProblem | None = None
         self._epoch = time.time_ns() // 1_000_000
+        return_large_blocks()
         # The tokenizer comes first: the partition returns the memory that loading has freed.
         self._tokenizer = ChatTokenizer(bundle)
         split = self._manifest.split_of(config.split)
@@ -477,6 +478,7 @@ class Agent:
 
     def _answer_jobs(self) -> None:
         while partition := self._answer_job():
+            partition.release_tables()
             is_moved = partition is not self._planner.partition
             del partition
             if is_moved:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +14,8 @@ from fleet.errors import BundleError
 
 Table = npt.NDArray[np.floating[Any]]
 
+MIN_BLOCK_PAGES: Final = 4
+MAX_BLOCKS: Final = 4096  # Linux allows 65,530 mappings by default
 EMBEDDING: Final = "edge/embedding.npy"
 LM_HEAD: Final = "edge/lm_head.npy"
 
@@ -48,5 +51,33 @@ def load_table(bundle: Bundle, name: str) -> Table:
         )
     # Without this the kernel also reads the neighbours of each row.
     mapped.base.madvise(mmap.MADV_RANDOM)
+    split_mapping(mapped.base)
     table: Table = np.asarray(mapped)
     return table
+
+
+def split_mapping(mapped: mmap.mmap) -> None:
+    """Split a mapping into blocks, where the system can do so, which keep their content.
+
+    Linux maps up to 2 MB around a page that is read, if they are in its cache of files, but not
+    beyond a mapping, and two neighbours with different advice are two mappings. Whether a block is
+    part of a core dump is of no importance for a file.
+    """
+    num_bytes = len(mapped)
+    pages = -(-num_bytes // (MAX_BLOCKS * mmap.PAGESIZE))
+    block_bytes = max(MIN_BLOCK_PAGES, pages) * mmap.PAGESIZE
+    with suppress(OSError, AttributeError):
+        for start in range(0, num_bytes, 2 * block_bytes):
+            mapped.madvise(mmap.MADV_DONTDUMP, start, min(block_bytes, num_bytes - start))
+
+
+def release_table(table: Table) -> None:
+    """Unmap the pages of a table that `load_table` has mapped.
+
+    They stay in the system's cache of files, and a row that is read is mapped again.
+    """
+    base: Any = table
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)

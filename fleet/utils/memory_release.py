@@ -11,12 +11,24 @@ from typing import Final
 
 MAPS: Final = Path("/proc/self/maps")
 MADV_PAGEOUT: Final = 21  # of Linux 5.4 and later
+M_MMAP_THRESHOLD: Final = -3  # of glibc
+LARGE_BLOCK_BYTES: Final = 128 * 1024
 
 
 def release_freed_memory() -> None:
     """Return freed memory to the system, if the C library can do so (glibc)."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def return_large_blocks() -> None:
+    """Make the C library return each large block as soon as it is freed, where it can (glibc).
+
+    By default glibc raises its limit of a large block, up to 32 MB, when such a block is freed.
+    Later blocks then come from heaps, which keep what lies below a block that is still in use.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
 def release_unused_memory() -> None:

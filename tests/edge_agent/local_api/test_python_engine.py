@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import sys
 import weakref
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from fleet.errors import BundleError, ConfigError, PromptError, RefusedPromptErr
 from fleet.protocol.prompt import PromptRequest
 from tests.brokers import wait_until
 from tests.default_bundle import make_default_bundle
+from tests.fleet.utils.test_memory_release import resident_kb
 
 CONFIG = AgentConfig(num_threads=1)
 
@@ -32,6 +34,21 @@ def test_an_answer_is_a_stream_of_tokens_from_the_exits(engine: Engine) -> None:
     assert len(tokens) == answer.usage.tokens == 6
     assert {reply.source for reply in tokens} == answer.sources.keys() <= {"exit:1", "exit:2"}
     assert answer.token_ids == [reply.token_id for reply in tokens]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the pages of a mapping")
+def test_an_engine_maps_no_page_of_the_embedding_after_an_answer(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_bundle.folder, tmp_path / "bundle")
+    embedding = folder / "edge/embedding.npy"
+    with Engine.load(folder, CONFIG) as engine:
+        replies = iter(engine.generate("hello", max_new_tokens=400, ignore_eos=True))
+        next(replies)
+        assert resident_kb(embedding) > 0
+        for _ in replies:
+            pass
+        wait_until(lambda: resident_kb(embedding) == 0, "no page is mapped")
 
 
 def test_a_batch_larger_than_the_queue_is_complete_and_in_order(engine: Engine) -> None:

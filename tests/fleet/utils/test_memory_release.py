@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+import platform
 import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from fleet.utils.memory_release import mapped_ranges, release_mapped_pages
+from fleet.utils.memory_release import (
+    mapped_ranges,
+    release_mapped_pages,
+    return_large_blocks,
+)
 
 MAPS = """\
 55d0c0a00000-55d0c0a21000 rw-p 00000000 00:00 0       [heap]
@@ -53,3 +59,25 @@ def test_pages_of_a_mapped_file_are_returned_and_keep_their_content(tmp_path: Pa
 
 def test_a_file_that_is_not_mapped_is_no_error(tmp_path: Path) -> None:
     release_mapped_pages(tmp_path / "absent")
+
+
+IS_MAPPED = 2
+"""The bit of a block's size, before its content, with which glibc marks a mapping of its own."""
+
+
+def has_own_mapping(libc: ctypes.CDLL, num_bytes: int) -> bool:
+    """Allocate and free a block; return whether it was a mapping of its own."""
+    address = libc.malloc(ctypes.c_size_t(num_bytes))
+    size = ctypes.c_size_t.from_address(address - ctypes.sizeof(ctypes.c_size_t)).value
+    libc.free(ctypes.c_void_p(address))
+    return bool(size & IS_MAPPED)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc raises its limit")
+def test_blocks_of_each_large_size_are_returned_when_they_are_freed() -> None:
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    return_large_blocks()
+    assert has_own_mapping(libc, 8 << 20)
+    assert has_own_mapping(libc, 4 << 20)  # else glibc's limit is 8 MB from the first on
+    assert not has_own_mapping(libc, 1 << 10)
