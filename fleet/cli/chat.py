@@ -21,6 +21,7 @@ from fleet.cli.options import (
     PresenceOption,
     RepetitionOption,
     SeedOption,
+    SmoothOption,
     StopOption,
     TemperatureOption,
     ThresholdOption,
@@ -63,6 +64,7 @@ def chat(
     presence_penalty: PresenceOption = None,
     frequency_penalty: FrequencyOption = None,
     stop: StopOption = None,
+    smooth_stream: SmoothOption = True,
     folder: HomeOption = None,
 ) -> None:
     """Converse with a device. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends it."""
@@ -81,10 +83,10 @@ def chat(
         frequency_penalty=frequency_penalty,
         stop=stop,
     )
-    converse(FleetHome.load(folder), device, base)
+    converse(FleetHome.load(folder), device, base, is_smooth=smooth_stream)
 
 
-def converse(home: FleetHome, device: str, base: PromptRequest) -> None:
+def converse(home: FleetHome, device: str, base: PromptRequest, *, is_smooth: bool) -> None:
     """Connect to the device, and hold a conversation until the end of the input.
 
     Raises:
@@ -98,7 +100,7 @@ def converse(home: FleetHome, device: str, base: PromptRequest) -> None:
         console.print(legend(exits))
         client = PromptClient(link)
         client.watch(device)
-        Conversation(console, client, device, base, exits).run()
+        Conversation(console, client, device, base, exits, is_smooth=is_smooth).run()
 
 
 def check_can_chat(home: FleetHome, device: str, bundle_id: str) -> None:
@@ -112,7 +114,8 @@ def check_can_chat(home: FleetHome, device: str, bundle_id: str) -> None:
 
 
 class Conversation:
-    """The turns of one conversation. `base` has the options of each request.
+    """The turns of one conversation. `base` has the options of each request. With `is_smooth` the
+    answers are printed at a steady pace.
 
     A turn that the device refuses, and one that is stopped before its first text, are not kept.
     """
@@ -124,7 +127,10 @@ class Conversation:
         device: str,
         base: PromptRequest,
         exits: Sequence[str],
+        *,
+        is_smooth: bool = False,
     ) -> None:
+        self._is_smooth = is_smooth
         self._console = console
         self._client = client
         self._device = device
@@ -209,7 +215,14 @@ class Conversation:
         """Return the replies to a conversation: those before Ctrl-C if it stops the answer."""
         request = msgspec.structs.replace(self._base, messages=(*self._system, *turns))
         replies: list[Reply] = []
-        response = follow_response(self._console, self._client, self._device, request, self._exits)
+        response = follow_response(
+            self._console,
+            self._client,
+            self._device,
+            request,
+            self._exits,
+            is_smooth=self._is_smooth,
+        )
         try:
             with closing(response):
                 replies.extend(response)

@@ -171,6 +171,13 @@ MinPOption = Annotated[
     float | None,
     typer.Option(min=0, max=1, help="Smallest probability to draw, as a share of the best one's."),
 ]
+SmoothOption = Annotated[
+    bool,
+    typer.Option(
+        "--smooth-stream/--no-smooth-stream",
+        help="Print tokens that arrive in bursts at a steady pace.",
+    ),
+]
 RepetitionOption = Annotated[
     float | None,
     typer.Option(

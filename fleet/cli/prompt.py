@@ -21,6 +21,7 @@ from fleet.cli.options import (
     RepetitionOption,
     SchemaOption,
     SeedOption,
+    SmoothOption,
     StopOption,
     TemperatureOption,
     ThresholdOption,
@@ -85,6 +86,7 @@ def prompt(
     logprobs: LogprobsOption = False,
     top_logprobs: TopLogprobsOption = 0,
     stream: StreamOption = True,
+    smooth_stream: SmoothOption = False,
     folder: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -112,7 +114,8 @@ def prompt(
         response_format=read_response_format(schema),
         regex=regex,
     )
-    send_prompt(FleetHome.load(folder), device, request, as_json=as_json)
+    home = FleetHome.load(folder)
+    send_prompt(home, device, request, as_json=as_json, is_smooth=smooth_stream)
 
 
 def _read_stdin() -> str:
@@ -122,7 +125,14 @@ def _read_stdin() -> str:
     return decode_text(data, "the prompt on stdin").removesuffix("\n")
 
 
-def send_prompt(home: FleetHome, device: str, request: PromptRequest, *, as_json: bool) -> None:
+def send_prompt(
+    home: FleetHome,
+    device: str,
+    request: PromptRequest,
+    *,
+    as_json: bool,
+    is_smooth: bool = False,
+) -> None:
     """Send a request as an operator and print the response; needs the broker and no registry.
 
     Raises:
@@ -135,6 +145,6 @@ def send_prompt(home: FleetHome, device: str, request: PromptRequest, *, as_json
         exits = exit_sources(home, bundle_id)
         client = PromptClient(link)
         client.watch(device)
-        result = stream_response(console, client, device, request, exits)
+        result = stream_response(console, client, device, request, exits, is_smooth=is_smooth)
     if as_json:
         print_json({"bundle_id": bundle_id, "results": [result]})

@@ -25,6 +25,7 @@ from fleet.protocol.prompt import (
 from fleet.protocol.report import Switch
 from fleet.server.home import FleetHome
 from fleet.transport.prompt_client import PromptClient
+from fleet.transport.smooth_stream import paced
 
 
 class PromptResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -61,13 +62,16 @@ def stream_response(
     request: PromptRequest,
     exits: Sequence[str],
     picture: Console | None = None,
+    *,
+    is_smooth: bool = False,
 ) -> PromptResult:
     """Send a request and print the response while it arrives; the whole response.
 
     `exits` are the sources of the device's exits in order of depth. `picture` gets the response in
     one piece, which wraps.
     """
-    replies = list(follow_response(console, client, device, request, exits))
+    arriving = follow_response(console, client, device, request, exits, is_smooth=is_smooth)
+    replies = list(arriving)
     for table in logprob_tables(replies):
         console.print(table)
     usage, line = print_usage(console, device, replies[-1])
@@ -83,13 +87,17 @@ def follow_response(
     device: str,
     request: PromptRequest,
     exits: Sequence[str],
+    *,
+    is_smooth: bool = False,
 ) -> Generator[Reply, None, None]:
-    """Send a request, and yield its replies while their text is printed.
+    """Send a request, and yield its replies while their text is printed, with `is_smooth` at a
+    steady pace.
 
     Closing the generator, or an exception in it, cancels the request at the device.
     """
     wrap = WordWrap(console)
-    with closing(client.ask(device, request)) as replies:
+    arriving = client.ask(device, request)
+    with closing(paced(arriving) if is_smooth else arriving) as replies:
         try:
             for reply in replies:
                 text = reply_text(reply, exits)

@@ -10,9 +10,12 @@ from typing import Any, Final, TypeAlias
 
 from msgspec.structs import asdict
 
+from fleet.errors import PromptError
 from fleet.protocol.prompt import ChatMessage, PromptRequest, Reply, prompt_of_values
 from fleet.transport.answers import Answer, AsyncAnswer
+from fleet.transport.smooth_stream import async_paced, paced
 
+SMOOTH_STREAM: Final = "smooth_stream"
 MAX_AT_ONCE: Final = 4
 """Requests of a batch that are sent at a time; a device answers this many at once by default."""
 
@@ -25,8 +28,9 @@ class Responder(ABC):
 
     The options of each method are the fields of :class:`fleet.protocol.prompt.PromptRequest`, for
     example ``max_new_tokens=64, temperature=0.7, mode="verified"``. Instead of a text, a prompt may
-    be such a request; options given with it replace its own. Each method raises PromptError for a
-    field that is unknown or out of range.
+    be such a request; options given with it replace its own. With ``smooth_stream=True`` the tokens
+    of `generate` and `chat` that arrive in bursts come at a steady pace. Each method raises
+    PromptError for a field that is unknown or out of range.
     """
 
     max_at_once: int = MAX_AT_ONCE
@@ -41,11 +45,17 @@ class Responder(ABC):
 
     def generate(self, prompt: Prompt, **options: Any) -> Answer:
         """Return the answer to a prompt, a stream that begins when it is read."""
-        return Answer(self.respond(request_of(prompt, options)))
+        is_smooth = take_smooth_stream(options)
+        return self._answer(request_of(prompt, options), is_smooth=is_smooth)
 
     def chat(self, messages: Iterable[Message], **options: Any) -> Answer:
         """Return the answer to a conversation, of messages with a `role` and a `content`."""
-        return Answer(self.respond(request_of_chat(messages, options)))
+        is_smooth = take_smooth_stream(options)
+        return self._answer(request_of_chat(messages, options), is_smooth=is_smooth)
+
+    def _answer(self, request: PromptRequest, *, is_smooth: bool) -> Answer:
+        replies = self.respond(request)
+        return Answer(paced(replies) if is_smooth else replies)
 
     def generate_batch(self, prompts: Iterable[Prompt], **options: Any) -> list[Answer]:
         """Return the complete answers to several prompts, in their order.
@@ -78,11 +88,17 @@ class AsyncResponder(ABC):
 
     def generate(self, prompt: Prompt, **options: Any) -> AsyncAnswer:
         """Return the answer to a prompt, a stream that begins when it is read."""
-        return AsyncAnswer(self.respond(request_of(prompt, options)))
+        is_smooth = take_smooth_stream(options)
+        return self._answer(request_of(prompt, options), is_smooth=is_smooth)
 
     def chat(self, messages: Iterable[Message], **options: Any) -> AsyncAnswer:
         """Return the answer to a conversation, of messages with a `role` and a `content`."""
-        return AsyncAnswer(self.respond(request_of_chat(messages, options)))
+        is_smooth = take_smooth_stream(options)
+        return self._answer(request_of_chat(messages, options), is_smooth=is_smooth)
+
+    def _answer(self, request: PromptRequest, *, is_smooth: bool) -> AsyncAnswer:
+        replies = self.respond(request)
+        return AsyncAnswer(async_paced(replies) if is_smooth else replies)
 
     async def generate_batch(self, prompts: Iterable[Prompt], **options: Any) -> list[Answer]:
         """Return the complete answers to several prompts, in their order.
@@ -104,6 +120,14 @@ class AsyncResponder(ABC):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def take_smooth_stream(options: dict[str, Any]) -> bool:
+    """Remove `smooth_stream`, which is no field of a request, from options. Raises PromptError."""
+    value = options.pop(SMOOTH_STREAM, False)
+    if not isinstance(value, bool):
+        raise PromptError(f"{SMOOTH_STREAM}: expected True or False, got {value!r}")
+    return value
 
 
 def request_of(prompt: Prompt, options: Mapping[str, Any]) -> PromptRequest:
