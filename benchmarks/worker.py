@@ -1,8 +1,8 @@
 """The worker's engine: positions a second by sessions, devices that one core serves, round trips a
 token.
 
-    fleet bench worker [--only throughput,devices,round-trips] [--weights float32] [--plot FILE]
-        [--json]
+    fleet bench worker [--only throughput,devices,round-trips,weights] [--weights float32]
+        [--plot FILE] [--json]
 
 Devices replay answers that were recorded as they are deployed, with real hidden states; the engine
 really runs, in virtual time (benchmarks/replay.py). A collaborating device works its recorded step
@@ -51,7 +51,7 @@ from fleet.utils.path_options import path_option
 from fleet.utils.prompt_file import read_prompts
 from onnx_export.default_bundle import default_bundle
 
-PARTS: Final = ("throughput", "devices", "round-trips")
+PARTS: Final = ("throughput", "devices", "round-trips", "weights")
 SESSIONS: Final = (1, 4, 16, 64)
 HALF_LAYER: Final = 15
 NUM_RECORDINGS: Final = 16
@@ -60,10 +60,62 @@ THRESHOLDS: Final = (0.6, 0.7, 0.8, 0.95, 1.0)
 WARM_UP_S: Final = 4.0
 MAX_DEVICES: Final = 512
 POOL_BYTES: Final = 1 << 34
+NUM_STEPS: Final = 25
+NUM_WARM_UP: Final = 5
+PROMPT_ROWS: Final = 64
 
 Progress = Callable[[str], None]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+class SessionSteps:
+    """Steps of some sessions, each of which asks for every token; their inputs are random."""
+
+    def __init__(self, layers: UpperLayers, num_sessions: int) -> None:
+        pool = layers.new_pool(POOL_BYTES)
+        length = PROMPT_ROWS + NUM_STEPS
+        self._layers = layers
+        self._random = np.random.default_rng(0)
+        self.leases = [pool.lease(length) for _ in range(num_sessions)]
+        layers(self._chunks(PROMPT_ROWS))
+
+    def _chunks(self, count: int) -> list[Chunk]:
+        """Return the next `count` positions of each session."""
+        shape = (count, self._layers.manifest.model.hidden_size)
+        chunks = []
+        for lease in self.leases:
+            rows = self._random.standard_normal(shape).astype(np.float16)
+            stop = lease.length + count
+            chunks.append(Chunk(lease, rows, lease.length, stop, [stop - 1]))
+        return chunks
+
+    def time_step(self) -> float:
+        """Run one position of each session; return the time in s."""
+        chunks = self._chunks(1)
+        begin = time.perf_counter()
+        self._layers(chunks)
+        return time.perf_counter() - begin
+
+
+def step_ms_by_weights(
+    bundle: Bundle, num_threads: int, progress: Progress
+) -> dict[str, dict[str, float]]:
+    """Return the median time of a step in ms, by the kind of weights and the number of sessions.
+
+    The kinds take turns.
+    """
+    kinds: Sequence[Weights] = get_args(Weights)
+    layers = {kind: UpperLayers(bundle, num_threads, kind) for kind in kinds}
+    result: dict[str, dict[str, float]] = {kind: {} for kind in kinds}
+    for number in SESSIONS:
+        progress(f"steps of {number} sessions with each kind of weights")
+        steps = {kind: SessionSteps(layers[kind], number) for kind in kinds}
+        rounds = [{kind: steps[kind].time_step() for kind in kinds} for _ in range(NUM_STEPS)]
+        for kind in kinds:
+            times = [each[kind] for each in rounds[NUM_WARM_UP:]]
+            result[kind][str(number)] = 1e3 * median(times)
+    return result
 
 
 class WorkerBench:
@@ -367,6 +419,7 @@ def run(
     result: dict[str, Any] = {
         "machine": machine(),
         "torch": torch.__version__,
+        "torch_instructions": torch.backends.cpu.get_cpu_capability(),
         "bundle_id": bundle.manifest.bundle_id,
         "weights": chosen,
         "bytes_per_position": bench.session_bytes(),
@@ -388,6 +441,8 @@ def run(
             save(plot_devices(result), plot)
     if "round-trips" in parts:
         result["round_trips_per_token"] = bench.round_trips(len(bench.recordings), tokens, console)
+    if "weights" in parts:
+        result["step_ms_by_weights"] = step_ms_by_weights(bundle, threads, progress)
     if as_json:
         print(json.dumps(result))
     else:
@@ -403,6 +458,8 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     if "agreement" in result:
         line = f"agreement of {result['weights']} with float32: {result['agreement']:.4f}"
         console.print(line, highlight=False)
+    if "step_ms_by_weights" in result:
+        _print_weights(console, result["step_ms_by_weights"])
     for mode, rate in result.get("round_trips_per_token", {}).items():
         console.print(f"{mode}: {rate:.3f} round trips a token", highlight=False)
 
@@ -428,6 +485,13 @@ def _print_sessions(console: Console, result: dict[str, Any]) -> None:
             highlight=False,
         )
     console.print(f"this machine reads {result['read_gb_per_s']:.1f} GB/s", highlight=False)
+
+
+def _print_weights(console: Console, times: dict[str, dict[str, float]]) -> None:
+    table = _table("ms of a step, by sessions", ("weights", *map(str, SESSIONS)))
+    for kind, row in times.items():
+        table.add_row(kind, *[f"{ms:.1f}" for ms in row.values()])
+    console.print(table)
 
 
 def _print_devices(console: Console, result: dict[str, Any]) -> None:

@@ -193,6 +193,8 @@ class Rig:
                 str(bundle.folder),
                 "--threads",
                 "1",
+                "--weights",
+                "float32",
             )
             process = child("the worker", "cloud_broker_worker", *arguments, "--metrics-port", "0")
             manifest = bundle.manifest

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 
 from cloud_broker_worker.worker.config import (
+    AUTO,
     MAX_DRAIN_S,
     MAX_KV_BUDGET_MB,
     MAX_LAYER,
+    MAX_NUM_SESSIONS,
     MAX_THREADS,
+    NUM_SESSIONS,
     WorkerConfig,
     check_weight_format,
 )
@@ -31,6 +34,9 @@ from fleet.utils.optional_imports import needs
 from fleet.utils.path_options import path_argument, path_option
 from fleet.utils.service_manager import READY, Watchdog, notify
 
+if TYPE_CHECKING:
+    from cloud_broker_worker.worker.default_weights import WeightsChoice
+
 app = typer.Typer(
     cls=CommandGroup,
     no_args_is_help=True,
@@ -38,6 +44,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+WeightsOption = Annotated[
+    str,
+    typer.Option(
+        help="Weights: float32, bfloat16, int8, int4, or auto for the fastest that keep the tokens."
+    ),
+]
+SessionsOption = Annotated[
+    int,
+    typer.Option(
+        "--expected-sessions",
+        min=1,
+        max=MAX_NUM_SESSIONS,
+        help="Sessions that the worker is to serve at a time, for --weights auto.",
+    ),
+]
 
 
 @app.callback()
@@ -54,10 +77,8 @@ def run_worker(
     threads: Annotated[
         int | None, typer.Option(min=1, max=MAX_THREADS, help="Number of PyTorch threads.")
     ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(help="Weights: float32, bfloat16, int8 or int4; fewer bits need less memory."),
-    ] = None,
+    weights: WeightsOption = AUTO,
+    expected_sessions: SessionsOption = NUM_SESSIONS,
     from_layer: Annotated[
         int | None,
         typer.Option(
@@ -83,10 +104,10 @@ def run_worker(
     ] = True,
 ) -> None:
     """Serve devices until stopped."""
+    check_weight_format(weights)
     identity = _load_identity(folder)
     settings = {
         "num_threads": threads,
-        "weights": weights,
         "from_layer": from_layer,
         "kv_budget_bytes": kv_budget_mb and kv_budget_mb * 1_000_000,
         "drain_timeout_s": drain_timeout,
@@ -96,7 +117,10 @@ def run_worker(
     if model is None:
         raise ConfigError(f"{folder} names no bundle; pass one with --bundle DIR")
     metrics = None if metrics_port is None else (metrics_host, metrics_port)
-    _serve(identity, Bundle.load(model, ("cloud",)), config, metrics, renews=renew)
+    opened = Bundle.load(model, ("cloud",))
+    choice = _choose_weights(weights, opened, config.num_threads, expected_sessions)
+    config = msgspec.structs.replace(config, weights=choice.weights)
+    _serve(identity, opened, config, metrics, reason=choice.reason, renews=renew)
 
 
 @app.command("measure")
@@ -108,9 +132,8 @@ def measure_worker_speed(
     threads: Annotated[
         int, typer.Option(min=1, max=MAX_THREADS, help="Number of PyTorch threads.")
     ] = WorkerConfig().num_threads,
-    weights: Annotated[
-        str, typer.Option(help="Weights: float32, bfloat16, int8 or int4.")
-    ] = WorkerConfig().weights,
+    weights: WeightsOption = AUTO,
+    expected_sessions: SessionsOption = NUM_SESSIONS,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and write no file.")] = False,
 ) -> None:
     """Measure this worker's speed with a model, in less than a minute."""
@@ -120,9 +143,10 @@ def measure_worker_speed(
 
     check_weight_format(weights)
     warn_about_load()
-    kind: Any = weights
-    layers = UpperLayers(Bundle.load(bundle, ("cloud",)), threads, kind)
-    speeds = measure_worker(layers, threads, kind, print_progress)
+    opened = Bundle.load(bundle, ("cloud",))
+    kind = _choose_weights(weights, opened, threads, expected_sessions).weights
+    print_progress(f"weights {kind}")
+    speeds = measure_worker(UpperLayers(opened, threads, kind), threads, kind, print_progress)
     report_speeds(speeds, out, as_json=as_json)
 
 
@@ -134,11 +158,22 @@ def _load_identity(folder: Path) -> Identity:
 
 def _worker_config(identity: Identity, settings: dict[str, Any]) -> WorkerConfig:
     """Return the configuration with those of the settings that are not None."""
-    if settings["weights"]:
-        check_weight_format(settings["weights"])
     config = WorkerConfig(shared_opens=identity.config.shared_subscriptions)
     changes = {name: value for name, value in settings.items() if value is not None}
     return msgspec.structs.replace(config, **changes)
+
+
+def _choose_weights(
+    weights: str, bundle: Bundle, num_threads: int, num_sessions: int
+) -> WeightsChoice:
+    """Return the given weights, or for `AUTO` those that suit this machine."""
+    with needs("worker"):
+        from cloud_broker_worker.worker.default_weights import WeightsChoice, choose_weights
+
+    if weights == AUTO:
+        return choose_weights(bundle, num_threads, num_sessions)
+    given: Any = weights
+    return WeightsChoice(given, "as given")
 
 
 def _serve(
@@ -147,9 +182,13 @@ def _serve(
     config: WorkerConfig,
     metrics_address: tuple[str, int] | None,
     *,
+    reason: str,
     renews: bool,
 ) -> None:
-    """Serve until stopped, and wait for a broker that is away; `renews` is whether to renew."""
+    """Serve until stopped, and wait for a broker that is away.
+
+    `reason` is that of the weights, and `renews` is whether to renew the certificate.
+    """
     with needs("worker"):
         from cloud_broker_worker.worker.metrics import WorkerMonitor
         from cloud_broker_worker.worker.worker import Worker
@@ -177,8 +216,9 @@ def _serve(
         model = f"{manifest.model.name}, bundle {manifest.bundle_id}"
         first = config.from_layer or manifest.upload_layer
         layers = f"layers {first} to {manifest.model.num_layers}"
+        weights = f"weights {config.weights} ({reason})"
         metrics = f", metrics on {endpoint.url}" if endpoint else ""
-        print(f"worker {identity.name} serves {model}, {layers}{metrics}", flush=True)
+        print(f"worker {identity.name} serves {model}, {layers}, {weights}{metrics}", flush=True)
         wait_stopped(stop)
         print(
             f"worker {identity.name} finishes its sessions; stop it again to end them", flush=True

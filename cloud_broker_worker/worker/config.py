@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Final, Literal, NamedTuple, get_args
+from typing import Annotated, Final, Literal, get_args
 
 from msgspec import Meta, Struct
 
@@ -11,55 +11,31 @@ from fleet.errors import ConfigError
 
 Weights = Literal["float32", "bfloat16", "int8", "int4"]
 
+AUTO: Final = "auto"
 MIN_AGREEMENT: Final = 0.995
+"""The share of the tokens of float32 that weights of the choice `AUTO` keep."""
+
+NUM_SESSIONS: Final = 4
+MAX_NUM_SESSIONS: Final = 100_000
 MAX_THREADS: Final = 1024
 MAX_KV_BUDGET_MB: Final = 1 << 24
 MAX_DRAIN_S: Final = 86_400
 MAX_LAYER: Final = 9999
 
 
-class WeightsMeasurement(NamedTuple):
-    """The share of tokens that equal those of float32, and the time of one position."""
-
-    weights: Weights
-    agreement: float
-    position_ms: float
-
-
-MEASURED: Final[dict[str, tuple[WeightsMeasurement, ...]]] = {
-    "SmolLM2-135M-Instruct": (
-        WeightsMeasurement("float32", 1.0, 16.0),
-        WeightsMeasurement("int8", 0.987, 5.3),
-        WeightsMeasurement("int4", 0.996, 4.6),
-    )
-}
-"""By model; the source is docs/worker.md, "One position, and fewer bits"."""
-
-
-def default_weights(model: str, stored_type: str = "F32") -> Weights:
-    """Return the fastest weights that keep `MIN_AGREEMENT`.
-
-    Where none was measured they have the size of the bundle's own: bfloat16 if these have 16 bits,
-    else float32.
-    """
-    accurate = [each for each in MEASURED.get(model, ()) if each.agreement >= MIN_AGREEMENT]
-    fastest = min(accurate, key=lambda each: each.position_ms, default=None)
-    if fastest:
-        return fastest.weights
-    return "float32" if stored_type == "F32" else "bfloat16"
-
-
 def check_weight_format(weights: str) -> None:
-    """Raise ConfigError, which lists the kinds of weights, unless `weights` is one of them."""
-    if weights not in get_args(Weights):
-        raise ConfigError(f"--weights {weights}: expected one of {', '.join(get_args(Weights))}")
+    """Raise ConfigError, which lists the kinds of weights, unless `weights` is one or `AUTO`."""
+    kinds = (AUTO, *get_args(Weights))
+    if weights not in kinds:
+        raise ConfigError(f"--weights {weights}: expected one of {', '.join(kinds)}")
 
 
 class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The settings that an operator may change on a worker."""
 
     num_threads: Annotated[int, Meta(ge=1, le=MAX_THREADS)] = min(8, os.cpu_count() or 1)
-    # Of the upper layers; the others give slightly different logits in less time and memory.
+    # Of the upper layers; the others give slightly different logits in less time and memory. The
+    # commands choose by `default_weights.choose_weights` unless they are given.
     weights: Weights = "float32"
     # The lowest layer that is loaded; 0 is the lowest that devices of the bundle may need.
     from_layer: Annotated[int, Meta(ge=0, le=MAX_LAYER)] = 0

@@ -46,6 +46,7 @@ class WorkerMonitor:
     def collect(self) -> Iterable[Metric]:
         engine = self._worker.engine
         yield from self._gauges(engine)
+        yield _weights(self._worker)
         yield from _counters(engine)
         yield histogram(
             "fleet_worker_queue_seconds",
@@ -105,6 +106,14 @@ class WorkerMonitor:
             ),
         ):
             yield GaugeMetricFamily(f"fleet_worker_{name}", text, value)
+
+
+def _weights(worker: Worker) -> Metric:
+    """Return a gauge of value 1, whose label is the kind of the worker's weights."""
+    text = "1 for the kind of the worker's weights."
+    family = GaugeMetricFamily("fleet_worker_weights", text, labels=["kind"])
+    family.add_metric([worker.weights], 1)
+    return family
 
 
 def _counters(engine: WorkerEngine) -> Iterable[Metric]:

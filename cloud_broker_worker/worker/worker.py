@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Self
 
-from cloud_broker_worker.worker.config import WorkerConfig
+from cloud_broker_worker.worker.config import Weights, WorkerConfig
 from cloud_broker_worker.worker.engine import EngineResponse, WorkerEngine
 from cloud_broker_worker.worker.upper_layers import UpperLayers
 from fleet.bundles.manifest import Bundle
@@ -111,6 +111,11 @@ class Worker:
                 break
 
     @property
+    def weights(self) -> Weights:
+        """The kind of its weights."""
+        return self._config.weights
+
+    @property
     def is_serving(self) -> bool:
         """Whether the worker's thread runs."""
         return self._thread.is_alive()
@@ -140,6 +145,7 @@ class Worker:
                 version=__version__,
                 num_sessions=self._announced,
                 draining=self.engine.is_draining,
+                weights=self._config.weights,
             )
             self._publish(
                 topics.worker_status(self.name), encode_status(status), qos=1, retain=True

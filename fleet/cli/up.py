@@ -10,8 +10,10 @@ import typer
 
 from cloud_broker_worker.worker.config import (
     MAX_KV_BUDGET_MB,
+    MAX_NUM_SESSIONS,
     MAX_THREADS,
     MIN_AGREEMENT,
+    NUM_SESSIONS,
     check_weight_format,
 )
 from fleet.bundles.manifest import Bundle
@@ -77,8 +79,17 @@ BrokerOption = Annotated[
 WeightsOption = Annotated[
     str | None,
     typer.Option(
-        help="Weights of the workers: float32, bfloat16, int8 or int4 "
-        f"(default: the fastest that agree with float32 on {MIN_AGREEMENT:.1%} of tokens)."
+        help="Weights of the workers: float32, bfloat16, int8, int4, or auto: the fastest that "
+        f"agree with float32 on {MIN_AGREEMENT:.1%} of tokens (default)."
+    ),
+]
+ExpectedSessionsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MAX_NUM_SESSIONS,
+        help="Sessions that each worker is to serve at a time, for the choice of its weights "
+        f"(default: {NUM_SESSIONS}).",
     ),
 ]
 KvBudgetOption = Annotated[
@@ -99,6 +110,7 @@ def up(
     bundle: BundleOption = None,
     workers: WorkersOption = 1,
     weights: WeightsOption = None,
+    expected_sessions: ExpectedSessionsOption = None,
     kv_budget_mb: KvBudgetOption = None,
     threads: ThreadsOption = None,
     service_port: ServicePortOption = None,
@@ -115,7 +127,12 @@ def up(
     if weights:
         check_weight_format(weights)
     api_options = ApiOptions.of(api, api_cert, api_cert_key)
-    settings = WorkerSettings(weights=weights, kv_budget_mb=kv_budget_mb, threads=threads)
+    settings = WorkerSettings(
+        weights=weights,
+        expected_sessions=expected_sessions,
+        kv_budget_mb=kv_budget_mb,
+        threads=threads,
+    )
     options = FleetOptions(
         host=host,
         port=port,

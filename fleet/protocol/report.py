@@ -117,6 +117,7 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
     version: Label = ""
     num_sessions: Amount = 0
     draining: bool = False
+    weights: Label = ""
 
 
 def encode_report(report: GenerationReport) -> bytes:

@@ -6,53 +6,32 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloud_broker_worker.worker.config import default_weights
-from fleet.bundles.manifest import read_manifest
-from fleet.bundles.tensor_file import TensorFile
-from fleet.errors import BundleError
-
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
-    """The options of each worker; None is the default for its bundle and this machine.
+    """The options of each worker; None is the worker's own default.
 
-    The default weights are the fastest that keep the agreement with float32. For a model that was
-    not measured, they have the size of the bundle's own. Several workers share this machine's
-    cores.
+    A worker chooses its weights at its start. Several workers share this machine's cores.
     """
 
     weights: str | None = None
+    expected_sessions: int | None = None
     kv_budget_mb: int | None = None
     threads: int | None = None
 
     def arguments(self, bundle: Path, num_workers: int) -> list[str]:
         """Return the command-line options of one of `num_workers` workers."""
-        weights = self.weights or bundle_weights(bundle)
-        arguments = ["--bundle", str(bundle), "--weights", weights]
-        if self.kv_budget_mb:
-            arguments += ["--kv-budget-mb", str(self.kv_budget_mb)]
-        if self.threads:
-            arguments += ["--threads", str(self.threads)]
-        elif num_workers > 1:  # a single worker chooses the number itself
-            arguments += ["--threads", threads_per_worker(num_workers)]
-        return arguments
-
-
-def bundle_weights(bundle: Path) -> str:
-    """Return the default weights for the bundle in a folder.
-
-    Raises:
-        BundleError: the bundle's manifest or cloud partition cannot be read.
-    """
-    model = read_manifest(bundle).model.name
-    try:
-        with TensorFile(bundle / "cloud/model.safetensors") as file:
-            types = {entry.dtype for entry in file.entries.values()}
-    except (OSError, ValueError) as error:
-        raise BundleError(
-            f"the cloud partition of {bundle} cannot be read: {error}; export the bundle again"
-        ) from None
-    return default_weights(model, "F32" if "F32" in types else "BF16")
+        options = {
+            "--bundle": bundle,
+            "--weights": self.weights,
+            "--expected-sessions": self.expected_sessions,
+            "--kv-budget-mb": self.kv_budget_mb,
+            "--threads": self.threads,
+        }
+        if num_workers > 1 and not self.threads:  # a single worker chooses the number itself
+            options["--threads"] = threads_per_worker(num_workers)
+        given = {option: value for option, value in options.items() if value is not None}
+        return [text for option, value in given.items() for text in (option, str(value))]
 
 
 def threads_per_worker(num_workers: int) -> str:

@@ -15,7 +15,7 @@ from benchmarks.plots import plot_devices
 from benchmarks.recordings import AnswerRecording, record_answers, recorded_offload_rate
 from benchmarks.replay import ReplayDevice, ReplayWorker
 from benchmarks.whole_model import WholeModel
-from benchmarks.worker import highest_within
+from benchmarks.worker import SESSIONS, SessionSteps, highest_within, step_ms_by_weights
 from cloud_broker_worker.worker.config import WorkerConfig
 from cloud_broker_worker.worker.upper_layers import UpperLayers
 from fleet.bundles.manifest import Bundle
@@ -152,3 +152,20 @@ def test_the_highest_number_within_a_limit_is_found_to_a_sixteenth() -> None:
     assert 94 <= number <= 100
     assert points == {n: n / 10 for n in asked}
     assert highest_within(0.05, measure)[0] == 0
+
+
+def test_each_step_runs_one_position_of_each_session(upper: UpperLayers) -> None:
+    steps = SessionSteps(upper, 3)
+    before = [lease.length for lease in steps.leases]
+    assert steps.time_step() > 0
+    assert [lease.length for lease in steps.leases] == [length + 1 for length in before]
+
+
+def test_the_time_of_a_step_is_reported_for_each_kind_of_weights(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.worker.NUM_STEPS", 2)
+    monkeypatch.setattr("benchmarks.worker.NUM_WARM_UP", 1)
+    times = step_ms_by_weights(tiny_bundle, 1, lambda _: None)
+    assert set(times) == {"float32", "bfloat16", "int8", "int4"}
+    assert all(list(row) == [str(number) for number in SESSIONS] for row in times.values())

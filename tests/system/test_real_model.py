@@ -24,7 +24,7 @@ PROMPTS = (
 def test_with_every_exit_off_the_answers_are_the_whole_models(real_bundle: Bundle) -> None:
     whole = WholeModel(real_bundle)
     with memory_fleet() as fleet:
-        fleet.start_worker(real_bundle, WorkerConfig(num_threads=2))
+        fleet.start_worker(real_bundle, WorkerConfig(num_threads=2, weights="float32"))
         fleet.start_device(real_bundle, AgentConfig(num_threads=2, assist_deadline_ms=30_000))
         for prompt in PROMPTS:
             answer = fleet.ask(PromptRequest(prompt=prompt, threshold=1.0, max_new_tokens=24))
@@ -38,7 +38,7 @@ def test_with_every_exit_off_the_answers_are_the_whole_models(real_bundle: Bundl
 
 def test_at_the_shipped_thresholds_exits_and_cloud_share_the_work(real_bundle: Bundle) -> None:
     with memory_fleet() as fleet:
-        fleet.start_worker(real_bundle, WorkerConfig(num_threads=2))
+        fleet.start_worker(real_bundle, WorkerConfig(num_threads=2, weights="float32"))
         fleet.start_device(real_bundle, AgentConfig(num_threads=2, assist_deadline_ms=30_000))
         sources: dict[str, int] = {}
         for prompt in PROMPTS:

@@ -130,9 +130,9 @@ def test_a_worker_process_says_when_it_is_ready_and_leaves_in_good_order_on_sigt
         site.connect("s1") as server,
         RunningWorker(site, server, bundle) as worker,
     ):
-        assert (
-            f"worker w1 serves tiny, bundle {bundle.manifest.bundle_id}, layers 2 to 4"
-            in worker.ready_line()
+        assert worker.ready_line().startswith(
+            f"worker w1 serves tiny, bundle {bundle.manifest.bundle_id}, layers 2 to 4, "
+            "weights float32 (no other kind is known to agree on 99.5% of tokens)"
         )
         born = worker.next_status()
         worker.process.send_signal(signal.SIGTERM)
@@ -140,6 +140,7 @@ def test_a_worker_process_says_when_it_is_ready_and_leaves_in_good_order_on_sigt
         draining = worker.next_status()
         gone = worker.next_status()
     assert born.online
+    assert born.weights == "float32"
     assert born.bundle_ids == (bundle.manifest.bundle_id,)
     assert (draining.online, draining.draining) == (True, True)
     assert not gone.online

@@ -140,6 +140,7 @@ def test_the_metrics_are_those_of_what_a_worker_did(site: Site, whole: TinyModel
         samples = scrape(url)
     pool = site.worker.engine.pool
     assert samples["fleet_worker_sessions"] == 1
+    assert samples['fleet_worker_weights{kind="float32"}'] == 1
     assert samples["fleet_worker_positions_total"] >= 6
     assert samples['fleet_worker_answer_seconds_count{kind="verify"}'] == 1
     assert samples['fleet_worker_answer_seconds_bucket{kind="verify",le="+Inf"}'] == 1
