@@ -47,7 +47,7 @@ def backup(
     path = back_up(home, place, bundles=bundles)
     print_line(f"wrote {path} with the authority's key; protect it like the fleet's folder")
     if keep:
-        for old in remove_old_backups(home, place, keep):
+        for old in remove_old_backups(home, path, keep):
             print_line(f"removed {old}")
 
 

@@ -55,8 +55,10 @@ def load_registry(dump: Path, url_or_path: str | Path) -> None:
 
 
 def _copy_sqlite(source: Path, target: Path) -> None:
-    if not source.is_file():
-        raise RegistryError(f"the registry {source} is missing; put it back, or check --home")
+    if not source.is_file() or not source.stat().st_size:
+        raise RegistryError(
+            f"the registry {source} is missing or empty; put it back, or check --home"
+        )
     try:
         with (
             closing(sqlite3.connect(source)) as reader,

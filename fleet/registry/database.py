@@ -79,6 +79,12 @@ def open_database(url_or_path: str | Path) -> Engine:
     return engine
 
 
+def sqlite_file(url_or_path: str | Path) -> Path | None:
+    """Return the file of a SQLite database, or None for another one. Raises RegistryError."""
+    url = parse_url(url_or_path)
+    return Path(url.database or "") if url.get_backend_name() == "sqlite" else None
+
+
 def connect_database(url: URL) -> Engine:
     """Return an engine on an existing database, whose tables stay as they are."""
     return _sqlite(url) if url.get_backend_name() == "sqlite" else _postgresql(url)
@@ -137,6 +143,8 @@ def _explanation(error: SQLAlchemyError) -> str:
         return f"has no room for more ({reason}); {advice}"
     if code == sqlite3.SQLITE_IOERR:
         return f"cannot use its disk ({reason}); check whether it is full or broken"
+    if code == sqlite3.SQLITE_READONLY:
+        return f"cannot be written ({reason}); run this as the owner of its folder"
     if code in BROKEN:
         return f"is damaged ({reason}); put a backup in its place"
     return f"is not available: {reason}; check its path or URL"

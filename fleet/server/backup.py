@@ -81,12 +81,18 @@ def back_up(home: FleetHome, file: Path, *, bundles: bool = False) -> Path:
     return path
 
 
-def remove_old_backups(home: FleetHome, folder: Path, num_kept: int) -> list[Path]:
-    """Remove all but the newest backups of this fleet whose names `back_up` has chosen."""
-    old = sorted(folder.glob(_name(home, ANY_TIME)))[:-num_kept]
+def remove_old_backups(home: FleetHome, newest: Path, num_kept: int) -> list[Path]:
+    """Remove backups of this fleet next to `newest`, which `back_up` has just written and named.
+
+    `num_kept` are kept: `newest`, and those of the latest times before it. A backup of a later time
+    was made while a clock was wrong, now or then, and counts as older than all others.
+    """
+    others = {*newest.parent.glob(_name(home, ANY_TIME))} - {newest}
+    by_age = sorted(others, key=lambda path: (path.name < newest.name, path.name), reverse=True)
+    old = by_age[num_kept - 1 :]
     for path in old:
         path.unlink()
-    return old
+    return sorted(old)
 
 
 def restore_backup(file: Path, folder: Path, registry: str | None = None) -> FleetHome:

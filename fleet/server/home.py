@@ -135,7 +135,13 @@ class FleetHome:
             raise ConfigError(
                 f"no fleet in {folder}; start one with 'fleet up', or name its folder with --home"
             )
-        return cls(folder, decode_json(path.read_bytes(), str(path), FleetConfig))
+        config: FleetConfig = decode_json(path.read_bytes(), str(path), FleetConfig)
+        if not Path(config.bundle).is_absolute():  # each command has a current folder of its own
+            raise ConfigError(
+                f"{path} has the bundle {config.bundle!r}: expected a whole path, which begins "
+                "with /; correct it"
+            )
+        return cls(folder, config)
 
     @classmethod
     def create(cls, folder: Path, config: FleetConfig) -> FleetHome:
@@ -170,16 +176,23 @@ class FleetHome:
         """Open the registry; use it as a context manager. `actor` stands in the audit log.
 
         Raises:
-            ConfigError: its file is missing, although there are certificates of its identities.
+            ConfigError: its file is missing or empty, although there are certificates of its
+                identities, or `fleet.json` names it by a relative path.
         """
-        file = self.folder / REGISTRY_FILE
-        if not self.config.registry and self.ca_folder.exists() and not file.exists():
-            raise ConfigError(
-                f"the registry {file} is missing; restore a backup with 'fleet restore', or, for "
-                f"a new fleet, remove {self.folder}"
-            )
         with needs("server"):
+            from fleet.registry.database import sqlite_file
             from fleet.registry.store import Registry
+        file = sqlite_file(self.registry_url)
+        if file and not file.is_absolute():
+            raise ConfigError(
+                f"{self.folder / FLEET_FILE} has the registry {str(file)!r}: expected a URL with "
+                "a whole path, or null for the file in the fleet's folder; correct it"
+            )
+        if file and self.ca_folder.exists() and _is_empty(file):
+            raise ConfigError(
+                f"the registry {file} is missing or empty; restore a backup with 'fleet restore', "
+                f"or, for a new fleet, remove {self.folder}"
+            )
         return Registry.open(self.registry_url, actor)
 
     def authority(self) -> CertificateAuthority:
@@ -207,9 +220,19 @@ class FleetHome:
             raise IdentityError(f"no usable certificate authority: {reason}") from None
 
     def ca_sha256(self) -> str:
-        """SHA-256 of the authority's certificate; its key is not needed."""
-        pem = (self.ca_folder / CA_FILE).read_text(encoding="ascii")
-        return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
+        """SHA-256 of the authority's certificate; its key is not needed.
+
+        Raises:
+            IdentityError: the file is damaged.
+        """
+        file = self.ca_folder / CA_FILE
+        try:
+            pem = file.read_text(encoding="ascii")
+            return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
+        except ValueError as error:
+            raise IdentityError(
+                f"the authority's certificate {file} is damaged: {error}; restore it"
+            ) from None
 
     def address(
         self, bundle: Path | None = None, *, shared_subscriptions: bool = False
@@ -529,6 +552,14 @@ def check_own_names(enrolments: Iterable[Enrolment]) -> None:
 def operator_name(number: int) -> str:
     """The name of an operator's identity, from 1 on."""
     return f"operator-{number}"
+
+
+def _is_empty(file: Path) -> bool:
+    """Whether a file is missing, or has no bytes, as after a loss of power."""
+    try:
+        return not file.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return True
 
 
 def _reason(error: IdentityError | PermissionError) -> str:

@@ -7,6 +7,7 @@ import os
 import socket
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from fleet.bundles.manifest import Bundle
@@ -68,9 +69,10 @@ def test_the_default_bundle_of_another_user_is_found_again(tmp_path: Path) -> No
 
 
 def test_a_new_address_is_kept_and_reported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_bundle: Bundle, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    start(tmp_path, FleetOptions(port=2000, service_port=0))
+    bundle = str(tiny_bundle.folder)
+    start(tmp_path, FleetOptions(bundle=bundle, port=2000, service_port=0))
     assert start(tmp_path, FleetOptions(port=2001)).port == 2001
     (line,) = capsys.readouterr().err.splitlines()
     assert "the broker moves from 127.0.0.1:2000 to 127.0.0.1:2001" in line
@@ -205,10 +207,45 @@ def test_a_registry_in_memory_is_refused(tmp_path: Path, registry: str) -> None:
 
 def test_a_fleet_whose_registry_is_gone_does_not_start_an_empty_one(tmp_path: Path) -> None:
     start(tmp_path, FleetOptions(bundle="/no/bundle"))
-    (tmp_path / REGISTRY_FILE).unlink()
-    with pytest.raises(ConfigError, match=r"registry\.sqlite is missing; restore a backup"):
+    file = tmp_path / REGISTRY_FILE
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"sqlite is missing or empty; restore a backup"):
         FleetHome.load(tmp_path).registry()
-    assert not (tmp_path / REGISTRY_FILE).exists()
+    assert not file.exists()
+    file.touch()  # as after a loss of power
+    with pytest.raises(ConfigError, match=r"sqlite is missing or empty; restore a backup"):
+        FleetHome.load(tmp_path).registry()
+    assert not file.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("registry", "message"),
+    [
+        ("sqlite:///other.sqlite", r"fleet\.json has the registry 'other\.sqlite': expected a URL"),
+        ("other.sqlite", r"other\.sqlite is missing or empty"),
+    ],
+)
+def test_a_registry_that_a_hand_has_written_starts_no_empty_one(
+    registry: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "home"
+    config = start(folder, FleetOptions(bundle="/no/bundle"))
+    FleetHome(folder, msgspec.structs.replace(config, registry=registry)).save()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        FleetHome.load(folder).registry()
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+@pytest.mark.parametrize("bundle", ["", "bundle", "~/bundle"])
+def test_a_bundle_that_depends_on_the_current_folder_is_refused(
+    bundle: str, tmp_path: Path
+) -> None:
+    start(tmp_path, FleetOptions(bundle="/no/bundle"))
+    file = tmp_path / "fleet.json"
+    file.write_text(file.read_text().replace("/no/bundle", bundle))
+    with pytest.raises(ConfigError, match=rf"has the bundle '{bundle}': expected a whole path"):
+        FleetHome.load(tmp_path)
 
 
 @pytest.mark.parametrize("is_made", [False, True])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from sqlalchemy import event
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.pool import Pool
 
 from benchmarks.postgresql import OWNER
@@ -282,3 +282,18 @@ def fill_up(path: Path) -> None:
                 file.write(bytes(4096))
         except OSError:
             return
+
+
+def test_a_registry_that_this_user_may_not_write_is_to_be_used_as_its_owner(tmp_path: Path) -> None:
+    path = tmp_path / "registry.sqlite"
+    path.touch()
+    url = database.parse_url(f"sqlite:///file:{path}?mode=ro&uri=true")
+    engine = create_engine(url)
+    message = r"cannot be written \(attempt to write a readonly database\); run this as the owner"
+    with (
+        pytest.raises(RegistryError, match=message),
+        database.registry_errors(url),
+        engine.begin() as connection,
+    ):
+        connection.execute(text("CREATE TABLE made (x)"))
+    engine.dispose()

@@ -15,7 +15,7 @@ import pytest
 
 from fleet.bundles.manifest import Bundle
 from fleet.cli.backup import backup
-from fleet.errors import ConfigError, RegistryError
+from fleet.errors import ConfigError, IdentityError, RegistryError
 from fleet.protocol.access import Role
 from fleet.server import backup as server_backup
 from fleet.server.backup import back_up, remove_old_backups, restore_backup
@@ -130,8 +130,39 @@ def test_in_a_folder_only_the_newest_of_this_fleet_are_kept(tmp_path: Path) -> N
     kept = {last.name, names[2], back_up(other, folder).name, "photos-2020T1Z.tar.gz"}
     for name in {*names, *kept}:
         (folder / name).touch()
-    assert [path.name for path in remove_old_backups(home, folder, 2)] == names[:2]
+    assert [path.name for path in remove_old_backups(home, last, 2)] == names[:2]
     assert {path.name for path in folder.iterdir()} == kept
+
+
+@pytest.mark.parametrize(("num_kept", "kept"), [(1, []), (2, ["2020"]), (3, ["2020", "2098"])])
+def test_a_clock_that_was_or_is_wrong_does_not_remove_the_new_backup(
+    num_kept: int, kept: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "backups"
+    folder.mkdir()
+    home = make_home(tmp_path / "home")
+    new = back_up(home, folder)
+    for year in ("2020", "2097", "2098"):
+        (folder / re.sub(r"-\d{4}-", f"-{year}-", new.name)).touch()
+    remove_old_backups(home, new, num_kept)
+    years = {path.name.split("-")[2] for path in folder.iterdir() if path != new}
+    assert new.exists()
+    assert years == set(kept)
+
+
+def test_an_empty_registry_is_no_registry(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home")
+    (home.folder / "registry.sqlite").write_bytes(b"")
+    with pytest.raises(RegistryError, match=r"registry\.sqlite is missing or empty"):
+        back_up(home, tmp_path / "backup.tar.gz")
+
+
+@pytest.mark.parametrize("content", [b"", b"-----BEGIN CERTIFICATE-----", b"\xff"])
+def test_a_damaged_certificate_of_the_authority_is_named(content: bytes, tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home")
+    (home.folder / "ca/ca.pem").write_bytes(content)
+    with pytest.raises(IdentityError, match=r"ca\.pem is damaged: .*; restore it"):
+        back_up(home, tmp_path)
 
 
 def test_bundles_are_optional_and_are_served_where_the_old_folder_is_gone(
