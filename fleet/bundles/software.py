@@ -10,6 +10,7 @@ import hashlib
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Final
@@ -18,7 +19,7 @@ import msgspec
 from msgspec import Meta, Struct
 from packaging.metadata import Metadata
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from fleet.bundles.manifest import MANIFEST_FILE, hash_file
 from fleet.bundles.signature import is_signed
@@ -31,6 +32,8 @@ DISTRIBUTION: Final = "cecollm-fleet"
 PURE_TAG: Final = "py3-none-any"
 SOFTWARE_SCHEMA: Final = 1
 MAX_WHEEL_BYTES: Final = 64 << 20
+ZIP_ERRORS: Final = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError)
+"""Errors of a damaged archive; RuntimeError of one that is encrypted or packed in another way."""
 
 
 class SoftwareManifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -56,6 +59,7 @@ def keep_software(
         ConfigError: `store` cannot be written.
     """
     metadata = read_wheel(wheel, name)
+    _check_limits(wheel, str(metadata.version))
     manifest = SoftwareManifest(
         software_schema=SOFTWARE_SCHEMA,
         version=str(metadata.version),
@@ -65,7 +69,7 @@ def keep_software(
     )
     folder = store / manifest.version
     if folder.is_dir():
-        _check_same(read_software(folder), manifest)
+        _check_same(folder, manifest)
         return manifest
     try:
         store.mkdir(parents=True, exist_ok=True)
@@ -84,7 +88,27 @@ def keep_software(
     return manifest
 
 
-def _check_same(kept: SoftwareManifest, new: SoftwareManifest) -> None:
+def _check_limits(wheel: Path, version: str) -> None:
+    """Raise SoftwareError for a version or a size that no manifest can have."""
+    if not is_version(version):
+        raise SoftwareError(
+            f"{wheel}: version {version[:80]}: expected at most 63 digits, lower-case letters, "
+            "dots and plus signs, without an epoch; give the wheel such a version"
+        )
+    num_bytes = wheel.stat().st_size
+    if num_bytes > MAX_WHEEL_BYTES:
+        raise SoftwareError(
+            f"{wheel}: expected a wheel of at most {MAX_WHEEL_BYTES:,} bytes, got {num_bytes:,}; "
+            "leave out files that devices do not need"
+        )
+
+
+def _check_same(folder: Path, new: SoftwareManifest) -> None:
+    """Raise SoftwareError unless the version in `folder` has the wheel of `new`."""
+    try:
+        kept = read_software(folder)
+    except SoftwareError as error:
+        raise SoftwareError(f"{error}; delete this folder first") from None
     if kept.sha256 != new.sha256:
         raise SoftwareError(
             f"the fleet has another wheel of version {new.version} (sha256 "
@@ -98,11 +122,20 @@ def find_software(store: Path, version: str) -> Path | None:
 
 
 def kept_versions(store: Path) -> list[str]:
-    """Return the versions in a store, oldest first."""
+    """Return the versions in a store, oldest first. Other files and folders do not count."""
     if not store.is_dir():
         return []
-    names = (path.name for path in store.iterdir() if not path.name.startswith("."))
-    return sorted(names, key=Version)
+    names = (path.name for path in store.iterdir() if path.is_dir())
+    return sorted(filter(is_version, names), key=Version)
+
+
+def is_version(text: str) -> bool:
+    """Return whether a text is a version as a manifest names it, such as ``0.2.0``."""
+    try:
+        msgspec.convert(text, SoftwareVersion)
+        return str(Version(text)) == text
+    except (msgspec.ValidationError, InvalidVersion):
+        return False
 
 
 def read_software(folder: Path) -> SoftwareManifest:
@@ -167,9 +200,10 @@ def read_wheel(path: Path, name: str | None = None) -> Metadata:
     name = name or path.name
     try:
         with zipfile.ZipFile(path) as wheel:
+            _check_members(wheel)
             metadata = _read_metadata(wheel)
             tags = _read_tags(wheel)
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
+    except (*ZIP_ERRORS, OSError, KeyError, ValueError) as error:
         raise SoftwareError(f"{path} is no usable wheel: {error}; build it again") from None
     if canonicalize_name(metadata.name) != DISTRIBUTION:
         raise SoftwareError(f"{name}: expected a wheel of {DISTRIBUTION}, got {metadata.name}")
@@ -192,6 +226,13 @@ def _is_named(name: str, version: Version) -> bool:
         return False
     is_pure = [str(tag) for tag in tags] == [PURE_TAG]
     return is_pure and (distribution, named_version) == (DISTRIBUTION, version)
+
+
+def _check_members(wheel: zipfile.ZipFile) -> None:
+    """Raise an error of `ZIP_ERRORS` unless each file can be unpacked and has its checksum."""
+    damaged = wheel.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"its file {damaged[:200]!r} is damaged")
 
 
 def _read_tags(wheel: zipfile.ZipFile) -> list[str]:

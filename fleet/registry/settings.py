@@ -13,7 +13,12 @@ from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session
 
 from fleet.errors import ConfigError
-from fleet.protocol.desired_config import DesiredConfig, Settings, merge_scopes
+from fleet.protocol.desired_config import (
+    DesiredConfig,
+    Settings,
+    merge_scopes,
+    parse_settings,
+)
 from fleet.registry.audit import audit
 from fleet.registry.database import CONFIG_LOCK, acquire_lock
 from fleet.registry.identities.devices import check_device, is_device
@@ -194,8 +199,12 @@ def _settings_by_target(db: Session) -> dict[Target, VersionedSettings]:
 
 
 def _add_change(db: Session, actor: str, target: Target, settings: Settings) -> int:
-    """Store the settings of a target; return their version."""
+    """Store the settings of a target; return their version. Raises ConfigError.
+
+    `Settings` that code has made are checked here: others could not be read again.
+    """
     values = msgspec.to_builtins(settings)
+    parse_settings(values)
     record = ConfigChange(
         scope=target.scope, target=target.name, settings=values, changed_at=time.time()
     )

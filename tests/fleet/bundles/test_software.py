@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from fleet.bundles.software import (
 from fleet.errors import SoftwareError
 from tests.wheels import build_wheel
 
+ENTRY = b"PK\x01\x02"  # of the directory at the end of an archive
 KEY = ec.generate_private_key(ec.SECP256R1())
 
 
@@ -150,3 +152,83 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
         archive.writestr("cecollm_fleet-0.9.0.dist-info/METADATA", "Name: cecollm-fleet\n")
     with pytest.raises(SoftwareError, match="is no usable wheel"):
         read_wheel(path)
+
+
+def repacked(wheel: Path, folder: Path, change: Callable[[bytearray, int], None]) -> Path:
+    """Return a copy of a wheel; `change` gets its bytes and the place of each file's header."""
+    data = bytearray(wheel.read_bytes())
+    with zipfile.ZipFile(wheel) as archive:
+        places = [each.header_offset for each in archive.infolist()]
+        first_entry = archive.start_dir
+    for place in places:
+        change(data, place)
+    entry = data.find(ENTRY, first_entry)
+    while entry >= 0:
+        change(data, entry + 2)  # this header has one more field of two bytes before the flags
+        entry = data.find(ENTRY, entry + 1)
+    copy = folder / wheel.name
+    copy.write_bytes(data)
+    return copy
+
+
+def encrypt(data: bytearray, header: int) -> None:
+    data[header + 6] |= 1
+
+
+def pack_in_an_unknown_way(data: bytearray, header: int) -> None:
+    data[header + 8] = 99
+
+
+def damage(data: bytearray, header: int) -> None:
+    if data[header : header + 4] == b"PK\x03\x04":
+        data[header + 60 : header + 90] = bytes(30)
+
+
+@pytest.mark.parametrize("change", [encrypt, pack_in_an_unknown_way, damage])
+def test_a_wheel_that_cannot_be_unpacked_is_refused(
+    change: Callable[[bytearray, int], None], wheel: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SoftwareError, match=r"is no usable wheel: .*; build it again"):
+        read_wheel(repacked(wheel, tmp_path, change))
+
+
+def test_a_wheel_that_no_device_would_accept_is_not_kept(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fleet.bundles.software.MAX_WHEEL_BYTES", 1000)
+    with pytest.raises(SoftwareError, match=r"a wheel of at most 1,000 bytes, got .*; leave out"):
+        keep(wheel, tmp_path / "software")
+    assert not (tmp_path / "software").exists()
+
+
+@pytest.mark.parametrize("version", ["1!0.9.0", f"0.{'9' * 63}"])
+def test_a_version_that_no_configuration_can_have_is_not_kept(
+    version: str, wheel: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / f"cecollm_fleet-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(copy, "w") as target:
+        for name in source.namelist():
+            if ".dist-info/" in name:
+                text = source.read(name)
+                target.writestr(
+                    name, text.replace(b"Version: 0.9.0", f"Version: {version}".encode())
+                )
+    with pytest.raises(SoftwareError, match=r"version .*: expected at most 63 digits"):
+        keep(copy, tmp_path / "software")
+
+
+def test_what_a_disk_adds_to_the_store_is_no_version(wheel: Path, tmp_path: Path) -> None:
+    store = tmp_path / "software"
+    keep(wheel, store)
+    (store / "lost+found").mkdir()
+    (store / "Thumbs.db").touch()
+    (store / "1!0.9.0").mkdir()
+    assert kept_versions(store) == ["0.9.0"]
+
+
+def test_a_kept_version_that_is_damaged_is_to_be_deleted(wheel: Path, tmp_path: Path) -> None:
+    store = tmp_path / "software"
+    keep(wheel, store)
+    (store / "0.9.0/manifest.json").write_text("{")
+    with pytest.raises(SoftwareError, match=r"software/0\.9\.0: .*; delete this folder first"):
+        keep(wheel, store)

@@ -256,3 +256,12 @@ def test_changes_are_seen_again_once_the_registry_answers(tmp_path: Path) -> Non
             (tmp_path / "away").replace(path)
             change(registry, EDGE, Settings(max_draft=2))
             assert runs.acquire(timeout=WAIT_S)
+
+
+@pytest.mark.parametrize("version", ["1!0.2.0", "latest", ""])
+def test_settings_that_could_not_be_read_again_are_not_stored(
+    version: str, fleet: Registry
+) -> None:
+    with pytest.raises(ConfigError, match="software"):
+        fleet.desired_state.roll_out_software(EDGE, version)
+    assert fleet.desired_state.configs()["edge-1"] == DesiredConfig(0, Settings())
