@@ -26,6 +26,10 @@ MAX_OPEN_FILES: Final = 65_536
 USER: Final = re.compile(r"[^-\s:/](?:[^:/\0-\x1f]{0,253}[^\s:/])?")
 """Names that systemd accepts, also those of a directory service (``fleet@example.org``)."""
 
+SPECIAL: Final = re.compile(r"[ \"'\\:;]")
+QUOTABLE: Final = re.compile(r"[\"\\]")
+"""Characters that end a quoted word, or change the next character in it."""
+
 NO_USERS: Final = (2**16 - 1, 2**32 - 1)  # of systemd and the kernel
 
 SERVICE: Final = """\
@@ -115,11 +119,11 @@ class ServiceUnit(Struct, frozen=True, kw_only=True):
         if self.reload:
             commands.append(f"ExecReload={self.reload}")
         return SERVICE.format(
-            description=self.description,
+            description=_literal(self.description),
             after=" ".join(("network-online.target", *self.after)),
             process=self._life_cycle(),
             commands="\n".join(commands),
-            user=unit_text(self.user),
+            user=_literal(self.user),
             environment_file=ENVIRONMENT_FILE,
             folders="\n".join(folder_lines(self.writable, self.readable)),
             max_open_files=MAX_OPEN_FILES,
@@ -138,8 +142,8 @@ class ServiceUnit(Struct, frozen=True, kw_only=True):
 
 
 def quote(command: Sequence[str]) -> str:
-    """Return a command line for a unit file, in which `%` and `$` stand for themselves."""
-    return unit_text(shlex.join(command)).replace("%", "%%").replace("$", "$$")
+    """Return a command line for a unit file; `%`, `$` and a backslash stand for themselves."""
+    return _literal(shlex.join(command)).replace("\\", r"\\").replace("$", "$$")
 
 
 def unit_text(text: str) -> str:
@@ -158,12 +162,12 @@ def folder_lines(writable: Iterable[Path], readable: Iterable[Path]) -> list[str
     lines = []
     for folder in writable:
         if folder.is_relative_to(STATE):
-            lines.append(f"StateDirectory={_escape(folder.relative_to(STATE))}")
+            lines.append(f"StateDirectory={_escaped(folder.relative_to(STATE))}")
         elif _is_hidden(folder):
-            hidden.append(f"BindPaths={_escape(folder)}")
+            hidden.append(f"BindPaths={_quoted(folder)}")
         else:
-            lines.append(f"ReadWritePaths={_escape(folder)}")
-    hidden += [f"BindReadOnlyPaths={_escape(each)}" for each in readable if _is_hidden(each)]
+            lines.append(f"ReadWritePaths={_quoted(folder)}")
+    hidden += [f"BindReadOnlyPaths={_quoted(each)}" for each in readable if _is_hidden(each)]
     protect_home = "ProtectHome=tmpfs" if hidden else "ProtectHome=yes"
     return [*lines, "StateDirectoryMode=0700", protect_home, *dict.fromkeys(hidden)]
 
@@ -172,8 +176,26 @@ def _is_hidden(folder: Path) -> bool:
     return any(folder.is_relative_to(hidden) for hidden in HIDDEN)
 
 
-def _escape(path: Path) -> str:
-    return unit_text(str(path)).replace("%", "%%").replace(" ", "\\x20")
+def _literal(text: str) -> str:
+    """Return a text of one line in which ``%`` stands for itself."""
+    return unit_text(text).replace("%", "%%")
+
+
+def _quoted(path: Path) -> str:
+    """Return a path for a setting whose words may be quoted; it knows no escapes like ``\\x20``."""
+    text = _literal(str(path))
+    if SPECIAL.search(text) is None:
+        return text
+    return f'"{QUOTABLE.sub(_with_backslash, text)}"'
+
+
+def _with_backslash(match: re.Match[str]) -> str:
+    return "\\" + match[0]
+
+
+def _escaped(path: Path) -> str:
+    """Return a path for ``StateDirectory=``, which knows escapes, and splits words at a colon."""
+    return SPECIAL.sub(lambda match: f"\\x{ord(match[0]):02x}", _literal(str(path)))
 
 
 def program_folders() -> list[Path]:

@@ -12,6 +12,27 @@ from fleet.utils.systemd_unit import ServiceUnit, folder_lines, quote, service_u
 
 def test_percent_and_dollar_in_a_command_stand_for_themselves() -> None:
     assert quote(["run", "/srv/50%", "a b", "$HOME"]) == "run /srv/50%% 'a b' '$$HOME'"
+    assert quote([r"a\b"]) == r"'a\\b'"
+
+
+def test_percent_in_a_description_or_a_user_stands_for_itself() -> None:
+    unit = ServiceUnit(description="worker 100%i", command=["/bin/true"], user="a%u").render()
+    assert "Description=worker 100%%i\n" in unit
+    assert "User=a%%u\n" in unit
+
+
+def test_folders_keep_their_names_whatever_characters_they_have() -> None:
+    name = r"""a b: 5% o'c "d" e\f ü"""
+    writable = [Path(f"{parent}/{name}") for parent in ("/var/lib", "/home/pi", "/srv")]
+    quoted = r"""a b: 5%% o'c \"d\" e\\f ü"""
+    assert folder_lines(writable, [Path("/home/pi/a b")]) == [
+        r"StateDirectory=a\x20b\x3a\x205%%\x20o\x27c\x20\x22d\x22\x20e\x5cf\x20ü",
+        f'ReadWritePaths="/srv/{quoted}"',
+        "StateDirectoryMode=0700",
+        "ProtectHome=tmpfs",
+        f'BindPaths="/home/pi/{quoted}"',
+        'BindReadOnlyPaths="/home/pi/a b"',
+    ]
 
 
 @pytest.mark.parametrize("user", ["fleet\nExecStartPre=/tmp/x", "fleet\r"])
