@@ -18,6 +18,7 @@ from msgspec import Struct
 from fleet.errors import (
     DecodeError,
     OversizedError,
+    RefusedPromptError,
     RequestFieldError,
 )
 from fleet.http_api.answer_writer import AnswerWriter, ParseCall
@@ -253,7 +254,7 @@ def _no_route(request: web.Request, error: web.HTTPException) -> Problem:
 
 def _problem(request: web.Request, error: Exception) -> Problem:
     problem = Problem.of(error)
-    if problem.status == 500:
+    if problem.status == 500 and not isinstance(error, RefusedPromptError):  # the device logs that
         log.error("%s %s failed", request.method, request.path, exc_info=error)
     return problem
 

@@ -29,6 +29,9 @@ STATUS: Final = {
 }
 """The status of each error by its code; 500 for others."""
 
+CLIENT_STATUSES: Final = (401, 403, 404)
+"""Statuses of keys and names, which the API alone decides, whatever code a device sends."""
+
 RETRY_S: Final = 1.0
 """Seconds after which a client may repeat a request that failed only because of its time."""
 
@@ -62,6 +65,8 @@ class Problem(Struct, frozen=True, kw_only=True):
     def of(cls, error: Exception) -> Problem:
         """Return the problem of an error. The message of an unexpected one stays in the log."""
         status = STATUS.get(error.code) if isinstance(error, FleetError) else None
+        if isinstance(error, RefusedPromptError) and status in (None, *CLIENT_STATUSES):
+            return cls(status=500, code="internal", message=str(error))
         if status is None or not isinstance(error, FleetError):
             return cls(status=500, code="internal", message=INTERNAL)
         retry_after_s = RETRY_S if status in (429, 503) else None

@@ -20,6 +20,7 @@ from fleet.transport.open_requests import OpenRequests, OtherReply
 from fleet.transport.prompt_client import (
     REPEAT_S,
     REPLY_TIMEOUT_S,
+    AnswerTime,
     ReplyOrder,
     check_not_refused,
 )
@@ -68,7 +69,8 @@ class AsyncPromptClient:
         publish = partial(
             self._transport.publish, topic, payload=msgspec.json.encode(prompt), qos=1
         )
-        stream = AsyncReplyStream(self._requests, device, publish)
+        time_left = AnswerTime(device, prompt)
+        stream = AsyncReplyStream(self._requests, device, time_left, publish)
         return self._requests.follow(device, request, stream)
 
 
@@ -82,9 +84,11 @@ class AsyncReplyStream:
         self,
         requests: OpenRequests[AsyncReplyStream],
         device: str,
+        time_left: AnswerTime,
         publish_request: Callable[[], None],
     ) -> None:
         self.device = device
+        self._time_left = time_left
         self.has_begun = False
         self.is_done = False
         self._requests = requests
@@ -119,10 +123,12 @@ class AsyncReplyStream:
         knows the request then sends its replies again.
 
         Raises:
-            LinkError: it did not come within `timeout_s` seconds, or the device has restarted.
+            LinkError: it did not come within `timeout_s` seconds, or the device has restarted, or
+                has not ended its answer in time.
             RefusedPromptError: the device refused the request.
             FleetError: the error of `fail`.
         """
+        self._time_left.check()
         deadline = time.monotonic() + timeout_s
         while True:
             if self._error:

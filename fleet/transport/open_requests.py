@@ -14,10 +14,16 @@ from fleet.protocol import topics
 from fleet.protocol.prompt import Reply, decode_reply
 from fleet.protocol.report import DeviceStatus, decode_status
 from fleet.transport.base import Transport
+from fleet.utils.printable import printable_line
+from fleet.utils.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
+reply_log = RateLimitedLog(log, 10.0)
 
 OtherReply: TypeAlias = Callable[[str, str, Reply], None]  # device, request, reply
+
+MAX_ANSWER_BYTES: Final = 32 << 20
+"""The replies to one request together, also those that are repeated."""
 
 OFFLINE_S: Final = 10.0
 """How long a device that has gone offline may need to come back in the midst of an answer."""
@@ -34,6 +40,9 @@ class ReplyStream(Protocol):
     def put(self, reply: Reply) -> None:
         """Add a reply that has arrived; called on the transport's thread."""
 
+    def fail(self, error: FleetError) -> None:
+        """End the wait for replies with an error. Any thread may call."""
+
 
 S = TypeVar("S", bound=ReplyStream)
 
@@ -49,6 +58,7 @@ class OpenRequests(Generic[S]):
         self._app = app
         self._on_other = on_other
         self._streams: dict[str, S] = {}
+        self._num_bytes: dict[str, int] = {}
         self._watched: set[str] = set()
         self._offline_since: dict[str, float] = {}
 
@@ -100,12 +110,14 @@ class OpenRequests(Generic[S]):
         Raises:
             LinkError: the queue of the link is full.
         """
+        self._num_bytes[request] = 0
         self._streams[request] = stream
         try:
             stream.send_request()
             yield stream
         finally:
             del self._streams[request]
+            del self._num_bytes[request]
             if not stream.is_done:
                 self._cancel(device, request)
 
@@ -130,8 +142,23 @@ class OpenRequests(Generic[S]):
         try:
             device, _, request = topics.parse_topic(topic, topics.REPLY_FILTER)
             if stream := self._streams.get(request):
-                stream.put(decode_reply(payload))
+                self._put(device, request, stream, payload)
             elif self._on_other:
                 self._on_other(device, request, decode_reply(payload))
         except FleetError as error:
-            log.warning("reply on %s dropped: %s", topic, error)
+            reply_log.warning("reply on %s dropped: %s", printable_line(topic), error)
+
+    def _put(self, device: str, request: str, stream: S, payload: bytes) -> None:
+        """Hand a reply to its stream, which fails when its device does not stop to send."""
+        num_bytes = self._num_bytes.get(request, 0) + len(payload)  # it may just have ended
+        if num_bytes <= MAX_ANSWER_BYTES:
+            stream.put(decode_reply(payload))
+        else:
+            stream.fail(
+                LinkError(
+                    f"device {device} sent more than {MAX_ANSWER_BYTES:,} bytes of replies to one "
+                    "prompt, and was cut off; ask for fewer tokens, or look at the device"
+                )
+            )
+        if request in self._num_bytes:
+            self._num_bytes[request] = num_bytes

@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from fleet.errors import LinkError, RefusedPromptError
+from fleet.errors import FleetError, LinkError, RefusedPromptError
 from fleet.protocol import topics
 from fleet.protocol.prompt import PromptRequest, Reply
 from fleet.protocol.types import MAX_DEADLINE_MS
@@ -49,14 +49,15 @@ class PromptClient:
 
         Raises:
             LinkError: no reply came within `timeout_s` seconds of the previous one, or the device
-                has restarted, or it is watched and has gone offline.
+                has restarted, or does not end its answer, or is watched and has gone offline.
             RefusedPromptError: the device refused the request.
             TopicError: `device` cannot be a name.
         """
         request = uuid.uuid4().hex
         topic = topics.device_prompt(topics.check_name(device), self._transport.name, request)
         payload = msgspec.json.encode(prompt)
-        stream = _ReplyStream(partial(self._transport.publish, topic, payload, qos=1))
+        publish = partial(self._transport.publish, topic, payload, qos=1)
+        stream = _ReplyStream(AnswerTime(device, prompt), publish)
         timeout_s = reply_timeout_s(prompt) if timeout_s is None else timeout_s
         with self._requests.follow(device, request, stream):
             while not stream.is_done:
@@ -72,6 +73,26 @@ def reply_timeout_s(prompt: PromptRequest) -> float:
     """Return the longest time without a reply after which a device counts as lost."""
     answer_ms = 0 if prompt.stream else prompt.deadline_ms or MAX_DEADLINE_MS
     return REPLY_TIMEOUT_S + answer_ms / 1000
+
+
+class AnswerTime:
+    """The time within which a device has to end its answer to a prompt.
+
+    A device keeps to the prompt's deadline by itself, unless it is faulty or hostile.
+    """
+
+    def __init__(self, device: str, prompt: PromptRequest) -> None:
+        answer_ms = prompt.deadline_ms or MAX_DEADLINE_MS
+        self._device = device
+        self._end = time.monotonic() + answer_ms / 1000 + REPLY_TIMEOUT_S
+
+    def check(self) -> None:
+        """Raise LinkError when the time is over."""
+        if time.monotonic() > self._end:
+            raise LinkError(
+                f"device {self._device} has not ended its answer, although its deadline is over; "
+                "it was cancelled; look at the device"
+            )
 
 
 def check_not_refused(device: str, reply: Reply) -> None:
@@ -107,10 +128,11 @@ class ReplyOrder:
 class _ReplyStream:
     """The replies of one request, for a thread that waits for them."""
 
-    def __init__(self, publish_request: Callable[[], None]) -> None:
+    def __init__(self, time_left: AnswerTime, publish_request: Callable[[], None]) -> None:
         self.is_done = False
+        self._time_left = time_left
         self._publish_request = publish_request
-        self._arrived: queue.Queue[Reply] = queue.Queue()
+        self._arrived: queue.Queue[Reply | FleetError] = queue.Queue()
         self._order = ReplyOrder()
 
     def send_request(self) -> None:
@@ -119,6 +141,9 @@ class _ReplyStream:
     def put(self, reply: Reply) -> None:
         self._arrived.put(reply)
 
+    def fail(self, error: FleetError) -> None:
+        self._arrived.put(error)
+
     def next(self, timeout_s: float, wait_end: Callable[[float], float]) -> Reply | None:
         """Return the next reply in order, or None after `timeout_s` seconds.
 
@@ -126,8 +151,10 @@ class _ReplyStream:
         `REPEAT_S` seconds until the reply arrives.
 
         Raises:
-            LinkError: the device has restarted.
+            LinkError: the device has restarted, or has not ended its answer in time.
+            FleetError: the error of `fail`.
         """
+        self._time_left.check()
         deadline = time.monotonic() + timeout_s
         repeat_at = time.monotonic() + REPEAT_S
         while (reply := self._order.pop()) is None:
@@ -139,5 +166,10 @@ class _ReplyStream:
                 self.send_request()
                 repeat_at = now + REPEAT_S
             with suppress(queue.Empty):
-                self._order.store(self._arrived.get(timeout=min(end, repeat_at) - now))
+                self._store(self._arrived.get(timeout=min(end, repeat_at) - now))
         return reply
+
+    def _store(self, arrived: Reply | FleetError) -> None:
+        if isinstance(arrived, FleetError):
+            raise arrived
+        self._order.store(arrived)

@@ -46,6 +46,13 @@ def test_an_error_has_the_status_and_the_body_of_its_api(
     assert ("Retry-After" in problem.headers) == (status in (429, 503))
 
 
+@pytest.mark.parametrize("code", ["internal", "zzz", "bad_credentials", "unknown_model"])
+def test_a_device_does_not_decide_on_keys_and_names(code: str) -> None:
+    problem = Problem.of(RefusedPromptError("x", code))
+    assert (problem.status, problem.code, problem.message) == (500, "internal", "x")
+    assert problem.headers == {}
+
+
 def test_an_error_knows_its_field_and_its_wait() -> None:
     assert openai_error(Problem.of(RequestFieldError("n", "x"))).error.param == "n"
     assert openai_error(Problem.of(UnknownModelError("x"))).error.param == "model"

@@ -12,6 +12,7 @@ import aiohttp
 import pytest
 
 from fleet.protocol import topics
+from fleet.protocol.prompt import Reply
 from fleet.server.gateway import fleet_backend
 from fleet.server.gateway.fleet_backend import ApiLimits
 from tests.fleet.server.gateway.api_fleet import APP, WAIT_S, ApiFleet, api_fleet, chat
@@ -359,3 +360,39 @@ def test_a_page_of_another_site_gets_no_answer(fleet: ApiFleet) -> None:
             return response.status, "Access-Control-Allow-Origin" in response.headers
 
     assert with_client(fleet, work) == (403, False)
+
+
+def test_a_device_that_does_not_stop_to_send_is_cut_off(
+    fleet: ApiFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fleet.transport.open_requests.MAX_ANSWER_BYTES", 5000)
+    device = fleet.device("kitchen")
+
+    async def work(session: aiohttp.ClientSession) -> Any:
+        asking = asyncio.create_task(ask(session, "kitchen"))
+        prompt = await in_thread(device.next_prompt)
+        device.begin(prompt)
+        for seq in range(1, 100):
+            device.reply(prompt, Reply(seq=seq, text="x" * 100))
+        return await asking
+
+    status, body, _ = with_client(fleet, work)
+    assert status == 503
+    assert "sent more than 5,000 bytes" in body["error"]["message"]
+    assert device.cancelled.get(timeout=WAIT_S)
+    fleet.wait_idle()
+
+
+def test_what_a_device_writes_into_an_error_is_not_in_the_log(
+    fleet: ApiFleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = fleet.device("kitchen")
+
+    async def work(session: aiohttp.ClientSession) -> Any:
+        asking = asyncio.create_task(ask(session, "kitchen"))
+        device.refuse(await in_thread(device.next_prompt), "a\nforged line")
+        return await asking
+
+    status, body, _ = with_client(fleet, work)
+    assert (status, body["error"]["code"]) == (500, "internal")
+    assert caplog.text == ""
