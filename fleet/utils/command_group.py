@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 DEFAULT_SECTION: Final = "Commands"
 USAGE_ERROR: Final[Any] = typer.BadParameter.__base__  # of the click that typer uses
 TEXT_AS_OPTION: Final = re.compile(r"No such option: -(?!-[a-z-]+$).*", re.DOTALL)
+HINT: Final = "; put -- before a text that begins with a minus"
 WHOLE: Final = 1000  # characters of a description: more than any has
 
 
@@ -25,8 +26,9 @@ class CommandGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except USAGE_ERROR as error:
-            if TEXT_AS_OPTION.fullmatch(error.message):
-                error.message += "; put -- before a text that begins with a minus"
+            # The group around this one sees the same error.
+            if TEXT_AS_OPTION.fullmatch(error.message) and not error.message.endswith(HINT):
+                error.message += HINT
             raise
 
     def format_commands(self, ctx: Context, formatter: HelpFormatter) -> None:

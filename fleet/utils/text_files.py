@@ -12,6 +12,7 @@ from fleet.utils.text import wide_encoding
 from fleet.utils.validation import JSON_ERRORS, describe_error
 
 LFS_POINTER: Final = b"version https://git-lfs"
+MAX_BYTES: Final = 1 << 28  # more than any file has that is read at once, and not /dev/zero
 CONTAINERS: Final = (
     (b"\x1f\x8b", "a gzip file", "unpack it with gunzip"),
     (b"\xfd7zXZ\0", "an archive (xz)", "unpack it with unxz"),
@@ -77,9 +78,13 @@ def decode_text(data: bytes, source: str) -> str:
 def read_bytes(path: Path, remedy: str) -> bytes:
     """Read a file. Raises ConfigError; `remedy` ends the line of a missing file."""
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(describe_read_error(path, error, remedy)) from None
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{path} has more than {MAX_BYTES:,} bytes, expected fewer; {remedy}")
+    return data
 
 
 def read_text(path: Path, remedy: str) -> str:

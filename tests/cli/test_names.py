@@ -72,3 +72,8 @@ def test_a_prompt_that_looks_like_an_option_is_told_of_the_two_dashes(
     assert result.exit_code == 2
     assert "No such option" in result.output
     assert ("put -- before a text that begins with a minus" in result.output) is is_text
+
+
+def test_the_two_dashes_are_named_once_in_a_group_within_a_group() -> None:
+    result = CliRunner().invoke(app, ["bundle", "rollback", "-1"])
+    assert result.output.count("put -- before a text") == 1

@@ -18,6 +18,7 @@ from fleet.errors import RolloutError
 from fleet.protocol.report import ConfigProblem
 from fleet.protocol.types import Share
 from fleet.registry.rollouts.canary_analysis import CanaryLimits, Finding, Outcome
+from fleet.utils.validation import describe_error
 
 Positive = Annotated[float, Meta(gt=0, le=1e8)]
 MAX_CANARY: Final = 1_000_000
@@ -60,11 +61,13 @@ def check_plan(plan: RolloutPlan) -> RolloutPlan:
     Raises:
         RolloutError: a value is out of range, or its stages do not lead to all devices.
     """
+    values = msgspec.to_builtins(plan)
     try:
-        plan = msgspec.convert(msgspec.to_builtins(plan), RolloutPlan)
+        plan = msgspec.convert(values, RolloutPlan)
     except msgspec.ValidationError as error:
+        reason = describe_error(error, RolloutPlan, values)
         raise RolloutError(
-            f"a roll-out's plan is not usable: {error}; choose other values"
+            f"a roll-out's plan is not usable: {reason}; choose other values"
         ) from None
     stages = plan.percentages
     if not stages or list(stages) != sorted(set(stages)) or stages[-1] != 100:

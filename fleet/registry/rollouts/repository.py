@@ -304,5 +304,5 @@ def _check_devices(db: Session, plan: RolloutPlan, now: float) -> None:
     has_canary = not plan.canary_group or any(each.group == plan.canary_group for each in active)
     if not first or not has_canary:
         group = plan.canary_group or plan.group
-        where = f"in the group {group!r}" if group else ""
-        raise RolloutError(f"no active device {where}; see 'fleet devices'")
+        where = f" in the group {group!r}" if group else ""
+        raise RolloutError(f"no active device{where}; see 'fleet devices'")

@@ -158,3 +158,9 @@ def test_a_file_nested_too_deeply_is_refused_by_every_reader(tmp_path: Path) -> 
         read_calibration(path)
     with pytest.raises(ConfigError, match="triggers"):
         parse_settings(dict([_parse_pair("triggers=" + "[" * 9999)]))
+
+
+def test_a_file_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fleet.utils.text_files.MAX_BYTES", 1000)
+    with pytest.raises(ConfigError, match="/dev/zero has more than 1,000 bytes, expected fewer"):
+        read_json(Path("/dev/zero"), dict, "give a file of JSON")

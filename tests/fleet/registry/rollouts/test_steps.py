@@ -441,6 +441,7 @@ def test_only_one_roll_out_is_open_over_the_same_devices(site: Site) -> None:
         ("b-none", RolloutPlan(), "unknown bundle 'b-none': there are b-new, b-old; add it"),
         (NEW, RolloutPlan(group="garden"), "no active device in the group 'garden'"),
         (NEW, RolloutPlan(canary_group="garden"), "no active device in the group 'garden'"),
+        (NEW, RolloutPlan(observe_s=1e9), "observe_s: expected a number above 0 and at most"),
     ],
 )
 def test_a_roll_out_that_cannot_start_is_refused(
