@@ -133,7 +133,7 @@ class Cascade:
     @property
     def position_bytes(self) -> int:
         """The memory of a position that all blocks have run."""
-        return self.num_bytes(self._partition, 2) - self.num_bytes(self._partition, 1)
+        return self.num_bytes(self._partition, 1) - self.num_bytes(self._partition, 0)
 
     @property
     def token_ids(self) -> Int64:

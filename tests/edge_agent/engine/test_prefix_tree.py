@@ -62,7 +62,8 @@ class Answers:
         return self.kept.num_bytes <= self.budget_bytes - self.leased_bytes
 
     def bytes_of(self, *lengths: int) -> int:
-        return Cascade.num_bytes(self._partition, sum(lengths))
+        num_bytes = Cascade.num_bytes(self._partition, sum(lengths))
+        return num_bytes - Cascade.num_bytes(self._partition, 0)
 
 
 def test_a_prompt_begins_with_the_states_that_an_earlier_one_left(partition: Partition) -> None:
