@@ -4,9 +4,10 @@
         [--plot FILE] [--json]
 
 Every engine runs in a process of its own and they take turns, round by round, so that other load on
-the machine affects all of them. Peers are llama.cpp on the model's own 4-bit file and onnxruntime-
-genai with its own int4 and int8, installed on first use into a separate environment. Run it on an
-idle machine.
+the machine affects all of them. Peers are llama.cpp, as the wheel that pip gives and built for this
+processor, on the model's own 4-bit file and on others made of it, OpenVINO GenAI on that file, and
+onnxruntime-genai with its own int4 and int8. They are installed and built on first use, outside the
+project's environment. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Annotated, Any, Final, get_args
 
 import typer
@@ -26,10 +26,20 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import breakdown, footprint
+from benchmarks.engine_rounds import (
+    PREFILL,
+    PREFILLS,
+    SPEED_PROMPT,
+    EngineName,
+    EngineRounds,
+    Figures,
+    token_ids,
+)
 from benchmarks.engines import EngineProcess
-from benchmarks.fidelity import PROMPTS, ReferenceAnswer, default_answers, token_agreement
+from benchmarks.fidelity import PROMPTS, ReferenceAnswer, default_answers
 from benchmarks.graphs import EdgeGraphs
-from benchmarks.peers import peers
+from benchmarks.native_llama import build_facts, native_build
+from benchmarks.peers import NATIVE, native_peers, openvino_peer, peers
 from fleet.bundles.instruction_sets import instruction_sets, processor_name
 from fleet.errors import ConfigError
 from fleet.utils.cli_runtime import run_command
@@ -43,12 +53,10 @@ OURS: Final = "ours"
 DEFAULT_PRESET: Final[Quantization] = ExportConfig(out=Path(), exits=(1,)).quantization
 EXITS: Final = (7, 8, 15, 24)
 THREADS: Final = (1, 2)
-SPEED_PROMPT: Final = 64
-SPEED_TOKENS: Final = 128
 STEPS: Final = 60
 GROWTH_TOKENS: Final = 250
 GROWTH_ANSWERS: Final = 40
-PARTS: Final = ("speed", "fidelity", "exits", "footprint", "profile", "growth")
+PARTS: Final = ("speed", "prefill", "fidelity", "exits", "footprint", "profile", "growth")
 
 Progress = Callable[[str], None]
 
@@ -59,14 +67,6 @@ def driver(bundle: Path, threads: int) -> list[str]:
     """Return the command of our engine's process."""
     module = "benchmarks.drivers.ours"
     return [sys.executable, "-m", module, "--model", str(bundle), "--threads", str(threads)]
-
-
-def speed_quartiles(values: Sequence[float]) -> dict[str, float]:
-    """Return median and quartiles."""
-    low, middle, high = (
-        quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    )
-    return {"tokens_per_s": middle, "tokens_per_s_low": low, "tokens_per_s_high": high}
 
 
 class EdgeBench:
@@ -94,62 +94,43 @@ class EdgeBench:
     def _whole(self, preset: Quantization) -> Path:
         return self._graphs.bundle(self._graphs.num_layers, preset)
 
-    def commands(self, threads: int) -> dict[tuple[str, str], list[str]]:
+    def commands(self, threads: int) -> dict[EngineName, list[str]]:
         """Return the command of each engine, by engine and preset."""
-        ours = {(OURS, preset): driver(self._whole(preset), threads) for preset in self._presets}
-        others = peers(threads, self._progress) if self._with_peers else {}
-        return ours | others
+        commands: dict[EngineName, list[str]] = {
+            (OURS, preset): driver(self._whole(preset), threads) for preset in self._presets
+        }
+        for make in (native_peers, peers, openvino_peer) if self._with_peers else ():
+            commands |= make(threads, self._progress)
+        return commands
 
-    def engines(self, answers: Sequence[ReferenceAnswer], *, speed: bool) -> list[dict[str, Any]]:
+    def engines(
+        self, parts: Sequence[str], answers: Sequence[ReferenceAnswer]
+    ) -> list[dict[str, Any]]:
         """Return a row for each engine, preset and number of threads.
 
-        Fidelity is measured, if there are answers, with the most threads only.
+        Fidelity, and prompts of other lengths than `PREFILL`, are measured with the most threads
+        only.
         """
-        agreements: dict[tuple[str, str], float] = {}
         rows: list[dict[str, Any]] = []
+        agreements: dict[EngineName, float] = {}
         for threads in reversed(THREADS):
-            for key, values in self._run(
-                threads, speed, [] if agreements else answers, agreements
-            ).items():
-                named = {"engine": key[0], "preset": key[1], "threads": threads}
-                rows.append({**named, **(speed_quartiles(values) if speed else {})})
+            rounds = EngineRounds(self._rounds, threads, self._progress)
+            with rounds.running(self.commands(threads)):
+                figures = [rounds.built_for()]
+                figures += [rounds.speed()] if "speed" in parts else []
+                lengths = PREFILLS if threads == max(THREADS) else (PREFILL,)
+                figures += [rounds.prefill(lengths)] if "prefill" in parts else []
+                if answers and not agreements:
+                    agreements = rounds.fidelity(answers)
+            rows += engine_rows(threads, figures)
+            self.versions |= rounds.versions
+            self.idle_engines_cpu_percent = max(self.idle_engines_cpu_percent, rounds.idle_percent)
         return [row | {"agreement": agreements.get((row["engine"], row["preset"]))} for row in rows]
-
-    def _run(
-        self,
-        threads: int,
-        speed: bool,
-        answers: Sequence[ReferenceAnswer],
-        agreements: dict[tuple[str, str], float],
-    ) -> dict[tuple[str, str], list[float]]:
-        with ExitStack() as stack:
-            engines = {}
-            for key, command in self.commands(threads).items():
-                self._progress(f"starting {' '.join(key)} with {threads} threads")
-                engines[key] = stack.enter_context(EngineProcess(" ".join(key), command))
-                self.versions[key[0]] = engines[key].version
-            times: dict[tuple[str, str], list[float]] = {key: [] for key in engines}
-            prompt = list(range(100, 100 + SPEED_PROMPT))
-            for i in range(self._rounds + 1 if speed else 0):
-                self._progress(f"speed with {threads} threads, round {i} of {self._rounds}")
-                for key, engine in engines.items():
-                    others = [other.pid for other in engines.values() if other is not engine]
-                    with self._idle(others):
-                        rate = engine.ask("speed", prompt=prompt, new_tokens=SPEED_TOKENS)[
-                            "tokens_per_s"
-                        ]
-                    if i:  # the first round warms up
-                        times[key].append(rate)
-            for key, engine in engines.items():
-                if answers:
-                    self._progress(f"fidelity of {engine.name}")
-                    agreements[key] = token_agreement(engine, answers)
-            return times
 
     def exit_steps(self) -> dict[str, float]:
         """Return the time of a step up to an exit, LM head included, over that of all layers."""
         threads = max(THREADS)
-        prompt = list(range(100, 100 + SPEED_PROMPT))
+        prompt = token_ids(SPEED_PROMPT)
         num_layers = self._graphs.num_layers
         with ExitStack() as stack:
             engines = {}
@@ -211,21 +192,22 @@ class EdgeBench:
         bundle = self._whole(DEFAULT_PRESET)
         self._progress(f"memory over {GROWTH_ANSWERS * GROWTH_TOKENS} tokens")
         with EngineProcess(OURS, driver(bundle, max(THREADS))) as engine:
-            prompt = list(range(100, 100 + SPEED_PROMPT))
+            prompt = token_ids(SPEED_PROMPT)
             grown = engine.ask(
                 "growth", prompt=prompt, answers=GROWTH_ANSWERS, new_tokens=GROWTH_TOKENS
             )
         return {f"{kind}_mb": megabytes for kind, megabytes in grown.items()}
 
-    @contextmanager
-    def _idle(self, pids: Sequence[int]) -> Iterator[None]:
-        """Record the maximum share of a core that these processes use in the block."""
-        before = sum(map(footprint.cpu_seconds, pids))
-        start = time.monotonic()
-        yield
-        used = sum(map(footprint.cpu_seconds, pids)) - before
-        percent = 100 * used / (time.monotonic() - start)
-        self.idle_engines_cpu_percent = max(self.idle_engines_cpu_percent, percent)
+
+def engine_rows(
+    threads: int, figures: Sequence[Mapping[EngineName, Figures]]
+) -> list[dict[str, Any]]:
+    """Return the rows of the engines with their figures."""
+    return [
+        {"engine": engine, "preset": preset, "threads": threads}
+        | {name: value for part in figures for name, value in part[engine, preset].items()}
+        for engine, preset in figures[0]
+    ]
 
 
 def parse_list(text: str, choices: Sequence[str], kind_of_name: str) -> tuple[str, ...]:
@@ -254,7 +236,7 @@ def run(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Measure the edge engine next to llama.cpp and onnxruntime-genai, and the cost of a device."""
+    """Measure the edge engine next to others, and the cost of a device."""
     if plot:
         with needs("plots"):
             from benchmarks.plots import plot_engines
@@ -272,11 +254,11 @@ def run(
     bench = EdgeBench(graphs, chosen, rounds, with_peers, progress)  # type: ignore[arg-type]
     result: dict[str, Any] = {"rows": [], "machine": machine()}
     answers = default_answers(graphs.model, prompts, progress) if "fidelity" in parts else []
-    if {"speed", "fidelity"} & set(parts):
-        result["rows"] = bench.engines(answers, speed="speed" in parts)
+    if {"speed", "prefill", "fidelity"} & set(parts):
+        result["rows"] = bench.engines(parts, answers)
         result["versions"] = bench.versions
-    if "speed" in parts:
         result["idle_engines_cpu_percent"] = bench.idle_engines_cpu_percent
+        result["builds"] = {NATIVE: build_facts(native_build(progress))} if with_peers else {}
     if "fidelity" in parts:
         result["agreement_tokens"] = sum(len(answer.answer) for answer in answers)
     if "exits" in parts:
@@ -304,23 +286,52 @@ def machine() -> dict[str, Any]:
     }
 
 
+COLUMNS: Final = (
+    "engine",
+    "preset",
+    "threads",
+    "tokens/s",
+    "quartiles",
+    f"prompt of {PREFILL}",
+    "agreement",
+    "instructions",
+)
+
+
 def print_result(console: Console, result: dict[str, Any]) -> None:
     """Print the engines as a table, the rest as lines."""
     if result["rows"]:
-        table = Table(title="the whole model, greedy", title_justify="left")
-        for header in ("engine", "preset", "threads", "tokens/s", "quartiles", "agreement"):
-            table.add_column(header, justify="left" if header in ("engine", "preset") else "right")
+        table = Table(title="the whole model, greedy; tokens/s", title_justify="left")
+        for header in COLUMNS:
+            table.add_column(header, justify="left" if header in COLUMNS[:2] else "right")
         for row in result["rows"]:
-            speed = f"{row['tokens_per_s']:.1f}" if "tokens_per_s" in row else ""
-            quartiles = (
-                f"{row['tokens_per_s_low']:.1f} to {row['tokens_per_s_high']:.1f}" if speed else ""
-            )
-            same = "" if row["agreement"] is None else f"{row['agreement']:.4f}"
-            table.add_row(row["engine"], row["preset"], str(row["threads"]), speed, quartiles, same)
+            table.add_row(*cells(row))
         console.print(table)
     for name, value in result.items():
         if name != "rows":
             console.print(f"{name}: {format_value(value)}", highlight=False)
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """Return the cells of a row; a figure that was not measured is empty."""
+    has_speed = "tokens_per_s" in row
+    prefill = row.get("prefill_tokens_per_s")
+    return [
+        row["engine"].removesuffix(f" {row['preset']}"),
+        row["preset"],
+        str(row["threads"]),
+        f"{row['tokens_per_s']:.1f}" if has_speed else "",
+        f"{row['tokens_per_s_low']:.1f} to {row['tokens_per_s_high']:.1f}" if has_speed else "",
+        "" if prefill is None else f"{prefill:.0f}",
+        "" if row["agreement"] is None else f"{row['agreement']:.4f}",
+        widest(row["instruction_sets"]),
+    ]
+
+
+def widest(names: Sequence[str]) -> str:
+    """Return the last of the vector instructions among an engine's instruction sets."""
+    vectors = [name for name in names if "avx" in name.lower()] or names
+    return vectors[-1] if vectors else ""
 
 
 def format_value(value: Any) -> str:

@@ -21,9 +21,14 @@ STOP_TIMEOUT_S: Final = 10.0
 
 
 class EngineProcess:
-    """One engine's process. Use it as a context manager."""
+    """One engine's process. Use it as a context manager.
+
+    `instruction_sets` are those that it was built for; an engine that chooses them when it runs has
+    none.
+    """
 
     version = ""
+    instruction_sets: tuple[str, ...] = ()
 
     def __init__(self, name: str, command: Sequence[str], *, wait: bool = True) -> None:
         """Start the process; with ``wait=False`` it still loads when this returns.
@@ -63,7 +68,9 @@ class EngineProcess:
             FleetError: it ended, or did not load in time.
         """
         try:
-            self.version = str(self._answer(LOAD_TIMEOUT_S)["ready"])
+            line = self._answer(LOAD_TIMEOUT_S)
+            self.version = str(line["ready"])
+            self.instruction_sets = tuple(line.get("instruction_sets", ()))
         except BaseException:
             self.close()
             raise

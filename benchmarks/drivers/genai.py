@@ -41,6 +41,12 @@ class GenAi:
             generator.generate_next_token()
         return {"tokens_per_s": new_tokens / (time.perf_counter() - start)}
 
+    def prefill(self, prompt: list[int]) -> dict[str, float]:
+        """Measure a prompt up to its first token."""
+        start = time.perf_counter()
+        self._start(prompt).generate_next_token()
+        return {"tokens_per_s": len(prompt) / (time.perf_counter() - start)}
+
     def best(self, prompt: list[int], answer: list[int]) -> dict[str, list[int]]:
         """Return the best tokens by its logits."""
         generator = self._start(prompt)

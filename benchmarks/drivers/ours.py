@@ -58,6 +58,12 @@ class OurEngine:
             token_id = self.step(cascade, token_id)
         return {"tokens_per_s": new_tokens / (time.perf_counter() - start)}
 
+    def prefill(self, prompt: Sequence[int]) -> dict[str, float]:
+        """Measure a prompt up to its first token."""
+        start = time.perf_counter()
+        self.start(prompt, 1)
+        return {"tokens_per_s": len(prompt) / (time.perf_counter() - start)}
+
     def best(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, list[int]]:
         """Return the best next token at each position of a given answer."""
         cascade, candidates = self.start(prompt, len(answer))

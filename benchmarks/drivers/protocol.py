@@ -27,6 +27,9 @@ class Engine(Protocol):
         Each step is one evaluation of one position.
         """
 
+    def prefill(self, prompt: list[int]) -> Mapping[str, Any]:
+        """Return `tokens_per_s` of a prompt up to its first token; no earlier prompt is kept."""
+
     def best(self, prompt: list[int], answer: list[int]) -> Mapping[str, Any]:
         """Return `best`, the best next token at each position of a given answer."""
 
@@ -52,7 +55,8 @@ def serve(load: Callable[[Path, int], Engine], description: str | None) -> None:
 def serve_lines(load: Callable[[], Any]) -> None:
     """Serve the public methods of the result of `load`, which has a `version`, until stdin ends.
 
-    Each line requests one of them with its arguments, ``{"op": "speed", "prompt": [...],
+    It may have `instruction_sets`, those that it was built for. Each line requests one of the
+    methods with its arguments, ``{"op": "speed", "prompt": [...],
     "new_tokens": 128}``. The response is one line, ``{"error": "..."}`` if it fails. For an
     iterator it is a line for each item, and ``{"done": true}``. All other output goes to stderr.
     """
@@ -63,7 +67,7 @@ def serve_lines(load: Callable[[], Any]) -> None:
             print(json.dumps(answer), file=out, flush=True)
 
         engine = load()
-        send({"ready": engine.version})
+        send({"ready": engine.version, "instruction_sets": built_for(engine)})
         for line in sys.stdin:
             request = json.loads(line)
             operation = request.pop("op")
@@ -79,3 +83,8 @@ def answers(result: Any) -> Iterable[Mapping[str, Any]]:
     if not isinstance(result, Iterator):
         return [result]
     return itertools.chain(result, [{"done": True}])
+
+
+def built_for(engine: Any) -> list[str]:
+    """Return the instruction sets that an engine was built for; none if it chooses when it runs."""
+    return list(getattr(engine, "instruction_sets", ()))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import edge
+from benchmarks import edge, engine_rounds
 from benchmarks.breakdown import (
     graph_weight_bytes,
     operators_only,
@@ -14,11 +14,13 @@ from benchmarks.breakdown import (
     read_bandwidth,
     step_times,
 )
-from benchmarks.edge import EdgeBench, driver, parse_list, speed_quartiles
+from benchmarks.edge import EdgeBench, cells, driver, parse_list, widest
+from benchmarks.engine_rounds import speed_quartiles
 from benchmarks.engines import EngineProcess
 from benchmarks.fidelity import NEW_TOKENS, ReferenceAnswer, token_agreement
 from benchmarks.graphs import EdgeGraphs
 from benchmarks.plots import plot_engines
+from fleet.bundles.instruction_sets import instruction_sets
 from fleet.errors import ConfigError
 from onnx_export.config import Quantization
 
@@ -28,7 +30,9 @@ NUM_LAYERS = 4
 @pytest.fixture
 def bench(tiny_graphs: EdgeGraphs, monkeypatch: pytest.MonkeyPatch) -> EdgeBench:
     monkeypatch.setattr(edge, "EXITS", (1, 2))
-    monkeypatch.setattr(edge, "SPEED_TOKENS", 4)
+    monkeypatch.setattr(engine_rounds, "SPEED_TOKENS", 4)
+    monkeypatch.setattr(edge, "PREFILLS", (8, 16))
+    monkeypatch.setattr(engine_rounds, "PREFILL", 16)
     monkeypatch.setattr(edge, "THREADS", (1,))
     return EdgeBench(
         tiny_graphs, ("fp32", "int8"), rounds=2, with_peers=False, progress=lambda _: None
@@ -63,7 +67,7 @@ def test_agreement_is_the_share_of_all_answers_tokens(
 def test_every_preset_has_a_row_with_its_speed_and_agreement(
     bench: EdgeBench, tiny_answers: list[ReferenceAnswer]
 ) -> None:
-    rows = bench.engines(tiny_answers, speed=True)
+    rows = bench.engines(("speed", "prefill"), tiny_answers)
     assert [(row["engine"], row["preset"], row["threads"]) for row in rows] == [
         ("ours", "fp32", 1),
         ("ours", "int8", 1),
@@ -73,6 +77,10 @@ def test_every_preset_has_a_row_with_its_speed_and_agreement(
     assert all(
         row["tokens_per_s_low"] <= row["tokens_per_s"] <= row["tokens_per_s_high"] for row in rows
     )
+    for row in rows:
+        assert set(row["prefill"]) == {"8", "16"}
+        assert row["prefill_tokens_per_s"] == row["prefill"]["16"] > 0
+        assert row["instruction_sets"] == list(instruction_sets())
     assert bench.versions["ours"].startswith("onnxruntime ")
 
 
@@ -184,5 +192,23 @@ def test_one_value_is_its_own_spread() -> None:
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="unknown part speeed: expected some of speed, fidelity"):
+    with pytest.raises(ConfigError, match="unknown part speeed: expected some of speed, prefill"):
         parse_list("speeed,fidelity", edge.PARTS, "part")
+
+
+def test_a_row_of_the_table_names_the_type_of_a_file_once_and_leaves_out_what_is_unknown() -> None:
+    row = {
+        "engine": "llama.cpp native Q4_1",
+        "preset": "Q4_1",
+        "threads": 2,
+        "prefill_tokens_per_s": 812.4,
+        "agreement": None,
+        "instruction_sets": ["SSE3", "AVX2", "AVX512_VNNI", "OPENMP"],
+    }
+    expected = ["llama.cpp native", "Q4_1", "2", "", "", "812", "", "AVX512_VNNI"]
+    assert cells(row) == expected
+
+
+def test_a_machine_without_vectors_has_its_own_instructions() -> None:
+    assert widest(["arm64"]) == "arm64"
+    assert widest([]) == ""
