@@ -84,6 +84,14 @@ def first_token(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASS_ON)
+def chat(context: typer.Context) -> None:
+    """Measure the turns of a chat and the prompts of a template, with and without reuse."""
+    with needs("edge,export,server,worker"):
+        from benchmarks.chat import app as chat_app
+    _run(chat_app, context)
+
+
+@app.command(context_settings=PASS_ON)
 def links(context: typer.Context) -> None:
     """Compare the modes of a bundle with its whole model elsewhere, over several links."""
     with needs("edge,export,server,worker"):

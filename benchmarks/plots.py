@@ -1,8 +1,8 @@
-"""Plots of the edge and worker benchmarks."""
+"""Plots of the edge, worker and chat benchmarks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -29,7 +29,7 @@ def plot_engines(rows: Sequence[dict[str, Any]]) -> Figure:
         axes.vlines(
             row["agreement"], row["tokens_per_s_low"], row["tokens_per_s_high"], color=colour
         )
-        name = f"{row['engine']} {row['preset']}"
+        name = f"{row['engine'].removesuffix(' ' + row['preset'])} {row['preset']}"
         axes.scatter(row["agreement"], row["tokens_per_s"], color=colour, label=name, clip_on=False)
     axes.set(
         title=f"the whole model on {num_threads} threads",
@@ -64,4 +64,29 @@ def plot_devices(result: dict[str, Any]) -> Figure:
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(axis="y", color="#ddd")
     axes.legend()
+    return figure
+
+
+def plot_chat(result: Mapping[str, Any]) -> Figure:
+    """Plot the time to the first token and the bytes up over the turns of a chat.
+
+    Each engine has a colour; a dashed line is the same prompt of which nothing is kept.
+    """
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    times, sizes = figure.subplots(1, 2)
+    own = {f"device, {result['mode']}": result}
+    for i, (name, each) in enumerate((own | result["peers"]).items()):
+        for kind, line in (("turns", "-"), ("fresh", "--")):
+            label = name if kind == "turns" else f"{name}, fresh"
+            style = {"label": label, "color": COLOURS[i], "linestyle": line, "marker": "o"}
+            turns = [row["turn"] for row in each[kind]]
+            times.plot(turns, [row["ttft_ms"] for row in each[kind]], **style)
+            if each is result:
+                sizes.plot(turns, [row["bytes_up"] / 1e3 for row in each[kind]], **style)
+    times.set(title="time to the first token", xlabel="turn", ylabel="ms")
+    sizes.set(title="bytes up", xlabel="turn", ylabel="kB")
+    for axes in (times, sizes):
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", color="#ddd")
+    times.legend()
     return figure
