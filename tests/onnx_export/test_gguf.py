@@ -203,7 +203,7 @@ def test_a_missing_tensor_is_refused_by_its_name(
 
 
 def test_a_rotary_scaling_is_refused(weights: dict[str, Tensor], tmp_path: Path) -> None:
-    factors = {"rope_freqs.weight": np.ones(8, np.float32)}
+    factors: dict[str, Any] = {"rope_freqs.weight": np.ones(8, np.float32)}
     path = write_gguf(tmp_path / "model.gguf", weights, **factors)
     assert_refused(path, r"has a rotary scaling, rope_freqs\.weight")
 
@@ -214,7 +214,8 @@ def test_a_weight_that_is_not_finite_is_refused(
 ) -> None:
     gate = np.zeros((128, 64), np.float32)
     gate[3, 3] = value
-    model = open_gguf_model(write_gguf(tmp_path / "model.gguf", weights, **{GATE: gate}))
+    changes: dict[str, Any] = {GATE: gate}
+    model = open_gguf_model(write_gguf(tmp_path / "model.gguf", weights, **changes))
     with pytest.raises(ExportError, match=rf"{GATE} has values that are infinite"):
         model.layer(3)
 
@@ -237,7 +238,10 @@ def test_a_rotary_scaling_in_the_metadata_is_refused(
 def test_metadata_that_scale_nothing_are_accepted(
     weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    metadata = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 1.0}
+    metadata: dict[str, float | str] = {
+        "llama.rope.scaling.type": "linear",
+        "llama.rope.scaling.factor": 1.0,
+    }
     model = open_gguf_model(write_gguf(tmp_path / "model.gguf", weights, metadata=metadata))
     assert set(model.weights.specs) == set(weights)
 

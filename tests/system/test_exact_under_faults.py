@@ -86,8 +86,8 @@ def test_every_answer_is_the_whole_models_though_each_meets_a_fault(
     turns = []
     with real_fleet(tmp_path, real_bundle) as fleet:
         for prompt, fault in zip(prompts, cycle(FAULTS)):  # the faults come round
-            messages = (ChatMessage("user", prompt),)
-            first = PromptRequest(messages=messages, mode=Mode.VERIFIED, max_new_tokens=FEW_TOKENS)
+            question = (ChatMessage("user", prompt),)
+            first = PromptRequest(messages=question, mode=Mode.VERIFIED, max_new_tokens=FEW_TOKENS)
             asked = next_turn(first, fleet.ask(first), "Tell me more.", num_tokens)
             assert asked.messages
             turns.append(asked.messages)

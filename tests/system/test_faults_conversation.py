@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from cloud_broker_worker.worker.config import WorkerConfig
+from cloud_broker_worker.worker.engine import EngineResponse
 from cloud_broker_worker.worker.worker import Worker
 from edge_agent.config import AgentConfig
 from fleet.bundles.manifest import Bundle
@@ -194,8 +195,12 @@ def test_a_worker_that_stands_still_and_goes_on_again_disturbs_no_turn(
         engine = site.workers[0].engine
         step = engine.step
 
+        def step_later() -> list[EngineResponse] | None:
+            resume.wait(WAIT_S)
+            return step()
+
         def stop() -> None:
-            engine.step = lambda: resume.wait(WAIT_S) and step()  # type: ignore[assignment,method-assign]
+            engine.step = step_later  # type: ignore[method-assign]
 
         site.ask(site.turn(QUESTIONS[1], NUM_TOKENS), stop)
         assert site.answer.last.note is not None

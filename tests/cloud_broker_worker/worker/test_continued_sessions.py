@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import UNSET
 
 from cloud_broker_worker.worker.session import Session, SessionKey
 from fleet.protocol.codec import TOKEN_DTYPE, pack_chunk
@@ -238,8 +239,8 @@ def test_another_upload_layer_opens_afresh(layers_at: LayersAt, whole: TinyModel
 def test_an_open_that_comes_again_changes_nothing_with_or_without_the_field(bench: Bench) -> None:
     rows = bench.upload(NUM_ALL)
     answer(bench, rows[:NUM_FIRST])
-    for continues in ({"continues": earlier()}, {"continues": earlier()}, {}):
-        assert bench.open("s2", **continues) == [opened("s2", NUM_FIRST)]
+    for continues in (earlier(), earlier(), UNSET):
+        assert bench.open("s2", continues=continues) == [opened("s2", NUM_FIRST)]
     assert bench.engine.counters.num_continued == 1
     check_answer(bench, rows)
 

@@ -102,12 +102,12 @@ def test_a_folder_in_place_of_a_file_is_called_a_folder(tmp_path: Path) -> None:
 def test_the_owner_of_a_file_that_this_user_may_not_read_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, *_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     path = tmp_path / MANIFEST_FILE
     path.touch()
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     owner = user_name(path.stat().st_uid)
     words = (
         rf"{path}: Permission denied for the user {user_name()}; "
