@@ -71,7 +71,7 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     max_queued_requests: Annotated[int, Meta(ge=1, le=1000)] = 8
     max_kept_reports: Annotated[int, Meta(ge=256, le=1 << 20)] = 10_000
     cache_budget_mb: Annotated[int, Meta(ge=1, le=1 << 20)] = 512
-    reuse_share: Share = 0.25
+    reuse_share: Share = 0.1
     assist_deadline_ms: DeadlineMs = 3000
     answer_deadline_ms: DeadlineMs = 300_000
     target_tpot_ms: TargetTpotMs | None = None

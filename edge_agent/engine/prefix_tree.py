@@ -84,14 +84,16 @@ class _Node:
 
 
 class PrefixTree:
-    """The kept caches of one app."""
+    """The kept caches of one app, which were searched last at `used_at`."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
+        self.used_at = 0
         self._root = _Node(token_ids=np.empty(0, np.int64))
 
     def find(self, token_ids: Int64, now: int) -> Prefix:
         """Return the longest known beginning of these tokens, and mark it as used at `now`."""
+        self.used_at = now
         path = list(self._match(token_ids))
         for node, _ in path:
             node.used_at = now
@@ -172,8 +174,9 @@ class KeptCaches:
     """The kept caches of all apps. Any thread may use them.
 
     They fill the memory that `free_bytes` returns at the time. Running answers come first: before
-    one begins, `find` frees what it needs. The app with the largest caches loses the ones first
-    that it has not used for the longest time.
+    one begins, `find` frees what it needs. Of the apps with caches of at least mean size, the one
+    that has not asked for the longest time loses its oldest caches first. So an app that floods
+    the device cannot take what smaller apps have.
     """
 
     def __init__(self, free_bytes: Callable[[], int]) -> None:
@@ -228,9 +231,15 @@ class KeptCaches:
     def _make_room(self, num_bytes: int, apps: list[str], used_before: int) -> None:
         """Remove caches of these apps until there is room for `num_bytes` more."""
         while self._room < num_bytes and apps:
-            largest = max(apps, key=lambda app: self._trees[app].num_bytes)
-            if not self._trees[largest].remove_oldest(used_before):
-                apps.remove(largest)
+            victim = self._victim(apps)
+            if not self._trees[victim].remove_oldest(used_before):
+                apps.remove(victim)
+
+    def _victim(self, apps: list[str]) -> str:
+        """Return the app among these that loses caches next."""
+        mean_bytes = self.num_bytes / len(self._trees)
+        large = [app for app in apps if self._trees[app].num_bytes >= mean_bytes]
+        return min(large or apps, key=lambda app: self._trees[app].used_at)
 
     def _drop_empty(self) -> None:
         for app in [app for app, tree in self._trees.items() if not tree.num_bytes]:

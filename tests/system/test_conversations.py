@@ -252,7 +252,8 @@ def test_a_budget_smaller_than_the_conversation_changes_no_token(
 ) -> None:
     with memory_fleet() as fleet:
         fleet.start_worker(tiny_bundle)
-        agent, _ = fleet.start_device(tiny_bundle, AgentConfig(num_threads=1, cache_budget_mb=1))
+        config = AgentConfig(num_threads=1, cache_budget_mb=1, reuse_share=0.25)
+        agent, _ = fleet.start_device(tiny_bundle, config)
         chat = Chat(fleet, Mode.VERIFIED)
         for question in QUESTIONS:
             chat.ask(5 * question)

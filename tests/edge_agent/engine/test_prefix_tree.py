@@ -200,6 +200,20 @@ def test_an_app_that_floods_loses_its_own_caches(partition: Partition) -> None:
     assert answers.num_reused([139, *range(10)], "loud") == 11
 
 
+def test_a_long_conversation_stays_while_apps_that_went_away_lose_theirs(
+    partition: Partition,
+) -> None:
+    answers = Answers(partition)
+    answers.budget_bytes = answers.bytes_of(34)
+    conversation = list(FIRST)
+    for turn, app in enumerate(("gone-1", "gone-2", "gone-3")):
+        answers.run([100 + turn, *range(7)], app)
+        conversation += [50 + turn, 60 + turn]
+        answers.run(conversation, "chat")
+    assert answers.num_reused(conversation, "chat") == len(conversation)
+    assert answers.num_reused([100, *range(7)], "gone-1") == 0
+
+
 def test_what_was_cut_from_a_cascade_is_not_kept(partition: Partition) -> None:
     answers = Answers(partition)
     cascade = answers.begun(FIRST)
