@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -100,8 +100,8 @@ class Decoder:
     `one_by_one_from` on, all results have the same bits as without drafts (see :class:`Cascade`).
 
     `proposer` guesses tokens, which run as one chunk with the newest position, so that a step may
-    give several tokens. They are those of single steps (docs/adr/0052). `num_steps` counts the
-    steps that gave tokens.
+    give several tokens. They are those of single steps (docs/adr/0052). Nothing is guessed after
+    one of the `eos_token_ids`. `num_steps` counts the steps that gave tokens.
     """
 
     def __init__(
@@ -118,6 +118,7 @@ class Decoder:
         rules: ChoiceRules = NO_RULES,
         constraint: TokenConstraint | None = None,
         proposer: Proposer | None = None,
+        eos_token_ids: Collection[int] = (),
     ) -> None:
         self.cascade = Cascade(partition, capacity, one_by_one_from)
         self.text: list[int] = []
@@ -134,6 +135,7 @@ class Decoder:
         self._measurements = measurements or Measurements()
         self._num_offered = 0
         self._proposer = proposer if partition.has_all_exits and one_by_one_from is None else None
+        self._eos_token_ids = eos_token_ids
         self._budget = ProposalBudget()
         self.num_steps = 0
 
@@ -179,7 +181,8 @@ class Decoder:
         if proposer is None or max_tokens < 1 or not is_step or self._budget.is_spent:
             return []
         proposer.extend(self.text[len(proposer) :])
-        proposals = proposer.propose(max_tokens)
+        guesses = proposer.propose(max_tokens)
+        proposals = list(takewhile(lambda token_id: token_id not in self._eos_token_ids, guesses))
         return proposals[: self.num_allowed(proposals)] if proposals else []
 
     def _choose_run(self, proposals: Sequence[int], prefers: Prefers) -> list[ExitChoice]:

@@ -288,6 +288,7 @@ class Answerer:
             rules=rules,
             constraint=self._constraint(rules),
             proposer=CombinedProposer(self._table(job, plan), self._measurements.chunk_cost),
+            eos_token_ids=plan.eos_token_ids,
         )
         decoder.begin(prefix)
         return decoder

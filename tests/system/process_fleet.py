@@ -166,8 +166,10 @@ class ProcessFleet:
         """One in a process of its own, started unless it runs."""
         process = self._processes.get(name)
         if process is None or process.poll() is not None:
-            arguments = "cloud_broker_worker", "run", str(self._folder / name), "--threads", "1"
-            process = self._processes[name] = self._child(name, *arguments)
+            folder = str(self._folder / name)
+            arguments = ("cloud_broker_worker", "run", folder, "--threads", "1")
+            exact = ("--weights", "float32")
+            process = self._processes[name] = self._child(name, *arguments, *exact)
             self._until_online(name)
         return process
 
