@@ -124,6 +124,8 @@ def test_defaults_of_the_device_are_used_over_http_and_mqtt_alike(tiny_bundle: B
     assert before["fleet"]["counts"]["sampling"]["temperature"] == 0.0
     assert after["fleet"]["counts"]["sampling"] == asdict(sampling)
     assert after["choices"] == explicit["choices"]
+    known = explicit["usage"].pop("prompt_tokens_details")["cached_tokens"]
+    assert after["usage"].pop("prompt_tokens_details")["cached_tokens"] < known
     assert after["usage"] == explicit["usage"]
     assert after["usage"]["prompt_tokens"] > before["usage"]["prompt_tokens"]
 

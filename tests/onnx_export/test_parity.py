@@ -177,7 +177,7 @@ def test_a_block_and_the_lm_head_give_the_exit_of_each_position(
     make_tiny_bundle: MakeTinyBundle, quantization: Quantization
 ) -> None:
     bundle = make_tiny_bundle((1, 2), None, None, quantization)
-    block = parity.BlockRunner(bundle.path("edge/block_0.onnx"), bundle.manifest.model, 16)
+    block = parity.BlockRunner(bundle.path("edge/block_0.onnx"), bundle.manifest.model, 24)
     lm_head = parity.LmHeadGraph(bundle.folder / "edge")
     x = embedded(bundle)
     exit_hidden = block.run(x)[1]

@@ -173,6 +173,8 @@ def test_an_operator_prompts_and_sees_the_counts(home: Path) -> None:
         "offload_rate",
         "bytes_up",
         "bytes_down",
+        "prompt_tokens",
+        "reused_tokens",
         "ttft_ms",
         "tpot_ms",
         "round_trips",
