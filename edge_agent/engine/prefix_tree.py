@@ -22,6 +22,8 @@ MIN_NEW: Final = 2
 """The last positions of a prompt, which always run. One alone would give other bits than in the
 chunk of a whole prompt, so that a prompt and its repetition could have different answers.
 """
+NUM_RECENT: Final = 4
+"""The apps that asked last, which keep their caches longest."""
 
 
 @dataclass(frozen=True)
@@ -174,9 +176,9 @@ class KeptCaches:
     """The kept caches of all apps. Any thread may use them.
 
     They fill the memory that `free_bytes` returns at the time. Running answers come first: before
-    one begins, `find` frees what it needs. Of the apps with caches of at least mean size, the one
-    that has not asked for the longest time loses its oldest caches first. So an app that floods
-    the device cannot take what smaller apps have.
+    one begins, `find` frees what it needs. Apps that are not among the `NUM_RECENT` that asked last
+    lose their caches first. Of the others, those with caches of at least mean size do. So an app
+    that floods the device cannot take what a smaller app uses.
     """
 
     def __init__(self, free_bytes: Callable[[], int]) -> None:
@@ -212,10 +214,13 @@ class KeptCaches:
             prefix = tree.find(cascade.token_ids[:num_tokens], self._num_uses)
             num_missing = num_tokens - min(map(prefix.num_positions, range(cascade.num_blocks)))
             num_bytes = num_missing * cascade.position_bytes
-            at_least_as_large = [
-                name for name, other in self._trees.items() if other.num_bytes >= tree.num_bytes
+            idle = self._idle_apps()
+            others = [
+                name
+                for name, other in self._trees.items()
+                if name in idle or other.num_bytes >= tree.num_bytes
             ]
-            self._make_room(num_bytes, at_least_as_large, self._num_uses)
+            self._make_room(num_bytes, others, self._num_uses)
             tree.add(cascade, num_tokens, max(0, self._room), self._num_uses)
             self._drop_empty()
 
@@ -237,9 +242,16 @@ class KeptCaches:
 
     def _victim(self, apps: list[str]) -> str:
         """Return the app among these that loses caches next."""
+        idle = [app for app in self._idle_apps() if app in apps]
+        if idle:
+            return idle[0]
         mean_bytes = self.num_bytes / len(self._trees)
         large = [app for app in apps if self._trees[app].num_bytes >= mean_bytes]
         return min(large or apps, key=lambda app: self._trees[app].used_at)
+
+    def _idle_apps(self) -> list[str]:
+        """Return the apps that are not among those that asked last, the longest idle first."""
+        return sorted(self._trees, key=lambda app: self._trees[app].used_at)[:-NUM_RECENT]
 
     def _drop_empty(self) -> None:
         for app in [app for app, tree in self._trees.items() if not tree.num_bytes]:

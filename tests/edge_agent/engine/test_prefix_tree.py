@@ -204,9 +204,9 @@ def test_a_long_conversation_stays_while_apps_that_went_away_lose_theirs(
     partition: Partition,
 ) -> None:
     answers = Answers(partition)
-    answers.budget_bytes = answers.bytes_of(34)
+    answers.budget_bytes = answers.bytes_of(len(FIRST) + 2 * 8 + 4 * 8)
     conversation = list(FIRST)
-    for turn, app in enumerate(("gone-1", "gone-2", "gone-3")):
+    for turn, app in enumerate(f"gone-{number}" for number in range(1, 9)):
         answers.run([100 + turn, *range(7)], app)
         conversation += [50 + turn, 60 + turn]
         answers.run(conversation, "chat")
