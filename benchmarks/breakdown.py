@@ -21,6 +21,7 @@ from edge_agent.engine.partition import Partition
 from fleet.bundles.manifest import Bundle
 
 POSITIONS: Final = (64, 1024)
+CHUNKS: Final = (1, 2, 4, 8)
 STEPS: Final = 40
 PRODUCTS: Final = ("MatMulNBits", "MatMul", "Gemm")
 ATTENTION: Final = "attention"
@@ -74,28 +75,44 @@ def profiled(path: Path, num_threads: int, prefix: Path) -> ort.InferenceSession
 def profile_steps(
     bundle: Path, num_threads: int, positions: Sequence[int] = POSITIONS
 ) -> dict[int, dict[str, float]]:
-    """Return the median microseconds of a step by kind of work, from each of some positions on.
+    """Return the median microseconds of a step by kind of work, after each of some positions.
 
     The bundle has one block. `between operators` is ONNX Runtime's own time in addition to them,
     the profiler's writing included, and `outside` is the time of a step beyond its two runs:
     embedding, bindings, Python.
     """
     loaded = Bundle.load(bundle, ("edge",))
-    result = {}
-    for position in positions:
-        with tempfile.TemporaryDirectory(prefix="fleet-profile-") as folder:
-            partition = ProfiledPartition(loaded, num_threads, Path(folder))
-            cascade = Cascade(partition, position + STEPS)
-            cascade.append([100 + i % 200 for i in range(position)])
-            cascade.run(0)
-            times = []
-            for i in range(STEPS):
-                cascade.append([200 + i])
-                start = time.perf_counter()
-                cascade.run(0)
-                times.append((time.perf_counter() - start) * 1e6)
-            result[position] = step_times(times, partition.finish())
-    return result
+    return {position: profile_chunk(loaded, num_threads, position) for position in positions}
+
+
+def profile_chunks(
+    bundle: Path, num_threads: int, sizes: Sequence[int] = CHUNKS
+) -> dict[int, dict[str, float]]:
+    """Return the same for chunks of some sizes, at most `MAX_EXITS`, after the first of
+    `POSITIONS`. The LM head runs over all positions of a chunk.
+    """
+    loaded = Bundle.load(bundle, ("edge",))
+    return {size: profile_chunk(loaded, num_threads, POSITIONS[0], size) for size in sizes}
+
+
+def profile_chunk(
+    bundle: Bundle, num_threads: int, position: int, size: int = 1
+) -> dict[str, float]:
+    """Return the median microseconds of a chunk of `size` positions after `position`, by kind."""
+    with tempfile.TemporaryDirectory(prefix="fleet-profile-") as folder:
+        partition = ProfiledPartition(bundle, num_threads, Path(folder))
+        cascade = Cascade(partition, position + size)
+        cascade.append([100 + i % 200 for i in range(position)])
+        cascade.run(0)
+        times = []
+        for i in range(STEPS):
+            cascade.append(range(200 + i, 200 + i + size))
+            start = time.perf_counter()
+            cascade.fill(0, num_last=size)
+            cascade.exits(0, position, position + size)
+            times.append((time.perf_counter() - start) * 1e6)
+            cascade.truncate(position)
+        return step_times(times, partition.finish())
 
 
 def step_times(

@@ -153,13 +153,15 @@ class EdgeBench:
         }
 
     def profile(self) -> dict[str, Any]:
-        """Measure the breakdown of a step, its growth with the position, and memory bandwidth.
+        """Measure the breakdown of a step and of chunks, a step's growth with the position, and
+        memory bandwidth.
 
         The machine's bandwidth stands next to that of the weights.
         """
         bundle = self._whole(DEFAULT_PRESET)
         result: dict[str, Any] = {
             "breakdown_us": {},
+            "chunk_us": {},
             "position_ratio": {},
             "read_bandwidth_gb_per_s": {},
         }
@@ -171,6 +173,7 @@ class EdgeBench:
             result["breakdown_us"][str(threads)] = {
                 kind: median(near[kind] for near, _ in rounds) for kind in rounds[0][0]
             }
+            result["chunk_us"][str(threads)] = self._chunk_times(bundle, threads)
             result["position_ratio"][str(threads)] = {
                 "without_attention": median(
                     breakdown.operators_only(far) / breakdown.operators_only(near)
@@ -186,6 +189,14 @@ class EdgeBench:
             for preset in self._presets
         }
         return result
+
+    def _chunk_times(self, bundle: Path, threads: int) -> dict[str, dict[str, float]]:
+        """Return the least time of each kind of work in chunks, by their number of positions."""
+        rounds = [breakdown.profile_chunks(bundle, threads) for _ in range(self._rounds)]
+        return {
+            str(size): {kind: min(each[size][kind] for each in rounds) for kind in rounds[0][size]}
+            for size in rounds[0]
+        }
 
     def growth(self) -> dict[str, float]:
         """Return the growth of the engine's memory over many answers after a warm-up, in MB."""

@@ -10,6 +10,7 @@ from benchmarks import edge, engine_rounds
 from benchmarks.breakdown import (
     graph_weight_bytes,
     operators_only,
+    profile_chunks,
     profile_steps,
     read_bandwidth,
     step_times,
@@ -119,6 +120,14 @@ def test_the_profile_names_what_a_step_is_made_of(tiny_graphs: EdgeGraphs) -> No
         "outside",
     } == set(near)
     assert operators_only(near) < sum(near.values())
+
+
+def test_the_profile_of_chunks_has_the_same_parts_for_each_size(tiny_graphs: EdgeGraphs) -> None:
+    chunks = profile_chunks(tiny_graphs.bundle(NUM_LAYERS, "balanced"), 1, sizes=(1, 33))
+    assert list(chunks) == [1, 33]
+    assert {"products", "LM head", "small operators"} < set(chunks[1])
+    assert set(chunks[1]) == set(chunks[33])
+    assert operators_only(chunks[1]) < operators_only(chunks[33])
 
 
 def test_a_steps_parts_are_medians_and_leave_out_what_ran_before() -> None:
