@@ -16,9 +16,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from edge_agent.engine.cascade import Cascade
-from edge_agent.engine.partition import Partition
 from fleet.bundles.manifest import Bundle
+from fleet.graphs.cascade import Cascade
+from fleet.graphs.partition import Partition
 
 POSITIONS: Final = (64, 1024)
 CHUNKS: Final = (1, 2, 4, 8)
@@ -62,7 +62,7 @@ class ProfiledPartition(Partition):
 
 
 def profiled(path: Path, num_threads: int, prefix: Path) -> ort.InferenceSession:
-    """Load a graph as `edge_agent.engine.ort_runtime.load_session` does, with profiling on."""
+    """Load a graph as `fleet.graphs.ort_runtime.load_session` does, with profiling on."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.log_severity_level = 3

@@ -27,10 +27,10 @@ import typer
 
 from benchmarks.paper.in_process import FleetAnswer, InProcessFleet
 from benchmarks.whole_model import WholeModel
-from edge_agent.engine.partition import Partition
 from edge_agent.generation.decoder import Decoder
 from fleet.bundles.manifest import Bundle
 from fleet.constraints.grammars import bundle_grammars
+from fleet.graphs.partition import Partition
 from fleet.protocol.constraint import Constraint, JsonSchemaFormat, ResponseFormat
 from fleet.protocol.messages import ChoiceRules, Sampling
 from fleet.protocol.modes import CLOUD, Mode

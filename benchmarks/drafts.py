@@ -32,8 +32,6 @@ from benchmarks.draft_replay import RecordedAnswer, ReplayFigures, replay, usual
 from benchmarks.draft_sets import PROMPTS, DraftPrompt, file_prompts, trigger_prompts
 from benchmarks.edge import machine
 from benchmarks.paper.in_process import InProcessFleet
-from edge_agent.engine.cascade import Cascade
-from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer
 from edge_agent.generation.combined_proposer import CombinedProposer
 from edge_agent.generation.decoder import Decoder
@@ -43,6 +41,8 @@ from edge_agent.generation.mode_policy import Targets
 from edge_agent.generation.suffix_table import SuffixTable
 from edge_agent.measurements import Measurements
 from fleet.bundles.manifest import Bundle
+from fleet.graphs.cascade import Cascade
+from fleet.graphs.partition import Partition
 from fleet.protocol.messages import Sampling
 from fleet.protocol.modes import DEFAULT_AGREEMENT, Mode
 from fleet.server.local_fleet import DEVICE

@@ -43,10 +43,10 @@ from benchmarks.split_answers import compare_answers
 from cloud_broker_worker.worker.config import Weights
 from cloud_broker_worker.worker.speed import RequestTimer, WorkerMeter
 from cloud_broker_worker.worker.upper_layers import UpperLayers
-from edge_agent.engine.partition import Partition
 from edge_agent.engine.speed import TOKEN, DeviceMeter, StepTimer
 from fleet.bundles.manifest import Bundle, read_manifest
 from fleet.errors import ConfigError
+from fleet.graphs.partition import Partition
 from fleet.planning.cost_model import PlanRequest, check_request
 from fleet.planning.machine_speeds import MachineSpeeds, warn_about_load
 from fleet.utils.cli_runtime import run_command

@@ -10,11 +10,11 @@ import numpy as np
 
 from cloud_broker_worker.worker.kv_pool import KvLease
 from cloud_broker_worker.worker.upper_layers import Chunk, UpperLayers
-from edge_agent.engine.cascade import Cascade
-from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer
 from fleet.bundles.manifest import Bundle
 from fleet.exits.exit_policy import exit_emits
+from fleet.graphs.cascade import Cascade
+from fleet.graphs.partition import Partition
 from fleet.protocol.hidden_states import Float16
 from fleet.protocol.prompt import ChatMessage
 

@@ -32,10 +32,10 @@ from benchmarks.paper.systems import CALIBRATED, SYSTEMS
 from benchmarks.processes import started_on, two_cores
 from cloud_broker_worker.worker.speed import WorkerMeter
 from cloud_broker_worker.worker.upper_layers import UpperLayers
-from edge_agent.engine.partition import Partition
 from edge_agent.engine.speed import DeviceMeter
 from fleet.bundles.manifest import Bundle, Manifest
 from fleet.errors import ConfigError
+from fleet.graphs.partition import Partition
 from fleet.planning.cost_model import (
     ON_DEVICE,
     STANDALONE,

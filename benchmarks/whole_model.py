@@ -24,11 +24,11 @@ import typer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from edge_agent.engine.cascade import Cascade
-from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer
 from fleet.bundles.manifest import Bundle
 from fleet.constraints.token_constraint import TokenConstraint
+from fleet.graphs.cascade import Cascade
+from fleet.graphs.partition import Partition
 from fleet.protocol.choice_rules import Float32, Int64, adjust_logits
 from fleet.protocol.messages import NO_RULES, ChoiceRules, Sampling
 from fleet.protocol.prompt import ChatMessage, PromptRequest

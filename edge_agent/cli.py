@@ -237,9 +237,9 @@ def measure_speed(
     """Measure this device's speed with a model, in less than a minute."""
     with needs("edge"):
         from edge_agent.config import AgentConfig
-        from edge_agent.engine.ort_runtime import check_instruction_set
-        from edge_agent.engine.partition import Partition
         from edge_agent.engine.speed import measure_device
+        from fleet.graphs.ort_runtime import check_instruction_set
+        from fleet.graphs.partition import Partition
 
     warn_about_load()
     opened = Bundle.load(bundle, ("edge",))

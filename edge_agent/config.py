@@ -16,6 +16,7 @@ from fleet.protocol.triggers import Triggers, check_triggers
 from fleet.protocol.types import (
     DeadlineMs,
     Penalty,
+    Provider,
     RepetitionPenalty,
     Share,
     Split,
@@ -31,7 +32,6 @@ from fleet.utils.validation import is_unknown_field
 
 CONFIG_FILE: Final = "agent.json"
 
-Provider = Literal["auto", "cpu", "cuda"]
 TableStorage = Literal["disk", "memory", "off"]
 
 

@@ -28,11 +28,11 @@ from benchmarks.drivers.wire import (
     encode,
     pieces,
 )
-from edge_agent.engine.cascade import Cascade
-from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer
 from fleet.bundles.manifest import Bundle
 from fleet.errors import FleetError
+from fleet.graphs.cascade import Cascade
+from fleet.graphs.partition import Partition
 from fleet.identity.identity import Identity
 from fleet.protocol import topics
 from fleet.protocol.modes import CLOUD

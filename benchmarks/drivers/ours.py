@@ -17,9 +17,9 @@ from typing import Any, Final
 import onnxruntime as ort
 
 from benchmarks.drivers.protocol import serve
-from edge_agent.engine.cascade import Cascade
-from edge_agent.engine.partition import ExitCandidates, Partition
 from fleet.bundles.manifest import Bundle
+from fleet.graphs.cascade import Cascade
+from fleet.graphs.partition import ExitCandidates, Partition
 
 WARM_UP: Final = 10  # answers until the allocators have what they need
 

@@ -26,11 +26,11 @@ from benchmarks.paper.sizes import Size
 from benchmarks.paper.systems import CLOUD_ONLY
 from benchmarks.paper.tasks import TASKS, Sample
 from edge_agent.config import AgentConfig
-from edge_agent.engine.partition import ExitCandidates
 from edge_agent.engine.tokenizer import ChatTokenizer
 from fleet.bundles.manifest import Bundle, Manifest
 from fleet.errors import ConfigError
 from fleet.exits.exit_policy import exit_emits
+from fleet.graphs.partition import ExitCandidates
 from fleet.protocol.modes import CLOUD, Mode, exit_source
 from fleet.protocol.prompt import ChatMessage, PromptRequest
 from onnx_export.config import DEFAULT_MODEL

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from cloud_broker_worker.worker.upper_layers import Chunk, UpperLayers
-from edge_agent.engine.cascade import Cascade
-from edge_agent.engine.partition import ExitCandidates, Partition
 from fleet.bundles.manifest import Bundle
+from fleet.graphs.cascade import Cascade
+from fleet.graphs.partition import ExitCandidates, Partition
 
 
 class FullModelVerdict(NamedTuple):

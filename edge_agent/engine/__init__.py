@@ -1,1 +1,1 @@
-"""The lower layers of the model in ONNX Runtime, and the tokenizer."""
+"""The caches of answers, the locks, the speed and the tokenizer of a device."""

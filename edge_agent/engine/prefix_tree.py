@@ -15,8 +15,8 @@ from typing import Final
 
 import numpy as np
 
-from edge_agent.engine.cascade import BlockState, Cascade
-from edge_agent.engine.partition import Int64
+from fleet.graphs.cascade import BlockState, Cascade
+from fleet.graphs.partition import Int64
 
 MIN_NEW: Final = 2
 """The last positions of a prompt, which always run. One alone would give other bits than in the

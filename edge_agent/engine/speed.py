@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Final
 
-from edge_agent.engine.cascade import Cascade
-from edge_agent.engine.partition import Partition
 from fleet.bundles.instruction_sets import processor_name
+from fleet.graphs.cascade import Cascade
+from fleet.graphs.partition import Partition
 from fleet.planning.machine_speeds import MachineSpeeds
 
 PROMPT: Final = (1,) * 64

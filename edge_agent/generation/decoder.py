@@ -10,9 +10,7 @@ from functools import partial
 from itertools import takewhile
 from typing import Final
 
-from edge_agent.engine.cascade import Cascade, ChunkContext
 from edge_agent.engine.fair_lock import FairLock, UserLock
-from edge_agent.engine.partition import MAX_EXITS, ExitCandidates, Partition
 from edge_agent.engine.prefix_tree import Prefix
 from edge_agent.generation.proposal_budget import ProposalBudget
 from edge_agent.generation.proposer import Proposer
@@ -22,6 +20,8 @@ from fleet.constraints.token_constraint import Bool, TokenConstraint
 from fleet.errors import ConstraintError
 from fleet.exits.exit_policy import exit_emits
 from fleet.exits.thresholds import OFF
+from fleet.graphs.cascade import Cascade, ChunkContext
+from fleet.graphs.partition import MAX_EXITS, ExitCandidates, Partition
 from fleet.protocol.choice_rules import LogitsOf, RankedTokens, rank_tokens, top_tokens
 from fleet.protocol.messages import NO_RULES, ChoiceRules, Sampling, TopTokens
 from fleet.protocol.sampling import draw

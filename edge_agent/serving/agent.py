@@ -18,8 +18,6 @@ import msgspec
 
 from edge_agent.config import AgentConfig
 from edge_agent.engine.fair_lock import FairLock
-from edge_agent.engine.ort_runtime import check_instruction_set, is_out_of_memory
-from edge_agent.engine.partition import Partition, WorkCounter
 from edge_agent.engine.prefix_tree import KeptCaches
 from edge_agent.engine.tokenizer import ChatTokenizer
 from edge_agent.generation.suffix_tables import SuffixTables
@@ -39,6 +37,8 @@ from edge_agent.session.kept_sessions import KeptSessions
 from edge_agent.session.worker_directory import WorkerDirectory
 from fleet.bundles.manifest import Bundle, Manifest
 from fleet.errors import BusyError, CloudError, FleetError, PromptError, ProtocolError
+from fleet.graphs.ort_runtime import check_instruction_set, is_out_of_memory
+from fleet.graphs.partition import Partition, WorkCounter
 from fleet.protocol import topics
 from fleet.protocol.access import is_operator
 from fleet.protocol.codec import decode_to_device, encode

@@ -12,7 +12,6 @@ import msgspec
 import numpy as np
 from msgspec import UNSET
 
-from edge_agent.engine.cascade import chunks_are_exact
 from edge_agent.engine.fair_lock import FairLock
 from edge_agent.engine.prefix_tree import KeptCaches
 from edge_agent.engine.tokenizer import ChatTokenizer
@@ -35,6 +34,7 @@ from edge_agent.session.kept_sessions import KeptSession, KeptSessions, TakenSes
 from edge_agent.session.worker_directory import WorkerDirectory
 from fleet.bundles.manifest import Manifest
 from fleet.constraints.token_constraint import TokenConstraint
+from fleet.graphs.cascade import chunks_are_exact
 from fleet.protocol.counts import AnswerCounts
 from fleet.protocol.messages import MIN_PROTOCOL, NO_RULES, PROTOCOL, ChoiceRules, Open
 from fleet.protocol.modes import Mode, offload_rate

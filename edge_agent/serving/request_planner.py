@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from edge_agent.config import AgentConfig
-from edge_agent.engine.cascade import Cascade
-from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer
 from edge_agent.generation.mode_policy import Targets
 from fleet.errors import ConfigError, DeadlineError, PromptError
 from fleet.exits.thresholds import OFF
+from fleet.graphs.cascade import Cascade
+from fleet.graphs.partition import Partition
 from fleet.protocol.modes import DEFAULT_AGREEMENT, Mode
 from fleet.protocol.prompt import ChatMessage, PromptRequest
 from fleet.protocol.types import MAX_DEADLINE_MS

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer
 from edge_agent.generation.decoder import Decoder
 from fleet.errors import BundleError
+from fleet.graphs.partition import Partition
 from fleet.protocol.messages import Sampling
 from fleet.protocol.prompt import PromptRequest
 

@@ -9,11 +9,11 @@ import time
 from collections.abc import Sequence
 from typing import Final, Self
 
-from edge_agent.engine.partition import Float32
 from edge_agent.measurements import Measurements
 from edge_agent.session.session_machine import OutgoingMessage, SessionMachine
 from edge_agent.session.worker_directory import WorkerDirectory
 from fleet.errors import LinkError, ProtocolError
+from fleet.graphs.partition import Float32
 from fleet.protocol.codec import decode_to_device, encode
 from fleet.protocol.hidden_states import FLOAT16
 from fleet.protocol.messages import Continuation, Open, Refused, Verified

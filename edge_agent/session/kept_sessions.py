@@ -9,9 +9,9 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from edge_agent.engine.partition import Int64
 from edge_agent.engine.prefix_tree import shared_length
 from edge_agent.session.worker_directory import WorkerDirectory
+from fleet.graphs.partition import Int64
 from fleet.protocol import topics
 from fleet.protocol.codec import encode
 from fleet.protocol.messages import Close, Continuation

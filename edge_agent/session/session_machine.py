@@ -29,11 +29,11 @@ from typing import Final, NamedTuple
 import msgspec
 from msgspec import UNSET
 
-from edge_agent.engine.partition import Float32
 from edge_agent.measurements import Measurements
 from edge_agent.session.pending_verify import PendingVerify, verify_deadline_ms
 from edge_agent.session.upload_buffer import UploadBuffer
 from edge_agent.session.worker_directory import is_bundle_served
+from fleet.graphs.partition import Float32
 from fleet.protocol import topics
 from fleet.protocol.hidden_states import FLOAT16
 from fleet.protocol.messages import (

@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from edge_agent.engine.partition import Float32
+from fleet.graphs.partition import Float32
 from fleet.protocol.codec import TOKEN_BYTES, TOKEN_DTYPE, pack_chunk
 from fleet.protocol.hidden_states import FLOAT16, row_bytes
 from fleet.protocol.messages import ContextChunk, Opened

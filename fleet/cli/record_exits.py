@@ -17,9 +17,9 @@ from fleet.protocol.prompt import PromptRequest
 from fleet.utils.optional_imports import needs
 
 with needs("edge"):
-    from edge_agent.engine.cascade import Cascade
-    from edge_agent.engine.partition import ExitCandidates, Partition
     from edge_agent.engine.tokenizer import ChatTokenizer
+    from fleet.graphs.cascade import Cascade
+    from fleet.graphs.partition import ExitCandidates, Partition
 with needs("worker"):
     from cloud_broker_worker.worker.upper_layers import Chunk, UpperLayers
 

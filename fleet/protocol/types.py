@@ -43,6 +43,7 @@ Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 
 Layer: TypeAlias = Annotated[int, Meta(ge=1, le=9999)]
 Split: TypeAlias = Literal["auto"] | Layer
+Provider: TypeAlias = Literal["auto", "cpu", "cuda"]
 
 DeadlineMs: TypeAlias = Annotated[int, Meta(ge=1, le=MAX_DEADLINE_MS)]
 TargetTpotMs: TypeAlias = Annotated[float, Meta(gt=0, le=600_000)]

@@ -19,10 +19,10 @@ from benchmarks.paper.sizes import SIZES
 from benchmarks.paper.systems import CLOUD_ONLY
 from benchmarks.paper.tasks import TASKS, Sample
 from benchmarks.whole_model import WholeModel
-from edge_agent.engine.partition import ExitCandidates
 from edge_agent.engine.tokenizer import ChatTokenizer
 from fleet.bundles.manifest import Bundle
 from fleet.errors import ConfigError
+from fleet.graphs.partition import ExitCandidates
 from fleet.protocol.prompt import ChatMessage, PromptRequest
 from tests.tiny import make_tiny_checkpoint
 

@@ -6,9 +6,9 @@ import pytest
 
 from benchmarks.plan import SplitEngines, app, chosen_splits, measure_splits
 from cloud_broker_worker.worker.upper_layers import UpperLayers
-from edge_agent.engine.partition import Partition
 from fleet.bundles.manifest import Bundle
 from fleet.errors import ConfigError
+from fleet.graphs.partition import Partition
 
 
 def test_rows_compare_each_split_and_only_the_middle_is_fitted(

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks.whole_model import WholeModel
-from edge_agent.engine.cascade import Cascade
-from edge_agent.engine.partition import Partition
 from fleet.bundles.verify import verify_bundle
 from fleet.errors import ExportError
+from fleet.graphs.cascade import Cascade
+from fleet.graphs.partition import Partition
 from fleet.protocol.modes import CLOUD
 from fleet.protocol.prompt import PromptRequest
 from onnx_export import parity

@@ -16,11 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, Phi3ForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from cloud_broker_worker.worker.upper_layers import Chunk, UpperLayers
-from edge_agent.engine.cascade import Cascade
-from edge_agent.engine.partition import Partition
 from fleet.bundles.manifest import Bundle
 from fleet.bundles.verify import verify_bundle
 from fleet.errors import ExportError
+from fleet.graphs.cascade import Cascade
+from fleet.graphs.partition import Partition
 from onnx_export.architecture import check_model, check_positions
 from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig, Quantization

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge_agent.engine.cascade import Cascade
-from edge_agent.engine.partition import Partition
 from fleet.bundles.manifest import Bundle
+from fleet.graphs.cascade import Cascade
+from fleet.graphs.partition import Partition
 from onnx_export import parity
 from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig

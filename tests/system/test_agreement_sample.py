@@ -7,10 +7,10 @@ import itertools
 import pytest
 
 from edge_agent.config import AgentConfig
-from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer
 from edge_agent.serving.request_planner import RequestPlanner
 from fleet.bundles.manifest import Bundle
+from fleet.graphs.partition import Partition
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest
 from fleet.protocol.report import GenerationReport

@@ -8,8 +8,8 @@ import pytest
 from transformers import DynamicCache
 
 from benchmarks.whole_model import WholeModel
-from edge_agent.engine.cascade import Cascade
 from edge_agent.generation.decoder import Decoder
+from fleet.graphs.cascade import Cascade
 from fleet.protocol.messages import Sampling
 from fleet.protocol.modes import CLOUD, exit_source
 from fleet.protocol.prompt import ChatMessage, PromptRequest

@@ -16,10 +16,10 @@ import msgspec
 import pytest
 
 from edge_agent.config import AgentConfig
-from edge_agent.engine.cascade import Cascade
 from edge_agent.serving.agent import Agent
 from fleet.bundles.manifest import Bundle
 from fleet.errors import PromptError
+from fleet.graphs.cascade import Cascade
 from fleet.protocol import topics
 from fleet.protocol.codec import decode_to_worker
 from fleet.protocol.messages import Open

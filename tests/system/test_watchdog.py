@@ -156,7 +156,7 @@ def test_a_process_with_a_loop_that_hangs_is_silent(
 
 HANGING_MODEL: Final = """
 import time
-from edge_agent.engine.partition import Partition
+from fleet.graphs.partition import Partition
 from edge_agent.update import supervisor
 supervisor.MAX_LATE_S = 1.0
 Partition.embed = lambda *arguments: time.sleep(3600)

@@ -10,10 +10,10 @@ from typing import Any, Final
 import numpy as np
 import pytest
 
-from edge_agent.engine.cascade import Cascade
-from edge_agent.engine.partition import Partition
 from edge_agent.engine.prefix_tree import KeptCaches
 from fleet.bundles.manifest import Bundle
+from fleet.graphs.cascade import Cascade
+from fleet.graphs.partition import Partition
 
 AMPLE: Final = 1 << 30
 SYSTEM: Final = [5, 9, 300, 17]

@@ -6,9 +6,9 @@ from itertools import count
 
 import pytest
 
-from edge_agent.engine.partition import Partition
 from edge_agent.engine.speed import PROMPT, DeviceMeter, measure_device
 from fleet.bundles.manifest import Bundle
+from fleet.graphs.partition import Partition
 
 
 def test_a_step_is_its_layers_and_one_head(tiny_bundle: Bundle) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edge_agent.engine.cascade import Cascade
-from edge_agent.engine.partition import Partition
 from fleet.bundles.manifest import Bundle
+from fleet.graphs.cascade import Cascade
+from fleet.graphs.partition import Partition
 
 PROMPT = [5, 9, 300, 17, 42]
 ANSWER = [7, 8, 21, 33]

@@ -7,8 +7,6 @@ import weakref
 
 import pytest
 
-from edge_agent.engine.cascade import MAX_CHUNK
-from edge_agent.engine.partition import Partition
 from edge_agent.generation.decoder import Decoder, GeneratedToken
 from edge_agent.generation.generator import Generator
 from edge_agent.generation.mode_controller import ModeController
@@ -16,6 +14,8 @@ from edge_agent.generation.mode_policy import Targets
 from edge_agent.measurements import Measurements
 from fleet.bundles.manifest import Bundle
 from fleet.errors import DeadlineError
+from fleet.graphs.cascade import MAX_CHUNK
+from fleet.graphs.partition import Partition
 from fleet.protocol.messages import Sampling
 from fleet.protocol.modes import Mode
 

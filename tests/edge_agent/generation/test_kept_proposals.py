@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from edge_agent.engine.partition import Partition
 from edge_agent.generation.acceptance_rate import AcceptanceRate
 from edge_agent.generation.combined_proposer import CombinedProposer
 from edge_agent.generation.decoder import Decoder, ExitChoice
 from edge_agent.generation.suffix_table import SuffixTable
 from fleet.bundles.manifest import Bundle
+from fleet.graphs.partition import Partition
 from fleet.protocol.messages import Sampling
 
 PROMPT = [5, 9, 300, 17, 42]

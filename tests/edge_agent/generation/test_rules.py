@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edge_agent.engine.cascade import Cascade
-from edge_agent.engine.partition import LmHeadRun, Partition
 from edge_agent.generation.decoder import Decoder, ExitChoice
 from fleet.bundles.manifest import Bundle
+from fleet.graphs.cascade import Cascade
+from fleet.graphs.partition import LmHeadRun, Partition
 from fleet.protocol.messages import NO_RULES, ChoiceRules, Sampling
 
 PROMPT = [5, 9, 300, 17, 42]

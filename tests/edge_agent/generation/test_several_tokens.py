@@ -10,8 +10,6 @@ from pathlib import Path
 import onnx
 import pytest
 
-from edge_agent.engine.cascade import chunks_are_exact
-from edge_agent.engine.partition import MAX_EXITS, Partition
 from edge_agent.generation.decoder import Decoder, GeneratedToken
 from edge_agent.generation.generator import Generator
 from edge_agent.generation.mode_controller import ModeController
@@ -22,6 +20,8 @@ from edge_agent.measurements import Measurements
 from fleet.bundles.manifest import Bundle
 from fleet.constraints.grammars import Grammars
 from fleet.constraints.token_constraint import TokenConstraint
+from fleet.graphs.cascade import chunks_are_exact
+from fleet.graphs.partition import MAX_EXITS, Partition
 from fleet.protocol.constraint import Constraint
 from fleet.protocol.messages import NO_RULES, ChoiceRules, Sampling
 from fleet.protocol.modes import Mode

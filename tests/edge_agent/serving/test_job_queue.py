@@ -9,11 +9,11 @@ from typing import cast
 import pytest
 
 from edge_agent.config import AgentConfig
-from edge_agent.engine.partition import Partition
 from edge_agent.generation.mode_policy import Targets
 from edge_agent.serving import job_queue
 from edge_agent.serving.job_queue import Job, JobQueue
 from edge_agent.serving.request_planner import RequestPlan
+from fleet.graphs.partition import Partition
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest
 

@@ -10,12 +10,12 @@ import pytest
 from msgspec.structs import asdict, replace
 
 from edge_agent.config import AgentConfig
-from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer
 from edge_agent.serving.request_defaults import with_defaults
 from edge_agent.serving.request_planner import RequestPlanner
 from fleet.bundles.manifest import Bundle
 from fleet.errors import ConfigError
+from fleet.graphs.partition import Partition
 from fleet.protocol.messages import NO_RULES
 from fleet.protocol.prompt import ChatMessage, PromptRequest, SamplingOptions
 

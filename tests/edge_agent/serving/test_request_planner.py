@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from edge_agent.config import AgentConfig
-from edge_agent.engine.cascade import Cascade
 from edge_agent.engine.control_tokens import ControlTokens
-from edge_agent.engine.partition import Partition
 from edge_agent.engine.tokenizer import ChatTokenizer
 from edge_agent.serving.request_planner import MB, RequestPlanner
 from fleet.bundles.manifest import Bundle
 from fleet.errors import PromptError
+from fleet.graphs.cascade import Cascade
+from fleet.graphs.partition import Partition
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest
 from tests.tiny import make_tiny_tokenizer

@@ -15,8 +15,11 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from edge_agent.engine import ort_runtime
-from edge_agent.engine.ort_runtime import (
+from fleet.bundles.instruction_sets import REQUIRED_FLAGS, instruction_sets
+from fleet.bundles.manifest import Bundle
+from fleet.errors import BundleError, ConfigError
+from fleet.graphs import ort_runtime
+from fleet.graphs.ort_runtime import (
     CPU,
     CUDA,
     Runtime,
@@ -25,9 +28,6 @@ from edge_agent.engine.ort_runtime import (
     is_out_of_memory,
     load_session,
 )
-from fleet.bundles.instruction_sets import REQUIRED_FLAGS, instruction_sets
-from fleet.bundles.manifest import Bundle
-from fleet.errors import BundleError, ConfigError
 
 
 def graph(op: str, domain: str = "", opset: int = 17, ir_version: int = 8) -> bytes:
@@ -146,7 +146,7 @@ def test_lack_of_memory_is_told_from_other_errors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["edge_agent.engine.cascade", "onnx_export.parity", "benchmarks.breakdown"]
+    "module", ["fleet.graphs.cascade", "onnx_export.parity", "benchmarks.breakdown"]
 )
 def test_onnx_runtime_sends_no_telemetry(module: str, tmp_path: Path) -> None:
     """Its telemetry makes an id and a database in the home when the library is loaded."""

@@ -10,10 +10,10 @@ from typing import Final
 
 import onnxruntime as ort
 
-from edge_agent.config import Provider
 from fleet.bundles.instruction_sets import covers, instruction_sets
 from fleet.bundles.manifest import Manifest
 from fleet.errors import BundleError, ConfigError
+from fleet.protocol.types import Provider
 from fleet.utils.memory_release import release_mapped_pages
 
 CUDA: Final = "CUDAExecutionProvider"

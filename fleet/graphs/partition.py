@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from edge_agent.config import Provider
-from edge_agent.engine.ort_runtime import Runtime, load_session
 from fleet.bundles.manifest import Bundle
 from fleet.bundles.token_tables import Table, load_tables, release_table
+from fleet.graphs.ort_runtime import Runtime, load_session
+from fleet.protocol.types import Provider
 from fleet.utils.memory_release import release_freed_memory
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Partition:
     `split` is the number of layers, by default those of all exits. The embedding, also the LM
     head's exact weights if a model ties them, stays in its file, mapped into memory: a step reads a
     row of it and one for each candidate. `chunks_are_exact` is None before
-    :func:`~edge_agent.engine.cascade.chunks_are_exact` has measured it.
+    :func:`~fleet.graphs.cascade.chunks_are_exact` has measured it.
     """
 
     def __init__(

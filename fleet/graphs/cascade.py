@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 import onnxruntime as ort
 
-from edge_agent.engine.partition import (
+from fleet.graphs.partition import (
     MAX_EXITS,
     ExitCandidates,
     Float32,

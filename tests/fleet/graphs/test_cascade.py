@@ -9,8 +9,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from edge_agent.engine.cascade import LARGE_CHUNK, MAX_CHUNK, Cascade
-from edge_agent.engine.partition import Partition
+from fleet.graphs.cascade import LARGE_CHUNK, MAX_CHUNK, Cascade
+from fleet.graphs.partition import Partition
 from tests.conftest import MakeTinyBundle
 
 TOKENS = [5, 9, 300, 17, 42, 42, 8, 250, 3, 77]
