@@ -9,7 +9,7 @@ from typing import Annotated, Final, Literal
 from msgspec import Meta, Struct
 
 from fleet.errors import ConfigError
-from fleet.protocol.desired_config import Settings, UploadDtype
+from fleet.protocol.desired_config import Settings, UploadDtype, UploadPrompt
 from fleet.protocol.messages import MAX_DRAFT
 from fleet.protocol.modes import Mode
 from fleet.protocol.triggers import Triggers, check_triggers
@@ -78,6 +78,7 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     min_agreement: Share | None = None
     max_offload_rate: Share | None = None
     upload_dtype: UploadDtype = "float16"
+    upload_prompt: UploadPrompt = "hidden"
     split: Split = "auto"
     max_draft: Annotated[int, Meta(ge=1, le=MAX_DRAFT)] = 16
     agreement_sample: Share = 0.0

@@ -8,6 +8,14 @@ from typing import Final
 
 FURTHER_COST: Final = 0.25
 """The time of one more position in a run, in those of a single one, before it is measured."""
+MIN_PROMPT: Final = 64
+"""The positions of a prompt from which on its upload is worth a choice."""
+NUM_TRIALS: Final = 3
+"""The prompts that are uploaded in each way before the measured times decide."""
+TRIAL_INTERVAL: Final = 16
+"""Of so many prompts one is uploaded in the way that was slower, which may have become faster."""
+MAX_IDS_TIME: Final = 0.8
+"""Token ids are uploaded if they take at most this part of the time of hidden states."""
 OUTLIER: Final = 4.0  # limit of a duration, in means: one pause is not a trend
 
 
@@ -96,6 +104,8 @@ class Measurements:
     _emitted_confidence: Mean = field(default_factory=_share)
     _guess_acceptance: Mean = field(default_factory=_share)
     _acceptance: Mean = field(default_factory=_share)
+    _ids_wait: Duration = field(default_factory=_duration)
+    _hidden_wait: Duration = field(default_factory=_duration)
     _num_losses: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -128,6 +138,26 @@ class Measurements:
         with self._lock:
             self._round_trip.add(seconds, is_outlier_possible=not self._num_losses)
             self._num_losses = 0
+
+    def prompt_judged(self, num_positions: int, seconds: float, *, has_ids: bool) -> None:
+        """Count the wait for the first verdict after a prompt, which was uploaded as token ids or
+        as hidden states.
+        """
+        if num_positions >= MIN_PROMPT:
+            with self._lock:
+                wait = self._ids_wait if has_ids else self._hidden_wait
+                wait.add(seconds / num_positions)
+
+    def is_faster_as_ids(self) -> bool:
+        """Return whether to upload the next prompt as token ids, by the times of earlier ones."""
+        with self._lock:
+            num_ids = self._ids_wait.count
+            num_hidden = self._hidden_wait.count
+            if min(num_ids, num_hidden) < NUM_TRIALS:
+                return num_ids < num_hidden
+            is_faster = self._ids_wait.value <= MAX_IDS_TIME * self._hidden_wait.value
+            is_trial = (num_ids + num_hidden) % TRIAL_INTERVAL == 0
+            return is_faster != is_trial
 
     def token_chosen(self, confidence: float, *, is_emitted: bool) -> None:
         """Count a chosen token; `is_emitted` when its confidence reached a threshold."""

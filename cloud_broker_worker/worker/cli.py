@@ -85,6 +85,13 @@ def run_worker(
             min=0, max=MAX_LAYER, help="Lowest layer to load; refuse devices with a lower split."
         ),
     ] = None,
+    lower_layers: Annotated[
+        bool,
+        typer.Option(
+            "--lower-layers",
+            help="Load the lower layers as well, for devices that upload prompts as token ids.",
+        ),
+    ] = False,
     kv_budget_mb: Annotated[
         int | None, typer.Option(min=1, max=MAX_KV_BUDGET_MB, help="Memory for KV caches, in MB.")
     ] = None,
@@ -109,6 +116,7 @@ def run_worker(
     settings = {
         "num_threads": threads,
         "from_layer": from_layer,
+        "lower_layers": lower_layers,
         "kv_budget_bytes": kv_budget_mb and kv_budget_mb * 1_000_000,
         "drain_timeout_s": drain_timeout,
     }
@@ -117,7 +125,7 @@ def run_worker(
     if model is None:
         raise ConfigError(f"{folder} names no bundle; pass one with --bundle DIR")
     metrics = None if metrics_port is None else (metrics_host, metrics_port)
-    opened = Bundle.load(model, ("cloud",))
+    opened = Bundle.load(model, ("cloud", "edge") if lower_layers else ("cloud",))
     choice = _choose_weights(weights, opened, config.num_threads, expected_sessions)
     config = msgspec.structs.replace(config, weights=choice.weights)
     _serve(identity, opened, config, metrics, reason=choice.reason, renews=renew)
@@ -216,6 +224,7 @@ def _serve(
         model = f"{manifest.model.name}, bundle {manifest.bundle_id}"
         first = config.from_layer or manifest.upload_layer
         layers = f"layers {first} to {manifest.model.num_layers}"
+        layers += ", the lower ones for prompts" if config.lower_layers else ""
         weights = f"weights {config.weights} ({reason})"
         metrics = f", metrics on {endpoint.url}" if endpoint else ""
         print(f"worker {identity.name} serves {model}, {layers}, {weights}{metrics}", flush=True)

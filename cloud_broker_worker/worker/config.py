@@ -58,4 +58,6 @@ class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     retry_after_ms: Annotated[int, Meta(ge=0)] = 1000
     # The broker gives each `open` to one of the workers. Otherwise all receive it.
     shared_opens: bool = False
+    # Load the bundle's lower layers as well, so that devices may upload prompts as token ids.
+    lower_layers: bool = False
     drain_timeout_s: Annotated[float, Meta(ge=0, le=MAX_DRAIN_S)] = 30.0

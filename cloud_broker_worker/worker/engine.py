@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from cloud_broker_worker.worker.config import WorkerConfig
 from cloud_broker_worker.worker.counters import WorkerCounters
+from cloud_broker_worker.worker.prompt_queue import PromptQueue
 from cloud_broker_worker.worker.scheduler import Pending, position_cost, schedule, shared_units
 from cloud_broker_worker.worker.session import Session, SessionKey
 from cloud_broker_worker.worker.session_store import SessionStore
@@ -34,7 +35,7 @@ from fleet.constraints.grammars import Grammars
 from fleet.constraints.token_constraint import TokenConstraint
 from fleet.errors import ConstraintError, DecodeError, PoolFullError
 from fleet.protocol.codec import unpack_chunk, unpack_tokens
-from fleet.protocol.hidden_states import CONTEXT_DTYPES
+from fleet.protocol.hidden_states import CONTEXT_DTYPES, TOKENS, Float16
 from fleet.protocol.messages import (
     MIN_PROTOCOL,
     PROTOCOL,
@@ -55,9 +56,16 @@ from fleet.protocol.messages import (
 from fleet.protocol.report import DeviceStatus
 from fleet.utils.rate_limited_log import RateLimitedLog
 
+if TYPE_CHECKING:
+    from cloud_broker_worker.worker.lower_layers import LowerLayers
+
 log = logging.getLogger(__name__)
 
 BAD_CONSTRAINT: Final = "bad_constraint"
+PROMPT_PIECE: Final = 64
+"""Positions of a prompt that run through the lower layers at once while one device is served."""
+PROMPT_SHARE: Final = 4
+"""The caches of prompts in the lower layers may need this part of the memory of all others."""
 
 
 class EngineResponse(NamedTuple):
@@ -70,7 +78,8 @@ class EngineResponse(NamedTuple):
 class WorkerEngine:
     """Sessions and their verify jobs.
 
-    Without `grammars` the worker refuses sessions with a constraint.
+    Without `grammars` the worker refuses sessions with a constraint. With `lower_layers` it accepts
+    token ids in place of hidden states.
 
     `clock` returns monotonic seconds. The parameter `arrived` of the methods is a time of the same
     clock.
@@ -83,6 +92,7 @@ class WorkerEngine:
         config: WorkerConfig,
         clock: Callable[[], float] = time.monotonic,
         grammars: Grammars | None = None,
+        lower_layers: LowerLayers | None = None,
     ) -> None:
         self.pool = layers.new_pool(config.kv_budget_bytes)
         self.session_store = SessionStore(self.pool, config)
@@ -96,6 +106,11 @@ class WorkerEngine:
         self._config = config
         self._clock = clock
         self._grammars = grammars
+        self._prompts: PromptQueue | None = None
+        if lower_layers:
+            max_bytes = config.kv_budget_bytes // PROMPT_SHARE
+            self._prompts = PromptQueue(self.sessions, lower_layers, max_bytes)
+        self._has_run_prompt = False  # in the last step
         self._responses: list[EngineResponse] = []
         self._log = RateLimitedLog(log)
 
@@ -151,7 +166,7 @@ class WorkerEngine:
             received=session.received,
             max_chunk_bytes=self._config.max_chunk_bytes,
             window_bytes=self._config.window_bytes,
-            dtypes=CONTEXT_DTYPES,
+            dtypes=CONTEXT_DTYPES if self._prompts is None else (*CONTEXT_DTYPES, TOKENS),
         )
 
     def _admit(self, key: SessionKey, message: Open, now: float) -> Session | Refused:
@@ -220,12 +235,13 @@ class WorkerEngine:
         if stop > session.capacity:
             return self._refused_too_long(session, stop)
         try:
-            rows = unpack_chunk(chunk, self._manifest.model.hidden_size)
-            tokens = self._tokens_of(session, chunk)
+            rows, tokens = self._unpack(session, chunk)
         except DecodeError as error:
             device, name = session.key
             self._log.warning("context of session %s of %s dropped: %s", name, device, error)
             return self._gap(session)
+        if rows is None and len(session.tokens) < session.received < stop:
+            session.rewind(0, session.branch)  # the lower layers run from the first token on
         if chunk.start > session.received:
             return self._gap(session)
         try:
@@ -239,10 +255,18 @@ class WorkerEngine:
             return Received(session.key.session, session.branch, session.received)
         return None
 
-    def _tokens_of(self, session: Session, chunk: ContextChunk) -> list[int]:
-        """Return the tokens of a chunk, none if the session's rules need none."""
+    def _unpack(
+        self, session: Session, chunk: ContextChunk
+    ) -> tuple[Float16 | None, Sequence[int]]:
+        """Return the rows of a chunk, None if they are to be computed, and its tokens, none if they
+        are not needed. Raises DecodeError.
+        """
+        model = self._manifest.model
+        if self._prompts and chunk.dtype == TOKENS:
+            return None, unpack_tokens(chunk, model.vocab_size)
+        rows = unpack_chunk(chunk, model.hidden_size)
         need_text = session.opening.choice_rules.need_text
-        return unpack_tokens(chunk, self._manifest.model.vocab_size) if need_text else []
+        return rows, unpack_tokens(chunk, model.vocab_size) if need_text else ()
 
     @staticmethod
     def _gap(session: Session) -> ToDevice | None:
@@ -282,20 +306,41 @@ class WorkerEngine:
         ready, or None when there was nothing to do.
 
         Verify jobs go first. When no job can run, the step runs context that has arrived, so that
-        later jobs find it in the cache.
+        later jobs find it in the cache. Every second step runs a piece of a prompt through the
+        lower layers instead, while one waits.
         """
         now = self._clock()
         for session in self.sessions.values():
             if session.job and now > session.job.expires:
                 self.counters.num_expired += 1
                 session.job = None
+        has_run_prompt = not self._has_run_prompt and self._run_prompt(now)
+        has_run = has_run_prompt or self._run_batch(now)
+        self._has_run_prompt = has_run_prompt or (not has_run and self._run_prompt(now))
+        responses = self._responses
+        self._responses = []
+        return responses if has_run or self._has_run_prompt else responses or None
+
+    def _run_batch(self, now: float) -> bool:
+        """Run a batch of jobs or of context. Return whether there was one."""
         batch = self._batch_of_jobs(now) or self._batch_of_context(now)
         if batch:
             self._count(batch, now)
             self._run(batch)
-        responses = self._responses
-        self._responses = []
-        return responses if batch else responses or None
+        return bool(batch)
+
+    def _run_prompt(self, now: float) -> bool:
+        """Run a piece of a prompt through the lower layers. Return whether one was waiting."""
+        prompts = self._prompts
+        session = prompts.next_session() if prompts else None
+        if prompts is None or session is None:
+            return False
+        shared = self._config.max_shared_positions
+        try:
+            prompts.run(session, shared if self._is_shared(now) else PROMPT_PIECE)
+        except Exception as error:  # noqa: BLE001  the other sessions have to be served
+            self._fail(session, error)
+        return True
 
     def _count(self, batch: Mapping[SessionKey, int], now: float) -> None:
         self.counters.num_positions += sum(batch.values())
@@ -322,16 +367,20 @@ class WorkerEngine:
         The step is short while several devices are served, because a request that arrives during a
         step has to wait for the end of the step.
         """
+        if self._is_shared(now):
+            units = shared_units(pending, self._config.max_shared_positions)
+            return schedule(pending, min(max_positions, units))
+        plain = {key: Pending(each.num_positions) for key, each in pending.items()}
+        return schedule(plain, max_positions)
+
+    def _is_shared(self, now: float) -> bool:
+        """Return whether several devices are served now."""
         in_use = {
             session.key.device
             for session in self.sessions.values()
             if session.received and not self.session_store.is_idle(session, now)
         }
-        if len(in_use) > 1:
-            units = shared_units(pending, self._config.max_shared_positions)
-            return schedule(pending, min(max_positions, units))
-        plain = {key: Pending(each.num_positions) for key, each in pending.items()}
-        return schedule(plain, max_positions)
+        return len(in_use) > 1
 
     def _batch_of_context(self, now: float) -> dict[SessionKey, int]:
         """Choose positions to run before a job needs them.
@@ -345,14 +394,12 @@ class WorkerEngine:
         behind = [
             session
             for session in self.sessions.values()
-            if session.length < session.received - 1
+            if session.num_ahead
             and not session.holds_drafts
             and not self.session_store.is_idle(session, now)
         ]
         pending = {
-            session.key: Pending(
-                session.received - 1 - session.length, position_cost(session.length)
-            )
+            session.key: Pending(session.num_ahead, position_cost(session.length))
             for session in self._with_caches(behind, now)
         }
         return self._schedule(pending, self._config.run_ahead_positions, now)
@@ -403,7 +450,9 @@ class WorkerEngine:
             for item in work:  # safe to repeat: positions in the cache are overwritten
                 self._run_chunks([item])
             return
-        session = work[0][0]
+        self._fail(work[0][0], error)
+
+    def _fail(self, session: Session, error: Exception) -> None:
         device, name = session.key
         log.exception("session %s of %s failed", name, device)
         self._abandon(session, "internal", f"the worker failed: {type(error).__name__}: {error}")

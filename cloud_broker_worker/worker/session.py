@@ -6,13 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cloud_broker_worker.worker.kv_pool import HiddenStore, KvLease
 from fleet.constraints.token_constraint import TokenConstraint
 from fleet.protocol.hidden_states import Float16
 from fleet.protocol.messages import Open, TopTokens, Verified, Verify
 from fleet.protocol.session import new_rows
+
+if TYPE_CHECKING:
+    from cloud_broker_worker.worker.lower_layers import PromptRun
 
 
 class SessionKey(NamedTuple):
@@ -102,7 +105,9 @@ class Session:
     job, because later context may belong to drafts. `gone_since` is the time at which the device
     went offline. `is_kept` is set when the device has ended the session and may continue it with
     another one. The hidden states enter `first_layer`; 0 is the lowest layer of the cloud's half.
-    `tokens` are those of the received positions, if the session's rules need them. `constraint`
+    `tokens` are those of the received positions, if the session's rules need them or they came in
+    place of hidden states. The hidden states of positions [0, num_ids) are computed from them, by
+    `prompt_run` while that lasts; those of positions [0, num_computed) are here. `constraint`
     follows the answer if the rules have one.
     """
 
@@ -124,18 +129,26 @@ class Session:
     is_kept: bool = False
     first_layer: int = 0
     tokens: list[int] = field(default_factory=list)
+    num_ids: int = 0
+    num_computed: int = 0
+    prompt_run: PromptRun | None = None
     constraint: TokenConstraint | None = None
 
-    def add_rows(self, start: int, rows: Float16, tokens: Sequence[int] = ()) -> int | None:
+    def add_rows(self, start: int, rows: Float16 | None, tokens: Sequence[int] = ()) -> int | None:
         """Store the new rows of a chunk from position `start`, and their tokens.
 
-        Return the number of new rows, or None if positions before them are missing.
+        Without rows they are to be computed from the tokens. Return the number of new rows, or None
+        if positions before them are missing.
         """
-        count = new_rows(self.received, start, len(rows))
+        count = new_rows(self.received, start, len(tokens) if rows is None else len(rows))
         if count:
-            self.store.rows[self.received : self.received + count] = rows[-count:]
+            stop = self.received + count
+            if rows is None:
+                self.num_ids = stop
+            else:
+                self.store.rows[self.received : stop] = rows[-count:]
             self.tokens[self.received :] = tokens[-count:]
-            self.received += count
+            self.received = stop
         return count
 
     def use(self, now: float) -> None:
@@ -147,12 +160,14 @@ class Session:
     def leave(self, now: float, unused_since: float) -> None:
         """Stop all work, because the device went offline."""
         self.job = None
+        self.prompt_run = None
         self.gone_since = now
         self.last_used = min(self.last_used, unused_since)
 
     def keep(self) -> None:
         """Stop all work, and wait for a session that continues this one."""
         self.job = None
+        self.prompt_run = None
         self.is_kept = True
 
     def take(self, earlier: Session, num_positions: int) -> None:
@@ -163,6 +178,8 @@ class Session:
         self.lease = earlier.lease
         earlier.lease = None
         self.tokens = earlier.tokens
+        self.num_ids = earlier.num_ids
+        self.num_computed = earlier.num_computed
         self.received = earlier.received
         self.rewind(num_positions, self.branch)
 
@@ -192,6 +209,11 @@ class Session:
         """Drop every position from `num_positions` on and continue on `branch`."""
         self.branch = branch
         self.received = min(self.received, num_positions)
+        del self.tokens[num_positions:]
+        if num_positions < self.num_ids:
+            self.num_ids = num_positions
+            self.prompt_run = None
+        self.num_computed = min(self.num_computed, num_positions)
         if self.lease:
             self.lease.length = min(self.lease.length, num_positions)
         self.job = None
@@ -224,6 +246,21 @@ class Session:
         return self.lease.length if self.lease else 0
 
     @property
+    def awaits_rows(self) -> bool:
+        """Whether hidden states are to be computed from tokens."""
+        return self.num_computed < self.num_ids
+
+    @property
+    def num_ready(self) -> int:
+        """The number n of positions [0, n) whose hidden states are here."""
+        return self.num_computed if self.awaits_rows else self.received
+
+    @property
+    def num_ahead(self) -> int:
+        """Number of positions that can run before a job needs them. The newest one is left out."""
+        return max(0, min(self.num_ready, self.received - 1) - self.length)
+
+    @property
     def next_position(self) -> int:
         """The first position of the next chunk. A position that has run is run again if the job
         needs its logits.
@@ -233,8 +270,8 @@ class Session:
     @property
     def num_pending(self) -> int:
         """Number of positions to run before the job can be decided. It is 0 if there is no job, or
-        if the job's context has not arrived.
+        if the job's context is not here yet.
         """
-        if self.job is None or self.job.stop > self.received:
+        if self.job is None or self.job.stop > self.num_ready:
             return 0
         return self.job.stop - self.next_position

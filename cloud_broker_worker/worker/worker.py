@@ -7,9 +7,9 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from cloud_broker_worker.worker.config import Weights, WorkerConfig
 from cloud_broker_worker.worker.engine import EngineResponse, WorkerEngine
@@ -23,9 +23,13 @@ from fleet.protocol.denylist import decode_denylist
 from fleet.protocol.messages import Open, ToWorker
 from fleet.protocol.report import DeviceStatus, WorkerStatus, decode_status, encode_status
 from fleet.transport.base import Transport
+from fleet.utils.optional_imports import needs
 from fleet.utils.rate_limited_log import RateLimitedLog
 from fleet.utils.validation import validated
 from fleet.version import __version__
+
+if TYPE_CHECKING:
+    from cloud_broker_worker.worker.lower_layers import LowerLayers
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +51,20 @@ class Worker:
         """Load the bundle.
 
         Raises:
-            BundleError: the cloud partition does not load.
+            BundleError: the cloud partition does not load, or the lower layers do not.
             ConfigError: a setting is out of its range.
+            MissingExtraError: the lower layers need the extra ``edge``.
         """
         config = validated(config)
         self.name = transport.name
         layers = UpperLayers(bundle, config.num_threads, config.weights, config.from_layer)
-        self.engine = WorkerEngine(layers, transport.name, config, grammars=bundle_grammars(bundle))
+        self.engine = WorkerEngine(
+            layers,
+            transport.name,
+            config,
+            grammars=bundle_grammars(bundle),
+            lower_layers=load_lower_layers(bundle, config, layers.upload_layers),
+        )
         self._transport = transport
         self._bundle_id = bundle.manifest.bundle_id
         self._config = config
@@ -243,6 +254,23 @@ class Worker:
             self._transport.publish(topic, payload, qos=qos, retain=retain)
         except LinkError as error:
             self._log.warning("not sent on %s: %s", topic, error)
+
+
+def load_lower_layers(
+    bundle: Bundle, config: WorkerConfig, upload_layers: Sequence[int]
+) -> LowerLayers | None:
+    """Load the bundle's lower layers if the settings ask for them.
+
+    Raises:
+        BundleError: they do not load on this machine.
+        MissingExtraError: the extra ``edge`` is not installed.
+    """
+    if not config.lower_layers:
+        return None
+    with needs("edge,worker"):
+        from cloud_broker_worker.worker.lower_layers import LowerLayers
+
+    return LowerLayers(bundle, config.num_threads, upload_layers)
 
 
 def sender_of(topic: str, message: ToWorker) -> str:

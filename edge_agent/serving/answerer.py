@@ -36,6 +36,8 @@ from fleet.bundles.manifest import Manifest
 from fleet.constraints.token_constraint import TokenConstraint
 from fleet.graphs.cascade import chunks_are_exact
 from fleet.protocol.counts import AnswerCounts
+from fleet.protocol.desired_config import AUTO
+from fleet.protocol.hidden_states import TOKENS
 from fleet.protocol.messages import MIN_PROTOCOL, NO_RULES, PROTOCOL, ChoiceRules, Open
 from fleet.protocol.modes import Mode, offload_rate
 from fleet.protocol.prompt import (
@@ -351,10 +353,16 @@ class Answerer:
             self._manifest.model.hidden_size,
             self._measurements,
             upload_dtype=plan.config.upload_dtype,
+            prompt_ids=plan.prompt_ids if self._uploads_ids(plan) else (),
             note=note,
             continued_worker=taken.kept.worker if taken else None,
         )
         return job.cloud_session
+
+    def _uploads_ids(self, plan: RequestPlan) -> bool:
+        """Return whether the prompt is uploaded as token ids, if the worker accepts that."""
+        setting = plan.config.upload_prompt
+        return setting == TOKENS or (setting == AUTO and self._measurements.is_faster_as_ids())
 
 
 def _choice_rules(job: Job, plan: RequestPlan) -> ChoiceRules:

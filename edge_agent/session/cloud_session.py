@@ -43,6 +43,7 @@ class CloudSession:
         measurements: Measurements,
         *,
         upload_dtype: str = FLOAT16,
+        prompt_ids: Sequence[int] = (),
         note: str | None = None,
         continued_worker: str | None = None,
     ) -> None:
@@ -58,6 +59,7 @@ class CloudSession:
             measurements,
             random.random,
             upload_dtype=upload_dtype,
+            prompt_ids=prompt_ids,
             continued_worker=continued_worker,
         )
         self._machine.note = note

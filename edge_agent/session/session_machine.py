@@ -3,7 +3,8 @@
 It keeps every hidden state in FP16 and decides which message to send next. First it opens the
 session. Then it sends verify requests and context. Context is sent in order, and never more than
 the worker's window allows. Positions [sent, available) of the :class:`UploadBuffer` are still to be
-sent. If a new request needs only one more chunk, both are sent in one message. An `Open` or a
+sent. With `prompt_ids` a worker that accepts them gets token ids in place of the prompt's hidden
+states. If a new request needs only one more chunk, both are sent in one message. An `Open` or a
 request without a response is sent again, and so are the positions of a window that stays full. A
 lost session is opened again.
 
@@ -89,6 +90,7 @@ class SessionMachine:
         random: Callable[[], float],
         *,
         upload_dtype: str = FLOAT16,
+        prompt_ids: Sequence[int] = (),
         continued_worker: str | None = None,
     ) -> None:
         self.session = opening.session
@@ -107,6 +109,7 @@ class SessionMachine:
             hidden_size,
             upload_dtype,
             has_tokens=opening.choice_rules.need_text,
+            prompt_ids=prompt_ids,
         )
         self._request: PendingVerify | None = None
         self._num_requests = 0
@@ -365,7 +368,11 @@ class SessionMachine:
         request.response = message
         self._upload_buffer.acknowledge(message.start + 1)
         if request.num_sent:  # the round trip counts from the first sending, also after repetitions
-            self._measurements.round_trip_done(now - request.first_sent_at)
+            wait_s = now - request.first_sent_at
+            self._measurements.round_trip_done(wait_s)
+            if message.request == 0 and self._opening.continues is UNSET:
+                has_ids = self._upload_buffer.has_sent_ids
+                self._measurements.prompt_judged(message.start + 1, wait_s, has_ids=has_ids)
 
     def _refused(self, message: Refused, now: float) -> None:
         if self.is_open and message.worker not in (None, self.worker):

@@ -46,7 +46,14 @@ app = typer.Typer(
     help="Set and show the desired settings of all devices, of a group or of one device.",
 )
 
-TEXT_SETTINGS: Final = ("mode", "upload_dtype", "bundle", "software", "system_prompt")
+TEXT_SETTINGS: Final = (
+    "mode",
+    "upload_dtype",
+    "upload_prompt",
+    "bundle",
+    "software",
+    "system_prompt",
+)
 
 PairsArgument = Annotated[
     list[str],

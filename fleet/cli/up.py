@@ -100,6 +100,13 @@ ThreadsOption = Annotated[
     int | None,
     typer.Option(min=1, max=MAX_THREADS, help="Number of PyTorch threads of each worker."),
 ]
+LowerLayersOption = Annotated[
+    bool,
+    typer.Option(
+        "--lower-layers",
+        help="Load the lower layers in each worker, for prompts that come as token ids.",
+    ),
+]
 
 
 def up(
@@ -113,6 +120,7 @@ def up(
     expected_sessions: ExpectedSessionsOption = None,
     kv_budget_mb: KvBudgetOption = None,
     threads: ThreadsOption = None,
+    lower_layers: LowerLayersOption = False,
     service_port: ServicePortOption = None,
     metrics_port: MetricsPortOption = None,
     registry: RegistryOption = None,
@@ -132,6 +140,7 @@ def up(
         expected_sessions=expected_sessions,
         kv_budget_mb=kv_budget_mb,
         threads=threads,
+        lower_layers=lower_layers,
     )
     options = FleetOptions(
         host=host,

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fleet.errors import DecodeError, OversizedError
-from fleet.protocol.hidden_states import FLOAT16, Float16, pack_rows, unpack_rows
+from fleet.protocol.hidden_states import FLOAT16, TOKENS, Float16, pack_rows, unpack_rows
 from fleet.protocol.messages import MAX_CHUNK_BYTES, ContextChunk, Message, ToDevice, ToWorker
 
 MAX_ENVELOPE_BYTES: Final = MAX_CHUNK_BYTES + 4096
@@ -102,18 +102,34 @@ def pack_chunk(
     )
 
 
+def pack_token_ids(branch: int, start: int, token_ids: TokenIds) -> ContextChunk:
+    """Pack the token ids [count] of positions [start, start + count) in place of hidden states."""
+    data = token_ids.tobytes()
+    return ContextChunk(
+        branch=branch,
+        start=start,
+        count=len(token_ids),
+        data=data,
+        crc32=zlib.crc32(data),
+        dtype=TOKENS,
+    )
+
+
 def unpack_tokens(chunk: ContextChunk, vocab_size: int) -> list[int]:
-    """Return the token ids [count] of a chunk.
+    """Return the token ids [count] of a chunk, which has them next to or in place of hidden states.
 
     Raises:
-        DecodeError: their number is not that of the positions, or the vocabulary has no such id.
+        DecodeError: their number is not that of the positions, the vocabulary has no such id, or
+            the checksum is wrong.
     """
-    if len(chunk.tokens) != TOKEN_BYTES * chunk.count:
+    check_crc(chunk)
+    data = chunk.data if chunk.dtype == TOKENS else chunk.tokens
+    if len(data) != TOKEN_BYTES * chunk.count:
         raise DecodeError(
-            f"context at position {chunk.start}: expected {chunk.count} token ids for the rules, "
-            f"got {len(chunk.tokens)} bytes; send 4 for each position"
+            f"context at position {chunk.start}: expected {chunk.count} token ids, "
+            f"got {len(data)} bytes; send 4 for each position"
         )
-    tokens = np.frombuffer(chunk.tokens, TOKEN_DTYPE)
+    tokens = np.frombuffer(data, TOKEN_DTYPE)
     if tokens.max(initial=0) >= vocab_size:
         raise DecodeError(
             f"context at position {chunk.start}: expected token ids below {vocab_size}, "
@@ -130,9 +146,14 @@ def unpack_chunk(chunk: ContextChunk, hidden_size: int) -> Float16:
         DecodeError: the dtype, the number of bytes or the checksum is wrong, or values are not
             finite.
     """
+    check_crc(chunk)
+    return unpack_rows(chunk.data, chunk.count, hidden_size, chunk.dtype)
+
+
+def check_crc(chunk: ContextChunk) -> None:
+    """Raise DecodeError if the checksum of a chunk is wrong."""
     if zlib.crc32(chunk.tokens, zlib.crc32(chunk.data)) != chunk.crc32:
         raise DecodeError(
             f"context at position {chunk.start}: the checksum does not match the data; "
             "send it again"
         )
-    return unpack_rows(chunk.data, chunk.count, hidden_size, chunk.dtype)

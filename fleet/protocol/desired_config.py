@@ -29,7 +29,9 @@ from fleet.utils.validation import JSON_ERRORS, describe_error, is_unknown_field
 
 MAX_DESIRED_BYTES: Final = 64 * 1024
 MAX_SETTINGS_BYTES: Final = 60 * 1024  # leaves room for the small settings of other scopes
+AUTO: Final = "auto"
 UploadDtype = Literal["float16", "int8"]
+UploadPrompt = Literal["hidden", "tokens", "auto"]
 
 
 class Settings(
@@ -42,6 +44,8 @@ class Settings(
     Those of :class:`SamplingOptions` and `system_prompt` are for requests that leave them out; an
     empty `system_prompt` is none. `bundle` is the id of the desired bundle. `split` is the number
     of layers that the device holds, one of its bundle's, or ``auto`` for the bundle's own.
+    With `upload_prompt` ``tokens`` the prompt is uploaded as token ids to workers that accept them,
+    with ``auto`` if that is faster.
     `agreement_sample` is the share of collaborative generations whose tokens are also verified by
     the cloud, to measure whether the exits still agree with it. `software` is the desired version
     of the device's software; a message to a device has it in `DesiredConfig` instead.
@@ -59,6 +63,7 @@ class Settings(
     system_prompt: SystemPrompt | None = None
     max_draft: Annotated[int, Meta(ge=1, le=MAX_DRAFT)] | None = None
     upload_dtype: UploadDtype | None = None
+    upload_prompt: UploadPrompt | None = None
     split: Split | None = None
     agreement_sample: Share | None = None
     bundle: Id | None = None

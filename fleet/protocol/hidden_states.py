@@ -25,16 +25,25 @@ from fleet.errors import DecodeError
 
 FLOAT16: Final = "float16"
 INT8: Final = "int8"
+TOKENS: Final = "tokens"
+"""The `dtype` of a chunk that has token ids instead of hidden states."""
 CONTEXT_DTYPES: Final = (FLOAT16, INT8)
 NUM_OUTLIERS: Final = 8
 MAX_INT8: Final = 127
+MAX_FLOAT16: Final = np.finfo(np.float16).max
 
 Float16 = npt.NDArray[np.float16]
+Float32 = npt.NDArray[np.float32]
 
 
 def row_bytes(hidden_size: int, dtype: str) -> int:
     """Return the bytes of one position."""
     return 2 * hidden_size if dtype == FLOAT16 else _row(hidden_size).itemsize
+
+
+def to_float16(hidden_states: Float32) -> Float16:
+    """Return hidden states in FP16. Values beyond its range are clipped."""
+    return np.clip(hidden_states, -MAX_FLOAT16, MAX_FLOAT16).astype(np.float16)
 
 
 def pack_rows(hidden_states: Float16, dtype: str) -> bytes:

@@ -145,6 +145,7 @@ class ContextChunk(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """Hidden states of positions [start, start + count), row-major, little-endian.
 
     `tokens` are the ids of the tokens at these positions, uint32, if the session's rules need them.
+    With the `dtype` ``tokens`` they are in `data`, and the worker computes the hidden states.
     """
 
     branch: Count

@@ -18,6 +18,7 @@ class WorkerSettings:
     expected_sessions: int | None = None
     kv_budget_mb: int | None = None
     threads: int | None = None
+    lower_layers: bool = False
 
     def arguments(self, bundle: Path, num_workers: int) -> list[str]:
         """Return the command-line options of one of `num_workers` workers."""
@@ -31,7 +32,8 @@ class WorkerSettings:
         if num_workers > 1 and not self.threads:  # a single worker chooses the number itself
             options["--threads"] = threads_per_worker(num_workers)
         given = {option: value for option, value in options.items() if value is not None}
-        return [text for option, value in given.items() for text in (option, str(value))]
+        texts = [text for option, value in given.items() for text in (option, str(value))]
+        return [*texts, "--lower-layers"] if self.lower_layers else texts
 
 
 def threads_per_worker(num_workers: int) -> str:

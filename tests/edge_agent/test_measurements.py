@@ -32,6 +32,32 @@ def test_one_pause_is_not_a_trend() -> None:
     assert mean.value < 1.4
 
 
+def judge_prompts(measurements: Measurements, ids_s: float, hidden_s: float, count: int) -> int:
+    """Upload prompts as the measurements choose; return how many of them as token ids."""
+    num_ids = 0
+    for _ in range(count):
+        has_ids = measurements.is_faster_as_ids()
+        num_ids += has_ids
+        measurements.prompt_judged(500, ids_s if has_ids else hidden_s, has_ids=has_ids)
+    return num_ids
+
+
+@pytest.mark.parametrize(("ids_s", "expected"), [(0.5, 90), (0.9, 10), (2.0, 10)])
+def test_prompts_are_uploaded_as_token_ids_where_that_is_a_fifth_faster(
+    ids_s: float, expected: int
+) -> None:
+    assert judge_prompts(Measurements(), ids_s, 1.0, 100) == pytest.approx(expected, abs=5)
+
+
+def test_a_link_that_becomes_slow_changes_the_way_of_prompts_and_short_ones_do_not_count() -> None:
+    measurements = Measurements()
+    judge_prompts(measurements, 0.5, 0.1, 100)
+    for _ in range(9):
+        measurements.prompt_judged(63, 0.0, has_ids=True)
+    assert judge_prompts(measurements, 0.5, 0.1, 32) <= 2
+    assert judge_prompts(measurements, 0.5, 5.0, 100) > 80
+
+
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.2, 0.5, 0.9])
 def test_the_share_of_a_rare_event_is_what_it_is(share: float) -> None:
     noise = random.Random(3)

@@ -18,6 +18,7 @@ from fleet.protocol.codec import (
     decode_to_worker,
     encode,
     pack_chunk,
+    pack_token_ids,
     unpack_chunk,
     unpack_tokens,
 )
@@ -147,6 +148,11 @@ WIRE: list[tuple[Message, bytes]] = [
         b"\x83\xa4type\xa7context\xa7session\xa2s1\xa5chunk\x86\xa6branch\x02\xa5start\x05\xa5count\x01"
         b"\xa4data\xc4\x04\x00\x3c\x00\xc0\xa5crc32\xce\xf3\xf3\x47\x48"
         b"\xa6tokens\xc4\x04\xff\xbf\0\0",
+    ),
+    (
+        Context("s1", pack_token_ids(2, 5, np.array([49151], TOKEN_DTYPE))),
+        b"\x83\xa4type\xa7context\xa7session\xa2s1\xa5chunk\x86\xa6branch\x02\xa5start\x05\xa5count\x01"
+        b"\xa4data\xc4\x04\xff\xbf\0\0\xa5crc32\xce\x31\x43\x60\xc0\xa5dtype\xa6tokens",
     ),
     (
         Verify(session="s1", request=3, branch=2, start=41, draft=(7, 49151), deadline_ms=1500),
@@ -457,6 +463,20 @@ def test_the_largest_seed_travels() -> None:
     assert decode_to_worker(encode(message)) == message
 
 
+def test_token_ids_come_back_in_place_of_hidden_states() -> None:
+    chunk = pack_token_ids(1, 3, np.array([0, 7, 49151], TOKEN_DTYPE))
+    assert (chunk.start, chunk.count, len(chunk.data)) == (3, 3, 3 * TOKEN_BYTES)
+    assert unpack_tokens(chunk, 49152) == [0, 7, 49151]
+    with pytest.raises(DecodeError, match="the checksum does not match"):
+        unpack_tokens(replace(chunk, data=chunk.data[::-1]), 49152)
+    with pytest.raises(DecodeError, match="expected token ids below 49151, got 49151"):
+        unpack_tokens(chunk, 49151)
+    with pytest.raises(DecodeError, match="expected 4 token ids, got 12 bytes"):
+        unpack_tokens(replace(chunk, count=4), 49152)
+    with pytest.raises(DecodeError, match="expected context in float16 or int8, got 'tokens'"):
+        unpack_chunk(chunk, 6)
+
+
 def test_a_chunk_of_the_largest_size_travels() -> None:
     rows = np.zeros((MAX_CHUNK_BYTES // 128, 64), np.float16)
     message = Context("s1", pack_chunk(0, 0, rows))
@@ -494,7 +514,7 @@ def test_the_tokens_of_a_chunk_come_back() -> None:
         unpack_chunk(replace(chunk, tokens=chunk.tokens[::-1]), 4)
     with pytest.raises(DecodeError, match="expected token ids below 49151, got 49151"):
         unpack_tokens(chunk, 49151)
-    with pytest.raises(DecodeError, match="expected 3 token ids for the rules, got 0 bytes"):
+    with pytest.raises(DecodeError, match="expected 3 token ids, got 0 bytes"):
         unpack_tokens(pack_chunk(0, 0, rows), 49152)
 
 

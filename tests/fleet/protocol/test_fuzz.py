@@ -1,5 +1,6 @@
 """Arbitrary payloads raise typed errors only."""
 
+import zlib
 from contextlib import suppress
 
 import msgpack
@@ -15,7 +16,7 @@ from fleet.protocol.codec import (
     unpack_chunk,
     unpack_tokens,
 )
-from fleet.protocol.hidden_states import CONTEXT_DTYPES
+from fleet.protocol.hidden_states import CONTEXT_DTYPES, TOKENS
 from fleet.protocol.messages import (
     ChoiceRules,
     Close,
@@ -202,7 +203,7 @@ def test_a_message_with_one_byte_changed_gives_a_message_or_a_protocol_error(
         decode_to_device(bytes(payload))
 
 
-DTYPES = st.text(max_size=9) | st.sampled_from(CONTEXT_DTYPES)
+DTYPES = st.text(max_size=9) | st.sampled_from((*CONTEXT_DTYPES, TOKENS))
 
 
 @given(
@@ -224,6 +225,19 @@ def test_any_chunk_gives_hidden_states_or_a_protocol_error(
         unpack_chunk(chunk, hidden_size)
     with suppress(ProtocolError):
         unpack_tokens(chunk, hidden_size)
+
+
+@given(st.binary(max_size=99), st.integers(0, 30), COUNTS)
+def test_any_bytes_are_token_ids_below_the_vocabulary_or_a_protocol_error(
+    data: bytes, count: int, vocab_size: int
+) -> None:
+    chunk = ContextChunk(
+        branch=0, start=0, count=count, data=data, crc32=zlib.crc32(data), dtype=TOKENS
+    )
+    with suppress(ProtocolError):
+        token_ids = unpack_tokens(chunk, vocab_size)
+        assert len(token_ids) == count
+        assert all(token_id < vocab_size for token_id in token_ids)
 
 
 @given(st.binary(max_size=200) | VALUES.map(msgpack.packb))
