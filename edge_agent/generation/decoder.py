@@ -199,9 +199,9 @@ class Decoder:
             self.cascade.append(self.text[start:])
         is_step = start == self.cascade.num_filled(0)
         self.cascade.append(proposals)
-        exits = ChunkExits(self._fill, self.cascade, self._locked)
         choices: list[ExitChoice] = []
         text = [*self.text, *proposals] if proposals else self.text
+        exits = ChunkExits(partial(self._fill, text), self.cascade, self._locked)
         for number, token_id in enumerate([*proposals, None]):
             position = start + number
             choice = self._choose_at(position, text[: position + 1], exits)
@@ -258,12 +258,14 @@ class Decoder:
         constraint = self._constraint
         return constraint.num_allowed(self.text, token_ids) if constraint else len(token_ids)
 
-    def _fill(self, block: int, num_last: int) -> None:
-        """Run the blocks up to `block`; the last `num_last` positions are part of one chunk."""
+    def _fill(self, text: Sequence[int], block: int, num_last: int) -> None:
+        """Run the blocks up to `block` over `text`; the last `num_last` positions are part of one
+        chunk.
+        """
         for i in range(block + 1):
             self.cascade.fill(i, self._locked, num_last)
-            if num_last == 1:  # else proposals are among the outputs
-                self._offer(i, self.text)
+            if num_last == 1:  # else the outputs have proposals that may be wrong
+                self._offer(i, text)
 
     def _allowed(self, text: Sequence[int]) -> Bool | None:
         """Return which tokens [vocab] may follow `text`; None without a constraint."""

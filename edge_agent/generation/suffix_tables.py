@@ -10,6 +10,7 @@ import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Self
 
@@ -69,6 +70,7 @@ class SuffixTables:
         self._clock = clock
         self._tables: OrderedDict[str, _KeptTable] = OrderedDict()
         self._lock = threading.Lock()
+        self._disk_lock = threading.Lock()  # of writes, for which no answer waits
 
     @classmethod
     def for_bundle(cls, manifest: Manifest, folder: Path | None, storage: TableStorage) -> Self:
@@ -88,27 +90,34 @@ class SuffixTables:
         with self._lock:
             if name not in self._tables:
                 self._tables[name] = _KeptTable(self._load(name), self._clock())
-                if len(self._tables) > MAX_TABLES:
-                    self._save_changed(*self._tables.popitem(last=False))
             self._tables.move_to_end(name)
             return self._tables[name].table
 
     def save(self, *, is_last: bool = False) -> None:
-        """Write the tables that have changed, each at most once in `SAVE_S` seconds.
+        """Write the tables that have changed, each at most once in `SAVE_S` seconds, and drop those
+        beyond `MAX_TABLES`.
 
         `is_last` writes them at once.
         """
-        with self._lock:
-            for name, kept in self._tables.items():
-                self._save_changed(name, kept, is_last=is_last)
+        with self._disk_lock:
+            for name, kept in self._due(is_last=is_last):
+                self._write(name, kept.table)
 
-    def _save_changed(self, name: str, kept: _KeptTable, *, is_last: bool = False) -> None:
+    def _due(self, *, is_last: bool) -> list[tuple[str, _KeptTable]]:
+        """Return the tables to write now, the one that was used last at the end."""
         now = self._clock()
-        is_changed = kept.num_saved < kept.table.num_added
-        if is_changed and (is_last or now - kept.saved_at >= SAVE_S):
-            kept.saved_at = now
-            kept.num_saved = kept.table.num_added
-            self._write(name, kept.table)
+        with self._lock:
+            due = [
+                (name, kept)
+                for name, kept in self._tables.items()
+                if kept.is_changed and (is_last or now - kept.saved_at >= SAVE_S)
+            ]
+            for _, kept in due:
+                kept.saved_at = now
+                kept.num_saved = kept.table.num_added
+            while len(self._tables) > MAX_TABLES:
+                self._tables.popitem(last=False)
+        return due
 
     def _path(self, name: str) -> Path | None:
         """Return the path of a table's file; None if it has none."""
@@ -126,8 +135,9 @@ class SuffixTables:
         except OSError as error:
             save_log.warning("suffix table %s cannot be read, and is empty now: %s", path, error)
         except ValueError as error:
-            path.unlink(missing_ok=True)
             log.warning("suffix table %s is discarded: %s", path, error)
+            with suppress(OSError):  # a folder that cannot be written
+                path.unlink(missing_ok=True)
         return SuffixTable()
 
     def _write(self, name: str, table: SuffixTable) -> None:
@@ -175,6 +185,11 @@ class _KeptTable:
         self.table = table
         self.num_saved = 0
         self.saved_at = now
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the file lacks a text."""
+        return self.num_saved < self.table.num_added
 
 
 def _read(path: Path) -> bytes:

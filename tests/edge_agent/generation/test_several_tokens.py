@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -21,7 +22,7 @@ from fleet.bundles.manifest import Bundle
 from fleet.constraints.grammars import Grammars
 from fleet.constraints.token_constraint import TokenConstraint
 from fleet.graphs.cascade import chunks_are_exact
-from fleet.graphs.partition import MAX_EXITS, Partition
+from fleet.graphs.partition import MAX_EXITS, Float32, Partition
 from fleet.protocol.constraint import Constraint
 from fleet.protocol.messages import NO_RULES, ChoiceRules, Sampling
 from fleet.protocol.modes import Mode
@@ -139,6 +140,38 @@ def test_the_answer_is_that_of_single_steps(
     assert sum(accepted for _, accepted in proposer.results) == NUM_TOKENS - decoder.num_steps
     if None in thresholds:
         assert {token.source for token in tokens} == {"exit:1", "exit:2"}
+
+
+class Uploads:
+    """The positions that a decoder offers for upload, in the place of a session."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+
+    def offer(self, hidden_states: Float32, token_ids: Sequence[int]) -> None:
+        assert len(hidden_states) == len(token_ids)
+        self.token_ids += token_ids
+
+
+@pytest.mark.parametrize("num_proposed", range(10))
+def test_every_position_is_uploaded_with_its_token(partition: Partition, num_proposed: int) -> None:
+    expected, _ = generate(partition, (1.0, 1.0), Sampling())
+    text = [*PROMPT, *(token.token_id for token in expected)]
+    uploads: Any = Uploads()
+    decoder = Decoder(
+        partition,
+        len(text),
+        (1.0, 1.0),
+        Sampling(),
+        uploads,
+        measurements=FreeChunks(),
+        proposer=KnownText(text, wrong_every=999),
+    )
+    decoder.text += PROMPT
+    decoder.advance(1)
+    choices = decoder.advance(num_proposed + 1)
+    assert len(choices) == num_proposed + 1
+    assert uploads.token_ids == decoder.text[:-1]
 
 
 def test_wrong_proposals_are_cut_off_in_every_block(partition: Partition) -> None:
