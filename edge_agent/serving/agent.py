@@ -479,6 +479,7 @@ class Agent:
     def _answer_jobs(self) -> None:
         while partition := self._answer_job():
             partition.release_tables()
+            self._tables.save()  # after the job's end, for which its app may wait
             is_moved = partition is not self._planner.partition
             del partition
             if is_moved:

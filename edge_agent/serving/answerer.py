@@ -130,7 +130,6 @@ class Answerer:
             **content,
         )
         self.reply(job, last_reply)
-        self._tables.save()
 
     def _content(self, job: Job, outcomes: Sequence[_Outcome]) -> dict[str, Any]:
         """Return the fields of the last reply that have the text."""

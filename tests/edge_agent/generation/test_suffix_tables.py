@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import stat
+import threading
 from pathlib import Path
 
 import pytest
 
+from edge_agent.generation import suffix_tables
 from edge_agent.generation.suffix_table import SuffixTable
 from edge_agent.generation.suffix_tables import MAX_TABLES, SAVE_S, SuffixTables
+from fleet.utils.atomic_files import write_file
 
 TOKENIZER = "ab" * 32
 VOCAB = 1000
@@ -129,6 +133,41 @@ def check_discarded(
     assert len(caplog.records) == 1
     assert reason in caplog.text
     assert not path.exists()
+
+
+def test_a_damaged_file_in_a_folder_that_cannot_be_written_costs_no_answer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    path = tmp_path / "app-1.tokens"
+    path.write_bytes(b"damaged")
+    monkeypatch.setattr(Path, "unlink", refuse)  # root may write everywhere
+    tables = tables_in(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        tables.of("app-1").add([1, 2, 3, 4])
+    assert len(caplog.records) == 1
+    assert next_token(tables.of("app-1")) == 4
+
+
+def test_no_answer_waits_while_a_table_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = tables_in(tmp_path)
+    tables.of("app-1").add([1, 2, 3, 4])
+    found: list[int | None] = []
+
+    def write(path: Path, data: bytes) -> None:
+        reader = threading.Thread(target=lambda: found.append(next_token(tables.of("app-1"))))
+        reader.start()
+        reader.join(10.0)
+        write_file(path, data)
+
+    monkeypatch.setattr(suffix_tables, "write_file", write)
+    tables.save(is_last=True)
+    assert found == [4]
+    assert (tmp_path / "app-1.tokens").exists()
 
 
 def test_a_folder_that_cannot_be_written_costs_one_line_and_no_answer(

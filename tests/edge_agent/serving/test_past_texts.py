@@ -8,13 +8,16 @@ import pytest
 from msgspec.structs import replace
 
 from edge_agent.config import AgentConfig, TableStorage
-from edge_agent.generation.suffix_tables import SuffixTables
+from edge_agent.generation.suffix_tables import MAX_TABLES, SuffixTables
 from edge_agent.serving.agent import Agent
 from fleet.bundles.manifest import Bundle
+from fleet.errors import RefusedPromptError
 from fleet.protocol import topics
 from fleet.protocol.modes import LOOKUP, Mode
 from fleet.protocol.prompt import PromptRequest
 from fleet.protocol.triggers import Trigger
+from fleet.transport.prompt_client import PromptClient
+from tests.brokers import wait_until
 from tests.conftest import MakeTinyBundle
 from tests.system.memory_fleet import APP, DEVICE, WAIT_S, MemoryFleet, memory_fleet
 
@@ -47,6 +50,18 @@ def test_texts_are_saved_for_each_app_and_trigger(tiny_bundle: Bundle, tmp_path:
     tables = SuffixTables.for_bundle(tiny_bundle.manifest, tmp_path, "disk")
     assert [*tables.of(APP).token_ids][-5:-1] == token_ids
     assert len(tables.of(APP, TRIGGER.name).token_ids) > len(token_ids)
+
+
+def test_tables_of_apps_whose_answers_fail_are_dropped_as_well(tiny_bundle: Bundle) -> None:
+    with memory_fleet() as fleet:
+        agent, _ = fleet.start_device(tiny_bundle, CONFIG)
+        late = replace(PROMPT, deadline_ms=1)
+        for number in range(MAX_TABLES + 4):
+            client = PromptClient(fleet.connect(f"late-{number}"))
+            with pytest.raises(RefusedPromptError, match="deadline"):
+                list(client.ask(DEVICE, late, timeout_s=WAIT_S))
+        tables = vars(vars(agent)["_tables"])["_tables"]
+        wait_until(lambda: len(tables) == MAX_TABLES, "the device drops the oldest tables")
 
 
 @pytest.mark.parametrize("storage", ["memory", "off"])
