@@ -100,7 +100,8 @@ def worker_back_when_another_has_taken_over(fleet: ProcessFleet, parts: ExitStac
         parts.enter_context(fleet.worker(SECOND))
 
     fleet.answer_through(stop, may_neighbour_notice=True)
-    with fleet.neighbour_is_served():
+    # The neighbour's session may have ended, and been kept, at the worker before it stopped.
+    with fleet.neighbour_is_served(may_notice=True):
         judge(
             fleet.bundle, ASKED, fleet.ask(ASKED, fault=lambda: process.send_signal(signal.SIGCONT))
         )
